@@ -1,0 +1,86 @@
+# The only door. `make` lists what there is; everything works from a fresh clone with Python 3.10 or later.
+#
+#   PYTHON       the interpreter that the virtual environment is made with, and that test-gpu and bench-gpu
+#                use where there is no virtual environment
+#   TORCH        the torch to install, instead of the choice below
+#   PIP_OPTIONS  more options for pip. A plain PyPI wheel of torch for Linux carries CUDA and weighs gigabytes;
+#                the small CPU-only build lies in PyTorch's own CPU wheel index, which is used when it is named
+#                here with --extra-index-url (or in pip's configuration)
+#   ARGS         more arguments for pytest, `tierkv warm` or the benchmarks
+
+PYTHON ?= python3
+TORCH ?=
+PIP_OPTIONS ?=
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq $(PIP_OPTIONS)
+GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+TORCH_IS_THERE := import re, torch; assert tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) >= (2, 11)
+PYTHON_IS_NEW := import sys; sys.exit(sys.version_info < (3, 10) and "tierkv needs Python 3.10 or later: make PYTHON=...")
+
+GPU_BENCHES := $(filter bench_ttft bench_mover bench_kernels,$(basename $(notdir $(wildcard tools/bench_*.py))))
+CPU_BENCHES := $(filter-out $(GPU_BENCHES),$(basename $(notdir $(wildcard tools/bench_*.py))))
+
+.PHONY: help setup check test test-gpu bench bench-gpu warm format clean
+
+help:
+	@echo "make setup      the virtual environment in $(VENV); the others do it themselves where they need it"
+	@echo "make warm       warm examples/system_prompts.txt with the embedded model"
+	@echo "make check      formatting, linter, types, layers"
+	@echo "make test       every test that needs no GPU, and the coverage gate"
+	@echo "make test-gpu   the tests of the GPU path and of whole models, on a machine with a GPU"
+	@echo "make bench      the benchmarks that need no GPU:" $(CPU_BENCHES)
+	@echo "make bench-gpu  those that need one:" $(GPU_BENCHES)
+	@echo "make format     rewrite the code as the formatter and the linter want it"
+	@echo "make clean      remove what the other commands left behind, $(VENV) not included"
+
+setup: $(READY)
+
+# torch comes first and alone, so that nothing installed later chooses one. One that is there already stays.
+$(READY): pyproject.toml
+	@$(PYTHON) -c '$(PYTHON_IS_NEW)'
+	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@$(PIP) --upgrade 'pip>=23.1' 'setuptools>=77'
+	@if $(BIN)/python -c '$(TORCH_IS_THERE)' 2>/dev/null; then :; \
+	elif [ -n '$(TORCH)' ]; then echo 'installing $(TORCH)'; $(PIP) '$(TORCH)'; \
+	elif nvidia-smi -L >/dev/null 2>&1; then echo 'installing torch>=2.11'; $(PIP) 'torch>=2.11'; \
+	else echo 'installing torch 2.13.0 for CPU'; \
+	     $(PIP) torch==2.13.0+cpu 2>/dev/null || $(PIP) torch==2.13.0; fi
+	@echo 'installing tierkv and what it needs'
+	@$(PIP) --no-build-isolation --editable '.[hf,dev]'
+	@touch $(READY)
+
+check: $(READY)
+	$(BIN)/python -m ruff format --check --quiet .
+	$(BIN)/python -m ruff check --quiet .
+	$(BIN)/python -m mypy -p tierkv
+	$(BIN)/python -m pytest -q tests/test_layers.py
+
+test: $(READY)
+	$(BIN)/python -m pytest -q --cov --cov-report=term $(ARGS)
+
+# No set-up: on a machine with a GPU, torch and flash-attn are the system's own.
+test-gpu:
+	PYTHONPATH=. $(GPU_PYTHON) -m pytest -q $(wildcard tests/gpu tests/model) $(ARGS)
+
+# As modules: `python tools/bench_x.py` would put tools/ in front of the standard library.
+bench: $(READY)
+	@set -e; for bench in $(CPU_BENCHES); do echo "== $$bench"; $(BIN)/python -m tierkv.tools.$$bench $(ARGS); done
+
+bench-gpu:
+	@set -e; for bench in $(GPU_BENCHES); do echo "== $$bench"; PYTHONPATH=. $(GPU_PYTHON) -m tierkv.tools.$$bench $(ARGS); done
+
+warm: $(READY)
+	$(BIN)/tierkv warm examples/system_prompts.txt $(ARGS)
+
+format: $(READY)
+	$(BIN)/python -m ruff check --fix --quiet . || true
+	$(BIN)/python -m ruff format .
+
+clean:
+	rm -rf build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find tierkv/ storage kernels tools tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,372 @@
+"""The cold tier: blocks in one LMDB environment, bounded, shared by processes, surviving them.
+
+One writer at a time among all processes; readers never wait for it. Damage is never raised at a reader: it is
+a miss with a reason, and the damaged block leaves the store together with the blocks that follow it.
+What is stored and why it stays consistent: cold_batch.py; what a crash leaves: lmdb_env.py and FORMAT.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import lmdb
+
+from tierkv.block import HASH_BYTES, BlockHash
+from tierkv.errors import CorruptBlockError, FormatVersionError, StoreError
+from tierkv.layout import BlockLayout
+from tierkv.namespace import Namespace
+from tierkv.storage.cold_batch import (
+    FORMAT_KEY,
+    SPECS,
+    Databases,
+    get_entry,
+    iter_children,
+    iter_namespaces,
+)
+from tierkv.storage.cold_check import VerifyReport, check_store, verify_store
+from tierkv.storage.cold_entry import ColdEntry
+from tierkv.storage.cold_eviction import EvictionReport, VictimOrder, VictimQueue, least_recently_used
+from tierkv.storage.cold_stats import ColdStats, Counters, StoredNamespace
+from tierkv.storage.cold_writer import ColdWriter
+from tierkv.storage.lmdb_env import LmdbEnv, ReadTransaction
+from tierkv.storage.outcomes import MissReason, PutOutcome
+from tierkv.storage.record import (
+    BlockInfo,
+    Buffer,
+    EncodedRecord,
+    TruncatedBlockError,
+    decode_record,
+    parse_record,
+    read_header,
+    verify_checksum,
+)
+
+__all__ = ["ColdStore"]
+
+STORE_VERSION = b"1"
+_ENTRIES_PER_SNAPSHOT = 1024
+_SPARE_MAP_BYTES = 64 << 20
+
+_logger = logging.getLogger(__name__)
+
+
+class ColdStore:
+    """An open cold store. Thread-safe; a context manager; `close()` may be called twice.
+
+    quota_bytes: bound on the live bytes, padding included; the file may be a tenth larger.
+    min_free_bytes: below so much free disk the store stops growing and evicts instead.
+    Raises StoreError if the path cannot be used, FormatVersionError if another version wrote it.
+    A data file that cannot be used is set aside (`damaged`) and a fresh one begun.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        quota_bytes: int,
+        min_free_bytes: int = 1 << 30,
+        clock: Callable[[], float] = time.time,
+        victim_order: VictimOrder = least_recently_used,
+        read_only: bool = False,
+    ) -> None:
+        self.path = path
+        self.quota_bytes = quota_bytes
+        self._env = LmdbEnv(path, map_bytes=_map_bytes(quota_bytes), specs=SPECS, read_only=read_only)
+        self._databases = Databases.of(self._env)
+        self._counters = Counters()
+        self._writer = ColdWriter(
+            self._env,
+            quota_bytes=quota_bytes,
+            min_free_bytes=min_free_bytes,
+            clock=clock,
+            victims=VictimQueue(victim_order),
+            counters=self._counters,
+        )
+        try:
+            self._check_format()
+        except BaseException:
+            self._env.close()
+            raise
+
+    def __enter__(self) -> ColdStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Write what is pending and close; waits for the reads in flight."""
+        if self._env.is_open:
+            try:
+                self.flush(sync=True)
+            except StoreError as exc:
+                _logger.warning("cold store %s: closing without a last flush: %s", self.path, exc)
+        self._env.close()
+
+    @property
+    def read_only(self) -> bool:
+        """Whether nothing may be written through this object."""
+        return self._env.read_only
+
+    @property
+    def damaged(self) -> Path | None:
+        """Where a data file that could not be used was set aside when this store was opened."""
+        return self._env.damaged
+
+    # -- reading ---------------------------------------------------------------------------------------
+
+    def contains(self, block_hash: BlockHash) -> bool:
+        """Tell whether a block of this hash is stored."""
+        return self.lookup(block_hash) is not None
+
+    def lookup(self, block_hash: BlockHash) -> ColdEntry | None:
+        """Return the small record of a block, or None. Does not look at parent or tokens."""
+        return self.lookup_many([block_hash])[0]
+
+    def lookup_many(self, block_hashes: Iterable[BlockHash]) -> list[ColdEntry | None]:
+        """Return the small records of blocks, from one snapshot; None for each that is not stored."""
+        with self._reading() as txn:
+            return [self._entry_or_none(txn, block_hash) for block_hash in block_hashes]
+
+    def children(self, parent: BlockHash) -> list[BlockHash]:
+        """Return the hashes of the blocks that follow `parent`; the namespace digest has the first ones."""
+        with self._reading() as txn:
+            return list(iter_children(txn, self._databases, parent))
+
+    def read_tokens(self, block_hash: BlockHash) -> bytes | None:
+        """Return a block's token ids as little-endian uint32, or None if it is absent or unreadable."""
+        with self._reading() as txn:
+            value = txn.get(block_hash, db=self._databases.blocks)
+            try:
+                return None if value is None else read_header(value).info.token_bytes
+            except StoreError:
+                return None
+
+    def read_into(self, expected: BlockInfo, out: Buffer, *, layout: BlockLayout) -> MissReason | None:
+        """Decode a block into `out` straight from the map; return None, or why it is a miss.
+
+        out: writable, layout.block_bytes; contents undefined after a miss. Raises only for an `out` of the
+        wrong shape and for a closed store. Many threads may read at once; the heavy parts release the GIL.
+        """
+        reason = self._read_into(expected, out, layout)
+        if reason in (MissReason.CORRUPT, MissReason.TRUNCATED) and not self.read_only:
+            self._drop_if_damaged(expected.block_hash)
+        if reason is MissReason.ABSENT and self._counters.was_evicted(expected.block_hash):
+            reason = MissReason.EVICTED
+        self._counters.count_read(reason)
+        return reason
+
+    def read_record(self, block_hash: BlockHash) -> bytes | None:
+        """Return a copy of a block's record, or None if it is absent or damaged."""
+        with self._reading() as txn:
+            value = txn.get(block_hash, db=self._databases.blocks)
+            try:
+                if value is None:
+                    return None
+                header = read_header(value)
+                verify_checksum(value, header)
+                return bytes(value[: header.record_bytes])
+            except StoreError:
+                return None
+
+    def iter_entries(self, namespace: BlockHash | None = None) -> Iterator[tuple[BlockHash, ColdEntry]]:
+        """Yield (block hash, entry) of all blocks, or of one namespace's. Each batch is one snapshot."""
+        after: BlockHash | None = bytes(HASH_BYTES)
+        while after is not None:
+            after, batch = self._entries_after(after)
+            for block_hash, entry in batch:
+                if namespace is None or entry.namespace == namespace:
+                    yield block_hash, entry
+
+    def namespaces(self) -> list[StoredNamespace]:
+        """Return every namespace that has been opened here, with its totals."""
+        with self._reading() as txn:
+            rows = list(iter_namespaces(txn, self._databases))
+        return [StoredNamespace.of(digest, row) for digest, row in rows]
+
+    # -- writing ---------------------------------------------------------------------------------------
+
+    def open_namespace(self, namespace: Namespace) -> None:
+        """Register a namespace, so that `namespaces` can describe it, and note that it is in use."""
+        if self.read_only:
+            return
+        with self._writer.batch() as batch:
+            row = batch.namespace(namespace.digest)
+            row.description = namespace.describe()
+            row.last_used = batch.now
+
+    def put(self, records: Sequence[EncodedRecord]) -> list[PutOutcome]:
+        """Store blocks, parents before children; evict to make room. Durable at the next `flush(sync=True)`.
+
+        Raises nothing for a full or failing disk: the outcomes say so. A block, its entry and its place in
+        the tree appear together or not at all.
+        """
+        self._require_writable()
+        return self._writer.put(records)
+
+    def put_record_bytes(self, record: Buffer, *, cost_s: float = 0.0) -> PutOutcome:
+        """Store a record as `read_record` returned it. Raises CorruptBlockError if it is damaged."""
+        return self.put([parse_record(record, cost_s=cost_s)])[0]
+
+    def touch(self, block_hashes: Iterable[BlockHash]) -> None:
+        """Record accesses. Kept in memory and written with the next put, eviction, flush or close."""
+        if not self.read_only:
+            self._writer.touch(block_hashes)
+
+    def set_pinned(self, block_hashes: Iterable[BlockHash], pinned: bool) -> None:
+        """Pin or unpin blocks for good: eviction leaves pinned ones, in this process and all later ones."""
+        self._require_writable()
+        with self._writer.batch() as batch:
+            for block_hash in block_hashes:
+                batch.set_pinned(block_hash, pinned)
+
+    def delete(self, block_hash: BlockHash) -> int:
+        """Remove a block and all that follow it, pinned or not; return how many blocks went."""
+        self._require_writable()
+        with self._writer.batch() as batch:
+            return batch.remove_subtree(block_hash)
+
+    def evict(
+        self,
+        *,
+        to_bytes: int | None = None,
+        namespace: BlockHash | None = None,
+        older_than_s: float | None = None,
+    ) -> EvictionReport:
+        """Remove unpinned blocks, leaf first: those that match namespace and age, where given; then as many
+        as it takes to have at most `to_bytes` live. A parent stays as long as a child does.
+        """
+        self._require_writable()
+        return self._writer.evict(to_bytes=to_bytes, namespace=namespace, older_than_s=older_than_s)
+
+    def flush(self, *, sync: bool = True) -> None:
+        """Write pending accesses; with `sync`, return when all is on the disk. Raises StoreError."""
+        if self.read_only:
+            return
+        self._writer.flush()
+        if sync:
+            self._env.sync()
+
+    # -- upkeep ----------------------------------------------------------------------------------------
+
+    def stats(self) -> ColdStats:
+        """Return sizes as they are now and counters since this object was made."""
+        return self._counters.stats(self.namespaces(), file_bytes=self._env.file_bytes, quota_bytes=self.quota_bytes)
+
+    def check(self) -> None:
+        """Raise StoreError if the databases do not agree with each other. Reads no payload."""
+        with self._reading() as txn:
+            check_store(txn, self._databases)
+
+    def verify(self, *, repair: bool = False, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
+        """Read every record: checksum, sizes, chain. With `repair`, remove the bad ones.
+
+        progress: called with (blocks done, blocks in all).
+        """
+        if repair:
+            self._require_writable()
+        report = verify_store(self._env, self._databases, progress)
+        if not (repair and report.damaged):
+            return report
+        with self._writer.batch() as batch:
+            removed = sum(batch.remove_subtree(block_hash) for block_hash in report.damaged)
+        self._counters.count_damaged(removed)
+        return report.after_repair(removed)
+
+    def compact(self) -> None:
+        """Give free space back to the disk. Raises StoreError if another process has the store open."""
+        self._require_writable()
+        self.flush(sync=False)
+        self._writer.compact()
+        self._databases = Databases.of(self._env)
+
+    # -- parts -----------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[ReadTransaction]:
+        try:
+            with self._env.read() as txn:
+                yield txn
+        except lmdb.Error as exc:
+            raise StoreError(f"cold store {self.path} cannot be read: {exc}") from exc
+
+    def _read_into(self, expected: BlockInfo, out: Buffer, layout: BlockLayout) -> MissReason | None:
+        try:
+            with self._env.read() as txn:
+                value = txn.get(expected.block_hash, db=self._databases.blocks)
+                if value is None:
+                    return MissReason.ABSENT
+                return decode_record(value, out, expected=expected, layout=layout)
+        except TruncatedBlockError:
+            return MissReason.TRUNCATED
+        except (CorruptBlockError, FormatVersionError):
+            return MissReason.CORRUPT
+        except (lmdb.Error, OSError) as exc:
+            _logger.warning("cold store %s: block %s not read: %s", self.path, expected.block_hash.hex(), exc)
+            return MissReason.IO_ERROR
+
+    def _drop_if_damaged(self, block_hash: BlockHash) -> None:
+        """Remove a block that a reader found damaged, unless somebody has replaced it meanwhile."""
+        try:
+            if self.read_record(block_hash) is not None:
+                return
+            with self._writer.batch() as batch:
+                removed = batch.remove_subtree(block_hash)
+        except StoreError as exc:
+            _logger.warning("cold store %s: a damaged block could not be removed: %s", self.path, exc)
+            return
+        self._counters.count_damaged(removed)
+        _logger.warning("cold store %s: block %s is damaged; %d removed", self.path, block_hash.hex(), removed)
+
+    def _entry_or_none(self, txn: ReadTransaction, block_hash: BlockHash) -> ColdEntry | None:
+        try:
+            return get_entry(txn, self._databases, block_hash)
+        except CorruptBlockError:
+            return None
+
+    def _entries_after(self, after: BlockHash) -> tuple[BlockHash | None, list[tuple[BlockHash, ColdEntry]]]:
+        """Return the last key looked at (None at the end) and the sound entries that follow `after`."""
+        found: list[tuple[BlockHash, ColdEntry]] = []
+        last: BlockHash | None = None
+        with self._reading() as txn, txn.cursor(db=self._databases.index) as cursor:
+            more = cursor.set_range(after)
+            if more and bytes(cursor.key()) == after:
+                more = cursor.next()
+            for _ in range(_ENTRIES_PER_SNAPSHOT if more else 0):
+                last = bytes(cursor.key())
+                entry = self._entry_or_none(txn, last)
+                if entry is not None:
+                    found.append((last, entry))
+                if not cursor.next():
+                    break
+        return last, found
+
+    def _check_format(self) -> None:
+        """Write the version of a new store; refuse the store of another version."""
+        with self._reading() as txn:
+            packed = txn.get(FORMAT_KEY, db=self._databases.meta)
+            version = None if packed is None else bytes(packed)
+        if version is None and not self.read_only:
+            with self._writer.batch() as batch:
+                batch.txn.put(FORMAT_KEY, STORE_VERSION, db=self._databases.meta)
+        elif version != STORE_VERSION:
+            raise FormatVersionError(
+                f"cold store {self.path} has format {version!r}, this version reads {STORE_VERSION!r}",
+                hint="use the version of tierkv that wrote it, or another cold_path",
+            )
+
+    def _require_writable(self) -> None:
+        if self.read_only:
+            raise StoreError(f"cold store {self.path} was opened read-only")
+        if not self._env.is_open:
+            raise StoreError(f"cold store {self.path} is closed")
+
+
+def _map_bytes(quota_bytes: int) -> int:
+    """Address space of the map. With less than a quarter over the quota LMDB fragments until puts fail."""
+    size = quota_bytes + quota_bytes // 4 + _SPARE_MAP_BYTES
+    return -(-size // (1 << 20)) * (1 << 20)

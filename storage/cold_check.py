@@ -1,0 +1,119 @@
+"""Does the cold store agree with itself? `check_store` reads the small records, `verify_store` every byte."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from tierkv.block import BlockHash, hash_block
+from tierkv.errors import CorruptBlockError, StoreError
+from tierkv.storage.cold_batch import Databases, get_entry, iter_namespaces
+from tierkv.storage.cold_entry import ColdEntry, unpack_entry
+from tierkv.storage.lmdb_env import LmdbEnv, ReadTransaction
+from tierkv.storage.record import read_header, verify_checksum
+
+__all__ = ["VerifyReport", "check_store", "verify_store"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyReport:
+    """What `verify` found: hashes of damaged blocks with what is wrong with each; after a repair, how many
+    blocks were removed (those that followed a damaged one among them).
+    """
+
+    blocks: int
+    stored_bytes: int
+    damaged: dict[BlockHash, str]
+    removed: int = 0
+
+    def after_repair(self, removed: int) -> VerifyReport:
+        """Return the report with the number of blocks that the repair removed."""
+        return replace(self, removed=removed)
+
+
+def check_store(txn: ReadTransaction, databases: Databases) -> None:
+    """Raise StoreError unless all databases tell the same story."""
+    entries = dict(_iter_index(txn, databases))
+    with txn.cursor(db=databases.blocks) as cursor:
+        blocks = {bytes(key) for key in cursor.iternext(keys=True, values=False)}
+    _require(blocks == entries.keys(), "the blocks are not those of the index")
+    with txn.cursor(db=databases.children) as cursor:
+        links = {(bytes(child), bytes(parent)) for parent, child in cursor}
+    parents = {(block_hash, entry.parent) for block_hash, entry in entries.items()}
+    _require(links == parents, "the children are not those of the index")
+    totals: Counter[tuple[BlockHash, str]] = Counter()
+    for block_hash, entry in entries.items():
+        is_root = entry.parent == entry.namespace
+        parent = None if is_root else entries.get(entry.parent)
+        _require(is_root or parent is not None, f"block {block_hash.hex()} has lost its parent")
+        depth = parent.depth + 1 if parent else 0
+        _require(entry.depth == depth, f"block {block_hash.hex()} is at a wrong depth")
+        for name in ("raw_bytes", "stored_bytes", "value_bytes"):
+            totals[entry.namespace, name] += getattr(entry, name)
+        totals[entry.namespace, "blocks"] += 1
+    rows = dict(iter_namespaces(txn, databases))
+    _require({namespace for namespace, _ in totals} <= rows.keys(), "a namespace has no row")
+    for digest, row in rows.items():
+        for name in ("blocks", "raw_bytes", "stored_bytes", "value_bytes"):
+            _require(
+                getattr(row, name) == totals[digest, name],
+                f"{name} of namespace {digest.hex()} is not the sum",
+            )
+
+
+def verify_store(env: LmdbEnv, databases: Databases, progress: Callable[[int, int], None] | None) -> VerifyReport:
+    """Read every record. Each in a transaction of its own, so that writers may reuse pages meanwhile."""
+    with env.read() as txn, txn.cursor(db=databases.index) as cursor:
+        hashes = {bytes(key) for key in cursor.iternext(keys=True, values=False)}
+        with txn.cursor(db=databases.blocks) as blocks:
+            hashes |= {bytes(key) for key in blocks.iternext(keys=True, values=False)}
+    damaged: dict[BlockHash, str] = {}
+    stored_bytes = 0
+    for done, block_hash in enumerate(sorted(hashes)):
+        if progress is not None:
+            progress(done, len(hashes))
+        with env.read() as txn:
+            try:
+                stored_bytes += _verify_block(txn, databases, block_hash)
+            except StoreError as exc:
+                damaged[block_hash] = str(exc)
+    if progress is not None:
+        progress(len(hashes), len(hashes))
+    return VerifyReport(blocks=len(hashes), stored_bytes=stored_bytes, damaged=damaged)
+
+
+def _verify_block(txn: ReadTransaction, databases: Databases, block_hash: BlockHash) -> int:
+    """Return the length of a sound record. Raises StoreError for a damaged one; 0 for one that has gone."""
+    entry = get_entry(txn, databases, block_hash)
+    value = txn.get(block_hash, db=databases.blocks)
+    if entry is None and value is None:
+        return 0
+    if entry is None or value is None:
+        raise CorruptBlockError("its entry is missing" if entry is None else "its record is missing")
+    header = read_header(value)
+    verify_checksum(value, header)
+    info = header.info
+    if info.block_hash != block_hash or hash_block(info.parent, info.token_bytes) != block_hash:
+        raise CorruptBlockError("its hash is not that of its parent and tokens")
+    if (info.parent, info.namespace, header.record_bytes) != (
+        entry.parent,
+        entry.namespace,
+        entry.stored_bytes,
+    ):
+        raise CorruptBlockError("its entry describes another record")
+    if entry.parent != entry.namespace and txn.get(entry.parent, db=databases.index) is None:
+        raise CorruptBlockError("its parent is not stored")
+    return header.record_bytes
+
+
+def _iter_index(txn: ReadTransaction, databases: Databases) -> Iterator[tuple[BlockHash, ColdEntry]]:
+    with txn.cursor(db=databases.index) as cursor:
+        for key, value in cursor:
+            block_hash = bytes(key)
+            yield block_hash, unpack_entry(block_hash, value)
+
+
+def _require(condition: bool, problem: str) -> None:
+    if not condition:
+        raise StoreError(f"the cold store contradicts itself: {problem}", hint="run tierkv verify --repair")

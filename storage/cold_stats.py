@@ -1,0 +1,132 @@
+"""Counters and sizes of the cold store."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from tierkv.block import BlockHash
+from tierkv.storage.cold_batch import NamespaceRow
+from tierkv.storage.outcomes import MissReason, PutOutcome
+
+__all__ = ["ColdStats", "Counters", "StoredNamespace"]
+
+_MAX_REMEMBERED = 65_536
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredNamespace:
+    """A namespace as the store knows it. `description` is empty if only its blocks are known."""
+
+    digest: BlockHash
+    description: dict[str, Any]
+    created: float
+    last_used: float
+    blocks: int
+    raw_bytes: int
+    stored_bytes: int
+    value_bytes: int
+
+    @classmethod
+    def of(cls, digest: BlockHash, row: NamespaceRow) -> StoredNamespace:
+        """Return the public form of what meta keeps."""
+        return cls(
+            digest=digest,
+            description=json.loads(row.description),
+            created=row.created,
+            last_used=row.last_used,
+            blocks=row.blocks,
+            raw_bytes=row.raw_bytes,
+            stored_bytes=row.stored_bytes,
+            value_bytes=row.value_bytes,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ColdStats:
+    """Sizes now, all processes together; counters since this process opened the store.
+
+    live_bytes: values with their padding, what the quota bounds. file_bytes: with LMDB's free pages.
+    """
+
+    blocks: int
+    raw_bytes: int
+    stored_bytes: int
+    live_bytes: int
+    file_bytes: int
+    quota_bytes: int
+    hits: int
+    misses: dict[MissReason, int]
+    puts: dict[PutOutcome, int]
+    evicted_blocks: int
+    evicted_bytes: int
+    damaged_blocks: int
+
+
+class Counters:
+    """What happened since the store was opened. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._hits = 0
+        self._misses: Counter[MissReason] = Counter()
+        self._puts: Counter[PutOutcome] = Counter()
+        self._evicted_blocks = 0
+        self._evicted_bytes = 0
+        self._damaged_blocks = 0
+        self._evicted: OrderedDict[BlockHash, None] = OrderedDict()
+
+    def count_read(self, reason: MissReason | None) -> None:
+        """Count a hit (None) or a miss."""
+        with self._lock:
+            if reason is None:
+                self._hits += 1
+            else:
+                self._misses[reason] += 1
+
+    def count_puts(self, outcomes: Iterable[PutOutcome]) -> None:
+        """Count what became of records."""
+        with self._lock:
+            self._puts.update(outcomes)
+
+    def count_evicted(self, block_hashes: Iterable[BlockHash], freed_bytes: int) -> None:
+        """Count evicted blocks, and remember the latest of them."""
+        with self._lock:
+            for block_hash in block_hashes:
+                self._evicted[block_hash] = None
+                self._evicted_blocks += 1
+            self._evicted_bytes += freed_bytes
+            while len(self._evicted) > _MAX_REMEMBERED:
+                self._evicted.popitem(last=False)
+
+    def count_damaged(self, blocks: int) -> None:
+        """Count blocks removed because they, or a block before them, were damaged."""
+        with self._lock:
+            self._damaged_blocks += blocks
+
+    def was_evicted(self, block_hash: BlockHash) -> bool:
+        """Tell whether this process evicted the block not long ago."""
+        return block_hash in self._evicted
+
+    def stats(self, namespaces: Iterable[StoredNamespace], *, file_bytes: int, quota_bytes: int) -> ColdStats:
+        """Return everything as one value."""
+        rows = list(namespaces)
+        with self._lock:
+            return ColdStats(
+                blocks=sum(row.blocks for row in rows),
+                raw_bytes=sum(row.raw_bytes for row in rows),
+                stored_bytes=sum(row.stored_bytes for row in rows),
+                live_bytes=sum(row.value_bytes for row in rows),
+                file_bytes=file_bytes,
+                quota_bytes=quota_bytes,
+                hits=self._hits,
+                misses={reason: self._misses[reason] for reason in MissReason},
+                puts={outcome: self._puts[outcome] for outcome in PutOutcome},
+                evicted_blocks=self._evicted_blocks,
+                evicted_bytes=self._evicted_bytes,
+                damaged_blocks=self._damaged_blocks,
+            )

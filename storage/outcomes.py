@@ -1,0 +1,31 @@
+"""What a store answers when it has no block to give, and what became of one that was put."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+__all__ = ["MissReason", "PutOutcome"]
+
+
+class MissReason(Enum):
+    """Why a block was not served. Every miss is counted under one of these."""
+
+    ABSENT = "absent"
+    EVICTED = "evicted"  # absent, and known to have been evicted since this process opened the store
+    CORRUPT = "corrupt"  # its bytes do not match their checksum or header
+    TRUNCATED = "truncated"  # its record ends before its header says
+    NAMESPACE = "namespace"  # the same hash, stored for another model, dtype, layout or salt
+    COLLISION = "collision"  # the same hash for another parent or other token ids
+    TOO_SHORT = "too_short"  # too few tokens to be worth loading; counted by whoever decides that
+    IO_ERROR = "io_error"
+
+
+class PutOutcome(Enum):
+    """What became of one record."""
+
+    STORED = "stored"
+    EXISTS = "exists"  # the same block was there already
+    COLLISION = "collision"  # another block with the same hash is there; it stays
+    NO_PARENT = "no_parent"  # its parent is not in the store, so no chain could reach it
+    FULL = "full"  # no room even after evicting
+    IO_ERROR = "io_error"

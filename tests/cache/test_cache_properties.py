@@ -1,0 +1,125 @@
+"""Thousands of random requests against pools far too small: every cached byte is checked, and every invariant."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from pattern_engine import PatternEngine, tiny_layout
+
+from tierkv.block import Tier, hash_block
+from tierkv.cache import TierCache
+from tierkv.config import CacheConfig
+from tierkv.errors import CapacityError
+from tierkv.namespace import Namespace
+from tierkv.sequence import Sequence
+
+BLOCK_BYTES = tiny_layout().block_bytes
+prompts = st.lists(st.integers(0, 2), min_size=1, max_size=14)  # three token ids: prefixes are shared often
+
+
+def weak_hash(parent: bytes, tokens: bytes) -> bytes:
+    """A hash of 5 bits, so that collisions happen all the time."""
+    return bytes([hash_block(parent, tokens)[0] & 31]) * 16
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Acquire, decode, fork, commit, release, pin, evict and reopen, in any order."""
+
+    @initialize(
+        hot=st.integers(4, 9),
+        warm=st.integers(4, 8),
+        has_cold=st.booleans(),
+        write_through=st.booleans(),
+        is_weak=st.booleans(),
+    )
+    def start(self, hot: int, warm: int, has_cold: bool, write_through: bool, is_weak: bool) -> None:
+        self.directory = tempfile.TemporaryDirectory()
+        self.config = CacheConfig(
+            cold_path=Path(self.directory.name) / "store" if has_cold else None,
+            block_size=4,
+            hot_bytes=hot * BLOCK_BYTES,
+            warm_bytes=warm * BLOCK_BYTES,
+            cold_bytes=16 << 20,
+            min_free_bytes=0,
+            write_through=write_through,
+        )
+        self.hash_function = weak_hash if is_weak else hash_block
+        self.open()
+
+    def open(self) -> None:
+        namespace = Namespace(weights="w", layout=tiny_layout())
+        self.cache = TierCache(self.config, namespace=namespace, hash_function=self.hash_function)
+        self.engine = PatternEngine(self.cache)
+        self.running: list[Sequence] = []
+
+    @rule(prompt=prompts, tail=st.booleans())
+    def request(self, prompt: list[int], tail: bool) -> None:
+        try:
+            self.running.append(self.engine.start(prompt, tail=tail))
+        except CapacityError:
+            assert self.running or self.cache.stats().tiers[Tier.HOT].blocks
+
+    @precondition(lambda self: self.running)
+    @rule(which=st.integers(0, 9), tokens=prompts, tail=st.booleans())
+    def decode(self, which: int, tokens: list[int], tail: bool) -> None:
+        sequence = self.running[which % len(self.running)]
+        before = sequence.num_tokens
+        try:
+            self.engine.decode(sequence, tokens, tail=tail)
+        except CapacityError:
+            assert sequence.num_tokens == before
+
+    @precondition(lambda self: self.running)
+    @rule(which=st.integers(0, 9))
+    def fork(self, which: int) -> None:
+        try:
+            self.running.append(self.cache.fork(self.running[which % len(self.running)]))
+        except CapacityError:
+            pass
+
+    @precondition(lambda self: self.running)
+    @rule(which=st.integers(0, 9))
+    def release(self, which: int) -> None:
+        self.cache.release(self.running.pop(which % len(self.running)))
+
+    @rule(prompt=prompts)
+    def pin(self, prompt: list[int]) -> None:
+        pinned = self.cache.pin(prompt)
+        assert pinned == sum(self.cache.match(prompt).blocks.values())
+
+    @rule(prompt=prompts)
+    def unpin(self, prompt: list[int]) -> None:
+        self.cache.unpin(prompt)
+
+    @rule(tier=st.sampled_from([Tier.HOT, Tier.WARM]), count=st.integers(1, 4))
+    def evict(self, tier: Tier, count: int) -> None:
+        self.cache.evict(tier, count)
+
+    @precondition(lambda self: self.config.cold_path)
+    @rule()
+    def reopen(self) -> None:
+        for sequence in self.running:
+            self.cache.release(sequence)
+        self.cache.close()
+        self.open()
+
+    @invariant()
+    def everything_holds(self) -> None:
+        if not hasattr(self, "cache"):
+            return
+        self.cache.check()
+        for sequence in self.running:
+            self.engine.check(sequence)
+
+    def teardown(self) -> None:
+        if hasattr(self, "cache"):
+            self.cache.close()
+            self.directory.cleanup()
+
+
+TestCacheMachine = CacheMachine.TestCase
+TestCacheMachine.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)

@@ -1,0 +1,78 @@
+"""A model that needs no model: K and V of a token are a pattern of all tokens up to it.
+
+So every cached token can be checked byte for byte, and a wrong hit is seen whatever its cause.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import xxhash
+
+from tierkv.cache import TierCache
+from tierkv.layout import BlockLayout
+from tierkv.sequence import Sequence
+
+__all__ = ["PatternEngine", "tiny_layout"]
+
+
+def tiny_layout(*, block_size: int = 4, dtype: str = "float32") -> BlockLayout:
+    """Two layers of one head of four elements."""
+    return BlockLayout.uniform(num_layers=2, block_size=block_size, kv_heads=1, head_dim=4, dtype=dtype)
+
+
+def pattern(token_ids: list[int], num_layers: int) -> torch.Tensor:
+    """Return [tokens, layers, 2] values in [0, 256): each depends on every token up to its own."""
+    rows: list[int] = []
+    digest = 0
+    for token in token_ids:
+        digest = xxhash.xxh3_64_intdigest(token.to_bytes(4, "little"), seed=digest)
+        rows.append(digest)
+    base = np.array(rows, dtype=np.uint64)[:, None]
+    lanes = (base >> np.arange(2 * num_layers, dtype=np.uint64)) & np.uint64(0xFF)
+    return torch.from_numpy(lanes.astype(np.float32)).reshape(-1, num_layers, 2)
+
+
+class PatternEngine:
+    """Drives a cache as an engine does: prefill what is missing, commit, decode, check what was cached."""
+
+    def __init__(self, cache: TierCache) -> None:
+        self.cache = cache
+        self.size = cache.config.block_size
+
+    def start(self, token_ids: list[int], *, tail: bool = False) -> Sequence:
+        """Acquire, check every cached token, compute the rest, commit."""
+        sequence = self.cache.acquire(token_ids)
+        assert sequence.num_cached_tokens < len(token_ids)
+        self.check(sequence, sequence.num_cached_tokens)
+        self.compute(sequence, sequence.num_cached_tokens)
+        self.cache.commit(sequence, sequence.num_tokens, tail=tail)
+        return sequence
+
+    def decode(self, sequence: Sequence, token_ids: list[int], *, tail: bool = False) -> None:
+        """Append tokens, compute them, commit."""
+        first = sequence.num_tokens
+        self.cache.append(sequence, token_ids)
+        self.compute(sequence, first)
+        self.cache.commit(sequence, sequence.num_tokens, tail=tail)
+
+    def compute(self, sequence: Sequence, first: int) -> None:
+        """Write K and V of the tokens from `first` on into their slots."""
+        values = pattern(sequence.token_ids.tolist(), self.cache.layout.num_layers)
+        for position in range(first, sequence.num_tokens):
+            block, offset = sequence.block_table[position // self.size], position % self.size
+            for layer in range(self.cache.layout.num_layers):
+                self.cache.hot.key_cache(layer)[block, offset] = values[position, layer, 0]
+                self.cache.hot.value_cache(layer)[block, offset] = values[position, layer, 1]
+
+    def check(self, sequence: Sequence, num_tokens: int | None = None) -> None:
+        """Raise AssertionError unless the K and V of the leading tokens are this sequence's own."""
+        sequence.wait_layer(0)
+        values = pattern(sequence.token_ids.tolist(), self.cache.layout.num_layers)
+        for position in range(sequence.num_tokens if num_tokens is None else num_tokens):
+            block, offset = sequence.block_table[position // self.size], position % self.size
+            for layer in range(self.cache.layout.num_layers):
+                keys = self.cache.hot.key_cache(layer)[block, offset].float().cpu()
+                vals = self.cache.hot.value_cache(layer)[block, offset].float().cpu()
+                assert torch.all(keys == values[position, layer, 0]), f"K of token {position} is not its own"
+                assert torch.all(vals == values[position, layer, 1]), f"V of token {position} is not its own"

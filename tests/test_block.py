@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tierkv.block import as_token_array, common_run, hash_block, iter_chain
+from tierkv.errors import ConfigError
+
+ROOT = b"r" * 16
+tokens = st.lists(st.integers(0, 2**32 - 1), max_size=40)
+
+
+def as_bytes(ids: list[int]) -> bytes:
+    return as_token_array(ids).tobytes()
+
+
+def test_the_hash_of_a_block_is_the_same_on_every_machine() -> None:
+    assert hash_block(ROOT, as_bytes([1, 2, 3])).hex() == "56a3d0f5a5661ff4eb3c40fcda71c9bf"
+
+
+def test_equal_tokens_after_different_parents_have_different_hashes() -> None:
+    assert hash_block(ROOT, as_bytes([1])) != hash_block(b"s" * 16, as_bytes([1]))
+
+
+@given(tokens, st.integers(1, 7))
+def test_a_chain_has_one_hash_for_each_whole_block(ids: list[int], block_size: int) -> None:
+    chain = list(iter_chain(ROOT, as_bytes(ids), block_size))
+    assert len(chain) == len(ids) // block_size
+    assert b"".join(block for _, block in chain) == as_bytes(ids[: len(chain) * block_size])
+
+
+@given(tokens, tokens)
+def test_the_common_run_is_the_longest_common_prefix(left: list[int], right: list[int]) -> None:
+    want = 0
+    while want < min(len(left), len(right)) and left[want] == right[want]:
+        want += 1
+    assert common_run(as_bytes(left), as_bytes(right)) == want
+
+
+@given(tokens, tokens, tokens)
+def test_prompts_with_a_common_prefix_share_at_least_that(prefix: list[int], a: list[int], b: list[int]) -> None:
+    assert common_run(as_bytes(prefix + a), as_bytes(prefix + b)) >= len(prefix)
+
+
+@pytest.mark.parametrize("bad", [[-1], [2**32], [1.5], ["a"], [[1, 2], [3, 4]]])
+def test_anything_but_a_flat_sequence_of_uint32_is_refused(bad: list[object]) -> None:
+    with pytest.raises(ConfigError):
+        as_token_array(bad)  # type: ignore[arg-type]
+
+
+def test_an_array_of_the_right_kind_is_not_copied() -> None:
+    ids = np.arange(4, dtype="<u4")
+    assert as_token_array(ids) is ids

@@ -1,0 +1,138 @@
+"""Codecs give back what they were given, shrink floats, and refuse damaged frames with an error of ours."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tierkv.errors import ConfigError, CorruptBlockError
+from tierkv.layout import DTYPE_BYTES
+from tierkv.storage.codecs import (
+    CODECS,
+    FRAME_BYTES,
+    RAW,
+    Codec,
+    codec_by_id,
+    codec_by_name,
+    default_codec,
+)
+from tierkv.storage.planes import merge_planes, take_exponent, take_rest
+
+ITEM_BYTES = {"exponent16": 2, "exponent32": 4}
+names = pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
+
+
+def round_trip(codec: Codec, run: np.ndarray) -> np.ndarray:
+    encoded = np.empty(run.size, dtype=np.uint8)
+    sizes = codec.encode_run(run, encoded)
+    assert len(sizes) == codec.num_frames(run.size)
+    back = np.zeros(run.size, dtype=np.uint8)
+    codec.decode_run(encoded[: sum(sizes)], sizes, back)
+    return back
+
+
+def float_bytes(count: int, item_bytes: int, seed: int = 0) -> np.ndarray:
+    values = np.random.default_rng(seed).standard_normal(count).astype(np.float32).view(np.uint32)
+    return (values >> 16).astype("<u2").view(np.uint8) if item_bytes == 2 else values.view(np.uint8)
+
+
+@names
+@settings(max_examples=60, deadline=None)
+@given(data=st.binary(min_size=1, max_size=4096))
+def test_any_bytes_come_back(codec: Codec, data: bytes) -> None:
+    size = len(data) // 4 * 4 or 4
+    run = np.frombuffer(data.ljust(size, b"\0")[:size], dtype=np.uint8)
+    assert np.array_equal(round_trip(codec, run), run)
+
+
+@names
+@pytest.mark.parametrize("size", [4, FRAME_BYTES - 4, FRAME_BYTES, FRAME_BYTES + 4, 5 * FRAME_BYTES + 8])
+def test_runs_around_the_frame_size_come_back(codec: Codec, size: int) -> None:
+    run = float_bytes(size // 4, 4)
+    assert np.array_equal(round_trip(codec, run), run)
+
+
+@names
+def test_noise_never_grows(codec: Codec) -> None:
+    run = np.random.default_rng(1).integers(0, 256, 2 * FRAME_BYTES, dtype=np.uint8)
+    sizes = codec.encode_run(run, np.empty(run.size, dtype=np.uint8))
+    assert sum(sizes) <= run.size
+    assert np.array_equal(round_trip(codec, run), run)
+
+
+def test_every_16_bit_value_survives_splitting_and_merging() -> None:
+    values = np.arange(1 << 16, dtype=np.uint16)
+    exponent, rest = np.empty((2, values.size), dtype=np.uint8)
+    merged, scratch = np.empty((2, values.size), dtype=np.uint16)
+    take_exponent(values, exponent, scratch)
+    take_rest(values, rest, scratch)
+    merge_planes(exponent, rest, merged, scratch)
+    assert np.array_equal(merged, values)
+
+
+def test_the_exponent_plane_holds_the_exponents_of_bfloat16() -> None:
+    values = np.array([0x3F80, 0xBF80, 0x4000], dtype=np.uint16)  # 1, -1, 2
+    exponent = np.empty(3, dtype=np.uint8)
+    take_exponent(values, exponent, np.empty(3, dtype=np.uint16))
+    assert exponent.tolist() == [127, 127, 128]
+
+
+def test_coding_exponents_beats_plain_zstd_on_normal_values() -> None:
+    run = float_bytes(1 << 18, 2)
+    out = np.empty(run.size, dtype=np.uint8)
+    assert sum(codec_by_name("exponent16").encode_run(run, out)) < 0.9 * sum(codec_by_name("zstd").encode_run(run, out))
+
+
+@names
+def test_a_frame_cut_short_or_altered_is_refused_or_decoded_but_never_crashes(codec: Codec) -> None:
+    random = np.random.default_rng(2)
+    run = float_bytes(4096, 4)
+    encoded = np.empty(run.size, dtype=np.uint8)
+    sizes = codec.encode_run(run, encoded)
+    out = np.empty(run.size, dtype=np.uint8)
+    for _ in range(200):
+        damaged = encoded[: sum(sizes)].copy()
+        damaged[random.integers(0, damaged.size, 3)] ^= np.uint8(1 << random.integers(0, 8))
+        with contextlib.suppress(CorruptBlockError):
+            codec.decode_run(damaged, sizes, out)
+
+
+@pytest.mark.parametrize("name", ["zstd", "huffman"])
+def test_a_frame_that_claims_gigabytes_is_refused_before_anything_is_allocated(name: str) -> None:
+    # magic, descriptor with an 8-byte content size, window, then 1 TiB as the size of the content
+    frame = np.frombuffer(b"\x28\xb5\x2f\xfd\xc0\x00" + (1 << 40).to_bytes(8, "little"), dtype=np.uint8)
+    with pytest.raises(CorruptBlockError):
+        codec_by_name(name).decode_run(frame, [frame.size], np.empty(4096, dtype=np.uint8))
+
+
+def test_threads_share_a_codec() -> None:
+    codec = codec_by_name("exponent16")
+    runs = [float_bytes(1 << 18, 2, seed) for seed in range(4)]
+    wrong: list[int] = []
+
+    def work(seed: int) -> None:
+        for _ in range(5):
+            if not np.array_equal(round_trip(codec, runs[seed]), runs[seed]):
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_every_dtype_has_a_default_and_every_codec_is_found_by_name_and_id() -> None:
+    assert all(default_codec(dtype) in CODECS for dtype in DTYPE_BYTES)
+    assert all(codec_by_id(codec.codec_id) is codec for codec in CODECS)
+    assert [codec.codec_id for codec in CODECS] == [0, 1, 2, 3, 4], "an id is never given away again"
+    assert codec_by_id(99) is None
+    assert codec_by_name("raw") is RAW
+    with pytest.raises(ConfigError, match="exponent16"):
+        codec_by_name("gzip")

@@ -1,0 +1,405 @@
+"""Which module may import which: the table is ARCHITECTURE.md's drawing, the tests hold the code to it."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = "tests/test_layers.py"
+FOLDERS = ("storage", "kernels", "tools")  # in the root, imported as tierkv.storage and so on
+
+
+@dataclass(frozen=True)
+class Layer:
+    """`modules` in order, without "tierkv."; `below` names the other layers that they may import.
+
+    Inside a layer a module may import those listed before it. Modules that share a star may import each
+    other as long as no cycle arises.
+    """
+
+    name: str
+    modules: str
+    below: str = ""
+
+
+# Bottom to top. A new module gets its place here, in the lowest layer that lets it import what it needs.
+LAYERS = (
+    Layer("values", "errors block layout namespace config stats"),
+    # Siblings: they know the values and not each other; only the mover also knows the memory that it moves.
+    Layer("control", "slots policies index", below="values"),
+    Layer(
+        "storage",
+        "storage.outcomes storage.planes storage.codecs storage.record storage.hot storage.warm "
+        "storage.lmdb_file storage.lmdb_env storage.cold_entry storage.cold_batch storage.cold_stats "
+        "storage.cold_eviction storage.cold_check storage.cold_writer storage.cold storage.state_file",
+        below="values",
+    ),
+    Layer("kernels", "kernels.*", below="values"),
+    Layer("background", "write_behind", below="values"),
+    Layer("client", "daemon_client", below="values"),
+    Layer("mover", "mover", below="values storage kernels"),
+    # The facade joins the siblings.
+    Layer(
+        "facade",
+        "lookup tiers demotion promotion sequence cache",
+        below="values control storage kernels background client mover",
+    ),
+    # What runs a model over the cache, or steers it.
+    Layer(
+        "engine",
+        "prompts gate fingerprint attention* models embedded runner profiler controller integrations*",
+        below="values control storage kernels background client mover facade",
+    ),
+    Layer("package", "__init__", below="values control facade"),
+    Layer(
+        "tools",
+        "tools.*",
+        below="values control storage kernels background client mover facade engine package",
+    ),
+)
+
+# Torch may be loaded by these layers and modules only; some stay free of it in a layer that has it.
+TORCH_LAYERS = {"kernels", "mover", "facade", "engine", "package", "tools"}
+TORCH_MODULES = {"storage.hot"}
+TORCH_FREE_MODULES = {"lookup", "prompts"}
+HEAVY = ("torch", "transformers", "flash_attn", "triton", "typer", "rich")
+
+
+# --- The checker ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the table puts a module: its layer, and its position there."""
+
+    layer: Layer
+    position: int
+    starred: bool
+
+
+@dataclass(frozen=True)
+class Arrow:
+    """One import of one of our modules; `target` is a full name such as tierkv.index, or as written."""
+
+    target: str
+    line: int
+    in_function: bool
+
+
+def place_of(module: str) -> Place | None:
+    """Find a module in the table; None if nobody has put it there."""
+    for layer in LAYERS:
+        for position, pattern in enumerate(layer.modules.split()):
+            if fnmatchcase(module, pattern):
+                return Place(layer, position, "*" in pattern)
+    return None
+
+
+def modules_of(root: Path) -> dict[str, Path]:
+    """Name every module of a tree: `index`, `storage.cold`, `integrations.vllm`, `__init__`."""
+    found = {path.stem: path for path in (root / "tierkv").glob("*.py")}
+    packages = [path for path in (root / "tierkv").glob("*/") if path.is_dir() and not path.is_symlink()]
+    for folder in [*packages, *(root / name for name in FOLDERS)]:
+        for path in folder.rglob("*.py"):
+            parts = path.relative_to(folder.parent).with_suffix("").parts
+            is_package = parts[-1] == "__init__" and folder.name not in FOLDERS
+            found[".".join(parts[:-1] if is_package else parts)] = path
+    return found
+
+
+def arrows_of(tree: ast.AST, modules: dict[str, Path], in_function: bool = False) -> Iterator[Arrow]:
+    """Yield every import of ours under `tree`, those for type checkers included."""
+    for node in ast.iter_child_nodes(tree):
+        inside = in_function or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for target in targets_of(node, modules):
+            yield Arrow(target, node.lineno, inside)  # type: ignore[attr-defined]
+        yield from arrows_of(node, modules, inside)
+
+
+def targets_of(node: ast.AST, modules: dict[str, Path]) -> Iterator[str]:
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names if is_ours(alias.name))
+    elif isinstance(node, ast.ImportFrom) and node.level:
+        yield "." * node.level + (node.module or "")
+    elif isinstance(node, ast.ImportFrom) and is_ours(node.module or ""):
+        for alias in node.names:
+            full_name = f"{node.module}.{alias.name}"
+            base, module = (node.module or "").removeprefix("tierkv."), full_name.removeprefix("tierkv.")
+            yield full_name if base in FOLDERS or module in modules else node.module or ""
+    elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
+        names = [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
+        yield from (name for name in names if isinstance(name, str) and is_ours(name))
+
+
+def is_ours(name: str) -> bool:
+    return name.split(".")[0] in {"tierkv", *FOLDERS}
+
+
+def why_not(module: str, arrow: Arrow) -> str | None:
+    """Say what is wrong with one import; None if it is allowed."""
+    if arrow.target.startswith("."):
+        return "a relative import: write the full name"
+    if arrow.target.split(".")[0] in FOLDERS:
+        return f"imports {arrow.target} as a top-level name: write tierkv.{arrow.target}"
+    source = place_of(module)
+    target = place_of(arrow.target.removeprefix("tierkv").removeprefix(".") or "__init__")
+    if source is None:
+        return None  # said once for the module, not for each of its imports
+    if target is None:
+        return f"imports {arrow.target}, which is not in the table: add it to the table of {TABLE}"
+    if arrow.in_function and source.layer.name != "tools":
+        return f"imports {arrow.target} inside a function: import at the top, or move down what both need"
+    if source.layer is target.layer:
+        allowed = source.position > target.position or (source.starred and source.position == target.position)
+    else:
+        allowed = target.layer.name in source.layer.below.split()
+    if allowed:
+        return None
+    direction = "up" if LAYERS.index(target.layer) > LAYERS.index(source.layer) else "sideways"
+    return f"imports {arrow.target}: an arrow {direction}, from {source.layer.name} to {target.layer.name}"
+
+
+def faults_of(root: Path) -> list[str]:
+    """Check a tree; one line for each fault, empty if the layers hold."""
+    modules, faults, graph = modules_of(root), [], {}
+    for module, path in sorted(modules.items()):
+        name = path.relative_to(root)
+        if path.stem == "__init__" and name.parts[0] in FOLDERS:
+            faults.append(f"{name}: these folders carry no __init__.py")
+            continue
+        if place_of(module) is None:
+            faults.append(f"{name}: not in the table: add it to the table of {TABLE}")
+        arrows = list(arrows_of(ast.parse(path.read_text("utf-8")), modules))
+        graph[module] = [arrow.target.removeprefix("tierkv.") for arrow in arrows]
+        reasons = [(arrow.line, why_not(module, arrow)) for arrow in arrows]
+        faults += dict.fromkeys(f"{name}:{line}: {reason}" for line, reason in reasons if reason)
+    return faults + [f"a cycle: {' -> '.join(cycle)}" for cycle in cycles_of(graph)]
+
+
+def cycles_of(graph: dict[str, list[str]]) -> list[list[str]]:
+    """Find import cycles, as the path that leads back to its first module."""
+    cycles: list[list[str]] = []
+    done: set[str] = set()
+
+    def visit(module: str, path: list[str]) -> None:
+        if module in path:
+            cycles.append([*path[path.index(module) :], module])
+        elif module not in done:
+            for target in graph.get(module, []):
+                visit(target, [*path, module])
+            done.add(module)
+
+    for module in graph:
+        visit(module, [])
+    return cycles
+
+
+IMPORT_WITH_BLOCKED = """
+import importlib, json, sys
+
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in blocked:
+            raise ImportError(f"{name} is blocked")
+
+blocked, modules = json.loads(sys.stdin.read())
+sys.meta_path.insert(0, Blocker())
+failures = {}
+for module in modules:
+    try:
+        importlib.import_module("tierkv." + module)
+    except ImportError as exc:
+        failures[module] = str(exc)
+print(json.dumps(failures))
+"""
+
+
+def run_python(code: str, root: Path, given: object = None) -> str:
+    """Run code in a fresh interpreter that finds tierkv in `root`; return what it printed."""
+    process = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1"},
+        input=json.dumps(given),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+def failures_without_torch(modules: list[str], root: Path) -> dict[str, str]:
+    """Import modules where torch and what needs it cannot be imported; say which of them fail, and why."""
+    blocked = ["torch", "transformers", "flash_attn", "triton"]
+    failures: dict[str, str] = json.loads(run_python(IMPORT_WITH_BLOCKED, root, [blocked, modules]))
+    return failures
+
+
+def torch_free_modules(root: Path) -> list[str]:
+    """Name the modules of a tree that the table promises to be importable without torch."""
+    places = {module: place_of(module) for module in modules_of(root)}
+    return sorted(
+        module
+        for module, place in places.items()
+        if place
+        and module not in TORCH_MODULES
+        and (place.layer.name not in TORCH_LAYERS or module in TORCH_FREE_MODULES)
+    )
+
+
+# --- The code --------------------------------------------------------------------------------------------
+
+
+def test_every_import_points_down() -> None:
+    faults = faults_of(ROOT)
+    assert not faults, "\n".join(faults)
+
+
+def test_the_checker_sees_the_modules_that_git_sees() -> None:
+    seen = modules_of(ROOT)
+    on_disk = [path for name in ("tierkv", *FOLDERS) for path in (ROOT / name).glob("*.py")]
+    assert {"index", "storage.warm", "__init__"} <= set(seen)
+    assert sorted(seen.values()) == sorted({*on_disk, *(ROOT / "tierkv/integrations").rglob("*.py")})
+
+
+def test_the_layers_below_a_layer_stand_above_it_in_the_table() -> None:
+    names = [layer.name for layer in LAYERS]
+    for position, layer in enumerate(LAYERS):
+        assert set(layer.below.split()) <= set(names[:position])
+
+
+def test_tests_never_import_the_folders_as_top_level_names() -> None:
+    offenders = [
+        f"{path.relative_to(ROOT)}:{arrow.line}"
+        for path in (ROOT / "tests").rglob("*.py")
+        for arrow in arrows_of(ast.parse(path.read_text("utf-8")), {})
+        if arrow.target.split(".")[0] in FOLDERS
+    ]
+    assert offenders == []
+
+
+def test_no_tool_has_the_name_of_a_standard_module() -> None:
+    """`python tools/some.py` puts tools/ first on the path: a tools/inspect.py would break every library."""
+    assert {path.stem for path in (ROOT / "tools").glob("*.py")} & sys.stdlib_module_names == set()
+
+
+def test_the_control_plane_is_importable_without_torch() -> None:
+    modules = torch_free_modules(ROOT)
+    assert {"block", "index", "policies", "storage.warm"} <= set(modules)
+    assert failures_without_torch(modules, ROOT) == {}
+
+
+def test_importing_tierkv_loads_nothing_else_of_ours_and_nothing_heavy() -> None:
+    loaded = json.loads(run_python("import tierkv, json, sys; print(json.dumps(list(sys.modules)))", ROOT))
+    assert [name for name in loaded if name.split(".")[0] in HEAVY or name.startswith("tierkv.")] == []
+
+
+# --- The checker, with violations planted ------------------------------------------------------------------
+
+
+def plant(root: Path, files: dict[str, str]) -> Path:
+    for name in ("tierkv", *FOLDERS):
+        (root / name).mkdir()
+    for name, text in {"tierkv/__init__.py": "", **files}.items():
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text(text, "utf-8")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "fault"),
+    [
+        ("tierkv/index.py", "from tierkv.cache import TierCache", "up, from control to facade"),
+        ("tierkv/index.py", "import tierkv.cache", "up, from control to facade"),
+        ("tierkv/index.py", "from tierkv import cache", "up, from control to facade"),
+        ("tierkv/index.py", "from tierkv import TierCache", "up, from control to package"),
+        ("tierkv/errors.py", "from tierkv.block import Tier", "sideways, from values to values"),
+        ("tierkv/index.py", "from tierkv.storage.cold import ColdStore", "up, from control to storage"),
+        ("storage/cold.py", "from tierkv.index import Index", "sideways, from storage to control"),
+        ("storage/codecs.py", "from tierkv.storage.cold import X", "sideways, from storage to storage"),
+        ("tierkv/mover.py", "from tierkv.index import Index", "sideways, from mover to control"),
+        ("tierkv/cache.py", "from tierkv.tools.cli import main", "up, from facade to tools"),
+        ("tierkv/integrations/vllm.py", "from tierkv.tools.cli import main", "up, from engine to tools"),
+        (
+            "tierkv/block.py",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from tierkv.index import Index",
+            "block.py:3: imports tierkv.index: an arrow up",
+        ),
+        ("tierkv/cache.py", "def f():\n    from tierkv.index import Index", "inside a function"),
+        (
+            "tierkv/cache.py",
+            "class A:\n    async def f(self):\n        import tierkv.index",
+            "inside a function",
+        ),
+        ("tierkv/cache.py", "f = lambda: importlib.import_module('tierkv.index')", "inside a function"),
+        ("tierkv/cache.py", "from .index import Index", "relative import"),
+        ("tierkv/cache.py", "from storage.cold import ColdStore", "write tierkv.storage.cold"),
+        ("tools/cli.py", "import storage", "write tierkv.storage"),
+        (
+            "tierkv/novelty.py",
+            "",
+            "novelty.py: not in the table: add it to the table of tests/test_layers.py",
+        ),
+        ("tierkv/cache.py", "from tierkv.novelty import News", "add it to the table"),
+        ("kernels/__init__.py", "", "carry no __init__.py"),
+    ],
+)
+def test_a_planted_violation_is_found(tmp_path: Path, file: str, text: str, fault: str) -> None:
+    root = plant(tmp_path, {"tierkv/cache.py": "", file: text})
+    faults = faults_of(root)
+    assert len(faults) == 1
+    assert file.rsplit("/", 1)[-1] in faults[0]
+    assert fault in faults[0]
+
+
+def test_a_cycle_among_modules_that_share_a_star_is_found(tmp_path: Path) -> None:
+    root = plant(
+        tmp_path,
+        {
+            "tools/cli.py": "def main():\n    from tierkv.tools.warm import warm",
+            "tools/warm.py": "import tierkv.tools.cli",
+        },
+    )
+    assert faults_of(root) == ["a cycle: tools.cli -> tools.warm -> tools.cli"]
+
+
+def test_arrows_that_point_down_are_allowed(tmp_path: Path) -> None:
+    root = plant(
+        tmp_path,
+        {
+            "tierkv/block.py": "from tierkv.errors import ConfigError",
+            "tierkv/mover.py": "from tierkv.storage.hot import HotPool\nfrom tierkv.kernels.gather import go",
+            "tierkv/cache.py": "from tierkv import block\nfrom tierkv.mover import Mover",
+            "tools/cli.py": "from tierkv import TierCache\ndef f():\n    from tierkv.tools.warm import warm",
+            "tools/warm.py": "import torch\nimport kernels_of_someone_else",
+        },
+    )
+    assert faults_of(root) == []
+
+
+def test_a_module_that_needs_torch_fails_where_torch_is_blocked(tmp_path: Path) -> None:
+    root = plant(
+        tmp_path,
+        {
+            "tierkv/index.py": "import torch.cuda",
+            "tierkv/policies.py": "import tierkv.index",
+            "tierkv/block.py": "import numpy",
+            "tierkv/cache.py": "import torch",
+        },
+    )
+    modules = torch_free_modules(root)
+    assert modules == ["block", "index", "policies"]
+    failures = failures_without_torch(modules, root)
+    assert sorted(failures) == ["index", "policies"]
+    assert "torch is blocked" in failures["policies"]

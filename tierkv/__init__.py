@@ -1,0 +1,61 @@
+"""tierkv: attention keys and values kept on GPU, in CPU memory and on disk, so that none is computed twice.
+
+The names below are loaded on first use: `import tierkv.index` costs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tierkv.block import Tier
+    from tierkv.cache import TierCache, load_cache_state, save_cache_state
+    from tierkv.config import CacheConfig
+    from tierkv.errors import TierKVError
+    from tierkv.layout import BlockLayout
+    from tierkv.namespace import Namespace
+    from tierkv.policies import EvictionPolicy
+    from tierkv.stats import CacheStats
+
+__all__ = [
+    "BlockLayout",
+    "CacheConfig",
+    "CacheStats",
+    "EvictionPolicy",
+    "Namespace",
+    "Tier",
+    "TierCache",
+    "TierKVError",
+    "__version__",
+    "load_cache_state",
+    "save_cache_state",
+]
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "BlockLayout": "tierkv.layout",
+    "CacheConfig": "tierkv.config",
+    "CacheStats": "tierkv.stats",
+    "EvictionPolicy": "tierkv.policies",
+    "Namespace": "tierkv.namespace",
+    "Tier": "tierkv.block",
+    "TierCache": "tierkv.cache",
+    "TierKVError": "tierkv.errors",
+    "load_cache_state": "tierkv.cache",
+    "save_cache_state": "tierkv.cache",
+}
+
+
+def __getattr__(name: str) -> object:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(home), name)
+    globals()[name] = value  # found without this function from now on
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

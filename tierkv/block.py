@@ -1,0 +1,102 @@
+"""The block: `block_size` tokens of K and V of every layer, and the hash that names it.
+
+A block hash is chained: xxh3-128 of the parent's block hash and the block's token ids as
+little-endian uint32. The parent of a first block is the namespace digest, so equal tokens of another
+model never meet. xxh3 is not collision-proof: whoever finds an entry by its hash must also compare
+parent and token ids (`same_block`), and a difference is a miss.
+
+Source: hash chaining of vLLM's prefix caching; comparing the tokens as nano-vLLM does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from enum import Enum
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from tierkv.errors import ConfigError
+
+__all__ = [
+    "HASH_BYTES",
+    "TOKEN_BYTES",
+    "BlockHash",
+    "HashFunction",
+    "Tier",
+    "TokenIds",
+    "as_token_array",
+    "common_run",
+    "hash_block",
+    "iter_chain",
+]
+
+HASH_BYTES = 16
+TOKEN_BYTES = 4
+
+BlockHash: TypeAlias = bytes
+"""16 bytes: the chained hash of a block, or the namespace digest at the root of a chain."""
+
+HashFunction: TypeAlias = Callable[[BlockHash, bytes], BlockHash]
+"""(parent's block hash, token ids as little-endian uint32) -> block hash. Injected by tests."""
+
+TokenIds: TypeAlias = "Sequence[int] | npt.NDArray[np.integer]"
+
+
+class Tier(Enum):
+    """Where a block's bytes lie. Ordered from fast to slow."""
+
+    HOT = "hot"
+    WARM = "warm"
+    COLD = "cold"
+
+
+def hash_block(parent: BlockHash, token_bytes: bytes) -> BlockHash:
+    """Return the chained hash of one block: 16 bytes, the same on every machine."""
+    return xxhash.xxh3_128_digest(parent + token_bytes)
+
+
+def as_token_array(token_ids: TokenIds) -> npt.NDArray[np.uint32]:
+    """Return token ids as a contiguous little-endian uint32 array (no copy if it is one).
+
+    Raises ConfigError for anything but a flat sequence of integers in [0, 2**32).
+    """
+    array = np.asarray(token_ids)
+    if array.size == 0:
+        return np.empty(0, dtype="<u4")
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise ConfigError(
+            f"token ids must be a flat sequence of integers, got {array.dtype} of shape {array.shape}"
+        )
+    if array.dtype != np.dtype("<u4"):
+        if int(array.min()) < 0 or int(array.max()) >= 1 << 32:
+            raise ConfigError("token ids must lie in [0, 2**32)")
+        array = array.astype("<u4")
+    return np.ascontiguousarray(array)
+
+
+def iter_chain(
+    root: BlockHash, token_bytes: bytes, block_size: int, hash_function: HashFunction = hash_block
+) -> Iterator[tuple[BlockHash, bytes]]:
+    """Yield (block hash, token bytes) of every whole block of a sequence, first to last.
+
+    token_bytes: the whole sequence as little-endian uint32. A tail shorter than a block is not hashed.
+    """
+    step = block_size * TOKEN_BYTES
+    parent = root
+    for start in range(0, len(token_bytes) - step + 1, step):
+        tokens = token_bytes[start : start + step]
+        parent = hash_function(parent, tokens)
+        yield parent, tokens
+
+
+def common_run(left: bytes, right: bytes) -> int:
+    """Return how many leading token ids two runs of token bytes have in common."""
+    size = min(len(left), len(right)) // TOKEN_BYTES
+    if left[: size * TOKEN_BYTES] == right[: size * TOKEN_BYTES]:
+        return size
+    a = np.frombuffer(left, dtype="<u4", count=size)
+    b = np.frombuffer(right, dtype="<u4", count=size)
+    return int(np.argmax(a != b))

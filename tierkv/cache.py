@@ -1,0 +1,521 @@
+"""TierCache: the facade over the three tiers. Engines talk to this and to nothing below it."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tierkv.block import TOKEN_BYTES, HashFunction, Tier, TokenIds, as_token_array, hash_block
+from tierkv.config import CacheConfig
+from tierkv.demotion import Demoter
+from tierkv.errors import CapacityError, ConfigError, NamespaceMismatchError
+from tierkv.index import Entry, Index
+from tierkv.lookup import Lookup, find_tail, look_up
+from tierkv.mover import Move, Mover, Ready
+from tierkv.namespace import Namespace, differing_fields
+from tierkv.policies import EvictionPolicy, make_policy
+from tierkv.promotion import Promoter
+from tierkv.sequence import Sequence
+from tierkv.stats import CacheStats, TierStats
+from tierkv.storage.codecs import Codec, codec_by_name, default_codec
+from tierkv.storage.cold import ColdStore
+from tierkv.storage.hot import HotPool, hot_pool_blocks
+from tierkv.storage.record import BlockInfo, encode_record, read_header
+from tierkv.storage.state_file import SavedState, StateFile, write_state_file
+from tierkv.storage.warm import WarmPool
+from tierkv.tiers import Place, Tiers
+
+__all__ = ["Match", "TierCache", "load_cache_state", "save_cache_state"]
+
+MIN_WARM_BLOCKS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """What a prompt would find: blocks and tokens by the tier that has them. Cold token ids are not yet compared."""
+
+    num_tokens: int
+    blocks: dict[Tier, int]
+    tokens: dict[Tier, int]
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Leading tokens that some tier has."""
+        return sum(self.tokens.values())
+
+
+class TierCache:
+    """Keys and values of one model, kept hot, warm and cold. Context manager; `close` may be called twice.
+
+    namespace: identity of the model and the layout of its blocks; other namespaces in the same store are
+    never read. device: where the hot pool lies and the model runs. cold: an open store to share with another
+    cache of this process; without one the cache opens `config.cold_path` itself and closes it.
+
+    Life of a request: `acquire` (or `match` to look first), compute the tokens that were not cached, `commit`
+    them, `append` and `commit` while decoding, `release`. Calls are thread-safe; a sequence belongs to one
+    thread. Damage, full disks and failed copies are misses that `stats` counts, never exceptions.
+    """
+
+    def __init__(
+        self,
+        config: CacheConfig,
+        *,
+        namespace: Namespace,
+        device: torch.device | str = "cpu",
+        cold: ColdStore | None = None,
+        policy: EvictionPolicy | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        hash_function: HashFunction = hash_block,
+    ) -> None:
+        self.config = config
+        self.namespace = namespace
+        self.layout = namespace.layout
+        if self.layout.block_size != config.block_size:
+            raise ConfigError(
+                f"block_size is {config.block_size}, but the layout's is {self.layout.block_size}"
+            )
+        self.device = torch.device(device)
+        codec = default_codec(self.layout.dtype) if config.codec == "auto" else codec_by_name(config.codec)
+        self._hash = hash_function
+        self._owns_cold = cold is None
+        self._sequences: set[Sequence] = set()
+        self._is_open = True
+        if cold is None and config.cold_path is not None:
+            cold = ColdStore(
+                config.cold_path, quota_bytes=config.cold_bytes, min_free_bytes=config.min_free_bytes
+            )
+        try:
+            if cold:
+                cold.open_namespace(namespace)
+            self._tiers = self._build(cold, codec, policy or make_policy(config.eviction_policy), clock)
+        except BaseException:
+            if cold and self._owns_cold:
+                cold.close()
+            raise
+        self._demoter = Demoter(self._tiers)
+        self._promoter = Promoter(self._tiers, self._demoter)
+
+    def __enter__(self) -> TierCache:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    @property
+    def hot(self) -> HotPool:
+        """The paged memory that attention reads."""
+        return self._tiers.hot
+
+    @property
+    def cold(self) -> ColdStore | None:
+        """The store on disk, if there is one."""
+        return self._tiers.cold
+
+    def match(self, token_ids: TokenIds) -> Match:
+        """Return how many leading tokens are cached, and where. Changes and reads nothing."""
+        token_bytes = as_token_array(token_ids).tobytes()
+        with self._tiers.changed:
+            found = self._look_up(token_bytes, len(token_bytes) // TOKEN_BYTES)
+        blocks = {tier: sum(hit.tier is tier for hit in found) for tier in Tier}
+        tokens = {tier: sum(hit.num_tokens for hit in found if hit.tier is tier) for tier in Tier}
+        return Match(len(token_bytes) // TOKEN_BYTES, blocks, tokens)
+
+    def acquire(self, token_ids: TokenIds, *, reuse: bool = True) -> Sequence:
+        """Return a sequence with room for every token, its cached prefix on the way into the hot pool.
+
+        At least one token is always left to compute. `reuse=False` takes room only and finds nothing.
+        Raises ConfigError for an empty prompt, CapacityError where the hot pool has no room beside what is in use.
+        """
+        token_bytes = as_token_array(token_ids).tobytes()
+        num_tokens = len(token_bytes) // TOKEN_BYTES
+        if not num_tokens:
+            raise ConfigError("a prompt needs at least one token")
+        num_blocks = -(-num_tokens // self.config.block_size)
+        with self._tiers.changed:
+            found = self._look_up(token_bytes, num_tokens - 1) if reuse else Lookup([], None, False)
+            pinned = self._promoter.pin(found)
+        promoted = self._promoter.promote(found, pinned, num_blocks=num_blocks)
+        num_whole = sum(
+            hit.num_tokens == self.config.block_size and hit is not found.tail for hit in promoted.hits
+        )
+        sequence = Sequence(
+            token_bytes=bytearray(token_bytes),
+            block_table=promoted.block_table,
+            num_cached_tokens=sum(hit.num_tokens for hit in promoted.hits),
+            cached_tokens={tier: sum(h.num_tokens for h in promoted.hits if h.tier is tier) for tier in Tier},
+            chain=[hit.block_hash for hit in promoted.hits[:num_whole]],
+            loads=promoted.loads,
+            is_cacheable=reuse,
+        )
+        with self._tiers.changed:
+            self._sequences.add(sequence)
+            self._count(sequence, num_blocks, len(promoted.hits), found.has_collision)
+            for hit in promoted.hits:
+                self._tiers.stats.hits[hit.tier] += 1
+                self._tiers.stats.hit_tokens[hit.tier] += hit.num_tokens
+                if entry := self._tiers.index.get(hit.block_hash, hit.parent_hash, hit.token_bytes):
+                    self._tiers.index.touch(entry)
+        if self.cold:
+            self.cold.touch([hit.block_hash for hit in promoted.hits])
+        return sequence
+
+    def append(self, sequence: Sequence, token_ids: TokenIds) -> None:
+        """Add tokens to a sequence and take the blocks that they need. Raises CapacityError, nothing added."""
+        token_bytes = as_token_array(token_ids).tobytes()
+        num_tokens = sequence.num_tokens + len(token_bytes) // TOKEN_BYTES
+        missing = -(-num_tokens // self.config.block_size) - len(sequence.block_table)
+        if missing > 0:
+            sequence.block_table.extend(self._demoter.take_hot(missing))
+        sequence.token_bytes += token_bytes
+
+    def commit(self, sequence: Sequence, num_computed_tokens: int, *, tail: bool = False) -> int:
+        """Register the blocks whose K and V are now computed, so that others find them. Return how many were new.
+
+        num_computed_tokens: leading tokens of the sequence, cached ones included, whose K and V have been
+        written (or queued to be, on the current stream). tail: also store the partly filled block at the end.
+        A block whose hash another one has taken stays private, and so does what follows it.
+        """
+        if num_computed_tokens > sequence.num_tokens:
+            raise ConfigError(f"{num_computed_tokens} tokens computed of a sequence of {sequence.num_tokens}")
+        if not sequence.is_cacheable:
+            return 0
+        size = self.config.block_size
+        num_new = 0
+        with self._tiers.changed:
+            written = self._tiers.mover.mark()
+            while len(sequence.chain) < num_computed_tokens // size and sequence.is_cacheable:
+                at = len(sequence.chain)
+                num_new += self._register(sequence, at, size, written)
+            num_tail = num_computed_tokens - len(sequence.chain) * size
+            if tail and sequence.is_cacheable and num_tail:
+                num_new += self._register(sequence, len(sequence.chain), num_tail, written)
+        return num_new
+
+    def fork(self, sequence: Sequence) -> Sequence:
+        """Return a second sequence with the same tokens, for parallel sampling.
+
+        Whole blocks are shared; the partly filled last block is copied, so that the two may part ways.
+        """
+        size = self.config.block_size
+        num_shared = sequence.num_tokens // size
+        own = self._demoter.take_hot(len(sequence.block_table) - num_shared)
+        pool = self._tiers.index.hot
+        with self._tiers.changed:
+            for block_id in sequence.block_table[:num_shared]:
+                pool.pin(block_id)
+        sequence.wait_layer(0)
+        copied = self._tiers.mover.copy(
+            [Move(s, t) for s, t in zip(sequence.block_table[num_shared:], own, strict=True)]
+        )
+        forked = Sequence(
+            token_bytes=bytearray(sequence.token_bytes),
+            block_table=[*sequence.block_table[:num_shared], *own],
+            num_cached_tokens=sequence.num_cached_tokens,
+            cached_tokens=dict(sequence.cached_tokens),
+            chain=list(sequence.chain),
+            loads=[copied],
+            is_cacheable=sequence.is_cacheable,
+        )
+        with self._tiers.changed:
+            self._sequences.add(forked)
+        return forked
+
+    def release(self, sequence: Sequence) -> None:
+        """End a sequence: registered blocks stay cached, the others are free. May be called twice."""
+        if sequence.is_released:
+            return
+        sequence.is_released = True
+        with self._tiers.changed:
+            self._sequences.discard(sequence)
+        self._tiers.unpin(Place(Tier.HOT, block_id) for block_id in sequence.block_table)
+
+    def pin(self, token_ids: TokenIds) -> int:
+        """Keep a cached prompt's blocks in every tier that has them, on disk also after a restart.
+
+        Return how many blocks that are; `unpin` takes it back.
+        """
+        return self._set_pinned(token_ids, True)
+
+    def unpin(self, token_ids: TokenIds) -> int:
+        """Let a prompt's blocks be evicted again. Return how many blocks that are."""
+        return self._set_pinned(token_ids, False)
+
+    def evict(self, tier: Tier, count: int | None = None) -> int:
+        """Evict up to `count` blocks (all that may go, if None) from the hot or the warm tier.
+
+        Children go before parents; what nobody has written down yet is written first. Return how many went.
+        """
+        if tier is Tier.COLD:
+            raise ConfigError("the cold tier is evicted through its store: cache.cold.evict(...)")
+        with self._tiers.changed:
+            pool = self._tiers.index.pool(tier)
+            wanted = pool.capacity if count is None else count
+            before = pool.free_count
+            if tier is Tier.WARM:
+                self._tiers.evict_warm(wanted)
+            else:
+                self._demoter.evict_hot(wanted)
+            return pool.free_count - before
+
+    def flush(self) -> None:
+        """Wait until every committed block has been written to the lower tiers and synced to disk."""
+        self._demoter.flush()
+        if self.cold:
+            self.cold.flush()
+
+    def save_cache_state(self, path: str | Path) -> SavedState:
+        """Write every cached block of this namespace into one file, atomically. Raises StoreError."""
+        self.flush()
+        return write_state_file(
+            Path(path),
+            namespace=self.namespace.digest,
+            description=self.namespace.describe(),
+            records=self._iter_records(),
+        )
+
+    def load_cache_state(self, path: str | Path) -> int:
+        """Open a state file as one more source of cold blocks; they come up on demand. Return how many it has.
+
+        Raises NamespaceMismatchError naming what differs, StoreError for a file that is none or not whole.
+        """
+        state = StateFile(Path(path))
+        if state.namespace != self.namespace.digest:
+            state.close()
+            mine = {"name": self.namespace.name, **self.namespace.identity()}
+            names = ", ".join(differing_fields(state.description, mine)) or "salt"
+            raise NamespaceMismatchError(f"{path} was saved for another model or setting: {names} differ")
+        with self._tiers.changed:
+            self._tiers.states.append(state)
+        return len(state)
+
+    def stats(self) -> CacheStats:
+        """Return counters and sizes as they are now."""
+        tiers, layout = self._tiers, self.layout
+        cold = self.cold.stats() if self.cold else None
+        with tiers.changed:
+            hot, warm = tiers.index.hot, tiers.index.warm
+            free_runs = hot.free_runs()
+            sizes = {
+                tier: TierStats(
+                    blocks=pool.used_count,
+                    used_bytes=pool.used_count * layout.block_bytes,
+                    stored_bytes=pool.used_count * layout.block_bytes,
+                    capacity_bytes=pool.capacity * layout.block_bytes,
+                )
+                for tier, pool in ((Tier.HOT, hot), (Tier.WARM, warm))
+            }
+            if cold:
+                sizes[Tier.COLD] = TierStats(
+                    blocks=cold.blocks,
+                    used_bytes=cold.raw_bytes,
+                    stored_bytes=cold.live_bytes,
+                    capacity_bytes=cold.quota_bytes,
+                    evictions=cold.evicted_blocks,
+                )
+            return tiers.stats.snapshot(
+                sizes,
+                avg_shared_blocks=self._avg_shared_blocks(),
+                fragmentation_ratio=1 - max(free_runs) / sum(free_runs) if free_runs else 0.0,
+            )
+
+    def set_eviction_policy(self, policy: str | EvictionPolicy) -> None:
+        """Choose victims by another policy from now on: a name, or any object that satisfies the Protocol."""
+        with self._tiers.changed:
+            self._tiers.index.set_policy(make_policy(policy) if isinstance(policy, str) else policy)
+
+    def check(self) -> None:
+        """Raise AssertionError unless every invariant holds: no slot leaked or used twice, no child without parent.
+
+        Waits for writes and copies in flight, so that every reference can be accounted for.
+        """
+        self._demoter.flush()
+        with self._tiers.changed:
+            while self._tiers.in_flight:
+                self._tiers.in_flight[0][0].synchronize()
+                self._tiers.reap()
+            self._tiers.index.check()
+            users = [0] * self._tiers.index.hot.capacity
+            for sequence in self._sequences:
+                for block_id in sequence.block_table:
+                    users[block_id] += 1
+            for block_id, count in enumerate(users):
+                held = self._tiers.index.hot.reference_count(block_id)
+                assert held == count, f"block {block_id} has {count} users but a reference count of {held}"
+        if self.cold:
+            self.cold.check()
+
+    def close(self) -> None:
+        """Write what is queued, then give back memory, files and threads. Running sequences become invalid."""
+        if not self._is_open:
+            return
+        self._is_open = False
+        self._demoter.close()
+        self._tiers.threads.shutdown()
+        self._tiers.mover.close()
+        self._tiers.warm.close()
+        for state in self._tiers.states:
+            state.close()
+        if self.cold and self._owns_cold:
+            self.cold.close()
+
+    def _build(
+        self, cold: ColdStore | None, codec: Codec, policy: EvictionPolicy, clock: Callable[[], float]
+    ) -> Tiers:
+        config, layout = self.config, self.layout
+        num_hot = hot_pool_blocks(
+            layout, self.device, hot_bytes=config.hot_bytes, hot_fraction=config.hot_fraction
+        )
+        num_warm = config.warm_bytes // layout.block_bytes
+        if num_warm < MIN_WARM_BLOCKS:
+            raise CapacityError(
+                f"warm_bytes {config.warm_bytes} holds {num_warm} blocks of {layout.block_bytes} bytes",
+                hint=f"at least {MIN_WARM_BLOCKS} are needed",
+            )
+        hot = HotPool(layout, num_hot, self.device)
+        warm = WarmPool(layout.block_bytes, num_warm, num_threads=config.num_io_threads)
+        return Tiers(
+            layout=layout,
+            namespace=self.namespace.digest,
+            codec=codec,
+            index=Index(
+                root=self.namespace.digest, num_hot=num_hot, num_warm=num_warm, policy=policy, clock=clock
+            ),
+            hot=hot,
+            warm=warm,
+            mover=Mover(hot, warm),
+            cold=cold,
+            threads=ThreadPoolExecutor(config.num_io_threads, thread_name_prefix="tierkv-io"),
+        )
+
+    def _look_up(self, token_bytes: bytes, max_tokens: int) -> Lookup:
+        return look_up(
+            self._tiers.index,
+            self._tiers.sources,
+            token_bytes,
+            block_size=self.config.block_size,
+            max_tokens=max_tokens,
+            min_partial_tokens=self.config.min_partial_tokens,
+            hash_function=self._hash,
+        )
+
+    def _register(self, sequence: Sequence, at: int, num_tokens: int, written: Ready) -> int:
+        """Make one computed block findable. Return 1 if no tier had it. The caller holds the lock."""
+        tiers, index = self._tiers, self._tiers.index
+        parent = sequence.chain[at - 1] if at else index.root
+        start = at * self.config.block_size * TOKEN_BYTES
+        tokens = bytes(sequence.token_bytes[start : start + num_tokens * TOKEN_BYTES])
+        block_hash = self._hash(parent, tokens)
+        if index.collides(block_hash, parent, tokens):
+            tiers.stats.collisions += 1
+            sequence.is_cacheable = False
+            return 0
+        if num_tokens < self.config.block_size:
+            if find_tail(index, tiers.sources, parent, tokens, num_tokens):
+                return 0
+            self._demoter.write_down(block_hash, parent, tokens, sequence.block_table[at], written)
+            return 1
+        entry = index.insert(block_hash, parent, tokens)
+        assert entry, "the parent of a running sequence's block is in use, so the index knows it"
+        sequence.chain.append(block_hash)
+        if entry.block_id is not None:
+            self._share(sequence, at, entry.block_id)
+            return 0
+        is_new = entry.warm_slot is None and not entry.in_cold
+        index.attach(entry, Tier.HOT, sequence.block_table[at])
+        if is_new and self.config.write_through:
+            self._demoter.write_down(block_hash, parent, tokens, sequence.block_table[at], written)
+        return int(is_new)
+
+    def _share(self, sequence: Sequence, at: int, block_id: int) -> None:
+        """Let a sequence use the block that is registered instead of its own copy of the same tokens."""
+        own = sequence.block_table[at]
+        if own == block_id:
+            return
+        self._tiers.index.hot.pin(block_id)
+        if arriving := self._tiers.arriving.get(block_id):
+            sequence.loads.append(arriving)
+        sequence.block_table[at] = block_id
+        self._tiers.index.unpin(Tier.HOT, own)
+
+    def _count(self, sequence: Sequence, num_blocks: int, num_hits: int, has_collision: bool) -> None:
+        stats = self._tiers.stats
+        stats.requests += 1
+        stats.prompt_tokens += sequence.num_tokens
+        stats.misses += num_blocks - num_hits
+        stats.collisions += has_collision
+
+    def _set_pinned(self, token_ids: TokenIds, pinned: bool) -> int:
+        token_bytes = as_token_array(token_ids).tobytes()
+        with self._tiers.changed:
+            found = list(self._look_up(token_bytes, len(token_bytes) // TOKEN_BYTES))
+            for hit in found:
+                if hit.entry:
+                    self._tiers.index.set_pinned(hit.entry, pinned)
+        if self.cold:
+            self.cold.set_pinned([hit.block_hash for hit in found], pinned)
+        return len(found)
+
+    def _avg_shared_blocks(self) -> float:
+        users: Counter[int] = Counter()
+        for sequence in self._sequences:
+            users.update(sequence.block_table)
+        shared = sum(users[block] > 1 for sequence in self._sequences for block in sequence.block_table)
+        return shared / len(self._sequences) if self._sequences else 0.0
+
+    def _iter_records(self) -> Iterator[bytes]:
+        """Yield the record of every block that some tier has, each once."""
+        seen: set[bytes] = set()
+        if self.cold:
+            for block_hash, _ in list(self.cold.iter_entries(self.namespace.digest)):
+                record = self.cold.read_record(block_hash)
+                if record is not None:
+                    seen.add(block_hash)
+                    yield record
+        with self._tiers.changed:
+            entries = [entry for entry in self._tiers.index if entry.block_hash not in seen]
+        for entry in entries:
+            block = self._copy_of(entry)
+            if block is not None:
+                seen.add(entry.block_hash)
+                yield self._encode(entry, block)
+        for state in self._tiers.states:
+            yield from (
+                record for record in state.iter_records() if read_header(record).info.block_hash not in seen
+            )
+
+    def _copy_of(self, entry: Entry) -> npt.NDArray[np.uint8] | None:
+        """Return a copy of an entry's bytes from the warm or the hot tier, or None if it has left both."""
+        with self._tiers.changed:
+            if entry.warm_slot is not None:
+                return self._tiers.warm.slots[entry.warm_slot].copy()
+            if entry.block_id is not None:
+                block: npt.NDArray[np.uint8] = self.hot.bytes_view[entry.block_id].cpu().numpy().copy()
+                return block
+            return None
+
+    def _encode(self, entry: Entry, block: npt.NDArray[np.uint8]) -> bytes:
+        info = BlockInfo(
+            block_hash=entry.block_hash,
+            parent=entry.parent_hash,
+            token_bytes=entry.token_bytes,
+            namespace=self.namespace.digest,
+        )
+        return encode_record(info, block, layout=self.layout, codec=self._tiers.codec).data.tobytes()
+
+
+def save_cache_state(cache: TierCache, path: str | Path) -> SavedState:
+    """Write everything that a cache holds into one file, atomically. See `TierCache.save_cache_state`."""
+    return cache.save_cache_state(path)
+
+
+def load_cache_state(cache: TierCache, path: str | Path) -> int:
+    """Let a cache find the blocks of a state file; returns at once. See `TierCache.load_cache_state`."""
+    return cache.load_cache_state(path)

@@ -1,0 +1,51 @@
+"""What a cache is built with: one frozen value, validated once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tierkv.errors import ConfigError
+
+__all__ = ["CacheConfig"]
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig:
+    """Sizes and places of the three tiers. Units are in the names; sizes are fixed when the cache opens.
+
+    cold_path: directory of the LMDB store; None keeps nothing on disk.
+    hot_bytes: size of the hot pool; None takes `hot_fraction` of the GPU memory that is free at opening,
+        or 1 GiB on a machine without a GPU.
+    warm_bytes: page-locked memory, taken once at opening.
+    write_through: write every block to the lower tiers behind the request; False writes a block only when
+        the hot pool needs its room.
+    """
+
+    cold_path: Path | None = None
+    block_size: int = 256
+    hot_bytes: int | None = None
+    hot_fraction: float = 0.5
+    warm_bytes: int = GIB
+    cold_bytes: int = 64 * GIB
+    min_free_bytes: int = GIB
+    write_through: bool = True
+    codec: str = "auto"
+    eviction_policy: str = "lru"
+    num_io_threads: int = 4
+    min_partial_tokens: int = 1
+
+    def __post_init__(self) -> None:
+        if self.cold_path is not None:
+            object.__setattr__(self, "cold_path", Path(self.cold_path).expanduser())
+        for name in ("block_size", "warm_bytes", "cold_bytes", "num_io_threads", "min_partial_tokens"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.hot_bytes is not None and self.hot_bytes <= 0:
+            raise ConfigError(f"hot_bytes must be positive, got {self.hot_bytes}")
+        if not 0 < self.hot_fraction < 1:
+            raise ConfigError(f"hot_fraction must lie between 0 and 1, got {self.hot_fraction}")
+        if self.min_free_bytes < 0:
+            raise ConfigError(f"min_free_bytes must not be negative, got {self.min_free_bytes}")

@@ -1,0 +1,186 @@
+"""The way down: blocks are copied to the warm tier and encoded into the cold one behind the request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tierkv.block import BlockHash, Tier
+from tierkv.errors import CapacityError
+from tierkv.index import Entry
+from tierkv.mover import Move, Ready
+from tierkv.storage.outcomes import PutOutcome
+from tierkv.storage.record import BlockInfo, EncodedRecord, encode_record
+from tierkv.tiers import Place, Tiers
+from tierkv.write_behind import WriteBehind
+
+__all__ = ["Demoter"]
+
+_BATCH_BLOCKS = 8
+_QUEUE_BLOCKS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """A block in the hot pool, pinned for this job, whose K and V are computed once `written` has passed."""
+
+    block_hash: BlockHash
+    parent_hash: BlockHash
+    token_bytes: bytes
+    block_id: int
+    written: Ready
+
+
+class Demoter:
+    """Writes blocks down and makes room in the hot pool.
+
+    One thread does the writing. It keeps a warm slot of its own, so that it always gets on: everyone who
+    waits for room waits for it.
+    """
+
+    def __init__(self, tiers: Tiers) -> None:
+        self._tiers = tiers
+        self._staging = tiers.index.warm.allocate(1)[0]
+        self._failed: set[BlockHash] = set()
+        self._queue = WriteBehind(self._process, capacity=_QUEUE_BLOCKS, batch_size=_BATCH_BLOCKS)
+
+    def write_down(
+        self, block_hash: BlockHash, parent_hash: BlockHash, token_bytes: bytes, block_id: int, written: Ready
+    ) -> None:
+        """Queue a block for the lower tiers; the caller holds the lock and a pin on the block.
+
+        A full queue drops the block, which is counted: a request never waits for a disk.
+        """
+        self._tiers.index.hot.pin(block_id)
+        if not self._queue.offer(_Job(block_hash, parent_hash, token_bytes, block_id, written)):
+            self._tiers.index.unpin(Tier.HOT, block_id)
+            self._tiers.stats.skipped_writes += 1
+
+    def take_hot(self, count: int) -> list[int]:
+        """Return `count` block ids, each pinned once, evicting and demoting as needed.
+
+        Raises CapacityError if even an idle cache could not make that much room beside what is in use.
+        """
+        tiers = self._tiers
+        with tiers.changed:
+            while True:
+                tiers.reap()
+                was_idle = not self._queue.pending and not tiers.in_flight
+                short = count - tiers.index.hot.free_count
+                if short > 0:
+                    self.evict_hot(short)
+                if tiers.index.hot.free_count >= count:
+                    block_ids = tiers.index.hot.allocate(count)
+                    for block_id in block_ids:
+                        if arriving := tiers.arriving.pop(block_id, None):
+                            arriving.wait()
+                    return block_ids
+                if was_idle and not self._queue.pending:
+                    raise CapacityError(
+                        f"the hot pool has no room for {count} more blocks: {tiers.index.hot.free_count} of "
+                        f"{tiers.index.hot.capacity} are free and the rest is in use or pinned",
+                        hint="raise hot_bytes, or run fewer sequences at once",
+                    )
+                tiers.wait()
+
+    def evict_hot(self, count: int) -> None:
+        """Evict up to `count` blocks; those that no lower tier has yet are queued to be written first.
+
+        The caller holds the lock.
+        """
+        tiers = self._tiers
+        for victim in tiers.index.select_victims(Tier.HOT, count):
+            assert victim.block_id is not None
+            if self._must_write_first(victim):
+                self.write_down(
+                    victim.block_hash,
+                    victim.parent_hash,
+                    victim.token_bytes,
+                    victim.block_id,
+                    tiers.mover.mark(),
+                )
+            elif victim.hot_children == 0:
+                self._failed.discard(victim.block_hash)
+                tiers.index.detach(victim, Tier.HOT)
+                tiers.stats.evictions[Tier.HOT] += 1
+
+    def flush(self) -> None:
+        """Wait until everything queued so far lies where it was to be written."""
+        self._queue.flush()
+
+    def close(self) -> None:
+        """Write what is queued and stop. May be called twice."""
+        self._queue.close()
+
+    def _must_write_first(self, entry: Entry) -> bool:
+        has_copy = entry.warm_slot is not None or entry.in_cold
+        return not has_copy and entry.block_hash not in self._failed
+
+    def _process(self, jobs: list[_Job]) -> None:
+        while jobs:
+            slots = self._tiers.try_take_warm(len(jobs))
+            is_kept = bool(slots)
+            slots = slots or [self._staging]
+            batch, jobs = jobs[: len(slots)], jobs[len(slots) :]
+            self._write_batch(batch, slots, is_kept=is_kept)
+
+    def _write_batch(self, jobs: list[_Job], slots: list[int], *, is_kept: bool) -> None:
+        tiers = self._tiers
+        held = [Place(Tier.HOT, job.block_id) for job in jobs]
+        try:
+            for job, slot in zip(jobs, slots, strict=True):
+                copied = tiers.mover.demote([Move(job.block_id, slot)], after=job.written)
+            copied.synchronize()
+            with tiers.changed:
+                if is_kept:
+                    for job, slot in zip(jobs, slots, strict=True):
+                        self._attach_warm(job, slot)
+            tiers.unpin(held)
+            held = []
+            self._store(jobs, slots)
+        finally:
+            with tiers.changed:
+                for job in jobs:
+                    entry = tiers.index.get(job.block_hash, job.parent_hash, job.token_bytes)
+                    if entry and entry.warm_slot is None and not entry.in_cold:
+                        self._failed.add(job.block_hash)
+                tiers.unpin(held)
+                tiers.unpin(Place(Tier.WARM, slot) for slot in slots if is_kept)
+
+    def _attach_warm(self, job: _Job, slot: int) -> None:
+        entry = self._tiers.index.insert(job.block_hash, job.parent_hash, job.token_bytes)
+        if entry and entry.warm_slot is None:
+            self._tiers.index.attach(entry, Tier.WARM, slot)
+            self._tiers.stats.bytes_in[Tier.WARM] += self._tiers.layout.packed_bytes(entry.num_tokens)
+
+    def _store(self, jobs: Sequence[_Job], slots: Sequence[int]) -> None:
+        """Encode blocks from their warm slots and put those that the store lacks, parents before children."""
+        tiers = self._tiers
+        cold = tiers.cold
+        if cold is None:
+            return
+        missing = [
+            (job, slot) for job, slot in zip(jobs, slots, strict=True) if not cold.contains(job.block_hash)
+        ]
+        outcomes = cold.put(list(tiers.threads.map(self._encode, missing)))
+        with tiers.changed:
+            for (job, _), outcome in zip(missing, outcomes, strict=True):
+                if outcome not in (PutOutcome.STORED, PutOutcome.EXISTS):
+                    tiers.stats.skipped_writes += 1
+                    continue
+                tiers.stats.bytes_in[Tier.COLD] += tiers.layout.packed_bytes(len(job.token_bytes) // 4)
+                entry = tiers.index.get(job.block_hash, job.parent_hash, job.token_bytes)
+                if entry:
+                    entry.in_cold = True
+
+    def _encode(self, job_and_slot: tuple[_Job, int]) -> EncodedRecord:
+        job, slot = job_and_slot
+        info = BlockInfo(
+            block_hash=job.block_hash,
+            parent=job.parent_hash,
+            token_bytes=job.token_bytes,
+            namespace=self._tiers.namespace,
+        )
+        return encode_record(
+            info, self._tiers.warm.slots[slot], layout=self._tiers.layout, codec=self._tiers.codec
+        )

@@ -1,0 +1,72 @@
+"""Every error that tierkv raises on purpose.
+
+TierKVError
+├── ConfigError (ValueError)     an option or an argument that cannot work
+├── ShapeError (ValueError)      a tensor or buffer of the wrong shape, dtype or device
+├── CapacityError                a tier has no room and nothing may be evicted
+├── UnsupportedModelError        a model whose K and V cannot be reused by prefix
+├── StoreError                   the cold store or a state file cannot be used
+│   ├── FormatVersionError       written by another version of the format
+│   ├── NamespaceMismatchError   written for another model, dtype, layout or salt
+│   └── CorruptBlockError        bytes that do not match their checksum or header
+└── DaemonError                  the daemon cannot be reached, or refused
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CapacityError",
+    "ConfigError",
+    "CorruptBlockError",
+    "DaemonError",
+    "FormatVersionError",
+    "NamespaceMismatchError",
+    "ShapeError",
+    "StoreError",
+    "TierKVError",
+    "UnsupportedModelError",
+]
+
+
+class TierKVError(Exception):
+    """Root of the tree. `hint` says what the reader can do; it is part of the message."""
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        self.hint = hint
+        super().__init__(f"{message} ({hint})" if hint else message)
+
+
+class ConfigError(TierKVError, ValueError):
+    """An option or an argument that cannot work."""
+
+
+class ShapeError(TierKVError, ValueError):
+    """A tensor or buffer of the wrong shape, dtype or device."""
+
+
+class CapacityError(TierKVError):
+    """A tier has no room and nothing in it may be evicted."""
+
+
+class UnsupportedModelError(TierKVError):
+    """A model whose keys and values cannot be reused by prefix; the message says why."""
+
+
+class StoreError(TierKVError):
+    """The cold store or a state file cannot be used."""
+
+
+class FormatVersionError(StoreError):
+    """Bytes written by another version of the format."""
+
+
+class NamespaceMismatchError(StoreError):
+    """Bytes written for another model, dtype, layout, block size or salt."""
+
+
+class CorruptBlockError(StoreError):
+    """Bytes that do not match their checksum, header or length."""
+
+
+class DaemonError(TierKVError):
+    """The daemon cannot be reached, or refused the request."""

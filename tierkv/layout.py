@@ -1,0 +1,126 @@
+"""How the bytes of one block are laid out: the same in the hot, the warm and the cold tier.
+
+A block is, layer after layer, K `[block_size, kv_heads, k_dim]` then V `[block_size, kv_heads, v_dim]`,
+contiguous: for equal layers that is `[layers, 2, block_size, kv_heads, head_dim]`. Layers may differ in
+heads and dims, and K from V; the offsets say where each lies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from tierkv.errors import ConfigError
+
+__all__ = ["DTYPE_BYTES", "BlockLayout", "LayerLayout", "Run"]
+
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8, "float8_e4m3fn": 1, "float8_e5m2": 1}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerLayout:
+    """Heads and dims of one attention layer. `k_dim` and `v_dim` differ in MLA."""
+
+    kv_heads: int
+    k_dim: int
+    v_dim: int
+
+    def __post_init__(self) -> None:
+        if min(self.kv_heads, self.k_dim, self.v_dim) <= 0:
+            raise ConfigError(f"a layer's heads and dims must be positive, got {self}")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One layer's K or V inside a block: `block_size` tokens of `token_bytes` bytes from `offset_bytes`."""
+
+    offset_bytes: int
+    token_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockLayout:
+    """Shape and dtype of a block. Equal layouts hold interchangeable bytes."""
+
+    block_size: int
+    dtype: str
+    layers: tuple[LayerLayout, ...]
+
+    def __post_init__(self) -> None:
+        if self.block_size <= 0:
+            raise ConfigError(f"block_size must be positive, got {self.block_size}")
+        if self.dtype not in DTYPE_BYTES:
+            raise ConfigError(f"dtype {self.dtype!r} is not one of {', '.join(sorted(DTYPE_BYTES))}")
+        if not self.layers:
+            raise ConfigError("a layout needs at least one layer")
+
+    @classmethod
+    def uniform(
+        cls, *, num_layers: int, block_size: int, kv_heads: int, head_dim: int, dtype: str
+    ) -> BlockLayout:
+        """Return the layout of a model whose layers are all alike and whose K and V have one dim."""
+        layer = LayerLayout(kv_heads=kv_heads, k_dim=head_dim, v_dim=head_dim)
+        return cls(block_size=block_size, dtype=dtype, layers=(layer,) * num_layers)
+
+    @property
+    def num_layers(self) -> int:
+        """How many attention layers a block covers."""
+        return len(self.layers)
+
+    @property
+    def item_bytes(self) -> int:
+        """Bytes of one element."""
+        return DTYPE_BYTES[self.dtype]
+
+    @cached_property
+    def runs(self) -> tuple[Run, ...]:
+        """The 2 * num_layers contiguous runs of a block: K and V of layer 0, of layer 1, ..."""
+        runs: list[Run] = []
+        offset = 0
+        for layer in self.layers:
+            for dim in (layer.k_dim, layer.v_dim):
+                token_bytes = layer.kv_heads * dim * self.item_bytes
+                runs.append(Run(offset, token_bytes))
+                offset += token_bytes * self.block_size
+        return tuple(runs)
+
+    @cached_property
+    def token_bytes(self) -> int:
+        """Bytes of K and V of one token, all layers."""
+        return sum(run.token_bytes for run in self.runs)
+
+    @cached_property
+    def block_bytes(self) -> int:
+        """Bytes of one whole block."""
+        return self.token_bytes * self.block_size
+
+    def packed_bytes(self, num_tokens: int) -> int:
+        """Bytes of the first `num_tokens` tokens of a block, every layer, without the gaps between."""
+        return self.token_bytes * num_tokens
+
+    def iter_packed(self, num_tokens: int) -> Iterator[tuple[int, int, int]]:
+        """Yield (offset in the block, offset in the packed bytes, length) for each run of a partial block."""
+        packed = 0
+        for run in self.runs:
+            length = run.token_bytes * num_tokens
+            yield run.offset_bytes, packed, length
+            packed += length
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, for the namespace and for humans."""
+        return {
+            "block_size": self.block_size,
+            "dtype": self.dtype,
+            "layers": [[layer.kv_heads, layer.k_dim, layer.v_dim] for layer in self.layers],
+        }
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> BlockLayout:
+        """Return the layout that `to_dict` described. Raises ConfigError if it is none."""
+        try:
+            layers = tuple(LayerLayout(kv_heads=h, k_dim=k, v_dim=v) for h, k, v in value["layers"])
+            return cls(block_size=value["block_size"], dtype=value["dtype"], layers=layers)
+        except (KeyError, TypeError, ValueError) as exc:
+            raise ConfigError(f"not a block layout: {exc}") from exc

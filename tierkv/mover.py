@@ -1,0 +1,172 @@
+"""Moves the bytes of whole blocks between the hot and the warm tier; decides nothing.
+
+On a GPU each direction has a stream of its own and one copy moves a whole block, so the copy engines work at
+the link's speed and no multiprocessor is taken from the model. On a CPU the same calls copy at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from tierkv.errors import StoreError
+from tierkv.storage.hot import HotPool
+from tierkv.storage.warm import WarmPool
+
+__all__ = ["Done", "Move", "Mover", "Ready"]
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One block from a place to a place: block ids in the hot pool, slots in the warm pool."""
+
+    source: int
+    target: int
+
+
+class Ready(Protocol):
+    """When the bytes of a batch of moves are where they belong."""
+
+    def wait(self) -> None:
+        """Make the current stream wait; returns at once."""
+
+    def synchronize(self) -> None:
+        """Block this thread until they are."""
+
+    def is_done(self) -> bool:
+        """Tell whether they are, without waiting."""
+
+
+class Done:
+    """Ready at once: copies on a CPU have ended when the call returns."""
+
+    def wait(self) -> None:
+        """Nothing to wait for."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def is_done(self) -> bool:
+        """Return True."""
+        return True
+
+
+class _CudaReady:
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._event = torch.cuda.Event()
+        self._event.record(stream)
+
+    def wait(self) -> None:
+        self._event.wait()
+
+    def synchronize(self) -> None:
+        self._event.synchronize()
+
+    def is_done(self) -> bool:
+        return bool(self._event.query())
+
+
+class Mover:
+    """Copies between one hot pool and one warm pool. Close it before the warm pool is closed.
+
+    The warm slab is registered with CUDA for its lifetime. A failed copy raises StoreError and may have
+    written part of the targets: the caller must not use them.
+    """
+
+    def __init__(self, hot: HotPool, warm: WarmPool) -> None:
+        self._hot = hot.bytes_view
+        self._warm = torch.from_numpy(warm.slots)
+        self._warm_address = warm.address
+        self._is_cuda = hot.device.type == "cuda"
+        self._is_open = True
+        if self._is_cuda:
+            self._device = hot.device
+            self._load_stream = torch.cuda.Stream(hot.device)
+            self._store_stream = torch.cuda.Stream(hot.device)
+            _check_cuda(torch.cuda.cudart().cudaHostRegister(warm.address, warm.slab_bytes, 0))
+
+    def promote(self, moves: Sequence[Move]) -> Ready:
+        """Copy warm slots to block ids. The targets may be read after `wait`, the sources reused when done.
+
+        Work already queued on the current stream ends before the targets are overwritten.
+        """
+        return self._run(self._hot, self._warm, moves, stream_name="_load_stream")
+
+    def demote(self, moves: Sequence[Move], *, after: Ready) -> Ready:
+        """Copy block ids to warm slots once `after` has passed: what `mark` returned when they were written."""
+        return self._run(self._warm, self._hot, moves, stream_name="_store_stream", after=after)
+
+    def copy(self, moves: Sequence[Move]) -> Ready:
+        """Copy block ids to other block ids on the current stream."""
+        for move in moves:
+            self._hot[move.target].copy_(self._hot[move.source])
+        return self.mark()
+
+    def mark(self) -> Ready:
+        """Return when everything queued on the current stream so far has passed."""
+        return _CudaReady(torch.cuda.current_stream(self._device)) if self._is_cuda else Done()
+
+    def close(self) -> None:
+        """Wait for all copies and unregister the warm slab. May be called twice."""
+        if self._is_open and self._is_cuda:
+            self._load_stream.synchronize()
+            self._store_stream.synchronize()
+            _check_cuda(torch.cuda.cudart().cudaHostUnregister(self._warm_address))
+        self._is_open = False
+        self._warm = torch.empty(0)
+
+    def _run(
+        self,
+        target: torch.Tensor,
+        source: torch.Tensor,
+        moves: Sequence[Move],
+        *,
+        stream_name: str,
+        after: Ready | None = None,
+    ) -> Ready:
+        try:
+            if not self._is_cuda:
+                _copy(target, source, moves)
+                return Done()
+            stream: torch.cuda.Stream = getattr(self, stream_name)
+            if after is None:
+                stream.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(stream):
+                if after is not None:
+                    after.wait()
+                _copy(target, source, moves)
+            return _CudaReady(stream)
+        except RuntimeError as exc:
+            raise StoreError(f"copying {len(moves)} blocks failed: {exc}") from exc
+
+
+def _copy(target: torch.Tensor, source: torch.Tensor, moves: Sequence[Move]) -> None:
+    for first, length in _runs(moves):
+        move = moves[first]
+        target[move.target : move.target + length].copy_(
+            source[move.source : move.source + length], non_blocking=True
+        )
+
+
+def _runs(moves: Sequence[Move]) -> Iterator[tuple[int, int]]:
+    """Yield (first move, count) of runs whose sources and targets are both neighbours."""
+    first = 0
+    for i in range(1, len(moves) + 1):
+        is_neighbour = (
+            i < len(moves)
+            and moves[i].source == moves[i - 1].source + 1
+            and moves[i].target == moves[i - 1].target + 1
+        )
+        if not is_neighbour:
+            yield first, i - first
+            first = i
+
+
+def _check_cuda(status: object) -> None:
+    """Raise StoreError unless a CUDA runtime call returned success (an enum or an int, by torch's version)."""
+    code = int(getattr(status, "value", status))  # type: ignore[call-overload]
+    if code:
+        raise StoreError(f"CUDA could not register the warm pool: error {code}")

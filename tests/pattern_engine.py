@@ -5,9 +5,12 @@ So every cached token can be checked byte for byte, and a wrong hit is seen what
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 import xxhash
+from torch import Tensor
 
 from tierkv.cache import TierCache
 from tierkv.layout import BlockLayout
@@ -58,21 +61,27 @@ class PatternEngine:
 
     def compute(self, sequence: Sequence, first: int) -> None:
         """Write K and V of the tokens from `first` on into their slots."""
-        values = pattern(sequence.token_ids.tolist(), self.cache.layout.num_layers)
-        for position in range(first, sequence.num_tokens):
-            block, offset = sequence.block_table[position // self.size], position % self.size
-            for layer in range(self.cache.layout.num_layers):
-                self.cache.hot.key_cache(layer)[block, offset] = values[position, layer, 0]
-                self.cache.hot.value_cache(layer)[block, offset] = values[position, layer, 1]
+        sequence.wait_layer(0)
+        for (keys, values), want in self._tokens(sequence, first, sequence.num_tokens):
+            keys.copy_(want[0].expand_as(keys))
+            values.copy_(want[1].expand_as(values))
 
     def check(self, sequence: Sequence, num_tokens: int | None = None) -> None:
         """Raise AssertionError unless the K and V of the leading tokens are this sequence's own."""
         sequence.wait_layer(0)
-        values = pattern(sequence.token_ids.tolist(), self.cache.layout.num_layers)
-        for position in range(sequence.num_tokens if num_tokens is None else num_tokens):
+        last = sequence.num_tokens if num_tokens is None else num_tokens
+        for (keys, values), want in self._tokens(sequence, 0, last):
+            assert torch.all(keys == want[0]), f"K is not its own: {keys.unique()} for {want[0]}"
+            assert torch.all(values == want[1]), f"V is not its own: {values.unique()} for {want[1]}"
+
+    def _tokens(self, sequence: Sequence, first: int, last: int) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
+        """Yield, for each token and layer, its K and V in the pool and the two values that belong there."""
+        cache, hot = self.cache, self.cache.hot
+        values = pattern(sequence.token_ids.tolist(), cache.layout.num_layers).to(hot.device, hot.dtype)
+        for position in range(first, last):
             block, offset = sequence.block_table[position // self.size], position % self.size
-            for layer in range(self.cache.layout.num_layers):
-                keys = self.cache.hot.key_cache(layer)[block, offset].float().cpu()
-                vals = self.cache.hot.value_cache(layer)[block, offset].float().cpu()
-                assert torch.all(keys == values[position, layer, 0]), f"K of token {position} is not its own"
-                assert torch.all(vals == values[position, layer, 1]), f"V of token {position} is not its own"
+            for layer in range(cache.layout.num_layers):
+                yield (
+                    (hot.key_cache(layer)[block, offset], hot.value_cache(layer)[block, offset]),
+                    values[position, layer],
+                )

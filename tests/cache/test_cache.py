@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pattern_engine import PatternEngine, tiny_layout
 
 from tierkv.block import HashFunction, Tier, hash_block
@@ -15,12 +16,13 @@ from tierkv.config import CacheConfig
 from tierkv.errors import CapacityError, ConfigError
 from tierkv.namespace import Namespace
 
+DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 BLOCK_BYTES = tiny_layout().block_bytes
 Open = Callable[..., TierCache]
 
 
-@pytest.fixture
-def open_cache(tmp_path: Path) -> Iterator[Open]:
+@pytest.fixture(params=DEVICES)
+def open_cache(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Open]:
     """Return a function that opens a cache on one store; the one opened before is closed first."""
     opened: list[TierCache] = []
 
@@ -46,7 +48,7 @@ def open_cache(tmp_path: Path) -> Iterator[Open]:
             **options,
         )
         namespace = Namespace(weights=weights, layout=tiny_layout(), salt=salt)
-        cache = TierCache(config, namespace=namespace, hash_function=hash_function)
+        cache = TierCache(config, namespace=namespace, device=request.param, hash_function=hash_function)
         opened.append(cache)
         return cache
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -52,7 +53,8 @@ class CacheMachine(RuleBasedStateMachine):
 
     def open(self) -> None:
         namespace = Namespace(weights="w", layout=tiny_layout())
-        self.cache = TierCache(self.config, namespace=namespace, hash_function=self.hash_function)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.cache = TierCache(self.config, namespace=namespace, device=device, hash_function=self.hash_function)
         self.engine = PatternEngine(self.cache)
         self.running: list[Sequence] = []
 

@@ -67,9 +67,7 @@ def as_token_array(token_ids: TokenIds) -> npt.NDArray[np.uint32]:
     if array.size == 0:
         return np.empty(0, dtype="<u4")
     if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise ConfigError(
-            f"token ids must be a flat sequence of integers, got {array.dtype} of shape {array.shape}"
-        )
+        raise ConfigError(f"token ids must be a flat sequence of integers, got {array.dtype} of shape {array.shape}")
     if array.dtype != np.dtype("<u4"):
         if int(array.min()) < 0 or int(array.max()) >= 1 << 32:
             raise ConfigError("token ids must lie in [0, 2**32)")

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tierkv.block import TOKEN_BYTES, HashFunction, Tier, TokenIds, as_token_array, hash_block
+from tierkv.block import TOKEN_BYTES, BlockHash, HashFunction, Tier, TokenIds, as_token_array, hash_block
 from tierkv.config import CacheConfig
 from tierkv.demotion import Demoter
 from tierkv.errors import CapacityError, ConfigError, NamespaceMismatchError
@@ -45,6 +45,7 @@ class Match:
     num_tokens: int
     blocks: dict[Tier, int]
     tokens: dict[Tier, int]
+    block_hashes: tuple[BlockHash, ...] = ()
 
     @property
     def num_cached_tokens(self) -> int:
@@ -79,9 +80,7 @@ class TierCache:
         self.namespace = namespace
         self.layout = namespace.layout
         if self.layout.block_size != config.block_size:
-            raise ConfigError(
-                f"block_size is {config.block_size}, but the layout's is {self.layout.block_size}"
-            )
+            raise ConfigError(f"block_size is {config.block_size}, but the layout's is {self.layout.block_size}")
         self.device = torch.device(device)
         codec = default_codec(self.layout.dtype) if config.codec == "auto" else codec_by_name(config.codec)
         self._hash = hash_function
@@ -89,9 +88,7 @@ class TierCache:
         self._sequences: set[Sequence] = set()
         self._is_open = True
         if cold is None and config.cold_path is not None:
-            cold = ColdStore(
-                config.cold_path, quota_bytes=config.cold_bytes, min_free_bytes=config.min_free_bytes
-            )
+            cold = ColdStore(config.cold_path, quota_bytes=config.cold_bytes, min_free_bytes=config.min_free_bytes)
         try:
             if cold:
                 cold.open_namespace(namespace)
@@ -126,7 +123,7 @@ class TierCache:
             found = self._look_up(token_bytes, len(token_bytes) // TOKEN_BYTES)
         blocks = {tier: sum(hit.tier is tier for hit in found) for tier in Tier}
         tokens = {tier: sum(hit.num_tokens for hit in found if hit.tier is tier) for tier in Tier}
-        return Match(len(token_bytes) // TOKEN_BYTES, blocks, tokens)
+        return Match(len(token_bytes) // TOKEN_BYTES, blocks, tokens, tuple(hit.block_hash for hit in found))
 
     def acquire(self, token_ids: TokenIds, *, reuse: bool = True) -> Sequence:
         """Return a sequence with room for every token, its cached prefix on the way into the hot pool.
@@ -143,9 +140,7 @@ class TierCache:
             found = self._look_up(token_bytes, num_tokens - 1) if reuse else Lookup([], None, False)
             pinned = self._promoter.pin(found)
         promoted = self._promoter.promote(found, pinned, num_blocks=num_blocks)
-        num_whole = sum(
-            hit.num_tokens == self.config.block_size and hit is not found.tail for hit in promoted.hits
-        )
+        num_whole = sum(hit.num_tokens == self.config.block_size and hit is not found.tail for hit in promoted.hits)
         sequence = Sequence(
             token_bytes=bytearray(token_bytes),
             block_table=promoted.block_table,
@@ -366,13 +361,9 @@ class TierCache:
         if self.cold and self._owns_cold:
             self.cold.close()
 
-    def _build(
-        self, cold: ColdStore | None, codec: Codec, policy: EvictionPolicy, clock: Callable[[], float]
-    ) -> Tiers:
+    def _build(self, cold: ColdStore | None, codec: Codec, policy: EvictionPolicy, clock: Callable[[], float]) -> Tiers:
         config, layout = self.config, self.layout
-        num_hot = hot_pool_blocks(
-            layout, self.device, hot_bytes=config.hot_bytes, hot_fraction=config.hot_fraction
-        )
+        num_hot = hot_pool_blocks(layout, self.device, hot_bytes=config.hot_bytes, hot_fraction=config.hot_fraction)
         num_warm = config.warm_bytes // layout.block_bytes
         if num_warm < MIN_WARM_BLOCKS:
             raise CapacityError(
@@ -385,9 +376,7 @@ class TierCache:
             layout=layout,
             namespace=self.namespace.digest,
             codec=codec,
-            index=Index(
-                root=self.namespace.digest, num_hot=num_hot, num_warm=num_warm, policy=policy, clock=clock
-            ),
+            index=Index(root=self.namespace.digest, num_hot=num_hot, num_warm=num_warm, policy=policy, clock=clock),
             hot=hot,
             warm=warm,
             mover=Mover(hot, warm),
@@ -487,9 +476,7 @@ class TierCache:
                 seen.add(entry.block_hash)
                 yield self._encode(entry, block)
         for state in self._tiers.states:
-            yield from (
-                record for record in state.iter_records() if read_header(record).info.block_hash not in seen
-            )
+            yield from (record for record in state.iter_records() if read_header(record).info.block_hash not in seen)
 
     def _copy_of(self, entry: Entry) -> npt.NDArray[np.uint8] | None:
         """Return a copy of an entry's bytes from the warm or the hot tier, or None if it has left both."""
@@ -497,8 +484,7 @@ class TierCache:
             if entry.warm_slot is not None:
                 return self._tiers.warm.slots[entry.warm_slot].copy()
             if entry.block_id is not None:
-                block: npt.NDArray[np.uint8] = self.hot.bytes_view[entry.block_id].cpu().numpy().copy()
-                return block
+                return np.array(self.hot.bytes_view[entry.block_id].cpu().numpy(), dtype=np.uint8)
             return None
 
     def _encode(self, entry: Entry, block: npt.NDArray[np.uint8]) -> bytes:

@@ -159,9 +159,7 @@ class Demoter:
         cold = tiers.cold
         if cold is None:
             return
-        missing = [
-            (job, slot) for job, slot in zip(jobs, slots, strict=True) if not cold.contains(job.block_hash)
-        ]
+        missing = [(job, slot) for job, slot in zip(jobs, slots, strict=True) if not cold.contains(job.block_hash)]
         outcomes = cold.put(list(tiers.threads.map(self._encode, missing)))
         with tiers.changed:
             for (job, _), outcome in zip(missing, outcomes, strict=True):
@@ -181,6 +179,4 @@ class Demoter:
             token_bytes=job.token_bytes,
             namespace=self._tiers.namespace,
         )
-        return encode_record(
-            info, self._tiers.warm.slots[slot], layout=self._tiers.layout, codec=self._tiers.codec
-        )
+        return encode_record(info, self._tiers.warm.slots[slot], layout=self._tiers.layout, codec=self._tiers.codec)

@@ -55,7 +55,7 @@ class Entry:
         self.parent_hash = parent_hash
         self.parent = parent
         self.token_bytes = token_bytes
-        self.depth = parent.depth + 1 if parent else 0
+        self.depth: int = parent.depth + 1 if parent else 0
         self.block_id: int | None = None
         self.warm_slot: int | None = None
         self.in_cold = False
@@ -154,9 +154,7 @@ class Index:
         parent = self._entries.get(parent_hash)
         if block_hash == self.root or (parent is None and parent_hash != self.root):
             return None
-        entry = Entry(
-            block_hash, parent.block_hash if parent else self.root, parent, token_bytes, self._clock()
-        )
+        entry = Entry(block_hash, parent.block_hash if parent else self.root, parent, token_bytes, self._clock())
         self._entries[block_hash] = entry
         if parent is None:
             self._first_blocks.add(entry)
@@ -267,15 +265,13 @@ class Index:
             pool.check()
             offered = {offer[3] for offer in self._offers[tier] if offer[4] == offer[3].stamp}
             for slot, owner in enumerate(pool.owners):
-                assert owner is None or (
-                    owner.place(tier) == slot and self._entries.get(owner.block_hash) is owner
-                ), f"{tier} slot {slot} has a stale owner"
+                assert owner is None or (owner.place(tier) == slot and self._entries.get(owner.block_hash) is owner), (
+                    f"{tier} slot {slot} has a stale owner"
+                )
             for entry in self:
                 slot_or_none = entry.place(tier)
                 assert slot_or_none is None or pool.owners[slot_or_none] is entry
-                assert not self.is_evictable(entry, tier) or entry in offered, (
-                    "an evictable entry is not offered"
-                )
+                assert not self.is_evictable(entry, tier) or entry in offered, "an evictable entry is not offered"
                 held = sum(child.place(tier) is not None for child in entry.children or ())
                 assert entry.tier_children(tier) == held, "child count is off"
         for entry in self:
@@ -284,9 +280,7 @@ class Index:
     def _check_links(self, entry: Entry) -> None:
         siblings = entry.parent.children if entry.parent else self._first_blocks
         assert siblings and entry in siblings, "a parent does not know its child"
-        assert entry.parent is None or self._entries.get(entry.parent_hash) is entry.parent, (
-            "a child lost its parent"
-        )
+        assert entry.parent is None or self._entries.get(entry.parent_hash) is entry.parent, "a child lost its parent"
         assert entry.parent is not None or entry.parent_hash == self.root
         has_bytes = entry.block_id is not None or entry.warm_slot is not None
         assert has_bytes or entry.children, "an entry without bytes and children stayed"

@@ -57,9 +57,7 @@ class BlockLayout:
             raise ConfigError("a layout needs at least one layer")
 
     @classmethod
-    def uniform(
-        cls, *, num_layers: int, block_size: int, kv_heads: int, head_dim: int, dtype: str
-    ) -> BlockLayout:
+    def uniform(cls, *, num_layers: int, block_size: int, kv_heads: int, head_dim: int, dtype: str) -> BlockLayout:
         """Return the layout of a model whose layers are all alike and whose K and V have one dim."""
         layer = LayerLayout(kv_heads=kv_heads, k_dim=head_dim, v_dim=head_dim)
         return cls(block_size=block_size, dtype=dtype, layers=(layer,) * num_layers)

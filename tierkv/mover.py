@@ -146,9 +146,7 @@ class Mover:
 def _copy(target: torch.Tensor, source: torch.Tensor, moves: Sequence[Move]) -> None:
     for first, length in _runs(moves):
         move = moves[first]
-        target[move.target : move.target + length].copy_(
-            source[move.source : move.source + length], non_blocking=True
-        )
+        target[move.target : move.target + length].copy_(source[move.source : move.source + length], non_blocking=True)
 
 
 def _runs(moves: Sequence[Move]) -> Iterator[tuple[int, int]]:
@@ -156,9 +154,7 @@ def _runs(moves: Sequence[Move]) -> Iterator[tuple[int, int]]:
     first = 0
     for i in range(1, len(moves) + 1):
         is_neighbour = (
-            i < len(moves)
-            and moves[i].source == moves[i - 1].source + 1
-            and moves[i].target == moves[i - 1].target + 1
+            i < len(moves) and moves[i].source == moves[i - 1].source + 1 and moves[i].target == moves[i - 1].target + 1
         )
         if not is_neighbour:
             yield first, i - first

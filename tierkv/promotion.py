@@ -116,15 +116,11 @@ class Promoter:
         result.block_table.append(block_id)
         result.hits.append(hit)
 
-    def _promote_warm(
-        self, wave: Sequence[Hit], places: list[Place], targets: list[int], result: Promoted
-    ) -> int:
+    def _promote_warm(self, wave: Sequence[Hit], places: list[Place], targets: list[int], result: Promoted) -> int:
         """Copy a wave from its pinned warm slots and register the copies. Return how many arrived: all or none."""
         tiers = self._tiers
         try:
-            ready = tiers.mover.promote(
-                [Move(place.slot, to) for place, to in zip(places, targets, strict=True)]
-            )
+            ready = tiers.mover.promote([Move(place.slot, to) for place, to in zip(places, targets, strict=True)])
         except StoreError:
             tiers.unpin(places)
             self._count_miss(MissReason.IO_ERROR)

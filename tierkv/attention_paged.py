@@ -1,0 +1,235 @@
+"""Attention of packed queries over paged K and V: flash-attn on CUDA, torch's own kernels elsewhere.
+
+Everything here is causal with the queries at the end of their sequence, and exact: what cannot be expressed to
+a fused kernel (soft-capped scores, K and V of different dims on a CPU) is computed in plain torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+__all__ = ["Batch", "PagedQuery", "attend", "can_use_flash"]
+
+_cpu_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+class Batch(Protocol):
+    """Which sequence is where: the part of an AttentionBatch that attending needs."""
+
+    block_size: int
+    query_starts: list[int]
+    kv_lengths: list[int]
+    block_table: Tensor
+    query_starts_tensor: Tensor
+    kv_lengths_tensor: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PagedQuery:
+    """One layer's attention. query: [T, heads, dim]; keys, values: [num_blocks, block_size, kv_heads, dim].
+
+    window: each token sees itself and window - 1 before it. softcap: scores are softcap * tanh(score / softcap).
+    sinks: [heads] logits that take part in the softmax and have no value (gpt-oss).
+    """
+
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+def attend(paged: PagedQuery, batch: Batch) -> Tensor:
+    """Return [T, heads, v_dim], contiguous, of the query's dtype."""
+    if can_use_flash(paged, batch.block_size):
+        return _attend_flash(paged, batch)
+    out = paged.query.new_empty((*paged.query.shape[:2], paged.values.shape[-1]))
+    for i, length in enumerate(batch.kv_lengths):
+        first, last = batch.query_starts[i], batch.query_starts[i + 1]
+        blocks = batch.block_table[i, : -(-length // batch.block_size)].long()
+        out[first:last] = _attend_one(paged, paged.query[first:last], blocks, length)
+    return out
+
+
+def can_use_flash(paged: PagedQuery, block_size: int) -> bool:
+    """Tell whether flash-attn 2 takes this layer: its paged kernels want pages of 256 tokens and half floats."""
+    return (
+        paged.query.is_cuda
+        and paged.query.dtype in (torch.bfloat16, torch.float16)
+        and block_size % 256 == 0
+        and paged.keys.shape[-1] == paged.values.shape[-1]
+        and paged.keys.shape[-1] in _flash_head_dims()
+    )
+
+
+@cache
+def _flash_head_dims() -> frozenset[int]:
+    """Head dims that flash-attn is known to run with here; empty where it is not installed."""
+    if importlib.util.find_spec("flash_attn") is None:
+        return frozenset()
+    return frozenset({64, 128})
+
+
+def _attend_flash(paged: PagedQuery, batch: Batch) -> Tensor:
+    """Run flash-attn on the strided pages as they are. The log-sum-exp is fetched only for sinks.
+
+    Equal numbers of new tokens go to `flash_attn_with_kvcache`, which splits long K and V over
+    multiprocessors; ragged ones to `flash_attn_varlen_func`.
+    """
+    flash: Any = importlib.import_module("flash_attn")
+    lengths = [b - a for a, b in zip(batch.query_starts, batch.query_starts[1:], strict=False)]
+    options: dict[str, Any] = {
+        "softmax_scale": paged.scale,
+        "causal": True,
+        "window_size": (paged.window - 1, 0) if paged.window else (-1, -1),
+        "softcap": paged.softcap or 0.0,
+        "block_table": batch.block_table,
+    }
+    query = paged.query.contiguous()
+    if len(set(lengths)) == 1:
+        out, lse = flash.flash_attn_with_kvcache(
+            query.view(len(lengths), lengths[0], *query.shape[1:]),
+            paged.keys,
+            paged.values,
+            cache_seqlens=batch.kv_lengths_tensor,
+            return_softmax_lse=True,
+            **options,
+        )
+        out, lse = out.flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)
+    else:
+        starts = functional.pad(batch.kv_lengths_tensor.cumsum(0, dtype=torch.int32), (1, 0))
+        out, lse, _ = flash.flash_attn_varlen_func(
+            query,
+            paged.keys,
+            paged.values,
+            batch.query_starts_tensor,
+            starts,
+            max(lengths),
+            max(batch.kv_lengths),
+            return_attn_probs=True,
+            **options,
+        )
+        lse = lse.transpose(0, 1)
+    return _add_sinks(out, lse, paged.sinks)
+
+
+def _attend_one(paged: PagedQuery, query: Tensor, blocks: Tensor, length: int) -> Tensor:
+    """Attend one sequence's new tokens, query [T, heads, dim], to its `length` tokens of K and V."""
+    if paged.window and length - query.shape[0] >= paged.window:
+        # What lies before the first new token's window is never read: leave its whole blocks out.
+        block_size = paged.keys.shape[1]
+        skipped = (length - query.shape[0] - paged.window + 1) // block_size
+        blocks, length = blocks[skipped:], length - skipped * block_size
+    if query.is_cuda or paged.softcap or paged.keys.shape[-1] != paged.values.shape[-1]:
+        keys, values = (_gather(pages, blocks, length) for pages in (paged.keys, paged.values))
+        if paged.softcap or paged.sinks is not None:
+            return _attend_eager(paged, query, keys, values)
+        return _attend_sdpa(paged, query, keys, values)
+    out, lse = _merge(_cpu_parts(paged, query, blocks, length))
+    return _add_sinks(out, lse, paged.sinks).to(query.dtype)
+
+
+def _gather(pages: Tensor, blocks: Tensor, length: int) -> Tensor:
+    """Return the first `length` tokens of a sequence's pages as [length, kv_heads, dim]."""
+    return pages.index_select(0, blocks).flatten(0, 1)[:length]
+
+
+def _cpu_parts(paged: PagedQuery, query: Tensor, blocks: Tensor, length: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield attention over parts of the sequence that together are all of it: outputs and log-sum-exps.
+
+    The past is attended without a mask and the new tokens causally, so no mask of [T, length] is made; a
+    window needs one.
+    """
+    num_new, block_size = query.shape[0], paged.keys.shape[1]
+    num_past = length - num_new
+    if paged.window and length > paged.window:
+        keys, values = (_gather(pages, blocks, length) for pages in (paged.keys, paged.values))
+        yield _cpu_attention(query, keys, values, paged.scale, mask=_mask(num_new, length, paged.window, query))
+        return
+    if num_new == 1 and block_size >= 256:
+        # Attending page by page beats copying large pages together first (LSE merge is cheap for one query).
+        for at, block in enumerate(blocks.tolist()):
+            count = min(block_size, length - at * block_size)
+            yield _cpu_attention(query, paged.keys[block, :count], paged.values[block, :count], paged.scale)
+        return
+    keys, values = (_gather(pages, blocks, length) for pages in (paged.keys, paged.values))
+    if num_past:
+        yield _cpu_attention(query, keys[:num_past], values[:num_past], paged.scale)
+    yield _cpu_attention(query, keys[num_past:], values[num_past:], paged.scale, is_causal=True)
+
+
+def _cpu_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    *,
+    is_causal: bool = False,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return ([T, heads, dim], log-sum-exp [T, heads]) of the kernel behind scaled_dot_product_attention."""
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, keys, values))
+    out, lse = _cpu_flash(q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale)
+    return out[0].transpose(0, 1), lse[0].transpose(0, 1)
+
+
+def _merge(parts: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Merge attention over disjoint parts by their log-sum-exps (the online softmax of flash attention)."""
+    outs, lses = zip(*parts, strict=True)
+    if len(outs) == 1:
+        return outs[0], lses[0]
+    stacked = torch.stack(lses)
+    lse = stacked.logsumexp(0)
+    weights = (stacked - lse).exp().unsqueeze(-1)
+    return (torch.stack(outs).to(weights.dtype) * weights).sum(0), lse
+
+
+def _attend_sdpa(paged: PagedQuery, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Attend by whatever scaled_dot_product_attention picks; keys, values [length, kv_heads, dim]."""
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, keys, values))
+    mask = _mask(query.shape[0], keys.shape[0], paged.window, query)
+    out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=paged.scale, enable_gqa=True)
+    return out[0].transpose(0, 1)
+
+
+def _attend_eager(paged: PagedQuery, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Attend in plain torch, scores in float32 (float64 for float64); keys, values [length, kv_heads, dim]."""
+    compute = torch.float64 if query.dtype == torch.float64 else torch.float32
+    heads, kv_heads, num_new, length = query.shape[1], keys.shape[1], query.shape[0], keys.shape[0]
+    grouped = query.to(compute).view(num_new, kv_heads, heads // kv_heads, -1)
+    scores = torch.einsum("tkgd,lkd->kgtl", grouped, keys.to(compute)) * paged.scale
+    if paged.softcap:
+        scores = torch.tanh(scores / paged.softcap) * paged.softcap
+    scores = scores + _mask(num_new, length, paged.window, scores)
+    lse = scores.logsumexp(-1)
+    out = torch.einsum("kgtl,lkd->tkgd", (scores - lse.unsqueeze(-1)).exp(), values.to(compute))
+    return _add_sinks(out.flatten(1, 2), lse.permute(2, 0, 1).flatten(1, 2), paged.sinks).to(query.dtype)
+
+
+def _mask(num_new: int, length: int, window: int | None, like: Tensor) -> Tensor:
+    """Return an additive causal mask [num_new, length], the queries at the end of the sequence."""
+    queries = torch.arange(length - num_new, length, device=like.device).unsqueeze(1)
+    keys = torch.arange(length, device=like.device).unsqueeze(0)
+    hidden = keys > queries
+    if window:
+        hidden = hidden | (keys <= queries - window)
+    return torch.zeros(num_new, length, dtype=like.dtype, device=like.device).masked_fill_(hidden, -math.inf)
+
+
+def _add_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
+    """Take each head's sink into the softmax after the fact: it adds to the denominator only."""
+    if sinks is None:
+        return out
+    share = torch.sigmoid(lse.float() - sinks.float()).unsqueeze(-1)
+    return (out.float() * share).to(out.dtype)

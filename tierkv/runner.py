@@ -1,0 +1,294 @@
+"""Runs a Hugging Face decoder over the paged cache: packed prefill of what is not cached, batched decode."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator
+from collections.abc import Sequence as Items
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tierkv.attention import SequenceStep, build_batch, forward, use_tierkv_attention
+from tierkv.block import Tier
+from tierkv.cache import TierCache
+from tierkv.config import CacheConfig
+from tierkv.errors import CapacityError, ConfigError
+from tierkv.fingerprint import namespace_of
+from tierkv.gate import check_supported, probe_layout, self_test
+from tierkv.models import LoadedModel
+from tierkv.sampling import Sampler, SamplingOptions
+from tierkv.sequence import Sequence
+from tierkv.storage.cold import ColdStore
+
+__all__ = ["Generation", "GenerationOptions", "Runner", "TokenEvent", "open_runner"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationOptions:
+    """stop_ids end a sequence and are its last token; None takes the model's own end-of-sequence tokens.
+
+    use_cache=False neither finds nor keeps anything. keep_logits keeps each step's logits, on the CPU.
+    """
+
+    max_new_tokens: int = 64
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
+    stop_ids: frozenset[int] | None = None
+    use_cache: bool = True
+    store_tail: bool = False
+    keep_logits: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens must be positive, got {self.max_new_tokens}")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One new token of the prompt with that number."""
+
+    prompt: int
+    token_id: int
+    is_last: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """What became of one prompt. ttft_s: from the request to its first token. logits: [tokens, vocabulary]."""
+
+    token_ids: list[int]
+    prompt_tokens: int
+    cached_tokens: dict[Tier, int]
+    ttft_s: float
+    tokens_per_s: float
+    logits: Tensor | None = None
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    """A prompt on its way: waiting without a sequence, running with one."""
+
+    number: int
+    token_ids: list[int]
+    prompt_tokens: int
+    sampler: Sampler
+    stop_ids: frozenset[int]
+    started: float
+    sequence: Sequence | None = None
+    num_computed: int = 0
+    cached_tokens: dict[Tier, int] | None = None
+    first_token_at: float | None = None
+    last_token_at: float = 0.0
+    logits: list[Tensor] = field(default_factory=list)
+
+    @property
+    def new_ids(self) -> list[int]:
+        return self.token_ids[self.prompt_tokens :]
+
+
+class Runner:
+    """One model and its cache. Not thread-safe; the cache is, so several runners may share none.
+
+    max_step_tokens: new tokens that one forward pass takes at most; longer prompts are computed in pieces.
+    """
+
+    def __init__(self, loaded: LoadedModel, cache: TierCache, *, max_step_tokens: int = 8192) -> None:
+        if max_step_tokens < 1:
+            raise ConfigError(f"max_step_tokens must be positive, got {max_step_tokens}")
+        self.loaded = loaded
+        self.cache = cache
+        self.max_step_tokens = max_step_tokens
+        self._device = torch.device(loaded.model.device)
+
+    def generate(self, prompts: Items[Items[int]], options: GenerationOptions | None = None) -> list[Generation]:
+        """Continue prompts, all in one batch as far as there is room. Raises CapacityError if one never fits."""
+        chosen = options or GenerationOptions()
+        requests = self._requests(prompts, chosen)
+        with use_tierkv_attention(self.loaded.model):  # once, instead of once a step
+            for _ in self._run(requests, chosen):
+                pass
+        return [_result(request) for request in requests]
+
+    def stream(self, prompts: Items[Items[int]], options: GenerationOptions | None = None) -> Iterator[TokenEvent]:
+        """Yield each token as it is chosen. Closing the iterator releases every sequence."""
+        chosen = options or GenerationOptions()
+        yield from self._run(self._requests(prompts, chosen), chosen)
+
+    def prefill(self, token_ids: Items[int]) -> int:
+        """Make every whole block and the tail of a prompt cached; compute what is missing.
+
+        Returns the number of tokens computed: 0 where all are cached already.
+        """
+        if self.cache.match(token_ids).num_cached_tokens == len(token_ids):
+            return 0
+        sequence = self.cache.acquire(token_ids)
+        request = _Request(0, list(token_ids), len(token_ids), Sampler(SamplingOptions()), frozenset(), 0.0)
+        request.sequence, request.num_computed = sequence, sequence.num_cached_tokens
+        try:
+            with torch.inference_mode(), use_tierkv_attention(self.loaded.model):
+                while request.num_computed < len(token_ids):
+                    self._step([request])
+            self.cache.commit(sequence, len(token_ids), tail=True)
+        finally:
+            self.cache.release(sequence)
+        return len(token_ids) - sequence.num_cached_tokens
+
+    def _requests(self, prompts: Items[Items[int]], options: GenerationOptions) -> list[_Request]:
+        now = time.perf_counter()
+        stop_ids = self._stop_ids() if options.stop_ids is None else options.stop_ids
+        return [
+            _Request(i, list(map(int, prompt)), len(prompt), Sampler(options.sampling), stop_ids, now)
+            for i, prompt in enumerate(prompts)
+        ]
+
+    def _stop_ids(self) -> frozenset[int]:
+        ids = getattr(self.loaded.model.generation_config, "eos_token_id", None)
+        return frozenset() if ids is None else frozenset(ids if isinstance(ids, list) else [ids])
+
+    def _run(self, requests: list[_Request], options: GenerationOptions) -> Iterator[TokenEvent]:
+        """Admit, compute, sample, until every request is done; leave nothing acquired behind."""
+        waiting = deque(requests)
+        running: list[_Request] = []
+        try:
+            while waiting or running:
+                with torch.inference_mode(), use_tierkv_attention(self.loaded.model):
+                    self._admit(waiting, running, options)
+                    events = self._advance(waiting, running, options)
+                yield from events
+        finally:
+            for request in running:
+                self._release(request, options)
+
+    def _admit(self, waiting: deque[_Request], running: list[_Request], options: GenerationOptions) -> None:
+        """Start waiting requests in order while there is room; the first of an idle cache must fit."""
+        while waiting:
+            request = waiting[0]
+            try:
+                request.sequence = self.cache.acquire(request.token_ids, reuse=options.use_cache)
+            except CapacityError:
+                if not running:
+                    raise
+                return
+            request.num_computed = request.sequence.num_cached_tokens
+            if request.cached_tokens is None:
+                request.cached_tokens = dict(request.sequence.cached_tokens)
+            running.append(waiting.popleft())
+
+    def _advance(
+        self, waiting: deque[_Request], running: list[_Request], options: GenerationOptions
+    ) -> list[TokenEvent]:
+        """Run one forward pass and choose a token for each request whose prompt is now computed."""
+        events: list[TokenEvent] = []
+        for request, logits in self._step(running):
+            token = request.sampler.choose(logits)
+            request.last_token_at = time.perf_counter()
+            request.first_token_at = request.first_token_at or request.last_token_at
+            if options.keep_logits:
+                request.logits.append(logits.float().cpu())
+            request.token_ids.append(token)
+            is_last = token in request.stop_ids or len(request.new_ids) == options.max_new_tokens
+            events.append(TokenEvent(request.number, token, is_last))
+            if is_last:
+                running.remove(request)
+                self._release(request, options)
+        self._grow(waiting, running, options)
+        return events
+
+    def _step(self, running: Items[_Request]) -> list[tuple[_Request, Tensor]]:
+        """Compute up to `max_step_tokens` tokens and commit them. Return the logits of requests that are up to date."""
+        room = self.max_step_tokens
+        steps: list[tuple[_Request, int]] = []
+        for request in sorted(running, key=lambda r: len(r.token_ids) - r.num_computed):  # decoding goes first
+            count = min(room, len(request.token_ids) - request.num_computed)
+            if count:
+                steps.append((request, count))
+                room -= count
+        batch = build_batch(
+            self.cache.hot,
+            [_as_step(request, count) for request, count in steps],
+            block_size=self.cache.config.block_size,
+            device=self._device,
+        )
+        ids = [request.token_ids[request.num_computed : request.num_computed + count] for request, count in steps]
+        flat = torch.tensor([token for part in ids for token in part], dtype=torch.int64, device=self._device)
+        last = torch.tensor([end - 1 for end in batch.query_starts[1:]], dtype=torch.int64, device=self._device)
+        logits = forward(self.loaded.model, flat, batch, logits_to_keep=last)
+        ready: list[tuple[_Request, Tensor]] = []
+        for row, (request, count) in enumerate(steps):
+            request.num_computed += count
+            assert request.sequence is not None
+            self.cache.commit(request.sequence, request.num_computed)
+            if request.num_computed == len(request.token_ids):
+                ready.append((request, logits[row]))
+        return ready
+
+    def _grow(self, waiting: deque[_Request], running: list[_Request], options: GenerationOptions) -> None:
+        """Take room for the tokens just chosen; where there is none, the youngest requests wait again."""
+        for request in list(running):
+            while request in running and request.sequence and request.sequence.num_tokens < len(request.token_ids):
+                try:
+                    self.cache.append(request.sequence, request.token_ids[request.sequence.num_tokens :])
+                except CapacityError:
+                    youngest = running[-1]
+                    if len(running) == 1:
+                        raise
+                    running.remove(youngest)
+                    self._release(youngest, options)
+                    waiting.appendleft(youngest)
+
+    def _release(self, request: _Request, options: GenerationOptions) -> None:
+        if request.sequence is None:
+            return
+        if options.store_tail and options.use_cache:
+            self.cache.commit(request.sequence, request.num_computed, tail=True)
+        self.cache.release(request.sequence)
+        request.sequence = None
+
+
+@contextmanager
+def open_runner(
+    loaded: LoadedModel,
+    config: CacheConfig,
+    *,
+    adapter: str = "",
+    salt: str = "",
+    cold: ColdStore | None = None,
+    max_step_tokens: int = 8192,
+) -> Iterator[Runner]:
+    """Check that a model can be cached, open a cache for it, and close that again.
+
+    Raises UnsupportedModelError, with the reason, before anything is opened.
+    """
+    model = loaded.model
+    check_supported(model)
+    layout = probe_layout(model, block_size=config.block_size)
+    self_test(model, layout)
+    namespace = namespace_of(model, layout, adapter=adapter, salt=salt, name=loaded.name)
+    with TierCache(config, namespace=namespace, device=model.device, cold=cold) as cache:
+        yield Runner(loaded, cache, max_step_tokens=max_step_tokens)
+
+
+def _as_step(request: _Request, count: int) -> SequenceStep:
+    assert request.sequence is not None
+    return SequenceStep(
+        block_table=request.sequence.block_table,
+        num_past=request.num_computed,
+        num_new=count,
+        loads=request.sequence,
+    )
+
+
+def _result(request: _Request) -> Generation:
+    assert request.first_token_at is not None
+    decoding_s = request.last_token_at - request.first_token_at
+    return Generation(
+        token_ids=request.new_ids,
+        prompt_tokens=request.prompt_tokens,
+        cached_tokens=request.cached_tokens or {},
+        ttft_s=request.first_token_at - request.started,
+        tokens_per_s=(len(request.new_ids) - 1) / decoding_s if decoding_s > 0 else 0.0,
+        logits=torch.stack(request.logits) if request.logits else None,
+    )

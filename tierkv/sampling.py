@@ -1,0 +1,51 @@
+"""How the next token is chosen from logits, the same whatever else is in the batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tierkv.errors import ConfigError
+
+__all__ = ["Sampler", "SamplingOptions"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingOptions:
+    """temperature 0 is greedy. top_k 0 and top_p 1 leave every token in."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ConfigError(f"temperature and top_k must not be negative and top_p must lie in (0, 1]: {self}")
+
+
+class Sampler:
+    """Draws one sequence's tokens with a random generator of its own, on the CPU."""
+
+    def __init__(self, options: SamplingOptions) -> None:
+        self._options = options
+        self._generator = torch.Generator().manual_seed(options.seed)
+
+    def choose(self, logits: Tensor) -> int:
+        """Return a token id from logits [vocabulary]. Greedy ties go to the lowest id."""
+        options = self._options
+        if options.temperature == 0:
+            return int(logits.argmax())
+        scores = logits.float().cpu() / options.temperature
+        if options.top_k:
+            threshold = scores.topk(min(options.top_k, scores.numel())).values[-1]
+            scores = scores.masked_fill(scores < threshold, -torch.inf)
+        probabilities = scores.softmax(-1)
+        if options.top_p < 1:
+            ordered, order = probabilities.sort(descending=True)
+            before = ordered.cumsum(-1) - ordered  # the token that crosses the mass stays in
+            probabilities = probabilities.clone()
+            probabilities[order[before >= options.top_p]] = 0
+        return int(torch.multinomial(probabilities, 1, generator=self._generator))

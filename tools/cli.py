@@ -1,0 +1,194 @@
+"""The command `tierkv`. Each command's work is in the module of its name; here are only its options.
+
+Standard output carries the result (a table, or one JSON object with `--json`), standard error everything
+else. What the user can mend ends in one line and exit code 2.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import click
+import typer
+
+from tierkv import __version__
+from tierkv.errors import ConfigError, TierKVError
+from tierkv.tools import inspect_store as inspect_command
+from tierkv.tools import run as run_command
+from tierkv.tools import state as state_command
+from tierkv.tools import stats as stats_command
+from tierkv.tools import warm as warm_command
+from tierkv.tools.options import EngineOptions, default_store, parse_size
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="tierkv",
+    help="A persistent, tiered cache of attention keys and values.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[Optional[str], typer.Option(help="Directory or hub name; without it the embedded model.")]  # noqa: UP045
+Store = Annotated[Optional[Path], typer.Option(help="Directory of the cold store.", show_default="user cache")]  # noqa: UP045
+Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, ...", show_default="cuda if there")]  # noqa: UP045
+Dtype = Annotated[Optional[str], typer.Option(help="bfloat16, float16, float32.", show_default="the model's")]  # noqa: UP045
+BlockSize = Annotated[Optional[list[int]], typer.Option(help="Tokens of a block.", show_default="256")]  # noqa: UP045
+Salt = Annotated[str, typer.Option(help="Keeps tenants apart: blocks of another salt are never used.")]
+ColdSize = Annotated[str, typer.Option("--cold", help="Quota of the store, as 512M or 64G.")]
+WarmSize = Annotated[str, typer.Option("--warm", help="Size of the page-locked pool, as 512M or 8G.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def _options(
+    model: str | None,
+    store: Path | None,
+    device: str | None,
+    dtype: str | None,
+    block_size: list[int] | None,
+    salt: str,
+    cold: str,
+    warm: str,
+) -> EngineOptions:
+    if block_size and len(set(block_size)) > 1:
+        raise ConfigError(f"one command has one block size, got {' and '.join(map(str, block_size))}")
+    return EngineOptions(
+        model=model,
+        store=store or default_store(os.environ),
+        device=device,
+        dtype=dtype,
+        block_size=block_size[0] if block_size else 256,
+        salt=salt,
+        cold_bytes=parse_size(cold),
+        warm_bytes=parse_size(warm),
+    )
+
+
+@app.command()
+def warm(
+    file: Annotated[Path, typer.Argument(help="Prompts: text separated by lines of ---, or .jsonl.")],
+    lines: Annotated[bool, typer.Option("--lines", help="One prompt a line.")] = False,
+    pin: Annotated[bool, typer.Option("--pin", help="Never evict these prompts from the store.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Compute nothing, say what would be.")] = False,
+    model: Model = None,
+    store: Store = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    block_size: BlockSize = None,
+    salt: Salt = "",
+    cold: ColdSize = "64G",
+    warm_size: WarmSize = "256M",
+    as_json: AsJson = False,
+) -> None:
+    """Compute the K and V of prompts once and keep them on disk."""
+    options = _options(model, store, device, dtype, block_size, salt, cold, warm_size)
+    warm_command.warm(file, options, lines=lines, pin=pin, dry_run=dry_run, as_json=as_json)
+
+
+@app.command()
+def run(
+    prompt: Annotated[str, typer.Argument(help="The user's text.")],
+    system: Annotated[Optional[Path], typer.Option(help="File with the system prompt.")] = None,  # noqa: UP045
+    nth: Annotated[int, typer.Option(help="Which prompt of a --system file that has several.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this mass.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Find nothing and keep nothing.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Also compute from scratch, and compare.")] = False,
+    model: Model = None,
+    store: Store = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    block_size: BlockSize = None,
+    salt: Salt = "",
+    cold: ColdSize = "64G",
+    warm_size: WarmSize = "256M",
+    as_json: AsJson = False,
+) -> None:
+    """Answer a prompt, reusing whatever K and V are cached."""
+    options = _options(model, store, device, dtype, block_size, salt, cold, warm_size)
+    request = run_command.RunRequest(
+        prompt=prompt,
+        system=system,
+        nth=nth,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        use_cache=not no_cache,
+        compare=compare,
+    )
+    run_command.run(request, options, as_json=as_json)
+
+
+@app.command()
+def stats(store: Store = None, as_json: AsJson = False) -> None:
+    """Say how much a store holds."""
+    stats_command.stats(store or default_store(os.environ), as_json=as_json)
+
+
+@app.command()
+def inspect(
+    namespace: Annotated[Optional[str], typer.Option(help="Only this namespace: leading hex digits.")] = None,  # noqa: UP045
+    model: Annotated[Optional[str], typer.Option(help="Show texts with this model's tokenizer.")] = None,  # noqa: UP045
+    store: Store = None,
+    as_json: AsJson = False,
+) -> None:
+    """List what is stored: namespaces and how they differ, prompt prefixes, sizes, ages."""
+    inspect_command.inspect(store or default_store(os.environ), namespace=namespace, model=model, as_json=as_json)
+
+
+@app.command()
+def save(
+    file: Annotated[Path, typer.Argument(help="State file to write.")],
+    namespace: Annotated[Optional[str], typer.Option(help="Leading hex digits, where there are several.")] = None,  # noqa: UP045
+    store: Store = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a store's blocks of one namespace into one file."""
+    state_command.save(file, store or default_store(os.environ), namespace=namespace, as_json=as_json)
+
+
+@app.command()
+def load(
+    file: Annotated[Path, typer.Argument(help="State file to read.")],
+    store: Store = None,
+    cold: ColdSize = "64G",
+    as_json: AsJson = False,
+) -> None:
+    """Put the blocks of a state file into a store."""
+    state_command.load(file, store or default_store(os.environ), cold_bytes=parse_size(cold), as_json=as_json)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; never returns."""
+    try:
+        app(standalone_mode=False)
+    except TierKVError as exc:
+        _fail(str(exc))
+    except click.ClickException as exc:
+        _fail(exc.format_message())
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(141)
+    sys.exit(0)
+
+
+def _fail(message: str) -> None:
+    print("tierkv: " + " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,186 @@
+"""`tierkv inspect`: what a store holds, by namespace and by prompt prefix, and why namespaces do not mix."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from tierkv.block import BlockHash
+from tierkv.models import load_tokenizer
+from tierkv.namespace import differing_fields
+from tierkv.storage.cold import ColdStore
+from tierkv.storage.cold_entry import ColdEntry
+from tierkv.storage.cold_stats import StoredNamespace
+from tierkv.tools.options import cache_directory
+from tierkv.tools.render import format_age, format_bytes
+from tierkv.tools.stores import find_namespace, open_existing
+
+__all__ = ["inspect"]
+
+_PREVIEW_TOKENS = 48
+
+
+@dataclass(frozen=True, slots=True)
+class _Prefix:
+    """One stored chain from the root to a leaf."""
+
+    namespace: str
+    tokens: int
+    blocks: int
+    shared_blocks: int
+    stored_bytes: int
+    last_access: float
+    pinned: bool
+    token_ids: list[int]
+
+
+def inspect(store_path: Path, *, namespace: str | None, model: str | None, as_json: bool) -> None:
+    """Print the namespaces and prompt prefixes of a store. Raises StoreError if there is none."""
+    now = time.time()
+    with open_existing(store_path) as store:
+        found = [find_namespace(store, namespace)] if namespace else store.namespaces()
+        found.sort(key=lambda n: n.last_used, reverse=True)
+        prefixes = [prefix for n in found for prefix in _iter_prefixes(store, n)]
+    texts = _texts(prefixes, found, model)
+    if as_json:
+        result = {
+            "store": str(store_path),
+            "namespaces": [_describe(n, found[0]) for n in found],
+            "prefixes": [_as_dict(p, text, now) for p, text in zip(prefixes, texts, strict=True)],
+        }
+        print(json.dumps(result))
+        return
+    console = Console()
+    console.print(_namespace_table(found, now))
+    console.print(_prefix_table(prefixes, texts, now))
+    if len(found) > 1:
+        console.print(f"Blocks are reused only within one namespace; differences are to {found[0].digest.hex()[:8]}.")
+
+
+def _iter_prefixes(store: ColdStore, namespace: StoredNamespace) -> Iterator[_Prefix]:
+    """Yield every leaf's chain, depth first. A block is counted as shared where its parent has other children."""
+    entries = dict(store.iter_entries(namespace.digest))
+    children: dict[BlockHash, list[BlockHash]] = {}
+    for block_hash, entry in entries.items():
+        children.setdefault(entry.parent, []).append(block_hash)
+    for block_hash in entries:
+        if block_hash not in children:
+            yield _prefix(store, namespace, _chain(entries, block_hash), entries, children)
+
+
+def _chain(entries: dict[BlockHash, ColdEntry], leaf: BlockHash) -> list[BlockHash]:
+    chain = [leaf]
+    while entries[chain[-1]].parent in entries:
+        chain.append(entries[chain[-1]].parent)
+    return chain[::-1]
+
+
+def _prefix(
+    store: ColdStore,
+    namespace: StoredNamespace,
+    chain: list[BlockHash],
+    entries: dict[BlockHash, ColdEntry],
+    children: dict[BlockHash, list[BlockHash]],
+) -> _Prefix:
+    own = [entries[block_hash] for block_hash in chain]
+    branches = [i for i, block_hash in enumerate(chain) if len(children.get(block_hash, [])) > 1]
+    first = store.read_tokens(chain[0]) or b""
+    return _Prefix(
+        namespace=namespace.digest.hex(),
+        tokens=sum(entry.num_tokens for entry in own),
+        blocks=len(chain),
+        shared_blocks=branches[-1] + 1 if branches else 0,
+        stored_bytes=sum(entry.stored_bytes for entry in own),
+        last_access=max(entry.last_access for entry in own),
+        pinned=own[-1].pinned,
+        token_ids=np.frombuffer(first, dtype="<u4")[:_PREVIEW_TOKENS].tolist(),
+    )
+
+
+def _texts(prefixes: list[_Prefix], found: list[StoredNamespace], model: str | None) -> list[str]:
+    """Return how each prefix begins: as text where its tokenizer is known, else as token ids."""
+    names = {n.digest.hex(): str(n.description.get("name", "")) for n in found}
+    tokenizers: dict[str, Any] = {}
+    texts: list[str] = []
+    for prefix in prefixes:
+        name = model or names[prefix.namespace]
+        if name not in tokenizers:
+            tokenizers[name] = load_tokenizer(name, cache_dir=cache_directory(os.environ))
+        tokenizer = tokenizers[name]
+        texts.append(tokenizer.decode(prefix.token_ids) if tokenizer else " ".join(map(str, prefix.token_ids)))
+    return texts
+
+
+def _describe(namespace: StoredNamespace, base: StoredNamespace) -> dict[str, Any]:
+    return {
+        "digest": namespace.digest.hex(),
+        **namespace.description,
+        "blocks": namespace.blocks,
+        "bytes_raw": namespace.raw_bytes,
+        "bytes_stored": namespace.stored_bytes,
+        "created": namespace.created,
+        "last_used": namespace.last_used,
+        "differs_in": differing_fields(namespace.description, base.description),
+    }
+
+
+def _as_dict(prefix: _Prefix, text: str, now: float) -> dict[str, Any]:
+    return {
+        "namespace": prefix.namespace,
+        "tier": "cold",
+        "tokens": prefix.tokens,
+        "blocks": prefix.blocks,
+        "shared_blocks": prefix.shared_blocks,
+        "bytes_stored": prefix.stored_bytes,
+        "age_s": round(now - prefix.last_access, 3),
+        "pinned": prefix.pinned,
+        "text": text,
+    }
+
+
+def _namespace_table(found: list[StoredNamespace], now: float) -> Table:
+    table = Table(title="namespaces")
+    for column in ("namespace", "model", "dtype", "block size", "blocks", "stored", "last used"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("differs in", overflow="fold")
+    for n in found:
+        table.add_row(
+            n.digest.hex()[:8],
+            str(n.description.get("name", "")),
+            str(n.description.get("dtype", "")),
+            str(n.description.get("block_size", "")),
+            str(n.blocks),
+            format_bytes(n.stored_bytes),
+            format_age(now - n.last_used),
+            ", ".join(differing_fields(n.description, found[0].description)),
+        )
+    return table
+
+
+def _prefix_table(prefixes: list[_Prefix], texts: list[str], now: float) -> Table:
+    table = Table(title="prompt prefixes")
+    for column in ("namespace", "tokens", "blocks", "shared", "tier", "stored", "age", "pinned"):
+        table.add_column(column, no_wrap=True, min_width=len(column))
+    table.add_column("begins", overflow="ellipsis", no_wrap=True, ratio=1)
+    for prefix, text in zip(prefixes, texts, strict=True):
+        table.add_row(
+            prefix.namespace[:8],
+            str(prefix.tokens),
+            str(prefix.blocks),
+            str(prefix.shared_blocks),
+            "cold",
+            format_bytes(prefix.stored_bytes),
+            format_age(now - prefix.last_access),
+            "yes" if prefix.pinned else "",
+            " ".join(text.split()),
+        )
+    return table

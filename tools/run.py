@@ -1,0 +1,120 @@
+"""`tierkv run`: answer a prompt with whatever K and V are cached."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from tierkv.block import Tier
+from tierkv.errors import ConfigError
+from tierkv.prompts import PromptRequest, read_prompts, render_tokens
+from tierkv.runner import Generation, GenerationOptions, Runner
+from tierkv.sampling import SamplingOptions
+from tierkv.tools.options import EngineOptions, open_engine
+
+__all__ = ["RunRequest", "run"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRequest:
+    """What to answer, and how."""
+
+    prompt: str
+    system: Path | None
+    nth: int
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    use_cache: bool
+    compare: bool
+
+
+def run(request: RunRequest, options: EngineOptions, *, as_json: bool) -> None:
+    """Print the answer; with `compare`, also how it compares with computing everything anew."""
+    asked = _prompt_request(request)
+    sampling = SamplingOptions(temperature=request.temperature, top_p=request.top_p, seed=request.seed)
+    with open_engine(options, os.environ) as runner:
+        tokens = render_tokens(runner.loaded.tokenizer, asked, request.prompt)
+        chosen = GenerationOptions(
+            max_new_tokens=request.max_new_tokens,
+            sampling=sampling,
+            use_cache=request.use_cache,
+            store_tail=True,
+            keep_logits=request.compare,
+        )
+        result = _answer(runner, tokens, chosen)
+        summary = _summary(runner, result)
+        if request.compare:
+            summary |= _compare(runner, tokens, chosen, result)
+    if as_json:
+        print(json.dumps(summary))
+        return
+    print(summary["text"])
+    Console(stderr=True).print(_table(summary))
+
+
+def _prompt_request(request: RunRequest) -> PromptRequest:
+    if not request.prompt:
+        raise ConfigError("the prompt is empty")
+    if request.system is None:
+        return PromptRequest()
+    prompts = read_prompts(request.system)
+    if not 1 <= request.nth <= len(prompts):
+        raise ConfigError(f"{request.system} holds {len(prompts)} prompts, there is no number {request.nth}")
+    return prompts[request.nth - 1]
+
+
+def _answer(runner: Runner, tokens: list[int], options: GenerationOptions) -> Generation:
+    return runner.generate([tokens], options)[0]
+
+
+def _summary(runner: Runner, result: Generation) -> dict[str, Any]:
+    return {
+        "text": runner.loaded.tokenizer.decode(result.token_ids, skip_special_tokens=True),
+        "token_ids": result.token_ids,
+        "prompt_tokens": result.prompt_tokens,
+        "cached_tokens": {tier.value: result.cached_tokens.get(tier, 0) for tier in Tier},
+        "ttft_s": result.ttft_s,
+        "tokens_per_s": result.tokens_per_s,
+    }
+
+
+def _compare(runner: Runner, tokens: list[int], options: GenerationOptions, result: Generation) -> dict[str, Any]:
+    """Compute everything anew in this process; it profits from whatever the first answer has warmed up.
+
+    max_logit_diff is over the steps up to the first token that differs: after it, the inputs differ too.
+    """
+    plain = GenerationOptions(
+        max_new_tokens=options.max_new_tokens, sampling=options.sampling, use_cache=False, keep_logits=True
+    )
+    again = _answer(runner, tokens, plain)
+    pairs = list(zip(result.token_ids, again.token_ids, strict=False))
+    equal = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs) - 1) + 1
+    assert result.logits is not None and again.logits is not None
+    difference = (result.logits[:equal] - again.logits[:equal]).abs().max()
+    return {
+        "recompute_ttft_s": again.ttft_s,
+        "same_tokens": result.token_ids == again.token_ids,
+        "max_logit_diff": float(difference),
+    }
+
+
+def _table(summary: dict[str, Any]) -> Table:
+    table = Table(show_header=False)
+    table.add_row("prompt tokens", f"{summary['prompt_tokens']:,}")
+    for tier, count in summary["cached_tokens"].items():
+        table.add_row(f"cached, {tier}", f"{count:,}")
+    table.add_row("time to first token", f"{summary['ttft_s'] * 1e3:.1f} ms")
+    if "recompute_ttft_s" in summary:
+        table.add_row("  recomputed", f"{summary['recompute_ttft_s'] * 1e3:.1f} ms")
+        table.add_row("same tokens", "yes" if summary["same_tokens"] else "NO")
+        table.add_row("largest logit difference", f"{summary['max_logit_diff']:.1e}")
+    table.add_row("tokens per second", f"{summary['tokens_per_s']:.1f}")
+    return table

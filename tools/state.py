@@ -1,0 +1,72 @@
+"""`tierkv save` and `tierkv load`: a store's blocks in one file, and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from tierkv.block import BlockHash
+from tierkv.errors import StoreError
+from tierkv.storage.cold import ColdStore
+from tierkv.storage.outcomes import PutOutcome
+from tierkv.storage.record import parse_record
+from tierkv.storage.state_file import StateFile, write_state_file
+from tierkv.tools.render import format_bytes
+from tierkv.tools.stores import find_namespace, open_existing
+
+__all__ = ["load", "save"]
+
+_BATCH_RECORDS = 16
+
+
+def save(path: Path, store_path: Path, *, namespace: str | None, as_json: bool) -> None:
+    """Write one namespace of a store into a state file, atomically."""
+    with open_existing(store_path) as store:
+        chosen = find_namespace(store, namespace)
+        saved = write_state_file(
+            path,
+            namespace=chosen.digest,
+            description=json.dumps(chosen.description, sort_keys=True).encode(),
+            records=_iter_records(store, chosen.digest),
+        )
+    if as_json:
+        print(json.dumps({"blocks": saved.blocks, "bytes_file": saved.file_bytes}))
+    else:
+        print(f"saved {saved.blocks} blocks, {format_bytes(saved.file_bytes)}, to {path}")
+
+
+def load(path: Path, store_path: Path, *, cold_bytes: int, as_json: bool) -> None:
+    """Put a state file's blocks into a store, made if need be. Raises StoreError for a damaged file."""
+    with StateFile(path) as state, ColdStore(store_path, quota_bytes=cold_bytes) as store:
+        store.register_namespace(state.namespace, state.raw_description)
+        outcomes = list(_put_all(state, store))
+        store.flush()
+    stored = sum(outcome is PutOutcome.STORED for outcome in outcomes)
+    existing = sum(outcome is PutOutcome.EXISTS for outcome in outcomes)
+    if stored + existing < len(state):
+        raise StoreError(
+            f"{stored + existing} of the {len(state)} blocks of {path} are in the store now; "
+            "the others are damaged or found no room"
+        )
+    if as_json:
+        print(json.dumps({"blocks": len(state), "blocks_stored": stored, "blocks_existing": existing}))
+    else:
+        print(f"loaded {stored} blocks from {path}; {existing} were there already")
+
+
+def _iter_records(store: ColdStore, namespace: BlockHash) -> Iterator[bytes]:
+    for block_hash, _ in list(store.iter_entries(namespace)):
+        record = store.read_record(block_hash)
+        if record is not None:
+            yield record
+
+
+def _put_all(state: StateFile, store: ColdStore) -> Iterator[PutOutcome]:
+    batch = []
+    for record in state.iter_records():
+        batch.append(parse_record(record))
+        if len(batch) == _BATCH_RECORDS:
+            yield from store.put(batch)
+            batch = []
+    yield from store.put(batch)

@@ -1,0 +1,45 @@
+"""`tierkv stats`: how much a store holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from tierkv.storage.cold import ColdStore
+from tierkv.tools.render import format_bytes
+from tierkv.tools.stores import open_existing
+
+__all__ = ["stats"]
+
+
+def stats(store_path: Path, *, as_json: bool) -> None:
+    """Print the sizes of the store at a path. Raises StoreError if there is none."""
+    with open_existing(store_path) as store:
+        summary = _summary(store)
+    if as_json:
+        print(json.dumps(summary))
+        return
+    table = Table(title=f"store {store_path}", show_header=False)
+    for name in ("namespaces", "blocks", "tokens"):
+        table.add_row(name, f"{summary[name]:,}")
+    for name in ("bytes_raw", "bytes_stored", "bytes_file"):
+        table.add_row(name.replace("_", " "), format_bytes(int(summary[name])))
+    table.add_row("ratio", f"{summary['ratio']:.3f}")
+    Console().print(table)
+
+
+def _summary(store: ColdStore) -> dict[str, int | float]:
+    sizes = store.stats()
+    tokens = sum(entry.num_tokens for _, entry in store.iter_entries())
+    return {
+        "namespaces": len(store.namespaces()),
+        "blocks": sizes.blocks,
+        "tokens": tokens,
+        "bytes_raw": sizes.raw_bytes,
+        "bytes_stored": sizes.stored_bytes,
+        "bytes_file": sizes.file_bytes,
+        "ratio": sizes.raw_bytes / sizes.stored_bytes if sizes.stored_bytes else 1.0,
+    }

@@ -1,0 +1,96 @@
+"""`tierkv warm`: compute the K and V of prompts once and keep them on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from tierkv.block import BlockHash
+from tierkv.prompts import prefix_tokens, read_prompts
+from tierkv.runner import Runner
+from tierkv.tools.options import EngineOptions, open_engine
+from tierkv.tools.render import format_bytes
+
+__all__ = ["warm"]
+
+
+@dataclass(slots=True)
+class _Summary:
+    """What a run did; blocks and bytes are counted once, however many prompts share them."""
+
+    prompts: int = 0
+    tokens: int = 0
+    blocks_computed: int = 0
+    blocks_reused: int = 0
+    bytes_raw: int = 0
+    bytes_stored: int = 0
+    seconds: float = 0.0
+
+
+def warm(path: Path, options: EngineOptions, *, lines: bool, pin: bool, dry_run: bool, as_json: bool) -> None:
+    """Warm every prompt of a file and print the summary. Raises TierKVError for what the user can mend."""
+    requests = read_prompts(path, lines=lines)
+    errors = Console(stderr=True)
+    with open_engine(options, os.environ) as runner:
+        started = time.perf_counter()
+        prompts = [prefix_tokens(runner.loaded.tokenizer, request) for request in requests]
+        summary = _Summary(prompts=len(prompts), tokens=sum(map(len, prompts)))
+        reused: set[BlockHash] = set()
+        computed: set[BlockHash] = set()
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=errors) as progress:
+            for prompt in progress.track(prompts, description="would warm" if dry_run else "warming"):
+                before = set(runner.cache.match(prompt).block_hashes) - computed
+                if not dry_run:
+                    runner.prefill(prompt)
+                    runner.cache.flush()
+                after = set(runner.cache.match(prompt).block_hashes)
+                reused |= after & before
+                computed |= after - before - reused
+                if dry_run:
+                    summary.blocks_computed += _missing_blocks(runner, prompt)
+                elif pin:
+                    runner.cache.pin(prompt)
+        summary.blocks_reused = len(reused)
+        summary.blocks_computed += len(computed)
+        _add_sizes(summary, runner, reused | computed)
+        summary.seconds = time.perf_counter() - started
+    if as_json:
+        print(json.dumps({**asdict(summary), "seconds": round(summary.seconds, 6)}))
+    else:
+        Console().print(_table(summary, dry_run))
+
+
+def _missing_blocks(runner: Runner, prompt: list[int]) -> int:
+    """Return how many blocks of a prompt would be computed: whole ones and a tail."""
+    match = runner.cache.match(prompt)
+    size = runner.cache.config.block_size
+    return -(-len(prompt) // size) - match.num_cached_tokens // size if match.num_cached_tokens < len(prompt) else 0
+
+
+def _add_sizes(summary: _Summary, runner: Runner, block_hashes: set[BlockHash]) -> None:
+    store = runner.cache.cold
+    assert store is not None, "the command always opens a store"
+    for entry in store.lookup_many(block_hashes):
+        if entry:
+            summary.bytes_raw += entry.raw_bytes
+            summary.bytes_stored += entry.stored_bytes
+
+
+def _table(summary: _Summary, dry_run: bool) -> Table:
+    table = Table(title="would be warmed" if dry_run else "warmed", show_header=False)
+    table.add_row("prompts", f"{summary.prompts:,}")
+    table.add_row("tokens", f"{summary.tokens:,}")
+    table.add_row("blocks to compute" if dry_run else "blocks computed", f"{summary.blocks_computed:,}")
+    table.add_row("blocks reused", f"{summary.blocks_reused:,}")
+    table.add_row("bytes raw", format_bytes(summary.bytes_raw))
+    table.add_row("bytes stored", format_bytes(summary.bytes_stored))
+    table.add_row("seconds", f"{summary.seconds:.2f}")
+    return table

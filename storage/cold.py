@@ -192,11 +192,15 @@ class ColdStore:
 
     def open_namespace(self, namespace: Namespace) -> None:
         """Register a namespace, so that `namespaces` can describe it, and note that it is in use."""
-        if self.read_only:
-            return
+        if not self.read_only:
+            self.register_namespace(namespace.digest, namespace.describe())
+
+    def register_namespace(self, digest: BlockHash, description: bytes) -> None:
+        """Do as `open_namespace` for one that is known by its digest and its description (a JSON object) alone."""
+        self._require_writable()
         with self._writer.batch() as batch:
-            row = batch.namespace(namespace.digest)
-            row.description = namespace.describe()
+            row = batch.namespace(digest)
+            row.description = description
             row.last_used = batch.now
 
     def put(self, records: Sequence[EncodedRecord]) -> list[PutOutcome]:

@@ -61,9 +61,7 @@ class StateEntry:
     size: int
 
 
-def write_state_file(
-    path: Path, *, namespace: BlockHash, description: bytes, records: Iterable[bytes]
-) -> SavedState:
+def write_state_file(path: Path, *, namespace: BlockHash, description: bytes, records: Iterable[bytes]) -> SavedState:
     """Write records into one file, atomically: beside the target, synced, then renamed over it.
 
     Raises StoreError if the file cannot be written; the target is then what it was.
@@ -219,9 +217,7 @@ class StateFile:
             return None
         return record if len(record) == entry.size else None
 
-    def read_into(
-        self, expected: BlockInfo, out: npt.NDArray[np.uint8], *, layout: BlockLayout
-    ) -> MissReason | None:
+    def read_into(self, expected: BlockInfo, out: npt.NDArray[np.uint8], *, layout: BlockLayout) -> MissReason | None:
         """Decode a block into `out`, one block of `layout`. Return None, or why it is a miss."""
         if self.lookup(expected.block_hash) is None:
             return MissReason.ABSENT
@@ -255,8 +251,8 @@ class StateFile:
         header = os.pread(self._fd, _HEADER.size, 0)
         if len(header) < _HEADER.size or header[:8] != _MAGIC:
             raise CorruptBlockError(f"{self.path} is not a tierkv state file")
-        _, version, row_bytes, file_bytes, text_bytes, index_offset, count, namespace, checksum, own = (
-            _HEADER.unpack(header)
+        _, version, row_bytes, file_bytes, text_bytes, index_offset, count, namespace, checksum, own = _HEADER.unpack(
+            header
         )
         if version != STATE_VERSION:
             raise FormatVersionError(
@@ -266,11 +262,7 @@ class StateFile:
         actual_bytes = os.fstat(self._fd).st_size
         if xxhash.xxh3_64_intdigest(header[:-8]) != own or row_bytes != _ROW.itemsize:
             raise CorruptBlockError(f"the header of {self.path} is damaged")
-        if (
-            actual_bytes != file_bytes
-            or index_offset + count * row_bytes != file_bytes
-            or text_bytes > index_offset
-        ):
+        if actual_bytes != file_bytes or index_offset + count * row_bytes != file_bytes or text_bytes > index_offset:
             raise CorruptBlockError(
                 f"the state file {self.path} is cut short or damaged: {actual_bytes} of {file_bytes} bytes"
             )
@@ -312,4 +304,4 @@ def _as_integer(block_hash: BlockHash) -> np.uint64:
 
 
 def _leading_integers(hashes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
-    return np.ascontiguousarray(hashes[:, :8]).view(">u8").ravel().astype(np.uint64)
+    return np.asarray(np.ascontiguousarray(hashes[:, :8]).view(">u8").ravel(), dtype=np.uint64)

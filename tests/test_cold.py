@@ -240,6 +240,12 @@ def test_namespaces_are_described_and_counted(tmp_path: Path) -> None:
         assert store.stats().blocks == 3
 
 
+def test_a_namespace_can_be_registered_by_its_digest_and_description(tmp_path: Path) -> None:
+    with open_store(tmp_path) as store:
+        store.register_namespace(NAMESPACE.digest, NAMESPACE.describe())
+        assert store.namespaces()[0].description["weights"] == "w"
+
+
 # -- eviction ------------------------------------------------------------------------------------------
 
 

@@ -180,8 +180,6 @@ class TierCache:
         """
         if num_computed_tokens > sequence.num_tokens:
             raise ConfigError(f"{num_computed_tokens} tokens computed of a sequence of {sequence.num_tokens}")
-        if not sequence.is_cacheable:
-            return 0
         size = self.config.block_size
         num_new = 0
         with self._tiers.changed:
@@ -484,7 +482,9 @@ class TierCache:
             if entry.warm_slot is not None:
                 return self._tiers.warm.slots[entry.warm_slot].copy()
             if entry.block_id is not None:
-                return np.array(self.hot.bytes_view[entry.block_id].cpu().numpy(), dtype=np.uint8)
+                copied = np.empty(self.layout.block_bytes, dtype=np.uint8)
+                torch.from_numpy(copied).copy_(self.hot.bytes_view[entry.block_id])
+                return copied
             return None
 
     def _encode(self, entry: Entry, block: npt.NDArray[np.uint8]) -> bytes:

@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Optional
 
-import click
 import typer
 
 from tierkv import __version__
@@ -32,6 +31,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+# Typer has click inside or beside itself, by its version: the root of click's errors is found through one of them.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[2]
 
 Model = Annotated[Optional[str], typer.Option(help="Directory or hub name; without it the embedded model.")]  # noqa: UP045
 Store = Annotated[Optional[Path], typer.Option(help="Directory of the cold store.", show_default="user cache")]  # noqa: UP045
@@ -180,9 +182,9 @@ def main() -> None:
         app(standalone_mode=False)
     except TierKVError as exc:
         _fail(str(exc))
-    except click.ClickException as exc:
-        _fail(exc.format_message())
-    except click.exceptions.Abort:
+    except _UsageError as exc:
+        _fail(exc.format_message())  # type: ignore[attr-defined]
+    except typer.Abort:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -148,8 +149,8 @@ def _as_dict(prefix: _Prefix, text: str, now: float) -> dict[str, Any]:
 
 
 def _namespace_table(found: list[StoredNamespace], now: float) -> Table:
-    table = Table(title="namespaces")
-    for column in ("namespace", "model", "dtype", "block size", "blocks", "stored", "last used"):
+    table = Table(title="namespaces", box=box.SIMPLE_HEAD)
+    for column in ("namespace", "model", "dtype", "size", "blocks", "stored", "used"):
         table.add_column(column, no_wrap=True)
     table.add_column("differs in", overflow="fold")
     for n in found:
@@ -167,8 +168,8 @@ def _namespace_table(found: list[StoredNamespace], now: float) -> Table:
 
 
 def _prefix_table(prefixes: list[_Prefix], texts: list[str], now: float) -> Table:
-    table = Table(title="prompt prefixes")
-    for column in ("namespace", "tokens", "blocks", "shared", "tier", "stored", "age", "pinned"):
+    table = Table(title="prompt prefixes", box=box.SIMPLE_HEAD)
+    for column in ("namespace", "tokens", "blocks", "shared", "stored", "age", "pinned"):
         table.add_column(column, no_wrap=True, min_width=len(column))
     table.add_column("begins", overflow="ellipsis", no_wrap=True, ratio=1)
     for prefix, text in zip(prefixes, texts, strict=True):
@@ -177,7 +178,6 @@ def _prefix_table(prefixes: list[_Prefix], texts: list[str], now: float) -> Tabl
             str(prefix.tokens),
             str(prefix.blocks),
             str(prefix.shared_blocks),
-            "cold",
             format_bytes(prefix.stored_bytes),
             format_age(now - prefix.last_access),
             "yes" if prefix.pinned else "",

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from tierkv.block import BlockHash
+from tierkv.block import TOKEN_BYTES, BlockHash, as_token_array, hash_block, iter_chain
 from tierkv.prompts import prefix_tokens, read_prompts
 from tierkv.runner import Runner
 from tierkv.tools.options import EngineOptions, open_engine
@@ -51,15 +51,13 @@ def warm(path: Path, options: EngineOptions, *, lines: bool, pin: bool, dry_run:
                 if not dry_run:
                     runner.prefill(prompt)
                     runner.cache.flush()
-                after = set(runner.cache.match(prompt).block_hashes)
+                after = _would_be_blocks(runner, prompt) if dry_run else set(runner.cache.match(prompt).block_hashes)
                 reused |= after & before
                 computed |= after - before - reused
-                if dry_run:
-                    summary.blocks_computed += _missing_blocks(runner, prompt)
-                elif pin:
+                if pin and not dry_run:
                     runner.cache.pin(prompt)
         summary.blocks_reused = len(reused)
-        summary.blocks_computed += len(computed)
+        summary.blocks_computed = len(computed)
         _add_sizes(summary, runner, reused | computed)
         summary.seconds = time.perf_counter() - started
     if as_json:
@@ -68,11 +66,16 @@ def warm(path: Path, options: EngineOptions, *, lines: bool, pin: bool, dry_run:
         Console().print(_table(summary, dry_run))
 
 
-def _missing_blocks(runner: Runner, prompt: list[int]) -> int:
-    """Return how many blocks of a prompt would be computed: whole ones and a tail."""
+def _would_be_blocks(runner: Runner, prompt: list[int]) -> set[BlockHash]:
+    """Return the blocks that a prompt would be found in once it is warmed."""
     match = runner.cache.match(prompt)
-    size = runner.cache.config.block_size
-    return -(-len(prompt) // size) - match.num_cached_tokens // size if match.num_cached_tokens < len(prompt) else 0
+    if match.num_cached_tokens == len(prompt):
+        return set(match.block_hashes)
+    token_bytes = as_token_array(prompt).tobytes()
+    root, size = runner.cache.namespace.digest, runner.cache.config.block_size
+    chain = [block_hash for block_hash, _ in iter_chain(root, token_bytes, size)]
+    tail = token_bytes[len(chain) * size * TOKEN_BYTES :]
+    return {*chain, *([hash_block(chain[-1] if chain else root, tail)] if tail else [])}
 
 
 def _add_sizes(summary: _Summary, runner: Runner, block_hashes: set[BlockHash]) -> None:

@@ -1,0 +1,229 @@
+"""The command line, as a newcomer types it; in a process of its own only where that is the point."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import pytest
+
+from tierkv.models import load_model
+from tierkv.storage.cold_batch import FORMAT_KEY
+from tierkv.tools import cli
+
+Run = Callable[..., "Result"]
+PROMPTS = (
+    "You are a careful assistant. " * 12
+    + "Answer briefly.\n---\n"
+    + "You are a careful assistant. " * 12
+    + "Be kind.\n"
+)
+
+
+class Result:
+    """Exit code and what was printed."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    def json(self) -> dict[str, Any]:
+        assert self.code == 0, self.err
+        value: dict[str, Any] = json.loads(self.out)
+        return value
+
+
+@pytest.fixture(scope="session")
+def user_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a user's cache directory that already has the embedded model."""
+    path = tmp_path_factory.mktemp("cache")
+    load_model(None, cache_dir=path / "tierkv")
+    return path
+
+
+@pytest.fixture
+def tierkv(
+    user_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Run:
+    """Return a function that runs one command on a fresh store."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(user_cache))
+    monkeypatch.setenv("TIERKV_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "prompts.txt").write_text(PROMPTS)
+
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["tierkv", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main()
+        captured = capsys.readouterr()
+        code = exit_info.value.code
+        return Result(code if isinstance(code, int) else 0, captured.out, captured.err)
+
+    return run
+
+
+def test_warming_twice_computes_nothing_the_second_time(tierkv: Run, tmp_path: Path) -> None:
+    first = tierkv("warm", tmp_path / "prompts.txt", "--json").json()
+    assert first["prompts"] == 2 and first["blocks_computed"] == 3 and first["blocks_reused"] == 0
+    assert first["bytes_raw"] > first["bytes_stored"] > 0
+    second = tierkv("warm", tmp_path / "prompts.txt", "--json").json()
+    assert second["blocks_computed"] == 0 and second["blocks_reused"] == 3
+    assert second["tokens"] == first["tokens"]
+
+
+def test_a_dry_run_says_what_would_be_computed_and_computes_nothing(tierkv: Run, tmp_path: Path) -> None:
+    for _ in range(2):
+        assert tierkv("warm", tmp_path / "prompts.txt", "--dry-run", "--json").json()["blocks_computed"] == 3
+    tierkv("warm", tmp_path / "prompts.txt", "--json")
+    assert tierkv("warm", tmp_path / "prompts.txt", "--dry-run", "--json").json()["blocks_computed"] == 0
+
+
+def test_a_run_finds_the_warmed_prompt_and_answers_the_same(tierkv: Run, tmp_path: Path) -> None:
+    tierkv("warm", tmp_path / "prompts.txt", "--json")
+    result = tierkv(
+        "run", "Hello!", "--system", tmp_path / "prompts.txt", "--nth", 2, "--max-new-tokens", 6, "--compare", "--json"
+    ).json()
+    assert result["same_tokens"] is True and result["max_logit_diff"] < 1e-3
+    assert result["cached_tokens"]["cold"] >= result["prompt_tokens"] - 60
+    assert len(result["token_ids"]) <= 6 and isinstance(result["text"], str)
+    assert result["ttft_s"] > 0 and result["recompute_ttft_s"] > 0
+
+
+def test_a_process_of_its_own_answers_from_the_store(tierkv: Run, tmp_path: Path, user_cache: Path) -> None:
+    tierkv("warm", tmp_path / "prompts.txt", "--json")
+    command = [sys.executable, "-c", "from tierkv.tools.cli import main; main()"]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(user_cache), "PYTHONPATH": os.pathsep.join(sys.path)}
+    arguments = ["run", "Hi", "--system", str(tmp_path / "prompts.txt"), "--max-new-tokens", "2", "--json"]
+    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["cached_tokens"]["cold"] > 300
+
+
+def test_without_cache_nothing_is_found_and_nothing_kept(tierkv: Run, tmp_path: Path) -> None:
+    tierkv("warm", tmp_path / "prompts.txt", "--json")
+    before = tierkv("stats", "--json").json()["blocks"]
+    result = tierkv(
+        "run", "Hi", "--system", tmp_path / "prompts.txt", "--no-cache", "--max-new-tokens", 2, "--json"
+    ).json()
+    assert sum(result["cached_tokens"].values()) == 0
+    assert tierkv("stats", "--json").json()["blocks"] == before
+
+
+def test_pinned_prompts_are_marked(tierkv: Run, tmp_path: Path) -> None:
+    tierkv("warm", tmp_path / "prompts.txt", "--pin", "--json")
+    assert all(prefix["pinned"] for prefix in tierkv("inspect", "--json").json()["prefixes"])
+
+
+def test_inspect_says_why_namespaces_do_not_mix(tierkv: Run, tmp_path: Path) -> None:
+    tierkv("warm", tmp_path / "prompts.txt", "--json")
+    for option, value, field in (
+        ("--dtype", "bfloat16", "dtype"),
+        ("--block-size", "64", "block_size"),
+        ("--salt", "tenant", "salt"),
+    ):
+        assert tierkv("warm", tmp_path / "prompts.txt", option, value, "--json").json()["blocks_reused"] == 0
+        found = tierkv("inspect", "--json").json()["namespaces"]
+        base = next(n for n in found if n["dtype"] == "float32" and n["block_size"] == 256 and not n["salt"])
+        assert any(field in n["differs_in"] for n in found if n is not base) or field in base["differs_in"]
+    assert tierkv("warm", tmp_path / "prompts.txt", "--json").json()["blocks_computed"] == 0
+
+
+def test_inspect_lists_prefixes_with_their_text(tierkv: Run, tmp_path: Path) -> None:
+    tierkv("warm", tmp_path / "prompts.txt", "--json")
+    prefixes = tierkv("inspect", "--json").json()["prefixes"]
+    assert len(prefixes) == 2 and all("You are a careful" in prefix["text"] for prefix in prefixes)
+    assert all(prefix["shared_blocks"] == 1 and prefix["tier"] == "cold" for prefix in prefixes)
+    assert "differs in" in tierkv("inspect").out
+
+
+def test_a_saved_store_loads_into_another(tierkv: Run, tmp_path: Path) -> None:
+    tierkv("warm", tmp_path / "prompts.txt", "--json")
+    saved = tierkv("save", tmp_path / "state.tkv", "--json").json()
+    assert saved["blocks"] == 3
+    loaded = tierkv("load", tmp_path / "state.tkv", "--store", tmp_path / "other", "--json").json()
+    assert loaded == {"blocks": 3, "blocks_stored": 3, "blocks_existing": 0}
+    again = tierkv("warm", tmp_path / "prompts.txt", "--store", tmp_path / "other", "--json").json()
+    assert again["blocks_computed"] == 0
+
+
+def assert_refused(result: Result, reason: str) -> None:
+    """Exit code 2, one line on standard error that says why, nothing on standard output."""
+    assert result.code == 2, result.out + result.err
+    lines = [line for line in result.err.splitlines() if line.strip()]
+    assert len(lines) == 1 and reason in lines[0], result.err
+    assert not result.out
+
+
+def test_bad_prompt_files_are_refused(tierkv: Run, tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n---\n")
+    (tmp_path / "binary.txt").write_bytes(b"\0\1\2")
+    assert_refused(tierkv("warm", tmp_path / "missing.txt"), "No such file")
+    assert_refused(tierkv("warm", tmp_path / "empty.txt"), "no prompt")
+    assert_refused(tierkv("warm", tmp_path / "binary.txt"), "binary")
+    assert not (tmp_path / "store").exists()
+
+
+def test_unknown_and_unsupported_models_are_refused(tierkv: Run, tmp_path: Path) -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    assert_refused(tierkv("warm", tmp_path / "prompts.txt", "--model", "no-such/model"), "cannot load the model")
+    assert_refused(tierkv("warm", tmp_path / "prompts.txt", "--model", tmp_path), "no config.json")
+    mamba = tmp_path / "mamba"
+    config = MambaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, state_size=4)
+    MambaForCausalLM(config).save_pretrained(mamba)
+    embedded = next((Path(os.environ["XDG_CACHE_HOME"]) / "tierkv").glob("embedded-model-*"))
+    for file in embedded.glob("tokenizer*"):
+        shutil.copy(file, mamba)
+    assert_refused(tierkv("warm", tmp_path / "prompts.txt", "--model", mamba), "cannot be cached by prefix")
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_store_that_cannot_be_used_is_refused(tierkv: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a directory")
+    assert_refused(tierkv("warm", tmp_path / "prompts.txt", "--store", tmp_path / "file"), str(tmp_path / "file"))
+    assert_refused(tierkv("warm", tmp_path / "prompts.txt", "--store", "/proc/tierkv"), "/proc/tierkv")
+    assert_refused(tierkv("stats", "--store", tmp_path / "nothing"), "there is no store")
+
+
+def test_a_store_of_a_newer_format_is_refused_and_kept(tierkv: Run, tmp_path: Path) -> None:
+    tierkv("warm", tmp_path / "prompts.txt", "--json")
+    with lmdb.open(str(tmp_path / "store"), max_dbs=8, map_size=1 << 30) as env, env.begin(write=True) as txn:
+        txn.put(FORMAT_KEY, b"99", db=env.open_db(b"meta", txn=txn))
+    before = (tmp_path / "store" / "data.mdb").read_bytes()
+    assert_refused(tierkv("warm", tmp_path / "prompts.txt"), "format")
+    assert (tmp_path / "store" / "data.mdb").read_bytes() == before
+
+
+def test_a_truncated_state_file_is_refused_and_the_store_kept(tierkv: Run, tmp_path: Path) -> None:
+    tierkv("warm", tmp_path / "prompts.txt", "--json")
+    tierkv("save", tmp_path / "state.tkv", "--json")
+    state = (tmp_path / "state.tkv").read_bytes()
+    for length in (0, 5, 100, 5000, len(state) - 1):
+        (tmp_path / "cut.tkv").write_bytes(state[:length])
+        assert_refused(tierkv("load", tmp_path / "cut.tkv"), "cut.tkv")
+    assert tierkv("stats", "--json").json()["blocks"] == 3
+
+
+def test_two_block_sizes_in_one_command_are_refused(tierkv: Run, tmp_path: Path) -> None:
+    result = tierkv("warm", tmp_path / "prompts.txt", "--block-size", 64, "--block-size", 256)
+    assert_refused(result, "one block size")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["frobnicate"], "No such command"),
+        (["warm"], "Missing argument"),
+        (["warm", "x.txt", "--cold", "much"], "not a size"),
+        (["run", ""], "prompt is empty"),
+        (["run", "x", "--temperature", "-1"], "temperature"),
+    ],
+)
+def test_words_that_make_no_command_are_refused(tierkv: Run, arguments: list[str], reason: str) -> None:
+    assert_refused(tierkv(*arguments), reason)

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from places import Place
+from tiny_models import FAMILIES, make_model
+from torch import Tensor
+from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
+
+from tierkv.attention import use_tierkv_attention
+from tierkv.errors import ConfigError, UnsupportedModelError
+from tierkv.gate import check_supported, probe_layout, self_test
+from tierkv.layout import LayerLayout
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_the_families_that_people_serve_pass(family: str, place: Place) -> None:
+    model = make_model(family, block_size=place.block_size, device=place.device, dtype=place.dtype)
+    check_supported(model)
+    layout = probe_layout(model, block_size=place.block_size)
+    assert layout.layers == (LayerLayout(kv_heads=2, k_dim=64, v_dim=64),) * 3
+    self_test(model, layout)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rope_that_depends_on_the_length_is_refused(kind: str) -> None:
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0}
+    if kind == "longrope":
+        rope |= {
+            "short_factor": [1.0] * 8,
+            "long_factor": [4.0] * 8,
+            "original_max_position_embeddings": 64,
+        }
+    model = LlamaForCausalLM(LlamaConfig(**SMALL, rope_parameters=rope, max_position_embeddings=256))
+    with pytest.raises(UnsupportedModelError, match=f"rope depends on the prompt's length .{kind}"):
+        check_supported(model)
+
+
+def test_a_model_with_state_beside_k_and_v_is_refused() -> None:
+    model = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, state_size=4))
+    with pytest.raises(UnsupportedModelError, match="MambaForCausalLM cannot be cached"):
+        check_supported(model)
+
+
+def test_an_encoder_is_refused() -> None:
+    config = BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    with pytest.raises(UnsupportedModelError, match="it is an encoder"):
+        check_supported(BertLMHeadModel(config))
+
+
+def test_a_model_whose_tokens_depend_on_later_ones_fails_the_self_test() -> None:
+    class LooksAhead(LlamaForCausalLM):  # type: ignore[misc]
+        def forward(self, input_ids: Tensor, **options: Any) -> Any:
+            mean = self.model.embed_tokens(input_ids).mean(1, keepdim=True)
+            output = super().forward(input_ids, **options)
+            output.logits = output.logits + mean.sum() * torch.arange(output.logits.shape[-1])
+            return output
+
+    torch.manual_seed(0)
+    model = LooksAhead(LlamaConfig(**SMALL)).eval()
+    with pytest.raises(UnsupportedModelError, match="fails the self-test"):
+        self_test(model, probe_layout(model, block_size=16))
+
+
+def test_a_model_that_attends_twice_in_a_layer_is_refused() -> None:
+    model = make_model("llama", block_size=16)
+    model.model.layers[1].self_attn.layer_idx = 0
+    with pytest.raises(UnsupportedModelError, match="layer 0 is called twice"):
+        probe_layout(model, block_size=16)
+
+
+def test_attention_is_put_back_even_after_an_error() -> None:
+    model = make_model("llama", block_size=16)
+    with pytest.raises(ConfigError, match="without a tierkv batch"), use_tierkv_attention(model):
+        model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False)
+    assert model.config._attn_implementation == "sdpa"

@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from places import Place
+from tiny_models import VOCABULARY, make_model
+
+from tierkv.block import Tier
+from tierkv.config import CacheConfig
+from tierkv.errors import CapacityError, ConfigError
+from tierkv.gate import probe_layout
+from tierkv.models import LoadedModel
+from tierkv.runner import GenerationOptions, Runner, open_runner
+from tierkv.sampling import SamplingOptions
+
+Open = Callable[..., Runner]
+
+
+@pytest.fixture
+def model(place: Place) -> Any:
+    return make_model("qwen3", block_size=place.block_size, device=place.device, dtype=place.dtype)
+
+
+@pytest.fixture
+def open_one(model: Any, place: Place, tmp_path: Path) -> Iterator[Open]:
+    """Return a function that opens a runner whose hot pool has `hot` blocks, on one store."""
+    opened: list[Any] = []
+
+    def open_runner_of(hot: int = 32, warm: int = 16, **options: Any) -> Runner:
+        block_bytes = probe_layout(model, block_size=place.block_size).block_bytes
+        config = CacheConfig(
+            cold_path=tmp_path / "store",
+            block_size=place.block_size,
+            hot_bytes=hot * block_bytes,
+            warm_bytes=warm * block_bytes,
+            min_free_bytes=0,
+        )
+        opened.append(open_runner(LoadedModel(model, None, "tiny"), config, **options))
+        runner: Runner = opened[-1].__enter__()
+        return runner
+
+    yield open_runner_of
+    for context in opened:
+        context.__exit__(None, None, None)
+
+
+def tokens(count: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, VOCABULARY, (count,), generator=generator).tolist()
+
+
+def greedy(count: int, **options: Any) -> GenerationOptions:
+    return GenerationOptions(max_new_tokens=count, stop_ids=frozenset(), **options)
+
+
+def test_greedy_answers_are_the_models_own(model: Any, place: Place, open_one: Open) -> None:
+    prompts = [tokens(n, seed=n) for n in (place.block_size + 9, 5, 2 * place.block_size + 1)]
+    runner = open_one()
+    for _ in range(2):  # the second time from the cache
+        for prompt, got in zip(prompts, runner.generate(prompts, greedy(12, keep_logits=True)), strict=True):
+            assert got.logits is not None and got.prompt_tokens == len(prompt)
+            ids = torch.tensor([[*prompt, *got.token_ids[:-1]]], device=model.device)
+            with torch.inference_mode():
+                want = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :]
+            place.assert_close(got.logits, want)
+            if place.dtype == torch.float32:
+                assert got.token_ids == want.argmax(-1).tolist()
+    runner.cache.check()
+
+
+def test_a_second_run_skips_the_prefill_of_what_is_cached(place: Place, open_one: Open) -> None:
+    prompt = tokens(2 * place.block_size + 3, seed=1)
+    runner = open_one()
+    assert runner.prefill(prompt) == len(prompt)
+    runner.cache.flush()
+    assert runner.prefill(prompt) == 0
+    (found,) = runner.generate([[*prompt, 5]], greedy(1))
+    assert sum(found.cached_tokens.values()) == len(prompt)
+
+
+def test_prompts_that_do_not_fit_together_wait_for_each_other(place: Place, open_one: Open) -> None:
+    prompts = [tokens(2 * place.block_size, seed=i) for i in range(5)]
+    runner = open_one(hot=5)
+    together = runner.generate(prompts, greedy(4))
+    runner.cache.check()
+    alone = [runner.generate([prompt], greedy(4, use_cache=False))[0] for prompt in prompts]
+    assert [len(g.token_ids) for g in together] == [4] * 5
+    if place.dtype == torch.float32:
+        assert [g.token_ids for g in together] == [g.token_ids for g in alone]
+
+
+def test_sampling_does_not_depend_on_what_else_is_in_the_batch(place: Place, open_one: Open) -> None:
+    runner = open_one()
+    options = greedy(8, sampling=SamplingOptions(temperature=0.7, top_k=50, top_p=0.9, seed=3), use_cache=False)
+    prompts = [tokens(n, seed=n) for n in (7, 19, 11)]
+    together = runner.generate(prompts, options)
+    if place.dtype == torch.float32:  # in bfloat16 another batch shape may round to another token
+        alone = [runner.generate([prompt], options)[0] for prompt in prompts]
+        assert [g.token_ids for g in together] == [g.token_ids for g in alone]
+    assert all(len(g.token_ids) == 8 for g in together)
+
+
+def test_a_stream_yields_the_same_tokens_and_closing_it_releases_everything(open_one: Open) -> None:
+    runner = open_one()
+    prompts = [tokens(9, seed=1), tokens(30, seed=2)]
+    want = runner.generate(prompts, greedy(6, use_cache=False))
+    events = list(runner.stream(prompts, greedy(6, use_cache=False)))
+    for number, generation in enumerate(want):
+        assert [e.token_id for e in events if e.prompt == number] == generation.token_ids
+        assert [e.is_last for e in events if e.prompt == number] == [False] * 5 + [True]
+    stream = runner.stream(prompts, greedy(6))
+    next(iter(stream))
+    stream.close()
+    runner.cache.check()
+    assert runner.loaded.model.config._attn_implementation == "sdpa"
+
+
+def test_a_stop_token_ends_a_sequence_and_is_its_last(open_one: Open) -> None:
+    runner = open_one()
+    prompt = tokens(9, seed=1)
+    (free,) = runner.generate([prompt], greedy(6))
+    stop = free.token_ids[2]
+    (stopped,) = runner.generate([prompt], GenerationOptions(max_new_tokens=6, stop_ids=frozenset({stop})))
+    assert stopped.token_ids == free.token_ids[: free.token_ids.index(stop) + 1]
+
+
+def test_long_prompts_are_computed_in_pieces(model: Any, place: Place, open_one: Open) -> None:
+    runner = open_one(max_step_tokens=7)
+    prompts = [tokens(20, seed=1), tokens(3, seed=2)]
+    pieces = runner.generate(prompts, greedy(4, keep_logits=True, use_cache=False))
+    for prompt, got in zip(prompts, pieces, strict=True):
+        ids = torch.tensor([[*prompt, *got.token_ids[:-1]]], device=model.device)
+        with torch.inference_mode():
+            want = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 :]
+        assert got.logits is not None
+        place.assert_close(got.logits, want)
+
+
+def test_decoding_without_room_sends_the_youngest_back_and_loses_no_token(place: Place, open_one: Open) -> None:
+    size = place.block_size
+    runner = open_one(hot=5)
+    prompts = [tokens(2 * size - 2, seed=i) for i in range(2)]
+    got = runner.generate(prompts, greedy(size + 4))
+    assert [len(g.token_ids) for g in got] == [size + 4] * 2
+    runner.cache.check()
+    alone = [runner.generate([prompt], greedy(size + 4))[0] for prompt in prompts]
+    if place.dtype == torch.float32:
+        assert [g.token_ids for g in got] == [g.token_ids for g in alone]
+
+
+def test_a_prompt_that_never_fits_is_refused_and_nothing_leaks(place: Place, open_one: Open) -> None:
+    runner = open_one(hot=4)
+    with pytest.raises(CapacityError, match="hot_bytes"):
+        runner.generate([tokens(5 * place.block_size, seed=1)], greedy(1))
+    runner.cache.check()
+
+
+def test_an_answer_is_found_by_the_next_turn(place: Place, open_one: Open) -> None:
+    runner = open_one()
+    prompt = tokens(place.block_size + 2, seed=1)
+    (first,) = runner.generate([prompt], greedy(5, store_tail=True))
+    runner.cache.flush()
+    (second,) = runner.generate([[*prompt, *first.token_ids, 1, 2]], greedy(1))
+    computed = len(prompt) + len(first.token_ids) - 1  # the last token chosen was never fed
+    assert sum(second.cached_tokens.values()) == computed
+
+
+@pytest.mark.parametrize(
+    "bad", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}], ids=lambda bad: next(iter(bad))
+)
+def test_sampling_options_that_cannot_work_are_refused(bad: dict[str, float]) -> None:
+    with pytest.raises(ConfigError):
+        SamplingOptions(**bad)  # type: ignore[arg-type]
+
+
+def test_cached_tokens_name_the_tier_that_answered(place: Place, open_one: Open) -> None:
+    runner = open_one()
+    prompt = tokens(2 * place.block_size + 1, seed=1)
+    runner.prefill(prompt)
+    runner.cache.flush()
+    whole = 2 * place.block_size
+    for tier, evicted in ((Tier.HOT, ()), (Tier.WARM, (Tier.HOT,)), (Tier.COLD, (Tier.HOT, Tier.WARM))):
+        for level in evicted:
+            runner.cache.evict(level)
+        (found,) = runner.generate([prompt], greedy(1))
+        assert found.cached_tokens[tier] == whole, tier

@@ -1,0 +1,67 @@
+"""Tiny random models of the families that people serve; seeded, no download."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+__all__ = ["FAMILIES", "VOCABULARY", "make_model"]
+
+VOCABULARY = 512
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,  # one that flash-attn takes, so that a GPU machine tests it
+    "max_position_embeddings": 8192,
+    "initializer_range": 0.2,
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": 0,
+}
+
+# Family -> how its model is made for a block size; windows end inside a block.
+FAMILIES: dict[str, Callable[[int], Any]] = {
+    "llama": lambda _: LlamaForCausalLM(LlamaConfig(**_COMMON)),
+    "qwen3": lambda _: Qwen3ForCausalLM(Qwen3Config(**_COMMON)),
+    "mistral": lambda size: MistralForCausalLM(MistralConfig(**_COMMON, sliding_window=size + size // 2 + 1)),
+    "gemma2": lambda size: Gemma2ForCausalLM(
+        Gemma2Config(
+            **_COMMON,
+            sliding_window=size + size // 2 + 1,
+            query_pre_attn_scalar=64,
+            attn_logit_softcapping=20.0,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        )
+    ),
+    "qwen3_moe": lambda _: Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(**_COMMON, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)
+    ),
+}
+
+
+def make_model(
+    family: str, *, block_size: int, device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
+) -> Any:
+    """Return a model in evaluation mode; the same for the same arguments."""
+    torch.manual_seed(seed)
+    model = FAMILIES[family](block_size).to(device=device, dtype=dtype).eval()
+    model.set_attn_implementation("eager" if family == "gemma2" else "sdpa")  # sdpa knows no soft-capping
+    return model

@@ -1,0 +1,202 @@
+"""Time to first token from each tier, as a ratio to computing the prompt anew.
+
+A model of Llama-3.1-8B's shape with random weights; prompts of 1k, 8k and 32k cached tokens and a few new ones.
+Beside it the same prefill by plain Transformers, and the link's own speed in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from tierkv.block import Tier
+from tierkv.config import CacheConfig
+from tierkv.models import LoadedModel
+from tierkv.runner import GenerationOptions, Runner, open_runner
+
+__all__ = ["main"]
+
+_SHAPES: dict[str, dict[str, Any]] = {
+    "8b": {
+        "vocab_size": 128_256,
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    },
+    "tiny": {
+        "vocab_size": 1024,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+    },
+}
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    tokens: int
+    times_s: dict[str, float]
+    cached: dict[str, dict[str, int]]
+
+
+def main() -> None:
+    """Run the benchmark and print its table; `--json FILE` keeps it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=sorted(_SHAPES), default="8b" if torch.cuda.is_available() else "tiny")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 8192, 32_768])
+    parser.add_argument("--new-tokens", type=int, default=32, help="tokens of the prompt that are not cached")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = LoadedModel(_random_model(arguments.shape, device), None, arguments.shape)
+    machine = _machine(device)
+    print("  ".join(f"{name}: {value}" for name, value in machine.items()))
+    with tempfile.TemporaryDirectory() as directory:
+        config = CacheConfig(
+            cold_path=Path(directory) / "store",
+            hot_bytes=(12 << 30) if device.type == "cuda" else (1 << 30),
+            warm_bytes=(10 << 30) if device.type == "cuda" else (1 << 30),
+            cold_bytes=16 << 30,
+        )
+        with open_runner(loaded, config, max_step_tokens=65_536) as runner:
+            print(f"block: {runner.cache.layout.block_bytes / 2**20:.1f} MiB of {config.block_size} tokens")
+            rows = [_measure(runner, count, arguments.new_tokens, arguments.repeats) for count in arguments.tokens]
+            link = _link_gb_s(runner) if device.type == "cuda" else None
+    _print_table(rows, link)
+    if arguments.json:
+        result = {"machine": machine, "link_gb_s": link, "rows": [[r.tokens, r.times_s, r.cached] for r in rows]}
+        arguments.json.write_text(json.dumps(result, indent=1))
+
+
+def _random_model(shape: str, device: torch.device) -> Any:
+    """Return a Llama of that shape with small random weights, made on the device."""
+    config = transformers.LlamaConfig(**_SHAPES[shape], max_position_embeddings=131_072, eos_token_id=None)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    torch.manual_seed(0)
+    with torch.device(device):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            model = transformers.LlamaForCausalLM(config)
+        finally:
+            torch.set_default_dtype(before)
+    return model.eval()
+
+
+def _measure(runner: Runner, num_cached: int, num_new: int, repeats: int) -> _Row:
+    """Return the median seconds to the first token by where the prompt's cached part lies."""
+    generator = torch.Generator().manual_seed(num_cached)
+    vocabulary = runner.loaded.model.config.vocab_size
+    prefix = torch.randint(0, vocabulary, (num_cached,), generator=generator).tolist()
+    runner.prefill(prefix)
+    runner.cache.flush()
+    cache = runner.cache
+    store = cache.cold
+    assert store is not None
+
+    def evict(*tiers: Tier) -> Callable[[], None]:
+        return lambda: [cache.evict(tier) for tier in tiers] and None
+
+    def drop_pages() -> None:
+        evict(Tier.HOT, Tier.WARM)()
+        _drop_page_cache()
+
+    ways: dict[str, tuple[Callable[[], None], bool]] = {
+        "recompute": (evict(), False),
+        "hot": (evict(), True),
+        "warm": (evict(Tier.HOT), True),
+        "cold, page cache": (evict(Tier.HOT, Tier.WARM), True),
+        "cold, disk": (drop_pages, True),
+    }
+    times: dict[str, float] = {}
+    cached: dict[str, dict[str, int]] = {}
+    for name, (prepare, use_cache) in ways.items():
+        measured: list[float] = []
+        for repeat in range(repeats + 1):
+            suffix = torch.randint(0, vocabulary, (num_new,), generator=generator).tolist()
+            prepare()
+            options = GenerationOptions(max_new_tokens=1, stop_ids=frozenset(), use_cache=use_cache)
+            (result,) = runner.generate([prefix + suffix], options)
+            if repeat:  # the first one warms up
+                measured.append(result.ttft_s)
+            cached[name] = {tier.value: count for tier, count in result.cached_tokens.items() if count}
+        times[name] = statistics.median(measured)
+    times["plain transformers"] = _plain_prefill_s(runner.loaded.model, prefix, repeats)
+    return _Row(num_cached, times, cached)
+
+
+def _plain_prefill_s(model: Any, token_ids: list[int], repeats: int) -> float:
+    ids = torch.tensor([token_ids], device=model.device)
+    measured: list[float] = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        with torch.inference_mode():
+            int(model(input_ids=ids, use_cache=True, logits_to_keep=1).logits[0, -1].argmax())
+        measured.append(time.perf_counter() - started)
+    return statistics.median(measured[1:])
+
+
+def _link_gb_s(runner: Runner) -> float:
+    """Return the speed of one large copy from page-locked memory to the GPU, in GB/s."""
+    source = torch.empty(2 << 30, dtype=torch.uint8, pin_memory=True)
+    target = torch.empty(2 << 30, dtype=torch.uint8, device=runner.loaded.model.device)
+    speeds: list[float] = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        target.copy_(source, non_blocking=True)
+        torch.cuda.synchronize()
+        speeds.append(source.numel() / (time.perf_counter() - started) / 1e9)
+    return max(speeds)
+
+
+def _drop_page_cache() -> None:
+    """Make the next read come from the disk; needs root, and says so where it may not."""
+    try:
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+    except OSError as exc:
+        print(f"(the page cache stays: {exc.strerror})")
+
+
+def _machine(device: torch.device) -> dict[str, str]:
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _print_table(rows: list[_Row], link: float | None) -> None:
+    names = list(rows[0].times_s)
+    print(f"{'tokens':>8}" + "".join(f"{name:>26}" for name in names))
+    for row in rows:
+        base = row.times_s["recompute"]
+        cells = [f"{row.times_s[name] * 1e3:.1f} ms ({base / row.times_s[name]:.1f}x)" for name in names]
+        print(f"{row.tokens:>8}" + "".join(f"{cell:>26}" for cell in cells))
+    for row in rows:
+        print(f"{row.tokens} tokens were found in: {row.cached}")
+    if link:
+        print(f"link, one large copy: {link:.1f} GB/s")
+
+
+if __name__ == "__main__":
+    main()

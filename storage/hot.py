@@ -16,11 +16,11 @@ __all__ = ["HotPool", "hot_pool_blocks"]
 
 
 class HotPool:
-    """Paged memory of `num_blocks` blocks on one device, zeroed at the start.
+    """Paged memory of `num_blocks` blocks on one device, zeroed at the start, and one scratch block behind them.
 
-    `blocks` is [num_blocks, block_bytes / item_bytes] of the layout's dtype. Each layer's K and V are strided
-    views of it, made once: [num_blocks, block_size, kv_heads, dim], with a page stride of a whole block. The pool
-    owns the memory for its lifetime.
+    `blocks` is [num_blocks + 1, block_bytes / item_bytes] of the layout's dtype. Each layer's K and V are strided
+    views of it, made once: [num_blocks + 1, block_size, kv_heads, dim], with a page stride of a whole block. Nobody
+    owns the scratch block: padded tokens write there. The pool owns the memory for its lifetime.
     """
 
     def __init__(self, layout: BlockLayout, num_blocks: int, device: torch.device) -> None:
@@ -34,29 +34,28 @@ class HotPool:
         self.device = device
         self.dtype: torch.dtype = getattr(torch, layout.dtype)
         elements = layout.block_bytes // layout.item_bytes
-        self.blocks = torch.zeros((num_blocks, elements), dtype=self.dtype, device=device)
+        self.scratch_block = num_blocks
+        self.blocks = torch.zeros((num_blocks + 1, elements), dtype=self.dtype, device=device)
         self.bytes_view = self.blocks.view(torch.uint8)
         self._views = [self._view(run) for run in range(2 * layout.num_layers)]
 
     def key_cache(self, layer: int) -> Tensor:
-        """Return K of one layer: [num_blocks, block_size, kv_heads, k_dim], strided, sharing memory."""
+        """Return K of one layer: [num_blocks + 1, block_size, kv_heads, k_dim], strided, sharing memory."""
         return self._views[2 * layer]
 
     def value_cache(self, layer: int) -> Tensor:
-        """Return V of one layer: [num_blocks, block_size, kv_heads, v_dim], strided, sharing memory."""
+        """Return V of one layer: [num_blocks + 1, block_size, kv_heads, v_dim], strided, sharing memory."""
         return self._views[2 * layer + 1]
 
     def _view(self, run: int) -> Tensor:
         layer = self.layout.layers[run // 2]
         dim = layer.v_dim if run % 2 else layer.k_dim
         offset = self.layout.runs[run].offset_bytes // self.layout.item_bytes
-        shape = (self.num_blocks, self.layout.block_size, layer.kv_heads, dim)
+        shape = (self.num_blocks + 1, self.layout.block_size, layer.kv_heads, dim)
         return self.blocks.as_strided(shape, (self.blocks.stride(0), layer.kv_heads * dim, dim, 1), offset)
 
 
-def hot_pool_blocks(
-    layout: BlockLayout, device: torch.device, *, hot_bytes: int | None, hot_fraction: float
-) -> int:
+def hot_pool_blocks(layout: BlockLayout, device: torch.device, *, hot_bytes: int | None, hot_fraction: float) -> int:
     """Return how many blocks the hot pool gets: from `hot_bytes`, or a share of the GPU memory free now."""
     if hot_bytes is None:
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None

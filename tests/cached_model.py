@@ -15,15 +15,7 @@ from tierkv.fingerprint import namespace_of
 from tierkv.gate import probe_layout
 from tierkv.sequence import Sequence
 
-__all__ = ["CachedModel", "plain_logits"]
-
-
-def plain_logits(model: Any, token_ids: list[int]) -> Tensor:
-    """Return [tokens, vocabulary] of one pass of the model as it is."""
-    with torch.inference_mode():
-        ids = torch.tensor([token_ids], device=model.device)
-        logits: Tensor = model(input_ids=ids, use_cache=False).logits[0]
-    return logits
+__all__ = ["CachedModel"]
 
 
 class CachedModel:

@@ -61,14 +61,14 @@ class PatternEngine:
 
     def compute(self, sequence: Sequence, first: int) -> None:
         """Write K and V of the tokens from `first` on into their slots."""
-        sequence.wait_layer(0)
+        sequence.wait_all()
         for (keys, values), want in self._tokens(sequence, first, sequence.num_tokens):
             keys.copy_(want[0].expand_as(keys))
             values.copy_(want[1].expand_as(values))
 
     def check(self, sequence: Sequence, num_tokens: int | None = None) -> None:
         """Raise AssertionError unless the K and V of the leading tokens are this sequence's own."""
-        sequence.wait_layer(0)
+        sequence.wait_all()
         last = sequence.num_tokens if num_tokens is None else num_tokens
         for (keys, values), want in self._tokens(sequence, 0, last):
             assert torch.all(keys == want[0]), f"K is not its own: {keys.unique()} for {want[0]}"

@@ -40,8 +40,10 @@ LAYERS = (
     Layer(
         "storage",
         "storage.outcomes storage.planes storage.codecs storage.record storage.hot storage.warm "
-        "storage.lmdb_file storage.lmdb_env storage.cold_entry storage.cold_batch storage.cold_stats "
-        "storage.cold_eviction storage.cold_check storage.cold_writer storage.cold storage.state_file",
+        "storage.lmdb_file storage.lmdb_tree storage.lmdb_lock storage.lmdb_env "
+        "storage.cold_entry storage.cold_links storage.cold_namespaces storage.cold_batch storage.cold_stats "
+        "storage.cold_eviction storage.cold_check storage.cold_writer storage.cold_salvage storage.cold "
+        "storage.state_file",
         below="values",
     ),
     Layer("kernels", "kernels.*", below="values"),
@@ -57,7 +59,7 @@ LAYERS = (
     # What runs a model over the cache, or steers it.
     Layer(
         "engine",
-        "prompts gate fingerprint attention* models embedded runner profiler controller integrations*",
+        "prompts sampling attention_paged attention gate fingerprint models graphs runner profiler controller integrations*",
         below="values control storage kernels background client mover facade",
     ),
     Layer("package", "__init__", below="values control facade"),

@@ -14,6 +14,7 @@ import contextvars
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +23,15 @@ from torch import Tensor, nn
 from tierkv.attention_paged import PagedQuery, attend
 from tierkv.errors import ConfigError, UnsupportedModelError
 
-__all__ = ["AttentionBatch", "KVPool", "SequenceStep", "build_batch", "forward", "use_tierkv_attention"]
+__all__ = [
+    "AttentionBatch",
+    "KVPool",
+    "SequenceStep",
+    "build_batch",
+    "forward",
+    "use_attention",
+    "use_tierkv_attention",
+]
 
 IMPLEMENTATION = "tierkv"
 _UNSET: Any = object()
@@ -57,7 +66,8 @@ class AttentionBatch:
     """What the attention of every layer needs to know of one forward pass.
 
     query_starts: [sequences + 1] where each one's new tokens begin in the packed input. kv_lengths: tokens of
-    each sequence after this pass. block_table: [sequences, max blocks] int32, on the pool's device.
+    each sequence after this pass; kv_starts_tensor is their running sum. block_table: [sequences, max blocks]
+    int32, on the pool's device. max_new: new tokens of a sequence at most; is_even: all have as many.
     block_ids, offsets: [T] int64, where K and V of each new token are written.
     """
 
@@ -67,7 +77,11 @@ class AttentionBatch:
     kv_lengths: list[int]
     block_table: Tensor
     query_starts_tensor: Tensor
+    kv_starts_tensor: Tensor
     kv_lengths_tensor: Tensor
+    max_new: int
+    is_even: bool
+    has_past: bool
     block_ids: Tensor
     offsets: Tensor
     position_ids: Tensor
@@ -107,6 +121,10 @@ def build_batch(
         kv_lengths=kv_lengths,
         block_table=torch.tensor(padded, dtype=torch.int32, device=device),
         query_starts_tensor=torch.tensor(query_starts, dtype=torch.int32, device=device),
+        kv_starts_tensor=torch.tensor([0, *accumulate(kv_lengths)], dtype=torch.int32, device=device),
+        max_new=max(step.num_new for step in steps),
+        is_even=len({step.num_new for step in steps}) == 1,
+        has_past=any(step.num_past for step in steps),
         kv_lengths_tensor=torch.tensor(kv_lengths, dtype=torch.int32, device=device),
         block_ids=torch.tensor(block_ids, dtype=torch.int64, device=device),
         offsets=torch.tensor(offsets, dtype=torch.int64, device=device),
@@ -121,11 +139,18 @@ def use_tierkv_attention(model: Any) -> Iterator[None]:
     from transformers import AttentionInterface
 
     AttentionInterface.register(IMPLEMENTATION, _attention)
+    with use_attention(model, IMPLEMENTATION):
+        yield
+
+
+@contextmanager
+def use_attention(model: Any, implementation: str) -> Iterator[None]:
+    """Let a Hugging Face model attend by another implementation inside the block; nothing to do if it does."""
     before = model.config.get_text_config()._attn_implementation
-    if before == IMPLEMENTATION:
+    if before == implementation:
         yield
         return
-    model.set_attn_implementation(IMPLEMENTATION)
+    model.set_attn_implementation(implementation)
     try:
         yield
     finally:
@@ -185,6 +210,8 @@ def _attention(
     window = getattr(module, "sliding_window", None) if sliding_window is _UNSET else sliding_window
     paged = PagedQuery(
         query=query[0].transpose(0, 1),
+        new_keys=key[0].transpose(0, 1),
+        new_values=value[0].transpose(0, 1),
         keys=keys,
         values=values,
         scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),

@@ -17,7 +17,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["Batch", "PagedQuery", "attend", "can_use_flash"]
+from tierkv.layout import BlockLayout
+
+__all__ = ["MAX_SPLIT_TOKENS", "Batch", "PagedQuery", "attend", "can_use_flash", "layout_uses_flash"]
+
+MAX_SPLIT_TOKENS = 64  # above it there is work for every multiprocessor without splitting K and V
 
 _cpu_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -30,18 +34,25 @@ class Batch(Protocol):
     kv_lengths: list[int]
     block_table: Tensor
     query_starts_tensor: Tensor
+    kv_starts_tensor: Tensor
     kv_lengths_tensor: Tensor
+    max_new: int
+    is_even: bool
+    has_past: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PagedQuery:
     """One layer's attention. query: [T, heads, dim]; keys, values: [num_blocks, block_size, kv_heads, dim].
 
+    new_keys, new_values: [T, kv_heads, dim], what has just been written for the new tokens.
     window: each token sees itself and window - 1 before it. softcap: scores are softcap * tanh(score / softcap).
     sinks: [heads] logits that take part in the softmax and have no value (gpt-oss).
     """
 
     query: Tensor
+    new_keys: Tensor
+    new_values: Tensor
     keys: Tensor
     values: Tensor
     scale: float
@@ -73,6 +84,15 @@ def can_use_flash(paged: PagedQuery, block_size: int) -> bool:
     )
 
 
+def layout_uses_flash(layout: BlockLayout) -> bool:
+    """Tell whether flash-attn takes every layer of a model on a GPU."""
+    return (
+        layout.dtype in ("bfloat16", "float16")
+        and layout.block_size % 256 == 0
+        and all(layer.k_dim == layer.v_dim and layer.k_dim in _flash_head_dims() for layer in layout.layers)
+    )
+
+
 @cache
 def _flash_head_dims() -> frozenset[int]:
     """Head dims that flash-attn is known to run with here; empty where it is not installed."""
@@ -82,46 +102,43 @@ def _flash_head_dims() -> frozenset[int]:
 
 
 def _attend_flash(paged: PagedQuery, batch: Batch) -> Tensor:
-    """Run flash-attn on the strided pages as they are. The log-sum-exp is fetched only for sinks.
+    """Run flash-attn, on the strided pages as they are.
 
-    Equal numbers of new tokens go to `flash_attn_with_kvcache`, which splits long K and V over
-    multiprocessors; ragged ones to `flash_attn_varlen_func`.
+    Few new tokens for each sequence, and equally many: `flash_attn_with_kvcache`, which splits long K and V
+    over multiprocessors. Otherwise `flash_attn_varlen_func`, and where nothing is cached on K and V as they come
+    from the layer, which needs no pages at all. The log-sum-exp serves the sinks.
     """
     flash: Any = importlib.import_module("flash_attn")
-    lengths = [b - a for a, b in zip(batch.query_starts, batch.query_starts[1:], strict=False)]
     options: dict[str, Any] = {
         "softmax_scale": paged.scale,
         "causal": True,
         "window_size": (paged.window - 1, 0) if paged.window else (-1, -1),
         "softcap": paged.softcap or 0.0,
-        "block_table": batch.block_table,
     }
     query = paged.query.contiguous()
-    if len(set(lengths)) == 1:
+    if batch.is_even and batch.max_new <= MAX_SPLIT_TOKENS:
         out, lse = flash.flash_attn_with_kvcache(
-            query.view(len(lengths), lengths[0], *query.shape[1:]),
+            query.view(-1, batch.max_new, *query.shape[1:]),
             paged.keys,
             paged.values,
             cache_seqlens=batch.kv_lengths_tensor,
+            block_table=batch.block_table,
             return_softmax_lse=True,
             **options,
         )
-        out, lse = out.flatten(0, 1), lse.transpose(1, 2).flatten(0, 1)
+        if paged.sinks is not None:
+            return _add_sinks(out.flatten(0, 1), lse.transpose(1, 2).flatten(0, 1), paged.sinks)
+        return torch.flatten(out, 0, 1)
+    if batch.has_past:
+        keys, values, max_length = paged.keys, paged.values, max(batch.kv_lengths)
+        options["block_table"] = batch.block_table
     else:
-        starts = functional.pad(batch.kv_lengths_tensor.cumsum(0, dtype=torch.int32), (1, 0))
-        out, lse, _ = flash.flash_attn_varlen_func(
-            query,
-            paged.keys,
-            paged.values,
-            batch.query_starts_tensor,
-            starts,
-            max(lengths),
-            max(batch.kv_lengths),
-            return_attn_probs=True,
-            **options,
-        )
-        lse = lse.transpose(0, 1)
-    return _add_sinks(out, lse, paged.sinks)
+        keys, values, max_length = paged.new_keys.contiguous(), paged.new_values.contiguous(), batch.max_new
+    starts = (batch.query_starts_tensor, batch.kv_starts_tensor)
+    out, lse, _ = flash.flash_attn_varlen_func(
+        query, keys, values, *starts, batch.max_new, max_length, return_attn_probs=True, **options
+    )
+    return _add_sinks(out, lse.transpose(0, 1), paged.sinks)
 
 
 def _attend_one(paged: PagedQuery, query: Tensor, blocks: Tensor, length: int) -> Tensor:

@@ -112,6 +112,11 @@ class TierCache:
         return self._tiers.hot
 
     @property
+    def layer_groups(self) -> list[int]:
+        """Ends of the groups of layers that are promoted together, lowest first; the last is the layer count."""
+        return self._tiers.mover.layer_groups
+
+    @property
     def cold(self) -> ColdStore | None:
         """The store on disk, if there is one."""
         return self._tiers.cold
@@ -204,7 +209,7 @@ class TierCache:
         with self._tiers.changed:
             for block_id in sequence.block_table[:num_shared]:
                 pool.pin(block_id)
-        sequence.wait_layer(0)
+        sequence.wait_all()
         copied = self._tiers.mover.copy(
             [Move(s, t) for s, t in zip(sequence.block_table[num_shared:], own, strict=True)]
         )
@@ -249,6 +254,7 @@ class TierCache:
         if tier is Tier.COLD:
             raise ConfigError("the cold tier is evicted through its store: cache.cold.evict(...)")
         with self._tiers.changed:
+            self._tiers.reap()
             pool = self._tiers.index.pool(tier)
             wanted = pool.capacity if count is None else count
             before = pool.free_count
@@ -480,9 +486,9 @@ class TierCache:
         """Return a copy of an entry's bytes from the warm or the hot tier, or None if it has left both."""
         with self._tiers.changed:
             if entry.warm_slot is not None:
-                return self._tiers.warm.slots[entry.warm_slot].copy()
+                return np.array(self._tiers.warm.slots[entry.warm_slot])
             if entry.block_id is not None:
-                copied = np.empty(self.layout.block_bytes, dtype=np.uint8)
+                copied: npt.NDArray[np.uint8] = np.empty(self.layout.block_bytes, dtype=np.uint8)
                 torch.from_numpy(copied).copy_(self.hot.bytes_view[entry.block_id])
                 return copied
             return None

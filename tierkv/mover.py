@@ -6,6 +6,7 @@ the link's speed and no multiprocessor is taken from the model. On a CPU the sam
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,6 +18,8 @@ from tierkv.storage.hot import HotPool
 from tierkv.storage.warm import WarmPool
 
 __all__ = ["Done", "Move", "Mover", "Ready"]
+
+_GROUP_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +33,8 @@ class Move:
 class Ready(Protocol):
     """When the bytes of a batch of moves are where they belong."""
 
-    def wait(self) -> None:
-        """Make the current stream wait; returns at once."""
+    def wait(self, layer: int | None = None) -> None:
+        """Make the current stream wait for one layer's bytes, or for all; returns at once."""
 
     def synchronize(self) -> None:
         """Block this thread until they are."""
@@ -43,7 +46,7 @@ class Ready(Protocol):
 class Done:
     """Ready at once: copies on a CPU have ended when the call returns."""
 
-    def wait(self) -> None:
+    def wait(self, layer: int | None = None) -> None:
         """Nothing to wait for."""
 
     def synchronize(self) -> None:
@@ -55,18 +58,21 @@ class Done:
 
 
 class _CudaReady:
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        self._event = torch.cuda.Event()
-        self._event.record(stream)
+    """One event for each group of layers, in the order in which they arrive; `ends` are their last layers + 1."""
 
-    def wait(self) -> None:
-        self._event.wait()
+    def __init__(self, events: list[torch.cuda.Event], ends: Sequence[int] = ()) -> None:
+        self._events = events
+        self._ends = ends
+
+    def wait(self, layer: int | None = None) -> None:
+        at = -1 if layer is None or len(self._events) == 1 else bisect_right(self._ends, layer)
+        self._events[at].wait()
 
     def synchronize(self) -> None:
-        self._event.synchronize()
+        self._events[-1].synchronize()
 
     def is_done(self) -> bool:
-        return bool(self._event.query())
+        return bool(self._events[-1].query())
 
 
 class Mover:
@@ -80,6 +86,8 @@ class Mover:
         self._hot = hot.bytes_view
         self._warm = torch.from_numpy(warm.slots)
         self._warm_address = warm.address
+        self._offsets = [run.offset_bytes for run in hot.layout.runs[::2]] + [hot.layout.block_bytes]
+        self.layer_groups = _layer_groups(self._offsets)
         self._is_cuda = hot.device.type == "cuda"
         self._is_open = True
         if self._is_cuda:
@@ -91,13 +99,27 @@ class Mover:
     def promote(self, moves: Sequence[Move]) -> Ready:
         """Copy warm slots to block ids. The targets may be read after `wait`, the sources reused when done.
 
+        The first layers of all blocks arrive first, so that a model can begin while the rest is on its way.
         Work already queued on the current stream ends before the targets are overwritten.
         """
-        return self._run(self._hot, self._warm, moves, stream_name="_load_stream")
+        if not self._is_cuda:
+            return self._run(self._hot, self._warm, moves, after=None)
+        self._load_stream.wait_stream(torch.cuda.current_stream(self._device))
+        events: list[torch.cuda.Event] = []
+        try:
+            with torch.cuda.stream(self._load_stream):
+                for first, last in zip([0, *self.layer_groups], self.layer_groups, strict=False):
+                    span = slice(self._offsets[first], self._offsets[last])
+                    for move in moves:
+                        self._hot[move.target, span].copy_(self._warm[move.source, span], non_blocking=True)
+                    events.append(_recorded(self._load_stream))
+        except RuntimeError as exc:
+            raise StoreError(f"promoting {len(moves)} blocks failed: {exc}") from exc
+        return _CudaReady(events, self.layer_groups)
 
     def demote(self, moves: Sequence[Move], *, after: Ready) -> Ready:
         """Copy block ids to warm slots once `after` has passed: what `mark` returned when they were written."""
-        return self._run(self._warm, self._hot, moves, stream_name="_store_stream", after=after)
+        return self._run(self._warm, self._hot, moves, after=after)
 
     def copy(self, moves: Sequence[Move]) -> Ready:
         """Copy block ids to other block ids on the current stream."""
@@ -107,7 +129,7 @@ class Mover:
 
     def mark(self) -> Ready:
         """Return when everything queued on the current stream so far has passed."""
-        return _CudaReady(torch.cuda.current_stream(self._device)) if self._is_cuda else Done()
+        return _CudaReady([_recorded(torch.cuda.current_stream(self._device))]) if self._is_cuda else Done()
 
     def close(self) -> None:
         """Wait for all copies and unregister the warm slab. May be called twice."""
@@ -118,29 +140,35 @@ class Mover:
         self._is_open = False
         self._warm = torch.empty(0)
 
-    def _run(
-        self,
-        target: torch.Tensor,
-        source: torch.Tensor,
-        moves: Sequence[Move],
-        *,
-        stream_name: str,
-        after: Ready | None = None,
-    ) -> Ready:
+    def _run(self, target: torch.Tensor, source: torch.Tensor, moves: Sequence[Move], *, after: Ready | None) -> Ready:
         try:
             if not self._is_cuda:
                 _copy(target, source, moves)
                 return Done()
-            stream: torch.cuda.Stream = getattr(self, stream_name)
-            if after is None:
-                stream.wait_stream(torch.cuda.current_stream(self._device))
-            with torch.cuda.stream(stream):
+            with torch.cuda.stream(self._store_stream):
                 if after is not None:
                     after.wait()
                 _copy(target, source, moves)
-            return _CudaReady(stream)
+            return _CudaReady([_recorded(self._store_stream)])
         except RuntimeError as exc:
             raise StoreError(f"copying {len(moves)} blocks failed: {exc}") from exc
+
+
+def _layer_groups(offsets: Sequence[int]) -> list[int]:
+    """Return the ends of groups of layers of about 8 MiB a block: large enough to copy at the link's speed."""
+    ends: list[int] = []
+    start = 0
+    for layer in range(1, len(offsets)):
+        if offsets[layer] - offsets[start] >= _GROUP_BYTES or layer == len(offsets) - 1:
+            ends.append(layer)
+            start = layer
+    return ends
+
+
+def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    event = torch.cuda.Event()
+    event.record(stream)
+    return event
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor, moves: Sequence[Move]) -> None:

@@ -53,14 +53,18 @@ class Promoter:
         try:
             num_hot = sum(hit.tier is Tier.HOT for hit in lookup.blocks)
             fresh.extend(self._demoter.take_hot(num_blocks - num_hot))
+            tail = lookup.tail
+            has_tail = False
+            if tail and tail.tier is not Tier.COLD:  # first, since every layer's attention needs it
+                has_tail = self._fill_tail(tail, fresh[-1], result)
             self._promote_blocks(lookup.blocks, pinned, fresh, result)
-            fresh.extend(self._demoter.take_hot(num_blocks - len(result.block_table) - len(fresh)))
-            if (
-                lookup.tail
-                and len(result.hits) == len(lookup.blocks)
-                and self._fill_tail(lookup.tail, fresh[0], result)
-            ):
-                result.hits.append(lookup.tail)
+            fresh.extendleft(self._demoter.take_hot(num_blocks - len(result.block_table) - len(fresh)))
+            if tail and len(result.hits) == len(lookup.blocks):
+                if tail.tier is Tier.COLD:
+                    has_tail = self._fill_tail(tail, fresh[-1], result)
+                if has_tail:
+                    result.hits.append(tail)
+                    fresh.rotate(1)  # its block comes first
             result.block_table.extend(fresh)
             return result
         except BaseException:
@@ -212,8 +216,9 @@ class Promoter:
 
 
 def _same_tier(hits: Sequence[Hit], start: int) -> Sequence[Hit]:
-    """Return the run of hits from `start` that lie in one tier below hot, at most a wave."""
+    """Return the run of hits from `start` that lie in one tier below hot; of cold ones at most a wave."""
     end = start
-    while end < len(hits) and hits[end].tier is hits[start].tier and end - start < _WAVE_BLOCKS:
+    limit = len(hits) if hits[start].tier is Tier.WARM else min(len(hits), start + _WAVE_BLOCKS)
+    while end < limit and hits[end].tier is hits[start].tier:
         end += 1
     return hits[start:end]

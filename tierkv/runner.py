@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from tierkv.config import CacheConfig
 from tierkv.errors import CapacityError, ConfigError
 from tierkv.fingerprint import namespace_of
 from tierkv.gate import check_supported, probe_layout, self_test
+from tierkv.graphs import GraphedModel
 from tierkv.models import LoadedModel
 from tierkv.sampling import Sampler, SamplingOptions
 from tierkv.sequence import Sequence
@@ -90,7 +92,7 @@ class _Request:
 
 
 class Runner:
-    """One model and its cache. Not thread-safe; the cache is, so several runners may share none.
+    """One model and its cache. Not thread-safe.
 
     max_step_tokens: new tokens that one forward pass takes at most; longer prompts are computed in pieces.
     """
@@ -102,14 +104,14 @@ class Runner:
         self.cache = cache
         self.max_step_tokens = max_step_tokens
         self._device = torch.device(loaded.model.device)
+        self._graphs = GraphedModel(loaded.model, cache)
 
     def generate(self, prompts: Items[Items[int]], options: GenerationOptions | None = None) -> list[Generation]:
         """Continue prompts, all in one batch as far as there is room. Raises CapacityError if one never fits."""
         chosen = options or GenerationOptions()
         requests = self._requests(prompts, chosen)
-        with use_tierkv_attention(self.loaded.model):  # once, instead of once a step
-            for _ in self._run(requests, chosen):
-                pass
+        for _ in self._run(requests, chosen):
+            pass
         return [_result(request) for request in requests]
 
     def stream(self, prompts: Items[Items[int]], options: GenerationOptions | None = None) -> Iterator[TokenEvent]:
@@ -206,16 +208,8 @@ class Runner:
             if count:
                 steps.append((request, count))
                 room -= count
-        batch = build_batch(
-            self.cache.hot,
-            [_as_step(request, count) for request, count in steps],
-            block_size=self.cache.config.block_size,
-            device=self._device,
-        )
         ids = [request.token_ids[request.num_computed : request.num_computed + count] for request, count in steps]
-        flat = torch.tensor([token for part in ids for token in part], dtype=torch.int64, device=self._device)
-        last = torch.tensor([end - 1 for end in batch.query_starts[1:]], dtype=torch.int64, device=self._device)
-        logits = forward(self.loaded.model, flat, batch, logits_to_keep=last)
+        logits = self._forward([_as_step(*step) for step in steps], list(chain.from_iterable(ids)))
         ready: list[tuple[_Request, Tensor]] = []
         for row, (request, count) in enumerate(steps):
             request.num_computed += count
@@ -224,6 +218,17 @@ class Runner:
             if request.num_computed == len(request.token_ids):
                 ready.append((request, logits[row]))
         return ready
+
+    def _forward(self, steps: list[SequenceStep], token_ids: list[int]) -> Tensor:
+        """Return logits [sequences, vocabulary] of each sequence's last new token."""
+        replayed = self._graphs.run(steps, token_ids)
+        if replayed is not None:
+            return replayed
+        size, device = self.cache.config.block_size, self._device
+        batch = build_batch(self.cache.hot, steps, block_size=size, device=device)
+        ids = torch.tensor(token_ids, dtype=torch.int64, device=device)
+        last = torch.tensor([end - 1 for end in batch.query_starts[1:]], dtype=torch.int64, device=device)
+        return forward(self.loaded.model, ids, batch, logits_to_keep=last)
 
     def _grow(self, waiting: deque[_Request], running: list[_Request], options: GenerationOptions) -> None:
         """Take room for the tokens just chosen; where there is none, the youngest requests wait again."""
@@ -267,7 +272,8 @@ def open_runner(
     layout = probe_layout(model, block_size=config.block_size)
     self_test(model, layout)
     namespace = namespace_of(model, layout, adapter=adapter, salt=salt, name=loaded.name)
-    with TierCache(config, namespace=namespace, device=model.device, cold=cold) as cache:
+    cache = TierCache(config, namespace=namespace, device=model.device, cold=cold)
+    with cache, use_tierkv_attention(model):  # here, since to change it takes milliseconds
         yield Runner(loaded, cache, max_step_tokens=max_step_tokens)
 
 

@@ -44,5 +44,10 @@ class Sequence:
     def wait_layer(self, layer: int) -> None:
         """Make the current stream wait until the cached K and V of a layer have arrived."""
         for ready in self.loads:
+            ready.wait(layer)
+
+    def wait_all(self) -> None:
+        """Make the current stream wait until everything cached has arrived."""
+        for ready in self.loads:
             ready.wait()
         self.loads.clear()

@@ -12,7 +12,6 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 import transformers
 
+from tierkv.attention import use_attention
 from tierkv.block import Tier
 from tierkv.config import CacheConfig
 from tierkv.models import LoadedModel
@@ -112,30 +112,27 @@ def _measure(runner: Runner, num_cached: int, num_new: int, repeats: int) -> _Ro
     store = cache.cold
     assert store is not None
 
-    def evict(*tiers: Tier) -> Callable[[], None]:
-        return lambda: [cache.evict(tier) for tier in tiers] and None
-
-    def drop_pages() -> None:
-        evict(Tier.HOT, Tier.WARM)()
-        _drop_page_cache()
-
-    ways: dict[str, tuple[Callable[[], None], bool]] = {
-        "recompute": (evict(), False),
-        "hot": (evict(), True),
-        "warm": (evict(Tier.HOT), True),
-        "cold, page cache": (evict(Tier.HOT, Tier.WARM), True),
-        "cold, disk": (drop_pages, True),
+    # What is evicted before each request, and whether the request may use the cache at all.
+    ways: dict[str, tuple[tuple[Tier, ...], bool]] = {
+        "recompute": ((), False),
+        "hot": ((), True),
+        "warm": ((Tier.HOT,), True),
+        "cold, page cache": ((Tier.HOT, Tier.WARM), True),
+        "cold, disk": ((Tier.HOT, Tier.WARM), True),
     }
     times: dict[str, float] = {}
     cached: dict[str, dict[str, int]] = {}
-    for name, (prepare, use_cache) in ways.items():
+    for name, (evicted, use_cache) in ways.items():
         measured: list[float] = []
-        for repeat in range(repeats + 1):
+        for repeat in range(repeats + 2):
             suffix = torch.randint(0, vocabulary, (num_new,), generator=generator).tolist()
-            prepare()
+            for tier in evicted:
+                cache.evict(tier)
+            if name == "cold, disk":
+                _drop_page_cache()
             options = GenerationOptions(max_new_tokens=1, stop_ids=frozenset(), use_cache=use_cache)
             (result,) = runner.generate([prefix + suffix], options)
-            if repeat:  # the first one warms up
+            if repeat > 1:  # the first one warms up, at the second a graph is captured
                 measured.append(result.ttft_s)
             cached[name] = {tier.value: count for tier, count in result.cached_tokens.items() if count}
         times[name] = statistics.median(measured)
@@ -148,7 +145,7 @@ def _plain_prefill_s(model: Any, token_ids: list[int], repeats: int) -> float:
     measured: list[float] = []
     for _ in range(repeats + 1):
         started = time.perf_counter()
-        with torch.inference_mode():
+        with torch.inference_mode(), use_attention(model, "sdpa"):
             int(model(input_ids=ids, use_cache=True, logits_to_keep=1).logits[0, -1].argmax())
         measured.append(time.perf_counter() - started)
     return statistics.median(measured[1:])

@@ -15,7 +15,7 @@ import lmdb
 import pytest
 
 from tierkv.models import load_model
-from tierkv.storage.cold_batch import FORMAT_KEY
+from tierkv.storage.cold_namespaces import FORMAT_KEY
 from tierkv.tools import cli
 
 Run = Callable[..., "Result"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cached_model import CachedModel, plain_logits
+from cached_model import CachedModel
 from places import Place
 from tiny_models import FAMILIES, VOCABULARY, make_model
 
@@ -28,7 +28,7 @@ def test_prefill(model: Any, place: Place, tmp_path: Path) -> None:
     prompt = tokens(3 * place.block_size + 5, seed=1)
     with CachedModel(model, tmp_path, block_size=place.block_size, hot=8, warm=8) as cached:
         sequences, (logits,) = cached.start([prompt])
-        place.assert_close(logits, plain_logits(model, prompt))
+        place.assert_logits(logits, model, prompt)
         cached.release(sequences)
 
 
@@ -41,13 +41,12 @@ def test_cached_prefixes_in_a_packed_batch_and_mixed_length_decode(model: Any, p
         sequences, logits = cached.start(prompts)
         assert [s.num_cached_tokens for s in sequences] == [len(shared)] * 3 + [0]
         for prompt, sequence, got in zip(prompts, sequences, logits, strict=True):
-            place.assert_close(got, plain_logits(model, prompt)[sequence.num_cached_tokens :])
+            place.assert_logits(got, model, prompt, first=sequence.num_cached_tokens)
         for step in range(3):
             new = [tokens(1 + (i + step) % 2, seed=100 * step + i) for i in range(len(sequences))]
             decoded = cached.decode(sequences, new)
             for sequence, token_ids, got in zip(sequences, new, decoded, strict=True):
-                want = plain_logits(model, sequence.token_ids.tolist())[-len(token_ids) :]
-                place.assert_close(got, want)
+                place.assert_logits(got, model, sequence.token_ids.tolist(), first=sequence.num_tokens - len(token_ids))
         cached.release([*first, *sequences])
 
 
@@ -60,7 +59,7 @@ def test_blocks_that_were_evicted_through_all_tiers_come_back_as_they_were(
     with CachedModel(model, tmp_path, block_size=size, hot=6, warm=9) as cached:
         for prompt in [*prompts, *prompts, prompts[-1], prompts[-2]]:
             sequences, (logits,) = cached.start([[*prompt, 7]])
-            place.assert_close(logits, plain_logits(model, [*prompt, 7])[sequences[0].num_cached_tokens :])
+            place.assert_logits(logits, model, [*prompt, 7], first=sequences[0].num_cached_tokens)
             for tier, count in sequences[0].cached_tokens.items():
                 answered[tier] += count
             cached.release(sequences)
@@ -73,11 +72,11 @@ def test_two_prompts_that_part_inside_a_block_share_it_up_to_there(model: Any, p
     left, right = (shared + tokens(size, seed=31 + i) for i in range(2))
     with CachedModel(model, tmp_path, block_size=size, hot=16, warm=8) as cached:
         (first,), (logits,) = cached.start([left])
-        place.assert_close(logits, plain_logits(model, left))
+        place.assert_logits(logits, model, left)
         before = cached.cache.hot.blocks[first.block_table].clone()
         (second,), (logits,) = cached.start([right])
         assert second.num_cached_tokens == len(shared)
-        place.assert_close(logits, plain_logits(model, right)[len(shared) :])
+        place.assert_logits(logits, model, right, first=len(shared))
         assert torch.equal(cached.cache.hot.blocks[first.block_table], before), "the first one's block was changed"
         cached.release([first, second])
 
@@ -89,5 +88,5 @@ def test_another_process_answers_from_the_cold_tier(model: Any, place: Place, tm
         with CachedModel(model, tmp_path, block_size=size, hot=8, warm=8) as cached:
             (sequence,), (logits,) = cached.start([[*prompt, 3]])
             assert sequence.cached_tokens[Tier.COLD] == expected
-            place.assert_close(logits, plain_logits(model, [*prompt, 3])[expected:])
+            place.assert_logits(logits, model, [*prompt, 3], first=expected)
             cached.release([sequence])

@@ -55,8 +55,8 @@ $(READY): pyproject.toml
 	@touch $(READY)
 
 check: $(READY)
-	$(BIN)/python -m ruff format --check --quiet .
-	$(BIN)/python -m ruff check --quiet .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy -p tierkv
 	$(BIN)/python -m pytest -q tests/test_layers.py
 

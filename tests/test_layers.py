@@ -59,7 +59,8 @@ LAYERS = (
     # What runs a model over the cache, or steers it.
     Layer(
         "engine",
-        "prompts sampling attention_paged attention gate fingerprint models graphs runner profiler controller integrations*",
+        "prompts sampling attention_paged attention gate fingerprint models graphs runner "
+        "profiler controller integrations*",
         below="values control storage kernels background client mover facade",
     ),
     Layer("package", "__init__", below="values control facade"),

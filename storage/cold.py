@@ -19,17 +19,13 @@ from tierkv.block import HASH_BYTES, BlockHash
 from tierkv.errors import CorruptBlockError, FormatVersionError, StoreError
 from tierkv.layout import BlockLayout
 from tierkv.namespace import Namespace
-from tierkv.storage.cold_batch import (
-    FORMAT_KEY,
-    SPECS,
-    Databases,
-    get_entry,
-    iter_children,
-    iter_namespaces,
-)
-from tierkv.storage.cold_check import VerifyReport, check_store, verify_store
+from tierkv.storage.cold_batch import SPECS, Databases, get_entry, read_block_tokens
+from tierkv.storage.cold_check import VerifyReport, check_store, verify_block, verify_store
 from tierkv.storage.cold_entry import ColdEntry
 from tierkv.storage.cold_eviction import EvictionReport, VictimOrder, VictimQueue, least_recently_used
+from tierkv.storage.cold_links import Links
+from tierkv.storage.cold_namespaces import FORMAT_KEY, STORE_VERSION, check_format, iter_namespaces, seal
+from tierkv.storage.cold_salvage import ColdKeeper
 from tierkv.storage.cold_stats import ColdStats, Counters, StoredNamespace
 from tierkv.storage.cold_writer import ColdWriter
 from tierkv.storage.lmdb_env import LmdbEnv, ReadTransaction
@@ -47,7 +43,6 @@ from tierkv.storage.record import (
 
 __all__ = ["ColdStore"]
 
-STORE_VERSION = b"1"
 _ENTRIES_PER_SNAPSHOT = 1024
 _SPARE_MAP_BYTES = 64 << 20
 
@@ -75,7 +70,9 @@ class ColdStore:
     ) -> None:
         self.path = path
         self.quota_bytes = quota_bytes
-        self._env = LmdbEnv(path, map_bytes=_map_bytes(quota_bytes), specs=SPECS, read_only=read_only)
+        map_bytes = _map_bytes(quota_bytes)
+        keeper = ColdKeeper(map_bytes=map_bytes, quota_bytes=quota_bytes, clock=clock)
+        self._env = LmdbEnv(path, map_bytes=map_bytes, specs=SPECS, read_only=read_only, keeper=keeper)
         self._databases = Databases.of(self._env)
         self._counters = Counters()
         self._writer = ColdWriter(
@@ -128,23 +125,41 @@ class ColdStore:
         return self.lookup_many([block_hash])[0]
 
     def lookup_many(self, block_hashes: Iterable[BlockHash]) -> list[ColdEntry | None]:
-        """Return the small records of blocks, from one snapshot; None for each that is not stored."""
+        """Return the small records of blocks, from one snapshot; None for each that is not stored.
+
+        A damaged one is made anew from its block.
+        """
+        damaged: list[int] = []
+        hashes = list(block_hashes)
+        found: list[ColdEntry | None] = []
         with self._reading() as txn:
-            return [self._entry_or_none(txn, block_hash) for block_hash in block_hashes]
+            for number, block_hash in enumerate(hashes):
+                try:
+                    found.append(get_entry(txn, self._databases, block_hash))
+                except CorruptBlockError:
+                    found.append(None)
+                    damaged.append(number)
+        for number in () if self.read_only else damaged:
+            found[number] = self._mend_entry(hashes[number])
+        return found
 
     def children(self, parent: BlockHash) -> list[BlockHash]:
         """Return the hashes of the blocks that follow `parent`; the namespace digest has the first ones."""
         with self._reading() as txn:
-            return list(iter_children(txn, self._databases, parent))
+            return list(Links(txn, self._databases.children).iter_children(parent))
+
+    def find_longest_run(self, parent: BlockHash, token_bytes: bytes) -> tuple[BlockHash, bytes, int] | None:
+        """Return (block hash, its token ids, how many of them lead `token_bytes` too) of the child of `parent`
+        that shares most leading tokens; None if none shares any. Takes no longer among many children.
+        """
+        with self._reading() as txn:
+            links = Links(txn, self._databases.children)
+            return links.find_longest_run(parent, token_bytes, lambda h: read_block_tokens(txn, self._databases, h))
 
     def read_tokens(self, block_hash: BlockHash) -> bytes | None:
         """Return a block's token ids as little-endian uint32, or None if it is absent or unreadable."""
         with self._reading() as txn:
-            value = txn.get(block_hash, db=self._databases.blocks)
-            try:
-                return None if value is None else read_header(value).info.token_bytes
-            except StoreError:
-                return None
+            return read_block_tokens(txn, self._databases, block_hash)
 
     def read_into(self, expected: BlockInfo, out: Buffer, *, layout: BlockLayout) -> MissReason | None:
         """Decode a block into `out` straight from the map; return None, or why it is a miss.
@@ -155,10 +170,19 @@ class ColdStore:
         reason = self._read_into(expected, out, layout)
         if reason in (MissReason.CORRUPT, MissReason.TRUNCATED) and not self.read_only:
             self._drop_if_damaged(expected.block_hash)
-        if reason is MissReason.ABSENT and self._counters.was_evicted(expected.block_hash):
+        if reason is MissReason.ABSENT and self.was_evicted(expected.block_hash):
             reason = MissReason.EVICTED
         self._counters.count_read(reason)
         return reason
+
+    def read_ahead(self, block_hashes: Sequence[BlockHash]) -> None:
+        """Ask the system to fetch blocks that will be read soon; returns without them. Raises nothing."""
+        with contextlib.suppress(StoreError):
+            self._env.fetch_values(self._databases.blocks_name, block_hashes)
+
+    def was_evicted(self, block_hash: BlockHash) -> bool:
+        """Tell whether this object evicted a block not long ago; it may have come back since."""
+        return self._counters.was_evicted(block_hash)
 
     def read_record(self, block_hash: BlockHash) -> bytes | None:
         """Return a copy of a block's record, or None if it is absent or damaged."""
@@ -185,7 +209,7 @@ class ColdStore:
     def namespaces(self) -> list[StoredNamespace]:
         """Return every namespace that has been opened here, with its totals."""
         with self._reading() as txn:
-            rows = list(iter_namespaces(txn, self._databases))
+            rows = list(iter_namespaces(txn, self._databases.meta))
         return [StoredNamespace.of(digest, row) for digest, row in rows]
 
     # -- writing ---------------------------------------------------------------------------------------
@@ -231,8 +255,7 @@ class ColdStore:
     def delete(self, block_hash: BlockHash) -> int:
         """Remove a block and all that follow it, pinned or not; return how many blocks went."""
         self._require_writable()
-        with self._writer.batch() as batch:
-            return batch.remove_subtree(block_hash)
+        return self._writer.remove_subtree(block_hash)
 
     def evict(
         self,
@@ -274,10 +297,11 @@ class ColdStore:
         if repair:
             self._require_writable()
         report = verify_store(self._env, self._databases, progress)
-        if not (repair and report.damaged):
+        if report.is_sound or not repair:
             return report
+        removed = sum(self._repair(block_hash) for block_hash in report.damaged)
         with self._writer.batch() as batch:
-            removed = sum(batch.remove_subtree(block_hash) for block_hash in report.damaged)
+            batch.rebuild_tree()
         self._counters.count_damaged(removed)
         return report.after_repair(removed)
 
@@ -307,7 +331,7 @@ class ColdStore:
                 return decode_record(value, out, expected=expected, layout=layout)
         except TruncatedBlockError:
             return MissReason.TRUNCATED
-        except (CorruptBlockError, FormatVersionError):
+        except (CorruptBlockError, FormatVersionError, lmdb.CorruptedError):
             return MissReason.CORRUPT
         except (lmdb.Error, OSError) as exc:
             _logger.warning("cold store %s: block %s not read: %s", self.path, expected.block_hash.hex(), exc)
@@ -316,15 +340,42 @@ class ColdStore:
     def _drop_if_damaged(self, block_hash: BlockHash) -> None:
         """Remove a block that a reader found damaged, unless somebody has replaced it meanwhile."""
         try:
-            if self.read_record(block_hash) is not None:
+            if self._is_readable(block_hash):
                 return
-            with self._writer.batch() as batch:
-                removed = batch.remove_subtree(block_hash)
+            removed = self._writer.remove_subtree(block_hash)
         except StoreError as exc:
             _logger.warning("cold store %s: a damaged block could not be removed: %s", self.path, exc)
             return
         self._counters.count_damaged(removed)
         _logger.warning("cold store %s: block %s is damaged; %d removed", self.path, block_hash.hex(), removed)
+
+    def _repair(self, block_hash: BlockHash) -> int:
+        """Make a block whole again if only its entry was damaged; else remove it. Return how many blocks went."""
+        try:
+            with self._writer.batch() as batch:
+                batch.mend_entry(block_hash)
+            with self._reading() as txn:
+                verify_block(txn, self._databases, block_hash)
+        except StoreError:
+            return self._writer.remove_subtree(block_hash)
+        return 0
+
+    def _mend_entry(self, block_hash: BlockHash) -> ColdEntry | None:
+        try:
+            with self._writer.batch() as batch:
+                entry = batch.mend_entry(block_hash)
+        except StoreError as exc:
+            _logger.warning("cold store %s: a damaged entry could not be mended: %s", self.path, exc)
+            return None
+        if entry is None:
+            self._drop_if_damaged(block_hash)
+        return entry
+
+    def _is_readable(self, block_hash: BlockHash) -> bool:
+        try:
+            return self.read_record(block_hash) is not None
+        except StoreError:
+            return False
 
     def _entry_or_none(self, txn: ReadTransaction, block_hash: BlockHash) -> ColdEntry | None:
         try:
@@ -354,14 +405,11 @@ class ColdStore:
         with self._reading() as txn:
             packed = txn.get(FORMAT_KEY, db=self._databases.meta)
             version = None if packed is None else bytes(packed)
-        if version is None and not self.read_only:
+        if version is not None:
+            check_format(version)
+        elif not self.read_only:
             with self._writer.batch() as batch:
-                batch.txn.put(FORMAT_KEY, STORE_VERSION, db=self._databases.meta)
-        elif version != STORE_VERSION:
-            raise FormatVersionError(
-                f"cold store {self.path} has format {version!r}, this version reads {STORE_VERSION!r}",
-                hint="use the version of tierkv that wrote it, or another cold_path",
-            )
+                batch.txn.put(FORMAT_KEY, seal(STORE_VERSION), db=self._databases.meta)
 
     def _require_writable(self) -> None:
         if self.read_only:

@@ -1,9 +1,9 @@
 """Everything one write transaction does to the cold store, so that its databases always agree.
 
-meta      `format` -> version; `namespace` + digest -> description, times and totals
+meta      version; description, times and totals of each namespace (cold_namespaces.py)
 blocks    block hash -> record, padded to a size class
 index     block hash -> ColdEntry
-children  parent (block hash or namespace digest) -> hashes of the stored blocks that follow it
+children  which stored blocks follow a block, or begin a namespace's chains (cold_links.py)
 
 The rule that keeps a forged hash harmless: an entry never stays when its parent goes. A chain is followed by
 hash, so whoever could put another block in a parent's place would change what its children mean.
@@ -11,42 +11,46 @@ hash, so whoever could put another block in a parent's place would change what i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
-import msgspec
+import lmdb
 import numpy as np
 
 from tierkv.block import BlockHash
 from tierkv.errors import CorruptBlockError, StoreError
 from tierkv.storage.cold_entry import ColdEntry, entry_of, pack_entry, unpack_entry
+from tierkv.storage.cold_links import Links
+from tierkv.storage.cold_namespaces import NAMESPACE_PREFIX, NamespaceRow, iter_namespaces, pack_row
 from tierkv.storage.lmdb_env import Database, DatabaseSpec, LmdbEnv, ReadTransaction, WriteTransaction
 from tierkv.storage.outcomes import PutOutcome
 from tierkv.storage.planes import Bytes
-from tierkv.storage.record import EncodedRecord, mismatch, read_header
+from tierkv.storage.record import EncodedRecord, mismatch, parse_record, read_header
 
 __all__ = [
     "SPECS",
+    "DamagedPagesError",
     "Databases",
-    "NamespaceRow",
     "WriteBatch",
     "get_entry",
-    "iter_children",
-    "iter_namespaces",
     "padded_bytes",
+    "read_block_tokens",
 ]
 
 SPECS = (
     DatabaseSpec(name=b"meta"),
     DatabaseSpec(name=b"blocks"),
     DatabaseSpec(name=b"index"),
-    DatabaseSpec(name=b"children", sorted_duplicates=True),
+    DatabaseSpec(name=b"children"),
 )
-FORMAT_KEY = b"format"
-NAMESPACE_PREFIX = b"namespace"
 _PAGE_BYTES = 4096
 _MAX_CLASS_BYTES = 256 << 10
 _OVERFLOW_HEADER_BYTES = 16
+
+
+class DamagedPagesError(StoreError):
+    """LMDB refused the pages of a block. They have been mended: the same transaction, tried again, will pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,22 +62,12 @@ class Databases:
     index: Database
     children: Database
 
+    blocks_name: ClassVar[bytes] = b"blocks"
+
     @classmethod
     def of(cls, env: LmdbEnv) -> Databases:
         """Return the handles of an environment opened with SPECS."""
         return cls(*(env.database(spec.name) for spec in SPECS))
-
-
-class NamespaceRow(msgspec.Struct, array_like=True):
-    """What meta keeps of a namespace. `value_bytes` counts padding, and is what the quota bounds."""
-
-    description: bytes = b"{}"
-    created: float = 0.0
-    last_used: float = 0.0
-    blocks: int = 0
-    raw_bytes: int = 0
-    stored_bytes: int = 0
-    value_bytes: int = 0
 
 
 def padded_bytes(record_bytes: int) -> int:
@@ -94,40 +88,32 @@ def get_entry(txn: ReadTransaction, databases: Databases, block_hash: BlockHash)
     return None if packed is None else unpack_entry(block_hash, packed)
 
 
-def iter_children(txn: ReadTransaction, databases: Databases, parent: BlockHash) -> Iterator[BlockHash]:
-    """Yield the hashes of the stored blocks that follow `parent`."""
-    with txn.cursor(db=databases.children) as cursor:
-        if cursor.set_key(parent):
-            for child in cursor.iternext_dup():
-                yield bytes(child)
-
-
-def iter_namespaces(txn: ReadTransaction, databases: Databases) -> Iterator[tuple[BlockHash, NamespaceRow]]:
-    """Yield every namespace that was ever opened here."""
-    with txn.cursor(db=databases.meta) as cursor:
-        found = cursor.set_range(NAMESPACE_PREFIX)
-        while found and bytes(cursor.key()).startswith(NAMESPACE_PREFIX):
-            digest = bytes(cursor.key())[len(NAMESPACE_PREFIX) :]
-            try:
-                yield digest, msgspec.msgpack.decode(cursor.value(), type=NamespaceRow)
-            except msgspec.MsgspecError as exc:
-                raise StoreError(f"the row of namespace {digest.hex()} is damaged: {exc}") from exc
-            found = cursor.next()
+def read_block_tokens(txn: ReadTransaction, databases: Databases, block_hash: BlockHash) -> bytes | None:
+    """Return a stored block's token ids, or None if it is absent or its header unreadable."""
+    value = txn.get(block_hash, db=databases.blocks)
+    try:
+        return None if value is None else read_header(value).info.token_bytes
+    except StoreError:
+        return None
 
 
 @dataclass(slots=True)
 class WriteBatch:
     """Changes within one write transaction. Counters are to be believed only once it has committed."""
 
+    env: LmdbEnv
     txn: WriteTransaction
     databases: Databases
     now: float
     removed: list[BlockHash] = field(default_factory=list)
     removed_bytes: int = 0
+    _new: set[BlockHash] = field(default_factory=set)
     _rows: dict[BlockHash, NamespaceRow] = field(init=False)
+    _links: Links = field(init=False)
 
     def __post_init__(self) -> None:
-        self._rows = dict(iter_namespaces(self.txn, self.databases))
+        self._rows = dict(iter_namespaces(self.txn, self.databases.meta))
+        self._links = Links(self.txn, self.databases.children)
 
     @property
     def live_bytes(self) -> int:
@@ -143,31 +129,61 @@ class WriteBatch:
 
     def has_children(self, block_hash: BlockHash) -> bool:
         """Tell whether a stored block follows this one."""
-        return self.txn.get(block_hash, db=self.databases.children) is not None
+        return self._links.has_children(block_hash)
 
     def insert(self, record: EncodedRecord) -> PutOutcome:
         """Store a block, its entry and its place in the tree. An unreadable one is replaced."""
         info = record.info
-        present = self.txn.get(info.block_hash, db=self.databases.blocks)
+        present = self._value(info.block_hash)
         if present is not None:
             try:
                 same = mismatch(read_header(present).info, info) is None
-                return PutOutcome.EXISTS if same else PutOutcome.COLLISION
+                if not same:
+                    return PutOutcome.COLLISION
+                if self.entry(info.block_hash) is not None:
+                    return PutOutcome.EXISTS
             except StoreError:
-                self.remove_subtree(info.block_hash)
-        depth = 0
-        if info.parent != info.namespace:
-            parent = self.entry(info.parent)
-            if parent is None or parent.namespace != info.namespace:
-                return PutOutcome.NO_PARENT
-            depth = parent.depth + 1
-        value = _padded(record)
-        entry = entry_of(record, value_bytes=padded_bytes(record.stored_bytes), depth=depth, now=self.now)
-        self.txn.put(info.block_hash, value.data, db=self.databases.blocks)
+                pass
+            self.remove_subtree(info.block_hash)
+        entry = self._entry_of(record)
+        if entry is None:
+            return PutOutcome.NO_PARENT
+        self.txn.put(info.block_hash, _padded(record).data, db=self.databases.blocks)
+        self._new.add(info.block_hash)
         self.write_entry(info.block_hash, entry)
-        self.txn.put(info.parent, info.block_hash, db=self.databases.children)
+        self._links.insert(info.parent, info.token_bytes, info.block_hash, self._read_tokens)
         self._count(entry, 1)
         return PutOutcome.STORED
+
+    def mend_entry(self, block_hash: BlockHash) -> ColdEntry | None:
+        """Make the damaged entry of a sound block anew; return it, or None if the block is no better.
+
+        Times, counts and a pin are lost.
+        """
+        value = self._value(block_hash)
+        if value is None or self.entry(block_hash) is not None:
+            return self.entry(block_hash)
+        try:
+            record = parse_record(value)
+        except StoreError:
+            return None
+        entry = self._entry_of(record) if record.info.block_hash == block_hash else None
+        if entry is not None:
+            self.write_entry(block_hash, entry)
+        return entry
+
+    def rebuild_tree(self) -> None:
+        """Make the children's links and the namespaces' totals anew from entries and blocks."""
+        self.txn.drop(self.databases.children, delete=False)
+        for row in self._rows.values():
+            row.blocks = row.raw_bytes = row.stored_bytes = row.value_bytes = 0
+        with self.txn.cursor(db=self.databases.index) as cursor:
+            hashes = [bytes(key) for key in cursor.iternext(keys=True, values=False)]
+        for block_hash in hashes:
+            entry, tokens = self.entry(block_hash), self._read_tokens(block_hash)
+            if entry is not None and tokens is not None:
+                self._links.insert(entry.parent, tokens, block_hash, self._read_tokens)
+                self._count(entry, 1)
 
     def write_entry(self, block_hash: BlockHash, entry: ColdEntry) -> None:
         """Replace an entry; sizes, parent and namespace must be what they were."""
@@ -196,7 +212,7 @@ class WriteBatch:
         """Remove a block and all that follow it; return how many there were."""
         order = [block_hash]
         for parent in order:  # grows while it is walked
-            order += iter_children(self.txn, self.databases, parent)
+            order += self._links.iter_children(parent)
         return sum(self._remove(each) for each in reversed(order))
 
     def namespace(self, digest: BlockHash) -> NamespaceRow:
@@ -206,20 +222,52 @@ class WriteBatch:
     def finish(self) -> None:
         """Write the namespaces' rows. To be called last."""
         for digest, row in self._rows.items():
-            self.txn.put(NAMESPACE_PREFIX + digest, msgspec.msgpack.encode(row), db=self.databases.meta)
+            self.txn.put(NAMESPACE_PREFIX + digest, pack_row(row), db=self.databases.meta)
 
     def _remove(self, block_hash: BlockHash) -> bool:
         databases = self.databases
         entry = self.entry(block_hash)
+        value = self._value(block_hash)
+        tokens = None
+        if value is not None:
+            with contextlib.suppress(StoreError):
+                header = read_header(value)
+                tokens = header.info.token_bytes
+                entry = entry or self._entry_of(parse_record(value))
+            if block_hash not in self._new:  # what is new in this transaction is not in the file yet
+                self.env.mend_value(databases.blocks_name, block_hash, value)
         had_block = self.txn.delete(block_hash, db=databases.blocks)
         had_entry = self.txn.delete(block_hash, db=databases.index)
         if entry is not None:
-            self.txn.delete(entry.parent, block_hash, db=databases.children)
+            if tokens is None or not self._links.remove_known(entry.parent, tokens, block_hash):
+                self._links.remove(entry.parent, block_hash)
             self._count(entry, -1)
             self.removed_bytes += entry.value_bytes
         if had_block or had_entry:
             self.removed.append(block_hash)
         return had_block or had_entry
+
+    def _value(self, block_hash: BlockHash) -> memoryview | None:
+        """Return a block's value. Where LMDB finds a wrong page in its place, mend that and raise DamagedPagesError."""
+        try:
+            return self.txn.get(block_hash, db=self.databases.blocks)
+        except lmdb.CorruptedError as exc:
+            self.env.mend_value(self.databases.blocks_name, block_hash, None)
+            raise DamagedPagesError(f"the pages of block {block_hash.hex()} were damaged", hint="try again") from exc
+
+    def _read_tokens(self, block_hash: BlockHash) -> bytes | None:
+        return read_block_tokens(self.txn, self.databases, block_hash)
+
+    def _entry_of(self, record: EncodedRecord) -> ColdEntry | None:
+        """Return the entry of a record as a new one, or None if its parent is not stored."""
+        info = record.info
+        depth = 0
+        if info.parent != info.namespace:
+            parent = self.entry(info.parent)
+            if parent is None or parent.namespace != info.namespace:
+                return None
+            depth = parent.depth + 1
+        return entry_of(record, value_bytes=padded_bytes(record.stored_bytes), depth=depth, now=self.now)
 
     def _count(self, entry: ColdEntry, sign: int) -> None:
         row = self.namespace(entry.namespace)

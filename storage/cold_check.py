@@ -6,26 +6,37 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+import lmdb
+
 from tierkv.block import BlockHash, hash_block
 from tierkv.errors import CorruptBlockError, StoreError
-from tierkv.storage.cold_batch import Databases, get_entry, iter_namespaces
+from tierkv.storage.cold_batch import Databases, get_entry
 from tierkv.storage.cold_entry import ColdEntry, unpack_entry
+from tierkv.storage.cold_links import Link
+from tierkv.storage.cold_namespaces import iter_namespaces
 from tierkv.storage.lmdb_env import LmdbEnv, ReadTransaction
 from tierkv.storage.record import read_header, verify_checksum
 
-__all__ = ["VerifyReport", "check_store", "verify_store"]
+__all__ = ["VerifyReport", "check_store", "verify_block", "verify_store"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyReport:
-    """What `verify` found: hashes of damaged blocks with what is wrong with each; after a repair, how many
-    blocks were removed (those that followed a damaged one among them).
+    """What `verify` found: hashes of damaged blocks with what is wrong with each; `problem` if the databases
+    contradict each other; after a repair, how many blocks were removed (those that followed a damaged one
+    among them).
     """
 
     blocks: int
     stored_bytes: int
     damaged: dict[BlockHash, str]
+    problem: str | None = None
     removed: int = 0
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.damaged and self.problem is None
 
     def after_repair(self, removed: int) -> VerifyReport:
         """Return the report with the number of blocks that the repair removed."""
@@ -35,11 +46,13 @@ class VerifyReport:
 def check_store(txn: ReadTransaction, databases: Databases) -> None:
     """Raise StoreError unless all databases tell the same story."""
     entries = dict(_iter_index(txn, databases))
-    with txn.cursor(db=databases.blocks) as cursor:
-        blocks = {bytes(key) for key in cursor.iternext(keys=True, values=False)}
-    _require(blocks == entries.keys(), "the blocks are not those of the index")
+    stored = sum(txn.get(block_hash, db=databases.blocks) is not None for block_hash in entries)
+    total = txn.stat(databases.blocks)["entries"]
+    _require(stored == total == len(entries), "the blocks are not those of the index")
     with txn.cursor(db=databases.children) as cursor:
-        links = {(bytes(child), bytes(parent)) for parent, child in cursor}
+        found = [Link.unpack(key) for key in cursor.iternext(keys=True, values=False)]
+    links = {(link.child, link.node) for link in found if link.level == 0}
+    _require({link.child for link in found} <= entries.keys(), "a child is listed that is not stored")
     parents = {(block_hash, entry.parent) for block_hash, entry in entries.items()}
     _require(links == parents, "the children are not those of the index")
     totals: Counter[tuple[BlockHash, str]] = Counter()
@@ -52,7 +65,7 @@ def check_store(txn: ReadTransaction, databases: Databases) -> None:
         for name in ("raw_bytes", "stored_bytes", "value_bytes"):
             totals[entry.namespace, name] += getattr(entry, name)
         totals[entry.namespace, "blocks"] += 1
-    rows = dict(iter_namespaces(txn, databases))
+    rows = dict(iter_namespaces(txn, databases.meta))
     _require({namespace for namespace, _ in totals} <= rows.keys(), "a namespace has no row")
     for digest, row in rows.items():
         for name in ("blocks", "raw_bytes", "stored_bytes", "value_bytes"):
@@ -66,25 +79,33 @@ def verify_store(env: LmdbEnv, databases: Databases, progress: Callable[[int, in
     """Read every record. Each in a transaction of its own, so that writers may reuse pages meanwhile."""
     with env.read() as txn, txn.cursor(db=databases.index) as cursor:
         hashes = {bytes(key) for key in cursor.iternext(keys=True, values=False)}
-        with txn.cursor(db=databases.blocks) as blocks:
-            hashes |= {bytes(key) for key in blocks.iternext(keys=True, values=False)}
     damaged: dict[BlockHash, str] = {}
     stored_bytes = 0
     for done, block_hash in enumerate(sorted(hashes)):
         if progress is not None:
             progress(done, len(hashes))
-        with env.read() as txn:
-            try:
-                stored_bytes += _verify_block(txn, databases, block_hash)
-            except StoreError as exc:
-                damaged[block_hash] = str(exc)
+        try:
+            with env.read() as txn:
+                stored_bytes += verify_block(txn, databases, block_hash)
+        except (StoreError, lmdb.CorruptedError) as exc:
+            damaged[block_hash] = str(exc)
     if progress is not None:
         progress(len(hashes), len(hashes))
-    return VerifyReport(blocks=len(hashes), stored_bytes=stored_bytes, damaged=damaged)
+    with env.read() as txn:
+        problem = _problem(txn, databases)
+    return VerifyReport(blocks=len(hashes), stored_bytes=stored_bytes, damaged=damaged, problem=problem)
 
 
-def _verify_block(txn: ReadTransaction, databases: Databases, block_hash: BlockHash) -> int:
-    """Return the length of a sound record. Raises StoreError for a damaged one; 0 for one that has gone."""
+def _problem(txn: ReadTransaction, databases: Databases) -> str | None:
+    try:
+        check_store(txn, databases)
+    except (StoreError, lmdb.CorruptedError) as exc:
+        return str(exc)
+    return None
+
+
+def verify_block(txn: ReadTransaction, databases: Databases, block_hash: BlockHash) -> int:
+    """Return the length of a sound record, 0 for one that has gone. Raises CorruptBlockError, lmdb.CorruptedError."""
     entry = get_entry(txn, databases, block_hash)
     value = txn.get(block_hash, db=databases.blocks)
     if entry is None and value is None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tierkv.block import BlockHash
-from tierkv.storage.cold_batch import NamespaceRow
+from tierkv.storage.cold_namespaces import NamespaceRow
 from tierkv.storage.outcomes import MissReason, PutOutcome
 
 __all__ = ["ColdStats", "Counters", "StoredNamespace"]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import lmdb
 
 from tierkv.block import BlockHash
 from tierkv.errors import StoreError
-from tierkv.storage.cold_batch import Databases, WriteBatch, padded_bytes
+from tierkv.storage.cold_batch import DamagedPagesError, Databases, WriteBatch, padded_bytes
 from tierkv.storage.cold_eviction import EvictionReport, VictimQueue, load_entries
 from tierkv.storage.cold_stats import Counters
 from tierkv.storage.lmdb_env import LmdbEnv
@@ -24,10 +26,13 @@ __all__ = ["ColdWriter"]
 MAX_BATCH_BYTES = 64 << 20  # of one write transaction, whose dirty pages are held in memory
 MAX_PENDING_TOUCHES = 4096
 MAX_BATCH_REMOVALS = 1024
+MAX_MENDS = 64  # of damaged pages that one removal may come across
 FULL_PAUSE_S = 10.0  # after the disk was full in spite of evicting, puts are refused for so long
 READER_CHECK_S = 60.0
 
 _logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 
 class ColdWriter:
@@ -94,21 +99,24 @@ class ColdWriter:
 
     def evict(self, *, to_bytes: int | None, namespace: BlockHash | None, older_than_s: float | None) -> EvictionReport:
         """Remove the unpinned blocks that match both filters (if one is given), then more down to a size."""
-        blocks = freed_bytes = 0
-        if namespace is not None or older_than_s is not None:
-            chosen = self._choose(namespace, older_than_s)
-            for start in range(0, len(chosen), MAX_BATCH_REMOVALS):
-                with self.batch() as batch:
-                    for block_hash in chosen[start : start + MAX_BATCH_REMOVALS]:
-                        batch.remove_leaf(block_hash)
-                self._counters.count_evicted(batch.removed, batch.removed_bytes)
-                blocks, freed_bytes = blocks + len(batch.removed), freed_bytes + batch.removed_bytes
-        if to_bytes is not None:
-            with self.batch() as batch:
-                self._victims.make_room(batch, to_bytes=to_bytes, keep=frozenset())
-            self._counters.count_evicted(batch.removed, batch.removed_bytes)
-            blocks, freed_bytes = blocks + len(batch.removed), freed_bytes + batch.removed_bytes
-        return EvictionReport(blocks=blocks, freed_bytes=freed_bytes)
+        reports: list[EvictionReport] = []
+        with self._lock:
+            if namespace is not None or older_than_s is not None:
+                chosen = self._choose(namespace, older_than_s)
+                for start in range(0, len(chosen), MAX_BATCH_REMOVALS):
+                    group = chosen[start : start + MAX_BATCH_REMOVALS]
+                    reports.append(self._evict(functools.partial(_remove_leaves, block_hashes=group)))
+            if to_bytes is not None:
+                make_room = functools.partial(self._victims.make_room, to_bytes=to_bytes, keep=frozenset())
+                reports.append(self._evict(make_room))
+        return EvictionReport(
+            blocks=sum(report.blocks for report in reports), freed_bytes=sum(report.freed_bytes for report in reports)
+        )
+
+    def remove_subtree(self, block_hash: BlockHash) -> int:
+        """Remove a block and all that follow it; return how many there were. Raises StoreError."""
+        with self._lock:
+            return self._attempt(lambda batch: batch.remove_subtree(block_hash))
 
     def compact(self) -> None:
         """Rewrite the file without free pages; no batch of this process runs meanwhile."""
@@ -118,7 +126,7 @@ class ColdWriter:
 
     def _choose(self, namespace: BlockHash | None, older_than_s: float | None) -> list[BlockHash]:
         """Return what the filters match, children before parents."""
-        with self.batch() as batch:
+        with self._transaction() as batch:
             hashes, entries = load_entries(batch.txn, self._databases)
             now = batch.now
         matches = entries["pinned"] == 0
@@ -139,7 +147,7 @@ class ColdWriter:
             touches, self._touches = self._touches, {}
         try:
             with self._env.write() as txn:
-                batch = WriteBatch(txn, self._databases, self._clock())
+                batch = WriteBatch(self._env, txn, self._databases, self._clock())
                 for block_hash, (count, at) in touches.items():
                     batch.touch(block_hash, count=count, at=at)
                 yield batch
@@ -169,25 +177,49 @@ class ColdWriter:
         return [PutOutcome.FULL if full else PutOutcome.IO_ERROR] * len(records)
 
     def _insert(self, records: Sequence[EncodedRecord], needed: int) -> list[PutOutcome]:
-        keep = frozenset(each for record in records for each in (record.info.parent, record.info.block_hash))
-        outcomes: list[PutOutcome] = []
-        with self._transaction() as batch:
+        evicted: tuple[list[BlockHash], int] = [], 0
+
+        def work(batch: WriteBatch) -> list[PutOutcome]:
+            nonlocal evicted
             limit = self._limit(batch, needed)
             self._victims.make_room(batch, to_bytes=max(limit - needed, 0), keep=keep)
-            evicted, evicted_bytes = list(batch.removed), batch.removed_bytes
-            for record in records:
-                if batch.live_bytes + padded_bytes(record.stored_bytes) > limit:
-                    known = batch.entry(record.info.block_hash) is not None
-                    outcomes.append(PutOutcome.EXISTS if known else PutOutcome.FULL)
-                else:
-                    outcomes.append(batch.insert(record))
-        self._counters.count_evicted(evicted, evicted_bytes)
+            evicted = list(batch.removed), batch.removed_bytes
+            return [_insert_within(batch, record, limit) for record in records]
+
+        keep = frozenset(each for record in records for each in (record.info.parent, record.info.block_hash))
+        outcomes = self._attempt(work)
+        self._counters.count_evicted(*evicted)
         return outcomes
 
     def _evict_spare(self, spare_bytes: int) -> None:
-        with self._transaction() as batch:
-            self._victims.make_room(batch, to_bytes=max(batch.live_bytes - spare_bytes, 0), keep=frozenset())
-        self._counters.count_evicted(batch.removed, batch.removed_bytes)
+        self._evict(
+            lambda batch: self._victims.make_room(
+                batch, to_bytes=max(batch.live_bytes - spare_bytes, 0), keep=frozenset()
+            )
+        )
+
+    def _evict(self, work: Callable[[WriteBatch], object]) -> EvictionReport:
+        """Do something that removes blocks, and count them. The lock must be held."""
+
+        def removed_by(batch: WriteBatch) -> tuple[list[BlockHash], int]:
+            work(batch)
+            return batch.removed, batch.removed_bytes
+
+        removed, freed_bytes = self._attempt(removed_by)
+        self._counters.count_evicted(removed, freed_bytes)
+        return EvictionReport(blocks=len(removed), freed_bytes=freed_bytes)
+
+    def _attempt(self, work: Callable[[WriteBatch], Result]) -> Result:
+        """Do work in one transaction; again in another one where it came across damaged pages, which are mended
+        then. The lock must be held.
+        """
+        for _ in range(MAX_MENDS):
+            try:
+                with self._transaction() as batch:
+                    return work(batch)
+            except DamagedPagesError:
+                continue
+        raise StoreError(f"cold store {self._env.path} is damaged", hint="run tierkv verify --repair")
 
     def _limit(self, batch: WriteBatch, needed: int) -> int:
         """Return how many bytes may be live: the quota, or what there is where the disk has no more room."""
@@ -203,6 +235,19 @@ class ColdWriter:
         if now - self._readers_checked >= READER_CHECK_S:
             self._readers_checked = now
             self._env.clear_dead_readers()
+
+
+def _remove_leaves(batch: WriteBatch, block_hashes: Sequence[BlockHash]) -> None:
+    for block_hash in block_hashes:
+        batch.remove_leaf(block_hash)
+
+
+def _insert_within(batch: WriteBatch, record: EncodedRecord, limit: int) -> PutOutcome:
+    """Insert a record if the live bytes then stay within a limit."""
+    if batch.live_bytes + padded_bytes(record.stored_bytes) <= limit:
+        return batch.insert(record)
+    known = batch.entry(record.info.block_hash) is not None
+    return PutOutcome.EXISTS if known else PutOutcome.FULL
 
 
 def _groups(records: Sequence[EncodedRecord]) -> Iterator[list[EncodedRecord]]:

@@ -1,8 +1,10 @@
 """One LMDB environment, opened safely: what can kill a process or lose data is ruled out here.
 
-- The data file's length is checked before it is mapped (lmdb_file.py).
-- Every user holds a shared lock on a file beside it, so that set-aside and compaction, which replace the data
-  file, happen only when nobody else has it open.
+- Who opens the file first checks it before it is mapped, and replaces one that LMDB must not see; those who
+  come while it is open rely on that. All hold a shared lock on a file beside it, so that a check, a repair and
+  compaction, which replaces the data file, happen only when nobody else has it open.
+- LMDB believes the header of a value's pages when it frees them, and would give away pages of others if a bit
+  of it had flipped: `mend_value` compares it first.
 - A memoryview of the map must not outlive its transaction, nor a transaction its environment: closing and
   compacting wait until the reads in flight are done.
 - `writemap` stays off: with it, a full disk is a SIGBUS; without it, an error.
@@ -15,21 +17,31 @@ keeps them; after a power failure the file may be inconsistent up to the last `s
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import ctypes
+import logging
 import os
 import shutil
-import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import lmdb
+import numpy as np
 
-from tierkv.errors import StoreError
-from tierkv.storage.lmdb_file import DATA_FILE, read_data_file, set_aside
+from tierkv.errors import CorruptBlockError, StoreError
+from tierkv.storage.lmdb_file import (
+    DATA_FILE,
+    PAGE_HEADER,
+    PAGE_HEADER_BYTES,
+    fetch_ahead,
+    newest_meta,
+    replace_damaged,
+)
+from tierkv.storage.lmdb_lock import Gate, UserLock
+from tierkv.storage.lmdb_tree import OVERFLOW_FLAG, find_value, overflow_pages
 
-__all__ = ["Database", "DatabaseSpec", "LmdbEnv", "ReadTransaction", "WriteTransaction"]
+__all__ = ["Database", "DatabaseSpec", "Keeper", "LmdbEnv", "ReadTransaction", "WriteTransaction"]
 
 Database: TypeAlias = "lmdb._Database"
 ReadTransaction: TypeAlias = "lmdb.Transaction[memoryview]"
@@ -38,6 +50,10 @@ WriteTransaction: TypeAlias = "lmdb.Transaction[memoryview]"
 _USER_LOCK_FILE = "users.lock"
 _MAX_READERS = 1024
 _MAX_DBS = 8
+_TEMPORARY = ("compact.tmp", "rebuild.tmp")
+_COMPARED_BYTES = 64  # of a value, to tell whether a page is the one that its header says
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +61,16 @@ class DatabaseSpec:
     """A named database of the environment."""
 
     name: bytes
-    sorted_duplicates: bool = False
+
+
+class Keeper(Protocol):
+    """What the owner of an environment knows of its contents. Called while nobody else has the file open."""
+
+    def check(self, fd: int) -> None:
+        """Raise CorruptBlockError if the data file must not be used. Reads it with plain reads."""
+
+    def rebuild(self, damaged: Path, directory: Path) -> None:
+        """Make an environment in `directory` from what can be saved of a damaged data file."""
 
 
 class LmdbEnv:
@@ -55,20 +80,32 @@ class LmdbEnv:
     Raises StoreError if the directory or the file in it cannot be used.
     """
 
-    def __init__(self, path: Path, *, map_bytes: int, specs: tuple[DatabaseSpec, ...], read_only: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        map_bytes: int,
+        specs: tuple[DatabaseSpec, ...],
+        read_only: bool = False,
+        keeper: Keeper | None = None,
+    ) -> None:
         self.path = path
         self.read_only = read_only
         self.damaged: Path | None = None
         self._map_bytes = map_bytes
         self._specs = specs
         self._pid = os.getpid()
-        self._gate = _Gate()
-        self._lock_fd = -1
+        self._gate = Gate()
         self._env: lmdb.Environment | None = None
+        self._data_fd = -1
         self._prepare_directory()
+        self._users = UserLock(path / _USER_LOCK_FILE, read_only=read_only)
         try:
-            self._lock_users()
-            self._check_data_file()
+            if self._users.enter():
+                self._clear_temporary()
+                if keeper:
+                    self._check(keeper)
+                self._users.share()
             self._open()
         except BaseException:
             self.close()
@@ -83,12 +120,8 @@ class LmdbEnv:
     def close(self) -> None:
         """Close after the transactions in flight."""
         with self._gate.exclusive():
-            if self._env is not None:
-                self._env.close()
-                self._env = None
-        if self._lock_fd >= 0:
-            os.close(self._lock_fd)
-            self._lock_fd = -1
+            self._close_data()
+        self._users.close()
 
     @property
     def is_open(self) -> bool:
@@ -133,24 +166,62 @@ class LmdbEnv:
         """Rewrite the file without its free pages. Raises StoreError if another process has it open."""
         target = self.path / "compact.tmp"
         with self._gate.exclusive():
-            self._lock_alone()
+            env = self._live()
+            self._users.require_alone()
             try:
-                shutil.rmtree(target, ignore_errors=True)
+                self._clear_temporary()
                 target.mkdir()
-                env = self._live()
                 env.copy(str(target), compact=True)
                 _sync_file(target / DATA_FILE)
-                env.close()
-                self._env = None
+                self._close_data()
                 os.replace(target / DATA_FILE, self.path / DATA_FILE)
                 _sync_file(self.path)
             except (lmdb.Error, OSError) as exc:
                 raise StoreError(f"cold store {self.path} could not be compacted: {exc}") from exc
             finally:
-                shutil.rmtree(target, ignore_errors=True)
+                self._clear_temporary()
                 if self._env is None:
                     self._open()
-                fcntl.flock(self._lock_fd, fcntl.LOCK_SH)
+                self._users.share()
+
+    def mend_value(self, database: bytes, key: bytes, value: memoryview | None) -> None:
+        """Compare the header of a value's pages with what it must be, and write it anew if it differs.
+
+        value: what `get` returned, or None where LMDB refused the page. Only within a write transaction,
+        and only for a value that it has not changed: the file has what the last commit left there.
+        """
+        page_bytes = self._page_bytes
+        if value is not None:
+            header = np.frombuffer(value, dtype=np.uint8).ctypes.data - PAGE_HEADER_BYTES
+            page, _, flags, pages = PAGE_HEADER.unpack(ctypes.string_at(header, PAGE_HEADER_BYTES))
+            if (flags, pages) == (OVERFLOW_FLAG, overflow_pages(len(value), page_bytes)) and page < 1 << 48:
+                start = os.pread(self._data_fd, _COMPARED_BYTES, page * page_bytes + PAGE_HEADER_BYTES)
+                if start == bytes(value[:_COMPARED_BYTES]):
+                    return
+        try:
+            place = find_value(self._data_fd, database, key)
+        except (KeyError, CorruptBlockError, OSError) as exc:
+            raise StoreError(f"cold store {self.path}: a damaged value cannot be found: {exc}") from exc
+        if place is None:
+            return
+        first_page, size = place
+        sound = PAGE_HEADER.pack(first_page, 0, OVERFLOW_FLAG, overflow_pages(size, page_bytes))
+        os.pwrite(self._data_fd, sound, first_page * page_bytes)
+        _logger.warning("cold store %s: the page header of value %s was damaged", self.path, key.hex())
+
+    def fetch_values(self, database: bytes, keys: Sequence[bytes]) -> None:
+        """Ask the system to read values into its cache; those that are not there are passed over.
+
+        Finds them with plain reads, which release the GIL: a page fault inside LMDB would hold it until the
+        disk has answered.
+        """
+        with self._gate.shared():
+            self._live()
+            for key in keys:
+                with contextlib.suppress(KeyError, CorruptBlockError, OSError):
+                    place = find_value(self._data_fd, database, key)
+                    if place is not None:
+                        fetch_ahead(self._data_fd, place[0] * self._page_bytes, PAGE_HEADER_BYTES + place[1])
 
     def _begin(self, *, write: bool) -> lmdb.Transaction[memoryview]:
         env = self._live()
@@ -183,38 +254,44 @@ class LmdbEnv:
         if not self.read_only and not os.access(self.path, os.W_OK | os.X_OK):
             raise StoreError(f"{self.path} is not writable", hint="open it read-only, or mend its permissions")
 
-    def _lock_users(self) -> None:
-        flags = os.O_RDONLY if self.read_only else os.O_RDWR | os.O_CREAT
-        try:
-            self._lock_fd = os.open(self.path / _USER_LOCK_FILE, flags | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._lock_fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except FileNotFoundError as exc:
-            raise StoreError(f"there is no cold store at {self.path}", hint="check the path") from exc
-        except BlockingIOError as exc:
-            raise StoreError(
-                f"cold store {self.path} is being compacted or repaired", hint="try again when that is done"
-            ) from exc
-        except OSError as exc:
-            raise StoreError(f"cold store {self.path} cannot be locked: {exc}") from exc
-
-    def _lock_alone(self) -> None:
-        try:
-            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as exc:
-            # A failed conversion has dropped the shared lock.
-            fcntl.flock(self._lock_fd, fcntl.LOCK_SH)
-            raise StoreError(f"cold store {self.path} is open in another process", hint="close it there first") from exc
-
-    def _check_data_file(self) -> None:
-        """Set a file aside that must not be mapped."""
-        problem = read_data_file(self.path / DATA_FILE).problem
-        if problem is None:
+    def _check(self, keeper: Keeper) -> None:
+        """Replace a data file that must not be mapped by what can be saved of it."""
+        data = self.path / DATA_FILE
+        if not data.exists() or data.stat().st_size == 0:
             return
+        fd = os.open(data, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            keeper.check(fd)
+            return
+        except CorruptBlockError as exc:
+            problem = exc
+        finally:
+            os.close(fd)
         if self.read_only:
             raise StoreError(f"cold store {self.path} is damaged: {problem}", hint="open it for writing once")
-        self._lock_alone()
-        self.damaged = set_aside(self.path, problem)
-        fcntl.flock(self._lock_fd, fcntl.LOCK_SH)
+        target = self.path / "rebuild.tmp"
+        try:
+            target.mkdir()
+            keeper.rebuild(data, target)
+            _sync_file(target / DATA_FILE)
+            self.damaged = replace_damaged(self.path, target / DATA_FILE)
+        except OSError as exc:
+            raise StoreError(f"cold store {self.path} is damaged and could not be rebuilt: {exc}") from exc
+        finally:
+            self._clear_temporary()
+        _logger.warning("cold store %s: %s; set aside as %s", self.path, problem, self.damaged.name)
+
+    def _clear_temporary(self) -> None:
+        for name in () if self.read_only else _TEMPORARY:
+            shutil.rmtree(self.path / name, ignore_errors=True)
+
+    def _close_data(self) -> None:
+        if self._env is not None:
+            self._env.close()
+            self._env = None
+        if self._data_fd >= 0:
+            os.close(self._data_fd)
+            self._data_fd = -1
 
     def _open(self) -> None:
         try:
@@ -232,59 +309,17 @@ class LmdbEnv:
             )
             self._env.reader_check()
             self._databases = {
-                spec.name: self._env.open_db(
-                    spec.name,
-                    dupsort=spec.sorted_duplicates,
-                    dupfixed=spec.sorted_duplicates,
-                    create=not self.read_only,
-                )
-                for spec in self._specs
+                spec.name: self._env.open_db(spec.name, create=not self.read_only) for spec in self._specs
             }
-        except lmdb.Error as exc:
+            # Not the lock file: closing any descriptor of that would drop LMDB's own locks.
+            access = os.O_RDONLY if self.read_only else os.O_RDWR
+            self._data_fd = os.open(self.path / DATA_FILE, access | os.O_CLOEXEC)
+            self._page_bytes = newest_meta(self._data_fd).page_bytes
+        except (lmdb.Error, CorruptBlockError, OSError) as exc:
             hint = None
             if "already open" in str(exc):
                 hint = "a process opens a store once: pass the open one along"
             raise StoreError(f"cold store {self.path} cannot be opened: {exc}", hint=hint) from exc
-
-
-class _Gate:
-    """Many may pass together, or one alone. Passing is never held up by one who waits to be alone for long:
-    new entries wait, those inside finish.
-    """
-
-    def __init__(self) -> None:
-        self._condition = threading.Condition()
-        self._inside = 0
-        self._closed = False
-
-    @contextlib.contextmanager
-    def shared(self) -> Iterator[None]:
-        with self._condition:
-            while self._closed:
-                self._condition.wait()
-            self._inside += 1
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._inside -= 1
-                if not self._inside:
-                    self._condition.notify_all()
-
-    @contextlib.contextmanager
-    def exclusive(self) -> Iterator[None]:
-        with self._condition:
-            while self._closed:
-                self._condition.wait()
-            self._closed = True
-            while self._inside:
-                self._condition.wait()
-        try:
-            yield
-        finally:
-            with self._condition:
-                self._closed = False
-                self._condition.notify_all()
 
 
 def _sync_file(path: Path) -> None:

@@ -1,85 +1,95 @@
-"""The data file of an LMDB environment, looked at before LMDB maps it.
+"""The data file of an LMDB environment, looked at before LMDB maps it: its two meta pages, read with plain reads.
 
-A page beyond the end of the file kills the process that touches it (SIGBUS), so a file that is shorter than
-its own meta pages say must never be mapped. The two meta pages are read with plain reads.
+A page beyond the end of the file kills the process that touches it (SIGBUS), and so may a damaged tree; both
+must be known before the file is mapped. The trees are lmdb_tree.py's part.
 """
 
 from __future__ import annotations
 
-import logging
 import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["DATA_FILE", "LOCK_FILE", "DataFile", "read_data_file", "set_aside"]
+from tierkv.errors import CorruptBlockError
+
+__all__ = [
+    "DATA_FILE",
+    "LOCK_FILE",
+    "PAGE_HEADER",
+    "PAGE_HEADER_BYTES",
+    "Meta",
+    "fetch_ahead",
+    "newest_meta",
+    "replace_damaged",
+]
 
 DATA_FILE = "data.mdb"
 LOCK_FILE = "lock.mdb"
+PAGE_HEADER_BYTES = 16
+PAGE_HEADER = struct.Struct("<QHHI")  # page number, unused, flags, pages of a value
 
-_logger = logging.getLogger(__name__)
-_PAGE_HEADER_BYTES = 16
+_META_FLAG = 8
 _META_MAGIC = 0xBEEFC0DE
 _META_VERSION = 1
-# magic, version, map address, map size | page size, 44 bytes of the free list's database | main database |
-# last page, transaction
-_META = struct.Struct("=IIQQI44x48xQQ")
+# magic, version, map address, map size | free list's tree | tree of databases | last page, transaction
+_META = struct.Struct("<IIQQ48s48sQQ")
 _MIN_PAGE_BYTES, _MAX_PAGE_BYTES = 512, 32768
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DataFile:
-    """What a data file says of itself. `needed_bytes` is None if its meta pages cannot be read."""
+class Meta:
+    """One committed state of the file."""
 
-    file_bytes: int
-    needed_bytes: int | None
-
-    @property
-    def problem(self) -> str | None:
-        """Why the file must not be mapped, or None if it may be."""
-        if self.file_bytes == 0:
-            return None
-        if self.needed_bytes is None:
-            return "its meta pages are damaged"
-        if self.file_bytes < self.needed_bytes:
-            return f"it was cut short: {self.file_bytes} of {self.needed_bytes} bytes are left"
-        return None
+    page_bytes: int
+    transaction: int
+    last_page: int
+    free_tree: bytes
+    main_tree: bytes
 
 
-def read_data_file(path: Path) -> DataFile:
-    """Return what the data file at `path` says; a missing file is an empty one. Raises OSError."""
-    try:
-        with open(path, "rb", buffering=0) as file:
-            first = _read_meta(file.fileno(), 0)
-            page_bytes = first[0] if first else 4096
-            metas = [meta for meta in (first, _read_meta(file.fileno(), page_bytes)) if meta]
-            # The size comes last: a writer extends the file before it moves the meta page on.
-            file_bytes = os.fstat(file.fileno()).st_size
-    except FileNotFoundError:
-        return DataFile(file_bytes=0, needed_bytes=0)
-    if len(metas) < 2:
-        return DataFile(file_bytes=file_bytes, needed_bytes=None)
-    return DataFile(file_bytes=file_bytes, needed_bytes=max((last + 1) * page_bytes for _, last in metas))
+def newest_meta(fd: int) -> Meta:
+    """Return the state that LMDB would use. Raises CorruptBlockError unless both meta pages are sound."""
+    first = _read_meta(fd, 0, 0)
+    second = _read_meta(fd, 1, first.page_bytes)
+    apart = abs(first.transaction - second.transaction)
+    if second.page_bytes != first.page_bytes or apart > 1:
+        raise CorruptBlockError("its meta pages contradict each other")
+    return second if second.transaction > first.transaction else first
 
 
-def set_aside(directory: Path, reason: str) -> Path:
-    """Rename the data file so that a fresh one may be begun; return its new path. Says so in the log."""
-    number = 1
-    while (target := directory / f"{DATA_FILE}.damaged-{number}").exists():
-        number += 1
-    os.rename(directory / DATA_FILE, target)
+def replace_damaged(directory: Path, replacement: Path) -> Path:
+    """Put a new data file in the place of a damaged one; return where the damaged one lies now.
+
+    One step for whoever looks: the directory has a data file at any moment. Of damaged files only the last
+    is kept: each may be as large as the quota.
+    """
+    target = directory / f"{DATA_FILE}.damaged"
+    target.unlink(missing_ok=True)
+    os.link(directory / DATA_FILE, target)
     (directory / LOCK_FILE).unlink(missing_ok=True)
-    _logger.warning("cold store %s: %s; set aside as %s", directory, reason, target.name)
+    os.replace(replacement, directory / DATA_FILE)
     return target
 
 
-def _read_meta(fd: int, offset: int) -> tuple[int, int] | None:
-    """Return (page size, last page) of the meta page at `offset`, or None if it is none."""
-    raw = os.pread(fd, _META.size, offset + _PAGE_HEADER_BYTES)
-    if len(raw) < _META.size:
-        return None
-    magic, version, _, _, page_bytes, last_page, _ = _META.unpack(raw)
-    sane = _MIN_PAGE_BYTES <= page_bytes <= _MAX_PAGE_BYTES and page_bytes & (page_bytes - 1) == 0
-    if magic != _META_MAGIC or version != _META_VERSION or not sane:
-        return None
-    return page_bytes, last_page
+def fetch_ahead(fd: int, offset: int, size: int) -> None:
+    """Ask the system to read a part of a file into its cache. Raises OSError."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(fd, offset, size, os.POSIX_FADV_WILLNEED)
+
+
+def _read_meta(fd: int, page: int, page_bytes: int) -> Meta:
+    raw = os.pread(fd, PAGE_HEADER_BYTES + _META.size, page * page_bytes)
+    if len(raw) < PAGE_HEADER_BYTES + _META.size:
+        raise CorruptBlockError("its meta pages are cut short")
+    number, _, flags, _ = PAGE_HEADER.unpack_from(raw)
+    magic, version, _, _, free_tree, main_tree, last_page, transaction = _META.unpack_from(raw, PAGE_HEADER_BYTES)
+    own_bytes = int.from_bytes(free_tree[:4], "little")
+    sane = _MIN_PAGE_BYTES <= own_bytes <= _MAX_PAGE_BYTES and own_bytes & (own_bytes - 1) == 0
+    named = (number, flags, magic, version) == (page, _META_FLAG, _META_MAGIC, _META_VERSION)
+    # A transaction is written to the page of its parity.
+    if not (sane and named and (transaction == 0 or transaction % 2 == page)) or last_page >= 1 << 48:
+        raise CorruptBlockError("its meta pages are damaged")
+    return Meta(
+        page_bytes=own_bytes, transaction=transaction, last_page=last_page, free_tree=free_tree, main_tree=main_tree
+    )

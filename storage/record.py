@@ -34,6 +34,7 @@ __all__ = [
     "mismatch",
     "parse_record",
     "read_header",
+    "record_bytes_of",
     "verify_checksum",
 ]
 
@@ -202,6 +203,16 @@ def read_header(record: Buffer) -> RecordHeader:
         payload_offset=payload_offset,
         record_bytes=record_bytes,
     )
+
+
+def record_bytes_of(header: bytes) -> int:
+    """Return how long a record claims to be, from its first HEADER_BYTES; nothing else is believed.
+
+    Raises CorruptBlockError if it is none.
+    """
+    if len(header) < HEADER_BYTES or header[:4] != MAGIC:
+        raise CorruptBlockError("not a block record")
+    return int.from_bytes(header[96:104], "little")
 
 
 def verify_checksum(record: Buffer, header: RecordHeader) -> None:

@@ -10,10 +10,13 @@ map would end the process with SIGBUS.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import glob
 import os
 import struct
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -23,11 +26,12 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from tierkv.block import HASH_BYTES, BlockHash
+from tierkv.block import HASH_BYTES, TOKEN_BYTES, BlockHash, common_run
 from tierkv.errors import CorruptBlockError, FormatVersionError, StoreError
 from tierkv.layout import BlockLayout
+from tierkv.storage.lmdb_file import fetch_ahead
 from tierkv.storage.outcomes import MissReason
-from tierkv.storage.record import BlockInfo, TruncatedBlockError, decode_record, read_header
+from tierkv.storage.record import HEADER_BYTES, BlockInfo, TruncatedBlockError, decode_record, read_header
 
 __all__ = ["STATE_VERSION", "SavedState", "StateFile", "write_state_file"]
 
@@ -65,18 +69,21 @@ def write_state_file(path: Path, *, namespace: BlockHash, description: bytes, re
     """Write records into one file, atomically: beside the target, synced, then renamed over it.
 
     Raises StoreError if the file cannot be written; the target is then what it was.
+    What a save that was killed has left beside the target goes with the next one.
     """
     path = path.absolute()
     try:
-        fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        _remove_remains(path)
+        fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=_temporary_prefix(path))
     except OSError as exc:
         raise StoreError(f"cannot write {path}: {exc.strerror}") from exc
     try:
         with os.fdopen(fd, "wb") as file:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as long as this process lives, it is no remains
             state = _write(file, namespace, description, records)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.replace(temporary, path)
         _sync_directory(path.parent)
         return state
     except OSError as exc:
@@ -84,6 +91,18 @@ def write_state_file(path: Path, *, namespace: BlockHash, description: bytes, re
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
+
+
+def _temporary_prefix(path: Path) -> str:
+    return f".{path.name}."
+
+
+def _remove_remains(path: Path) -> None:
+    """Remove what saves to `path` left behind that were killed; raises OSError."""
+    for remains in path.parent.glob(f"{glob.escape(_temporary_prefix(path))}*"):
+        with contextlib.suppress(FileNotFoundError, BlockingIOError), open(remains, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remains.unlink()
 
 
 def _write(file: BinaryIO, namespace: BlockHash, description: bytes, records: Iterable[bytes]) -> SavedState:
@@ -199,12 +218,28 @@ class StateFile:
         return found
 
     def read_tokens(self, block_hash: BlockHash) -> bytes | None:
-        """Return a block's token ids as little-endian uint32, or None if they cannot be read."""
-        record = self.read_record(block_hash)
-        try:
-            return read_header(record).info.token_bytes if record else None
-        except StoreError:
+        """Return a block's token ids as little-endian uint32, or None if they cannot be read. Reads no payload."""
+        entry = self.lookup(block_hash)
+        if entry is None or self._fd is None:
             return None
+        tokens_at = entry.offset + HEADER_BYTES
+        try:
+            tokens = os.pread(self._fd, min(entry.num_tokens * TOKEN_BYTES, entry.size), tokens_at)
+        except OSError:
+            return None
+        return tokens if len(tokens) == entry.num_tokens * TOKEN_BYTES else None
+
+    def find_longest_run(self, parent: BlockHash, token_bytes: bytes) -> tuple[BlockHash, bytes, int] | None:
+        """Return (block hash, its token ids, how many of them lead `token_bytes` too) of the child of `parent`
+        that shares most leading tokens; None if none shares any. Looks at every child.
+        """
+        best: tuple[BlockHash, bytes, int] | None = None
+        for child in self.children(parent):
+            tokens = self.read_tokens(child) or b""
+            run = common_run(tokens, token_bytes)
+            if run > (best[2] if best else 0):
+                best = child, tokens, run
+        return best
 
     def read_record(self, block_hash: BlockHash) -> bytes | None:
         """Return a whole record as it was stored, or None where it is absent or cut short."""
@@ -216,6 +251,14 @@ class StateFile:
         except OSError:
             return None
         return record if len(record) == entry.size else None
+
+    def read_ahead(self, block_hashes: Sequence[BlockHash]) -> None:
+        """Ask the system to fetch blocks that will be read soon; returns without them. Raises nothing."""
+        for block_hash in block_hashes:
+            entry = self.lookup(block_hash)
+            if entry is not None and self._fd is not None:
+                with contextlib.suppress(OSError):
+                    fetch_ahead(self._fd, entry.offset, entry.size)
 
     def read_into(self, expected: BlockInfo, out: npt.NDArray[np.uint8], *, layout: BlockLayout) -> MissReason | None:
         """Decode a block into `out`, one block of `layout`. Return None, or why it is a miss."""
@@ -300,8 +343,10 @@ class StateFile:
 
 
 def _as_integer(block_hash: BlockHash) -> np.uint64:
-    return np.uint64(int.from_bytes(block_hash[:8], "big"))
+    value: np.uint64 = np.uint64(int.from_bytes(block_hash[:8], "big"))
+    return value
 
 
 def _leading_integers(hashes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
-    return np.asarray(np.ascontiguousarray(hashes[:, :8]).view(">u8").ravel(), dtype=np.uint64)
+    leading: npt.NDArray[np.uint64] = np.ascontiguousarray(hashes[:, :8]).view(">u8").ravel().astype(np.uint64)
+    return leading

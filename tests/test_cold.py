@@ -9,68 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cold_blocks import LAYOUT, NAMESPACE, OTHER, QUOTA, FakeClock, block_bytes, chain_of, open_store, read, record_of
 
-from tierkv.block import hash_block
 from tierkv.errors import FormatVersionError, StoreError
-from tierkv.layout import BlockLayout
-from tierkv.namespace import Namespace
 from tierkv.storage import cold, cold_writer
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_batch import padded_bytes
 from tierkv.storage.outcomes import MissReason, PutOutcome
-from tierkv.storage.record import BlockInfo, EncodedRecord, encode_record
-
-LAYOUT = BlockLayout.uniform(num_layers=2, block_size=16, kv_heads=2, head_dim=32, dtype="bfloat16")
-NAMESPACE = Namespace(weights="w", layout=LAYOUT, name="model")
-OTHER = Namespace(weights="other", layout=LAYOUT)
-QUOTA = 8 << 20
-
-
-class FakeClock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def open_store(path: Path, clock: FakeClock | None = None, **options) -> ColdStore:
-    options = {"quota_bytes": QUOTA, "min_free_bytes": 0, **options}
-    return ColdStore(path / "cold", clock=clock or FakeClock(), **options)
-
-
-def record_of(
-    tokens: int | list[int], parent: bytes | None = None, *, namespace: Namespace = NAMESPACE, seed: int = 0
-) -> EncodedRecord:
-    ids = [tokens] * 16 if isinstance(tokens, int) else tokens
-    token_bytes = np.array(ids, dtype="<u4").tobytes()
-    parent = parent or namespace.digest
-    info = BlockInfo(
-        block_hash=hash_block(parent, token_bytes),
-        parent=parent,
-        namespace=namespace.digest,
-        token_bytes=token_bytes,
-    )
-    return encode_record(info, block_bytes(seed), layout=LAYOUT, cost_s=0.25)
-
-
-def block_bytes(seed: int = 0) -> np.ndarray:
-    values = np.random.default_rng(seed).standard_normal(LAYOUT.block_bytes // 2).astype(np.float32)
-    return (values.view(np.uint32) >> 16).astype("<u2").view(np.uint8)
-
-
-def chain_of(length: int, *, first: int = 0, namespace: Namespace = NAMESPACE) -> list[EncodedRecord]:
-    records: list[EncodedRecord] = []
-    for number in range(length):
-        parent = records[-1].info.block_hash if records else None
-        records.append(record_of(first + number, parent, namespace=namespace, seed=first + number))
-    return records
-
-
-def read(store: ColdStore, info: BlockInfo) -> np.ndarray | MissReason:
-    out = np.zeros(LAYOUT.block_bytes, dtype=np.uint8)
-    reason = store.read_into(info, out, layout=LAYOUT)
-    return out if reason is None else reason
+from tierkv.storage.record import encode_record
 
 
 def damage(store: ColdStore, block_hash: bytes, offset: int = 500, *, cut: int | None = None) -> None:
@@ -340,7 +286,7 @@ def test_a_disk_with_too_little_room_stops_growth_but_not_writing(tmp_path: Path
 
 
 def test_a_map_that_is_full_in_spite_of_evicting_pauses_writing(tmp_path, monkeypatch, caplog) -> None:
-    monkeypatch.setattr(cold, "_SPARE_MAP_BYTES", -QUOTA // 4 - QUOTA + (1 << 20))  # a map of 1 MiB
+    monkeypatch.setattr(cold, "_SPARE_MAP_BYTES", -QUOTA // 4 - QUOTA + (2 << 20))  # a map of 2 MiB
     clock = FakeClock()
     with open_store(tmp_path, clock) as store:
         outcomes = [store.put([record_of(n)])[0] for n in range(200)]
@@ -428,7 +374,7 @@ def test_a_data_file_cut_short_is_set_aside_and_a_fresh_one_begun(tmp_path: Path
 
 def test_a_newer_store_is_refused_with_the_remedy(tmp_path: Path) -> None:
     with open_store(tmp_path) as store, store._writer.batch() as batch:
-        batch.txn.put(b"format", b"2", db=batch.databases.meta)
+        batch.txn.put(b"format", b"99", db=batch.databases.meta)
     with pytest.raises(FormatVersionError, match="cold_path"):
         open_store(tmp_path)
 

@@ -13,12 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tierkv.block import TOKEN_BYTES, BlockHash, HashFunction, Tier, TokenIds, as_token_array, hash_block
+from tierkv.block import TOKEN_BYTES, BlockHash, HashFunction, Tier, TokenIds, as_token_array, hash_block, iter_chain
 from tierkv.config import CacheConfig
 from tierkv.demotion import Demoter
 from tierkv.errors import CapacityError, ConfigError, NamespaceMismatchError
 from tierkv.index import Entry, Index
-from tierkv.lookup import Lookup, find_tail, look_up
+from tierkv.lookup import Hit, Lookup, find_tail, look_up
 from tierkv.mover import Move, Mover, Ready
 from tierkv.namespace import Namespace, differing_fields
 from tierkv.policies import EvictionPolicy, make_policy
@@ -28,6 +28,7 @@ from tierkv.stats import CacheStats, TierStats
 from tierkv.storage.codecs import Codec, codec_by_name, default_codec
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.hot import HotPool, hot_pool_blocks
+from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import BlockInfo, encode_record, read_header
 from tierkv.storage.state_file import SavedState, StateFile, write_state_file
 from tierkv.storage.warm import WarmPool
@@ -142,7 +143,7 @@ class TierCache:
             raise ConfigError("a prompt needs at least one token")
         num_blocks = -(-num_tokens // self.config.block_size)
         with self._tiers.changed:
-            found = self._look_up(token_bytes, num_tokens - 1) if reuse else Lookup([], None, False)
+            found = self._look_up(token_bytes, num_tokens - 1) if reuse else Lookup([], None)
             pinned = self._promoter.pin(found)
         promoted = self._promoter.promote(found, pinned, num_blocks=num_blocks)
         num_whole = sum(hit.num_tokens == self.config.block_size and hit is not found.tail for hit in promoted.hits)
@@ -157,7 +158,7 @@ class TierCache:
         )
         with self._tiers.changed:
             self._sequences.add(sequence)
-            self._count(sequence, num_blocks, len(promoted.hits), found.has_collision)
+            self._count(sequence, num_blocks, promoted.hits, promoted.failure or found.miss)
             for hit in promoted.hits:
                 self._tiers.stats.hits[hit.tier] += 1
                 self._tiers.stats.hit_tokens[hit.tier] += hit.num_tokens
@@ -438,12 +439,30 @@ class TierCache:
         sequence.block_table[at] = block_id
         self._tiers.index.unpin(Tier.HOT, own)
 
-    def _count(self, sequence: Sequence, num_blocks: int, num_hits: int, has_collision: bool) -> None:
+    def _count(self, sequence: Sequence, num_blocks: int, hits: list[Hit], miss: MissReason | None) -> None:
+        """Count a request. `miss`: why the block behind the hits was none, if there is more to say than absent."""
         stats = self._tiers.stats
         stats.requests += 1
         stats.prompt_tokens += sequence.num_tokens
-        stats.misses += num_blocks - num_hits
-        stats.collisions += has_collision
+        stats.misses += num_blocks - len(hits)
+        stats.collisions += miss is MissReason.COLLISION
+        reasons = self._miss_reasons(sequence, len(hits)) if sequence.is_cacheable else []
+        reasons += [MissReason.ABSENT] * (num_blocks - len(hits) - len(reasons))
+        if reasons and miss:
+            reasons[0] = miss
+        for reason in reasons:
+            stats.miss_reasons[reason.value] += 1
+
+    def _miss_reasons(self, sequence: Sequence, num_hits: int) -> list[MissReason]:
+        """Tell of each whole block behind the hits whether the store remembers to have evicted it."""
+        if self.cold is None:
+            return []
+        size = self.config.block_size
+        parent = sequence.chain[-1] if sequence.chain else self._tiers.index.root
+        rest = bytes(sequence.token_bytes[len(sequence.chain) * size * TOKEN_BYTES :])
+        hashes = [block_hash for block_hash, _ in iter_chain(parent, rest, size, self._hash)]
+        evicted = map(self.cold.was_evicted, hashes[num_hits - len(sequence.chain) :])
+        return [MissReason.EVICTED if each else MissReason.ABSENT for each in evicted]
 
     def _set_pinned(self, token_ids: TokenIds, pinned: bool) -> int:
         token_bytes = as_token_array(token_ids).tobytes()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections import deque
+import contextlib
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tierkv.block import Tier
+from tierkv.block import BlockHash, Tier
 from tierkv.demotion import Demoter
 from tierkv.errors import StoreError
-from tierkv.lookup import Hit, Lookup
+from tierkv.lookup import ColdSource, Hit, Lookup
 from tierkv.mover import Move, Ready
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import BlockInfo
@@ -28,11 +29,13 @@ class Promoted:
     block_table: a pinned block id for every block of the sequence, cached ones first.
     hits: the hits that hold good, in order; their tokens need no prefill.
     loads: copies to wait for before the cached bytes are read.
+    failure: why the block behind the last hit could not be had, if the lookup had promised it.
     """
 
     block_table: list[int] = field(default_factory=list)
     hits: list[Hit] = field(default_factory=list)
     loads: list[Ready] = field(default_factory=list)
+    failure: MissReason | None = None
 
 
 class Promoter:
@@ -52,6 +55,7 @@ class Promoter:
         fresh: deque[int] = deque()
         try:
             num_hot = sum(hit.tier is Tier.HOT for hit in lookup.blocks)
+            self._read_ahead(lookup)
             fresh.extend(self._demoter.take_hot(num_blocks - num_hot))
             tail = lookup.tail
             has_tail = False
@@ -87,6 +91,15 @@ class Promoter:
                 pinned[hit] = Place(hit.tier, slot)
         return pinned
 
+    def _read_ahead(self, lookup: Lookup) -> None:
+        """Let the sources fetch all that is needed of them, while room is made and the first wave is decoded."""
+        wanted: defaultdict[ColdSource, list[BlockHash]] = defaultdict(list)
+        for hit in lookup:
+            if hit.source:
+                wanted[hit.source].append(hit.block_hash)
+        for source, block_hashes in wanted.items():
+            self._tiers.threads.submit(source.read_ahead, block_hashes)
+
     def _promote_blocks(
         self, hits: Sequence[Hit], pinned: dict[Hit, Place], fresh: deque[int], result: Promoted
     ) -> None:
@@ -108,7 +121,7 @@ class Promoter:
             result.hits.extend(wave[:num_good])
             fresh.extendleft(reversed(targets[num_good:]))
             at += num_good
-            if num_good == 0:
+            if num_good == 0 or result.failure:
                 return
 
     def _use_hot(self, hit: Hit, block_id: int, result: Promoted) -> None:
@@ -127,7 +140,7 @@ class Promoter:
             ready = tiers.mover.promote([Move(place.slot, to) for place, to in zip(places, targets, strict=True)])
         except StoreError:
             tiers.unpin(places)
-            self._count_miss(MissReason.IO_ERROR)
+            result.failure = MissReason.IO_ERROR
             return 0
         with tiers.changed:
             for hit, target in zip(wave, targets, strict=True):
@@ -141,12 +154,12 @@ class Promoter:
 
     def _promote_cold(self, wave: Sequence[Hit], targets: list[int], result: Promoted) -> int:
         """Read a wave into warm slots and copy it on. Return how many leading blocks arrived."""
-        places = self._read(wave)
+        places = self._read(wave, result)
         if not places:
             return 0
         return self._promote_warm(wave[: len(places)], places, targets[: len(places)], result)
 
-    def _read(self, wave: Sequence[Hit]) -> list[Place]:
+    def _read(self, wave: Sequence[Hit], result: Promoted) -> list[Place]:
         """Decode blocks into warm slots, several at once. Return the pinned places of the leading good ones."""
         tiers = self._tiers
         slots = tiers.take_warm(len(wave))
@@ -162,6 +175,7 @@ class Promoter:
                 tiers.stats.bytes_out[Tier.COLD] += tiers.layout.packed_bytes(len(hit.token_bytes) // 4)
             tiers.unpin(Place(Tier.WARM, slot) for slot in slots[num_good:])
         if num_good < len(slots):
+            result.failure = reasons[num_good]
             self._give_up(wave[num_good], reasons[num_good])
         return [Place(Tier.WARM, slot) for slot in slots[:num_good]]
 
@@ -173,22 +187,21 @@ class Promoter:
             token_bytes=hit.token_bytes,
             namespace=self._tiers.namespace,
         )
-        return hit.source.read_into(info, self._tiers.warm.slots[slot], layout=self._tiers.layout)
+        try:
+            return hit.source.read_into(info, self._tiers.warm.slots[slot], layout=self._tiers.layout)
+        except StoreError:
+            return MissReason.IO_ERROR
 
     def _give_up(self, hit: Hit, reason: MissReason | None) -> None:
-        """Count why a block could not be read, and take a damaged one out of its store."""
-        assert reason is not None and hit.source is not None
-        self._count_miss(reason)
+        """Forget that a source has a block which could not be read, and take a damaged one out of its store."""
+        assert hit.source is not None
         with self._tiers.changed:
             entry = self._tiers.index.get(hit.block_hash, hit.parent_hash, hit.token_bytes)
             if entry:
                 entry.in_cold = False
         if reason in _DAMAGED:
-            hit.source.delete(hit.block_hash)
-
-    def _count_miss(self, reason: MissReason) -> None:
-        with self._tiers.changed:
-            self._tiers.stats.miss_reasons[reason.value] += 1
+            with contextlib.suppress(StoreError):  # a store that may not be written, or fails: it stays a miss
+                hit.source.delete(hit.block_hash)
 
     def _fill_tail(self, hit: Hit, target: int, result: Promoted) -> bool:
         """Copy a block of which a part is of use into a block of the sequence's own. False if it cannot be had."""
@@ -206,7 +219,7 @@ class Promoter:
             with tiers.changed:
                 tiers.index.pin(hit.entry, Tier.WARM)
         else:
-            places = self._read([hit])
+            places = self._read([hit], result)
         if not places:
             return False
         ready = tiers.mover.promote([Move(places[0].slot, target)])

@@ -33,7 +33,7 @@ class CacheStats:
     token_hit_rate: share of the prompts' tokens that needed no prefill.
     avg_shared_blocks: mean number of blocks that a live sequence shares with another live one.
     fragmentation_ratio: 0 where the hot pool's free blocks are one run, towards 1 where they are scattered.
-    misses: blocks that no tier answered; miss_reasons says why, as far as there was more to say than absent.
+    misses: blocks that no tier answered; miss_reasons says why each of them, by the names of MissReason.
     """
 
     requests: int = 0

@@ -1,0 +1,88 @@
+"""What the cold store's meta database holds: its version, and a row of totals for each namespace.
+
+Both carry a checksum: a flipped bit there is damage, not another version or another size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+import xxhash
+
+from tierkv.block import BlockHash
+from tierkv.errors import CorruptBlockError, FormatVersionError
+from tierkv.storage.lmdb_env import Database, ReadTransaction
+
+__all__ = [
+    "FORMAT_KEY",
+    "NAMESPACE_PREFIX",
+    "STORE_VERSION",
+    "NamespaceRow",
+    "check_format",
+    "iter_namespaces",
+    "pack_row",
+    "seal",
+    "unpack_row",
+]
+
+STORE_VERSION = b"2"
+FORMAT_KEY = b"format"
+NAMESPACE_PREFIX = b"namespace"
+_CHECKSUM_BYTES = 8
+
+
+class NamespaceRow(msgspec.Struct, array_like=True):
+    """What meta keeps of a namespace. `value_bytes` counts padding, and is what the quota bounds."""
+
+    description: bytes = b"{}"
+    created: float = 0.0
+    last_used: float = 0.0
+    blocks: int = 0
+    raw_bytes: int = 0
+    stored_bytes: int = 0
+    value_bytes: int = 0
+
+
+def seal(value: bytes) -> bytes:
+    """Return a value followed by its checksum."""
+    return value + xxhash.xxh3_64_digest(value)
+
+
+def check_format(sealed: bytes) -> None:
+    """Accept the version of this code's stores. Raises FormatVersionError, CorruptBlockError."""
+    version = sealed if sealed.isdigit() and len(sealed) < _CHECKSUM_BYTES else _unseal(sealed)  # 1 had no checksum
+    if version != STORE_VERSION:
+        raise FormatVersionError(
+            f"the cold store has format {version.decode(errors='replace')}, this tierkv reads {STORE_VERSION.decode()}",
+            hint="use the version of tierkv that wrote it, or another cold_path",
+        )
+
+
+def pack_row(row: NamespaceRow) -> bytes:
+    """Return a namespace's row as it is stored."""
+    return seal(msgspec.msgpack.encode(row))
+
+
+def unpack_row(sealed: bytes | memoryview) -> NamespaceRow:
+    """Return a namespace's row. Raises CorruptBlockError."""
+    try:
+        return msgspec.msgpack.decode(_unseal(bytes(sealed)), type=NamespaceRow)
+    except msgspec.MsgspecError as exc:
+        raise CorruptBlockError(f"the row of a namespace is damaged: {exc}") from exc
+
+
+def iter_namespaces(txn: ReadTransaction, meta: Database) -> Iterator[tuple[BlockHash, NamespaceRow]]:
+    """Yield every namespace that was ever opened here. Raises CorruptBlockError."""
+    with txn.cursor(db=meta) as cursor:
+        found = cursor.set_range(NAMESPACE_PREFIX)
+        while found and bytes(cursor.key()).startswith(NAMESPACE_PREFIX):
+            yield bytes(cursor.key())[len(NAMESPACE_PREFIX) :], unpack_row(cursor.value())
+            found = cursor.next()
+
+
+def _unseal(sealed: bytes) -> bytes:
+    value, checksum = sealed[:-_CHECKSUM_BYTES], sealed[-_CHECKSUM_BYTES:]
+    if xxhash.xxh3_64_digest(value) != checksum:
+        raise CorruptBlockError("a row of the store's description is damaged")
+    return value

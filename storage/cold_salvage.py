@@ -1,0 +1,286 @@
+"""What can be saved of a data file that LMDB must not see: its blocks, since each record describes itself.
+
+The damaged file is read with plain reads, page by page. A record begins right behind the header of a page, so
+it is found without any tree; its checksum says whether it is whole. Index entries and descriptions of namespaces
+carry checksums too and are taken where a leaf still has them; without its entry a block loses its age, its
+counts and its pin. What was evicted not long ago may come back with the rest: it is as true as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import mmap
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from tierkv.block import HASH_BYTES, BlockHash
+from tierkv.errors import CorruptBlockError, StoreError
+from tierkv.storage.cold_batch import SPECS, padded_bytes
+from tierkv.storage.cold_entry import ENTRY_BYTES, ColdEntry, unpack_entry
+from tierkv.storage.cold_eviction import VictimQueue
+from tierkv.storage.cold_links import LINK_BYTES
+from tierkv.storage.cold_namespaces import (
+    FORMAT_KEY,
+    NAMESPACE_PREFIX,
+    STORE_VERSION,
+    NamespaceRow,
+    check_format,
+    seal,
+    unpack_row,
+)
+from tierkv.storage.cold_stats import Counters
+from tierkv.storage.cold_writer import ColdWriter
+from tierkv.storage.lmdb_env import LmdbEnv
+from tierkv.storage.lmdb_file import PAGE_HEADER_BYTES, newest_meta
+from tierkv.storage.lmdb_tree import Keys, LeafValue, check_trees, find_small, iter_leaf_values
+from tierkv.storage.outcomes import PutOutcome
+from tierkv.storage.planes import Bytes
+from tierkv.storage.record import HEADER_BYTES, MAGIC, parse_record, record_bytes_of
+
+__all__ = ["ColdKeeper"]
+
+_CHUNK_BYTES = 4 << 20
+_BATCH_BLOCKS = 16
+_LEVEL_AT = LINK_BYTES - HASH_BYTES - 1
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A sound record in the damaged file."""
+
+    offset: int
+    size: int
+    parent: BlockHash
+    namespace: BlockHash
+
+
+@dataclass(slots=True)
+class _Remains:
+    """Everything sound that was found."""
+
+    places: dict[BlockHash, _Place] = field(default_factory=dict)
+    entries: dict[BlockHash, ColdEntry] = field(default_factory=dict)
+    rows: dict[BlockHash, NamespaceRow] = field(default_factory=dict)
+    damaged: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ColdKeeper:
+    """Tells whether a cold store's data file may be used, and makes a new one out of one that may not."""
+
+    map_bytes: int
+    quota_bytes: int
+    clock: Callable[[], float]
+
+    def check(self, fd: int) -> None:
+        """Raise CorruptBlockError if LMDB must not see the file, FormatVersionError if it is another version's."""
+        with contextlib.suppress(KeyError):  # it was killed before it wrote its version
+            check_format(find_small(fd, b"meta", FORMAT_KEY))
+        keys = check_trees(fd)
+        if not keys.keys() <= {spec.name for spec in SPECS}:
+            raise CorruptBlockError("it has databases that no cold store has")
+        blocks, index, links = (keys.get(name, np.empty(0, "S1")) for name in (b"blocks", b"index", b"children"))
+        if not np.array_equal(blocks, index):
+            raise CorruptBlockError("its blocks are not those of its index")
+        if _sum_of_children(links) != _sum_of_hashes(index):
+            raise CorruptBlockError("its list of children is not that of its blocks")
+
+    def rebuild(self, damaged: Path, directory: Path) -> None:
+        """Make a store in `directory` from the sound blocks of a damaged data file, at most the quota of them."""
+        fd = os.open(damaged, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            remains = _scan(fd)
+            with LmdbEnv(directory, map_bytes=self.map_bytes, specs=SPECS) as env:
+                writer = ColdWriter(
+                    env,
+                    quota_bytes=self.quota_bytes,
+                    min_free_bytes=0,
+                    clock=self.clock,
+                    victims=VictimQueue(),
+                    counters=Counters(),
+                )
+                saved = _write(fd, remains, writer, self.quota_bytes)
+                env.sync()
+        finally:
+            os.close(fd)
+        _logger.warning(
+            "cold store %s: %d blocks saved of a damaged file; %d were damaged themselves",
+            damaged.parent,
+            saved,
+            remains.damaged,
+        )
+
+
+def _scan(fd: int) -> _Remains:
+    """Read the file once, page by page."""
+    try:
+        page_bytes = newest_meta(fd).page_bytes
+    except CorruptBlockError:
+        page_bytes = mmap.PAGESIZE
+    remains = _Remains()
+    magic = np.frombuffer(MAGIC, dtype=np.uint8)
+    for offset, chunk in _iter_chunks(fd, page_bytes):
+        pages = chunk.reshape(-1, page_bytes)
+        begins = (pages[:, PAGE_HEADER_BYTES : PAGE_HEADER_BYTES + len(MAGIC)] == magic).all(axis=1)
+        for row in np.flatnonzero(begins).tolist():
+            _take_record(fd, offset + row * page_bytes + PAGE_HEADER_BYTES, remains)
+        for leaf in iter_leaf_values(chunk, page_bytes):
+            _take_leaf(fd, leaf, page_bytes, remains)
+    return remains
+
+
+def _iter_chunks(fd: int, page_bytes: int) -> Iterator[tuple[int, Bytes]]:
+    """Yield (offset, whole pages)."""
+    offset = 0
+    while True:
+        raw = os.pread(fd, _CHUNK_BYTES, offset)
+        whole = len(raw) // page_bytes * page_bytes
+        if not whole:
+            return
+        yield offset, np.frombuffer(raw, dtype=np.uint8, count=whole)
+        offset += whole
+
+
+def _take_record(fd: int, offset: int, remains: _Remains) -> None:
+    try:
+        size = record_bytes_of(os.pread(fd, HEADER_BYTES, offset))
+        if offset + size > os.fstat(fd).st_size:
+            raise CorruptBlockError("it was cut short")
+        info = parse_record(os.pread(fd, size, offset)).info
+    except StoreError:
+        remains.damaged += 1
+        return
+    remains.places[info.block_hash] = _Place(offset, size, info.parent, info.namespace)
+
+
+def _take_leaf(fd: int, leaf: LeafValue, page_bytes: int, remains: _Remains) -> None:
+    """Keep the newest sound entry of a block and row of a namespace."""
+    with contextlib.suppress(CorruptBlockError):
+        if len(leaf.key) == HASH_BYTES and leaf.size == ENTRY_BYTES:
+            entry = unpack_entry(leaf.key, leaf.held)
+            known = remains.entries.get(leaf.key)
+            if known is None or entry.last_access >= known.last_access:
+                remains.entries[leaf.key] = entry
+        elif leaf.key.startswith(NAMESPACE_PREFIX) and len(leaf.key) == len(NAMESPACE_PREFIX) + HASH_BYTES:
+            digest = leaf.key[len(NAMESPACE_PREFIX) :]
+            row = unpack_row(leaf.read(fd, page_bytes))
+            if digest not in remains.rows or row.last_used >= remains.rows[digest].last_used:
+                remains.rows[digest] = row
+
+
+def _write(fd: int, remains: _Remains, writer: ColdWriter, quota_bytes: int) -> int:
+    """Put what was found, parents before children; return how many blocks there are now."""
+    with writer.batch() as batch:
+        batch.txn.put(FORMAT_KEY, seal(STORE_VERSION), db=batch.databases.meta)
+        for digest, old in remains.rows.items():
+            row = batch.namespace(digest)
+            row.description, row.created, row.last_used = old.description, old.created, old.last_used
+    order = _plan(remains, quota_bytes)
+    saved = 0
+    for start in range(0, len(order), _BATCH_BLOCKS):
+        group = order[start : start + _BATCH_BLOCKS]
+        places = [remains.places[block_hash] for block_hash in group]
+        records = []
+        for place in places:  # checked a second time: somebody may write to the file
+            with contextlib.suppress(StoreError):
+                records.append(parse_record(os.pread(fd, place.size, place.offset)))
+        saved += writer.put(records).count(PutOutcome.STORED)
+        with writer.batch() as batch:
+            for block_hash in group:
+                entry, old_entry = batch.entry(block_hash), remains.entries.get(block_hash)
+                if entry and old_entry:
+                    batch.write_entry(block_hash, _with_history(entry, old_entry))
+    return saved
+
+
+def _with_history(entry: ColdEntry, old: ColdEntry) -> ColdEntry:
+    return replace(
+        entry,
+        created=old.created,
+        last_access=old.last_access,
+        access_count=old.access_count,
+        cost_s=old.cost_s,
+        pinned=old.pinned,
+    )
+
+
+def _plan(remains: _Remains, quota_bytes: int) -> list[BlockHash]:
+    """Return the blocks to keep, last used first, each behind its parent; those that no chain reaches are left out.
+
+    A parent counts as used when its children were.
+    """
+    used: dict[BlockHash, float] = {}
+    depth: dict[BlockHash, int] = {}
+    for leaf in remains.places:
+        chain = _chain(leaf, remains, depth)
+        if chain is None:
+            continue
+        last = float("-inf")
+        for block_hash in reversed(chain):  # from the leaf up
+            entry = remains.entries.get(block_hash)
+            last = max(last, entry.last_access if entry else float("-inf"))
+            used[block_hash] = max(last, used.get(block_hash, float("-inf")))
+        _raise_parents(chain[0], last, remains, used)
+    order = sorted(used, key=lambda block_hash: (-used[block_hash], depth[block_hash]))
+    total = 0
+    for count, block_hash in enumerate(order):
+        total += padded_bytes(remains.places[block_hash].size)
+        if total > quota_bytes:
+            return order[:count]
+    return order
+
+
+def _chain(leaf: BlockHash, remains: _Remains, depth: dict[BlockHash, int]) -> list[BlockHash] | None:
+    """Return the blocks from the first of unknown depth to `leaf`, and note their depths; None if a parent is lost."""
+    chain: list[BlockHash] = []
+    seen: set[BlockHash] = set()
+    at = leaf
+    while at not in depth:
+        place = remains.places.get(at)
+        if place is None or at in seen:
+            return None
+        chain.append(at)
+        seen.add(at)
+        if place.parent == place.namespace:
+            break
+        at = place.parent
+    chain.reverse()
+    before = depth.get(at, -1)
+    for number, block_hash in enumerate(chain, 1):
+        depth[block_hash] = before + number
+    return chain or [leaf]
+
+
+def _raise_parents(first: BlockHash, last: float, remains: _Remains, used: dict[BlockHash, float]) -> None:
+    """Let the parents of a chain's first block be used as late as the chain is."""
+    at = remains.places[first].parent
+    while at in used and used[at] < last:
+        used[at] = last
+        at = remains.places[at].parent
+
+
+def _sum_of_children(links: Keys) -> tuple[int, int]:
+    """Return the sum of the hashes of all children, each taken once."""
+    if not len(links):
+        return 0, 0
+    if links.dtype.itemsize != LINK_BYTES:
+        raise CorruptBlockError("its list of children is damaged")
+    rows = links.view(np.uint8).reshape(len(links), LINK_BYTES)
+    rows = rows[rows[:, _LEVEL_AT] == 0]
+    return _sum_of_hashes(np.ascontiguousarray(rows[:, -HASH_BYTES:]).reshape(-1).view(f"S{HASH_BYTES}"))
+
+
+def _sum_of_hashes(hashes: Keys) -> tuple[int, int]:
+    if not len(hashes):
+        return 0, 0
+    if hashes.dtype.itemsize != HASH_BYTES:
+        raise CorruptBlockError("a block has no hash of its own")
+    halves = np.ascontiguousarray(hashes).view("<u8").reshape(-1, 2)
+    return int(halves[:, 0].sum()), int(halves[:, 1].sum())

@@ -1,0 +1,117 @@
+"""Who uses an environment: a lock among processes, and a gate among the threads of one."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from tierkv.errors import StoreError
+
+__all__ = ["Gate", "UserLock"]
+
+_WAIT_S = 10.0  # for another process that checks, repairs or compacts
+_POLL_S = 0.01
+
+
+class UserLock:
+    """A file lock that every user of a store shares, and that one holds alone who replaces its data file.
+
+    It dies with its process.
+    """
+
+    def __init__(self, path: Path, *, read_only: bool) -> None:
+        self._store = path.parent
+        flags = os.O_RDONLY if read_only else os.O_RDWR | os.O_CREAT
+        try:
+            self._fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError as exc:
+            raise StoreError(f"there is no cold store at {self._store}", hint="check the path") from exc
+        except OSError as exc:
+            raise StoreError(f"cold store {self._store} cannot be locked: {exc}") from exc
+
+    def enter(self) -> bool:
+        """Take the lock, alone if nobody has it; return whether alone. Waits while somebody else is alone.
+
+        Alone is tried first each time: whoever shares came after somebody who was alone and had a look.
+        """
+        deadline = time.monotonic() + _WAIT_S
+        while True:
+            if self._try(fcntl.LOCK_EX):
+                return True
+            if self._try(fcntl.LOCK_SH):
+                return False
+            if time.monotonic() > deadline:
+                raise StoreError(
+                    f"cold store {self._store} is being compacted or repaired", hint="try again when that is done"
+                )
+            time.sleep(_POLL_S)
+
+    def share(self) -> None:
+        """Let others in again."""
+        fcntl.flock(self._fd, fcntl.LOCK_SH)
+
+    def require_alone(self) -> None:
+        """Hold the lock alone from now on. Raises StoreError, with the lock shared, if somebody else has it."""
+        if not self._try(fcntl.LOCK_EX):
+            self.share()  # a conversion that fails has dropped it
+            raise StoreError(f"cold store {self._store} is open in another process", hint="close it there first")
+
+    def close(self) -> None:
+        """Give the lock up. May be called twice."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _try(self, kind: int) -> bool:
+        try:
+            fcntl.flock(self._fd, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as exc:
+            raise StoreError(f"cold store {self._store} cannot be locked: {exc}") from exc
+        return True
+
+
+class Gate:
+    """Many threads may pass together, or one alone: new ones then wait, and those inside finish first."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._inside = 0
+        self._closed = False
+
+    @contextlib.contextmanager
+    def shared(self) -> Iterator[None]:
+        """Pass; waits only for a thread that is alone inside."""
+        with self._condition:
+            while self._closed:
+                self._condition.wait()
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._inside -= 1
+                if not self._inside:
+                    self._condition.notify_all()
+
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Pass alone, when all inside have left."""
+        with self._condition:
+            while self._closed:
+                self._condition.wait()
+            self._closed = True
+            while self._inside:
+                self._condition.wait()
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._closed = False
+                self._condition.notify_all()

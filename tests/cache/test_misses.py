@@ -1,0 +1,126 @@
+"""Every block that a cache could not serve is counted under one reason, and no failing disk ends a request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from pattern_engine import PatternEngine, tiny_layout
+
+from tierkv.block import BlockHash, Tier
+from tierkv.cache import TierCache
+from tierkv.config import CacheConfig
+from tierkv.errors import StoreError
+from tierkv.namespace import Namespace
+from tierkv.storage.cold import ColdStore
+from tierkv.storage.cold_entry import ColdEntry
+from tierkv.storage.outcomes import MissReason
+
+NAMESPACE = Namespace(weights="w", layout=tiny_layout())
+BLOCK_BYTES = tiny_layout().block_bytes
+PROMPT = list(range(12))
+
+
+class FailingStore(ColdStore):
+    """A store whose index cannot be read any more once `fails` is set."""
+
+    fails = False
+
+    def lookup_many(self, block_hashes: Iterable[BlockHash]) -> list[ColdEntry | None]:
+        self._fail()
+        return super().lookup_many(block_hashes)
+
+    def find_longest_run(self, parent: BlockHash, token_bytes: bytes) -> tuple[BlockHash, bytes, int] | None:
+        self._fail()
+        return super().find_longest_run(parent, token_bytes)
+
+    def _fail(self) -> None:
+        if self.fails:
+            raise StoreError("the disk is gone")
+
+
+def open_store(path: Path) -> FailingStore:
+    return FailingStore(path, quota_bytes=64 << 20, min_free_bytes=0)
+
+
+def open_cache(store: ColdStore, *, min_partial_tokens: int = 1) -> TierCache:
+    config = CacheConfig(
+        block_size=4,
+        hot_bytes=16 * BLOCK_BYTES,
+        warm_bytes=8 * BLOCK_BYTES,
+        min_partial_tokens=min_partial_tokens,
+    )
+    return TierCache(config, namespace=NAMESPACE, cold=store)
+
+
+def fill(store: ColdStore) -> tuple[BlockHash, ...]:
+    """Store the prompt's three blocks; return their hashes."""
+    with open_cache(store) as cache:
+        cache.release(PatternEngine(cache).start(PROMPT))
+        cache.flush()
+        return cache.match(PROMPT).block_hashes
+
+
+def reasons_of(cache: TierCache) -> dict[MissReason, int]:
+    """Return what is not 0; all of them together are the misses."""
+    stats = cache.stats()
+    assert sum(stats.miss_reasons.values()) == stats.misses
+    return {MissReason(name): count for name, count in stats.miss_reasons.items() if count}
+
+
+def damage(store: ColdStore, block_hash: BlockHash, *, offset: int = 130, cut: int | None = None) -> None:
+    with store._writer.batch() as batch:
+        value = bytearray(batch.txn.get(block_hash, db=batch.databases.blocks))
+        value[offset] ^= 1
+        batch.txn.put(block_hash, bytes(value[:cut]), db=batch.databases.blocks)
+
+
+def test_what_was_never_stored_is_absent(tmp_path: Path) -> None:
+    with open_store(tmp_path) as store, open_cache(store) as cache:
+        cache.release(PatternEngine(cache).start(PROMPT))
+        assert reasons_of(cache) == {MissReason.ABSENT: 3}
+
+
+def test_what_the_store_evicted_is_told_from_what_it_never_had(tmp_path: Path) -> None:
+    with open_store(tmp_path) as store:
+        fill(store)
+        store.evict(to_bytes=0)
+        with open_cache(store) as cache:
+            cache.release(PatternEngine(cache).start([*PROMPT, 77, 78, 79, 80]))
+            assert reasons_of(cache) == {MissReason.EVICTED: 3, MissReason.ABSENT: 1}
+
+
+@pytest.mark.parametrize(("cut", "reason"), [(None, MissReason.CORRUPT), (150, MissReason.TRUNCATED)])
+def test_a_damaged_block_is_counted_once_and_what_followed_it_is_gone(tmp_path, cut, reason) -> None:
+    with open_store(tmp_path) as store:
+        hashes = fill(store)
+        damage(store, hashes[1], cut=cut)
+        with open_cache(store) as cache:
+            sequence = PatternEngine(cache).start([*PROMPT, 99])
+            assert sequence.cached_tokens[Tier.COLD] == 4
+            assert reasons_of(cache) == {reason: 1, MissReason.ABSENT: 2}
+            cache.release(sequence)
+            cache.check()
+
+
+def test_a_run_too_short_to_be_worth_loading_is_counted_as_such(tmp_path: Path) -> None:
+    with open_store(tmp_path) as store:
+        fill(store)
+        with open_cache(store, min_partial_tokens=3) as cache:
+            sequence = PatternEngine(cache).start([*PROMPT[:6], 70, 71, 72])
+            assert sequence.num_cached_tokens == 4
+            assert reasons_of(cache) == {MissReason.TOO_SHORT: 1, MissReason.ABSENT: 1}
+            cache.release(sequence)
+
+
+def test_a_store_that_fails_is_a_miss_and_the_request_goes_on(tmp_path: Path) -> None:
+    with open_store(tmp_path) as store:
+        fill(store)
+        with open_cache(store) as cache:
+            store.fails = True
+            assert cache.match(PROMPT).num_cached_tokens == 0
+            cache.release(PatternEngine(cache).start(PROMPT))
+            assert reasons_of(cache) == {MissReason.IO_ERROR: 1, MissReason.ABSENT: 2}
+            store.fails = False
+            cache.check()

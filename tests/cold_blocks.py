@@ -1,0 +1,67 @@
+"""Small blocks of known content for tests of the cold store, here and in tests/crash."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tierkv.block import hash_block
+from tierkv.layout import BlockLayout
+from tierkv.namespace import Namespace
+from tierkv.storage.cold import ColdStore
+from tierkv.storage.outcomes import MissReason
+from tierkv.storage.record import BlockInfo, EncodedRecord, encode_record
+
+LAYOUT = BlockLayout.uniform(num_layers=2, block_size=16, kv_heads=2, head_dim=32, dtype="bfloat16")
+NAMESPACE = Namespace(weights="w", layout=LAYOUT, name="model")
+OTHER = Namespace(weights="other", layout=LAYOUT)
+QUOTA = 8 << 20
+
+
+class FakeClock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def open_store(path: Path, clock: FakeClock | None = None, **options: Any) -> ColdStore:
+    options = {"quota_bytes": QUOTA, "min_free_bytes": 0, **options}
+    return ColdStore(path / "cold", clock=clock or FakeClock(), **options)
+
+
+def record_of(
+    tokens: int | list[int], parent: bytes | None = None, *, namespace: Namespace = NAMESPACE, seed: int = 0
+) -> EncodedRecord:
+    ids = [tokens] * 16 if isinstance(tokens, int) else tokens
+    token_bytes = np.array(ids, dtype="<u4").tobytes()
+    parent = parent or namespace.digest
+    info = BlockInfo(
+        block_hash=hash_block(parent, token_bytes),
+        parent=parent,
+        namespace=namespace.digest,
+        token_bytes=token_bytes,
+    )
+    return encode_record(info, block_bytes(seed), layout=LAYOUT, cost_s=0.25)
+
+
+def block_bytes(seed: int = 0) -> np.ndarray:
+    values = np.random.default_rng(seed).standard_normal(LAYOUT.block_bytes // 2).astype(np.float32)
+    return (values.view(np.uint32) >> 16).astype("<u2").view(np.uint8)
+
+
+def chain_of(length: int, *, first: int = 0, namespace: Namespace = NAMESPACE) -> list[EncodedRecord]:
+    records: list[EncodedRecord] = []
+    for number in range(length):
+        parent = records[-1].info.block_hash if records else None
+        records.append(record_of(first + number, parent, namespace=namespace, seed=first + number))
+    return records
+
+
+def read(store: ColdStore, info: BlockInfo) -> np.ndarray | MissReason:
+    out = np.zeros(LAYOUT.block_bytes, dtype=np.uint8)
+    reason = store.read_into(info, out, layout=LAYOUT)
+    return out if reason is None else reason

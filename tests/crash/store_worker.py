@@ -1,0 +1,110 @@
+"""What the processes do that the tests of this folder kill. Run as `python store_worker.py ACTION DIRECTORY`.
+
+Each writes a line when something has been acknowledged; the test reads so many lines, then kills.
+"""
+
+from __future__ import annotations
+
+import itertools
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from cold_blocks import NAMESPACE, chain_of, open_store, record_of
+
+from tierkv.storage.outcomes import PutOutcome
+from tierkv.storage.state_file import write_state_file
+
+SMALL_QUOTA = 256 << 10
+FULL = (PutOutcome.FULL, PutOutcome.IO_ERROR)
+
+
+def acknowledge(number: int) -> None:
+    print(number, flush=True)
+
+
+def put_forever(path: Path, first: int = 0) -> None:
+    with open_store(path, quota_bytes=64 << 20) as store:
+        for number in itertools.count(first):
+            outcomes = store.put(chain_of(2, first=2 * number))
+            assert outcomes == [PutOutcome.STORED] * 2, outcomes
+            store.flush()
+            acknowledge(number)
+
+
+def put_some(path: Path, first: int) -> None:
+    """Finish by itself: two of these run side by side."""
+    with open_store(path, quota_bytes=64 << 20) as store:
+        for number in range(first, first + 40):
+            assert store.put(chain_of(2, first=2 * number)) == [PutOutcome.STORED] * 2
+            acknowledge(number)
+
+
+def evict_forever(path: Path) -> None:
+    """Pin eight blocks, then let every put evict, and evict half of all now and then."""
+    with open_store(path, quota_bytes=SMALL_QUOTA) as store:
+        pinned = [record_of(number, seed=number) for number in range(8)]
+        store.put(pinned)
+        store.set_pinned([record.info.block_hash for record in pinned], True)
+        store.flush()
+        for number in itertools.count(8):
+            store.put(chain_of(3, first=10 * number))
+            if number % 16 == 0:
+                store.evict(to_bytes=SMALL_QUOTA // 2)
+            acknowledge(number)
+
+
+def compact_forever(path: Path) -> None:
+    with open_store(path, quota_bytes=64 << 20) as store:
+        for number in range(60):
+            store.put(chain_of(2, first=2 * number))
+        store.flush()
+        for number in itertools.count():
+            store.put([record_of(100_000 + number)])
+            store.delete(record_of(100_000 + number).info.block_hash)
+            store.compact()
+            acknowledge(number)
+
+
+def save_forever(path: Path) -> None:
+    records = [record.data.tobytes() for record in chain_of(60)]
+    for number in itertools.count():
+        write_state_file(path / "state", namespace=NAMESPACE.digest, description=NAMESPACE.describe(), records=records)
+        acknowledge(number)
+
+
+def fill_a_small_disk(path: Path) -> None:
+    """Put until nothing more goes in."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+    with open_store(path, quota_bytes=64 << 20) as store:
+        for number in itertools.count():
+            record = record_of(number, seed=number)
+            if store.put([record])[0] in FULL:
+                return
+            acknowledge(number)
+
+
+def read_forever(path: Path) -> None:
+    """Stay inside a read transaction."""
+    with open_store(path) as store, store._env.read():
+        acknowledge(0)
+        sys.stdin.read()
+
+
+ACTIONS: dict[str, Callable[..., None]] = {
+    function.__name__: function
+    for function in (
+        put_forever,
+        put_some,
+        evict_forever,
+        compact_forever,
+        save_forever,
+        fill_a_small_disk,
+        read_forever,
+    )
+}
+
+
+if __name__ == "__main__":
+    ACTIONS[sys.argv[1]](Path(sys.argv[2]), *map(int, sys.argv[3:]))

@@ -65,7 +65,7 @@ test: $(READY)
 
 # No set-up: on a machine with a GPU, torch and flash-attn are the system's own.
 test-gpu:
-	PYTHONPATH=. $(GPU_PYTHON) -m pytest -q $(wildcard tests/gpu tests/model) $(ARGS)
+	PYTHONPATH=. $(GPU_PYTHON) -m pytest -q $(wildcard tests/gpu tests/cache tests/model tests/kernels) $(ARGS)
 
 # As modules: `python tools/bench_x.py` would put tools/ in front of the standard library.
 bench: $(READY)

@@ -25,7 +25,7 @@ from tierkv.config import CacheConfig
 from tierkv.models import LoadedModel
 from tierkv.runner import GenerationOptions, Runner, open_runner
 
-__all__ = ["main"]
+__all__ = ["machine", "main", "random_model"]
 
 _SHAPES: dict[str, dict[str, Any]] = {
     "8b": {
@@ -66,9 +66,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loaded = LoadedModel(_random_model(arguments.shape, device), None, arguments.shape)
-    machine = _machine(device)
-    print("  ".join(f"{name}: {value}" for name, value in machine.items()))
+    loaded = LoadedModel(random_model(arguments.shape, device), None, arguments.shape)
+    described = machine(device)
+    print("  ".join(f"{name}: {value}" for name, value in described.items()))
     with tempfile.TemporaryDirectory() as directory:
         config = CacheConfig(
             cold_path=Path(directory) / "store",
@@ -82,11 +82,11 @@ def main() -> None:
             link = _link_gb_s(runner) if device.type == "cuda" else None
     _print_table(rows, link)
     if arguments.json:
-        result = {"machine": machine, "link_gb_s": link, "rows": [[r.tokens, r.times_s, r.cached] for r in rows]}
+        result = {"machine": described, "link_gb_s": link, "rows": [[r.tokens, r.times_s, r.cached] for r in rows]}
         arguments.json.write_text(json.dumps(result, indent=1))
 
 
-def _random_model(shape: str, device: torch.device) -> Any:
+def random_model(shape: str, device: torch.device) -> Any:
     """Return a Llama of that shape with small random weights, made on the device."""
     config = transformers.LlamaConfig(**_SHAPES[shape], max_position_embeddings=131_072, eos_token_id=None)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -173,7 +173,8 @@ def _drop_page_cache() -> None:
         print(f"(the page cache stays: {exc.strerror})")
 
 
-def _machine(device: torch.device) -> dict[str, str]:
+def machine(device: torch.device) -> dict[str, str]:
+    """Return what a benchmark's figures depend on: the device and the versions."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
         "python": platform.python_version(),

@@ -89,9 +89,8 @@ def _bench_blocks(mover: Mover, link_in: float, link_out: float) -> None:
     }
     for name, (move, link) in ways.items():
         speed = _gb_s(move, num_bytes)
-        print(
-            f"{name} {_NUM_BLOCKS} scattered blocks of 32 MiB: {speed:.1f} GB/s, {speed / link:.3f} of the link (>= 0.98)"
-        )
+        ratio = f"{speed / link:.3f} of the link (>= 0.98)"
+        print(f"{name} {_NUM_BLOCKS} scattered blocks of 32 MiB: {speed:.1f} GB/s, {ratio}")
 
 
 def _bench_pages(warm: WarmPool, page_size: int, link_in: float, link_out: float) -> None:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from tierkv.block import TOKEN_BYTES, BlockHash, as_token_array, hash_block, iter_chain
+from tierkv.errors import StoreError
 from tierkv.prompts import prefix_tokens, read_prompts
 from tierkv.runner import Runner
 from tierkv.tools.options import EngineOptions, open_engine
@@ -60,10 +61,13 @@ def warm(path: Path, options: EngineOptions, *, lines: bool, pin: bool, dry_run:
         summary.blocks_computed = len(computed)
         _add_sizes(summary, runner, reused | computed)
         summary.seconds = time.perf_counter() - started
+        skipped = runner.cache.stats().skipped_writes
     if as_json:
         print(json.dumps({**asdict(summary), "seconds": round(summary.seconds, 6)}))
     else:
         Console().print(_table(summary, dry_run))
+    if skipped:
+        raise StoreError(f"{skipped} blocks were computed but not stored", hint="free disk space, or raise --cold")
 
 
 def _would_be_blocks(runner: Runner, prompt: list[int]) -> set[BlockHash]:

@@ -59,15 +59,17 @@ def warm(path: Path, options: EngineOptions, *, lines: bool, pin: bool, dry_run:
                     runner.cache.pin(prompt)
         summary.blocks_reused = len(reused)
         summary.blocks_computed = len(computed)
-        _add_sizes(summary, runner, reused | computed)
+        missing = 0 if dry_run else _add_sizes(summary, runner, reused | computed)
         summary.seconds = time.perf_counter() - started
-        skipped = runner.cache.stats().skipped_writes
     if as_json:
         print(json.dumps({**asdict(summary), "seconds": round(summary.seconds, 6)}))
     else:
         Console().print(_table(summary, dry_run))
-    if skipped:
-        raise StoreError(f"{skipped} blocks were computed but not stored", hint="free disk space, or raise --cold")
+    if missing:
+        raise StoreError(
+            f"{missing} of {len(reused | computed)} blocks found no room in the store, or lost it to later ones",
+            hint="free disk space, or raise --cold",
+        )
 
 
 def _would_be_blocks(runner: Runner, prompt: list[int]) -> set[BlockHash]:
@@ -82,13 +84,14 @@ def _would_be_blocks(runner: Runner, prompt: list[int]) -> set[BlockHash]:
     return {*chain, *([hash_block(chain[-1] if chain else root, tail)] if tail else [])}
 
 
-def _add_sizes(summary: _Summary, runner: Runner, block_hashes: set[BlockHash]) -> None:
+def _add_sizes(summary: _Summary, runner: Runner, block_hashes: set[BlockHash]) -> int:
+    """Add the sizes of the blocks that are stored. Return how many are not."""
     store = runner.cache.cold
     assert store is not None, "the command always opens a store"
-    for entry in store.lookup_many(block_hashes):
-        if entry:
-            summary.bytes_raw += entry.raw_bytes
-            summary.bytes_stored += entry.stored_bytes
+    stored = [entry for entry in store.lookup_many(block_hashes) if entry]
+    summary.bytes_raw = sum(entry.raw_bytes for entry in stored)
+    summary.bytes_stored = sum(entry.stored_bytes for entry in stored)
+    return len(block_hashes) - len(stored)
 
 
 def _table(summary: _Summary, dry_run: bool) -> Table:

@@ -78,6 +78,11 @@ def test_warming_twice_computes_nothing_the_second_time(tierkv: Run, tmp_path: P
     assert second["tokens"] == first["tokens"]
 
 
+def test_a_store_too_small_for_the_prompts_is_said(tierkv: Run, tmp_path: Path) -> None:
+    result = tierkv("warm", tmp_path / "prompts.txt", "--cold", "1M", "--json")
+    assert result.code == 2 and "blocks found no room in the store" in result.err
+
+
 def test_a_dry_run_says_what_would_be_computed_and_computes_nothing(tierkv: Run, tmp_path: Path) -> None:
     for _ in range(2):
         assert tierkv("warm", tmp_path / "prompts.txt", "--dry-run", "--json").json()["blocks_computed"] == 3

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 import zstandard
 
 from tierkv.errors import ConfigError, CorruptBlockError
-from tierkv.storage.planes import Bytes, Words, merge_planes, take_exponent, take_rest
+from tierkv.storage.planes import Bytes, Words, join_planes, merge_planes, take_exponent, take_rest, widen_rest
 
 __all__ = [
     "CODECS",
@@ -30,6 +30,7 @@ __all__ = [
     "Codec",
     "ExponentCodec",
     "RawCodec",
+    "Span",
     "ZstdCodec",
     "codec_by_id",
     "codec_by_name",
@@ -54,6 +55,10 @@ _LITERALS_ONLY = zstandard.ZstdCompressionParameters(
 target_length of 1 lose ratio and speed (the last turns Huffman off)."""
 
 
+Span: TypeAlias = tuple[int, int]
+"""Offset and length of a run in a block."""
+
+
 class Codec(Protocol):
     """Turns one run into frames and back. The record names it by id and version."""
 
@@ -75,6 +80,9 @@ class Codec(Protocol):
     def decode_run(self, frames: Bytes, frame_sizes: Sequence[int], out: Bytes) -> None:
         """Write the run into `out`. Raises CorruptBlockError; allocates no more than a frame's plane."""
 
+    def decode_runs(self, payload: Bytes, frame_sizes: Sequence[int], block: Bytes, spans: Sequence[Span]) -> None:
+        """Write all runs of a block where they belong. Raises as `decode_run` does."""
+
 
 class RawCodec:
     """The bytes as they are, in one frame."""
@@ -94,6 +102,9 @@ class RawCodec:
         if frames.size != out.size:
             raise CorruptBlockError(f"a raw run of {frames.size} bytes where {out.size} belong")
         np.copyto(out, frames)
+
+    def decode_runs(self, payload: Bytes, frame_sizes: Sequence[int], block: Bytes, spans: Sequence[Span]) -> None:
+        _decode_one_by_one(self, payload, frame_sizes, block, spans)
 
 
 class ZstdCodec:
@@ -124,6 +135,9 @@ class ZstdCodec:
             piece = out[start : start + FRAME_BYTES]
             np.copyto(piece, self._frames.decode(frames[begin : begin + size], piece.size))
             begin += size
+
+    def decode_runs(self, payload: Bytes, frame_sizes: Sequence[int], block: Bytes, spans: Sequence[Span]) -> None:
+        _decode_one_by_one(self, payload, frame_sizes, block, spans)
 
 
 class ExponentCodec:
@@ -186,6 +200,53 @@ class ExponentCodec:
         if self._item_bytes == 4:
             np.copyto(words[0::2], rest[count:].view(np.uint16))
 
+    def decode_runs(self, payload: Bytes, frame_sizes: Sequence[int], block: Bytes, spans: Sequence[Span]) -> None:
+        """All frames in one call, then several runs in one step: each time that a thread takes the GIL back from
+        another costs as much as decoding 100 KiB, and two threads would spend their time on that.
+        """
+        if self._item_bytes == 4 or max(length for _, length in spans) // 2 > _MERGE_COUNT:
+            _decode_one_by_one(self, payload, frame_sizes, block, spans)
+            return
+        frames, plane_bytes, rests = self._take_apart(payload, frame_sizes, spans)
+        planes = iter(self._frames.decode_many(frames, plane_bytes))
+        for group in _adjacent(spans, 2 * _MERGE_COUNT):
+            start, end = spans[group.start][0], sum(spans[group.stop - 1])
+            words = block[start:end].view(np.uint16)
+            exponents = self._scratch.words[: words.size]
+            done = 0
+            for rest in rests[group.start : group.stop]:
+                widen_rest(rest, words[done : done + rest.size])
+                begin = done
+                done += rest.size
+                while begin < done:
+                    plane = next(planes)
+                    np.copyto(exponents[begin : begin + plane.size], plane)
+                    begin += plane.size
+            join_planes(exponents, words)
+
+    def _take_apart(
+        self, payload: Bytes, frame_sizes: Sequence[int], spans: Sequence[Span]
+    ) -> tuple[list[Bytes], list[int], list[Bytes]]:
+        """Return the coded frames of all runs, the lengths of their planes, and the raw rest of each run."""
+        frames: list[Bytes] = []
+        plane_bytes: list[int] = []
+        rests: list[Bytes] = []
+        sizes = iter(frame_sizes)
+        begin = 0
+        for _, length in spans:
+            count = length // self._item_bytes
+            for first in range(0, count, self._frame_count):
+                size = next(sizes)
+                frames.append(payload[begin : begin + size])
+                plane_bytes.append(min(self._frame_count, count - first))
+                begin += size
+            size = next(sizes)
+            if size != length - count:
+                raise CorruptBlockError(f"a rest of {size} bytes for {count} values")
+            rests.append(payload[begin : begin + size])
+            begin += size
+        return frames, plane_bytes, rests
+
     def _iter_values(self, run: Bytes) -> Iterator[tuple[Words, int]]:
         """Yield (16-bit values, index of the first), in pieces that stay in cache."""
         words = run.view(np.uint16)
@@ -240,6 +301,28 @@ class _FrameCoder(threading.local):
             raise CorruptBlockError(f"a frame of {plane.size} bytes where {plane_bytes} belong")
         return plane
 
+    def decode_many(self, frames: Sequence[Bytes], plane_bytes: Sequence[int]) -> list[Bytes]:
+        """Return the planes of many frames; all that are coded are decoded at once, without the GIL."""
+        planes = list(frames)
+        coded = [i for i, frame in enumerate(frames) if frame.size != plane_bytes[i]]
+        if not coded:
+            return planes
+        try:
+            for i in coded:  # a frame's own word on its size bounds what zstd writes
+                if zstandard.frame_content_size(frames[i].data) != plane_bytes[i]:
+                    raise CorruptBlockError(f"a frame that is not of {plane_bytes[i]} bytes")
+            sizes = np.array([plane_bytes[i] for i in coded], dtype=np.uint64).tobytes()
+            decoded = self._decompressor.multi_decompress_to_buffer(
+                [frames[i].data for i in coded], decompressed_sizes=sizes
+            )
+        except (zstandard.ZstdError, ValueError) as exc:
+            raise CorruptBlockError(f"a frame that does not decode: {exc}") from exc
+        for at, i in enumerate(coded):
+            planes[i] = np.frombuffer(decoded[at], dtype=np.uint8)  # type: ignore[call-overload]  # it has the buffer protocol
+            if planes[i].size != plane_bytes[i]:
+                raise CorruptBlockError(f"a frame of {planes[i].size} bytes where {plane_bytes[i]} belong")
+        return planes
+
 
 class _Scratch(threading.local):
     """Arrays for one merge; one set per thread."""
@@ -248,6 +331,30 @@ class _Scratch(threading.local):
         self.exponent: Bytes = np.empty(_MERGE_COUNT, dtype=np.uint8)
         self.words: Words = np.empty(_MERGE_COUNT, dtype=np.uint16)
         self.high: Words = np.empty(_MERGE_COUNT, dtype=np.uint16)
+
+
+def _decode_one_by_one(
+    codec: Codec, payload: Bytes, frame_sizes: Sequence[int], block: Bytes, spans: Sequence[Span]
+) -> None:
+    first = begin = 0
+    for offset, length in spans:
+        last = first + codec.num_frames(length)
+        sizes = frame_sizes[first:last]
+        end = begin + sum(sizes)
+        codec.decode_run(payload[begin:end], sizes, block[offset : offset + length])
+        first, begin = last, end
+
+
+def _adjacent(spans: Sequence[Span], max_bytes: int) -> Iterator[slice]:
+    """Yield groups of spans that lie one behind the other and are no longer than `max_bytes` together."""
+    first = 0
+    for i in range(1, len(spans) + 1):
+        if i < len(spans):
+            offset, length = spans[i]
+            if offset == sum(spans[i - 1]) and offset + length - spans[first][0] <= max_bytes:
+                continue
+        yield slice(first, i)
+        first = i
 
 
 RAW = RawCodec()

@@ -37,7 +37,8 @@ from tierkv.storage.cold_stats import Counters
 from tierkv.storage.cold_writer import ColdWriter
 from tierkv.storage.lmdb_env import LmdbEnv
 from tierkv.storage.lmdb_file import PAGE_HEADER_BYTES, newest_meta
-from tierkv.storage.lmdb_tree import Keys, LeafValue, check_trees, find_small, iter_leaf_values
+from tierkv.storage.lmdb_tree import Keys, check_trees
+from tierkv.storage.lmdb_values import LeafValue, find_small, iter_leaf_values
 from tierkv.storage.outcomes import PutOutcome
 from tierkv.storage.planes import Bytes
 from tierkv.storage.record import HEADER_BYTES, MAGIC, parse_record, record_bytes_of

@@ -92,7 +92,8 @@ class ColdWriter:
         """Store records in as few transactions as memory allows."""
         outcomes: list[PutOutcome] = []
         with self._lock:
-            for group in _groups(records):
+            # What a batch frees, only later ones may use: a small quota needs small batches to keep its file small.
+            for group in _groups(records, min(MAX_BATCH_BYTES, self._quota_bytes // 128)):
                 outcomes += self._put_group(group)
         self._counters.count_puts(outcomes)
         return outcomes
@@ -250,12 +251,12 @@ def _insert_within(batch: WriteBatch, record: EncodedRecord, limit: int) -> PutO
     return PutOutcome.EXISTS if known else PutOutcome.FULL
 
 
-def _groups(records: Sequence[EncodedRecord]) -> Iterator[list[EncodedRecord]]:
-    """Yield the records in groups of at most MAX_BATCH_BYTES, in order."""
+def _groups(records: Sequence[EncodedRecord], max_bytes: int) -> Iterator[list[EncodedRecord]]:
+    """Yield the records in order, in groups of at most so many bytes, or of one record."""
     group: list[EncodedRecord] = []
     size = 0
     for record in records:
-        if group and size + record.stored_bytes > MAX_BATCH_BYTES:
+        if group and size + record.stored_bytes > max_bytes:
             yield group
             group, size = [], 0
         group.append(record)

@@ -39,7 +39,7 @@ from tierkv.storage.lmdb_file import (
     replace_damaged,
 )
 from tierkv.storage.lmdb_lock import Gate, UserLock
-from tierkv.storage.lmdb_tree import OVERFLOW_FLAG, find_value, overflow_pages
+from tierkv.storage.lmdb_values import OVERFLOW_FLAG, find_value, overflow_pages
 
 __all__ = ["Database", "DatabaseSpec", "Keeper", "LmdbEnv", "ReadTransaction", "WriteTransaction"]
 
@@ -268,7 +268,7 @@ class LmdbEnv:
         finally:
             os.close(fd)
         if self.read_only:
-            raise StoreError(f"cold store {self.path} is damaged: {problem}", hint="open it for writing once")
+            raise CorruptBlockError(f"cold store {self.path} is damaged: {problem}", hint="run tierkv verify --repair")
         target = self.path / "rebuild.tmp"
         try:
             target.mkdir()

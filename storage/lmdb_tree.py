@@ -1,4 +1,4 @@
-"""The trees of an LMDB 0.9 data file, read without LMDB: whether they are sound, and where a value lies.
+"""The trees of an LMDB 0.9 data file, read without LMDB: whether they are sound.
 
 LMDB trusts its file: a flipped bit in a page of a tree can end the process, or hand one page to two owners.
 So `check_trees` walks every tree with plain reads before LMDB maps the file: each page is what it says and is
@@ -9,66 +9,41 @@ used once, keys ascend, used and free pages together are the whole file, counter
 
 from __future__ import annotations
 
-import functools
 import os
-import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tierkv.errors import CorruptBlockError
 from tierkv.storage.lmdb_file import PAGE_HEADER, PAGE_HEADER_BYTES, Meta, newest_meta
+from tierkv.storage.lmdb_values import (
+    BIG_FLAG,
+    BRANCH_FLAG,
+    LEAF_FLAG,
+    MAX_DEPTH,
+    NODE_BYTES,
+    OVERFLOW_FLAG,
+    TREE_BYTES,
+    Tree,
+    overflow_pages,
+    require,
+    translated,
+)
 from tierkv.storage.planes import Bytes
 
-__all__ = [
-    "OVERFLOW_FLAG",
-    "Keys",
-    "LeafValue",
-    "check_trees",
-    "find_small",
-    "find_value",
-    "iter_leaf_values",
-    "overflow_pages",
-]
+__all__ = ["Keys", "check_trees"]
 
-OVERFLOW_FLAG = 4
-_BRANCH_FLAG, _LEAF_FLAG = 1, 2
-_BIG, _SUBTREE = 1, 2  # of a node: its value lies on pages of its own; it is the root of a named database
-_NODE_BYTES = 8
+_SUBTREE_FLAG = 2  # of a node: it is the root of a named database
 _INTEGER_KEYS = 8
 _NO_PAGE = (1 << 64) - 1
 _FIRST_PAGE = 2
-_MAX_DEPTH = 32
 _SLAB_PAGES = 1024
-_PAGE = struct.Struct("<QHHHH")  # page number, unused, flags, end of the pointers, begin of the nodes
-_CHILD = struct.Struct("<HHHH")  # a child's page in three parts, or length and flags of a value; length of the key
-_NODE = struct.Struct("<IHH")  # length of the value, flags, length of the key
-_TREE = struct.Struct("<IHHQQQQQ")  # pad, flags, depth | branch, leaf and overflow pages | entries, root
 
-Result = TypeVar("Result")
 Integers = npt.NDArray[np.int64]
 Keys = npt.NDArray[np.bytes_]
-
-
-@dataclass(frozen=True, slots=True)
-class Tree:
-    """One database as its descriptor says."""
-
-    flags: int
-    depth: int
-    branch_pages: int
-    leaf_pages: int
-    value_pages: int
-    entries: int
-    root: int
-
-    @classmethod
-    def unpack(cls, packed: bytes) -> Tree:
-        """Return the tree of a 48-byte descriptor."""
-        return cls(*_TREE.unpack(packed)[1:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,146 +59,24 @@ class _Nodes:
     slab: Bytes
 
 
-def _translated(function: Callable[..., Result]) -> Callable[..., Result]:
-    """Let a function raise CorruptBlockError where a damaged number led it astray."""
-
-    @functools.wraps(function)
-    def call(*args: object) -> Result:
-        try:
-            return function(*args)
-        except (ValueError, IndexError, OverflowError, OSError, struct.error) as exc:
-            raise CorruptBlockError(f"its trees are damaged: {exc}") from exc
-
-    return call
-
-
-@_translated
+@translated
 def check_trees(fd: int) -> dict[bytes, Keys]:
     """Return the sorted keys of every named database. Raises CorruptBlockError for a file that LMDB must not see."""
     meta = newest_meta(fd)
     walk = _Walk(fd, meta)
     free = Tree.unpack(meta.free_tree)
     main = Tree.unpack(meta.main_tree)
-    _require(free.flags == _INTEGER_KEYS and main.flags == 0, "the roots have unknown flags")
+    require(free.flags == _INTEGER_KEYS and main.flags == 0, "the roots have unknown flags")
     for _, value in walk.iter_small(free, integer_keys=True):
         walk.add_free(value)
     keys: dict[bytes, Keys] = {}
     for name, value in walk.iter_small(main):
-        _require(len(value) == _TREE.size, "the list of databases holds something else")
+        require(len(value) == TREE_BYTES, "the list of databases holds something else")
         tree = Tree.unpack(value)
-        _require(tree.flags == 0, f"database {name!r} has unknown flags")
+        require(tree.flags == 0, f"database {name!r} has unknown flags")
         keys[name] = walk.walk(tree)
     walk.check_cover()
     return keys
-
-
-@_translated
-def find_value(fd: int, database: bytes, key: bytes) -> tuple[int, int] | None:
-    """Return (first page, length) of a value in the committed state; None if it lies inside its leaf.
-
-    Raises CorruptBlockError, or KeyError if there is none.
-    """
-    meta = newest_meta(fd)
-    _, descriptor = _descend(fd, meta, Tree.unpack(meta.main_tree), database)
-    _require(len(descriptor) == _TREE.size, "a database without a descriptor")
-    size, held = _descend(fd, meta, Tree.unpack(descriptor), key)
-    if size == len(held):
-        return None
-    return int.from_bytes(held, "little"), size
-
-
-@_translated
-def find_small(fd: int, database: bytes, key: bytes) -> bytes:
-    """Return a value that lies inside its leaf. Raises as `find_value` does."""
-    meta = newest_meta(fd)
-    _, descriptor = _descend(fd, meta, Tree.unpack(meta.main_tree), database)
-    _require(len(descriptor) == _TREE.size, "a database without a descriptor")
-    return _descend(fd, meta, Tree.unpack(descriptor), key)[1]
-
-
-@dataclass(frozen=True, slots=True)
-class LeafValue:
-    """A node of a leaf: what it holds is its value, or the number of the page where that begins."""
-
-    key: bytes
-    size: int
-    held: bytes
-    is_big: bool
-
-    def read(self, fd: int, page_bytes: int) -> bytes:
-        """Return the value, wherever it lies; shorter where the file ends."""
-        if not self.is_big:
-            return self.held
-        offset = int.from_bytes(self.held, "little") * page_bytes + PAGE_HEADER_BYTES
-        return os.pread(fd, self.size, offset) if offset < os.fstat(fd).st_size else b""
-
-
-def iter_leaf_values(chunk: Bytes, page_bytes: int) -> Iterator[LeafValue]:
-    """Yield what can be read of the leaves among some pages, which may be anything."""
-    kinds = chunk.view("<u2").reshape(-1, page_bytes // 2)[:, 5]
-    for row in np.flatnonzero(kinds == _LEAF_FLAG).tolist():
-        page = chunk[row * page_bytes : (row + 1) * page_bytes].tobytes()
-        lower = min(int.from_bytes(page[12:14], "little"), page_bytes)
-        for at in np.frombuffer(page[PAGE_HEADER_BYTES : lower & ~1], dtype="<u2").tolist():
-            if at + _NODE_BYTES > page_bytes:
-                continue
-            size, flags, key_bytes = _NODE.unpack_from(page, at)
-            start = at + _NODE_BYTES + key_bytes
-            held = page[start : start + (8 if flags & _BIG else size)]
-            yield LeafValue(page[at + _NODE_BYTES : start], size, held, bool(flags & _BIG))
-
-
-def overflow_pages(value_bytes: int, page_bytes: int) -> int:
-    """Return how many pages a value of this length takes, LMDB's header included."""
-    return (PAGE_HEADER_BYTES - 1 + value_bytes) // page_bytes + 1
-
-
-def _descend(fd: int, meta: Meta, tree: Tree, key: bytes) -> tuple[int, bytes]:
-    """Return the length of a value and what its leaf holds: the value, or the number of its first page."""
-    number = tree.root
-    _require(tree.depth <= _MAX_DEPTH, "a tree is too deep")
-    for level in range(tree.depth):
-        is_leaf = level == tree.depth - 1
-        page = os.pread(fd, meta.page_bytes, number * meta.page_bytes)
-        own, _, flags, lower, _ = _PAGE.unpack_from(page)
-        _require((own, flags) == (number, _LEAF_FLAG if is_leaf else _BRANCH_FLAG), "a page is another page")
-        at = _SortedNodes(page, lower).last_not_above(key)
-        low, high, flags, key_bytes = _CHILD.unpack_from(page, at)
-        if not is_leaf:
-            number = low | high << 16 | flags << 32
-            continue
-        size, start = low | high << 16, at + _NODE_BYTES + key_bytes
-        if page[at + _NODE_BYTES : start] == key:
-            return size, page[start : start + (8 if flags & _BIG else size)]
-    raise KeyError(key)
-
-
-class _SortedNodes:
-    """The nodes of one page, which are sorted."""
-
-    def __init__(self, page: bytes, lower: int) -> None:
-        self._page = page
-        self._count = (lower - PAGE_HEADER_BYTES) // 2
-
-    def last_not_above(self, key: bytes) -> int:
-        """Return where the last node begins whose key is not above `key`; else the first node."""
-        below, above = 0, self._count  # the first key of a branch page counts as the lowest of all
-        while above - below > 1:
-            middle = (below + above) // 2
-            if self._key(middle) <= key:
-                below = middle
-            else:
-                above = middle
-        return self._at(below)
-
-    def _at(self, index: int) -> int:
-        start = PAGE_HEADER_BYTES + 2 * index
-        return int.from_bytes(self._page[start : start + 2], "little")
-
-    def _key(self, index: int) -> bytes:
-        at = self._at(index)
-        key_bytes = int.from_bytes(self._page[at + 6 : at + _NODE_BYTES], "little")
-        return self._page[at + _NODE_BYTES : at + _NODE_BYTES + key_bytes]
 
 
 class _Walk:
@@ -239,9 +92,9 @@ class _Walk:
     def walk(self, tree: Tree) -> Keys:
         """Check one tree whose keys are all of one length, or short of one another; return its keys."""
         if tree.root == _NO_PAGE:
-            _require(tree.entries == tree.depth == 0, "an empty tree counts entries")
+            require(tree.entries == tree.depth == 0, "an empty tree counts entries")
             return np.empty(0, dtype="S1")
-        _require(0 < tree.depth <= _MAX_DEPTH, "a tree has an impossible depth")
+        require(0 < tree.depth <= MAX_DEPTH, "a tree has an impossible depth")
         pages: Integers = np.array([tree.root], dtype=np.uint64).astype(np.int64)
         branch_pages = 0
         bounds: Keys | None = None  # the keys that lead to the pages, "" for the very first
@@ -250,7 +103,7 @@ class _Walk:
             pages, bounds = self._branch_level(pages, bounds)
         keys, value_pages = self._leaf_level(pages, bounds)
         counted = (branch_pages, len(pages), value_pages, len(keys))
-        _require(
+        require(
             counted == (tree.branch_pages, tree.leaf_pages, tree.value_pages, tree.entries),
             "a tree is not what its counters say",
         )
@@ -260,7 +113,7 @@ class _Walk:
         """Check a tree of few entries and yield them with their values."""
         if tree.root == _NO_PAGE:
             return
-        _require(0 < tree.depth <= _MAX_DEPTH, "a tree has an impossible depth")
+        require(0 < tree.depth <= MAX_DEPTH, "a tree has an impossible depth")
         last = b""
         pages = [tree.root]
         for level in range(tree.depth):
@@ -275,7 +128,7 @@ class _Walk:
                 for i in range(int(nodes.count[0])):
                     key = _key(nodes, i)
                     order = key[::-1] if integer_keys else key
-                    _require(order > last, "keys are out of order")
+                    require(order > last, "keys are out of order")
                     last = order
                     yield key, self._small_value(nodes, i)
             pages = children
@@ -283,18 +136,18 @@ class _Walk:
     def add_free(self, value: bytes) -> None:
         """Note the pages of one record of the free list."""
         numbers = np.frombuffer(value[: len(value) // 8 * 8], dtype="<u8").astype(np.int64)
-        _require(len(numbers) > 0 and 0 <= numbers[0] == len(numbers) - 1, "a record of the free list is damaged")
+        require(len(numbers) > 0 and 0 <= numbers[0] == len(numbers) - 1, "a record of the free list is damaged")
         self._note(numbers[1:], np.ones(len(numbers) - 1, dtype=np.int64))
 
     def check_cover(self) -> None:
         """Require that all pages together are the file, none of them twice. Free ones may lie beyond its end."""
         if not self._starts:
-            _require(self._meta.last_page < _FIRST_PAGE, "an empty file counts pages")
+            require(self._meta.last_page < _FIRST_PAGE, "an empty file counts pages")
             return
         starts, lengths = np.concatenate(self._starts), np.concatenate(self._lengths)
         order = np.argsort(starts)
         starts, ends = starts[order], (starts + lengths)[order]
-        _require(
+        require(
             starts[0] == _FIRST_PAGE
             and ends[-1] == self._meta.last_page + 1
             and bool(np.array_equal(starts[1:], ends[:-1])),
@@ -309,7 +162,7 @@ class _Walk:
         for start in range(0, len(pages), _SLAB_PAGES):
             slab = pages[start : start + _SLAB_PAGES]
             nodes = _parse(_read_pages(self._fd, slab.tolist(), self._meta), self._meta, is_leaf=False)
-            _require(bool((nodes.count >= 1).all()), "an empty branch page")
+            require(bool((nodes.count >= 1).all()), "an empty branch page")
             nodes.key_bytes[nodes.first] = 0  # LMDB does not look at a branch page's first key
             keys = _gather_keys(nodes)
             if bounds is not None:
@@ -318,7 +171,7 @@ class _Walk:
             children.append(nodes.number)
             separators.append(keys)
         below, keys = np.concatenate(children), np.concatenate(separators)
-        _require(bool((keys[1:] > keys[:-1]).all()), "keys are out of order")
+        require(bool((keys[1:] > keys[:-1]).all()), "keys are out of order")
         return below, keys
 
     def _leaf_level(self, pages: Integers, bounds: Keys | None) -> tuple[Keys, int]:
@@ -329,22 +182,22 @@ class _Walk:
         for start in range(0, len(pages), _SLAB_PAGES):
             slab = pages[start : start + _SLAB_PAGES]
             nodes = _parse(_read_pages(self._fd, slab.tolist(), self._meta), self._meta, is_leaf=True)
-            _require(bool((nodes.count >= 1).all()), "an empty leaf")
+            require(bool((nodes.count >= 1).all()), "an empty leaf")
             keys = _gather_keys(nodes)
             if bounds is not None:
                 lower, upper = bounds[start : start + len(slab)], bounds[start + 1 : start + len(slab) + 1]
                 last = keys[nodes.first + nodes.count - 1][: len(upper)]
                 inside = bool((keys[nodes.first] >= lower).all() and (last < upper).all())
-                _require(inside, "a leaf holds keys of another")
+                require(inside, "a leaf holds keys of another")
             found.append(keys)
             value_pages += self._use_values(nodes)
         keys = np.concatenate(found)
-        _require(bool((keys[1:] > keys[:-1]).all()), "keys are out of order")
+        require(bool((keys[1:] > keys[:-1]).all()), "keys are out of order")
         return keys, value_pages
 
     def _use_values(self, nodes: _Nodes) -> int:
         """Note the pages of the values that have pages of their own; return how many pages those are."""
-        big = np.flatnonzero(nodes.flags & _BIG)
+        big = np.flatnonzero(nodes.flags & BIG_FLAG)
         if not len(big):
             return 0
         at = nodes.key_at[big] + nodes.key_bytes[big]
@@ -356,14 +209,14 @@ class _Walk:
     def _small_value(self, nodes: _Nodes, at: int) -> bytes:
         start = int(nodes.key_at[at] + nodes.key_bytes[at])
         size = int(nodes.number[at])
-        if not nodes.flags[at] & _BIG:
+        if not nodes.flags[at] & BIG_FLAG:
             return nodes.slab[start : start + size].tobytes()
         self._use_values_at(nodes, at)
         page = int.from_bytes(nodes.slab[start : start + 8].tobytes(), "little")
         raw = os.pread(self._fd, PAGE_HEADER_BYTES + size, page * self._meta.page_bytes)
         expected = (page, OVERFLOW_FLAG, overflow_pages(size, self._meta.page_bytes))
         number, _, flags, pages = PAGE_HEADER.unpack_from(raw) if len(raw) >= PAGE_HEADER_BYTES else (0, 0, 0, 0)
-        _require((number, flags, pages) == expected, "a value's page is another page")
+        require((number, flags, pages) == expected, "a value's page is another page")
         return raw[PAGE_HEADER_BYTES:]
 
     def _use_values_at(self, nodes: _Nodes, at: int) -> None:
@@ -374,9 +227,9 @@ class _Walk:
 
     def _use(self, starts: Integers, lengths: Integers | None = None) -> None:
         lengths = np.ones(len(starts), dtype=np.int64) if lengths is None else lengths
-        _require(len(starts) <= self._file_pages, "a tree has more pages than the file")
+        require(len(starts) <= self._file_pages, "a tree has more pages than the file")
         beyond = (starts < _FIRST_PAGE) | (starts > self._file_pages - lengths)
-        _require(not beyond.any(), "it was cut short, or a page number is damaged")
+        require(not beyond.any(), "it was cut short, or a page number is damaged")
         self._note(starts, lengths)
 
     def _note(self, starts: Integers, lengths: Integers) -> None:
@@ -393,7 +246,7 @@ def _read_pages(fd: int, pages: list[int], meta: Meta) -> Bytes:
         if os.preadv(fd, [view[i * size : (i + 1) * size]], page * size) != size:
             raise CorruptBlockError("it was cut short")
     own = slab.view("<u8")[:: size // 8]
-    _require(bool(np.array_equal(own, np.array(pages, dtype=np.uint64))), "a page is another page")
+    require(bool(np.array_equal(own, np.array(pages, dtype=np.uint64))), "a page is another page")
     return slab
 
 
@@ -402,29 +255,29 @@ def _parse(slab: Bytes, meta: Meta, *, is_leaf: bool) -> _Nodes:
     size = meta.page_bytes
     words = slab.view("<u2").reshape(-1, size // 2)
     flags, lower, upper = (words[:, i].astype(np.int64) for i in (5, 6, 7))
-    _require(bool((flags == (_LEAF_FLAG if is_leaf else _BRANCH_FLAG)).all()), "a page of another kind")
+    require(bool((flags == (LEAF_FLAG if is_leaf else BRANCH_FLAG)).all()), "a page of another kind")
     sane = (lower >= PAGE_HEADER_BYTES) & (lower <= upper) & (upper <= size) & (lower % 2 == 0)
-    _require(bool(sane.all()), "a page's bounds are damaged")
+    require(bool(sane.all()), "a page's bounds are damaged")
     count = (lower - PAGE_HEADER_BYTES) // 2
     first = np.cumsum(count) - count
     rows = np.repeat(np.arange(len(words)), count)
     columns = np.arange(len(rows)) - first[rows]
     at = words[rows, 8 + columns].astype(np.int64)
-    _require(bool(((at >= upper[rows]) & (at <= size - _NODE_BYTES) & (at % 2 == 0)).all()), "a node lies outside")
+    require(bool(((at >= upper[rows]) & (at <= size - NODE_BYTES) & (at % 2 == 0)).all()), "a node lies outside")
     base = rows * size + at
     header = _windows(slab, "<u8")[base]
     node_flags = ((header >> np.uint64(32)) & np.uint64(0xFFFF)).astype(np.int64)
     key_bytes = (header >> np.uint64(48)).astype(np.int64)
     number = (header & np.uint64(0xFFFFFFFF if is_leaf else 0xFFFFFFFFFFFF)).astype(np.int64)
-    node_bytes = _NODE_BYTES + key_bytes
+    node_bytes = NODE_BYTES + key_bytes
     if is_leaf:
-        _require(bool(np.isin(node_flags, (0, _BIG, _SUBTREE)).all()), "a node has unknown flags")
-        node_bytes = node_bytes + np.where(node_flags & _BIG, 8, number)
-        node_flags = node_flags & _BIG
-    _require(bool((at + node_bytes <= size).all()), "a node reaches beyond its page")
+        require(bool(np.isin(node_flags, (0, BIG_FLAG, _SUBTREE_FLAG)).all()), "a node has unknown flags")
+        node_bytes = node_bytes + np.where(node_flags & BIG_FLAG, 8, number)
+        node_flags = node_flags & BIG_FLAG
+    require(bool((at + node_bytes <= size).all()), "a node reaches beyond its page")
     used = np.bincount(rows, weights=node_bytes + node_bytes % 2, minlength=len(words))
-    _require(bool((used == size - upper).all()), "a page's nodes do not fill it")
-    return _Nodes(count, first, node_flags, base + _NODE_BYTES, key_bytes, number, slab)
+    require(bool((used == size - upper).all()), "a page's nodes do not fill it")
+    return _Nodes(count, first, node_flags, base + NODE_BYTES, key_bytes, number, slab)
 
 
 def _key(nodes: _Nodes, at: int) -> bytes:
@@ -450,8 +303,3 @@ def _windows(slab: Bytes, dtype: str) -> npt.NDArray[Any]:
     size = np.dtype(dtype).itemsize
     windows: npt.NDArray[Any] = np.ndarray((slab.size - size + 1,), dtype=dtype, buffer=slab.data, strides=(1,))
     return windows
-
-
-def _require(condition: bool, problem: str) -> None:
-    if not condition:
-        raise CorruptBlockError(problem)

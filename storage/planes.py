@@ -17,7 +17,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Bytes", "Words", "merge_planes", "take_exponent", "take_rest"]
+__all__ = ["Bytes", "Words", "join_planes", "merge_planes", "take_exponent", "take_rest", "widen_rest"]
 
 Bytes: TypeAlias = "npt.NDArray[np.uint8]"
 Words: TypeAlias = "npt.NDArray[np.uint16]"
@@ -48,8 +48,18 @@ def take_rest(values: Words, rest: Bytes, scratch: Words) -> None:
 
 def merge_planes(exponent: Bytes, rest: Bytes, values: Words, scratch: Words) -> None:
     """Write `values` [n] from both planes. `scratch` is [n] and is overwritten."""
-    np.copyto(values.view(np.int16), rest.view(np.int8))
-    np.bitwise_and(values, _REST_MASK, out=values)
+    widen_rest(rest, values)
     np.copyto(scratch, exponent)
-    np.left_shift(scratch, _SEVEN, out=scratch)
-    np.bitwise_or(values, scratch, out=values)
+    join_planes(scratch, values)
+
+
+def widen_rest(rest: Bytes, values: Words) -> None:
+    """Write each byte of `rest` [n] where `join_planes` wants it in `values` [n]."""
+    np.copyto(values.view(np.int16), rest.view(np.int8))
+
+
+def join_planes(exponent: Words, values: Words) -> None:
+    """Finish `values` [n], widened rests, with their exponents, widened too and overwritten."""
+    np.bitwise_and(values, _REST_MASK, out=values)
+    np.left_shift(exponent, _SEVEN, out=exponent)
+    np.bitwise_or(values, exponent, out=values)

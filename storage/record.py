@@ -244,23 +244,17 @@ def decode_record(record: Buffer, out: Buffer, *, expected: BlockInfo, layout: B
     if reason is not None:
         return reason
     num_tokens = header.info.num_tokens
-    runs = list(_iter_runs(target, layout, num_tokens))
-    num_frames = sum(header.codec.num_frames(run.size) for run in runs)
+    spans = [(offset, length) for offset, _, length in layout.iter_packed(num_tokens)]
+    num_frames = sum(header.codec.num_frames(length) for _, length in spans)
     if (header.block_size, header.num_runs, len(header.frame_sizes), header.raw_bytes) != (
         layout.block_size,
-        len(runs),
+        len(spans),
         num_frames,
         layout.packed_bytes(num_tokens),
     ):
         raise CorruptBlockError("the record's sizes are not those of the layout")
     payload = _as_bytes(record)[header.payload_offset : header.record_bytes]
-    first = begin = 0
-    for run in runs:
-        last = first + header.codec.num_frames(run.size)
-        sizes = header.frame_sizes[first:last]
-        end = begin + sum(sizes)
-        header.codec.decode_run(payload[begin:end], sizes, run)
-        first, begin = last, end
+    header.codec.decode_runs(payload, header.frame_sizes, target, spans)
     return None
 
 

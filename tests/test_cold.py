@@ -479,3 +479,46 @@ def test_size_classes_cost_little_and_are_few() -> None:
         sizes = {padded_bytes(int(size * (1 + change / 1000))) for change in range(-10, 11)}
         assert len(sizes) <= 2
         assert all(padded <= 1.06 * size for padded in sizes)
+
+
+# -- churn ---------------------------------------------------------------------------------------------
+
+
+def test_random_eviction_over_four_quotas_fails_no_put_and_keeps_the_file_small(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+
+    def any_order(entries, now):
+        return random.random(len(entries))
+
+    quota = capacity(400)
+    with open_store(tmp_path, quota_bytes=quota, victim_order=any_order) as store:
+        for number in range(0, 5 * 400, 4):
+            outcomes = store.put([record_of(number + i) for i in range(4)])
+            assert outcomes == [PutOutcome.STORED] * 4
+        sizes = store.stats()
+        assert sizes.live_bytes <= quota
+        assert sizes.file_bytes <= 1.1 * sizes.live_bytes + (256 << 10)  # trees, which weigh much beside such blocks
+        store.check()
+
+
+def test_a_healthy_store_is_never_taken_for_a_damaged_one(tmp_path: Path) -> None:
+    random = np.random.default_rng(1)
+    number = 0
+    for _ in range(12):
+        with open_store(tmp_path, quota_bytes=int(random.choice([capacity(60), capacity(400)]))) as store:
+            assert store.damaged is None
+            for _ in range(int(random.integers(1, 8))):
+                store.put([record_of(number + i) for i in range(30)])
+                store.put(chain_of(12, first=number))
+                store.evict(to_bytes=int(random.integers(0, capacity(100))))
+                number += 40
+            if random.random() < 0.3:
+                store.compact()
+            store.check()
+
+
+def test_what_a_request_needs_next_can_be_fetched_ahead(tmp_path: Path) -> None:
+    with open_store(tmp_path) as store:
+        store.put(chain_of(3))
+        store.read_ahead([record_of(0).info.block_hash, bytes(16)])
+        assert np.array_equal(read(store, chain_of(3)[0].info), block_bytes(0))

@@ -40,7 +40,7 @@ LAYERS = (
     Layer(
         "storage",
         "storage.outcomes storage.planes storage.codecs storage.record storage.hot storage.warm "
-        "storage.lmdb_file storage.lmdb_tree storage.lmdb_lock storage.lmdb_env "
+        "storage.lmdb_file storage.lmdb_values storage.lmdb_tree storage.lmdb_lock storage.lmdb_env "
         "storage.cold_entry storage.cold_links storage.cold_namespaces storage.cold_batch storage.cold_stats "
         "storage.cold_eviction storage.cold_check storage.cold_writer storage.cold_salvage storage.cold "
         "storage.state_file",

@@ -417,7 +417,9 @@ class TierCache:
             self._demoter.write_down(block_hash, parent, tokens, sequence.block_table[at], written)
             return 1
         entry = index.insert(block_hash, parent, tokens)
-        assert entry, "the parent of a running sequence's block is in use, so the index knows it"
+        if entry is None:
+            sequence.is_cacheable = False
+            return 0
         sequence.chain.append(block_hash)
         if entry.block_id is not None:
             self._share(sequence, at, entry.block_id)

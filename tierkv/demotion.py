@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tierkv.block import BlockHash, Tier
-from tierkv.errors import CapacityError
+from tierkv.errors import CapacityError, StoreError
 from tierkv.index import Entry
 from tierkv.mover import Move, Ready
 from tierkv.storage.outcomes import PutOutcome
@@ -15,6 +16,8 @@ from tierkv.tiers import Place, Tiers
 from tierkv.write_behind import WriteBehind
 
 __all__ = ["Demoter"]
+
+_log = logging.getLogger(__name__)
 
 _BATCH_BLOCKS = 8
 _QUEUE_BLOCKS = 4096
@@ -122,7 +125,15 @@ class Demoter:
             is_kept = bool(slots)
             slots = slots or [self._staging]
             batch, jobs = jobs[: len(slots)], jobs[len(slots) :]
-            self._write_batch(batch, slots, is_kept=is_kept)
+            try:
+                self._write_batch(batch, slots, is_kept=is_kept)
+            except StoreError as exc:
+                _log.warning("%d blocks were not written to lower tiers: %s", len(batch), exc)
+                with self._tiers.changed:
+                    self._tiers.stats.skipped_writes += len(batch)
+            except BaseException:
+                self._tiers.unpin(Place(Tier.HOT, job.block_id) for job in jobs)
+                raise
 
     def _write_batch(self, jobs: list[_Job], slots: list[int], *, is_kept: bool) -> None:
         tiers = self._tiers

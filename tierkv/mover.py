@@ -123,9 +123,12 @@ class Mover:
 
     def copy(self, moves: Sequence[Move]) -> Ready:
         """Copy block ids to other block ids on the current stream."""
-        for move in moves:
-            self._hot[move.target].copy_(self._hot[move.source])
-        return self.mark()
+        try:
+            for move in moves:
+                self._hot[move.target].copy_(self._hot[move.source])
+            return self.mark()
+        except RuntimeError as exc:
+            raise StoreError(f"copying {len(moves)} blocks failed: {exc}") from exc
 
     def mark(self) -> Ready:
         """Return when everything queued on the current stream so far has passed."""

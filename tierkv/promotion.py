@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tierkv.block import BlockHash, Tier
+from tierkv.block import Tier
 from tierkv.demotion import Demoter
 from tierkv.errors import StoreError
-from tierkv.lookup import ColdSource, Hit, Lookup
+from tierkv.lookup import Hit, Lookup
 from tierkv.mover import Move, Ready
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import BlockInfo
@@ -19,6 +19,7 @@ from tierkv.tiers import Place, Tiers
 __all__ = ["Promoted", "Promoter"]
 
 _WAVE_BLOCKS = 16
+_AHEAD_BLOCKS = 4  # measured: more at once keeps the disk from what is needed first
 _DAMAGED = (MissReason.CORRUPT, MissReason.TRUNCATED)
 
 
@@ -30,12 +31,14 @@ class Promoted:
     hits: the hits that hold good, in order; their tokens need no prefill.
     loads: copies to wait for before the cached bytes are read.
     failure: why the block behind the last hit could not be had, if the lookup had promised it.
+    owned: every block id pinned for the sequence so far, to give back if it comes to nothing.
     """
 
     block_table: list[int] = field(default_factory=list)
     hits: list[Hit] = field(default_factory=list)
     loads: list[Ready] = field(default_factory=list)
     failure: MissReason | None = None
+    owned: list[int] = field(default_factory=list)
 
 
 class Promoter:
@@ -55,14 +58,13 @@ class Promoter:
         fresh: deque[int] = deque()
         try:
             num_hot = sum(hit.tier is Tier.HOT for hit in lookup.blocks)
-            self._read_ahead(lookup)
-            fresh.extend(self._demoter.take_hot(num_blocks - num_hot))
+            fresh.extend(self._take(num_blocks - num_hot, result))
             tail = lookup.tail
             has_tail = False
             if tail and tail.tier is not Tier.COLD:  # first, since every layer's attention needs it
                 has_tail = self._fill_tail(tail, fresh[-1], result)
             self._promote_blocks(lookup.blocks, pinned, fresh, result)
-            fresh.extendleft(self._demoter.take_hot(num_blocks - len(result.block_table) - len(fresh)))
+            fresh.extendleft(self._take(num_blocks - len(result.block_table) - len(fresh), result))
             if tail and len(result.hits) == len(lookup.blocks):
                 if tail.tier is Tier.COLD:
                     has_tail = self._fill_tail(tail, fresh[-1], result)
@@ -72,7 +74,7 @@ class Promoter:
             result.block_table.extend(fresh)
             return result
         except BaseException:
-            self._tiers.unpin(Place(Tier.HOT, block_id) for block_id in [*result.block_table, *fresh])
+            self._tiers.unpin(Place(Tier.HOT, block_id) for block_id in result.owned)
             raise
         finally:
             self._tiers.unpin(pinned.values())
@@ -90,15 +92,6 @@ class Promoter:
                 index.pin(hit.entry, hit.tier)
                 pinned[hit] = Place(hit.tier, slot)
         return pinned
-
-    def _read_ahead(self, lookup: Lookup) -> None:
-        """Let the sources fetch all that is needed of them, while room is made and the first wave is decoded."""
-        wanted: defaultdict[ColdSource, list[BlockHash]] = defaultdict(list)
-        for hit in lookup:
-            if hit.source:
-                wanted[hit.source].append(hit.block_hash)
-        for source, block_hashes in wanted.items():
-            self._tiers.threads.submit(source.read_ahead, block_hashes)
 
     def _promote_blocks(
         self, hits: Sequence[Hit], pinned: dict[Hit, Place], fresh: deque[int], result: Promoted
@@ -124,17 +117,29 @@ class Promoter:
             if num_good == 0 or result.failure:
                 return
 
+    def _take(self, count: int, result: Promoted) -> list[int]:
+        block_ids = self._demoter.take_hot(count)
+        result.owned += block_ids
+        return block_ids
+
     def _use_hot(self, hit: Hit, block_id: int, result: Promoted) -> None:
         with self._tiers.changed:
-            self._tiers.index.hot.pin(block_id)
-            arriving = self._tiers.arriving.get(block_id)
-        if arriving:
-            result.loads.append(arriving)
+            self._pin_hot(block_id, result)
         result.block_table.append(block_id)
         result.hits.append(hit)
 
+    def _pin_hot(self, block_id: int, result: Promoted) -> None:
+        """Let the sequence use a registered block, which may still be arriving; the caller holds the lock."""
+        self._tiers.index.hot.pin(block_id)
+        result.owned.append(block_id)
+        if arriving := self._tiers.arriving.get(block_id):
+            result.loads.append(arriving)
+
     def _promote_warm(self, wave: Sequence[Hit], places: list[Place], targets: list[int], result: Promoted) -> int:
-        """Copy a wave from its pinned warm slots and register the copies. Return how many arrived: all or none."""
+        """Copy a wave from its pinned warm slots and register it. Return how many leading blocks are of use.
+
+        targets: where to copy to; one that turns out not to be needed is replaced by the block that is there.
+        """
         tiers = self._tiers
         try:
             ready = tiers.mover.promote([Move(place.slot, to) for place, to in zip(places, targets, strict=True)])
@@ -142,28 +147,43 @@ class Promoter:
             tiers.unpin(places)
             result.failure = MissReason.IO_ERROR
             return 0
+        copied = list(targets)
+        num_good = len(wave)
         with tiers.changed:
-            for hit, target in zip(wave, targets, strict=True):
-                entry = tiers.index.insert(hit.block_hash, hit.parent_hash, hit.token_bytes)
-                if entry and entry.block_id is None:
-                    tiers.index.attach(entry, Tier.HOT, target)
+            for i, hit in enumerate(wave):
                 tiers.stats.bytes_out[Tier.WARM] += tiers.layout.block_bytes
-        tiers.track(ready, places, targets)
+                entry = tiers.index.insert(hit.block_hash, hit.parent_hash, hit.token_bytes)
+                if entry is None:  # another block has taken the hash in the meantime
+                    num_good = i
+                    result.failure = MissReason.COLLISION
+                    break
+                if entry.block_id is None:
+                    tiers.index.attach(entry, Tier.HOT, targets[i])
+                else:  # another request was faster: a chain must stay in use, so its block is used instead
+                    self._pin_hot(entry.block_id, result)
+                    result.owned.remove(targets[i])
+                    tiers.index.unpin(Tier.HOT, targets[i])
+                    targets[i] = entry.block_id
+        tiers.track(ready, places, copied)
         result.loads.append(ready)
-        return len(wave)
+        return num_good
 
     def _promote_cold(self, wave: Sequence[Hit], targets: list[int], result: Promoted) -> int:
         """Read a wave into warm slots and copy it on. Return how many leading blocks arrived."""
         places = self._read(wave, result)
         if not places:
             return 0
-        return self._promote_warm(wave[: len(places)], places, targets[: len(places)], result)
+        used = targets[: len(places)]
+        num_good = self._promote_warm(wave[: len(places)], places, used, result)
+        targets[: len(places)] = used
+        return num_good
 
     def _read(self, wave: Sequence[Hit], result: Promoted) -> list[Place]:
         """Decode blocks into warm slots, several at once. Return the pinned places of the leading good ones."""
         tiers = self._tiers
         slots = tiers.take_warm(len(wave))
-        reasons = list(tiers.threads.map(self._read_one, wave, slots))
+        ahead = [*wave[_AHEAD_BLOCKS:], *[None] * _AHEAD_BLOCKS]
+        reasons = list(tiers.threads.map(self._read_one, wave, slots, ahead))
         num_good = next((i for i, reason in enumerate(reasons) if reason), len(slots))
         with tiers.changed:
             for hit, slot in zip(wave, slots[:num_good], strict=False):
@@ -179,8 +199,11 @@ class Promoter:
             self._give_up(wave[num_good], reasons[num_good])
         return [Place(Tier.WARM, slot) for slot in slots[:num_good]]
 
-    def _read_one(self, hit: Hit, slot: int) -> MissReason | None:
+    def _read_one(self, hit: Hit, slot: int, ahead: Hit | None) -> MissReason | None:
+        """Decode a block into a warm slot, while the disk fetches one that will be needed soon."""
         assert hit.source is not None
+        if ahead and ahead.source:
+            ahead.source.read_ahead([ahead.block_hash])
         info = BlockInfo(
             block_hash=hit.block_hash,
             parent=hit.parent_hash,
@@ -208,10 +231,13 @@ class Promoter:
         tiers = self._tiers
         if hit.tier is Tier.HOT:
             assert hit.entry and hit.entry.block_id is not None
-            arriving = tiers.arriving.get(hit.entry.block_id)
-            if arriving:
+            if arriving := tiers.arriving.get(hit.entry.block_id):
                 arriving.wait()
-            result.loads.append(tiers.mover.copy([Move(hit.entry.block_id, target)]))
+            try:
+                result.loads.append(tiers.mover.copy([Move(hit.entry.block_id, target)]))
+            except StoreError:
+                result.failure = MissReason.IO_ERROR
+                return False
             return True
         if hit.tier is Tier.WARM:
             assert hit.entry and hit.entry.warm_slot is not None
@@ -222,8 +248,13 @@ class Promoter:
             places = self._read([hit], result)
         if not places:
             return False
-        ready = tiers.mover.promote([Move(places[0].slot, target)])
-        tiers.track(ready, places, [])
+        try:
+            ready = tiers.mover.promote([Move(places[0].slot, target)])
+        except StoreError:
+            tiers.unpin(places)
+            result.failure = MissReason.IO_ERROR
+            return False
+        tiers.track(ready, places, [target])
         result.loads.append(ready)
         return True
 

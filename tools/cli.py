@@ -15,10 +15,13 @@ import typer
 
 from tierkv import __version__
 from tierkv.errors import ConfigError, TierKVError
+from tierkv.tools import compact as compact_command
+from tierkv.tools import evict as evict_command
 from tierkv.tools import inspect_store as inspect_command
 from tierkv.tools import run as run_command
 from tierkv.tools import state as state_command
 from tierkv.tools import stats as stats_command
+from tierkv.tools import verify as verify_command
 from tierkv.tools import warm as warm_command
 from tierkv.tools.options import EngineOptions, default_store, parse_size
 
@@ -165,6 +168,36 @@ def load(
 ) -> None:
     """Put the blocks of a state file into a store."""
     state_command.load(file, store or default_store(os.environ), cold_bytes=parse_size(cold), as_json=as_json)
+
+
+@app.command()
+def evict(
+    to: Annotated[Optional[str], typer.Option(help="Until at most so much is live, as 512M or 0.")] = None,  # noqa: UP045
+    namespace: Annotated[Optional[str], typer.Option(help="Only this namespace: leading hex digits.")] = None,  # noqa: UP045
+    older_than: Annotated[Optional[str], typer.Option(help="Only what was not used for 90s, 12h or 7d.")] = None,  # noqa: UP045
+    store: Store = None,
+    as_json: AsJson = False,
+) -> None:
+    """Remove blocks from a store; pinned ones stay."""
+    path = store or default_store(os.environ)
+    evict_command.evict(path, to=to, namespace=namespace, older_than=older_than, as_json=as_json)
+
+
+@app.command()
+def compact(store: Store = None, as_json: AsJson = False) -> None:
+    """Give a store's free space back to the disk."""
+    compact_command.compact(store or default_store(os.environ), as_json=as_json)
+
+
+@app.command()
+def verify(
+    repair: Annotated[bool, typer.Option("--repair", help="Remove what is damaged.")] = False,
+    store: Store = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read every block of a store and say which are damaged; exit code 1 if any is left."""
+    if not verify_command.verify(store or default_store(os.environ), repair=repair, as_json=as_json):
+        sys.exit(1)
 
 
 @app.callback(invoke_without_command=True)

@@ -1,0 +1,108 @@
+"""Several threads on pools far too small, with and without failures injected everywhere: every byte is checked."""
+
+from __future__ import annotations
+
+import random
+import threading
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pattern_engine import PatternEngine, tiny_layout
+
+from tierkv.block import Tier
+from tierkv.cache import TierCache
+from tierkv.config import CacheConfig
+from tierkv.errors import CapacityError, StoreError
+from tierkv.namespace import Namespace
+from tierkv.storage.outcomes import MissReason
+
+NUM_THREADS = 6
+ROUNDS = 150
+BLOCK_BYTES = tiny_layout().block_bytes
+
+
+def failing(call: Callable[..., Any], rate: float, dice: random.Random, reason: MissReason | None = None) -> Any:
+    """Return `call`, which now fails at random: with a miss of that reason, or with a StoreError."""
+
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        if dice.random() < rate:
+            if reason:
+                return reason
+            raise StoreError("injected")
+        return call(*arguments, **options)
+
+    return wrapped
+
+
+def one_request(engine: PatternEngine, dice: random.Random) -> None:
+    cache = engine.cache
+    sequence = engine.start([dice.randrange(3) for _ in range(dice.randrange(1, 22))], tail=dice.random() < 0.5)
+    forked = None
+    try:
+        engine.decode(sequence, [dice.randrange(3) for _ in range(dice.randrange(1, 9))], tail=dice.random() < 0.3)
+        if dice.random() < 0.2:
+            forked = cache.fork(sequence)
+            engine.decode(forked, [1, 2])
+            engine.check(forked)
+        engine.check(sequence)
+    finally:
+        for running in (sequence, forked):
+            if running:
+                cache.release(running)
+    if dice.random() < 0.05:
+        cache.evict(dice.choice([Tier.HOT, Tier.WARM]), 3)
+
+
+@pytest.mark.parametrize("has_failures", [False, True])
+def test_concurrent_requests_see_only_their_own_bytes_and_leak_nothing(tmp_path: Path, has_failures: bool) -> None:
+    config = CacheConfig(
+        cold_path=tmp_path / "store",
+        block_size=4,
+        hot_bytes=40 * BLOCK_BYTES,
+        warm_bytes=6 * BLOCK_BYTES,
+        cold_bytes=16 << 20,
+        min_free_bytes=0,
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    errors: list[str] = []
+    with TierCache(config, namespace=Namespace(weights="w", layout=tiny_layout()), device=device) as cache:
+        if has_failures:
+            dice, mover, cold = random.Random(0), cache._tiers.mover, cache.cold
+            assert cold
+            for target, name, rate, reason in (
+                (mover, "promote", 0.03, None),
+                (mover, "demote", 0.03, None),
+                (cold, "put", 0.05, None),
+                (cold, "read_into", 0.03, MissReason.IO_ERROR),
+                (cold, "read_into", 0.03, MissReason.CORRUPT),
+                (cold, "find_longest_run", 0.03, None),
+            ):
+                setattr(target, name, failing(getattr(target, name), rate, dice, reason))
+        engine = PatternEngine(cache)
+
+        def work(seed: int) -> None:
+            dice = random.Random(seed)
+            for _ in range(ROUNDS):
+                try:
+                    one_request(engine, dice)
+                except CapacityError:
+                    continue
+                except BaseException:  # noqa: BLE001 - whatever it is, the test reports it
+                    errors.append(traceback.format_exc())
+                    return
+
+        threads = [threading.Thread(target=work, args=(seed,), daemon=True) for seed in range(NUM_THREADS)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert not any(thread.is_alive() for thread in threads), "a request hangs"
+        assert not errors, errors[0]
+        cache.check()
+        stats = cache.stats()
+        assert all(tier.hits for tier in stats.tiers.values()), "a tier was never used"
+        assert sum(stats.miss_reasons.values()) == stats.misses

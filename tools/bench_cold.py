@@ -1,0 +1,345 @@
+"""The cold tier against the limits of its machine, all measured in one run: codec, disk, churn, opening.
+
+Speeds of codecs are CPU time of one thread; everything else is wall time. The disk is measured by reading the
+store's own file around the page cache, right before the store is read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import mmap
+import os
+import platform
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Protocol
+
+import lmdb
+import numpy as np
+import zstandard
+from rich.console import Console
+from rich.table import Table
+
+from tierkv import __version__
+from tierkv.block import BlockHash
+from tierkv.layout import BlockLayout
+from tierkv.storage.codecs import Codec, codec_by_name
+from tierkv.storage.cold import ColdStore
+from tierkv.storage.cold_batch import padded_bytes
+from tierkv.storage.outcomes import MissReason
+from tierkv.storage.planes import take_exponent
+from tierkv.storage.record import BlockInfo, EncodedRecord, decode_record, encode_record
+from tierkv.tools.cold_churn import churn_rows, measure_opening
+from tierkv.tools.cold_segments import PlainZstdStore, SegmentStore
+from tierkv.tools.cold_workloads import Bytes, Workload, load_workload
+
+__all__ = ["main"]
+
+_THREADS = 2
+_ROUNDS = 5
+_AHEAD_BLOCKS = 4
+_DIRECT_BYTES = 4 << 20
+
+
+class Readable(Protocol):
+    """What is read end to end: the cold store, or segments."""
+
+    def read_ahead(self, block_hashes: Sequence[BlockHash]) -> None: ...
+    def read_into(self, expected: BlockInfo, out: Bytes, *, layout: BlockLayout) -> MissReason | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One figure beside its target."""
+
+    name: str
+    value: float
+    target: float | None = None
+    unit: str = ""
+    at_most: bool = False
+
+
+def main() -> None:
+    """Run everything and print one table; `--out FILE` keeps it."""
+    parser = argparse.ArgumentParser(prog="bench_cold", description=__doc__)
+    parser.add_argument("--blocks", type=int, default=192, help="blocks of the end-to-end part")
+    parser.add_argument("--opened", type=int, default=1_000_000, help="blocks of the store that is opened")
+    parser.add_argument("--dir", type=Path, help="where to work: a directory of the disk to measure")
+    parser.add_argument("--out", type=Path, help="also write the table here")
+    arguments = parser.parse_args()
+    workload = load_workload(48)
+    rows = list(codec_rows(workload))
+    with tempfile.TemporaryDirectory(dir=arguments.dir) as directory:
+        path = Path(directory)
+        rows += read_rows(workload, path, arguments.blocks)
+        rows += [Row(*row) for row in churn_rows(workload, path)]
+        rows += [Row(*row) for row in measure_opening(path, arguments.opened)]
+    console = Console(record=True, width=110)
+    console.print(_machine(workload))
+    console.print(_table(rows))
+    if arguments.out:
+        arguments.out.write_text(console.export_text())
+
+
+def codec_rows(workload: Workload) -> Iterator[Row]:
+    """Ratio and speed of the default codec, of plain zstd beside it, and the limits of both."""
+    exponent, plain = codec_by_name("exponent16"), codec_by_name("zstd")
+    raw = sum(block.size for block in workload.blocks)
+    bound = raw / sum(_order_0_bytes(block, workload.layout) for block in workload.blocks)
+    records = list(islice(workload.iter_records(exponent), len(workload.blocks)))
+    payload = raw / sum(record.stored_bytes - _header_bytes(record) for record in records)
+    yield Row("order-0 bound: exponents at their entropy, the rest raw", bound)
+    yield Row("payload ratio", payload, 1.48)
+    yield Row("payload ratio / bound", payload / bound, 0.98)
+    yield Row("ratio as stored, header and padding", raw / sum(padded_bytes(r.stored_bytes) for r in records), 1.42)
+    zstd_records = list(islice(workload.iter_records(plain), len(workload.blocks)))
+    yield Row("plain zstd 3: ratio", raw / sum(record.stored_bytes for record in zstd_records))
+    yield Row("memcpy, one core", _rate(_copy_all(workload), raw), unit="GB/s")
+    for name, codec, coded, targets in (
+        ("exponent16", exponent, records, (1.2, 1.5)),
+        ("plain zstd 3", plain, zstd_records, (None, None)),
+    ):
+        yield Row(f"{name}: encode, one core", _rate(_encode_all(workload, codec), raw), targets[0], "GB/s")
+        yield Row(f"{name}: decode, one core", _rate(_decode_all(workload, coded), raw), targets[1], "GB/s")
+    yield Row(f"exponent16: decode, {_THREADS} threads / one", _scaling(workload, records), 1.9)
+
+
+def read_rows(workload: Workload, path: Path, count: int) -> Iterator[Row]:
+    """Whole blocks out of a store, from the page cache and from the disk; the same with plain zstd, and segments."""
+    exponent = codec_by_name("exponent16")
+    records = list(islice(workload.iter_records(exponent), count))
+    raw = sum(record.raw_bytes for record in records)
+    decode = _rate(_decode_all(workload, records[: len(workload.blocks)]), workload.layout.block_bytes * 48)
+    infos = [record.info for record in records]
+    reader = _Reader(workload.layout, infos)
+    scattered = _Reader(workload.layout, random.Random(0).sample(infos, len(infos)))
+    quota = 2 * raw
+    open_store: dict[str, Callable[[], AbstractContextManager[Readable]]] = {
+        "cold": lambda: ColdStore(path / "cold", quota_bytes=quota, min_free_bytes=0),
+        "zstd": lambda: ColdStore(path / "zstd", quota_bytes=quota, min_free_bytes=0),
+        "plain": lambda: PlainZstdStore(path / "plain"),
+        "segments": lambda: SegmentStore(path / "segments"),
+    }
+    with ColdStore(path / "cold", quota_bytes=quota, min_free_bytes=0) as store:
+        yield Row("put, LMDB", _timed(lambda: store.put(records), raw), unit="GB/s")
+        stored = store.stats().stored_bytes
+    with SegmentStore(path / "segments") as segments:
+        yield Row("put, segments", _timed(lambda: segments.put(records), raw), unit="GB/s")
+    with ColdStore(path / "zstd", quota_bytes=quota, min_free_bytes=0) as zstd:
+        zstd.put(list(islice(workload.iter_records(codec_by_name("zstd")), count)))
+    with PlainZstdStore(path / "plain") as plain:
+        for number, info in enumerate(infos):
+            plain.put(info.block_hash, workload.blocks[number % len(workload.blocks)])
+    found: dict[str, list[float]] = {}
+    for _ in range(_ROUNDS):
+        device = _read_direct(path / "cold" / "data.mdb")
+        found.setdefault("device", []).append(device)
+        for name, opened in open_store.items():
+            _drop_cache(path / name)  # closed: what is mapped would stay
+            with opened() as source:
+                found.setdefault(f"disk {name}", []).append(reader.read(source))
+                found.setdefault(f"cached {name}", []).append(reader.read(source))
+        limit = min(device * raw / stored, _THREADS * decode)
+        found.setdefault("disk / limit", []).append(found["disk cold"][-1] / limit)
+        _drop_cache(path / "cold")
+        with open_store["cold"]() as source:
+            found.setdefault("disk without", []).append(reader.read(source, read_ahead=False))
+        for read_ahead, name in ((True, "scattered"), (False, "scattered without")):
+            _drop_cache(path / "cold")
+            with open_store["cold"]() as source:
+                found.setdefault(name, []).append(scattered.read(source, read_ahead=read_ahead))
+    block = workload.layout.block_bytes
+    middle = {name: statistics.median(values) for name, values in found.items()}
+    per_block = 1e9 / block
+    yield Row("device, around the page cache", middle["device"], unit="GB/s")
+    yield Row(f"page cache: blocks delivered, {_THREADS} threads", middle["cached cold"] * per_block, unit="blocks/s")
+    yield Row("page cache / (cores x decode)", middle["cached cold"] / (_THREADS * decode), 0.8)
+    yield Row(
+        "page cache / plain zstd 3 in LMDB, one frame a block", middle["cached cold"] / middle["cached plain"], 2.0
+    )
+    yield Row("page cache / this store with its zstd codec", middle["cached cold"] / middle["cached zstd"])
+    yield Row("page cache / segments", middle["cached cold"] / middle["cached segments"])
+    yield Row(f"disk: blocks delivered, {_THREADS} threads", middle["disk cold"] * per_block, unit="blocks/s")
+    yield Row("disk / min(device x ratio, cores x decode)", middle["disk / limit"], 0.8)
+    yield Row("disk / plain zstd 3 in LMDB, one frame a block", middle["disk cold"] / middle["disk plain"], 2.0)
+    yield Row("disk / this store with its zstd codec", middle["disk cold"] / middle["disk zstd"])
+    yield Row("disk / segments", middle["disk cold"] / middle["disk segments"])
+    yield Row("disk, blocks as they were put: with / without read-ahead", middle["disk cold"] / middle["disk without"])
+    yield Row("disk, scattered: with / without read-ahead", middle["scattered"] / middle["scattered without"])
+
+
+class _Reader:
+    """Reads all blocks, in order, by several threads, into memory that is touched already."""
+
+    def __init__(self, layout: BlockLayout, infos: list[BlockInfo]) -> None:
+        self._layout = layout
+        self._infos = infos
+        self._slots = np.zeros((4 * _THREADS, layout.block_bytes), dtype=np.uint8)
+
+    def read(self, store: Readable, *, read_ahead: bool = True) -> float:
+        """Return GB/s of blocks."""
+        with ThreadPoolExecutor(_THREADS) as threads:
+            start = time.perf_counter()
+            shares = [threads.submit(self._read_share, store, first, read_ahead) for first in range(_THREADS)]
+            for share in shares:
+                share.result()
+            elapsed_s = time.perf_counter() - start
+        return len(self._infos) * self._layout.block_bytes / elapsed_s / 1e9
+
+    def _read_share(self, store: Readable, first: int, read_ahead: bool) -> None:
+        for number in range(first, len(self._infos), _THREADS):
+            if read_ahead and number + _AHEAD_BLOCKS < len(self._infos):
+                store.read_ahead([self._infos[number + _AHEAD_BLOCKS].block_hash])
+            slot = self._slots[number % len(self._slots)]
+            reason = store.read_into(self._infos[number], slot, layout=self._layout)
+            assert reason is None, reason
+
+
+def _order_0_bytes(block: Bytes, layout: BlockLayout) -> float:
+    """Return the bytes of a block whose exponents are coded at the entropy of their run."""
+    total = 0.0
+    for run in layout.runs:
+        size = run.token_bytes * layout.block_size
+        words = block[run.offset_bytes : run.offset_bytes + size].view(np.uint16)
+        exponent, scratch = np.empty(words.size, dtype=np.uint8), np.empty(words.size, dtype=np.uint16)
+        take_exponent(words, exponent, scratch)
+        counts = np.bincount(exponent, minlength=256)
+        share = counts[counts > 0] / words.size
+        total += words.size * (1 - float((share * np.log2(share)).sum()) / 8)
+    return total
+
+
+def _header_bytes(record: EncodedRecord) -> int:
+    return record.stored_bytes - int.from_bytes(record.data[88:96].tobytes(), "little")
+
+
+def _copy_all(workload: Workload) -> Callable[[], None]:
+    out = np.zeros(workload.layout.block_bytes, dtype=np.uint8)
+
+    def work() -> None:
+        for block in workload.blocks:
+            np.copyto(out, block)
+
+    return work
+
+
+def _encode_all(workload: Workload, codec: Codec) -> Callable[[], None]:
+    infos = [record.info for record in islice(workload.iter_records(codec_by_name("raw")), len(workload.blocks))]
+
+    def work() -> None:
+        for info, block in zip(infos, workload.blocks, strict=True):
+            encode_record(info, block, layout=workload.layout, codec=codec)
+
+    return work
+
+
+def _decode_all(workload: Workload, records: list[EncodedRecord]) -> Callable[[], None]:
+    out = np.zeros(workload.layout.block_bytes, dtype=np.uint8)
+
+    def work() -> None:
+        for record in records:
+            assert decode_record(record.data, out, expected=record.info, layout=workload.layout) is None
+
+    return work
+
+
+def _rate(work: Callable[[], None], size: int) -> float:
+    """Return GB per second of CPU time of this thread, the median of some rounds."""
+    times = []
+    for _ in range(_ROUNDS):
+        start = time.thread_time()
+        work()
+        times.append(time.thread_time() - start)
+    return size / statistics.median(times) / 1e9
+
+
+def _scaling(workload: Workload, records: list[EncodedRecord]) -> float:
+    """Return how much more two threads decode than one in the same time: the best of some rounds, each its own pair."""
+    works = [_decode_all(workload, records) for _ in range(_THREADS)]
+    ratios = []
+    with ThreadPoolExecutor(_THREADS) as threads:
+        for _ in range(3 * _ROUNDS):
+            alone = _wall(lambda: threads.submit(works[0]).result())
+            together = _wall(lambda: [each.result() for each in [threads.submit(work) for work in works]])
+            ratios.append(_THREADS * alone / together)
+    return max(ratios)
+
+
+def _wall(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _timed(work: Callable[[], object], size: int) -> float:
+    return size / _wall(work) / 1e9
+
+
+def _read_direct(path: Path) -> float:
+    """Return GB/s of reading a file with as many threads, each a part, not through the page cache."""
+    fd = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
+    chunks = os.fstat(fd).st_size // _DIRECT_BYTES
+
+    def read_part(first: int) -> None:
+        with mmap.mmap(-1, _DIRECT_BYTES) as buffer:
+            for chunk in range(first, chunks, _THREADS):
+                os.preadv(fd, [buffer], chunk * _DIRECT_BYTES)
+
+    try:
+        with ThreadPoolExecutor(_THREADS) as threads:
+            return _timed(lambda: list(threads.map(read_part, range(_THREADS))), chunks * _DIRECT_BYTES)
+    finally:
+        os.close(fd)
+
+
+def _drop_cache(directory: Path) -> None:
+    """Let the page cache forget the files of a directory, none of which may be mapped."""
+    for path in directory.iterdir():
+        if path.is_file():
+            fd = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(fd)
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(fd)
+
+
+def _machine(workload: Workload) -> str:
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0].split(":", 1)[1].strip() if names else cpu
+    return (
+        f"tierkv {__version__}; {os.cpu_count()} cores of {cpu}; Python {platform.python_version()}, "
+        f"numpy {np.__version__}, lmdb {lmdb.__version__}, zstandard {zstandard.__version__}\n"
+        f"data: {workload.name}, bfloat16, {len(workload.blocks)} different blocks of "
+        f"{workload.layout.block_bytes / (1 << 20):.2f} MiB"
+    )
+
+
+def _table(rows: list[Row]) -> Table:
+    table = Table()
+    table.add_column("figure")
+    for column in ("value", "target", "met"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        met = "" if row.target is None else "yes" if (row.value <= row.target) == row.at_most else "no"
+        sign = "" if row.target is None else f"{'<=' if row.at_most else '>='} {row.target:g}"
+        table.add_row(row.name, f"{_number(row.value)} {row.unit}".strip(), sign, met)
+    return table
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value >= 10 else f"{value:.3f}"
+
+
+if __name__ == "__main__":
+    main()

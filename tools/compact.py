@@ -1,0 +1,25 @@
+"""`tierkv compact`: give the free pages of a store's file back to the disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tierkv.tools.render import format_bytes
+from tierkv.tools.stores import open_existing
+
+__all__ = ["compact"]
+
+
+def compact(store_path: Path, *, as_json: bool) -> None:
+    """Rewrite a store's file. Needs room for a second copy of what is live; raises StoreError, also where another
+    process has the store open.
+    """
+    with open_existing(store_path, read_only=False) as store:
+        before = store.stats().file_bytes
+        store.compact()
+        after = store.stats().file_bytes
+    if as_json:
+        print(json.dumps({"bytes_before": before, "bytes_after": after}))
+    else:
+        print(f"{format_bytes(before)} before, {format_bytes(after)} now")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tierkv.errors import ConfigError
@@ -20,6 +21,7 @@ class CacheConfig:
     hot_bytes: size of the hot pool; None takes `hot_fraction` of the GPU memory that is free at opening,
         or 1 GiB on a machine without a GPU.
     warm_bytes: page-locked memory, taken once at opening.
+    num_io_threads: threads that encode and decode cold blocks; above 8 they gain nothing (measured).
     write_through: write every block to the lower tiers behind the request; False writes a block only when
         the hot pool needs its room.
     """
@@ -34,7 +36,7 @@ class CacheConfig:
     write_through: bool = True
     codec: str = "auto"
     eviction_policy: str = "lru"
-    num_io_threads: int = 4
+    num_io_threads: int = field(default_factory=lambda: min(8, os.cpu_count() or 1))
     min_partial_tokens: int = 1
 
     def __post_init__(self) -> None:

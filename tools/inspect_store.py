@@ -42,6 +42,7 @@ class _Prefix:
     last_access: float
     pinned: bool
     token_ids: list[int]
+    own_ids: list[int]
 
 
 def inspect(store_path: Path, *, namespace: str | None, model: str | None, as_json: bool) -> None:
@@ -51,8 +52,8 @@ def inspect(store_path: Path, *, namespace: str | None, model: str | None, as_js
         found = [find_namespace(store, namespace)] if namespace else store.namespaces()
         found.sort(key=lambda n: n.last_used, reverse=True)
         prefixes = [prefix for n in found for prefix in _iter_prefixes(store, n)]
-    texts = _texts(prefixes, found, model)
     if as_json:
+        texts = _texts(prefixes, found, model, own=False)
         result = {
             "store": str(store_path),
             "namespaces": [_describe(n, found[0]) for n in found],
@@ -61,10 +62,12 @@ def inspect(store_path: Path, *, namespace: str | None, model: str | None, as_js
         print(json.dumps(result))
         return
     console = Console()
+    texts = _texts(prefixes, found, model, own=True)
     console.print(_namespace_table(found, now))
     console.print(_prefix_table(prefixes, texts, now))
-    if len(found) > 1:
-        console.print(f"Blocks are reused only within one namespace; differences are to {found[0].digest.hex()[:8]}.")
+    for n in found[1:]:
+        fields = ", ".join(differing_fields(n.description, found[0].description))
+        console.print(f"{n.digest.hex()[:8]} shares no block with {found[0].digest.hex()[:8]}: it differs in {fields}")
 
 
 def _iter_prefixes(store: ColdStore, namespace: StoredNamespace) -> Iterator[_Prefix]:
@@ -94,21 +97,28 @@ def _prefix(
 ) -> _Prefix:
     own = [entries[block_hash] for block_hash in chain]
     branches = [i for i, block_hash in enumerate(chain) if len(children.get(block_hash, [])) > 1]
-    first = store.read_tokens(chain[0]) or b""
+    shared_blocks = branches[-1] + 1 if branches else 0
     return _Prefix(
         namespace=namespace.digest.hex(),
         tokens=sum(entry.num_tokens for entry in own),
         blocks=len(chain),
-        shared_blocks=branches[-1] + 1 if branches else 0,
+        shared_blocks=shared_blocks,
         stored_bytes=sum(entry.stored_bytes for entry in own),
         last_access=max(entry.last_access for entry in own),
         pinned=own[-1].pinned,
-        token_ids=np.frombuffer(first, dtype="<u4")[:_PREVIEW_TOKENS].tolist(),
+        token_ids=_first_tokens(store, chain[0]),
+        own_ids=_first_tokens(store, chain[min(shared_blocks, len(chain) - 1)]),
     )
 
 
-def _texts(prefixes: list[_Prefix], found: list[StoredNamespace], model: str | None) -> list[str]:
-    """Return how each prefix begins: as text where its tokenizer is known, else as token ids."""
+def _first_tokens(store: ColdStore, block_hash: BlockHash) -> list[int]:
+    """Return how a block begins, for a preview."""
+    token_ids: list[int] = np.frombuffer(store.read_tokens(block_hash) or b"", dtype="<u4")[:_PREVIEW_TOKENS].tolist()
+    return token_ids
+
+
+def _texts(prefixes: list[_Prefix], found: list[StoredNamespace], model: str | None, *, own: bool) -> list[str]:
+    """Return how each prefix, or what it shares with no other, begins: as text where its tokenizer is known."""
     names = {n.digest.hex(): str(n.description.get("name", "")) for n in found}
     tokenizers: dict[str, Any] = {}
     texts: list[str] = []
@@ -117,7 +127,8 @@ def _texts(prefixes: list[_Prefix], found: list[StoredNamespace], model: str | N
         if name not in tokenizers:
             tokenizers[name] = load_tokenizer(name, cache_dir=cache_directory(os.environ))
         tokenizer = tokenizers[name]
-        texts.append(tokenizer.decode(prefix.token_ids) if tokenizer else " ".join(map(str, prefix.token_ids)))
+        ids = prefix.own_ids if own else prefix.token_ids
+        texts.append(tokenizer.decode(ids) if tokenizer else " ".join(map(str, ids)))
     return texts
 
 
@@ -152,7 +163,6 @@ def _namespace_table(found: list[StoredNamespace], now: float) -> Table:
     table = Table(title="namespaces", box=box.SIMPLE_HEAD)
     for column in ("namespace", "model", "dtype", "size", "blocks", "stored", "used"):
         table.add_column(column, no_wrap=True)
-    table.add_column("differs in", overflow="fold")
     for n in found:
         table.add_row(
             n.digest.hex()[:8],
@@ -162,25 +172,22 @@ def _namespace_table(found: list[StoredNamespace], now: float) -> Table:
             str(n.blocks),
             format_bytes(n.stored_bytes),
             format_age(now - n.last_used),
-            ", ".join(differing_fields(n.description, found[0].description)),
         )
     return table
 
 
 def _prefix_table(prefixes: list[_Prefix], texts: list[str], now: float) -> Table:
     table = Table(title="prompt prefixes", box=box.SIMPLE_HEAD)
-    for column in ("namespace", "tokens", "blocks", "shared", "stored", "age", "pinned"):
-        table.add_column(column, no_wrap=True, min_width=len(column))
-    table.add_column("begins", overflow="ellipsis", no_wrap=True, ratio=1)
+    for column in ("namespace", "tokens", "blocks", "stored", "age"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("from where it is its own", overflow="ellipsis", no_wrap=True)
     for prefix, text in zip(prefixes, texts, strict=True):
         table.add_row(
             prefix.namespace[:8],
             str(prefix.tokens),
-            str(prefix.blocks),
-            str(prefix.shared_blocks),
+            f"{prefix.blocks}, {prefix.shared_blocks} shared" if prefix.shared_blocks else str(prefix.blocks),
             format_bytes(prefix.stored_bytes),
-            format_age(now - prefix.last_access),
-            "yes" if prefix.pinned else "",
+            format_age(now - prefix.last_access) + (", pinned" if prefix.pinned else ""),
             " ".join(text.split()),
         )
     return table

@@ -144,7 +144,13 @@ def test_inspect_lists_prefixes_with_their_text(tierkv: Run, tmp_path: Path) -> 
     prefixes = tierkv("inspect", "--json").json()["prefixes"]
     assert len(prefixes) == 2 and all("You are a careful" in prefix["text"] for prefix in prefixes)
     assert all(prefix["shared_blocks"] == 1 and prefix["tier"] == "cold" for prefix in prefixes)
-    assert "differs in" in tierkv("inspect").out
+    assert "2, 1 shared" in tierkv("inspect").out
+
+
+def test_inspect_prints_what_keeps_two_namespaces_apart(tierkv: Run, tmp_path: Path) -> None:
+    for size in (256, 64):
+        tierkv("warm", tmp_path / "prompts.txt", "--block-size", size, "--json")
+    assert "it differs in block_size" in " ".join(tierkv("inspect").out.split())
 
 
 def test_a_saved_store_loads_into_another(tierkv: Run, tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def _prefix_table(prefixes: list[_Prefix], texts: list[str], now: float) -> Tabl
     table = Table(title="prompt prefixes", box=box.SIMPLE_HEAD)
     for column in ("namespace", "tokens", "blocks", "stored", "age"):
         table.add_column(column, no_wrap=True)
-    table.add_column("from where it is its own", overflow="ellipsis", no_wrap=True, max_width=24)
+    table.add_column("from where it is its own", overflow="ellipsis", no_wrap=True, max_width=18)
     for prefix, text in zip(prefixes, texts, strict=True):
         table.add_row(
             prefix.namespace[:8],

@@ -46,6 +46,10 @@ BlockSize = Annotated[Optional[list[int]], typer.Option(help="Tokens of a block.
 Salt = Annotated[str, typer.Option(help="Keeps tenants apart: blocks of another salt are never used.")]
 ColdSize = Annotated[str, typer.Option("--cold", help="Quota of the store, as 512M or 64G.")]
 WarmSize = Annotated[str, typer.Option("--warm", help="Size of the page-locked pool, as 512M or 8G.")]
+HotSize = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--hot", help="Size of the paged pool.", show_default="half the free GPU memory, or 1G on a CPU"),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -58,6 +62,7 @@ def _options(
     salt: str,
     cold: str,
     warm: str,
+    hot: str | None,
 ) -> EngineOptions:
     if block_size and len(set(block_size)) > 1:
         raise ConfigError(f"one command has one block size, got {' and '.join(map(str, block_size))}")
@@ -70,6 +75,7 @@ def _options(
         salt=salt,
         cold_bytes=parse_size(cold),
         warm_bytes=parse_size(warm),
+        hot_bytes=parse_size(hot) if hot else None,
     )
 
 
@@ -87,10 +93,11 @@ def warm(
     salt: Salt = "",
     cold: ColdSize = "64G",
     warm_size: WarmSize = "256M",
+    hot: HotSize = None,
     as_json: AsJson = False,
 ) -> None:
     """Compute the K and V of prompts once and keep them on disk."""
-    options = _options(model, store, device, dtype, block_size, salt, cold, warm_size)
+    options = _options(model, store, device, dtype, block_size, salt, cold, warm_size, hot)
     warm_command.warm(file, options, lines=lines, pin=pin, dry_run=dry_run, as_json=as_json)
 
 
@@ -113,10 +120,11 @@ def run(
     salt: Salt = "",
     cold: ColdSize = "64G",
     warm_size: WarmSize = "256M",
+    hot: HotSize = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer a prompt, reusing whatever K and V are cached."""
-    options = _options(model, store, device, dtype, block_size, salt, cold, warm_size)
+    options = _options(model, store, device, dtype, block_size, salt, cold, warm_size, hot)
     request = run_command.RunRequest(
         prompt=prompt,
         system=system,

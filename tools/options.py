@@ -20,7 +20,7 @@ _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """The options of a command that runs a model. Sizes in bytes."""
+    """The options of a command that runs a model. Sizes in bytes; hot_bytes None is the configuration's default."""
 
     model: str | None
     store: Path
@@ -30,6 +30,7 @@ class EngineOptions:
     salt: str
     cold_bytes: int
     warm_bytes: int
+    hot_bytes: int | None
 
 
 def default_store(environment: Mapping[str, str]) -> Path:
@@ -68,6 +69,7 @@ def open_engine(options: EngineOptions, environment: Mapping[str, str]) -> Itera
         block_size=options.block_size,
         cold_bytes=options.cold_bytes,
         warm_bytes=options.warm_bytes,
+        hot_bytes=options.hot_bytes,
     )
     with open_runner(loaded, config, salt=options.salt) as runner:
         yield runner

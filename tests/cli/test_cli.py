@@ -78,6 +78,10 @@ def test_warming_twice_computes_nothing_the_second_time(tierkv: Run, tmp_path: P
     assert second["tokens"] == first["tokens"]
 
 
+def test_a_hot_pool_too_small_for_a_prompt_is_refused(tierkv: Run, tmp_path: Path) -> None:
+    assert_refused(tierkv("run", "x" * 600, "--hot", "2M", "--max-new-tokens", 1), "raise hot_bytes")
+
+
 def test_a_store_too_small_for_the_prompts_is_said(tierkv: Run, tmp_path: Path) -> None:
     result = tierkv("warm", tmp_path / "prompts.txt", "--cold", "1M", "--json")
     assert result.code == 2 and "blocks found no room in the store" in result.err

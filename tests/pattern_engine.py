@@ -14,14 +14,25 @@ from torch import Tensor
 
 from tierkv.cache import TierCache
 from tierkv.layout import BlockLayout
+from tierkv.mover import layer_groups
 from tierkv.sequence import Sequence
+from tierkv.storage.windows import WindowFormat
 
-__all__ = ["PatternEngine", "tiny_layout"]
+__all__ = ["PatternEngine", "tiny_layout", "tiny_warm"]
 
 
 def tiny_layout(*, block_size: int = 4, dtype: str = "float32") -> BlockLayout:
     """Two layers of one head of four elements."""
     return BlockLayout.uniform(num_layers=2, block_size=block_size, kv_heads=1, head_dim=4, dtype=dtype)
+
+
+def tiny_warm(num_blocks: int, warm_codec: str) -> tuple[BlockLayout, int]:
+    """Return a tiny layout that such a warm tier takes, and the memory for that many blocks in it."""
+    if warm_codec == "raw":
+        return tiny_layout(), num_blocks * tiny_layout().block_bytes
+    layout = tiny_layout(dtype="bfloat16")  # holds the pattern's numbers exactly
+    num_staging = 24  # the most that there are
+    return layout, num_blocks * WindowFormat(layout, layer_groups(layout)).slot_bytes + num_staging * layout.block_bytes
 
 
 def pattern(token_ids: list[int], num_layers: int) -> torch.Tensor:

@@ -16,10 +16,10 @@ import torch
 from tierkv.block import TOKEN_BYTES, BlockHash, HashFunction, Tier, TokenIds, as_token_array, hash_block, iter_chain
 from tierkv.config import CacheConfig
 from tierkv.demotion import Demoter
-from tierkv.errors import CapacityError, ConfigError, NamespaceMismatchError
+from tierkv.errors import ConfigError, NamespaceMismatchError
 from tierkv.index import Entry, Index
 from tierkv.lookup import Hit, Lookup, find_tail, look_up
-from tierkv.mover import Move, Mover, Ready
+from tierkv.mover import Move, Ready
 from tierkv.namespace import Namespace, differing_fields
 from tierkv.policies import EvictionPolicy, make_policy
 from tierkv.promotion import Promoter
@@ -31,12 +31,10 @@ from tierkv.storage.hot import HotPool, hot_pool_blocks
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import BlockInfo, encode_record, read_header
 from tierkv.storage.state_file import SavedState, StateFile, write_state_file
-from tierkv.storage.warm import WarmPool
 from tierkv.tiers import Place, Tiers
+from tierkv.warm_memory import open_warm_memory
 
 __all__ = ["Match", "TierCache", "load_cache_state", "save_cache_state"]
-
-MIN_WARM_BLOCKS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,10 +305,13 @@ class TierCache:
                 tier: TierStats(
                     blocks=pool.used_count,
                     used_bytes=pool.used_count * layout.block_bytes,
-                    stored_bytes=pool.used_count * layout.block_bytes,
+                    stored_bytes=pool.used_count * slot_bytes,
                     capacity_bytes=pool.capacity * layout.block_bytes,
                 )
-                for tier, pool in ((Tier.HOT, hot), (Tier.WARM, warm))
+                for tier, pool, slot_bytes in (
+                    (Tier.HOT, hot, layout.block_bytes),
+                    (Tier.WARM, warm, tiers.warm.stride_bytes),
+                )
             }
             if cold:
                 sizes[Tier.COLD] = TierStats(
@@ -358,9 +359,7 @@ class TierCache:
             return
         self._is_open = False
         self._demoter.close()
-        self._tiers.threads.shutdown()
-        self._tiers.mover.close()
-        self._tiers.warm.close()
+        self._tiers.close()
         for state in self._tiers.states:
             state.close()
         if self.cold and self._owns_cold:
@@ -369,22 +368,20 @@ class TierCache:
     def _build(self, cold: ColdStore | None, codec: Codec, policy: EvictionPolicy, clock: Callable[[], float]) -> Tiers:
         config, layout = self.config, self.layout
         num_hot = hot_pool_blocks(layout, self.device, hot_bytes=config.hot_bytes, hot_fraction=config.hot_fraction)
-        num_warm = config.warm_bytes // layout.block_bytes
-        if num_warm < MIN_WARM_BLOCKS:
-            raise CapacityError(
-                f"warm_bytes {config.warm_bytes} holds {num_warm} blocks of {layout.block_bytes} bytes",
-                hint=f"at least {MIN_WARM_BLOCKS} are needed",
-            )
         hot = HotPool(layout, num_hot, self.device)
-        warm = WarmPool(layout.block_bytes, num_warm, num_threads=config.num_io_threads)
+        memory = open_warm_memory(hot, config)
+        index = Index(
+            root=self.namespace.digest, num_hot=num_hot, num_warm=memory.warm.num_slots, policy=policy, clock=clock
+        )
         return Tiers(
             layout=layout,
             namespace=self.namespace.digest,
             codec=codec,
-            index=Index(root=self.namespace.digest, num_hot=num_hot, num_warm=num_warm, policy=policy, clock=clock),
+            index=index,
             hot=hot,
-            warm=warm,
-            mover=Mover(hot, warm),
+            warm=memory.warm,
+            mover=memory.mover,
+            compression=memory.compression,
             cold=cold,
             threads=ThreadPoolExecutor(config.num_io_threads, thread_name_prefix="tierkv-io"),
         )
@@ -507,7 +504,7 @@ class TierCache:
         """Return a copy of an entry's bytes from the warm or the hot tier, or None if it has left both."""
         with self._tiers.changed:
             if entry.warm_slot is not None:
-                return np.array(self._tiers.warm.slots[entry.warm_slot])
+                return self._tiers.copy_warm(entry.warm_slot)
             if entry.block_id is not None:
                 copied: npt.NDArray[np.uint8] = np.empty(self.layout.block_bytes, dtype=np.uint8)
                 torch.from_numpy(copied).copy_(self.hot.bytes_view[entry.block_id])

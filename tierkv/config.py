@@ -11,6 +11,7 @@ from tierkv.errors import ConfigError
 __all__ = ["CacheConfig"]
 
 GIB = 1 << 30
+WARM_CODECS = ("raw", "windows", "auto")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +23,8 @@ class CacheConfig:
         or 1 GiB on a machine without a GPU.
     warm_bytes: page-locked memory, taken once at opening.
     num_io_threads: threads that encode and decode cold blocks; above 8 they gain nothing (measured).
+    warm_codec: "raw" keeps blocks in the warm tier as they are, "windows" losslessly compressed (storage/windows.py),
+        "auto" compresses where a GPU does it: bfloat16 on CUDA with triton.
     write_through: write every block to the lower tiers behind the request; False writes a block only when
         the hot pool needs its room.
     """
@@ -35,6 +38,7 @@ class CacheConfig:
     min_free_bytes: int = GIB
     write_through: bool = True
     codec: str = "auto"
+    warm_codec: str = "raw"
     eviction_policy: str = "lru"
     num_io_threads: int = field(default_factory=lambda: min(8, os.cpu_count() or 1))
     min_partial_tokens: int = 1
@@ -49,5 +53,7 @@ class CacheConfig:
             raise ConfigError(f"hot_bytes must be positive, got {self.hot_bytes}")
         if not 0 < self.hot_fraction < 1:
             raise ConfigError(f"hot_fraction must lie between 0 and 1, got {self.hot_fraction}")
+        if self.warm_codec not in WARM_CODECS:
+            raise ConfigError(f"warm_codec must be one of {', '.join(WARM_CODECS)}, got {self.warm_codec!r}")
         if self.min_free_bytes < 0:
             raise ConfigError(f"min_free_bytes must not be negative, got {self.min_free_bytes}")

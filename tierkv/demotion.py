@@ -6,13 +6,13 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tierkv.block import BlockHash, Tier
+from tierkv.block import TOKEN_BYTES, BlockHash, Tier
 from tierkv.errors import CapacityError, StoreError
 from tierkv.index import Entry
 from tierkv.mover import Move, Ready
 from tierkv.storage.outcomes import PutOutcome
 from tierkv.storage.record import BlockInfo, EncodedRecord, encode_record
-from tierkv.tiers import Place, Tiers
+from tierkv.tiers import Compression, Place, Tiers
 from tierkv.write_behind import WriteBehind
 
 __all__ = ["Demoter"]
@@ -37,13 +37,14 @@ class _Job:
 class Demoter:
     """Writes blocks down and makes room in the hot pool.
 
-    One thread does the writing. It keeps a warm slot of its own, so that it always gets on: everyone who
-    waits for room waits for it.
+    One thread does the writing. It keeps a warm slot (staging slots, if the warm tier is compressed) of its own,
+    so that it always gets on: everyone who waits for room waits for it.
     """
 
     def __init__(self, tiers: Tiers) -> None:
         self._tiers = tiers
-        self._staging = tiers.index.warm.allocate(1)[0]
+        pool = tiers.compression.slots if tiers.compression else tiers.index.warm
+        self._staging = pool.allocate(max(1, min(_BATCH_BLOCKS, pool.capacity // 2)) if tiers.compression else 1)
         self._failed: set[BlockHash] = set()
         self._queue = WriteBehind(self._process, capacity=_QUEUE_BLOCKS, batch_size=_BATCH_BLOCKS)
 
@@ -121,9 +122,9 @@ class Demoter:
 
     def _process(self, jobs: list[_Job]) -> None:
         while jobs:
-            slots = self._tiers.try_take_warm(len(jobs))
+            slots = [] if self._tiers.compression else self._tiers.try_take_warm(len(jobs))
             is_kept = bool(slots)
-            slots = slots or [self._staging]
+            slots = slots or self._staging
             batch, jobs = jobs[: len(slots)], jobs[len(slots) :]
             try:
                 self._write_batch(batch, slots, is_kept=is_kept)
@@ -135,20 +136,25 @@ class Demoter:
                 self._tiers.unpin(Place(Tier.HOT, job.block_id) for job in jobs)
                 raise
 
-    def _write_batch(self, jobs: list[_Job], slots: list[int], *, is_kept: bool) -> None:
+    def _write_batch(self, jobs: list[_Job], slots: Sequence[int], *, is_kept: bool) -> None:
+        """Write blocks down by way of `slots`, which become the warm tier's if `is_kept`."""
         tiers = self._tiers
         held = [Place(Tier.HOT, job.block_id) for job in jobs]
         try:
-            for job, slot in zip(jobs, slots, strict=True):
+            if tiers.compression:
+                self._write_compressed(jobs, tiers.compression)
+            raw = list(zip(jobs if is_kept else self._missing(jobs), slots, strict=False))
+            for job, slot in raw:
                 copied = tiers.mover.demote([Move(job.block_id, slot)], after=job.written)
-            copied.synchronize()
+            if raw:
+                copied.synchronize()
             with tiers.changed:
                 if is_kept:
-                    for job, slot in zip(jobs, slots, strict=True):
+                    for job, slot in raw:
                         self._attach_warm(job, slot)
             tiers.unpin(held)
             held = []
-            self._store(jobs, slots)
+            self._store(raw)
         finally:
             with tiers.changed:
                 for job in jobs:
@@ -158,19 +164,48 @@ class Demoter:
                 tiers.unpin(held)
                 tiers.unpin(Place(Tier.WARM, slot) for slot in slots if is_kept)
 
+    def _write_compressed(self, jobs: Sequence[_Job], compression: Compression) -> None:
+        """Keep blocks compressed in the warm tier, those that fit a slot there."""
+        tiers, index = self._tiers, self._tiers.index
+        with tiers.changed:
+            entries = [index.get(job.block_hash, job.parent_hash, job.token_bytes) for job in jobs]
+            wanted = [job for job, e in zip(jobs, entries, strict=True) if e is None or e.warm_slot is None]
+            slots = tiers.try_take_warm(len(wanted))
+        kept = list(zip(wanted, slots, strict=False))
+        if not kept:
+            return
+        try:
+            fits = compression.mover.demote(
+                [Move(job.block_id, slot) for job, slot in kept],
+                num_tokens=[len(job.token_bytes) // TOKEN_BYTES for job, _ in kept],
+                after=[job.written for job, _ in kept],
+            )
+            with tiers.changed:
+                for (job, slot), is_there in zip(kept, fits, strict=True):
+                    if is_there:
+                        self._attach_warm(job, slot)
+        finally:
+            tiers.unpin(Place(Tier.WARM, slot) for slot in slots)
+
     def _attach_warm(self, job: _Job, slot: int) -> None:
         entry = self._tiers.index.insert(job.block_hash, job.parent_hash, job.token_bytes)
         if entry and entry.warm_slot is None:
             self._tiers.index.attach(entry, Tier.WARM, slot)
             self._tiers.stats.bytes_in[Tier.WARM] += self._tiers.layout.packed_bytes(entry.num_tokens)
 
-    def _store(self, jobs: Sequence[_Job], slots: Sequence[int]) -> None:
-        """Encode blocks from their warm slots and put those that the store lacks, parents before children."""
+    def _missing(self, jobs: Sequence[_Job]) -> list[_Job]:
+        """Return the jobs whose block the store lacks; none without a store."""
+        cold = self._tiers.cold
+        return [job for job in jobs if not cold.contains(job.block_hash)] if cold else []
+
+    def _store(self, raw: Sequence[tuple[_Job, int]]) -> None:
+        """Encode blocks from their raw slots and put those that the store lacks, parents before children."""
         tiers = self._tiers
         cold = tiers.cold
         if cold is None:
             return
-        missing = [(job, slot) for job, slot in zip(jobs, slots, strict=True) if not cold.contains(job.block_hash)]
+        slots = {job.block_hash: slot for job, slot in raw}
+        missing = [(job, slots[job.block_hash]) for job in self._missing([job for job, _ in raw])]
         outcomes = cold.put(list(tiers.threads.map(self._encode, missing)))
         with tiers.changed:
             for (job, _), outcome in zip(missing, outcomes, strict=True):
@@ -190,4 +225,4 @@ class Demoter:
             token_bytes=job.token_bytes,
             namespace=self._tiers.namespace,
         )
-        return encode_record(info, self._tiers.warm.slots[slot], layout=self._tiers.layout, codec=self._tiers.codec)
+        return encode_record(info, self._tiers.raw_slots[slot], layout=self._tiers.layout, codec=self._tiers.codec)

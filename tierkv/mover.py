@@ -14,10 +14,11 @@ from typing import Protocol
 import torch
 
 from tierkv.errors import StoreError
+from tierkv.layout import BlockLayout
 from tierkv.storage.hot import HotPool
 from tierkv.storage.warm import WarmPool
 
-__all__ = ["Done", "Move", "Mover", "Ready"]
+__all__ = ["CudaReady", "Done", "Move", "Mover", "Ready", "layer_groups", "recorded"]
 
 _GROUP_BYTES = 8 << 20
 
@@ -57,8 +58,8 @@ class Done:
         return True
 
 
-class _CudaReady:
-    """One event for each group of layers, in the order in which they arrive; `ends` are their last layers + 1."""
+class CudaReady:
+    """Copies on a GPU: one event for each group of layers, in order of arrival; `ends` are their last layers + 1."""
 
     def __init__(self, events: list[torch.cuda.Event], ends: Sequence[int] = ()) -> None:
         self._events = events
@@ -84,17 +85,27 @@ class Mover:
 
     def __init__(self, hot: HotPool, warm: WarmPool) -> None:
         self._hot = hot.bytes_view
-        self._warm = torch.from_numpy(warm.slots)
-        self._warm_address = warm.address
-        self._offsets = [run.offset_bytes for run in hot.layout.runs[::2]] + [hot.layout.block_bytes]
-        self.layer_groups = _layer_groups(self._offsets)
-        self._is_cuda = hot.device.type == "cuda"
-        self._is_open = True
-        if self._is_cuda:
+        self._offsets = _layer_offsets(hot.layout)
+        self.layer_groups = layer_groups(hot.layout)
+        self.is_cuda = hot.device.type == "cuda"
+        if self.is_cuda:
             self._device = hot.device
-            self._load_stream = torch.cuda.Stream(hot.device)
-            self._store_stream = torch.cuda.Stream(hot.device)
-            _check_cuda(torch.cuda.cudart().cudaHostRegister(warm.address, warm.slab_bytes, 0))
+            self.load_stream = torch.cuda.Stream(hot.device)
+            self.store_stream = torch.cuda.Stream(hot.device)
+        self._warm = self.register(warm)
+
+    def register(self, pool: WarmPool) -> torch.Tensor:
+        """Return the slots of a pool as a tensor that a GPU copies to and from at full speed. Raises StoreError."""
+        if self.is_cuda:
+            _check_cuda(torch.cuda.cudart().cudaHostRegister(pool.address, pool.slab_bytes, 0))
+        return torch.from_numpy(pool.slots)
+
+    def unregister(self, slots: torch.Tensor) -> None:
+        """Take `register` back, once nothing is copied any more."""
+        if self.is_cuda and slots.numel():
+            self.load_stream.synchronize()
+            self.store_stream.synchronize()
+            _check_cuda(torch.cuda.cudart().cudaHostUnregister(slots.data_ptr()))
 
     def promote(self, moves: Sequence[Move]) -> Ready:
         """Copy warm slots to block ids. The targets may be read after `wait`, the sources reused when done.
@@ -102,20 +113,20 @@ class Mover:
         The first layers of all blocks arrive first, so that a model can begin while the rest is on its way.
         Work already queued on the current stream ends before the targets are overwritten.
         """
-        if not self._is_cuda:
+        if not self.is_cuda:
             return self._run(self._hot, self._warm, moves, after=None)
-        self._load_stream.wait_stream(torch.cuda.current_stream(self._device))
+        self.load_stream.wait_stream(torch.cuda.current_stream(self._device))
         events: list[torch.cuda.Event] = []
         try:
-            with torch.cuda.stream(self._load_stream):
+            with torch.cuda.stream(self.load_stream):
                 for first, last in zip([0, *self.layer_groups], self.layer_groups, strict=False):
                     span = slice(self._offsets[first], self._offsets[last])
                     for move in moves:
                         self._hot[move.target, span].copy_(self._warm[move.source, span], non_blocking=True)
-                    events.append(_recorded(self._load_stream))
+                    events.append(recorded(self.load_stream))
         except RuntimeError as exc:
             raise StoreError(f"promoting {len(moves)} blocks failed: {exc}") from exc
-        return _CudaReady(events, self.layer_groups)
+        return CudaReady(events, self.layer_groups)
 
     def demote(self, moves: Sequence[Move], *, after: Ready) -> Ready:
         """Copy block ids to warm slots once `after` has passed: what `mark` returned when they were written."""
@@ -132,33 +143,30 @@ class Mover:
 
     def mark(self) -> Ready:
         """Return when everything queued on the current stream so far has passed."""
-        return _CudaReady([_recorded(torch.cuda.current_stream(self._device))]) if self._is_cuda else Done()
+        return CudaReady([recorded(torch.cuda.current_stream(self._device))]) if self.is_cuda else Done()
 
     def close(self) -> None:
         """Wait for all copies and unregister the warm slab. May be called twice."""
-        if self._is_open and self._is_cuda:
-            self._load_stream.synchronize()
-            self._store_stream.synchronize()
-            _check_cuda(torch.cuda.cudart().cudaHostUnregister(self._warm_address))
-        self._is_open = False
+        self.unregister(self._warm)
         self._warm = torch.empty(0)
 
     def _run(self, target: torch.Tensor, source: torch.Tensor, moves: Sequence[Move], *, after: Ready | None) -> Ready:
         try:
-            if not self._is_cuda:
+            if not self.is_cuda:
                 _copy(target, source, moves)
                 return Done()
-            with torch.cuda.stream(self._store_stream):
+            with torch.cuda.stream(self.store_stream):
                 if after is not None:
                     after.wait()
                 _copy(target, source, moves)
-            return _CudaReady([_recorded(self._store_stream)])
+            return CudaReady([recorded(self.store_stream)])
         except RuntimeError as exc:
             raise StoreError(f"copying {len(moves)} blocks failed: {exc}") from exc
 
 
-def _layer_groups(offsets: Sequence[int]) -> list[int]:
+def layer_groups(layout: BlockLayout) -> list[int]:
     """Return the ends of groups of layers of about 8 MiB a block: large enough to copy at the link's speed."""
+    offsets = _layer_offsets(layout)
     ends: list[int] = []
     start = 0
     for layer in range(1, len(offsets)):
@@ -168,7 +176,12 @@ def _layer_groups(offsets: Sequence[int]) -> list[int]:
     return ends
 
 
-def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:
+def _layer_offsets(layout: BlockLayout) -> list[int]:
+    return [run.offset_bytes for run in layout.runs[::2]] + [layout.block_bytes]
+
+
+def recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    """Return an event behind what is queued on the stream so far."""
     event = torch.cuda.Event()
     event.record(stream)
     return event

@@ -136,13 +136,13 @@ class Promoter:
             result.loads.append(arriving)
 
     def _promote_warm(self, wave: Sequence[Hit], places: list[Place], targets: list[int], result: Promoted) -> int:
-        """Copy a wave from its pinned warm slots and register it. Return how many leading blocks are of use.
+        """Copy a wave from its pinned places and register it. Return how many leading blocks are of use.
 
         targets: where to copy to; one that turns out not to be needed is replaced by the block that is there.
         """
         tiers = self._tiers
         try:
-            ready = tiers.mover.promote([Move(place.slot, to) for place, to in zip(places, targets, strict=True)])
+            ready = self._copy_up(places, targets)
         except StoreError:
             tiers.unpin(places)
             result.failure = MissReason.IO_ERROR
@@ -157,6 +157,7 @@ class Promoter:
                     num_good = i
                     result.failure = MissReason.COLLISION
                     break
+                entry.in_cold |= hit.tier is Tier.COLD
                 if entry.block_id is None:
                     tiers.index.attach(entry, Tier.HOT, targets[i])
                 else:  # another request was faster: a chain must stay in use, so its block is used instead
@@ -169,38 +170,68 @@ class Promoter:
         return num_good
 
     def _promote_cold(self, wave: Sequence[Hit], targets: list[int], result: Promoted) -> int:
-        """Read a wave into warm slots and copy it on. Return how many leading blocks arrived."""
+        """Read a wave and copy it on. Return how many leading blocks arrived."""
         places = self._read(wave, result)
         if not places:
             return 0
         used = targets[: len(places)]
         num_good = self._promote_warm(wave[: len(places)], places, used, result)
         targets[: len(places)] = used
+        if self._tiers.compression:
+            self._keep_warm(wave[:num_good])
         return num_good
 
+    def _keep_warm(self, hits: Sequence[Hit]) -> None:
+        """Have blocks that came up from below written to the warm tier too, behind the request."""
+        index = self._tiers.index
+        with self._tiers.changed:
+            for hit in hits:
+                entry = index.get(hit.block_hash, hit.parent_hash, hit.token_bytes)
+                if entry and entry.block_id is not None and entry.warm_slot is None:
+                    written = self._tiers.arriving.get(entry.block_id) or self._tiers.mover.mark()
+                    self._demoter.write_down(
+                        entry.block_hash, entry.parent_hash, entry.token_bytes, entry.block_id, written
+                    )
+
+    def _copy_up(self, places: Sequence[Place], targets: Sequence[int]) -> Ready:
+        """Start the copies of blocks, all from the warm tier or all raw, into block ids. Raises StoreError."""
+        moves = [Move(place.slot, to) for place, to in zip(places, targets, strict=True)]
+        compression = self._tiers.compression
+        if compression and places[0].tier is Tier.WARM:
+            return compression.mover.promote(moves)
+        return self._tiers.mover.promote(moves)
+
     def _read(self, wave: Sequence[Hit], result: Promoted) -> list[Place]:
-        """Decode blocks into warm slots, several at once. Return the pinned places of the leading good ones."""
+        """Decode blocks beside the hot tier, several at once. Return the pinned places of the leading good ones."""
         tiers = self._tiers
-        slots = tiers.take_warm(len(wave))
+        places = tiers.take_raw(len(wave))
         ahead = [*wave[_AHEAD_BLOCKS:], *[None] * _AHEAD_BLOCKS]
-        reasons = list(tiers.threads.map(self._read_one, wave, slots, ahead))
-        num_good = next((i for i, reason in enumerate(reasons) if reason), len(slots))
+        reasons = list(tiers.threads.map(self._read_one, wave, places, ahead))
+        num_good = next((i for i, reason in enumerate(reasons) if reason), len(places))
         with tiers.changed:
-            for hit, slot in zip(wave, slots[:num_good], strict=False):
-                entry = tiers.index.insert(hit.block_hash, hit.parent_hash, hit.token_bytes)
-                if entry:
-                    entry.in_cold = True
-                    if entry.warm_slot is None:
-                        tiers.index.attach(entry, Tier.WARM, slot)
-                tiers.stats.bytes_out[Tier.COLD] += tiers.layout.packed_bytes(len(hit.token_bytes) // 4)
-            tiers.unpin(Place(Tier.WARM, slot) for slot in slots[num_good:])
-        if num_good < len(slots):
+            for hit, place in zip(wave, places[:num_good], strict=False):
+                self._note_read(hit, place)
+            tiers.unpin(places[num_good:])
+        if num_good < len(places):
             result.failure = reasons[num_good]
             self._give_up(wave[num_good], reasons[num_good])
-        return [Place(Tier.WARM, slot) for slot in slots[:num_good]]
+        return places[:num_good]
 
-    def _read_one(self, hit: Hit, slot: int, ahead: Hit | None) -> MissReason | None:
-        """Decode a block into a warm slot, while the disk fetches one that will be needed soon."""
+    def _note_read(self, hit: Hit, place: Place) -> None:
+        """Enter a block that has been read: into the warm tier, if that is where it lies. The caller holds the lock."""
+        tiers = self._tiers
+        tiers.stats.bytes_out[Tier.COLD] += tiers.layout.packed_bytes(len(hit.token_bytes) // 4)
+        if place.tier is None:
+            entry = tiers.index.get(hit.block_hash, hit.parent_hash, hit.token_bytes)
+        else:
+            entry = tiers.index.insert(hit.block_hash, hit.parent_hash, hit.token_bytes)
+            if entry and entry.warm_slot is None:
+                tiers.index.attach(entry, Tier.WARM, place.slot)
+        if entry:
+            entry.in_cold = True
+
+    def _read_one(self, hit: Hit, place: Place, ahead: Hit | None) -> MissReason | None:
+        """Decode a block where it was told to, while the disk fetches one that will be needed soon."""
         assert hit.source is not None
         if ahead and ahead.source:
             ahead.source.read_ahead([ahead.block_hash])
@@ -211,7 +242,7 @@ class Promoter:
             namespace=self._tiers.namespace,
         )
         try:
-            return hit.source.read_into(info, self._tiers.warm.slots[slot], layout=self._tiers.layout)
+            return hit.source.read_into(info, self._tiers.raw_slots[place.slot], layout=self._tiers.layout)
         except StoreError:
             return MissReason.IO_ERROR
 
@@ -249,7 +280,7 @@ class Promoter:
         if not places:
             return False
         try:
-            ready = tiers.mover.promote([Move(places[0].slot, target)])
+            ready = self._copy_up(places, [target])
         except StoreError:
             tiers.unpin(places)
             result.failure = MissReason.IO_ERROR

@@ -8,29 +8,48 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from tierkv.block import BlockHash, Tier
 from tierkv.index import Index
 from tierkv.layout import BlockLayout
 from tierkv.lookup import ColdSource
 from tierkv.mover import Mover, Ready
+from tierkv.mover_windows import WindowMover
+from tierkv.slots import SlotPool
 from tierkv.stats import StatsRecorder
 from tierkv.storage.codecs import Codec
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.hot import HotPool
+from tierkv.storage.planes import Bytes
 from tierkv.storage.state_file import StateFile
 from tierkv.storage.warm import WarmPool
+from tierkv.storage.windows import WindowFormat
 
-__all__ = ["Place", "Tiers"]
+__all__ = ["Compression", "Place", "Tiers"]
 
 _WAIT_S = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """One block's place in the hot or the warm tier."""
+    """One block's place in the hot or the warm tier, or among the staging slots, which are of no tier."""
 
-    tier: Tier
+    tier: Tier | None
     slot: int
+
+
+@dataclass(slots=True, kw_only=True)
+class Compression:
+    """What a warm tier that keeps its blocks compressed has beside it.
+
+    staging: raw blocks between the cold store and the hot tier, each for as long as it is in work.
+    """
+
+    form: WindowFormat
+    mover: WindowMover
+    staging: WarmPool
+    slots: SlotPool[None]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -48,6 +67,7 @@ class Tiers:
     hot: HotPool
     warm: WarmPool
     mover: Mover
+    compression: Compression | None
     cold: ColdStore | None
     threads: ThreadPoolExecutor
     stats: StatsRecorder = field(default_factory=StatsRecorder)
@@ -61,11 +81,19 @@ class Tiers:
         """Where a block may lie below the warm tier: the store first, then state files."""
         return [*([self.cold] if self.cold else []), *self.states]
 
+    @property
+    def raw_slots(self) -> Bytes:
+        """Blocks as they are, [slots, block_bytes], beside the hot tier: the warm tier's own, or the staging slots."""
+        return self.compression.staging.slots if self.compression else self.warm.slots
+
     def unpin(self, places: Iterable[Place]) -> None:
         """Lower the reference counts of places and wake whoever waits for room."""
         with self.changed:
             for place in places:
-                self.index.unpin(place.tier, place.slot)
+                if place.tier is not None:
+                    self.index.unpin(place.tier, place.slot)
+                elif self.compression:
+                    self.compression.slots.unpin(place.slot)
             self.changed.notify_all()
 
     def track(self, ready: Ready, sources: list[Place], targets: Iterable[int]) -> None:
@@ -97,20 +125,45 @@ class Tiers:
                 self.evict_warm(count - pool.free_count)
             return pool.allocate(min(count, pool.free_count))
 
-    def take_warm(self, count: int) -> list[int]:
-        """Return one to `count` warm slots, each pinned once; waits for copies in flight if there are none.
+    def take_raw(self, count: int) -> list[Place]:
+        """Return one to `count` places in `raw_slots`, each pinned once; waits for copies in flight if there are none.
 
-        Never waits for a request: at most a few copies and decodes hold every slot of the tier at a time.
+        Never waits for a request: at most a few copies and decodes hold all of them at a time.
         """
         with self.changed:
-            while not (slots := self.try_take_warm(count)):
+            while not (places := self._try_take_raw(count)):
                 if self.in_flight:
                     self.in_flight[0][0].synchronize()
                 else:
                     self.changed.wait(_WAIT_S)
-            return slots
+            return places
+
+    def _try_take_raw(self, count: int) -> list[Place]:
+        if self.compression is None:
+            return [Place(Tier.WARM, slot) for slot in self.try_take_warm(count)]
+        self.reap()
+        slots = self.compression.slots
+        return [Place(None, slot) for slot in slots.allocate(min(count, slots.free_count))]
 
     def wait(self) -> None:
         """Wait a moment for another thread or a copy in flight to make room; the caller holds the lock."""
         self.changed.wait(_WAIT_S)
         self.reap()
+
+    def copy_warm(self, slot: int) -> Bytes:
+        """Return a copy of the block in a warm slot, as it is in the hot tier; the caller holds the lock."""
+        if self.compression is None:
+            return np.array(self.warm.slots[slot])
+        block = np.empty(self.layout.block_bytes, dtype=np.uint8)
+        self.compression.form.decompress(self.warm.slots[slot], block)
+        return block
+
+    def close(self) -> None:
+        """Give back threads and memory, once everything in flight has ended."""
+        self.threads.shutdown()
+        if self.compression:
+            self.compression.mover.close()
+        self.mover.close()
+        self.warm.close()
+        if self.compression:
+            self.compression.staging.close()

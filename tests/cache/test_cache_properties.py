@@ -9,7 +9,7 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from pattern_engine import PatternEngine, tiny_layout
+from pattern_engine import PatternEngine, tiny_warm
 
 from tierkv.block import Tier, hash_block
 from tierkv.cache import TierCache
@@ -18,7 +18,6 @@ from tierkv.errors import CapacityError
 from tierkv.namespace import Namespace
 from tierkv.sequence import Sequence
 
-BLOCK_BYTES = tiny_layout().block_bytes
 prompts = st.lists(st.integers(0, 2), min_size=1, max_size=14)  # three token ids: prefixes are shared often
 
 
@@ -36,14 +35,17 @@ class CacheMachine(RuleBasedStateMachine):
         has_cold=st.booleans(),
         write_through=st.booleans(),
         is_weak=st.booleans(),
+        warm_codec=st.sampled_from(["raw", "windows"]),
     )
-    def start(self, hot: int, warm: int, has_cold: bool, write_through: bool, is_weak: bool) -> None:
+    def start(self, hot: int, warm: int, has_cold: bool, write_through: bool, is_weak: bool, warm_codec: str) -> None:
+        self.layout, warm_bytes = tiny_warm(warm, warm_codec)
         self.directory = tempfile.TemporaryDirectory()
         self.config = CacheConfig(
             cold_path=Path(self.directory.name) / "store" if has_cold else None,
             block_size=4,
-            hot_bytes=hot * BLOCK_BYTES,
-            warm_bytes=warm * BLOCK_BYTES,
+            hot_bytes=hot * self.layout.block_bytes,
+            warm_bytes=warm_bytes,
+            warm_codec=warm_codec,
             cold_bytes=16 << 20,
             min_free_bytes=0,
             write_through=write_through,
@@ -52,7 +54,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.open()
 
     def open(self) -> None:
-        namespace = Namespace(weights="w", layout=tiny_layout())
+        namespace = Namespace(weights="w", layout=self.layout)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.cache = TierCache(self.config, namespace=namespace, device=device, hash_function=self.hash_function)
         self.engine = PatternEngine(self.cache)

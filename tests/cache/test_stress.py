@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from pattern_engine import PatternEngine, tiny_layout
+from pattern_engine import PatternEngine, tiny_warm
 
 from tierkv.block import Tier
 from tierkv.cache import TierCache
@@ -22,7 +22,6 @@ from tierkv.storage.outcomes import MissReason
 
 NUM_THREADS = 6
 ROUNDS = 150
-BLOCK_BYTES = tiny_layout().block_bytes
 
 
 def failing(call: Callable[..., Any], rate: float, dice: random.Random, reason: MissReason | None = None) -> Any:
@@ -57,19 +56,29 @@ def one_request(engine: PatternEngine, dice: random.Random) -> None:
         cache.evict(dice.choice([Tier.HOT, Tier.WARM]), 3)
 
 
+def refusing(demote: Callable[..., list[bool]], rate: float, dice: random.Random) -> Callable[..., list[bool]]:
+    """Return `demote`, which now finds at random that a block does not fit when it is compressed."""
+    return lambda *args, **options: [fits and dice.random() >= rate for fits in demote(*args, **options)]
+
+
+@pytest.mark.parametrize("warm_codec", ["raw", "windows"])
 @pytest.mark.parametrize("has_failures", [False, True])
-def test_concurrent_requests_see_only_their_own_bytes_and_leak_nothing(tmp_path: Path, has_failures: bool) -> None:
+def test_concurrent_requests_see_only_their_own_bytes_and_leak_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_failures: bool, warm_codec: str
+) -> None:
+    layout, warm_bytes = tiny_warm(6, warm_codec)
     config = CacheConfig(
         cold_path=tmp_path / "store",
         block_size=4,
-        hot_bytes=40 * BLOCK_BYTES,
-        warm_bytes=6 * BLOCK_BYTES,
+        hot_bytes=40 * layout.block_bytes,
+        warm_bytes=warm_bytes,
+        warm_codec=warm_codec,
         cold_bytes=16 << 20,
         min_free_bytes=0,
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     errors: list[str] = []
-    with TierCache(config, namespace=Namespace(weights="w", layout=tiny_layout()), device=device) as cache:
+    with TierCache(config, namespace=Namespace(weights="w", layout=layout), device=device) as cache:
         if has_failures:
             dice, mover, cold = random.Random(0), cache._tiers.mover, cache.cold
             assert cold
@@ -82,6 +91,10 @@ def test_concurrent_requests_see_only_their_own_bytes_and_leak_nothing(tmp_path:
                 (cold, "find_longest_run", 0.03, None),
             ):
                 setattr(target, name, failing(getattr(target, name), rate, dice, reason))
+            if compression := cache._tiers.compression:
+                windows = compression.mover
+                monkeypatch.setattr(windows, "promote", failing(windows.promote, 0.03, dice))
+                monkeypatch.setattr(windows, "demote", failing(refusing(windows.demote, 0.1, dice), 0.03, dice))
         engine = PatternEngine(cache)
 
         def work(seed: int) -> None:

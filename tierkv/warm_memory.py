@@ -1,0 +1,79 @@
+"""What lies between the hot tier and the cold one: page-locked memory, raw or compressed, and what moves to it."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+
+from tierkv.config import CacheConfig
+from tierkv.errors import CapacityError, ConfigError
+from tierkv.mover import Mover, layer_groups
+from tierkv.mover_windows import WindowMover
+from tierkv.slots import SlotPool
+from tierkv.storage.hot import HotPool
+from tierkv.storage.warm import WarmPool
+from tierkv.storage.windows import WindowFormat
+from tierkv.tiers import Compression
+
+__all__ = ["WarmMemory", "open_warm_memory"]
+
+_MIN_BLOCKS = 4
+_MAX_STAGING_BLOCKS = 24
+_STAGING_SHARE = 8  # a compressed warm tier gives at most one byte in eight to raw blocks in work
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WarmMemory:
+    """The warm tier's memory and its movers. compression is None where blocks lie there as they are."""
+
+    warm: WarmPool
+    mover: Mover
+    compression: Compression | None
+
+
+def open_warm_memory(hot: HotPool, config: CacheConfig) -> WarmMemory:
+    """Take `config.warm_bytes` of memory. Raises CapacityError where that is less than four blocks."""
+    block_bytes, threads = hot.layout.block_bytes, config.num_io_threads
+    form = _form(hot, config)
+    if form is None:
+        num_slots = config.warm_bytes // block_bytes
+        _check_room(num_slots, config, block_bytes)
+        warm = WarmPool(block_bytes, num_slots, num_threads=threads)
+        return WarmMemory(warm=warm, mover=Mover(hot, warm), compression=None)
+    num_staging = max(2, min(_MAX_STAGING_BLOCKS, config.warm_bytes // _STAGING_SHARE // block_bytes))
+    num_slots = (config.warm_bytes - num_staging * block_bytes) // form.slot_bytes
+    _check_room(num_slots, config, form.slot_bytes)
+    staging = WarmPool(block_bytes, num_staging, num_threads=threads)
+    warm = WarmPool(form.slot_bytes, num_slots, num_threads=threads)
+    mover = Mover(hot, staging)
+    compression = Compression(
+        form=form, mover=WindowMover(hot, warm, form, mover), staging=staging, slots=SlotPool(num_staging)
+    )
+    return WarmMemory(warm=warm, mover=mover, compression=compression)
+
+
+def _form(hot: HotPool, config: CacheConfig) -> WindowFormat | None:
+    """Return the format to compress with, or None: not asked for, or not to be had here."""
+    if config.warm_codec == "raw":
+        return None
+    is_possible = hot.layout.dtype == "bfloat16" and (hot.device.type != "cuda" or _has_triton())
+    if config.warm_codec == "auto":
+        return WindowFormat(hot.layout, layer_groups(hot.layout)) if is_possible and hot.device.type == "cuda" else None
+    if not is_possible:
+        raise ConfigError(
+            f"a compressed warm tier needs bfloat16, and triton on a GPU; this is {hot.layout.dtype} on {hot.device}",
+            hint='warm_codec="auto" compresses where that is possible',
+        )
+    return WindowFormat(hot.layout, layer_groups(hot.layout))
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _check_room(num_slots: int, config: CacheConfig, slot_bytes: int) -> None:
+    if num_slots < _MIN_BLOCKS:
+        raise CapacityError(
+            f"warm_bytes {config.warm_bytes} holds {num_slots} blocks of {slot_bytes} bytes",
+            hint=f"at least {_MIN_BLOCKS} are needed",
+        )

@@ -12,6 +12,7 @@ Source: the multi-layer transfer kernel of LMCache, the block copy of PagedAtten
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import triton
@@ -20,57 +21,69 @@ from torch import Tensor
 
 from tierkv.kernels.launch import require, require_contiguous
 
-__all__ = ["gather_blocks", "scatter_blocks"]
+__all__ = ["LayerPages", "gather_blocks", "scatter_blocks"]
 
 _WORD_BYTES = 8
 _CHUNK_WORDS = 2048  # 16 KiB a step: 128-bit loads for 4 warps, several in flight
 
 
-def gather_blocks(layers: Sequence[Tensor], page_ids: Tensor, blocks: Tensor, *, num_programs: int = 128) -> None:
-    """Copy pages into blocks.
+class LayerPages:
+    """The pools of an engine, checked and listed once for the kernels.
 
     layers: K of layer 0, V of layer 0, K of layer 1, ...: each [num_pages, page_size, heads, dim], contiguous, on one
-    device. page_ids: [n, pages_per_block] int64, same device. blocks: [n, block_bytes] uint8, contiguous, on that
+    device. They must stay where they are. Raises ShapeError.
+    """
+
+    def __init__(self, layers: Sequence[Tensor]) -> None:
+        require(bool(layers), "no layers given")
+        require_contiguous(**{f"layer {i}": t for i, t in enumerate(layers)})
+        require(len({t.device for t in layers}) == 1, "layers lie on several devices")
+        page_bytes = [t[0].numel() * t.element_size() for t in layers]
+        require(all(size % _WORD_BYTES == 0 for size in page_bytes), "a page's bytes must be a multiple of 8")
+        self.layers = tuple(layers)
+        self.device = layers[0].device
+        self.bytes_per_page = sum(page_bytes)
+        self.chunks = -(-max(page_bytes) // (_WORD_BYTES * _CHUNK_WORDS))
+        words = [size // _WORD_BYTES for size in page_bytes]
+        starts = [0, *accumulate(words)][:-1]
+        self.table = torch.tensor([[t.data_ptr() for t in layers], starts, words], device=self.device)
+
+
+def gather_blocks(pages: LayerPages, page_ids: Tensor, blocks: Tensor, *, num_programs: int = 128) -> None:
+    """Copy pages into blocks.
+
+    page_ids: [n, pages_per_block] int64, on the layers' device. blocks: [n, block_bytes] uint8, contiguous, on that
     device or page-locked CPU memory; written entirely. Asynchronous on the current stream.
     Raises ShapeError before launching anything.
     """
-    _move(layers, page_ids, blocks, num_programs, to_blocks=True)
+    _move(pages, page_ids, blocks, num_programs, to_blocks=True)
 
 
-def scatter_blocks(layers: Sequence[Tensor], page_ids: Tensor, blocks: Tensor, *, num_programs: int = 128) -> None:
+def scatter_blocks(pages: LayerPages, page_ids: Tensor, blocks: Tensor, *, num_programs: int = 128) -> None:
     """Copy blocks into pages: the inverse of `gather_blocks`, same arguments. No page may be named twice."""
-    _move(layers, page_ids, blocks, num_programs, to_blocks=False)
+    _move(pages, page_ids, blocks, num_programs, to_blocks=False)
 
 
-def _move(layers: Sequence[Tensor], page_ids: Tensor, blocks: Tensor, num_programs: int, *, to_blocks: bool) -> None:
-    require(bool(layers), "no layers given")
-    require_contiguous(page_ids=page_ids, blocks=blocks, **{f"layer {i}": t for i, t in enumerate(layers)})
+def _move(pages: LayerPages, page_ids: Tensor, blocks: Tensor, num_programs: int, *, to_blocks: bool) -> None:
+    require_contiguous(page_ids=page_ids, blocks=blocks)
     require(page_ids.dim() == 2 and page_ids.dtype == torch.int64, "page_ids must be [n, pages_per_block] int64")
     require(blocks.dtype == torch.uint8 and blocks.dim() == 2, "blocks must be [n, block_bytes] uint8")
-    require(len({t.device for t in layers} | {page_ids.device}) == 1, "layers and page_ids lie on several devices")
+    require(page_ids.device == pages.device, "page_ids must lie where the layers lie")
     num_blocks, pages_per_block = page_ids.shape
-    page_bytes = [t[0].numel() * t.element_size() for t in layers]
-    require(all(size % _WORD_BYTES == 0 for size in page_bytes), "a page's bytes must be a multiple of 8")
-    shape = (num_blocks, sum(page_bytes) * pages_per_block)
+    shape = (num_blocks, pages.bytes_per_page * pages_per_block)
     require(tuple(blocks.shape) == shape, f"blocks of shape {tuple(blocks.shape)} do not fit {shape}")
     require(blocks.device == page_ids.device or blocks.is_pinned(), "blocks must lie on the device or be page-locked")
-    device = page_ids.device
-    starts = [sum(page_bytes[:i]) * pages_per_block for i in range(len(layers))]
-    table = torch.tensor(
-        [[t.data_ptr() for t in layers], [s // _WORD_BYTES for s in starts], [b // _WORD_BYTES for b in page_bytes]],
-        dtype=torch.int64,
-        device=device,
-    )
-    chunks = -(-max(page_bytes) // (_WORD_BYTES * _CHUNK_WORDS))
-    total = num_blocks * len(layers) * pages_per_block * chunks
+    total = num_blocks * len(pages.layers) * pages_per_block * pages.chunks
+    if not total:
+        return
     _move_pages[(min(total, num_programs),)](
-        table,
+        pages.table,
         page_ids,
         blocks.view(torch.int64),
         total,
-        len(layers),
+        len(pages.layers),
         pages_per_block,
-        chunks,
+        pages.chunks,
         blocks.shape[1] // _WORD_BYTES,
         TO_BLOCKS=to_blocks,
         CHUNK=_CHUNK_WORDS,
@@ -97,7 +110,7 @@ def _move_pages(
         layer = (item // (chunks * pages_per_block)) % num_layers
         block = (item // (chunks * pages_per_block * num_layers)).to(tl.int64)
         base = tl.load(table + layer).to(tl.pointer_type(tl.int64))
-        start = tl.load(table + num_layers + layer)
+        start = tl.load(table + num_layers + layer) * pages_per_block
         page_words = tl.load(table + 2 * num_layers + layer)
         page_id = tl.load(page_ids + block * pages_per_block + page)
         word = chunk * CHUNK + tl.arange(0, CHUNK)

@@ -49,7 +49,7 @@ LAYERS = (
     Layer("kernels", "kernels.*", below="values storage"),
     Layer("background", "write_behind", below="values"),
     Layer("client", "daemon_client", below="values"),
-    Layer("mover", "mover mover_windows", below="values storage kernels"),
+    Layer("mover", "mover mover_windows page_mover", below="values storage kernels"),
     # The facade joins the siblings.
     Layer(
         "facade",

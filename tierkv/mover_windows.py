@@ -136,10 +136,10 @@ class _GpuWindows:
                 sources = self._ids([move.source for move in moves], self._code_stream)
                 counts = self._ids(num_tokens, self._code_stream, torch.int32)
                 coded: list[_Coded] = []
-                turns = [(c, g) for c in _chunks(len(moves)) for g in range(len(self._form.sections))]
+                turns = [(c, g) for c in _chunks(len(moves), first=1) for g in range(len(self._form.sections))]
                 for turn, (chunk, group) in enumerate(turns):
                     coded.append(self._code(group, chunk, sources, counts, turn))
-                    if len(coded) == _NUM_BUFFERS - 1:  # one is copied while the next ones are coded
+                    if len(coded) == 2:  # one is copied while the next one is coded
                         self._copy_down(coded.pop(0), moves, fits)
                 for each in coded:
                     self._copy_down(each, moves, fits)
@@ -210,6 +210,10 @@ class _GpuWindows:
         return _Buffer(torch.empty(num_bytes, dtype=torch.uint8, device=self._device), torch.cuda.Event())
 
 
-def _chunks(count: int) -> Iterator[range]:
-    for start in range(0, count, _CHUNK_BLOCKS):
-        yield range(start, min(start + _CHUNK_BLOCKS, count))
+def _chunks(count: int, *, first: int = _CHUNK_BLOCKS) -> Iterator[range]:
+    """Yield ranges of at most _CHUNK_BLOCKS; a short first one lets the copy engine begin early."""
+    start = 0
+    while start < count:
+        end = min(start + (_CHUNK_BLOCKS if start else first), count)
+        yield range(start, end)
+        start = end

@@ -17,6 +17,7 @@ class MissReason(Enum):
     NAMESPACE = "namespace"  # the same hash, stored for another model, dtype, layout or salt
     COLLISION = "collision"  # the same hash for another parent or other token ids
     TOO_SHORT = "too_short"  # too few tokens to be worth loading; counted by whoever decides that
+    NO_ROOM = "no_room"  # the warm tier, through which cold blocks come up, is full of pinned ones
     IO_ERROR = "io_error"
 
 

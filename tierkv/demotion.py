@@ -45,6 +45,7 @@ class Demoter:
         self._tiers = tiers
         pool = tiers.compression.slots if tiers.compression else tiers.index.warm
         self._staging = pool.allocate(max(1, min(_BATCH_BLOCKS, pool.capacity // 2)) if tiers.compression else 1)
+        tiers.reserved_raw += len(self._staging)
         self._failed: set[BlockHash] = set()
         self._queue = WriteBehind(self._process, capacity=_QUEUE_BLOCKS, batch_size=_BATCH_BLOCKS)
 

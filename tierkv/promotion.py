@@ -6,6 +6,7 @@ import contextlib
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from tierkv.block import Tier
 from tierkv.demotion import Demoter
@@ -62,12 +63,12 @@ class Promoter:
             tail = lookup.tail
             has_tail = False
             if tail and tail.tier is not Tier.COLD:  # first, since every layer's attention needs it
-                has_tail = self._fill_tail(tail, fresh[-1], result)
+                has_tail = self._fill_tail(tail, fresh[-1], pinned, result)
             self._promote_blocks(lookup.blocks, pinned, fresh, result)
             fresh.extendleft(self._take(num_blocks - len(result.block_table) - len(fresh), result))
             if tail and len(result.hits) == len(lookup.blocks):
                 if tail.tier is Tier.COLD:
-                    has_tail = self._fill_tail(tail, fresh[-1], result)
+                    has_tail = self._fill_tail(tail, fresh[-1], pinned, result)
                 if has_tail:
                     result.hits.append(tail)
                     fresh.rotate(1)  # its block comes first
@@ -105,11 +106,15 @@ class Promoter:
                 at += 1
                 continue
             wave = _same_tier(hits, at)
+            if hit.tier is Tier.WARM:
+                wave = list(takewhile(pinned.__contains__, wave))  # the others were given up: see `_read`
+                if not wave:
+                    return
             targets = [fresh.popleft() for _ in wave]
             if hit.tier is Tier.WARM:
                 num_good = self._promote_warm(wave, [pinned.pop(h) for h in wave], targets, result)
             else:
-                num_good = self._promote_cold(wave, targets, result)
+                num_good = self._promote_cold(wave, targets, pinned, result)
             result.block_table.extend(targets[:num_good])
             result.hits.extend(wave[:num_good])
             fresh.extendleft(reversed(targets[num_good:]))
@@ -169,9 +174,9 @@ class Promoter:
         result.loads.append(ready)
         return num_good
 
-    def _promote_cold(self, wave: Sequence[Hit], targets: list[int], result: Promoted) -> int:
+    def _promote_cold(self, wave: Sequence[Hit], targets: list[int], pinned: dict[Hit, Place], result: Promoted) -> int:
         """Read a wave and copy it on. Return how many leading blocks arrived."""
-        places = self._read(wave, result)
+        places = self._read(wave, pinned, result)
         if not places:
             return 0
         used = targets[: len(places)]
@@ -201,10 +206,17 @@ class Promoter:
             return compression.mover.promote(moves)
         return self._tiers.mover.promote(moves)
 
-    def _read(self, wave: Sequence[Hit], result: Promoted) -> list[Place]:
+    def _read(self, wave: Sequence[Hit], pinned: dict[Hit, Place], result: Promoted) -> list[Place]:
         """Decode blocks beside the hot tier, several at once. Return the pinned places of the leading good ones."""
         tiers = self._tiers
-        places = tiers.take_raw(len(wave))
+        places = tiers.try_take_raw(len(wave))
+        if not places:
+            # Nobody waits for warm slots while holding some: this request may hold all of them itself.
+            tiers.unpin([pinned.pop(hit) for hit in list(pinned) if hit.tier is Tier.WARM])
+            places = tiers.take_raw(len(wave))
+        if not places:
+            result.failure = MissReason.NO_ROOM
+            return []
         ahead = [*wave[_AHEAD_BLOCKS:], *[None] * _AHEAD_BLOCKS]
         reasons = list(tiers.threads.map(self._read_one, wave, places, ahead))
         num_good = next((i for i, reason in enumerate(reasons) if reason), len(places))
@@ -257,7 +269,7 @@ class Promoter:
             with contextlib.suppress(StoreError):  # a store that may not be written, or fails: it stays a miss
                 hit.source.delete(hit.block_hash)
 
-    def _fill_tail(self, hit: Hit, target: int, result: Promoted) -> bool:
+    def _fill_tail(self, hit: Hit, target: int, pinned: dict[Hit, Place], result: Promoted) -> bool:
         """Copy a block of which a part is of use into a block of the sequence's own. False if it cannot be had."""
         tiers = self._tiers
         if hit.tier is Tier.HOT:
@@ -276,7 +288,7 @@ class Promoter:
             with tiers.changed:
                 tiers.index.pin(hit.entry, Tier.WARM)
         else:
-            places = self._read([hit], result)
+            places = self._read([hit], pinned, result)
         if not places:
             return False
         try:

@@ -37,6 +37,11 @@ class SlotPool(Generic[Owner]):
         """Places that are in use or cached."""
         return self.capacity - len(self._free)
 
+    @property
+    def referenced_count(self) -> int:
+        """Places with a live user; linear in the number of places."""
+        return self.capacity - self._pins.count(0)
+
     def allocate(self, count: int) -> list[int]:
         """Return `count` places, each with a reference count of one. Raises CapacityError, taking none."""
         if count > len(self._free):

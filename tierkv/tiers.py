@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -58,6 +59,7 @@ class Tiers:
 
     in_flight: asynchronous copies and the warm places that they still read.
     arriving: block ids whose bytes are on their way up; who uses one waits for its copy.
+    reserved_raw: raw places that are never given back.
     """
 
     layout: BlockLayout
@@ -75,11 +77,16 @@ class Tiers:
     states: list[StateFile] = field(default_factory=list)
     in_flight: deque[tuple[Ready, list[Place]]] = field(default_factory=deque)
     arriving: dict[int, Ready] = field(default_factory=dict)
+    reserved_raw: int = 0
 
     @property
     def sources(self) -> list[ColdSource]:
         """Where a block may lie below the warm tier: the store first, then state files."""
         return [*([self.cold] if self.cold else []), *self.states]
+
+    @property
+    def _raw_pool(self) -> SlotPool[Any]:
+        return self.compression.slots if self.compression else self.index.warm
 
     @property
     def raw_slots(self) -> Bytes:
@@ -128,22 +135,27 @@ class Tiers:
     def take_raw(self, count: int) -> list[Place]:
         """Return one to `count` places in `raw_slots`, each pinned once; waits for copies in flight if there are none.
 
-        Never waits for a request: at most a few copies and decodes hold all of them at a time.
+        The caller must hold no warm place while it waits: then those who hold some are copies and decodes, which
+        end. Returns none where nobody holds any and the user has pinned the blocks in all of them.
         """
         with self.changed:
-            while not (places := self._try_take_raw(count)):
+            while not (places := self.try_take_raw(count)):
                 if self.in_flight:
                     self.in_flight[0][0].synchronize()
+                elif self._raw_pool.referenced_count <= self.reserved_raw:
+                    break
                 else:
                     self.changed.wait(_WAIT_S)
             return places
 
-    def _try_take_raw(self, count: int) -> list[Place]:
+    def try_take_raw(self, count: int) -> list[Place]:
+        """Return up to `count` places in `raw_slots`, each pinned once; perhaps none."""
         if self.compression is None:
             return [Place(Tier.WARM, slot) for slot in self.try_take_warm(count)]
-        self.reap()
-        slots = self.compression.slots
-        return [Place(None, slot) for slot in slots.allocate(min(count, slots.free_count))]
+        with self.changed:
+            self.reap()
+            slots = self.compression.slots
+            return [Place(None, slot) for slot in slots.allocate(min(count, slots.free_count))]
 
     def wait(self) -> None:
         """Wait a moment for another thread or a copy in flight to make room; the caller holds the lock."""

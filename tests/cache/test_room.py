@@ -1,0 +1,86 @@
+"""No request waits for ever for room, whoever holds it; and what cannot be had costs nobody else a block."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from pattern_engine import PatternEngine, tiny_layout
+
+from tierkv.block import Tier
+from tierkv.cache import TierCache
+from tierkv.config import CacheConfig
+from tierkv.namespace import Namespace
+from tierkv.sequence import Sequence
+from tierkv.storage.outcomes import MissReason
+
+BLOCK_BYTES = tiny_layout().block_bytes
+PROMPT = list(range(28))
+MIN_WARM = 4  # one of them belongs to the write thread
+
+
+def open_cache(path: Path, *, hot: int = 16, warm: int = MIN_WARM) -> TierCache:
+    config = CacheConfig(
+        cold_path=path / "store",
+        block_size=4,
+        hot_bytes=hot * BLOCK_BYTES,
+        warm_bytes=warm * BLOCK_BYTES,
+        cold_bytes=64 << 20,
+        min_free_bytes=0,
+    )
+    return TierCache(config, namespace=Namespace(weights="w", layout=tiny_layout()))
+
+
+def store(path: Path, prompt: list[int]) -> None:
+    with open_cache(path) as cache:
+        cache.release(PatternEngine(cache).start([*prompt, 99]))
+
+
+def within_seconds(work: Callable[[], Sequence]) -> Sequence:
+    """Return what work returns; fail where it hangs."""
+    done: list[Sequence] = []
+    thread = threading.Thread(target=lambda: done.append(work()), daemon=True)
+    thread.start()
+    thread.join(20)
+    if thread.is_alive():
+        pytest.fail("the request hangs")
+    return done[0]
+
+
+def test_a_request_whose_own_warm_blocks_fill_the_warm_tier_reads_the_cold_ones_before_them(tmp_path: Path) -> None:
+    store(tmp_path, PROMPT)
+    cache = open_cache(tmp_path)
+    engine = PatternEngine(cache)
+    cache.release(engine.start([*PROMPT[:16], 500]))  # four blocks hot
+    cache.evict(Tier.WARM)
+    cache.release(engine.start([*PROMPT, 600]))  # the other three come up through the warm tier and fill it
+    cache.flush()
+    cache.evict(Tier.HOT)
+    assert cache.match(PROMPT).blocks == {Tier.HOT: 0, Tier.WARM: 3, Tier.COLD: 4}
+    sequence = within_seconds(lambda: engine.start([*PROMPT, 700]))
+    assert sequence.cached_tokens[Tier.COLD] == 16
+    cache.release(sequence)
+    cache.check()
+    cache.close()
+
+
+def test_a_warm_tier_full_of_pinned_blocks_is_a_miss_for_cold_ones(tmp_path: Path) -> None:
+    store(tmp_path, PROMPT)
+    cache = open_cache(tmp_path)
+    engine = PatternEngine(cache)
+    pinned = list(range(100, 112))
+    cache.release(engine.start([*pinned, 99]))
+    cache.flush()
+    assert cache.pin(pinned) == 3
+    sequence = within_seconds(lambda: engine.start([*PROMPT, 700]))
+    assert sequence.num_cached_tokens == 0
+    assert cache.stats().miss_reasons[MissReason.NO_ROOM.value] == 1
+    cache.release(sequence)
+    cache.unpin(pinned)
+    sequence = within_seconds(lambda: engine.start([*PROMPT, 701]))
+    assert sequence.num_cached_tokens == 28
+    cache.release(sequence)
+    cache.check()
+    cache.close()

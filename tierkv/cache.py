@@ -168,6 +168,7 @@ class TierCache:
 
     def append(self, sequence: Sequence, token_ids: TokenIds) -> None:
         """Add tokens to a sequence and take the blocks that they need. Raises CapacityError, nothing added."""
+        _require_running(sequence)
         token_bytes = as_token_array(token_ids).tobytes()
         num_tokens = sequence.num_tokens + len(token_bytes) // TOKEN_BYTES
         missing = -(-num_tokens // self.config.block_size) - len(sequence.block_table)
@@ -182,7 +183,8 @@ class TierCache:
         written (or queued to be, on the current stream). tail: also store the partly filled block at the end.
         A block whose hash another one has taken stays private, and so does what follows it.
         """
-        if num_computed_tokens > sequence.num_tokens:
+        _require_running(sequence)
+        if not 0 <= num_computed_tokens <= sequence.num_tokens:
             raise ConfigError(f"{num_computed_tokens} tokens computed of a sequence of {sequence.num_tokens}")
         size = self.config.block_size
         num_new = 0
@@ -192,7 +194,7 @@ class TierCache:
                 at = len(sequence.chain)
                 num_new += self._register(sequence, at, size, written)
             num_tail = num_computed_tokens - len(sequence.chain) * size
-            if tail and sequence.is_cacheable and num_tail:
+            if tail and sequence.is_cacheable and num_tail > 0:
                 num_new += self._register(sequence, len(sequence.chain), num_tail, written)
         return num_new
 
@@ -201,6 +203,7 @@ class TierCache:
 
         Whole blocks are shared; the partly filled last block is copied, so that the two may part ways.
         """
+        _require_running(sequence)
         size = self.config.block_size
         num_shared = sequence.num_tokens // size
         own = self._demoter.take_hot(len(sequence.block_table) - num_shared)
@@ -519,6 +522,12 @@ class TierCache:
             namespace=self.namespace.digest,
         )
         return encode_record(info, block, layout=self.layout, codec=self._tiers.codec).data.tobytes()
+
+
+def _require_running(sequence: Sequence) -> None:
+    """Raise ConfigError for a released sequence: its blocks may hold another one's K and V by now."""
+    if sequence.is_released:
+        raise ConfigError("the sequence has been released")
 
 
 def save_cache_state(cache: TierCache, path: str | Path) -> SavedState:

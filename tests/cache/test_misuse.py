@@ -1,0 +1,74 @@
+"""What an engine gets wrong is refused, or does nothing: it never costs somebody else a right answer or a block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from pattern_engine import PatternEngine, tiny_layout
+
+from tierkv.cache import TierCache
+from tierkv.config import CacheConfig
+from tierkv.errors import ConfigError
+from tierkv.namespace import Namespace
+from tierkv.sequence import Sequence
+
+BLOCK_BYTES = tiny_layout().block_bytes
+PROMPT = list(range(9))
+OTHER = list(range(100, 109))
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Iterator[TierCache]:
+    config = CacheConfig(
+        cold_path=tmp_path / "store",
+        block_size=4,
+        hot_bytes=8 * BLOCK_BYTES,
+        warm_bytes=8 * BLOCK_BYTES,
+        cold_bytes=64 << 20,
+        min_free_bytes=0,
+    )
+    with TierCache(config, namespace=Namespace(weights="w", layout=tiny_layout())) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda cache, sequence: cache.commit(sequence, 4),
+        lambda cache, sequence: cache.append(sequence, [1] * 8),
+        lambda cache, sequence: cache.fork(sequence),
+    ],
+    ids=["commit", "append", "fork"],
+)
+def test_a_released_sequence_cannot_be_used(cache: TierCache, use: Callable[[TierCache, Sequence], None]) -> None:
+    engine = PatternEngine(cache)
+    released = cache.acquire(PROMPT)
+    cache.release(released)
+    other = cache.acquire(OTHER)  # takes the blocks that the first one had
+    engine.compute(other, 0)
+    with pytest.raises(ConfigError, match="has been released"):
+        use(cache, released)
+    again = engine.start(PROMPT)  # checks every byte that it is given
+    for sequence in (other, again):
+        cache.release(sequence)
+    cache.check()
+
+
+def test_a_tail_that_ends_before_the_blocks_that_are_cached_is_none(cache: TierCache) -> None:
+    sequence = PatternEngine(cache).start(PROMPT)
+    assert cache.commit(sequence, 3, tail=True) == 0
+    cache.release(sequence)
+    cache.flush()
+    assert cache.cold and cache.cold.stats().blocks == 2
+    cache.check()
+
+
+@pytest.mark.parametrize("count", [-1, 10])
+def test_more_tokens_than_there_are_or_fewer_than_none_cannot_be_committed(cache: TierCache, count: int) -> None:
+    sequence = cache.acquire(PROMPT)
+    with pytest.raises(ConfigError, match="tokens computed of a sequence of 9"):
+        cache.commit(sequence, count, tail=True)
+    cache.release(sequence)
+    cache.check()

@@ -154,16 +154,20 @@ class TierCache:
             loads=promoted.loads,
             is_cacheable=reuse,
         )
-        with self._tiers.changed:
-            self._sequences.add(sequence)
-            self._count(sequence, num_blocks, promoted.hits, promoted.failure or found.miss)
-            for hit in promoted.hits:
-                self._tiers.stats.hits[hit.tier] += 1
-                self._tiers.stats.hit_tokens[hit.tier] += hit.num_tokens
-                if entry := self._tiers.index.get(hit.block_hash, hit.parent_hash, hit.token_bytes):
-                    self._tiers.index.touch(entry)
-        if self.cold:
-            self.cold.touch([hit.block_hash for hit in promoted.hits])
+        try:
+            with self._tiers.changed:
+                self._sequences.add(sequence)
+                self._count(sequence, num_blocks, promoted.hits, promoted.failure or found.miss)
+                for hit in promoted.hits:
+                    self._tiers.stats.hits[hit.tier] += 1
+                    self._tiers.stats.hit_tokens[hit.tier] += hit.num_tokens
+                    if entry := self._tiers.index.get(hit.block_hash, hit.parent_hash, hit.token_bytes):
+                        self._tiers.index.touch(entry)
+            if self.cold:
+                self.cold.touch([hit.block_hash for hit in promoted.hits])
+        except BaseException:
+            self.release(sequence)
+            raise
         return sequence
 
     def append(self, sequence: Sequence, token_ids: TokenIds) -> None:
@@ -202,30 +206,31 @@ class TierCache:
         """Return a second sequence with the same tokens, for parallel sampling.
 
         Whole blocks are shared; the partly filled last block is copied, so that the two may part ways.
+        Raises CapacityError where there is no room for that copy, StoreError where it fails.
         """
         _require_running(sequence)
         size = self.config.block_size
         num_shared = sequence.num_tokens // size
         own = self._demoter.take_hot(len(sequence.block_table) - num_shared)
-        pool = self._tiers.index.hot
-        with self._tiers.changed:
-            for block_id in sequence.block_table[:num_shared]:
-                pool.pin(block_id)
-        sequence.wait_all()
-        copied = self._tiers.mover.copy(
-            [Move(s, t) for s, t in zip(sequence.block_table[num_shared:], own, strict=True)]
-        )
         forked = Sequence(
             token_bytes=bytearray(sequence.token_bytes),
             block_table=[*sequence.block_table[:num_shared], *own],
             num_cached_tokens=sequence.num_cached_tokens,
             cached_tokens=dict(sequence.cached_tokens),
             chain=list(sequence.chain),
-            loads=[copied],
             is_cacheable=sequence.is_cacheable,
         )
         with self._tiers.changed:
+            for block_id in sequence.block_table[:num_shared]:
+                self._tiers.index.hot.pin(block_id)
             self._sequences.add(forked)
+        try:
+            sequence.wait_all()
+            moves = [Move(s, t) for s, t in zip(sequence.block_table[num_shared:], own, strict=True)]
+            forked.loads.append(self._tiers.mover.copy(moves))
+        except BaseException:
+            self.release(forked)
+            raise
         return forked
 
     def release(self, sequence: Sequence) -> None:

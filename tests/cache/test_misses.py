@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -124,3 +124,34 @@ def test_a_store_that_fails_is_a_miss_and_the_request_goes_on(tmp_path: Path) ->
             assert reasons_of(cache) == {MissReason.IO_ERROR: 1, MissReason.ABSENT: 2}
             store.fails = False
             cache.check()
+
+
+def test_a_fork_whose_copy_fails_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_store(tmp_path) as store, open_cache(store) as cache:
+        sequence = PatternEngine(cache).start([*PROMPT, 99])
+        with monkeypatch.context() as patch:
+            patch.setattr(cache._tiers.mover, "copy", _raise(StoreError("the copy failed")))
+            with pytest.raises(StoreError):
+                cache.fork(sequence)
+        cache.release(sequence)
+        cache.check()
+
+
+def test_a_request_that_is_interrupted_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_store(tmp_path) as store, open_cache(store) as cache:
+        cache.release(PatternEngine(cache).start(PROMPT))
+        cache.flush()
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "touch", _raise(KeyboardInterrupt()))
+            with pytest.raises(KeyboardInterrupt):
+                cache.acquire([*PROMPT, 99])
+        cache.evict(Tier.HOT)
+        assert cache.stats().tiers[Tier.HOT].blocks == 0
+        cache.check()
+
+
+def _raise(problem: BaseException) -> Callable[..., None]:
+    def call(*arguments: object, **options: object) -> None:
+        raise problem
+
+    return call

@@ -62,28 +62,29 @@ class Demoter:
             self._tiers.stats.skipped_writes += 1
 
     def take_hot(self, count: int) -> list[int]:
-        """Return `count` block ids, each pinned once, evicting and demoting as needed.
+        """Return `count` block ids, each pinned once, evicting and demoting as needed and as is of use.
 
         Raises CapacityError if even an idle cache could not make that much room beside what is in use.
         """
         tiers = self._tiers
+        pool = tiers.index.hot
         with tiers.changed:
             while True:
                 tiers.reap()
                 was_idle = not self._queue.pending and not tiers.in_flight
-                short = count - tiers.index.hot.free_count
-                if short > 0:
+                short = count - pool.free_count
+                if short > 0 and count <= pool.capacity - pool.referenced_count:  # else it would be in vain
                     self.evict_hot(short)
-                if tiers.index.hot.free_count >= count:
-                    block_ids = tiers.index.hot.allocate(count)
+                if pool.free_count >= count:
+                    block_ids = pool.allocate(count)
                     for block_id in block_ids:
                         if arriving := tiers.arriving.pop(block_id, None):
                             arriving.wait()
                     return block_ids
                 if was_idle and not self._queue.pending:
                     raise CapacityError(
-                        f"the hot pool has no room for {count} more blocks: {tiers.index.hot.free_count} of "
-                        f"{tiers.index.hot.capacity} are free and the rest is in use or pinned",
+                        f"the hot pool has no room for {count} more blocks: {pool.referenced_count} of "
+                        f"{pool.capacity} are in use, and what is left is too little or pinned",
                         hint="raise hot_bytes, or run fewer sequences at once",
                     )
                 tiers.wait()

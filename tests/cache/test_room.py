@@ -12,6 +12,7 @@ from pattern_engine import PatternEngine, tiny_layout
 from tierkv.block import Tier
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
+from tierkv.errors import CapacityError
 from tierkv.namespace import Namespace
 from tierkv.sequence import Sequence
 from tierkv.storage.outcomes import MissReason
@@ -84,3 +85,17 @@ def test_a_warm_tier_full_of_pinned_blocks_is_a_miss_for_cold_ones(tmp_path: Pat
     cache.release(sequence)
     cache.check()
     cache.close()
+
+
+@pytest.mark.parametrize("is_busy", [False, True])
+def test_a_prompt_that_never_fits_evicts_nobody(tmp_path: Path, is_busy: bool) -> None:
+    with open_cache(tmp_path, warm=16) as cache:
+        engine = PatternEngine(cache)
+        cache.release(engine.start([*PROMPT, 99]))
+        running = [engine.start(list(range(200, 216)))] if is_busy else []
+        with pytest.raises(CapacityError, match=f"{4 * is_busy} of 16 are in use"):
+            cache.acquire(list(range(1000, 1052 if is_busy else 1068)))
+        assert cache.match(PROMPT).blocks[Tier.HOT] == 7
+        for sequence in running:
+            cache.release(sequence)
+        cache.check()

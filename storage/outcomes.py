@@ -18,6 +18,7 @@ class MissReason(Enum):
     COLLISION = "collision"  # the same hash for another parent or other token ids
     TOO_SHORT = "too_short"  # too few tokens to be worth loading; counted by whoever decides that
     NO_ROOM = "no_room"  # the warm tier, through which cold blocks come up, is full of pinned ones
+    RECOMPUTED = "recomputed"  # it was there, and to compute it was faster than to wait for it
     IO_ERROR = "io_error"
 
 

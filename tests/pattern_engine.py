@@ -54,14 +54,34 @@ class PatternEngine:
         self.cache = cache
         self.size = cache.config.block_size
 
-    def start(self, token_ids: list[int], *, tail: bool = False) -> Sequence:
+    def start(self, token_ids: list[int], *, tail: bool = False, may_split: bool = False) -> Sequence:
         """Acquire, check every cached token, compute the rest, commit."""
-        sequence = self.cache.acquire(token_ids)
-        assert sequence.num_cached_tokens < len(token_ids)
-        self.check(sequence, sequence.num_cached_tokens)
-        self.compute(sequence, sequence.num_cached_tokens)
+        sequence = self.cache.acquire(token_ids, may_split=may_split)
+        num_computed = sequence.num_cached_tokens
+        assert num_computed < len(token_ids)
+        self.check(sequence, num_computed)
+        if sequence.split:
+            num_computed = self.meet(sequence)
+            self.check(sequence, num_computed)
+        self.compute(sequence, num_computed)
         self.cache.commit(sequence, sequence.num_tokens, tail=tail)
         return sequence
+
+    def meet(self, sequence: Sequence) -> int:
+        """Compute from the front, a block at a time, until all in front of the loaded ones is there; then join."""
+        num_computed = sequence.num_cached_tokens
+        assert sequence.split
+        while True:
+            is_done = sequence.split.is_done
+            count = sequence.split.next_piece(most=1) * self.size
+            if count:
+                self.compute(sequence, num_computed, num_computed + count)
+                num_computed += count
+                self.cache.commit(sequence, num_computed)
+            elif is_done:
+                return self.cache.join(sequence)
+            else:
+                sequence.split.wait()
 
     def decode(self, sequence: Sequence, token_ids: list[int], *, tail: bool = False) -> None:
         """Append tokens, compute them, commit."""
@@ -70,10 +90,10 @@ class PatternEngine:
         self.compute(sequence, first)
         self.cache.commit(sequence, sequence.num_tokens, tail=tail)
 
-    def compute(self, sequence: Sequence, first: int) -> None:
+    def compute(self, sequence: Sequence, first: int, last: int | None = None) -> None:
         """Write K and V of the tokens from `first` on into their slots."""
         sequence.wait_all()
-        for (keys, values), want in self._tokens(sequence, first, sequence.num_tokens):
+        for (keys, values), want in self._tokens(sequence, first, sequence.num_tokens if last is None else last):
             keys.copy_(want[0].expand_as(keys))
             values.copy_(want[1].expand_as(values))
 

@@ -36,7 +36,7 @@ class Layer:
 LAYERS = (
     Layer("values", "errors block layout namespace config stats"),
     # Siblings: they know the values and not each other; only the mover also knows the memory that it moves.
-    Layer("control", "slots policies index", below="values"),
+    Layer("control", "slots policies index meeting", below="values"),
     Layer(
         "storage",
         "storage.outcomes storage.planes storage.windows storage.codecs storage.record storage.hot storage.warm "
@@ -53,7 +53,7 @@ LAYERS = (
     # The facade joins the siblings.
     Layer(
         "facade",
-        "lookup tiers warm_memory demotion promotion sequence cache",
+        "lookup tiers warm_memory split_load demotion promotion sequence cache",
         below="values control storage kernels background client mover",
     ),
     # What runs a model over the cache, or steers it.

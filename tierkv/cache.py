@@ -24,6 +24,7 @@ from tierkv.namespace import Namespace, differing_fields
 from tierkv.policies import EvictionPolicy, make_policy
 from tierkv.promotion import Promoter
 from tierkv.sequence import Sequence
+from tierkv.split_load import SplitLoad
 from tierkv.stats import CacheStats, TierStats
 from tierkv.storage.codecs import Codec, codec_by_name, default_codec
 from tierkv.storage.cold import ColdStore
@@ -35,6 +36,10 @@ from tierkv.tiers import Place, Tiers
 from tierkv.warm_memory import open_warm_memory
 
 __all__ = ["Match", "TierCache", "load_cache_state", "save_cache_state"]
+
+
+_MIN_SPLIT_BLOCKS = 4
+_NUM_LOADERS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,10 +134,12 @@ class TierCache:
         tokens = {tier: sum(hit.num_tokens for hit in found if hit.tier is tier) for tier in Tier}
         return Match(len(token_bytes) // TOKEN_BYTES, blocks, tokens, tuple(hit.block_hash for hit in found))
 
-    def acquire(self, token_ids: TokenIds, *, reuse: bool = True) -> Sequence:
+    def acquire(self, token_ids: TokenIds, *, reuse: bool = True, may_split: bool = False) -> Sequence:
         """Return a sequence with room for every token, its cached prefix on the way into the hot pool.
 
-        At least one token is always left to compute. `reuse=False` takes room only and finds nothing.
+        At least one token is always left to compute. `reuse=False` takes room only and finds nothing. With `may_split`
+        many cold blocks come up behind the caller's back, who computes the first of them meanwhile, piece by piece as
+        `sequence.split` says, and then calls `join`.
         Raises ConfigError for an empty prompt, CapacityError where the hot pool has no room beside what is in use.
         """
         token_bytes = as_token_array(token_ids).tobytes()
@@ -143,7 +150,12 @@ class TierCache:
         with self._tiers.changed:
             found = self._look_up(token_bytes, num_tokens - 1) if reuse else Lookup([], None)
             pinned = self._promoter.pin(found)
+        later = self._cold_end(found) if may_split else []
+        if later:
+            found = Lookup(found.blocks[: -len(later)], None)
         promoted = self._promoter.promote(found, pinned, num_blocks=num_blocks)
+        if promoted.failure:
+            later = []
         num_whole = sum(hit.num_tokens == self.config.block_size and hit is not found.tail for hit in promoted.hits)
         sequence = Sequence(
             token_bytes=bytearray(token_bytes),
@@ -155,9 +167,14 @@ class TierCache:
             is_cacheable=reuse,
         )
         try:
+            if later:
+                first = len(promoted.hits)
+                targets = promoted.block_table[first : first + len(later)]
+                sequence.split = self._promoter.split(later, targets, num_before=sequence.num_cached_tokens)
             with self._tiers.changed:
                 self._sequences.add(sequence)
-                self._count(sequence, num_blocks, promoted.hits, promoted.failure or found.miss)
+                num_found = len(promoted.hits) + len(later)
+                self._count(sequence, num_blocks - num_found, num_found, promoted.failure or found.miss)
                 for hit in promoted.hits:
                     self._tiers.stats.hits[hit.tier] += 1
                     self._tiers.stats.hit_tokens[hit.tier] += hit.num_tokens
@@ -169,6 +186,39 @@ class TierCache:
             self.release(sequence)
             raise
         return sequence
+
+    def join(self, sequence: Sequence) -> int:
+        """Wait for the blocks of `sequence.split` and make them part of the sequence.
+
+        Call it once `split.next_piece` has returned 0, with everything it had asked for committed. Return how many
+        leading tokens have K and V now, loaded on the way or computed; the engine goes on from there.
+        """
+        _require_running(sequence)
+        split, size = sequence.split, self.config.block_size
+        if split is None:
+            return sequence.num_cached_tokens
+        split.wait()
+        sequence.split = None
+        sequence.loads += split.loads
+        loaded = split.hits[split.meeting.first_loaded :]
+        sequence.num_cached_tokens += len(loaded) * size
+        sequence.cached_tokens[Tier.COLD] += len(loaded) * size
+        with self._tiers.changed:
+            self._count_split(split)
+            written = self._tiers.mover.mark()
+            for hit in loaded:
+                entry = self._tiers.index.insert(hit.block_hash, hit.parent_hash, hit.token_bytes)
+                if entry is None or not sequence.is_cacheable or hit.parent_hash != self._last_hash(sequence):
+                    break
+                entry.in_cold = True
+                self._register(sequence, len(sequence.chain), size, written)
+                self._tiers.index.touch(entry)
+        if split.failed:
+            self._promoter.give_up(*split.failed)
+        self._promoter.keep_warm(loaded)
+        if self.cold:
+            self.cold.touch([hit.block_hash for hit in loaded])
+        return split.num_before + len(split.hits) * size
 
     def append(self, sequence: Sequence, token_ids: TokenIds) -> None:
         """Add tokens to a sequence and take the blocks that they need. Raises CapacityError, nothing added."""
@@ -238,6 +288,8 @@ class TierCache:
         if sequence.is_released:
             return
         sequence.is_released = True
+        if sequence.split:
+            sequence.split.cancel()
         with self._tiers.changed:
             self._sequences.discard(sequence)
         self._tiers.unpin(Place(Tier.HOT, block_id) for block_id in sequence.block_table)
@@ -346,6 +398,9 @@ class TierCache:
         Waits for writes and copies in flight, so that every reference can be accounted for.
         """
         self._demoter.flush()
+        for sequence in list(self._sequences):
+            if sequence.split:
+                sequence.split.wait()
         with self._tiers.changed:
             while self._tiers.in_flight:
                 self._tiers.in_flight[0][0].synchronize()
@@ -392,6 +447,8 @@ class TierCache:
             compression=memory.compression,
             cold=cold,
             threads=ThreadPoolExecutor(config.num_io_threads, thread_name_prefix="tierkv-io"),
+            num_threads=config.num_io_threads,
+            loaders=ThreadPoolExecutor(_NUM_LOADERS, thread_name_prefix="tierkv-load"),
         )
 
     def _look_up(self, token_bytes: bytes, max_tokens: int) -> Lookup:
@@ -446,19 +503,44 @@ class TierCache:
         sequence.block_table[at] = block_id
         self._tiers.index.unpin(Tier.HOT, own)
 
-    def _count(self, sequence: Sequence, num_blocks: int, hits: list[Hit], miss: MissReason | None) -> None:
+    def _cold_end(self, found: Lookup) -> list[Hit]:
+        """Return the blocks at the end of a lookup that are cold, if they are worth to be loaded behind the request."""
+        num_cold = 0
+        for hit in reversed(found.blocks):
+            if hit.tier is not Tier.COLD:
+                break
+            num_cold += 1
+        is_split = num_cold >= _MIN_SPLIT_BLOCKS and not (found.tail and found.tail.tier is not Tier.COLD)
+        return found.blocks[-num_cold:] if is_split else []
+
+    def _last_hash(self, sequence: Sequence) -> BlockHash:
+        return sequence.chain[-1] if sequence.chain else self._tiers.index.root
+
+    def _count(self, sequence: Sequence, num_missing: int, num_found: int, miss: MissReason | None) -> None:
         """Count a request. `miss`: why the block behind the hits was none, if there is more to say than absent."""
         stats = self._tiers.stats
         stats.requests += 1
         stats.prompt_tokens += sequence.num_tokens
-        stats.misses += num_blocks - len(hits)
+        stats.misses += num_missing
         stats.collisions += miss is MissReason.COLLISION
-        reasons = self._miss_reasons(sequence, len(hits)) if sequence.is_cacheable else []
-        reasons += [MissReason.ABSENT] * (num_blocks - len(hits) - len(reasons))
+        reasons = self._miss_reasons(sequence, num_found) if sequence.is_cacheable else []
+        reasons += [MissReason.ABSENT] * (num_missing - len(reasons))
         if reasons and miss:
             reasons[0] = miss
         for reason in reasons:
             stats.miss_reasons[reason.value] += 1
+
+    def _count_split(self, split: SplitLoad) -> None:
+        """Count what became of a request's cold blocks; the caller holds the lock."""
+        stats = self._tiers.stats
+        num_computed = split.meeting.first_loaded
+        num_loaded = len(split.hits) - num_computed
+        stats.hits[Tier.COLD] += num_loaded
+        stats.hit_tokens[Tier.COLD] += num_loaded * self.config.block_size
+        stats.misses += num_computed
+        stats.miss_reasons[MissReason.RECOMPUTED.value] += num_computed - (split.failure is not None)
+        if split.failure:
+            stats.miss_reasons[split.failure.value] += 1
 
     def _miss_reasons(self, sequence: Sequence, num_hits: int) -> list[MissReason]:
         """Tell of each whole block behind the hits whether the store remembers to have evicted it."""

@@ -22,6 +22,7 @@ class CacheConfig:
     hot_bytes: size of the hot pool; None takes `hot_fraction` of the GPU memory that is free at opening,
         or 1 GiB on a machine without a GPU.
     warm_bytes: page-locked memory, taken once at opening.
+    compute_or_load: let a runner compute the first cold blocks of a prompt while the last ones load.
     num_io_threads: threads that encode and decode cold blocks; above 8 they gain nothing (measured).
     warm_codec: "raw" keeps blocks in the warm tier as they are, "windows" losslessly compressed (storage/windows.py),
         "auto" compresses where a GPU does it: bfloat16 on CUDA with triton.
@@ -42,6 +43,7 @@ class CacheConfig:
     eviction_policy: str = "lru"
     num_io_threads: int = field(default_factory=lambda: min(8, os.cpu_count() or 1))
     min_partial_tokens: int = 1
+    compute_or_load: bool = True
 
     def __post_init__(self) -> None:
         if self.cold_path is not None:

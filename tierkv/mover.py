@@ -107,18 +107,22 @@ class Mover:
             self.store_stream.synchronize()
             _check_cuda(torch.cuda.cudart().cudaHostUnregister(slots.data_ptr()))
 
-    def promote(self, moves: Sequence[Move]) -> Ready:
+    def promote(self, moves: Sequence[Move], *, after: Ready | None = None) -> Ready:
         """Copy warm slots to block ids. The targets may be read after `wait`, the sources reused when done.
 
         The first layers of all blocks arrive first, so that a model can begin while the rest is on its way.
-        Work already queued on the current stream ends before the targets are overwritten.
+        Work already queued on the current stream ends before the targets are overwritten; or, where `after` is given,
+        only what that stands for.
         """
         if not self.is_cuda:
             return self._run(self._hot, self._warm, moves, after=None)
-        self.load_stream.wait_stream(torch.cuda.current_stream(self._device))
+        if after is None:
+            self.load_stream.wait_stream(torch.cuda.current_stream(self._device))
         events: list[torch.cuda.Event] = []
         try:
             with torch.cuda.stream(self.load_stream):
+                if after is not None:
+                    after.wait()
                 for first, last in zip([0, *self.layer_groups], self.layer_groups, strict=False):
                     span = slice(self._offsets[first], self._offsets[last])
                     for move in moves:

@@ -13,6 +13,7 @@ from tierkv.demotion import Demoter
 from tierkv.errors import StoreError
 from tierkv.lookup import Hit, Lookup
 from tierkv.mover import Move, Ready
+from tierkv.split_load import SplitLoad
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import BlockInfo
 from tierkv.tiers import Place, Tiers
@@ -93,6 +94,11 @@ class Promoter:
                 index.pin(hit.entry, hit.tier)
                 pinned[hit] = Place(hit.tier, slot)
         return pinned
+
+    def split(self, hits: Sequence[Hit], targets: Sequence[int], *, num_before: int) -> SplitLoad:
+        """Begin to load cold blocks, last one first, into the caller's block ids while he computes the first ones."""
+        after = self._tiers.mover.mark()
+        return SplitLoad(self._tiers, hits, targets, num_before=num_before, read=self.read_one, after=after)
 
     def _promote_blocks(
         self, hits: Sequence[Hit], pinned: dict[Hit, Place], fresh: deque[int], result: Promoted
@@ -183,10 +189,10 @@ class Promoter:
         num_good = self._promote_warm(wave[: len(places)], places, used, result)
         targets[: len(places)] = used
         if self._tiers.compression:
-            self._keep_warm(wave[:num_good])
+            self.keep_warm(wave[:num_good])
         return num_good
 
-    def _keep_warm(self, hits: Sequence[Hit]) -> None:
+    def keep_warm(self, hits: Sequence[Hit]) -> None:
         """Have blocks that came up from below written to the warm tier too, behind the request."""
         index = self._tiers.index
         with self._tiers.changed:
@@ -218,7 +224,7 @@ class Promoter:
             result.failure = MissReason.NO_ROOM
             return []
         ahead = [*wave[_AHEAD_BLOCKS:], *[None] * _AHEAD_BLOCKS]
-        reasons = list(tiers.threads.map(self._read_one, wave, places, ahead))
+        reasons = list(tiers.threads.map(self.read_one, wave, places, ahead))
         num_good = next((i for i, reason in enumerate(reasons) if reason), len(places))
         with tiers.changed:
             for hit, place in zip(wave, places[:num_good], strict=False):
@@ -226,7 +232,7 @@ class Promoter:
             tiers.unpin(places[num_good:])
         if num_good < len(places):
             result.failure = reasons[num_good]
-            self._give_up(wave[num_good], reasons[num_good])
+            self.give_up(wave[num_good], reasons[num_good])
         return places[:num_good]
 
     def _note_read(self, hit: Hit, place: Place) -> None:
@@ -242,7 +248,7 @@ class Promoter:
         if entry:
             entry.in_cold = True
 
-    def _read_one(self, hit: Hit, place: Place, ahead: Hit | None) -> MissReason | None:
+    def read_one(self, hit: Hit, place: Place, ahead: Hit | None = None) -> MissReason | None:
         """Decode a block where it was told to, while the disk fetches one that will be needed soon."""
         assert hit.source is not None
         if ahead and ahead.source:
@@ -258,7 +264,7 @@ class Promoter:
         except StoreError:
             return MissReason.IO_ERROR
 
-    def _give_up(self, hit: Hit, reason: MissReason | None) -> None:
+    def give_up(self, hit: Hit, reason: MissReason | None) -> None:
         """Forget that a source has a block which could not be read, and take a damaged one out of its store."""
         assert hit.source is not None
         with self._tiers.changed:

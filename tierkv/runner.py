@@ -29,6 +29,9 @@ from tierkv.storage.cold import ColdStore
 __all__ = ["Generation", "GenerationOptions", "Runner", "TokenEvent", "open_runner"]
 
 
+_PIECE_TOKENS = 2048  # large enough to keep a GPU busy, small enough to meet the loader soon
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationOptions:
     """stop_ids end a sequence and are its last token; None takes the model's own end-of-sequence tokens.
@@ -81,6 +84,7 @@ class _Request:
     started: float
     sequence: Sequence | None = None
     num_computed: int = 0
+    claimed_end: int = 0  # while cold blocks load: the tokens before it are this side's to compute
     cached_tokens: dict[Tier, int] | None = None
     first_token_at: float | None = None
     last_token_at: float = 0.0
@@ -169,14 +173,16 @@ class Runner:
         while waiting:
             request = waiting[0]
             try:
-                request.sequence = self.cache.acquire(request.token_ids, reuse=options.use_cache)
+                request.sequence = self.cache.acquire(
+                    request.token_ids, reuse=options.use_cache, may_split=self.cache.config.compute_or_load
+                )
             except CapacityError:
                 if not running:
                     raise
                 return
-            request.num_computed = request.sequence.num_cached_tokens
+            request.num_computed = request.claimed_end = request.sequence.num_cached_tokens
             if request.cached_tokens is None:
-                request.cached_tokens = dict(request.sequence.cached_tokens)
+                request.cached_tokens = request.sequence.cached_tokens
             running.append(waiting.popleft())
 
     def _advance(
@@ -201,15 +207,15 @@ class Runner:
 
     def _step(self, running: Items[_Request]) -> list[tuple[_Request, Tensor]]:
         """Compute up to `max_step_tokens` tokens and commit them. Return the logits of requests that are up to date."""
-        room = self.max_step_tokens
-        steps: list[tuple[_Request, int]] = []
-        for request in sorted(running, key=lambda r: len(r.token_ids) - r.num_computed):  # decoding goes first
-            count = min(room, len(request.token_ids) - request.num_computed)
-            if count:
-                steps.append((request, count))
-                room -= count
+        steps = self._plan_step(running)
+        started = time.perf_counter()
         ids = [request.token_ids[request.num_computed : request.num_computed + count] for request, count in steps]
         logits = self._forward([_as_step(*step) for step in steps], list(chain.from_iterable(ids)))
+        splits = [(r.sequence.split, n) for r, n in steps if r.sequence and r.sequence.split]
+        if splits:
+            self._wait_for_device()  # the next piece is claimed when this one is computed, not when it is launched
+            num_blocks = sum(count for _, count in steps) / self.cache.config.block_size
+            splits[0][0].note_computed(time.perf_counter() - started, num_blocks)
         ready: list[tuple[_Request, Tensor]] = []
         for row, (request, count) in enumerate(steps):
             request.num_computed += count
@@ -218,6 +224,42 @@ class Runner:
             if request.num_computed == len(request.token_ids):
                 ready.append((request, logits[row]))
         return ready
+
+    def _plan_step(self, running: Items[_Request]) -> list[tuple[_Request, int]]:
+        """Return which requests compute how many tokens next, decoding ones first; waits where all are loading."""
+        while True:
+            room = self.max_step_tokens
+            steps: list[tuple[_Request, int]] = []
+            for request in sorted(running, key=lambda r: len(r.token_ids) - r.num_computed):
+                count = min(room, self._num_computable(request))
+                if count:
+                    steps.append((request, count))
+                    room -= count
+            if steps or not running:
+                return steps
+            for request in running:
+                if request.sequence and request.sequence.split:
+                    request.sequence.split.wait()
+                    break
+
+    def _num_computable(self, request: _Request) -> int:
+        """Return how many tokens of a request may be computed now: while cold blocks load, what is this side's."""
+        assert request.sequence is not None
+        split = request.sequence.split
+        if split is None:
+            return len(request.token_ids) - request.num_computed
+        if request.claimed_end == request.num_computed:
+            is_done = split.is_done  # before the question: afterwards nothing more comes back from the loader
+            size = self.cache.config.block_size
+            request.claimed_end += size * split.next_piece(most=max(1, _PIECE_TOKENS // size))
+            if request.claimed_end == request.num_computed and is_done:
+                request.num_computed = self.cache.join(request.sequence)
+                return len(request.token_ids) - request.num_computed
+        return request.claimed_end - request.num_computed
+
+    def _wait_for_device(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
 
     def _forward(self, steps: list[SequenceStep], token_ids: list[int]) -> Tensor:
         """Return logits [sequences, vocabulary] of each sequence's last new token."""

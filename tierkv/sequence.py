@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from tierkv.block import TOKEN_BYTES, BlockHash, Tier
 from tierkv.mover import Ready
+from tierkv.split_load import SplitLoad
 
 __all__ = ["Sequence"]
 
@@ -20,6 +21,7 @@ class Sequence:
     block_table: block ids in order, enough for every token so far.
     num_cached_tokens: leading tokens whose K and V were found; the engine computes the rest.
     cached_tokens: the same, by the tier that answered.
+    split: cold blocks that come up while the engine computes those in front of them, until `TierCache.join`.
     """
 
     token_bytes: bytearray
@@ -28,6 +30,7 @@ class Sequence:
     cached_tokens: dict[Tier, int]
     chain: list[BlockHash]
     loads: list[Ready] = field(default_factory=list)
+    split: SplitLoad | None = None
     is_cacheable: bool = True
     is_released: bool = False
 

@@ -15,6 +15,7 @@ from tierkv.block import BlockHash, Tier
 from tierkv.index import Index
 from tierkv.layout import BlockLayout
 from tierkv.lookup import ColdSource
+from tierkv.meeting import SecondsPer
 from tierkv.mover import Mover, Ready
 from tierkv.mover_windows import WindowMover
 from tierkv.slots import SlotPool
@@ -57,6 +58,8 @@ class Compression:
 class Tiers:
     """What promotion and demotion work on. `changed` guards everything in the index and the counters.
 
+    threads: read and encode blocks, num_threads of them; loaders: one a request that loads while it computes.
+    load_block_s, compute_block_s: what a cold block costs to load and to compute, as measured here.
     in_flight: asynchronous copies and the warm places that they still read.
     arriving: block ids whose bytes are on their way up; who uses one waits for its copy.
     reserved_raw: raw places that are never given back.
@@ -72,6 +75,10 @@ class Tiers:
     compression: Compression | None
     cold: ColdStore | None
     threads: ThreadPoolExecutor
+    num_threads: int
+    loaders: ThreadPoolExecutor
+    load_block_s: SecondsPer = field(default_factory=SecondsPer)
+    compute_block_s: SecondsPer = field(default_factory=SecondsPer)
     stats: StatsRecorder = field(default_factory=StatsRecorder)
     changed: threading.Condition = field(default_factory=threading.Condition)
     states: list[StateFile] = field(default_factory=list)
@@ -172,6 +179,7 @@ class Tiers:
 
     def close(self) -> None:
         """Give back threads and memory, once everything in flight has ended."""
+        self.loaders.shutdown()
         self.threads.shutdown()
         if self.compression:
             self.compression.mover.close()

@@ -18,7 +18,7 @@ from tierkv.errors import CapacityError
 from tierkv.namespace import Namespace
 from tierkv.sequence import Sequence
 
-prompts = st.lists(st.integers(0, 2), min_size=1, max_size=14)  # three token ids: prefixes are shared often
+prompts = st.lists(st.integers(0, 2), min_size=1, max_size=22)  # three token ids: prefixes are shared often
 
 
 def weak_hash(parent: bytes, tokens: bytes) -> bytes:
@@ -30,7 +30,7 @@ class CacheMachine(RuleBasedStateMachine):
     """Acquire, decode, fork, commit, release, pin, evict and reopen, in any order."""
 
     @initialize(
-        hot=st.integers(4, 9),
+        hot=st.integers(6, 11),
         warm=st.integers(4, 8),
         has_cold=st.booleans(),
         write_through=st.booleans(),
@@ -60,10 +60,10 @@ class CacheMachine(RuleBasedStateMachine):
         self.engine = PatternEngine(self.cache)
         self.running: list[Sequence] = []
 
-    @rule(prompt=prompts, tail=st.booleans())
-    def request(self, prompt: list[int], tail: bool) -> None:
+    @rule(prompt=prompts, tail=st.booleans(), may_split=st.booleans())
+    def request(self, prompt: list[int], tail: bool, may_split: bool) -> None:
         try:
-            self.running.append(self.engine.start(prompt, tail=tail))
+            self.running.append(self.engine.start(prompt, tail=tail, may_split=may_split))
         except CapacityError:
             assert self.running or self.cache.stats().tiers[Tier.HOT].blocks
 

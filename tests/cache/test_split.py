@@ -1,0 +1,149 @@
+"""Compute or load: a request computes its first cold blocks while the last ones come up, and both are right."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pattern_engine import PatternEngine, tiny_layout
+
+from tierkv.block import Tier
+from tierkv.cache import TierCache
+from tierkv.config import CacheConfig
+from tierkv.namespace import Namespace
+from tierkv.storage.outcomes import MissReason
+
+BLOCK_BYTES = tiny_layout().block_bytes
+PROMPT = list(range(40))
+NUM_BLOCKS = len(PROMPT) // 4
+
+
+def open_cache(path: Path) -> TierCache:
+    config = CacheConfig(
+        cold_path=path / "store",
+        block_size=4,
+        hot_bytes=32 * BLOCK_BYTES,
+        warm_bytes=8 * BLOCK_BYTES,
+        cold_bytes=64 << 20,
+        min_free_bytes=0,
+        num_io_threads=2,
+    )
+    return TierCache(config, namespace=Namespace(weights="w", layout=tiny_layout()))
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Path:
+    """Return a folder whose store has the prompt's ten blocks."""
+    with open_cache(tmp_path) as cache:
+        cache.release(PatternEngine(cache).start([*PROMPT, 99]))
+    return tmp_path
+
+
+def hold_reads(cache: TierCache, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Return an event before which no cold block is read."""
+    assert cache.cold
+    gate, read = threading.Event(), cache.cold.read_into
+
+    def wait(*arguments: Any, **options: Any) -> MissReason | None:
+        assert gate.wait(20)
+        return read(*arguments, **options)
+
+    monkeypatch.setattr(cache.cold, "read_into", wait)
+    return gate
+
+
+def test_what_was_computed_and_what_was_loaded_add_up_to_the_prompt(stored: Path) -> None:
+    with open_cache(stored) as cache:
+        sequence = PatternEngine(cache).start([*PROMPT, 7], may_split=True)
+        stats = cache.stats()
+        recomputed = stats.miss_reasons.get(MissReason.RECOMPUTED.value, 0)
+        assert stats.tiers[Tier.COLD].hits + recomputed == NUM_BLOCKS
+        assert sequence.cached_tokens[Tier.COLD] == 4 * stats.tiers[Tier.COLD].hits
+        assert sum(stats.miss_reasons.values()) == stats.misses
+        cache.release(sequence)
+        cache.check()
+        again = cache.acquire([*PROMPT, 8])
+        assert again.cached_tokens[Tier.HOT] == len(PROMPT)
+        cache.release(again)
+
+
+def test_blocks_that_do_not_come_are_all_computed(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_cache(stored) as cache:
+        gate = hold_reads(cache, monkeypatch)
+        sequence = cache.acquire([*PROMPT, 7], may_split=True)
+        assert sequence.split
+        sequence.split.note_computed(1.0, 1000)
+        cache._tiers.load_block_s.add(10.0, 1)
+        engine, num_computed = PatternEngine(cache), 0
+        while count := 4 * sequence.split.next_piece(most=1):
+            engine.compute(sequence, num_computed, num_computed + count)
+            num_computed += count
+            cache.commit(sequence, num_computed)
+        gate.set()
+        assert num_computed == cache.join(sequence) == len(PROMPT)
+        engine.check(sequence, num_computed)
+        assert sequence.cached_tokens[Tier.COLD] == 0
+        cache.release(sequence)
+        cache.check()
+
+
+def test_a_damaged_block_is_computed_and_so_is_what_lies_before_it(stored: Path) -> None:
+    with open_cache(stored) as cache:
+        hashes = cache.match(PROMPT).block_hashes
+        assert cache.cold
+        read = cache.cold.read_into
+        bad = hashes[6]
+        cache.cold.read_into = lambda info, out, **o: (  # type: ignore[method-assign]
+            MissReason.CORRUPT if info.block_hash == bad else read(info, out, **o)
+        )
+        sequence = cache.acquire([*PROMPT, 7], may_split=True)
+        assert sequence.split
+        sequence.split.wait()  # the loader is far ahead: it stops at the damaged block
+        engine = PatternEngine(cache)
+        assert engine.meet(sequence) == len(PROMPT)
+        engine.check(sequence, len(PROMPT))
+        assert sequence.cached_tokens[Tier.COLD] == 4 * 3
+        reasons = cache.stats().miss_reasons
+        assert (reasons["corrupt"], reasons["recomputed"]) == (1, 6)
+        cache.release(sequence)
+        cache.check()
+
+
+def test_a_request_that_ends_while_its_blocks_load_leaves_nothing_behind(
+    stored: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_cache(stored) as cache:
+        gate = hold_reads(cache, monkeypatch)
+        sequence = cache.acquire([*PROMPT, 7], may_split=True)
+        split = sequence.split
+        assert split
+        cache.release(sequence)
+        gate.set()
+        split.wait()
+        cache.check()
+        assert cache.stats().tiers[Tier.HOT].blocks == 0
+
+
+@pytest.mark.parametrize("tier", [Tier.HOT, Tier.WARM])
+def test_a_few_cold_blocks_or_none_are_loaded_at_once(stored: Path, tier: Tier) -> None:
+    with open_cache(stored) as cache:
+        assert cache.acquire([*PROMPT[:12], 7], may_split=True).split is None
+        cache.evict(tier)
+        cache.check()
+
+
+def test_two_requests_that_split_the_same_prompt_end_up_sharing_its_blocks(stored: Path) -> None:
+    with open_cache(stored) as cache:
+        engine = PatternEngine(cache)
+        first, second = (cache.acquire([*PROMPT, end], may_split=True) for end in (7, 8))
+        work: list[Callable[[], int]] = [lambda: engine.meet(second), lambda: engine.meet(first)]
+        assert [meet() for meet in work] == [len(PROMPT)] * 2
+        for sequence in (first, second):
+            engine.check(sequence, len(PROMPT))
+        assert first.block_table[:NUM_BLOCKS] == second.block_table[:NUM_BLOCKS]
+        for sequence in (first, second):
+            cache.release(sequence)
+        cache.check()

@@ -1,0 +1,84 @@
+"""Two sides work towards each other: every block is one side's, whoever is faster and whatever fails."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tierkv.meeting import Meeting, SecondsPer
+
+
+@given(
+    num_blocks=st.integers(0, 40),
+    turns=st.lists(st.tuples(st.sampled_from(["claim", "bring", "compute"]), st.integers(1, 5)), max_size=120),
+    fails_at=st.none() | st.integers(0, 39),
+)
+def test_every_block_is_computed_or_brought_and_none_twice(
+    num_blocks: int, turns: list[tuple[str, int]], fails_at: int | None
+) -> None:
+    meeting = Meeting(num_blocks)
+    claimed: list[int] = []
+    brought: list[int] = []
+    computed = 0
+    for turn, count in turns:
+        if turn == "compute":
+            computed += meeting.claim_compute(count)
+        elif turn == "claim":
+            block = meeting.claim_load()
+            claimed += [] if block is None else [block]
+        elif claimed:
+            block = claimed.pop(0)
+            if block == fails_at:
+                break
+            if meeting.bring(block):
+                brought.append(block)
+    meeting.end_loading()
+    computed += meeting.claim_compute(num_blocks)
+    assert sorted([*range(computed), *brought]) == list(range(num_blocks))
+    assert meeting.first_loaded == computed == meeting.num_computed
+    assert meeting.claim_load() is None and not meeting.claim_compute(1)
+
+
+def test_each_side_gets_its_share_so_that_both_end_together() -> None:
+    meeting = Meeting(32)
+    assert meeting.next_piece(compute_s=1.0, load_s=3.0, most=100) == 24
+    assert Meeting(32).next_piece(compute_s=3.0, load_s=1.0, most=100) == 8
+    assert Meeting(32).next_piece(compute_s=1.0, load_s=1.0, most=8) == 8
+
+
+def test_a_load_that_is_much_faster_is_waited_for() -> None:
+    assert Meeting(32).next_piece(compute_s=100.0, load_s=1.0, most=8) == 0
+
+
+def test_before_anything_is_measured_the_engine_takes_a_whole_piece() -> None:
+    assert Meeting(32).next_piece(compute_s=None, load_s=1.0, most=8) == 8
+
+
+def test_blocks_that_load_too_slowly_are_taken_back_and_computed() -> None:
+    meeting = Meeting(4)
+    while meeting.claim_load() is not None:
+        pass
+    assert meeting.bring(3)
+    assert meeting.next_piece(compute_s=1.0, load_s=2.0, most=8) == 3
+    assert not meeting.bring(2), "what was taken back is not brought any more"
+    assert meeting.first_loaded == 3
+
+
+def test_a_block_that_was_announced_and_did_not_arrive_is_computed() -> None:
+    meeting = Meeting(4)
+    assert [meeting.claim_load() for _ in range(3)] == [3, 2, 1]
+    assert meeting.bring(3) and meeting.bring(2)
+    meeting.end_loading(3)
+    assert meeting.claim_compute(4) == 3
+    assert meeting.first_loaded == 3
+
+
+def test_a_mean_of_seconds_follows_what_is_recent() -> None:
+    mean = SecondsPer()
+    mean.add(10.0, 0)
+    assert mean.value is None
+    mean.add(4.0, 2)
+    assert mean.value == 2.0
+    for _ in range(20):
+        mean.add(1.0, 1)
+    assert abs(mean.value - 1.0) < 0.01

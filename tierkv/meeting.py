@@ -1,0 +1,101 @@
+"""Compute or load: two sides work towards each other over a row of blocks, and nobody has to know who is faster.
+
+The engine computes from the front, since K and V need everything before them; the cache loads from the back, since a
+stored block needs nothing. Where they meet all is there: after less time than either would need alone. Rates measured
+on the way only say how large a piece the engine takes next, so that both end together.
+"""
+
+from __future__ import annotations
+
+import threading
+
+__all__ = ["Meeting", "SecondsPer"]
+
+
+class SecondsPer:
+    """A running mean of seconds per unit in which what is recent counts more; None before the first measurement."""
+
+    def __init__(self, *, memory: float = 0.7) -> None:
+        self._memory = memory
+        self.value: float | None = None
+
+    def add(self, seconds: float, units: float) -> None:
+        """Count that `units` took `seconds`."""
+        if units > 0:
+            each = seconds / units
+            self.value = each if self.value is None else self._memory * self.value + (1 - self._memory) * each
+
+
+class Meeting:
+    """A row of `num_blocks` blocks; each is claimed by the side that computes or by the one that loads. Thread-safe."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self._lock = threading.Lock()
+        self._num_computed = 0
+        self._first_claimed = num_blocks
+        self._first_loaded = num_blocks
+        self._may_load = True
+
+    @property
+    def num_computed(self) -> int:
+        """Leading blocks that the engine has claimed."""
+        return self._num_computed
+
+    @property
+    def num_loading(self) -> int:
+        """Blocks that the loader has claimed and not brought yet."""
+        return self._first_loaded - self._first_claimed
+
+    @property
+    def first_loaded(self) -> int:
+        """The first block of those at the end that the loader has brought."""
+        return self._first_loaded
+
+    def claim_load(self) -> int | None:
+        """Claim the last block that is nobody's for the loader; None if there is none, or loading has ended."""
+        with self._lock:
+            if not self._may_load or self._num_computed == self._first_claimed:
+                return None
+            self._first_claimed -= 1
+            return self._first_claimed
+
+    def bring(self, block: int) -> bool:
+        """Note that a claimed block is about to be brought, each after the one behind it. False: it is not wanted."""
+        with self._lock:
+            if not self._may_load:
+                return False
+            assert block == self._first_loaded - 1, "blocks are brought from the back"
+            self._first_loaded = block
+            return True
+
+    def end_loading(self, first_good: int | None = None) -> None:
+        """Give what was claimed and not brought back to the engine; nothing more will be loaded.
+
+        first_good: the first block that did arrive, where what was announced to `bring` failed.
+        """
+        with self._lock:
+            self._may_load = False
+            self._first_loaded = self._first_claimed = max(self._first_loaded, first_good or 0)
+
+    def claim_compute(self, num_blocks: int) -> int:
+        """Claim up to `num_blocks` leading blocks that are nobody's for the engine; return how many."""
+        with self._lock:
+            count = min(num_blocks, self._first_claimed - self._num_computed)
+            self._num_computed += count
+            return count
+
+    def next_piece(self, *, compute_s: float | None, load_s: float | None, most: int) -> int:
+        """Claim for the engine what it should compute next, at most `most` blocks; 0: wait for the loader.
+
+        compute_s, load_s: seconds a block, as far as measured. The engine gets its fair share of what is left, so that
+        both sides end together; and where it would compute all that is being loaded before that arrives, it gets that.
+        """
+        left = self._first_claimed - self._num_computed
+        if not self._may_load or compute_s is None or load_s is None:
+            return self.claim_compute(most)
+        if left:
+            return self.claim_compute(min(most, round(left * load_s / (load_s + compute_s))))
+        if self.num_loading and load_s > compute_s:
+            self.end_loading()
+            return self.claim_compute(most)
+        return 0

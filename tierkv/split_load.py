@@ -1,0 +1,142 @@
+"""Loads the cold blocks of one request from the back while its engine computes from the front."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import TypeAlias
+
+from tierkv.block import Tier
+from tierkv.errors import StoreError
+from tierkv.lookup import Hit
+from tierkv.meeting import Meeting
+from tierkv.mover import Move, Ready
+from tierkv.storage.outcomes import MissReason
+from tierkv.tiers import Place, Tiers
+
+__all__ = ["SplitLoad"]
+
+_Reading: TypeAlias = "tuple[int, Place, Future[MissReason | None]]"
+ReadBlock: TypeAlias = Callable[[Hit, Place], "MissReason | None"]
+
+
+class SplitLoad:
+    """One request's cold blocks on their way up, last one first, into block ids that it holds.
+
+    hits: the cold blocks in order, behind num_before tokens. targets: their block ids, of which the load keeps a
+    reference of its own until it has ended. after: when the targets may be written. The bytes are registered with
+    nobody: the facade does that once the blocks before them are. Runs on `tiers.loaders`; `read` decodes one block on
+    `tiers.threads`.
+    """
+
+    def __init__(
+        self,
+        tiers: Tiers,
+        hits: Sequence[Hit],
+        targets: Sequence[int],
+        *,
+        num_before: int,
+        read: ReadBlock,
+        after: Ready,
+    ) -> None:
+        self.hits = list(hits)
+        self.num_before = num_before
+        self.meeting = Meeting(len(hits))
+        self.loads: list[Ready] = []
+        self.failure: MissReason | None = None
+        self.failed: tuple[Hit, MissReason] | None = None
+        self._tiers = tiers
+        self._targets = list(targets)
+        self._read = read
+        self._after = after
+        self._is_cancelled = threading.Event()
+        with tiers.changed:
+            for block_id in self._targets:
+                tiers.index.hot.pin(block_id)
+        self._work = tiers.loaders.submit(self._run)
+
+    @property
+    def is_done(self) -> bool:
+        """True once nothing is loaded any more; copies to the GPU may still be on their way."""
+        return self._work.done()
+
+    def cancel(self) -> None:
+        """Ask the load to end soon; returns at once."""
+        self._is_cancelled.set()
+
+    def wait(self) -> None:
+        """Block until the load has ended. Raises what went wrong beyond a miss."""
+        self._work.result()
+
+    def next_piece(self, *, most: int) -> int:
+        """Return how many leading blocks, at most `most`, the engine shall compute now; 0: the load does the rest."""
+        tiers = self._tiers
+        return self.meeting.next_piece(
+            compute_s=tiers.compute_block_s.value, load_s=tiers.load_block_s.value, most=most
+        )
+
+    def note_computed(self, seconds: float, num_blocks: float) -> None:
+        """Say how long the engine took to compute blocks: what the next pieces are sized by."""
+        with self._tiers.changed:
+            self._tiers.compute_block_s.add(seconds, num_blocks)
+
+    def _run(self) -> None:
+        """Keep the reading threads busy, and copy each block up in the order of claims."""
+        tiers = self._tiers
+        reading: deque[_Reading] = deque()
+        try:
+            while self.failure is None:
+                self._start_reading(reading)
+                if not reading:
+                    break
+                at, place, decoded = reading.popleft()
+                self.failure = decoded.result()
+                if self.failure:
+                    self.failed = (self.hits[at], self.failure)
+                is_wanted = not self._is_cancelled.is_set() and self.failure is None and self.meeting.bring(at)
+                if not is_wanted:
+                    tiers.unpin([place])
+                    break
+                self._copy_up(at, place)
+        finally:
+            self.meeting.end_loading()
+            for _, place, decoded in reading:
+                decoded.exception()  # its bytes are of no use, but the thread may still be writing them
+                tiers.unpin([place])
+            tiers.unpin(Place(Tier.HOT, block_id) for block_id in self._targets)
+
+    def _start_reading(self, reading: deque[_Reading]) -> None:
+        """Claim blocks and start to read them until every thread has one and as many wait."""
+        tiers = self._tiers
+        while len(reading) < 2 * tiers.num_threads and not self._is_cancelled.is_set():
+            places = tiers.try_take_raw(1) if reading else tiers.take_raw(1)
+            if not places:
+                self.failure = None if reading else MissReason.NO_ROOM
+                return
+            at = self.meeting.claim_load()
+            if at is None:
+                tiers.unpin(places)
+                return
+            reading.append((at, places[0], tiers.threads.submit(self._timed, self.hits[at], places[0])))
+
+    def _timed(self, hit: Hit, place: Place) -> MissReason | None:
+        started = time.perf_counter()
+        reason = self._read(hit, place)
+        with self._tiers.changed:
+            self._tiers.load_block_s.add((time.perf_counter() - started) / self._tiers.num_threads, 1)
+        return reason
+
+    def _copy_up(self, at: int, place: Place) -> None:
+        target = self._targets[at]
+        try:
+            ready = self._tiers.mover.promote([Move(place.slot, target)], after=self._after)
+        except StoreError:
+            self._tiers.unpin([place])
+            self.failure = MissReason.IO_ERROR
+            self.meeting.end_loading(at + 1)
+            return
+        self._tiers.track(ready, [place], [target])
+        self.loads.append(ready)

@@ -21,6 +21,7 @@ from torch import Tensor
 from tierkv.attention import AttentionBatch, SequenceStep, forward
 from tierkv.attention_paged import MAX_SPLIT_TOKENS, layout_uses_flash
 from tierkv.cache import TierCache
+from tierkv.mover import wait_here
 
 __all__ = ["GraphedModel"]
 
@@ -60,6 +61,9 @@ class GraphedModel:
         if self._is_usable:
             self._gate = _LoadGate(cache.layer_groups, model.device)
             self._memory = torch.cuda.graph_pool_handle()
+            self._stream = torch.cuda.Stream(
+                model.device
+            )  # torch's own may lie on another device: it would see nothing
 
     def run(self, steps: Sequence[SequenceStep], token_ids: Sequence[int]) -> Tensor | None:
         """Return logits [sequences, vocabulary] of each sequence's last token, or None to run eagerly.
@@ -96,7 +100,7 @@ class GraphedModel:
         graph = torch.cuda.CUDAGraph()
         try:
             # Other threads go on copying blocks meanwhile, which only this mode allows.
-            with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local"):
                 inputs.batch.seen_layers.clear()
                 logits = forward(self._model, inputs.token_ids, inputs.batch, logits_to_keep=inputs.last)
         except RuntimeError as exc:
@@ -184,7 +188,7 @@ class _LoadGate:
         """Wait, at the first layer of each group, for the group's event."""
         for at, first in enumerate([0, *self._ends[:-1]]):
             if first == layer:
-                self._events[at].wait()
+                wait_here(self._events[at])
 
     def open(self, loads: Sequence[Any]) -> None:
         """Record each group's event once everything that the loads bring for it has arrived."""

@@ -18,7 +18,7 @@ from tierkv.layout import BlockLayout
 from tierkv.storage.hot import HotPool
 from tierkv.storage.warm import WarmPool
 
-__all__ = ["CudaReady", "Done", "Move", "Mover", "Ready", "layer_groups", "recorded"]
+__all__ = ["CudaReady", "Done", "Move", "Mover", "Ready", "layer_groups", "recorded", "wait_here"]
 
 _GROUP_BYTES = 12 << 20  # measured: pieces of 8 MiB copy at 0.978 of the link, of 12 at 0.983
 
@@ -67,7 +67,7 @@ class CudaReady:
 
     def wait(self, layer: int | None = None) -> None:
         at = -1 if layer is None or len(self._events) == 1 else bisect_right(self._ends, layer)
-        self._events[at].wait()
+        wait_here(self._events[at])
 
     def synchronize(self) -> None:
         self._events[-1].synchronize()
@@ -182,6 +182,11 @@ def layer_groups(layout: BlockLayout) -> list[int]:
 
 def _layer_offsets(layout: BlockLayout) -> list[int]:
     return [run.offset_bytes for run in layout.runs[::2]] + [layout.block_bytes]
+
+
+def wait_here(event: torch.cuda.Event) -> None:
+    """Let the current stream of the event's own device wait: a model may run on another than the current device."""
+    event.wait(torch.cuda.current_stream(event.device))
 
 
 def recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:

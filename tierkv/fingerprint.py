@@ -10,6 +10,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from tierkv.errors import UnsupportedModelError
 from tierkv.layout import BlockLayout
 from tierkv.namespace import Namespace
 
@@ -58,7 +59,16 @@ def weights_digest(model: torch.nn.Module) -> str:
 
 
 def namespace_of(model: Any, layout: BlockLayout, *, adapter: str = "", salt: str = "", name: str = "") -> Namespace:
-    """Return the namespace of a Hugging Face model's blocks. `adapter`: digest of one that is not merged."""
+    """Return the namespace of a Hugging Face model's blocks. `adapter`: digest of one that is not merged.
+
+    Raises UnsupportedModelError for a model that has adapters where none is named: which of them is active, and how
+    strongly, are no weights.
+    """
+    if not adapter and any(hasattr(module, "adapter_layer_names") for module in model.modules()):  # PEFT's layers
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has adapters that are not merged into its weights",
+            hint="merge them, or say by adapter= which one is active: a digest of its content and its scale",
+        )
     config = model.config.get_text_config().to_dict()
     architecture = {"class": type(model).__name__}
     architecture |= {key: value for key, value in config.items() if key not in _VOLATILE}

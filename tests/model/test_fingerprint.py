@@ -7,7 +7,7 @@ import torch
 from tiny_models import make_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tierkv.errors import ConfigError
+from tierkv.errors import ConfigError, UnsupportedModelError
 from tierkv.fingerprint import namespace_of, weights_digest
 from tierkv.gate import probe_layout
 from tierkv.models import load_model, write_embedded_model
@@ -55,6 +55,26 @@ def test_another_rope_setting_is_another_namespace_and_is_named() -> None:
 
     names = differing_fields(namespace(1e4).identity(), namespace(1e6).identity())
     assert "architecture.rope_parameters.rope_theta" in names
+
+
+class LoraLinear(torch.nn.Linear):
+    """What PEFT puts in a projection's place: `scaling` and `active_adapters` are plain attributes, not weights."""
+
+    adapter_layer_names = ("lora_A", "lora_B")
+    scaling = 1.0
+
+
+def test_a_model_with_adapters_has_no_namespace_until_the_active_one_is_named() -> None:
+    model = make_model("llama", block_size=16)
+    layout = probe_layout(model, block_size=16)
+    plain = namespace_of(model, layout).digest
+    model.model.layers[0].self_attn.k_proj.__class__ = LoraLinear
+    with pytest.raises(UnsupportedModelError, match="adapters that are not merged"):
+        namespace_of(model, layout)
+    assert namespace_of(model, layout, adapter="a").digest not in (
+        plain,
+        namespace_of(model, layout, adapter="b").digest,
+    )
 
 
 def test_the_embedded_model_is_the_same_wherever_it_is_written(tmp_path: Path) -> None:

@@ -315,7 +315,7 @@ class LmdbEnv:
             access = os.O_RDONLY if self.read_only else os.O_RDWR
             self._data_fd = os.open(self.path / DATA_FILE, access | os.O_CLOEXEC)
             self._page_bytes = newest_meta(self._data_fd).page_bytes
-        except (lmdb.Error, CorruptBlockError, OSError) as exc:
+        except (lmdb.Error, CorruptBlockError, OSError, OverflowError, UnicodeError) as exc:
             hint = None
             if "already open" in str(exc):
                 hint = "a process opens a store once: pass the open one along"

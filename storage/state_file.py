@@ -175,6 +175,9 @@ class StateFile:
             raise StoreError(f"cannot read the state file {path}: {exc.strerror}") from exc
         try:
             self._read_index()
+        except OSError as exc:
+            self.close()
+            raise StoreError(f"cannot read the state file {path}: {exc.strerror}") from exc
         except BaseException:
             self.close()
             raise

@@ -171,8 +171,12 @@ def _device(name: str | None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as exc:
         raise ConfigError(f"{name!r} is no device: say cpu or cuda") from exc
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"tierkv does not run on {name}: say cpu or cuda")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError("there is no CUDA device on this machine")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"there is no {name}: this machine has {torch.cuda.device_count()} CUDA devices")
     return device
 
 

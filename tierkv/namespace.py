@@ -52,7 +52,7 @@ class Namespace:
             "architecture": self.architecture,
             **self.layout.to_dict(),
             "adapter": self.adapter,
-            "salt": hashlib.sha256(self.salt.encode()).hexdigest()[:16] if self.salt else "",
+            "salt": hashlib.sha256(self.salt.encode(errors="surrogatepass")).hexdigest()[:16] if self.salt else "",
             "tp_rank": self.tp_rank,
             "tp_size": self.tp_size,
         }

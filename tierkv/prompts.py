@@ -120,7 +120,7 @@ def _split_at_rules(text: str) -> list[str]:
 def _parse_json(line: str, path: Path, number: int) -> PromptRequest:
     try:
         value = json.loads(line)
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise ConfigError(f"{path}, line {number}: not JSON: {exc}") from exc
     is_request = isinstance(value, dict) and value.keys() <= {"system", "tools", "messages"} and value
     if not is_request:

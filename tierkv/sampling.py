@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -22,8 +23,10 @@ class SamplingOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+        if not 0 <= self.temperature < math.inf or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ConfigError(f"temperature and top_k must not be negative and top_p must lie in (0, 1]: {self}")
+        if not -(1 << 63) <= self.seed < 1 << 64:
+            raise ConfigError(f"seed must be an integer of 64 bits, got {self.seed}")
 
 
 class Sampler:
@@ -38,7 +41,8 @@ class Sampler:
         options = self._options
         if options.temperature == 0:
             return int(logits.argmax())
-        scores = logits.float().cpu() / options.temperature
+        scores = logits.cpu().double()
+        scores = ((scores - scores.max()) / options.temperature).float()  # however small the temperature
         if options.top_k:
             threshold = scores.topk(min(options.top_k, scores.numel())).values[-1]
             scores = scores.masked_fill(scores < threshold, -torch.inf)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import dataclass
 
 from tierkv.config import CacheConfig
@@ -32,9 +33,10 @@ class WarmMemory:
 
 
 def open_warm_memory(hot: HotPool, config: CacheConfig) -> WarmMemory:
-    """Take `config.warm_bytes` of memory. Raises CapacityError where that is less than four blocks."""
+    """Take `config.warm_bytes` of memory. Raises CapacityError if that is under four blocks, or not there."""
     block_bytes, threads = hot.layout.block_bytes, config.num_io_threads
     form = _form(hot, config)
+    _check_memory(config.warm_bytes)
     if form is None:
         num_slots = config.warm_bytes // block_bytes
         _check_room(num_slots, config, block_bytes)
@@ -76,4 +78,14 @@ def _check_room(num_slots: int, config: CacheConfig, slot_bytes: int) -> None:
         raise CapacityError(
             f"warm_bytes {config.warm_bytes} holds {num_slots} blocks of {slot_bytes} bytes",
             hint=f"at least {_MIN_BLOCKS} are needed",
+        )
+
+
+def _check_memory(warm_bytes: int) -> None:
+    """Raise CapacityError for more memory than the machine has: to touch it would end the process, or another."""
+    machine_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if warm_bytes > machine_bytes:
+        raise CapacityError(
+            f"warm_bytes {warm_bytes} is more than the {machine_bytes} bytes of memory of this machine",
+            hint="lower warm_bytes",
         )

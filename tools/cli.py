@@ -233,5 +233,6 @@ def main() -> None:
 
 
 def _fail(message: str) -> None:
-    print("tierkv: " + " ".join(message.split()), file=sys.stderr)
+    line = "tierkv: " + " ".join(message.split())
+    print(line.encode(errors="backslashreplace").decode(), file=sys.stderr)  # a path need not be UTF-8
     sys.exit(2)

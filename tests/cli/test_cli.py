@@ -238,7 +238,29 @@ def test_two_block_sizes_in_one_command_are_refused(tierkv: Run, tmp_path: Path)
         (["warm", "x.txt", "--cold", "much"], "not a size"),
         (["run", ""], "prompt is empty"),
         (["run", "x", "--temperature", "-1"], "temperature"),
+        (["run", "x", "--temperature", "nan"], "temperature"),
+        (["run", "x", "--seed", str(1 << 64)], "seed"),
+        (["run", "x", "--device", "meta"], "say cpu or cuda"),
+        (["run", "x", "--cold", "999999999T"], "cannot be opened"),
+        (["run", "x", "--warm", "999999T"], "lower warm_bytes"),
+        (["run", "x", "--hot", "999999T"], "lower hot_bytes"),
+        (["run", "x", "--store", "a\udcff"], "cannot be opened"),  # what is no UTF-8 arrives like this
+        (["load", "."], "Is a directory"),
     ],
 )
-def test_words_that_make_no_command_are_refused(tierkv: Run, arguments: list[str], reason: str) -> None:
+def test_words_that_make_no_command_are_refused(
+    tierkv: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], reason: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
     assert_refused(tierkv(*arguments), reason)
+
+
+def test_json_nested_too_deep_is_refused(tierkv: Run, tmp_path: Path) -> None:
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    assert_refused(tierkv("warm", tmp_path / "deep.jsonl"), "not JSON")
+
+
+@pytest.mark.parametrize("option", [("--temperature", "1e-320"), ("--salt", "\udcff"), ("--seed", "-1")])
+def test_odd_values_that_mean_something_work(tierkv: Run, option: tuple[str, str]) -> None:
+    greedy = tierkv("run", "x", "--max-new-tokens", 2, "--json").json()["token_ids"]
+    assert tierkv("run", "x", "--max-new-tokens", 2, "--json", *option).json()["token_ids"] == greedy

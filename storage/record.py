@@ -1,31 +1,43 @@
 """The record: one block with its identity, sizes and checksum; the same in LMDB and in state files.
 
-FORMAT.md in this folder is the layout. A reader believes nothing before the checksum has matched, and
-nothing that would make it allocate more than the record is long.
+FORMAT.md in this folder is the layout; the header is record_header.py's part.
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
-import xxhash
 
-from tierkv.block import HASH_BYTES, TOKEN_BYTES, BlockHash
-from tierkv.errors import ConfigError, CorruptBlockError, FormatVersionError, ShapeError
+from tierkv.errors import CorruptBlockError, ShapeError
 from tierkv.layout import BlockLayout
-from tierkv.storage.codecs import RAW, Codec, codec_by_id, default_codec
+from tierkv.storage.codec import iter_runs
+from tierkv.storage.codecs import RAW, Codec, default_codec
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.planes import Bytes
+from tierkv.storage.record_header import (
+    HEADER_BYTES,
+    MAGIC,
+    RECORD_VERSION,
+    BlockInfo,
+    Buffer,
+    RecordHeader,
+    TruncatedBlockError,
+    as_bytes,
+    mismatch,
+    payload_offset_of,
+    read_header,
+    record_bytes_of,
+    verify_checksum,
+    write_header,
+)
 
 __all__ = [
     "HEADER_BYTES",
     "MAGIC",
     "RECORD_VERSION",
     "BlockInfo",
+    "Buffer",
     "EncodedRecord",
     "RecordHeader",
     "TruncatedBlockError",
@@ -38,63 +50,7 @@ __all__ = [
     "verify_checksum",
 ]
 
-MAGIC = b"TKVB"
-RECORD_VERSION = 1
-HEADER_BYTES = 128
-ALIGNMENT_BYTES = 64
 MIN_SAVING = 0.05  # below this share a codec is not worth its time, and the block is stored raw
-
-Buffer: TypeAlias = "memoryview | bytes | bytearray | Bytes"
-
-# magic, version, flags, checksum | hash, parent, namespace | tokens, block size, codec, codec version,
-# frames | raw, payload and record bytes | payload offset, runs | reserved
-_HEADER = struct.Struct("<4sHHQ16s16s16sIIHHIQQQII16s")
-_PROLOGUE_BYTES = 16  # magic to checksum; the checksum covers the rest and is seeded with the first 8
-assert _HEADER.size == HEADER_BYTES
-
-
-class TruncatedBlockError(CorruptBlockError):
-    """A record that ends before its header says."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlockInfo:
-    """Identity of one block: two blocks are the same only if all four are equal.
-
-    parent: the parent's block hash, or the namespace digest for a first block.
-    token_bytes: token ids as little-endian uint32; fewer than the layout's block size in a partial tail.
-    """
-
-    block_hash: BlockHash
-    parent: BlockHash
-    namespace: BlockHash
-    token_bytes: bytes
-
-    def __post_init__(self) -> None:
-        if any(len(value) != HASH_BYTES for value in (self.block_hash, self.parent, self.namespace)):
-            raise ConfigError(f"block hash, parent and namespace are {HASH_BYTES} bytes each")
-        if not self.token_bytes or len(self.token_bytes) % TOKEN_BYTES:
-            raise ConfigError(f"a block has at least one token of {TOKEN_BYTES} bytes")
-
-    @property
-    def num_tokens(self) -> int:
-        """How many tokens the block holds."""
-        return len(self.token_bytes) // TOKEN_BYTES
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecordHeader:
-    """What a record says of itself. Sizes are consistent with each other and with the record's length."""
-
-    info: BlockInfo
-    checksum: int
-    block_size: int
-    codec: Codec
-    num_runs: int
-    frame_sizes: tuple[int, ...]
-    raw_bytes: int
-    payload_offset: int
-    record_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -128,21 +84,21 @@ def encode_record(
     """Return the record of a block. Thread-safe; the heavy parts release the GIL.
 
     block: layout.block_bytes bytes; of each run only the first info.num_tokens tokens are read.
-    codec: the dtype's default where None; a block that it shrinks by less than 5 % is stored raw.
+    codec: the dtype's default where None; a block that it shrinks by less than 5 %, or cannot hold, is stored raw.
     Raises ShapeError if the block or the number of tokens does not fit the layout.
     """
-    source = _as_bytes(block)
+    source = as_bytes(block)
     _check_shape(source, info, layout)
     raw_bytes = layout.packed_bytes(info.num_tokens)
     chosen = codec or default_codec(layout.dtype)
-    runs = list(_iter_runs(source, layout, info.num_tokens))
-    num_frames = max(sum(c.num_frames(run.size) for run in runs) for c in (chosen, RAW))
-    buffer = np.empty(_payload_offset(info.num_tokens, num_frames) + raw_bytes, dtype=np.uint8)
-    frame_sizes = _encode_runs(runs, chosen, buffer, info.num_tokens)
-    if chosen is not RAW and sum(frame_sizes) > (1 - MIN_SAVING) * raw_bytes:
+    num_frames = max(_num_frames(codec, layout, info.num_tokens) for codec in (chosen, RAW))
+    buffer = np.empty(payload_offset_of(info.num_tokens, num_frames) + raw_bytes, dtype=np.uint8)
+    frame_sizes = _encode_runs(source, layout, chosen, buffer, info.num_tokens)
+    if frame_sizes is None or (chosen is not RAW and sum(frame_sizes) > (1 - MIN_SAVING) * raw_bytes):
         chosen = RAW
-        frame_sizes = _encode_runs(runs, RAW, buffer, info.num_tokens)
-    stored_bytes = _write_header(buffer, info, layout, chosen, frame_sizes)
+        frame_sizes = _encode_runs(source, layout, RAW, buffer, info.num_tokens)
+    assert frame_sizes is not None
+    stored_bytes = write_header(buffer, info, layout, chosen, frame_sizes)
     return EncodedRecord(
         info=info,
         codec=chosen.name,
@@ -153,82 +109,6 @@ def encode_record(
     )
 
 
-def read_header(record: Buffer) -> RecordHeader:
-    """Return the header of a record, which may be followed by padding. Does not look at the payload.
-
-    Raises TruncatedBlockError, CorruptBlockError or FormatVersionError; allocates at most in proportion to
-    the record's length.
-    """
-    view = _as_bytes(record).data
-    if len(view) < HEADER_BYTES:
-        raise TruncatedBlockError(f"a record of {len(view)} bytes has no room for its header")
-    fields = _HEADER.unpack_from(view)
-    magic, version, flags, checksum, block_hash, parent, namespace = fields[:7]
-    num_tokens, block_size, codec_id, codec_version, num_frames = fields[7:12]
-    raw_bytes, payload_bytes, record_bytes, payload_offset, num_runs, _ = fields[12:]
-    if magic != MAGIC:
-        raise CorruptBlockError("not a block record: the magic does not match")
-    if version != RECORD_VERSION or flags:
-        raise _unknown_version(f"record version {version}, flags {flags}")
-    codec = codec_by_id(codec_id)
-    if codec is None or codec.version != codec_version:
-        raise _unknown_version(f"codec {codec_id} version {codec_version}")
-    sizes_agree = (
-        0 < num_tokens <= block_size
-        and payload_offset == _payload_offset(num_tokens, num_frames)
-        and record_bytes == payload_offset + payload_bytes
-    )
-    if not sizes_agree:
-        raise CorruptBlockError("the sizes in the record's header contradict each other")
-    if record_bytes > len(view):
-        raise TruncatedBlockError(f"a record of {record_bytes} bytes ends after {len(view)}")
-    frames_at = HEADER_BYTES + num_tokens * TOKEN_BYTES
-    frame_sizes = struct.unpack_from(f"<{num_frames}I", view, frames_at)
-    if sum(frame_sizes) != payload_bytes:
-        raise CorruptBlockError("the frames do not add up to the payload")
-    info = BlockInfo(
-        block_hash=block_hash,
-        parent=parent,
-        namespace=namespace,
-        token_bytes=bytes(view[HEADER_BYTES:frames_at]),
-    )
-    return RecordHeader(
-        info=info,
-        checksum=checksum,
-        block_size=block_size,
-        codec=codec,
-        num_runs=num_runs,
-        frame_sizes=frame_sizes,
-        raw_bytes=raw_bytes,
-        payload_offset=payload_offset,
-        record_bytes=record_bytes,
-    )
-
-
-def record_bytes_of(header: bytes) -> int:
-    """Return how long a record claims to be, from its first HEADER_BYTES; nothing else is believed.
-
-    Raises CorruptBlockError if it is none.
-    """
-    if len(header) < HEADER_BYTES or header[:4] != MAGIC:
-        raise CorruptBlockError("not a block record")
-    return int.from_bytes(header[96:104], "little")
-
-
-def verify_checksum(record: Buffer, header: RecordHeader) -> None:
-    """Raise CorruptBlockError unless the record's bytes match its checksum."""
-    view = _as_bytes(record).data
-    if _checksum(view, header.record_bytes) != header.checksum:
-        raise CorruptBlockError("the record's bytes do not match its checksum")
-
-
-def mismatch(info: BlockInfo, expected: BlockInfo) -> MissReason | None:
-    """Return how a stored block differs from the one asked for, or None if they are the same block."""
-    if info.namespace != expected.namespace:
-        return MissReason.NAMESPACE
-    return None if info == expected else MissReason.COLLISION
-
-
 def decode_record(record: Buffer, out: Buffer, *, expected: BlockInfo, layout: BlockLayout) -> MissReason | None:
     """Write the block into `out` and return None, or return why it is not the block asked for.
 
@@ -236,7 +116,7 @@ def decode_record(record: Buffer, out: Buffer, *, expected: BlockInfo, layout: B
     anything but None its contents are undefined. Thread-safe; the heavy parts release the GIL.
     Raises CorruptBlockError (TruncatedBlockError, FormatVersionError) for a damaged or unknown record.
     """
-    target = _as_bytes(out)
+    target = as_bytes(out)
     _check_shape(target, expected, layout)
     header = read_header(record)
     verify_checksum(record, header)
@@ -244,17 +124,15 @@ def decode_record(record: Buffer, out: Buffer, *, expected: BlockInfo, layout: B
     if reason is not None:
         return reason
     num_tokens = header.info.num_tokens
-    spans = [(offset, length) for offset, _, length in layout.iter_packed(num_tokens)]
-    num_frames = sum(header.codec.num_frames(length) for _, length in spans)
     if (header.block_size, header.num_runs, len(header.frame_sizes), header.raw_bytes) != (
         layout.block_size,
-        len(spans),
-        num_frames,
+        len(layout.runs),
+        _num_frames(header.codec, layout, num_tokens),
         layout.packed_bytes(num_tokens),
     ):
         raise CorruptBlockError("the record's sizes are not those of the layout")
-    payload = _as_bytes(record)[header.payload_offset : header.record_bytes]
-    header.codec.decode_runs(payload, header.frame_sizes, target, spans)
+    payload = as_bytes(record)[header.payload_offset : header.record_bytes]
+    header.codec.decode_runs(payload, header.frame_sizes, target, layout.runs, num_tokens)
     return None
 
 
@@ -270,17 +148,9 @@ def parse_record(record: Buffer, *, cost_s: float = 0.0) -> EncodedRecord:
         codec=header.codec.name,
         raw_bytes=header.raw_bytes,
         stored_bytes=header.record_bytes,
-        buffer=_as_bytes(record)[: header.record_bytes],
+        buffer=as_bytes(record)[: header.record_bytes],
         cost_s=cost_s,
     )
-
-
-def _as_bytes(buffer: Buffer) -> Bytes:
-    if isinstance(buffer, np.ndarray):
-        if buffer.dtype != np.uint8 or not buffer.flags.c_contiguous:
-            raise ShapeError(f"expected contiguous bytes, got {buffer.dtype} with strides {buffer.strides}")
-        return buffer.reshape(-1)
-    return np.frombuffer(buffer, dtype=np.uint8)
 
 
 def _check_shape(block: Bytes, info: BlockInfo, layout: BlockLayout) -> None:
@@ -290,72 +160,18 @@ def _check_shape(block: Bytes, info: BlockInfo, layout: BlockLayout) -> None:
         raise ShapeError(f"{info.num_tokens} tokens do not fit a block of {layout.block_size}")
 
 
-def _iter_runs(block: Bytes, layout: BlockLayout, num_tokens: int) -> Iterator[Bytes]:
-    for offset, _, length in layout.iter_packed(num_tokens):
-        yield block[offset : offset + length]
+def _num_frames(codec: Codec, layout: BlockLayout, num_tokens: int) -> int:
+    return sum(codec.num_frames(run, num_tokens) for run in layout.runs)
 
 
-def _encode_runs(runs: list[Bytes], codec: Codec, buffer: Bytes, num_tokens: int) -> list[int]:
-    """Write the payload where it belongs in `buffer`; return the frame sizes."""
-    end = _payload_offset(num_tokens, sum(codec.num_frames(run.size) for run in runs))
+def _encode_runs(block: Bytes, layout: BlockLayout, codec: Codec, buffer: Bytes, num_tokens: int) -> list[int] | None:
+    """Write the payload where it belongs in `buffer`; return the frame sizes, or None if the codec cannot hold it."""
+    end = payload_offset_of(num_tokens, _num_frames(codec, layout, num_tokens))
     frame_sizes: list[int] = []
-    for run in runs:
-        sizes = codec.encode_run(run, buffer[end : end + run.size])
+    for run, values in iter_runs(block, layout.runs, num_tokens):
+        sizes = codec.encode_run(values, run, buffer[end : end + values.size])
+        if sizes is None:
+            return None
         end += sum(sizes)
         frame_sizes += sizes
     return frame_sizes
-
-
-def _write_header(buffer: Bytes, info: BlockInfo, layout: BlockLayout, codec: Codec, frame_sizes: list[int]) -> int:
-    """Write everything before the payload; return the record's length."""
-    payload_offset = _payload_offset(info.num_tokens, len(frame_sizes))
-    payload_bytes = sum(frame_sizes)
-    view = buffer.data
-    _HEADER.pack_into(
-        view,
-        0,
-        MAGIC,
-        RECORD_VERSION,
-        0,
-        0,
-        info.block_hash,
-        info.parent,
-        info.namespace,
-        info.num_tokens,
-        layout.block_size,
-        codec.codec_id,
-        codec.version,
-        len(frame_sizes),
-        layout.packed_bytes(info.num_tokens),
-        payload_bytes,
-        payload_offset + payload_bytes,
-        payload_offset,
-        len(layout.runs),
-        bytes(16),
-    )
-    frames_at = HEADER_BYTES + len(info.token_bytes)
-    view[HEADER_BYTES:frames_at] = info.token_bytes
-    struct.pack_into(f"<{len(frame_sizes)}I", view, frames_at, *frame_sizes)
-    buffer[frames_at + 4 * len(frame_sizes) : payload_offset] = 0
-    record_bytes = payload_offset + payload_bytes
-    struct.pack_into("<Q", view, 8, _checksum(view, record_bytes))
-    return record_bytes
-
-
-def _payload_offset(num_tokens: int, num_frames: int) -> int:
-    """Bytes of header, token ids and frame sizes, rounded up."""
-    end = HEADER_BYTES + TOKEN_BYTES * num_tokens + 4 * num_frames
-    return -(-end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-
-
-def _checksum(view: memoryview, record_bytes: int) -> int:
-    """xxh3-64 of all that follows the checksum, seeded with all that precedes it."""
-    seed = int.from_bytes(view[:8], "little")
-    return xxhash.xxh3_64_intdigest(view[_PROLOGUE_BYTES:record_bytes], seed=seed)
-
-
-def _unknown_version(what: str) -> FormatVersionError:
-    return FormatVersionError(
-        f"this version of tierkv does not read {what}",
-        hint="use the version that wrote it, or delete the store and let it fill again",
-    )

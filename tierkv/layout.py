@@ -34,10 +34,17 @@ class LayerLayout:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One layer's K or V inside a block: `block_size` tokens of `token_bytes` bytes from `offset_bytes`."""
+    """One layer's K or V inside a block: `block_size` tokens of `token_bytes` bytes from `offset_bytes`.
+
+    A token's values are `heads` times `dim` numbers of `dtype`; is_key: whether they are keys.
+    """
 
     offset_bytes: int
     token_bytes: int
+    heads: int
+    dim: int
+    dtype: str
+    is_key: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +85,9 @@ class BlockLayout:
         runs: list[Run] = []
         offset = 0
         for layer in self.layers:
-            for dim in (layer.k_dim, layer.v_dim):
+            for dim, is_key in ((layer.k_dim, True), (layer.v_dim, False)):
                 token_bytes = layer.kv_heads * dim * self.item_bytes
-                runs.append(Run(offset, token_bytes))
+                runs.append(Run(offset, token_bytes, layer.kv_heads, dim, self.dtype, is_key))
                 offset += token_bytes * self.block_size
         return tuple(runs)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from tierkv.errors import ConfigError
 from tierkv.storage.codec import Codec
 from tierkv.storage.codecs_exact import ExponentCodec, RawCodec, ZstdCodec
+from tierkv.storage.codecs_lossy import LossyCodec
 from tierkv.storage.frames import LEVEL_3, LITERALS_ONLY
+from tierkv.storage.quantisers import Fp8Quantiser, Int8Quantiser
 
 __all__ = ["CODECS", "RAW", "Codec", "codec_by_id", "codec_by_name", "default_codec"]
 
@@ -16,6 +18,8 @@ CODECS: tuple[Codec, ...] = (
     ExponentCodec(name="exponent16", codec_id=2, item_bytes=2),
     ExponentCodec(name="exponent32", codec_id=3, item_bytes=4),
     ZstdCodec(name="huffman", codec_id=4, parameters=LITERALS_ONLY),
+    LossyCodec(name="lossy-fp8-e4m3", codec_id=5, quantiser=Fp8Quantiser()),
+    LossyCodec(name="lossy-int8", codec_id=6, quantiser=Int8Quantiser()),
 )
 """Every codec this version reads. An id is never given away again."""
 

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import lmdb
+import msgspec
 
 from tierkv.block import BlockHash, hash_block
 from tierkv.errors import CorruptBlockError, StoreError
 from tierkv.storage.cold_batch import Databases, get_entry
 from tierkv.storage.cold_entry import ColdEntry, unpack_entry
 from tierkv.storage.cold_links import Link
-from tierkv.storage.cold_namespaces import iter_namespaces
+from tierkv.storage.cold_namespaces import NAMESPACE_PREFIX, iter_namespaces, unpack_row
 from tierkv.storage.lmdb_env import LmdbEnv, ReadTransaction
 from tierkv.storage.record import read_header, verify_checksum
 
@@ -123,9 +124,22 @@ def verify_block(txn: ReadTransaction, databases: Databases, block_hash: BlockHa
         entry.stored_bytes,
     ):
         raise CorruptBlockError("its entry describes another record")
+    if header.codec.is_lossy and _lossy_codec_of(txn, databases, info.namespace) != header.codec.name:
+        raise CorruptBlockError(f"it went through {header.codec.name}, and its namespace does not say so")
     if entry.parent != entry.namespace and txn.get(entry.parent, db=databases.index) is None:
         raise CorruptBlockError("its parent is not stored")
     return header.record_bytes
+
+
+def _lossy_codec_of(txn: ReadTransaction, databases: Databases, namespace: BlockHash) -> object:
+    sealed = txn.get(NAMESPACE_PREFIX + namespace, db=databases.meta)
+    if sealed is None:
+        return None
+    try:
+        description = msgspec.json.decode(unpack_row(sealed).description)
+    except msgspec.MsgspecError as exc:
+        raise CorruptBlockError("its namespace is not described") from exc
+    return description.get("lossy_codec") if isinstance(description, dict) else None
 
 
 def _iter_index(txn: ReadTransaction, databases: Databases) -> Iterator[tuple[BlockHash, ColdEntry]]:

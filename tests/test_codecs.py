@@ -128,9 +128,10 @@ def test_threads_share_a_codec() -> None:
 
 
 def test_every_dtype_has_a_default_and_every_codec_is_found_by_name_and_id() -> None:
-    assert all(default_codec(dtype) in CODECS for dtype in DTYPE_BYTES)
+    assert all(default_codec(dtype) in CODECS and not default_codec(dtype).is_lossy for dtype in DTYPE_BYTES)
+    assert all(codec.name.startswith("lossy-") == codec.is_lossy for codec in CODECS)
     assert all(codec_by_id(codec.codec_id) is codec for codec in CODECS)
-    assert [codec.codec_id for codec in CODECS] == [0, 1, 2, 3, 4], "an id is never given away again"
+    assert [codec.codec_id for codec in CODECS] == [0, 1, 2, 3, 4, 5, 6], "an id is never given away again"
     assert codec_by_id(99) is None
     assert codec_by_name("raw") is RAW
     with pytest.raises(ConfigError, match="exponent16"):

@@ -23,6 +23,7 @@ BASE = Namespace(weights="w", architecture={"rope": {"theta": 1e4}}, layout=LAYO
         {"adapter": "lora"},
         {"salt": "tenant"},
         {"tp_rank": 1, "tp_size": 2},
+        {"lossy_codec": "lossy-int8"},
     ],
 )
 def test_whatever_decides_the_bytes_changes_the_digest(change: dict[str, Any]) -> None:

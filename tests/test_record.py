@@ -61,7 +61,7 @@ def test_the_bytes_of_a_record_never_change() -> None:
     assert record.data.tobytes().hex() == golden
 
 
-@pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
+@pytest.mark.parametrize("codec", [c for c in CODECS if not c.is_lossy], ids=lambda codec: codec.name)
 @pytest.mark.parametrize("num_tokens", [1, 7, 16])
 def test_the_tokens_of_a_block_come_back_and_nothing_else_is_written(codec, num_tokens: int) -> None:
     info, block = info_of(num_tokens), block_of(LAYOUT)

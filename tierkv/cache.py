@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ from tierkv.split_load import SplitLoad
 from tierkv.stats import CacheStats, TierStats
 from tierkv.storage.codecs import Codec, codec_by_name, default_codec
 from tierkv.storage.cold import ColdStore
+from tierkv.storage.float_words import float_format
 from tierkv.storage.hot import HotPool, hot_pool_blocks
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import BlockInfo, encode_record, read_header
@@ -61,8 +62,9 @@ class TierCache:
     """Keys and values of one model, kept hot, warm and cold. Context manager; `close` may be called twice.
 
     namespace: identity of the model and the layout of its blocks; other namespaces in the same store are
-    never read. device: where the hot pool lies and the model runs. cold: an open store to share with another
-    cache of this process; without one the cache opens `config.cold_path` itself and closes it.
+    never read. With a lossy codec it becomes one that names the codec: `cache.namespace` is what holds.
+    device: where the hot pool lies and the model runs. cold: an open store to share with another cache of this
+    process; without one the cache opens `config.cold_path` itself and closes it.
 
     Life of a request: `acquire` (or `match` to look first), compute the tokens that were not cached, `commit`
     them, `append` and `commit` while decoding, `release`. Calls are thread-safe; a sequence belongs to one
@@ -80,13 +82,14 @@ class TierCache:
         clock: Callable[[], float] = time.monotonic,
         hash_function: HashFunction = hash_block,
     ) -> None:
+        codec = _codec_of(config, namespace)
+        namespace = replace(namespace, lossy_codec=codec.name if codec.is_lossy else "")
         self.config = config
         self.namespace = namespace
         self.layout = namespace.layout
         if self.layout.block_size != config.block_size:
             raise ConfigError(f"block_size is {config.block_size}, but the layout's is {self.layout.block_size}")
         self.device = torch.device(device)
-        codec = default_codec(self.layout.dtype) if config.codec == "auto" else codec_by_name(config.codec)
         self._hash = hash_function
         self._owns_cold = cold is None
         self._sequences: set[Sequence] = set()
@@ -615,6 +618,20 @@ def _require_running(sequence: Sequence) -> None:
     """Raise ConfigError for a released sequence: its blocks may hold another one's K and V by now."""
     if sequence.is_released:
         raise ConfigError("the sequence has been released")
+
+
+def _codec_of(config: CacheConfig, namespace: Namespace) -> Codec:
+    """Return the codec that is to be used. Raises ConfigError for one that does not fit dtype or namespace."""
+    dtype = namespace.layout.dtype
+    codec = default_codec(dtype) if config.codec == "auto" else codec_by_name(config.codec)
+    if codec.is_lossy:
+        float_format(dtype)
+    if namespace.lossy_codec not in ("", codec.name):
+        raise ConfigError(
+            f"the namespace is of blocks that went through {namespace.lossy_codec}, the codec is {codec.name}",
+            hint="leave lossy_codec to the cache",
+        )
+    return codec
 
 
 def save_cache_state(cache: TierCache, path: str | Path) -> SavedState:

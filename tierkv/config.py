@@ -23,6 +23,8 @@ class CacheConfig:
         or 1 GiB on a machine without a GPU.
     warm_bytes: page-locked memory, taken once at opening.
     compute_or_load: let a runner compute the first cold blocks of a prompt while the last ones load.
+    codec: how blocks are coded on disk and in state files: "auto" is the lossless one that suits the dtype best.
+        "lossy-int8" and "lossy-fp8-e4m3" halve the bytes and change them: their blocks are another namespace's.
     num_io_threads: threads that encode and decode cold blocks; above 8 they gain nothing (measured).
     warm_codec: "raw" keeps blocks in the warm tier as they are, "windows" losslessly compressed (storage/windows.py),
         "auto" compresses where a GPU does it: bfloat16 on CUDA with triton.

@@ -26,6 +26,7 @@ class Namespace:
     adapter: digest of a LoRA or other adapter's content, "" for none.
     salt: keeps tenants apart; stored only inside the digest, so it never lies on disk in the clear.
     tp_rank, tp_size: the tensor-parallel slice of heads that the blocks hold.
+    lossy_codec: what the bytes have gone through if it changed them, "" if they are as they were computed.
     name: for humans, not part of the identity.
     """
 
@@ -36,6 +37,7 @@ class Namespace:
     salt: str = ""
     tp_rank: int = 0
     tp_size: int = 1
+    lossy_codec: str = ""
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -55,6 +57,7 @@ class Namespace:
             "salt": hashlib.sha256(self.salt.encode(errors="surrogatepass")).hexdigest()[:16] if self.salt else "",
             "tp_rank": self.tp_rank,
             "tp_size": self.tp_size,
+            **({"lossy_codec": self.lossy_codec} if self.lossy_codec else {}),  # so exact ones keep their digests
         }
 
     @property

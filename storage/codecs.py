@@ -18,8 +18,8 @@ CODECS: tuple[Codec, ...] = (
     ExponentCodec(name="exponent16", codec_id=2, item_bytes=2),
     ExponentCodec(name="exponent32", codec_id=3, item_bytes=4),
     ZstdCodec(name="huffman", codec_id=4, parameters=LITERALS_ONLY),
-    LossyCodec(name="lossy-fp8-e4m3", codec_id=5, quantiser=Fp8Quantiser()),
-    LossyCodec(name="lossy-int8", codec_id=6, quantiser=Int8Quantiser()),
+    LossyCodec(name="lossy-fp8-e4m3", codec_id=5, quantiser=Fp8Quantiser(), is_coded=True),
+    LossyCodec(name="lossy-int8", codec_id=6, quantiser=Int8Quantiser(), is_coded=False),
 )
 """Every codec this version reads. An id is never given away again."""
 

@@ -31,15 +31,20 @@ _PIECE_VALUES = 32 << 10  # numbers per step: the few arrays of it stay in the s
 
 
 class LossyCodec:
-    """A byte for each number, in frames of whole tokens, at most FRAME_BYTES of the run; then a frame of scales."""
+    """A byte for each number, in frames of whole tokens, at most FRAME_BYTES of the run; then a frame of scales.
+
+    is_coded: whether the frames are written with Huffman coding; they may be read so or plain. It takes 17 % off
+    fp8's exponents, but 4 % off int8's steps, and either decodes at half the speed (K and V of MiniLM).
+    """
 
     version = 1
     is_lossy = True
 
-    def __init__(self, *, name: str, codec_id: int, quantiser: Quantiser) -> None:
+    def __init__(self, *, name: str, codec_id: int, quantiser: Quantiser, is_coded: bool) -> None:
         self.name = name
         self.codec_id = codec_id
         self._quantiser = quantiser
+        self._is_coded = is_coded
         self._frames = FrameCoder(LITERALS_ONLY)
         self._scratch = Scratch()
 
@@ -63,7 +68,7 @@ class LossyCodec:
             for piece in _pieces(len(plane), _piece_tokens(run)):
                 tokens = slice(frame.start + piece.start, frame.start + piece.stop)
                 self._quantiser.encode(words[tokens], self._scales_of(scales, run, tokens), run, plane[piece])
-            sizes.append(self._frames.encode(plane.reshape(-1), out[end:]))
+            sizes.append(self._write_frame(plane.reshape(-1), out[end:]))
             end += sizes[-1]
         out[end : end + packed.size] = packed
         return [*sizes, packed.size]
@@ -87,6 +92,12 @@ class LossyCodec:
         self, payload: Bytes, frame_sizes: Sequence[int], block: Bytes, runs: Sequence[Run], num_tokens: int
     ) -> None:
         decode_one_by_one(self, payload, frame_sizes, block, runs, num_tokens)
+
+    def _write_frame(self, plane: Bytes, out: Bytes) -> int:
+        if self._is_coded:
+            return self._frames.encode(plane, out)
+        out[: plane.size] = plane
+        return plane.size
 
     def _find_peaks(self, words: FloatWords, run: Run) -> FloatWords:
         """Return the largest magnitude of each channel [channels], or of each token and head [tokens * heads]."""

@@ -20,7 +20,9 @@ from tierkv.layout import BlockLayout, LayerLayout
 from tierkv.namespace import Namespace, differing_fields
 from tierkv.storage.attention_error import attention_error, codec_error
 from tierkv.storage.codecs import CODECS, codec_by_name
+from tierkv.storage.codecs_lossy import LossyCodec
 from tierkv.storage.outcomes import PutOutcome
+from tierkv.storage.quantisers import Int8Quantiser
 from tierkv.storage.record import BlockInfo, EncodedRecord, decode_record, encode_record, read_header
 
 LOSSY = [codec.name for codec in CODECS if codec.is_lossy]
@@ -264,6 +266,21 @@ def test_a_mutated_lossy_record_is_refused_or_numbers_of_some_kind(name: str, ed
     out = np.empty(layout.block_bytes, dtype=np.uint8)
     with contextlib.suppress(StoreError):
         decode_record(data, out, expected=record.info, layout=layout)
+
+
+def test_int8_frames_may_be_coded_by_another_writer() -> None:
+    layout = BlockLayout.uniform(num_layers=1, block_size=512, kv_heads=2, head_dim=64, dtype="bfloat16")
+    run, values = layout.runs[0], normal_block(layout)[: layout.runs[0].token_bytes * 512]
+    writers = [LossyCodec(name="lossy-int8", codec_id=6, quantiser=Int8Quantiser(), is_coded=c) for c in (False, True)]
+    frames, outs = np.empty((2, values.size), dtype=np.uint8), np.empty((2, values.size), dtype=np.uint8)
+    totals = []
+    for writer, written, out in zip(writers, frames, outs, strict=True):
+        sizes = writer.encode_run(values, run, written)
+        assert sizes is not None
+        totals.append(sum(sizes))
+        codec_by_name("lossy-int8").decode_run(written[: sum(sizes)], sizes, run, out)
+    assert totals[1] < totals[0]
+    assert np.array_equal(outs[0], outs[1])
 
 
 @names

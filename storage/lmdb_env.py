@@ -7,7 +7,8 @@
   of it had flipped: `mend_value` compares it first.
 - A memoryview of the map must not outlive its transaction, nor a transaction its environment: closing and
   compacting wait until the reads in flight are done.
-- `writemap` stays off: with it, a full disk is a SIGBUS; without it, an error.
+- `writemap` stays off: with it, a full disk is a SIGBUS; without it, an error. LMDB's lock file is mapped and
+  written in any case, so its room is reserved at opening.
 - An environment must not be used in a forked child: a use there raises StoreError.
 
 Commits are not synced one by one (`sync=False`): they survive the death of every process, for the page cache
@@ -38,7 +39,7 @@ from tierkv.storage.lmdb_file import (
     newest_meta,
     replace_damaged,
 )
-from tierkv.storage.lmdb_lock import Gate, UserLock
+from tierkv.storage.lmdb_lock import Gate, UserLock, reserve_lock_file
 from tierkv.storage.lmdb_values import OVERFLOW_FLAG, find_value, overflow_pages
 
 __all__ = ["Database", "DatabaseSpec", "Keeper", "LmdbEnv", "ReadTransaction", "WriteTransaction"]
@@ -49,6 +50,7 @@ WriteTransaction: TypeAlias = "lmdb.Transaction[memoryview]"
 
 _USER_LOCK_FILE = "users.lock"
 _MAX_READERS = 1024
+_LOCK_FILE_BYTES = 64 * _MAX_READERS + 4096  # a cache line for each reader, and LMDB's header
 _MAX_DBS = 8
 _TEMPORARY = ("compact.tmp", "rebuild.tmp")
 _COMPARED_BYTES = 64  # of a value, to tell whether a page is the one that its header says
@@ -295,6 +297,8 @@ class LmdbEnv:
 
     def _open(self) -> None:
         try:
+            if not self.read_only:
+                reserve_lock_file(self.path, _LOCK_FILE_BYTES)
             self._env = lmdb.open(
                 str(self.path),
                 map_size=self._map_bytes,

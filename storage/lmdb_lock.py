@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tierkv.errors import StoreError
+from tierkv.storage.lmdb_file import LOCK_FILE
 
-__all__ = ["Gate", "UserLock"]
+__all__ = ["Gate", "UserLock", "reserve_lock_file"]
 
 _WAIT_S = 10.0  # for another process that checks, repairs or compacts
 _POLL_S = 0.01
@@ -75,6 +76,24 @@ class UserLock:
         except OSError as exc:
             raise StoreError(f"cold store {self._store} cannot be locked: {exc}") from exc
         return True
+
+
+def reserve_lock_file(directory: Path, size: int) -> None:
+    """Give LMDB's lock file its room on the disk, before LMDB makes it: raises OSError where there is none.
+
+    LMDB leaves it full of holes and writes to it through a map: on a full disk, the first one to need a hole, be it a
+    reader's thread, would die of SIGBUS. Must not be called while this process has the environment open, since
+    closing the descriptor drops LMDB's own locks; such a file has its room already and is left alone.
+    """
+    path = directory / LOCK_FILE
+    if path.exists() and path.stat().st_blocks * 512 >= size:
+        return
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(fd, 0, size)
+    finally:
+        os.close(fd)
 
 
 class Gate:

@@ -5,15 +5,21 @@ Each writes a line when something has been acknowledged; the test reads so many 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import resource
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from cold_blocks import NAMESPACE, chain_of, open_store, record_of
+from cold_blocks import NAMESPACE, chain_of, open_store, read, record_of
 
+from tierkv.errors import StoreError
+from tierkv.storage.cold import ColdStore
 from tierkv.storage.outcomes import PutOutcome
+from tierkv.storage.record import EncodedRecord
 from tierkv.storage.state_file import write_state_file
 
 SMALL_QUOTA = 256 << 10
@@ -85,6 +91,57 @@ def fill_a_small_disk(path: Path) -> None:
             acknowledge(number)
 
 
+def fill_this_disk(path: Path) -> None:
+    """Pin eight blocks, put until nothing more goes in, take the last byte of the disk, and go on.
+
+    The last line is how many blocks were evicted, as a negative number.
+    """
+    (path / "reserve").write_bytes(bytes(128 << 10))  # for the test to give back
+    with open_store(path, quota_bytes=64 << 20) as store:
+        stored: list[EncodedRecord] = []
+        for number in itertools.count():
+            record = record_of(number, seed=number)
+            if store.put([record])[0] in FULL:
+                break
+            stored.append(record)
+            acknowledge(number)
+            if number == 7:
+                store.set_pinned([each.info.block_hash for each in stored], True)
+        fill_up(path / "ballast")
+        with ThreadPoolExecutor(200) as threads:  # each takes a reader's slot, on the second page of the lock file too
+            barrier = threading.Barrier(200)
+            list(threads.map(lambda record: (barrier.wait(), read(store, record.info)), stored[:8] * 25))
+        for attempt in (store.compact, lambda: save(path, store), store.flush):
+            with contextlib.suppress(StoreError):
+                attempt()
+        for record in stored[::7]:
+            store.put([record_of([5] * 16, record.info.block_hash)])
+            store.delete(record_of([5] * 16, record.info.block_hash).info.block_hash)
+        acknowledge(-store.stats().evicted_blocks)
+
+
+def open_on_a_tiny_disk(path: Path) -> None:
+    """Open a new store where there may be no room for one, and say what came of it."""
+    try:
+        with open_store(path) as store:
+            store.put([record_of(1)])
+        print("opened")
+    except StoreError as exc:
+        print(exc)
+
+
+def fill_up(path: Path) -> None:
+    """Write a file until the disk has no byte left."""
+    with contextlib.suppress(OSError), open(path, "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(512))
+
+
+def save(path: Path, store: ColdStore) -> None:
+    records = [record for block_hash, _ in store.iter_entries() if (record := store.read_record(block_hash))]
+    write_state_file(path / "state", namespace=NAMESPACE.digest, description=NAMESPACE.describe(), records=records)
+
+
 def read_forever(path: Path) -> None:
     """Stay inside a read transaction."""
     with open_store(path) as store, store._env.read():
@@ -101,6 +158,8 @@ ACTIONS: dict[str, Callable[..., None]] = {
         compact_forever,
         save_forever,
         fill_a_small_disk,
+        fill_this_disk,
+        open_on_a_tiny_disk,
         read_forever,
     )
 }

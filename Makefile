@@ -22,7 +22,7 @@ GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 TORCH_IS_THERE := import re, torch; assert tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) >= (2, 11)
 PYTHON_IS_NEW := import sys; sys.exit(sys.version_info < (3, 10) and "tierkv needs Python 3.10 or later: make PYTHON=...")
 
-GPU_BENCHES := $(filter bench_ttft bench_mover bench_kernels,$(basename $(notdir $(wildcard tools/bench_*.py))))
+GPU_BENCHES := $(filter bench_ttft bench_mover bench_kernels bench_cascade,$(basename $(notdir $(wildcard tools/bench_*.py))))
 CPU_BENCHES := $(filter-out $(GPU_BENCHES),$(basename $(notdir $(wildcard tools/bench_*.py))))
 
 .PHONY: help setup check test test-gpu bench bench-gpu warm format clean

@@ -36,7 +36,7 @@ class Layer:
 LAYERS = (
     Layer("values", "errors block layout namespace config stats"),
     # Siblings: they know the values and not each other; only the mover also knows the memory that it moves.
-    Layer("control", "slots policies index meeting", below="values"),
+    Layer("control", "slots policies index meeting cascade", below="values"),
     Layer(
         "storage",
         "storage.outcomes storage.planes storage.windows storage.frames storage.codec storage.codecs_exact "
@@ -61,7 +61,7 @@ LAYERS = (
     # What runs a model over the cache, or steers it.
     Layer(
         "engine",
-        "prompts sampling attention_paged attention gate fingerprint models graphs runner "
+        "prompts sampling attention_paged attention_cascade attention gate fingerprint models graphs runner "
         "profiler controller integrations*",
         below="values control storage kernels background client mover facade",
     ),

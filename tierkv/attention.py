@@ -20,7 +20,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from tierkv.attention_cascade import CascadeBatch, CascadeShape, attend_cascade, can_cascade
 from tierkv.attention_paged import PagedQuery, attend
+from tierkv.cascade import SharedPrefix
 from tierkv.errors import ConfigError, UnsupportedModelError
 
 __all__ = [
@@ -69,6 +71,7 @@ class AttentionBatch:
     each sequence after this pass; kv_starts_tensor is their running sum. block_table: [sequences, max blocks]
     int32, on the pool's device. max_new: new tokens of a sequence at most; is_even: all have as many.
     block_ids, offsets: [T] int64, where K and V of each new token are written.
+    cascade: the prefixes that sequences of a decode step read together, if any do.
     """
 
     pool: KVPool
@@ -86,6 +89,7 @@ class AttentionBatch:
     offsets: Tensor
     position_ids: Tensor
     loads: list[Waits] = field(default_factory=list)
+    cascade: CascadeBatch | None = None
     seen_layers: set[int] = field(default_factory=set)
 
     def enter_layer(self, layer: int) -> None:
@@ -98,9 +102,17 @@ class AttentionBatch:
 
 
 def build_batch(
-    pool: KVPool, steps: Sequence[SequenceStep], *, block_size: int, device: torch.device
+    pool: KVPool,
+    steps: Sequence[SequenceStep],
+    *,
+    block_size: int,
+    device: torch.device,
+    plan: Sequence[SharedPrefix] = (),
 ) -> AttentionBatch:
-    """Return the metadata of one forward pass over several sequences, in the order of the packed input."""
+    """Return the metadata of one forward pass over several sequences, in the order of the packed input.
+
+    plan: which of them read a prefix together; only where each has one new token.
+    """
     query_starts = [0]
     positions: list[int] = []
     block_ids: list[int] = []
@@ -130,7 +142,21 @@ def build_batch(
         offsets=torch.tensor(offsets, dtype=torch.int64, device=device),
         position_ids=torch.tensor([positions], dtype=torch.int64, device=device),
         loads=[step.loads for step in steps if step.loads is not None],
+        cascade=_build_cascade(plan, steps, kv_lengths, block_size, device) if plan else None,
     )
+
+
+def _build_cascade(
+    plan: Sequence[SharedPrefix],
+    steps: Sequence[SequenceStep],
+    kv_lengths: Sequence[int],
+    block_size: int,
+    device: torch.device,
+) -> CascadeBatch:
+    shape = CascadeShape.of(plan, kv_lengths, block_size=block_size)
+    cascade = CascadeBatch(shape, block_size=block_size, scratch_block=0, device=device)
+    cascade.fill(plan, [step.block_table for step in steps], kv_lengths)
+    return cascade
 
 
 @contextmanager
@@ -219,6 +245,8 @@ def _attention(
         softcap=float(softcap) if softcap else None,
         sinks=s_aux,
     )
+    if batch.cascade is not None and can_cascade(paged, batch.block_size):
+        return attend_cascade(paged, batch.cascade).unsqueeze(0), None
     return attend(paged, batch).unsqueeze(0), None
 
 

@@ -19,7 +19,16 @@ from torch.nn import functional
 
 from tierkv.layout import BlockLayout
 
-__all__ = ["MAX_SPLIT_TOKENS", "Batch", "PagedQuery", "attend", "can_use_flash", "layout_uses_flash"]
+__all__ = [
+    "MAX_SPLIT_TOKENS",
+    "Batch",
+    "PagedQuery",
+    "add_sinks",
+    "attend",
+    "attend_cpu",
+    "can_use_flash",
+    "layout_uses_flash",
+]
 
 MAX_SPLIT_TOKENS = 64  # above it there is work for every multiprocessor without splitting K and V
 
@@ -84,6 +93,19 @@ def can_use_flash(paged: PagedQuery, block_size: int) -> bool:
     )
 
 
+def attend_cpu(paged: PagedQuery, query: Tensor, blocks: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Attend query [T, heads, dim] to all `length` tokens of `blocks`, without mask, window, soft cap or sinks.
+
+    Returns ([T, heads, dim], log-sum-exp [T, heads]); of no tokens at all zeros and minus infinity.
+    """
+    if not length:
+        return torch.zeros_like(query), query.new_full(query.shape[:2], -math.inf, dtype=_lse_dtype(query))
+    if query.shape[0] == 1:  # not copied together where pages are large
+        return _merge(_cpu_parts(paged, query, blocks, length))
+    keys, values = (_gather(pages, blocks, length) for pages in (paged.keys, paged.values))
+    return _cpu_attention(query, keys, values, paged.scale)
+
+
 def layout_uses_flash(layout: BlockLayout) -> bool:
     """Tell whether flash-attn takes every layer of a model on a GPU."""
     return (
@@ -127,7 +149,7 @@ def _attend_flash(paged: PagedQuery, batch: Batch) -> Tensor:
             **options,
         )
         if paged.sinks is not None:
-            return _add_sinks(out.flatten(0, 1), lse.transpose(1, 2).flatten(0, 1), paged.sinks)
+            return add_sinks(out.flatten(0, 1), lse.transpose(1, 2).flatten(0, 1), paged.sinks)
         return torch.flatten(out, 0, 1)
     if batch.has_past:
         keys, values, max_length = paged.keys, paged.values, max(batch.kv_lengths)
@@ -138,7 +160,7 @@ def _attend_flash(paged: PagedQuery, batch: Batch) -> Tensor:
     out, lse, _ = flash.flash_attn_varlen_func(
         query, keys, values, *starts, batch.max_new, max_length, return_attn_probs=True, **options
     )
-    return _add_sinks(out, lse.transpose(0, 1), paged.sinks)
+    return add_sinks(out, lse.transpose(0, 1), paged.sinks)
 
 
 def _attend_one(paged: PagedQuery, query: Tensor, blocks: Tensor, length: int) -> Tensor:
@@ -154,7 +176,7 @@ def _attend_one(paged: PagedQuery, query: Tensor, blocks: Tensor, length: int) -
             return _attend_eager(paged, query, keys, values)
         return _attend_sdpa(paged, query, keys, values)
     out, lse = _merge(_cpu_parts(paged, query, blocks, length))
-    return _add_sinks(out, lse, paged.sinks).to(query.dtype)
+    return add_sinks(out, lse, paged.sinks).to(query.dtype)
 
 
 def _gather(pages: Tensor, blocks: Tensor, length: int) -> Tensor:
@@ -231,7 +253,7 @@ def _attend_eager(paged: PagedQuery, query: Tensor, keys: Tensor, values: Tensor
     scores = scores + _mask(num_new, length, paged.window, scores)
     lse = scores.logsumexp(-1)
     out = torch.einsum("kgtl,lkd->tkgd", (scores - lse.unsqueeze(-1)).exp(), values.to(compute))
-    return _add_sinks(out.flatten(1, 2), lse.permute(2, 0, 1).flatten(1, 2), paged.sinks).to(query.dtype)
+    return add_sinks(out.flatten(1, 2), lse.permute(2, 0, 1).flatten(1, 2), paged.sinks).to(query.dtype)
 
 
 def _mask(num_new: int, length: int, window: int | None, like: Tensor) -> Tensor:
@@ -244,7 +266,11 @@ def _mask(num_new: int, length: int, window: int | None, like: Tensor) -> Tensor
     return torch.zeros(num_new, length, dtype=like.dtype, device=like.device).masked_fill_(hidden, -math.inf)
 
 
-def _add_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
+def _lse_dtype(query: Tensor) -> torch.dtype:
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
     """Take each head's sink into the softmax after the fact: it adds to the denominator only."""
     if sinks is None:
         return out

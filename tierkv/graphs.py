@@ -19,23 +19,27 @@ import torch
 from torch import Tensor
 
 from tierkv.attention import AttentionBatch, SequenceStep, forward
+from tierkv.attention_cascade import CascadeBatch, CascadeShape
 from tierkv.attention_paged import MAX_SPLIT_TOKENS, layout_uses_flash
 from tierkv.cache import TierCache
+from tierkv.cascade import SharedPrefix
 from tierkv.mover import wait_here
 
 __all__ = ["GraphedModel"]
 
 _log = logging.getLogger(__name__)
 _MIN_TABLE_BLOCKS = 16
+_MIN_OWN_BLOCKS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """What a graph was captured for: sequences, new tokens of each, blocks in the table."""
+    """What a graph was captured for: sequences, new tokens of each, blocks in the table, prefixes read together."""
 
     sequences: int
     new_tokens: int
     blocks: int
+    cascade: CascadeShape | None = None
 
 
 @dataclass(slots=True)
@@ -61,16 +65,18 @@ class GraphedModel:
         if self._is_usable:
             self._gate = _LoadGate(cache.layer_groups, model.device)
             self._memory = torch.cuda.graph_pool_handle()
-            self._stream = torch.cuda.Stream(
-                model.device
-            )  # torch's own may lie on another device: it would see nothing
+            # Captured on a stream of the model's GPU: torch's own may lie on another one and would see nothing.
+            self._stream = torch.cuda.Stream(model.device)
 
-    def run(self, steps: Sequence[SequenceStep], token_ids: Sequence[int]) -> Tensor | None:
+    def run(
+        self, steps: Sequence[SequenceStep], token_ids: Sequence[int], plan: Sequence[SharedPrefix] = ()
+    ) -> Tensor | None:
         """Return logits [sequences, vocabulary] of each sequence's last token, or None to run eagerly.
 
-        token_ids: the new tokens of all steps, packed. The result is overwritten by the next call.
+        token_ids: the new tokens of all steps, packed. plan: which of the steps read a prefix together. The result
+        is overwritten by the next call.
         """
-        shape = self._shape_of(steps) if self._is_usable else None
+        shape = self._shape_of(steps, plan) if self._is_usable else None
         if shape is None:
             return None
         if shape not in self._graphs:
@@ -80,12 +86,12 @@ class GraphedModel:
             if not self._capture(shape):
                 return None
         found = self._graphs[shape]
-        found.inputs.fill(steps, token_ids)
+        found.inputs.fill(steps, token_ids, plan)
         self._gate.open([step.loads for step in steps if step.loads is not None])
         found.graph.replay()
         return found.logits[: len(steps)]
 
-    def _shape_of(self, steps: Sequence[SequenceStep]) -> _Shape | None:
+    def _shape_of(self, steps: Sequence[SequenceStep], plan: Sequence[SharedPrefix]) -> _Shape | None:
         longest = max(step.num_past + step.num_new for step in steps)
         num_new = max(step.num_new for step in steps)
         if num_new > MAX_SPLIT_TOKENS or (len(steps) > 1 and num_new > 1):
@@ -93,7 +99,8 @@ class GraphedModel:
         padded = 1 if num_new == 1 else max(16, _power_of_two(num_new))
         size = self._cache.config.block_size
         blocks = max(_MIN_TABLE_BLOCKS, _power_of_two(-(-(longest + padded) // size)))
-        return _Shape(_power_of_two(len(steps)), padded, blocks)
+        cascade = _cascade_shape(steps, plan, size) if plan else None
+        return _Shape(_power_of_two(len(steps)), padded, blocks, cascade)
 
     def _capture(self, shape: _Shape) -> bool:
         inputs = _Inputs(shape, self._cache, self._model.device, self._gate)
@@ -124,6 +131,11 @@ class _Inputs:
         self.token_ids, positions, block_ids, offsets, self.last = self._wide.split([tokens] * 4 + [count])
         lengths, table = self._narrow.split([count, count * shape.blocks])
         starts = list(range(0, tokens + 1, shape.new_tokens))
+        self._cascade = (
+            CascadeBatch(shape.cascade, block_size=self._size, scratch_block=self._scratch, device=device)
+            if shape.cascade
+            else None
+        )
         self.batch = AttentionBatch(
             pool=cache.hot,
             block_size=self._size,
@@ -140,10 +152,11 @@ class _Inputs:
             offsets=offsets,
             position_ids=positions.view(1, tokens),
             loads=[gate],
+            cascade=self._cascade,
         )
-        self.fill([], [])
+        self.fill([], [], [])
 
-    def fill(self, steps: Sequence[SequenceStep], token_ids: Sequence[int]) -> None:
+    def fill(self, steps: Sequence[SequenceStep], token_ids: Sequence[int], plan: Sequence[SharedPrefix]) -> None:
         """Write the steps' inputs; sequences and tokens that are padding point at the scratch block."""
         shape, size, scratch = self._shape, self._size, self._scratch
         ids: list[int] = []
@@ -169,6 +182,9 @@ class _Inputs:
             table += [*own[: shape.blocks], *[scratch] * (shape.blocks - len(own))]
         self._wide.copy_(torch.tensor([*ids, *positions, *blocks, *offsets, *last], dtype=torch.int64))
         self._narrow.copy_(torch.tensor([*lengths, *table], dtype=torch.int32))
+        if self._cascade:
+            tables = [step.block_table for step in steps]
+            self._cascade.fill(plan, tables, [step.num_past + step.num_new for step in steps])
 
 
 class _LoadGate:
@@ -199,6 +215,24 @@ class _LoadGate:
                 for load in loads:
                     load.wait_layer(first)
                 self._events[at].record(self._stream)
+
+
+def _cascade_shape(steps: Sequence[SequenceStep], plan: Sequence[SharedPrefix], block_size: int) -> CascadeShape:
+    """Return the sizes of a plan's tensors, rounded up so that few graphs serve many batches.
+
+    Shared blocks are rounded up to an eighth only: flash-attn splits the table's width, not the prefix's length.
+    """
+    exact = CascadeShape.of(plan, [step.num_past + step.num_new for step in steps], block_size=block_size)
+    sequences = _power_of_two(len(steps))
+    eighth = max(1, _power_of_two(exact.shared_blocks) // 16)
+    return CascadeShape(
+        sequences=sequences,
+        groups=_power_of_two(exact.groups),
+        members=sequences if exact.is_whole else _power_of_two(exact.members),
+        shared_blocks=-(-exact.shared_blocks // eighth) * eighth,
+        own_blocks=max(_MIN_OWN_BLOCKS, _power_of_two(exact.own_blocks)),
+        is_whole=exact.is_whole,
+    )
 
 
 def _power_of_two(count: int) -> int:

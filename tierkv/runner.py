@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from tierkv.attention import SequenceStep, build_batch, forward, use_tierkv_attention
+from tierkv.attention_paged import layout_uses_flash
 from tierkv.block import Tier
 from tierkv.cache import TierCache
+from tierkv.cascade import CascadeCost, SharedPrefix, plan_cascade
 from tierkv.config import CacheConfig
 from tierkv.errors import CapacityError, ConfigError
 from tierkv.fingerprint import namespace_of
@@ -99,14 +101,29 @@ class Runner:
     """One model and its cache. Not thread-safe.
 
     max_step_tokens: new tokens that one forward pass takes at most; longer prompts are computed in pieces.
+    cascade: "auto" lets sequences that decode together read a shared prefix once for all of them where that pays,
+    "off" never does. cascade_cost: by what to judge that, instead of the speeds measured on an H200 or a CPU.
+    cascade_steps counts the forward passes that did.
     """
 
-    def __init__(self, loaded: LoadedModel, cache: TierCache, *, max_step_tokens: int = 8192) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        cache: TierCache,
+        *,
+        max_step_tokens: int = 8192,
+        cascade: str = "auto",
+        cascade_cost: CascadeCost | None = None,
+    ) -> None:
         if max_step_tokens < 1:
             raise ConfigError(f"max_step_tokens must be positive, got {max_step_tokens}")
+        if cascade not in ("auto", "off"):
+            raise ConfigError(f'cascade must be "auto" or "off", got {cascade!r}')
         self.loaded = loaded
         self.cache = cache
         self.max_step_tokens = max_step_tokens
+        self.cascade_steps = 0
+        self._cascade_cost = (cascade_cost or _cascade_cost(loaded, cache)) if cascade == "auto" else None
         self._device = torch.device(loaded.model.device)
         self._graphs = GraphedModel(loaded.model, cache)
 
@@ -263,14 +280,23 @@ class Runner:
 
     def _forward(self, steps: list[SequenceStep], token_ids: list[int]) -> Tensor:
         """Return logits [sequences, vocabulary] of each sequence's last new token."""
-        replayed = self._graphs.run(steps, token_ids)
+        plan = self._plan(steps)
+        self.cascade_steps += bool(plan)
+        replayed = self._graphs.run(steps, token_ids, plan)
         if replayed is not None:
             return replayed
         size, device = self.cache.config.block_size, self._device
-        batch = build_batch(self.cache.hot, steps, block_size=size, device=device)
+        batch = build_batch(self.cache.hot, steps, block_size=size, device=device, plan=plan)
         ids = torch.tensor(token_ids, dtype=torch.int64, device=device)
         last = torch.tensor([end - 1 for end in batch.query_starts[1:]], dtype=torch.int64, device=device)
         return forward(self.loaded.model, ids, batch, logits_to_keep=last)
+
+    def _plan(self, steps: list[SequenceStep]) -> tuple[SharedPrefix, ...]:
+        """Return which sequences of a decode step read a prefix together; none while one of them prefills."""
+        if self._cascade_cost is None or len(steps) < 2 or any(step.num_new != 1 for step in steps):
+            return ()
+        tables, past = [step.block_table for step in steps], [step.num_past for step in steps]
+        return plan_cascade(tables, past, block_size=self.cache.config.block_size, cost=self._cascade_cost)
 
     def _grow(self, waiting: deque[_Request], running: list[_Request], options: GenerationOptions) -> None:
         """Take room for the tokens just chosen; where there is none, the youngest requests wait again."""
@@ -304,8 +330,10 @@ def open_runner(
     salt: str = "",
     cold: ColdStore | None = None,
     max_step_tokens: int = 8192,
+    cascade: str = "auto",
+    cascade_cost: CascadeCost | None = None,
 ) -> Iterator[Runner]:
-    """Check that a model can be cached, open a cache for it, and close that again.
+    """Check that a model can be cached, open a cache for it, and close that again. The options are `Runner`'s.
 
     Raises UnsupportedModelError, with the reason, before anything is opened.
     """
@@ -316,7 +344,26 @@ def open_runner(
     namespace = namespace_of(model, layout, adapter=adapter, salt=salt, name=loaded.name)
     cache = TierCache(config, namespace=namespace, device=model.device, cold=cold)
     with cache, use_tierkv_attention(model):  # here, since to change it takes milliseconds
-        yield Runner(loaded, cache, max_step_tokens=max_step_tokens)
+        yield Runner(loaded, cache, max_step_tokens=max_step_tokens, cascade=cascade, cascade_cost=cascade_cost)
+
+
+def _cascade_cost(loaded: LoadedModel, cache: TierCache) -> CascadeCost | None:
+    """Return what attention costs in a layer of the model; None where its layers cannot share a prefix."""
+    layers = cache.layout.layers
+    if any(layer.k_dim != layer.v_dim for layer in layers):
+        return None
+    is_cuda = torch.device(loaded.model.device).type == "cuda"
+    if is_cuda and not layout_uses_flash(cache.layout):
+        return None
+    kv_heads = layers[0].kv_heads
+    heads = getattr(loaded.model.config.get_text_config(), "num_attention_heads", None) or kv_heads
+    make = CascadeCost.of_gpu if is_cuda else CascadeCost.of_cpu
+    return make(
+        heads=heads - heads % kv_heads or kv_heads,
+        kv_heads=kv_heads,
+        head_dim=layers[0].k_dim,
+        token_bytes=cache.layout.token_bytes // cache.layout.num_layers,
+    )
 
 
 def _as_step(request: _Request, count: int) -> SequenceStep:

@@ -10,6 +10,7 @@ from places import Place, plain_logits
 from tiny_models import VOCABULARY, make_model
 
 from tierkv.block import Tier
+from tierkv.cascade import CascadeCost
 from tierkv.config import CacheConfig
 from tierkv.errors import CapacityError, ConfigError
 from tierkv.gate import probe_layout
@@ -182,3 +183,38 @@ def test_cached_tokens_name_the_tier_that_answered(place: Place, open_one: Open)
             runner.cache.evict(level)
         (found,) = runner.generate([prompt], greedy(1))
         assert found.cached_tokens[tier] == whole, tier
+
+
+SHARING = CascadeCost(
+    heads=4, kv_heads=2, head_dim=64, token_bytes=1024, bytes_per_s=1.0, flops_per_s=1e15, overhead_s=0.0
+)
+"""A cost by which every shared block pays, however short."""
+
+
+def test_sequences_that_share_a_prefix_decode_as_they_would_alone(model: Any, place: Place, open_one: Open) -> None:
+    size = place.block_size
+    shared = [tokens(2 * size, seed=1), tokens(size + 3, seed=2)]
+    prompts = [shared[i % 2] + tokens(n, seed=10 + n) for i, n in enumerate((9, 1, size, 2, 5))] + [tokens(4, seed=3)]
+    runner = open_one(hot=48, cascade_cost=SHARING)
+    for _ in range(2):  # on a GPU the second time replays graphs
+        for prompt, got in zip(prompts, runner.generate(prompts, greedy(6, keep_logits=True)), strict=True):
+            assert got.logits is not None
+            place.assert_logits(got.logits, model, [*prompt, *got.token_ids[:-1]], first=len(prompt) - 1)
+    assert runner.cascade_steps == 2 * 5
+    runner.cache.check()
+
+
+def test_a_cascade_can_be_switched_off(place: Place, open_one: Open) -> None:
+    prompts = [tokens(2 * place.block_size, seed=1) + tokens(n, seed=n) for n in (1, 2, 3)]
+    runner = open_one(cascade="off")
+    runner.generate(prompts, greedy(3))
+    assert runner.cascade_steps == 0
+    with pytest.raises(ConfigError, match="auto"):
+        Runner(runner.loaded, runner.cache, cascade="on")
+
+
+def test_short_prefixes_of_small_batches_are_read_plainly(place: Place, open_one: Open) -> None:
+    prompts = [tokens(2 * place.block_size, seed=1) + tokens(n, seed=n) for n in (1, 2)]
+    runner = open_one()
+    runner.generate(prompts, greedy(3))
+    assert runner.cascade_steps == 0

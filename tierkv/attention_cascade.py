@@ -1,0 +1,281 @@
+"""Decode attention of sequences that share a prefix: the prefix once for all of them, then what is each one's own.
+
+Two passes and a merge. The shared pass takes the queries of a group as the tokens of one sequence against the shared
+blocks, without a mask: all of them lie before every query. The own pass is the plain one with the shared blocks
+left out. Their outputs are merged by log-sum-exp, so the result is exact up to rounding.
+Source: the cascade attention of FlashInfer; Hydragen (Juravsky et al., 2024).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tierkv.attention_paged import PagedQuery, add_sinks, attend_cpu, can_use_flash
+from tierkv.cascade import SharedPrefix
+
+_merge_shared: Callable[..., None] | None
+try:
+    from tierkv.kernels.states import merge_shared
+
+    _merge_shared = merge_shared
+except ModuleNotFoundError:  # triton has no wheel for this machine: plain torch merges instead
+    _merge_shared = None
+
+__all__ = [
+    "CascadeBatch",
+    "CascadeShape",
+    "attend_cascade",
+    "attend_with_flash",
+    "can_cascade",
+    "merge_shared_reference",
+    "own_pass",
+    "shared_pass",
+]
+
+_TILE_ROWS = 64  # queries that one program of flash-attn's split kernel takes, fewer are padded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CascadeShape:
+    """The sizes of a cascade's tensors.
+
+    groups: shared prefixes. members: sequences of a group at most. If is_whole, the one group is looked at with every
+    sequence of the batch in its place, so that no query is gathered.
+    """
+
+    sequences: int
+    groups: int
+    members: int
+    shared_blocks: int
+    own_blocks: int
+    is_whole: bool
+
+    @classmethod
+    def of(cls, plan: Sequence[SharedPrefix], kv_lengths: Sequence[int], *, block_size: int) -> CascadeShape:
+        """Return the exact sizes for a plan. kv_lengths: tokens of each sequence, the new one included."""
+        own = [-(-length // block_size) for length in kv_lengths]
+        for group in plan:
+            for row in group.rows:
+                own[row] -= group.num_blocks
+        members = max(len(group.rows) for group in plan)
+        is_whole = len(plan) == 1 and 2 * members >= len(kv_lengths)
+        return cls(
+            sequences=len(kv_lengths),
+            groups=len(plan),
+            members=len(kv_lengths) if is_whole else members,
+            shared_blocks=max(group.num_blocks for group in plan),
+            own_blocks=max(own),
+            is_whole=is_whole,
+        )
+
+
+class CascadeBatch:
+    """The tensors of a decode step's cascade, all views of one int32 tensor, so that one copy fills them.
+
+    shared_table: [groups, shared_blocks] and shared_lengths: [groups], tokens. own_table: [sequences, own_blocks] and
+    own_lengths: [sequences], without what is shared. gather: [groups * members] the sequences of each group, padded
+    with the first; None if is_whole. positions: [sequences] where each one lies in there, -1 if in no group.
+    """
+
+    def __init__(self, shape: CascadeShape, *, block_size: int, scratch_block: int, device: torch.device) -> None:
+        self.shape = shape
+        self._block_size = block_size
+        self._scratch = scratch_block
+        n, slots = shape.sequences, shape.groups * shape.members
+        sizes = [shape.groups * shape.shared_blocks, shape.groups, n * shape.own_blocks, n, n, slots]
+        self._flat = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+        shared, self.shared_lengths, own, self.own_lengths, self.positions, gather = self._flat.split(sizes)
+        self.shared_table = shared.view(shape.groups, shape.shared_blocks)
+        self.own_table = own.view(n, shape.own_blocks)
+        self.gather = None if shape.is_whole else gather
+
+    def fill(self, plan: Sequence[SharedPrefix], tables: Sequence[Sequence[int]], kv_lengths: Sequence[int]) -> None:
+        """Write a plan. Sequences and groups that are padding read one token of the scratch block, or none."""
+        shape, size, scratch = self.shape, self._block_size, self._scratch
+        shared, lengths = [scratch] * (shape.groups * shape.shared_blocks), [0] * shape.groups
+        skipped, positions = [0] * shape.sequences, [-1] * shape.sequences
+        gather = [0] * (shape.groups * shape.members)
+        for i, group in enumerate(plan):
+            start = i * shape.shared_blocks
+            shared[start : start + group.num_blocks] = tables[group.rows[0]][: group.num_blocks]
+            lengths[i] = group.num_blocks * size
+            for at, row in enumerate(group.rows):
+                skipped[row] = group.num_blocks
+                positions[row] = row if shape.is_whole else i * shape.members + at
+                gather[i * shape.members + at] = row
+        own: list[int] = []
+        own_lengths = [1] * shape.sequences
+        for row, (table, length) in enumerate(zip(tables, kv_lengths, strict=True)):
+            mine = table[skipped[row] : skipped[row] + shape.own_blocks]
+            own += [*mine, *[scratch] * (shape.own_blocks - len(mine))]
+            own_lengths[row] = length - skipped[row] * size
+        own += [scratch] * (shape.sequences * shape.own_blocks - len(own))
+        values = [*shared, *lengths, *own, *own_lengths, *positions, *gather]
+        self._flat.copy_(torch.tensor(values, dtype=torch.int32))
+
+
+def can_cascade(paged: PagedQuery, block_size: int) -> bool:
+    """Tell whether a layer can attend in two passes: not through a window, which hides most of a prefix anyway."""
+    if paged.window is not None:
+        return False
+    if paged.query.is_cuda:
+        return can_use_flash(paged, block_size)
+    return not paged.softcap and paged.keys.shape[-1] == paged.values.shape[-1]
+
+
+def attend_cascade(
+    paged: PagedQuery, cascade: CascadeBatch, *, shared_splits: int = 0, side: torch.cuda.Stream | None = None
+) -> Tensor:
+    """Return [B, heads, dim] of one new token for each of B sequences, contiguous, of the query's dtype.
+
+    shared_splits: in how many pieces flash-attn splits the shared K and V; 0 lets it choose. side: a stream on which
+    the own pass runs beside the shared one.
+    """
+    if paged.query.is_cuda:
+        return attend_with_flash(paged, cascade, shared_splits=shared_splits, side=side)
+    return _attend_on_cpu(paged, cascade)
+
+
+def attend_with_flash(
+    paged: PagedQuery, cascade: CascadeBatch, *, shared_splits: int = 0, side: torch.cuda.Stream | None = None
+) -> Tensor:
+    """Do what `attend_cascade` says by flash-attn and one kernel of ours. May be captured in a CUDA graph."""
+    query = paged.query.contiguous()
+    if side is None:
+        shared, shared_lse = shared_pass(paged, query, cascade, num_splits=shared_splits)
+        own, own_lse = own_pass(paged, query, cascade)
+    else:
+        current = torch.cuda.current_stream(query.device)
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            own, own_lse = own_pass(paged, query, cascade)
+        shared, shared_lse = shared_pass(paged, query, cascade, num_splits=shared_splits)
+        current.wait_stream(side)
+        for tensor in (own, own_lse):
+            tensor.record_stream(current)
+    out = torch.empty_like(query)
+    parts = (shared, shared_lse, own, own_lse, out.view(own.shape))
+    merge = _merge_shared or merge_shared_reference
+    merge(*parts, positions=cascade.positions, sinks=paged.sinks)
+    return out
+
+
+def merge_shared_reference(
+    shared: Tensor,
+    shared_lse: Tensor,
+    own: Tensor,
+    own_lse: Tensor,
+    out: Tensor,
+    *,
+    positions: Tensor,
+    sinks: Tensor | None = None,
+) -> None:
+    """Do in plain torch what `kernels.states.merge_shared` does, in float32 or the log-sum-exps' own dtype."""
+    places = positions.long().clamp(min=0)
+    left = shared_lse.flatten(0, 1)[places]
+    left = left.masked_fill((positions < 0)[:, None, None] | (left == torch.inf), -torch.inf)
+    right = own_lse.masked_fill(own_lse == torch.inf, -torch.inf)
+    lse = torch.logaddexp(left, right)
+    weights = [(part - lse).exp().nan_to_num(0.0).unsqueeze(-1) for part in (left, right)]
+    merged = shared[places].to(lse.dtype) * weights[0] + own.to(lse.dtype) * weights[1]
+    out.copy_(add_sinks(merged.flatten(1, 2), lse.flatten(1, 2), sinks).view(out.shape))
+
+
+def shared_pass(paged: PagedQuery, query: Tensor, cascade: CascadeBatch, *, num_splits: int) -> tuple[Tensor, Tensor]:
+    """Attend each group's queries, as the tokens of one sequence, to the blocks that the group shares.
+
+    query: [B, heads, dim]. Returns views ([P, kv, g, dim], [groups, members, kv, g]) as `merge_shared` takes them.
+    flash-attn pads the queries of a head to tiles of 64. Where that wastes at least half, the queries of all heads
+    that share one of K and V are packed behind each other, for a small copy.
+    """
+    shape, (_, heads, dim) = cascade.shape, query.shape
+    kv_heads = paged.keys.shape[2]
+    group = heads // kv_heads
+    by_kv = query.view(-1, kv_heads, group, dim)
+    is_packed = 2 * _tiles(shape.members * group) * kv_heads <= _tiles(shape.members) * heads
+    if is_packed:
+        by_kv = by_kv.transpose(1, 2)
+    by_kv = by_kv.contiguous() if cascade.gather is None else by_kv.index_select(0, cascade.gather)
+    packed = (shape.members * group, kv_heads) if is_packed else (shape.members, heads)
+    out, lse = _flash_attend(
+        paged,
+        by_kv.view(shape.groups, *packed, dim),
+        lengths=cascade.shared_lengths,
+        table=cascade.shared_table,
+        num_splits=num_splits,
+    )
+    if is_packed:
+        outs = out.view(-1, group, kv_heads, dim).transpose(1, 2)
+        return outs, lse.view(shape.groups, kv_heads, shape.members, group).transpose(1, 2)
+    lses = lse.view(shape.groups, kv_heads, group, shape.members).permute(0, 3, 1, 2)
+    return out.view(-1, kv_heads, group, dim), lses
+
+
+def own_pass(paged: PagedQuery, query: Tensor, cascade: CascadeBatch) -> tuple[Tensor, Tensor]:
+    """Attend each sequence's query to its own blocks; returns ([B, kv, g, dim], [B, kv, g]), views.
+
+    The heads that share one of K and V go in as tokens. flash-attn does that by itself, but copies its result back.
+    """
+    kv_heads = paged.keys.shape[2]
+    by_kv = query.view(query.shape[0], kv_heads, -1, query.shape[-1])
+    out, lse = _flash_attend(
+        paged, by_kv.transpose(1, 2), lengths=cascade.own_lengths, table=cascade.own_table, num_splits=0
+    )
+    return out.transpose(1, 2), lse.view(by_kv.shape[:3])
+
+
+def _flash_attend(
+    paged: PagedQuery, query: Tensor, *, lengths: Tensor, table: Tensor, num_splits: int
+) -> tuple[Tensor, Tensor]:
+    """Return flash-attn's (out [n, tokens, heads, dim], log-sum-exp [n, heads, tokens]), without a mask."""
+    flash: Any = importlib.import_module("flash_attn")
+    out, lse = flash.flash_attn_with_kvcache(
+        query,
+        paged.keys,
+        paged.values,
+        cache_seqlens=lengths,
+        block_table=table,
+        softmax_scale=paged.scale,
+        causal=False,
+        softcap=paged.softcap or 0.0,
+        num_splits=num_splits,
+        return_softmax_lse=True,
+    )
+    return out, lse
+
+
+def _tiles(queries: int) -> int:
+    return -(-queries // _TILE_ROWS)
+
+
+def _attend_on_cpu(paged: PagedQuery, cascade: CascadeBatch) -> Tensor:
+    """Do the same two passes with torch's own kernel, from the same tensors."""
+    shape, query = cascade.shape, paged.query
+    size, kv_heads = paged.keys.shape[1], paged.keys.shape[2]
+    members = query if cascade.gather is None else query.index_select(0, cascade.gather)
+    parts = [
+        attend_cpu(paged, queries, table[: -(-length // size)], length)
+        for queries, table, length in zip(
+            members.split(shape.members), cascade.shared_table.long(), cascade.shared_lengths.tolist(), strict=True
+        )
+    ]
+    rows = zip(query.split(1), cascade.own_table.long(), cascade.own_lengths.tolist(), strict=True)
+    own = [attend_cpu(paged, row, table[: -(-length // size)], length) for row, table, length in rows]
+    by_kv = (kv_heads, query.shape[1] // kv_heads)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    merge_shared_reference(
+        torch.cat([part for part, _ in parts]).unflatten(1, by_kv),
+        torch.stack([lse for _, lse in parts]).unflatten(2, by_kv),
+        torch.cat([part for part, _ in own]).unflatten(1, by_kv),
+        torch.cat([lse for _, lse in own]).unflatten(1, by_kv),
+        out.unflatten(1, by_kv),
+        positions=cascade.positions,
+        sinks=paged.sinks,
+    )
+    return out

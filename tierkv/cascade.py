@@ -1,0 +1,145 @@
+"""Which sequences of a decode batch read a shared prefix once for all of them: decided from block tables alone.
+
+Attention over K and V that several sequences share is one matrix product with all their queries, so the bytes are
+read once instead of once a sequence. It costs more launches, and more arithmetic where the queries do not fill a
+tile. So cost decides: a prefix is shared where the time saved is more than that, by a rule of measured speeds.
+Source: the cascade attention of FlashInfer; Hydragen (Juravsky et al., 2024).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tierkv.errors import ConfigError
+
+__all__ = ["CascadeCost", "SharedPrefix", "plan_cascade"]
+
+
+@dataclass(frozen=True, slots=True)
+class SharedPrefix:
+    """Sequences (rows of the batch, ascending) whose block tables begin with the same `num_blocks` block ids."""
+
+    rows: tuple[int, ...]
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CascadeCost:
+    """What decode attention costs in one layer, plain and shared, in seconds.
+
+    token_bytes: K and V of one token in one layer. bytes_per_s: how fast the plain path reads them. flops_per_s:
+    what the shared pass computes, counting a multiplication and an addition as two, with queries padded to tiles of
+    `tile_rows`; it is never faster than reading its bytes once. overhead_s: the launches that a cascade adds, once a
+    layer, and the merge.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    token_bytes: int
+    bytes_per_s: float
+    flops_per_s: float
+    overhead_s: float
+    tile_rows: int = 64
+
+    def __post_init__(self) -> None:
+        if min(self.kv_heads, self.head_dim, self.token_bytes, self.tile_rows) <= 0 or self.heads % self.kv_heads:
+            raise ConfigError(f"a layer's heads and sizes must be positive and fit each other, got {self}")
+        if min(self.bytes_per_s, self.flops_per_s) <= 0 or self.overhead_s < 0:
+            raise ConfigError(f"speeds must be positive, got {self}")
+
+    @classmethod
+    def of_gpu(cls, *, heads: int, kv_heads: int, head_dim: int, token_bytes: int) -> CascadeCost:
+        """Return the cost on an H200 with flash-attn 2.8.3, as tools/bench_cascade.py prints it.
+
+        bytes_per_s: 64 sequences of 8,392 tokens of Llama-3.1-8B's shape took 0.476 ms a layer. On a slower GPU
+        both speeds are lower and the launches cost as much, so what is chosen here pays there too.
+        """
+        return cls(
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            token_bytes=token_bytes,
+            bytes_per_s=4.6e12,
+            flops_per_s=2.5e14,
+            overhead_s=12e-6,
+        )
+
+    @classmethod
+    def of_cpu(cls, *, heads: int, kv_heads: int, head_dim: int, token_bytes: int) -> CascadeCost:
+        """Return the cost on two CPU cores with torch's own kernel, which computes no padding."""
+        return cls(
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            token_bytes=token_bytes,
+            bytes_per_s=4e9,
+            flops_per_s=6e10,
+            overhead_s=100e-6,
+            tile_rows=1,
+        )
+
+    def plain_s(self, rows: int, tokens: int) -> float:
+        """Return the time in which `rows` sequences each read `tokens` tokens."""
+        return rows * tokens * self.token_bytes / self.bytes_per_s
+
+    def shared_s(self, rows: int, tokens: int) -> float:
+        """Return the time in which `rows` sequences read `tokens` shared tokens together."""
+        compute = 4 * self.padded_queries(rows) * self.head_dim * tokens / self.flops_per_s
+        return max(compute, tokens * self.token_bytes / self.bytes_per_s)
+
+    def saving_s(self, rows: int, tokens: int) -> float:
+        """Return what sharing saves, the overhead not yet taken off; negative where it costs more."""
+        return self.plain_s(rows, tokens) - self.shared_s(rows, tokens)
+
+    def padded_queries(self, rows: int) -> int:
+        """Return how many query vectors are computed: the lesser of packing and not packing a KV head's queries."""
+        tile, group = self.tile_rows, self.heads // self.kv_heads
+        return min(-(-rows // tile) * tile * self.heads, -(-rows * group // tile) * tile * self.kv_heads)
+
+
+def plan_cascade(
+    tables: Sequence[Sequence[int]], num_past: Sequence[int], *, block_size: int, cost: CascadeCost
+) -> tuple[SharedPrefix, ...]:
+    """Return the groups of sequences that should read a prefix together; empty where the plain path is best.
+
+    tables: the block table of each sequence. num_past: its tokens that have K and V already; only whole blocks of
+    them are shared, so no mask is needed and what a sequence writes is its own. A sequence is in one group at most.
+    The tables are seen as a trie: at each branching, the sequences below share what leads there, but for the
+    branches that save more by sharing what is longer among themselves.
+    """
+    heads = [list(table[: past // block_size]) for table, past in zip(tables, num_past, strict=True)]
+    saving, groups = _best(list(range(len(heads))), 0, heads, block_size, cost)
+    return tuple(sorted(groups, key=lambda group: group.rows)) if saving > cost.overhead_s else ()
+
+
+def _best(
+    rows: list[int], depth: int, tables: list[list[int]], block_size: int, cost: CascadeCost
+) -> tuple[float, list[SharedPrefix]]:
+    """Return the most that sequences with `depth` equal leading blocks can save, and by which groups."""
+    rows = [row for row in rows if tables[row]]
+    if len(rows) < 2:
+        return 0.0, []
+    # What the least and the greatest table have in common, all have; comparing whole tables is fast in C.
+    least, greatest = min(tables[row] for row in rows), max(tables[row] for row in rows)
+    end = min(len(least), len(greatest))
+    while depth < end and least[depth] == greatest[depth]:
+        depth += 1
+    branches: dict[int, list[int]] = {}
+    for row in rows:
+        if len(tables[row]) > depth:
+            branches.setdefault(tables[row][depth], []).append(row)
+    tokens = depth * block_size
+    found = [(_best(branch, depth, tables, block_size, cost), branch) for branch in branches.values()]
+    # Those branches leave first that gain most by it: what they save among themselves, less what they read then.
+    found.sort(key=lambda each: each[0][0] - cost.plain_s(len(each[1]), tokens), reverse=True)
+    best_s, best = cost.saving_s(len(rows), tokens), [SharedPrefix(tuple(rows), depth)]
+    apart_s, apart, left = 0.0, list[SharedPrefix](), set(rows)
+    for (branch_s, groups), branch in found:
+        apart_s, apart, left = apart_s + branch_s, apart + groups, left.difference(branch)
+        together_s = max(0.0, cost.saving_s(len(left), tokens)) if len(left) > 1 else 0.0
+        if apart_s + together_s >= best_s:
+            together = [SharedPrefix(tuple(sorted(left)), depth)] if together_s else []
+            best_s, best = apart_s + together_s, apart + together
+    return (best_s, best) if best_s > 0 else (0.0, [])

@@ -36,7 +36,7 @@ class Layer:
 LAYERS = (
     Layer("values", "errors block layout namespace config stats"),
     # Siblings: they know the values and not each other; only the mover also knows the memory that it moves.
-    Layer("control", "slots policies index meeting cascade", below="values"),
+    Layer("control", "slots policies index meeting cascade pieces", below="values"),
     Layer(
         "storage",
         "storage.outcomes storage.planes storage.windows storage.frames storage.codec storage.codecs_exact "
@@ -55,17 +55,17 @@ LAYERS = (
     # The facade joins the siblings.
     Layer(
         "facade",
-        "lookup tiers warm_memory split_load demotion promotion sequence cache",
+        "lookup tiers warm_memory split_load demotion promotion block_control sequence cache",
         below="values control storage kernels background client mover",
     ),
     # What runs a model over the cache, or steers it.
     Layer(
         "engine",
-        "prompts sampling attention_paged attention_cascade attention gate fingerprint models graphs runner "
-        "profiler controller integrations*",
+        "prompts sampling attention_paged attention_cascade attention_pieces managed_attention attention gate "
+        "fingerprint models graphs runner profiler controller integrations*",
         below="values control storage kernels background client mover facade",
     ),
-    Layer("package", "__init__", below="values control facade"),
+    Layer("package", "__init__", below="values control facade engine"),
     Layer(
         "tools",
         "tools.*",

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from tierkv.config import CacheConfig
     from tierkv.errors import TierKVError
     from tierkv.layout import BlockLayout
+    from tierkv.managed_attention import ManagedFlashAttention
     from tierkv.namespace import Namespace
     from tierkv.policies import EvictionPolicy
     from tierkv.stats import CacheStats
@@ -23,6 +24,7 @@ __all__ = [
     "CacheConfig",
     "CacheStats",
     "EvictionPolicy",
+    "ManagedFlashAttention",
     "Namespace",
     "Tier",
     "TierCache",
@@ -39,6 +41,7 @@ _HOMES = {
     "CacheConfig": "tierkv.config",
     "CacheStats": "tierkv.stats",
     "EvictionPolicy": "tierkv.policies",
+    "ManagedFlashAttention": "tierkv.managed_attention",
     "Namespace": "tierkv.namespace",
     "Tier": "tierkv.block",
     "TierCache": "tierkv.cache",

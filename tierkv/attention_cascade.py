@@ -33,6 +33,7 @@ __all__ = [
     "attend_cascade",
     "attend_with_flash",
     "can_cascade",
+    "merge_in_place",
     "merge_shared_reference",
     "own_pass",
     "shared_pass",
@@ -185,6 +186,22 @@ def merge_shared_reference(
     weights = [(part - lse).exp().nan_to_num(0.0).unsqueeze(-1) for part in (left, right)]
     merged = shared[places].to(lse.dtype) * weights[0] + own.to(lse.dtype) * weights[1]
     out.copy_(add_sinks(merged.flatten(1, 2), lse.flatten(1, 2), sinks).view(out.shape))
+
+
+def merge_in_place(total: Tensor, total_lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """Take attention over one more part of K and V into a sum: [n, heads, dim] and [n, heads], in float32 or wider.
+
+    part, part_lse: of the same shapes, any strides before the last dim, not empty for any query.
+    """
+    if total.is_cuda and _merge_shared is not None and total.dtype == torch.float32:
+        own = total.unsqueeze(2)
+        _merge_shared(part.unsqueeze(2), part_lse[None, :, :, None], own, total_lse.unsqueeze(2), own)
+        torch.logaddexp(total_lse, part_lse, out=total_lse)
+        return
+    lse = torch.logaddexp(total_lse, part_lse)
+    total.mul_((total_lse - lse).exp_().unsqueeze(-1))
+    total.addcmul_(part.to(total.dtype), (part_lse - lse).exp().unsqueeze(-1))
+    total_lse.copy_(lse)
 
 
 def shared_pass(paged: PagedQuery, query: Tensor, cascade: CascadeBatch, *, num_splits: int) -> tuple[Tensor, Tensor]:

@@ -27,6 +27,8 @@ __all__ = [
     "attend",
     "attend_cpu",
     "can_use_flash",
+    "cpu_attention",
+    "flash_head_dims",
     "layout_uses_flash",
 ]
 
@@ -89,7 +91,7 @@ def can_use_flash(paged: PagedQuery, block_size: int) -> bool:
         and paged.query.dtype in (torch.bfloat16, torch.float16)
         and block_size % 256 == 0
         and paged.keys.shape[-1] == paged.values.shape[-1]
-        and paged.keys.shape[-1] in _flash_head_dims()
+        and paged.keys.shape[-1] in flash_head_dims()
     )
 
 
@@ -103,7 +105,7 @@ def attend_cpu(paged: PagedQuery, query: Tensor, blocks: Tensor, length: int) ->
     if query.shape[0] == 1:  # not copied together where pages are large
         return _merge(_cpu_parts(paged, query, blocks, length))
     keys, values = (_gather(pages, blocks, length) for pages in (paged.keys, paged.values))
-    return _cpu_attention(query, keys, values, paged.scale)
+    return cpu_attention(query, keys, values, paged.scale)
 
 
 def layout_uses_flash(layout: BlockLayout) -> bool:
@@ -111,12 +113,12 @@ def layout_uses_flash(layout: BlockLayout) -> bool:
     return (
         layout.dtype in ("bfloat16", "float16")
         and layout.block_size % 256 == 0
-        and all(layer.k_dim == layer.v_dim and layer.k_dim in _flash_head_dims() for layer in layout.layers)
+        and all(layer.k_dim == layer.v_dim and layer.k_dim in flash_head_dims() for layer in layout.layers)
     )
 
 
 @cache
-def _flash_head_dims() -> frozenset[int]:
+def flash_head_dims() -> frozenset[int]:
     """Head dims that flash-attn is known to run with here; empty where it is not installed."""
     if importlib.util.find_spec("flash_attn") is None:
         return frozenset()
@@ -194,21 +196,21 @@ def _cpu_parts(paged: PagedQuery, query: Tensor, blocks: Tensor, length: int) ->
     num_past = length - num_new
     if paged.window and length > paged.window:
         keys, values = (_gather(pages, blocks, length) for pages in (paged.keys, paged.values))
-        yield _cpu_attention(query, keys, values, paged.scale, mask=_mask(num_new, length, paged.window, query))
+        yield cpu_attention(query, keys, values, paged.scale, mask=_mask(num_new, length, paged.window, query))
         return
     if num_new == 1 and block_size >= 256:
         # Attending page by page beats copying large pages together first (LSE merge is cheap for one query).
         for at, block in enumerate(blocks.tolist()):
             count = min(block_size, length - at * block_size)
-            yield _cpu_attention(query, paged.keys[block, :count], paged.values[block, :count], paged.scale)
+            yield cpu_attention(query, paged.keys[block, :count], paged.values[block, :count], paged.scale)
         return
     keys, values = (_gather(pages, blocks, length) for pages in (paged.keys, paged.values))
     if num_past:
-        yield _cpu_attention(query, keys[:num_past], values[:num_past], paged.scale)
-    yield _cpu_attention(query, keys[num_past:], values[num_past:], paged.scale, is_causal=True)
+        yield cpu_attention(query, keys[:num_past], values[:num_past], paged.scale)
+    yield cpu_attention(query, keys[num_past:], values[num_past:], paged.scale, is_causal=True)
 
 
-def _cpu_attention(
+def cpu_attention(
     query: Tensor,
     keys: Tensor,
     values: Tensor,

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 
 from tierkv.block import TOKEN_BYTES, BlockHash, HashFunction, Tier, TokenIds, as_token_array, hash_block, iter_chain
+from tierkv.block_control import BlockControl
 from tierkv.config import CacheConfig
 from tierkv.demotion import Demoter
 from tierkv.errors import ConfigError, NamespaceMismatchError
@@ -69,6 +70,7 @@ class TierCache:
     Life of a request: `acquire` (or `match` to look first), compute the tokens that were not cached, `commit`
     them, `append` and `commit` while decoding, `release`. Calls are thread-safe; a sequence belongs to one
     thread. Damage, full disks and failed copies are misses that `stats` counts, never exceptions.
+    `blocks` acts on blocks of the hot pool by their ids.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class TierCache:
             raise
         self._demoter = Demoter(self._tiers)
         self._promoter = Promoter(self._tiers, self._demoter)
+        self.blocks = BlockControl(self._tiers, self._demoter)
 
     def __enter__(self) -> TierCache:
         return self

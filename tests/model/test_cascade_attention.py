@@ -81,7 +81,7 @@ class Step:
 def assert_close(got: torch.Tensor, want: torch.Tensor) -> None:
     """Compare root mean squares: bfloat16 rounds each of the two passes and their merge."""
     error = (got.double() - want.double()).square().mean().sqrt() / want.double().square().mean().sqrt()
-    assert error <= (5e-3 if got.dtype == torch.bfloat16 else 1e-6)
+    assert error <= (5e-3 if got.dtype == torch.bfloat16 else 5e-6)
 
 
 @pytest.mark.parametrize("batch", BATCHES)

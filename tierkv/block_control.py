@@ -1,0 +1,169 @@
+"""Blocks of the hot pool by their ids: what each one is, and evicting, pinning or offloading just those."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from tierkv.block import BlockHash, Tier
+from tierkv.demotion import Demoter
+from tierkv.errors import ConfigError
+from tierkv.index import Entry
+from tierkv.tiers import Tiers
+
+__all__ = ["BlockControl", "BlockReport", "BlockState"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockState:
+    """A block of the hot pool that is not free. block_hash: None for one that no other sequence can find yet.
+
+    num_tokens and depth (blocks before it in its chain) are known of findable ones, and so is which lower tiers keep
+    it. Times are seconds of the cache's clock.
+    """
+
+    block_id: int
+    reference_count: int
+    block_hash: BlockHash | None = None
+    num_tokens: int = 0
+    depth: int = 0
+    pinned: bool = False
+    lower_tiers: tuple[Tier, ...] = ()
+    access_count: int = 0
+    last_access: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockReport:
+    """Which block ids were evicted, pinned and offloaded, and why the others were not."""
+
+    evicted: tuple[int, ...] = ()
+    pinned: tuple[int, ...] = ()
+    offloaded: tuple[int, ...] = ()
+    refused: dict[int, str] = field(default_factory=dict)
+
+
+class BlockControl:
+    """Acts on blocks by their ids, within the cache's rules: nothing in use or pinned goes, children before parents."""
+
+    def __init__(self, tiers: Tiers, demoter: Demoter) -> None:
+        self._tiers = tiers
+        self._demoter = demoter
+
+    def inspect(self) -> tuple[BlockState, ...]:
+        """Return every block of the hot pool that is in use or cached, in order of their ids."""
+        pool = self._tiers.index.hot
+        with self._tiers.changed:
+            self._tiers.reap()
+            used = [i for i in range(pool.capacity) if pool.owners[i] is not None or pool.reference_count(i)]
+            return tuple(self._state(block_id) for block_id in used)
+
+    def manage(self, *, evict: Iterable[int] = (), pin: Iterable[int] = (), offload: Iterable[int] = ()) -> BlockReport:
+        """Pin, then offload, then evict blocks; say what became of each.
+
+        evict: the hot tier forgets a block; unless a lower tier keeps it, it is gone. offload: a lower tier gets the
+        block before the hot one forgets it. Waits for the writes that these need. What cannot be done is reported,
+        not raised; ids that no block can have raise ConfigError, and nothing is done.
+        """
+        asked = {name: list(dict.fromkeys(ids)) for name, ids in (("pin", pin), ("offload", offload), ("evict", evict))}
+        capacity = self._tiers.index.hot.capacity
+        for block_id in (block_id for ids in asked.values() for block_id in ids):
+            if not 0 <= block_id < capacity:
+                raise ConfigError(f"there is no block {block_id}: the hot pool has {capacity}")
+        refused: dict[int, str] = {}
+        pinned = self._pin(asked["pin"], refused)
+        offloaded = self._offload(asked["offload"], refused) if asked["offload"] else []
+        evicted = self._evict(asked["evict"], refused) if asked["evict"] else []
+        return BlockReport(evicted=tuple(evicted), pinned=tuple(pinned), offloaded=tuple(offloaded), refused=refused)
+
+    def unpin(self, block_ids: Iterable[int]) -> None:
+        """Let pinned blocks be evicted again; ids of blocks that are not pinned change nothing."""
+        self._set_pinned([entry for block_id in block_ids if (entry := self._owner(block_id))], False)
+
+    def _pin(self, block_ids: list[int], refused: dict[int, str]) -> list[int]:
+        found = {block_id: self._owner(block_id) for block_id in block_ids}
+        refused |= {block_id: "nothing is cached there" for block_id, entry in found.items() if entry is None}
+        self._set_pinned([entry for entry in found.values() if entry], True)
+        return [block_id for block_id, entry in found.items() if entry]
+
+    def _set_pinned(self, entries: list[Entry], pinned: bool) -> None:
+        with self._tiers.changed:
+            for entry in entries:
+                self._tiers.index.set_pinned(entry, pinned)
+        if self._tiers.cold:
+            self._tiers.cold.set_pinned([entry.block_hash for entry in entries], pinned)
+
+    def _offload(self, block_ids: list[int], refused: dict[int, str]) -> list[int]:
+        """Write down what no lower tier has yet, then evict what one has."""
+        tiers = self._tiers
+        self._demoter.flush()  # what is queued to be written is in use until it is
+        with tiers.changed:
+            for block_id in block_ids:
+                entry = tiers.index.hot.owners[block_id]
+                if entry and not _lower_tiers(entry) and not tiers.index.hot.reference_count(block_id):
+                    self._demoter.write_down(
+                        entry.block_hash, entry.parent_hash, entry.token_bytes, block_id, tiers.mover.mark()
+                    )
+        self._demoter.flush()
+        with tiers.changed:
+            kept = {i for i in block_ids if (entry := tiers.index.hot.owners[i]) and _lower_tiers(entry)}
+            cached = {i for i in block_ids if tiers.index.hot.owners[i]}
+        refused |= dict.fromkeys(sorted(cached - kept), "no lower tier could take it")
+        return self._evict([i for i in block_ids if i in kept or i not in cached], refused)
+
+    def _evict(self, block_ids: list[int], refused: dict[int, str]) -> list[int]:
+        tiers = self._tiers
+        self._demoter.flush()
+        evicted: set[int] = set()
+        with tiers.changed:
+            tiers.reap()
+            owners = {block_id: tiers.index.hot.owners[block_id] for block_id in block_ids}
+            deepest_first = sorted(block_ids, key=lambda i: -(owner.depth if (owner := owners[i]) else 0))
+            for block_id in deepest_first:
+                entry = owners[block_id]
+                reason = self._why_not(entry, block_id)
+                if entry is None or reason:
+                    refused[block_id] = reason
+                    continue
+                tiers.index.detach(entry, Tier.HOT)
+                tiers.stats.evictions[Tier.HOT] += 1
+                evicted.add(block_id)
+            tiers.changed.notify_all()
+        return [block_id for block_id in block_ids if block_id in evicted]
+
+    def _why_not(self, entry: Entry | None, block_id: int) -> str:
+        """Say why a block cannot be evicted; empty if it can. The caller holds the lock."""
+        users = self._tiers.index.hot.reference_count(block_id)
+        if users:
+            return f"{users} sequences or copies use it"
+        if entry is None:
+            return "nothing is cached there"
+        if entry.pinned:
+            return "it is pinned"
+        return "blocks that continue it are hot" if not self._tiers.index.is_evictable(entry, Tier.HOT) else ""
+
+    def _owner(self, block_id: int) -> Entry | None:
+        with self._tiers.changed:
+            return self._tiers.index.hot.owners[block_id]
+
+    def _state(self, block_id: int) -> BlockState:
+        pool = self._tiers.index.hot
+        entry = pool.owners[block_id]
+        users = pool.reference_count(block_id)
+        if entry is None:
+            return BlockState(block_id=block_id, reference_count=users)
+        return BlockState(
+            block_id=block_id,
+            reference_count=users,
+            block_hash=entry.block_hash,
+            num_tokens=entry.num_tokens,
+            depth=entry.depth,
+            pinned=entry.pinned,
+            lower_tiers=_lower_tiers(entry),
+            access_count=entry.access_count,
+            last_access=entry.last_access,
+        )
+
+
+def _lower_tiers(entry: Entry) -> tuple[Tier, ...]:
+    return (*((Tier.WARM,) if entry.warm_slot is not None else ()), *((Tier.COLD,) if entry.in_cold else ()))

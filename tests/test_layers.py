@@ -36,7 +36,7 @@ class Layer:
 LAYERS = (
     Layer("values", "errors block layout namespace config stats"),
     # Siblings: they know the values and not each other; only the mover also knows the memory that it moves.
-    Layer("control", "slots policies index meeting cascade pieces", below="values"),
+    Layer("control", "slots siblings policies index meeting cascade pieces", below="values"),
     Layer(
         "storage",
         "storage.outcomes storage.planes storage.windows storage.frames storage.codec storage.codecs_exact "

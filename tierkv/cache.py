@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +34,7 @@ from tierkv.storage.hot import HotPool, hot_pool_blocks
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import BlockInfo, encode_record, read_header
 from tierkv.storage.state_file import SavedState, StateFile, write_state_file
-from tierkv.tiers import Place, Tiers
+from tierkv.tiers import Tiers
 from tierkv.warm_memory import open_warm_memory
 
 __all__ = ["Match", "TierCache", "load_cache_state", "save_cache_state"]
@@ -136,9 +136,8 @@ class TierCache:
         token_bytes = as_token_array(token_ids).tobytes()
         with self._tiers.changed:
             found = self._look_up(token_bytes, len(token_bytes) // TOKEN_BYTES)
-        blocks = {tier: sum(hit.tier is tier for hit in found) for tier in Tier}
-        tokens = {tier: sum(hit.num_tokens for hit in found if hit.tier is tier) for tier in Tier}
-        return Match(len(token_bytes) // TOKEN_BYTES, blocks, tokens, tuple(hit.block_hash for hit in found))
+        blocks, tokens = _count_by_tier(len(found.hot), self.config.block_size, found.rest())
+        return Match(len(token_bytes) // TOKEN_BYTES, blocks, tokens, tuple(found.block_hashes))
 
     def acquire(self, token_ids: TokenIds, *, reuse: bool = True, may_split: bool = False) -> Sequence:
         """Return a sequence with room for every token, its cached prefix on the way into the hot pool.
@@ -154,40 +153,39 @@ class TierCache:
             raise ConfigError("a prompt needs at least one token")
         num_blocks = -(-num_tokens // self.config.block_size)
         with self._tiers.changed:
-            found = self._look_up(token_bytes, num_tokens - 1) if reuse else Lookup([], None)
+            found = self._look_up(token_bytes, num_tokens - 1) if reuse else Lookup()
             pinned = self._promoter.pin(found)
         later = self._cold_end(found) if may_split else []
         if later:
-            found = Lookup(found.blocks[: -len(later)], None)
+            found = replace(found, blocks=found.blocks[: -len(later)], tail=None)
         promoted = self._promoter.promote(found, pinned, num_blocks=num_blocks)
         if promoted.failure:
             later = []
-        num_whole = sum(hit.num_tokens == self.config.block_size and hit is not found.tail for hit in promoted.hits)
+        blocks, tokens = _count_by_tier(len(found.hot), self.config.block_size, promoted.hits)
+        chain = [entry.block_hash for entry in found.hot]
+        chain += (hit.block_hash for hit in promoted.hits if hit is not found.tail)
         sequence = Sequence(
             token_bytes=bytearray(token_bytes),
             block_table=promoted.block_table,
-            num_cached_tokens=sum(hit.num_tokens for hit in promoted.hits),
-            cached_tokens={tier: sum(h.num_tokens for h in promoted.hits if h.tier is tier) for tier in Tier},
-            chain=[hit.block_hash for hit in promoted.hits[:num_whole]],
+            num_cached_tokens=sum(tokens.values()),
+            cached_tokens=tokens,
+            chain=chain,
             loads=promoted.loads,
             is_cacheable=reuse,
         )
         try:
             if later:
-                first = len(promoted.hits)
-                targets = promoted.block_table[first : first + len(later)]
+                targets = promoted.block_table[len(chain) : len(chain) + len(later)]
                 sequence.split = self._promoter.split(later, targets, num_before=sequence.num_cached_tokens)
             with self._tiers.changed:
                 self._sequences.add(sequence)
-                num_found = len(promoted.hits) + len(later)
+                num_found = sum(blocks.values()) + len(later)
                 self._count(sequence, num_blocks - num_found, num_found, promoted.failure or found.miss)
-                for hit in promoted.hits:
-                    self._tiers.stats.hits[hit.tier] += 1
-                    self._tiers.stats.hit_tokens[hit.tier] += hit.num_tokens
-                    if entry := self._tiers.index.get(hit.block_hash, hit.parent_hash, hit.token_bytes):
-                        self._tiers.index.touch(entry)
+                self._tiers.stats.hits.update(blocks)
+                self._tiers.stats.hit_tokens.update(tokens)
+                self._touch(found.hot, promoted.hits)
             if self.cold:
-                self.cold.touch([hit.block_hash for hit in promoted.hits])
+                self.cold.touch([*chain, *(hit.block_hash for hit in promoted.hits if hit is found.tail)])
         except BaseException:
             self.release(sequence)
             raise
@@ -265,6 +263,8 @@ class TierCache:
         Raises CapacityError where there is no room for that copy, StoreError where it fails.
         """
         _require_running(sequence)
+        if sequence.split:
+            raise ConfigError("the sequence's cold blocks are still coming: join them before it is forked")
         size = self.config.block_size
         num_shared = sequence.num_tokens // size
         own = self._demoter.take_hot(len(sequence.block_table) - num_shared)
@@ -277,8 +277,7 @@ class TierCache:
             is_cacheable=sequence.is_cacheable,
         )
         with self._tiers.changed:
-            for block_id in sequence.block_table[:num_shared]:
-                self._tiers.index.hot.pin(block_id)
+            self._tiers.index.hot.pin_all(sequence.block_table[:num_shared])
             self._sequences.add(forked)
         try:
             sequence.wait_all()
@@ -298,7 +297,7 @@ class TierCache:
             sequence.split.cancel()
         with self._tiers.changed:
             self._sequences.discard(sequence)
-        self._tiers.unpin(Place(Tier.HOT, block_id) for block_id in sequence.block_table)
+        self._tiers.unpin_all(Tier.HOT, sequence.block_table)
 
     def pin(self, token_ids: TokenIds) -> int:
         """Keep a cached prompt's blocks in every tier that has them, on disk also after a restart.
@@ -522,6 +521,13 @@ class TierCache:
     def _last_hash(self, sequence: Sequence) -> BlockHash:
         return sequence.chain[-1] if sequence.chain else self._tiers.index.root
 
+    def _touch(self, hot: list[Entry], hits: list[Hit]) -> None:
+        """Record the use of what was hot, and of hits that were promoted. The caller holds the lock."""
+        index = self._tiers.index
+        index.touch_all(hot)  # pinned since the lookup, so still the same blocks
+        found = (index.get(hit.block_hash, hit.parent_hash, hit.token_bytes) for hit in hits)
+        index.touch_all(entry for entry in found if entry)
+
     def _count(self, sequence: Sequence, num_missing: int, num_found: int, miss: MissReason | None) -> None:
         """Count a request. `miss`: why the block behind the hits was none, if there is more to say than absent."""
         stats = self._tiers.stats
@@ -530,11 +536,11 @@ class TierCache:
         stats.misses += num_missing
         stats.collisions += miss is MissReason.COLLISION
         reasons = self._miss_reasons(sequence, num_found) if sequence.is_cacheable else []
-        reasons += [MissReason.ABSENT] * (num_missing - len(reasons))
-        if reasons and miss:
-            reasons[0] = miss
-        for reason in reasons:
-            stats.miss_reasons[reason.value] += 1
+        if miss and num_missing:
+            reasons = [miss, *reasons[1:]]
+        stats.miss_reasons.update(reason.value for reason in reasons)
+        if len(reasons) < num_missing:
+            stats.miss_reasons[MissReason.ABSENT.value] += num_missing - len(reasons)
 
     def _count_split(self, split: SplitLoad) -> None:
         """Count what became of a request's cold blocks; the caller holds the lock."""
@@ -562,13 +568,14 @@ class TierCache:
     def _set_pinned(self, token_ids: TokenIds, pinned: bool) -> int:
         token_bytes = as_token_array(token_ids).tobytes()
         with self._tiers.changed:
-            found = list(self._look_up(token_bytes, len(token_bytes) // TOKEN_BYTES))
-            for hit in found:
-                if hit.entry:
-                    self._tiers.index.set_pinned(hit.entry, pinned)
+            found = self._look_up(token_bytes, len(token_bytes) // TOKEN_BYTES)
+            entries = [*found.hot, *(hit.entry for hit in found.rest())]
+            for entry in entries:
+                if entry:
+                    self._tiers.index.set_pinned(entry, pinned)
         if self.cold:
-            self.cold.set_pinned([hit.block_hash for hit in found], pinned)
-        return len(found)
+            self.cold.set_pinned(found.block_hashes, pinned)
+        return len(entries)
 
     def _avg_shared_blocks(self) -> float:
         users: Counter[int] = Counter()
@@ -635,6 +642,18 @@ def _codec_of(config: CacheConfig, namespace: Namespace) -> Codec:
             hint="leave lossy_codec to the cache",
         )
     return codec
+
+
+def _count_by_tier(num_hot: int, block_size: int, hits: Iterable[Hit]) -> tuple[dict[Tier, int], dict[Tier, int]]:
+    """Return blocks and tokens of `num_hot` hot blocks and of hits, by tier."""
+    blocks = dict.fromkeys(Tier, 0)
+    tokens = dict.fromkeys(Tier, 0)
+    blocks[Tier.HOT] = num_hot
+    tokens[Tier.HOT] = num_hot * block_size
+    for hit in hits:
+        blocks[hit.tier] += 1
+        tokens[hit.tier] += hit.num_tokens
+    return blocks, tokens
 
 
 def save_cache_state(cache: TierCache, path: str | Path) -> SavedState:

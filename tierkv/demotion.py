@@ -95,6 +95,7 @@ class Demoter:
         The caller holds the lock.
         """
         tiers = self._tiers
+        ready: list[Entry] = []
         for victim in tiers.index.select_victims(Tier.HOT, count):
             assert victim.block_id is not None
             if self._must_write_first(victim):
@@ -105,10 +106,11 @@ class Demoter:
                     victim.block_id,
                     tiers.mover.mark(),
                 )
-            elif victim.hot_children == 0:
-                self._failed.discard(victim.block_hash)
-                tiers.index.detach(victim, Tier.HOT)
-                tiers.stats.evictions[Tier.HOT] += 1
+            else:
+                ready.append(victim)
+        evicted = tiers.index.evict(ready, Tier.HOT)  # not one whose child is still to be written
+        self._failed.difference_update(entry.block_hash for entry in evicted)
+        tiers.stats.evictions[Tier.HOT] += len(evicted)
 
     def flush(self) -> None:
         """Wait until everything queued so far lies where it was to be written."""

@@ -6,19 +6,26 @@ entry, and a block stored later under a colliding hash can never adopt another's
 
 It moves no bytes and knows no torch. The facade calls `attach` after bytes arrived and `detach` before a place
 is used again; the cold tier's own table is the LMDB store, of which `in_cold` is only a reminder.
+
+There may be a million entries, and a request uses hundreds. So an entry is one object without a dictionary, an only
+child needs no collection, and what a request does to all of its blocks has a method that does it in one loop.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import TypeAlias
 
-from tierkv.block import TOKEN_BYTES, BlockHash, Tier
+from tierkv.block import TOKEN_BYTES, BlockHash, HashFunction, Tier, common_run
 from tierkv.policies import CacheBlock, EvictionPolicy
+from tierkv.siblings import Siblings
 from tierkv.slots import SlotPool
 
 __all__ = ["Entry", "Index"]
+
+_NEAREST = 32
 
 
 class Entry:
@@ -28,45 +35,47 @@ class Entry:
         "access_count",
         "block_hash",
         "block_id",
-        "children",
         "created_at",
         "depth",
+        "family",
         "hot_children",
         "in_cold",
         "last_access",
         "parent",
-        "parent_hash",
         "pinned",
-        "stamp",
         "token_bytes",
         "warm_children",
         "warm_slot",
     )
 
-    def __init__(
-        self,
-        block_hash: BlockHash,
-        parent_hash: BlockHash,
-        parent: Entry | None,
-        token_bytes: bytes,
-        now: float,
-    ) -> None:
+    def __init__(self, block_hash: BlockHash, parent: Entry | None, token_bytes: bytes, now: float) -> None:
         self.block_hash = block_hash
-        self.parent_hash = parent_hash
-        self.parent = parent
+        self.parent: Entry = parent or self
         self.token_bytes = token_bytes
-        self.depth: int = parent.depth + 1 if parent else 0
+        self.depth: int = parent.depth + 1 if parent else -1
         self.block_id: int | None = None
         self.warm_slot: int | None = None
         self.in_cold = False
         self.pinned = False
-        self.children: set[Entry] | None = None
+        self.family: Entry | Siblings[Entry] | None = None  # most entries have one child: it needs no collection
         self.hot_children = 0
         self.warm_children = 0
         self.created_at = now
         self.last_access = now
         self.access_count = 1
-        self.stamp = 0
+
+    @property
+    def parent_hash(self) -> BlockHash:
+        """The parent's block hash; of a first block the namespace digest."""
+        return self.parent.block_hash
+
+    @property
+    def children(self) -> Iterable[Entry]:
+        """The entries that continue this one, in the order of their token ids."""
+        family = self.family
+        if family is None:
+            return ()
+        return (family,) if isinstance(family, Entry) else family
 
     @property
     def num_tokens(self) -> int:
@@ -83,10 +92,11 @@ class Entry:
 
     def is_same_block(self, parent_hash: BlockHash, token_bytes: bytes) -> bool:
         """Tell a true hit from a hash collision."""
-        return self.parent_hash == parent_hash and self.token_bytes == token_bytes
+        return self.parent.block_hash == parent_hash and self.token_bytes == token_bytes
 
 
 _Offer: TypeAlias = "tuple[float, int, int, Entry, int]"
+"""(negated score, negated depth, serial number, entry, its access count then): void after another access."""
 
 
 class Index:
@@ -110,8 +120,10 @@ class Index:
         self.warm: SlotPool[Entry] = SlotPool(num_warm)
         self._clock = clock
         self._entries: dict[BlockHash, Entry] = {}
-        self._first_blocks: set[Entry] = set()
+        self._trunk = Entry(root, None, b"", clock())  # stands for the root, and is not in the table
         self._offers: dict[Tier, list[_Offer]] = {Tier.HOT: [], Tier.WARM: []}
+        self._taken: dict[Tier, list[_Offer]] = {Tier.HOT: [], Tier.WARM: []}
+        self._most_offers: dict[Tier, int] = {Tier.HOT: 64, Tier.WARM: 64}
         self._serial = 0
 
     def __len__(self) -> int:
@@ -129,6 +141,28 @@ class Index:
         entry = self._entries.get(block_hash)
         return entry if entry and entry.is_same_block(parent_hash, token_bytes) else None
 
+    def walk(self, token_bytes: bytes, block_size: int, hash_function: HashFunction) -> list[Entry]:
+        """Return the entries of the leading whole blocks of a sequence, up to the first that is unknown.
+
+        token_bytes: the sequence as little-endian uint32. Each entry's token ids are compared and its parent is
+        the entry before it, so a hash only ever finds a candidate; an only child is compared without being hashed.
+        """
+        step = block_size * TOKEN_BYTES
+        entries = self._entries
+        parent = self._trunk
+        found: list[Entry] = []
+        for start in range(0, len(token_bytes) - step + 1, step):
+            family = parent.family
+            if family is None:
+                break
+            tokens = token_bytes[start : start + step]
+            child = family if isinstance(family, Entry) else entries.get(hash_function(parent.block_hash, tokens))
+            if child is None or child.parent is not parent or child.token_bytes != tokens:
+                break
+            found.append(child)
+            parent = child
+        return found
+
     def collides(self, block_hash: BlockHash, parent_hash: BlockHash, token_bytes: bytes) -> bool:
         """Tell whether another block has taken this hash, so that this one cannot be cached."""
         entry = self._entries.get(block_hash)
@@ -138,10 +172,25 @@ class Index:
 
     def children(self, parent_hash: BlockHash) -> list[Entry]:
         """Return the entries that continue the block (or, for the root, begin a chain)."""
-        if parent_hash == self.root:
-            return list(self._first_blocks)
-        parent = self._entries.get(parent_hash)
-        return list(parent.children or ()) if parent else []
+        parent = self._parent(parent_hash)
+        return list(parent.children) if parent else []
+
+    def nearest_child(self, parent_hash: BlockHash, token_bytes: bytes) -> tuple[Entry, Tier, int] | None:
+        """Return the child whose token ids have most in common with these, its tier, and how many they have.
+
+        Only children with bytes in the hot or the warm tier, and one token or more in common. Of equals a hot one,
+        if there is one among the 32 nearest on either side: there may be a hundred thousand.
+        """
+        parent = self._parent(parent_hash)
+        family = parent.family if parent else None
+        if family is None:
+            return None
+        if isinstance(family, Entry):
+            family = Siblings(family)
+        best: tuple[Entry, Tier, int] | None = None
+        for side in (family.upwards(token_bytes), family.downwards(token_bytes)):
+            best = _nearest(islice(side, _NEAREST), token_bytes, best)
+        return best
 
     def insert(self, block_hash: BlockHash, parent_hash: BlockHash, token_bytes: bytes) -> Entry | None:
         """Return the entry of the block, made if need be. None if its hash is taken or its parent unknown.
@@ -151,41 +200,53 @@ class Index:
         entry = self._entries.get(block_hash)
         if entry:
             return entry if entry.is_same_block(parent_hash, token_bytes) else None
-        parent = self._entries.get(parent_hash)
-        if block_hash == self.root or (parent is None and parent_hash != self.root):
+        parent = self._parent(parent_hash)
+        if block_hash == self.root or parent is None:
             return None
-        entry = Entry(block_hash, parent.block_hash if parent else self.root, parent, token_bytes, self._clock())
+        entry = Entry(block_hash, parent, token_bytes, self._clock())
         self._entries[block_hash] = entry
-        if parent is None:
-            self._first_blocks.add(entry)
-        elif parent.children is None:
-            parent.children = {entry}
+        family = parent.family
+        if family is None:
+            parent.family = entry
+        elif isinstance(family, Entry):
+            parent.family = Siblings(family, entry)
         else:
-            parent.children.add(entry)
+            family.add(entry)
         return entry
 
     def attach(self, entry: Entry, tier: Tier, slot: int) -> None:
         """Record that `slot` holds the entry's bytes from now on. The entry must not have a place there."""
         assert entry.place(tier) is None, "an entry has one place in a tier"
-        self.pool(tier).own(slot, entry)
         if tier is Tier.HOT:
+            self.hot.own(slot, entry)
             entry.block_id = slot
+            entry.parent.hot_children += 1
         else:
+            self.warm.own(slot, entry)
             entry.warm_slot = slot
-        self._count_child(entry, tier, 1)
+            entry.parent.warm_children += 1
         self._offer(entry, tier)
 
     def detach(self, entry: Entry, tier: Tier) -> None:
         """Record that the tier forgot the entry; an entry without place and children leaves the index."""
-        slot = entry.place(tier)
-        assert slot is not None, "nothing to detach"
-        if tier is Tier.HOT:
-            entry.block_id = None
-        else:
-            entry.warm_slot = None
-        self.pool(tier).disown(slot)
-        self._count_child(entry, tier, -1)
-        self._prune(entry)
+        self._detach(entry, tier)
+        self._offer(entry.parent, tier)
+
+    def evict(self, victims: Iterable[Entry], tier: Tier) -> list[Entry]:
+        """Detach several entries, children before parents, and return them; one that has children there stays."""
+        evicted: list[Entry] = []
+        parents: dict[Entry, None] = {}
+        for entry in victims:
+            if entry.tier_children(tier):
+                continue
+            self._detach(entry, tier)
+            evicted.append(entry)
+            parents.pop(entry, None)
+            parents[entry.parent] = None
+        for parent in parents:  # only now: a parent that went too needs no place in the order
+            self._offer(parent, tier)
+        self._put_back(tier)
+        return evicted
 
     def forget(self, entry: Entry) -> None:
         """Drop an entry's places and the entry itself unless children still hang on it."""
@@ -202,10 +263,16 @@ class Index:
 
     def unpin(self, tier: Tier, slot: int) -> None:
         """Lower the reference count of a place; its owner, if any, may be evictable again."""
-        pool = self.pool(tier)
-        owner = pool.owners[slot]
-        if pool.unpin(slot) and owner is not None:
-            self._offer(owner, tier)
+        self.unpin_all(tier, (slot,))
+
+    def unpin_all(self, tier: Tier, slots: Sequence[int]) -> None:
+        """Lower the reference counts of several places."""
+        idle: list[Entry] = []
+        self.pool(tier).unpin_all(slots, idle)
+        if tier is Tier.HOT:  # of a whole chain only the last may be evicted: say so without a call for each
+            idle = [entry for entry in idle if not entry.hot_children]
+        for entry in idle:
+            self._offer(entry, tier)
 
     def set_pinned(self, entry: Entry, pinned: bool) -> None:
         """Keep the entry in whichever tiers hold it until it is unpinned again."""
@@ -215,18 +282,30 @@ class Index:
 
     def touch(self, entry: Entry) -> None:
         """Record a use of the entry now."""
-        entry.last_access = self._clock()
-        entry.access_count += 1
-        entry.stamp += 1
-        self.policy.update_on_access(entry)
-        for tier in (Tier.HOT, Tier.WARM):
-            self._offer(entry, tier)
+        self.touch_all((entry,))
+
+    def touch_all(self, entries: Iterable[Entry]) -> None:
+        """Record a use of several entries, all at the same time."""
+        now = self._clock()
+        learn = self.policy.update_on_access
+        hot, warm = Tier.HOT, Tier.WARM
+        for entry in entries:
+            entry.last_access = now
+            entry.access_count += 1
+            learn(entry)
+            if not entry.hot_children and entry.block_id is not None:
+                self._offer(entry, hot)
+            if not entry.warm_children and entry.warm_slot is not None:
+                self._offer(entry, warm)
 
     def set_policy(self, policy: EvictionPolicy) -> None:
         """Rank everything evictable by another policy from now on."""
         self.policy = policy
         for tier in (Tier.HOT, Tier.WARM):
-            self._rank_anew(tier)
+            owners = (owner for owner in self.pool(tier).owners if owner is not None)
+            self._taken[tier] = []
+            self._offers[tier] = [self._ranked(owner) for owner in owners if self.is_evictable(owner, tier)]
+            heapq.heapify(self._offers[tier])
 
     def is_evictable(self, entry: Entry, tier: Tier) -> bool:
         """True for a leaf of that tier that nobody uses and nobody pinned."""
@@ -243,19 +322,18 @@ class Index:
 
         Nothing changes yet: the caller detaches each, in this order.
         """
-        offers = self._offers[tier]
-        popped: list[_Offer] = []
-        chosen = self.policy.select_victims(count, self._iter_leaves(tier, popped))
-        for offer in popped:
-            heapq.heappush(offers, offer)
+        self._put_back(tier)
+        yielded: list[CacheBlock] = []
+        chosen = self.policy.select_victims(count, self._iter_leaves(tier, yielded))[:count]
+        if chosen == yielded:  # everything that was offered, in order: nothing can have been left out below
+            return [block for block in chosen if isinstance(block, Entry)]
         victims: list[Entry] = []
         chosen_children: dict[Entry, int] = {}
-        for block in chosen[:count]:
+        for block in chosen:
             assert isinstance(block, Entry), "a policy returns the blocks that it was offered"
             if block.tier_children(tier) == chosen_children.get(block, 0):
                 victims.append(block)
-                if block.parent:
-                    chosen_children[block.parent] = chosen_children.get(block.parent, 0) + 1
+                chosen_children[block.parent] = chosen_children.get(block.parent, 0) + 1
         return victims
 
     def check(self) -> None:
@@ -263,7 +341,8 @@ class Index:
         for tier in (Tier.HOT, Tier.WARM):
             pool = self.pool(tier)
             pool.check()
-            offered = {offer[3] for offer in self._offers[tier] if offer[4] == offer[3].stamp}
+            offers = (*self._offers[tier], *self._taken[tier])
+            offered = {offer[3] for offer in offers if offer[4] == offer[3].access_count}
             for slot, owner in enumerate(pool.owners):
                 assert owner is None or (owner.place(tier) == slot and self._entries.get(owner.block_hash) is owner), (
                     f"{tier} slot {slot} has a stale owner"
@@ -272,40 +351,54 @@ class Index:
                 slot_or_none = entry.place(tier)
                 assert slot_or_none is None or pool.owners[slot_or_none] is entry
                 assert not self.is_evictable(entry, tier) or entry in offered, "an evictable entry is not offered"
-                held = sum(child.place(tier) is not None for child in entry.children or ())
-                assert entry.tier_children(tier) == held, "child count is off"
-        for entry in self:
-            self._check_links(entry)
+        self._check_tree()
 
-    def _check_links(self, entry: Entry) -> None:
-        siblings = entry.parent.children if entry.parent else self._first_blocks
-        assert siblings and entry in siblings, "a parent does not know its child"
-        assert entry.parent is None or self._entries.get(entry.parent_hash) is entry.parent, "a child lost its parent"
-        assert entry.parent is not None or entry.parent_hash == self.root
-        has_bytes = entry.block_id is not None or entry.warm_slot is not None
-        assert has_bytes or entry.children, "an entry without bytes and children stayed"
+    def _check_tree(self) -> None:
+        num_children = 0
+        for parent in (self._trunk, *self):
+            children = list(parent.children)
+            num_children += len(children)
+            tokens = [child.token_bytes for child in children]
+            assert tokens == sorted(set(tokens)), "children are out of order"
+            for child in children:
+                assert child.parent is parent and child.depth == parent.depth + 1
+                assert self._entries.get(child.block_hash) is child, "a child is not in the table"
+            for tier in (Tier.HOT, Tier.WARM):
+                held = sum(child.place(tier) is not None for child in children)
+                assert parent.tier_children(tier) == held, "child count is off"
+            has_bytes = parent.block_id is not None or parent.warm_slot is not None
+            assert has_bytes or children or parent is self._trunk, "an entry without bytes and children stayed"
+        assert num_children == len(self), "an entry is not its parent's child"
 
-    def _count_child(self, entry: Entry, tier: Tier, change: int) -> None:
-        parent = entry.parent
-        if parent is None:
-            return
+    def _parent(self, parent_hash: BlockHash) -> Entry | None:
+        return self._trunk if parent_hash == self.root else self._entries.get(parent_hash)
+
+    def _detach(self, entry: Entry, tier: Tier) -> None:
+        slot = entry.place(tier)
+        assert slot is not None, "nothing to detach"
         if tier is Tier.HOT:
-            parent.hot_children += change
+            entry.block_id = None
+            entry.parent.hot_children -= 1
+            self.hot.disown(slot)
         else:
-            parent.warm_children += change
-        self._offer(parent, tier)
+            entry.warm_slot = None
+            entry.parent.warm_children -= 1
+            self.warm.disown(slot)
+        if not entry.family:
+            self._prune(entry)
 
-    def _prune(self, entry: Entry | None) -> None:
-        while entry and entry.block_id is None and entry.warm_slot is None and not entry.children:
+    def _prune(self, entry: Entry) -> None:
+        while entry.block_id is None and entry.warm_slot is None and not entry.family:
             if self._entries.get(entry.block_hash) is not entry:
                 return
             del self._entries[entry.block_hash]
             parent = entry.parent
-            if parent is None:
-                self._first_blocks.discard(entry)
+            if isinstance(parent.family, Siblings):
+                parent.family.remove(entry)
+                parent.family = parent.family.only() or parent.family
             else:
-                assert parent.children is not None
-                parent.children.discard(entry)
+                assert parent.family is entry
+                parent.family = None
             entry = parent
 
     def _offer(self, entry: Entry, tier: Tier) -> None:
@@ -313,43 +406,79 @@ class Index:
             return
         offers = self._offers[tier]
         heapq.heappush(offers, self._ranked(entry))
-        if len(offers) > 4 * self.pool(tier).capacity + 64:
-            self._rank_anew(tier)
+        if len(offers) > self._most_offers[tier]:
+            self._drop_void_offers(tier)
 
     def _ranked(self, entry: Entry) -> _Offer:
         self._serial += 1
-        return (-self.policy.score_block(entry), -entry.depth, self._serial, entry, entry.stamp)
+        return (-self.policy.score_block(entry), -entry.depth, self._serial, entry, entry.access_count)
 
-    def _rank_anew(self, tier: Tier) -> None:
-        owners = (owner for owner in self.pool(tier).owners if owner is not None)
-        self._offers[tier] = [self._ranked(owner) for owner in owners if self.is_evictable(owner, tier)]
+    def _drop_void_offers(self, tier: Tier) -> None:
+        """Keep the best valid offer of each evictable entry. At most half of the offers are ever void."""
+        kept: dict[Entry, _Offer] = {}
+        for offer in self._offers[tier]:
+            entry = offer[3]
+            if offer[4] == entry.access_count and (entry in kept or self.is_evictable(entry, tier)):
+                kept[entry] = min(offer, kept.get(entry, offer))
+        self._offers[tier] = list(kept.values())
         heapq.heapify(self._offers[tier])
+        self._most_offers[tier] = 2 * len(kept) + 64
 
-    def _iter_leaves(self, tier: Tier, popped: list[_Offer]) -> Iterator[CacheBlock]:
-        """Yield evictable entries, best victim first, as if each one yielded were already gone."""
-        offers = self._offers[tier]
+    def _put_back(self, tier: Tier) -> None:
+        """Offer again what the last selection took and nobody detached or pinned."""
+        for offer in self._taken[tier]:
+            if offer[4] == offer[3].access_count and self.is_evictable(offer[3], tier):
+                heapq.heappush(self._offers[tier], offer)
+        self._taken[tier] = []
+
+    def _iter_leaves(self, tier: Tier, yielded: list[CacheBlock]) -> Iterator[CacheBlock]:
+        """Yield evictable entries, best victim first, as if each one yielded were already gone.
+
+        What it takes from the offers goes to `_taken`: most of it will be detached, so it is put back only when
+        the next selection begins. Parents that would become leaves wait in a heap of their own, mostly of one.
+        """
+        offers, taken = self._offers[tier], self._taken[tier]
+        pool = self.pool(tier)
+        parents: list[_Offer] = []
         gone: set[Entry] = set()
         gone_children: dict[Entry, int] = {}
-        while offers:
-            offer = heapq.heappop(offers)
+        while offers or parents:
+            if parents and (not offers or parents[0] < offers[0]):
+                offer = heapq.heappop(parents)
+            else:
+                offer = heapq.heappop(offers)
+                if offer[4] != offer[3].access_count or offer[3] in gone or not self.is_evictable(offer[3], tier):
+                    continue
+                taken.append(offer)
             entry = offer[3]
-            slot = entry.place(tier)
-            is_current = (
-                offer[4] == entry.stamp
-                and entry not in gone
-                and slot is not None
-                and not entry.pinned
-                and self.pool(tier).reference_count(slot) == 0
-                and entry.tier_children(tier) == gone_children.get(entry, 0)
-            )
-            if not is_current:
-                continue
-            if self.is_evictable(entry, tier):
-                popped.append(offer)
             gone.add(entry)
+            yielded.append(entry)
             yield entry
             parent = entry.parent
-            if parent:
-                gone_children[parent] = gone_children.get(parent, 0) + 1
-                if parent.tier_children(tier) == gone_children[parent]:
-                    heapq.heappush(offers, self._ranked(parent))
+            num_gone = gone_children[parent] = gone_children.get(parent, 0) + 1
+            if parent.tier_children(tier) == num_gone and not parent.pinned:
+                slot = parent.place(tier)
+                if slot is not None and pool.reference_count(slot) == 0:
+                    heapq.heappush(parents, self._ranked(parent))
+
+
+def _nearest(
+    children: Iterable[Entry], token_bytes: bytes, best: tuple[Entry, Tier, int] | None
+) -> tuple[Entry, Tier, int] | None:
+    """Return the best of `best` and some children, of which each has at most as much in common as the one before."""
+    has_warm = False
+    for child in children:
+        if best and not child.token_bytes.startswith(token_bytes[: best[2] * TOKEN_BYTES]):
+            break
+        if child.block_id is None and (has_warm or child.warm_slot is None):
+            continue
+        run = common_run(child.token_bytes, token_bytes)
+        if not run:
+            break
+        tier = Tier.WARM if child.block_id is None else Tier.HOT
+        if best is None or run > best[2] or (tier is Tier.HOT and best[1] is Tier.WARM):
+            best = (child, tier, run)
+        if best[1] is Tier.HOT:
+            break
+        has_warm = True
+    return best

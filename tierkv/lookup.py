@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from tierkv.block import TOKEN_BYTES, BlockHash, HashFunction, Tier, common_run, iter_chain
+from tierkv.block import TOKEN_BYTES, BlockHash, HashFunction, Tier, iter_chain
 from tierkv.errors import StoreError
 from tierkv.index import Entry, Index
 from tierkv.layout import BlockLayout
@@ -47,11 +47,12 @@ class ColdSource(Protocol):
     def delete(self, block_hash: BlockHash) -> int: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Hit:
+class Hit(NamedTuple):
     """A cached block of which the first `num_tokens` tokens are of use.
 
     entry is None where only a cold source knows the block; its token ids are compared when it is read.
+    A tuple, because there is one for every block of a prompt that is not hot: a frozen dataclass takes four times
+    as long to make.
     """
 
     block_hash: BlockHash
@@ -65,21 +66,29 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class Lookup:
-    """blocks: the whole blocks that lead the prompt. tail: a block to copy for its common tokens, if any.
+    """hot: the entries of the whole blocks that lead the prompt and are hot, which need nothing but a pin.
 
+    blocks: the whole blocks behind them. tail: a block to copy for its common tokens, if any.
     miss: why the block behind the last hit is none, where there is more to say than that it is absent.
     """
 
-    blocks: list[Hit]
-    tail: Hit | None
+    hot: list[Entry] = field(default_factory=list)
+    blocks: list[Hit] = field(default_factory=list)
+    tail: Hit | None = None
     miss: MissReason | None = None
 
     @property
     def num_tokens(self) -> int:
         """Leading tokens that need no prefill."""
-        return sum(hit.num_tokens for hit in self)
+        return sum(entry.num_tokens for entry in self.hot) + sum(hit.num_tokens for hit in self.rest())
 
-    def __iter__(self) -> Iterator[Hit]:
+    @property
+    def block_hashes(self) -> list[BlockHash]:
+        """The hashes of all blocks found, in order."""
+        return [*(entry.block_hash for entry in self.hot), *(hit.block_hash for hit in self.rest())]
+
+    def rest(self) -> Iterator[Hit]:
+        """Yield what was found behind the leading hot blocks."""
         yield from self.blocks
         if self.tail:
             yield self.tail
@@ -99,24 +108,33 @@ def look_up(
 
     token_bytes: the prompt as little-endian uint32.
     """
-    blocks: list[Hit] = []
-    parent = index.root
-    miss: MissReason | None = None
-    search = _Search(index, sources)
     usable = token_bytes[: max_tokens * TOKEN_BYTES]
-    for block_hash, tokens in iter_chain(index.root, usable, block_size, hash_function):
-        hit = search.find(block_hash, parent, tokens)
+    known = index.walk(usable, block_size, hash_function)
+    hot = known[: next((i for i, entry in enumerate(known) if entry.block_id is None), len(known))]
+    search = _Search(index, sources)
+    blocks: list[Hit] = []
+    for entry in known[len(hot) :]:
+        hit = search.find_entry(entry)
         if hit is None:
-            miss = MissReason.COLLISION if index.collides(block_hash, parent, tokens) else None
             break
         blocks.append(hit)
-        parent = block_hash
-    rest = usable[len(blocks) * block_size * TOKEN_BYTES :]
+    parent = known[len(hot) + len(blocks) - 1].block_hash if hot or blocks else index.root
+    miss: MissReason | None = None
+    rest = usable[(len(hot) + len(blocks)) * block_size * TOKEN_BYTES :]
+    if len(hot) + len(blocks) == len(known):
+        for block_hash, tokens in iter_chain(parent, rest, block_size, hash_function):
+            hit = search.find_unknown(block_hash, parent, tokens)
+            if hit is None:
+                miss = MissReason.COLLISION if index.collides(block_hash, parent, tokens) else None
+                break
+            blocks.append(hit)
+            parent = block_hash
+        rest = usable[(len(hot) + len(blocks)) * block_size * TOKEN_BYTES :]
     tail = search.find_tail(parent, rest) if rest else None
     if tail and tail.num_tokens < min_partial_tokens:
         tail = None
         miss = miss or MissReason.TOO_SHORT
-    return Lookup(blocks, tail, MissReason.IO_ERROR if search.has_failed else miss)
+    return Lookup(hot, blocks, tail, MissReason.IO_ERROR if search.has_failed else miss)
 
 
 def find_tail(
@@ -135,16 +153,22 @@ class _Search:
         self._sources = sources
         self.has_failed = False
 
-    def find(self, block_hash: BlockHash, parent: BlockHash, tokens: bytes) -> Hit | None:
-        """Return a whole block, from the fastest tier that has it."""
-        num_tokens = len(tokens) // TOKEN_BYTES
-        entry = self._index.get(block_hash, parent, tokens)
-        if entry and entry.block_id is not None:
-            return Hit(block_hash, parent, tokens, num_tokens, Tier.HOT, entry, None)
-        if entry and entry.warm_slot is not None:
-            return Hit(block_hash, parent, tokens, num_tokens, Tier.WARM, entry, None)
-        if not entry and self._index.collides(block_hash, parent, tokens):
+    def find_entry(self, entry: Entry) -> Hit | None:
+        """Return a block that the index knows, from the fastest tier that has it."""
+        parent, tokens = entry.parent.block_hash, entry.token_bytes
+        if entry.block_id is None and entry.warm_slot is None:
+            return self._find_cold(entry.block_hash, parent, tokens, entry)
+        tier = Tier.WARM if entry.block_id is None else Tier.HOT
+        return Hit(entry.block_hash, parent, tokens, len(tokens) // TOKEN_BYTES, tier, entry, None)
+
+    def find_unknown(self, block_hash: BlockHash, parent: BlockHash, tokens: bytes) -> Hit | None:
+        """Return a whole block that the index does not know, if a cold source has it."""
+        if self._index.collides(block_hash, parent, tokens):
             return None
+        return self._find_cold(block_hash, parent, tokens, None)
+
+    def _find_cold(self, block_hash: BlockHash, parent: BlockHash, tokens: bytes, entry: Entry | None) -> Hit | None:
+        num_tokens = len(tokens) // TOKEN_BYTES
         for source in self._sources:
             try:
                 stored = source.lookup(block_hash)
@@ -159,14 +183,9 @@ class _Search:
         """Return the child of `parent` with the longest common run of tokens; of equals, in the faster tier."""
         best: Hit | None = None
         longest = 0
-        for tier in (Tier.HOT, Tier.WARM):
-            for entry in self._index.children(parent):
-                if entry.place(tier) is None:
-                    continue
-                run = common_run(entry.token_bytes, rest)
-                if run > longest:
-                    longest = run
-                    best = Hit(entry.block_hash, parent, entry.token_bytes, run, tier, entry, None)
+        if nearest := self._index.nearest_child(parent, rest):
+            entry, tier, longest = nearest
+            best = Hit(entry.block_hash, parent, entry.token_bytes, longest, tier, entry, None)
         for source in self._sources:
             if longest * TOKEN_BYTES == len(rest):
                 break

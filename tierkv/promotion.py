@@ -18,7 +18,7 @@ from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import BlockInfo
 from tierkv.tiers import Place, Tiers
 
-__all__ = ["Promoted", "Promoter"]
+__all__ = ["Pinned", "Promoted", "Promoter"]
 
 _WAVE_BLOCKS = 16
 _AHEAD_BLOCKS = 4  # measured: more at once keeps the disk from what is needed first
@@ -30,7 +30,7 @@ class Promoted:
     """What became of a lookup.
 
     block_table: a pinned block id for every block of the sequence, cached ones first.
-    hits: the hits that hold good, in order; their tokens need no prefill.
+    hits: the hits behind the leading hot blocks that hold good, in order; their tokens need no prefill.
     loads: copies to wait for before the cached bytes are read.
     failure: why the block behind the last hit could not be had, if the lookup had promised it.
     owned: every block id pinned for the sequence so far, to give back if it comes to nothing.
@@ -43,6 +43,19 @@ class Promoted:
     owned: list[int] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Pinned:
+    """What `Promoter.pin` holds.
+
+    hot: block ids of the leading hot blocks; their pins become the sequence's own. arriving: copies still on their
+    way into those. rest: places of what was found behind them, by position in `Lookup.rest`.
+    """
+
+    hot: list[int]
+    arriving: list[Ready] = field(default_factory=list)
+    rest: dict[int, Place] = field(default_factory=dict)
+
+
 class Promoter:
     """Turns hits into hot blocks. A block that cannot be had ends the hit there: failure is a miss."""
 
@@ -50,49 +63,54 @@ class Promoter:
         self._tiers = tiers
         self._demoter = demoter
 
-    def promote(self, lookup: Lookup, pinned: dict[Hit, Place], *, num_blocks: int) -> Promoted:
+    def promote(self, lookup: Lookup, pinned: Pinned, *, num_blocks: int) -> Promoted:
         """Return a block table of `num_blocks` blocks that begins with what was found.
 
         pinned: what `pin` returned, given back here. The caller does not hold the lock: cold blocks are read
         without it. Raises CapacityError, everything given back.
         """
-        result = Promoted()
+        result = Promoted(block_table=list(pinned.hot), owned=list(pinned.hot), loads=pinned.arriving)
         fresh: deque[int] = deque()
         try:
-            num_hot = sum(hit.tier is Tier.HOT for hit in lookup.blocks)
+            num_hot = len(pinned.hot) + sum(hit.tier is Tier.HOT for hit in lookup.blocks)
             fresh.extend(self._take(num_blocks - num_hot, result))
             tail = lookup.tail
             has_tail = False
             if tail and tail.tier is not Tier.COLD:  # first, since every layer's attention needs it
-                has_tail = self._fill_tail(tail, fresh[-1], pinned, result)
-            self._promote_blocks(lookup.blocks, pinned, fresh, result)
+                has_tail = self._fill_tail(tail, fresh[-1], pinned.rest, result)
+            self._promote_blocks(lookup.blocks, pinned.rest, fresh, result)
             fresh.extendleft(self._take(num_blocks - len(result.block_table) - len(fresh), result))
             if tail and len(result.hits) == len(lookup.blocks):
                 if tail.tier is Tier.COLD:
-                    has_tail = self._fill_tail(tail, fresh[-1], pinned, result)
+                    has_tail = self._fill_tail(tail, fresh[-1], pinned.rest, result)
                 if has_tail:
                     result.hits.append(tail)
                     fresh.rotate(1)  # its block comes first
             result.block_table.extend(fresh)
             return result
         except BaseException:
-            self._tiers.unpin(Place(Tier.HOT, block_id) for block_id in result.owned)
+            self._tiers.unpin_all(Tier.HOT, result.owned)
             raise
         finally:
-            self._tiers.unpin(pinned.values())
+            if pinned.rest:
+                self._tiers.unpin(pinned.rest.values())
 
-    def pin(self, lookup: Lookup) -> dict[Hit, Place]:
-        """Pin what the hits point at, so that it stays while room is made and other blocks are read.
+    def pin(self, lookup: Lookup) -> Pinned:
+        """Pin what the lookup points at, so that it stays while room is made and other blocks are read.
 
         The caller holds the lock since the lookup.
         """
-        index = self._tiers.index
-        pinned: dict[Hit, Place] = {}
-        for hit in lookup:
+        tiers, index = self._tiers, self._tiers.index
+        pinned = Pinned([entry.block_id for entry in lookup.hot if entry.block_id is not None])
+        assert len(pinned.hot) == len(lookup.hot), "the lock was given up between the lookup and the pin"
+        index.hot.pin_all(pinned.hot)
+        if tiers.arriving:
+            pinned.arriving.extend(tiers.arriving[slot] for slot in pinned.hot if slot in tiers.arriving)
+        for position, hit in enumerate(lookup.rest()):
             slot = hit.entry.place(hit.tier) if hit.entry and hit.tier is not Tier.COLD else None
             if hit.entry and slot is not None:
                 index.pin(hit.entry, hit.tier)
-                pinned[hit] = Place(hit.tier, slot)
+                pinned.rest[position] = Place(hit.tier, slot)
         return pinned
 
     def split(self, hits: Sequence[Hit], targets: Sequence[int], *, num_before: int) -> SplitLoad:
@@ -101,24 +119,26 @@ class Promoter:
         return SplitLoad(self._tiers, hits, targets, num_before=num_before, read=self.read_one, after=after)
 
     def _promote_blocks(
-        self, hits: Sequence[Hit], pinned: dict[Hit, Place], fresh: deque[int], result: Promoted
+        self, hits: Sequence[Hit], pinned: dict[int, Place], fresh: deque[int], result: Promoted
     ) -> None:
         """Extend the result block by block until the hits end or one of them cannot be had."""
         at = 0
         while at < len(hits):
             hit = hits[at]
             if hit.tier is Tier.HOT:
-                self._use_hot(hit, pinned[hit].slot, result)
+                self._use_hot(hit, pinned[at].slot, result)
                 at += 1
                 continue
             wave = _same_tier(hits, at)
             if hit.tier is Tier.WARM:
-                wave = list(takewhile(pinned.__contains__, wave))  # the others were given up: see `_read`
-                if not wave:
+                held = list(takewhile(pinned.__contains__, range(at, at + len(wave))))  # see `_read` on the others
+                if not held:
                     return
+                wave = wave[: len(held)]
             targets = [fresh.popleft() for _ in wave]
             if hit.tier is Tier.WARM:
-                num_good = self._promote_warm(wave, [pinned.pop(h) for h in wave], targets, result)
+                places = [pinned.pop(position) for position in held]
+                num_good = self._promote_warm(wave, places, targets, result)
             else:
                 num_good = self._promote_cold(wave, targets, pinned, result)
             result.block_table.extend(targets[:num_good])
@@ -180,7 +200,7 @@ class Promoter:
         result.loads.append(ready)
         return num_good
 
-    def _promote_cold(self, wave: Sequence[Hit], targets: list[int], pinned: dict[Hit, Place], result: Promoted) -> int:
+    def _promote_cold(self, wave: Sequence[Hit], targets: list[int], pinned: dict[int, Place], result: Promoted) -> int:
         """Read a wave and copy it on. Return how many leading blocks arrived."""
         places = self._read(wave, pinned, result)
         if not places:
@@ -212,13 +232,13 @@ class Promoter:
             return compression.mover.promote(moves)
         return self._tiers.mover.promote(moves)
 
-    def _read(self, wave: Sequence[Hit], pinned: dict[Hit, Place], result: Promoted) -> list[Place]:
+    def _read(self, wave: Sequence[Hit], pinned: dict[int, Place], result: Promoted) -> list[Place]:
         """Decode blocks beside the hot tier, several at once. Return the pinned places of the leading good ones."""
         tiers = self._tiers
         places = tiers.try_take_raw(len(wave))
         if not places:
             # Nobody waits for warm slots while holding some: this request may hold all of them itself.
-            tiers.unpin([pinned.pop(hit) for hit in list(pinned) if hit.tier is Tier.WARM])
+            tiers.unpin([pinned.pop(at) for at, place in list(pinned.items()) if place.tier is Tier.WARM])
             places = tiers.take_raw(len(wave))
         if not places:
             result.failure = MissReason.NO_ROOM
@@ -275,7 +295,7 @@ class Promoter:
             with contextlib.suppress(StoreError):  # a store that may not be written, or fails: it stays a miss
                 hit.source.delete(hit.block_hash)
 
-    def _fill_tail(self, hit: Hit, target: int, pinned: dict[Hit, Place], result: Promoted) -> bool:
+    def _fill_tail(self, hit: Hit, target: int, pinned: dict[int, Place], result: Promoted) -> bool:
         """Copy a block of which a part is of use into a block of the sequence's own. False if it cannot be had."""
         tiers = self._tiers
         if hit.tier is Tier.HOT:

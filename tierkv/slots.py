@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import heapq
+from array import array
+from collections.abc import Iterable, Sequence
 from typing import Generic, TypeVar
 
 from tierkv.errors import CapacityError
@@ -18,24 +20,27 @@ class SlotPool(Generic[Owner]):
     A place is free, or in use with a reference count above zero, or cached: count zero and owned by an
     index entry, so that it may be evicted. The lowest free ids go first, so that what is allocated together
     tends to lie together and copies of neighbours coalesce.
+
+    Places that were never used are not listed, only counted: all from `_unused` on. So a pool costs 12 bytes a
+    place, and allocating from an empty one costs no heap operations.
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.owners: list[Owner | None] = [None] * capacity
-        self._pins = [0] * capacity
-        self._is_free = [True] * capacity
-        self._free = list(range(capacity))
+        self._pins = array("i", bytes(4 * capacity))
+        self._freed: list[int] = []
+        self._unused = 0
 
     @property
     def free_count(self) -> int:
         """Places that can be allocated without evicting."""
-        return len(self._free)
+        return len(self._freed) + self.capacity - self._unused
 
     @property
     def used_count(self) -> int:
         """Places that are in use or cached."""
-        return self.capacity - len(self._free)
+        return self._unused - len(self._freed)
 
     @property
     def referenced_count(self) -> int:
@@ -44,28 +49,59 @@ class SlotPool(Generic[Owner]):
 
     def allocate(self, count: int) -> list[int]:
         """Return `count` places, each with a reference count of one. Raises CapacityError, taking none."""
-        if count > len(self._free):
-            raise CapacityError(f"{count} blocks asked for, {len(self._free)} of {self.capacity} are free")
-        slots = [heapq.heappop(self._free) for _ in range(count)]
+        if count > self.free_count:
+            raise CapacityError(f"{count} blocks asked for, {self.free_count} of {self.capacity} are free")
+        freed = self._freed
+        if count < len(freed) // 8:
+            slots = [heapq.heappop(freed) for _ in range(count)]
+        else:  # cheaper for many at once; what is sorted is a heap
+            freed.sort()
+            slots = freed[:count]
+            del freed[:count]
+        missing = count - len(slots)
+        slots.extend(range(self._unused, self._unused + missing))
+        self._unused += missing
+        pins = self._pins
         for slot in slots:
-            self._is_free[slot] = False
-            self._pins[slot] = 1
+            pins[slot] = 1
         return slots
 
     def pin(self, slot: int) -> None:
         """Raise the reference count: one more live user."""
-        assert not self._is_free[slot], f"slot {slot} is free"
+        assert not self._is_free(slot), f"slot {slot} is free"
         self._pins[slot] += 1
+
+    def pin_all(self, slots: Iterable[int]) -> None:
+        """Raise the reference count of several places."""
+        pins, owners = self._pins, self.owners
+        for slot in slots:
+            assert pins[slot] or owners[slot] is not None, f"slot {slot} is free"
+            pins[slot] += 1
 
     def unpin(self, slot: int) -> bool:
         """Lower the reference count; a place without owner is freed at zero. Return whether it reached zero."""
-        assert self._pins[slot] > 0, f"slot {slot} is not pinned"
-        self._pins[slot] -= 1
-        if self._pins[slot]:
-            return False
-        if self.owners[slot] is None:
-            self._release(slot)
-        return True
+        return self.unpin_all((slot,)) == 1
+
+    def unpin_all(self, slots: Sequence[int], idle: list[Owner] | None = None) -> int:
+        """Lower the reference count of several places. Return how many reached zero.
+
+        idle: filled with the owners of those; the places among them that have no owner are freed.
+        """
+        pins, owners = self._pins, self.owners
+        num_idle = 0
+        for slot in slots:
+            left = pins[slot] - 1
+            assert left >= 0, f"slot {slot} is not pinned"
+            pins[slot] = left
+            if left:
+                continue
+            num_idle += 1
+            owner = owners[slot]
+            if owner is None:
+                heapq.heappush(self._freed, slot)
+            elif idle is not None:
+                idle.append(owner)
+        return num_idle
 
     def reference_count(self, slot: int) -> int:
         """Return the number of live users."""
@@ -73,7 +109,7 @@ class SlotPool(Generic[Owner]):
 
     def own(self, slot: int, owner: Owner) -> None:
         """Say whose cached bytes lie there; the place survives a reference count of zero."""
-        assert not self._is_free[slot] and self.owners[slot] is None, f"slot {slot} cannot be owned"
+        assert self._pins[slot] and self.owners[slot] is None, f"slot {slot} cannot be owned"
         self.owners[slot] = owner
 
     def disown(self, slot: int) -> None:
@@ -81,28 +117,30 @@ class SlotPool(Generic[Owner]):
         assert self.owners[slot] is not None, f"slot {slot} has no owner"
         self.owners[slot] = None
         if self._pins[slot] == 0:
-            self._release(slot)
+            heapq.heappush(self._freed, slot)
 
     def free_runs(self) -> list[int]:
         """Return the lengths of the runs of neighbouring free places, in order of position."""
         runs: list[int] = []
-        length = 0
-        for is_free in self._is_free:
-            if is_free:
-                length += 1
-            elif length:
-                runs.append(length)
-                length = 0
-        return [*runs, length] if length else runs
+        expected = -1
+        for slot in sorted(self._freed):
+            if slot == expected:
+                runs[-1] += 1
+            else:
+                runs.append(1)
+            expected = slot + 1
+        unused = self.capacity - self._unused
+        if unused and runs and expected == self._unused:
+            runs[-1] += unused
+        elif unused:
+            runs.append(unused)
+        return runs
 
     def check(self) -> None:
         """Raise AssertionError unless every place is exactly one of free, in use, cached."""
-        assert sorted(self._free) == [slot for slot in range(self.capacity) if self._is_free[slot]]
-        for slot in range(self.capacity):
-            held = self._pins[slot] > 0 or self.owners[slot] is not None
-            assert self._is_free[slot] != held, f"slot {slot} is leaked or used twice"
-            assert self._pins[slot] >= 0
+        free = [*sorted(self._freed), *range(self._unused, self.capacity)]
+        assert free == [slot for slot in range(self.capacity) if self._is_free(slot)], "a slot is leaked or used twice"
+        assert all(count >= 0 for count in self._pins)
 
-    def _release(self, slot: int) -> None:
-        self._is_free[slot] = True
-        heapq.heappush(self._free, slot)
+    def _is_free(self, slot: int) -> bool:
+        return self._pins[slot] == 0 and self.owners[slot] is None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,8 +33,7 @@ __all__ = ["Compression", "Place", "Tiers"]
 _WAIT_S = 0.05
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """One block's place in the hot or the warm tier, or among the staging slots, which are of no tier."""
 
     tier: Tier | None
@@ -110,6 +109,12 @@ class Tiers:
                     self.compression.slots.unpin(place.slot)
             self.changed.notify_all()
 
+    def unpin_all(self, tier: Tier, slots: Sequence[int]) -> None:
+        """Lower the reference counts of several places of one tier and wake whoever waits for room."""
+        with self.changed:
+            self.index.unpin_all(tier, slots)
+            self.changed.notify_all()
+
     def track(self, ready: Ready, sources: list[Place], targets: Iterable[int]) -> None:
         """Keep the sources of a promotion pinned until it is done, and let users of its targets wait for it."""
         with self.changed:
@@ -126,9 +131,8 @@ class Tiers:
 
     def evict_warm(self, count: int) -> None:
         """Make up to `count` more warm slots free; the caller holds the lock."""
-        for victim in self.index.select_victims(Tier.WARM, count):
-            self.index.detach(victim, Tier.WARM)
-            self.stats.evictions[Tier.WARM] += 1
+        victims = self.index.select_victims(Tier.WARM, count)
+        self.stats.evictions[Tier.WARM] += len(self.index.evict(victims, Tier.WARM))
 
     def try_take_warm(self, count: int) -> list[int]:
         """Return up to `count` warm slots, each pinned once, evicting if need be; perhaps none."""

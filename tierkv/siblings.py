@@ -1,0 +1,99 @@
+"""The children of one block, in the order of their token ids: so the one most like a prompt is found by bisection."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterator
+from itertools import chain
+from operator import attrgetter
+from typing import Generic, Protocol, TypeVar
+
+__all__ = ["Siblings"]
+
+_RUN_LENGTH = 256
+
+
+class HasTokens(Protocol):
+    """What is sorted: anything with token ids that do not change."""
+
+    @property
+    def token_bytes(self) -> bytes: ...
+
+
+Child = TypeVar("Child", bound=HasTokens)
+_token_bytes = attrgetter("token_bytes")
+
+
+class Siblings(Generic[Child]):
+    """A sorted collection, by token ids as bytes, which no two siblings have in common.
+
+    The first blocks of all prompts are siblings, so there may be a hundred thousand: they are kept in sorted runs
+    of at most 512, so that to add or to remove one costs microseconds. Source: the sorted lists of lists of
+    sortedcontainers (Jenks).
+    """
+
+    __slots__ = ("_runs",)
+
+    def __init__(self, *children: Child) -> None:
+        self._runs: list[list[Child]] = [sorted(children, key=_token_bytes)] if children else []
+
+    def __len__(self) -> int:
+        return sum(map(len, self._runs))
+
+    def __bool__(self) -> bool:
+        return bool(self._runs)
+
+    def __iter__(self) -> Iterator[Child]:
+        return chain.from_iterable(self._runs)
+
+    def add(self, child: Child) -> None:
+        """Add a child that is not there yet."""
+        if not self._runs:
+            self._runs.append([child])
+            return
+        at = self._run_of(child.token_bytes)
+        run = self._runs[at]
+        insort(run, child, key=_token_bytes)
+        if len(run) > 2 * _RUN_LENGTH:
+            self._runs.insert(at + 1, run[_RUN_LENGTH:])
+            del run[_RUN_LENGTH:]
+
+    def remove(self, child: Child) -> None:
+        """Remove a child that is there."""
+        at = self._run_of(child.token_bytes)
+        run = self._runs[at]
+        position = bisect_left(run, child.token_bytes, key=_token_bytes)
+        assert run[position] is child, "a child is not where it belongs"
+        del run[position]
+        if not run:
+            del self._runs[at]
+
+    def only(self) -> Child | None:
+        """Return the child if there is exactly one."""
+        return self._runs[0][0] if len(self._runs) == 1 and len(self._runs[0]) == 1 else None
+
+    def upwards(self, token_bytes: bytes) -> Iterator[Child]:
+        """Yield the children whose token ids do not sort before these: what they have in common shrinks or stays."""
+        if not self._runs:
+            return
+        at = self._run_of(token_bytes)
+        yield from self._runs[at][bisect_left(self._runs[at], token_bytes, key=_token_bytes) :]
+        for run in self._runs[at + 1 :]:
+            yield from run
+
+    def downwards(self, token_bytes: bytes) -> Iterator[Child]:
+        """Yield those that sort before these, nearest first."""
+        if not self._runs:
+            return
+        at = self._run_of(token_bytes)
+        yield from reversed(self._runs[at][: bisect_left(self._runs[at], token_bytes, key=_token_bytes)])
+        for before in range(at - 1, -1, -1):
+            yield from reversed(self._runs[before])
+
+    def _run_of(self, token_bytes: bytes) -> int:
+        """Return the last run that begins at or before these token ids, or the first."""
+        return max(bisect_right(self._runs, token_bytes, key=_first_tokens) - 1, 0)
+
+
+def _first_tokens(run: list[Child]) -> bytes:
+    return run[0].token_bytes

@@ -22,7 +22,7 @@ GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 TORCH_IS_THERE := import re, torch; assert tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) >= (2, 11)
 PYTHON_IS_NEW := import sys; sys.exit(sys.version_info < (3, 10) and "tierkv needs Python 3.10 or later: make PYTHON=...")
 
-GPU_BENCHES := $(filter bench_ttft bench_mover bench_kernels bench_cascade,$(basename $(notdir $(wildcard tools/bench_*.py))))
+GPU_BENCHES := $(filter bench_gpu bench_ttft bench_mover bench_cascade bench_ranks,$(basename $(notdir $(wildcard tools/bench_*.py))))
 CPU_BENCHES := $(filter-out $(GPU_BENCHES),$(basename $(notdir $(wildcard tools/bench_*.py))))
 
 .PHONY: help setup check test test-gpu bench bench-gpu warm format clean
@@ -34,7 +34,7 @@ help:
 	@echo "make test       every test that needs no GPU, and the coverage gate"
 	@echo "make test-gpu   the tests of the GPU path and of whole models, on a machine with a GPU"
 	@echo "make bench      the benchmarks that need no GPU:" $(CPU_BENCHES)
-	@echo "make bench-gpu  those that need one:" $(GPU_BENCHES)
+	@echo "make bench-gpu  everything that needs one, in one table"
 	@echo "make format     rewrite the code as the formatter and the linter want it"
 	@echo "make clean      remove what the other commands left behind, $(VENV) not included"
 
@@ -71,8 +71,9 @@ test-gpu:
 bench: $(READY)
 	@set -e; for bench in $(CPU_BENCHES); do echo "== $$bench"; $(BIN)/python -m tierkv.tools.$$bench $(ARGS); done
 
+# One table of everything; the parts are commands of their own: python -m tierkv.tools.bench_ttft and so on.
 bench-gpu:
-	@set -e; for bench in $(GPU_BENCHES); do echo "== $$bench"; PYTHONPATH=. $(GPU_PYTHON) -m tierkv.tools.$$bench $(ARGS); done
+	PYTHONPATH=. $(GPU_PYTHON) -m tierkv.tools.bench_gpu $(ARGS)
 
 warm: $(READY)
 	$(BIN)/tierkv warm examples/system_prompts.txt $(ARGS)

@@ -297,6 +297,7 @@ class TierCache:
             sequence.split.cancel()
         with self._tiers.changed:
             self._sequences.discard(sequence)
+        self._tiers.leave(sequence.block_table)
         self._tiers.unpin_all(Tier.HOT, sequence.block_table)
 
     def pin(self, token_ids: TokenIds) -> int:

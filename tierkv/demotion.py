@@ -77,9 +77,7 @@ class Demoter:
                     self.evict_hot(short)
                 if pool.free_count >= count:
                     block_ids = pool.allocate(count)
-                    for block_id in block_ids:
-                        if arriving := tiers.arriving.pop(block_id, None):
-                            arriving.wait()
+                    tiers.wait_for_users(block_ids)
                     return block_ids
                 if was_idle and not self._queue.pending:
                     raise CapacityError(

@@ -122,6 +122,7 @@ class Runner:
         self.loaded = loaded
         self.cache = cache
         self.max_step_tokens = max_step_tokens
+        self.compute_or_load = cache.config.compute_or_load
         self.cascade_steps = 0
         self._cascade_cost = (cascade_cost or _cascade_cost(loaded, cache)) if cascade == "auto" else None
         self._device = torch.device(loaded.model.device)
@@ -191,7 +192,7 @@ class Runner:
             request = waiting[0]
             try:
                 request.sequence = self.cache.acquire(
-                    request.token_ids, reuse=options.use_cache, may_split=self.cache.config.compute_or_load
+                    request.token_ids, reuse=options.use_cache, may_split=self.compute_or_load
                 )
             except CapacityError:
                 if not running:

@@ -60,6 +60,7 @@ class Tiers:
     threads: read and encode blocks, num_threads of them; loaders: one a request that loads while it computes.
     load_block_s, compute_block_s: what a cold block costs to load and to compute, as measured here.
     in_flight: asynchronous copies and the warm places that they still read.
+    leaving: when the last reader or writer of a released sequence's blocks, on whatever stream, is through.
     arriving: block ids whose bytes are on their way up; who uses one waits for its copy.
     reserved_raw: raw places that are never given back.
     """
@@ -83,6 +84,7 @@ class Tiers:
     states: list[StateFile] = field(default_factory=list)
     in_flight: deque[tuple[Ready, list[Place]]] = field(default_factory=deque)
     arriving: dict[int, Ready] = field(default_factory=dict)
+    leaving: dict[int, Ready] = field(default_factory=dict)
     reserved_raw: int = 0
 
     @property
@@ -114,6 +116,20 @@ class Tiers:
         with self.changed:
             self.index.unpin_all(tier, slots)
             self.changed.notify_all()
+
+    def leave(self, block_ids: Sequence[int]) -> None:
+        """Note that what the current stream does with blocks so far must end before others write them."""
+        if self.mover.is_cuda:
+            used = self.mover.mark()
+            with self.changed:
+                self.leaving.update(dict.fromkeys(block_ids, used))
+
+    def wait_for_users(self, block_ids: Sequence[int]) -> None:
+        """Make the current stream wait for whoever still uses blocks that were given up; the caller holds the lock."""
+        users = [self.arriving.pop(block_id, None) for block_id in block_ids]
+        users += [self.leaving.pop(block_id, None) for block_id in block_ids]
+        for ready in {id(each): each for each in users if each}.values():
+            ready.wait()
 
     def track(self, ready: Ready, sources: list[Place], targets: Iterable[int]) -> None:
         """Keep the sources of a promotion pinned until it is done, and let users of its targets wait for it."""

@@ -27,7 +27,7 @@ from tierkv.runner import GenerationOptions, Runner, open_runner
 from tierkv.storage.hot import HotPool
 from tierkv.tools.bench_ttft import machine, random_model
 
-__all__ = ["main"]
+__all__ = ["compare", "main"]
 
 _HEADS, _KV_HEADS, _DIM, _BLOCK = 32, 8, 128, 256
 _LAYERS = 8  # so that no layer finds its K and V in the L2 cache from the replay before
@@ -81,6 +81,20 @@ def main() -> None:
     _print_fit(cases)
     if arguments.model:
         _bench_model(device)
+
+
+def compare(batch: int, shared: int, *, own: int = 200) -> tuple[float, float]:
+    """Return the microseconds that a layer's decode attention takes in the plain way, and as a cascade."""
+    case = _make_case(batch, shared, own, torch.device("cuda"))
+    cascade = case.step.cascade
+    assert cascade is not None
+    ways: list[Callable[[PagedQuery], object]] = [
+        partial(attend, batch=case.step),
+        partial(attend_cascade, cascade=cascade),
+    ]
+    plain, together = (_replay_us(partial(_all_layers, case.layers, way)) / _LAYERS for way in ways)
+    case.layers.clear()
+    return plain, together
 
 
 def _bandwidth(device: torch.device) -> float:

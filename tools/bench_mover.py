@@ -9,7 +9,9 @@ import argparse
 import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,135 +25,227 @@ from tierkv.gate import probe_layout
 from tierkv.graphs import GraphedModel
 from tierkv.kernels.pages import LayerPages, gather_blocks, scatter_blocks
 from tierkv.layout import BlockLayout
-from tierkv.mover import Move, Mover, Ready
+from tierkv.mover import Move, Mover, Ready, layer_groups
+from tierkv.mover_windows import WindowMover
+from tierkv.page_mover import PageMover
 from tierkv.storage.hot import HotPool
 from tierkv.storage.warm import WarmPool
+from tierkv.storage.windows import WindowFormat
 from tierkv.tools.bench_ttft import machine, random_model
 
-__all__ = ["main"]
+__all__ = ["MoveFigure", "block_moves", "decode_beside_moves", "link", "main"]
 
 _DEVICE = torch.device("cuda")
 _LAYOUT = BlockLayout.uniform(num_layers=32, block_size=256, kv_heads=8, head_dim=128, dtype="bfloat16")
 _NUM_BLOCKS = 64  # 2 GiB
+_NUM_THREADS = 16
+_NUM_BYTES = _NUM_BLOCKS * _LAYOUT.block_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class MoveFigure:
+    """What was moved, how (raw, compressed, pages, or a kernel for comparison), which way, and how fast."""
+
+    what: str
+    kind: str
+    is_up: bool
+    gb_s: float
 
 
 def main() -> None:
     """Run the benchmark on one GPU and print its table."""
     argparse.ArgumentParser(description=__doc__).parse_args()
     print("  ".join(f"{name}: {value}" for name, value in machine(_DEVICE).items()))
-    link_in, link_out = _link(to_gpu=True), _link(to_gpu=False)
+    link_in, link_out = link(to_gpu=True), link(to_gpu=False)
     print(f"link, one large copy: {link_in:.1f} GB/s in, {link_out:.1f} GB/s out")
-    hot, warm = HotPool(_LAYOUT, 2 * _NUM_BLOCKS, _DEVICE), WarmPool(_LAYOUT.block_bytes, _NUM_BLOCKS, num_threads=16)
-    mover = Mover(hot, warm)
-    _bench_blocks(mover, link_in, link_out)
-    for page_size in (16, 256):
-        _bench_pages(warm, page_size, link_in, link_out)
-    print("LMCache 0.5.1's multi-layer transfer on such a machine: 50.3 to 51.1 in, 51.9 to 52.1 GB/s out")
-    _bench_decode(mover, warm)
-    mover.close()
+    for figure in block_moves():
+        ratio = figure.gb_s / (link_in if figure.is_up else link_out)
+        print(f"{figure.what}: {figure.gb_s:.1f} GB/s, {ratio:.3f} of the link")
+    for what, step_ms, alone_ms, _ in decode_beside_moves():
+        print(f"{what}: {step_ms:.2f} ms, {step_ms / alone_ms - 1:+.1%}")
 
 
-def _gb_s(move: Callable[[], object], num_bytes: int) -> float:
-    speeds: list[float] = []
-    for _ in range(6):
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        move()
-        torch.cuda.synchronize()
-        speeds.append(num_bytes / (time.perf_counter() - started) / 1e9)
-    return statistics.median(speeds[1:])
-
-
-def _link(*, to_gpu: bool) -> float:
+def link(*, to_gpu: bool) -> float:
+    """Return the speed of one large copy between page-locked memory and the GPU, in GB/s."""
     host = torch.empty(2 << 30, dtype=torch.uint8, pin_memory=True)
     gpu = torch.empty(2 << 30, dtype=torch.uint8, device=_DEVICE)
     target, source = (gpu, host) if to_gpu else (host, gpu)
     return _gb_s(lambda: target.copy_(source, non_blocking=True), source.numel())
 
 
-def _scattered() -> tuple[list[int], list[int]]:
-    """Return block ids and warm slots in random order: no two neighbours stay neighbours."""
+def block_moves() -> Iterator[MoveFigure]:
+    """Measure moves of 64 scattered blocks of 32 MiB: as they are, compressed, and by an engine's pages."""
+    hot = HotPool(_LAYOUT, 2 * _NUM_BLOCKS, _DEVICE)
+    _fill(hot)
+    warm = WarmPool(_LAYOUT.block_bytes, _NUM_BLOCKS, num_threads=_NUM_THREADS)
+    mover = Mover(hot, warm)
+    up, down = _scattered_moves()
+    for name, is_up, move in (
+        ("promote", True, lambda: mover.promote(up)),
+        ("demote", False, lambda: mover.demote(down, after=mover.mark())),
+    ):
+        yield MoveFigure(f"{name} 64 scattered blocks, raw", "raw", is_up, _gb_s(move, _NUM_BYTES))
+    yield from _compressed_moves(hot, mover)
+    for page_size in (16, 256):
+        yield from _page_moves(mover, warm, page_size)
+    mover.close()
+    warm.close()
+
+
+def _fill(hot: HotPool) -> None:
+    """Write normal values with a scale for each channel: what K and V look like to a codec."""
+    runs, tokens, channels = 2 * _LAYOUT.num_layers, _LAYOUT.block_size, 8 * 128
+    scales = torch.exp(torch.randn(runs, 1, channels, device=_DEVICE) * 0.3)
+    for block in range(hot.num_blocks):
+        values = torch.randn(runs, tokens, channels, device=_DEVICE) * scales
+        hot.blocks[block].copy_(values.to(hot.dtype).view(-1))
+
+
+def _gb_s(move: Callable[[], object], num_bytes: int) -> float:
+    speeds: list[float] = []
+    for _ in range(8):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        move()
+        torch.cuda.synchronize()
+        speeds.append(num_bytes / (time.perf_counter() - started) / 1e9)
+    return statistics.median(speeds[2:])
+
+
+def _scattered_moves() -> tuple[list[Move], list[Move]]:
+    """Return moves up and down in random order: no two neighbours stay neighbours."""
     generator = torch.Generator().manual_seed(0)
-    return (
-        torch.randperm(2 * _NUM_BLOCKS, generator=generator)[:_NUM_BLOCKS].tolist(),
-        torch.randperm(_NUM_BLOCKS, generator=generator).tolist(),
-    )
+    blocks = torch.randperm(2 * _NUM_BLOCKS, generator=generator)[:_NUM_BLOCKS].tolist()
+    slots = torch.randperm(_NUM_BLOCKS, generator=generator).tolist()
+    pairs = list(zip(slots, blocks, strict=True))
+    return [Move(slot, block) for slot, block in pairs], [Move(block, slot) for slot, block in pairs]
 
 
-def _bench_blocks(mover: Mover, link_in: float, link_out: float) -> None:
-    blocks, slots = _scattered()
-    up = [Move(slot, block) for slot, block in zip(slots, blocks, strict=True)]
-    down = [Move(block, slot) for slot, block in zip(slots, blocks, strict=True)]
-    num_bytes = _NUM_BLOCKS * _LAYOUT.block_bytes
-    ways: dict[str, tuple[Callable[[], Ready], float]] = {
-        "promote": (lambda: mover.promote(up), link_in),
-        "demote": (lambda: mover.demote(down, after=mover.mark()), link_out),
-    }
-    for name, (move, link) in ways.items():
-        speed = _gb_s(move, num_bytes)
-        ratio = f"{speed / link:.3f} of the link (>= 0.98)"
-        print(f"{name} {_NUM_BLOCKS} scattered blocks of 32 MiB: {speed:.1f} GB/s, {ratio}")
+@contextmanager
+def _window_mover(hot: HotPool, mover: Mover) -> Iterator[WindowMover]:
+    form = WindowFormat(_LAYOUT, layer_groups(_LAYOUT))
+    slots = WarmPool(form.slot_bytes, _NUM_BLOCKS, num_threads=_NUM_THREADS)
+    windows = WindowMover(hot, slots, form, mover)
+    yield windows
+    windows.close()
+    slots.close()
 
 
-def _bench_pages(warm: WarmPool, page_size: int, link_in: float, link_out: float) -> None:
-    """Gather and scatter between layer-major pages and the warm slab, which is page-locked."""
+def _compressed_moves(hot: HotPool, mover: Mover) -> Iterator[MoveFigure]:
+    up, down = _scattered_moves()
+    whole = [_LAYOUT.block_size] * len(down)
+    before = hot.blocks.clone()
+    with _window_mover(hot, mover) as windows:
+        demote = partial(windows.demote, down, num_tokens=whole, after=[mover.mark()] * len(down))
+        gb_s = _gb_s(demote, _NUM_BYTES)
+        hot.blocks.zero_()
+        windows.promote(up).synchronize()
+        torch.cuda.synchronize()
+        moved = [move.target for move in up]
+        is_exact = torch.equal(hot.blocks[moved].view(torch.int16), before[moved].view(torch.int16))
+        hot.blocks.copy_(before)
+        what = "64 scattered blocks, compressed" if is_exact else "64 blocks, compressed: NOT EXACT"
+        yield MoveFigure(f"promote {what}", "compressed", True, _gb_s(lambda: windows.promote(up), _NUM_BYTES))
+        yield MoveFigure(f"demote {what}", "compressed", False, gb_s)
+
+
+def _page_moves(mover: Mover, warm: WarmPool, page_size: int) -> Iterator[MoveFigure]:
+    """Measure loads and stores of an engine's layer-major pages, by way of staging and by a kernel alone."""
     pages_per_block = _LAYOUT.block_size // page_size
     num_pages = 2 * _NUM_BLOCKS * pages_per_block
-    layers = [torch.zeros(num_pages, page_size, 8, 128, dtype=torch.bfloat16, device=_DEVICE) for _ in range(64)]
-    pages = LayerPages(layers)
+    pages = LayerPages(
+        [torch.zeros(num_pages, page_size, 8, 128, dtype=torch.bfloat16, device=_DEVICE) for _ in range(64)]
+    )
     order = torch.randperm(num_pages, device=_DEVICE)[: _NUM_BLOCKS * pages_per_block]
     page_ids = order.view(_NUM_BLOCKS, pages_per_block)
     blocks = torch.from_numpy(warm.slots)
-    num_bytes = _NUM_BLOCKS * _LAYOUT.block_bytes
-    for name, move, link in (("scatter", scatter_blocks, link_in), ("gather ", gather_blocks, link_out)):
-        for num_programs in (16, 128, 512):
-            speed = _gb_s(partial(move, pages, page_ids, blocks, num_programs=num_programs), num_bytes)
-            print(
-                f"{name} pages of {page_size}, {num_programs} programs: {speed:.1f} GB/s, "
-                f"{speed / link:.3f} of the link (>= 0.92)"
-            )
+    rows = list(blocks)
+    staged = PageMover(pages, _LAYOUT.block_bytes)
+    for name, is_up, kind, move in (
+        ("load pages of {}, through staging", True, "pages", lambda: staged.load(rows, page_ids)),
+        (
+            "store pages of {}, through staging",
+            False,
+            "pages",
+            lambda: staged.store(page_ids, rows, after=mover.mark()),
+        ),
+        (
+            "scatter kernel, pages of {}, from CPU memory",
+            True,
+            "kernel",
+            lambda: scatter_blocks(pages, page_ids, blocks),
+        ),
+        ("gather kernel, pages of {}, to CPU memory", False, "kernel", lambda: gather_blocks(pages, page_ids, blocks)),
+    ):
+        yield MoveFigure(name.format(page_size), kind, is_up, _gb_s(move, _NUM_BYTES))
 
 
-def _bench_decode(mover: Mover, warm: WarmPool) -> None:
-    """Time decode steps of a captured batch of 16 alone, and while blocks move at full speed."""
+def decode_beside_moves() -> Iterator[tuple[str, float, float, float | None]]:
+    """Time decode steps of a captured batch of 16 alone, and while blocks move at full speed.
+
+    Yields what moves, milliseconds a step beside it and alone, and the most that their ratio should be.
+    """
     model = random_model("8b", _DEVICE)
     layout = probe_layout(model, block_size=256)
     config = CacheConfig(hot_bytes=80 * layout.block_bytes, warm_bytes=8 * layout.block_bytes)
-    blocks, slots = _scattered()
-    up = [Move(slot, block) for slot, block in zip(slots, blocks, strict=True)]
-    down = [Move(block, slot) for slot, block in zip(slots, blocks, strict=True)]
-    layers = [torch.zeros(2 * _NUM_BLOCKS, 256, 8, 128, dtype=torch.bfloat16, device=_DEVICE) for _ in range(64)]
-    pages = LayerPages(layers)
-    page_ids = torch.tensor(blocks, device=_DEVICE).view(-1, 1)
-    slab = torch.from_numpy(warm.slots)
-    side = torch.cuda.Stream(_DEVICE)
-
-    def promote() -> Ready:
-        with torch.cuda.stream(side):  # an idle stream: what is promoted here is nobody's, and waits for nobody
-            return mover.promote(up)
-
-    def kernel() -> Ready:
-        with torch.cuda.stream(side):
-            scatter_blocks(pages, page_ids, slab)
-            return mover.mark()
-
+    hot = HotPool(_LAYOUT, 2 * _NUM_BLOCKS, _DEVICE)
+    warm = WarmPool(_LAYOUT.block_bytes, _NUM_BLOCKS, num_threads=_NUM_THREADS)
+    _fill(hot)
+    mover = Mover(hot, warm)
     with (
         TierCache(config, namespace=namespace_of(model, layout), device=_DEVICE) as cache,
+        _window_mover(hot, mover) as windows,
         torch.inference_mode(),
         use_tierkv_attention(model),
     ):
         decode = _decoder(model, cache)
         alone = _step_ms(decode, [])
-        print(f"decode of 16 sequences of 1,000 tokens, CUDA graph: {alone:.2f} ms a step alone")
-        idle = mover.mark()  # demotions behind the first steps only: they wait for nothing of the batch
-        for name, moves, limit in (
-            ("promoting", [promote], "<= 3 %"),
-            ("demoting", [lambda: mover.demote(down, after=idle)], "<= 3 %"),
-            ("both", [promote, lambda: mover.demote(down, after=idle)], "<= 5 %"),
-            ("scatter kernel", [kernel], "for comparison"),
-        ):
-            beside = _step_ms(decode, moves)
-            print(f"  while {name}: {beside:.2f} ms, {beside / alone - 1:+.1%} ({limit})")
+        for name, moves, at_most in _background(mover, windows, warm):
+            yield f"decode step of 16 sequences beside {name}", _step_ms(decode, moves), alone, at_most
+    mover.close()
+    warm.close()
+
+
+def _background(
+    mover: Mover, windows: WindowMover, warm: WarmPool
+) -> list[tuple[str, list[Callable[[], Ready]], float | None]]:
+    """Return what is repeated beside the batch, and the limits."""
+    up, down = _scattered_moves()
+    side = torch.cuda.Stream(_DEVICE)
+    layers = [torch.zeros(2 * _NUM_BLOCKS, 256, 8, 128, dtype=torch.bfloat16, device=_DEVICE) for _ in range(64)]
+    pages, slab = LayerPages(layers), torch.from_numpy(warm.slots)
+    page_ids = torch.tensor([move.target for move in up], device=_DEVICE).view(-1, 1)
+    idle = mover.mark()  # what is promoted and demoted here is nobody's: it waits for nothing of the batch
+    whole = [_LAYOUT.block_size] * len(down)
+    windows.demote(down, num_tokens=whole, after=[idle] * len(down))
+
+    def on_side(move: Callable[[], Any]) -> Ready:
+        with torch.cuda.stream(side):
+            move()
+            return mover.mark()
+
+    def promote() -> Ready:
+        return mover.promote(up, after=idle)
+
+    def demote() -> Ready:
+        return mover.demote(down, after=idle)
+
+    def promote_compressed() -> Ready:
+        with torch.cuda.stream(side):
+            return windows.promote(up)
+
+    def demote_compressed() -> Ready:
+        windows.demote(down, num_tokens=whole, after=[idle] * len(down))
+        return idle
+
+    return [
+        ("promotions", [promote], 1.03),
+        ("demotions", [demote], 1.03),
+        ("both", [promote, demote], 1.05),
+        ("compressed promotions", [promote_compressed], None),
+        ("compressed demotions", [demote_compressed], None),
+        ("a scatter kernel", [lambda: on_side(lambda: scatter_blocks(pages, page_ids, slab))], None),
+    ]
 
 
 def _decoder(model: Any, cache: TierCache) -> Callable[[], None]:

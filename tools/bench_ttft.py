@@ -7,11 +7,14 @@ Beside it the same prefill by plain Transformers, and the link's own speed in th
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
+import os
 import platform
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +24,12 @@ import transformers
 
 from tierkv.attention import use_attention
 from tierkv.block import Tier
+from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.models import LoadedModel
 from tierkv.runner import GenerationOptions, Runner, open_runner
 
-__all__ = ["machine", "main", "random_model"]
+__all__ = ["Timing", "machine", "main", "measure", "random_model"]
 
 _SHAPES: dict[str, dict[str, Any]] = {
     "8b": {
@@ -49,11 +53,37 @@ _SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+_MADV_DONTNEED = 4
+
+
 @dataclass(frozen=True, slots=True)
-class _Row:
+class Timing:
+    """Seconds to the first token of prompts with so many cached tokens, and tokens found in each tier, by way."""
+
     tokens: int
     times_s: dict[str, float]
     cached: dict[str, dict[str, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """What is evicted before each request, and how the request goes about it."""
+
+    evicted: tuple[Tier, ...] = ()
+    use_cache: bool = True
+    compute_or_load: bool = False
+    from_disk: bool = False
+
+
+WAYS: dict[str, _Way] = {
+    "recompute": _Way(use_cache=False),
+    "hot": _Way(),
+    "warm": _Way((Tier.HOT,)),
+    "cold, page cache": _Way((Tier.HOT, Tier.WARM)),
+    "cold, page cache, compute or load": _Way((Tier.HOT, Tier.WARM), compute_or_load=True),
+    "cold, disk": _Way((Tier.HOT, Tier.WARM), from_disk=True),
+    "cold, disk, compute or load": _Way((Tier.HOT, Tier.WARM), compute_or_load=True, from_disk=True),
+}
 
 
 def main() -> None:
@@ -78,7 +108,9 @@ def main() -> None:
         )
         with open_runner(loaded, config, max_step_tokens=65_536) as runner:
             print(f"block: {runner.cache.layout.block_bytes / 2**20:.1f} MiB of {config.block_size} tokens")
-            rows = [_measure(runner, count, arguments.new_tokens, arguments.repeats) for count in arguments.tokens]
+            rows = [measure(runner, count, arguments.new_tokens, arguments.repeats) for count in arguments.tokens]
+            for row in rows:
+                row.times_s["plain transformers"] = _plain_prefill_s(loaded.model, row.tokens, arguments.repeats)
             link = _link_gb_s(runner) if device.type == "cuda" else None
     _print_table(rows, link)
     if arguments.json:
@@ -101,7 +133,7 @@ def random_model(shape: str, device: torch.device) -> Any:
     return model.eval()
 
 
-def _measure(runner: Runner, num_cached: int, num_new: int, repeats: int) -> _Row:
+def measure(runner: Runner, num_cached: int, num_new: int, repeats: int, names: Sequence[str] = tuple(WAYS)) -> Timing:
     """Return the median seconds to the first token by where the prompt's cached part lies."""
     generator = torch.Generator().manual_seed(num_cached)
     vocabulary = runner.loaded.model.config.vocab_size
@@ -109,39 +141,30 @@ def _measure(runner: Runner, num_cached: int, num_new: int, repeats: int) -> _Ro
     runner.prefill(prefix)
     runner.cache.flush()
     cache = runner.cache
-    store = cache.cold
-    assert store is not None
-
-    # What is evicted before each request, and whether the request may use the cache at all.
-    ways: dict[str, tuple[tuple[Tier, ...], bool]] = {
-        "recompute": ((), False),
-        "hot": ((), True),
-        "warm": ((Tier.HOT,), True),
-        "cold, page cache": ((Tier.HOT, Tier.WARM), True),
-        "cold, disk": ((Tier.HOT, Tier.WARM), True),
-    }
     times: dict[str, float] = {}
     cached: dict[str, dict[str, int]] = {}
-    for name, (evicted, use_cache) in ways.items():
+    for name in names:
+        way = WAYS[name]
         measured: list[float] = []
+        runner.compute_or_load = way.compute_or_load
         for repeat in range(repeats + 2):
             suffix = torch.randint(0, vocabulary, (num_new,), generator=generator).tolist()
-            for tier in evicted:
+            cache.flush()  # what the last request wrote behind itself is not this one's burden
+            for tier in way.evicted:
                 cache.evict(tier)
-            if name == "cold, disk":
-                _drop_page_cache()
-            options = GenerationOptions(max_new_tokens=1, stop_ids=frozenset(), use_cache=use_cache)
+            if way.from_disk:
+                _drop_page_cache(cache)
+            options = GenerationOptions(max_new_tokens=1, stop_ids=frozenset(), use_cache=way.use_cache)
             (result,) = runner.generate([prefix + suffix], options)
             if repeat > 1:  # the first one warms up, at the second a graph is captured
                 measured.append(result.ttft_s)
             cached[name] = {tier.value: count for tier, count in result.cached_tokens.items() if count}
         times[name] = statistics.median(measured)
-    times["plain transformers"] = _plain_prefill_s(runner.loaded.model, prefix, repeats)
-    return _Row(num_cached, times, cached)
+    return Timing(num_cached, times, cached)
 
 
-def _plain_prefill_s(model: Any, token_ids: list[int], repeats: int) -> float:
-    ids = torch.tensor([token_ids], device=model.device)
+def _plain_prefill_s(model: Any, num_tokens: int, repeats: int) -> float:
+    ids = torch.randint(0, model.config.vocab_size, (1, num_tokens), device=model.device)
     measured: list[float] = []
     for _ in range(repeats + 1):
         started = time.perf_counter()
@@ -165,12 +188,25 @@ def _link_gb_s(runner: Runner) -> float:
     return max(speeds)
 
 
-def _drop_page_cache() -> None:
+def _drop_page_cache(cache: TierCache) -> None:
     """Make the next read come from the disk; needs root, and says so where it may not."""
+    assert cache.cold
+    _unmap_pages(cache.cold.path / "data.mdb")
     try:
+        os.sync()
         Path("/proc/sys/vm/drop_caches").write_text("3")
     except OSError as exc:
         print(f"(the page cache stays: {exc.strerror})")
+
+
+def _unmap_pages(path: Path) -> None:
+    """Give back this process' pages of a mapped file, which the system would keep in its cache; the map stays."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        fields = line.split(maxsplit=5)
+        if len(fields) == 6 and Path(fields[5]) == path.resolve():
+            start, end = (int(number, 16) for number in fields[0].split("-"))
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
 
 
 def machine(device: torch.device) -> dict[str, str]:
@@ -183,15 +219,13 @@ def machine(device: torch.device) -> dict[str, str]:
     }
 
 
-def _print_table(rows: list[_Row], link: float | None) -> None:
-    names = list(rows[0].times_s)
-    print(f"{'tokens':>8}" + "".join(f"{name:>26}" for name in names))
+def _print_table(rows: list[Timing], link: float | None) -> None:
     for row in rows:
         base = row.times_s["recompute"]
-        cells = [f"{row.times_s[name] * 1e3:.1f} ms ({base / row.times_s[name]:.1f}x)" for name in names]
-        print(f"{row.tokens:>8}" + "".join(f"{cell:>26}" for cell in cells))
-    for row in rows:
-        print(f"{row.tokens} tokens were found in: {row.cached}")
+        print(f"{row.tokens} tokens cached")
+        for name, seconds in row.times_s.items():
+            found = ", ".join(f"{count} {tier}" for tier, count in row.cached.get(name, {}).items())
+            print(f"  {name:<36}{seconds * 1e3:>10.1f} ms {base / seconds:>7.1f}x  {found}")
     if link:
         print(f"link, one large copy: {link:.1f} GB/s")
 

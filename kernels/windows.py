@@ -26,17 +26,21 @@ def section_tiles(section: Section, device: torch.device | str) -> Tensor:
 
 
 def compress_section(
-    pool: Tensor, block_ids: Tensor, num_tokens: Tensor, section: Section, tiles: Tensor, out: Tensor
+    pool: Tensor, block_ids: Tensor, num_tokens: Tensor, section: Section, tiles: Tensor, out: Tensor, totals: Tensor
 ) -> None:
     """Write one section of several blocks.
 
     pool: [num_blocks, values] bfloat16, contiguous. block_ids: [n] int64; num_tokens: [n] int32, tokens of each block
     that count. tiles: from `section_tiles`. out: [n, stride] uint8, contiguous, stride a multiple of 4 that holds the
     section: written up to its escapes, of which those beyond `section.max_escapes` are lost; the uint32 in front says
-    how many there are. All on one device. Asynchronous on the current stream; raises ShapeError before launching.
+    how many there are. totals: [n] int32, the same numbers; in page-locked CPU memory they arrive there without a copy,
+    which would have to wait for its turn behind large ones. All else on one device. Asynchronous on the current
+    stream; raises ShapeError before launching.
     """
     _check(pool, block_ids, section, tiles, out)
     require(num_tokens.shape == block_ids.shape and num_tokens.dtype == torch.int32, "num_tokens must be [n] int32")
+    require(totals.shape == block_ids.shape and totals.dtype == torch.int32, "totals must be [n] int32")
+    require(totals.device == pool.device or totals.is_pinned(), "totals must lie on the device or be page-locked")
     count = block_ids.shape[0]
     if not count:
         return
@@ -61,7 +65,7 @@ def compress_section(
         SIZE=TILE,
         num_warps=8,
     )
-    _sum_starts[(count,)](words, out.shape[1] // 4, section.num_tiles, STEP=1024)
+    _sum_starts[(count,)](words, totals, out.shape[1] // 4, section.num_tiles, STEP=1024)
     _write_escapes[grid](
         values,
         block_ids,
@@ -176,8 +180,8 @@ def _write_codes(
 
 
 @triton.jit
-def _sum_starts(words, stride_words, num_tiles, STEP: tl.constexpr):
-    """Turn the tiles' counts into starts, and write the total in front."""
+def _sum_starts(words, totals, stride_words, num_tiles, STEP: tl.constexpr):
+    """Turn the tiles' counts into starts, and write the total in front and among the totals."""
     own = words + tl.program_id(0).to(tl.int64) * stride_words
     total = tl.zeros((), dtype=tl.int32)
     for first in range(0, num_tiles, STEP):
@@ -185,6 +189,7 @@ def _sum_starts(words, stride_words, num_tiles, STEP: tl.constexpr):
         counts = tl.load(own + _HEADER_WORDS + tile, mask=tile < num_tiles, other=0)
         tl.store(own + _HEADER_WORDS + tile, total + tl.cumsum(counts, axis=0) - counts, mask=tile < num_tiles)
         total += tl.sum(counts, axis=0)
+    tl.store(totals + tl.program_id(0), total)
     head = tl.arange(0, _HEADER_WORDS)
     tl.store(own + head, tl.where(head == 0, total, 0))
 

@@ -19,6 +19,7 @@ from tierkv.block import HASH_BYTES, BlockHash
 from tierkv.errors import CorruptBlockError, FormatVersionError, StoreError
 from tierkv.layout import BlockLayout
 from tierkv.namespace import Namespace
+from tierkv.storage.coded import CodedBlock
 from tierkv.storage.cold_batch import SPECS, Databases, get_entry, read_block_tokens
 from tierkv.storage.cold_check import VerifyReport, check_store, verify_block, verify_store
 from tierkv.storage.cold_entry import ColdEntry
@@ -161,13 +162,16 @@ class ColdStore:
         with self._reading() as txn:
             return read_block_tokens(txn, self._databases, block_hash)
 
-    def read_into(self, expected: BlockInfo, out: Buffer, *, layout: BlockLayout) -> MissReason | None:
+    def read_into(
+        self, expected: BlockInfo, out: Buffer, *, layout: BlockLayout, coded: CodedBlock | None = None
+    ) -> MissReason | None:
         """Decode a block into `out` straight from the map; return None, or why it is a miss.
 
         out: writable, layout.block_bytes; contents undefined after a miss. Raises only for an `out` of the
         wrong shape and for a closed store. Many threads may read at once; the heavy parts release the GIL.
+        coded: take frames that a GPU decodes as they are; see `decode_record`.
         """
-        reason = self._read_into(expected, out, layout)
+        reason = self._read_into(expected, out, layout, coded)
         if reason in (MissReason.CORRUPT, MissReason.TRUNCATED) and not self.read_only:
             self._drop_if_damaged(expected.block_hash)
         if reason is MissReason.ABSENT and self.was_evicted(expected.block_hash):
@@ -322,13 +326,15 @@ class ColdStore:
         except lmdb.Error as exc:
             raise StoreError(f"cold store {self.path} cannot be read: {exc}") from exc
 
-    def _read_into(self, expected: BlockInfo, out: Buffer, layout: BlockLayout) -> MissReason | None:
+    def _read_into(
+        self, expected: BlockInfo, out: Buffer, layout: BlockLayout, coded: CodedBlock | None
+    ) -> MissReason | None:
         try:
             with self._env.read() as txn:
                 value = txn.get(expected.block_hash, db=self._databases.blocks)
                 if value is None:
                     return MissReason.ABSENT
-                return decode_record(value, out, expected=expected, layout=layout)
+                return decode_record(value, out, expected=expected, layout=layout, coded=coded)
         except TruncatedBlockError:
             return MissReason.TRUNCATED
         except (CorruptBlockError, FormatVersionError, lmdb.CorruptedError):

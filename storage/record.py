@@ -13,6 +13,7 @@ from tierkv.errors import CorruptBlockError, ShapeError
 from tierkv.layout import BlockLayout
 from tierkv.storage.codec import iter_runs
 from tierkv.storage.codecs import RAW, Codec, default_codec
+from tierkv.storage.coded import CODED_ID, CodedBlock, CodedLayout, check_frames
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.planes import Bytes
 from tierkv.storage.record_header import (
@@ -109,8 +110,12 @@ def encode_record(
     )
 
 
-def decode_record(record: Buffer, out: Buffer, *, expected: BlockInfo, layout: BlockLayout) -> MissReason | None:
+def decode_record(
+    record: Buffer, out: Buffer, *, expected: BlockInfo, layout: BlockLayout, coded: CodedBlock | None = None
+) -> MissReason | None:
     """Write the block into `out` and return None, or return why it is not the block asked for.
+
+    coded: leave a whole block of exponent16 as it is: `out` then begins with the payload, and `coded` says what it is.
 
     out: writable, layout.block_bytes bytes; of each run only the first num_tokens tokens are written. After
     anything but None its contents are undefined. Thread-safe; the heavy parts release the GIL.
@@ -132,6 +137,11 @@ def decode_record(record: Buffer, out: Buffer, *, expected: BlockInfo, layout: B
     ):
         raise CorruptBlockError("the record's sizes are not those of the layout")
     payload = as_bytes(record)[header.payload_offset : header.record_bytes]
+    if coded is not None and header.codec.codec_id == CODED_ID and num_tokens == layout.block_size:
+        check_frames(payload, header.frame_sizes, CodedLayout(layout))
+        np.copyto(target[: payload.size], payload)
+        coded.frame_sizes = header.frame_sizes
+        return None
     header.codec.decode_runs(payload, header.frame_sizes, target, layout.runs, num_tokens)
     return None
 

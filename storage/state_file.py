@@ -29,6 +29,7 @@ import xxhash
 from tierkv.block import HASH_BYTES, TOKEN_BYTES, BlockHash, common_run
 from tierkv.errors import CorruptBlockError, FormatVersionError, StoreError
 from tierkv.layout import BlockLayout
+from tierkv.storage.coded import CodedBlock
 from tierkv.storage.lmdb_file import fetch_ahead
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import HEADER_BYTES, BlockInfo, TruncatedBlockError, decode_record, read_header
@@ -263,15 +264,22 @@ class StateFile:
                 with contextlib.suppress(OSError):
                     fetch_ahead(self._fd, entry.offset, entry.size)
 
-    def read_into(self, expected: BlockInfo, out: npt.NDArray[np.uint8], *, layout: BlockLayout) -> MissReason | None:
-        """Decode a block into `out`, one block of `layout`. Return None, or why it is a miss."""
+    def read_into(
+        self,
+        expected: BlockInfo,
+        out: npt.NDArray[np.uint8],
+        *,
+        layout: BlockLayout,
+        coded: CodedBlock | None = None,
+    ) -> MissReason | None:
+        """Decode a block into `out`, one block of `layout`. Return None, or why it is a miss. coded: as ColdStore's."""
         if self.lookup(expected.block_hash) is None:
             return MissReason.ABSENT
         record = self.read_record(expected.block_hash)
         if record is None:
             return MissReason.TRUNCATED
         try:
-            return decode_record(record, out, expected=expected, layout=layout)
+            return decode_record(record, out, expected=expected, layout=layout, coded=coded)
         except TruncatedBlockError:
             return MissReason.TRUNCATED
         except StoreError:

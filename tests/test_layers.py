@@ -39,7 +39,8 @@ LAYERS = (
     Layer("control", "slots siblings policies index meeting cascade pieces", below="values"),
     Layer(
         "storage",
-        "storage.outcomes storage.planes storage.windows storage.frames storage.codec storage.codecs_exact "
+        "storage.outcomes storage.planes storage.windows storage.frames storage.coded storage.codec "
+        "storage.codecs_exact "
         "storage.float_words storage.quantisers storage.codecs_lossy storage.codecs storage.record_header "
         "storage.record storage.attention_error storage.hot storage.warm "
         "storage.lmdb_file storage.lmdb_values storage.lmdb_tree storage.lmdb_lock storage.lmdb_env "
@@ -51,7 +52,7 @@ LAYERS = (
     Layer("kernels", "kernels.*", below="values storage"),
     Layer("background", "write_behind", below="values"),
     Layer("client", "daemon_client", below="values"),
-    Layer("mover", "mover mover_windows page_mover", below="values storage kernels"),
+    Layer("mover", "mover mover_windows mover_frames page_mover", below="values storage kernels"),
     # The facade joins the siblings.
     Layer(
         "facade",

@@ -451,6 +451,7 @@ class TierCache:
             warm=memory.warm,
             mover=memory.mover,
             compression=memory.compression,
+            frames=memory.frames,
             cold=cold,
             threads=ThreadPoolExecutor(config.num_io_threads, thread_name_prefix="tierkv-io"),
             num_threads=config.num_io_threads,

@@ -28,6 +28,7 @@ class CacheConfig:
     num_io_threads: threads that encode and decode cold blocks; above 8 they gain nothing (measured).
     warm_codec: "raw" keeps blocks in the warm tier as they are, "windows" losslessly compressed (storage/windows.py),
         "auto" compresses where a GPU does it: bfloat16 on CUDA with triton.
+    gpu_decode: let the GPU decode cold blocks of 16-bit floats, where nvCOMP is installed (the extra `nvcomp`).
     write_through: write every block to the lower tiers behind the request; False writes a block only when
         the hot pool needs its room.
     """
@@ -39,6 +40,7 @@ class CacheConfig:
     warm_bytes: int = GIB
     cold_bytes: int = 64 * GIB
     min_free_bytes: int = GIB
+    gpu_decode: bool = True
     write_through: bool = True
     codec: str = "auto"
     warm_codec: str = "raw"

@@ -11,14 +11,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
 from tierkv.block import TOKEN_BYTES, BlockHash, HashFunction, Tier, iter_chain
 from tierkv.errors import StoreError
 from tierkv.index import Entry, Index
 from tierkv.layout import BlockLayout
+from tierkv.storage.coded import CodedBlock
 from tierkv.storage.outcomes import MissReason
+from tierkv.storage.planes import Bytes
 from tierkv.storage.record import BlockInfo
 
 __all__ = ["ColdSource", "Hit", "Lookup", "find_tail", "look_up"]
@@ -42,7 +41,7 @@ class ColdSource(Protocol):
     def find_longest_run(self, parent: BlockHash, token_bytes: bytes) -> tuple[BlockHash, bytes, int] | None: ...
     def read_ahead(self, block_hashes: Sequence[BlockHash]) -> None: ...
     def read_into(
-        self, expected: BlockInfo, out: npt.NDArray[np.uint8], *, layout: BlockLayout
+        self, expected: BlockInfo, out: Bytes, *, layout: BlockLayout, coded: CodedBlock | None = None
     ) -> MissReason | None: ...
     def delete(self, block_hash: BlockHash) -> int: ...
 

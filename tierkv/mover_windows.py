@@ -81,7 +81,7 @@ class _Buffer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Coded:
-    """A section of a chunk that has been coded, or is being: `sizes` [n, 1] int32 in pinned memory says how long."""
+    """A section of a chunk that has been coded, or is being: `sizes` [n] int32 in pinned memory: its escapes."""
 
     chunk: Sequence[int]
     group: int
@@ -179,11 +179,10 @@ class _GpuWindows:
         span = slice(chunk[0], chunk[-1] + 1)
         with torch.cuda.stream(self._code_stream):
             buffer.free.wait()
+            sizes = torch.empty(len(chunk), dtype=torch.int32, pin_memory=True)
             self._kernels.compress_section(
-                self._pool, sources[span], counts[span], section, self._tiles[group], sections
+                self._pool, sources[span], counts[span], section, self._tiles[group], sections, sizes
             )
-            sizes = torch.empty((len(chunk), 1), dtype=torch.int32, pin_memory=True)
-            sizes.copy_(sections.view(torch.int32)[:, :1], non_blocking=True)
             return _Coded(chunk, group, buffer, sizes, recorded(self._code_stream))
 
     def _copy_down(self, coded: _Coded, moves: Sequence[Move], fits: list[bool]) -> None:
@@ -192,7 +191,7 @@ class _GpuWindows:
         sections = coded.buffer.sections(section, len(coded.chunk))
         coded.done.synchronize()
         with torch.cuda.stream(self._mover.store_stream):
-            for row, (at, num_escapes) in enumerate(zip(coded.chunk, coded.sizes[:, 0].tolist(), strict=True)):
+            for row, (at, num_escapes) in enumerate(zip(coded.chunk, coded.sizes.tolist(), strict=True)):
                 if num_escapes > section.max_escapes:
                     fits[at] = False
                     continue

@@ -14,6 +14,7 @@ from tierkv.errors import StoreError
 from tierkv.lookup import Hit, Lookup
 from tierkv.mover import Move, Ready
 from tierkv.split_load import SplitLoad
+from tierkv.storage.coded import CodedBlock
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import BlockInfo
 from tierkv.tiers import Place, Tiers
@@ -166,14 +167,21 @@ class Promoter:
         if arriving := self._tiers.arriving.get(block_id):
             result.loads.append(arriving)
 
-    def _promote_warm(self, wave: Sequence[Hit], places: list[Place], targets: list[int], result: Promoted) -> int:
+    def _promote_warm(
+        self,
+        wave: Sequence[Hit],
+        places: list[Place],
+        targets: list[int],
+        result: Promoted,
+        coded: Sequence[CodedBlock] = (),
+    ) -> int:
         """Copy a wave from its pinned places and register it. Return how many leading blocks are of use.
 
         targets: where to copy to; one that turns out not to be needed is replaced by the block that is there.
         """
         tiers = self._tiers
         try:
-            ready = self._copy_up(places, targets)
+            ready = tiers.bring_up(places, targets, coded=coded)
         except StoreError:
             tiers.unpin(places)
             result.failure = MissReason.IO_ERROR
@@ -202,14 +210,13 @@ class Promoter:
 
     def _promote_cold(self, wave: Sequence[Hit], targets: list[int], pinned: dict[int, Place], result: Promoted) -> int:
         """Read a wave and copy it on. Return how many leading blocks arrived."""
-        places = self._read(wave, pinned, result)
+        places, coded = self._read(wave, pinned, result)
         if not places:
             return 0
         used = targets[: len(places)]
-        num_good = self._promote_warm(wave[: len(places)], places, used, result)
+        num_good = self._promote_warm(wave[: len(places)], places, used, result, coded)
         targets[: len(places)] = used
-        if self._tiers.compression:
-            self.keep_warm(wave[:num_good])
+        self.keep_warm(wave[:num_good])
         return num_good
 
     def keep_warm(self, hits: Sequence[Hit]) -> None:
@@ -224,16 +231,13 @@ class Promoter:
                         entry.block_hash, entry.parent_hash, entry.token_bytes, entry.block_id, written
                     )
 
-    def _copy_up(self, places: Sequence[Place], targets: Sequence[int]) -> Ready:
-        """Start the copies of blocks, all from the warm tier or all raw, into block ids. Raises StoreError."""
-        moves = [Move(place.slot, to) for place, to in zip(places, targets, strict=True)]
-        compression = self._tiers.compression
-        if compression and places[0].tier is Tier.WARM:
-            return compression.mover.promote(moves)
-        return self._tiers.mover.promote(moves)
+    def _read(
+        self, wave: Sequence[Hit], pinned: dict[int, Place], result: Promoted
+    ) -> tuple[list[Place], list[CodedBlock]]:
+        """Read blocks beside the hot tier, several at once.
 
-    def _read(self, wave: Sequence[Hit], pinned: dict[int, Place], result: Promoted) -> list[Place]:
-        """Decode blocks beside the hot tier, several at once. Return the pinned places of the leading good ones."""
+        Return the pinned places of the leading good ones, and what lies there.
+        """
         tiers = self._tiers
         places = tiers.try_take_raw(len(wave))
         if not places:
@@ -242,24 +246,29 @@ class Promoter:
             places = tiers.take_raw(len(wave))
         if not places:
             result.failure = MissReason.NO_ROOM
-            return []
+            return [], []
         ahead = [*wave[_AHEAD_BLOCKS:], *[None] * _AHEAD_BLOCKS]
-        reasons = list(tiers.threads.map(self.read_one, wave, places, ahead))
-        num_good = next((i for i, reason in enumerate(reasons) if reason), len(places))
+        read = list(tiers.threads.map(self.read_one, wave, places, ahead))
+        coded: list[CodedBlock] = []
+        for block in read:
+            if isinstance(block, MissReason):
+                result.failure = block
+                break
+            coded.append(block)
+        num_good = len(coded)
         with tiers.changed:
-            for hit, place in zip(wave, places[:num_good], strict=False):
-                self._note_read(hit, place)
+            for hit, place, block in zip(wave, places, coded, strict=False):
+                self._note_read(hit, place, block)
             tiers.unpin(places[num_good:])
         if num_good < len(places):
-            result.failure = reasons[num_good]
-            self.give_up(wave[num_good], reasons[num_good])
-        return places[:num_good]
+            self.give_up(wave[num_good], result.failure)
+        return places[:num_good], coded
 
-    def _note_read(self, hit: Hit, place: Place) -> None:
+    def _note_read(self, hit: Hit, place: Place, coded: CodedBlock) -> None:
         """Enter a block that has been read: into the warm tier, if that is where it lies. The caller holds the lock."""
         tiers = self._tiers
         tiers.stats.bytes_out[Tier.COLD] += tiers.layout.packed_bytes(len(hit.token_bytes) // 4)
-        if place.tier is None:
+        if place.tier is None or coded.frame_sizes:
             entry = tiers.index.get(hit.block_hash, hit.parent_hash, hit.token_bytes)
         else:
             entry = tiers.index.insert(hit.block_hash, hit.parent_hash, hit.token_bytes)
@@ -268,21 +277,25 @@ class Promoter:
         if entry:
             entry.in_cold = True
 
-    def read_one(self, hit: Hit, place: Place, ahead: Hit | None = None) -> MissReason | None:
-        """Decode a block where it was told to, while the disk fetches one that will be needed soon."""
+    def read_one(self, hit: Hit, place: Place, ahead: Hit | None = None) -> MissReason | CodedBlock:
+        """Read a block into its place, while the disk fetches one that will be needed soon. Return what lies there."""
         assert hit.source is not None
+        tiers = self._tiers
         if ahead and ahead.source:
             ahead.source.read_ahead([ahead.block_hash])
         info = BlockInfo(
             block_hash=hit.block_hash,
             parent=hit.parent_hash,
             token_bytes=hit.token_bytes,
-            namespace=self._tiers.namespace,
+            namespace=tiers.namespace,
         )
+        coded = CodedBlock()
+        wanted = {"coded": coded} if tiers.frames else {}
         try:
-            return hit.source.read_into(info, self._tiers.raw_slots[place.slot], layout=self._tiers.layout)
+            reason = hit.source.read_into(info, tiers.raw_slots[place.slot], layout=tiers.layout, **wanted)
         except StoreError:
             return MissReason.IO_ERROR
+        return coded if reason is None else reason
 
     def give_up(self, hit: Hit, reason: MissReason | None) -> None:
         """Forget that a source has a block which could not be read, and take a damaged one out of its store."""
@@ -298,6 +311,7 @@ class Promoter:
     def _fill_tail(self, hit: Hit, target: int, pinned: dict[int, Place], result: Promoted) -> bool:
         """Copy a block of which a part is of use into a block of the sequence's own. False if it cannot be had."""
         tiers = self._tiers
+        coded: list[CodedBlock] = []
         if hit.tier is Tier.HOT:
             assert hit.entry and hit.entry.block_id is not None
             if arriving := tiers.arriving.get(hit.entry.block_id):
@@ -314,11 +328,11 @@ class Promoter:
             with tiers.changed:
                 tiers.index.pin(hit.entry, Tier.WARM)
         else:
-            places = self._read([hit], pinned, result)
+            places, coded = self._read([hit], pinned, result)
         if not places:
             return False
         try:
-            ready = self._copy_up(places, [target])
+            ready = tiers.bring_up(places, [target], coded=coded)
         except StoreError:
             tiers.unpin(places)
             result.failure = MissReason.IO_ERROR

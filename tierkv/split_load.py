@@ -13,14 +13,15 @@ from tierkv.block import Tier
 from tierkv.errors import StoreError
 from tierkv.lookup import Hit
 from tierkv.meeting import Meeting
-from tierkv.mover import Move, Ready
+from tierkv.mover import Ready
+from tierkv.storage.coded import CodedBlock
 from tierkv.storage.outcomes import MissReason
 from tierkv.tiers import Place, Tiers
 
 __all__ = ["SplitLoad"]
 
-_Reading: TypeAlias = "tuple[int, Place, Future[MissReason | None]]"
-ReadBlock: TypeAlias = Callable[[Hit, Place], "MissReason | None"]
+_Reading: TypeAlias = "tuple[int, Place, Future[MissReason | CodedBlock]]"
+ReadBlock: TypeAlias = Callable[[Hit, Place], "MissReason | CodedBlock"]
 
 
 class SplitLoad:
@@ -84,29 +85,41 @@ class SplitLoad:
             self._tiers.compute_block_s.add(seconds, num_blocks)
 
     def _run(self) -> None:
-        """Keep the reading threads busy, and copy each block up in the order of claims."""
+        """Keep the reading threads busy, and bring up in the order of claims what they have read."""
         tiers = self._tiers
         reading: deque[_Reading] = deque()
         try:
-            while self.failure is None:
+            while self.failure is None and not self._is_cancelled.is_set():
                 self._start_reading(reading)
                 if not reading:
                     break
-                at, place, decoded = reading.popleft()
-                self.failure = decoded.result()
-                if self.failure:
-                    self.failed = (self.hits[at], self.failure)
-                is_wanted = not self._is_cancelled.is_set() and self.failure is None and self.meeting.bring(at)
-                if not is_wanted:
-                    tiers.unpin([place])
+                read = [reading.popleft()]
+                while reading and reading[0][2].done():  # a GPU decodes many as fast as one
+                    read.append(reading.popleft())
+                if not self._bring(read):
                     break
-                self._copy_up(at, place)
         finally:
             self.meeting.end_loading()
             for _, place, decoded in reading:
                 decoded.exception()  # its bytes are of no use, but the thread may still be writing them
                 tiers.unpin([place])
             tiers.unpin(Place(Tier.HOT, block_id) for block_id in self._targets)
+
+    def _bring(self, read: Sequence[_Reading]) -> bool:
+        """Bring up the leading good ones of what was read. Return whether that was all, and is still wanted."""
+        good: list[tuple[int, Place, CodedBlock]] = []
+        for at, place, decoded in read:
+            outcome = decoded.result()
+            if isinstance(outcome, MissReason):
+                self.failure, self.failed = outcome, (self.hits[at], outcome)
+                break
+            if not self.meeting.bring(at):
+                break
+            good.append((at, place, outcome))
+        self._tiers.unpin(place for _, place, _ in read[len(good) :])
+        if good:
+            self._copy_up(good)
+        return len(good) == len(read)
 
     def _start_reading(self, reading: deque[_Reading]) -> None:
         """Claim blocks and start to read them until every thread has one and as many wait."""
@@ -122,21 +135,22 @@ class SplitLoad:
                 return
             reading.append((at, places[0], tiers.threads.submit(self._timed, self.hits[at], places[0])))
 
-    def _timed(self, hit: Hit, place: Place) -> MissReason | None:
+    def _timed(self, hit: Hit, place: Place) -> MissReason | CodedBlock:
         started = time.perf_counter()
-        reason = self._read(hit, place)
+        outcome = self._read(hit, place)
         with self._tiers.changed:
             self._tiers.load_block_s.add((time.perf_counter() - started) / self._tiers.num_threads, 1)
-        return reason
+        return outcome
 
-    def _copy_up(self, at: int, place: Place) -> None:
-        target = self._targets[at]
+    def _copy_up(self, good: Sequence[tuple[int, Place, CodedBlock]]) -> None:
+        places = [place for _, place, _ in good]
+        targets = [self._targets[at] for at, _, _ in good]
         try:
-            ready = self._tiers.mover.promote([Move(place.slot, target)], after=self._after)
+            ready = self._tiers.bring_up(places, targets, coded=[block for _, _, block in good], after=self._after)
         except StoreError:
-            self._tiers.unpin([place])
+            self._tiers.unpin(places)
             self.failure = MissReason.IO_ERROR
-            self.meeting.end_loading(at + 1)
+            self.meeting.end_loading(good[0][0] + 1)
             return
-        self._tiers.track(ready, [place], [target])
+        self._tiers.track(ready, places, targets)
         self.loads.append(ready)

@@ -16,11 +16,13 @@ from tierkv.index import Index
 from tierkv.layout import BlockLayout
 from tierkv.lookup import ColdSource
 from tierkv.meeting import SecondsPer
-from tierkv.mover import Mover, Ready
+from tierkv.mover import AllReady, Move, Mover, Ready
+from tierkv.mover_frames import FrameMover
 from tierkv.mover_windows import WindowMover
 from tierkv.slots import SlotPool
 from tierkv.stats import StatsRecorder
 from tierkv.storage.codecs import Codec
+from tierkv.storage.coded import CodedBlock
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.hot import HotPool
 from tierkv.storage.planes import Bytes
@@ -57,6 +59,7 @@ class Compression:
 class Tiers:
     """What promotion and demotion work on. `changed` guards everything in the index and the counters.
 
+    frames: decodes cold blocks on the GPU, where that can be had.
     threads: read and encode blocks, num_threads of them; loaders: one a request that loads while it computes.
     load_block_s, compute_block_s: what a cold block costs to load and to compute, as measured here.
     in_flight: asynchronous copies and the warm places that they still read.
@@ -73,6 +76,7 @@ class Tiers:
     warm: WarmPool
     mover: Mover
     compression: Compression | None
+    frames: FrameMover | None
     cold: ColdStore | None
     threads: ThreadPoolExecutor
     num_threads: int
@@ -116,6 +120,32 @@ class Tiers:
         with self.changed:
             self.index.unpin_all(tier, slots)
             self.changed.notify_all()
+
+    def bring_up(
+        self,
+        places: Sequence[Place],
+        targets: Sequence[int],
+        *,
+        coded: Sequence[CodedBlock] = (),
+        after: Ready | None = None,
+    ) -> Ready:
+        """Start to bring blocks, all from the warm tier or all raw places, into block ids. Raises StoreError.
+
+        coded: what lies in each raw place, where a GPU is to decode it.
+        """
+        moves = [Move(place.slot, to) for place, to in zip(places, targets, strict=True)]
+        if self.compression and places[0].tier is Tier.WARM:
+            return self.compression.mover.promote(moves)
+        kinds = list(coded) or [CodedBlock()] * len(moves)
+        decoded = [move for move, kind in zip(moves, kinds, strict=True) if not kind.frame_sizes]
+        left = [(move, kind) for move, kind in zip(moves, kinds, strict=True) if kind.frame_sizes]
+        parts: list[Ready] = []
+        if left:
+            assert self.frames, "nobody else asks for coded blocks"
+            parts.append(self.frames.promote([m for m, _ in left], [kind for _, kind in left], after=after))
+        if decoded:
+            parts.append(self.mover.promote(decoded, after=after))
+        return parts[0] if len(parts) == 1 else AllReady(parts)
 
     def leave(self, block_ids: Sequence[int]) -> None:
         """Note that what the current stream does with blocks so far must end before others write them."""

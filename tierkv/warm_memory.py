@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from tierkv.config import CacheConfig
 from tierkv.errors import CapacityError, ConfigError
 from tierkv.mover import Mover, layer_groups
+from tierkv.mover_frames import FrameMover, can_decode
 from tierkv.mover_windows import WindowMover
 from tierkv.slots import SlotPool
 from tierkv.storage.hot import HotPool
@@ -30,6 +31,7 @@ class WarmMemory:
     warm: WarmPool
     mover: Mover
     compression: Compression | None
+    frames: FrameMover | None
 
 
 def open_warm_memory(hot: HotPool, config: CacheConfig) -> WarmMemory:
@@ -41,7 +43,8 @@ def open_warm_memory(hot: HotPool, config: CacheConfig) -> WarmMemory:
         num_slots = config.warm_bytes // block_bytes
         _check_room(num_slots, config, block_bytes)
         warm = WarmPool(block_bytes, num_slots, num_threads=threads)
-        return WarmMemory(warm=warm, mover=Mover(hot, warm), compression=None)
+        mover = Mover(hot, warm)
+        return WarmMemory(warm=warm, mover=mover, compression=None, frames=_frames(hot, mover, config))
     num_staging = max(2, min(_MAX_STAGING_BLOCKS, config.warm_bytes // _STAGING_SHARE // block_bytes))
     num_slots = (config.warm_bytes - num_staging * block_bytes) // form.slot_bytes
     _check_room(num_slots, config, form.slot_bytes)
@@ -51,7 +54,7 @@ def open_warm_memory(hot: HotPool, config: CacheConfig) -> WarmMemory:
     compression = Compression(
         form=form, mover=WindowMover(hot, warm, form, mover), staging=staging, slots=SlotPool(num_staging)
     )
-    return WarmMemory(warm=warm, mover=mover, compression=compression)
+    return WarmMemory(warm=warm, mover=mover, compression=compression, frames=_frames(hot, mover, config))
 
 
 def _form(hot: HotPool, config: CacheConfig) -> WindowFormat | None:
@@ -67,6 +70,13 @@ def _form(hot: HotPool, config: CacheConfig) -> WindowFormat | None:
             hint='warm_codec="auto" compresses where that is possible',
         )
     return WindowFormat(hot.layout, layer_groups(hot.layout))
+
+
+def _frames(hot: HotPool, mover: Mover, config: CacheConfig) -> FrameMover | None:
+    """Return what decodes cold blocks on the GPU, or None where that is not wanted or not to be had."""
+    if not config.gpu_decode or not can_decode(hot.layout, hot.device):
+        return None
+    return FrameMover(hot, mover.slots, mover)
 
 
 def _has_triton() -> bool:

@@ -34,7 +34,9 @@ def test_the_kernels_bytes_are_those_of_the_definition(device: str, num_tokens: 
     for group, section in enumerate(FORM.sections):
         tiles = section_tiles(section, device)
         out = torch.zeros((2, section.capacity_bytes), dtype=torch.uint8, device=device)
-        compress_section(pool, ids, counts, section, tiles, out)
+        totals = torch.zeros(2, dtype=torch.int32, device=device)
+        compress_section(pool, ids, counts, section, tiles, out, totals)
+        assert totals.tolist() == out.view(torch.int32)[:, 0].tolist()
         for row, slot in zip(out.cpu().numpy(), slots, strict=True):
             length = FORM.section_bytes(slot, group)
             want = slot[section.offset : section.offset + length]
@@ -64,9 +66,10 @@ def test_a_block_that_does_not_fit_says_so_and_writes_nothing_behind_its_section
     section = FORM.sections[0]
     out = torch.full((1, section.capacity_bytes + 64), 0xA5, dtype=torch.uint8, device=device)
     counts = torch.tensor([UNEVEN.block_size], dtype=torch.int32, device=device)
-    compress_section(
-        pool, torch.zeros(1, dtype=torch.int64, device=device), counts, section, section_tiles(section, device), out
-    )
+    totals = torch.zeros(1, dtype=torch.int32, device=device)
+    ids = torch.zeros(1, dtype=torch.int64, device=device)
+    compress_section(pool, ids, counts, section, section_tiles(section, device), out, totals)
+    assert int(totals) > section.max_escapes
     assert int(out[0, :4].cpu().view(torch.int32)) > section.max_escapes
     assert bool((out[0, section.capacity_bytes :] == 0xA5).all())
 

@@ -1,0 +1,98 @@
+"""Blocks whose zstd frames are left as they are, for a GPU to decode: what a reader hands on instead of values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import zstandard
+
+from tierkv.errors import CorruptBlockError
+from tierkv.layout import BlockLayout
+from tierkv.storage.frames import FRAME_BYTES
+from tierkv.storage.planes import Bytes
+
+__all__ = ["CODED_ID", "CodedBlock", "CodedLayout", "check_frames"]
+
+CODED_ID = 2  # exponent16 of storage/codecs.py, the one codec whose frames a GPU decodes
+_TILE = 4096
+
+
+@dataclass(slots=True)
+class CodedBlock:
+    """Filled by a reader that leaves a whole block coded: the sizes of its frames. Empty: the block is decoded."""
+
+    frame_sizes: tuple[int, ...] = ()
+
+    @property
+    def payload_bytes(self) -> int:
+        """Length of the frames together; 0 where the block has been decoded."""
+        return sum(self.frame_sizes)
+
+
+class CodedLayout:
+    """Where the frames of a whole block of 16-bit floats belong, for one layout.
+
+    planes: [frames] first value of each coded frame's plane in the block; plane_bytes: [frames] how many values.
+    tiles: [n, 4] int32 for the merge: first value in the block, first value in its run, run, values.
+    """
+
+    def __init__(self, layout: BlockLayout) -> None:
+        self.layout = layout
+        is_rest: list[bool] = []
+        planes: list[int] = []
+        plane_bytes: list[int] = []
+        for run in layout.runs:
+            count = run.token_bytes * layout.block_size // 2
+            starts = range(0, count, FRAME_BYTES // 2)
+            planes += [run.offset_bytes // 2 + start for start in starts]
+            plane_bytes += [min(FRAME_BYTES // 2, count - start) for start in starts]
+            is_rest += [False] * len(starts) + [True]
+        self.is_rest = np.array(is_rest)
+        self.planes = np.array(planes, dtype=np.int64)
+        self.plane_bytes = np.array(plane_bytes, dtype=np.int64)
+
+    @cached_property
+    def tiles(self) -> npt.NDArray[np.int32]:
+        """Tiles of at most 4,096 values of one run."""
+        rows = [
+            (
+                run.offset_bytes // 2 + start,
+                start,
+                number,
+                min(_TILE, run.token_bytes * self.layout.block_size // 2 - start),
+            )
+            for number, run in enumerate(self.layout.runs)
+            for start in range(0, run.token_bytes * self.layout.block_size // 2, _TILE)
+        ]
+        return np.array(rows, dtype=np.int32)
+
+    def parts(
+        self, frame_sizes: Sequence[int]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return offsets and sizes of the coded frames in the payload, and the offsets of the runs' raw rests."""
+        sizes = np.array(frame_sizes, dtype=np.int64)
+        offsets = np.cumsum(sizes) - sizes
+        return offsets[~self.is_rest], sizes[~self.is_rest], offsets[self.is_rest]
+
+
+def check_frames(payload: Bytes, frame_sizes: Sequence[int], layout: CodedLayout) -> None:
+    """Raise CorruptBlockError unless every frame of a payload says that it is of the size that belongs there."""
+    if len(frame_sizes) != layout.is_rest.size:
+        raise CorruptBlockError("the record's frames are not those of the layout")
+    offsets, sizes, _ = layout.parts(frame_sizes)
+    rests = np.array(frame_sizes, dtype=np.int64)[layout.is_rest]
+    if not np.array_equal(rests, [run.token_bytes * layout.layout.block_size // 2 for run in layout.layout.runs]):
+        raise CorruptBlockError("a run's rest has not as many bytes as the run has values")
+    for offset, size, plane_bytes in zip(offsets.tolist(), sizes.tolist(), layout.plane_bytes.tolist(), strict=True):
+        try:
+            is_right = size == plane_bytes or (
+                zstandard.frame_content_size(payload[offset : offset + size].data) == plane_bytes
+            )
+        except zstandard.ZstdError as exc:
+            raise CorruptBlockError(f"a frame that is none: {exc}") from exc
+        if not is_right:
+            raise CorruptBlockError(f"a frame that is not of {plane_bytes} bytes")

@@ -20,6 +20,8 @@ def _with_kvcache(
     keys: Tensor,
     values: Tensor,
     *,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
     cache_seqlens: Tensor,
     block_table: Tensor,
     softmax_scale: float,
@@ -39,13 +41,18 @@ def _with_kvcache(
     out = torch.zeros(query.shape, dtype=query.dtype)
     lse = torch.full((query.shape[0], query.shape[2], query.shape[1]), torch.inf)
     for i, length in enumerate(cache_seqlens.tolist()):
+        if k is not None and v is not None:
+            assert k.shape == v.shape == (query.shape[0], 1, *keys.shape[2:])
+            place = block_table[i, length // keys.shape[1]], length % keys.shape[1]
+            keys[place], values[place] = k[i, 0], v[i, 0]
+            length += 1
         if not length:
             continue
         blocks = block_table[i, : -(-length // keys.shape[1])].long()
-        k, v = (x[blocks].flatten(0, 1)[:length].float().repeat_interleave(group, 1) for x in (keys, values))
-        scores = torch.einsum("thd,lhd->htl", query[i].float(), k) * softmax_scale
+        seen = [x[blocks].flatten(0, 1)[:length].float().repeat_interleave(group, 1) for x in (keys, values)]
+        scores = torch.einsum("thd,lhd->htl", query[i].float(), seen[0]) * softmax_scale
         if softcap:
             scores = torch.tanh(scores / softcap) * softcap
         lse[i] = scores.logsumexp(-1)
-        out[i] = torch.einsum("htl,lhd->thd", scores.softmax(-1), v).to(query.dtype)
+        out[i] = torch.einsum("htl,lhd->thd", scores.softmax(-1), seen[1]).to(query.dtype)
     return out, lse

@@ -229,17 +229,14 @@ def _attention(
     batch.enter_layer(layer)
     if not isinstance(batch, AttentionBatch):
         return batch.attend(layer, query, key, value), None
-    keys, values = batch.pool.key_cache(layer), batch.pool.value_cache(layer)
-    keys[batch.block_ids, batch.offsets] = key[0].transpose(0, 1)
-    values[batch.block_ids, batch.offsets] = value[0].transpose(0, 1)
     # The keyword counts even as None: Exaone4 sets module.sliding_window on full-attention layers too.
     window = getattr(module, "sliding_window", None) if sliding_window is _UNSET else sliding_window
     paged = PagedQuery(
         query=query[0].transpose(0, 1),
         new_keys=key[0].transpose(0, 1),
         new_values=value[0].transpose(0, 1),
-        keys=keys,
-        values=values,
+        keys=batch.pool.key_cache(layer),
+        values=batch.pool.value_cache(layer),
         scale=query.shape[-1] ** -0.5 if scaling is None else float(scaling),
         window=int(window) if window else None,
         softcap=float(softcap) if softcap else None,
@@ -247,6 +244,8 @@ def _attention(
     )
     if batch.cascade is not None and can_cascade(paged, batch.block_size):
         return attend_cascade(paged, batch.cascade).unsqueeze(0), None
+    paged.keys[batch.block_ids, batch.offsets] = paged.new_keys
+    paged.values[batch.block_ids, batch.offsets] = paged.new_values
     return attend(paged, batch).unsqueeze(0), None
 
 

@@ -1,8 +1,8 @@
 """Decode attention of sequences that share a prefix: the prefix once for all of them, then what is each one's own.
 
 Two passes and a merge. The shared pass takes the queries of a group as the tokens of one sequence against the shared
-blocks, without a mask: all of them lie before every query. The own pass is the plain one with the shared blocks
-left out. Their outputs are merged by log-sum-exp, so the result is exact up to rounding.
+blocks, without a mask: all of them lie before every query. The own pass is the plain one with the shared blocks left
+out; it also writes K and V of the new tokens. Their outputs are merged by log-sum-exp: exact, up to rounding.
 Source: the cascade attention of FlashInfer; Hydragen (Juravsky et al., 2024).
 """
 
@@ -80,8 +80,9 @@ class CascadeBatch:
     """The tensors of a decode step's cascade, all views of one int32 tensor, so that one copy fills them.
 
     shared_table: [groups, shared_blocks] and shared_lengths: [groups], tokens. own_table: [sequences, own_blocks] and
-    own_lengths: [sequences], without what is shared. gather: [groups * members] the sequences of each group, padded
-    with the first; None if is_whole. positions: [sequences] where each one lies in there, -1 if in no group.
+    own_past: [sequences], tokens before the new one, both without what is shared. gather: [groups * members] the
+    sequences of each group, padded with the first; None if is_whole. positions: [sequences] where each one lies in
+    there, -1 if in no group.
     """
 
     def __init__(self, shape: CascadeShape, *, block_size: int, scratch_block: int, device: torch.device) -> None:
@@ -91,13 +92,13 @@ class CascadeBatch:
         n, slots = shape.sequences, shape.groups * shape.members
         sizes = [shape.groups * shape.shared_blocks, shape.groups, n * shape.own_blocks, n, n, slots]
         self._flat = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
-        shared, self.shared_lengths, own, self.own_lengths, self.positions, gather = self._flat.split(sizes)
+        shared, self.shared_lengths, own, self.own_past, self.positions, gather = self._flat.split(sizes)
         self.shared_table = shared.view(shape.groups, shape.shared_blocks)
         self.own_table = own.view(n, shape.own_blocks)
         self.gather = None if shape.is_whole else gather
 
     def fill(self, plan: Sequence[SharedPrefix], tables: Sequence[Sequence[int]], kv_lengths: Sequence[int]) -> None:
-        """Write a plan. Sequences and groups that are padding read one token of the scratch block, or none."""
+        """Write a plan. Sequences that are padding write and read the scratch block; groups that are, nothing."""
         shape, size, scratch = self.shape, self._block_size, self._scratch
         shared, lengths = [scratch] * (shape.groups * shape.shared_blocks), [0] * shape.groups
         skipped, positions = [0] * shape.sequences, [-1] * shape.sequences
@@ -111,13 +112,13 @@ class CascadeBatch:
                 positions[row] = row if shape.is_whole else i * shape.members + at
                 gather[i * shape.members + at] = row
         own: list[int] = []
-        own_lengths = [1] * shape.sequences
+        own_past = [0] * shape.sequences
         for row, (table, length) in enumerate(zip(tables, kv_lengths, strict=True)):
             mine = table[skipped[row] : skipped[row] + shape.own_blocks]
             own += [*mine, *[scratch] * (shape.own_blocks - len(mine))]
-            own_lengths[row] = length - skipped[row] * size
+            own_past[row] = length - 1 - skipped[row] * size
         own += [scratch] * (shape.sequences * shape.own_blocks - len(own))
-        values = [*shared, *lengths, *own, *own_lengths, *positions, *gather]
+        values = [*shared, *lengths, *own, *own_past, *positions, *gather]
         self._flat.copy_(torch.tensor(values, dtype=torch.int32))
 
 
@@ -133,7 +134,7 @@ def can_cascade(paged: PagedQuery, block_size: int) -> bool:
 def attend_cascade(
     paged: PagedQuery, cascade: CascadeBatch, *, shared_splits: int = 0, side: torch.cuda.Stream | None = None
 ) -> Tensor:
-    """Return [B, heads, dim] of one new token for each of B sequences, contiguous, of the query's dtype.
+    """Write K and V of one new token for each of B sequences, and attend. Return [B, heads, dim], contiguous.
 
     shared_splits: in how many pieces flash-attn splits the shared K and V; 0 lets it choose. side: a stream on which
     the own pass runs beside the shared one.
@@ -235,20 +236,31 @@ def shared_pass(paged: PagedQuery, query: Tensor, cascade: CascadeBatch, *, num_
 
 
 def own_pass(paged: PagedQuery, query: Tensor, cascade: CascadeBatch) -> tuple[Tensor, Tensor]:
-    """Attend each sequence's query to its own blocks; returns ([B, kv, g, dim], [B, kv, g]), views.
+    """Attend each sequence's query to its own blocks, where the same kernel writes the new token's K and V first.
 
-    The heads that share one of K and V go in as tokens. flash-attn does that by itself, but copies its result back.
+    Returns ([B, kv, g, dim], [B, kv, g]), views. The heads that share one of K and V go in as tokens: flash-attn does
+    that by itself too, but then copies its result back.
     """
     kv_heads = paged.keys.shape[2]
     by_kv = query.view(query.shape[0], kv_heads, -1, query.shape[-1])
     out, lse = _flash_attend(
-        paged, by_kv.transpose(1, 2), lengths=cascade.own_lengths, table=cascade.own_table, num_splits=0
+        paged,
+        by_kv.transpose(1, 2),
+        lengths=cascade.own_past,
+        table=cascade.own_table,
+        new={"k": paged.new_keys.unsqueeze(1), "v": paged.new_values.unsqueeze(1)},
     )
     return out.transpose(1, 2), lse.view(by_kv.shape[:3])
 
 
 def _flash_attend(
-    paged: PagedQuery, query: Tensor, *, lengths: Tensor, table: Tensor, num_splits: int
+    paged: PagedQuery,
+    query: Tensor,
+    *,
+    lengths: Tensor,
+    table: Tensor,
+    new: dict[str, Tensor] | None = None,
+    num_splits: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Return flash-attn's (out [n, tokens, heads, dim], log-sum-exp [n, heads, tokens]), without a mask."""
     flash: Any = importlib.import_module("flash_attn")
@@ -256,6 +268,7 @@ def _flash_attend(
         query,
         paged.keys,
         paged.values,
+        **(new or {}),
         cache_seqlens=lengths,
         block_table=table,
         softmax_scale=paged.scale,
@@ -272,9 +285,13 @@ def _tiles(queries: int) -> int:
 
 
 def _attend_on_cpu(paged: PagedQuery, cascade: CascadeBatch) -> Tensor:
-    """Do the same two passes with torch's own kernel, from the same tensors."""
+    """Do the same with torch's own kernel, from the same tensors."""
     shape, query = cascade.shape, paged.query
     size, kv_heads = paged.keys.shape[1], paged.keys.shape[2]
+    past = cascade.own_past.long()
+    places = cascade.own_table.long().gather(1, (past // size).unsqueeze(1)).squeeze(1)
+    paged.keys[places, past % size] = paged.new_keys
+    paged.values[places, past % size] = paged.new_values
     members = query if cascade.gather is None else query.index_select(0, cascade.gather)
     parts = [
         attend_cpu(paged, queries, table[: -(-length // size)], length)
@@ -282,8 +299,8 @@ def _attend_on_cpu(paged: PagedQuery, cascade: CascadeBatch) -> Tensor:
             members.split(shape.members), cascade.shared_table.long(), cascade.shared_lengths.tolist(), strict=True
         )
     ]
-    rows = zip(query.split(1), cascade.own_table.long(), cascade.own_lengths.tolist(), strict=True)
-    own = [attend_cpu(paged, row, table[: -(-length // size)], length) for row, table, length in rows]
+    rows = zip(query.split(1), cascade.own_table.long(), past.tolist(), strict=True)
+    own = [attend_cpu(paged, row, table[: length // size + 1], length + 1) for row, table, length in rows]
     by_kv = (kv_heads, query.shape[1] // kv_heads)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     merge_shared_reference(

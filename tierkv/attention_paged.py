@@ -56,7 +56,7 @@ class Batch(Protocol):
 class PagedQuery:
     """One layer's attention. query: [T, heads, dim]; keys, values: [num_blocks, block_size, kv_heads, dim].
 
-    new_keys, new_values: [T, kv_heads, dim], what has just been written for the new tokens.
+    new_keys, new_values: [T, kv_heads, dim], of the new tokens; whether keys and values have them, the callee says.
     window: each token sees itself and window - 1 before it. softcap: scores are softcap * tanh(score / softcap).
     sinks: [heads] logits that take part in the softmax and have no value (gpt-oss).
     """
@@ -73,7 +73,7 @@ class PagedQuery:
 
 
 def attend(paged: PagedQuery, batch: Batch) -> Tensor:
-    """Return [T, heads, v_dim], contiguous, of the query's dtype."""
+    """Return [T, heads, v_dim], contiguous, of the query's dtype. K and V of the new tokens have been written."""
     if can_use_flash(paged, batch.block_size):
         return _attend_flash(paged, batch)
     out = paged.query.new_empty((*paged.query.shape[:2], paged.values.shape[-1]))

@@ -143,8 +143,8 @@ def _make_case(batch: int, shared: int, own: int, device: torch.device) -> _Case
     layers = [
         PagedQuery(
             query=torch.randn(batch, _HEADS, _DIM, device=device, dtype=torch.bfloat16),
-            new_keys=torch.empty(0, device=device),
-            new_values=torch.empty(0, device=device),
+            new_keys=torch.randn(batch, _KV_HEADS, _DIM, device=device, dtype=torch.bfloat16),
+            new_values=torch.randn(batch, _KV_HEADS, _DIM, device=device, dtype=torch.bfloat16),
             keys=pool.key_cache(layer),
             values=pool.value_cache(layer),
             scale=_DIM**-0.5,
@@ -165,6 +165,7 @@ def _measure(batch: int, shared: int, own: int, device: torch.device) -> _Case:
         "plain": partial(attend, batch=case.step),
         "cascade": partial(attend_cascade, cascade=cascade),
         "  shared pass": lambda paged: shared_pass(paged, paged.query, cascade, num_splits=0),
+        "  plain with its writes": partial(_write_and_attend, step=case.step),
         "  own pass": lambda paged: own_pass(paged, paged.query, cascade),
         "  two streams": partial(attend_cascade, cascade=cascade, side=side),
     }
@@ -176,10 +177,18 @@ def _measure(batch: int, shared: int, own: int, device: torch.device) -> _Case:
         except Exception as exc:  # noqa: BLE001 - a way that fails must not lose the others
             print(f"batch {batch}, {shared} shared,{name}: {type(exc).__name__}: {exc}")
     first = case.layers[0]
+    outs = _write_and_attend(first, case.step), attend_cascade(first, cascade)
     exact = _exact(first, case.step)
-    case.errors = [_difference(out, exact) for out in (attend(first, case.step), attend_cascade(first, cascade))]
+    case.errors = [_difference(out, exact) for out in outs]
     case.layers.clear()  # and with them the pool
     return case
+
+
+def _write_and_attend(paged: PagedQuery, step: AttentionBatch) -> Tensor:
+    """Do what the plain path of a model does: the cascade's own pass writes too."""
+    paged.keys[step.block_ids, step.offsets] = paged.new_keys
+    paged.values[step.block_ids, step.offsets] = paged.new_values
+    return attend(paged, step)
 
 
 def _all_layers(layers: Sequence[PagedQuery], way: Callable[[PagedQuery], object]) -> None:

@@ -57,6 +57,7 @@ class Step:
         generator = torch.Generator().manual_seed(1)
         pool.blocks.copy_(torch.randn(pool.blocks.shape, generator=generator))
         free = torch.randperm(pool.num_blocks, generator=generator).tolist()
+        self.pool = pool
         self.tables = [[free.pop() for _ in range(count)] for count in needed]
         for group in self.plan:
             for row in group.rows[1:]:
@@ -65,12 +66,21 @@ class Step:
         self.batch: AttentionBatch = build_batch(pool, steps, block_size=SIZE, device=device, plan=self.plan)
         new = torch.randn(len(past), heads + 2 * kv_heads, DIM, generator=generator).to(device, place.dtype)
         query, key, value = new.split([heads, kv_heads, kv_heads], 1)
-        keys, values = pool.key_cache(1), pool.value_cache(1)
-        keys[self.batch.block_ids, self.batch.offsets] = key
-        values[self.batch.block_ids, self.batch.offsets] = value
         self.paged = PagedQuery(
-            query=query * 3, new_keys=key, new_values=value, keys=keys, values=values, scale=0.125, **options
+            query=query * 3,
+            new_keys=key,
+            new_values=value,
+            keys=pool.key_cache(1),
+            values=pool.value_cache(1),
+            scale=0.125,
+            **options,
         )
+
+    def attend_plainly(self) -> torch.Tensor:
+        """Write K and V of the new tokens and attend, each sequence for itself."""
+        self.paged.keys[self.batch.block_ids, self.batch.offsets] = self.paged.new_keys
+        self.paged.values[self.batch.block_ids, self.batch.offsets] = self.paged.new_values
+        return attend(self.paged, self.batch)
 
     @property
     def cascade(self) -> CascadeBatch:
@@ -89,20 +99,29 @@ def assert_close(got: torch.Tensor, want: torch.Tensor) -> None:
 def test_a_cascade_equals_the_plain_path(place: Place, batch: str, heads: int) -> None:
     step = Step(*BATCHES[batch], place, heads)
     assert can_cascade(step.paged, SIZE)
-    assert_close(attend_cascade(step.paged, step.cascade), attend(step.paged, step.batch))
+    assert_close(attend_cascade(step.paged, step.cascade), step.attend_plainly())
 
 
 @pytest.mark.parametrize("batch", BATCHES)
 def test_sinks_take_part_in_the_softmax_once(place: Place, batch: str) -> None:
     sinks = torch.tensor([2.0, -1.0, 0.5, 4.0], device=place.device, dtype=place.dtype)
     step = Step(*BATCHES[batch], place, 4, sinks=sinks)
-    assert_close(attend_cascade(step.paged, step.cascade), attend(step.paged, step.batch))
+    assert_close(attend_cascade(step.paged, step.cascade), step.attend_plainly())
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_new_keys_and_values_are_written_where_the_plain_path_writes_them(place: Place, batch: str) -> None:
+    plain, cascade = Step(*BATCHES[batch], place, 8), Step(*BATCHES[batch], place, 8)
+    assert torch.equal(plain.pool.blocks, cascade.pool.blocks)
+    plain.attend_plainly()
+    attend_cascade(cascade.paged, cascade.cascade)
+    assert torch.equal(plain.pool.blocks, cascade.pool.blocks)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 7])
 def test_any_number_of_splits_gives_the_same(place: Place, splits: int) -> None:
     step = Step(*WHOLE, place, 8)
-    assert_close(attend_cascade(step.paged, step.cascade, shared_splits=splits), attend(step.paged, step.batch))
+    assert_close(attend_cascade(step.paged, step.cascade, shared_splits=splits), step.attend_plainly())
 
 
 def test_layers_with_a_window_attend_plainly(place: Place) -> None:
@@ -121,7 +140,7 @@ def test_flash_attn_is_called_as_it_wants_to_be(
     monkeypatch.setitem(sys.modules, "flash_attn", flash_reference())
     place = Place("cpu", torch.float32, SIZE)
     step = Step(*BATCHES[batch], place, heads, softcap=softcap)
-    assert_close(attend_with_flash(step.paged, step.cascade), attend(step.paged, step.batch))
+    assert_close(attend_with_flash(step.paged, step.cascade), step.attend_plainly())
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -139,18 +158,20 @@ def test_sizes_rounded_up_change_nothing(place: Place, batch: str) -> None:
         is_whole=exact.is_whole,
     )
     device = torch.device(place.device)
-    padded = CascadeBatch(shape, block_size=SIZE, scratch_block=step.batch.block_table.max().item(), device=device)
+    padded = CascadeBatch(shape, block_size=SIZE, scratch_block=step.pool.scratch_block, device=device)
     padded.fill(step.plan, step.tables, [length + 1 for length in past])
-    empty = step.paged.query.new_zeros(8 - len(past), *step.paged.query.shape[1:])
-    queries = torch.cat([step.paged.query, empty])
+
+    def fill_up(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.cat([tensor, tensor.new_zeros(8 - len(past), *tensor.shape[1:])])
+
     paged = PagedQuery(
-        query=queries,
-        new_keys=step.paged.new_keys,
-        new_values=step.paged.new_values,
+        query=fill_up(step.paged.query),
+        new_keys=fill_up(step.paged.new_keys),
+        new_values=fill_up(step.paged.new_values),
         keys=step.paged.keys,
         values=step.paged.values,
         scale=step.paged.scale,
     )
     got = attend_cascade(paged, padded)
     assert got.isfinite().all()
-    assert_close(got[: len(past)], attend(step.paged, step.batch))
+    assert_close(got[: len(past)], step.attend_plainly())

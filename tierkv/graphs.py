@@ -106,6 +106,8 @@ class GraphedModel:
         inputs = _Inputs(shape, self._cache, self._model.device, self._gate)
         graph = torch.cuda.CUDAGraph()
         try:
+            if shape.cascade:  # rounded sizes may want another variant of the merge kernel than the eager run did
+                forward(self._model, inputs.token_ids, inputs.batch, logits_to_keep=inputs.last)
             # Other threads go on copying blocks meanwhile, which only this mode allows.
             with torch.cuda.graph(graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local"):
                 inputs.batch.seen_layers.clear()

@@ -64,6 +64,21 @@ def test_sequences_lie_in_order_without_positions(device: str) -> None:
     torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_float32_sum_takes_another_part_in_place(device: str, dtype: torch.dtype) -> None:
+    """As attention in pieces merges them: [tokens, heads, dim], the part's log-sum-exps [heads, tokens]."""
+    tokens, heads, dim = 9, 3, 16
+    total = random(tokens, heads, dim, device=device, seed=1)
+    total_lse = random(tokens, heads, device=device, seed=2)
+    part = random(tokens, heads, dim, device=device, dtype=dtype, seed=3)
+    part_lse = random(heads, tokens, device=device, seed=4).T
+    weight = torch.sigmoid(total_lse - part_lse).unsqueeze(-1)
+    want = total * weight + part.float() * (1 - weight)
+    own = total.unsqueeze(2)
+    merge_shared(part.unsqueeze(2), part_lse[None, :, :, None], own, total_lse.unsqueeze(2), own)
+    torch.testing.assert_close(total, want)
+
+
 def test_two_empty_parts_give_zeros(device: str) -> None:
     given = parts(device, torch.float32, 4, 16, packed=False)
     given["own_lse"][:] = torch.inf

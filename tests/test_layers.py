@@ -62,8 +62,8 @@ LAYERS = (
     # What runs a model over the cache, or steers it.
     Layer(
         "engine",
-        "prompts sampling attention_paged attention_cascade attention_pieces managed_attention attention gate "
-        "fingerprint models graphs runner profiler controller integrations*",
+        "prompts sampling attention_paged attention_merge cascade_batch attention_cascade attention_pieces "
+        "managed_attention attention gate fingerprint models graphs runner profiler controller integrations*",
         below="values control storage kernels background client mover facade",
     ),
     Layer("package", "__init__", below="values control facade engine"),

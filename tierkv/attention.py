@@ -20,9 +20,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from tierkv.attention_cascade import CascadeBatch, CascadeShape, attend_cascade, can_cascade
+from tierkv.attention_cascade import attend_cascade, can_cascade
 from tierkv.attention_paged import PagedQuery, attend
 from tierkv.cascade import SharedPrefix
+from tierkv.cascade_batch import CascadeBatch, CascadeShape
 from tierkv.errors import ConfigError, UnsupportedModelError
 
 __all__ = [

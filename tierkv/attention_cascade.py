@@ -9,33 +9,32 @@ Source: the cascade attention of FlashInfer; Hydragen (Juravsky et al., 2024).
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tierkv.attention_paged import PagedQuery, add_sinks, attend_cpu, can_use_flash
-from tierkv.cascade import SharedPrefix
+from tierkv.attention_merge import merge_shared
+from tierkv.attention_paged import PagedQuery, attend_cpu, can_use_flash
+from tierkv.cascade_batch import CascadeBatch
 
-_merge_shared: Callable[..., None] | None
+_attend_prefix: Callable[..., None] | None
 try:
-    from tierkv.kernels.states import merge_shared
+    from tierkv.kernels.prefix import attend_prefix
 
-    _merge_shared = merge_shared
-except ModuleNotFoundError:  # triton has no wheel for this machine: plain torch merges instead
-    _merge_shared = None
+    _attend_prefix = attend_prefix
+except ModuleNotFoundError:  # triton has no wheel for this machine: flash-attn does it
+    _attend_prefix = None
 
 __all__ = [
-    "CascadeBatch",
-    "CascadeShape",
+    "PrefixKernel",
     "attend_cascade",
     "attend_with_flash",
     "can_cascade",
-    "merge_in_place",
-    "merge_shared_reference",
     "own_pass",
+    "prefix_pass",
     "shared_pass",
 ]
 
@@ -43,83 +42,13 @@ _TILE_ROWS = 64  # queries that one program of flash-attn's split kernel takes, 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CascadeShape:
-    """The sizes of a cascade's tensors.
+class PrefixKernel:
+    """How the shared pass runs our own kernel: the parts of a prefix, and the shape of a program."""
 
-    groups: shared prefixes. members: sequences of a group at most. If is_whole, the one group is looked at with every
-    sequence of the batch in its place, so that no query is gathered.
-    """
-
-    sequences: int
-    groups: int
-    members: int
-    shared_blocks: int
-    own_blocks: int
-    is_whole: bool
-
-    @classmethod
-    def of(cls, plan: Sequence[SharedPrefix], kv_lengths: Sequence[int], *, block_size: int) -> CascadeShape:
-        """Return the exact sizes for a plan. kv_lengths: tokens of each sequence, the new one included."""
-        own = [-(-length // block_size) for length in kv_lengths]
-        for group in plan:
-            for row in group.rows:
-                own[row] -= group.num_blocks
-        members = max(len(group.rows) for group in plan)
-        is_whole = len(plan) == 1 and 2 * members >= len(kv_lengths)
-        return cls(
-            sequences=len(kv_lengths),
-            groups=len(plan),
-            members=len(kv_lengths) if is_whole else members,
-            shared_blocks=max(group.num_blocks for group in plan),
-            own_blocks=max(own),
-            is_whole=is_whole,
-        )
-
-
-class CascadeBatch:
-    """The tensors of a decode step's cascade, all views of one int32 tensor, so that one copy fills them.
-
-    shared_table: [groups, shared_blocks] and shared_lengths: [groups], tokens. own_table: [sequences, own_blocks] and
-    own_past: [sequences], tokens before the new one, both without what is shared. gather: [groups * members] the
-    sequences of each group, padded with the first; None if is_whole. positions: [sequences] where each one lies in
-    there, -1 if in no group.
-    """
-
-    def __init__(self, shape: CascadeShape, *, block_size: int, scratch_block: int, device: torch.device) -> None:
-        self.shape = shape
-        self._block_size = block_size
-        self._scratch = scratch_block
-        n, slots = shape.sequences, shape.groups * shape.members
-        sizes = [shape.groups * shape.shared_blocks, shape.groups, n * shape.own_blocks, n, n, slots]
-        self._flat = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
-        shared, self.shared_lengths, own, self.own_past, self.positions, gather = self._flat.split(sizes)
-        self.shared_table = shared.view(shape.groups, shape.shared_blocks)
-        self.own_table = own.view(n, shape.own_blocks)
-        self.gather = None if shape.is_whole else gather
-
-    def fill(self, plan: Sequence[SharedPrefix], tables: Sequence[Sequence[int]], kv_lengths: Sequence[int]) -> None:
-        """Write a plan. Sequences that are padding write and read the scratch block; groups that are, nothing."""
-        shape, size, scratch = self.shape, self._block_size, self._scratch
-        shared, lengths = [scratch] * (shape.groups * shape.shared_blocks), [0] * shape.groups
-        skipped, positions = [0] * shape.sequences, [-1] * shape.sequences
-        gather = [0] * (shape.groups * shape.members)
-        for i, group in enumerate(plan):
-            start = i * shape.shared_blocks
-            shared[start : start + group.num_blocks] = tables[group.rows[0]][: group.num_blocks]
-            lengths[i] = group.num_blocks * size
-            for at, row in enumerate(group.rows):
-                skipped[row] = group.num_blocks
-                positions[row] = row if shape.is_whole else i * shape.members + at
-                gather[i * shape.members + at] = row
-        own: list[int] = []
-        own_past = [0] * shape.sequences
-        for row, (table, length) in enumerate(zip(tables, kv_lengths, strict=True)):
-            mine = table[skipped[row] : skipped[row] + shape.own_blocks]
-            own += [*mine, *[scratch] * (shape.own_blocks - len(mine))]
-            own_past[row] = length - 1 - skipped[row] * size
-        own += [scratch] * (shape.sequences * shape.own_blocks - len(own))
-        values = [*shared, *lengths, *own, *own_past, *positions, *gather]
-        self._flat.copy_(torch.tensor(values, dtype=torch.int32))
+    parts: int
+    key_tile: int = 64
+    num_warps: int = 8
+    num_stages: int = 3
 
 
 def can_cascade(paged: PagedQuery, block_size: int) -> bool:
@@ -132,83 +61,61 @@ def can_cascade(paged: PagedQuery, block_size: int) -> bool:
 
 
 def attend_cascade(
-    paged: PagedQuery, cascade: CascadeBatch, *, shared_splits: int = 0, side: torch.cuda.Stream | None = None
+    paged: PagedQuery,
+    cascade: CascadeBatch,
+    *,
+    shared_splits: int = 0,
+    kernel: PrefixKernel | None = None,
+    side: torch.cuda.Stream | None = None,
 ) -> Tensor:
     """Write K and V of one new token for each of B sequences, and attend. Return [B, heads, dim], contiguous.
 
-    shared_splits: in how many pieces flash-attn splits the shared K and V; 0 lets it choose. side: a stream on which
-    the own pass runs beside the shared one.
+    shared_splits: in how many pieces flash-attn splits the shared K and V; 0 lets it choose. kernel: run the shared
+    pass by our own kernel instead, where scores are not capped. side: a stream on which the own pass runs beside it.
     """
     if paged.query.is_cuda:
-        return attend_with_flash(paged, cascade, shared_splits=shared_splits, side=side)
+        return attend_with_flash(paged, cascade, shared_splits=shared_splits, kernel=kernel, side=side)
     return _attend_on_cpu(paged, cascade)
 
 
 def attend_with_flash(
-    paged: PagedQuery, cascade: CascadeBatch, *, shared_splits: int = 0, side: torch.cuda.Stream | None = None
+    paged: PagedQuery,
+    cascade: CascadeBatch,
+    *,
+    shared_splits: int = 0,
+    kernel: PrefixKernel | None = None,
+    side: torch.cuda.Stream | None = None,
 ) -> Tensor:
-    """Do what `attend_cascade` says by flash-attn and one kernel of ours. May be captured in a CUDA graph."""
+    """Do what `attend_cascade` says by flash-attn and kernels of ours. May be captured in a CUDA graph."""
     query = paged.query.contiguous()
+
+    def attend_shared() -> tuple[Tensor, Tensor]:
+        if kernel is None or _attend_prefix is None or paged.softcap:
+            return shared_pass(paged, query, cascade, num_splits=shared_splits)
+        return prefix_pass(paged, query, cascade, kernel)
+
     if side is None:
-        shared, shared_lse = shared_pass(paged, query, cascade, num_splits=shared_splits)
+        shared, shared_lse = attend_shared()
         own, own_lse = own_pass(paged, query, cascade)
     else:
         current = torch.cuda.current_stream(query.device)
         side.wait_stream(current)
         with torch.cuda.stream(side):
             own, own_lse = own_pass(paged, query, cascade)
-        shared, shared_lse = shared_pass(paged, query, cascade, num_splits=shared_splits)
+        shared, shared_lse = attend_shared()
         current.wait_stream(side)
         for tensor in (own, own_lse):
             tensor.record_stream(current)
     out = torch.empty_like(query)
     parts = (shared, shared_lse, own, own_lse, out.view(own.shape))
-    merge = _merge_shared or merge_shared_reference
-    merge(*parts, positions=cascade.positions, sinks=paged.sinks)
+    merge_shared(*parts, positions=cascade.positions, sinks=paged.sinks)
     return out
-
-
-def merge_shared_reference(
-    shared: Tensor,
-    shared_lse: Tensor,
-    own: Tensor,
-    own_lse: Tensor,
-    out: Tensor,
-    *,
-    positions: Tensor,
-    sinks: Tensor | None = None,
-) -> None:
-    """Do in plain torch what `kernels.states.merge_shared` does, in float32 or the log-sum-exps' own dtype."""
-    places = positions.long().clamp(min=0)
-    left = shared_lse.flatten(0, 1)[places]
-    left = left.masked_fill((positions < 0)[:, None, None] | (left == torch.inf), -torch.inf)
-    right = own_lse.masked_fill(own_lse == torch.inf, -torch.inf)
-    lse = torch.logaddexp(left, right)
-    weights = [(part - lse).exp().nan_to_num(0.0).unsqueeze(-1) for part in (left, right)]
-    merged = shared[places].to(lse.dtype) * weights[0] + own.to(lse.dtype) * weights[1]
-    out.copy_(add_sinks(merged.flatten(1, 2), lse.flatten(1, 2), sinks).view(out.shape))
-
-
-def merge_in_place(total: Tensor, total_lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
-    """Take attention over one more part of K and V into a sum: [n, heads, dim] and [n, heads], in float32 or wider.
-
-    part, part_lse: of the same shapes, any strides before the last dim, not empty for any query.
-    """
-    if total.is_cuda and _merge_shared is not None and total.dtype == torch.float32:
-        own = total.unsqueeze(2)
-        _merge_shared(part.unsqueeze(2), part_lse[None, :, :, None], own, total_lse.unsqueeze(2), own)
-        torch.logaddexp(total_lse, part_lse, out=total_lse)
-        return
-    lse = torch.logaddexp(total_lse, part_lse)
-    total.mul_((total_lse - lse).exp_().unsqueeze(-1))
-    total.addcmul_(part.to(total.dtype), (part_lse - lse).exp().unsqueeze(-1))
-    total_lse.copy_(lse)
 
 
 def shared_pass(paged: PagedQuery, query: Tensor, cascade: CascadeBatch, *, num_splits: int) -> tuple[Tensor, Tensor]:
     """Attend each group's queries, as the tokens of one sequence, to the blocks that the group shares.
 
-    query: [B, heads, dim]. Returns views ([P, kv, g, dim], [groups, members, kv, g]) as `merge_shared` takes them.
+    query: [B, heads, dim]. Returns views ([1, P, kv, g, dim], [1, groups, members, kv, g]) for `merge_shared`.
     flash-attn pads the queries of a head to tiles of 64. Where that wastes at least half, the queries of all heads
     that share one of K and V are packed behind each other, for a small copy.
     """
@@ -230,9 +137,38 @@ def shared_pass(paged: PagedQuery, query: Tensor, cascade: CascadeBatch, *, num_
     )
     if is_packed:
         outs = out.view(-1, group, kv_heads, dim).transpose(1, 2)
-        return outs, lse.view(shape.groups, kv_heads, shape.members, group).transpose(1, 2)
-    lses = lse.view(shape.groups, kv_heads, group, shape.members).permute(0, 3, 1, 2)
-    return out.view(-1, kv_heads, group, dim), lses
+        lses = lse.view(shape.groups, kv_heads, shape.members, group).transpose(1, 2)
+    else:
+        outs = out.view(-1, kv_heads, group, dim)
+        lses = lse.view(shape.groups, kv_heads, group, shape.members).permute(0, 3, 1, 2)
+    return outs[None], lses[None]
+
+
+def prefix_pass(paged: PagedQuery, query: Tensor, cascade: CascadeBatch, kernel: PrefixKernel) -> tuple[Tensor, Tensor]:
+    """Do what `shared_pass` does by our own kernel: ([S, P, kv, g, dim], [S, groups, members, kv, g]), in float32."""
+    assert _attend_prefix is not None
+    shape, (_, heads, dim) = cascade.shape, query.shape
+    kv_heads = paged.keys.shape[2]
+    by_kv = (kv_heads, heads // kv_heads)
+    sizes = (kernel.parts, shape.groups, shape.members, *by_kv)
+    out = torch.empty((*sizes, dim), dtype=torch.float32, device=query.device).flatten(1, 2)
+    lse = torch.empty(sizes, dtype=torch.float32, device=query.device)
+    _attend_prefix(
+        query.unflatten(1, by_kv),
+        paged.keys,
+        paged.values,
+        cascade.shared_table,
+        cascade.shared_lengths,
+        out,
+        lse,
+        members=shape.members,
+        scale=paged.scale,
+        gather=cascade.gather,
+        key_tile=kernel.key_tile,
+        num_warps=kernel.num_warps,
+        num_stages=kernel.num_stages,
+    )
+    return out, lse
 
 
 def own_pass(paged: PagedQuery, query: Tensor, cascade: CascadeBatch) -> tuple[Tensor, Tensor]:
@@ -303,9 +239,9 @@ def _attend_on_cpu(paged: PagedQuery, cascade: CascadeBatch) -> Tensor:
     own = [attend_cpu(paged, row, table[: length // size + 1], length + 1) for row, table, length in rows]
     by_kv = (kv_heads, query.shape[1] // kv_heads)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    merge_shared_reference(
-        torch.cat([part for part, _ in parts]).unflatten(1, by_kv),
-        torch.stack([lse for _, lse in parts]).unflatten(2, by_kv),
+    merge_shared(
+        torch.cat([part for part, _ in parts]).unflatten(1, by_kv)[None],
+        torch.stack([lse for _, lse in parts]).unflatten(2, by_kv)[None],
         torch.cat([part for part, _ in own]).unflatten(1, by_kv),
         torch.cat([lse for _, lse in own]).unflatten(1, by_kv),
         out.unflatten(1, by_kv),

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from tierkv.attention_cascade import merge_in_place
+from tierkv.attention_merge import merge_in_place
 from tierkv.attention_paged import cpu_attention
 from tierkv.pieces import AttentionShape, Piece, PieceSizes, iter_pieces
 

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from tierkv.attention import AttentionBatch, SequenceStep, forward
-from tierkv.attention_cascade import CascadeBatch, CascadeShape
 from tierkv.attention_paged import MAX_SPLIT_TOKENS, layout_uses_flash
 from tierkv.cache import TierCache
 from tierkv.cascade import SharedPrefix
+from tierkv.cascade_batch import CascadeBatch, CascadeShape
 from tierkv.mover import wait_here
 
 __all__ = ["GraphedModel"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tierkv.attention import AttentionBatch, SequenceStep, build_batch, forward
-from tierkv.attention_cascade import attend_cascade, own_pass, shared_pass
+from tierkv.attention_cascade import PrefixKernel, attend_cascade, own_pass, shared_pass
 from tierkv.attention_paged import PagedQuery, attend
 from tierkv.cascade import CascadeCost, SharedPrefix, plan_cascade
 from tierkv.config import CacheConfig
@@ -34,6 +34,8 @@ _LAYERS = 8  # so that no layer finds its K and V in the L2 cache from the repla
 _TOKEN_BYTES = 2 * _KV_HEADS * _DIM * 2
 _COST = CascadeCost.of_gpu(heads=_HEADS, kv_heads=_KV_HEADS, head_dim=_DIM, token_bytes=_TOKEN_BYTES)
 _SPLITS = (2, 4, 6, 8, 12, 16, 24, 32)
+_PROGRAMS = ((64, 4, 3), (64, 8, 3), (64, 8, 4), (128, 8, 2), (128, 8, 3))  # keys, warps, stages of our own kernel
+_VARIANTS = ("cascade", "  two streams", *(f"  {splits} splits" for splits in _SPLITS), "  own kernel")
 
 
 @dataclass(slots=True)
@@ -48,6 +50,7 @@ class _Case:
     plan: tuple[SharedPrefix, ...]
     times_us: dict[str, float] = field(default_factory=dict)
     errors: list[float] = field(default_factory=list)
+    kernel: PrefixKernel | None = None
 
 
 def main() -> None:
@@ -171,17 +174,51 @@ def _measure(batch: int, shared: int, own: int, device: torch.device) -> _Case:
     }
     for splits in _SPLITS:
         ways[f"  {splits} splits"] = partial(attend_cascade, cascade=cascade, shared_splits=splits)
+    kernels = {_kernel_name(kernel): kernel for kernel in _kernels(batch, shared, device)}
+    for name, kernel in kernels.items():
+        ways[name] = partial(attend_cascade, cascade=cascade, kernel=kernel)
     for name, way in ways.items():
-        try:
-            case.times_us[name] = _replay_us(partial(_all_layers, case.layers, way)) / _LAYERS
-        except Exception as exc:  # noqa: BLE001 - a way that fails must not lose the others
-            print(f"batch {batch}, {shared} shared,{name}: {type(exc).__name__}: {exc}")
+        _time(case, name, way)
+    timed = [name for name in kernels if name in case.times_us]
+    if timed:
+        best = min(timed, key=lambda name: case.times_us[name])
+        _time(case, f"{best}, two streams", partial(attend_cascade, cascade=cascade, kernel=kernels[best], side=side))
+        case.kernel = kernels[best]
     first = case.layers[0]
-    outs = _write_and_attend(first, case.step), attend_cascade(first, cascade)
+    outs = [_write_and_attend(first, case.step), attend_cascade(first, cascade)]
+    if case.kernel:
+        outs.append(attend_cascade(first, cascade, kernel=case.kernel))
     exact = _exact(first, case.step)
     case.errors = [_difference(out, exact) for out in outs]
     case.layers.clear()  # and with them the pool
     return case
+
+
+def _time(case: _Case, name: str, way: Callable[[PagedQuery], object]) -> None:
+    try:
+        case.times_us[name] = _replay_us(partial(_all_layers, case.layers, way)) / _LAYERS
+    except Exception as exc:  # noqa: BLE001 - a way that fails must not lose the others
+        print(f"batch {case.batch}, {case.shared} shared, {name.strip()}: {type(exc).__name__}: {exc}")
+
+
+def _kernels(batch: int, shared: int, device: torch.device) -> Iterator[PrefixKernel]:
+    """Yield the shapes of our own kernel to try: by parts that fill the multiprocessors once or twice."""
+    for keys, warps, stages in _PROGRAMS:
+        for waves in (1, 2):
+            parts = _parts(batch, shared // keys, waves, device)
+            yield PrefixKernel(parts=parts, key_tile=keys, num_warps=warps, num_stages=stages)
+
+
+def _kernel_name(kernel: PrefixKernel) -> str:
+    shape = f"{kernel.key_tile} keys, {kernel.num_warps} warps, {kernel.num_stages} stages"
+    return f"  own kernel, {kernel.parts} parts, {shape}"
+
+
+def _parts(batch: int, key_tiles: int, waves: int, device: torch.device) -> int:
+    """Return in how many parts a prefix fills the multiprocessors so many times."""
+    rows = batch * _HEADS // _KV_HEADS
+    programs = -(-rows // 128) * _KV_HEADS
+    return max(1, min(waves * torch.cuda.get_device_properties(device).multi_processor_count // programs, key_tiles))
 
 
 def _write_and_attend(paged: PagedQuery, step: AttentionBatch) -> Tensor:
@@ -222,10 +259,14 @@ def _print_case(case: _Case, read: float) -> None:
     print(
         f"batch {case.batch}, {case.shared} shared, {case.own} own: plain {plain:.1f} us (limit {plain_limit:.1f}), "
         f"cascade {cascade:.1f} us (limit {limit:.1f}), ratio {plain / cascade:.2f}; the plan says {verdict}; "
-        f"errors against float32 {case.errors[0]:.1e} and {case.errors[1]:.1e}"
+        f"errors against float32 {', '.join(f'{error:.1e}' for error in case.errors)}"
     )
-    parts = [f"{name.strip()} {value:.1f}" for name, value in times.items() if name.startswith("  ")]
-    print(f"    {', '.join(parts)}")
+    for name, value in times.items():
+        if name.startswith("  "):
+            print(f"  {name}: {value:.1f} us")
+    best = min((name for name in times if name.startswith(_VARIANTS)), key=lambda name: times[name], default=None)
+    if best:
+        print(f"  best variant: {best.strip()}, ratio {plain / times[best]:.2f}")
 
 
 def _print_fit(cases: Sequence[_Case]) -> None:

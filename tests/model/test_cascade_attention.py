@@ -11,9 +11,10 @@ from flash_reference import flash_reference
 from places import Place
 
 from tierkv.attention import AttentionBatch, SequenceStep, build_batch
-from tierkv.attention_cascade import CascadeBatch, CascadeShape, attend_cascade, attend_with_flash, can_cascade
+from tierkv.attention_cascade import PrefixKernel, attend_cascade, attend_with_flash, can_cascade
 from tierkv.attention_paged import PagedQuery, attend
 from tierkv.cascade import SharedPrefix
+from tierkv.cascade_batch import CascadeBatch, CascadeShape
 from tierkv.layout import BlockLayout
 from tierkv.storage.hot import HotPool
 
@@ -134,13 +135,24 @@ def test_layers_with_a_window_attend_plainly(place: Place) -> None:
 def test_flash_attn_is_called_as_it_wants_to_be(
     monkeypatch: pytest.MonkeyPatch, batch: str, heads: int, softcap: float | None
 ) -> None:
-    """The GPU's path with flash-attn's functions in plain torch, and the merge under Triton's interpreter."""
+    """The GPU's path, with flash-attn's function in plain torch."""
     if torch.cuda.is_available():
         pytest.skip("the real one is there")
     monkeypatch.setitem(sys.modules, "flash_attn", flash_reference())
     place = Place("cpu", torch.float32, SIZE)
     step = Step(*BATCHES[batch], place, heads, softcap=softcap)
     assert_close(attend_with_flash(step.paged, step.cascade), step.attend_plainly())
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("kernel", [PrefixKernel(parts=1), PrefixKernel(parts=3, key_tile=128, num_stages=2)])
+def test_our_own_kernel_may_attend_to_the_prefix(
+    monkeypatch: pytest.MonkeyPatch, place: Place, batch: str, kernel: PrefixKernel
+) -> None:
+    step = Step(*BATCHES[batch], place, 8)
+    if place.device == "cpu":
+        monkeypatch.setitem(sys.modules, "flash_attn", flash_reference())
+    assert_close(attend_with_flash(step.paged, step.cascade, kernel=kernel), step.attend_plainly())
 
 
 @pytest.mark.parametrize("batch", BATCHES)

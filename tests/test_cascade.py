@@ -68,9 +68,16 @@ def test_a_long_common_prefix_is_not_given_up_for_a_little_more() -> None:
 
 @pytest.mark.parametrize(
     ("count", "shared", "pays"),
-    [(64, 8192, True), (64, 1024, True), (128, 1024, True), (8, 32_768, True), (2, 256, False), (4, 256, False)],
+    [
+        (8, 1024, False),  # 19 microseconds either way
+        (16, 1024, True),
+        (64, 1024, True),
+        (8, 8192, True),
+        (64, 8192, True),
+        (2, 256, False),
+    ],
 )
-def test_the_rule_on_a_gpu(count: int, shared: int, pays: bool) -> None:
+def test_the_rule_on_a_gpu_follows_what_was_measured(count: int, shared: int, pays: bool) -> None:
     assert bool(plan(batch(count, shared), cost=LLAMA)) is pays
 
 

@@ -244,7 +244,7 @@ def _attention(
         sinks=s_aux,
     )
     if batch.cascade is not None and can_cascade(paged, batch.block_size):
-        return attend_cascade(paged, batch.cascade).unsqueeze(0), None
+        return attend_cascade(paged, batch.cascade, side=batch.cascade.side).unsqueeze(0), None
     paged.keys[batch.block_ids, batch.offsets] = paged.new_keys
     paged.values[batch.block_ids, batch.offsets] = paged.new_values
     return attend(paged, batch).unsqueeze(0), None

@@ -71,7 +71,8 @@ def attend_cascade(
     """Write K and V of one new token for each of B sequences, and attend. Return [B, heads, dim], contiguous.
 
     shared_splits: in how many pieces flash-attn splits the shared K and V; 0 lets it choose. kernel: run the shared
-    pass by our own kernel instead, where scores are not capped. side: a stream on which the own pass runs beside it.
+    pass by our own kernel instead, where scores are not capped. side: a stream on which the own pass runs beside it
+    (3 to 8 microseconds were seen to be gained in a graph).
     """
     if paged.query.is_cuda:
         return attend_with_flash(paged, cascade, shared_splits=shared_splits, kernel=kernel, side=side)

@@ -52,11 +52,20 @@ class CascadeBatch:
     shared_table: [groups, shared_blocks] and shared_lengths: [groups], tokens. own_table: [sequences, own_blocks] and
     own_past: [sequences], tokens before the new one, both without what is shared. gather: [groups * members] the
     sequences of each group, padded with the first; None if is_whole. positions: [sequences] where each one lies in
-    there, -1 if in no group.
+    there, -1 if in no group. side: a stream on which one of the two passes runs beside the other.
     """
 
-    def __init__(self, shape: CascadeShape, *, block_size: int, scratch_block: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        shape: CascadeShape,
+        *,
+        block_size: int,
+        scratch_block: int,
+        device: torch.device,
+        side: torch.cuda.Stream | None = None,
+    ) -> None:
         self.shape = shape
+        self.side = side
         self._block_size = block_size
         self._scratch = scratch_block
         n, slots = shape.sequences, shape.groups * shape.members

@@ -67,6 +67,7 @@ class GraphedModel:
             self._memory = torch.cuda.graph_pool_handle()
             # Captured on a stream of the model's GPU: torch's own may lie on another one and would see nothing.
             self._stream = torch.cuda.Stream(model.device)
+            self._side = torch.cuda.Stream(model.device)  # a cascade's own pass, beside the shared one
 
     def run(
         self, steps: Sequence[SequenceStep], token_ids: Sequence[int], plan: Sequence[SharedPrefix] = ()
@@ -103,7 +104,7 @@ class GraphedModel:
         return _Shape(_power_of_two(len(steps)), padded, blocks, cascade)
 
     def _capture(self, shape: _Shape) -> bool:
-        inputs = _Inputs(shape, self._cache, self._model.device, self._gate)
+        inputs = _Inputs(shape, self._cache, self._model.device, self._gate, self._side)
         graph = torch.cuda.CUDAGraph()
         try:
             if shape.cascade:  # rounded sizes may want another variant of the merge kernel than the eager run did
@@ -123,7 +124,9 @@ class GraphedModel:
 class _Inputs:
     """The static tensors of one graph, and how a step is written into them with two copies."""
 
-    def __init__(self, shape: _Shape, cache: TierCache, device: torch.device, gate: _LoadGate) -> None:
+    def __init__(
+        self, shape: _Shape, cache: TierCache, device: torch.device, gate: _LoadGate, side: torch.cuda.Stream
+    ) -> None:
         self._shape = shape
         self._size = cache.config.block_size
         self._scratch = cache.hot.scratch_block
@@ -134,7 +137,7 @@ class _Inputs:
         lengths, table = self._narrow.split([count, count * shape.blocks])
         starts = list(range(0, tokens + 1, shape.new_tokens))
         self._cascade = (
-            CascadeBatch(shape.cascade, block_size=self._size, scratch_block=self._scratch, device=device)
+            CascadeBatch(shape.cascade, block_size=self._size, scratch_block=self._scratch, device=device, side=side)
             if shape.cascade
             else None
         )

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from tierkv.attention import AttentionBatch, SequenceStep, build_batch, forward
-from tierkv.attention_cascade import PrefixKernel, attend_cascade, own_pass, shared_pass
+from tierkv.attention_cascade import PrefixKernel, attend_cascade, own_pass, prefix_pass, shared_pass
 from tierkv.attention_paged import PagedQuery, attend
 from tierkv.cascade import CascadeCost, SharedPrefix, plan_cascade
+from tierkv.cascade_batch import CascadeBatch
 from tierkv.config import CacheConfig
 from tierkv.graphs import GraphedModel
 from tierkv.layout import BlockLayout
@@ -35,7 +36,7 @@ _TOKEN_BYTES = 2 * _KV_HEADS * _DIM * 2
 _COST = CascadeCost.of_gpu(heads=_HEADS, kv_heads=_KV_HEADS, head_dim=_DIM, token_bytes=_TOKEN_BYTES)
 _SPLITS = (2, 4, 6, 8, 12, 16, 24, 32)
 _PROGRAMS = ((64, 4, 3), (64, 8, 3), (64, 8, 4), (128, 8, 2), (128, 8, 3))  # keys, warps, stages of our own kernel
-_VARIANTS = ("cascade", "  two streams", *(f"  {splits} splits" for splits in _SPLITS), "  own kernel")
+_VARIANTS = ("cascade", "  one stream", *(f"  {splits} splits" for splits in _SPLITS), "  own kernel")
 
 
 @dataclass(slots=True)
@@ -166,24 +167,24 @@ def _measure(batch: int, shared: int, own: int, device: torch.device) -> _Case:
     side = torch.cuda.Stream(device)
     ways: dict[str, Callable[[PagedQuery], object]] = {
         "plain": partial(attend, batch=case.step),
-        "cascade": partial(attend_cascade, cascade=cascade),
+        "cascade": partial(attend_cascade, cascade=cascade, side=side),  # as the graphs of a runner have it
         "  shared pass": lambda paged: shared_pass(paged, paged.query, cascade, num_splits=0),
         "  plain with its writes": partial(_write_and_attend, step=case.step),
         "  own pass": lambda paged: own_pass(paged, paged.query, cascade),
-        "  two streams": partial(attend_cascade, cascade=cascade, side=side),
+        "  one stream": partial(attend_cascade, cascade=cascade),
     }
     for splits in _SPLITS:
-        ways[f"  {splits} splits"] = partial(attend_cascade, cascade=cascade, shared_splits=splits)
+        ways[f"  {splits} splits"] = partial(attend_cascade, cascade=cascade, shared_splits=splits, side=side)
     kernels = {_kernel_name(kernel): kernel for kernel in _kernels(batch, shared, device)}
     for name, kernel in kernels.items():
-        ways[name] = partial(attend_cascade, cascade=cascade, kernel=kernel)
+        ways[name] = partial(attend_cascade, cascade=cascade, kernel=kernel, side=side)
     for name, way in ways.items():
         _time(case, name, way)
     timed = [name for name in kernels if name in case.times_us]
     if timed:
         best = min(timed, key=lambda name: case.times_us[name])
-        _time(case, f"{best}, two streams", partial(attend_cascade, cascade=cascade, kernel=kernels[best], side=side))
         case.kernel = kernels[best]
+        _time(case, f"{best}, shared pass alone", partial(_prefix_alone, cascade=cascade, kernel=kernels[best]))
     first = case.layers[0]
     outs = [_write_and_attend(first, case.step), attend_cascade(first, cascade)]
     if case.kernel:
@@ -192,6 +193,10 @@ def _measure(batch: int, shared: int, own: int, device: torch.device) -> _Case:
     case.errors = [_difference(out, exact) for out in outs]
     case.layers.clear()  # and with them the pool
     return case
+
+
+def _prefix_alone(paged: PagedQuery, cascade: CascadeBatch, kernel: PrefixKernel) -> None:
+    prefix_pass(paged, paged.query, cascade, kernel)
 
 
 def _time(case: _Case, name: str, way: Callable[[PagedQuery], object]) -> None:
@@ -264,7 +269,9 @@ def _print_case(case: _Case, read: float) -> None:
     for name, value in times.items():
         if name.startswith("  "):
             print(f"  {name}: {value:.1f} us")
-    best = min((name for name in times if name.startswith(_VARIANTS)), key=lambda name: times[name], default=None)
+    best = min(
+        (n for n in times if n.startswith(_VARIANTS) and "alone" not in n), key=lambda name: times[name], default=None
+    )
     if best:
         print(f"  best variant: {best.strip()}, ratio {plain / times[best]:.2f}")
 

@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[8, 16, 64, 128])
     parser.add_argument("--shared", type=int, nargs="+", default=[1024, 8192, 32_768], help="tokens, in whole blocks")
     parser.add_argument("--own", type=int, default=200, help="tokens that each sequence has for itself")
+    parser.add_argument("--tune", action="store_true", help="also try other splits, and our own kernel")
     parser.add_argument("--model", action="store_true", help="also time whole decode steps")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -77,7 +78,7 @@ def main() -> None:
     for shared in arguments.shared:
         for batch in arguments.batch:
             try:
-                cases.append(_measure(batch, shared, arguments.own, device))
+                cases.append(_measure(batch, shared, arguments.own, device, tune=arguments.tune))
             except Exception as exc:  # noqa: BLE001 - a case that fails must not lose the others
                 print(f"batch {batch}, {shared} shared: {type(exc).__name__}: {exc}")
             else:
@@ -94,7 +95,7 @@ def compare(batch: int, shared: int, *, own: int = 200) -> tuple[float, float]:
     assert cascade is not None
     ways: list[Callable[[PagedQuery], object]] = [
         partial(attend, batch=case.step),
-        partial(attend_cascade, cascade=cascade),
+        partial(attend_cascade, cascade=cascade, side=torch.cuda.Stream()),  # as the graphs of a runner have it
     ]
     plain, together = (_replay_us(partial(_all_layers, case.layers, way)) / _LAYERS for way in ways)
     case.layers.clear()
@@ -159,8 +160,8 @@ def _make_case(batch: int, shared: int, own: int, device: torch.device) -> _Case
     return _Case(batch, shared, own, layers, step, chosen)
 
 
-def _measure(batch: int, shared: int, own: int, device: torch.device) -> _Case:
-    """Time the plain path, the cascade, its parts and its variants."""
+def _measure(batch: int, shared: int, own: int, device: torch.device, *, tune: bool) -> _Case:
+    """Time the plain path, the cascade, its parts and, if asked, its variants."""
     case = _make_case(batch, shared, own, device)
     cascade = case.step.cascade
     assert cascade is not None
@@ -173,9 +174,9 @@ def _measure(batch: int, shared: int, own: int, device: torch.device) -> _Case:
         "  own pass": lambda paged: own_pass(paged, paged.query, cascade),
         "  one stream": partial(attend_cascade, cascade=cascade),
     }
-    for splits in _SPLITS:
+    for splits in _SPLITS if tune else ():
         ways[f"  {splits} splits"] = partial(attend_cascade, cascade=cascade, shared_splits=splits, side=side)
-    kernels = {_kernel_name(kernel): kernel for kernel in _kernels(batch, shared, device)}
+    kernels = {_kernel_name(kernel): kernel for kernel in _kernels(batch, shared, device) if tune}
     for name, kernel in kernels.items():
         ways[name] = partial(attend_cascade, cascade=cascade, kernel=kernel, side=side)
     for name, way in ways.items():

@@ -44,7 +44,7 @@ def test_prompts_with_a_common_prefix_share_at_least_that(prefix: list[int], a: 
     assert common_run(as_bytes(prefix + a), as_bytes(prefix + b)) >= len(prefix)
 
 
-@pytest.mark.parametrize("bad", [[-1], [2**32], [1.5], ["a"], [[1, 2], [3, 4]]])
+@pytest.mark.parametrize("bad", [[-1], [2**32], [1.5], ["a"], [[1, 2], [3, 4]], [[1, 2], [3]]])
 def test_anything_but_a_flat_sequence_of_uint32_is_refused(bad: list[object]) -> None:
     with pytest.raises(ConfigError):
         as_token_array(bad)  # type: ignore[arg-type]

@@ -63,7 +63,10 @@ def as_token_array(token_ids: TokenIds) -> npt.NDArray[np.uint32]:
 
     Raises ConfigError for anything but a flat sequence of integers in [0, 2**32).
     """
-    array = np.asarray(token_ids)
+    try:
+        array = np.asarray(token_ids)
+    except ValueError as exc:
+        raise ConfigError(f"token ids must be a flat sequence of integers: {exc}") from exc
     if array.size == 0:
         return np.empty(0, dtype="<u4")
     if array.ndim != 1 or array.dtype.kind not in "iu":

@@ -102,11 +102,15 @@ class TierCache:
             if cold:
                 cold.open_namespace(namespace)
             self._tiers = self._build(cold, codec, policy or make_policy(config.eviction_policy), clock)
+            try:
+                self._demoter = Demoter(self._tiers)
+            except BaseException:
+                self._tiers.close()
+                raise
         except BaseException:
             if cold and self._owns_cold:
                 cold.close()
             raise
-        self._demoter = Demoter(self._tiers)
         self._promoter = Promoter(self._tiers, self._demoter)
         self.blocks = BlockControl(self._tiers, self._demoter)
 

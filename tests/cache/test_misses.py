@@ -16,6 +16,7 @@ from tierkv.namespace import Namespace
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_entry import ColdEntry
 from tierkv.storage.outcomes import MissReason
+from tierkv.write_behind import WriteBehind
 
 NAMESPACE = Namespace(weights="w", layout=tiny_layout())
 BLOCK_BYTES = tiny_layout().block_bytes
@@ -148,6 +149,15 @@ def test_a_request_that_is_interrupted_holds_nothing(tmp_path: Path, monkeypatch
         cache.evict(Tier.HOT)
         assert cache.stats().tiers[Tier.HOT].blocks == 0
         cache.check()
+
+
+def test_a_cache_that_cannot_start_leaves_its_store_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CacheConfig(cold_path=tmp_path, block_size=4, hot_bytes=16 * BLOCK_BYTES, warm_bytes=8 * BLOCK_BYTES)
+    with monkeypatch.context() as patch:
+        patch.setattr(WriteBehind, "__init__", _raise(RuntimeError("can't start new thread")))
+        with pytest.raises(RuntimeError):
+            TierCache(config, namespace=NAMESPACE)
+    TierCache(config, namespace=NAMESPACE).close()
 
 
 def _raise(problem: BaseException) -> Callable[..., None]:

@@ -165,10 +165,10 @@ class ColdWriter:
         if self._clock() < self._full_until:
             return [PutOutcome.FULL] * len(records)
         needed = sum(padded_bytes(record.stored_bytes) for record in records)
-        for spare_bytes in (0, max(self._quota_bytes // 16, 2 * needed)):
+        for is_full in (False, True):
             try:
-                if spare_bytes:
-                    self._evict_spare(spare_bytes)
+                if is_full:
+                    self._evict_spare(2 * needed)
                 return self._insert(records, needed)
             except StoreError as exc:
                 failure = exc
@@ -193,11 +193,13 @@ class ColdWriter:
         return outcomes
 
     def _evict_spare(self, spare_bytes: int) -> None:
-        self._evict(
-            lambda batch: self._victims.make_room(
-                batch, to_bytes=max(batch.live_bytes - spare_bytes, 0), keep=frozenset()
-            )
-        )
+        """Free so much, and at least a 16th of what is live: the disk may be far smaller than the quota."""
+
+        def work(batch: WriteBatch) -> None:
+            to_bytes = batch.live_bytes - max(batch.live_bytes // 16, spare_bytes)
+            self._victims.make_room(batch, to_bytes=max(to_bytes, 0), keep=frozenset())
+
+        self._evict(work)
 
     def _evict(self, work: Callable[[WriteBatch], object]) -> EvictionReport:
         """Do something that removes blocks, and count them. The lock must be held."""

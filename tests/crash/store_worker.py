@@ -80,11 +80,11 @@ def save_forever(path: Path) -> None:
         acknowledge(number)
 
 
-def fill_a_small_disk(path: Path) -> None:
-    """Put until nothing more goes in."""
+def fill_a_small_disk(path: Path, first: int) -> None:
+    """Put blocks, from number `first` on, until nothing more goes in."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
     with open_store(path, quota_bytes=64 << 20) as store:
-        for number in itertools.count():
+        for number in itertools.count(first):
             record = record_of(number, seed=number)
             if store.put([record])[0] in FULL:
                 return

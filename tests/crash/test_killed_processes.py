@@ -125,8 +125,9 @@ def test_two_writers_take_turns_and_lose_nothing(tmp_path: Path) -> None:
         assert_usable(store)
 
 
-def test_a_full_disk_is_an_outcome_and_what_went_in_stays(tmp_path: Path) -> None:
-    with worker("fill_a_small_disk", tmp_path) as process:
+@pytest.mark.parametrize("first", [0, 5000, 16000])
+def test_a_full_disk_is_an_outcome_and_what_went_in_stays(tmp_path: Path, first: int) -> None:
+    with worker("fill_a_small_disk", tmp_path, first) as process:
         out, _ = process.communicate(timeout=TIMEOUT_S)
         assert process.returncode == 0
     numbers = [int(line) for line in out.splitlines()]

@@ -14,7 +14,7 @@ from tierkv.errors import UnsupportedModelError
 from tierkv.layout import BlockLayout
 from tierkv.namespace import Namespace
 
-__all__ = ["namespace_of", "weights_digest"]
+__all__ = ["namespace_of", "weights_digest", "weights_state"]
 
 _PIECE_BYTES = 64 << 20
 
@@ -56,6 +56,13 @@ def weights_digest(model: torch.nn.Module) -> str:
         for piece in _iter_bytes(tensor.detach()):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def weights_state(model: torch.nn.Module) -> tuple[tuple[int, int], ...]:
+    """Return where each parameter lies and how often it was written to, as far as torch counts: cheap, and changed
+    by training, `load_state_dict` and assignment. Writes through `.data` in place are not seen.
+    """
+    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
 
 
 def namespace_of(model: Any, layout: BlockLayout, *, adapter: str = "", salt: str = "", name: str = "") -> Namespace:

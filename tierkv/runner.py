@@ -15,12 +15,12 @@ from torch import Tensor
 
 from tierkv.attention import SequenceStep, build_batch, forward, use_tierkv_attention
 from tierkv.attention_paged import layout_uses_flash
-from tierkv.block import Tier
+from tierkv.block import Tier, as_token_array
 from tierkv.cache import TierCache
 from tierkv.cascade import CascadeCost, SharedPrefix, plan_cascade
 from tierkv.config import CacheConfig
 from tierkv.errors import CapacityError, ConfigError
-from tierkv.fingerprint import namespace_of
+from tierkv.fingerprint import namespace_of, weights_state
 from tierkv.gate import check_supported, probe_layout, self_test
 from tierkv.graphs import GraphedModel
 from tierkv.models import LoadedModel
@@ -127,6 +127,8 @@ class Runner:
         self._cascade_cost = (cascade_cost or _cascade_cost(loaded, cache)) if cascade == "auto" else None
         self._device = torch.device(loaded.model.device)
         self._graphs = GraphedModel(loaded.model, cache)
+        self._weights = weights_state(loaded.model)
+        self._num_ids = loaded.model.get_input_embeddings().num_embeddings
 
     def generate(self, prompts: Items[Items[int]], options: GenerationOptions | None = None) -> list[Generation]:
         """Continue prompts, all in one batch as far as there is room. Raises CapacityError if one never fits."""
@@ -146,6 +148,7 @@ class Runner:
 
         Returns the number of tokens computed: 0 where all are cached already.
         """
+        token_ids = self._checked(token_ids)
         if self.cache.match(token_ids).num_cached_tokens == len(token_ids):
             return 0
         sequence = self.cache.acquire(token_ids)
@@ -164,9 +167,20 @@ class Runner:
         now = time.perf_counter()
         stop_ids = self._stop_ids() if options.stop_ids is None else options.stop_ids
         return [
-            _Request(i, list(map(int, prompt)), len(prompt), Sampler(options.sampling), stop_ids, now)
+            _Request(i, self._checked(prompt), len(prompt), Sampler(options.sampling), stop_ids, now)
             for i, prompt in enumerate(prompts)
         ]
+
+    def _checked(self, prompt: Items[int]) -> list[int]:
+        """Return a prompt's token ids. Raises ConfigError for ids that the model has not, and for a model that is no
+        longer the one whose namespace the cache has: it would be given, and keep, another one's K and V.
+        """
+        if weights_state(self.loaded.model) != self._weights:
+            raise ConfigError("the model's weights have changed since the cache was opened", hint="open it anew")
+        token_ids: list[int] = as_token_array(prompt).tolist()
+        if token_ids and max(token_ids) >= self._num_ids:
+            raise ConfigError(f"token id {max(token_ids)} is not one of the model's {self._num_ids}")
+        return token_ids
 
     def _stop_ids(self) -> frozenset[int]:
         ids = getattr(self.loaded.model.generation_config, "eos_token_id", None)

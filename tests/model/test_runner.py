@@ -218,3 +218,23 @@ def test_short_prefixes_of_small_batches_are_read_plainly(place: Place, open_one
     runner = open_one()
     runner.generate(prompts, greedy(3))
     assert runner.cascade_steps == 0
+
+
+def test_a_model_whose_weights_have_changed_is_refused(model: Any, open_one: Open) -> None:
+    runner = open_one()
+    prompt = tokens(20, seed=1)
+    runner.prefill(prompt)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.weight.mul_(1.5)
+    for call in (runner.generate, lambda prompts: runner.prefill(prompts[0])):
+        with pytest.raises(ConfigError, match="weights have changed"):
+            call([prompt])
+
+
+@pytest.mark.parametrize(("bad", "reason"), [([VOCABULARY], "not one of"), ([-1], "must lie"), ([1.5], "integers")])
+def test_token_ids_that_the_model_has_not_are_refused(open_one: Open, bad: list[int], reason: str) -> None:
+    runner = open_one()
+    for call in (runner.generate, lambda prompts: runner.prefill(prompts[0])):
+        with pytest.raises(ConfigError, match=reason):
+            call([bad])
+    runner.cache.check()

@@ -197,8 +197,11 @@ class Runner:
                     events = self._advance(waiting, running, options)
                 yield from events
         finally:
-            for request in running:
-                self._release(request, options)
+            for request in requests:
+                if request in running:
+                    self._release(request, options)
+                elif request.sequence:  # interrupted on its way in or out: what it has computed is not known for sure
+                    self.cache.release(request.sequence)
 
     def _admit(self, waiting: deque[_Request], running: list[_Request], options: GenerationOptions) -> None:
         """Start waiting requests in order while there is room; the first of an idle cache must fit."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -237,4 +238,17 @@ def test_token_ids_that_the_model_has_not_are_refused(open_one: Open, bad: list[
     for call in (runner.generate, lambda prompts: runner.prefill(prompts[0])):
         with pytest.raises(ConfigError, match=reason):
             call([bad])
+    runner.cache.check()
+
+
+def test_a_request_interrupted_as_it_begins_holds_nothing(open_one: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(deque[Any]):
+        def popleft(self) -> Any:
+            raise KeyboardInterrupt
+
+    runner = open_one()
+    monkeypatch.setattr("tierkv.runner.deque", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        runner.generate([tokens(20, seed=1)])
+    assert runner.cache.stats().tiers[Tier.HOT].blocks == 0
     runner.cache.check()

@@ -208,7 +208,10 @@ class TierCache:
         split.wait()
         sequence.split = None
         sequence.loads += split.loads
-        loaded = split.hits[split.meeting.first_loaded :]
+        meeting = split.meeting
+        if meeting.num_computed < meeting.first_loaded:  # what the engine was to wait for did not come: a gap
+            meeting.lose_loaded()
+        loaded = split.hits[meeting.first_loaded :]
         sequence.num_cached_tokens += len(loaded) * size
         sequence.cached_tokens[Tier.COLD] += len(loaded) * size
         with self._tiers.changed:
@@ -226,7 +229,7 @@ class TierCache:
         self._promoter.keep_warm(loaded)
         if self.cold:
             self.cold.touch([hit.block_hash for hit in loaded])
-        return split.num_before + len(split.hits) * size
+        return split.num_before + (meeting.num_computed + len(loaded)) * size
 
     def append(self, sequence: Sequence, token_ids: TokenIds) -> None:
         """Add tokens to a sequence and take the blocks that they need. Raises CapacityError, nothing added."""

@@ -30,6 +30,7 @@ class Meeting:
     """A row of `num_blocks` blocks; each is claimed by the side that computes or by the one that loads. Thread-safe."""
 
     def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
         self._lock = threading.Lock()
         self._num_computed = 0
         self._first_claimed = num_blocks
@@ -76,6 +77,12 @@ class Meeting:
         with self._lock:
             self._may_load = False
             self._first_loaded = self._first_claimed = max(self._first_loaded, first_good or 0)
+
+    def lose_loaded(self) -> None:
+        """Count what was brought as not brought: something in front of it is missing."""
+        with self._lock:
+            self._may_load = False
+            self._first_loaded = self._first_claimed = self.num_blocks
 
     def claim_compute(self, num_blocks: int) -> int:
         """Claim up to `num_blocks` leading blocks that are nobody's for the engine; return how many."""

@@ -112,6 +112,33 @@ def test_a_damaged_block_is_computed_and_so_is_what_lies_before_it(stored: Path)
         cache.check()
 
 
+def test_blocks_that_fail_after_the_engine_was_told_to_wait_for_them_are_not_called_there(
+    stored: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_cache(stored) as cache:
+        gate = hold_reads(cache, monkeypatch)
+        sequence = cache.acquire([*PROMPT, 7], may_split=True)
+        split, engine, num_computed = sequence.split, PatternEngine(cache), 0
+        assert split
+        while split.meeting.num_loading < 4:  # two threads, each with a block in work and one that waits
+            pass
+        while count := 4 * split.next_piece(most=1):
+            engine.compute(sequence, num_computed, num_computed + count)
+            num_computed += count
+        cache.commit(sequence, num_computed)
+        assert cache.cold
+        monkeypatch.setattr("tierkv.storage.cold.decode_record", lambda *_, **__: MissReason.COLLISION)
+        gate.set()
+        num_there = cache.join(sequence)
+        engine.check(sequence, num_there)
+        assert num_there == num_computed == 24
+        engine.compute(sequence, num_there)
+        cache.commit(sequence, sequence.num_tokens)
+        engine.check(sequence)
+        cache.release(sequence)
+        cache.check()
+
+
 def test_a_request_that_ends_while_its_blocks_load_leaves_nothing_behind(
     stored: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

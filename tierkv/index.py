@@ -26,6 +26,7 @@ from tierkv.slots import SlotPool
 __all__ = ["Entry", "Index"]
 
 _NEAREST = 32
+_SAME_TIME_S = 1e-4
 
 
 class Entry:
@@ -120,7 +121,8 @@ class Index:
         self.warm: SlotPool[Entry] = SlotPool(num_warm)
         self._clock = clock
         self._entries: dict[BlockHash, Entry] = {}
-        self._trunk = Entry(root, None, b"", clock())  # stands for the root, and is not in the table
+        self._now = clock()
+        self._trunk = Entry(root, None, b"", self._now)  # stands for the root, and is not in the table
         self._offers: dict[Tier, list[_Offer]] = {Tier.HOT: [], Tier.WARM: []}
         self._taken: dict[Tier, list[_Offer]] = {Tier.HOT: [], Tier.WARM: []}
         self._most_offers: dict[Tier, int] = {Tier.HOT: 64, Tier.WARM: 64}
@@ -203,7 +205,7 @@ class Index:
         parent = self._parent(parent_hash)
         if block_hash == self.root or parent is None:
             return None
-        entry = Entry(block_hash, parent, token_bytes, self._clock())
+        entry = Entry(block_hash, parent, token_bytes, self._time())
         self._entries[block_hash] = entry
         family = parent.family
         if family is None:
@@ -286,7 +288,7 @@ class Index:
 
     def touch_all(self, entries: Iterable[Entry]) -> None:
         """Record a use of several entries, all at the same time."""
-        now = self._clock()
+        now = self._time()
         learn = self.policy.update_on_access
         hot, warm = Tier.HOT, Tier.WARM
         for entry in entries:
@@ -306,6 +308,7 @@ class Index:
             self._taken[tier] = []
             self._offers[tier] = [self._ranked(owner) for owner in owners if self.is_evictable(owner, tier)]
             heapq.heapify(self._offers[tier])
+            self._most_offers[tier] = 2 * len(self._offers[tier]) + 64
 
     def is_evictable(self, entry: Entry, tier: Tier) -> bool:
         """True for a leaf of that tier that nobody uses and nobody pinned."""
@@ -342,6 +345,7 @@ class Index:
             pool = self.pool(tier)
             pool.check()
             offers = (*self._offers[tier], *self._taken[tier])
+            assert len(offers) <= self._most_offers[tier], "void offers pile up"
             offered = {offer[3] for offer in offers if offer[4] == offer[3].access_count}
             for slot, owner in enumerate(pool.owners):
                 assert owner is None or (owner.place(tier) == slot and self._entries.get(owner.block_hash) is owner), (
@@ -369,6 +373,13 @@ class Index:
             has_bytes = parent.block_id is not None or parent.warm_slot is not None
             assert has_bytes or children or parent is self._trunk, "an entry without bytes and children stayed"
         assert num_children == len(self), "an entry is not its parent's child"
+
+    def _time(self) -> float:
+        """Return the time, the same float for a while: a float of its own would cost every entry 32 bytes."""
+        now = self._clock()
+        if not 0 <= now - self._now < _SAME_TIME_S:
+            self._now = now
+        return self._now
 
     def _parent(self, parent_hash: BlockHash) -> Entry | None:
         return self._trunk if parent_hash == self.root else self._entries.get(parent_hash)
@@ -406,7 +417,7 @@ class Index:
             return
         offers = self._offers[tier]
         heapq.heappush(offers, self._ranked(entry))
-        if len(offers) > self._most_offers[tier]:
+        if len(offers) + len(self._taken[tier]) > self._most_offers[tier]:
             self._drop_void_offers(tier)
 
     def _ranked(self, entry: Entry) -> _Offer:
@@ -414,7 +425,8 @@ class Index:
         return (-self.policy.score_block(entry), -entry.depth, self._serial, entry, entry.access_count)
 
     def _drop_void_offers(self, tier: Tier) -> None:
-        """Keep the best valid offer of each evictable entry. At most half of the offers are ever void."""
+        """Keep the best valid offer of each evictable entry, so that about half of all offers are void at most."""
+        self._put_back(tier)
         kept: dict[Entry, _Offer] = {}
         for offer in self._offers[tier]:
             entry = offer[3]

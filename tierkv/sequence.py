@@ -45,7 +45,12 @@ class Sequence:
         return np.frombuffer(bytes(self.token_bytes), dtype="<u4")
 
     def wait_layer(self, layer: int) -> None:
-        """Make the current stream wait until the cached K and V of a layer have arrived."""
+        """Make the current stream wait until the cached K and V of a layer have arrived.
+
+        Copies that are done are forgotten, or every decode step would wait for them again, layer by layer.
+        """
+        if self.loads:
+            self.loads = [ready for ready in self.loads if not ready.is_done()]
         for ready in self.loads:
             ready.wait(layer)
 

@@ -50,6 +50,17 @@ def test_anything_but_a_flat_sequence_of_uint32_is_refused(bad: list[object]) ->
         as_token_array(bad)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("kind", [list, tuple, np.array])
+def test_token_ids_are_the_same_from_a_list_a_tuple_and_an_array(kind: type) -> None:
+    ids = [0, 1, 2**31, 2**32 - 1]
+    assert as_token_array(kind(ids)).tolist() == ids
+
+
+def test_booleans_are_no_token_ids() -> None:
+    with pytest.raises(ConfigError):
+        as_token_array([True, False])
+
+
 def test_an_array_of_the_right_kind_is_not_copied() -> None:
     ids = np.arange(4, dtype="<u4")
     assert as_token_array(ids) is ids

@@ -4,16 +4,25 @@ import itertools
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tierkv.block import Tier, as_token_array, hash_block
+from tierkv.block import Tier, as_token_array, common_run, hash_block
 from tierkv.errors import CapacityError
 from tierkv.index import Entry, Index
 from tierkv.policies import CacheBlock, LRUPolicy
 
 ROOT = b"r" * 16
+TOKENS = [as_token_array([token]).tobytes() for token in range(8)]
+
+
+def weak_hash(parent: bytes, tokens: bytes) -> bytes:
+    """A hash of 4 bits, so that collisions happen all the time."""
+    return bytes([hash_block(parent, tokens)[0] & 15]) * 16
+
+
+few_tokens = st.lists(st.integers(0, 1), min_size=1, max_size=5).map(lambda ids: as_token_array(ids).tobytes())
 
 
 def make_index(num_hot: int = 4, num_warm: int = 4, policy: LRUPolicy | None = None) -> Index:
@@ -64,6 +73,14 @@ def test_children_go_before_their_parents() -> None:
     child = add(index, parent, 2)
     assert index.select_victims(Tier.HOT, 1) == [child]
     assert index.select_victims(Tier.HOT, 2) == [child, parent]
+
+
+def test_a_parent_waits_for_all_of_its_children_however_old_it_is() -> None:
+    index = make_index()
+    parent = add(index, None, 1)
+    first, second = add(index, parent, 2), add(index, parent, 3)
+    assert index.select_victims(Tier.HOT, 2) == [first, second]
+    assert index.select_victims(Tier.HOT, 3) == [first, second, parent]
 
 
 def test_selecting_victims_changes_nothing() -> None:
@@ -125,6 +142,109 @@ def test_check_sees_a_child_without_its_parent() -> None:
         index.check()
 
 
+def test_an_only_child_with_other_tokens_is_not_walked_to() -> None:
+    index = make_index()
+    add(index, None, 1)
+    assert index.walk(as_token_array([2]).tobytes(), 1, hash_block) == []
+
+
+def test_a_walk_does_not_follow_a_hash_that_another_parents_child_has_taken() -> None:
+    def by_first_byte(parent: bytes, tokens: bytes) -> bytes:
+        return tokens[:1] * 16
+
+    index = make_index()
+    for parent_hash, token in ((ROOT, 2), (ROOT, 3), (b"\2" * 16, 4), (b"\2" * 16, 5)):
+        entry = index.insert(by_first_byte(parent_hash, TOKENS[token]), parent_hash, TOKENS[token])
+        assert entry
+        index.attach(entry, Tier.HOT, index.hot.allocate(1)[0])
+    walked = index.walk(TOKENS[2] + TOKENS[3], 1, by_first_byte)
+    assert [entry.token_bytes for entry in walked] == [TOKENS[2]]
+
+
+@given(st.lists(st.lists(st.integers(0, 1), max_size=5), max_size=12), st.lists(st.integers(0, 1), max_size=6))
+def test_a_walk_finds_what_asking_block_by_block_finds(prompts: list[list[int]], wanted: list[int]) -> None:
+    index = make_index(num_hot=64)
+    for prompt in prompts:
+        parent, parent_hash = None, ROOT
+        for token in prompt:
+            block_hash = weak_hash(parent_hash, TOKENS[token])
+            if index.collides(block_hash, parent_hash, TOKENS[token]):
+                break
+            entry = index.insert(block_hash, parent_hash, TOKENS[token])
+            assert entry
+            if entry.block_id is None:
+                index.attach(entry, Tier.HOT, index.hot.allocate(1)[0])
+            parent, parent_hash = entry, entry.block_hash
+            assert parent.depth < len(prompt)
+    index.check()
+    expected: list[Entry] = []
+    parent_hash = ROOT
+    for token in wanted:
+        found = index.get(weak_hash(parent_hash, TOKENS[token]), parent_hash, TOKENS[token])
+        if found is None:
+            break
+        expected.append(found)
+        parent_hash = found.block_hash
+    assert index.walk(as_token_array(wanted).tobytes(), 1, weak_hash) == expected
+
+
+@given(st.dictionaries(few_tokens, st.sampled_from([*Tier]), max_size=12), few_tokens)
+def test_the_nearest_child_is_the_one_that_comparing_all_of_them_finds(children: dict, wanted: bytes) -> None:
+    index = make_index(num_hot=16, num_warm=16)
+    best = (0, False)
+    for tokens, tier in children.items():
+        entry = index.insert(hash_block(ROOT, tokens), ROOT, tokens)
+        assert entry
+        if tier is not Tier.COLD:
+            index.attach(entry, tier, index.pool(tier).allocate(1)[0])
+            best = max(best, (common_run(tokens, wanted), tier is Tier.HOT))
+    found = index.nearest_child(ROOT, wanted)
+    if found is None:
+        assert best[0] == 0
+    else:
+        entry, tier, run = found
+        assert entry.place(tier) is not None
+        assert common_run(entry.token_bytes, wanted) == run
+        assert (run, tier is Tier.HOT) == best
+
+
+def test_evicting_several_leaves_a_parent_whose_child_stays() -> None:
+    index = make_index()
+    parent = add(index, None, 1)
+    first, second = add(index, parent, 2), add(index, parent, 3)
+    assert index.evict([first, parent], Tier.HOT) == [first]
+    index.check()
+    assert index.evict([second, parent], Tier.HOT) == [second, parent]
+    assert len(index) == 0
+    index.check()
+
+
+def test_offers_made_void_by_use_do_not_pile_up() -> None:
+    index = make_index()
+    entry = add(index, None, 1)
+    for _ in range(1000):
+        index.touch(entry)
+    assert len(index._offers[Tier.HOT]) < 100
+    assert index.select_victims(Tier.HOT, 1) == [entry]
+
+
+def test_what_is_used_at_nearly_the_same_time_shares_one_float() -> None:
+    times = iter([0.0, 1.0, 1.00005, 1.00009, 2.0])
+    index = Index(root=ROOT, num_hot=4, num_warm=1, policy=LRUPolicy(), clock=lambda: next(times))
+    first, second, third, later = (add(index, None, token) for token in range(4))
+    assert first.last_access is second.last_access is third.last_access
+    assert later.last_access == 2.0
+
+
+def test_a_new_policy_ranks_what_was_taken_and_not_evicted() -> None:
+    index = make_index()
+    first, second = add(index, None, 1), add(index, None, 2)
+    assert index.select_victims(Tier.HOT, 2) == [first, second]
+    index.set_policy(LRUPolicy())
+    assert index.select_victims(Tier.HOT, 2) == [first, second]
+    index.check()
+
+
 class IndexMachine(RuleBasedStateMachine):
     """Random inserts, pins, touches and evictions against sets of names."""
 
@@ -172,6 +292,34 @@ class IndexMachine(RuleBasedStateMachine):
         if slot is not None:
             self.index.pin(entry, tier)
             self.held[tier].append((entry, slot))
+
+    @rule(count=st.integers(1, 6), tier=st.sampled_from([Tier.HOT, Tier.WARM]), which=st.integers(1, 63))
+    def evict_some(self, count: int, tier: Tier, which: int) -> None:
+        """Evict some of the victims in one call; what has a child left in the tier must stay."""
+        victims = self.index.select_victims(tier, count)
+        asked = [victim for number, victim in enumerate(victims) if which >> number & 1]
+        for victim in self.index.evict(asked, tier):
+            self.where[tier].remove(victim)
+        for victim in asked:
+            has_child = any(child in self.where[tier] for child in victim.children)
+            assert (victim in self.where[tier]) == has_child
+
+    @precondition(lambda self: len(self.index))
+    @rule(which=st.integers(0, 30))
+    def walk(self, which: int) -> None:
+        """Every entry is found by walking to it."""
+        entries = sorted(self.index, key=lambda entry: entry.block_hash)
+        chain = [entries[which % len(entries)]]
+        while chain[0].depth:
+            chain.insert(0, chain[0].parent)
+        tokens = b"".join(entry.token_bytes for entry in chain)
+        assert self.index.walk(tokens, 1, hash_block) == chain
+
+    @precondition(lambda self: len(self.index))
+    @rule(which=st.sets(st.integers(0, 30)))
+    def use_several(self, which: set[int]) -> None:
+        entries = sorted(self.index, key=lambda entry: entry.block_hash)
+        self.index.touch_all({entries[number % len(entries)] for number in which})
 
     @rule(count=st.integers(1, 4), tier=st.sampled_from([Tier.HOT, Tier.WARM]))
     def evict(self, count: int, tier: Tier) -> None:

@@ -52,9 +52,48 @@ def test_free_runs_are_counted_in_order_of_position() -> None:
     assert pool.free_runs() == [1, 2]
 
 
+def test_places_never_used_are_one_run_with_free_ones_before_them() -> None:
+    pool: SlotPool[str] = SlotPool(6)
+    slots = pool.allocate(3)
+    assert pool.free_runs() == [3]
+    pool.unpin_all([slots[0], slots[2]])
+    assert pool.free_runs() == [1, 4]
+    assert pool.allocate(3) == [0, 2, 3]
+    pool.check()
+
+
+def test_unpinning_several_tells_whose_places_nobody_uses_any_more() -> None:
+    pool: SlotPool[str] = SlotPool(3)
+    slots = pool.allocate(3)
+    pool.own(0, "kept")
+    pool.own(1, "used")
+    pool.pin_all([1])
+    idle: list[str] = []
+    assert pool.unpin_all(slots, idle) == 2
+    assert idle == ["kept"]
+    assert pool.free_count == 1
+    pool.check()
+
+
+@pytest.mark.parametrize("call", ["pin", "unpin"])
+def test_a_free_place_can_be_neither_pinned_nor_unpinned(call: str) -> None:
+    pool: SlotPool[str] = SlotPool(1)
+    with pytest.raises(AssertionError):
+        getattr(pool, f"{call}_all")([0])
+
+
+def test_the_lowest_free_places_go_first_however_many_are_asked_for() -> None:
+    pool: SlotPool[str] = SlotPool(64)
+    pool.unpin_all(pool.allocate(64))
+    assert pool.allocate(2) == [0, 1]
+    assert pool.allocate(40) == [*range(2, 42)]
+    assert pool.allocate(1) == [42]
+    pool.check()
+
+
 def test_check_sees_a_leaked_place() -> None:
     pool: SlotPool[str] = SlotPool(2)
     (slot,) = pool.allocate(1)
-    pool._pins[slot] = 0
+    pool.pins[slot] = 0
     with pytest.raises(AssertionError, match="leaked"):
         pool.check()

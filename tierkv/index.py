@@ -231,22 +231,22 @@ class Index:
 
     def detach(self, entry: Entry, tier: Tier) -> None:
         """Record that the tier forgot the entry; an entry without place and children leaves the index."""
-        self._detach(entry, tier)
+        self._detach(entry, tier is Tier.HOT)
         self._offer(entry.parent, tier)
 
     def evict(self, victims: Iterable[Entry], tier: Tier) -> list[Entry]:
         """Detach several entries, children before parents, and return them; one that has children there stays."""
+        is_hot = tier is Tier.HOT
         evicted: list[Entry] = []
-        parents: dict[Entry, None] = {}
         for entry in victims:
-            if entry.tier_children(tier):
+            if entry.hot_children if is_hot else entry.warm_children:
                 continue
-            self._detach(entry, tier)
+            self._detach(entry, is_hot)
             evicted.append(entry)
-            parents.pop(entry, None)
-            parents[entry.parent] = None
-        for parent in parents:  # only now: a parent that went too needs no place in the order
-            self._offer(parent, tier)
+        parents = dict.fromkeys(entry.parent for entry in evicted)
+        for parent in parents:  # only now: most of them went too, and need no place in the order
+            if (parent.block_id if is_hot else parent.warm_slot) is not None:
+                self._offer(parent, tier)
         self._put_back(tier)
         return evicted
 
@@ -312,13 +312,11 @@ class Index:
 
     def is_evictable(self, entry: Entry, tier: Tier) -> bool:
         """True for a leaf of that tier that nobody uses and nobody pinned."""
-        slot = entry.place(tier)
-        return (
-            slot is not None
-            and not entry.pinned
-            and entry.tier_children(tier) == 0
-            and self.pool(tier).reference_count(slot) == 0
-        )
+        if tier is Tier.HOT:
+            slot, num_children, pool = entry.block_id, entry.hot_children, self.hot
+        else:
+            slot, num_children, pool = entry.warm_slot, entry.warm_children, self.warm
+        return slot is not None and not num_children and not entry.pinned and not pool.pins[slot]
 
     def select_victims(self, tier: Tier, count: int) -> list[Entry]:
         """Return up to `count` entries to evict from a tier, children before parents, chosen by the policy.
@@ -384,31 +382,30 @@ class Index:
     def _parent(self, parent_hash: BlockHash) -> Entry | None:
         return self._trunk if parent_hash == self.root else self._entries.get(parent_hash)
 
-    def _detach(self, entry: Entry, tier: Tier) -> None:
-        slot = entry.place(tier)
-        assert slot is not None, "nothing to detach"
-        if tier is Tier.HOT:
-            entry.block_id = None
+    def _detach(self, entry: Entry, is_hot: bool) -> None:
+        if is_hot:
+            slot, entry.block_id = entry.block_id, None
             entry.parent.hot_children -= 1
-            self.hot.disown(slot)
         else:
-            entry.warm_slot = None
+            slot, entry.warm_slot = entry.warm_slot, None
             entry.parent.warm_children -= 1
-            self.warm.disown(slot)
-        if not entry.family:
+        assert slot is not None, "nothing to detach"
+        (self.hot if is_hot else self.warm).disown(slot)
+        if entry.family is None and entry.block_id is None and entry.warm_slot is None:
             self._prune(entry)
 
     def _prune(self, entry: Entry) -> None:
-        while entry.block_id is None and entry.warm_slot is None and not entry.family:
+        while entry.block_id is None and entry.warm_slot is None and entry.family is None:
             if self._entries.get(entry.block_hash) is not entry:
                 return
             del self._entries[entry.block_hash]
             parent = entry.parent
-            if isinstance(parent.family, Siblings):
-                parent.family.remove(entry)
-                parent.family = parent.family.only() or parent.family
+            family = parent.family
+            if isinstance(family, Siblings):
+                family.remove(entry)
+                parent.family = family.only() or family
             else:
-                assert parent.family is entry
+                assert family is entry, "a parent does not know its child"
                 parent.family = None
             entry = parent
 
@@ -447,10 +444,11 @@ class Index:
         """Yield evictable entries, best victim first, as if each one yielded were already gone.
 
         What it takes from the offers goes to `_taken`: most of it will be detached, so it is put back only when
-        the next selection begins. Parents that would become leaves wait in a heap of their own, mostly of one.
+        that is known. Parents that would become leaves wait in a heap of their own, mostly of one.
         """
         offers, taken = self._offers[tier], self._taken[tier]
-        pool = self.pool(tier)
+        is_hot = tier is Tier.HOT
+        pins = self.pool(tier).pins
         parents: list[_Offer] = []
         gone: set[Entry] = set()
         gone_children: dict[Entry, int] = {}
@@ -467,11 +465,14 @@ class Index:
             yielded.append(entry)
             yield entry
             parent = entry.parent
-            num_gone = gone_children[parent] = gone_children.get(parent, 0) + 1
-            if parent.tier_children(tier) == num_gone and not parent.pinned:
-                slot = parent.place(tier)
-                if slot is not None and pool.reference_count(slot) == 0:
-                    heapq.heappush(parents, self._ranked(parent))
+            num_children = parent.hot_children if is_hot else parent.warm_children
+            if num_children > 1:
+                gone_children[parent] = num_gone = gone_children.get(parent, 0) + 1
+                if num_gone < num_children:
+                    continue
+            slot = parent.block_id if is_hot else parent.warm_slot
+            if slot is not None and not parent.pinned and not pins[slot]:
+                heapq.heappush(parents, self._ranked(parent))
 
 
 def _nearest(

@@ -23,12 +23,14 @@ class SlotPool(Generic[Owner]):
 
     Places that were never used are not listed, only counted: all from `_unused` on. So a pool costs 12 bytes a
     place, and allocating from an empty one costs no heap operations.
+
+    owners, pins: by place, who owns it and its reference count. Only the pool changes them.
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.owners: list[Owner | None] = [None] * capacity
-        self._pins = array("i", bytes(4 * capacity))
+        self.pins = array("i", bytes(4 * capacity))
         self._freed: list[int] = []
         self._unused = 0
 
@@ -61,7 +63,7 @@ class SlotPool(Generic[Owner]):
         missing = count - len(slots)
         slots.extend(range(self._unused, self._unused + missing))
         self._unused += missing
-        pins = self._pins
+        pins = self.pins
         for slot in slots:
             pins[slot] = 1
         return slots
@@ -69,11 +71,11 @@ class SlotPool(Generic[Owner]):
     def pin(self, slot: int) -> None:
         """Raise the reference count: one more live user."""
         assert not self._is_free(slot), f"slot {slot} is free"
-        self._pins[slot] += 1
+        self.pins[slot] += 1
 
     def pin_all(self, slots: Iterable[int]) -> None:
         """Raise the reference count of several places."""
-        pins, owners = self._pins, self.owners
+        pins, owners = self.pins, self.owners
         for slot in slots:
             assert pins[slot] or owners[slot] is not None, f"slot {slot} is free"
             pins[slot] += 1
@@ -87,7 +89,7 @@ class SlotPool(Generic[Owner]):
 
         idle: filled with the owners of those; the places among them that have no owner are freed.
         """
-        pins, owners = self._pins, self.owners
+        pins, owners = self.pins, self.owners
         num_idle = 0
         for slot in slots:
             left = pins[slot] - 1
@@ -105,18 +107,18 @@ class SlotPool(Generic[Owner]):
 
     def reference_count(self, slot: int) -> int:
         """Return the number of live users."""
-        return self._pins[slot]
+        return self.pins[slot]
 
     def own(self, slot: int, owner: Owner) -> None:
         """Say whose cached bytes lie there; the place survives a reference count of zero."""
-        assert self._pins[slot] and self.owners[slot] is None, f"slot {slot} cannot be owned"
+        assert self.pins[slot] and self.owners[slot] is None, f"slot {slot} cannot be owned"
         self.owners[slot] = owner
 
     def disown(self, slot: int) -> None:
         """Forget the owner; the place is freed now, or when its last user unpins it."""
         assert self.owners[slot] is not None, f"slot {slot} has no owner"
         self.owners[slot] = None
-        if self._pins[slot] == 0:
+        if self.pins[slot] == 0:
             heapq.heappush(self._freed, slot)
 
     def free_runs(self) -> list[int]:
@@ -140,7 +142,7 @@ class SlotPool(Generic[Owner]):
         """Raise AssertionError unless every place is exactly one of free, in use, cached."""
         free = [*sorted(self._freed), *range(self._unused, self.capacity)]
         assert free == [slot for slot in range(self.capacity) if self._is_free(slot)], "a slot is leaked or used twice"
-        assert all(count >= 0 for count in self._pins)
+        assert all(count >= 0 for count in self.pins)
 
     def _is_free(self, slot: int) -> bool:
-        return self._pins[slot] == 0 and self.owners[slot] is None
+        return self.pins[slot] == 0 and self.owners[slot] is None

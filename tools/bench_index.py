@@ -123,6 +123,7 @@ def _store(index: Index, prompt: bytes, tiers: Sequence[Tier], count: int) -> No
     known = index.walk(prompt, BLOCK_SIZE, hash_block)
     parent = known[-1].block_hash if known else index.root
     end = min(len(prompt), (len(known) + count) * _STEP)
+    slots: dict[Tier, list[int]] = {tier: [] for tier in tiers}
     for start in range(len(known) * _STEP, end, _STEP):
         tokens = prompt[start : start + _STEP]
         parent_hash, parent = parent, hash_block(parent, tokens)
@@ -132,7 +133,9 @@ def _store(index: Index, prompt: bytes, tiers: Sequence[Tier], count: int) -> No
             if index.pool(tier).free_count:
                 (slot,) = index.pool(tier).allocate(1)
                 index.attach(entry, tier, slot)
-                index.unpin(tier, slot)
+                slots[tier].append(slot)
+    for tier in tiers:
+        index.unpin_all(tier, slots[tier])
 
 
 def _filled_dict(prompts: Prompts, num_blocks: int) -> DictTable:

@@ -47,7 +47,7 @@ class SlotPool(Generic[Owner]):
     @property
     def referenced_count(self) -> int:
         """Places with a live user; linear in the number of places."""
-        return self.capacity - self._pins.count(0)
+        return self.capacity - self.pins.count(0)
 
     def allocate(self, count: int) -> list[int]:
         """Return `count` places, each with a reference count of one. Raises CapacityError, taking none."""

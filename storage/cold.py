@@ -13,14 +13,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-import lmdb
-
 from tierkv.block import HASH_BYTES, BlockHash
 from tierkv.errors import CorruptBlockError, FormatVersionError, StoreError
 from tierkv.layout import BlockLayout
 from tierkv.namespace import Namespace
 from tierkv.storage.coded import CodedBlock
-from tierkv.storage.cold_batch import SPECS, Databases, get_entry, read_block_tokens
+from tierkv.storage.cold_batch import SPECS, Databases, get_entry, get_value, read_block_tokens
 from tierkv.storage.cold_check import VerifyReport, check_store, verify_block, verify_store
 from tierkv.storage.cold_entry import ColdEntry
 from tierkv.storage.cold_eviction import EvictionReport, VictimOrder, VictimQueue, least_recently_used
@@ -29,6 +27,7 @@ from tierkv.storage.cold_namespaces import FORMAT_KEY, STORE_VERSION, check_form
 from tierkv.storage.cold_salvage import ColdKeeper
 from tierkv.storage.cold_stats import ColdStats, Counters, StoredNamespace
 from tierkv.storage.cold_writer import ColdWriter
+from tierkv.storage.lmdb_data import CutShortError
 from tierkv.storage.lmdb_env import LmdbEnv, ReadTransaction
 from tierkv.storage.outcomes import MissReason, PutOutcome
 from tierkv.storage.record import (
@@ -133,7 +132,7 @@ class ColdStore:
         damaged: list[int] = []
         hashes = list(block_hashes)
         found: list[ColdEntry | None] = []
-        with self._reading() as txn:
+        with self._env.read() as txn:
             for number, block_hash in enumerate(hashes):
                 try:
                     found.append(get_entry(txn, self._databases, block_hash))
@@ -146,20 +145,20 @@ class ColdStore:
 
     def children(self, parent: BlockHash) -> list[BlockHash]:
         """Return the hashes of the blocks that follow `parent`; the namespace digest has the first ones."""
-        with self._reading() as txn:
+        with self._env.read() as txn:
             return list(Links(txn, self._databases.children).iter_children(parent))
 
     def find_longest_run(self, parent: BlockHash, token_bytes: bytes) -> tuple[BlockHash, bytes, int] | None:
         """Return (block hash, its token ids, how many of them lead `token_bytes` too) of the child of `parent`
         that shares most leading tokens; None if none shares any. Takes no longer among many children.
         """
-        with self._reading() as txn:
+        with self._env.read() as txn:
             links = Links(txn, self._databases.children)
             return links.find_longest_run(parent, token_bytes, lambda h: read_block_tokens(txn, self._databases, h))
 
     def read_tokens(self, block_hash: BlockHash) -> bytes | None:
         """Return a block's token ids as little-endian uint32, or None if it is absent or unreadable."""
-        with self._reading() as txn:
+        with self._env.read() as txn:
             return read_block_tokens(txn, self._databases, block_hash)
 
     def read_into(
@@ -190,16 +189,16 @@ class ColdStore:
 
     def read_record(self, block_hash: BlockHash) -> bytes | None:
         """Return a copy of a block's record, or None if it is absent or damaged."""
-        with self._reading() as txn:
-            value = txn.get(block_hash, db=self._databases.blocks)
-            try:
+        try:
+            with self._env.read() as txn:
+                value = get_value(self._env, txn, self._databases, block_hash)
                 if value is None:
                     return None
                 header = read_header(value)
                 verify_checksum(value, header)
                 return bytes(value[: header.record_bytes])
-            except StoreError:
-                return None
+        except (CorruptBlockError, FormatVersionError):
+            return None
 
     def iter_entries(self, namespace: BlockHash | None = None) -> Iterator[tuple[BlockHash, ColdEntry]]:
         """Yield (block hash, entry) of all blocks, or of one namespace's. Each batch is one snapshot."""
@@ -212,7 +211,7 @@ class ColdStore:
 
     def namespaces(self) -> list[StoredNamespace]:
         """Return every namespace that has been opened here, with its totals."""
-        with self._reading() as txn:
+        with self._env.read() as txn:
             rows = list(iter_namespaces(txn, self._databases.meta))
         return [StoredNamespace.of(digest, row) for digest, row in rows]
 
@@ -290,7 +289,8 @@ class ColdStore:
 
     def check(self) -> None:
         """Raise StoreError if the databases do not agree with each other. Reads no payload."""
-        with self._reading() as txn:
+        self._env.check_trees()
+        with self._env.read() as txn:
             check_store(txn, self._databases)
 
     def verify(self, *, repair: bool = False, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
@@ -318,28 +318,31 @@ class ColdStore:
 
     # -- parts -----------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[ReadTransaction]:
-        try:
-            with self._env.read() as txn:
-                yield txn
-        except lmdb.Error as exc:
-            raise StoreError(f"cold store {self.path} cannot be read: {exc}") from exc
-
     def _read_into(
         self, expected: BlockInfo, out: Buffer, layout: BlockLayout, coded: CodedBlock | None
     ) -> MissReason | None:
+        """Decode a block that plain reads find and that is right; of any other, let LMDB say what it is."""
         try:
+            with self._env.read():
+                record = self._env.read_value(
+                    self._databases.blocks_name, expected.block_hash, max_bytes=_max_value_bytes(layout)
+                )
+            if record is not None:
+                with contextlib.suppress(CorruptBlockError, FormatVersionError):
+                    if decode_record(record, out, expected=expected, layout=layout, coded=coded) is None:
+                        return None
             with self._env.read() as txn:
                 value = txn.get(expected.block_hash, db=self._databases.blocks)
                 if value is None:
                     return MissReason.ABSENT
                 return decode_record(value, out, expected=expected, layout=layout, coded=coded)
-        except TruncatedBlockError:
+        except (TruncatedBlockError, CutShortError):
             return MissReason.TRUNCATED
-        except (CorruptBlockError, FormatVersionError, lmdb.CorruptedError):
+        except (CorruptBlockError, FormatVersionError):
             return MissReason.CORRUPT
-        except (lmdb.Error, OSError) as exc:
+        except (StoreError, OSError) as exc:
+            if not self._env.is_open:
+                raise
             _logger.warning("cold store %s: block %s not read: %s", self.path, expected.block_hash.hex(), exc)
             return MissReason.IO_ERROR
 
@@ -360,8 +363,8 @@ class ColdStore:
         try:
             with self._writer.batch() as batch:
                 batch.mend_entry(block_hash)
-            with self._reading() as txn:
-                verify_block(txn, self._databases, block_hash)
+            with self._env.read() as txn:
+                verify_block(self._env, txn, self._databases, block_hash)
         except StoreError:
             return self._writer.remove_subtree(block_hash)
         return 0
@@ -393,7 +396,7 @@ class ColdStore:
         """Return the last key looked at (None at the end) and the sound entries that follow `after`."""
         found: list[tuple[BlockHash, ColdEntry]] = []
         last: BlockHash | None = None
-        with self._reading() as txn, txn.cursor(db=self._databases.index) as cursor:
+        with self._env.read() as txn, txn.cursor(db=self._databases.index) as cursor:
             more = cursor.set_range(after)
             if more and bytes(cursor.key()) == after:
                 more = cursor.next()
@@ -408,7 +411,7 @@ class ColdStore:
 
     def _check_format(self) -> None:
         """Write the version of a new store; refuse the store of another version."""
-        with self._reading() as txn:
+        with self._env.read() as txn:
             packed = txn.get(FORMAT_KEY, db=self._databases.meta)
             version = None if packed is None else bytes(packed)
         if version is not None:
@@ -422,6 +425,11 @@ class ColdStore:
             raise StoreError(f"cold store {self.path} was opened read-only")
         if not self._env.is_open:
             raise StoreError(f"cold store {self.path} is closed")
+
+
+def _max_value_bytes(layout: BlockLayout) -> int:
+    """No value of this layout is longer: raw, padded, with the ids of its tokens and the sizes of its frames."""
+    return 2 * layout.block_bytes + (1 << 20)
 
 
 def _map_bytes(quota_bytes: int) -> int:

@@ -34,6 +34,7 @@ __all__ = [
     "Databases",
     "WriteBatch",
     "get_entry",
+    "get_value",
     "padded_bytes",
     "read_block_tokens",
 ]
@@ -86,6 +87,21 @@ def get_entry(txn: ReadTransaction, databases: Databases, block_hash: BlockHash)
     """Return a block's entry, or None if it is not stored. Raises CorruptBlockError if it is damaged."""
     packed = txn.get(block_hash, db=databases.index)
     return None if packed is None else unpack_entry(block_hash, packed)
+
+
+def get_value(
+    env: LmdbEnv, txn: ReadTransaction, databases: Databases, block_hash: BlockHash
+) -> Bytes | memoryview | None:
+    """Return a block's value, read around the map where its entry tells how long it is. Valid within the transaction.
+
+    A longer value than that is not read so: its length may be a flipped bit's.
+    """
+    try:
+        entry = get_entry(txn, databases, block_hash)
+    except CorruptBlockError:
+        entry = None
+    value = env.read_value(databases.blocks_name, block_hash, max_bytes=entry.value_bytes) if entry else None
+    return txn.get(block_hash, db=databases.blocks) if value is None else value
 
 
 def read_block_tokens(txn: ReadTransaction, databases: Databases, block_hash: BlockHash) -> bytes | None:

@@ -6,12 +6,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-import lmdb
 import msgspec
 
 from tierkv.block import BlockHash, hash_block
 from tierkv.errors import CorruptBlockError, StoreError
-from tierkv.storage.cold_batch import Databases, get_entry
+from tierkv.storage.cold_batch import Databases, get_entry, get_value
 from tierkv.storage.cold_entry import ColdEntry, unpack_entry
 from tierkv.storage.cold_links import Link
 from tierkv.storage.cold_namespaces import NAMESPACE_PREFIX, iter_namespaces, unpack_row
@@ -78,8 +77,12 @@ def check_store(txn: ReadTransaction, databases: Databases) -> None:
 
 def verify_store(env: LmdbEnv, databases: Databases, progress: Callable[[int, int], None] | None) -> VerifyReport:
     """Read every record. Each in a transaction of its own, so that writers may reuse pages meanwhile."""
-    with env.read() as txn, txn.cursor(db=databases.index) as cursor:
-        hashes = {bytes(key) for key in cursor.iternext(keys=True, values=False)}
+    try:
+        env.check_trees()  # LMDB ends the process where a cursor comes to a page of another kind
+        with env.read() as txn, txn.cursor(db=databases.index) as cursor:
+            hashes = {bytes(key) for key in cursor.iternext(keys=True, values=False)}
+    except StoreError as exc:
+        return VerifyReport(blocks=0, stored_bytes=0, damaged={}, problem=str(exc))
     damaged: dict[BlockHash, str] = {}
     stored_bytes = 0
     for done, block_hash in enumerate(sorted(hashes)):
@@ -87,28 +90,24 @@ def verify_store(env: LmdbEnv, databases: Databases, progress: Callable[[int, in
             progress(done, len(hashes))
         try:
             with env.read() as txn:
-                stored_bytes += verify_block(txn, databases, block_hash)
-        except (StoreError, lmdb.CorruptedError) as exc:
+                stored_bytes += verify_block(env, txn, databases, block_hash)
+        except StoreError as exc:
             damaged[block_hash] = str(exc)
     if progress is not None:
         progress(len(hashes), len(hashes))
-    with env.read() as txn:
-        problem = _problem(txn, databases)
+    problem = None
+    try:
+        with env.read() as txn:
+            check_store(txn, databases)
+    except StoreError as exc:
+        problem = str(exc)
     return VerifyReport(blocks=len(hashes), stored_bytes=stored_bytes, damaged=damaged, problem=problem)
 
 
-def _problem(txn: ReadTransaction, databases: Databases) -> str | None:
-    try:
-        check_store(txn, databases)
-    except (StoreError, lmdb.CorruptedError) as exc:
-        return str(exc)
-    return None
-
-
-def verify_block(txn: ReadTransaction, databases: Databases, block_hash: BlockHash) -> int:
-    """Return the length of a sound record, 0 for one that has gone. Raises CorruptBlockError, lmdb.CorruptedError."""
+def verify_block(env: LmdbEnv, txn: ReadTransaction, databases: Databases, block_hash: BlockHash) -> int:
+    """Return the length of a sound record, 0 for one that has gone. Raises CorruptBlockError."""
     entry = get_entry(txn, databases, block_hash)
-    value = txn.get(block_hash, db=databases.blocks)
+    value = get_value(env, txn, databases, block_hash)
     if entry is None and value is None:
         return 0
     if entry is None or value is None:

@@ -19,6 +19,7 @@ import numpy as np
 import xxhash
 
 from tierkv.block import HASH_BYTES, TOKEN_BYTES, BlockHash, common_run
+from tierkv.errors import CorruptBlockError
 from tierkv.storage.lmdb_env import Database, ReadTransaction, WriteTransaction
 
 __all__ = ["LINK_BYTES", "Link", "Links", "TokenReader"]
@@ -41,8 +42,10 @@ class Link(NamedTuple):
 
     @classmethod
     def unpack(cls, key: bytes | memoryview) -> Link:
-        """Return the link of a key."""
+        """Return the link of a key. Raises CorruptBlockError if it is none."""
         key = bytes(key)
+        if len(key) != LINK_BYTES:
+            raise CorruptBlockError(f"a link of {len(key)} bytes")
         tokens_end = HASH_BYTES + _LEVEL_BYTES
         tokens = _swap(key[HASH_BYTES:tokens_end])[: key[tokens_end] * TOKEN_BYTES]
         return cls(key[:HASH_BYTES], tokens, key[tokens_end + 1], key[-HASH_BYTES:])

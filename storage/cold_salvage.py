@@ -38,7 +38,7 @@ from tierkv.storage.cold_writer import ColdWriter
 from tierkv.storage.lmdb_env import LmdbEnv
 from tierkv.storage.lmdb_file import PAGE_HEADER_BYTES, newest_meta
 from tierkv.storage.lmdb_tree import Keys, check_trees
-from tierkv.storage.lmdb_values import LeafValue, find_small, iter_leaf_values
+from tierkv.storage.lmdb_values import LeafValue, find_leaf, iter_leaf_values
 from tierkv.storage.outcomes import PutOutcome
 from tierkv.storage.planes import Bytes
 from tierkv.storage.record import HEADER_BYTES, MAGIC, parse_record, record_bytes_of
@@ -83,7 +83,7 @@ class ColdKeeper:
     def check(self, fd: int) -> None:
         """Raise CorruptBlockError if LMDB must not see the file, FormatVersionError if it is another version's."""
         with contextlib.suppress(KeyError):  # it was killed before it wrote its version
-            check_format(find_small(fd, b"meta", FORMAT_KEY))
+            check_format(find_leaf(fd, b"meta", FORMAT_KEY).held)
         keys = check_trees(fd)
         if not keys.keys() <= {spec.name for spec in SPECS}:
             raise CorruptBlockError("it has databases that no cold store has")

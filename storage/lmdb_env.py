@@ -18,31 +18,30 @@ keeps them; after a power failure the file may be inconsistent up to the last `s
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import logging
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import lmdb
-import numpy as np
 
 from tierkv.errors import CorruptBlockError, StoreError
-from tierkv.storage.lmdb_file import (
-    DATA_FILE,
-    PAGE_HEADER,
-    PAGE_HEADER_BYTES,
-    fetch_ahead,
-    newest_meta,
-    replace_damaged,
+from tierkv.storage.lmdb_data import DataFile
+from tierkv.storage.lmdb_directory import (
+    COMPACTED,
+    Keeper,
+    check_data_file,
+    clear_temporary,
+    prepare_directory,
+    sync_file,
 )
+from tierkv.storage.lmdb_file import DATA_FILE
 from tierkv.storage.lmdb_lock import Gate, UserLock, reserve_lock_file
-from tierkv.storage.lmdb_values import OVERFLOW_FLAG, find_value, overflow_pages
+from tierkv.storage.lmdb_tree import check_trees
+from tierkv.storage.planes import Bytes
 
-__all__ = ["Database", "DatabaseSpec", "Keeper", "LmdbEnv", "ReadTransaction", "WriteTransaction"]
+__all__ = ["Database", "DatabaseSpec", "LmdbEnv", "ReadTransaction", "WriteTransaction"]
 
 Database: TypeAlias = "lmdb._Database"
 ReadTransaction: TypeAlias = "lmdb.Transaction[memoryview]"
@@ -52,10 +51,19 @@ _USER_LOCK_FILE = "users.lock"
 _MAX_READERS = 1024
 _LOCK_FILE_BYTES = 64 * _MAX_READERS + 4096  # a cache line for each reader, and LMDB's header
 _MAX_DBS = 8
-_TEMPORARY = ("compact.tmp", "rebuild.tmp")
-_COMPARED_BYTES = 64  # of a value, to tell whether a page is the one that its header says
-
-_logger = logging.getLogger(__name__)
+_WRONG_PAGES = (
+    lmdb.BadDbiError,
+    lmdb.BadTxnError,
+    lmdb.BadValsizeError,
+    lmdb.CorruptedError,
+    lmdb.CursorFullError,
+    lmdb.IncompatibleError,
+    lmdb.InvalidError,
+    lmdb.PageFullError,
+    lmdb.PageNotFoundError,
+    lmdb.PanicError,
+)
+"""What LMDB says where a page of its trees, or the header of a value's, is not what it must be."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,16 +71,6 @@ class DatabaseSpec:
     """A named database of the environment."""
 
     name: bytes
-
-
-class Keeper(Protocol):
-    """What the owner of an environment knows of its contents. Called while nobody else has the file open."""
-
-    def check(self, fd: int) -> None:
-        """Raise CorruptBlockError if the data file must not be used. Reads it with plain reads."""
-
-    def rebuild(self, damaged: Path, directory: Path) -> None:
-        """Make an environment in `directory` from what can be saved of a damaged data file."""
 
 
 class LmdbEnv:
@@ -99,16 +97,20 @@ class LmdbEnv:
         self._pid = os.getpid()
         self._gate = Gate()
         self._env: lmdb.Environment | None = None
-        self._data_fd = -1
-        self._prepare_directory()
+        self._is_suspect = False  # LMDB has come across a page that cannot be right
+        self._problem: str | None = None
+        prepare_directory(path, read_only=read_only)
         self._users = UserLock(path / _USER_LOCK_FILE, read_only=read_only)
         try:
             if self._users.enter():
-                self._clear_temporary()
+                if not read_only:
+                    clear_temporary(path)
                 if keeper:
-                    self._check(keeper)
+                    self.damaged = check_data_file(path, keeper, read_only=read_only)
+                self._open(is_first=True)
                 self._users.share()
-            self._open()
+            else:
+                self._open(is_first=False)
         except BaseException:
             self.close()
             raise
@@ -137,15 +139,35 @@ class LmdbEnv:
 
     @contextlib.contextmanager
     def read(self) -> Iterator[ReadTransaction]:
-        """A snapshot. What `get` returns lies in the map: it must not be kept past the `with`."""
-        with self._gate.shared(), self._begin(write=False) as txn:
-            yield txn
+        """A snapshot. What `get` returns lies in the map: it must not be kept past the `with`.
+
+        Raises CutShortError, CorruptBlockError where LMDB came across pages that cannot be right, StoreError.
+        """
+        with self._gate.shared():
+            try:
+                with self._begin(write=False) as txn:
+                    yield txn
+            except _WRONG_PAGES as exc:
+                self._is_suspect = True
+                raise CorruptBlockError(f"cold store {self.path} has damaged pages: {exc}") from exc
+            except lmdb.Error as exc:
+                raise StoreError(f"cold store {self.path} cannot be read: {exc}") from exc
 
     @contextlib.contextmanager
     def write(self) -> Iterator[WriteTransaction]:
-        """The only writer among all processes; commits at the end, aborts on an exception."""
-        with self._gate.shared(), self._begin(write=True) as txn:
-            yield txn
+        """The only writer among all processes; commits at the end, aborts on an exception, lmdb.Error among them.
+
+        Raises CutShortError, and StoreError once pages of the trees have been found damaged: LMDB may read those, but
+        when it writes it relies on them.
+        """
+        with self._gate.shared():
+            self._require_sound_trees()
+            try:
+                with self._begin(write=True) as txn:
+                    yield txn
+            except _WRONG_PAGES:
+                self._is_suspect = True
+                raise
 
     def database(self, name: bytes) -> Database:
         """Return the handle of a database named in the specs."""
@@ -154,8 +176,10 @@ class LmdbEnv:
     def sync(self) -> None:
         """Return when all that was committed is on the disk. Raises StoreError."""
         with self._gate.shared():
+            env = self._live()
+            self._data.require_whole()
             try:
-                self._live().sync(True)
+                env.sync(True)
             except lmdb.Error as exc:
                 raise StoreError(f"cold store {self.path} cannot be synced: {exc}") from exc
 
@@ -166,50 +190,34 @@ class LmdbEnv:
 
     def compact(self) -> None:
         """Rewrite the file without its free pages. Raises StoreError if another process has it open."""
-        target = self.path / "compact.tmp"
+        target = self.path / COMPACTED
         with self._gate.exclusive():
             env = self._live()
+            self._require_sound_trees()
             self._users.require_alone()
             try:
-                self._clear_temporary()
+                clear_temporary(self.path)
                 target.mkdir()
                 env.copy(str(target), compact=True)
-                _sync_file(target / DATA_FILE)
+                sync_file(target / DATA_FILE)
                 self._close_data()
                 os.replace(target / DATA_FILE, self.path / DATA_FILE)
-                _sync_file(self.path)
+                sync_file(self.path)
             except (lmdb.Error, OSError) as exc:
                 raise StoreError(f"cold store {self.path} could not be compacted: {exc}") from exc
             finally:
-                self._clear_temporary()
+                clear_temporary(self.path)
                 if self._env is None:
-                    self._open()
+                    self._open(is_first=True)
                 self._users.share()
 
-    def mend_value(self, database: bytes, key: bytes, value: memoryview | None) -> None:
-        """Compare the header of a value's pages with what it must be, and write it anew if it differs.
+    def read_value(self, database: bytes, key: bytes, *, max_bytes: int) -> Bytes | None:
+        """Return a value read around the map, or None: see `DataFile.read_value`. Only within a read transaction."""
+        return self._data.read_value(database, key, max_bytes=max_bytes)
 
-        value: what `get` returned, or None where LMDB refused the page. Only within a write transaction,
-        and only for a value that it has not changed: the file has what the last commit left there.
-        """
-        page_bytes = self._page_bytes
-        if value is not None:
-            header = np.frombuffer(value, dtype=np.uint8).ctypes.data - PAGE_HEADER_BYTES
-            page, _, flags, pages = PAGE_HEADER.unpack(ctypes.string_at(header, PAGE_HEADER_BYTES))
-            if (flags, pages) == (OVERFLOW_FLAG, overflow_pages(len(value), page_bytes)) and page < 1 << 48:
-                start = os.pread(self._data_fd, _COMPARED_BYTES, page * page_bytes + PAGE_HEADER_BYTES)
-                if start == bytes(value[:_COMPARED_BYTES]):
-                    return
-        try:
-            place = find_value(self._data_fd, database, key)
-        except (KeyError, CorruptBlockError, OSError) as exc:
-            raise StoreError(f"cold store {self.path}: a damaged value cannot be found: {exc}") from exc
-        if place is None:
-            return
-        first_page, size = place
-        sound = PAGE_HEADER.pack(first_page, 0, OVERFLOW_FLAG, overflow_pages(size, page_bytes))
-        os.pwrite(self._data_fd, sound, first_page * page_bytes)
-        _logger.warning("cold store %s: the page header of value %s was damaged", self.path, key.hex())
+    def mend_value(self, database: bytes, key: bytes, value: memoryview | None) -> None:
+        """Put the header of a value's pages right before LMDB believes it: see `DataFile.mend_value`."""
+        self._data.mend_value(database, key, value)
 
     def fetch_values(self, database: bytes, keys: Sequence[bytes]) -> None:
         """Ask the system to read values into its cache; those that are not there are passed over.
@@ -219,14 +227,31 @@ class LmdbEnv:
         """
         with self._gate.shared():
             self._live()
-            for key in keys:
-                with contextlib.suppress(KeyError, CorruptBlockError, OSError):
-                    place = find_value(self._data_fd, database, key)
-                    if place is not None:
-                        fetch_ahead(self._data_fd, place[0] * self._page_bytes, PAGE_HEADER_BYTES + place[1])
+            self._data.fetch_values(database, keys)
+
+    def check_trees(self) -> None:
+        """Walk the trees with plain reads. Raises StoreError, from now on at every write too, if they are damaged."""
+        with self._gate.shared():
+            self._is_suspect = True
+            self._require_sound_trees()
+
+    def _require_sound_trees(self) -> None:
+        if self._problem is None and self._is_suspect:
+            try:
+                with self._begin(write=False):  # keeps the pages of the last state from being used again meanwhile
+                    check_trees(self._data.fd)
+                self._is_suspect = False
+            except (CorruptBlockError, *_WRONG_PAGES) as exc:
+                self._problem = str(exc)
+        if self._problem is not None:
+            raise StoreError(
+                f"cold store {self.path} was damaged while it was open: {self._problem}",
+                hint="nothing is written to it; close it everywhere, opening it again saves what is whole",
+            )
 
     def _begin(self, *, write: bool) -> lmdb.Transaction[memoryview]:
         env = self._live()
+        self._data.require_whole()
         try:
             return env.begin(write=write, buffers=True)
         except lmdb.MapResizedError:  # another process opened it with a larger quota
@@ -243,63 +268,21 @@ class LmdbEnv:
             raise StoreError(f"cold store {self.path} was opened by the parent process", hint="open it after the fork")
         return self._env
 
-    def _prepare_directory(self) -> None:
-        try:
-            if not self.read_only:
-                self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as exc:
-            raise StoreError(
-                f"{self.path} cannot be the directory of a cold store: {exc}", hint="choose another cold_path"
-            ) from exc
-        if not self.path.is_dir():
-            raise StoreError(f"there is no cold store at {self.path}", hint="check the path")
-        if not self.read_only and not os.access(self.path, os.W_OK | os.X_OK):
-            raise StoreError(f"{self.path} is not writable", hint="open it read-only, or mend its permissions")
-
-    def _check(self, keeper: Keeper) -> None:
-        """Replace a data file that must not be mapped by what can be saved of it."""
-        data = self.path / DATA_FILE
-        if not data.exists() or data.stat().st_size == 0:
-            return
-        fd = os.open(data, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            keeper.check(fd)
-            return
-        except CorruptBlockError as exc:
-            problem = exc
-        finally:
-            os.close(fd)
-        if self.read_only:
-            raise CorruptBlockError(f"cold store {self.path} is damaged: {problem}", hint="run tierkv verify --repair")
-        target = self.path / "rebuild.tmp"
-        try:
-            target.mkdir()
-            keeper.rebuild(data, target)
-            _sync_file(target / DATA_FILE)
-            self.damaged = replace_damaged(self.path, target / DATA_FILE)
-        except OSError as exc:
-            raise StoreError(f"cold store {self.path} is damaged and could not be rebuilt: {exc}") from exc
-        finally:
-            self._clear_temporary()
-        _logger.warning("cold store %s: %s; set aside as %s", self.path, problem, self.damaged.name)
-
-    def _clear_temporary(self) -> None:
-        for name in () if self.read_only else _TEMPORARY:
-            shutil.rmtree(self.path / name, ignore_errors=True)
-
     def _close_data(self) -> None:
         if self._env is not None:
             self._env.close()
             self._env = None
-        if self._data_fd >= 0:
-            os.close(self._data_fd)
-            self._data_fd = -1
+            self._data.close()
 
-    def _open(self) -> None:
+    def _open(self, *, is_first: bool) -> None:
+        """Open the data file, which `is_first` tells nobody else has open: others have a sound one."""
+        data = self.path / DATA_FILE
         try:
+            if not is_first:
+                DataFile(data, read_only=True).close()  # shorter than it says: LMDB's map of it would end this process
             if not self.read_only:
                 reserve_lock_file(self.path, _LOCK_FILE_BYTES)
-            self._env = lmdb.open(
+            env = lmdb.open(
                 str(self.path),
                 map_size=self._map_bytes,
                 readonly=self.read_only,
@@ -311,24 +294,16 @@ class LmdbEnv:
                 max_dbs=_MAX_DBS,
                 lib_version=0,
             )
-            self._env.reader_check()
-            self._databases = {
-                spec.name: self._env.open_db(spec.name, create=not self.read_only) for spec in self._specs
-            }
-            # Not the lock file: closing any descriptor of that would drop LMDB's own locks.
-            access = os.O_RDONLY if self.read_only else os.O_RDWR
-            self._data_fd = os.open(self.path / DATA_FILE, access | os.O_CLOEXEC)
-            self._page_bytes = newest_meta(self._data_fd).page_bytes
+            try:
+                env.reader_check()
+                self._databases = {spec.name: env.open_db(spec.name, create=not self.read_only) for spec in self._specs}
+                self._data = DataFile(data, read_only=self.read_only)
+            except BaseException:
+                env.close()
+                raise
+            self._env = env
         except (lmdb.Error, CorruptBlockError, OSError, OverflowError, UnicodeError) as exc:
             hint = None
             if "already open" in str(exc):
                 hint = "a process opens a store once: pass the open one along"
             raise StoreError(f"cold store {self.path} cannot be opened: {exc}", hint=hint) from exc
-
-
-def _sync_file(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

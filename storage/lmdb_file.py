@@ -6,6 +6,7 @@ must be known before the file is mapped. The trees are lmdb_tree.py's part.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ LOCK_FILE = "lock.mdb"
 PAGE_HEADER_BYTES = 16
 PAGE_HEADER = struct.Struct("<QHHI")  # page number, unused, flags, pages of a value
 
+_META_READS = 3
 _META_FLAG = 8
 _META_MAGIC = 0xBEEFC0DE
 _META_VERSION = 1
@@ -49,7 +51,17 @@ class Meta:
 
 
 def newest_meta(fd: int) -> Meta:
-    """Return the state that LMDB would use. Raises CorruptBlockError unless both meta pages are sound."""
+    """Return the state that LMDB would use. Raises CorruptBlockError unless both meta pages are sound.
+
+    Another process may write them meanwhile: what does not fit is read once more.
+    """
+    for _ in range(_META_READS - 1):
+        with contextlib.suppress(CorruptBlockError):
+            return _read_metas(fd)
+    return _read_metas(fd)
+
+
+def _read_metas(fd: int) -> Meta:
     first = _read_meta(fd, 0, 0)
     second = _read_meta(fd, 1, first.page_bytes)
     apart = abs(first.transaction - second.transaction)

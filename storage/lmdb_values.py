@@ -25,8 +25,7 @@ __all__ = [
     "TREE_BYTES",
     "LeafValue",
     "Tree",
-    "find_small",
-    "find_value",
+    "find_leaf",
     "iter_leaf_values",
     "overflow_pages",
     "require",
@@ -77,30 +76,6 @@ def translated(function: Callable[..., Result]) -> Callable[..., Result]:
     return call
 
 
-@translated
-def find_value(fd: int, database: bytes, key: bytes) -> tuple[int, int] | None:
-    """Return (first page, length) of a value in the committed state; None if it lies inside its leaf.
-
-    Raises CorruptBlockError, or KeyError if there is none.
-    """
-    meta = newest_meta(fd)
-    _, descriptor = _descend(fd, meta, Tree.unpack(meta.main_tree), database)
-    require(len(descriptor) == TREE_BYTES, "a database without a descriptor")
-    size, held = _descend(fd, meta, Tree.unpack(descriptor), key)
-    if size == len(held):
-        return None
-    return int.from_bytes(held, "little"), size
-
-
-@translated
-def find_small(fd: int, database: bytes, key: bytes) -> bytes:
-    """Return a value that lies inside its leaf. Raises as `find_value` does."""
-    meta = newest_meta(fd)
-    _, descriptor = _descend(fd, meta, Tree.unpack(meta.main_tree), database)
-    require(len(descriptor) == TREE_BYTES, "a database without a descriptor")
-    return _descend(fd, meta, Tree.unpack(descriptor), key)[1]
-
-
 @dataclass(frozen=True, slots=True)
 class LeafValue:
     """A node of a leaf: what it holds is its value, or the number of the page where that begins."""
@@ -116,6 +91,15 @@ class LeafValue:
             return self.held
         offset = int.from_bytes(self.held, "little") * page_bytes + PAGE_HEADER_BYTES
         return os.pread(fd, self.size, offset) if offset < os.fstat(fd).st_size else b""
+
+
+@translated
+def find_leaf(fd: int, database: bytes, key: bytes) -> LeafValue:
+    """Return where a value of the committed state lies. Raises CorruptBlockError, or KeyError if there is none."""
+    meta = newest_meta(fd)
+    tree = _descend(fd, meta, Tree.unpack(meta.main_tree), database)
+    require(len(tree.held) == TREE_BYTES, "a database without a descriptor")
+    return _descend(fd, meta, Tree.unpack(tree.held), key)
 
 
 def iter_leaf_values(chunk: Bytes, page_bytes: int) -> Iterator[LeafValue]:
@@ -138,8 +122,7 @@ def overflow_pages(value_bytes: int, page_bytes: int) -> int:
     return (PAGE_HEADER_BYTES - 1 + value_bytes) // page_bytes + 1
 
 
-def _descend(fd: int, meta: Meta, tree: Tree, key: bytes) -> tuple[int, bytes]:
-    """Return the length of a value and what its leaf holds: the value, or the number of its first page."""
+def _descend(fd: int, meta: Meta, tree: Tree, key: bytes) -> LeafValue:
     number = tree.root
     require(tree.depth <= MAX_DEPTH, "a tree is too deep")
     for level in range(tree.depth):
@@ -154,7 +137,8 @@ def _descend(fd: int, meta: Meta, tree: Tree, key: bytes) -> tuple[int, bytes]:
             continue
         size, start = low | high << 16, at + NODE_BYTES + key_bytes
         if page[at + NODE_BYTES : start] == key:
-            return size, page[start : start + (8 if flags & BIG_FLAG else size)]
+            is_big = bool(flags & BIG_FLAG)
+            return LeafValue(key, size, page[start : start + (8 if is_big else size)], is_big)
     raise KeyError(key)
 
 

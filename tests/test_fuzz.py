@@ -23,7 +23,7 @@ from tierkv.errors import CorruptBlockError, StoreError
 from tierkv.storage.cold_entry import entry_of, pack_entry, unpack_entry
 from tierkv.storage.cold_namespaces import NamespaceRow, pack_row, unpack_row
 from tierkv.storage.lmdb_tree import check_trees
-from tierkv.storage.lmdb_values import find_small, find_value
+from tierkv.storage.lmdb_values import find_leaf
 from tierkv.storage.record import decode_record, parse_record
 from tierkv.storage.state_file import StateFile, write_state_file
 
@@ -152,8 +152,8 @@ def test_the_trees_of_a_mutated_data_file_are_sound_or_refused(places, size) -> 
         file.flush()
         for use in (
             lambda: check_trees(file.fileno()),
-            lambda: find_value(file.fileno(), b"blocks", block_hash),
-            lambda: find_small(file.fileno(), b"meta", b"format"),
+            lambda: find_leaf(file.fileno(), b"blocks", block_hash),
+            lambda: find_leaf(file.fileno(), b"meta", b"format"),
         ):
 
             def suppressed(use: Callable[[], object] = use) -> None:

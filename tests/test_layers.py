@@ -40,10 +40,10 @@ LAYERS = (
     Layer(
         "storage",
         "storage.outcomes storage.planes storage.windows storage.frames storage.coded storage.codec "
-        "storage.codecs_exact "
-        "storage.float_words storage.quantisers storage.codecs_lossy storage.codecs storage.record_header "
-        "storage.record storage.attention_error storage.hot storage.warm "
-        "storage.lmdb_file storage.lmdb_values storage.lmdb_tree storage.lmdb_lock storage.lmdb_env "
+        "storage.codecs_exact storage.float_words storage.quantisers storage.codecs_lossy storage.codecs "
+        "storage.record_header storage.record storage.attention_error storage.hot storage.warm "
+        "storage.lmdb_file storage.lmdb_values storage.lmdb_tree storage.lmdb_lock storage.lmdb_data "
+        "storage.lmdb_directory storage.lmdb_env "
         "storage.cold_entry storage.cold_links storage.cold_namespaces storage.cold_batch storage.cold_stats "
         "storage.cold_eviction storage.cold_check storage.cold_writer storage.cold_salvage storage.cold "
         "storage.state_file",

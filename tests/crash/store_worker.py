@@ -14,11 +14,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from cold_blocks import NAMESPACE, chain_of, open_store, read, record_of
+import numpy as np
+from cold_blocks import NAMESPACE, block_bytes, chain_of, open_store, read, record_of
 
 from tierkv.errors import StoreError
 from tierkv.storage.cold import ColdStore
-from tierkv.storage.outcomes import PutOutcome
+from tierkv.storage.outcomes import MissReason, PutOutcome
 from tierkv.storage.record import EncodedRecord
 from tierkv.storage.state_file import write_state_file
 
@@ -142,6 +143,29 @@ def save(path: Path, store: ColdStore) -> None:
     write_state_file(path / "state", namespace=NAMESPACE.digest, description=NAMESPACE.describe(), records=records)
 
 
+def read_until_damaged(path: Path) -> None:
+    """Read all blocks over and over until one is a miss; then use the store in every other way."""
+    with open_store(path, quota_bytes=64 << 20) as store, ThreadPoolExecutor(4) as threads:
+        infos = [record.info for number in range(40) for record in chain_of(2, first=2 * number)]
+        blocks = [block_bytes(number) for number in range(80)]
+        while True:
+            found = list(threads.map(lambda info: read(store, info), infos))
+            missing = [block for block in found if isinstance(block, MissReason)]
+            wrong = [n for n, block in enumerate(found) if not same(block, blocks[n])]
+            assert not wrong, wrong
+            acknowledge(len(missing))
+            if missing:
+                break
+        store.put(chain_of(2, first=10_000))
+        for use in (store.check, store.verify, lambda: store.lookup(infos[0].block_hash), store.flush):
+            with contextlib.suppress(StoreError):
+                use()
+
+
+def same(block: np.ndarray | MissReason, wanted: np.ndarray) -> bool:
+    return isinstance(block, MissReason) or np.array_equal(block, wanted)
+
+
 def read_forever(path: Path) -> None:
     """Stay inside a read transaction."""
     with open_store(path) as store, store._env.read():
@@ -159,6 +183,7 @@ ACTIONS: dict[str, Callable[..., None]] = {
         save_forever,
         fill_a_small_disk,
         fill_this_disk,
+        read_until_damaged,
         open_on_a_tiny_disk,
         read_forever,
     )

@@ -16,7 +16,16 @@ TIMEOUT_S = 120
 
 
 @pytest.mark.parametrize(
-    ("kind", "cases"), [("flip_store", 300), ("cut_store", 60), ("flip_state", 400), ("cut_state", 100)]
+    ("kind", "cases"),
+    [
+        ("flip_store", 300),
+        ("cut_store", 60),
+        ("flip_open_values", 100),
+        ("flip_open_trees", 200),
+        ("cut_open", 60),
+        ("flip_state", 400),
+        ("cut_state", 100),
+    ],
 )
 def test_damage_costs_only_what_it_hits_and_no_process_dies(tmp_path: Path, kind: str, cases: int) -> None:
     done = subprocess.run(

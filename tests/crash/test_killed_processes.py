@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import random
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -20,6 +22,8 @@ from tierkv.storage.state_file import StateFile
 
 WORKER = Path(__file__).with_name("store_worker.py")
 TIMEOUT_S = 60
+PAGE_BYTES = 4096
+OVERFLOW_PAGE = 4
 
 
 @contextlib.contextmanager
@@ -112,6 +116,42 @@ def test_a_killed_reader_gives_its_snapshot_back(tmp_path: Path) -> None:
             process.wait(TIMEOUT_S)
         assert store._env.clear_dead_readers() == 1
         assert_usable(store)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_reader_survives_that_its_data_file_is_cut_or_bits_in_it_flip(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    data = tmp_path / "cold" / "data.mdb"
+    with open_store(tmp_path, quota_bytes=64 << 20) as store:
+        for number in range(40):
+            store.put(chain_of(2, first=2 * number))
+    with worker("read_until_damaged", tmp_path) as process:
+        assert process.stdout is not None
+        for _ in range(rng.randrange(1, 4)):
+            assert process.stdout.readline() == "0\n"
+        if seed % 2:
+            os.truncate(data, rng.randrange(2 * PAGE_BYTES, data.stat().st_size // 2))
+        else:
+            flip_value_bits(data, rng)
+        process.communicate(timeout=TIMEOUT_S)
+        assert process.returncode == 0
+    with open_store(tmp_path, quota_bytes=64 << 20) as store:
+        for number in range(80):
+            block = read(store, chain_of(2, first=number // 2 * 2)[number % 2].info)
+            assert isinstance(block, MissReason) or np.array_equal(block, block_bytes(number))
+        assert store.verify(repair=True).problem is None
+        assert store.put([record_of(999_999)]) == [PutOutcome.STORED]
+
+
+def flip_value_bits(path: Path, rng: random.Random) -> None:
+    """Flip a bit in the middle of three pages of values."""
+    with open(path, "r+b", buffering=0) as file:
+        pages = file.read()
+        values = [page for page in range(len(pages) // PAGE_BYTES) if pages[page * PAGE_BYTES + 10] == OVERFLOW_PAGE]
+        for page in rng.sample(values, 3):
+            at = page * PAGE_BYTES + 2000
+            file.seek(at)
+            file.write(bytes([pages[at] ^ 1]))
 
 
 def test_two_writers_take_turns_and_lose_nothing(tmp_path: Path) -> None:

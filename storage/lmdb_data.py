@@ -1,0 +1,177 @@
+"""The data file of an open environment, beside LMDB's map: whole values by plain reads, and its length.
+
+A page that lies behind the end of a mapped file ends the process that touches it with SIGBUS. So the file's length is
+compared before each transaction, and values, which are nearly all of the file, are not read through the map: a file
+that is cut short while it is open costs misses. What LMDB reads through its map, meta and trees, it reads within
+microseconds after that comparison; a cut in between cannot be survived.
+
+Plain reads also cost no more than page faults, and what is not in the page cache is read around it: several times as
+much as one thread decodes meanwhile, without pages to be found, filled and copied.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import logging
+import mmap
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from tierkv.errors import CorruptBlockError, StoreError
+from tierkv.storage.lmdb_file import PAGE_HEADER, PAGE_HEADER_BYTES, fetch_ahead, newest_meta
+from tierkv.storage.lmdb_values import OVERFLOW_FLAG, find_leaf, overflow_pages
+from tierkv.storage.planes import Bytes
+
+__all__ = ["CutShortError", "DataFile"]
+
+_COMPARED_BYTES = 64  # of a value, to tell whether a page is the one that its header says
+_BUFFER_STEP = 2 << 20  # a large page
+_UNSUPPORTED = (errno.EINVAL, errno.EOPNOTSUPP)
+
+_logger = logging.getLogger(__name__)
+
+
+class CutShortError(StoreError):
+    """The data file has become shorter while it was open."""
+
+
+class DataFile:
+    """An open data file. Thread-safe. Raises CorruptBlockError if it is shorter than it says, OSError."""
+
+    def __init__(self, path: Path, *, read_only: bool) -> None:
+        self.path = path
+        self._direct_fd = -1
+        # Not the lock file: closing any descriptor of that would drop LMDB's own locks.
+        self.fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
+        self._buffers = _Buffers()
+        try:
+            meta = newest_meta(self.fd)
+            self._page_bytes = meta.page_bytes
+            self._known_bytes = os.fstat(self.fd).st_size
+            if (meta.last_page + 1) * meta.page_bytes > self._known_bytes:
+                raise CorruptBlockError("it is cut short")
+            with contextlib.suppress(OSError):  # not every file system reads around the page cache
+                self._direct_fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_DIRECT", 0))
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Give the descriptors back. May be called twice."""
+        for fd in (self.fd, self._direct_fd):
+            if fd >= 0:
+                os.close(fd)
+        self.fd = self._direct_fd = -1
+
+    def require_whole(self) -> None:
+        """Raise CutShortError if the file is shorter than it has been: LMDB never makes it so."""
+        known = self._known_bytes  # read first: another thread may see the file grow
+        size = os.fstat(self.fd).st_size
+        if size < known:
+            raise CutShortError(
+                f"{self.path} was cut from {known} to {size} bytes while it was open",
+                hint="close the store everywhere; opening it again saves what is whole",
+            )
+        if size > known:
+            self._known_bytes = size
+
+    def read_value(self, database: bytes, key: bytes, *, max_bytes: int) -> Bytes | None:
+        """Return a committed value, cut where the file ends; in memory of this thread, valid until its next call.
+
+        None where plain reads do not find it, or find it longer than `max_bytes`: the map has the last word. Only
+        within a read transaction, which keeps the value's pages from being used again.
+        """
+        try:
+            leaf = find_leaf(self.fd, database, key)
+        except (KeyError, CorruptBlockError):
+            return None
+        if not leaf.is_big:
+            return np.frombuffer(leaf.held, dtype=np.uint8)
+        if leaf.size > max_bytes:
+            return None
+        pages = overflow_pages(leaf.size, self._page_bytes)
+        view = self._buffers.get(pages * self._page_bytes)
+        found = self._read(int.from_bytes(leaf.held, "little") * self._page_bytes, view)
+        return np.frombuffer(view[: min(found, PAGE_HEADER_BYTES + leaf.size)], dtype=np.uint8)[PAGE_HEADER_BYTES:]
+
+    def fetch_values(self, database: bytes, keys: Sequence[bytes]) -> None:
+        """Ask the system to read values into its cache; those that are not there are passed over."""
+        for key in keys:
+            with contextlib.suppress(KeyError, CorruptBlockError, OSError):
+                leaf = find_leaf(self.fd, database, key)
+                if leaf.is_big:
+                    offset = int.from_bytes(leaf.held, "little") * self._page_bytes
+                    fetch_ahead(self.fd, offset, PAGE_HEADER_BYTES + leaf.size)
+
+    def mend_value(self, database: bytes, key: bytes, value: memoryview | None) -> None:
+        """Compare the header of a value's pages with what it must be, and write it anew if it differs.
+
+        value: what `get` returned, or None where LMDB refused the page. Only within a write transaction,
+        and only for a value that it has not changed: the file has what the last commit left there.
+        """
+        page_bytes = self._page_bytes
+        if value is not None:
+            header = np.frombuffer(value, dtype=np.uint8).ctypes.data - PAGE_HEADER_BYTES
+            page, _, flags, pages = PAGE_HEADER.unpack(ctypes.string_at(header, PAGE_HEADER_BYTES))
+            if (flags, pages) == (OVERFLOW_FLAG, overflow_pages(len(value), page_bytes)) and page < 1 << 48:
+                start = os.pread(self.fd, _COMPARED_BYTES, page * page_bytes + PAGE_HEADER_BYTES)
+                if start == bytes(value[:_COMPARED_BYTES]):
+                    return
+        try:
+            leaf = find_leaf(self.fd, database, key)
+        except (KeyError, CorruptBlockError, OSError) as exc:
+            raise StoreError(f"{self.path}: a damaged value cannot be found: {exc}") from exc
+        if not leaf.is_big:
+            return
+        first_page = int.from_bytes(leaf.held, "little")
+        sound = PAGE_HEADER.pack(first_page, 0, OVERFLOW_FLAG, overflow_pages(leaf.size, page_bytes))
+        os.pwrite(self.fd, sound, first_page * page_bytes)
+        _logger.warning("%s: the page header of value %s was damaged", self.path, key.hex())
+
+    def _read(self, offset: int, view: memoryview) -> int:
+        """Read whole pages: what the page cache has of them, the rest around it. Return how many bytes were there."""
+        found = self._read_cached(offset, view) if self._direct_fd >= 0 else 0
+        if found < len(view) and self._direct_fd >= 0:
+            try:
+                found += os.preadv(self._direct_fd, [view[found:]], offset + found)
+            except OSError as exc:
+                if exc.errno not in _UNSUPPORTED:
+                    raise
+        while found < len(view):
+            more = os.preadv(self.fd, [view[found:]], offset + found)
+            if not more:
+                break
+            found += more
+        return found
+
+    def _read_cached(self, offset: int, view: memoryview) -> int:
+        try:
+            found = os.preadv(self.fd, [view], offset, os.RWF_NOWAIT)
+        except BlockingIOError:
+            return 0
+        except OSError as exc:
+            if exc.errno not in _UNSUPPORTED:
+                raise
+            return 0
+        return found // self._page_bytes * self._page_bytes
+
+
+class _Buffers(threading.local):
+    """Memory for one value, one piece per thread, grown to the largest seen. It begins at a page border."""
+
+    def __init__(self) -> None:
+        self._map: mmap.mmap | None = None
+
+    def get(self, size: int) -> memoryview:
+        if self._map is None or len(self._map) < size:
+            self._map = mmap.mmap(-1, -(-size // _BUFFER_STEP) * _BUFFER_STEP)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                with contextlib.suppress(OSError):
+                    self._map.madvise(mmap.MADV_HUGEPAGE)
+        return memoryview(self._map)[:size]

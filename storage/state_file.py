@@ -1,4 +1,4 @@
-"""A cache in one file: what `save_cache_state` writes and `load_cache_state` reads on demand.
+"""A cache in one file, as `save_cache_state` writes and `load_cache_state` reads it on demand; here the reading.
 
 Layout: a 4 KiB header, the namespace's description, records (the cold tier's own, see FORMAT.md) each
 beginning on a 4 KiB border, then the index: one fixed-size row a block, sorted by hash. Opening reads header,
@@ -11,15 +11,10 @@ map would end the process with SIGBUS.
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import glob
 import os
-import struct
-import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import msgspec
 import numpy as np
@@ -27,33 +22,16 @@ import numpy.typing as npt
 import xxhash
 
 from tierkv.block import HASH_BYTES, TOKEN_BYTES, BlockHash, common_run
-from tierkv.errors import CorruptBlockError, FormatVersionError, StoreError
+from tierkv.errors import CorruptBlockError, StoreError
 from tierkv.layout import BlockLayout
 from tierkv.storage.coded import CodedBlock
 from tierkv.storage.lmdb_file import fetch_ahead
 from tierkv.storage.outcomes import MissReason
-from tierkv.storage.record import HEADER_BYTES, BlockInfo, TruncatedBlockError, decode_record, read_header
+from tierkv.storage.record import HEADER_BYTES, BlockInfo, TruncatedBlockError, decode_record
+from tierkv.storage.state_format import ALIGN_BYTES, ROW, STATE_VERSION, StateHeader
+from tierkv.storage.state_writer import SavedState, write_state_file
 
 __all__ = ["STATE_VERSION", "SavedState", "StateFile", "write_state_file"]
-
-STATE_VERSION = 1
-_MAGIC = b"TKVSTATE"
-_ALIGN = 4096
-_HEADER = struct.Struct(
-    "<8sIIQQQQ16sQQ"
-)  # magic, version, row bytes, file, description, index, rows, namespace, checksums
-_ROW = np.dtype(
-    [("key", "S16"), ("parent", "S16"), ("offset", "<u8"), ("size", "<u8"), ("tokens", "<u4"), ("pad", "<u4")]
-)
-"""One block. Keys are compared as two big-endian integers, because numpy's S16 drops trailing NULs."""
-
-
-@dataclass(frozen=True, slots=True)
-class SavedState:
-    """What a save wrote."""
-
-    blocks: int
-    file_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,101 +42,6 @@ class StateEntry:
     num_tokens: int
     offset: int
     size: int
-
-
-def write_state_file(path: Path, *, namespace: BlockHash, description: bytes, records: Iterable[bytes]) -> SavedState:
-    """Write records into one file, atomically: beside the target, synced, then renamed over it.
-
-    Raises StoreError if the file cannot be written; the target is then what it was.
-    What a save that was killed has left beside the target goes with the next one.
-    """
-    path = path.absolute()
-    try:
-        _remove_remains(path)
-        fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=_temporary_prefix(path))
-    except OSError as exc:
-        raise StoreError(f"cannot write {path}: {exc.strerror}") from exc
-    try:
-        with os.fdopen(fd, "wb") as file:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as long as this process lives, it is no remains
-            state = _write(file, namespace, description, records)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(temporary, path)
-        _sync_directory(path.parent)
-        return state
-    except OSError as exc:
-        raise StoreError(f"cannot write {path}: {exc.strerror}") from exc
-    finally:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-
-
-def _temporary_prefix(path: Path) -> str:
-    return f".{path.name}."
-
-
-def _remove_remains(path: Path) -> None:
-    """Remove what saves to `path` left behind that were killed; raises OSError."""
-    for remains in path.parent.glob(f"{glob.escape(_temporary_prefix(path))}*"):
-        with contextlib.suppress(FileNotFoundError, BlockingIOError), open(remains, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            remains.unlink()
-
-
-def _write(file: BinaryIO, namespace: BlockHash, description: bytes, records: Iterable[bytes]) -> SavedState:
-    file.write(b"\0" * _ALIGN)
-    file.write(description)
-    rows: list[tuple[bytes, bytes, int, int, int, int]] = []
-    for record in records:
-        info = read_header(record).info
-        file.write(b"\0" * (-file.tell() % _ALIGN))
-        rows.append((info.block_hash, info.parent, file.tell(), len(record), info.num_tokens, 0))
-        file.write(record)
-    file.write(b"\0" * (-file.tell() % _ALIGN))
-    index_offset = file.tell()
-    rows.sort()
-    index = np.array(rows, dtype=_ROW).tobytes()
-    file.write(index)
-    file_bytes = file.tell()
-    file.seek(0)
-    file.write(
-        _pack_header(
-            file_bytes,
-            len(description),
-            index_offset,
-            len(rows),
-            namespace,
-            xxhash.xxh3_64_intdigest(description + index),
-        )
-    )
-    return SavedState(len(rows), file_bytes)
-
-
-def _pack_header(
-    file_bytes: int, description_bytes: int, index_offset: int, rows: int, namespace: BlockHash, checksum: int
-) -> bytes:
-    values = (
-        _MAGIC,
-        STATE_VERSION,
-        _ROW.itemsize,
-        file_bytes,
-        description_bytes,
-        index_offset,
-        rows,
-        namespace,
-        checksum,
-    )
-    body = _HEADER.pack(*values, 0)[:-8]
-    return body + struct.pack("<Q", xxhash.xxh3_64_intdigest(body))
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 class StateFile:
@@ -302,33 +185,20 @@ class StateFile:
 
     def _read_index(self) -> None:
         assert self._fd is not None
-        header = os.pread(self._fd, _HEADER.size, 0)
-        if len(header) < _HEADER.size or header[:8] != _MAGIC:
-            raise CorruptBlockError(f"{self.path} is not a tierkv state file")
-        _, version, row_bytes, file_bytes, text_bytes, index_offset, count, namespace, checksum, own = _HEADER.unpack(
-            header
-        )
-        if version != STATE_VERSION:
-            raise FormatVersionError(
-                f"{self.path} has state format {version}, this tierkv reads {STATE_VERSION}",
-                hint="save it again with this version, or update tierkv",
-            )
         actual_bytes = os.fstat(self._fd).st_size
-        if xxhash.xxh3_64_intdigest(header[:-8]) != own or row_bytes != _ROW.itemsize:
-            raise CorruptBlockError(f"the header of {self.path} is damaged")
-        if actual_bytes != file_bytes or index_offset + count * row_bytes != file_bytes or text_bytes > index_offset:
-            raise CorruptBlockError(
-                f"the state file {self.path} is cut short or damaged: {actual_bytes} of {file_bytes} bytes"
-            )
-        self.namespace: BlockHash = namespace
-        description = os.pread(self._fd, text_bytes, _ALIGN)
-        index = os.pread(self._fd, count * row_bytes, index_offset)
-        if xxhash.xxh3_64_intdigest(description + index) != checksum:
+        try:
+            header = StateHeader.unpack(os.pread(self._fd, StateHeader.size, 0), actual_bytes=actual_bytes)
+        except StoreError as exc:
+            raise type(exc)(f"the state file {self.path} cannot be used: {exc}") from exc
+        self.namespace: BlockHash = header.namespace
+        description = os.pread(self._fd, header.description_bytes, ALIGN_BYTES)
+        index = os.pread(self._fd, header.rows * ROW.itemsize, header.index_offset)
+        if xxhash.xxh3_64_intdigest(description + index) != header.checksum:
             raise CorruptBlockError(f"the index of {self.path} is damaged")
         self.description: dict[str, object] = msgspec.json.decode(description)
         self.raw_description = description
-        self._rows = np.frombuffer(index, dtype=_ROW)
-        raw = np.frombuffer(index, dtype=np.uint8).reshape(count, row_bytes)
+        self._rows = np.frombuffer(index, dtype=ROW)
+        raw = np.frombuffer(index, dtype=np.uint8).reshape(header.rows, ROW.itemsize)
         self._keys = _leading_integers(raw[:, :HASH_BYTES])
         parents = _leading_integers(raw[:, HASH_BYTES : 2 * HASH_BYTES])
         self._by_parent = np.argsort(parents, kind="stable")
@@ -345,11 +215,11 @@ class StateFile:
         return None
 
     def _key_bytes(self, row: int) -> BlockHash:
-        start = row * _ROW.itemsize
+        start = row * ROW.itemsize
         return self._index_bytes[start : start + HASH_BYTES]
 
     def _parent_bytes(self, row: int) -> BlockHash:
-        start = row * _ROW.itemsize + HASH_BYTES
+        start = row * ROW.itemsize + HASH_BYTES
         return self._index_bytes[start : start + HASH_BYTES]
 
 

@@ -46,7 +46,7 @@ LAYERS = (
         "storage.lmdb_directory storage.lmdb_env "
         "storage.cold_entry storage.cold_links storage.cold_namespaces storage.cold_batch storage.cold_stats "
         "storage.cold_eviction storage.cold_check storage.cold_writer storage.cold_salvage storage.cold "
-        "storage.state_file",
+        "storage.state_format storage.state_writer storage.state_file",
         below="values",
     ),
     Layer("kernels", "kernels.*", below="values storage"),
@@ -56,7 +56,7 @@ LAYERS = (
     # The facade joins the siblings.
     Layer(
         "facade",
-        "lookup tiers warm_memory split_load demotion promotion block_control sequence cache",
+        "lookup tiers warm_memory split_load demotion cold_reads promotion block_control sequence cache",
         below="values control storage kernels background client mover",
     ),
     # What runs a model over the cache, or steers it.

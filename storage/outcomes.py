@@ -20,6 +20,7 @@ class MissReason(Enum):
     NO_ROOM = "no_room"  # the warm tier, through which cold blocks come up, is full of pinned ones
     RECOMPUTED = "recomputed"  # it was there, and to compute it was faster than to wait for it
     IO_ERROR = "io_error"
+    OTHER_RANK = "other_rank"  # this rank has it, but another rank of the model does not
 
 
 class PutOutcome(Enum):

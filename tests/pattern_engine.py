@@ -35,10 +35,10 @@ def tiny_warm(num_blocks: int, warm_codec: str) -> tuple[BlockLayout, int]:
     return layout, num_blocks * WindowFormat(layout, layer_groups(layout)).slot_bytes + num_staging * layout.block_bytes
 
 
-def pattern(token_ids: list[int], num_layers: int) -> torch.Tensor:
+def pattern(token_ids: list[int], num_layers: int, seed: int = 0) -> torch.Tensor:
     """Return [tokens, layers, 2] values in [0, 256): each depends on every token up to its own."""
     rows: list[int] = []
-    digest = 0
+    digest = seed
     for token in token_ids:
         digest = xxhash.xxh3_64_intdigest(token.to_bytes(4, "little"), seed=digest)
         rows.append(digest)
@@ -48,10 +48,14 @@ def pattern(token_ids: list[int], num_layers: int) -> torch.Tensor:
 
 
 class PatternEngine:
-    """Drives a cache as an engine does: prefill what is missing, commit, decode, check what was cached."""
+    """Drives a cache as an engine does: prefill what is missing, commit, decode, check what was cached.
 
-    def __init__(self, cache: TierCache) -> None:
+    seed: engines with different ones have different K and V, as the ranks of a split model have.
+    """
+
+    def __init__(self, cache: TierCache, seed: int = 0) -> None:
         self.cache = cache
+        self.seed = seed
         self.size = cache.config.block_size
 
     def start(self, token_ids: list[int], *, tail: bool = False, may_split: bool = False) -> Sequence:
@@ -108,7 +112,7 @@ class PatternEngine:
     def _tokens(self, sequence: Sequence, first: int, last: int) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
         """Yield, for each token and layer, its K and V in the pool and the two values that belong there."""
         cache, hot = self.cache, self.cache.hot
-        values = pattern(sequence.token_ids.tolist(), cache.layout.num_layers).to(hot.device, hot.dtype)
+        values = pattern(sequence.token_ids.tolist(), cache.layout.num_layers, self.seed).to(hot.device, hot.dtype)
         for position in range(first, last):
             block, offset = sequence.block_table[position // self.size], position % self.size
             for layer in range(cache.layout.num_layers):

@@ -56,7 +56,8 @@ LAYERS = (
     # The facade joins the siblings.
     Layer(
         "facade",
-        "lookup tiers warm_memory split_load demotion cold_reads promotion block_control sequence cache",
+        "lookup tiers warm_memory split_load demotion cold_reads promotion ranks torch_ranks accord "
+        "block_control sequence cache",
         below="values control storage kernels background client mover",
     ),
     # What runs a model over the cache, or steers it.
@@ -77,7 +78,7 @@ LAYERS = (
 # Torch may be loaded by these layers and modules only; some stay free of it in a layer that has it.
 TORCH_LAYERS = {"kernels", "mover", "facade", "engine", "package", "tools"}
 TORCH_MODULES = {"storage.hot"}
-TORCH_FREE_MODULES = {"lookup", "prompts"}
+TORCH_FREE_MODULES = {"lookup", "prompts", "ranks"}
 HEAVY = ("torch", "transformers", "flash_attn", "triton", "typer", "rich")
 
 

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from tierkv.managed_attention import ManagedFlashAttention
     from tierkv.namespace import Namespace
     from tierkv.policies import EvictionPolicy
+    from tierkv.ranks import RankGroup
     from tierkv.stats import CacheStats
+    from tierkv.torch_ranks import TorchRanks
 
 __all__ = [
     "BlockLayout",
@@ -26,9 +28,11 @@ __all__ = [
     "EvictionPolicy",
     "ManagedFlashAttention",
     "Namespace",
+    "RankGroup",
     "Tier",
     "TierCache",
     "TierKVError",
+    "TorchRanks",
     "__version__",
     "load_cache_state",
     "save_cache_state",
@@ -43,9 +47,11 @@ _HOMES = {
     "EvictionPolicy": "tierkv.policies",
     "ManagedFlashAttention": "tierkv.managed_attention",
     "Namespace": "tierkv.namespace",
+    "RankGroup": "tierkv.ranks",
     "Tier": "tierkv.block",
     "TierCache": "tierkv.cache",
     "TierKVError": "tierkv.errors",
+    "TorchRanks": "tierkv.torch_ranks",
     "load_cache_state": "tierkv.cache",
     "save_cache_state": "tierkv.cache",
 }

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from tierkv.accord import Accord
 from tierkv.block import TOKEN_BYTES, BlockHash, HashFunction, Tier, TokenIds, as_token_array, hash_block, iter_chain
 from tierkv.block_control import BlockControl
 from tierkv.config import CacheConfig
@@ -24,6 +25,7 @@ from tierkv.mover import Move, Ready
 from tierkv.namespace import Namespace, differing_fields
 from tierkv.policies import EvictionPolicy, make_policy
 from tierkv.promotion import Promoter
+from tierkv.ranks import OneRank, RankGroup
 from tierkv.sequence import Sequence
 from tierkv.split_load import SplitLoad
 from tierkv.stats import CacheStats, TierStats
@@ -66,6 +68,8 @@ class TierCache:
     never read. With a lossy codec it becomes one that names the codec: `cache.namespace` is what holds.
     device: where the hot pool lies and the model runs. cold: an open store to share with another cache of this
     process; without one the cache opens `config.cold_path` itself and closes it.
+    ranks: of a model that is split over several devices, the others; each rank has a cache of its own, and all may
+    have one cold_path.
 
     Life of a request: `acquire` (or `match` to look first), compute the tokens that were not cached, `commit`
     them, `append` and `commit` while decoding, `release`. Calls are thread-safe; a sequence belongs to one
@@ -81,9 +85,12 @@ class TierCache:
         device: torch.device | str = "cpu",
         cold: ColdStore | None = None,
         policy: EvictionPolicy | None = None,
+        ranks: RankGroup | None = None,
         clock: Callable[[], float] = time.monotonic,
         hash_function: HashFunction = hash_block,
     ) -> None:
+        self.ranks: RankGroup = ranks or OneRank()
+        _check_slice(namespace, self.ranks)
         codec = _codec_of(config, namespace)
         namespace = replace(namespace, lossy_codec=codec.name if codec.is_lossy else "")
         self.config = config
@@ -113,6 +120,7 @@ class TierCache:
             raise
         self._promoter = Promoter(self._tiers, self._demoter)
         self.blocks = BlockControl(self._tiers, self._demoter)
+        self._accord = Accord(self.ranks, self._tiers, self._demoter)
 
     def __enter__(self) -> TierCache:
         return self
@@ -159,15 +167,20 @@ class TierCache:
         with self._tiers.changed:
             found = self._look_up(token_bytes, num_tokens - 1) if reuse else Lookup()
             pinned = self._promoter.pin(found)
+        may_split = may_split and self.ranks.size == 1  # each rank's load would meet the engine at another block
         later = self._cold_end(found) if may_split else []
         if later:
             found = replace(found, blocks=found.blocks[: -len(later)], tail=None)
-        promoted = self._promoter.promote(found, pinned, num_blocks=num_blocks)
+        promoted = self._accord.promote(
+            lambda: self._promoter.promote(found, pinned, num_blocks=num_blocks), topic=token_bytes
+        )
         if promoted.failure:
             later = []
-        blocks, tokens = _count_by_tier(len(found.hot), self.config.block_size, promoted.hits)
-        chain = [entry.block_hash for entry in found.hot]
-        chain += (hit.block_hash for hit in promoted.hits if hit is not found.tail)
+        size = self.config.block_size
+        blocks, tokens = _count_by_tier(len(promoted.hot), size, promoted.hits)
+        num_whole = sum(hit.num_tokens == size and hit is not found.tail for hit in promoted.hits)
+        chain = [entry.block_hash for entry in promoted.hot]
+        chain += (hit.block_hash for hit in promoted.hits[:num_whole])
         sequence = Sequence(
             token_bytes=bytearray(token_bytes),
             block_table=promoted.block_table,
@@ -184,12 +197,13 @@ class TierCache:
             with self._tiers.changed:
                 self._sequences.add(sequence)
                 num_found = sum(blocks.values()) + len(later)
-                self._count(sequence, num_blocks - num_found, num_found, promoted.failure or found.miss)
+                miss = promoted.failure or found.miss
+                self._count(sequence, num_blocks - num_found, num_found, miss, num_surplus=promoted.num_surplus)
                 self._tiers.stats.hits.update(blocks)
                 self._tiers.stats.hit_tokens.update(tokens)
-                self._touch(found.hot, promoted.hits)
+                self._touch(promoted.hot, promoted.hits)
             if self.cold:
-                self.cold.touch([*chain, *(hit.block_hash for hit in promoted.hits if hit is found.tail)])
+                self.cold.touch([*chain, *(hit.block_hash for hit in promoted.hits[num_whole:])])
         except BaseException:
             self.release(sequence)
             raise
@@ -238,7 +252,7 @@ class TierCache:
         num_tokens = sequence.num_tokens + len(token_bytes) // TOKEN_BYTES
         missing = -(-num_tokens // self.config.block_size) - len(sequence.block_table)
         if missing > 0:
-            sequence.block_table.extend(self._demoter.take_hot(missing))
+            sequence.block_table.extend(self._accord.take_hot(missing, topic=token_bytes))
         sequence.token_bytes += token_bytes
 
     def commit(self, sequence: Sequence, num_computed_tokens: int, *, tail: bool = False) -> int:
@@ -274,7 +288,7 @@ class TierCache:
             raise ConfigError("the sequence's cold blocks are still coming: join them before it is forked")
         size = self.config.block_size
         num_shared = sequence.num_tokens // size
-        own = self._demoter.take_hot(len(sequence.block_table) - num_shared)
+        own = self._accord.take_hot(len(sequence.block_table) - num_shared, topic=b"fork")
         forked = Sequence(
             token_bytes=bytearray(sequence.token_bytes),
             block_table=[*sequence.block_table[:num_shared], *own],
@@ -537,16 +551,21 @@ class TierCache:
         found = (index.get(hit.block_hash, hit.parent_hash, hit.token_bytes) for hit in hits)
         index.touch_all(entry for entry in found if entry)
 
-    def _count(self, sequence: Sequence, num_missing: int, num_found: int, miss: MissReason | None) -> None:
-        """Count a request. `miss`: why the block behind the hits was none, if there is more to say than absent."""
+    def _count(
+        self, sequence: Sequence, num_missing: int, num_found: int, miss: MissReason | None, num_surplus: int = 0
+    ) -> None:
+        """Count a request. `miss`: why the block behind the hits was none, if there is more to say than absent.
+
+        num_surplus: blocks that this rank had, right behind those found, and gave up.
+        """
         stats = self._tiers.stats
         stats.requests += 1
         stats.prompt_tokens += sequence.num_tokens
         stats.misses += num_missing
         stats.collisions += miss is MissReason.COLLISION
         reasons = self._miss_reasons(sequence, num_found) if sequence.is_cacheable else []
-        if miss and num_missing:
-            reasons = [miss, *reasons[1:]]
+        known = [MissReason.OTHER_RANK] * num_surplus + ([miss] if miss else [])
+        reasons = [*known, *reasons[len(known) :]][:num_missing]
         stats.miss_reasons.update(reason.value for reason in reasons)
         if len(reasons) < num_missing:
             stats.miss_reasons[MissReason.ABSENT.value] += num_missing - len(reasons)
@@ -637,6 +656,15 @@ def _require_running(sequence: Sequence) -> None:
     """Raise ConfigError for a released sequence: its blocks may hold another one's K and V by now."""
     if sequence.is_released:
         raise ConfigError("the sequence has been released")
+
+
+def _check_slice(namespace: Namespace, ranks: RankGroup) -> None:
+    """Raise ConfigError unless the namespace is that of this rank's slice: blocks of another are never of use."""
+    if (namespace.tp_rank, namespace.tp_size) != (ranks.rank, ranks.size):
+        raise ConfigError(
+            f"the namespace is slice {namespace.tp_rank} of {namespace.tp_size}, "
+            f"but this is rank {ranks.rank} of {ranks.size}"
+        )
 
 
 def _codec_of(config: CacheConfig, namespace: Namespace) -> Codec:

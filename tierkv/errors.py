@@ -9,6 +9,7 @@ TierKVError
 │   ├── FormatVersionError       written by another version of the format
 │   ├── NamespaceMismatchError   written for another model, dtype, layout or salt
 │   └── CorruptBlockError        bytes that do not match their checksum or header
+├── RankError                    the ranks of a model cannot agree
 └── DaemonError                  the daemon cannot be reached, or refused
 """
 
@@ -21,6 +22,7 @@ __all__ = [
     "DaemonError",
     "FormatVersionError",
     "NamespaceMismatchError",
+    "RankError",
     "ShapeError",
     "StoreError",
     "TierKVError",
@@ -66,6 +68,10 @@ class NamespaceMismatchError(StoreError):
 
 class CorruptBlockError(StoreError):
     """Bytes that do not match their checksum, header or length."""
+
+
+class RankError(TierKVError):
+    """The ranks of a model lost step, do not fit together, or cannot reach each other."""
 
 
 class DaemonError(TierKVError):

@@ -13,13 +13,14 @@ from torch import Tensor
 from tierkv.errors import UnsupportedModelError
 from tierkv.layout import BlockLayout
 from tierkv.namespace import Namespace
+from tierkv.ranks import OneRank, RankGroup
 
 __all__ = ["namespace_of", "weights_digest", "weights_state"]
 
 _PIECE_BYTES = 64 << 20
 
 # Fields of a configuration that decide neither K nor V: where it came from, how generation runs, how
-# attention is implemented. dtype is the layout's.
+# attention is implemented, over how many devices. dtype is the layout's, the slice the namespace's own.
 _VOLATILE = frozenset(
     {
         "_attn_implementation",
@@ -27,6 +28,7 @@ _VOLATILE = frozenset(
         "_name_or_path",
         "architectures",
         "bos_token_id",
+        "distributed_config",
         "dtype",
         "eos_token_id",
         "id2label",
@@ -52,8 +54,10 @@ def weights_digest(model: torch.nn.Module) -> str:
     digest = xxhash.xxh3_128()
     named = [*model.named_parameters(), *model.named_buffers()]
     for name, tensor in sorted(named, key=lambda pair: pair[0]):
-        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        for piece in _iter_bytes(tensor.detach()):
+        split = f"{tensor.placements}|" if hasattr(tensor, "placements") else ""
+        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # a DTensor's part on this device
+        digest.update(f"{name}|{tensor.dtype}|{tuple(local.shape)}|{split}".encode())
+        for piece in _iter_bytes(local.detach()):
             digest.update(piece)
     return digest.hexdigest()
 
@@ -65,9 +69,18 @@ def weights_state(model: torch.nn.Module) -> tuple[tuple[int, int], ...]:
     return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
 
 
-def namespace_of(model: Any, layout: BlockLayout, *, adapter: str = "", salt: str = "", name: str = "") -> Namespace:
+def namespace_of(
+    model: Any,
+    layout: BlockLayout,
+    *,
+    adapter: str = "",
+    salt: str = "",
+    name: str = "",
+    ranks: RankGroup | None = None,
+) -> Namespace:
     """Return the namespace of a Hugging Face model's blocks. `adapter`: digest of one that is not merged.
 
+    ranks: of a split model. Its digest is made of every rank's, since K and V of one depend on the weights of all.
     Raises UnsupportedModelError for a model that has adapters where none is named: which of them is active, and how
     strongly, are no weights.
     """
@@ -76,17 +89,26 @@ def namespace_of(model: Any, layout: BlockLayout, *, adapter: str = "", salt: st
             f"{type(model).__name__} has adapters that are not merged into its weights",
             hint="merge them, or say by adapter= which one is active: a digest of its content and its scale",
         )
+    group = ranks or OneRank()
     config = model.config.get_text_config().to_dict()
     architecture = {"class": type(model).__name__}
     architecture |= {key: value for key, value in config.items() if key not in _VOLATILE}
     return Namespace(
-        weights=weights_digest(model),
+        weights=_joint_digest(weights_digest(model), group),
         architecture=json.loads(json.dumps(architecture, default=str)),
         layout=layout,
         adapter=adapter,
         salt=salt,
+        tp_rank=group.rank,
+        tp_size=group.size,
         name=name,
     )
+
+
+def _joint_digest(digest: str, ranks: RankGroup) -> str:
+    if ranks.size == 1:
+        return digest
+    return xxhash.xxh3_128_hexdigest(b"|".join(ranks.gather(digest.encode())))
 
 
 def _iter_bytes(tensor: Tensor) -> Iterator[memoryview]:

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from tierkv.attention import SequenceStep, build_batch, forward, use_tierkv_attention
-from tierkv.errors import UnsupportedModelError
+from tierkv.errors import ConfigError, UnsupportedModelError
 from tierkv.layout import BlockLayout, LayerLayout
+from tierkv.ranks import RankGroup
 from tierkv.storage.hot import HotPool
 
-__all__ = ["check_supported", "probe_layout", "self_test"]
+__all__ = ["check_split", "check_supported", "probe_layout", "self_test"]
 
 _SAFE_LAYERS = {"full_attention", "sliding_attention"}
 _SAFE_CACHES = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
@@ -35,6 +36,24 @@ def check_supported(model: Any) -> None:
     reasons = list(_reasons(model))
     if reasons:
         raise UnsupportedModelError(f"{type(model).__name__} cannot be cached by prefix: {'; '.join(reasons)}")
+
+
+def check_split(model: Any, ranks: RankGroup) -> None:
+    """Raise unless a model is split over exactly these ranks, or whole on the only one.
+
+    ConfigError where the ranks are the wrong ones, UnsupportedModelError where the model cannot be split so.
+    """
+    size = getattr(model, "tp_size", None) or 1
+    name = type(model).__name__
+    if size == 1 and any(hasattr(parameter, "placements") for parameter in model.parameters()):
+        raise UnsupportedModelError(f"{name} has weights that are split, but not by tensor parallelism")
+    if size != ranks.size:
+        hint = "say ranks=TorchRanks.of_process_group()" if ranks.size == 1 else None
+        raise ConfigError(f"{name} is split over {size} devices, but there are {ranks.size} ranks", hint=hint)
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None) or size
+    if heads % size:
+        raise UnsupportedModelError(f"{name} has {heads} heads of K and V, which cannot be split over {size} ranks")
 
 
 def probe_layout(model: Any, *, block_size: int) -> BlockLayout:

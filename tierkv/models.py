@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import device_mesh
 
-from tierkv.errors import ConfigError
+from tierkv.errors import ConfigError, UnsupportedModelError
 
-__all__ = ["EMBEDDED", "LoadedModel", "load_model", "load_tokenizer"]
+__all__ = ["EMBEDDED", "LoadedModel", "load_model", "load_tokenizer", "split_model"]
 
 EMBEDDED = "embedded"
 _EMBEDDED_VERSION = 1
@@ -69,6 +70,31 @@ def load_tokenizer(name: str, *, cache_dir: Path) -> Any | None:
         return _transformers().AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError):
         return None
+
+
+def split_model(model: Any) -> Any:
+    """Split a loaded model over the processes of torch.distributed, in place, by its own tensor-parallel plan.
+
+    Every process calls this with the same weights on its own device and goes on with its slice of them. So the whole
+    model must fit a device first: larger ones are loaded in slices, by Transformers' `from_pretrained` with a
+    `distributed_config`. Raises ConfigError without a process group, UnsupportedModelError for a model without a plan.
+    """
+    transformers = _transformers()
+    name = type(model).__name__
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        raise ConfigError(f"{name} cannot be split: torch.distributed has no process group", hint="run under torchrun")
+    if not hasattr(model, "maybe_distribute_model"):
+        raise ConfigError(f"Transformers {transformers.__version__} cannot split a loaded model", hint="5.17 can")
+    if not model.tp_plan:
+        raise UnsupportedModelError(f"{name} has no tensor-parallel plan")
+    size = torch.distributed.get_world_size()
+    distributed = importlib.import_module("transformers.distributed")
+    config = distributed.DistributedConfig(tp_plan="auto", tp_size=size)
+    mesh = device_mesh.init_device_mesh(model.device.type, (size,))
+    try:
+        return model.maybe_distribute_model(model, config, mesh)
+    except ValueError as exc:
+        raise UnsupportedModelError(f"{name} cannot be split over {size} devices: {_first_line(exc)}") from exc
 
 
 def write_embedded_model(path: Path) -> None:

@@ -11,6 +11,7 @@ from itertools import takewhile
 from tierkv.block import Tier
 from tierkv.demotion import Demoter
 from tierkv.errors import StoreError
+from tierkv.index import Entry
 from tierkv.lookup import Hit, Lookup
 from tierkv.mover import Move, Ready
 from tierkv.split_load import SplitLoad
@@ -31,17 +32,26 @@ class Promoted:
     """What became of a lookup.
 
     block_table: a pinned block id for every block of the sequence, cached ones first.
-    hits: the hits behind the leading hot blocks that hold good, in order; their tokens need no prefill.
+    hot: the leading blocks that were hot already.
+    hits: the hits behind them that hold good, in order; their tokens need no prefill.
     loads: copies to wait for before the cached bytes are read.
     failure: why the block behind the last hit could not be had, if the lookup had promised it.
     owned: every block id pinned for the sequence so far, to give back if it comes to nothing.
+    num_surplus: blocks that were given up because another rank lacks them.
     """
 
     block_table: list[int] = field(default_factory=list)
+    hot: list[Entry] = field(default_factory=list)
     hits: list[Hit] = field(default_factory=list)
     loads: list[Ready] = field(default_factory=list)
     failure: MissReason | None = None
     owned: list[int] = field(default_factory=list)
+    num_surplus: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Leading tokens that need no prefill."""
+        return sum(entry.num_tokens for entry in self.hot) + sum(hit.num_tokens for hit in self.hits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +80,7 @@ class Promoter:
         pinned: what `pin` returned, given back here. The caller does not hold the lock: cold blocks are read
         without it. Raises CapacityError, everything given back.
         """
-        result = Promoted(block_table=list(pinned.hot), owned=list(pinned.hot), loads=pinned.arriving)
+        result = Promoted(list(pinned.hot), lookup.hot, owned=list(pinned.hot), loads=pinned.arriving)
         fresh: deque[int] = deque()
         try:
             num_hot = len(pinned.hot) + sum(hit.tier is Tier.HOT for hit in lookup.blocks)

@@ -21,9 +21,10 @@ from tierkv.cascade import CascadeCost, SharedPrefix, plan_cascade
 from tierkv.config import CacheConfig
 from tierkv.errors import CapacityError, ConfigError
 from tierkv.fingerprint import namespace_of, weights_state
-from tierkv.gate import check_supported, probe_layout, self_test
+from tierkv.gate import check_split, check_supported, probe_layout, self_test
 from tierkv.graphs import GraphedModel
 from tierkv.models import LoadedModel
+from tierkv.ranks import OneRank, RankGroup
 from tierkv.sampling import Sampler, SamplingOptions
 from tierkv.sequence import Sequence
 from tierkv.storage.cold import ColdStore
@@ -100,10 +101,12 @@ class _Request:
 class Runner:
     """One model and its cache. Not thread-safe.
 
+    A model that is split over several ranks has a runner on each; they are given the same calls in the same order.
     max_step_tokens: new tokens that one forward pass takes at most; longer prompts are computed in pieces.
     cascade: "auto" lets sequences that decode together read a shared prefix once for all of them where that pays,
     "off" never does. cascade_cost: by what to judge that, instead of the speeds measured on an H200 or a CPU.
-    cascade_steps counts the forward passes that did.
+    cascade_steps counts the forward passes that did. use_graphs: replay CUDA graphs; None says yes to a model that is
+    whole on its device.
     """
 
     def __init__(
@@ -114,6 +117,7 @@ class Runner:
         max_step_tokens: int = 8192,
         cascade: str = "auto",
         cascade_cost: CascadeCost | None = None,
+        use_graphs: bool | None = None,
     ) -> None:
         if max_step_tokens < 1:
             raise ConfigError(f"max_step_tokens must be positive, got {max_step_tokens}")
@@ -126,7 +130,7 @@ class Runner:
         self.cascade_steps = 0
         self._cascade_cost = (cascade_cost or _cascade_cost(loaded, cache)) if cascade == "auto" else None
         self._device = torch.device(loaded.model.device)
-        self._graphs = GraphedModel(loaded.model, cache)
+        self._graphs = GraphedModel(loaded.model, cache) if _wants_graphs(use_graphs, cache) else None
         self._weights = weights_state(loaded.model)
         self._num_ids = loaded.model.get_input_embeddings().num_embeddings
 
@@ -149,7 +153,8 @@ class Runner:
         Returns the number of tokens computed: 0 where all are cached already.
         """
         token_ids = self._checked(token_ids)
-        if self.cache.match(token_ids).num_cached_tokens == len(token_ids):
+        num_cached = self.cache.match(token_ids).num_cached_tokens
+        if self.cache.ranks.agree_min(num_cached, topic=b"prefill").lowest == len(token_ids):
             return 0
         sequence = self.cache.acquire(token_ids)
         request = _Request(0, list(token_ids), len(token_ids), Sampler(SamplingOptions()), frozenset(), 0.0)
@@ -300,7 +305,7 @@ class Runner:
         """Return logits [sequences, vocabulary] of each sequence's last new token."""
         plan = self._plan(steps)
         self.cascade_steps += bool(plan)
-        replayed = self._graphs.run(steps, token_ids, plan)
+        replayed = self._graphs.run(steps, token_ids, plan) if self._graphs else None
         if replayed is not None:
             return replayed
         size, device = self.cache.config.block_size, self._device
@@ -347,22 +352,39 @@ def open_runner(
     adapter: str = "",
     salt: str = "",
     cold: ColdStore | None = None,
+    ranks: RankGroup | None = None,
     max_step_tokens: int = 8192,
     cascade: str = "auto",
     cascade_cost: CascadeCost | None = None,
+    use_graphs: bool | None = None,
 ) -> Iterator[Runner]:
     """Check that a model can be cached, open a cache for it, and close that again. The options are `Runner`'s.
 
-    Raises UnsupportedModelError, with the reason, before anything is opened.
+    ranks: of a model that is split over several processes, all of which call this together. Sizes in `config` are
+    a rank's own, save for `cold_bytes`: one store serves all ranks of a machine.
+    Raises UnsupportedModelError, with the reason, before anything is opened; ConfigError where ranks do not fit.
     """
     model = loaded.model
     check_supported(model)
+    check_split(model, ranks or OneRank())
     layout = probe_layout(model, block_size=config.block_size)
     self_test(model, layout)
-    namespace = namespace_of(model, layout, adapter=adapter, salt=salt, name=loaded.name)
-    cache = TierCache(config, namespace=namespace, device=model.device, cold=cold)
+    namespace = namespace_of(model, layout, adapter=adapter, salt=salt, name=loaded.name, ranks=ranks)
+    cache = TierCache(config, namespace=namespace, device=model.device, cold=cold, ranks=ranks)
     with cache, use_tierkv_attention(model):  # here, since to change it takes milliseconds
-        yield Runner(loaded, cache, max_step_tokens=max_step_tokens, cascade=cascade, cascade_cost=cascade_cost)
+        yield Runner(
+            loaded,
+            cache,
+            max_step_tokens=max_step_tokens,
+            cascade=cascade,
+            cascade_cost=cascade_cost,
+            use_graphs=use_graphs,
+        )
+
+
+def _wants_graphs(wish: bool | None, cache: TierCache) -> bool:
+    """Collectives inside a graph depend on NCCL and on every rank capturing it: only on request."""
+    return cache.ranks.size == 1 if wish is None else wish
 
 
 def _cascade_cost(loaded: LoadedModel, cache: TierCache) -> CascadeCost | None:
@@ -374,7 +396,7 @@ def _cascade_cost(loaded: LoadedModel, cache: TierCache) -> CascadeCost | None:
     if is_cuda and not layout_uses_flash(cache.layout):
         return None
     kv_heads = layers[0].kv_heads
-    heads = getattr(loaded.model.config.get_text_config(), "num_attention_heads", None) or kv_heads
+    heads = (getattr(loaded.model.config.get_text_config(), "num_attention_heads", None) or 0) // cache.ranks.size
     make = CascadeCost.of_gpu if is_cuda else CascadeCost.of_cpu
     return make(
         heads=heads - heads % kv_heads or kv_heads,

@@ -166,7 +166,7 @@ def _namespace_table(found: list[StoredNamespace], now: float) -> Table:
     for n in found:
         table.add_row(
             n.digest.hex()[:8],
-            str(n.description.get("name", "")),
+            _model_name(n.description),
             str(n.description.get("dtype", "")),
             str(n.description.get("block_size", "")),
             str(n.blocks),
@@ -174,6 +174,12 @@ def _namespace_table(found: list[StoredNamespace], now: float) -> Table:
             format_age(now - n.last_used),
         )
     return table
+
+
+def _model_name(description: dict[str, Any]) -> str:
+    """Return a namespace's name, with the slice of a model that is split over several ranks."""
+    name, size = str(description.get("name", "")), description.get("tp_size", 1)
+    return name if size == 1 else f"{name}, rank {description.get('tp_rank')} of {size}"
 
 
 def _prefix_table(prefixes: list[_Prefix], texts: list[str], now: float) -> Table:

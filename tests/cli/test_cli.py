@@ -14,7 +14,10 @@ from typing import Any
 import lmdb
 import pytest
 
+from tierkv.layout import BlockLayout
 from tierkv.models import load_model
+from tierkv.namespace import Namespace
+from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_namespaces import FORMAT_KEY
 from tierkv.tools import cli
 
@@ -157,6 +160,15 @@ def test_inspect_prints_what_keeps_two_namespaces_apart(tierkv: Run, tmp_path: P
     for size in (256, 64):
         tierkv("warm", tmp_path / "prompts.txt", "--block-size", size, "--json")
     assert "it differs in block_size" in " ".join(tierkv("inspect").out.split())
+
+
+def test_inspect_says_which_rank_of_a_split_model_a_namespace_is(tierkv: Run, tmp_path: Path) -> None:
+    layout = BlockLayout.uniform(num_layers=1, block_size=16, kv_heads=1, head_dim=8, dtype="float32")
+    with ColdStore(tmp_path / "store", quota_bytes=64 << 20, min_free_bytes=0) as store:
+        for rank in range(2):
+            store.open_namespace(Namespace(weights="w", layout=layout, tp_rank=rank, tp_size=2, name="big"))
+    shown = " ".join(tierkv("inspect").out.split())
+    assert "big, rank 0 of 2" in shown and "big, rank 1 of 2" in shown and "it differs in tp_rank" in shown
 
 
 def test_a_lossy_codec_is_a_namespace_of_its_own_and_halves_the_bytes(tierkv: Run, tmp_path: Path) -> None:

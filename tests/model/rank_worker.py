@@ -1,0 +1,153 @@
+"""One rank of tiny models, for tests. Run as `python rank_worker.py RANK SIZE DIRECTORY RUN DEVICE ACTION:FAMILY...`.
+
+The ranks meet through a file in the folder RUN of the directory, where each also writes what it saw of every action.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tiny_models import VOCABULARY, make_model
+from torch import distributed
+
+from tierkv.block import Tier
+from tierkv.config import CacheConfig
+from tierkv.fingerprint import weights_digest
+from tierkv.models import LoadedModel, split_model
+from tierkv.runner import GenerationOptions, Runner, open_runner
+from tierkv.storage.cold import ColdStore
+from tierkv.torch_ranks import TorchRanks
+
+__all__ = ["NUM_NEW", "block_size_of", "dtype_of", "prompt_of"]
+
+TIMEOUT_S = 60
+NUM_NEW = 4
+
+
+def block_size_of(device: str) -> int:
+    """Return what flash-attn asks for on a GPU, and something small on a CPU."""
+    return 256 if device == "cuda" else 16
+
+
+def dtype_of(device: str) -> torch.dtype:
+    return torch.bfloat16 if device == "cuda" else torch.float32
+
+
+def prompt_of(device: str) -> list[int]:
+    """Return a prompt of three blocks and a half."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(0, VOCABULARY, (block_size_of(device) * 7 // 2,), generator=generator).tolist()
+
+
+class Worker:
+    """One rank and its part of each model."""
+
+    def __init__(self, rank: int, directory: Path, device: str) -> None:
+        self.store = directory / "store"
+        self.device = device
+        self.place = f"cuda:{rank}" if device == "cuda" else device
+        self.ranks = TorchRanks.of_process_group(timeout_s=TIMEOUT_S)
+        assert self.ranks.rank == rank
+        self.models: dict[str, Any] = {}
+        self.hashes: list[bytes] = []
+
+    def use(self, family: str) -> None:
+        """Go on with the model of a family."""
+        if family not in self.models:
+            options = {"block_size": block_size_of(self.device), "dtype": dtype_of(self.device)}
+            self.models[family] = split_model(make_model(family, device=self.place, **options))
+        self.model = self.models[family]
+
+    @contextmanager
+    def runner(self) -> Iterator[Runner]:
+        layer_bytes = 2 * 2 * 64 * dtype_of(self.device).itemsize  # both heads: more than a rank has
+        block_bytes = 3 * layer_bytes * block_size_of(self.device)
+        config = CacheConfig(
+            cold_path=self.store,
+            block_size=block_size_of(self.device),
+            hot_bytes=16 * block_bytes,
+            warm_bytes=16 * block_bytes,
+            cold_bytes=64 << 20,
+            min_free_bytes=0,
+        )
+        with open_runner(LoadedModel(self.model, None, "tiny"), config, ranks=self.ranks) as runner:
+            yield runner
+
+    def generate(self) -> dict[str, Any]:
+        """Answer the prompt in a cache that has just been opened."""
+        with self.runner() as runner:
+            options = GenerationOptions(max_new_tokens=NUM_NEW, stop_ids=frozenset(), store_tail=True, keep_logits=True)
+            (answer,) = runner.generate([prompt_of(self.device)], options)
+            assert answer.logits is not None
+            runner.cache.check()
+            namespace = runner.cache.namespace
+            self.hashes = list(runner.cache.match(prompt_of(self.device)).block_hashes)
+            return {
+                "logits": answer.logits.numpy(),
+                "token_ids": answer.token_ids,
+                "cached": [answer.cached_tokens[tier] for tier in Tier],
+                "kv_heads": runner.cache.layout.layers[0].kv_heads,
+                "weights": namespace.weights,
+                "namespace": namespace.digest.hex(),
+                "reasons": [f"{reason}={count}" for reason, count in runner.cache.stats().miss_reasons.items()],
+            }
+
+    def prefill(self) -> dict[str, Any]:
+        with self.runner() as runner:
+            computed = []
+            for _ in range(2):
+                computed.append(runner.prefill(prompt_of(self.device)))
+                runner.cache.flush()  # the tail is written behind the request
+            return {"computed": computed, "weights": runner.cache.namespace.weights}
+
+    def change_the_last_rank(self) -> dict[str, Any]:
+        """Change a weight that only the last rank holds."""
+        before = weights_digest(self.model)
+        if self.rank_is_last():
+            with torch.no_grad():
+                self.model.model.layers[0].self_attn.v_proj.weight.to_local()[0, 0] += 1
+        return {"is_changed_here": weights_digest(self.model) != before}
+
+    def damage_one(self) -> dict[str, Any]:
+        """Flip a bit of the last rank's second block on disk."""
+        if self.rank_is_last():
+            with ColdStore(self.store, quota_bytes=64 << 20, min_free_bytes=0) as store, store._writer.batch() as batch:
+                value = bytearray(batch.txn.get(self.hashes[1], db=batch.databases.blocks))
+                value[len(value) // 2] ^= 1
+                batch.txn.put(self.hashes[1], bytes(value), db=batch.databases.blocks)
+        return {}
+
+    def rank_is_last(self) -> bool:
+        return self.ranks.rank == self.ranks.size - 1
+
+
+def main(rank: int, size: int, directory: Path, run: str, device: str, actions: list[str]) -> None:
+    torch.set_num_threads(1)
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    distributed.init_process_group(
+        "nccl" if device == "cuda" else "gloo",
+        init_method=f"file://{directory / run}/meeting",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=TIMEOUT_S),
+        device_id=torch.device("cuda", rank) if device == "cuda" else None,
+    )
+    try:
+        worker = Worker(rank, directory, device)
+        for number, (action, family) in enumerate(each.split(":") for each in actions):
+            worker.use(family)
+            np.savez(directory / run / f"{number}-{rank}.npz", **getattr(worker, action)())
+    finally:
+        distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], sys.argv[5], sys.argv[6:])

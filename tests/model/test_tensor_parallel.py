@@ -1,0 +1,160 @@
+"""A tiny model split over real processes: each rank keeps its slice, and all use the same tokens of it."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from child_process import ENVIRONMENT, command
+from places import Place
+from rank_worker import NUM_NEW, block_size_of, dtype_of, prompt_of
+from tiny_models import make_model
+
+from tierkv.errors import ConfigError, UnsupportedModelError
+from tierkv.gate import check_split
+from tierkv.models import split_model
+from tierkv.ranks import OneRank
+from tierkv.torch_ranks import TorchRanks
+
+WORKER = Path(__file__).with_name("rank_worker.py")
+TIMEOUT_S = 180
+COLD = 2  # where it stands among the tiers
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="not two GPUs on this machine")
+    ),
+]
+
+
+class Ranks:
+    """Starts two ranks over one store, as often as need be."""
+
+    size = 2
+
+    def __init__(self, directory: Path, device: str) -> None:
+        self.directory = directory
+        self.device = device
+        self.runs = 0
+
+    def run(self, *actions: str) -> list[list[Any]]:
+        """Let every rank do these actions, each ACTION:FAMILY; return what each saw, by action and rank."""
+        self.runs += 1
+        run = self.directory / str(self.runs)
+        run.mkdir()
+        options = {**ENVIRONMENT, "OMP_NUM_THREADS": "1", "NCCL_NVLS_ENABLE": "0"}
+        arguments = (self.size, self.directory, self.runs, self.device, *actions)
+        processes = [
+            subprocess.Popen(
+                command(WORKER, rank, *arguments),
+                env=options,
+                stderr=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(self.size)
+        ]
+        try:
+            said = [process.communicate(timeout=TIMEOUT_S) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        for process, (out, err) in zip(processes, said, strict=True):
+            assert process.returncode == 0, out + err
+        return [[np.load(run / f"{number}-{rank}.npz") for rank in range(self.size)] for number in range(len(actions))]
+
+    def assert_answers(self, family: str, seen: list[Any]) -> None:
+        """Check that all ranks chose the same tokens, and that their logits are the whole model's."""
+        size = block_size_of(self.device)
+        place = Place(self.device, dtype_of(self.device), size)
+        model = make_model(family, block_size=size, device=self.device, dtype=place.dtype)
+        prompt = prompt_of(self.device)
+        for one in seen:
+            assert one["token_ids"].tolist() == seen[0]["token_ids"].tolist()
+            assert len(one["token_ids"]) == NUM_NEW
+            tokens = [*prompt, *one["token_ids"].tolist()[:-1]]
+            place.assert_logits(torch.from_numpy(one["logits"]), model, tokens, first=len(prompt) - 1)
+
+
+def cached(seen: list[Any], tier: int) -> list[int]:
+    return [int(one["cached"][tier]) for one in seen]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_split_model_restarts_from_disk_and_recomputes_together_what_one_rank_lost(
+    tmp_path: Path, device: str
+) -> None:
+    ranks = Ranks(tmp_path, device)
+    size, length = block_size_of(device), len(prompt_of(device))
+
+    (first,) = ranks.run("generate:qwen3")
+    assert [one["cached"].sum() for one in first] == [0, 0]
+    assert [int(one["kv_heads"]) for one in first] == [1, 1]
+    assert first[0]["namespace"] != first[1]["namespace"]
+
+    restarted, _, damaged, mended = ranks.run("generate:qwen3", "damage_one:qwen3", "generate:qwen3", "generate:qwen3")
+    assert cached(restarted, COLD) == [length - 1] * 2
+    assert [one["cached"].sum() for one in damaged] == [size, size]
+    assert "corrupt=1" in damaged[1]["reasons"]
+    assert any(reason.startswith("other_rank=") for reason in damaged[0]["reasons"])
+    assert cached(mended, COLD) == [length - 1] * 2
+    for seen in (first, restarted, damaged, mended):
+        ranks.assert_answers("qwen3", seen)
+
+
+@pytest.mark.slow
+def test_other_families_are_split_as_well_and_a_weight_of_one_rank_is_part_of_every_ranks_identity(
+    tmp_path: Path,
+) -> None:
+    ranks = Ranks(tmp_path, "cpu")
+    length = len(prompt_of("cpu"))
+    families = ("llama", "gemma2", "qwen3_moe")
+    twice = [f"generate:{family}" for family in families for _ in range(2)]
+    *answers, changed, warmed = ranks.run(*twice, "change_the_last_rank:llama", "prefill:llama")
+    for family, first, again in zip(families, answers[::2], answers[1::2], strict=True):
+        assert cached(again, COLD) == [length - 1] * 2
+        ranks.assert_answers(family, first)
+        ranks.assert_answers(family, again)
+
+    assert [bool(one["is_changed_here"]) for one in changed] == [False, True]
+    assert [one["computed"].tolist() for one in warmed] == [[length, 0]] * 2
+    digests = [[str(one["weights"]) for one in seen] for seen in (answers[0], warmed)]
+    assert digests[0][0] == digests[0][1] != digests[1][0] == digests[1][1]
+
+
+def test_a_model_is_split_over_exactly_the_ranks_that_there_are() -> None:
+    model = make_model("llama", block_size=16)
+    two = TorchRanks(torch.distributed.HashStore(), rank=0, size=2)
+    check_split(model, OneRank())
+    with pytest.raises(ConfigError, match="split over 1 devices, but there are 2 ranks"):
+        check_split(model, two)
+    model._tp_size = 2
+    check_split(model, two)
+    with pytest.raises(ConfigError, match=r"split over 2 devices.*TorchRanks\.of_process_group"):
+        check_split(model, OneRank())
+
+
+def test_heads_that_cannot_be_split_are_refused() -> None:
+    model = make_model("llama", block_size=16)
+    model._tp_size = 4
+    with pytest.raises(UnsupportedModelError, match="2 heads of K and V, which cannot be split over 4 ranks"):
+        check_split(model, TorchRanks(torch.distributed.HashStore(), rank=0, size=4))
+
+
+def test_splitting_needs_a_process_group() -> None:
+    with pytest.raises(ConfigError, match="no process group"):
+        split_model(make_model("llama", block_size=16))
+
+
+def test_weights_that_are_split_in_another_way_are_refused() -> None:
+    model = make_model("llama", block_size=16)
+    model.lm_head.weight.placements = ()  # as weights have that FSDP holds
+    with pytest.raises(UnsupportedModelError, match="not by tensor parallelism"):
+        check_split(model, OneRank())

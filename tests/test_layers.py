@@ -34,9 +34,14 @@ class Layer:
 
 # Bottom to top. A new module gets its place here, in the lowest layer that lets it import what it needs.
 LAYERS = (
-    Layer("values", "errors block layout namespace config stats"),
+    Layer("values", "errors block layout namespace config stats prefill"),
     # Siblings: they know the values and not each other; only the mover also knows the memory that it moves.
-    Layer("control", "slots siblings policies index meeting cascade pieces", below="values"),
+    Layer(
+        "control",
+        "slots siblings eviction hazard use_history lanes policies_basic policies_segmented policies_density "
+        "policies_learned policies index meeting cascade pieces",
+        below="values",
+    ),
     Layer(
         "storage",
         "storage.outcomes storage.planes storage.windows storage.frames storage.coded storage.codec "

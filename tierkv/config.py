@@ -25,6 +25,7 @@ class CacheConfig:
     compute_or_load: let a runner compute the first cold blocks of a prompt while the last ones load.
     codec: how blocks are coded on disk and in state files: "auto" is the lossless one that suits the dtype best.
         "lossy-int8" and "lossy-fp8-e4m3" halve the bytes and change them: their blocks are another namespace's.
+    eviction_policy: a name that `make_policy` knows; `tierkv replay` compares them on a trace.
     num_io_threads: threads that encode and decode cold blocks; above 8 they gain nothing (measured).
     warm_codec: "raw" keeps blocks in the warm tier as they are, "windows" losslessly compressed (storage/windows.py),
         "auto" compresses where a GPU does it: bfloat16 on CUDA with triton.
@@ -44,7 +45,7 @@ class CacheConfig:
     write_through: bool = True
     codec: str = "auto"
     warm_codec: str = "raw"
-    eviction_policy: str = "lru"
+    eviction_policy: str = "hit-density"
     num_io_threads: int = field(default_factory=lambda: min(8, os.cpu_count() or 1))
     min_partial_tokens: int = 1
     compute_or_load: bool = True

@@ -13,13 +13,11 @@ child needs no collection, and what a request does to all of its blocks has a me
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import TypeAlias
 
 from tierkv.block import TOKEN_BYTES, BlockHash, HashFunction, Tier, common_run
-from tierkv.policies import CacheBlock, EvictionPolicy
+from tierkv.eviction import CacheBlock, EvictionPolicy, ObservingPolicy, VictimQueue, new_queue
 from tierkv.siblings import Siblings
 from tierkv.slots import SlotPool
 
@@ -96,10 +94,6 @@ class Entry:
         return self.parent.block_hash == parent_hash and self.token_bytes == token_bytes
 
 
-_Offer: TypeAlias = "tuple[float, int, int, Entry, int]"
-"""(negated score, negated depth, serial number, entry, its access count then): void after another access."""
-
-
 class Index:
     """Entries of the hot and the warm tier, their places, and the eviction order of both.
 
@@ -116,17 +110,15 @@ class Index:
         clock: Callable[[], float],
     ) -> None:
         self.root = root
-        self.policy = policy
         self.hot: SlotPool[Entry] = SlotPool(num_hot)
         self.warm: SlotPool[Entry] = SlotPool(num_warm)
         self._clock = clock
         self._entries: dict[BlockHash, Entry] = {}
         self._now = clock()
         self._trunk = Entry(root, None, b"", self._now)  # stands for the root, and is not in the table
-        self._offers: dict[Tier, list[_Offer]] = {Tier.HOT: [], Tier.WARM: []}
-        self._taken: dict[Tier, list[_Offer]] = {Tier.HOT: [], Tier.WARM: []}
+        self._taken: dict[Tier, list[Entry]] = {Tier.HOT: [], Tier.WARM: []}
         self._most_offers: dict[Tier, int] = {Tier.HOT: 64, Tier.WARM: 64}
-        self._serial = 0
+        self.set_policy(policy)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -214,6 +206,8 @@ class Index:
             parent.family = Siblings(family, entry)
         else:
             family.add(entry)
+        if self._observe:
+            self._observe(entry, None if parent is self._trunk else parent)
         return entry
 
     def attach(self, entry: Entry, tier: Tier, slot: int) -> None:
@@ -227,6 +221,7 @@ class Index:
             self.warm.own(slot, entry)
             entry.warm_slot = slot
             entry.parent.warm_children += 1
+        self._offers[tier].add(entry)
         self._offer(entry, tier)
 
     def detach(self, entry: Entry, tier: Tier) -> None:
@@ -303,12 +298,20 @@ class Index:
     def set_policy(self, policy: EvictionPolicy) -> None:
         """Rank everything evictable by another policy from now on."""
         self.policy = policy
-        for tier in (Tier.HOT, Tier.WARM):
-            owners = (owner for owner in self.pool(tier).owners if owner is not None)
+        self._observe = policy.update_on_insert if isinstance(policy, ObservingPolicy) else None
+        if self._observe:
+            for entry in self:  # parents came before their children
+                self._observe(entry, None if entry.parent is self._trunk else entry.parent)
+        hot, warm = new_queue(policy), new_queue(policy)
+        self._offers: dict[Tier, VictimQueue[CacheBlock]] = {Tier.HOT: hot, Tier.WARM: warm}
+        for tier, offers in self._offers.items():
             self._taken[tier] = []
-            self._offers[tier] = [self._ranked(owner) for owner in owners if self.is_evictable(owner, tier)]
-            heapq.heapify(self._offers[tier])
-            self._most_offers[tier] = 2 * len(self._offers[tier]) + 64
+            for owner in self.pool(tier).owners:
+                if owner is not None:
+                    offers.add(owner)
+                    if self.is_evictable(owner, tier):
+                        offers.push(owner, owner.access_count)
+            self._most_offers[tier] = 2 * len(offers) + 64
 
     def is_evictable(self, entry: Entry, tier: Tier) -> bool:
         """True for a leaf of that tier that nobody uses and nobody pinned."""
@@ -326,6 +329,7 @@ class Index:
         self._put_back(tier)
         yielded: list[CacheBlock] = []
         chosen = self.policy.select_victims(count, self._iter_leaves(tier, yielded))[:count]
+        self._limit_offers(tier)
         if chosen == yielded:  # everything that was offered, in order: nothing can have been left out below
             return [block for block in chosen if isinstance(block, Entry)]
         victims: list[Entry] = []
@@ -342,9 +346,9 @@ class Index:
         for tier in (Tier.HOT, Tier.WARM):
             pool = self.pool(tier)
             pool.check()
-            offers = (*self._offers[tier], *self._taken[tier])
-            assert len(offers) <= self._most_offers[tier], "void offers pile up"
-            offered = {offer[3] for offer in offers if offer[4] == offer[3].access_count}
+            offers = [entry for entry, stamp in self._offers[tier] if stamp == entry.access_count]
+            assert self._num_offers(tier) <= self._most_offers[tier], "void offers pile up"
+            offered = {*offers, *self._taken[tier]}
             for slot, owner in enumerate(pool.owners):
                 assert owner is None or (owner.place(tier) == slot and self._entries.get(owner.block_hash) is owner), (
                     f"{tier} slot {slot} has a stale owner"
@@ -391,6 +395,7 @@ class Index:
             entry.parent.warm_children -= 1
         assert slot is not None, "nothing to detach"
         (self.hot if is_hot else self.warm).disown(slot)
+        self._offers[Tier.HOT if is_hot else Tier.WARM].remove(entry)
         if entry.family is None and entry.block_id is None and entry.warm_slot is None:
             self._prune(entry)
 
@@ -412,55 +417,53 @@ class Index:
     def _offer(self, entry: Entry, tier: Tier) -> None:
         if not self.is_evictable(entry, tier):
             return
-        offers = self._offers[tier]
-        heapq.heappush(offers, self._ranked(entry))
-        if len(offers) + len(self._taken[tier]) > self._most_offers[tier]:
-            self._drop_void_offers(tier)
+        self._offers[tier].push(entry, entry.access_count)
+        self._limit_offers(tier)
 
-    def _ranked(self, entry: Entry) -> _Offer:
-        self._serial += 1
-        return (-self.policy.score_block(entry), -entry.depth, self._serial, entry, entry.access_count)
+    def _num_offers(self, tier: Tier) -> int:
+        return len(self._offers[tier]) + len(self._taken[tier])
 
-    def _drop_void_offers(self, tier: Tier) -> None:
-        """Keep the best valid offer of each evictable entry, so that about half of all offers are void at most."""
+    def _limit_offers(self, tier: Tier) -> None:
+        """Drop void offers and repeated ones when they may be half of all."""
+        if self._num_offers(tier) <= self._most_offers[tier]:
+            return
         self._put_back(tier)
-        kept: dict[Entry, _Offer] = {}
-        for offer in self._offers[tier]:
-            entry = offer[3]
-            if offer[4] == entry.access_count and (entry in kept or self.is_evictable(entry, tier)):
-                kept[entry] = min(offer, kept.get(entry, offer))
-        self._offers[tier] = list(kept.values())
-        heapq.heapify(self._offers[tier])
-        self._most_offers[tier] = 2 * len(kept) + 64
+        offers = self._offers[tier]
+        kept = dict.fromkeys(e for e, stamp in offers if isinstance(e, Entry) and stamp == e.access_count)
+        offers.clear()
+        for entry in kept:
+            if self.is_evictable(entry, tier):
+                offers.push(entry, entry.access_count)
+        self._most_offers[tier] = 2 * len(offers) + 64
 
     def _put_back(self, tier: Tier) -> None:
         """Offer again what the last selection took and nobody detached or pinned."""
-        for offer in self._taken[tier]:
-            if offer[4] == offer[3].access_count and self.is_evictable(offer[3], tier):
-                heapq.heappush(self._offers[tier], offer)
-        self._taken[tier] = []
+        taken, self._taken[tier] = self._taken[tier], []
+        for entry in taken:
+            if self.is_evictable(entry, tier):
+                self._offers[tier].push(entry, entry.access_count)
 
     def _iter_leaves(self, tier: Tier, yielded: list[CacheBlock]) -> Iterator[CacheBlock]:
         """Yield evictable entries, best victim first, as if each one yielded were already gone.
 
         What it takes from the offers goes to `_taken`: most of it will be detached, so it is put back only when
-        that is known. Parents that would become leaves wait in a heap of their own, mostly of one.
+        that is known. Parents that would become leaves are offered at once: void again, if their children stay.
         """
         offers, taken = self._offers[tier], self._taken[tier]
         is_hot = tier is Tier.HOT
         pins = self.pool(tier).pins
-        parents: list[_Offer] = []
         gone: set[Entry] = set()
+        freed: set[Entry] = set()
         gone_children: dict[Entry, int] = {}
-        while offers or parents:
-            if parents and (not offers or parents[0] < offers[0]):
-                offer = heapq.heappop(parents)
-            else:
-                offer = heapq.heappop(offers)
-                if offer[4] != offer[3].access_count or offer[3] in gone or not self.is_evictable(offer[3], tier):
+        while offer := offers.pop():
+            entry, stamp = offer
+            assert isinstance(entry, Entry), "a queue returns what was pushed"
+            if stamp != entry.access_count or entry in gone:
+                continue
+            if entry not in freed:
+                if not self.is_evictable(entry, tier):
                     continue
-                taken.append(offer)
-            entry = offer[3]
+                taken.append(entry)
             gone.add(entry)
             yielded.append(entry)
             yield entry
@@ -472,7 +475,8 @@ class Index:
                     continue
             slot = parent.block_id if is_hot else parent.warm_slot
             if slot is not None and not parent.pinned and not pins[slot]:
-                heapq.heappush(parents, self._ranked(parent))
+                freed.add(parent)
+                offers.push(parent, parent.access_count)
 
 
 def _nearest(

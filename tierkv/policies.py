@@ -1,75 +1,63 @@
-"""Which block to evict next. Policies see plain values and never touch bytes."""
+"""The eviction policies by name. Policies see plain values and never touch bytes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import islice
-from typing import Protocol
+from collections.abc import Callable
+from pathlib import Path
 
-from tierkv.block import BlockHash
 from tierkv.errors import ConfigError
+from tierkv.eviction import CacheBlock, EvictionPolicy
+from tierkv.policies_basic import CostAwarePolicy, LFUPolicy, LRUPolicy, PrefixAwarePolicy
+from tierkv.policies_density import HitDensityPolicy
+from tierkv.policies_learned import LearnedPolicy
+from tierkv.policies_segmented import AdaptiveLRUPolicy, S3FIFOPolicy
 
-__all__ = ["CacheBlock", "EvictionPolicy", "LRUPolicy", "make_policy"]
+__all__ = [
+    "DEFAULT_POLICY",
+    "AdaptiveLRUPolicy",
+    "CacheBlock",
+    "CostAwarePolicy",
+    "EvictionPolicy",
+    "HitDensityPolicy",
+    "LFUPolicy",
+    "LRUPolicy",
+    "LearnedPolicy",
+    "PrefixAwarePolicy",
+    "S3FIFOPolicy",
+    "make_policy",
+    "policy_names",
+]
 
-
-class CacheBlock(Protocol):
-    """What a policy may know of a block. Times are seconds of the cache's clock."""
-
-    @property
-    def block_hash(self) -> BlockHash: ...
-    @property
-    def depth(self) -> int: ...
-    @property
-    def num_tokens(self) -> int: ...
-    @property
-    def created_at(self) -> float: ...
-    @property
-    def last_access(self) -> float: ...
-    @property
-    def access_count(self) -> int: ...
-
-
-class EvictionPolicy(Protocol):
-    """Ranks blocks for eviction. The index keeps it safe: it offers only leaves that nobody uses or pinned.
-
-    A score is read when a block becomes evictable and after each access, not in between: it must depend on
-    the block and on the policy's own state, not on the time that has passed since.
-    """
-
-    def score_block(self, block: CacheBlock) -> float:
-        """Return how gladly the block is given up: the highest score goes first."""
-
-    def update_on_access(self, block: CacheBlock) -> None:
-        """Learn that the block was just used; its fields are already up to date."""
-
-    def select_victims(self, count: int, leaves: Iterator[CacheBlock]) -> list[CacheBlock]:
-        """Take up to `count` blocks from `leaves`, which yields the highest score first.
-
-        Once a block has been yielded its parent may follow, so children always go before parents.
-        What is yielded and not returned stays cached.
-        """
+DEFAULT_POLICY = "hit-density"
+_LEARNED = "learned:"
 
 
-class LRUPolicy:
-    """Least recently used goes first; of equals, the deeper block."""
-
-    def score_block(self, block: CacheBlock) -> float:
-        """Return the negated time of last use."""
-        return -block.last_access
-
-    def update_on_access(self, block: CacheBlock) -> None:
-        """Nothing to learn: the index keeps the time of last use."""
-
-    def select_victims(self, count: int, leaves: Iterator[CacheBlock]) -> list[CacheBlock]:
-        """Take the first `count`."""
-        return list(islice(leaves, count))
-
-
-POLICIES: dict[str, Callable[[], EvictionPolicy]] = {"lru": LRUPolicy}
+def policy_names() -> list[str]:
+    """Return the names of the policies that need no file, the default first."""
+    return list(_makers())
 
 
 def make_policy(name: str) -> EvictionPolicy:
-    """Return a new policy by its name. Raises ConfigError that lists the names there are."""
-    if name not in POLICIES:
-        raise ConfigError(f"no eviction policy {name!r}; there are: {', '.join(sorted(POLICIES))}")
-    return POLICIES[name]()
+    """Return a new policy by its name; underscores may stand for hyphens. `learned:FILE` reads trained weights.
+
+    Raises ConfigError that lists the names there are, or says what is wrong with the file.
+    """
+    if name.startswith(_LEARNED):
+        return LearnedPolicy.load(Path(name.removeprefix(_LEARNED)))
+    makers = _makers()
+    maker = makers.get(name.lower().replace("_", "-"))
+    if maker is None:
+        raise ConfigError(f"no eviction policy {name!r}; there are: {', '.join(sorted(makers))}, learned:FILE")
+    return maker()
+
+
+def _makers() -> dict[str, Callable[[], EvictionPolicy]]:
+    return {
+        DEFAULT_POLICY: HitDensityPolicy,
+        "lru": LRUPolicy,
+        "lfu": LFUPolicy,
+        "adaptive-lru": AdaptiveLRUPolicy,
+        "cost-aware": CostAwarePolicy,
+        "prefix-aware": PrefixAwarePolicy,
+        "s3-fifo": S3FIFOPolicy,
+    }

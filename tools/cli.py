@@ -18,9 +18,11 @@ from tierkv.errors import ConfigError, TierKVError
 from tierkv.tools import compact as compact_command
 from tierkv.tools import evict as evict_command
 from tierkv.tools import inspect_store as inspect_command
+from tierkv.tools import replay as replay_command
 from tierkv.tools import run as run_command
 from tierkv.tools import state as state_command
 from tierkv.tools import stats as stats_command
+from tierkv.tools import train_policy as train_policy_command
 from tierkv.tools import verify as verify_command
 from tierkv.tools import warm as warm_command
 from tierkv.tools.options import EngineOptions, default_store, parse_size
@@ -213,6 +215,49 @@ def verify(
     """Read every block of a store and say which are damaged; exit code 1 if any is left."""
     if not verify_command.verify(store or default_store(os.environ), repair=repair, as_json=as_json):
         sys.exit(1)
+
+
+@app.command()
+def replay(
+    trace: Annotated[Path, typer.Argument(help='Requests, one a line: {"timestamp": ms, "hash_ids": [...]}.')],
+    policy: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="Names with commas between; learned:FILE for a trained one.", show_default="all"),
+    ] = None,
+    capacity: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="Blocks, or a percentage of the unique ones; several with commas.", show_default="10%"),
+    ] = None,
+    plot: Annotated[Optional[Path], typer.Option(help="Draw hit rate over capacity into this PNG.")] = None,  # noqa: UP045
+    prefill: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Measured prefills, tokens:seconds with commas.", show_default="an 8B model on an H200"),
+    ] = None,
+    block_tokens: Annotated[int, typer.Option(help="Tokens of a block of the trace.", min=2)] = 512,
+    as_json: AsJson = False,
+) -> None:
+    """Compare eviction policies on a request trace, beside the best that was possible."""
+    replay_command.replay(
+        trace,
+        policies=policy or [],
+        capacities=capacity or [],
+        plot=plot,
+        prefill=prefill,
+        block_size=block_tokens,
+        as_json=as_json,
+    )
+
+
+@app.command("train-policy")
+def train_policy(
+    trace: Annotated[Path, typer.Argument(help="Requests, as for replay.")],
+    out: Annotated[Path, typer.Option(help="JSON file to write; the policy is then learned:FILE.")],
+    block_tokens: Annotated[int, typer.Option(help="Tokens of a block of the trace.", min=2)] = 512,
+    seed: Annotated[int, typer.Option(help="Draws the conversations that measure the fit.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Fit the learned eviction policy to a request trace."""
+    train_policy_command.train_policy(trace, out, block_size=block_tokens, seed=seed, as_json=as_json)
 
 
 @app.callback(invoke_without_command=True)

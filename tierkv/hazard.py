@@ -64,4 +64,5 @@ def hit_densities(chances: Floats) -> Floats:
         before = np.concatenate([np.ones((len(tail), 1)), survival[:, :-1]], axis=1)
         seconds = np.cumsum(before * (1 - tail / 2) * _WIDTHS[start:], axis=1)
         densities[:, start] = ((1 - survival) / seconds).max(axis=1)
+    densities[:, 0] = densities[:, :2].max(axis=1)  # it is wider than the next, which says nothing against it
     return densities

@@ -21,6 +21,7 @@ class MissReason(Enum):
     RECOMPUTED = "recomputed"  # it was there, and to compute it was faster than to wait for it
     IO_ERROR = "io_error"
     OTHER_RANK = "other_rank"  # this rank has it, but another rank of the model does not
+    DAEMON = "daemon"  # the daemon that has the lower tiers could not be reached
 
 
 class PutOutcome(Enum):

@@ -8,6 +8,7 @@ and cannot be shared).
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -15,42 +16,57 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import numpy.typing as npt
 
-from tierkv.errors import CapacityError
+from tierkv.errors import CapacityError, StoreError
 
-__all__ = ["WarmPool"]
+__all__ = ["Slab", "WarmPool", "slot_stride"]
 
 _PAGE_BYTES = 4096
 _TOUCH_BYTES = 64 << 20
 
 
-class WarmPool:
-    """`num_slots` places of one block each. `slots` is [num_slots, block_bytes] uint8, page-aligned.
+def slot_stride(block_bytes: int) -> int:
+    """Return how far apart slots of such blocks lie: whole pages."""
+    return -(-block_bytes // _PAGE_BYTES) * _PAGE_BYTES
 
-    A slot is `block_bytes` rounded up to whole pages apart. Views of `slots` must not outlive `close`.
+
+class Slab:
+    """Shared memory of a fixed size: made here, or mapped from another process's descriptor.
+
+    The size is sealed, so that nobody who is handed the descriptor can cut the memory short: to touch what
+    is missing would end every process that has it mapped.
     """
 
-    def __init__(self, block_bytes: int, num_slots: int, *, num_threads: int = 4) -> None:
-        if num_slots <= 0:
-            raise CapacityError(
-                f"the warm pool holds no block: one block takes {block_bytes} bytes", hint="raise warm_bytes"
-            )
-        self.num_slots = num_slots
-        self.stride_bytes = -(-block_bytes // _PAGE_BYTES) * _PAGE_BYTES
-        self.slab_bytes = self.stride_bytes * num_slots
-        self.fd: int | None = _open_memory(self.slab_bytes)
-        self._map = mmap.mmap(-1 if self.fd is None else self.fd, self.slab_bytes)
-        slab = np.frombuffer(self._map, dtype=np.uint8)
-        _touch(slab, num_threads)
-        self.slots: npt.NDArray[np.uint8] = slab.reshape(num_slots, self.stride_bytes)[:, :block_bytes]
+    def __init__(self, size_bytes: int, *, num_threads: int = 4) -> None:
+        self.size_bytes = size_bytes
+        self.fd: int | None = _open_memory(size_bytes)
+        self._map = mmap.mmap(-1 if self.fd is None else self.fd, size_bytes)
+        self.bytes: npt.NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8)
+        _touch(self.bytes, num_threads)
 
-    @property
-    def address(self) -> int:
-        """Address of the slab's first byte, for registering it with CUDA."""
-        return int(self.slots.ctypes.data)
+    @classmethod
+    def attach(cls, fd: int, size_bytes: int) -> Slab:
+        """Map another process's slab; the descriptor is this object's from now on. Raises StoreError."""
+        slab = cls.__new__(cls)
+        slab.size_bytes, slab.fd = size_bytes, fd
+        try:
+            if os.fstat(fd).st_size < size_bytes:
+                raise OSError(f"it has fewer than {size_bytes} bytes")
+            slab._map = mmap.mmap(fd, size_bytes)
+        except (OSError, ValueError) as exc:
+            os.close(fd)
+            raise StoreError(f"the shared slab cannot be mapped: {exc}") from exc
+        slab.bytes = np.frombuffer(slab._map, dtype=np.uint8)
+        return slab
+
+    def slots(self, block_bytes: int) -> npt.NDArray[np.uint8]:
+        """Return the slab as places of one block each: [size // stride, block_bytes], a view."""
+        stride = slot_stride(block_bytes)
+        num_slots = self.size_bytes // stride
+        return self.bytes[: num_slots * stride].reshape(num_slots, stride)[:, :block_bytes]
 
     def close(self) -> None:
         """Give the memory back. May be called twice."""
-        self.slots = np.empty((0, 0), dtype=np.uint8)
+        self.bytes = np.empty(0, dtype=np.uint8)
         try:
             self._map.close()
         except BufferError:
@@ -60,12 +76,47 @@ class WarmPool:
             self.fd = None
 
 
+class WarmPool:
+    """`num_slots` places of one block each. `slots` is [num_slots, block_bytes] uint8, page-aligned.
+
+    A slot is `block_bytes` rounded up to whole pages apart. Views of `slots` must not outlive `close`.
+    slab: memory to lay the places out on instead of the pool's own; the pool closes it.
+    """
+
+    def __init__(self, block_bytes: int, num_slots: int, *, num_threads: int = 4, slab: Slab | None = None) -> None:
+        if num_slots <= 0:
+            raise CapacityError(
+                f"the warm pool holds no block: one block takes {block_bytes} bytes", hint="raise warm_bytes"
+            )
+        self.num_slots = num_slots
+        self.stride_bytes = slot_stride(block_bytes)
+        self._slab = slab or Slab(self.stride_bytes * num_slots, num_threads=num_threads)
+        self.slab_bytes = self._slab.size_bytes
+        self.slots: npt.NDArray[np.uint8] = self._slab.slots(block_bytes)[:num_slots]
+
+    @property
+    def fd(self) -> int | None:
+        """Descriptor of the memory; None where the system has no anonymous files, and after `close`."""
+        return self._slab.fd
+
+    @property
+    def address(self) -> int:
+        """Address of the slab's first byte, for registering it with CUDA."""
+        return int(self.slots.ctypes.data)
+
+    def close(self) -> None:
+        """Give the memory back. May be called twice."""
+        self.slots = np.empty((0, 0), dtype=np.uint8)
+        self._slab.close()
+
+
 def _open_memory(size_bytes: int) -> int | None:
     """Return the descriptor of an anonymous file of that size, or None where the system has none."""
     if not hasattr(os, "memfd_create"):
         return None
-    fd = os.memfd_create("tierkv-warm", os.MFD_CLOEXEC)
+    fd = os.memfd_create("tierkv-warm", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, size_bytes)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
     return fd
 
 

@@ -56,12 +56,13 @@ LAYERS = (
     ),
     Layer("kernels", "kernels.*", below="values storage"),
     Layer("background", "write_behind", below="values"),
-    Layer("client", "daemon_client", below="values"),
+    Layer("client", "protocol daemon_client", below="values"),
+    Layer("daemon", "daemon_slab daemon daemon_host daemon_server", below="values control storage background client"),
     Layer("mover", "mover mover_windows mover_frames page_mover", below="values storage kernels"),
     # The facade joins the siblings.
     Layer(
         "facade",
-        "lookup tiers warm_memory split_load demotion cold_reads promotion ranks torch_ranks accord "
+        "lookup tiers warm_memory remote split_load demotion promotion ranks torch_ranks accord "
         "block_control sequence cache",
         below="values control storage kernels background client mover",
     ),
@@ -76,7 +77,7 @@ LAYERS = (
     Layer(
         "tools",
         "tools.*",
-        below="values control storage kernels background client mover facade engine package",
+        below="values control storage kernels background client daemon mover facade engine package",
     ),
 )
 

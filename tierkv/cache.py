@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from tierkv.namespace import Namespace, differing_fields
 from tierkv.policies import EvictionPolicy, make_policy
 from tierkv.promotion import Promoter
 from tierkv.ranks import OneRank, RankGroup
+from tierkv.remote import DaemonTiers, Ticket
 from tierkv.sequence import Sequence
 from tierkv.split_load import SplitLoad
 from tierkv.stats import CacheStats, TierStats
@@ -37,7 +39,7 @@ from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import BlockInfo, encode_record, read_header
 from tierkv.storage.state_file import SavedState, StateFile, write_state_file
 from tierkv.tiers import Tiers
-from tierkv.warm_memory import open_warm_memory
+from tierkv.warm_memory import no_warm_memory, open_warm_memory
 
 __all__ = ["Match", "TierCache", "load_cache_state", "save_cache_state"]
 
@@ -103,7 +105,10 @@ class TierCache:
         self._owns_cold = cold is None
         self._sequences: set[Sequence] = set()
         self._is_open = True
-        if cold is None and config.cold_path is not None:
+        if config.socket is not None:
+            if cold is not None:
+                raise ConfigError("a cache with a socket uses the daemon's store, not one of its own")
+        elif cold is None and config.cold_path is not None:
             cold = ColdStore(config.cold_path, quota_bytes=config.cold_bytes, min_free_bytes=config.min_free_bytes)
         try:
             if cold:
@@ -118,6 +123,7 @@ class TierCache:
             if cold and self._owns_cold:
                 cold.close()
             raise
+        self._daemon = self._join_daemon(config.socket) if config.socket is not None else None
         self._promoter = Promoter(self._tiers, self._demoter)
         self.blocks = BlockControl(self._tiers, self._demoter)
         self._accord = Accord(self.ranks, self._tiers, self._demoter)
@@ -148,6 +154,8 @@ class TierCache:
         token_bytes = as_token_array(token_ids).tobytes()
         with self._tiers.changed:
             found = self._look_up(token_bytes, len(token_bytes) // TOKEN_BYTES)
+        if self._daemon:
+            found, _ = self._daemon.look_further(found, token_bytes, None)
         blocks, tokens = _count_by_tier(len(found.hot), self.config.block_size, found.rest())
         return Match(len(token_bytes) // TOKEN_BYTES, blocks, tokens, tuple(found.block_hashes))
 
@@ -167,13 +175,24 @@ class TierCache:
         with self._tiers.changed:
             found = self._look_up(token_bytes, num_tokens - 1) if reuse else Lookup()
             pinned = self._promoter.pin(found)
-        may_split = may_split and self.ranks.size == 1  # each rank's load would meet the engine at another block
+        ticket: Ticket | None = None
+        if self._daemon and reuse:
+            found, ticket = self._daemon.look_further(found, token_bytes[:-TOKEN_BYTES], pinned.rest)
+        # Not over ranks: each one's load would meet the engine at another block.
+        may_split = may_split and self.ranks.size == 1 and not self._daemon
         later = self._cold_end(found) if may_split else []
         if later:
             found = replace(found, blocks=found.blocks[: -len(later)], tail=None)
-        promoted = self._accord.promote(
-            lambda: self._promoter.promote(found, pinned, num_blocks=num_blocks), topic=token_bytes
-        )
+        try:
+            promoted = self._accord.promote(
+                lambda: self._promoter.promote(found, pinned, num_blocks=num_blocks), topic=token_bytes
+            )
+        except BaseException:
+            self._end_ticket(ticket)
+            raise
+        finally:
+            if self._daemon:
+                self._daemon.end_lookup(found)
         if promoted.failure:
             later = []
         size = self.config.block_size
@@ -188,6 +207,7 @@ class TierCache:
             cached_tokens=tokens,
             chain=chain,
             loads=promoted.loads,
+            ticket=ticket,
             is_cacheable=reuse,
         )
         try:
@@ -320,17 +340,26 @@ class TierCache:
             self._sequences.discard(sequence)
         self._tiers.leave(sequence.block_table)
         self._tiers.unpin_all(Tier.HOT, sequence.block_table)
+        self._end_ticket(sequence.ticket)
 
     def pin(self, token_ids: TokenIds) -> int:
         """Keep a cached prompt's blocks in every tier that has them, on disk also after a restart.
 
-        Return how many blocks that are; `unpin` takes it back.
+        Return how many blocks that are; `unpin` takes it back. Raises DaemonError where a daemon has the lower
+        tiers and this tenant's share of them is used up.
         """
         return self._set_pinned(token_ids, True)
 
     def unpin(self, token_ids: TokenIds) -> int:
         """Let a prompt's blocks be evicted again. Return how many blocks that are."""
         return self._set_pinned(token_ids, False)
+
+    def prefetch(self, token_ids: TokenIds) -> int:
+        """Announce a prompt: a daemon brings its blocks into the warm tier before the request comes.
+
+        Return how many blocks it will look for; 0 without a daemon. Returns at once.
+        """
+        return self._daemon.prefetch(as_token_array(token_ids).tobytes()) if self._daemon else 0
 
     def evict(self, tier: Tier, count: int | None = None) -> int:
         """Evict up to `count` blocks (all that may go, if None) from the hot or the warm tier.
@@ -339,6 +368,8 @@ class TierCache:
         """
         if tier is Tier.COLD:
             raise ConfigError("the cold tier is evicted through its store: cache.cold.evict(...)")
+        if tier is Tier.WARM and self._daemon:
+            return self._daemon.evict(count)
         with self._tiers.changed:
             self._tiers.reap()
             pool = self._tiers.index.pool(tier)
@@ -355,10 +386,15 @@ class TierCache:
         self._demoter.flush()
         if self.cold:
             self.cold.flush()
+        if self._daemon:
+            self._daemon.flush()
 
     def save_cache_state(self, path: str | Path) -> SavedState:
-        """Write every cached block of this namespace into one file, atomically. Raises StoreError."""
+        """Write every cached block of this namespace into one file, atomically. Raises StoreError or DaemonError."""
         self.flush()
+        if self._daemon:
+            saved = self._daemon.save(Path(path))
+            return SavedState(blocks=saved.blocks, file_bytes=saved.file_bytes)
         return write_state_file(
             Path(path),
             namespace=self.namespace.digest,
@@ -377,6 +413,9 @@ class TierCache:
             mine = {"name": self.namespace.name, **self.namespace.identity()}
             names = ", ".join(differing_fields(state.description, mine)) or "salt"
             raise NamespaceMismatchError(f"{path} was saved for another model or setting: {names} differ")
+        if self._daemon:
+            state.close()
+            return self._daemon.load(Path(path))
         with self._tiers.changed:
             self._tiers.states.append(state)
         return len(state)
@@ -385,6 +424,7 @@ class TierCache:
         """Return counters and sizes as they are now."""
         tiers, layout = self._tiers, self.layout
         cold = self.cold.stats() if self.cold else None
+        lower = self._daemon.sizes() if self._daemon else {}
         with tiers.changed:
             hot, warm = tiers.index.hot, tiers.index.warm
             free_runs = hot.free_runs()
@@ -409,7 +449,7 @@ class TierCache:
                     evictions=cold.evicted_blocks,
                 )
             return tiers.stats.snapshot(
-                sizes,
+                sizes | lower,
                 avg_shared_blocks=self._avg_shared_blocks(),
                 fragmentation_ratio=1 - max(free_runs) / sum(free_runs) if free_runs else 0.0,
             )
@@ -449,6 +489,8 @@ class TierCache:
             return
         self._is_open = False
         self._demoter.close()
+        if self._daemon:
+            self._daemon.close()
         self._tiers.close()
         for state in self._tiers.states:
             state.close()
@@ -459,7 +501,7 @@ class TierCache:
         config, layout = self.config, self.layout
         num_hot = hot_pool_blocks(layout, self.device, hot_bytes=config.hot_bytes, hot_fraction=config.hot_fraction)
         hot = HotPool(layout, num_hot, self.device)
-        memory = open_warm_memory(hot, config)
+        memory = open_warm_memory(hot, config) if config.socket is None else no_warm_memory(hot)
         index = Index(
             root=self.namespace.digest, num_hot=num_hot, num_warm=memory.warm.num_slots, policy=policy, clock=clock
         )
@@ -478,6 +520,30 @@ class TierCache:
             num_threads=config.num_io_threads,
             loaders=ThreadPoolExecutor(_NUM_LOADERS, thread_name_prefix="tierkv-load"),
         )
+
+    def _join_daemon(self, path: Path) -> DaemonTiers:
+        """Use the daemon's lower tiers. Raises DaemonError if it refuses, with this cache's own memory given back."""
+        try:
+            self._tiers.lower = daemon = DaemonTiers(
+                self._tiers,
+                path=path,
+                namespace=self.namespace,
+                block_size=self.config.block_size,
+                hash_function=self._hash,
+                wait_s=self.config.compute_wait_s,
+                timeout_s=self.config.daemon_timeout_s,
+                min_tail_tokens=self.config.min_partial_tokens,
+            )
+        except BaseException:
+            self._tiers.close()
+            raise
+        return daemon
+
+    def _end_ticket(self, ticket: Ticket | None) -> None:
+        """End the promise to compute blocks, once those that were computed have been written down."""
+        daemon = self._daemon
+        if daemon and ticket and not self._demoter.after_writes(partial(daemon.end_ticket, ticket)):
+            daemon.end_ticket(ticket)
 
     def _look_up(self, token_bytes: bytes, max_tokens: int) -> Lookup:
         return look_up(
@@ -603,6 +669,8 @@ class TierCache:
                     self._tiers.index.set_pinned(entry, pinned)
         if self.cold:
             self.cold.set_pinned(found.block_hashes, pinned)
+        if self._daemon:
+            return max(len(entries), self._daemon.set_pinned(token_bytes, pinned))
         return len(entries)
 
     def _avg_shared_blocks(self) -> float:

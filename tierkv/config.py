@@ -32,6 +32,10 @@ class CacheConfig:
     gpu_decode: let the GPU decode cold blocks of 16-bit floats, where nvCOMP is installed (the extra `nvcomp`).
     write_through: write every block to the lower tiers behind the request; False writes a block only when
         the hot pool needs its room.
+    socket: the daemon's; its warm and cold tiers are used then, and this process has none: warm_bytes, cold_path,
+        cold_bytes and the codecs are the daemon's business.
+    compute_wait_s: how long a request waits for blocks that another process is computing; 0 never waits.
+    daemon_timeout_s: after so long a daemon that does not answer counts as gone.
     """
 
     cold_path: Path | None = None
@@ -49,10 +53,15 @@ class CacheConfig:
     num_io_threads: int = field(default_factory=lambda: min(8, os.cpu_count() or 1))
     min_partial_tokens: int = 1
     compute_or_load: bool = True
+    socket: Path | None = None
+    compute_wait_s: float = 5.0
+    daemon_timeout_s: float = 2.0
 
     def __post_init__(self) -> None:
         if self.cold_path is not None:
             object.__setattr__(self, "cold_path", Path(self.cold_path).expanduser())
+        if self.socket is not None:
+            object.__setattr__(self, "socket", Path(self.socket).expanduser())
         for name in ("block_size", "warm_bytes", "cold_bytes", "num_io_threads", "min_partial_tokens"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
@@ -62,5 +71,7 @@ class CacheConfig:
             raise ConfigError(f"hot_fraction must lie between 0 and 1, got {self.hot_fraction}")
         if self.warm_codec not in WARM_CODECS:
             raise ConfigError(f"warm_codec must be one of {', '.join(WARM_CODECS)}, got {self.warm_codec!r}")
+        if self.compute_wait_s < 0 or self.daemon_timeout_s <= 0:
+            raise ConfigError("compute_wait_s must not be negative, daemon_timeout_s must be positive")
         if self.min_free_bytes < 0:
             raise ConfigError(f"min_free_bytes must not be negative, got {self.min_free_bytes}")

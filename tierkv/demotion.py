@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import TypeAlias
 
 from tierkv.block import TOKEN_BYTES, BlockHash, Tier
 from tierkv.errors import CapacityError, StoreError
@@ -12,10 +13,10 @@ from tierkv.index import Entry
 from tierkv.mover import Move, Ready
 from tierkv.storage.outcomes import PutOutcome
 from tierkv.storage.record import BlockInfo, EncodedRecord, encode_record
-from tierkv.tiers import Compression, Place, Tiers
+from tierkv.tiers import Compression, Job, Place, Tiers
 from tierkv.write_behind import WriteBehind
 
-__all__ = ["Demoter"]
+__all__ = ["AfterWrites", "Demoter"]
 
 _log = logging.getLogger(__name__)
 
@@ -23,15 +24,8 @@ _BATCH_BLOCKS = 8
 _QUEUE_BLOCKS = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class _Job:
-    """A block in the hot pool, pinned for this job, whose K and V are computed once `written` has passed."""
-
-    block_hash: BlockHash
-    parent_hash: BlockHash
-    token_bytes: bytes
-    block_id: int
-    written: Ready
+AfterWrites: TypeAlias = Callable[[], None]
+"""What is called when everything queued before it has been written; it raises nothing."""
 
 
 class Demoter:
@@ -47,7 +41,9 @@ class Demoter:
         self._staging = pool.allocate(max(1, min(_BATCH_BLOCKS, pool.capacity // 2)) if tiers.compression else 1)
         tiers.reserved_raw += len(self._staging)
         self._failed: set[BlockHash] = set()
-        self._queue = WriteBehind(self._process, capacity=_QUEUE_BLOCKS, batch_size=_BATCH_BLOCKS)
+        self._queue: WriteBehind[Job | AfterWrites] = WriteBehind(
+            self._process, capacity=_QUEUE_BLOCKS, batch_size=_BATCH_BLOCKS
+        )
 
     def write_down(
         self, block_hash: BlockHash, parent_hash: BlockHash, token_bytes: bytes, block_id: int, written: Ready
@@ -57,9 +53,14 @@ class Demoter:
         A full queue drops the block, which is counted: a request never waits for a disk.
         """
         self._tiers.index.hot.pin(block_id)
-        if not self._queue.offer(_Job(block_hash, parent_hash, token_bytes, block_id, written)):
+        parent = self._tiers.index.peek(parent_hash)
+        if not self._queue.offer(Job(block_hash, parent_hash, token_bytes, parent, block_id, written)):
             self._tiers.index.unpin(Tier.HOT, block_id)
             self._tiers.stats.skipped_writes += 1
+
+    def after_writes(self, action: AfterWrites) -> bool:
+        """Call something when everything queued so far has been written. False if the queue is full."""
+        return self._queue.offer(action)
 
     def take_hot(self, count: int) -> list[int]:
         """Return `count` block ids, each pinned once, evicting and demoting as needed and as is of use.
@@ -122,7 +123,23 @@ class Demoter:
         has_copy = entry.warm_slot is not None or entry.in_cold
         return not has_copy and entry.block_hash not in self._failed
 
-    def _process(self, jobs: list[_Job]) -> None:
+    def _process(self, work: list[Job | AfterWrites]) -> None:
+        for is_job, run in groupby(work, lambda each: isinstance(each, Job)):
+            if is_job:
+                self._write([each for each in run if isinstance(each, Job)])
+            else:
+                for action in run:
+                    assert not isinstance(action, Job)
+                    action()
+
+    def _write(self, jobs: list[Job]) -> None:
+        if self._tiers.lower:
+            try:
+                self._tiers.lower.write(jobs)
+            finally:
+                self._note_failed(jobs)
+                self._tiers.unpin_all(Tier.HOT, [job.block_id for job in jobs])
+            return
         while jobs:
             slots = [] if self._tiers.compression else self._tiers.try_take_warm(len(jobs))
             is_kept = bool(slots)
@@ -138,7 +155,7 @@ class Demoter:
                 self._tiers.unpin(Place(Tier.HOT, job.block_id) for job in jobs)
                 raise
 
-    def _write_batch(self, jobs: list[_Job], slots: Sequence[int], *, is_kept: bool) -> None:
+    def _write_batch(self, jobs: list[Job], slots: Sequence[int], *, is_kept: bool) -> None:
         """Write blocks down by way of `slots`, which become the warm tier's if `is_kept`."""
         tiers = self._tiers
         held = [Place(Tier.HOT, job.block_id) for job in jobs]
@@ -158,15 +175,19 @@ class Demoter:
             held = []
             self._store(raw)
         finally:
-            with tiers.changed:
-                for job in jobs:
-                    entry = tiers.index.get(job.block_hash, job.parent_hash, job.token_bytes)
-                    if entry and entry.warm_slot is None and not entry.in_cold:
-                        self._failed.add(job.block_hash)
-                tiers.unpin(held)
-                tiers.unpin(Place(Tier.WARM, slot) for slot in slots if is_kept)
+            self._note_failed(jobs)
+            tiers.unpin(held)
+            tiers.unpin(Place(Tier.WARM, slot) for slot in slots if is_kept)
 
-    def _write_compressed(self, jobs: Sequence[_Job], compression: Compression) -> None:
+    def _note_failed(self, jobs: Sequence[Job]) -> None:
+        """Remember which blocks no lower tier has taken, so that they may be evicted all the same."""
+        with self._tiers.changed:
+            for job in jobs:
+                entry = self._tiers.index.get(job.block_hash, job.parent_hash, job.token_bytes)
+                if entry and entry.warm_slot is None and not entry.in_cold:
+                    self._failed.add(job.block_hash)
+
+    def _write_compressed(self, jobs: Sequence[Job], compression: Compression) -> None:
         """Keep blocks compressed in the warm tier, those that fit a slot there."""
         tiers, index = self._tiers, self._tiers.index
         with tiers.changed:
@@ -189,18 +210,18 @@ class Demoter:
         finally:
             tiers.unpin(Place(Tier.WARM, slot) for slot in slots)
 
-    def _attach_warm(self, job: _Job, slot: int) -> None:
+    def _attach_warm(self, job: Job, slot: int) -> None:
         entry = self._tiers.index.insert(job.block_hash, job.parent_hash, job.token_bytes)
         if entry and entry.warm_slot is None:
             self._tiers.index.attach(entry, Tier.WARM, slot)
             self._tiers.stats.bytes_in[Tier.WARM] += self._tiers.layout.packed_bytes(entry.num_tokens)
 
-    def _missing(self, jobs: Sequence[_Job]) -> list[_Job]:
+    def _missing(self, jobs: Sequence[Job]) -> list[Job]:
         """Return the jobs whose block the store lacks; none without a store."""
         cold = self._tiers.cold
         return [job for job in jobs if not cold.contains(job.block_hash)] if cold else []
 
-    def _store(self, raw: Sequence[tuple[_Job, int]]) -> None:
+    def _store(self, raw: Sequence[tuple[Job, int]]) -> None:
         """Encode blocks from their raw slots and put those that the store lacks, parents before children."""
         tiers = self._tiers
         cold = tiers.cold
@@ -219,7 +240,7 @@ class Demoter:
                 if entry:
                     entry.in_cold = True
 
-    def _encode(self, job_and_slot: tuple[_Job, int]) -> EncodedRecord:
+    def _encode(self, job_and_slot: tuple[Job, int]) -> EncodedRecord:
         job, slot = job_and_slot
         info = BlockInfo(
             block_hash=job.block_hash,

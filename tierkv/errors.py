@@ -10,7 +10,8 @@ TierKVError
 │   ├── NamespaceMismatchError   written for another model, dtype, layout or salt
 │   └── CorruptBlockError        bytes that do not match their checksum or header
 ├── RankError                    the ranks of a model cannot agree
-└── DaemonError                  the daemon cannot be reached, or refused
+└── DaemonError                  the daemon refused a request, or cannot be started
+    └── DaemonGoneError          the daemon cannot be reached, does not answer, or has died
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ __all__ = [
     "ConfigError",
     "CorruptBlockError",
     "DaemonError",
+    "DaemonGoneError",
     "FormatVersionError",
     "NamespaceMismatchError",
     "RankError",
@@ -75,4 +77,8 @@ class RankError(TierKVError):
 
 
 class DaemonError(TierKVError):
-    """The daemon cannot be reached, or refused the request."""
+    """The daemon refused the request, or cannot be started."""
+
+
+class DaemonGoneError(DaemonError):
+    """The daemon cannot be reached, does not answer in time, or has died."""

@@ -32,6 +32,7 @@ class Entry:
 
     __slots__ = (
         "access_count",
+        "awaited",
         "block_hash",
         "block_id",
         "created_at",
@@ -56,6 +57,7 @@ class Entry:
         self.warm_slot: int | None = None
         self.in_cold = False
         self.pinned = False
+        self.awaited = False  # its bytes are on their way: it stays without place and children
         self.family: Entry | Siblings[Entry] | None = None  # most entries have one child: it needs no collection
         self.hot_children = 0
         self.warm_children = 0
@@ -135,6 +137,10 @@ class Index:
         entry = self._entries.get(block_hash)
         return entry if entry and entry.is_same_block(parent_hash, token_bytes) else None
 
+    def peek(self, block_hash: BlockHash) -> Entry | None:
+        """Return whatever entry has this hash: the caller compares its identity."""
+        return self._entries.get(block_hash)
+
     def walk(self, token_bytes: bytes, block_size: int, hash_function: HashFunction) -> list[Entry]:
         """Return the entries of the leading whole blocks of a sequence, up to the first that is unknown.
 
@@ -185,6 +191,12 @@ class Index:
         for side in (family.upwards(token_bytes), family.downwards(token_bytes)):
             best = _nearest(islice(side, _NEAREST), token_bytes, best)
         return best
+
+    def find_child(self, parent: Entry, token_bytes: bytes) -> Entry | None:
+        """Return the child of an entry with exactly these token ids, whatever its hash."""
+        family = parent.family
+        nearest = next(family.upwards(token_bytes), None) if isinstance(family, Siblings) else family
+        return nearest if nearest and nearest.token_bytes == token_bytes else None
 
     def insert(self, block_hash: BlockHash, parent_hash: BlockHash, token_bytes: bytes) -> Entry | None:
         """Return the entry of the block, made if need be. None if its hash is taken or its parent unknown.
@@ -373,7 +385,8 @@ class Index:
                 held = sum(child.place(tier) is not None for child in children)
                 assert parent.tier_children(tier) == held, "child count is off"
             has_bytes = parent.block_id is not None or parent.warm_slot is not None
-            assert has_bytes or children or parent is self._trunk, "an entry without bytes and children stayed"
+            is_wanted = has_bytes or children or parent.awaited or parent is self._trunk
+            assert is_wanted, "an entry without bytes and children stayed"
         assert num_children == len(self), "an entry is not its parent's child"
 
     def _time(self) -> float:
@@ -400,7 +413,7 @@ class Index:
             self._prune(entry)
 
     def _prune(self, entry: Entry) -> None:
-        while entry.block_id is None and entry.warm_slot is None and entry.family is None:
+        while entry.block_id is None and entry.warm_slot is None and not (entry.family is not None or entry.awaited):
             if self._entries.get(entry.block_hash) is not entry:
                 return
             del self._entries[entry.block_hash]

@@ -77,8 +77,8 @@ class Promoter:
     def promote(self, lookup: Lookup, pinned: Pinned, *, num_blocks: int) -> Promoted:
         """Return a block table of `num_blocks` blocks that begins with what was found.
 
-        pinned: what `pin` returned, given back here. The caller does not hold the lock: cold blocks are read
-        without it. Raises CapacityError, everything given back.
+        pinned: what `pin` returned and what lower tiers lent, given back here. The caller does not hold the lock:
+        cold blocks are read without it. Raises CapacityError, everything given back.
         """
         result = Promoted(list(pinned.hot), lookup.hot, owned=list(pinned.hot), loads=pinned.arriving)
         fresh: deque[int] = deque()
@@ -206,7 +206,7 @@ class Promoter:
                     num_good = i
                     result.failure = MissReason.COLLISION
                     break
-                entry.in_cold |= hit.tier is Tier.COLD
+                entry.in_cold |= hit.tier is Tier.COLD or places[i].owner is not None
                 if entry.block_id is None:
                     tiers.index.attach(entry, Tier.HOT, targets[i])
                 else:  # another request was faster: a chain must stay in use, so its block is used instead
@@ -232,6 +232,8 @@ class Promoter:
     def keep_warm(self, hits: Sequence[Hit]) -> None:
         """Have blocks that came up from below written to the warm tier too, behind the request."""
         index = self._tiers.index
+        if self._tiers.lower:
+            return  # who brought them from below keeps them there
         with self._tiers.changed:
             for hit in hits:
                 entry = index.get(hit.block_hash, hit.parent_hash, hit.token_bytes)
@@ -249,6 +251,10 @@ class Promoter:
         Return the pinned places of the leading good ones, and what lies there.
         """
         tiers = self._tiers
+        if tiers.lower:
+            places, failure = tiers.lower.read(wave)
+            result.failure = failure or result.failure
+            return places, []
         places = tiers.try_take_raw(len(wave))
         if not places:
             # Nobody waits for warm slots while holding some: this request may hold all of them itself.
@@ -332,7 +338,9 @@ class Promoter:
                 result.failure = MissReason.IO_ERROR
                 return False
             return True
-        if hit.tier is Tier.WARM:
+        if hit.tier is Tier.WARM and hit.entry is None:  # lent: nothing here knows it
+            places = [pinned.pop(max(pinned))]
+        elif hit.tier is Tier.WARM:
             assert hit.entry and hit.entry.warm_slot is not None
             places = [Place(Tier.WARM, hit.entry.warm_slot)]
             with tiers.changed:

@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from tierkv.block import TOKEN_BYTES, BlockHash, Tier
 from tierkv.mover import Ready
+from tierkv.remote import Ticket
 from tierkv.split_load import SplitLoad
 
 __all__ = ["Sequence"]
@@ -22,6 +23,7 @@ class Sequence:
     num_cached_tokens: leading tokens whose K and V were found; the engine computes the rest.
     cached_tokens: the same, by the tier that answered.
     split: cold blocks that come up while the engine computes those in front of them, until `TierCache.join`.
+    ticket: the promise, made to other processes, to compute the rest.
     """
 
     token_bytes: bytearray
@@ -31,6 +33,7 @@ class Sequence:
     chain: list[BlockHash]
     loads: list[Ready] = field(default_factory=list)
     split: SplitLoad | None = None
+    ticket: Ticket | None = None
     is_cacheable: bool = True
     is_released: bool = False
 

@@ -68,6 +68,17 @@ class SlotPool(Generic[Owner]):
             pins[slot] = 1
         return slots
 
+    def take(self, slots: Iterable[int]) -> None:
+        """Take these places, which must be free, as `allocate` would; linear in the number of free ones."""
+        chosen = set(slots)
+        assert all(self._is_free(slot) for slot in chosen), "only free places can be taken"
+        end = max(self._unused, max(chosen, default=-1) + 1)
+        self._freed = [slot for slot in (*self._freed, *range(self._unused, end)) if slot not in chosen]
+        heapq.heapify(self._freed)
+        self._unused = end
+        for slot in chosen:
+            self.pins[slot] = 1
+
     def pin(self, slot: int) -> None:
         """Raise the reference count: one more live user."""
         assert not self._is_free(slot), f"slot {slot} is free"

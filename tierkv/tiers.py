@@ -7,14 +7,14 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from tierkv.block import BlockHash, Tier
-from tierkv.index import Index
+from tierkv.index import Entry, Index
 from tierkv.layout import BlockLayout
-from tierkv.lookup import ColdSource
+from tierkv.lookup import ColdSource, Hit
 from tierkv.meeting import SecondsPer
 from tierkv.mover import AllReady, Move, Mover, Ready
 from tierkv.mover_frames import FrameMover
@@ -25,21 +25,62 @@ from tierkv.storage.codecs import Codec
 from tierkv.storage.coded import CodedBlock
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.hot import HotPool
+from tierkv.storage.outcomes import MissReason
 from tierkv.storage.planes import Bytes
 from tierkv.storage.state_file import StateFile
 from tierkv.storage.warm import WarmPool
 from tierkv.storage.windows import WindowFormat
 
-__all__ = ["Compression", "Place", "Tiers"]
+__all__ = ["Compression", "Job", "LowerTiers", "Place", "PlaceOwner", "Tiers"]
 
 _WAIT_S = 0.05
 
 
+class PlaceOwner(Protocol):
+    """Whoever lent a warm place that is not this cache's own."""
+
+    @property
+    def mover(self) -> Mover:
+        """What copies to and from such places."""
+
+    def give_back(self, slot: int) -> None:
+        """End one loan. Waits for nobody."""
+
+
 class Place(NamedTuple):
-    """One block's place in the hot or the warm tier, or among the staging slots, which are of no tier."""
+    """One block's place in the hot or the warm tier, or among the staging slots, which are of no tier.
+
+    owner: None for a place of this cache's own.
+    """
 
     tier: Tier | None
     slot: int
+    owner: PlaceOwner | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A block to write down: in the hot pool, pinned for this, its K and V computed once `written` has passed.
+
+    parent: the parent's entry, None for a first block; the chain of entries outlives their stay in the index.
+    """
+
+    block_hash: BlockHash
+    parent_hash: BlockHash
+    token_bytes: bytes
+    parent: Entry | None
+    block_id: int
+    written: Ready
+
+
+class LowerTiers(Protocol):
+    """Warm and cold tiers that are not this cache's own. Nothing here raises for a block that cannot be had."""
+
+    def read(self, hits: Sequence[Hit]) -> tuple[list[Place], MissReason | None]:
+        """Return lent warm places of the leading cold hits that could be had, and why the next one could not."""
+
+    def write(self, jobs: Sequence[Job]) -> None:
+        """Write blocks down, parents before children; when it returns the hot blocks may be reused."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -66,6 +107,7 @@ class Tiers:
     leaving: when the last reader or writer of a released sequence's blocks, on whatever stream, is through.
     arriving: block ids whose bytes are on their way up; who uses one waits for its copy.
     reserved_raw: raw places that are never given back.
+    lower: who has the warm and the cold tier instead of this cache, which then has no warm slot and no source.
     """
 
     layout: BlockLayout
@@ -90,6 +132,7 @@ class Tiers:
     arriving: dict[int, Ready] = field(default_factory=dict)
     leaving: dict[int, Ready] = field(default_factory=dict)
     reserved_raw: int = 0
+    lower: LowerTiers | None = None
 
     @property
     def sources(self) -> list[ColdSource]:
@@ -109,7 +152,9 @@ class Tiers:
         """Lower the reference counts of places and wake whoever waits for room."""
         with self.changed:
             for place in places:
-                if place.tier is not None:
+                if place.owner:
+                    place.owner.give_back(place.slot)
+                elif place.tier is not None:
                     self.index.unpin(place.tier, place.slot)
                 elif self.compression:
                     self.compression.slots.unpin(place.slot)
@@ -134,6 +179,8 @@ class Tiers:
         coded: what lies in each raw place, where a GPU is to decode it.
         """
         moves = [Move(place.slot, to) for place, to in zip(places, targets, strict=True)]
+        if owner := places[0].owner:
+            return owner.mover.promote(moves)
         if self.compression and places[0].tier is Tier.WARM:
             return self.compression.mover.promote(moves)
         kinds = list(coded) or [CodedBlock()] * len(moves)

@@ -17,7 +17,7 @@ from tierkv.storage.warm import WarmPool
 from tierkv.storage.windows import WindowFormat
 from tierkv.tiers import Compression
 
-__all__ = ["WarmMemory", "open_warm_memory"]
+__all__ = ["WarmMemory", "no_warm_memory", "open_warm_memory"]
 
 _MIN_BLOCKS = 4
 _MAX_STAGING_BLOCKS = 24
@@ -55,6 +55,12 @@ def open_warm_memory(hot: HotPool, config: CacheConfig) -> WarmMemory:
         form=form, mover=WindowMover(hot, warm, form, mover), staging=staging, slots=SlotPool(num_staging)
     )
     return WarmMemory(warm=warm, mover=mover, compression=compression, frames=_frames(hot, mover, config))
+
+
+def no_warm_memory(hot: HotPool) -> WarmMemory:
+    """Return what a cache has whose lower tiers are another's: one page, which the write thread holds for ever."""
+    warm = WarmPool(1, 1, num_threads=1)
+    return WarmMemory(warm=warm, mover=Mover(hot, warm), compression=None, frames=None)
 
 
 def _form(hot: HotPool, config: CacheConfig) -> WindowFormat | None:

@@ -1,0 +1,19 @@
+"""A daemon as a process of its own, without torch: run as `python daemon_worker.py JSON`; says "up" when it serves."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+from tierkv.daemon_server import DaemonConfig, serve
+
+if __name__ == "__main__":
+    options = json.loads(sys.argv[1])
+    logging.basicConfig(level=logging.INFO)
+    store = options.pop("store", None)
+    serve(
+        DaemonConfig(socket=Path(options.pop("socket")), store=Path(store) if store else None, **options),
+        started=lambda: print("up", flush=True),
+    )

@@ -1,0 +1,141 @@
+"""Several caches over one daemon: what one computes the others find, byte for byte."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import OpenCache, Start
+from pattern_engine import PatternEngine
+
+from tierkv.block import Tier, hash_block
+
+
+def ids(count: int, start: int = 0) -> list[int]:
+    return list(range(start, start + count))
+
+
+def test_what_one_cache_computes_another_finds_in_the_warm_tier(start_daemon: Start, open_cache: OpenCache) -> None:
+    daemon = start_daemon()
+    first, second = open_cache(), open_cache()
+    first.release(PatternEngine(first).start(ids(14), tail=True))
+    first.flush()
+    found = PatternEngine(second).start([*ids(14), 99])
+    assert found.cached_tokens == {Tier.HOT: 0, Tier.WARM: 14, Tier.COLD: 0}
+    second.release(found)
+    for cache in (first, second):
+        cache.check()
+        cache.close()
+    status = daemon.status()
+    assert (status.leased_slots, status.reserved_slots, status.clients) == (0, 0, 1)
+
+
+def test_a_new_daemon_on_the_same_store_serves_from_the_cold_tier(start_daemon: Start, open_cache: OpenCache) -> None:
+    daemon = start_daemon()
+    cache = open_cache()
+    cache.release(PatternEngine(cache).start(ids(14), tail=True))
+    cache.flush()
+    cache.close()
+    daemon.kill()
+    daemon.start()
+    again = open_cache()
+    found = PatternEngine(again).start([*ids(14), 99])
+    assert found.cached_tokens[Tier.COLD] == 14
+    again.release(found)
+    third = open_cache()
+    found = PatternEngine(third).start([*ids(14), 98])
+    assert found.cached_tokens[Tier.WARM] == 14
+    third.release(found)
+
+
+def test_match_pin_evict_and_stats_go_through_the_daemon(start_daemon: Start, open_cache: OpenCache) -> None:
+    start_daemon()
+    cache, other = open_cache(), open_cache()
+    cache.release(PatternEngine(cache).start(ids(12)))
+    cache.flush()
+    assert other.match(ids(12)).blocks == {Tier.HOT: 0, Tier.WARM: 3, Tier.COLD: 0}
+    assert other.stats().tiers[Tier.WARM].blocks == 3
+    assert other.stats().tiers[Tier.COLD].blocks == 3
+    assert other.pin(ids(8)) == 2
+    assert other.evict(Tier.WARM) == 1
+    assert other.match(ids(12)).blocks == {Tier.HOT: 0, Tier.WARM: 2, Tier.COLD: 1}
+    assert other.unpin(ids(8)) == 2
+    assert other.evict(Tier.WARM) == 2
+
+
+def test_a_state_file_is_saved_and_loaded_by_the_daemon(
+    start_daemon: Start, open_cache: OpenCache, tmp_path: Path
+) -> None:
+    daemon = start_daemon(store=False)
+    cache = open_cache()
+    cache.release(PatternEngine(cache).start(ids(14), tail=True))
+    assert cache.save_cache_state(tmp_path / "state").blocks == 4
+    cache.close()
+    daemon.kill()
+    daemon.start()
+    cache = open_cache()
+    assert cache.match(ids(14)).num_cached_tokens == 0
+    assert cache.load_cache_state(tmp_path / "state") == 4
+    found = PatternEngine(cache).start([*ids(14), 1])
+    assert found.cached_tokens[Tier.COLD] == 14
+    cache.release(found)
+
+
+@pytest.mark.parametrize("other", [{"weights": "x"}, {"salt": "tenant"}, {"block_size": 8}])
+def test_another_model_salt_or_block_size_has_its_own_blocks(
+    start_daemon: Start, open_cache: OpenCache, other: dict[str, object]
+) -> None:
+    daemon = start_daemon()
+    cache, stranger = open_cache(), open_cache(**other)
+    cache.release(PatternEngine(cache).start(ids(16)))
+    cache.flush()
+    assert stranger.match(ids(16)).num_cached_tokens == 0
+    stranger.release(PatternEngine(stranger).start(ids(16)))
+    stranger.flush()
+    assert len(daemon.status().tenants) == 2
+    for each in (open_cache(), open_cache(**other)):
+        assert each.match(ids(16)).tokens[Tier.WARM] == 16
+        each.release(PatternEngine(each).start([*ids(16), 5]))
+
+
+def cut_to_8_bits(parent: bytes, tokens: bytes) -> bytes:
+    return hash_block(parent, tokens)[:1] * 16
+
+
+@pytest.mark.parametrize("has_store", [True, False])
+def test_forced_hash_collisions_cost_misses_and_never_a_wrong_block(
+    start_daemon: Start, open_cache: OpenCache, has_store: bool
+) -> None:
+    daemon = start_daemon(slots=24, store=has_store)
+    for _ in range(2):
+        caches = [open_cache(hot=12, hash_function=cut_to_8_bits) for _ in range(2)]
+        engines = [PatternEngine(cache) for cache in caches]
+        for i in range(200):
+            engine = engines[i % 2]
+            sequence = engine.start([i % 5, i % 3, i % 7, i % 2, i % 5, i % 3, 1, 2, i % 2, 3, 3, 3, 3], tail=True)
+            engine.check(sequence)
+            engine.cache.release(sequence)
+            engine.cache.flush()
+        for cache in caches:
+            cache.check()
+            assert cache.stats().hits > 0
+            cache.close()
+    status = daemon.status()
+    assert (status.leased_slots, status.reserved_slots) == (0, 0)
+
+
+def test_more_blocks_than_the_slab_holds_pass_through_it(start_daemon: Start, open_cache: OpenCache) -> None:
+    daemon = start_daemon(slots=16)
+    caches = [open_cache(hot=8), open_cache(hot=8)]
+    seen = dict.fromkeys(Tier, 0)
+    for round_number in range(3):
+        for step, i in enumerate([*range(12), 11, 10]):
+            cache = caches[(step + round_number) % 2]
+            sequence = PatternEngine(cache).start([*ids(12, start=100 * i), 7], tail=True)
+            for tier, tokens in sequence.cached_tokens.items():
+                seen[tier] += tokens
+            cache.release(sequence)
+            cache.check()
+            cache.flush()
+    assert seen[Tier.WARM] and seen[Tier.COLD]
+    assert daemon.status().counters["evicted_blocks"] > 0

@@ -1,0 +1,260 @@
+"""How the daemon's one slab is shared out among blocks of different sizes.
+
+The slab is cut into extents. Blocks of one stride form a size class, whose slots are a grid over the whole slab:
+slot k is bytes [k * stride, (k + 1) * stride). A slot can be used as long as every extent that it touches belongs
+to its class; so a slot's number says where it lies, for every class, and a client maps the slab once.
+
+An extent is given to the class that needs it, and when all are given, taken from the one that has most, if that
+has more than its share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from tierkv.block import BlockHash, Tier
+from tierkv.errors import CapacityError
+from tierkv.index import Entry, Index
+from tierkv.policies import EvictionPolicy
+
+__all__ = ["EXTENT_BYTES", "Forgotten", "SharedSlab", "SizeClass"]
+
+EXTENT_BYTES = 64 << 20
+_MIN_EXTENTS = 16
+_MAX_CLASSES = 32
+_PAGE_BYTES = 4096
+_SPARE_SHARE = 0.05  # evicted ahead of need, so that a writer seldom waits for it
+_ROOT: BlockHash = bytes(16)
+
+Forgotten = Callable[[int], None]
+"""Called with each slot whose block was evicted."""
+
+
+class SizeClass:
+    """Slots of one stride and the index of the blocks in them.
+
+    One index serves every namespace of that block size: a namespace's digest is an entry without bytes under the
+    root, and its first blocks hang under that. So the eviction policy ranks all of them together.
+    """
+
+    def __init__(
+        self,
+        slab: SharedSlab,
+        stride_bytes: int,
+        *,
+        policy: EvictionPolicy,
+        clock: Callable[[], float],
+        forgotten: Forgotten,
+    ) -> None:
+        self.slab = slab
+        self.stride_bytes = stride_bytes
+        self.num_slots = slab.size_bytes // stride_bytes
+        self.index = Index(root=_ROOT, num_hot=0, num_warm=self.num_slots, policy=policy, clock=clock)
+        self.evictions = 0
+        self._forgotten = forgotten
+        self._is_held = bytearray(b"\1" * self.num_slots)  # not ours: an extent of it belongs to nobody or another
+        self.num_usable = 0
+        self.index.warm.take(range(self.num_slots))
+
+    @property
+    def free_count(self) -> int:
+        """Slots that can be taken without evicting or growing."""
+        return self.index.warm.free_count
+
+    def root_of(self, namespace: BlockHash) -> Entry:
+        """Return the entry that a namespace's first blocks hang under, made if need be."""
+        entry = self.index.insert(namespace, _ROOT, namespace)  # where a block has token ids: all must differ
+        if entry is None:
+            raise CapacityError("a block has taken the hash of this namespace")
+        return entry
+
+    def take(self, count: int) -> list[int]:
+        """Return up to `count` slots, each pinned once: free ones, then new ones, then evicted ones."""
+        pool = self.index.warm
+        while pool.free_count < count and self.slab.grow(self):
+            pass
+        if pool.free_count < count:
+            self.evict(count - pool.free_count)
+        return pool.allocate(min(count, pool.free_count))
+
+    def evict(self, count: int, is_chosen: Callable[[int], bool] | None = None) -> int:
+        """Evict up to `count` blocks, or only those whose slots are chosen; return how many went."""
+        wanted = count if is_chosen is None else self.num_slots
+        slots: dict[Entry, int] = {}
+        for victim in self.index.select_victims(Tier.WARM, wanted):
+            slot = victim.warm_slot
+            if slot is not None and len(slots) < count and (is_chosen is None or is_chosen(slot)):
+                slots[victim] = slot
+        return self._evict(slots)
+
+    def trim(self) -> int:
+        """Keep a small share of the slots free where the slab is full; return how many blocks were evicted."""
+        wanted = int(self.num_usable * _SPARE_SHARE)
+        if self.slab.has_unassigned or self.free_count >= wanted:
+            return 0
+        return self.evict(wanted - self.free_count)
+
+    def give(self, slots: Iterable[int]) -> int:
+        """Make slots usable that were not; return how many those are."""
+        given = 0
+        for slot in slots:
+            if self._is_held[slot]:
+                self._is_held[slot] = 0
+                self.index.warm.unpin(slot)
+                given += 1
+        self.num_usable += given
+        return given
+
+    def clear(self, slots: Iterable[int]) -> bool:
+        """Take slots back, evicting what lies in them and the blocks that follow. False if somebody uses one."""
+        ours = [slot for slot in slots if not self._is_held[slot]]
+        pool = self.index.warm
+        for slot in ours:
+            owner = pool.owners[slot]
+            if owner is not None and not self._evict_subtree(owner):
+                return False
+        if any(pool.reference_count(slot) for slot in ours):
+            return False
+        pool.take(ours)
+        for slot in ours:
+            self._is_held[slot] = 1
+        self.num_usable -= len(ours)
+        return True
+
+    def is_usable(self, slot: int) -> bool:
+        """Tell whether a slot exists and belongs to this class."""
+        return 0 <= slot < self.num_slots and not self._is_held[slot]
+
+    def _evict(self, slots: dict[Entry, int]) -> int:
+        """Evict entries, children before parents; one whose child stays, stays too. Return how many went."""
+        evicted = self.index.evict(slots, Tier.WARM)
+        for entry in evicted:
+            self._forgotten(slots[entry])
+        self.evictions += len(evicted)
+        return len(evicted)
+
+    def _evict_subtree(self, entry: Entry) -> bool:
+        pending, order = [entry], []
+        while pending:
+            one = pending.pop()
+            order.append(one)
+            pending += one.children
+        slots = {one: one.warm_slot for one in reversed(order) if one.warm_slot is not None}
+        if any(one.pinned or self.index.warm.reference_count(slot) for one, slot in slots.items()):
+            return False
+        self._evict(slots)
+        return True
+
+
+class SharedSlab:
+    """Who has which extent of `size_bytes`."""
+
+    def __init__(
+        self,
+        size_bytes: int,
+        *,
+        make_policy: Callable[[], EvictionPolicy],
+        clock: Callable[[], float],
+        forgotten: Callable[[SizeClass, int], None],
+        extent_bytes: int | None = None,
+    ) -> None:
+        self.size_bytes = size_bytes
+        small = max(_PAGE_BYTES, size_bytes // _MIN_EXTENTS // _PAGE_BYTES * _PAGE_BYTES)
+        self.extent_bytes = extent_bytes or min(EXTENT_BYTES, small)
+        self.owners: list[SizeClass | None] = [None] * (size_bytes // self.extent_bytes)
+        self.classes: dict[int, SizeClass] = {}
+        self._make_policy = make_policy
+        self._clock = clock
+        self._forgotten = forgotten
+
+    @property
+    def has_unassigned(self) -> bool:
+        """Whether some extent belongs to nobody yet."""
+        return None in self.owners
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes that nothing lies in: of extents without a class, and of free slots."""
+        unassigned = self.owners.count(None) * self.extent_bytes
+        return unassigned + sum(each.free_count * each.stride_bytes for each in self.classes.values())
+
+    def class_of(self, stride_bytes: int) -> SizeClass:
+        """Return the class of blocks of that stride, made if need be. Raises CapacityError if none fits."""
+        if stride_bytes > len(self.owners) * self.extent_bytes:
+            raise CapacityError(
+                f"a block of {stride_bytes} bytes does not fit the daemon's slab of {self.size_bytes}",
+                hint="start the daemon with a larger --warm",
+            )
+        found = self.classes.get(stride_bytes)
+        if found is None:
+            if len(self.classes) >= _MAX_CLASSES:
+                raise CapacityError(f"the daemon serves {_MAX_CLASSES} sizes of blocks already")
+            found = SizeClass(
+                self,
+                stride_bytes,
+                policy=self._make_policy(),
+                clock=self._clock,
+                forgotten=lambda slot: self._forgotten(self.classes[stride_bytes], slot),
+            )
+            self.classes[stride_bytes] = found
+        return found
+
+    def grow(self, wanting: SizeClass) -> bool:
+        """Give a class at least one more slot, of extents that nobody has or one that has too many. False if none."""
+        return self._assign(wanting) or (self._take_back(wanting) and self._assign(wanting))
+
+    def _assign(self, wanting: SizeClass) -> bool:
+        for extent, owner in enumerate(self.owners):
+            if owner is not None:
+                continue
+            for slot in self._slots_touching(wanting, extent):
+                touched = self._extents_of(wanting, slot)
+                if touched and all(self.owners[each] in (None, wanting) for each in touched):
+                    fresh = [each for each in touched if self.owners[each] is None]
+                    for each in fresh:
+                        self.owners[each] = wanting
+                    return wanting.give(self._usable_in(wanting, fresh)) > 0
+        return False
+
+    def _take_back(self, wanting: SizeClass) -> bool:
+        """Free enough neighbouring extents of richer classes for one slot of a class that has less than its share."""
+        share = len(self.owners) / max(1, len(self.classes))
+        needed = -(-wanting.stride_bytes // self.extent_bytes)
+        if self.owners.count(wanting) + needed > max(share, needed):
+            return False
+        for first in range(len(self.owners) - needed, -1, -1):
+            span = range(first, first + needed)
+            losers = {self.owners[each] for each in span} - {None, wanting}
+            is_fair = all(self.owners.count(loser) - needed >= min(share, 1) for loser in losers)
+            if losers and is_fair and all(loser is not None and self._clear(loser, span) for loser in losers):
+                return True
+        return False
+
+    def _clear(self, loser: SizeClass, span: range) -> bool:
+        ours = [each for each in span if self.owners[each] is loser]
+        slots = sorted({slot for each in ours for slot in self._slots_touching(loser, each)})
+        if not loser.clear(slots):
+            return False
+        for each in ours:
+            self.owners[each] = None
+        return True
+
+    def _slots_touching(self, size_class: SizeClass, extent: int) -> range:
+        start, end = extent * self.extent_bytes, (extent + 1) * self.extent_bytes
+        first, last = start // size_class.stride_bytes, (end - 1) // size_class.stride_bytes
+        return range(first, min(last + 1, size_class.num_slots))
+
+    def _extents_of(self, size_class: SizeClass, slot: int) -> range:
+        start = slot * size_class.stride_bytes
+        last = (start + size_class.stride_bytes - 1) // self.extent_bytes
+        return range(start // self.extent_bytes, last + 1) if last < len(self.owners) else range(0)
+
+    def _usable_in(self, size_class: SizeClass, extents: Iterable[int]) -> list[int]:
+        """Return the slots that touch these extents and lie in extents of the class altogether."""
+        slots = {slot for extent in extents for slot in self._slots_touching(size_class, extent)}
+        usable = []
+        for slot in sorted(slots):
+            touched = self._extents_of(size_class, slot)
+            if touched and all(self.owners[each] is size_class for each in touched):
+                usable.append(slot)
+        return usable

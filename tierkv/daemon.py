@@ -79,7 +79,7 @@ class BlockSource(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Tenant:
-    """One namespace: its layout, where its blocks may lie, and what it has."""
+    """One namespace: its layout, where its blocks may lie, and what it has. codec: the lossy one it asks for, or ""."""
 
     digest: BlockHash
     description: bytes
@@ -87,6 +87,7 @@ class Tenant:
     owner: str
     layout: BlockLayout
     size_class: SizeClass
+    codec: str = ""
     sources: list[BlockSource] = field(default_factory=list)
     warm_blocks: int = 0
     pinned_bytes: int = 0
@@ -233,7 +234,15 @@ class Core:
         return connection
 
     def open_tenant(
-        self, connection: Connection, digest: BlockHash, description: bytes, name: str, owner: str, layout: BlockLayout
+        self,
+        connection: Connection,
+        digest: BlockHash,
+        description: bytes,
+        *,
+        layout: BlockLayout,
+        name: str = "",
+        owner: str = "",
+        codec: str = "",
     ) -> Tenant:
         """Let a connection work on a namespace, made known if need be.
 
@@ -243,7 +252,7 @@ class Core:
         if tenant is None:
             self._forget_idle_tenants()
             size_class = self.slab.class_of(slot_stride(layout.block_bytes))
-            tenant = Tenant(digest, description, name, owner, layout, size_class)
+            tenant = Tenant(digest, description, name, owner, layout, size_class, codec)
             if self.store is not None:
                 tenant.sources.append(self.store)
             self.tenants[digest] = tenant
@@ -319,9 +328,17 @@ class Core:
             raise ProtocolError(f"blocks {message.first} and {message.count - 1} more of {end}")
         return self._begin_fetch(tenant, cursor, message.first, message.count)
 
-    def begin_prefetch(self, tenant: Tenant, hashes: list[bytes], tokens: bytes, first: int, count: int) -> FetchTask:
-        """Do as `begin_fetch` for nobody: the blocks are only to be there. Ends by `end_fetch(None, task)`."""
-        return self._begin_fetch(tenant, _Cursor(hashes, tokens, len(hashes), None), first, count)
+    def begin_prefetches(self, tenant: Tenant, hashes: list[bytes], tokens: bytes) -> Iterator[FetchTask]:
+        """Yield fetches for nobody, one after the other, that bring up a whole prompt, a stored tail included.
+
+        Each ends by `end_fetch(None, task)`; the caller stops where one of them brings nothing.
+        """
+        rest = tokens[len(hashes) * tenant.step :]
+        tail = _stored_tail(tenant, hashes[-1] if hashes else tenant.digest, rest) if rest else None
+        cursor = _Cursor(hashes, tokens, len(hashes), tail)
+        last = len(hashes) + (tail is not None)
+        for first in range(0, last, MAX_FETCH_BLOCKS):
+            yield self._begin_fetch(tenant, cursor, first, min(MAX_FETCH_BLOCKS, last - first))
 
     def finish_load(self, load: Load, reason: MissReason | None) -> None:
         """The load's slot holds the block now; or does not, and why."""
@@ -966,7 +983,13 @@ def _holds(source: BlockSource, tenant: Tenant, hashes: Sequence[bytes], tokens:
         return False
 
 
-def iter_waves(first: int, last: int) -> Iterator[tuple[int, int]]:
-    """Yield (first, count) of runs of blocks that one fetch may ask for."""
-    for start in range(first, last, MAX_FETCH_BLOCKS):
-        yield start, min(MAX_FETCH_BLOCKS, last - start)
+def _stored_tail(tenant: Tenant, parent: BlockHash, rest: bytes) -> tuple[bytes, bytes] | None:
+    """Return (hash, tokens) of a source's block that has all tokens of a prompt's partly filled last block."""
+    for source in tenant.sources:
+        try:
+            found = source.find_longest_run(parent, rest)
+        except StoreError:
+            continue
+        if found and found[2] * TOKEN_BYTES == len(rest):
+            return found[0], found[1]
+    return None

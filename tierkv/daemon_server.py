@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from tierkv.block import BlockHash
-from tierkv.daemon import Connection, Core, FetchTask, Load, Tenant, Write, iter_waves
+from tierkv.daemon import Connection, Core, FetchTask, Load, Tenant, Write
 from tierkv.daemon_host import check_memory, exclusive_file, listening_socket, memory_of_process, peer_of
 from tierkv.errors import ConfigError, DaemonError, NamespaceMismatchError, StoreError, TierKVError
 from tierkv.layout import BlockLayout
@@ -65,7 +65,7 @@ from tierkv.protocol import (
     split_hashes,
     split_numbers,
 )
-from tierkv.storage.codecs import default_codec
+from tierkv.storage.codecs import codec_by_name, default_codec
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.outcomes import MissReason, PutOutcome
 from tierkv.storage.record import EncodedRecord, encode_record, read_header
@@ -248,9 +248,10 @@ class _Server:
             client.connection,
             message.namespace,
             message.description,
-            str(description.get("name", ""))[:128],
-            str(description.get("salt", "")),
-            layout,
+            layout=layout,
+            name=str(description.get("name", ""))[:128],
+            owner=str(description.get("salt", "")),
+            codec=str(description.get("lossy_codec", "")),
         )
         if self._store is not None:
             register = self._store.register_namespace
@@ -491,7 +492,9 @@ class _Server:
     def _encode(self, write: Write) -> EncodedRecord:
         layout = write.tenant.layout
         block = self._slab.slots(layout.block_bytes)[write.slot]
-        return encode_record(write.info, block, layout=layout, codec=default_codec(layout.dtype))
+        name = write.tenant.codec
+        codec = codec_by_name(name) if name else default_codec(layout.dtype)
+        return encode_record(write.info, block, layout=layout, codec=codec)
 
     def _iter_records(self, tenant: Tenant, blocks: list[Write]) -> Iterator[bytes]:
         """Yield the record of every block of a namespace, each once: stored ones, warm ones, those of state files."""
@@ -519,12 +522,11 @@ class _Server:
     async def _prefetch_forever(self) -> None:
         while True:
             tenant, hashes, tokens = await self._prefetches.get()
-            for first, count in iter_waves(0, len(hashes)):
-                task = self.core.begin_prefetch(tenant, hashes, tokens, first, count)
+            for task in self.core.begin_prefetches(tenant, hashes, tokens):
                 await self._load(task)
-                fetched = self.core.end_fetch(None, task)
-                self.core.counters["prefetched_blocks"] += len(task.fresh)
-                if len(fetched.slots) < 4 * count:
+                self.core.end_fetch(None, task)
+                self.core.counters["prefetched_blocks"] += sum(load.reason is None for load in task.fresh)
+                if task.miss:
                     break
 
     async def _tick_forever(self) -> None:
@@ -739,6 +741,8 @@ def _parse_description(message: Hello) -> tuple[dict[str, Any], BlockLayout]:
     try:
         description = json.loads(message.description)
         layout = BlockLayout.from_dict(description)
+        if description.get("lossy_codec"):
+            codec_by_name(description["lossy_codec"])
     except (ValueError, TypeError, ConfigError) as exc:
         raise ProtocolError(f"the namespace's description cannot be read: {exc}") from exc
     if len(message.namespace) != _HASH_BYTES:

@@ -14,10 +14,14 @@ from typing import Annotated, Optional
 import typer
 
 from tierkv import __version__
+from tierkv.daemon_server import DaemonConfig
 from tierkv.errors import ConfigError, TierKVError
+from tierkv.prompts import read_prompts
 from tierkv.tools import compact as compact_command
+from tierkv.tools import daemon as daemon_command
 from tierkv.tools import evict as evict_command
 from tierkv.tools import inspect_store as inspect_command
+from tierkv.tools import prefetch as prefetch_command
 from tierkv.tools import replay as replay_command
 from tierkv.tools import run as run_command
 from tierkv.tools import state as state_command
@@ -25,7 +29,7 @@ from tierkv.tools import stats as stats_command
 from tierkv.tools import train_policy as train_policy_command
 from tierkv.tools import verify as verify_command
 from tierkv.tools import warm as warm_command
-from tierkv.tools.options import EngineOptions, default_store, parse_size
+from tierkv.tools.options import EngineOptions, default_socket, default_store, named_socket, parse_size
 
 __all__ = ["app", "main"]
 
@@ -55,6 +59,10 @@ HotSize = Annotated[
 CodecName = Annotated[
     str, typer.Option("--codec", help="lossy-int8 or lossy-fp8-e4m3 halve the bytes on disk, and change them.")
 ]
+Socket = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(help="Use the warm and cold tier of the daemon that listens here.", show_default="TIERKV_SOCKET"),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -69,6 +77,7 @@ def _options(
     warm: str,
     hot: str | None,
     codec: str,
+    socket: Path | None,
 ) -> EngineOptions:
     if block_size and len(set(block_size)) > 1:
         raise ConfigError(f"one command has one block size, got {' and '.join(map(str, block_size))}")
@@ -83,7 +92,16 @@ def _options(
         warm_bytes=parse_size(warm),
         hot_bytes=parse_size(hot) if hot else None,
         codec=codec,
+        socket=socket or named_socket(os.environ),
     )
+
+
+def _store(store: Path | None, socket: Path | None) -> Path:
+    """Return the store that was named, directly or as that of a daemon."""
+    if store and socket:
+        raise ConfigError("name a store or a daemon's socket, not both")
+    daemon = socket or (None if store else named_socket(os.environ))
+    return daemon_command.store_of(daemon) if daemon else store or default_store(os.environ)
 
 
 @app.command()
@@ -102,10 +120,11 @@ def warm(
     warm_size: WarmSize = "256M",
     hot: HotSize = None,
     codec: CodecName = "auto",
+    socket: Socket = None,
     as_json: AsJson = False,
 ) -> None:
     """Compute the K and V of prompts once and keep them on disk."""
-    options = _options(model, store, device, dtype, block_size, salt, cold, warm_size, hot, codec)
+    options = _options(model, store, device, dtype, block_size, salt, cold, warm_size, hot, codec, socket)
     warm_command.warm(file, options, lines=lines, pin=pin, dry_run=dry_run, as_json=as_json)
 
 
@@ -130,10 +149,11 @@ def run(
     warm_size: WarmSize = "256M",
     hot: HotSize = None,
     codec: CodecName = "auto",
+    socket: Socket = None,
     as_json: AsJson = False,
 ) -> None:
     """Answer a prompt, reusing whatever K and V are cached."""
-    options = _options(model, store, device, dtype, block_size, salt, cold, warm_size, hot, codec)
+    options = _options(model, store, device, dtype, block_size, salt, cold, warm_size, hot, codec, socket)
     request = run_command.RunRequest(
         prompt=prompt,
         system=system,
@@ -149,9 +169,9 @@ def run(
 
 
 @app.command()
-def stats(store: Store = None, as_json: AsJson = False) -> None:
+def stats(store: Store = None, socket: Socket = None, as_json: AsJson = False) -> None:
     """Say how much a store holds."""
-    stats_command.stats(store or default_store(os.environ), as_json=as_json)
+    stats_command.stats(_store(store, socket), as_json=as_json)
 
 
 @app.command()
@@ -159,10 +179,11 @@ def inspect(
     namespace: Annotated[Optional[str], typer.Option(help="Only this namespace: leading hex digits.")] = None,  # noqa: UP045
     model: Annotated[Optional[str], typer.Option(help="Show texts with this model's tokenizer.")] = None,  # noqa: UP045
     store: Store = None,
+    socket: Socket = None,
     as_json: AsJson = False,
 ) -> None:
     """List what is stored: namespaces and how they differ, prompt prefixes, sizes, ages."""
-    inspect_command.inspect(store or default_store(os.environ), namespace=namespace, model=model, as_json=as_json)
+    inspect_command.inspect(_store(store, socket), namespace=namespace, model=model, as_json=as_json)
 
 
 @app.command()
@@ -170,21 +191,23 @@ def save(
     file: Annotated[Path, typer.Argument(help="State file to write.")],
     namespace: Annotated[Optional[str], typer.Option(help="Leading hex digits, where there are several.")] = None,  # noqa: UP045
     store: Store = None,
+    socket: Socket = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a store's blocks of one namespace into one file."""
-    state_command.save(file, store or default_store(os.environ), namespace=namespace, as_json=as_json)
+    state_command.save(file, _store(store, socket), namespace=namespace, as_json=as_json)
 
 
 @app.command()
 def load(
     file: Annotated[Path, typer.Argument(help="State file to read.")],
     store: Store = None,
+    socket: Socket = None,
     cold: ColdSize = "64G",
     as_json: AsJson = False,
 ) -> None:
     """Put the blocks of a state file into a store."""
-    state_command.load(file, store or default_store(os.environ), cold_bytes=parse_size(cold), as_json=as_json)
+    state_command.load(file, _store(store, socket), cold_bytes=parse_size(cold), as_json=as_json)
 
 
 @app.command()
@@ -193,27 +216,31 @@ def evict(
     namespace: Annotated[Optional[str], typer.Option(help="Only this namespace: leading hex digits.")] = None,  # noqa: UP045
     older_than: Annotated[Optional[str], typer.Option(help="Only what was not used for 90s, 12h or 7d.")] = None,  # noqa: UP045
     store: Store = None,
+    socket: Socket = None,
     as_json: AsJson = False,
 ) -> None:
     """Remove blocks from a store; pinned ones stay."""
-    path = store or default_store(os.environ)
+    path = _store(store, socket)
     evict_command.evict(path, to=to, namespace=namespace, older_than=older_than, as_json=as_json)
 
 
 @app.command()
-def compact(store: Store = None, as_json: AsJson = False) -> None:
+def compact(store: Store = None, socket: Socket = None, as_json: AsJson = False) -> None:
     """Give a store's free space back to the disk."""
-    compact_command.compact(store or default_store(os.environ), as_json=as_json)
+    path = _store(store, socket)
+    daemon = socket or (None if store else named_socket(os.environ))
+    compact_command.compact(path, daemon=daemon, as_json=as_json)
 
 
 @app.command()
 def verify(
     repair: Annotated[bool, typer.Option("--repair", help="Remove what is damaged.")] = False,
     store: Store = None,
+    socket: Socket = None,
     as_json: AsJson = False,
 ) -> None:
     """Read every block of a store and say which are damaged; exit code 1 if any is left."""
-    if not verify_command.verify(store or default_store(os.environ), repair=repair, as_json=as_json):
+    if not verify_command.verify(_store(store, socket), repair=repair, as_json=as_json):
         sys.exit(1)
 
 
@@ -258,6 +285,75 @@ def train_policy(
 ) -> None:
     """Fit the learned eviction policy to a request trace."""
     train_policy_command.train_policy(trace, out, block_size=block_tokens, seed=seed, as_json=as_json)
+
+
+daemon_app = typer.Typer(help="One warm cache for every process on the machine.", no_args_is_help=True)
+app.add_typer(daemon_app, name="daemon")
+
+
+@daemon_app.command("start")
+def daemon_start(
+    detach: Annotated[bool, typer.Option("--detach", help="Return when it serves, as a process of its own.")] = False,
+    warm_size: WarmSize = "1G",
+    cold: ColdSize = "64G",
+    store: Store = None,
+    no_store: Annotated[bool, typer.Option("--no-store", help="Keep nothing on disk.")] = False,
+    socket: Socket = None,
+    metrics_port: Annotated[Optional[int], typer.Option(help="Serve Prometheus metrics here, locally.")] = None,  # noqa: UP045
+    warm_file: Annotated[Optional[Path], typer.Option(help="Prompts whose blocks come up from the store.")] = None,  # noqa: UP045
+    model: Model = None,
+    dtype: Dtype = None,
+    block_size: BlockSize = None,
+    salt: Salt = "",
+) -> None:
+    """Start a daemon. Model, dtype, block size and salt say whose prompts --warm-file has."""
+    path = socket or default_socket(os.environ)
+    config = DaemonConfig(
+        socket=path.expanduser().absolute(),
+        store=None if no_store else (store or default_store(os.environ)).expanduser().absolute(),
+        warm_bytes=parse_size(warm_size),
+        cold_bytes=parse_size(cold),
+        metrics_port=metrics_port,
+    )
+    command: list[str] = []
+    if warm_file:
+        read_prompts(warm_file)
+        command = [sys.executable, "-c", "from tierkv.tools.cli import main; main()", "daemon", "prefetch"]
+        command += [str(warm_file.absolute()), "--socket", str(config.socket), "--device", "cpu", "--salt", salt]
+        command += ["--block-size", str((block_size or [256])[0])]
+        command += ["--model", model] if model else []
+        command += ["--dtype", dtype] if dtype else []
+    daemon_command.start(config, detach=detach, warm_command=command)
+
+
+@daemon_app.command("status")
+def daemon_status(socket: Socket = None, as_json: AsJson = False) -> None:
+    """Say what the daemon holds and for whom."""
+    daemon_command.status(socket or default_socket(os.environ), as_json=as_json)
+
+
+@daemon_app.command("stop")
+def daemon_stop(socket: Socket = None) -> None:
+    """End the daemon; what it has yet to store is stored first."""
+    daemon_command.stop(socket or default_socket(os.environ))
+
+
+@daemon_app.command("prefetch")
+def daemon_prefetch(
+    file: Annotated[Path, typer.Argument(help="Prompts: text separated by lines of ---, or .jsonl.")],
+    lines: Annotated[bool, typer.Option("--lines", help="One prompt a line.")] = False,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    block_size: BlockSize = None,
+    salt: Salt = "",
+    socket: Socket = None,
+    as_json: AsJson = False,
+) -> None:
+    """Have the blocks of prompts brought from the store into the warm tier."""
+    path = socket or default_socket(os.environ)
+    options = _options(model, None, device, dtype, block_size, salt, "64G", "256M", None, "auto", path)
+    prefetch_command.prefetch(read_prompts(file, lines=lines), options, as_json=as_json)
 
 
 @app.callback(invoke_without_command=True)

@@ -13,7 +13,7 @@ from tierkv.errors import ConfigError
 from tierkv.models import load_model
 from tierkv.runner import Runner, open_runner
 
-__all__ = ["EngineOptions", "default_store", "open_engine", "parse_size"]
+__all__ = ["EngineOptions", "default_socket", "default_store", "named_socket", "open_engine", "parse_size"]
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
@@ -32,6 +32,19 @@ class EngineOptions:
     warm_bytes: int
     hot_bytes: int | None
     codec: str = "auto"
+    socket: Path | None = None
+
+
+def named_socket(environment: Mapping[str, str]) -> Path | None:
+    """Return the daemon's socket that the user has named with TIERKV_SOCKET, if any."""
+    return Path(environment["TIERKV_SOCKET"]) if environment.get("TIERKV_SOCKET") else None
+
+
+def default_socket(environment: Mapping[str, str]) -> Path:
+    """Return where a daemon listens unless told otherwise: TIERKV_SOCKET, or in the user's runtime directory."""
+    runtime = environment.get("XDG_RUNTIME_DIR")
+    folder = Path(runtime) / "tierkv" if runtime else cache_directory(environment)
+    return named_socket(environment) or folder / "daemon.sock"
 
 
 def default_store(environment: Mapping[str, str]) -> Path:
@@ -72,6 +85,7 @@ def open_engine(options: EngineOptions, environment: Mapping[str, str]) -> Itera
         warm_bytes=options.warm_bytes,
         hot_bytes=options.hot_bytes,
         codec=options.codec,
+        socket=options.socket,
     )
     with open_runner(loaded, config, salt=options.salt) as runner:
         yield runner

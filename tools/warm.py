@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,8 +18,11 @@ from tierkv.block import TOKEN_BYTES, BlockHash, as_token_array, hash_block, ite
 from tierkv.errors import StoreError
 from tierkv.prompts import prefix_tokens, read_prompts
 from tierkv.runner import Runner
+from tierkv.storage.cold import ColdStore
+from tierkv.tools.daemon import store_of
 from tierkv.tools.options import EngineOptions, open_engine
 from tierkv.tools.render import format_bytes
+from tierkv.tools.stores import open_existing
 
 __all__ = ["warm"]
 
@@ -38,6 +43,8 @@ class _Summary:
 def warm(path: Path, options: EngineOptions, *, lines: bool, pin: bool, dry_run: bool, as_json: bool) -> None:
     """Warm every prompt of a file and print the summary. Raises TierKVError for what the user can mend."""
     requests = read_prompts(path, lines=lines)
+    if options.socket:
+        store_of(options.socket)  # without a daemon that stores them, nothing would come of the blocks
     errors = Console(stderr=True)
     with open_engine(options, os.environ) as runner:
         started = time.perf_counter()
@@ -86,12 +93,22 @@ def _would_be_blocks(runner: Runner, prompt: list[int]) -> set[BlockHash]:
 
 def _add_sizes(summary: _Summary, runner: Runner, block_hashes: set[BlockHash]) -> int:
     """Add the sizes of the blocks that are stored. Return how many are not."""
-    store = runner.cache.cold
-    assert store is not None, "the command always opens a store"
-    stored = [entry for entry in store.lookup_many(block_hashes) if entry]
+    with _store_of(runner) as store:
+        stored = [entry for entry in store.lookup_many(block_hashes) if entry]
     summary.bytes_raw = sum(entry.raw_bytes for entry in stored)
     summary.bytes_stored = sum(entry.stored_bytes for entry in stored)
     return len(block_hashes) - len(stored)
+
+
+@contextmanager
+def _store_of(runner: Runner) -> Iterator[ColdStore]:
+    """Yield the store that the blocks went into: this process's own, or the daemon's, read beside it."""
+    if runner.cache.cold is not None:
+        yield runner.cache.cold
+        return
+    assert runner.cache.config.socket is not None, "the command opens a store, or has a daemon's"
+    with open_existing(store_of(runner.cache.config.socket)) as store:
+        yield store
 
 
 def _table(summary: _Summary, dry_run: bool) -> Table:

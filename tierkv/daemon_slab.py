@@ -217,17 +217,18 @@ class SharedSlab:
         return False
 
     def _take_back(self, wanting: SizeClass) -> bool:
-        """Free enough neighbouring extents of richer classes for one slot of a class that has less than its share."""
-        share = len(self.owners) / max(1, len(self.classes))
-        needed = -(-wanting.stride_bytes // self.extent_bytes)
-        if self.owners.count(wanting) + needed > max(share, needed):
-            return False
-        for first in range(len(self.owners) - needed, -1, -1):
-            span = range(first, first + needed)
-            losers = {self.owners[each] for each in span} - {None, wanting}
-            is_fair = all(self.owners.count(loser) - needed >= min(share, 1) for loser in losers)
-            if losers and is_fair and all(loser is not None and self._clear(loser, span) for loser in losers):
-                return True
+        """Free the extents of one slot, of richer classes, for a class that has less than its share."""
+        share = len(self.owners) // len(self.classes)
+        mine = self.owners.count(wanting)
+        for extent in range(len(self.owners) - 1, -1, -1):
+            touching = self._slots_touching(wanting, extent)
+            for slot in {*touching[:2], *touching[-1:]}:  # one that straddles a border, one that does not
+                span = self._extents_of(wanting, slot)
+                losers = {self.owners[each] for each in span} - {None, wanting}
+                num_more = sum(self.owners[each] is not wanting for each in span)
+                is_fair = mine + num_more <= max(share, len(span))
+                if losers and is_fair and all(loser is not None and self._clear(loser, span) for loser in losers):
+                    return True
         return False
 
     def _clear(self, loser: SizeClass, span: range) -> bool:

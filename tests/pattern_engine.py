@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 import xxhash
+from pattern_layout import tiny_layout
 from torch import Tensor
 
 from tierkv.cache import TierCache
@@ -19,11 +20,6 @@ from tierkv.sequence import Sequence
 from tierkv.storage.windows import WindowFormat
 
 __all__ = ["PatternEngine", "tiny_layout", "tiny_warm"]
-
-
-def tiny_layout(*, block_size: int = 4, dtype: str = "float32") -> BlockLayout:
-    """Two layers of one head of four elements."""
-    return BlockLayout.uniform(num_layers=2, block_size=block_size, kv_heads=1, head_dim=4, dtype=dtype)
 
 
 def tiny_warm(num_blocks: int, warm_codec: str) -> tuple[BlockLayout, int]:

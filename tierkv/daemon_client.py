@@ -69,6 +69,12 @@ class DaemonClient:
         """False once something has gone wrong: every further call fails."""
         return self._failure is None
 
+    def has_hung_up(self) -> bool:
+        """Tell, without waiting and without reading, whether the other end is closed."""
+        poller = select.poll()
+        poller.register(self._socket, select.POLLRDHUP)
+        return bool(poller.poll(0))
+
     def call(self, message: Message, expected: type[Answer], *, timeout_s: float | None = None) -> Answer:
         """Send a request and return its answer. Raises DaemonError if it is refused, DaemonGoneError otherwise.
 

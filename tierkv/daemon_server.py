@@ -77,7 +77,6 @@ __all__ = ["DaemonConfig", "serve"]
 
 _log = logging.getLogger(__name__)
 
-_HELLO_S = 5.0
 _TICK_S = 0.5
 _MAX_CLIENTS = 1024
 _MAX_PENDING = 64  # requests of one connection that are being worked on
@@ -107,7 +106,11 @@ _Answer: TypeAlias = Message | None
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DaemonConfig:
-    """What a daemon is started with. store None keeps nothing on disk."""
+    """What a daemon is started with.
+
+    store: None keeps nothing on disk. pin_share: of the slab, that one tenant may pin. metrics_port: of the loopback
+    interface, for Prometheus. hello_s: so long may a client take to say hello.
+    """
 
     socket: Path
     store: Path | None
@@ -117,6 +120,7 @@ class DaemonConfig:
     num_io_threads: int = field(default_factory=lambda: min(8, os.cpu_count() or 1))
     pin_share: float = 0.25
     metrics_port: int | None = None
+    hello_s: float = 5.0
 
     def __post_init__(self) -> None:
         if min(self.warm_bytes, self.cold_bytes, self.num_io_threads) <= 0:
@@ -544,7 +548,7 @@ class _Server:
             with contextlib.suppress(
                 asyncio.TimeoutError, asyncio.LimitOverrunError, asyncio.IncompleteReadError, OSError
             ):
-                await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), _HELLO_S)
+                await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), self.config.hello_s)
                 body = self._metrics().encode()
                 head = (
                     f"HTTP/1.0 200 OK\r\nContent-Type: text/plain; version=0.0.4\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -631,7 +635,7 @@ class _Client(asyncio.Protocol):
 
     def check_alive(self) -> None:
         """Close the connection of somebody who connects and says nothing."""
-        if not self.is_greeted and time.monotonic() - self._since > _HELLO_S:
+        if not self.is_greeted and time.monotonic() - self._since > self.server.config.hello_s:
             self.close()
 
     def close(self) -> None:

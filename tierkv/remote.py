@@ -197,6 +197,8 @@ class _Link:
 class DaemonTiers:
     """The daemon's tiers as one cache sees them. Thread-safe; satisfies `LowerTiers`.
 
+    num_waits: how often a request has waited for another process.
+
     wait_s: how long a request waits for blocks that another process is computing. timeout_s: of short calls.
     Raises DaemonError if the daemon refuses this namespace or speaks another version; one that cannot be reached is
     no error: it is looked for in the background.
@@ -224,6 +226,7 @@ class DaemonTiers:
         self._min_tail_tokens = min_tail_tokens
         self._link: _Link | None = None
         self._boot = 0
+        self.num_waits = 0
         self._is_closing = threading.Event()
         try:
             self._connect()
@@ -487,6 +490,7 @@ class DaemonTiers:
             if not answer.is_computing or left <= 0:
                 return answer
             self._return_all(link, answer)
+            self.num_waits += 1
             missing = hashes[ask.start + len(answer.slots) // 4]
             wait = Wait(block_hash=missing, timeout_ms=int(left * 1e3) + 1)
             self._call_on(link, wait, Waited, left + self._timeout_s)
@@ -600,6 +604,9 @@ class DaemonTiers:
             with self._tiers.changed:
                 self._tiers.reap()
             self._settle()
+            link = self._link
+            if link and link.client.has_hung_up():
+                self._lost(link, DaemonGoneError(f"the daemon at {self.path} has ended"))
             if self._link is not None or time.monotonic() < next_try:
                 continue
             try:

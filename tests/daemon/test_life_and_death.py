@@ -1,0 +1,302 @@
+"""Clients and daemons are killed, stopped and started again: service comes back and nothing stays lent."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from child_process import ENVIRONMENT, command
+from conftest import TIMEOUT_S, OpenCache, Start
+from pattern_engine import PatternEngine, tiny_layout
+from raw_client import NAMESPACE, chain_of, connect, hello, tokens_of, write_prompt
+
+from tierkv.block import Tier
+from tierkv.daemon_client import DaemonClient
+from tierkv.daemon_host import check_memory
+from tierkv.errors import CapacityError, ConfigError, DaemonError, DaemonGoneError
+from tierkv.namespace import Namespace
+from tierkv.protocol import HEADER, Found, Match, Welcome, frame
+from tierkv.storage.outcomes import MissReason
+
+WORKER = Path(__file__).with_name("client_worker.py")
+PROMPT = list(range(14))
+
+
+@contextlib.contextmanager
+def client_process(action: str, socket_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Run a client until it says that it is where it should be."""
+    line = command(WORKER, action, socket_path)
+    with subprocess.Popen(line, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == "ready\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def eventually(is_so: Callable[[], bool]) -> None:
+    """Wait for what another process does in its own time; fail if it never does."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while not is_so():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.01)
+
+
+def test_a_client_killed_while_reading_gives_its_slots_back(start_daemon: Start) -> None:
+    daemon = start_daemon()
+    with client_process("read", daemon.socket) as process:
+        assert daemon.status().leased_slots == 4
+        process.kill()
+        eventually(lambda: daemon.status().leased_slots == 0)
+    with connect(daemon.socket) as client:
+        found = client.call(Match(hashes=chain_of(tokens_of(16)), tokens=tokens_of(16)), Found)
+        assert len(found.slots) == 4 * 4, "what it had published stays"
+
+
+def test_a_client_killed_while_writing_leaves_nothing_visible_and_no_slot(start_daemon: Start) -> None:
+    daemon = start_daemon()
+    tokens = tokens_of(16)
+    with client_process("write", daemon.socket) as process, connect(daemon.socket) as client:
+        assert daemon.status().reserved_slots == 4
+        assert write_prompt(client, tokens) == 0, "the blocks are somebody else's to write"
+        assert client.call(Match(hashes=chain_of(tokens), tokens=tokens), Found).slots == b""
+        process.kill()
+        eventually(lambda: daemon.status().reserved_slots == 0)
+        assert client.call(Match(hashes=chain_of(tokens), tokens=tokens), Found).slots == b""
+        assert write_prompt(client, tokens) == 4
+
+
+def test_a_stopped_client_holds_what_it_has_and_nothing_else(start_daemon: Start) -> None:
+    """It may wake up and go on copying: only its end takes the slots back. Meanwhile others are served."""
+    daemon = start_daemon()
+    with client_process("read", daemon.socket) as process, connect(daemon.socket) as client:
+        process.send_signal(signal.SIGSTOP)
+        assert write_prompt(client, tokens_of(32, start=100)) == 8
+        assert daemon.status().leased_slots == 4
+        process.send_signal(signal.SIGCONT)
+        process.kill()
+        eventually(lambda: daemon.status().leased_slots == 0)
+
+
+def test_a_client_that_never_says_hello_is_sent_away(start_daemon: Start) -> None:
+    daemon = start_daemon(hello_s=0.2)
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.settimeout(TIMEOUT_S)
+        silent.connect(str(daemon.socket))
+        assert silent.recv(1) == b""
+    assert daemon.status().clients == 1
+
+
+def test_a_client_that_reads_no_answers_stops_being_served_and_costs_others_nothing(start_daemon: Start) -> None:
+    daemon = start_daemon()
+    with connect(daemon.socket) as deaf, connect(daemon.socket) as client:
+        write_prompt(client, tokens_of(4096))
+        question = frame(Match(hashes=chain_of(tokens_of(128)), tokens=tokens_of(128)), number=1, boot=deaf.boot)
+        deaf._socket.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(100_000):
+                deaf._socket.send(question)
+        assert client.call(Match(hashes=chain_of(tokens_of(16)), tokens=tokens_of(16)), Found)
+        assert daemon.status().rss_bytes < 200 << 20
+    eventually(lambda: daemon.status().clients == 1)
+
+
+def test_a_cache_outlives_its_daemon_and_finds_the_next_one(start_daemon: Start, open_cache: OpenCache) -> None:
+    daemon = start_daemon()
+    cache = open_cache(daemon_timeout_s=0.5)
+    engine = PatternEngine(cache)
+    cache.release(engine.start(PROMPT, tail=True))
+    cache.flush()
+    daemon.kill()
+    cache.evict(Tier.HOT)
+    alone = engine.start([*PROMPT, 1])
+    assert alone.num_cached_tokens == 0
+    cache.release(alone)
+    assert cache.stats().miss_reasons[MissReason.DAEMON.value] == 1
+    assert cache.match([9, 9, 9, 9]).num_cached_tokens == 0
+    daemon.start()
+    eventually(lambda: daemon.status().clients == 2)
+    cache.flush()
+    cache.evict(Tier.HOT)
+    found = engine.start([*PROMPT, 2])
+    assert found.num_cached_tokens >= 12, "the store has them, or they were written anew"
+    cache.release(found)
+    cache.check()
+
+
+def test_a_daemon_without_a_store_gets_back_what_its_clients_still_have(
+    start_daemon: Start, open_cache: OpenCache
+) -> None:
+    daemon = start_daemon(store=False)
+    cache = open_cache(daemon_timeout_s=0.5)
+    engine = PatternEngine(cache)
+    sequence = engine.start(list(range(8)))
+    cache.flush()
+    daemon.kill()
+    daemon.start()
+    eventually(lambda: daemon.status().clients == 2)
+    engine.decode(sequence, [50, 51, 52, 53])
+    cache.flush()
+    assert open_cache().match([*range(8), 50, 51, 52, 53]).tokens[Tier.WARM] == 12
+    cache.release(sequence)
+
+
+def test_a_cache_may_be_opened_before_its_daemon(start_daemon: Start, open_cache: OpenCache) -> None:
+    cache = open_cache()
+    cache.release(PatternEngine(cache).start(PROMPT))
+    assert cache.stats().miss_reasons[MissReason.DAEMON.value] == 1
+    daemon = start_daemon()
+    eventually(lambda: daemon.status().clients == 2)
+    cache.release(PatternEngine(cache).start([70, 71, 72, 73, 74]))
+    cache.flush()
+    assert open_cache().match([70, 71, 72, 73]).tokens[Tier.WARM] == 4
+
+
+def test_a_copy_from_a_lent_slot_outlives_the_connection(start_daemon: Start, open_cache: OpenCache) -> None:
+    """The client gives its end up only when the slot is given back, so that nobody writes into it before."""
+    daemon = start_daemon()
+    writer, reader = open_cache(), open_cache()
+    writer.release(PatternEngine(writer).start(list(range(8))))
+    writer.flush()
+    assert reader._daemon
+    link = reader._daemon._link
+    assert link is not None
+    pinned: dict[int, object] = {}
+    found = reader._look_up(b"".join(n.to_bytes(4, "little") for n in range(8)), 8)
+    lookup, _ = reader._daemon.look_further(
+        found,
+        b"".join(n.to_bytes(4, "little") for n in range(8)),
+        pinned,  # type: ignore[arg-type]
+    )
+    assert len(lookup.blocks) == 2 and daemon.status().leased_slots == 2
+    link.retire()
+    assert daemon.status().leased_slots == 2, "the connection stays open while a copy may be under way"
+    reader._tiers.unpin(pinned.values())  # type: ignore[arg-type]
+    eventually(lambda: daemon.status().leased_slots == 0)
+
+
+def run_worker(options: str) -> subprocess.CompletedProcess[str]:
+    worker = Path(__file__).with_name("daemon_worker.py")
+    return subprocess.run(
+        command(worker, options), env=ENVIRONMENT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+
+
+def test_the_socket_of_a_dead_daemon_is_replaced_and_that_of_a_living_one_is_not(start_daemon: Start) -> None:
+    daemon = start_daemon(store=False)
+    daemon.kill()
+    assert daemon.socket.is_socket()
+    daemon.start()
+    assert stat.S_IMODE(daemon.socket.stat().st_mode) == 0o600
+    second = run_worker(f'{{"socket": "{daemon.socket}", "warm_bytes": 65536, "cold_bytes": 1}}')
+    assert second.returncode and "belongs to another daemon, process" in second.stderr.splitlines()[-1]
+    assert daemon.status().pid
+
+
+def test_a_store_has_one_daemon(start_daemon: Start, short_path: Path) -> None:
+    start_daemon()
+    options = (
+        f'{{"socket": "{short_path}/e.sock", "store": "{short_path}/store", "warm_bytes": 65536, "cold_bytes": 1}}'
+    )
+    second = run_worker(options)
+    assert second.returncode and "store" in second.stderr.splitlines()[-1]
+    assert "belongs to another daemon" in second.stderr.splitlines()[-1]
+    assert not (short_path / "e.sock").exists()
+
+
+def test_a_slab_larger_than_memory_is_refused_before_it_is_touched() -> None:
+    with pytest.raises(CapacityError, match="does not fit"):
+        check_memory(1 << 60)
+
+
+def test_a_file_that_is_no_socket_is_left_alone(short_path: Path) -> None:
+    (short_path / "d.sock").write_text("mine")
+    ended = run_worker(f'{{"socket": "{short_path}/d.sock", "warm_bytes": 65536, "cold_bytes": 1}}')
+    assert ended.returncode and "is no socket" in ended.stderr.splitlines()[-1]
+    assert (short_path / "d.sock").read_text() == "mine"
+
+
+def test_a_client_of_another_version_is_told_so(start_daemon: Start) -> None:
+    daemon = start_daemon()
+    data = frame(hello(), number=1, boot=0)
+    size, _, number, boot = HEADER.unpack_from(data)
+    HEADER.pack_into(data, 0, size, 99, number, boot)
+    with socket.socket(socket.AF_UNIX) as old:
+        old.settimeout(TIMEOUT_S)
+        old.connect(str(daemon.socket))
+        old.sendall(data)
+        answer = old.recv(4096)
+        assert b"use the same version" in answer and old.recv(1) == b""
+
+
+def test_a_daemon_of_another_version_is_an_error_in_one_line(short_path: Path, open_cache: OpenCache) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(short_path / "d.sock"))
+        listener.listen()
+        pid = os.fork()
+        if not pid:
+            peer, _ = listener.accept()
+            peer.recv(65536)
+            data = frame(Welcome(pid=1, slab_bytes=1, store="", has_cold=False), number=1, boot=7)
+            HEADER.pack_into(data, 0, len(data) - HEADER.size, 99, 1, 7)
+            peer.sendall(data)
+            os._exit(0)
+        with pytest.raises(DaemonError, match=r"speaks another protocol.*same version"):
+            open_cache()
+        os.waitpid(pid, 0)
+
+
+def test_a_client_whose_blocks_have_another_size_than_its_namespace_is_refused(start_daemon: Start) -> None:
+    daemon = start_daemon()
+    wrong = hello()
+    wrong.block_bytes += 4096
+    with pytest.raises(DaemonError, match="blocks have 4352 bytes, those of its namespace 256"):
+        DaemonClient(daemon.socket, wrong)
+    connect(daemon.socket).close()
+    forged = hello(Namespace(weights="raw", layout=tiny_layout(block_size=8)))
+    forged.namespace = NAMESPACE.digest
+    with pytest.raises(DaemonError, match="another layout"):
+        DaemonClient(daemon.socket, forged)
+
+
+def test_blocks_larger_than_the_slab_are_refused(start_daemon: Start) -> None:
+    daemon = start_daemon(slots=4)
+    with pytest.raises(DaemonError, match=r"does not fit the daemon's slab.*--warm"):
+        connect(daemon.socket, Namespace(weights="raw", layout=tiny_layout(block_size=4096)))
+
+
+def test_a_path_that_no_socket_can_have_is_refused(tmp_path: Path) -> None:
+    from tierkv.daemon_host import listening_socket
+
+    with pytest.raises(ConfigError, match="longer than"), listening_socket(tmp_path / ("x" * 120)):
+        pass
+
+
+def test_no_daemon_is_an_error_that_says_how_to_start_one(short_path: Path) -> None:
+    with pytest.raises(DaemonGoneError, match="tierkv daemon start"):
+        DaemonClient(short_path / "none.sock")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_another_user_is_refused_even_where_the_file_lets_him_in(start_daemon: Start, short_path: Path) -> None:
+    daemon = start_daemon(store=False)
+    short_path.chmod(0o755)
+    daemon.socket.chmod(0o666)
+    code = (
+        "import os, socket, sys; s = socket.socket(socket.AF_UNIX); os.setuid(65534); s.connect(sys.argv[1]);"
+        "print(s.recv(4096), s.recv(1))"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code, str(daemon.socket)], capture_output=True, text=True, timeout=TIMEOUT_S, check=True
+    )
+    assert "user 65534 is not the owner" in said.stdout and said.stdout.endswith("b''\n")

@@ -31,6 +31,7 @@ class Daemon:
 
     def __init__(self, socket: Path, store: Path | None, slots: int, options: dict[str, Any]) -> None:
         self.socket = socket
+        self._log = socket.with_suffix(".log")
         self.options = {
             "socket": str(socket),
             "store": str(store) if store else None,
@@ -42,26 +43,25 @@ class Daemon:
         self.process: subprocess.Popen[str] | None = None
 
     def start(self) -> Daemon:
-        self.process = subprocess.Popen(
-            command(WORKER, json.dumps(self.options)),
-            env=ENVIRONMENT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert self.process.stdout is not None and self.process.stderr is not None
-        line = self.process.stdout.readline()
-        assert line == "up\n", self.process.stderr.read()
+        with self._log.open("ab") as log:
+            line = command(WORKER, json.dumps(self.options))
+            self.process = subprocess.Popen(line, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=log, text=True)
+        assert self.process.stdout is not None
+        assert self.process.stdout.readline() == "up\n", self.log
         return self
+
+    @property
+    def log(self) -> str:
+        """What all daemons on this socket have said."""
+        return self._log.read_text()
 
     def kill(self) -> None:
         """Kill -9; may be called twice."""
         if self.process:
             self.process.kill()
             self.process.wait(TIMEOUT_S)
-            for pipe in (self.process.stdout, self.process.stderr):
-                if pipe:
-                    pipe.close()
+            if self.process.stdout:
+                self.process.stdout.close()
             self.process = None
 
     def status(self) -> StatusReport:
@@ -93,6 +93,7 @@ def start_daemon(short_path: Path) -> Iterator[Start]:
     yield start
     for daemon in started:
         daemon.kill()
+        assert "Traceback" not in daemon.log, daemon.log
 
 
 @pytest.fixture

@@ -1,0 +1,339 @@
+"""What the daemon costs: round trips at 1, 8 and 32 clients, read bandwidth beside a memcpy, and Redis beside both.
+
+    python -m tierkv.tools.bench_daemon [OUTPUT.txt]
+
+Every client is a process. Redis is used as users do it today: one value a block, MGET, values copied out of the socket;
+it is skipped where there is no `redis-server`. Ratios are of what the same run measured, so they carry over.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from array import array
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.synchronize import Barrier
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tierkv.block import iter_chain
+from tierkv.daemon_client import DaemonClient
+from tierkv.daemon_server import DaemonConfig, serve
+from tierkv.errors import DaemonGoneError
+from tierkv.layout import BlockLayout
+from tierkv.namespace import Namespace
+from tierkv.protocol import (
+    Chain,
+    Found,
+    Hello,
+    Match,
+    Publish,
+    Published,
+    Release,
+    Reserve,
+    Reserved,
+    Status,
+    StatusReport,
+    split_numbers,
+)
+from tierkv.storage.warm import Slab
+
+_PREFIX_BLOCKS = 32
+_BLOCK_TOKENS = 256
+_LAYOUT = BlockLayout.uniform(num_layers=8, block_size=_BLOCK_TOKENS, kv_heads=4, head_dim=64, dtype="bfloat16")
+_NAMESPACE = Namespace(weights="bench", layout=_LAYOUT)
+_WARM_BYTES = 256 << 20
+_ROUND_TRIPS = 2000
+_READ_ROUNDS = 12
+_CLIENTS = (1, 8, 32)
+_TOKENS = np.arange(_PREFIX_BLOCKS * _BLOCK_TOKENS, dtype="<u4").tobytes()
+
+Block = npt.NDArray[np.uint8]
+
+
+def main() -> None:
+    """Run everything and print it; with a path, write it there too."""
+    lines = list(_report())
+    if len(sys.argv) > 1:
+        Path(sys.argv[1]).write_text("\n".join(lines) + "\n")
+
+
+def _report() -> Iterator[str]:
+    for line in itertools.chain(_machine(), _daemon_part(), _redis_part()):
+        print(line, flush=True)
+        yield line
+
+
+def _machine() -> Iterator[str]:
+    yield f"{platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()}"
+    yield (
+        f"prefix of {_PREFIX_BLOCKS} blocks of {_BLOCK_TOKENS} tokens; a block is "
+        f"{_LAYOUT.block_bytes / 2**20:.1f} MiB, the prefix {_PREFIX_BLOCKS * _LAYOUT.block_bytes >> 20} MiB"
+    )
+
+
+# -- the daemon ------------------------------------------------------------------------------------------
+
+
+def _daemon_part() -> Iterator[str]:
+    with tempfile.TemporaryDirectory(prefix="tkb") as folder, _daemon(Path(folder) / "d.sock") as path:
+        with _connect(path) as client:
+            _fill(client)
+        yield ""
+        yield "tierkv daemon: match and lease, round trip in us (hashing, packing, answer; released each time)"
+        for count in _CLIENTS:
+            yield _latency_line(count, _times(count, _match_forever, path))
+        yield ""
+        with _connect(path) as client:
+            yield from _bandwidth_lines("tierkv daemon", _read_times(client))
+            report = client.call(Status(), StatusReport)
+        yield f"{'bytes on the socket, all of the above':>44}: {report.bytes_received >> 20} MiB in, none of a block"
+
+
+@contextmanager
+def _daemon(path: Path) -> Iterator[Path]:
+    config = DaemonConfig(socket=path, store=None, warm_bytes=_WARM_BYTES, cold_bytes=1)
+    process = multiprocessing.get_context("spawn").Process(target=serve, args=(config,), daemon=True)
+    process.start()
+    try:
+        _wait_for(lambda: _connect(path).close())
+        yield path
+    finally:
+        process.terminate()
+        process.join()
+
+
+def _connect(path: Path) -> DaemonClient:
+    hello = Hello(
+        namespace=_NAMESPACE.digest, description=_NAMESPACE.describe(), block_bytes=_LAYOUT.block_bytes, client="bench"
+    )
+    return DaemonClient(path, hello)
+
+
+def _hashes() -> bytes:
+    return b"".join([block_hash for block_hash, _ in iter_chain(_NAMESPACE.digest, _TOKENS, _BLOCK_TOKENS)])
+
+
+def _fill(client: DaemonClient) -> None:
+    chain = Chain(_hashes(), _TOKENS, array("I", range(_PREFIX_BLOCKS)).tobytes())
+    given = client.call(Reserve(chains=[chain]), Reserved).chains[0]
+    slab = Slab.attach(client.take_descriptor(), client.welcome.slab_bytes)
+    for number, slot in enumerate(split_numbers(given.slots)):
+        slab.slots(_LAYOUT.block_bytes)[slot] = number
+    slab.close()
+    assert client.call(Publish(slots=given.slots), Published).count == _PREFIX_BLOCKS
+
+
+def _match_forever(path: Path, rounds: int) -> list[float]:
+    times: list[float] = []
+    with _connect(path) as client:
+        for _ in range(rounds):
+            start = time.perf_counter()
+            found = client.call(Match(hashes=_hashes(), tokens=_TOKENS, lease=True), Found)
+            times.append(time.perf_counter() - start)
+            assert len(found.slots) == 4 * _PREFIX_BLOCKS
+            client.post(Release(slots=found.slots))
+            _let_it_work()
+    return times
+
+
+def _read_times(client: DaemonClient) -> tuple[list[float], list[float]]:
+    """Return seconds to bring the prefix into this process's own memory, and of a memcpy of as much, alternately."""
+    slab = Slab.attach(client.take_descriptor(), client.welcome.slab_bytes)
+    slots = slab.slots(_LAYOUT.block_bytes)
+    target = np.zeros((_PREFIX_BLOCKS, _LAYOUT.block_bytes), dtype=np.uint8)
+    source = np.ones_like(target)
+    reads: list[float] = []
+    copies: list[float] = []
+    for _ in range(_READ_ROUNDS):
+        start = time.perf_counter()
+        found = client.call(Match(hashes=_hashes(), tokens=_TOKENS, lease=True), Found)
+        for number, slot in enumerate(split_numbers(found.slots)):
+            target[number] = slots[slot]
+        client.post(Release(slots=found.slots))
+        reads.append(time.perf_counter() - start)
+        assert all(target[number, 0] == number for number in range(_PREFIX_BLOCKS))
+        start = time.perf_counter()
+        target[:] = source
+        copies.append(time.perf_counter() - start)
+    return reads, copies
+
+
+# -- Redis -----------------------------------------------------------------------------------------------
+
+
+def _redis_part() -> Iterator[str]:
+    yield ""
+    server = shutil.which("redis-server")
+    if server is None:
+        yield "Redis: skipped, there is no redis-server here"
+        return
+    with _redis(server) as port:
+        _redis_fill(port)
+        yield "Redis on loopback: does the prefix exist, round trip in us (EXISTS of all keys; it leases nothing)"
+        for count in _CLIENTS:
+            yield _latency_line(count, _times(count, _exists_forever, port))
+        yield ""
+        yield from _bandwidth_lines("Redis on loopback", _redis_read_times(port))
+
+
+@contextmanager
+def _redis(server: str) -> Iterator[int]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = int(probe.getsockname()[1])
+    command = [server, "--port", str(port), "--save", "", "--appendonly", "no", "--bind", "127.0.0.1"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            _wait_for(lambda: _Resp(port).close())
+            yield port
+        finally:
+            process.terminate()
+
+
+class _Resp:
+    """As much of Redis' protocol as is needed; values are received into memory that is there already."""
+
+    def __init__(self, port: int) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", port))
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._file = self._socket.makefile("rb", buffering=1 << 20)
+
+    def close(self) -> None:
+        self._file.close()
+        self._socket.close()
+
+    def send(self, *words: bytes) -> None:
+        parts = [b"*%d\r\n" % len(words)]
+        for word in words:
+            parts += [b"$%d\r\n" % len(word), word, b"\r\n"]
+        self._socket.sendall(b"".join(parts))
+
+    def line(self) -> bytes:
+        answer = self._file.readline().rstrip()
+        assert answer and not answer.startswith(b"-"), answer
+        return answer
+
+    def value_into(self, target: Block) -> None:
+        assert int(self.line()[1:]) == len(target)
+        view = memoryview(target)
+        while view:
+            count = self._file.readinto(view)
+            view = view[count:]
+        self._file.readline()
+
+
+def _keys() -> list[bytes]:
+    return [b"kv:" + h.hex().encode() for h, _ in iter_chain(_NAMESPACE.digest, _TOKENS, _BLOCK_TOKENS)]
+
+
+def _redis_fill(port: int) -> None:
+    client = _Resp(port)
+    for number, key in enumerate(_keys()):
+        client.send(b"SET", key, bytes([number]) * _LAYOUT.block_bytes)
+        assert client.line() == b"+OK"
+    client.close()
+
+
+def _exists_forever(port: int, rounds: int) -> list[float]:
+    client = _Resp(port)
+    times: list[float] = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        client.send(b"EXISTS", *_keys())
+        assert client.line() == b":%d" % _PREFIX_BLOCKS
+        times.append(time.perf_counter() - start)
+        _let_it_work()
+    client.close()
+    return times
+
+
+def _redis_read_times(port: int) -> tuple[list[float], list[float]]:
+    client = _Resp(port)
+    target = np.zeros((_PREFIX_BLOCKS, _LAYOUT.block_bytes), dtype=np.uint8)
+    source = np.ones_like(target)
+    reads: list[float] = []
+    copies: list[float] = []
+    for _ in range(_READ_ROUNDS):
+        start = time.perf_counter()
+        client.send(b"MGET", *_keys())
+        assert client.line() == b"*%d" % _PREFIX_BLOCKS
+        for number in range(_PREFIX_BLOCKS):
+            client.value_into(target[number])
+        reads.append(time.perf_counter() - start)
+        assert all(target[number, 0] == number for number in range(_PREFIX_BLOCKS))
+        start = time.perf_counter()
+        target[:] = source
+        copies.append(time.perf_counter() - start)
+    client.close()
+    return reads, copies
+
+
+# -- what both have in common ----------------------------------------------------------------------------
+
+
+def _let_it_work() -> None:
+    """Stand for the request itself: without it the server would be asked by all clients all the time."""
+    time.sleep(0.0005)
+
+
+def _times(count: int, work: Callable[[Any, int], list[float]], where: Any) -> list[float]:
+    """Run `count` client processes at once and return the times of all their round trips."""
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(count), context.Queue()
+    rounds = max(_ROUND_TRIPS // count, 200)
+    processes = [context.Process(target=_client, args=(work, where, rounds, barrier, results)) for _ in range(count)]
+    for process in processes:
+        process.start()
+    times = [each for _ in processes for each in results.get(timeout=120)]
+    for process in processes:
+        process.join()
+    return times
+
+
+def _client(
+    work: Callable[[Any, int], list[float]], where: Any, rounds: int, barrier: Barrier, results: Queue[list[float]]
+) -> None:
+    work(where, 20)
+    barrier.wait(60)
+    results.put(work(where, rounds))
+
+
+def _latency_line(count: int, times: list[float]) -> str:
+    p50, p99 = np.percentile(np.array(times) * 1e6, [50, 99])
+    return f"{count:>3} client{'s' if count > 1 else ' '}  p50 {p50:8.1f}   p99 {p99:8.1f}   ({len(times)} round trips)"
+
+
+def _bandwidth_lines(name: str, times: tuple[list[float], list[float]]) -> Iterator[str]:
+    size = _PREFIX_BLOCKS * _LAYOUT.block_bytes
+    read, copy = (float(np.median(each)) for each in times)
+    yield f"{name + ', prefix into own memory':>44}: {size / read / 1e9:6.2f} GB/s"
+    yield f"{'memcpy of as much in the same run':>44}: {size / copy / 1e9:6.2f} GB/s, ratio {copy / read:.2f}"
+
+
+def _wait_for(attempt: Callable[[], None]) -> None:
+    for _ in range(400):
+        try:
+            attempt()
+        except (DaemonGoneError, ConnectionError):
+            time.sleep(0.05)
+            continue
+        return
+    raise TimeoutError("a server did not come up")
+
+
+if __name__ == "__main__":
+    main()

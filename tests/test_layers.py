@@ -39,7 +39,7 @@ LAYERS = (
     Layer(
         "control",
         "slots siblings eviction hazard use_history lanes policies_basic policies_segmented policies_density "
-        "policies_learned policies index meeting cascade pieces",
+        "policies_learned policies index meeting step_costs cascade pieces",
         below="values",
     ),
     Layer(

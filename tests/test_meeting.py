@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tierkv.meeting import Meeting, SecondsPer
+from tierkv.step_costs import StepCosts
 
 
 @given(
@@ -39,19 +42,27 @@ def test_every_block_is_computed_or_brought_and_none_twice(
     assert meeting.claim_load() is None and not meeting.claim_compute(1)
 
 
-def test_each_side_gets_its_share_so_that_both_end_together() -> None:
-    meeting = Meeting(32)
-    assert meeting.next_piece(compute_s=1.0, load_s=3.0, most=100) == 24
-    assert Meeting(32).next_piece(compute_s=3.0, load_s=1.0, most=100) == 8
-    assert Meeting(32).next_piece(compute_s=1.0, load_s=1.0, most=8) == 8
+def each(seconds: float) -> Callable[[int], float | None]:
+    return lambda count: count * seconds
+
+
+def test_the_engine_gets_what_it_computes_before_the_loader_is_through_with_the_rest() -> None:
+    assert Meeting(32).next_piece(compute_s=each(1.0), load_s=3.0, most=100) == 24
+    assert Meeting(32).next_piece(compute_s=each(3.0), load_s=1.0, most=100) == 8
+    assert Meeting(32).next_piece(compute_s=each(1.0), load_s=1.0, most=8) == 8
+
+
+def test_a_pass_that_costs_the_same_whatever_its_size_is_only_worth_it_where_the_load_takes_longer() -> None:
+    assert Meeting(32).next_piece(compute_s=lambda _: 40.0, load_s=1.0, most=8) == 0
+    assert Meeting(32).next_piece(compute_s=lambda _: 20.0, load_s=1.0, most=32) == 12
 
 
 def test_a_load_that_is_much_faster_is_waited_for() -> None:
-    assert Meeting(32).next_piece(compute_s=100.0, load_s=1.0, most=8) == 0
+    assert Meeting(32).next_piece(compute_s=each(100.0), load_s=1.0, most=8) == 0
 
 
 def test_before_anything_is_measured_the_engine_takes_a_whole_piece() -> None:
-    assert Meeting(32).next_piece(compute_s=None, load_s=1.0, most=8) == 8
+    assert Meeting(32).next_piece(compute_s=lambda _: None, load_s=1.0, most=8) == 8
 
 
 def test_blocks_that_load_too_slowly_are_taken_back_and_computed() -> None:
@@ -59,7 +70,7 @@ def test_blocks_that_load_too_slowly_are_taken_back_and_computed() -> None:
     while meeting.claim_load() is not None:
         pass
     assert meeting.bring(3)
-    assert meeting.next_piece(compute_s=1.0, load_s=2.0, most=8) == 3
+    assert meeting.next_piece(compute_s=each(1.0), load_s=2.0, most=8) == 3
     assert not meeting.bring(2), "what was taken back is not brought any more"
     assert meeting.first_loaded == 3
 
@@ -82,3 +93,17 @@ def test_a_mean_of_seconds_follows_what_is_recent() -> None:
     for _ in range(20):
         mean.add(1.0, 1)
     assert abs(mean.value - 1.0) < 0.01
+
+
+def test_the_cost_of_a_pass_is_drawn_between_what_was_measured() -> None:
+    costs = StepCosts()
+    assert costs.estimate(100) is None
+    costs.add(0, 1.0)
+    assert costs.estimate(100) is None
+    for seconds in (5.0, 0.03, 0.03):  # the first one compiled something
+        costs.add(100, seconds)
+    costs.add(1000, 0.12)
+    assert costs.estimate(1) == costs.estimate(100) == 0.03
+    assert costs.estimate(2000) == 0.24
+    middle = costs.estimate(550)
+    assert middle is not None and abs(middle - 0.075) < 1e-9

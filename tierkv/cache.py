@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,6 @@ from tierkv.warm_memory import no_warm_memory, open_warm_memory
 __all__ = ["Match", "TierCache", "load_cache_state", "save_cache_state"]
 
 
-_MIN_SPLIT_BLOCKS = 4
 _NUM_LOADERS = 4
 
 
@@ -180,9 +180,9 @@ class TierCache:
             found, ticket = self._daemon.look_further(found, token_bytes[:-TOKEN_BYTES], pinned.rest)
         # Not over ranks: each one's load would meet the engine at another block.
         may_split = may_split and self.ranks.size == 1 and not self._daemon
-        later = self._cold_end(found) if may_split else []
-        if later:
-            found = replace(found, blocks=found.blocks[: -len(later)], tail=None)
+        later, dropped = self._plan_cold(found, num_tokens) if may_split else ([], [])
+        if later or dropped:
+            found = replace(found, blocks=found.blocks[: -len(later or dropped)], tail=None)
         try:
             promoted = self._accord.promote(
                 lambda: self._promoter.promote(found, pinned, num_blocks=num_blocks), topic=token_bytes
@@ -216,7 +216,9 @@ class TierCache:
                 sequence.split = self._promoter.split(later, targets, num_before=sequence.num_cached_tokens)
             with self._tiers.changed:
                 self._sequences.add(sequence)
-                num_found = sum(blocks.values()) + len(later)
+                num_found = sum(blocks.values()) + len(later) + len(dropped)
+                self._tiers.stats.misses += len(dropped)
+                self._tiers.stats.miss_reasons[MissReason.RECOMPUTED.value] += len(dropped)
                 miss = promoted.failure or found.miss
                 self._count(sequence, num_blocks - num_found, num_found, miss, num_surplus=promoted.num_surplus)
                 self._tiers.stats.hits.update(blocks)
@@ -264,6 +266,14 @@ class TierCache:
         if self.cold:
             self.cold.touch([hit.block_hash for hit in loaded])
         return split.num_before + (meeting.num_computed + len(loaded)) * size
+
+    def note_computed(self, num_tokens: int, seconds: float) -> None:
+        """Say how long a forward pass of so many new tokens took, from its launch until its result was there.
+
+        What `acquire(may_split=True)` decides by whether to load cold blocks, to compute them, or both.
+        """
+        with self._tiers.changed:
+            self._tiers.step_costs.add(num_tokens, seconds)
 
     def append(self, sequence: Sequence, token_ids: TokenIds) -> None:
         """Add tokens to a sequence and take the blocks that they need. Raises CapacityError, nothing added."""
@@ -597,15 +607,21 @@ class TierCache:
         sequence.block_table[at] = block_id
         self._tiers.index.unpin(Tier.HOT, own)
 
-    def _cold_end(self, found: Lookup) -> list[Hit]:
-        """Return the blocks at the end of a lookup that are cold, if they are worth to be loaded behind the request."""
-        num_cold = 0
-        for hit in reversed(found.blocks):
-            if hit.tier is not Tier.COLD:
-                break
-            num_cold += 1
-        is_split = num_cold >= _MIN_SPLIT_BLOCKS and not (found.tail and found.tail.tier is not Tier.COLD)
-        return found.blocks[-num_cold:] if is_split else []
+    def _plan_cold(self, found: Lookup, num_tokens: int) -> tuple[list[Hit], list[Hit]]:
+        """Return the cold blocks at the end of a lookup as (to load while others are computed, not to load at all).
+
+        One of them is empty, or both: then all is loaded before anything is computed, as long as nothing is known of
+        what loading and computing cost, and where a few blocks are cheaper to load.
+        """
+        cold = list(takewhile(lambda hit: hit.tier is Tier.COLD, reversed(found.blocks)))[::-1]
+        load_s, costs = self._tiers.load_block_s.value, self._tiers.step_costs
+        num_cold, num_rest = len(cold) * self.config.block_size, num_tokens - found.num_tokens
+        computing, rest = costs.estimate(num_cold + num_rest), costs.estimate(num_rest)
+        if not cold or load_s is None or computing is None or rest is None:
+            return [], []
+        if num_cold > self.config.piece_tokens and not (found.tail and found.tail.tier is not Tier.COLD):
+            return cold, []
+        return [], cold if computing < len(cold) * load_s + rest else []
 
     def _last_hash(self, sequence: Sequence) -> BlockHash:
         return sequence.chain[-1] if sequence.chain else self._tiers.index.root

@@ -22,7 +22,8 @@ class CacheConfig:
     hot_bytes: size of the hot pool; None takes `hot_fraction` of the GPU memory that is free at opening,
         or 1 GiB on a machine without a GPU.
     warm_bytes: page-locked memory, taken once at opening.
-    compute_or_load: let a runner compute the first cold blocks of a prompt while the last ones load.
+    compute_or_load: let a runner compute the first cold blocks of a prompt while the last ones load, piece_tokens
+        at a time: enough to keep a GPU busy, few enough to meet the loader soon.
     codec: how blocks are coded on disk and in state files: "auto" is the lossless one that suits the dtype best.
         "lossy-int8" and "lossy-fp8-e4m3" halve the bytes and change them: their blocks are another namespace's.
     eviction_policy: a name that `make_policy` knows; `tierkv replay` compares them on a trace.
@@ -53,6 +54,7 @@ class CacheConfig:
     num_io_threads: int = field(default_factory=lambda: min(8, os.cpu_count() or 1))
     min_partial_tokens: int = 1
     compute_or_load: bool = True
+    piece_tokens: int = 2048
     socket: Path | None = None
     compute_wait_s: float = 5.0
     daemon_timeout_s: float = 2.0
@@ -62,7 +64,7 @@ class CacheConfig:
             object.__setattr__(self, "cold_path", Path(self.cold_path).expanduser())
         if self.socket is not None:
             object.__setattr__(self, "socket", Path(self.socket).expanduser())
-        for name in ("block_size", "warm_bytes", "cold_bytes", "num_io_threads", "min_partial_tokens"):
+        for name in ("block_size", "warm_bytes", "cold_bytes", "num_io_threads", "min_partial_tokens", "piece_tokens"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
         if self.hot_bytes is not None and self.hot_bytes <= 0:

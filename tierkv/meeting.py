@@ -8,6 +8,7 @@ on the way only say how large a piece the engine takes next, so that both end to
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 __all__ = ["Meeting", "SecondsPer"]
 
@@ -91,18 +92,20 @@ class Meeting:
             self._num_computed += count
             return count
 
-    def next_piece(self, *, compute_s: float | None, load_s: float | None, most: int) -> int:
+    def next_piece(self, *, compute_s: Callable[[int], float | None], load_s: float | None, most: int) -> int:
         """Claim for the engine what it should compute next, at most `most` blocks; 0: wait for the loader.
 
-        compute_s, load_s: seconds a block, as far as measured. The engine gets its fair share of what is left, so that
-        both sides end together; and where it would compute all that is being loaded before that arrives, it gets that.
+        compute_s: seconds that so many blocks take in one pass; load_s: seconds a block. None: not measured yet. The
+        engine gets as much as it computes before the loader would be through with the rest; and where it would compute
+        all that is being loaded before that arrives, it gets that.
         """
         left = self._first_claimed - self._num_computed
-        if not self._may_load or compute_s is None or load_s is None:
+        if not self._may_load or load_s is None or compute_s(1) is None:
             return self.claim_compute(most)
-        if left:
-            return self.claim_compute(min(most, round(left * load_s / (load_s + compute_s))))
-        if self.num_loading and load_s > compute_s:
+        for count in range(min(most, left), 0, -1):
+            if (compute_s(count) or 0.0) <= (left - count + self.num_loading) * load_s:
+                return self.claim_compute(count)
+        if not left and self.num_loading and (compute_s(self.num_loading) or 0.0) < self.num_loading * load_s:
             self.end_loading()
             return self.claim_compute(most)
         return 0

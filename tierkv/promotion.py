@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -305,12 +306,15 @@ class Promoter:
             token_bytes=hit.token_bytes,
             namespace=tiers.namespace,
         )
+        started = time.perf_counter()
         coded = CodedBlock()
         wanted = {"coded": coded} if tiers.frames else {}
         try:
             reason = hit.source.read_into(info, tiers.raw_slots[place.slot], layout=tiers.layout, **wanted)
         except StoreError:
             return MissReason.IO_ERROR
+        with tiers.changed:
+            tiers.load_block_s.add((time.perf_counter() - started) / tiers.num_threads, 1)
         return coded if reason is None else reason
 
     def give_up(self, hit: Hit, reason: MissReason | None) -> None:

@@ -32,9 +32,6 @@ from tierkv.storage.cold import ColdStore
 __all__ = ["Generation", "GenerationOptions", "Runner", "TokenEvent", "open_runner"]
 
 
-_PIECE_TOKENS = 2048  # large enough to keep a GPU busy, small enough to meet the loader soon
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationOptions:
     """stop_ids end a sequence and are its last token; None takes the model's own end-of-sequence tokens.
@@ -230,6 +227,7 @@ class Runner:
     ) -> list[TokenEvent]:
         """Run one forward pass and choose a token for each request whose prompt is now computed."""
         events: list[TokenEvent] = []
+        started, num_tokens = time.perf_counter(), _tokens_of_one(running)
         for request, logits in self._step(running):
             token = request.sampler.choose(logits)
             request.last_token_at = time.perf_counter()
@@ -239,6 +237,8 @@ class Runner:
             request.token_ids.append(token)
             is_last = token in request.stop_ids or len(request.new_ids) == options.max_new_tokens
             events.append(TokenEvent(request.number, token, is_last))
+            if num_tokens:
+                self.cache.note_computed(num_tokens, request.last_token_at - started)
             if is_last:
                 running.remove(request)
                 self._release(request, options)
@@ -254,8 +254,7 @@ class Runner:
         splits = [(r.sequence.split, n) for r, n in steps if r.sequence and r.sequence.split]
         if splits:
             self._wait_for_device()  # the next piece is claimed when this one is computed, not when it is launched
-            num_blocks = sum(count for _, count in steps) / self.cache.config.block_size
-            splits[0][0].note_computed(time.perf_counter() - started, num_blocks)
+            self.cache.note_computed(sum(count for _, count in steps), time.perf_counter() - started)
         ready: list[tuple[_Request, Tensor]] = []
         for row, (request, count) in enumerate(steps):
             request.num_computed += count
@@ -291,7 +290,7 @@ class Runner:
         if request.claimed_end == request.num_computed:
             is_done = split.is_done  # before the question: afterwards nothing more comes back from the loader
             size = self.cache.config.block_size
-            request.claimed_end += size * split.next_piece(most=max(1, _PIECE_TOKENS // size))
+            request.claimed_end += size * split.next_piece(most=max(1, self.cache.config.piece_tokens // size))
             if request.claimed_end == request.num_computed and is_done:
                 request.num_computed = self.cache.join(request.sequence)
                 return len(request.token_ids) - request.num_computed
@@ -404,6 +403,13 @@ def _cascade_cost(loaded: LoadedModel, cache: TierCache) -> CascadeCost | None:
         head_dim=layers[0].k_dim,
         token_bytes=cache.layout.token_bytes // cache.layout.num_layers,
     )
+
+
+def _tokens_of_one(running: Items[_Request]) -> int:
+    """Return how many tokens the next pass computes, if it is one request's and waits for no copy; else 0."""
+    if len(running) != 1 or running[0].sequence is None or running[0].sequence.loads or running[0].sequence.split:
+        return 0
+    return len(running[0].token_ids) - running[0].num_computed
 
 
 def _as_step(request: _Request, count: int) -> SequenceStep:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -75,14 +74,10 @@ class SplitLoad:
     def next_piece(self, *, most: int) -> int:
         """Return how many leading blocks, at most `most`, the engine shall compute now; 0: the load does the rest."""
         tiers = self._tiers
+        size = tiers.layout.block_size
         return self.meeting.next_piece(
-            compute_s=tiers.compute_block_s.value, load_s=tiers.load_block_s.value, most=most
+            compute_s=lambda count: tiers.step_costs.estimate(count * size), load_s=tiers.load_block_s.value, most=most
         )
-
-    def note_computed(self, seconds: float, num_blocks: float) -> None:
-        """Say how long the engine took to compute blocks: what the next pieces are sized by."""
-        with self._tiers.changed:
-            self._tiers.compute_block_s.add(seconds, num_blocks)
 
     def _run(self) -> None:
         """Keep the reading threads busy, and bring up in the order of claims what they have read."""
@@ -133,14 +128,7 @@ class SplitLoad:
             if at is None:
                 tiers.unpin(places)
                 return
-            reading.append((at, places[0], tiers.threads.submit(self._timed, self.hits[at], places[0])))
-
-    def _timed(self, hit: Hit, place: Place) -> MissReason | CodedBlock:
-        started = time.perf_counter()
-        outcome = self._read(hit, place)
-        with self._tiers.changed:
-            self._tiers.load_block_s.add((time.perf_counter() - started) / self._tiers.num_threads, 1)
-        return outcome
+            reading.append((at, places[0], tiers.threads.submit(self._read, self.hits[at], places[0])))
 
     def _copy_up(self, good: Sequence[tuple[int, Place, CodedBlock]]) -> None:
         places = [place for _, place, _ in good]

@@ -21,6 +21,7 @@ from tierkv.mover_frames import FrameMover
 from tierkv.mover_windows import WindowMover
 from tierkv.slots import SlotPool
 from tierkv.stats import StatsRecorder
+from tierkv.step_costs import StepCosts
 from tierkv.storage.codecs import Codec
 from tierkv.storage.coded import CodedBlock
 from tierkv.storage.cold import ColdStore
@@ -102,7 +103,7 @@ class Tiers:
 
     frames: decodes cold blocks on the GPU, where that can be had.
     threads: read and encode blocks, num_threads of them; loaders: one a request that loads while it computes.
-    load_block_s, compute_block_s: what a cold block costs to load and to compute, as measured here.
+    load_block_s, step_costs: what a cold block costs to load, and new tokens to compute, as measured here.
     in_flight: asynchronous copies and the warm places that they still read.
     leaving: when the last reader or writer of a released sequence's blocks, on whatever stream, is through.
     arriving: block ids whose bytes are on their way up; who uses one waits for its copy.
@@ -124,7 +125,7 @@ class Tiers:
     num_threads: int
     loaders: ThreadPoolExecutor
     load_block_s: SecondsPer = field(default_factory=SecondsPer)
-    compute_block_s: SecondsPer = field(default_factory=SecondsPer)
+    step_costs: StepCosts = field(default_factory=StepCosts)
     stats: StatsRecorder = field(default_factory=StatsRecorder)
     changed: threading.Condition = field(default_factory=threading.Condition)
     states: list[StateFile] = field(default_factory=list)

@@ -79,9 +79,12 @@ def hunt(*, num_steps: int, seed: int, warm_codec: str, device: str) -> Found:
             cold_bytes=64 << 20,
             min_free_bytes=0,
             warm_codec=warm_codec,
+            piece_tokens=_BLOCK_SIZE,
             num_io_threads=4,
         )
         with TierCache(config, namespace=Namespace(weights="race hunt", layout=layout), device=device) as cache:
+            for num_tokens in (1, 100 * _BLOCK_SIZE):
+                cache.note_computed(num_tokens, 1e-6 * num_tokens)  # both sides get something to do
             hunters = [_Hunter(cache, found, random.Random(f"{seed} {i}")) for i in range(_NUM_THREADS)]
             threads = [
                 threading.Thread(target=hunter.run, args=(num_steps // _NUM_THREADS,), daemon=True)

@@ -46,6 +46,7 @@ class CacheMachine(RuleBasedStateMachine):
             hot_bytes=hot * self.layout.block_bytes,
             warm_bytes=warm_bytes,
             warm_codec=warm_codec,
+            piece_tokens=4,
             cold_bytes=16 << 20,
             min_free_bytes=0,
             write_through=write_through,

@@ -30,6 +30,7 @@ def open_cache(path: Path) -> TierCache:
         cold_bytes=64 << 20,
         min_free_bytes=0,
         num_io_threads=2,
+        piece_tokens=4,
     )
     return TierCache(config, namespace=Namespace(weights="w", layout=tiny_layout()))
 
@@ -40,6 +41,13 @@ def stored(tmp_path: Path) -> Path:
     with open_cache(tmp_path) as cache:
         cache.release(PatternEngine(cache).start([*PROMPT, 99]))
     return tmp_path
+
+
+def say_rates(cache: TierCache, *, block_s: float, load_s: float) -> None:
+    """Let the cache believe that a block takes so long to compute and to load."""
+    for num_blocks in (1, NUM_BLOCKS):
+        cache.note_computed(4 * num_blocks, block_s * num_blocks)
+    cache._tiers.load_block_s.add(load_s, 1)
 
 
 def hold_reads(cache: TierCache, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
@@ -57,6 +65,7 @@ def hold_reads(cache: TierCache, monkeypatch: pytest.MonkeyPatch) -> threading.E
 
 def test_what_was_computed_and_what_was_loaded_add_up_to_the_prompt(stored: Path) -> None:
     with open_cache(stored) as cache:
+        say_rates(cache, block_s=1.0, load_s=1.0)
         sequence = PatternEngine(cache).start([*PROMPT, 7], may_split=True)
         stats = cache.stats()
         recomputed = stats.miss_reasons.get(MissReason.RECOMPUTED.value, 0)
@@ -73,10 +82,9 @@ def test_what_was_computed_and_what_was_loaded_add_up_to_the_prompt(stored: Path
 def test_blocks_that_do_not_come_are_all_computed(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_cache(stored) as cache:
         gate = hold_reads(cache, monkeypatch)
+        say_rates(cache, block_s=1.0, load_s=100.0)
         sequence = cache.acquire([*PROMPT, 7], may_split=True)
         assert sequence.split
-        sequence.split.note_computed(1.0, 1000)
-        cache._tiers.load_block_s.add(10.0, 1)
         engine, num_computed = PatternEngine(cache), 0
         while count := 4 * sequence.split.next_piece(most=1):
             engine.compute(sequence, num_computed, num_computed + count)
@@ -99,6 +107,7 @@ def test_a_damaged_block_is_computed_and_so_is_what_lies_before_it(stored: Path)
         cache.cold.read_into = lambda info, out, **o: (  # type: ignore[method-assign]
             MissReason.CORRUPT if info.block_hash == bad else read(info, out, **o)
         )
+        say_rates(cache, block_s=1.0, load_s=1.0)
         sequence = cache.acquire([*PROMPT, 7], may_split=True)
         assert sequence.split
         sequence.split.wait()  # the loader is far ahead: it stops at the damaged block
@@ -117,6 +126,7 @@ def test_blocks_that_fail_after_the_engine_was_told_to_wait_for_them_are_not_cal
 ) -> None:
     with open_cache(stored) as cache:
         gate = hold_reads(cache, monkeypatch)
+        say_rates(cache, block_s=1.0, load_s=1.0)
         sequence = cache.acquire([*PROMPT, 7], may_split=True)
         split, engine, num_computed = sequence.split, PatternEngine(cache), 0
         assert split
@@ -144,6 +154,7 @@ def test_a_request_that_ends_while_its_blocks_load_leaves_nothing_behind(
 ) -> None:
     with open_cache(stored) as cache:
         gate = hold_reads(cache, monkeypatch)
+        say_rates(cache, block_s=1.0, load_s=1.0)
         sequence = cache.acquire([*PROMPT, 7], may_split=True)
         split = sequence.split
         assert split
@@ -154,17 +165,38 @@ def test_a_request_that_ends_while_its_blocks_load_leaves_nothing_behind(
         assert cache.stats().tiers[Tier.HOT].blocks == 0
 
 
-@pytest.mark.parametrize("tier", [Tier.HOT, Tier.WARM])
-def test_a_few_cold_blocks_or_none_are_loaded_at_once(stored: Path, tier: Tier) -> None:
+def test_before_rates_are_known_and_for_a_few_blocks_all_is_loaded_at_once(stored: Path) -> None:
     with open_cache(stored) as cache:
-        assert cache.acquire([*PROMPT[:12], 7], may_split=True).split is None
-        cache.evict(tier)
+        unknown = cache.acquire([*PROMPT, 7], may_split=True)
+        assert unknown.split is None and unknown.cached_tokens[Tier.COLD] == len(PROMPT)
+        cache.release(unknown)
+    with open_cache(stored) as cache:
+        say_rates(cache, block_s=1.0, load_s=0.1)
+        few = cache.acquire([*PROMPT[:4], 7], may_split=True)
+        assert few.split is None and few.cached_tokens[Tier.COLD] == 4
+        cache.release(few)
+
+
+def test_a_few_blocks_that_load_more_slowly_than_they_are_computed_are_not_loaded(stored: Path) -> None:
+    with open_cache(stored) as cache:
+        say_rates(cache, block_s=0.1, load_s=1.0)
+        sequence = PatternEngine(cache).start([*PROMPT[:4], 7])
+        cache.release(sequence)
+    with open_cache(stored) as cache:
+        say_rates(cache, block_s=0.1, load_s=1.0)
+        sequence = cache.acquire([*PROMPT[:4], 7], may_split=True)
+        assert sequence.split is None and sequence.num_cached_tokens == 0
+        stats = cache.stats()
+        assert stats.miss_reasons[MissReason.RECOMPUTED.value] == 1
+        assert sum(stats.miss_reasons.values()) == stats.misses == 2
+        cache.release(sequence)
         cache.check()
 
 
 def test_two_requests_that_split_the_same_prompt_end_up_sharing_its_blocks(stored: Path) -> None:
     with open_cache(stored) as cache:
         engine = PatternEngine(cache)
+        say_rates(cache, block_s=1.0, load_s=1.0)
         first, second = (cache.acquire([*PROMPT, end], may_split=True) for end in (7, 8))
         work: list[Callable[[], int]] = [lambda: engine.meet(second), lambda: engine.meet(first)]
         assert [meet() for meet in work] == [len(PROMPT)] * 2

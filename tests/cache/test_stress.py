@@ -74,6 +74,7 @@ def test_concurrent_requests_see_only_their_own_bytes_and_leak_nothing(
         hot_bytes=40 * layout.block_bytes,
         warm_bytes=warm_bytes,
         warm_codec=warm_codec,
+        piece_tokens=4,
         cold_bytes=16 << 20,
         min_free_bytes=0,
     )

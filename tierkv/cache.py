@@ -540,7 +540,8 @@ class TierCache:
                 namespace=self.namespace,
                 block_size=self.config.block_size,
                 hash_function=self._hash,
-                wait_s=self.config.compute_wait_s,
+                # Ranks of two copies of a model would wait for each other, crosswise: they compute for themselves.
+                wait_s=self.config.compute_wait_s if self.ranks.size == 1 else 0.0,
                 timeout_s=self.config.daemon_timeout_s,
                 min_tail_tokens=self.config.min_partial_tokens,
             )

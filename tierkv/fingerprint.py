@@ -55,7 +55,7 @@ def weights_digest(model: torch.nn.Module) -> str:
     named = [*model.named_parameters(), *model.named_buffers()]
     for name, tensor in sorted(named, key=lambda pair: pair[0]):
         split = f"{tensor.placements}|" if hasattr(tensor, "placements") else ""
-        local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # a DTensor's part on this device
+        local = _local(tensor)
         digest.update(f"{name}|{tensor.dtype}|{tuple(local.shape)}|{split}".encode())
         for piece in _iter_bytes(local.detach()):
             digest.update(piece)
@@ -66,7 +66,10 @@ def weights_state(model: torch.nn.Module) -> tuple[tuple[int, int], ...]:
     """Return where each parameter lies and how often it was written to, as far as torch counts: cheap, and changed
     by training, `load_state_dict` and assignment. Writes through `.data` in place are not seen.
     """
-    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
+    return tuple(
+        (p.data_ptr(), 0 if p.is_inference() else p._version) if type(p) is torch.nn.Parameter else _state_of_part(p)
+        for p in model.parameters()
+    )
 
 
 def namespace_of(
@@ -109,6 +112,19 @@ def _joint_digest(digest: str, ranks: RankGroup) -> str:
     if ranks.size == 1:
         return digest
     return xxhash.xxh3_128_hexdigest(b"|".join(ranks.gather(digest.encode())))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """Return what this device holds of a tensor that may be split over several, as a DTensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _state_of_part(tensor: Tensor) -> tuple[int, int]:
+    """Return the state of a split weight. Writes through a DTensor and through its local part count apart."""
+    with torch.no_grad():  # or taking the part makes a node of autograd's graph
+        part = _local(tensor)
+    counted = {id(each): each for each in (tensor, part)}.values()
+    return part.data_ptr(), sum(each._version for each in counted if not each.is_inference())
 
 
 def _iter_bytes(tensor: Tensor) -> Iterator[memoryview]:

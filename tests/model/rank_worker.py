@@ -5,6 +5,7 @@ The ranks meet through a file in the folder RUN of the directory, where each als
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from torch import distributed
 
 from tierkv.block import Tier
 from tierkv.config import CacheConfig
-from tierkv.fingerprint import weights_digest
+from tierkv.fingerprint import weights_digest, weights_state
 from tierkv.models import LoadedModel, split_model
 from tierkv.runner import GenerationOptions, Runner, open_runner
 from tierkv.storage.cold import ColdStore
@@ -108,12 +109,18 @@ class Worker:
             return {"computed": computed, "weights": runner.cache.namespace.weights}
 
     def change_the_last_rank(self) -> dict[str, Any]:
-        """Change a weight that only the last rank holds."""
-        before = weights_digest(self.model)
+        """Change a weight that only the last rank holds, and one that all hold a part of."""
+        weights = self.model.model.layers[0]
+        before, states = weights_digest(self.model), [weights_state(self.model)]
         if self.rank_is_last():
             with torch.no_grad():
-                self.model.model.layers[0].self_attn.v_proj.weight.to_local()[0, 0] += 1
-        return {"is_changed_here": weights_digest(self.model) != before}
+                weights.self_attn.v_proj.weight.to_local()[0, 0] += 1
+        is_changed = weights_digest(self.model) != before
+        states.append(weights_state(self.model))
+        with torch.no_grad():
+            weights.mlp.up_proj.weight.mul_(2)
+        states.append(weights_state(self.model))
+        return {"is_changed_here": is_changed, "is_noticed": [a != b for a, b in itertools.pairwise(states)]}
 
     def damage_one(self) -> dict[str, Any]:
         """Flip a bit of the last rank's second block on disk."""

@@ -124,6 +124,7 @@ def test_other_families_are_split_as_well_and_a_weight_of_one_rank_is_part_of_ev
         ranks.assert_answers(family, again)
 
     assert [bool(one["is_changed_here"]) for one in changed] == [False, True]
+    assert [one["is_noticed"].tolist() for one in changed] == [[False, True], [True, True]]
     assert [one["computed"].tolist() for one in warmed] == [[length, 0]] * 2
     digests = [[str(one["weights"]) for one in seen] for seen in (answers[0], warmed)]
     assert digests[0][0] == digests[0][1] != digests[1][0] == digests[1][1]

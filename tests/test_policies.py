@@ -60,7 +60,7 @@ class ThreeMethods:
 
 MAKERS: dict[str, Callable[[], EvictionPolicy]] = {
     **{name: (lambda name=name: make_policy(name)) for name in policy_names()},  # type: ignore[misc]
-    "hit-density, forgetful": lambda: HitDensityPolicy(num_rows=8, half_life=64),
+    "hit-density, forgetful": lambda: HitDensityPolicy(num_rows=8, half_life=64, sample_mask=0),
     "learned": lambda: LearnedPolicy(MODEL, num_rows=64),
     "three methods": ThreeMethods,
 }
@@ -263,14 +263,49 @@ def test_hit_density_remembers_the_uses_of_an_evicted_block() -> None:
     assert entry.access_count == 1 and policy.lane_of(entry) != new_lane
 
 
-def test_a_block_that_is_brought_back_and_used_at_once_counts_as_used_once() -> None:
-    policy = HitDensityPolicy()
+class IntervalWitness(HitDensityPolicy):
+    """Sees every block, and writes down what it would learn."""
+
+    def __init__(self) -> None:
+        self.seen_s: list[float] = []
+        super().__init__(sample_mask=0)
+
+    def interval_ended(self, lane: int, idle_s: float) -> None:
+        self.seen_s.append(idle_s)
+
+
+def test_the_time_between_uses_is_learned_whether_the_block_was_evicted_or_not() -> None:
+    policy = IntervalWitness()
     cache = Cache(policy)
     cache.use(1, at=0.0)
-    (entry,) = cache.index
-    lane = policy.lane_of(entry)
-    cache.use(1, at=0.001)
-    assert policy.lane_of(entry) == lane
+    cache.use(1, at=10.0)
+    cache.evict(1)
+    cache.use(1, at=40.0)
+    assert policy.seen_s == [10.0, 30.0]
+
+
+def test_a_block_that_is_brought_back_and_used_at_once_teaches_one_interval() -> None:
+    policy = IntervalWitness()
+    cache = Cache(policy)
+    cache.use(1, at=0.0)
+    cache.evict(1)
+    cache.use(1, at=10.0)
+    cache.use(1, at=10.001)
+    assert policy.seen_s == [10.0]
+
+
+def test_an_eighth_of_the_blocks_are_the_sample() -> None:
+    lessons = 0
+
+    class Counting(HitDensityPolicy):
+        def interval_begun(self) -> None:
+            nonlocal lessons
+            lessons += 1
+
+    policy = Counting()
+    for at in range(4000):
+        policy.update_on_insert(Block(float(at), block_hash=hash_block(ROOT, at.to_bytes(4, "little"))), None)
+    assert 400 < lessons < 600
 
 
 def test_new_blocks_are_told_apart_by_what_they_follow() -> None:
@@ -286,7 +321,7 @@ def test_new_blocks_are_told_apart_by_what_they_follow() -> None:
 
 
 def test_the_tail_of_a_prompt_goes_before_whole_blocks_once_tails_were_seen_to_be_useless() -> None:
-    policy = HitDensityPolicy()
+    policy = HitDensityPolicy(sample_mask=0)
     for at in range(3000):
         whole = Block(float(at), block_hash=hash_block(ROOT, bytes([at % 10])), access_count=1 + at // 10)
         policy.update_on_access(whole)

@@ -468,8 +468,10 @@ class Index:
         gone: set[Entry] = set()
         freed: set[Entry] = set()
         gone_children: dict[Entry, int] = {}
-        while offer := offers.pop():
+        parent: Entry | None = None
+        while offer := offers.push_pop(parent, parent.access_count) if parent else offers.pop():
             entry, stamp = offer
+            parent = None
             assert isinstance(entry, Entry), "a queue returns what was pushed"
             if stamp != entry.access_count or entry in gone:
                 continue
@@ -480,16 +482,16 @@ class Index:
             gone.add(entry)
             yielded.append(entry)
             yield entry
-            parent = entry.parent
-            num_children = parent.hot_children if is_hot else parent.warm_children
+            above = entry.parent
+            num_children = above.hot_children if is_hot else above.warm_children
             if num_children > 1:
-                gone_children[parent] = num_gone = gone_children.get(parent, 0) + 1
+                gone_children[above] = num_gone = gone_children.get(above, 0) + 1
                 if num_gone < num_children:
                     continue
-            slot = parent.block_id if is_hot else parent.warm_slot
-            if slot is not None and not parent.pinned and not pins[slot]:
-                freed.add(parent)
-                offers.push(parent, parent.access_count)
+            slot = above.block_id if is_hot else above.warm_slot
+            if slot is not None and not above.pinned and not pins[slot]:
+                freed.add(above)
+                parent = above
 
 
 def _nearest(

@@ -69,6 +69,15 @@ class _SegmentedQueue:
         offer = (self._key(block, member), -block.depth, self._serial, block, stamp)
         heapq.heappush(self._heaps[member.segment], offer)
 
+    def pop(self) -> tuple[CacheBlock, int] | None:
+        """Take the block that goes next."""
+        raise NotImplementedError
+
+    def push_pop(self, block: CacheBlock, stamp: int) -> tuple[CacheBlock, int] | None:
+        """Push, then pop."""
+        self.push(block, stamp)
+        return self.pop()
+
     def clear(self) -> None:
         """Forget the offers; members and ghosts stay."""
         for heap in self._heaps:

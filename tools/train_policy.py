@@ -103,7 +103,7 @@ class _Recorder(LanePolicy):
     """Sees uses as the policy will, and writes down the features of each."""
 
     def __init__(self, num_blocks: int) -> None:
-        super().__init__(num_lanes=1, num_rows=1 << max(17, num_blocks.bit_length() + 1))
+        super().__init__(num_lanes=1, num_rows=1 << max(17, num_blocks.bit_length() + 1), sample_mask=0)
         self.rows: list[tuple[float, ...]] = []
 
     def choose_lane(self, block: CacheBlock, *, count: int, gap_s: float, fork: int) -> int:

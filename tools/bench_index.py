@@ -65,6 +65,7 @@ def main() -> None:
     console.print(_memory_table(arguments.blocks))
     notes: list[str] = []
     console.print(_time_table(arguments.blocks, arguments.requests, notes))
+    notes.append(f"load average of the machine when this ended: {os.getloadavg()[1]:.1f}; CPU time leaves others out")
     for note in notes:
         console.print(note, highlight=False)
     if arguments.out:

@@ -17,7 +17,7 @@ import xxhash
 from tierkv.block import TOKEN_BYTES, BlockHash, Tier, hash_block, iter_chain
 from tierkv.index import Entry, Index
 from tierkv.lookup import Lookup, look_up
-from tierkv.policies import make_policy
+from tierkv.policies import DEFAULT_POLICY, make_policy
 
 __all__ = ["BLOCK_SIZE", "BlockTable", "DictTable", "IndexTable", "NanoVllmTable", "Prompts", "peers"]
 
@@ -57,9 +57,10 @@ class Request:
 class IndexTable:
     """`Index`, `SlotPool` and `look_up`, used as the facade uses them."""
 
-    def __init__(self, num_hot: int, num_warm: int = 1) -> None:
-        policy = make_policy("lru")
-        self.index = Index(root=ROOT, num_hot=num_hot, num_warm=num_warm, policy=policy, clock=time.monotonic)
+    def __init__(self, num_hot: int, num_warm: int = 1, *, policy: str = DEFAULT_POLICY) -> None:
+        self.index = Index(
+            root=ROOT, num_hot=num_hot, num_warm=num_warm, policy=make_policy(policy), clock=time.monotonic
+        )
 
     def prepare(self, prompt: bytes) -> bytes:
         return prompt

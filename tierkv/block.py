@@ -54,6 +54,8 @@ class Tier(Enum):
     WARM = "warm"
     COLD = "cold"
 
+    __hash__ = object.__hash__  # members are singletons; Enum's own hash is Python, and tiers are keys in every loop
+
 
 def hash_block(parent: BlockHash, token_bytes: bytes) -> BlockHash:
     """Return the chained hash of one block: 16 bytes, the same on every machine."""

@@ -193,6 +193,7 @@ class LmdbEnv:
         target = self.path / COMPACTED
         with self._gate.exclusive():
             env = self._live()
+            self._data.require_whole()
             self._require_sound_trees()
             self._users.require_alone()
             try:

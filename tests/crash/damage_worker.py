@@ -145,9 +145,10 @@ def cut_open(directory: Path, seed: int, data: bytes, records: list[EncodedRecor
     size = random.Random(seed).randrange(len(data)) if seed % 8 else 0
     with opened_copy(directory, data) as (store, fd):
         os.ftruncate(fd, size)
-        assert {read(store, record.info) for record in records} == {MissReason.TRUNCATED}
+        if seed % 2:  # the first use of a cut file is a read, or what comes below
+            assert {read(store, record.info) for record in records} == {MissReason.TRUNCATED}
         assert set(store.put(records)) <= REFUSED
-        for use in (store.check, store.compact, store.namespaces, lambda: store.lookup(records[0].info.block_hash)):
+        for use in (store.compact, store.check, store.namespaces, lambda: store.lookup(records[0].info.block_hash)):
             with contextlib.suppress(StoreError):
                 use()
                 raise AssertionError("a store that was cut short says nothing")

@@ -178,11 +178,6 @@ class ColdStore:
         self._counters.count_read(reason)
         return reason
 
-    def read_ahead(self, block_hashes: Sequence[BlockHash]) -> None:
-        """Ask the system to fetch blocks that will be read soon; returns without them. Raises nothing."""
-        with contextlib.suppress(StoreError):
-            self._env.fetch_values(self._databases.blocks_name, block_hashes)
-
     def was_evicted(self, block_hash: BlockHash) -> bool:
         """Tell whether this object evicted a block not long ago; it may have come back since."""
         return self._counters.was_evicted(block_hash)

@@ -5,8 +5,9 @@ compared before each transaction, and values, which are nearly all of the file, 
 that is cut short while it is open costs misses. What LMDB reads through its map, meta and trees, it reads within
 microseconds after that comparison; a cut in between cannot be survived.
 
-Plain reads also cost no more than page faults, and what is not in the page cache is read around it: several times as
-much as one thread decodes meanwhile, without pages to be found, filled and copied.
+What the page cache has is copied from it; what it lacks is read around it (O_DIRECT), straight into the thread's own
+memory, and does not get into it: no pages to find, fill and copy from. So a few more threads than cores keep the disk
+busy without being told what will be needed next; asking the system to fetch ahead would only read everything twice.
 """
 
 from __future__ import annotations
@@ -18,13 +19,12 @@ import logging
 import mmap
 import os
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from tierkv.errors import CorruptBlockError, StoreError
-from tierkv.storage.lmdb_file import PAGE_HEADER, PAGE_HEADER_BYTES, fetch_ahead, newest_meta
+from tierkv.storage.lmdb_file import PAGE_HEADER, PAGE_HEADER_BYTES, newest_meta
 from tierkv.storage.lmdb_values import OVERFLOW_FLAG, find_leaf, overflow_pages
 from tierkv.storage.planes import Bytes
 
@@ -99,15 +99,6 @@ class DataFile:
         view = self._buffers.get(pages * self._page_bytes)
         found = self._read(int.from_bytes(leaf.held, "little") * self._page_bytes, view)
         return np.frombuffer(view[: min(found, PAGE_HEADER_BYTES + leaf.size)], dtype=np.uint8)[PAGE_HEADER_BYTES:]
-
-    def fetch_values(self, database: bytes, keys: Sequence[bytes]) -> None:
-        """Ask the system to read values into its cache; those that are not there are passed over."""
-        for key in keys:
-            with contextlib.suppress(KeyError, CorruptBlockError, OSError):
-                leaf = find_leaf(self.fd, database, key)
-                if leaf.is_big:
-                    offset = int.from_bytes(leaf.held, "little") * self._page_bytes
-                    fetch_ahead(self.fd, offset, PAGE_HEADER_BYTES + leaf.size)
 
     def mend_value(self, database: bytes, key: bytes, value: memoryview | None) -> None:
         """Compare the header of a value's pages with what it must be, and write it anew if it differs.

@@ -8,6 +8,7 @@ it is skipped where there is no `redis-server`. Ratios are of what the same run 
 
 from __future__ import annotations
 
+import io
 import itertools
 import multiprocessing
 import os
@@ -78,7 +79,7 @@ def _report() -> Iterator[str]:
 
 
 def _machine() -> Iterator[str]:
-    yield f"{platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}, Python {platform.python_version()}"
+    yield f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Linux {platform.release()}"
     yield (
         f"prefix of {_PREFIX_BLOCKS} blocks of {_BLOCK_TOKENS} tokens; a block is "
         f"{_LAYOUT.block_bytes / 2**20:.1f} MiB, the prefix {_PREFIX_BLOCKS * _LAYOUT.block_bytes >> 20} MiB"
@@ -210,7 +211,7 @@ class _Resp:
     def __init__(self, port: int) -> None:
         self._socket = socket.create_connection(("127.0.0.1", port))
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._file = self._socket.makefile("rb", buffering=1 << 20)
+        self._file = io.BufferedReader(socket.SocketIO(self._socket, "r"), buffer_size=1 << 20)
 
     def close(self) -> None:
         self._file.close()
@@ -229,7 +230,7 @@ class _Resp:
 
     def value_into(self, target: Block) -> None:
         assert int(self.line()[1:]) == len(target)
-        view = memoryview(target)
+        view = memoryview(target)  # type: ignore[arg-type]
         while view:
             count = self._file.readinto(view)
             view = view[count:]

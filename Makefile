@@ -25,11 +25,12 @@ PYTHON_IS_NEW := import sys; sys.exit(sys.version_info < (3, 10) and "tierkv nee
 GPU_BENCHES := $(filter bench_gpu bench_ttft bench_mover bench_cascade bench_ranks,$(basename $(notdir $(wildcard tools/bench_*.py))))
 CPU_BENCHES := $(filter-out $(GPU_BENCHES),$(basename $(notdir $(wildcard tools/bench_*.py))))
 
-.PHONY: help setup check test test-gpu bench bench-gpu warm format clean
+.PHONY: help setup check test test-gpu bench bench-gpu warm demo-daemon format clean
 
 help:
 	@echo "make setup      the virtual environment in $(VENV); the others do it themselves where they need it"
 	@echo "make warm       warm examples/system_prompts.txt with the embedded model"
+	@echo "make demo-daemon  two processes share one warm cache: the second computes nothing that the first has"
 	@echo "make check      formatting, linter, types, layers"
 	@echo "make test       every test that needs no GPU, and the coverage gate"
 	@echo "make test-gpu   the tests of the GPU path and of whole models, on a machine with a GPU"
@@ -77,6 +78,9 @@ bench-gpu:
 
 warm: $(READY)
 	$(BIN)/tierkv warm examples/system_prompts.txt $(ARGS)
+
+demo-daemon: $(READY)
+	@PATH="$(abspath $(BIN)):$$PATH" sh examples/demo_daemon.sh
 
 format: $(READY)
 	$(BIN)/python -m ruff check --fix --quiet . || true

@@ -57,12 +57,17 @@ LAYERS = (
     Layer("kernels", "kernels.*", below="values storage"),
     Layer("background", "write_behind", below="values"),
     Layer("client", "protocol daemon_client", below="values"),
-    Layer("daemon", "daemon_slab daemon daemon_host daemon_server", below="values control storage background client"),
+    Layer(
+        "daemon",
+        "daemon_slab daemon_values daemon_state daemon_reading daemon_writing daemon "
+        "daemon_host daemon_connection daemon_server",
+        below="values control storage background client",
+    ),
     Layer("mover", "mover mover_windows mover_frames page_mover", below="values storage kernels"),
     # The facade joins the siblings.
     Layer(
         "facade",
-        "lookup tiers warm_memory remote split_load demotion promotion ranks torch_ranks accord "
+        "lookup tiers warm_memory daemon_link remote split_load demotion promotion ranks torch_ranks accord "
         "block_control sequence cache",
         below="values control storage kernels background client mover",
     ),

@@ -1,9 +1,7 @@
 """The daemon's body: one asyncio loop in front of the core, threads for bytes, a write-behind for the store.
 
 Short requests are answered inside `data_received`. What takes time (decoding, waiting, flushing) runs beside and is
-answered when it is done, by its number. A client that breaks the protocol gets an error; if the stream itself is
-lost, nothing more is read from it. But whatever it has leased stays its own until it closes its end or dies: only
-then is it certain that it copies nothing any more.
+answered when it is done, by its number.
 """
 
 from __future__ import annotations
@@ -22,12 +20,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from tierkv.block import BlockHash
-from tierkv.daemon import Connection, Core, FetchTask, Load, Tenant, Write
-from tierkv.daemon_host import check_memory, exclusive_file, listening_socket, memory_of_process, peer_of
-from tierkv.errors import ConfigError, DaemonError, NamespaceMismatchError, StoreError, TierKVError
+from tierkv.daemon import Core, FetchTask, Load, Tenant, Write
+from tierkv.daemon_connection import Answer, ClientConnection
+from tierkv.daemon_host import check_memory, exclusive_file, listening_socket, memory_of_process
+from tierkv.errors import ConfigError, DaemonError, NamespaceMismatchError, StoreError
 from tierkv.layout import BlockLayout
 from tierkv.protocol import (
     MAX_PATH_BYTES,
@@ -37,10 +36,8 @@ from tierkv.protocol import (
     Done,
     EndTicket,
     Evict,
-    Failure,
     Fetch,
     Flush,
-    FrameReader,
     Hello,
     LoadState,
     Match,
@@ -60,8 +57,6 @@ from tierkv.protocol import (
     Wait,
     Waited,
     Welcome,
-    frame,
-    parse_body,
     split_hashes,
     split_numbers,
 )
@@ -78,8 +73,6 @@ __all__ = ["DaemonConfig", "serve"]
 _log = logging.getLogger(__name__)
 
 _TICK_S = 0.5
-_MAX_CLIENTS = 1024
-_MAX_PENDING = 64  # requests of one connection that are being worked on
 _MAX_PREFETCHES = 1024
 _MAX_WAIT_S = 60.0
 _WRITE_QUEUE_BLOCKS = 4096
@@ -99,8 +92,6 @@ _GAUGES = (
     "bytes_received",
     "bytes_sent",
 )
-
-_Answer: TypeAlias = Message | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,9 +150,10 @@ class _Server:
         threads: ThreadPoolExecutor,
     ) -> None:
         self.config = config
+        self.hello_s = config.hello_s
         self.boot = secrets.randbits(63) | 1
         self.core = Core(slab.size_bytes, clock=time.monotonic, store=store, pin_share=config.pin_share)
-        self.clients: set[_Client] = set()
+        self.clients: set[ClientConnection] = set()
         self.bytes_received = 0
         self.bytes_sent = 0
         self._listener = listener
@@ -184,7 +176,7 @@ class _Server:
         )
         for number in (signal.SIGTERM, signal.SIGINT):
             self.loop.add_signal_handler(number, self._stopping.set)
-        server = await self.loop.create_unix_server(lambda: _Client(self), sock=self._listener)
+        server = await self.loop.create_unix_server(lambda: ClientConnection(self), sock=self._listener)
         metrics = await self._serve_metrics()
         background = [self.spawn(self._prefetch_forever()), self.spawn(self._tick_forever())]
         started()
@@ -205,7 +197,7 @@ class _Server:
 
     # -- requests --------------------------------------------------------------------------------------
 
-    def answer(self, client: _Client, message: Message) -> _Answer | Coroutine[Any, Any, _Answer]:
+    def answer(self, client: ClientConnection, message: Message) -> Answer | Coroutine[Any, Any, Answer]:
         """Return the answer to a message, or what will come up with it."""
         handler = _HANDLERS.get(type(message))
         if handler is None:
@@ -232,7 +224,7 @@ class _Server:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def hello(self, client: _Client, message: Hello) -> _Answer:
+    async def hello(self, client: ClientConnection, message: Hello) -> Answer:
         """Let a client in, and hand it the slab if it names a namespace."""
         if client.is_greeted:
             raise ProtocolError("this connection said hello already")
@@ -262,7 +254,7 @@ class _Server:
         client.hand_over(self._slab.fd)
         return welcome
 
-    def match(self, client: _Client, message: Match) -> _Answer:
+    def match(self, client: ClientConnection, message: Match) -> Answer:
         """Answer at once; the store hears of the use afterwards."""
         found = self.core.match(client.connection, message)
         if self._store is not None and message.lease and found.slots:
@@ -271,22 +263,22 @@ class _Server:
             self.loop.call_soon(self._touch, hashes)
         return found
 
-    async def fetch(self, client: _Client, message: Fetch) -> _Answer:
+    async def fetch(self, client: ClientConnection, message: Fetch) -> Answer:
         """Bring blocks into the warm tier; answer when they are there."""
         task = self.core.begin_fetch(client.connection, message)
         await self._load(task)
         return self.core.end_fetch(client.connection, task)
 
-    def release(self, client: _Client, message: Release) -> _Answer:
+    def release(self, client: ClientConnection, message: Release) -> Answer:
         """End leases."""
         self.core.release(client.connection, message)
         return None
 
-    def reserve(self, client: _Client, message: Reserve) -> _Answer:
+    def reserve(self, client: ClientConnection, message: Reserve) -> Answer:
         """Give slots to write into."""
         return self.core.reserve(client.connection, message)
 
-    def publish(self, client: _Client, message: Publish) -> _Answer:
+    def publish(self, client: ClientConnection, message: Publish) -> Answer:
         """Make blocks findable and queue them for the store."""
         answer, writes = self.core.publish(client.connection, message.slots)
         for write in writes:
@@ -294,12 +286,12 @@ class _Server:
                 self.core.finish_write(write, is_stored=False)
         return answer
 
-    def abandon(self, client: _Client, message: Abandon) -> _Answer:
+    def abandon(self, client: ClientConnection, message: Abandon) -> Answer:
         """Take reserved slots back."""
         self.core.abandon(client.connection, split_numbers(message.slots))
         return None
 
-    async def wait(self, client: _Client, message: Wait) -> _Answer:
+    async def wait(self, client: ClientConnection, message: Wait) -> Answer:
         """Answer when there is news of a block, or the time is over."""
         if not self.core.is_computed(client.connection, message.block_hash):
             return Waited(is_over=False)
@@ -316,19 +308,19 @@ class _Server:
             if not waiters and self._waiters.get(message.block_hash) is waiters:
                 del self._waiters[message.block_hash]
 
-    def end_ticket(self, client: _Client, message: EndTicket) -> _Answer:
+    def end_ticket(self, client: ClientConnection, message: EndTicket) -> Answer:
         """Nobody computes these any more."""
         self.core.end_ticket(client.connection, message.ticket)
         return None
 
-    async def pin(self, client: _Client, message: Pin) -> _Answer:
+    async def pin(self, client: ClientConnection, message: Pin) -> Answer:
         """Pin in the warm tier and in the store."""
         hashes = self.core.pin(client.connection, message)
         if self._store is not None and hashes:
             await self.loop.run_in_executor(self._threads, self._store.set_pinned, hashes, message.pinned)
         return Count(count=len(hashes))
 
-    def prefetch(self, client: _Client, message: Prefetch) -> _Answer:
+    def prefetch(self, client: ClientConnection, message: Prefetch) -> Answer:
         """Queue a prompt; a full queue forgets it."""
         tenant = client.connection.require_tenant()
         hashes = split_hashes(message.hashes)
@@ -340,18 +332,18 @@ class _Server:
             return Count(count=0)
         return Count(count=len(hashes))
 
-    def evict(self, client: _Client, message: Evict) -> _Answer:
+    def evict(self, client: ClientConnection, message: Evict) -> Answer:
         """Evict the client's own blocks."""
         return Count(count=self.core.evict(client.connection, message.count))
 
-    async def flush(self, client: _Client, message: Flush) -> _Answer:
+    async def flush(self, client: ClientConnection, message: Flush) -> Answer:
         """Wait until what is published so far is on the disk."""
         await self.loop.run_in_executor(None, self._writes.flush)
         if self._store is not None:
             await self.loop.run_in_executor(None, self._store.flush)
         return Done()
 
-    async def save(self, client: _Client, message: SaveState) -> _Answer:
+    async def save(self, client: ClientConnection, message: SaveState) -> Answer:
         """Write a state file of the client's namespace."""
         tenant = client.connection.require_tenant()
         path = _checked_path(message.path)
@@ -373,7 +365,7 @@ class _Server:
             self.core.unpin_entries(tenant, slots)
         return Saved(blocks=saved.blocks, file_bytes=saved.file_bytes)
 
-    async def load(self, client: _Client, message: LoadState) -> _Answer:
+    async def load(self, client: ClientConnection, message: LoadState) -> Answer:
         """Take a state file as one more source."""
         tenant = client.connection.require_tenant()
         path = _checked_path(message.path)
@@ -385,19 +377,19 @@ class _Server:
         tenant.sources.append(state)
         return Count(count=len(state))
 
-    async def compact(self, client: _Client, message: Compact) -> _Answer:
+    async def compact(self, client: ClientConnection, message: Compact) -> Answer:
         """Compact the store."""
         if self._store is None:
             raise DaemonError("this daemon has no store")
         await self.loop.run_in_executor(None, self._store.compact)
         return Done()
 
-    def stop(self, client: _Client, message: Stop) -> _Answer:
+    def stop(self, client: ClientConnection, message: Stop) -> Answer:
         """End soon."""
         self.loop.call_soon(self._stopping.set)
         return Done()
 
-    def status(self, client: _Client, message: Status) -> _Answer:
+    def status(self, client: ClientConnection, message: Status) -> Answer:
         """Return everything there is to say."""
         core = self.core
         cold = self._store.stats() if self._store is not None else None
@@ -570,151 +562,13 @@ class _Server:
         return "\n".join(lines) + "\n"
 
 
-class _Client(asyncio.Protocol):
-    """One connection as the loop sees it."""
-
-    def __init__(self, server: _Server) -> None:
-        self.server = server
-        self.connection: Connection = server.core.connect()
-        self.is_greeted = False
-        self._transport: asyncio.Transport | None = None
-        self._reader = FrameReader()
-        self._is_lost = False  # its stream makes no sense any more
-        self._is_paused = False
-        self._pending = 0
-        self._since = time.monotonic()
-        self._descriptor: int | None = None
-
-    # asyncio calls these
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-        with transport.get_extra_info("socket").dup() as peer:
-            pid, uid = peer_of(peer)
-        if uid != os.getuid() or len(self.server.clients) >= _MAX_CLIENTS:
-            why = f"user {uid} is not the owner of this daemon" if uid != os.getuid() else "too many clients"
-            _log.warning("process %d was refused: %s", pid, why)
-            self._send(0, Failure(message=why, is_fatal=True))
-            transport.close()
-            return
-        self.server.clients.add(self)
-
-    def data_received(self, data: bytes) -> None:
-        self.server.bytes_received += len(data)
-        if self._is_lost or self not in self.server.clients:
-            return
-        self._reader.feed(data)
-        self._process()
-
-    def pause_writing(self) -> None:
-        self._is_paused = True
-        if self._transport:
-            self._transport.pause_reading()
-
-    def resume_writing(self) -> None:
-        self._is_paused = False
-        if self._transport:
-            self._transport.resume_reading()
-            self._process()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.server.clients.discard(self)
-        self.server.core.disconnect(self.connection)
-        self.server.tell_news()
-
-    # the server calls these
-
-    def hand_over(self, descriptor: int | None) -> None:
-        """Send this descriptor with the next answer."""
-        self._descriptor = descriptor
-
-    def check_alive(self) -> None:
-        """Close the connection of somebody who connects and says nothing."""
-        if not self.is_greeted and time.monotonic() - self._since > self.server.config.hello_s:
-            self.close()
-
-    def close(self) -> None:
-        """End the connection; what the client holds is taken back."""
-        if self._transport:
-            self._transport.abort()
-
-    # parts
-
-    def _process(self) -> None:
-        while not (self._is_lost or self._is_paused):
-            number = 0
-            try:
-                if (cut := self._reader.next()) is None:
-                    return
-                number, boot, body = cut
-                message = parse_body(body)
-                if boot != self.server.boot and not (isinstance(message, Hello) and not self.is_greeted):
-                    raise ProtocolError("this message is meant for a daemon that has ended", is_fatal=True)
-                if self._pending >= _MAX_PENDING:
-                    raise ProtocolError(f"more than {_MAX_PENDING} requests at once")
-                answer = self.server.answer(self, message)
-            except TierKVError as exc:
-                self._refuse(number, exc)
-                continue
-            if isinstance(answer, Message):
-                self._send(number, answer)
-            elif answer is not None:
-                self._pending += 1
-                self.server.spawn(self._finish(number, answer))
-
-    async def _finish(self, number: int, answer: Coroutine[Any, Any, _Answer]) -> None:
-        try:
-            result = await answer
-            if result is not None:
-                self._send(number, result)
-        except TierKVError as exc:
-            self._refuse(number, exc)
-        finally:
-            self._pending -= 1
-
-    def _send(self, number: int, message: Message) -> None:
-        if self._transport is None or self._transport.is_closing():
-            return
-        data = frame(message, number=number, boot=self.server.boot)
-        self.server.bytes_sent += len(data)
-        if self._descriptor is not None:
-            descriptor, self._descriptor = self._descriptor, None
-            self._send_with_descriptor(data, descriptor)
-        else:
-            self._transport.write(data)
-
-    def _send_with_descriptor(self, data: bytearray, descriptor: int) -> None:
-        assert self._transport is not None
-        if self._transport.get_write_buffer_size():
-            raise ProtocolError("the answer to Hello must come first", is_fatal=True)
-        with self._transport.get_extra_info("socket").dup() as peer:
-            try:
-                sent = socket.send_fds(peer, [data], [descriptor])
-            except OSError as exc:
-                raise ProtocolError(f"the slab could not be handed over: {exc}", is_fatal=True) from exc
-        if sent < len(data):
-            self._transport.write(data[sent:])
-
-    def _refuse(self, number: int, why: TierKVError) -> None:
-        is_fatal = isinstance(why, ProtocolError) and why.is_fatal
-        self.server.core.counters["refused_messages"] += 1
-        _log.info("refused a message of %s: %s", self.connection.client or "a client", why)
-        self._send(number, Failure(message=str(why)[:1000], is_fatal=is_fatal))
-        if not is_fatal:
-            return
-        self._is_lost = True
-        if not (self.connection.leases or self.connection.reservations) and self._transport:
-            self._transport.close()
-
-
 class _Nobody:
     """Who asks for the metrics."""
 
 
 _NOBODY: Any = _Nobody()
 
-_HANDLERS: dict[type[Message], Callable[[_Server, _Client, Any], _Answer | Coroutine[Any, Any, _Answer]]] = {
+_HANDLERS: dict[type[Message], Callable[[_Server, ClientConnection, Any], Answer | Coroutine[Any, Any, Answer]]] = {
     Hello: _Server.hello,
     Match: _Server.match,
     Fetch: _Server.fetch,

@@ -15,7 +15,6 @@ import os
 import threading
 import time
 from array import array
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,11 +24,12 @@ import numpy.typing as npt
 
 from tierkv.block import TOKEN_BYTES, BlockHash, HashFunction, Tier, iter_chain
 from tierkv.daemon_client import Answer, DaemonClient
+from tierkv.daemon_link import Link
 from tierkv.errors import DaemonError, DaemonGoneError, StoreError
 from tierkv.index import Entry
 from tierkv.layout import BlockLayout
 from tierkv.lookup import Hit, Lookup
-from tierkv.mover import Move, Mover
+from tierkv.mover import Move
 from tierkv.namespace import Namespace
 from tierkv.protocol import (
     NO_SLOT,
@@ -67,7 +67,6 @@ from tierkv.stats import TierStats
 from tierkv.storage.coded import CodedBlock
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import BlockInfo
-from tierkv.storage.warm import Slab, WarmPool, slot_stride
 from tierkv.tiers import Job, Place, Tiers
 
 __all__ = ["DaemonTiers", "Ticket"]
@@ -84,7 +83,7 @@ _UPKEEP_TIMEOUT_S = 600.0  # of flush, save and load, which write to disks
 class _DaemonBlock:
     """The number under which the daemon has a block. Satisfies `ColdSource`, as one that has nothing itself."""
 
-    link: _Link
+    link: Link
     cursor: int
     position: int
 
@@ -114,81 +113,8 @@ class _DaemonBlock:
 class Ticket:
     """The promise to compute blocks that nobody has."""
 
-    link: _Link
+    link: Link
     number: int
-
-
-class _Link:
-    """One connection, the slab mapped through it, and how many slots are lent over it. Satisfies `PlaceOwner`."""
-
-    def __init__(self, client: DaemonClient, tiers: Tiers) -> None:
-        """Map the slab. Raises StoreError."""
-        self.client = client
-        slab = Slab.attach(client.take_descriptor(), client.welcome.slab_bytes)
-        try:
-            block_bytes = tiers.layout.block_bytes
-            self._warm = WarmPool(block_bytes, slab.size_bytes // slot_stride(block_bytes), slab=slab)
-        except BaseException:
-            slab.close()
-            raise
-        try:
-            self.mover = Mover(tiers.hot, self._warm)
-        except BaseException:
-            self._warm.close()
-            raise
-        self.is_retired = False
-        self._lock = threading.Lock()
-        self._num_lent = 0
-        self._is_closed = False
-        self._returned: deque[int] = deque()
-        self._cursors: deque[int] = deque()
-
-    def lend(self, count: int) -> None:
-        """Count slots that the daemon lent. Raises DaemonGoneError if the connection has been closed meanwhile."""
-        with self._lock:
-            if self._is_closed:
-                raise DaemonGoneError("the connection to the daemon was closed")
-            self._num_lent += count
-
-    def give_back(self, slot: int) -> None:
-        """End a lease; the daemon hears of it at the next `settle`."""
-        self._returned.append(slot)
-        self.end_loan()
-
-    def end_loan(self) -> None:
-        """Count a slot that is no longer used, without telling the daemon."""
-        with self._lock:
-            self._num_lent -= 1
-        self._close_if_unused()
-
-    def end_cursor(self, cursor: int) -> None:
-        """Forget a cursor at the next `settle`."""
-        if cursor:
-            self._cursors.append(cursor)
-
-    def settle(self) -> None:
-        """Tell the daemon what has been given back. Raises DaemonGoneError."""
-        slots, cursors = array("I"), array("I")
-        while self._returned:
-            slots.append(self._returned.popleft())
-        while self._cursors:
-            cursors.append(self._cursors.popleft())
-        if (slots or cursors) and not self.is_retired:
-            self.client.post(Release(slots=slots.tobytes(), cursors=cursors.tobytes()))
-
-    def retire(self) -> None:
-        """Use this connection no more; it is closed when the last copy over it has ended."""
-        self.is_retired = True
-        self._close_if_unused()
-
-    def _close_if_unused(self) -> None:
-        with self._lock:
-            if not self.is_retired or self._num_lent or self._is_closed:
-                return
-            self._is_closed = True
-        self.mover.close()
-        self._warm.close()
-        self.client.close()
 
 
 class DaemonTiers:
@@ -221,7 +147,7 @@ class DaemonTiers:
         self._wait_s = wait_s
         self._timeout_s = timeout_s
         self._min_tail_tokens = min_tail_tokens
-        self._link: _Link | None = None
+        self._link: Link | None = None
         self._boot = 0
         self.num_waits = 0
         self._is_closing = threading.Event()
@@ -402,7 +328,7 @@ class DaemonTiers:
 
     # -- writing ---------------------------------------------------------------------------------------
 
-    def _write(self, link: _Link, jobs: Sequence[Job]) -> None:
+    def _write(self, link: Link, jobs: Sequence[Job]) -> None:
         paths = _paths(jobs)
         held: list[Place] = []
         try:
@@ -434,7 +360,7 @@ class DaemonTiers:
         return offers
 
     def _fill_and_publish(
-        self, link: _Link, path: list[Job | Entry], offers: dict[int, Job], given: ChainAnswer
+        self, link: Link, path: list[Job | Entry], offers: dict[int, Job], given: ChainAnswer
     ) -> None:
         """Copy blocks into the slots that were given for them, and let everybody find them."""
         slots = split_numbers(given.slots)
@@ -478,7 +404,7 @@ class DaemonTiers:
 
     # -- reading ---------------------------------------------------------------------------------------
 
-    def _ask_until_computed(self, link: _Link, ask: Match, hashes: list[BlockHash]) -> Found:
+    def _ask_until_computed(self, link: Link, ask: Match, hashes: list[BlockHash]) -> Found:
         """Ask for a prompt; while another process computes what is missing, wait and ask again."""
         deadline = time.monotonic() + self._wait_s
         while True:
@@ -492,7 +418,7 @@ class DaemonTiers:
             wait = Wait(block_hash=missing, timeout_ms=int(left * 1e3) + 1)
             self._call_on(link, wait, Waited, left + self._timeout_s)
 
-    def _return_all(self, link: _Link, answer: Found) -> None:
+    def _return_all(self, link: Link, answer: Found) -> None:
         """Hold nothing while waiting."""
         slots = array("I", (slot for slot in split_numbers(answer.slots) if slot != NO_SLOT))
         if answer.tail and answer.tail.slot != NO_SLOT:
@@ -502,7 +428,7 @@ class DaemonTiers:
 
     def _extended(
         self,
-        link: _Link,
+        link: Link,
         found: Lookup,
         answer: Found,
         hashes: list[BlockHash],
@@ -554,20 +480,20 @@ class DaemonTiers:
             raise DaemonGoneError(f"no daemon answers at {self.path}")
         return self._call_on(link, message, expected, timeout_s)
 
-    def _call_on(self, link: _Link, message: Message, expected: type[Answer], timeout_s: float) -> Answer:
+    def _call_on(self, link: Link, message: Message, expected: type[Answer], timeout_s: float) -> Answer:
         try:
             return link.client.call(message, expected, timeout_s=timeout_s)
         except DaemonGoneError as exc:
             self._lost(link, exc)
             raise
 
-    def _post(self, link: _Link, message: Message) -> None:
+    def _post(self, link: Link, message: Message) -> None:
         try:
             link.client.post(message)
         except DaemonGoneError as exc:
             self._lost(link, exc)
 
-    def _lost(self, link: _Link, why: DaemonError) -> None:
+    def _lost(self, link: Link, why: DaemonError) -> None:
         with self._tiers.changed:
             if self._link is link:
                 self._link = None
@@ -583,7 +509,7 @@ class DaemonTiers:
         )
         client = DaemonClient(self.path, hello, timeout_s=self._timeout_s)
         try:
-            link = _Link(client, self._tiers)
+            link = Link(client, self._tiers)
         except BaseException:
             client.close()
             raise
@@ -639,7 +565,7 @@ def _chain_of(path: Sequence[Job | Entry], offers: dict[int, Job]) -> Chain:
 
 
 def _hit(
-    link: _Link,
+    link: Link,
     cursor: int,
     at: int,
     slot: int,

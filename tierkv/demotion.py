@@ -10,7 +10,9 @@ from typing import TypeAlias
 from tierkv.block import TOKEN_BYTES, BlockHash, Tier
 from tierkv.errors import CapacityError, StoreError
 from tierkv.index import Entry
+from tierkv.lookup import has_chain
 from tierkv.mover import Move, Ready
+from tierkv.storage.cold import ColdStore
 from tierkv.storage.outcomes import PutOutcome
 from tierkv.storage.record import BlockInfo, EncodedRecord, encode_record
 from tierkv.tiers import Compression, Job, Place, Tiers
@@ -229,6 +231,7 @@ class Demoter:
             return
         slots = {job.block_hash: slot for job, slot in raw}
         missing = [(job, slots[job.block_hash]) for job in self._missing([job for job, _ in raw])]
+        missing = self._with_chains(cold, missing)
         outcomes = cold.put(list(tiers.threads.map(self._encode, missing)))
         with tiers.changed:
             for (job, _), outcome in zip(missing, outcomes, strict=True):
@@ -239,6 +242,21 @@ class Demoter:
                 entry = tiers.index.get(job.block_hash, job.parent_hash, job.token_bytes)
                 if entry:
                     entry.in_cold = True
+
+    def _with_chains(self, cold: ColdStore, jobs: Sequence[tuple[Job, int]]) -> list[tuple[Job, int]]:
+        """Return the jobs whose very chain is stored, or is among those before them.
+
+        Under another chain with the same hashes, which nobody can tell from this one by its hash, a block would be
+        found by whoever has that one.
+        """
+        kept: dict[BlockHash, tuple[Job, int]] = {}
+        for job, slot in jobs:
+            is_first = job.parent_hash == self._tiers.index.root
+            if is_first or job.parent_hash in kept or (job.parent and has_chain(cold, job.parent)):
+                kept[job.block_hash] = job, slot
+        with self._tiers.changed:
+            self._tiers.stats.skipped_writes += len(jobs) - len(kept)
+        return list(kept.values())
 
     def _encode(self, job_and_slot: tuple[Job, int]) -> EncodedRecord:
         job, slot = job_and_slot

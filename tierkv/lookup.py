@@ -20,7 +20,7 @@ from tierkv.storage.outcomes import MissReason
 from tierkv.storage.planes import Bytes
 from tierkv.storage.record import BlockInfo
 
-__all__ = ["ColdSource", "Hit", "Lookup", "find_tail", "look_up"]
+__all__ = ["ColdSource", "Hit", "Lookup", "find_tail", "has_chain", "look_up"]
 
 _logger = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ class ColdSource(Protocol):
     """Something below the warm tier that can be asked for blocks: the LMDB store, a state file."""
 
     def lookup(self, block_hash: BlockHash) -> ColdEntry | None: ...
+    def read_tokens(self, block_hash: BlockHash) -> bytes | None: ...
     def find_longest_run(self, parent: BlockHash, token_bytes: bytes) -> tuple[BlockHash, bytes, int] | None: ...
     def read_into(
         self, expected: BlockInfo, out: Bytes, *, layout: BlockLayout, coded: CodedBlock | None = None
@@ -135,6 +136,22 @@ def look_up(
     return Lookup(hot, blocks, tail, MissReason.IO_ERROR if search.has_failed else miss)
 
 
+def has_chain(source: ColdSource, entry: Entry) -> bool:
+    """Tell whether a source has a block and all that lead to it: the same parents, the same token ids.
+
+    Where it has another block under one of these hashes, what follows that block there is not what follows it here.
+    Raises StoreError.
+    """
+    while entry.parent is not entry:  # the trunk, which stands for the namespace
+        stored = source.lookup(entry.block_hash)
+        if stored is None or stored.parent != entry.parent_hash:
+            return False
+        if source.read_tokens(entry.block_hash) != entry.token_bytes:
+            return False
+        entry = entry.parent
+    return True
+
+
 def find_tail(
     index: Index, sources: Sequence[ColdSource], parent: BlockHash, rest: bytes, min_tokens: int
 ) -> Hit | None:
@@ -150,6 +167,7 @@ class _Search:
         self._index = index
         self._sources = sources
         self.has_failed = False
+        self._is_ours: dict[tuple[int, BlockHash], bool] = {}
 
     def find_entry(self, entry: Entry) -> Hit | None:
         """Return a block that the index knows, from the fastest tier that has it."""
@@ -167,13 +185,17 @@ class _Search:
 
     def _find_cold(self, block_hash: BlockHash, parent: BlockHash, tokens: bytes, entry: Entry | None) -> Hit | None:
         num_tokens = len(tokens) // TOKEN_BYTES
-        for source in self._sources:
+        for number, source in enumerate(self._sources):
             try:
                 stored = source.lookup(block_hash)
+                is_same = stored and stored.parent == parent and stored.num_tokens == num_tokens
+                if not is_same or not self._leads_there(number, parent):
+                    continue
             except StoreError as exc:
                 self._note(exc)
                 continue
-            if stored and stored.parent == parent and stored.num_tokens == num_tokens:
+            else:
+                self._is_ours[number, block_hash] = True  # for those that follow; its tokens are compared when read
                 return Hit(block_hash, parent, tokens, num_tokens, Tier.COLD, entry, source)
         return None
 
@@ -184,11 +206,13 @@ class _Search:
         if nearest := self._index.nearest_child(parent, rest):
             entry, tier, longest = nearest
             best = Hit(entry.block_hash, parent, entry.token_bytes, longest, tier, entry, None)
-        for source in self._sources:
+        for number, source in enumerate(self._sources):
             if longest * TOKEN_BYTES == len(rest):
                 break
             try:
                 found = source.find_longest_run(parent, rest)
+                if found and found[2] > longest and not self._leads_there(number, parent):
+                    continue
             except StoreError as exc:
                 self._note(exc)
                 continue
@@ -199,6 +223,19 @@ class _Search:
                 longest = run
                 best = Hit(child, parent, tokens, run, Tier.COLD, self._index.get(child, parent, tokens), source)
         return best
+
+    def _leads_there(self, number: int, parent: BlockHash) -> bool:
+        """Tell whether a source has the very chain that leads to a block. Raises StoreError.
+
+        Asked once a search where it passes from memory to the source, and then for each block that follows there.
+        """
+        key = number, parent
+        if parent == self._index.root:
+            return True
+        if key not in self._is_ours:
+            entry = self._index.peek(parent)
+            self._is_ours[key] = entry is not None and has_chain(self._sources[number], entry)
+        return self._is_ours[key]
 
     def _note(self, failure: StoreError) -> None:
         self.has_failed = True

@@ -90,6 +90,9 @@ class _DaemonBlock:
     def lookup(self, block_hash: BlockHash) -> None:
         """Return None: only the daemon can look."""
 
+    def read_tokens(self, block_hash: BlockHash) -> None:
+        """Return None: only the daemon can look."""
+
     def find_longest_run(self, parent: BlockHash, token_bytes: bytes) -> None:
         """Return None: only the daemon can look."""
 

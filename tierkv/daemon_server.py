@@ -28,6 +28,7 @@ from tierkv.daemon_connection import Answer, ClientConnection
 from tierkv.daemon_host import check_memory, exclusive_file, listening_socket, memory_of_process
 from tierkv.errors import ConfigError, DaemonError, NamespaceMismatchError, StoreError
 from tierkv.layout import BlockLayout
+from tierkv.policies import make_policy
 from tierkv.protocol import (
     MAX_PATH_BYTES,
     Abandon,
@@ -109,12 +110,14 @@ class DaemonConfig:
     min_free_bytes: int = 1 << 30
     num_io_threads: int = field(default_factory=lambda: min(8, os.cpu_count() or 1))
     pin_share: float = 0.25
+    eviction_policy: str = "hit-density"
     metrics_port: int | None = None
     hello_s: float = 5.0
 
     def __post_init__(self) -> None:
         if min(self.warm_bytes, self.cold_bytes, self.num_io_threads) <= 0:
             raise ConfigError("warm_bytes, cold_bytes and num_io_threads must be positive")
+        make_policy(self.eviction_policy)  # refuses a name that there is not
         if not 0 < self.pin_share <= 1:
             raise ConfigError(f"pin_share must lie between 0 and 1, got {self.pin_share}")
 
@@ -152,7 +155,13 @@ class _Server:
         self.config = config
         self.hello_s = config.hello_s
         self.boot = secrets.randbits(63) | 1
-        self.core = Core(slab.size_bytes, clock=time.monotonic, store=store, pin_share=config.pin_share)
+        self.core = Core(
+            slab.size_bytes,
+            clock=time.monotonic,
+            store=store,
+            make_policy=partial(make_policy, config.eviction_policy),
+            pin_share=config.pin_share,
+        )
         self.clients: set[ClientConnection] = set()
         self.bytes_received = 0
         self.bytes_sent = 0

@@ -34,7 +34,7 @@ class Layer:
 
 # Bottom to top. A new module gets its place here, in the lowest layer that lets it import what it needs.
 LAYERS = (
-    Layer("values", "errors block layout namespace config stats prefill"),
+    Layer("values", "errors block layout namespace config stats events units prefill"),
     # Siblings: they know the values and not each other; only the mover also knows the memory that it moves.
     Layer(
         "control",
@@ -67,7 +67,8 @@ LAYERS = (
     # The facade joins the siblings.
     Layer(
         "facade",
-        "lookup tiers warm_memory daemon_link remote split_load demotion promotion ranks torch_ranks accord "
+        "lookup watch tiers warm_memory daemon_link remote split_load demotion promotion ranks torch_ranks "
+        "accord "
         "block_control sequence cache",
         below="values control storage kernels background client mover",
     ),
@@ -75,7 +76,9 @@ LAYERS = (
     Layer(
         "engine",
         "prompts sampling attention_paged attention_merge cascade_batch attention_cascade attention_pieces "
-        "managed_attention attention gate fingerprint models graphs runner profiler controller integrations*",
+        "managed_attention attention gate fingerprint models graphs runner "
+        "tracker prefixes reuse profile advice profiled_run svg report_charts report_style report_html "
+        "chrome_trace memory_report plots profiler metrics controller integrations*",
         below="values control storage kernels background client mover facade",
     ),
     Layer("package", "__init__", below="values control facade engine"),
@@ -89,7 +92,10 @@ LAYERS = (
 # Torch may be loaded by these layers and modules only; some stay free of it in a layer that has it.
 TORCH_LAYERS = {"kernels", "mover", "facade", "engine", "package", "tools"}
 TORCH_MODULES = {"storage.hot"}
-TORCH_FREE_MODULES = {"lookup", "prompts", "ranks"}
+TORCH_FREE_MODULES = {
+    *("lookup", "prompts", "ranks", "tracker", "prefixes", "reuse", "profile", "advice", "profiled_run", "profiler"),
+    *("svg", "report_charts", "report_style", "report_html", "chrome_trace", "memory_report", "plots", "metrics"),
+}
 HEAVY = ("torch", "transformers", "flash_attn", "triton", "typer", "rich")
 
 

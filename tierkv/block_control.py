@@ -125,8 +125,7 @@ class BlockControl:
                 if entry is None or reason:
                     refused[block_id] = reason
                     continue
-                tiers.index.detach(entry, Tier.HOT)
-                tiers.stats.evictions[Tier.HOT] += 1
+                tiers.evict([entry], Tier.HOT)
                 evicted.add(block_id)
             tiers.changed.notify_all()
         return [block_id for block_id in block_ids if block_id in evicted]

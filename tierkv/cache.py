@@ -21,6 +21,7 @@ from tierkv.block_control import BlockControl
 from tierkv.config import CacheConfig
 from tierkv.demotion import Demoter
 from tierkv.errors import ConfigError, NamespaceMismatchError
+from tierkv.events import BlockName, CacheObserver, EventKind
 from tierkv.index import Entry, Index
 from tierkv.lookup import Hit, Lookup, find_tail, look_up
 from tierkv.mover import Move, Ready
@@ -41,6 +42,7 @@ from tierkv.storage.record import BlockInfo, encode_record, read_header
 from tierkv.storage.state_file import SavedState, StateFile, write_state_file
 from tierkv.tiers import Tiers
 from tierkv.warm_memory import no_warm_memory, open_warm_memory
+from tierkv.watch import Watch, pool_regions
 
 __all__ = ["Match", "TierCache", "load_cache_state", "save_cache_state"]
 
@@ -171,6 +173,12 @@ class TierCache:
         num_tokens = len(token_bytes) // TOKEN_BYTES
         if not num_tokens:
             raise ConfigError("a prompt needs at least one token")
+        with self._tiers.watch.span("acquire") as detail:
+            sequence = self._acquire(token_bytes, num_tokens, reuse=reuse, may_split=may_split)
+            detail["tokens"], detail["cached tokens"] = num_tokens, sequence.num_cached_tokens
+        return sequence
+
+    def _acquire(self, token_bytes: bytes, num_tokens: int, *, reuse: bool, may_split: bool) -> Sequence:
         num_blocks = -(-num_tokens // self.config.block_size)
         with self._tiers.changed:
             found = self._look_up(token_bytes, num_tokens - 1) if reuse else Lookup()
@@ -220,7 +228,19 @@ class TierCache:
                 self._tiers.stats.misses += len(dropped)
                 self._tiers.stats.miss_reasons[MissReason.RECOMPUTED.value] += len(dropped)
                 miss = promoted.failure or found.miss
-                self._count(sequence, num_blocks - num_found, num_found, miss, num_surplus=promoted.num_surplus)
+                missed = self._count(
+                    sequence, num_blocks - num_found, num_found, miss, num_surplus=promoted.num_surplus
+                )
+                if self._tiers.watch:
+                    names = self._names(sequence, num_found)
+                    self._tiers.watch.request(
+                        num_tokens,
+                        tokens,
+                        promoted.hot,
+                        promoted.hits,
+                        zip(names, missed, strict=True),
+                        hot_blocks=self._tiers.index.hot.used_count,
+                    )
                 self._tiers.stats.hits.update(blocks)
                 self._tiers.stats.hit_tokens.update(tokens)
                 self._touch(promoted.hot, promoted.hits)
@@ -251,7 +271,17 @@ class TierCache:
         sequence.num_cached_tokens += len(loaded) * size
         sequence.cached_tokens[Tier.COLD] += len(loaded) * size
         with self._tiers.changed:
-            self._count_split(split)
+            computed = self._count_split(split)
+            if self._tiers.watch:
+                missed = zip(map(BlockName.of, split.hits), computed, strict=False)
+                self._tiers.watch.request(
+                    0,
+                    {Tier.COLD: len(loaded) * size},
+                    (),
+                    loaded,
+                    missed,
+                    hot_blocks=self._tiers.index.hot.used_count,
+                )
             written = self._tiers.mover.mark()
             for hit in loaded:
                 entry = self._tiers.index.insert(hit.block_hash, hit.parent_hash, hit.token_bytes)
@@ -305,6 +335,7 @@ class TierCache:
             num_tail = num_computed_tokens - len(sequence.chain) * size
             if tail and sequence.is_cacheable and num_tail > 0:
                 num_new += self._register(sequence, len(sequence.chain), num_tail, written)
+        self._tiers.watch.use(sequence.block_table)
         return num_new
 
     def fork(self, sequence: Sequence) -> Sequence:
@@ -469,6 +500,25 @@ class TierCache:
         with self._tiers.changed:
             self._tiers.index.set_policy(make_policy(policy) if isinstance(policy, str) else policy)
 
+    def add_observer(self, observer: CacheObserver) -> None:
+        """Tell an observer what happens from now on, and first of the memory and the blocks that are there."""
+        tiers = self._tiers
+        with tiers.changed:
+            staging = tiers.compression.staging if tiers.compression else None
+            for region in pool_regions(self.hot, tiers.warm, staging, reserved=self._demoter.staging):
+                observer.on_memory(region)
+            for entry in sorted(tiers.index, key=lambda each: each.depth):  # parents first
+                for tier in (Tier.HOT, Tier.WARM):
+                    slot = entry.place(tier)
+                    if slot is not None:
+                        observer.on_block(tiers.watch.event(EventKind.REGISTER, tier, entry, slot=slot))
+            tiers.watch.add(observer)
+
+    def remove_observer(self, observer: CacheObserver) -> None:
+        """Tell an observer nothing more."""
+        with self._tiers.changed:
+            self._tiers.watch.remove(observer)
+
     def check(self) -> None:
         """Raise AssertionError unless every invariant holds: no slot leaked or used twice, no child without parent.
 
@@ -529,6 +579,7 @@ class TierCache:
             threads=ThreadPoolExecutor(config.num_io_threads, thread_name_prefix="tierkv-io"),
             num_threads=config.num_io_threads,
             loaders=ThreadPoolExecutor(_NUM_LOADERS, thread_name_prefix="tierkv-load"),
+            watch=Watch(layout),
         )
 
     def _join_daemon(self, path: Path) -> DaemonTiers:
@@ -592,7 +643,7 @@ class TierCache:
             self._share(sequence, at, entry.block_id)
             return 0
         is_new = entry.warm_slot is None and not entry.in_cold
-        index.attach(entry, Tier.HOT, sequence.block_table[at])
+        tiers.attach(entry, Tier.HOT, sequence.block_table[at], EventKind.REGISTER)
         if is_new and self.config.write_through:
             self._demoter.write_down(block_hash, parent, tokens, sequence.block_table[at], written)
         return int(is_new)
@@ -636,10 +687,11 @@ class TierCache:
 
     def _count(
         self, sequence: Sequence, num_missing: int, num_found: int, miss: MissReason | None, num_surplus: int = 0
-    ) -> None:
-        """Count a request. `miss`: why the block behind the hits was none, if there is more to say than absent.
+    ) -> list[MissReason]:
+        """Count a request. Return why each missing block is missing.
 
-        num_surplus: blocks that this rank had, right behind those found, and gave up.
+        miss: why the block behind the hits was none, if there is more to say than absent. num_surplus: blocks that
+        this rank had, right behind those found, and gave up.
         """
         stats = self._tiers.stats
         stats.requests += 1
@@ -649,12 +701,26 @@ class TierCache:
         reasons = self._miss_reasons(sequence, num_found) if sequence.is_cacheable else []
         known = [MissReason.OTHER_RANK] * num_surplus + ([miss] if miss else [])
         reasons = [*known, *reasons[len(known) :]][:num_missing]
+        reasons += [MissReason.ABSENT] * (num_missing - len(reasons))
         stats.miss_reasons.update(reason.value for reason in reasons)
-        if len(reasons) < num_missing:
-            stats.miss_reasons[MissReason.ABSENT.value] += num_missing - len(reasons)
+        return reasons
 
-    def _count_split(self, split: SplitLoad) -> None:
-        """Count what became of a request's cold blocks; the caller holds the lock."""
+    def _names(self, sequence: Sequence, num_found: int) -> list[BlockName]:
+        """Name the blocks behind those found. One that nobody can find, or nobody asked after, has no hash."""
+        step, done = self.config.block_size * TOKEN_BYTES, len(sequence.chain)
+        rest = bytes(sequence.token_bytes[done * step :])
+        parent = self._last_hash(sequence)
+        named: list[BlockName] = []
+        if sequence.is_cacheable:
+            for block_hash, tokens in iter_chain(parent, rest, self.config.block_size, self._hash):
+                named.append(BlockName(block_hash, parent, tokens))
+                parent = block_hash
+        unnamed = range(len(named) * step, len(rest), step)
+        named += (BlockName(b"", b"", rest[start : start + step]) for start in unnamed)
+        return named[num_found - done :]
+
+    def _count_split(self, split: SplitLoad) -> list[MissReason]:
+        """Count what became of a request's cold blocks. Return why each was computed that was; the lock is held."""
         stats = self._tiers.stats
         num_computed = split.meeting.first_loaded
         num_loaded = len(split.hits) - num_computed
@@ -664,6 +730,8 @@ class TierCache:
         stats.miss_reasons[MissReason.RECOMPUTED.value] += num_computed - (split.failure is not None)
         if split.failure:
             stats.miss_reasons[split.failure.value] += 1
+        reasons = [MissReason.RECOMPUTED] * num_computed
+        return [*reasons[:-1], split.failure] if split.failure and reasons else reasons
 
     def _miss_reasons(self, sequence: Sequence, num_hits: int) -> list[MissReason]:
         """Tell of each whole block behind the hits whether the store remembers to have evicted it."""

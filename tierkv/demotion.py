@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 from tierkv.block import TOKEN_BYTES, BlockHash, Tier
 from tierkv.errors import CapacityError, StoreError
+from tierkv.events import EventKind
 from tierkv.index import Entry
 from tierkv.lookup import has_chain
 from tierkv.mover import Move, Ready
@@ -34,14 +35,14 @@ class Demoter:
     """Writes blocks down and makes room in the hot pool.
 
     One thread does the writing. It keeps a warm slot (staging slots, if the warm tier is compressed) of its own,
-    so that it always gets on: everyone who waits for room waits for it.
+    so that it always gets on: everyone who waits for room waits for it. `staging` are these slots.
     """
 
     def __init__(self, tiers: Tiers) -> None:
         self._tiers = tiers
         pool = tiers.compression.slots if tiers.compression else tiers.index.warm
-        self._staging = pool.allocate(max(1, min(_BATCH_BLOCKS, pool.capacity // 2)) if tiers.compression else 1)
-        tiers.reserved_raw += len(self._staging)
+        self.staging = pool.allocate(max(1, min(_BATCH_BLOCKS, pool.capacity // 2)) if tiers.compression else 1)
+        tiers.reserved_raw += len(self.staging)
         self._failed: set[BlockHash] = set()
         self._queue: WriteBehind[Job | AfterWrites] = WriteBehind(
             self._process, capacity=_QUEUE_BLOCKS, batch_size=_BATCH_BLOCKS
@@ -56,9 +57,10 @@ class Demoter:
         """
         self._tiers.index.hot.pin(block_id)
         parent = self._tiers.index.peek(parent_hash)
-        if not self._queue.offer(Job(block_hash, parent_hash, token_bytes, parent, block_id, written)):
+        job = Job(block_hash, parent_hash, token_bytes, parent, block_id, written)
+        if not self._queue.offer(job):
             self._tiers.index.unpin(Tier.HOT, block_id)
-            self._tiers.stats.skipped_writes += 1
+            self._tiers.skip(job, "queue_full")
 
     def after_writes(self, action: AfterWrites) -> bool:
         """Call something when everything queued so far has been written. False if the queue is full."""
@@ -109,9 +111,8 @@ class Demoter:
                 )
             else:
                 ready.append(victim)
-        evicted = tiers.index.evict(ready, Tier.HOT)  # not one whose child is still to be written
+        evicted = tiers.evict(ready, Tier.HOT)  # not one whose child is still to be written
         self._failed.difference_update(entry.block_hash for entry in evicted)
-        tiers.stats.evictions[Tier.HOT] += len(evicted)
 
     def flush(self) -> None:
         """Wait until everything queued so far lies where it was to be written."""
@@ -145,14 +146,15 @@ class Demoter:
         while jobs:
             slots = [] if self._tiers.compression else self._tiers.try_take_warm(len(jobs))
             is_kept = bool(slots)
-            slots = slots or self._staging
+            slots = slots or self.staging
             batch, jobs = jobs[: len(slots)], jobs[len(slots) :]
             try:
                 self._write_batch(batch, slots, is_kept=is_kept)
             except StoreError as exc:
                 _log.warning("%d blocks were not written to lower tiers: %s", len(batch), exc)
                 with self._tiers.changed:
-                    self._tiers.stats.skipped_writes += len(batch)
+                    for job in batch:
+                        self._tiers.skip(job, "io_error")
             except BaseException:
                 self._tiers.unpin(Place(Tier.HOT, job.block_id) for job in jobs)
                 raise
@@ -162,20 +164,23 @@ class Demoter:
         tiers = self._tiers
         held = [Place(Tier.HOT, job.block_id) for job in jobs]
         try:
-            if tiers.compression:
-                self._write_compressed(jobs, tiers.compression)
-            raw = list(zip(jobs if is_kept else self._missing(jobs), slots, strict=False))
-            for job, slot in raw:
-                copied = tiers.mover.demote([Move(job.block_id, slot)], after=job.written)
-            if raw:
-                copied.synchronize()
+            with tiers.watch.span("demote") as detail:
+                detail["blocks"] = len(jobs)
+                if tiers.compression:
+                    self._write_compressed(jobs, tiers.compression)
+                raw = list(zip(jobs if is_kept else self._missing(jobs), slots, strict=False))
+                for job, slot in raw:
+                    copied = tiers.mover.demote([Move(job.block_id, slot)], after=job.written)
+                if raw:
+                    copied.synchronize()
             with tiers.changed:
                 if is_kept:
                     for job, slot in raw:
                         self._attach_warm(job, slot)
             tiers.unpin(held)
             held = []
-            self._store(raw)
+            with tiers.watch.span("store cold") as detail:
+                detail["blocks"] = self._store(raw)
         finally:
             self._note_failed(jobs)
             tiers.unpin(held)
@@ -215,7 +220,7 @@ class Demoter:
     def _attach_warm(self, job: Job, slot: int) -> None:
         entry = self._tiers.index.insert(job.block_hash, job.parent_hash, job.token_bytes)
         if entry and entry.warm_slot is None:
-            self._tiers.index.attach(entry, Tier.WARM, slot)
+            self._tiers.attach(entry, Tier.WARM, slot, EventKind.DEMOTE)
             self._tiers.stats.bytes_in[Tier.WARM] += self._tiers.layout.packed_bytes(entry.num_tokens)
 
     def _missing(self, jobs: Sequence[Job]) -> list[Job]:
@@ -223,12 +228,15 @@ class Demoter:
         cold = self._tiers.cold
         return [job for job in jobs if not cold.contains(job.block_hash)] if cold else []
 
-    def _store(self, raw: Sequence[tuple[Job, int]]) -> None:
-        """Encode blocks from their raw slots and put those that the store lacks, parents before children."""
+    def _store(self, raw: Sequence[tuple[Job, int]]) -> int:
+        """Encode blocks from their raw slots and put those that the store lacks, parents before children.
+
+        Return how many it lacked.
+        """
         tiers = self._tiers
         cold = tiers.cold
         if cold is None:
-            return
+            return 0
         slots = {job.block_hash: slot for job, slot in raw}
         missing = [(job, slots[job.block_hash]) for job in self._missing([job for job, _ in raw])]
         missing = self._with_chains(cold, missing)
@@ -236,12 +244,14 @@ class Demoter:
         with tiers.changed:
             for (job, _), outcome in zip(missing, outcomes, strict=True):
                 if outcome not in (PutOutcome.STORED, PutOutcome.EXISTS):
-                    tiers.stats.skipped_writes += 1
+                    self._tiers.skip(job, outcome.value)
                     continue
+                tiers.watch.block(EventKind.DEMOTE, Tier.COLD, job)
                 tiers.stats.bytes_in[Tier.COLD] += tiers.layout.packed_bytes(len(job.token_bytes) // 4)
                 entry = tiers.index.get(job.block_hash, job.parent_hash, job.token_bytes)
                 if entry:
                     entry.in_cold = True
+        return len(missing)
 
     def _with_chains(self, cold: ColdStore, jobs: Sequence[tuple[Job, int]]) -> list[tuple[Job, int]]:
         """Return the jobs whose very chain is stored, or is among those before them.

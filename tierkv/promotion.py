@@ -12,6 +12,7 @@ from itertools import takewhile
 from tierkv.block import Tier
 from tierkv.demotion import Demoter
 from tierkv.errors import StoreError
+from tierkv.events import EventKind
 from tierkv.index import Entry
 from tierkv.lookup import Hit, Lookup
 from tierkv.mover import Move, Ready
@@ -208,7 +209,7 @@ class Promoter:
                     break
                 entry.in_cold |= hit.tier is Tier.COLD or places[i].owner is not None
                 if entry.block_id is None:
-                    tiers.index.attach(entry, Tier.HOT, targets[i])
+                    tiers.attach(entry, Tier.HOT, targets[i], EventKind.PROMOTE)
                 else:  # another request was faster: a chain must stay in use, so its block is used instead
                     self._pin_hot(entry.block_id, result)
                     result.owned.remove(targets[i])
@@ -263,7 +264,9 @@ class Promoter:
         if not places:
             result.failure = MissReason.NO_ROOM
             return [], []
-        read = list(tiers.threads.map(self.read_one, wave, places))
+        with tiers.watch.span("read cold") as detail:
+            read = list(tiers.threads.map(self.read_one, wave, places))
+            detail["blocks"] = len(places)
         coded: list[CodedBlock] = []
         for block in read:
             if isinstance(block, MissReason):
@@ -288,7 +291,7 @@ class Promoter:
         else:
             entry = tiers.index.insert(hit.block_hash, hit.parent_hash, hit.token_bytes)
             if entry and entry.warm_slot is None:
-                tiers.index.attach(entry, Tier.WARM, place.slot)
+                tiers.attach(entry, Tier.WARM, place.slot, EventKind.PROMOTE)
         if entry:
             entry.in_cold = True
 

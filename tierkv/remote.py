@@ -15,7 +15,7 @@ import os
 import threading
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from tierkv.block import TOKEN_BYTES, BlockHash, HashFunction, Tier, iter_chain
 from tierkv.daemon_client import Answer, DaemonClient
 from tierkv.daemon_link import Link
 from tierkv.errors import DaemonError, DaemonGoneError, StoreError
+from tierkv.events import EventKind
 from tierkv.index import Entry
 from tierkv.layout import BlockLayout
 from tierkv.lookup import Hit, Lookup
@@ -318,16 +319,16 @@ class DaemonTiers:
         """
         link = self._link
         if link is None:
-            self._skip(len(jobs))
+            self._skip(jobs)
             return
         try:
             self._write(link, jobs)
         except DaemonError as exc:
             _log.debug("%d blocks were not written to the daemon: %s", len(jobs), exc)
-            self._skip(len(jobs))
+            self._skip(jobs)
         except StoreError as exc:
             _log.warning("%d blocks were not written to the daemon: %s", len(jobs), exc)
-            self._skip(len(jobs))
+            self._skip(jobs)
 
     # -- writing ---------------------------------------------------------------------------------------
 
@@ -394,16 +395,19 @@ class DaemonTiers:
         with tiers.changed:
             for job, _ in copied:
                 tiers.stats.bytes_in[Tier.WARM] += tiers.layout.packed_bytes(len(job.token_bytes) // TOKEN_BYTES)
+                tiers.watch.block(EventKind.DEMOTE, Tier.WARM, job)
             for job in [*jobs, *(job for job, _ in copied)]:
                 entry = tiers.index.get(job.block_hash, job.parent_hash, job.token_bytes)
                 if entry and job.block_hash in certain:
                     entry.in_cold = True
-            if given.refusal:
-                tiers.stats.skipped_writes += sum(job.block_hash not in certain for job in jobs)
+            for job in jobs if given.refusal else ():
+                if job.block_hash not in certain:
+                    tiers.skip(job, "refused")
 
-    def _skip(self, count: int) -> None:
+    def _skip(self, jobs: Iterable[Job]) -> None:
         with self._tiers.changed:
-            self._tiers.stats.skipped_writes += count
+            for job in jobs:
+                self._tiers.skip(job, "daemon")
 
     # -- reading ---------------------------------------------------------------------------------------
 

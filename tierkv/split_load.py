@@ -56,7 +56,7 @@ class SplitLoad:
         with tiers.changed:
             for block_id in self._targets:
                 tiers.index.hot.pin(block_id)
-        self._work = tiers.loaders.submit(self._run)
+        self._work = tiers.loaders.submit(self._run_watched)
 
     @property
     def is_done(self) -> bool:
@@ -78,6 +78,11 @@ class SplitLoad:
         return self.meeting.next_piece(
             compute_s=lambda count: tiers.step_costs.estimate(count * size), load_s=tiers.load_block_s.value, most=most
         )
+
+    def _run_watched(self) -> None:
+        with self._tiers.watch.span("load behind") as detail:
+            self._run()
+            detail["blocks"] = len(self.loads)
 
     def _run(self) -> None:
         """Keep the reading threads busy, and bring up in the order of claims what they have read."""

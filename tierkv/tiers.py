@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from tierkv.block import BlockHash, Tier
+from tierkv.events import EventKind
 from tierkv.index import Entry, Index
 from tierkv.layout import BlockLayout
 from tierkv.lookup import ColdSource, Hit
@@ -31,6 +32,7 @@ from tierkv.storage.planes import Bytes
 from tierkv.storage.state_file import StateFile
 from tierkv.storage.warm import WarmPool
 from tierkv.storage.windows import WindowFormat
+from tierkv.watch import Watch
 
 __all__ = ["Compression", "Job", "LowerTiers", "Place", "PlaceOwner", "Tiers"]
 
@@ -124,6 +126,7 @@ class Tiers:
     threads: ThreadPoolExecutor
     num_threads: int
     loaders: ThreadPoolExecutor
+    watch: Watch
     load_block_s: SecondsPer = field(default_factory=SecondsPer)
     step_costs: StepCosts = field(default_factory=StepCosts)
     stats: StatsRecorder = field(default_factory=StatsRecorder)
@@ -180,20 +183,22 @@ class Tiers:
         coded: what lies in each raw place, where a GPU is to decode it.
         """
         moves = [Move(place.slot, to) for place, to in zip(places, targets, strict=True)]
-        if owner := places[0].owner:
-            return owner.mover.promote(moves)
-        if self.compression and places[0].tier is Tier.WARM:
-            return self.compression.mover.promote(moves)
-        kinds = list(coded) or [CodedBlock()] * len(moves)
-        decoded = [move for move, kind in zip(moves, kinds, strict=True) if not kind.frame_sizes]
-        left = [(move, kind) for move, kind in zip(moves, kinds, strict=True) if kind.frame_sizes]
-        parts: list[Ready] = []
-        if left:
-            assert self.frames, "nobody else asks for coded blocks"
-            parts.append(self.frames.promote([m for m, _ in left], [kind for _, kind in left], after=after))
-        if decoded:
-            parts.append(self.mover.promote(decoded, after=after))
-        return parts[0] if len(parts) == 1 else AllReady(parts)
+        with self.watch.span("promote") as detail:
+            detail["blocks"] = len(moves)
+            if owner := places[0].owner:
+                return owner.mover.promote(moves)
+            if self.compression and places[0].tier is Tier.WARM:
+                return self.compression.mover.promote(moves)
+            kinds = list(coded) or [CodedBlock()] * len(moves)
+            decoded = [move for move, kind in zip(moves, kinds, strict=True) if not kind.frame_sizes]
+            left = [(move, kind) for move, kind in zip(moves, kinds, strict=True) if kind.frame_sizes]
+            parts: list[Ready] = []
+            if left:
+                assert self.frames, "nobody else asks for coded blocks"
+                parts.append(self.frames.promote([m for m, _ in left], [kind for _, kind in left], after=after))
+            if decoded:
+                parts.append(self.mover.promote(decoded, after=after))
+            return parts[0] if len(parts) == 1 else AllReady(parts)
 
     def leave(self, block_ids: Sequence[int]) -> None:
         """Note that what the current stream does with blocks so far must end before others write them."""
@@ -223,10 +228,32 @@ class Tiers:
             self.arriving = {slot: ready for slot, ready in self.arriving.items() if ready is not done}
             self.unpin(places)
 
+    def attach(self, entry: Entry, tier: Tier, slot: int, kind: EventKind) -> None:
+        """Record that `slot` holds an entry's bytes, and say how they came there; the caller holds the lock."""
+        self.index.attach(entry, tier, slot)
+        self.watch.block(kind, tier, entry, slot=slot)
+
+    def skip(self, job: Job, reason: str) -> None:
+        """Count a block that was not written down; the caller holds the lock."""
+        self.stats.skipped_writes += 1
+        self.watch.block(EventKind.SKIP, None, job, reason=reason)
+
+    def evict(self, victims: Sequence[Entry], tier: Tier) -> list[Entry]:
+        """Make a tier forget entries, children before parents, and return them; one with children there stays.
+
+        The caller holds the lock.
+        """
+        slots = {entry: entry.place(tier) for entry in victims} if self.watch else {}
+        evicted = self.index.evict(victims, tier)
+        self.stats.evictions[tier] += len(evicted)
+        if slots:
+            for entry in evicted:
+                self.watch.block(EventKind.EVICT, tier, entry, slot=slots[entry])
+        return evicted
+
     def evict_warm(self, count: int) -> None:
         """Make up to `count` more warm slots free; the caller holds the lock."""
-        victims = self.index.select_victims(Tier.WARM, count)
-        self.stats.evictions[Tier.WARM] += len(self.index.evict(victims, Tier.WARM))
+        self.evict(self.index.select_victims(Tier.WARM, count), Tier.WARM)
 
     def try_take_warm(self, count: int) -> list[int]:
         """Return up to `count` warm slots, each pinned once, evicting if need be; perhaps none."""

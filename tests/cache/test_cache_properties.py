@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -15,8 +16,10 @@ from tierkv.block import Tier, hash_block
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.errors import CapacityError
+from tierkv.events import EventKind
 from tierkv.namespace import Namespace
 from tierkv.sequence import Sequence
+from tierkv.tracker import MemoryTracker
 
 prompts = st.lists(st.integers(0, 2), min_size=1, max_size=22)  # three token ids: prefixes are shared often
 
@@ -58,6 +61,8 @@ class CacheMachine(RuleBasedStateMachine):
         namespace = Namespace(weights="w", layout=self.layout)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.cache = TierCache(self.config, namespace=namespace, device=device, hash_function=self.hash_function)
+        self.watcher = MemoryTracker(history_size=100_000, sample_every=1)
+        self.watcher.watch(self.cache)
         self.engine = PatternEngine(self.cache)
         self.running: list[Sequence] = []
 
@@ -120,6 +125,26 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.check()
         for sequence in self.running:
             self.engine.check(sequence)
+        self.check_watcher()
+
+    def check_watcher(self) -> None:
+        """Raise AssertionError unless an observer knows which block lies where, and has counted as the cache has."""
+        for tier in (Tier.HOT, Tier.WARM):
+            owners = enumerate(self.cache._tiers.index.pool(tier).owners)
+            there = {f"{tier.value}:{slot}": owner.block_hash for slot, owner in owners if owner}
+            blocks = self.watcher.allocations.values()
+            assert there == {
+                each.allocation_id: each.block_hash for each in blocks if each.purpose == f"{tier.value} block"
+            }
+        stats = self.cache.stats()
+        seen = Counter((event.kind, event.tier) for event in self.watcher.allocation_history)
+        assert not self.watcher.dropped_events
+        assert seen[EventKind.MISS, None] == stats.misses
+        assert seen[EventKind.SKIP, None] == stats.skipped_writes
+        for tier in Tier:
+            assert tier not in stats.tiers or seen[EventKind.HIT, tier] == stats.tiers[tier].hits
+        for tier in (Tier.HOT, Tier.WARM):
+            assert seen[EventKind.EVICT, tier] == stats.tiers[tier].evictions
 
     def teardown(self) -> None:
         if hasattr(self, "cache"):

@@ -1,0 +1,180 @@
+"""The one place from which a cache's observers are called."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from tierkv.block import TOKEN_BYTES, Tier
+from tierkv.events import (
+    BlockEvent,
+    BlockName,
+    CacheObserver,
+    EventKind,
+    MemoryRegion,
+    NamedBlock,
+    RequestEvent,
+    Span,
+)
+from tierkv.index import Entry
+from tierkv.layout import BlockLayout
+from tierkv.lookup import Hit
+from tierkv.storage.hot import HotPool
+from tierkv.storage.outcomes import MissReason
+from tierkv.storage.warm import WarmPool
+
+__all__ = ["Watch", "pool_regions"]
+
+
+class Watch:
+    """The observers of one cache. Without any, each call returns at once and builds nothing.
+
+    Observers are kept in a tuple that is replaced, never changed: whoever is telling them goes on undisturbed.
+    """
+
+    def __init__(self, layout: BlockLayout) -> None:
+        self._layout = layout
+        self._observers: tuple[CacheObserver, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self._observers)
+
+    def add(self, observer: CacheObserver) -> None:
+        """Tell this one too from now on; the caller holds the cache's lock."""
+        self._observers = (*self._observers, observer)
+
+    def remove(self, observer: CacheObserver) -> None:
+        """Tell it no more; the caller holds the cache's lock. No error if it was not there."""
+        self._observers = tuple(each for each in self._observers if each is not observer)
+
+    def memory(self, region: MemoryRegion) -> None:
+        """Tell of memory that is held from now on; the caller holds the cache's lock."""
+        for observer in self._observers:
+            observer.on_memory(region)
+
+    def block(
+        self, kind: EventKind, tier: Tier | None, block: NamedBlock, *, slot: int | None = None, reason: str = ""
+    ) -> None:
+        """Tell what happened to a block; the caller holds the cache's lock."""
+        if not self._observers:
+            return
+        event = self.event(kind, tier, block, slot=slot, reason=reason)
+        for observer in self._observers:
+            observer.on_block(event)
+
+    def event(
+        self, kind: EventKind, tier: Tier | None, block: NamedBlock, *, slot: int | None = None, reason: str = ""
+    ) -> BlockEvent:
+        """Return the event without telling anybody."""
+        num_tokens = len(block.token_bytes) // TOKEN_BYTES
+        return BlockEvent(
+            kind,
+            tier,
+            block.block_hash,
+            block.parent_hash,
+            num_tokens,
+            self._layout.packed_bytes(num_tokens),
+            slot,
+            reason,
+        )
+
+    def request(
+        self,
+        num_tokens: int,
+        hit_tokens: Mapping[Tier, int],
+        hot: Iterable[Entry],
+        hits: Iterable[Hit],
+        missed: Iterable[tuple[BlockName, MissReason]],
+        *,
+        hot_blocks: int,
+    ) -> None:
+        """Tell what a request found, hot and else, and what it missed; the caller holds the cache's lock."""
+        found = [self.event(EventKind.HIT, Tier.HOT, entry, slot=entry.block_id) for entry in hot]
+        found += (self.event(EventKind.HIT, hit.tier, hit, slot=_slot_of(hit)) for hit in hits)
+        found += (self.event(EventKind.MISS, None, block, reason=reason.value) for block, reason in missed)
+        event = RequestEvent(num_tokens, hit_tokens, tuple(found), hot_blocks)
+        for observer in self._observers:
+            observer.on_request(event)
+
+    def use(self, block_ids: Sequence[int]) -> None:
+        """Tell that a step of a sequence read these hot blocks."""
+        for observer in self._observers:
+            observer.on_use(block_ids)
+
+    @contextmanager
+    def span(self, name: str) -> Iterator[dict[str, int | float | str]]:
+        """Time the work inside, if anybody wants to know; the caller may add detail to what is yielded."""
+        detail: dict[str, int | float | str] = {}
+        if not self._observers:
+            yield detail
+            return
+        started = time.monotonic()
+        try:
+            yield detail
+        finally:
+            span = Span(name, started, time.monotonic(), threading.current_thread().name, detail)
+            for observer in self._observers:
+                observer.on_span(span)
+
+
+def pool_regions(
+    hot: HotPool, warm: WarmPool, staging: WarmPool | None, *, reserved: Sequence[int]
+) -> Iterator[MemoryRegion]:
+    """Yield the memory that a cache holds, what contains others first.
+
+    staging: raw blocks in work, where the warm tier is compressed. reserved: slots of that, or else of the warm pool,
+    which belong to the write thread.
+    """
+    device, dtype = str(hot.device), hot.layout.dtype
+    address, size = hot.blocks.data_ptr(), hot.layout.block_bytes
+    yield MemoryRegion(
+        purpose="hot pool",
+        shape=tuple(hot.blocks.shape),
+        dtype=dtype,
+        num_bytes=hot.blocks.nbytes,
+        address=address,
+        device=device,
+        tier=Tier.HOT,
+        slot_bytes=size,
+    )
+    yield MemoryRegion(
+        purpose="scratch block",
+        shape=tuple(hot.blocks.shape[1:]),
+        dtype=dtype,
+        num_bytes=size,
+        address=address + hot.scratch_block * size,
+        device=device,
+        part_of="hot pool",
+    )
+    yield _slab(warm, "warm pool", Tier.WARM)
+    if staging:
+        yield _slab(staging, "staging pool", None)
+    slab, name = (staging, "staging pool") if staging else (warm, "warm pool")
+    yield MemoryRegion(
+        purpose="write thread's slots",
+        shape=(len(reserved), slab.stride_bytes),
+        dtype="uint8",
+        num_bytes=len(reserved) * slab.stride_bytes,
+        address=slab.address + min(reserved) * slab.stride_bytes,
+        device="cpu",
+        part_of=name,
+    )
+
+
+def _slab(pool: WarmPool, purpose: str, tier: Tier | None) -> MemoryRegion:
+    return MemoryRegion(
+        purpose=purpose,
+        shape=(pool.num_slots, pool.stride_bytes),
+        dtype="uint8",
+        num_bytes=pool.slab_bytes,
+        address=pool.address,
+        device="cpu",
+        tier=tier,
+        slot_bytes=pool.stride_bytes,
+    )
+
+
+def _slot_of(hit: Hit) -> int | None:
+    return hit.entry.place(hit.tier) if hit.entry and hit.tier is not Tier.COLD else None

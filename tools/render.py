@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
+from tierkv.units import format_bytes
+
 __all__ = ["format_age", "format_bytes"]
-
-
-def format_bytes(count: int | float) -> str:
-    """Return bytes in binary units: 1.5 GiB."""
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(size) < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
 
 
 def format_age(seconds: float) -> str:

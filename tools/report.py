@@ -1,0 +1,189 @@
+"""`tierkv report`: run requests under the profiler, and write what was seen as a page, a trace and plots."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from tierkv.block import BlockHash
+from tierkv.errors import ConfigError, StoreError
+from tierkv.memory_report import MemoryReport
+from tierkv.plots import MemoryVisualizer
+from tierkv.profiler import MemoryProfiler
+from tierkv.prompts import read_prompts, render_tokens
+from tierkv.runner import GenerationOptions, Runner
+from tierkv.storage.cold import ColdStore
+from tierkv.tools.options import EngineOptions, open_engine
+from tierkv.tools.render import format_bytes
+
+__all__ = ["ReportRequest", "report"]
+
+_QUESTIONS = ("Where do I begin?", "What should I check first?", "Who can tell me more?")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportRequest:
+    """What to run. file: prompts; None takes those that the store holds. rounds: how often each is asked for."""
+
+    file: Path | None
+    lines: bool
+    rounds: int
+    max_new_tokens: int
+    output: Path
+    plots: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    name: str
+    token_ids: list[int]
+
+
+def report(request: ReportRequest, options: EngineOptions, *, as_json: bool) -> None:
+    """Run the requests one after another and write memory_profile.html, trace.json and, unless refused, the plots."""
+    if request.rounds < 1:
+        raise ConfigError(f"--rounds must be positive, got {request.rounds}")
+    with open_engine(options, os.environ) as runner:
+        rounds = _rounds(request, runner)
+        with MemoryProfiler(runner.cache, snapshot_every_s=0.0, sample_every=1) as profiler:
+            _run(runner, profiler, rounds, request.max_new_tokens)
+            profiler.close()
+            made = profiler.generate_report(title="tierkv memory profile", about=_about(request, options, runner))
+    written = _write(made, request)
+    if as_json:
+        print(json.dumps(_summary(made, written)))
+    else:
+        Console().print(_table(made, written))
+
+
+def _rounds(request: ReportRequest, runner: Runner) -> list[list[_Prompt]]:
+    """Return the prompts of each round; those of a file get another question in each."""
+    if request.file is None:
+        stored = list(_stored_prompts(runner))
+        if not stored:
+            raise StoreError("the store holds no prompt of this model", hint="name a file, or run tierkv warm first")
+        return [stored] * request.rounds
+    prompts = read_prompts(request.file, lines=request.lines)
+    tokenizer = runner.loaded.tokenizer
+    return [
+        [
+            _Prompt(f"prompt {number}", render_tokens(tokenizer, prompt, _QUESTIONS[at % len(_QUESTIONS)]))
+            for number, prompt in enumerate(prompts, start=1)
+        ]
+        for at in range(request.rounds)
+    ]
+
+
+def _stored_prompts(runner: Runner) -> Iterator[_Prompt]:
+    """Yield the tokens of every chain of blocks that the store holds for this model, root to leaf."""
+    store = runner.cache.cold
+    assert store is not None, "the command always opens a store"
+    root = runner.cache.namespace.digest
+    entries = dict(store.iter_entries(root))
+    parents = {entry.parent for entry in entries.values()}
+    for leaf in entries:
+        if leaf in parents:
+            continue
+        chain: list[BlockHash] = [leaf]
+        while entries[chain[-1]].parent in entries:
+            chain.append(entries[chain[-1]].parent)
+        token_ids = _tokens_of(store, chain[::-1]) if entries[chain[-1]].parent == root else None
+        if token_ids:
+            yield _Prompt(leaf.hex()[:8], token_ids)
+
+
+def _tokens_of(store: ColdStore, chain: Sequence[BlockHash]) -> list[int] | None:
+    """Return the tokens of a chain; None if a block has left meanwhile."""
+    pieces = [store.read_tokens(block_hash) for block_hash in chain]
+    if any(piece is None for piece in pieces):
+        return None
+    token_ids: list[int] = np.frombuffer(b"".join(piece or b"" for piece in pieces), dtype="<u4").tolist()
+    return token_ids
+
+
+def _run(runner: Runner, profiler: MemoryProfiler, rounds: list[list[_Prompt]], max_new_tokens: int) -> None:
+    options = GenerationOptions(max_new_tokens=max_new_tokens)
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("running", total=sum(map(len, rounds)))
+        for number, prompts in enumerate(rounds, start=1):
+            for prompt in prompts:
+                name = f"{prompt.name}, round {number}" if len(rounds) > 1 else prompt.name
+                with profiler.iteration(name):
+                    runner.generate([prompt.token_ids], options)
+                progress.advance(task)
+        runner.cache.flush()
+
+
+def _about(request: ReportRequest, options: EngineOptions, runner: Runner) -> dict[str, str]:
+    layout = runner.cache.layout
+    return {
+        "model": options.model or "the embedded one (random weights)",
+        "device": str(runner.loaded.model.device),
+        "block": f"{layout.block_size} tokens, {format_bytes(layout.block_bytes)}, {layout.dtype}",
+        "requests": f"{request.file or 'the prompts in the store'}, {request.rounds} rounds, one at a time, up to "
+        f"{request.max_new_tokens} new tokens",
+        "store": str(options.store),
+    }
+
+
+def _write(made: MemoryReport, request: ReportRequest) -> list[Path]:
+    try:
+        request.output.mkdir(parents=True, exist_ok=True)
+        written = [
+            made.save_html(request.output / "memory_profile.html"),
+            made.export_trace(request.output / "trace.json"),
+        ]
+        if request.plots:
+            plots = MemoryVisualizer(made)
+            written += [
+                plots.plot_allocation_timeline(request.output / "allocation_timeline.png"),
+                plots.plot_memory_heatmap(request.output / "memory_heatmap.png"),
+                plots.plot_fragmentation(request.output / "fragmentation.png"),
+            ]
+    except OSError as exc:
+        raise ConfigError(f"cannot write to {request.output}: {exc.strerror}") from exc
+    return written
+
+
+def _summary(made: MemoryReport, written: list[Path]) -> dict[str, Any]:
+    measured = made.run.measured
+    return {
+        "requests": measured.requests,
+        "prompt_tokens": measured.prompt_tokens,
+        "hit_tokens": {tier.value: tokens for tier, tokens in measured.tokens.items()},
+        "evictions": {tier.value: summary.count for tier, summary in made.eviction_analysis.items()},
+        "evicted_and_asked_again": {
+            tier.value: summary.asked_again for tier, summary in made.eviction_analysis.items()
+        },
+        "premature_evictions": {tier.value: summary.premature for tier, summary in made.eviction_analysis.items()},
+        "suggestions": [
+            {"setting": each.setting, "now": each.now, "proposed": each.proposed, "effect": each.effect}
+            for each in made.optimization_suggestions
+        ],
+        "seconds": round(made.run.seconds, 6),
+        "files": [str(path) for path in written],
+    }
+
+
+def _table(made: MemoryReport, written: list[Path]) -> Table:
+    measured = made.run.measured
+    table = Table(title=made.run.title, show_header=False)
+    table.add_row("requests", f"{measured.requests:,}")
+    table.add_row("prompt tokens", f"{measured.prompt_tokens:,}")
+    for tier, tokens in measured.tokens.items():
+        table.add_row(f"  found {tier.value}", f"{tokens:,}")
+    for tier, summary in made.eviction_analysis.items():
+        table.add_row(f"evicted from {tier.value}", f"{summary.count:,}, {summary.asked_again:,} asked for again")
+    for each in made.optimization_suggestions:
+        table.add_row(f"try {each.setting}", f"{each.proposed}: {each.effect}")
+    table.add_row("written", "\n".join(map(str, written)))
+    return table

@@ -13,20 +13,31 @@ if TYPE_CHECKING:
     from tierkv.cache import TierCache, load_cache_state, save_cache_state
     from tierkv.config import CacheConfig
     from tierkv.errors import TierKVError
+    from tierkv.events import CacheObserver
     from tierkv.layout import BlockLayout
     from tierkv.managed_attention import ManagedFlashAttention
+    from tierkv.memory_report import MemoryReport
+    from tierkv.metrics import serve_metrics
     from tierkv.namespace import Namespace
+    from tierkv.plots import MemoryVisualizer
     from tierkv.policies import EvictionPolicy
+    from tierkv.profiler import MemoryProfiler
     from tierkv.ranks import RankGroup
     from tierkv.stats import CacheStats
     from tierkv.torch_ranks import TorchRanks
+    from tierkv.tracker import MemoryTracker
 
 __all__ = [
     "BlockLayout",
     "CacheConfig",
+    "CacheObserver",
     "CacheStats",
     "EvictionPolicy",
     "ManagedFlashAttention",
+    "MemoryProfiler",
+    "MemoryReport",
+    "MemoryTracker",
+    "MemoryVisualizer",
     "Namespace",
     "RankGroup",
     "Tier",
@@ -36,6 +47,7 @@ __all__ = [
     "__version__",
     "load_cache_state",
     "save_cache_state",
+    "serve_metrics",
 ]
 
 __version__ = "0.1.0"
@@ -43,9 +55,14 @@ __version__ = "0.1.0"
 _HOMES = {
     "BlockLayout": "tierkv.layout",
     "CacheConfig": "tierkv.config",
+    "CacheObserver": "tierkv.events",
     "CacheStats": "tierkv.stats",
     "EvictionPolicy": "tierkv.policies",
     "ManagedFlashAttention": "tierkv.managed_attention",
+    "MemoryProfiler": "tierkv.profiler",
+    "MemoryReport": "tierkv.memory_report",
+    "MemoryTracker": "tierkv.tracker",
+    "MemoryVisualizer": "tierkv.plots",
     "Namespace": "tierkv.namespace",
     "RankGroup": "tierkv.ranks",
     "Tier": "tierkv.block",
@@ -54,6 +71,7 @@ _HOMES = {
     "TorchRanks": "tierkv.torch_ranks",
     "load_cache_state": "tierkv.cache",
     "save_cache_state": "tierkv.cache",
+    "serve_metrics": "tierkv.metrics",
 }
 
 

@@ -23,9 +23,11 @@ from tierkv.tools import evict as evict_command
 from tierkv.tools import inspect_store as inspect_command
 from tierkv.tools import prefetch as prefetch_command
 from tierkv.tools import replay as replay_command
+from tierkv.tools import report as report_command
 from tierkv.tools import run as run_command
 from tierkv.tools import state as state_command
 from tierkv.tools import stats as stats_command
+from tierkv.tools import top as top_command
 from tierkv.tools import train_policy as train_policy_command
 from tierkv.tools import verify as verify_command
 from tierkv.tools import warm as warm_command
@@ -169,6 +171,35 @@ def run(
 
 
 @app.command()
+def report(
+    file: Annotated[Optional[Path], typer.Argument(help="Prompts as for warm.", show_default="those stored")] = None,  # noqa: UP045
+    lines: Annotated[bool, typer.Option("--lines", help="One prompt a line.")] = False,
+    rounds: Annotated[int, typer.Option(help="How often each prompt is asked for.")] = 2,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most, each time.")] = 16,
+    output: Annotated[Path, typer.Option(help="Directory for what is written.")] = Path("tierkv-report"),
+    no_plots: Annotated[bool, typer.Option("--no-plots", help="No PNG, which need matplotlib.")] = False,
+    model: Model = None,
+    store: Store = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    block_size: BlockSize = None,
+    salt: Salt = "",
+    cold: ColdSize = "64G",
+    warm_size: WarmSize = "256M",
+    hot: HotSize = None,
+    codec: CodecName = "auto",
+    socket: Socket = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run prompts under the profiler: a page, a trace for Perfetto, and plots."""
+    options = _options(model, store, device, dtype, block_size, salt, cold, warm_size, hot, codec, socket)
+    request = report_command.ReportRequest(
+        file=file, lines=lines, rounds=rounds, max_new_tokens=max_new_tokens, output=output, plots=not no_plots
+    )
+    report_command.report(request, options, as_json=as_json)
+
+
+@app.command()
 def stats(store: Store = None, socket: Socket = None, as_json: AsJson = False) -> None:
     """Say how much a store holds."""
     stats_command.stats(_store(store, socket), as_json=as_json)
@@ -242,6 +273,19 @@ def verify(
     """Read every block of a store and say which are damaged; exit code 1 if any is left."""
     if not verify_command.verify(_store(store, socket), repair=repair, as_json=as_json):
         sys.exit(1)
+
+
+@app.command()
+def top(
+    url: Annotated[Optional[str], typer.Option(help="Where a process serves its metrics.")] = None,  # noqa: UP045
+    store: Annotated[Optional[Path], typer.Option(help="Look at a store on disk instead.")] = None,  # noqa: UP045
+    interval: Annotated[float, typer.Option(help="Seconds between two looks.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False,
+    prefixes: Annotated[int, typer.Option(help="How many of the largest prefixes to list.")] = 10,
+    as_json: AsJson = False,
+) -> None:
+    """Watch a running cache: tiers, hits, bandwidth, misses, largest prefixes."""
+    top_command.top(url=url, store=store, interval_s=interval, once=once, prefixes=prefixes, as_json=as_json)
 
 
 @app.command()

@@ -1,0 +1,144 @@
+"""`tierkv report` and `tierkv top`, as a user types them, on the embedded model."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_cache import FakeCache
+
+from tierkv.block import Tier
+from tierkv.events import EventKind
+from tierkv.metrics import serve_metrics
+from tierkv.models import load_model
+from tierkv.tools import cli
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def user_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a user's cache directory that already has the embedded model."""
+    path = tmp_path_factory.mktemp("cache")
+    load_model(None, cache_dir=path / "tierkv")
+    return path
+
+
+@pytest.fixture
+def tierkv(
+    user_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Run:
+    """Return a function that runs one command on a fresh store: exit code, standard output, standard error."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(user_cache))
+    monkeypatch.setenv("TIERKV_STORE", str(tmp_path / "store"))
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["tierkv", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_info:
+            cli.main()
+        captured = capsys.readouterr()
+        return int(exit_info.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+def json_of(result: tuple[int, str, str]) -> dict[str, Any]:
+    code, out, err = result
+    assert code == 0, err
+    value: dict[str, Any] = json.loads(out)
+    return value
+
+
+def short_prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("You sort letters. " * 40 + "\n---\n" + "You sort letters. " * 20 + "Numbers too. " * 30)
+    return path
+
+
+def test_a_report_of_prompts_is_a_page_and_a_trace_that_agree(tierkv: Run, tmp_path: Path) -> None:
+    result = json_of(
+        tierkv("report", short_prompts(tmp_path), "--max-new-tokens", 2, "--no-plots", "--output", "out", "--json")
+    )
+    assert result["requests"] == 4 and result["hit_tokens"]["hot"] > 600
+    assert result["files"] == ["out/memory_profile.html", "out/trace.json"]
+    page = (tmp_path / "out/memory_profile.html").read_text()
+    assert f"4 requests with {result['prompt_tokens']:,} prompt tokens" in page
+    trace = json.loads((tmp_path / "out/trace.json").read_text())
+    assert [e["name"] for e in trace["traceEvents"] if e.get("cat") == "iteration"] == [
+        "prompt 1, round 1", "prompt 2, round 1", "prompt 1, round 2", "prompt 2, round 2",
+    ]  # fmt: skip
+
+
+def test_a_report_draws_three_plots(tierkv: Run, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    json_of(
+        tierkv("report", short_prompts(tmp_path), "--rounds", 1, "--max-new-tokens", 1, "--output", "out", "--json")
+    )
+    plots = sorted(path for path in (tmp_path / "out").glob("*.png"))
+    assert [path.stem for path in plots] == ["allocation_timeline", "fragmentation", "memory_heatmap"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000 for path in plots)
+
+
+def test_a_report_without_a_file_runs_the_prompts_of_the_store(tierkv: Run, tmp_path: Path) -> None:
+    tierkv("warm", short_prompts(tmp_path), "--json")
+    result = json_of(tierkv("report", "--rounds", 1, "--max-new-tokens", 1, "--no-plots", "--json"))
+    assert result["requests"] == 2
+    assert result["hit_tokens"]["cold"] + result["hit_tokens"]["hot"] == result["prompt_tokens"] - 2
+
+
+def test_a_report_of_an_empty_store_says_what_to_do(tierkv: Run) -> None:
+    code, _, err = tierkv("report", "--no-plots")
+    assert code == 2 and "run tierkv warm first" in err
+
+
+def test_a_pool_that_is_too_small_is_told_a_size_that_is_not(tierkv: Run, tmp_path: Path) -> None:
+    (tmp_path / "three.txt").write_text("\n---\n".join(f"{n} is a number. " * 40 for n in (1, 2, 3)))
+    arguments = ("report", "three.txt", "--max-new-tokens", 1, "--no-plots", "--json")
+    result = json_of(tierkv(*arguments, "--hot", "6M"))
+    assert result["evictions"]["hot"] > 0
+    suggested = {each["setting"]: each["proposed"] for each in result["suggestions"]}
+    blocks = int(suggested["hot_bytes"].split("(")[1].split()[0])
+    again = json_of(tierkv(*arguments, "--hot", f"{blocks * 1536}K"))
+    assert "hot_bytes" not in {each["setting"] for each in again["suggestions"]}
+
+
+def test_top_shows_a_running_process_once(tierkv: Run) -> None:
+    pytest.importorskip("prometheus_client")
+    cache = FakeCache()
+    cache.counters = {"requests": 12, "misses": 5, "miss_reasons": {"absent": 5}, "skipped_writes": 2}
+    with serve_metrics(cache, 0) as server:
+        cache.tell(EventKind.REGISTER, Tier.HOT, 0xAB)
+        code, out, err = tierkv("top", "--url", server.url, "--once")
+        status = json_of(tierkv("top", "--url", server.url + "/metrics", "--once", "--json"))
+    assert code == 0, err
+    for words in ("12 requests", "misses: 5 absent", "writes that were dropped: 2", "largest prefixes", "ab"):
+        assert words in out
+    assert status["tiers"]["hot"]["capacity_bytes"] == 256
+
+
+def test_top_shows_a_store_once(tierkv: Run, tmp_path: Path) -> None:
+    tierkv("warm", short_prompts(tmp_path), "--json")
+    status = json_of(tierkv("top", "--store", tmp_path / "store", "--json"))
+    assert status["tiers"]["cold"]["blocks"] == sum(prefix["blocks"]["cold"] for prefix in status["prefixes"])
+    code, out, err = tierkv("top", "--store", tmp_path / "store", "--once")
+    assert code == 0 and "a store on disk" in out, err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "--url of a process"),
+        (("--url", "127.0.0.1:9", "--store", "x"), "--url of a process"),
+        (("--url", "127.0.0.1:9"), "nothing answers at http://127.0.0.1:9/status"),
+        (("--url", "127.0.0.1:9", "--interval", "0"), "--interval must be positive"),
+        (("--store", "nowhere"), "there is no store"),
+    ],
+)
+def test_top_says_in_one_line_what_it_cannot_look_at(tierkv: Run, arguments: tuple[str, ...], words: str) -> None:
+    code, _, err = tierkv("top", "--once", *arguments)
+    assert code == 2 and words in err and err.count("\n") == 1

@@ -1,0 +1,234 @@
+"""`tierkv top`: a live view of a running cache, or of a store on disk."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from tierkv.block import Tier
+from tierkv.errors import ConfigError, TierKVError
+from tierkv.events import BlockEvent, EventKind
+from tierkv.prefixes import PrefixTable
+from tierkv.storage.cold import ColdStore
+from tierkv.tools.render import format_bytes
+from tierkv.tools.stores import open_existing
+
+__all__ = ["top"]
+
+_TIMEOUT_S = 5.0
+_Status = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    """One look: what was seen, and how far the counters went up in the `span_s` seconds since the look before.
+
+    At the first look there was none, and span_s is 0.
+    """
+
+    source: str
+    status: _Status
+    span_s: float = 0.0
+    changes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+    def show(self, tier: str, name: str, form: Callable[[float], str]) -> str:
+        """Return a counter's change a second; at the first look the counter; nothing where it is not counted."""
+        value = self.status["tiers"][tier].get(name)
+        if value is None:
+            return ""
+        if not self.span_s:
+            return form(value).removesuffix(".0")
+        return form(self.changes.get(tier, {}).get(name, 0) / self.span_s)
+
+
+def top(*, url: str | None, store: Path | None, interval_s: float, once: bool, prefixes: int, as_json: bool) -> None:
+    """Show what a source says, again every `interval_s` seconds until interrupted; once if asked to.
+
+    url: where a process serves its metrics. Raises ConfigError for a bad choice, and where the first look fails.
+    """
+    if (url is None) == (store is None):
+        raise ConfigError("say what to look at: --url of a process that serves metrics, or --store")
+    if interval_s <= 0:
+        raise ConfigError(f"--interval must be positive, got {interval_s:g}")
+    look = _looker(url, store, prefixes)
+    first = look()
+    if as_json:
+        print(json.dumps(first))
+        return
+    source = url or str(store)
+    view = _View(source, first)
+    if once:
+        Console().print(_render(view))
+        return
+    with suppress(KeyboardInterrupt), Live(_render(view), console=Console(), screen=True, auto_refresh=False) as live:
+        before, seen_at = first, time.monotonic()
+        while True:
+            time.sleep(interval_s)
+            try:
+                status, now = look(), time.monotonic()
+            except TierKVError as exc:  # it may be restarting: keep the last picture and say so
+                live.update(Group(_render(view), Text(f"{exc}", style="red")), refresh=True)
+                continue
+            view = _View(source, status, now - seen_at, _changes(before, status))
+            before, seen_at = status, now
+            live.update(_render(view), refresh=True)
+
+
+def _looker(url: str | None, store: Path | None, prefixes: int) -> Callable[[], _Status]:
+    if url is not None:
+        address = _status_address(url)
+        return lambda: _cut(_fetch(address), prefixes)
+    assert store is not None
+    return lambda: _look_at_store(store, prefixes)
+
+
+def _status_address(url: str) -> str:
+    """Return the address of /status; the user may give the server's, or that of /metrics."""
+    if not url.startswith(("http://", "https://")):
+        url = f"http://{url}"
+    return url.rstrip("/").removesuffix("/metrics").removesuffix("/status") + "/status"
+
+
+def _fetch(address: str) -> _Status:
+    try:
+        with urllib.request.urlopen(address, timeout=_TIMEOUT_S) as answer:  # http(s) only, checked above
+            status: Any = json.loads(answer.read())
+    except (urllib.error.URLError, OSError) as exc:
+        reason = getattr(exc, "reason", exc)
+        raise ConfigError(
+            f"nothing answers at {address}: {reason}",
+            hint="a process answers with tierkv.metrics.serve_metrics(cache, port)",
+        ) from exc
+    except ValueError as exc:
+        raise ConfigError(f"what answers at {address} is not tierkv: {exc}") from exc
+    if not isinstance(status, dict) or "tiers" not in status:
+        raise ConfigError(f"what answers at {address} is not tierkv")
+    found: _Status = status
+    return found
+
+
+def _cut(status: _Status, prefixes: int) -> _Status:
+    return {**status, "prefixes": status.get("prefixes", [])[:prefixes]}
+
+
+def _look_at_store(path: Path, prefixes: int) -> _Status:
+    """Return what a store's files say: sizes and what was used most; who uses it now, only a process knows."""
+    with open_existing(path) as store:
+        sizes = store.stats()
+        return {
+            "model": ", ".join(str(n.description.get("name") or n.digest.hex()[:8]) for n in store.namespaces()),
+            "tiers": {
+                "cold": {
+                    "blocks": sizes.blocks,
+                    "used_bytes": sizes.raw_bytes,
+                    "stored_bytes": sizes.live_bytes,
+                }
+            },
+            "bytes_file": sizes.file_bytes,
+            "prefixes": _stored_prefixes(store, prefixes),
+        }
+
+
+def _stored_prefixes(store: ColdStore, count: int) -> list[dict[str, Any]]:
+    """Return the largest runs of stored blocks; their hits are every use that the store was told of."""
+    table = PrefixTable([Tier.COLD])
+    for block_hash, entry in sorted(store.iter_entries(), key=lambda item: item[1].depth):  # parents first
+        event = BlockEvent(EventKind.REGISTER, Tier.COLD, block_hash, entry.parent, entry.num_tokens, entry.value_bytes)
+        table.on_block(event)
+        table.count_hits(block_hash, entry.access_count)
+    return [use.to_dict() for use in table.largest(count)]
+
+
+def _changes(before: _Status, after: _Status) -> dict[str, dict[str, int]]:
+    """Return how far each tier's numbers went up; a process that was restarted begins at zero again."""
+    return {
+        tier: {name: max(0, value - before["tiers"].get(tier, {}).get(name, 0)) for name, value in numbers.items()}
+        for tier, numbers in after["tiers"].items()
+    }
+
+
+def _render(view: _View) -> RenderableType:
+    status = view.status
+    parts: list[RenderableType] = [_headline(view), _tier_table(view)]
+    misses = {reason: count for reason, count in status.get("miss_reasons", {}).items() if count}
+    if "misses" in status:
+        why = ", ".join(f"{count:,} {reason}" for reason, count in sorted(misses.items(), key=lambda item: -item[1]))
+        parts.append(Text(f"misses: {why or 'none'}"))
+    if status.get("skipped_writes"):
+        parts.append(Text(f"writes that were dropped: {status['skipped_writes']:,}", style="yellow"))
+    parts.append(_prefix_table(status))
+    return Group(*parts)
+
+
+def _headline(view: _View) -> Text:
+    status = view.status
+    name = f"tierkv top  {view.source}"
+    if status.get("model"):
+        name += f"  {status['model']}"
+    lines = [name]
+    if "requests" in status:
+        lines.append(
+            f"{status['requests']:,} requests, {status['token_hit_rate']:.1%} of {status['prompt_tokens']:,} prompt "
+            f"tokens and {status['hit_rate']:.1%} of {status['hits'] + status['misses']:,} blocks found, "
+            f"fragmentation {status['fragmentation_ratio']:.0%}"
+        )
+    else:
+        lines.append(f"a store on disk, {format_bytes(status['bytes_file'])} of files")
+    return Text("\n".join(lines))
+
+
+def _tier_table(view: _View) -> Table:
+    """Return a row for each tier. Rates need two looks: at the first there are totals."""
+    unit = "/s" if view.span_s else ""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("tier")
+    table.add_column("full", min_width=10)
+    for column in ("blocks", "holds", f"hits{unit}", f"read{unit}", f"written{unit}", f"evicted{unit}"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for tier, numbers in view.status["tiers"].items():
+        capacity = numbers.get("capacity_bytes", 0)
+        filled = numbers["stored_bytes" if tier == "cold" else "used_bytes"]  # a pool's capacity is of blocks as used
+        # A store on disk counts no writes: what it grew by is as good.
+        written = "bytes_in" if "bytes_in" in numbers else "stored_bytes" if view.span_s else ""
+        table.add_row(
+            tier,
+            ProgressBar(total=capacity, completed=filled, width=10) if capacity else "",
+            f"{numbers['blocks']:,}",
+            format_bytes(numbers["stored_bytes"]),
+            view.show(tier, "hits", "{:,.1f}".format),
+            view.show(tier, "bytes_out", format_bytes),
+            view.show(tier, written, format_bytes),
+            view.show(tier, "evictions", "{:,.1f}".format),
+        )
+    return table
+
+
+def _prefix_table(status: _Status) -> Table:
+    table = Table(title="largest prefixes", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("block")
+    for column in ("tokens", "from", "blocks", "bytes", "hits"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for prefix in status["prefixes"]:
+        table.add_row(
+            prefix["block"][:12],
+            f"{prefix['tokens']:,}",
+            f"{prefix['first_token']:,}",
+            ", ".join(f"{count:,} {tier}" for tier, count in prefix["blocks"].items() if count),
+            format_bytes(prefix["bytes"]),
+            f"{prefix['hits']:,}",
+        )
+    return table

@@ -225,7 +225,7 @@ class _Recorder:
                 self.evictions.evict(
                     event.tier, event.block_hash, now, num_tokens=event.num_tokens, num_bytes=event.num_bytes
                 )
-            elif event.tier in (Tier.HOT, Tier.WARM):
+            elif event.tier in (Tier.HOT, Tier.WARM) and event.slot is not None:  # a daemon's warm tier tells no more
                 self.evictions.arrive(event.tier, event.block_hash, now)
                 if event.kind is EventKind.REGISTER and event.tier is Tier.HOT:
                     self.reuse.arrival(event.block_hash)

@@ -278,14 +278,18 @@ def verify(
 @app.command()
 def top(
     url: Annotated[Optional[str], typer.Option(help="Where a process serves its metrics.")] = None,  # noqa: UP045
-    store: Annotated[Optional[Path], typer.Option(help="Look at a store on disk instead.")] = None,  # noqa: UP045
+    socket: Annotated[Optional[Path], typer.Option(help="Look at the daemon that listens here.")] = None,  # noqa: UP045
+    store: Annotated[Optional[Path], typer.Option(help="Look at a store on disk.")] = None,  # noqa: UP045
     interval: Annotated[float, typer.Option(help="Seconds between two looks.")] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False,
     prefixes: Annotated[int, typer.Option(help="How many of the largest prefixes to list.")] = 10,
     as_json: AsJson = False,
 ) -> None:
     """Watch a running cache: tiers, hits, bandwidth, misses, largest prefixes."""
-    top_command.top(url=url, store=store, interval_s=interval, once=once, prefixes=prefixes, as_json=as_json)
+    if url is None and socket is None and store is None:
+        socket = named_socket(os.environ)
+    source = top_command.Source(url=url, socket=socket, store=store)
+    top_command.top(source, interval_s=interval, once=once, prefixes=prefixes, as_json=as_json)
 
 
 @app.command()

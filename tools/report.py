@@ -86,7 +86,8 @@ def _rounds(request: ReportRequest, runner: Runner) -> list[list[_Prompt]]:
 def _stored_prompts(runner: Runner) -> Iterator[_Prompt]:
     """Yield the tokens of every chain of blocks that the store holds for this model, root to leaf."""
     store = runner.cache.cold
-    assert store is not None, "the command always opens a store"
+    if store is None:
+        raise ConfigError("a daemon keeps the store", hint="name a file of prompts, or the store with --store")
     root = runner.cache.namespace.digest
     entries = dict(store.iter_entries(root))
     parents = {entry.parent for entry in entries.values()}

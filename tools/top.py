@@ -1,4 +1,4 @@
-"""`tierkv top`: a live view of a running cache, or of a store on disk."""
+"""`tierkv top`: a live view of a running cache, of a daemon, or of a store on disk."""
 
 from __future__ import annotations
 
@@ -20,14 +20,16 @@ from rich.table import Table
 from rich.text import Text
 
 from tierkv.block import Tier
+from tierkv.daemon_client import DaemonClient
 from tierkv.errors import ConfigError, TierKVError
 from tierkv.events import BlockEvent, EventKind
 from tierkv.prefixes import PrefixTable
+from tierkv.protocol import Status, StatusReport
 from tierkv.storage.cold import ColdStore
 from tierkv.tools.render import format_bytes
 from tierkv.tools.stores import open_existing
 
-__all__ = ["top"]
+__all__ = ["Source", "top"]
 
 _TIMEOUT_S = 5.0
 _Status = dict[str, Any]
@@ -55,22 +57,33 @@ class _View:
         return form(self.changes.get(tier, {}).get(name, 0) / self.span_s)
 
 
-def top(*, url: str | None, store: Path | None, interval_s: float, once: bool, prefixes: int, as_json: bool) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """What to look at, one of: a process that serves its metrics, a daemon's socket, the directory of a store."""
+
+    url: str | None
+    socket: Path | None
+    store: Path | None
+
+    def __str__(self) -> str:
+        return self.url or str(self.socket or self.store)
+
+
+def top(source: Source, *, interval_s: float, once: bool, prefixes: int, as_json: bool) -> None:
     """Show what a source says, again every `interval_s` seconds until interrupted; once if asked to.
 
-    url: where a process serves its metrics. Raises ConfigError for a bad choice, and where the first look fails.
+    Raises ConfigError for a bad choice; ConfigError, DaemonError or StoreError where the first look fails.
     """
-    if (url is None) == (store is None):
-        raise ConfigError("say what to look at: --url of a process that serves metrics, or --store")
+    if sum(each is not None for each in (source.url, source.socket, source.store)) != 1:
+        raise ConfigError("say what to look at: --url of a process that serves metrics, --socket, or --store")
     if interval_s <= 0:
         raise ConfigError(f"--interval must be positive, got {interval_s:g}")
-    look = _looker(url, store, prefixes)
+    look = _looker(source, prefixes)
     first = look()
     if as_json:
         print(json.dumps(first))
         return
-    source = url or str(store)
-    view = _View(source, first)
+    view = _View(str(source), first)
     if once:
         Console().print(_render(view))
         return
@@ -83,15 +96,18 @@ def top(*, url: str | None, store: Path | None, interval_s: float, once: bool, p
             except TierKVError as exc:  # it may be restarting: keep the last picture and say so
                 live.update(Group(_render(view), Text(f"{exc}", style="red")), refresh=True)
                 continue
-            view = _View(source, status, now - seen_at, _changes(before, status))
+            view = _View(str(source), status, now - seen_at, _changes(before, status))
             before, seen_at = status, now
             live.update(_render(view), refresh=True)
 
 
-def _looker(url: str | None, store: Path | None, prefixes: int) -> Callable[[], _Status]:
-    if url is not None:
-        address = _status_address(url)
+def _looker(source: Source, prefixes: int) -> Callable[[], _Status]:
+    socket, store = source.socket, source.store
+    if source.url is not None:
+        address = _status_address(source.url)
         return lambda: _cut(_fetch(address), prefixes)
+    if socket is not None:
+        return lambda: _look_at_daemon(socket, prefixes)
     assert store is not None
     return lambda: _look_at_store(store, prefixes)
 
@@ -123,6 +139,29 @@ def _fetch(address: str) -> _Status:
 
 def _cut(status: _Status, prefixes: int) -> _Status:
     return {**status, "prefixes": status.get("prefixes", [])[:prefixes]}
+
+
+def _look_at_daemon(socket: Path, prefixes: int) -> _Status:
+    """Return what a daemon says of its warm tier, and what the files of its store do."""
+    with DaemonClient(socket) as client:
+        report = client.call(Status(), StatusReport)
+    counters = dict(report.counters)
+    used = report.warm_bytes - report.warm_free_bytes
+    warm = {
+        "blocks": sum(tenant.warm_blocks for tenant in report.tenants),
+        "used_bytes": used,
+        "stored_bytes": used,
+        "capacity_bytes": report.warm_bytes,
+        "evictions": counters.pop("evicted_blocks", 0),
+    }
+    stored = _look_at_store(Path(report.store), prefixes) if report.store else {"tiers": {}, "prefixes": []}
+    return {
+        "model": ", ".join(sorted({tenant.name or tenant.namespace[:8] for tenant in report.tenants})),
+        "clients": report.clients - 1,  # without this one
+        "counters": counters,
+        "tiers": {"warm": warm, **stored["tiers"]},
+        "prefixes": stored["prefixes"],
+    }
 
 
 def _look_at_store(path: Path, prefixes: int) -> _Status:
@@ -186,6 +225,9 @@ def _headline(view: _View) -> Text:
             f"tokens and {status['hit_rate']:.1%} of {status['hits'] + status['misses']:,} blocks found, "
             f"fragmentation {status['fragmentation_ratio']:.0%}"
         )
+    elif "clients" in status:
+        counted = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in sorted(status["counters"].items()))
+        lines.append(f"a daemon with {status['clients']:,} clients: {counted or 'nothing asked yet'}")
     else:
         lines.append(f"a store on disk, {format_bytes(status['bytes_file'])} of files")
     return Text("\n".join(lines))

@@ -133,6 +133,7 @@ def test_top_shows_a_store_once(tierkv: Run, tmp_path: Path) -> None:
     ("arguments", "words"),
     [
         ((), "--url of a process"),
+        (("--socket", "nobody.sock"), "nobody.sock"),
         (("--url", "127.0.0.1:9", "--store", "x"), "--url of a process"),
         (("--url", "127.0.0.1:9"), "nothing answers at http://127.0.0.1:9/status"),
         (("--url", "127.0.0.1:9", "--interval", "0"), "--interval must be positive"),

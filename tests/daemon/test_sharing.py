@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,9 @@ from conftest import OpenCache, Start
 from pattern_engine import PatternEngine
 
 from tierkv.block import Tier, hash_block
+from tierkv.events import EventKind
+from tierkv.tools import cli
+from tierkv.tracker import MemoryTracker
 
 
 def ids(count: int, start: int = 0) -> list[int]:
@@ -139,3 +144,38 @@ def test_more_blocks_than_the_slab_holds_pass_through_it(start_daemon: Start, op
             cache.flush()
     assert seen[Tier.WARM] and seen[Tier.COLD]
     assert daemon.status().counters["evicted_blocks"] > 0
+
+
+def test_top_shows_a_daemon_and_its_store(
+    start_daemon: Start, open_cache: OpenCache, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    daemon = start_daemon()
+    cache = open_cache()
+    cache.release(PatternEngine(cache).start(list(range(13))))
+    cache.flush()
+    monkeypatch.setattr(sys, "argv", ["tierkv", "top", "--socket", str(daemon.socket), "--once"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    shown = capsys.readouterr().out
+    assert "a daemon with 1 clients" in shown and "published blocks" in shown
+    assert "cold" in shown and "12" in shown
+
+
+def test_an_observer_of_a_cache_over_a_daemon_counts_as_the_cache_does(
+    start_daemon: Start, open_cache: OpenCache
+) -> None:
+    start_daemon(slots=8)
+    cache = open_cache(hot=8)
+    tracker = MemoryTracker()
+    tracker.watch(cache)
+    engine = PatternEngine(cache)
+    for _ in range(2):
+        for start in range(0, 400, 100):
+            cache.release(engine.start(ids(13, start)))
+            cache.flush()
+    seen = Counter((event.kind, event.tier) for event in tracker.allocation_history)
+    stats = cache.stats()
+    assert {tier: seen[EventKind.HIT, tier] for tier in Tier} == {t: each.hits for t, each in stats.tiers.items()}
+    assert seen[EventKind.MISS, None] == stats.misses and seen[EventKind.SKIP, None] == stats.skipped_writes
+    assert seen[EventKind.EVICT, Tier.HOT] == stats.tiers[Tier.HOT].evictions > 0
+    assert seen[EventKind.DEMOTE, Tier.WARM] > 0

@@ -7,49 +7,42 @@ What is stored and why it stays consistent: cold_batch.py; what a crash leaves: 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from tierkv.block import HASH_BYTES, BlockHash
-from tierkv.errors import CorruptBlockError, FormatVersionError, StoreError
+from tierkv.block import BlockHash
+from tierkv.errors import CorruptBlockError, StoreError
 from tierkv.layout import BlockLayout
 from tierkv.namespace import Namespace
 from tierkv.storage.coded import CodedBlock
-from tierkv.storage.cold_batch import SPECS, Databases, get_entry, get_value, read_block_tokens
+from tierkv.storage.cold_batch import SPECS, Databases, get_entry
 from tierkv.storage.cold_check import VerifyReport, check_store, verify_block, verify_store
 from tierkv.storage.cold_entry import ColdEntry
 from tierkv.storage.cold_eviction import EvictionReport, VictimOrder, VictimQueue, least_recently_used
-from tierkv.storage.cold_links import Links
-from tierkv.storage.cold_namespaces import FORMAT_KEY, STORE_VERSION, check_format, iter_namespaces, seal
+from tierkv.storage.cold_namespaces import FORMAT_KEY, STORE_VERSION, check_format, seal
+from tierkv.storage.cold_reader import ColdReader
 from tierkv.storage.cold_salvage import ColdKeeper
-from tierkv.storage.cold_stats import ColdStats, Counters, StoredNamespace
+from tierkv.storage.cold_stats import ColdStats, Counters
 from tierkv.storage.cold_writer import ColdWriter
-from tierkv.storage.lmdb_data import CutShortError
-from tierkv.storage.lmdb_env import LmdbEnv, ReadTransaction
+from tierkv.storage.lmdb_env import LmdbEnv
 from tierkv.storage.outcomes import MissReason, PutOutcome
 from tierkv.storage.record import (
     BlockInfo,
     Buffer,
     EncodedRecord,
-    TruncatedBlockError,
-    decode_record,
     parse_record,
-    read_header,
-    verify_checksum,
 )
 
 __all__ = ["ColdStore"]
 
-_ENTRIES_PER_SNAPSHOT = 1024
 _SPARE_MAP_BYTES = 64 << 20
 
 _logger = logging.getLogger(__name__)
 
 
-class ColdStore:
+class ColdStore(ColdReader):
     """An open cold store. Thread-safe; a context manager; `close()` may be called twice.
 
     quota_bytes: bound on the live bytes, padding included; the file may be a tenth larger.
@@ -68,12 +61,10 @@ class ColdStore:
         victim_order: VictimOrder = least_recently_used,
         read_only: bool = False,
     ) -> None:
-        self.path = path
         self.quota_bytes = quota_bytes
         map_bytes = _map_bytes(quota_bytes)
         keeper = ColdKeeper(map_bytes=map_bytes, quota_bytes=quota_bytes, clock=clock)
-        self._env = LmdbEnv(path, map_bytes=map_bytes, specs=SPECS, read_only=read_only, keeper=keeper)
-        self._databases = Databases.of(self._env)
+        super().__init__(LmdbEnv(path, map_bytes=map_bytes, specs=SPECS, read_only=read_only, keeper=keeper))
         self._counters = Counters()
         self._writer = ColdWriter(
             self._env,
@@ -143,24 +134,6 @@ class ColdStore:
             found[number] = self._mend_entry(hashes[number])
         return found
 
-    def children(self, parent: BlockHash) -> list[BlockHash]:
-        """Return the hashes of the blocks that follow `parent`; the namespace digest has the first ones."""
-        with self._env.read() as txn:
-            return list(Links(txn, self._databases.children).iter_children(parent))
-
-    def find_longest_run(self, parent: BlockHash, token_bytes: bytes) -> tuple[BlockHash, bytes, int] | None:
-        """Return (block hash, its token ids, how many of them lead `token_bytes` too) of the child of `parent`
-        that shares most leading tokens; None if none shares any. Takes no longer among many children.
-        """
-        with self._env.read() as txn:
-            links = Links(txn, self._databases.children)
-            return links.find_longest_run(parent, token_bytes, lambda h: read_block_tokens(txn, self._databases, h))
-
-    def read_tokens(self, block_hash: BlockHash) -> bytes | None:
-        """Return a block's token ids as little-endian uint32, or None if it is absent or unreadable."""
-        with self._env.read() as txn:
-            return read_block_tokens(txn, self._databases, block_hash)
-
     def read_into(
         self, expected: BlockInfo, out: Buffer, *, layout: BlockLayout, coded: CodedBlock | None = None
     ) -> MissReason | None:
@@ -170,7 +143,7 @@ class ColdStore:
         wrong shape and for a closed store. Many threads may read at once; the heavy parts release the GIL.
         coded: take frames that a GPU decodes as they are; see `decode_record`.
         """
-        reason = self._read_into(expected, out, layout, coded)
+        reason = self.decode_block(expected, out, layout=layout, coded=coded)
         if reason in (MissReason.CORRUPT, MissReason.TRUNCATED) and not self.read_only:
             self._drop_if_damaged(expected.block_hash)
         if reason is MissReason.ABSENT and self.was_evicted(expected.block_hash):
@@ -181,34 +154,6 @@ class ColdStore:
     def was_evicted(self, block_hash: BlockHash) -> bool:
         """Tell whether this object evicted a block not long ago; it may have come back since."""
         return self._counters.was_evicted(block_hash)
-
-    def read_record(self, block_hash: BlockHash) -> bytes | None:
-        """Return a copy of a block's record, or None if it is absent or damaged."""
-        try:
-            with self._env.read() as txn:
-                value = get_value(self._env, txn, self._databases, block_hash)
-                if value is None:
-                    return None
-                header = read_header(value)
-                verify_checksum(value, header)
-                return bytes(value[: header.record_bytes])
-        except (CorruptBlockError, FormatVersionError):
-            return None
-
-    def iter_entries(self, namespace: BlockHash | None = None) -> Iterator[tuple[BlockHash, ColdEntry]]:
-        """Yield (block hash, entry) of all blocks, or of one namespace's. Each batch is one snapshot."""
-        after: BlockHash | None = bytes(HASH_BYTES)
-        while after is not None:
-            after, batch = self._entries_after(after)
-            for block_hash, entry in batch:
-                if namespace is None or entry.namespace == namespace:
-                    yield block_hash, entry
-
-    def namespaces(self) -> list[StoredNamespace]:
-        """Return every namespace that has been opened here, with its totals."""
-        with self._env.read() as txn:
-            rows = list(iter_namespaces(txn, self._databases.meta))
-        return [StoredNamespace.of(digest, row) for digest, row in rows]
 
     # -- writing ---------------------------------------------------------------------------------------
 
@@ -313,34 +258,6 @@ class ColdStore:
 
     # -- parts -----------------------------------------------------------------------------------------
 
-    def _read_into(
-        self, expected: BlockInfo, out: Buffer, layout: BlockLayout, coded: CodedBlock | None
-    ) -> MissReason | None:
-        """Decode a block that plain reads find and that is right; of any other, let LMDB say what it is."""
-        try:
-            with self._env.read():
-                record = self._env.read_value(
-                    self._databases.blocks_name, expected.block_hash, max_bytes=_max_value_bytes(layout)
-                )
-            if record is not None:
-                with contextlib.suppress(CorruptBlockError, FormatVersionError):
-                    if decode_record(record, out, expected=expected, layout=layout, coded=coded) is None:
-                        return None
-            with self._env.read() as txn:
-                value = txn.get(expected.block_hash, db=self._databases.blocks)
-                if value is None:
-                    return MissReason.ABSENT
-                return decode_record(value, out, expected=expected, layout=layout, coded=coded)
-        except (TruncatedBlockError, CutShortError):
-            return MissReason.TRUNCATED
-        except (CorruptBlockError, FormatVersionError):
-            return MissReason.CORRUPT
-        except (StoreError, OSError) as exc:
-            if not self._env.is_open:
-                raise
-            _logger.warning("cold store %s: block %s not read: %s", self.path, expected.block_hash.hex(), exc)
-            return MissReason.IO_ERROR
-
     def _drop_if_damaged(self, block_hash: BlockHash) -> None:
         """Remove a block that a reader found damaged, unless somebody has replaced it meanwhile."""
         try:
@@ -381,29 +298,6 @@ class ColdStore:
         except StoreError:
             return False
 
-    def _entry_or_none(self, txn: ReadTransaction, block_hash: BlockHash) -> ColdEntry | None:
-        try:
-            return get_entry(txn, self._databases, block_hash)
-        except CorruptBlockError:
-            return None
-
-    def _entries_after(self, after: BlockHash) -> tuple[BlockHash | None, list[tuple[BlockHash, ColdEntry]]]:
-        """Return the last key looked at (None at the end) and the sound entries that follow `after`."""
-        found: list[tuple[BlockHash, ColdEntry]] = []
-        last: BlockHash | None = None
-        with self._env.read() as txn, txn.cursor(db=self._databases.index) as cursor:
-            more = cursor.set_range(after)
-            if more and bytes(cursor.key()) == after:
-                more = cursor.next()
-            for _ in range(_ENTRIES_PER_SNAPSHOT if more else 0):
-                last = bytes(cursor.key())
-                entry = self._entry_or_none(txn, last)
-                if entry is not None:
-                    found.append((last, entry))
-                if not cursor.next():
-                    break
-        return last, found
-
     def _check_format(self) -> None:
         """Write the version of a new store; refuse the store of another version."""
         with self._env.read() as txn:
@@ -420,11 +314,6 @@ class ColdStore:
             raise StoreError(f"cold store {self.path} was opened read-only")
         if not self._env.is_open:
             raise StoreError(f"cold store {self.path} is closed")
-
-
-def _max_value_bytes(layout: BlockLayout) -> int:
-    """No value of this layout is longer: raw, padded, with the ids of its tokens and the sizes of its frames."""
-    return 2 * layout.block_bytes + (1 << 20)
 
 
 def _map_bytes(quota_bytes: int) -> int:

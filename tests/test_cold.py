@@ -12,7 +12,7 @@ import pytest
 from cold_blocks import LAYOUT, NAMESPACE, OTHER, QUOTA, FakeClock, block_bytes, chain_of, open_store, read, record_of
 
 from tierkv.errors import FormatVersionError, StoreError
-from tierkv.storage import cold, cold_writer
+from tierkv.storage import cold, cold_reader, cold_writer
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_batch import padded_bytes
 from tierkv.storage.outcomes import MissReason, PutOutcome
@@ -143,7 +143,7 @@ def test_lookups_of_many_blocks_keep_their_order(tmp_path: Path) -> None:
 
 
 def test_more_entries_than_one_snapshot_holds_are_all_listed(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(cold, "_ENTRIES_PER_SNAPSHOT", 3)
+    monkeypatch.setattr(cold_reader, "_ENTRIES_PER_SNAPSHOT", 3)
     with open_store(tmp_path) as store:
         store.put([record_of(n) for n in range(10)])
         assert len({h for h, _ in store.iter_entries()}) == 10

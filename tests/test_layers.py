@@ -50,7 +50,8 @@ LAYERS = (
         "storage.lmdb_file storage.lmdb_values storage.lmdb_tree storage.lmdb_lock storage.lmdb_data "
         "storage.lmdb_directory storage.lmdb_env "
         "storage.cold_entry storage.cold_links storage.cold_namespaces storage.cold_batch storage.cold_stats "
-        "storage.cold_eviction storage.cold_check storage.cold_writer storage.cold_salvage storage.cold "
+        "storage.cold_eviction storage.cold_check storage.cold_writer storage.cold_salvage "
+        "storage.cold_reader storage.cold "
         "storage.state_format storage.state_writer storage.state_file",
         below="values",
     ),

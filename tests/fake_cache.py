@@ -52,4 +52,4 @@ class FakeCache:
             for tier, n in blocks
         )
         for observer in self.observers:
-            observer.on_request(RequestEvent(4 * len(events), {}, events))
+            observer.on_request(RequestEvent(4 * len(events), {}, events, tuple(each.block_hash for each in events)))

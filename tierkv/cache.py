@@ -239,6 +239,7 @@ class TierCache:
                         promoted.hot,
                         promoted.hits,
                         zip(names, missed, strict=True),
+                        later=later,
                         hot_blocks=self._tiers.index.hot.used_count,
                     )
                 self._tiers.stats.hits.update(blocks)
@@ -272,24 +273,21 @@ class TierCache:
         sequence.cached_tokens[Tier.COLD] += len(loaded) * size
         with self._tiers.changed:
             computed = self._count_split(split)
-            if self._tiers.watch:
-                missed = zip(map(BlockName.of, split.hits), computed, strict=False)
-                self._tiers.watch.request(
-                    0,
-                    {Tier.COLD: len(loaded) * size},
-                    (),
-                    loaded,
-                    missed,
-                    hot_blocks=self._tiers.index.hot.used_count,
-                )
             written = self._tiers.mover.mark()
             for hit in loaded:
                 entry = self._tiers.index.insert(hit.block_hash, hit.parent_hash, hit.token_bytes)
                 if entry is None or not sequence.is_cacheable or hit.parent_hash != self._last_hash(sequence):
                     break
                 entry.in_cold = True
-                self._register(sequence, len(sequence.chain), size, written)
+                self._register(sequence, len(sequence.chain), size, written, kind=EventKind.PROMOTE)
                 self._tiers.index.touch(entry)
+            if self._tiers.watch:
+                self._tiers.watch.rest_of_request(
+                    {Tier.COLD: len(loaded) * size},
+                    loaded,
+                    zip(map(BlockName.of, split.hits), computed, strict=False),
+                    hot_blocks=self._tiers.index.hot.used_count,
+                )
         if split.failed:
             self._promoter.give_up(*split.failed)
         self._promoter.keep_warm(loaded)
@@ -618,8 +616,19 @@ class TierCache:
             hash_function=self._hash,
         )
 
-    def _register(self, sequence: Sequence, at: int, num_tokens: int, written: Ready) -> int:
-        """Make one computed block findable. Return 1 if no tier had it. The caller holds the lock."""
+    def _register(
+        self,
+        sequence: Sequence,
+        at: int,
+        num_tokens: int,
+        written: Ready,
+        *,
+        kind: EventKind = EventKind.REGISTER,
+    ) -> int:
+        """Make one computed block findable. Return 1 if no tier had it. The caller holds the lock.
+
+        kind: how it came to be hot, for observers.
+        """
         tiers, index = self._tiers, self._tiers.index
         parent = sequence.chain[at - 1] if at else index.root
         start = at * self.config.block_size * TOKEN_BYTES
@@ -643,7 +652,7 @@ class TierCache:
             self._share(sequence, at, entry.block_id)
             return 0
         is_new = entry.warm_slot is None and not entry.in_cold
-        tiers.attach(entry, Tier.HOT, sequence.block_table[at], EventKind.REGISTER)
+        tiers.attach(entry, Tier.HOT, sequence.block_table[at], kind)
         if is_new and self.config.write_through:
             self._demoter.write_down(block_hash, parent, tokens, sequence.block_table[at], written)
         return int(is_new)
@@ -726,6 +735,8 @@ class TierCache:
         num_loaded = len(split.hits) - num_computed
         stats.hits[Tier.COLD] += num_loaded
         stats.hit_tokens[Tier.COLD] += num_loaded * self.config.block_size
+        for tier in (Tier.COLD, Tier.WARM):  # they come by way of a warm slot, as all cold blocks do
+            stats.bytes_out[tier] += num_loaded * self.layout.block_bytes
         stats.misses += num_computed
         stats.miss_reasons[MissReason.RECOMPUTED.value] += num_computed - (split.failure is not None)
         if split.failure:

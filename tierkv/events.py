@@ -82,16 +82,18 @@ class BlockEvent:
 
 @dataclass(frozen=True, slots=True)
 class RequestEvent:
-    """What one request asked for: a HIT or a MISS of each of its blocks, first to last.
+    """What one request asked for, and a HIT or a MISS of each block, first to last.
 
     hit_tokens: leading tokens that were found, by the tier that answered. What comes up behind a request while it
-    computes is told when it has ended, as a second event without tokens of its own: num_tokens is 0.
+    computes is told when it has ended, in a second event: of that num_tokens is 0, and it asks for nothing new.
+    asked: the hash of every block, first to last; empty for one that nobody could find.
     hot_blocks: hot blocks that are cached or in use, now that the request has its room.
     """
 
     num_tokens: int
     hit_tokens: Mapping[Tier, int]
     blocks: tuple[BlockEvent, ...]
+    asked: tuple[BlockHash, ...] = ()
     hot_blocks: int = 0
 
 

@@ -234,9 +234,9 @@ class _Recorder:
         """Record what was asked for and who answered."""
         now = self._clock()
         with self._lock:
-            self._largest_request = max(self._largest_request, len(event.blocks))
+            self._largest_request = max(self._largest_request, len(event.asked))
             self._peak_hot_blocks = max(self._peak_hot_blocks, event.hot_blocks)
-            self.reuse.request([block.block_hash for block in event.blocks if block.block_hash])
+            self.reuse.request([block_hash for block_hash in event.asked if block_hash])
             for block in event.blocks:
                 if block.block_hash:
                     was_lost = block.tier is None and block.reason not in _HAD

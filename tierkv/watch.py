@@ -88,13 +88,36 @@ class Watch:
         hits: Iterable[Hit],
         missed: Iterable[tuple[BlockName, MissReason]],
         *,
+        later: Sequence[Hit],
         hot_blocks: int,
     ) -> None:
-        """Tell what a request found, hot and else, and what it missed; the caller holds the cache's lock."""
+        """Tell what a request found, hot and else, and what it missed; the caller holds the cache's lock.
+
+        later: what lies between, and comes up behind the request.
+        """
         found = [self.event(EventKind.HIT, Tier.HOT, entry, slot=entry.block_id) for entry in hot]
         found += (self.event(EventKind.HIT, hit.tier, hit, slot=_slot_of(hit)) for hit in hits)
-        found += (self.event(EventKind.MISS, None, block, reason=reason.value) for block, reason in missed)
-        event = RequestEvent(num_tokens, hit_tokens, tuple(found), hot_blocks)
+        lost = self._misses(missed)
+        asked = (*(each.block_hash for each in found), *(hit.block_hash for hit in later))
+        asked += tuple(each.block_hash for each in lost)
+        self._tell(RequestEvent(num_tokens, hit_tokens, (*found, *lost), asked, hot_blocks))
+
+    def rest_of_request(
+        self,
+        hit_tokens: Mapping[Tier, int],
+        hits: Iterable[Hit],
+        missed: Iterable[tuple[BlockName, MissReason]],
+        *,
+        hot_blocks: int,
+    ) -> None:
+        """Tell what became of the blocks that came up behind a request; the caller holds the cache's lock."""
+        found = [self.event(EventKind.HIT, hit.tier, hit, slot=_slot_of(hit)) for hit in hits]
+        self._tell(RequestEvent(0, hit_tokens, (*self._misses(missed), *found), (), hot_blocks))
+
+    def _misses(self, missed: Iterable[tuple[BlockName, MissReason]]) -> list[BlockEvent]:
+        return [self.event(EventKind.MISS, None, block, reason=reason.value) for block, reason in missed]
+
+    def _tell(self, event: RequestEvent) -> None:
         for observer in self._observers:
             observer.on_request(event)
 

@@ -204,7 +204,11 @@ def test_a_request_that_computes_while_it_loads_is_told_in_two_parts(tmp_path: P
     assert (iteration.requests, iteration.prompt_tokens) == (1, len(prompt))
     assert iteration.hits[Tier.COLD] == stats.tiers[Tier.COLD].hits
     assert iteration.misses == stats.misses and iteration.misses + iteration.hits[Tier.COLD] == 17
-    assert "load behind" in {span.name for span in profiler.generate_report().run.spans}
+    run = profiler.generate_report().run
+    assert "load behind" in {span.name for span in run.spans}
+    assert list(run.measured.distances) == [None] * 16  # nothing was asked for twice; the last one has no hash
+    assert sum(use.hits for use in run.prefixes) == stats.tiers[Tier.COLD].hits
+    assert stats.tiers[Tier.COLD].bytes_out == stats.tiers[Tier.COLD].hits * LAYOUT.block_bytes
 
 
 def test_a_compressed_warm_tier_has_its_staging_pool_told() -> None:

@@ -232,13 +232,14 @@ class TierCache:
                     sequence, num_blocks - num_found, num_found, miss, num_surplus=promoted.num_surplus
                 )
                 if self._tiers.watch:
-                    names = self._names(sequence, num_found)
+                    reasons = [MissReason.RECOMPUTED] * len(dropped) + missed
+                    names = [*map(BlockName.of, dropped), *self._names(sequence, num_found)]
                     self._tiers.watch.request(
                         num_tokens,
                         tokens,
                         promoted.hot,
                         promoted.hits,
-                        zip(names, missed, strict=True),
+                        zip(names, reasons, strict=True),
                         later=later,
                         hot_blocks=self._tiers.index.hot.used_count,
                     )

@@ -265,7 +265,9 @@ class Demoter:
             if is_first or job.parent_hash in kept or (job.parent and has_chain(cold, job.parent)):
                 kept[job.block_hash] = job, slot
         with self._tiers.changed:
-            self._tiers.stats.skipped_writes += len(jobs) - len(kept)
+            for job, slot in jobs:
+                if kept.get(job.block_hash) != (job, slot):
+                    self._tiers.skip(job, PutOutcome.NO_PARENT.value)
         return list(kept.values())
 
     def _encode(self, job_and_slot: tuple[Job, int]) -> EncodedRecord:

@@ -20,6 +20,7 @@ from tierkv.tiers import Place, Tiers
 __all__ = ["SplitLoad"]
 
 _Reading: TypeAlias = "tuple[int, Place, Future[MissReason | CodedBlock]]"
+_DECODED_AT_ONCE = 8  # a GPU takes as long to decode one block as to decode eight
 ReadBlock: TypeAlias = Callable[[Hit, Place], "MissReason | CodedBlock"]
 
 
@@ -87,14 +88,15 @@ class SplitLoad:
     def _run(self) -> None:
         """Keep the reading threads busy, and bring up in the order of claims what they have read."""
         tiers = self._tiers
+        at_once = _DECODED_AT_ONCE if tiers.frames else 1
         reading: deque[_Reading] = deque()
         try:
             while self.failure is None and not self._is_cancelled.is_set():
                 self._start_reading(reading)
                 if not reading:
                     break
-                read = [reading.popleft()]
-                while reading and reading[0][2].done():  # a GPU decodes many as fast as one
+                read = [reading.popleft() for _ in range(min(at_once, len(reading)))]
+                while reading and reading[0][2].done():
                     read.append(reading.popleft())
                 if not self._bring(read):
                     break

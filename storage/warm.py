@@ -8,6 +8,7 @@ and cannot be shared).
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -40,6 +41,7 @@ class Slab:
         self.size_bytes = size_bytes
         self.fd: int | None = _open_memory(size_bytes)
         self._map = mmap.mmap(-1 if self.fd is None else self.fd, size_bytes)
+        _ask_for_huge_pages(self._map)
         self.bytes: npt.NDArray[np.uint8] = np.frombuffer(self._map, dtype=np.uint8)
         _touch(self.bytes, num_threads)
 
@@ -55,6 +57,7 @@ class Slab:
         except (OSError, ValueError) as exc:
             os.close(fd)
             raise StoreError(f"the shared slab cannot be mapped: {exc}") from exc
+        _ask_for_huge_pages(slab._map)
         slab.bytes = np.frombuffer(slab._map, dtype=np.uint8)
         return slab
 
@@ -118,6 +121,12 @@ def _open_memory(size_bytes: int) -> int | None:
     os.ftruncate(fd, size_bytes)
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
     return fd
+
+
+def _ask_for_huge_pages(memory: mmap.mmap) -> None:
+    """Let the system use large pages for shared memory where it is set up to; copies from small ones are slower."""
+    with contextlib.suppress(AttributeError, OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
 
 
 def _touch(slab: npt.NDArray[np.uint8], num_threads: int) -> None:

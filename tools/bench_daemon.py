@@ -22,6 +22,8 @@ import time
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from queue import Queue
@@ -58,11 +60,20 @@ _LAYOUT = BlockLayout.uniform(num_layers=8, block_size=_BLOCK_TOKENS, kv_heads=4
 _NAMESPACE = Namespace(weights="bench", layout=_LAYOUT)
 _WARM_BYTES = 256 << 20
 _ROUND_TRIPS = 2000
-_READ_ROUNDS = 12
+_READ_ROUNDS = 40
 _CLIENTS = (1, 8, 32)
 _TOKENS = np.arange(_PREFIX_BLOCKS * _BLOCK_TOKENS, dtype="<u4").tobytes()
 
 Block = npt.NDArray[np.uint8]
+
+
+@dataclass(slots=True)
+class _Times:
+    """Seconds of each round: of reading, and of memcpys of as much shared and private memory."""
+
+    read: list[float] = field(default_factory=list)
+    shared: list[float] = field(default_factory=list)
+    private: list[float] = field(default_factory=list)
 
 
 def main() -> None:
@@ -151,26 +162,17 @@ def _match_forever(path: Path, rounds: int) -> list[float]:
     return times
 
 
-def _read_times(client: DaemonClient) -> tuple[list[float], list[float]]:
-    """Return seconds to bring the prefix into this process's own memory, and of a memcpy of as much, alternately."""
+def _read_times(client: DaemonClient) -> _Times:
+    """Return how long it takes to bring the prefix into this process's own memory."""
     slab = Slab.attach(client.take_descriptor(), client.welcome.slab_bytes)
-    slots = slab.slots(_LAYOUT.block_bytes)
-    target = np.zeros((_PREFIX_BLOCKS, _LAYOUT.block_bytes), dtype=np.uint8)
-    source = np.ones_like(target)
-    reads: list[float] = []
-    copies: list[float] = []
-    for _ in range(_READ_ROUNDS):
-        start = time.perf_counter()
-        found = client.call(Match(hashes=_hashes(), tokens=_TOKENS, lease=True), Found)
-        for number, slot in enumerate(split_numbers(found.slots)):
-            target[number] = slots[slot]
-        client.post(Release(slots=found.slots))
-        reads.append(time.perf_counter() - start)
-        assert all(target[number, 0] == number for number in range(_PREFIX_BLOCKS))
-        start = time.perf_counter()
-        target[:] = source
-        copies.append(time.perf_counter() - start)
-    return reads, copies
+    return _alternate(partial(_read_prefix, client, slab.slots(_LAYOUT.block_bytes)))
+
+
+def _read_prefix(client: DaemonClient, slots: Block, target: Block) -> None:
+    found = client.call(Match(hashes=_hashes(), tokens=_TOKENS, lease=True), Found)
+    for number, slot in enumerate(split_numbers(found.slots)):
+        target[number] = slots[slot]
+    client.post(Release(slots=found.slots))
 
 
 # -- Redis -----------------------------------------------------------------------------------------------
@@ -262,25 +264,18 @@ def _exists_forever(port: int, rounds: int) -> list[float]:
     return times
 
 
-def _redis_read_times(port: int) -> tuple[list[float], list[float]]:
+def _redis_read_times(port: int) -> _Times:
     client = _Resp(port)
-    target = np.zeros((_PREFIX_BLOCKS, _LAYOUT.block_bytes), dtype=np.uint8)
-    source = np.ones_like(target)
-    reads: list[float] = []
-    copies: list[float] = []
-    for _ in range(_READ_ROUNDS):
-        start = time.perf_counter()
-        client.send(b"MGET", *_keys())
-        assert client.line() == b"*%d" % _PREFIX_BLOCKS
-        for number in range(_PREFIX_BLOCKS):
-            client.value_into(target[number])
-        reads.append(time.perf_counter() - start)
-        assert all(target[number, 0] == number for number in range(_PREFIX_BLOCKS))
-        start = time.perf_counter()
-        target[:] = source
-        copies.append(time.perf_counter() - start)
+    times = _alternate(partial(_redis_read_prefix, client))
     client.close()
-    return reads, copies
+    return times
+
+
+def _redis_read_prefix(client: _Resp, target: Block) -> None:
+    client.send(b"MGET", *_keys())
+    assert client.line() == b"*%d" % _PREFIX_BLOCKS
+    for number in range(_PREFIX_BLOCKS):
+        client.value_into(target[number])
 
 
 # -- what both have in common ----------------------------------------------------------------------------
@@ -314,15 +309,41 @@ def _client(
 
 
 def _latency_line(count: int, times: list[float]) -> str:
-    p50, p99 = np.percentile(np.array(times) * 1e6, [50, 99])
-    return f"{count:>3} client{'s' if count > 1 else ' '}  p50 {p50:8.1f}   p99 {p99:8.1f}   ({len(times)} round trips)"
+    p10, p50, p99 = np.percentile(np.array(times) * 1e6, [10, 50, 99])
+    who = f"{count:>3} client{'s' if count > 1 else ' '}"
+    return f"{who}  p10 {p10:8.1f}   p50 {p50:8.1f}   p99 {p99:8.1f}   ({len(times)} round trips)"
 
 
-def _bandwidth_lines(name: str, times: tuple[list[float], list[float]]) -> Iterator[str]:
+def _alternate(read: Callable[[Block], None]) -> _Times:
+    """Time a read of the prefix and two memcpys of as much, in turns, so that all meet the same neighbours."""
+    target = np.zeros((_PREFIX_BLOCKS, _LAYOUT.block_bytes), dtype=np.uint8)
+    private = np.ones_like(target)
+    own = Slab(target.size)
+    shared = own.slots(_LAYOUT.block_bytes)
+    shared[:] = 1
+    times = _Times()
+    for _ in range(_READ_ROUNDS):
+        start = time.perf_counter()
+        read(target)
+        times.read.append(time.perf_counter() - start)
+        assert all(target[number, 0] == number for number in range(_PREFIX_BLOCKS))
+        for source, kept in ((shared, times.shared), (private, times.private)):
+            start = time.perf_counter()
+            target[:] = source
+            kept.append(time.perf_counter() - start)
+    del shared
+    own.close()
+    return times
+
+
+def _bandwidth_lines(name: str, times: _Times) -> Iterator[str]:
+    """The best of all rounds: what else runs on the machine slows down any of the three."""
     size = _PREFIX_BLOCKS * _LAYOUT.block_bytes
-    read, copy = (float(np.median(each)) for each in times)
+    read = min(times.read)
     yield f"{name + ', prefix into own memory':>44}: {size / read / 1e9:6.2f} GB/s"
-    yield f"{'memcpy of as much in the same run':>44}: {size / copy / 1e9:6.2f} GB/s, ratio {copy / read:.2f}"
+    for what, each in (("shared memory (memfd)", times.shared), ("private memory, huge pages", times.private)):
+        copy = min(each)
+        yield f"{'memcpy of ' + what:>44}: {size / copy / 1e9:6.2f} GB/s, ratio {copy / read:.2f}"
 
 
 def _wait_for(attempt: Callable[[], None]) -> None:

@@ -51,6 +51,7 @@ def start(config: DaemonConfig, *, detach: bool, warm_command: list[str]) -> Non
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
     pid = _wait_until_it_serves(process, config.socket, log, begin)
+    process.returncode = 0  # it lives on and nobody waits for it: without this Python warns of a child left behind
     print(f"tierkv daemon {pid} serves on {config.socket}; its log is {log}")
 
 

@@ -236,6 +236,29 @@ def test_what_is_used_at_nearly_the_same_time_shares_one_float() -> None:
     assert later.last_access == 2.0
 
 
+def test_the_flags_of_an_entry_are_independent() -> None:
+    index = make_index()
+    entry = add(index, None, 1)
+    assert (entry.in_cold, entry.awaited) == (False, False)
+    entry.in_cold = entry.awaited = True
+    entry.in_cold = False
+    assert (entry.in_cold, entry.awaited) == (False, True)
+    entry.in_cold, entry.awaited = True, False
+    assert (entry.in_cold, entry.awaited) == (True, False)
+
+
+def test_an_entry_whose_bytes_are_on_their_way_stays_without_a_place() -> None:
+    index = make_index()
+    entry = add(index, None, 1)
+    entry.awaited = True
+    index.detach(entry, Tier.HOT)
+    index.check()
+    assert list(index) == [entry]
+    entry.awaited = False
+    index.forget(entry)
+    assert len(index) == 0
+
+
 def test_a_new_policy_ranks_what_was_taken_and_not_evicted() -> None:
     index = make_index()
     first, second = add(index, None, 1), add(index, None, 2)

@@ -65,14 +65,22 @@ def test_before_anything_is_measured_the_engine_takes_a_whole_piece() -> None:
     assert Meeting(32).next_piece(compute_s=lambda _: None, load_s=1.0, most=8) == 8
 
 
-def test_blocks_that_load_too_slowly_are_taken_back_and_computed() -> None:
+def test_blocks_that_load_too_slowly_are_computed_although_the_loader_has_claimed_them() -> None:
     meeting = Meeting(4)
     while meeting.claim_load() is not None:
         pass
     assert meeting.bring(3)
-    assert meeting.next_piece(compute_s=each(1.0), load_s=2.0, most=8) == 3
-    assert not meeting.bring(2), "what was taken back is not brought any more"
-    assert meeting.first_loaded == 3
+    assert meeting.next_piece(compute_s=each(1.0), load_s=2.0, most=8) == 2
+    assert meeting.bring(2)
+    assert not meeting.bring(1), "what has been computed is not brought any more"
+    assert meeting.first_loaded == meeting.num_computed == 2
+
+
+def test_the_last_blocks_are_computed_too_where_that_is_faster_than_waiting_for_them() -> None:
+    meeting = Meeting(1)
+    assert meeting.claim_load() == 0
+    assert meeting.next_piece(compute_s=each(1.0), load_s=2.0, most=8) == 1
+    assert not meeting.bring(0)
 
 
 def test_a_block_that_was_announced_and_did_not_arrive_is_computed() -> None:

@@ -676,14 +676,17 @@ class TierCache:
         what loading and computing cost, and where a few blocks are cheaper to load.
         """
         cold = list(takewhile(lambda hit: hit.tier is Tier.COLD, reversed(found.blocks)))[::-1]
-        load_s, costs = self._tiers.load_block_s.value, self._tiers.step_costs
+        costs, load_s = self._tiers.step_costs, self._tiers.block_s(len(cold))
         num_cold, num_rest = len(cold) * self.config.block_size, num_tokens - found.num_tokens
         computing, rest = costs.estimate(num_cold + num_rest), costs.estimate(num_rest)
         if not cold or load_s is None or computing is None or rest is None:
             return [], []
         if num_cold > self.config.piece_tokens and not (found.tail and found.tail.tier is not Tier.COLD):
             return cold, []
-        return [], cold if computing < len(cold) * load_s + rest else []
+        if computing > len(cold) * load_s + rest:
+            return [], []
+        self._tiers.read_s.forget()  # a little: what is never loaded any more would never be found faster again
+        return [], cold
 
     def _last_hash(self, sequence: Sequence) -> BlockHash:
         return sequence.chain[-1] if sequence.chain else self._tiers.index.root

@@ -26,9 +26,17 @@ class SecondsPer:
             each = seconds / units
             self.value = each if self.value is None else self._memory * self.value + (1 - self._memory) * each
 
+    def forget(self) -> None:
+        """Believe a little less in what was measured: it may have become faster."""
+        if self.value is not None:
+            self.value *= 0.97
+
 
 class Meeting:
-    """A row of `num_blocks` blocks; each is claimed by the side that computes or by the one that loads. Thread-safe."""
+    """A row of `num_blocks` blocks between a side that computes, from the front, and one that loads, from the back.
+
+    What the loader has brought is its own; what it has only claimed the engine may still compute. Thread-safe.
+    """
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
@@ -44,19 +52,19 @@ class Meeting:
         return self._num_computed
 
     @property
-    def num_loading(self) -> int:
-        """Blocks that the loader has claimed and not brought yet."""
-        return self._first_loaded - self._first_claimed
-
-    @property
     def first_loaded(self) -> int:
         """The first block of those at the end that the loader has brought."""
         return self._first_loaded
 
+    @property
+    def num_loading(self) -> int:
+        """Blocks that the loader has claimed and not brought yet; some of them the engine may compute all the same."""
+        return self._first_loaded - self._first_claimed
+
     def claim_load(self) -> int | None:
         """Claim the last block that is nobody's for the loader; None if there is none, or loading has ended."""
         with self._lock:
-            if not self._may_load or self._num_computed == self._first_claimed:
+            if not self._may_load or self._num_computed >= self._first_claimed:
                 return None
             self._first_claimed -= 1
             return self._first_claimed
@@ -64,31 +72,31 @@ class Meeting:
     def bring(self, block: int) -> bool:
         """Note that a claimed block is about to be brought, each after the one behind it. False: it is not wanted."""
         with self._lock:
-            if not self._may_load:
+            if not self._may_load or block < self._num_computed:
                 return False
             assert block == self._first_loaded - 1, "blocks are brought from the back"
             self._first_loaded = block
             return True
 
     def end_loading(self, first_good: int | None = None) -> None:
-        """Give what was claimed and not brought back to the engine; nothing more will be loaded.
+        """Leave what has not been brought to the engine; nothing more will be loaded.
 
         first_good: the first block that did arrive, where what was announced to `bring` failed.
         """
         with self._lock:
             self._may_load = False
-            self._first_loaded = self._first_claimed = max(self._first_loaded, first_good or 0)
+            self._first_loaded = max(self._first_loaded, first_good or 0)
 
     def lose_loaded(self) -> None:
-        """Count what was brought as not brought: something in front of it is missing."""
+        """Note that nothing of what was brought is of use: between it and what was computed is a gap."""
         with self._lock:
             self._may_load = False
             self._first_loaded = self._first_claimed = self.num_blocks
 
     def claim_compute(self, num_blocks: int) -> int:
-        """Claim up to `num_blocks` leading blocks that are nobody's for the engine; return how many."""
+        """Claim up to `num_blocks` leading blocks that have not been brought for the engine; return how many."""
         with self._lock:
-            count = min(num_blocks, self._first_claimed - self._num_computed)
+            count = min(num_blocks, self._first_loaded - self._num_computed)
             self._num_computed += count
             return count
 
@@ -96,16 +104,13 @@ class Meeting:
         """Claim for the engine what it should compute next, at most `most` blocks; 0: wait for the loader.
 
         compute_s: seconds that so many blocks take in one pass; load_s: seconds a block. None: not measured yet. The
-        engine gets as much as it computes before the loader would be through with the rest; and where it would compute
-        all that is being loaded before that arrives, it gets that.
+        engine gets as much as it computes before the loader would be through with the rest.
         """
-        left = self._first_claimed - self._num_computed
+        left = self._first_loaded - self._num_computed
         if not self._may_load or load_s is None or compute_s(1) is None:
             return self.claim_compute(most)
         for count in range(min(most, left), 0, -1):
-            if (compute_s(count) or 0.0) <= (left - count + self.num_loading) * load_s:
+            if (compute_s(count) or 0.0) <= (left - count) * load_s:
                 return self.claim_compute(count)
-        if not left and self.num_loading and (compute_s(self.num_loading) or 0.0) < self.num_loading * load_s:
-            self.end_loading()
-            return self.claim_compute(most)
-        return 0
+        is_faster = left and (compute_s(left) or 0.0) < left * load_s
+        return self.claim_compute(most) if is_faster else 0

@@ -313,7 +313,7 @@ class Promoter:
         except StoreError:
             return MissReason.IO_ERROR
         with tiers.changed:
-            tiers.load_block_s.add((time.perf_counter() - started) / tiers.num_threads, 1)
+            tiers.read_s.add(time.perf_counter() - started, 1)
         return coded if reason is None else reason
 
     def give_up(self, hit: Hit, reason: MissReason | None) -> None:

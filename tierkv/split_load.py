@@ -20,7 +20,7 @@ from tierkv.tiers import Place, Tiers
 __all__ = ["SplitLoad"]
 
 _Reading: TypeAlias = "tuple[int, Place, Future[MissReason | CodedBlock]]"
-_DECODED_AT_ONCE = 8  # a GPU takes as long to decode one block as to decode eight
+_DECODED_AT_ONCE = 16  # a GPU takes hardly longer to decode sixteen blocks than to decode one
 ReadBlock: TypeAlias = Callable[[Hit, Place], "MissReason | CodedBlock"]
 
 
@@ -77,7 +77,7 @@ class SplitLoad:
         tiers = self._tiers
         size = tiers.layout.block_size
         return self.meeting.next_piece(
-            compute_s=lambda count: tiers.step_costs.estimate(count * size), load_s=tiers.load_block_s.value, most=most
+            compute_s=lambda count: tiers.step_costs.estimate(count * size), load_s=tiers.block_s(), most=most
         )
 
     def _run_watched(self) -> None:
@@ -124,9 +124,10 @@ class SplitLoad:
         return len(good) == len(read)
 
     def _start_reading(self, reading: deque[_Reading]) -> None:
-        """Claim blocks and start to read them until every thread has one and as many wait."""
+        """Claim blocks and start to read them until every thread has one and enough others wait."""
         tiers = self._tiers
-        while len(reading) < 2 * tiers.num_threads and not self._is_cancelled.is_set():
+        most = tiers.num_threads + (_DECODED_AT_ONCE if tiers.frames else tiers.num_threads)
+        while len(reading) < most and not self._is_cancelled.is_set():
             places = tiers.try_take_raw(1) if reading else tiers.take_raw(1)
             if not places:
                 self.failure = None if reading else MissReason.NO_ROOM

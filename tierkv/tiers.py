@@ -105,7 +105,7 @@ class Tiers:
 
     frames: decodes cold blocks on the GPU, where that can be had.
     threads: read and encode blocks, num_threads of them; loaders: one a request that loads while it computes.
-    load_block_s, step_costs: what a cold block costs to load, and new tokens to compute, as measured here.
+    read_s, step_costs: what it takes to read a cold block, and to compute new tokens, as measured here.
     in_flight: asynchronous copies and the warm places that they still read.
     leaving: when the last reader or writer of a released sequence's blocks, on whatever stream, is through.
     arriving: block ids whose bytes are on their way up; who uses one waits for its copy.
@@ -127,7 +127,7 @@ class Tiers:
     num_threads: int
     loaders: ThreadPoolExecutor
     watch: Watch
-    load_block_s: SecondsPer = field(default_factory=SecondsPer)
+    read_s: SecondsPer = field(default_factory=SecondsPer)
     step_costs: StepCosts = field(default_factory=StepCosts)
     stats: StatsRecorder = field(default_factory=StatsRecorder)
     changed: threading.Condition = field(default_factory=threading.Condition)
@@ -169,6 +169,15 @@ class Tiers:
         with self.changed:
             self.index.unpin_all(tier, slots)
             self.changed.notify_all()
+
+    def block_s(self, num_blocks: int | None = None) -> float | None:
+        """Return the seconds a block that cold blocks take to load, of many or of `num_blocks`; None before the first.
+
+        Several are read at once; a few take as long as one.
+        """
+        read_s = self.read_s.value
+        at_once = min(self.num_threads, num_blocks or self.num_threads)
+        return None if read_s is None else read_s / at_once
 
     def bring_up(
         self,

@@ -197,7 +197,7 @@ def test_a_request_that_computes_while_it_loads_is_told_in_two_parts(tmp_path: P
     with TierCache(config, namespace=namespace) as first:
         first.release(PatternEngine(first).start(prompt))
     with TierCache(config, namespace=namespace) as second, MemoryProfiler(second) as profiler:
-        second._tiers.load_block_s.add(1e-3, 1)  # as long as to compute a block
+        second._tiers.read_s.add(1e-3 * second.config.num_io_threads, 1)  # as long as to compute a block
         with profiler.iteration():
             sequence = PatternEngine(second).start(prompt, may_split=True)
             second.release(sequence)

@@ -47,7 +47,7 @@ def say_rates(cache: TierCache, *, block_s: float, load_s: float) -> None:
     """Let the cache believe that a block takes so long to compute and to load."""
     for num_blocks in (1, NUM_BLOCKS):
         cache.note_computed(4 * num_blocks, block_s * num_blocks)
-    cache._tiers.load_block_s.add(load_s, 1)
+    cache._tiers.read_s.add(load_s * cache.config.num_io_threads, 1)
 
 
 def hold_reads(cache: TierCache, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
@@ -137,11 +137,11 @@ def test_blocks_that_fail_after_the_engine_was_told_to_wait_for_them_are_not_cal
             num_computed += count
         cache.commit(sequence, num_computed)
         assert cache.cold
-        monkeypatch.setattr("tierkv.storage.cold.decode_record", lambda *_, **__: MissReason.COLLISION)
+        monkeypatch.setattr("tierkv.storage.cold_reader.decode_record", lambda *_, **__: MissReason.COLLISION)
         gate.set()
         num_there = cache.join(sequence)
         engine.check(sequence, num_there)
-        assert num_there == num_computed == 24
+        assert num_there == num_computed == 36
         engine.compute(sequence, num_there)
         cache.commit(sequence, sequence.num_tokens)
         engine.check(sequence)

@@ -91,7 +91,7 @@ def codec_error(
 ) -> AttentionError:
     """Return what a codec does to attention over a whole block: nothing, if it is a lossless one."""
     tokens = np.zeros(layout.block_size, dtype="<u4").tobytes()
-    info = BlockInfo(block_hash=bytes(16), parent=bytes(16), namespace=bytes(16), token_bytes=tokens)
+    info = BlockInfo.first(tokens, namespace=bytes(16))
     record = encode_record(info, block, layout=layout, codec=codec)
     back = np.empty(layout.block_bytes, dtype=np.uint8)
     reason = decode_record(record.data, back, expected=info, layout=layout)

@@ -21,7 +21,7 @@ from tierkv.storage.cold_batch import SPECS, Databases, get_entry
 from tierkv.storage.cold_check import VerifyReport, check_store, verify_block, verify_store
 from tierkv.storage.cold_entry import ColdEntry
 from tierkv.storage.cold_eviction import EvictionReport, VictimOrder, VictimQueue, least_recently_used
-from tierkv.storage.cold_namespaces import FORMAT_KEY, STORE_VERSION, check_format, seal
+from tierkv.storage.cold_namespaces import FORMAT_KEY, STORE_VERSION, add_checksum, check_format
 from tierkv.storage.cold_reader import ColdReader
 from tierkv.storage.cold_salvage import ColdKeeper
 from tierkv.storage.cold_stats import ColdStats, Counters
@@ -307,7 +307,7 @@ class ColdStore(ColdReader):
             check_format(version)
         elif not self.read_only:
             with self._writer.batch() as batch:
-                batch.txn.put(FORMAT_KEY, seal(STORE_VERSION), db=self._databases.meta)
+                batch.txn.put(FORMAT_KEY, add_checksum(STORE_VERSION), db=self._databases.meta)
 
     def _require_writable(self) -> None:
         if self.read_only:

@@ -5,8 +5,9 @@ blocks    block hash -> record, padded to a size class
 index     block hash -> ColdEntry
 children  which stored blocks follow a block, or begin a namespace's chains (cold_links.py)
 
-The rule that keeps a forged hash harmless: an entry never stays when its parent goes. A chain is followed by
-hash, so whoever could put another block in a parent's place would change what its children mean.
+The two rules that keep a forged hash harmless: a block is stored only behind the parent that its seal was made of,
+and never stays when its parent goes. A chain is followed by hash, so whoever could put another block in a parent's
+place would change what its children mean. (Who reads a block compares its seal once more.)
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from tierkv.storage.cold_namespaces import NAMESPACE_PREFIX, NamespaceRow, iter_
 from tierkv.storage.lmdb_env import Database, DatabaseSpec, LmdbEnv, ReadTransaction, WriteTransaction
 from tierkv.storage.outcomes import PutOutcome
 from tierkv.storage.planes import Bytes
-from tierkv.storage.record import EncodedRecord, mismatch, parse_record, read_header
+from tierkv.storage.record import BlockInfo, EncodedRecord, mismatch, parse_record, read_header
 
 __all__ = [
     "SPECS",
@@ -36,6 +37,7 @@ __all__ = [
     "get_entry",
     "get_value",
     "padded_bytes",
+    "read_block_info",
     "read_block_tokens",
 ]
 
@@ -104,13 +106,19 @@ def get_value(
     return txn.get(block_hash, db=databases.blocks) if value is None else value
 
 
-def read_block_tokens(txn: ReadTransaction, databases: Databases, block_hash: BlockHash) -> bytes | None:
-    """Return a stored block's token ids, or None if it is absent or its header unreadable."""
+def read_block_info(txn: ReadTransaction, databases: Databases, block_hash: BlockHash) -> BlockInfo | None:
+    """Return a stored block's identity, or None if it is absent or its header unreadable. Compares no checksum."""
     value = txn.get(block_hash, db=databases.blocks)
     try:
-        return None if value is None else read_header(value).info.token_bytes
+        return None if value is None else read_header(value).info
     except StoreError:
         return None
+
+
+def read_block_tokens(txn: ReadTransaction, databases: Databases, block_hash: BlockHash) -> bytes | None:
+    """Return a stored block's token ids, or None if it is absent or its header unreadable."""
+    info = read_block_info(txn, databases, block_hash)
+    return info.token_bytes if info else None
 
 
 @dataclass(slots=True)
@@ -162,7 +170,7 @@ class WriteBatch:
                 pass
             self.remove_subtree(info.block_hash)
         entry = self._entry_of(record)
-        if entry is None:
+        if entry is None or not self._is_behind_its_parent(info):
             return PutOutcome.NO_PARENT
         self.txn.put(info.block_hash, _padded(record).data, db=self.databases.blocks)
         self._new.add(info.block_hash)
@@ -183,7 +191,9 @@ class WriteBatch:
             record = parse_record(value)
         except StoreError:
             return None
-        entry = self._entry_of(record) if record.info.block_hash == block_hash else None
+        if record.info.block_hash != block_hash or not self._is_behind_its_parent(record.info):
+            return None
+        entry = self._entry_of(record)
         if entry is not None:
             self.write_entry(block_hash, entry)
         return entry
@@ -284,6 +294,16 @@ class WriteBatch:
                 return None
             depth = parent.depth + 1
         return entry_of(record, value_bytes=padded_bytes(record.stored_bytes), depth=depth, now=self.now)
+
+    def _is_behind_its_parent(self, info: BlockInfo) -> bool:
+        """Tell whether the stored parent is the one that the block's seal was made of."""
+        if info.parent == info.namespace:
+            return info.follows(None)
+        value = self._value(info.parent)
+        try:
+            return value is not None and info.follows(read_header(value).info)
+        except StoreError:
+            return False
 
     def _count(self, entry: ColdEntry, sign: int) -> None:
         row = self.namespace(entry.namespace)

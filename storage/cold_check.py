@@ -10,12 +10,12 @@ import msgspec
 
 from tierkv.block import BlockHash, hash_block
 from tierkv.errors import CorruptBlockError, StoreError
-from tierkv.storage.cold_batch import Databases, get_entry, get_value
+from tierkv.storage.cold_batch import Databases, get_entry, get_value, read_block_info
 from tierkv.storage.cold_entry import ColdEntry, unpack_entry
 from tierkv.storage.cold_links import Link
 from tierkv.storage.cold_namespaces import NAMESPACE_PREFIX, iter_namespaces, unpack_row
 from tierkv.storage.lmdb_env import LmdbEnv, ReadTransaction
-from tierkv.storage.record import read_header, verify_checksum
+from tierkv.storage.record import BlockInfo, read_header, verify_checksum
 
 __all__ = ["VerifyReport", "check_store", "verify_block", "verify_store"]
 
@@ -117,6 +117,8 @@ def verify_block(env: LmdbEnv, txn: ReadTransaction, databases: Databases, block
     info = header.info
     if info.block_hash != block_hash or hash_block(info.parent, info.token_bytes) != block_hash:
         raise CorruptBlockError("its hash is not that of its parent and tokens")
+    if not _is_behind_its_parent(txn, databases, info):
+        raise CorruptBlockError("its seal is not that of its parent and tokens")
     if (info.parent, info.namespace, header.record_bytes) != (
         entry.parent,
         entry.namespace,
@@ -128,6 +130,14 @@ def verify_block(env: LmdbEnv, txn: ReadTransaction, databases: Databases, block
     if entry.parent != entry.namespace and txn.get(entry.parent, db=databases.index) is None:
         raise CorruptBlockError("its parent is not stored")
     return header.record_bytes
+
+
+def _is_behind_its_parent(txn: ReadTransaction, databases: Databases, info: BlockInfo) -> bool:
+    """Tell whether a block's seal follows from its parent's. A parent that cannot be read is reported itself."""
+    if info.parent == info.namespace:
+        return info.follows(None)
+    parent = read_block_info(txn, databases, info.parent)
+    return parent is None or info.follows(parent)
 
 
 def _lossy_codec_of(txn: ReadTransaction, databases: Databases, namespace: BlockHash) -> object:

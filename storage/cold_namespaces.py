@@ -19,14 +19,14 @@ __all__ = [
     "NAMESPACE_PREFIX",
     "STORE_VERSION",
     "NamespaceRow",
+    "add_checksum",
     "check_format",
     "iter_namespaces",
     "pack_row",
-    "seal",
     "unpack_row",
 ]
 
-STORE_VERSION = b"2"
+STORE_VERSION = b"3"
 FORMAT_KEY = b"format"
 NAMESPACE_PREFIX = b"namespace"
 _CHECKSUM_BYTES = 8
@@ -44,14 +44,16 @@ class NamespaceRow(msgspec.Struct, array_like=True):
     value_bytes: int = 0
 
 
-def seal(value: bytes) -> bytes:
+def add_checksum(value: bytes) -> bytes:
     """Return a value followed by its checksum."""
     return value + xxhash.xxh3_64_digest(value)
 
 
-def check_format(sealed: bytes) -> None:
+def check_format(packed: bytes) -> None:
     """Accept the version of this code's stores. Raises FormatVersionError, CorruptBlockError."""
-    version = sealed if sealed.isdigit() and len(sealed) < _CHECKSUM_BYTES else _unseal(sealed)  # 1 had no checksum
+    version = (
+        packed if packed.isdigit() and len(packed) < _CHECKSUM_BYTES else _without_checksum(packed)
+    )  # 1 had no checksum
     if version != STORE_VERSION:
         raise FormatVersionError(
             f"the cold store has format {version.decode(errors='replace')}, this tierkv reads {STORE_VERSION.decode()}",
@@ -61,13 +63,13 @@ def check_format(sealed: bytes) -> None:
 
 def pack_row(row: NamespaceRow) -> bytes:
     """Return a namespace's row as it is stored."""
-    return seal(msgspec.msgpack.encode(row))
+    return add_checksum(msgspec.msgpack.encode(row))
 
 
-def unpack_row(sealed: bytes | memoryview) -> NamespaceRow:
+def unpack_row(packed: bytes | memoryview) -> NamespaceRow:
     """Return a namespace's row. Raises CorruptBlockError."""
     try:
-        return msgspec.msgpack.decode(_unseal(bytes(sealed)), type=NamespaceRow)
+        return msgspec.msgpack.decode(_without_checksum(bytes(packed)), type=NamespaceRow)
     except msgspec.MsgspecError as exc:
         raise CorruptBlockError(f"the row of a namespace is damaged: {exc}") from exc
 
@@ -81,8 +83,8 @@ def iter_namespaces(txn: ReadTransaction, meta: Database) -> Iterator[tuple[Bloc
             found = cursor.next()
 
 
-def _unseal(sealed: bytes) -> bytes:
-    value, checksum = sealed[:-_CHECKSUM_BYTES], sealed[-_CHECKSUM_BYTES:]
+def _without_checksum(packed: bytes) -> bytes:
+    value, checksum = packed[:-_CHECKSUM_BYTES], packed[-_CHECKSUM_BYTES:]
     if xxhash.xxh3_64_digest(value) != checksum:
         raise CorruptBlockError("a row of the store's description is damaged")
     return value

@@ -29,8 +29,8 @@ from tierkv.storage.cold_namespaces import (
     NAMESPACE_PREFIX,
     STORE_VERSION,
     NamespaceRow,
+    add_checksum,
     check_format,
-    seal,
     unpack_row,
 )
 from tierkv.storage.cold_stats import Counters
@@ -179,7 +179,7 @@ def _take_leaf(fd: int, leaf: LeafValue, page_bytes: int, remains: _Remains) -> 
 def _write(fd: int, remains: _Remains, writer: ColdWriter, quota_bytes: int) -> int:
     """Put what was found, parents before children; return how many blocks there are now."""
     with writer.batch() as batch:
-        batch.txn.put(FORMAT_KEY, seal(STORE_VERSION), db=batch.databases.meta)
+        batch.txn.put(FORMAT_KEY, add_checksum(STORE_VERSION), db=batch.databases.meta)
         for digest, old in remains.rows.items():
             row = batch.namespace(digest)
             row.description, row.created, row.last_used = old.description, old.created, old.last_used

@@ -15,7 +15,7 @@ class MissReason(Enum):
     CORRUPT = "corrupt"  # its bytes do not match their checksum or header
     TRUNCATED = "truncated"  # its record ends before its header says
     NAMESPACE = "namespace"  # the same hash, stored for another model, dtype, layout or salt
-    COLLISION = "collision"  # the same hash for another parent or other token ids
+    COLLISION = "collision"  # the same hash for other token ids, or for the same ones behind others
     TOO_SHORT = "too_short"  # too few tokens to be worth loading; counted by whoever decides that
     NO_ROOM = "no_room"  # the warm tier, through which cold blocks come up, is full of pinned ones
     RECOMPUTED = "recomputed"  # it was there, and to compute it was faster than to wait for it
@@ -30,6 +30,6 @@ class PutOutcome(Enum):
     STORED = "stored"
     EXISTS = "exists"  # the same block was there already
     COLLISION = "collision"  # another block with the same hash is there; it stays
-    NO_PARENT = "no_parent"  # its parent is not in the store, so no chain could reach it
+    NO_PARENT = "no_parent"  # its parent is not in the store, though another with its hash may be
     FULL = "full"  # no room even after evicting
     IO_ERROR = "io_error"

@@ -13,7 +13,7 @@ from typing import TypeAlias
 import numpy as np
 import xxhash
 
-from tierkv.block import HASH_BYTES, TOKEN_BYTES, BlockHash
+from tierkv.block import HASH_BYTES, SEAL_BYTES, TOKEN_BYTES, BlockHash, HashFunction, Seal, hash_block, seal_block
 from tierkv.errors import ConfigError, CorruptBlockError, FormatVersionError, ShapeError
 from tierkv.layout import BlockLayout
 from tierkv.storage.codecs import Codec, codec_by_id
@@ -38,14 +38,14 @@ __all__ = [
 ]
 
 MAGIC = b"TKVB"
-RECORD_VERSION = 1
+RECORD_VERSION = 2
 HEADER_BYTES = 128
 ALIGNMENT_BYTES = 64
 
 Buffer: TypeAlias = "memoryview | bytes | bytearray | Bytes"
 
 # magic, version, flags, checksum | hash, parent, namespace | tokens, block size, codec, codec version,
-# frames | raw, payload and record bytes | payload offset, runs | reserved
+# frames | raw, payload and record bytes | payload offset, runs | seal
 _HEADER = struct.Struct("<4sHHQ16s16s16sIIHHIQQQII16s")
 _PROLOGUE_BYTES = 16  # magic to checksum; the checksum covers the rest and is seeded with the first 8
 assert _HEADER.size == HEADER_BYTES
@@ -57,20 +57,25 @@ class TruncatedBlockError(CorruptBlockError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockInfo:
-    """Identity of one block: two blocks are the same only if all four are equal.
+    """Identity of one block: two blocks are the same only if all five are equal.
 
     parent: the parent's block hash, or the namespace digest for a first block.
+    seal: of the block and all before it. Whoever asks for a block computes it from the tokens that he has, and whoever
+    stores one from those that its K and V were computed of: the hashes alone may be forged.
     token_bytes: token ids as little-endian uint32; fewer than the layout's block size in a partial tail.
     """
 
     block_hash: BlockHash
     parent: BlockHash
     namespace: BlockHash
+    seal: Seal
     token_bytes: bytes
 
     def __post_init__(self) -> None:
         if any(len(value) != HASH_BYTES for value in (self.block_hash, self.parent, self.namespace)):
             raise ConfigError(f"block hash, parent and namespace are {HASH_BYTES} bytes each")
+        if len(self.seal) != SEAL_BYTES:
+            raise ConfigError(f"a seal is {SEAL_BYTES} bytes")
         if not self.token_bytes or len(self.token_bytes) % TOKEN_BYTES:
             raise ConfigError(f"a block has at least one token of {TOKEN_BYTES} bytes")
 
@@ -78,6 +83,32 @@ class BlockInfo:
     def num_tokens(self) -> int:
         """How many tokens the block holds."""
         return len(self.token_bytes) // TOKEN_BYTES
+
+    @classmethod
+    def first(cls, token_bytes: bytes, *, namespace: BlockHash, hash_function: HashFunction = hash_block) -> BlockInfo:
+        """Return the identity of a block that begins a chain."""
+        return cls(
+            block_hash=hash_function(namespace, token_bytes),
+            parent=namespace,
+            namespace=namespace,
+            seal=seal_block(namespace, token_bytes),
+            token_bytes=token_bytes,
+        )
+
+    def next(self, token_bytes: bytes, *, hash_function: HashFunction = hash_block) -> BlockInfo:
+        """Return the identity of a block behind this one."""
+        return BlockInfo(
+            block_hash=hash_function(self.block_hash, token_bytes),
+            parent=self.block_hash,
+            namespace=self.namespace,
+            seal=seal_block(self.seal, token_bytes),
+            token_bytes=token_bytes,
+        )
+
+    def follows(self, parent: BlockInfo | None) -> bool:
+        """Tell whether the seal is that of a block behind `parent`; behind none it begins a chain."""
+        before = self.namespace if parent is None else parent.seal
+        return self.seal == seal_block(before, self.token_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +138,7 @@ def read_header(record: Buffer) -> RecordHeader:
     fields = _HEADER.unpack_from(view)
     magic, version, flags, checksum, block_hash, parent, namespace = fields[:7]
     num_tokens, block_size, codec_id, codec_version, num_frames = fields[7:12]
-    raw_bytes, payload_bytes, record_bytes, payload_offset, num_runs, _ = fields[12:]
+    raw_bytes, payload_bytes, record_bytes, payload_offset, num_runs, seal = fields[12:]
     if magic != MAGIC:
         raise CorruptBlockError("not a block record: the magic does not match")
     if version != RECORD_VERSION or flags:
@@ -132,6 +163,7 @@ def read_header(record: Buffer) -> RecordHeader:
         block_hash=block_hash,
         parent=parent,
         namespace=namespace,
+        seal=seal,
         token_bytes=bytes(view[HEADER_BYTES:frames_at]),
     )
     return RecordHeader(
@@ -196,7 +228,7 @@ def write_header(buffer: Bytes, info: BlockInfo, layout: BlockLayout, codec: Cod
         payload_offset + payload_bytes,
         payload_offset,
         len(layout.runs),
-        bytes(16),
+        info.seal,
     )
     frames_at = HEADER_BYTES + len(info.token_bytes)
     view[HEADER_BYTES:frames_at] = info.token_bytes

@@ -13,7 +13,7 @@ from tierkv.errors import CorruptBlockError, FormatVersionError
 
 __all__ = ["ALIGN_BYTES", "ROW", "STATE_VERSION", "StateHeader"]
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 ALIGN_BYTES = 4096
 ROW = np.dtype(
     [("key", "S16"), ("parent", "S16"), ("offset", "<u8"), ("size", "<u8"), ("tokens", "<u4"), ("pad", "<u4")]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tierkv.block import hash_block
 from tierkv.layout import BlockLayout
 from tierkv.namespace import Namespace
 from tierkv.storage.cold import ColdStore
@@ -34,17 +34,12 @@ def open_store(path: Path, clock: FakeClock | None = None, **options: Any) -> Co
 
 
 def record_of(
-    tokens: int | list[int], parent: bytes | None = None, *, namespace: Namespace = NAMESPACE, seed: int = 0
+    tokens: int | list[int], parent: BlockInfo | None = None, *, namespace: Namespace = NAMESPACE, seed: int = 0
 ) -> EncodedRecord:
     ids = [tokens] * 16 if isinstance(tokens, int) else tokens
     token_bytes = np.array(ids, dtype="<u4").tobytes()
-    parent = parent or namespace.digest
-    info = BlockInfo(
-        block_hash=hash_block(parent, token_bytes),
-        parent=parent,
-        namespace=namespace.digest,
-        token_bytes=token_bytes,
-    )
+    info = parent.next(token_bytes) if parent else BlockInfo.first(token_bytes, namespace=namespace.digest)
+    info = replace(info, namespace=namespace.digest)
     return encode_record(info, block_bytes(seed), layout=LAYOUT, cost_s=0.25)
 
 
@@ -56,7 +51,7 @@ def block_bytes(seed: int = 0) -> np.ndarray:
 def chain_of(length: int, *, first: int = 0, namespace: Namespace = NAMESPACE) -> list[EncodedRecord]:
     records: list[EncodedRecord] = []
     for number in range(length):
-        parent = records[-1].info.block_hash if records else None
+        parent = records[-1].info if records else None
         records.append(record_of(first + number, parent, namespace=namespace, seed=first + number))
     return records
 

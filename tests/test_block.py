@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tierkv.block import as_token_array, common_run, hash_block, iter_chain
+from tierkv.block import as_token_array, common_run, hash_block, iter_chain, seal_block
 from tierkv.errors import ConfigError
 
 ROOT = b"r" * 16
@@ -22,6 +24,21 @@ def test_the_hash_of_a_block_is_the_same_on_every_machine() -> None:
 
 def test_equal_tokens_after_different_parents_have_different_hashes() -> None:
     assert hash_block(ROOT, as_bytes([1])) != hash_block(b"s" * 16, as_bytes([1]))
+
+
+def test_the_seal_of_a_block_is_the_same_on_every_machine() -> None:
+    assert seal_block(ROOT, as_bytes([1, 2, 3])) == hashlib.sha256(ROOT + as_bytes([1, 2, 3])).digest()[:16]
+
+
+def test_token_ids_forged_to_have_a_given_hash_have_another_seal() -> None:
+    given_ids = np.random.default_rng(1).integers(1000, 150_000, 256).astype("<u4")
+    forged = given_ids.copy()
+    changes = {12: 41664, 28: 19503, 44: 75217, 76: 130883, 92: 101385, 108: 54380, 124: 125950}
+    changes |= {140: 134364, 156: 142608, 172: 115977, 188: 95565, 204: 132628}
+    forged[list(changes)] = list(changes.values())
+    left, right = given_ids.tobytes(), forged.tobytes()
+    assert hash_block(ROOT, left) == hash_block(ROOT, right), "the numbers are those of a real forgery"
+    assert seal_block(ROOT, left) != seal_block(ROOT, right)
 
 
 @given(tokens, st.integers(1, 7))

@@ -14,7 +14,6 @@ from cold_blocks import open_store
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tierkv.block import hash_block
 from tierkv.errors import ConfigError, CorruptBlockError, ShapeError, StoreError
 from tierkv.layout import BlockLayout, LayerLayout
 from tierkv.namespace import Namespace, differing_fields
@@ -57,8 +56,7 @@ def normal_block(layout: BlockLayout, seed: int = 0) -> np.ndarray:
 
 def info_of(num_tokens: int, namespace: bytes = bytes(16)) -> BlockInfo:
     tokens = np.arange(num_tokens, dtype="<u4").tobytes()
-    block_hash = hash_block(namespace, tokens)
-    return BlockInfo(block_hash=block_hash, parent=namespace, namespace=namespace, token_bytes=tokens)
+    return BlockInfo.first(tokens, namespace=namespace)
 
 
 def coded(block: np.ndarray, layout: BlockLayout, name: str, num_tokens: int | None = None) -> EncodedRecord:

@@ -16,7 +16,7 @@ from tierkv.storage import cold, cold_reader, cold_writer
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_batch import padded_bytes
 from tierkv.storage.outcomes import MissReason, PutOutcome
-from tierkv.storage.record import encode_record
+from tierkv.storage.record import EncodedRecord, encode_record
 
 
 def damage(store: ColdStore, block_hash: bytes, offset: int = 500, *, cut: int | None = None) -> None:
@@ -87,7 +87,7 @@ def test_a_block_without_its_parent_is_refused(tmp_path: Path) -> None:
 
 def test_a_parent_in_another_namespace_does_not_count(tmp_path: Path) -> None:
     root = record_of(1, namespace=OTHER)
-    stray = record_of(2, root.info.block_hash)
+    stray = record_of(2, root.info)
     with open_store(tmp_path) as store:
         assert store.put([root, stray]) == [PutOutcome.STORED, PutOutcome.NO_PARENT]
 
@@ -103,6 +103,47 @@ def test_a_forged_hash_is_a_collision_for_the_writer_and_a_miss_for_the_reader(t
         assert np.array_equal(read(store, honest.info), block_bytes(0))
 
 
+def forged_pair() -> tuple[EncodedRecord, EncodedRecord]:
+    """Return two blocks with one hash, as nobody should be able to make them."""
+    honest, forged = record_of(1), record_of(2)
+    info = replace(forged.info, block_hash=honest.info.block_hash)
+    return honest, encode_record(info, block_bytes(2), layout=LAYOUT)
+
+
+def test_a_block_is_not_stored_behind_another_one_with_its_parents_hash(tmp_path: Path) -> None:
+    honest, forged = forged_pair()
+    child = record_of(3, forged.info)
+    with open_store(tmp_path) as store:
+        assert store.put([honest, child]) == [PutOutcome.STORED, PutOutcome.NO_PARENT]
+        assert store.put([record_of(3, honest.info)]) == [PutOutcome.STORED]
+        assert read(store, child.info) is MissReason.COLLISION
+        assert store.verify().is_sound
+        store.check()
+
+
+def test_a_first_block_with_a_seal_that_is_not_its_own_is_refused(tmp_path: Path) -> None:
+    record = encode_record(replace(record_of(1).info, seal=bytes(16)), block_bytes(), layout=LAYOUT)
+    with open_store(tmp_path) as store:
+        assert store.put([record]) == [PutOutcome.NO_PARENT]
+
+
+def test_verify_finds_a_block_behind_another_parent_and_a_repair_removes_it(tmp_path: Path) -> None:
+    honest, forged = forged_pair()
+    child, rest = record_of(3, forged.info), record_of(4, record_of(3, forged.info).info)
+    with open_store(tmp_path) as store:
+        store.put([forged, child, rest])
+        # behind the store's back the forged block gives way to the honest one, as no version of it would
+        value = record_of(1).data.tobytes()
+        with store._writer.batch() as batch:
+            old = batch.txn.get(honest.info.block_hash, db=batch.databases.blocks)
+            batch.txn.put(honest.info.block_hash, value.ljust(len(old), b"\0"), db=batch.databases.blocks)
+        assert child.info.block_hash in store.verify().damaged
+        store.verify(repair=True)
+        assert not store.contains(child.info.block_hash)
+        assert not store.contains(rest.info.block_hash)
+        assert store.verify().is_sound
+
+
 def test_the_same_hash_in_another_namespace_is_a_miss_of_its_own(tmp_path: Path) -> None:
     record = record_of(1)
     with open_store(tmp_path) as store:
@@ -112,7 +153,7 @@ def test_the_same_hash_in_another_namespace_is_a_miss_of_its_own(tmp_path: Path)
 
 def test_children_are_listed_by_parent_and_roots_by_namespace(tmp_path: Path) -> None:
     root, child = chain_of(2)
-    sibling = record_of(50, root.info.block_hash)
+    sibling = record_of(50, root.info)
     with open_store(tmp_path) as store:
         store.put([root, child, sibling])
         assert store.children(NAMESPACE.digest) == [root.info.block_hash]

@@ -2,8 +2,10 @@
 
 A block hash is chained: xxh3-128 of the parent's block hash and the block's token ids as
 little-endian uint32. The parent of a first block is the namespace digest, so equal tokens of another
-model never meet. xxh3 is not collision-proof: whoever finds an entry by its hash must also compare
-parent and token ids (`same_block`), and a difference is a miss.
+model never meet. xxh3 is fast and not collision-proof: other token ids with the hash of given ones are found in
+minutes. So whoever finds an entry by its hash also compares the token ids, and those of the blocks before it: in
+the index by following the entries themselves, elsewhere by the block's *seal*. That is chained as the hash is, but
+of sha256: two blocks with one seal are the same tokens behind the same tokens, of the same namespace.
 
 Source: hash chaining of vLLM's prefix caching; comparing the tokens as nano-vLLM does.
 """
@@ -11,6 +13,7 @@ Source: hash chaining of vLLM's prefix caching; comparing the tokens as nano-vLL
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
@@ -24,22 +27,29 @@ from tierkv.errors import ConfigError
 
 __all__ = [
     "HASH_BYTES",
+    "SEAL_BYTES",
     "TOKEN_BYTES",
     "BlockHash",
     "HashFunction",
+    "Seal",
     "Tier",
     "TokenIds",
     "as_token_array",
     "common_run",
     "hash_block",
     "iter_chain",
+    "seal_block",
 ]
 
 HASH_BYTES = 16
+SEAL_BYTES = 16
 TOKEN_BYTES = 4
 
 BlockHash: TypeAlias = bytes
 """16 bytes: the chained hash of a block, or the namespace digest at the root of a chain."""
+
+Seal: TypeAlias = bytes
+"""16 bytes: what tells a block and all that precedes it from every other one; of a namespace its digest."""
 
 HashFunction: TypeAlias = Callable[[BlockHash, bytes], BlockHash]
 """(parent's block hash, token ids as little-endian uint32) -> block hash. Injected by tests."""
@@ -60,6 +70,15 @@ class Tier(Enum):
 def hash_block(parent: BlockHash, token_bytes: bytes) -> BlockHash:
     """Return the chained hash of one block: 16 bytes, the same on every machine."""
     return xxhash.xxh3_128_digest(parent + token_bytes)
+
+
+def seal_block(parent: Seal, token_bytes: bytes) -> Seal:
+    """Return the chained seal of one block, whole or partial: 16 bytes that nobody can forge.
+
+    parent: the seal of the block before it, or the namespace digest. 1 to 3 us for 256 token ids, 20 times what the
+    hash takes: so only blocks on their way to or from where they cannot be followed have one.
+    """
+    return hashlib.sha256(parent + token_bytes).digest()[:SEAL_BYTES]
 
 
 def as_token_array(token_ids: TokenIds) -> npt.NDArray[np.uint32]:

@@ -276,7 +276,7 @@ class TierCache:
             computed = self._count_split(split)
             written = self._tiers.mover.mark()
             for hit in loaded:
-                entry = self._tiers.index.insert(hit.block_hash, hit.parent_hash, hit.token_bytes)
+                entry = self._tiers.index.insert(hit.block_hash, hit.parent_hash, hit.token_bytes, seal=hit.seal)
                 if entry is None or not sequence.is_cacheable or hit.parent_hash != self._last_hash(sequence):
                     break
                 entry.in_cold = True
@@ -642,7 +642,7 @@ class TierCache:
         if num_tokens < self.config.block_size:
             if find_tail(index, tiers.sources, parent, tokens, num_tokens):
                 return 0
-            self._demoter.write_down(block_hash, parent, tokens, sequence.block_table[at], written)
+            self._demoter.write_tail(block_hash, parent, tokens, sequence.block_table[at], written)
             return 1
         entry = index.insert(block_hash, parent, tokens)
         if entry is None:
@@ -655,7 +655,7 @@ class TierCache:
         is_new = entry.warm_slot is None and not entry.in_cold
         tiers.attach(entry, Tier.HOT, sequence.block_table[at], kind)
         if is_new and self.config.write_through:
-            self._demoter.write_down(block_hash, parent, tokens, sequence.block_table[at], written)
+            self._demoter.write_down(entry, written)
         return int(is_new)
 
     def _share(self, sequence: Sequence, at: int, block_id: int) -> None:
@@ -695,7 +695,7 @@ class TierCache:
         """Record the use of what was hot, and of hits that were promoted. The caller holds the lock."""
         index = self._tiers.index
         index.touch_all(hot)  # pinned since the lookup, so still the same blocks
-        found = (index.get(hit.block_hash, hit.parent_hash, hit.token_bytes) for hit in hits)
+        found = (index.get(hit.block_hash, hit.parent_hash, hit.token_bytes, seal=hit.seal) for hit in hits)
         index.touch_all(entry for entry in found if entry)
 
     def _count(
@@ -811,11 +811,14 @@ class TierCache:
             return None
 
     def _encode(self, entry: Entry, block: npt.NDArray[np.uint8]) -> bytes:
+        with self._tiers.changed:
+            seal = self._tiers.index.seal_of(entry)
         info = BlockInfo(
             block_hash=entry.block_hash,
             parent=entry.parent_hash,
-            token_bytes=entry.token_bytes,
             namespace=self.namespace.digest,
+            seal=seal,
+            token_bytes=entry.token_bytes,
         )
         return encode_record(info, block, layout=self.layout, codec=self._tiers.codec).data.tobytes()
 

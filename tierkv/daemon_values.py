@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Protocol
 
-from tierkv.block import TOKEN_BYTES, BlockHash
+from tierkv.block import TOKEN_BYTES, BlockHash, seal_block
 from tierkv.daemon_slab import SizeClass
 from tierkv.errors import StoreError
 from tierkv.index import Entry
@@ -210,9 +211,16 @@ def holds(source: BlockSource, tenant: Tenant, hashes: Sequence[bytes], tokens: 
 
 
 def _info(tenant: Tenant, entry: Entry) -> BlockInfo:
+    """Return the identity of a block; its seal is made of the token ids of its chain, the namespace first."""
+    chain: list[bytes] = []
+    at = entry
+    while at.depth > 0:
+        chain.append(at.token_bytes)
+        at = at.parent
     return BlockInfo(
         block_hash=entry.block_hash,
         parent=entry.parent_hash,
         namespace=tenant.digest,
+        seal=reduce(seal_block, reversed(chain), tenant.digest),
         token_bytes=entry.token_bytes,
     )

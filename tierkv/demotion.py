@@ -11,9 +11,7 @@ from tierkv.block import TOKEN_BYTES, BlockHash, Tier
 from tierkv.errors import CapacityError, StoreError
 from tierkv.events import EventKind
 from tierkv.index import Entry
-from tierkv.lookup import has_chain
 from tierkv.mover import Move, Ready
-from tierkv.storage.cold import ColdStore
 from tierkv.storage.outcomes import PutOutcome
 from tierkv.storage.record import BlockInfo, EncodedRecord, encode_record
 from tierkv.tiers import Compression, Job, Place, Tiers
@@ -48,18 +46,25 @@ class Demoter:
             self._process, capacity=_QUEUE_BLOCKS, batch_size=_BATCH_BLOCKS
         )
 
-    def write_down(
-        self, block_hash: BlockHash, parent_hash: BlockHash, token_bytes: bytes, block_id: int, written: Ready
-    ) -> None:
-        """Queue a block for the lower tiers; the caller holds the lock and a pin on the block.
+    def write_down(self, entry: Entry, written: Ready) -> None:
+        """Queue an entry's hot block for the lower tiers; the caller holds the lock.
 
         A full queue drops the block, which is counted: a request never waits for a disk.
         """
-        self._tiers.index.hot.pin(block_id)
-        parent = self._tiers.index.peek(parent_hash)
-        job = Job(block_hash, parent_hash, token_bytes, parent, block_id, written)
+        self._offer(Job.of(entry, self._tiers.index.seal_of(entry), written))
+
+    def write_tail(
+        self, block_hash: BlockHash, parent_hash: BlockHash, token_bytes: bytes, block_id: int, written: Ready
+    ) -> None:
+        """Do as `write_down` for a partly filled block, which has no entry; the caller holds it and its parent."""
+        index = self._tiers.index
+        seal = index.seal_behind(parent_hash, token_bytes)
+        self._offer(Job(block_hash, parent_hash, token_bytes, seal, index.peek(parent_hash), block_id, written))
+
+    def _offer(self, job: Job) -> None:
+        self._tiers.index.hot.pin(job.block_id)
         if not self._queue.offer(job):
-            self._tiers.index.unpin(Tier.HOT, block_id)
+            self._tiers.index.unpin(Tier.HOT, job.block_id)
             self._tiers.skip(job, "queue_full")
 
     def after_writes(self, action: AfterWrites) -> bool:
@@ -100,15 +105,8 @@ class Demoter:
         tiers = self._tiers
         ready: list[Entry] = []
         for victim in tiers.index.select_victims(Tier.HOT, count):
-            assert victim.block_id is not None
             if self._must_write_first(victim):
-                self.write_down(
-                    victim.block_hash,
-                    victim.parent_hash,
-                    victim.token_bytes,
-                    victim.block_id,
-                    tiers.mover.mark(),
-                )
+                self.write_down(victim, tiers.mover.mark())
             else:
                 ready.append(victim)
         evicted = tiers.evict(ready, Tier.HOT)  # not one whose child is still to be written
@@ -190,15 +188,15 @@ class Demoter:
         """Remember which blocks no lower tier has taken, so that they may be evicted all the same."""
         with self._tiers.changed:
             for job in jobs:
-                entry = self._tiers.index.get(job.block_hash, job.parent_hash, job.token_bytes)
+                entry = self._entry_of(job)
                 if entry and entry.warm_slot is None and not entry.in_cold:
                     self._failed.add(job.block_hash)
 
     def _write_compressed(self, jobs: Sequence[Job], compression: Compression) -> None:
         """Keep blocks compressed in the warm tier, those that fit a slot there."""
-        tiers, index = self._tiers, self._tiers.index
+        tiers = self._tiers
         with tiers.changed:
-            entries = [index.get(job.block_hash, job.parent_hash, job.token_bytes) for job in jobs]
+            entries = [self._entry_of(job) for job in jobs]
             wanted = [job for job, e in zip(jobs, entries, strict=True) if e is None or e.warm_slot is None]
             slots = tiers.try_take_warm(len(wanted))
         kept = list(zip(wanted, slots, strict=False))
@@ -218,10 +216,13 @@ class Demoter:
             tiers.unpin(Place(Tier.WARM, slot) for slot in slots)
 
     def _attach_warm(self, job: Job, slot: int) -> None:
-        entry = self._tiers.index.insert(job.block_hash, job.parent_hash, job.token_bytes)
+        entry = self._tiers.index.insert(job.block_hash, job.parent_hash, job.token_bytes, seal=job.seal)
         if entry and entry.warm_slot is None:
             self._tiers.attach(entry, Tier.WARM, slot, EventKind.DEMOTE)
             self._tiers.stats.bytes_in[Tier.WARM] += self._tiers.layout.packed_bytes(entry.num_tokens)
+
+    def _entry_of(self, job: Job) -> Entry | None:
+        return self._tiers.index.get(job.block_hash, job.parent_hash, job.token_bytes, seal=job.seal)
 
     def _missing(self, jobs: Sequence[Job]) -> list[Job]:
         """Return the jobs whose block the store lacks; none without a store."""
@@ -239,7 +240,6 @@ class Demoter:
             return 0
         slots = {job.block_hash: slot for job, slot in raw}
         missing = [(job, slots[job.block_hash]) for job in self._missing([job for job, _ in raw])]
-        missing = self._with_chains(cold, missing)
         outcomes = cold.put(list(tiers.threads.map(self._encode, missing)))
         with tiers.changed:
             for (job, _), outcome in zip(missing, outcomes, strict=True):
@@ -248,34 +248,18 @@ class Demoter:
                     continue
                 tiers.watch.block(EventKind.DEMOTE, Tier.COLD, job)
                 tiers.stats.bytes_in[Tier.COLD] += tiers.layout.packed_bytes(len(job.token_bytes) // 4)
-                entry = tiers.index.get(job.block_hash, job.parent_hash, job.token_bytes)
+                entry = self._entry_of(job)
                 if entry:
                     entry.in_cold = True
         return len(missing)
-
-    def _with_chains(self, cold: ColdStore, jobs: Sequence[tuple[Job, int]]) -> list[tuple[Job, int]]:
-        """Return the jobs whose very chain is stored, or is among those before them.
-
-        Under another chain with the same hashes, which nobody can tell from this one by its hash, a block would be
-        found by whoever has that one.
-        """
-        kept: dict[BlockHash, tuple[Job, int]] = {}
-        for job, slot in jobs:
-            is_first = job.parent_hash == self._tiers.index.root
-            if is_first or job.parent_hash in kept or (job.parent and has_chain(cold, job.parent)):
-                kept[job.block_hash] = job, slot
-        with self._tiers.changed:
-            for job, slot in jobs:
-                if kept.get(job.block_hash) != (job, slot):
-                    self._tiers.skip(job, PutOutcome.NO_PARENT.value)
-        return list(kept.values())
 
     def _encode(self, job_and_slot: tuple[Job, int]) -> EncodedRecord:
         job, slot = job_and_slot
         info = BlockInfo(
             block_hash=job.block_hash,
             parent=job.parent_hash,
-            token_bytes=job.token_bytes,
             namespace=self._tiers.namespace,
+            seal=job.seal,
+            token_bytes=job.token_bytes,
         )
         return encode_record(info, self._tiers.raw_slots[slot], layout=self._tiers.layout, codec=self._tiers.codec)

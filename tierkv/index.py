@@ -2,7 +2,8 @@
 
 The index is a tree. An entry hangs under the entry of its parent block and stays as long as it has children,
 even when its own bytes lie only in the cold store: so a chain is followed from verified entry to verified
-entry, and a block stored later under a colliding hash can never adopt another's children.
+entry, and a block stored later under a colliding hash can never adopt another's children. What comes from outside
+the tree (a block read from a store, one written down behind the request) is known by its seal.
 
 It moves no bytes and knows no torch. The facade calls `attach` after bytes arrived and `detach` before a place
 is used again; the cold tier's own table is the LMDB store, of which `in_cold` is only a reminder.
@@ -14,9 +15,10 @@ child needs no collection, and what a request does to all of its blocks has a me
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import reduce
 from itertools import islice
 
-from tierkv.block import TOKEN_BYTES, BlockHash, HashFunction, Tier, common_run
+from tierkv.block import TOKEN_BYTES, BlockHash, HashFunction, Seal, Tier, common_run, seal_block
 from tierkv.eviction import CacheBlock, EvictionPolicy, ObservingPolicy, VictimQueue, new_queue
 from tierkv.siblings import Siblings
 from tierkv.slots import SlotPool
@@ -25,6 +27,7 @@ __all__ = ["Entry", "Index"]
 
 _NEAREST = 32
 _IN_COLD, _AWAITED = 1, 2
+_SEAL_EVERY = 16
 _SAME_TIME_S = 1e-4
 
 
@@ -135,6 +138,8 @@ class Index:
         self._entries: dict[BlockHash, Entry] = {}
         self._now = clock()
         self._trunk = Entry(root, None, b"", self._now)  # stands for the root, and is not in the table
+        self._seals: dict[Entry, Seal] = {self._trunk: root}
+        self._newest_seal = (self._trunk, root)
         self._taken: dict[Tier, list[Entry]] = {Tier.HOT: [], Tier.WARM: []}
         self._most_offers: dict[Tier, int] = {Tier.HOT: 64, Tier.WARM: 64}
         self.set_policy(policy)
@@ -149,10 +154,45 @@ class Index:
         """Return the places of the hot or the warm tier."""
         return self.hot if tier is Tier.HOT else self.warm
 
-    def get(self, block_hash: BlockHash, parent_hash: BlockHash, token_bytes: bytes) -> Entry | None:
-        """Return the entry of exactly this block. None if it is unknown, and on a hash collision."""
+    def get(
+        self, block_hash: BlockHash, parent_hash: BlockHash, token_bytes: bytes, *, seal: Seal | None = None
+    ) -> Entry | None:
+        """Return the entry of exactly this block. None if it is unknown, and on a hash collision. seal: as `insert`."""
         entry = self._entries.get(block_hash)
-        return entry if entry and entry.is_same_block(parent_hash, token_bytes) else None
+        if entry is None or not entry.is_same_block(parent_hash, token_bytes):
+            return None
+        return entry if seal is None or seal == self.seal_of(entry) else None
+
+    def seal_of(self, entry: Entry) -> Seal:
+        """Return the seal of an entry, computed from the nearest one above it of which it is known.
+
+        Only every 16th of a chain is kept, for each would cost its entry a fifth of its memory, and the newest one of
+        all, so that a chain that is sealed block by block costs one digest a block.
+        """
+        chain: list[Entry] = []
+        newest, seal = self._newest_seal
+        at = entry
+        while at is not newest:
+            if known := self._seals.get(at):
+                seal = known
+                break
+            chain.append(at)
+            at = at.parent
+        for each in reversed(chain):
+            seal = seal_block(seal, each.token_bytes)
+            self._keep_seal(each, seal)
+        return seal
+
+    def _keep_seal(self, entry: Entry, seal: Seal) -> None:
+        self._newest_seal = entry, seal
+        if entry.depth % _SEAL_EVERY == _SEAL_EVERY - 1 and self._entries.get(entry.block_hash) is entry:
+            self._seals[entry] = seal
+
+    def seal_behind(self, parent_hash: BlockHash, token_bytes: bytes) -> Seal:
+        """Return the seal of a block, perhaps a partial one, behind an entry (or the root) that the caller holds."""
+        parent = self._parent(parent_hash)
+        assert parent is not None, "the parent of what is to be sealed has gone"
+        return seal_block(self.seal_of(parent), token_bytes)
 
     def peek(self, block_hash: BlockHash) -> Entry | None:
         """Return whatever entry has this hash: the caller compares its identity."""
@@ -215,19 +255,27 @@ class Index:
         nearest = next(family.upwards(token_bytes), None) if isinstance(family, Siblings) else family
         return nearest if nearest and nearest.token_bytes == token_bytes else None
 
-    def insert(self, block_hash: BlockHash, parent_hash: BlockHash, token_bytes: bytes) -> Entry | None:
+    def insert(
+        self, block_hash: BlockHash, parent_hash: BlockHash, token_bytes: bytes, *, seal: Seal | None = None
+    ) -> Entry | None:
         """Return the entry of the block, made if need be. None if its hash is taken or its parent unknown.
 
         A new entry has no place yet: attach one, or call `forget`.
+        seal: of a block whose parent the caller does not hold, and so knows by the hash alone: another block may
+        have that hash by now. Then that is an unknown parent too.
         """
         entry = self._entries.get(block_hash)
         if entry:
-            return entry if entry.is_same_block(parent_hash, token_bytes) else None
+            return self.get(block_hash, parent_hash, token_bytes, seal=seal)
         parent = self._parent(parent_hash)
         if block_hash == self.root or parent is None:
             return None
+        if seal is not None and seal_block(self.seal_of(parent), token_bytes) != seal:
+            return None
         entry = Entry(block_hash, parent, token_bytes, self._time())
         self._entries[block_hash] = entry
+        if seal is not None:
+            self._keep_seal(entry, seal)
         family = parent.family
         if family is None:
             parent.family = entry
@@ -405,6 +453,17 @@ class Index:
             is_wanted = has_bytes or children or parent.awaited or parent is self._trunk
             assert is_wanted, "an entry without bytes and children stayed"
         assert num_children == len(self), "an entry is not its parent's child"
+        for entry, seal in self._seals.items():
+            is_there = entry is self._trunk or self._entries.get(entry.block_hash) is entry
+            assert is_there, "a seal outlived its entry"
+            assert seal == self._sealed_anew(entry), "a seal is not that of its chain"
+
+    def _sealed_anew(self, entry: Entry) -> Seal:
+        chain: list[Entry] = []
+        while entry is not self._trunk:
+            chain.append(entry)
+            entry = entry.parent
+        return reduce(lambda seal, each: seal_block(seal, each.token_bytes), reversed(chain), self.root)
 
     def _time(self) -> float:
         """Return the time, the same float for a while: a float of its own would cost every entry 32 bytes."""
@@ -434,6 +493,7 @@ class Index:
             if self._entries.get(entry.block_hash) is not entry:
                 return
             del self._entries[entry.block_hash]
+            self._seals.pop(entry, None)
             parent = entry.parent
             family = parent.family
             if isinstance(family, Siblings):

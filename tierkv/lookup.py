@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from tierkv.block import TOKEN_BYTES, BlockHash, HashFunction, Tier, iter_chain
+from tierkv.block import TOKEN_BYTES, BlockHash, HashFunction, Seal, Tier, iter_chain, seal_block
 from tierkv.errors import StoreError
 from tierkv.index import Entry, Index
 from tierkv.layout import BlockLayout
@@ -20,7 +20,7 @@ from tierkv.storage.outcomes import MissReason
 from tierkv.storage.planes import Bytes
 from tierkv.storage.record import BlockInfo
 
-__all__ = ["ColdSource", "Hit", "Lookup", "find_tail", "has_chain", "look_up"]
+__all__ = ["ColdSource", "Hit", "Lookup", "find_tail", "look_up"]
 
 _logger = logging.getLogger(__name__)
 
@@ -38,7 +38,6 @@ class ColdSource(Protocol):
     """Something below the warm tier that can be asked for blocks: the LMDB store, a state file."""
 
     def lookup(self, block_hash: BlockHash) -> ColdEntry | None: ...
-    def read_tokens(self, block_hash: BlockHash) -> bytes | None: ...
     def find_longest_run(self, parent: BlockHash, token_bytes: bytes) -> tuple[BlockHash, bytes, int] | None: ...
     def read_into(
         self, expected: BlockInfo, out: Bytes, *, layout: BlockLayout, coded: CodedBlock | None = None
@@ -49,7 +48,8 @@ class ColdSource(Protocol):
 class Hit(NamedTuple):
     """A cached block of which the first `num_tokens` tokens are of use.
 
-    entry is None where only a cold source knows the block; its token ids are compared when it is read.
+    entry is None where only a cold source knows the block. seal: of a cold one, computed from the tokens that are
+    asked for; the stored block's own, and its token ids, are compared when it is read.
     A tuple, because there is one for every block of a prompt that is not hot: a frozen dataclass takes four times
     as long to make.
     """
@@ -61,6 +61,7 @@ class Hit(NamedTuple):
     tier: Tier
     entry: Entry | None
     source: ColdSource | None
+    seal: Seal | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,42 +121,30 @@ def look_up(
     parent = known[len(hot) + len(blocks) - 1].block_hash if hot or blocks else index.root
     miss: MissReason | None = None
     rest = usable[(len(hot) + len(blocks)) * block_size * TOKEN_BYTES :]
+    seal: Seal | None = None  # of a parent that the index does not know
     if len(hot) + len(blocks) == len(known):
         for block_hash, tokens in iter_chain(parent, rest, block_size, hash_function):
-            hit = search.find_unknown(block_hash, parent, tokens)
+            hit = search.find_unknown(block_hash, parent, tokens, seal)
             if hit is None:
                 miss = MissReason.COLLISION if index.collides(block_hash, parent, tokens) else None
                 break
             blocks.append(hit)
-            parent = block_hash
+            parent, seal = block_hash, hit.seal
         rest = usable[(len(hot) + len(blocks)) * block_size * TOKEN_BYTES :]
-    tail = search.find_tail(parent, rest) if rest else None
+    tail = search.find_tail(parent, rest, seal) if rest else None
     if tail and tail.num_tokens < min_partial_tokens:
         tail = None
         miss = miss or MissReason.TOO_SHORT
     return Lookup(hot, blocks, tail, MissReason.IO_ERROR if search.has_failed else miss)
 
 
-def has_chain(source: ColdSource, entry: Entry) -> bool:
-    """Tell whether a source has a block and all that lead to it: the same parents, the same token ids.
-
-    Where it has another block under one of these hashes, what follows that block there is not what follows it here.
-    Raises StoreError.
-    """
-    while entry.parent is not entry:  # the trunk, which stands for the namespace
-        stored = source.lookup(entry.block_hash)
-        if stored is None or stored.parent != entry.parent_hash:
-            return False
-        if source.read_tokens(entry.block_hash) != entry.token_bytes:
-            return False
-        entry = entry.parent
-    return True
-
-
 def find_tail(
     index: Index, sources: Sequence[ColdSource], parent: BlockHash, rest: bytes, min_tokens: int
 ) -> Hit | None:
-    """Return the child of `parent` with the longest common run of tokens; of equals, in the faster tier."""
+    """Return the child of `parent` with the longest common run of tokens; of equals, in the faster tier.
+
+    parent: a block that the caller holds, or the root.
+    """
     tail = _Search(index, sources).find_tail(parent, rest)
     return tail if tail and tail.num_tokens >= min_tokens else None
 
@@ -167,52 +156,53 @@ class _Search:
         self._index = index
         self._sources = sources
         self.has_failed = False
-        self._is_ours: dict[tuple[int, BlockHash], bool] = {}
 
     def find_entry(self, entry: Entry) -> Hit | None:
         """Return a block that the index knows, from the fastest tier that has it."""
         parent, tokens = entry.parent.block_hash, entry.token_bytes
         if entry.block_id is None and entry.warm_slot is None:
-            return self._find_cold(entry.block_hash, parent, tokens, entry)
+            return self._find_cold(entry.block_hash, parent, tokens, entry, None)
         tier = Tier.WARM if entry.block_id is None else Tier.HOT
         return Hit(entry.block_hash, parent, tokens, len(tokens) // TOKEN_BYTES, tier, entry, None)
 
-    def find_unknown(self, block_hash: BlockHash, parent: BlockHash, tokens: bytes) -> Hit | None:
-        """Return a whole block that the index does not know, if a cold source has it."""
+    def find_unknown(
+        self, block_hash: BlockHash, parent: BlockHash, tokens: bytes, parent_seal: Seal | None
+    ) -> Hit | None:
+        """Return a whole block that the index does not know, if a cold source has it.
+
+        parent_seal: of a parent that the index does not know either.
+        """
         if self._index.collides(block_hash, parent, tokens):
             return None
-        return self._find_cold(block_hash, parent, tokens, None)
+        return self._find_cold(block_hash, parent, tokens, None, parent_seal)
 
-    def _find_cold(self, block_hash: BlockHash, parent: BlockHash, tokens: bytes, entry: Entry | None) -> Hit | None:
+    def _find_cold(
+        self, block_hash: BlockHash, parent: BlockHash, tokens: bytes, entry: Entry | None, parent_seal: Seal | None
+    ) -> Hit | None:
         num_tokens = len(tokens) // TOKEN_BYTES
-        for number, source in enumerate(self._sources):
+        for source in self._sources:
             try:
                 stored = source.lookup(block_hash)
-                is_same = stored and stored.parent == parent and stored.num_tokens == num_tokens
-                if not is_same or not self._leads_there(number, parent):
-                    continue
             except StoreError as exc:
                 self._note(exc)
                 continue
-            else:
-                self._is_ours[number, block_hash] = True  # for those that follow; its tokens are compared when read
-                return Hit(block_hash, parent, tokens, num_tokens, Tier.COLD, entry, source)
+            if stored and stored.parent == parent and stored.num_tokens == num_tokens:
+                seal = self._index.seal_of(entry) if entry else self._seal(parent, parent_seal, tokens)
+                return Hit(block_hash, parent, tokens, num_tokens, Tier.COLD, entry, source, seal)
         return None
 
-    def find_tail(self, parent: BlockHash, rest: bytes) -> Hit | None:
+    def find_tail(self, parent: BlockHash, rest: bytes, parent_seal: Seal | None = None) -> Hit | None:
         """Return the child of `parent` with the longest common run of tokens; of equals, in the faster tier."""
         best: Hit | None = None
         longest = 0
         if nearest := self._index.nearest_child(parent, rest):
             entry, tier, longest = nearest
             best = Hit(entry.block_hash, parent, entry.token_bytes, longest, tier, entry, None)
-        for number, source in enumerate(self._sources):
+        for source in self._sources:
             if longest * TOKEN_BYTES == len(rest):
                 break
             try:
                 found = source.find_longest_run(parent, rest)
-                if found and found[2] > longest and not self._leads_there(number, parent):
-                    continue
             except StoreError as exc:
                 self._note(exc)
                 continue
@@ -221,21 +211,13 @@ class _Search:
             child, tokens, run = found
             if run > longest and not self._index.collides(child, parent, tokens):
                 longest = run
-                best = Hit(child, parent, tokens, run, Tier.COLD, self._index.get(child, parent, tokens), source)
+                seal = self._seal(parent, parent_seal, tokens)
+                best = Hit(child, parent, tokens, run, Tier.COLD, self._index.get(child, parent, tokens), source, seal)
         return best
 
-    def _leads_there(self, number: int, parent: BlockHash) -> bool:
-        """Tell whether a source has the very chain that leads to a block. Raises StoreError.
-
-        Asked once a search where it passes from memory to the source, and then for each block that follows there.
-        """
-        key = number, parent
-        if parent == self._index.root:
-            return True
-        if key not in self._is_ours:
-            entry = self._index.peek(parent)
-            self._is_ours[key] = entry is not None and has_chain(self._sources[number], entry)
-        return self._is_ours[key]
+    def _seal(self, parent: BlockHash, parent_seal: Seal | None, tokens: bytes) -> Seal:
+        """Return the seal of a block behind one that the index knows, or of which the seal is known."""
+        return self._index.seal_behind(parent, tokens) if parent_seal is None else seal_block(parent_seal, tokens)
 
     def _note(self, failure: StoreError) -> None:
         self.has_failed = True

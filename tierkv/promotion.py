@@ -202,7 +202,7 @@ class Promoter:
         with tiers.changed:
             for i, hit in enumerate(wave):
                 tiers.stats.bytes_out[Tier.WARM] += tiers.layout.block_bytes
-                entry = tiers.index.insert(hit.block_hash, hit.parent_hash, hit.token_bytes)
+                entry = tiers.index.insert(hit.block_hash, hit.parent_hash, hit.token_bytes, seal=hit.seal)
                 if entry is None:  # another block has taken the hash in the meantime
                     num_good = i
                     result.failure = MissReason.COLLISION
@@ -237,12 +237,10 @@ class Promoter:
             return  # who brought them from below keeps them there
         with self._tiers.changed:
             for hit in hits:
-                entry = index.get(hit.block_hash, hit.parent_hash, hit.token_bytes)
+                entry = index.get(hit.block_hash, hit.parent_hash, hit.token_bytes, seal=hit.seal)
                 if entry and entry.block_id is not None and entry.warm_slot is None:
                     written = self._tiers.arriving.get(entry.block_id) or self._tiers.mover.mark()
-                    self._demoter.write_down(
-                        entry.block_hash, entry.parent_hash, entry.token_bytes, entry.block_id, written
-                    )
+                    self._demoter.write_down(entry, written)
 
     def _read(
         self, wave: Sequence[Hit], pinned: dict[int, Place], result: Promoted
@@ -287,9 +285,9 @@ class Promoter:
         tiers = self._tiers
         tiers.stats.bytes_out[Tier.COLD] += tiers.layout.packed_bytes(len(hit.token_bytes) // 4)
         if place.tier is None or coded.frame_sizes:
-            entry = tiers.index.get(hit.block_hash, hit.parent_hash, hit.token_bytes)
+            entry = tiers.index.get(hit.block_hash, hit.parent_hash, hit.token_bytes, seal=hit.seal)
         else:
-            entry = tiers.index.insert(hit.block_hash, hit.parent_hash, hit.token_bytes)
+            entry = tiers.index.insert(hit.block_hash, hit.parent_hash, hit.token_bytes, seal=hit.seal)
             if entry and entry.warm_slot is None:
                 tiers.attach(entry, Tier.WARM, place.slot, EventKind.PROMOTE)
         if entry:
@@ -297,13 +295,14 @@ class Promoter:
 
     def read_one(self, hit: Hit, place: Place) -> MissReason | CodedBlock:
         """Read a block into its place. Return what lies there."""
-        assert hit.source is not None
+        assert hit.source is not None and hit.seal is not None
         tiers = self._tiers
         info = BlockInfo(
             block_hash=hit.block_hash,
             parent=hit.parent_hash,
-            token_bytes=hit.token_bytes,
             namespace=tiers.namespace,
+            seal=hit.seal,
+            token_bytes=hit.token_bytes,
         )
         started = time.perf_counter()
         coded = CodedBlock()
@@ -320,7 +319,7 @@ class Promoter:
         """Forget that a source has a block which could not be read, and take a damaged one out of its store."""
         assert hit.source is not None
         with self._tiers.changed:
-            entry = self._tiers.index.get(hit.block_hash, hit.parent_hash, hit.token_bytes)
+            entry = self._tiers.index.get(hit.block_hash, hit.parent_hash, hit.token_bytes, seal=hit.seal)
             if entry:
                 entry.in_cold = False
         if reason in _DAMAGED:

@@ -91,9 +91,6 @@ class _DaemonBlock:
     def lookup(self, block_hash: BlockHash) -> None:
         """Return None: only the daemon can look."""
 
-    def read_tokens(self, block_hash: BlockHash) -> None:
-        """Return None: only the daemon can look."""
-
     def find_longest_run(self, parent: BlockHash, token_bytes: bytes) -> None:
         """Return None: only the daemon can look."""
 
@@ -360,7 +357,7 @@ class DaemonTiers:
                 index.hot.pin(each.block_id)
                 held.append(Place(Tier.HOT, each.block_id))
                 ready = self._tiers.arriving.get(each.block_id, written)
-                offers[at] = Job(each.block_hash, each.parent_hash, each.token_bytes, each.parent, each.block_id, ready)
+                offers[at] = Job.of(each, index.seal_of(each), ready)
         return offers
 
     def _fill_and_publish(

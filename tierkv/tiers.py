@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from tierkv.block import BlockHash, Tier
+from tierkv.block import BlockHash, Seal, Tier
 from tierkv.events import EventKind
 from tierkv.index import Entry, Index
 from tierkv.layout import BlockLayout
@@ -71,9 +71,17 @@ class Job:
     block_hash: BlockHash
     parent_hash: BlockHash
     token_bytes: bytes
+    seal: Seal
     parent: Entry | None
     block_id: int
     written: Ready
+
+    @classmethod
+    def of(cls, entry: Entry, seal: Seal, written: Ready) -> Job:
+        """Return the job for a hot entry; the caller holds the lock."""
+        assert entry.block_id is not None, "only a hot block can be written down"
+        parent = None if entry.parent.parent is entry.parent else entry.parent  # the trunk's parent is itself
+        return cls(entry.block_hash, entry.parent_hash, entry.token_bytes, seal, parent, entry.block_id, written)
 
 
 class LowerTiers(Protocol):

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tierkv.block import BlockHash, hash_block
+from tierkv.block import BlockHash
 from tierkv.layout import BlockLayout
 from tierkv.storage.codecs import Codec
 from tierkv.storage.record import BlockInfo, EncodedRecord, encode_record
@@ -42,13 +42,12 @@ class Workload:
 
     def iter_records(self, codec: Codec, *, first: int = 0, chained: bool = True) -> Iterator[EncodedRecord]:
         """Yield records for ever, each with tokens of its own: one chain, or blocks that each begin one."""
-        parent = self.namespace
+        before: BlockInfo | None = None
         for number in itertools.count(first):
             tokens = np.full(self.layout.block_size, number, dtype="<u4").tobytes()
-            block_hash = hash_block(parent, tokens)
-            info = BlockInfo(block_hash=block_hash, parent=parent, namespace=self.namespace, token_bytes=tokens)
+            info = before.next(tokens) if before else BlockInfo.first(tokens, namespace=self.namespace)
             yield encode_record(info, self.blocks[number % len(self.blocks)], layout=self.layout, codec=codec)
-            parent = block_hash if chained else self.namespace
+            before = info if chained else None
 
 
 def load_workload(num_blocks: int) -> Workload:

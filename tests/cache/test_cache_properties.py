@@ -12,21 +12,37 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from pattern_engine import PatternEngine, tiny_warm
 
-from tierkv.block import Tier, hash_block
+from tierkv.block import HashFunction, Tier, hash_block
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.errors import CapacityError
 from tierkv.events import EventKind
 from tierkv.namespace import Namespace
 from tierkv.sequence import Sequence
+from tierkv.storage.cold import ColdStore
 from tierkv.tracker import MemoryTracker
 
-prompts = st.lists(st.integers(0, 2), min_size=1, max_size=22)  # three token ids: prefixes are shared often
+BLOCKS = ([0, 0, 0, 0], [0, 1, 1, 1], [1, 1, 1, 1])  # the first two are forgeries of each other, see `forged_hash`
+chains = st.builds(
+    lambda blocks, rest: [token for block in blocks for token in block] + rest,
+    st.lists(st.sampled_from(BLOCKS), min_size=1, max_size=3),
+    st.sampled_from([[0], [0, 0]]),
+)
+prompts = chains | st.lists(st.integers(0, 2), min_size=1, max_size=22)  # three token ids: prefixes are shared often
 
 
 def weak_hash(parent: bytes, tokens: bytes) -> bytes:
     """A hash of 5 bits, so that collisions happen all the time."""
     return bytes([hash_block(parent, tokens)[0] & 31]) * 16
+
+
+def forged_hash(parent: bytes, tokens: bytes) -> bytes:
+    """A hash of which forgeries are known: of a block's tokens it takes the first alone.
+
+    So other blocks of one hash meet in all places of a chain, and everything else is as it is with a good hash.
+    (With `weak_hash` nearly all that is stored collides: chains behind a forged block hardly come to be.)
+    """
+    return hash_block(parent, tokens[:4] + len(tokens).to_bytes(4, "little"))
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -37,10 +53,12 @@ class CacheMachine(RuleBasedStateMachine):
         warm=st.integers(4, 8),
         has_cold=st.booleans(),
         write_through=st.booleans(),
-        is_weak=st.booleans(),
+        hash_function=st.sampled_from([hash_block, weak_hash, forged_hash]),
         warm_codec=st.sampled_from(["raw", "windows"]),
     )
-    def start(self, hot: int, warm: int, has_cold: bool, write_through: bool, is_weak: bool, warm_codec: str) -> None:
+    def start(
+        self, hot: int, warm: int, has_cold: bool, write_through: bool, hash_function: HashFunction, warm_codec: str
+    ) -> None:
         self.layout, warm_bytes = tiny_warm(warm, warm_codec)
         self.directory = tempfile.TemporaryDirectory()
         self.config = CacheConfig(
@@ -54,7 +72,7 @@ class CacheMachine(RuleBasedStateMachine):
             min_free_bytes=0,
             write_through=write_through,
         )
-        self.hash_function = weak_hash if is_weak else hash_block
+        self.hash_function = hash_function
         self.open()
 
     def open(self) -> None:
@@ -110,6 +128,15 @@ class CacheMachine(RuleBasedStateMachine):
     def evict(self, tier: Tier, count: int) -> None:
         self.cache.evict(tier, count)
 
+    @rule()
+    def forget(self) -> None:
+        """Leave nothing in memory that may go: what comes next meets the store's blocks with an empty index."""
+        while self.running:
+            self.cache.release(self.running.pop())
+        self.cache.flush()
+        for tier in (Tier.HOT, Tier.WARM):
+            self.cache.evict(tier)
+
     @precondition(lambda self: self.config.cold_path)
     @rule()
     def reopen(self) -> None:
@@ -154,3 +181,52 @@ class CacheMachine(RuleBasedStateMachine):
 
 TestCacheMachine = CacheMachine.TestCase
 TestCacheMachine.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
+
+
+class SharedStoreMachine(RuleBasedStateMachine):
+    """Two caches on one store, whose memories come to differ: each holds forgeries of what the other one stored."""
+
+    @initialize(write_through=st.booleans())
+    def start(self, write_through: bool) -> None:
+        layout, warm_bytes = tiny_warm(8, "raw")
+        config = CacheConfig(
+            block_size=4, hot_bytes=12 * layout.block_bytes, warm_bytes=warm_bytes, write_through=write_through
+        )
+        self.directory = tempfile.TemporaryDirectory()
+        self.store = ColdStore(Path(self.directory.name), quota_bytes=16 << 20, min_free_bytes=0)
+        namespace = Namespace(weights="w", layout=layout)
+        self.engines = [
+            PatternEngine(TierCache(config, namespace=namespace, cold=self.store, hash_function=forged_hash))
+            for _ in range(2)
+        ]
+
+    @rule(which=st.integers(0, 1), prompt=chains, tail=st.booleans(), may_split=st.booleans())
+    def request(self, which: int, prompt: list[int], tail: bool, may_split: bool) -> None:
+        engine = self.engines[which]
+        engine.cache.release(engine.start(prompt, tail=tail, may_split=may_split))  # checks every byte that was cached
+        engine.cache.flush()
+
+    @rule(which=st.integers(0, 1))
+    def forget(self, which: int) -> None:
+        for tier in (Tier.HOT, Tier.WARM):
+            self.engines[which].cache.evict(tier)
+            self.engines[which].cache.flush()
+
+    @invariant()
+    def everything_holds(self) -> None:
+        if not hasattr(self, "store"):
+            return
+        for engine in self.engines:
+            engine.cache.check()
+        self.store.check()
+
+    def teardown(self) -> None:
+        if hasattr(self, "store"):
+            for engine in self.engines:
+                engine.cache.close()
+            self.store.close()
+            self.directory.cleanup()
+
+
+TestSharedStoreMachine = SharedStoreMachine.TestCase
+TestSharedStoreMachine.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)

@@ -116,8 +116,8 @@ def fill_this_disk(path: Path) -> None:
             with contextlib.suppress(StoreError):
                 attempt()
         for record in stored[::7]:
-            store.put([record_of([5] * 16, record.info.block_hash)])
-            store.delete(record_of([5] * 16, record.info.block_hash).info.block_hash)
+            store.put([record_of([5] * 16, record.info)])
+            store.delete(record_of([5] * 16, record.info).info.block_hash)
         acknowledge(-store.stats().evicted_blocks)
 
 

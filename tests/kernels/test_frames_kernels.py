@@ -11,7 +11,6 @@ pytest.importorskip("triton", reason="triton has no wheel for this machine")
 
 from test_windows import normal_block
 
-from tierkv.block import hash_block
 from tierkv.errors import CorruptBlockError, ShapeError
 from tierkv.kernels.planes import merge_frames
 from tierkv.layout import BlockLayout, LayerLayout
@@ -29,7 +28,7 @@ LAYOUT = BlockLayout(
     layers=(LayerLayout(kv_heads=9, k_dim=64, v_dim=16), LayerLayout(kv_heads=1, k_dim=8, v_dim=8)),
 )
 TOKENS = np.arange(256, dtype="<u4").tobytes()
-INFO = BlockInfo(block_hash=hash_block(b"r" * 16, TOKENS), parent=b"r" * 16, namespace=b"n" * 16, token_bytes=TOKENS)
+INFO = BlockInfo.first(TOKENS, namespace=b"n" * 16)
 
 
 def make_block(seed: int) -> Bytes:
@@ -79,9 +78,7 @@ def test_planes_and_rests_merge_into_the_named_blocks(device: str) -> None:
 
 def test_a_partial_block_and_another_codec_are_decoded_at_once() -> None:
     block = make_block(0)
-    short = BlockInfo(
-        block_hash=INFO.block_hash, parent=INFO.parent, namespace=INFO.namespace, token_bytes=TOKENS[: 4 * 9]
-    )
+    short = BlockInfo.first(TOKENS[: 4 * 9], namespace=INFO.namespace)
     coded, out = CodedBlock(), np.zeros(LAYOUT.block_bytes, np.uint8)
     record = encode_record(short, block, layout=LAYOUT).data
     assert decode_record(record, out, expected=short, layout=LAYOUT, coded=coded) is None

@@ -149,6 +149,8 @@ def test_flash_attn_is_called_as_it_wants_to_be(
 def test_our_own_kernel_may_attend_to_the_prefix(
     monkeypatch: pytest.MonkeyPatch, place: Place, batch: str, kernel: PrefixKernel
 ) -> None:
+    if place.device == "cpu" and torch.cuda.is_available():
+        pytest.skip("a kernel is interpreted only where there is no GPU")
     step = Step(*BATCHES[batch], place, 8)
     if place.device == "cpu":
         monkeypatch.setitem(sys.modules, "flash_attn", flash_reference())

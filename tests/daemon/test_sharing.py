@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import OpenCache, Start
+from conftest import BLOCK_BYTES, OpenCache, Start
 from pattern_engine import PatternEngine
 
 from tierkv.block import Tier, hash_block
@@ -127,6 +127,63 @@ def test_forced_hash_collisions_cost_misses_and_never_a_wrong_block(
             cache.close()
     status = daemon.status()
     assert (status.leased_slots, status.reserved_slots) == (0, 0)
+
+
+FIRST, FORGED, NEXT = [1, 2, 3, 4], [1, 6, 7, 8], [9, 9, 9, 9]
+
+
+def first_token_alone(parent: bytes, tokens: bytes) -> bytes:
+    """FIRST and FORGED have one hash."""
+    return hash_block(parent, tokens[:4] + len(tokens).to_bytes(4, "little"))
+
+
+@pytest.mark.parametrize("rest", [[*NEXT, 0], [9, 9]])
+def test_a_forged_block_gets_no_other_ones_children_from_slab_or_store(
+    start_daemon: Start, open_cache: OpenCache, rest: list[int]
+) -> None:
+    daemon = start_daemon()
+
+    def serve(*prompts: list[int]) -> None:
+        """Let a new cache serve prompts; every byte that it is given is checked."""
+        cache = open_cache(hash_function=first_token_alone)
+        for prompt in prompts:
+            cache.release(PatternEngine(cache).start(prompt, tail=True))
+            cache.flush()
+        cache.check()
+        cache.close()
+
+    def restart() -> None:
+        daemon.kill()
+        daemon.start()
+
+    serve([*FORGED, 0])
+    restart()  # the store has FORGED, the slab nothing
+    serve([*FIRST, *rest], [*FIRST, *rest, 0])
+    serve([*FORGED, *rest, 0])
+    restart()
+    serve([*FIRST, 0], [*FIRST, *rest, 0])
+    serve([*FORGED, *rest, 0])
+
+
+def test_a_daemon_and_a_cache_without_one_read_each_others_stores(
+    start_daemon: Start, open_cache: OpenCache, short_path: Path
+) -> None:
+    daemon = start_daemon()
+    cache = open_cache()
+    cache.release(PatternEngine(cache).start(ids(14), tail=True))
+    cache.flush()
+    cache.close()
+    daemon.kill()
+    alone = open_cache(socket=None, cold_path=short_path / "store", warm_bytes=16 * BLOCK_BYTES)
+    found = PatternEngine(alone).start([*ids(14), 99, 98, 97, 96], tail=True)
+    assert found.cached_tokens[Tier.COLD] == 14
+    alone.release(found)
+    alone.close()
+    daemon.start()
+    again = open_cache()
+    found = PatternEngine(again).start([*ids(14), 99, 98, 97, 96, 95])
+    assert found.cached_tokens[Tier.COLD] == 18
+    again.release(found)
 
 
 def test_more_blocks_than_the_slab_holds_pass_through_it(start_daemon: Start, open_cache: OpenCache) -> None:

@@ -70,7 +70,7 @@ LAYERS = (
         "facade",
         "lookup watch tiers warm_memory daemon_link remote split_load demotion promotion ranks torch_ranks "
         "accord "
-        "block_control sequence cache",
+        "block_control sequence defragment cache",
         below="values control storage kernels background client mover",
     ),
     # What runs a model over the cache, or steers it.

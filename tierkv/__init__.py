@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from tierkv.block import Tier
     from tierkv.cache import TierCache, load_cache_state, save_cache_state
     from tierkv.config import CacheConfig
+    from tierkv.controller import MemoryController
     from tierkv.errors import TierKVError
     from tierkv.events import CacheObserver
     from tierkv.layout import BlockLayout
@@ -34,6 +35,7 @@ __all__ = [
     "CacheStats",
     "EvictionPolicy",
     "ManagedFlashAttention",
+    "MemoryController",
     "MemoryProfiler",
     "MemoryReport",
     "MemoryTracker",
@@ -59,6 +61,7 @@ _HOMES = {
     "CacheStats": "tierkv.stats",
     "EvictionPolicy": "tierkv.policies",
     "ManagedFlashAttention": "tierkv.managed_attention",
+    "MemoryController": "tierkv.controller",
     "MemoryProfiler": "tierkv.profiler",
     "MemoryReport": "tierkv.memory_report",
     "MemoryTracker": "tierkv.tracker",

@@ -19,6 +19,7 @@ from tierkv.accord import Accord
 from tierkv.block import TOKEN_BYTES, BlockHash, HashFunction, Tier, TokenIds, as_token_array, hash_block, iter_chain
 from tierkv.block_control import BlockControl
 from tierkv.config import CacheConfig
+from tierkv.defragment import LayoutReport, defragment
 from tierkv.demotion import Demoter
 from tierkv.errors import ConfigError, NamespaceMismatchError
 from tierkv.events import BlockName, CacheObserver, EventKind
@@ -380,6 +381,8 @@ class TierCache:
             self._sequences.discard(sequence)
         self._tiers.leave(sequence.block_table)
         self._tiers.unpin_all(Tier.HOT, sequence.block_table)
+        with self._tiers.changed:
+            self._demoter.trim()
         self._end_ticket(sequence.ticket)
 
     def pin(self, token_ids: TokenIds) -> int:
@@ -459,6 +462,38 @@ class TierCache:
         with self._tiers.changed:
             self._tiers.states.append(state)
         return len(state)
+
+    def set_hot_limit(self, num_blocks: int | None) -> int:
+        """Use at most so many blocks of the hot pool from now on, or all; return how many are used over the limit.
+
+        Takes effect at once: what may go is evicted, written down first where no lower tier has it. Blocks in use stay
+        until their sequences end. The pool's memory stays the pool's. Raises ConfigError below one block.
+        """
+        pool = self._tiers.index.hot
+        if num_blocks is not None and num_blocks < 1:
+            raise ConfigError(f"the hot pool needs at least one block, got {num_blocks}")
+        with self._tiers.changed:
+            pool.limit = pool.capacity if num_blocks is None else min(num_blocks, pool.capacity)
+        for _ in range(2):  # at first some are written down, then they may go
+            with self._tiers.changed:
+                self._tiers.reap()
+                self._demoter.trim()
+            self._demoter.flush()
+        return max(0, pool.used_count - pool.limit)
+
+    def set_offloading(self, threshold: float | None, ratio: float = 0.2) -> None:
+        """Evict a share of what may go, written down first, whenever the hot pool is fuller than a threshold.
+
+        Both are shares, of the usable blocks and of the evictable ones; None for the threshold ends it.
+        """
+        if threshold is not None and not (0 < threshold <= 1 and 0 < ratio <= 1):
+            raise ConfigError(f"threshold and ratio must lie above 0 and at most at 1, got {threshold} and {ratio}")
+        with self._tiers.changed:
+            self._demoter.offloading = None if threshold is None else (threshold, ratio)
+
+    def defragment(self) -> LayoutReport:
+        """Move related blocks of the hot pool together; call it between steps. See `tierkv.defragment`."""
+        return defragment(self._tiers, self._demoter, self._sequences)
 
     def stats(self) -> CacheStats:
         """Return counters and sizes as they are now."""

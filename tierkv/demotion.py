@@ -42,6 +42,7 @@ class Demoter:
         self.staging = pool.allocate(max(1, min(_BATCH_BLOCKS, pool.capacity // 2)) if tiers.compression else 1)
         tiers.reserved_raw += len(self.staging)
         self._failed: set[BlockHash] = set()
+        self.offloading: tuple[float, float] | None = None
         self._queue: WriteBehind[Job | AfterWrites] = WriteBehind(
             self._process, capacity=_QUEUE_BLOCKS, batch_size=_BATCH_BLOCKS
         )
@@ -83,19 +84,35 @@ class Demoter:
                 tiers.reap()
                 was_idle = not self._queue.pending and not tiers.in_flight
                 short = count - pool.free_count
-                if short > 0 and count <= pool.capacity - pool.referenced_count:  # else it would be in vain
+                if short > 0 and count <= pool.limit - pool.referenced_count:  # else it would be in vain
                     self.evict_hot(short)
                 if pool.free_count >= count:
                     block_ids = pool.allocate(count)
                     tiers.wait_for_users(block_ids)
+                    self._offload_if_full()
                     return block_ids
                 if was_idle and not self._queue.pending:
                     raise CapacityError(
                         f"the hot pool has no room for {count} more blocks: {pool.referenced_count} of "
-                        f"{pool.capacity} are in use, and what is left is too little or pinned",
+                        f"{pool.limit} are in use, and what is left is too little or pinned",
                         hint="raise hot_bytes, or run fewer sequences at once",
                     )
                 tiers.wait()
+
+    def trim(self) -> None:
+        """Evict what is over the pool's limit, as far as it may go; the caller holds the lock."""
+        excess = -self._tiers.index.hot.free_count
+        if excess > 0:
+            self.evict_hot(excess)
+
+    def _offload_if_full(self) -> None:
+        """Make room ahead of need once the pool is fuller than asked for; the caller holds the lock."""
+        if self.offloading is None:
+            return
+        pool = self._tiers.index.hot
+        threshold, ratio = self.offloading
+        if pool.used_count > threshold * pool.limit:
+            self.evict_hot(max(1, int(ratio * (pool.used_count - pool.referenced_count))))
 
     def evict_hot(self, count: int) -> None:
         """Evict up to `count` blocks; those that no lower tier has yet are queued to be written first.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
+from itertools import islice
 from typing import Generic, Protocol, TypeAlias, TypeVar, runtime_checkable
 
 from tierkv.block import BlockHash
@@ -24,7 +25,10 @@ __all__ = [
 
 
 class CacheBlock(Protocol):
-    """What a policy may know of a block. Times are seconds of the cache's clock."""
+    """What a policy may know of a block. Times are seconds of the cache's clock.
+
+    is_prefix_block: it begins a chain, or others continue it: several prompts may need it.
+    """
 
     @property
     def block_hash(self) -> BlockHash: ...
@@ -32,6 +36,8 @@ class CacheBlock(Protocol):
     def parent_hash(self) -> BlockHash: ...
     @property
     def depth(self) -> int: ...
+    @property
+    def is_prefix_block(self) -> bool: ...
     @property
     def num_tokens(self) -> int: ...
     @property
@@ -50,7 +56,11 @@ class EvictionPolicy(Protocol):
     """
 
     def score_block(self, block: CacheBlock) -> float:
-        """Return how gladly the block is given up: the highest score goes first."""
+        """Return how gladly the block is given up: the highest score goes first.
+
+        A class that inherits from this one gets an order of last use: above zero, and the less the later it was.
+        """
+        return 1.0 / (1.0 + max(block.last_access, 0.0))
 
     def update_on_access(self, block: CacheBlock) -> None:
         """Learn that the block was just used; its fields are already up to date."""
@@ -61,6 +71,7 @@ class EvictionPolicy(Protocol):
         Once a block has been yielded its parent may follow, so children always go before parents.
         What is yielded and not returned stays cached.
         """
+        return list(islice(leaves, count))
 
 
 @runtime_checkable

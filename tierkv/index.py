@@ -99,6 +99,11 @@ class Entry:
         self._flags = self._flags | _AWAITED if is_coming else self._flags & ~_AWAITED
 
     @property
+    def is_prefix_block(self) -> bool:
+        """True for a block that begins a chain or that others continue."""
+        return self.depth == 0 or self.family is not None
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of the block; fewer than the block size in a stored partial tail."""
         return len(self.token_bytes) // TOKEN_BYTES

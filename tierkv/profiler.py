@@ -216,6 +216,8 @@ class _Recorder:
 
     def on_block(self, event: BlockEvent) -> None:
         """Record arrivals, evictions and writes that were dropped."""
+        if event.kind in (EventKind.ALLOCATE, EventKind.FREE):
+            return  # moved inside its tier
         now = self._clock()
         with self._lock:
             if event.kind is EventKind.SKIP:

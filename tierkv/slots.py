@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Generic, TypeVar
 
 from tierkv.errors import CapacityError
@@ -24,11 +24,13 @@ class SlotPool(Generic[Owner]):
     Places that were never used are not listed, only counted: all from `_unused` on. So a pool costs 12 bytes a
     place, and allocating from an empty one costs no heap operations.
 
+    limit: how many places may be used at most; fewer than are used now makes `free_count` negative.
     owners, pins: by place, who owns it and its reference count. Only the pool changes them.
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
+        self.limit = capacity
         self.owners: list[Owner | None] = [None] * capacity
         self.pins = array("i", bytes(4 * capacity))
         self._freed: list[int] = []
@@ -36,8 +38,8 @@ class SlotPool(Generic[Owner]):
 
     @property
     def free_count(self) -> int:
-        """Places that can be allocated without evicting."""
-        return len(self._freed) + self.capacity - self._unused
+        """Places that can be allocated without evicting; below zero where more are used than the limit allows."""
+        return min(len(self._freed) + self.capacity - self._unused, self.limit - self.used_count)
 
     @property
     def used_count(self) -> int:
@@ -131,6 +133,18 @@ class SlotPool(Generic[Owner]):
         self.owners[slot] = None
         if self.pins[slot] == 0:
             heapq.heappush(self._freed, slot)
+
+    def rename(self, targets: Mapping[int, int]) -> None:
+        """Give places other numbers: old to new, each new one free or renamed itself; linear in the capacity."""
+        moved = {new: (self.owners[old], self.pins[old]) for old, new in targets.items()}
+        for old in targets:
+            self.owners[old], self.pins[old] = None, 0
+        for new, (owner, count) in moved.items():
+            assert self.owners[new] is None and self.pins[new] == 0, f"slot {new} is somebody's"
+            self.owners[new], self.pins[new] = owner, count
+        used = [slot for slot in range(self.capacity) if not self._is_free(slot)]
+        self._unused = used[-1] + 1 if used else 0
+        self._freed = [slot for slot in range(self._unused) if self._is_free(slot)]  # ascending, and so a heap
 
     def free_runs(self) -> list[int]:
         """Return the lengths of the runs of neighbouring free places, in order of position."""

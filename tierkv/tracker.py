@@ -17,7 +17,8 @@ from tierkv.events import BlockEvent, CacheObserver, EventKind, MemoryRegion, Re
 
 __all__ = ["AllocationEvent", "MemoryAllocation", "MemoryTracker", "StepSampler"]
 
-_ARRIVALS = (EventKind.REGISTER, EventKind.PROMOTE, EventKind.DEMOTE)
+_ARRIVALS = (EventKind.REGISTER, EventKind.PROMOTE, EventKind.DEMOTE, EventKind.ALLOCATE)
+_DEPARTURES = (EventKind.EVICT, EventKind.FREE)
 
 
 class TensorLike(Protocol):
@@ -260,7 +261,7 @@ class MemoryTracker:
             region = self._regions.get(event.tier) if event.tier else None
             if region and event.slot is not None and event.kind in _ARRIVALS:
                 self._allocate_block(region, event)
-            elif region and event.slot is not None and event.kind is EventKind.EVICT:
+            elif region and event.slot is not None and event.kind in _DEPARTURES:
                 if event.tier is Tier.HOT:
                     self._hot_blocks.pop(event.slot, None)
                 self._free(_block_id(event.tier, event.slot), event.kind, event)

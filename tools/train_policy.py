@@ -93,6 +93,7 @@ class _Block:
         self.block_hash = hash_block(b"", number.to_bytes(8, "little"))
         self.parent_hash = parent.block_hash if parent else b""
         self.depth: int = parent.depth + 1 if parent else 0
+        self.is_prefix_block = True  # no feature is read of it
         self.num_tokens = num_tokens
         self.created_at = now
         self.last_access = now

@@ -188,7 +188,7 @@ def test_check_sees_a_child_without_its_parent() -> None:
 def test_an_only_child_with_other_tokens_is_not_walked_to() -> None:
     index = make_index()
     add(index, None, 1)
-    assert index.walk(as_token_array([2]).tobytes(), 1, hash_block) == []
+    assert index.walk(as_token_array([2]).tobytes(), 1) == []
 
 
 def test_a_walk_does_not_follow_a_hash_that_another_parents_child_has_taken() -> None:
@@ -200,7 +200,7 @@ def test_a_walk_does_not_follow_a_hash_that_another_parents_child_has_taken() ->
         entry = index.insert(by_first_byte(parent_hash, TOKENS[token]), parent_hash, TOKENS[token])
         assert entry
         index.attach(entry, Tier.HOT, index.hot.allocate(1)[0])
-    walked = index.walk(TOKENS[2] + TOKENS[3], 1, by_first_byte)
+    walked = index.walk(TOKENS[2] + TOKENS[3], 1)
     assert [entry.token_bytes for entry in walked] == [TOKENS[2]]
 
 
@@ -228,7 +228,7 @@ def test_a_walk_finds_what_asking_block_by_block_finds(prompts: list[list[int]],
             break
         expected.append(found)
         parent_hash = found.block_hash
-    assert index.walk(as_token_array(wanted).tobytes(), 1, weak_hash) == expected
+    assert index.walk(as_token_array(wanted).tobytes(), 1) == expected
 
 
 @given(st.dictionaries(few_tokens, st.sampled_from([*Tier]), max_size=12), few_tokens)
@@ -379,7 +379,7 @@ class IndexMachine(RuleBasedStateMachine):
         while chain[0].depth:
             chain.insert(0, chain[0].parent)
         tokens = b"".join(entry.token_bytes for entry in chain)
-        assert self.index.walk(tokens, 1, hash_block) == chain
+        assert self.index.walk(tokens, 1) == chain
 
     @precondition(lambda self: len(self.index))
     @rule(which=st.sets(st.integers(0, 30)))

@@ -28,6 +28,7 @@ def test_children_are_kept_in_the_order_of_their_token_ids(added: set[bytes], re
     left = sorted(added - removed)
     assert [child.token_bytes for child in siblings] == left
     assert (len(siblings), bool(siblings)) == (len(left), bool(left))
+    assert siblings.find(at) is (children[at] if at in left else None)
     assert [child.token_bytes for child in siblings.upwards(at)] == [each for each in left if each >= at]
     assert [child.token_bytes for child in siblings.downwards(at)] == [each for each in left[::-1] if each < at]
 

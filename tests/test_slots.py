@@ -52,6 +52,21 @@ def test_free_runs_are_counted_in_order_of_position() -> None:
     assert pool.free_runs() == [1, 2]
 
 
+def test_a_place_with_several_users_is_referenced_once() -> None:
+    pool: SlotPool[str] = SlotPool(3)
+    slots = pool.allocate(2)
+    pool.own(0, "kept")
+    pool.pin_all(slots)
+    assert pool.referenced_count == 2
+    pool.unpin_all(slots)
+    assert pool.referenced_count == 2
+    pool.unpin_all(slots)
+    assert pool.referenced_count == 0
+    pool.pin(0)
+    assert pool.referenced_count == 1
+    pool.check()
+
+
 def test_places_never_used_are_one_run_with_free_ones_before_them() -> None:
     pool: SlotPool[str] = SlotPool(6)
     slots = pool.allocate(3)

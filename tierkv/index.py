@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import reduce
 from itertools import islice
 
-from tierkv.block import TOKEN_BYTES, BlockHash, HashFunction, Seal, Tier, common_run, seal_block
+from tierkv.block import TOKEN_BYTES, BlockHash, Seal, Tier, common_run, seal_block
 from tierkv.eviction import CacheBlock, EvictionPolicy, ObservingPolicy, VictimQueue, new_queue
 from tierkv.siblings import Siblings
 from tierkv.slots import SlotPool
@@ -203,14 +203,13 @@ class Index:
         """Return whatever entry has this hash: the caller compares its identity."""
         return self._entries.get(block_hash)
 
-    def walk(self, token_bytes: bytes, block_size: int, hash_function: HashFunction) -> list[Entry]:
+    def walk(self, token_bytes: bytes, block_size: int) -> list[Entry]:
         """Return the entries of the leading whole blocks of a sequence, up to the first that is unknown.
 
-        token_bytes: the sequence as little-endian uint32. Each entry's token ids are compared and its parent is
-        the entry before it, so a hash only ever finds a candidate; an only child is compared without being hashed.
+        token_bytes: the sequence as little-endian uint32. The tree is followed by token ids, so nothing is hashed
+        and no collision can lead astray.
         """
         step = block_size * TOKEN_BYTES
-        entries = self._entries
         parent = self._trunk
         found: list[Entry] = []
         for start in range(0, len(token_bytes) - step + 1, step):
@@ -218,8 +217,11 @@ class Index:
             if family is None:
                 break
             tokens = token_bytes[start : start + step]
-            child = family if isinstance(family, Entry) else entries.get(hash_function(parent.block_hash, tokens))
-            if child is None or child.parent is not parent or child.token_bytes != tokens:
+            if isinstance(family, Siblings):
+                child = family.find(tokens)
+            else:
+                child = family if family.token_bytes == tokens else None
+            if child is None:
                 break
             found.append(child)
             parent = child
@@ -257,8 +259,9 @@ class Index:
     def find_child(self, parent: Entry, token_bytes: bytes) -> Entry | None:
         """Return the child of an entry with exactly these token ids, whatever its hash."""
         family = parent.family
-        nearest = next(family.upwards(token_bytes), None) if isinstance(family, Siblings) else family
-        return nearest if nearest and nearest.token_bytes == token_bytes else None
+        if isinstance(family, Siblings):
+            return family.find(token_bytes)
+        return family if family and family.token_bytes == token_bytes else None
 
     def insert(
         self, block_hash: BlockHash, parent_hash: BlockHash, token_bytes: bytes, *, seal: Seal | None = None

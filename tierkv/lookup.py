@@ -109,7 +109,7 @@ def look_up(
     token_bytes: the prompt as little-endian uint32.
     """
     usable = token_bytes[: max_tokens * TOKEN_BYTES]
-    known = index.walk(usable, block_size, hash_function)
+    known = index.walk(usable, block_size)
     hot = known[: next((i for i, entry in enumerate(known) if entry.block_id is None), len(known))]
     search = _Search(index, sources)
     blocks: list[Hit] = []

@@ -68,6 +68,16 @@ class Siblings(Generic[Child]):
         if not run:
             del self._runs[at]
 
+    def find(self, token_bytes: bytes) -> Child | None:
+        """Return the child with exactly these token ids."""
+        runs = self._runs
+        if not runs:
+            return None
+        run = runs[0] if len(runs) == 1 else runs[self._run_of(token_bytes)]
+        at = bisect_left(run, token_bytes, key=_token_bytes)
+        child = run[at] if at < len(run) else None
+        return child if child is not None and child.token_bytes == token_bytes else None
+
     def only(self) -> Child | None:
         """Return the child if there is exactly one."""
         return self._runs[0][0] if len(self._runs) == 1 and len(self._runs[0]) == 1 else None

@@ -35,6 +35,7 @@ class SlotPool(Generic[Owner]):
         self.pins = array("i", bytes(4 * capacity))
         self._freed: list[int] = []
         self._unused = 0
+        self._referenced = 0
 
     @property
     def free_count(self) -> int:
@@ -48,8 +49,8 @@ class SlotPool(Generic[Owner]):
 
     @property
     def referenced_count(self) -> int:
-        """Places with a live user; linear in the number of places."""
-        return self.capacity - self.pins.count(0)
+        """Places with a live user."""
+        return self._referenced
 
     def allocate(self, count: int) -> list[int]:
         """Return `count` places, each with a reference count of one. Raises CapacityError, taking none."""
@@ -68,6 +69,7 @@ class SlotPool(Generic[Owner]):
         pins = self.pins
         for slot in slots:
             pins[slot] = 1
+        self._referenced += count
         return slots
 
     def take(self, slots: Iterable[int]) -> None:
@@ -83,15 +85,17 @@ class SlotPool(Generic[Owner]):
 
     def pin(self, slot: int) -> None:
         """Raise the reference count: one more live user."""
-        assert not self._is_free(slot), f"slot {slot} is free"
-        self.pins[slot] += 1
+        self.pin_all((slot,))
 
     def pin_all(self, slots: Iterable[int]) -> None:
         """Raise the reference count of several places."""
         pins, owners = self.pins, self.owners
         for slot in slots:
-            assert pins[slot] or owners[slot] is not None, f"slot {slot} is free"
-            pins[slot] += 1
+            count = pins[slot]
+            if not count:
+                assert owners[slot] is not None, f"slot {slot} is free"
+                self._referenced += 1
+            pins[slot] = count + 1
 
     def unpin(self, slot: int) -> bool:
         """Lower the reference count; a place without owner is freed at zero. Return whether it reached zero."""
@@ -116,6 +120,7 @@ class SlotPool(Generic[Owner]):
                 heapq.heappush(self._freed, slot)
             elif idle is not None:
                 idle.append(owner)
+        self._referenced -= num_idle
         return num_idle
 
     def reference_count(self, slot: int) -> int:
@@ -168,6 +173,7 @@ class SlotPool(Generic[Owner]):
         free = [*sorted(self._freed), *range(self._unused, self.capacity)]
         assert free == [slot for slot in range(self.capacity) if self._is_free(slot)], "a slot is leaked or used twice"
         assert all(count >= 0 for count in self.pins)
+        assert self._referenced == sum(count > 0 for count in self.pins), "the places in use are miscounted"
 
     def _is_free(self, slot: int) -> bool:
         return self.pins[slot] == 0 and self.owners[slot] is None

@@ -122,7 +122,7 @@ def _filled_index(prompts: Prompts, shape: str, num_blocks: int) -> Index:
 
 def _store(index: Index, prompt: bytes, tiers: Sequence[Tier], count: int) -> None:
     """Put up to `count` blocks of a prompt, those that are new, into the tiers that have room."""
-    known = index.walk(prompt, BLOCK_SIZE, hash_block)
+    known = index.walk(prompt, BLOCK_SIZE)
     parent = known[-1].block_hash if known else index.root
     end = min(len(prompt), (len(known) + count) * _STEP)
     slots: dict[Tier, list[int]] = {tier: [] for tier in tiers}

@@ -66,7 +66,7 @@ def time_table(table: BlockTable, num_blocks: int, num_requests: int) -> dict[st
     """Fill a table with `num_blocks` blocks, which is all that it has places for, and return what requests cost.
 
     The older half are chains of 128 blocks, which will be evicted. Among the newer ones are chains of which every
-    block has a sibling, so that none can be found without its hash.
+    block has a sibling.
     """
     prompts = Prompts()
     num_forked = min(num_requests, num_blocks // (8 * _BLOCKS))

@@ -131,6 +131,8 @@ def _store(index: Index, prompt: bytes, tiers: Sequence[Tier], count: int) -> No
         parent_hash, parent = parent, hash_block(parent, tokens)
         entry = index.insert(parent, parent_hash, tokens)
         assert entry
+        if Tier.WARM in tiers:
+            index.seal_of(entry)  # what is written down has a seal, of which some are kept
         for tier in tiers:
             if index.pool(tier).free_count:
                 (slot,) = index.pool(tier).allocate(1)

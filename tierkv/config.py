@@ -27,8 +27,8 @@ class CacheConfig:
     codec: how blocks are coded on disk and in state files: "auto" is the lossless one that suits the dtype best.
         "lossy-int8" and "lossy-fp8-e4m3" halve the bytes and change them: their blocks are another namespace's.
     eviction_policy: a name that `make_policy` knows; `tierkv replay` compares them on a trace.
-    num_io_threads: threads that read, decode and encode cold blocks. One for each core, at most 8: more gain nothing, from
-        the page cache or from a disk (measured).
+    num_io_threads: threads that read, decode and encode cold blocks. One for each core, at most 8: more gain nothing,
+        neither from the page cache nor from a disk (measured).
     warm_codec: "raw" keeps blocks in the warm tier as they are, "windows" losslessly compressed (storage/windows.py),
         "auto" compresses where a GPU does it: bfloat16 on CUDA with triton.
     gpu_decode: let the GPU decode cold blocks of 16-bit floats, where nvCOMP is installed (the extra `nvcomp`).

@@ -115,7 +115,7 @@ def read_rows(workload: Workload, path: Path, count: int) -> Iterator[Row]:
                 found.setdefault(f"cached {name}", []).append(reader.read(source))
         limit = min(device * raw / stored, _THREADS * decode)
         found.setdefault("disk / limit", []).append(found["disk cold"][-1] / limit)
-        for name, each in (("more", fewer), ("scattered", scattered)):
+        for name, each in (("more", more), ("scattered", scattered)):
             _drop_cache(path / "cold")
             with open_store["cold"]() as source:
                 found.setdefault(name, []).append(each.read(source))

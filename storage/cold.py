@@ -7,6 +7,7 @@ What is stored and why it stays consistent: cold_batch.py; what a crash leaves: 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -150,6 +151,11 @@ class ColdStore(ColdReader):
             reason = MissReason.EVICTED
         self._counters.count_read(reason)
         return reason
+
+    def read_ahead(self, block_hashes: Sequence[BlockHash]) -> None:
+        """Ask the system to fetch blocks that will be read soon; returns without them. Raises nothing."""
+        with contextlib.suppress(StoreError):
+            self._env.fetch_values(self._databases.blocks_name, block_hashes)
 
     def was_evicted(self, block_hash: BlockHash) -> bool:
         """Tell whether this object evicted a block not long ago; it may have come back since."""

@@ -5,26 +5,24 @@ compared before each transaction, and values, which are nearly all of the file, 
 that is cut short while it is open costs misses. What LMDB reads through its map, meta and trees, it reads within
 microseconds after that comparison; a cut in between cannot be survived.
 
-What the page cache has is copied from it; what it lacks is read around it (O_DIRECT), straight into the thread's own
-memory, and does not get into it: no pages to find, fill and copy from. So a few more threads than cores keep the disk
-busy without being told what will be needed next; asking the system to fetch ahead would only read everything twice.
+Plain reads cost a copy, which page faults do not; who reads several values asks to have the next ones fetched ahead.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import logging
 import mmap
 import os
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from tierkv.errors import CorruptBlockError, StoreError
-from tierkv.storage.lmdb_file import PAGE_HEADER, PAGE_HEADER_BYTES, newest_meta
+from tierkv.storage.lmdb_file import PAGE_HEADER, PAGE_HEADER_BYTES, fetch_ahead, newest_meta
 from tierkv.storage.lmdb_values import OVERFLOW_FLAG, find_leaf, overflow_pages
 from tierkv.storage.planes import Bytes
 
@@ -32,7 +30,6 @@ __all__ = ["CutShortError", "DataFile"]
 
 _COMPARED_BYTES = 64  # of a value, to tell whether a page is the one that its header says
 _BUFFER_STEP = 2 << 20  # a large page
-_UNSUPPORTED = (errno.EINVAL, errno.EOPNOTSUPP)
 
 _logger = logging.getLogger(__name__)
 
@@ -46,7 +43,6 @@ class DataFile:
 
     def __init__(self, path: Path, *, read_only: bool) -> None:
         self.path = path
-        self._direct_fd = -1
         # Not the lock file: closing any descriptor of that would drop LMDB's own locks.
         self.fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
         self._buffers = _Buffers()
@@ -56,18 +52,15 @@ class DataFile:
             self._known_bytes = os.fstat(self.fd).st_size
             if (meta.last_page + 1) * meta.page_bytes > self._known_bytes:
                 raise CorruptBlockError("it is cut short")
-            with contextlib.suppress(OSError):  # not every file system reads around the page cache
-                self._direct_fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_DIRECT", 0))
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
         """Give the descriptors back. May be called twice."""
-        for fd in (self.fd, self._direct_fd):
-            if fd >= 0:
-                os.close(fd)
-        self.fd = self._direct_fd = -1
+        if self.fd >= 0:
+            os.close(self.fd)
+        self.fd = -1
 
     def require_whole(self) -> None:
         """Raise CutShortError if the file is shorter than it has been: LMDB never makes it so."""
@@ -100,6 +93,15 @@ class DataFile:
         found = self._read(int.from_bytes(leaf.held, "little") * self._page_bytes, view)
         return np.frombuffer(view[: min(found, PAGE_HEADER_BYTES + leaf.size)], dtype=np.uint8)[PAGE_HEADER_BYTES:]
 
+    def fetch_values(self, database: bytes, keys: Sequence[bytes]) -> None:
+        """Ask the system to read values into its cache; those that are not there are passed over."""
+        for key in keys:
+            with contextlib.suppress(KeyError, CorruptBlockError, OSError):
+                leaf = find_leaf(self.fd, database, key)
+                if leaf.is_big:
+                    offset = int.from_bytes(leaf.held, "little") * self._page_bytes
+                    fetch_ahead(self.fd, offset, PAGE_HEADER_BYTES + leaf.size)
+
     def mend_value(self, database: bytes, key: bytes, value: memoryview | None) -> None:
         """Compare the header of a value's pages with what it must be, and write it anew if it differs.
 
@@ -126,31 +128,14 @@ class DataFile:
         _logger.warning("%s: the page header of value %s was damaged", self.path, key.hex())
 
     def _read(self, offset: int, view: memoryview) -> int:
-        """Read whole pages: what the page cache has of them, the rest around it. Return how many bytes were there."""
-        found = self._read_cached(offset, view) if self._direct_fd >= 0 else 0
-        if found < len(view) and self._direct_fd >= 0:
-            try:
-                found += os.preadv(self._direct_fd, [view[found:]], offset + found)
-            except OSError as exc:
-                if exc.errno not in _UNSUPPORTED:
-                    raise
+        """Read whole pages; return how many bytes were there."""
+        found = 0
         while found < len(view):
             more = os.preadv(self.fd, [view[found:]], offset + found)
             if not more:
                 break
             found += more
         return found
-
-    def _read_cached(self, offset: int, view: memoryview) -> int:
-        try:
-            found = os.preadv(self.fd, [view], offset, os.RWF_NOWAIT)
-        except BlockingIOError:
-            return 0
-        except OSError as exc:
-            if exc.errno not in _UNSUPPORTED:
-                raise
-            return 0
-        return found // self._page_bytes * self._page_bytes
 
 
 class _Buffers(threading.local):

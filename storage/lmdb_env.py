@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -219,6 +219,16 @@ class LmdbEnv:
     def mend_value(self, database: bytes, key: bytes, value: memoryview | None) -> None:
         """Put the header of a value's pages right before LMDB believes it: see `DataFile.mend_value`."""
         self._data.mend_value(database, key, value)
+
+    def fetch_values(self, database: bytes, keys: Sequence[bytes]) -> None:
+        """Ask the system to read values into its cache; those that are not there are passed over.
+
+        Finds them with plain reads, which release the GIL: a page fault inside LMDB would hold it until the
+        disk has answered.
+        """
+        with self._gate.shared():
+            self._live()
+            self._data.fetch_values(database, keys)
 
     def check_trees(self) -> None:
         """Walk the trees with plain reads. Raises StoreError, from now on at every write too, if they are damaged."""

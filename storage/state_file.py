@@ -10,8 +10,9 @@ map would end the process with SIGBUS.
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from tierkv.block import HASH_BYTES, TOKEN_BYTES, BlockHash, common_run
 from tierkv.errors import CorruptBlockError, StoreError
 from tierkv.layout import BlockLayout
 from tierkv.storage.coded import CodedBlock
+from tierkv.storage.lmdb_file import fetch_ahead
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import HEADER_BYTES, BlockInfo, TruncatedBlockError, decode_record
 from tierkv.storage.state_format import ALIGN_BYTES, ROW, STATE_VERSION, StateHeader
@@ -136,6 +138,14 @@ class StateFile:
         except OSError:
             return None
         return record if len(record) == entry.size else None
+
+    def read_ahead(self, block_hashes: Sequence[BlockHash]) -> None:
+        """Ask the system to fetch blocks that will be read soon; returns without them. Raises nothing."""
+        for block_hash in block_hashes:
+            entry = self.lookup(block_hash)
+            if entry is not None and self._fd is not None:
+                with contextlib.suppress(OSError):
+                    fetch_ahead(self._fd, entry.offset, entry.size)
 
     def read_into(
         self,

@@ -556,3 +556,10 @@ def test_a_healthy_store_is_never_taken_for_a_damaged_one(tmp_path: Path) -> Non
             if random.random() < 0.3:
                 store.compact()
             store.check()
+
+
+def test_what_a_request_needs_next_can_be_fetched_ahead(tmp_path: Path) -> None:
+    with open_store(tmp_path) as store:
+        store.put(chain_of(3))
+        store.read_ahead([record_of(0).info.block_hash, bytes(16)])
+        assert np.array_equal(read(store, chain_of(3)[0].info), block_bytes(0))

@@ -78,6 +78,7 @@ _MAX_PREFETCHES = 1024
 _MAX_WAIT_S = 60.0
 _WRITE_QUEUE_BLOCKS = 4096
 _WRITE_BATCH_BLOCKS = 8
+_AHEAD_BLOCKS = 4
 _HASH_BYTES = 16
 
 _GAUGES = (
@@ -440,8 +441,9 @@ class _Server:
 
     async def _load(self, task: FetchTask) -> None:
         """Read what a task started, and wait for that and for what others are reading already."""
-        for load in task.fresh:
-            reading = self.loop.run_in_executor(self._threads, self._read, load)
+        for at, load in enumerate(task.fresh):
+            ahead = task.fresh[at + _AHEAD_BLOCKS : at + _AHEAD_BLOCKS + 1]
+            reading = self.loop.run_in_executor(self._threads, self._read, load, ahead)
             done = self.loop.create_future()
             self._reads[load] = done
             reading.add_done_callback(partial(self._loaded, load, done))
@@ -458,9 +460,11 @@ class _Server:
         done.set_result(None)
         self.tell_news()
 
-    def _read(self, load: Load) -> MissReason | None:
+    def _read(self, load: Load, ahead: list[Load]) -> MissReason | None:
         source, layout = load.source, load.tenant.layout
         assert isinstance(source, ColdStore | StateFile)
+        for later in ahead:
+            source.read_ahead([later.entry.block_hash])
         try:
             reason = source.read_into(load.info, self._slab.slots(layout.block_bytes)[load.slot], layout=layout)
             if reason in (MissReason.CORRUPT, MissReason.TRUNCATED) and isinstance(source, StateFile):

@@ -94,6 +94,9 @@ class _DaemonBlock:
     def find_longest_run(self, parent: BlockHash, token_bytes: bytes) -> None:
         """Return None: only the daemon can look."""
 
+    def read_ahead(self, block_hashes: Sequence[BlockHash]) -> None:
+        """Do nothing: the daemon does."""
+
     def read_into(
         self,
         expected: BlockInfo,

@@ -14,7 +14,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from itertools import islice
@@ -27,6 +27,7 @@ import zstandard
 from rich.console import Console
 
 from tierkv import __version__
+from tierkv.block import BlockHash
 from tierkv.layout import BlockLayout
 from tierkv.storage.codecs import codec_by_name
 from tierkv.storage.cold import ColdStore
@@ -42,13 +43,14 @@ __all__ = ["main"]
 
 _THREADS = 2
 _ROUNDS = 5
-_READERS = _THREADS  # as many as a cache has on so many cores
+_AHEAD_BLOCKS = 4
 _DIRECT_BYTES = 4 << 20
 
 
 class Readable(Protocol):
     """What is read end to end: the cold store, or segments."""
 
+    def read_ahead(self, block_hashes: Sequence[BlockHash]) -> None: ...
     def read_into(self, expected: BlockInfo, out: Bytes, *, layout: BlockLayout) -> MissReason | None: ...
 
 
@@ -82,7 +84,7 @@ def read_rows(workload: Workload, path: Path, count: int) -> Iterator[Row]:
     raw = sum(record.raw_bytes for record in records)
     decode = decode_rate(workload, records[: len(workload.blocks)])
     infos = [record.info for record in records]
-    reader, more = _Reader(workload.layout, infos), _Reader(workload.layout, infos, num_threads=2 * _THREADS)
+    reader = _Reader(workload.layout, infos)
     scattered = _Reader(workload.layout, random.Random(0).sample(infos, len(infos)))
     quota = 2 * raw
     open_store: dict[str, Callable[[], AbstractContextManager[Readable]]] = {
@@ -109,57 +111,58 @@ def read_rows(workload: Workload, path: Path, count: int) -> Iterator[Row]:
             _drop_cache(path / name)  # closed: what is mapped would stay
             with opened() as source:
                 found.setdefault(f"disk {name}", []).append(reader.read(source))
-            _fill_cache(path / name)  # what is read around the page cache does not get there by itself
-            with opened() as source:
-                reader.read(source)  # what is mapped is mapped by this
                 found.setdefault(f"cached {name}", []).append(reader.read(source))
         limit = min(device * raw / stored, _THREADS * decode)
         found.setdefault("disk / limit", []).append(found["disk cold"][-1] / limit)
-        for name, each in (("more", more), ("scattered", scattered)):
+        _drop_cache(path / "cold")
+        with open_store["cold"]() as source:
+            found.setdefault("disk without", []).append(reader.read(source, read_ahead=False))
+        for read_ahead, name in ((True, "scattered"), (False, "scattered without")):
             _drop_cache(path / "cold")
             with open_store["cold"]() as source:
-                found.setdefault(name, []).append(each.read(source))
+                found.setdefault(name, []).append(scattered.read(source, read_ahead=read_ahead))
     block = workload.layout.block_bytes
     middle = {name: statistics.median(values) for name, values in found.items()}
     per_block = 1e9 / block
     yield Row("device, around the page cache", middle["device"], unit="GB/s")
-    yield Row(f"page cache: blocks delivered, {_READERS} threads", middle["cached cold"] * per_block, unit="blocks/s")
+    yield Row(f"page cache: blocks delivered, {_THREADS} threads", middle["cached cold"] * per_block, unit="blocks/s")
     yield Row("page cache / (cores x decode)", middle["cached cold"] / (_THREADS * decode), 0.8)
     yield Row(
         "page cache / plain zstd 3 in LMDB, one frame a block", middle["cached cold"] / middle["cached plain"], 2.0
     )
     yield Row("page cache / this store with its zstd codec", middle["cached cold"] / middle["cached zstd"])
     yield Row("page cache / segments", middle["cached cold"] / middle["cached segments"])
-    yield Row(f"disk: blocks delivered, {_READERS} threads", middle["disk cold"] * per_block, unit="blocks/s")
+    yield Row(f"disk: blocks delivered, {_THREADS} threads", middle["disk cold"] * per_block, unit="blocks/s")
     yield Row("disk / min(device x ratio, cores x decode)", middle["disk / limit"], 0.8)
     yield Row("disk / plain zstd 3 in LMDB, one frame a block", middle["disk cold"] / middle["disk plain"], 2.0)
     yield Row("disk / this store with its zstd codec", middle["disk cold"] / middle["disk zstd"])
     yield Row("disk / segments", middle["disk cold"] / middle["disk segments"])
-    yield Row(f"disk, {2 * _READERS} threads / {_READERS}", middle["more"] / middle["disk cold"])
-    yield Row("disk, scattered / as they were put", middle["scattered"] / middle["disk cold"])
+    yield Row("disk, blocks as they were put: with / without read-ahead", middle["disk cold"] / middle["disk without"])
+    yield Row("disk, scattered: with / without read-ahead", middle["scattered"] / middle["scattered without"])
 
 
 class _Reader:
     """Reads all blocks, in order, by several threads, into memory that is touched already."""
 
-    def __init__(self, layout: BlockLayout, infos: list[BlockInfo], *, num_threads: int | None = None) -> None:
+    def __init__(self, layout: BlockLayout, infos: list[BlockInfo]) -> None:
         self._layout = layout
         self._infos = infos
-        self._num_threads = num_threads or _READERS
-        self._slots = np.zeros((4 * self._num_threads, layout.block_bytes), dtype=np.uint8)
+        self._slots = np.zeros((4 * _THREADS, layout.block_bytes), dtype=np.uint8)
 
-    def read(self, store: Readable) -> float:
+    def read(self, store: Readable, *, read_ahead: bool = True) -> float:
         """Return GB/s of blocks."""
-        with ThreadPoolExecutor(self._num_threads) as threads:
+        with ThreadPoolExecutor(_THREADS) as threads:
             start = time.perf_counter()
-            shares = [threads.submit(self._read_share, store, first) for first in range(self._num_threads)]
+            shares = [threads.submit(self._read_share, store, first, read_ahead) for first in range(_THREADS)]
             for share in shares:
                 share.result()
             elapsed_s = time.perf_counter() - start
         return len(self._infos) * self._layout.block_bytes / elapsed_s / 1e9
 
-    def _read_share(self, store: Readable, first: int) -> None:
-        for number in range(first, len(self._infos), self._num_threads):
+    def _read_share(self, store: Readable, first: int, read_ahead: bool) -> None:
+        for number in range(first, len(self._infos), _THREADS):
+            if read_ahead and number + _AHEAD_BLOCKS < len(self._infos):
+                store.read_ahead([self._infos[number + _AHEAD_BLOCKS].block_hash])
             slot = self._slots[number % len(self._slots)]
             reason = store.read_into(self._infos[number], slot, layout=self._layout)
             assert reason is None, reason
@@ -196,15 +199,6 @@ def _drop_cache(directory: Path) -> None:
                 os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             finally:
                 os.close(fd)
-
-
-def _fill_cache(directory: Path) -> None:
-    """Let the page cache have the files of a directory."""
-    for path in directory.iterdir():
-        if path.is_file():
-            with path.open("rb", buffering=0) as file:
-                while file.read(_DIRECT_BYTES):
-                    pass
 
 
 def _machine(workload: Workload) -> str:

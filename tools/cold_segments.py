@@ -18,6 +18,7 @@ import zstandard
 
 from tierkv.block import BlockHash
 from tierkv.layout import BlockLayout
+from tierkv.storage.lmdb_file import fetch_ahead
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import BlockInfo, EncodedRecord, decode_record
 from tierkv.tools.cold_workloads import Bytes
@@ -49,6 +50,9 @@ class PlainZstdStore:
         """Store a block."""
         with self._env.begin(write=True) as txn:
             txn.put(block_hash, zstandard.ZstdCompressor(level=3).compress(block.data))
+
+    def read_ahead(self, block_hashes: Sequence[BlockHash]) -> None:
+        """Do nothing: it is plain."""
 
     def read_into(self, expected: BlockInfo, out: Bytes, *, layout: BlockLayout) -> MissReason | None:
         """Decompress, then copy."""
@@ -106,6 +110,12 @@ class SegmentStore:
                 txn.put(record.info.block_hash, _PLACE.pack(len(self._fds) - 1, self._end, record.stored_bytes))
                 self._end += _rounded(record.stored_bytes)
                 self.live_bytes += _rounded(record.stored_bytes)
+
+    def read_ahead(self, block_hashes: Sequence[BlockHash]) -> None:
+        """Ask the system to fetch blocks."""
+        for block_hash in block_hashes:
+            segment, offset, size = self._place(block_hash)
+            fetch_ahead(self._fds[segment], offset, size)
 
     def read_into(self, expected: BlockInfo, out: Bytes, *, layout: BlockLayout) -> MissReason | None:
         """Read a record, then decode it."""

@@ -7,6 +7,7 @@ loaded as any other, so that every command works offline on a laptop.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import shutil
 import tempfile
@@ -19,7 +20,7 @@ from torch.distributed import device_mesh
 
 from tierkv.errors import ConfigError, UnsupportedModelError
 
-__all__ = ["EMBEDDED", "LoadedModel", "load_model", "load_tokenizer", "split_model"]
+__all__ = ["EMBEDDED", "LoadedModel", "can_split_models", "load_model", "load_tokenizer", "split_model"]
 
 EMBEDDED = "embedded"
 _EMBEDDED_VERSION = 1
@@ -72,6 +73,12 @@ def load_tokenizer(name: str, *, cache_dir: Path) -> Any | None:
         return None
 
 
+def can_split_models(model: Any) -> bool:
+    """Tell whether this Transformers splits a loaded model over a plain device mesh; 5.17 does, 5.23 does not."""
+    split = getattr(model, "maybe_distribute_model", None)
+    return split is not None and "mesh_manager" not in inspect.signature(split).parameters
+
+
 def split_model(model: Any) -> Any:
     """Split a loaded model over the processes of torch.distributed, in place, by its own tensor-parallel plan.
 
@@ -83,7 +90,7 @@ def split_model(model: Any) -> Any:
     name = type(model).__name__
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         raise ConfigError(f"{name} cannot be split: torch.distributed has no process group", hint="run under torchrun")
-    if not hasattr(model, "maybe_distribute_model"):
+    if not can_split_models(model):
         raise ConfigError(f"Transformers {transformers.__version__} cannot split a loaded model", hint="5.17 can")
     if not model.tp_plan:
         raise UnsupportedModelError(f"{name} has no tensor-parallel plan")

@@ -82,6 +82,7 @@ class SlotPool(Generic[Owner]):
         self._unused = end
         for slot in chosen:
             self.pins[slot] = 1
+        self._referenced += len(chosen)
 
     def pin(self, slot: int) -> None:
         """Raise the reference count: one more live user."""

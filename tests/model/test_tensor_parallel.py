@@ -16,10 +16,14 @@ from tiny_models import make_model
 
 from tierkv.errors import ConfigError, UnsupportedModelError
 from tierkv.gate import check_split
-from tierkv.models import split_model
+from tierkv.models import can_split_models, split_model
 from tierkv.ranks import OneRank
 from tierkv.torch_ranks import TorchRanks
 
+needs_splitting = pytest.mark.skipif(
+    not can_split_models(make_model("llama", block_size=16)),
+    reason="this Transformers does not split a loaded model; 5.17 does",
+)
 WORKER = Path(__file__).with_name("rank_worker.py")
 TIMEOUT_S = 180
 COLD = 2  # where it stands among the tiers
@@ -86,6 +90,7 @@ def cached(seen: list[Any], tier: int) -> list[int]:
     return [int(one["cached"][tier]) for one in seen]
 
 
+@needs_splitting
 @pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_split_model_restarts_from_disk_and_recomputes_together_what_one_rank_lost(
@@ -109,6 +114,7 @@ def test_a_split_model_restarts_from_disk_and_recomputes_together_what_one_rank_
         ranks.assert_answers("qwen3", seen)
 
 
+@needs_splitting
 @pytest.mark.slow
 def test_other_families_are_split_as_well_and_a_weight_of_one_rank_is_part_of_every_ranks_identity(
     tmp_path: Path,

@@ -38,8 +38,8 @@ LAYERS = (
     # Siblings: they know the values and not each other; only the mover also knows the memory that it moves.
     Layer(
         "control",
-        "slots siblings eviction hazard use_history lanes policies_basic policies_segmented policies_density "
-        "policies_learned policies index meeting step_costs cascade pieces",
+        "slots rearrangement siblings eviction hazard use_history lanes policies_basic policies_segmented "
+        "policies_density policies_learned policies index meeting step_costs cascade pieces",
         below="values",
     ),
     Layer(

@@ -58,11 +58,19 @@ class ThreeMethods:
         return list(itertools.islice(leaves, count))
 
 
+class PrefixesLast(EvictionPolicy):
+    """What a user may write about single blocks alone, leaving the others to the class that it inherits from."""
+
+    def score_block(self, block: CacheBlock) -> float:
+        return -1.0 if block.is_prefix_block else super().score_block(block)
+
+
 MAKERS: dict[str, Callable[[], EvictionPolicy]] = {
     **{name: (lambda name=name: make_policy(name)) for name in policy_names()},  # type: ignore[misc]
     "hit-density, forgetful": lambda: HitDensityPolicy(num_rows=8, half_life=64, sample_mask=0),
     "learned": lambda: LearnedPolicy(MODEL, num_rows=64),
     "three methods": ThreeMethods,
+    "inherited": PrefixesLast,
 }
 
 
@@ -72,6 +80,7 @@ class Block:
 
     last_access: float
     access_count: int = 1
+    is_prefix_block: bool = False
     depth: int = 0
     num_tokens: int = 256
     block_hash: BlockHash = b"b" * 16
@@ -428,6 +437,36 @@ def test_any_policy_can_take_over_a_cache_that_is_in_use(name: str) -> None:
     assert len(cache.evict(5)) == 5
     cache.use(0, 9, at=9.0)
     cache.index.check()
+
+
+def test_a_policy_that_inherits_and_adds_nothing_is_lru() -> None:
+    class Nothing(EvictionPolicy):
+        pass
+
+    mine, lru = Cache(Nothing()), Cache(LRUPolicy())
+    for cache in (mine, lru):
+        for at, chain in enumerate([(1, 2, 3), (4, 5), (1, 2, 6), (7,), (4, 8)]):
+            cache.use(*chain, at=1e9 + 1e-3 * at)  # small steps of a large clock are told apart
+    assert mine.victims(8) == lru.victims(8)
+
+
+def test_a_score_below_zero_goes_after_all_that_are_inherited() -> None:
+    cache = Cache(PrefixesLast())
+    cache.use(1, 2, 11, at=1.0)
+    cache.use(1, 2, 12, at=2.0)
+    for chain in range(20, 26):
+        cache.use(chain, chain + 10, at=3.0)
+    assert cache.victims(16)[-2:] == [2, 1]
+
+
+def test_a_prefix_block_is_one_behind_which_prompts_part() -> None:
+    cache = Cache(LRUPolicy())
+    cache.use(1, 2, 11, at=1.0)
+    assert not any(entry.is_prefix_block for entry in cache.index)
+    cache.use(1, 2, 12, at=2.0)
+    assert [entry.depth for entry in cache.index if entry.is_prefix_block] == [1]
+    assert cache.evict(1) == [11]
+    assert not any(entry.is_prefix_block for entry in cache.index)
 
 
 # --- What every policy keeps -----------------------------------------------------------------------------

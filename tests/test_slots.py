@@ -112,3 +112,32 @@ def test_check_sees_a_leaked_place() -> None:
     pool.pins[slot] = 0
     with pytest.raises(AssertionError, match="leaked"):
         pool.check()
+
+
+def test_what_changes_places_keeps_its_owner_and_its_users() -> None:
+    pool: SlotPool[str] = SlotPool(6)
+    pool.allocate(4)
+    pool.own(3, "d")
+    for slot in (0, 1):
+        pool.unpin(slot)
+    pool.rearrange({3: 0, 2: 1})
+    pool.check()
+    assert (pool.owners[0], pool.pins[0], pool.pins[1]) == ("d", 1, 1)
+    assert pool.free_runs() == [4]
+    assert pool.fragmentation() == 0.0
+    assert pool.allocate(1) == [2]
+
+
+def test_a_limit_below_what_is_taken_leaves_no_room_and_an_excess() -> None:
+    pool: SlotPool[str] = SlotPool(4)
+    slots = pool.allocate(3)
+    pool.set_limit(2)
+    assert (pool.free_count, pool.excess_count) == (0, 1)
+    pool.unpin_all(slots[:2])
+    assert (pool.free_count, pool.excess_count) == (1, 0)
+    with pytest.raises(CapacityError):
+        pool.allocate(2)
+    pool.set_limit(4)
+    assert pool.free_count == 3
+    assert pool.peak_count == 3
+    pool.check()

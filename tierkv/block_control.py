@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from tierkv.block import BlockHash, Tier
-from tierkv.demotion import Demoter
+from tierkv.demotion import Demoter, Offloading
 from tierkv.errors import ConfigError
 from tierkv.index import Entry
 from tierkv.tiers import Tiers
@@ -75,6 +75,35 @@ class BlockControl:
         offloaded = self._offload(asked["offload"], refused) if asked["offload"] else []
         evicted = self._evict(asked["evict"], refused) if asked["evict"] else []
         return BlockReport(evicted=tuple(evicted), pinned=tuple(pinned), offloaded=tuple(offloaded), refused=refused)
+
+    @property
+    def limit(self) -> int:
+        """How many blocks may be in use or cached in the hot pool."""
+        return self._tiers.index.hot.limit
+
+    @property
+    def peak_count(self) -> int:
+        """The most blocks of the hot pool that were in use or cached at a time."""
+        return self._tiers.index.hot.peak_count
+
+    def set_limit(self, num_blocks: int) -> int:
+        """Let the hot pool take so many blocks from now on, at most as many as it has.
+
+        What is beyond that is evicted, written down first where no lower tier has it; waits for that. Return how many
+        blocks are beyond it all the same because sequences use them or they are pinned: they go as soon as they may.
+        Raises ConfigError for less than one block. The pool keeps its memory: what it does not use is not given back.
+        """
+        pool = self._tiers.index.hot
+        if num_blocks < 1:
+            raise ConfigError(f"the hot pool needs at least one block, not {num_blocks}")
+        with self._tiers.changed:
+            pool.set_limit(min(num_blocks, pool.capacity))
+            self._tiers.changed.notify_all()
+        return self._demoter.shrink()
+
+    def set_offloading(self, offloading: Offloading | None) -> None:
+        """Demote a share of what nobody uses whenever the hot pool is too full, behind the request; None ends it."""
+        self._demoter.set_offloading(offloading)
 
     def unpin(self, block_ids: Iterable[int]) -> None:
         """Let pinned blocks be evicted again; ids of blocks that are not pinned change nothing."""

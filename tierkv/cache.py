@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +19,7 @@ from tierkv.accord import Accord
 from tierkv.block import TOKEN_BYTES, BlockHash, HashFunction, Tier, TokenIds, as_token_array, hash_block, iter_chain
 from tierkv.block_control import BlockControl
 from tierkv.config import CacheConfig
-from tierkv.defragment import LayoutReport, defragment
+from tierkv.defragment import Defragmenter, LayoutReport
 from tierkv.demotion import Demoter
 from tierkv.errors import ConfigError, NamespaceMismatchError
 from tierkv.events import BlockName, CacheObserver, EventKind
@@ -381,8 +381,7 @@ class TierCache:
             self._sequences.discard(sequence)
         self._tiers.leave(sequence.block_table)
         self._tiers.unpin_all(Tier.HOT, sequence.block_table)
-        with self._tiers.changed:
-            self._demoter.trim()
+        self._demoter.keep_room()
         self._end_ticket(sequence.ticket)
 
     def pin(self, token_ids: TokenIds) -> int:
@@ -417,12 +416,22 @@ class TierCache:
             self._tiers.reap()
             pool = self._tiers.index.pool(tier)
             wanted = pool.capacity if count is None else count
-            before = pool.free_count
+            before = pool.used_count
             if tier is Tier.WARM:
                 self._tiers.evict_warm(wanted)
             else:
                 self._demoter.evict_hot(wanted)
-            return pool.free_count - before
+            return before - pool.used_count
+
+    def defragment(self, running: Collection[Sequence] = ()) -> LayoutReport:
+        """Lay the hot pool's chains in contiguous runs, no byte changed. Return what was moved: block ids change.
+
+        running: sequences whose block tables may be rewritten, because nothing is computed with them until this
+        returns; blocks of all other running sequences stay where they are. Raises StoreError if a copy fails.
+        """
+        for sequence in running:
+            _require_running(sequence)
+        return Defragmenter(self._tiers, self._demoter).run(running)
 
     def flush(self) -> None:
         """Wait until every committed block has been written to the lower tiers and synced to disk."""
@@ -463,38 +472,6 @@ class TierCache:
             self._tiers.states.append(state)
         return len(state)
 
-    def set_hot_limit(self, num_blocks: int | None) -> int:
-        """Use at most so many blocks of the hot pool from now on, or all; return how many are used over the limit.
-
-        Takes effect at once: what may go is evicted, written down first where no lower tier has it. Blocks in use stay
-        until their sequences end. The pool's memory stays the pool's. Raises ConfigError below one block.
-        """
-        pool = self._tiers.index.hot
-        if num_blocks is not None and num_blocks < 1:
-            raise ConfigError(f"the hot pool needs at least one block, got {num_blocks}")
-        with self._tiers.changed:
-            pool.limit = pool.capacity if num_blocks is None else min(num_blocks, pool.capacity)
-        for _ in range(2):  # at first some are written down, then they may go
-            with self._tiers.changed:
-                self._tiers.reap()
-                self._demoter.trim()
-            self._demoter.flush()
-        return max(0, pool.used_count - pool.limit)
-
-    def set_offloading(self, threshold: float | None, ratio: float = 0.2) -> None:
-        """Evict a share of what may go, written down first, whenever the hot pool is fuller than a threshold.
-
-        Both are shares, of the usable blocks and of the evictable ones; None for the threshold ends it.
-        """
-        if threshold is not None and not (0 < threshold <= 1 and 0 < ratio <= 1):
-            raise ConfigError(f"threshold and ratio must lie above 0 and at most at 1, got {threshold} and {ratio}")
-        with self._tiers.changed:
-            self._demoter.offloading = None if threshold is None else (threshold, ratio)
-
-    def defragment(self) -> LayoutReport:
-        """Move related blocks of the hot pool together; call it between steps. See `tierkv.defragment`."""
-        return defragment(self._tiers, self._demoter, self._sequences)
-
     def stats(self) -> CacheStats:
         """Return counters and sizes as they are now."""
         tiers, layout = self._tiers, self.layout
@@ -502,7 +479,6 @@ class TierCache:
         lower = self._daemon.sizes() if self._daemon else {}
         with tiers.changed:
             hot, warm = tiers.index.hot, tiers.index.warm
-            free_runs = hot.free_runs()
             sizes = {
                 tier: TierStats(
                     blocks=pool.used_count,
@@ -526,7 +502,7 @@ class TierCache:
             return tiers.stats.snapshot(
                 sizes | lower,
                 avg_shared_blocks=self._avg_shared_blocks(),
-                fragmentation_ratio=1 - max(free_runs) / sum(free_runs) if free_runs else 0.0,
+                fragmentation_ratio=hot.fragmentation(),
             )
 
     def set_eviction_policy(self, policy: str | EvictionPolicy) -> None:

@@ -1,142 +1,183 @@
-"""MemoryController: one place to say how much memory the cache may use, what goes first, and to look at the outcome."""
+"""MemoryController: one place from which to see and steer the memory of a cache while it works."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
 
 from tierkv.block import Tier
 from tierkv.block_control import BlockReport
 from tierkv.cache import TierCache
 from tierkv.defragment import LayoutReport
+from tierkv.demotion import Offloading
 from tierkv.errors import ConfigError
-from tierkv.policies import EvictionPolicy
+from tierkv.policies import EvictionPolicy, make_policy
 from tierkv.profiler import MemoryProfiler
+from tierkv.sequence import Sequence as RunningSequence
 
 __all__ = ["MemoryController"]
 
 
-class MemoryController:
-    """Steers one cache. Made without one it keeps what is set until `attach`. Thread-safe as the cache is.
+class Engine(Protocol):
+    """What runs a model over a cache and can be held between two steps; Runner can."""
 
-    Source: the control interface of the project's plan; the names are those people look for.
+    @property
+    def cache(self) -> TierCache: ...
+    def between_steps(self) -> AbstractContextManager[list[RunningSequence]]:
+        """Hold generation, and yield the sequences whose block tables may be rewritten."""
+
+
+class MemoryController:
+    """Steers the memory of one cache, that of a runner or one by itself. Thread-safe.
+
+    over: a runner or a cache; without one, settings are kept until `attach` names it. What acts or tells at once
+    raises ConfigError before that.
     """
 
-    def __init__(self, cache: TierCache | None = None) -> None:
+    def __init__(self, over: Engine | TierCache | None = None) -> None:
+        self._engine: Engine | None = None
         self._cache: TierCache | None = None
         self._budget_bytes: int | None = None
         self._policy: str | EvictionPolicy | None = None
-        self._offloading: tuple[float, float] | None = None
-        if cache:
-            self.attach(cache)
+        self._offloading: Offloading | None = None
+        if over is not None:
+            self.attach(over)
+
+    def attach(self, over: Engine | TierCache) -> None:
+        """Steer this runner or cache from now on, by the settings made so far. One cache to a controller."""
+        if self._cache is not None:
+            raise ConfigError("this controller steers a cache already", hint="use one controller for each cache")
+        self._engine = None if isinstance(over, TierCache) else over
+        self._cache = over if isinstance(over, TierCache) else over.cache
+        if self._policy is not None:
+            self._cache.set_eviction_policy(self._policy)
+        if self._offloading:
+            self._cache.blocks.set_offloading(self._offloading)
+        if self._budget_bytes is not None:
+            self._apply_budget(self._cache, self._budget_bytes)
 
     @property
     def cache(self) -> TierCache:
-        """The cache that is steered. Raises ConfigError before `attach`."""
+        """The cache that is steered. Raises ConfigError while there is none."""
         if self._cache is None:
-            raise ConfigError("the controller has no cache yet", hint="controller.attach(cache)")
+            raise ConfigError("the controller steers no cache", hint="MemoryController(runner), or attach(runner)")
         return self._cache
 
-    def attach(self, cache: TierCache) -> MemoryController:
-        """Steer this cache from now on, by everything that has been set so far. Returns itself."""
-        self._cache = cache
-        if self._budget_bytes is not None:
-            self.set_memory_budget(self._budget_bytes)
-        if self._policy is not None:
-            self.set_eviction_policy(self._policy)
-        if self._offloading is not None:
-            self.enable_cpu_offloading(*self._offloading)
-        return self
-
     def set_memory_budget(self, num_bytes: int) -> int:
-        """Let blocks take at most so many bytes of the hot pool; more than the pool has means all of it.
+        """Let hot blocks take at most so many bytes from now on, in whole blocks, and no more than the pool has.
 
-        Takes effect at once: what may go is evicted, and written to a lower tier before if none has it. Return the
-        bytes that running sequences still hold beyond the budget. Raises ConfigError for less than one block.
+        What is over it is demoted or evicted before this returns. Return how many blocks are over it all the same:
+        running sequences use them or they are pinned, and they go as soon as they may. The pool's memory stays the
+        pool's. Raises ConfigError for less than one block, where the cache is known, or none.
         """
+        if num_bytes < 1:
+            raise ConfigError(f"a memory budget must be positive, got {num_bytes}")
+        excess = self._apply_budget(self._cache, num_bytes) if self._cache else 0
         self._budget_bytes = num_bytes
-        if self._cache is None:
-            return 0
-        block_bytes = self._cache.layout.block_bytes
-        if num_bytes < block_bytes:
-            raise ConfigError(f"a budget of {num_bytes} bytes holds no block of {block_bytes}")
-        return self._cache.set_hot_limit(num_bytes // block_bytes) * block_bytes
+        return excess
 
     def set_eviction_policy(self, policy: str | EvictionPolicy) -> None:
-        """Choose victims by a policy's name or by any object with its three methods. Raises ConfigError."""
-        self._policy = policy
+        """Choose what is evicted by another policy: a name that `make_policy` knows, or an object of one's own."""
+        chosen = make_policy(policy) if isinstance(policy, str) else policy
         if self._cache:
-            self._cache.set_eviction_policy(policy)
+            self._cache.set_eviction_policy(chosen)
+        self._policy = chosen
 
     def enable_cpu_offloading(self, offload_threshold: float = 0.9, offload_ratio: float = 0.2) -> None:
-        """Move a share of the idle blocks out of the hot pool whenever it is fuller than the threshold.
+        """Demote ahead of need: whenever more than this share of the budget is taken, this share of what nobody uses.
 
-        They go to the tiers below it, behind the request, before anybody needs their room.
+        That happens behind requests, on the thread that writes, and what no lower tier could take stays hot.
         """
-        self._offloading = (offload_threshold, offload_ratio)
+        self._offloading = Offloading(threshold=offload_threshold, ratio=offload_ratio)
         if self._cache:
-            self._cache.set_offloading(offload_threshold, offload_ratio)
+            self._cache.blocks.set_offloading(self._offloading)
 
     def disable_cpu_offloading(self) -> None:
-        """Evict only when room is needed again."""
+        """Demote only when a request needs the room."""
         self._offloading = None
         if self._cache:
-            self._cache.set_offloading(None)
+            self._cache.blocks.set_offloading(None)
 
     def get_memory_stats(self) -> dict[str, Any]:
-        """Return counters and sizes by name; bytes and blocks by tier under `tiers`."""
-        stats, cache = self.cache.stats(), self.cache
-        hot = stats.tiers[Tier.HOT]
-        limit = min(self._budget_bytes or hot.capacity_bytes, hot.capacity_bytes)
-        tiers = {
-            tier.value: {
-                "blocks": size.blocks,
-                "used_bytes": size.used_bytes,
-                "stored_bytes": size.stored_bytes,
-                "capacity_bytes": size.capacity_bytes,
-                "hits": size.hits,
-                "evictions": size.evictions,
-            }
-            for tier, size in stats.tiers.items()
-        }
+        """Return what the cache holds and how well that serves, as plain values by name.
+
+        Shares lie between 0 and 1. fragmentation: 0 where the free hot blocks are one run. budget_bytes: what hot
+        blocks may take; over_budget_bytes: what they take beyond that, because it is in use or pinned. peak_bytes: the
+        most that hot blocks took at a time. tiers: by name, each with hits, hit_rate (of all blocks asked for), blocks,
+        used_bytes, stored_bytes, capacity_bytes, evictions, bytes_in and bytes_out.
+        """
+        stats, blocks, size = self.cache.stats(), self.cache.blocks, self.cache.layout.block_bytes
+        hot, budget = stats.tiers[Tier.HOT], blocks.limit * size
+        asked = stats.hits + stats.misses
         return {
             "cache_hit_rate": stats.hit_rate,
             "token_hit_rate": stats.token_hit_rate,
+            "requests": stats.requests,
+            "hits": stats.hits,
+            "misses": stats.misses,
+            "miss_reasons": dict(stats.miss_reasons),
             "fragmentation": stats.fragmentation_ratio,
             "avg_shared_blocks": stats.avg_shared_blocks,
             "eviction_count": stats.eviction_count,
-            "memory_budget": limit,
-            "memory_used": hot.used_bytes,
-            "block_bytes": cache.layout.block_bytes,
-            "miss_reasons": dict(stats.miss_reasons),
-            "tiers": tiers,
+            "skipped_writes": stats.skipped_writes,
+            "block_bytes": size,
+            "block_size": self.cache.config.block_size,
+            "budget_bytes": budget,
+            "budget_blocks": blocks.limit,
+            "over_budget_bytes": max(0, hot.used_bytes - budget),
+            "over_budget_blocks": max(0, hot.blocks - blocks.limit),
+            "used_bytes": hot.used_bytes,
+            "peak_bytes": blocks.peak_count * size,
+            "peak_blocks": blocks.peak_count,
+            "tiers": {
+                tier.value: {
+                    "hits": each.hits,
+                    "hit_rate": each.hits / asked if asked else 0.0,
+                    "hit_tokens": each.hit_tokens,
+                    "blocks": each.blocks,
+                    "used_bytes": each.used_bytes,
+                    "stored_bytes": each.stored_bytes,
+                    "capacity_bytes": each.capacity_bytes,
+                    "evictions": each.evictions,
+                    "bytes_in": each.bytes_in,
+                    "bytes_out": each.bytes_out,
+                }
+                for tier, each in stats.tiers.items()
+            },
         }
 
     def manual_cache_management(
         self,
-        evict_blocks: Iterable[int] = (),
-        pin_blocks: Iterable[int] = (),
-        offload_blocks: Iterable[int] = (),
+        evict_blocks: Sequence[int] | None = None,
+        pin_blocks: Sequence[int] | None = None,
+        offload_blocks: Sequence[int] | None = None,
     ) -> BlockReport:
-        """Pin, offload and evict blocks of the hot pool by their ids, and say what became of each; see `cache.blocks`.
+        """Pin, offload and evict blocks of the hot pool by their ids; say what became of each.
 
-        Raises ConfigError for an id that no block can have; nothing is done then.
+        `cache.blocks.inspect()` tells which block is which, `cache.blocks.unpin` takes pins back. What cannot be done,
+        because a block is in use, say, is in the report; an id that no block can have raises ConfigError.
         """
-        return self.cache.blocks.manage(evict=evict_blocks, pin=pin_blocks, offload=offload_blocks)
+        return self.cache.blocks.manage(evict=evict_blocks or (), pin=pin_blocks or (), offload=offload_blocks or ())
 
     def optimize_memory_layout(self) -> LayoutReport:
-        """Move related blocks together, so that the free ones are one run; contents stay what they are.
+        """Defragment the hot pool: chains lie in contiguous runs, what is free is one. Return what was moved.
 
-        Call it between steps. Block tables of running sequences are rewritten in place. Raises StoreError.
+        A runner is held between two steps meanwhile, and its running sequences move too. With a cache alone nobody
+        knows when those are at rest: their blocks stay; `cache.defragment(running)` moves them for who does know.
+        Block ids that were read before name other blocks afterwards. Raises StoreError if a copy fails.
         """
-        return self.cache.defragment()
+        if self._engine is None:
+            return self.cache.defragment()
+        with self._engine.between_steps() as running:
+            return self.cache.defragment(running)
 
     @contextmanager
     def profile(self) -> Iterator[MemoryProfiler]:
-        """Watch the cache meanwhile; the profiler's report may be made inside or afterwards."""
-        profiler = MemoryProfiler(self.cache)
-        try:
+        """Watch the cache within a with-statement; the profiler's report can be made inside or afterwards."""
+        with MemoryProfiler(self.cache) as profiler:
             yield profiler
-        finally:
-            profiler.close()
+
+    @staticmethod
+    def _apply_budget(cache: TierCache, num_bytes: int) -> int:
+        return cache.blocks.set_limit(num_bytes // cache.layout.block_bytes)

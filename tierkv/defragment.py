@@ -1,113 +1,137 @@
-"""Moves the blocks of the hot pool together: those of a sequence or a chain side by side, the free ones in one run."""
+"""Defragments the hot pool: what belongs together lies together, and what is free is one run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from tierkv.block import Tier
 from tierkv.demotion import Demoter
+from tierkv.errors import CapacityError, StoreError
 from tierkv.events import EventKind
-from tierkv.index import Entry
 from tierkv.mover import Move
+from tierkv.rearrangement import Shift, count_breaks, plan_places, plan_shifts
 from tierkv.sequence import Sequence
 from tierkv.tiers import Tiers
 
-__all__ = ["LayoutReport", "defragment"]
+__all__ = ["Defragmenter", "LayoutReport"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayoutReport:
-    """What a defragmentation did. moved: block ids before and after. fragmentation: as in `CacheStats`."""
+    """What a defragmentation did. moved: old block id -> new one; num_fixed: blocks in use that had to stay.
 
-    moved: dict[int, int]
-    fragmentation_before: float
-    fragmentation_after: float
-
-
-def defragment(tiers: Tiers, demoter: Demoter, sequences: Iterable[Sequence]) -> LayoutReport:
-    """Give related blocks neighbouring ids; block tables of the sequences are rewritten, contents unchanged.
-
-    Call it between steps: no forward pass may read the pool meanwhile. Blocks that are still being loaded or written
-    down stay where they are. Raises StoreError where a copy fails; then running sequences must be released.
+    num_copies: blocks copied, detours included. breaks: blocks that do not lie right behind the block before them, when
+    the index is read chain by chain. fragmentation: as `CacheStats.fragmentation_ratio`.
     """
-    demoter.flush()
-    with tiers.changed:
-        while tiers.in_flight:
-            tiers.in_flight[0][0].synchronize()
+
+    moved: Mapping[int, int] = field(default_factory=dict)
+    num_fixed: int = 0
+    num_copies: int = 0
+    breaks_before: int = 0
+    breaks_after: int = 0
+    fragmentation_before: float = 0.0
+    fragmentation_after: float = 0.0
+
+
+class Defragmenter:
+    """Moves blocks inside the hot pool while nobody looks; each copy is compared with its source before that goes."""
+
+    def __init__(self, tiers: Tiers, demoter: Demoter) -> None:
+        self._tiers = tiers
+        self._demoter = demoter
+
+    def run(self, sequences: Collection[Sequence]) -> LayoutReport:
+        """Lay chains of the index in contiguous runs from block 0 on and rewrite what names a block by its id.
+
+        sequences: running ones whose owners neither compute nor call the cache meanwhile; their block tables are
+        rewritten in place. A block that anybody else uses (another sequence, a copy, a write) stays where it is.
+        A full pool gives up one block to have room to move. Raises StoreError when a copy fails or differs; what was
+        moved before that is in order.
+        """
+        tiers, pool = self._tiers, self._tiers.index.hot
+        self._demoter.flush()  # what is queued to be written could not be moved
+        with tiers.changed:
+            if pool.used_count == pool.capacity:
+                self._free_one()
+            tiers.mover.drain()
             tiers.reap()
-        running = list(sequences)
-        pool = tiers.index.hot
-        before = _fragmentation(pool.free_runs())
-        targets = _targets(tiers, running)
-        if not targets:
-            return LayoutReport({}, before, before)
-        tiers.wait_for_users(list(targets))
-        tiers.mover.copy(list(_moves(targets, tiers.hot.scratch_block))).synchronize()
-        _rename(tiers, running, targets)
-        return LayoutReport(targets, before, _fragmentation(pool.free_runs()))
+            fragmentation = pool.fragmentation()
+            users = Counter(block_id for sequence in sequences for block_id in sequence.block_table)
+            order = list(dict.fromkeys(self._iter_order(sequences)))
+            fixed = {block_id for block_id in pool.used() if self._is_fixed(block_id, users)}
+            places = plan_places([block_id for block_id in order if block_id not in fixed], fixed, pool.capacity)
+            done: list[Shift] = []
+            try:
+                self._copy(places, done)
+            finally:
+                moved = _ends(done)
+                tiers.index.rearrange_hot(moved)
+                for sequence in sequences:
+                    sequence.block_table[:] = [moved.get(block_id, block_id) for block_id in sequence.block_table]
+                tiers.mover.drain()
+                tiers.changed.notify_all()
+            return LayoutReport(
+                moved=moved,
+                num_fixed=len(fixed),
+                num_copies=len(done),
+                breaks_before=count_breaks(order),
+                breaks_after=count_breaks(order, moved),
+                fragmentation_before=fragmentation,
+                fragmentation_after=pool.fragmentation(),
+            )
+
+    def _free_one(self) -> None:
+        """Give up the block that would go next, written down first; where none may go, all stay where they are."""
+        try:
+            self._tiers.index.unpin_all(Tier.HOT, self._demoter.take_hot(1))
+        except CapacityError:
+            return
+
+    def _is_fixed(self, block_id: int, users: Counter[int]) -> bool:
+        """Tell whether somebody has a hold on a block whom we cannot tell that it moves; the lock is held."""
+        return self._tiers.index.hot.pins[block_id] != users[block_id] or block_id in self._tiers.arriving
+
+    def _iter_order(self, sequences: Collection[Sequence]) -> Iterator[int]:
+        """Yield hot blocks chain by chain; one that only a sequence knows, behind the block that it follows there."""
+        index = self._tiers.index
+        private: dict[int, list[int]] = {}
+        for sequence in sequences:
+            last = -1
+            for block_id in sequence.block_table:
+                if index.hot.owners[block_id] is None:
+                    private.setdefault(last, []).append(block_id)
+                else:
+                    last = block_id
+        for entry in index.depth_first():
+            if entry.block_id is not None:
+                yield entry.block_id
+                yield from private.get(entry.block_id, ())
+        yield from private.get(-1, ())
+
+    def _copy(self, places: Mapping[int, int], done: list[Shift]) -> None:
+        """Carry a plan out, block by block; `done` says how far it came. The lock is held."""
+        tiers, pool = self._tiers, self._tiers.index.hot
+        final = {places.get(block_id, block_id) for block_id in pool.used()}
+        spare = next((place for place in range(pool.capacity) if place not in final), None)
+        owners = {block_id: pool.owners[block_id] for block_id in places}
+        with tiers.watch.span("defragment") as detail:
+            for shift in plan_shifts(places, spare):
+                move = Move(shift.source, shift.target)
+                tiers.mover.copy([move])
+                if not tiers.mover.is_same(move):
+                    raise StoreError(f"block {shift.source} changed on its way to {shift.target}")
+                done.append(shift)
+                owners[shift.target] = owner = owners.pop(shift.source)
+                if owner:
+                    tiers.watch.block(EventKind.MOVE, Tier.HOT, owner, slot=shift.target, moved_from=shift.source)
+            detail["blocks"] = len(done)
 
 
-def _targets(tiers: Tiers, running: list[Sequence]) -> dict[int, int]:
-    """Return the new block id of each block that moves."""
-    pool = tiers.index.hot
-    users = [0] * pool.capacity
-    for sequence in running:
-        for block_id in sequence.block_table:
-            users[block_id] += 1
-    loading = {block_id for sequence in running if sequence.split for block_id in sequence.block_table}
-    order = dict.fromkeys(_in_order(tiers, running))  # each block once, where it is first met
-    movable = [block_id for block_id in order if pool.pins[block_id] == users[block_id] and block_id not in loading]
-    held = {i for i in range(pool.capacity) if pool.pins[i] or pool.owners[i] is not None} - set(movable)
-    places = (block_id for block_id in range(pool.capacity) if block_id not in held)
-    return {old: new for old, new in zip(movable, places, strict=False) if old != new}
-
-
-def _in_order(tiers: Tiers, running: list[Sequence]) -> Iterator[int]:
-    """Yield block ids: sequence after sequence, then chain after chain of what is cached."""
-    for sequence in running:
-        yield from sequence.block_table
-    stack = tiers.index.children(tiers.index.root)
-    while stack:
-        entry = stack.pop()
-        if entry.block_id is not None:
-            yield entry.block_id
-        stack += tiers.index.children(entry.block_hash)
-
-
-def _moves(targets: dict[int, int], scratch: int) -> Iterator[Move]:
-    """Yield copies in an order in which none overwrites what another still has to read; `scratch` breaks circles."""
-    source_of = {new: old for old, new in targets.items()}
-    for last in [new for new in source_of if new not in targets]:  # nobody reads that place any more
-        new = last
-        while new in source_of:
-            old = source_of.pop(new)
-            yield Move(old, new)
-            new = old
-    while source_of:  # what is left are circles
-        first = new = next(iter(source_of))
-        yield Move(first, scratch)
-        while (old := source_of.pop(new)) != first:
-            yield Move(old, new)
-            new = old
-        yield Move(scratch, new)
-
-
-def _rename(tiers: Tiers, running: list[Sequence], targets: dict[int, int]) -> None:
-    """Let everybody know the new ids."""
-    pool = tiers.index.hot
-    owners: list[tuple[Entry, int]] = [
-        (owner, new) for old, new in targets.items() if (owner := pool.owners[old]) is not None
-    ]
-    pool.rename(targets)
-    for entry, _ in owners:
-        tiers.watch.block(EventKind.FREE, Tier.HOT, entry, slot=entry.block_id)
-    for entry, new in owners:
-        entry.block_id = new
-        tiers.watch.block(EventKind.ALLOCATE, Tier.HOT, entry, slot=new)
-    for sequence in running:
-        sequence.block_table[:] = [targets.get(block_id, block_id) for block_id in sequence.block_table]
-
-
-def _fragmentation(free_runs: list[int]) -> float:
-    return 1 - max(free_runs) / sum(free_runs) if free_runs else 0.0
+def _ends(shifts: Collection[Shift]) -> dict[int, int]:
+    """Return where blocks are after these shifts, old place -> new, without those that are back where they were."""
+    began: dict[int, int] = {}  # place -> where the block that is there now came from
+    for shift in shifts:
+        began[shift.target] = began.pop(shift.source, shift.source)
+    return {old: new for new, old in began.items() if old != new}

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
+from math import ceil
 from typing import TypeAlias
 
 from tierkv.block import TOKEN_BYTES, BlockHash, Tier
-from tierkv.errors import CapacityError, StoreError
+from tierkv.errors import CapacityError, ConfigError, StoreError
 from tierkv.events import EventKind
 from tierkv.index import Entry
 from tierkv.mover import Move, Ready
@@ -17,7 +20,7 @@ from tierkv.storage.record import BlockInfo, EncodedRecord, encode_record
 from tierkv.tiers import Compression, Job, Place, Tiers
 from tierkv.write_behind import WriteBehind
 
-__all__ = ["AfterWrites", "Demoter"]
+__all__ = ["AfterWrites", "Demoter", "Offloading"]
 
 _log = logging.getLogger(__name__)
 
@@ -27,6 +30,22 @@ _QUEUE_BLOCKS = 4096
 
 AfterWrites: TypeAlias = Callable[[], None]
 """What is called when everything queued before it has been written; it raises nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offloading:
+    """When the hot pool is fuller than `threshold`, a `ratio` of what nobody uses is demoted behind the request.
+
+    Both are shares above 0, up to 1: of the places that the pool may take, and of the cached blocks.
+    """
+
+    threshold: float = 0.9
+    ratio: float = 0.2
+
+    def __post_init__(self) -> None:
+        for name in ("threshold", "ratio"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ConfigError(f"offload_{name} must lie above 0 and be at most 1, got {getattr(self, name)}")
 
 
 class Demoter:
@@ -42,7 +61,8 @@ class Demoter:
         self.staging = pool.allocate(max(1, min(_BATCH_BLOCKS, pool.capacity // 2)) if tiers.compression else 1)
         tiers.reserved_raw += len(self.staging)
         self._failed: set[BlockHash] = set()
-        self.offloading: tuple[float, float] | None = None
+        self._offloading: Offloading | None = None
+        self._is_offloading = False
         self._queue: WriteBehind[Job | AfterWrites] = WriteBehind(
             self._process, capacity=_QUEUE_BLOCKS, batch_size=_BATCH_BLOCKS
         )
@@ -83,36 +103,23 @@ class Demoter:
             while True:
                 tiers.reap()
                 was_idle = not self._queue.pending and not tiers.in_flight
-                short = count - pool.free_count
+                short = count + pool.used_count - pool.limit
                 if short > 0 and count <= pool.limit - pool.referenced_count:  # else it would be in vain
                     self.evict_hot(short)
                 if pool.free_count >= count:
                     block_ids = pool.allocate(count)
                     tiers.wait_for_users(block_ids)
-                    self._offload_if_full()
+                    self._offload_soon()
                     return block_ids
                 if was_idle and not self._queue.pending:
                     raise CapacityError(
                         f"the hot pool has no room for {count} more blocks: {pool.referenced_count} of "
                         f"{pool.limit} are in use, and what is left is too little or pinned",
-                        hint="raise hot_bytes, or run fewer sequences at once",
+                        hint="raise hot_bytes"
+                        + (" or the memory budget" if pool.limit < pool.capacity else "")
+                        + ", or run fewer sequences at once",
                     )
                 tiers.wait()
-
-    def trim(self) -> None:
-        """Evict what is over the pool's limit, as far as it may go; the caller holds the lock."""
-        excess = -self._tiers.index.hot.free_count
-        if excess > 0:
-            self.evict_hot(excess)
-
-    def _offload_if_full(self) -> None:
-        """Make room ahead of need once the pool is fuller than asked for; the caller holds the lock."""
-        if self.offloading is None:
-            return
-        pool = self._tiers.index.hot
-        threshold, ratio = self.offloading
-        if pool.used_count > threshold * pool.limit:
-            self.evict_hot(max(1, int(ratio * (pool.used_count - pool.referenced_count))))
 
     def evict_hot(self, count: int) -> None:
         """Evict up to `count` blocks; those that no lower tier has yet are queued to be written first.
@@ -129,6 +136,33 @@ class Demoter:
         evicted = tiers.evict(ready, Tier.HOT)  # not one whose child is still to be written
         self._failed.difference_update(entry.block_hash for entry in evicted)
 
+    def shrink(self) -> int:
+        """Evict until the hot pool is within its limit, waiting for the writes that this needs.
+
+        Return how many blocks are beyond it all the same: they are in use, or pinned.
+        """
+        pool = self._tiers.index.hot
+        while excess := self._evict_excess():
+            self._queue.flush()  # what had to be written first may go now
+            if self._evict_excess() >= excess:
+                break
+        return pool.excess_count
+
+    def keep_room(self) -> None:
+        """Do what the hot pool's limit, and offloading, ask for now that blocks may have come out of use."""
+        pool = self._tiers.index.hot
+        if pool.limit < pool.capacity:
+            self._evict_excess()
+        if self._offloading:
+            with self._tiers.changed:
+                self._offload_soon()
+
+    def set_offloading(self, offloading: Offloading | None) -> None:
+        """Keep room in the hot pool ahead of requests from now on, or no more."""
+        with self._tiers.changed:
+            self._offloading = offloading
+            self._offload_soon()
+
     def flush(self) -> None:
         """Wait until everything queued so far lies where it was to be written."""
         self._queue.flush()
@@ -136,6 +170,51 @@ class Demoter:
     def close(self) -> None:
         """Write what is queued and stop. May be called twice."""
         self._queue.close()
+
+    def _evict_excess(self) -> int:
+        """Evict what is beyond the hot pool's limit. Return how many still are."""
+        pool = self._tiers.index.hot
+        with self._tiers.changed:
+            self._tiers.reap()
+            if pool.excess_count:
+                self.evict_hot(pool.excess_count)
+                self._tiers.changed.notify_all()
+            return pool.excess_count
+
+    def _offload_soon(self) -> None:
+        """Have the write thread offload a share of what nobody uses, if the hot pool is too full.
+
+        The caller holds the lock.
+        """
+        if not self._is_offloading and self._num_to_offload():
+            self._is_offloading = self._queue.offer(self._offload)
+
+    def _num_to_offload(self) -> int:
+        pool, offloading = self._tiers.index.hot, self._offloading
+        if not offloading or pool.used_count <= offloading.threshold * pool.limit:
+            return 0
+        return ceil(offloading.ratio * pool.idle_count)
+
+    def _offload(self) -> None:
+        """Choose what is to be offloaded, and write down what the warm tier lacks; it goes once that is done."""
+        tiers = self._tiers
+        with tiers.changed:
+            count = self._num_to_offload()
+            victims = tiers.index.select_victims(Tier.HOT, count) if count else []
+            for entry in victims:
+                if entry.warm_slot is None and not (tiers.lower and entry.in_cold):
+                    self.write_down(entry, tiers.mover.mark())
+            self._is_offloading = bool(victims) and self._queue.offer(partial(self._evict_offloaded, victims))
+
+    def _evict_offloaded(self, victims: Sequence[Entry]) -> None:
+        """Evict what a lower tier has by now, children before parents, if still nobody uses it."""
+        tiers = self._tiers
+        with tiers.changed:
+            self._is_offloading = False
+            for entry in victims:
+                if tiers.index.is_evictable(entry, Tier.HOT) and (entry.warm_slot is not None or entry.in_cold):
+                    tiers.evict([entry], Tier.HOT)
+            tiers.changed.notify_all()
 
     def _must_write_first(self, entry: Entry) -> bool:
         has_copy = entry.warm_slot is not None or entry.in_cold
@@ -145,6 +224,7 @@ class Demoter:
         for is_job, run in groupby(work, lambda each: isinstance(each, Job)):
             if is_job:
                 self._write([each for each in run if isinstance(each, Job)])
+                self.keep_room()  # what had to be written before it might go
             else:
                 for action in run:
                     assert not isinstance(action, Job)

@@ -32,6 +32,7 @@ class EventKind(Enum):
     REGISTER = "register"  # computed, and found there from now on
     PROMOTE = "promote"  # copied up into the tier
     DEMOTE = "demote"  # copied down into the tier
+    MOVE = "move"  # copied from `moved_from` to another place of the tier, which was free
     EVICT = "evict"  # the tier forgot it
     HIT = "hit"  # the tier answered a request
     MISS = "miss"  # no tier did; `reason` says why
@@ -78,6 +79,7 @@ class BlockEvent:
     num_bytes: int
     slot: int | None = None
     reason: str = ""
+    moved_from: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,11 +24,12 @@ __all__ = [
 ]
 
 
-class CacheBlock(Protocol):
-    """What a policy may know of a block. Times are seconds of the cache's clock.
+_FAR_AWAY_S = float(1 << 36)
+"""Two thousand years: beyond what any clock says, and floats this large still tell 20 us apart."""
 
-    is_prefix_block: it begins a chain, or others continue it: several prompts may need it.
-    """
+
+class CacheBlock(Protocol):
+    """What a policy may know of a block. Times are seconds of the cache's clock."""
 
     @property
     def block_hash(self) -> BlockHash: ...
@@ -37,8 +38,6 @@ class CacheBlock(Protocol):
     @property
     def depth(self) -> int: ...
     @property
-    def is_prefix_block(self) -> bool: ...
-    @property
     def num_tokens(self) -> int: ...
     @property
     def created_at(self) -> float: ...
@@ -46,6 +45,12 @@ class CacheBlock(Protocol):
     def last_access(self) -> float: ...
     @property
     def access_count(self) -> int: ...
+    @property
+    def is_prefix_block(self) -> bool:
+        """Whether prompts part behind it: two or more known blocks continue it.
+
+        Children go before parents, so who keeps this block keeps the whole prefix that ends with it.
+        """
 
 
 class EvictionPolicy(Protocol):
@@ -53,23 +58,28 @@ class EvictionPolicy(Protocol):
 
     A score is read when a block becomes evictable and after each access, not in between: it must depend on
     the block and on the policy's own state, not on the time that has passed since.
+
+    Any object with the three methods is one. A class that inherits from this one has them already, and is LRU until it
+    says otherwise: so it can be about single blocks, and leave the others to `super()`.
     """
 
     def score_block(self, block: CacheBlock) -> float:
         """Return how gladly the block is given up: the highest score goes first.
 
-        A class that inherits from this one gets an order of last use: above zero, and the less the later it was.
+        Here: the time since its last use, but for a constant, since scores must not change while time passes.
+        It is always above zero: a block with a score below that goes after all others.
         """
-        return 1.0 / (1.0 + max(block.last_access, 0.0))
+        return _FAR_AWAY_S - block.last_access
 
     def update_on_access(self, block: CacheBlock) -> None:
-        """Learn that the block was just used; its fields are already up to date."""
+        """Learn that the block was just used; its fields are already up to date. Here: nothing to learn."""
+        return
 
     def select_victims(self, count: int, leaves: Iterator[CacheBlock]) -> list[CacheBlock]:
         """Take up to `count` blocks from `leaves`, which yields the highest score first.
 
         Once a block has been yielded its parent may follow, so children always go before parents.
-        What is yielded and not returned stays cached.
+        What is yielded and not returned stays cached. Here: the first `count`.
         """
         return list(islice(leaves, count))
 

@@ -14,7 +14,7 @@ child needs no collection, and what a request does to all of its blocks has a me
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 from itertools import islice
 
@@ -81,6 +81,11 @@ class Entry:
         return (family,) if isinstance(family, Entry) else family
 
     @property
+    def is_prefix_block(self) -> bool:
+        """Whether prompts part behind it: two or more known blocks continue it."""
+        return isinstance(self.family, Siblings)
+
+    @property
     def in_cold(self) -> bool:
         """Whether the cold store is known to have the block."""
         return bool(self._flags & _IN_COLD)
@@ -97,11 +102,6 @@ class Entry:
     @awaited.setter
     def awaited(self, is_coming: bool) -> None:
         self._flags = self._flags | _AWAITED if is_coming else self._flags & ~_AWAITED
-
-    @property
-    def is_prefix_block(self) -> bool:
-        """True for a block that begins a chain or that others continue."""
-        return self.depth == 0 or self.family is not None
 
     @property
     def num_tokens(self) -> int:
@@ -313,6 +313,23 @@ class Index:
         """Record that the tier forgot the entry; an entry without place and children leaves the index."""
         self._detach(entry, tier is Tier.HOT)
         self._offer(entry.parent, tier)
+
+    def rearrange_hot(self, places: Mapping[int, int]) -> None:
+        """Record that the bytes of block ids, whoever uses them, now lie in others: old -> new."""
+        self.hot.rearrange(places)
+        for block_id in places.values():
+            entry = self.hot.owners[block_id]
+            if entry:
+                entry.block_id = block_id
+
+    def depth_first(self) -> Iterator[Entry]:
+        """Yield every entry, parents first, and what continues a block right behind it, as far as it does not part."""
+        stack = [self._trunk]
+        while stack:
+            entry = stack.pop()
+            if entry is not self._trunk:
+                yield entry
+            stack.extend(reversed(list(entry.children)))
 
     def evict(self, victims: Iterable[Entry], tier: Tier) -> list[Entry]:
         """Detach several entries, children before parents, and return them; one that has children there stays."""

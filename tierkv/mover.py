@@ -167,6 +167,15 @@ class Mover:
         except RuntimeError as exc:
             raise StoreError(f"copying {len(moves)} blocks failed: {exc}") from exc
 
+    def is_same(self, move: Move) -> bool:
+        """Tell whether two hot blocks have the same bytes, once what is queued on the current stream has ended."""
+        return torch.equal(self._hot[move.target], self._hot[move.source])
+
+    def drain(self) -> None:
+        """Block until everything that was queued on the device, on whatever stream, has ended."""
+        if self.is_cuda:
+            torch.cuda.synchronize(self._device)
+
     def mark(self) -> Ready:
         """Return when everything queued on the current stream so far has passed."""
         return CudaReady([recorded(torch.cuda.current_stream(self._device))]) if self.is_cuda else Done()

@@ -216,8 +216,6 @@ class _Recorder:
 
     def on_block(self, event: BlockEvent) -> None:
         """Record arrivals, evictions and writes that were dropped."""
-        if event.kind in (EventKind.ALLOCATE, EventKind.FREE):
-            return  # moved inside its tier
         now = self._clock()
         with self._lock:
             if event.kind is EventKind.SKIP:
@@ -227,6 +225,8 @@ class _Recorder:
                 self.evictions.evict(
                     event.tier, event.block_hash, now, num_tokens=event.num_tokens, num_bytes=event.num_bytes
                 )
+            elif event.kind is EventKind.MOVE:
+                pass  # neither new nor gone
             elif event.tier in (Tier.HOT, Tier.WARM) and event.slot is not None:  # a daemon's warm tier tells no more
                 self.evictions.arrive(event.tier, event.block_hash, now)
                 if event.kind is EventKind.REGISTER and event.tier is Tier.HOT:

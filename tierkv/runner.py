@@ -9,6 +9,7 @@ from collections.abc import Sequence as Items
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
+from threading import RLock
 
 import torch
 from torch import Tensor
@@ -129,6 +130,8 @@ class Runner:
         self._device = torch.device(loaded.model.device)
         self._graphs = GraphedModel(loaded.model, cache) if _wants_graphs(use_graphs, cache) else None
         self._weights = weights_state(loaded.model)
+        self._stepping = RLock()
+        self._batches: list[list[_Request]] = []
         self._num_ids = loaded.model.get_input_embeddings().num_embeddings
 
     def generate(self, prompts: Items[Items[int]], options: GenerationOptions | None = None) -> list[Generation]:
@@ -165,6 +168,17 @@ class Runner:
             self.cache.release(sequence)
         return len(token_ids) - sequence.num_cached_tokens
 
+    @contextmanager
+    def between_steps(self) -> Iterator[list[Sequence]]:
+        """Hold generation between two forward passes and yield the sequences that are running.
+
+        Inside, their block tables may be rewritten. The one thing here that another thread may call while this runner
+        generates; it waits for the pass that is computed now.
+        """
+        with self._stepping:
+            requests = chain.from_iterable(self._batches)
+            yield [request.sequence for request in requests if request.sequence]
+
     def _requests(self, prompts: Items[Items[int]], options: GenerationOptions) -> list[_Request]:
         now = time.perf_counter()
         stop_ids = self._stop_ids() if options.stop_ids is None else options.stop_ids
@@ -193,17 +207,20 @@ class Runner:
         waiting = deque(requests)
         running: list[_Request] = []
         try:
+            self._batches.append(running)
             while waiting or running:
-                with torch.inference_mode(), use_tierkv_attention(self.loaded.model):
+                with self._stepping, torch.inference_mode(), use_tierkv_attention(self.loaded.model):
                     self._admit(waiting, running, options)
                     events = self._advance(waiting, running, options)
                 yield from events
         finally:
-            for request in requests:
-                if request in running:
-                    self._release(request, options)
-                elif request.sequence:  # interrupted on its way in or out: what it has computed is not known for sure
-                    self.cache.release(request.sequence)
+            with self._stepping:
+                self._batches = [batch for batch in self._batches if batch is not running]
+                for request in requests:
+                    if request in running:
+                        self._release(request, options)
+                    elif request.sequence:  # interrupted on its way in or out: what is computed is not known for sure
+                        self.cache.release(request.sequence)
 
     def _admit(self, waiting: deque[_Request], running: list[_Request], options: GenerationOptions) -> None:
         """Start waiting requests in order while there is room; the first of an idle cache must fit."""

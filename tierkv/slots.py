@@ -24,13 +24,15 @@ class SlotPool(Generic[Owner]):
     Places that were never used are not listed, only counted: all from `_unused` on. So a pool costs 12 bytes a
     place, and allocating from an empty one costs no heap operations.
 
-    limit: how many places may be used at most; fewer than are used now makes `free_count` negative.
     owners, pins: by place, who owns it and its reference count. Only the pool changes them.
+    limit: how many places may be in use or cached, at most `capacity`; `set_limit` changes it. peak_count: the most
+    that ever were.
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.limit = capacity
+        self.peak_count = 0
         self.owners: list[Owner | None] = [None] * capacity
         self.pins = array("i", bytes(4 * capacity))
         self._freed: list[int] = []
@@ -39,8 +41,18 @@ class SlotPool(Generic[Owner]):
 
     @property
     def free_count(self) -> int:
-        """Places that can be allocated without evicting; below zero where more are used than the limit allows."""
-        return min(len(self._freed) + self.capacity - self._unused, self.limit - self.used_count)
+        """Places that can be allocated without evicting: none while more than the limit are taken."""
+        return max(0, self.limit - self.used_count)
+
+    @property
+    def excess_count(self) -> int:
+        """Places that have to be evicted until no more than the limit are taken."""
+        return max(0, self.used_count - self.limit)
+
+    @property
+    def idle_count(self) -> int:
+        """Places that are cached and that nobody uses."""
+        return self.used_count - self.referenced_count
 
     @property
     def used_count(self) -> int:
@@ -52,10 +64,15 @@ class SlotPool(Generic[Owner]):
         """Places with a live user."""
         return self._referenced
 
+    def set_limit(self, limit: int) -> None:
+        """Allow so many places from now on. What is taken beyond that stays until it is evicted or freed."""
+        assert 0 <= limit <= self.capacity, f"a limit of {limit} in a pool of {self.capacity}"
+        self.limit = limit
+
     def allocate(self, count: int) -> list[int]:
         """Return `count` places, each with a reference count of one. Raises CapacityError, taking none."""
         if count > self.free_count:
-            raise CapacityError(f"{count} blocks asked for, {self.free_count} of {self.capacity} are free")
+            raise CapacityError(f"{count} blocks asked for, {self.free_count} of {self.limit} are free")
         freed = self._freed
         if count < len(freed) // 8:
             slots = [heapq.heappop(freed) for _ in range(count)]
@@ -66,6 +83,7 @@ class SlotPool(Generic[Owner]):
         missing = count - len(slots)
         slots.extend(range(self._unused, self._unused + missing))
         self._unused += missing
+        self.peak_count = max(self.peak_count, self.used_count)
         pins = self.pins
         for slot in slots:
             pins[slot] = 1
@@ -80,9 +98,28 @@ class SlotPool(Generic[Owner]):
         self._freed = [slot for slot in (*self._freed, *range(self._unused, end)) if slot not in chosen]
         heapq.heapify(self._freed)
         self._unused = end
+        self.peak_count = max(self.peak_count, self.used_count)
         for slot in chosen:
             self.pins[slot] = 1
         self._referenced += len(chosen)
+
+    def rearrange(self, places: Mapping[int, int]) -> None:
+        """Give owners and references of places to others, old place -> new: each new one is free, or moves itself.
+
+        Linear in the number of places.
+        """
+        taken = [(new, self.owners[old], self.pins[old]) for old, new in places.items()]
+        for old in places:
+            self.owners[old] = None
+            self.pins[old] = 0
+        for new, owner, count in taken:
+            assert self._is_free(new), f"two blocks in slot {new}"
+            self.owners[new] = owner
+            self.pins[new] = count
+        self._unused = self.capacity
+        used = self.used()
+        self._unused = used[-1] + 1 if used else 0
+        self._freed = sorted(set(range(self._unused)).difference(used))  # what is sorted is a heap
 
     def pin(self, slot: int) -> None:
         """Raise the reference count: one more live user."""
@@ -140,18 +177,6 @@ class SlotPool(Generic[Owner]):
         if self.pins[slot] == 0:
             heapq.heappush(self._freed, slot)
 
-    def rename(self, targets: Mapping[int, int]) -> None:
-        """Give places other numbers: old to new, each new one free or renamed itself; linear in the capacity."""
-        moved = {new: (self.owners[old], self.pins[old]) for old, new in targets.items()}
-        for old in targets:
-            self.owners[old], self.pins[old] = None, 0
-        for new, (owner, count) in moved.items():
-            assert self.owners[new] is None and self.pins[new] == 0, f"slot {new} is somebody's"
-            self.owners[new], self.pins[new] = owner, count
-        used = [slot for slot in range(self.capacity) if not self._is_free(slot)]
-        self._unused = used[-1] + 1 if used else 0
-        self._freed = [slot for slot in range(self._unused) if self._is_free(slot)]  # ascending, and so a heap
-
     def free_runs(self) -> list[int]:
         """Return the lengths of the runs of neighbouring free places, in order of position."""
         runs: list[int] = []
@@ -169,12 +194,21 @@ class SlotPool(Generic[Owner]):
             runs.append(unused)
         return runs
 
+    def fragmentation(self) -> float:
+        """Return 0 where the free places are one run, towards 1 where they are scattered."""
+        runs = self.free_runs()
+        return 1 - max(runs) / sum(runs) if runs else 0.0
+
+    def used(self) -> list[int]:
+        """Return the places that are in use or cached, in order."""
+        return [slot for slot in range(self._unused) if not self._is_free(slot)]
+
     def check(self) -> None:
         """Raise AssertionError unless every place is exactly one of free, in use, cached."""
         free = [*sorted(self._freed), *range(self._unused, self.capacity)]
         assert free == [slot for slot in range(self.capacity) if self._is_free(slot)], "a slot is leaked or used twice"
         assert all(count >= 0 for count in self.pins)
-        assert self._referenced == sum(count > 0 for count in self.pins), "the places in use are miscounted"
+        assert 0 <= self.limit <= self.capacity
 
     def _is_free(self, slot: int) -> bool:
         return self.pins[slot] == 0 and self.owners[slot] is None

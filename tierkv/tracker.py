@@ -17,8 +17,7 @@ from tierkv.events import BlockEvent, CacheObserver, EventKind, MemoryRegion, Re
 
 __all__ = ["AllocationEvent", "MemoryAllocation", "MemoryTracker", "StepSampler"]
 
-_ARRIVALS = (EventKind.REGISTER, EventKind.PROMOTE, EventKind.DEMOTE, EventKind.ALLOCATE)
-_DEPARTURES = (EventKind.EVICT, EventKind.FREE)
+_ARRIVALS = (EventKind.REGISTER, EventKind.PROMOTE, EventKind.DEMOTE)
 
 
 class TensorLike(Protocol):
@@ -261,10 +260,12 @@ class MemoryTracker:
             region = self._regions.get(event.tier) if event.tier else None
             if region and event.slot is not None and event.kind in _ARRIVALS:
                 self._allocate_block(region, event)
-            elif region and event.slot is not None and event.kind in _DEPARTURES:
+            elif region and event.slot is not None and event.kind is EventKind.EVICT:
                 if event.tier is Tier.HOT:
                     self._hot_blocks.pop(event.slot, None)
                 self._free(_block_id(event.tier, event.slot), event.kind, event)
+            elif region and event.slot is not None and event.kind is EventKind.MOVE:
+                self._move_block(region, event)
             else:
                 self._note_block(event)
 
@@ -311,6 +312,18 @@ class MemoryTracker:
         )
         if event.tier is Tier.HOT:
             self._hot_blocks[event.slot] = made
+
+    def _move_block(self, region: MemoryRegion, event: BlockEvent) -> None:
+        """Keep what is known of a block under its new place."""
+        assert event.tier is Tier.HOT and event.slot is not None and event.moved_from is not None
+        moved = self.allocations.pop(_block_id(event.tier, event.moved_from), None)
+        if moved is None:
+            return
+        self._hot_blocks.pop(event.moved_from, None)
+        moved.allocation_id = _block_id(event.tier, event.slot)
+        moved.tensor_ptr = region.address + event.slot * region.slot_bytes
+        self.allocations[moved.allocation_id] = self._hot_blocks[event.slot] = moved
+        self._note(moved, event.kind, event)
 
     def _allocate(self, *, event: BlockEvent | None = None, **fields: Any) -> MemoryAllocation:
         self._collect()

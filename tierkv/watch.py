@@ -55,17 +55,31 @@ class Watch:
             observer.on_memory(region)
 
     def block(
-        self, kind: EventKind, tier: Tier | None, block: NamedBlock, *, slot: int | None = None, reason: str = ""
+        self,
+        kind: EventKind,
+        tier: Tier | None,
+        block: NamedBlock,
+        *,
+        slot: int | None = None,
+        reason: str = "",
+        moved_from: int | None = None,
     ) -> None:
         """Tell what happened to a block; the caller holds the cache's lock."""
         if not self._observers:
             return
-        event = self.event(kind, tier, block, slot=slot, reason=reason)
+        event = self.event(kind, tier, block, slot=slot, reason=reason, moved_from=moved_from)
         for observer in self._observers:
             observer.on_block(event)
 
     def event(
-        self, kind: EventKind, tier: Tier | None, block: NamedBlock, *, slot: int | None = None, reason: str = ""
+        self,
+        kind: EventKind,
+        tier: Tier | None,
+        block: NamedBlock,
+        *,
+        slot: int | None = None,
+        reason: str = "",
+        moved_from: int | None = None,
     ) -> BlockEvent:
         """Return the event without telling anybody."""
         num_tokens = len(block.token_bytes) // TOKEN_BYTES
@@ -78,6 +92,7 @@ class Watch:
             self._layout.packed_bytes(num_tokens),
             slot,
             reason,
+            moved_from,
         )
 
     def request(

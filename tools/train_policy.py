@@ -93,11 +93,18 @@ class _Block:
         self.block_hash = hash_block(b"", number.to_bytes(8, "little"))
         self.parent_hash = parent.block_hash if parent else b""
         self.depth: int = parent.depth + 1 if parent else 0
-        self.is_prefix_block = True  # no feature is read of it
         self.num_tokens = num_tokens
         self.created_at = now
         self.last_access = now
         self.access_count = 1
+        self.num_children = 0
+        if parent:
+            parent.num_children += 1
+
+    @property
+    def is_prefix_block(self) -> bool:
+        """Whether two or more blocks continue it."""
+        return self.num_children > 1
 
 
 class _Recorder(LanePolicy):

@@ -15,6 +15,7 @@ from pattern_engine import PatternEngine, tiny_warm
 from tierkv.block import HashFunction, Tier, hash_block
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
+from tierkv.demotion import Offloading
 from tierkv.errors import CapacityError
 from tierkv.events import EventKind
 from tierkv.namespace import Namespace
@@ -127,6 +128,25 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(tier=st.sampled_from([Tier.HOT, Tier.WARM]), count=st.integers(1, 4))
     def evict(self, tier: Tier, count: int) -> None:
         self.cache.evict(tier, count)
+
+    @rule(num_blocks=st.integers(6, 11))
+    def limit(self, num_blocks: int) -> None:
+        excess = self.cache.blocks.set_limit(num_blocks)
+        hot = self.cache.stats().tiers[Tier.HOT]
+        assert hot.blocks <= self.cache.blocks.limit + excess
+
+    @rule(threshold=st.floats(0.1, 1), ratio=st.floats(0.1, 1), is_wanted=st.booleans())
+    def offload(self, threshold: float, ratio: float, is_wanted: bool) -> None:
+        self.cache.blocks.set_offloading(Offloading(threshold=threshold, ratio=ratio) if is_wanted else None)
+
+    @rule(which=st.sets(st.integers(0, 9)))
+    def defragment(self, which: set[int]) -> None:
+        """Move blocks below some of the running sequences: every byte of all is checked afterwards."""
+        between = [sequence for at, sequence in enumerate(self.running) if at in which]
+        others = {id(each): list(each.block_table) for each in self.running if each not in between}
+        report = self.cache.defragment(between)
+        assert report.breaks_after <= report.breaks_before or report.num_fixed
+        assert all(list(each.block_table) == others[id(each)] for each in self.running if id(each) in others)
 
     @rule()
     def forget(self) -> None:

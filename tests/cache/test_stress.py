@@ -16,6 +16,7 @@ from pattern_engine import PatternEngine, tiny_warm
 from tierkv.block import Tier
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
+from tierkv.demotion import Offloading
 from tierkv.errors import CapacityError, StoreError
 from tierkv.namespace import Namespace
 from tierkv.storage.outcomes import MissReason
@@ -48,6 +49,9 @@ def one_request(engine: PatternEngine, dice: random.Random) -> None:
             forked = cache.fork(sequence)
             engine.decode(forked, [1, 2])
             engine.check(forked)
+        if dice.random() < 0.1:
+            cache.defragment([running for running in (sequence, forked) if running])
+            engine.check(forked or sequence)
         engine.check(sequence)
     finally:
         for running in (sequence, forked):
@@ -55,6 +59,10 @@ def one_request(engine: PatternEngine, dice: random.Random) -> None:
                 cache.release(running)
     if dice.random() < 0.05:
         cache.evict(dice.choice([Tier.HOT, Tier.WARM]), 3)
+    if dice.random() < 0.02:
+        cache.blocks.set_limit(dice.randrange(32, 41))
+    if dice.random() < 0.02:
+        cache.blocks.set_offloading(dice.choice([None, Offloading(threshold=0.5)]))
 
 
 def refusing(demote: Callable[..., list[bool]], rate: float, dice: random.Random) -> Callable[..., list[bool]]:

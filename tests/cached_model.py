@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tierkv.attention import SequenceStep, build_batch, forward, use_tierkv_attention
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
-from tierkv.fingerprint import namespace_of
-from tierkv.gate import probe_layout
+from tierkv.engine.attention import SequenceStep, build_batch, forward, use_tierkv_attention
+from tierkv.engine.fingerprint import namespace_of
+from tierkv.engine.gate import probe_layout
 from tierkv.sequence import Sequence
 
 __all__ = ["CachedModel"]

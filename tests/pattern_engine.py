@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tierkv.cache import TierCache
 from tierkv.layout import BlockLayout
-from tierkv.mover import layer_groups
+from tierkv.movers.mover import layer_groups
 from tierkv.sequence import Sequence
 from tierkv.storage.windows import WindowFormat
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tierkv.attention import use_attention
+from tierkv.engine.attention import use_attention
 
 __all__ = ["Place", "plain_logits"]
 

@@ -7,7 +7,7 @@ from itertools import combinations
 
 import pytest
 
-from tierkv.cascade import CascadeCost, SharedPrefix, plan_cascade
+from tierkv.engine.cascade import CascadeCost, SharedPrefix, plan_cascade
 from tierkv.errors import ConfigError
 
 SIZE = 256

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tierkv.errors import ConfigError
-from tierkv.hazard import NUM_BUCKETS, bucket_of, buckets_of, hazards, hit_densities
+from tierkv.policies.hazard import NUM_BUCKETS, bucket_of, buckets_of, hazards, hit_densities
+from tierkv.policies.use_history import UseHistory
 from tierkv.prefill import MEASURED_PREFILL, PrefillModel
-from tierkv.use_history import UseHistory
 
 
 @given(st.floats(0, 1e9))

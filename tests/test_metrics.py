@@ -17,7 +17,7 @@ from fake_cache import FakeCache
 from tierkv.block import Tier
 from tierkv.errors import ConfigError
 from tierkv.events import EventKind
-from tierkv.metrics import _OF_CACHE, _OF_TIER, MetricsServer, serve_metrics
+from tierkv.profiling.metrics import _OF_CACHE, _OF_TIER, MetricsServer, serve_metrics
 from tierkv.stats import CacheStats, TierStats
 from tierkv.storage.outcomes import MissReason
 

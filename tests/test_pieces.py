@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from tierkv.engine.pieces import AttentionShape, iter_pieces, plan_pieces
 from tierkv.errors import CapacityError
-from tierkv.pieces import AttentionShape, iter_pieces, plan_pieces
 
 
 def shape(queries: int, keys: int, batch: int = 1) -> AttentionShape:

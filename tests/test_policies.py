@@ -16,7 +16,6 @@ from tierkv.block import BlockHash, Tier, as_token_array, hash_block
 from tierkv.config import CacheConfig
 from tierkv.errors import CapacityError, ConfigError
 from tierkv.eviction import CacheBlock, EvictionPolicy
-from tierkv.hazard import NUM_BUCKETS
 from tierkv.index import Entry, Index
 from tierkv.policies import (
     DEFAULT_POLICY,
@@ -31,8 +30,9 @@ from tierkv.policies import (
     make_policy,
     policy_names,
 )
-from tierkv.policies_basic import FadingPolicy
-from tierkv.policies_learned import FEATURES, LearnedModel
+from tierkv.policies.basic import FadingPolicy
+from tierkv.policies.hazard import NUM_BUCKETS
+from tierkv.policies.learned import FEATURES, LearnedModel
 from tierkv.prefill import PrefillModel
 
 ROOT = b"r" * 16

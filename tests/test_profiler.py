@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from fake_cache import BLOCK_BYTES, FakeCache
 
-from tierkv.advice import EvictionSummary, Measured, suggest
 from tierkv.block import Tier
 from tierkv.errors import ConfigError
 from tierkv.events import EventKind, Span
-from tierkv.profile import Eviction, EvictionLog, HeatMap
-from tierkv.profiler import MemoryProfiler
-from tierkv.svg import nice_ticks
+from tierkv.profiling.advice import EvictionSummary, Measured, suggest
+from tierkv.profiling.profile import Eviction, EvictionLog, HeatMap
+from tierkv.profiling.profiler import MemoryProfiler
+from tierkv.profiling.svg import nice_ticks
 
 
 class Clock:

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from tierkv.engine.prompts import PromptRequest, prefix_tokens, read_prompts, render_tokens
 from tierkv.errors import ConfigError
-from tierkv.prompts import PromptRequest, prefix_tokens, read_prompts, render_tokens
 
 
 class MergingTokenizer:

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tierkv.reuse import ReuseRecorder, hits_at
+from tierkv.profiling.reuse import ReuseRecorder, hits_at
 
 
 def lru_hits(requests: list[list[int]], capacity: int) -> int:

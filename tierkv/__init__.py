@@ -13,20 +13,20 @@ if TYPE_CHECKING:
     from tierkv.cache import TierCache, load_cache_state, save_cache_state
     from tierkv.config import CacheConfig
     from tierkv.controller import MemoryController
+    from tierkv.engine.managed_attention import ManagedFlashAttention
     from tierkv.errors import TierKVError
     from tierkv.events import CacheObserver
     from tierkv.layout import BlockLayout
-    from tierkv.managed_attention import ManagedFlashAttention
-    from tierkv.memory_report import MemoryReport
-    from tierkv.metrics import serve_metrics
     from tierkv.namespace import Namespace
-    from tierkv.plots import MemoryVisualizer
     from tierkv.policies import EvictionPolicy
-    from tierkv.profiler import MemoryProfiler
-    from tierkv.ranks import RankGroup
+    from tierkv.profiling.memory_report import MemoryReport
+    from tierkv.profiling.metrics import serve_metrics
+    from tierkv.profiling.plots import MemoryVisualizer
+    from tierkv.profiling.profiler import MemoryProfiler
+    from tierkv.profiling.tracker import MemoryTracker
+    from tierkv.ranks.group import RankGroup
+    from tierkv.ranks.torch_ranks import TorchRanks
     from tierkv.stats import CacheStats
-    from tierkv.torch_ranks import TorchRanks
-    from tierkv.tracker import MemoryTracker
 
 __all__ = [
     "BlockLayout",
@@ -60,21 +60,21 @@ _HOMES = {
     "CacheObserver": "tierkv.events",
     "CacheStats": "tierkv.stats",
     "EvictionPolicy": "tierkv.policies",
-    "ManagedFlashAttention": "tierkv.managed_attention",
+    "ManagedFlashAttention": "tierkv.engine.managed_attention",
     "MemoryController": "tierkv.controller",
-    "MemoryProfiler": "tierkv.profiler",
-    "MemoryReport": "tierkv.memory_report",
-    "MemoryTracker": "tierkv.tracker",
-    "MemoryVisualizer": "tierkv.plots",
+    "MemoryProfiler": "tierkv.profiling.profiler",
+    "MemoryReport": "tierkv.profiling.memory_report",
+    "MemoryTracker": "tierkv.profiling.tracker",
+    "MemoryVisualizer": "tierkv.profiling.plots",
     "Namespace": "tierkv.namespace",
-    "RankGroup": "tierkv.ranks",
+    "RankGroup": "tierkv.ranks.group",
     "Tier": "tierkv.block",
     "TierCache": "tierkv.cache",
     "TierKVError": "tierkv.errors",
-    "TorchRanks": "tierkv.torch_ranks",
+    "TorchRanks": "tierkv.ranks.torch_ranks",
     "load_cache_state": "tierkv.cache",
     "save_cache_state": "tierkv.cache",
-    "serve_metrics": "tierkv.metrics",
+    "serve_metrics": "tierkv.profiling.metrics",
 }
 
 

@@ -15,7 +15,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tierkv.accord import Accord
 from tierkv.block import TOKEN_BYTES, BlockHash, HashFunction, Tier, TokenIds, as_token_array, hash_block, iter_chain
 from tierkv.block_control import BlockControl
 from tierkv.config import CacheConfig
@@ -25,12 +24,13 @@ from tierkv.errors import ConfigError, NamespaceMismatchError
 from tierkv.events import BlockName, CacheObserver, EventKind
 from tierkv.index import Entry, Index
 from tierkv.lookup import Hit, Lookup, find_tail, look_up
-from tierkv.mover import Move, Ready
+from tierkv.movers.mover import Move, Ready
 from tierkv.namespace import Namespace, differing_fields
 from tierkv.policies import EvictionPolicy, make_policy
 from tierkv.promotion import Promoter
-from tierkv.ranks import OneRank, RankGroup
-from tierkv.remote import DaemonTiers, Ticket
+from tierkv.ranks.accord import Accord
+from tierkv.ranks.group import OneRank, RankGroup
+from tierkv.remote.tiers import DaemonTiers, Ticket
 from tierkv.sequence import Sequence
 from tierkv.split_load import SplitLoad
 from tierkv.stats import CacheStats, TierStats

@@ -13,7 +13,7 @@ from tierkv.defragment import LayoutReport
 from tierkv.demotion import Offloading
 from tierkv.errors import ConfigError
 from tierkv.policies import EvictionPolicy, make_policy
-from tierkv.profiler import MemoryProfiler
+from tierkv.profiling.profiler import MemoryProfiler
 from tierkv.sequence import Sequence as RunningSequence
 
 __all__ = ["MemoryController"]

@@ -10,7 +10,7 @@ from tierkv.block import Tier
 from tierkv.demotion import Demoter
 from tierkv.errors import CapacityError, StoreError
 from tierkv.events import EventKind
-from tierkv.mover import Move
+from tierkv.movers.mover import Move
 from tierkv.rearrangement import Shift, count_breaks, plan_places, plan_shifts
 from tierkv.sequence import Sequence
 from tierkv.tiers import Tiers

@@ -14,7 +14,7 @@ from tierkv.block import TOKEN_BYTES, BlockHash, Tier
 from tierkv.errors import CapacityError, ConfigError, StoreError
 from tierkv.events import EventKind
 from tierkv.index import Entry
-from tierkv.mover import Move, Ready
+from tierkv.movers.mover import Move, Ready
 from tierkv.storage.outcomes import PutOutcome
 from tierkv.storage.record import BlockInfo, EncodedRecord, encode_record
 from tierkv.tiers import Compression, Job, Place, Tiers

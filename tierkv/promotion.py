@@ -15,7 +15,7 @@ from tierkv.errors import StoreError
 from tierkv.events import EventKind
 from tierkv.index import Entry
 from tierkv.lookup import Hit, Lookup
-from tierkv.mover import Move, Ready
+from tierkv.movers.mover import Move, Ready
 from tierkv.split_load import SplitLoad
 from tierkv.storage.coded import CodedBlock
 from tierkv.storage.outcomes import MissReason

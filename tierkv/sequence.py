@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tierkv.block import TOKEN_BYTES, BlockHash, Tier
-from tierkv.mover import Ready
-from tierkv.remote import Ticket
+from tierkv.movers.mover import Ready
+from tierkv.remote.tiers import Ticket
 from tierkv.split_load import SplitLoad
 
 __all__ = ["Sequence"]

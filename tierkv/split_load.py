@@ -12,7 +12,7 @@ from tierkv.block import Tier
 from tierkv.errors import StoreError
 from tierkv.lookup import Hit
 from tierkv.meeting import Meeting
-from tierkv.mover import Ready
+from tierkv.movers.mover import Ready
 from tierkv.storage.coded import CodedBlock
 from tierkv.storage.outcomes import MissReason
 from tierkv.tiers import Place, Tiers

@@ -17,9 +17,9 @@ from tierkv.index import Entry, Index
 from tierkv.layout import BlockLayout
 from tierkv.lookup import ColdSource, Hit
 from tierkv.meeting import SecondsPer
-from tierkv.mover import AllReady, Move, Mover, Ready
-from tierkv.mover_frames import FrameMover
-from tierkv.mover_windows import WindowMover
+from tierkv.movers.frames import FrameMover
+from tierkv.movers.mover import AllReady, Move, Mover, Ready
+from tierkv.movers.windows import WindowMover
 from tierkv.slots import SlotPool
 from tierkv.stats import StatsRecorder
 from tierkv.step_costs import StepCosts

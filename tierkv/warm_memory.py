@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from tierkv.config import CacheConfig
 from tierkv.errors import CapacityError, ConfigError
-from tierkv.mover import Mover, layer_groups
-from tierkv.mover_frames import FrameMover, can_decode
-from tierkv.mover_windows import WindowMover
+from tierkv.movers.frames import FrameMover, can_decode
+from tierkv.movers.mover import Mover, layer_groups
+from tierkv.movers.windows import WindowMover
 from tierkv.slots import SlotPool
 from tierkv.storage.hot import HotPool
 from tierkv.storage.warm import WarmPool

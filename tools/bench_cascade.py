@@ -15,16 +15,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tierkv.attention import AttentionBatch, SequenceStep, build_batch, forward
-from tierkv.attention_cascade import PrefixKernel, attend_cascade, own_pass, prefix_pass, shared_pass
-from tierkv.attention_paged import PagedQuery, attend
-from tierkv.cascade import CascadeCost, SharedPrefix, plan_cascade
-from tierkv.cascade_batch import CascadeBatch
 from tierkv.config import CacheConfig
-from tierkv.graphs import GraphedModel
+from tierkv.engine.attention import AttentionBatch, SequenceStep, build_batch, forward
+from tierkv.engine.attention_cascade import PrefixKernel, attend_cascade, own_pass, prefix_pass, shared_pass
+from tierkv.engine.attention_paged import PagedQuery, attend
+from tierkv.engine.cascade import CascadeCost, SharedPrefix, plan_cascade
+from tierkv.engine.cascade_batch import CascadeBatch
+from tierkv.engine.graphs import GraphedModel
+from tierkv.engine.models import LoadedModel
+from tierkv.engine.runner import GenerationOptions, Runner, open_runner
 from tierkv.layout import BlockLayout
-from tierkv.models import LoadedModel
-from tierkv.runner import GenerationOptions, Runner, open_runner
 from tierkv.storage.hot import HotPool
 from tierkv.tools.bench_ttft import machine, random_model
 

@@ -33,12 +33,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tierkv.block import iter_chain
-from tierkv.daemon_client import DaemonClient
-from tierkv.daemon_server import DaemonConfig, serve
-from tierkv.errors import DaemonGoneError
-from tierkv.layout import BlockLayout
-from tierkv.namespace import Namespace
-from tierkv.protocol import (
+from tierkv.daemon.client import DaemonClient
+from tierkv.daemon.protocol import (
     Chain,
     Found,
     Hello,
@@ -52,6 +48,10 @@ from tierkv.protocol import (
     StatusReport,
     split_numbers,
 )
+from tierkv.daemon.server import DaemonConfig, serve
+from tierkv.errors import DaemonGoneError
+from tierkv.layout import BlockLayout
+from tierkv.namespace import Namespace
 from tierkv.storage.warm import Slab
 
 _PREFIX_BLOCKS = 32

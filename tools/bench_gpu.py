@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from tierkv.config import CacheConfig
-from tierkv.models import LoadedModel
-from tierkv.runner import open_runner
+from tierkv.engine.models import LoadedModel
+from tierkv.engine.runner import open_runner
 from tierkv.tools import bench_cascade, bench_mover, race_hunt
 from tierkv.tools.bench_ttft import Timing, machine, measure, random_model
 

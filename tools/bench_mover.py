@@ -17,17 +17,17 @@ from typing import Any
 
 import torch
 
-from tierkv.attention import SequenceStep, use_tierkv_attention
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
-from tierkv.fingerprint import namespace_of
-from tierkv.gate import probe_layout
-from tierkv.graphs import GraphedModel
+from tierkv.engine.attention import SequenceStep, use_tierkv_attention
+from tierkv.engine.fingerprint import namespace_of
+from tierkv.engine.gate import probe_layout
+from tierkv.engine.graphs import GraphedModel
 from tierkv.kernels.pages import LayerPages, gather_blocks, scatter_blocks
 from tierkv.layout import BlockLayout
-from tierkv.mover import Move, Mover, Ready, layer_groups
-from tierkv.mover_windows import WindowMover
-from tierkv.page_mover import PageMover
+from tierkv.movers.mover import Move, Mover, Ready, layer_groups
+from tierkv.movers.pages import PageMover
+from tierkv.movers.windows import WindowMover
 from tierkv.storage.hot import HotPool
 from tierkv.storage.warm import WarmPool
 from tierkv.storage.windows import WindowFormat

@@ -23,10 +23,10 @@ from torch import Tensor, distributed
 
 from tierkv.block import Tier
 from tierkv.config import CacheConfig
-from tierkv.models import LoadedModel, split_model
-from tierkv.runner import GenerationOptions, Runner, open_runner
+from tierkv.engine.models import LoadedModel, split_model
+from tierkv.engine.runner import GenerationOptions, Runner, open_runner
+from tierkv.ranks.torch_ranks import TorchRanks
 from tierkv.tools.bench_ttft import machine, random_model
-from tierkv.torch_ranks import TorchRanks
 
 __all__ = ["main"]
 

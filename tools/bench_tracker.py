@@ -22,15 +22,15 @@ import torch
 
 from tierkv.block import Tier
 from tierkv.config import CacheConfig
+from tierkv.engine.models import load_model
+from tierkv.engine.runner import GenerationOptions, Runner, open_runner
 from tierkv.events import BlockEvent, CacheObserver, EventKind, MemoryRegion
 from tierkv.layout import BlockLayout
-from tierkv.models import load_model
-from tierkv.profiler import MemoryProfiler
-from tierkv.runner import GenerationOptions, Runner, open_runner
+from tierkv.profiling.profiler import MemoryProfiler
+from tierkv.profiling.tracker import MemoryTracker
 from tierkv.stats import CacheStats
 from tierkv.tools.bench_ttft import machine
 from tierkv.tools.options import cache_directory
-from tierkv.tracker import MemoryTracker
 
 __all__ = ["main"]
 

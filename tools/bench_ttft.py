@@ -22,12 +22,12 @@ from typing import Any
 import torch
 import transformers
 
-from tierkv.attention import use_attention
 from tierkv.block import Tier
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
-from tierkv.models import LoadedModel
-from tierkv.runner import GenerationOptions, Runner, open_runner
+from tierkv.engine.attention import use_attention
+from tierkv.engine.models import LoadedModel
+from tierkv.engine.runner import GenerationOptions, Runner, open_runner
 
 __all__ = ["Timing", "machine", "main", "measure", "random_model"]
 

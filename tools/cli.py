@@ -14,9 +14,9 @@ from typing import Annotated, Optional
 import typer
 
 from tierkv import __version__
-from tierkv.daemon_server import DaemonConfig
+from tierkv.daemon.server import DaemonConfig
+from tierkv.engine.prompts import read_prompts
 from tierkv.errors import ConfigError, TierKVError
-from tierkv.prompts import read_prompts
 from tierkv.tools import compact as compact_command
 from tierkv.tools import daemon as daemon_command
 from tierkv.tools import evict as evict_command

@@ -19,10 +19,10 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from tierkv.daemon_client import DaemonClient
-from tierkv.daemon_server import DaemonConfig, serve
+from tierkv.daemon.client import DaemonClient
+from tierkv.daemon.protocol import Compact, Done, Status, StatusReport, Stop
+from tierkv.daemon.server import DaemonConfig, serve
 from tierkv.errors import DaemonError, DaemonGoneError, TierKVError
-from tierkv.protocol import Compact, Done, Status, StatusReport, Stop
 from tierkv.tools.render import format_age, format_bytes
 
 __all__ = ["compact", "start", "status", "stop", "store_of"]

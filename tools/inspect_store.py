@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tierkv.block import BlockHash
-from tierkv.models import load_tokenizer
+from tierkv.engine.models import load_tokenizer
 from tierkv.namespace import differing_fields
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_entry import ColdEntry

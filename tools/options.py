@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tierkv.config import CacheConfig
+from tierkv.engine.models import load_model
+from tierkv.engine.runner import Runner, open_runner
 from tierkv.errors import ConfigError
-from tierkv.models import load_model
-from tierkv.runner import Runner, open_runner
 
 __all__ = ["EngineOptions", "default_socket", "default_store", "named_socket", "open_engine", "parse_size"]
 

@@ -6,13 +6,13 @@ import json
 import os
 
 from tierkv.block import as_token_array, iter_chain
-from tierkv.daemon_client import DaemonClient
+from tierkv.daemon.client import DaemonClient
+from tierkv.daemon.protocol import Count, Hello, Prefetch
+from tierkv.engine.fingerprint import namespace_of
+from tierkv.engine.gate import check_supported, probe_layout
+from tierkv.engine.models import load_model
+from tierkv.engine.prompts import PromptRequest, prefix_tokens
 from tierkv.errors import ConfigError
-from tierkv.fingerprint import namespace_of
-from tierkv.gate import check_supported, probe_layout
-from tierkv.models import load_model
-from tierkv.prompts import PromptRequest, prefix_tokens
-from tierkv.protocol import Count, Hello, Prefetch
 from tierkv.tools.options import EngineOptions, cache_directory
 
 __all__ = ["prefetch"]

@@ -15,12 +15,12 @@ from rich.progress import Progress
 from rich.table import Table
 
 from tierkv.block import BlockHash
+from tierkv.engine.prompts import read_prompts, render_tokens
+from tierkv.engine.runner import GenerationOptions, Runner
 from tierkv.errors import ConfigError, StoreError
-from tierkv.memory_report import MemoryReport
-from tierkv.plots import MemoryVisualizer
-from tierkv.profiler import MemoryProfiler
-from tierkv.prompts import read_prompts, render_tokens
-from tierkv.runner import GenerationOptions, Runner
+from tierkv.profiling.memory_report import MemoryReport
+from tierkv.profiling.plots import MemoryVisualizer
+from tierkv.profiling.profiler import MemoryProfiler
 from tierkv.storage.cold import ColdStore
 from tierkv.tools.options import EngineOptions, open_engine
 from tierkv.tools.render import format_bytes

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from tierkv.block import Tier
+from tierkv.engine.prompts import PromptRequest, read_prompts, render_tokens
+from tierkv.engine.runner import Generation, GenerationOptions, Runner
+from tierkv.engine.sampling import SamplingOptions
 from tierkv.errors import ConfigError
-from tierkv.prompts import PromptRequest, read_prompts, render_tokens
-from tierkv.runner import Generation, GenerationOptions, Runner
-from tierkv.sampling import SamplingOptions
 from tierkv.tools.options import EngineOptions, open_engine
 
 __all__ = ["RunRequest", "run"]

@@ -20,11 +20,11 @@ from rich.table import Table
 from rich.text import Text
 
 from tierkv.block import Tier
-from tierkv.daemon_client import DaemonClient
+from tierkv.daemon.client import DaemonClient
+from tierkv.daemon.protocol import Status, StatusReport
 from tierkv.errors import ConfigError, TierKVError
 from tierkv.events import BlockEvent, EventKind
-from tierkv.prefixes import PrefixTable
-from tierkv.protocol import Status, StatusReport
+from tierkv.profiling.prefixes import PrefixTable
 from tierkv.storage.cold import ColdStore
 from tierkv.tools.render import format_bytes
 from tierkv.tools.stores import open_existing
@@ -127,7 +127,7 @@ def _fetch(address: str) -> _Status:
         reason = getattr(exc, "reason", exc)
         raise ConfigError(
             f"nothing answers at {address}: {reason}",
-            hint="a process answers with tierkv.metrics.serve_metrics(cache, port)",
+            hint="a process answers with tierkv.profiling.metrics.serve_metrics(cache, port)",
         ) from exc
     except ValueError as exc:
         raise ConfigError(f"what answers at {address} is not tierkv: {exc}") from exc

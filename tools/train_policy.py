@@ -13,9 +13,9 @@ from rich.table import Table
 from tierkv.block import hash_block
 from tierkv.errors import ConfigError
 from tierkv.eviction import CacheBlock
-from tierkv.hazard import NUM_BUCKETS, buckets_of, hazards
-from tierkv.lanes import LanePolicy
-from tierkv.policies_learned import FEATURES, LearnedModel, features_of
+from tierkv.policies.hazard import NUM_BUCKETS, buckets_of, hazards
+from tierkv.policies.lanes import LanePolicy
+from tierkv.policies.learned import FEATURES, LearnedModel, features_of
 from tierkv.tools.traces import Trace, read_trace
 
 __all__ = ["fit_model", "train_policy"]

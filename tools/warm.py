@@ -15,9 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from tierkv.block import TOKEN_BYTES, BlockHash, as_token_array, hash_block, iter_chain
+from tierkv.engine.prompts import prefix_tokens, read_prompts
+from tierkv.engine.runner import Runner
 from tierkv.errors import StoreError
-from tierkv.prompts import prefix_tokens, read_prompts
-from tierkv.runner import Runner
 from tierkv.storage.cold import ColdStore
 from tierkv.tools.daemon import store_of
 from tierkv.tools.options import EngineOptions, open_engine

@@ -19,9 +19,9 @@ from tierkv.demotion import Offloading
 from tierkv.errors import CapacityError
 from tierkv.events import EventKind
 from tierkv.namespace import Namespace
+from tierkv.profiling.tracker import MemoryTracker
 from tierkv.sequence import Sequence
 from tierkv.storage.cold import ColdStore
-from tierkv.tracker import MemoryTracker
 
 BLOCKS = ([0, 0, 0, 0], [0, 1, 1, 1], [1, 1, 1, 1])  # the first two are forgeries of each other, see `forged_hash`
 chains = st.builds(

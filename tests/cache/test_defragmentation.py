@@ -16,10 +16,10 @@ from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.errors import CapacityError, ConfigError, StoreError
 from tierkv.events import EventKind
-from tierkv.mover import Move
+from tierkv.movers.mover import Move
 from tierkv.namespace import Namespace
+from tierkv.profiling.tracker import MemoryTracker
 from tierkv.sequence import Sequence
-from tierkv.tracker import MemoryTracker
 
 BLOCK_BYTES = tiny_layout().block_bytes
 

@@ -15,8 +15,8 @@ from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.events import EventKind
 from tierkv.namespace import Namespace
-from tierkv.profiler import MemoryProfiler
-from tierkv.tracker import MemoryTracker
+from tierkv.profiling.profiler import MemoryProfiler
+from tierkv.profiling.tracker import MemoryTracker
 
 LAYOUT = tiny_layout()
 

@@ -19,13 +19,13 @@ from tierkv.block import Tier
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.errors import CapacityError, ConfigError, RankError, StoreError
-from tierkv.mover import Mover
+from tierkv.movers.mover import Mover
 from tierkv.namespace import Namespace
-from tierkv.ranks import Agreement
+from tierkv.ranks.group import Agreement
+from tierkv.ranks.torch_ranks import TorchRanks
 from tierkv.sequence import Sequence
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.outcomes import MissReason
-from tierkv.torch_ranks import TorchRanks
 
 T = TypeVar("T")
 SIZE = 4

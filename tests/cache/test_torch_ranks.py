@@ -12,8 +12,8 @@ import pytest
 from torch import distributed
 
 from tierkv.errors import ConfigError, RankError
-from tierkv.ranks import Agreement, OneRank, RankGroup
-from tierkv.torch_ranks import TorchRanks
+from tierkv.ranks.group import Agreement, OneRank, RankGroup
+from tierkv.ranks.torch_ranks import TorchRanks
 
 T = TypeVar("T")
 SIZE = 3

@@ -14,8 +14,8 @@ from typing import Any
 import lmdb
 import pytest
 
+from tierkv.engine.models import load_model
 from tierkv.layout import BlockLayout
-from tierkv.models import load_model
 from tierkv.namespace import Namespace
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_namespaces import FORMAT_KEY

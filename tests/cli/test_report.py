@@ -12,9 +12,9 @@ import pytest
 from fake_cache import FakeCache
 
 from tierkv.block import Tier
+from tierkv.engine.models import load_model
 from tierkv.events import EventKind
-from tierkv.metrics import serve_metrics
-from tierkv.models import load_model
+from tierkv.profiling.metrics import serve_metrics
 from tierkv.tools import cli
 
 Run = Callable[..., tuple[int, str, str]]

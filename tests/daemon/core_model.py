@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from tierkv.block import TOKEN_BYTES, HashFunction, common_run, hash_block, iter_chain
-from tierkv.daemon import Connection, Core, FetchTask, Write
+from tierkv.daemon.core import Connection, Core, FetchTask, Write
+from tierkv.daemon.protocol import NO_SLOT, Chain, Found, Match, Release, Reserve, split_numbers
 from tierkv.layout import BlockLayout
-from tierkv.protocol import NO_SLOT, Chain, Found, Match, Release, Reserve, split_numbers
 from tierkv.storage.outcomes import MissReason
 
 BLOCK_SIZE = 2

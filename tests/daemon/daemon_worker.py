@@ -7,7 +7,7 @@ import logging
 import sys
 from pathlib import Path
 
-from tierkv.daemon_server import DaemonConfig, serve
+from tierkv.daemon.server import DaemonConfig, serve
 
 if __name__ == "__main__":
     options = json.loads(sys.argv[1])

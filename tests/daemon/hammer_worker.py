@@ -16,9 +16,8 @@ import xxhash
 from raw_client import LAYOUT, NAMESPACE, connect
 
 from tierkv.block import hash_block, iter_chain
-from tierkv.daemon_client import DaemonClient
-from tierkv.errors import DaemonError
-from tierkv.protocol import (
+from tierkv.daemon.client import DaemonClient
+from tierkv.daemon.protocol import (
     NO_SLOT,
     Chain,
     EndTicket,
@@ -33,6 +32,7 @@ from tierkv.protocol import (
     Reserved,
     split_numbers,
 )
+from tierkv.errors import DaemonError
 from tierkv.storage.warm import Slab
 
 STEP = LAYOUT.block_size * 4

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from tierkv.config import CacheConfig
-from tierkv.models import load_model
-from tierkv.runner import GenerationOptions, open_runner
+from tierkv.engine.models import load_model
+from tierkv.engine.runner import GenerationOptions, open_runner
 
 if __name__ == "__main__":
     socket, cache_dir, output = map(Path, sys.argv[1:])

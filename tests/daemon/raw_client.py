@@ -9,9 +9,9 @@ import numpy as np
 from pattern_layout import tiny_layout
 
 from tierkv.block import iter_chain
-from tierkv.daemon_client import DaemonClient
+from tierkv.daemon.client import DaemonClient
+from tierkv.daemon.protocol import Chain, Hello, Publish, Published, Reserve, Reserved, split_numbers
 from tierkv.namespace import Namespace
-from tierkv.protocol import Chain, Hello, Publish, Published, Reserve, Reserved, split_numbers
 from tierkv.storage.warm import Slab
 
 LAYOUT = tiny_layout()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import is_reachable
+from daemon_process import is_reachable
 
 from tierkv.tools import cli
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tierkv.block import Tier, hash_block
-from tierkv.daemon import Core, Write
+from tierkv.daemon.core import Core, Write
+from tierkv.daemon.protocol import Fetch, Pin
 from tierkv.errors import CapacityError, DaemonError
-from tierkv.protocol import Fetch, Pin
 
 prompts = st.lists(st.integers(0, 1), min_size=1, max_size=9).map(as_bytes)
 which = st.integers(0, 9)

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from child_process import ENVIRONMENT, command
-from conftest import Start
+from daemon_process import Start
 from test_life_and_death import eventually
 
 WORKER = Path(__file__).with_name("hammer_worker.py")

@@ -15,17 +15,17 @@ from pathlib import Path
 
 import pytest
 from child_process import ENVIRONMENT, command
-from conftest import TIMEOUT_S, Daemon, OpenCache, Start
+from daemon_process import TIMEOUT_S, Daemon, OpenCache, Start
 from pattern_engine import PatternEngine, tiny_layout
 from raw_client import NAMESPACE, chain_of, connect, hello, tokens_of, write_prompt
 
 from tierkv.block import Tier
 from tierkv.cache import TierCache
-from tierkv.daemon_client import DaemonClient
-from tierkv.daemon_host import check_memory, listening_socket
+from tierkv.daemon.client import DaemonClient
+from tierkv.daemon.host import check_memory, listening_socket
+from tierkv.daemon.protocol import HEADER, Found, Match, Welcome, frame
 from tierkv.errors import CapacityError, ConfigError, DaemonError, DaemonGoneError
 from tierkv.namespace import Namespace
-from tierkv.protocol import HEADER, Found, Match, Welcome, frame
 from tierkv.storage.outcomes import MissReason
 
 WORKER = Path(__file__).with_name("client_worker.py")

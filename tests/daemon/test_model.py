@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from child_process import ENVIRONMENT, command
-from conftest import Start
+from daemon_process import Start
 
 WORKER = Path(__file__).with_name("model_worker.py")
 

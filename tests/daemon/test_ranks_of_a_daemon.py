@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from conftest import BLOCK_BYTES, Start
+from daemon_process import BLOCK_BYTES, Start
 from pattern_engine import PatternEngine, tiny_layout
 from test_life_and_death import eventually
 from torch import distributed
@@ -16,8 +16,8 @@ from tierkv.block import Tier
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.namespace import Namespace
+from tierkv.ranks.torch_ranks import TorchRanks
 from tierkv.sequence import Sequence
-from tierkv.torch_ranks import TorchRanks
 
 SIZE = 2
 PROMPT = list(range(17))

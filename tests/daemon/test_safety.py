@@ -10,14 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import TIMEOUT_S, Start
+from daemon_process import TIMEOUT_S, Start
 from raw_client import NAMESPACE, chain_of, connect, hello, tokens_of, write_prompt
 
 from tierkv.block import hash_block
-from tierkv.daemon_client import DaemonClient
-from tierkv.errors import DaemonError
-from tierkv.namespace import Namespace
-from tierkv.protocol import (
+from tierkv.daemon.client import DaemonClient
+from tierkv.daemon.protocol import (
     HEADER,
     MAX_BODY_BYTES,
     NO_SLOT,
@@ -51,6 +49,8 @@ from tierkv.protocol import (
     frame,
     parse_body,
 )
+from tierkv.errors import DaemonError
+from tierkv.namespace import Namespace
 
 TOKENS = tokens_of(16)
 

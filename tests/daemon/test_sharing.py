@@ -7,13 +7,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import BLOCK_BYTES, OpenCache, Start
+from daemon_process import BLOCK_BYTES, OpenCache, Start
 from pattern_engine import PatternEngine
 
 from tierkv.block import Tier, hash_block
 from tierkv.events import EventKind
+from tierkv.profiling.tracker import MemoryTracker
 from tierkv.tools import cli
-from tierkv.tracker import MemoryTracker
 
 
 def ids(count: int, start: int = 0) -> list[int]:

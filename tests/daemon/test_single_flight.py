@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import OpenCache, Start
+from daemon_process import OpenCache, Start
 from pattern_engine import PatternEngine
 from raw_client import chain_of, connect, tokens_of, write_prompt
 from test_life_and_death import client_process, eventually
 
 from tierkv.block import Tier
 from tierkv.cache import TierCache
+from tierkv.daemon.protocol import Found, Match, Prefetch, Release
 from tierkv.errors import DaemonError
-from tierkv.protocol import Found, Match, Prefetch, Release
 from tierkv.sequence import Sequence
 
 PROMPT = list(range(17))

@@ -14,8 +14,8 @@ from test_windows import normal_block
 from tierkv.errors import CorruptBlockError, ShapeError
 from tierkv.kernels.planes import merge_frames
 from tierkv.layout import BlockLayout, LayerLayout
-from tierkv.mover import Move, Mover
-from tierkv.mover_frames import FrameMover, can_decode
+from tierkv.movers.frames import FrameMover, can_decode
+from tierkv.movers.mover import Move, Mover
 from tierkv.storage.coded import CodedBlock, CodedLayout, check_frames
 from tierkv.storage.hot import HotPool
 from tierkv.storage.planes import Bytes

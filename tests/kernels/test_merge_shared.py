@@ -8,7 +8,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton has no wheel for this machine")
 
-from tierkv.attention_merge import merge_shared_reference
+from tierkv.engine.attention_merge import merge_shared_reference
 from tierkv.errors import ShapeError
 from tierkv.kernels.states import merge_shared
 

@@ -20,11 +20,11 @@ from torch import distributed
 
 from tierkv.block import Tier
 from tierkv.config import CacheConfig
-from tierkv.fingerprint import weights_digest, weights_state
-from tierkv.models import LoadedModel, split_model
-from tierkv.runner import GenerationOptions, Runner, open_runner
+from tierkv.engine.fingerprint import weights_digest, weights_state
+from tierkv.engine.models import LoadedModel, split_model
+from tierkv.engine.runner import GenerationOptions, Runner, open_runner
+from tierkv.ranks.torch_ranks import TorchRanks
 from tierkv.storage.cold import ColdStore
-from tierkv.torch_ranks import TorchRanks
 
 __all__ = ["NUM_NEW", "block_size_of", "dtype_of", "prompt_of"]
 

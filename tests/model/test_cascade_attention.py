@@ -10,11 +10,11 @@ import torch
 from flash_reference import flash_reference
 from places import Place
 
-from tierkv.attention import AttentionBatch, SequenceStep, build_batch
-from tierkv.attention_cascade import PrefixKernel, attend_cascade, attend_with_flash, can_cascade
-from tierkv.attention_paged import PagedQuery, attend
-from tierkv.cascade import SharedPrefix
-from tierkv.cascade_batch import CascadeBatch, CascadeShape
+from tierkv.engine.attention import AttentionBatch, SequenceStep, build_batch
+from tierkv.engine.attention_cascade import PrefixKernel, attend_cascade, attend_with_flash, can_cascade
+from tierkv.engine.attention_paged import PagedQuery, attend
+from tierkv.engine.cascade import SharedPrefix
+from tierkv.engine.cascade_batch import CascadeBatch, CascadeShape
 from tierkv.layout import BlockLayout
 from tierkv.storage.hot import HotPool
 

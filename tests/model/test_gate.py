@@ -9,9 +9,9 @@ from tiny_models import FAMILIES, make_model
 from torch import Tensor
 from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
-from tierkv.attention import use_tierkv_attention
+from tierkv.engine.attention import use_tierkv_attention
+from tierkv.engine.gate import check_supported, probe_layout, self_test
 from tierkv.errors import ConfigError, UnsupportedModelError
-from tierkv.gate import check_supported, probe_layout, self_test
 from tierkv.layout import LayerLayout
 
 SMALL: dict[str, Any] = {

@@ -16,8 +16,8 @@ from torch.nn import functional
 
 from tierkv.block import Tier
 from tierkv.block_control import BlockReport
+from tierkv.engine.managed_attention import ManagedFlashAttention
 from tierkv.errors import CapacityError, ConfigError, ShapeError
-from tierkv.managed_attention import ManagedFlashAttention
 
 HEADS, KV_HEADS, DIM = 8, 2, 64
 

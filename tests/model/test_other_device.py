@@ -12,9 +12,9 @@ from tiny_models import VOCABULARY, make_model
 
 from tierkv.block import Tier
 from tierkv.config import CacheConfig
-from tierkv.models import LoadedModel
-from tierkv.mover import CudaReady
-from tierkv.runner import GenerationOptions, open_runner
+from tierkv.engine.models import LoadedModel
+from tierkv.engine.runner import GenerationOptions, open_runner
+from tierkv.movers.mover import CudaReady
 
 SECOND = torch.device("cuda", 1)
 

@@ -11,13 +11,13 @@ from places import Place, plain_logits
 from tiny_models import VOCABULARY, make_model
 
 from tierkv.block import Tier
-from tierkv.cascade import CascadeCost
 from tierkv.config import CacheConfig
+from tierkv.engine.cascade import CascadeCost
+from tierkv.engine.gate import probe_layout
+from tierkv.engine.models import LoadedModel
+from tierkv.engine.runner import GenerationOptions, Runner, open_runner
+from tierkv.engine.sampling import SamplingOptions
 from tierkv.errors import CapacityError, ConfigError
-from tierkv.gate import probe_layout
-from tierkv.models import LoadedModel
-from tierkv.runner import GenerationOptions, Runner, open_runner
-from tierkv.sampling import SamplingOptions
 
 Open = Callable[..., Runner]
 
@@ -247,7 +247,7 @@ def test_a_request_interrupted_as_it_begins_holds_nothing(open_one: Open, monkey
             raise KeyboardInterrupt
 
     runner = open_one()
-    monkeypatch.setattr("tierkv.runner.deque", Interrupted)
+    monkeypatch.setattr("tierkv.engine.runner.deque", Interrupted)
     with pytest.raises(KeyboardInterrupt):
         runner.generate([tokens(20, seed=1)])
     assert runner.cache.stats().tiers[Tier.HOT].blocks == 0

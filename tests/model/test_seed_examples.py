@@ -14,10 +14,10 @@ from tiny_models import VOCABULARY, make_model
 
 from tierkv import CacheConfig, EvictionPolicy, MemoryController, MemoryProfiler
 from tierkv.block import Tier
-from tierkv.gate import probe_layout
-from tierkv.models import LoadedModel
+from tierkv.engine.gate import probe_layout
+from tierkv.engine.models import LoadedModel
+from tierkv.engine.runner import GenerationOptions, Runner, open_runner
 from tierkv.policies import CacheBlock
-from tierkv.runner import GenerationOptions, Runner, open_runner
 
 NUM_HOT = 32
 

@@ -14,11 +14,11 @@ from places import Place
 from rank_worker import NUM_NEW, block_size_of, dtype_of, prompt_of
 from tiny_models import make_model
 
+from tierkv.engine.gate import check_split
+from tierkv.engine.models import can_split_models, split_model
 from tierkv.errors import ConfigError, UnsupportedModelError
-from tierkv.gate import check_split
-from tierkv.models import can_split_models, split_model
-from tierkv.ranks import OneRank
-from tierkv.torch_ranks import TorchRanks
+from tierkv.ranks.group import OneRank
+from tierkv.ranks.torch_ranks import TorchRanks
 
 needs_splitting = pytest.mark.skipif(
     not can_split_models(make_model("llama", block_size=16)),

@@ -1,0 +1,197 @@
+"""The daemon's mind: who may read which slot, who writes which, who computes what. No sockets, no bytes, no clock.
+
+Every rule about shared memory is here, as a state machine over plain values, driven by the server and by tests:
+
+- A **lease** pins a slot for one connection; it ends by `release` or with the connection.
+- A **reservation** gives a connection one slot to write one block into. Its entry in the index has no place yet,
+  so that nobody finds it, until `publish` attaches the slot. A second writer of the same block is told that it is
+  busy.
+- A **load** brings a block from a cold source into a slot; whoever wants the block meanwhile joins it.
+- A **ticket** says who computes blocks that nobody has. It ends with their publication or with the connection.
+
+Identity: a hash is a key and no proof. A block is found only by following the chain from the namespace's own
+entry, comparing each entry's parent (the object) and token ids. A block behind that in a cold source counts only
+if that source has the same chain up to it; otherwise the children of a colliding block could be taken for ours.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from tierkv.block import BlockHash, Tier
+from tierkv.daemon.protocol import Match, Pin
+from tierkv.daemon.reading import Reading
+from tierkv.daemon.values import Connection, FetchTask, Load, Tenant, Write, whole_hashes
+from tierkv.daemon.writing import Writing
+from tierkv.errors import DaemonError
+from tierkv.index import Entry
+from tierkv.layout import BlockLayout
+from tierkv.storage.warm import slot_stride
+
+__all__ = ["Connection", "Core", "FetchTask", "Load", "Tenant", "Write"]
+
+
+class Core(Reading, Writing):
+    """All state of the daemon, and what may be done with it. Not thread-safe: the server's one thread calls it.
+
+    The tables are in daemon_state, leases and loads in daemon_reading, reservations in daemon_writing.
+    store: the cold tier, if there is one. pin_share: of the slab, that one owner (salt) may pin.
+    """
+
+    def connect(self) -> Connection:
+        """Return a new connection that has no namespace yet."""
+        connection = Connection()
+        self.connections.add(connection)
+        return connection
+
+    def open_tenant(
+        self,
+        connection: Connection,
+        digest: BlockHash,
+        description: bytes,
+        *,
+        layout: BlockLayout,
+        name: str = "",
+        owner: str = "",
+        codec: str = "",
+    ) -> Tenant:
+        """Let a connection work on a namespace, made known if need be.
+
+        Raises DaemonError if it is known with another description, CapacityError if its blocks fit no slab.
+        """
+        tenant = self.tenants.get(digest)
+        if tenant is None:
+            self._forget_idle_tenants()
+            size_class = self.slab.class_of(slot_stride(layout.block_bytes))
+            tenant = Tenant(digest, description, name, owner, layout, size_class, codec)
+            if self.store is not None:
+                tenant.sources.append(self.store)
+            self.tenants[digest] = tenant
+        elif tenant.layout != layout:
+            raise DaemonError(
+                f"namespace {digest.hex()} is known here with another layout of its blocks",
+                hint="a namespace digest must cover the layout",
+            )
+        assert connection.tenant is None
+        connection.tenant = tenant
+        tenant.clients += 1
+        return tenant
+
+    def disconnect(self, connection: Connection) -> None:
+        """Take everything back that a connection held. May be called twice."""
+        if connection.is_closed:
+            return
+        connection.is_closed = True
+        self.connections.discard(connection)
+        for number in list(connection.tickets):
+            self.end_ticket(connection, number)
+        tenant = connection.tenant
+        if tenant is None:
+            return
+        tenant.clients -= 1
+        tenant.size_class.index.unpin_all(Tier.WARM, list(connection.leases.elements()))
+        connection.leases.clear()
+        self.abandon(connection, list(connection.reservations))
+        connection.cursors.clear()
+
+    def pin(self, connection: Connection, message: Pin) -> list[BlockHash]:
+        """Pin or unpin a prompt's blocks; return the hashes of all that are there, for the store to do the same.
+
+        Raises DaemonError, with nothing changed, if the owner (salt) would have pinned more than its share.
+        """
+        tenant = connection.require_tenant()
+        hashes = whole_hashes(tenant, message.hashes, message.tokens)
+        known = self._walk(tenant, hashes, message.tokens)
+        ask = Match(hashes=message.hashes, tokens=message.tokens)
+        slots, _, _ = self._find_blocks(connection, known, hashes, ask)
+        total = len(slots or ())
+        tail, _ = self._find_tail(connection, hashes, total, self._parent_entry(tenant, known, total), ask)
+        entries = known[:total]
+        if tail and (entry := tenant.size_class.index.peek(tail.block_hash)):
+            entries.append(entry)
+        changing = [entry for entry in entries if entry.warm_slot is not None and entry.pinned is not message.pinned]
+        change = len(changing) * tenant.layout.block_bytes * (1 if message.pinned else -1)
+        pinned = sum(each.pinned_bytes for each in self.tenants.values() if each.owner == tenant.owner)
+        if change > 0 and pinned + change > self._pin_quota_bytes:
+            raise DaemonError(
+                f"pinning {len(changing)} more blocks takes {pinned + change} bytes of the warm tier, "
+                f"and one tenant may pin {self._pin_quota_bytes}",
+                hint="unpin other prompts, or start the daemon with a larger --warm",
+            )
+        for entry in changing:
+            tenant.size_class.index.set_pinned(entry, message.pinned)
+        tenant.pinned_bytes += change
+        return hashes[:total] + ([tail.block_hash] if tail else [])
+
+    def evict(self, connection: Connection, count: int) -> int:
+        """Evict blocks of the connection's namespace from the warm tier; return how many went."""
+        tenant = connection.require_tenant()
+        size_class = tenant.size_class
+        wanted = size_class.num_slots if count < 0 else count
+        return size_class.evict(wanted, lambda slot: self._slot_tenants.get((size_class, slot)) is tenant)
+
+    def trim(self) -> int:
+        """Evict a little ahead of need where the slab is full."""
+        return sum(size_class.trim() for size_class in self.slab.classes.values())
+
+    def warm_entries(self, tenant: Tenant) -> list[Entry]:
+        """Return a namespace's blocks in the warm tier, parents first, each pinned; `unpin_entries` ends that."""
+        index = tenant.size_class.index
+        root = self._root(tenant)
+        pending = list(root.children) if root else []
+        found: list[Entry] = []
+        for entry in pending:
+            pending += entry.children
+            if entry.warm_slot is not None:
+                index.pin(entry, Tier.WARM)
+                found.append(entry)
+        return found
+
+    def unpin_entries(self, tenant: Tenant, slots: Sequence[int]) -> None:
+        """End what `warm_entries` pinned."""
+        tenant.size_class.index.unpin_all(Tier.WARM, slots)
+
+    @property
+    def num_leases(self) -> int:
+        """Leases of all connections."""
+        return sum(connection.leases.total() for connection in self.connections)
+
+    @property
+    def num_reservations(self) -> int:
+        """Slots that are being written."""
+        return len(self._reserved)
+
+    @property
+    def num_tickets(self) -> int:
+        """Blocks that somebody is computing."""
+        return len(self._tickets)
+
+    @property
+    def num_writes(self) -> int:
+        """Published blocks that are not yet stored."""
+        return len(self._writes)
+
+    def check(self) -> None:
+        """Raise AssertionError unless every slot, pin, reservation and ticket is accounted for."""
+        for size_class in self.slab.classes.values():
+            pins = Counter(slot for slot in range(size_class.num_slots) if not size_class.is_usable(slot))
+            for connection in self.connections:
+                if connection.tenant and connection.tenant.size_class is size_class:
+                    pins.update(connection.leases)
+                    pins.update(connection.reservations.keys())
+            for task, tenant in self._fetching.items():
+                if tenant.size_class is size_class:
+                    pins.update(task.slots)
+            pins.update(write.slot for write in self._writes if write.tenant.size_class is size_class)
+            pool = size_class.index.warm
+            for slot in range(size_class.num_slots):
+                assert pool.reference_count(slot) == pins[slot], f"slot {slot} has {pool.reference_count(slot)} pins"
+                assert (pool.owners[slot] is not None) == ((size_class, slot) in self._slot_tenants)
+            size_class.index.check()
+        counted = Counter(self._slot_tenants.values())
+        assert all(tenant.warm_blocks == counted[tenant] for tenant in self.tenants.values())
+        held = [res for connection in self.connections for res in connection.reservations.values()]
+        assert {id(each) for each in held} == {id(each) for each in self._reserved.values()}
+        for block_hash, ticket in self._tickets.items():
+            assert block_hash in ticket.hashes and ticket.connection.tickets.get(ticket.number) is ticket

@@ -1,0 +1,226 @@
+"""What the daemon's core knows of clients, namespaces, and blocks on their way: plain values."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+from typing import Protocol
+
+from tierkv.block import TOKEN_BYTES, BlockHash, seal_block
+from tierkv.daemon.protocol import ProtocolError, split_hashes
+from tierkv.daemon.slab import SizeClass
+from tierkv.errors import StoreError
+from tierkv.index import Entry
+from tierkv.layout import BlockLayout
+from tierkv.storage.outcomes import MissReason
+from tierkv.storage.record import BlockInfo
+
+__all__ = [
+    "BlockSource",
+    "Connection",
+    "Cursor",
+    "FetchTask",
+    "Load",
+    "Reservation",
+    "Tenant",
+    "Ticket",
+    "Write",
+    "has_hash",
+    "holds",
+    "is_in_some",
+    "whole_hashes",
+]
+
+
+class StoredEntry(Protocol):
+    """What a source says of a block without reading it."""
+
+    @property
+    def parent(self) -> BlockHash: ...
+    @property
+    def num_tokens(self) -> int: ...
+
+
+class BlockSource(Protocol):
+    """Something below the warm tier, as far as the core asks it: identity only, no bytes."""
+
+    def lookup(self, block_hash: BlockHash) -> StoredEntry | None: ...
+    def read_tokens(self, block_hash: BlockHash) -> bytes | None: ...
+    def find_longest_run(self, parent: BlockHash, token_bytes: bytes) -> tuple[BlockHash, bytes, int] | None: ...
+
+
+@dataclass(slots=True, eq=False)
+class Tenant:
+    """One namespace: its layout, where its blocks may lie, and what it has. codec: the lossy one it asks for, or ""."""
+
+    digest: BlockHash
+    description: bytes
+    name: str
+    owner: str
+    layout: BlockLayout
+    size_class: SizeClass
+    codec: str = ""
+    sources: list[BlockSource] = field(default_factory=list)
+    warm_blocks: int = 0
+    pinned_bytes: int = 0
+    clients: int = 0
+
+    @property
+    def step(self) -> int:
+        """Bytes of the token ids of a whole block."""
+        return self.layout.block_size * TOKEN_BYTES
+
+
+@dataclass(slots=True, eq=False)
+class Load:
+    """A block on its way from a source into a slot. users: fetches that wait for it, each with a pin."""
+
+    tenant: Tenant
+    entry: Entry
+    slot: int
+    source: BlockSource
+    is_done: bool = False
+    reason: MissReason | None = None
+
+    @property
+    def info(self) -> BlockInfo:
+        """The block's identity, for reading it."""
+        return _info(self.tenant, self.entry)
+
+
+@dataclass(slots=True, eq=False)
+class FetchTask:
+    """What one Fetch waits for: slots that it has pinned, and the loads that are to fill some of them."""
+
+    slots: list[int] = field(default_factory=list)
+    loads: dict[int, Load] = field(default_factory=dict)
+    fresh: list[Load] = field(default_factory=list)
+    miss: MissReason | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Write:
+    """A published block that the store lacks; its slot stays pinned until `finish_write`."""
+
+    tenant: Tenant
+    entry: Entry
+    slot: int
+
+    @property
+    def info(self) -> BlockInfo:
+        """The block's identity, for storing it."""
+        return _info(self.tenant, self.entry)
+
+
+@dataclass(slots=True, eq=False)
+class Cursor:
+    """A matched prompt, kept so that Fetch can name its blocks by number. tail: (hash, tokens), block `total`."""
+
+    hashes: list[bytes]
+    tokens: bytes
+    total: int
+    tail: tuple[bytes, bytes] | None
+    verified: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """A connection's promise to compute these blocks."""
+
+    number: int
+    connection: Connection
+    hashes: set[BlockHash]
+    expires_at: float
+
+
+@dataclass(slots=True, eq=False)
+class Reservation:
+    """A slot that a connection writes a block into."""
+
+    connection: Connection
+    tenant: Tenant
+    entry: Entry
+    slot: int
+
+
+@dataclass(slots=True, eq=False)
+class Connection:
+    """What one client holds. Everything of it goes back when the connection ends."""
+
+    tenant: Tenant | None = None
+    client: str = ""
+    leases: Counter[int] = field(default_factory=Counter)
+    reservations: dict[int, Reservation] = field(default_factory=dict)
+    cursors: dict[int, Cursor] = field(default_factory=dict)
+    tickets: dict[int, Ticket] = field(default_factory=dict)
+    is_closed: bool = False
+
+    def require_tenant(self) -> Tenant:
+        """Return the namespace that this connection named. Raises ProtocolError if it named none."""
+        if self.tenant is None:
+            raise ProtocolError("this connection named no namespace when it said hello")
+        return self.tenant
+
+
+def whole_hashes(tenant: Tenant, hashes: bytes, tokens: bytes) -> list[bytes]:
+    """Return the hashes of a prompt's whole blocks. Raises ProtocolError unless they are as many as the tokens."""
+    found = split_hashes(hashes)
+    if len(tokens) % TOKEN_BYTES or len(found) != len(tokens) // tenant.step:
+        raise ProtocolError(f"{len(found)} block hashes for {len(tokens)} bytes of token ids")
+    return found
+
+
+def is_in_some(
+    sources: Sequence[BlockSource], block_hash: BlockHash, parent: BlockHash, num_tokens: int
+) -> tuple[bool, bool]:
+    """Return whether some source has a block of that hash, parent and length, and whether one failed."""
+    has_failed = False
+    for source in sources:
+        try:
+            stored = source.lookup(block_hash)
+        except StoreError:
+            has_failed = True
+            continue
+        if stored and stored.parent == parent and stored.num_tokens == num_tokens:
+            return True, has_failed
+    return False, has_failed
+
+
+def has_hash(source: BlockSource, block_hash: BlockHash) -> bool:
+    """Tell whether a source has some block of that hash."""
+    try:
+        return source.lookup(block_hash) is not None
+    except StoreError:
+        return False
+
+
+def holds(source: BlockSource, tenant: Tenant, hashes: Sequence[bytes], tokens: bytes, at: int) -> bool:
+    """Tell whether a source's block of that hash is this very block: parent and token ids compared."""
+    parent = hashes[at - 1] if at else tenant.digest
+    try:
+        stored = source.lookup(hashes[at])
+        return (
+            stored is not None
+            and stored.parent == parent
+            and source.read_tokens(hashes[at]) == tokens[at * tenant.step : (at + 1) * tenant.step]
+        )
+    except StoreError:
+        return False
+
+
+def _info(tenant: Tenant, entry: Entry) -> BlockInfo:
+    """Return the identity of a block; its seal is made of the token ids of its chain, the namespace first."""
+    chain: list[bytes] = []
+    at = entry
+    while at.depth > 0:
+        chain.append(at.token_bytes)
+        at = at.parent
+    return BlockInfo(
+        block_hash=entry.block_hash,
+        parent=entry.parent_hash,
+        namespace=tenant.digest,
+        seal=reduce(seal_block, reversed(chain), tenant.digest),
+        token_bytes=entry.token_bytes,
+    )

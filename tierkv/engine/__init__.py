@@ -1,0 +1,1 @@
+"""What runs a model over the cache: attention, decoding, CUDA graphs, prompts."""

@@ -1,0 +1,177 @@
+"""Which models may be cached: refused by their configuration, by a look at one pass, or by a self-test.
+
+Reusing K and V by prefix is right only where K and V of a token depend on the tokens up to it and on nothing
+else, and where the model's attention really goes through the registered function. What the configuration
+gives away is checked first; the self-test catches the rest before a wrong byte is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tierkv.engine.attention import SequenceStep, build_batch, forward, use_tierkv_attention
+from tierkv.errors import ConfigError, UnsupportedModelError
+from tierkv.layout import BlockLayout, LayerLayout
+from tierkv.ranks.group import RankGroup
+from tierkv.storage.hot import HotPool
+
+__all__ = ["check_split", "check_supported", "probe_layout", "self_test"]
+
+_SAFE_LAYERS = {"full_attention", "sliding_attention"}
+_SAFE_CACHES = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
+_LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+
+# Root mean square error of the logits over their own: what splitting the prompt may change by rounding.
+# A model that cannot be split shows 0.1 and more.
+_TOLERANCE = {"float64": 1e-6, "float32": 1e-3, "float16": 2e-2, "bfloat16": 6e-2}
+
+
+def check_supported(model: Any) -> None:
+    """Raise UnsupportedModelError, saying why, for a model whose configuration rules prefix reuse out."""
+    reasons = list(_reasons(model))
+    if reasons:
+        raise UnsupportedModelError(f"{type(model).__name__} cannot be cached by prefix: {'; '.join(reasons)}")
+
+
+def check_split(model: Any, ranks: RankGroup) -> None:
+    """Raise unless a model is split over exactly these ranks, or whole on the only one.
+
+    ConfigError where the ranks are the wrong ones, UnsupportedModelError where the model cannot be split so.
+    """
+    size = getattr(model, "tp_size", None) or 1
+    name = type(model).__name__
+    if size == 1 and any(hasattr(parameter, "placements") for parameter in model.parameters()):
+        raise UnsupportedModelError(f"{name} has weights that are split, but not by tensor parallelism")
+    if size != ranks.size:
+        hint = "say ranks=TorchRanks.of_process_group()" if ranks.size == 1 else None
+        raise ConfigError(f"{name} is split over {size} devices, but there are {ranks.size} ranks", hint=hint)
+    config = model.config.get_text_config(decoder=True)
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None) or size
+    if heads % size:
+        raise UnsupportedModelError(f"{name} has {heads} heads of K and V, which cannot be split over {size} ranks")
+
+
+def probe_layout(model: Any, *, block_size: int) -> BlockLayout:
+    """Return the layout of a model's blocks, seen in one forward pass over two tokens.
+
+    Raises UnsupportedModelError where attention does not pass through the registered function layer by layer.
+    """
+    probe = _Probe(position_ids=torch.arange(2, device=model.device)[None])
+    with torch.inference_mode(), use_tierkv_attention(model):
+        forward(model, torch.zeros(2, dtype=torch.int64, device=model.device), probe)
+    if not probe.layers or sorted(probe.layers) != list(range(len(probe.layers))):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has attention layers {sorted(probe.layers)} that reach the cache: not all do"
+        )
+    dtypes = set(probe.dtypes.values())
+    if len(dtypes) != 1:
+        raise UnsupportedModelError(f"{type(model).__name__} has K and V of several dtypes: {sorted(dtypes)}")
+    return BlockLayout(
+        block_size=block_size, dtype=dtypes.pop(), layers=tuple(probe.layers[i] for i in range(len(probe.layers)))
+    )
+
+
+def self_test(model: Any, layout: BlockLayout) -> float:
+    """Compare a prompt computed at once, by the model's own attention, with one split at block borders.
+
+    Returns the relative error of the logits; raises UnsupportedModelError where it is more than rounding.
+    Costs two passes over 2 blocks and 3 tokens.
+    """
+    size = layout.block_size
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    length = min(2 * size + 3, limit)
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    ids = torch.randint(0, vocabulary, (length,), generator=generator).to(model.device)
+    with torch.inference_mode():
+        want = _own_logits(model, ids)
+        got = _split_logits(model, ids, layout)
+    error = float((got.double() - want.double()).square().mean().sqrt() / want.double().square().mean().sqrt())
+    if not error <= _TOLERANCE.get(layout.dtype, 0.1):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} fails the self-test: split at block borders its logits differ by {error:.1%}"
+        )
+    return error
+
+
+def _reasons(model: Any) -> Iterator[str]:
+    """Yield every reason against a model that its class and configuration give. Source: a sweep of all types."""
+    config = model.config.get_text_config(decoder=True)
+    if not getattr(type(model), "_supports_attention_backend", False):
+        yield "its attention cannot be replaced"
+    if getattr(type(model), "_is_stateful", False):
+        yield "it keeps state that is not K and V of tokens"
+    if getattr(config, "is_decoder", None) is False and hasattr(config, "add_cross_attention"):
+        yield "it is an encoder"
+    other = set(getattr(config, "layer_types", None) or []) - _SAFE_LAYERS
+    if other:
+        yield f"layers of type {', '.join(sorted(other))}"
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = {rope.get("rope_type")} | {v.get("rope_type") for v in rope.values() if isinstance(v, dict)}
+    for kind in sorted(_LENGTH_DEPENDENT_ROPE & kinds):
+        yield f"its rope depends on the prompt's length ({kind})"
+    yield from _cache_reasons(model)
+
+
+def _cache_reasons(model: Any) -> Iterator[str]:
+    from transformers import DynamicCache
+
+    try:
+        kinds = {type(layer).__name__ for layer in DynamicCache(config=model.config).layers}
+    except (AttributeError, KeyError, TypeError, ValueError) as exc:
+        yield f"its cache cannot be made from its configuration ({exc})"
+        return
+    if kinds - _SAFE_CACHES:
+        yield f"cache layers of type {', '.join(sorted(kinds - _SAFE_CACHES))}"
+
+
+@dataclass(slots=True, kw_only=True)
+class _Probe:
+    """Stands in for an AttentionBatch and takes notes; attention itself returns zeros."""
+
+    position_ids: Tensor
+    layers: dict[int, LayerLayout] = field(default_factory=dict)
+    dtypes: dict[int, str] = field(default_factory=dict)
+
+    def enter_layer(self, layer: int) -> None:
+        if layer in self.layers:
+            raise UnsupportedModelError(f"attention layer {layer} is called twice in one forward pass")
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        self.layers[layer] = LayerLayout(kv_heads=key.shape[1], k_dim=key.shape[-1], v_dim=value.shape[-1])
+        self.dtypes[layer] = str(key.dtype).removeprefix("torch.")
+        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[-1])
+
+
+def _own_logits(model: Any, ids: Tensor) -> Tensor:
+    """Return the logits of one pass by the model's own attention. It must know soft-capping: eager does."""
+    before = model.config.get_text_config()._attn_implementation
+    has_softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    if has_softcap:
+        model.set_attn_implementation("eager")
+    try:
+        logits: Tensor = model(input_ids=ids[None], use_cache=False).logits[0]
+    finally:
+        if has_softcap:
+            model.set_attn_implementation(before)
+    return logits
+
+
+def _split_logits(model: Any, ids: Tensor, layout: BlockLayout) -> Tensor:
+    """Return the logits of one pass a block, through a pool of its own and its blocks in reverse order."""
+    size, length = layout.block_size, len(ids)
+    pool = HotPool(layout, -(-length // size), model.device)
+    table = list(range(pool.num_blocks))[::-1]
+    parts: list[Tensor] = []
+    with use_tierkv_attention(model):
+        for start in range(0, length, size):
+            stop = min(start + size, length)
+            step = SequenceStep(block_table=table, num_past=start, num_new=stop - start)
+            batch = build_batch(pool, [step], block_size=size, device=model.device)
+            parts.append(forward(model, ids[start:stop], batch))
+    return torch.cat(parts)

@@ -1,0 +1,1 @@
+"""What moves the bytes of blocks: between tiers, compressed or raw, and between engines' pools and blocks."""

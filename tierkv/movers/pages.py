@@ -1,0 +1,95 @@
+"""Moves blocks between page-locked memory and an engine's layer-major pages, by way of a few blocks on the GPU.
+
+The copy engine carries whole blocks at the link's speed and a kernel spreads them over the pages, or collects them,
+at the speed of GPU memory. A kernel that reads page-locked memory itself reaches 0.91 of the link and keeps its
+multiprocessors for the whole time; here they are busy for a fiftieth of it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tierkv.movers.mover import CudaReady, Ready, recorded
+
+if TYPE_CHECKING:
+    from tierkv.kernels.pages import LayerPages
+
+__all__ = ["PageMover"]
+
+
+class PageMover:
+    """Loads and stores whole blocks of one engine. Needs a GPU and triton.
+
+    pages: the engine's pools. block_bytes: bytes of a block in page-locked memory. num_staging: blocks on the GPU
+    for each direction.
+    """
+
+    def __init__(self, pages: LayerPages, block_bytes: int, *, num_staging: int = 4) -> None:
+        from tierkv.kernels import pages as kernels  # here: it needs triton, which comes with a GPU
+
+        self._kernels = kernels
+        self._pages = pages
+        self._up = _Direction(block_bytes, num_staging, pages.device)
+        self._down = _Direction(block_bytes, num_staging, pages.device)
+
+    def load(self, blocks: Sequence[Tensor], page_ids: Tensor) -> Ready:
+        """Copy blocks into pages. The pages may be read after `wait`, the blocks reused when done.
+
+        blocks: n of [block_bytes] uint8, page-locked. page_ids: [n, pages_per_block] int64 on the GPU, no page twice.
+        Work already queued on the current stream ends before the pages are overwritten.
+        """
+        way = self._up
+        with way.lock:
+            way.kernel_stream.wait_stream(torch.cuda.current_stream(self._pages.device))
+            for i, block in enumerate(blocks):
+                row, free = way.next()
+                with torch.cuda.stream(way.copy_stream):
+                    free.wait()
+                    row[0].copy_(block, non_blocking=True)
+                    copied = recorded(way.copy_stream)
+                with torch.cuda.stream(way.kernel_stream):
+                    copied.wait()
+                    self._kernels.scatter_blocks(self._pages, page_ids[i : i + 1], row)
+                    free.record()
+            return CudaReady([recorded(way.kernel_stream)])
+
+    def store(self, page_ids: Tensor, blocks: Sequence[Tensor], *, after: Ready) -> Ready:
+        """Copy pages into blocks once `after` has passed: the inverse of `load`, same shapes."""
+        way = self._down
+        with way.lock:
+            with torch.cuda.stream(way.kernel_stream):
+                after.wait()
+            for i, block in enumerate(blocks):
+                row, free = way.next()
+                with torch.cuda.stream(way.kernel_stream):
+                    free.wait()
+                    self._kernels.gather_blocks(self._pages, page_ids[i : i + 1], row)
+                    gathered = recorded(way.kernel_stream)
+                with torch.cuda.stream(way.copy_stream):
+                    gathered.wait()
+                    block.copy_(row[0], non_blocking=True)
+                    free.record()
+            return CudaReady([recorded(way.copy_stream)])
+
+
+class _Direction:
+    """Streams of one direction and its blocks on the GPU, used in turn; each event says when its block is free."""
+
+    def __init__(self, block_bytes: int, num_staging: int, device: torch.device) -> None:
+        self.copy_stream = torch.cuda.Stream(device)
+        self.kernel_stream = torch.cuda.Stream(device)
+        self.lock = threading.Lock()
+        self._rows = torch.empty((num_staging, block_bytes), dtype=torch.uint8, device=device)
+        self._free = [torch.cuda.Event() for _ in range(num_staging)]
+        self._turn = 0
+
+    def next(self) -> tuple[Tensor, torch.cuda.Event]:
+        """Return the next block, [1, block_bytes], and its event."""
+        at = self._turn % len(self._free)
+        self._turn += 1
+        return self._rows[at : at + 1], self._free[at]

@@ -1,0 +1,117 @@
+"""A policy trained beforehand: a logistic model guesses which blocks are used again, and how soon follows from that."""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from dataclasses import asdict, dataclass
+from math import log2
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tierkv.errors import ConfigError
+from tierkv.eviction import CacheBlock
+from tierkv.policies.hazard import NUM_BUCKETS, hit_densities
+from tierkv.policies.lanes import LanePolicy
+
+__all__ = ["FEATURES", "LearnedModel", "LearnedPolicy", "features_of"]
+
+FEATURES = (
+    "log2 of the uses",
+    "used again",
+    "log2 of the depth",
+    "fewer tokens than a block",
+    "follows a used prefix",
+    "log2 of the new blocks before it",
+    "log2 of the last gap in seconds",
+)
+_FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnedModel:
+    """What training found. chances of a lane: to be used within each bucket of idle time (see `hazards`).
+
+    weights and bias: of the logistic model, over `FEATURES`. edges: its values between neighbouring lanes.
+    """
+
+    weights: tuple[float, ...]
+    bias: float
+    edges: tuple[float, ...]
+    chances: tuple[tuple[float, ...], ...]
+
+    def __post_init__(self) -> None:
+        if len(self.weights) != len(FEATURES) or len(self.chances) != len(self.edges) + 1 or len(self.chances) > 256:
+            raise ConfigError("the model's weights or lanes are too few or too many")
+        if any(len(row) != NUM_BUCKETS or not all(0 < chance < 1 for chance in row) for row in self.chances):
+            raise ConfigError(f"a lane's chances must be {NUM_BUCKETS} numbers between 0 and 1")
+        if not np.all(np.isfinite([*self.weights, self.bias, *self.edges])) or list(self.edges) != sorted(self.edges):
+            raise ConfigError("the model's numbers must be finite and its edges in order")
+
+    def save(self, path: Path) -> None:
+        """Write the model as JSON. Raises ConfigError."""
+        try:
+            path.write_text(json.dumps({"format": _FORMAT, "features": FEATURES, **asdict(self)}) + "\n", "utf-8")
+        except OSError as exc:
+            raise ConfigError(f"cannot write {path}: {exc}") from exc
+
+    @staticmethod
+    def load(path: Path) -> LearnedModel:
+        """Read a model. Raises ConfigError for a file that is none, or of another format."""
+        try:
+            fields: Any = json.loads(path.read_text("utf-8"))
+            if fields["format"] != _FORMAT or tuple(fields["features"]) != FEATURES:
+                raise ConfigError(f"{path} was trained for another version of the features: train it anew")
+            return LearnedModel(
+                weights=tuple(map(float, fields["weights"])),
+                bias=float(fields["bias"]),
+                edges=tuple(map(float, fields["edges"])),
+                chances=tuple(tuple(map(float, row)) for row in fields["chances"]),
+            )
+        except ConfigError as exc:
+            raise ConfigError(f"{path}: {exc}") from exc
+        except (OSError, ValueError, KeyError, TypeError) as exc:
+            raise ConfigError(f"{path} is not a trained policy: {type(exc).__name__}: {exc}") from exc
+
+
+class LearnedPolicy(LanePolicy):
+    """Evicts the block with the fewest hits to be expected from a second of keeping it, by a trained model.
+
+    The same ranking as the default's, but what it knows of a trace's habits was learned before, from features
+    that it weighs together, and does not change.
+    """
+
+    def __init__(self, model: LearnedModel, *, num_rows: int = 1 << 17) -> None:
+        super().__init__(num_lanes=len(model.chances), num_rows=num_rows)
+        self.model = model
+        self.densities = hit_densities(np.array(model.chances)).tolist()
+        self._edges = list(model.edges)
+
+    @staticmethod
+    def load(path: Path) -> LearnedPolicy:
+        """Return a policy with the model of a file. Raises ConfigError."""
+        return LearnedPolicy(LearnedModel.load(path))
+
+    def choose_lane(self, block: CacheBlock, *, count: int, gap_s: float, fork: int) -> int:
+        """Return how many edges the model's value for the block reaches."""
+        values = features_of(block, count=count, gap_s=gap_s, fork=fork, is_partial=self.is_partial(block))
+        value = self.model.bias + sum(w * v for w, v in zip(self.model.weights, values, strict=True))
+        return bisect_right(self._edges, value)
+
+
+def features_of(
+    block: CacheBlock, *, count: int, gap_s: float, fork: int, is_partial: bool
+) -> tuple[float, float, float, float, float, float, float]:
+    """Return what the model is told of a block that was just used, in the order of `FEATURES`."""
+    is_new = count <= 1
+    return (
+        log2(count),
+        float(not is_new),
+        log2(block.depth + 1),
+        float(is_partial),
+        float(is_new and fork > 1),
+        log2(block.depth - fork + 1) if is_new else 0.0,
+        log2(gap_s + 1),
+    )

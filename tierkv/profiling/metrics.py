@@ -1,0 +1,235 @@
+"""What a running cache does, over HTTP: /metrics for Prometheus, /status for `tierkv top` and for people.
+
+Needs prometheus-client, of the extra `metrics`; it is imported when a server or a collector is made. Only counts,
+sizes and block hashes leave the process: no token and no text.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from socketserver import ThreadingMixIn
+from typing import Any, Protocol
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+from tierkv.config import CacheConfig
+from tierkv.errors import ConfigError
+from tierkv.events import CacheObserver
+from tierkv.layout import BlockLayout
+from tierkv.namespace import Namespace
+from tierkv.profiling.prefixes import PrefixTable
+from tierkv.stats import CacheStats, TierStats
+from tierkv.storage.outcomes import MissReason
+
+__all__ = ["CacheCollector", "MetricsServer", "ServedCache", "serve_metrics", "status_of"]
+
+
+class ServedCache(Protocol):
+    """What the server needs of a cache; TierCache has it."""
+
+    @property
+    def config(self) -> CacheConfig: ...
+    @property
+    def layout(self) -> BlockLayout: ...
+    @property
+    def namespace(self) -> Namespace: ...
+    def stats(self) -> CacheStats: ...
+    def add_observer(self, observer: CacheObserver) -> None: ...
+    def remove_observer(self, observer: CacheObserver) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Metric:
+    """One metric: the field of CacheStats or TierStats that it shows. Counters get the suffix _total."""
+
+    name: str
+    field: str
+    is_counter: bool
+    help: str
+
+
+_OF_CACHE = (
+    _Metric("requests", "requests", True, "Requests that acquired a sequence."),
+    _Metric("prompt_tokens", "prompt_tokens", True, "Tokens of their prompts."),
+    _Metric("collisions", "collisions", True, "Lookups that met another block with the same hash; each cost a miss."),
+    _Metric("skipped_writes", "skipped_writes", True, "Blocks that were not written to a lower tier."),
+    _Metric("fragmentation_ratio", "fragmentation_ratio", False, "Free hot blocks outside the longest free run."),
+    _Metric("shared_blocks", "avg_shared_blocks", False, "Mean blocks that a live sequence shares with another."),
+)
+_OF_TIER = (
+    _Metric("hits", "hits", True, "Blocks that the tier answered."),
+    _Metric("hit_tokens", "hit_tokens", True, "Prompt tokens that the tier answered."),
+    _Metric("evictions", "evictions", True, "Blocks that the tier forgot to make room."),
+    _Metric("written_bytes", "bytes_in", True, "Bytes of blocks written into the tier."),
+    _Metric("read_bytes", "bytes_out", True, "Bytes of blocks read from the tier."),
+    _Metric("blocks", "blocks", False, "Blocks that the tier holds."),
+    _Metric("used_bytes", "used_bytes", False, "Bytes of these blocks as the model uses them."),
+    _Metric("stored_bytes", "stored_bytes", False, "Bytes that they take in the tier."),
+    _Metric("capacity_bytes", "capacity_bytes", False, "Bytes that the tier may take."),
+)
+
+
+class CacheCollector:
+    """A collector for any registry of prometheus_client; reads the cache when it is scraped."""
+
+    def __init__(self, cache: ServedCache) -> None:
+        self._cache = cache
+        self._core = _prometheus().core
+
+    def collect(self) -> Iterator[Any]:
+        """Yield every metric family."""
+        stats, core = self._cache.stats(), self._core
+        info = core.InfoMetricFamily("tierkv_cache", "The model and the blocks of this cache.")
+        info.add_metric([], {name: str(value) for name, value in _about(self._cache).items()})
+        yield info
+        for metric in _OF_CACHE:
+            yield self._family(metric, (), [((), getattr(stats, metric.field))])
+        for metric in _OF_TIER:
+            yield self._family(
+                metric, ("tier",), [((tier.value,), getattr(each, metric.field)) for tier, each in stats.tiers.items()]
+            )
+        misses = _Metric("misses", "misses", True, "Blocks that no tier answered, by reason.")
+        reasons = [((reason.value,), stats.miss_reasons.get(reason.value, 0)) for reason in MissReason]
+        yield self._family(misses, ("reason",), reasons)
+
+    def _family(
+        self, metric: _Metric, labels: tuple[str, ...], samples: Iterable[tuple[tuple[str, ...], float]]
+    ) -> Any:
+        kind = self._core.CounterMetricFamily if metric.is_counter else self._core.GaugeMetricFamily
+        family = kind(f"tierkv_{metric.name}", metric.help, labels=labels)
+        for values, value in samples:
+            family.add_metric(values, value)
+        return family
+
+
+class MetricsServer:
+    """A running server on a thread of its own. Context manager; `close` may be called twice."""
+
+    def __init__(self, server: WSGIServer, on_close: Callable[[], None]) -> None:
+        self._server = server
+        self._on_close = on_close
+        self._is_open = True
+        self._thread = threading.Thread(target=server.serve_forever, name="tierkv-metrics", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> MetricsServer:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    @property
+    def port(self) -> int:
+        """The port it listens on; of interest where 0 was asked for."""
+        return int(self._server.server_port)
+
+    @property
+    def url(self) -> str:
+        """Where to find it, for `tierkv top --url`."""
+        return f"http://{self._server.server_address[0]!s}:{self.port}"
+
+    def close(self) -> None:
+        """Stop answering."""
+        if self._is_open:
+            self._is_open = False
+            self._server.shutdown()
+            self._server.server_close()
+            self._thread.join()
+            self._on_close()
+
+
+def serve_metrics(
+    cache: ServedCache, port: int = 9464, *, host: str = "127.0.0.1", prefixes: int = 10
+) -> MetricsServer:
+    """Answer /metrics and /status until closed; close it before the cache. host: an IPv4 address or name.
+
+    Whoever can reach the port can read: the default is this machine alone. prefixes: how many of the largest
+    /status lists. Raises ConfigError without prometheus-client, and for an address that cannot be taken.
+    """
+    registry = _prometheus().CollectorRegistry()
+    registry.register(CacheCollector(cache))
+    table = PrefixTable()
+    started = time.monotonic()
+    app = _application(
+        _prometheus().make_wsgi_app(registry),
+        lambda: status_of(cache, table, count=prefixes, uptime_s=time.monotonic() - started),
+    )
+    try:
+        server = make_server(host, port, app, _Server, _Handler)
+    except (OSError, OverflowError) as exc:
+        raise ConfigError(f"metrics cannot be served at {host}:{port}: {exc}") from exc
+    cache.add_observer(table)
+    return MetricsServer(server, lambda: cache.remove_observer(table))
+
+
+def status_of(cache: ServedCache, table: PrefixTable, *, count: int, uptime_s: float) -> dict[str, Any]:
+    """Return what /status answers: plain values, counters since the cache was opened."""
+    stats = cache.stats()
+    return {
+        **_about(cache),
+        "uptime_s": round(uptime_s, 3),
+        "hit_rate": stats.hit_rate,
+        "token_hit_rate": stats.token_hit_rate,
+        **{each.name: getattr(stats, each.name) for each in fields(CacheStats) if each.name != "tiers"},
+        "tiers": {tier.value: _plain(each) for tier, each in stats.tiers.items()},
+        "prefixes": [use.to_dict() for use in table.largest(count)],
+    }
+
+
+def _about(cache: ServedCache) -> dict[str, Any]:
+    return {
+        "model": cache.namespace.name,
+        "namespace": cache.namespace.digest.hex(),
+        "dtype": cache.layout.dtype,
+        "block_size": cache.layout.block_size,
+        "block_bytes": cache.layout.block_bytes,
+    }
+
+
+def _plain(stats: TierStats) -> dict[str, int]:
+    return {each.name: getattr(stats, each.name) for each in fields(TierStats)}
+
+
+def _application(metrics: Any, status: Callable[[], Mapping[str, Any]]) -> Any:
+    """Return a WSGI application of two pages; only reading is allowed."""
+
+    def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        path = environ.get("PATH_INFO", "")
+        if environ.get("REQUEST_METHOD") != "GET":
+            start_response("405 Method Not Allowed", [("Allow", "GET"), ("Content-Type", "text/plain")])
+            return [b"only GET\n"]
+        if path == "/metrics":
+            pages: Iterable[bytes] = metrics(environ, start_response)
+            return pages
+        if path == "/status":
+            start_response("200 OK", [("Content-Type", "application/json"), ("Cache-Control", "no-store")])
+            return [json.dumps(status()).encode()]
+        start_response("404 Not Found", [("Content-Type", "text/plain")])
+        return [b"there are /metrics and /status\n"]
+
+    return answer
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    """A slow reader must not keep others waiting, nor the process from ending."""
+
+    daemon_threads = True
+
+
+class _Handler(WSGIRequestHandler):
+    """A scrape every few seconds is not worth a line each."""
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class names it
+        """Say nothing."""
+
+
+def _prometheus() -> Any:
+    try:
+        import prometheus_client
+        import prometheus_client.core
+    except ModuleNotFoundError as exc:
+        raise ConfigError("metrics need prometheus-client", hint="pip install 'tierkv[metrics]'") from exc
+    return prometheus_client

@@ -1,0 +1,252 @@
+"""A profiled run as one page: HTML, style sheet and charts in one file, no network and no script."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from html import escape
+
+from tierkv.block import Tier
+from tierkv.profiling.profiled_run import ProfiledRun
+from tierkv.profiling.report_charts import (
+    eviction_chart,
+    fragmentation_chart,
+    heat_chart,
+    hit_curve_chart,
+    memory_chart,
+    token_chart,
+)
+from tierkv.profiling.report_style import STYLE
+from tierkv.units import format_bytes, format_seconds
+
+__all__ = ["render_page"]
+
+
+def render_page(run: ProfiledRun) -> str:
+    """Return the page as text."""
+    title = escape(run.title)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title><style>{STYLE}</style></head><body><main>"
+        f"<h1>{title}</h1>{_summary(run)}{_tiles(run)}"
+        f"{_section('What to change', _advice(run))}"
+        f'<div class="grid2">{"".join(_charts(run))}</div>'
+        f'<div class="stack">{"".join(_tables(run))}</div>'
+        "</main></body></html>\n"
+    )
+
+
+def _summary(run: ProfiledRun) -> str:
+    measured = run.measured
+    if not measured.requests:
+        return "<p>No request was made while the cache was watched.</p>"
+    found = ", ".join(f"{count:,} in the {tier.value} tier" for tier, count in measured.tokens.items() if count)
+    computed = measured.prompt_tokens - measured.hit_tokens
+    text = (
+        f"In {format_seconds(run.seconds)} the cache served {_count(measured.requests, 'request')} with "
+        f"{_count(measured.prompt_tokens, 'prompt token')}. "
+        + (f"It found {found}; {computed:,} had to be computed." if found else "It found none of them.")
+    )
+    about = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in run.about.items())
+    return f"<p>{text}</p><dl>{about}</dl>"
+
+
+def _tiles(run: ProfiledRun) -> str:
+    measured = run.measured
+    hot = measured.eviction_summary(Tier.HOT)
+    warm = measured.eviction_summary(Tier.WARM)
+    last = run.snapshots[-1]
+    tiles = [
+        (_percent(measured.hit_tokens, measured.prompt_tokens), "of the prompt tokens needed no prefill"),
+        (_percent(sum(measured.hits.values()), measured.asked), f"of {measured.asked:,} blocks asked for were cached"),
+        (f"{hot.count:,} / {warm.count:,}", "blocks evicted from the hot / the warm tier"),
+        (f"{hot.asked_again:,} / {warm.asked_again:,}", "of these evicted blocks were asked for again later"),
+        (f"{last.fragmentation_ratio:.0%}", "of the free hot blocks lie outside the longest free run"),
+        (format_bytes(run.allocations["peak_allocated"]), "held at most: pools and registered tensors"),
+    ]
+    return (
+        '<div class="tiles">'
+        + "".join(f'<div class="tile"><b>{value}</b>{escape(text)}</div>' for value, text in tiles)
+        + "</div>"
+    )
+
+
+def _charts(run: ProfiledRun) -> Iterator[str]:
+    yield _figure("Where prompt tokens came from", token_chart(run), wide=len(run.token_shares()) > 24)
+    yield _figure("Memory in use", memory_chart(run))
+    yield _figure("Uses of hot blocks", heat_chart(run))
+    yield _figure("Hits over size", hit_curve_chart(run))
+    yield _figure("Fragmentation of the hot pool", fragmentation_chart(run))
+    yield _figure("Evictions", eviction_chart(run))
+
+
+def _figure(title: str, content: tuple[str, str], *, wide: bool = False) -> str:
+    chart, caption = content
+    place = ' class="wide"' if wide and not chart else ""
+    return (
+        f"<section{place}><h2>{escape(title)}</h2><figure>{chart}<figcaption>{caption}</figcaption></figure></section>"
+    )
+
+
+def _tables(run: ProfiledRun) -> Iterator[str]:
+    yield _section("Tiers", _tier_table(run))
+    yield _section("Evictions", _eviction_table(run))
+    yield _section("Where the cache spent time", _span_table(run))
+    yield _section("Largest prefixes in memory", _prefix_table(run))
+    yield _section("Memory held", _pool_table(run))
+    if run.notes:
+        yield _section(
+            "Limits of this record", "<ul>" + "".join(f"<li>{escape(note)}</li>" for note in run.notes) + "</ul>"
+        )
+
+
+def _advice(run: ProfiledRun) -> str:
+    if not run.suggestions:
+        return "<p>Nothing in this run speaks for another setting.</p>"
+    return "".join(
+        f'<div class="advice"><p><code>{escape(each.setting)}</code>: {escape(each.now)} → '
+        f"<b>{escape(each.proposed)}</b></p><p>{escape(each.effect[0].upper() + each.effect[1:])}.</p>"
+        f'<p class="soft">Because {escape(each.evidence)}.</p></div>'
+        for each in run.suggestions
+    )
+
+
+def _tier_table(run: ProfiledRun) -> str:
+    before, after = run.measured.before, run.measured.after
+    rows = []
+    for tier, now in after.tiers.items():
+        then = before.tiers[tier]
+        rows.append(
+            [
+                tier.value,
+                f"{now.blocks:,}",
+                format_bytes(now.stored_bytes),
+                format_bytes(run.measured.room_bytes(tier)),
+                f"{now.hits - then.hits:,}",
+                f"{now.hit_tokens - then.hit_tokens:,}",
+                format_bytes(now.bytes_in - then.bytes_in) if tier is not Tier.HOT else "",
+                format_bytes(now.bytes_out - then.bytes_out) if tier is not Tier.HOT else "",
+                f"{now.evictions - then.evictions:,}",
+            ]
+        )
+    head = ["tier", "blocks", "holds", "of", "block hits", "tokens", "written", "read", "evicted"]
+    misses = ", ".join(f"{count:,} {escape(reason)}" for reason, (count, _) in run.measured.misses.items())
+    return _table(head, rows) + (
+        f"<p class='soft'>Blocks that no tier had: {misses or 'none'}. What comes from the cold tier passes through a "
+        "warm slot and counts as read from both.</p>"
+    )
+
+
+def _eviction_table(run: ProfiledRun) -> str:
+    rows = []
+    for tier in (Tier.HOT, Tier.WARM):
+        each = run.measured.eviction_summary(tier)
+        rows.append(
+            [
+                tier.value,
+                f"{each.count:,}",
+                f"{each.never_hit:,}",
+                f"{each.asked_again:,}",
+                f"{each.premature:,}",
+                f"{each.lost:,}",
+                format_seconds(each.median_age_s) if each.count else "",
+                format_seconds(each.median_idle_s) if each.count else "",
+                f"{each.room_missed:,}" if each.premature else "",
+            ]
+        )
+    head = [
+        "tier",
+        "evicted",
+        "never reused",
+        "asked again",
+        "too early",
+        "computed again",
+        "median age",
+        "idle",
+        "room missed",
+    ]
+    return _table(head, rows) + (
+        "<p class='soft'>Never reused: no later request found it there. Too early: asked for again within as many "
+        "further evictions as the tier has blocks. Room missed: blocks more that would have kept nine in ten of those."
+        "</p>"
+    )
+
+
+def _span_table(run: ProfiledRun) -> str:
+    totals: dict[str, tuple[int, float, int]] = {}
+    for span in run.spans:
+        count, seconds, blocks = totals.get(span.name, (0, 0.0, 0))
+        moved = span.detail.get("blocks", 0)
+        totals[span.name] = count + 1, seconds + span.seconds, blocks + (moved if isinstance(moved, int) else 0)
+    rows = [
+        [
+            escape(name),
+            f"{count:,}",
+            format_seconds(seconds),
+            format_seconds(seconds / count),
+            f"{blocks:,}" if blocks else "",
+            format_seconds(seconds / blocks) if blocks else "",
+        ]
+        for name, (count, seconds, blocks) in sorted(totals.items(), key=lambda item: -item[1][1])
+    ]
+    return _table(["work", "times", "total", "mean", "blocks", "a block"], rows) + (
+        "<p class='soft'>promote and read cold are inside acquire; load behind, demote and store cold run behind the "
+        "requests, on threads of their own. On a GPU promote is only the time to queue the copies.</p>"
+    )
+
+
+def _prefix_table(run: ProfiledRun) -> str:
+    rows = [
+        [
+            f"<code>{each.block_hash.hex()[:12]}</code>",
+            f"{each.first_token:,} to {each.first_token + each.num_tokens:,}",
+            f"{each.blocks[Tier.HOT]:,}",
+            f"{each.blocks[Tier.WARM]:,}",
+            format_bytes(each.num_bytes),
+            f"{each.hits:,}",
+        ]
+        for each in run.prefixes
+    ]
+    return _table(["last block", "tokens", "hot blocks", "warm blocks", "bytes", "hits"], rows) + (
+        "<p class='soft'>A row is a run of blocks with one continuation: a prefix up to where prompts part, or "
+        "what one of them has alone.</p>"
+    )
+
+
+def _pool_table(run: ProfiledRun) -> str:
+    rows = [
+        [
+            escape(each.purpose + (f" (in {each.part_of})" if each.part_of else "")),
+            format_bytes(each.size_bytes),
+            escape(" x ".join(map(str, each.shape)) + f" {each.dtype}"),
+            escape(each.device),
+            f"<code>0x{each.tensor_ptr:x}</code>",
+        ]
+        for each in run.pools
+    ]
+    by_purpose = run.allocations["by_purpose"]
+    for purpose in ("hot block", "warm block"):
+        if purpose in by_purpose:
+            blocks = by_purpose[purpose]
+            size = f"{format_bytes(blocks['bytes'])}, at most {format_bytes(blocks['peak_bytes'])}"
+            rows.append([f"{blocks['count']:,} {purpose}s (in their pool)", size, "", "", ""])
+    return _table(["what", "bytes", "shape", "device", "address"], rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table; the cells are HTML."""
+    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _section(title: str, body: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>{body}</section>"
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{part / whole:.1%}" if whole else "none"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,156 @@
+"""Ranks that agree through a store of torch.distributed.
+
+Each question is decided by a register that is written once, with compare-and-set: by whoever has seen every
+vote, or, with 0, by the first who gave up waiting. Who comes late reads what was decided. An all-reduce was
+rejected: a rank that gives up cannot take back what it has sent, so the others may go on with a number that it
+never saw.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import Any, Protocol
+
+import xxhash
+from torch import distributed
+
+from tierkv.errors import ConfigError, RankError
+from tierkv.ranks.group import Agreement
+
+__all__ = ["Store", "TorchRanks"]
+
+_DECISION = "decision"
+_LOST_STEP = "lost step"
+
+
+class Store(Protocol):
+    """The part of torch.distributed.Store that ranks use. What fails or takes too long is a RuntimeError."""
+
+    def set(self, key: str, value: str) -> None: ...
+    def get(self, key: str) -> bytes: ...
+    def wait(self, keys: list[str], timeout: timedelta) -> None: ...
+    def compare_set(self, key: str, expected_value: str, desired_value: str) -> bytes: ...
+    def delete_key(self, key: str) -> bool: ...
+    def has_extended_api(self) -> bool: ...
+    def multi_get(self, keys: list[str]) -> list[bytes]: ...
+
+
+class TorchRanks:
+    """One rank's way to the others; satisfies `RankGroup`. Thread-safe, but the order of calls is the caller's duty.
+
+    store: one that every rank reaches, such as a TCPStore; nothing else may use the names that begin with "tierkv/".
+    timeout_s: how long to wait for another rank's vote; after it nothing counts as cached. It must cover by how much
+    ranks may be apart, reading cold blocks included. gather_timeout_s: the same for `gather`, called while models load.
+    A decision takes a handful of round trips to the store: 0.1 ms for two ranks and a TCPStore of the same machine.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        *,
+        rank: int,
+        size: int,
+        timeout_s: float = 30.0,
+        gather_timeout_s: float = 600.0,
+    ) -> None:
+        if not 0 <= rank < size:
+            raise ConfigError(f"rank {rank} is not in [0, {size})")
+        if timeout_s <= 0 or gather_timeout_s <= 0:
+            raise ConfigError(f"timeouts must be positive, got {timeout_s} and {gather_timeout_s}")
+        self.rank = rank
+        self.size = size
+        self._store = store
+        self._timeout = timedelta(seconds=timeout_s)
+        self._gather_timeout = timedelta(seconds=gather_timeout_s)
+        self._lock = threading.Lock()
+        self._num_rounds = 0
+        self._num_gathers = 0
+        self._kept: list[int] = []
+
+    @classmethod
+    def of_process_group(cls, *, host: str = "127.0.0.1", timeout_s: float = 30.0) -> TorchRanks:
+        """Return this process's rank in torch.distributed's default group; every process of it calls this together.
+
+        Rank 0 serves the store on a free port, which is told through the group. host: where the others reach rank 0.
+        Raises ConfigError if the group is not initialised.
+        """
+        if not (distributed.is_available() and distributed.is_initialized()):
+            raise ConfigError("ranks need torch.distributed", hint="call init_process_group, or run under torchrun")
+        rank, size = distributed.get_rank(), distributed.get_world_size()
+        tcp_store: Any = distributed.TCPStore  # type: ignore[attr-defined]
+        server = tcp_store(host, 0, is_master=True, wait_for_workers=False) if rank == 0 else None
+        ports = [server.port if server else 0]
+        distributed.broadcast_object_list(ports, src=0)
+        store = server or tcp_store(host, ports[0], is_master=False)
+        return cls(store, rank=rank, size=size, timeout_s=timeout_s)
+
+    def agree_min(self, vote: int, *, topic: bytes) -> Agreement:
+        """Return the smallest vote of all ranks, or 0 if some rank's is not there in time; the same on every rank.
+
+        Raises RankError if the ranks vote on different topics, or where the store cannot be reached.
+        """
+        with self._lock:
+            self._num_rounds += 1
+            try:
+                decision = self._decide(self._num_rounds, f"{vote} {xxhash.xxh3_64_hexdigest(topic)}")
+            except RuntimeError as exc:
+                raise RankError(f"rank {self.rank} cannot know what the others decided: {exc}") from exc
+        if decision == _LOST_STEP:
+            raise RankError("the ranks have lost step: they ask for different things at the same time")
+        lowest, is_unanimous = map(int, decision.split())
+        return Agreement(lowest, bool(is_unanimous))
+
+    def gather(self, payload: bytes) -> list[bytes]:
+        """Return every rank's payload. Raises RankError if one is not there in time."""
+        with self._lock:
+            self._num_gathers += 1
+            keys = [f"tierkv/gather/{self._num_gathers}/{rank}" for rank in range(self.size)]
+            try:
+                self._store.set(keys[self.rank], payload.hex())
+                self._store.wait(keys, self._gather_timeout)
+                return [bytes.fromhex(text.decode()) for text in self._get(keys)]
+            except RuntimeError as exc:
+                raise RankError(f"rank {self.rank} of {self.size} has not heard of every other: {exc}") from exc
+
+    def _decide(self, number: int, vote: str) -> str:
+        """Vote, and return the decision of a round, which this rank makes unless another has."""
+        keys = [_key(number, rank) for rank in range(self.size)]
+        self._store.set(keys[self.rank], vote)
+        self._kept.append(number)
+        try:
+            self._store.wait(keys, self._timeout)
+        except RuntimeError:  # a time-out, or the store is gone: then the next line says so
+            return self._write_once(number, "0 0")
+        decision = self._write_once(number, _counted(text.decode() for text in self._get(keys)))
+        self._forget_before(number)
+        return decision
+
+    def _write_once(self, number: int, decision: str) -> str:
+        return self._store.compare_set(_key(number, _DECISION), "", decision).decode()
+
+    def _get(self, keys: list[str]) -> list[bytes]:
+        if self._store.has_extended_api():
+            return list(self._store.multi_get(keys))
+        return [self._store.get(key) for key in keys]
+
+    def _forget_before(self, number: int) -> None:
+        """Delete old rounds. All have voted in this one, so nobody asks for an earlier decision again."""
+        for old in self._kept[:-1]:
+            self._store.delete_key(_key(old, self.rank))
+            if self.rank == 0:
+                self._store.delete_key(_key(old, _DECISION))
+        self._kept = [number]
+
+
+def _key(number: int, name: object) -> str:
+    return f"tierkv/{number}/{name}"
+
+
+def _counted(votes: Iterable[str]) -> str:
+    """Return the decision that follows from all votes, each a number and the digest of its topic."""
+    numbers, topics = zip(*(vote.split() for vote in votes), strict=True)
+    if len(set(topics)) > 1:
+        return _LOST_STEP
+    return f"{min(map(int, numbers))} {int(len(set(numbers)) == 1)}"

@@ -1,0 +1,1 @@
+"""Warm and cold tiers that a daemon has, as a cache uses them."""

@@ -67,7 +67,11 @@ LAYERS = (
         "daemon.connection daemon.server",
         below="values control storage background client",
     ),
-    Layer("mover", "movers.mover movers.windows movers.frames movers.pages", below="values storage kernels"),
+    Layer(
+        "mover",
+        "movers.batch_copy movers.mover movers.windows movers.frames movers.pages",
+        below="values storage kernels",
+    ),
     # The facade joins the siblings.
     Layer(
         "facade",

@@ -153,6 +153,7 @@ class Runner:
         Returns the number of tokens computed: 0 where all are cached already.
         """
         token_ids = self._checked(token_ids)
+        self._check_weights()
         num_cached = self.cache.match(token_ids).num_cached_tokens
         if self.cache.ranks.agree_min(num_cached, topic=b"prefill").lowest == len(token_ids):
             return 0
@@ -188,15 +189,19 @@ class Runner:
         ]
 
     def _checked(self, prompt: Items[int]) -> list[int]:
-        """Return a prompt's token ids. Raises ConfigError for ids that the model has not, and for a model that is no
-        longer the one whose namespace the cache has: it would be given, and keep, another one's K and V.
+        """Return a prompt's token ids. Raises ConfigError for ids that the model has not."""
+        token_ids = as_token_array(prompt)
+        if token_ids.size and (largest := int(token_ids.max())) >= self._num_ids:
+            raise ConfigError(f"token id {largest} is not one of the model's {self._num_ids}")
+        as_list: list[int] = token_ids.tolist()
+        return as_list
+
+    def _check_weights(self) -> None:
+        """Raise ConfigError for a model that is no longer the one whose namespace the cache has: it would be given,
+        and keep, another one's K and V. A request is checked while its blocks come up, which takes longer.
         """
         if weights_state(self.loaded.model) != self._weights:
             raise ConfigError("the model's weights have changed since the cache was opened", hint="open it anew")
-        token_ids: list[int] = as_token_array(prompt).tolist()
-        if token_ids and max(token_ids) >= self._num_ids:
-            raise ConfigError(f"token id {max(token_ids)} is not one of the model's {self._num_ids}")
-        return token_ids
 
     def _stop_ids(self) -> frozenset[int]:
         ids = getattr(self.loaded.model.generation_config, "eos_token_id", None)
@@ -206,11 +211,15 @@ class Runner:
         """Admit, compute, sample, until every request is done; leave nothing acquired behind."""
         waiting = deque(requests)
         running: list[_Request] = []
+        is_checked = False
         try:
             self._batches.append(running)
             while waiting or running:
                 with self._stepping, torch.inference_mode(), use_tierkv_attention(self.loaded.model):
                     self._admit(waiting, running, options)
+                    if not is_checked:
+                        self._check_weights()
+                        is_checked = True
                     events = self._advance(waiting, running, options)
                 yield from events
         finally:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tierkv.errors import StoreError
 from tierkv.layout import BlockLayout
+from tierkv.movers.batch_copy import Piece, copy_pieces
 from tierkv.movers.mover import CudaReady, Move, Mover, Ready, recorded
 from tierkv.storage.coded import CodedBlock, CodedLayout
 from tierkv.storage.hot import HotPool
@@ -98,9 +99,8 @@ class FrameMover:
         payloads = torch.empty((len(moves), stride), dtype=torch.uint8, device=device)
         self._mover.load_stream.wait_stream(self._stream)  # the memory may have been something else's until now
         with torch.cuda.stream(self._mover.load_stream):
-            for row, (move, block) in enumerate(zip(moves, coded, strict=True)):
-                size = block.payload_bytes
-                payloads[row, :size].copy_(self._slots[move.source, :size], non_blocking=True)
+            rows = enumerate(zip(moves, coded, strict=True))
+            copy_pieces(payloads, self._slots, [Piece(row, m.source, c.payload_bytes) for row, (m, c) in rows])
             copied = recorded(self._mover.load_stream)
         parts = [self._layout.parts(block.frame_sizes) for block in coded]
         rests = np.stack([rests for _, _, rests in parts])

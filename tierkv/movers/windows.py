@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tierkv.errors import StoreError
+from tierkv.movers.batch_copy import Piece, copy_pieces
 from tierkv.movers.mover import CudaReady, Done, Move, Mover, Ready, recorded
 from tierkv.storage.hot import HotPool
 from tierkv.storage.warm import WarmPool
@@ -162,10 +163,12 @@ class _GpuWindows:
         sections = buffer.sections(section, len(moves))
         with torch.cuda.stream(self._mover.load_stream):
             buffer.free.wait()
-            for row, move in enumerate(moves):
-                length = self._form.section_bytes(self._array[move.source], group)
-                span = slice(section.offset, section.offset + length)
-                sections[row, :length].copy_(self._slots[move.source, span], non_blocking=True)
+            lengths = [self._form.section_bytes(self._array[move.source], group) for move in moves]
+            pieces = [
+                Piece(row, move.source, length, 0, section.offset)
+                for row, (move, length) in enumerate(zip(moves, lengths, strict=True))
+            ]
+            copy_pieces(sections, self._slots, pieces)
             copied = recorded(self._mover.load_stream)
         with torch.cuda.stream(self._decode_stream):
             copied.wait()
@@ -190,14 +193,14 @@ class _GpuWindows:
         section = self._form.sections[coded.group]
         sections = coded.buffer.sections(section, len(coded.chunk))
         coded.done.synchronize()
+        pieces: list[Piece] = []
+        for row, (at, num_escapes) in enumerate(zip(coded.chunk, coded.sizes.tolist(), strict=True)):
+            if num_escapes > section.max_escapes:
+                fits[at] = False
+                continue
+            pieces.append(Piece(moves[at].target, row, section.escapes_at + num_escapes, section.offset, 0))
         with torch.cuda.stream(self._mover.store_stream):
-            for row, (at, num_escapes) in enumerate(zip(coded.chunk, coded.sizes.tolist(), strict=True)):
-                if num_escapes > section.max_escapes:
-                    fits[at] = False
-                    continue
-                length = section.escapes_at + num_escapes
-                target = self._slots[moves[at].target, section.offset : section.offset + length]
-                target.copy_(sections[row, :length], non_blocking=True)
+            copy_pieces(self._slots, sections, pieces)
             coded.buffer.free.record()
 
     def _ids(self, numbers: Sequence[int], stream: torch.cuda.Stream, dtype: torch.dtype = torch.int64) -> Tensor:

@@ -35,7 +35,7 @@ class Layer:
 
 # Bottom to top. A new module gets its place here, in the lowest layer that lets it import what it needs.
 LAYERS = (
-    Layer("rooms", "daemon remote ranks movers engine profiling"),  # the packages' own files: a docstring each
+    Layer("rooms", "daemon remote ranks requests movers engine profiling"),  # the packages' own files: a docstring each
     Layer("values", "errors block layout namespace config stats events units prefill"),
     # Siblings: they know the values and not each other; only the mover also knows the memory that it moves.
     Layer(
@@ -76,7 +76,9 @@ LAYERS = (
     Layer(
         "facade",
         "lookup watch tiers warm_memory remote.link remote.tiers split_load demotion promotion "
-        "ranks.group ranks.torch_ranks ranks.accord block_control sequence defragment cache",
+        "ranks.group ranks.torch_ranks ranks.accord block_control sequence defragment "
+        "requests.prefixes requests.registration requests.running requests.tally requests.admission "
+        "assembly occupancy cache_state cache",
         below="values control storage kernels background client mover",
     ),
     # What runs a model over the cache, or steers it.

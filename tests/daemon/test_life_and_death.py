@@ -9,6 +9,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -179,7 +180,7 @@ def test_a_copy_from_a_lent_slot_outlives_the_connection(start_daemon: Start, op
     link = reader._daemon._link
     assert link is not None
     pinned: dict[int, object] = {}
-    found = reader._look_up(b"".join(n.to_bytes(4, "little") for n in range(8)), 8)
+    found = reader._prefixes.find(b"".join(n.to_bytes(4, "little") for n in range(8)), 8)
     lookup, _ = reader._daemon.look_further(
         found,
         b"".join(n.to_bytes(4, "little") for n in range(8)),
@@ -290,6 +291,14 @@ def test_a_path_that_no_socket_can_have_is_refused(tmp_path: Path) -> None:
 def test_no_daemon_is_an_error_that_says_how_to_start_one(short_path: Path) -> None:
     with pytest.raises(DaemonGoneError, match="tierkv daemon start"):
         DaemonClient(short_path / "none.sock")
+
+
+def test_a_cache_that_the_daemon_refuses_leaves_no_thread_behind(start_daemon: Start, open_cache: OpenCache) -> None:
+    start_daemon(slots=4)
+    before = set(threading.enumerate())
+    with pytest.raises(DaemonError, match="does not fit the daemon's slab"):
+        open_cache(hot=4096, block_size=4096)
+    assert set(threading.enumerate()) <= before
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")

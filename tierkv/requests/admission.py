@@ -1,0 +1,174 @@
+"""Admission: gives a request its hot blocks, its cached prefix on the way into them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import takewhile
+
+from tierkv.block import TOKEN_BYTES, BlockHash, Tier
+from tierkv.index import Entry
+from tierkv.lookup import Hit, Lookup
+from tierkv.promotion import Pinned, Promoted, Promoter
+from tierkv.ranks.accord import Accord
+from tierkv.remote.tiers import DaemonTiers, Ticket
+from tierkv.requests.prefixes import Prefixes, count_by_tier
+from tierkv.requests.registration import Registrar
+from tierkv.requests.running import RunningSequences
+from tierkv.requests.tally import RequestTally
+from tierkv.sequence import Sequence
+from tierkv.tiers import Tiers
+
+__all__ = ["Admission"]
+
+
+class Admission:
+    """Admits requests: finds their cached prefixes, takes their blocks, starts what has to come up.
+
+    daemon: who has the lower tiers instead of this cache, if anybody. can_split: whether cold blocks may come up behind
+    a request. piece_tokens: of more cold tokens than that, loading and computing share the work.
+    """
+
+    def __init__(
+        self,
+        tiers: Tiers,
+        *,
+        prefixes: Prefixes,
+        promoter: Promoter,
+        accord: Accord,
+        running: RunningSequences,
+        registrar: Registrar,
+        tally: RequestTally,
+        daemon: DaemonTiers | None,
+        can_split: bool,
+        piece_tokens: int,
+    ) -> None:
+        self._tiers = tiers
+        self._prefixes = prefixes
+        self._promoter = promoter
+        self._accord = accord
+        self._running = running
+        self._registrar = registrar
+        self._tally = tally
+        self._daemon = daemon
+        self._can_split = can_split
+        self._piece_tokens = piece_tokens
+        self._block_size = tiers.layout.block_size
+
+    def admit(self, token_bytes: bytes, *, reuse: bool, may_split: bool) -> Sequence:
+        """Return a running sequence with a pinned block for every token; see `TierCache.acquire`."""
+        num_tokens = len(token_bytes) // TOKEN_BYTES
+        with self._tiers.changed:
+            found = self._prefixes.find(token_bytes, num_tokens - 1) if reuse else Lookup()
+            pinned = self._promoter.pin(found)
+        ticket: Ticket | None = None
+        if self._daemon and reuse:
+            found, ticket = self._daemon.look_further(found, token_bytes[:-TOKEN_BYTES], pinned.rest)
+        later, dropped = self._plan_cold(found, num_tokens) if may_split and self._can_split else ([], [])
+        if later or dropped:
+            found = replace(found, blocks=found.blocks[: -len(later or dropped)], tail=None)
+        promoted = self._promote(found, pinned, token_bytes, ticket)
+        if promoted.failure:
+            later = []
+        blocks, tokens = count_by_tier(len(promoted.hot), self._block_size, promoted.hits)
+        sequence = Sequence(
+            token_bytes=bytearray(token_bytes),
+            block_table=promoted.block_table,
+            num_cached_tokens=sum(tokens.values()),
+            cached_tokens=tokens,
+            chain=self._chain_of(promoted, found),
+            loads=promoted.loads,
+            ticket=ticket,
+            is_cacheable=reuse,
+        )
+        try:
+            if later:
+                self._start_split(sequence, later)
+            with self._tiers.changed:
+                self._running.add(sequence)
+                self._tally.add_request(sequence, found, promoted, blocks=blocks, later=later, dropped=dropped)
+                self._touch(promoted.hot, promoted.hits)
+            if cold := self._tiers.cold:
+                used = promoted.hits[len(sequence.chain) - len(promoted.hot) :]
+                cold.touch([*sequence.chain, *(hit.block_hash for hit in used)])
+        except BaseException:
+            self._running.release(sequence)
+            raise
+        return sequence
+
+    def join(self, sequence: Sequence) -> int:
+        """Wait for a sequence's split, if it has one; see `TierCache.join`."""
+        split, size = sequence.split, self._block_size
+        if split is None:
+            return sequence.num_cached_tokens
+        split.wait()
+        sequence.split = None
+        sequence.loads += split.loads
+        meeting = split.meeting
+        if meeting.num_computed < meeting.first_loaded:  # what the engine was to wait for did not come: a gap
+            meeting.lose_loaded()
+        loaded = split.hits[meeting.first_loaded :]
+        sequence.num_cached_tokens += len(loaded) * size
+        sequence.cached_tokens[Tier.COLD] += len(loaded) * size
+        with self._tiers.changed:
+            reasons = self._tally.count_split(split)
+            self._registrar.register_loaded(sequence, loaded)
+            self._tally.tell_split(split, loaded, reasons)
+        if split.failed:
+            self._promoter.give_up(*split.failed)
+        self._promoter.keep_warm(loaded)
+        if self._tiers.cold:
+            self._tiers.cold.touch([hit.block_hash for hit in loaded])
+        return split.num_before + (meeting.num_computed + len(loaded)) * size
+
+    def _promote(self, found: Lookup, pinned: Pinned, token_bytes: bytes, ticket: Ticket | None) -> Promoted:
+        """Bring up what was found, cut to what all ranks have. Whatever it raises, no promise to compute is left."""
+        num_blocks = -(-len(token_bytes) // (self._block_size * TOKEN_BYTES))
+        try:
+            return self._accord.promote(
+                lambda: self._promoter.promote(found, pinned, num_blocks=num_blocks), topic=token_bytes
+            )
+        except BaseException:
+            self._running.end_ticket(ticket)
+            raise
+        finally:
+            if self._daemon:
+                self._daemon.end_lookup(found)
+
+    def _chain_of(self, promoted: Promoted, found: Lookup) -> list[BlockHash]:
+        """Return the hashes of the whole blocks that came up; a block of which a part is of use is not of the chain."""
+        size = self._block_size
+        num_whole = sum(hit.num_tokens == size and hit is not found.tail for hit in promoted.hits)
+        chain = [entry.block_hash for entry in promoted.hot]
+        chain += (hit.block_hash for hit in promoted.hits[:num_whole])
+        return chain
+
+    def _start_split(self, sequence: Sequence, later: list[Hit]) -> None:
+        start = len(sequence.chain)
+        targets = sequence.block_table[start : start + len(later)]
+        sequence.split = self._promoter.split(later, targets, num_before=sequence.num_cached_tokens)
+
+    def _plan_cold(self, found: Lookup, num_tokens: int) -> tuple[list[Hit], list[Hit]]:
+        """Return the cold blocks at the end of a lookup as (to load while others are computed, not to load at all).
+
+        One of them is empty, or both: then all is loaded before anything is computed, as long as nothing is known of
+        what loading and computing cost, and where a few blocks are cheaper to load.
+        """
+        cold = list(takewhile(lambda hit: hit.tier is Tier.COLD, reversed(found.blocks)))[::-1]
+        costs, load_s = self._tiers.step_costs, self._tiers.block_s(len(cold))
+        num_cold, num_rest = len(cold) * self._block_size, num_tokens - found.num_tokens
+        computing, rest = costs.estimate(num_cold + num_rest), costs.estimate(num_rest)
+        if not cold or load_s is None or computing is None or rest is None:
+            return [], []
+        if num_cold > self._piece_tokens and not (found.tail and found.tail.tier is not Tier.COLD):
+            return cold, []
+        if computing > len(cold) * load_s + rest:
+            return [], []
+        self._tiers.read_s.forget()  # a little: what is never loaded any more would never be found faster again
+        return [], cold
+
+    def _touch(self, hot: list[Entry], hits: list[Hit]) -> None:
+        """Record the use of what was hot, and of hits that were promoted. The caller holds the lock."""
+        index = self._tiers.index
+        index.touch_all(hot)  # pinned since the lookup, so still the same blocks
+        found = (index.get(hit.block_hash, hit.parent_hash, hit.token_bytes, seal=hit.seal) for hit in hits)
+        index.touch_all(entry for entry in found if entry)

@@ -1,0 +1,91 @@
+"""Prefixes: which leading blocks of a prompt are cached, and where; and the user's pins on them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from tierkv.block import TOKEN_BYTES, BlockHash, HashFunction, Tier
+from tierkv.lookup import Hit, Lookup, look_up
+from tierkv.remote.tiers import DaemonTiers
+from tierkv.tiers import Tiers
+
+__all__ = ["Match", "Prefixes", "count_by_tier"]
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """What a prompt would find: blocks and tokens by the tier that has them. Cold token ids are not yet compared."""
+
+    num_tokens: int
+    blocks: dict[Tier, int]
+    tokens: dict[Tier, int]
+    block_hashes: tuple[BlockHash, ...] = ()
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Leading tokens that some tier has."""
+        return sum(self.tokens.values())
+
+
+class Prefixes:
+    """Finds the cached prefixes of prompts in all tiers, a daemon's included. Moves no bytes.
+
+    token_bytes, everywhere: a prompt's token ids as little-endian uint32.
+    """
+
+    def __init__(
+        self, tiers: Tiers, daemon: DaemonTiers | None, *, min_partial_tokens: int, hash_function: HashFunction
+    ) -> None:
+        self._tiers = tiers
+        self._daemon = daemon
+        self._min_partial_tokens = min_partial_tokens
+        self._hash = hash_function
+
+    def find(self, token_bytes: bytes, max_tokens: int) -> Lookup:
+        """Return what this cache's own tiers have of the first `max_tokens` tokens; the caller holds the lock."""
+        return look_up(
+            self._tiers.index,
+            self._tiers.sources,
+            token_bytes,
+            block_size=self._tiers.layout.block_size,
+            max_tokens=max_tokens,
+            min_partial_tokens=self._min_partial_tokens,
+            hash_function=self._hash,
+        )
+
+    def match(self, token_bytes: bytes) -> Match:
+        """Return how many leading tokens are cached, and where. Changes and reads nothing."""
+        num_tokens = len(token_bytes) // TOKEN_BYTES
+        with self._tiers.changed:
+            found = self.find(token_bytes, num_tokens)
+        if self._daemon:
+            found, _ = self._daemon.look_further(found, token_bytes, None)
+        blocks, tokens = count_by_tier(len(found.hot), self._tiers.layout.block_size, found.rest())
+        return Match(num_tokens, blocks, tokens, tuple(found.block_hashes))
+
+    def set_pinned(self, token_bytes: bytes, pinned: bool) -> int:
+        """Pin or unpin a prompt's blocks in every tier that has them. Return how many blocks that are."""
+        with self._tiers.changed:
+            found = self.find(token_bytes, len(token_bytes) // TOKEN_BYTES)
+            entries = [*found.hot, *(hit.entry for hit in found.rest())]
+            for entry in entries:
+                if entry:
+                    self._tiers.index.set_pinned(entry, pinned)
+        if self._tiers.cold:
+            self._tiers.cold.set_pinned(found.block_hashes, pinned)
+        if self._daemon:
+            return max(len(entries), self._daemon.set_pinned(token_bytes, pinned))
+        return len(entries)
+
+
+def count_by_tier(num_hot: int, block_size: int, hits: Iterable[Hit]) -> tuple[dict[Tier, int], dict[Tier, int]]:
+    """Return blocks and tokens of `num_hot` hot blocks and of hits, by tier."""
+    blocks = dict.fromkeys(Tier, 0)
+    tokens = dict.fromkeys(Tier, 0)
+    blocks[Tier.HOT] = num_hot
+    tokens[Tier.HOT] = num_hot * block_size
+    for hit in hits:
+        blocks[hit.tier] += 1
+        tokens[hit.tier] += hit.num_tokens
+    return blocks, tokens

@@ -1,0 +1,110 @@
+"""Registrar: makes the blocks that a sequence has computed, or loaded behind its back, findable by others."""
+
+from __future__ import annotations
+
+from tierkv.block import TOKEN_BYTES, BlockHash, HashFunction, Tier
+from tierkv.demotion import Demoter
+from tierkv.events import EventKind
+from tierkv.lookup import Hit, find_tail
+from tierkv.movers.mover import Ready
+from tierkv.sequence import Sequence
+from tierkv.tiers import Tiers
+
+__all__ = ["Registrar"]
+
+
+class Registrar:
+    """Enters blocks into the index, shares those that another sequence has computed too, queues new ones to be written.
+
+    write_through: whether each new block is written down at once.
+    """
+
+    def __init__(self, tiers: Tiers, demoter: Demoter, *, write_through: bool, hash_function: HashFunction) -> None:
+        self._tiers = tiers
+        self._demoter = demoter
+        self._write_through = write_through
+        self._hash = hash_function
+
+    def commit(self, sequence: Sequence, num_computed_tokens: int, *, tail: bool) -> int:
+        """Register the whole blocks of the tokens computed, and with `tail` the rest. Return how many were new."""
+        size = self._tiers.layout.block_size
+        num_new = 0
+        with self._tiers.changed:
+            written = self._tiers.mover.mark()
+            while len(sequence.chain) < num_computed_tokens // size and sequence.is_cacheable:
+                num_new += self._register(sequence, len(sequence.chain), size, written)
+            num_tail = num_computed_tokens - len(sequence.chain) * size
+            if tail and sequence.is_cacheable and num_tail > 0:
+                num_new += self._register(sequence, len(sequence.chain), num_tail, written)
+        self._tiers.watch.use(sequence.block_table)
+        return num_new
+
+    def register_loaded(self, sequence: Sequence, loaded: list[Hit]) -> None:
+        """Register cold blocks that continue a sequence's chain and are on their way up; the caller holds the lock.
+
+        It ends at the first that does not fit the chain: a collision, or a sequence that stays private.
+        """
+        size, index = self._tiers.layout.block_size, self._tiers.index
+        written = self._tiers.mover.mark()
+        for hit in loaded:
+            entry = index.insert(hit.block_hash, hit.parent_hash, hit.token_bytes, seal=hit.seal)
+            if entry is None or not sequence.is_cacheable or hit.parent_hash != self._last_hash(sequence):
+                break
+            entry.in_cold = True
+            self._register(sequence, len(sequence.chain), size, written, kind=EventKind.PROMOTE)
+            index.touch(entry)
+
+    def _last_hash(self, sequence: Sequence) -> BlockHash:
+        return sequence.chain[-1] if sequence.chain else self._tiers.index.root
+
+    def _register(
+        self,
+        sequence: Sequence,
+        at: int,
+        num_tokens: int,
+        written: Ready,
+        *,
+        kind: EventKind = EventKind.REGISTER,
+    ) -> int:
+        """Make one computed block findable. Return 1 if no tier had it. The caller holds the lock.
+
+        kind: how it came to be hot, for observers.
+        """
+        tiers, index = self._tiers, self._tiers.index
+        parent = sequence.chain[at - 1] if at else index.root
+        start = at * self._tiers.layout.block_size * TOKEN_BYTES
+        tokens = bytes(sequence.token_bytes[start : start + num_tokens * TOKEN_BYTES])
+        block_hash = self._hash(parent, tokens)
+        if index.collides(block_hash, parent, tokens):
+            tiers.stats.collisions += 1
+            sequence.is_cacheable = False
+            return 0
+        if num_tokens < self._tiers.layout.block_size:
+            if find_tail(index, tiers.sources, parent, tokens, num_tokens):
+                return 0
+            self._demoter.write_tail(block_hash, parent, tokens, sequence.block_table[at], written)
+            return 1
+        entry = index.insert(block_hash, parent, tokens)
+        if entry is None:
+            sequence.is_cacheable = False
+            return 0
+        sequence.chain.append(block_hash)
+        if entry.block_id is not None:
+            self._share(sequence, at, entry.block_id)
+            return 0
+        is_new = entry.warm_slot is None and not entry.in_cold
+        tiers.attach(entry, Tier.HOT, sequence.block_table[at], kind)
+        if is_new and self._write_through:
+            self._demoter.write_down(entry, written)
+        return int(is_new)
+
+    def _share(self, sequence: Sequence, at: int, block_id: int) -> None:
+        """Let a sequence use the block that is registered instead of its own copy of the same tokens."""
+        own = sequence.block_table[at]
+        if own == block_id:
+            return
+        self._tiers.index.hot.pin(block_id)
+        if arriving := self._tiers.arriving.get(block_id):
+            sequence.loads.append(arriving)
+        sequence.block_table[at] = block_id
+        self._tiers.index.unpin(Tier.HOT, own)

@@ -1,0 +1,117 @@
+"""RunningSequences: who uses which hot block, from a request's admission to its release."""
+
+from __future__ import annotations
+
+from collections import Counter
+from functools import partial
+
+from tierkv.block import TOKEN_BYTES, Tier
+from tierkv.demotion import Demoter
+from tierkv.movers.mover import Move
+from tierkv.ranks.accord import Accord
+from tierkv.remote.tiers import DaemonTiers, Ticket
+from tierkv.sequence import Sequence
+from tierkv.tiers import Tiers
+
+__all__ = ["RunningSequences"]
+
+
+class RunningSequences:
+    """The sequences that have been admitted and not yet released, and their references to hot blocks."""
+
+    def __init__(self, tiers: Tiers, demoter: Demoter, accord: Accord, daemon: DaemonTiers | None) -> None:
+        self._tiers = tiers
+        self._demoter = demoter
+        self._accord = accord
+        self._daemon = daemon
+        self._sequences: set[Sequence] = set()
+
+    def add(self, sequence: Sequence) -> None:
+        """Take a sequence whose blocks are pinned for it."""
+        with self._tiers.changed:
+            self._sequences.add(sequence)
+
+    def append(self, sequence: Sequence, token_bytes: bytes) -> None:
+        """Add tokens to a sequence and take the blocks that they need. Raises CapacityError, nothing added."""
+        num_tokens = sequence.num_tokens + len(token_bytes) // TOKEN_BYTES
+        missing = -(-num_tokens // self._tiers.layout.block_size) - len(sequence.block_table)
+        if missing > 0:
+            sequence.block_table.extend(self._accord.take_hot(missing, topic=token_bytes))
+        sequence.token_bytes += token_bytes
+
+    def fork(self, sequence: Sequence) -> Sequence:
+        """Return a second sequence with the same tokens, for parallel sampling.
+
+        Whole blocks are shared; the partly filled last block is copied, so that the two may part ways.
+        Raises CapacityError where there is no room for that copy, StoreError where it fails.
+        """
+        size = self._tiers.layout.block_size
+        num_shared = sequence.num_tokens // size
+        own = self._accord.take_hot(len(sequence.block_table) - num_shared, topic=b"fork")
+        forked = Sequence(
+            token_bytes=bytearray(sequence.token_bytes),
+            block_table=[*sequence.block_table[:num_shared], *own],
+            num_cached_tokens=sequence.num_cached_tokens,
+            cached_tokens=dict(sequence.cached_tokens),
+            chain=list(sequence.chain),
+            is_cacheable=sequence.is_cacheable,
+        )
+        with self._tiers.changed:
+            self._tiers.index.hot.pin_all(sequence.block_table[:num_shared])
+            self._sequences.add(forked)
+        try:
+            sequence.wait_all()
+            moves = [Move(s, t) for s, t in zip(sequence.block_table[num_shared:], own, strict=True)]
+            forked.loads.append(self._tiers.mover.copy(moves))
+        except BaseException:
+            self.release(forked)
+            raise
+        return forked
+
+    def release(self, sequence: Sequence) -> None:
+        """End a sequence: registered blocks stay cached, the others are free. May be called twice."""
+        if sequence.is_released:
+            return
+        sequence.is_released = True
+        if sequence.split:
+            sequence.split.cancel()
+        with self._tiers.changed:
+            self._sequences.discard(sequence)
+        self._tiers.leave(sequence.block_table)
+        self._tiers.unpin_all(Tier.HOT, sequence.block_table)
+        self._demoter.keep_room()
+        self.end_ticket(sequence.ticket)
+
+    def end_ticket(self, ticket: Ticket | None) -> None:
+        """End the promise to compute blocks, once those that were computed have been written down."""
+        daemon = self._daemon
+        if daemon and ticket and not self._demoter.after_writes(partial(daemon.end_ticket, ticket)):
+            daemon.end_ticket(ticket)
+
+    def wait_for_splits(self) -> None:
+        """Wait until no cold block is on its way up behind a sequence."""
+        for sequence in list(self._sequences):
+            if sequence.split:
+                sequence.split.wait()
+
+    def avg_shared_blocks(self) -> float:
+        """Return how many of its blocks a sequence shares with others, on average; the caller holds the lock."""
+        users = self._users()
+        shared = sum(users[block] > 1 for sequence in self._sequences for block in sequence.block_table)
+        return shared / len(self._sequences) if self._sequences else 0.0
+
+    def check(self) -> None:
+        """Raise AssertionError unless every hot block has as many references as sequences that use it.
+
+        The caller holds the lock, and has waited for writes, splits and copies in flight: they hold references too.
+        """
+        users, hot = self._users(), self._tiers.index.hot
+        for block_id in range(hot.capacity):
+            held, count = hot.reference_count(block_id), users[block_id]
+            assert held == count, f"block {block_id} has {count} users but a reference count of {held}"
+
+    def _users(self) -> Counter[int]:
+        users: Counter[int] = Counter()
+        for sequence in self._sequences:
+            users.update(sequence.block_table)
+        return users

@@ -60,7 +60,7 @@ LAYERS = (
     ),
     Layer("kernels", "kernels.*", below="values storage"),
     Layer("background", "write_behind", below="values"),
-    Layer("client", "daemon.protocol daemon.client", below="values"),
+    Layer("client", "daemon.messages daemon.protocol daemon.client", below="values"),
     Layer(
         "daemon",
         "daemon.slab daemon.values daemon.state daemon.reading daemon.writing daemon.core daemon.host "

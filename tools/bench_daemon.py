@@ -34,7 +34,7 @@ import numpy.typing as npt
 
 from tierkv.block import iter_chain
 from tierkv.daemon.client import DaemonClient
-from tierkv.daemon.protocol import (
+from tierkv.daemon.messages import (
     Chain,
     Found,
     Hello,
@@ -46,8 +46,8 @@ from tierkv.daemon.protocol import (
     Reserved,
     Status,
     StatusReport,
-    split_numbers,
 )
+from tierkv.daemon.protocol import split_numbers
 from tierkv.daemon.server import DaemonConfig, serve
 from tierkv.errors import DaemonGoneError
 from tierkv.layout import BlockLayout

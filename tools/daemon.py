@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tierkv.daemon.client import DaemonClient
-from tierkv.daemon.protocol import Compact, Done, Status, StatusReport, Stop
+from tierkv.daemon.messages import Compact, Done, Status, StatusReport, Stop
 from tierkv.daemon.server import DaemonConfig, serve
 from tierkv.errors import DaemonError, DaemonGoneError, TierKVError
 from tierkv.tools.render import format_age, format_bytes

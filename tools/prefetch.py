@@ -7,7 +7,7 @@ import os
 
 from tierkv.block import as_token_array, iter_chain
 from tierkv.daemon.client import DaemonClient
-from tierkv.daemon.protocol import Count, Hello, Prefetch
+from tierkv.daemon.messages import Count, Hello, Prefetch
 from tierkv.engine.fingerprint import namespace_of
 from tierkv.engine.gate import check_supported, probe_layout
 from tierkv.engine.models import load_model

@@ -21,7 +21,7 @@ from rich.text import Text
 
 from tierkv.block import Tier
 from tierkv.daemon.client import DaemonClient
-from tierkv.daemon.protocol import Status, StatusReport
+from tierkv.daemon.messages import Status, StatusReport
 from tierkv.errors import ConfigError, TierKVError
 from tierkv.events import BlockEvent, EventKind
 from tierkv.profiling.prefixes import PrefixTable

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from raw_client import chain_of, connect, write_prompt
 
-from tierkv.daemon.protocol import Chain, Found, Match, Reserve, Reserved
+from tierkv.daemon.messages import Chain, Found, Match, Reserve, Reserved
 
 
 def main(action: str, socket: Path) -> None:

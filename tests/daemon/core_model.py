@@ -10,7 +10,8 @@ import numpy as np
 
 from tierkv.block import TOKEN_BYTES, HashFunction, common_run, hash_block, iter_chain
 from tierkv.daemon.core import Connection, Core, FetchTask, Write
-from tierkv.daemon.protocol import NO_SLOT, Chain, Found, Match, Release, Reserve, split_numbers
+from tierkv.daemon.messages import NO_SLOT, Chain, Found, Match, Release, Reserve
+from tierkv.daemon.protocol import split_numbers
 from tierkv.layout import BlockLayout
 from tierkv.storage.outcomes import MissReason
 

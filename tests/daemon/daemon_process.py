@@ -13,7 +13,7 @@ from pattern_engine import tiny_layout
 
 from tierkv.cache import TierCache
 from tierkv.daemon.client import DaemonClient
-from tierkv.daemon.protocol import Status, StatusReport
+from tierkv.daemon.messages import Status, StatusReport
 from tierkv.errors import DaemonGoneError
 
 WORKER = Path(__file__).with_name("daemon_worker.py")

@@ -17,7 +17,7 @@ from raw_client import LAYOUT, NAMESPACE, connect
 
 from tierkv.block import hash_block, iter_chain
 from tierkv.daemon.client import DaemonClient
-from tierkv.daemon.protocol import (
+from tierkv.daemon.messages import (
     NO_SLOT,
     Chain,
     EndTicket,
@@ -30,8 +30,8 @@ from tierkv.daemon.protocol import (
     Release,
     Reserve,
     Reserved,
-    split_numbers,
 )
+from tierkv.daemon.protocol import split_numbers
 from tierkv.errors import DaemonError
 from tierkv.storage.warm import Slab
 

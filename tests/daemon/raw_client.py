@@ -10,7 +10,8 @@ from pattern_layout import tiny_layout
 
 from tierkv.block import iter_chain
 from tierkv.daemon.client import DaemonClient
-from tierkv.daemon.protocol import Chain, Hello, Publish, Published, Reserve, Reserved, split_numbers
+from tierkv.daemon.messages import Chain, Hello, Publish, Published, Reserve, Reserved
+from tierkv.daemon.protocol import split_numbers
 from tierkv.namespace import Namespace
 from tierkv.storage.warm import Slab
 

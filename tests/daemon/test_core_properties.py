@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from tierkv.block import Tier, hash_block
 from tierkv.daemon.core import Core, Write
-from tierkv.daemon.protocol import Fetch, Pin
+from tierkv.daemon.messages import Fetch, Pin
 from tierkv.errors import CapacityError, DaemonError
 
 prompts = st.lists(st.integers(0, 1), min_size=1, max_size=9).map(as_bytes)

@@ -24,7 +24,8 @@ from tierkv.block import Tier
 from tierkv.cache import TierCache
 from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.host import check_memory, listening_socket
-from tierkv.daemon.protocol import HEADER, Found, Match, Welcome, frame
+from tierkv.daemon.messages import Found, Match, Welcome
+from tierkv.daemon.protocol import HEADER, frame
 from tierkv.errors import CapacityError, ConfigError, DaemonError, DaemonGoneError
 from tierkv.namespace import Namespace
 from tierkv.storage.outcomes import MissReason

@@ -15,11 +15,8 @@ from raw_client import NAMESPACE, chain_of, connect, hello, tokens_of, write_pro
 
 from tierkv.block import hash_block
 from tierkv.daemon.client import DaemonClient
-from tierkv.daemon.protocol import (
-    HEADER,
-    MAX_BODY_BYTES,
+from tierkv.daemon.messages import (
     NO_SLOT,
-    PROTOCOL_VERSION,
     Abandon,
     Chain,
     Count,
@@ -29,13 +26,11 @@ from tierkv.daemon.protocol import (
     Fetched,
     Flush,
     Found,
-    FrameReader,
     Hello,
     LoadState,
     Match,
     Message,
     Pin,
-    ProtocolError,
     Publish,
     Published,
     Release,
@@ -46,6 +41,13 @@ from tierkv.daemon.protocol import (
     StatusReport,
     Wait,
     Waited,
+)
+from tierkv.daemon.protocol import (
+    HEADER,
+    MAX_BODY_BYTES,
+    PROTOCOL_VERSION,
+    FrameReader,
+    ProtocolError,
     frame,
     parse_body,
 )

@@ -16,7 +16,7 @@ from test_life_and_death import client_process, eventually
 
 from tierkv.block import Tier
 from tierkv.cache import TierCache
-from tierkv.daemon.protocol import Found, Match, Prefetch, Release
+from tierkv.daemon.messages import Found, Match, Prefetch, Release
 from tierkv.errors import DaemonError
 from tierkv.sequence import Sequence
 

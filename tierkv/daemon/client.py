@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 from typing import TypeVar
 
-from tierkv.daemon.protocol import Failure, FrameReader, Hello, Message, ProtocolError, Welcome, frame, parse_body
+from tierkv.daemon.messages import Failure, Hello, Message, Welcome
+from tierkv.daemon.protocol import FrameReader, ProtocolError, frame, parse_body
 from tierkv.errors import DaemonError, DaemonGoneError
 
 __all__ = ["CONNECT_TIMEOUT_S", "TIMEOUT_S", "DaemonClient"]

@@ -16,7 +16,8 @@ from typing import Any, Protocol, TypeAlias
 
 from tierkv.daemon.core import Connection, Core
 from tierkv.daemon.host import peer_of
-from tierkv.daemon.protocol import Failure, FrameReader, Hello, Message, ProtocolError, frame, parse_body
+from tierkv.daemon.messages import Failure, Hello, Message
+from tierkv.daemon.protocol import FrameReader, ProtocolError, frame, parse_body
 from tierkv.errors import TierKVError
 
 __all__ = ["Answer", "ClientConnection", "Host"]

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from tierkv.block import BlockHash, Tier
-from tierkv.daemon.protocol import Match, Pin
+from tierkv.daemon.messages import Match, Pin
 from tierkv.daemon.reading import Reading
 from tierkv.daemon.values import Connection, FetchTask, Load, Tenant, Write, whole_hashes
 from tierkv.daemon.writing import Writing

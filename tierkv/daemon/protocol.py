@@ -1,67 +1,30 @@
-"""What the daemon and its clients say to each other: frames on a UNIX socket, msgpack inside, no pickle.
+"""The protocol: messages cut into frames on a UNIX socket, msgpack inside, no pickle; and its limits.
 
 A frame is a header of 16 bytes, little-endian, and a body: body length (u32), protocol version (u16), request
 number (u16, chosen by the client and repeated in the reply; 0 wants no reply), boot id (u64). The boot id is the
 daemon's, drawn anew at each start, and 0 in the first frame of a client, which cannot know it yet. Version and
 boot id lie outside the body, so that a body of another version need not be understood to be refused.
-
-Token ids, block hashes and slots travel as raw little-endian bytes: packing lists of integers would take longer
-than everything else together. Blocks never travel: they lie in the slab, whose descriptor comes with `Welcome`.
 """
 
 from __future__ import annotations
 
 import struct
 from array import array
-from typing import Any, TypeAlias
+from typing import Any
 
 import msgspec
 
 from tierkv.block import HASH_BYTES
+from tierkv.daemon.messages import AnyMessage, Message
 from tierkv.errors import DaemonError
 
 __all__ = [
     "HEADER",
     "MAX_BODY_BYTES",
     "MAX_PATH_BYTES",
-    "NO_SLOT",
     "PROTOCOL_VERSION",
-    "Abandon",
-    "Chain",
-    "ChainAnswer",
-    "Compact",
-    "Count",
-    "Done",
-    "EndTicket",
-    "Evict",
-    "Failure",
-    "Fetch",
-    "Fetched",
-    "Flush",
-    "Found",
-    "FoundTail",
     "FrameReader",
-    "Hello",
-    "LoadState",
-    "Match",
-    "Message",
-    "Pin",
-    "Prefetch",
     "ProtocolError",
-    "Publish",
-    "Published",
-    "Release",
-    "Reserve",
-    "Reserved",
-    "SaveState",
-    "Saved",
-    "Status",
-    "StatusReport",
-    "Stop",
-    "TenantStatus",
-    "Wait",
-    "Waited",
-    "Welcome",
     "frame",
     "parse_body",
     "split_hashes",
@@ -73,8 +36,6 @@ MAX_BODY_BYTES = 16 << 20
 """Four million token ids; a longer message closes the connection before it is read."""
 
 MAX_PATH_BYTES = 4096
-NO_SLOT = 0xFFFF_FFFF
-"""In a list of slots: this block is in the cold tier, or was not leased."""
 
 HEADER = struct.Struct("<IHHQ")
 
@@ -87,311 +48,8 @@ class ProtocolError(DaemonError):
         super().__init__(message, hint=hint)
 
 
-class Message(msgspec.Struct, array_like=True, gc=False):
-    """One message; its class is told by a small number in front of its fields."""
-
-
-class Hello(Message, tag=1):
-    """First message. namespace: 16 bytes, or none at all for a client that only wants to know or to steer.
-
-    description: the namespace as JSON, which says model, layout and tenant. client: for humans.
-    """
-
-    namespace: bytes = b""
-    description: bytes = b""
-    block_bytes: int = 0
-    client: str = ""
-
-
-class Welcome(Message, tag=2):
-    """Answer to Hello; the slab's descriptor comes with it when a namespace was named."""
-
-    pid: int
-    slab_bytes: int
-    store: str
-    has_cold: bool
-
-
-class Match(Message, tag=3):
-    """How much of a prompt is there? Asked about the blocks from `start` on; those before need not be.
-
-    hashes: of all whole blocks, 16 bytes each. tokens: the prompt as little-endian uint32, the rest behind the
-    whole blocks included. lease: pin what is found in the warm tier for this connection.
-    wants_ticket: if whole blocks are missing, be the one who computes them.
-    """
-
-    hashes: bytes
-    tokens: bytes
-    start: int = 0
-    min_tail_tokens: int = 1
-    lease: bool = False
-    wants_ticket: bool = False
-
-
-class FoundTail(msgspec.Struct, array_like=True, gc=False):
-    """The block where the prompt parts: `num_tokens` of its tokens lead the rest of the prompt. slot: or NO_SLOT."""
-
-    block_hash: bytes
-    tokens: bytes
-    num_tokens: int
-    slot: int
-
-
-class Found(Message, tag=4):
-    """Answer to Match. slots: u32 each, of the blocks from `start` on that are there, in order; NO_SLOT: ask Fetch.
-
-    cursor: names this prompt in Fetch; 0 where nothing needs it. ticket: 0, or yours until the blocks are published.
-    is_computing: another client is at it. miss: why the block behind is none, by the names of MissReason, or "".
-    """
-
-    slots: bytes
-    tail: FoundTail | None
-    cursor: int
-    ticket: int
-    is_computing: bool
-    miss: str
-
-
-class Fetch(Message, tag=5):
-    """Bring blocks `first` to `first + count` of a cursor into the warm tier and lease them.
-
-    The tail, if it was found, is the block behind the last one.
-    """
-
-    cursor: int
-    first: int
-    count: int
-
-
-class Fetched(Message, tag=6):
-    """Answer to Fetch: slots (u32) of the leading blocks that could be had, and why the next could not."""
-
-    slots: bytes
-    miss: str
-
-
-class Release(Message, tag=7):
-    """End leases on slots (u32 each; once for each time leased) and cursors (u32 each). Has no answer."""
-
-    slots: bytes = b""
-    cursors: bytes = b""
-
-
-class Chain(msgspec.Struct, array_like=True, gc=False):
-    """A prompt from its first block on. hashes: of every block in `tokens`, a partly filled last one included.
-
-    offers: numbers (u32) of the blocks whose bytes the client can bring.
-    """
-
-    hashes: bytes
-    tokens: bytes
-    offers: bytes
-
-
-class Reserve(Message, tag=8):
-    """Ask for slots to write those offered blocks to that the daemon does not have."""
-
-    chains: list[Chain]
-
-
-class ChainAnswer(msgspec.Struct, array_like=True, gc=False):
-    """numbers and slots (u32 each): blocks to be written, and where to. num_there: offered blocks that are there.
-
-    num_busy: offered blocks that another client is writing. refusal: "", or why the walk ended early.
-    """
-
-    numbers: bytes
-    slots: bytes
-    num_there: int
-    num_busy: int
-    refusal: str
-
-
-class Reserved(Message, tag=9):
-    """Answer to Reserve, chain by chain."""
-
-    chains: list[ChainAnswer]
-
-
-class Publish(Message, tag=10):
-    """The bytes of these reserved slots (u32 each) are complete: let everybody find them. Parents first."""
-
-    slots: bytes
-
-
-class Published(Message, tag=11):
-    """Answer to Publish. lost: numbers of slots (u32) that somebody else was faster with."""
-
-    count: int
-    lost: bytes
-
-
-class Abandon(Message, tag=12):
-    """Give reserved slots (u32 each) back unwritten. Has no answer."""
-
-    slots: bytes
-
-
-class Wait(Message, tag=13):
-    """Answer when this block is published, or nobody computes it any more, or the time is over."""
-
-    block_hash: bytes
-    timeout_ms: int
-
-
-class Waited(Message, tag=14):
-    """Answer to Wait. is_over: the time, without news."""
-
-    is_over: bool
-
-
-class EndTicket(Message, tag=15):
-    """Compute a ticket's blocks no more. Has no answer."""
-
-    ticket: int
-
-
-class Pin(Message, tag=16):
-    """Keep a prompt's blocks (or let them go again). Answered with Count."""
-
-    hashes: bytes
-    tokens: bytes
-    pinned: bool
-
-
-class Prefetch(Message, tag=17):
-    """A request with this prompt will come: bring its blocks into the warm tier. Answered at once, with Count."""
-
-    hashes: bytes
-    tokens: bytes
-
-
-class Evict(Message, tag=18):
-    """Evict up to `count` blocks of the client's namespace from the warm tier; all, below 0."""
-
-    count: int
-
-
-class Flush(Message, tag=19):
-    """Answer when everything published so far is on the disk."""
-
-
-class SaveState(Message, tag=20):
-    """Write the namespace's blocks into a state file."""
-
-    path: str
-
-
-class Saved(Message, tag=21):
-    """Answer to SaveState."""
-
-    blocks: int
-    file_bytes: int
-
-
-class LoadState(Message, tag=22):
-    """Find the blocks of a state file from now on. Answered with Count."""
-
-    path: str
-
-
-class Status(Message, tag=23):
-    """Answered with StatusReport."""
-
-
-class TenantStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One namespace in the warm tier."""
-
-    namespace: str
-    name: str
-    block_bytes: int
-    warm_blocks: int
-    pinned_bytes: int
-    clients: int
-
-
-class StatusReport(Message, tag=24):
-    """Everything that `tierkv daemon status` shows; bytes_received and bytes_sent are those of the socket."""
-
-    pid: int
-    uptime_s: float
-    socket: str
-    store: str
-    warm_bytes: int
-    warm_free_bytes: int
-    rss_bytes: int
-    clients: int
-    leased_slots: int
-    reserved_slots: int
-    tickets: int
-    pending_writes: int
-    bytes_received: int
-    bytes_sent: int
-    counters: dict[str, int]
-    tenants: list[TenantStatus]
-    cold: dict[str, int]
-
-
-class Stop(Message, tag=25):
-    """Write what is pending and end. Answered with Done before."""
-
-
-class Compact(Message, tag=26):
-    """Give the store's free space back to the disk."""
-
-
-class Done(Message, tag=27):
-    """It is done."""
-
-
-class Count(Message, tag=28):
-    """How many blocks that were."""
-
-    count: int
-
-
-class Failure(Message, tag=29):
-    """The request was refused. is_fatal: nothing more will be answered on this connection."""
-
-    message: str
-    is_fatal: bool
-
-
-_Any: TypeAlias = (
-    Hello
-    | Welcome
-    | Match
-    | Found
-    | Fetch
-    | Fetched
-    | Release
-    | Reserve
-    | Reserved
-    | Publish
-    | Published
-    | Abandon
-    | Wait
-    | Waited
-    | EndTicket
-    | Pin
-    | Prefetch
-    | Evict
-    | Flush
-    | SaveState
-    | Saved
-    | LoadState
-    | Status
-    | StatusReport
-    | Stop
-    | Compact
-    | Done
-    | Count
-    | Failure
-)
-
-
 def _make_codec() -> tuple[msgspec.msgpack.Encoder, Any]:
-    return msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(_Any)
+    return msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(AnyMessage)
 
 
 _ENCODER, _DECODER = _make_codec()

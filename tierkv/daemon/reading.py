@@ -7,17 +7,8 @@ from collections import Counter
 from collections.abc import Iterator
 
 from tierkv.block import TOKEN_BYTES, BlockHash, Tier
-from tierkv.daemon.protocol import (
-    NO_SLOT,
-    Fetch,
-    Fetched,
-    Found,
-    FoundTail,
-    Match,
-    ProtocolError,
-    Release,
-    split_numbers,
-)
+from tierkv.daemon.messages import NO_SLOT, Fetch, Fetched, Found, FoundTail, Match, Release
+from tierkv.daemon.protocol import ProtocolError, split_numbers
 from tierkv.daemon.state import HELD_SHARE, State
 from tierkv.daemon.values import (
     BlockSource,

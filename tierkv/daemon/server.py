@@ -26,8 +26,7 @@ from tierkv.block import BlockHash
 from tierkv.daemon.connection import Answer, ClientConnection
 from tierkv.daemon.core import Core, FetchTask, Load, Tenant, Write
 from tierkv.daemon.host import check_memory, exclusive_file, listening_socket, memory_of_process
-from tierkv.daemon.protocol import (
-    MAX_PATH_BYTES,
+from tierkv.daemon.messages import (
     Abandon,
     Compact,
     Count,
@@ -42,7 +41,6 @@ from tierkv.daemon.protocol import (
     Message,
     Pin,
     Prefetch,
-    ProtocolError,
     Publish,
     Release,
     Reserve,
@@ -55,9 +53,8 @@ from tierkv.daemon.protocol import (
     Wait,
     Waited,
     Welcome,
-    split_hashes,
-    split_numbers,
 )
+from tierkv.daemon.protocol import MAX_PATH_BYTES, ProtocolError, split_hashes, split_numbers
 from tierkv.errors import ConfigError, DaemonError, NamespaceMismatchError, StoreError
 from tierkv.layout import BlockLayout
 from tierkv.policies import make_policy

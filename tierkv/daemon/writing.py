@@ -6,16 +6,8 @@ from array import array
 from collections.abc import Sequence
 
 from tierkv.block import TOKEN_BYTES, BlockHash, Tier
-from tierkv.daemon.protocol import (
-    Chain,
-    ChainAnswer,
-    ProtocolError,
-    Published,
-    Reserve,
-    Reserved,
-    split_hashes,
-    split_numbers,
-)
+from tierkv.daemon.messages import Chain, ChainAnswer, Published, Reserve, Reserved
+from tierkv.daemon.protocol import ProtocolError, split_hashes, split_numbers
 from tierkv.daemon.state import HELD_SHARE, State
 from tierkv.daemon.values import Connection, Reservation, Tenant, Write, has_hash, holds
 from tierkv.index import Entry

@@ -7,7 +7,7 @@ from array import array
 from collections import deque
 
 from tierkv.daemon.client import DaemonClient
-from tierkv.daemon.protocol import Release
+from tierkv.daemon.messages import Release
 from tierkv.errors import DaemonGoneError
 from tierkv.movers.mover import Mover
 from tierkv.storage.warm import Slab, WarmPool, slot_stride

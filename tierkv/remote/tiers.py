@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from tierkv.block import TOKEN_BYTES, BlockHash, HashFunction, Tier, iter_chain
 from tierkv.daemon.client import Answer, DaemonClient
-from tierkv.daemon.protocol import (
+from tierkv.daemon.messages import (
     NO_SLOT,
     Abandon,
     Chain,
@@ -54,8 +54,8 @@ from tierkv.daemon.protocol import (
     StatusReport,
     Wait,
     Waited,
-    split_numbers,
 )
+from tierkv.daemon.protocol import split_numbers
 from tierkv.errors import DaemonError, DaemonGoneError, StoreError
 from tierkv.events import EventKind
 from tierkv.index import Entry

@@ -35,7 +35,7 @@ __all__ = ["Connection", "Core", "FetchTask", "Load", "Tenant", "Write"]
 class Core(Reading, Writing):
     """All state of the daemon, and what may be done with it. Not thread-safe: the server's one thread calls it.
 
-    The tables are in daemon_state, leases and loads in daemon_reading, reservations in daemon_writing.
+    The tables are in `state`, leases and loads in `reading`, reservations in `writing`.
     store: the cold tier, if there is one. pin_share: of the slab, that one owner (salt) may pin.
     """
 
@@ -141,7 +141,8 @@ class Core(Reading, Writing):
         root = self._root(tenant)
         pending = list(root.children) if root else []
         found: list[Entry] = []
-        for entry in pending:
+        while pending:  # chain by chain: so each is sealed in one go
+            entry = pending.pop()
             pending += entry.children
             if entry.warm_slot is not None:
                 index.pin(entry, Tier.WARM)

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import reduce
 from typing import Protocol
 
-from tierkv.block import TOKEN_BYTES, BlockHash, seal_block
+from tierkv.block import TOKEN_BYTES, BlockHash
 from tierkv.daemon.protocol import ProtocolError, split_hashes
 from tierkv.daemon.slab import SizeClass
 from tierkv.errors import StoreError
 from tierkv.index import Entry
 from tierkv.layout import BlockLayout
 from tierkv.storage.outcomes import MissReason
-from tierkv.storage.record import BlockInfo
 
 __all__ = [
     "BlockSource",
@@ -84,11 +82,6 @@ class Load:
     is_done: bool = False
     reason: MissReason | None = None
 
-    @property
-    def info(self) -> BlockInfo:
-        """The block's identity, for reading it."""
-        return _info(self.tenant, self.entry)
-
 
 @dataclass(slots=True, eq=False)
 class FetchTask:
@@ -107,11 +100,6 @@ class Write:
     tenant: Tenant
     entry: Entry
     slot: int
-
-    @property
-    def info(self) -> BlockInfo:
-        """The block's identity, for storing it."""
-        return _info(self.tenant, self.entry)
 
 
 @dataclass(slots=True, eq=False)
@@ -208,19 +196,3 @@ def holds(source: BlockSource, tenant: Tenant, hashes: Sequence[bytes], tokens: 
         )
     except StoreError:
         return False
-
-
-def _info(tenant: Tenant, entry: Entry) -> BlockInfo:
-    """Return the identity of a block; its seal is made of the token ids of its chain, the namespace first."""
-    chain: list[bytes] = []
-    at = entry
-    while at.depth > 0:
-        chain.append(at.token_bytes)
-        at = at.parent
-    return BlockInfo(
-        block_hash=entry.block_hash,
-        parent=entry.parent_hash,
-        namespace=tenant.digest,
-        seal=reduce(seal_block, reversed(chain), tenant.digest),
-        token_bytes=entry.token_bytes,
-    )

@@ -1,0 +1,109 @@
+"""StoreWriter: encodes blocks in the slab, and writes published ones into the store behind the clients."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from tierkv.daemon.core import Core, Tenant, Write
+from tierkv.daemon.sealer import Sealer
+from tierkv.errors import StoreError
+from tierkv.storage.codecs import codec_by_name, default_codec
+from tierkv.storage.cold import ColdStore
+from tierkv.storage.outcomes import PutOutcome
+from tierkv.storage.record import BlockInfo, EncodedRecord, encode_record, read_header
+from tierkv.storage.state_file import StateFile
+from tierkv.storage.warm import Slab
+from tierkv.write_behind import WriteBehind
+
+__all__ = ["StoreWriter"]
+
+_log = logging.getLogger(__name__)
+
+_QUEUE_BLOCKS = 4096
+_BATCH_BLOCKS = 8
+
+
+class StoreWriter:
+    """A queue in front of the store with a thread of its own. Made on the loop that the core runs on.
+
+    The slots of what it is given stay pinned until the core hears, on that loop, that they are written or skipped.
+    """
+
+    def __init__(self, core: Core, store: ColdStore | None, slab: Slab, threads: ThreadPoolExecutor) -> None:
+        self._core = core
+        self._store = store
+        self._slab = slab
+        self._threads = threads
+        self._sealer = Sealer()
+        self._loop = asyncio.get_running_loop()
+        self._queue = WriteBehind(
+            self._write, capacity=_QUEUE_BLOCKS, batch_size=_BATCH_BLOCKS, name="tierkv-daemon-write"
+        )
+
+    def offer(self, write: Write) -> None:
+        """Queue a published block; a full queue forgets it."""
+        if not self._queue.offer(write):
+            self._core.finish_write(write, is_stored=False)
+
+    def flush(self) -> None:
+        """Wait until what is queued so far is on the disk. Not for the loop's thread."""
+        self._queue.flush()
+        if self._store is not None:
+            self._store.flush()
+
+    def close(self) -> None:
+        """Write what is queued and stop. Not for the loop's thread."""
+        self._queue.close()
+
+    def iter_records(self, tenant: Tenant, blocks: Sequence[Write]) -> Iterator[bytes]:
+        """Yield the record of every block of a namespace, each once: stored ones, warm ones, those of state files.
+
+        blocks: the warm ones, pinned.
+        """
+        seen: set[bytes] = set()
+        if self._store is not None:
+            for block_hash, _ in list(self._store.iter_entries(tenant.digest)):
+                record = self._store.read_record(block_hash)
+                if record is not None:
+                    seen.add(block_hash)
+                    yield record
+        sealer = Sealer()
+        for block in blocks:
+            if block.entry.block_hash not in seen:
+                seen.add(block.entry.block_hash)
+                yield self._encode(block, sealer.identify(tenant, block.entry)).data.tobytes()
+        for source in tenant.sources:
+            if isinstance(source, StateFile):
+                yield from (each for each in source.iter_records() if read_header(each).info.block_hash not in seen)
+
+    def _write(self, writes: list[Write]) -> None:
+        """Encode and store published blocks; runs on the queue's thread."""
+        store = self._store
+        assert store is not None
+        stored = dict.fromkeys(writes, False)
+        try:
+            missing = [write for write in writes if not store.contains(write.entry.block_hash)]
+            stored.update((write, True) for write in writes if write not in missing)
+            infos = [self._sealer.identify(write.tenant, write.entry) for write in missing]
+            outcomes = store.put(list(self._threads.map(self._encode, missing, infos)))
+            for write, outcome in zip(missing, outcomes, strict=True):
+                stored[write] = outcome in (PutOutcome.STORED, PutOutcome.EXISTS)
+        except StoreError as exc:
+            _log.warning("%d blocks were not stored: %s", len(writes), exc)
+        finally:
+            with contextlib.suppress(RuntimeError):  # the loop has ended: so has everything that pins count for
+                self._loop.call_soon_threadsafe(self._wrote, stored)
+
+    def _wrote(self, stored: dict[Write, bool]) -> None:
+        for write, is_stored in stored.items():
+            self._core.finish_write(write, is_stored=is_stored)
+
+    def _encode(self, write: Write, info: BlockInfo) -> EncodedRecord:
+        layout, name = write.tenant.layout, write.tenant.codec
+        block = self._slab.slots(layout.block_bytes)[write.slot]
+        codec = codec_by_name(name) if name else default_codec(layout.dtype)
+        return encode_record(info, block, layout=layout, codec=codec)

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from tierkv.cache import TierCache
 from tierkv.layout import BlockLayout
-from tierkv.movers.mover import layer_groups
+from tierkv.movers.windows import window_format
 from tierkv.sequence import Sequence
-from tierkv.storage.windows import WindowFormat
 
 __all__ = ["PatternEngine", "tiny_layout", "tiny_warm"]
 
@@ -28,7 +27,7 @@ def tiny_warm(num_blocks: int, warm_codec: str) -> tuple[BlockLayout, int]:
         return tiny_layout(), num_blocks * tiny_layout().block_bytes
     layout = tiny_layout(dtype="bfloat16")  # holds the pattern's numbers exactly
     num_staging = 24  # the most that there are
-    return layout, num_blocks * WindowFormat(layout, layer_groups(layout)).slot_bytes + num_staging * layout.block_bytes
+    return layout, num_blocks * window_format(layout).slot_bytes + num_staging * layout.block_bytes
 
 
 def pattern(token_ids: list[int], num_layers: int, seed: int = 0) -> torch.Tensor:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from tierkv.config import CacheConfig
 from tierkv.errors import CapacityError, ConfigError
 from tierkv.movers.frames import FrameMover, can_decode
-from tierkv.movers.mover import Mover, layer_groups
-from tierkv.movers.windows import WindowMover
+from tierkv.movers.mover import Mover
+from tierkv.movers.windows import WindowMover, window_format
 from tierkv.slots import SlotPool
 from tierkv.storage.hot import HotPool
 from tierkv.storage.warm import WarmPool
@@ -69,13 +69,13 @@ def _form(hot: HotPool, config: CacheConfig) -> WindowFormat | None:
         return None
     is_possible = hot.layout.dtype == "bfloat16" and (hot.device.type != "cuda" or _has_triton())
     if config.warm_codec == "auto":
-        return WindowFormat(hot.layout, layer_groups(hot.layout)) if is_possible and hot.device.type == "cuda" else None
+        return window_format(hot.layout) if is_possible and hot.device.type == "cuda" else None
     if not is_possible:
         raise ConfigError(
             f"a compressed warm tier needs bfloat16, and triton on a GPU; this is {hot.layout.dtype} on {hot.device}",
             hint='warm_codec="auto" compresses where that is possible',
         )
-    return WindowFormat(hot.layout, layer_groups(hot.layout))
+    return window_format(hot.layout)
 
 
 def _frames(hot: HotPool, mover: Mover, config: CacheConfig) -> FrameMover | None:

@@ -25,12 +25,11 @@ from tierkv.engine.gate import probe_layout
 from tierkv.engine.graphs import GraphedModel
 from tierkv.kernels.pages import LayerPages, gather_blocks, scatter_blocks
 from tierkv.layout import BlockLayout
-from tierkv.movers.mover import Move, Mover, Ready, layer_groups
+from tierkv.movers.mover import Move, Mover, Ready
 from tierkv.movers.pages import PageMover
-from tierkv.movers.windows import WindowMover
+from tierkv.movers.windows import WindowMover, window_format
 from tierkv.storage.hot import HotPool
 from tierkv.storage.warm import WarmPool
-from tierkv.storage.windows import WindowFormat
 from tierkv.tools.bench_ttft import machine, random_model
 
 __all__ = ["MoveFigure", "block_moves", "decode_beside_moves", "link", "main"]
@@ -123,7 +122,7 @@ def _scattered_moves() -> tuple[list[Move], list[Move]]:
 
 @contextmanager
 def _window_mover(hot: HotPool, mover: Mover) -> Iterator[WindowMover]:
-    form = WindowFormat(_LAYOUT, layer_groups(_LAYOUT))
+    form = window_format(_LAYOUT)
     slots = WarmPool(form.slot_bytes, _NUM_BLOCKS, num_threads=_NUM_THREADS)
     windows = WindowMover(hot, slots, form, mover)
     yield windows

@@ -7,7 +7,6 @@ Beside it the same prefill by plain Transformers, and the link's own speed in th
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import platform
@@ -23,7 +22,6 @@ import torch
 import transformers
 
 from tierkv.block import Tier
-from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.engine.attention import use_attention
 from tierkv.engine.models import LoadedModel
@@ -51,9 +49,6 @@ _SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 64,
     },
 }
-
-
-_MADV_DONTNEED = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +148,7 @@ def measure(runner: Runner, num_cached: int, num_new: int, repeats: int, names: 
             for tier in way.evicted:
                 cache.evict(tier)
             if way.from_disk:
-                _drop_page_cache(cache)
+                _drop_page_cache()
             options = GenerationOptions(max_new_tokens=1, stop_ids=frozenset(), use_cache=way.use_cache)
             (result,) = runner.generate([prefix + suffix], options)
             if repeat > 1:  # the first one warms up, at the second a graph is captured
@@ -188,25 +183,17 @@ def _link_gb_s(runner: Runner) -> float:
     return max(speeds)
 
 
-def _drop_page_cache(cache: TierCache) -> None:
-    """Make the next read come from the disk; needs root, and says so where it may not."""
-    assert cache.cold
-    _unmap_pages(cache.cold.path / "data.mdb")
+def _drop_page_cache() -> None:
+    """Make the next read of a block come from the disk; needs root, and says so where it may not.
+
+    What stays are the pages of LMDB's trees that this process has mapped: opening a store has read them all, and a
+    process that runs keeps them. Blocks are read with `pread`, so none of their pages is among them.
+    """
     try:
         os.sync()
         Path("/proc/sys/vm/drop_caches").write_text("3")
     except OSError as exc:
         print(f"(the page cache stays: {exc.strerror})")
-
-
-def _unmap_pages(path: Path) -> None:
-    """Give back this process' pages of a mapped file, which the system would keep in its cache; the map stays."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        fields = line.split(maxsplit=5)
-        if len(fields) == 6 and Path(fields[5]) == path.resolve():
-            start, end = (int(number, 16) for number in fields[0].split("-"))
-            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
 
 
 def machine(device: torch.device) -> dict[str, str]:

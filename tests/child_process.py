@@ -8,7 +8,8 @@ from pathlib import Path
 
 TESTS = Path(__file__).parent
 
-ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join((str(TESTS), str(TESTS.parent)))}
+_ELSEWHERE = [path for path in (os.environ.get("PYTHONPATH"),) if path]  # packages that are not installed
+ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join((str(TESTS), str(TESTS.parent), *_ELSEWHERE))}
 
 
 def command(script: Path, *arguments: object) -> list[str]:

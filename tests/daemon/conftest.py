@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from daemon_process import BLOCK_BYTES, Daemon, OpenCache, Start
 from pattern_engine import tiny_layout
 
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.namespace import Namespace
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 @pytest.fixture
@@ -39,8 +42,8 @@ def start_daemon(short_path: Path) -> Iterator[Start]:
         assert "Traceback" not in daemon.log, daemon.log
 
 
-@pytest.fixture
-def open_cache(short_path: Path) -> Iterator[OpenCache]:
+@pytest.fixture(params=DEVICES)
+def open_cache(short_path: Path, request: pytest.FixtureRequest) -> Iterator[OpenCache]:
     """Return a function that opens a cache on the daemon's socket; it may be called for several at a time."""
     opened: list[TierCache] = []
 
@@ -51,7 +54,7 @@ def open_cache(short_path: Path) -> Iterator[OpenCache]:
         options = {"socket": short_path / "d.sock", "compute_wait_s": 0.0, **options}
         config = CacheConfig(block_size=block_size, hot_bytes=hot * BLOCK_BYTES * block_size // 4, **options)
         namespace = Namespace(weights=weights, layout=tiny_layout(block_size=block_size), salt=salt)
-        cache = TierCache(config, namespace=namespace, **hash_function)
+        cache = TierCache(config, namespace=namespace, device=request.param, **hash_function)
         opened.append(cache)
         return cache
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import urllib.error
@@ -15,6 +16,9 @@ import pytest
 from fake_cache import FakeCache
 
 from tierkv.block import Tier
+from tierkv.daemon.messages import StatusReport
+from tierkv.daemon.metrics import exposition
+from tierkv.daemon.metrics import serve_metrics as serve_metrics_of_daemon
 from tierkv.errors import ConfigError
 from tierkv.events import EventKind
 from tierkv.profiling.metrics import _OF_CACHE, _OF_TIER, MetricsServer, serve_metrics
@@ -142,3 +146,34 @@ def test_the_dashboard_shows_each_metric_somewhere(server: MetricsServer) -> Non
     exposed = {name for name, _ in samples(get(server, "/metrics"))}
     used = {n for query in expressions(json.loads(DASHBOARD.read_text())) for n in re.findall(r"\btierkv_\w+", query)}
     assert exposed == used
+
+
+def report_of_daemon() -> StatusReport:
+    """Return a report with a counter that the cache has too, and means something else by."""
+    gauges = dict.fromkeys((each for each in StatusReport.__struct_fields__), 7)
+    told = {"socket": "", "store": "", "tenants": [], "counters": {"skipped_writes": 3}, "cold": {"blocks": 5}}
+    return StatusReport(**{**gauges, **told})  # type: ignore[arg-type]
+
+
+def test_cache_and_daemon_tell_nothing_under_one_name(server: MetricsServer) -> None:
+    of_cache, of_daemon = get(server, "/metrics"), exposition(report_of_daemon())
+    families = [family.name for family in parser.text_string_to_metric_families(of_cache + of_daemon)]
+    assert len(families) == len(set(families))
+    both = samples(of_cache + of_daemon)
+    assert both == samples(of_cache) | samples(of_daemon)
+    assert both["tierkv_daemon_skipped_writes_total", ""] == 3 and both["tierkv_skipped_writes_total", ""] == 0
+    assert both["tierkv_daemon_cold_blocks", ""] == 5 and both["tierkv_daemon_leased_slots", ""] == 7
+
+
+def test_the_daemon_answers_a_scrape() -> None:
+    async def scrape() -> bytes:
+        async with await serve_metrics_of_daemon(0, report_of_daemon, timeout_s=10) as served:
+            reader, writer = await asyncio.open_connection(*served.sockets[0].getsockname())
+            writer.write(b"GET /metrics HTTP/1.0\r\n\r\n")
+            answer = await reader.read()
+            writer.close()
+            return answer
+
+    head, body = asyncio.run(scrape()).split(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.0 200 OK") and f"Content-Length: {len(body)}".encode() in head
+    assert samples(body.decode()) == samples(exposition(report_of_daemon()))

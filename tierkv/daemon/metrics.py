@@ -1,4 +1,7 @@
-"""Metrics of the daemon in Prometheus' text format, over HTTP on the loopback interface."""
+"""Metrics of the daemon in Prometheus' text format, over HTTP on the loopback interface.
+
+Every name begins with tierkv_daemon_, so that it never means what a cache tells under it: one scraper may read both.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ def exposition(report: StatusReport) -> str:
     lines: list[str] = []
     for kind, samples in (("gauge", gauges), ("counter", counters)):
         for key, value in samples.items():
-            lines += [f"# TYPE tierkv_{key} {kind}", f"tierkv_{key} {value}"]
+            lines += [f"# TYPE tierkv_daemon_{key} {kind}", f"tierkv_daemon_{key} {value}"]
     return "\n".join(lines) + "\n"
 
 

@@ -63,9 +63,9 @@ LAYERS = (
     Layer("client", "daemon.messages daemon.protocol daemon.client", below="values"),
     Layer(
         "daemon",
-        "daemon.config daemon.slab daemon.values daemon.state daemon.reading daemon.writing daemon.core daemon.host "
-        "daemon.sealer daemon.loader daemon.store_writer daemon.waiters daemon.prefetcher daemon.metrics "
-        "daemon.connection daemon.requests daemon.server",
+        "daemon.config daemon.slab daemon.values daemon.state daemon.matching daemon.fetching daemon.writing "
+        "daemon.core daemon.host daemon.sealer daemon.loader daemon.store_writer daemon.waiters "
+        "daemon.prefetcher daemon.metrics daemon.connection daemon.requests daemon.server",
         below="values control storage background client",
     ),
     Layer(

@@ -12,8 +12,10 @@ from tierkv.block import TOKEN_BYTES, HashFunction, common_run, hash_block, iter
 from tierkv.daemon.core import Connection, Core, FetchTask, Write
 from tierkv.daemon.messages import NO_SLOT, Chain, Found, Match, Release, Reserve
 from tierkv.daemon.protocol import split_numbers
+from tierkv.daemon.sealer import Sealer
 from tierkv.layout import BlockLayout
 from tierkv.storage.outcomes import MissReason
+from tierkv.storage.record import BlockInfo
 
 BLOCK_SIZE = 2
 STEP = BLOCK_SIZE * TOKEN_BYTES
@@ -37,6 +39,7 @@ def as_bytes(token_ids: list[int]) -> bytes:
 class Stored:
     parent: bytes
     tokens: bytes
+    seal: bytes
     content: tuple[bytes, bytes]
 
     @property
@@ -63,12 +66,10 @@ class DictStore:
         ]
         return max((child for child in children if child[2]), key=lambda child: child[2], default=None)
 
-    def put(
-        self, namespace: bytes, block_hash: bytes, parent: bytes, tokens: bytes, content: tuple[bytes, bytes]
-    ) -> bool:
-        if block_hash in self.blocks or (parent != namespace and parent not in self.blocks):
+    def put(self, info: BlockInfo, content: tuple[bytes, bytes]) -> bool:
+        if info.block_hash in self.blocks or (info.parent != info.namespace and info.parent not in self.blocks):
             return False
-        self.blocks[block_hash] = Stored(parent, tokens, content)
+        self.blocks[info.block_hash] = Stored(info.parent, info.token_bytes, info.seal, content)
         return True
 
     def remove(self, block_hash: bytes) -> None:
@@ -165,20 +166,19 @@ class Client:
 
 
 def finish_write(core: Core, store: DictStore, slab: dict[int, tuple[bytes, bytes]], write: Write) -> None:
-    entry = write.entry
-    is_stored = store.put(write.tenant.digest, entry.block_hash, entry.parent_hash, entry.token_bytes, slab[write.slot])
-    core.finish_write(write, is_stored=is_stored)
+    core.finish_write(write, is_stored=store.put(Sealer().identify(write.tenant, write.entry), slab[write.slot]))
 
 
 def finish_load(core: Core, slab: dict[int, tuple[bytes, bytes]], task: FetchTask) -> None:
-    """End a task's own loads as the real store would: parent and tokens are compared when the block is read."""
+    """End a task's own loads as the real store would: identities are compared when the block is read."""
     for load in task.fresh:
         store = load.source
         assert isinstance(store, DictStore)
-        stored = store.lookup(load.entry.block_hash)
+        info = Sealer().identify(load.tenant, load.entry)
+        stored = store.lookup(info.block_hash)
         if stored is None:
             core.finish_load(load, MissReason.ABSENT)
-        elif (stored.parent, stored.tokens) != (load.entry.parent_hash, load.entry.token_bytes):
+        elif (stored.parent, stored.tokens, stored.seal) != (info.parent, info.token_bytes, info.seal):
             core.finish_load(load, MissReason.COLLISION)
         else:
             slab[load.slot] = stored.content

@@ -52,6 +52,15 @@ class CoreMachine(RuleBasedStateMachine):
         while is_stored and self.writes:
             self.finish_write(0)
 
+    @precondition(lambda self: self.store is not None)
+    @rule(number=which, others=st.lists(prompts, min_size=1, max_size=4), read=which)
+    def read_what_only_the_store_has(self, number: int, others: list[bytes], read: int) -> None:
+        """Several prompts are computed, stored and evicted; then one of them comes in."""
+        for tokens in others:
+            self.compute(number, tokens, is_stored=True)
+        self.core.evict(self.client(number).connection, -1)
+        self.read(number, others[read % len(others)])
+
     @rule(number=which, tokens=prompts)
     def read(self, number: int, tokens: bytes) -> None:
         """Do what a client does with a prompt that comes in: all that is there is borrowed, then given back."""
@@ -185,3 +194,27 @@ def test_classes_of_slots_of_different_sizes_share_the_slab() -> None:
     assert used.isdisjoint(left) and len(left) == 32
     with pytest.raises(CapacityError, match="does not fit"):
         core.slab.class_of(65 * SLOT_BYTES)
+
+
+def first_token_alone(parent: bytes, tokens: bytes) -> bytes:
+    return hash_block(parent, tokens[:4])
+
+
+def test_a_stored_block_behind_another_one_of_the_same_hash_is_a_collision() -> None:
+    """All that the core compares is the same: hash, parent's hash, length. The source that reads it knows better."""
+    store = DictStore()
+    core = Core(16 * SLOT_BYTES, clock=lambda: 0.0, store=store, extent_bytes=SLOT_BYTES)
+    slab: dict[int, tuple[bytes, bytes]] = {}
+    client = Client(core, slab, b"n" * 16, first_token_alone)
+    client.reserve(as_bytes([1, 6, 9, 9]), [0, 1])
+    for write in client.publish(2):
+        finish_write(core, store, slab, write)
+    assert core.evict(client.connection, -1) == 2
+    found = client.match(as_bytes([1, 2, 9, 9]))
+    assert len(found.slots) == 8
+    for first in (0, 1):
+        task = core.begin_fetch(client.connection, Fetch(cursor=found.cursor, first=first, count=1))
+        finish_load(core, slab, task)
+        fetched = core.end_fetch(client.connection, task)
+        assert (fetched.slots, fetched.miss) == (b"", "collision")
+    core.check()

@@ -10,8 +10,8 @@ Every rule about shared memory is here, as a state machine over plain values, dr
 - A **ticket** says who computes blocks that nobody has. It ends with their publication or with the connection.
 
 Identity: a hash is a key and no proof. A block is found only by following the chain from the namespace's own
-entry, comparing each entry's parent (the object) and token ids. A block behind that in a cold source counts only
-if that source has the same chain up to it; otherwise the children of a colliding block could be taken for ours.
+entry, comparing each entry's parent (the object) and token ids. Of a block behind that in a cold source the core
+compares hash, parent and length; who reads it compares its seal, which covers every token up to its end.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from collections import Counter
 from collections.abc import Sequence
 
 from tierkv.block import BlockHash, Tier
+from tierkv.daemon.fetching import Fetching
+from tierkv.daemon.matching import Matching
 from tierkv.daemon.messages import Match, Pin
-from tierkv.daemon.reading import Reading
 from tierkv.daemon.values import Connection, FetchTask, Load, Tenant, Write, whole_hashes
 from tierkv.daemon.writing import Writing
 from tierkv.errors import DaemonError
@@ -32,10 +33,10 @@ from tierkv.storage.warm import slot_stride
 __all__ = ["Connection", "Core", "FetchTask", "Load", "Tenant", "Write"]
 
 
-class Core(Reading, Writing):
+class Core(Matching, Fetching, Writing):
     """All state of the daemon, and what may be done with it. Not thread-safe: the server's one thread calls it.
 
-    The tables are in `state`, leases and loads in `reading`, reservations in `writing`.
+    The tables are in `state`, leases in `matching`, loads in `fetching`, reservations in `writing`.
     store: the cold tier, if there is one. pin_share: of the slab, that one owner (salt) may pin.
     """
 

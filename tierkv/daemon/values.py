@@ -110,7 +110,6 @@ class Cursor:
     tokens: bytes
     total: int
     tail: tuple[bytes, bytes] | None
-    verified: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False)

@@ -1,0 +1,185 @@
+"""The daemon's core, fetching: what comes up from a source, into which slot, and who waits for it."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+
+from tierkv.block import TOKEN_BYTES, BlockHash, Tier
+from tierkv.daemon.messages import NO_SLOT, Fetch, Fetched
+from tierkv.daemon.protocol import ProtocolError
+from tierkv.daemon.state import State
+from tierkv.daemon.values import BlockSource, Connection, Cursor, FetchTask, Load, Tenant, is_in_some
+from tierkv.errors import StoreError
+from tierkv.storage.outcomes import MissReason
+
+__all__ = ["Fetching"]
+
+_MAX_FETCH_BLOCKS = 64
+
+
+class Fetching(State):
+    """Loads, and the fetches that wait for them."""
+
+    def begin_fetch(self, connection: Connection, message: Fetch) -> FetchTask:
+        """Pin what is there already, start loads for the rest. The server fills `fresh`, then calls `end_fetch`."""
+        tenant = connection.require_tenant()
+        cursor = connection.cursors.get(message.cursor)
+        if cursor is None:
+            raise ProtocolError(f"no cursor {message.cursor} is open")
+        end = cursor.total + (cursor.tail is not None)
+        if not (
+            message.first >= 0 and 1 <= message.count <= _MAX_FETCH_BLOCKS and message.first + message.count <= end
+        ):
+            raise ProtocolError(f"blocks {message.first} and {message.count - 1} more of {end}")
+        return self._begin_fetch(tenant, cursor, message.first, message.count)
+
+    def begin_prefetches(self, tenant: Tenant, hashes: list[bytes], tokens: bytes) -> Iterator[FetchTask]:
+        """Yield fetches for nobody, one after the other, that bring up a whole prompt, a stored tail included.
+
+        Each ends by `end_fetch(None, task)`; the caller stops where one of them brings nothing.
+        """
+        rest = tokens[len(hashes) * tenant.step :]
+        tail = _stored_tail(tenant, hashes[-1] if hashes else tenant.digest, rest) if rest else None
+        cursor = Cursor(hashes, tokens, len(hashes), tail)
+        last = len(hashes) + (tail is not None)
+        for first in range(0, last, _MAX_FETCH_BLOCKS):
+            yield self._begin_fetch(tenant, cursor, first, min(_MAX_FETCH_BLOCKS, last - first))
+
+    def finish_load(self, load: Load, reason: MissReason | None) -> None:
+        """The load's slot holds the block now; or does not, and why."""
+        load.is_done = True
+        load.reason = reason
+        if reason is None:
+            self._attach(load.tenant, load.entry, load.slot)
+            load.entry.in_cold = load.source is self.store
+            self.counters["loaded_blocks"] += 1
+        self._end_load(load)
+
+    def end_fetch(self, connection: Connection | None, task: FetchTask) -> Fetched:
+        """Lease the leading blocks that arrived, give the others up. Every load of the task is done."""
+        tenant = self._fetching.pop(task)
+        num_good = len(task.slots)
+        miss = task.miss
+        for at, load in task.loads.items():
+            assert load.is_done, "a fetch ends when its loads have ended"
+            if load.reason is not None and at < num_good:
+                num_good, miss = at, load.reason
+        is_leasing = connection is not None and not connection.is_closed
+        for at, slot in enumerate(task.slots):
+            if is_leasing and at < num_good:
+                assert connection is not None
+                connection.leases[slot] += 1
+            else:
+                tenant.size_class.index.unpin(Tier.WARM, slot)
+        return Fetched(slots=array("I", task.slots[:num_good]).tobytes(), miss=miss.value if miss else "")
+
+    def _begin_fetch(self, tenant: Tenant, cursor: Cursor, first: int, count: int) -> FetchTask:
+        task = FetchTask()
+        self._fetching[task] = tenant
+        size_class = tenant.size_class
+        hashes, tokens = _fetch_chain(tenant, cursor, first, count)
+        wanted: list[tuple[int, BlockSource]] = []
+        known = self._walk(tenant, hashes, tokens)
+        for at in range(first, first + count):  # what is there is pinned before room is made for the rest
+            entry = known[at] if at < len(known) else None
+            load = self._loads.get(entry) if entry else None
+            if entry and entry.warm_slot is not None:
+                size_class.index.warm.pin(entry.warm_slot)
+                task.slots.append(entry.warm_slot)
+            elif load:
+                size_class.index.warm.pin(load.slot)
+                task.loads[len(task.slots)] = load
+                task.slots.append(load.slot)
+            else:
+                source, miss = self._source_of(tenant, hashes, tokens, at)
+                if source is None:
+                    task.miss = miss
+                    break
+                wanted.append((at, source))
+                task.slots.append(NO_SLOT)
+        self._start_loads(tenant, task, hashes, tokens, first, wanted)
+        return task
+
+    def _start_loads(
+        self,
+        tenant: Tenant,
+        task: FetchTask,
+        hashes: list[bytes],
+        tokens: bytes,
+        first: int,
+        wanted: list[tuple[int, BlockSource]],
+    ) -> None:
+        """Take slots for the wanted blocks and make their entries; what finds no room ends the task there."""
+        index = tenant.size_class.index
+        slots = tenant.size_class.take(len(wanted)) if wanted else []
+        entries = self._anchor(tenant, hashes[: wanted[len(slots) - 1][0] + 1], tokens) if slots else []
+        for (at, source), slot in zip(wanted, slots, strict=False):
+            if at < len(entries) and not entries[at].awaited:
+                load = Load(tenant, entries[at], slot, source)
+                load.entry.awaited = True
+                self._loads[load.entry] = load
+                task.loads[at - first] = load
+                task.slots[at - first] = slot
+            else:
+                index.unpin(Tier.WARM, slot)
+        if entries:
+            self._prune(tenant, entries[-1])
+        fresh = {at - first for at, _ in wanted}
+        if NO_SLOT in task.slots:
+            end = task.slots.index(NO_SLOT)
+            task.miss = MissReason.IO_ERROR if len(slots) < len(wanted) else MissReason.COLLISION
+            for at in range(len(task.slots) - 1, end - 1, -1):
+                dropped = task.loads.pop(at, None)
+                if dropped and at in fresh:
+                    self._end_load(dropped)
+                if task.slots[at] != NO_SLOT:
+                    index.unpin(Tier.WARM, task.slots[at])
+            del task.slots[end:]
+        task.fresh = [load for at, load in task.loads.items() if at in fresh]
+
+    def _end_load(self, load: Load) -> None:
+        del self._loads[load.entry]
+        load.entry.awaited = False
+        self._prune(load.tenant, load.entry)
+
+    def _source_of(
+        self, tenant: Tenant, hashes: list[bytes], tokens: bytes, at: int
+    ) -> tuple[BlockSource | None, MissReason]:
+        """Return a source that has a block of this hash, parent and length, or why there is none.
+
+        Whether it is this very block is known once it has been read: the source compares its seal, which covers all
+        blocks before it.
+        """
+        step = tenant.step
+        num_tokens = len(tokens[at * step : (at + 1) * step]) // TOKEN_BYTES
+        parent = hashes[at - 1] if at else tenant.digest
+        miss = MissReason.ABSENT
+        for source in tenant.sources:
+            is_stored, has_failed = is_in_some([source], hashes[at], parent, num_tokens)
+            if is_stored:
+                return source, miss
+            if has_failed:
+                miss = MissReason.IO_ERROR
+        return None, miss
+
+
+def _fetch_chain(tenant: Tenant, cursor: Cursor, first: int, count: int) -> tuple[list[bytes], bytes]:
+    """Return hashes and tokens of a cursor's blocks up to the last wanted one, which may be its tail."""
+    end = min(first + count, cursor.total)
+    hashes, tokens = cursor.hashes[:end], cursor.tokens[: end * tenant.step]
+    if first + count > cursor.total and cursor.tail:
+        return [*hashes, cursor.tail[0]], tokens + cursor.tail[1]
+    return hashes, tokens
+
+
+def _stored_tail(tenant: Tenant, parent: BlockHash, rest: bytes) -> tuple[bytes, bytes] | None:
+    """Return (hash, tokens) of a source's block that has all tokens of a prompt's partly filled last block."""
+    for source in tenant.sources:
+        try:
+            found = source.find_longest_run(parent, rest)
+        except StoreError:
+            continue
+        if found and found[2] * TOKEN_BYTES == len(rest):
+            return found[0], found[1]
+    return None

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from tierkv.block import TOKEN_BYTES, BlockHash, Tier
 from tierkv.movers.mover import Ready
-from tierkv.remote.tiers import Ticket
+from tierkv.remote.single_flight import Ticket
 from tierkv.split_load import SplitLoad
 
 __all__ = ["Sequence"]

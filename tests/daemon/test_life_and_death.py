@@ -58,7 +58,8 @@ def eventually(is_so: Callable[[], bool]) -> None:
 def is_served(cache: TierCache, daemon: Daemon) -> bool:
     """Tell whether a cache works with the daemon that is running now."""
     with DaemonClient(daemon.socket) as client:
-        return cache._daemon is not None and cache._daemon.is_connected and cache._daemon._boot == client.boot
+        keeper = cache._daemon.keeper if cache._daemon else None
+        return keeper is not None and keeper.link is not None and keeper.boot == client.boot
 
 
 def test_a_client_killed_while_reading_gives_its_slots_back(start_daemon: Start) -> None:
@@ -178,11 +179,11 @@ def test_a_copy_from_a_lent_slot_outlives_the_connection(start_daemon: Start, op
     writer.release(PatternEngine(writer).start(list(range(8))))
     writer.flush()
     assert reader._daemon
-    link = reader._daemon._link
+    link = reader._daemon.keeper.link
     assert link is not None
     pinned: dict[int, object] = {}
     found = reader._prefixes.find(b"".join(n.to_bytes(4, "little") for n in range(8)), 8)
-    lookup, _ = reader._daemon.look_further(
+    lookup, _ = reader._daemon.reader.look_further(
         found,
         b"".join(n.to_bytes(4, "little") for n in range(8)),
         pinned,  # type: ignore[arg-type]

@@ -10,7 +10,8 @@ from tierkv.index import Entry
 from tierkv.lookup import Hit, Lookup
 from tierkv.promotion import Pinned, Promoted, Promoter
 from tierkv.ranks.accord import Accord
-from tierkv.remote.tiers import DaemonTiers, Ticket
+from tierkv.remote.single_flight import Ticket
+from tierkv.remote.tiers import DaemonTiers
 from tierkv.requests.prefixes import Prefixes, count_by_tier
 from tierkv.requests.registration import Registrar
 from tierkv.requests.running import RunningSequences
@@ -62,7 +63,7 @@ class Admission:
             pinned = self._promoter.pin(found)
         ticket: Ticket | None = None
         if self._daemon and reuse:
-            found, ticket = self._daemon.look_further(found, token_bytes[:-TOKEN_BYTES], pinned.rest)
+            found, ticket = self._daemon.reader.look_further(found, token_bytes[:-TOKEN_BYTES], pinned.rest)
         later, dropped = self._plan_cold(found, num_tokens) if may_split and self._can_split else ([], [])
         if later or dropped:
             found = replace(found, blocks=found.blocks[: -len(later or dropped)], tail=None)
@@ -132,7 +133,7 @@ class Admission:
             raise
         finally:
             if self._daemon:
-                self._daemon.end_lookup(found)
+                self._daemon.reader.end_lookup(found)
 
     def _chain_of(self, promoted: Promoted, found: Lookup) -> list[BlockHash]:
         """Return the hashes of the whole blocks that came up; a block of which a part is of use is not of the chain."""

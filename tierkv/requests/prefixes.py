@@ -60,7 +60,7 @@ class Prefixes:
         with self._tiers.changed:
             found = self.find(token_bytes, num_tokens)
         if self._daemon:
-            found, _ = self._daemon.look_further(found, token_bytes, None)
+            found, _ = self._daemon.reader.look_further(found, token_bytes, None)
         blocks, tokens = count_by_tier(len(found.hot), self._tiers.layout.block_size, found.rest())
         return Match(num_tokens, blocks, tokens, tuple(found.block_hashes))
 

@@ -9,7 +9,8 @@ from tierkv.block import TOKEN_BYTES, Tier
 from tierkv.demotion import Demoter
 from tierkv.movers.mover import Move
 from tierkv.ranks.accord import Accord
-from tierkv.remote.tiers import DaemonTiers, Ticket
+from tierkv.remote.single_flight import Ticket
+from tierkv.remote.tiers import DaemonTiers
 from tierkv.sequence import Sequence
 from tierkv.tiers import Tiers
 
@@ -85,8 +86,8 @@ class RunningSequences:
     def end_ticket(self, ticket: Ticket | None) -> None:
         """End the promise to compute blocks, once those that were computed have been written down."""
         daemon = self._daemon
-        if daemon and ticket and not self._demoter.after_writes(partial(daemon.end_ticket, ticket)):
-            daemon.end_ticket(ticket)
+        if daemon and ticket and not self._demoter.after_writes(partial(daemon.flight.end, ticket)):
+            daemon.flight.end(ticket)
 
     def wait_for_splits(self) -> None:
         """Wait until no cold block is on its way up behind a sequence."""

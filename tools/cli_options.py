@@ -1,0 +1,73 @@
+"""The options that several commands share, as Typer reads them, and the values that they make."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from tierkv.errors import ConfigError
+from tierkv.tools import daemon as daemon_command
+from tierkv.tools.options import EngineOptions, default_store, named_socket, parse_size
+
+Model = Annotated[Optional[str], typer.Option(help="Directory or hub name; without it the embedded model.")]  # noqa: UP045
+Store = Annotated[Optional[Path], typer.Option(help="Directory of the cold store.", show_default="user cache")]  # noqa: UP045
+Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, ...", show_default="cuda if there")]  # noqa: UP045
+Dtype = Annotated[Optional[str], typer.Option(help="bfloat16, float16, float32.", show_default="the model's")]  # noqa: UP045
+BlockSize = Annotated[Optional[list[int]], typer.Option(help="Tokens of a block.", show_default="256")]  # noqa: UP045
+Salt = Annotated[str, typer.Option(help="Keeps tenants apart: blocks of another salt are never used.")]
+ColdSize = Annotated[str, typer.Option("--cold", help="Quota of the store, as 512M or 64G.")]
+WarmSize = Annotated[str, typer.Option("--warm", help="Size of the page-locked pool, as 512M or 8G.")]
+HotSize = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--hot", help="Size of the paged pool.", show_default="half the free GPU memory, or 1G on a CPU"),
+]
+CodecName = Annotated[
+    str, typer.Option("--codec", help="lossy-int8 or lossy-fp8-e4m3 halve the bytes on disk, and change them.")
+]
+Socket = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(help="Use the warm and cold tier of the daemon that listens here.", show_default="TIERKV_SOCKET"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def engine_options(
+    model: str | None,
+    store: Path | None,
+    device: str | None,
+    dtype: str | None,
+    block_size: list[int] | None,
+    salt: str,
+    cold: str,
+    warm: str,
+    hot: str | None,
+    codec: str,
+    socket: Path | None,
+) -> EngineOptions:
+    """Return what a command with a model works with. Raises ConfigError for values that do not fit."""
+    if block_size and len(set(block_size)) > 1:
+        raise ConfigError(f"one command has one block size, got {' and '.join(map(str, block_size))}")
+    return EngineOptions(
+        model=model,
+        store=store or default_store(os.environ),
+        device=device,
+        dtype=dtype,
+        block_size=block_size[0] if block_size else 256,
+        salt=salt,
+        cold_bytes=parse_size(cold),
+        warm_bytes=parse_size(warm),
+        hot_bytes=parse_size(hot) if hot else None,
+        codec=codec,
+        socket=socket or named_socket(os.environ),
+    )
+
+
+def chosen_store(store: Path | None, socket: Path | None) -> Path:
+    """Return the store that was named, directly or as that of a daemon."""
+    if store and socket:
+        raise ConfigError("name a store or a daemon's socket, not both")
+    daemon = socket or (None if store else named_socket(os.environ))
+    return daemon_command.store_of(daemon) if daemon else store or default_store(os.environ)

@@ -1,0 +1,90 @@
+"""Commands on the daemon: start, status, stop, prefetch."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from tierkv.daemon.config import DaemonConfig
+from tierkv.engine.prompts import read_prompts
+from tierkv.tools import daemon as daemon_command
+from tierkv.tools import prefetch as prefetch_command
+from tierkv.tools.cli_options import (
+    AsJson,
+    BlockSize,
+    ColdSize,
+    Device,
+    Dtype,
+    Model,
+    Salt,
+    Socket,
+    Store,
+    WarmSize,
+    engine_options,
+)
+from tierkv.tools.options import default_socket, default_store, parse_size
+
+
+def start(
+    detach: Annotated[bool, typer.Option("--detach", help="Return when it serves, as a process of its own.")] = False,
+    warm_size: WarmSize = "1G",
+    cold: ColdSize = "64G",
+    store: Store = None,
+    no_store: Annotated[bool, typer.Option("--no-store", help="Keep nothing on disk.")] = False,
+    socket: Socket = None,
+    metrics_port: Annotated[Optional[int], typer.Option(help="Serve Prometheus metrics here, locally.")] = None,  # noqa: UP045
+    warm_file: Annotated[Optional[Path], typer.Option(help="Prompts whose blocks come up from the store.")] = None,  # noqa: UP045
+    model: Model = None,
+    dtype: Dtype = None,
+    block_size: BlockSize = None,
+    salt: Salt = "",
+) -> None:
+    """Start a daemon. Model, dtype, block size and salt say whose prompts --warm-file has."""
+    path = socket or default_socket(os.environ)
+    config = DaemonConfig(
+        socket=path.expanduser().absolute(),
+        store=None if no_store else (store or default_store(os.environ)).expanduser().absolute(),
+        warm_bytes=parse_size(warm_size),
+        cold_bytes=parse_size(cold),
+        metrics_port=metrics_port,
+    )
+    command: list[str] = []
+    if warm_file:
+        read_prompts(warm_file)
+        command = [sys.executable, "-c", "from tierkv.tools.cli import main; main()", "daemon", "prefetch"]
+        command += [str(warm_file.absolute()), "--socket", str(config.socket), "--device", "cpu", "--salt", salt]
+        command += ["--block-size", str((block_size or [256])[0])]
+        command += ["--model", model] if model else []
+        command += ["--dtype", dtype] if dtype else []
+    daemon_command.start(config, detach=detach, warm_command=command)
+
+
+def status(socket: Socket = None, as_json: AsJson = False) -> None:
+    """Say what the daemon holds and for whom."""
+    daemon_command.status(socket or default_socket(os.environ), as_json=as_json)
+
+
+def stop(socket: Socket = None) -> None:
+    """End the daemon; what it has yet to store is stored first."""
+    daemon_command.stop(socket or default_socket(os.environ))
+
+
+def prefetch(
+    file: Annotated[Path, typer.Argument(help="Prompts: text separated by lines of ---, or .jsonl.")],
+    lines: Annotated[bool, typer.Option("--lines", help="One prompt a line.")] = False,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    block_size: BlockSize = None,
+    salt: Salt = "",
+    socket: Socket = None,
+    as_json: AsJson = False,
+) -> None:
+    """Have the blocks of prompts brought from the store into the warm tier."""
+    path = socket or default_socket(os.environ)
+    options = engine_options(model, None, device, dtype, block_size, salt, "64G", "256M", None, "auto", path)
+    prefetch_command.prefetch(read_prompts(file, lines=lines), options, as_json=as_json)

@@ -1,0 +1,105 @@
+"""Commands on a store, or on whoever has it open: stats, inspect, save, load, evict, compact, verify, top."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from tierkv.tools import compact as compact_command
+from tierkv.tools import evict as evict_command
+from tierkv.tools import inspect_store as inspect_command
+from tierkv.tools import state as state_command
+from tierkv.tools import stats as stats_command
+from tierkv.tools import top as top_command
+from tierkv.tools import verify as verify_command
+from tierkv.tools.cli_options import AsJson, ColdSize, Socket, Store, chosen_store
+from tierkv.tools.options import named_socket, parse_size
+
+
+def stats(store: Store = None, socket: Socket = None, as_json: AsJson = False) -> None:
+    """Say how much a store holds."""
+    stats_command.stats(chosen_store(store, socket), as_json=as_json)
+
+
+def inspect(
+    namespace: Annotated[Optional[str], typer.Option(help="Only this namespace: leading hex digits.")] = None,  # noqa: UP045
+    model: Annotated[Optional[str], typer.Option(help="Show texts with this model's tokenizer.")] = None,  # noqa: UP045
+    store: Store = None,
+    socket: Socket = None,
+    as_json: AsJson = False,
+) -> None:
+    """List what is stored: namespaces and how they differ, prompt prefixes, sizes, ages."""
+    inspect_command.inspect(chosen_store(store, socket), namespace=namespace, model=model, as_json=as_json)
+
+
+def save(
+    file: Annotated[Path, typer.Argument(help="State file to write.")],
+    namespace: Annotated[Optional[str], typer.Option(help="Leading hex digits, where there are several.")] = None,  # noqa: UP045
+    store: Store = None,
+    socket: Socket = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a store's blocks of one namespace into one file."""
+    state_command.save(file, chosen_store(store, socket), namespace=namespace, as_json=as_json)
+
+
+def load(
+    file: Annotated[Path, typer.Argument(help="State file to read.")],
+    store: Store = None,
+    socket: Socket = None,
+    cold: ColdSize = "64G",
+    as_json: AsJson = False,
+) -> None:
+    """Put the blocks of a state file into a store."""
+    state_command.load(file, chosen_store(store, socket), cold_bytes=parse_size(cold), as_json=as_json)
+
+
+def evict(
+    to: Annotated[Optional[str], typer.Option(help="Until at most so much is live, as 512M or 0.")] = None,  # noqa: UP045
+    namespace: Annotated[Optional[str], typer.Option(help="Only this namespace: leading hex digits.")] = None,  # noqa: UP045
+    older_than: Annotated[Optional[str], typer.Option(help="Only what was not used for 90s, 12h or 7d.")] = None,  # noqa: UP045
+    store: Store = None,
+    socket: Socket = None,
+    as_json: AsJson = False,
+) -> None:
+    """Remove blocks from a store; pinned ones stay."""
+    path = chosen_store(store, socket)
+    evict_command.evict(path, to=to, namespace=namespace, older_than=older_than, as_json=as_json)
+
+
+def compact(store: Store = None, socket: Socket = None, as_json: AsJson = False) -> None:
+    """Give a store's free space back to the disk."""
+    path = chosen_store(store, socket)
+    daemon = socket or (None if store else named_socket(os.environ))
+    compact_command.compact(path, daemon=daemon, as_json=as_json)
+
+
+def verify(
+    repair: Annotated[bool, typer.Option("--repair", help="Remove what is damaged.")] = False,
+    store: Store = None,
+    socket: Socket = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read every block of a store and say which are damaged; exit code 1 if any is left."""
+    if not verify_command.verify(chosen_store(store, socket), repair=repair, as_json=as_json):
+        sys.exit(1)
+
+
+def top(
+    url: Annotated[Optional[str], typer.Option(help="Where a process serves its metrics.")] = None,  # noqa: UP045
+    socket: Annotated[Optional[Path], typer.Option(help="Look at the daemon that listens here.")] = None,  # noqa: UP045
+    store: Annotated[Optional[Path], typer.Option(help="Look at a store on disk.")] = None,  # noqa: UP045
+    interval: Annotated[float, typer.Option(help="Seconds between two looks.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False,
+    prefixes: Annotated[int, typer.Option(help="How many of the largest prefixes to list.")] = 10,
+    as_json: AsJson = False,
+) -> None:
+    """Watch a running cache: tiers, hits, bandwidth, misses, largest prefixes."""
+    if url is None and socket is None and store is None:
+        socket = named_socket(os.environ)
+    source = top_command.Source(url=url, socket=socket, store=store)
+    top_command.top(source, interval_s=interval, once=once, prefixes=prefixes, as_json=as_json)

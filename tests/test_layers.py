@@ -85,14 +85,13 @@ LAYERS = (
     # What runs a model over the cache, or steers it.
     Layer(
         "engine",
-        "engine.prompts engine.sampling engine.attention_paged engine.attention_merge "
-        "engine.cascade_batch engine.attention_cascade engine.attention_pieces "
-        "engine.managed_attention engine.attention engine.gate engine.fingerprint engine.models "
-        "engine.graphs engine.runner profiling.tracker profiling.prefixes profiling.reuse "
-        "profiling.profile profiling.advice profiling.profiled_run profiling.svg "
-        "profiling.report_charts profiling.report_style profiling.report_html profiling.chrome_trace "
-        "profiling.memory_report profiling.plots profiling.profiler profiling.metrics controller "
-        "integrations*",
+        "engine.prompts engine.sampling engine.attention_paged engine.attention_merge engine.cascade_batch "
+        "engine.attention_cascade engine.attention_pieces engine.managed_attention engine.attention "
+        "engine.gate engine.fingerprint engine.models engine.graphs engine.forward_pass engine.generation "
+        "engine.request engine.runner profiling.tracker profiling.prefixes profiling.reuse "
+        "profiling.profile profiling.advice profiling.profiled_run profiling.svg profiling.report_charts "
+        "profiling.report_style profiling.report_html profiling.chrome_trace profiling.memory_report "
+        "profiling.plots profiling.profiler profiling.metrics controller integrations*",
         below="values control storage kernels background client mover facade",
     ),
     Layer("package", "__init__", below="values control facade engine"),

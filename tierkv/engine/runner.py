@@ -7,23 +7,23 @@ from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import chain
 from threading import RLock
 
 import torch
 from torch import Tensor
 
-from tierkv.block import Tier, as_token_array
+from tierkv.block import as_token_array
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
-from tierkv.engine.attention import SequenceStep, build_batch, forward, use_tierkv_attention
-from tierkv.engine.attention_paged import layout_uses_flash
-from tierkv.engine.cascade import CascadeCost, SharedPrefix, plan_cascade
+from tierkv.engine.attention import use_tierkv_attention
+from tierkv.engine.cascade import CascadeCost
 from tierkv.engine.fingerprint import namespace_of, weights_state
+from tierkv.engine.forward_pass import ForwardPass
 from tierkv.engine.gate import check_split, check_supported, probe_layout, self_test
-from tierkv.engine.graphs import GraphedModel
+from tierkv.engine.generation import Generation, GenerationOptions, TokenEvent
 from tierkv.engine.models import LoadedModel
+from tierkv.engine.request import Request
 from tierkv.engine.sampling import Sampler, SamplingOptions
 from tierkv.errors import CapacityError, ConfigError
 from tierkv.ranks.group import OneRank, RankGroup
@@ -33,69 +33,6 @@ from tierkv.storage.cold import ColdStore
 __all__ = ["Generation", "GenerationOptions", "Runner", "TokenEvent", "open_runner"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationOptions:
-    """stop_ids end a sequence and are its last token; None takes the model's own end-of-sequence tokens.
-
-    use_cache=False neither finds nor keeps anything. keep_logits keeps each step's logits, on the CPU.
-    """
-
-    max_new_tokens: int = 64
-    sampling: SamplingOptions = field(default_factory=SamplingOptions)
-    stop_ids: frozenset[int] | None = None
-    use_cache: bool = True
-    store_tail: bool = False
-    keep_logits: bool = False
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens must be positive, got {self.max_new_tokens}")
-
-
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
-    """One new token of the prompt with that number."""
-
-    prompt: int
-    token_id: int
-    is_last: bool
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Generation:
-    """What became of one prompt. ttft_s: from the request to its first token. logits: [tokens, vocabulary]."""
-
-    token_ids: list[int]
-    prompt_tokens: int
-    cached_tokens: dict[Tier, int]
-    ttft_s: float
-    tokens_per_s: float
-    logits: Tensor | None = None
-
-
-@dataclass(slots=True, eq=False)
-class _Request:
-    """A prompt on its way: waiting without a sequence, running with one."""
-
-    number: int
-    token_ids: list[int]
-    prompt_tokens: int
-    sampler: Sampler
-    stop_ids: frozenset[int]
-    started: float
-    sequence: Sequence | None = None
-    num_computed: int = 0
-    claimed_end: int = 0  # while cold blocks load: the tokens before it are this side's to compute
-    cached_tokens: dict[Tier, int] | None = None
-    first_token_at: float | None = None
-    last_token_at: float = 0.0
-    logits: list[Tensor] = field(default_factory=list)
-
-    @property
-    def new_ids(self) -> list[int]:
-        return self.token_ids[self.prompt_tokens :]
-
-
 class Runner:
     """One model and its cache. Not thread-safe.
 
@@ -103,8 +40,7 @@ class Runner:
     max_step_tokens: new tokens that one forward pass takes at most; longer prompts are computed in pieces.
     cascade: "auto" lets sequences that decode together read a shared prefix once for all of them where that pays,
     "off" never does. cascade_cost: by what to judge that, instead of the speeds measured on an H200 or a CPU.
-    cascade_steps counts the forward passes that did. use_graphs: replay CUDA graphs; None says yes to a model that is
-    whole on its device.
+    use_graphs: replay CUDA graphs; None says yes to a model that is whole on its device.
     """
 
     def __init__(
@@ -125,14 +61,16 @@ class Runner:
         self.cache = cache
         self.max_step_tokens = max_step_tokens
         self.compute_or_load = cache.config.compute_or_load
-        self.cascade_steps = 0
-        self._cascade_cost = (cascade_cost or _cascade_cost(loaded, cache)) if cascade == "auto" else None
-        self._device = torch.device(loaded.model.device)
-        self._graphs = GraphedModel(loaded.model, cache) if _wants_graphs(use_graphs, cache) else None
+        self._pass = ForwardPass(loaded, cache, cascade=cascade, cascade_cost=cascade_cost, use_graphs=use_graphs)
         self._weights = weights_state(loaded.model)
         self._stepping = RLock()
-        self._batches: list[list[_Request]] = []
+        self._batches: list[list[Request]] = []
         self._num_ids = loaded.model.get_input_embeddings().num_embeddings
+
+    @property
+    def cascade_steps(self) -> int:
+        """Forward passes in which sequences read a shared prefix together."""
+        return self._pass.cascade_steps
 
     def generate(self, prompts: Items[Items[int]], options: GenerationOptions | None = None) -> list[Generation]:
         """Continue prompts, all in one batch as far as there is room. Raises CapacityError if one never fits."""
@@ -140,7 +78,7 @@ class Runner:
         requests = self._requests(prompts, chosen)
         for _ in self._run(requests, chosen):
             pass
-        return [_result(request) for request in requests]
+        return [request.result() for request in requests]
 
     def stream(self, prompts: Items[Items[int]], options: GenerationOptions | None = None) -> Iterator[TokenEvent]:
         """Yield each token as it is chosen. Closing the iterator releases every sequence."""
@@ -158,7 +96,7 @@ class Runner:
         if self.cache.ranks.agree_min(num_cached, topic=b"prefill").lowest == len(token_ids):
             return 0
         sequence = self.cache.acquire(token_ids)
-        request = _Request(0, list(token_ids), len(token_ids), Sampler(SamplingOptions()), frozenset(), 0.0)
+        request = Request(0, list(token_ids), len(token_ids), Sampler(SamplingOptions()), frozenset(), 0.0)
         request.sequence, request.num_computed = sequence, sequence.num_cached_tokens
         try:
             with torch.inference_mode(), use_tierkv_attention(self.loaded.model):
@@ -180,11 +118,11 @@ class Runner:
             requests = chain.from_iterable(self._batches)
             yield [request.sequence for request in requests if request.sequence]
 
-    def _requests(self, prompts: Items[Items[int]], options: GenerationOptions) -> list[_Request]:
+    def _requests(self, prompts: Items[Items[int]], options: GenerationOptions) -> list[Request]:
         now = time.perf_counter()
         stop_ids = self._stop_ids() if options.stop_ids is None else options.stop_ids
         return [
-            _Request(i, self._checked(prompt), len(prompt), Sampler(options.sampling), stop_ids, now)
+            Request(i, self._checked(prompt), len(prompt), Sampler(options.sampling), stop_ids, now)
             for i, prompt in enumerate(prompts)
         ]
 
@@ -207,10 +145,10 @@ class Runner:
         ids = getattr(self.loaded.model.generation_config, "eos_token_id", None)
         return frozenset() if ids is None else frozenset(ids if isinstance(ids, list) else [ids])
 
-    def _run(self, requests: list[_Request], options: GenerationOptions) -> Iterator[TokenEvent]:
+    def _run(self, requests: list[Request], options: GenerationOptions) -> Iterator[TokenEvent]:
         """Admit, compute, sample, until every request is done; leave nothing acquired behind."""
         waiting = deque(requests)
-        running: list[_Request] = []
+        running: list[Request] = []
         is_checked = False
         try:
             self._batches.append(running)
@@ -231,7 +169,7 @@ class Runner:
                     elif request.sequence:  # interrupted on its way in or out: what is computed is not known for sure
                         self.cache.release(request.sequence)
 
-    def _admit(self, waiting: deque[_Request], running: list[_Request], options: GenerationOptions) -> None:
+    def _admit(self, waiting: deque[Request], running: list[Request], options: GenerationOptions) -> None:
         """Start waiting requests in order while there is room; the first of an idle cache must fit."""
         while waiting:
             request = waiting[0]
@@ -248,9 +186,7 @@ class Runner:
                 request.cached_tokens = request.sequence.cached_tokens
             running.append(waiting.popleft())
 
-    def _advance(
-        self, waiting: deque[_Request], running: list[_Request], options: GenerationOptions
-    ) -> list[TokenEvent]:
+    def _advance(self, waiting: deque[Request], running: list[Request], options: GenerationOptions) -> list[TokenEvent]:
         """Run one forward pass and choose a token for each request whose prompt is now computed."""
         events: list[TokenEvent] = []
         started, num_tokens = time.perf_counter(), _tokens_of_one(running)
@@ -271,17 +207,17 @@ class Runner:
         self._grow(waiting, running, options)
         return events
 
-    def _step(self, running: Items[_Request]) -> list[tuple[_Request, Tensor]]:
+    def _step(self, running: Items[Request]) -> list[tuple[Request, Tensor]]:
         """Compute up to `max_step_tokens` tokens and commit them. Return the logits of requests that are up to date."""
         steps = self._plan_step(running)
         started = time.perf_counter()
         ids = [request.token_ids[request.num_computed : request.num_computed + count] for request, count in steps]
-        logits = self._forward([_as_step(*step) for step in steps], list(chain.from_iterable(ids)))
+        logits = self._pass.run([request.step(count) for request, count in steps], list(chain.from_iterable(ids)))
         splits = [(r.sequence.split, n) for r, n in steps if r.sequence and r.sequence.split]
         if splits:
-            self._wait_for_device()  # the next piece is claimed when this one is computed, not when it is launched
+            self._pass.wait()  # the next piece is claimed when this one is computed, not when it is launched
             self.cache.note_computed(sum(count for _, count in steps), time.perf_counter() - started)
-        ready: list[tuple[_Request, Tensor]] = []
+        ready: list[tuple[Request, Tensor]] = []
         for row, (request, count) in enumerate(steps):
             request.num_computed += count
             assert request.sequence is not None
@@ -290,11 +226,11 @@ class Runner:
                 ready.append((request, logits[row]))
         return ready
 
-    def _plan_step(self, running: Items[_Request]) -> list[tuple[_Request, int]]:
+    def _plan_step(self, running: Items[Request]) -> list[tuple[Request, int]]:
         """Return which requests compute how many tokens next, decoding ones first; waits where all are loading."""
         while True:
             room = self.max_step_tokens
-            steps: list[tuple[_Request, int]] = []
+            steps: list[tuple[Request, int]] = []
             for request in sorted(running, key=lambda r: len(r.token_ids) - r.num_computed):
                 count = min(room, self._num_computable(request))
                 if count:
@@ -307,7 +243,7 @@ class Runner:
                     request.sequence.split.wait()
                     break
 
-    def _num_computable(self, request: _Request) -> int:
+    def _num_computable(self, request: Request) -> int:
         """Return how many tokens of a request may be computed now: while cold blocks load, what is this side's."""
         assert request.sequence is not None
         split = request.sequence.split
@@ -322,31 +258,7 @@ class Runner:
                 return len(request.token_ids) - request.num_computed
         return request.claimed_end - request.num_computed
 
-    def _wait_for_device(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
-
-    def _forward(self, steps: list[SequenceStep], token_ids: list[int]) -> Tensor:
-        """Return logits [sequences, vocabulary] of each sequence's last new token."""
-        plan = self._plan(steps)
-        self.cascade_steps += bool(plan)
-        replayed = self._graphs.run(steps, token_ids, plan) if self._graphs else None
-        if replayed is not None:
-            return replayed
-        size, device = self.cache.config.block_size, self._device
-        batch = build_batch(self.cache.hot, steps, block_size=size, device=device, plan=plan)
-        ids = torch.tensor(token_ids, dtype=torch.int64, device=device)
-        last = torch.tensor([end - 1 for end in batch.query_starts[1:]], dtype=torch.int64, device=device)
-        return forward(self.loaded.model, ids, batch, logits_to_keep=last)
-
-    def _plan(self, steps: list[SequenceStep]) -> tuple[SharedPrefix, ...]:
-        """Return which sequences of a decode step read a prefix together; none while one of them prefills."""
-        if self._cascade_cost is None or len(steps) < 2 or any(step.num_new != 1 for step in steps):
-            return ()
-        tables, past = [step.block_table for step in steps], [step.num_past for step in steps]
-        return plan_cascade(tables, past, block_size=self.cache.config.block_size, cost=self._cascade_cost)
-
-    def _grow(self, waiting: deque[_Request], running: list[_Request], options: GenerationOptions) -> None:
+    def _grow(self, waiting: deque[Request], running: list[Request], options: GenerationOptions) -> None:
         """Take room for the tokens just chosen; where there is none, the youngest requests wait again."""
         for request in list(running):
             while request in running and request.sequence and request.sequence.num_tokens < len(request.token_ids):
@@ -360,7 +272,7 @@ class Runner:
                     self._release(youngest, options)
                     waiting.appendleft(youngest)
 
-    def _release(self, request: _Request, options: GenerationOptions) -> None:
+    def _release(self, request: Request, options: GenerationOptions) -> None:
         if request.sequence is None:
             return
         if options.store_tail and options.use_cache:
@@ -407,55 +319,8 @@ def open_runner(
         )
 
 
-def _wants_graphs(wish: bool | None, cache: TierCache) -> bool:
-    """Collectives inside a graph depend on NCCL and on every rank capturing it: only on request."""
-    return cache.ranks.size == 1 if wish is None else wish
-
-
-def _cascade_cost(loaded: LoadedModel, cache: TierCache) -> CascadeCost | None:
-    """Return what attention costs in a layer of the model; None where its layers cannot share a prefix."""
-    layers = cache.layout.layers
-    if any(layer.k_dim != layer.v_dim for layer in layers):
-        return None
-    is_cuda = torch.device(loaded.model.device).type == "cuda"
-    if is_cuda and not layout_uses_flash(cache.layout):
-        return None
-    kv_heads = layers[0].kv_heads
-    heads = (getattr(loaded.model.config.get_text_config(), "num_attention_heads", None) or 0) // cache.ranks.size
-    make = CascadeCost.of_gpu if is_cuda else CascadeCost.of_cpu
-    return make(
-        heads=heads - heads % kv_heads or kv_heads,
-        kv_heads=kv_heads,
-        head_dim=layers[0].k_dim,
-        token_bytes=cache.layout.token_bytes // cache.layout.num_layers,
-    )
-
-
-def _tokens_of_one(running: Items[_Request]) -> int:
+def _tokens_of_one(running: Items[Request]) -> int:
     """Return how many tokens the next pass computes, if it is one request's and waits for no copy; else 0."""
     if len(running) != 1 or running[0].sequence is None or running[0].sequence.loads or running[0].sequence.split:
         return 0
     return len(running[0].token_ids) - running[0].num_computed
-
-
-def _as_step(request: _Request, count: int) -> SequenceStep:
-    assert request.sequence is not None
-    return SequenceStep(
-        block_table=request.sequence.block_table,
-        num_past=request.num_computed,
-        num_new=count,
-        loads=request.sequence,
-    )
-
-
-def _result(request: _Request) -> Generation:
-    assert request.first_token_at is not None
-    decoding_s = request.last_token_at - request.first_token_at
-    return Generation(
-        token_ids=request.new_ids,
-        prompt_tokens=request.prompt_tokens,
-        cached_tokens=request.cached_tokens or {},
-        ttft_s=request.first_token_at - request.started,
-        tokens_per_s=(len(request.new_ids) - 1) / decoding_s if decoding_s > 0 else 0.0,
-        logits=torch.stack(request.logits) if request.logits else None,
-    )

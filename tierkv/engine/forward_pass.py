@@ -1,0 +1,87 @@
+"""ForwardPass: computes the new tokens of several sequences at once, as a replayed graph or launched anew."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tierkv.cache import TierCache
+from tierkv.engine.attention import SequenceStep, build_batch, forward
+from tierkv.engine.attention_paged import layout_uses_flash
+from tierkv.engine.cascade import CascadeCost, SharedPrefix, plan_cascade
+from tierkv.engine.graphs import GraphedModel
+from tierkv.engine.models import LoadedModel
+
+__all__ = ["ForwardPass"]
+
+
+class ForwardPass:
+    """A model over its cache, one pass at a time. The options are `Runner`'s.
+
+    cascade_steps: passes in which sequences read a shared prefix together.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        cache: TierCache,
+        *,
+        cascade: str,
+        cascade_cost: CascadeCost | None,
+        use_graphs: bool | None,
+    ) -> None:
+        self.cascade_steps = 0
+        self._model = loaded.model
+        self._cache = cache
+        self._cascade_cost = (cascade_cost or _cascade_cost(loaded, cache)) if cascade == "auto" else None
+        self._device = torch.device(loaded.model.device)
+        self._graphs = GraphedModel(loaded.model, cache) if _wants_graphs(use_graphs, cache) else None
+
+    def run(self, steps: list[SequenceStep], token_ids: list[int]) -> Tensor:
+        """Return logits [sequences, vocabulary] of each sequence's last new token."""
+        plan = self._plan(steps)
+        self.cascade_steps += bool(plan)
+        replayed = self._graphs.run(steps, token_ids, plan) if self._graphs else None
+        if replayed is not None:
+            return replayed
+        size, device = self._cache.config.block_size, self._device
+        batch = build_batch(self._cache.hot, steps, block_size=size, device=device, plan=plan)
+        ids = torch.tensor(token_ids, dtype=torch.int64, device=device)
+        last = torch.tensor([end - 1 for end in batch.query_starts[1:]], dtype=torch.int64, device=device)
+        return forward(self._model, ids, batch, logits_to_keep=last)
+
+    def wait(self) -> None:
+        """Wait until the device has computed what was launched."""
+        if self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+
+    def _plan(self, steps: list[SequenceStep]) -> tuple[SharedPrefix, ...]:
+        """Return which sequences of a decode step read a prefix together; none while one of them prefills."""
+        if self._cascade_cost is None or len(steps) < 2 or any(step.num_new != 1 for step in steps):
+            return ()
+        tables, past = [step.block_table for step in steps], [step.num_past for step in steps]
+        return plan_cascade(tables, past, block_size=self._cache.config.block_size, cost=self._cascade_cost)
+
+
+def _wants_graphs(wish: bool | None, cache: TierCache) -> bool:
+    """Collectives inside a graph depend on NCCL and on every rank capturing it: only on request."""
+    return cache.ranks.size == 1 if wish is None else wish
+
+
+def _cascade_cost(loaded: LoadedModel, cache: TierCache) -> CascadeCost | None:
+    """Return what attention costs in a layer of the model; None where its layers cannot share a prefix."""
+    layers = cache.layout.layers
+    if any(layer.k_dim != layer.v_dim for layer in layers):
+        return None
+    is_cuda = torch.device(loaded.model.device).type == "cuda"
+    if is_cuda and not layout_uses_flash(cache.layout):
+        return None
+    kv_heads = layers[0].kv_heads
+    heads = (getattr(loaded.model.config.get_text_config(), "num_attention_heads", None) or 0) // cache.ranks.size
+    make = CascadeCost.of_gpu if is_cuda else CascadeCost.of_cpu
+    return make(
+        heads=heads - heads % kv_heads or kv_heads,
+        kv_heads=kv_heads,
+        head_dim=layers[0].k_dim,
+        token_bytes=cache.layout.token_bytes // cache.layout.num_layers,
+    )

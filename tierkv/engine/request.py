@@ -1,0 +1,60 @@
+"""Request: one prompt on its way through a runner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tierkv.block import Tier
+from tierkv.engine.attention import SequenceStep
+from tierkv.engine.generation import Generation
+from tierkv.engine.sampling import Sampler
+from tierkv.sequence import Sequence
+
+__all__ = ["Request"]
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """A prompt on its way: waiting without a sequence, running with one."""
+
+    number: int
+    token_ids: list[int]
+    prompt_tokens: int
+    sampler: Sampler
+    stop_ids: frozenset[int]
+    started: float
+    sequence: Sequence | None = None
+    num_computed: int = 0
+    claimed_end: int = 0  # while cold blocks load: the tokens before it are this side's to compute
+    cached_tokens: dict[Tier, int] | None = None
+    first_token_at: float | None = None
+    last_token_at: float = 0.0
+    logits: list[Tensor] = field(default_factory=list)
+
+    @property
+    def new_ids(self) -> list[int]:
+        """The tokens generated so far."""
+        return self.token_ids[self.prompt_tokens :]
+
+    def step(self, count: int) -> SequenceStep:
+        """Return the next `count` tokens as a part of a forward pass."""
+        assert self.sequence is not None
+        return SequenceStep(
+            block_table=self.sequence.block_table, num_past=self.num_computed, num_new=count, loads=self.sequence
+        )
+
+    def result(self) -> Generation:
+        """Return what became of a request that is done."""
+        assert self.first_token_at is not None
+        decoding_s = self.last_token_at - self.first_token_at
+        return Generation(
+            token_ids=self.new_ids,
+            prompt_tokens=self.prompt_tokens,
+            cached_tokens=self.cached_tokens or {},
+            ttft_s=self.first_token_at - self.started,
+            tokens_per_s=(len(self.new_ids) - 1) / decoding_s if decoding_s > 0 else 0.0,
+            logits=torch.stack(self.logits) if self.logits else None,
+        )

@@ -88,10 +88,11 @@ LAYERS = (
         "engine.prompts engine.sampling engine.attention_paged engine.attention_merge engine.cascade_batch "
         "engine.attention_cascade engine.attention_pieces engine.managed_attention engine.attention "
         "engine.gate engine.fingerprint engine.models engine.graphs engine.forward_pass engine.generation "
-        "engine.request engine.runner profiling.tracker profiling.prefixes profiling.reuse "
-        "profiling.profile profiling.advice profiling.profiled_run profiling.svg profiling.report_charts "
-        "profiling.report_style profiling.report_html profiling.chrome_trace profiling.memory_report "
-        "profiling.plots profiling.profiler profiling.metrics controller integrations*",
+        "engine.request engine.runner profiling.ledger profiling.step_sampler profiling.tracker "
+        "profiling.prefixes profiling.reuse profiling.profile profiling.advice profiling.profiled_run "
+        "profiling.svg profiling.report_charts profiling.report_style profiling.report_html "
+        "profiling.chrome_trace profiling.memory_report profiling.plots profiling.profiler "
+        "profiling.metrics controller integrations*",
         below="values control storage kernels background client mover facade",
     ),
     Layer("package", "__init__", below="values control facade engine"),
@@ -107,6 +108,7 @@ TORCH_LAYERS = {"kernels", "mover", "facade", "engine", "package", "tools"}
 TORCH_MODULES = {"storage.hot"}
 TORCH_FREE_MODULES = {
     *("lookup", "engine.prompts", "ranks.group"),
+    *("profiling.ledger", "profiling.step_sampler"),
     *("profiling.tracker", "profiling.prefixes", "profiling.reuse", "profiling.profile", "profiling.advice"),
     *("profiling.profiled_run", "profiling.profiler", "profiling.svg", "profiling.report_charts"),
     *("profiling.report_style", "profiling.report_html", "profiling.chrome_trace", "profiling.memory_report"),

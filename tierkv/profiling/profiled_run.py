@@ -9,9 +9,9 @@ from typing import Any
 from tierkv.block import Tier
 from tierkv.events import Span
 from tierkv.profiling.advice import Measured, Suggestion
+from tierkv.profiling.ledger import MemoryAllocation
 from tierkv.profiling.prefixes import PrefixUse
 from tierkv.profiling.profile import HeatMap, Iteration, MemorySnapshot
-from tierkv.profiling.tracker import MemoryAllocation
 
 __all__ = ["ProfiledRun", "TokenShare"]
 

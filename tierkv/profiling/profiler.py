@@ -20,7 +20,8 @@ from tierkv.profiling.prefixes import PrefixTable
 from tierkv.profiling.profile import EvictionLog, HeatMap, Iteration, MemorySnapshot
 from tierkv.profiling.profiled_run import ProfiledRun
 from tierkv.profiling.reuse import ReuseRecorder
-from tierkv.profiling.tracker import MemoryTracker, StepSampler
+from tierkv.profiling.step_sampler import StepSampler
+from tierkv.profiling.tracker import MemoryTracker
 from tierkv.stats import CacheStats
 from tierkv.storage.outcomes import MissReason
 

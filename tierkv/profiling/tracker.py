@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import random
 import threading
 import time
 import weakref
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from tierkv.block import BlockHash, Tier
+from tierkv.block import Tier
 from tierkv.errors import ConfigError
 from tierkv.events import BlockEvent, CacheObserver, EventKind, MemoryRegion, RequestEvent, Span
+from tierkv.profiling.ledger import AllocationEvent, AllocationLedger, MemoryAllocation
+from tierkv.profiling.step_sampler import StepSampler
 
-__all__ = ["AllocationEvent", "MemoryAllocation", "MemoryTracker", "StepSampler"]
+__all__ = ["AllocationEvent", "MemoryAllocation", "MemoryTracker"]
 
 _ARRIVALS = (EventKind.REGISTER, EventKind.PROMOTE, EventKind.DEMOTE)
 
@@ -41,79 +41,6 @@ class Observable(Protocol):
     def remove_observer(self, observer: CacheObserver) -> None: ...
 
 
-@dataclass(slots=True, kw_only=True)
-class MemoryAllocation:
-    """Memory in use. Times are seconds of the tracker's clock.
-
-    tensor_ptr: address of the first byte on `device`. part_of: the allocation that contains this one; its bytes
-    are not counted twice. access_count: exact for hits, an estimate for the steps of decoding, which are sampled.
-    """
-
-    allocation_id: str
-    purpose: str
-    shape: tuple[int, ...]
-    dtype: str
-    size_bytes: int
-    tensor_ptr: int
-    device: str
-    created_at: float
-    last_accessed: float
-    access_count: int = 0
-    part_of: str | None = None
-    block_hash: BlockHash = b""
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class AllocationEvent:
-    """One line of the history. tier and block_hash: of a block, else None and empty."""
-
-    time: float
-    kind: EventKind
-    allocation_id: str
-    purpose: str
-    size_bytes: int
-    tier: Tier | None = None
-    block_hash: BlockHash = b""
-    reason: str = ""
-
-
-@dataclass(slots=True)
-class _Totals:
-    """Bytes and counts of one purpose."""
-
-    count: int = 0
-    bytes: int = 0
-    peak_bytes: int = 0
-
-    def add(self, count: int, size: int) -> None:
-        self.count += count
-        self.bytes += size
-        self.peak_bytes = max(self.peak_bytes, self.bytes)
-
-
-class StepSampler:
-    """Picks one step in `every` on average, at random: a batch whose size divides a fixed gap would show one
-    sequence for ever.
-    """
-
-    def __init__(self, every: int, *, seed: int = 0) -> None:
-        self._every = every
-        self._random = random.Random(seed)
-        self._steps_left = self._gap()
-
-    def is_due(self) -> bool:
-        """Tell whether to record this step. Two threads that meet here may at worst record one more."""
-        self._steps_left -= 1
-        if self._steps_left > 0:
-            return False
-        self._steps_left = self._gap()
-        return True
-
-    def _gap(self) -> int:
-        return self._random.randint(1, 2 * self._every - 1)
-
-
 class MemoryTracker:
     """Knows every allocation it was told of. Satisfies `CacheObserver`: `watch` a cache, or register tensors.
 
@@ -133,13 +60,9 @@ class MemoryTracker:
         if history_size < 1 or sample_every < 1:
             raise ConfigError(f"history_size {history_size} and sample_every {sample_every} must be positive")
         self.sample_every = sample_every
-        self.total_allocated = 0
-        self.peak_allocated = 0
-        self.dropped_events = 0
-        self.allocations: dict[str, MemoryAllocation] = {}
-        self.allocation_history: deque[AllocationEvent] = deque(maxlen=history_size)
-        self._events: Counter[EventKind] = Counter()
-        self._purposes: dict[str, _Totals] = {}
+        self._ledger = AllocationLedger(history_size=history_size, clock=clock)
+        self.allocations: Mapping[str, MemoryAllocation] = self._ledger.allocations
+        self.allocation_history: Sequence[AllocationEvent] = self._ledger.history
         self._regions: dict[Tier, MemoryRegion] = {}
         self._clock = clock
         self._hot_blocks: dict[int, MemoryAllocation] = {}  # by block id: the hot path builds no keys
@@ -147,6 +70,21 @@ class MemoryTracker:
         self._serial = 0
         self._collected: deque[str] = deque()
         self._lock = threading.Lock()
+
+    @property
+    def total_allocated(self) -> int:
+        """Bytes in use now; those of parts are not counted twice."""
+        return self._ledger.total_allocated
+
+    @property
+    def peak_allocated(self) -> int:
+        """The most bytes in use at a time."""
+        return self._ledger.peak_allocated
+
+    @property
+    def dropped_events(self) -> int:
+        """Events that the history has no room for any more."""
+        return self._ledger.dropped_events
 
     def watch(self, cache: Observable) -> None:
         """Track everything a cache holds, what is there already included. One cache to a tracker."""
@@ -161,7 +99,7 @@ class MemoryTracker:
             pools = {region.purpose for region in self._regions.values()}
             mine = [key for key, each in self.allocations.items() if each.part_of in pools or key in pools]
             for allocation_id in mine:
-                self._drop(allocation_id)
+                self._ledger.drop(allocation_id)
             self._regions.clear()
             self._hot_blocks.clear()
 
@@ -174,7 +112,8 @@ class MemoryTracker:
         part_of = metadata.pop("part_of", None)
         with self._lock:
             self._serial += 1
-            allocation = self._allocate(
+            self._collect()
+            allocation = self._ledger.allocate(
                 allocation_id=f"{purpose.replace(' ', '-')}:{self._serial}",
                 purpose=purpose,
                 shape=tuple(tensor.shape),
@@ -192,43 +131,20 @@ class MemoryTracker:
     def free_allocation(self, allocation_id: str) -> None:
         """Forget an allocation. No error if it is gone already."""
         with self._lock:
-            self._free(allocation_id, EventKind.FREE)
+            self._ledger.free(allocation_id, EventKind.FREE)
 
     def update_access(self, allocation_id: str, count: int = 1) -> None:
         """Count `count` uses of an allocation, the last of them now. Raises ConfigError for an unknown id."""
         with self._lock:
             if allocation_id not in self.allocations:
                 raise ConfigError(f"no allocation {allocation_id!r}")
-            self._touch(self.allocations[allocation_id], count)
+            self._ledger.touch(self.allocations[allocation_id], count)
 
     def get_allocation_summary(self) -> dict[str, Any]:
         """Return totals, peaks and counts, by purpose and by device; bytes of parts are in `by_purpose` only."""
         with self._lock:
             self._collect()
-            accesses: Counter[str] = Counter()
-            devices: Counter[str] = Counter()
-            for allocation in self.allocations.values():
-                accesses[allocation.purpose] += allocation.access_count
-                if allocation.part_of is None:
-                    devices[allocation.device] += allocation.size_bytes
-            return {
-                "total_allocated": self.total_allocated,
-                "peak_allocated": self.peak_allocated,
-                "num_allocations": len(self.allocations),
-                "by_device": dict(devices),
-                "by_purpose": {
-                    purpose: {
-                        "count": totals.count,
-                        "bytes": totals.bytes,
-                        "peak_bytes": totals.peak_bytes,
-                        "accesses": accesses[purpose],
-                    }
-                    for purpose, totals in self._purposes.items()
-                },
-                "events": {kind.value: count for kind, count in self._events.items()},
-                "dropped_events": self.dropped_events,
-                "sample_every": self.sample_every,
-            }
+            return {**self._ledger.summary(), "sample_every": self.sample_every}
 
     def list_allocations(self) -> list[MemoryAllocation]:
         """Return what is allocated now, pools before their blocks."""
@@ -243,7 +159,8 @@ class MemoryTracker:
         with self._lock:
             if region.tier:
                 self._regions[region.tier] = region
-            self._allocate(
+            self._collect()
+            self._ledger.allocate(
                 allocation_id=region.purpose,
                 purpose=region.purpose,
                 shape=region.shape,
@@ -263,20 +180,20 @@ class MemoryTracker:
             elif region and event.slot is not None and event.kind is EventKind.EVICT:
                 if event.tier is Tier.HOT:
                     self._hot_blocks.pop(event.slot, None)
-                self._free(_block_id(event.tier, event.slot), event.kind, event)
+                self._ledger.free(_block_id(event.tier, event.slot), event.kind, event)
             elif region and event.slot is not None and event.kind is EventKind.MOVE:
                 self._move_block(region, event)
             else:
-                self._note_block(event)
+                self._ledger.note_block(event)
 
     def on_request(self, event: RequestEvent) -> None:
         """Count the hits as uses of the blocks that answered."""
         with self._lock:
             for block in event.blocks:
-                self._note_block(block)
+                self._ledger.note_block(block)
                 allocation = self.allocations.get(_block_id(block.tier, block.slot)) if block.slot is not None else None
                 if allocation:
-                    self._touch(allocation, 1)
+                    self._ledger.touch(allocation, 1)
 
     def on_use(self, block_ids: Sequence[int]) -> None:
         """Count a step's use of its hot blocks, sampled."""
@@ -297,7 +214,8 @@ class MemoryTracker:
 
     def _allocate_block(self, region: MemoryRegion, event: BlockEvent) -> None:
         assert event.tier and event.slot is not None
-        made = self._allocate(
+        self._collect()
+        made = self._ledger.allocate(
             event=event,
             allocation_id=_block_id(event.tier, event.slot),
             purpose=f"{event.tier.value} block",
@@ -316,82 +234,18 @@ class MemoryTracker:
     def _move_block(self, region: MemoryRegion, event: BlockEvent) -> None:
         """Keep what is known of a block under its new place."""
         assert event.tier is Tier.HOT and event.slot is not None and event.moved_from is not None
-        moved = self.allocations.pop(_block_id(event.tier, event.moved_from), None)
+        moved = self._ledger.allocations.pop(_block_id(event.tier, event.moved_from), None)
         if moved is None:
             return
         self._hot_blocks.pop(event.moved_from, None)
         moved.allocation_id = _block_id(event.tier, event.slot)
         moved.tensor_ptr = region.address + event.slot * region.slot_bytes
-        self.allocations[moved.allocation_id] = self._hot_blocks[event.slot] = moved
-        self._note(moved, event.kind, event)
-
-    def _allocate(self, *, event: BlockEvent | None = None, **fields: Any) -> MemoryAllocation:
-        self._collect()
-        now = self._clock()
-        made = MemoryAllocation(**fields, created_at=now, last_accessed=now)
-        self._drop(made.allocation_id)
-        self.allocations[made.allocation_id] = made
-        self._purposes.setdefault(made.purpose, _Totals()).add(1, made.size_bytes)
-        if made.part_of is None:
-            self.total_allocated += made.size_bytes
-            self.peak_allocated = max(self.peak_allocated, self.total_allocated)
-        self._note(made, event.kind if event else EventKind.ALLOCATE, event)
-        return made
-
-    def _free(self, allocation_id: str, kind: EventKind, event: BlockEvent | None = None) -> None:
-        freed = self._drop(allocation_id)
-        if freed:
-            self._note(freed, kind, event)
-
-    def _drop(self, allocation_id: str) -> MemoryAllocation | None:
-        freed = self.allocations.pop(allocation_id, None)
-        if freed:
-            self._purposes[freed.purpose].add(-1, -freed.size_bytes)
-            if freed.part_of is None:
-                self.total_allocated -= freed.size_bytes
-        return freed
+        self._ledger.allocations[moved.allocation_id] = self._hot_blocks[event.slot] = moved
+        self._ledger.note(moved, event.kind, event)
 
     def _collect(self) -> None:
         while self._collected:
-            self._free(self._collected.popleft(), EventKind.FREE)
-
-    def _note_block(self, event: BlockEvent) -> None:
-        """Record what changes no allocation."""
-        tier = event.tier.value if event.tier else "none"
-        self._append(
-            AllocationEvent(
-                self._clock(),
-                event.kind,
-                "",
-                f"{tier} block",
-                event.num_bytes,
-                event.tier,
-                event.block_hash,
-                event.reason,
-            )
-        )
-
-    def _note(self, allocation: MemoryAllocation, kind: EventKind, event: BlockEvent | None) -> None:
-        self._append(
-            AllocationEvent(
-                self._clock(),
-                kind,
-                allocation.allocation_id,
-                allocation.purpose,
-                allocation.size_bytes,
-                event.tier if event else None,
-                allocation.block_hash,
-            )
-        )
-
-    def _append(self, event: AllocationEvent) -> None:
-        self._events[event.kind] += 1
-        self.dropped_events += len(self.allocation_history) == self.allocation_history.maxlen
-        self.allocation_history.append(event)
-
-    def _touch(self, allocation: MemoryAllocation, count: int) -> None:
-        allocation.access_count += count
-        allocation.last_accessed = self._clock()
+            self._ledger.free(self._collected.popleft(), EventKind.FREE)
 
 
 def _block_id(tier: Tier | None, slot: int) -> str:

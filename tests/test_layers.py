@@ -59,7 +59,7 @@ LAYERS = (
         below="values",
     ),
     Layer("kernels", "kernels.*", below="values storage"),
-    Layer("background", "write_behind", below="values"),
+    Layer("background", "write_behind work_queue", below="values"),
     Layer("client", "daemon.messages daemon.protocol daemon.client", below="values"),
     Layer(
         "daemon",

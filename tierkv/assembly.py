@@ -23,6 +23,7 @@ from tierkv.storage.hot import HotPool, hot_pool_blocks
 from tierkv.tiers import Tiers
 from tierkv.warm_memory import no_warm_memory, open_warm_memory
 from tierkv.watch import Watch
+from tierkv.work_queue import PriorityThreads
 
 __all__ = ["choose_codec", "join_daemon", "open_store", "open_tiers"]
 
@@ -80,7 +81,7 @@ def open_tiers(
         compression=memory.compression,
         frames=memory.frames,
         cold=cold,
-        threads=ThreadPoolExecutor(config.num_io_threads, thread_name_prefix="tierkv-io"),
+        threads=PriorityThreads(config.num_io_threads, name="tierkv-io"),
         num_threads=config.num_io_threads,
         loaders=ThreadPoolExecutor(_NUM_LOADERS, thread_name_prefix="tierkv-load"),
         watch=Watch(layout),

@@ -18,6 +18,7 @@ from tierkv.movers.mover import Move, Ready
 from tierkv.storage.outcomes import PutOutcome
 from tierkv.storage.record import BlockInfo, EncodedRecord, encode_record
 from tierkv.tiers import Compression, Job, Place, Tiers
+from tierkv.work_queue import Priority
 from tierkv.write_behind import WriteBehind
 
 __all__ = ["AfterWrites", "Demoter", "Offloading"]
@@ -337,7 +338,7 @@ class Demoter:
             return 0
         slots = {job.block_hash: slot for job, slot in raw}
         missing = [(job, slots[job.block_hash]) for job in self._missing([job for job, _ in raw])]
-        outcomes = cold.put(list(tiers.threads.map(self._encode, missing)))
+        outcomes = cold.put(tiers.threads.map(Priority.DEMOTION, self._encode, missing))
         with tiers.changed:
             for (job, _), outcome in zip(missing, outcomes, strict=True):
                 if outcome not in (PutOutcome.STORED, PutOutcome.EXISTS):

@@ -21,6 +21,7 @@ from tierkv.storage.coded import CodedBlock
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import BlockInfo
 from tierkv.tiers import Place, Tiers
+from tierkv.work_queue import Priority
 
 __all__ = ["Pinned", "Promoted", "Promoter"]
 
@@ -265,7 +266,7 @@ class Promoter:
             return [], []
         ahead = [*wave[_AHEAD_BLOCKS:], *[None] * _AHEAD_BLOCKS]
         with tiers.watch.span("read cold") as detail:
-            read = list(tiers.threads.map(self.read_one, wave, places, ahead))
+            read = tiers.threads.map(Priority.REQUEST, self.read_one, wave, places, ahead)
             detail["blocks"] = len(places)
         coded: list[CodedBlock] = []
         for block in read:

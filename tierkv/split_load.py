@@ -16,6 +16,7 @@ from tierkv.movers.mover import Ready
 from tierkv.storage.coded import CodedBlock
 from tierkv.storage.outcomes import MissReason
 from tierkv.tiers import Place, Tiers
+from tierkv.work_queue import Priority
 
 __all__ = ["SplitLoad"]
 
@@ -136,7 +137,9 @@ class SplitLoad:
             if at is None:
                 tiers.unpin(places)
                 return
-            reading.append((at, places[0], tiers.threads.submit(self._read, self.hits[at], places[0])))
+            reading.append(
+                (at, places[0], tiers.threads.submit(Priority.REQUEST, self._read, self.hits[at], places[0]))
+            )
 
     def _copy_up(self, good: Sequence[tuple[int, Place, CodedBlock]]) -> None:
         places = [place for _, place, _ in good]

@@ -33,6 +33,7 @@ from tierkv.storage.state_file import StateFile
 from tierkv.storage.warm import WarmPool
 from tierkv.storage.windows import WindowFormat
 from tierkv.watch import Watch
+from tierkv.work_queue import PriorityThreads
 
 __all__ = ["Compression", "Job", "LowerTiers", "Place", "PlaceOwner", "Tiers"]
 
@@ -112,7 +113,8 @@ class Tiers:
     """What promotion and demotion work on. `changed` guards everything in the index and the counters.
 
     frames: decodes cold blocks on the GPU, where that can be had.
-    threads: read and encode blocks, num_threads of them; loaders: one a request that loads while it computes.
+    threads: read and encode blocks, num_threads of them, a request's first; loaders: one a request that loads while it
+    computes.
     read_s, step_costs: what it takes to read a cold block, and to compute new tokens, as measured here.
     in_flight: asynchronous copies and the warm places that they still read.
     leaving: when the last reader or writer of a released sequence's blocks, on whatever stream, is through.
@@ -131,7 +133,7 @@ class Tiers:
     compression: Compression | None
     frames: FrameMover | None
     cold: ColdStore | None
-    threads: ThreadPoolExecutor
+    threads: PriorityThreads
     num_threads: int
     loaders: ThreadPoolExecutor
     watch: Watch

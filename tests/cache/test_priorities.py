@@ -1,0 +1,106 @@
+"""What a request waits for goes before what is done behind it."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pattern_engine import PatternEngine, tiny_layout
+
+from tierkv import demotion
+from tierkv.block import Tier
+from tierkv.cache import TierCache
+from tierkv.config import CacheConfig
+from tierkv.namespace import Namespace
+from tierkv.work_queue import Priority
+
+BLOCK_BYTES = tiny_layout().block_bytes
+PROMPT = list(range(12))
+OTHER = list(range(100, 132))
+
+
+def open_cache(path: Path) -> TierCache:
+    config = CacheConfig(
+        cold_path=path / "store",
+        block_size=4,
+        hot_bytes=32 * BLOCK_BYTES,
+        warm_bytes=16 * BLOCK_BYTES,
+        cold_bytes=64 << 20,
+        min_free_bytes=0,
+        num_io_threads=1,
+    )
+    return TierCache(config, namespace=Namespace(weights="w", layout=tiny_layout()))
+
+
+@pytest.fixture
+def stored(tmp_path: Path) -> Path:
+    """Return a folder whose store has the prompt's three blocks."""
+    with open_cache(tmp_path) as cache:
+        cache.release(PatternEngine(cache).start([*PROMPT, 99]))
+    return tmp_path
+
+
+def test_a_requests_reads_overtake_encodes_that_were_queued_before(
+    stored: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    encodes, gate, reads_wait = threading.Event(), threading.Event(), threading.Event()
+    encode_record = demotion.encode_record
+
+    def encode(*arguments: Any, **options: Any) -> Any:
+        order.append("encode")
+        encodes.set()
+        assert gate.wait(20)
+        return encode_record(*arguments, **options)
+
+    monkeypatch.setattr(demotion, "encode_record", encode)
+    with open_cache(stored) as cache, ExitStack() as undo:
+        undo.callback(gate.set)  # whatever fails, nothing waits for ever
+        assert cache.cold
+        threads, submit, read = cache._tiers.threads, cache._tiers.threads.submit, cache.cold.read_into
+
+        def submit_and_tell(priority: Priority, function: Any, *arguments: Any) -> Any:
+            future = submit(priority, function, *arguments)
+            if priority is Priority.REQUEST and len(threads._queue._lanes[priority]) == 3:
+                reads_wait.set()
+            return future
+
+        def read_into(*arguments: Any, **options: Any) -> Any:
+            order.append("read")
+            return read(*arguments, **options)
+
+        monkeypatch.setattr(threads, "submit", submit_and_tell)
+        monkeypatch.setattr(cache.cold, "read_into", read_into)
+        is_held, together = threading.Event(), threading.Event()
+
+        def hold() -> None:
+            is_held.set()
+            assert together.wait(20)
+
+        assert cache._demoter.after_writes(hold)
+        assert is_held.wait(20)
+        busy = PatternEngine(cache).start(OTHER)
+        together.set()  # now its eight blocks are written down in one batch, and encoded by one thread
+        assert encodes.wait(20)
+        found: list[int] = []
+
+        def request() -> None:
+            sequence = cache.acquire([*PROMPT, 7])
+            found.append(sequence.cached_tokens[Tier.COLD])
+            cache.release(sequence)
+
+        asking = threading.Thread(target=request)
+        asking.start()
+        assert reads_wait.wait(20)
+        assert len(threads._queue._lanes[Priority.DEMOTION]) == 7
+        gate.set()
+        asking.join(20)
+        cache.flush()
+        assert found == [len(PROMPT)]
+        cache.release(busy)
+        cache.check()
+    assert order[:4] == ["encode", "read", "read", "read"]
+    assert order.count("encode") >= 8

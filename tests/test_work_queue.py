@@ -1,0 +1,156 @@
+"""The queue of work against a model of ten lines, and threads that take the most urgent job first."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+
+from tierkv.errors import CapacityError, ConfigError
+from tierkv.work_queue import Priority, PriorityThreads, Ticket, WorkQueue
+
+MAX_ENTRIES, MAX_BYTES = 4, 100
+
+
+class ModelledQueue(RuleBasedStateMachine):
+    """The model is a list of (priority, order, ticket), sorted whenever something is taken."""
+
+    tickets = Bundle("tickets")
+    taken = Bundle("taken")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue: WorkQueue[int] = WorkQueue(max_entries=MAX_ENTRIES, max_bytes=MAX_BYTES)
+        self.model: list[tuple[Priority, int, Ticket[int]]] = []
+        self.returned: set[Ticket[int]] = set()
+        self.count = 0
+
+    @rule(target=tickets, priority=st.sampled_from(Priority), num_bytes=st.integers(0, 150))
+    def put(self, priority: Priority, num_bytes: int) -> Ticket[int] | None:
+        same = [ticket for each, _, ticket in self.model if each is priority]
+        counted = min(num_bytes, MAX_BYTES)
+        fits = len(same) < MAX_ENTRIES and sum(ticket.num_bytes for ticket in same) + counted <= MAX_BYTES
+        self.count += 1
+        if not fits:
+            with pytest.raises(CapacityError):
+                self.queue.put(self.count, priority, num_bytes=num_bytes, timeout_s=0)
+            return None
+        ticket = self.queue.put(self.count, priority, num_bytes=num_bytes, timeout_s=0)
+        self.model.append((priority, self.count, ticket))
+        return ticket
+
+    @rule(target=taken)
+    def take(self) -> Ticket[int] | None:
+        self.model.sort(key=lambda each: each[:2])
+        want = self.model.pop(0)[2] if self.model else None
+        got = self.queue.try_take()
+        assert got is want
+        return got
+
+    @rule(ticket=consumes(taken))
+    def put_back(self, ticket: Ticket[int] | None) -> None:
+        if ticket is None:
+            return
+        self.queue.put_back(ticket)
+        self.returned.add(ticket)
+        first = min((order for priority, order, _ in self.model if priority is ticket.priority), default=0)
+        self.model.append((ticket.priority, first - 1, ticket))
+        assert not self.queue.cancel(ticket), "it has been taken once, and may be half done"
+
+    @rule(ticket=tickets)
+    def cancel(self, ticket: Ticket[int] | None) -> None:
+        waiting = [each for each in self.model if each[2] is ticket and ticket not in self.returned]
+        is_fresh = bool(ticket and waiting)
+        assert ticket is None or self.queue.cancel(ticket) == is_fresh
+        if is_fresh:
+            self.model.remove(waiting[0])
+
+    @invariant()
+    def tells_what_waits(self) -> None:
+        assert len(self.queue) == len(self.model)
+        for priority in Priority:
+            assert self.queue.has_more_urgent(priority) == any(each < priority for each, _, _ in self.model)
+
+
+TestModelledQueue = ModelledQueue.TestCase
+
+
+def test_who_waits_for_room_is_let_in_when_something_is_taken() -> None:
+    queue: WorkQueue[str] = WorkQueue(max_entries=1)
+    queue.put("first", Priority.DEMOTION)
+    queue.put("urgent", Priority.REQUEST, timeout_s=0)  # each priority has a bound of its own
+    late = threading.Thread(target=queue.put, args=("second", Priority.DEMOTION))
+    late.start()
+    assert [ticket.item for _ in range(3) if (ticket := queue.take())] == ["urgent", "first", "second"]
+    late.join()
+
+
+def test_a_closed_queue_hands_out_what_waits_and_takes_nothing_more() -> None:
+    queue: WorkQueue[str] = WorkQueue(max_entries=1)
+    queue.put("last", Priority.PREFETCH)
+    refused: list[Exception] = []
+
+    def put() -> None:
+        try:
+            queue.put("too late", Priority.PREFETCH)
+        except ConfigError as exc:
+            refused.append(exc)
+
+    waiting = threading.Thread(target=put)
+    waiting.start()
+    queue.close()
+    queue.close()
+    waiting.join()
+    ticket = queue.take()
+    assert ticket and ticket.item == "last"
+    assert queue.take() is None
+    assert len(refused) == 1
+
+
+def test_a_queue_that_holds_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match="holds nothing"):
+        WorkQueue(max_entries=0)
+
+
+def test_a_free_thread_takes_the_most_urgent_job() -> None:
+    gate, has_begun, order = threading.Event(), threading.Event(), list[str]()
+
+    def block() -> None:
+        has_begun.set()
+        assert gate.wait(20)
+
+    threads = PriorityThreads(1, name="test")
+    threads.submit(Priority.DEMOTION, block)
+    assert has_begun.wait(20)
+    jobs = [threads.submit(each, order.append, each.name) for each in reversed(Priority) for _ in range(2)]
+    dropped = threads.submit(Priority.REQUEST, order.append, "cancelled")
+    assert dropped.cancel()
+    gate.set()
+    for job in jobs:
+        job.result(20)
+    assert order == ["REQUEST"] * 2 + ["PREFETCH"] * 2 + ["DEMOTION"] * 2
+    threads.shutdown()
+    threads.shutdown()
+    with pytest.raises(ConfigError, match="closed"):
+        threads.submit(Priority.REQUEST, block)
+
+
+def test_a_call_that_raises_is_told_when_the_others_have_ended() -> None:
+    failed, ended = threading.Event(), threading.Event()
+
+    def call(number: int) -> int:
+        if number == 0:
+            failed.set()
+            raise ValueError("zero")
+        assert failed.wait(20)
+        ended.set()
+        return number
+
+    threads = PriorityThreads(2, name="test")
+    with pytest.raises(ValueError, match="zero"):
+        threads.map(Priority.REQUEST, call, range(2))
+    assert ended.is_set()
+    assert threads.map(Priority.REQUEST, call, (1, 2, 3)) == [1, 2, 3]
+    threads.shutdown()

@@ -1,0 +1,192 @@
+"""Who is served first: a bounded queue of work by priority, and threads that always take the most urgent job."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, Generic, TypeVar
+
+from tierkv.errors import CapacityError, ConfigError
+
+__all__ = ["Priority", "PriorityThreads", "Ticket", "WorkQueue"]
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_MAX_JOBS = 4096
+
+
+class Priority(IntEnum):
+    """Whose work goes first: a request that waits, then what one will ask for, then what is written down."""
+
+    REQUEST = 0
+    PREFETCH = 1
+    DEMOTION = 2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ticket(Generic[Item]):
+    """One item in a queue; each is itself alone."""
+
+    item: Item
+    priority: Priority
+    num_bytes: int
+
+
+class WorkQueue(Generic[Item]):
+    """Items of the most urgent priority first, those of one priority in the order in which they came. Thread-safe.
+
+    max_entries, max_bytes: bounds of what waits, for each priority on its own, so that a queue full of demotions
+    refuses no request. An item larger than `max_bytes` waits alone.
+    """
+
+    def __init__(self, *, max_entries: int, max_bytes: int | None = None) -> None:
+        if max_entries < 1 or (max_bytes is not None and max_bytes < 1):
+            raise ConfigError(f"a queue of {max_entries} entries and {max_bytes} bytes holds nothing")
+        self._max_entries = max_entries
+        self._max_bytes = max_bytes
+        self._lanes: dict[Priority, OrderedDict[Ticket[Item], None]] = {each: OrderedDict() for each in Priority}
+        self._bytes = dict.fromkeys(Priority, 0)
+        self._taken_back: set[Ticket[Item]] = set()
+        self._is_closed = False
+        self._changed = threading.Condition()
+
+    def __len__(self) -> int:
+        return sum(map(len, self._lanes.values()))
+
+    def put(
+        self, item: Item, priority: Priority, *, num_bytes: int = 0, timeout_s: float | None = None
+    ) -> Ticket[Item]:
+        """Queue an item, waiting for room: at most `timeout_s` seconds, 0 to wait for none.
+
+        Raises CapacityError where there was none in time, ConfigError once the queue is closed; nothing is queued.
+        """
+        counted = num_bytes if self._max_bytes is None else min(num_bytes, self._max_bytes)
+        ticket = Ticket(item, priority, counted)
+        with self._changed:
+            has_room = self._changed.wait_for(lambda: self._is_closed or self._has_room(ticket), timeout_s)
+            if self._is_closed:
+                raise ConfigError("the queue is closed")
+            if not has_room:
+                waiting = f"{len(self._lanes[priority])} entries, {self._bytes[priority]} bytes"
+                raise CapacityError(f"no room for more {priority.name.lower()} work: {waiting} wait already")
+            self._lanes[priority][ticket] = None
+            self._bytes[priority] += counted
+            self._changed.notify_all()
+        return ticket
+
+    def take(self) -> Ticket[Item] | None:
+        """Return the most urgent item, waiting for one; None once the queue is closed and empty."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_closed or len(self) > 0)
+            return self._pop()
+
+    def try_take(self) -> Ticket[Item] | None:
+        """Return the most urgent item, or None if none waits."""
+        with self._changed:
+            return self._pop()
+
+    def put_back(self, ticket: Ticket[Item]) -> None:
+        """Let what was taken be taken again, before all others of its priority; it can no longer be cancelled.
+
+        Takes no notice of the bounds: the item had its place already.
+        """
+        with self._changed:
+            lane = self._lanes[ticket.priority]
+            lane[ticket] = None
+            lane.move_to_end(ticket, last=False)
+            self._bytes[ticket.priority] += ticket.num_bytes
+            self._taken_back.add(ticket)
+            self._changed.notify_all()
+
+    def cancel(self, ticket: Ticket[Item]) -> bool:
+        """Take an item out that nobody has taken yet. False if somebody has."""
+        with self._changed:
+            if ticket in self._taken_back or ticket not in self._lanes[ticket.priority]:
+                return False
+            self._remove(ticket)
+            return True
+
+    def has_more_urgent(self, priority: Priority) -> bool:
+        """Tell whether something waits that goes before work of this priority."""
+        return any(self._lanes[each] for each in Priority if each < priority)
+
+    def close(self) -> None:
+        """Take nothing more; what waits can still be taken. May be called twice."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+
+    def _has_room(self, ticket: Ticket[Item]) -> bool:
+        lane, num_bytes = self._lanes[ticket.priority], self._bytes[ticket.priority] + ticket.num_bytes
+        return len(lane) < self._max_entries and (self._max_bytes is None or num_bytes <= self._max_bytes)
+
+    def _pop(self) -> Ticket[Item] | None:
+        lane = next((lane for lane in self._lanes.values() if lane), None)
+        if lane is None:
+            return None
+        ticket = next(iter(lane))
+        self._remove(ticket)
+        return ticket
+
+    def _remove(self, ticket: Ticket[Item]) -> None:
+        del self._lanes[ticket.priority][ticket]
+        self._bytes[ticket.priority] -= ticket.num_bytes
+        self._taken_back.discard(ticket)
+        self._changed.notify_all()
+
+
+class PriorityThreads:
+    """A fixed number of threads; one that is free always takes the most urgent job. Jobs must not wait for jobs.
+
+    A job that has begun is not interrupted, so an urgent one waits at most for the shortest rest of those in work.
+    """
+
+    def __init__(self, num_threads: int, *, name: str) -> None:
+        self._queue: WorkQueue[Callable[[], None]] = WorkQueue(max_entries=_MAX_JOBS)
+        self._threads = [
+            threading.Thread(target=self._run, name=f"{name}_{number}", daemon=True) for number in range(num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, priority: Priority, function: Callable[..., Result], *arguments: Any) -> Future[Result]:
+        """Have a function called; the future has what came of it. Raises ConfigError after `shutdown`."""
+        future: Future[Result] = Future()
+        self._queue.put(lambda: _work(future, function, arguments), priority)
+        return future
+
+    def map(self, priority: Priority, function: Callable[..., Result], *iterables: Iterable[Any]) -> list[Result]:
+        """Call a function with the items of the iterables, as the built-in does, several at once.
+
+        Where a call raises, the others have ended before that is raised here: nobody still works on the arguments.
+        """
+        futures = [self.submit(priority, function, *each) for each in zip(*iterables, strict=False)]
+        wait(futures)
+        return [future.result() for future in futures]
+
+    def shutdown(self) -> None:
+        """Do what is queued, then end the threads. May be called twice."""
+        self._queue.close()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self) -> None:
+        while job := self._queue.take():
+            job.item()
+            del job  # it holds its arguments, and the next one may be long in coming
+
+
+def _work(future: Future[Result], function: Callable[..., Result], arguments: tuple[Any, ...]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        result = function(*arguments)
+    except BaseException as exc:  # noqa: BLE001 - whoever asks the future gets it
+        future.set_exception(exc)
+    else:
+        future.set_result(result)

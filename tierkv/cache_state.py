@@ -60,6 +60,7 @@ def _copy_of(tiers: Tiers, entry: Entry) -> npt.NDArray[np.uint8] | None:
             return tiers.copy_warm(entry.warm_slot)
         if entry.block_id is not None:
             copied: npt.NDArray[np.uint8] = np.empty(tiers.layout.block_bytes, dtype=np.uint8)
+            tiers.written(entry).wait()
             torch.from_numpy(copied).copy_(tiers.hot.bytes_view[entry.block_id])
             return copied
         return None

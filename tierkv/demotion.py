@@ -131,7 +131,7 @@ class Demoter:
         ready: list[Entry] = []
         for victim in tiers.index.select_victims(Tier.HOT, count):
             if self._must_write_first(victim):
-                self.write_down(victim, tiers.mover.mark())
+                self.write_down(victim, tiers.written(victim))
             else:
                 ready.append(victim)
         evicted = tiers.evict(ready, Tier.HOT)  # not one whose child is still to be written
@@ -204,7 +204,7 @@ class Demoter:
             victims = tiers.index.select_victims(Tier.HOT, count) if count else []
             for entry in victims:
                 if entry.warm_slot is None and not (tiers.lower and entry.in_cold):
-                    self.write_down(entry, tiers.mover.mark())
+                    self.write_down(entry, tiers.written(entry))
             self._is_offloading = bool(victims) and self._queue.offer(partial(self._evict_offloaded, victims))
 
     def _evict_offloaded(self, victims: Sequence[Entry]) -> None:

@@ -61,8 +61,8 @@ class Promoted:
 class Pinned:
     """What `Promoter.pin` holds.
 
-    hot: block ids of the leading hot blocks; their pins become the sequence's own. arriving: copies still on their
-    way into those. rest: places of what was found behind them, by position in `Lookup.rest`.
+    hot: block ids of the leading hot blocks; their pins become the sequence's own. arriving: copies and
+    computations that those still wait for. rest: places of what was found behind them, by position in `Lookup.rest`.
     """
 
     hot: list[int]
@@ -119,7 +119,9 @@ class Promoter:
         assert len(pinned.hot) == len(lookup.hot), "the lock was given up between the lookup and the pin"
         index.hot.pin_all(pinned.hot)
         if tiers.arriving:
-            pinned.arriving.extend(tiers.arriving[slot] for slot in pinned.hot if slot in tiers.arriving)
+            tiers.reap()
+            arriving = (tiers.arriving[slot] for slot in pinned.hot if slot in tiers.arriving)
+            pinned.arriving.extend(dict.fromkeys(arriving))  # many blocks come in one batch, or of one commit
         for position, hit in enumerate(lookup.rest()):
             slot = hit.entry.place(hit.tier) if hit.entry and hit.tier is not Tier.COLD else None
             if hit.entry and slot is not None:
@@ -241,7 +243,7 @@ class Promoter:
             for hit in hits:
                 entry = index.get(hit.block_hash, hit.parent_hash, hit.token_bytes, seal=hit.seal)
                 if entry and entry.block_id is not None and entry.warm_slot is None:
-                    written = self._tiers.arriving.get(entry.block_id) or self._tiers.mover.mark()
+                    written = self._tiers.written(entry)
                     self._demoter.write_down(entry, written)
 
     def _read(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from tierkv.block import BlockHash, Seal, Tier
+from tierkv.errors import StoreError
 from tierkv.events import EventKind
 from tierkv.index import Entry, Index
 from tierkv.layout import BlockLayout
@@ -118,7 +120,8 @@ class Tiers:
     read_s, step_costs: what it takes to read a cold block, and to compute new tokens, as measured here.
     in_flight: asynchronous copies and the warm places that they still read.
     leaving: when the last reader or writer of a released sequence's blocks, on whatever stream, is through.
-    arriving: block ids whose bytes are on their way up; who uses one waits for its copy.
+    arriving: block ids whose bytes are on their way up, or are still being computed by whoever committed them; who uses
+    one waits for that. computing: the latter, in order of their commits.
     reserved_raw: raw places that are never given back.
     lower: who has the warm and the cold tier instead of this cache, which then has no warm slot and no source.
     """
@@ -145,6 +148,7 @@ class Tiers:
     in_flight: deque[tuple[Ready, list[Place]]] = field(default_factory=deque)
     arriving: dict[int, Ready] = field(default_factory=dict)
     leaving: dict[int, Ready] = field(default_factory=dict)
+    computing: deque[tuple[Ready, list[int]]] = field(default_factory=deque)
     reserved_raw: int = 0
     lower: LowerTiers | None = None
 
@@ -215,8 +219,14 @@ class Tiers:
             if left:
                 assert self.frames, "nobody else asks for coded blocks"
                 parts.append(self.frames.promote([m for m, _ in left], [kind for _, kind in left], after=after))
-            if decoded:
-                parts.append(self.mover.promote(decoded, after=after))
+            try:
+                if decoded:
+                    parts.append(self.mover.promote(decoded, after=after))
+            except StoreError:
+                for part in parts:  # the caller gives all places back, and these are still being written
+                    with contextlib.suppress(RuntimeError):
+                        part.synchronize()
+                raise
             return parts[0] if len(parts) == 1 else AllReady(parts)
 
     def leave(self, block_ids: Sequence[int]) -> None:
@@ -240,8 +250,27 @@ class Tiers:
             self.arriving.update(dict.fromkeys(targets, ready))
             self.reap()
 
+    def note_computing(self, block_ids: list[int], written: Ready) -> None:
+        """Let users of blocks that were just committed wait until they are written: they may run on another stream.
+
+        The caller holds the lock. Nothing to note on a CPU, where they are.
+        """
+        if block_ids and not written.is_done():
+            self.computing.append((written, block_ids))
+            self.arriving.update(dict.fromkeys(block_ids, written))
+
+    def written(self, entry: Entry) -> Ready:
+        """Return when the bytes of a hot entry are there; the caller holds the lock."""
+        arriving = None if entry.block_id is None else self.arriving.get(entry.block_id)
+        return arriving or self.mover.mark()
+
     def reap(self) -> None:
-        """Unpin the sources of copies that are done; the caller holds the lock."""
+        """Unpin the sources of copies that are done, and forget who was waited for; the caller holds the lock."""
+        while self.computing and self.computing[0][0].is_done():
+            done, block_ids = self.computing.popleft()
+            for block_id in block_ids:
+                if self.arriving.get(block_id) is done:
+                    del self.arriving[block_id]
         while self.in_flight and self.in_flight[0][0].is_done():
             done, places = self.in_flight.popleft()
             self.arriving = {slot: ready for slot, ready in self.arriving.items() if ready is not done}

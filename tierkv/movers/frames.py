@@ -19,7 +19,7 @@ from torch import Tensor
 from tierkv.errors import StoreError
 from tierkv.layout import BlockLayout
 from tierkv.movers.batch_copy import Piece, copy_pieces
-from tierkv.movers.mover import CudaReady, Move, Mover, Ready, recorded
+from tierkv.movers.mover import CudaReady, Move, Mover, Ready, recorded, settle
 from tierkv.storage.coded import CodedBlock, CodedLayout
 from tierkv.storage.hot import HotPool
 
@@ -76,8 +76,8 @@ class FrameMover:
 
     def promote(self, moves: Sequence[Move], coded: Sequence[CodedBlock], *, after: Ready | None = None) -> Ready:
         """Decode the payloads in slots into block ids; waits as `Mover.promote`. Raises StoreError."""
-        try:
-            with self._lock:
+        with self._lock:
+            try:
                 if after is None:
                     self._stream.wait_stream(torch.cuda.current_stream(self._hot.device))
                 with torch.cuda.stream(self._stream):
@@ -89,8 +89,9 @@ class FrameMover:
                         planes, wave.payloads, wave.rests, self._tiles, wave.targets, self._hot.blocks
                     )
                     return _HeldReady([recorded(self._stream)], (wave, planes))
-        except (RuntimeError, ValueError) as exc:
-            raise StoreError(f"decoding {len(moves)} blocks on the GPU failed: {exc}") from exc
+            except (RuntimeError, ValueError) as exc:
+                settle(self._mover.load_stream, self._stream)
+                raise StoreError(f"decoding {len(moves)} blocks on the GPU failed: {exc}") from exc
 
     def _copy_up(self, moves: Sequence[Move], coded: Sequence[CodedBlock]) -> _Wave:
         """Copy payloads and their tables; the stream then waits for the copies."""

@@ -6,6 +6,7 @@ the link's speed and no multiprocessor is taken from the model. On a CPU the sam
 
 from __future__ import annotations
 
+import contextlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from tierkv.movers.batch_copy import Piece, copy_pieces
 from tierkv.storage.hot import HotPool
 from tierkv.storage.warm import WarmPool
 
-__all__ = ["AllReady", "CudaReady", "Done", "Move", "Mover", "Ready", "layer_groups", "recorded", "wait_here"]
+__all__ = ["AllReady", "CudaReady", "Done", "Move", "Mover", "Ready", "layer_groups", "recorded", "settle", "wait_here"]
 
 _MIN_GROUP_BYTES = 2 << 20
 _GROUP_SHARES = (1 / 2, 3 / 4, 7 / 8, 15 / 16)
@@ -103,7 +104,8 @@ class Mover:
     """Copies between one hot pool and one warm pool. Close it before the warm pool is closed.
 
     The warm slab is registered with CUDA for its lifetime. A failed copy raises StoreError and may have
-    written part of the targets: the caller must not use them.
+    written part of the targets: the caller must not use them. Nothing of it is under way any more, so that he may give
+    sources and targets back.
     """
 
     def __init__(self, hot: HotPool, warm: WarmPool) -> None:
@@ -152,6 +154,7 @@ class Mover:
                     copy_pieces(self._hot, self.slots, pieces)
                     events.append(recorded(self.load_stream))
         except RuntimeError as exc:
+            settle(self.load_stream)
             raise StoreError(f"promoting {len(moves)} blocks failed: {exc}") from exc
         return CudaReady(events, self.layer_groups)
 
@@ -166,6 +169,8 @@ class Mover:
                 self._hot[move.target].copy_(self._hot[move.source])
             return self.mark()
         except RuntimeError as exc:
+            if self.is_cuda:
+                settle(torch.cuda.current_stream(self._device))
             raise StoreError(f"copying {len(moves)} blocks failed: {exc}") from exc
 
     def is_same(self, move: Move) -> bool:
@@ -197,6 +202,8 @@ class Mover:
                 _copy(target, source, moves)
             return CudaReady([recorded(self.store_stream)])
         except RuntimeError as exc:
+            if self.is_cuda:
+                settle(self.store_stream)
             raise StoreError(f"copying {len(moves)} blocks failed: {exc}") from exc
 
 
@@ -234,7 +241,26 @@ def recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:
     return event
 
 
+def settle(*streams: torch.cuda.Stream) -> None:
+    """Block until what is queued on streams has ended, or can no longer begin because the device has failed.
+
+    For whoever gives up a batch halfway: what he had queued still reads its sources and writes its targets.
+    """
+    for stream in streams:
+        with contextlib.suppress(RuntimeError):
+            stream.synchronize()
+
+
 def _copy(target: torch.Tensor, source: torch.Tensor, moves: Sequence[Move]) -> None:
+    """Copy whole places, neighbours in one go where places touch.
+
+    Across the link torch hands only what is contiguous on both sides to the copy engine. Anything strided goes by way
+    of contiguous temporaries, of unpinned memory on the CPU's side, and kernels (`copy_requires_temporaries` in its
+    Copy.cu): that would cost far more than a copy for each place.
+    """
+    if not (target.is_contiguous() and source.is_contiguous()):
+        copy_pieces(target, source, [Piece(move.target, move.source, target.shape[1]) for move in moves])
+        return
     for first, length in _runs(moves):
         move = moves[first]
         target[move.target : move.target + length].copy_(source[move.source : move.source + length], non_blocking=True)

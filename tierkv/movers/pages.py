@@ -8,13 +8,15 @@ multiprocessors for the whole time; here they are busy for a fiftieth of it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from tierkv.movers.mover import CudaReady, Ready, recorded
+from tierkv.errors import StoreError
+from tierkv.movers.mover import CudaReady, Ready, recorded, settle
 
 if TYPE_CHECKING:
     from tierkv.kernels.pages import LayerPages
@@ -41,10 +43,11 @@ class PageMover:
         """Copy blocks into pages. The pages may be read after `wait`, the blocks reused when done.
 
         blocks: n of [block_bytes] uint8, page-locked. page_ids: [n, pages_per_block] int64 on the GPU, no page twice.
-        Work already queued on the current stream ends before the pages are overwritten.
+        Work already queued on the current stream ends before the pages are overwritten. Raises StoreError, nothing
+        under way any more.
         """
         way = self._up
-        with way.lock:
+        with way.take_turn("loading"):
             way.kernel_stream.wait_stream(torch.cuda.current_stream(self._pages.device))
             for i, block in enumerate(blocks):
                 row, free = way.next()
@@ -59,9 +62,9 @@ class PageMover:
             return CudaReady([recorded(way.kernel_stream)])
 
     def store(self, page_ids: Tensor, blocks: Sequence[Tensor], *, after: Ready) -> Ready:
-        """Copy pages into blocks once `after` has passed: the inverse of `load`, same shapes."""
+        """Copy pages into blocks once `after` has passed: the inverse of `load`, same shapes and errors."""
         way = self._down
-        with way.lock:
+        with way.take_turn("storing"):
             with torch.cuda.stream(way.kernel_stream):
                 after.wait()
             for i, block in enumerate(blocks):
@@ -83,10 +86,20 @@ class _Direction:
     def __init__(self, block_bytes: int, num_staging: int, device: torch.device) -> None:
         self.copy_stream = torch.cuda.Stream(device)
         self.kernel_stream = torch.cuda.Stream(device)
-        self.lock = threading.Lock()
+        self._lock = threading.Lock()
         self._rows = torch.empty((num_staging, block_bytes), dtype=torch.uint8, device=device)
         self._free = [torch.cuda.Event() for _ in range(num_staging)]
         self._turn = 0
+
+    @contextmanager
+    def take_turn(self, doing: str) -> Iterator[None]:
+        """Let one caller at a time queue a batch. Where he fails halfway, what he had queued ends first."""
+        with self._lock:
+            try:
+                yield
+            except RuntimeError as exc:
+                settle(self.copy_stream, self.kernel_stream)
+                raise StoreError(f"{doing} pages failed: {exc}") from exc
 
     def next(self) -> tuple[Tensor, torch.cuda.Event]:
         """Return the next block, [1, block_bytes], and its event."""

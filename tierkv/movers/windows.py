@@ -17,7 +17,7 @@ from torch import Tensor
 from tierkv.errors import StoreError
 from tierkv.layout import BlockLayout
 from tierkv.movers.batch_copy import Piece, copy_pieces
-from tierkv.movers.mover import CudaReady, Done, Move, Mover, Ready, layer_groups, recorded
+from tierkv.movers.mover import CudaReady, Done, Move, Mover, Ready, layer_groups, recorded, settle
 from tierkv.storage.hot import HotPool
 from tierkv.storage.warm import WarmPool
 from tierkv.storage.windows import Section, WindowFormat
@@ -123,8 +123,8 @@ class _GpuWindows:
 
     def promote(self, moves: Sequence[Move]) -> Ready:
         events: list[torch.cuda.Event] = []
-        try:
-            with self._up_lock:
+        with self._up_lock:
+            try:
                 self._decode_stream.wait_stream(torch.cuda.current_stream(self._device))
                 targets = self._ids([move.target for move in moves], self._decode_stream)
                 turn = 0
@@ -133,14 +133,15 @@ class _GpuWindows:
                         self._expand(group, [moves[i] for i in chunk], targets[chunk.start : chunk.stop], turn)
                         turn += 1
                     events.append(recorded(self._decode_stream))
-        except RuntimeError as exc:
-            raise StoreError(f"promoting {len(moves)} compressed blocks failed: {exc}") from exc
+            except RuntimeError as exc:
+                settle(self._mover.load_stream, self._decode_stream)
+                raise StoreError(f"promoting {len(moves)} compressed blocks failed: {exc}") from exc
         return CudaReady(events, self._form.layer_groups)
 
     def demote(self, moves: Sequence[Move], num_tokens: Sequence[int], after: Sequence[Ready]) -> list[bool]:
         fits = [True] * len(moves)
-        try:
-            with self._down_lock:
+        with self._down_lock:
+            try:
                 with torch.cuda.stream(self._code_stream):
                     for ready in after:
                         ready.wait()
@@ -155,8 +156,9 @@ class _GpuWindows:
                 for each in coded:
                     self._copy_down(each, moves, fits)
                 self._mover.store_stream.synchronize()
-        except RuntimeError as exc:
-            raise StoreError(f"compressing {len(moves)} blocks failed: {exc}") from exc
+            except RuntimeError as exc:
+                settle(self._code_stream, self._mover.store_stream)
+                raise StoreError(f"compressing {len(moves)} blocks failed: {exc}") from exc
         return fits
 
     def close(self) -> None:

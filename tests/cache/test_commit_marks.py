@@ -1,0 +1,106 @@
+"""A block is findable as soon as it is committed, and is used by nobody before it is written, on whatever stream."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pattern_engine import PatternEngine, tiny_layout
+
+from tierkv.block import Tier
+from tierkv.cache import TierCache
+from tierkv.config import CacheConfig
+from tierkv.movers.mover import Move, Ready
+from tierkv.namespace import Namespace
+
+BLOCK_BYTES = tiny_layout().block_bytes
+PROMPT = list(range(12))
+
+
+class Written:
+    """The mark of a commit: pending until told otherwise; counts who waits."""
+
+    def __init__(self) -> None:
+        self.is_there = False
+        self.num_waits = 0
+
+    def wait(self, layer: int | None = None) -> None:
+        self.num_waits += 1
+
+    def synchronize(self) -> None:
+        self.is_there = True
+
+    def is_done(self) -> bool:
+        return self.is_there
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TierCache:
+    config = CacheConfig(
+        block_size=4, hot_bytes=8 * BLOCK_BYTES, warm_bytes=8 * BLOCK_BYTES, write_through=False, cold_path=None
+    )
+    return TierCache(config, namespace=Namespace(weights="w", layout=tiny_layout()))
+
+
+def commit(cache: TierCache, monkeypatch: pytest.MonkeyPatch, prompt: list[int]) -> Written:
+    """Compute and commit a prompt on a stream that is far behind; return its mark."""
+    mark = Written()
+    with monkeypatch.context() as patch:
+        patch.setattr(cache._tiers.mover, "mark", lambda: mark)
+        cache.release(PatternEngine(cache).start(prompt))
+    return mark
+
+
+def test_a_hot_hit_waits_for_the_commit_until_it_is_through(cache: TierCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    mark = commit(cache, monkeypatch, PROMPT)
+    early = cache.acquire([*PROMPT, 7])
+    assert early.cached_tokens[Tier.HOT] == len(PROMPT)
+    assert early.loads == [mark]
+    mark.is_there = True
+    late = cache.acquire([*PROMPT, 8])
+    assert late.cached_tokens[Tier.HOT] == len(PROMPT)
+    assert late.loads == []
+    assert not cache._tiers.arriving, "what is done is forgotten"
+    for sequence in (early, late):
+        cache.release(sequence)
+    cache.check()
+    cache.close()
+
+
+def test_the_last_block_of_a_prompt_is_not_copied_before_it_is_written(
+    cache: TierCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = commit(cache, monkeypatch, PROMPT)
+    cache.release(cache.acquire(PROMPT[:11]))  # parts within the third block
+    assert mark.num_waits >= 1
+    cache.close()
+
+
+def test_who_computed_the_same_block_waits_for_the_one_that_he_shares(
+    cache: TierCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = PatternEngine(cache)
+    second = cache.acquire([*PROMPT, 7])
+    engine.compute(second, 0)
+    mark = commit(cache, monkeypatch, PROMPT)
+    cache.commit(second, len(PROMPT))
+    assert second.loads == [mark] * 3
+    cache.release(second)
+    cache.check()
+    cache.close()
+
+
+def test_a_block_is_written_down_behind_its_commit_whoever_evicts_it(
+    cache: TierCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark, demote, seen = commit(cache, monkeypatch, PROMPT), cache._tiers.mover.demote, list[Ready]()
+
+    def note(moves: list[Move], *, after: Ready) -> Ready:
+        seen.append(after)
+        return demote(moves, after=after)
+
+    monkeypatch.setattr(cache._tiers.mover, "demote", note)
+    cache.evict(Tier.HOT)
+    cache.flush()
+    assert seen == [mark] * 3
+    cache.close()

@@ -1,0 +1,145 @@
+"""How copies are batched, and what a batch that fails halfway leaves behind: nothing that is still under way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fake_cuda import FailingCopies, FakeCuda, FakeStream
+from pattern_layout import tiny_layout
+
+from tierkv.errors import StoreError
+from tierkv.layout import BlockLayout
+from tierkv.movers import frames, pages, windows
+from tierkv.movers.mover import Done, Move, Mover, layer_groups
+from tierkv.storage.coded import CodedBlock
+from tierkv.storage.hot import HotPool
+from tierkv.storage.warm import WarmPool
+from tierkv.storage.windows import WindowFormat
+
+MOVES = [Move(0, 3), Move(2, 1), Move(1, 0)]
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    return FakeCuda(monkeypatch)
+
+
+def fake_mover(layout: BlockLayout) -> tuple[HotPool, WarmPool, Mover]:
+    """Return a mover on CPU memory that believes itself on a GPU."""
+    hot, warm = HotPool(layout, 4, torch.device("cpu")), WarmPool(layout.block_bytes, 4)
+    mover = Mover(hot, warm)
+    mover.is_cuda, mover._device = True, torch.device("cpu")
+    mover.load_stream, mover.store_stream = torch.cuda.Stream(), torch.cuda.Stream()
+    return hot, warm, mover
+
+
+def assert_idle(*streams: Any) -> None:
+    assert [stream.num_queued for stream in streams] == [0] * len(streams)
+
+
+@pytest.mark.parametrize(("block_size", "num_copies"), [(64, 2), (4, 4)])
+def test_neighbours_go_in_one_copy_where_their_places_touch(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, block_size: int, num_copies: int
+) -> None:
+    """Slots are whole pages apart: smaller blocks do not touch, and torch would not copy them in one go."""
+    layout = BlockLayout.uniform(num_layers=2, block_size=block_size, kv_heads=1, head_dim=4, dtype="float32")
+    hot, _, mover = fake_mover(layout)
+    assert mover.slots.is_contiguous() == (num_copies == 2)
+    hot.bytes_view[:4] = torch.arange(4, dtype=torch.uint8)[:, None]
+    copies = FailingCopies(monkeypatch, cuda, fail_at=99)
+    mover.demote([Move(1, 0), Move(2, 1), Move(3, 2), Move(0, 3)], after=Done())
+    assert copies.count == num_copies
+    assert mover.slots[:, 0].tolist() == [1, 2, 3, 0]
+    copies.count = 0
+    mover.promote([Move(0, 0), Move(1, 1), Move(2, 2), Move(3, 3)])
+    assert copies.count == 4, "batches have their own test"
+    assert hot.bytes_view[:4, -1].tolist() == [1, 2, 3, 0]
+
+
+@pytest.mark.parametrize("way", ["promote", "demote", "copy"])
+def test_a_mover_waits_for_what_it_had_queued(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    _, _, mover = fake_mover(tiny_layout())
+    ways: dict[str, Callable[[], object]] = {
+        "promote": lambda: mover.promote(MOVES),
+        "demote": lambda: mover.demote(MOVES, after=Done()),
+        "copy": lambda: mover.copy(MOVES),
+    }
+    copies = FailingCopies(monkeypatch, cuda, fail_at=2)
+    with pytest.raises(StoreError, match="had enough"):
+        ways[way]()
+    assert copies.count == 3
+    assert_idle(cuda.current, mover.load_stream, mover.store_stream)
+
+
+def gpu_windows(monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Mover]:
+    """Return the GPU's side of a window mover; its kernels do nothing."""
+    layout = tiny_layout(dtype="bfloat16")
+    hot, _, mover = fake_mover(layout)
+    form = WindowFormat(layout, layer_groups(layout))
+    gpu = object.__new__(windows._GpuWindows)
+    gpu._kernels = SimpleNamespace(decompress_section=lambda *_: None, compress_section=lambda *_: None)
+    gpu._pool, gpu._form, gpu._device, gpu._mover = hot.blocks, form, hot.device, mover
+    gpu._array = np.zeros((4, form.slot_bytes), np.uint8)
+    gpu._slots = torch.from_numpy(gpu._array)
+    gpu._tiles = [None for _ in form.sections]
+    gpu._decode_stream, gpu._code_stream = torch.cuda.Stream(), torch.cuda.Stream()
+    room = windows._CHUNK_BLOCKS * max(section.capacity_bytes for section in form.sections)
+    gpu._up = [gpu._buffer(room) for _ in range(windows._NUM_BUFFERS)]
+    gpu._down = [gpu._buffer(room) for _ in range(windows._NUM_BUFFERS)]
+    gpu._up_lock, gpu._down_lock = windows.threading.Lock(), windows.threading.Lock()
+    monkeypatch.setattr(windows._GpuWindows, "_ids", lambda _, numbers, *__: torch.tensor(list(numbers)))
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, pin_memory=False, **options: empty(*size, **options).zero_())
+    return gpu, mover
+
+
+@pytest.mark.parametrize("way", ["promote", "demote"])
+def test_a_window_mover_waits_for_what_it_had_queued(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    gpu, mover = gpu_windows(monkeypatch)
+    FailingCopies(monkeypatch, cuda, fail_at=2)
+    with pytest.raises(StoreError, match="had enough"):
+        gpu.promote(MOVES) if way == "promote" else gpu.demote(MOVES, [4] * len(MOVES), [Done()])
+    assert_idle(mover.load_stream, mover.store_stream, gpu._decode_stream, gpu._code_stream)
+
+
+def test_a_frame_mover_waits_for_what_it_had_queued(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    hot, _, mover = fake_mover(tiny_layout(dtype="bfloat16"))
+    gpu = object.__new__(frames.FrameMover)
+    gpu._hot, gpu._slots, gpu._mover, gpu._lock = hot, mover.slots, mover, frames.threading.Lock()
+    gpu._stream = torch.cuda.Stream()
+    FailingCopies(monkeypatch, cuda, fail_at=2)
+    with pytest.raises(StoreError, match="had enough"):
+        gpu.promote(MOVES, [CodedBlock(frame_sizes=(16,)) for _ in MOVES])
+    assert_idle(mover.load_stream, gpu._stream)
+
+
+@pytest.mark.parametrize("way", ["load", "store"])
+def test_a_page_mover_waits_for_what_it_had_queued(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    nothing = SimpleNamespace(scatter_blocks=lambda *_: None, gather_blocks=lambda *_: None)
+    mover = object.__new__(pages.PageMover)
+    mover._kernels, mover._pages = nothing, SimpleNamespace(device=torch.device("cpu"))  # type: ignore[assignment]
+    mover._up, mover._down = (pages._Direction(64, 2, torch.device("cpu")) for _ in range(2))
+    blocks, ids = [torch.zeros(64, dtype=torch.uint8) for _ in range(3)], torch.zeros((3, 1), dtype=torch.int64)
+    FailingCopies(monkeypatch, cuda, fail_at=2)
+    with pytest.raises(StoreError, match="had enough"):
+        mover.load(blocks, ids) if way == "load" else mover.store(ids, blocks, after=Done())
+    for each in (mover._up, mover._down):
+        assert_idle(each.copy_stream, each.kernel_stream)
+    with each.take_turn("again"):
+        pass  # the turn was given up
+
+
+def test_a_stream_that_has_failed_is_not_waited_for_in_vain() -> None:
+    class Broken(FakeStream):
+        def synchronize(self) -> None:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    after = FakeStream()
+    after.num_queued = 1
+    frames.settle(Broken(), after)  # type: ignore[arg-type]
+    assert_idle(after)

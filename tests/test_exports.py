@@ -110,6 +110,7 @@ def test_every_public_name_is_loaded_on_first_use() -> None:
 def test_values_are_loaded_without_torch() -> None:
     needs_torch = {"ManagedFlashAttention", "MemoryController", "TierCache", "TorchRanks"}
     needs_torch |= {"load_cache_state", "save_cache_state"}
+    needs_torch |= {"MemoryTransferManager", "TransferHandle", "TransferOp"}
     assert "torch" not in loaded_by(sorted(set(tierkv.__all__) - needs_torch))
 
 

@@ -59,7 +59,7 @@ LAYERS = (
         below="values",
     ),
     Layer("kernels", "kernels.*", below="values storage"),
-    Layer("background", "write_behind work_queue", below="values"),
+    Layer("background", "write_behind work_queue handle", below="values"),
     Layer("client", "daemon.messages daemon.protocol daemon.client", below="values"),
     Layer(
         "daemon",
@@ -70,8 +70,9 @@ LAYERS = (
     ),
     Layer(
         "mover",
-        "movers.batch_copy movers.mover movers.windows movers.frames movers.pages",
-        below="values storage kernels",
+        "movers.batch_copy movers.mover movers.windows movers.frames movers.pages movers.transfer_lane "
+        "movers.transfers",
+        below="values storage kernels background",
     ),
     # The facade joins the siblings.
     Layer(
@@ -95,7 +96,7 @@ LAYERS = (
         "profiling.metrics controller integrations*",
         below="values control storage kernels background client mover facade",
     ),
-    Layer("package", "__init__", below="values control facade engine"),
+    Layer("package", "__init__", below="values control background mover facade engine"),
     Layer(
         "tools",
         "tools.*",

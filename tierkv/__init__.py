@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tierkv.errors import TierKVError
     from tierkv.events import CacheObserver
     from tierkv.layout import BlockLayout
+    from tierkv.movers.transfers import MemoryTransferManager, TransferHandle, TransferOp
     from tierkv.namespace import Namespace
     from tierkv.policies import EvictionPolicy
     from tierkv.profiling.memory_report import MemoryReport
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from tierkv.ranks.group import RankGroup
     from tierkv.ranks.torch_ranks import TorchRanks
     from tierkv.stats import CacheStats
+    from tierkv.work_queue import Priority
 
 __all__ = [
     "BlockLayout",
@@ -39,13 +41,17 @@ __all__ = [
     "MemoryProfiler",
     "MemoryReport",
     "MemoryTracker",
+    "MemoryTransferManager",
     "MemoryVisualizer",
     "Namespace",
+    "Priority",
     "RankGroup",
     "Tier",
     "TierCache",
     "TierKVError",
     "TorchRanks",
+    "TransferHandle",
+    "TransferOp",
     "__version__",
     "load_cache_state",
     "save_cache_state",
@@ -65,13 +71,17 @@ _HOMES = {
     "MemoryProfiler": "tierkv.profiling.profiler",
     "MemoryReport": "tierkv.profiling.memory_report",
     "MemoryTracker": "tierkv.profiling.tracker",
+    "MemoryTransferManager": "tierkv.movers.transfers",
     "MemoryVisualizer": "tierkv.profiling.plots",
     "Namespace": "tierkv.namespace",
+    "Priority": "tierkv.work_queue",
     "RankGroup": "tierkv.ranks.group",
     "Tier": "tierkv.block",
     "TierCache": "tierkv.cache",
     "TierKVError": "tierkv.errors",
     "TorchRanks": "tierkv.ranks.torch_ranks",
+    "TransferHandle": "tierkv.movers.transfers",
+    "TransferOp": "tierkv.movers.transfers",
     "load_cache_state": "tierkv.cache",
     "save_cache_state": "tierkv.cache",
     "serve_metrics": "tierkv.profiling.metrics",

@@ -9,6 +9,7 @@ TierKVError
 │   ├── FormatVersionError       written by another version of the format
 │   ├── NamespaceMismatchError   written for another model, dtype, layout or salt
 │   └── CorruptBlockError        bytes that do not match their checksum or header
+├── TransferCancelledError       somebody cancelled it before all was copied
 ├── RankError                    the ranks of a model cannot agree
 └── DaemonError                  the daemon refused a request, or cannot be started
     └── DaemonGoneError          the daemon cannot be reached, does not answer, or has died
@@ -28,6 +29,7 @@ __all__ = [
     "ShapeError",
     "StoreError",
     "TierKVError",
+    "TransferCancelledError",
     "UnsupportedModelError",
 ]
 
@@ -70,6 +72,10 @@ class NamespaceMismatchError(StoreError):
 
 class CorruptBlockError(StoreError):
     """Bytes that do not match their checksum, header or length."""
+
+
+class TransferCancelledError(TierKVError):
+    """A transfer was cancelled before all of it was copied; its target must not be used."""
 
 
 class RankError(TierKVError):

@@ -111,10 +111,6 @@ class WorkQueue(Generic[Item]):
             self._remove(ticket)
             return True
 
-    def has_more_urgent(self, priority: Priority) -> bool:
-        """Tell whether something waits that goes before work of this priority."""
-        return any(self._lanes[each] for each in Priority if each < priority)
-
     def close(self) -> None:
         """Take nothing more; what waits can still be taken. May be called twice."""
         with self._changed:

@@ -27,6 +27,7 @@ from tierkv.kernels.pages import LayerPages, gather_blocks, scatter_blocks
 from tierkv.layout import BlockLayout
 from tierkv.movers.mover import Move, Mover, Ready
 from tierkv.movers.pages import PageMover
+from tierkv.movers.transfers import MemoryTransferManager, TransferOp
 from tierkv.movers.windows import WindowMover, window_format
 from tierkv.storage.hot import HotPool
 from tierkv.storage.warm import WarmPool
@@ -43,7 +44,7 @@ _NUM_BYTES = _NUM_BLOCKS * _LAYOUT.block_bytes
 
 @dataclass(frozen=True, slots=True)
 class MoveFigure:
-    """What was moved, how (raw, compressed, pages, or a kernel for comparison), which way, and how fast."""
+    """What was moved, how (raw, bulk, compressed, pages, or a kernel for comparison), which way, and how fast."""
 
     what: str
     kind: str
@@ -84,6 +85,7 @@ def block_moves() -> Iterator[MoveFigure]:
         ("demote", False, lambda: mover.demote(down, after=mover.mark())),
     ):
         yield MoveFigure(f"{name} 64 scattered blocks, raw", "raw", is_up, _gb_s(move, _NUM_BYTES))
+    yield from _bulk_transfers(hot, mover)
     yield from _compressed_moves(hot, mover)
     for page_size in (16, 256):
         yield from _page_moves(mover, warm, page_size)
@@ -146,6 +148,23 @@ def _compressed_moves(hot: HotPool, mover: Mover) -> Iterator[MoveFigure]:
         what = "64 scattered blocks, compressed" if is_exact else "64 blocks, compressed: NOT EXACT"
         yield MoveFigure(f"promote {what}", "compressed", True, _gb_s(lambda: windows.promote(up), _NUM_BYTES))
         yield MoveFigure(f"demote {what}", "compressed", False, gb_s)
+
+
+def _bulk_transfers(hot: HotPool, mover: Mover) -> Iterator[MoveFigure]:
+    """Measure transfers of the same blocks from and to page-locked memory, and by way of staging."""
+    up, down = _scattered_moves()
+    for name, slots in (("page-locked", mover.slots), ("pageable", torch.empty_like(mover.slots).fill_(1))):
+        loads = [TransferOp.to_gpu(slots[move.source], hot.bytes_view[move.target]) for move in up]
+        stores = [TransferOp.to_cpu(hot.bytes_view[move.source], slots[move.target]) for move in down]
+        with MemoryTransferManager(_DEVICE) as manager:
+            for way, is_up, ops in (("to_gpu", True, loads), ("to_cpu", False, stores)):
+                gb_s = _gb_s(partial(_transfer_all, manager, ops), _NUM_BYTES)
+                yield MoveFigure(f"bulk_transfer {way}, 64 scattered blocks, {name}", "bulk", is_up, gb_s)
+
+
+def _transfer_all(manager: MemoryTransferManager, ops: Sequence[TransferOp]) -> None:
+    for handle in manager.bulk_transfer(ops):
+        handle.result()
 
 
 def _page_moves(mover: Mover, warm: WarmPool, page_size: int) -> Iterator[MoveFigure]:

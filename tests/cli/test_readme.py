@@ -1,4 +1,4 @@
-"""The README's example runs as it stands, on the embedded model."""
+"""The README's examples run as they stand, on the embedded model."""
 
 from __future__ import annotations
 
@@ -10,16 +10,26 @@ import pytest
 README = Path(__file__).resolve().parents[2] / "README.md"
 
 
+def examples() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+
+
 def test_the_library_example_runs_twice_and_hits_the_second_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
-    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    example, *_ = examples()
     example = example.replace('"path/to/model"', "None")
     for expected in ("0.0", "0.875"):  # 7 whole blocks of 8; the last is partly filled and was not stored
         exec(compile(example, "README.md", "exec"), {})
         hit_rate = capsys.readouterr().out.strip().splitlines()[-1]
         assert hit_rate == expected
     assert (tmp_path / "state.tkv").stat().st_size > 1_000_000
+
+
+def test_the_example_of_transfers_gets_its_bytes_back(capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = [each for each in examples() if "MemoryTransferManager" in each]
+    exec(compile(example, "README.md", "exec"), {})
+    assert capsys.readouterr().out == "cpu\nTrue True\n"

@@ -25,6 +25,7 @@ from tierkv.promotion import Promoter
 from tierkv.ranks.accord import Accord
 from tierkv.ranks.group import OneRank, RankGroup
 from tierkv.requests.admission import Admission
+from tierkv.requests.prefetching import Prefetcher, PrefetchHandle
 from tierkv.requests.prefixes import Match, Prefixes
 from tierkv.requests.registration import Registrar
 from tierkv.requests.running import RunningSequences
@@ -109,10 +110,12 @@ class TierCache:
         )
         self._registrar = Registrar(tiers, demoter, write_through=config.write_through, hash_function=hash_function)
         self._running = RunningSequences(tiers, demoter, accord, daemon)
+        promoter = Promoter(tiers, demoter)
+        self._prefetcher = Prefetcher(tiers, self._prefixes, promoter, daemon)
         self._admission = Admission(
             tiers,
             prefixes=self._prefixes,
-            promoter=Promoter(tiers, demoter),
+            promoter=promoter,
             accord=accord,
             running=self._running,
             registrar=self._registrar,
@@ -226,12 +229,13 @@ class TierCache:
         """Let a prompt's blocks be evicted again. Return how many blocks that are."""
         return self._prefixes.set_pinned(as_token_array(token_ids).tobytes(), False)
 
-    def prefetch(self, token_ids: TokenIds) -> int:
-        """Announce a prompt: a daemon brings its blocks into the warm tier before the request comes.
+    def prefetch(self, token_ids: TokenIds) -> PrefetchHandle:
+        """Announce a prompt: its cold blocks are brought into the warm tier before the request comes. Returns at once.
 
-        Return how many blocks it will look for; 0 without a daemon. Returns at once.
+        They are read behind what requests wait for, and at most half of the warm tier is filled; what cannot be had is
+        counted in `CacheStats.prefetch_misses`. Await the handle, or its `result()`, for the number of blocks.
         """
-        return self._daemon.prefetch(as_token_array(token_ids).tobytes()) if self._daemon else 0
+        return self._prefetcher.offer(as_token_array(token_ids).tobytes())
 
     def evict(self, tier: Tier, count: int | None = None) -> int:
         """Evict up to `count` blocks (all that may go, if None) from the hot or the warm tier.
@@ -353,6 +357,7 @@ class TierCache:
         if not self._is_open:
             return
         self._is_open = False
+        self._prefetcher.close()
         self._demoter.close()
         if self._daemon:
             self._daemon.close()

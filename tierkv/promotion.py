@@ -298,8 +298,13 @@ class Promoter:
         if entry:
             entry.in_cold = True
 
-    def read_one(self, hit: Hit, place: Place, ahead: Hit | None = None) -> MissReason | CodedBlock:
-        """Read a block into its place, while the disk fetches one that will be needed soon. Return what lies there."""
+    def read_one(
+        self, hit: Hit, place: Place, ahead: Hit | None = None, *, may_stay_coded: bool = True
+    ) -> MissReason | CodedBlock:
+        """Read a block into its place, while the disk fetches one that will be needed soon. Return what lies there.
+
+        may_stay_coded: whether a GPU will decode it, where there is one that can.
+        """
         assert hit.source is not None and hit.seal is not None
         tiers = self._tiers
         if ahead and ahead.source:
@@ -313,7 +318,7 @@ class Promoter:
         )
         started = time.perf_counter()
         coded = CodedBlock()
-        wanted = {"coded": coded} if tiers.frames else {}
+        wanted = {"coded": coded} if tiers.frames and may_stay_coded else {}
         try:
             reason = hit.source.read_into(info, tiers.raw_slots[place.slot], layout=tiers.layout, **wanted)
         except StoreError:

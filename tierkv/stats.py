@@ -34,6 +34,7 @@ class CacheStats:
     avg_shared_blocks: mean number of blocks that a live sequence shares with another live one.
     fragmentation_ratio: 0 where the hot pool's free blocks are one run, towards 1 where they are scattered.
     misses: blocks that no tier answered; miss_reasons says why each of them, by the names of MissReason.
+    prefetched_blocks: brought into the warm tier before anybody asked for them. prefetch_misses: why some were not.
     """
 
     requests: int = 0
@@ -46,6 +47,8 @@ class CacheStats:
     eviction_count: int = 0
     collisions: int = 0
     skipped_writes: int = 0
+    prefetched_blocks: int = 0
+    prefetch_misses: dict[str, int] = field(default_factory=dict)
     miss_reasons: dict[str, int] = field(default_factory=dict)
     tiers: dict[Tier, TierStats] = field(default_factory=dict)
 
@@ -71,6 +74,8 @@ class StatsRecorder:
         self.collisions = 0
         self.skipped_writes = 0
         self.miss_reasons: Counter[str] = Counter()
+        self.prefetched_blocks = 0
+        self.prefetch_misses: Counter[str] = Counter()
         self.hits: Counter[Tier] = Counter()
         self.hit_tokens: Counter[Tier] = Counter()
         self.evictions: Counter[Tier] = Counter()
@@ -106,6 +111,8 @@ class StatsRecorder:
             eviction_count=sum(tier.evictions for tier in counted.values()),
             collisions=self.collisions,
             skipped_writes=self.skipped_writes,
+            prefetched_blocks=self.prefetched_blocks,
+            prefetch_misses=dict(self.prefetch_misses),
             miss_reasons=dict(self.miss_reasons),
             tiers=counted,
         )

@@ -136,17 +136,22 @@ class _Hunter:
                 running.append(self._cache.fork(dice.choice(running)))
             elif choice < 0.97 or len(running) > 3:
                 self._cache.release(running.pop(dice.randrange(len(running))))  # often in the middle: an abort
+            elif choice < 0.98:
+                self._cache.prefetch(self._prompt())
             else:
                 self._cache.evict(dice.choice([Tier.HOT, Tier.WARM]), dice.randrange(1, 9))
         except CapacityError:
             while running:
                 self._cache.release(running.pop())
 
+    def _prompt(self) -> list[int]:
+        dice = self._dice
+        prompt = [dice.randrange(2) for _ in range(dice.randrange(1, 8)) for _ in range(_BLOCK_SIZE // 2)]
+        return prompt + [dice.randrange(2) for _ in range(dice.randrange(1, 9))]
+
     def _start(self) -> Sequence:
         dice, cache = self._dice, self._cache
-        prompt = [dice.randrange(2) for _ in range(dice.randrange(1, 8)) for _ in range(_BLOCK_SIZE // 2)]
-        prompt += [dice.randrange(2) for _ in range(dice.randrange(1, 9))]
-        sequence = cache.acquire(prompt, may_split=dice.random() < 0.4)
+        sequence = cache.acquire(self._prompt(), may_split=dice.random() < 0.4)
         num_computed = sequence.num_cached_tokens
         while sequence.split:
             is_done = sequence.split.is_done

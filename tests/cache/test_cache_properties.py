@@ -122,6 +122,10 @@ class CacheMachine(RuleBasedStateMachine):
         assert pinned == sum(self.cache.match(prompt).blocks.values())
 
     @rule(prompt=prompts)
+    def prefetch(self, prompt: list[int]) -> None:
+        self.cache.prefetch(prompt).result()
+
+    @rule(prompt=prompts)
     def unpin(self, prompt: list[int]) -> None:
         self.cache.unpin(prompt)
 

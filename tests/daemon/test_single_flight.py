@@ -120,7 +120,7 @@ def test_an_announced_prompt_is_brought_up_from_disk(start_daemon: Start, open_c
     daemon.start()
     cache = open_cache()
     assert cache.match(PROMPT).tokens[Tier.COLD] == 17
-    assert cache.prefetch(PROMPT) == 4
+    assert cache.prefetch(PROMPT).result() == 4
     eventually(lambda: cache.match(PROMPT).tokens[Tier.WARM] == 17)
     assert daemon.status().counters["prefetched_blocks"] == 5
 

@@ -20,7 +20,16 @@ from tierkv.errors import CorruptBlockError
 from tierkv.layout import Run
 from tierkv.storage.codec import decode_one_by_one
 from tierkv.storage.frames import FRAME_BYTES, LITERALS_ONLY, FrameCoder
-from tierkv.storage.planes import Bytes, Words, join_planes, merge_planes, take_exponent, take_rest, widen_rest
+from tierkv.storage.planes import (
+    Bytes,
+    Words,
+    join_planes,
+    merge_planes,
+    take_exponent,
+    take_rest,
+    widen_exponent,
+    widen_rest,
+)
 
 __all__ = ["ExponentCodec", "RawCodec", "ZstdCodec"]
 
@@ -175,7 +184,7 @@ class ExponentCodec:
                 done += rest.size
                 while begin < done:
                     plane = next(planes)
-                    np.copyto(exponents[begin : begin + plane.size], plane)
+                    widen_exponent(plane, exponents[begin : begin + plane.size])
                     begin += plane.size
             join_planes(exponents, words)
 

@@ -68,13 +68,13 @@ class ColdReader:
         Takes what plain reads find if it is right; of anything else, LMDB says what it is.
         """
         try:
-            with self._env.read():
-                record = self._env.read_value(
+            with self._env.read(), contextlib.suppress(CorruptBlockError, FormatVersionError):
+                record = self._env.open_value(
                     self._databases.blocks_name, expected.block_hash, max_bytes=_max_value_bytes(layout)
                 )
-            if record is not None:
-                with contextlib.suppress(CorruptBlockError, FormatVersionError):
-                    if decode_record(record, out, expected=expected, layout=layout, coded=coded) is None:
+                if record is not None:
+                    reason = decode_record(record, out, expected=expected, layout=layout, coded=coded)
+                    if reason is None:
                         return None
             with self._env.read() as txn:
                 value = txn.get(expected.block_hash, db=self._databases.blocks)

@@ -13,9 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import logging
-import mmap
 import os
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,11 +23,11 @@ from tierkv.errors import CorruptBlockError, StoreError
 from tierkv.storage.lmdb_file import PAGE_HEADER, PAGE_HEADER_BYTES, fetch_ahead, newest_meta
 from tierkv.storage.lmdb_values import OVERFLOW_FLAG, find_leaf, overflow_pages
 from tierkv.storage.planes import Bytes
+from tierkv.storage.record_source import FileRecord, ThreadMemory
 
 __all__ = ["CutShortError", "DataFile"]
 
 _COMPARED_BYTES = 64  # of a value, to tell whether a page is the one that its header says
-_BUFFER_STEP = 2 << 20  # a large page
 
 _logger = logging.getLogger(__name__)
 
@@ -45,7 +43,7 @@ class DataFile:
         self.path = path
         # Not the lock file: closing any descriptor of that would drop LMDB's own locks.
         self.fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
-        self._buffers = _Buffers()
+        self._memory = ThreadMemory()
         try:
             meta = newest_meta(self.fd)
             self._page_bytes = meta.page_bytes
@@ -80,6 +78,11 @@ class DataFile:
         None where plain reads do not find it, or find it longer than `max_bytes`: the map has the last word. Only
         within a read transaction, which keeps the value's pages from being used again.
         """
+        value = self.open_value(database, key, max_bytes=max_bytes)
+        return value.read_whole() if isinstance(value, FileRecord) else value
+
+    def open_value(self, database: bytes, key: bytes, *, max_bytes: int) -> FileRecord | Bytes | None:
+        """Return a committed value, a large one unread. Otherwise, and how long it is valid, as `read_value`."""
         try:
             leaf = find_leaf(self.fd, database, key)
         except (KeyError, CorruptBlockError):
@@ -88,10 +91,8 @@ class DataFile:
             return np.frombuffer(leaf.held, dtype=np.uint8)
         if leaf.size > max_bytes:
             return None
-        pages = overflow_pages(leaf.size, self._page_bytes)
-        view = self._buffers.get(pages * self._page_bytes)
-        found = self._read(int.from_bytes(leaf.held, "little") * self._page_bytes, view)
-        return np.frombuffer(view[: min(found, PAGE_HEADER_BYTES + leaf.size)], dtype=np.uint8)[PAGE_HEADER_BYTES:]
+        offset = int.from_bytes(leaf.held, "little") * self._page_bytes + PAGE_HEADER_BYTES
+        return FileRecord(self.fd, offset=offset, size=leaf.size, memory=self._memory)
 
     def fetch_values(self, database: bytes, keys: Sequence[bytes]) -> None:
         """Ask the system to read values into its cache; those that are not there are passed over."""
@@ -126,28 +127,3 @@ class DataFile:
         sound = PAGE_HEADER.pack(first_page, 0, OVERFLOW_FLAG, overflow_pages(leaf.size, page_bytes))
         os.pwrite(self.fd, sound, first_page * page_bytes)
         _logger.warning("%s: the page header of value %s was damaged", self.path, key.hex())
-
-    def _read(self, offset: int, view: memoryview) -> int:
-        """Read whole pages; return how many bytes were there."""
-        found = 0
-        while found < len(view):
-            more = os.preadv(self.fd, [view[found:]], offset + found)
-            if not more:
-                break
-            found += more
-        return found
-
-
-class _Buffers(threading.local):
-    """Memory for one value, one piece per thread, grown to the largest seen. It begins at a page border."""
-
-    def __init__(self) -> None:
-        self._map: mmap.mmap | None = None
-
-    def get(self, size: int) -> memoryview:
-        if self._map is None or len(self._map) < size:
-            self._map = mmap.mmap(-1, -(-size // _BUFFER_STEP) * _BUFFER_STEP)
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                with contextlib.suppress(OSError):
-                    self._map.madvise(mmap.MADV_HUGEPAGE)
-        return memoryview(self._map)[:size]

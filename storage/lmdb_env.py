@@ -40,6 +40,7 @@ from tierkv.storage.lmdb_file import DATA_FILE
 from tierkv.storage.lmdb_lock import Gate, UserLock, reserve_lock_file
 from tierkv.storage.lmdb_tree import check_trees
 from tierkv.storage.planes import Bytes
+from tierkv.storage.record_source import FileRecord
 
 __all__ = ["Database", "DatabaseSpec", "LmdbEnv", "ReadTransaction", "WriteTransaction"]
 
@@ -215,6 +216,10 @@ class LmdbEnv:
     def read_value(self, database: bytes, key: bytes, *, max_bytes: int) -> Bytes | None:
         """Return a value read around the map, or None: see `DataFile.read_value`. Only within a read transaction."""
         return self._data.read_value(database, key, max_bytes=max_bytes)
+
+    def open_value(self, database: bytes, key: bytes, *, max_bytes: int) -> FileRecord | Bytes | None:
+        """Return a value to be read around the map: see `DataFile.open_value`. Only within a read transaction."""
+        return self._data.open_value(database, key, max_bytes=max_bytes)
 
     def mend_value(self, database: bytes, key: bytes, value: memoryview | None) -> None:
         """Put the header of a value's pages right before LMDB believes it: see `DataFile.mend_value`."""

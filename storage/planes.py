@@ -17,7 +17,16 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Bytes", "Words", "join_planes", "merge_planes", "take_exponent", "take_rest", "widen_rest"]
+__all__ = [
+    "Bytes",
+    "Words",
+    "join_planes",
+    "merge_planes",
+    "take_exponent",
+    "take_rest",
+    "widen_exponent",
+    "widen_rest",
+]
 
 Bytes: TypeAlias = "npt.NDArray[np.uint8]"
 Words: TypeAlias = "npt.NDArray[np.uint16]"
@@ -26,6 +35,7 @@ _REST_MASK = np.uint16(0x807F)  # the sign where a float keeps it, and the seven
 _SIGN = np.uint8(0x80)
 _LOW = np.uint8(0x7F)
 _SEVEN = np.uint16(7)
+_EXPONENT_UNIT = np.uint16(1 << 7)
 _EIGHT = np.uint16(8)
 
 
@@ -49,7 +59,7 @@ def take_rest(values: Words, rest: Bytes, scratch: Words) -> None:
 def merge_planes(exponent: Bytes, rest: Bytes, values: Words, scratch: Words) -> None:
     """Write `values` [n] from both planes. `scratch` is [n] and is overwritten."""
     widen_rest(rest, values)
-    np.copyto(scratch, exponent)
+    widen_exponent(exponent, scratch)
     join_planes(scratch, values)
 
 
@@ -58,8 +68,12 @@ def widen_rest(rest: Bytes, values: Words) -> None:
     np.copyto(values.view(np.int16), rest.view(np.int8))
 
 
+def widen_exponent(exponent: Bytes, words: Words) -> None:
+    """Write each byte of `exponent` [n] where it belongs in a value: bits 7..14 of `words` [n]."""
+    np.multiply(exponent, _EXPONENT_UNIT, out=words, dtype=np.uint16)  # faster than to widen, then to shift
+
+
 def join_planes(exponent: Words, values: Words) -> None:
-    """Finish `values` [n], widened rests, with their exponents, widened too and overwritten."""
+    """Finish `values` [n], widened rests, with their widened exponents."""
     np.bitwise_and(values, _REST_MASK, out=values)
-    np.left_shift(exponent, _SEVEN, out=exponent)
     np.bitwise_or(values, exponent, out=values)

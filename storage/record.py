@@ -5,12 +5,14 @@ FORMAT.md in this folder is the layout; the header is record_header.py's part.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import xxhash
 
 from tierkv.errors import CorruptBlockError, ShapeError
-from tierkv.layout import BlockLayout
+from tierkv.layout import BlockLayout, Run
 from tierkv.storage.codec import iter_runs
 from tierkv.storage.codecs import RAW, Codec, default_codec
 from tierkv.storage.coded import CODED_ID, CodedBlock, CodedLayout, check_frames
@@ -25,13 +27,16 @@ from tierkv.storage.record_header import (
     RecordHeader,
     TruncatedBlockError,
     as_bytes,
+    begin_checksum,
     mismatch,
+    payload_offset_in,
     payload_offset_of,
     read_header,
     record_bytes_of,
     verify_checksum,
     write_header,
 )
+from tierkv.storage.record_source import FileRecord, RecordBytes, RecordSource
 
 __all__ = [
     "HEADER_BYTES",
@@ -51,6 +56,8 @@ __all__ = [
     "verify_checksum",
 ]
 
+PIECE_BYTES = 2 << 20  # stored bytes that are read, checked and decoded together: they stay in the cache
+_HEAD_BYTES = 4096  # read before anything else: of most records all that precedes the payload
 MIN_SAVING = 0.05  # below this share a codec is not worth its time, and the block is stored raw
 
 
@@ -111,9 +118,18 @@ def encode_record(
 
 
 def decode_record(
-    record: Buffer, out: Buffer, *, expected: BlockInfo, layout: BlockLayout, coded: CodedBlock | None = None
+    record: Buffer | FileRecord,
+    out: Buffer,
+    *,
+    expected: BlockInfo,
+    layout: BlockLayout,
+    coded: CodedBlock | None = None,
 ) -> MissReason | None:
     """Write the block into `out` and return None, or return why it is not the block asked for.
+
+    Goes through the record once, in pieces that are checked and decoded while they are in the cache. So codecs see
+    bytes that may be damaged, and `out` must be a place that nobody looks at before this has returned None: the
+    checksum of all pieces has then matched.
 
     coded: leave a whole block of exponent16 as it is: `out` then begins with the payload, and `coded` says what it is.
 
@@ -123,26 +139,31 @@ def decode_record(
     """
     target = as_bytes(out)
     _check_shape(target, expected, layout)
-    header = read_header(record)
-    verify_checksum(record, header)
+    source = record if isinstance(record, FileRecord) else RecordBytes(as_bytes(record))
+    header, checksum = _read_head(source)
     reason = mismatch(header.info, expected)
     if reason is not None:
+        for start, end in _iter_steps(header):
+            checksum.update(source.view(start, end).data)
+        _require_checksum(checksum, header)
         return reason
-    num_tokens = header.info.num_tokens
-    if (header.block_size, header.num_runs, len(header.frame_sizes), header.raw_bytes) != (
-        layout.block_size,
-        len(layout.runs),
-        _num_frames(header.codec, layout, num_tokens),
-        layout.packed_bytes(num_tokens),
-    ):
-        raise CorruptBlockError("the record's sizes are not those of the layout")
-    payload = as_bytes(record)[header.payload_offset : header.record_bytes]
-    if coded is not None and header.codec.codec_id == CODED_ID and num_tokens == layout.block_size:
+    pieces = _pieces_of(header, layout)
+    if coded is not None and header.codec.codec_id == CODED_ID and header.info.num_tokens == layout.block_size:
+        payload = target[: header.record_bytes - header.payload_offset]
+        for start, end in _iter_steps(header):
+            step = payload[start - header.payload_offset : end - header.payload_offset]
+            source.copy(start, step)
+            checksum.update(step.data)
+        _require_checksum(checksum, header)
         check_frames(payload, header.frame_sizes, CodedLayout(layout))
-        np.copyto(target[: payload.size], payload)
         coded.frame_sizes = header.frame_sizes
         return None
-    header.codec.decode_runs(payload, header.frame_sizes, target, layout.runs, num_tokens)
+    with np.errstate(all="ignore"):  # damaged numbers may overflow before the checksum tells that they are damaged
+        for piece in pieces:
+            payload = source.view(piece.start, piece.end)
+            checksum.update(payload.data)
+            header.codec.decode_runs(payload, piece.frame_sizes, target, piece.runs, header.info.num_tokens)
+    _require_checksum(checksum, header)
     return None
 
 
@@ -168,6 +189,66 @@ def _check_shape(block: Bytes, info: BlockInfo, layout: BlockLayout) -> None:
         raise ShapeError(f"a block of {layout.block_bytes} bytes is needed, got {block.size}")
     if info.num_tokens > layout.block_size:
         raise ShapeError(f"{info.num_tokens} tokens do not fit a block of {layout.block_size}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Runs whose frames are read together, `start` to `end` in the record."""
+
+    runs: Sequence[Run]
+    frame_sizes: Sequence[int]
+    start: int
+    end: int
+
+
+def _read_head(source: RecordSource) -> tuple[RecordHeader, xxhash.xxh3_64]:
+    """Return a record's header, and the checksum that has gone as far as that."""
+    head = source.view(0, min(source.size, _HEAD_BYTES))
+    if head.size >= HEADER_BYTES and head.size < payload_offset_in(head) <= source.size:
+        head = source.view(0, payload_offset_in(head))
+    header = read_header(head, size=source.size)
+    return header, begin_checksum(head[: header.payload_offset])
+
+
+def _require_checksum(checksum: xxhash.xxh3_64, header: RecordHeader) -> None:
+    if checksum.intdigest() != header.checksum:
+        raise CorruptBlockError("the record's bytes do not match its checksum")
+
+
+def _iter_steps(header: RecordHeader) -> Iterator[tuple[int, int]]:
+    """Yield where parts of the payload begin and end in the record, frames or not."""
+    for start in range(header.payload_offset, header.record_bytes, PIECE_BYTES):
+        yield start, min(start + PIECE_BYTES, header.record_bytes)
+
+
+def _pieces_of(header: RecordHeader, layout: BlockLayout) -> list[_Piece]:
+    """Return the payload in pieces of whole runs, as many as fit PIECE_BYTES, at least one.
+
+    Raises CorruptBlockError unless all sizes are possible in the layout: a run's frames are never longer than the run.
+    """
+    num_tokens = header.info.num_tokens
+    if (header.block_size, header.num_runs, len(header.frame_sizes), header.raw_bytes) != (
+        layout.block_size,
+        len(layout.runs),
+        _num_frames(header.codec, layout, num_tokens),
+        layout.packed_bytes(num_tokens),
+    ):
+        raise CorruptBlockError("the record's sizes are not those of the layout")
+    pieces: list[_Piece] = []
+    first_run = first_frame = frame = 0
+    start = end = header.payload_offset
+    for number, run in enumerate(layout.runs):
+        next_frame = frame + header.codec.num_frames(run, num_tokens)
+        run_bytes = sum(header.frame_sizes[frame:next_frame])
+        if run_bytes > run.token_bytes * num_tokens:
+            raise CorruptBlockError("a run's frames are longer than the run")
+        if end + run_bytes - start > PIECE_BYTES and number > first_run:
+            pieces.append(_Piece(layout.runs[first_run:number], header.frame_sizes[first_frame:frame], start, end))
+            first_run, first_frame, start = number, frame, end
+        frame = next_frame
+        end += run_bytes
+    pieces.append(_Piece(layout.runs[first_run:], header.frame_sizes[first_frame:], start, end))
+    return pieces
 
 
 def _num_frames(codec: Codec, layout: BlockLayout, num_tokens: int) -> int:

@@ -29,7 +29,9 @@ __all__ = [
     "RecordHeader",
     "TruncatedBlockError",
     "as_bytes",
+    "begin_checksum",
     "mismatch",
+    "payload_offset_in",
     "payload_offset_of",
     "read_header",
     "record_bytes_of",
@@ -126,9 +128,10 @@ class RecordHeader:
     record_bytes: int
 
 
-def read_header(record: Buffer) -> RecordHeader:
+def read_header(record: Buffer, *, size: int | None = None) -> RecordHeader:
     """Return the header of a record, which may be followed by padding. Does not look at the payload.
 
+    size: bytes of record and padding, where `record` is only their beginning, up to the payload at least.
     Raises TruncatedBlockError, CorruptBlockError or FormatVersionError; allocates at most in proportion to
     the record's length.
     """
@@ -153,8 +156,10 @@ def read_header(record: Buffer) -> RecordHeader:
     )
     if not sizes_agree:
         raise CorruptBlockError("the sizes in the record's header contradict each other")
-    if record_bytes > len(view):
-        raise TruncatedBlockError(f"a record of {record_bytes} bytes ends after {len(view)}")
+    available = len(view) if size is None else size
+    if record_bytes > available:
+        raise TruncatedBlockError(f"a record of {record_bytes} bytes ends after {available}")
+    assert payload_offset <= len(view), "the beginning of a record is its header at least"
     frames_at = HEADER_BYTES + num_tokens * TOKEN_BYTES
     frame_sizes = struct.unpack_from(f"<{num_frames}I", view, frames_at)
     if sum(frame_sizes) != payload_bytes:
@@ -194,6 +199,13 @@ def verify_checksum(record: Buffer, header: RecordHeader) -> None:
     view = as_bytes(record).data
     if _checksum(view, header.record_bytes) != header.checksum:
         raise CorruptBlockError("the record's bytes do not match its checksum")
+
+
+def begin_checksum(header: Bytes) -> xxhash.xxh3_64:
+    """Return the checksum of a record that is read in pieces, with all before the payload, which is `header`, in it."""
+    checksum = xxhash.xxh3_64(seed=int.from_bytes(header[:8].tobytes(), "little"))
+    checksum.update(header[_PROLOGUE_BYTES:].data)
+    return checksum
 
 
 def mismatch(info: BlockInfo, expected: BlockInfo) -> MissReason | None:
@@ -243,6 +255,11 @@ def payload_offset_of(num_tokens: int, num_frames: int) -> int:
     """Bytes of header, token ids and frame sizes, rounded up."""
     end = HEADER_BYTES + TOKEN_BYTES * num_tokens + 4 * num_frames
     return -(-end // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+def payload_offset_in(header: Bytes) -> int:
+    """Where the payload begins by a header's own word, not compared with anything yet."""
+    return int.from_bytes(header[104:108].tobytes(), "little")
 
 
 def as_bytes(buffer: Buffer) -> Bytes:

@@ -28,6 +28,7 @@ from tierkv.storage.coded import CodedBlock
 from tierkv.storage.lmdb_file import fetch_ahead
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import HEADER_BYTES, BlockInfo, TruncatedBlockError, decode_record
+from tierkv.storage.record_source import FileRecord, ThreadMemory
 from tierkv.storage.state_format import ALIGN_BYTES, ROW, STATE_VERSION, StateHeader
 from tierkv.storage.state_writer import SavedState, write_state_file
 
@@ -66,6 +67,7 @@ class StateFile:
             self.close()
             raise
         self._damaged: set[BlockHash] = set()
+        self._memory = ThreadMemory()
 
     def __enter__(self) -> StateFile:
         return self
@@ -156,14 +158,13 @@ class StateFile:
         coded: CodedBlock | None = None,
     ) -> MissReason | None:
         """Decode a block into `out`, one block of `layout`. Return None, or why it is a miss. coded: as ColdStore's."""
-        if self.lookup(expected.block_hash) is None:
+        entry = self.lookup(expected.block_hash)
+        if entry is None or self._fd is None:
             return MissReason.ABSENT
-        record = self.read_record(expected.block_hash)
-        if record is None:
-            return MissReason.TRUNCATED
+        record = FileRecord(self._fd, offset=entry.offset, size=entry.size, memory=self._memory)
         try:
             return decode_record(record, out, expected=expected, layout=layout, coded=coded)
-        except TruncatedBlockError:
+        except (TruncatedBlockError, OSError):
             return MissReason.TRUNCATED
         except StoreError:
             return MissReason.CORRUPT

@@ -49,7 +49,7 @@ LAYERS = (
         "storage",
         "storage.outcomes storage.planes storage.windows storage.frames storage.coded storage.codec "
         "storage.codecs_exact storage.float_words storage.quantisers storage.codecs_lossy "
-        "storage.codecs storage.record_header storage.record storage.attention_error storage.hot "
+        "storage.codecs storage.record_header storage.record_source storage.record storage.attention_error storage.hot "
         "storage.warm storage.lmdb_file storage.lmdb_values storage.lmdb_tree storage.lmdb_lock "
         "storage.lmdb_data storage.lmdb_directory storage.lmdb_env storage.cold_entry "
         "storage.cold_links storage.cold_namespaces storage.cold_batch storage.cold_stats "

@@ -1,0 +1,119 @@
+"""Where the bytes of a record come from: memory, or a file that is read piece by piece.
+
+A piece stays in the processor's cache while it is checked and decoded, where a whole record of tens of MB would
+go through memory once for each step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import threading
+from typing import Protocol
+
+import numpy as np
+
+from tierkv.storage.planes import Bytes
+from tierkv.storage.record_header import TruncatedBlockError
+
+__all__ = ["FileRecord", "RecordBytes", "RecordSource", "ThreadMemory"]
+
+_ALIGNMENT_BYTES = 64
+_STEP_BYTES = 1 << 20
+
+
+class RecordSource(Protocol):
+    """The bytes of one record, of which nothing is known yet. One thread reads it."""
+
+    @property
+    def size(self) -> int:
+        """How many bytes there should be, padding behind the record included."""
+
+    def view(self, start: int, end: int) -> Bytes:
+        """Return the bytes from `start` to `end`, valid until the next call. Raises TruncatedBlockError, OSError."""
+
+    def copy(self, start: int, out: Bytes) -> None:
+        """Write the bytes from `start` on into `out`. Raises as `view` does."""
+
+
+class RecordBytes:
+    """A record in memory."""
+
+    def __init__(self, data: Bytes) -> None:
+        self._data = data
+        self.size = data.size
+
+    def view(self, start: int, end: int) -> Bytes:
+        """Return a slice."""
+        if end > self.size:
+            raise TruncatedBlockError(f"a record ends after {self.size} bytes, before {end}")
+        return self._data[start:end]
+
+    def copy(self, start: int, out: Bytes) -> None:
+        """Write a slice into `out`."""
+        np.copyto(out, self.view(start, start + out.size))
+
+
+class FileRecord:
+    """A record in a file: `size` bytes from `offset` on, read by plain reads into `memory`, or past it by `copy`.
+
+    Whoever makes one sees to it that those bytes stay what they are; if they do not, the record's checksum tells.
+    """
+
+    def __init__(self, fd: int, *, offset: int, size: int, memory: ThreadMemory) -> None:
+        self.size = size
+        self._fd = fd
+        self._offset = offset
+        self._memory = memory
+
+    def view(self, start: int, end: int) -> Bytes:
+        """Read bytes into this thread's memory, where their distance from a cache line is that in the file."""
+        shift = (self._offset + start) % _ALIGNMENT_BYTES
+        piece = self._memory.get(shift + end - start)[shift:]
+        self._read_all(start, piece)
+        return np.frombuffer(piece, dtype=np.uint8)
+
+    def copy(self, start: int, out: Bytes) -> None:
+        """Read bytes straight into `out`."""
+        self._read_all(start, out.data)
+
+    def read_whole(self) -> Bytes:
+        """Return all that is there, less than `size` where the file ends sooner; valid as what `view` returns is."""
+        shift = self._offset % _ALIGNMENT_BYTES
+        view = self._memory.get(shift + self.size)[shift:]
+        return np.frombuffer(view, dtype=np.uint8)[: self._read(0, view)]
+
+    def _read_all(self, start: int, view: memoryview) -> None:
+        if start + len(view) > self.size:
+            raise TruncatedBlockError(f"a record ends after {self.size} bytes, before {start + len(view)}")
+        found = self._read(start, view)
+        if found < len(view):
+            raise TruncatedBlockError(f"the file ends {start + found} bytes behind a record's begin")
+
+    def _read(self, start: int, view: memoryview) -> int:
+        found = 0
+        while found < len(view):
+            more = os.preadv(self._fd, [view[found:]], self._offset + start + found)
+            if not more:
+                break
+            found += more
+        return found
+
+
+class ThreadMemory(threading.local):
+    """Memory to read into, one piece per thread, grown to the largest asked for. It begins at a page border."""
+
+    def __init__(self) -> None:
+        self._map: mmap.mmap | None = None
+
+    def get(self, size: int) -> memoryview:
+        """Return memory of this thread; what it returned before is overwritten by whoever writes there."""
+        if self._map is None or len(self._map) < size:
+            num_bytes = -(-size // _STEP_BYTES) * _STEP_BYTES
+            private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+            self._map = mmap.mmap(-1, num_bytes, **private)  # shared memory would get no large pages
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                with contextlib.suppress(OSError):
+                    self._map.madvise(mmap.MADV_HUGEPAGE)
+        return memoryview(self._map)[:size]

@@ -36,6 +36,7 @@ _META_MAGIC = 0xBEEFC0DE
 _META_VERSION = 1
 # magic, version, map address, map size | free list's tree | tree of databases | last page, transaction
 _META = struct.Struct("<IIQQ48s48sQQ")
+_USUAL_PAGE_BYTES = 4096
 _MIN_PAGE_BYTES, _MAX_PAGE_BYTES = 512, 32768
 
 
@@ -62,8 +63,12 @@ def newest_meta(fd: int) -> Meta:
 
 
 def _read_metas(fd: int) -> Meta:
-    first = _read_meta(fd, 0, 0)
-    second = _read_meta(fd, 1, first.page_bytes)
+    both = os.pread(fd, 2 * _USUAL_PAGE_BYTES, 0)
+    first = _unpack_meta(both, 0)
+    if first.page_bytes == _USUAL_PAGE_BYTES:
+        second = _unpack_meta(both[_USUAL_PAGE_BYTES:], 1)
+    else:
+        second = _unpack_meta(os.pread(fd, PAGE_HEADER_BYTES + _META.size, first.page_bytes), 1)
     apart = abs(first.transaction - second.transaction)
     if second.page_bytes != first.page_bytes or apart > 1:
         raise CorruptBlockError("its meta pages contradict each other")
@@ -90,8 +95,7 @@ def fetch_ahead(fd: int, offset: int, size: int) -> None:
         os.posix_fadvise(fd, offset, size, os.POSIX_FADV_WILLNEED)
 
 
-def _read_meta(fd: int, page: int, page_bytes: int) -> Meta:
-    raw = os.pread(fd, PAGE_HEADER_BYTES + _META.size, page * page_bytes)
+def _unpack_meta(raw: bytes, page: int) -> Meta:
     if len(raw) < PAGE_HEADER_BYTES + _META.size:
         raise CorruptBlockError("its meta pages are cut short")
     number, _, flags, _ = PAGE_HEADER.unpack_from(raw)

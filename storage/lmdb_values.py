@@ -36,6 +36,7 @@ BRANCH_FLAG, LEAF_FLAG, OVERFLOW_FLAG = 1, 2, 4  # of a page
 BIG_FLAG = 1  # of a node: its value lies on pages of its own
 NODE_BYTES = 8
 MAX_DEPTH = 32
+_WORD = struct.Struct("<H")
 _PAGE = struct.Struct("<QHHHH")  # page number, unused, flags, end of the pointers, begin of the nodes
 _CHILD = struct.Struct("<HHHH")  # a child's page in three parts, or length and flags of a value; length of the key
 _NODE = struct.Struct("<IHH")  # length of the value, flags, length of the key
@@ -130,7 +131,7 @@ def _descend(fd: int, meta: Meta, tree: Tree, key: bytes) -> LeafValue:
         page = os.pread(fd, meta.page_bytes, number * meta.page_bytes)
         own, _, flags, lower, _ = _PAGE.unpack_from(page)
         require((own, flags) == (number, LEAF_FLAG if is_leaf else BRANCH_FLAG), "a page is another page")
-        at = _SortedNodes(page, lower).last_not_above(key)
+        at = _last_not_above(page, lower, key)
         low, high, flags, key_bytes = _CHILD.unpack_from(page, at)
         if not is_leaf:
             number = low | high << 16 | flags << 32
@@ -142,32 +143,19 @@ def _descend(fd: int, meta: Meta, tree: Tree, key: bytes) -> LeafValue:
     raise KeyError(key)
 
 
-class _SortedNodes:
-    """The nodes of one page, which are sorted."""
-
-    def __init__(self, page: bytes, lower: int) -> None:
-        self._page = page
-        self._count = (lower - PAGE_HEADER_BYTES) // 2
-
-    def last_not_above(self, key: bytes) -> int:
-        """Return where the last node begins whose key is not above `key`; else the first node."""
-        below, above = 0, self._count  # the first key of a branch page counts as the lowest of all
-        while above - below > 1:
-            middle = (below + above) // 2
-            if self._key(middle) <= key:
-                below = middle
-            else:
-                above = middle
-        return self._at(below)
-
-    def _at(self, index: int) -> int:
-        start = PAGE_HEADER_BYTES + 2 * index
-        return int.from_bytes(self._page[start : start + 2], "little")
-
-    def _key(self, index: int) -> bytes:
-        at = self._at(index)
-        key_bytes = int.from_bytes(self._page[at + 6 : at + NODE_BYTES], "little")
-        return self._page[at + NODE_BYTES : at + NODE_BYTES + key_bytes]
+def _last_not_above(page: bytes, lower: int, key: bytes) -> int:
+    """Return where the last of a page's nodes begins, which are sorted, whose key is not above; else the first node."""
+    below, above = 0, (lower - PAGE_HEADER_BYTES) // 2  # the first key of a branch page counts as the lowest of all
+    while above - below > 1:
+        middle = (below + above) // 2
+        (at,) = _WORD.unpack_from(page, PAGE_HEADER_BYTES + 2 * middle)
+        (key_bytes,) = _WORD.unpack_from(page, at + NODE_BYTES - _WORD.size)
+        if page[at + NODE_BYTES : at + NODE_BYTES + key_bytes] <= key:
+            below = middle
+        else:
+            above = middle
+    (found,) = _WORD.unpack_from(page, PAGE_HEADER_BYTES + 2 * below)
+    return int(found)
 
 
 def require(condition: bool, problem: str) -> None:

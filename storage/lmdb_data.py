@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from tierkv.errors import CorruptBlockError, StoreError
-from tierkv.storage.lmdb_file import PAGE_HEADER, PAGE_HEADER_BYTES, fetch_ahead, newest_meta
+from tierkv.storage.lmdb_file import PAGE_HEADER, PAGE_HEADER_BYTES, newest_meta
 from tierkv.storage.lmdb_values import OVERFLOW_FLAG, find_leaf, overflow_pages
 from tierkv.storage.planes import Bytes
 from tierkv.storage.record_source import FileRecord, ThreadMemory
@@ -81,7 +81,7 @@ class DataFile:
         value = self.open_value(database, key, max_bytes=max_bytes)
         return value.read_whole() if isinstance(value, FileRecord) else value
 
-    def open_value(self, database: bytes, key: bytes, *, max_bytes: int) -> FileRecord | Bytes | None:
+    def open_value(self, database: bytes, key: bytes, *, max_bytes: int | None = None) -> FileRecord | Bytes | None:
         """Return a committed value, a large one unread. Otherwise, and how long it is valid, as `read_value`."""
         try:
             leaf = find_leaf(self.fd, database, key)
@@ -89,7 +89,7 @@ class DataFile:
             return None
         if not leaf.is_big:
             return np.frombuffer(leaf.held, dtype=np.uint8)
-        if leaf.size > max_bytes:
+        if max_bytes is not None and leaf.size > max_bytes:
             return None
         offset = int.from_bytes(leaf.held, "little") * self._page_bytes + PAGE_HEADER_BYTES
         return FileRecord(self.fd, offset=offset, size=leaf.size, memory=self._memory)
@@ -98,10 +98,9 @@ class DataFile:
         """Ask the system to read values into its cache; those that are not there are passed over."""
         for key in keys:
             with contextlib.suppress(KeyError, CorruptBlockError, OSError):
-                leaf = find_leaf(self.fd, database, key)
-                if leaf.is_big:
-                    offset = int.from_bytes(leaf.held, "little") * self._page_bytes
-                    fetch_ahead(self.fd, offset, PAGE_HEADER_BYTES + leaf.size)
+                value = self.open_value(database, key)
+                if isinstance(value, FileRecord):
+                    value.fetch_ahead()
 
     def mend_value(self, database: bytes, key: bytes, value: memoryview | None) -> None:
         """Compare the header of a value's pages with what it must be, and write it anew if it differs.

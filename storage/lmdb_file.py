@@ -20,7 +20,6 @@ __all__ = [
     "PAGE_HEADER",
     "PAGE_HEADER_BYTES",
     "Meta",
-    "fetch_ahead",
     "newest_meta",
     "replace_damaged",
 ]
@@ -87,12 +86,6 @@ def replace_damaged(directory: Path, replacement: Path) -> Path:
     (directory / LOCK_FILE).unlink(missing_ok=True)
     os.replace(replacement, directory / DATA_FILE)
     return target
-
-
-def fetch_ahead(fd: int, offset: int, size: int) -> None:
-    """Ask the system to read a part of a file into its cache. Raises OSError."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, offset, size, os.POSIX_FADV_WILLNEED)
 
 
 def _unpack_meta(raw: bytes, page: int) -> Meta:

@@ -7,6 +7,7 @@ go through memory once for each step.
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
 import threading
@@ -21,6 +22,7 @@ __all__ = ["FileRecord", "RecordBytes", "RecordSource", "ThreadMemory"]
 
 _ALIGNMENT_BYTES = 64
 _STEP_BYTES = 1 << 20
+_FETCHED_BYTES = 2 << 20  # by one read that does not wait: the longer, the further the system reads ahead
 
 
 class RecordSource(Protocol):
@@ -83,6 +85,35 @@ class FileRecord:
         shift = self._offset % _ALIGNMENT_BYTES
         view = self._memory.get(shift + self.size)[shift:]
         return np.frombuffer(view, dtype=np.uint8)[: self._read(0, view)]
+
+    def fetch_ahead(self) -> None:
+        """Ask the system to fetch the record into its cache; return without it. Raises OSError.
+
+        Reads that must not wait start the system's own read-ahead, which fills the cache with large folios: they cost
+        less to fetch and to read than POSIX_FADV_WILLNEED's single pages, which is for what those reads leave out.
+        """
+        if hasattr(os, "RWF_NOWAIT") and not self._start_reading():
+            return
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._fd, self._offset, self.size, os.POSIX_FADV_WILLNEED)
+
+    def _start_reading(self) -> bool:
+        """Start to fetch the record; return whether it was not there already, by the look of its middle."""
+        memory = self._memory.get(_FETCHED_BYTES)
+        try:
+            os.preadv(self._fd, [memory[:1]], self._offset + self.size // 2, os.RWF_NOWAIT)
+        except BlockingIOError:
+            for start in range(0, self.size, _FETCHED_BYTES):
+                step = memory[: min(_FETCHED_BYTES, self.size - start)]
+                with contextlib.suppress(BlockingIOError):
+                    if not os.preadv(self._fd, [step], self._offset + start, os.RWF_NOWAIT):
+                        break  # the file ends here
+        except OSError as exc:
+            if exc.errno != errno.EOPNOTSUPP:  # a file system without such reads
+                raise
+        else:
+            return False
+        return True
 
     def _read_all(self, start: int, view: memoryview) -> None:
         if start + len(view) > self.size:

@@ -25,7 +25,6 @@ from tierkv.block import HASH_BYTES, TOKEN_BYTES, BlockHash, common_run
 from tierkv.errors import CorruptBlockError, StoreError
 from tierkv.layout import BlockLayout
 from tierkv.storage.coded import CodedBlock
-from tierkv.storage.lmdb_file import fetch_ahead
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import HEADER_BYTES, BlockInfo, TruncatedBlockError, decode_record
 from tierkv.storage.record_source import FileRecord, ThreadMemory
@@ -147,7 +146,7 @@ class StateFile:
             entry = self.lookup(block_hash)
             if entry is not None and self._fd is not None:
                 with contextlib.suppress(OSError):
-                    fetch_ahead(self._fd, entry.offset, entry.size)
+                    self._open_record(self._fd, entry).fetch_ahead()
 
     def read_into(
         self,
@@ -161,7 +160,7 @@ class StateFile:
         entry = self.lookup(expected.block_hash)
         if entry is None or self._fd is None:
             return MissReason.ABSENT
-        record = FileRecord(self._fd, offset=entry.offset, size=entry.size, memory=self._memory)
+        record = self._open_record(self._fd, entry)
         try:
             return decode_record(record, out, expected=expected, layout=layout, coded=coded)
         except (TruncatedBlockError, OSError):
@@ -183,6 +182,9 @@ class StateFile:
             if record is not None:
                 yield record
                 stack += self.children(block_hash)
+
+    def _open_record(self, fd: int, entry: StateEntry) -> FileRecord:
+        return FileRecord(fd, offset=entry.offset, size=entry.size, memory=self._memory)
 
     def _read_index(self) -> None:
         assert self._fd is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Callable
@@ -225,3 +226,36 @@ def test_a_state_file_cut_between_two_pieces_is_a_miss(tmp_path: Path, monkeypat
         assert np.array_equal(out, block_bytes(1))
         before_read(monkeypatch, 3, lambda: os.truncate(path, 4096))
         assert state.read_into(record.info, out, layout=STORE_LAYOUT) is MissReason.TRUNCATED
+
+
+# -- fetched ahead -------------------------------------------------------------------------------------
+
+
+def fetches(source: FileRecord, monkeypatch: pytest.MonkeyPatch, answers: list[int | OSError]) -> tuple[int, int]:
+    """Return how many reads and how many advices a fetch asks for, where the reads are answered so."""
+    advices: list[int] = []
+
+    def answer(*_: object) -> int:
+        result = answers.pop(0)
+        if isinstance(result, OSError):
+            raise result
+        return result
+
+    before = len(answers)
+    with monkeypatch.context() as patch:
+        patch.setattr(record_source.os, "preadv", answer)
+        patch.setattr(record_source.os, "posix_fadvise", lambda *a: advices.append(a[3]))
+        source.fetch_ahead()
+    return before - len(answers), len(advices)
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="reads that do not wait are Linux' own")
+def test_a_record_is_fetched_unless_it_is_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = in_file(tmp_path / "record", bytes(5 << 20))
+    assert fetches(source, monkeypatch, [1]) == (1, 0)
+    assert fetches(source, monkeypatch, [BlockingIOError()] * 4) == (4, 1), "5 MiB, 2 at a time"
+    assert fetches(source, monkeypatch, [BlockingIOError(), 100, 0]) == (3, 1), "not beyond the end of the file"
+    assert fetches(source, monkeypatch, [OSError(errno.EOPNOTSUPP, "")]) == (1, 1)
+    with pytest.raises(OSError, match="disk"):
+        fetches(source, monkeypatch, [OSError(errno.EIO, "disk")])
+    assert np.array_equal(decode(in_file(tmp_path / "record", encoded().tobytes())), block_of())

@@ -18,9 +18,9 @@ import zstandard
 
 from tierkv.block import BlockHash
 from tierkv.layout import BlockLayout
-from tierkv.storage.lmdb_file import fetch_ahead
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import BlockInfo, EncodedRecord, decode_record
+from tierkv.storage.record_source import FileRecord, ThreadMemory
 from tierkv.tools.cold_workloads import Bytes
 
 __all__ = ["PlainZstdStore", "SegmentStore"]
@@ -74,6 +74,7 @@ class SegmentStore:
         count = len(list(path.glob("segment-*")))
         self._fds = [os.open(path / f"segment-{number}", os.O_RDWR) for number in range(count)]
         self._end = _SEGMENT_BYTES
+        self._memory = ThreadMemory()
         self.live_bytes = 0
 
     def __enter__(self) -> SegmentStore:
@@ -115,13 +116,12 @@ class SegmentStore:
         """Ask the system to fetch blocks."""
         for block_hash in block_hashes:
             segment, offset, size = self._place(block_hash)
-            fetch_ahead(self._fds[segment], offset, size)
+            FileRecord(self._fds[segment], offset=offset, size=size, memory=self._memory).fetch_ahead()
 
     def read_into(self, expected: BlockInfo, out: Bytes, *, layout: BlockLayout) -> MissReason | None:
         """Read a record, then decode it."""
         segment, offset, size = self._place(expected.block_hash)
-        record = np.empty(size, dtype=np.uint8)
-        os.preadv(self._fds[segment], [record.data], offset)
+        record = FileRecord(self._fds[segment], offset=offset, size=size, memory=self._memory)
         return decode_record(record, out, expected=expected, layout=layout)
 
     def _place(self, block_hash: BlockHash) -> tuple[int, int, int]:

@@ -1,7 +1,8 @@
 """The cold tier: blocks in one LMDB environment, bounded, shared by processes, surviving them.
 
 One writer at a time among all processes; readers never wait for it. Damage is never raised at a reader: it is
-a miss with a reason, and the damaged block leaves the store together with the blocks that follow it.
+a miss with a reason, and the damaged block leaves the store together with the blocks that follow it, when somebody
+writes next. A block that another version of this code wrote is a miss too, and stays.
 What is stored and why it stays consistent: cold_batch.py; what a crash leaves: lmdb_env.py and FORMAT.md.
 """
 
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from tierkv.block import BlockHash
-from tierkv.errors import CorruptBlockError, StoreError
+from tierkv.errors import CorruptBlockError, FormatVersionError, StoreBusyError, StoreError
 from tierkv.layout import BlockLayout
 from tierkv.namespace import Namespace
 from tierkv.storage.coded import CodedBlock
@@ -48,6 +49,8 @@ class ColdStore(ColdReader):
 
     quota_bytes: bound on the live bytes, padding included; the file may be a tenth larger.
     min_free_bytes: below so much free disk the store stops growing and evicts instead.
+    write_wait_s: how long whoever writes waits for others who do, here or in another process; then StoreBusyError is
+        raised, or is an outcome. Who reads, or calls `touch`, never waits for them.
     Raises StoreError if the path cannot be used, FormatVersionError if another version wrote it.
     A data file that cannot be used is set aside (`damaged`) and a fresh one begun.
     """
@@ -61,11 +64,21 @@ class ColdStore(ColdReader):
         clock: Callable[[], float] = time.time,
         victim_order: VictimOrder = least_recently_used,
         read_only: bool = False,
+        write_wait_s: float = 30.0,
     ) -> None:
         self.quota_bytes = quota_bytes
         map_bytes = _map_bytes(quota_bytes)
         keeper = ColdKeeper(map_bytes=map_bytes, quota_bytes=quota_bytes, clock=clock)
-        super().__init__(LmdbEnv(path, map_bytes=map_bytes, specs=SPECS, read_only=read_only, keeper=keeper))
+        super().__init__(
+            LmdbEnv(
+                path,
+                map_bytes=map_bytes,
+                specs=SPECS,
+                read_only=read_only,
+                keeper=keeper,
+                write_wait_s=write_wait_s,
+            )
+        )
         self._counters = Counters()
         self._writer = ColdWriter(
             self._env,
@@ -74,6 +87,7 @@ class ColdStore(ColdReader):
             clock=clock,
             victims=VictimQueue(victim_order),
             counters=self._counters,
+            write_wait_s=write_wait_s,
         )
         try:
             self._check_format()
@@ -88,12 +102,13 @@ class ColdStore(ColdReader):
         self.close()
 
     def close(self) -> None:
-        """Write what is pending and close; waits for the reads in flight."""
-        if self._env.is_open:
-            try:
-                self.flush(sync=True)
-            except StoreError as exc:
-                _logger.warning("cold store %s: closing without a last flush: %s", self.path, exc)
+        """Write what is pending and close; waits for the reads in flight. What could not be written is logged."""
+        if self._env.is_open and not self.read_only:
+            for finish, what in ((self.tend, "accesses were not noted"), (self._env.sync, "the disk may lack some")):
+                try:
+                    finish()
+                except StoreError as exc:
+                    _logger.warning("cold store %s is closed, but %s: %s", self.path, what, exc)
         self._env.close()
 
     @property
@@ -117,22 +132,20 @@ class ColdStore(ColdReader):
         return self.lookup_many([block_hash])[0]
 
     def lookup_many(self, block_hashes: Iterable[BlockHash]) -> list[ColdEntry | None]:
-        """Return the small records of blocks, from one snapshot; None for each that is not stored.
+        """Return the small records of blocks, from one snapshot; None for each that is not stored or is damaged.
 
-        A damaged one is made anew from its block.
+        A damaged one is made anew from its block when somebody writes next.
         """
-        damaged: list[int] = []
-        hashes = list(block_hashes)
         found: list[ColdEntry | None] = []
         with self._env.read() as txn:
-            for number, block_hash in enumerate(hashes):
+            for block_hash in block_hashes:
+                entry = None
                 try:
-                    found.append(get_entry(txn, self._databases, block_hash))
+                    if not self._writer.is_damaged(block_hash):
+                        entry = get_entry(txn, self._databases, block_hash)
                 except CorruptBlockError:
-                    found.append(None)
-                    damaged.append(number)
-        for number in () if self.read_only else damaged:
-            found[number] = self._mend_entry(hashes[number])
+                    self.note_damaged(block_hash)
+                found.append(entry)
         return found
 
     def read_into(
@@ -145,8 +158,8 @@ class ColdStore(ColdReader):
         coded: take frames that a GPU decodes as they are; see `decode_record`.
         """
         reason = self.decode_block(expected, out, layout=layout, coded=coded)
-        if reason in (MissReason.CORRUPT, MissReason.TRUNCATED) and not self.read_only:
-            self._drop_if_damaged(expected.block_hash)
+        if reason in (MissReason.CORRUPT, MissReason.TRUNCATED):
+            self.note_damaged(expected.block_hash)
         if reason is MissReason.ABSENT and self.was_evicted(expected.block_hash):
             reason = MissReason.EVICTED
         self._counters.count_read(reason)
@@ -164,17 +177,23 @@ class ColdStore(ColdReader):
     # -- writing ---------------------------------------------------------------------------------------
 
     def open_namespace(self, namespace: Namespace) -> None:
-        """Register a namespace, so that `namespaces` can describe it, and note that it is in use."""
-        if not self.read_only:
-            self.register_namespace(namespace.digest, namespace.describe())
+        """Register a namespace, so that `namespaces` can describe it, and note that it is in use.
+
+        Where others write for too long that is left to the next put.
+        """
+        if self.read_only:
+            return
+        self._writer.note_namespace(namespace.digest, namespace.describe())
+        try:
+            self._writer.tend()
+        except StoreBusyError as exc:
+            _logger.warning("%s; the namespace is registered later", exc)
 
     def register_namespace(self, digest: BlockHash, description: bytes) -> None:
         """Do as `open_namespace` for one that is known by its digest and its description (a JSON object) alone."""
         self._require_writable()
         with self._writer.batch() as batch:
-            row = batch.namespace(digest)
-            row.description = description
-            row.last_used = batch.now
+            batch.register(digest, description)
 
     def put(self, records: Sequence[EncodedRecord]) -> list[PutOutcome]:
         """Store blocks, parents before children; evict to make room. Durable at the next `flush(sync=True)`.
@@ -190,9 +209,27 @@ class ColdStore(ColdReader):
         return self.put([parse_record(record, cost_s=cost_s)])[0]
 
     def touch(self, block_hashes: Iterable[BlockHash]) -> None:
-        """Record accesses. Kept in memory and written with the next put, eviction, flush or close."""
+        """Record accesses. Kept in memory and written with the next put, eviction, flush or close; waits for nobody."""
         if not self.read_only:
             self._writer.touch(block_hashes)
+
+    def note_damaged(self, block_hash: BlockHash) -> None:
+        """Have a block mended, or removed with all that follow it, by whoever writes next; it is absent until then.
+
+        Waits for nobody. One that turns out to be sound stays.
+        """
+        if not self.read_only:
+            self._writer.note_damaged(block_hash)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether so much has been noted for the next write that somebody should `tend` the store."""
+        return self._writer.is_due
+
+    def tend(self) -> None:
+        """Write what reads and touches have left to be written. Raises StoreError; then it is left for later."""
+        self._require_writable()
+        self._writer.tend()
 
     def set_pinned(self, block_hashes: Iterable[BlockHash], pinned: bool) -> None:
         """Pin or unpin blocks for good: eviction leaves pinned ones, in this process and all later ones."""
@@ -223,7 +260,7 @@ class ColdStore(ColdReader):
         """Write pending accesses; with `sync`, return when all is on the disk. Raises StoreError."""
         if self.read_only:
             return
-        self._writer.flush()
+        self._writer.tend()
         if sync:
             self._env.sync()
 
@@ -240,7 +277,8 @@ class ColdStore(ColdReader):
             check_store(txn, self._databases)
 
     def verify(self, *, repair: bool = False, progress: Callable[[int, int], None] | None = None) -> VerifyReport:
-        """Read every record: checksum, sizes, chain. With `repair`, remove the bad ones.
+        """Read every record: checksum, sizes, chain. With `repair`, remove the bad ones; what another version of this
+        code wrote stays.
 
         progress: called with (blocks done, blocks in all).
         """
@@ -264,18 +302,6 @@ class ColdStore(ColdReader):
 
     # -- parts -----------------------------------------------------------------------------------------
 
-    def _drop_if_damaged(self, block_hash: BlockHash) -> None:
-        """Remove a block that a reader found damaged, unless somebody has replaced it meanwhile."""
-        try:
-            if self._is_readable(block_hash):
-                return
-            removed = self._writer.remove_subtree(block_hash)
-        except StoreError as exc:
-            _logger.warning("cold store %s: a damaged block could not be removed: %s", self.path, exc)
-            return
-        self._counters.count_damaged(removed)
-        _logger.warning("cold store %s: block %s is damaged; %d removed", self.path, block_hash.hex(), removed)
-
     def _repair(self, block_hash: BlockHash) -> int:
         """Make a block whole again if only its entry was damaged; else remove it. Return how many blocks went."""
         try:
@@ -283,26 +309,11 @@ class ColdStore(ColdReader):
                 batch.mend_entry(block_hash)
             with self._env.read() as txn:
                 verify_block(self._env, txn, self._databases, block_hash)
+        except FormatVersionError:
+            return 0
         except StoreError:
             return self._writer.remove_subtree(block_hash)
         return 0
-
-    def _mend_entry(self, block_hash: BlockHash) -> ColdEntry | None:
-        try:
-            with self._writer.batch() as batch:
-                entry = batch.mend_entry(block_hash)
-        except StoreError as exc:
-            _logger.warning("cold store %s: a damaged entry could not be mended: %s", self.path, exc)
-            return None
-        if entry is None:
-            self._drop_if_damaged(block_hash)
-        return entry
-
-    def _is_readable(self, block_hash: BlockHash) -> bool:
-        try:
-            return self.read_record(block_hash) is not None
-        except StoreError:
-            return False
 
     def _check_format(self) -> None:
         """Write the version of a new store; refuse the store of another version."""

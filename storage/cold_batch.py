@@ -19,8 +19,8 @@ from typing import ClassVar
 import lmdb
 import numpy as np
 
-from tierkv.block import BlockHash
-from tierkv.errors import CorruptBlockError, StoreError
+from tierkv.block import HASH_BYTES, BlockHash
+from tierkv.errors import CorruptBlockError, FormatVersionError, StoreError
 from tierkv.storage.cold_entry import ColdEntry, entry_of, pack_entry, unpack_entry
 from tierkv.storage.cold_links import Links
 from tierkv.storage.cold_namespaces import NAMESPACE_PREFIX, NamespaceRow, iter_namespaces, pack_row
@@ -36,6 +36,7 @@ __all__ = [
     "WriteBatch",
     "get_entry",
     "get_value",
+    "namespace_rows",
     "padded_bytes",
     "read_block_info",
     "read_block_tokens",
@@ -106,6 +107,25 @@ def get_value(
     return txn.get(block_hash, db=databases.blocks) if value is None else value
 
 
+def namespace_rows(txn: ReadTransaction, databases: Databases) -> dict[BlockHash, NamespaceRow]:
+    """Return the rows of all namespaces. Of a damaged one the totals are summed up anew, the description is lost."""
+    rows: dict[BlockHash, NamespaceRow] = {}
+    damaged: dict[BlockHash, NamespaceRow] = {}
+    for digest, row in iter_namespaces(txn, databases.meta):
+        if row is None:
+            damaged[digest] = NamespaceRow()
+        else:
+            rows[digest] = row
+    if damaged:
+        with txn.cursor(db=databases.index) as cursor:
+            for key, packed in cursor:
+                with contextlib.suppress(CorruptBlockError):
+                    entry = unpack_entry(bytes(key), packed)
+                    if entry.namespace in damaged:
+                        damaged[entry.namespace].add(entry, 1)
+    return rows | damaged
+
+
 def read_block_info(txn: ReadTransaction, databases: Databases, block_hash: BlockHash) -> BlockInfo | None:
     """Return a stored block's identity, or None if it is absent or its header unreadable. Compares no checksum."""
     value = txn.get(block_hash, db=databases.blocks)
@@ -136,7 +156,7 @@ class WriteBatch:
     _links: Links = field(init=False)
 
     def __post_init__(self) -> None:
-        self._rows = dict(iter_namespaces(self.txn, self.databases.meta))
+        self._rows = namespace_rows(self.txn, self.databases)
         self._links = Links(self.txn, self.databases.children)
 
     @property
@@ -156,7 +176,7 @@ class WriteBatch:
         return self._links.has_children(block_hash)
 
     def insert(self, record: EncodedRecord) -> PutOutcome:
-        """Store a block, its entry and its place in the tree. An unreadable one is replaced."""
+        """Store a block, its entry and its place in the tree. Replace a damaged one; one of another format stays."""
         info = record.info
         present = self._value(info.block_hash)
         if present is not None:
@@ -166,6 +186,8 @@ class WriteBatch:
                     return PutOutcome.COLLISION
                 if self.entry(info.block_hash) is not None:
                     return PutOutcome.EXISTS
+            except FormatVersionError:
+                return PutOutcome.FORMAT
             except StoreError:
                 pass
             self.remove_subtree(info.block_hash)
@@ -198,9 +220,32 @@ class WriteBatch:
             self.write_entry(block_hash, entry)
         return entry
 
+    def settle(self, block_hash: BlockHash) -> int:
+        """Do what a block needs that a reader found damaged: nothing if it is sound, or of a format that this code does
+        not know; a new entry if that was the damage; else it goes with all that follow it. Return how many went.
+        """
+        value = self._value(block_hash)
+        try:
+            info = None if value is None else parse_record(value).info
+        except FormatVersionError:
+            return 0
+        except StoreError:
+            info = None
+        if info is not None and info.block_hash == block_hash and self.mend_entry(block_hash) is not None:
+            return 0
+        return self.remove_subtree(block_hash)
+
     def rebuild_tree(self) -> None:
-        """Make the children's links and the namespaces' totals anew from entries and blocks."""
+        """Make the children's links and the namespaces' totals anew from entries and blocks.
+
+        Links to blocks of another format are kept: nobody here can read their tokens.
+        """
+        with self.txn.cursor(db=self.databases.children) as cursor:
+            links = [bytes(key) for key in cursor.iternext(keys=True, values=False)]
+        links = [link for link in links if self._is_of_another_format(link[-HASH_BYTES:])]
         self.txn.drop(self.databases.children, delete=False)
+        for link in links:
+            self.txn.put(link, b"", db=self.databases.children)
         for row in self._rows.values():
             row.blocks = row.raw_bytes = row.stored_bytes = row.value_bytes = 0
         with self.txn.cursor(db=self.databases.index) as cursor:
@@ -209,6 +254,7 @@ class WriteBatch:
             entry, tokens = self.entry(block_hash), self._read_tokens(block_hash)
             if entry is not None and tokens is not None:
                 self._links.insert(entry.parent, tokens, block_hash, self._read_tokens)
+            if entry is not None and (tokens is not None or self._is_of_another_format(block_hash)):
                 self._count(entry, 1)
 
     def write_entry(self, block_hash: BlockHash, entry: ColdEntry) -> None:
@@ -244,6 +290,12 @@ class WriteBatch:
     def namespace(self, digest: BlockHash) -> NamespaceRow:
         """Return the row of a namespace, to be changed in place; created where it is missing."""
         return self._rows.setdefault(digest, NamespaceRow(created=self.now, last_used=self.now))
+
+    def register(self, digest: BlockHash, description: bytes) -> None:
+        """Note that a namespace is in use, and what it is."""
+        row = self.namespace(digest)
+        row.description = description
+        row.last_used = self.now
 
     def finish(self) -> None:
         """Write the namespaces' rows. To be called last."""
@@ -281,6 +333,15 @@ class WriteBatch:
             self.env.mend_value(self.databases.blocks_name, block_hash, None)
             raise DamagedPagesError(f"the pages of block {block_hash.hex()} were damaged", hint="try again") from exc
 
+    def _is_of_another_format(self, block_hash: BlockHash) -> bool:
+        value = self.txn.get(block_hash, db=self.databases.blocks)
+        try:
+            return value is not None and read_header(value) is None
+        except FormatVersionError:
+            return True
+        except StoreError:
+            return False
+
     def _read_tokens(self, block_hash: BlockHash) -> bytes | None:
         return read_block_tokens(self.txn, self.databases, block_hash)
 
@@ -307,10 +368,7 @@ class WriteBatch:
 
     def _count(self, entry: ColdEntry, sign: int) -> None:
         row = self.namespace(entry.namespace)
-        row.blocks += sign
-        row.raw_bytes += sign * entry.raw_bytes
-        row.stored_bytes += sign * entry.stored_bytes
-        row.value_bytes += sign * entry.value_bytes
+        row.add(entry, sign)
         row.last_used = max(row.last_used, self.now)
 
 

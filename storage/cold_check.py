@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import msgspec
 
 from tierkv.block import BlockHash, hash_block
-from tierkv.errors import CorruptBlockError, StoreError
+from tierkv.errors import CorruptBlockError, FormatVersionError, StoreError
 from tierkv.storage.cold_batch import Databases, get_entry, get_value, read_block_info
 from tierkv.storage.cold_entry import ColdEntry, unpack_entry
 from tierkv.storage.cold_links import Link
@@ -24,7 +24,7 @@ __all__ = ["VerifyReport", "check_store", "verify_block", "verify_store"]
 class VerifyReport:
     """What `verify` found: hashes of damaged blocks with what is wrong with each; `problem` if the databases
     contradict each other; after a repair, how many blocks were removed (those that followed a damaged one
-    among them).
+    among them). other_formats: sound blocks that another version of this code wrote; a repair leaves them.
     """
 
     blocks: int
@@ -32,6 +32,7 @@ class VerifyReport:
     damaged: dict[BlockHash, str]
     problem: str | None = None
     removed: int = 0
+    other_formats: dict[BlockHash, str] = field(default_factory=dict)
 
     @property
     def is_sound(self) -> bool:
@@ -68,6 +69,8 @@ def check_store(txn: ReadTransaction, databases: Databases) -> None:
     rows = dict(iter_namespaces(txn, databases.meta))
     _require({namespace for namespace, _ in totals} <= rows.keys(), "a namespace has no row")
     for digest, row in rows.items():
+        if row is None:
+            raise CorruptBlockError(f"the row of namespace {digest.hex()} is damaged")
         for name in ("blocks", "raw_bytes", "stored_bytes", "value_bytes"):
             _require(
                 getattr(row, name) == totals[digest, name],
@@ -84,6 +87,7 @@ def verify_store(env: LmdbEnv, databases: Databases, progress: Callable[[int, in
     except StoreError as exc:
         return VerifyReport(blocks=0, stored_bytes=0, damaged={}, problem=str(exc))
     damaged: dict[BlockHash, str] = {}
+    other_formats: dict[BlockHash, str] = {}
     stored_bytes = 0
     for done, block_hash in enumerate(sorted(hashes)):
         if progress is not None:
@@ -91,6 +95,8 @@ def verify_store(env: LmdbEnv, databases: Databases, progress: Callable[[int, in
         try:
             with env.read() as txn:
                 stored_bytes += verify_block(env, txn, databases, block_hash)
+        except FormatVersionError as exc:
+            other_formats[block_hash] = str(exc)
         except StoreError as exc:
             damaged[block_hash] = str(exc)
     if progress is not None:
@@ -101,11 +107,15 @@ def verify_store(env: LmdbEnv, databases: Databases, progress: Callable[[int, in
             check_store(txn, databases)
     except StoreError as exc:
         problem = str(exc)
-    return VerifyReport(blocks=len(hashes), stored_bytes=stored_bytes, damaged=damaged, problem=problem)
+    return VerifyReport(
+        blocks=len(hashes), stored_bytes=stored_bytes, damaged=damaged, problem=problem, other_formats=other_formats
+    )
 
 
 def verify_block(env: LmdbEnv, txn: ReadTransaction, databases: Databases, block_hash: BlockHash) -> int:
-    """Return the length of a sound record, 0 for one that has gone. Raises CorruptBlockError."""
+    """Return the length of a sound record, 0 for one that has gone. Raises CorruptBlockError,
+    FormatVersionError for a sound record of another version.
+    """
     entry = get_entry(txn, databases, block_hash)
     value = get_value(env, txn, databases, block_hash)
     if entry is None and value is None:
@@ -125,7 +135,7 @@ def verify_block(env: LmdbEnv, txn: ReadTransaction, databases: Databases, block
         entry.stored_bytes,
     ):
         raise CorruptBlockError("its entry describes another record")
-    if header.codec.is_lossy and _lossy_codec_of(txn, databases, info.namespace) != header.codec.name:
+    if header.codec.is_lossy and _lossy_codec_of(txn, databases, info.namespace) not in (header.codec.name, None):
         raise CorruptBlockError(f"it went through {header.codec.name}, and its namespace does not say so")
     if entry.parent != entry.namespace and txn.get(entry.parent, db=databases.index) is None:
         raise CorruptBlockError("its parent is not stored")
@@ -140,15 +150,14 @@ def _is_behind_its_parent(txn: ReadTransaction, databases: Databases, info: Bloc
     return parent is None or info.follows(parent)
 
 
-def _lossy_codec_of(txn: ReadTransaction, databases: Databases, namespace: BlockHash) -> object:
+def _lossy_codec_of(txn: ReadTransaction, databases: Databases, namespace: BlockHash) -> str | None:
+    """Return what a namespace says its blocks went through, "" for nothing; None where its description is lost."""
     sealed = txn.get(NAMESPACE_PREFIX + namespace, db=databases.meta)
-    if sealed is None:
-        return None
     try:
-        description = msgspec.json.decode(unpack_row(sealed).description)
-    except msgspec.MsgspecError as exc:
-        raise CorruptBlockError("its namespace is not described") from exc
-    return description.get("lossy_codec") if isinstance(description, dict) else None
+        description = msgspec.json.decode(unpack_row(sealed).description) if sealed is not None else {}
+    except (CorruptBlockError, msgspec.MsgspecError):
+        return None
+    return str(description.get("lossy_codec", "")) if isinstance(description, dict) and description else None
 
 
 def _iter_index(txn: ReadTransaction, databases: Databases) -> Iterator[tuple[BlockHash, ColdEntry]]:

@@ -5,6 +5,7 @@ Both carry a checksum: a flipped bit there is damage, not another version or ano
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import msgspec
@@ -12,6 +13,7 @@ import xxhash
 
 from tierkv.block import BlockHash
 from tierkv.errors import CorruptBlockError, FormatVersionError
+from tierkv.storage.cold_entry import ColdEntry
 from tierkv.storage.lmdb_env import Database, ReadTransaction
 
 __all__ = [
@@ -42,6 +44,13 @@ class NamespaceRow(msgspec.Struct, array_like=True):
     raw_bytes: int = 0
     stored_bytes: int = 0
     value_bytes: int = 0
+
+    def add(self, entry: ColdEntry, sign: int) -> None:
+        """Count a block's entry in (1) or out (-1)."""
+        self.blocks += sign
+        self.raw_bytes += sign * entry.raw_bytes
+        self.stored_bytes += sign * entry.stored_bytes
+        self.value_bytes += sign * entry.value_bytes
 
 
 def add_checksum(value: bytes) -> bytes:
@@ -74,12 +83,15 @@ def unpack_row(packed: bytes | memoryview) -> NamespaceRow:
         raise CorruptBlockError(f"the row of a namespace is damaged: {exc}") from exc
 
 
-def iter_namespaces(txn: ReadTransaction, meta: Database) -> Iterator[tuple[BlockHash, NamespaceRow]]:
-    """Yield every namespace that was ever opened here. Raises CorruptBlockError."""
+def iter_namespaces(txn: ReadTransaction, meta: Database) -> Iterator[tuple[BlockHash, NamespaceRow | None]]:
+    """Yield every namespace that was ever opened here, with None for a row that is damaged."""
     with txn.cursor(db=meta) as cursor:
         found = cursor.set_range(NAMESPACE_PREFIX)
         while found and bytes(cursor.key()).startswith(NAMESPACE_PREFIX):
-            yield bytes(cursor.key())[len(NAMESPACE_PREFIX) :], unpack_row(cursor.value())
+            row = None
+            with contextlib.suppress(CorruptBlockError):
+                row = unpack_row(cursor.value())
+            yield bytes(cursor.key())[len(NAMESPACE_PREFIX) :], row
             found = cursor.next()
 
 

@@ -10,10 +10,9 @@ from tierkv.block import HASH_BYTES, BlockHash
 from tierkv.errors import CorruptBlockError, FormatVersionError, StoreError
 from tierkv.layout import BlockLayout
 from tierkv.storage.coded import CodedBlock
-from tierkv.storage.cold_batch import Databases, get_entry, get_value, read_block_tokens
+from tierkv.storage.cold_batch import Databases, get_entry, get_value, namespace_rows, read_block_tokens
 from tierkv.storage.cold_entry import ColdEntry
 from tierkv.storage.cold_links import Links
-from tierkv.storage.cold_namespaces import iter_namespaces
 from tierkv.storage.cold_stats import StoredNamespace
 from tierkv.storage.lmdb_data import CutShortError
 from tierkv.storage.lmdb_env import LmdbEnv, ReadTransaction
@@ -83,7 +82,9 @@ class ColdReader:
                 return decode_record(value, out, expected=expected, layout=layout, coded=coded)
         except (TruncatedBlockError, CutShortError):
             return MissReason.TRUNCATED
-        except (CorruptBlockError, FormatVersionError):
+        except FormatVersionError:
+            return MissReason.FORMAT
+        except CorruptBlockError:
             return MissReason.CORRUPT
         except (StoreError, OSError) as exc:
             if not self._env.is_open:
@@ -92,7 +93,7 @@ class ColdReader:
             return MissReason.IO_ERROR
 
     def read_record(self, block_hash: BlockHash) -> bytes | None:
-        """Return a copy of a block's record, or None if it is absent or damaged."""
+        """Return a copy of a block's record, or None if it is absent, damaged or of another format."""
         try:
             with self._env.read() as txn:
                 value = get_value(self._env, txn, self._databases, block_hash)
@@ -116,8 +117,8 @@ class ColdReader:
     def namespaces(self) -> list[StoredNamespace]:
         """Return every namespace that has been opened here, with its totals."""
         with self._env.read() as txn:
-            rows = list(iter_namespaces(txn, self._databases.meta))
-        return [StoredNamespace.of(digest, row) for digest, row in rows]
+            rows = namespace_rows(txn, self._databases)
+        return [StoredNamespace.of(digest, row) for digest, row in rows.items()]
 
     def _entry_or_none(self, txn: ReadTransaction, block_hash: BlockHash) -> ColdEntry | None:
         try:

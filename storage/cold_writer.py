@@ -13,7 +13,7 @@ from typing import TypeVar
 import lmdb
 
 from tierkv.block import BlockHash
-from tierkv.errors import StoreError
+from tierkv.errors import StoreBusyError, StoreError
 from tierkv.storage.cold_batch import DamagedPagesError, Databases, WriteBatch, padded_bytes
 from tierkv.storage.cold_eviction import EvictionReport, VictimQueue, load_entries
 from tierkv.storage.cold_stats import Counters
@@ -24,10 +24,11 @@ from tierkv.storage.record import EncodedRecord
 __all__ = ["ColdWriter"]
 
 MAX_BATCH_BYTES = 64 << 20  # of one write transaction, whose dirty pages are held in memory
-MAX_PENDING_TOUCHES = 4096
+MAX_PENDING_TOUCHES = 4096  # then they are due to be written
+MAX_KEPT_TOUCHES = 16 * MAX_PENDING_TOUCHES  # the oldest are forgotten where nobody writes them
 MAX_BATCH_REMOVALS = 1024
 MAX_MENDS = 64  # of damaged pages that one removal may come across
-FULL_PAUSE_S = 10.0  # after the disk was full in spite of evicting, puts are refused for so long
+PAUSE_S = 10.0  # after a put failed, the disk full in spite of evicting or the store busy, for so long all do
 READER_CHECK_S = 60.0
 
 _logger = logging.getLogger(__name__)
@@ -36,7 +37,12 @@ Result = TypeVar("Result")
 
 
 class ColdWriter:
-    """Puts, removes and evicts. Thread-safe; one batch at a time in this process, LMDB sees to the others."""
+    """Puts, removes and evicts. Thread-safe; one batch at a time among all threads and processes.
+
+    Whoever waits for others who write does so for `write_wait_s` at most, then StoreBusyError is raised, or is an
+    outcome. Readers never wait: what they want written (`touch`, `note_damaged`) is noted, and written with the
+    next put, flush or `tend`.
+    """
 
     def __init__(
         self,
@@ -47,6 +53,7 @@ class ColdWriter:
         clock: Callable[[], float],
         victims: VictimQueue,
         counters: Counters,
+        write_wait_s: float = 30.0,
     ) -> None:
         self._env = env
         self._databases = Databases.of(env)
@@ -55,53 +62,77 @@ class ColdWriter:
         self._clock = clock
         self._victims = victims
         self._counters = counters
+        self._write_wait_s = write_wait_s
         self._lock = threading.Lock()
         self._touches: dict[BlockHash, tuple[int, float]] = {}
-        self._touch_lock = threading.Lock()
-        self._full_until = float("-inf")
+        self._damaged: dict[BlockHash, None] = {}
+        self._namespaces: dict[BlockHash, bytes] = {}
+        self._notes_lock = threading.Lock()
+        self._refused_until = float("-inf")
+        self._refusal = PutOutcome.FULL
         self._readers_checked = clock()
 
     @contextlib.contextmanager
     def batch(self) -> Iterator[WriteBatch]:
         """A write transaction. Raises StoreError, with lmdb.Error as its cause, if it cannot be committed."""
-        with self._lock, self._transaction() as batch:
+        with self._exclusive(), self._transaction() as batch:
             yield batch
 
     def touch(self, block_hashes: Iterable[BlockHash]) -> None:
-        """Remember accesses; they are written at the beginning of the next batch."""
+        """Note accesses; they are written at the beginning of the next batch. Waits for nobody."""
         now = self._clock()
-        with self._touch_lock:
+        with self._notes_lock:
             for block_hash in block_hashes:
-                count, _ = self._touches.get(block_hash, (0, now))
+                count, _ = self._touches.pop(block_hash, (0, now))
                 self._touches[block_hash] = (count + 1, now)
-            due = len(self._touches) >= MAX_PENDING_TOUCHES
-        if due and self._lock.acquire(blocking=False):
-            try:
-                with contextlib.suppress(StoreError), self._transaction():
-                    pass
-            finally:
-                self._lock.release()
+            self._forget_oldest_touches()
 
-    def flush(self) -> None:
-        """Write pending accesses. Raises StoreError."""
-        if self._touches:
-            with self.batch():
-                pass
+    def note_damaged(self, block_hash: BlockHash) -> None:
+        """Note a block that a reader found damaged: it, or its entry, is to be mended or removed. Waits for nobody."""
+        with self._notes_lock:
+            self._damaged[block_hash] = None
+
+    def is_damaged(self, block_hash: BlockHash) -> bool:
+        """Tell whether a block has been noted as damaged and nothing has been done about it yet."""
+        return block_hash in self._damaged
+
+    def note_namespace(self, digest: BlockHash, description: bytes) -> None:
+        """Note that a namespace is in use, and what it is. Waits for nobody."""
+        with self._notes_lock:
+            self._namespaces[digest] = description
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is time for a `tend`."""
+        return bool(self._damaged) or len(self._touches) >= MAX_PENDING_TOUCHES
+
+    def tend(self) -> None:
+        """Write everything that has been noted. Raises StoreError; then accesses, and damage if busy, stay noted."""
+        with self._exclusive():
+            self._settle()
+            if self._touches or self._namespaces:
+                with self._transaction():
+                    pass
 
     def put(self, records: Sequence[EncodedRecord]) -> list[PutOutcome]:
         """Store records in as few transactions as memory allows."""
         outcomes: list[PutOutcome] = []
-        with self._lock:
-            # What a batch frees, only later ones may use: a small quota needs small batches to keep its file small.
-            for group in _groups(records, min(MAX_BATCH_BYTES, self._quota_bytes // 128)):
-                outcomes += self._put_group(group)
+        try:
+            with self._exclusive():
+                with contextlib.suppress(StoreError):
+                    self._settle()
+                # What a batch frees, only later ones may use: a small quota needs small batches to keep its file small.
+                for group in _groups(records, min(MAX_BATCH_BYTES, self._quota_bytes // 128)):
+                    outcomes += self._put_group(group)
+        except StoreBusyError:
+            outcomes += [PutOutcome.BUSY] * (len(records) - len(outcomes))
         self._counters.count_puts(outcomes)
         return outcomes
 
     def evict(self, *, to_bytes: int | None, namespace: BlockHash | None, older_than_s: float | None) -> EvictionReport:
         """Remove the unpinned blocks that match both filters (if one is given), then more down to a size."""
         reports: list[EvictionReport] = []
-        with self._lock:
+        with self._exclusive():
             if namespace is not None or older_than_s is not None:
                 chosen = self._choose(namespace, older_than_s)
                 for start in range(0, len(chosen), MAX_BATCH_REMOVALS):
@@ -116,14 +147,51 @@ class ColdWriter:
 
     def remove_subtree(self, block_hash: BlockHash) -> int:
         """Remove a block and all that follow it; return how many there were. Raises StoreError."""
-        with self._lock:
+        with self._exclusive():
             return self._attempt(lambda batch: batch.remove_subtree(block_hash))
 
     def compact(self) -> None:
         """Rewrite the file without free pages; no batch of this process runs meanwhile."""
-        with self._lock:
+        with self._exclusive():
             self._env.compact()
             self._databases = Databases.of(self._env)
+
+    @contextlib.contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """Be the only thread of this process that writes. Raises StoreBusyError."""
+        if not self._lock.acquire(timeout=self._write_wait_s):
+            raise StoreBusyError(
+                f"cold store {self._env.path}: another thread has been writing for more than {self._write_wait_s:g} s"
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    def _settle(self) -> None:
+        """Mend or remove what readers found damaged. The lock must be held. Raises StoreError; only a busy store is
+        worth another attempt, at anything else it is left to the next reader.
+        """
+        while self._damaged and not self._is_refusing():
+            block_hash = next(iter(self._damaged))
+            removed = 0
+            try:
+                removed = self._attempt(functools.partial(WriteBatch.settle, block_hash=block_hash))
+            except StoreBusyError:
+                raise
+            except StoreError as exc:
+                _logger.warning("cold store %s: a damaged block could not be removed: %s", self._env.path, exc)
+            with self._notes_lock:
+                self._damaged.pop(block_hash, None)
+            if removed:
+                self._counters.count_damaged(removed)
+                _logger.warning(
+                    "cold store %s: block %s is damaged; %d removed", self._env.path, block_hash.hex(), removed
+                )
+
+    def _forget_oldest_touches(self) -> None:
+        while len(self._touches) > MAX_KEPT_TOUCHES:
+            del self._touches[next(iter(self._touches))]
 
     def _choose(self, namespace: BlockHash | None, older_than_s: float | None) -> list[BlockHash]:
         """Return what the filters match, children before parents."""
@@ -144,26 +212,31 @@ class ColdWriter:
     def _transaction(self) -> Iterator[WriteBatch]:
         """One write transaction, touches first. The lock must be held."""
         self._clear_dead_readers()
-        with self._touch_lock:
+        with self._notes_lock:
             touches, self._touches = self._touches, {}
+            namespaces, self._namespaces = self._namespaces, {}
         try:
             with self._env.write() as txn:
                 batch = WriteBatch(self._env, txn, self._databases, self._clock())
+                for digest, description in namespaces.items():
+                    batch.register(digest, description)
                 for block_hash, (count, at) in touches.items():
                     batch.touch(block_hash, count=count, at=at)
                 yield batch
                 batch.finish()
         except BaseException as exc:
             self._victims.forget()
-            with self._touch_lock:
+            with self._notes_lock:
                 self._touches = touches | self._touches
+                self._namespaces = namespaces | self._namespaces
+                self._forget_oldest_touches()
             if isinstance(exc, lmdb.Error):
                 raise StoreError(f"cold store {self._env.path} cannot be written: {exc}") from exc
             raise
 
     def _put_group(self, records: Sequence[EncodedRecord]) -> list[PutOutcome]:
-        if self._clock() < self._full_until:
-            return [PutOutcome.FULL] * len(records)
+        if self._is_refusing():
+            return [self._refusal] * len(records)
         needed = sum(padded_bytes(record.stored_bytes) for record in records)
         for is_full in (False, True):
             try:
@@ -172,10 +245,22 @@ class ColdWriter:
                 return self._insert(records, needed)
             except StoreError as exc:
                 failure = exc
-        full = isinstance(failure.__cause__, lmdb.MapFullError) or self._free_bytes() < needed
-        self._full_until = self._clock() + FULL_PAUSE_S
-        _logger.warning("%s; nothing is stored for %.0f s", failure, FULL_PAUSE_S)
-        return [PutOutcome.FULL if full else PutOutcome.IO_ERROR] * len(records)
+            if not isinstance(failure.__cause__, lmdb.Error):  # nothing that room would help against
+                break
+        self._refusal = self._why_refused(failure, needed)
+        self._refused_until = self._clock() + PAUSE_S
+        _logger.warning("%s; nothing is stored for %.0f s", failure, PAUSE_S)
+        return [self._refusal] * len(records)
+
+    def _why_refused(self, failure: StoreError, needed: int) -> PutOutcome:
+        if isinstance(failure, StoreBusyError):
+            return PutOutcome.BUSY
+        if isinstance(failure.__cause__, lmdb.MapFullError):
+            return PutOutcome.FULL
+        with contextlib.suppress(StoreError):
+            if self._free_bytes() < needed:
+                return PutOutcome.FULL
+        return PutOutcome.IO_ERROR
 
     def _insert(self, records: Sequence[EncodedRecord], needed: int) -> list[PutOutcome]:
         evicted: tuple[list[BlockHash], int] = [], 0
@@ -230,12 +315,19 @@ class ColdWriter:
             return self._quota_bytes
         return min(self._quota_bytes, batch.live_bytes)
 
+    def _is_refusing(self) -> bool:
+        """Tell whether a put has failed not long ago. A clock that was set back since does not make that longer."""
+        return 0 < self._refused_until - self._clock() <= PAUSE_S
+
     def _free_bytes(self) -> int:
-        return shutil.disk_usage(self._env.path).free
+        try:
+            return shutil.disk_usage(self._env.path).free
+        except OSError as exc:
+            raise StoreError(f"cold store {self._env.path} has lost its directory: {exc}") from exc
 
     def _clear_dead_readers(self) -> None:
         now = self._clock()
-        if now - self._readers_checked >= READER_CHECK_S:
+        if abs(now - self._readers_checked) >= READER_CHECK_S:  # it may have been set back
             self._readers_checked = now
             self._env.clear_dead_readers()
 

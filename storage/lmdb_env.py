@@ -7,6 +7,8 @@
   of it had flipped: `mend_value` compares it first.
 - A memoryview of the map must not outlive its transaction, nor a transaction its environment: closing and
   compacting wait until the reads in flight are done.
+- LMDB waits for its write lock without limit, also while the process that has it is stopped. So a lock of our own
+  is taken before it, for `write_wait_s` at most. (A program that writes to the file by other means does not take it.)
 - `writemap` stays off: with it, a full disk is a SIGBUS; without it, an error. LMDB's lock file is mapped and
   written in any case, so its room is reserved at opening.
 - An environment must not be used in a forked child: a use there raises StoreError.
@@ -18,6 +20,7 @@ keeps them; after a power failure the file may be inconsistent up to the last `s
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -37,7 +40,7 @@ from tierkv.storage.lmdb_directory import (
     sync_file,
 )
 from tierkv.storage.lmdb_file import DATA_FILE
-from tierkv.storage.lmdb_lock import Gate, UserLock, reserve_lock_file
+from tierkv.storage.lmdb_lock import Gate, UserLock, WriteLock, reserve_lock_file
 from tierkv.storage.lmdb_tree import check_trees
 from tierkv.storage.planes import Bytes
 from tierkv.storage.record_source import FileRecord
@@ -49,9 +52,13 @@ ReadTransaction: TypeAlias = "lmdb.Transaction[memoryview]"
 WriteTransaction: TypeAlias = "lmdb.Transaction[memoryview]"
 
 _USER_LOCK_FILE = "users.lock"
+_WRITE_LOCK_FILE = "write.lock"
+_CLOSE_WAIT_S = 10.0  # beyond the wait for the write lock
 _MAX_READERS = 1024
 _LOCK_FILE_BYTES = 64 * _MAX_READERS + 4096  # a cache line for each reader, and LMDB's header
 _MAX_DBS = 8
+_logger = logging.getLogger(__name__)
+
 _WRONG_PAGES = (
     lmdb.BadDbiError,
     lmdb.BadTxnError,
@@ -78,6 +85,7 @@ class LmdbEnv:
     """An open environment. Thread-safe; a context manager; `close()` may be called twice.
 
     damaged: where a data file that could not be used was set aside, or None.
+    write_wait_s: how long to wait for others who write.
     Raises StoreError if the directory or the file in it cannot be used.
     """
 
@@ -89,15 +97,20 @@ class LmdbEnv:
         specs: tuple[DatabaseSpec, ...],
         read_only: bool = False,
         keeper: Keeper | None = None,
+        write_wait_s: float = 30.0,
     ) -> None:
         self.path = path
         self.read_only = read_only
         self.damaged: Path | None = None
         self._map_bytes = map_bytes
+        self._write_wait_s = write_wait_s
+        self._write_lock: WriteLock | None = None
         self._specs = specs
         self._pid = os.getpid()
         self._gate = Gate()
         self._env: lmdb.Environment | None = None
+        self._is_named = read_only  # the directory that names the data file has been synced
+        self._is_abandoned = False  # closed, but a transaction in it never ended
         self._is_suspect = False  # LMDB has come across a page that cannot be right
         self._problem: str | None = None
         prepare_directory(path, read_only=read_only)
@@ -123,20 +136,28 @@ class LmdbEnv:
         self.close()
 
     def close(self) -> None:
-        """Close after the transactions in flight."""
-        with self._gate.exclusive():
+        """Close after the transactions in flight. If one does not end in time, all stays open, which is logged."""
+        with self._gate.exclusive(self._write_wait_s + _CLOSE_WAIT_S) as is_alone:
+            if not is_alone:
+                self._is_abandoned = True
+                _logger.error("cold store %s: a transaction does not end; the store stays open behind it", self.path)
+                return
             self._close_data()
+            if self._write_lock:
+                self._write_lock.close()
         self._users.close()
 
     @property
     def is_open(self) -> bool:
         """Whether `close` has not been called."""
-        return self._env is not None
+        return self._env is not None and not self._is_abandoned
 
     @property
     def file_bytes(self) -> int:
-        """Length of the data file."""
-        return (self.path / DATA_FILE).stat().st_size
+        """Length of the data file. Raises StoreError once that is closed."""
+        with self._gate.shared():
+            self._live()
+            return os.fstat(self._data.fd).st_size
 
     @contextlib.contextmanager
     def read(self) -> Iterator[ReadTransaction]:
@@ -158,17 +179,20 @@ class LmdbEnv:
     def write(self) -> Iterator[WriteTransaction]:
         """The only writer among all processes; commits at the end, aborts on an exception, lmdb.Error among them.
 
-        Raises CutShortError, and StoreError once pages of the trees have been found damaged: LMDB may read those, but
-        when it writes it relies on them.
+        Raises StoreBusyError where others write for too long, CutShortError, and StoreError once pages of the trees
+        have been found damaged: LMDB may read those, but when it writes it relies on them.
         """
         with self._gate.shared():
-            self._require_sound_trees()
-            try:
-                with self._begin(write=True) as txn:
-                    yield txn
-            except _WRONG_PAGES:
-                self._is_suspect = True
-                raise
+            self._live()
+            assert self._write_lock is not None, "an environment that is opened for writing has the lock"
+            with self._write_lock.held(self._write_wait_s):
+                self._require_sound_trees()
+                try:
+                    with self._begin(write=True) as txn:
+                        yield txn
+                except _WRONG_PAGES:
+                    self._is_suspect = True
+                    raise
 
     def database(self, name: bytes) -> Database:
         """Return the handle of a database named in the specs."""
@@ -181,7 +205,11 @@ class LmdbEnv:
             self._data.require_whole()
             try:
                 env.sync(True)
-            except lmdb.Error as exc:
+                if not self._is_named:
+                    sync_file(self.path)  # a file that is on the disk, and in no directory there, is lost
+                    sync_file(self.path.parent)
+                    self._is_named = True
+            except (lmdb.Error, OSError) as exc:
                 raise StoreError(f"cold store {self.path} cannot be synced: {exc}") from exc
 
     def clear_dead_readers(self) -> int:
@@ -268,7 +296,7 @@ class LmdbEnv:
             return env.begin(write=write, buffers=True)
 
     def _live(self) -> lmdb.Environment:
-        if self._env is None:
+        if self._env is None or self._is_abandoned:
             raise StoreError(f"cold store {self.path} is closed")
         if os.getpid() != self._pid:
             raise StoreError(f"cold store {self.path} was opened by the parent process", hint="open it after the fork")
@@ -302,7 +330,12 @@ class LmdbEnv:
             )
             try:
                 env.reader_check()
-                self._databases = {spec.name: env.open_db(spec.name, create=not self.read_only) for spec in self._specs}
+                if not self.read_only and self._write_lock is None:
+                    self._write_lock = WriteLock(self.path / _WRITE_LOCK_FILE)
+                turn = self._write_lock.held(self._write_wait_s) if self._write_lock else contextlib.nullcontext()
+                with turn:  # LMDB opens databases within a write transaction
+                    create = not self.read_only
+                    self._databases = {spec.name: env.open_db(spec.name, create=create) for spec in self._specs}
                 self._data = DataFile(data, read_only=self.read_only)
             except BaseException:
                 env.close()

@@ -1,4 +1,4 @@
-"""Who uses an environment: a lock among processes, and a gate among the threads of one."""
+"""Who uses an environment, and who writes: locks among processes, and a gate among the threads of one."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tierkv.errors import StoreError
+from tierkv.errors import StoreBusyError, StoreError
 from tierkv.storage.lmdb_file import LOCK_FILE
 
-__all__ = ["Gate", "UserLock", "reserve_lock_file"]
+__all__ = ["Gate", "UserLock", "WriteLock", "reserve_lock_file"]
 
 _WAIT_S = 10.0  # for another process that checks, repairs or compacts
 _POLL_S = 0.01
+_SHORTEST_POLL_S = 0.0005
 
 
 class UserLock:
@@ -78,6 +79,63 @@ class UserLock:
         return True
 
 
+class WriteLock:
+    """Whose turn it is to write, among threads and processes. Taken before LMDB's own lock, which knows no limit.
+
+    It dies with its process, and a forked child does not have it. Closing any descriptor of its file gives it up, so
+    that a process must have one object for it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._store = path.parent
+        self._threads = threading.Lock()
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as exc:
+            raise StoreError(f"cold store {self._store} cannot be locked: {exc}") from exc
+
+    @contextlib.contextmanager
+    def held(self, wait_s: float) -> Iterator[None]:
+        """Hold it. Raises StoreBusyError where somebody else still does after `wait_s` seconds."""
+        deadline = time.monotonic() + wait_s
+        if not self._threads.acquire(timeout=wait_s):
+            raise self._busy(wait_s, "another thread")
+        try:
+            pause_s = _SHORTEST_POLL_S
+            while not self._try():
+                if time.monotonic() >= deadline:
+                    raise self._busy(wait_s, "another process")
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, _POLL_S)
+            try:
+                yield
+            finally:
+                fcntl.lockf(self._fd, fcntl.LOCK_UN)
+        finally:
+            self._threads.release()
+
+    def close(self) -> None:
+        """Close the lock's file. May be called twice."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _try(self) -> bool:
+        try:
+            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # either, says POSIX
+            return False
+        except OSError as exc:
+            raise StoreError(f"cold store {self._store} cannot be locked: {exc}") from exc
+        return True
+
+    def _busy(self, wait_s: float, holder: str) -> StoreBusyError:
+        return StoreBusyError(
+            f"cold store {self._store}: {holder} has been writing for more than {wait_s:g} s",
+            hint="a process that was stopped keeps the lock until it goes on or ends",
+        )
+
+
 def reserve_lock_file(directory: Path, size: int) -> None:
     """Give LMDB's lock file its room on the disk, before LMDB makes it: raises OSError where there is none.
 
@@ -120,16 +178,15 @@ class Gate:
                     self._condition.notify_all()
 
     @contextlib.contextmanager
-    def exclusive(self) -> Iterator[None]:
-        """Pass alone, when all inside have left."""
+    def exclusive(self, wait_s: float | None = None) -> Iterator[bool]:
+        """Pass alone, when all inside have left. Yields whether they have, after `wait_s` seconds if that is given."""
         with self._condition:
             while self._closed:
                 self._condition.wait()
             self._closed = True
-            while self._inside:
-                self._condition.wait()
+            is_alone = self._condition.wait_for(lambda: not self._inside, wait_s)
         try:
-            yield
+            yield is_alone
         finally:
             with self._condition:
                 self._closed = False

@@ -13,6 +13,7 @@ class MissReason(Enum):
     ABSENT = "absent"
     EVICTED = "evicted"  # absent, and known to have been evicted since this process opened the store
     CORRUPT = "corrupt"  # its bytes do not match their checksum or header
+    FORMAT = "format"  # whole, but in a version or codec that this code does not know; it stays where it is
     TRUNCATED = "truncated"  # its record ends before its header says
     NAMESPACE = "namespace"  # the same hash, stored for another model, dtype, layout or salt
     COLLISION = "collision"  # the same hash for other token ids, or for the same ones behind others
@@ -31,5 +32,7 @@ class PutOutcome(Enum):
     EXISTS = "exists"  # the same block was there already
     COLLISION = "collision"  # another block with the same hash is there; it stays
     NO_PARENT = "no_parent"  # its parent is not in the store, though another with its hash may be
+    FORMAT = "format"  # its hash belongs to a block that another version wrote; that one stays
     FULL = "full"  # no room even after evicting
+    BUSY = "busy"  # another process has kept the store's write lock for too long
     IO_ERROR = "io_error"

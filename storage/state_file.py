@@ -22,7 +22,7 @@ import numpy.typing as npt
 import xxhash
 
 from tierkv.block import HASH_BYTES, TOKEN_BYTES, BlockHash, common_run
-from tierkv.errors import CorruptBlockError, StoreError
+from tierkv.errors import CorruptBlockError, FormatVersionError, StoreError
 from tierkv.layout import BlockLayout
 from tierkv.storage.coded import CodedBlock
 from tierkv.storage.outcomes import MissReason
@@ -165,13 +165,14 @@ class StateFile:
             return decode_record(record, out, expected=expected, layout=layout, coded=coded)
         except (TruncatedBlockError, OSError):
             return MissReason.TRUNCATED
+        except FormatVersionError:
+            return MissReason.FORMAT
         except StoreError:
             return MissReason.CORRUPT
 
-    def delete(self, block_hash: BlockHash) -> int:
+    def note_damaged(self, block_hash: BlockHash) -> None:
         """Leave out a damaged block from now on; the file itself is never changed."""
         self._damaged.add(block_hash)
-        return 1
 
     def iter_records(self) -> Iterator[bytes]:
         """Yield every readable record, parents before children."""

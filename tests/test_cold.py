@@ -206,13 +206,19 @@ def test_accesses_and_pins_survive_a_restart(tmp_path: Path) -> None:
         assert (entry.access_count, entry.last_access, entry.pinned) == (2, 1005.0, True)
 
 
-def test_many_accesses_are_written_without_being_asked(tmp_path, monkeypatch) -> None:
+def test_many_accesses_are_due_and_those_that_nobody_writes_are_bounded(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(cold_writer, "MAX_PENDING_TOUCHES", 2)
-    first, second = record_of(1), record_of(2)
+    monkeypatch.setattr(cold_writer, "MAX_KEPT_TOUCHES", 2)
+    records = [record_of(number) for number in range(3)]
     with open_store(tmp_path) as store:
-        store.put([first, second])
-        store.touch([first.info.block_hash, second.info.block_hash])
-        assert [e and e.access_count for e in store.lookup_many([first.info.block_hash])] == [1]
+        store.put(records)
+        for number, record in enumerate(records):
+            assert store.is_due == (number >= 2)
+            store.touch([record.info.block_hash])
+        store.tend()
+        found = store.lookup_many([record.info.block_hash for record in records])
+        assert [entry and entry.access_count for entry in found] == [0, 1, 1]
+        assert not store.is_due
 
 
 def test_namespaces_are_described_and_counted(tmp_path: Path) -> None:
@@ -351,6 +357,8 @@ def test_a_damaged_block_is_a_miss_and_leaves_with_all_that_follow_it(tmp_path: 
         store.put(chain)
         damage(store, chain[1].info.block_hash)
         assert read(store, chain[1].info) is MissReason.CORRUPT
+        assert store.is_due and not store.contains(chain[1].info.block_hash)
+        store.tend()
         assert {h for h, _ in store.iter_entries()} == {chain[0].info.block_hash}
         assert store.stats().damaged_blocks == 3
         assert store.put(chain[1:]) == [PutOutcome.STORED] * 3

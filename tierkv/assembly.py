@@ -51,7 +51,12 @@ def open_store(config: CacheConfig, shared: ColdStore | None) -> ColdStore | Non
         return None
     if shared is not None or config.cold_path is None:
         return shared
-    return ColdStore(config.cold_path, quota_bytes=config.cold_bytes, min_free_bytes=config.min_free_bytes)
+    return ColdStore(
+        config.cold_path,
+        quota_bytes=config.cold_bytes,
+        min_free_bytes=config.min_free_bytes,
+        write_wait_s=config.write_wait_s,
+    )
 
 
 def open_tiers(
@@ -85,6 +90,7 @@ def open_tiers(
         num_threads=config.num_io_threads,
         loaders=ThreadPoolExecutor(_NUM_LOADERS, thread_name_prefix="tierkv-load"),
         watch=Watch(layout),
+        write_wait_s=config.write_wait_s,
     )
 
 

@@ -116,6 +116,7 @@ class TierCache:
             tiers,
             prefixes=self._prefixes,
             promoter=promoter,
+            demoter=demoter,
             accord=accord,
             running=self._running,
             registrar=self._registrar,

@@ -34,6 +34,9 @@ class CacheConfig:
     gpu_decode: let the GPU decode cold blocks of 16-bit floats, where nvCOMP is installed (the extra `nvcomp`).
     write_through: write every block to the lower tiers behind the request; False writes a block only when
         the hot pool needs its room.
+    write_wait_s: how long a request waits for hot blocks that must be written down before their room is free, and how
+        long whoever writes waits for others who write to the same store, which a stopped process does for ever. Then
+        the oldest writes are dropped, and counted as skipped.
     socket: the daemon's; its warm and cold tiers are used then, and this process has none: warm_bytes, cold_path,
         cold_bytes and the codecs are the daemon's business.
     compute_wait_s: how long a request waits for blocks that another process is computing; 0 never waits.
@@ -56,6 +59,7 @@ class CacheConfig:
     min_partial_tokens: int = 1
     compute_or_load: bool = True
     piece_tokens: int = 2048
+    write_wait_s: float = 5.0
     socket: Path | None = None
     compute_wait_s: float = 5.0
     daemon_timeout_s: float = 2.0
@@ -74,7 +78,7 @@ class CacheConfig:
             raise ConfigError(f"hot_fraction must lie between 0 and 1, got {self.hot_fraction}")
         if self.warm_codec not in WARM_CODECS:
             raise ConfigError(f"warm_codec must be one of {', '.join(WARM_CODECS)}, got {self.warm_codec!r}")
-        if self.compute_wait_s < 0 or self.daemon_timeout_s <= 0:
-            raise ConfigError("compute_wait_s must not be negative, daemon_timeout_s must be positive")
+        if min(self.compute_wait_s, self.write_wait_s) < 0 or self.daemon_timeout_s <= 0:
+            raise ConfigError("compute_wait_s and write_wait_s must not be negative, daemon_timeout_s must be positive")
         if self.min_free_bytes < 0:
             raise ConfigError(f"min_free_bytes must not be negative, got {self.min_free_bytes}")

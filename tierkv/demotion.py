@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +29,8 @@ _log = logging.getLogger(__name__)
 
 _BATCH_BLOCKS = 8
 _QUEUE_BLOCKS = 4096
+_STALL_S = 10.0  # beyond the wait for others who write: a batch that takes longer is not waited for at the end
+_STALLED = "stalled"
 
 
 AfterWrites: TypeAlias = Callable[[], None]
@@ -64,6 +68,7 @@ class Demoter:
         self._failed: set[BlockHash] = set()
         self._offloading: Offloading | None = None
         self._is_offloading = False
+        self._is_tending = False
         self._queue: WriteBehind[Job | AfterWrites] = WriteBehind(
             self._process, capacity=_QUEUE_BLOCKS, batch_size=_BATCH_BLOCKS
         )
@@ -96,10 +101,13 @@ class Demoter:
     def take_hot(self, count: int) -> list[int]:
         """Return `count` block ids, each pinned once, evicting and demoting as needed and as is of use.
 
-        Raises CapacityError if even an idle cache could not make that much room beside what is in use.
+        Waits for writes for at most `write_wait_s`, not at all while they stand still for longer than that; then the
+        oldest ones are dropped. Raises CapacityError if there is not that much room beside what is in use even so, and
+        ClosedError where it would wait.
         """
         tiers = self._tiers
         pool = tiers.index.hot
+        deadline = time.monotonic() + tiers.write_wait_s
         with tiers.changed:
             while True:
                 tiers.reap()
@@ -107,12 +115,16 @@ class Demoter:
                 short = count + pool.used_count - pool.limit
                 if short > 0 and count <= pool.limit - pool.referenced_count:  # else it would be in vain
                     self.evict_hot(short)
+                if pool.free_count < count and self._is_too_late(deadline):
+                    self._drop_writes(count)
                 if pool.free_count >= count:
                     block_ids = pool.allocate(count)
                     tiers.wait_for_users(block_ids)
                     self._offload_soon()
                     return block_ids
-                if was_idle and not self._queue.pending:
+                is_idle = was_idle and not self._queue.pending
+                # Twice as late: what the batch in work holds may still be what is needed.
+                if is_idle or (time.monotonic() >= deadline + tiers.write_wait_s and not tiers.in_flight):
                     raise CapacityError(
                         f"the hot pool has no room for {count} more blocks: {pool.referenced_count} of "
                         f"{pool.limit} are in use, and what is left is too little or pinned",
@@ -120,22 +132,54 @@ class Demoter:
                         + (" or the memory budget" if pool.limit < pool.capacity else "")
                         + ", or run fewer sequences at once",
                     )
+                tiers.require_open()
                 tiers.wait()
 
-    def evict_hot(self, count: int) -> None:
-        """Evict up to `count` blocks; those that no lower tier has yet are queued to be written first.
+    def _is_too_late(self, deadline: float) -> bool:
+        return time.monotonic() >= deadline or self._queue.stalled_s >= self._tiers.write_wait_s
+
+    def _drop_writes(self, count: int) -> None:
+        """Give queued writes up, oldest first, until `count` hot blocks are free; none where that would be in vain.
 
         The caller holds the lock.
+        """
+        pool = self._tiers.index.hot
+        holders = Counter(job.block_id for job in self._queue.queued() if isinstance(job, Job))
+        num_held = sum(pool.reference_count(block_id) == held for block_id, held in holders.items())
+        if count > pool.limit - pool.referenced_count + num_held:
+            return
+        while (short := count - pool.free_count) > 0:
+            evicted = len(self.evict_hot(short, write_first=False))
+            if not evicted and not self._drop_oldest(short):
+                return
+
+    def _drop_oldest(self, count: int) -> int:
+        dropped = self._queue.drop_oldest(count, lambda job: isinstance(job, Job))
+        for job in dropped:
+            assert isinstance(job, Job)
+            self._tiers.index.unpin(Tier.HOT, job.block_id)
+            self._tiers.skip(job, _STALLED)
+            self._note_failure(job)
+        return len(dropped)
+
+    def evict_hot(self, count: int, *, write_first: bool = True) -> list[Entry]:
+        """Evict up to `count` blocks, and return them; those that no lower tier has yet are queued to be written first.
+
+        Without `write_first` these are lost, and counted. The caller holds the lock.
         """
         tiers = self._tiers
         ready: list[Entry] = []
         for victim in tiers.index.select_victims(Tier.HOT, count):
-            if self._must_write_first(victim):
+            if not self._must_write_first(victim):
+                ready.append(victim)
+            elif write_first:
                 self.write_down(victim, tiers.written(victim))
             else:
+                tiers.skip(Job.of(victim, tiers.index.seal_of(victim), tiers.mover.mark()), _STALLED)
                 ready.append(victim)
         evicted = tiers.evict(ready, Tier.HOT)  # not one whose child is still to be written
         self._failed.difference_update(entry.block_hash for entry in evicted)
+        return evicted
 
     def shrink(self) -> int:
         """Evict until the hot pool is within its limit, waiting for the writes that this needs.
@@ -168,9 +212,44 @@ class Demoter:
         """Wait until everything queued so far lies where it was to be written."""
         self._queue.flush()
 
-    def close(self) -> None:
-        """Write what is queued and stop. May be called twice."""
-        self._queue.close()
+    def tend(self) -> None:
+        """Have the write thread write what reads have left to be written in the store, if it is time for that."""
+        cold = self._tiers.cold
+        if cold and cold.is_due and not self._is_tending:
+            self._is_tending = self._queue.offer(self._tend)
+
+    def close(self) -> bool:
+        """Write what is queued and stop; what could not be written is logged. May be called twice.
+
+        Return whether the write thread has ended. If not, it stands still within a write, and all that it may touch
+        when it wakes up, which is everything in `tiers`, must be kept.
+        """
+        tiers = self._tiers
+        before = tiers.stats.skip_reasons.copy()
+        left = self._queue.close(stall_s=tiers.write_wait_s + _STALL_S)
+        with tiers.changed:
+            for job in left:
+                if isinstance(job, Job):
+                    tiers.index.unpin(Tier.HOT, job.block_id)
+                    tiers.skip(job, _STALLED)
+            lost = tiers.stats.skip_reasons - before
+            if in_work := self._queue.pending:
+                lost["in work"] = in_work
+        if lost:
+            reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(lost.items()))
+            _log.warning(
+                "%d blocks were not written to lower tiers before the cache was closed: %s", lost.total(), reasons
+            )
+        return not self._queue.is_running
+
+    def _tend(self) -> None:
+        self._is_tending = False
+        cold = self._tiers.cold
+        try:
+            if cold:
+                cold.tend()
+        except StoreError as exc:
+            _log.warning("what readers have noted is not written yet: %s", exc)
 
     def _evict_excess(self) -> int:
         """Evict what is beyond the hot pool's limit. Return how many still are."""
@@ -286,9 +365,12 @@ class Demoter:
         """Remember which blocks no lower tier has taken, so that they may be evicted all the same."""
         with self._tiers.changed:
             for job in jobs:
-                entry = self._entry_of(job)
-                if entry and entry.warm_slot is None and not entry.in_cold:
-                    self._failed.add(job.block_hash)
+                self._note_failure(job)
+
+    def _note_failure(self, job: Job) -> None:
+        entry = self._entry_of(job)
+        if entry and entry.warm_slot is None and not entry.in_cold:
+            self._failed.add(job.block_hash)
 
     def _write_compressed(self, jobs: Sequence[Job], compression: Compression) -> None:
         """Keep blocks compressed in the warm tier, those that fit a slot there."""

@@ -4,11 +4,13 @@ TierKVError
 ├── ConfigError (ValueError)     an option or an argument that cannot work
 ├── ShapeError (ValueError)      a tensor or buffer of the wrong shape, dtype or device
 ├── CapacityError                a tier has no room and nothing may be evicted
+├── ClosedError                  the cache has been closed, or is being closed
 ├── UnsupportedModelError        a model whose K and V cannot be reused by prefix
 ├── StoreError                   the cold store or a state file cannot be used
 │   ├── FormatVersionError       written by another version of the format
 │   ├── NamespaceMismatchError   written for another model, dtype, layout or salt
-│   └── CorruptBlockError        bytes that do not match their checksum or header
+│   ├── CorruptBlockError        bytes that do not match their checksum or header
+│   └── StoreBusyError           somebody else has been writing to the store for too long
 ├── TransferCancelledError       somebody cancelled it before all was copied
 ├── RankError                    the ranks of a model cannot agree
 └── DaemonError                  the daemon refused a request, or cannot be started
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 __all__ = [
     "CapacityError",
+    "ClosedError",
     "ConfigError",
     "CorruptBlockError",
     "DaemonError",
@@ -27,6 +30,7 @@ __all__ = [
     "NamespaceMismatchError",
     "RankError",
     "ShapeError",
+    "StoreBusyError",
     "StoreError",
     "TierKVError",
     "TransferCancelledError",
@@ -54,6 +58,10 @@ class CapacityError(TierKVError):
     """A tier has no room and nothing in it may be evicted."""
 
 
+class ClosedError(TierKVError):
+    """The cache has been closed, or is being closed: it does nothing more."""
+
+
 class UnsupportedModelError(TierKVError):
     """A model whose keys and values cannot be reused by prefix; the message says why."""
 
@@ -72,6 +80,10 @@ class NamespaceMismatchError(StoreError):
 
 class CorruptBlockError(StoreError):
     """Bytes that do not match their checksum, header or length."""
+
+
+class StoreBusyError(StoreError):
+    """Somebody else, perhaps a process that was stopped, keeps the store's write lock. Nothing was written."""
 
 
 class TransferCancelledError(TierKVError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -328,15 +327,14 @@ class Promoter:
         return coded if reason is None else reason
 
     def give_up(self, hit: Hit, reason: MissReason | None) -> None:
-        """Forget that a source has a block which could not be read, and take a damaged one out of its store."""
+        """Forget that a source has a block which could not be read, and tell it of a damaged one."""
         assert hit.source is not None
         with self._tiers.changed:
             entry = self._tiers.index.get(hit.block_hash, hit.parent_hash, hit.token_bytes, seal=hit.seal)
             if entry:
                 entry.in_cold = False
         if reason in _DAMAGED:
-            with contextlib.suppress(StoreError):  # a store that may not be written, or fails: it stays a miss
-                hit.source.delete(hit.block_hash)
+            hit.source.note_damaged(hit.block_hash)
 
     def _fill_tail(self, hit: Hit, target: int, pinned: dict[int, Place], result: Promoted) -> bool:
         """Copy a block of which a part is of use into a block of the sequence's own. False if it cannot be had."""

@@ -35,6 +35,7 @@ class CacheStats:
     fragmentation_ratio: 0 where the hot pool's free blocks are one run, towards 1 where they are scattered.
     misses: blocks that no tier answered; miss_reasons says why each of them, by the names of MissReason.
     prefetched_blocks: brought into the warm tier before anybody asked for them. prefetch_misses: why some were not.
+    skipped_writes: blocks that were not written to a lower tier; skip_reasons says why each of them.
     """
 
     requests: int = 0
@@ -50,6 +51,7 @@ class CacheStats:
     prefetched_blocks: int = 0
     prefetch_misses: dict[str, int] = field(default_factory=dict)
     miss_reasons: dict[str, int] = field(default_factory=dict)
+    skip_reasons: dict[str, int] = field(default_factory=dict)
     tiers: dict[Tier, TierStats] = field(default_factory=dict)
 
     @property
@@ -72,7 +74,7 @@ class StatsRecorder:
         self.misses = 0
         self.prompt_tokens = 0
         self.collisions = 0
-        self.skipped_writes = 0
+        self.skip_reasons: Counter[str] = Counter()
         self.miss_reasons: Counter[str] = Counter()
         self.prefetched_blocks = 0
         self.prefetch_misses: Counter[str] = Counter()
@@ -81,6 +83,11 @@ class StatsRecorder:
         self.evictions: Counter[Tier] = Counter()
         self.bytes_in: Counter[Tier] = Counter()
         self.bytes_out: Counter[Tier] = Counter()
+
+    @property
+    def skipped_writes(self) -> int:
+        """Blocks that were not written to a lower tier."""
+        return self.skip_reasons.total()
 
     def snapshot(
         self, tiers: dict[Tier, TierStats], *, avg_shared_blocks: float, fragmentation_ratio: float
@@ -114,5 +121,6 @@ class StatsRecorder:
             prefetched_blocks=self.prefetched_blocks,
             prefetch_misses=dict(self.prefetch_misses),
             miss_reasons=dict(self.miss_reasons),
+            skip_reasons=dict(self.skip_reasons),
             tiers=counted,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from tierkv.block import BlockHash, Seal, Tier
-from tierkv.errors import StoreError
+from tierkv.errors import ClosedError, StoreError
 from tierkv.events import EventKind
 from tierkv.index import Entry, Index
 from tierkv.layout import BlockLayout
@@ -123,6 +124,8 @@ class Tiers:
     arriving: block ids whose bytes are on their way up, or are still being computed by whoever committed them; who uses
     one waits for that. computing: the latter, in order of their commits.
     reserved_raw: raw places that are never given back.
+    write_wait_s: how long a request waits for the write thread.
+    is_closing: nobody shall wait for room any more; see `require_open`.
     lower: who has the warm and the cold tier instead of this cache, which then has no warm slot and no source.
     """
 
@@ -150,6 +153,8 @@ class Tiers:
     leaving: dict[int, Ready] = field(default_factory=dict)
     computing: deque[tuple[Ready, list[int]]] = field(default_factory=deque)
     reserved_raw: int = 0
+    write_wait_s: float = 5.0
+    is_closing: bool = False
     lower: LowerTiers | None = None
 
     @property
@@ -283,7 +288,7 @@ class Tiers:
 
     def skip(self, job: Job, reason: str) -> None:
         """Count a block that was not written down; the caller holds the lock."""
-        self.stats.skipped_writes += 1
+        self.stats.skip_reasons[reason] += 1
         self.watch.block(EventKind.SKIP, None, job, reason=reason)
 
     def evict(self, victims: Sequence[Entry], tier: Tier) -> list[Entry]:
@@ -316,15 +321,18 @@ class Tiers:
         """Return one to `count` places in `raw_slots`, each pinned once; waits for copies in flight if there are none.
 
         The caller must hold no warm place while it waits: then those who hold some are copies and decodes, which
-        end. Returns none where nobody holds any and the user has pinned the blocks in all of them.
+        end, and the write thread. Returns none where nobody holds any and the user has pinned the blocks in all of
+        them, and where the write thread keeps them for longer than `write_wait_s`. Raises ClosedError rather than wait.
         """
+        deadline = time.monotonic() + self.write_wait_s
         with self.changed:
             while not (places := self.try_take_raw(count)):
                 if self.in_flight:
                     self.in_flight[0][0].synchronize()
-                elif self._raw_pool.referenced_count <= self.reserved_raw:
+                elif self._raw_pool.referenced_count <= self.reserved_raw or time.monotonic() >= deadline:
                     break
                 else:
+                    self.require_open()
                     self.changed.wait(_WAIT_S)
             return places
 
@@ -336,6 +344,11 @@ class Tiers:
             self.reap()
             slots = self.compression.slots
             return [Place(None, slot) for slot in slots.allocate(min(count, slots.free_count))]
+
+    def require_open(self) -> None:
+        """Raise ClosedError once the cache is being closed."""
+        if self.is_closing:
+            raise ClosedError("the cache is being closed")
 
     def wait(self) -> None:
         """Wait a moment for another thread or a copy in flight to make room; the caller holds the lock."""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
 __all__ = ["WriteBehind"]
+
+_POLL_S = 0.1
 
 _log = logging.getLogger(__name__)
 Job = TypeVar("Job")
@@ -34,7 +38,9 @@ class WriteBehind(Generic[Job]):
         self._batch_size = batch_size
         self._jobs: deque[Job] = deque()
         self._in_work = 0
+        self._started_at = 0.0  # when the batch in work was begun
         self._is_closing = False
+        self._is_given_up = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -54,17 +60,58 @@ class WriteBehind(Generic[Job]):
             self._changed.notify_all()
             return True
 
-    def flush(self) -> None:
-        """Wait until every job offered so far has been processed."""
+    @property
+    def stalled_s(self) -> float:
+        """For how long the batch in work has been so; 0 if none is."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._jobs and not self._in_work)
+            return time.monotonic() - self._started_at if self._in_work else 0.0
 
-    def close(self) -> None:
-        """Process what is queued, then stop the thread. May be called twice."""
+    def queued(self) -> list[Job]:
+        """Return the jobs that are not in work yet, oldest first."""
+        with self._changed:
+            return list(self._jobs)
+
+    def drop_oldest(self, count: int, may_drop: Callable[[Job], bool]) -> list[Job]:
+        """Take back up to `count` of the oldest jobs still queued; what they hold is the caller's to release."""
+        dropped: list[Job] = []
+        with self._changed:
+            kept: list[Job] = []
+            while self._jobs and len(dropped) < count:
+                job = self._jobs.popleft()
+                (dropped if may_drop(job) else kept).append(job)
+            self._jobs.extendleft(reversed(kept))
+            self._changed.notify_all()
+        return dropped
+
+    def flush(self) -> None:
+        """Wait until every job offered so far has been processed, or `close` has given up."""
+        with self._changed:
+            self._changed.wait_for(lambda: (not self._jobs and not self._in_work) or self._is_given_up)
+
+    def close(self, *, stall_s: float = math.inf) -> list[Job]:
+        """Process what is queued, then stop the thread. May be called twice.
+
+        If one batch takes longer than `stall_s`, what is queued behind it is not processed but returned, and the thread
+        is left alone with that batch: `is_running` tells.
+        """
         with self._changed:
             self._is_closing = True
             self._changed.notify_all()
-        self._thread.join()
+        while self._thread.is_alive():
+            self._thread.join(min(_POLL_S, stall_s))
+            if self.stalled_s > stall_s:
+                with self._changed:
+                    left = list(self._jobs)
+                    self._jobs.clear()
+                    self._is_given_up = True
+                    self._changed.notify_all()
+                return left
+        return []
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the thread may still touch what its jobs hold."""
+        return self._thread.is_alive()
 
     def _run(self) -> None:
         while True:
@@ -72,6 +119,7 @@ class WriteBehind(Generic[Job]):
                 self._changed.wait_for(lambda: bool(self._jobs) or self._is_closing)
                 batch = [self._jobs.popleft() for _ in range(min(self._batch_size, len(self._jobs)))]
                 self._in_work = len(batch)
+                self._started_at = time.monotonic()
             if not batch:
                 return
             try:

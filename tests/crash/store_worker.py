@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import lmdb
 import numpy as np
 from cold_blocks import NAMESPACE, block_bytes, chain_of, open_store, read, record_of
 
@@ -173,6 +174,20 @@ def read_forever(path: Path) -> None:
         sys.stdin.read()
 
 
+def hold_write_lock(path: Path) -> None:
+    """Stay inside a write transaction."""
+    with open_store(path) as store, store._env.write():
+        acknowledge(0)
+        sys.stdin.read()
+
+
+def hold_lmdb_lock(path: Path) -> None:
+    """Do as another program would that writes with LMDB alone."""
+    with lmdb.open(str(path / "cold"), max_dbs=8) as env, env.begin(write=True):
+        acknowledge(0)
+        sys.stdin.read()
+
+
 ACTIONS: dict[str, Callable[..., None]] = {
     function.__name__: function
     for function in (
@@ -186,6 +201,8 @@ ACTIONS: dict[str, Callable[..., None]] = {
         read_until_damaged,
         open_on_a_tiny_disk,
         read_forever,
+        hold_write_lock,
+        hold_lmdb_lock,
     )
 }
 

@@ -65,8 +65,8 @@ class Loader:
             source.read_ahead([later.entry.block_hash])
         try:
             reason = source.read_into(info, self._slab.slots(layout.block_bytes)[load.slot], layout=layout)
-            if reason in (MissReason.CORRUPT, MissReason.TRUNCATED) and isinstance(source, StateFile):
-                source.delete(info.block_hash)
+            if reason in (MissReason.CORRUPT, MissReason.TRUNCATED):
+                source.note_damaged(info.block_hash)
             return reason
         except StoreError:
             return MissReason.IO_ERROR

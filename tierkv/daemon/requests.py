@@ -189,7 +189,7 @@ class Requests:
         """Pin in the warm tier and in the store."""
         hashes = self._core.pin(client.connection, message)
         if self._store is not None and hashes:
-            await self._loop.run_in_executor(self._threads, self._store.set_pinned, hashes, message.pinned)
+            await self._loop.run_in_executor(None, self._store.set_pinned, hashes, message.pinned)
         return Count(count=len(hashes))
 
     def prefetch(self, client: ClientConnection, message: Prefetch) -> Answer:

@@ -35,6 +35,7 @@ __all__ = ["DaemonConfig", "serve"]
 _log = logging.getLogger(__name__)
 
 _TICK_S = 0.5
+_WRITE_WAIT_S = 5.0  # for other processes that write to the store; then blocks are skipped
 
 
 def serve(config: DaemonConfig, *, started: Callable[[], None] = lambda: None) -> None:
@@ -48,7 +49,12 @@ def serve(config: DaemonConfig, *, started: Callable[[], None] = lambda: None) -
         store = None
         if config.store is not None:
             stack.enter_context(exclusive_file(config.store / "daemon.lock", f"the store {config.store}"))
-            store = ColdStore(config.store, quota_bytes=config.cold_bytes, min_free_bytes=config.min_free_bytes)
+            store = ColdStore(
+                config.store,
+                quota_bytes=config.cold_bytes,
+                min_free_bytes=config.min_free_bytes,
+                write_wait_s=_WRITE_WAIT_S,
+            )
             stack.callback(store.close)
         slab = Slab(config.warm_bytes, num_threads=config.num_io_threads)
         stack.callback(slab.close)
@@ -112,7 +118,7 @@ class _Server:
         )
         server = await loop.create_unix_server(lambda: ClientConnection(self), sock=self._listener)
         metrics = await self._serve_metrics()
-        background = [self.spawn(prefetcher.run()), self.spawn(self._tick_forever())]
+        background = [self.spawn(prefetcher.run()), self.spawn(self._tick_forever(writer))]
         started()
         _log.info("serving on %s, slab of %d bytes", self.config.socket, self._slab.size_bytes)
         try:
@@ -147,10 +153,11 @@ class _Server:
         task.add_done_callback(self._tasks.discard)
         return task
 
-    async def _tick_forever(self) -> None:
+    async def _tick_forever(self, writer: StoreWriter) -> None:
         while True:
             await asyncio.sleep(_TICK_S)
             self.core.trim()
+            writer.tend()
             for client in list(self.clients):
                 client.check_alive()
 

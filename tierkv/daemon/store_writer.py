@@ -40,7 +40,7 @@ class StoreWriter:
         self._threads = threads
         self._sealer = Sealer()
         self._loop = asyncio.get_running_loop()
-        self._queue = WriteBehind(
+        self._queue: WriteBehind[Write | None] = WriteBehind(
             self._write, capacity=_QUEUE_BLOCKS, batch_size=_BATCH_BLOCKS, name="tierkv-daemon-write"
         )
 
@@ -48,6 +48,11 @@ class StoreWriter:
         """Queue a published block; a full queue forgets it."""
         if not self._queue.offer(write):
             self._core.finish_write(write, is_stored=False)
+
+    def tend(self) -> None:
+        """Have what readers have left to be written written too, if it is time for that and nothing else is."""
+        if self._store is not None and self._store.is_due and not self._queue.pending:
+            self._queue.offer(None)
 
     def flush(self) -> None:
         """Wait until what is queued so far is on the disk. Not for the loop's thread."""
@@ -80,11 +85,17 @@ class StoreWriter:
             if isinstance(source, StateFile):
                 yield from (each for each in source.iter_records() if read_header(each).info.block_hash not in seen)
 
-    def _write(self, writes: list[Write]) -> None:
-        """Encode and store published blocks; runs on the queue's thread."""
+    def _write(self, work: list[Write | None]) -> None:
+        """Encode and store published blocks; runs on the queue's thread. None is a call to tend the store."""
         store = self._store
         assert store is not None
+        writes = [write for write in work if write is not None]
         stored = dict.fromkeys(writes, False)
+        try:
+            if store.is_due:
+                store.tend()
+        except StoreError as exc:
+            _log.warning("what readers have noted is not written yet: %s", exc)
         try:
             missing = [write for write in writes if not store.contains(write.entry.block_hash)]
             stored.update((write, True) for write in writes if write not in missing)

@@ -58,9 +58,8 @@ class _DaemonBlock:
         """Return that it cannot be read from here."""
         return MissReason.DAEMON
 
-    def delete(self, block_hash: BlockHash) -> int:
-        """Delete nothing: the daemon does, if it must."""
-        return 0
+    def note_damaged(self, block_hash: BlockHash) -> None:
+        """Do nothing: the daemon does."""
 
 
 class RemoteReader:

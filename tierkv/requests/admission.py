@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import takewhile
 
 from tierkv.block import TOKEN_BYTES, BlockHash, Tier
+from tierkv.demotion import Demoter
 from tierkv.index import Entry
 from tierkv.lookup import Hit, Lookup
 from tierkv.promotion import Pinned, Promoted, Promoter
@@ -35,6 +36,7 @@ class Admission:
         *,
         prefixes: Prefixes,
         promoter: Promoter,
+        demoter: Demoter,
         accord: Accord,
         running: RunningSequences,
         registrar: Registrar,
@@ -46,6 +48,7 @@ class Admission:
         self._tiers = tiers
         self._prefixes = prefixes
         self._promoter = promoter
+        self._demoter = demoter
         self._accord = accord
         self._running = running
         self._registrar = registrar
@@ -91,6 +94,7 @@ class Admission:
             if cold := self._tiers.cold:
                 used = promoted.hits[len(sequence.chain) - len(promoted.hot) :]
                 cold.touch([*sequence.chain, *(hit.block_hash for hit in used)])
+                self._demoter.tend()
         except BaseException:
             self._running.release(sequence)
             raise
@@ -119,6 +123,7 @@ class Admission:
         self._promoter.keep_warm(loaded)
         if self._tiers.cold:
             self._tiers.cold.touch([hit.block_hash for hit in loaded])
+            self._demoter.tend()
         return split.num_before + (meeting.num_computed + len(loaded)) * size
 
     def _promote(self, found: Lookup, pinned: Pinned, token_bytes: bytes, ticket: Ticket | None) -> Promoted:

@@ -47,6 +47,7 @@ assert ENTRY_BYTES == 96
 _CHECKED = struct.Struct("<16s16sdddQIIIIIHH")
 assert _CHECKED.size == ENTRY_BYTES - 8
 _MAX_COUNT = (1 << 32) - 1
+_UNKNOWN = "unknown codec "  # and its id: the entry of a block that another version wrote is kept as it is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +102,7 @@ def pack_entry(block_hash: BlockHash, entry: ColdEntry) -> bytes:
         min(entry.access_count, _MAX_COUNT),
         entry.num_tokens,
         entry.depth,
-        codec_by_name(entry.codec).codec_id,
+        _codec_id(entry.codec),
         entry.pinned,
     )
     return checked + _checksum(block_hash, checked)
@@ -124,7 +125,7 @@ def unpack_entry(block_hash: BlockHash, packed: bytes | memoryview) -> ColdEntry
         raw_bytes=raw_bytes,
         stored_bytes=stored_bytes,
         value_bytes=value_bytes,
-        codec=codec.name if codec else f"unknown ({codec_id})",
+        codec=codec.name if codec else f"{_UNKNOWN}{codec_id}",
         created=created,
         last_access=last_access,
         access_count=access_count,
@@ -132,6 +133,10 @@ def unpack_entry(block_hash: BlockHash, packed: bytes | memoryview) -> ColdEntry
         depth=depth,
         pinned=bool(pinned),
     )
+
+
+def _codec_id(name: str) -> int:
+    return int(name.removeprefix(_UNKNOWN)) if name.startswith(_UNKNOWN) else codec_by_name(name).codec_id
 
 
 def _checksum(block_hash: BlockHash, checked: bytes) -> bytes:

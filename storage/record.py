@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from tierkv.errors import CorruptBlockError, ShapeError
+from tierkv.errors import CorruptBlockError, FormatVersionError, ShapeError
 from tierkv.layout import BlockLayout, Run
 from tierkv.storage.codec import iter_runs
 from tierkv.storage.codecs import RAW, Codec, default_codec
@@ -206,7 +206,11 @@ def _read_head(source: RecordSource) -> tuple[RecordHeader, xxhash.xxh3_64]:
     head = source.view(0, min(source.size, _HEAD_BYTES))
     if head.size >= HEADER_BYTES and head.size < payload_offset_in(head) <= source.size:
         head = source.view(0, payload_offset_in(head))
-    header = read_header(head, size=source.size)
+    try:
+        header = read_header(head, size=source.size)
+    except FormatVersionError:
+        read_header(source.view(0, source.size))  # damage, unless the whole record says the same
+        raise
     return header, begin_checksum(head[: header.payload_offset])
 
 

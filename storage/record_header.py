@@ -14,7 +14,7 @@ import numpy as np
 import xxhash
 
 from tierkv.block import HASH_BYTES, SEAL_BYTES, TOKEN_BYTES, BlockHash, HashFunction, Seal, hash_block, seal_block
-from tierkv.errors import ConfigError, CorruptBlockError, FormatVersionError, ShapeError
+from tierkv.errors import ConfigError, CorruptBlockError, FormatVersionError, ShapeError, StoreError
 from tierkv.layout import BlockLayout
 from tierkv.storage.codecs import Codec, codec_by_id
 from tierkv.storage.outcomes import MissReason
@@ -132,8 +132,9 @@ def read_header(record: Buffer, *, size: int | None = None) -> RecordHeader:
     """Return the header of a record, which may be followed by padding. Does not look at the payload.
 
     size: bytes of record and padding, where `record` is only their beginning, up to the payload at least.
-    Raises TruncatedBlockError, CorruptBlockError or FormatVersionError; allocates at most in proportion to
-    the record's length.
+    Raises TruncatedBlockError or CorruptBlockError; FormatVersionError for a record that is whole, checksum and all,
+    and of a version or codec that this code does not know; with `size` its checksum has not been compared yet.
+    Allocates at most in proportion to the record's length.
     """
     view = as_bytes(record).data
     if len(view) < HEADER_BYTES:
@@ -145,10 +146,10 @@ def read_header(record: Buffer, *, size: int | None = None) -> RecordHeader:
     if magic != MAGIC:
         raise CorruptBlockError("not a block record: the magic does not match")
     if version != RECORD_VERSION or flags:
-        raise _unknown_version(f"record version {version}, flags {flags}")
+        raise _unknown_version(view, f"record version {version}, flags {flags}", size)
     codec = codec_by_id(codec_id)
     if codec is None or codec.version != codec_version:
-        raise _unknown_version(f"codec {codec_id} version {codec_version}")
+        raise _unknown_version(view, f"codec {codec_id} version {codec_version}", size)
     sizes_agree = (
         0 < num_tokens <= block_size
         and payload_offset == payload_offset_of(num_tokens, num_frames)
@@ -277,7 +278,17 @@ def _checksum(view: memoryview, record_bytes: int) -> int:
     return xxhash.xxh3_64_intdigest(view[_PROLOGUE_BYTES:record_bytes], seed=seed)
 
 
-def _unknown_version(what: str) -> FormatVersionError:
+def _unknown_version(view: memoryview, what: str, size: int | None) -> StoreError:
+    """Return the error for a record that says it is of another version: damage, unless its checksum matches.
+
+    What every version has in its place: the first 16 bytes, and how long the record is.
+    """
+    record_bytes = record_bytes_of(bytes(view[:HEADER_BYTES]))
+    available = len(view) if size is None else size
+    if not HEADER_BYTES <= record_bytes <= available:
+        return TruncatedBlockError(f"{what}, and {record_bytes} bytes of {available}")
+    if size is None and _checksum(view, record_bytes) != int.from_bytes(view[8:16], "little"):
+        return CorruptBlockError(f"{what}, and its bytes do not match its checksum")
     return FormatVersionError(
         f"this version of tierkv does not read {what}",
         hint="use the version that wrote it, or delete the store and let it fill again",

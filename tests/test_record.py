@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -138,10 +139,20 @@ def test_a_record_cut_anywhere_is_truncated() -> None:
 
 
 def test_a_newer_version_is_refused_with_the_remedy() -> None:
-    record = bytearray(encode_record(info_of(2), block_of(TINY), layout=TINY).data)
-    struct.pack_into("<H", record, 4, 3)
-    with pytest.raises(FormatVersionError, match="version that wrote it"):
-        read_header(record)
+    for offset, value in ((4, 3), (4, 1), (6, 1), (72, 999), (74, 7)):  # version, flags, codec, its version
+        record = bytearray(encode_record(info_of(2), block_of(TINY), layout=TINY).data)
+        struct.pack_into("<H", record, offset, value)
+        with pytest.raises(CorruptBlockError):  # a bit has flipped: no other version writes a checksum that is wrong
+            read_header(record)
+        with pytest.raises(FormatVersionError, match="version that wrote it"):
+            read_header(with_checksum(record))
+
+
+def with_checksum(record: bytearray) -> bytearray:
+    """Seal a record anew, as a version that writes other things into it does."""
+    seed = int.from_bytes(record[:8], "little")
+    struct.pack_into("<Q", record, 8, xxhash.xxh3_64_intdigest(bytes(record[16:]), seed=seed))
+    return record
 
 
 def test_a_record_of_another_layout_is_corrupt_not_misread() -> None:

@@ -35,6 +35,7 @@ def verify(store_path: Path, *, repair: bool, as_json: bool) -> bool:
         "blocks": report.blocks,
         "bytes_stored": report.stored_bytes,
         "damaged": {block_hash.hex(): reason for block_hash, reason in report.damaged.items()},
+        "other_formats": {block_hash.hex(): reason for block_hash, reason in report.other_formats.items()},
         "problem": report.problem,
         "repaired": repair,
         "blocks_removed": report.removed,
@@ -69,5 +70,9 @@ def _print(report: VerifyReport, set_aside: str | None, *, repair: bool) -> None
     if set_aside:
         console.print(f"the data file was damaged: what could be saved was, the rest is {set_aside}")
     console.print(f"{report.blocks} blocks, {format_bytes(report.stored_bytes)} sound, {len(report.damaged)} damaged")
+    if report.other_formats:
+        console.print(
+            f"{len(report.other_formats)} blocks were written by another version of tierkv, and stay as they are"
+        )
     if repair and not report.is_sound:
         console.print(f"repaired: {report.removed} blocks removed, those that followed a damaged one among them")

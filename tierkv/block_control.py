@@ -9,6 +9,7 @@ from tierkv.block import BlockHash, Tier
 from tierkv.demotion import Demoter, Offloading
 from tierkv.errors import ConfigError
 from tierkv.index import Entry
+from tierkv.open_calls import OpenCalls, while_open
 from tierkv.tiers import Tiers
 
 __all__ = ["BlockControl", "BlockReport", "BlockState"]
@@ -44,12 +45,17 @@ class BlockReport:
 
 
 class BlockControl:
-    """Acts on blocks by their ids, within the cache's rules: nothing in use or pinned goes, children before parents."""
+    """Acts on blocks by their ids, within the cache's rules: nothing in use or pinned goes, children before parents.
 
-    def __init__(self, tiers: Tiers, demoter: Demoter) -> None:
+    calls: of the cache, which is not closed while somebody is inside here.
+    """
+
+    def __init__(self, tiers: Tiers, demoter: Demoter, *, calls: OpenCalls) -> None:
+        self.calls = calls
         self._tiers = tiers
         self._demoter = demoter
 
+    @while_open
     def inspect(self) -> tuple[BlockState, ...]:
         """Return every block of the hot pool that is in use or cached, in order of their ids."""
         pool = self._tiers.index.hot
@@ -58,6 +64,7 @@ class BlockControl:
             used = [i for i in range(pool.capacity) if pool.owners[i] is not None or pool.reference_count(i)]
             return tuple(self._state(block_id) for block_id in used)
 
+    @while_open
     def manage(self, *, evict: Iterable[int] = (), pin: Iterable[int] = (), offload: Iterable[int] = ()) -> BlockReport:
         """Pin, then offload, then evict blocks; say what became of each.
 
@@ -86,6 +93,7 @@ class BlockControl:
         """The most blocks of the hot pool that were in use or cached at a time."""
         return self._tiers.index.hot.peak_count
 
+    @while_open
     def set_limit(self, num_blocks: int) -> int:
         """Let the hot pool take so many blocks from now on, at most as many as it has.
 
@@ -101,10 +109,12 @@ class BlockControl:
             self._tiers.changed.notify_all()
         return self._demoter.shrink()
 
+    @while_open
     def set_offloading(self, offloading: Offloading | None) -> None:
         """Demote a share of what nobody uses whenever the hot pool is too full, behind the request; None ends it."""
         self._demoter.set_offloading(offloading)
 
+    @while_open
     def unpin(self, block_ids: Iterable[int]) -> None:
         """Let pinned blocks be evicted again; ids of blocks that are not pinned change nothing."""
         self._set_pinned([entry for block_id in block_ids if (entry := self._owner(block_id))], False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
@@ -16,10 +16,11 @@ from tierkv.cache_state import iter_records, open_state
 from tierkv.config import CacheConfig
 from tierkv.defragment import Defragmenter, LayoutReport
 from tierkv.demotion import Demoter
-from tierkv.errors import ConfigError
+from tierkv.errors import ClosedError, ConfigError
 from tierkv.events import CacheObserver, EventKind
 from tierkv.namespace import Namespace
 from tierkv.occupancy import occupancy
+from tierkv.open_calls import OpenCalls, while_open
 from tierkv.policies import EvictionPolicy, make_policy
 from tierkv.promotion import Promoter
 from tierkv.ranks.accord import Accord
@@ -39,6 +40,8 @@ from tierkv.watch import pool_regions
 
 __all__ = ["Match", "TierCache", "load_cache_state", "save_cache_state"]
 
+_CALLS_WAIT_S = 10.0  # at the end, for calls that wait for the write thread
+
 
 class TierCache:
     """Keys and values of one model, kept hot, warm and cold. Context manager; `close` may be called twice.
@@ -53,7 +56,7 @@ class TierCache:
     Life of a request: `acquire` (or `match` to look first), compute the tokens that were not cached, `commit`
     them, `append` and `commit` while decoding, `release`. Calls are thread-safe; a sequence belongs to one
     thread. Damage, full disks and failed copies are misses that `stats` counts, never exceptions.
-    `blocks` acts on blocks of the hot pool by their ids.
+    `blocks` acts on blocks of the hot pool by their ids. Once closed, or being closed, every method raises ClosedError.
     """
 
     def __init__(
@@ -74,7 +77,7 @@ class TierCache:
         self.layout = self.namespace.layout
         self.device = torch.device(device)
         self._owns_cold = cold is None
-        self._is_open = True
+        self.calls = OpenCalls("the cache")
         with ExitStack() as undo:
             cold = open_store(config, cold)
             if cold:
@@ -104,7 +107,7 @@ class TierCache:
         """Give each part of a request's life the tiers, and the other parts, that it works with."""
         config, tiers, demoter, daemon = self.config, self._tiers, self._demoter, self._daemon
         accord = Accord(self.ranks, tiers, demoter)
-        self.blocks = BlockControl(tiers, demoter)
+        self.blocks = BlockControl(tiers, demoter, calls=self.calls)
         self._prefixes = Prefixes(
             tiers, daemon, min_partial_tokens=config.min_partial_tokens, hash_function=hash_function
         )
@@ -148,10 +151,12 @@ class TierCache:
         """The store on disk, if there is one."""
         return self._tiers.cold
 
+    @while_open
     def match(self, token_ids: TokenIds) -> Match:
         """Return how many leading tokens are cached, and where. Changes and reads nothing."""
         return self._prefixes.match(as_token_array(token_ids).tobytes())
 
+    @while_open
     def acquire(self, token_ids: TokenIds, *, reuse: bool = True, may_split: bool = False) -> Sequence:
         """Return a sequence with room for every token, its cached prefix on the way into the hot pool.
 
@@ -169,6 +174,7 @@ class TierCache:
             detail["tokens"], detail["cached tokens"] = num_tokens, sequence.num_cached_tokens
         return sequence
 
+    @while_open
     def join(self, sequence: Sequence) -> int:
         """Wait for the blocks of `sequence.split` and make them part of the sequence.
 
@@ -178,6 +184,7 @@ class TierCache:
         _require_running(sequence)
         return self._admission.join(sequence)
 
+    @while_open
     def note_computed(self, num_tokens: int, seconds: float) -> None:
         """Say how long a forward pass of so many new tokens took, from its launch until its result was there.
 
@@ -186,11 +193,13 @@ class TierCache:
         with self._tiers.changed:
             self._tiers.step_costs.add(num_tokens, seconds)
 
+    @while_open
     def append(self, sequence: Sequence, token_ids: TokenIds) -> None:
         """Add tokens to a sequence and take the blocks that they need. Raises CapacityError, nothing added."""
         _require_running(sequence)
         self._running.append(sequence, as_token_array(token_ids).tobytes())
 
+    @while_open
     def commit(self, sequence: Sequence, num_computed_tokens: int, *, tail: bool = False) -> int:
         """Register the blocks whose K and V are now computed, so that others find them. Return how many were new.
 
@@ -203,6 +212,7 @@ class TierCache:
             raise ConfigError(f"{num_computed_tokens} tokens computed of a sequence of {sequence.num_tokens}")
         return self._registrar.commit(sequence, num_computed_tokens, tail=tail)
 
+    @while_open
     def fork(self, sequence: Sequence) -> Sequence:
         """Return a second sequence with the same tokens, for parallel sampling.
 
@@ -215,9 +225,15 @@ class TierCache:
         return self._running.fork(sequence)
 
     def release(self, sequence: Sequence) -> None:
-        """End a sequence: registered blocks stay cached, the others are free. May be called twice."""
+        """End a sequence: registered blocks stay cached, others are free. May be called twice, and after `close`."""
+        with suppress(ClosedError):  # closing releases all
+            self._release(sequence)
+
+    @while_open
+    def _release(self, sequence: Sequence) -> None:
         self._running.release(sequence)
 
+    @while_open
     def pin(self, token_ids: TokenIds) -> int:
         """Keep a cached prompt's blocks in every tier that has them, on disk also after a restart.
 
@@ -226,10 +242,12 @@ class TierCache:
         """
         return self._prefixes.set_pinned(as_token_array(token_ids).tobytes(), True)
 
+    @while_open
     def unpin(self, token_ids: TokenIds) -> int:
         """Let a prompt's blocks be evicted again. Return how many blocks that are."""
         return self._prefixes.set_pinned(as_token_array(token_ids).tobytes(), False)
 
+    @while_open
     def prefetch(self, token_ids: TokenIds) -> PrefetchHandle:
         """Announce a prompt: its cold blocks are brought into the warm tier before the request comes. Returns at once.
 
@@ -238,6 +256,7 @@ class TierCache:
         """
         return self._prefetcher.offer(as_token_array(token_ids).tobytes())
 
+    @while_open
     def evict(self, tier: Tier, count: int | None = None) -> int:
         """Evict up to `count` blocks (all that may go, if None) from the hot or the warm tier.
 
@@ -258,6 +277,7 @@ class TierCache:
                 self._demoter.evict_hot(wanted)
             return before - pool.used_count
 
+    @while_open
     def defragment(self, running: Collection[Sequence] = ()) -> LayoutReport:
         """Lay the hot pool's chains in contiguous runs, no byte changed. Return what was moved: block ids change.
 
@@ -268,6 +288,7 @@ class TierCache:
             _require_running(sequence)
         return Defragmenter(self._tiers, self._demoter).run(running)
 
+    @while_open
     def flush(self) -> None:
         """Wait until every committed block has been written to the lower tiers and synced to disk."""
         self._demoter.flush()
@@ -276,6 +297,7 @@ class TierCache:
         if self._daemon:
             self._daemon.flush()
 
+    @while_open
     def save_cache_state(self, path: str | Path) -> SavedState:
         """Write every cached block of this namespace into one file, atomically. Raises StoreError or DaemonError."""
         self.flush()
@@ -289,6 +311,7 @@ class TierCache:
             records=iter_records(self._tiers),
         )
 
+    @while_open
     def load_cache_state(self, path: str | Path) -> int:
         """Open a state file as one more source of cold blocks; they come up on demand. Return how many it has.
 
@@ -302,6 +325,7 @@ class TierCache:
             self._tiers.states.append(state)
         return len(state)
 
+    @while_open
     def stats(self) -> CacheStats:
         """Return counters and sizes as they are now."""
         cold = self.cold.stats() if self.cold else None
@@ -313,11 +337,13 @@ class TierCache:
                 fragmentation_ratio=self._tiers.index.hot.fragmentation(),
             )
 
+    @while_open
     def set_eviction_policy(self, policy: str | EvictionPolicy) -> None:
         """Choose victims by another policy from now on: a name, or any object that satisfies the Protocol."""
         with self._tiers.changed:
             self._tiers.index.set_policy(make_policy(policy) if isinstance(policy, str) else policy)
 
+    @while_open
     def add_observer(self, observer: CacheObserver) -> None:
         """Tell an observer what happens from now on, and first of the memory and the blocks that are there."""
         tiers = self._tiers
@@ -332,11 +358,13 @@ class TierCache:
                         observer.on_block(tiers.watch.event(EventKind.REGISTER, tier, entry, slot=slot))
             tiers.watch.add(observer)
 
+    @while_open
     def remove_observer(self, observer: CacheObserver) -> None:
         """Tell an observer nothing more."""
         with self._tiers.changed:
             self._tiers.watch.remove(observer)
 
+    @while_open
     def check(self) -> None:
         """Raise AssertionError unless every invariant holds: no slot leaked or used twice, no child without parent.
 
@@ -354,17 +382,30 @@ class TierCache:
             self.cold.check()
 
     def close(self) -> None:
-        """Write what is queued, then give back memory, files and threads. Running sequences become invalid."""
-        if not self._is_open:
+        """Write what is queued, then give back memory, files and threads. Running sequences are released.
+
+        Calls that other threads are inside of end first, those that wait for room with ClosedError; later ones raise
+        that. If a write stands still for too long (a hung disk, another program that holds the store), it is left
+        behind, with all the memory that it may still touch. What was not written is logged.
+        """
+        if not self.calls.close():
             return
-        self._is_open = False
+        tiers = self._tiers
+        with tiers.changed:
+            tiers.is_closing = True
+            tiers.changed.notify_all()
+        self._running.cancel_splits()
         self._prefetcher.close()
-        self._demoter.close()
+        self.calls.wait(self.config.write_wait_s + _CALLS_WAIT_S)
+        is_quiet = self._demoter.close()  # which lets out who has waited for writes
+        is_quiet &= self.calls.wait(None if is_quiet else _CALLS_WAIT_S)
+        self._running.release_all()
         if self._daemon:
             self._daemon.close()
-        self._tiers.close()
-        for state in self._tiers.states:
-            state.close()
+        if is_quiet:
+            tiers.close()
+            for state in tiers.states:
+                state.close()
         if self.cold and self._owns_cold:
             self.cold.close()
 

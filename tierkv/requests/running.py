@@ -95,6 +95,18 @@ class RunningSequences:
             if sequence.split:
                 sequence.split.wait()
 
+    def cancel_splits(self) -> None:
+        """Ask the loads behind sequences to end soon."""
+        with self._tiers.changed:
+            splits = [sequence.split for sequence in self._sequences if sequence.split]
+        for split in splits:
+            split.cancel()
+
+    def release_all(self) -> None:
+        """End every sequence. Nobody else does anything with them any more."""
+        for sequence in list(self._sequences):
+            self.release(sequence)
+
     def avg_shared_blocks(self) -> float:
         """Return how many of its blocks a sequence shares with others, on average; the caller holds the lock."""
         users = self._users()

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from tierkv.block import HASH_BYTES, BlockHash
-from tierkv.errors import CorruptBlockError, StoreError
+from tierkv.errors import CorruptBlockError, FormatVersionError, StoreError
 from tierkv.storage.cold_batch import SPECS, padded_bytes
 from tierkv.storage.cold_entry import ENTRY_BYTES, ColdEntry, unpack_entry
 from tierkv.storage.cold_eviction import VictimQueue
@@ -70,6 +70,7 @@ class _Remains:
     entries: dict[BlockHash, ColdEntry] = field(default_factory=dict)
     rows: dict[BlockHash, NamespaceRow] = field(default_factory=dict)
     damaged: int = 0
+    other_formats: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,10 +113,11 @@ class ColdKeeper:
         finally:
             os.close(fd)
         _logger.warning(
-            "cold store %s: %d blocks saved of a damaged file; %d were damaged themselves",
+            "cold store %s: %d blocks saved of a damaged file; %d are damaged themselves, %d of another format",
             damaged.parent,
             saved,
             remains.damaged,
+            remains.other_formats,
         )
 
 
@@ -155,6 +157,9 @@ def _take_record(fd: int, offset: int, remains: _Remains) -> None:
         if offset + size > os.fstat(fd).st_size:
             raise CorruptBlockError("it was cut short")
         info = parse_record(os.pread(fd, size, offset)).info
+    except FormatVersionError:
+        remains.other_formats += 1
+        return
     except StoreError:
         remains.damaged += 1
         return

@@ -137,6 +137,8 @@ class LmdbEnv:
 
     def close(self) -> None:
         """Close after the transactions in flight. If one does not end in time, all stays open, which is logged."""
+        if self._is_abandoned:
+            return
         with self._gate.exclusive(self._write_wait_s + _CLOSE_WAIT_S) as is_alone:
             if not is_alone:
                 self._is_abandoned = True

@@ -16,6 +16,8 @@ from tierkv.storage.outcomes import MissReason, PutOutcome
 from tierkv.storage.state_file import StateFile, write_state_file
 
 VERSION_AT, FLAGS_AT, CODEC_AT, CODEC_VERSION_AT = 4, 6, 72, 74
+PAGE_BYTES = 4096
+LEAF_PAGE = 2
 OTHERS = [(VERSION_AT, 3), (FLAGS_AT, 1), (CODEC_AT, 999), (CODEC_VERSION_AT, 9)]
 
 
@@ -97,6 +99,25 @@ def test_a_flipped_bit_in_a_version_is_damage(tmp_path: Path, offset: int, value
         store.tend()
         assert store.lookup(record.info.block_hash) is None
         assert store.put([record]) == [PutOutcome.STORED]
+
+
+def test_a_damaged_file_is_kept_with_the_blocks_of_another_version_in_it(tmp_path: Path) -> None:
+    chain = chain_of(3)
+    with open_store(tmp_path) as store:
+        store.put(chain)
+        store_another_format(store, chain[1].info.block_hash, CODEC_AT, 999)
+        store.compact()  # the block as it was before lies in a free page
+    data = tmp_path / "cold" / "data.mdb"
+    pages = bytearray(data.read_bytes())
+    for start in range(0, len(pages), PAGE_BYTES):
+        if pages[start + 10] == LEAF_PAGE:
+            pages[start] ^= 1  # its number
+    data.write_bytes(pages)
+    with open_store(tmp_path) as store:
+        assert store.damaged is not None
+        assert [store.contains(record.info.block_hash) for record in chain] == [True, False, False]
+        assert of_another_format(chain[1].data.tobytes(), CODEC_AT, 999) in store.damaged.read_bytes()
+        store.check()
 
 
 def test_blocks_of_another_version_make_room_as_all_others_do(tmp_path: Path) -> None:

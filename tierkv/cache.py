@@ -238,7 +238,7 @@ class TierCache:
         """Keep a cached prompt's blocks in every tier that has them, on disk also after a restart.
 
         Return how many blocks that are; `unpin` takes it back. Raises DaemonError where a daemon has the lower
-        tiers and this tenant's share of them is used up.
+        tiers and this tenant's share of them is used up, StoreBusyError where others write to the store for too long.
         """
         return self._prefixes.set_pinned(as_token_array(token_ids).tobytes(), True)
 
@@ -290,7 +290,10 @@ class TierCache:
 
     @while_open
     def flush(self) -> None:
-        """Wait until every committed block has been written to the lower tiers and synced to disk."""
+        """Wait until every committed block has been written to the lower tiers and synced to disk.
+
+        Raises StoreError if the store cannot be written to.
+        """
         self._demoter.flush()
         if self.cold:
             self.cold.flush()

@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 _BATCH_BLOCKS = 8
 _QUEUE_BLOCKS = 4096
-_STALL_S = 10.0  # beyond the wait for others who write: a batch that takes longer is not waited for at the end
+_STALL_S = 30.0  # beyond the wait for others who write: a batch that takes longer is not waited for at the end
 _STALLED = "stalled"
 
 

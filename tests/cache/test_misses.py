@@ -105,6 +105,17 @@ def test_a_damaged_block_is_counted_once_and_what_followed_it_is_gone(tmp_path, 
             cache.check()
 
 
+def test_a_damaged_block_leaves_the_store_behind_a_request_that_writes_nothing(tmp_path: Path) -> None:
+    with open_store(tmp_path) as store:
+        hashes = fill(store)
+        damage(store, hashes[1])
+        with open_cache(store) as cache:
+            cache.release(cache.acquire([*PROMPT, 99]))
+            cache._demoter.flush()
+            assert store.stats().damaged_blocks == 2 and store.stats().blocks == 1
+            assert not store.is_due
+
+
 def test_a_run_too_short_to_be_worth_loading_is_counted_as_such(tmp_path: Path) -> None:
     with open_store(tmp_path) as store:
         fill(store)

@@ -267,7 +267,7 @@ def test_offers_made_void_by_use_do_not_pile_up() -> None:
     entry = add(index, None, 1)
     for _ in range(1000):
         index.touch(entry)
-    assert len(index._offers[Tier.HOT]) < 100
+    assert index._victims[Tier.HOT].num_offers < 100
     assert index.select_victims(Tier.HOT, 1) == [entry]
 
 

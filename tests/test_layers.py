@@ -40,9 +40,10 @@ LAYERS = (
     # Siblings: they know the values and not each other; only the mover also knows the memory that it moves.
     Layer(
         "control",
-        "slots rearrangement siblings eviction policies.hazard policies.use_history policies.lanes "
-        "policies.basic policies.segmented policies.density policies.learned policies index meeting "
-        "step_costs engine.cascade engine.pieces",
+        "slots rearrangement siblings offers eviction policies.hazard policies.use_history "
+        "policies.lane_queue policies.lanes policies.basic policies.segmented policies.density "
+        "policies.learned policies entry seals tree victims index_check index meeting step_costs "
+        "engine.cascade engine.pieces",
         below="values",
     ),
     Layer(

@@ -6,12 +6,12 @@ Three methods make a policy (`EvictionPolicy`). One that learns from what is ins
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Generic, Protocol, TypeAlias, TypeVar, runtime_checkable
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 from tierkv.block import BlockHash
+from tierkv.offers import Offers
 
 __all__ = [
     "CacheBlock",
@@ -105,8 +105,8 @@ class VictimQueue(Protocol[Block]):
     def add(self, block: Block) -> None:
         """Learn that the tier holds the block from now on."""
 
-    def remove(self, block: Block) -> None:
-        """Learn that the tier has forgotten the block."""
+    def remove_all(self, blocks: Sequence[Block]) -> None:
+        """Learn that the tier has forgotten some blocks."""
 
     def push(self, block: Block, stamp: int) -> None:
         """Offer a block, which the tier holds, for eviction. Its stamp changes with each use."""
@@ -114,8 +114,12 @@ class VictimQueue(Protocol[Block]):
     def pop(self) -> tuple[Block, int] | None:
         """Take the block that should go next, with the stamp it was pushed under. None if none is left."""
 
-    def push_pop(self, block: Block, stamp: int) -> tuple[Block, int] | None:
-        """Push, then pop. Faster where that gives the same block back, as it does all along a chain."""
+    def goes_first(self, block: Block) -> bool:
+        """Tell whether a block that is not in the queue would be the next to go, all along a chain for instance.
+
+        Asked only after a `pop`, before anything else happened. If so, the block need not be pushed to be taken; False
+        may also mean that this is not known without pushing it.
+        """
 
     def clear(self) -> None:
         """Forget everything pushed, not what was added: it is pushed anew."""
@@ -135,21 +139,17 @@ class QueueingPolicy(Protocol):
         """Return an empty queue for one tier."""
 
 
-_Offer: TypeAlias = "tuple[float, int, int, Block, int]"
-
-
 class ScoreQueue(Generic[Block]):
-    """Highest score first; of equals the deeper block, then the one pushed first. O(log n) an operation."""
+    """Highest score first, of equals the deepest block."""
 
     def __init__(self, policy: EvictionPolicy) -> None:
         self._policy = policy
-        self._heap: list[_Offer[Block]] = []
-        self._serial = 0
+        self._offers: Offers[Block] = Offers()
 
     def add(self, block: Block) -> None:
         """Nothing to note: the score says it all."""
 
-    def remove(self, block: Block) -> None:
+    def remove_all(self, blocks: Sequence[Block]) -> None:
         """Nothing to note."""
 
     def score(self, block: Block) -> float:
@@ -158,28 +158,25 @@ class ScoreQueue(Generic[Block]):
 
     def push(self, block: Block, stamp: int) -> None:
         """Offer a block under its score of now."""
-        self._serial += 1
-        heapq.heappush(self._heap, (-self.score(block), -block.depth, self._serial, block, stamp))
+        self._offers.push(-self.score(block), block, stamp)
 
-    def push_pop(self, block: Block, stamp: int) -> tuple[Block, int] | None:
-        """Take the block with the highest score, this one included."""
-        self._serial += 1
-        offer = (-self.score(block), -block.depth, self._serial, block, stamp)
-        return heapq.heappushpop(self._heap, offer)[3:]
+    def goes_first(self, block: Block) -> bool:
+        """Tell whether all that was pushed has lower scores."""
+        return self._offers.is_before_all(-self.score(block))
 
     def pop(self) -> tuple[Block, int] | None:
         """Take the block with the highest score."""
-        return heapq.heappop(self._heap)[3:] if self._heap else None
+        return self._offers.pop()
 
     def clear(self) -> None:
         """Forget everything pushed."""
-        self._heap.clear()
+        self._offers.clear()
 
     def __iter__(self) -> Iterator[tuple[Block, int]]:
-        return (offer[3:] for offer in self._heap)
+        return iter(self._offers)
 
     def __len__(self) -> int:
-        return len(self._heap)
+        return len(self._offers)
 
 
 def new_queue(policy: EvictionPolicy) -> VictimQueue[CacheBlock]:

@@ -172,10 +172,23 @@ class SlotPool(Generic[Owner]):
 
     def disown(self, slot: int) -> None:
         """Forget the owner; the place is freed now, or when its last user unpins it."""
-        assert self.owners[slot] is not None, f"slot {slot} has no owner"
-        self.owners[slot] = None
-        if self.pins[slot] == 0:
-            heapq.heappush(self._freed, slot)
+        self.disown_all((slot,))
+
+    def disown_all(self, slots: Iterable[int | None]) -> None:
+        """Forget the owners of several places, none of which may be None."""
+        owners, pins = self.owners, self.pins
+        freed: list[int] = []
+        for slot in slots:
+            assert slot is not None and owners[slot] is not None, f"slot {slot} has no owner"
+            owners[slot] = None
+            if not pins[slot]:
+                freed.append(slot)
+        if len(freed) > len(self._freed) // 8:
+            self._freed += freed
+            self._freed.sort()  # cheaper for many at once; what is sorted is a heap
+        else:
+            for slot in freed:
+                heapq.heappush(self._freed, slot)
 
     def free_runs(self) -> list[int]:
         """Return the lengths of the runs of neighbouring free places, in order of position."""

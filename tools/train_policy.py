@@ -114,8 +114,8 @@ class _Recorder(LanePolicy):
         super().__init__(num_lanes=1, num_rows=1 << max(17, num_blocks.bit_length() + 1), sample_mask=0)
         self.rows: list[tuple[float, ...]] = []
 
-    def choose_lane(self, block: CacheBlock, *, count: int, gap_s: float, fork: int) -> int:
-        self.rows.append(features_of(block, count=count, gap_s=gap_s, fork=fork, is_partial=self.is_partial(block)))
+    def choose_lane(self, block: CacheBlock, count: int, away_s: float, fork: int) -> int:
+        self.rows.append(features_of(block, count=count, away_s=away_s, fork=fork, is_partial=self.is_partial(block)))
         return 0
 
 

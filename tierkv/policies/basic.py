@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from math import log2
 
@@ -116,8 +116,9 @@ class _PrefixQueue(ScoreQueue[CacheBlock]):
         if block.parent_hash in self._followers:
             self._followers[block.parent_hash] += 1
 
-    def remove(self, block: CacheBlock) -> None:
-        self._followers.pop(block.block_hash, None)
+    def remove_all(self, blocks: Sequence[CacheBlock]) -> None:
+        for block in blocks:
+            self._followers.pop(block.block_hash, None)
 
     def score(self, block: CacheBlock) -> float:
         return self._prefix_policy.score_prefix(block, self._followers.get(block.block_hash, 0))

@@ -6,11 +6,13 @@ import numpy as np
 
 from tierkv.eviction import CacheBlock
 from tierkv.policies.hazard import NUM_BUCKETS, bucket_of, buckets_of, hazards, hit_densities
-from tierkv.policies.lanes import LanePolicy, depth_class
+from tierkv.policies.lanes import LanePolicy
 
 __all__ = ["HitDensityPolicy"]
 
 _NUM_LANES = 42
+_DEPTH_CLASSES = bytes(min(4, ((blocks + 1).bit_length() - 1) // 2) for blocks in range(255))
+"""Which of five ranges a number of blocks lies in: up to 2, 14, 62, 254, or above."""
 
 
 class HitDensityPolicy(LanePolicy):
@@ -49,13 +51,16 @@ class HitDensityPolicy(LanePolicy):
         self._learned_at = 0
         self._learn()
 
-    def choose_lane(self, block: CacheBlock, *, count: int, gap_s: float, fork: int) -> int:
+    def choose_lane(self, block: CacheBlock, count: int, away_s: float, fork: int) -> int:
         """Return 0 to 14 for a new block, 15 to 39 for a used one, 40 or 41 for the tail of a prompt."""
-        if self.is_partial(block):
+        if block.num_tokens < self.block_tokens:
             return 40 + (count > 1)
         if count <= 1:
-            return 5 * min(fork, 2) + depth_class(block.depth - fork)
-        return 15 + 5 * min(count - 2 if count < 4 else count.bit_length() - 1, 4) + depth_class(block.depth)
+            ahead = block.depth - fork
+            return (5 * fork if fork < 2 else 10) + (_DEPTH_CLASSES[ahead] if ahead < 255 else 4)
+        depth = block.depth
+        often = min(count - 2 if count < 4 else count.bit_length() - 1, 4)
+        return 15 + 5 * often + (_DEPTH_CLASSES[depth] if depth < 255 else 4)
 
     def interval_ended(self, lane: int, idle_s: float) -> None:
         """Count a use after an idle time."""
@@ -83,11 +88,11 @@ class HitDensityPolicy(LanePolicy):
 
     def _count_idle(self) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
         """Count the blocks of the sample that are waiting for their next use, [lanes, NUM_BUCKETS]."""
-        tags = np.frombuffer(self.history.tags, dtype=np.uint64)
+        tags = np.asarray(self.history.tags)
         rows = np.flatnonzero((tags != 0) & (tags & np.uint64(self.sample_mask) == 0))
         if not len(rows):
             return np.zeros((_NUM_LANES, NUM_BUCKETS))
-        idle_s = self.now - np.frombuffer(self.history.times)[rows]
-        lanes = np.frombuffer(self.history.lanes, dtype=np.uint8)[rows].astype(np.int64)
+        idle_s = self.now - np.asarray(self.history.times)[rows]
+        lanes = np.asarray(self.history.lanes)[rows].astype(np.int64)
         counts = np.bincount(lanes * NUM_BUCKETS + buckets_of(idle_s), minlength=_NUM_LANES * NUM_BUCKETS)
         return counts.astype(np.float64).reshape(_NUM_LANES, NUM_BUCKETS)

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import TypeAlias
 
 from tierkv.eviction import CacheBlock, VictimQueue
 from tierkv.policies.hazard import bucket_of
-from tierkv.policies.use_history import UseHistory
+from tierkv.policies.lane_queue import LaneQueue
+from tierkv.policies.use_history import UseHistory, split_hash
 
-__all__ = ["LanePolicy", "depth_class"]
+__all__ = ["LanePolicy"]
 
 NO_FORK, MOST_FORK = 0, 0xFFFF
 _SAME_USE_S = 0.05
-
-
-def depth_class(blocks: int) -> int:
-    """Return which of five ranges a number of blocks lies in: up to 2, 14, 62, 254, or above."""
-    return min(4, ((blocks + 1).bit_length() - 1) // 2)
 
 
 class LanePolicy:
@@ -37,15 +31,17 @@ class LanePolicy:
     def __init__(self, *, num_lanes: int, num_rows: int, sample_mask: int = 7) -> None:
         self.num_lanes = num_lanes
         self.history = UseHistory(num_rows)
+        self._mask, self._tags, self._lanes = self.history.mask, self.history.tags, self.history.lanes  # read most
         self.sample_mask = sample_mask
         self.densities: list[list[float]] = []
         self.revision = 0
         self.now = float("-inf")
-        self._block_tokens = 0
+        self.block_tokens = 0
 
-    def choose_lane(self, block: CacheBlock, *, count: int, gap_s: float, fork: int) -> int:
-        """Return the lane of a block used `count` times, on average or at last `gap_s` apart.
+    def choose_lane(self, block: CacheBlock, count: int, away_s: float, fork: int) -> int:
+        """Return the lane of a block used `count` times.
 
+        away_s: how long it had been evicted when it was last inserted; 0 if it had not been, or nobody knows.
         fork: how many blocks of its chain had been used before when it was first inserted; 0 if unknown or none.
         """
         raise NotImplementedError
@@ -78,21 +74,32 @@ class LanePolicy:
                 return  # brought back by the request that used it, or about to be used by the one that brings it
             history.earlier[row], history.gaps[row] = history.totals[row], gap_s
         else:
-            self._take_over(row, tag, now)
+            known = history.tags[row]
+            if known and not known & self.sample_mask:
+                self.interval_lost(history.lanes[row], now - history.times[row])
+            history.take_over(row, tag, now, 0)
             if parent is not None:
                 history.forks[row] = self._fork_below(parent)
         self._begin(row, tag, block)
 
-    def note_removed(self, block: CacheBlock) -> None:
-        """Remember a block that a tier forgets."""
+    def note_removed(self, blocks: Sequence[CacheBlock]) -> None:
+        """Remember blocks that a tier forgets."""
         history = self.history
-        row, tag = history.row_of(block.block_hash)
-        if history.tags[row] != tag:
-            if not tag & self.sample_mask:
-                return  # nobody knows how long it has been in the sample
-            self._take_over(row, tag, self.now)
-        history.times[row] = block.last_access
-        history.totals[row] = history.earlier[row] + block.access_count
+        mask, sample_mask = history.mask, self.sample_mask
+        tags, times, earlier, totals = history.tags, history.times, history.earlier, history.totals
+        for block in blocks:
+            tag, low = split_hash(block.block_hash)
+            row, tag = low & mask, tag or 1
+            known = tags[row]
+            if known != tag:
+                if not tag & sample_mask:
+                    continue  # nobody knows how long it has been in the sample
+                if known and not known & sample_mask:
+                    self.interval_lost(history.lanes[row], self.now - times[row])
+                history.take_over(row, tag, block.last_access, block.access_count)
+            else:
+                times[row] = block.last_access
+                totals[row] = earlier[row] + block.access_count
 
     def select_victims(self, count: int, leaves: Iterator[CacheBlock]) -> list[CacheBlock]:
         """Take the first `count`."""
@@ -100,7 +107,7 @@ class LanePolicy:
 
     def new_queue(self) -> VictimQueue[CacheBlock]:
         """Return the lanes of one tier."""
-        return _LaneQueue(self)
+        return LaneQueue(self)
 
     def density(self, lane: int, idle_s: float) -> float:
         """Return the worth of keeping a block of a lane that has been idle for so long."""
@@ -108,16 +115,16 @@ class LanePolicy:
 
     def lane_of(self, block: CacheBlock) -> int:
         """Return the lane that the block is in since its last use."""
-        row = self.history.find(block.block_hash)
-        if row is None:
-            return self.choose_lane(block, count=block.access_count, gap_s=_mean_gap_s(block), fork=NO_FORK)
-        if block.access_count == 1:
-            return self.history.lanes[row]
-        return self._lane_in(row, block)
+        count = block.access_count
+        tag, low = split_hash(block.block_hash)
+        row = low & self._mask
+        if self._tags[row] != (tag or 1):
+            return self.choose_lane(block, count, 0.0, NO_FORK)
+        return self._lanes[row] if count == 1 else self._lane_in(row, block)
 
     def is_partial(self, block: CacheBlock) -> bool:
         """Tell whether the block has fewer tokens than others: the tail of a prompt, seldom met again as it is."""
-        return block.num_tokens < self._block_tokens
+        return block.num_tokens < self.block_tokens
 
     def _note_use(self, block: CacheBlock) -> None:
         history, now = self.history, self._advance(block)
@@ -128,7 +135,10 @@ class LanePolicy:
                 return
             self.interval_ended(history.lanes[row], idle_s)
         else:
-            self._take_over(row, tag, now)
+            known = history.tags[row]
+            if known and not known & self.sample_mask:
+                self.interval_lost(history.lanes[row], now - history.times[row])
+            history.take_over(row, tag, now, 0)
         self._begin(row, tag, block)
 
     def _begin(self, row: int, tag: int, block: CacheBlock) -> None:
@@ -142,24 +152,19 @@ class LanePolicy:
         if is_sampled:
             self.interval_begun()
 
-    def _take_over(self, row: int, tag: int, now: float) -> None:
-        """Give a row to a block of which nothing is known."""
-        history = self.history
-        if history.tags[row] and not history.tags[row] & self.sample_mask:
-            self.interval_lost(history.lanes[row], now - history.times[row])
-        history.tags[row], history.earlier[row], history.gaps[row], history.forks[row] = tag, 0, 0.0, NO_FORK
-
     def _lane_in(self, row: int, block: CacheBlock) -> int:
         history = self.history
-        gap_s = _mean_gap_s(block) if block.access_count > 1 else history.gaps[row]
         count = history.earlier[row] + block.access_count
-        return self.choose_lane(block, count=count, gap_s=gap_s, fork=history.forks[row])
+        return self.choose_lane(block, count, history.gaps[row], history.forks[row])
 
     def _advance(self, block: CacheBlock) -> float:
         """Bring the time up to the block's last use, and return that."""
         now = block.last_access
-        self.now = max(self.now, now)
-        self._block_tokens = max(self._block_tokens, block.num_tokens)
+        if now > self.now:
+            self.now = now
+        num_tokens = block.num_tokens
+        if num_tokens > self.block_tokens:
+            self.block_tokens = num_tokens
         return now
 
     def _fork_below(self, parent: CacheBlock) -> int:
@@ -167,98 +172,6 @@ class LanePolicy:
         row = self.history.find(parent.block_hash)
         if row is None:
             return NO_FORK
-        is_old = self.history.earlier[row] + parent.access_count > 1
-        return min(parent.depth + 1, MOST_FORK) if is_old else self.history.forks[row]
-
-
-def _mean_gap_s(block: CacheBlock) -> float:
-    """Return the mean time between uses since the block was inserted; 0 after one."""
-    return max(block.last_access - block.created_at, 0.0) / max(block.access_count - 1, 1)
-
-
-_Offer: TypeAlias = tuple[float, int, int, CacheBlock, int]
-
-
-class _LaneQueue:
-    """A heap for each lane, by time of last use, and a heap of the lanes by the density of their first block.
-
-    Densities change as time goes by, but only those of the first blocks matter: they are read once for each
-    moment at which something is evicted, and again where a lane's first block changes. O(lanes + log n).
-    """
-
-    def __init__(self, policy: LanePolicy) -> None:
-        self._policy = policy
-        self._lanes: list[list[_Offer]] = [[] for _ in range(policy.num_lanes)]
-        self._order: list[tuple[float, float, int, int]] = []
-        self._read_at = (float("-inf"), -1)
-        self._size = 0
-        self._serial = 0
-
-    def add(self, block: CacheBlock) -> None:
-        """Nothing to note: the policy has seen the insertion."""
-
-    def remove(self, block: CacheBlock) -> None:
-        """Let the policy remember the block."""
-        self._policy.note_removed(block)
-
-    def push(self, block: CacheBlock, stamp: int) -> None:
-        """Offer a block in the lane of its last use."""
-        lane = self._policy.lane_of(block)
-        if block.last_access > self._policy.now:
-            self._policy.now = block.last_access
-        self._serial += 1
-        offer = (block.last_access, -block.depth, self._serial, block, stamp)
-        heapq.heappush(self._lanes[lane], offer)
-        self._size += 1
-        if self._lanes[lane][0] is offer and self._is_current():
-            heapq.heappush(self._order, self._rank(lane))
-
-    def pop(self) -> tuple[CacheBlock, int] | None:
-        """Take the least promising block."""
-        if not self._is_current():
-            self._read_at = (self._policy.now, self._policy.revision)
-            self._order = [self._rank(lane) for lane, offers in enumerate(self._lanes) if offers]
-            heapq.heapify(self._order)
-        while self._order:
-            rank = heapq.heappop(self._order)
-            lane = rank[3]
-            offers = self._lanes[lane]
-            if not offers or rank != self._rank(lane):
-                continue  # the lane's first block is another one by now, which has a rank of its own
-            offer = heapq.heappop(offers)
-            self._size -= 1
-            if offers:
-                heapq.heappush(self._order, self._rank(lane))
-            return offer[3:]
-        return None
-
-    def push_pop(self, block: CacheBlock, stamp: int) -> tuple[CacheBlock, int] | None:
-        """Take the less promising of this block and the first in order."""
-        if self._is_current():
-            policy, lane = self._policy, self._policy.lane_of(block)
-            rank = (policy.density(lane, policy.now - block.last_access), block.last_access, -block.depth, lane)
-            if not self._order or rank <= self._order[0]:  # an outdated rank in the order is no lower than a real one
-                return block, stamp
-        self.push(block, stamp)
-        return self.pop()
-
-    def clear(self) -> None:
-        """Forget everything pushed."""
-        for offers in self._lanes:
-            offers.clear()
-        self._order.clear()
-        self._size = 0
-
-    def __iter__(self) -> Iterator[tuple[CacheBlock, int]]:
-        return (offer[3:] for offers in self._lanes for offer in offers)
-
-    def __len__(self) -> int:
-        return self._size
-
-    def _is_current(self) -> bool:
-        return self._read_at == (self._policy.now, self._policy.revision)
-
-    def _rank(self, lane: int) -> tuple[float, float, int, int]:
-        """Rank a lane by its first block; of equals, the longest idle and the deepest goes first."""
-        last_access, depth = self._lanes[lane][0][:2]
-        return self._policy.density(lane, self._policy.now - last_access), last_access, depth, lane
+        if parent.access_count == 1 and not self.history.earlier[row]:
+            return self.history.forks[row]
+        return min(parent.depth + 1, MOST_FORK)

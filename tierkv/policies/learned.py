@@ -94,18 +94,19 @@ class LearnedPolicy(LanePolicy):
         """Return a policy with the model of a file. Raises ConfigError."""
         return LearnedPolicy(LearnedModel.load(path))
 
-    def choose_lane(self, block: CacheBlock, *, count: int, gap_s: float, fork: int) -> int:
+    def choose_lane(self, block: CacheBlock, count: int, away_s: float, fork: int) -> int:
         """Return how many edges the model's value for the block reaches."""
-        values = features_of(block, count=count, gap_s=gap_s, fork=fork, is_partial=self.is_partial(block))
+        values = features_of(block, count=count, away_s=away_s, fork=fork, is_partial=self.is_partial(block))
         value = self.model.bias + sum(w * v for w, v in zip(self.model.weights, values, strict=True))
         return bisect_right(self._edges, value)
 
 
 def features_of(
-    block: CacheBlock, *, count: int, gap_s: float, fork: int, is_partial: bool
+    block: CacheBlock, *, count: int, away_s: float, fork: int, is_partial: bool
 ) -> tuple[float, float, float, float, float, float, float]:
     """Return what the model is told of a block that was just used, in the order of `FEATURES`."""
     is_new = count <= 1
+    gap_s = _mean_gap_s(block) if block.access_count > 1 else away_s
     return (
         log2(count),
         float(not is_new),
@@ -115,3 +116,8 @@ def features_of(
         log2(block.depth - fork + 1) if is_new else 0.0,
         log2(gap_s + 1),
     )
+
+
+def _mean_gap_s(block: CacheBlock) -> float:
+    """Return the mean time between uses since the block was inserted; it has been used again."""
+    return max(block.last_access - block.created_at, 0.0) / (block.access_count - 1)

@@ -1,6 +1,6 @@
 """Policies of two segments, new blocks on probation beside proven ones, which remember what they evicted.
 
-Both keep their own queue for each tier. A queue knows which blocks its tier holds (`add`, `remove`) and orders
+Both keep their own queue for each tier. A queue knows which blocks its tier holds (`add`, `remove_all`) and orders
 those that may be evicted; how often a block was used since it knows from the block itself.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -51,14 +51,15 @@ class _SegmentedQueue:
         self._members[block.block_hash] = _Member(segment, self._serial, block.access_count)
         self._sizes[segment] += 1
 
-    def remove(self, block: CacheBlock) -> None:
-        """Remember a block that left, for as long as it takes as many others to leave as there are members."""
-        member = self._members.pop(block.block_hash)
-        self._sizes[member.segment] -= 1
-        ghosts = self._ghosts[member.segment]
-        ghosts[block.block_hash] = None
-        while len(ghosts) > max(len(self._members), 1):
-            ghosts.popitem(last=False)
+    def remove_all(self, blocks: Sequence[CacheBlock]) -> None:
+        """Remember blocks that left, each for as long as it takes as many others to leave as there are members."""
+        for block in blocks:
+            member = self._members.pop(block.block_hash)
+            self._sizes[member.segment] -= 1
+            ghosts = self._ghosts[member.segment]
+            ghosts[block.block_hash] = None
+            while len(ghosts) > max(len(self._members), 1):
+                ghosts.popitem(last=False)
 
     def push(self, block: CacheBlock, stamp: int) -> None:
         """Offer a block in its segment; an earlier offer of it is void from now on."""
@@ -73,10 +74,9 @@ class _SegmentedQueue:
         """Take the block that goes next."""
         raise NotImplementedError
 
-    def push_pop(self, block: CacheBlock, stamp: int) -> tuple[CacheBlock, int] | None:
-        """Push, then pop."""
-        self.push(block, stamp)
-        return self.pop()
+    def goes_first(self, block: CacheBlock) -> bool:
+        """Not known before it is pushed: what is taken may move others."""
+        return False
 
     def clear(self) -> None:
         """Forget the offers; members and ghosts stay."""

@@ -182,7 +182,9 @@ def test_a_cyclic_run_is_told_the_hot_size_that_holds_it() -> None:
     (suggestion,) = suggest(run)
     assert suggestion.setting == "hot_bytes"
     assert suggestion.proposed == "448 B (7 blocks)"  # five others, the block itself, one in use
-    assert suggestion.effect.startswith("15 of 20 blocks asked for (75.0%) would have been hot instead of computed")
+    assert suggestion.effect.startswith(
+        "15 of 20 blocks asked for (75.0%) would have been hot under LRU instead of computed"
+    )
 
 
 def test_cold_hits_of_blocks_used_before_ask_for_a_larger_warm_tier() -> None:
@@ -192,7 +194,8 @@ def test_cold_hits_of_blocks_used_before_ask_for_a_larger_warm_tier() -> None:
     run = measured(cache, distances=[None] * 2 + [5] * 8, work={"read cold": (4, 1.5), "load behind": (4, 0.5)})
     (suggestion,) = suggest(run)
     assert suggestion.setting == "warm_bytes"
-    assert "8 of 8 cold hits would have been warm, 2.00 s of reading" in suggestion.effect
+    assert suggestion.evidence.endswith("under LRU: the cache's own policy may need more or less")
+    assert "8 of 8 cold hits would have been warm under LRU, 2.00 s of reading" in suggestion.effect
 
 
 def test_a_hot_pool_that_was_never_full_may_shrink() -> None:

@@ -20,6 +20,7 @@ from tierkv.units import format_bytes
 __all__ = ["EvictionSummary", "HitCurve", "Measured", "Suggestion", "suggest"]
 
 _WORTHWHILE = 0.95  # of the hits that any size could add: the rest costs most of the memory
+_ASSUMED = "sizes by replaying the run's requests under LRU: the cache's own policy may need more or less"
 _MIN_GAIN = 0.005  # of the blocks asked for: less is noise
 
 
@@ -213,9 +214,10 @@ def _raise_hot(measured: Measured) -> Iterator[Suggestion]:
         now=_blocks(capacity, measured),
         proposed=_blocks(blocks, measured),
         effect=f"{gain:,} of {measured.asked:,} blocks asked for ({gain / measured.asked:.1%}) would have been hot "
-        f"instead of {_where_else(evicted)}, {format_bytes(gain * measured.block_bytes)} not moved or computed",
+        f"under LRU instead of {_where_else(evicted)}, "
+        f"{format_bytes(gain * measured.block_bytes)} not moved or computed",
         evidence=f"{evicted.asked_again:,} of {evicted.count:,} blocks evicted from the hot pool were asked for again, "
-        f"{evicted.premature:,} before it had turned over once; sizes by replaying this run's requests under LRU",
+        f"{evicted.premature:,} before it had turned over once; {_ASSUMED}",
     )
 
 
@@ -236,10 +238,10 @@ def _raise_warm(measured: Measured) -> Iterator[Suggestion]:
         setting="warm_bytes",
         now=_blocks(capacity, measured, Tier.WARM),
         proposed=_blocks(blocks + 1, measured, Tier.WARM),  # one slot belongs to the write thread
-        effect=f"with the hot pool as it is, {gain:,} of {measured.hits[Tier.COLD]:,} cold hits would have been warm"
-        f"{saved}",
+        effect=f"with the hot pool as it is, {gain:,} of {measured.hits[Tier.COLD]:,} cold hits would have been warm "
+        f"under LRU{saved}",
         evidence=f"{measured.hits[Tier.COLD]:,} blocks came from the cold tier, {gain:,} of them used earlier in "
-        "this run; sizes by replaying its requests under LRU",
+        f"this run; {_ASSUMED}",
     )
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -279,6 +280,11 @@ def test_what_is_used_at_nearly_the_same_time_shares_one_float() -> None:
     assert later.last_access == 2.0
 
 
+def test_an_entry_takes_no_more_than_128_bytes() -> None:
+    entry = add(make_index(), None, 1)
+    assert sys.getsizeof(entry) <= 128, "one slot more and it is 144, times a million"
+
+
 def test_the_flags_of_an_entry_are_independent() -> None:
     index = make_index()
     entry = add(index, None, 1)
@@ -287,7 +293,15 @@ def test_the_flags_of_an_entry_are_independent() -> None:
     entry.in_cold = False
     assert (entry.in_cold, entry.awaited) == (False, True)
     entry.in_cold, entry.awaited = True, False
-    assert (entry.in_cold, entry.awaited) == (True, False)
+    assert (entry.in_cold, entry.awaited, entry.pinned) == (True, False, False)
+    entry.pinned, entry.in_cold = True, False
+    assert (entry.in_cold, entry.awaited, entry.pinned) == (False, False, True)
+
+
+def test_the_tiers_share_the_numbers_of_their_places() -> None:
+    index = make_index(num_hot=1000, num_warm=600)
+    hot, warm = index.hot.allocate(1000), index.warm.allocate(600)
+    assert hot == list(range(1000)) and all(a is b for a, b in zip(hot, warm, strict=False))
 
 
 def test_an_entry_whose_bytes_are_on_their_way_stays_without_a_place() -> None:

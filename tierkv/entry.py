@@ -9,13 +9,13 @@ from tierkv.siblings import Siblings
 
 __all__ = ["Entry"]
 
-_IN_COLD, _AWAITED = 1, 2
+_PINNED, _IN_COLD, _AWAITED = 1, 2, 4
 
 
 class Entry:
     """One block that this process knows. Satisfies `CacheBlock`; changed by the index alone."""
 
-    __slots__ = (  # one more, and an entry has 160 bytes instead of 144: so two flags share one
+    __slots__ = (  # one more, and an entry has 144 bytes instead of 128: so flags share one
         "_flags",
         "access_count",
         "block_hash",
@@ -26,9 +26,7 @@ class Entry:
         "hot_children",
         "last_access",
         "parent",
-        "pinned",
         "token_bytes",
-        "warm_children",
         "warm_slot",
     )
 
@@ -39,11 +37,9 @@ class Entry:
         self.depth: int = parent.depth + 1 if parent else -1
         self.block_id: int | None = None
         self.warm_slot: int | None = None
-        self.pinned = False
         self._flags = 0
         self.family: Entry | Siblings[Entry] | None = None  # most entries have one child: it needs no collection
         self.hot_children = 0
-        self.warm_children = 0
         self.created_at = now
         self.last_access = now
         self.access_count = 1
@@ -65,6 +61,23 @@ class Entry:
     def is_prefix_block(self) -> bool:
         """Whether prompts part behind it: two or more known blocks continue it."""
         return isinstance(self.family, Siblings)
+
+    @property
+    def warm_children(self) -> int:
+        """How many children have bytes in the warm tier; unlike hot ones counted only where there are several."""
+        family = self.family
+        if family is None:
+            return 0
+        return int(family.warm_slot is not None) if isinstance(family, Entry) else family.num_warm
+
+    @property
+    def pinned(self) -> bool:
+        """Whether no tier may evict it."""
+        return bool(self._flags & _PINNED)
+
+    @pinned.setter
+    def pinned(self, is_kept: bool) -> None:
+        self._flags = self._flags | _PINNED if is_kept else self._flags & ~_PINNED
 
     @property
     def in_cold(self) -> bool:

@@ -15,6 +15,7 @@ from tierkv.block import BlockHash, Tier
 from tierkv.entry import Entry
 from tierkv.eviction import EvictionPolicy, ObservingPolicy
 from tierkv.index_check import check_places, check_tree
+from tierkv.siblings import Siblings
 from tierkv.slots import SlotPool
 from tierkv.tree import BlockTree
 from tierkv.victims import Victims
@@ -38,8 +39,9 @@ class Index(BlockTree):
         clock: Callable[[], float],
     ) -> None:
         super().__init__(root, clock)
-        self.hot: SlotPool[Entry] = SlotPool(num_hot)
-        self.warm: SlotPool[Entry] = SlotPool(num_warm)
+        numbers = list(range(max(num_hot, num_warm)))  # an int of its own for each place of each entry takes more
+        self.hot: SlotPool[Entry] = SlotPool(num_hot, numbers)
+        self.warm: SlotPool[Entry] = SlotPool(num_warm, numbers)
         self._victims = {tier: Victims(tier, self.pool(tier), policy) for tier in (Tier.HOT, Tier.WARM)}
         self._watch_insertions(policy)
 
@@ -57,7 +59,8 @@ class Index(BlockTree):
         else:
             self.warm.own(slot, entry)
             entry.warm_slot = slot
-            entry.parent.warm_children += 1
+            if isinstance(family := entry.parent.family, Siblings):
+                family.num_warm += 1
         self._victims[tier].add(entry)
 
     def detach(self, entry: Entry, tier: Tier) -> None:
@@ -135,7 +138,7 @@ class Index(BlockTree):
             learn(entry)
             if not entry.hot_children and entry.block_id is not None:
                 hot.offer(entry)
-            if not entry.warm_children and entry.warm_slot is not None:
+            if entry.warm_slot is not None and not entry.warm_children:
                 warm.offer(entry)
 
     def set_policy(self, policy: EvictionPolicy) -> None:
@@ -187,7 +190,8 @@ class Index(BlockTree):
                     continue
                 slots.append(entry.warm_slot)
                 entry.warm_slot = None
-                entry.parent.warm_children -= 1
+                if isinstance(family := entry.parent.family, Siblings):
+                    family.num_warm -= 1
             detached.append(entry)
             if entry.family is None:
                 bare.append(entry)

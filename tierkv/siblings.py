@@ -29,12 +29,13 @@ class Siblings(Generic[Child]):
 
     The first blocks of all prompts are siblings, so there may be a hundred thousand: they are kept in sorted runs
     of at most 512, so that to add or to remove one costs microseconds. Source: the sorted lists of lists of
-    sortedcontainers (Jenks).
+    sortedcontainers (Jenks). num_warm: how many of them have bytes in the warm tier, counted by the index.
     """
 
-    __slots__ = ("_runs",)
+    __slots__ = ("_runs", "num_warm")
 
-    def __init__(self, *children: Child) -> None:
+    def __init__(self, *children: Child, num_warm: int = 0) -> None:
+        self.num_warm = num_warm
         self._runs: list[list[Child]] = [sorted(children, key=_token_bytes)] if children else []
 
     def __len__(self) -> int:

@@ -24,13 +24,15 @@ class SlotPool(Generic[Owner]):
     Places that were never used are not listed, only counted: all from `_unused` on. So a pool costs 12 bytes a
     place, and allocating from an empty one costs no heap operations.
 
+    numbers: the ints to name places by, at least `capacity`, so that pools whose places are remembered can share them.
     owners, pins: by place, who owns it and its reference count. Only the pool changes them.
     limit: how many places may be in use or cached, at most `capacity`; `set_limit` changes it. peak_count: the most
     that ever were.
     """
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, numbers: Sequence[int] | None = None) -> None:
         self.capacity = capacity
+        self._numbers = range(capacity) if numbers is None else numbers
         self.limit = capacity
         self.peak_count = 0
         self.owners: list[Owner | None] = [None] * capacity
@@ -81,7 +83,7 @@ class SlotPool(Generic[Owner]):
             slots = freed[:count]
             del freed[:count]
         missing = count - len(slots)
-        slots.extend(range(self._unused, self._unused + missing))
+        slots.extend(self._numbers[self._unused : self._unused + missing])
         self._unused += missing
         self.peak_count = max(self.peak_count, self.used_count)
         pins = self.pins

@@ -148,7 +148,7 @@ class BlockTree:
         if family is None:
             parent.family = entry
         elif isinstance(family, Entry):
-            parent.family = Siblings(family, entry)
+            parent.family = Siblings(family, entry, num_warm=parent.warm_children)
         else:
             family.add(entry)
         if self._observe:

@@ -7,22 +7,22 @@ from collections.abc import Iterable
 from tierkv.block import TOKEN_BYTES, BlockHash, Tier
 from tierkv.siblings import Siblings
 
-__all__ = ["Entry"]
+__all__ = ["AWAITED", "PINNED", "Entry"]
 
-_PINNED, _IN_COLD, _AWAITED = 1, 2, 4
+PINNED, _IN_COLD, AWAITED = 1, 2, 4  # bits of `flags`; the properties say what they mean
 
 
 class Entry:
     """One block that this process knows. Satisfies `CacheBlock`; changed by the index alone."""
 
     __slots__ = (  # one more, and an entry has 144 bytes instead of 128: so flags share one
-        "_flags",
         "access_count",
         "block_hash",
         "block_id",
         "created_at",
         "depth",
         "family",
+        "flags",
         "hot_children",
         "last_access",
         "parent",
@@ -37,7 +37,7 @@ class Entry:
         self.depth: int = parent.depth + 1 if parent else -1
         self.block_id: int | None = None
         self.warm_slot: int | None = None
-        self._flags = 0
+        self.flags = 0
         self.family: Entry | Siblings[Entry] | None = None  # most entries have one child: it needs no collection
         self.hot_children = 0
         self.created_at = now
@@ -73,29 +73,29 @@ class Entry:
     @property
     def pinned(self) -> bool:
         """Whether no tier may evict it."""
-        return bool(self._flags & _PINNED)
+        return bool(self.flags & PINNED)
 
     @pinned.setter
     def pinned(self, is_kept: bool) -> None:
-        self._flags = self._flags | _PINNED if is_kept else self._flags & ~_PINNED
+        self.flags = self.flags | PINNED if is_kept else self.flags & ~PINNED
 
     @property
     def in_cold(self) -> bool:
         """Whether the cold store is known to have the block."""
-        return bool(self._flags & _IN_COLD)
+        return bool(self.flags & _IN_COLD)
 
     @in_cold.setter
     def in_cold(self, is_there: bool) -> None:
-        self._flags = self._flags | _IN_COLD if is_there else self._flags & ~_IN_COLD
+        self.flags = self.flags | _IN_COLD if is_there else self.flags & ~_IN_COLD
 
     @property
     def awaited(self) -> bool:
         """Whether its bytes are on their way: it stays without place and children."""
-        return bool(self._flags & _AWAITED)
+        return bool(self.flags & AWAITED)
 
     @awaited.setter
     def awaited(self, is_coming: bool) -> None:
-        self._flags = self._flags | _AWAITED if is_coming else self._flags & ~_AWAITED
+        self.flags = self.flags | AWAITED if is_coming else self.flags & ~AWAITED
 
     @property
     def num_tokens(self) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 from tierkv.block import TOKEN_BYTES, BlockHash, Seal, Tier, common_run, seal_block
-from tierkv.entry import Entry
+from tierkv.entry import AWAITED, Entry
 from tierkv.seals import KEPT_EVERY, Seals
 from tierkv.siblings import Siblings
 
@@ -177,7 +177,7 @@ class BlockTree:
     def _prune(self, entry: Entry) -> None:
         """Drop an entry without place and children, and those above it that are left without."""
         entries = self._entries
-        while entry.block_id is None and entry.warm_slot is None and entry.family is None and not entry.awaited:
+        while entry.block_id is None and entry.warm_slot is None and entry.family is None and not entry.flags & AWAITED:
             parent = entry.parent
             family = parent.family
             if family is entry:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from tierkv.block import Tier
-from tierkv.entry import Entry
+from tierkv.entry import PINNED, Entry
 from tierkv.eviction import CacheBlock, EvictionPolicy, VictimQueue, new_queue
 from tierkv.slots import SlotPool
 
@@ -139,7 +139,7 @@ class Victims:
                     if num_gone < num_children:
                         break
                 slot = above.block_id if is_hot else above.warm_slot
-                if slot is None or above.pinned or pins[slot]:
+                if slot is None or above.flags & PINNED or pins[slot]:
                     break
                 if not queue.goes_first(above):
                     queue.push(above, above.access_count)

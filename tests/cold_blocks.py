@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tierkv.block import BlockHash
 from tierkv.layout import BlockLayout
 from tierkv.namespace import Namespace
 from tierkv.storage.cold import ColdStore
@@ -60,3 +61,11 @@ def read(store: ColdStore, info: BlockInfo) -> np.ndarray | MissReason:
     out = np.zeros(LAYOUT.block_bytes, dtype=np.uint8)
     reason = store.read_into(info, out, layout=LAYOUT)
     return out if reason is None else reason
+
+
+def damage_record(store: ColdStore, block_hash: BlockHash, *, offset: int = 130, cut: int | None = None) -> None:
+    """Flip a bit of a stored record, or cut it short."""
+    with store._writer.batch() as batch:
+        value = bytearray(batch.txn.get(block_hash, db=batch.databases.blocks))
+        value[offset] ^= 1
+        batch.txn.put(block_hash, bytes(value[:cut]), db=batch.databases.blocks)

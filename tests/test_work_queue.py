@@ -8,7 +8,7 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from tierkv.errors import CapacityError, ConfigError
+from tierkv.errors import CapacityError, ClosedError, ConfigError
 from tierkv.work_queue import Priority, PriorityThreads, Ticket, WorkQueue
 
 MAX_ENTRIES, MAX_BYTES = 4, 100
@@ -93,7 +93,7 @@ def test_a_closed_queue_hands_out_what_waits_and_takes_nothing_more() -> None:
     def put() -> None:
         try:
             queue.put("too late", Priority.PREFETCH)
-        except ConfigError as exc:
+        except ClosedError as exc:
             refused.append(exc)
 
     waiting = threading.Thread(target=put)
@@ -131,7 +131,7 @@ def test_a_free_thread_takes_the_most_urgent_job() -> None:
     assert order == ["REQUEST"] * 2 + ["PREFETCH"] * 2 + ["DEMOTION"] * 2
     threads.shutdown()
     threads.shutdown()
-    with pytest.raises(ConfigError, match="closed"):
+    with pytest.raises(ClosedError, match="closed"):
         threads.submit(Priority.REQUEST, block)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Generic, TypeVar
 
-from tierkv.errors import CapacityError, ConfigError
+from tierkv.errors import CapacityError, ClosedError, ConfigError
 
 __all__ = ["Priority", "PriorityThreads", "Ticket", "WorkQueue"]
 
@@ -63,14 +63,14 @@ class WorkQueue(Generic[Item]):
     ) -> Ticket[Item]:
         """Queue an item, waiting for room: at most `timeout_s` seconds, 0 to wait for none.
 
-        Raises CapacityError where there was none in time, ConfigError once the queue is closed; nothing is queued.
+        Raises CapacityError where there was none in time, ClosedError once the queue is closed; nothing is queued.
         """
         counted = num_bytes if self._max_bytes is None else min(num_bytes, self._max_bytes)
         ticket = Ticket(item, priority, counted)
         with self._changed:
             has_room = self._changed.wait_for(lambda: self._is_closed or self._has_room(ticket), timeout_s)
             if self._is_closed:
-                raise ConfigError("the queue is closed")
+                raise ClosedError("the queue is closed")
             if not has_room:
                 waiting = f"{len(self._lanes[priority])} entries, {self._bytes[priority]} bytes"
                 raise CapacityError(f"no room for more {priority.name.lower()} work: {waiting} wait already")
@@ -151,7 +151,7 @@ class PriorityThreads:
             thread.start()
 
     def submit(self, priority: Priority, function: Callable[..., Result], *arguments: Any) -> Future[Result]:
-        """Have a function called; the future has what came of it. Raises ConfigError after `shutdown`."""
+        """Have a function called; the future has what came of it. Raises ClosedError after `shutdown`."""
         future: Future[Result] = Future()
         self._queue.put(lambda: _work(future, function, arguments), priority)
         return future

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
+from cold_blocks import damage_record
 from pattern_engine import PatternEngine, tiny_layout
 
 from tierkv.block import BlockHash, Tier
@@ -70,13 +71,6 @@ def reasons_of(cache: TierCache) -> dict[MissReason, int]:
     return {MissReason(name): count for name, count in stats.miss_reasons.items() if count}
 
 
-def damage(store: ColdStore, block_hash: BlockHash, *, offset: int = 130, cut: int | None = None) -> None:
-    with store._writer.batch() as batch:
-        value = bytearray(batch.txn.get(block_hash, db=batch.databases.blocks))
-        value[offset] ^= 1
-        batch.txn.put(block_hash, bytes(value[:cut]), db=batch.databases.blocks)
-
-
 def test_what_was_never_stored_is_absent(tmp_path: Path) -> None:
     with open_store(tmp_path) as store, open_cache(store) as cache:
         cache.release(PatternEngine(cache).start(PROMPT))
@@ -96,7 +90,7 @@ def test_what_the_store_evicted_is_told_from_what_it_never_had(tmp_path: Path) -
 def test_a_damaged_block_is_counted_once_and_what_followed_it_is_gone(tmp_path, cut, reason) -> None:
     with open_store(tmp_path) as store:
         hashes = fill(store)
-        damage(store, hashes[1], cut=cut)
+        damage_record(store, hashes[1], cut=cut)
         with open_cache(store) as cache:
             sequence = PatternEngine(cache).start([*PROMPT, 99])
             assert sequence.cached_tokens[Tier.COLD] == 4
@@ -108,7 +102,7 @@ def test_a_damaged_block_is_counted_once_and_what_followed_it_is_gone(tmp_path, 
 def test_a_damaged_block_leaves_the_store_behind_a_request_that_writes_nothing(tmp_path: Path) -> None:
     with open_store(tmp_path) as store:
         hashes = fill(store)
-        damage(store, hashes[1])
+        damage_record(store, hashes[1])
         with open_cache(store) as cache:
             cache.release(cache.acquire([*PROMPT, 99]))
             cache._demoter.flush()

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cold_blocks import damage_record
 from pattern_engine import PatternEngine, tiny_warm
 
 from tierkv.block import Tier
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
-from tierkv.errors import ConfigError
+from tierkv.errors import ClosedError
 from tierkv.namespace import Namespace
 from tierkv.requests.prefetching import PrefetchHandle
 from tierkv.storage.outcomes import MissReason
@@ -62,11 +63,9 @@ def test_a_damaged_block_ends_a_prefetch_and_is_counted_there(tmp_path: Path) ->
     store(tmp_path)
     with open_cache(tmp_path) as cache:
         assert cache.cold
-        read, bad = cache.cold.read_into, cache.match(PROMPT).block_hashes[2]
-        cache.cold.read_into = lambda info, out, **o: (  # type: ignore[method-assign]
-            MissReason.CORRUPT if info.block_hash == bad else read(info, out, **o)
-        )
+        damage_record(cache.cold, cache.match(PROMPT).block_hashes[2])
         assert cache.prefetch(PROMPT).result() == 2
+        cache.flush()
         stats = cache.stats()
         assert (stats.prefetch_misses, stats.misses) == ({"corrupt": 1}, 0)
         assert cache.match(PROMPT).num_cached_tokens == 8, "who is damaged is taken out of the store"
@@ -130,7 +129,7 @@ def test_closing_waits_for_no_prefetch_that_has_not_begun(tmp_path: Path, monkey
     gate.set()
     cache.close()
     assert all(handle.done() for handle in handles)
-    with pytest.raises(ConfigError, match="closed"):
+    with pytest.raises(ClosedError):
         cache.prefetch(PROMPT)
 
 

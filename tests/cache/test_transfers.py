@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tierkv.errors import CapacityError, ConfigError, ShapeError, StoreError, TransferCancelledError
+from tierkv.errors import CapacityError, ClosedError, ConfigError, ShapeError, StoreError, TransferCancelledError
 from tierkv.movers import transfers
 from tierkv.movers.mover import Ready
 from tierkv.movers.transfers import Direction, MemoryTransferManager, TransferHandle, TransferOp
@@ -329,7 +329,7 @@ def test_closing_carries_out_what_was_handed_over(link: SlowLink) -> None:
     manager.close()
     assert all(handle.done() for handle in handles)
     assert handles[4].result().tolist() == [4] * 5 * PIECE
-    with pytest.raises(ConfigError, match="closed"):
+    with pytest.raises(ClosedError, match="closed"):
         manager.bulk_transfer([up(filled(1))])
 
 

@@ -147,7 +147,7 @@ class Lane:
         return self._link.needs_staging(host)
 
     def put(self, run: Run, priority: Priority, *, timeout_s: float | None = None) -> None:
-        """Queue a run, waiting for room as `WorkQueue.put` does. Raises CapacityError and ConfigError as that does."""
+        """Queue a run, waiting for room as `WorkQueue.put` does. Raises CapacityError and ClosedError as that does."""
         ticket = self._queue.put(run, priority, num_bytes=run.num_bytes, timeout_s=timeout_s)
         for part in run.parts:
             part.handle.on_cancel(lambda: self._drop(ticket))

@@ -16,7 +16,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from tierkv.errors import CapacityError, ConfigError, ShapeError
+from tierkv.errors import CapacityError, ClosedError, ConfigError, ShapeError
 from tierkv.movers.mover import CudaReady, Done, Ready, recorded
 from tierkv.movers.transfer_lane import Direction, Lane, Part, Run, TransferHandle, open_link
 from tierkv.work_queue import Priority
@@ -148,7 +148,7 @@ class MemoryTransferManager:
         try:
             for run in _neighbours(planned):
                 self._put(run, after, timeout_s)
-        except (CapacityError, ConfigError):
+        except (CapacityError, ClosedError):
             for handle in handles:
                 handle.cancel()
             raise

@@ -57,7 +57,7 @@ class Prefetcher:
         self._thread: threading.Thread | None = None
 
     def offer(self, token_bytes: bytes) -> PrefetchHandle:
-        """Queue a prompt; returns at once. A full queue drops it, which is counted. Raises ConfigError once closed."""
+        """Queue a prompt; returns at once. A full queue drops it, which is counted. Raises ClosedError once closed."""
         handle = PrefetchHandle()
         if self._daemon:
             handle.succeed(self._daemon.prefetch(token_bytes))

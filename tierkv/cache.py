@@ -352,7 +352,7 @@ class TierCache:
         tiers = self._tiers
         with tiers.changed:
             staging = tiers.compression.staging if tiers.compression else None
-            for region in pool_regions(self.hot, tiers.warm, staging, reserved=self._demoter.staging):
+            for region in pool_regions(self.hot, tiers.warm, staging, reserved=self._demoter.writer.staging):
                 observer.on_memory(region)
             for entry in sorted(tiers.index, key=lambda each: each.depth):  # parents first
                 for tier in (Tier.HOT, Tier.WARM):

@@ -8,19 +8,16 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import takewhile
 from math import ceil
 from typing import TypeAlias
 
-from tierkv.block import TOKEN_BYTES, BlockHash, Tier
+from tierkv.block import BlockHash, Tier
+from tierkv.block_writer import BlockWriter
 from tierkv.errors import CapacityError, ConfigError, StoreError
-from tierkv.events import EventKind
 from tierkv.index import Entry
-from tierkv.movers.mover import Move, Ready
-from tierkv.storage.outcomes import PutOutcome
-from tierkv.storage.record import BlockInfo, EncodedRecord, encode_record
-from tierkv.tiers import Compression, Job, Place, Tiers
-from tierkv.work_queue import Priority
+from tierkv.movers.mover import Ready
+from tierkv.tiers import Job, Tiers
 from tierkv.write_behind import WriteBehind
 
 __all__ = ["AfterWrites", "Demoter", "Offloading"]
@@ -54,18 +51,11 @@ class Offloading:
 
 
 class Demoter:
-    """Writes blocks down and makes room in the hot pool.
-
-    One thread does the writing. It keeps a warm slot (staging slots, if the warm tier is compressed) of its own,
-    so that it always gets on: everyone who waits for room waits for it. `staging` are these slots.
-    """
+    """Has blocks written down, by one thread, and makes room in the hot pool. `writer` is what that thread does."""
 
     def __init__(self, tiers: Tiers) -> None:
         self._tiers = tiers
-        pool = tiers.compression.slots if tiers.compression else tiers.index.warm
-        self.staging = pool.allocate(max(1, min(_BATCH_BLOCKS, pool.capacity // 2)) if tiers.compression else 1)
-        tiers.reserved_raw += len(self.staging)
-        self._failed: set[BlockHash] = set()
+        self.writer = BlockWriter(tiers, most_blocks=_BATCH_BLOCKS)
         self._offloading: Offloading | None = None
         self._is_offloading = False
         self._is_tending = False
@@ -159,7 +149,7 @@ class Demoter:
             assert isinstance(job, Job)
             self._tiers.index.unpin(Tier.HOT, job.block_id)
             self._tiers.skip(job, _STALLED)
-            self._note_failure(job)
+            self.writer.note_failure(job)
         return len(dropped)
 
     def evict_hot(self, count: int, *, write_first: bool = True) -> list[Entry]:
@@ -178,7 +168,7 @@ class Demoter:
                 tiers.skip(Job.of(victim, tiers.index.seal_of(victim), tiers.mover.mark()), _STALLED)
                 ready.append(victim)
         evicted = tiers.evict(ready, Tier.HOT)  # not one whose child is still to be written
-        self._failed.difference_update(entry.block_hash for entry in evicted)
+        self.writer.forget(evicted)
         return evicted
 
     def shrink(self) -> int:
@@ -298,148 +288,23 @@ class Demoter:
 
     def _must_write_first(self, entry: Entry) -> bool:
         has_copy = entry.warm_slot is not None or entry.in_cold
-        return not has_copy and entry.block_hash not in self._failed
+        return not has_copy and not self.writer.has_failed(entry)
 
     def _process(self, work: list[Job | AfterWrites]) -> None:
-        for is_job, run in groupby(work, lambda each: isinstance(each, Job)):
-            if is_job:
-                self._write([each for each in run if isinstance(each, Job)])
-                self.keep_room()  # what had to be written before it might go
-            else:
-                for action in run:
-                    assert not isinstance(action, Job)
-                    action()
-
-    def _write(self, jobs: list[Job]) -> None:
-        if self._tiers.lower:
-            try:
-                self._tiers.lower.write(jobs)
-            finally:
-                self._note_failed(jobs)
-                self._tiers.unpin_all(Tier.HOT, [job.block_id for job in jobs])
-            return
-        while jobs:
-            slots = [] if self._tiers.compression else self._tiers.try_take_warm(len(jobs))
-            is_kept = bool(slots)
-            slots = slots or self.staging
-            batch, jobs = jobs[: len(slots)], jobs[len(slots) :]
-            try:
-                self._write_batch(batch, slots, is_kept=is_kept)
-            except StoreError as exc:
-                _log.warning("%d blocks were not written to lower tiers: %s", len(batch), exc)
-                with self._tiers.changed:
-                    for job in batch:
-                        self._tiers.skip(job, "io_error")
-            except BaseException:
-                self._tiers.unpin(Place(Tier.HOT, job.block_id) for job in jobs)
-                raise
-
-    def _write_batch(self, jobs: list[Job], slots: Sequence[int], *, is_kept: bool) -> None:
-        """Write blocks down by way of `slots`, which become the warm tier's if `is_kept`."""
-        tiers = self._tiers
-        held = [Place(Tier.HOT, job.block_id) for job in jobs]
-        try:
-            with tiers.watch.span("demote") as detail:
-                detail["blocks"] = len(jobs)
-                if tiers.compression:
-                    self._write_compressed(jobs, tiers.compression)
-                raw = list(zip(jobs if is_kept else self._missing(jobs), slots, strict=False))
-                for job, slot in raw:
-                    copied = tiers.mover.demote([Move(job.block_id, slot)], after=job.written)
-                if raw:
-                    copied.synchronize()
-            with tiers.changed:
-                if is_kept:
-                    for job, slot in raw:
-                        self._attach_warm(job, slot)
-            tiers.unpin(held)
-            held = []
-            with tiers.watch.span("store cold") as detail:
-                detail["blocks"] = self._store(raw)
-        finally:
-            self._note_failed(jobs)
-            tiers.unpin(held)
-            tiers.unpin(Place(Tier.WARM, slot) for slot in slots if is_kept)
-
-    def _note_failed(self, jobs: Sequence[Job]) -> None:
-        """Remember which blocks no lower tier has taken, so that they may be evicted all the same."""
-        with self._tiers.changed:
-            for job in jobs:
-                self._note_failure(job)
-
-    def _note_failure(self, job: Job) -> None:
-        entry = self._entry_of(job)
-        if entry and entry.warm_slot is None and not entry.in_cold:
-            self._failed.add(job.block_hash)
-
-    def _write_compressed(self, jobs: Sequence[Job], compression: Compression) -> None:
-        """Keep blocks compressed in the warm tier, those that fit a slot there."""
-        tiers = self._tiers
-        with tiers.changed:
-            entries = [self._entry_of(job) for job in jobs]
-            wanted = [job for job, e in zip(jobs, entries, strict=True) if e is None or e.warm_slot is None]
-            slots = tiers.try_take_warm(len(wanted))
-        kept = list(zip(wanted, slots, strict=False))
-        if not kept:
-            return
-        try:
-            fits = compression.mover.demote(
-                [Move(job.block_id, slot) for job, slot in kept],
-                num_tokens=[len(job.token_bytes) // TOKEN_BYTES for job, _ in kept],
-                after=[job.written for job, _ in kept],
-            )
-            with tiers.changed:
-                for (job, slot), is_there in zip(kept, fits, strict=True):
-                    if is_there:
-                        self._attach_warm(job, slot)
-        finally:
-            tiers.unpin(Place(Tier.WARM, slot) for slot in slots)
-
-    def _attach_warm(self, job: Job, slot: int) -> None:
-        entry = self._tiers.index.insert(job.block_hash, job.parent_hash, job.token_bytes, seal=job.seal)
-        if entry and entry.warm_slot is None:
-            self._tiers.attach(entry, Tier.WARM, slot, EventKind.DEMOTE)
-            self._tiers.stats.bytes_in[Tier.WARM] += self._tiers.layout.packed_bytes(entry.num_tokens)
-
-    def _entry_of(self, job: Job) -> Entry | None:
-        return self._tiers.index.get(job.block_hash, job.parent_hash, job.token_bytes, seal=job.seal)
-
-    def _missing(self, jobs: Sequence[Job]) -> list[Job]:
-        """Return the jobs whose block the store lacks; none without a store."""
-        cold = self._tiers.cold
-        return [job for job in jobs if not cold.contains(job.block_hash)] if cold else []
-
-    def _store(self, raw: Sequence[tuple[Job, int]]) -> int:
-        """Encode blocks from their raw slots and put those that the store lacks, parents before children.
-
-        Return how many it lacked.
+        """Carry out what leads the queue. What has to wait for another round goes back before this one begins, so that
+        it can be dropped while this one stands still.
         """
-        tiers = self._tiers
-        cold = tiers.cold
-        if cold is None:
-            return 0
-        slots = {job.block_hash: slot for job, slot in raw}
-        missing = [(job, slots[job.block_hash]) for job in self._missing([job for job, _ in raw])]
-        outcomes = cold.put(tiers.threads.map(Priority.DEMOTION, self._encode, missing))
-        with tiers.changed:
-            for (job, _), outcome in zip(missing, outcomes, strict=True):
-                if outcome not in (PutOutcome.STORED, PutOutcome.EXISTS):
-                    self._tiers.skip(job, outcome.value)
-                    continue
-                tiers.watch.block(EventKind.DEMOTE, Tier.COLD, job)
-                tiers.stats.bytes_in[Tier.COLD] += tiers.layout.packed_bytes(len(job.token_bytes) // 4)
-                entry = self._entry_of(job)
-                if entry:
-                    entry.in_cold = True
-        return len(missing)
-
-    def _encode(self, job_and_slot: tuple[Job, int]) -> EncodedRecord:
-        job, slot = job_and_slot
-        info = BlockInfo(
-            block_hash=job.block_hash,
-            parent=job.parent_hash,
-            namespace=self._tiers.namespace,
-            seal=job.seal,
-            token_bytes=job.token_bytes,
-        )
-        return encode_record(info, self._tiers.raw_slots[slot], layout=self._tiers.layout, codec=self._tiers.codec)
+        while work:
+            jobs = [each for each in takewhile(lambda each: isinstance(each, Job), work) if isinstance(each, Job)]
+            if not jobs:
+                action = work.pop(0)
+                assert not isinstance(action, Job)
+                action()
+                continue
+            batch = self.writer.begin(jobs)
+            work = work[len(batch.jobs) :]
+            if len(batch.jobs) < len(jobs):
+                self._queue.put_back(work)
+                work = []
+            self.writer.write(batch)
+            self.keep_room()  # what had to be written before it might go

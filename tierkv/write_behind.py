@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
 __all__ = ["WriteBehind"]
@@ -82,6 +82,13 @@ class WriteBehind(Generic[Job]):
             self._jobs.extendleft(reversed(kept))
             self._changed.notify_all()
         return dropped
+
+    def put_back(self, jobs: Sequence[Job]) -> None:
+        """Queue jobs of the batch in work again, in front of all others: they can be dropped again. For `process`."""
+        with self._changed:
+            self._jobs.extendleft(reversed(jobs))
+            self._in_work -= len(jobs)
+            self._changed.notify_all()
 
     def flush(self) -> None:
         """Wait until every job offered so far has been processed, or `close` has given up."""

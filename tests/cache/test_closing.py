@@ -13,6 +13,7 @@ from pattern_engine import PatternEngine, tiny_layout
 
 from tierkv.block import Tier
 from tierkv.block_control import BlockControl
+from tierkv.block_writer import Batch
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.errors import CapacityError, ClosedError, TierKVError
@@ -126,14 +127,14 @@ def test_a_request_that_waits_for_room_ends_with_that_error(tmp_path: Path, monk
     cache = open_cache(tmp_path, write_wait_s=HANG_S)
     engine = PatternEngine(cache)
     stuck, may_go_on = threading.Event(), threading.Event()
-    write = cache._demoter._write
+    write = cache._demoter.writer.write
 
-    def slow(jobs: list[object]) -> None:
+    def slow(batch: Batch) -> None:
         stuck.set()
         assert may_go_on.wait(HANG_S)
-        write(jobs)
+        write(batch)
 
-    monkeypatch.setattr(cache._demoter, "_write", slow)
+    monkeypatch.setattr(cache._demoter.writer, "write", slow)
     cache.release(engine.start(list(range(64))))
     assert stuck.wait(HANG_S)
     errors: list[Exception] = []

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pattern_engine import PatternEngine, tiny_layout
 
-from tierkv import demotion
+from tierkv import block_writer
 from tierkv.block import Tier
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
@@ -48,7 +48,7 @@ def test_a_requests_reads_overtake_encodes_that_were_queued_before(
 ) -> None:
     order: list[str] = []
     encodes, gate, reads_wait = threading.Event(), threading.Event(), threading.Event()
-    encode_record = demotion.encode_record
+    encode_record = block_writer.encode_record
 
     def encode(*arguments: Any, **options: Any) -> Any:
         order.append("encode")
@@ -56,7 +56,7 @@ def test_a_requests_reads_overtake_encodes_that_were_queued_before(
         assert gate.wait(20)
         return encode_record(*arguments, **options)
 
-    monkeypatch.setattr(demotion, "encode_record", encode)
+    monkeypatch.setattr(block_writer, "encode_record", encode)
     with open_cache(stored) as cache, ExitStack() as undo:
         undo.callback(gate.set)  # whatever fails, nothing waits for ever
         assert cache.cold

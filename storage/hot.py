@@ -27,7 +27,7 @@ class HotPool:
         if num_blocks <= 0:
             raise CapacityError(
                 f"the hot pool holds no block: one block takes {layout.block_bytes} bytes",
-                hint="raise hot_bytes",
+                hint="raise hot_bytes, or lower block_size",
             )
         self.layout = layout
         self.num_blocks = num_blocks

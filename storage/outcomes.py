@@ -18,7 +18,7 @@ class MissReason(Enum):
     NAMESPACE = "namespace"  # the same hash, stored for another model, dtype, layout or salt
     COLLISION = "collision"  # the same hash for other token ids, or for the same ones behind others
     TOO_SHORT = "too_short"  # too few tokens to be worth loading; counted by whoever decides that
-    NO_ROOM = "no_room"  # the warm tier, through which cold blocks come up, is full of pinned ones
+    NO_ROOM = "no_room"  # where it had to come up or to be copied from, all places are in use or pinned
     RECOMPUTED = "recomputed"  # it was there, and to compute it was faster than to wait for it
     IO_ERROR = "io_error"
     OTHER_RANK = "other_rank"  # this rank has it, but another rank of the model does not

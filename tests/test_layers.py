@@ -100,7 +100,7 @@ LAYERS = (
     Layer("package", "__init__", below="values control background mover facade engine"),
     Layer(
         "tools",
-        "tools.*",
+        "tools.* __main__",
         below="values control storage kernels background client daemon mover facade engine package",
     ),
 )

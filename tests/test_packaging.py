@@ -128,7 +128,7 @@ def test_the_wheel_asks_for_the_core_dependencies_only_and_brings_the_command(wh
     required = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert {line.split(">")[0].split("<")[0].strip() for line in required} == CORE_DEPENDENCIES
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert "tierkv = tierkv.tools.cli:main" in entry_points
+    assert "tierkv = tierkv.__main__:main" in entry_points
 
 
 WHERE = """

@@ -10,7 +10,7 @@ from itertools import takewhile
 
 from tierkv.block import Tier
 from tierkv.demotion import Demoter
-from tierkv.errors import StoreError
+from tierkv.errors import CapacityError, StoreError
 from tierkv.events import EventKind
 from tierkv.index import Entry
 from tierkv.lookup import Hit, Lookup
@@ -86,9 +86,18 @@ class Promoter:
         fresh: deque[int] = deque()
         try:
             num_hot = len(pinned.hot) + sum(hit.tier is Tier.HOT for hit in lookup.blocks)
-            fresh.extend(self._take(num_blocks - num_hot, result))
             tail = lookup.tail
             has_tail = False
+            try:
+                fresh.extend(self._take(num_blocks - num_hot, result))
+            except CapacityError:
+                source = pinned.rest.pop(len(lookup.blocks), None)
+                if source is None or source.tier is not Tier.HOT:
+                    raise
+                # The block that part of a prompt would be copied from holds the last place: that part is computed.
+                self._tiers.unpin([source])
+                tail, result.failure = None, MissReason.NO_ROOM
+                fresh.extend(self._take(num_blocks - num_hot, result))
             if tail and tail.tier is not Tier.COLD:  # first, since every layer's attention needs it
                 has_tail = self._fill_tail(tail, fresh[-1], pinned.rest, result)
             self._promote_blocks(lookup.blocks, pinned.rest, fresh, result)

@@ -93,7 +93,7 @@ def _check_room(num_slots: int, config: CacheConfig, slot_bytes: int) -> None:
     if num_slots < _MIN_BLOCKS:
         raise CapacityError(
             f"warm_bytes {config.warm_bytes} holds {num_slots} blocks of {slot_bytes} bytes",
-            hint=f"at least {_MIN_BLOCKS} are needed",
+            hint=f"at least {_MIN_BLOCKS} are needed: raise warm_bytes, or lower block_size",
         )
 
 

@@ -6,7 +6,10 @@ else. What the user can mend ends in one line and exit code 2.
 
 from __future__ import annotations
 
+import os
+import re
 import sys
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -27,6 +30,16 @@ app = typer.Typer(
 
 # Typer has click inside or beside itself, by its version: the root of click's errors is found through one of them.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[2]
+
+# What the library calls something, and how it is said here.
+_OPTIONS = {
+    "hot_bytes": "--hot",
+    "warm_bytes": "--warm",
+    "cold_bytes": "--cold",
+    "block_size": "--block-size",
+    "max_new_tokens": "--max-new-tokens",
+    "top_p": "--top-p",
+}
 
 for _command in (
     model_commands.warm,
@@ -63,16 +76,32 @@ def _version(
 def main() -> None:
     """Run the command line; never returns."""
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)  # a number where a command ended by one, as at Ctrl-C
+        sys.stdout.flush()
     except TierKVError as exc:
-        _fail(str(exc))
+        _fail(_as_options(str(exc)))
     except _UsageError as exc:
         _fail(exc.format_message())  # type: ignore[attr-defined]
     except typer.Abort:
         sys.exit(130)
     except BrokenPipeError:
+        _leave_output()
         sys.exit(141)
-    sys.exit(0)
+    except OSError as exc:  # of standard output; every other one is translated where it arises
+        _leave_output()
+        _fail(f"the output cannot be written: {exc.strerror or exc}")
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _as_options(message: str) -> str:
+    """Return a message of the library in the words of the command line."""
+    return re.sub(r"(?<![\w./-])[a-z_]+(?![\w/])", lambda word: _OPTIONS.get(word[0], word[0]), message)
+
+
+def _leave_output() -> None:
+    """Let what standard output still holds go nowhere, instead of failing once more when Python ends."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str) -> None:

@@ -13,23 +13,44 @@ from tierkv.tools import daemon as daemon_command
 from tierkv.tools.options import EngineOptions, default_store, named_socket, parse_size
 
 Model = Annotated[Optional[str], typer.Option(help="Directory or hub name; without it the embedded model.")]  # noqa: UP045
-Store = Annotated[Optional[Path], typer.Option(help="Directory of the cold store.", show_default="user cache")]  # noqa: UP045
+Store = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(help="Directory of the cold store.", show_default="TIERKV_STORE, else ~/.cache/tierkv/store"),
+]
 Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, ...", show_default="cuda if there")]  # noqa: UP045
 Dtype = Annotated[Optional[str], typer.Option(help="bfloat16, float16, float32.", show_default="the model's")]  # noqa: UP045
-BlockSize = Annotated[Optional[list[int]], typer.Option(help="Tokens of a block.", show_default="256")]  # noqa: UP045
+BlockSize = Annotated[
+    Optional[list[int]],  # noqa: UP045
+    typer.Option(help="Tokens of a block; flash-attn takes multiples of 256.", metavar="<int>", show_default="256"),
+]
 Salt = Annotated[str, typer.Option(help="Keeps tenants apart: blocks of another salt are never used.")]
-ColdSize = Annotated[str, typer.Option("--cold", help="Quota of the store, as 512M or 64G.")]
-WarmSize = Annotated[str, typer.Option("--warm", help="Size of the page-locked pool, as 512M or 8G.")]
+ColdSize = Annotated[str, typer.Option("--cold", help="Quota of the store in bytes, as 512M or 64G.")]
+WarmSize = Annotated[str, typer.Option("--warm", help="Bytes of the page-locked pool in CPU memory, as 512M or 8G.")]
 HotSize = Annotated[
     Optional[str],  # noqa: UP045
-    typer.Option("--hot", help="Size of the paged pool.", show_default="half the free GPU memory, or 1G on a CPU"),
+    typer.Option(
+        "--hot",
+        help="Bytes of the paged pool beside the model, as 512M or 8G.",
+        show_default="half the free GPU memory, or 1G on a CPU",
+    ),
 ]
 CodecName = Annotated[
-    str, typer.Option("--codec", help="lossy-int8 or lossy-fp8-e4m3 halve the bytes on disk, and change them.")
+    str,
+    typer.Option("--codec", help="auto is lossless; lossy-int8 and lossy-fp8-e4m3 halve the bytes and change them."),
 ]
 Socket = Annotated[
     Optional[Path],  # noqa: UP045
-    typer.Option(help="Use the warm and cold tier of the daemon that listens here.", show_default="TIERKV_SOCKET"),
+    typer.Option(
+        help="Use the warm and cold tier of the daemon that listens here.", show_default="TIERKV_SOCKET, else no daemon"
+    ),
+]
+DaemonSocket = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option(
+        "--socket",
+        help="Where the daemon listens.",
+        show_default="TIERKV_SOCKET, else tierkv/daemon.sock in XDG_RUNTIME_DIR or ~/.cache",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 

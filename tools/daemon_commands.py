@@ -17,11 +17,11 @@ from tierkv.tools.cli_options import (
     AsJson,
     BlockSize,
     ColdSize,
+    DaemonSocket,
     Device,
     Dtype,
     Model,
     Salt,
-    Socket,
     Store,
     WarmSize,
     engine_options,
@@ -35,8 +35,11 @@ def start(
     cold: ColdSize = "64G",
     store: Store = None,
     no_store: Annotated[bool, typer.Option("--no-store", help="Keep nothing on disk.")] = False,
-    socket: Socket = None,
-    metrics_port: Annotated[Optional[int], typer.Option(help="Serve Prometheus metrics here, locally.")] = None,  # noqa: UP045
+    socket: DaemonSocket = None,
+    metrics_port: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Serve Prometheus metrics on this port of 127.0.0.1."),
+    ] = None,
     warm_file: Annotated[Optional[Path], typer.Option(help="Prompts whose blocks come up from the store.")] = None,  # noqa: UP045
     model: Model = None,
     dtype: Dtype = None,
@@ -55,7 +58,7 @@ def start(
     command: list[str] = []
     if warm_file:
         read_prompts(warm_file)
-        command = [sys.executable, "-c", "from tierkv.tools.cli import main; main()", "daemon", "prefetch"]
+        command = [sys.executable, "-m", "tierkv", "daemon", "prefetch"]
         command += [str(warm_file.absolute()), "--socket", str(config.socket), "--device", "cpu", "--salt", salt]
         command += ["--block-size", str((block_size or [256])[0])]
         command += ["--model", model] if model else []
@@ -63,12 +66,12 @@ def start(
     daemon_command.start(config, detach=detach, warm_command=command)
 
 
-def status(socket: Socket = None, as_json: AsJson = False) -> None:
+def status(socket: DaemonSocket = None, as_json: AsJson = False) -> None:
     """Say what the daemon holds and for whom."""
     daemon_command.status(socket or default_socket(os.environ), as_json=as_json)
 
 
-def stop(socket: Socket = None) -> None:
+def stop(socket: DaemonSocket = None) -> None:
     """End the daemon; what it has yet to store is stored first."""
     daemon_command.stop(socket or default_socket(os.environ))
 
@@ -81,7 +84,7 @@ def prefetch(
     dtype: Dtype = None,
     block_size: BlockSize = None,
     salt: Salt = "",
-    socket: Socket = None,
+    socket: DaemonSocket = None,
     as_json: AsJson = False,
 ) -> None:
     """Have the blocks of prompts brought from the store into the warm tier."""

@@ -16,8 +16,8 @@ from tierkv.tools import state as state_command
 from tierkv.tools import stats as stats_command
 from tierkv.tools import top as top_command
 from tierkv.tools import verify as verify_command
-from tierkv.tools.cli_options import AsJson, ColdSize, Socket, Store, chosen_store
-from tierkv.tools.options import named_socket, parse_size
+from tierkv.tools.cli_options import AsJson, ColdSize, DaemonSocket, Socket, Store, chosen_store
+from tierkv.tools.options import default_socket, named_socket, parse_size
 
 
 def stats(store: Store = None, socket: Socket = None, as_json: AsJson = False) -> None:
@@ -90,8 +90,11 @@ def verify(
 
 
 def top(
-    url: Annotated[Optional[str], typer.Option(help="Where a process serves its metrics.")] = None,  # noqa: UP045
-    socket: Annotated[Optional[Path], typer.Option(help="Look at the daemon that listens here.")] = None,  # noqa: UP045
+    url: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Where a process serves its metrics, as http://localhost:9400."),
+    ] = None,
+    socket: DaemonSocket = None,
     store: Annotated[Optional[Path], typer.Option(help="Look at a store on disk.")] = None,  # noqa: UP045
     interval: Annotated[float, typer.Option(help="Seconds between two looks.")] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False,
@@ -100,6 +103,6 @@ def top(
 ) -> None:
     """Watch a running cache: tiers, hits, bandwidth, misses, largest prefixes."""
     if url is None and socket is None and store is None:
-        socket = named_socket(os.environ)
+        socket = default_socket(os.environ)
     source = top_command.Source(url=url, socket=socket, store=store)
     top_command.top(source, interval_s=interval, once=once, prefixes=prefixes, as_json=as_json)

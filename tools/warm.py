@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -15,9 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from tierkv.block import TOKEN_BYTES, BlockHash, as_token_array, hash_block, iter_chain
-from tierkv.engine.prompts import prefix_tokens, read_prompts
+from tierkv.engine.gate import context_of
+from tierkv.engine.prompts import PromptRequest, prefix_tokens, read_prompts
 from tierkv.engine.runner import Runner
-from tierkv.errors import StoreError
+from tierkv.errors import CapacityError, StoreError
 from tierkv.storage.cold import ColdStore
 from tierkv.tools.daemon import store_of
 from tierkv.tools.options import EngineOptions, open_engine
@@ -26,13 +27,20 @@ from tierkv.tools.stores import open_existing
 
 __all__ = ["warm"]
 
+_MAX_NAMED = 5  # prompts that one line of error names
+_NUM_WORDS = 6
+
 
 @dataclass(slots=True)
 class _Summary:
-    """What a run did; blocks and bytes are counted once, however many prompts share them."""
+    """What a run did; blocks and bytes are counted once, however many prompts share them.
+
+    prompts, tokens: of those that are warmed now. too_large: numbers of those that are not, from 1.
+    """
 
     prompts: int = 0
     tokens: int = 0
+    too_large: list[int] = field(default_factory=list)
     blocks_computed: int = 0
     blocks_reused: int = 0
     bytes_raw: int = 0
@@ -41,15 +49,22 @@ class _Summary:
 
 
 def warm(path: Path, options: EngineOptions, *, lines: bool, pin: bool, dry_run: bool, as_json: bool) -> None:
-    """Warm every prompt of a file and print the summary. Raises TierKVError for what the user can mend."""
+    """Warm every prompt of a file and print the summary. Raises TierKVError for what the user can mend.
+
+    A prompt that is too large for the hot pool or the model is left out; the error that names it comes at the end.
+    """
     requests = read_prompts(path, lines=lines)
     if options.socket:
         store_of(options.socket)  # without a daemon that stores them, nothing would come of the blocks
     errors = Console(stderr=True)
     with open_engine(options, os.environ) as runner:
         started = time.perf_counter()
-        prompts = [prefix_tokens(runner.loaded.tokenizer, request) for request in requests]
-        summary = _Summary(prompts=len(prompts), tokens=sum(map(len, prompts)))
+        all_prompts = [prefix_tokens(runner.loaded.tokenizer, request) for request in requests]
+        too_large = [i for i, prompt in enumerate(all_prompts) if len(prompt) > _most_tokens(runner)]
+        prompts = [prompt for prompt in all_prompts if len(prompt) <= _most_tokens(runner)]
+        summary = _Summary(
+            prompts=len(prompts), tokens=sum(map(len, prompts)), too_large=[number + 1 for number in too_large]
+        )
         reused: set[BlockHash] = set()
         computed: set[BlockHash] = set()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -62,8 +77,13 @@ def warm(path: Path, options: EngineOptions, *, lines: bool, pin: bool, dry_run:
                 after = _would_be_blocks(runner, prompt) if dry_run else set(runner.cache.match(prompt).block_hashes)
                 reused |= after & before
                 computed |= after - before - reused
-                if pin and not dry_run:
-                    runner.cache.pin(prompt)
+                if (
+                    pin and not dry_run and runner.cache.cold
+                ):  # in memory a pinned prompt would be in the next one's way
+                    runner.cache.cold.set_pinned(runner.cache.match(prompt).block_hashes, True)
+        if pin and not dry_run and not runner.cache.cold:  # the daemon's, once nothing more needs room here
+            for prompt in prompts:
+                runner.cache.pin(prompt)
         summary.blocks_reused = len(reused)
         summary.blocks_computed = len(computed)
         missing = 0 if dry_run else _add_sizes(summary, runner, reused | computed)
@@ -72,11 +92,50 @@ def warm(path: Path, options: EngineOptions, *, lines: bool, pin: bool, dry_run:
         print(json.dumps({**asdict(summary), "seconds": round(summary.seconds, 6)}))
     else:
         Console().print(_table(summary, dry_run))
+    if too_large:
+        raise _refusal({i + 1: (requests[i], len(all_prompts[i])) for i in too_large}, len(requests), runner)
     if missing:
         raise StoreError(
             f"{missing} of {len(reused | computed)} blocks found no room in the store, or lost it to later ones",
             hint="free disk space, or raise --cold",
         )
+
+
+def _most_tokens(runner: Runner) -> int:
+    """Return how many tokens a prompt may have: no more than the hot pool has room for, or the model knows."""
+    pool = runner.cache.hot
+    room = pool.num_blocks * pool.layout.block_size
+    return min(room, context_of(runner.loaded.model) or room)
+
+
+def _refusal(refused: dict[int, tuple[PromptRequest, int]], num_prompts: int, runner: Runner) -> CapacityError:
+    """Return the error that names prompts, by number, that were left out, and what would let them in."""
+    names = [
+        f"number {number} ({_first_words(request)}: {num_tokens:,} tokens)"
+        for number, (request, num_tokens) in list(refused.items())[:_MAX_NAMED]
+    ]
+    names += [f"{len(refused) - _MAX_NAMED:,} more"] if len(refused) > _MAX_NAMED else []
+    layout = runner.cache.layout
+    context = context_of(runner.loaded.model) or 1 << 62
+    sizes = [num_tokens for _, num_tokens in refused.values()]
+    remedies = []
+    if min(sizes) <= context:
+        largest = max(size for size in sizes if size <= context)
+        num_bytes = -(-largest // layout.block_size) * layout.block_bytes
+        remedies.append(f"raise --hot to {-(-num_bytes // (1 << 20))}M or more")
+    if max(sizes) > context:
+        remedies.append(f"shorten what is over the model's context of {context:,} tokens")
+    hint = "; ".join(remedies)
+    return CapacityError(
+        f"{len(refused):,} of {num_prompts:,} prompts are too large and were left out: {', '.join(names)}", hint=hint
+    )
+
+
+def _first_words(request: PromptRequest) -> str:
+    texts = [request.system, *(str(message.get("content", "")) for message in request.messages)]
+    words = " ".join(texts).split()
+    text = " ".join(words[:_NUM_WORDS])[:60]
+    return f'"{text} ..."' if text else "no text"
 
 
 def _would_be_blocks(runner: Runner, prompt: list[int]) -> set[BlockHash]:
@@ -115,6 +174,8 @@ def _table(summary: _Summary, dry_run: bool) -> Table:
     table = Table(title="would be warmed" if dry_run else "warmed", show_header=False)
     table.add_row("prompts", f"{summary.prompts:,}")
     table.add_row("tokens", f"{summary.tokens:,}")
+    if summary.too_large:
+        table.add_row("too large, left out", f"{len(summary.too_large):,}")
     table.add_row("blocks to compute" if dry_run else "blocks computed", f"{summary.blocks_computed:,}")
     table.add_row("blocks reused", f"{summary.blocks_reused:,}")
     table.add_row("bytes raw", format_bytes(summary.bytes_raw))

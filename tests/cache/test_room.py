@@ -99,3 +99,17 @@ def test_a_prompt_that_never_fits_evicts_nobody(tmp_path: Path, is_busy: bool) -
         for sequence in running:
             cache.release(sequence)
         cache.check()
+
+
+def test_a_prompt_that_takes_the_whole_hot_pool_fits_beside_the_block_where_it_parts_from_another(
+    tmp_path: Path,
+) -> None:
+    with open_cache(tmp_path, hot=4) as cache:
+        engine = PatternEngine(cache)
+        cache.release(engine.start(list(range(16))))
+        cache.flush()
+        sequence = engine.start([0, 1, *range(100, 114)])  # the first block's source would be a fifth block
+        assert sequence.num_cached_tokens == 0
+        assert cache.stats().miss_reasons[MissReason.NO_ROOM.value] == 1
+        cache.release(sequence)
+        cache.check()

@@ -14,12 +14,13 @@ from typing import Any
 import lmdb
 import pytest
 
+from tierkv import __main__
 from tierkv.engine.models import load_model
 from tierkv.layout import BlockLayout
 from tierkv.namespace import Namespace
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_namespaces import FORMAT_KEY
-from tierkv.tools import cli
+from tierkv.tools import cli, verify
 
 Run = Callable[..., "Result"]
 PROMPTS = (
@@ -82,12 +83,55 @@ def test_warming_twice_computes_nothing_the_second_time(tierkv: Run, tmp_path: P
 
 
 def test_a_hot_pool_too_small_for_a_prompt_is_refused(tierkv: Run, tmp_path: Path) -> None:
-    assert_refused(tierkv("run", "x" * 600, "--hot", "2M", "--max-new-tokens", 1), "raise hot_bytes")
+    assert_refused(tierkv("run", "x" * 600, "--hot", "2M", "--max-new-tokens", 1), "raise --hot")
 
 
 def test_a_store_too_small_for_the_prompts_is_said(tierkv: Run, tmp_path: Path) -> None:
     result = tierkv("warm", tmp_path / "prompts.txt", "--cold", "1M", "--json")
     assert result.code == 2 and "blocks found no room in the store" in result.err
+
+
+@pytest.mark.parametrize("option", ["--pin", "--dry-run"])
+def test_a_prompt_too_large_for_the_hot_pool_is_named_and_the_others_are_warmed(
+    tierkv: Run, tmp_path: Path, option: str
+) -> None:
+    (tmp_path / "prompts.txt").write_text("Be kind.\n---\n" + "This one is long. " * 100 + "\n---\n" + PROMPTS)
+    result = tierkv("warm", tmp_path / "prompts.txt", "--hot", "4M", "--json", option)
+    summary = json.loads(result.out)
+    assert result.code == 2 and summary["too_large"] == [2] and summary["prompts"] == 3
+    assert summary["blocks_computed"] == 4
+    error = result.err.splitlines()[-1]
+    assert "1 of 4 prompts" in error and 'number 2 ("This one is long. This one ...": 1,' in error
+    table = tierkv("warm", tmp_path / "prompts.txt", "--hot", "4M", option)
+    assert "too large, left out" in table.out and table.code == 2
+    size = error.split("raise --hot to ")[1].split()[0]
+    assert tierkv("warm", tmp_path / "prompts.txt", "--hot", size, "--json", option).json()["too_large"] == []
+
+
+def test_a_prompt_beyond_the_models_context_is_named_and_the_others_are_warmed(tierkv: Run, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("Be kind.\n---\n" + "x" * 66_000)
+    result = tierkv("warm", tmp_path / "prompts.txt", "--json")
+    assert result.code == 2 and json.loads(result.out)["too_large"] == [2]
+    assert "over the model's context of 65,536 tokens" in result.err
+
+
+def test_an_interrupted_command_ends_with_130_and_says_nothing(tierkv: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verify, "verify", interrupt)
+    result = tierkv("verify")
+    assert (result.code, result.out, result.err) == (130, "", "")
+
+
+def test_ctrl_c_is_heard_before_the_command_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "main", interrupt)
+    with pytest.raises(SystemExit) as exit_info:
+        __main__.main()
+    assert exit_info.value.code == 130
 
 
 def test_a_dry_run_says_what_would_be_computed_and_computes_nothing(tierkv: Run, tmp_path: Path) -> None:
@@ -264,10 +308,14 @@ def test_two_block_sizes_in_one_command_are_refused(tierkv: Run, tmp_path: Path)
         (["run", "x", "--temperature", "-1"], "temperature"),
         (["run", "x", "--temperature", "nan"], "temperature"),
         (["run", "x", "--seed", str(1 << 64)], "seed"),
+        (["run", "x", "--max-new-tokens", "0"], "--max-new-tokens must be positive"),
+        (["run", "x", "--max-new-tokens", "70000"], "lower --max-new-tokens"),
+        (["run", "x", "--block-size", "1000000000"], "lower --block-size"),
+        (["run", "x", "--block-size", "60000"], "raise --warm, or lower --block-size"),
         (["run", "x", "--device", "meta"], "say cpu or cuda"),
         (["run", "x", "--cold", "999999999T"], "cannot be opened"),
-        (["run", "x", "--warm", "999999T"], "lower warm_bytes"),
-        (["run", "x", "--hot", "999999T"], "lower hot_bytes"),
+        (["run", "x", "--warm", "999999T"], "lower --warm"),
+        (["run", "x", "--hot", "999999T"], "lower --hot"),
         (["run", "x", "--store", "a\udcff"], "cannot be opened"),  # what is no UTF-8 arrives like this
         (["load", "."], "Is a directory"),
     ],

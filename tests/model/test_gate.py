@@ -9,10 +9,12 @@ from tiny_models import FAMILIES, make_model
 from torch import Tensor
 from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
+from tierkv.engine import gate
 from tierkv.engine.attention import use_tierkv_attention
-from tierkv.engine.gate import check_supported, probe_layout, self_test
+from tierkv.engine.gate import check_block_size, check_supported, probe_layout, self_test
 from tierkv.errors import ConfigError, UnsupportedModelError
-from tierkv.layout import LayerLayout
+from tierkv.layout import BlockLayout, LayerLayout
+from tierkv.storage.hot import HotPool
 
 SMALL: dict[str, Any] = {
     "vocab_size": 64,
@@ -85,3 +87,27 @@ def test_attention_is_put_back_even_after_an_error() -> None:
     with pytest.raises(ConfigError, match="without a tierkv batch"), use_tierkv_attention(model):
         model(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False)
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_blocks_that_no_prompt_of_the_model_fills_are_refused() -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SMALL, max_position_embeddings=128))
+    check_block_size(model, 128)
+    with pytest.raises(ConfigError, match="the context of LlamaForCausalLM is 128"):
+        check_block_size(model, 129)
+
+
+@pytest.mark.parametrize(("block_size", "split_at"), [(1024, 1024), (1025, 769), (1 << 20, 768)])
+def test_the_self_test_costs_no_more_for_long_blocks_and_keeps_their_remainder(
+    monkeypatch: pytest.MonkeyPatch, block_size: int, split_at: int
+) -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SMALL, max_position_embeddings=1 << 21)).eval()
+    pools: list[int] = []
+
+    class Pool(HotPool):
+        def __init__(self, layout: BlockLayout, num_blocks: int, device: torch.device) -> None:
+            pools.append(layout.block_size)
+            super().__init__(layout, num_blocks, device)
+
+    monkeypatch.setattr(gate, "HotPool", Pool)
+    self_test(model, probe_layout(model, block_size=block_size))
+    assert pools == [split_at]

@@ -252,3 +252,13 @@ def test_a_request_interrupted_as_it_begins_holds_nothing(open_one: Open, monkey
         runner.generate([tokens(20, seed=1)])
     assert runner.cache.stats().tiers[Tier.HOT].blocks == 0
     runner.cache.check()
+
+
+def test_more_tokens_than_the_models_context_are_refused(model: Any, place: Place, open_one: Open) -> None:
+    context = model.config.max_position_embeddings = place.block_size + 50
+    runner = open_one()
+    with pytest.raises(ConfigError, match=f"longer than the model's context of {context}"):
+        runner.prefill(tokens(context + 1, seed=1))
+    with pytest.raises(ConfigError, match="lower max_new_tokens"):
+        runner.generate([tokens(context - 1, seed=1)], greedy(3))
+    assert len(runner.generate([tokens(context - 1, seed=1)], greedy(2))[0].token_ids) == 2

@@ -8,7 +8,7 @@ gives away is checked first; the self-test catches the rest before a wrong byte 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,11 +20,16 @@ from tierkv.layout import BlockLayout, LayerLayout
 from tierkv.ranks.group import RankGroup
 from tierkv.storage.hot import HotPool
 
-__all__ = ["check_split", "check_supported", "probe_layout", "self_test"]
+__all__ = ["check_block_size", "check_split", "check_supported", "context_of", "probe_layout", "self_test"]
 
 _SAFE_LAYERS = {"full_attention", "sliding_attention"}
 _SAFE_CACHES = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+
+# Longer blocks than these cost the self-test much and tell it nothing more: it splits a prompt at shorter ones, which
+# leave the same remainder by flash-attn's 256, so that the same attention is tested.
+_MAX_TEST_TOKENS = 1024
+_FLASH_TOKENS = 256
 
 # Root mean square error of the logits over their own: what splitting the prompt may change by rounding.
 # A model that cannot be split shows 0.1 and more.
@@ -56,6 +61,22 @@ def check_split(model: Any, ranks: RankGroup) -> None:
         raise UnsupportedModelError(f"{name} has {heads} heads of K and V, which cannot be split over {size} ranks")
 
 
+def context_of(model: Any) -> int | None:
+    """Return how many positions a model knows, in tokens; None where its configuration does not say."""
+    limit: int | None = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return limit
+
+
+def check_block_size(model: Any, block_size: int) -> None:
+    """Raise ConfigError for blocks, in tokens, that no prompt of this model could ever fill."""
+    limit = context_of(model)
+    if limit is not None and block_size > limit:
+        raise ConfigError(
+            f"block_size is {block_size} tokens, but the context of {type(model).__name__} is {limit}",
+            hint=f"lower block_size; {min(256, limit)} suits this model",
+        )
+
+
 def probe_layout(model: Any, *, block_size: int) -> BlockLayout:
     """Return the layout of a model's blocks, seen in one forward pass over two tokens.
 
@@ -80,11 +101,13 @@ def self_test(model: Any, layout: BlockLayout) -> float:
     """Compare a prompt computed at once, by the model's own attention, with one split at block borders.
 
     Returns the relative error of the logits; raises UnsupportedModelError where it is more than rounding.
-    Costs two passes over 2 blocks and 3 tokens.
+    Costs two passes over 2 blocks and 3 tokens, or over about 2,000 tokens where blocks are longer than 1,024.
     """
     size = layout.block_size
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-    length = min(2 * size + 3, limit)
+    if size > _MAX_TEST_TOKENS:
+        size = _MAX_TEST_TOKENS - _FLASH_TOKENS + size % _FLASH_TOKENS
+        layout = replace(layout, block_size=size)
+    length = min(2 * size + 3, context_of(model) or 1 << 30)
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().num_embeddings
     ids = torch.randint(0, vocabulary, (length,), generator=generator).to(model.device)

@@ -20,7 +20,7 @@ from tierkv.engine.attention import use_tierkv_attention
 from tierkv.engine.cascade import CascadeCost
 from tierkv.engine.fingerprint import namespace_of, weights_state
 from tierkv.engine.forward_pass import ForwardPass
-from tierkv.engine.gate import check_split, check_supported, probe_layout, self_test
+from tierkv.engine.gate import check_block_size, check_split, check_supported, context_of, probe_layout, self_test
 from tierkv.engine.generation import Generation, GenerationOptions, TokenEvent
 from tierkv.engine.models import LoadedModel
 from tierkv.engine.request import Request
@@ -66,6 +66,7 @@ class Runner:
         self._stepping = RLock()
         self._batches: list[list[Request]] = []
         self._num_ids = loaded.model.get_input_embeddings().num_embeddings
+        self._context = context_of(loaded.model)
 
     @property
     def cascade_steps(self) -> int:
@@ -73,7 +74,11 @@ class Runner:
         return self._pass.cascade_steps
 
     def generate(self, prompts: Items[Items[int]], options: GenerationOptions | None = None) -> list[Generation]:
-        """Continue prompts, all in one batch as far as there is room. Raises CapacityError if one never fits."""
+        """Continue prompts, all in one batch as far as there is room.
+
+        Raises CapacityError if one never fits, ConfigError for token ids that the model has not and for more tokens,
+        new ones included, than its context.
+        """
         chosen = options or GenerationOptions()
         requests = self._requests(prompts, chosen)
         for _ in self._run(requests, chosen):
@@ -88,7 +93,7 @@ class Runner:
     def prefill(self, token_ids: Items[int]) -> int:
         """Make every whole block and the tail of a prompt cached; compute what is missing.
 
-        Returns the number of tokens computed: 0 where all are cached already.
+        Returns the number of tokens computed: 0 where all are cached already. Raises as `generate` does.
         """
         token_ids = self._checked(token_ids)
         self._check_weights()
@@ -122,13 +127,23 @@ class Runner:
         now = time.perf_counter()
         stop_ids = self._stop_ids() if options.stop_ids is None else options.stop_ids
         return [
-            Request(i, self._checked(prompt), len(prompt), Sampler(options.sampling), stop_ids, now)
+            Request(
+                i, self._checked(prompt, options.max_new_tokens), len(prompt), Sampler(options.sampling), stop_ids, now
+            )
             for i, prompt in enumerate(prompts)
         ]
 
-    def _checked(self, prompt: Items[int]) -> list[int]:
-        """Return a prompt's token ids. Raises ConfigError for ids that the model has not."""
+    def _checked(self, prompt: Items[int], num_new: int = 1) -> list[int]:
+        """Return a prompt's token ids. Raises ConfigError for ids, and for positions, that the model has not."""
         token_ids = as_token_array(prompt)
+        limit, num_tokens = self._context, len(token_ids)
+        if limit is not None and num_tokens > limit:
+            raise ConfigError(f"a prompt of {num_tokens} tokens is longer than the model's context of {limit}")
+        if limit is not None and num_tokens + num_new - 1 > limit:  # the last new one is not computed
+            raise ConfigError(
+                f"{num_tokens} tokens of a prompt and {num_new} new ones exceed the model's context of {limit}",
+                hint="lower max_new_tokens",
+            )
         if token_ids.size and (largest := int(token_ids.max())) >= self._num_ids:
             raise ConfigError(f"token id {largest} is not one of the model's {self._num_ids}")
         as_list: list[int] = token_ids.tolist()
@@ -299,11 +314,13 @@ def open_runner(
 
     ranks: of a model that is split over several processes, all of which call this together. Sizes in `config` are
     a rank's own, save for `cold_bytes`: one store serves all ranks of a machine.
-    Raises UnsupportedModelError, with the reason, before anything is opened; ConfigError where ranks do not fit.
+    Raises UnsupportedModelError, with the reason, before anything is opened; ConfigError where ranks do not fit, and
+    for a block_size beyond the model's context; CapacityError where the pools hold too few such blocks.
     """
     model = loaded.model
     check_supported(model)
     check_split(model, ranks or OneRank())
+    check_block_size(model, config.block_size)
     layout = probe_layout(model, block_size=config.block_size)
     self_test(model, layout)
     namespace = namespace_of(model, layout, adapter=adapter, salt=salt, name=loaded.name, ranks=ranks)

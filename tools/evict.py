@@ -42,6 +42,11 @@ def evict(
     print(
         f"evicted {report.blocks} blocks, {format_bytes(report.freed_bytes)}; "
         f"{left.blocks} blocks, {format_bytes(left.live_bytes)}, are left"
+        + (
+            " (pinned blocks and what they continue stay)"
+            if to_bytes is not None and left.live_bytes > to_bytes
+            else ""
+        )
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,7 @@ class _Prompt:
 
 
 def report(request: ReportRequest, options: EngineOptions, *, as_json: bool) -> None:
-    """Run the requests one after another and write memory_profile.html, trace.json and, unless refused, the plots."""
+    """Run the requests one after another and write memory_profile.html, trace.json and the plots."""
     if request.rounds < 1:
         raise ConfigError(f"--rounds must be positive, got {request.rounds}")
     with open_engine(options, os.environ) as runner:
@@ -143,8 +144,8 @@ def _write(made: MemoryReport, request: ReportRequest) -> list[Path]:
             made.save_html(request.output / "memory_profile.html"),
             made.export_trace(request.output / "trace.json"),
         ]
-        if request.plots:
-            plots = MemoryVisualizer(made)
+        plots = _plots(made) if request.plots else None
+        if plots:
             written += [
                 plots.plot_allocation_timeline(request.output / "allocation_timeline.png"),
                 plots.plot_memory_heatmap(request.output / "memory_heatmap.png"),
@@ -153,6 +154,15 @@ def _write(made: MemoryReport, request: ReportRequest) -> list[Path]:
     except OSError as exc:
         raise ConfigError(f"cannot write to {request.output}: {exc.strerror}") from exc
     return written
+
+
+def _plots(made: MemoryReport) -> MemoryVisualizer | None:
+    """Return what draws plots; None, and a word about it, where that is not installed: the page does without."""
+    try:
+        return MemoryVisualizer(made)
+    except ConfigError as exc:
+        print(f"no plots: {exc}", file=sys.stderr)
+        return None
 
 
 def _summary(made: MemoryReport, written: list[Path]) -> dict[str, Any]:

@@ -22,7 +22,8 @@ def stats(store_path: Path, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(summary))
         return
-    table = Table(title=f"store {store_path}", show_header=False)
+    table = Table(show_header=False)
+    table.add_row("store", str(store_path))
     for name in ("namespaces", "blocks", "tokens"):
         table.add_row(name, f"{summary[name]:,}")
     for name in ("bytes_raw", "bytes_stored", "bytes_file"):

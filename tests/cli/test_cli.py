@@ -124,6 +124,18 @@ def test_an_interrupted_command_ends_with_130_and_says_nothing(tierkv: Run, monk
     assert (result.code, result.out, result.err) == (130, "", "")
 
 
+@pytest.mark.parametrize("arguments", [["stats"], ["stats", "--json"]])
+def test_output_that_cannot_be_written_is_one_line(tierkv: Run, user_cache: Path, arguments: list[str]) -> None:
+    environment = {**os.environ, "XDG_CACHE_HOME": str(user_cache), "PYTHONPATH": os.pathsep.join(sys.path)}
+    with (
+        ColdStore(Path(os.environ["TIERKV_STORE"]), quota_bytes=64 << 20, min_free_bytes=0),
+        open("/dev/full", "w") as full,
+    ):
+        command = [sys.executable, "-m", "tierkv", *arguments]
+        done = subprocess.run(command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "tierkv: the output cannot be written: No space left on device\n")
+
+
 def test_ctrl_c_is_heard_before_the_command_has_begun(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt() -> None:
         raise KeyboardInterrupt

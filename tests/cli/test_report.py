@@ -35,6 +35,8 @@ def tierkv(
     """Return a function that runs one command on a fresh store: exit code, standard output, standard error."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(user_cache))
     monkeypatch.setenv("TIERKV_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
+    monkeypatch.delenv("TIERKV_SOCKET", raising=False)
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: object) -> tuple[int, str, str]:
@@ -82,6 +84,15 @@ def test_a_report_draws_three_plots(tierkv: Run, tmp_path: Path) -> None:
     plots = sorted(path for path in (tmp_path / "out").glob("*.png"))
     assert [path.stem for path in plots] == ["allocation_timeline", "fragmentation", "memory_heatmap"]
     assert all(path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000 for path in plots)
+
+
+def test_a_report_where_plots_cannot_be_drawn_is_the_page_and_a_word_about_it(
+    tierkv: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    code, out, err = tierkv("report", short_prompts(tmp_path), "--max-new-tokens", 1, "--output", "out", "--json")
+    assert code == 0 and json.loads(out)["files"] == ["out/memory_profile.html", "out/trace.json"]
+    assert "no plots: plots need matplotlib (pip install 'tierkv[report]')" in err
 
 
 def test_a_report_without_a_file_runs_the_prompts_of_the_store(tierkv: Run, tmp_path: Path) -> None:
@@ -132,7 +143,7 @@ def test_top_shows_a_store_once(tierkv: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ((), "--url of a process"),
+        ((), "run/tierkv/daemon.sock"),
         (("--socket", "nobody.sock"), "nobody.sock"),
         (("--url", "127.0.0.1:9", "--store", "x"), "--url of a process"),
         (("--url", "127.0.0.1:9"), "nothing answers at http://127.0.0.1:9/status"),

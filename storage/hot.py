@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tierkv.errors import CapacityError
+from tierkv.errors import CapacityError, ConfigError
 from tierkv.layout import BlockLayout
 
 __all__ = ["HotPool", "hot_pool_blocks"]
@@ -62,7 +62,12 @@ class HotPool:
 
 
 def hot_pool_blocks(layout: BlockLayout, device: torch.device, *, hot_bytes: int | None, hot_fraction: float) -> int:
-    """Return how many blocks the hot pool gets: from `hot_bytes`, or a share of the GPU memory free now."""
+    """Return how many blocks the hot pool gets: from `hot_bytes`, or a share of the GPU memory free now.
+
+    Raises ConfigError for a CUDA device that this machine, or this torch, has not.
+    """
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"there is no device {device}: torch sees {torch.cuda.device_count()} CUDA devices")
     if hot_bytes is None:
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
         hot_bytes = int(free * hot_fraction) if free is not None else 1 << 30

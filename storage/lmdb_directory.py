@@ -36,7 +36,7 @@ def prepare_directory(path: Path, *, read_only: bool) -> None:
             path.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
         raise StoreError(
-            f"{path} cannot be the directory of a cold store: {exc}", hint="choose another cold_path"
+            f"{path} cannot be the directory of a cold store: {exc.strerror}", hint="choose another cold_path"
         ) from exc
     if not path.is_dir():
         raise StoreError(f"there is no cold store at {path}", hint="check the path")

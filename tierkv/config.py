@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 
 from tierkv.errors import ConfigError
@@ -11,6 +12,10 @@ from tierkv.errors import ConfigError
 __all__ = ["CacheConfig"]
 
 GIB = 1 << 30
+_WHOLE_NUMBERS = (
+    *("block_size", "hot_bytes", "warm_bytes", "cold_bytes", "min_free_bytes"),
+    *("num_io_threads", "min_partial_tokens", "piece_tokens"),
+)
 WARM_CODECS = ("raw", "windows", "auto")
 
 
@@ -69,6 +74,11 @@ class CacheConfig:
             object.__setattr__(self, "cold_path", Path(self.cold_path).expanduser())
         if self.socket is not None:
             object.__setattr__(self, "socket", Path(self.socket).expanduser())
+        for name in _WHOLE_NUMBERS:
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, Integral) or isinstance(value, bool)):
+                hint = "in bytes, as 8 << 30" if name.endswith("_bytes") else None
+                raise ConfigError(f"{name} must be a whole number, got {value!r}", hint=hint)
         for name in ("block_size", "warm_bytes", "cold_bytes", "num_io_threads", "min_partial_tokens", "piece_tokens"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pattern_engine import PatternEngine, tiny_layout
@@ -72,3 +74,23 @@ def test_more_tokens_than_there_are_or_fewer_than_none_cannot_be_committed(cache
         cache.commit(sequence, count, tail=True)
     cache.release(sequence)
     cache.check()
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"block_size": "16"}, "block_size must be a whole number, got '16'"),
+        ({"block_size": 16.0}, "block_size must be a whole number, got 16.0"),
+        ({"hot_bytes": "8G"}, "hot_bytes must be a whole number, got '8G' (in bytes, as 8 << 30)"),
+        ({"warm_bytes": True}, "warm_bytes must be a whole number, got True"),
+    ],
+)
+def test_a_size_that_is_no_whole_number_is_refused(option: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        CacheConfig(**option)
+
+
+def test_a_gpu_that_is_not_there_is_refused() -> None:
+    config = CacheConfig(block_size=4, hot_bytes=8 * BLOCK_BYTES, warm_bytes=8 * BLOCK_BYTES)
+    with pytest.raises(ConfigError, match="there is no device cuda:99"):
+        TierCache(config, namespace=Namespace(weights="w", layout=tiny_layout()), device="cuda:99")

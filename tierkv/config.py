@@ -76,7 +76,7 @@ class CacheConfig:
             object.__setattr__(self, "socket", Path(self.socket).expanduser())
         for name in _WHOLE_NUMBERS:
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, Integral) or isinstance(value, bool)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
                 hint = "in bytes, as 8 << 30" if name.endswith("_bytes") else None
                 raise ConfigError(f"{name} must be a whole number, got {value!r}", hint=hint)
         for name in ("block_size", "warm_bytes", "cold_bytes", "num_io_threads", "min_partial_tokens", "piece_tokens"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from child_process import ENVIRONMENT, command
 from places import Place
 from rank_worker import NUM_NEW, block_size_of, dtype_of, prompt_of
 from tiny_models import make_model
+from transformers.distributed import DistributedConfig
 
 from tierkv.engine.gate import check_split
 from tierkv.engine.models import can_split_models, split_model
@@ -160,8 +162,19 @@ def test_splitting_needs_a_process_group() -> None:
         split_model(make_model("llama", block_size=16))
 
 
-def test_weights_that_are_split_in_another_way_are_refused() -> None:
+@pytest.mark.parametrize(("tp_size", "mesh_size"), [(1, 2), (2, 4)])
+def test_weights_that_are_split_in_another_way_too_are_refused(tp_size: int, mesh_size: int) -> None:
     model = make_model("llama", block_size=16)
+    model._tp_size = tp_size
     model.lm_head.weight.placements = ()  # as weights have that FSDP holds
-    with pytest.raises(UnsupportedModelError, match="not by tensor parallelism"):
+    model.lm_head.weight.device_mesh = SimpleNamespace(size=lambda: mesh_size)
+    ranks = OneRank() if tp_size == 1 else TorchRanks(torch.distributed.HashStore(), rank=0, size=tp_size)
+    with pytest.raises(UnsupportedModelError, match="not by tensor parallelism alone"):
+        check_split(model, ranks)
+
+
+def test_a_model_that_is_split_by_layers_is_refused() -> None:
+    model = make_model("llama", block_size=16)
+    model.config.distributed_config = DistributedConfig(pp_size=2)
+    with pytest.raises(UnsupportedModelError, match="split by layers"):
         check_split(model, OneRank())

@@ -50,8 +50,11 @@ def check_split(model: Any, ranks: RankGroup) -> None:
     """
     size = getattr(model, "tp_size", None) or 1
     name = type(model).__name__
-    if size == 1 and any(hasattr(parameter, "placements") for parameter in model.parameters()):
-        raise UnsupportedModelError(f"{name} has weights that are split, but not by tensor parallelism")
+    if (getattr(getattr(model.config, "distributed_config", None), "pp_size", None) or 1) > 1:
+        raise UnsupportedModelError(f"{name} is split by layers: no rank has the K and V of all of them")
+    parts = [parameter for parameter in model.parameters() if hasattr(parameter, "placements")]
+    if any(size == 1 or part.device_mesh.size() != size for part in parts):  # FSDP's mesh has its own ranks as well
+        raise UnsupportedModelError(f"{name} has weights that are split, but not by tensor parallelism alone")
     if size != ranks.size:
         hint = "say ranks=TorchRanks.of_process_group()" if ranks.size == 1 else None
         raise ConfigError(f"{name} is split over {size} devices, but there are {ranks.size} ranks", hint=hint)

@@ -75,10 +75,14 @@ def main() -> None:
 def _start(size: int, timeout_s: float) -> int:
     """Run this command once for each rank, with the same options."""
     environment = {**os.environ, "NCCL_NVLS_ENABLE": "0", "OMP_NUM_THREADS": "1"}  # no multicast: a GPU may be shared
+    if torch.cuda.device_count() < size:
+        environment["CUDA_VISIBLE_DEVICES"] = ""  # Transformers splits over the GPUs that it sees
     with tempfile.TemporaryDirectory() as directory:
         command = [sys.executable, "-m", "tierkv.tools.bench_ranks", *sys.argv[1:], "--directory", directory]
         ranks = [
-            subprocess.Popen([*command, "--ranks", str(size), "--rank", str(rank)], env=environment)
+            subprocess.Popen(
+                [*command, "--ranks", str(size), "--rank", str(rank)], env={**environment, "LOCAL_RANK": str(rank)}
+            )
             for rank in range(size)
         ]
         until = time.monotonic() + timeout_s

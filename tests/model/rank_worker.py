@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from tiny_models import VOCABULARY, make_model
 from torch import distributed
+from transformers.distributed import DistributedConfig
 
 from tierkv.block import Tier
 from tierkv.config import CacheConfig
-from tierkv.engine.fingerprint import weights_digest, weights_state
+from tierkv.engine.fingerprint import _local, weights_digest, weights_state
 from tierkv.engine.models import LoadedModel, split_model
 from tierkv.engine.runner import GenerationOptions, Runner, open_runner
 from tierkv.ranks.torch_ranks import TorchRanks
@@ -56,15 +57,34 @@ class Worker:
         self.place = f"cuda:{rank}" if device == "cuda" else device
         self.ranks = TorchRanks.of_process_group(timeout_s=TIMEOUT_S)
         assert self.ranks.rank == rank
+        self.options: dict[str, Any] = {"block_size": block_size_of(device), "dtype": dtype_of(device)}
         self.models: dict[str, Any] = {}
         self.hashes: list[bytes] = []
 
     def use(self, family: str) -> None:
         """Go on with the model of a family."""
+        self.family = family
         if family not in self.models:
-            options = {"block_size": block_size_of(self.device), "dtype": dtype_of(self.device)}
-            self.models[family] = split_model(make_model(family, device=self.place, **options))
+            self.models[family] = split_model(make_model(family, device=self.place, **self.options))
         self.model = self.models[family]
+
+    def load_in_slices(self) -> dict[str, Any]:
+        """Go on with the same weights, of which Transformers loads only this rank's slice."""
+        checkpoint = self.store.with_name(f"checkpoint-{self.family}")
+        make_model(self.family, **self.options).save_pretrained(checkpoint)  # the first rank writes, whoever calls
+        distributed.barrier()
+        self.model = type(self.model).from_pretrained(
+            checkpoint,
+            dtype=self.options["dtype"],
+            attn_implementation=self.model.config._attn_implementation,
+            distributed_config=DistributedConfig(tp_size=self.ranks.size),
+        )
+        self.models[self.family] = self.model
+        return {"model_bytes": self.model_bytes()}
+
+    def model_bytes(self) -> int:
+        """Return how much this rank holds of the model, what is tied once."""
+        return sum(part.nbytes for part in map(_local, self.model.parameters()))
 
     @contextmanager
     def runner(self) -> Iterator[Runner]:
@@ -94,6 +114,7 @@ class Worker:
                 "logits": answer.logits.numpy(),
                 "token_ids": answer.token_ids,
                 "cached": [answer.cached_tokens[tier] for tier in Tier],
+                "model_bytes": self.model_bytes(),
                 "kv_heads": runner.cache.layout.layers[0].kv_heads,
                 "weights": namespace.weights,
                 "namespace": namespace.digest.hex(),

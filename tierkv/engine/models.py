@@ -7,7 +7,6 @@ loaded as any other, so that every command works offline on a laptop.
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import os
 import shutil
 import tempfile
@@ -16,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed import device_mesh
 
 from tierkv.errors import ConfigError, UnsupportedModelError
 
-__all__ = ["EMBEDDED", "LoadedModel", "can_split_models", "load_model", "load_tokenizer", "split_model"]
+__all__ = ["EMBEDDED", "LoadedModel", "load_model", "load_tokenizer", "split_model"]
 
 EMBEDDED = "embedded"
 _EMBEDDED_VERSION = 1
@@ -73,35 +71,73 @@ def load_tokenizer(name: str, *, cache_dir: Path) -> Any | None:
         return None
 
 
-def can_split_models(model: Any) -> bool:
-    """Tell whether this Transformers splits a loaded model over a plain device mesh; 5.17 does, 5.23 does not."""
-    split = getattr(model, "maybe_distribute_model", None)
-    return split is not None and "mesh_manager" not in inspect.signature(split).parameters
-
-
 def split_model(model: Any) -> Any:
     """Split a loaded model over the processes of torch.distributed, in place, by its own tensor-parallel plan.
 
     Every process calls this with the same weights on its own device and goes on with its slice of them. So the whole
     model must fit a device first: larger ones are loaded in slices, by Transformers' `from_pretrained` with a
-    `distributed_config`. Raises ConfigError without a process group, UnsupportedModelError for a model without a plan.
+    `distributed_config`. Raises ConfigError without a process group or where the model is on another device than this
+    process', UnsupportedModelError for a model without a plan.
     """
     transformers = _transformers()
     name = type(model).__name__
+    if not (hasattr(model, "prepare_distribute_model") and hasattr(model, "maybe_distribute_model")):
+        raise ConfigError(f"Transformers {transformers.__version__} cannot split a loaded {name}", hint="5.17 can")
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         raise ConfigError(f"{name} cannot be split: torch.distributed has no process group", hint="run under torchrun")
-    if not can_split_models(model):
-        raise ConfigError(f"Transformers {transformers.__version__} cannot split a loaded model", hint="5.17 can")
     if not model.tp_plan:
         raise UnsupportedModelError(f"{name} has no tensor-parallel plan")
+    if model.device != (own := _own_device()):
+        raise ConfigError(f"{name} is on {model.device}, but this process splits models on {own}")
     size = torch.distributed.get_world_size()
-    distributed = importlib.import_module("transformers.distributed")
-    config = distributed.DistributedConfig(tp_plan="auto", tp_size=size)
-    mesh = device_mesh.init_device_mesh(model.device.type, (size,))
+    config = importlib.import_module("transformers.distributed").DistributedConfig(tp_plan="auto", tp_size=size)
+    tied = _untie(model)
     try:
+        config, _, mesh = model.prepare_distribute_model(config)  # what a mesh is changes with the version
         return model.maybe_distribute_model(model, config, mesh)
     except ValueError as exc:
         raise UnsupportedModelError(f"{name} cannot be split over {size} devices: {_first_line(exc)}") from exc
+    finally:
+        _tie(model, tied)
+
+
+def _own_device() -> torch.device:
+    """Return where Transformers puts this process' slice: not where the model is, but where torchrun says."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    if accelerator is None:
+        return torch.device("cpu")
+    try:
+        return torch.device(accelerator.type, torch.distributed.get_node_local_rank())
+    except RuntimeError as exc:
+        raise ConfigError("LOCAL_RANK does not say which device is this process'", hint="run under torchrun") from exc
+
+
+def _untie(model: Any) -> list[tuple[str, str]]:
+    """Make each further name of a weight a parameter of its own over the same memory; return it with the first name.
+
+    Transformers splits a model before it ties weights, and 5.23 finds only the first name of one that is tied.
+    """
+    first_names: dict[int, str] = {}
+    tied = []
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        first_name = first_names.setdefault(id(parameter), name)
+        if first_name != name:
+            _set_parameter(model, name, torch.nn.Parameter(parameter.detach(), parameter.requires_grad))
+            tied.append((name, first_name))
+    return tied
+
+
+def _tie(model: Any, tied: list[tuple[str, str]]) -> None:
+    """Undo `_untie`, save for weights whose names were split in different ways."""
+    for name, first_name in tied:
+        parameter, first = model.get_parameter(name), model.get_parameter(first_name)
+        if getattr(parameter, "placements", None) == getattr(first, "placements", None):
+            _set_parameter(model, name, first)
+
+
+def _set_parameter(model: Any, name: str, parameter: torch.nn.Parameter) -> None:
+    module_name, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(module_name), attribute, parameter)
 
 
 def write_embedded_model(path: Path) -> None:

@@ -232,6 +232,38 @@ def test_a_model_whose_weights_have_changed_is_refused(model: Any, open_one: Ope
             call([prompt])
 
 
+def change(model: Any) -> None:
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.weight.mul_(1.5)
+
+
+def test_weights_that_change_between_two_tokens_compute_no_other(model: Any, place: Place, open_one: Open) -> None:
+    runner, prompt = open_one(), tokens(2 * place.block_size - 1, seed=1)
+    stream = runner.stream([prompt, tokens(5, seed=2)], greedy(6))
+    events = [next(stream), next(stream)]
+    change(model)
+    with pytest.raises(ConfigError, match="weights have changed"):
+        next(stream)
+    assert runner.cache.match([*prompt, events[0].token_id, 7]).num_cached_tokens == place.block_size
+    runner.cache.check()
+
+
+def test_a_batch_that_fails_is_released_to_the_last_request(
+    model: Any, place: Place, open_one: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> int:
+        raise MemoryError("no room to commit")
+
+    runner = open_one()
+    stream = runner.stream([tokens(place.block_size, seed=i) for i in range(3)], greedy(4, store_tail=True))
+    next(stream)
+    monkeypatch.setattr(runner.cache, "commit", fail)
+    with pytest.raises(MemoryError):
+        stream.close()
+    runner.cache.check()
+    assert runner.cache._tiers.index.hot.referenced_count == 0
+
+
 @pytest.mark.parametrize(("bad", "reason"), [([VOCABULARY], "not one of"), ([-1], "must lie"), ([1.5], "integers")])
 def test_token_ids_that_the_model_has_not_are_refused(open_one: Open, bad: list[int], reason: str) -> None:
     runner = open_one()

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from threading import RLock
 
@@ -151,7 +151,8 @@ class Runner:
 
     def _check_weights(self) -> None:
         """Raise ConfigError for a model that is no longer the one whose namespace the cache has: it would be given,
-        and keep, another one's K and V. A request is checked while its blocks come up, which takes longer.
+        and keep, another one's K and V. A request is checked while its blocks come up, which takes longer, and every
+        pass once it is launched: who takes a stream's tokens may train in between.
         """
         if weights_state(self.loaded.model) != self._weights:
             raise ConfigError("the model's weights have changed since the cache was opened", hint="open it anew")
@@ -176,13 +177,13 @@ class Runner:
                     events = self._advance(waiting, running, options)
                 yield from events
         finally:
-            with self._stepping:
+            with self._stepping, ExitStack() as ending:  # which calls all of them, whatever one raises
                 self._batches = [batch for batch in self._batches if batch is not running]
                 for request in requests:
                     if request in running:
-                        self._release(request, options)
+                        ending.callback(self._release, request, options)
                     elif request.sequence:  # interrupted on its way in or out: what is computed is not known for sure
-                        self.cache.release(request.sequence)
+                        ending.callback(self.cache.release, request.sequence)
 
     def _admit(self, waiting: deque[Request], running: list[Request], options: GenerationOptions) -> None:
         """Start waiting requests in order while there is room; the first of an idle cache must fit."""
@@ -228,6 +229,7 @@ class Runner:
         started = time.perf_counter()
         ids = [request.token_ids[request.num_computed : request.num_computed + count] for request, count in steps]
         logits = self._pass.run([request.step(count) for request, count in steps], list(chain.from_iterable(ids)))
+        self._check_weights()
         splits = [(r.sequence.split, n) for r, n in steps if r.sequence and r.sequence.split]
         if splits:
             self._pass.wait()  # the next piece is claimed when this one is computed, not when it is launched
@@ -290,10 +292,12 @@ class Runner:
     def _release(self, request: Request, options: GenerationOptions) -> None:
         if request.sequence is None:
             return
-        if options.store_tail and options.use_cache:
-            self.cache.commit(request.sequence, request.num_computed, tail=True)
-        self.cache.release(request.sequence)
-        request.sequence = None
+        try:
+            if options.store_tail and options.use_cache:
+                self.cache.commit(request.sequence, request.num_computed, tail=True)
+        finally:
+            self.cache.release(request.sequence)
+            request.sequence = None
 
 
 @contextmanager

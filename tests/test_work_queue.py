@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
 
 import pytest
 from hypothesis import strategies as st
@@ -107,6 +110,32 @@ def test_a_closed_queue_hands_out_what_waits_and_takes_nothing_more() -> None:
     assert len(refused) == 1
 
 
+def test_nobody_goes_before_one_who_waits_for_room() -> None:
+    queue: WorkQueue[str] = WorkQueue(max_entries=9, max_bytes=10)
+    queue.put("first", Priority.REQUEST, num_bytes=6)
+    large = threading.Thread(target=queue.put, args=("large", Priority.REQUEST), kwargs={"num_bytes": 8})
+    large.start()
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            small = queue.put("small", Priority.REQUEST, num_bytes=1, timeout_s=0)
+        except CapacityError:
+            break
+        queue.cancel(small)  # the large one did not wait yet
+        assert time.monotonic() < deadline, "small ones keep a large one out for ever"
+    assert [ticket.item for _ in range(2) if (ticket := queue.take())] == ["first", "large"]
+    large.join()
+    queue.put("small", Priority.REQUEST, num_bytes=1, timeout_s=0)
+
+
+def test_what_has_been_passed_over_often_enough_has_its_turn() -> None:
+    queue: WorkQueue[str] = WorkQueue(max_entries=99, patience=3)
+    for each in Priority:
+        for _ in range(9):
+            queue.put(each.name[0], each)
+    assert "".join(ticket.item for _ in range(27) if (ticket := queue.take())) == "RRRPDRRPDRRPDRRPDPPPDPPDDDD"
+
+
 def test_a_queue_that_holds_nothing_is_refused() -> None:
     with pytest.raises(ConfigError, match="holds nothing"):
         WorkQueue(max_entries=0)
@@ -133,6 +162,31 @@ def test_a_free_thread_takes_the_most_urgent_job() -> None:
     threads.shutdown()
     with pytest.raises(ClosedError, match="closed"):
         threads.submit(Priority.REQUEST, block)
+
+
+def test_calls_that_cannot_all_be_queued_have_ended_when_that_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, has_begun, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def call(number: int) -> None:
+        has_begun.set()
+        assert gate.wait(20)
+        ended.set()
+
+    threads = PriorityThreads(1, name="test")
+    submit = threads.submit
+
+    def refuse_second(priority: Priority, function: Callable[[int], None], number: int) -> Future[None]:
+        if number:
+            assert has_begun.wait(20)
+            threading.Timer(0.05, gate.set).start()
+            raise ClosedError("the queue is closed")
+        return submit(priority, function, number)
+
+    monkeypatch.setattr(threads, "submit", refuse_second)
+    with pytest.raises(ClosedError):
+        threads.map(Priority.REQUEST, call, range(2))
+    assert ended.is_set()
+    threads.shutdown()
 
 
 def test_a_call_that_raises_is_told_when_the_others_have_ended() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _MAX_JOBS = 4096
+_PATIENCE = 32
 
 
 class Priority(IntEnum):
@@ -41,16 +43,20 @@ class WorkQueue(Generic[Item]):
     """Items of the most urgent priority first, those of one priority in the order in which they came. Thread-safe.
 
     max_entries, max_bytes: bounds of what waits, for each priority on its own, so that a queue full of demotions
-    refuses no request. An item larger than `max_bytes` waits alone.
+    refuses no request. An item larger than `max_bytes` waits alone. Who waits for room is let in in order.
+    patience: how often those of a priority may be passed over by others before one of them has its turn.
     """
 
-    def __init__(self, *, max_entries: int, max_bytes: int | None = None) -> None:
+    def __init__(self, *, max_entries: int, max_bytes: int | None = None, patience: float = math.inf) -> None:
         if max_entries < 1 or (max_bytes is not None and max_bytes < 1):
             raise ConfigError(f"a queue of {max_entries} entries and {max_bytes} bytes holds nothing")
         self._max_entries = max_entries
         self._max_bytes = max_bytes
         self._lanes: dict[Priority, OrderedDict[Ticket[Item], None]] = {each: OrderedDict() for each in Priority}
+        self._patience = patience
         self._bytes = dict.fromkeys(Priority, 0)
+        self._passed_over = dict.fromkeys(Priority, 0)
+        self._at_the_door: dict[Priority, deque[Ticket[Item]]] = {each: deque() for each in Priority}
         self._taken_back: set[Ticket[Item]] = set()
         self._is_closed = False
         self._changed = threading.Condition()
@@ -68,7 +74,7 @@ class WorkQueue(Generic[Item]):
         counted = num_bytes if self._max_bytes is None else min(num_bytes, self._max_bytes)
         ticket = Ticket(item, priority, counted)
         with self._changed:
-            has_room = self._changed.wait_for(lambda: self._is_closed or self._has_room(ticket), timeout_s)
+            has_room = self._wait_for_room(ticket, timeout_s)
             if self._is_closed:
                 raise ClosedError("the queue is closed")
             if not has_room:
@@ -117,15 +123,34 @@ class WorkQueue(Generic[Item]):
             self._is_closed = True
             self._changed.notify_all()
 
+    def _wait_for_room(self, ticket: Ticket[Item], timeout_s: float | None) -> bool:
+        """Return whether there is room, or the queue is closed. Else large items would wait as long as small ones come.
+
+        The caller holds the lock.
+        """
+        line = self._at_the_door[ticket.priority]
+        line.append(ticket)
+        try:
+            return self._changed.wait_for(
+                lambda: self._is_closed or (line[0] is ticket and self._has_room(ticket)), timeout_s
+            )
+        finally:
+            line.remove(ticket)
+            self._changed.notify_all()
+
     def _has_room(self, ticket: Ticket[Item]) -> bool:
         lane, num_bytes = self._lanes[ticket.priority], self._bytes[ticket.priority] + ticket.num_bytes
         return len(lane) < self._max_entries and (self._max_bytes is None or num_bytes <= self._max_bytes)
 
     def _pop(self) -> Ticket[Item] | None:
-        lane = next((lane for lane in self._lanes.values() if lane), None)
-        if lane is None:
+        waiting = [each for each in Priority if self._lanes[each]]
+        if not waiting:
             return None
-        ticket = next(iter(lane))
+        chosen = next((each for each in waiting if self._passed_over[each] >= self._patience), waiting[0])
+        for each in waiting:
+            self._passed_over[each] += 1
+        self._passed_over[chosen] = 0
+        ticket = next(iter(self._lanes[chosen]))
         self._remove(ticket)
         return ticket
 
@@ -137,13 +162,15 @@ class WorkQueue(Generic[Item]):
 
 
 class PriorityThreads:
-    """A fixed number of threads; one that is free always takes the most urgent job. Jobs must not wait for jobs.
+    """A fixed number of threads; one that is free takes the most urgent job. Jobs must not wait for jobs.
 
+    One job in 32 is another's, where more urgent ones never end: what is to be written down holds memory that requests
+    wait for, and whoever closes or flushes waits for it too.
     A job that has begun is not interrupted, so an urgent one waits at most for the shortest rest of those in work.
     """
 
     def __init__(self, num_threads: int, *, name: str) -> None:
-        self._queue: WorkQueue[Callable[[], None]] = WorkQueue(max_entries=_MAX_JOBS)
+        self._queue: WorkQueue[Callable[[], None]] = WorkQueue(max_entries=_MAX_JOBS, patience=_PATIENCE)
         self._threads = [
             threading.Thread(target=self._run, name=f"{name}_{number}", daemon=True) for number in range(num_threads)
         ]
@@ -159,10 +186,18 @@ class PriorityThreads:
     def map(self, priority: Priority, function: Callable[..., Result], *iterables: Iterable[Any]) -> list[Result]:
         """Call a function with the items of the iterables, as the built-in does, several at once.
 
-        Where a call raises, the others have ended before that is raised here: nobody still works on the arguments.
+        Whatever is raised here, also an interrupt, all calls have ended before: nobody still works on the arguments.
         """
-        futures = [self.submit(priority, function, *each) for each in zip(*iterables, strict=False)]
-        wait(futures)
+        futures: list[Future[Result]] = []
+        try:
+            for each in zip(*iterables, strict=False):
+                futures.append(self.submit(priority, function, *each))
+            wait(futures)
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            wait(futures)
+            raise
         return [future.result() for future in futures]
 
     def shutdown(self) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -339,3 +341,24 @@ def test_a_handle_that_is_done_holds_no_source(manager: MemoryTransferManager) -
     handle.result()
     manager.close()
     assert handle._on_cancel is None
+
+
+def test_closing_gives_the_staging_memory_back(link: SlowLink, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = [np.zeros(POOL, dtype=np.uint8)]
+    monkeypatch.setattr(torch, "empty", lambda *shape, **_: torch.from_numpy(memory[0]).view(shape[0]))
+    manager = MemoryTransferManager("cpu", pinned_memory_pool_size=POOL)
+    monkeypatch.undo()
+    held = weakref.ref(memory.pop())
+    manager.close()
+    assert held() is None
+
+
+@pytest.mark.parametrize("lazy", [torch.conj, torch._neg_view])
+def test_what_is_yet_to_be_conjugated_or_negated_is_copied_as_what_it_stands_for(
+    manager: MemoryTransferManager, lazy: Callable[[Tensor], Tensor]
+) -> None:
+    source = lazy(torch.tensor([1 + 2j, 3 - 4j]))
+    (handle,) = manager.bulk_transfer([up(source)])
+    assert torch.equal(handle.result(), source)
+    with pytest.raises(ShapeError, match="plain"):
+        up(torch.tensor([1j, 2j]), target=lazy(torch.zeros(2, dtype=torch.complex64)))

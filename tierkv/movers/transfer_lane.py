@@ -155,9 +155,10 @@ class Lane:
             self._drop(ticket)
 
     def close(self) -> None:
-        """Carry out what is queued, then end the thread. May be called twice."""
+        """Carry out what is queued, then end the thread and give the staging places up. May be called twice."""
         self._queue.close()
         self._thread.join()
+        self._free.clear()
 
     def _drop(self, ticket: Ticket[Run]) -> None:
         """Drop a run of which nothing is wanted and nothing has begun; the thread drops the others' rest."""

@@ -55,6 +55,8 @@ class TransferOp:
             )
         if not target.is_contiguous():
             raise ShapeError("the target of a transfer must be contiguous")
+        if target.is_conj() or target.is_neg():
+            raise ShapeError("the target of a transfer must be plain memory, not a view that conjugates or negates it")
 
     @classmethod
     def to_cpu(
@@ -228,7 +230,7 @@ def _priority_of(priority: Priority | int) -> Priority:
 
 def _bytes_of(tensor: Tensor) -> Tensor:
     """Return a tensor as [n] uint8: a view, where it is contiguous."""
-    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+    return tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
 
 
 def _stretched(first: Tensor, num_bytes: int) -> Tensor:

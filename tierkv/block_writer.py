@@ -48,7 +48,12 @@ class BlockWriter:
         """Take room on the way down for the leading jobs, as many as there is room for, at least one."""
         if self._tiers.lower:
             return Batch(jobs)
-        slots = [] if self._tiers.compression else self._tiers.try_take_warm(len(jobs))
+        slots: list[int] = []
+        if not self._tiers.compression:
+            try:
+                slots = self._tiers.try_take_warm(len(jobs))
+            except Exception:  # noqa: BLE001 - a policy of the user's: they go by the slot that is always there
+                _log.exception("no room was made in the warm tier")
         return Batch(jobs[: len(slots or self.staging)], slots or self.staging, is_kept=bool(slots))
 
     def write(self, batch: Batch) -> None:

@@ -306,5 +306,8 @@ class Demoter:
             if len(batch.jobs) < len(jobs):
                 self._queue.put_back(work)
                 work = []
-            self.writer.write(batch)
-            self.keep_room()  # what had to be written before it might go
+            try:
+                self.writer.write(batch)
+                self.keep_room()  # what had to be written before it might go
+            except Exception:  # noqa: BLE001 - a policy's or an observer's of the user's; what is queued behind goes on
+                _log.exception("writing %d blocks to lower tiers failed", len(batch.jobs))

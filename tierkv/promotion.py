@@ -111,6 +111,7 @@ class Promoter:
             result.block_table.extend(fresh)
             return result
         except BaseException:
+            self._tiers.leave(result.owned)
             self._tiers.unpin_all(Tier.HOT, result.owned)
             raise
         finally:
@@ -209,27 +210,38 @@ class Promoter:
             tiers.unpin(places)
             result.failure = MissReason.IO_ERROR
             return 0
-        copied = list(targets)
-        num_good = len(wave)
-        with tiers.changed:
-            for i, hit in enumerate(wave):
-                tiers.stats.bytes_out[Tier.WARM] += tiers.layout.block_bytes
-                entry = tiers.index.insert(hit.block_hash, hit.parent_hash, hit.token_bytes, seal=hit.seal)
-                if entry is None:  # another block has taken the hash in the meantime
-                    num_good = i
-                    result.failure = MissReason.COLLISION
-                    break
-                entry.in_cold |= hit.tier is Tier.COLD or places[i].owner is not None
-                if entry.block_id is None:
-                    tiers.attach(entry, Tier.HOT, targets[i], EventKind.PROMOTE)
-                else:  # another request was faster: a chain must stay in use, so its block is used instead
-                    self._pin_hot(entry.block_id, result)
-                    result.owned.remove(targets[i])
-                    tiers.index.unpin(Tier.HOT, targets[i])
-                    targets[i] = entry.block_id
-        tiers.track(ready, places, copied)
+        except BaseException:
+            tiers.unpin(places)
+            raise
         result.loads.append(ready)
-        return num_good
+        copied = list(targets)
+        with tiers.changed:
+            try:
+                return self._register(wave, places, targets, result)
+            finally:
+                tiers.track(ready, places, copied)
+
+    def _register(self, wave: Sequence[Hit], places: Sequence[Place], targets: list[int], result: Promoted) -> int:
+        """Enter a wave that is on its way into `targets`. Return how many leading blocks are of use.
+
+        The caller holds the lock.
+        """
+        tiers = self._tiers
+        for i, hit in enumerate(wave):
+            tiers.stats.bytes_out[Tier.WARM] += tiers.layout.block_bytes
+            entry = tiers.index.insert(hit.block_hash, hit.parent_hash, hit.token_bytes, seal=hit.seal)
+            if entry is None:  # another block has taken the hash in the meantime
+                result.failure = MissReason.COLLISION
+                return i
+            entry.in_cold |= hit.tier is Tier.COLD or places[i].owner is not None
+            if entry.block_id is None:
+                tiers.attach(entry, Tier.HOT, targets[i], EventKind.PROMOTE)
+            else:  # another request was faster: a chain must stay in use, so its block is used instead
+                self._pin_hot(entry.block_id, result)
+                result.owned.remove(targets[i])
+                tiers.index.unpin(Tier.HOT, targets[i])
+                targets[i] = entry.block_id
+        return len(wave)
 
     def _promote_cold(self, wave: Sequence[Hit], targets: list[int], pinned: dict[int, Place], result: Promoted) -> int:
         """Read a wave and copy it on. Return how many leading blocks arrived."""
@@ -275,23 +287,26 @@ class Promoter:
             result.failure = MissReason.NO_ROOM
             return [], []
         ahead = [*wave[_AHEAD_BLOCKS:], *[None] * _AHEAD_BLOCKS]
-        with tiers.watch.span("read cold") as detail:
-            read = tiers.threads.map(Priority.REQUEST, self.read_one, wave, places, ahead)
-            detail["blocks"] = len(places)
         coded: list[CodedBlock] = []
-        for block in read:
-            if isinstance(block, MissReason):
-                result.failure = block
-                break
-            coded.append(block)
-        num_good = len(coded)
-        with tiers.changed:
-            for hit, place, block in zip(wave, places, coded, strict=False):
-                self._note_read(hit, place, block)
-            tiers.unpin(places[num_good:])
-        if num_good < len(places):
-            self.give_up(wave[num_good], result.failure)
-        return places[:num_good], coded
+        try:
+            with tiers.watch.span("read cold") as detail:
+                read = tiers.threads.map(Priority.REQUEST, self.read_one, wave, places, ahead)
+                detail["blocks"] = len(places)
+            for block in read:
+                if isinstance(block, MissReason):
+                    result.failure = block
+                    break
+                coded.append(block)
+            if len(coded) < len(places):
+                self.give_up(wave[len(coded)], result.failure)
+            with tiers.changed:
+                for hit, place, block in zip(wave, places, coded, strict=False):
+                    self._note_read(hit, place, block)
+        except BaseException:
+            tiers.unpin(places)
+            raise
+        tiers.unpin(places[len(coded) :])
+        return places[: len(coded)], coded
 
     def _note_read(self, hit: Hit, place: Place, coded: CodedBlock) -> None:
         """Enter a block that has been read: into the warm tier, if that is where it lies. The caller holds the lock."""
@@ -358,6 +373,7 @@ class Promoter:
             except StoreError:
                 result.failure = MissReason.IO_ERROR
                 return False
+            tiers.leave([hit.entry.block_id])  # the copy is only queued when others may evict what it reads
             return True
         if hit.tier is Tier.WARM and hit.entry is None:  # lent: nothing here knows it
             places = [pinned.pop(max(pinned))]
@@ -376,6 +392,9 @@ class Promoter:
             tiers.unpin(places)
             result.failure = MissReason.IO_ERROR
             return False
+        except BaseException:
+            tiers.unpin(places)
+            raise
         tiers.track(ready, places, [target])
         result.loads.append(ready)
         return True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import TypeAlias
 
 from tierkv.block import Tier
@@ -58,7 +58,11 @@ class SplitLoad:
         with tiers.changed:
             for block_id in self._targets:
                 tiers.index.hot.pin(block_id)
-        self._work = tiers.loaders.submit(self._run_watched)
+        try:
+            self._work = tiers.loaders.submit(self._run_watched)
+        except BaseException:
+            tiers.unpin_all(Tier.HOT, self._targets)
+            raise
 
     @property
     def is_done(self) -> bool:
@@ -111,14 +115,19 @@ class SplitLoad:
     def _bring(self, read: Sequence[_Reading]) -> bool:
         """Bring up the leading good ones of what was read. Return whether that was all, and is still wanted."""
         good: list[tuple[int, Place, CodedBlock]] = []
-        for at, place, decoded in read:
-            outcome = decoded.result()
-            if isinstance(outcome, MissReason):
-                self.failure, self.failed = outcome, (self.hits[at], outcome)
-                break
-            if not self.meeting.bring(at):
-                break
-            good.append((at, place, outcome))
+        wait([decoded for _, _, decoded in read])
+        try:
+            for at, place, decoded in read:
+                outcome = decoded.result()
+                if isinstance(outcome, MissReason):
+                    self.failure, self.failed = outcome, (self.hits[at], outcome)
+                    break
+                if not self.meeting.bring(at):
+                    break
+                good.append((at, place, outcome))
+        except BaseException:
+            self._tiers.unpin(place for _, place, _ in read)
+            raise
         self._tiers.unpin(place for _, place, _ in read[len(good) :])
         if good:
             self._copy_up(good)
@@ -137,9 +146,12 @@ class SplitLoad:
             if at is None:
                 tiers.unpin(places)
                 return
-            reading.append(
-                (at, places[0], tiers.threads.submit(Priority.REQUEST, self._read, self.hits[at], places[0]))
-            )
+            try:
+                decoded = tiers.threads.submit(Priority.REQUEST, self._read, self.hits[at], places[0])
+            except BaseException:
+                tiers.unpin(places)
+                raise
+            reading.append((at, places[0], decoded))
 
     def _copy_up(self, good: Sequence[tuple[int, Place, CodedBlock]]) -> None:
         places = [place for _, place, _ in good]
@@ -151,5 +163,8 @@ class SplitLoad:
             self.failure = MissReason.IO_ERROR
             self.meeting.end_loading(good[0][0] + 1)
             return
+        except BaseException:
+            self._tiers.unpin(places)
+            raise
         self._tiers.track(ready, places, targets)
         self.loads.append(ready)

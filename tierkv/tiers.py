@@ -208,8 +208,19 @@ class Tiers:
     ) -> Ready:
         """Start to bring blocks, all from the warm tier or all raw places, into block ids. Raises StoreError.
 
-        coded: what lies in each raw place, where a GPU is to decode it.
+        coded: what lies in each raw place, where a GPU is to decode it. Whatever this raises, nothing is under way.
         """
+        try:
+            return self._bring_up(places, targets, coded, after)
+        except StoreError:
+            raise
+        except BaseException:  # such as an interrupt between two copies
+            self.mover.drain()
+            raise
+
+    def _bring_up(
+        self, places: Sequence[Place], targets: Sequence[int], coded: Sequence[CodedBlock], after: Ready | None
+    ) -> Ready:
         moves = [Move(place.slot, to) for place, to in zip(places, targets, strict=True)]
         with self.watch.span("promote") as detail:
             detail["blocks"] = len(moves)

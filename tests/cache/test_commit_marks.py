@@ -10,6 +10,7 @@ from pattern_engine import PatternEngine, tiny_layout
 from tierkv.block import Tier
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
+from tierkv.entry import Entry
 from tierkv.movers.mover import Move, Ready
 from tierkv.namespace import Namespace
 
@@ -73,6 +74,67 @@ def test_the_last_block_of_a_prompt_is_not_copied_before_it_is_written(
     mark = commit(cache, monkeypatch, PROMPT)
     cache.release(cache.acquire(PROMPT[:11]))  # parts within the third block
     assert mark.num_waits >= 1
+    cache.close()
+
+
+def test_a_block_that_is_copied_from_is_not_written_before_the_copy_is_through(
+    cache: TierCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = PatternEngine(cache).start(PROMPT)
+    source = first.block_table[2]
+    cache.release(first)
+    mark = Written()
+    with monkeypatch.context() as patch:  # as on a GPU, where a copy is only queued when its call returns
+        patch.setattr(cache._tiers.mover, "is_cuda", True)
+        patch.setattr(cache._tiers.mover, "mark", lambda: mark)
+        second = cache.acquire(PROMPT[:11])
+        assert cache._tiers.leaving == {source: mark}
+    cache.evict(Tier.HOT)
+    cache.flush()
+    third = cache.acquire(list(range(100, 100 + 4 * 5)), reuse=False)
+    assert source in third.block_table
+    assert mark.num_waits == 1
+    for sequence in (second, third):
+        cache.release(sequence)
+    cache.check()
+    cache.close()
+
+
+def test_a_tail_is_stored_behind_the_copy_that_brought_it(cache: TierCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.release(PatternEngine(cache).start(PROMPT))
+    sequence, seen = cache.acquire(PROMPT[:11]), list[str]()
+    monkeypatch.setattr(cache._tiers.mover, "mark", lambda: seen.append("mark") or Written())
+    load = Written()
+    monkeypatch.setattr(load, "wait", lambda layer=None: seen.append("wait"))
+    sequence.loads.append(load)
+    cache.commit(sequence, sequence.num_cached_tokens, tail=True)  # released before its first pass
+    assert seen[:2] == ["wait", "mark"]
+    cache.release(sequence)
+    cache.close()
+
+
+def test_what_a_failing_commit_has_registered_waits_for_it_too(
+    cache: TierCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = PatternEngine(cache)
+    sequence = cache.acquire(PROMPT)
+    engine.compute(sequence, 0)
+    mark = Written()
+
+    def tell(kind: object, tier: object, entry: Entry, **options: object) -> None:
+        if entry.depth:
+            raise RuntimeError("an observer of the second block fails")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache._tiers.mover, "mark", lambda: mark)
+        patch.setattr(cache._tiers.watch, "block", tell)
+        with pytest.raises(RuntimeError, match="observer"):
+            cache.commit(sequence, len(PROMPT))
+    found = cache.acquire([*PROMPT[:4], 7])
+    assert found.num_cached_tokens == 4
+    assert found.loads == [mark]
+    for each in (sequence, found):
+        cache.release(each)
     cache.close()
 
 

@@ -12,6 +12,7 @@ from pattern_engine import PatternEngine, tiny_layout
 from tierkv.block import Tier
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
+from tierkv.entry import Entry
 from tierkv.errors import CapacityError
 from tierkv.namespace import Namespace
 from tierkv.sequence import Sequence
@@ -113,3 +114,24 @@ def test_a_prompt_that_takes_the_whole_hot_pool_fits_beside_the_block_where_it_p
         assert cache.stats().miss_reasons[MissReason.NO_ROOM.value] == 1
         cache.release(sequence)
         cache.check()
+
+
+def test_a_policy_that_fails_in_the_write_thread_keeps_no_block_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_cache(tmp_path) as cache:
+        index, called = cache._tiers.index, threading.Event()
+        select = index.select_victims
+
+        def fail(tier: Tier, count: int) -> list[Entry]:
+            if threading.current_thread().name == "tierkv-write":
+                raise RuntimeError("no victim for you")
+            return select(tier, count)
+
+        monkeypatch.setattr(index, "select_victims", fail)
+        with cache._tiers.changed:  # so that the thread takes both in one batch, or the second after the first
+            cache.release(PatternEngine(cache).start(PROMPT))
+            assert cache._demoter.after_writes(called.set)
+        assert called.wait(20)
+        cache.check()
+        assert index.hot.referenced_count == 0

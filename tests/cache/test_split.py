@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from pattern_engine import PatternEngine, tiny_layout
 
@@ -15,6 +16,8 @@ from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.namespace import Namespace
 from tierkv.storage.outcomes import MissReason
+from tierkv.storage.record import BlockInfo
+from tierkv.tiers import Place, Tiers
 
 BLOCK_BYTES = tiny_layout().block_bytes
 PROMPT = list(range(40))
@@ -206,3 +209,57 @@ def test_two_requests_that_split_the_same_prompt_end_up_sharing_its_blocks(store
         for sequence in (first, second):
             cache.release(sequence)
         cache.check()
+
+
+def test_no_place_is_given_back_while_its_block_is_still_read(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_work, given_back = set[int](), threading.Event()
+    with open_cache(stored) as cache:
+        assert cache.cold
+        read, unpin, last = cache.cold.read_into, Tiers.unpin, cache.match(PROMPT).block_hashes[-1]
+
+        def fail_first(info: BlockInfo, out: np.ndarray, **options: Any) -> MissReason | None:
+            if info.block_hash == last:
+                return MissReason.IO_ERROR
+            slot = out.ctypes.data
+            in_work.add(slot)
+            given_back.wait(0.2)  # the first one has failed by then, and nobody may have given this one's place back
+            in_work.remove(slot)
+            return read(info, out, **options)
+
+        def watched(self: Tiers, places: Iterable[Place]) -> None:
+            places = list(places)
+            if in_work & {self.raw_slots[each.slot].ctypes.data for each in places if each.tier is not Tier.HOT}:
+                given_back.set()
+            unpin(self, places)
+
+        monkeypatch.setattr(cache.cold, "read_into", fail_first)
+        monkeypatch.setattr(Tiers, "unpin", watched)
+        monkeypatch.setattr(cache._tiers, "frames", object())  # where a GPU decodes, many blocks come up together
+        say_rates(cache, block_s=1.0, load_s=1.0)
+        sequence = PatternEngine(cache).start([*PROMPT, 7], may_split=True)
+        cache.release(sequence)
+        cache.check()
+    assert not given_back.is_set()
+
+
+@pytest.mark.parametrize("failing", ["read_into", "read_ahead"])
+def test_a_load_that_fails_beyond_a_miss_leaves_nothing_behind(
+    stored: Path, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError("no room to decode")
+
+    with open_cache(stored) as cache:
+        monkeypatch.setattr(cache.cold, failing, fail)
+        say_rates(cache, block_s=1.0, load_s=1.0)
+        if failing == "read_into":
+            sequence = cache.acquire([*PROMPT, 7], may_split=True)
+            assert sequence.split
+            with pytest.raises(MemoryError):
+                sequence.split.wait()
+            cache.release(sequence)
+        with pytest.raises(MemoryError):
+            cache.acquire([*PROMPT, 7])
+        cache.check()
+        tiers = cache._tiers
+        assert (tiers.index.hot.referenced_count, tiers.index.warm.referenced_count) == (0, tiers.reserved_raw)

@@ -66,7 +66,12 @@ class Admission:
             pinned = self._promoter.pin(found)
         ticket: Ticket | None = None
         if self._daemon and reuse:
-            found, ticket = self._daemon.reader.look_further(found, token_bytes[:-TOKEN_BYTES], pinned.rest)
+            try:
+                found, ticket = self._daemon.reader.look_further(found, token_bytes[:-TOKEN_BYTES], pinned.rest)
+            except BaseException:  # such as an interrupt: this may wait for another process
+                self._tiers.unpin_all(Tier.HOT, pinned.hot)
+                self._tiers.unpin(pinned.rest.values())
+                raise
         later, dropped = self._plan_cold(found, num_tokens) if may_split and self._can_split else ([], [])
         if later or dropped:
             found = replace(found, blocks=found.blocks[: -len(later or dropped)], tail=None)

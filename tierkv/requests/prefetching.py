@@ -124,9 +124,12 @@ class Prefetcher:
         """Read blocks at once and enter the leading good ones. Return how many those are."""
         tiers = self._tiers
         places = tiers.try_take_raw(len(wave))
-        slots = tiers.try_take_warm(len(places)) if tiers.compression else [place.slot for place in places]
-        held = places + ([Place(Tier.WARM, slot) for slot in slots] if tiers.compression else [])
+        held = list(places)
         try:
+            slots = [place.slot for place in places]
+            if tiers.compression:
+                slots = tiers.try_take_warm(len(places))
+                held += [Place(Tier.WARM, slot) for slot in slots]
             outcomes = tiers.threads.map(Priority.PREFETCH, self._read, wave, places, slots)
             for num_good, (hit, slot, reason) in enumerate(zip(wave, slots, outcomes, strict=False)):
                 reason = reason or self._enter(hit, slot)

@@ -30,14 +30,18 @@ class Registrar:
         size = self._tiers.layout.block_size
         num_new = 0
         with self._tiers.changed:
+            if tail:
+                sequence.wait_all()  # the tail may have come up itself, and no pass have waited for it
             written = self._tiers.mover.mark()
             first = len(sequence.chain)
             before = sequence.block_table[first:]
-            while len(sequence.chain) < num_computed_tokens // size and sequence.is_cacheable:
-                num_new += self._register(sequence, len(sequence.chain), size, written)
-            after = sequence.block_table[first : len(sequence.chain)]
-            own = [mine for mine, now in zip(before, after, strict=False) if mine == now]  # not those shared now
-            self._tiers.note_computing(own, written)
+            try:
+                while len(sequence.chain) < num_computed_tokens // size and sequence.is_cacheable:
+                    num_new += self._register(sequence, len(sequence.chain), size, written)
+            finally:  # what others can find by now they wait for
+                after = sequence.block_table[first : len(sequence.chain)]
+                own = [mine for mine, now in zip(before, after, strict=False) if mine == now]  # not those shared now
+                self._tiers.note_computing(own, written)
             num_tail = num_computed_tokens - len(sequence.chain) * size
             if tail and sequence.is_cacheable and num_tail > 0:
                 num_new += self._register(sequence, len(sequence.chain), num_tail, written)

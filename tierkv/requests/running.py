@@ -80,8 +80,10 @@ class RunningSequences:
             self._sequences.discard(sequence)
         self._tiers.leave(sequence.block_table)
         self._tiers.unpin_all(Tier.HOT, sequence.block_table)
-        self._demoter.keep_room()
-        self.end_ticket(sequence.ticket)
+        try:
+            self._demoter.keep_room()
+        finally:  # a policy may fail, but others wait for the promise
+            self.end_ticket(sequence.ticket)
 
     def end_ticket(self, ticket: Ticket | None) -> None:
         """End the promise to compute blocks, once those that were computed have been written down."""

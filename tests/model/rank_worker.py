@@ -173,6 +173,7 @@ def main(rank: int, size: int, directory: Path, run: str, device: str, actions: 
         for number, (action, family) in enumerate(each.split(":") for each in actions):
             worker.use(family)
             np.savez(directory / run / f"{number}-{rank}.npz", **getattr(worker, action)())
+        distributed.barrier()  # the first rank serves the store in which the others still read what was decided
     finally:
         distributed.destroy_process_group()
 

@@ -403,6 +403,7 @@ class TierCache:
         is_quiet = self._demoter.close()  # which lets out who has waited for writes
         is_quiet &= self.calls.wait(None if is_quiet else _CALLS_WAIT_S)
         self._running.release_all()
+        tiers.end_copies()
         if self._daemon:
             self._daemon.close()
         if is_quiet:

@@ -292,6 +292,14 @@ class Tiers:
             self.arriving = {slot: ready for slot, ready in self.arriving.items() if ready is not done}
             self.unpin(places)
 
+    def end_copies(self) -> None:
+        """Wait for the copies in flight and give back what they read: lent places would keep a connection open."""
+        while self.in_flight:
+            ready, places = self.in_flight.popleft()
+            with contextlib.suppress(RuntimeError):  # of a device that has failed: nothing is copied any more
+                ready.synchronize()
+            self.unpin(places)
+
     def attach(self, entry: Entry, tier: Tier, slot: int, kind: EventKind) -> None:
         """Record that `slot` holds an entry's bytes, and say how they came there; the caller holds the lock."""
         self.index.attach(entry, tier, slot)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -27,6 +27,7 @@ from tierkv.daemon.host import check_memory, listening_socket
 from tierkv.daemon.messages import Found, Match, Welcome
 from tierkv.daemon.protocol import HEADER, frame
 from tierkv.errors import CapacityError, ConfigError, DaemonError, DaemonGoneError
+from tierkv.movers.mover import Move, Ready
 from tierkv.namespace import Namespace
 from tierkv.storage.outcomes import MissReason
 
@@ -316,3 +317,46 @@ def test_another_user_is_refused_even_where_the_file_lets_him_in(start_daemon: S
         [sys.executable, "-c", code, str(daemon.socket)], capture_output=True, text=True, timeout=TIMEOUT_S, check=True
     )
     assert "user 65534 is not the owner" in said.stdout and said.stdout.endswith("b''\n")
+
+
+class LateReady:
+    """A copy that ends only when somebody waits for it, as one on a GPU may."""
+
+    def __init__(self) -> None:
+        self.has_ended = False
+
+    def wait(self, layer: int | None = None) -> None:
+        """Nothing to wait for: the bytes are there."""
+
+    def synchronize(self) -> None:
+        """End the copy."""
+        self.has_ended = True
+
+    def is_done(self) -> bool:
+        """Whether somebody has waited."""
+        return self.has_ended
+
+
+def test_closing_ends_the_connection_although_a_copy_is_on_its_way(
+    start_daemon: Start, open_cache: OpenCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon = start_daemon()
+    first, second = open_cache(), open_cache()
+    first.release(PatternEngine(first).start(list(range(12))))
+    first.close()
+    assert second._daemon is not None and second._daemon.keeper.link is not None
+    link, copy = second._daemon.keeper.link, LateReady()
+    promote = link.mover.promote
+
+    def promote_late(moves: Sequence[Move], *, after: Ready | None = None) -> LateReady:
+        promote(moves, after=after).synchronize()
+        return copy
+
+    monkeypatch.setattr(link.mover, "promote", promote_late)
+    found = second.acquire(list(range(13)))
+    assert found.cached_tokens[Tier.WARM] == 12
+    second.release(found)
+    second.close()
+    assert copy.has_ended
+    status = daemon.status()
+    assert (status.clients, status.leased_slots) == (1, 0), "the one client is who asks"

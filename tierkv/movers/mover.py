@@ -122,7 +122,12 @@ class Mover:
     def register(self, pool: WarmPool) -> torch.Tensor:
         """Return the slots of a pool as a tensor that a GPU copies to and from at full speed. Raises StoreError."""
         if self.is_cuda:
-            _check_cuda(torch.cuda.cudart().cudaHostRegister(pool.address, pool.slab_bytes, 0))
+            try:
+                _check_cuda(torch.cuda.cudart().cudaHostRegister(pool.address, pool.slab_bytes, 0))
+            except StoreError:
+                with contextlib.suppress(RuntimeError):  # who asks next is told of it, whatever he has done himself
+                    torch.zeros(1, device=self._device)
+                raise
         return torch.from_numpy(pool.slots)
 
     def unregister(self, slots: torch.Tensor) -> None:

@@ -158,6 +158,7 @@ class Promoter:
             if hit.tier is Tier.WARM:
                 held = list(takewhile(pinned.__contains__, range(at, at + len(wave))))  # see `_read` on the others
                 if not held:
+                    result.failure = MissReason.NO_ROOM
                     return
                 wave = wave[: len(held)]
             targets = [fresh.popleft() for _ in wave]

@@ -14,6 +14,7 @@ from pattern_engine import PatternEngine, tiny_layout
 from tierkv.block import Tier
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
+from tierkv.events import EventKind
 from tierkv.namespace import Namespace
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import BlockInfo
@@ -263,3 +264,24 @@ def test_a_load_that_fails_beyond_a_miss_leaves_nothing_behind(
         cache.check()
         tiers = cache._tiers
         assert (tiers.index.hot.referenced_count, tiers.index.warm.referenced_count) == (0, tiers.reserved_raw)
+
+
+def test_blocks_behind_one_that_was_given_up_are_not_taken_for_those_that_follow(stored: Path) -> None:
+    with open_cache(stored) as cache:
+        engine, tiers = PatternEngine(cache), cache._tiers
+        with tiers.changed:  # three cold blocks, a warm one, six cold ones
+            hits = cache._prefixes.find(np.array(PROMPT, dtype="<u4").tobytes(), len(PROMPT)).blocks[:4]
+            entries = [tiers.index.insert(h.block_hash, h.parent_hash, h.token_bytes, seal=h.seal) for h in hits]
+            places = tiers.try_take_raw(7)  # all but the write thread's
+            assert entries[3]
+            cache._admission._promoter.read_one(hits[3], places[0])
+            tiers.attach(entries[3], Tier.WARM, places[0].slot, EventKind.PROMOTE)
+            tiers.unpin(places[:1])  # the one place there is: the warm block gives way to the cold ones before it
+        say_rates(cache, block_s=1.0, load_s=1.0)
+        sequence = engine.start([*PROMPT, 7], may_split=True)
+        engine.check(sequence)
+        assert sequence.cached_tokens == {Tier.HOT: 0, Tier.WARM: 0, Tier.COLD: 12}
+        assert cache.stats().miss_reasons[MissReason.NO_ROOM.value] == 1
+        cache.release(sequence)
+        tiers.unpin(places[1:])
+        cache.check()

@@ -76,15 +76,16 @@ class Admission:
         if later or dropped:
             found = replace(found, blocks=found.blocks[: -len(later or dropped)], tail=None)
         promoted = self._promote(found, pinned, token_bytes, ticket)
-        if promoted.failure:
-            later = []
+        chain = self._chain_of(promoted, found)
+        if later and later[0].parent_hash != (chain[-1] if chain else self._tiers.index.root):
+            later = []  # what lies between has not come up: they would be taken for the blocks that follow
         blocks, tokens = count_by_tier(len(promoted.hot), self._block_size, promoted.hits)
         sequence = Sequence(
             token_bytes=bytearray(token_bytes),
             block_table=promoted.block_table,
             num_cached_tokens=sum(tokens.values()),
             cached_tokens=tokens,
-            chain=self._chain_of(promoted, found),
+            chain=chain,
             loads=promoted.loads,
             ticket=ticket,
             is_cacheable=reuse,

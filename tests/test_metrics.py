@@ -21,7 +21,7 @@ from tierkv.daemon.metrics import exposition
 from tierkv.daemon.metrics import serve_metrics as serve_metrics_of_daemon
 from tierkv.errors import ConfigError
 from tierkv.events import EventKind
-from tierkv.profiling.metrics import _OF_CACHE, _OF_TIER, MetricsServer, serve_metrics
+from tierkv.profiling.metrics import _BY_REASON, _OF_CACHE, _OF_TIER, MetricsServer, serve_metrics
 from tierkv.stats import CacheStats, TierStats
 from tierkv.storage.outcomes import MissReason
 
@@ -72,15 +72,17 @@ def test_the_endpoint_tells_the_counters_of_the_cache(server: MetricsServer) -> 
 
 
 def test_every_counter_of_the_cache_is_told() -> None:
-    by_tier = {"hits", "hit_tokens", "eviction_count", "tiers"}
-    by_reason = {"misses", "miss_reasons"}
-    assert {each.name for each in fields(CacheStats)} == {each.field for each in _OF_CACHE} | by_tier | by_reason
+    sums = {"hits", "hit_tokens", "eviction_count", "tiers", "misses", "skipped_writes"}  # told by tier or by reason
+    told = {each.field for each in (*_OF_CACHE, *_BY_REASON)}
+    assert {each.name for each in fields(CacheStats)} == told | sums
     assert {each.name for each in fields(TierStats)} == {each.field for each in _OF_TIER}
 
 
 def test_every_reason_is_told_before_it_first_happens(server: MetricsServer) -> None:
     found = samples(get(server, "/metrics"))
     assert {label for name, label in found if name == "tierkv_misses_total"} == {each.value for each in MissReason}
+    skips = {label for name, label in found if name == "tierkv_skipped_writes_total"}
+    assert {"queue_full", "stalled", "busy", "full", "io_error"} <= skips and "stored" not in skips
 
 
 def test_the_server_listens_on_this_machine_alone(server: MetricsServer) -> None:
@@ -161,7 +163,7 @@ def test_cache_and_daemon_tell_nothing_under_one_name(server: MetricsServer) -> 
     assert len(families) == len(set(families))
     both = samples(of_cache + of_daemon)
     assert both == samples(of_cache) | samples(of_daemon)
-    assert both["tierkv_daemon_skipped_writes_total", ""] == 3 and both["tierkv_skipped_writes_total", ""] == 0
+    assert both["tierkv_daemon_skipped_writes_total", ""] == 3 and both["tierkv_skipped_writes_total", "busy"] == 0
     assert both["tierkv_daemon_cold_blocks", ""] == 5 and both["tierkv_daemon_leased_slots", ""] == 7
 
 

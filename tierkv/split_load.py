@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent import futures
 from concurrent.futures import Future, wait
 from typing import TypeAlias
 
@@ -76,6 +77,10 @@ class SplitLoad:
     def wait(self) -> None:
         """Block until the load has ended. Raises what went wrong beyond a miss."""
         self._work.result()
+
+    def wait_ended(self) -> None:
+        """Block until the load has ended, however it did."""
+        futures.wait([self._work])
 
     def next_piece(self, *, most: int) -> int:
         """Return how many leading blocks, at most `most`, the engine shall compute now; 0: the load does the rest."""

@@ -22,7 +22,7 @@ from tierkv.layout import BlockLayout
 from tierkv.namespace import Namespace
 from tierkv.profiling.prefixes import PrefixTable
 from tierkv.stats import CacheStats, TierStats
-from tierkv.storage.outcomes import MissReason
+from tierkv.storage.outcomes import MissReason, PutOutcome
 
 __all__ = ["CacheCollector", "MetricsServer", "ServedCache", "serve_metrics", "status_of"]
 
@@ -55,10 +55,18 @@ _OF_CACHE = (
     _Metric("requests", "requests", True, "Requests that acquired a sequence."),
     _Metric("prompt_tokens", "prompt_tokens", True, "Tokens of their prompts."),
     _Metric("collisions", "collisions", True, "Lookups that met another block with the same hash; each cost a miss."),
-    _Metric("skipped_writes", "skipped_writes", True, "Blocks that were not written to a lower tier."),
+    _Metric("prefetched_blocks", "prefetched_blocks", True, "Blocks brought into the warm tier before a request."),
     _Metric("fragmentation_ratio", "fragmentation_ratio", False, "Free hot blocks outside the longest free run."),
     _Metric("shared_blocks", "avg_shared_blocks", False, "Mean blocks that a live sequence shares with another."),
 )
+_BY_REASON = (
+    _Metric("misses", "miss_reasons", True, "Blocks that no tier answered, by reason."),
+    _Metric("prefetch_misses", "prefetch_misses", True, "Blocks that a prefetch could not bring, by reason."),
+    _Metric("skipped_writes", "skip_reasons", True, "Blocks that were not written to a lower tier, by reason."),
+)
+_MISS_REASONS = tuple(reason.value for reason in MissReason)
+_PUT = (PutOutcome.STORED, PutOutcome.EXISTS)
+_SKIP_REASONS = (*(each.value for each in PutOutcome if each not in _PUT), "queue_full", "stalled", "refused", "daemon")
 _OF_TIER = (
     _Metric("hits", "hits", True, "Blocks that the tier answered."),
     _Metric("hit_tokens", "hit_tokens", True, "Prompt tokens that the tier answered."),
@@ -91,9 +99,11 @@ class CacheCollector:
             yield self._family(
                 metric, ("tier",), [((tier.value,), getattr(each, metric.field)) for tier, each in stats.tiers.items()]
             )
-        misses = _Metric("misses", "misses", True, "Blocks that no tier answered, by reason.")
-        reasons = [((reason.value,), stats.miss_reasons.get(reason.value, 0)) for reason in MissReason]
-        yield self._family(misses, ("reason",), reasons)
+        for metric in _BY_REASON:
+            counts = getattr(stats, metric.field)
+            known = _SKIP_REASONS if metric.field == "skip_reasons" else _MISS_REASONS
+            reasons = dict.fromkeys([*known, *counts])  # each is told before it first happens
+            yield self._family(metric, ("reason",), [((reason,), counts.get(reason, 0)) for reason in reasons])
 
     def _family(
         self, metric: _Metric, labels: tuple[str, ...], samples: Iterable[tuple[tuple[str, ...], float]]

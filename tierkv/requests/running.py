@@ -12,6 +12,7 @@ from tierkv.ranks.accord import Accord
 from tierkv.remote.single_flight import Ticket
 from tierkv.remote.tiers import DaemonTiers
 from tierkv.sequence import Sequence
+from tierkv.split_load import SplitLoad
 from tierkv.tiers import Tiers
 
 __all__ = ["RunningSequences"]
@@ -26,6 +27,7 @@ class RunningSequences:
         self._accord = accord
         self._daemon = daemon
         self._sequences: set[Sequence] = set()
+        self._ending: list[SplitLoad] = []  # cancelled, of released sequences; each holds its blocks until it has ended
 
     def add(self, sequence: Sequence) -> None:
         """Take a sequence whose blocks are pinned for it."""
@@ -74,10 +76,12 @@ class RunningSequences:
         if sequence.is_released:
             return
         sequence.is_released = True
-        if sequence.split:
-            sequence.split.cancel()
         with self._tiers.changed:
             self._sequences.discard(sequence)
+            self._ending = [split for split in self._ending if not split.is_done]
+            if sequence.split:
+                sequence.split.cancel()
+                self._ending.append(sequence.split)
         self._tiers.leave(sequence.block_table)
         self._tiers.unpin_all(Tier.HOT, sequence.block_table)
         try:
@@ -92,10 +96,11 @@ class RunningSequences:
             daemon.flight.end(ticket)
 
     def wait_for_splits(self) -> None:
-        """Wait until no cold block is on its way up behind a sequence."""
-        for sequence in list(self._sequences):
-            if sequence.split:
-                sequence.split.wait()
+        """Wait until no cold block is on its way up behind a sequence, released ones included."""
+        with self._tiers.changed:
+            splits = [*self._ending, *(sequence.split for sequence in self._sequences if sequence.split)]
+        for split in splits:
+            split.wait_ended()
 
     def cancel_splits(self) -> None:
         """Ask the loads behind sequences to end soon."""
@@ -106,7 +111,9 @@ class RunningSequences:
 
     def release_all(self) -> None:
         """End every sequence. Nobody else does anything with them any more."""
-        for sequence in list(self._sequences):
+        with self._tiers.changed:
+            running = list(self._sequences)
+        for sequence in running:
             self.release(sequence)
 
     def avg_shared_blocks(self) -> float:

@@ -66,7 +66,7 @@ test: $(READY)
 
 # No set-up: on a machine with a GPU, torch and flash-attn are the system's own.
 test-gpu:
-	PYTHONPATH=. $(GPU_PYTHON) -m pytest -q $(wildcard tests/gpu tests/cache tests/model tests/kernels) $(ARGS)
+	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) -m pytest -q $(wildcard tests/gpu tests/cache tests/model tests/kernels) $(ARGS)
 
 # As modules: `python tools/bench_x.py` would put tools/ in front of the standard library.
 bench: $(READY)
@@ -74,7 +74,7 @@ bench: $(READY)
 
 # One table of everything; the parts are commands of their own: python -m tierkv.tools.bench_ttft and so on.
 bench-gpu:
-	PYTHONPATH=. $(GPU_PYTHON) -m tierkv.tools.bench_gpu $(ARGS)
+	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) -m tierkv.tools.bench_gpu $(ARGS)
 
 warm: $(READY)
 	$(BIN)/tierkv warm examples/system_prompts.txt $(ARGS)

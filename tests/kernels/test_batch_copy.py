@@ -37,14 +37,28 @@ def expected(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
 DEVICES = [("cpu", "cpu")] + [("cuda", "cpu"), ("cpu", "cuda"), ("cuda", "cuda")] * torch.cuda.is_available()
 
 
+@pytest.mark.parametrize("is_default_stream", [True, False])
 @pytest.mark.parametrize(("to", "of"), DEVICES)
-def test_pieces_arrive_where_they_belong_and_nothing_else_changes(to: str, of: str) -> None:
+def test_pieces_arrive_where_they_belong_and_nothing_else_changes(to: str, of: str, is_default_stream: bool) -> None:
     target, source = memory(to), memory(of)
     wanted = expected(target, source)
-    copy_pieces(target, source, PIECES)
-    if torch.cuda.is_available():
+    is_cuda = "cuda" in (to, of)
+    if is_cuda:
+        torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream() if is_cuda and not is_default_stream else None):
+        copy_pieces(target, source, PIECES)
+    if is_cuda:
         torch.cuda.synchronize()
     assert torch.equal(target.cpu(), wanted)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+def test_the_runtime_is_asked_for_nothing_that_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = RefusingRuntime()
+    find: Callable[[], RefusingRuntime] = lambda: runtime  # noqa: E731
+    monkeypatch.setattr(batch_copy, "_batches", find)
+    copy_pieces(memory("cuda"), memory("cpu"), PIECES)  # the default stream takes no batches
+    assert runtime.asked == 0
 
 
 class RefusingRuntime:
@@ -79,7 +93,9 @@ def test_where_a_batch_is_refused_the_pieces_go_one_by_one(monkeypatch: pytest.M
     monkeypatch.setattr(batch_copy, "_batches", find)
     target, source = memory("cuda"), memory("cpu")
     wanted = expected(target, source)
-    copy_pieces(target, source, PIECES)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        copy_pieces(target, source, PIECES)
     torch.cuda.synchronize()
     assert (runtime.asked, runtime.is_cleared) == (1, True)
     assert torch.equal(target.cpu(), wanted)

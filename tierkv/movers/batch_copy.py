@@ -17,6 +17,7 @@ from torch import Tensor
 __all__ = ["Piece", "copy_pieces"]
 
 _FIRST_VERSION = 12080
+_DEFAULT_STREAM = 0  # takes no batches
 
 
 class Piece(NamedTuple):
@@ -45,7 +46,8 @@ def copy_pieces(target: Tensor, source: Tensor, pieces: Sequence[Piece]) -> None
 def _copy_batch(target: Tensor, source: Tensor, pieces: Sequence[Piece], device: torch.device) -> bool:
     """Queue all copies in one call. Return False where CUDA does not take them: one by one they can do no harm then."""
     runtime = _batches()
-    if runtime is None:
+    stream = torch.cuda.current_stream(device).cuda_stream
+    if runtime is None or stream == _DEFAULT_STREAM:
         return False
     for piece in pieces:  # torch would notice, an address would not
         assert 0 <= piece.target_row < target.shape[0] and 0 <= piece.source_row < source.shape[0]
@@ -63,7 +65,7 @@ def _copy_batch(target: Tensor, source: Tensor, pieces: Sequence[Piece], device:
         [attributes],
         [0],
         1,
-        torch.cuda.current_stream(device).cuda_stream,
+        stream,
     )
     if int(status):
         runtime.cudaGetLastError()  # or torch would find it behind its own next call

@@ -151,7 +151,7 @@ class ColdStore(ColdReader):
     def read_into(
         self, expected: BlockInfo, out: Buffer, *, layout: BlockLayout, coded: CodedBlock | None = None
     ) -> MissReason | None:
-        """Decode a block into `out` straight from the map; return None, or why it is a miss.
+        """Decode a block into `out` as it is read; return None, or why it is a miss.
 
         out: writable, layout.block_bytes; contents undefined after a miss. Raises only for an `out` of the
         wrong shape and for a closed store. Many threads may read at once; the heavy parts release the GIL.
@@ -169,6 +169,13 @@ class ColdStore(ColdReader):
         """Ask the system to fetch blocks that will be read soon; returns without them. Raises nothing."""
         with contextlib.suppress(StoreError):
             self._env.fetch_values(self._databases.blocks_name, block_hashes)
+
+    def is_in_memory(self, block_hash: BlockHash) -> bool:
+        """Tell whether reading a block takes no disk; True of one that cannot be read. Raises nothing."""
+        try:
+            return self._env.is_in_memory(self._databases.blocks_name, block_hash)
+        except StoreError:
+            return True
 
     def was_evicted(self, block_hash: BlockHash) -> bool:
         """Tell whether this object evicted a block not long ago; it may have come back since."""

@@ -102,6 +102,14 @@ class DataFile:
                 if isinstance(value, FileRecord):
                     value.fetch_ahead()
 
+    def is_in_memory(self, database: bytes, key: bytes) -> bool:
+        """Tell whether reading a value takes no disk; True of one that is not there."""
+        try:
+            value = self.open_value(database, key)
+        except OSError:
+            return True
+        return value.is_in_memory() if isinstance(value, FileRecord) else True
+
     def mend_value(self, database: bytes, key: bytes, value: memoryview | None) -> None:
         """Compare the header of a value's pages with what it must be, and write it anew if it differs.
 

@@ -265,6 +265,12 @@ class LmdbEnv:
             self._live()
             self._data.fetch_values(database, keys)
 
+    def is_in_memory(self, database: bytes, key: bytes) -> bool:
+        """Tell whether reading a value takes no disk; True of one that is not there."""
+        with self._gate.shared():
+            self._live()
+            return self._data.is_in_memory(database, key)
+
     def check_trees(self) -> None:
         """Walk the trees with plain reads. Raises StoreError, from now on at every write too, if they are damaged."""
         with self._gate.shared():

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
+from tierkv.storage.page_cache import is_in_memory
 from tierkv.storage.planes import Bytes
 from tierkv.storage.record_header import TruncatedBlockError
 
@@ -85,6 +86,10 @@ class FileRecord:
         shift = self._offset % _ALIGNMENT_BYTES
         view = self._memory.get(shift + self.size)[shift:]
         return np.frombuffer(view, dtype=np.uint8)[: self._read(0, view)]
+
+    def is_in_memory(self) -> bool:
+        """Tell whether reading it takes no disk, by the look of its middle."""
+        return is_in_memory(self._fd, self._offset + self.size // 2)
 
     def fetch_ahead(self) -> None:
         """Ask the system to fetch the record into its cache; return without it. Raises OSError.

@@ -148,6 +148,11 @@ class StateFile:
                 with contextlib.suppress(OSError):
                     self._open_record(self._fd, entry).fetch_ahead()
 
+    def is_in_memory(self, block_hash: BlockHash) -> bool:
+        """Tell whether reading a block takes no disk; True of one that cannot be read."""
+        entry, fd = self.lookup(block_hash), self._fd
+        return entry is None or fd is None or self._open_record(fd, entry).is_in_memory()
+
     def read_into(
         self,
         expected: BlockInfo,

@@ -62,10 +62,11 @@ class PatternEngine:
         num_computed = sequence.num_cached_tokens
         assert num_computed < len(token_ids)
         self.check(sequence, num_computed)
-        if sequence.split:
+        if had_split := sequence.split is not None:
             num_computed = self.meet(sequence)
             self.check(sequence, num_computed)
         self.compute(sequence, num_computed)
+        self.cache.note_loaded(sequence, len(token_ids) / self.size * (0.4e-3 if had_split else 0.8e-3))
         self.cache.commit(sequence, sequence.num_tokens, tail=tail)
         return sequence
 

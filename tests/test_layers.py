@@ -42,7 +42,7 @@ LAYERS = (
         "control",
         "slots rearrangement siblings offers eviction policies.hazard policies.use_history "
         "policies.lane_queue policies.lanes policies.basic policies.segmented policies.density "
-        "policies.learned policies entry seals tree victims index_check index meeting step_costs "
+        "policies.learned policies entry seals tree victims index_check index meeting costs "
         "engine.cascade engine.pieces",
         below="values",
     ),
@@ -50,10 +50,10 @@ LAYERS = (
         "storage",
         "storage.outcomes storage.planes storage.windows storage.frames storage.coded storage.codec "
         "storage.codecs_exact storage.float_words storage.quantisers storage.codecs_lossy "
-        "storage.codecs storage.record_header storage.record_source storage.record storage.attention_error storage.hot "
-        "storage.warm storage.lmdb_file storage.lmdb_values storage.lmdb_tree storage.lmdb_lock "
-        "storage.lmdb_data storage.lmdb_directory storage.lmdb_env storage.cold_entry "
-        "storage.cold_links storage.cold_namespaces storage.cold_batch storage.cold_stats "
+        "storage.codecs storage.record_header storage.page_cache storage.record_source storage.record "
+        "storage.attention_error storage.hot storage.warm storage.lmdb_file storage.lmdb_values "
+        "storage.lmdb_tree storage.lmdb_lock storage.lmdb_data storage.lmdb_directory storage.lmdb_env "
+        "storage.cold_entry storage.cold_links storage.cold_namespaces storage.cold_batch storage.cold_stats "
         "storage.cold_eviction storage.cold_check storage.cold_writer storage.cold_salvage "
         "storage.cold_reader storage.cold storage.state_format storage.state_writer "
         "storage.state_file",
@@ -81,7 +81,8 @@ LAYERS = (
         "lookup watch tiers warm_memory remote.link remote.keeper remote.single_flight remote.reader "
         "remote.writer remote.tiers split_load block_writer demotion promotion ranks.group ranks.torch_ranks "
         "ranks.accord block_control sequence defragment requests.prefixes requests.registration "
-        "requests.running requests.tally requests.admission requests.prefetching assembly occupancy cache_state cache",
+        "requests.running requests.tally requests.cold_plan requests.admission requests.prefetching assembly "
+        "occupancy cache_state cache",
         below="values control storage kernels background client mover",
     ),
     # What runs a model over the cache, or steers it.

@@ -7,8 +7,7 @@ from collections.abc import Callable
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tierkv.meeting import Meeting, SecondsPer
-from tierkv.step_costs import StepCosts
+from tierkv.meeting import Meeting
 
 
 @given(
@@ -90,28 +89,3 @@ def test_a_block_that_was_announced_and_did_not_arrive_is_computed() -> None:
     meeting.end_loading(3)
     assert meeting.claim_compute(4) == 3
     assert meeting.first_loaded == 3
-
-
-def test_a_mean_of_seconds_follows_what_is_recent() -> None:
-    mean = SecondsPer()
-    mean.add(10.0, 0)
-    assert mean.value is None
-    mean.add(4.0, 2)
-    assert mean.value == 2.0
-    for _ in range(20):
-        mean.add(1.0, 1)
-    assert abs(mean.value - 1.0) < 0.01
-
-
-def test_the_cost_of_a_pass_is_drawn_between_what_was_measured() -> None:
-    costs = StepCosts()
-    assert costs.estimate(100) is None
-    costs.add(0, 1.0)
-    assert costs.estimate(100) is None
-    for seconds in (5.0, 0.03, 0.03):  # the first one compiled something
-        costs.add(100, seconds)
-    costs.add(1000, 0.12)
-    assert costs.estimate(1) == costs.estimate(100) == 0.03
-    assert costs.estimate(2000) == 0.24
-    middle = costs.estimate(550)
-    assert middle is not None and abs(middle - 0.075) < 1e-9

@@ -26,6 +26,7 @@ from tierkv.promotion import Promoter
 from tierkv.ranks.accord import Accord
 from tierkv.ranks.group import OneRank, RankGroup
 from tierkv.requests.admission import Admission
+from tierkv.requests.cold_plan import ColdPlanner
 from tierkv.requests.prefetching import Prefetcher, PrefetchHandle
 from tierkv.requests.prefixes import Match, Prefixes
 from tierkv.requests.registration import Registrar
@@ -126,8 +127,9 @@ class TierCache:
             tally=RequestTally(tiers, hash_function=hash_function),
             daemon=daemon,
             # Not over ranks: each one's load would meet the engine at another block.
-            can_split=self.ranks.size == 1 and daemon is None,
-            piece_tokens=config.piece_tokens,
+            planner=ColdPlanner(tiers, piece_tokens=config.piece_tokens)
+            if self.ranks.size == 1 and daemon is None
+            else None,
         )
 
     def __enter__(self) -> TierCache:
@@ -192,6 +194,19 @@ class TierCache:
         """
         with self._tiers.changed:
             self._tiers.step_costs.add(num_tokens, seconds)
+
+    @while_open
+    def note_loaded(self, sequence: Sequence, seconds: float) -> None:
+        """Say how long it took from `acquire` until the first pass over the whole prompt had its result.
+
+        Only of a sequence that nothing else was computed beside. Needed as `note_computed` is.
+        """
+        _require_running(sequence)
+        load, sequence.cold_load = sequence.cold_load, None
+        if load:
+            with self._tiers.changed:
+                rest_s = self._tiers.step_costs.estimate(load.num_rest) or 0.0
+                self._tiers.load_costs.add(load.num_blocks, max(0.0, seconds - rest_s), load.kind)
 
     @while_open
     def append(self, sequence: Sequence, token_ids: TokenIds) -> None:

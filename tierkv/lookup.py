@@ -20,7 +20,7 @@ from tierkv.storage.outcomes import MissReason
 from tierkv.storage.planes import Bytes
 from tierkv.storage.record import BlockInfo
 
-__all__ = ["ColdSource", "Hit", "Lookup", "find_tail", "look_up"]
+__all__ = ["ColdSource", "Hit", "Lookup", "are_in_memory", "find_tail", "look_up"]
 
 _logger = logging.getLogger(__name__)
 
@@ -40,6 +40,7 @@ class ColdSource(Protocol):
     def lookup(self, block_hash: BlockHash) -> ColdEntry | None: ...
     def find_longest_run(self, parent: BlockHash, token_bytes: bytes) -> tuple[BlockHash, bytes, int] | None: ...
     def read_ahead(self, block_hashes: Sequence[BlockHash]) -> None: ...
+    def is_in_memory(self, block_hash: BlockHash) -> bool: ...
     def read_into(
         self, expected: BlockInfo, out: Bytes, *, layout: BlockLayout, coded: CodedBlock | None = None
     ) -> MissReason | None: ...
@@ -93,6 +94,12 @@ class Lookup:
         yield from self.blocks
         if self.tail:
             yield self.tail
+
+
+def are_in_memory(hits: Sequence[Hit]) -> bool:
+    """Tell whether reading cold blocks takes no disk, by the look of the first, the middle and the last."""
+    looked_at = [hits[at] for at in {0, len(hits) // 2, len(hits) - 1}] if hits else []
+    return all(hit.source is None or hit.source.is_in_memory(hit.block_hash) for hit in looked_at)
 
 
 def look_up(

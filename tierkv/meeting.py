@@ -10,26 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
-__all__ = ["Meeting", "SecondsPer"]
-
-
-class SecondsPer:
-    """A running mean of seconds per unit in which what is recent counts more; None before the first measurement."""
-
-    def __init__(self, *, memory: float = 0.7) -> None:
-        self._memory = memory
-        self.value: float | None = None
-
-    def add(self, seconds: float, units: float) -> None:
-        """Count that `units` took `seconds`."""
-        if units > 0:
-            each = seconds / units
-            self.value = each if self.value is None else self._memory * self.value + (1 - self._memory) * each
-
-    def forget(self) -> None:
-        """Believe a little less in what was measured: it may have become faster."""
-        if self.value is not None:
-            self.value *= 0.97
+__all__ = ["Meeting"]
 
 
 class Meeting:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -340,15 +339,12 @@ class Promoter:
             seal=hit.seal,
             token_bytes=hit.token_bytes,
         )
-        started = time.perf_counter()
         coded = CodedBlock()
         wanted = {"coded": coded} if tiers.frames and may_stay_coded else {}
         try:
             reason = hit.source.read_into(info, tiers.raw_slots[place.slot], layout=tiers.layout, **wanted)
         except StoreError:
             return MissReason.IO_ERROR
-        with tiers.changed:
-            tiers.read_s.add(time.perf_counter() - started, 1)
         return coded if reason is None else reason
 
     def give_up(self, hit: Hit, reason: MissReason | None) -> None:

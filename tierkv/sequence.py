@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tierkv.block import TOKEN_BYTES, BlockHash, Tier
+from tierkv.costs import ColdLoad
 from tierkv.movers.mover import Ready
 from tierkv.remote.single_flight import Ticket
 from tierkv.split_load import SplitLoad
@@ -23,6 +24,7 @@ class Sequence:
     num_cached_tokens: leading tokens whose K and V were found; the engine computes the rest.
     cached_tokens: the same, by the tier that answered.
     split: cold blocks that come up while the engine computes those in front of them, until `TierCache.join`.
+    cold_load: how the time of its first result counts, see `TierCache.note_loaded`.
     ticket: the promise, made to other processes, to compute the rest.
     """
 
@@ -33,6 +35,7 @@ class Sequence:
     chain: list[BlockHash]
     loads: list[Ready] = field(default_factory=list)
     split: SplitLoad | None = None
+    cold_load: ColdLoad | None = None
     ticket: Ticket | None = None
     is_cacheable: bool = True
     is_released: bool = False

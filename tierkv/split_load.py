@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent import futures
@@ -10,8 +11,9 @@ from concurrent.futures import Future, wait
 from typing import TypeAlias
 
 from tierkv.block import Tier
+from tierkv.costs import LoadKind
 from tierkv.errors import StoreError
-from tierkv.lookup import Hit
+from tierkv.lookup import Hit, are_in_memory
 from tierkv.meeting import Meeting
 from tierkv.movers.mover import Ready
 from tierkv.storage.coded import CodedBlock
@@ -55,6 +57,8 @@ class SplitLoad:
         self._targets = list(targets)
         self._read = read
         self._after = after
+        self._kind = LoadKind(are_in_memory(hits))
+        self._brought: tuple[int, float | None] = (0, None)
         self._is_cancelled = threading.Event()
         with tiers.changed:
             for block_id in self._targets:
@@ -87,8 +91,16 @@ class SplitLoad:
         tiers = self._tiers
         size = tiers.layout.block_size
         return self.meeting.next_piece(
-            compute_s=lambda count: tiers.step_costs.estimate(count * size), load_s=tiers.block_s(), most=most
+            compute_s=lambda count: tiers.step_costs.estimate(count * size), load_s=self._block_s(), most=most
         )
+
+    def _block_s(self) -> float | None:
+        """Return the seconds a block that loading takes, here or until the first is there elsewhere; None: unknown."""
+        num_brought, seconds = self._brought
+        if seconds is None:
+            num_brought = len(self.hits)
+            seconds = self._tiers.load_costs.estimate(num_brought, self._kind)
+        return None if seconds is None else seconds / num_brought
 
     def _run_watched(self) -> None:
         with self._tiers.watch.span("load behind") as detail:
@@ -100,6 +112,7 @@ class SplitLoad:
         tiers = self._tiers
         at_once = _DECODED_AT_ONCE if tiers.frames else 1
         reading: deque[_Reading] = deque()
+        started = time.perf_counter()
         try:
             while self.failure is None and not self._is_cancelled.is_set():
                 self._start_reading(reading)
@@ -108,7 +121,10 @@ class SplitLoad:
                 read = [reading.popleft() for _ in range(min(at_once, len(reading)))]
                 while reading and reading[0][2].done():
                     read.append(reading.popleft())
-                if not self._bring(read):
+                is_wanted = self._bring(read)
+                if num_brought := len(self.hits) - self.meeting.first_loaded:
+                    self._brought = (num_brought, time.perf_counter() - started)
+                if not is_wanted:
                     break
         finally:
             self.meeting.end_loading()

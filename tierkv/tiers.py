@@ -14,18 +14,17 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from tierkv.block import BlockHash, Seal, Tier
+from tierkv.costs import CostBySize, LoadCosts
 from tierkv.errors import ClosedError, StoreError
 from tierkv.events import EventKind
 from tierkv.index import Entry, Index
 from tierkv.layout import BlockLayout
 from tierkv.lookup import ColdSource, Hit
-from tierkv.meeting import SecondsPer
 from tierkv.movers.frames import FrameMover
 from tierkv.movers.mover import AllReady, Move, Mover, Ready
 from tierkv.movers.windows import WindowMover
 from tierkv.slots import SlotPool
 from tierkv.stats import StatsRecorder
-from tierkv.step_costs import StepCosts
 from tierkv.storage.codecs import Codec
 from tierkv.storage.coded import CodedBlock
 from tierkv.storage.cold import ColdStore
@@ -118,7 +117,7 @@ class Tiers:
     frames: decodes cold blocks on the GPU, where that can be had.
     threads: read and encode blocks, num_threads of them, a request's first; loaders: one a request that loads while it
     computes.
-    read_s, step_costs: what it takes to read a cold block, and to compute new tokens, as measured here.
+    load_costs, step_costs: what it takes to bring up cold blocks, and to compute new tokens, as measured here.
     in_flight: asynchronous copies and the warm places that they still read.
     leaving: when the last reader or writer of a released sequence's blocks, on whatever stream, is through.
     arriving: block ids whose bytes are on their way up, or are still being computed by whoever committed them; who uses
@@ -143,8 +142,8 @@ class Tiers:
     num_threads: int
     loaders: ThreadPoolExecutor
     watch: Watch
-    read_s: SecondsPer = field(default_factory=SecondsPer)
-    step_costs: StepCosts = field(default_factory=StepCosts)
+    load_costs: LoadCosts = field(default_factory=LoadCosts)
+    step_costs: CostBySize = field(default_factory=CostBySize)
     stats: StatsRecorder = field(default_factory=StatsRecorder)
     changed: threading.Condition = field(default_factory=threading.Condition)
     states: list[StateFile] = field(default_factory=list)
@@ -188,15 +187,6 @@ class Tiers:
         with self.changed:
             self.index.unpin_all(tier, slots)
             self.changed.notify_all()
-
-    def block_s(self, num_blocks: int | None = None) -> float | None:
-        """Return the seconds a block that cold blocks take to load, of many or of `num_blocks`; None before the first.
-
-        Several are read at once; a few take as long as one.
-        """
-        read_s = self.read_s.value
-        at_once = min(self.num_threads, num_blocks or self.num_threads)
-        return None if read_s is None else read_s / at_once
 
     def bring_up(
         self,

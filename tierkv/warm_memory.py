@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from dataclasses import dataclass
 
 from tierkv.config import CacheConfig
-from tierkv.errors import CapacityError, ConfigError
+from tierkv.errors import CapacityError, ConfigError, StoreError
 from tierkv.movers.frames import FrameMover, can_decode
 from tierkv.movers.mover import Mover
 from tierkv.movers.windows import WindowMover, window_format
@@ -18,6 +19,8 @@ from tierkv.storage.windows import WindowFormat
 from tierkv.tiers import Compression
 
 __all__ = ["WarmMemory", "no_warm_memory", "open_warm_memory"]
+
+_logger = logging.getLogger(__name__)
 
 _MIN_BLOCKS = 4
 _MAX_STAGING_BLOCKS = 24
@@ -54,6 +57,7 @@ def open_warm_memory(hot: HotPool, config: CacheConfig) -> WarmMemory:
     compression = Compression(
         form=form, mover=WindowMover(hot, warm, form, mover), staging=staging, slots=SlotPool(num_staging)
     )
+    compression.mover.warm_up()
     return WarmMemory(warm=warm, mover=mover, compression=compression, frames=_frames(hot, mover, config))
 
 
@@ -82,7 +86,13 @@ def _frames(hot: HotPool, mover: Mover, config: CacheConfig) -> FrameMover | Non
     """Return what decodes cold blocks on the GPU, or None where that is not wanted or not to be had."""
     if not config.gpu_decode or not can_decode(hot.layout, hot.device):
         return None
-    return FrameMover(hot, mover.slots, mover)
+    frames = FrameMover(hot, mover.slots, mover)
+    try:
+        frames.warm_up()
+    except StoreError as exc:
+        _logger.warning("%s; the CPU decodes cold blocks instead", exc)
+        return None
+    return frames
 
 
 def _has_triton() -> bool:

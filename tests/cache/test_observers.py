@@ -13,6 +13,7 @@ from pattern_engine import PatternEngine, tiny_layout, tiny_warm
 from tierkv.block import Tier
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
+from tierkv.costs import LoadKind
 from tierkv.events import EventKind
 from tierkv.namespace import Namespace
 from tierkv.profiling.profiler import MemoryProfiler
@@ -197,7 +198,8 @@ def test_a_request_that_computes_while_it_loads_is_told_in_two_parts(tmp_path: P
     with TierCache(config, namespace=namespace) as first:
         first.release(PatternEngine(first).start(prompt))
     with TierCache(config, namespace=namespace) as second, MemoryProfiler(second) as profiler:
-        second._tiers.read_s.add(1e-3 * second.config.num_io_threads, 1)  # as long as to compute a block
+        for in_memory in (True, False):
+            second._tiers.load_costs.add(1, 1e-3, LoadKind(in_memory))  # as long as to compute a block
         with profiler.iteration():
             sequence = PatternEngine(second).start(prompt, may_split=True)
             second.release(sequence)

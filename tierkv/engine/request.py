@@ -32,6 +32,8 @@ class Request:
     cached_tokens: dict[Tier, int] | None = None
     first_token_at: float | None = None
     last_token_at: float = 0.0
+    admitted_at: float = 0.0
+    had_company: bool = False  # since it was admitted: other requests were in its passes
     logits: list[Tensor] = field(default_factory=list)
 
     @property

@@ -189,6 +189,7 @@ class Runner:
         """Start waiting requests in order while there is room; the first of an idle cache must fit."""
         while waiting:
             request = waiting[0]
+            request.admitted_at, request.had_company = time.perf_counter(), False
             try:
                 request.sequence = self.cache.acquire(
                     request.token_ids, reuse=options.use_cache, may_split=self.compute_or_load
@@ -206,12 +207,14 @@ class Runner:
         """Run one forward pass and choose a token for each request whose prompt is now computed."""
         events: list[TokenEvent] = []
         started, num_tokens = time.perf_counter(), _tokens_of_one(running)
-        for request, logits in self._step(running):
-            token = request.sampler.choose(logits)
+        for request in running:
+            request.had_company |= len(running) > 1
+        for request, fetched in self._step(running, keep_logits=options.keep_logits):
+            token = request.sampler.choose(fetched)
             request.last_token_at = time.perf_counter()
+            if request.sequence and not request.had_company:
+                self.cache.note_loaded(request.sequence, request.last_token_at - request.admitted_at)
             request.first_token_at = request.first_token_at or request.last_token_at
-            if options.keep_logits:
-                request.logits.append(logits.float().cpu())
             request.token_ids.append(token)
             is_last = token in request.stop_ids or len(request.new_ids) == options.max_new_tokens
             events.append(TokenEvent(request.number, token, is_last))
@@ -223,8 +226,12 @@ class Runner:
         self._grow(waiting, running, options)
         return events
 
-    def _step(self, running: Items[Request]) -> list[tuple[Request, Tensor]]:
-        """Compute up to `max_step_tokens` tokens and commit them. Return the logits of requests that are up to date."""
+    def _step(self, running: Items[Request], *, keep_logits: bool = False) -> list[tuple[Request, Tensor]]:
+        """Compute up to `max_step_tokens` tokens and commit them.
+
+        Return what the samplers of requests that are up to date have fetched. It leaves the device before anything that
+        is committed does: a token would wait behind a gigabyte of blocks on their way down.
+        """
         steps = self._plan_step(running)
         started = time.perf_counter()
         ids = [request.token_ids[request.num_computed : request.num_computed + count] for request, count in steps]
@@ -237,10 +244,15 @@ class Runner:
         ready: list[tuple[Request, Tensor]] = []
         for row, (request, count) in enumerate(steps):
             request.num_computed += count
+            if request.num_computed == len(request.token_ids):
+                ready.append((request, request.sampler.fetch(logits[row])))
+                if keep_logits:
+                    request.logits.append(logits[row].float().cpu())
+        for request, _ in steps:
             assert request.sequence is not None
             self.cache.commit(request.sequence, request.num_computed)
-            if request.num_computed == len(request.token_ids):
-                ready.append((request, logits[row]))
+        if ready:
+            self._pass.wait()
         return ready
 
     def _plan_step(self, running: Items[Request]) -> list[tuple[Request, int]]:

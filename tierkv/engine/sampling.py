@@ -36,12 +36,17 @@ class Sampler:
         self._options = options
         self._generator = torch.Generator().manual_seed(options.seed)
 
-    def choose(self, logits: Tensor) -> int:
-        """Return a token id from logits [vocabulary]. Greedy ties go to the lowest id."""
+    def fetch(self, logits: Tensor) -> Tensor:
+        """Start to bring what `choose` needs of logits [vocabulary] to the CPU: there once the current stream is."""
+        needed = logits.argmax() if self._options.temperature == 0 else logits
+        return needed.to("cpu", non_blocking=True)
+
+    def choose(self, fetched: Tensor) -> int:
+        """Return a token id from what `fetch` returned. Greedy ties go to the lowest id."""
         options = self._options
         if options.temperature == 0:
-            return int(logits.argmax())
-        scores = logits.cpu().double()
+            return int(fetched)
+        scores = fetched.double()
         scores = ((scores - scores.max()) / options.temperature).float()  # however small the temperature
         if options.top_k:
             threshold = scores.topk(min(options.top_k, scores.numel())).values[-1]

@@ -49,6 +49,16 @@ class WindowMover:
         self._slots = warm.slots
         self._gpu = _GpuWindows(hot, warm, form, mover) if mover.is_cuda else None
 
+    def warm_up(self) -> None:
+        """Compress the scratch block into slot 0, while both are nobody's, and expand it again. Raises StoreError.
+
+        The first request shall not wait until triton has compiled what does both.
+        """
+        if self._gpu:
+            scratch, written = self._hot.scratch_block, recorded(torch.cuda.current_stream(self._hot.device))
+            self.demote([Move(scratch, 0)], num_tokens=[self._hot.layout.block_size], after=[CudaReady([written])])
+            self.promote([Move(0, scratch)]).synchronize()
+
     def promote(self, moves: Sequence[Move]) -> Ready:
         """Expand warm slots into block ids; waits and layers as in `Mover.promote`. Raises StoreError."""
         if self._gpu:

@@ -47,6 +47,10 @@ class _DaemonBlock:
     def read_ahead(self, block_hashes: Sequence[BlockHash]) -> None:
         """Do nothing: the daemon does."""
 
+    def is_in_memory(self, block_hash: BlockHash) -> bool:
+        """Return True: what the daemon must fetch only it knows."""
+        return True
+
     def read_into(
         self,
         expected: BlockInfo,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import takewhile
 
 from tierkv.block import TOKEN_BYTES, BlockHash, Tier
 from tierkv.demotion import Demoter
@@ -13,6 +12,7 @@ from tierkv.promotion import Pinned, Promoted, Promoter
 from tierkv.ranks.accord import Accord
 from tierkv.remote.single_flight import Ticket
 from tierkv.remote.tiers import DaemonTiers
+from tierkv.requests.cold_plan import ColdPlan, ColdPlanner
 from tierkv.requests.prefixes import Prefixes, count_by_tier
 from tierkv.requests.registration import Registrar
 from tierkv.requests.running import RunningSequences
@@ -26,8 +26,8 @@ __all__ = ["Admission"]
 class Admission:
     """Admits requests: finds their cached prefixes, takes their blocks, starts what has to come up.
 
-    daemon: who has the lower tiers instead of this cache, if anybody. can_split: whether cold blocks may come up behind
-    a request. piece_tokens: of more cold tokens than that, loading and computing share the work.
+    daemon: who has the lower tiers instead of this cache, if anybody. planner: says whether cold blocks are loaded,
+    computed, or both; without one all are loaded.
     """
 
     def __init__(
@@ -42,8 +42,7 @@ class Admission:
         registrar: Registrar,
         tally: RequestTally,
         daemon: DaemonTiers | None,
-        can_split: bool,
-        piece_tokens: int,
+        planner: ColdPlanner | None,
     ) -> None:
         self._tiers = tiers
         self._prefixes = prefixes
@@ -54,8 +53,7 @@ class Admission:
         self._registrar = registrar
         self._tally = tally
         self._daemon = daemon
-        self._can_split = can_split
-        self._piece_tokens = piece_tokens
+        self._planner = planner
         self._block_size = tiers.layout.block_size
 
     def admit(self, token_bytes: bytes, *, reuse: bool, may_split: bool) -> Sequence:
@@ -72,7 +70,8 @@ class Admission:
                 self._tiers.unpin_all(Tier.HOT, pinned.hot)
                 self._tiers.unpin(pinned.rest.values())
                 raise
-        later, dropped = self._plan_cold(found, num_tokens) if may_split and self._can_split else ([], [])
+        plan = self._planner.plan(found, num_tokens, may_split=may_split) if self._planner else ColdPlan()
+        later, dropped = plan.later, plan.dropped
         if later or dropped:
             found = replace(found, blocks=found.blocks[: -len(later or dropped)], tail=None)
         promoted = self._promote(found, pinned, token_bytes, ticket)
@@ -89,6 +88,7 @@ class Admission:
             loads=promoted.loads,
             ticket=ticket,
             is_cacheable=reuse,
+            cold_load=None if promoted.failure or len(later) < len(plan.later) else plan.load,
         )
         try:
             if later:
@@ -158,25 +158,6 @@ class Admission:
         start = len(sequence.chain)
         targets = sequence.block_table[start : start + len(later)]
         sequence.split = self._promoter.split(later, targets, num_before=sequence.num_cached_tokens)
-
-    def _plan_cold(self, found: Lookup, num_tokens: int) -> tuple[list[Hit], list[Hit]]:
-        """Return the cold blocks at the end of a lookup as (to load while others are computed, not to load at all).
-
-        One of them is empty, or both: then all is loaded before anything is computed, as long as nothing is known of
-        what loading and computing cost, and where a few blocks are cheaper to load.
-        """
-        cold = list(takewhile(lambda hit: hit.tier is Tier.COLD, reversed(found.blocks)))[::-1]
-        costs, load_s = self._tiers.step_costs, self._tiers.block_s(len(cold))
-        num_cold, num_rest = len(cold) * self._block_size, num_tokens - found.num_tokens
-        computing, rest = costs.estimate(num_cold + num_rest), costs.estimate(num_rest)
-        if not cold or load_s is None or computing is None or rest is None:
-            return [], []
-        if num_cold > self._piece_tokens and not (found.tail and found.tail.tier is not Tier.COLD):
-            return cold, []
-        if computing > len(cold) * load_s + rest:
-            return [], []
-        self._tiers.read_s.forget()  # a little: what is never loaded any more would never be found faster again
-        return [], cold
 
     def _touch(self, hot: list[Entry], hits: list[Hit]) -> None:
         """Record the use of what was hot, and of hits that were promoted. The caller holds the lock."""

@@ -1,0 +1,42 @@
+"""What work costs by its size: drawn between what was measured, and believed less the longer ago that was."""
+
+from __future__ import annotations
+
+from tierkv.costs import CostBySize, LoadCosts, LoadKind
+
+
+def test_the_cost_of_a_pass_is_drawn_between_what_was_measured() -> None:
+    costs = CostBySize()
+    assert costs.estimate(100) is None
+    costs.add(0, 1.0)
+    assert costs.estimate(100) is None
+    for seconds in (5.0, 0.03, 0.03):  # the first one compiled something
+        costs.add(100, seconds)
+    costs.add(1000, 0.12)
+    assert costs.estimate(1) == costs.estimate(100) == 0.03
+    assert costs.estimate(2000) == 0.24
+    middle = costs.estimate(550)
+    assert middle is not None and abs(middle - 0.075) < 1e-9
+
+
+def test_a_cost_is_believed_less_until_it_is_measured_again() -> None:
+    costs = CostBySize()
+    costs.add(4, 1.0)
+    for _ in range(200):
+        costs.forget()
+    forgotten = costs.estimate(4)
+    assert forgotten is not None and forgotten < 0.1
+    costs.add(4, 1.0)
+    assert costs.estimate(4) == 1.0
+
+
+def test_each_kind_of_load_costs_for_itself() -> None:
+    costs, memory, disk = LoadCosts(), LoadKind(in_memory=True), LoadKind(in_memory=False)
+    costs.add(4, 0.010, memory)
+    assert costs.estimate(4, disk) is None
+    costs.add(4, 0.044, disk)
+    costs.forget(memory)
+    assert costs.estimate(4, disk) == 0.044
+    assert costs.estimate(4, LoadKind(in_memory=False, is_split=True)) is None
+    remembered = costs.estimate(4, memory)
+    assert remembered is not None and remembered < 0.010

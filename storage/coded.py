@@ -15,7 +15,7 @@ from tierkv.layout import BlockLayout
 from tierkv.storage.frames import FRAME_BYTES
 from tierkv.storage.planes import Bytes
 
-__all__ = ["CODED_ID", "CodedBlock", "CodedLayout", "check_frames"]
+__all__ = ["CODED_ID", "CodedBlock", "CodedLayout", "check_frames", "zero_frames"]
 
 CODED_ID = 2  # exponent16 of storage/codecs.py, the one codec whose frames a GPU decodes
 _TILE = 4096
@@ -77,6 +77,16 @@ class CodedLayout:
         sizes = np.array(frame_sizes, dtype=np.int64)
         offsets = np.cumsum(sizes) - sizes
         return offsets[~self.is_rest], sizes[~self.is_rest], offsets[self.is_rest]
+
+
+def zero_frames(layout: CodedLayout) -> list[bytes]:
+    """Return the frames of a block of zeros, in the order in which they lie in its payload."""
+    rests = iter(run.token_bytes * layout.layout.block_size // 2 for run in layout.layout.runs)
+    planes = iter(layout.plane_bytes.tolist())
+    coded = {
+        size: min(bytes(size), zstandard.compress(bytes(size)), key=len) for size in set(layout.plane_bytes.tolist())
+    }
+    return [bytes(next(rests)) if is_rest else coded[next(planes)] for is_rest in layout.is_rest.tolist()]
 
 
 def check_frames(payload: Bytes, frame_sizes: Sequence[int], layout: CodedLayout) -> None:

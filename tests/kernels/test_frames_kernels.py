@@ -9,6 +9,7 @@ import zstandard
 
 pytest.importorskip("triton", reason="triton has no wheel for this machine")
 
+from pattern_layout import tiny_layout
 from test_windows import normal_block
 
 from tierkv.errors import CorruptBlockError, ShapeError
@@ -16,7 +17,7 @@ from tierkv.kernels.planes import merge_frames
 from tierkv.layout import BlockLayout, LayerLayout
 from tierkv.movers.frames import FrameMover, can_decode
 from tierkv.movers.mover import Move, Mover
-from tierkv.storage.coded import CodedBlock, CodedLayout, check_frames
+from tierkv.storage.coded import CodedBlock, CodedLayout, check_frames, zero_frames
 from tierkv.storage.hot import HotPool
 from tierkv.storage.planes import Bytes
 from tierkv.storage.record import BlockInfo, decode_record, encode_record
@@ -101,6 +102,14 @@ def test_frames_that_are_not_what_belongs_there_are_found_before_a_gpu_sees_them
         )[: int(lengths[-1])]
     with pytest.raises(CorruptBlockError):
         check_frames(slot, sizes, CodedLayout(LAYOUT))
+
+
+@pytest.mark.parametrize("layout", [LAYOUT, tiny_layout(dtype="bfloat16")])  # frames of planes so small are longer
+def test_the_frames_of_zeros_fit_a_block_and_are_what_a_reader_accepts(layout: BlockLayout) -> None:
+    frames = zero_frames(CodedLayout(layout))
+    payload = np.frombuffer(b"".join(frames), dtype=np.uint8)
+    assert payload.size <= layout.block_bytes
+    check_frames(payload, [len(frame) for frame in frames], CodedLayout(layout))
 
 
 def test_planes_of_another_size_are_refused(device: str) -> None:

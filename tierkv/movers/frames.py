@@ -14,14 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import zstandard
 from torch import Tensor
 
 from tierkv.errors import StoreError
 from tierkv.layout import BlockLayout
 from tierkv.movers.batch_copy import Piece, copy_pieces
 from tierkv.movers.mover import CudaReady, Move, Mover, Ready, recorded, settle
-from tierkv.storage.coded import CodedBlock, CodedLayout
+from tierkv.storage.coded import CodedBlock, CodedLayout, zero_frames
 from tierkv.storage.hot import HotPool
 
 __all__ = ["FrameMover", "can_decode"]
@@ -80,15 +79,9 @@ class FrameMover:
 
         What nvCOMP and triton make at their first use took 1.2 seconds: the first request after a restart waited.
         """
-        frames = {int(size): zstandard.compress(bytes(int(size))) for size in set(self._layout.plane_bytes.tolist())}
-        planes, rests = iter(self._layout.plane_bytes.tolist()), iter(self._layout.layout.runs)
-        block_size = self._layout.layout.block_size
-        parts = [
-            bytes(next(rests).token_bytes * block_size // 2) if is_rest else frames[next(planes)]
-            for is_rest in self._layout.is_rest
-        ]
-        payload = np.frombuffer(b"".join(parts), dtype=np.uint8)
-        self._slots[0, : payload.size] = torch.from_numpy(payload.copy())
+        parts = zero_frames(self._layout)
+        payload = torch.frombuffer(bytearray().join(parts), dtype=torch.uint8)
+        self._slots[0, : payload.numel()] = payload
         coded = CodedBlock(tuple(len(part) for part in parts))
         self.promote([Move(0, self._hot.scratch_block)], [coded]).synchronize()
 

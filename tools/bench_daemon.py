@@ -20,10 +20,11 @@ import sys
 import tempfile
 import time
 from array import array
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from queue import Queue
@@ -32,7 +33,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tierkv.block import iter_chain
+from tierkv.block import BlockHash, iter_chain
 from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.messages import (
     Chain,
@@ -57,8 +58,7 @@ from tierkv.storage.warm import Slab
 _PREFIX_BLOCKS = 32
 _BLOCK_TOKENS = 256
 _LAYOUT = BlockLayout.uniform(num_layers=8, block_size=_BLOCK_TOKENS, kv_heads=4, head_dim=64, dtype="bfloat16")
-_NAMESPACE = Namespace(weights="bench", layout=_LAYOUT)
-_WARM_BYTES = 256 << 20
+_LARGE_LAYOUT = BlockLayout.uniform(num_layers=32, block_size=_BLOCK_TOKENS, kv_heads=8, head_dim=64, dtype="bfloat16")
 _ROUND_TRIPS = 2000
 _READ_ROUNDS = 40
 _CLIENTS = (1, 8, 32)
@@ -69,11 +69,10 @@ Block = npt.NDArray[np.uint8]
 
 @dataclass(slots=True)
 class _Times:
-    """Seconds of each round: of reading, and of memcpys of as much shared and private memory."""
+    """Seconds of each round: of reading, and of memcpys of as much memory, by whose it is."""
 
     read: list[float] = field(default_factory=list)
-    shared: list[float] = field(default_factory=list)
-    private: list[float] = field(default_factory=list)
+    copies: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
 
 def main() -> None:
@@ -101,60 +100,73 @@ def _machine() -> Iterator[str]:
 
 
 def _daemon_part() -> Iterator[str]:
-    with tempfile.TemporaryDirectory(prefix="tkb") as folder, _daemon(Path(folder) / "d.sock") as path:
-        with _connect(path) as client:
-            _fill(client)
+    with tempfile.TemporaryDirectory(prefix="tkb") as folder, _daemon(Path(folder) / "d.sock", _LAYOUT) as path:
         yield ""
         yield "tierkv daemon: match and lease, round trip in us (hashing, packing, answer; released each time)"
         for count in _CLIENTS:
             yield _latency_line(count, _times(count, _match_forever, path))
         yield ""
-        with _connect(path) as client:
-            yield from _bandwidth_lines("tierkv daemon", _read_times(client))
+        with _connect(path, _LAYOUT) as client:
+            yield from _bandwidth_lines("tierkv daemon", _read_times(client, _LAYOUT), _LAYOUT)
             report = client.call(Status(), StatusReport)
         yield f"{'bytes on the socket, all of the above':>44}: {report.bytes_received >> 20} MiB in, none of a block"
+    with tempfile.TemporaryDirectory(prefix="tkb") as folder, _daemon(Path(folder) / "d.sock", _LARGE_LAYOUT) as path:
+        yield f"the same with blocks of {_LARGE_LAYOUT.block_bytes >> 20} MiB: a prefix costs its round trip once"
+        with _connect(path, _LARGE_LAYOUT) as client:
+            yield from _bandwidth_lines("tierkv daemon", _read_times(client, _LARGE_LAYOUT), _LARGE_LAYOUT)
 
 
 @contextmanager
-def _daemon(path: Path) -> Iterator[Path]:
-    config = DaemonConfig(socket=path, store=None, warm_bytes=_WARM_BYTES, cold_bytes=1)
+def _daemon(path: Path, layout: BlockLayout) -> Iterator[Path]:
+    """Run a daemon that has the prefix."""
+    warm_bytes = 4 * _PREFIX_BLOCKS * layout.block_bytes
+    config = DaemonConfig(socket=path, store=None, warm_bytes=warm_bytes, cold_bytes=1)
     process = multiprocessing.get_context("spawn").Process(target=serve, args=(config,), daemon=True)
     process.start()
     try:
-        _wait_for(lambda: _connect(path).close())
+        _wait_for(lambda: _connect(path, layout).close())
+        with _connect(path, layout) as client:
+            _fill(client, layout)
         yield path
     finally:
         process.terminate()
         process.join()
 
 
-def _connect(path: Path) -> DaemonClient:
+def _connect(path: Path, layout: BlockLayout) -> DaemonClient:
+    namespace = Namespace(weights="bench", layout=layout)
     hello = Hello(
-        namespace=_NAMESPACE.digest, description=_NAMESPACE.describe(), block_bytes=_LAYOUT.block_bytes, client="bench"
+        namespace=namespace.digest, description=namespace.describe(), block_bytes=layout.block_bytes, client="bench"
     )
     return DaemonClient(path, hello)
 
 
-def _hashes() -> bytes:
-    return b"".join([block_hash for block_hash, _ in iter_chain(_NAMESPACE.digest, _TOKENS, _BLOCK_TOKENS)])
+def _hashes(layout: BlockLayout) -> bytes:
+    root = _root_of(layout)
+    return b"".join([block_hash for block_hash, _ in iter_chain(root, _TOKENS, _BLOCK_TOKENS)])
 
 
-def _fill(client: DaemonClient) -> None:
-    chain = Chain(_hashes(), _TOKENS, array("I", range(_PREFIX_BLOCKS)).tobytes())
+@cache
+def _root_of(layout: BlockLayout) -> BlockHash:
+    return Namespace(weights="bench", layout=layout).digest
+
+
+def _fill(client: DaemonClient, layout: BlockLayout) -> None:
+    chain = Chain(_hashes(layout), _TOKENS, array("I", range(_PREFIX_BLOCKS)).tobytes())
     given = client.call(Reserve(chains=[chain]), Reserved).chains[0]
     slab = Slab.attach(client.take_descriptor(), client.welcome.slab_bytes)
     for number, slot in enumerate(split_numbers(given.slots)):
-        slab.slots(_LAYOUT.block_bytes)[slot] = number
+        slab.slots(layout.block_bytes)[slot] = number
     slab.close()
     assert client.call(Publish(slots=given.slots), Published).count == _PREFIX_BLOCKS
 
 
 def _match_forever(path: Path, rounds: int) -> list[float]:
     times: list[float] = []
-    with _connect(path) as client:
+    with _connect(path, _LAYOUT) as client:
         for _ in range(rounds):
             start = time.perf_counter()
-            found = client.call(Match(hashes=_hashes(), tokens=_TOKENS, lease=True), Found)
+            found = client.call(Match(hashes=_hashes(_LAYOUT), tokens=_TOKENS, lease=True), Found)
             times.append(time.perf_counter() - start)
             assert len(found.slots) == 4 * _PREFIX_BLOCKS
             client.post(Release(slots=found.slots))
@@ -162,14 +174,20 @@ def _match_forever(path: Path, rounds: int) -> list[float]:
     return times
 
 
-def _read_times(client: DaemonClient) -> _Times:
+def _read_times(client: DaemonClient, layout: BlockLayout) -> _Times:
     """Return how long it takes to bring the prefix into this process's own memory."""
-    slab = Slab.attach(client.take_descriptor(), client.welcome.slab_bytes)
-    return _alternate(partial(_read_prefix, client, slab.slots(_LAYOUT.block_bytes)))
+    slots = Slab.attach(client.take_descriptor(), client.welcome.slab_bytes).slots(layout.block_bytes)
+    found = client.call(Match(hashes=_hashes(layout), tokens=_TOKENS, lease=True), Found)
+    places = list(split_numbers(found.slots))
+    assert places == list(range(places[0], places[0] + _PREFIX_BLOCKS)), (
+        "a memcpy of the same bytes needs them in a row"
+    )
+    same = slots[places[0] : places[0] + _PREFIX_BLOCKS]
+    return _alternate(partial(_read_prefix, client, layout, slots), layout, {"the same bytes": same})
 
 
-def _read_prefix(client: DaemonClient, slots: Block, target: Block) -> None:
-    found = client.call(Match(hashes=_hashes(), tokens=_TOKENS, lease=True), Found)
+def _read_prefix(client: DaemonClient, layout: BlockLayout, slots: Block, target: Block) -> None:
+    found = client.call(Match(hashes=_hashes(layout), tokens=_TOKENS, lease=True), Found)
     for number, slot in enumerate(split_numbers(found.slots)):
         target[number] = slots[slot]
     client.post(Release(slots=found.slots))
@@ -190,7 +208,7 @@ def _redis_part() -> Iterator[str]:
         for count in _CLIENTS:
             yield _latency_line(count, _times(count, _exists_forever, port))
         yield ""
-        yield from _bandwidth_lines("Redis on loopback", _redis_read_times(port))
+        yield from _bandwidth_lines("Redis on loopback", _redis_read_times(port), _LAYOUT)
 
 
 @contextmanager
@@ -240,7 +258,7 @@ class _Resp:
 
 
 def _keys() -> list[bytes]:
-    return [b"kv:" + h.hex().encode() for h, _ in iter_chain(_NAMESPACE.digest, _TOKENS, _BLOCK_TOKENS)]
+    return [b"kv:" + h.hex().encode() for h, _ in iter_chain(_root_of(_LAYOUT), _TOKENS, _BLOCK_TOKENS)]
 
 
 def _redis_fill(port: int) -> None:
@@ -266,7 +284,7 @@ def _exists_forever(port: int, rounds: int) -> list[float]:
 
 def _redis_read_times(port: int) -> _Times:
     client = _Resp(port)
-    times = _alternate(partial(_redis_read_prefix, client))
+    times = _alternate(partial(_redis_read_prefix, client), _LAYOUT, {})
     client.close()
     return times
 
@@ -314,12 +332,15 @@ def _latency_line(count: int, times: list[float]) -> str:
     return f"{who}  p10 {p10:8.1f}   p50 {p50:8.1f}   p99 {p99:8.1f}   ({len(times)} round trips)"
 
 
-def _alternate(read: Callable[[Block], None]) -> _Times:
-    """Time a read of the prefix and two memcpys of as much, in turns, so that all meet the same neighbours."""
-    target = np.zeros((_PREFIX_BLOCKS, _LAYOUT.block_bytes), dtype=np.uint8)
+def _alternate(read: Callable[[Block], None], layout: BlockLayout, others: Mapping[str, Block]) -> _Times:
+    """Time a read of the prefix and memcpys of as much, in turns, so that all meet the same neighbours.
+
+    others: more memory to copy from. How fast memory is copied depends on where its pages lie: by a tenth, as seen.
+    """
+    target = np.zeros((_PREFIX_BLOCKS, layout.block_bytes), dtype=np.uint8)
     private = np.ones_like(target)
     own = Slab(target.size)
-    shared = own.slots(_LAYOUT.block_bytes)
+    shared = own.slots(layout.block_bytes)
     shared[:] = 1
     times = _Times()
     for _ in range(_READ_ROUNDS):
@@ -327,21 +348,21 @@ def _alternate(read: Callable[[Block], None]) -> _Times:
         read(target)
         times.read.append(time.perf_counter() - start)
         assert all(target[number, 0] == number for number in range(_PREFIX_BLOCKS))
-        for source, kept in ((shared, times.shared), (private, times.private)):
+        for what, source in {**others, "shared memory (memfd)": shared, "private memory, huge pages": private}.items():
             start = time.perf_counter()
             target[:] = source
-            kept.append(time.perf_counter() - start)
+            times.copies[what].append(time.perf_counter() - start)
     del shared
     own.close()
     return times
 
 
-def _bandwidth_lines(name: str, times: _Times) -> Iterator[str]:
-    """The best of all rounds: what else runs on the machine slows down any of the three."""
-    size = _PREFIX_BLOCKS * _LAYOUT.block_bytes
+def _bandwidth_lines(name: str, times: _Times, layout: BlockLayout) -> Iterator[str]:
+    """The best of all rounds: what else runs on the machine slows down any of them."""
+    size = _PREFIX_BLOCKS * layout.block_bytes
     read = min(times.read)
     yield f"{name + ', prefix into own memory':>44}: {size / read / 1e9:6.2f} GB/s"
-    for what, each in (("shared memory (memfd)", times.shared), ("private memory, huge pages", times.private)):
+    for what, each in times.copies.items():
         copy = min(each)
         yield f"{'memcpy of ' + what:>44}: {size / copy / 1e9:6.2f} GB/s, ratio {copy / read:.2f}"
 

@@ -13,6 +13,7 @@ from tierkv.assembly import choose_codec, join_daemon, open_store, open_tiers
 from tierkv.block import TOKEN_BYTES, HashFunction, Tier, TokenIds, as_token_array, hash_block
 from tierkv.block_control import BlockControl
 from tierkv.cache_state import iter_records, open_state
+from tierkv.cold_reading import ColdReading
 from tierkv.config import CacheConfig
 from tierkv.defragment import Defragmenter, LayoutReport
 from tierkv.demotion import Demoter
@@ -114,12 +115,14 @@ class TierCache:
         )
         self._registrar = Registrar(tiers, demoter, write_through=config.write_through, hash_function=hash_function)
         self._running = RunningSequences(tiers, demoter, accord, daemon)
-        promoter = Promoter(tiers, demoter)
-        self._prefetcher = Prefetcher(tiers, self._prefixes, promoter, daemon)
+        reading = ColdReading(tiers)
+        promoter = Promoter(tiers, demoter, reading)
+        self._prefetcher = Prefetcher(tiers, self._prefixes, reading, daemon)
         self._admission = Admission(
             tiers,
             prefixes=self._prefixes,
             promoter=promoter,
+            reading=reading,
             demoter=demoter,
             accord=accord,
             running=self._running,

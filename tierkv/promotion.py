@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 
 from tierkv.block import Tier
+from tierkv.cold_reading import ColdReading
 from tierkv.demotion import Demoter
 from tierkv.errors import CapacityError, StoreError
 from tierkv.events import EventKind
@@ -17,15 +18,11 @@ from tierkv.movers.mover import Move, Ready
 from tierkv.split_load import SplitLoad
 from tierkv.storage.coded import CodedBlock
 from tierkv.storage.outcomes import MissReason
-from tierkv.storage.record import BlockInfo
 from tierkv.tiers import Place, Tiers
-from tierkv.work_queue import Priority
 
 __all__ = ["Pinned", "Promoted", "Promoter"]
 
 _WAVE_BLOCKS = 16
-_AHEAD_BLOCKS = 4  # measured: more at once keeps the disk from what is needed first
-_DAMAGED = (MissReason.CORRUPT, MissReason.TRUNCATED)
 
 
 @dataclass(slots=True)
@@ -71,9 +68,10 @@ class Pinned:
 class Promoter:
     """Turns hits into hot blocks. A block that cannot be had ends the hit there: failure is a miss."""
 
-    def __init__(self, tiers: Tiers, demoter: Demoter) -> None:
+    def __init__(self, tiers: Tiers, demoter: Demoter, reading: ColdReading) -> None:
         self._tiers = tiers
         self._demoter = demoter
+        self._reading = reading
 
     def promote(self, lookup: Lookup, pinned: Pinned, *, num_blocks: int) -> Promoted:
         """Return a block table of `num_blocks` blocks that begins with what was found.
@@ -140,7 +138,7 @@ class Promoter:
     def split(self, hits: Sequence[Hit], targets: Sequence[int], *, num_before: int) -> SplitLoad:
         """Begin to load cold blocks, last one first, into the caller's block ids while he computes the first ones."""
         after = self._tiers.mover.mark()
-        return SplitLoad(self._tiers, hits, targets, num_before=num_before, read=self.read_one, after=after)
+        return SplitLoad(self._tiers, hits, targets, num_before=num_before, read=self._reading.read_one, after=after)
 
     def _promote_blocks(
         self, hits: Sequence[Hit], pinned: dict[int, Place], fresh: deque[int], result: Promoted
@@ -269,93 +267,15 @@ class Promoter:
     def _read(
         self, wave: Sequence[Hit], pinned: dict[int, Place], result: Promoted
     ) -> tuple[list[Place], list[CodedBlock]]:
-        """Read blocks beside the hot tier, several at once.
-
-        Return the pinned places of the leading good ones, and what lies there.
-        """
+        """Return the pinned places of the leading good ones of a wave, and what lies there."""
         tiers = self._tiers
-        if tiers.lower:
-            places, failure = tiers.lower.read(wave)
-            result.failure = failure or result.failure
-            return places, []
-        places = tiers.try_take_raw(len(wave))
-        if not places:
-            # Nobody waits for warm slots while holding some: this request may hold all of them itself.
+
+        def give_back() -> None:
             tiers.unpin([pinned.pop(at) for at, place in list(pinned.items()) if place.tier is Tier.WARM])
-            places = tiers.take_raw(len(wave))
-        if not places:
-            result.failure = MissReason.NO_ROOM
-            return [], []
-        ahead = [*wave[_AHEAD_BLOCKS:], *[None] * _AHEAD_BLOCKS]
-        coded: list[CodedBlock] = []
-        try:
-            with tiers.watch.span("read cold") as detail:
-                read = tiers.threads.map(Priority.REQUEST, self.read_one, wave, places, ahead)
-                detail["blocks"] = len(places)
-            for block in read:
-                if isinstance(block, MissReason):
-                    result.failure = block
-                    break
-                coded.append(block)
-            if len(coded) < len(places):
-                self.give_up(wave[len(coded)], result.failure)
-            with tiers.changed:
-                for hit, place, block in zip(wave, places, coded, strict=False):
-                    self._note_read(hit, place, block)
-        except BaseException:
-            tiers.unpin(places)
-            raise
-        tiers.unpin(places[len(coded) :])
-        return places[: len(coded)], coded
 
-    def _note_read(self, hit: Hit, place: Place, coded: CodedBlock) -> None:
-        """Enter a block that has been read: into the warm tier, if that is where it lies. The caller holds the lock."""
-        tiers = self._tiers
-        tiers.stats.bytes_out[Tier.COLD] += tiers.layout.packed_bytes(len(hit.token_bytes) // 4)
-        if place.tier is None or coded.frame_sizes:
-            entry = tiers.index.get(hit.block_hash, hit.parent_hash, hit.token_bytes, seal=hit.seal)
-        else:
-            entry = tiers.index.insert(hit.block_hash, hit.parent_hash, hit.token_bytes, seal=hit.seal)
-            if entry and entry.warm_slot is None:
-                tiers.attach(entry, Tier.WARM, place.slot, EventKind.PROMOTE)
-        if entry:
-            entry.in_cold = True
-
-    def read_one(
-        self, hit: Hit, place: Place, ahead: Hit | None = None, *, may_stay_coded: bool = True
-    ) -> MissReason | CodedBlock:
-        """Read a block into its place, while the disk fetches one that will be needed soon. Return what lies there.
-
-        may_stay_coded: whether a GPU will decode it, where there is one that can.
-        """
-        assert hit.source is not None and hit.seal is not None
-        tiers = self._tiers
-        if ahead and ahead.source:
-            ahead.source.read_ahead([ahead.block_hash])
-        info = BlockInfo(
-            block_hash=hit.block_hash,
-            parent=hit.parent_hash,
-            namespace=tiers.namespace,
-            seal=hit.seal,
-            token_bytes=hit.token_bytes,
-        )
-        coded = CodedBlock()
-        wanted = {"coded": coded} if tiers.frames and may_stay_coded else {}
-        try:
-            reason = hit.source.read_into(info, tiers.raw_slots[place.slot], layout=tiers.layout, **wanted)
-        except StoreError:
-            return MissReason.IO_ERROR
-        return coded if reason is None else reason
-
-    def give_up(self, hit: Hit, reason: MissReason | None) -> None:
-        """Forget that a source has a block which could not be read, and tell it of a damaged one."""
-        assert hit.source is not None
-        with self._tiers.changed:
-            entry = self._tiers.index.get(hit.block_hash, hit.parent_hash, hit.token_bytes, seal=hit.seal)
-            if entry:
-                entry.in_cold = False
-        if reason in _DAMAGED:
-            hit.source.note_damaged(hit.block_hash)
+        places, coded, failure = self._reading.read(wave, give_back=give_back)
+        result.failure = failure or result.failure
+        return places, coded
 
     def _fill_tail(self, hit: Hit, target: int, pinned: dict[int, Place], result: Promoted) -> bool:
         """Copy a block of which a part is of use into a block of the sequence's own. False if it cannot be had."""

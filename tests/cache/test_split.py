@@ -307,7 +307,7 @@ def test_blocks_behind_one_that_was_given_up_are_not_taken_for_those_that_follow
             entries = [tiers.index.insert(h.block_hash, h.parent_hash, h.token_bytes, seal=h.seal) for h in hits]
             places = tiers.try_take_raw(7)  # all but the write thread's
             assert entries[3]
-            cache._admission._promoter.read_one(hits[3], places[0])
+            cache._admission._reading.read_one(hits[3], places[0])
             tiers.attach(entries[3], Tier.WARM, places[0].slot, EventKind.PROMOTE)
             tiers.unpin(places[:1])  # the one place there is: the warm block gives way to the cold ones before it
         say_rates(cache, block_s=1.0, load_s=1.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from tierkv.block import TOKEN_BYTES, BlockHash, Tier
+from tierkv.cold_reading import ColdReading
 from tierkv.demotion import Demoter
 from tierkv.index import Entry
 from tierkv.lookup import Hit, Lookup
@@ -36,6 +37,7 @@ class Admission:
         *,
         prefixes: Prefixes,
         promoter: Promoter,
+        reading: ColdReading,
         demoter: Demoter,
         accord: Accord,
         running: RunningSequences,
@@ -47,6 +49,7 @@ class Admission:
         self._tiers = tiers
         self._prefixes = prefixes
         self._promoter = promoter
+        self._reading = reading
         self._demoter = demoter
         self._accord = accord
         self._running = running
@@ -125,7 +128,7 @@ class Admission:
             self._registrar.register_loaded(sequence, loaded)
             self._tally.tell_split(split, loaded, reasons)
         if split.failed:
-            self._promoter.give_up(*split.failed)
+            self._reading.give_up(*split.failed)
         self._promoter.keep_warm(loaded)
         if self._tiers.cold:
             self._tiers.cold.touch([hit.block_hash for hit in loaded])

@@ -9,11 +9,11 @@ from functools import partial
 from typing import NamedTuple
 
 from tierkv.block import TOKEN_BYTES, Tier
+from tierkv.cold_reading import ColdReading
 from tierkv.errors import CapacityError
 from tierkv.events import EventKind
 from tierkv.handle import Handle
 from tierkv.lookup import Hit
-from tierkv.promotion import Promoter
 from tierkv.remote.tiers import DaemonTiers
 from tierkv.requests.prefixes import Prefixes
 from tierkv.storage.outcomes import MissReason
@@ -46,10 +46,10 @@ class Prefetcher:
     Blocks are read by the cache's own threads, at a priority below that of requests, a few at a time.
     """
 
-    def __init__(self, tiers: Tiers, prefixes: Prefixes, promoter: Promoter, daemon: DaemonTiers | None) -> None:
+    def __init__(self, tiers: Tiers, prefixes: Prefixes, reading: ColdReading, daemon: DaemonTiers | None) -> None:
         self._tiers = tiers
         self._prefixes = prefixes
-        self._promoter = promoter
+        self._reading = reading
         self._daemon = daemon
         self._queue: WorkQueue[_Prompt] = WorkQueue(max_entries=_MAX_PROMPTS)
         self._is_closing = threading.Event()
@@ -145,9 +145,9 @@ class Prefetcher:
     def _read(self, hit: Hit, place: Place, slot: int) -> MissReason | None:
         """Read a block into its raw place, and from there into its slot if the warm tier is compressed."""
         tiers = self._tiers
-        outcome = self._promoter.read_one(hit, place, may_stay_coded=False)
+        outcome = self._reading.read_one(hit, place, may_stay_coded=False)
         if isinstance(outcome, MissReason):
-            self._promoter.give_up(hit, outcome)
+            self._reading.give_up(hit, outcome)
             return outcome
         if not tiers.compression:
             return None

@@ -23,11 +23,23 @@ def test_a_cost_is_believed_less_until_it_is_measured_again() -> None:
     costs = CostBySize()
     costs.add(4, 1.0)
     for _ in range(200):
-        costs.forget()
+        costs.forget(4)
     forgotten = costs.estimate(4)
     assert forgotten is not None and forgotten < 0.1
     costs.add(4, 1.0)
     assert costs.estimate(4) == 1.0
+
+
+def test_works_that_are_done_all_the_time_do_not_keep_an_odd_one_of_another_size_believed() -> None:
+    costs = CostBySize()
+    costs.add(1, 0.001)
+    costs.add(64, 5.0)  # something else kept the disk busy
+    for _ in range(300):
+        costs.forget(64)
+        costs.add(1, 0.001)
+    forgotten, larger = costs.estimate(64), costs.estimate(200)
+    assert forgotten is not None and forgotten < 0.02
+    assert larger is not None and larger > 5.0, "a size that nobody asked about is forgotten by nobody"
 
 
 def test_each_kind_of_load_costs_for_itself() -> None:
@@ -35,7 +47,7 @@ def test_each_kind_of_load_costs_for_itself() -> None:
     costs.add(4, 0.010, memory)
     assert costs.estimate(4, disk) is None
     costs.add(4, 0.044, disk)
-    costs.forget(memory)
+    costs.forget(4, memory)
     assert costs.estimate(4, disk) == 0.044
     assert costs.estimate(4, LoadKind(in_memory=False, is_split=True)) is None
     remembered = costs.estimate(4, memory)

@@ -21,23 +21,33 @@ class CostBySize:
 
     def __init__(self) -> None:
         self._works: dict[int, deque[tuple[int, float]]] = {}
-        self._belief = 1.0
+        self._beliefs: dict[int, float] = {}
 
     def add(self, size: int, seconds: float) -> None:
         """Count a work of that size, such as a pass of so many new tokens."""
         if size > 0:
             self._works.setdefault(size.bit_length(), deque(maxlen=_MEMORY)).append((size, seconds))
-            self._belief = 1.0
+            self._beliefs.pop(size.bit_length(), None)
 
     def estimate(self, size: int) -> float | None:
-        """Return the seconds that a work of that size takes; None before anything is measured.
+        """Return the seconds that a work of that size takes, as far as believed; None before anything is measured.
 
         Below the smallest size measured it costs what that costs; above the largest, in proportion.
         """
+        seconds = self._drawn(size)
+        return None if seconds is None else seconds * self._beliefs.get(size.bit_length(), 1.0)
+
+    def forget(self, size: int) -> None:
+        """Believe a little less in what works of about that size take, until one is measured: it may be faster now.
+
+        Works of other sizes say nothing about that: they may be done all the time.
+        """
+        self._beliefs[size.bit_length()] = _FORGOTTEN * self._beliefs.get(size.bit_length(), 1.0)
+
+    def _drawn(self, size: int) -> float | None:
         works_by_size = [list(works) for works in list(self._works.values())]  # others may be adding
         points = sorted(
-            (statistics.median(n for n, _ in works), self._belief * statistics.median(s for _, s in works))
-            for works in works_by_size
+            (statistics.median(n for n, _ in works), statistics.median(s for _, s in works)) for works in works_by_size
         )
         if not points:
             return None
@@ -51,10 +61,6 @@ class CostBySize:
                 return before[1] + max(share, 0.0) * (seconds - before[1])
             before = (at, seconds)
         raise AssertionError("the largest size was compared first")
-
-    def forget(self) -> None:
-        """Believe a little less in what was measured, until the next measurement: it may have become faster."""
-        self._belief *= _FORGOTTEN
 
 
 class LoadKind(NamedTuple):
@@ -86,6 +92,6 @@ class LoadCosts:
         """Return the seconds that so many blocks add; None before the first of their kind."""
         return self._costs[kind].estimate(num_blocks)
 
-    def forget(self, kind: LoadKind) -> None:
-        """Believe a little less in one kind: what is never done any more would never be found faster again."""
-        self._costs[kind].forget()
+    def forget(self, num_blocks: int, kind: LoadKind) -> None:
+        """Believe a little less in loads like that: what is never done any more would never be found faster again."""
+        self._costs[kind].forget(num_blocks)

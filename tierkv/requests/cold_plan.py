@@ -63,5 +63,5 @@ class ColdPlanner:
         chosen = min(plans, key=lambda each: each[0])[1]
         for _, plan in plans:
             if plan is not chosen and plan.load:
-                loads.forget(plan.load.kind)
+                loads.forget(len(cold), plan.load.kind)
         return chosen

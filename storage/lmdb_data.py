@@ -27,6 +27,7 @@ from tierkv.storage.record_source import FileRecord, ThreadMemory
 
 __all__ = ["CutShortError", "DataFile"]
 
+_MAX_FILE_BYTES = (1 << 63) - 1  # where no file goes on, a damaged page number may point
 _COMPARED_BYTES = 64  # of a value, to tell whether a page is the one that its header says
 
 _logger = logging.getLogger(__name__)
@@ -92,6 +93,8 @@ class DataFile:
         if max_bytes is not None and leaf.size > max_bytes:
             return None
         offset = int.from_bytes(leaf.held, "little") * self._page_bytes + PAGE_HEADER_BYTES
+        if offset + leaf.size > _MAX_FILE_BYTES:
+            return None
         return FileRecord(self.fd, offset=offset, size=leaf.size, memory=self._memory)
 
     def fetch_values(self, database: bytes, keys: Sequence[bytes]) -> None:

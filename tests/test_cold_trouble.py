@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from tierkv.errors import StoreError
 from tierkv.storage import cold_writer
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_namespaces import NAMESPACE_PREFIX
-from tierkv.storage.outcomes import PutOutcome
+from tierkv.storage.lmdb_values import find_leaf
+from tierkv.storage.outcomes import MissReason, PutOutcome
 
 
 def damage_row(store: ColdStore) -> None:
@@ -74,6 +76,19 @@ def test_a_clock_that_is_set_back_does_not_keep_a_store_from_taking_blocks(tmp_p
         assert store.put([record_of(2)]) == [PutOutcome.STORED]
         assert store.evict(older_than_s=50.0).blocks == 0
         store.check()
+
+
+def test_a_block_whose_page_number_points_behind_every_file_is_a_miss(tmp_path: Path) -> None:
+    with open_store(tmp_path) as store:
+        record = record_of(1)
+        store.put([record])
+        block_hash, fd = record.info.block_hash, store._env._data.fd
+        number = find_leaf(fd, store._databases.blocks_name, block_hash).held
+        at = os.pread(fd, 1 << 24, 0).index(block_hash + number) + len(block_hash)
+        os.pwrite(fd, b"\x40", at + len(number) - 1)
+        store.read_ahead([block_hash])
+        assert store.is_in_memory(block_hash), "nothing is fetched for what is not there"
+        assert read(store, record.info) is MissReason.CORRUPT
 
 
 def fail(*_: object) -> None:

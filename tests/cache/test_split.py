@@ -123,6 +123,9 @@ def test_a_damaged_block_is_computed_and_so_is_what_lies_before_it(stored: Path)
         assert sequence.cached_tokens[Tier.COLD] == 4 * 3
         reasons = cache.stats().miss_reasons
         assert (reasons["corrupt"], reasons["recomputed"]) == (1, 6)
+        cache.note_loaded(sequence, 100.0)
+        kinds = (LoadKind(in_memory, is_split=True) for in_memory in (True, False))
+        assert [cache._tiers.load_costs.estimate(NUM_BLOCKS, kind) for kind in kinds] == [None] * 2
         cache.release(sequence)
         cache.check()
 
@@ -297,6 +300,20 @@ def test_a_load_that_fails_beyond_a_miss_leaves_nothing_behind(
         cache.check()
         tiers = cache._tiers
         assert (tiers.index.hot.referenced_count, tiers.index.warm.referenced_count) == (0, tiers.reserved_raw)
+
+
+def test_a_look_at_the_page_cache_that_fails_leaves_nothing_behind(
+    stored: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: bytes) -> bool:
+        raise MemoryError("no room for a page")
+
+    with open_cache(stored) as cache:
+        cache.release(cache.acquire([*PROMPT[:8], 7]))  # two blocks are hot
+        monkeypatch.setattr(cache.cold, "is_in_memory", fail)
+        with pytest.raises(MemoryError):
+            cache.acquire([*PROMPT, 7], may_split=True)
+        cache.check()
 
 
 def test_blocks_behind_one_that_was_given_up_are_not_taken_for_those_that_follow(stored: Path) -> None:

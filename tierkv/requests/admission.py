@@ -66,14 +66,16 @@ class Admission:
             found = self._prefixes.find(token_bytes, num_tokens - 1) if reuse else Lookup()
             pinned = self._promoter.pin(found)
         ticket: Ticket | None = None
-        if self._daemon and reuse:
-            try:
+        plan = ColdPlan()
+        try:
+            if self._daemon and reuse:
                 found, ticket = self._daemon.reader.look_further(found, token_bytes[:-TOKEN_BYTES], pinned.rest)
-            except BaseException:  # such as an interrupt: this may wait for another process
-                self._tiers.unpin_all(Tier.HOT, pinned.hot)
-                self._tiers.unpin(pinned.rest.values())
-                raise
-        plan = self._planner.plan(found, num_tokens, may_split=may_split) if self._planner else ColdPlan()
+            elif self._planner:
+                plan = self._planner.plan(found, num_tokens, may_split=may_split)
+        except BaseException:  # such as an interrupt: this may wait for another process, or look at a file
+            self._tiers.unpin_all(Tier.HOT, pinned.hot)
+            self._tiers.unpin(pinned.rest.values())
+            raise
         later, dropped = plan.later, plan.dropped
         if later or dropped:
             found = replace(found, blocks=found.blocks[: -len(later or dropped)], tail=None)
@@ -127,6 +129,8 @@ class Admission:
             reasons = self._tally.count_split(split)
             self._registrar.register_loaded(sequence, loaded)
             self._tally.tell_split(split, loaded, reasons)
+        if split.failure:
+            sequence.cold_load = None  # that many blocks were not loaded
         if split.failed:
             self._reading.give_up(*split.failed)
         self._promoter.keep_warm(loaded)

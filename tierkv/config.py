@@ -35,7 +35,7 @@ class CacheConfig:
     num_io_threads: threads that read, decode and encode cold blocks. One for each core, at most 8: more gain nothing,
         neither from the page cache nor from a disk (measured).
     warm_codec: "raw" keeps blocks in the warm tier as they are, "windows" losslessly compressed (storage/windows.py),
-        "auto" compresses where a GPU does it: bfloat16 on CUDA with triton.
+        "auto" compresses where a GPU does it: bfloat16 on CUDA with triton and what that compiles with.
     gpu_decode: let the GPU decode cold blocks of 16-bit floats, where nvCOMP is installed (the extra `nvcomp`).
     write_through: write every block to the lower tiers behind the request; False writes a block only when
         the hot pool needs its room.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from tierkv.config import CacheConfig
@@ -38,27 +39,56 @@ class WarmMemory:
 
 
 def open_warm_memory(hot: HotPool, config: CacheConfig) -> WarmMemory:
-    """Take `config.warm_bytes` of memory. Raises CapacityError if that is under four blocks, or not there."""
-    block_bytes, threads = hot.layout.block_bytes, config.num_io_threads
+    """Take `config.warm_bytes` of memory. Raises CapacityError if that is under four blocks, or not there.
+
+    Raises StoreError where CUDA does not register it, or the GPU cannot compress although that is asked for. Whatever
+    it raises, all memory is given back.
+    """
     form = _form(hot, config)
     _check_memory(config.warm_bytes)
-    if form is None:
-        num_slots = config.warm_bytes // block_bytes
-        _check_room(num_slots, config, block_bytes)
-        warm = WarmPool(block_bytes, num_slots, num_threads=threads)
+    if form is not None:
+        try:
+            return _open_compressed(hot, config, form)
+        except StoreError as exc:
+            if config.warm_codec != "auto":
+                raise
+            _logger.warning("%s; the warm tier keeps blocks as they are instead", exc)
+    return _open_raw(hot, config)
+
+
+def _open_raw(hot: HotPool, config: CacheConfig) -> WarmMemory:
+    block_bytes = hot.layout.block_bytes
+    num_slots = config.warm_bytes // block_bytes
+    _check_room(num_slots, config, block_bytes)
+    with ExitStack() as undo:
+        warm = WarmPool(block_bytes, num_slots, num_threads=config.num_io_threads)
+        undo.callback(warm.close)
         mover = Mover(hot, warm)
-        return WarmMemory(warm=warm, mover=mover, compression=None, frames=_frames(hot, mover, config))
+        undo.callback(mover.close)
+        memory = WarmMemory(warm=warm, mover=mover, compression=None, frames=_frames(hot, mover, config))
+        undo.pop_all()
+    return memory
+
+
+def _open_compressed(hot: HotPool, config: CacheConfig, form: WindowFormat) -> WarmMemory:
+    block_bytes, threads = hot.layout.block_bytes, config.num_io_threads
     num_staging = max(2, min(_MAX_STAGING_BLOCKS, config.warm_bytes // _STAGING_SHARE // block_bytes))
     num_slots = (config.warm_bytes - num_staging * block_bytes) // form.slot_bytes
     _check_room(num_slots, config, form.slot_bytes)
-    staging = WarmPool(block_bytes, num_staging, num_threads=threads)
-    warm = WarmPool(form.slot_bytes, num_slots, num_threads=threads)
-    mover = Mover(hot, staging)
-    compression = Compression(
-        form=form, mover=WindowMover(hot, warm, form, mover), staging=staging, slots=SlotPool(num_staging)
-    )
-    compression.mover.warm_up()
-    return WarmMemory(warm=warm, mover=mover, compression=compression, frames=_frames(hot, mover, config))
+    with ExitStack() as undo:
+        staging = WarmPool(block_bytes, num_staging, num_threads=threads)
+        undo.callback(staging.close)
+        warm = WarmPool(form.slot_bytes, num_slots, num_threads=threads)
+        undo.callback(warm.close)
+        mover = Mover(hot, staging)
+        undo.callback(mover.close)
+        windows = WindowMover(hot, warm, form, mover)
+        undo.callback(windows.close)
+        windows.warm_up()
+        compression = Compression(form=form, mover=windows, staging=staging, slots=SlotPool(num_staging))
+        memory = WarmMemory(warm=warm, mover=mover, compression=compression, frames=_frames(hot, mover, config))
+        undo.pop_all()
+    return memory
 
 
 def no_warm_memory(hot: HotPool) -> WarmMemory:

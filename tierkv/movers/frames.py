@@ -83,7 +83,13 @@ class FrameMover:
         payload = torch.frombuffer(bytearray().join(parts), dtype=torch.uint8)
         self._slots[0, : payload.numel()] = payload
         coded = CodedBlock(tuple(len(part) for part in parts))
-        self.promote([Move(0, self._hot.scratch_block)], [coded]).synchronize()
+        try:
+            self.promote([Move(0, self._hot.scratch_block)], [coded]).synchronize()
+        except StoreError:
+            raise
+        except Exception as exc:  # without a compiler, or for a GPU it does not know, triton raises what it likes
+            settle(self._mover.load_stream, self._stream)
+            raise StoreError(f"this GPU cannot decode blocks: {exc}") from exc
 
     def promote(self, moves: Sequence[Move], coded: Sequence[CodedBlock], *, after: Ready | None = None) -> Ready:
         """Decode the payloads in slots into block ids; waits as `Mover.promote`. Raises StoreError."""

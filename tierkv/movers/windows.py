@@ -56,8 +56,13 @@ class WindowMover:
         """
         if self._gpu:
             scratch, written = self._hot.scratch_block, recorded(torch.cuda.current_stream(self._hot.device))
-            self.demote([Move(scratch, 0)], num_tokens=[self._hot.layout.block_size], after=[CudaReady([written])])
-            self.promote([Move(0, scratch)]).synchronize()
+            try:
+                self.demote([Move(scratch, 0)], num_tokens=[self._hot.layout.block_size], after=[CudaReady([written])])
+                self.promote([Move(0, scratch)]).synchronize()
+            except StoreError:
+                raise
+            except Exception as exc:  # without a compiler, or for a GPU it does not know, triton raises what it likes
+                raise StoreError(f"this GPU cannot compress blocks: {exc}") from exc
 
     def promote(self, moves: Sequence[Move]) -> Ready:
         """Expand warm slots into block ids; waits and layers as in `Mover.promote`. Raises StoreError."""

@@ -1,0 +1,95 @@
+"""Opening the warm tier's memory: what cannot be had leaves nothing behind, and says why."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fake_cuda import FakeCuda
+from pattern_engine import tiny_warm
+from test_moves import assert_idle, fake_mover, gpu_windows
+
+from tierkv import warm_memory
+from tierkv.config import CacheConfig
+from tierkv.errors import StoreError
+from tierkv.layout import BlockLayout
+from tierkv.movers.frames import FrameMover
+from tierkv.movers.mover import Mover
+from tierkv.movers.windows import WindowMover, window_format
+from tierkv.storage.coded import CodedLayout
+from tierkv.storage.hot import HotPool
+from tierkv.warm_memory import open_warm_memory
+
+
+def fail(*_: object, **__: object) -> None:
+    raise StoreError("the GPU does not compress")
+
+
+def open_slabs() -> int:
+    """Return how many slabs this process holds a descriptor of."""
+    links = (Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd"))
+    return sum("tierkv-warm" in os.readlink(link) for link in links if link.is_symlink())
+
+
+@pytest.fixture
+def hot() -> HotPool:
+    return HotPool(tiny_warm(8, "windows")[0], 4, torch.device("cpu"))
+
+
+def config_of(layout: BlockLayout, warm_codec: str) -> CacheConfig:
+    return CacheConfig(block_size=layout.block_size, warm_bytes=tiny_warm(8, "windows")[1], warm_codec=warm_codec)
+
+
+@pytest.mark.parametrize(("warm_codec", "failing"), [("windows", WindowMover), ("windows", Mover), ("raw", Mover)])
+def test_memory_that_cannot_be_used_is_given_back(
+    hot: HotPool, monkeypatch: pytest.MonkeyPatch, warm_codec: str, failing: type
+) -> None:
+    before = open_slabs()
+    monkeypatch.setattr(failing, "warm_up" if failing is WindowMover else "register", fail)
+    with pytest.raises(StoreError, match="does not compress"):
+        open_warm_memory(hot, config_of(hot.layout, warm_codec))
+    assert open_slabs() == before
+
+
+def test_auto_keeps_blocks_as_they_are_where_the_gpu_does_not_compress(
+    hot: HotPool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(warm_memory, "_form", lambda hot, _: window_format(hot.layout))  # as on a GPU
+    monkeypatch.setattr(WindowMover, "warm_up", fail)
+    before = open_slabs()
+    with caplog.at_level(logging.WARNING):
+        memory = open_warm_memory(hot, config_of(hot.layout, "auto"))
+    assert memory.compression is None and "as they are" in caplog.text
+    memory.mover.close()
+    memory.warm.close()
+    assert open_slabs() == before
+
+
+@pytest.mark.parametrize("way", ["windows", "frames"])
+def test_a_kernel_that_does_not_compile_is_a_store_error(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    def compile_it(*_: object, **__: object) -> None:
+        raise subprocess.CalledProcessError(1, ["gcc"])
+
+    FakeCuda(monkeypatch)
+    if way == "windows":
+        gpu, _ = gpu_windows(monkeypatch)
+        gpu._kernels = SimpleNamespace(compress_section=compile_it)
+        mover = object.__new__(WindowMover)
+        mover._gpu, mover._hot = gpu, HotPool(tiny_warm(8, "windows")[0], 4, torch.device("cpu"))
+        with pytest.raises(StoreError, match="gcc"):
+            mover.warm_up()
+        return
+    hot, _, raw = fake_mover(tiny_warm(8, "windows")[0])
+    raw.load_stream.num_queued = 1  # type: ignore[attr-defined]
+    monkeypatch.setattr(FrameMover, "promote", compile_it)
+    frames = object.__new__(FrameMover)
+    frames._hot, frames._slots, frames._layout = hot, raw.slots, CodedLayout(hot.layout)
+    frames._mover, frames._stream = raw, torch.cuda.Stream()
+    with pytest.raises(StoreError, match="gcc"):
+        frames.warm_up()
+    assert_idle(raw.load_stream)

@@ -217,6 +217,18 @@ def test_what_a_request_took_decides_what_becomes_of_the_next(stored: Path) -> N
             cache.release(sequence)
 
 
+def test_a_way_that_is_tried_and_not_measured_makes_no_other_less_believed(stored: Path) -> None:
+    with open_cache(stored) as cache:
+        say_rates(cache, block_s=1.0, load_s=0.5)
+        for _ in range(5):  # each beside other requests: nobody notes what it took
+            sequence = cache.acquire([*PROMPT, 7], may_split=True)
+            assert sequence.split
+            cache.release(sequence)
+            sequence.split.wait_ended()
+        kinds = [LoadKind(in_memory) for in_memory in (True, False)]
+        assert [cache._tiers.load_costs.estimate(NUM_BLOCKS, kind) for kind in kinds] == [0.5 * NUM_BLOCKS] * 2
+
+
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_what_the_disk_must_bring_may_be_computed_where_the_page_cache_is_read(
     stored: Path, monkeypatch: pytest.MonkeyPatch, in_memory: bool

@@ -58,8 +58,10 @@ class ColdPlanner:
         if num_cold > self._piece_tokens and not (found.tail and found.tail.tier is not Tier.COLD):
             split = LoadKind(alone.in_memory, is_split=True)
             sharing = loads.estimate(len(cold), split)
-            total = 0.0 if sharing is None else sharing + rest
-            plans.append((total, ColdPlan(later=cold, load=ColdLoad(split, len(cold), num_rest))))
+            to_share = ColdPlan(later=cold, load=ColdLoad(split, len(cold), num_rest))
+            if sharing is None:
+                return to_share  # a trial, which is not always measured, makes no other way less believed
+            plans.append((sharing + rest, to_share))
         chosen = min(plans, key=lambda each: each[0])[1]
         for _, plan in plans:
             if plan is not chosen and plan.load:

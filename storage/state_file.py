@@ -207,6 +207,9 @@ class StateFile:
         self.description: dict[str, object] = msgspec.json.decode(description)
         self.raw_description = description
         self._rows = np.frombuffer(index, dtype=ROW)
+        begins, sizes = self._rows["offset"], self._rows["size"]
+        if np.any(sizes > header.index_offset) or np.any(begins > header.index_offset - sizes):
+            raise CorruptBlockError(f"the index of {self.path} points past its records")
         raw = np.frombuffer(index, dtype=np.uint8).reshape(header.rows, ROW.itemsize)
         self._keys = _leading_integers(raw[:, :HASH_BYTES])
         parents = _leading_integers(raw[:, HASH_BYTES : 2 * HASH_BYTES])

@@ -10,11 +10,13 @@ import os
 import tempfile
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 from cold_blocks import LAYOUT, NAMESPACE, chain_of, open_store, record_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,6 +28,7 @@ from tierkv.storage.lmdb_tree import check_trees
 from tierkv.storage.lmdb_values import find_leaf
 from tierkv.storage.record import decode_record, parse_record
 from tierkv.storage.state_file import StateFile, write_state_file
+from tierkv.storage.state_format import ALIGN_BYTES, ROW, StateHeader
 
 MAX_BYTES = 8 << 20
 edits = st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 255)), min_size=1, max_size=6)
@@ -91,6 +94,23 @@ def test_a_mutated_state_file_is_refused_or_misses(changes, size) -> None:
                 list(state.iter_records())
 
         assert_frugal(use)
+
+
+@pytest.mark.parametrize("field", ["offset", "size"])
+@pytest.mark.parametrize("value", [1 << 20, 1 << 63, (1 << 64) - 1])
+def test_an_index_that_points_past_its_records_is_refused_although_its_checksums_are_right(
+    tmp_path: Path, field: str, value: int
+) -> None:
+    data = bytearray(state_bytes())
+    header = StateHeader.unpack(bytes(data[: StateHeader.size]), actual_bytes=len(data))
+    rows = np.frombuffer(data, dtype=ROW, offset=header.index_offset)
+    rows[field][1] = value
+    checked = bytes(data[ALIGN_BYTES : ALIGN_BYTES + header.description_bytes] + data[header.index_offset :])
+    del rows
+    data[: StateHeader.size] = replace(header, checksum=xxhash.xxh3_64_intdigest(checked)).pack()
+    (tmp_path / "state").write_bytes(data)
+    with pytest.raises(StoreError, match="points past"):
+        StateFile(tmp_path / "state")
 
 
 @fuzzed

@@ -80,9 +80,9 @@ LAYERS = (
         "facade",
         "lookup watch tiers warm_memory remote.link remote.keeper remote.single_flight remote.reader "
         "remote.writer remote.tiers split_load block_writer demotion cold_reading promotion "
-        "ranks.group ranks.torch_ranks ranks.accord block_control sequence defragment requests.prefixes requests.registration "
-        "requests.running requests.tally requests.cold_plan requests.admission requests.prefetching assembly "
-        "occupancy cache_state cache",
+        "ranks.group ranks.torch_ranks ranks.accord block_control sequence defragment requests.prefixes "
+        "requests.registration requests.running requests.tally requests.cold_plan requests.admission "
+        "requests.prefetching assembly occupancy cache_state cache",
         below="values control storage kernels background client mover",
     ),
     # What runs a model over the cache, or steers it.

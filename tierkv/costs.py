@@ -22,12 +22,14 @@ class CostBySize:
     def __init__(self) -> None:
         self._works: dict[int, deque[tuple[int, float]]] = {}
         self._beliefs: dict[int, float] = {}
+        self._points: list[tuple[float, float]] | None = None
 
     def add(self, size: int, seconds: float) -> None:
         """Count a work of that size, such as a pass of so many new tokens."""
         if size > 0:
             self._works.setdefault(size.bit_length(), deque(maxlen=_MEMORY)).append((size, seconds))
             self._beliefs.pop(size.bit_length(), None)
+            self._points = None
 
     def estimate(self, size: int) -> float | None:
         """Return the seconds that a work of that size takes, as far as believed; None before anything is measured.
@@ -45,10 +47,13 @@ class CostBySize:
         self._beliefs[size.bit_length()] = _FORGOTTEN * self._beliefs.get(size.bit_length(), 1.0)
 
     def _drawn(self, size: int) -> float | None:
-        works_by_size = [list(works) for works in list(self._works.values())]  # others may be adding
-        points = sorted(
-            (statistics.median(n for n, _ in works), statistics.median(s for _, s in works)) for works in works_by_size
-        )
+        points = self._points
+        if points is None:
+            works_by_size = [list(works) for works in list(self._works.values())]  # others may be adding
+            points = self._points = sorted(
+                (statistics.median(n for n, _ in works), statistics.median(s for _, s in works))
+                for works in works_by_size
+            )
         if not points:
             return None
         if size >= points[-1][0]:

@@ -28,9 +28,9 @@ class ColdPlan:
 class ColdPlanner:
     """Chooses between loading cold blocks, computing them, and both at once.
 
-    Nothing is foretold from bandwidths: copies, decoding and a forward pass slow each other down. A way that was never
-    tried for blocks like these is tried, and one that is not chosen is believed in a little less each time, until it is
-    tried again. piece_tokens: only of more tokens than that the work is shared.
+    Nothing is foretold from bandwidths: copies, decoding and a forward pass slow each other down. Until loading and
+    computing are measured all is loaded; then sharing the work is tried. A load that is not chosen is believed in a
+    little less each time, until it is tried again. piece_tokens: only of more tokens than that the work is shared.
     """
 
     def __init__(self, tiers: Tiers, *, piece_tokens: int) -> None:

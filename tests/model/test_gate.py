@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -61,18 +62,34 @@ def test_an_encoder_is_refused() -> None:
         check_supported(BertLMHeadModel(config))
 
 
-def test_a_model_whose_tokens_depend_on_later_ones_fails_the_self_test() -> None:
-    class LooksAhead(LlamaForCausalLM):  # type: ignore[misc]
-        def forward(self, input_ids: Tensor, **options: Any) -> Any:
-            mean = self.model.embed_tokens(input_ids).mean(1, keepdim=True)
-            output = super().forward(input_ids, **options)
-            output.logits = output.logits + mean.sum() * torch.arange(output.logits.shape[-1])
-            return output
+class LooksAhead(LlamaForCausalLM):  # type: ignore[misc]
+    """A model whose logits depend on later tokens."""
 
+    def forward(self, input_ids: Tensor, **options: Any) -> Any:
+        """Add the mean of all embeddings to each token's logits."""
+        mean = self.model.embed_tokens(input_ids).mean(1, keepdim=True)
+        output = super().forward(input_ids, **options)
+        output.logits = output.logits + mean.sum() * torch.arange(output.logits.shape[-1])
+        return output
+
+
+def test_a_model_whose_tokens_depend_on_later_ones_fails_the_self_test() -> None:
     torch.manual_seed(0)
     model = LooksAhead(LlamaConfig(**SMALL)).eval()
     with pytest.raises(UnsupportedModelError, match="fails the self-test"):
         self_test(model, probe_layout(model, block_size=16))
+
+
+@pytest.mark.parametrize(("kind", "is_refused"), [(LlamaForCausalLM, False), (LooksAhead, True)])
+def test_more_rounding_than_usual_is_told_from_a_model_that_cannot_be_split(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Any], is_refused: bool
+) -> None:
+    torch.manual_seed(0)
+    model = kind(LlamaConfig(**SMALL)).eval().to(torch.bfloat16)
+    monkeypatch.setitem(gate._TOLERANCE, "bfloat16", 1e-5)  # as if 32 layers had rounded
+    with pytest.raises(UnsupportedModelError, match="fails the self-test") if is_refused else nullcontext():
+        self_test(model, probe_layout(model, block_size=16))
+    assert not model.get_input_embeddings()._forward_hooks
 
 
 def test_a_model_that_attends_twice_in_a_layer_is_refused() -> None:

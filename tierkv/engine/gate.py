@@ -34,6 +34,9 @@ _FLASH_TOKENS = 256
 # Root mean square error of the logits over their own: what splitting the prompt may change by rounding.
 # A model that cannot be split shows 0.1 and more.
 _TOLERANCE = {"float64": 1e-6, "float32": 1e-3, "float16": 2e-2, "bfloat16": 6e-2}
+# What splitting may change, as a multiple of what half the last bit of the embeddings changes. Seen with 32 layers of
+# bfloat16: 0.5 on one rank, 0.7 on four, whose sums are rounded too.
+_ROUNDING = 1.2
 
 
 def check_supported(model: Any) -> None:
@@ -117,8 +120,10 @@ def self_test(model: Any, layout: BlockLayout) -> float:
     with torch.inference_mode():
         want = _own_logits(model, ids)
         got = _split_logits(model, ids, layout)
-    error = float((got.double() - want.double()).square().mean().sqrt() / want.double().square().mean().sqrt())
-    if not error <= _TOLERANCE.get(layout.dtype, 0.1):
+    error, tolerance = _relative_error(got, want), _TOLERANCE.get(layout.dtype, 0.1)
+    if error > tolerance:  # a deep model may round as much: then half a bit more or less changes as much
+        tolerance = max(tolerance, _ROUNDING * _relative_error(_nudged_logits(model, ids, layout.dtype), want))
+    if not error <= tolerance:
         raise UnsupportedModelError(
             f"{type(model).__name__} fails the self-test: split at block borders its logits differ by {error:.1%}"
         )
@@ -186,6 +191,30 @@ def _own_logits(model: Any, ids: Tensor) -> Tensor:
         if has_softcap:
             model.set_attn_implementation(before)
     return logits
+
+
+def _relative_error(got: Tensor, want: Tensor) -> float:
+    """Return the root mean square of what differs over that of what is wanted."""
+    return float((got.double() - want.double()).square().mean().sqrt() / want.double().square().mean().sqrt())
+
+
+def _nudged_logits(model: Any, ids: Tensor, dtype: str) -> Tensor:
+    """Return the logits of one pass in which each number of the embeddings is off by at most half its last bit.
+
+    The same nudge on every rank of a split model: it is made of the numbers themselves.
+    """
+    half_bit = torch.finfo(getattr(torch, dtype)).eps / 2
+
+    def nudge(module: Any, inputs: Any, output: Tensor) -> Tensor:
+        numbers = output.float()
+        return (numbers + numbers * half_bit * torch.sin(numbers * 1e6)).to(output.dtype)
+
+    hook = model.get_input_embeddings().register_forward_hook(nudge)
+    try:
+        with torch.inference_mode():
+            return _own_logits(model, ids)
+    finally:
+        hook.remove()
 
 
 def _split_logits(model: Any, ids: Tensor, layout: BlockLayout) -> Tensor:

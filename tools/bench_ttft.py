@@ -45,7 +45,7 @@ _SHAPES: dict[str, dict[str, Any]] = {
         "intermediate_size": 512,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "num_key_value_heads": 4,
         "head_dim": 64,
     },
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tierkv.costs import CostBySize, LoadCosts, LoadKind
+from tierkv.costs import CostBySize
 
 
 def test_the_cost_of_a_pass_is_drawn_between_what_was_measured() -> None:
@@ -40,15 +40,3 @@ def test_works_that_are_done_all_the_time_do_not_keep_an_odd_one_of_another_size
     forgotten, larger = costs.estimate(64), costs.estimate(200)
     assert forgotten is not None and forgotten < 0.02
     assert larger is not None and larger > 5.0, "a size that nobody asked about is forgotten by nobody"
-
-
-def test_each_kind_of_load_costs_for_itself() -> None:
-    costs, memory, disk = LoadCosts(), LoadKind(in_memory=True), LoadKind(in_memory=False)
-    costs.add(4, 0.010, memory)
-    assert costs.estimate(4, disk) is None
-    costs.add(4, 0.044, disk)
-    costs.forget(4, memory)
-    assert costs.estimate(4, disk) == 0.044
-    assert costs.estimate(4, LoadKind(in_memory=False, is_split=True)) is None
-    remembered = costs.estimate(4, memory)
-    assert remembered is not None and remembered < 0.010

@@ -209,7 +209,7 @@ class TierCache:
         if load:
             with self._tiers.changed:
                 rest_s = self._tiers.step_costs.estimate(load.num_rest) or 0.0
-                self._tiers.load_costs.add(load.num_blocks, max(0.0, seconds - rest_s), load.kind)
+                self._tiers.load_costs[load.kind].add(load.num_blocks, max(0.0, seconds - rest_s))
 
     @while_open
     def append(self, sequence: Sequence, token_ids: TokenIds) -> None:

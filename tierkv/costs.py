@@ -7,10 +7,10 @@ a few blocks are read side by side and take as long as one.
 from __future__ import annotations
 
 import statistics
-from collections import defaultdict, deque
+from collections import deque
 from typing import NamedTuple
 
-__all__ = ["ColdLoad", "CostBySize", "LoadCosts", "LoadKind"]
+__all__ = ["ColdLoad", "CostBySize", "LoadKind"]
 
 _MEMORY = 5
 _FORGOTTEN = 0.98
@@ -81,22 +81,3 @@ class ColdLoad(NamedTuple):
     kind: LoadKind
     num_blocks: int
     num_rest: int
-
-
-class LoadCosts:
-    """The seconds that cold blocks add to a request, by their number, each kind of load for itself."""
-
-    def __init__(self) -> None:
-        self._costs: defaultdict[LoadKind, CostBySize] = defaultdict(CostBySize)
-
-    def add(self, num_blocks: int, seconds: float, kind: LoadKind) -> None:
-        """Count that so many blocks added so many seconds."""
-        self._costs[kind].add(num_blocks, seconds)
-
-    def estimate(self, num_blocks: int, kind: LoadKind) -> float | None:
-        """Return the seconds that so many blocks add; None before the first of their kind."""
-        return self._costs[kind].estimate(num_blocks)
-
-    def forget(self, num_blocks: int, kind: LoadKind) -> None:
-        """Believe a little less in loads like that: what is never done any more would never be found faster again."""
-        self._costs[kind].forget(num_blocks)

@@ -99,7 +99,7 @@ class SplitLoad:
         num_brought, seconds = self._brought
         if seconds is None:
             num_brought = len(self.hits)
-            seconds = self._tiers.load_costs.estimate(num_brought, self._kind)
+            seconds = self._tiers.load_costs[self._kind].estimate(num_brought)
         return None if seconds is None else seconds / num_brought
 
     def _run_watched(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from tierkv.block import BlockHash, Seal, Tier
-from tierkv.costs import CostBySize, LoadCosts
+from tierkv.costs import CostBySize, LoadKind
 from tierkv.errors import ClosedError, StoreError
 from tierkv.events import EventKind
 from tierkv.index import Entry, Index
@@ -117,7 +117,8 @@ class Tiers:
     frames: decodes cold blocks on the GPU, where that can be had.
     threads: read and encode blocks, num_threads of them, a request's first; loaders: one a request that loads while it
     computes.
-    load_costs, step_costs: what it takes to bring up cold blocks, and to compute new tokens, as measured here.
+    load_costs, step_costs: the seconds that cold blocks add to a request, by their number, and that computing takes, by
+    the number of new tokens, as measured here.
     in_flight: asynchronous copies and the warm places that they still read.
     leaving: when the last reader or writer of a released sequence's blocks, on whatever stream, is through.
     arriving: block ids whose bytes are on their way up, or are still being computed by whoever committed them; who uses
@@ -142,7 +143,7 @@ class Tiers:
     num_threads: int
     loaders: ThreadPoolExecutor
     watch: Watch
-    load_costs: LoadCosts = field(default_factory=LoadCosts)
+    load_costs: defaultdict[LoadKind, CostBySize] = field(default_factory=lambda: defaultdict(CostBySize))
     step_costs: CostBySize = field(default_factory=CostBySize)
     stats: StatsRecorder = field(default_factory=StatsRecorder)
     changed: threading.Condition = field(default_factory=threading.Condition)

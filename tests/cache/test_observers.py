@@ -199,7 +199,7 @@ def test_a_request_that_computes_while_it_loads_is_told_in_two_parts(tmp_path: P
         first.release(PatternEngine(first).start(prompt))
     with TierCache(config, namespace=namespace) as second, MemoryProfiler(second) as profiler:
         for in_memory in (True, False):
-            second._tiers.load_costs.add(1, 1e-3, LoadKind(in_memory))  # as long as to compute a block
+            second._tiers.load_costs[LoadKind(in_memory)].add(1, 1e-3)  # as long as to compute a block
         with profiler.iteration():
             sequence = PatternEngine(second).start(prompt, may_split=True)
             second.release(sequence)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from pattern_engine import PatternEngine, tiny_layout
 from tierkv.block import Tier
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
-from tierkv.costs import LoadCosts, LoadKind
+from tierkv.costs import CostBySize, LoadKind
 from tierkv.events import EventKind
 from tierkv.namespace import Namespace
 from tierkv.storage.outcomes import MissReason
@@ -53,7 +54,7 @@ def say_rates(cache: TierCache, *, block_s: float, load_s: float) -> None:
     for num_blocks in (1, NUM_BLOCKS):
         cache.note_computed(4 * num_blocks, block_s * num_blocks)
     for in_memory in (True, False):
-        cache._tiers.load_costs.add(1, load_s, LoadKind(in_memory))
+        cache._tiers.load_costs[LoadKind(in_memory)].add(1, load_s)
 
 
 def hold_reads(cache: TierCache, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
@@ -125,7 +126,7 @@ def test_a_damaged_block_is_computed_and_so_is_what_lies_before_it(stored: Path)
         assert (reasons["corrupt"], reasons["recomputed"]) == (1, 6)
         cache.note_loaded(sequence, 100.0)
         kinds = (LoadKind(in_memory, is_split=True) for in_memory in (True, False))
-        assert [cache._tiers.load_costs.estimate(NUM_BLOCKS, kind) for kind in kinds] == [None] * 2
+        assert [cache._tiers.load_costs[kind].estimate(NUM_BLOCKS) for kind in kinds] == [None] * 2
         cache.release(sequence)
         cache.check()
 
@@ -203,7 +204,7 @@ def test_a_few_blocks_that_load_more_slowly_than_they_are_computed_are_not_loade
 
 
 def test_what_a_request_took_decides_what_becomes_of_the_next(stored: Path) -> None:
-    learned: LoadCosts | None = None
+    learned: defaultdict[LoadKind, CostBySize] | None = None
     for took_s, is_split, num_cached in [(50.0, True, 0), (40.0, False, len(PROMPT)), (1.0, False, 0)]:
         with open_cache(stored) as cache:
             say_rates(cache, block_s=1.0, load_s=0.5)
@@ -226,7 +227,7 @@ def test_a_way_that_is_tried_and_not_measured_makes_no_other_less_believed(store
             cache.release(sequence)
             sequence.split.wait_ended()
         kinds = [LoadKind(in_memory) for in_memory in (True, False)]
-        assert [cache._tiers.load_costs.estimate(NUM_BLOCKS, kind) for kind in kinds] == [0.5 * NUM_BLOCKS] * 2
+        assert [cache._tiers.load_costs[kind].estimate(NUM_BLOCKS) for kind in kinds] == [0.5 * NUM_BLOCKS] * 2
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
@@ -237,8 +238,8 @@ def test_what_the_disk_must_bring_may_be_computed_where_the_page_cache_is_read(
         assert cache.cold
         for num_blocks in (1, NUM_BLOCKS):
             cache.note_computed(4 * num_blocks, 1.0 * num_blocks)
-        cache._tiers.load_costs.add(NUM_BLOCKS, 0.1, LoadKind(in_memory=True))
-        cache._tiers.load_costs.add(NUM_BLOCKS, 100.0, LoadKind(in_memory=False))
+        cache._tiers.load_costs[LoadKind(in_memory=True)].add(NUM_BLOCKS, 0.1)
+        cache._tiers.load_costs[LoadKind(in_memory=False)].add(NUM_BLOCKS, 100.0)
         monkeypatch.setattr(cache.cold, "is_in_memory", lambda block_hash: in_memory)
         sequence = cache.acquire([*PROMPT[:4], 7], may_split=True)
         assert sequence.cached_tokens[Tier.COLD] == (4 if in_memory else 0)

@@ -34,7 +34,7 @@ _FLASH_TOKENS = 256
 # Root mean square error of the logits over their own: what splitting the prompt may change by rounding.
 # A model that cannot be split shows 0.1 and more.
 _TOLERANCE = {"float64": 1e-6, "float32": 1e-3, "float16": 2e-2, "bfloat16": 6e-2}
-# What splitting may change, as a multiple of what half the last bit of the embeddings changes. Seen with 32 layers of
+# What splitting may change, as a multiple of what the last bit of the embeddings changes. Seen with 32 layers of
 # bfloat16: 0.5 on one rank, 0.7 on four, whose sums are rounded too.
 _ROUNDING = 1.2
 
@@ -121,7 +121,7 @@ def self_test(model: Any, layout: BlockLayout) -> float:
         want = _own_logits(model, ids)
         got = _split_logits(model, ids, layout)
     error, tolerance = _relative_error(got, want), _TOLERANCE.get(layout.dtype, 0.1)
-    if error > tolerance:  # a deep model may round as much: then half a bit more or less changes as much
+    if error > tolerance:  # a deep model may round as much: then a last bit changes as much
         tolerance = max(tolerance, _ROUNDING * _relative_error(_nudged_logits(model, ids, layout.dtype), want))
     if not error <= tolerance:
         raise UnsupportedModelError(
@@ -199,14 +199,14 @@ def _relative_error(got: Tensor, want: Tensor) -> float:
 
 
 def _nudged_logits(model: Any, ids: Tensor, dtype: str) -> Tensor:
-    """Return the logits of one pass in which each number of the embeddings is off by at most half its last bit.
+    """Return the logits of one pass in which many of the embeddings' numbers are off by their last bit.
 
     The same nudge on every rank of a split model: it is made of the numbers themselves.
     """
     half_bit = torch.finfo(getattr(torch, dtype)).eps / 2
 
     def nudge(module: Any, inputs: Any, output: Tensor) -> Tensor:
-        numbers = output.float()
+        numbers = output.double()
         return (numbers + numbers * half_bit * torch.sin(numbers * 1e6)).to(output.dtype)
 
     hook = model.get_input_embeddings().register_forward_hook(nudge)

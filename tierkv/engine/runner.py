@@ -212,9 +212,10 @@ class Runner:
         for request, fetched in self._step(running, keep_logits=options.keep_logits):
             token = request.sampler.choose(fetched)
             request.last_token_at = time.perf_counter()
-            if request.sequence and not request.had_company:
-                self.cache.note_loaded(request.sequence, request.last_token_at - request.admitted_at)
-            request.first_token_at = request.first_token_at or request.last_token_at
+            if request.first_token_at is None:
+                request.first_token_at = request.last_token_at
+                if request.sequence and not request.had_company:
+                    self.cache.note_loaded(request.sequence, request.last_token_at - request.admitted_at)
             request.token_ids.append(token)
             is_last = token in request.stop_ids or len(request.new_ids) == options.max_new_tokens
             events.append(TokenEvent(request.number, token, is_last))

@@ -51,13 +51,13 @@ class ColdPlanner:
         costs, loads = self._tiers.step_costs, self._tiers.load_costs
         num_cold = len(cold) * self._block_size
         computing, rest = costs.estimate(num_cold + num_rest), costs.estimate(num_rest)
-        loading = loads.estimate(len(cold), alone)
+        loading = loads[alone].estimate(len(cold))
         if loading is None or computing is None or rest is None:
             return to_load
         plans = [(loading + rest, to_load), (computing, ColdPlan(dropped=cold))]
         if num_cold > self._piece_tokens and not (found.tail and found.tail.tier is not Tier.COLD):
             split = LoadKind(alone.in_memory, is_split=True)
-            sharing = loads.estimate(len(cold), split)
+            sharing = loads[split].estimate(len(cold))
             to_share = ColdPlan(later=cold, load=ColdLoad(split, len(cold), num_rest))
             if sharing is None:
                 return to_share  # a trial, which is not always measured, makes no other way less believed
@@ -65,5 +65,5 @@ class ColdPlanner:
         chosen = min(plans, key=lambda each: each[0])[1]
         for _, plan in plans:
             if plan is not chosen and plan.load:
-                loads.forget(len(cold), plan.load.kind)
+                loads[plan.load.kind].forget(len(cold))
         return chosen

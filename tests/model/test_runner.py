@@ -192,6 +192,24 @@ SHARING = CascadeCost(
 """A cost by which every shared block pays, however short."""
 
 
+@pytest.mark.parametrize("num_others", [0, 1])
+def test_what_a_cold_hit_took_is_learned_from_requests_that_nothing_ran_beside(
+    place: Place, open_one: Open, num_others: int
+) -> None:
+    runner, prompt = open_one(), tokens(3 * place.block_size, seed=1)
+    runner.prefill(prompt)
+    runner.cache.flush()
+    for tier in (Tier.HOT, Tier.WARM):
+        runner.cache.evict(tier)
+    told: list[float] = []
+    note = runner.cache.note_loaded
+    runner.cache.note_loaded = lambda sequence, seconds: (told.append(seconds), note(sequence, seconds))[-1]
+    runner.generate([[*prompt, 7], *[tokens(20, seed=2)] * num_others], greedy(3))
+    assert len(told) == (0 if num_others else 1), "once, with the first token"
+    learned = [costs.estimate(3) for costs in runner.cache._tiers.load_costs.values()]
+    assert len([seconds for seconds in learned if seconds is not None]) == len(told)
+
+
 def test_sequences_that_share_a_prefix_decode_as_they_would_alone(model: Any, place: Place, open_one: Open) -> None:
     size = place.block_size
     shared = [tokens(2 * size, seed=1), tokens(size + 3, seed=2)]

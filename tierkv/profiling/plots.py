@@ -53,6 +53,7 @@ class MemoryVisualizer:
                 below = below + counts
             evictions.set_ylabel("evictions")
             evictions.set_xlabel("seconds")
+            evictions.set_ylim(0, max(1.0, 1.1 * below.max()))
             evictions.legend(loc="upper left")
         return Path(path)
 

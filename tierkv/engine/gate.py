@@ -107,7 +107,8 @@ def self_test(model: Any, layout: BlockLayout) -> float:
     """Compare a prompt computed at once, by the model's own attention, with one split at block borders.
 
     Returns the relative error of the logits; raises UnsupportedModelError where it is more than rounding.
-    Costs two passes over 2 blocks and 3 tokens, or over about 2,000 tokens where blocks are longer than 1,024.
+    Costs two passes over 2 blocks and 3 tokens, or over about 2,000 tokens where blocks are longer than 1,024;
+    one more where the logits differ by more than a shallow model's rounding.
     """
     size = layout.block_size
     if size > _MAX_TEST_TOKENS:

@@ -77,10 +77,8 @@ def warm(path: Path, options: EngineOptions, *, lines: bool, pin: bool, dry_run:
                 after = _would_be_blocks(runner, prompt) if dry_run else set(runner.cache.match(prompt).block_hashes)
                 reused |= after & before
                 computed |= after - before - reused
-                if (
-                    pin and not dry_run and runner.cache.cold
-                ):  # in memory a pinned prompt would be in the next one's way
-                    runner.cache.cold.set_pinned(runner.cache.match(prompt).block_hashes, True)
+                if pin and not dry_run and runner.cache.cold:  # in memory it would be in the next prompt's way
+                    runner.cache.cold.set_pinned(after, True)
         if pin and not dry_run and not runner.cache.cold:  # the daemon's, once nothing more needs room here
             for prompt in prompts:
                 runner.cache.pin(prompt)

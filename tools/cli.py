@@ -36,6 +36,7 @@ _OPTIONS = {
     "hot_bytes": "--hot",
     "warm_bytes": "--warm",
     "cold_bytes": "--cold",
+    "cold_path": "--store",
     "block_size": "--block-size",
     "max_new_tokens": "--max-new-tokens",
     "top_p": "--top-p",

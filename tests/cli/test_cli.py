@@ -328,6 +328,7 @@ def test_two_block_sizes_in_one_command_are_refused(tierkv: Run, tmp_path: Path)
         (["run", "x", "--cold", "999999999T"], "cannot be opened"),
         (["run", "x", "--warm", "999999T"], "lower --warm"),
         (["run", "x", "--hot", "999999T"], "lower --hot"),
+        (["run", "x", "--store", "/dev/null"], "choose another --store"),
         (["run", "x", "--store", "a\udcff"], "cannot be opened"),  # what is no UTF-8 arrives like this
         (["load", "."], "Is a directory"),
     ],

@@ -69,14 +69,12 @@ def engine_options(
     socket: Path | None,
 ) -> EngineOptions:
     """Return what a command with a model works with. Raises ConfigError for values that do not fit."""
-    if block_size and len(set(block_size)) > 1:
-        raise ConfigError(f"one command has one block size, got {' and '.join(map(str, block_size))}")
     return EngineOptions(
         model=model,
         store=store or default_store(os.environ),
         device=device,
         dtype=dtype,
-        block_size=block_size[0] if block_size else 256,
+        block_size=one_block_size(block_size),
         salt=salt,
         cold_bytes=parse_size(cold),
         warm_bytes=parse_size(warm),
@@ -84,6 +82,13 @@ def engine_options(
         codec=codec,
         socket=socket or named_socket(os.environ),
     )
+
+
+def one_block_size(block_size: list[int] | None) -> int:
+    """Return the tokens of a block. Raises ConfigError where several sizes were named."""
+    if block_size and len(set(block_size)) > 1:
+        raise ConfigError(f"one command has one block size, got {' and '.join(map(str, block_size))}")
+    return block_size[0] if block_size else 256
 
 
 def chosen_store(store: Path | None, socket: Path | None) -> Path:

@@ -25,6 +25,7 @@ from tierkv.tools.cli_options import (
     Store,
     WarmSize,
     engine_options,
+    one_block_size,
 )
 from tierkv.tools.options import default_socket, default_store, parse_size
 
@@ -60,7 +61,7 @@ def start(
         read_prompts(warm_file)
         command = [sys.executable, "-m", "tierkv", "daemon", "prefetch"]
         command += [str(warm_file.absolute()), "--socket", str(config.socket), "--device", "cpu", "--salt", salt]
-        command += ["--block-size", str((block_size or [256])[0])]
+        command += ["--block-size", str(one_block_size(block_size))]
         command += ["--model", model] if model else []
         command += ["--dtype", dtype] if dtype else []
     daemon_command.start(config, detach=detach, warm_command=command)

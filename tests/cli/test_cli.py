@@ -305,8 +305,9 @@ def test_a_truncated_state_file_is_refused_and_the_store_kept(tierkv: Run, tmp_p
     assert tierkv("stats", "--json").json()["blocks"] == 3
 
 
-def test_two_block_sizes_in_one_command_are_refused(tierkv: Run, tmp_path: Path) -> None:
-    result = tierkv("warm", tmp_path / "prompts.txt", "--block-size", 64, "--block-size", 256)
+@pytest.mark.parametrize("command", [["warm"], ["daemon", "start", "--warm-file"]])
+def test_two_block_sizes_in_one_command_are_refused(tierkv: Run, tmp_path: Path, command: list[str]) -> None:
+    result = tierkv(*command, tmp_path / "prompts.txt", "--block-size", 64, "--block-size", 256)
     assert_refused(result, "one block size")
 
 

@@ -91,9 +91,14 @@ def one_block_size(block_size: list[int] | None) -> int:
     return block_size[0] if block_size else 256
 
 
-def chosen_store(store: Path | None, socket: Path | None) -> Path:
-    """Return the store that was named, directly or as that of a daemon."""
+def chosen_daemon(store: Path | None, socket: Path | None) -> Path | None:
+    """Return the socket of the daemon whose store is meant; None where none is named."""
     if store and socket:
         raise ConfigError("name a store or a daemon's socket, not both")
-    daemon = socket or (None if store else named_socket(os.environ))
+    return socket or (None if store else named_socket(os.environ))
+
+
+def chosen_store(store: Path | None, socket: Path | None) -> Path:
+    """Return the store that was named, directly or as that of a daemon."""
+    daemon = chosen_daemon(store, socket)
     return daemon_command.store_of(daemon) if daemon else store or default_store(os.environ)

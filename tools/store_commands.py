@@ -16,8 +16,8 @@ from tierkv.tools import state as state_command
 from tierkv.tools import stats as stats_command
 from tierkv.tools import top as top_command
 from tierkv.tools import verify as verify_command
-from tierkv.tools.cli_options import AsJson, ColdSize, DaemonSocket, Socket, Store, chosen_store
-from tierkv.tools.options import default_socket, named_socket, parse_size
+from tierkv.tools.cli_options import AsJson, ColdSize, DaemonSocket, Socket, Store, chosen_daemon, chosen_store
+from tierkv.tools.options import default_socket, parse_size
 
 
 def stats(store: Store = None, socket: Socket = None, as_json: AsJson = False) -> None:
@@ -73,9 +73,7 @@ def evict(
 
 def compact(store: Store = None, socket: Socket = None, as_json: AsJson = False) -> None:
     """Give a store's free space back to the disk."""
-    path = chosen_store(store, socket)
-    daemon = socket or (None if store else named_socket(os.environ))
-    compact_command.compact(path, daemon=daemon, as_json=as_json)
+    compact_command.compact(chosen_store(store, socket), daemon=chosen_daemon(store, socket), as_json=as_json)
 
 
 def verify(

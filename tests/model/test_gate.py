@@ -12,7 +12,7 @@ from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausa
 
 from tierkv.engine import gate
 from tierkv.engine.attention import use_tierkv_attention
-from tierkv.engine.gate import check_block_size, check_supported, probe_layout, self_test
+from tierkv.engine.gate import check_block_size, check_supported, context_of, probe_layout, self_test
 from tierkv.errors import ConfigError, UnsupportedModelError
 from tierkv.layout import BlockLayout, LayerLayout
 from tierkv.storage.hot import HotPool
@@ -128,3 +128,17 @@ def test_the_self_test_costs_no_more_for_long_blocks_and_keeps_their_remainder(
     monkeypatch.setattr(gate, "HotPool", Pool)
     self_test(model, probe_layout(model, block_size=block_size))
     assert pools == [split_at]
+
+
+@pytest.mark.parametrize(
+    ("rope", "context"),
+    [
+        ({"rope_type": "default", "rope_theta": 1e4}, 512),
+        ({"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}, 2048),
+        ({"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 512}, 2048),
+        ({"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}, 512),
+    ],
+)
+def test_a_stretched_rope_knows_as_many_more_positions(rope: dict[str, Any], context: int) -> None:
+    config = LlamaConfig(**SMALL | {"max_position_embeddings": 512}, rope_parameters=rope)
+    assert context_of(LlamaForCausalLM(config)) == context

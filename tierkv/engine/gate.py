@@ -25,6 +25,7 @@ __all__ = ["check_block_size", "check_split", "check_supported", "context_of", "
 _SAFE_LAYERS = {"full_attention", "sliding_attention"}
 _SAFE_CACHES = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+_STRETCHED_ROPE = {"linear", "yarn"}
 
 # Longer blocks than these cost the self-test much and tell it nothing more: it splits a prompt at shorter ones, which
 # leave the same remainder by flash-attn's 256, so that the same attention is tested.
@@ -68,9 +69,20 @@ def check_split(model: Any, ranks: RankGroup) -> None:
 
 
 def context_of(model: Any) -> int | None:
-    """Return how many positions a model knows, in tokens; None where its configuration does not say."""
-    limit: int | None = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    return limit
+    """Return how many positions a model knows, in tokens; None where its configuration does not say.
+
+    A rope that is stretched knows more, and some configurations give the figure before that.
+    """
+    config = model.config.get_text_config(decoder=True)
+    limit: int | None = getattr(config, "max_position_embeddings", None)
+    if limit is None:
+        return None
+    stretched = [
+        int(rope["factor"] * (rope.get("original_max_position_embeddings") or limit))
+        for rope in _ropes(config)
+        if rope.get("rope_type") in _STRETCHED_ROPE and rope.get("factor")
+    ]
+    return max([limit, *stretched])
 
 
 def check_block_size(model: Any, block_size: int) -> None:
@@ -143,11 +155,16 @@ def _reasons(model: Any) -> Iterator[str]:
     other = set(getattr(config, "layer_types", None) or []) - _SAFE_LAYERS
     if other:
         yield f"layers of type {', '.join(sorted(other))}"
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = {rope.get("rope_type")} | {v.get("rope_type") for v in rope.values() if isinstance(v, dict)}
+    kinds = {rope.get("rope_type") for rope in _ropes(config)}
     for kind in sorted(_LENGTH_DEPENDENT_ROPE & kinds):
         yield f"its rope depends on the prompt's length ({kind})"
     yield from _cache_reasons(model)
+
+
+def _ropes(config: Any) -> list[dict[str, Any]]:
+    """Return the parameters of a model's rope, or of those of its kinds of layers."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [rope, *(each for each in rope.values() if isinstance(each, dict))]
 
 
 def _cache_reasons(model: Any) -> Iterator[str]:

@@ -188,19 +188,17 @@ class ColdStore(ColdReader):
 
         Where others write for too long that is left to the next put.
         """
-        if self.read_only:
-            return
-        self._writer.note_namespace(namespace.digest, namespace.describe())
-        try:
-            self._writer.tend()
-        except StoreBusyError as exc:
-            _logger.warning("%s; the namespace is registered later", exc)
+        if not self.read_only:
+            self.register_namespace(namespace.digest, namespace.describe())
 
     def register_namespace(self, digest: BlockHash, description: bytes) -> None:
         """Do as `open_namespace` for one that is known by its digest and its description (a JSON object) alone."""
         self._require_writable()
-        with self._writer.batch() as batch:
-            batch.register(digest, description)
+        self._writer.note_namespace(digest, description)
+        try:
+            self._writer.tend()
+        except StoreBusyError as exc:
+            _logger.warning("%s; the namespace is registered later", exc)
 
     def put(self, records: Sequence[EncodedRecord]) -> list[PutOutcome]:
         """Store blocks, parents before children; evict to make room. Durable at the next `flush(sync=True)`.

@@ -175,16 +175,16 @@ class RemoteReader:
                 link, answer.cursor, end, theirs.slot, theirs.block_hash, parent, theirs.tokens, theirs.num_tokens
             )
         if pinned is not None:
-            if tail is not found.tail:
-                self._tiers.unpin(pinned.values())  # of the tail that is not used
-                pinned.clear()
             if theirs and is_better:
                 slots.append(theirs.slot)
             elif theirs and theirs.slot != NO_SLOT:
                 link.lend(1)
                 link.give_back(theirs.slot)
             lent = {at: Place(Tier.WARM, slot, link) for at, slot in enumerate(slots) if slot != NO_SLOT}
-            link.lend(len(lent))
+            link.lend(len(lent))  # raises where the connection was closed meanwhile: then all stays as it was found
+            if tail is not found.tail:
+                self._tiers.unpin(pinned.values())  # of the tail that is not used
+                pinned.clear()
             pinned.update(lent)
         miss = _reason(answer.miss) or (None if answer.slots else found.miss)
         return Lookup(found.hot, blocks, tail, miss)

@@ -1,0 +1,35 @@
+"""What a request reads through the daemon when the connection ends in the midst of it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+from tierkv.block import HASH_BYTES, Tier, hash_block
+from tierkv.daemon.messages import Found, FoundTail
+from tierkv.errors import DaemonGoneError
+from tierkv.lookup import Hit, Lookup
+from tierkv.remote.reader import RemoteReader
+from tierkv.storage.outcomes import MissReason
+from tierkv.tiers import Place
+
+ROOT = bytes(HASH_BYTES)
+TOKENS = bytes(16)
+TAIL = Hit(b"h" * HASH_BYTES, ROOT, TOKENS, 1, Tier.HOT, None, None)
+
+
+def test_a_hot_tail_stays_pinned_if_the_connection_is_closed_before_a_better_one_is_lent() -> None:
+    def lend(count: int) -> None:
+        raise DaemonGoneError("the connection to the daemon was closed")
+
+    theirs = FoundTail(b"d" * HASH_BYTES, TOKENS, num_tokens=3, slot=5)
+    answer = Found(slots=b"", tail=theirs, cursor=0, ticket=0, is_computing=False, miss="")
+    unpinned: list[Place] = []
+    tiers: Any = SimpleNamespace(index=SimpleNamespace(root=ROOT), unpin=unpinned.extend)
+    keeper: Any = SimpleNamespace(link=SimpleNamespace(lend=lend))
+    flight: Any = SimpleNamespace(is_on=False, ask=lambda *_: answer)
+    reader = RemoteReader(tiers, keeper, flight, block_size=4, min_tail_tokens=1, hash_function=hash_block)
+    pinned = {0: Place(Tier.HOT, 7)}
+    lookup, _ = reader.look_further(Lookup([], [], TAIL, None), TOKENS, pinned)
+    assert (lookup.tail, lookup.miss) == (TAIL, MissReason.DAEMON)
+    assert pinned == {0: Place(Tier.HOT, 7)} and not unpinned

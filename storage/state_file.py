@@ -179,15 +179,26 @@ class StateFile:
         """Leave out a damaged block from now on; the file itself is never changed."""
         self._damaged.add(block_hash)
 
-    def iter_records(self) -> Iterator[bytes]:
-        """Yield every readable record, parents before children."""
+    def iter_records(self, seen: set[BlockHash] | None = None) -> Iterator[bytes]:
+        """Yield every readable record once, parents before children.
+
+        seen: hashes of blocks that are left out; it gets those of the others.
+        """
+        seen = set() if seen is None else seen
+        visited: set[BlockHash] = set()  # a file may have a block twice
         stack = self.children(self.namespace)
         while stack:
             block_hash = stack.pop()
-            record = self.read_record(block_hash)
-            if record is not None:
+            if block_hash in visited:
+                continue
+            visited.add(block_hash)
+            if block_hash not in seen:
+                record = self.read_record(block_hash)
+                if record is None:
+                    continue
+                seen.add(block_hash)
                 yield record
-                stack += self.children(block_hash)
+            stack += self.children(block_hash)
 
     def _open_record(self, fd: int, entry: StateEntry) -> FileRecord:
         return FileRecord(fd, offset=entry.offset, size=entry.size, memory=self._memory)

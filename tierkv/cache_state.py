@@ -12,7 +12,7 @@ import torch
 from tierkv.errors import NamespaceMismatchError
 from tierkv.index import Entry
 from tierkv.namespace import Namespace, differing_fields
-from tierkv.storage.record import BlockInfo, encode_record, read_header
+from tierkv.storage.record import BlockInfo, encode_record
 from tierkv.storage.state_file import StateFile
 from tierkv.tiers import Tiers
 
@@ -50,7 +50,7 @@ def iter_records(tiers: Tiers) -> Iterator[bytes]:
             seen.add(entry.block_hash)
             yield _encode(tiers, entry, block)
     for state in tiers.states:
-        yield from (record for record in state.iter_records() if read_header(record).info.block_hash not in seen)
+        yield from state.iter_records(seen)
 
 
 def _copy_of(tiers: Tiers, entry: Entry) -> npt.NDArray[np.uint8] | None:

@@ -81,6 +81,8 @@ def test_a_state_file_is_saved_and_loaded_by_the_daemon(
     cache = open_cache()
     assert cache.match(ids(14)).num_cached_tokens == 0
     assert cache.load_cache_state(tmp_path / "state") == 4
+    assert cache.load_cache_state(tmp_path / "state") == 4
+    assert cache.save_cache_state(tmp_path / "again").blocks == 4
     found = PatternEngine(cache).start([*ids(14), 1])
     assert found.cached_tokens[Tier.COLD] == 14
     cache.release(found)

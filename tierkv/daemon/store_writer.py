@@ -14,7 +14,7 @@ from tierkv.errors import StoreError
 from tierkv.storage.codecs import codec_by_name, default_codec
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.outcomes import PutOutcome
-from tierkv.storage.record import BlockInfo, EncodedRecord, encode_record, read_header
+from tierkv.storage.record import BlockInfo, EncodedRecord, encode_record
 from tierkv.storage.state_file import StateFile
 from tierkv.storage.warm import Slab
 from tierkv.write_behind import WriteBehind
@@ -83,7 +83,7 @@ class StoreWriter:
                 yield self._encode(block, sealer.identify(tenant, block.entry)).data.tobytes()
         for source in tenant.sources:
             if isinstance(source, StateFile):
-                yield from (each for each in source.iter_records() if read_header(each).info.block_hash not in seen)
+                yield from source.iter_records(seen)
 
     def _write(self, work: list[Write | None]) -> None:
         """Encode and store published blocks; runs on the queue's thread. None is a call to tend the store."""

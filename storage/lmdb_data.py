@@ -100,7 +100,7 @@ class DataFile:
     def fetch_values(self, database: bytes, keys: Sequence[bytes]) -> None:
         """Ask the system to read values into its cache; those that are not there are passed over."""
         for key in keys:
-            with contextlib.suppress(KeyError, CorruptBlockError, OSError):
+            with contextlib.suppress(OSError):
                 value = self.open_value(database, key)
                 if isinstance(value, FileRecord):
                     value.fetch_ahead()

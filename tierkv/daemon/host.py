@@ -91,9 +91,9 @@ def check_memory(warm_bytes: int) -> None:
         )
 
 
-def memory_of_process(field: str = "RssAnon") -> int:
-    """Return bytes of this process's memory by its name in /proc/self/status; 0 where there is none."""
-    return _read_kib(Path("/proc/self/status"), field)
+def memory_of_process() -> int:
+    """Return bytes of memory that are this process's alone, without the slab; 0 where the system does not tell."""
+    return _read_kib(Path("/proc/self/status"), "RssAnon")
 
 
 def _available_bytes() -> list[int]:

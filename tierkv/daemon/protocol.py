@@ -48,11 +48,8 @@ class ProtocolError(DaemonError):
         super().__init__(message, hint=hint)
 
 
-def _make_codec() -> tuple[msgspec.msgpack.Encoder, Any]:
-    return msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(AnyMessage)
-
-
-_ENCODER, _DECODER = _make_codec()
+_ENCODER = msgspec.msgpack.Encoder()
+_DECODER: Any = msgspec.msgpack.Decoder(AnyMessage)
 
 
 def frame(message: Message, *, number: int, boot: int) -> bytearray:

@@ -48,6 +48,7 @@ from tierkv.daemon.messages import (
 from tierkv.daemon.prefetcher import Prefetcher
 from tierkv.daemon.protocol import MAX_PATH_BYTES, ProtocolError, split_hashes, split_numbers
 from tierkv.daemon.store_writer import StoreWriter
+from tierkv.daemon.values import whole_hashes
 from tierkv.daemon.waiters import Waiters
 from tierkv.errors import ConfigError, DaemonError, NamespaceMismatchError
 from tierkv.layout import BlockLayout
@@ -195,9 +196,7 @@ class Requests:
     def prefetch(self, client: ClientConnection, message: Prefetch) -> Answer:
         """Queue a prompt; a full queue forgets it."""
         tenant = client.connection.require_tenant()
-        hashes = split_hashes(message.hashes)
-        if len(message.tokens) // tenant.step != len(hashes):
-            raise ProtocolError(f"{len(hashes)} block hashes for {len(message.tokens)} bytes of token ids")
+        hashes = whole_hashes(tenant, message.hashes, message.tokens)
         is_queued = self._prefetcher.offer(tenant, hashes, message.tokens)
         return Count(count=len(hashes) if is_queued else 0)
 

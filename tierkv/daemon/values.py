@@ -73,7 +73,7 @@ class Tenant:
 
 @dataclass(slots=True, eq=False)
 class Load:
-    """A block on its way from a source into a slot. users: fetches that wait for it, each with a pin."""
+    """A block on its way from a source into a slot; each fetch that waits for it has a pin of its own."""
 
     tenant: Tenant
     entry: Entry

@@ -348,3 +348,25 @@ def test_blocks_behind_one_that_was_given_up_are_not_taken_for_those_that_follow
         cache.release(sequence)
         tiers.unpin(places[1:])
         cache.check()
+
+
+def test_blocks_loaded_behind_what_was_never_committed_leave_nothing_behind(
+    stored: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_cache(stored) as cache:
+        gate = hold_reads(cache, monkeypatch)
+        say_rates(cache, block_s=1.0, load_s=1.0)
+        sequence = cache.acquire([*PROMPT, 7], may_split=True)
+        assert sequence.split and sequence.split.next_piece(most=4)
+        num_claimed = sequence.split.meeting.num_computed
+        gate.set()
+        while sequence.split.next_piece(most=1):  # all that was claimed is computed, but not said to be
+            pass
+        sequence.split.wait()
+        first_loaded = sequence.split.meeting.first_loaded
+        assert 0 < num_claimed <= first_loaded < NUM_BLOCKS
+        other = cache.acquire([*PROMPT[: 4 * first_loaded], 8])  # which knows what the loaded blocks follow
+        cache.join(sequence)
+        cache.release(sequence)
+        cache.release(other)
+        cache.check()

@@ -56,8 +56,10 @@ class Registrar:
         size, index = self._tiers.layout.block_size, self._tiers.index
         written = self._tiers.mover.mark()
         for hit in loaded:
+            if not sequence.is_cacheable or hit.parent_hash != self._last_hash(sequence):
+                break
             entry = index.insert(hit.block_hash, hit.parent_hash, hit.token_bytes, seal=hit.seal)
-            if entry is None or not sequence.is_cacheable or hit.parent_hash != self._last_hash(sequence):
+            if entry is None:
                 break
             entry.in_cold = True
             self._register(sequence, len(sequence.chain), size, written, kind=EventKind.PROMOTE)

@@ -162,7 +162,7 @@ class BlockControl:
                 if entry is None or reason:
                     refused[block_id] = reason
                     continue
-                tiers.evict([entry], Tier.HOT)
+                self._demoter.evict([entry])
                 evicted.add(block_id)
             tiers.changed.notify_all()
         return [block_id for block_id in block_ids if block_id in evicted]

@@ -79,10 +79,12 @@ class BlockWriter:
         return entry.block_hash in self._failed
 
     def note_failure(self, job: Job) -> None:
-        """Remember a block that no lower tier has taken; nothing if one has it."""
+        """Remember a block that no lower tier has taken; forget about it if one has it."""
         entry = self._entry_of(job)
         if entry and entry.warm_slot is None and not entry.in_cold:
             self._failed.add(job.block_hash)
+        elif entry:
+            self._failed.discard(job.block_hash)
 
     def forget(self, entries: Iterable[Entry]) -> None:
         """Forget about blocks that are gone."""

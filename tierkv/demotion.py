@@ -167,7 +167,14 @@ class Demoter:
             else:
                 tiers.skip(Job.of(victim, tiers.index.seal_of(victim), tiers.mover.mark()), _STALLED)
                 ready.append(victim)
-        evicted = tiers.evict(ready, Tier.HOT)  # not one whose child is still to be written
+        return self.evict(ready)  # not one whose child is still to be written
+
+    def evict(self, victims: Sequence[Entry]) -> list[Entry]:
+        """Evict just these blocks, children before parents, and return them; one with hot children stays.
+
+        The caller holds the lock.
+        """
+        evicted = self._tiers.evict(victims, Tier.HOT)
         self.writer.forget(evicted)
         return evicted
 
@@ -283,7 +290,7 @@ class Demoter:
             self._is_offloading = False
             for entry in victims:
                 if tiers.index.is_evictable(entry, Tier.HOT) and (entry.warm_slot is not None or entry.in_cold):
-                    tiers.evict([entry], Tier.HOT)
+                    self.evict([entry])
             tiers.changed.notify_all()
 
     def _must_write_first(self, entry: Entry) -> bool:

@@ -135,3 +135,44 @@ def test_a_policy_that_fails_in_the_write_thread_keeps_no_block_taken(
         assert called.wait(20)
         cache.check()
         assert index.hot.referenced_count == 0
+
+
+@pytest.mark.parametrize("is_evicted", [True, False])
+def test_what_no_tier_would_take_once_is_offered_again_when_it_comes_back_or_has_been_taken(is_evicted: bool) -> None:
+    block_bytes = tiny_layout().block_bytes
+    config = CacheConfig(block_size=4, hot_bytes=32 * block_bytes, warm_bytes=8 * block_bytes, write_through=False)
+    with TierCache(config, namespace=Namespace(weights="w", layout=tiny_layout())) as cache:
+        engine, kept, prompt = PatternEngine(cache), list(range(100, 128)), [1, 2, 3, 4]
+        start_and_demote(engine, kept)
+        assert cache.pin(kept) == 7  # all of the warm tier but the write thread's slot
+        start_and_demote(engine, prompt)
+        (block,) = (each for each in cache.blocks.inspect() if each.block_hash in cache.match(prompt).block_hashes)
+        assert not block.lower_tiers
+        cache.unpin(kept)
+        if is_evicted:
+            assert cache.blocks.manage(evict=[block.block_id]).evicted
+            cache.release(engine.start(prompt))
+        else:
+            user = cache.acquire([*prompt, 5])  # keeps it hot, but not from being written
+            cache._demoter.write_down(find(cache, prompt), cache._tiers.mover.mark())
+            cache.flush()
+            cache.release(user)
+            cache.evict(Tier.WARM)
+        for _ in range(2):  # written first, then evicted
+            cache.evict(Tier.HOT)
+            cache.flush()
+        assert cache.match(prompt).blocks[Tier.WARM] == 1
+
+
+def start_and_demote(engine: PatternEngine, prompt: list[int]) -> None:
+    """Compute a prompt, and have its blocks written down if some tier takes them."""
+    engine.cache.release(engine.start(prompt))
+    engine.cache.evict(Tier.HOT)
+    engine.cache.flush()
+
+
+def find(cache: TierCache, prompt: list[int]) -> Entry:
+    """Return the entry of a prompt's only block."""
+    entry = cache._tiers.index.peek(cache.match(prompt).block_hashes[0])
+    assert entry
+    return entry

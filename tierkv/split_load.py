@@ -33,8 +33,8 @@ class SplitLoad:
 
     hits: the cold blocks in order, behind num_before tokens. targets: their block ids, of which the load keeps a
     reference of its own until it has ended. after: when the targets may be written. The bytes are registered with
-    nobody: the facade does that once the blocks before them are. Runs on `tiers.loaders`; `read` decodes one block on
-    `tiers.threads`.
+    nobody: the registrar does that once the blocks before them are. Runs on `tiers.loaders`; `read` decodes one block
+    on `tiers.threads`.
     """
 
     def __init__(

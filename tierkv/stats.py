@@ -12,7 +12,7 @@ __all__ = ["CacheStats", "StatsRecorder", "TierStats"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierStats:
-    """One tier. hits: blocks it answered. Bytes are of blocks; `stored_bytes` differ only in the cold tier."""
+    """One tier. hits: blocks it answered. Bytes are of blocks; `stored_bytes` differ where they lie compressed."""
 
     hits: int = 0
     hit_tokens: int = 0
@@ -67,7 +67,7 @@ class CacheStats:
 
 
 class StatsRecorder:
-    """The counters behind CacheStats; the facade counts under its own lock."""
+    """The counters behind CacheStats; whoever counts holds the lock of the tiers."""
 
     def __init__(self) -> None:
         self.requests = 0

@@ -177,7 +177,7 @@ class BlockWriter:
                     self._tiers.skip(job, outcome.value)
                     continue
                 tiers.watch.block(EventKind.DEMOTE, Tier.COLD, job)
-                tiers.stats.bytes_in[Tier.COLD] += tiers.layout.packed_bytes(len(job.token_bytes) // 4)
+                tiers.stats.bytes_in[Tier.COLD] += tiers.layout.packed_bytes(len(job.token_bytes) // TOKEN_BYTES)
                 entry = self._entry_of(job)
                 if entry:
                     entry.in_cold = True

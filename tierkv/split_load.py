@@ -6,7 +6,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent import futures
 from concurrent.futures import Future, wait
 from typing import TypeAlias
 
@@ -61,8 +60,7 @@ class SplitLoad:
         self._brought: tuple[int, float | None] = (0, None)
         self._is_cancelled = threading.Event()
         with tiers.changed:
-            for block_id in self._targets:
-                tiers.index.hot.pin(block_id)
+            tiers.index.hot.pin_all(self._targets)
         try:
             self._work = tiers.loaders.submit(self._run_watched)
         except BaseException:
@@ -84,7 +82,7 @@ class SplitLoad:
 
     def wait_ended(self) -> None:
         """Block until the load has ended, however it did."""
-        futures.wait([self._work])
+        wait([self._work])
 
     def next_piece(self, *, most: int) -> int:
         """Return how many leading blocks, at most `most`, the engine shall compute now; 0: the load does the rest."""
@@ -131,7 +129,7 @@ class SplitLoad:
             for _, place, decoded in reading:
                 decoded.exception()  # its bytes are of no use, but the thread may still be writing them
                 tiers.unpin([place])
-            tiers.unpin(Place(Tier.HOT, block_id) for block_id in self._targets)
+            tiers.unpin_all(Tier.HOT, self._targets)
 
     def _bring(self, read: Sequence[_Reading]) -> bool:
         """Bring up the leading good ones of what was read. Return whether that was all, and is still wanted."""

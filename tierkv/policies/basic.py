@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from math import log2
 
 from tierkv.block import BlockHash
-from tierkv.eviction import CacheBlock, ScoreQueue, VictimQueue
+from tierkv.eviction import CacheBlock, EvictionPolicy, ScoreQueue, VictimQueue
 from tierkv.prefill import MEASURED_PREFILL, PrefillModel
 
 __all__ = ["CostAwarePolicy", "FadingPolicy", "LFUPolicy", "LRUPolicy", "PrefixAwarePolicy"]
@@ -15,19 +14,12 @@ __all__ = ["CostAwarePolicy", "FadingPolicy", "LFUPolicy", "LRUPolicy", "PrefixA
 _LEARNING_RATE = 0.01
 
 
-class LRUPolicy:
+class LRUPolicy(EvictionPolicy):
     """Least recently used goes first; of equals, the deeper block."""
 
     def score_block(self, block: CacheBlock) -> float:
         """Return the negated time of last use."""
         return -block.last_access
-
-    def update_on_access(self, block: CacheBlock) -> None:
-        """Nothing to learn: the index keeps the time of last use."""
-
-    def select_victims(self, count: int, leaves: Iterator[CacheBlock]) -> list[CacheBlock]:
-        """Take the first `count`."""
-        return list(islice(leaves, count))
 
 
 class FadingPolicy(LRUPolicy):
@@ -53,7 +45,7 @@ class FadingPolicy(LRUPolicy):
 
     def select_victims(self, count: int, leaves: Iterator[CacheBlock]) -> list[CacheBlock]:
         """Take the first `count`, and learn from how long they were kept."""
-        victims = list(islice(leaves, count))
+        victims = super().select_victims(count, leaves)
         for block in victims:
             half_lives = 1 + max(log2(self.value(block)), 0.0)
             kept_s = (self._newest - block.last_access) / half_lives

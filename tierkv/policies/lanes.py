@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import islice
+from collections.abc import Sequence
 
-from tierkv.eviction import CacheBlock, VictimQueue
+from tierkv.eviction import CacheBlock, EvictionPolicy, VictimQueue
 from tierkv.policies.hazard import bucket_of
 from tierkv.policies.lane_queue import LaneQueue
 from tierkv.policies.use_history import UseHistory, split_hash
@@ -16,7 +15,7 @@ NO_FORK, MOST_FORK = 0, 0xFFFF
 _SAME_USE_S = 0.05
 
 
-class LanePolicy:
+class LanePolicy(EvictionPolicy):
     """What lane policies have in common: a history of uses, and a queue for each tier.
 
     A subclass names the lane of a block (`choose_lane`) and sets `densities[lane][bucket]`, the worth of keeping a
@@ -100,10 +99,6 @@ class LanePolicy:
             else:
                 times[row] = block.last_access
                 totals[row] = earlier[row] + block.access_count
-
-    def select_victims(self, count: int, leaves: Iterator[CacheBlock]) -> list[CacheBlock]:
-        """Take the first `count`."""
-        return list(islice(leaves, count))
 
     def new_queue(self) -> VictimQueue[CacheBlock]:
         """Return the lanes of one tier."""

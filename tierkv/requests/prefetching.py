@@ -63,22 +63,23 @@ class Prefetcher:
             handle.succeed(self._daemon.prefetch(token_bytes))
             return handle
         try:
-            ticket = self._queue.put(_Prompt(token_bytes, handle), Priority.PREFETCH, timeout_s=0)
+            with self._starting:
+                ticket = self._queue.put(_Prompt(token_bytes, handle), Priority.PREFETCH, timeout_s=0)
+                if self._thread is None:
+                    self._thread = threading.Thread(target=self._work, name="tierkv-prefetch", daemon=True)
+                    self._thread.start()
         except CapacityError:
             self._count(MissReason.NO_ROOM)
             handle.succeed(0)
             return handle
         handle.on_cancel(partial(self._drop, ticket))
-        with self._starting:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="tierkv-prefetch", daemon=True)
-                self._thread.start()
         return handle
 
     def close(self) -> None:
         """Drop what waits, let what is being read end. May be called twice."""
         self._is_closing.set()
-        self._queue.close()
+        with self._starting:  # a thread that starts later would outlive this
+            self._queue.close()
         if self._thread:
             self._thread.join()
 

@@ -135,10 +135,18 @@ class Promoter:
                 pinned.rest[position] = Place(hit.tier, slot)
         return pinned
 
-    def split(self, hits: Sequence[Hit], targets: Sequence[int], *, num_before: int) -> SplitLoad:
+    def split(self, hits: Sequence[Hit], targets: Sequence[int], *, num_before: int, in_memory: bool) -> SplitLoad:
         """Begin to load cold blocks, last one first, into the caller's block ids while he computes the first ones."""
         after = self._tiers.mover.mark()
-        return SplitLoad(self._tiers, hits, targets, num_before=num_before, read=self._reading.read_one, after=after)
+        return SplitLoad(
+            self._tiers,
+            hits,
+            targets,
+            num_before=num_before,
+            in_memory=in_memory,
+            read=self._reading.read_one,
+            after=after,
+        )
 
     def _promote_blocks(
         self, hits: Sequence[Hit], pinned: dict[int, Place], fresh: deque[int], result: Promoted

@@ -12,7 +12,7 @@ from typing import TypeAlias
 from tierkv.block import Tier
 from tierkv.costs import LoadKind
 from tierkv.errors import StoreError
-from tierkv.lookup import Hit, are_in_memory
+from tierkv.lookup import Hit
 from tierkv.meeting import Meeting
 from tierkv.movers.mover import Ready
 from tierkv.storage.coded import CodedBlock
@@ -30,10 +30,10 @@ ReadBlock: TypeAlias = Callable[[Hit, Place], "MissReason | CodedBlock"]
 class SplitLoad:
     """One request's cold blocks on their way up, last one first, into block ids that it holds.
 
-    hits: the cold blocks in order, behind num_before tokens. targets: their block ids, of which the load keeps a
-    reference of its own until it has ended. after: when the targets may be written. The bytes are registered with
-    nobody: the registrar does that once the blocks before them are. Runs on `tiers.loaders`; `read` decodes one block
-    on `tiers.threads`.
+    hits: the cold blocks in order, behind num_before tokens; in_memory: whether the page cache has them. targets: their
+    block ids, of which the load keeps a reference of its own until it has ended. after: when the targets may be
+    written. The bytes are registered with nobody: the registrar does that once the blocks before them are. Runs on
+    `tiers.loaders`; `read` decodes one block on `tiers.threads`.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class SplitLoad:
         targets: Sequence[int],
         *,
         num_before: int,
+        in_memory: bool,
         read: ReadBlock,
         after: Ready,
     ) -> None:
@@ -56,7 +57,7 @@ class SplitLoad:
         self._targets = list(targets)
         self._read = read
         self._after = after
-        self._kind = LoadKind(are_in_memory(hits))
+        self._kind = LoadKind(in_memory)
         self._brought: tuple[int, float | None] = (0, None)
         self._is_cancelled = threading.Event()
         with tiers.changed:

@@ -96,8 +96,8 @@ class Admission:
             cold_load=None if promoted.failure or len(later) < len(plan.later) else plan.load,
         )
         try:
-            if later:
-                self._start_split(sequence, later)
+            if later and plan.load:
+                self._start_split(sequence, later, in_memory=plan.load.kind.in_memory)
             with self._tiers.changed:
                 self._running.add(sequence)
                 self._tally.add_request(sequence, found, promoted, blocks=blocks, later=later, dropped=dropped)
@@ -161,10 +161,12 @@ class Admission:
         chain += (hit.block_hash for hit in promoted.hits[:num_whole])
         return chain
 
-    def _start_split(self, sequence: Sequence, later: list[Hit]) -> None:
+    def _start_split(self, sequence: Sequence, later: list[Hit], *, in_memory: bool) -> None:
         start = len(sequence.chain)
         targets = sequence.block_table[start : start + len(later)]
-        sequence.split = self._promoter.split(later, targets, num_before=sequence.num_cached_tokens)
+        sequence.split = self._promoter.split(
+            later, targets, num_before=sequence.num_cached_tokens, in_memory=in_memory
+        )
 
     def _touch(self, hot: list[Entry], hits: list[Hit]) -> None:
         """Record the use of what was hot, and of hits that were promoted. The caller holds the lock."""

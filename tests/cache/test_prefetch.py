@@ -121,14 +121,20 @@ def test_a_cancelled_prefetch_ends_with_what_was_being_read(tmp_path: Path, monk
 
 
 def test_closing_waits_for_no_prefetch_that_has_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store(tmp_path)
+    other = list(range(100, 122))
+    for prompt in (PROMPT, other):
+        store(tmp_path, prompt)
     cache = open_cache(tmp_path)
     begun, gate = hold_reads(cache, monkeypatch)
-    handles = [cache.prefetch(PROMPT) for _ in range(3)]
+    first, second = cache.prefetch(PROMPT), cache.prefetch(other)
     assert begun.wait(20)
+    closing = threading.Thread(target=cache.close, daemon=True)
+    closing.start()
+    assert cache._prefetcher._is_closing.wait(20)
     gate.set()
-    cache.close()
-    assert all(handle.done() for handle in handles)
+    closing.join(20)
+    assert first.done() and second.done()
+    assert (first.result(), second.result()) == (2, 0), "what was being read ends, and nothing more is read"
     with pytest.raises(ClosedError):
         cache.prefetch(PROMPT)
 

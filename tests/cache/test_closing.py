@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 import random
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pattern_engine import PatternEngine, tiny_layout
@@ -18,6 +20,7 @@ from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.errors import CapacityError, ClosedError, TierKVError
 from tierkv.namespace import Namespace
+from tierkv.tiers import Tiers
 
 NAMESPACE = Namespace(weights="w", layout=tiny_layout())
 BLOCK_BYTES = tiny_layout().block_bytes
@@ -94,20 +97,30 @@ def test_closing_releases_the_running_sequences(tmp_path: Path) -> None:
     assert_nothing_pinned(cache)
 
 
-def test_a_call_that_another_thread_is_inside_of_ends_before_anything_is_closed(tmp_path: Path) -> None:
+def test_a_call_that_another_thread_is_inside_of_ends_before_anything_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache = open_cache(tmp_path)
     PatternEngine(cache).start(PROMPT)
     cache.flush()
     cache.evict(Tier.HOT)
-    reading, may_go_on = threading.Event(), threading.Event()
-    read_into = cache.cold.read_into
+    reading, may_go_on, closed = threading.Event(), threading.Event(), threading.Event()
+    too_early: list[bool] = []
+    assert cache.cold
+    read_into, close = cache.cold.read_into, Tiers.close
 
-    def slow(*args: object, **kwargs: object) -> object:
+    def slow(*args: Any, **kwargs: Any) -> object:
         reading.set()
         assert may_go_on.wait(HANG_S)
+        too_early.append(closed.wait(0.2))  # nobody who waits for this call gets there
         return read_into(*args, **kwargs)
 
-    cache.cold.read_into = slow  # type: ignore[method-assign]
+    def note_and_close(self: Tiers) -> None:
+        closed.set()
+        close(self)
+
+    monkeypatch.setattr(cache.cold, "read_into", slow)
+    monkeypatch.setattr(Tiers, "close", note_and_close)
     cache.release(next(iter(cache._running._sequences)))
     cache.evict(Tier.HOT)
     cache.evict(Tier.WARM)
@@ -115,11 +128,13 @@ def test_a_call_that_another_thread_is_inside_of_ends_before_anything_is_closed(
     user = start(lambda: found.append(cache.acquire([*PROMPT, 99]).num_cached_tokens))
     assert reading.wait(HANG_S)
     closer = start(cache.close)
+    deadline = time.monotonic() + HANG_S
     while not cache.calls.is_closed:
-        pass
+        assert time.monotonic() < deadline, "it is never closed"
     may_go_on.set()
     assert_ends(user, closer)
     assert found == [12]
+    assert closed.is_set() and not any(too_early)
     assert_nothing_pinned(cache)
 
 
@@ -216,6 +231,12 @@ def assert_ends(*threads: threading.Thread) -> None:
 
 def test_a_thread_that_is_inside_a_call_does_not_wait_for_itself(tmp_path: Path) -> None:
     cache = open_cache(tmp_path)
-    cache.calls.enter()  # as an observer that closes the cache when it is told something
-    cache.close()
-    cache.calls.leave()
+
+    def close_inside() -> None:
+        cache.calls.enter()  # as an observer that closes the cache when it is told something
+        cache.close()
+        cache.calls.leave()
+
+    assert_ends(start(close_inside))
+    with pytest.raises(ClosedError):
+        cache.stats()

@@ -39,9 +39,8 @@ def test_jobs_put_back_by_a_batch_that_stands_still_can_be_dropped() -> None:
     for job in range(3):
         queue.offer(job)
     assert stuck.wait(HANG_S)
-    waiting = queue.queued()
-    assert waiting == [job for job in (0, 1, 2) if job in waiting]
-    assert queue.drop_oldest(8, lambda job: True) == waiting
+    assert queue.queued() == [1, 2]
+    assert queue.drop_oldest(8, lambda job: True) == [1, 2]
     assert queue.pending == 1
     may_end.set()
     queue.close()

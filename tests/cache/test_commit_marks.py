@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 from pattern_engine import PatternEngine, tiny_layout
@@ -36,11 +36,12 @@ class Written:
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TierCache:
+def cache() -> Iterator[TierCache]:
     config = CacheConfig(
         block_size=4, hot_bytes=8 * BLOCK_BYTES, warm_bytes=8 * BLOCK_BYTES, write_through=False, cold_path=None
     )
-    return TierCache(config, namespace=Namespace(weights="w", layout=tiny_layout()))
+    with TierCache(config, namespace=Namespace(weights="w", layout=tiny_layout())) as opened:
+        yield opened
 
 
 def commit(cache: TierCache, monkeypatch: pytest.MonkeyPatch, prompt: list[int]) -> Written:
@@ -65,7 +66,6 @@ def test_a_hot_hit_waits_for_the_commit_until_it_is_through(cache: TierCache, mo
     for sequence in (early, late):
         cache.release(sequence)
     cache.check()
-    cache.close()
 
 
 def test_the_last_block_of_a_prompt_is_not_copied_before_it_is_written(
@@ -74,7 +74,6 @@ def test_the_last_block_of_a_prompt_is_not_copied_before_it_is_written(
     mark = commit(cache, monkeypatch, PROMPT)
     cache.release(cache.acquire(PROMPT[:11]))  # parts within the third block
     assert mark.num_waits >= 1
-    cache.close()
 
 
 def test_a_block_that_is_copied_from_is_not_written_before_the_copy_is_through(
@@ -97,7 +96,6 @@ def test_a_block_that_is_copied_from_is_not_written_before_the_copy_is_through(
     for sequence in (second, third):
         cache.release(sequence)
     cache.check()
-    cache.close()
 
 
 def test_a_tail_is_stored_behind_the_copy_that_brought_it(cache: TierCache, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +108,6 @@ def test_a_tail_is_stored_behind_the_copy_that_brought_it(cache: TierCache, monk
     cache.commit(sequence, sequence.num_cached_tokens, tail=True)  # released before its first pass
     assert seen[:2] == ["wait", "mark"]
     cache.release(sequence)
-    cache.close()
 
 
 def test_what_a_failing_commit_has_registered_waits_for_it_too(
@@ -135,7 +132,6 @@ def test_what_a_failing_commit_has_registered_waits_for_it_too(
     assert found.loads == [mark]
     for each in (sequence, found):
         cache.release(each)
-    cache.close()
 
 
 def test_who_computed_the_same_block_waits_for_the_one_that_he_shares(
@@ -149,7 +145,6 @@ def test_who_computed_the_same_block_waits_for_the_one_that_he_shares(
     assert second.loads == [mark] * 3
     cache.release(second)
     cache.check()
-    cache.close()
 
 
 def test_a_block_is_written_down_behind_its_commit_whoever_evicts_it(
@@ -165,4 +160,3 @@ def test_a_block_is_written_down_behind_its_commit_whoever_evicts_it(
     cache.evict(Tier.HOT)
     cache.flush()
     assert seen == [mark] * 3
-    cache.close()

@@ -9,22 +9,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cold_blocks import LAYOUT, NAMESPACE, OTHER, QUOTA, FakeClock, block_bytes, chain_of, open_store, read, record_of
+from cold_blocks import (
+    LAYOUT,
+    NAMESPACE,
+    OTHER,
+    QUOTA,
+    FakeClock,
+    block_bytes,
+    chain_of,
+    damage_record,
+    open_store,
+    read,
+    record_of,
+)
 
 from tierkv.errors import FormatVersionError, StoreError
 from tierkv.storage import cold, cold_reader, cold_writer
-from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_batch import padded_bytes
 from tierkv.storage.outcomes import MissReason, PutOutcome
 from tierkv.storage.record import EncodedRecord, encode_record
-
-
-def damage(store: ColdStore, block_hash: bytes, offset: int = 500, *, cut: int | None = None) -> None:
-    with store._writer.batch() as batch:
-        value = bytearray(batch.txn.get(block_hash, db=batch.databases.blocks))
-        value[offset] ^= 1
-        batch.txn.put(block_hash, bytes(value[:cut]), db=batch.databases.blocks)
-
 
 # -- put and read --------------------------------------------------------------------------------------
 
@@ -355,7 +358,7 @@ def test_a_damaged_block_is_a_miss_and_leaves_with_all_that_follow_it(tmp_path: 
     chain = chain_of(4)
     with open_store(tmp_path) as store:
         store.put(chain)
-        damage(store, chain[1].info.block_hash)
+        damage_record(store, chain[1].info.block_hash)
         assert read(store, chain[1].info) is MissReason.CORRUPT
         assert store.is_due and not store.contains(chain[1].info.block_hash)
         store.tend()
@@ -368,7 +371,7 @@ def test_a_damaged_block_is_a_miss_and_leaves_with_all_that_follow_it(tmp_path: 
 def test_a_record_cut_short_is_a_miss(tmp_path: Path) -> None:
     with open_store(tmp_path) as store:
         store.put([record_of(1)])
-        damage(store, record_of(1).info.block_hash, cut=1000)
+        damage_record(store, record_of(1).info.block_hash, cut=1000)
         assert read(store, record_of(1).info) is MissReason.TRUNCATED
         assert not store.contains(record_of(1).info.block_hash)
 
@@ -376,7 +379,7 @@ def test_a_record_cut_short_is_a_miss(tmp_path: Path) -> None:
 def test_a_damaged_block_is_replaced_by_a_put(tmp_path: Path) -> None:
     with open_store(tmp_path) as store:
         store.put([record_of(1)])
-        damage(store, record_of(1).info.block_hash, offset=0)
+        damage_record(store, record_of(1).info.block_hash, offset=0)
         assert store.put([record_of(1)]) == [PutOutcome.STORED]
         assert np.array_equal(read(store, record_of(1).info), block_bytes())
         store.check()
@@ -386,7 +389,7 @@ def test_verify_finds_damage_and_repairs_it(tmp_path: Path) -> None:
     chain = chain_of(4)
     with open_store(tmp_path) as store:
         store.put(chain)
-        damage(store, chain[2].info.block_hash)
+        damage_record(store, chain[2].info.block_hash)
         seen: list[tuple[int, int]] = []
         report = store.verify(progress=lambda done, total: seen.append((done, total)))
         assert list(report.damaged) == [chain[2].info.block_hash]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cold_blocks import NAMESPACE, OTHER, chain_of, record_of
+from cold_blocks import NAMESPACE, OTHER, chain_of, damage_record, record_of
 
 from tierkv.storage.cold import ColdStore
 from tierkv.tools import cli
@@ -46,11 +46,8 @@ def tierkv(store_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 
 def damage(path: Path) -> None:
-    with ColdStore(path, quota_bytes=64 << 20) as store, store._writer.batch() as batch:
-        block_hash = chain_of(4)[2].info.block_hash
-        value = bytearray(batch.txn.get(block_hash, db=batch.databases.blocks))
-        value[500] ^= 1
-        batch.txn.put(block_hash, bytes(value), db=batch.databases.blocks)
+    with ColdStore(path, quota_bytes=64 << 20) as store:
+        damage_record(store, chain_of(4)[2].info.block_hash)
 
 
 def test_evicting_to_a_size_leaves_that_much(tierkv: Run) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from cold_blocks import damage_record
 from daemon_process import OpenCache, Start
 from pattern_engine import PatternEngine
 from test_life_and_death import eventually
@@ -24,7 +25,8 @@ def test_a_damaged_block_leaves_the_store_although_nobody_writes(
     hashes = cache.match(PROMPT).block_hashes
     cache.close()
     daemon.kill()
-    damage(short_path / "store", hashes[1])
+    with ColdStore(short_path / "store", quota_bytes=QUOTA, min_free_bytes=0) as store:
+        damage_record(store, hashes[1])
     daemon.start()
     reader = open_cache()
     sequence = reader.acquire([*PROMPT, 99])
@@ -33,10 +35,3 @@ def test_a_damaged_block_leaves_the_store_although_nobody_writes(
     with ColdStore(short_path / "store", quota_bytes=QUOTA, read_only=True) as store:
         eventually(lambda: [store.contains(each) for each in hashes] == [True, False, False])
         store.check()
-
-
-def damage(path: Path, block_hash: bytes) -> None:
-    with ColdStore(path, quota_bytes=QUOTA, min_free_bytes=0) as store, store._writer.batch() as batch:
-        value = bytearray(batch.txn.get(block_hash, db=batch.databases.blocks))
-        value[130] ^= 1
-        batch.txn.put(block_hash, bytes(value), db=batch.databases.blocks)

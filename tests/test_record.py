@@ -138,14 +138,18 @@ def test_a_record_cut_anywhere_is_truncated() -> None:
             decode_record(record[:size], out, expected=info_of(2), layout=TINY)
 
 
-def test_a_newer_version_is_refused_with_the_remedy() -> None:
-    for offset, value in ((4, 3), (4, 1), (6, 1), (72, 999), (74, 7)):  # version, flags, codec, its version
-        record = bytearray(encode_record(info_of(2), block_of(TINY), layout=TINY).data)
-        struct.pack_into("<H", record, offset, value)
-        with pytest.raises(CorruptBlockError):  # a bit has flipped: no other version writes a checksum that is wrong
-            read_header(record)
-        with pytest.raises(FormatVersionError, match="version that wrote it"):
-            read_header(with_checksum(record))
+@pytest.mark.parametrize(
+    ("offset", "value"),
+    [(4, 3), (4, 1), (6, 1), (72, 999), (74, 7)],
+    ids=["newer", "older", "flags", "codec", "version of the codec"],
+)
+def test_a_record_of_another_version_is_refused_with_the_remedy(offset: int, value: int) -> None:
+    record = bytearray(encode_record(info_of(2), block_of(TINY), layout=TINY).data)
+    struct.pack_into("<H", record, offset, value)
+    with pytest.raises(CorruptBlockError):  # a bit has flipped: no other version writes a checksum that is wrong
+        read_header(record)
+    with pytest.raises(FormatVersionError, match="version that wrote it"):
+        read_header(with_checksum(record))
 
 
 def with_checksum(record: bytearray) -> bytearray:

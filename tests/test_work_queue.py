@@ -99,11 +99,14 @@ def test_a_closed_queue_hands_out_what_waits_and_takes_nothing_more() -> None:
         except ClosedError as exc:
             refused.append(exc)
 
-    waiting = threading.Thread(target=put)
+    waiting = threading.Thread(target=put, daemon=True)
     waiting.start()
+    deadline = time.monotonic() + 20
+    while not queue._at_the_door[Priority.PREFETCH]:
+        assert time.monotonic() < deadline, "it does not wait for room"
     queue.close()
     queue.close()
-    waiting.join()
+    waiting.join(20)
     ticket = queue.take()
     assert ticket and ticket.item == "last"
     assert queue.take() is None

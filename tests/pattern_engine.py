@@ -6,6 +6,8 @@ So every cached token can be checked byte for byte, and a wrong hit is seen what
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +16,13 @@ from pattern_layout import tiny_layout
 from torch import Tensor
 
 from tierkv.cache import TierCache
+from tierkv.config import CacheConfig
 from tierkv.layout import BlockLayout
 from tierkv.movers.windows import window_format
+from tierkv.namespace import Namespace
 from tierkv.sequence import Sequence
 
-__all__ = ["PatternEngine", "tiny_layout", "tiny_warm"]
+__all__ = ["PatternEngine", "open_tiny", "tiny_layout", "tiny_warm"]
 
 
 def tiny_warm(num_blocks: int, warm_codec: str) -> tuple[BlockLayout, int]:
@@ -28,6 +32,16 @@ def tiny_warm(num_blocks: int, warm_codec: str) -> tuple[BlockLayout, int]:
     layout = tiny_layout(dtype="bfloat16")  # holds the pattern's numbers exactly
     num_staging = 24  # the most that there are
     return layout, num_blocks * window_format(layout).slot_bytes + num_staging * layout.block_bytes
+
+
+def open_tiny(path: Path, *, hot: int = 32, warm: int = 8, **options: Any) -> TierCache:
+    """Open a cache of blocks of four tokens with a cold tier in that folder. hot, warm: blocks."""
+    layout = tiny_layout()
+    options = {"cold_path": path / "store", "cold_bytes": 64 << 20, "min_free_bytes": 0, **options}
+    config = CacheConfig(
+        block_size=4, hot_bytes=hot * layout.block_bytes, warm_bytes=warm * layout.block_bytes, **options
+    )
+    return TierCache(config, namespace=Namespace(weights="w", layout=layout))
 
 
 def pattern(token_ids: list[int], num_layers: int, seed: int = 0) -> torch.Tensor:

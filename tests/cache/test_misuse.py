@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pattern_engine import PatternEngine, tiny_layout
+from pattern_engine import PatternEngine, open_tiny, tiny_layout
 
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
@@ -23,15 +23,7 @@ OTHER = list(range(100, 109))
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Iterator[TierCache]:
-    config = CacheConfig(
-        cold_path=tmp_path / "store",
-        block_size=4,
-        hot_bytes=8 * BLOCK_BYTES,
-        warm_bytes=8 * BLOCK_BYTES,
-        cold_bytes=64 << 20,
-        min_free_bytes=0,
-    )
-    with TierCache(config, namespace=Namespace(weights="w", layout=tiny_layout())) as opened:
+    with open_tiny(tmp_path, hot=8) as opened:
         yield opened
 
 

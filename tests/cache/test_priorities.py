@@ -8,31 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pattern_engine import PatternEngine, tiny_layout
+from pattern_engine import PatternEngine, open_tiny
 
 from tierkv import block_writer
 from tierkv.block import Tier
 from tierkv.cache import TierCache
-from tierkv.config import CacheConfig
-from tierkv.namespace import Namespace
 from tierkv.work_queue import Priority
 
-BLOCK_BYTES = tiny_layout().block_bytes
 PROMPT = list(range(12))
 OTHER = list(range(100, 132))
 
 
 def open_cache(path: Path) -> TierCache:
-    config = CacheConfig(
-        cold_path=path / "store",
-        block_size=4,
-        hot_bytes=32 * BLOCK_BYTES,
-        warm_bytes=16 * BLOCK_BYTES,
-        cold_bytes=64 << 20,
-        min_free_bytes=0,
-        num_io_threads=1,
-    )
-    return TierCache(config, namespace=Namespace(weights="w", layout=tiny_layout()))
+    return open_tiny(path, warm=16, num_io_threads=1)
 
 
 @pytest.fixture

@@ -7,32 +7,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from pattern_engine import PatternEngine, tiny_layout
+from pattern_engine import PatternEngine, open_tiny
 
 from tierkv.block import Tier
 from tierkv.cache import TierCache
-from tierkv.config import CacheConfig
 from tierkv.entry import Entry
 from tierkv.errors import CapacityError
-from tierkv.namespace import Namespace
 from tierkv.sequence import Sequence
 from tierkv.storage.outcomes import MissReason
 
-BLOCK_BYTES = tiny_layout().block_bytes
 PROMPT = list(range(28))
 MIN_WARM = 4  # one of them belongs to the write thread
 
 
 def open_cache(path: Path, *, hot: int = 16, warm: int = MIN_WARM) -> TierCache:
-    config = CacheConfig(
-        cold_path=path / "store",
-        block_size=4,
-        hot_bytes=hot * BLOCK_BYTES,
-        warm_bytes=warm * BLOCK_BYTES,
-        cold_bytes=64 << 20,
-        min_free_bytes=0,
-    )
-    return TierCache(config, namespace=Namespace(weights="w", layout=tiny_layout()))
+    return open_tiny(path, hot=hot, warm=warm)
 
 
 def store(path: Path, prompt: list[int]) -> None:

@@ -10,35 +10,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pattern_engine import PatternEngine, tiny_layout
+from pattern_engine import PatternEngine, open_tiny
 
 from tierkv.block import Tier
 from tierkv.cache import TierCache
-from tierkv.config import CacheConfig
 from tierkv.costs import CostBySize, LoadKind
 from tierkv.events import EventKind
-from tierkv.namespace import Namespace
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import BlockInfo
 from tierkv.tiers import Place, Tiers
 
-BLOCK_BYTES = tiny_layout().block_bytes
 PROMPT = list(range(40))
 NUM_BLOCKS = len(PROMPT) // 4
 
 
 def open_cache(path: Path) -> TierCache:
-    config = CacheConfig(
-        cold_path=path / "store",
-        block_size=4,
-        hot_bytes=32 * BLOCK_BYTES,
-        warm_bytes=8 * BLOCK_BYTES,
-        cold_bytes=64 << 20,
-        min_free_bytes=0,
-        num_io_threads=2,
-        piece_tokens=4,
-    )
-    return TierCache(config, namespace=Namespace(weights="w", layout=tiny_layout()))
+    return open_tiny(path, num_io_threads=2, piece_tokens=4)
 
 
 @pytest.fixture

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from pattern_engine import PatternEngine, open_tiny
+from pattern_engine import PatternEngine, open_tiny, tiny_layout
 
 from tierkv.block import Tier
 from tierkv.cache import TierCache
+from tierkv.config import CacheConfig
 from tierkv.entry import Entry
 from tierkv.errors import CapacityError
+from tierkv.namespace import Namespace
 from tierkv.sequence import Sequence
 from tierkv.storage.outcomes import MissReason
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from tierkv.errors import ConfigError
 from tierkv.layout import BlockLayout
-from tierkv.namespace import Namespace, differing_fields
+from tierkv.namespace import Namespace, differing_fields, parse_description
 
 LAYOUT = BlockLayout.uniform(num_layers=2, block_size=16, kv_heads=2, head_dim=8, dtype="float32")
 BASE = Namespace(weights="w", architecture={"rope": {"theta": 1e4}}, layout=LAYOUT, name="model")
@@ -44,3 +45,46 @@ def test_differences_are_named_down_to_the_field() -> None:
     other = replace(BASE, architecture={"rope": {"theta": 1e6}})
     left, right = json.loads(BASE.describe()), json.loads(other.describe())
     assert differing_fields(left, right) == ["architecture.rope.theta"]
+
+
+def test_a_description_has_the_digest_of_what_it_describes() -> None:
+    odd = {2: float("inf"), 10: "é", "deep": [{"a": None}]}
+    for namespace in (BASE, replace(BASE, salt="tenant", architecture=odd), replace(BASE, name="a\udcff")):
+        described = parse_description(namespace.describe())
+        assert described.digest == namespace.digest
+        assert described.layout == LAYOUT
+
+
+@pytest.mark.parametrize("key", sorted(json.loads(BASE.describe()).keys() - {"name", "format_version"}))
+def test_no_field_of_a_description_can_change_under_the_same_digest(key: str) -> None:
+    fields = json.loads(BASE.describe())
+    other = {"tp_rank": 1, "tp_size": 2, "block_size": 32, "dtype": "float16", "layers": [[1, 8, 8]]}
+    fields[key] = other.get(key, {"rope": {}} if key == "architecture" else "other")
+    fields["tp_size"] = max(fields["tp_size"], fields["tp_rank"] + 1)
+    assert parse_description(json.dumps(fields).encode()).digest != BASE.digest
+
+
+def changed(**fields: Any) -> bytes:
+    return json.dumps({**json.loads(BASE.describe()), **fields}).encode()
+
+
+HOSTILE = (
+    *(b"", b"[]", b"null", b"1", b"\xff\xfe", b"{}", b"[" * 100_000, b'{"a":' * 30_000, b" " * (1 << 16) + b"{}"),
+    *(changed(extra=1), changed(weights=""), changed(weights=3), changed(tp_rank=1), changed(tp_rank=-1)),
+    *(changed(tp_size=True), changed(format_version=2), changed(lossy_codec=""), changed(architecture=[])),
+    *(changed(layers=[[1, 1]]), changed(layers=[[1, 1, 0]]), changed(layers=[[1.5, 1, 1]]), changed(layers=["abc"])),
+    *(changed(layers=[[1 << 60, 1, 1]]), changed(layers=[[1, 1, 1]] * 5000), changed(layers=[]), changed(layers=[3])),
+    *(changed(block_size=10**9), changed(dtype="int3"), changed(dtype=["a"]), changed(name="\udcff")),
+    *(changed(weights="\udcff"), changed(architecture={"\udcff": 1}), b'{"weights":1e999999}', b"9" * 10_000),
+)
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_a_hostile_description_is_refused(text: bytes) -> None:
+    with pytest.raises(ConfigError):
+        parse_description(text)
+
+
+def test_a_description_that_is_too_long_is_not_written() -> None:
+    with pytest.raises(ConfigError, match="bytes"):
+        replace(BASE, architecture={"x": "y" * (1 << 16)}).describe()

@@ -19,6 +19,15 @@ __all__ = ["DTYPE_BYTES", "BlockLayout", "LayerLayout", "Run"]
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float64": 8, "float8_e4m3fn": 1, "float8_e5m2": 1}
 
 
+_SIZE_LIMIT = (1 << 24) - 1
+_LAYER_LIMIT = 4096
+_BLOCK_LIMIT_BYTES = 1 << 40
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _SIZE_LIMIT
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerLayout:
     """Heads and dims of one attention layer. `k_dim` and `v_dim` differ in MLA."""
@@ -28,8 +37,9 @@ class LayerLayout:
     v_dim: int
 
     def __post_init__(self) -> None:
-        if min(self.kv_heads, self.k_dim, self.v_dim) <= 0:
-            raise ConfigError(f"a layer's heads and dims must be positive, got {self}")
+        for value in (self.kv_heads, self.k_dim, self.v_dim):
+            if not _is_size(value):
+                raise ConfigError(f"a layer's heads and dims must be whole numbers from 1 to {_SIZE_LIMIT}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +66,14 @@ class BlockLayout:
     layers: tuple[LayerLayout, ...]
 
     def __post_init__(self) -> None:
-        if self.block_size <= 0:
-            raise ConfigError(f"block_size must be positive, got {self.block_size}")
+        if not _is_size(self.block_size):
+            raise ConfigError(f"block_size must be a whole number from 1 to {_SIZE_LIMIT}")
         if self.dtype not in DTYPE_BYTES:
             raise ConfigError(f"dtype {self.dtype!r} is not one of {', '.join(sorted(DTYPE_BYTES))}")
         if not self.layers:
             raise ConfigError("a layout needs at least one layer")
+        if len(self.layers) > _LAYER_LIMIT or self.block_bytes > _BLOCK_LIMIT_BYTES:
+            raise ConfigError(f"a layout has at most {_LAYER_LIMIT} layers and {_BLOCK_LIMIT_BYTES} bytes a block")
 
     @classmethod
     def uniform(cls, *, num_layers: int, block_size: int, kv_heads: int, head_dim: int, dtype: str) -> BlockLayout:

@@ -22,8 +22,8 @@ GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 TORCH_IS_THERE := import re, torch; assert tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) >= (2, 11)
 PYTHON_IS_NEW := import sys; sys.exit(sys.version_info < (3, 10) and "tierkv needs Python 3.10 or later: make PYTHON=...")
 
-GPU_BENCHES := $(filter bench_gpu bench_ttft bench_mover bench_cascade bench_ranks,$(basename $(notdir $(wildcard tools/bench_*.py))))
-CPU_BENCHES := $(filter-out $(GPU_BENCHES),$(basename $(notdir $(wildcard tools/bench_*.py))))
+CPU_BENCHES := cold daemon index tracker
+GPU_BENCHES := gpu ttft mover cascade ranks  # `gpu` makes one table of them all
 
 .PHONY: help setup check test test-gpu bench bench-gpu warm demo-daemon format clean
 
@@ -35,7 +35,7 @@ help:
 	@echo "make test       every test that needs no GPU, and the coverage gate"
 	@echo "make test-gpu   the tests of the GPU path and of whole models, on a machine with a GPU"
 	@echo "make bench      the benchmarks that need no GPU:" $(CPU_BENCHES)
-	@echo "make bench-gpu  everything that needs one, in one table"
+	@echo "make bench-gpu  everything that needs one, in one table (parts: $(GPU_BENCHES))"
 	@echo "make format     rewrite the code as the formatter and the linter want it"
 	@echo "make clean      remove what the other commands left behind, $(VENV) not included"
 
@@ -58,7 +58,7 @@ $(READY): pyproject.toml
 check: $(READY)
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m ruff check .
-	$(BIN)/python -m mypy -p tierkv
+	$(BIN)/python -m mypy -p tierkv -p benchmarks
 	$(BIN)/python -m pytest -q tests/test_layers.py
 
 test: $(READY)
@@ -72,9 +72,9 @@ test-gpu:
 bench: $(READY)
 	@set -e; for bench in $(CPU_BENCHES); do echo "== $$bench"; $(BIN)/python -m tierkv.tools.$$bench $(ARGS); done
 
-# One table of everything; the parts are commands of their own: python -m tierkv.tools.bench_ttft and so on.
+# One table of everything; the parts are commands of their own: python -m benchmarks.ttft and so on.
 bench-gpu:
-	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) -m tierkv.tools.bench_gpu $(ARGS)
+	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
 
 warm: $(READY)
 	$(BIN)/tierkv warm examples/system_prompts.txt $(ARGS)
@@ -88,4 +88,4 @@ format: $(READY)
 
 clean:
 	rm -rf build dist *.egg-info .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find tierkv/ storage kernels tools tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find tierkv/ storage kernels tools benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tierkv.tools.race_hunt import hunt
+from benchmarks.race_hunt import hunt
 
 
 @pytest.mark.parametrize("warm_codec", ["raw", "windows"])

@@ -55,7 +55,7 @@ class CascadeCost:
 
     @classmethod
     def of_gpu(cls, *, heads: int, kv_heads: int, head_dim: int, token_bytes: int) -> CascadeCost:
-        """Return the cost on an H200 with flash-attn 2.8.3, as seen by tools/bench_cascade.py.
+        """Return the cost on an H200 with flash-attn 2.8.3, as seen by benchmarks/cascade.py.
 
         Llama-3.1-8B's shape, 200 own tokens: the plain path reads 4.7 TB/s where the prefix is long (much of it from
         the L2 cache), the shared pass computes 280 TFLOP/s. 16 sequences that share 1,024 tokens gain 2 microseconds a

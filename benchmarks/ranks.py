@@ -21,12 +21,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, distributed
 
+from benchmarks.ttft import machine, random_model
 from tierkv.block import Tier
 from tierkv.config import CacheConfig
 from tierkv.engine.models import LoadedModel, split_model
 from tierkv.engine.runner import GenerationOptions, Runner, open_runner
 from tierkv.ranks.torch_ranks import TorchRanks
-from tierkv.tools.bench_ttft import machine, random_model
 
 __all__ = ["main"]
 
@@ -78,7 +78,7 @@ def _start(size: int, timeout_s: float) -> int:
     if torch.cuda.device_count() < size:
         environment["CUDA_VISIBLE_DEVICES"] = ""  # Transformers splits over the GPUs that it sees
     with tempfile.TemporaryDirectory() as directory:
-        command = [sys.executable, "-m", "tierkv.tools.bench_ranks", *sys.argv[1:], "--directory", directory]
+        command = [sys.executable, "-m", "benchmarks.ranks", *sys.argv[1:], "--directory", directory]
         ranks = [
             subprocess.Popen(
                 [*command, "--ranks", str(size), "--rank", str(rank)], env={**environment, "LOCAL_RANK": str(rank)}

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from benchmarks.ttft import machine, random_model
 from tierkv.config import CacheConfig
 from tierkv.engine.attention import AttentionBatch, SequenceStep, build_batch, forward
 from tierkv.engine.attention_cascade import PrefixKernel, attend_cascade, own_pass, prefix_pass, shared_pass
@@ -26,7 +27,6 @@ from tierkv.engine.models import LoadedModel
 from tierkv.engine.runner import GenerationOptions, Runner, open_runner
 from tierkv.layout import BlockLayout
 from tierkv.storage.hot import HotPool
-from tierkv.tools.bench_ttft import machine, random_model
 
 __all__ = ["compare", "main"]
 
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--model", action="store_true", help="also time whole decode steps")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        print("bench_cascade needs a GPU with flash-attn: there is no CUDA device here")
+        print("benchmarks.cascade needs a GPU with flash-attn: there is no CUDA device here")
         return
     device = torch.device("cuda")
     import flash_attn

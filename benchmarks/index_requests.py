@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.index_tables import BLOCK_SIZE, BlockTable, Prompts
 from tierkv import CacheConfig, Namespace, TierCache
 from tierkv.block import TOKEN_BYTES, Tier
 from tierkv.layout import BlockLayout
-from tierkv.tools.index_tables import BLOCK_SIZE, BlockTable, Prompts
 
 __all__ = ["Times", "time_cache", "time_table"]
 

@@ -10,14 +10,14 @@ from itertools import islice
 
 import numpy as np
 
+from benchmarks.cold_rows import Row, wall_s
+from benchmarks.cold_workloads import Bytes, Floats, Workload
 from tierkv.layout import BlockLayout
 from tierkv.storage.attention_error import codec_error
 from tierkv.storage.codecs import CODECS, Codec, codec_by_name
 from tierkv.storage.cold_batch import padded_bytes
 from tierkv.storage.planes import take_exponent
 from tierkv.storage.record import EncodedRecord, decode_record, encode_record
-from tierkv.tools.cold_rows import Row, wall_s
-from tierkv.tools.cold_workloads import Bytes, Floats, Workload
 
 __all__ = ["codec_rows", "decode_rate", "lossy_rows"]
 

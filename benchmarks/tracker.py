@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.ttft import machine
 from tierkv.block import Tier
 from tierkv.config import CacheConfig
 from tierkv.engine.models import load_model
@@ -29,7 +30,6 @@ from tierkv.layout import BlockLayout
 from tierkv.profiling.profiler import MemoryProfiler
 from tierkv.profiling.tracker import MemoryTracker
 from tierkv.stats import CacheStats
-from tierkv.tools.bench_ttft import machine
 from tierkv.tools.options import cache_directory
 
 __all__ = ["main"]

@@ -28,6 +28,11 @@ import numpy as np
 import zstandard
 from rich.console import Console
 
+from benchmarks.cold_churn import churn_rows, measure_opening
+from benchmarks.cold_codecs import codec_rows, decode_rate, lossy_rows
+from benchmarks.cold_rows import Row, table_of, wall_s
+from benchmarks.cold_segments import PlainZstdStore, SegmentStore
+from benchmarks.cold_workloads import Bytes, Workload, load_workload
 from tierkv import __version__
 from tierkv.block import BlockHash
 from tierkv.layout import BlockLayout
@@ -35,11 +40,6 @@ from tierkv.storage.codecs import codec_by_name
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import BlockInfo
-from tierkv.tools.cold_churn import churn_rows, measure_opening
-from tierkv.tools.cold_codecs import codec_rows, decode_rate, lossy_rows
-from tierkv.tools.cold_rows import Row, table_of, wall_s
-from tierkv.tools.cold_segments import PlainZstdStore, SegmentStore
-from tierkv.tools.cold_workloads import Bytes, Workload, load_workload
 
 __all__ = ["main"]
 
@@ -58,7 +58,7 @@ class Readable(Protocol):
 
 def main() -> None:
     """Run everything and print one table; `--out FILE` keeps it."""
-    parser = argparse.ArgumentParser(prog="bench_cold", description=__doc__)
+    parser = argparse.ArgumentParser(prog="benchmarks.cold", description=__doc__)
     parser.add_argument("--blocks", type=int, default=192, help="blocks of the end-to-end part")
     parser.add_argument("--opened", type=int, default=1_000_000, help="blocks of the store that is opened")
     parser.add_argument("--dir", type=Path, help="where to work: a directory of the disk to measure")

@@ -27,12 +27,12 @@ import xxhash
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.index_requests import Times, time_cache, time_table
+from benchmarks.index_tables import BLOCK_SIZE, DictTable, IndexTable, Prompts, peers
 from tierkv import __version__
 from tierkv.block import TOKEN_BYTES, Tier, hash_block
 from tierkv.index import Index
 from tierkv.policies import DEFAULT_POLICY
-from tierkv.tools.index_requests import Times, time_cache, time_table
-from tierkv.tools.index_tables import BLOCK_SIZE, DictTable, IndexTable, Prompts, peers
 
 __all__ = ["main"]
 
@@ -51,7 +51,7 @@ _SHAPES = {
 
 def main() -> None:
     """Run everything and print two tables; `--out FILE` keeps them."""
-    parser = argparse.ArgumentParser(prog="bench_index", description=__doc__)
+    parser = argparse.ArgumentParser(prog="benchmarks.index", description=__doc__)
     parser.add_argument("--blocks", type=int, default=1_000_000, help="blocks in the index")
     parser.add_argument("--requests", type=int, default=400, help="requests of each kind")
     parser.add_argument("--out", type=Path, help="also write the tables here")
@@ -161,7 +161,7 @@ def _resident_bytes() -> int:
 
 def _in_child(shape: str, num_blocks: int, *, traced: bool) -> Memory:
     """Measure in a process of its own: nothing is left there from an earlier table."""
-    command = [sys.executable, "-m", "tierkv.tools.bench_index", "--memory", shape, "--blocks", str(num_blocks)]
+    command = [sys.executable, "-m", "benchmarks.index", "--memory", shape, "--blocks", str(num_blocks)]
     done = subprocess.run([*command, *(["--traced"] if traced else [])], check=True, capture_output=True, text=True)
     return Memory(**json.loads(done.stdout))
 

@@ -11,6 +11,8 @@ import lmdb
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.cold_segments import SegmentStore
+from benchmarks.cold_workloads import Workload, synthetic_workload
 from tierkv.storage.codecs import default_codec
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_batch import padded_bytes
@@ -18,8 +20,6 @@ from tierkv.storage.cold_entry import EntryTable
 from tierkv.storage.cold_links import LINK_BYTES
 from tierkv.storage.outcomes import PutOutcome
 from tierkv.storage.record import EncodedRecord
-from tierkv.tools.cold_segments import SegmentStore
-from tierkv.tools.cold_workloads import Workload, synthetic_workload
 
 __all__ = ["churn_rows", "measure_opening"]
 

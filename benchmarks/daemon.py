@@ -1,6 +1,6 @@
 """What the daemon costs: round trips at 1, 8 and 32 clients, read bandwidth beside a memcpy, and Redis beside both.
 
-    python -m tierkv.tools.bench_daemon [OUTPUT.txt]
+    python -m benchmarks.daemon [OUTPUT.txt]
 
 Every client is a process. Redis is used as users do it today: one value a block, MGET, values copied out of the socket;
 it is skipped where there is no `redis-server`. Ratios are of what the same run measured, so they carry over.

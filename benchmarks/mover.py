@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.ttft import machine, random_model
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.engine.attention import SequenceStep, use_tierkv_attention
@@ -31,7 +32,6 @@ from tierkv.movers.transfers import MemoryTransferManager, TransferOp
 from tierkv.movers.windows import WindowMover, window_format
 from tierkv.storage.hot import HotPool
 from tierkv.storage.warm import WarmPool
-from tierkv.tools.bench_ttft import machine, random_model
 
 __all__ = ["MoveFigure", "block_moves", "decode_beside_moves", "link", "main"]
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import cascade, mover, race_hunt
+from benchmarks.ttft import Timing, machine, measure, random_model
 from tierkv.config import CacheConfig
 from tierkv.engine.models import LoadedModel
 from tierkv.engine.runner import open_runner
-from tierkv.tools import bench_cascade, bench_mover, race_hunt
-from tierkv.tools.bench_ttft import Timing, machine, measure, random_model
 
 __all__ = ["Row", "main"]
 
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        print("bench_gpu needs a GPU: there is no CUDA device here")
+        print("benchmarks.gpu needs a GPU: there is no CUDA device here")
         return
     described = machine(torch.device("cuda")) | _versions()
     print("  ".join(f"{name}: {value}" for name, value in described.items()), flush=True)
@@ -82,9 +82,9 @@ def _versions() -> dict[str, str]:
 
 
 def _moves() -> Iterator[Row]:
-    link_in, link_out = bench_mover.link(to_gpu=True), bench_mover.link(to_gpu=False)
+    link_in, link_out = mover.link(to_gpu=True), mover.link(to_gpu=False)
     aims = {"raw": 0.98, "compressed": 1.35, "pages": 0.92}
-    for figure in bench_mover.block_moves():
+    for figure in mover.block_moves():
         link = link_in if figure.is_up else link_out
         aim = aims.get(figure.kind)
         yield Row(figure.what, f"{figure.gb_s:.1f} GB/s", f"link {link:.1f} GB/s", figure.gb_s / link, aim)
@@ -92,7 +92,7 @@ def _moves() -> Iterator[Row]:
 
 
 def _decode() -> Iterator[Row]:
-    for what, step_ms, alone_ms, at_most in bench_mover.decode_beside_moves():
+    for what, step_ms, alone_ms, at_most in mover.decode_beside_moves():
         yield Row(what, f"{step_ms:.2f} ms", f"alone {alone_ms:.2f} ms", step_ms / alone_ms, at_most=at_most)
 
 
@@ -132,7 +132,7 @@ def _ttft_rows(timing: Timing, warm_codec: str) -> Iterator[Row]:
 
 def _cascade() -> Iterator[Row]:
     for batch, shared, aim in ((64, 8192, 3.5), (16, 8192, None), (64, 1024, None)):
-        plain_us, cascade_us = bench_cascade.compare(batch, shared)
+        plain_us, cascade_us = cascade.compare(batch, shared)
         what = f"decode attention of {batch} sequences, {shared} shared tokens, 200 own"
         yield Row(what, f"{cascade_us:.1f} us", f"plain {plain_us:.1f} us", plain_us / cascade_us, aim)
 

@@ -93,7 +93,7 @@ LAYERS = (
         "engine.gate engine.fingerprint engine.models engine.graphs engine.forward_pass engine.generation "
         "engine.request engine.runner profiling.ledger profiling.step_sampler profiling.tracker "
         "profiling.prefixes profiling.reuse profiling.profile profiling.advice profiling.profiled_run "
-        "profiling.svg profiling.report_charts profiling.report_style profiling.report_html "
+        "profiling.charts profiling.drawing profiling.report_style profiling.report_html "
         "profiling.chrome_trace profiling.memory_report profiling.plots profiling.profiler "
         "profiling.metrics controller integrations*",
         below="values control storage kernels background client mover facade",
@@ -113,7 +113,7 @@ TORCH_FREE_MODULES = {
     *("lookup", "engine.prompts", "ranks.group"),
     *("profiling.ledger", "profiling.step_sampler"),
     *("profiling.tracker", "profiling.prefixes", "profiling.reuse", "profiling.profile", "profiling.advice"),
-    *("profiling.profiled_run", "profiling.profiler", "profiling.svg", "profiling.report_charts"),
+    *("profiling.profiled_run", "profiling.profiler", "profiling.charts", "profiling.drawing"),
     *("profiling.report_style", "profiling.report_html", "profiling.chrome_trace", "profiling.memory_report"),
     *("profiling.plots", "profiling.metrics"),
 }

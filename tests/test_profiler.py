@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from tierkv.events import EventKind, Span
 from tierkv.profiling.advice import EvictionSummary, Measured, suggest
 from tierkv.profiling.profile import Eviction, EvictionLog, HeatMap
 from tierkv.profiling.profiler import MemoryProfiler
-from tierkv.profiling.svg import nice_ticks
 
 
 class Clock:
@@ -258,6 +258,23 @@ def test_the_page_is_whole_and_needs_nothing_from_elsewhere(tmp_path: Path) -> N
     assert ("name", "viewport") in page.attributes
 
 
+def test_a_page_without_matplotlib_has_its_text_and_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    text = busy_profiler().generate_report().save_html(tmp_path / "page.html").read_text()
+    page = Page(text)
+    assert "svg" not in page.tags and "Charts need matplotlib" in text and "8 requests" in text
+
+
+def test_charts_take_their_colors_from_the_style_sheet_and_repeat_no_id(tmp_path: Path) -> None:
+    page = Page(busy_profiler().generate_report().save_html(tmp_path / "page.html").read_text())
+    styles = " ".join(value or "" for name, value in page.attributes if name == "style")
+    assert "var(--hot)" in styles and "var(--soft)" in styles and "#000000" not in styles
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+
+
 def test_a_page_of_an_idle_cache_says_so(tmp_path: Path) -> None:
     text = profiled(FakeCache()).generate_report().save_html(tmp_path / "page.html").read_text()
     Page(text)
@@ -275,9 +292,3 @@ def test_the_names_of_the_plan_are_there() -> None:
     assert report.allocation_timeline[0].fragmentation_ratio == 0
     assert report.eviction_analysis[Tier.HOT].count == 8
     assert list(report.optimization_suggestions) == list(report.run.suggestions)
-
-
-@pytest.mark.parametrize(("largest", "last"), [(1.0, 1.0), (7, 8), (65, 80), (100, 100), (0.03, 0.03), (1e9, 1e9)])
-def test_ticks_are_round_and_reach_over_the_largest_value(largest: float, last: float) -> None:
-    ticks = nice_ticks(largest)
-    assert ticks[0] == 0 and ticks[-1] == pytest.approx(last) and 2 < len(ticks) <= 6

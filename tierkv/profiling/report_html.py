@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from html import escape
 
 from tierkv.block import Tier
-from tierkv.profiling.profiled_run import ProfiledRun
-from tierkv.profiling.report_charts import (
+from tierkv.profiling.charts import (
+    Chart,
     eviction_chart,
     fragmentation_chart,
     heat_chart,
@@ -15,6 +15,8 @@ from tierkv.profiling.report_charts import (
     memory_chart,
     token_chart,
 )
+from tierkv.profiling.drawing import can_draw, svg_of
+from tierkv.profiling.profiled_run import ProfiledRun
 from tierkv.profiling.report_style import STYLE
 from tierkv.units import format_bytes, format_seconds
 
@@ -72,7 +74,7 @@ def _tiles(run: ProfiledRun) -> str:
 
 
 def _charts(run: ProfiledRun) -> Iterator[str]:
-    yield _figure("Where prompt tokens came from", token_chart(run), wide=len(run.token_shares()) > 24)
+    yield _figure("Where prompt tokens came from", token_chart(run))
     yield _figure("Memory in use", memory_chart(run))
     yield _figure("Uses of hot blocks", heat_chart(run))
     yield _figure("Hits over size", hit_curve_chart(run))
@@ -80,12 +82,12 @@ def _charts(run: ProfiledRun) -> Iterator[str]:
     yield _figure("Evictions", eviction_chart(run))
 
 
-def _figure(title: str, content: tuple[str, str], *, wide: bool = False) -> str:
-    chart, caption = content
-    place = ' class="wide"' if wide and not chart else ""
-    return (
-        f"<section{place}><h2>{escape(title)}</h2><figure>{chart}<figcaption>{caption}</figcaption></figure></section>"
-    )
+def _figure(title: str, chart: Chart) -> str:
+    drawn = ""
+    if chart.draw is not None:
+        drawn = svg_of(chart) if can_draw() else "<p class='soft'>Charts need matplotlib: tierkv[report].</p>"
+    caption = f"<figcaption>{escape(chart.caption)}</figcaption>"
+    return f"<section><h2>{escape(title)}</h2><figure>{drawn}{caption}</figure></section>"
 
 
 def _tables(run: ProfiledRun) -> Iterator[str]:

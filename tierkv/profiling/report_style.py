@@ -19,22 +19,9 @@ p { margin: 0 0 10px; max-width: 72ch; } .soft, figcaption { color: var(--soft);
 .tile, section { background: var(--card); border: 1px solid var(--rule); border-radius: 8px; padding: 14px 16px; }
 .tile b { display: block; font-size: 1.45rem; font-variant-numeric: tabular-nums; line-height: 1.25; }
 .grid2 { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 16px; }
-.grid2 > .wide { grid-column: 1 / -1; }
 section { margin: 0; min-width: 0; } section + .grid2, .stack > section { margin-top: 16px; }
 svg { display: block; width: 100%; height: auto; } figure { margin: 0; }
-svg text { font: 12px system-ui, sans-serif; fill: var(--soft); }
-.end { text-anchor: end; } .middle { text-anchor: middle; }
-.grid { stroke: var(--rule); stroke-width: 1; } .frame { fill: none; stroke: var(--rule); }
-.line { fill: none; stroke-width: 2; stroke-linejoin: round; } .mark { stroke-dasharray: 4 3; stroke-width: 1.5; }
-.line.hot, .mark.hot { stroke: var(--hot); } .line.warm, .mark.warm { stroke: var(--warm); }
-.line.cold { stroke: var(--cold); } .line.plain { stroke: var(--soft); }
-rect.hot, .key.hot { fill: var(--hot); background: var(--hot); }
-rect.warm, .key.warm { fill: var(--warm); background: var(--warm); }
-rect.cold, .key.cold { fill: var(--cold); background: var(--cold); } rect.heat { fill: var(--hot); }
-rect.computed, .key.computed { fill: var(--computed); background: var(--computed); }
-.legend { list-style: none; display: flex; flex-wrap: wrap; gap: 2px 14px; margin: 4px 0 0; padding: 0;
-  font-size: .85rem; }
-.key { display: inline-block; width: 10px; height: 10px; border-radius: 2px; margin-right: 6px; }
+svg text { font-family: system-ui, sans-serif !important; fill: var(--soft); }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { text-align: right; padding: 5px 8px; border-bottom: 1px solid var(--rule); font-variant-numeric: tabular-nums;
   white-space: nowrap; }

@@ -1,0 +1,77 @@
+"""Draws charts with matplotlib, of the extra `report`: as SVG text for the page, as PNG files."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from tierkv.errors import ConfigError
+from tierkv.profiling.charts import COLORS, Chart
+
+__all__ = ["can_draw", "require_matplotlib", "save_png", "svg_of"]
+
+_SVG_INCHES = (4.6, 2.7)  # narrow on purpose: a phone shows the chart at about its own size, so its text stays readable
+_INK = {"#000000": "var(--soft)", "#ffffff": "var(--card)", "#b0b0b0": "var(--rule)"}  # matplotlib's own colors
+
+
+def require_matplotlib() -> None:
+    """Raise ConfigError where matplotlib is missing."""
+    if not can_draw():
+        raise ConfigError("plots need matplotlib", hint="pip install 'tierkv[report]'")
+
+
+def can_draw() -> bool:
+    """Tell whether matplotlib can be loaded."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def svg_of(chart: Chart) -> str:
+    """Return the chart as an SVG element whose colors are the variables of the page's style sheet."""
+    from matplotlib import rc_context
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    text = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": chart.label, "font.size": 10, "lines.linewidth": 1.5}):
+        figure = Figure(figsize=_SVG_INCHES, layout="constrained")
+        canvas: Any = FigureCanvasSVG(figure)
+        _draw(figure.add_subplot(), chart)
+        canvas.print_svg(text, metadata={"Date": None, "Creator": None})
+    svg = text.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r'^<svg [^>]*(viewBox="[^"]*")[^>]*>', rf'<svg \1 role="img" aria-label="{escape(chart.label)}">', svg)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # the page has several charts, and an id only once
+    for color, variable in (_INK | {color: f"var(--{name})" for name, color in COLORS.items()}).items():
+        svg = svg.replace(color, variable)
+    return svg
+
+
+def save_png(path: Path, title: str, charts: Sequence[Chart], *, heights: Sequence[int] = (1,)) -> None:
+    """Write charts one below the other, without a display and without pyplot's state."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), dpi=110, layout="constrained")
+    figure.suptitle(title)
+    rows = figure.subplots(len(charts), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, chart in zip(rows, charts, strict=True):
+        _draw(axes, chart)
+    figure.savefig(path, format="png")
+
+
+def _draw(axes: Any, chart: Chart) -> None:
+    axes.grid(True, color="#b0b0b0", linewidth=0.5)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if chart.draw is None:
+        axes.set_axis_off()
+        axes.text(0.5, 0.5, chart.caption, ha="center", transform=axes.transAxes)
+    else:
+        chart.draw(axes)

@@ -14,7 +14,7 @@ import xxhash
 from tierkv.errors import CorruptBlockError, FormatVersionError, ShapeError
 from tierkv.layout import BlockLayout, Run
 from tierkv.storage.codec import iter_runs
-from tierkv.storage.codecs import RAW, Codec, default_codec
+from tierkv.storage.codecs import RAW, Codec, check_codec, default_codec
 from tierkv.storage.coded import CODED_ID, CodedBlock, CodedLayout, check_frames
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.planes import Bytes
@@ -123,6 +123,7 @@ def decode_record(
     *,
     expected: BlockInfo,
     layout: BlockLayout,
+    lossy_codec: str = "",
     coded: CodedBlock | None = None,
 ) -> MissReason | None:
     """Write the block into `out` and return None, or return why it is not the block asked for.
@@ -130,6 +131,8 @@ def decode_record(
     Goes through the record once, in pieces that are checked and decoded while they are in the cache. So codecs see
     bytes that may be damaged, and `out` must be a place that nobody looks at before this has returned None: the
     checksum of all pieces has then matched.
+
+    lossy_codec: of the namespace of `expected`, "" if that is exact: a record whose codec does not fit is damage.
 
     coded: leave a whole block of exponent16 as it is: `out` then begins with the payload, and `coded` says what it is.
 
@@ -147,6 +150,7 @@ def decode_record(
             checksum.update(source.view(start, end).data)
         _require_checksum(checksum, header)
         return reason
+    check_codec(header.codec.name, lossy_codec)
     pieces = _pieces_of(header, layout)
     if coded is not None and header.codec.codec_id == CODED_ID and header.info.num_tokens == layout.block_size:
         payload = target[: header.record_bytes - header.payload_offset]

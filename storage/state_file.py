@@ -16,14 +16,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
 from tierkv.block import HASH_BYTES, TOKEN_BYTES, BlockHash, common_run
-from tierkv.errors import CorruptBlockError, FormatVersionError, StoreError
+from tierkv.errors import ConfigError, CorruptBlockError, FormatVersionError, StoreError
 from tierkv.layout import BlockLayout
+from tierkv.namespace import parse_description
 from tierkv.storage.coded import CodedBlock
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import HEADER_BYTES, BlockInfo, TruncatedBlockError, decode_record
@@ -167,7 +167,14 @@ class StateFile:
             return MissReason.ABSENT
         record = self._open_record(self._fd, entry)
         try:
-            return decode_record(record, out, expected=expected, layout=layout, coded=coded)
+            return decode_record(
+                record,
+                out,
+                expected=expected,
+                layout=layout,
+                lossy_codec=self.description.lossy_codec,
+                coded=coded,
+            )
         except (TruncatedBlockError, OSError):
             return MissReason.TRUNCATED
         except FormatVersionError:
@@ -215,7 +222,13 @@ class StateFile:
         index = os.pread(self._fd, header.rows * ROW.itemsize, header.index_offset)
         if xxhash.xxh3_64_intdigest(description + index) != header.checksum:
             raise CorruptBlockError(f"the index of {self.path} is damaged")
-        self.description: dict[str, object] = msgspec.json.decode(description)
+        try:
+            parsed = parse_description(description)
+        except ConfigError as exc:
+            raise CorruptBlockError(f"the description in {self.path} cannot be used: {exc}") from exc
+        if parsed.digest != header.namespace:
+            raise CorruptBlockError(f"the description in {self.path} is that of another namespace")
+        self.description = parsed
         self.raw_description = description
         self._rows = np.frombuffer(index, dtype=ROW)
         begins, sizes = self._rows["offset"], self._rows["size"]

@@ -28,7 +28,7 @@ def open_state(path: Path, namespace: Namespace) -> StateFile:
     if state.namespace != namespace.digest:
         state.close()
         mine = {"name": namespace.name, **namespace.identity()}
-        names = ", ".join(differing_fields(state.description, mine)) or "salt"
+        names = ", ".join(differing_fields(state.description.fields, mine)) or "salt"
         raise NamespaceMismatchError(f"{path} was saved for another model or setting: {names} differ")
     return state
 

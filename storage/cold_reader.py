@@ -25,6 +25,7 @@ from tierkv.storage.record import (
     Buffer,
     TruncatedBlockError,
     decode_record,
+    max_record_bytes,
     read_header,
     verify_checksum,
 )
@@ -74,7 +75,7 @@ class ColdReader:
         try:
             with self._env.read() as txn, contextlib.suppress(CorruptBlockError, FormatVersionError):
                 record = self._env.open_value(
-                    self._databases.blocks_name, expected.block_hash, max_bytes=_max_value_bytes(layout)
+                    self._databases.blocks_name, expected.block_hash, max_bytes=max_record_bytes(layout)
                 )
                 if record is not None:
                     reason = decode(record, lossy_codec=self._lossy_codec_of(txn, expected.namespace))
@@ -167,8 +168,3 @@ class ColdReader:
                 if not cursor.next():
                     break
         return last, found
-
-
-def _max_value_bytes(layout: BlockLayout) -> int:
-    """No value of this layout is longer: raw, padded, with the ids of its tokens and the sizes of its frames."""
-    return 2 * layout.block_bytes + (1 << 20)

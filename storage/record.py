@@ -49,6 +49,7 @@ __all__ = [
     "TruncatedBlockError",
     "decode_record",
     "encode_record",
+    "max_record_bytes",
     "mismatch",
     "parse_record",
     "read_header",
@@ -166,18 +167,24 @@ def decode_record(
         for piece in pieces:
             payload = source.view(piece.start, piece.end)
             checksum.update(payload.data)
-            header.codec.decode_runs(payload, piece.frame_sizes, target, piece.runs, header.info.num_tokens)
+            try:
+                header.codec.decode_runs(payload, piece.frame_sizes, target, piece.runs, header.info.num_tokens)
+            except ValueError as exc:  # ConfigError among them: the codec is one that the layout's dtype cannot have
+                raise CorruptBlockError(f"a record of {header.codec.name} that does not decode: {exc}") from exc
     _require_checksum(checksum, header)
     return None
 
 
-def parse_record(record: Buffer, *, cost_s: float = 0.0) -> EncodedRecord:
+def parse_record(record: Buffer, *, lossy_codec: str | None = None, cost_s: float = 0.0) -> EncodedRecord:
     """Return a record read from a file as one to be stored; a view of the given bytes.
 
-    Raises CorruptBlockError unless header and checksum are right.
+    lossy_codec: of its namespace, "" for an exact one; None where that is not known.
+    Raises CorruptBlockError unless header and checksum are right, and the codec fits the namespace.
     """
     header = read_header(record)
     verify_checksum(record, header)
+    if lossy_codec is not None:
+        check_codec(header.codec.name, lossy_codec)
     return EncodedRecord(
         info=header.info,
         codec=header.codec.name,
@@ -186,6 +193,11 @@ def parse_record(record: Buffer, *, cost_s: float = 0.0) -> EncodedRecord:
         buffer=as_bytes(record)[: header.record_bytes],
         cost_s=cost_s,
     )
+
+
+def max_record_bytes(layout: BlockLayout) -> int:
+    """No record of this layout is longer: raw, padded, with the ids of its tokens and the sizes of its frames."""
+    return 2 * layout.block_bytes + (1 << 20)
 
 
 def _check_shape(block: Bytes, info: BlockInfo, layout: BlockLayout) -> None:

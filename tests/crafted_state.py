@@ -34,8 +34,10 @@ def state_start(description: bytes) -> int:
     return ALIGN_BYTES + len(description) + (-len(description) % ALIGN_BYTES)
 
 
-def craft(digest: BlockHash, description: bytes, body: bytes, rows: Sequence[Row], **header: Any) -> bytes:
-    """Return a state file of these parts, as they are. header: fields of StateHeader that lie."""
+def craft(digest: BlockHash, description: bytes, body: bytes, rows: Sequence[Row], **lies: Any) -> bytes:
+    """Return a state file of these parts, as they are. lies: of the header's fields; `rows_claimed` for its `rows`."""
+    if "rows_claimed" in lies:
+        lies["rows"] = lies.pop("rows_claimed")
     index = np.array(rows, dtype=ROW).tobytes()
     text = description + bytes(-len(description) % ALIGN_BYTES)
     honest = StateHeader(
@@ -46,5 +48,5 @@ def craft(digest: BlockHash, description: bytes, body: bytes, rows: Sequence[Row
         namespace=digest,
         checksum=xxhash.xxh3_64_intdigest(description + index),
     )
-    packed = replace(honest, **header).pack()
+    packed = replace(honest, **lies).pack()
     return packed + bytes(ALIGN_BYTES - len(packed)) + text + body + index

@@ -19,10 +19,11 @@ from tierkv.errors import ConfigError, CorruptBlockError, ShapeError, StoreError
 from tierkv.layout import BlockLayout, LayerLayout
 from tierkv.namespace import Namespace, differing_fields
 from tierkv.storage.attention_error import attention_error, codec_error
-from tierkv.storage.codecs import CODECS, codec_by_name, fits_namespace
+from tierkv.storage.codecs import CODECS, codec_by_id, codec_by_name, fits_namespace
 from tierkv.storage.codecs_lossy import LossyCodec
 from tierkv.storage.coded import CodedBlock
 from tierkv.storage.cold import ColdStore
+from tierkv.storage.float_words import float_format
 from tierkv.storage.outcomes import MissReason, PutOutcome
 from tierkv.storage.quantisers import Int8Quantiser
 from tierkv.storage.record import BlockInfo, EncodedRecord, decode_record, encode_record, read_header
@@ -295,6 +296,82 @@ def test_scales_of_another_length_are_corrupt(name: str) -> None:
     assert sizes is not None
     with pytest.raises(CorruptBlockError, match="scales"):
         codec.decode_run(frames[: sum(sizes) - 1], [*sizes[:-1], sizes[-1] - 1], run, out)
+
+
+@names
+@dtypes
+def test_the_largest_and_the_smallest_numbers_that_a_lossy_codec_holds_come_back(name: str, dtype: str) -> None:
+    layout = BlockLayout.uniform(num_layers=1, block_size=8, kv_heads=2, head_dim=8, dtype=dtype)
+    form = float_format(dtype)
+    for magnitude in (form.largest, form.largest - 1, 1, 0):
+        words = np.full(layout.block_bytes // layout.item_bytes, magnitude, dtype=form.word)
+        words[::3] |= form.word.type(~form.magnitude & (1 << 8 * form.word.itemsize) - 1)  # the sign
+        back = decoded(coded(words.view(np.uint8), layout, name), layout).view(form.word)
+        assert np.all((back & form.word.type(form.magnitude)) <= form.largest)
+
+
+def forged(name: str, dtype: str, *, scales: int | None = None, number: int | None = None) -> CorruptBlockError | None:
+    """Decode a run of which the scales' bytes, or one number's byte, are none that a writer writes."""
+    layout = BlockLayout.uniform(num_layers=1, block_size=64, kv_heads=2, head_dim=8, dtype=dtype)
+    codec, run = codec_by_name(name), layout.runs[0]
+    values = as_block(np.full(layout.block_bytes // layout.item_bytes, 1.5), dtype)[: run.token_bytes * 64]
+    sizes = codec.encode_run(values, run, frames := np.empty(values.size, dtype=np.uint8))
+    assert sizes is not None
+    plane = np.full(64 * 16, 0x38 if number is None else number, dtype=np.uint8)
+    packed = frames[sum(sizes[:-1]) : sum(sizes)].copy()
+    if scales is not None:
+        item = 1 if name == "lossy-fp8-e4m3" else layout.item_bytes
+        packed = np.frombuffer(scales.to_bytes(item, "little") * (packed.size // item), dtype=np.uint8)
+    out = np.empty(values.size, dtype=np.uint8)
+    try:
+        codec.decode_run(np.concatenate([plane, packed]), [plane.size, packed.size], run, out)
+    except CorruptBlockError as exc:
+        return exc
+    assert np.all(np.isfinite(as_values(out, dtype)))
+    return None
+
+
+@dtypes
+def test_forged_scales_and_numbers_of_int8_are_corrupt(dtype: str) -> None:
+    form = float_format(dtype)
+    sign = form.magnitude + 1
+    for scales in (form.largest + 1, INFINITY[dtype], INFINITY[dtype] + 1, sign | 0x3C00, sign, form.magnitude):
+        assert forged("lossy-int8", dtype, scales=scales), hex(scales)
+    assert forged("lossy-int8", dtype, number=0x80)
+    assert not forged("lossy-int8", dtype, number=0x81)
+    assert not forged("lossy-int8", dtype, scales=form.largest, number=0x81)
+    assert not forged("lossy-int8", dtype, scales=0)
+
+
+@dtypes
+def test_forged_scales_and_numbers_of_fp8_are_corrupt(dtype: str) -> None:
+    largest = 128 if dtype == "float16" else 240
+    for scales in (0, largest + 1, 255):
+        assert forged("lossy-fp8-e4m3", dtype, scales=scales), scales
+    for number in (0x7F, 0xFF):
+        assert forged("lossy-fp8-e4m3", dtype, number=number)
+    assert not forged("lossy-fp8-e4m3", dtype, number=0x7E)
+    assert not forged("lossy-fp8-e4m3", dtype, scales=largest, number=0x77)
+    assert not forged("lossy-fp8-e4m3", dtype, scales=largest - 1, number=0x7E)
+    assert forged("lossy-fp8-e4m3", dtype, scales=largest, number=0x78)
+
+
+def test_a_lossless_codec_that_the_dtype_cannot_have_is_corrupt() -> None:
+    odd = BlockLayout.uniform(num_layers=1, block_size=1, kv_heads=1, head_dim=3, dtype="float8_e5m2")
+    half = BlockLayout.uniform(num_layers=1, block_size=1, kv_heads=1, head_dim=3, dtype="bfloat16")
+    record = coded(np.zeros(half.block_bytes, dtype=np.uint8), half, "exponent16")
+    data = bytearray(coded(np.zeros(odd.block_bytes, dtype=np.uint8), odd, "raw").data)
+    for codec_id in (2, 3, 5, 6):
+        data[72] = codec_id
+        resealed = bytearray(data)
+        resealed[8:16] = xxhash.xxh3_64_intdigest(data[16:], seed=int.from_bytes(data[:8], "little")).to_bytes(
+            8, "little"
+        )
+        lossy = codec_by_id(codec_id).name if codec_id > 4 else ""
+        with pytest.raises(CorruptBlockError):
+            decode_record(
+                resealed, np.empty(odd.block_bytes, np.uint8), expected=record.info, layout=odd, lossy_codec=lossy
+            )
 
 
 def test_a_lossy_namespace_is_another_one_and_says_in_what() -> None:

@@ -212,6 +212,19 @@ def test_an_index_of_a_sparse_file_that_is_too_long_is_refused_before_it_is_read
         state_format.StateHeader.unpack(header.pack(), actual_bytes=header.file_bytes)
 
 
+def test_a_description_that_is_too_long_is_refused_before_it_is_read() -> None:
+    header = state_format.StateHeader(
+        file_bytes=1 << 40,
+        description_bytes=(1 << 40) - 8192,
+        index_offset=1 << 40,
+        rows=0,
+        namespace=NAMESPACE.digest,
+        checksum=1,
+    )
+    with pytest.raises(CorruptBlockError, match="a description of 1099511619584 bytes"):
+        state_format.StateHeader.unpack(header.pack(), actual_bytes=1 << 40)
+
+
 def test_a_record_is_never_read_further_than_its_layout_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However long records may be by a layout of an attacker's choice, an index bounds each by its own size."""
     monkeypatch.setattr("tierkv.storage.state_index._RECORD_LIMIT_BYTES", CHAIN[0].stored_bytes - 1)

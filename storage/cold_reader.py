@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Iterator
 from functools import partial
 
@@ -33,6 +34,7 @@ from tierkv.storage.record import (
 __all__ = ["ColdReader"]
 
 _ENTRIES_PER_SNAPSHOT = 1024
+_LOOK_AGAIN_S = 1.0  # another process may describe a namespace; each look goes through LMDB's map
 
 _logger = logging.getLogger(__name__)
 
@@ -45,6 +47,7 @@ class ColdReader:
         self._env = env
         self._databases = Databases.of(env)
         self._lossy_codecs: dict[BlockHash, str] = {}  # of namespaces whose descriptions have been checked
+        self._look_again: dict[BlockHash, float] = {}  # when, at namespaces that nobody has described
 
     def children(self, parent: BlockHash) -> list[BlockHash]:
         """Return the hashes of the blocks that follow `parent`; the namespace digest has the first ones."""
@@ -141,10 +144,15 @@ class ColdReader:
         known = self._lossy_codecs.get(digest)
         if known is not None:
             return known
+        now = time.monotonic()
+        if now < self._look_again.get(digest, now):
+            return ""
         found = read_lossy_codec(txn, self._databases.meta, digest)
-        if found is not None:
-            self._lossy_codecs[digest] = found
-        return found or ""
+        if found is None:
+            self._look_again[digest] = now + _LOOK_AGAIN_S
+            return ""
+        self._lossy_codecs[digest] = found
+        return found
 
     def _entry_or_none(self, txn: ReadTransaction, block_hash: BlockHash) -> ColdEntry | None:
         try:

@@ -94,7 +94,9 @@ def codec_error(
     info = BlockInfo.first(tokens, namespace=bytes(16))
     record = encode_record(info, block, layout=layout, codec=codec)
     back = np.empty(layout.block_bytes, dtype=np.uint8)
-    reason = decode_record(record.data, back, expected=info, layout=layout)
+    reason = decode_record(
+        record.data, back, expected=info, layout=layout, lossy_codec=codec.name if codec.is_lossy else ""
+    )
     assert reason is None
     return attention_error(block, back, layout=layout, queries=queries, seed=seed)
 

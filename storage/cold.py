@@ -188,12 +188,14 @@ class ColdStore(ColdReader):
 
         Where others write for too long that is left to the next put.
         """
+        self._note_namespace(namespace.digest, namespace.describe())
         if not self.read_only:
             self.register_namespace(namespace.digest, namespace.describe())
 
     def register_namespace(self, digest: BlockHash, description: bytes) -> None:
         """Do as `open_namespace` for one that is known by its digest and its description (a JSON object) alone."""
         self._require_writable()
+        self._note_namespace(digest, description)
         self._writer.note_namespace(digest, description)
         try:
             self._writer.tend()

@@ -21,9 +21,16 @@ import numpy as np
 
 from tierkv.block import HASH_BYTES, BlockHash
 from tierkv.errors import CorruptBlockError, FormatVersionError, StoreError
+from tierkv.storage.codecs import fits_namespace
 from tierkv.storage.cold_entry import ColdEntry, entry_of, pack_entry, unpack_entry
 from tierkv.storage.cold_links import Links
-from tierkv.storage.cold_namespaces import NAMESPACE_PREFIX, NamespaceRow, iter_namespaces, pack_row
+from tierkv.storage.cold_namespaces import (
+    NAMESPACE_PREFIX,
+    NamespaceRow,
+    iter_namespaces,
+    lossy_codec_in,
+    pack_row,
+)
 from tierkv.storage.lmdb_env import Database, DatabaseSpec, LmdbEnv, ReadTransaction, WriteTransaction
 from tierkv.storage.outcomes import PutOutcome
 from tierkv.storage.planes import Bytes
@@ -181,10 +188,11 @@ class WriteBatch:
         present = self._value(info.block_hash)
         if present is not None:
             try:
-                same = mismatch(read_header(present).info, info) is None
+                header = read_header(present)
+                same = mismatch(header.info, info) is None
                 if not same:
                     return PutOutcome.COLLISION
-                if self.entry(info.block_hash) is not None:
+                if self.entry(info.block_hash) is not None and self._may_have(info.namespace, header.codec.name):
                     return PutOutcome.EXISTS
             except FormatVersionError:
                 return PutOutcome.FORMAT
@@ -226,11 +234,12 @@ class WriteBatch:
         """
         value = self._value(block_hash)
         try:
-            info = None if value is None else parse_record(value).info
+            record = None if value is None else parse_record(value)
         except FormatVersionError:
             return 0
         except StoreError:
-            info = None
+            record = None
+        info = record.info if record and self._may_have(record.info.namespace, record.codec) else None
         if info is not None and info.block_hash == block_hash and self.mend_entry(block_hash) is not None:
             return 0
         return self.remove_subtree(block_hash)
@@ -324,6 +333,12 @@ class WriteBatch:
         if had_block or had_entry:
             self.removed.append(block_hash)
         return had_block or had_entry
+
+    def _may_have(self, namespace: BlockHash, codec: str) -> bool:
+        """Tell whether records of a codec fit a namespace; True where the namespace is not described."""
+        row = self._rows.get(namespace)
+        lossy_codec = lossy_codec_in(row.description, namespace) if row else None
+        return lossy_codec is None or fits_namespace(codec, lossy_codec)
 
     def _value(self, block_hash: BlockHash) -> memoryview | None:
         """Return a block's value. Where LMDB finds a wrong page in its place, mend that and raise DamagedPagesError."""

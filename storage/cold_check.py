@@ -6,14 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
-import msgspec
-
 from tierkv.block import BlockHash, hash_block
 from tierkv.errors import CorruptBlockError, FormatVersionError, StoreError
+from tierkv.storage.codecs import fits_namespace
 from tierkv.storage.cold_batch import Databases, get_entry, get_value, read_block_info
 from tierkv.storage.cold_entry import ColdEntry, unpack_entry
 from tierkv.storage.cold_links import Link
-from tierkv.storage.cold_namespaces import NAMESPACE_PREFIX, iter_namespaces, unpack_row
+from tierkv.storage.cold_namespaces import iter_namespaces, read_lossy_codec
 from tierkv.storage.lmdb_env import LmdbEnv, ReadTransaction
 from tierkv.storage.record import BlockInfo, read_header, verify_checksum
 
@@ -135,7 +134,8 @@ def verify_block(env: LmdbEnv, txn: ReadTransaction, databases: Databases, block
         entry.stored_bytes,
     ):
         raise CorruptBlockError("its entry describes another record")
-    if header.codec.is_lossy and _lossy_codec_of(txn, databases, info.namespace) not in (header.codec.name, None):
+    lossy_codec = read_lossy_codec(txn, databases.meta, info.namespace)
+    if lossy_codec is not None and not fits_namespace(header.codec.name, lossy_codec):
         raise CorruptBlockError(f"it went through {header.codec.name}, and its namespace does not say so")
     if entry.parent != entry.namespace and txn.get(entry.parent, db=databases.index) is None:
         raise CorruptBlockError("its parent is not stored")
@@ -148,16 +148,6 @@ def _is_behind_its_parent(txn: ReadTransaction, databases: Databases, info: Bloc
         return info.follows(None)
     parent = read_block_info(txn, databases, info.parent)
     return parent is None or info.follows(parent)
-
-
-def _lossy_codec_of(txn: ReadTransaction, databases: Databases, namespace: BlockHash) -> str | None:
-    """Return what a namespace says its blocks went through, "" for nothing; None where its description is lost."""
-    sealed = txn.get(NAMESPACE_PREFIX + namespace, db=databases.meta)
-    try:
-        description = msgspec.json.decode(unpack_row(sealed).description) if sealed is not None else {}
-    except (CorruptBlockError, msgspec.MsgspecError):
-        return None
-    return str(description.get("lossy_codec", "")) if isinstance(description, dict) and description else None
 
 
 def _iter_index(txn: ReadTransaction, databases: Databases) -> Iterator[tuple[BlockHash, ColdEntry]]:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import lru_cache
 
 import msgspec
 import xxhash
 
 from tierkv.block import BlockHash
-from tierkv.errors import CorruptBlockError, FormatVersionError
+from tierkv.errors import ConfigError, CorruptBlockError, FormatVersionError
+from tierkv.namespace import parse_description
 from tierkv.storage.cold_entry import ColdEntry
 from tierkv.storage.lmdb_env import Database, ReadTransaction
 
@@ -24,7 +26,9 @@ __all__ = [
     "add_checksum",
     "check_format",
     "iter_namespaces",
+    "lossy_codec_in",
     "pack_row",
+    "read_lossy_codec",
     "unpack_row",
 ]
 
@@ -93,6 +97,28 @@ def iter_namespaces(txn: ReadTransaction, meta: Database) -> Iterator[tuple[Bloc
                 row = unpack_row(cursor.value())
             yield bytes(cursor.key())[len(NAMESPACE_PREFIX) :], row
             found = cursor.next()
+
+
+@lru_cache(maxsize=64)
+def lossy_codec_in(description: bytes, digest: BlockHash) -> str | None:
+    """Return the lossy codec that a namespace's description names, "" for an exact one.
+
+    None where it is unknown: the description is lost, or it is not the one that the digest was computed of.
+    """
+    try:
+        parsed = parse_description(description)
+    except ConfigError:
+        return None
+    return parsed.lossy_codec if parsed.digest == digest else None
+
+
+def read_lossy_codec(txn: ReadTransaction, meta: Database, digest: BlockHash) -> str | None:
+    """Return what `lossy_codec_in` says of a stored namespace; None also where it is not stored."""
+    packed = txn.get(NAMESPACE_PREFIX + digest, db=meta)
+    try:
+        return None if packed is None else lossy_codec_in(unpack_row(packed).description, digest)
+    except CorruptBlockError:
+        return None
 
 
 def _without_checksum(packed: bytes) -> bytes:

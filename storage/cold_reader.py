@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Iterator
+from functools import partial
 
 from tierkv.block import HASH_BYTES, BlockHash
 from tierkv.errors import CorruptBlockError, FormatVersionError, StoreError
 from tierkv.layout import BlockLayout
+from tierkv.storage.codecs import check_codec
 from tierkv.storage.coded import CodedBlock
 from tierkv.storage.cold_batch import Databases, get_entry, get_value, namespace_rows, read_block_tokens
 from tierkv.storage.cold_entry import ColdEntry
 from tierkv.storage.cold_links import Links
+from tierkv.storage.cold_namespaces import lossy_codec_in, read_lossy_codec
 from tierkv.storage.cold_stats import StoredNamespace
 from tierkv.storage.lmdb_data import CutShortError
 from tierkv.storage.lmdb_env import LmdbEnv, ReadTransaction
@@ -22,6 +26,7 @@ from tierkv.storage.record import (
     Buffer,
     TruncatedBlockError,
     decode_record,
+    max_record_bytes,
     read_header,
     verify_checksum,
 )
@@ -29,6 +34,7 @@ from tierkv.storage.record import (
 __all__ = ["ColdReader"]
 
 _ENTRIES_PER_SNAPSHOT = 1024
+_LOOK_AGAIN_S = 1.0  # another process may describe a namespace; each look goes through LMDB's map
 
 _logger = logging.getLogger(__name__)
 
@@ -40,6 +46,8 @@ class ColdReader:
         self.path = env.path
         self._env = env
         self._databases = Databases.of(env)
+        self._lossy_codecs: dict[BlockHash, str] = {}  # of namespaces whose descriptions have been checked
+        self._look_again: dict[BlockHash, float] = {}  # when, at namespaces that nobody has described
 
     def children(self, parent: BlockHash) -> list[BlockHash]:
         """Return the hashes of the blocks that follow `parent`; the namespace digest has the first ones."""
@@ -66,20 +74,21 @@ class ColdReader:
 
         Takes what plain reads find if it is right; of anything else, LMDB says what it is.
         """
+        decode = partial(decode_record, out=out, expected=expected, layout=layout, coded=coded)
         try:
-            with self._env.read(), contextlib.suppress(CorruptBlockError, FormatVersionError):
+            with self._env.read() as txn, contextlib.suppress(CorruptBlockError, FormatVersionError):
                 record = self._env.open_value(
-                    self._databases.blocks_name, expected.block_hash, max_bytes=_max_value_bytes(layout)
+                    self._databases.blocks_name, expected.block_hash, max_bytes=max_record_bytes(layout)
                 )
                 if record is not None:
-                    reason = decode_record(record, out, expected=expected, layout=layout, coded=coded)
+                    reason = decode(record, lossy_codec=self._lossy_codec_of(txn, expected.namespace))
                     if reason is None:
                         return None
             with self._env.read() as txn:
                 value = txn.get(expected.block_hash, db=self._databases.blocks)
                 if value is None:
                     return MissReason.ABSENT
-                return decode_record(value, out, expected=expected, layout=layout, coded=coded)
+                return decode(value, lossy_codec=self._lossy_codec_of(txn, expected.namespace))
         except (TruncatedBlockError, CutShortError):
             return MissReason.TRUNCATED
         except FormatVersionError:
@@ -93,7 +102,10 @@ class ColdReader:
             return MissReason.IO_ERROR
 
     def read_record(self, block_hash: BlockHash) -> bytes | None:
-        """Return a copy of a block's record, or None if it is absent, damaged or of another format."""
+        """Return a copy of a block's record, or None if it is absent, damaged or of another format.
+
+        A record whose codec does not fit its namespace is damaged.
+        """
         try:
             with self._env.read() as txn:
                 value = get_value(self._env, txn, self._databases, block_hash)
@@ -101,6 +113,7 @@ class ColdReader:
                     return None
                 header = read_header(value)
                 verify_checksum(value, header)
+                check_codec(header.codec.name, self._lossy_codec_of(txn, header.info.namespace))
                 return bytes(value[: header.record_bytes])
         except (CorruptBlockError, FormatVersionError):
             return None
@@ -119,6 +132,27 @@ class ColdReader:
         with self._env.read() as txn:
             rows = namespace_rows(txn, self._databases)
         return [StoredNamespace.of(digest, row) for digest, row in rows.items()]
+
+    def _note_namespace(self, digest: BlockHash, description: bytes) -> None:
+        """Note what a namespace's description says of its codec, if it is the one that the digest was computed of."""
+        lossy_codec = lossy_codec_in(description, digest)
+        if lossy_codec is not None:
+            self._lossy_codecs[digest] = lossy_codec
+
+    def _lossy_codec_of(self, txn: ReadTransaction, digest: BlockHash) -> str:
+        """Return the lossy codec that a namespace names. One that is not described counts as exact."""
+        known = self._lossy_codecs.get(digest)
+        if known is not None:
+            return known
+        now = time.monotonic()
+        if now < self._look_again.get(digest, now):
+            return ""
+        found = read_lossy_codec(txn, self._databases.meta, digest)
+        if found is None:
+            self._look_again[digest] = now + _LOOK_AGAIN_S
+            return ""
+        self._lossy_codecs[digest] = found
+        return found
 
     def _entry_or_none(self, txn: ReadTransaction, block_hash: BlockHash) -> ColdEntry | None:
         try:
@@ -142,8 +176,3 @@ class ColdReader:
                 if not cursor.next():
                     break
         return last, found
-
-
-def _max_value_bytes(layout: BlockLayout) -> int:
-    """No value of this layout is longer: raw, padded, with the ids of its tokens and the sizes of its frames."""
-    return 2 * layout.block_bytes + (1 << 20)

@@ -12,6 +12,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from tierkv.errors import CorruptBlockError
 from tierkv.layout import Run
 from tierkv.storage.float_words import FloatWords, float_format
 from tierkv.storage.planes import Bytes
@@ -26,6 +27,12 @@ _FP8_LARGEST = 0x7E  # 448; one above it is NaN
 _FP8_SMALLEST_NORMAL = 8  # its code, and that of all with exponent bits, is at least this
 _FP8_EXPONENT = np.uint8(0x78)
 _FP8_SIGN = np.uint8(0x80)
+_FP8_MAGNITUDE = np.uint8(0x7F)
+_FP8_LARGEST_CODE = {
+    "bfloat16": 0x7F7,
+    "float32": 0x7F7,
+    "float16": 0x477,
+}  # exponent as float32's, mantissa: of `largest`
 
 
 class Scratch(threading.local):
@@ -57,13 +64,19 @@ class Quantiser(Protocol):
         """Return the scales for the largest magnitudes of all channels, or of all tokens and heads."""
 
     def unpack_scales(self, packed: Bytes, run: Run) -> Scales:
-        """Return what was packed, one item for each channel, or for each token and head."""
+        """Return what was packed, one item for each channel, or for each token and head.
+
+        Raises CorruptBlockError for what `pack_scales` never writes.
+        """
 
     def encode(self, words: FloatWords, scales: Scales, run: Run, plane: Bytes) -> None:
         """Write the bytes of a piece: words and plane [tokens, channels]."""
 
     def decode(self, plane: Bytes, scales: Scales, run: Run, words: FloatWords) -> None:
-        """Write the numbers of a piece: plane and words [tokens, channels]."""
+        """Write the numbers of a piece: plane and words [tokens, channels].
+
+        Raises CorruptBlockError for bytes that `encode` never writes: all numbers that come of the others are finite.
+        """
 
 
 class Int8Quantiser:
@@ -89,6 +102,8 @@ class Int8Quantiser:
     def unpack_scales(self, packed: Bytes, run: Run) -> Scales:
         form = float_format(run.dtype)
         peaks = np.frombuffer(packed.tobytes(), dtype=form.word)  # in a record they need not be aligned
+        if peaks.max() > form.largest:  # negative, infinite or no number: magnitudes are compared as integers
+            raise CorruptBlockError("a largest magnitude that no number of the run can have")
         steps = np.empty(peaks.size, dtype=np.float32)
         form.widen(peaks, steps)
         np.divide(steps, _MOST_STEPS, out=steps)
@@ -104,8 +119,11 @@ class Int8Quantiser:
         np.copyto(plane.view(np.int8), floats, casting="unsafe")
 
     def decode(self, plane: Bytes, scales: Scales, run: Run, words: FloatWords) -> None:
+        steps = plane.view(np.int8)
+        if steps.min() < -_MOST_STEPS:
+            raise CorruptBlockError("a number of more steps than there are")
         floats = self._scratch.get("floats", plane.shape, np.float32)
-        np.copyto(floats, plane.view(np.int8))
+        np.copyto(floats, steps)
         grouped = self._grouped(floats, run)
         np.multiply(grouped, scales.reshape(-1, 1) if self.is_per_token(run) else scales, out=grouped)
         float_format(run.dtype).narrow(floats, words)
@@ -133,10 +151,12 @@ class Fp8Quantiser:
     def pack_scales(self, peaks: FloatWords, run: Run) -> Bytes:
         words = self._as_wide(peaks.reshape(1, -1), run)
         codes = self._round(words).reshape(run.heads, run.dim).max(axis=1)
-        scales: Bytes = np.maximum(-(-(codes.astype(np.int32) - _FP8_LARGEST) // 8), 1).astype(np.uint8)
+        scales: Bytes = _scale_of(codes.astype(np.int32)).astype(np.uint8)
         return scales
 
     def unpack_scales(self, packed: Bytes, run: Run) -> Scales:
+        if packed.min() < 1 or packed.max() > _scale_of(_FP8_LARGEST_CODE[run.dtype]):
+            raise CorruptBlockError("a scale that no number of the run can have")
         return np.repeat(packed, run.dim).astype(np.int16)
 
     def encode(self, words: FloatWords, scales: Scales, run: Run, plane: Bytes) -> None:
@@ -153,6 +173,7 @@ class Fp8Quantiser:
         np.bitwise_or(plane, signs, out=plane)
 
     def decode(self, plane: Bytes, scales: Scales, run: Run, words: FloatWords) -> None:
+        self._check(plane, scales, run)
         is_half = run.dtype == "float16"
         wide = self._scratch.get("wide", plane.shape, np.uint32) if is_half else words
         kind, shift = (np.int16, 4) if wide.itemsize == 2 else (np.int32, 20)
@@ -165,6 +186,16 @@ class Fp8Quantiser:
             self._put_small(plane.reshape(-1)[small], scales[small % scales.size], wide, small)
         if is_half:
             float_format("float16").narrow(wide.view(np.float32), words)
+
+    def _check(self, plane: Bytes, scales: Scales, run: Run) -> None:
+        """Raise CorruptBlockError for NaN, and for a number too large for the run."""
+        codes = self._scratch.get("magnitudes", plane.shape, np.uint8)
+        np.bitwise_and(plane, _FP8_MAGNITUDE, out=codes)
+        largest = _FP8_LARGEST_CODE[run.dtype]
+        if codes.max() > _FP8_LARGEST or (
+            int(codes.max()) + 8 * int(scales.max()) > largest and np.any(codes + scales * np.int16(8) > largest)
+        ):
+            raise CorruptBlockError("a number that is none, or too large for its dtype")
 
     def _put_small(self, codes: Bytes, scales: Scales, wide: FloatWords, places: npt.NDArray[np.intp]) -> None:
         """Write numbers without exponent bits, zeros among them: multiples of 2 ** -9."""
@@ -201,3 +232,8 @@ class Fp8Quantiser:
         chosen = wide.reshape(-1)[places].astype(np.uint32) << np.uint32(32 - 8 * wide.itemsize)
         magnitudes: npt.NDArray[np.float64] = np.abs(chosen.view(np.float32)).astype(np.float64)
         return magnitudes
+
+
+def _scale_of(code: Any) -> Any:
+    """Return the smallest scale with which a number of this code, or each of an array of them, is an e4m3 number."""
+    return np.maximum(-(-(code - _FP8_LARGEST) // 8), 1)

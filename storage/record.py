@@ -14,7 +14,7 @@ import xxhash
 from tierkv.errors import CorruptBlockError, FormatVersionError, ShapeError
 from tierkv.layout import BlockLayout, Run
 from tierkv.storage.codec import iter_runs
-from tierkv.storage.codecs import RAW, Codec, default_codec
+from tierkv.storage.codecs import RAW, Codec, check_codec, default_codec
 from tierkv.storage.coded import CODED_ID, CodedBlock, CodedLayout, check_frames
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.planes import Bytes
@@ -49,6 +49,7 @@ __all__ = [
     "TruncatedBlockError",
     "decode_record",
     "encode_record",
+    "max_record_bytes",
     "mismatch",
     "parse_record",
     "read_header",
@@ -123,6 +124,7 @@ def decode_record(
     *,
     expected: BlockInfo,
     layout: BlockLayout,
+    lossy_codec: str = "",
     coded: CodedBlock | None = None,
 ) -> MissReason | None:
     """Write the block into `out` and return None, or return why it is not the block asked for.
@@ -130,6 +132,8 @@ def decode_record(
     Goes through the record once, in pieces that are checked and decoded while they are in the cache. So codecs see
     bytes that may be damaged, and `out` must be a place that nobody looks at before this has returned None: the
     checksum of all pieces has then matched.
+
+    lossy_codec: of the namespace of `expected`, "" if that is exact: a record whose codec does not fit is damage.
 
     coded: leave a whole block of exponent16 as it is: `out` then begins with the payload, and `coded` says what it is.
 
@@ -147,6 +151,7 @@ def decode_record(
             checksum.update(source.view(start, end).data)
         _require_checksum(checksum, header)
         return reason
+    check_codec(header.codec.name, lossy_codec)
     pieces = _pieces_of(header, layout)
     if coded is not None and header.codec.codec_id == CODED_ID and header.info.num_tokens == layout.block_size:
         payload = target[: header.record_bytes - header.payload_offset]
@@ -162,18 +167,24 @@ def decode_record(
         for piece in pieces:
             payload = source.view(piece.start, piece.end)
             checksum.update(payload.data)
-            header.codec.decode_runs(payload, piece.frame_sizes, target, piece.runs, header.info.num_tokens)
+            try:
+                header.codec.decode_runs(payload, piece.frame_sizes, target, piece.runs, header.info.num_tokens)
+            except ValueError as exc:  # ConfigError among them: the codec is one that the layout's dtype cannot have
+                raise CorruptBlockError(f"a record of {header.codec.name} that does not decode: {exc}") from exc
     _require_checksum(checksum, header)
     return None
 
 
-def parse_record(record: Buffer, *, cost_s: float = 0.0) -> EncodedRecord:
+def parse_record(record: Buffer, *, lossy_codec: str | None = None, cost_s: float = 0.0) -> EncodedRecord:
     """Return a record read from a file as one to be stored; a view of the given bytes.
 
-    Raises CorruptBlockError unless header and checksum are right.
+    lossy_codec: of its namespace, "" for an exact one; None where that is not known.
+    Raises CorruptBlockError unless header and checksum are right, and the codec fits the namespace.
     """
     header = read_header(record)
     verify_checksum(record, header)
+    if lossy_codec is not None:
+        check_codec(header.codec.name, lossy_codec)
     return EncodedRecord(
         info=header.info,
         codec=header.codec.name,
@@ -182,6 +193,11 @@ def parse_record(record: Buffer, *, cost_s: float = 0.0) -> EncodedRecord:
         buffer=as_bytes(record)[: header.record_bytes],
         cost_s=cost_s,
     )
+
+
+def max_record_bytes(layout: BlockLayout) -> int:
+    """No record of this layout is longer: raw, padded, with the ids of its tokens and the sizes of its frames."""
+    return 2 * layout.block_bytes + (1 << 20)
 
 
 def _check_shape(block: Bytes, info: BlockInfo, layout: BlockLayout) -> None:

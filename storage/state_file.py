@@ -4,6 +4,10 @@ Layout: a 4 KiB header, the namespace's description, records (the cold tier's ow
 beginning on a 4 KiB border, then the index: one fixed-size row a block, sorted by hash. Opening reads header,
 description and index; records are read when a block is asked for.
 
+The file may come from anybody. Opening it takes bounded time and memory, and believes the description only if the
+namespace's digest is computed of it; a record is believed as one of the cold store is, and must be the one that its
+row in the index speaks of.
+
 Records are read with `pread`, not through a map: a file that somebody cuts short then costs a miss, where a
 map would end the process with SIGBUS.
 """
@@ -12,59 +16,71 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from tierkv.block import HASH_BYTES, TOKEN_BYTES, BlockHash, common_run
-from tierkv.errors import CorruptBlockError, FormatVersionError, StoreError
+from tierkv.block import TOKEN_BYTES, BlockHash, common_run
+from tierkv.errors import ConfigError, CorruptBlockError, FormatVersionError, StoreError
+from tierkv.files import check_path, open_regular, own_errors
 from tierkv.layout import BlockLayout
+from tierkv.namespace import NamespaceDescription, parse_description
 from tierkv.storage.coded import CodedBlock
 from tierkv.storage.outcomes import MissReason
-from tierkv.storage.record import HEADER_BYTES, BlockInfo, TruncatedBlockError, decode_record
+from tierkv.storage.record import (
+    HEADER_BYTES,
+    BlockInfo,
+    EncodedRecord,
+    TruncatedBlockError,
+    decode_record,
+    parse_record,
+)
 from tierkv.storage.record_source import FileRecord, ThreadMemory
-from tierkv.storage.state_format import ALIGN_BYTES, ROW, STATE_VERSION, StateHeader
-from tierkv.storage.state_writer import SavedState, write_state_file
+from tierkv.storage.state_format import ALIGN_BYTES, ROW, STATE_VERSION, StateHeader, records_offset
+from tierkv.storage.state_index import StateEntry, StateIndex
+from tierkv.storage.state_writer import WRITE_WAIT_S, SavedState, write_state_file
 
-__all__ = ["STATE_VERSION", "SavedState", "StateFile", "write_state_file"]
+__all__ = ["STATE_VERSION", "WRITE_WAIT_S", "FileIdentity", "SavedState", "StateFile", "write_state_file"]
+
+CHILDREN_LIMIT = 4096
+"""How many children of a block are compared with a prompt's tokens: each of them takes a read."""
 
 
-@dataclass(frozen=True, slots=True)
-class StateEntry:
-    """A stored block's small record."""
+class FileIdentity(NamedTuple):
+    """Two open state files with equal ones are the same file, unchanged, whatever their paths are."""
 
-    parent: BlockHash
-    num_tokens: int
-    offset: int
+    device: int
+    inode: int
     size: int
+    mtime_ns: int
+    checksum: int
 
 
 class StateFile:
-    """An open state file: a read-only source of blocks below the warm tier. Context manager.
+    """An open state file: a read-only source of blocks below the warm tier. Context manager. Thread-safe.
 
-    Raises StoreError where there is no such file, CorruptBlockError where it is not a whole state file,
-    FormatVersionError where another version wrote it.
+    Raises StoreError where there is no such file or it is no regular one, CorruptBlockError where it is not a whole
+    state file, FormatVersionError where another version wrote it, ConfigError for what is no path.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._fd: int | None = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        except OSError as exc:
-            raise StoreError(f"cannot read the state file {path}: {exc.strerror}") from exc
-        try:
-            self._read_index()
-        except OSError as exc:
-            self.close()
-            raise StoreError(f"cannot read the state file {path}: {exc.strerror}") from exc
-        except BaseException:
-            self.close()
-            raise
+        self.path = check_path(path)
+        with own_errors(f"cannot read the state file {self.path}"):
+            self.path = self.path.absolute()
+            self._file = _OpenFile(open_regular(self.path))
+            try:
+                with self._file.reading() as fd:
+                    assert fd is not None, "it has just been opened"
+                    self._read_index(fd)
+            except BaseException:
+                self.close()
+                raise
         self._damaged: set[BlockHash] = set()
         self._memory = ThreadMemory()
 
@@ -75,54 +91,41 @@ class StateFile:
         self.close()
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._index)
 
     def close(self) -> None:
-        """Close the file; later reads miss. May be called twice."""
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
+        """Close the file; later reads miss, and those in flight end as they would have. May be called twice."""
+        self._file.close()
 
     def lookup(self, block_hash: BlockHash) -> StateEntry | None:
         """Return a block's small record, or None."""
         if block_hash in self._damaged:
             return None
-        at = self._find(block_hash)
-        if at is None:
-            return None
-        row = self._rows[at]
-        return StateEntry(self._parent_bytes(at), int(row["tokens"]), int(row["offset"]), int(row["size"]))
+        row = self._index.find(block_hash)
+        return None if row is None else self._index.entry(row)
 
     def children(self, parent: BlockHash) -> list[BlockHash]:
         """Return the hashes of the stored blocks that continue a block, or begin a chain."""
-        wanted = _as_integer(parent)
-        at = int(np.searchsorted(self._parents, wanted))
-        found: list[BlockHash] = []
-        while at < len(self._by_parent) and self._parents[at] == wanted:
-            row = int(self._by_parent[at])
-            if self._parent_bytes(row) == parent and self._key_bytes(row) not in self._damaged:
-                found.append(self._key_bytes(row))
-            at += 1
-        return found
+        return list(self._iter_children(parent))
 
     def read_tokens(self, block_hash: BlockHash) -> bytes | None:
         """Return a block's token ids as little-endian uint32, or None if they cannot be read. Reads no payload."""
         entry = self.lookup(block_hash)
-        if entry is None or self._fd is None:
-            return None
-        tokens_at = entry.offset + HEADER_BYTES
-        try:
-            tokens = os.pread(self._fd, min(entry.num_tokens * TOKEN_BYTES, entry.size), tokens_at)
-        except OSError:
-            return None
-        return tokens if len(tokens) == entry.num_tokens * TOKEN_BYTES else None
+        with self._file.reading() as fd:
+            if entry is None or fd is None:
+                return None
+            try:
+                tokens = os.pread(fd, entry.num_tokens * TOKEN_BYTES, entry.offset + HEADER_BYTES)
+            except (OSError, MemoryError):
+                return None
+            return tokens if len(tokens) == entry.num_tokens * TOKEN_BYTES else None
 
     def find_longest_run(self, parent: BlockHash, token_bytes: bytes) -> tuple[BlockHash, bytes, int] | None:
         """Return (block hash, its token ids, how many of them lead `token_bytes` too) of the child of `parent`
-        that shares most leading tokens; None if none shares any. Looks at every child.
+        that shares most leading tokens; None if none shares any. Looks at CHILDREN_LIMIT children at most.
         """
         best: tuple[BlockHash, bytes, int] | None = None
-        for child in self.children(parent):
+        for child in islice(self._iter_children(parent), CHILDREN_LIMIT):
             tokens = self.read_tokens(child) or b""
             run = common_run(tokens, token_bytes)
             if run > (best[2] if best else 0):
@@ -130,28 +133,23 @@ class StateFile:
         return best
 
     def read_record(self, block_hash: BlockHash) -> bytes | None:
-        """Return a whole record as it was stored, or None where it is absent or cut short."""
+        """Return a whole record as it was stored, or None where it is absent, damaged or of another format."""
         entry = self.lookup(block_hash)
-        if entry is None or self._fd is None:
-            return None
-        try:
-            record = os.pread(self._fd, entry.size, entry.offset)
-        except OSError:
-            return None
-        return record if len(record) == entry.size else None
+        return None if entry is None else self._read_sound(block_hash, entry)
 
     def read_ahead(self, block_hashes: Sequence[BlockHash]) -> None:
         """Ask the system to fetch blocks that will be read soon; returns without them. Raises nothing."""
         for block_hash in block_hashes:
             entry = self.lookup(block_hash)
-            if entry is not None and self._fd is not None:
-                with contextlib.suppress(OSError):
-                    self._open_record(self._fd, entry).fetch_ahead()
+            with self._file.reading() as fd, contextlib.suppress(OSError):
+                if entry is not None and fd is not None:
+                    self._open_record(fd, entry).fetch_ahead()
 
     def is_in_memory(self, block_hash: BlockHash) -> bool:
         """Tell whether reading a block takes no disk; True of one that cannot be read."""
-        entry, fd = self.lookup(block_hash), self._fd
-        return entry is None or fd is None or self._open_record(fd, entry).is_in_memory()
+        entry = self.lookup(block_hash)
+        with self._file.reading() as fd:
+            return entry is None or fd is None or self._open_record(fd, entry).is_in_memory()
 
     def read_into(
         self,
@@ -161,96 +159,145 @@ class StateFile:
         layout: BlockLayout,
         coded: CodedBlock | None = None,
     ) -> MissReason | None:
-        """Decode a block into `out`, one block of `layout`. Return None, or why it is a miss. coded: as ColdStore's."""
+        """Decode a block into `out`, one block of `layout`. Return None, or why it is a miss. coded: as ColdStore's.
+
+        A record whose codec does not fit the namespace, or that belongs to another namespace than the file, is damage.
+        """
         entry = self.lookup(expected.block_hash)
-        if entry is None or self._fd is None:
-            return MissReason.ABSENT
-        record = self._open_record(self._fd, entry)
-        try:
-            return decode_record(record, out, expected=expected, layout=layout, coded=coded)
-        except (TruncatedBlockError, OSError):
-            return MissReason.TRUNCATED
-        except FormatVersionError:
-            return MissReason.FORMAT
-        except StoreError:
+        with self._file.reading() as fd:
+            if entry is None or fd is None:
+                return MissReason.ABSENT
+            try:
+                reason = decode_record(
+                    self._open_record(fd, entry),
+                    out,
+                    expected=expected,
+                    layout=layout,
+                    lossy_codec=self.description.lossy_codec,
+                    coded=coded,
+                )
+            except TruncatedBlockError:
+                return MissReason.TRUNCATED
+            except FormatVersionError:
+                return MissReason.FORMAT
+            except StoreError:
+                return MissReason.CORRUPT
+            except (OSError, MemoryError):
+                return MissReason.IO_ERROR
+        if reason is MissReason.NAMESPACE and expected.namespace == self.namespace:
             return MissReason.CORRUPT
+        return reason
 
     def note_damaged(self, block_hash: BlockHash) -> None:
         """Leave out a damaged block from now on; the file itself is never changed."""
         self._damaged.add(block_hash)
 
     def iter_records(self, seen: set[BlockHash] | None = None) -> Iterator[bytes]:
-        """Yield every readable record once, parents before children.
+        """Yield every sound record once, parents before children; the others are left out.
 
-        seen: hashes of blocks that are left out; it gets those of the others.
+        seen: hashes of blocks that are left out too; it gets those of the others.
+        Raises MemoryError for a record that does not fit into memory.
         """
         seen = set() if seen is None else seen
-        visited: set[BlockHash] = set()  # a file may have a block twice
-        stack = self.children(self.namespace)
-        while stack:
-            block_hash = stack.pop()
-            if block_hash in visited:
+        for row in self._index.walk(self.namespace):
+            block_hash = self._index.key(row)
+            if block_hash in seen or block_hash in self._damaged:
                 continue
-            visited.add(block_hash)
-            if block_hash not in seen:
-                record = self.read_record(block_hash)
-                if record is None:
-                    continue
+            record = self._read_sound(block_hash, self._index.entry(row))
+            if record is not None:
                 seen.add(block_hash)
                 yield record
-            stack += self.children(block_hash)
+
+    def _iter_children(self, parent: BlockHash) -> Iterator[BlockHash]:
+        for row in self._index.children(parent):
+            block_hash = self._index.key(row)
+            if block_hash not in self._damaged:
+                yield block_hash
+
+    def _read_sound(self, block_hash: BlockHash, entry: StateEntry) -> bytes | None:
+        """Return the record that a row speaks of, or None where it is not there, is damaged or of another format."""
+        with self._file.reading() as fd:
+            try:
+                data = b"" if fd is None else os.pread(fd, entry.size, entry.offset)
+            except OSError:
+                return None
+        try:
+            record = parse_record(data, lossy_codec=self.description.lossy_codec)
+        except StoreError:
+            return None
+        return data[: record.stored_bytes] if self._is_of_row(record, block_hash, entry) else None
+
+    def _is_of_row(self, record: EncodedRecord, block_hash: BlockHash, entry: StateEntry) -> bool:
+        info = record.info
+        of_row = (block_hash, entry.parent, self.namespace, entry.num_tokens)
+        return (info.block_hash, info.parent, info.namespace, info.num_tokens) == of_row
 
     def _open_record(self, fd: int, entry: StateEntry) -> FileRecord:
         return FileRecord(fd, offset=entry.offset, size=entry.size, memory=self._memory)
 
-    def _read_index(self) -> None:
-        assert self._fd is not None
-        actual_bytes = os.fstat(self._fd).st_size
+    def _read_index(self, fd: int) -> None:
+        status = os.fstat(fd)
         try:
-            header = StateHeader.unpack(os.pread(self._fd, StateHeader.size, 0), actual_bytes=actual_bytes)
+            header = StateHeader.unpack(os.pread(fd, StateHeader.size, 0), actual_bytes=status.st_size)
+            description = os.pread(fd, header.description_bytes, ALIGN_BYTES)
+            index = os.pread(fd, header.rows * ROW.itemsize, header.index_offset)
+            checksum = xxhash.xxh3_64(description)
+            checksum.update(index)
+            if checksum.intdigest() != header.checksum:
+                raise CorruptBlockError("its index is damaged")
+            self.description = _parse(description, header.namespace)
+            begin = records_offset(header.description_bytes)
+            self._index = StateIndex(index, begin=begin, end=header.index_offset, layout=self.description.layout)
         except StoreError as exc:
             raise type(exc)(f"the state file {self.path} cannot be used: {exc}") from exc
         self.namespace: BlockHash = header.namespace
-        description = os.pread(self._fd, header.description_bytes, ALIGN_BYTES)
-        index = os.pread(self._fd, header.rows * ROW.itemsize, header.index_offset)
-        if xxhash.xxh3_64_intdigest(description + index) != header.checksum:
-            raise CorruptBlockError(f"the index of {self.path} is damaged")
-        self.description: dict[str, object] = msgspec.json.decode(description)
         self.raw_description = description
-        self._rows = np.frombuffer(index, dtype=ROW)
-        begins, sizes = self._rows["offset"], self._rows["size"]
-        if np.any(sizes > header.index_offset) or np.any(begins > header.index_offset - sizes):
-            raise CorruptBlockError(f"the index of {self.path} points past its records")
-        raw = np.frombuffer(index, dtype=np.uint8).reshape(header.rows, ROW.itemsize)
-        self._keys = _leading_integers(raw[:, :HASH_BYTES])
-        parents = _leading_integers(raw[:, HASH_BYTES : 2 * HASH_BYTES])
-        self._by_parent = np.argsort(parents, kind="stable")
-        self._parents = parents[self._by_parent]
-        self._index_bytes = index
-
-    def _find(self, block_hash: BlockHash) -> int | None:
-        wanted = _as_integer(block_hash)
-        at = int(np.searchsorted(self._keys, wanted))
-        while at < len(self._keys) and self._keys[at] == wanted:
-            if self._key_bytes(at) == block_hash:
-                return at
-            at += 1
-        return None
-
-    def _key_bytes(self, row: int) -> BlockHash:
-        start = row * ROW.itemsize
-        return self._index_bytes[start : start + HASH_BYTES]
-
-    def _parent_bytes(self, row: int) -> BlockHash:
-        start = row * ROW.itemsize + HASH_BYTES
-        return self._index_bytes[start : start + HASH_BYTES]
+        self.identity = FileIdentity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, header.checksum)
 
 
-def _as_integer(block_hash: BlockHash) -> np.uint64:
-    value: np.uint64 = np.uint64(int.from_bytes(block_hash[:8], "big"))
-    return value
+class _OpenFile:
+    """A descriptor that is closed when it has been given up and the last read has ended.
+
+    Closed earlier, its number could be another file's by the time that a read begins.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._readers = 0
+        self._is_closed = False
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[int | None]:
+        """Give the descriptor for as long as a read lasts; None once the file has been closed."""
+        with self._lock:
+            fd = None if self._is_closed else self._fd
+            self._readers += 1
+        try:
+            yield fd
+        finally:
+            with self._lock:
+                self._readers -= 1
+                self._close_if_unused()
+
+    def close(self) -> None:
+        """Let no more reads begin. Waits for none."""
+        with self._lock:
+            self._is_closed = True
+            self._close_if_unused()
+
+    def _close_if_unused(self) -> None:
+        if self._is_closed and not self._readers and self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
 
 
-def _leading_integers(hashes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
-    leading: npt.NDArray[np.uint64] = np.ascontiguousarray(hashes[:, :8]).view(">u8").ravel().astype(np.uint64)
-    return leading
+def _parse(description: bytes, namespace: BlockHash) -> NamespaceDescription:
+    """Return the description of a namespace. Raises CorruptBlockError unless the digest is computed of it."""
+    try:
+        parsed = parse_description(description)
+    except ConfigError as exc:
+        raise CorruptBlockError(str(exc)) from exc
+    if parsed.digest != namespace:
+        raise CorruptBlockError("it describes another namespace than the one that it is of")
+    return parsed

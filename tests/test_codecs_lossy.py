@@ -10,19 +10,25 @@ import numpy as np
 import pytest
 import xxhash
 from cold_blocks import LAYOUT as COLD_LAYOUT
-from cold_blocks import open_store
+from cold_blocks import open_store, read
+from crafted_state import state_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tierkv.errors import ConfigError, CorruptBlockError, ShapeError, StoreError
+from tierkv.errors import ConfigError, CorruptBlockError, ShapeError, StoreError, TierKVError
 from tierkv.layout import BlockLayout, LayerLayout
 from tierkv.namespace import Namespace, differing_fields
 from tierkv.storage.attention_error import attention_error, codec_error
-from tierkv.storage.codecs import CODECS, codec_by_name
+from tierkv.storage.codecs import CODECS, codec_by_name, fits_namespace
 from tierkv.storage.codecs_lossy import LossyCodec
-from tierkv.storage.outcomes import PutOutcome
+from tierkv.storage.coded import CodedBlock
+from tierkv.storage.cold import ColdStore
+from tierkv.storage.float_words import float_format
+from tierkv.storage.outcomes import MissReason, PutOutcome
 from tierkv.storage.quantisers import Int8Quantiser
 from tierkv.storage.record import BlockInfo, EncodedRecord, decode_record, encode_record, read_header
+from tierkv.storage.record_header import write_header
+from tierkv.storage.state_file import StateFile
 
 LOSSY = [codec.name for codec in CODECS if codec.is_lossy]
 DTYPES = ["bfloat16", "float16", "float32"]
@@ -65,7 +71,8 @@ def coded(block: np.ndarray, layout: BlockLayout, name: str, num_tokens: int | N
 
 def decoded(record: EncodedRecord, layout: BlockLayout) -> np.ndarray:
     out = np.zeros(layout.block_bytes, dtype=np.uint8)
-    assert decode_record(record.data, out, expected=record.info, layout=layout) is None
+    lossy_codec = record.codec if codec_by_name(record.codec).is_lossy else ""
+    assert decode_record(record.data, out, expected=record.info, layout=layout, lossy_codec=lossy_codec) is None
     return out
 
 
@@ -263,7 +270,7 @@ def test_a_mutated_lossy_record_is_refused_or_numbers_of_some_kind(name: str, ed
         data[8:16] = xxhash.xxh3_64_intdigest(data[16:], seed=int.from_bytes(data[:8], "little")).to_bytes(8, "little")
     out = np.empty(layout.block_bytes, dtype=np.uint8)
     with contextlib.suppress(StoreError):
-        decode_record(data, out, expected=record.info, layout=layout)
+        decode_record(data, out, expected=record.info, layout=layout, lossy_codec=name)
 
 
 def test_int8_frames_may_be_coded_by_another_writer() -> None:
@@ -292,6 +299,76 @@ def test_scales_of_another_length_are_corrupt(name: str) -> None:
         codec.decode_run(frames[: sum(sizes) - 1], [*sizes[:-1], sizes[-1] - 1], run, out)
 
 
+@names
+@dtypes
+def test_the_largest_and_the_smallest_numbers_that_a_lossy_codec_holds_come_back(name: str, dtype: str) -> None:
+    layout = BlockLayout.uniform(num_layers=1, block_size=8, kv_heads=2, head_dim=8, dtype=dtype)
+    form = float_format(dtype)
+    for magnitude in (form.largest, form.largest - 1, 1, 0):
+        words = np.full(layout.block_bytes // layout.item_bytes, magnitude, dtype=form.word)
+        words[::3] |= form.word.type(~form.magnitude & (1 << 8 * form.word.itemsize) - 1)  # the sign
+        back = decoded(coded(words.view(np.uint8), layout, name), layout).view(form.word)
+        assert np.all((back & form.word.type(form.magnitude)) <= form.largest)
+
+
+def forged(name: str, dtype: str, *, scales: int | None = None, number: int | None = None) -> CorruptBlockError | None:
+    """Decode a run of which the scales' bytes, or one number's byte, are none that a writer writes."""
+    layout = BlockLayout.uniform(num_layers=1, block_size=64, kv_heads=2, head_dim=8, dtype=dtype)
+    codec, run = codec_by_name(name), layout.runs[0]
+    values = as_block(np.full(layout.block_bytes // layout.item_bytes, 1.5), dtype)[: run.token_bytes * 64]
+    sizes = codec.encode_run(values, run, frames := np.empty(values.size, dtype=np.uint8))
+    assert sizes is not None
+    plane = np.full(64 * 16, 0x38 if number is None else number, dtype=np.uint8)
+    packed = frames[sum(sizes[:-1]) : sum(sizes)].copy()
+    if scales is not None:
+        item = 1 if name == "lossy-fp8-e4m3" else layout.item_bytes
+        packed = np.frombuffer(scales.to_bytes(item, "little") * (packed.size // item), dtype=np.uint8)
+    out = np.empty(values.size, dtype=np.uint8)
+    try:
+        codec.decode_run(np.concatenate([plane, packed]), [plane.size, packed.size], run, out)
+    except CorruptBlockError as exc:
+        return exc
+    assert np.all(np.isfinite(as_values(out, dtype)))
+    return None
+
+
+@dtypes
+def test_forged_scales_and_numbers_of_int8_are_corrupt(dtype: str) -> None:
+    form = float_format(dtype)
+    sign = form.magnitude + 1
+    for scales in (form.largest + 1, INFINITY[dtype], INFINITY[dtype] + 1, sign | 0x3C00, sign, form.magnitude):
+        assert forged("lossy-int8", dtype, scales=scales), hex(scales)
+    assert forged("lossy-int8", dtype, number=0x80)
+    assert not forged("lossy-int8", dtype, number=0x81)
+    assert not forged("lossy-int8", dtype, scales=form.largest, number=0x81)
+    assert not forged("lossy-int8", dtype, scales=0)
+
+
+@dtypes
+def test_forged_scales_and_numbers_of_fp8_are_corrupt(dtype: str) -> None:
+    largest = 128 if dtype == "float16" else 240
+    for scales in (0, largest + 1, 255):
+        assert forged("lossy-fp8-e4m3", dtype, scales=scales), scales
+    for number in (0x7F, 0xFF):
+        assert forged("lossy-fp8-e4m3", dtype, number=number)
+    assert not forged("lossy-fp8-e4m3", dtype, number=0x7E)
+    assert not forged("lossy-fp8-e4m3", dtype, scales=largest, number=0x77)
+    assert not forged("lossy-fp8-e4m3", dtype, scales=largest - 1, number=0x7E)
+    assert forged("lossy-fp8-e4m3", dtype, scales=largest, number=0x78)
+
+
+@pytest.mark.parametrize("name", ["exponent16", "exponent32", *LOSSY])
+def test_a_codec_that_the_dtype_cannot_have_is_corrupt(name: str) -> None:
+    layout = BlockLayout.uniform(num_layers=1, block_size=1, kv_heads=1, head_dim=3, dtype="float8_e5m2")
+    record, codec = np.zeros(256, dtype=np.uint8), codec_by_name(name)
+    assert [codec.num_frames(run, 1) for run in layout.runs] == [2, 2]
+    size = write_header(record, info_of(1), layout, codec, [1, 2, 1, 2])
+    out = np.empty(layout.block_bytes, dtype=np.uint8)
+    lossy_codec = name if codec.is_lossy else ""
+    with pytest.raises(CorruptBlockError, match=r"does not decode|a rest of 2 bytes"):
+        decode_record(record[:size], out, expected=info_of(1), layout=layout, lossy_codec=lossy_codec)
+
+
 def test_a_lossy_namespace_is_another_one_and_says_in_what() -> None:
     exact = Namespace(weights="w", layout=COLD_LAYOUT)
     lossy = {name: replace(exact, lossy_codec=name) for name in LOSSY}
@@ -317,3 +394,119 @@ def test_verify_finds_lossy_bytes_in_a_namespace_that_does_not_say_so(name: str,
             report = store.verify()
             assert report.is_sound is is_sound
         assert "does not say so" in report.damaged[info.block_hash]
+
+
+FIT = {  # what a namespace names -> the codecs that its records may have
+    "": {codec.name for codec in CODECS if not codec.is_lossy},
+    **{name: {name, "raw"} for name in LOSSY},
+}
+
+
+@pytest.mark.parametrize("lossy_codec", FIT, ids=lambda name: name or "exact")
+@pytest.mark.parametrize("codec", [codec.name for codec in CODECS])
+def test_a_record_is_decoded_only_if_its_codec_fits_the_namespace(codec: str, lossy_codec: str) -> None:
+    layout = layout_of("float32" if codec == "exponent32" else "bfloat16")
+    record = coded(np.zeros(layout.block_bytes, dtype=np.uint8), layout, codec)
+    assert record.codec == codec
+    out = np.empty(layout.block_bytes, dtype=np.uint8)
+
+    def decode() -> object:
+        return decode_record(record.data, out, expected=record.info, layout=layout, lossy_codec=lossy_codec)
+
+    assert fits_namespace(codec, lossy_codec) is (codec in FIT[lossy_codec])
+    if codec in FIT[lossy_codec]:
+        assert decode() is None
+    else:
+        with pytest.raises(CorruptBlockError, match=f"a record of {codec} in a namespace"):
+            decode()
+
+
+@names
+def test_a_lossy_record_is_refused_where_frames_stay_coded_and_as_a_partial_block(name: str) -> None:
+    layout = layout_of("bfloat16")
+    for num_tokens in (5, layout.block_size):
+        record = coded(normal_block(layout), layout, name, num_tokens)
+        out = np.empty(layout.block_bytes, dtype=np.uint8)
+        with pytest.raises(CorruptBlockError, match="is exact"):
+            decode_record(record.data, out, expected=record.info, layout=layout, coded=CodedBlock())
+    exact = coded(normal_block(layout), layout, "exponent16")
+    with pytest.raises(CorruptBlockError, match="a record of exponent16"):
+        decode_record(
+            exact.data, out, expected=exact.info, layout=layout, lossy_codec=name, coded=(left := CodedBlock())
+        )
+    assert not left.frame_sizes
+
+
+@names
+def test_a_store_refuses_a_lossy_record_of_an_exact_namespace_whatever_others_say_of_it(
+    name: str, tmp_path: Path
+) -> None:
+    exact = Namespace(weights="w", layout=COLD_LAYOUT)
+    record = encode_record(
+        info_of(16, exact.digest), normal_block(COLD_LAYOUT), layout=COLD_LAYOUT, codec=codec_by_name(name)
+    )
+    with open_store(tmp_path) as store:
+        put_unchecked(store, record)
+    lies = [b"{}", b"no JSON", replace(exact, lossy_codec=name).describe(), exact.describe()]
+    for description in lies:
+        with open_store(tmp_path) as store:
+            with contextlib.suppress(TierKVError):
+                store.register_namespace(exact.digest, description)
+            assert read(store, record.info) is MissReason.CORRUPT
+            assert store.read_record(record.info.block_hash) is None
+    with open_store(tmp_path) as store:
+        assert store.lookup(record.info.block_hash) is None, "it went with the next write, for its namespace is known"
+
+
+@names
+def test_an_exact_record_takes_the_place_of_a_lossy_one_under_the_same_exact_namespace(
+    name: str, tmp_path: Path
+) -> None:
+    exact = Namespace(weights="w", layout=COLD_LAYOUT)
+    block, info = normal_block(COLD_LAYOUT), info_of(16, exact.digest)
+    with open_store(tmp_path) as store:
+        store.open_namespace(exact)
+        put_unchecked(store, encode_record(info, block, layout=COLD_LAYOUT, codec=codec_by_name(name)))
+        assert store.put([encode_record(info, block, layout=COLD_LAYOUT)]) == [PutOutcome.STORED]
+        assert np.array_equal(read(store, info), block)
+        assert store.verify().is_sound
+
+
+def test_a_store_opened_for_reading_knows_a_lossy_namespace_and_one_that_is_not_described(tmp_path: Path) -> None:
+    lossy = Namespace(weights="w", layout=COLD_LAYOUT, lossy_codec="lossy-int8")
+    block, info = normal_block(COLD_LAYOUT), info_of(16, lossy.digest)
+    with open_store(tmp_path) as store:
+        put_unchecked(store, encode_record(info, block, layout=COLD_LAYOUT, codec=codec_by_name("lossy-int8")))
+    with open_store(tmp_path, read_only=True) as store:
+        assert read(store, info) is MissReason.CORRUPT, "nobody has described this namespace"
+        store.open_namespace(lossy)
+        assert isinstance(read(store, info), np.ndarray)
+    with open_store(tmp_path) as store:
+        store.open_namespace(lossy)
+    with open_store(tmp_path, read_only=True) as store:
+        assert isinstance(read(store, info), np.ndarray), "the store itself has the description now"
+        assert store.read_record(info.block_hash) is not None
+
+
+@names
+def test_a_state_file_refuses_a_lossy_record_of_an_exact_namespace(name: str, tmp_path: Path) -> None:
+    exact = Namespace(weights="w", layout=COLD_LAYOUT)
+    for namespace in (exact, replace(exact, lossy_codec=name)):
+        info = info_of(16, namespace.digest)
+        record = encode_record(info, normal_block(COLD_LAYOUT), layout=COLD_LAYOUT, codec=codec_by_name(name))
+        path = tmp_path / f"{namespace.lossy_codec}.tkv"
+        path.write_bytes(state_of(namespace, [record.data.tobytes()]))
+        out = np.empty(COLD_LAYOUT.block_bytes, dtype=np.uint8)
+        with StateFile(path) as state:
+            reason = state.read_into(info, out, layout=COLD_LAYOUT)
+            assert reason is (None if namespace.lossy_codec else MissReason.CORRUPT)
+
+
+def put_unchecked(store: ColdStore, record: EncodedRecord) -> None:
+    """Put a record as a program that does not look at its codec would."""
+    raw = encode_record(record.info, normal_block(COLD_LAYOUT), layout=COLD_LAYOUT, codec=codec_by_name("raw"))
+    with store._writer.batch() as batch:
+        assert batch.insert(raw) is PutOutcome.STORED
+        value = bytearray(batch.txn.get(record.info.block_hash, db=batch.databases.blocks))
+        value[: record.stored_bytes] = record.data.tobytes()
+        batch.txn.put(record.info.block_hash, bytes(value), db=batch.databases.blocks)

@@ -36,7 +36,7 @@ class Layer:
 # Bottom to top. A new module gets its place here, in the lowest layer that lets it import what it needs.
 LAYERS = (
     Layer("rooms", "daemon remote ranks requests movers engine profiling"),  # the packages' own files: a docstring each
-    Layer("values", "errors files block layout namespace config stats events units prefill open_calls"),
+    Layer("values", "errors files block layout namespace config stats events units prefill open_calls call_thread"),
     # Siblings: they know the values and not each other; only the mover also knows the memory that it moves.
     Layer(
         "control",
@@ -55,8 +55,8 @@ LAYERS = (
         "storage.lmdb_tree storage.lmdb_lock storage.lmdb_data storage.lmdb_directory storage.lmdb_env "
         "storage.cold_entry storage.cold_links storage.cold_namespaces storage.cold_batch storage.cold_stats "
         "storage.cold_eviction storage.cold_check storage.cold_writer storage.cold_salvage "
-        "storage.cold_reader storage.cold storage.state_format storage.state_writer "
-        "storage.state_file",
+        "storage.cold_reader storage.cold storage.state_format storage.state_index storage.state_writer "
+        "storage.state_file storage.state_files",
         below="values",
     ),
     Layer("kernels", "kernels.*", below="values storage"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Collection
 from contextlib import ExitStack, suppress
@@ -12,13 +13,14 @@ import torch
 from tierkv.assembly import choose_codec, join_daemon, open_store, open_tiers
 from tierkv.block import TOKEN_BYTES, HashFunction, Tier, TokenIds, as_token_array, hash_block
 from tierkv.block_control import BlockControl
-from tierkv.cache_state import iter_records, open_state
+from tierkv.cache_state import load_state, open_state, save_state
 from tierkv.cold_reading import ColdReading
 from tierkv.config import CacheConfig
 from tierkv.defragment import Defragmenter, LayoutReport
 from tierkv.demotion import Demoter
 from tierkv.errors import ClosedError, ConfigError
 from tierkv.events import CacheObserver, EventKind
+from tierkv.files import check_path
 from tierkv.namespace import Namespace
 from tierkv.occupancy import occupancy
 from tierkv.open_calls import OpenCalls, while_open
@@ -37,7 +39,7 @@ from tierkv.sequence import Sequence
 from tierkv.stats import CacheStats
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.hot import HotPool
-from tierkv.storage.state_file import SavedState, write_state_file
+from tierkv.storage.state_file import SavedState
 from tierkv.watch import pool_regions
 
 __all__ = ["Match", "TierCache", "load_cache_state", "save_cache_state"]
@@ -80,6 +82,7 @@ class TierCache:
         self.device = torch.device(device)
         self._owns_cold = cold is None
         self.calls = OpenCalls("the cache")
+        self._must_end = threading.Event()
         with ExitStack() as undo:
             cold = open_store(config, cold)
             if cold:
@@ -320,31 +323,31 @@ class TierCache:
 
     @while_open
     def save_cache_state(self, path: str | Path) -> SavedState:
-        """Write every cached block of this namespace into one file, atomically. Raises StoreError or DaemonError."""
+        """Write every cached block of this namespace into one file, atomically. Damaged blocks are left out.
+
+        The path may be free or a regular file's; anything else, a symbolic link too, is refused.
+        Raises StoreError or DaemonError, also where the disk does not answer, and ConfigError for what is no path.
+        """
+        path = check_path(path)
         self.flush()
         if self._daemon:
-            saved = self._daemon.save(Path(path))
+            saved = self._daemon.save(path)
             return SavedState(blocks=saved.blocks, file_bytes=saved.file_bytes)
-        return write_state_file(
-            Path(path),
-            namespace=self.namespace.digest,
-            description=self.namespace.describe(),
-            records=iter_records(self._tiers),
-        )
+        return save_state(self._tiers, path, self.namespace, must_end=self._must_end.is_set)
 
     @while_open
     def load_cache_state(self, path: str | Path) -> int:
         """Open a state file as one more source of cold blocks; they come up on demand. Return how many it has.
 
-        Raises NamespaceMismatchError naming what differs, StoreError for a file that is none or not whole.
+        The same file loaded again is the same source; another one that has come to its path takes its place.
+        Raises NamespaceMismatchError naming what differs, StoreError for a file that is none or not whole, or on a disk
+        that does not answer, CapacityError where too many are loaded, and ConfigError for what is no path.
         """
-        state = open_state(Path(path), self.namespace)
+        path = check_path(path)
         if self._daemon:
-            state.close()
-            return self._daemon.load(Path(path))
-        with self._tiers.changed:
-            self._tiers.states.append(state)
-        return len(state)
+            open_state(path, self.namespace, must_end=self._must_end.is_set).close()
+            return self._daemon.load(path)
+        return len(load_state(self._tiers, path, self.namespace, must_end=self._must_end.is_set))
 
     @while_open
     def stats(self) -> CacheStats:
@@ -356,6 +359,7 @@ class TierCache:
                 occupancy(self._tiers, cold) | lower,
                 avg_shared_blocks=self._running.avg_shared_blocks(),
                 fragmentation_ratio=self._tiers.index.hot.fragmentation(),
+                state_files=len(self._tiers.states),
             )
 
     @while_open
@@ -406,8 +410,9 @@ class TierCache:
         """Write what is queued, then give back memory, files and threads. Running sequences are released.
 
         Calls that other threads are inside of end first, those that wait for room with ClosedError; later ones raise
-        that. If a write stands still for too long (a hung disk, another program that holds the store), it is left
-        behind, with all the memory that it may still touch. What was not written is logged.
+        that, and so do saves and loads that take longer than `close` waits for them. If a read or a write stands still
+        for too long (a hung disk, another program that holds the store), it is left behind, with all the memory that it
+        may still touch. What was not written is logged.
         """
         if not self.calls.close():
             return
@@ -418,16 +423,16 @@ class TierCache:
         self._running.cancel_splits()
         self._prefetcher.close()
         self.calls.wait(self.config.write_wait_s + _CALLS_WAIT_S)
+        self._must_end.set()
         is_quiet = self._demoter.close()  # which lets out who has waited for writes
-        is_quiet &= self.calls.wait(None if is_quiet else _CALLS_WAIT_S)
+        is_quiet &= self.calls.wait(_CALLS_WAIT_S)
         self._running.release_all()
         tiers.end_copies()
         if self._daemon:
             self._daemon.close()
         if is_quiet:
             tiers.close()
-            for state in tiers.states:
-                state.close()
+        tiers.states.close()
         if self.cold and self._owns_cold:
             self.cold.close()
 

@@ -1,56 +1,101 @@
-"""Cache state: the record of every block that a cache holds, to be saved, and a saved file that fits the cache."""
+"""Cache state: every block that a cache holds, saved into one file; and a saved file that fits a cache, loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
+import lmdb
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from tierkv.errors import NamespaceMismatchError
+from tierkv.call_thread import CallThread
+from tierkv.errors import ClosedError, NamespaceMismatchError
+from tierkv.files import check_path, own_errors
 from tierkv.index import Entry
 from tierkv.namespace import Namespace, differing_fields
 from tierkv.storage.record import BlockInfo, encode_record
-from tierkv.storage.state_file import StateFile
+from tierkv.storage.state_file import WRITE_WAIT_S, SavedState, StateFile, write_state_file
 from tierkv.tiers import Tiers
 
-__all__ = ["iter_records", "open_state"]
+__all__ = ["FILE_WAIT_S", "load_state", "open_state", "save_state"]
+
+FILE_WAIT_S = WRITE_WAIT_S
+"""How long a file system may take to open a state file, or for one read or write of it."""
+
+_NAMES_SHOWN = 8
 
 
-def open_state(path: Path, namespace: Namespace) -> StateFile:
+def save_state(tiers: Tiers, path: str | Path, namespace: Namespace, *, must_end: Callable[[], bool]) -> SavedState:
+    """Write the record of every block that some tier has into one file, atomically.
+
+    must_end: tells that the cache is being closed. Raises StoreError, ConfigError, ClosedError.
+    """
+    path = check_path(path)
+    what = f"cannot write {path}"
+    with own_errors(what, lmdb.Error, RuntimeError), CallThread(what, wait_s=FILE_WAIT_S, must_end=must_end) as calls:
+        return write_state_file(
+            path,
+            namespace=namespace.digest,
+            description=namespace.describe(),
+            records=_iter_records(tiers, calls, must_end),
+            calls=calls,
+        )
+
+
+def load_state(tiers: Tiers, path: str | Path, namespace: Namespace, *, must_end: Callable[[], bool]) -> StateFile:
+    """Make a state file of this namespace one more source of blocks; one that is loaded already stays the one it is.
+
+    Raises as `open_state` does; CapacityError where too many are loaded.
+    """
+    return tiers.states.add(open_state(path, namespace, must_end=must_end))
+
+
+def open_state(path: str | Path, namespace: Namespace, *, must_end: Callable[[], bool] = lambda: False) -> StateFile:
     """Open a state file of this namespace; the caller closes it.
 
-    Raises NamespaceMismatchError naming what differs, StoreError for a file that is none or not whole.
+    must_end: tells that the cache is being closed.
+    Raises NamespaceMismatchError naming what differs, StoreError for a file that is none or not whole, ConfigError for
+    what is no path, ClosedError.
     """
-    state = StateFile(path)
+    path = check_path(path)
+    with CallThread(f"cannot read the state file {path}", wait_s=FILE_WAIT_S, must_end=must_end) as calls:
+        state = calls.call(partial(StateFile, path), undo=StateFile.close)
     if state.namespace != namespace.digest:
         state.close()
         mine = {"name": namespace.name, **namespace.identity()}
-        names = ", ".join(differing_fields(state.description, mine)) or "salt"
-        raise NamespaceMismatchError(f"{path} was saved for another model or setting: {names} differ")
+        names = [ascii(name)[1:-1] for name in differing_fields(state.description.fields, mine)] or ["salt"]
+        more = [f"and {len(names) - _NAMES_SHOWN} more"] if len(names) > _NAMES_SHOWN else []
+        raise NamespaceMismatchError(
+            f"{path} was saved for another model or setting: {', '.join(names[:_NAMES_SHOWN] + more)} differ"
+        )
     return state
 
 
-def iter_records(tiers: Tiers) -> Iterator[bytes]:
-    """Yield the record of every block that some tier has, each once."""
+def _iter_records(tiers: Tiers, calls: CallThread, must_end: Callable[[], bool]) -> Iterator[bytes]:
+    """Yield the record of every block that some tier has, each once. What cannot be read is left out."""
     seen: set[bytes] = set()
     if cold := tiers.cold:
-        for block_hash, _ in list(cold.iter_entries(tiers.namespace)):
-            record = cold.read_record(block_hash)
+        for block_hash, _ in calls.call(lambda: list(cold.iter_entries(tiers.namespace))):
+            record = calls.call(partial(cold.read_record, block_hash))
             if record is not None:
                 seen.add(block_hash)
                 yield record
     with tiers.changed:
         entries = [entry for entry in tiers.index if entry.block_hash not in seen]
     for entry in entries:
+        if must_end():
+            raise ClosedError("the cache is being closed")
         block = _copy_of(tiers, entry)
         if block is not None:
             seen.add(entry.block_hash)
             yield _encode(tiers, entry, block)
-    for state in tiers.states:
-        yield from state.iter_records(seen)
+    for state in tiers.states.files:
+        records = state.iter_records(seen)
+        while (record := calls.call(partial(next, records, None))) is not None:
+            yield record
 
 
 def _copy_of(tiers: Tiers, entry: Entry) -> npt.NDArray[np.uint8] | None:

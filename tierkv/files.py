@@ -6,13 +6,16 @@ symlink. Everything that tierkv opens by a path of its user goes through here.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 
-from tierkv.errors import ConfigError, StoreError
+from tierkv.errors import ConfigError, StoreError, TierKVError
 
-__all__ = ["check_path", "open_regular"]
+__all__ = ["check_path", "open_regular", "own_errors"]
 
 _KINDS = (
     (stat.S_ISDIR, "a directory"),
@@ -22,6 +25,8 @@ _KINDS = (
     (stat.S_ISBLK, "a device"),
     (stat.S_ISLNK, "a symbolic link"),
 )
+
+_FOREIGN: tuple[type[Exception], ...] = (ValueError, ArithmeticError, BufferError, struct.error, RecursionError)
 
 
 def check_path(path: str | os.PathLike[str]) -> Path:
@@ -76,6 +81,24 @@ def open_regular(
         os.close(fd)
         raise
     return fd
+
+
+@contextlib.contextmanager
+def own_errors(what: str, *others: type[Exception]) -> Iterator[None]:
+    """Raise a StoreError that begins with `what` in place of an error of the system, of numpy or of Python's memory.
+
+    others: kinds of errors of other libraries that are to be translated too. What is tierkv's own passes as it is.
+    """
+    try:
+        yield
+    except TierKVError:
+        raise
+    except OSError as exc:
+        raise StoreError(f"{what}: {exc.strerror or exc}") from exc
+    except MemoryError as exc:
+        raise StoreError(f"{what}: there is not enough memory") from exc
+    except (*_FOREIGN, *others) as exc:
+        raise StoreError(f"{what}: {exc}") from exc
 
 
 def _kind_of(path: Path, follow_links: bool) -> str | None:

@@ -36,6 +36,7 @@ class CacheStats:
     misses: blocks that no tier answered; miss_reasons says why each of them, by the names of MissReason.
     prefetched_blocks: brought into the warm tier before anybody asked for them. prefetch_misses: why some were not.
     skipped_writes: blocks that were not written to a lower tier; skip_reasons says why each of them.
+    state_files: loaded and open; a daemon's are its own.
     """
 
     requests: int = 0
@@ -49,6 +50,7 @@ class CacheStats:
     collisions: int = 0
     skipped_writes: int = 0
     prefetched_blocks: int = 0
+    state_files: int = 0
     prefetch_misses: dict[str, int] = field(default_factory=dict)
     miss_reasons: dict[str, int] = field(default_factory=dict)
     skip_reasons: dict[str, int] = field(default_factory=dict)
@@ -90,7 +92,12 @@ class StatsRecorder:
         return self.skip_reasons.total()
 
     def snapshot(
-        self, tiers: dict[Tier, TierStats], *, avg_shared_blocks: float, fragmentation_ratio: float
+        self,
+        tiers: dict[Tier, TierStats],
+        *,
+        avg_shared_blocks: float,
+        fragmentation_ratio: float,
+        state_files: int = 0,
     ) -> CacheStats:
         """Return the counters so far. `tiers` brings the sizes, which the recorder does not know."""
         counted = {
@@ -119,6 +126,7 @@ class StatsRecorder:
             collisions=self.collisions,
             skipped_writes=self.skipped_writes,
             prefetched_blocks=self.prefetched_blocks,
+            state_files=state_files,
             prefetch_misses=dict(self.prefetch_misses),
             miss_reasons=dict(self.miss_reasons),
             skip_reasons=dict(self.skip_reasons),

@@ -31,7 +31,7 @@ from tierkv.storage.cold import ColdStore
 from tierkv.storage.hot import HotPool
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.planes import Bytes
-from tierkv.storage.state_file import StateFile
+from tierkv.storage.state_files import StateFiles
 from tierkv.storage.warm import WarmPool
 from tierkv.storage.windows import WindowFormat
 from tierkv.watch import Watch
@@ -147,7 +147,7 @@ class Tiers:
     step_costs: CostBySize = field(default_factory=CostBySize)
     stats: StatsRecorder = field(default_factory=StatsRecorder)
     changed: threading.Condition = field(default_factory=threading.Condition)
-    states: list[StateFile] = field(default_factory=list)
+    states: StateFiles = field(default_factory=StateFiles)
     in_flight: deque[tuple[Ready, list[Place]]] = field(default_factory=deque)
     arriving: dict[int, Ready] = field(default_factory=dict)
     leaving: dict[int, Ready] = field(default_factory=dict)
@@ -160,7 +160,7 @@ class Tiers:
     @property
     def sources(self) -> list[ColdSource]:
         """Where a block may lie below the warm tier: the store first, then state files."""
-        return [*([self.cold] if self.cold else []), *self.states]
+        return [*([self.cold] if self.cold else []), *self.states.files]
 
     @property
     def _raw_pool(self) -> SlotPool[Any]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from tierkv.block import BlockHash
 from tierkv.errors import StoreError
+from tierkv.files import own_errors
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.outcomes import PutOutcome
-from tierkv.storage.record import parse_record
+from tierkv.storage.record import EncodedRecord, parse_record
 from tierkv.storage.state_file import StateFile, write_state_file
 from tierkv.tools.render import format_bytes
 from tierkv.tools.stores import find_namespace, open_existing
@@ -18,10 +21,12 @@ from tierkv.tools.stores import find_namespace, open_existing
 __all__ = ["load", "save"]
 
 _BATCH_RECORDS = 16
+_BATCH_BYTES = 64 << 20
+_IN_THE_STORE = {PutOutcome.STORED.value, PutOutcome.EXISTS.value}
 
 
 def save(path: Path, store_path: Path, *, namespace: str | None, as_json: bool) -> None:
-    """Write one namespace of a store into a state file, atomically."""
+    """Write one namespace of a store into a state file, atomically. Damaged blocks are left out, and told."""
     with open_existing(store_path) as store:
         chosen = find_namespace(store, namespace)
         saved = write_state_file(
@@ -30,25 +35,31 @@ def save(path: Path, store_path: Path, *, namespace: str | None, as_json: bool) 
             description=json.dumps(chosen.description, sort_keys=True).encode(),
             records=_iter_records(store, chosen.digest),
         )
+    left_out = max(0, chosen.blocks - saved.blocks)
     if as_json:
-        print(json.dumps({"blocks": saved.blocks, "bytes_file": saved.file_bytes}))
+        print(json.dumps({"blocks": saved.blocks, "bytes_file": saved.file_bytes, "blocks_left_out": left_out}))
     else:
         print(f"saved {saved.blocks} blocks, {format_bytes(saved.file_bytes)}, to {path}")
+        if left_out:
+            print(f"{left_out} were left out: damaged, or of another version; `tierkv verify` tells", file=sys.stderr)
 
 
 def load(path: Path, store_path: Path, *, cold_bytes: int, as_json: bool) -> None:
-    """Put a state file's blocks into a store, made if need be. Raises StoreError for a damaged file."""
+    """Put a state file's sound blocks into a store, made if need be.
+
+    Raises StoreError for a file that is none, and afterwards, with what is stored, if not all blocks are in the store.
+    """
     with StateFile(path) as state, ColdStore(store_path, quota_bytes=cold_bytes) as store:
         store.register_namespace(state.namespace, state.raw_description)
-        outcomes = list(_put_all(state, store))
+        with own_errors(f"cannot load {path}"):
+            outcomes = Counter(_put_all(state, store))
         store.flush()
-    stored = sum(outcome is PutOutcome.STORED for outcome in outcomes)
-    existing = sum(outcome is PutOutcome.EXISTS for outcome in outcomes)
+    stored, existing = outcomes[PutOutcome.STORED], outcomes[PutOutcome.EXISTS]
+    damaged = len(state) - outcomes.total()
     if stored + existing < len(state):
-        raise StoreError(
-            f"{stored + existing} of the {len(state)} blocks of {path} are in the store now; "
-            "the others are damaged or found no room"
-        )
+        missing = {"damaged": damaged} | {why.value: count for why, count in outcomes.items()}
+        told = ", ".join(f"{count} {why}" for why, count in missing.items() if count and why not in _IN_THE_STORE)
+        raise StoreError(f"{stored + existing} of the {len(state)} blocks of {path} are in the store now; not: {told}")
     if as_json:
         print(json.dumps({"blocks": len(state), "blocks_stored": stored, "blocks_existing": existing}))
     else:
@@ -63,10 +74,10 @@ def _iter_records(store: ColdStore, namespace: BlockHash) -> Iterator[bytes]:
 
 
 def _put_all(state: StateFile, store: ColdStore) -> Iterator[PutOutcome]:
-    batch = []
+    batch: list[EncodedRecord] = []
     for record in state.iter_records():
         batch.append(parse_record(record))
-        if len(batch) == _BATCH_RECORDS:
+        if len(batch) == _BATCH_RECORDS or sum(each.stored_bytes for each in batch) >= _BATCH_BYTES:
             yield from store.put(batch)
             batch = []
     yield from store.put(batch)

@@ -1,4 +1,4 @@
-"""`tierkv evict`, `compact` and `verify`: what they print, what they change, how they exit."""
+"""`tierkv evict`, `compact`, `verify`, `save` and `load`: what they print, what they change, how they exit."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cold_blocks import NAMESPACE, OTHER, chain_of, damage_record, record_of
+from cold_blocks import LAYOUT, NAMESPACE, OTHER, block_bytes, chain_of, damage_record, record_of
+from crafted_state import state_of
 
+from tierkv.storage.codecs import codec_by_name
 from tierkv.storage.cold import ColdStore
+from tierkv.storage.record import encode_record
+from tierkv.storage.state_file import StateFile
 from tierkv.tools import cli
 
 Run = Callable[..., tuple[int, dict[str, Any], str]]
@@ -106,3 +110,60 @@ def test_a_data_file_cut_short_is_reported_and_saved_by_a_repair(tierkv: Run, st
     assert code == 0
     assert result["set_aside"].endswith("data.mdb.damaged")
     assert result["blocks"] > 0
+
+
+OWN = ("--namespace", NAMESPACE.digest.hex())
+
+
+def test_the_sound_blocks_of_a_damaged_state_file_are_loaded_and_the_others_told(
+    tierkv: Run, tmp_path: Path, store_path: Path
+) -> None:
+    chain = chain_of(8, first=100)
+    data = bytearray(state_of(NAMESPACE, [record.data.tobytes() for record in chain]))
+    data[data.find(chain[5].data.tobytes()) + 300] ^= 1
+    (tmp_path / "state").write_bytes(data)
+    code, result, error = tierkv("load", str(tmp_path / "state"))
+    assert (code, result) == (2, {})
+    assert "5 of the 8 blocks" in error and "1 damaged, 2 no_parent" in error
+    with ColdStore(store_path, quota_bytes=64 << 20, min_free_bytes=0) as store:
+        assert [store.contains(record.info.block_hash) for record in chain] == [True] * 5 + [False] * 3
+
+
+def test_lossy_records_of_an_exact_namespace_are_neither_loaded_nor_saved(
+    tierkv: Run, tmp_path: Path, store_path: Path
+) -> None:
+    infos = [record.info for record in chain_of(3, first=100)]
+    codec = codec_by_name("lossy-int8")
+    records = [encode_record(info, block_bytes(), layout=LAYOUT, codec=codec) for info in infos]
+    (tmp_path / "lossy").write_bytes(state_of(NAMESPACE, [record.data.tobytes() for record in records]))
+    code, _, error = tierkv("load", str(tmp_path / "lossy"))
+    assert code == 2 and "0 of the 3 blocks" in error and "3 damaged" in error
+    with ColdStore(store_path, quota_bytes=64 << 20) as store, store._writer.batch() as batch:
+        key = chain_of(4)[3].info.block_hash
+        value = bytearray(batch.txn.get(key, db=batch.databases.blocks))
+        lossy = encode_record(chain_of(4)[3].info, block_bytes(), layout=LAYOUT, codec=codec)
+        value[: lossy.stored_bytes] = lossy.data.tobytes()
+        batch.txn.put(key, bytes(value), db=batch.databases.blocks)
+    code, result, error = tierkv("save", str(tmp_path / "state"), *OWN)
+    assert (code, result["blocks"], result["blocks_left_out"]) == (0, 3, 1)
+    with StateFile(tmp_path / "state") as state:
+        assert list(state.iter_records()) == [record.data.tobytes() for record in chain_of(3)]
+
+
+def test_what_is_no_regular_file_is_neither_loaded_nor_replaced(tierkv: Run, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("state")
+    for name in ("fifo", "folder", "link"):
+        for command in (("load",), ("save", *OWN)):
+            code, _, error = tierkv(*command, str(tmp_path / name))
+            assert code == 2 and error.startswith("tierkv: ") and error.count("\n") == 1
+    assert sorted(os.listdir(tmp_path)) == ["fifo", "folder", "link", "store"]
+
+
+def test_a_namespace_that_the_store_cannot_describe_is_not_saved(tierkv: Run, tmp_path: Path, store_path: Path) -> None:
+    with ColdStore(store_path, quota_bytes=64 << 20) as store, store._writer.batch() as batch:
+        batch.namespace(NAMESPACE.digest).description = b"{}"
+    code, _, error = tierkv("save", str(tmp_path / "state"), *OWN)
+    assert code == 2 and "cannot be saved" in error
+    assert not (tmp_path / "state").exists()

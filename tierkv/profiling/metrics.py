@@ -57,6 +57,7 @@ _OF_CACHE = (
     _Metric("collisions", "collisions", True, "Lookups that met another block with the same hash; each cost a miss."),
     _Metric("prefetched_blocks", "prefetched_blocks", True, "Blocks brought into the warm tier before a request."),
     _Metric("fragmentation_ratio", "fragmentation_ratio", False, "Free hot blocks outside the longest free run."),
+    _Metric("state_files", "state_files", False, "State files that are loaded and open."),
     _Metric("shared_blocks", "avg_shared_blocks", False, "Mean blocks that a live sequence shares with another."),
 )
 _BY_REASON = (

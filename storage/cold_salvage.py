@@ -36,7 +36,7 @@ from tierkv.storage.cold_namespaces import (
 from tierkv.storage.cold_stats import Counters
 from tierkv.storage.cold_writer import ColdWriter
 from tierkv.storage.lmdb_env import LmdbEnv
-from tierkv.storage.lmdb_file import PAGE_HEADER_BYTES, newest_meta
+from tierkv.storage.lmdb_file import PAGE_HEADER_BYTES, newest_meta, open_store_file
 from tierkv.storage.lmdb_tree import Keys, check_trees
 from tierkv.storage.lmdb_values import LeafValue, find_leaf, iter_leaf_values
 from tierkv.storage.outcomes import PutOutcome
@@ -96,7 +96,7 @@ class ColdKeeper:
 
     def rebuild(self, damaged: Path, directory: Path) -> None:
         """Make a store in `directory` from the sound blocks of a damaged data file, at most the quota of them."""
-        fd = os.open(damaged, os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_store_file(damaged)
         try:
             remains = _scan(fd)
             with LmdbEnv(directory, map_bytes=self.map_bytes, specs=SPECS) as env:

@@ -21,8 +21,8 @@ import numpy as np
 
 from tierkv.block import HASH_BYTES, BlockHash
 from tierkv.errors import CorruptBlockError, FormatVersionError, StoreError
-from tierkv.storage.cold_entry import ColdEntry, entry_of, pack_entry, unpack_entry
-from tierkv.storage.cold_links import Links
+from tierkv.storage.cold_entry import MAX_VALUE_BYTES, ColdEntry, entry_of, pack_entry, unpack_entry
+from tierkv.storage.cold_links import Link, Links
 from tierkv.storage.cold_namespaces import NAMESPACE_PREFIX, NamespaceRow, iter_namespaces, pack_row
 from tierkv.storage.lmdb_env import Database, DatabaseSpec, LmdbEnv, ReadTransaction, WriteTransaction
 from tierkv.storage.outcomes import PutOutcome
@@ -30,6 +30,7 @@ from tierkv.storage.planes import Bytes
 from tierkv.storage.record import BlockInfo, EncodedRecord, mismatch, parse_record, read_header
 
 __all__ = [
+    "OVERFLOW_HEADER_BYTES",
     "SPECS",
     "DamagedPagesError",
     "Databases",
@@ -50,7 +51,7 @@ SPECS = (
 )
 _PAGE_BYTES = 4096
 _MAX_CLASS_BYTES = 256 << 10
-_OVERFLOW_HEADER_BYTES = 16
+OVERFLOW_HEADER_BYTES = 16
 
 
 class DamagedPagesError(StoreError):
@@ -80,7 +81,7 @@ def padded_bytes(record_bytes: int) -> int:
     Classes are a 24th to a 48th of the size apart, 256 KiB at most: values of one model then have one or two
     sizes, each fits the hole that another left, and LMDB need not search its free list.
     """
-    size = record_bytes + _OVERFLOW_HEADER_BYTES
+    size = record_bytes + OVERFLOW_HEADER_BYTES
     step = 1 << max(size // 24, 1).bit_length() - 1
     step = min(max(step, _PAGE_BYTES), _MAX_CLASS_BYTES)
     return -(-size // step) * step
@@ -173,7 +174,7 @@ class WriteBatch:
 
     def has_children(self, block_hash: BlockHash) -> bool:
         """Tell whether a stored block follows this one."""
-        return self._links.has_children(block_hash)
+        return any(self._follows(child, block_hash) for child in self._links.iter_children(block_hash))
 
     def insert(self, record: EncodedRecord) -> PutOutcome:
         """Store a block, its entry and its place in the tree. Replace a damaged one; one of another format stays."""
@@ -194,6 +195,8 @@ class WriteBatch:
         entry = self._entry_of(record)
         if entry is None or not self._is_behind_its_parent(info):
             return PutOutcome.NO_PARENT
+        if entry.value_bytes > MAX_VALUE_BYTES:
+            return PutOutcome.FULL
         self.txn.put(info.block_hash, _padded(record).data, db=self.databases.blocks)
         self._new.add(info.block_hash)
         self.write_entry(info.block_hash, entry)
@@ -242,7 +245,7 @@ class WriteBatch:
         """
         with self.txn.cursor(db=self.databases.children) as cursor:
             links = [bytes(key) for key in cursor.iternext(keys=True, values=False)]
-        links = [link for link in links if self._is_of_another_format(link[-HASH_BYTES:])]
+        links = [link for link in links if self._is_link_to_another_format(link)]
         self.txn.drop(self.databases.children, delete=False)
         for link in links:
             self.txn.put(link, b"", db=self.databases.children)
@@ -256,6 +259,7 @@ class WriteBatch:
                 self._links.insert(entry.parent, tokens, block_hash, self._read_tokens)
             if entry is not None and (tokens is not None or self._is_of_another_format(block_hash)):
                 self._count(entry, 1)
+        self._correct_depths(hashes)
 
     def write_entry(self, block_hash: BlockHash, entry: ColdEntry) -> None:
         """Replace an entry; sizes, parent and namespace must be what they were."""
@@ -281,10 +285,17 @@ class WriteBatch:
         return self._remove(block_hash)
 
     def remove_subtree(self, block_hash: BlockHash) -> int:
-        """Remove a block and all that follow it; return how many there were."""
-        order = [block_hash]
-        for parent in order:  # grows while it is walked
-            order += self._links.iter_children(parent)
+        """Remove a block and all that follow it; return how many there were. Visits each block once, and none that
+        only a wrong link leads to.
+        """
+        order = {block_hash: None}
+        pending = [block_hash]
+        while pending:
+            parent = pending.pop()
+            for child in self._links.iter_children(parent):
+                if child not in order and self._follows(child, parent):
+                    order[child] = None
+                    pending.append(child)
         return sum(self._remove(each) for each in reversed(order))
 
     def namespace(self, digest: BlockHash) -> NamespaceRow:
@@ -301,6 +312,18 @@ class WriteBatch:
         """Write the namespaces' rows. To be called last."""
         for digest, row in self._rows.items():
             self.txn.put(NAMESPACE_PREFIX + digest, pack_row(row), db=self.databases.meta)
+
+    def _follows(self, child: BlockHash, parent: BlockHash) -> bool:
+        """Tell whether a listed child is stored behind `parent`: its link may be wrong. True if nothing else tells."""
+        if child == parent:
+            return False
+        entry = self.entry(child)
+        if entry is not None:
+            return entry.parent == parent
+        info = read_block_info(self.txn, self.databases, child)
+        if info is not None:
+            return info.parent == parent
+        return any(self.txn.get(child, db=each) is not None for each in (self.databases.index, self.databases.blocks))
 
     def _remove(self, block_hash: BlockHash) -> bool:
         databases = self.databases
@@ -321,6 +344,7 @@ class WriteBatch:
                 self._links.remove(entry.parent, block_hash)
             self._count(entry, -1)
             self.removed_bytes += entry.value_bytes
+        self._links.remove_all(block_hash)  # those that are left are wrong: its children went before it
         if had_block or had_entry:
             self.removed.append(block_hash)
         return had_block or had_entry
@@ -332,6 +356,31 @@ class WriteBatch:
         except lmdb.CorruptedError as exc:
             self.env.mend_value(self.databases.blocks_name, block_hash, None)
             raise DamagedPagesError(f"the pages of block {block_hash.hex()} were damaged", hint="try again") from exc
+
+    def _correct_depths(self, hashes: list[BlockHash]) -> None:
+        """Let the entries of these blocks say how many blocks are before each; the chains may be cycles."""
+        depths: dict[BlockHash, int] = {}
+        for block_hash in hashes:
+            chain: dict[BlockHash, ColdEntry] = {}
+            at = block_hash
+            while at not in depths and at not in chain and (entry := self.entry(at)) is not None:
+                chain[at] = entry
+                at = entry.parent
+            depth = depths.get(at, -1)
+            for each, entry in reversed(chain.items()):
+                depth += 1
+                depths[each] = depth
+                if entry.depth != depth:
+                    self.write_entry(each, replace(entry, depth=depth))
+
+    def _is_link_to_another_format(self, key: bytes) -> bool:
+        """Tell whether a key is a link to a block of another format, at its parent as far as that can be told."""
+        try:
+            link = Link.unpack(key)
+        except CorruptBlockError:
+            return False
+        entry = self.entry(link.child) if self._is_of_another_format(link.child) else None
+        return entry is not None and (link.level > 0 or link.node == entry.parent)
 
     def _is_of_another_format(self, block_hash: BlockHash) -> bool:
         value = self.txn.get(block_hash, db=self.databases.blocks)
@@ -374,7 +423,7 @@ class WriteBatch:
 
 def _padded(record: EncodedRecord) -> Bytes:
     """Return the record's bytes followed by zeros up to its size class, in its own buffer if that is free."""
-    size = padded_bytes(record.stored_bytes) - _OVERFLOW_HEADER_BYTES
+    size = padded_bytes(record.stored_bytes) - OVERFLOW_HEADER_BYTES
     buffer = record.buffer
     if buffer.size < size or not buffer.flags.writeable:
         buffer = np.empty(size, dtype=np.uint8)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 
 import msgspec
 
-from tierkv.block import BlockHash, hash_block
+from tierkv.block import TOKEN_BYTES, BlockHash, hash_block
 from tierkv.errors import CorruptBlockError, FormatVersionError, StoreError
-from tierkv.storage.cold_batch import Databases, get_entry, get_value, read_block_info
+from tierkv.storage.cold_batch import OVERFLOW_HEADER_BYTES, Databases, get_entry, get_value, read_block_info
 from tierkv.storage.cold_entry import ColdEntry, unpack_entry
 from tierkv.storage.cold_links import Link
 from tierkv.storage.cold_namespaces import NAMESPACE_PREFIX, iter_namespaces, unpack_row
@@ -129,12 +129,12 @@ def verify_block(env: LmdbEnv, txn: ReadTransaction, databases: Databases, block
         raise CorruptBlockError("its hash is not that of its parent and tokens")
     if not _is_behind_its_parent(txn, databases, info):
         raise CorruptBlockError("its seal is not that of its parent and tokens")
-    if (info.parent, info.namespace, header.record_bytes) != (
-        entry.parent,
-        entry.namespace,
-        entry.stored_bytes,
-    ):
+    described = (entry.parent, entry.namespace, entry.stored_bytes, entry.num_tokens, entry.raw_bytes)
+    num_tokens = len(info.token_bytes) // TOKEN_BYTES
+    if described != (info.parent, info.namespace, header.record_bytes, num_tokens, header.raw_bytes):
         raise CorruptBlockError("its entry describes another record")
+    if entry.value_bytes != len(value) + OVERFLOW_HEADER_BYTES:
+        raise CorruptBlockError("its entry counts other bytes than it takes")
     if header.codec.is_lossy and _lossy_codec_of(txn, databases, info.namespace) not in (header.codec.name, None):
         raise CorruptBlockError(f"it went through {header.codec.name}, and its namespace does not say so")
     if entry.parent != entry.namespace and txn.get(entry.parent, db=databases.index) is None:

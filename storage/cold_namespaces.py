@@ -6,12 +6,13 @@ Both carry a checksum: a flipped bit there is damage, not another version or ano
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import msgspec
 import xxhash
 
-from tierkv.block import BlockHash
+from tierkv.block import HASH_BYTES, BlockHash
 from tierkv.errors import CorruptBlockError, FormatVersionError
 from tierkv.storage.cold_entry import ColdEntry
 from tierkv.storage.lmdb_env import Database, ReadTransaction
@@ -32,6 +33,7 @@ STORE_VERSION = b"3"
 FORMAT_KEY = b"format"
 NAMESPACE_PREFIX = b"namespace"
 _CHECKSUM_BYTES = 8
+_MAX_TOTAL = 1 << 62
 
 
 class NamespaceRow(msgspec.Struct, array_like=True):
@@ -72,26 +74,32 @@ def check_format(packed: bytes) -> None:
 
 def pack_row(row: NamespaceRow) -> bytes:
     """Return a namespace's row as it is stored."""
+    row.raw_bytes = min(max(row.raw_bytes, 0), _MAX_TOTAL)  # of damaged entries; the other totals are smaller
     return add_checksum(msgspec.msgpack.encode(row))
 
 
 def unpack_row(packed: bytes | memoryview) -> NamespaceRow:
     """Return a namespace's row. Raises CorruptBlockError."""
     try:
-        return msgspec.msgpack.decode(_without_checksum(bytes(packed)), type=NamespaceRow)
-    except msgspec.MsgspecError as exc:
+        row = msgspec.msgpack.decode(_without_checksum(bytes(packed)), type=NamespaceRow)
+    except (msgspec.MsgspecError, RecursionError) as exc:
         raise CorruptBlockError(f"the row of a namespace is damaged: {exc}") from exc
+    totals = (row.blocks, row.raw_bytes, row.stored_bytes, row.value_bytes)
+    if not math.isfinite(row.created + row.last_used) or min(totals) < 0 or max(totals) > _MAX_TOTAL:
+        raise CorruptBlockError("the row of a namespace has impossible numbers")
+    return row
 
 
 def iter_namespaces(txn: ReadTransaction, meta: Database) -> Iterator[tuple[BlockHash, NamespaceRow | None]]:
     """Yield every namespace that was ever opened here, with None for a row that is damaged."""
     with txn.cursor(db=meta) as cursor:
         found = cursor.set_range(NAMESPACE_PREFIX)
-        while found and bytes(cursor.key()).startswith(NAMESPACE_PREFIX):
-            row = None
-            with contextlib.suppress(CorruptBlockError):
-                row = unpack_row(cursor.value())
-            yield bytes(cursor.key())[len(NAMESPACE_PREFIX) :], row
+        while found and (key := bytes(cursor.key())).startswith(NAMESPACE_PREFIX):
+            if len(key) == len(NAMESPACE_PREFIX) + HASH_BYTES:
+                row = None
+                with contextlib.suppress(CorruptBlockError):
+                    row = unpack_row(cursor.value())
+                yield key[len(NAMESPACE_PREFIX) :], row
             found = cursor.next()
 
 

@@ -21,7 +21,6 @@ __all__ = [
     "check_store_files",
     "clear_temporary",
     "prepare_directory",
-    "sync_directory",
     "sync_file",
 ]
 
@@ -148,16 +147,8 @@ def clear_temporary(path: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Return when a file is on the disk. Raises OSError, StoreError where it is no regular file."""
-    _sync(open_store_file(path))
-
-
-def sync_directory(path: Path) -> None:
-    """Return when a directory's list of files is on the disk. Raises OSError."""
-    _sync(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))
-
-
-def _sync(fd: int) -> None:
+    """Return when a file, or a directory's list of files, is on the disk. Raises OSError, StoreError for a FIFO."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if path.is_dir() else open_store_file(path)
     try:
         os.fsync(fd)
     finally:

@@ -38,7 +38,6 @@ from tierkv.storage.lmdb_directory import (
     check_store_files,
     clear_temporary,
     prepare_directory,
-    sync_directory,
     sync_file,
 )
 from tierkv.storage.lmdb_file import DATA_FILE
@@ -234,8 +233,8 @@ class LmdbEnv:
             self._data.require_whole()
             env.sync(True)
             if not self._is_named:
-                sync_directory(self.path)  # a file that is on the disk, and in no directory there, is lost
-                sync_directory(self.path.parent)
+                sync_file(self.path)  # a file that is on the disk, and in no directory there, is lost
+                sync_file(self.path.parent)
                 self._is_named = True
 
     def clear_dead_readers(self) -> int:
@@ -263,7 +262,7 @@ class LmdbEnv:
                     sync_file(target / DATA_FILE)
                     self._close_data()
                     os.replace(target / DATA_FILE, self.path / DATA_FILE)
-                    sync_directory(self.path)
+                    sync_file(self.path)
             finally:
                 clear_temporary(self.path)
                 try:

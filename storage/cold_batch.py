@@ -13,6 +13,7 @@ place would change what its children mean. (Who reads a block compares its seal 
 from __future__ import annotations
 
 import contextlib
+import copy
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -23,7 +24,18 @@ from tierkv.block import HASH_BYTES, BlockHash
 from tierkv.errors import CorruptBlockError, FormatVersionError, StoreError
 from tierkv.storage.cold_entry import MAX_VALUE_BYTES, ColdEntry, entry_of, pack_entry, unpack_entry
 from tierkv.storage.cold_links import Link, Links
-from tierkv.storage.cold_namespaces import NAMESPACE_PREFIX, NamespaceRow, iter_namespaces, pack_row
+from tierkv.storage.cold_namespaces import (
+    MAX_UNUSED,
+    NAMESPACE_PREFIX,
+    NO_DESCRIPTION,
+    QUOTA_KEY,
+    NamespaceRow,
+    descriptions_limit,
+    iter_namespaces,
+    pack_quota,
+    pack_row,
+    unpack_quota,
+)
 from tierkv.storage.lmdb_env import Database, DatabaseSpec, LmdbEnv, ReadTransaction, WriteTransaction
 from tierkv.storage.outcomes import PutOutcome
 from tierkv.storage.planes import Bytes
@@ -34,6 +46,7 @@ __all__ = [
     "SPECS",
     "DamagedPagesError",
     "Databases",
+    "Handles",
     "WriteBatch",
     "get_entry",
     "get_value",
@@ -75,6 +88,22 @@ class Databases:
         return cls(*(env.database(spec.name) for spec in SPECS))
 
 
+class Handles:
+    """The handles of the databases as they are now: a compaction opens the data file again, and makes new ones."""
+
+    def __init__(self, env: LmdbEnv) -> None:
+        self._env = env
+        self._known = env.generation, Databases.of(env)
+
+    @property
+    def now(self) -> Databases:
+        """The handles of the open data file. To be asked within a transaction, which no compaction interrupts."""
+        generation, databases = self._known
+        if generation != self._env.generation:
+            self._known = _, databases = self._env.generation, Databases.of(self._env)
+        return databases
+
+
 def padded_bytes(record_bytes: int) -> int:
     """Return the size class of a record: the bytes its value and LMDB's page header take on the disk.
 
@@ -110,6 +139,14 @@ def get_value(
 
 def namespace_rows(txn: ReadTransaction, databases: Databases) -> dict[BlockHash, NamespaceRow]:
     """Return the rows of all namespaces. Of a damaged one the totals are summed up anew, the description is lost."""
+    rows, damaged = _load_rows(txn, databases)
+    return rows | damaged
+
+
+def _load_rows(
+    txn: ReadTransaction, databases: Databases
+) -> tuple[dict[BlockHash, NamespaceRow], dict[BlockHash, NamespaceRow]]:
+    """Return the rows that are sound, and what the others must be."""
     rows: dict[BlockHash, NamespaceRow] = {}
     damaged: dict[BlockHash, NamespaceRow] = {}
     for digest, row in iter_namespaces(txn, databases.meta):
@@ -124,7 +161,7 @@ def namespace_rows(txn: ReadTransaction, databases: Databases) -> dict[BlockHash
                     entry = unpack_entry(bytes(key), packed)
                     if entry.namespace in damaged:
                         damaged[entry.namespace].add(entry, 1)
-    return rows | damaged
+    return rows, damaged
 
 
 def read_block_info(txn: ReadTransaction, databases: Databases, block_hash: BlockHash) -> BlockInfo | None:
@@ -154,11 +191,24 @@ class WriteBatch:
     removed_bytes: int = 0
     _new: set[BlockHash] = field(default_factory=set)
     _rows: dict[BlockHash, NamespaceRow] = field(init=False)
+    _rows_before: dict[BlockHash, NamespaceRow] = field(init=False)
     _links: Links = field(init=False)
+    _registered: set[BlockHash] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self._rows = namespace_rows(self.txn, self.databases)
+        sound, damaged = _load_rows(self.txn, self.databases)
+        self._rows = sound | damaged
+        self._rows_before = {digest: copy.copy(row) for digest, row in sound.items()}
         self._links = Links(self.txn, self.databases.children)
+
+    @property
+    def quota_bytes(self) -> int | None:
+        """The store's quota; None where none is stored, or a damaged one."""
+        return unpack_quota(self.txn.get(QUOTA_KEY, db=self.databases.meta))
+
+    def set_quota(self, quota_bytes: int) -> None:
+        """Store a quota, for whoever has the store open and for all later ones."""
+        self.txn.put(QUOTA_KEY, pack_quota(quota_bytes), db=self.databases.meta)
 
     @property
     def live_bytes(self) -> int:
@@ -307,11 +357,35 @@ class WriteBatch:
         row = self.namespace(digest)
         row.description = description
         row.last_used = self.now
+        self._registered.add(digest)
 
     def finish(self) -> None:
-        """Write the namespaces' rows. To be called last."""
+        """Write the namespaces' rows that have changed. To be called last."""
+        if self._registered:
+            self._bound_descriptions()
         for digest, row in self._rows.items():
-            self.txn.put(NAMESPACE_PREFIX + digest, pack_row(row), db=self.databases.meta)
+            if row != self._rows_before.get(digest):
+                self.txn.put(NAMESPACE_PREFIX + digest, pack_row(row), db=self.databases.meta)
+
+    def _bound_descriptions(self) -> None:
+        """Drop namespaces that have no block, the longest unused first, as far as the limits ask for it. Where that is
+        not enough, the oldest others keep their blocks and lose their description, until they are opened again.
+        """
+        limit = descriptions_limit(self.quota_bytes or 0)
+        by_age = sorted(self._rows.keys() - self._registered, key=lambda digest: self._rows[digest].last_used)
+        unused = [digest for digest in by_age if not self._rows[digest].blocks]
+        size = sum(len(row.description) for row in self._rows.values())
+        for number, digest in enumerate(unused):
+            if size <= limit and len(unused) - number <= MAX_UNUSED:
+                break
+            size -= len(self._rows.pop(digest).description)
+            self.txn.delete(NAMESPACE_PREFIX + digest, db=self.databases.meta)
+        for digest in by_age:
+            if size <= limit:
+                break
+            if digest in self._rows:
+                size -= len(self._rows[digest].description) - len(NO_DESCRIPTION)
+                self._rows[digest].description = NO_DESCRIPTION
 
     def _follows(self, child: BlockHash, parent: BlockHash) -> bool:
         """Tell whether a listed child is stored behind `parent`: its link may be wrong. True if nothing else tells."""

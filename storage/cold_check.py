@@ -6,11 +6,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
-import msgspec
-
 from tierkv.block import TOKEN_BYTES, BlockHash, hash_block
-from tierkv.errors import CorruptBlockError, FormatVersionError, StoreError
-from tierkv.storage.cold_batch import OVERFLOW_HEADER_BYTES, Databases, get_entry, get_value, read_block_info
+from tierkv.errors import ConfigError, CorruptBlockError, FormatVersionError, StoreError
+from tierkv.namespace import parse_description
+from tierkv.storage.cold_batch import OVERFLOW_HEADER_BYTES, Databases, Handles, get_entry, get_value, read_block_info
 from tierkv.storage.cold_entry import ColdEntry, unpack_entry
 from tierkv.storage.cold_links import Link
 from tierkv.storage.cold_namespaces import NAMESPACE_PREFIX, iter_namespaces, unpack_row
@@ -78,11 +77,11 @@ def check_store(txn: ReadTransaction, databases: Databases) -> None:
             )
 
 
-def verify_store(env: LmdbEnv, databases: Databases, progress: Callable[[int, int], None] | None) -> VerifyReport:
+def verify_store(env: LmdbEnv, handles: Handles, progress: Callable[[int, int], None] | None) -> VerifyReport:
     """Read every record. Each in a transaction of its own, so that writers may reuse pages meanwhile."""
     try:
         env.check_trees()  # LMDB ends the process where a cursor comes to a page of another kind
-        with env.read() as txn, txn.cursor(db=databases.index) as cursor:
+        with env.read() as txn, txn.cursor(db=handles.now.index) as cursor:
             hashes = {bytes(key) for key in cursor.iternext(keys=True, values=False)}
     except StoreError as exc:
         return VerifyReport(blocks=0, stored_bytes=0, damaged={}, problem=str(exc))
@@ -94,7 +93,7 @@ def verify_store(env: LmdbEnv, databases: Databases, progress: Callable[[int, in
             progress(done, len(hashes))
         try:
             with env.read() as txn:
-                stored_bytes += verify_block(env, txn, databases, block_hash)
+                stored_bytes += verify_block(env, txn, handles.now, block_hash)
         except FormatVersionError as exc:
             other_formats[block_hash] = str(exc)
         except StoreError as exc:
@@ -104,7 +103,7 @@ def verify_store(env: LmdbEnv, databases: Databases, progress: Callable[[int, in
     problem = None
     try:
         with env.read() as txn:
-            check_store(txn, databases)
+            check_store(txn, handles.now)
     except StoreError as exc:
         problem = str(exc)
     return VerifyReport(
@@ -152,12 +151,12 @@ def _is_behind_its_parent(txn: ReadTransaction, databases: Databases, info: Bloc
 
 def _lossy_codec_of(txn: ReadTransaction, databases: Databases, namespace: BlockHash) -> str | None:
     """Return what a namespace says its blocks went through, "" for nothing; None where its description is lost."""
-    sealed = txn.get(NAMESPACE_PREFIX + namespace, db=databases.meta)
+    packed = txn.get(NAMESPACE_PREFIX + namespace, db=databases.meta)
     try:
-        description = msgspec.json.decode(unpack_row(sealed).description) if sealed is not None else {}
-    except (CorruptBlockError, msgspec.MsgspecError):
+        description = parse_description(unpack_row(packed).description) if packed is not None else None
+    except (CorruptBlockError, ConfigError):
         return None
-    return str(description.get("lossy_codec", "")) if isinstance(description, dict) and description else None
+    return description.lossy_codec if description and description.digest == namespace else None
 
 
 def _iter_index(txn: ReadTransaction, databases: Databases) -> Iterator[tuple[BlockHash, ColdEntry]]:

@@ -1,6 +1,6 @@
-"""What the cold store's meta database holds: its version, and a row of totals for each namespace.
+"""What the cold store's meta database holds: its version, its quota, and a row of totals for each namespace.
 
-Both carry a checksum: a flipped bit there is damage, not another version or another size.
+All carry a checksum: a flipped bit there is damage, not another version or another size.
 """
 
 from __future__ import annotations
@@ -19,27 +19,41 @@ from tierkv.storage.lmdb_env import Database, ReadTransaction
 
 __all__ = [
     "FORMAT_KEY",
+    "MAX_UNUSED",
     "NAMESPACE_PREFIX",
+    "NO_DESCRIPTION",
+    "QUOTA_KEY",
     "STORE_VERSION",
     "NamespaceRow",
     "add_checksum",
     "check_format",
+    "descriptions_limit",
     "iter_namespaces",
+    "pack_quota",
     "pack_row",
+    "unpack_quota",
     "unpack_row",
 ]
 
 STORE_VERSION = b"3"
 FORMAT_KEY = b"format"
+QUOTA_KEY = b"quota"
 NAMESPACE_PREFIX = b"namespace"
+NO_DESCRIPTION = b"{}"
+MAX_UNUSED = 1024  # namespaces without a block that are remembered
 _CHECKSUM_BYTES = 8
 _MAX_TOTAL = 1 << 62
+
+
+def descriptions_limit(quota_bytes: int) -> int:
+    """Return how many bytes the descriptions of all namespaces may have together: a share of the quota, 4 MiB at most."""
+    return min(4 << 20, max(64 << 10, quota_bytes // 16))
 
 
 class NamespaceRow(msgspec.Struct, array_like=True):
     """What meta keeps of a namespace. `value_bytes` counts padding, and is what the quota bounds."""
 
-    description: bytes = b"{}"
+    description: bytes = NO_DESCRIPTION
     created: float = 0.0
     last_used: float = 0.0
     blocks: int = 0
@@ -70,6 +84,20 @@ def check_format(packed: bytes) -> None:
             f"the cold store has format {version.decode(errors='replace')}, this tierkv reads {STORE_VERSION.decode()}",
             hint="use the version of tierkv that wrote it, or another cold_path",
         )
+
+
+def pack_quota(quota_bytes: int) -> bytes:
+    """Return a store's quota as it is stored."""
+    return add_checksum(quota_bytes.to_bytes(8, "little"))
+
+
+def unpack_quota(packed: bytes | memoryview | None) -> int | None:
+    """Return a stored quota; None where there is none, or a damaged one."""
+    try:
+        quota_bytes = 0 if packed is None else int.from_bytes(_without_checksum(bytes(packed)), "little")
+    except CorruptBlockError:
+        return None
+    return quota_bytes if 0 < quota_bytes <= _MAX_TOTAL else None
 
 
 def pack_row(row: NamespaceRow) -> bytes:

@@ -10,7 +10,7 @@ from tierkv.block import HASH_BYTES, BlockHash
 from tierkv.errors import CorruptBlockError, FormatVersionError, StoreError
 from tierkv.layout import BlockLayout
 from tierkv.storage.coded import CodedBlock
-from tierkv.storage.cold_batch import Databases, get_entry, get_value, namespace_rows, read_block_tokens
+from tierkv.storage.cold_batch import Databases, Handles, get_entry, get_value, namespace_rows, read_block_tokens
 from tierkv.storage.cold_entry import ColdEntry
 from tierkv.storage.cold_links import Links
 from tierkv.storage.cold_stats import StoredNamespace
@@ -39,7 +39,11 @@ class ColdReader:
     def __init__(self, env: LmdbEnv) -> None:
         self.path = env.path
         self._env = env
-        self._databases = Databases.of(env)
+        self._handles = Handles(env)
+
+    @property
+    def _databases(self) -> Databases:
+        return self._handles.now
 
     def children(self, parent: BlockHash) -> list[BlockHash]:
         """Return the hashes of the blocks that follow `parent`; the namespace digest has the first ones."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections import Counter, OrderedDict
@@ -10,7 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from tierkv.block import BlockHash
-from tierkv.storage.cold_namespaces import NamespaceRow
+from tierkv.errors import ConfigError
+from tierkv.namespace import parse_description
+from tierkv.storage.cold_namespaces import NO_DESCRIPTION, NamespaceRow
 from tierkv.storage.outcomes import MissReason, PutOutcome
 
 __all__ = ["ColdStats", "Counters", "StoredNamespace"]
@@ -20,10 +23,16 @@ _MAX_REMEMBERED = 65_536
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredNamespace:
-    """A namespace as the store knows it. `description` is empty if only its blocks are known."""
+    """A namespace as the store knows it.
+
+    description: its fields; empty if only its blocks are known, or if it is unreadable, and `problem` says why then.
+    raw_description: the bytes that are stored.
+    """
 
     digest: BlockHash
     description: dict[str, Any]
+    raw_description: bytes
+    problem: str | None
     created: float
     last_used: float
     blocks: int
@@ -33,10 +42,13 @@ class StoredNamespace:
 
     @classmethod
     def of(cls, digest: BlockHash, row: NamespaceRow) -> StoredNamespace:
-        """Return the public form of what meta keeps."""
+        """Return the public form of what meta keeps. Raises nothing, whatever the description is."""
+        description, problem = _read_description(digest, row.description)
         return cls(
             digest=digest,
-            description=json.loads(row.description),
+            description=description,
+            raw_description=row.description,
+            problem=problem,
             created=row.created,
             last_used=row.last_used,
             blocks=row.blocks,
@@ -44,6 +56,27 @@ class StoredNamespace:
             stored_bytes=row.stored_bytes,
             value_bytes=row.value_bytes,
         )
+
+
+def _read_description(digest: BlockHash, text: bytes) -> tuple[dict[str, Any], str | None]:
+    """Return a description's fields, or what is wrong with it. Another version or another program may have written it.
+
+    The values can be shown and written as JSON: a name's lone surrogates are escaped, NaN is a text.
+    """
+    if text == NO_DESCRIPTION:
+        return {}, None
+    try:
+        with contextlib.suppress(ValueError, RecursionError, AttributeError, TypeError):
+            fields = json.loads(text)
+            name = fields["name"].encode(errors="backslashreplace").decode()
+            if name != fields["name"]:
+                text = json.dumps({**fields, "name": name}).encode()
+        if parse_description(text).digest != digest:
+            return {}, "its description is that of another namespace"
+        shown: dict[str, Any] = json.loads(text, parse_constant=str)
+    except ConfigError as exc:
+        return {}, f"its description is unreadable: {exc}"
+    return shown, None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -213,6 +213,15 @@ class LmdbEnv:
             self.grow_map()
         raise StoreBusyError(f"cold store {self.path} grows faster than its map")
 
+    def set_map(self, map_bytes: int) -> None:
+        """Make LMDB's map so long, or as long as the file must have it. Otherwise as `grow_map`."""
+        with self._alone("its map cannot change"):
+            self._map_bytes = map_bytes
+            self._live()
+            self._data.require_whole()
+            with self._translated("be mapped"):
+                self._live().set_mapsize(map_bytes)
+
     def grow_map(self, map_bytes: int = 0) -> None:
         """Make LMDB's map at least so long, and as long as the file says: another process may have a longer one.
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 import pytest
 from child_process import ENVIRONMENT, command
-from cold_blocks import FakeClock, block_bytes, chain_of, open_store, read, record_of
+from cold_blocks import OTHER, FakeClock, block_bytes, chain_of, open_store, read, record_of
 from pattern_engine import PatternEngine, tiny_layout
 
 from tierkv.cache import TierCache
@@ -156,9 +156,9 @@ def test_whoever_writes_waits_for_a_bounded_time(tmp_path: Path) -> None:
             with pytest.raises(StoreBusyError, match="another process"):
                 store.set_pinned([record_of(1).info.block_hash], True)
             store.open_namespace(NAMESPACE)
-            store.register_namespace(b"another namespac", b"{}")
+            store.open_namespace(OTHER)
         store.tend()
-        assert {NAMESPACE.digest, b"another namespac"} <= {each.digest for each in store.namespaces()}
+        assert {NAMESPACE.digest, OTHER.digest} <= {each.digest for each in store.namespaces()}
 
 
 def test_a_store_is_not_opened_for_writing_while_a_stopped_process_writes(tmp_path: Path) -> None:

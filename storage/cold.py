@@ -19,7 +19,7 @@ from tierkv.errors import CapacityError, ConfigError, CorruptBlockError, FormatV
 from tierkv.layout import BlockLayout
 from tierkv.namespace import Namespace, parse_description
 from tierkv.storage.coded import CodedBlock
-from tierkv.storage.cold_batch import SPECS, get_entry
+from tierkv.storage.cold_batch import SPECS, get_entry, namespace_rows
 from tierkv.storage.cold_check import VerifyReport, check_store, verify_block, verify_store
 from tierkv.storage.cold_entry import ColdEntry
 from tierkv.storage.cold_eviction import EvictionReport, VictimOrder, VictimQueue, least_recently_used
@@ -138,7 +138,7 @@ class ColdStore(ColdReader):
 
     @property
     def quota_bytes(self) -> int:
-        """The store's quota, as it was when this object last wrote or asked for `stats`."""
+        """The store's quota, as it was when this object last wrote; `stats` has it as it is now."""
         return self._writer.quota_bytes
 
     @property
@@ -292,7 +292,7 @@ class ColdStore(ColdReader):
         return self._writer.evict(to_bytes=to_bytes, namespace=namespace, older_than_s=older_than_s)
 
     def require_room(self, num_bytes: int = 0) -> None:
-        """Raise CapacityError if blocks of so many bytes would find no room, evicting included: see `min_free_bytes`."""
+        """Raise CapacityError if blocks of so many bytes would find no room, evicting included."""
         self._require_writable()
         self._writer.require_room(num_bytes)
 
@@ -310,7 +310,7 @@ class ColdStore(ColdReader):
                 raise CapacityError(
                     f"a quota of {format_bytes(quota_bytes)} would evict {report.blocks:,} blocks, "
                     f"{format_bytes(report.freed_bytes)}, from cold store {self.path}",
-                    hint="say evict to do that",
+                    hint="with evict=True, or --evict, it does",
                 )
         self._writer.set_quota(quota_bytes)
         return self._writer.evict(to_bytes=quota_bytes, namespace=None, older_than_s=None)
@@ -327,8 +327,12 @@ class ColdStore(ColdReader):
 
     def stats(self) -> ColdStats:
         """Return sizes as they are now and counters since this object was made."""
-        self._writer.quota_bytes = self._stored_quota() or self._writer.quota_bytes
-        return self._counters.stats(self.namespaces(), file_bytes=self._env.file_bytes, quota_bytes=self.quota_bytes)
+        with self._env.read() as txn:
+            rows = namespace_rows(txn, self._databases).values()
+            quota_bytes = unpack_quota(txn.get(QUOTA_KEY, db=self._databases.meta))
+        return self._counters.stats(
+            rows, file_bytes=self._env.file_bytes, quota_bytes=quota_bytes or self._writer.quota_bytes
+        )
 
     def check(self) -> None:
         """Raise StoreError if the databases do not agree with each other. Reads no payload."""
@@ -420,4 +424,3 @@ class ColdStore(ColdReader):
             raise StoreError(f"cold store {self.path} was opened read-only")
         if not self._env.is_open:
             raise StoreError(f"cold store {self.path} is closed")
-

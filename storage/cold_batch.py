@@ -20,7 +20,7 @@ from typing import ClassVar
 import lmdb
 import numpy as np
 
-from tierkv.block import HASH_BYTES, BlockHash
+from tierkv.block import BlockHash
 from tierkv.errors import CorruptBlockError, FormatVersionError, StoreError
 from tierkv.storage.cold_entry import MAX_VALUE_BYTES, ColdEntry, entry_of, pack_entry, unpack_entry
 from tierkv.storage.cold_links import Link, Links

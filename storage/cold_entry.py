@@ -19,7 +19,16 @@ from tierkv.errors import CorruptBlockError
 from tierkv.storage.codecs import codec_by_id, codec_by_name
 from tierkv.storage.record import EncodedRecord
 
-__all__ = ["MAX_VALUE_BYTES", "ENTRY_BYTES", "ENTRY_DTYPE", "ColdEntry", "EntryTable", "entry_of", "pack_entry", "unpack_entry"]
+__all__ = [
+    "ENTRY_BYTES",
+    "ENTRY_DTYPE",
+    "MAX_VALUE_BYTES",
+    "ColdEntry",
+    "EntryTable",
+    "entry_of",
+    "pack_entry",
+    "unpack_entry",
+]
 
 EntryTable: TypeAlias = "npt.NDArray[np.void]"
 """Rows of ENTRY_DTYPE: what a victim order looks at."""
@@ -122,7 +131,7 @@ def unpack_entry(block_hash: BlockHash, packed: bytes | memoryview) -> ColdEntry
     stored_bytes, value_bytes, access_count, num_tokens, depth, codec_id, pinned = fields[6:]
     is_sane = (
         math.isfinite(created + last_access + cost_s)
-        and 0 < num_tokens
+        and num_tokens > 0
         and 0 < stored_bytes <= value_bytes
         and raw_bytes <= _MAX_RAW_BYTES
         and pinned in (0, 1)

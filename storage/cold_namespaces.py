@@ -46,7 +46,7 @@ _MAX_TOTAL = 1 << 62
 
 
 def descriptions_limit(quota_bytes: int) -> int:
-    """Return how many bytes the descriptions of all namespaces may have together: a share of the quota, 4 MiB at most."""
+    """Return how many bytes all descriptions may have together: a share of the quota, 4 MiB at most."""
     return min(4 << 20, max(64 << 10, quota_bytes // 16))
 
 

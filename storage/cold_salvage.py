@@ -84,7 +84,8 @@ class _Remains:
 class ColdKeeper:
     """Tells whether a cold store's data file may be used, and makes a new one out of one that may not.
 
-    quota_bytes: of a store whose own is lost.
+    quota_bytes: at least so much is saved, more where the store's quota was larger. If that is beyond the store's quota,
+    the next put evicts what was not used for longest: what was evicted before may have come back.
     """
 
     quota_bytes: int
@@ -108,7 +109,7 @@ class ColdKeeper:
         fd = open_store_file(damaged)
         try:
             remains = _scan(fd)
-            quota_bytes = remains.quota_bytes or self.quota_bytes
+            quota_bytes = max(remains.quota_bytes, self.quota_bytes)
             with LmdbEnv(directory, map_bytes=map_bytes_of(quota_bytes), specs=SPECS) as env:
                 writer = ColdWriter(
                     env,
@@ -188,7 +189,11 @@ def _take_leaf(fd: int, leaf: LeafValue, page_bytes: int, remains: _Remains) -> 
                 remains.entries[leaf.key] = entry
         elif leaf.key == QUOTA_KEY and not leaf.is_big:  # of several, the largest evicts nothing
             remains.quota_bytes = max(remains.quota_bytes, unpack_quota(leaf.held) or 0)
-        elif leaf.size <= _MAX_ROW_BYTES and leaf.key.startswith(NAMESPACE_PREFIX) and len(leaf.key) == len(NAMESPACE_PREFIX) + HASH_BYTES:
+        elif (
+            leaf.size <= _MAX_ROW_BYTES
+            and leaf.key.startswith(NAMESPACE_PREFIX)
+            and len(leaf.key) == len(NAMESPACE_PREFIX) + HASH_BYTES
+        ):
             digest = leaf.key[len(NAMESPACE_PREFIX) :]
             row = unpack_row(leaf.read(fd, page_bytes))
             if digest not in remains.rows or row.last_used >= remains.rows[digest].last_used:

@@ -6,7 +6,7 @@ import contextlib
 import json
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,9 +145,8 @@ class Counters:
         """Tell whether this process evicted the block not long ago."""
         return block_hash in self._evicted
 
-    def stats(self, namespaces: Iterable[StoredNamespace], *, file_bytes: int, quota_bytes: int) -> ColdStats:
-        """Return everything as one value."""
-        rows = list(namespaces)
+    def stats(self, rows: Collection[NamespaceRow], *, file_bytes: int, quota_bytes: int) -> ColdStats:
+        """Return everything as one value. rows: the totals of all namespaces."""
         with self._lock:
             return ColdStats(
                 blocks=sum(row.blocks for row in rows),

@@ -8,6 +8,7 @@ import logging
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import lmdb
@@ -22,7 +23,7 @@ from tierkv.storage.outcomes import PutOutcome
 from tierkv.storage.record import EncodedRecord
 from tierkv.units import format_bytes
 
-__all__ = ["ColdWriter", "map_bytes_of"]
+__all__ = ["ColdWriter", "map_bytes_of", "require_free"]
 
 MAX_BATCH_BYTES = 64 << 20  # of one write transaction, whose dirty pages are held in memory
 MAX_PENDING_TOUCHES = 4096  # then they are due to be written
@@ -194,17 +195,10 @@ class ColdWriter:
                 f"cold store {self._env.path} has a quota of {format_bytes(self.quota_bytes)}, too small for one block",
                 hint="tierkv quota SIZE sets another",
             )
-        free, floor = self._free_bytes(), self._floor_bytes()
-        if free - num_bytes >= floor:
-            return
         with self._env.read() as txn:
             live_bytes = sum(row.value_bytes for row in namespace_rows(txn, self._handles.now).values())
-        if live_bytes < padded_bytes(num_bytes):
-            raise CapacityError(
-                f"cold store {self._env.path} can keep no block: {format_bytes(free)} are free on its volume, of which "
-                f"{format_bytes(floor)} must stay free",
-                hint="lower min_free_bytes, or free disk space",
-            )
+        if live_bytes < padded_bytes(num_bytes):  # else it evicts
+            require_free(self._env.path, self._min_free_bytes, num_bytes)
 
     def remove_subtree(self, block_hash: BlockHash) -> int:
         """Remove a block and all that follow it; return how many there were. Raises StoreError."""
@@ -290,7 +284,7 @@ class ColdWriter:
                     batch.touch(block_hash, count=count, at=at)
                 yield batch
                 batch.finish()
-        except BaseException as exc:
+        except BaseException:
             self._victims.forget()
             with self._notes_lock:
                 self._touches = touches | self._touches
@@ -391,7 +385,7 @@ class ColdWriter:
     def _limit(self, batch: WriteBatch, needed: int) -> int:
         """Return how many bytes may be live: the quota, or what there is where the disk has no more room."""
         quota_bytes = batch.quota_bytes or self.quota_bytes
-        if self._free_bytes() - needed >= self._floor_bytes():
+        if self._free_bytes() - needed >= _floor_bytes(self._env.path, self._min_free_bytes):
             return quota_bytes
         return min(quota_bytes, batch.live_bytes)
 
@@ -400,18 +394,7 @@ class ColdWriter:
         return 0 < self._refused_until - self._clock() <= PAUSE_S
 
     def _free_bytes(self) -> int:
-        return self._disk_usage().free
-
-    def _floor_bytes(self) -> int:
-        if self._min_free_bytes is not None:
-            return self._min_free_bytes
-        return min(DEFAULT_FREE_BYTES, self._disk_usage().total // DEFAULT_FREE_SHARE)
-
-    def _disk_usage(self) -> _Usage:
-        try:
-            return _Usage(*shutil.disk_usage(self._env.path))
-        except OSError as exc:
-            raise StoreError(f"cold store {self._env.path} has lost its directory: {exc}") from exc
+        return _disk_usage(self._env.path).free
 
     def _clear_dead_readers(self) -> None:
         now = self._clock()
@@ -422,8 +405,32 @@ class ColdWriter:
 
 class _Usage(NamedTuple):
     total: int
-    used: int
     free: int
+
+
+def require_free(path: Path, min_free_bytes: int | None, num_bytes: int = 0) -> None:
+    """Raise CapacityError if a volume has not so many bytes beside those that must stay free, StoreError."""
+    free, floor = _disk_usage(path).free, _floor_bytes(path, min_free_bytes)
+    if free - num_bytes < floor:
+        raise CapacityError(
+            f"cold store {path} can keep no block: {format_bytes(free)} are free on its volume, of which "
+            f"{format_bytes(floor)} must stay free",
+            hint="lower min_free_bytes, or free disk space",
+        )
+
+
+def _floor_bytes(path: Path, min_free_bytes: int | None) -> int:
+    if min_free_bytes is not None:
+        return min_free_bytes
+    return min(DEFAULT_FREE_BYTES, _disk_usage(path).total // DEFAULT_FREE_SHARE)
+
+
+def _disk_usage(path: Path) -> _Usage:
+    try:
+        usage = shutil.disk_usage(path)
+    except OSError as exc:
+        raise StoreError(f"cold store {path} has lost its directory: {exc}") from exc
+    return _Usage(usage.total, usage.free)
 
 
 def _remove_leaves(batch: WriteBatch, block_hashes: Sequence[BlockHash]) -> None:

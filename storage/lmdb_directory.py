@@ -85,7 +85,9 @@ def _check_owner(path: Path) -> None:
         by_group = state.st_mode & stat.S_IWGRP and state.st_gid != os.getegid()  # which most often has one member
         if by_group or state.st_mode & stat.S_IWOTH:
             mode = stat.S_IMODE(state.st_mode)
-            _logger.warning("%s: other users can write to it (mode %o), and decide what a cache finds there", each, mode)
+            _logger.warning(
+                "%s: other users can write to it (mode %o), and decide what a cache finds there", each, mode
+            )
 
 
 def check_store_files(path: Path) -> None:

@@ -155,9 +155,11 @@ class BlockWriter:
         return self._tiers.index.get(job.block_hash, job.parent_hash, job.token_bytes, seal=job.seal)
 
     def _missing(self, jobs: Sequence[Job]) -> list[Job]:
-        """Return the jobs whose block the store lacks; none without a store."""
+        """Return the jobs whose block the store lacks; none without a store that may be written to."""
         cold = self._tiers.cold
-        return [job for job in jobs if not cold.contains(job.block_hash)] if cold else []
+        if cold is None or cold.read_only:
+            return []
+        return [job for job in jobs if not cold.contains(job.block_hash)]
 
     def _store(self, raw: Sequence[tuple[Job, int]]) -> int:
         """Encode blocks from their raw slots and put those that the store lacks, parents before children.
@@ -166,7 +168,7 @@ class BlockWriter:
         """
         tiers = self._tiers
         cold = tiers.cold
-        if cold is None:
+        if cold is None or cold.read_only:
             return 0
         slots = {job.block_hash: slot for job, slot in raw}
         missing = [(job, slots[job.block_hash]) for job in self._missing([job for job, _ in raw])]

@@ -13,7 +13,7 @@ from tierkv.storage.outcomes import PutOutcome
 from tierkv.storage.record import parse_record
 from tierkv.storage.state_file import StateFile, write_state_file
 from tierkv.tools.render import format_bytes
-from tierkv.tools.stores import find_namespace, open_existing
+from tierkv.tools.stores import find_namespace, open_existing, require_place
 
 __all__ = ["load", "save"]
 
@@ -24,10 +24,15 @@ def save(path: Path, store_path: Path, *, namespace: str | None, as_json: bool) 
     """Write one namespace of a store into a state file, atomically."""
     with open_existing(store_path) as store:
         chosen = find_namespace(store, namespace)
+        if not chosen.description:
+            raise StoreError(
+                f"namespace {chosen.digest.hex()} cannot be saved: {chosen.problem or 'its description is lost'}",
+                hint="a command with its model writes the description again",
+            )
         saved = write_state_file(
             path,
             namespace=chosen.digest,
-            description=json.dumps(chosen.description, sort_keys=True).encode(),
+            description=chosen.raw_description,
             records=_iter_records(store, chosen.digest),
         )
     if as_json:
@@ -36,23 +41,34 @@ def save(path: Path, store_path: Path, *, namespace: str | None, as_json: bool) 
         print(f"saved {saved.blocks} blocks, {format_bytes(saved.file_bytes)}, to {path}")
 
 
-def load(path: Path, store_path: Path, *, cold_bytes: int, as_json: bool) -> None:
+def load(path: Path, store_path: Path, *, cold_bytes: int | None, min_free_bytes: int | None, as_json: bool) -> None:
     """Put a state file's blocks into a store, made if need be. Raises StoreError for a damaged file."""
-    with StateFile(path) as state, ColdStore(store_path, quota_bytes=cold_bytes) as store:
-        store.register_namespace(state.namespace, state.raw_description)
-        outcomes = list(_put_all(state, store))
-        store.flush()
+    with StateFile(path) as state:
+        require_place(store_path, min_free_bytes=min_free_bytes)
+        with ColdStore(store_path, quota_bytes=cold_bytes, min_free_bytes=min_free_bytes) as store:
+            _load(path, state, store, as_json=as_json)
+
+
+def _load(path: Path, state: StateFile, store: ColdStore, *, as_json: bool) -> None:
+    store.register_namespace(state.namespace, state.raw_description)
+    outcomes = list(_put_all(state, store))
+    store.flush()
     stored = sum(outcome is PutOutcome.STORED for outcome in outcomes)
     existing = sum(outcome is PutOutcome.EXISTS for outcome in outcomes)
+    evicted = store.stats().evicted_blocks
     if stored + existing < len(state):
         raise StoreError(
             f"{stored + existing} of the {len(state)} blocks of {path} are in the store now; "
-            "the others are damaged or found no room"
+            "the others are damaged or found no room" + (f"; {evicted} blocks were evicted for them" if evicted else "")
         )
     if as_json:
-        print(json.dumps({"blocks": len(state), "blocks_stored": stored, "blocks_existing": existing}))
+        result = {"blocks": len(state), "blocks_stored": stored, "blocks_existing": existing}
+        print(json.dumps({**result, "blocks_evicted": evicted}))
     else:
-        print(f"loaded {stored} blocks from {path}; {existing} were there already")
+        print(
+            f"loaded {stored} blocks from {path}; {existing} were there already"
+            + (f"; {evicted} blocks were evicted to make room" if evicted else "")
+        )
 
 
 def _iter_records(store: ColdStore, namespace: BlockHash) -> Iterator[bytes]:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from tierkv.block import BlockHash
-from tierkv.errors import CapacityError, ConfigError, CorruptBlockError, FormatVersionError, StoreBusyError, StoreError
+from tierkv.errors import CapacityError, ConfigError, CorruptBlockError, FormatVersionError, StoreError
 from tierkv.layout import BlockLayout
 from tierkv.namespace import Namespace, parse_description
 from tierkv.storage.coded import CodedBlock
@@ -219,7 +219,8 @@ class ColdStore(ColdReader):
     def register_namespace(self, digest: BlockHash, description: bytes) -> None:
         """Do as `open_namespace` for one that is known by its digest and its description alone.
 
-        Raises ConfigError for a description that `parse_description` refuses, or that is another namespace's.
+        Raises ConfigError for a description that `parse_description` refuses, or that is another namespace's. A store
+        that cannot be written to now, as on a full disk, is told of it later.
         """
         if parse_description(description).digest != digest:
             raise ConfigError(f"the description of namespace {digest.hex()} is that of another namespace")
@@ -227,7 +228,7 @@ class ColdStore(ColdReader):
         self._writer.note_namespace(digest, description)
         try:
             self._writer.tend()
-        except StoreBusyError as exc:
+        except StoreError as exc:
             _logger.warning("%s; the namespace is registered later", exc)
 
     def put(self, records: Sequence[EncodedRecord]) -> list[PutOutcome]:
@@ -313,6 +314,8 @@ class ColdStore(ColdReader):
                     hint="with evict=True, or --evict, it does",
                 )
         self._writer.set_quota(quota_bytes)
+        if not evict:
+            return EvictionReport(blocks=0, freed_bytes=0)
         return self._writer.evict(to_bytes=quota_bytes, namespace=None, older_than_s=None)
 
     def flush(self, *, sync: bool = True) -> None:
@@ -373,7 +376,10 @@ class ColdStore(ColdReader):
                 verify_block(self._env, txn, self._databases, block_hash)
         except FormatVersionError:
             return 0
-        except CorruptBlockError:  # of any other error, as a busy store's, the block is not guilty
+        except StoreError as exc:
+            # Of another error, as a busy store's, the block is not guilty.
+            if not isinstance(exc, CorruptBlockError) and not isinstance(exc.__cause__, OSError):
+                raise
             return self._writer.remove_subtree(block_hash)
         return 0
 

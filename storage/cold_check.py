@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 from tierkv.block import TOKEN_BYTES, BlockHash, hash_block
-from tierkv.errors import ConfigError, CorruptBlockError, FormatVersionError, StoreError
+from tierkv.errors import ConfigError, CorruptBlockError, FormatVersionError, StoreBusyError, StoreError
 from tierkv.namespace import parse_description
 from tierkv.storage.cold_batch import OVERFLOW_HEADER_BYTES, Databases, Handles, get_entry, get_value, read_block_info
 from tierkv.storage.cold_entry import ColdEntry, unpack_entry
 from tierkv.storage.cold_links import Link
 from tierkv.storage.cold_namespaces import NAMESPACE_PREFIX, iter_namespaces, unpack_row
+from tierkv.storage.lmdb_data import CutShortError
 from tierkv.storage.lmdb_env import LmdbEnv, ReadTransaction
 from tierkv.storage.record import BlockInfo, read_header, verify_checksum
 
@@ -88,6 +89,7 @@ def verify_store(env: LmdbEnv, handles: Handles, progress: Callable[[int, int], 
     damaged: dict[BlockHash, str] = {}
     other_formats: dict[BlockHash, str] = {}
     stored_bytes = 0
+    problem = None
     for done, block_hash in enumerate(sorted(hashes)):
         if progress is not None:
             progress(done, len(hashes))
@@ -96,16 +98,21 @@ def verify_store(env: LmdbEnv, handles: Handles, progress: Callable[[int, int], 
                 stored_bytes += verify_block(env, txn, handles.now, block_hash)
         except FormatVersionError as exc:
             other_formats[block_hash] = str(exc)
+        except (StoreBusyError, CutShortError) as exc:  # so it is for all that are left
+            problem = f"{done} of {len(hashes)} blocks were read: {exc}"
+            break
         except StoreError as exc:
+            if not env.is_open:
+                raise
             damaged[block_hash] = str(exc)
     if progress is not None:
         progress(len(hashes), len(hashes))
-    problem = None
-    try:
-        with env.read() as txn:
-            check_store(txn, handles.now)
-    except StoreError as exc:
-        problem = str(exc)
+    if problem is None:
+        try:
+            with env.read() as txn:
+                check_store(txn, handles.now)
+        except StoreError as exc:
+            problem = str(exc)
     return VerifyReport(
         blocks=len(hashes), stored_bytes=stored_bytes, damaged=damaged, problem=problem, other_formats=other_formats
     )

@@ -84,8 +84,8 @@ class _Remains:
 class ColdKeeper:
     """Tells whether a cold store's data file may be used, and makes a new one out of one that may not.
 
-    quota_bytes: at least so much is saved, more where the store's quota was larger. If that is beyond the store's quota,
-    the next put evicts what was not used for longest: what was evicted before may have come back.
+    quota_bytes: at least so much is saved, more where the store's quota was larger. If that is beyond the store's
+    quota, the next put evicts what was not used for longest: what was evicted before may have come back.
     """
 
     quota_bytes: int

@@ -19,6 +19,7 @@ from tierkv.storage.outcomes import MissReason, PutOutcome
 __all__ = ["ColdStats", "Counters", "StoredNamespace"]
 
 _MAX_REMEMBERED = 65_536
+_MAX_NESTING = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +62,7 @@ class StoredNamespace:
 def _read_description(digest: BlockHash, text: bytes) -> tuple[dict[str, Any], str | None]:
     """Return a description's fields, or what is wrong with it. Another version or another program may have written it.
 
-    The values can be shown and written as JSON: a name's lone surrogates are escaped, NaN is a text.
+    The values can be shown and written as JSON: what a name has that cannot be printed is escaped, NaN is a text.
     """
     if text == NO_DESCRIPTION:
         return {}, None
@@ -71,12 +72,32 @@ def _read_description(digest: BlockHash, text: bytes) -> tuple[dict[str, Any], s
             name = fields["name"].encode(errors="backslashreplace").decode()
             if name != fields["name"]:
                 text = json.dumps({**fields, "name": name}).encode()
-        if parse_description(text).digest != digest:
+        description = parse_description(text)
+        if description.digest != digest:
             return {}, "its description is that of another namespace"
+        if not _is_flat(description.fields):
+            return {}, "its description is unreadable: it is nested too deeply"
         shown: dict[str, Any] = json.loads(text, parse_constant=str)
+        shown["name"] = "".join(map(_printable, description.name))
     except ConfigError as exc:
         return {}, f"its description is unreadable: {exc}"
     return shown, None
+
+
+def _printable(character: str) -> str:
+    """Return a character, or what it is written as in Python: a terminal would obey some of them."""
+    return character if character.isprintable() else character.encode("unicode_escape").decode()
+
+
+def _is_flat(value: object) -> bool:
+    """Tell whether JSON values are nested no deeper than any function here can follow."""
+    level: list[Any] = [value]
+    for _ in range(_MAX_NESTING):
+        level = [each for one in level for each in (one.values() if isinstance(one, dict) else one)]
+        level = [each for each in level if isinstance(each, dict | list)]
+        if not level:
+            return True
+    return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -57,9 +57,10 @@ class DataFile:
 
     def close(self) -> None:
         """Give the descriptors back. May be called twice."""
-        if self.fd >= 0:
-            os.close(self.fd)
-        self.fd = -1
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            with contextlib.suppress(OSError):  # of a disk that has gone: the descriptor is closed all the same
+                os.close(fd)
 
     def require_whole(self) -> None:
         """Raise CutShortError if the file is shorter than it has been: LMDB never makes it so."""

@@ -143,9 +143,11 @@ def check_data_file(path: Path, keeper: Keeper, *, read_only: bool) -> Path | No
 def clear_temporary(path: Path) -> None:
     """Remove what a compaction or a repair has left that did not end."""
     for name in (COMPACTED, _REBUILT):
-        shutil.rmtree(path / name, ignore_errors=True)  # which follows no link
         with contextlib.suppress(OSError):
-            (path / name).unlink()
+            if stat.S_ISDIR((path / name).lstat().st_mode):
+                shutil.rmtree(path / name, ignore_errors=True)
+            else:  # which rmtree would open: it would wait for a FIFO for ever
+                (path / name).unlink()
 
 
 def sync_file(path: Path) -> None:

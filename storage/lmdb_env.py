@@ -217,10 +217,10 @@ class LmdbEnv:
         """Make LMDB's map so long, or as long as the file must have it. Otherwise as `grow_map`."""
         with self._alone("its map cannot change"):
             self._map_bytes = map_bytes
-            self._live()
-            self._data.require_whole()
+            env = self._live()
             with self._translated("be mapped"):
-                self._live().set_mapsize(map_bytes)
+                self._data.require_whole()
+                env.set_mapsize(map_bytes)
 
     def grow_map(self, map_bytes: int = 0) -> None:
         """Make LMDB's map at least so long, and as long as the file says: another process may have a longer one.
@@ -321,13 +321,13 @@ class LmdbEnv:
     def _remap(self) -> None:
         """Map the file as far as it and this process want; no other thread may use the environment."""
         env = self._live()
-        self._data.require_whole()
-        try:
-            self._data.require_sound_end()
-        except CorruptBlockError:
-            self._is_suspect = True
-            raise
         with self._translated("be mapped"):
+            self._data.require_whole()
+            try:
+                self._data.require_sound_end()
+            except CorruptBlockError:
+                self._is_suspect = True
+                raise
             env.set_mapsize(0)  # as far as the file says
             if env.info()["map_size"] < self._map_bytes:
                 env.set_mapsize(self._map_bytes)

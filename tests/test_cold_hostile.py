@@ -1,4 +1,4 @@
-"""Stores that another program has prepared: odd files, links in cycles, impossible numbers, descriptions that are none."""
+"""Stores that another program has prepared: odd files, links in cycles, impossible numbers, odd descriptions."""
 
 from __future__ import annotations
 

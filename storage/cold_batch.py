@@ -389,8 +389,6 @@ class WriteBatch:
 
     def _follows(self, child: BlockHash, parent: BlockHash) -> bool:
         """Tell whether a listed child is stored behind `parent`: its link may be wrong. True if nothing else tells."""
-        if child == parent:
-            return False
         entry = self.entry(child)
         if entry is not None:
             return entry.parent == parent

@@ -496,6 +496,16 @@ def test_whatever_happens_below_no_call_raises_another_error_than_the_stores_own
         store.close()
 
 
+def test_a_file_that_counts_pages_which_it_does_not_have_is_not_mapped_anew(tmp_path: Path) -> None:
+    """Another process's larger map is one reason to map the file anew, and overwritten meta pages look like that."""
+    with open_store(tmp_path) as store:
+        store.put([record_of(1)])
+        overwrite_metas(store)
+        for call in (store.check, store.stats, store.compact):
+            with pytest.raises(CorruptBlockError, match="counts pages that it does not have"):
+                call()
+
+
 @pytest.mark.parametrize("error", [lmdb.Error("odd"), OSError(5, "Input/output error")])
 def test_errors_of_lmdb_and_the_system_become_the_stores_own(tmp_path: Path, error: Exception) -> None:
     with open_store(tmp_path) as store:

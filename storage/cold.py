@@ -15,19 +15,26 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from tierkv.block import BlockHash
-from tierkv.errors import CorruptBlockError, FormatVersionError, StoreBusyError, StoreError
+from tierkv.errors import CapacityError, ConfigError, CorruptBlockError, FormatVersionError, StoreError
 from tierkv.layout import BlockLayout
-from tierkv.namespace import Namespace
+from tierkv.namespace import Namespace, parse_description
 from tierkv.storage.coded import CodedBlock
-from tierkv.storage.cold_batch import SPECS, Databases, get_entry
+from tierkv.storage.cold_batch import SPECS, get_entry, namespace_rows
 from tierkv.storage.cold_check import VerifyReport, check_store, verify_block, verify_store
 from tierkv.storage.cold_entry import ColdEntry
 from tierkv.storage.cold_eviction import EvictionReport, VictimOrder, VictimQueue, least_recently_used
-from tierkv.storage.cold_namespaces import FORMAT_KEY, STORE_VERSION, add_checksum, check_format
+from tierkv.storage.cold_namespaces import (
+    FORMAT_KEY,
+    QUOTA_KEY,
+    STORE_VERSION,
+    add_checksum,
+    check_format,
+    unpack_quota,
+)
 from tierkv.storage.cold_reader import ColdReader
 from tierkv.storage.cold_salvage import ColdKeeper
 from tierkv.storage.cold_stats import ColdStats, Counters
-from tierkv.storage.cold_writer import ColdWriter
+from tierkv.storage.cold_writer import ColdWriter, map_bytes_of
 from tierkv.storage.lmdb_env import LmdbEnv
 from tierkv.storage.outcomes import MissReason, PutOutcome
 from tierkv.storage.record import (
@@ -36,10 +43,11 @@ from tierkv.storage.record import (
     EncodedRecord,
     parse_record,
 )
+from tierkv.units import format_bytes
 
-__all__ = ["ColdStore"]
+__all__ = ["DEFAULT_QUOTA_BYTES", "ColdStore"]
 
-_SPARE_MAP_BYTES = 64 << 20
+DEFAULT_QUOTA_BYTES = 64 << 30
 
 _logger = logging.getLogger(__name__)
 
@@ -47,8 +55,11 @@ _logger = logging.getLogger(__name__)
 class ColdStore(ColdReader):
     """An open cold store. Thread-safe; a context manager; `close()` may be called twice.
 
-    quota_bytes: bound on the live bytes, padding included; the file may be a tenth larger.
-    min_free_bytes: below so much free disk the store stops growing and evicts instead.
+    quota_bytes: of a new store, 64 GiB if None: a bound on the live bytes, padding included; the file may be a tenth
+        larger. It is stored, and holds for everybody who opens the store later: one who says another number is told
+        so in the log, and the store's own holds. `set_quota` changes it.
+    min_free_bytes: below so much free disk the store stops growing and evicts instead; None leaves 1 GiB free, or a
+        20th of a volume that is smaller than 20 GiB. Not stored: each user of the store has its own.
     write_wait_s: how long whoever writes waits for others who do, here or in another process; then StoreBusyError is
         raised, or is an outcome. Who reads, or calls `touch`, never waits for them.
     Raises StoreError if the path cannot be used, FormatVersionError if another version wrote it.
@@ -59,20 +70,21 @@ class ColdStore(ColdReader):
         self,
         path: Path,
         *,
-        quota_bytes: int,
-        min_free_bytes: int = 1 << 30,
+        quota_bytes: int | None = None,
+        min_free_bytes: int | None = None,
         clock: Callable[[], float] = time.time,
         victim_order: VictimOrder = least_recently_used,
         read_only: bool = False,
         write_wait_s: float = 30.0,
     ) -> None:
-        self.quota_bytes = quota_bytes
-        map_bytes = _map_bytes(quota_bytes)
-        keeper = ColdKeeper(map_bytes=map_bytes, quota_bytes=quota_bytes, clock=clock)
+        first_quota = DEFAULT_QUOTA_BYTES if quota_bytes is None else quota_bytes
+        if first_quota <= 0:
+            raise ConfigError(f"quota_bytes must be positive, got {quota_bytes}")
+        keeper = ColdKeeper(quota_bytes=first_quota, clock=clock)
         super().__init__(
             LmdbEnv(
                 path,
-                map_bytes=map_bytes,
+                map_bytes=map_bytes_of(first_quota),
                 specs=SPECS,
                 read_only=read_only,
                 keeper=keeper,
@@ -82,7 +94,7 @@ class ColdStore(ColdReader):
         self._counters = Counters()
         self._writer = ColdWriter(
             self._env,
-            quota_bytes=quota_bytes,
+            quota_bytes=first_quota,
             min_free_bytes=min_free_bytes,
             clock=clock,
             victims=VictimQueue(victim_order),
@@ -91,6 +103,9 @@ class ColdStore(ColdReader):
         )
         try:
             self._check_format()
+            self._settle_quota(quota_bytes)
+            if not self.read_only:
+                self._warn_of_no_room()
         except BaseException:
             self._env.close()
             raise
@@ -103,18 +118,28 @@ class ColdStore(ColdReader):
 
     def close(self) -> None:
         """Write what is pending and close; waits for the reads in flight. What could not be written is logged."""
-        if self._env.is_open and not self.read_only:
-            for finish, what in ((self.tend, "accesses were not noted"), (self._env.sync, "the disk may lack some")):
-                try:
-                    finish()
-                except StoreError as exc:
-                    _logger.warning("cold store %s is closed, but %s: %s", self.path, what, exc)
-        self._env.close()
+        try:
+            if self._env.is_open and not self.read_only:
+                for finish, what in (
+                    (self.tend, "accesses were not noted"),
+                    (self._env.sync, "the disk may lack some"),
+                ):
+                    try:
+                        finish()
+                    except StoreError as exc:
+                        _logger.warning("cold store %s is closed, but %s: %s", self.path, what, exc)
+        finally:
+            self._env.close()
 
     @property
     def read_only(self) -> bool:
         """Whether nothing may be written through this object."""
         return self._env.read_only
+
+    @property
+    def quota_bytes(self) -> int:
+        """The store's quota, as it was when this object last wrote; `stats` has it as it is now."""
+        return self._writer.quota_bytes
 
     @property
     def damaged(self) -> Path | None:
@@ -193,13 +218,19 @@ class ColdStore(ColdReader):
             self.register_namespace(namespace.digest, namespace.describe())
 
     def register_namespace(self, digest: BlockHash, description: bytes) -> None:
-        """Do as `open_namespace` for one that is known by its digest and its description (a JSON object) alone."""
+        """Do as `open_namespace` for one that is known by its digest and its description alone.
+
+        Raises ConfigError for a description that `parse_description` refuses, or that is another namespace's. A store
+        that cannot be written to now, as on a full disk, is told of it later.
+        """
+        if parse_description(description).digest != digest:
+            raise ConfigError(f"the description of namespace {digest.hex()} is that of another namespace")
         self._require_writable()
         self._note_namespace(digest, description)
         self._writer.note_namespace(digest, description)
         try:
             self._writer.tend()
-        except StoreBusyError as exc:
+        except StoreError as exc:
             _logger.warning("%s; the namespace is registered later", exc)
 
     def put(self, records: Sequence[EncodedRecord]) -> list[PutOutcome]:
@@ -263,6 +294,32 @@ class ColdStore(ColdReader):
         self._require_writable()
         return self._writer.evict(to_bytes=to_bytes, namespace=namespace, older_than_s=older_than_s)
 
+    def require_room(self, num_bytes: int = 0) -> None:
+        """Raise CapacityError if blocks of so many bytes would find no room, evicting included."""
+        self._require_writable()
+        self._writer.require_room(num_bytes)
+
+    def set_quota(self, quota_bytes: int, *, evict: bool = False) -> EvictionReport:
+        """Change the store's quota, for everybody who has it open and opens it later; return what was evicted for it.
+
+        Where more is live than the new quota, CapacityError says what would go, unless `evict`. Pinned blocks stay.
+        """
+        if quota_bytes <= 0:
+            raise ConfigError(f"a quota must be positive, got {quota_bytes}")
+        self._require_writable()
+        if not evict:
+            report = self._writer.would_evict(quota_bytes)
+            if report.blocks:
+                raise CapacityError(
+                    f"a quota of {format_bytes(quota_bytes)} would evict {report.blocks:,} blocks, "
+                    f"{format_bytes(report.freed_bytes)}, from cold store {self.path}",
+                    hint="with evict=True, or --evict, it does",
+                )
+        self._writer.set_quota(quota_bytes)
+        if not evict:
+            return EvictionReport(blocks=0, freed_bytes=0)
+        return self._writer.evict(to_bytes=quota_bytes, namespace=None, older_than_s=None)
+
     def flush(self, *, sync: bool = True) -> None:
         """Write pending accesses; with `sync`, return when all is on the disk. Raises StoreError."""
         if self.read_only:
@@ -275,7 +332,12 @@ class ColdStore(ColdReader):
 
     def stats(self) -> ColdStats:
         """Return sizes as they are now and counters since this object was made."""
-        return self._counters.stats(self.namespaces(), file_bytes=self._env.file_bytes, quota_bytes=self.quota_bytes)
+        with self._env.read() as txn:
+            rows = namespace_rows(txn, self._databases).values()
+            quota_bytes = unpack_quota(txn.get(QUOTA_KEY, db=self._databases.meta))
+        return self._counters.stats(
+            rows, file_bytes=self._env.file_bytes, quota_bytes=quota_bytes or self._writer.quota_bytes
+        )
 
     def check(self) -> None:
         """Raise StoreError if the databases do not agree with each other. Reads no payload."""
@@ -291,7 +353,7 @@ class ColdStore(ColdReader):
         """
         if repair:
             self._require_writable()
-        report = verify_store(self._env, self._databases, progress)
+        report = verify_store(self._env, self._handles, progress)
         if report.is_sound or not repair:
             return report
         removed = sum(self._repair(block_hash) for block_hash in report.damaged)
@@ -305,20 +367,21 @@ class ColdStore(ColdReader):
         self._require_writable()
         self.flush(sync=False)
         self._writer.compact()
-        self._databases = Databases.of(self._env)
 
     # -- parts -----------------------------------------------------------------------------------------
 
     def _repair(self, block_hash: BlockHash) -> int:
         """Make a block whole again if only its entry was damaged; else remove it. Return how many blocks went."""
         try:
-            with self._writer.batch() as batch:
-                batch.mend_entry(block_hash)
+            self._writer.attempt(lambda batch: batch.mend_entry(block_hash))
             with self._env.read() as txn:
                 verify_block(self._env, txn, self._databases, block_hash)
         except FormatVersionError:
             return 0
-        except StoreError:
+        except StoreError as exc:
+            # Of another error, as a busy store's, the block is not guilty.
+            if not isinstance(exc, CorruptBlockError) and not isinstance(exc.__cause__, OSError):
+                raise
             return self._writer.remove_subtree(block_hash)
         return 0
 
@@ -333,14 +396,39 @@ class ColdStore(ColdReader):
             with self._writer.batch() as batch:
                 batch.txn.put(FORMAT_KEY, add_checksum(STORE_VERSION), db=self._databases.meta)
 
+    def _settle_quota(self, wanted: int | None) -> None:
+        """Go by the quota that is stored; of a store that has none, store the one that is wanted.
+
+        A store that an older version made may hold more than that: then so much is its quota.
+        """
+        stored = self._stored_quota()
+        if stored is None and not self.read_only:
+            with self._writer.batch() as batch:
+                stored = max(self._writer.quota_bytes, batch.live_bytes)
+                batch.set_quota(stored)
+        elif stored not in (None, wanted) and wanted is not None:
+            _logger.warning(
+                "cold store %s has a quota of %s, which stays: %s were asked for (tierkv quota SIZE sets another)",
+                self.path,
+                format_bytes(stored or 0),
+                format_bytes(wanted),
+            )
+        if stored is not None:
+            self._writer.quota_bytes = stored
+            self._env.set_map(map_bytes_of(stored))
+
+    def _stored_quota(self) -> int | None:
+        with self._env.read() as txn:
+            return unpack_quota(txn.get(QUOTA_KEY, db=self._databases.meta))
+
+    def _warn_of_no_room(self) -> None:
+        try:
+            self._writer.require_room(0)
+        except (CapacityError, StoreError) as exc:
+            _logger.warning("%s", exc)
+
     def _require_writable(self) -> None:
         if self.read_only:
             raise StoreError(f"cold store {self.path} was opened read-only")
         if not self._env.is_open:
             raise StoreError(f"cold store {self.path} is closed")
-
-
-def _map_bytes(quota_bytes: int) -> int:
-    """Address space of the map. With less than a quarter over the quota LMDB fragments until puts fail."""
-    size = quota_bytes + quota_bytes // 4 + _SPARE_MAP_BYTES
-    return -(-size // (1 << 20)) * (1 << 20)

@@ -13,23 +13,30 @@ place would change what its children mean. (Who reads a block compares its seal 
 from __future__ import annotations
 
 import contextlib
+import copy
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import lmdb
 import numpy as np
 
-from tierkv.block import HASH_BYTES, BlockHash
+from tierkv.block import BlockHash
 from tierkv.errors import CorruptBlockError, FormatVersionError, StoreError
 from tierkv.storage.codecs import fits_namespace
-from tierkv.storage.cold_entry import ColdEntry, entry_of, pack_entry, unpack_entry
-from tierkv.storage.cold_links import Links
+from tierkv.storage.cold_entry import MAX_VALUE_BYTES, ColdEntry, entry_of, pack_entry, unpack_entry
+from tierkv.storage.cold_links import Link, Links
 from tierkv.storage.cold_namespaces import (
+    MAX_UNUSED,
     NAMESPACE_PREFIX,
+    NO_DESCRIPTION,
+    QUOTA_KEY,
     NamespaceRow,
+    descriptions_limit,
     iter_namespaces,
     lossy_codec_in,
+    pack_quota,
     pack_row,
+    unpack_quota,
 )
 from tierkv.storage.lmdb_env import Database, DatabaseSpec, LmdbEnv, ReadTransaction, WriteTransaction
 from tierkv.storage.outcomes import PutOutcome
@@ -37,9 +44,11 @@ from tierkv.storage.planes import Bytes
 from tierkv.storage.record import BlockInfo, EncodedRecord, mismatch, parse_record, read_header
 
 __all__ = [
+    "OVERFLOW_HEADER_BYTES",
     "SPECS",
     "DamagedPagesError",
     "Databases",
+    "Handles",
     "WriteBatch",
     "get_entry",
     "get_value",
@@ -57,7 +66,7 @@ SPECS = (
 )
 _PAGE_BYTES = 4096
 _MAX_CLASS_BYTES = 256 << 10
-_OVERFLOW_HEADER_BYTES = 16
+OVERFLOW_HEADER_BYTES = 16
 
 
 class DamagedPagesError(StoreError):
@@ -81,13 +90,29 @@ class Databases:
         return cls(*(env.database(spec.name) for spec in SPECS))
 
 
+class Handles:
+    """The handles of the databases as they are now: a compaction opens the data file again, and makes new ones."""
+
+    def __init__(self, env: LmdbEnv) -> None:
+        self._env = env
+        self._known = env.generation, Databases.of(env)
+
+    @property
+    def now(self) -> Databases:
+        """The handles of the open data file. To be asked within a transaction, which no compaction interrupts."""
+        generation, databases = self._known
+        if generation != self._env.generation:
+            self._known = _, databases = self._env.generation, Databases.of(self._env)
+        return databases
+
+
 def padded_bytes(record_bytes: int) -> int:
     """Return the size class of a record: the bytes its value and LMDB's page header take on the disk.
 
     Classes are a 24th to a 48th of the size apart, 256 KiB at most: values of one model then have one or two
     sizes, each fits the hole that another left, and LMDB need not search its free list.
     """
-    size = record_bytes + _OVERFLOW_HEADER_BYTES
+    size = record_bytes + OVERFLOW_HEADER_BYTES
     step = 1 << max(size // 24, 1).bit_length() - 1
     step = min(max(step, _PAGE_BYTES), _MAX_CLASS_BYTES)
     return -(-size // step) * step
@@ -116,6 +141,14 @@ def get_value(
 
 def namespace_rows(txn: ReadTransaction, databases: Databases) -> dict[BlockHash, NamespaceRow]:
     """Return the rows of all namespaces. Of a damaged one the totals are summed up anew, the description is lost."""
+    rows, damaged = _load_rows(txn, databases)
+    return rows | damaged
+
+
+def _load_rows(
+    txn: ReadTransaction, databases: Databases
+) -> tuple[dict[BlockHash, NamespaceRow], dict[BlockHash, NamespaceRow]]:
+    """Return the rows that are sound, and what the others must be."""
     rows: dict[BlockHash, NamespaceRow] = {}
     damaged: dict[BlockHash, NamespaceRow] = {}
     for digest, row in iter_namespaces(txn, databases.meta):
@@ -130,7 +163,7 @@ def namespace_rows(txn: ReadTransaction, databases: Databases) -> dict[BlockHash
                     entry = unpack_entry(bytes(key), packed)
                     if entry.namespace in damaged:
                         damaged[entry.namespace].add(entry, 1)
-    return rows | damaged
+    return rows, damaged
 
 
 def read_block_info(txn: ReadTransaction, databases: Databases, block_hash: BlockHash) -> BlockInfo | None:
@@ -160,11 +193,24 @@ class WriteBatch:
     removed_bytes: int = 0
     _new: set[BlockHash] = field(default_factory=set)
     _rows: dict[BlockHash, NamespaceRow] = field(init=False)
+    _rows_before: dict[BlockHash, NamespaceRow] = field(init=False)
     _links: Links = field(init=False)
+    _registered: set[BlockHash] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self._rows = namespace_rows(self.txn, self.databases)
+        sound, damaged = _load_rows(self.txn, self.databases)
+        self._rows = sound | damaged
+        self._rows_before = {digest: copy.copy(row) for digest, row in sound.items()}
         self._links = Links(self.txn, self.databases.children)
+
+    @property
+    def quota_bytes(self) -> int | None:
+        """The store's quota; None where none is stored, or a damaged one."""
+        return unpack_quota(self.txn.get(QUOTA_KEY, db=self.databases.meta))
+
+    def set_quota(self, quota_bytes: int) -> None:
+        """Store a quota, for whoever has the store open and for all later ones."""
+        self.txn.put(QUOTA_KEY, pack_quota(quota_bytes), db=self.databases.meta)
 
     @property
     def live_bytes(self) -> int:
@@ -180,7 +226,7 @@ class WriteBatch:
 
     def has_children(self, block_hash: BlockHash) -> bool:
         """Tell whether a stored block follows this one."""
-        return self._links.has_children(block_hash)
+        return any(self._follows(child, block_hash) for child in self._links.iter_children(block_hash))
 
     def insert(self, record: EncodedRecord) -> PutOutcome:
         """Store a block, its entry and its place in the tree. Replace a damaged one; one of another format stays."""
@@ -202,6 +248,8 @@ class WriteBatch:
         entry = self._entry_of(record)
         if entry is None or not self._is_behind_its_parent(info):
             return PutOutcome.NO_PARENT
+        if entry.value_bytes > MAX_VALUE_BYTES:
+            return PutOutcome.FULL
         self.txn.put(info.block_hash, _padded(record).data, db=self.databases.blocks)
         self._new.add(info.block_hash)
         self.write_entry(info.block_hash, entry)
@@ -251,7 +299,7 @@ class WriteBatch:
         """
         with self.txn.cursor(db=self.databases.children) as cursor:
             links = [bytes(key) for key in cursor.iternext(keys=True, values=False)]
-        links = [link for link in links if self._is_of_another_format(link[-HASH_BYTES:])]
+        links = [link for link in links if self._is_link_to_another_format(link)]
         self.txn.drop(self.databases.children, delete=False)
         for link in links:
             self.txn.put(link, b"", db=self.databases.children)
@@ -265,6 +313,7 @@ class WriteBatch:
                 self._links.insert(entry.parent, tokens, block_hash, self._read_tokens)
             if entry is not None and (tokens is not None or self._is_of_another_format(block_hash)):
                 self._count(entry, 1)
+        self._correct_depths(hashes)
 
     def write_entry(self, block_hash: BlockHash, entry: ColdEntry) -> None:
         """Replace an entry; sizes, parent and namespace must be what they were."""
@@ -290,10 +339,17 @@ class WriteBatch:
         return self._remove(block_hash)
 
     def remove_subtree(self, block_hash: BlockHash) -> int:
-        """Remove a block and all that follow it; return how many there were."""
-        order = [block_hash]
-        for parent in order:  # grows while it is walked
-            order += self._links.iter_children(parent)
+        """Remove a block and all that follow it; return how many there were. Visits each block once, and none that
+        only a wrong link leads to.
+        """
+        order = {block_hash: None}
+        pending = [block_hash]
+        while pending:
+            parent = pending.pop()
+            for child in self._links.iter_children(parent):
+                if child not in order and self._follows(child, parent):
+                    order[child] = None
+                    pending.append(child)
         return sum(self._remove(each) for each in reversed(order))
 
     def namespace(self, digest: BlockHash) -> NamespaceRow:
@@ -305,11 +361,45 @@ class WriteBatch:
         row = self.namespace(digest)
         row.description = description
         row.last_used = self.now
+        self._registered.add(digest)
 
     def finish(self) -> None:
-        """Write the namespaces' rows. To be called last."""
+        """Write the namespaces' rows that have changed. To be called last."""
+        if self._registered:
+            self._bound_descriptions()
         for digest, row in self._rows.items():
-            self.txn.put(NAMESPACE_PREFIX + digest, pack_row(row), db=self.databases.meta)
+            if row != self._rows_before.get(digest):
+                self.txn.put(NAMESPACE_PREFIX + digest, pack_row(row), db=self.databases.meta)
+
+    def _bound_descriptions(self) -> None:
+        """Drop namespaces that have no block, the longest unused first, as far as the limits ask for it. Where that is
+        not enough, the oldest others keep their blocks and lose their description, until they are opened again.
+        """
+        limit = descriptions_limit(self.quota_bytes or 0)
+        by_age = sorted(self._rows.keys() - self._registered, key=lambda digest: self._rows[digest].last_used)
+        unused = [digest for digest in by_age if not self._rows[digest].blocks]
+        size = sum(len(row.description) for row in self._rows.values())
+        for number, digest in enumerate(unused):
+            if size <= limit and len(unused) - number <= MAX_UNUSED:
+                break
+            size -= len(self._rows.pop(digest).description)
+            self.txn.delete(NAMESPACE_PREFIX + digest, db=self.databases.meta)
+        for digest in by_age:
+            if size <= limit:
+                break
+            if digest in self._rows:
+                size -= len(self._rows[digest].description) - len(NO_DESCRIPTION)
+                self._rows[digest].description = NO_DESCRIPTION
+
+    def _follows(self, child: BlockHash, parent: BlockHash) -> bool:
+        """Tell whether a listed child is stored behind `parent`: its link may be wrong. True if nothing else tells."""
+        entry = self.entry(child)
+        if entry is not None:
+            return entry.parent == parent
+        info = read_block_info(self.txn, self.databases, child)
+        if info is not None:
+            return info.parent == parent
+        return any(self.txn.get(child, db=each) is not None for each in (self.databases.index, self.databases.blocks))
 
     def _remove(self, block_hash: BlockHash) -> bool:
         databases = self.databases
@@ -330,6 +420,7 @@ class WriteBatch:
                 self._links.remove(entry.parent, block_hash)
             self._count(entry, -1)
             self.removed_bytes += entry.value_bytes
+        self._links.remove_all(block_hash)  # those that are left are wrong: its children went before it
         if had_block or had_entry:
             self.removed.append(block_hash)
         return had_block or had_entry
@@ -347,6 +438,31 @@ class WriteBatch:
         except lmdb.CorruptedError as exc:
             self.env.mend_value(self.databases.blocks_name, block_hash, None)
             raise DamagedPagesError(f"the pages of block {block_hash.hex()} were damaged", hint="try again") from exc
+
+    def _correct_depths(self, hashes: list[BlockHash]) -> None:
+        """Let the entries of these blocks say how many blocks are before each; the chains may be cycles."""
+        depths: dict[BlockHash, int] = {}
+        for block_hash in hashes:
+            chain: dict[BlockHash, ColdEntry] = {}
+            at = block_hash
+            while at not in depths and at not in chain and (entry := self.entry(at)) is not None:
+                chain[at] = entry
+                at = entry.parent
+            depth = depths.get(at, -1)
+            for each, entry in reversed(chain.items()):
+                depth += 1
+                depths[each] = depth
+                if entry.depth != depth:
+                    self.write_entry(each, replace(entry, depth=depth))
+
+    def _is_link_to_another_format(self, key: bytes) -> bool:
+        """Tell whether a key is a link to a block of another format, at its parent as far as that can be told."""
+        try:
+            link = Link.unpack(key)
+        except CorruptBlockError:
+            return False
+        entry = self.entry(link.child) if self._is_of_another_format(link.child) else None
+        return entry is not None and (link.level > 0 or link.node == entry.parent)
 
     def _is_of_another_format(self, block_hash: BlockHash) -> bool:
         value = self.txn.get(block_hash, db=self.databases.blocks)
@@ -389,7 +505,7 @@ class WriteBatch:
 
 def _padded(record: EncodedRecord) -> Bytes:
     """Return the record's bytes followed by zeros up to its size class, in its own buffer if that is free."""
-    size = padded_bytes(record.stored_bytes) - _OVERFLOW_HEADER_BYTES
+    size = padded_bytes(record.stored_bytes) - OVERFLOW_HEADER_BYTES
     buffer = record.buffer
     if buffer.size < size or not buffer.flags.writeable:
         buffer = np.empty(size, dtype=np.uint8)

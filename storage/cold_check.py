@@ -6,13 +6,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
-from tierkv.block import BlockHash, hash_block
-from tierkv.errors import CorruptBlockError, FormatVersionError, StoreError
+from tierkv.block import TOKEN_BYTES, BlockHash, hash_block
+from tierkv.errors import CorruptBlockError, FormatVersionError, StoreBusyError, StoreError
 from tierkv.storage.codecs import fits_namespace
-from tierkv.storage.cold_batch import Databases, get_entry, get_value, read_block_info
+from tierkv.storage.cold_batch import OVERFLOW_HEADER_BYTES, Databases, Handles, get_entry, get_value, read_block_info
 from tierkv.storage.cold_entry import ColdEntry, unpack_entry
 from tierkv.storage.cold_links import Link
 from tierkv.storage.cold_namespaces import iter_namespaces, read_lossy_codec
+from tierkv.storage.lmdb_data import CutShortError
 from tierkv.storage.lmdb_env import LmdbEnv, ReadTransaction
 from tierkv.storage.record import BlockInfo, read_header, verify_checksum
 
@@ -77,35 +78,41 @@ def check_store(txn: ReadTransaction, databases: Databases) -> None:
             )
 
 
-def verify_store(env: LmdbEnv, databases: Databases, progress: Callable[[int, int], None] | None) -> VerifyReport:
+def verify_store(env: LmdbEnv, handles: Handles, progress: Callable[[int, int], None] | None) -> VerifyReport:
     """Read every record. Each in a transaction of its own, so that writers may reuse pages meanwhile."""
     try:
         env.check_trees()  # LMDB ends the process where a cursor comes to a page of another kind
-        with env.read() as txn, txn.cursor(db=databases.index) as cursor:
+        with env.read() as txn, txn.cursor(db=handles.now.index) as cursor:
             hashes = {bytes(key) for key in cursor.iternext(keys=True, values=False)}
     except StoreError as exc:
         return VerifyReport(blocks=0, stored_bytes=0, damaged={}, problem=str(exc))
     damaged: dict[BlockHash, str] = {}
     other_formats: dict[BlockHash, str] = {}
     stored_bytes = 0
+    problem = None
     for done, block_hash in enumerate(sorted(hashes)):
         if progress is not None:
             progress(done, len(hashes))
         try:
             with env.read() as txn:
-                stored_bytes += verify_block(env, txn, databases, block_hash)
+                stored_bytes += verify_block(env, txn, handles.now, block_hash)
         except FormatVersionError as exc:
             other_formats[block_hash] = str(exc)
+        except (StoreBusyError, CutShortError) as exc:  # so it is for all that are left
+            problem = f"{done} of {len(hashes)} blocks were read: {exc}"
+            break
         except StoreError as exc:
+            if not env.is_open:
+                raise
             damaged[block_hash] = str(exc)
     if progress is not None:
         progress(len(hashes), len(hashes))
-    problem = None
-    try:
-        with env.read() as txn:
-            check_store(txn, databases)
-    except StoreError as exc:
-        problem = str(exc)
+    if problem is None:
+        try:
+            with env.read() as txn:
+                check_store(txn, handles.now)
+        except StoreError as exc:
+            problem = str(exc)
     return VerifyReport(
         blocks=len(hashes), stored_bytes=stored_bytes, damaged=damaged, problem=problem, other_formats=other_formats
     )
@@ -128,12 +135,12 @@ def verify_block(env: LmdbEnv, txn: ReadTransaction, databases: Databases, block
         raise CorruptBlockError("its hash is not that of its parent and tokens")
     if not _is_behind_its_parent(txn, databases, info):
         raise CorruptBlockError("its seal is not that of its parent and tokens")
-    if (info.parent, info.namespace, header.record_bytes) != (
-        entry.parent,
-        entry.namespace,
-        entry.stored_bytes,
-    ):
+    described = (entry.parent, entry.namespace, entry.stored_bytes, entry.num_tokens, entry.raw_bytes)
+    num_tokens = len(info.token_bytes) // TOKEN_BYTES
+    if described != (info.parent, info.namespace, header.record_bytes, num_tokens, header.raw_bytes):
         raise CorruptBlockError("its entry describes another record")
+    if entry.value_bytes != len(value) + OVERFLOW_HEADER_BYTES:
+        raise CorruptBlockError("its entry counts other bytes than it takes")
     lossy_codec = read_lossy_codec(txn, databases.meta, info.namespace)
     if lossy_codec is not None and not fits_namespace(header.codec.name, lossy_codec):
         raise CorruptBlockError(f"it went through {header.codec.name}, and its namespace does not say so")

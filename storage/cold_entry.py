@@ -5,6 +5,7 @@ It is 96 bytes, has its own checksum, and a million of them are read as one nump
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -18,7 +19,16 @@ from tierkv.errors import CorruptBlockError
 from tierkv.storage.codecs import codec_by_id, codec_by_name
 from tierkv.storage.record import EncodedRecord
 
-__all__ = ["ENTRY_BYTES", "ENTRY_DTYPE", "ColdEntry", "EntryTable", "entry_of", "pack_entry", "unpack_entry"]
+__all__ = [
+    "ENTRY_BYTES",
+    "ENTRY_DTYPE",
+    "MAX_VALUE_BYTES",
+    "ColdEntry",
+    "EntryTable",
+    "entry_of",
+    "pack_entry",
+    "unpack_entry",
+]
 
 EntryTable: TypeAlias = "npt.NDArray[np.void]"
 """Rows of ENTRY_DTYPE: what a victim order looks at."""
@@ -47,6 +57,8 @@ assert ENTRY_BYTES == 96
 _CHECKED = struct.Struct("<16s16sdddQIIIIIHH")
 assert _CHECKED.size == ENTRY_BYTES - 8
 _MAX_COUNT = (1 << 32) - 1
+MAX_VALUE_BYTES = _MAX_COUNT  # also LMDB's limit
+_MAX_RAW_BYTES = 1 << 40  # so the sums of any number of entries stay within 64 bits
 _UNKNOWN = "unknown codec "  # and its id: the entry of a block that another version wrote is kept as it is
 
 
@@ -82,7 +94,7 @@ def entry_of(record: EncodedRecord, *, value_bytes: int, depth: int, now: float)
         created=now,
         last_access=now,
         access_count=0,
-        cost_s=record.cost_s,
+        cost_s=record.cost_s if math.isfinite(record.cost_s) else 0.0,
         depth=depth,
         pinned=False,
     )
@@ -117,6 +129,15 @@ def unpack_entry(block_hash: BlockHash, packed: bytes | memoryview) -> ColdEntry
     fields = _CHECKED.unpack(checked)
     parent, namespace, created, last_access, cost_s, raw_bytes = fields[:6]
     stored_bytes, value_bytes, access_count, num_tokens, depth, codec_id, pinned = fields[6:]
+    is_sane = (
+        math.isfinite(created + last_access + cost_s)
+        and num_tokens > 0
+        and 0 < stored_bytes <= value_bytes
+        and raw_bytes <= _MAX_RAW_BYTES
+        and pinned in (0, 1)
+    )
+    if not is_sane:
+        raise CorruptBlockError(f"the index entry of block {block_hash.hex()} has impossible numbers")
     codec = codec_by_id(codec_id)
     return ColdEntry(
         parent=parent,

@@ -42,13 +42,16 @@ class Link(NamedTuple):
 
     @classmethod
     def unpack(cls, key: bytes | memoryview) -> Link:
-        """Return the link of a key. Raises CorruptBlockError if it is none."""
+        """Return the link of a key. Raises CorruptBlockError if no link has this key."""
         key = bytes(key)
         if len(key) != LINK_BYTES:
             raise CorruptBlockError(f"a link of {len(key)} bytes")
         tokens_end = HASH_BYTES + _LEVEL_BYTES
         tokens = _swap(key[HASH_BYTES:tokens_end])[: key[tokens_end] * TOKEN_BYTES]
-        return cls(key[:HASH_BYTES], tokens, key[tokens_end + 1], key[-HASH_BYTES:])
+        link = cls(key[:HASH_BYTES], tokens, key[tokens_end + 1], key[-HASH_BYTES:])
+        if link.key != key:
+            raise CorruptBlockError("a link's token ids are not as many as it says")
+        return link
 
     @property
     def prefix(self) -> bytes:
@@ -70,12 +73,8 @@ class Links:
     database: Database
 
     def iter_children(self, parent: BlockHash) -> Iterator[BlockHash]:
-        """Yield the hashes of the blocks that follow `parent`."""
-        return (key[-HASH_BYTES:] for key in self._iter_keys(parent))
-
-    def has_children(self, parent: BlockHash) -> bool:
-        """Tell whether a stored block follows `parent`."""
-        return next(self._iter_keys(parent), None) is not None
+        """Yield the hashes of the blocks that are listed behind `parent`."""
+        return (key[-HASH_BYTES:] for key in self._iter_keys(parent) if len(key) == LINK_BYTES)
 
     def insert(self, parent: BlockHash, tokens: bytes, child: BlockHash, read_tokens: TokenReader) -> None:
         """Add a child. `read_tokens` is asked for those of a child that must be told apart from this one."""
@@ -96,13 +95,20 @@ class Links:
         """Remove a child, of which nothing but the hash need be known."""
         node, tokens, level = parent, b"", 0
         while True:
-            found = self._find_child(node, child)
-            if found is None:
+            keys = [key for key in self._iter_keys(node) if key[-HASH_BYTES:] == child]
+            for key in keys:
+                self.txn.delete(key, db=self.database)
+            found = [link for link in map(_unpack_or_none, keys) if link and len(link.tokens) == _LEVEL_BYTES]
+            if not found:  # only children that agree in all tokens of a level have a link in the next
                 return
-            self.txn.delete(found.key, db=self.database)
-            tokens += found.tokens
+            tokens += found[0].tokens
             level += 1
             node = _node(parent, tokens, level)
+
+    def remove_all(self, parent: BlockHash) -> None:
+        """Remove every link at `parent`, whatever it says. Those one level deeper stay until the tree is rebuilt."""
+        for key in list(self._iter_keys(parent)):
+            self.txn.delete(key, db=self.database)
 
     def remove_known(self, parent: BlockHash, tokens: bytes, child: BlockHash) -> bool:
         """Remove a child whose tokens are known: no search. Returns whether it was there."""
@@ -136,15 +142,17 @@ class Links:
 
     def _neighbours(self, wanted: Link) -> Iterator[Link]:
         """Yield the links of the same node on both sides of where `wanted` belongs."""
+        near: list[bytes] = []
         with self.txn.cursor(db=self.database) as cursor:
             found = cursor.set_range(wanted.key)
-            if found and bytes(cursor.key()[:HASH_BYTES]) == wanted.node:
-                yield Link.unpack(cursor.key())
-            if (cursor.prev() if found else cursor.last()) and bytes(cursor.key()[:HASH_BYTES]) == wanted.node:
-                yield Link.unpack(cursor.key())
-
-    def _find_child(self, node: bytes, child: BlockHash) -> Link | None:
-        return next((Link.unpack(key) for key in self._iter_keys(node) if key[-HASH_BYTES:] == child), None)
+            if found:
+                near.append(bytes(cursor.key()))
+            if cursor.prev() if found else cursor.last():
+                near.append(bytes(cursor.key()))
+        for key in near:
+            link = _unpack_or_none(key) if key[:HASH_BYTES] == wanted.node else None
+            if link:
+                yield link
 
     def _iter_keys(self, prefix: bytes) -> Iterator[bytes]:
         with self.txn.cursor(db=self.database) as cursor:
@@ -158,6 +166,14 @@ class Links:
 
     def _first_keys(self, prefix: bytes, count: int) -> list[bytes]:
         return [key for key, _ in zip(self._iter_keys(prefix), range(count), strict=False)]
+
+
+def _unpack_or_none(key: bytes) -> Link | None:
+    """Return the link of a key; None for a damaged one, which `check` reports and a repair removes."""
+    try:
+        return Link.unpack(key)
+    except CorruptBlockError:
+        return None
 
 
 def _link(parent: BlockHash, tokens: bytes, child: BlockHash, level: int) -> Link:

@@ -1,18 +1,19 @@
-"""What the cold store's meta database holds: its version, and a row of totals for each namespace.
+"""What the cold store's meta database holds: its version, its quota, and a row of totals for each namespace.
 
-Both carry a checksum: a flipped bit there is damage, not another version or another size.
+All carry a checksum: a flipped bit there is damage, not another version or another size.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from functools import lru_cache
 
 import msgspec
 import xxhash
 
-from tierkv.block import BlockHash
+from tierkv.block import HASH_BYTES, BlockHash
 from tierkv.errors import ConfigError, CorruptBlockError, FormatVersionError
 from tierkv.namespace import parse_description
 from tierkv.storage.cold_entry import ColdEntry
@@ -20,28 +21,43 @@ from tierkv.storage.lmdb_env import Database, ReadTransaction
 
 __all__ = [
     "FORMAT_KEY",
+    "MAX_UNUSED",
     "NAMESPACE_PREFIX",
+    "NO_DESCRIPTION",
+    "QUOTA_KEY",
     "STORE_VERSION",
     "NamespaceRow",
     "add_checksum",
     "check_format",
+    "descriptions_limit",
     "iter_namespaces",
     "lossy_codec_in",
+    "pack_quota",
     "pack_row",
     "read_lossy_codec",
+    "unpack_quota",
     "unpack_row",
 ]
 
 STORE_VERSION = b"3"
 FORMAT_KEY = b"format"
+QUOTA_KEY = b"quota"
 NAMESPACE_PREFIX = b"namespace"
+NO_DESCRIPTION = b"{}"
+MAX_UNUSED = 1024  # namespaces without a block that are remembered
 _CHECKSUM_BYTES = 8
+_MAX_TOTAL = 1 << 62
+
+
+def descriptions_limit(quota_bytes: int) -> int:
+    """Return how many bytes all descriptions may have together: a share of the quota, 4 MiB at most."""
+    return min(4 << 20, max(64 << 10, quota_bytes // 16))
 
 
 class NamespaceRow(msgspec.Struct, array_like=True):
     """What meta keeps of a namespace. `value_bytes` counts padding, and is what the quota bounds."""
 
-    description: bytes = b"{}"
+    description: bytes = NO_DESCRIPTION
     created: float = 0.0
     last_used: float = 0.0
     blocks: int = 0
@@ -74,28 +90,48 @@ def check_format(packed: bytes) -> None:
         )
 
 
+def pack_quota(quota_bytes: int) -> bytes:
+    """Return a store's quota as it is stored."""
+    return add_checksum(quota_bytes.to_bytes(8, "little"))
+
+
+def unpack_quota(packed: bytes | memoryview | None) -> int | None:
+    """Return a stored quota; None where there is none, or a damaged one."""
+    try:
+        quota_bytes = 0 if packed is None else int.from_bytes(_without_checksum(bytes(packed)), "little")
+    except CorruptBlockError:
+        return None
+    return quota_bytes if 0 < quota_bytes <= _MAX_TOTAL else None
+
+
 def pack_row(row: NamespaceRow) -> bytes:
     """Return a namespace's row as it is stored."""
+    row.raw_bytes = min(max(row.raw_bytes, 0), _MAX_TOTAL)  # of damaged entries; the other totals are smaller
     return add_checksum(msgspec.msgpack.encode(row))
 
 
 def unpack_row(packed: bytes | memoryview) -> NamespaceRow:
     """Return a namespace's row. Raises CorruptBlockError."""
     try:
-        return msgspec.msgpack.decode(_without_checksum(bytes(packed)), type=NamespaceRow)
-    except msgspec.MsgspecError as exc:
+        row = msgspec.msgpack.decode(_without_checksum(bytes(packed)), type=NamespaceRow)
+    except (msgspec.MsgspecError, RecursionError) as exc:
         raise CorruptBlockError(f"the row of a namespace is damaged: {exc}") from exc
+    totals = (row.blocks, row.raw_bytes, row.stored_bytes, row.value_bytes)
+    if not math.isfinite(row.created + row.last_used) or min(totals) < 0 or max(totals) > _MAX_TOTAL:
+        raise CorruptBlockError("the row of a namespace has impossible numbers")
+    return row
 
 
 def iter_namespaces(txn: ReadTransaction, meta: Database) -> Iterator[tuple[BlockHash, NamespaceRow | None]]:
     """Yield every namespace that was ever opened here, with None for a row that is damaged."""
     with txn.cursor(db=meta) as cursor:
         found = cursor.set_range(NAMESPACE_PREFIX)
-        while found and bytes(cursor.key()).startswith(NAMESPACE_PREFIX):
-            row = None
-            with contextlib.suppress(CorruptBlockError):
-                row = unpack_row(cursor.value())
-            yield bytes(cursor.key())[len(NAMESPACE_PREFIX) :], row
+        while found and (key := bytes(cursor.key())).startswith(NAMESPACE_PREFIX):
+            if len(key) == len(NAMESPACE_PREFIX) + HASH_BYTES:
+                row = None
+                with contextlib.suppress(CorruptBlockError):
+                    row = unpack_row(cursor.value())
+                yield key[len(NAMESPACE_PREFIX) :], row
             found = cursor.next()
 
 

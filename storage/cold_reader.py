@@ -13,7 +13,7 @@ from tierkv.errors import CorruptBlockError, FormatVersionError, StoreError
 from tierkv.layout import BlockLayout
 from tierkv.storage.codecs import check_codec
 from tierkv.storage.coded import CodedBlock
-from tierkv.storage.cold_batch import Databases, get_entry, get_value, namespace_rows, read_block_tokens
+from tierkv.storage.cold_batch import Databases, Handles, get_entry, get_value, namespace_rows, read_block_tokens
 from tierkv.storage.cold_entry import ColdEntry
 from tierkv.storage.cold_links import Links
 from tierkv.storage.cold_namespaces import lossy_codec_in, read_lossy_codec
@@ -45,9 +45,13 @@ class ColdReader:
     def __init__(self, env: LmdbEnv) -> None:
         self.path = env.path
         self._env = env
-        self._databases = Databases.of(env)
+        self._handles = Handles(env)
         self._lossy_codecs: dict[BlockHash, str] = {}  # of namespaces whose descriptions have been checked
         self._look_again: dict[BlockHash, float] = {}  # when, at namespaces that nobody has described
+
+    @property
+    def _databases(self) -> Databases:
+        return self._handles.now
 
     def children(self, parent: BlockHash) -> list[BlockHash]:
         """Return the hashes of the blocks that follow `parent`; the namespace digest has the first ones."""

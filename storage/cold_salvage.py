@@ -20,6 +20,7 @@ import numpy as np
 
 from tierkv.block import HASH_BYTES, BlockHash
 from tierkv.errors import CorruptBlockError, FormatVersionError, StoreError
+from tierkv.namespace import DESCRIPTION_LIMIT_BYTES
 from tierkv.storage.cold_batch import SPECS, padded_bytes
 from tierkv.storage.cold_entry import ENTRY_BYTES, ColdEntry, unpack_entry
 from tierkv.storage.cold_eviction import VictimQueue
@@ -27,16 +28,18 @@ from tierkv.storage.cold_links import LINK_BYTES
 from tierkv.storage.cold_namespaces import (
     FORMAT_KEY,
     NAMESPACE_PREFIX,
+    QUOTA_KEY,
     STORE_VERSION,
     NamespaceRow,
     add_checksum,
     check_format,
+    unpack_quota,
     unpack_row,
 )
 from tierkv.storage.cold_stats import Counters
-from tierkv.storage.cold_writer import ColdWriter
+from tierkv.storage.cold_writer import ColdWriter, map_bytes_of
 from tierkv.storage.lmdb_env import LmdbEnv
-from tierkv.storage.lmdb_file import PAGE_HEADER_BYTES, newest_meta
+from tierkv.storage.lmdb_file import PAGE_HEADER_BYTES, newest_meta, open_store_file
 from tierkv.storage.lmdb_tree import Keys, check_trees
 from tierkv.storage.lmdb_values import LeafValue, find_leaf, iter_leaf_values
 from tierkv.storage.outcomes import PutOutcome
@@ -47,6 +50,8 @@ __all__ = ["ColdKeeper"]
 
 _CHUNK_BYTES = 4 << 20
 _BATCH_BLOCKS = 16
+_MAX_ROW_BYTES = 2 * DESCRIPTION_LIMIT_BYTES  # of a namespace, whose description is nearly all of it
+_MAX_READS = 16  # of the file's length: its records do not overlap, but what a damaged header says may
 _LEVEL_AT = LINK_BYTES - HASH_BYTES - 1
 
 _logger = logging.getLogger(__name__)
@@ -69,15 +74,20 @@ class _Remains:
     places: dict[BlockHash, _Place] = field(default_factory=dict)
     entries: dict[BlockHash, ColdEntry] = field(default_factory=dict)
     rows: dict[BlockHash, NamespaceRow] = field(default_factory=dict)
+    quota_bytes: int = 0
+    read_bytes: int = 0
     damaged: int = 0
     other_formats: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ColdKeeper:
-    """Tells whether a cold store's data file may be used, and makes a new one out of one that may not."""
+    """Tells whether a cold store's data file may be used, and makes a new one out of one that may not.
 
-    map_bytes: int
+    quota_bytes: at least so much is saved, more where the store's quota was larger. If that is beyond the store's
+    quota, the next put evicts what was not used for longest: what was evicted before may have come back.
+    """
+
     quota_bytes: int
     clock: Callable[[], float]
 
@@ -96,19 +106,20 @@ class ColdKeeper:
 
     def rebuild(self, damaged: Path, directory: Path) -> None:
         """Make a store in `directory` from the sound blocks of a damaged data file, at most the quota of them."""
-        fd = os.open(damaged, os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_store_file(damaged)
         try:
             remains = _scan(fd)
-            with LmdbEnv(directory, map_bytes=self.map_bytes, specs=SPECS) as env:
+            quota_bytes = max(remains.quota_bytes, self.quota_bytes)
+            with LmdbEnv(directory, map_bytes=map_bytes_of(quota_bytes), specs=SPECS) as env:
                 writer = ColdWriter(
                     env,
-                    quota_bytes=self.quota_bytes,
+                    quota_bytes=quota_bytes,
                     min_free_bytes=0,
                     clock=self.clock,
                     victims=VictimQueue(),
                     counters=Counters(),
                 )
-                saved = _write(fd, remains, writer, self.quota_bytes)
+                saved = _write(fd, remains, writer, quota_bytes)
                 env.sync()
         finally:
             os.close(fd)
@@ -154,8 +165,10 @@ def _iter_chunks(fd: int, page_bytes: int) -> Iterator[tuple[int, Bytes]]:
 def _take_record(fd: int, offset: int, remains: _Remains) -> None:
     try:
         size = record_bytes_of(os.pread(fd, HEADER_BYTES, offset))
-        if offset + size > os.fstat(fd).st_size:
+        file_bytes = os.fstat(fd).st_size
+        if offset + size > file_bytes or remains.read_bytes > _MAX_READS * file_bytes:
             raise CorruptBlockError("it was cut short")
+        remains.read_bytes += size
         info = parse_record(os.pread(fd, size, offset)).info
     except FormatVersionError:
         remains.other_formats += 1
@@ -174,7 +187,13 @@ def _take_leaf(fd: int, leaf: LeafValue, page_bytes: int, remains: _Remains) -> 
             known = remains.entries.get(leaf.key)
             if known is None or entry.last_access >= known.last_access:
                 remains.entries[leaf.key] = entry
-        elif leaf.key.startswith(NAMESPACE_PREFIX) and len(leaf.key) == len(NAMESPACE_PREFIX) + HASH_BYTES:
+        elif leaf.key == QUOTA_KEY and not leaf.is_big:  # of several, the largest evicts nothing
+            remains.quota_bytes = max(remains.quota_bytes, unpack_quota(leaf.held) or 0)
+        elif (
+            leaf.size <= _MAX_ROW_BYTES
+            and leaf.key.startswith(NAMESPACE_PREFIX)
+            and len(leaf.key) == len(NAMESPACE_PREFIX) + HASH_BYTES
+        ):
             digest = leaf.key[len(NAMESPACE_PREFIX) :]
             row = unpack_row(leaf.read(fd, page_bytes))
             if digest not in remains.rows or row.last_used >= remains.rows[digest].last_used:
@@ -185,6 +204,8 @@ def _write(fd: int, remains: _Remains, writer: ColdWriter, quota_bytes: int) -> 
     """Put what was found, parents before children; return how many blocks there are now."""
     with writer.batch() as batch:
         batch.txn.put(FORMAT_KEY, add_checksum(STORE_VERSION), db=batch.databases.meta)
+        if remains.quota_bytes:
+            batch.set_quota(remains.quota_bytes)
         for digest, old in remains.rows.items():
             row = batch.namespace(digest)
             row.description, row.created, row.last_used = old.description, old.created, old.last_used

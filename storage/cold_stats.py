@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from tierkv.block import BlockHash
-from tierkv.storage.cold_namespaces import NamespaceRow
+from tierkv.errors import ConfigError
+from tierkv.namespace import parse_description
+from tierkv.storage.cold_namespaces import NO_DESCRIPTION, NamespaceRow
 from tierkv.storage.outcomes import MissReason, PutOutcome
 
 __all__ = ["ColdStats", "Counters", "StoredNamespace"]
 
 _MAX_REMEMBERED = 65_536
+_MAX_NESTING = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredNamespace:
-    """A namespace as the store knows it. `description` is empty if only its blocks are known."""
+    """A namespace as the store knows it.
+
+    description: its fields; empty if only its blocks are known, or if it is unreadable, and `problem` says why then.
+    raw_description: the bytes that are stored.
+    """
 
     digest: BlockHash
     description: dict[str, Any]
+    raw_description: bytes
+    problem: str | None
     created: float
     last_used: float
     blocks: int
@@ -33,10 +43,13 @@ class StoredNamespace:
 
     @classmethod
     def of(cls, digest: BlockHash, row: NamespaceRow) -> StoredNamespace:
-        """Return the public form of what meta keeps."""
+        """Return the public form of what meta keeps. Raises nothing, whatever the description is."""
+        description, problem = _read_description(digest, row.description)
         return cls(
             digest=digest,
-            description=json.loads(row.description),
+            description=description,
+            raw_description=row.description,
+            problem=problem,
             created=row.created,
             last_used=row.last_used,
             blocks=row.blocks,
@@ -44,6 +57,47 @@ class StoredNamespace:
             stored_bytes=row.stored_bytes,
             value_bytes=row.value_bytes,
         )
+
+
+def _read_description(digest: BlockHash, text: bytes) -> tuple[dict[str, Any], str | None]:
+    """Return a description's fields, or what is wrong with it. Another version or another program may have written it.
+
+    The values can be shown and written as JSON: what a name has that cannot be printed is escaped, NaN is a text.
+    """
+    if text == NO_DESCRIPTION:
+        return {}, None
+    try:
+        with contextlib.suppress(ValueError, RecursionError, AttributeError, TypeError):
+            fields = json.loads(text)
+            name = fields["name"].encode(errors="backslashreplace").decode()
+            if name != fields["name"]:
+                text = json.dumps({**fields, "name": name}).encode()
+        description = parse_description(text)
+        if description.digest != digest:
+            return {}, "its description is that of another namespace"
+        if not _is_flat(description.fields):
+            return {}, "its description is unreadable: it is nested too deeply"
+        shown: dict[str, Any] = json.loads(text, parse_constant=str)
+        shown["name"] = "".join(map(_printable, description.name))
+    except ConfigError as exc:
+        return {}, f"its description is unreadable: {exc}"
+    return shown, None
+
+
+def _printable(character: str) -> str:
+    """Return a character, or what it is written as in Python: a terminal would obey some of them."""
+    return character if character.isprintable() else character.encode("unicode_escape").decode()
+
+
+def _is_flat(value: object) -> bool:
+    """Tell whether JSON values are nested no deeper than any function here can follow."""
+    level: list[Any] = [value]
+    for _ in range(_MAX_NESTING):
+        level = [each for one in level for each in (one.values() if isinstance(one, dict) else one)]
+        level = [each for each in level if isinstance(each, dict | list)]
+        if not level:
+            return True
+    return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,9 +166,8 @@ class Counters:
         """Tell whether this process evicted the block not long ago."""
         return block_hash in self._evicted
 
-    def stats(self, namespaces: Iterable[StoredNamespace], *, file_bytes: int, quota_bytes: int) -> ColdStats:
-        """Return everything as one value."""
-        rows = list(namespaces)
+    def stats(self, rows: Collection[NamespaceRow], *, file_bytes: int, quota_bytes: int) -> ColdStats:
+        """Return everything as one value. rows: the totals of all namespaces."""
         with self._lock:
             return ColdStats(
                 blocks=sum(row.blocks for row in rows),

@@ -8,20 +8,22 @@ import logging
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import lmdb
 
 from tierkv.block import BlockHash
-from tierkv.errors import StoreBusyError, StoreError
-from tierkv.storage.cold_batch import DamagedPagesError, Databases, WriteBatch, padded_bytes
+from tierkv.errors import CapacityError, StoreBusyError, StoreError
+from tierkv.storage.cold_batch import DamagedPagesError, Handles, WriteBatch, namespace_rows, padded_bytes
 from tierkv.storage.cold_eviction import EvictionReport, VictimQueue, load_entries
 from tierkv.storage.cold_stats import Counters
 from tierkv.storage.lmdb_env import LmdbEnv
 from tierkv.storage.outcomes import PutOutcome
 from tierkv.storage.record import EncodedRecord
+from tierkv.units import format_bytes
 
-__all__ = ["ColdWriter"]
+__all__ = ["ColdWriter", "map_bytes_of", "require_free"]
 
 MAX_BATCH_BYTES = 64 << 20  # of one write transaction, whose dirty pages are held in memory
 MAX_PENDING_TOUCHES = 4096  # then they are due to be written
@@ -29,11 +31,25 @@ MAX_KEPT_TOUCHES = 16 * MAX_PENDING_TOUCHES  # the oldest are forgotten where no
 MAX_BATCH_REMOVALS = 1024
 MAX_MENDS = 64  # of damaged pages that one removal may come across
 PAUSE_S = 10.0  # after a put failed, the disk full in spite of evicting or the store busy, for so long all do
+MAX_PENDING_NAMESPACES = 64  # that are noted and not written yet; the oldest are forgotten
 READER_CHECK_S = 60.0
+DEFAULT_FREE_BYTES = 1 << 30  # what stays free on a large volume; of a small one, that share
+DEFAULT_FREE_SHARE = 20
+_SPARE_MAP_BYTES = 64 << 20
 
 _logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+
+
+class _NotDoneError(Exception):
+    """Ends a transaction that was only to find out what it would do."""
+
+
+def map_bytes_of(quota_bytes: int) -> int:
+    """Address space of the map. With less than a quarter over the quota LMDB fragments until puts fail."""
+    size = quota_bytes + quota_bytes // 4 + _SPARE_MAP_BYTES
+    return -(-size // (1 << 20)) * (1 << 20)
 
 
 class ColdWriter:
@@ -42,6 +58,8 @@ class ColdWriter:
     Whoever waits for others who write does so for `write_wait_s` at most, then StoreBusyError is raised, or is an
     outcome. Readers never wait: what they want written (`touch`, `note_damaged`) is noted, and written with the
     next put, flush or `tend`.
+    quota_bytes: until a batch has read the one that is stored. min_free_bytes: None leaves 1 GiB free, or a 20th of a
+    volume that is smaller than 20 GiB.
     """
 
     def __init__(
@@ -49,15 +67,15 @@ class ColdWriter:
         env: LmdbEnv,
         *,
         quota_bytes: int,
-        min_free_bytes: int,
+        min_free_bytes: int | None,
         clock: Callable[[], float],
         victims: VictimQueue,
         counters: Counters,
         write_wait_s: float = 30.0,
     ) -> None:
         self._env = env
-        self._databases = Databases.of(env)
-        self._quota_bytes = quota_bytes
+        self._handles = Handles(env)
+        self.quota_bytes = quota_bytes
         self._min_free_bytes = min_free_bytes
         self._clock = clock
         self._victims = victims
@@ -99,7 +117,10 @@ class ColdWriter:
     def note_namespace(self, digest: BlockHash, description: bytes) -> None:
         """Note that a namespace is in use, and what it is. Waits for nobody."""
         with self._notes_lock:
+            self._namespaces.pop(digest, None)
             self._namespaces[digest] = description
+            while len(self._namespaces) > MAX_PENDING_NAMESPACES:
+                del self._namespaces[next(iter(self._namespaces))]
 
     @property
     def is_due(self) -> bool:
@@ -119,10 +140,12 @@ class ColdWriter:
         outcomes: list[PutOutcome] = []
         try:
             with self._exclusive():
-                with contextlib.suppress(StoreError):
+                try:
                     self._settle()
+                except StoreBusyError as exc:  # the records would wait as long once more
+                    self._refuse(PutOutcome.BUSY, exc)
                 # What a batch frees, only later ones may use: a small quota needs small batches to keep its file small.
-                for group in _groups(records, min(MAX_BATCH_BYTES, self._quota_bytes // 128)):
+                for group in _groups(records, min(MAX_BATCH_BYTES, self.quota_bytes // 128)):
                     outcomes += self._put_group(group)
         except StoreBusyError:
             outcomes += [PutOutcome.BUSY] * (len(records) - len(outcomes))
@@ -145,6 +168,38 @@ class ColdWriter:
             blocks=sum(report.blocks for report in reports), freed_bytes=sum(report.freed_bytes for report in reports)
         )
 
+    def would_evict(self, to_bytes: int) -> EvictionReport:
+        """Return what evicting down to a size would remove. Changes nothing. Raises StoreError."""
+        report = EvictionReport(blocks=0, freed_bytes=0)
+
+        def work(batch: WriteBatch) -> None:
+            nonlocal report
+            self._victims.make_room(batch, to_bytes=to_bytes, keep=frozenset())
+            report = EvictionReport(blocks=len(batch.removed), freed_bytes=batch.removed_bytes)
+            raise _NotDoneError
+
+        with self._exclusive(), contextlib.suppress(_NotDoneError):
+            self._attempt(work)
+        return report
+
+    def set_quota(self, quota_bytes: int) -> None:
+        """Store another quota. Evicts nothing: the next put does, if more is live. Raises StoreError."""
+        with self.batch() as batch:
+            batch.set_quota(quota_bytes)
+        self._adopt_quota(quota_bytes)
+
+    def require_room(self, num_bytes: int) -> None:
+        """Raise CapacityError if not even one record of so many bytes would be stored, evicting included."""
+        if padded_bytes(num_bytes) > self.quota_bytes:
+            raise CapacityError(
+                f"cold store {self._env.path} has a quota of {format_bytes(self.quota_bytes)}, too small for one block",
+                hint="tierkv quota SIZE sets another",
+            )
+        with self._env.read() as txn:
+            live_bytes = sum(row.value_bytes for row in namespace_rows(txn, self._handles.now).values())
+        if live_bytes < padded_bytes(num_bytes):  # else it evicts
+            require_free(self._env.path, self._min_free_bytes, num_bytes)
+
     def remove_subtree(self, block_hash: BlockHash) -> int:
         """Remove a block and all that follow it; return how many there were. Raises StoreError."""
         with self._exclusive():
@@ -154,7 +209,11 @@ class ColdWriter:
         """Rewrite the file without free pages; no batch of this process runs meanwhile."""
         with self._exclusive():
             self._env.compact()
-            self._databases = Databases.of(self._env)
+
+    def attempt(self, work: Callable[[WriteBatch], Result]) -> Result:
+        """Do work in one transaction, in another one again where it came across damaged pages. Raises StoreError."""
+        with self._exclusive():
+            return self._attempt(work)
 
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -196,7 +255,7 @@ class ColdWriter:
     def _choose(self, namespace: BlockHash | None, older_than_s: float | None) -> list[BlockHash]:
         """Return what the filters match, children before parents."""
         with self._transaction() as batch:
-            hashes, entries = load_entries(batch.txn, self._databases)
+            hashes, entries = load_entries(batch.txn, batch.databases)
             now = batch.now
         matches = entries["pinned"] == 0
         if older_than_s is not None:
@@ -217,22 +276,38 @@ class ColdWriter:
             namespaces, self._namespaces = self._namespaces, {}
         try:
             with self._env.write() as txn:
-                batch = WriteBatch(self._env, txn, self._databases, self._clock())
+                batch = WriteBatch(self._env, txn, self._handles.now, self._clock())
+                quota_bytes = batch.quota_bytes or self.quota_bytes
                 for digest, description in namespaces.items():
                     batch.register(digest, description)
                 for block_hash, (count, at) in touches.items():
                     batch.touch(block_hash, count=count, at=at)
                 yield batch
                 batch.finish()
-        except BaseException as exc:
+        except BaseException:
             self._victims.forget()
             with self._notes_lock:
                 self._touches = touches | self._touches
                 self._namespaces = namespaces | self._namespaces
                 self._forget_oldest_touches()
-            if isinstance(exc, lmdb.Error):
-                raise StoreError(f"cold store {self._env.path} cannot be written: {exc}") from exc
             raise
+        self._adopt_quota(quota_bytes)
+
+    def _adopt_quota(self, quota_bytes: int) -> None:
+        """Go by the quota that is stored: another process may have set it."""
+        grows = quota_bytes > self.quota_bytes
+        self.quota_bytes = quota_bytes
+        if grows:
+            try:
+                self._env.grow_map(map_bytes_of(quota_bytes))
+            except StoreError as exc:  # until it can, less than the quota has room
+                _logger.warning("%s", exc)
+
+    def _refuse(self, outcome: PutOutcome, failure: StoreError) -> None:
+        """Take no more records for some seconds."""
+        self._refusal = outcome
+        self._refused_until = self._clock() + PAUSE_S
+        _logger.warning("%s; nothing is stored for %.0f s", failure, PAUSE_S)
 
     def _put_group(self, records: Sequence[EncodedRecord]) -> list[PutOutcome]:
         if self._is_refusing():
@@ -247,9 +322,7 @@ class ColdWriter:
                 failure = exc
             if not isinstance(failure.__cause__, lmdb.Error):  # nothing that room would help against
                 break
-        self._refusal = self._why_refused(failure, needed)
-        self._refused_until = self._clock() + PAUSE_S
-        _logger.warning("%s; nothing is stored for %.0f s", failure, PAUSE_S)
+        self._refuse(self._why_refused(failure, needed), failure)
         return [self._refusal] * len(records)
 
     def _why_refused(self, failure: StoreError, needed: int) -> PutOutcome:
@@ -311,25 +384,53 @@ class ColdWriter:
 
     def _limit(self, batch: WriteBatch, needed: int) -> int:
         """Return how many bytes may be live: the quota, or what there is where the disk has no more room."""
-        if self._free_bytes() - needed >= self._min_free_bytes:
-            return self._quota_bytes
-        return min(self._quota_bytes, batch.live_bytes)
+        quota_bytes = batch.quota_bytes or self.quota_bytes
+        if self._free_bytes() - needed >= _floor_bytes(self._env.path, self._min_free_bytes):
+            return quota_bytes
+        return min(quota_bytes, batch.live_bytes)
 
     def _is_refusing(self) -> bool:
         """Tell whether a put has failed not long ago. A clock that was set back since does not make that longer."""
         return 0 < self._refused_until - self._clock() <= PAUSE_S
 
     def _free_bytes(self) -> int:
-        try:
-            return shutil.disk_usage(self._env.path).free
-        except OSError as exc:
-            raise StoreError(f"cold store {self._env.path} has lost its directory: {exc}") from exc
+        return _disk_usage(self._env.path).free
 
     def _clear_dead_readers(self) -> None:
         now = self._clock()
         if abs(now - self._readers_checked) >= READER_CHECK_S:  # it may have been set back
             self._readers_checked = now
             self._env.clear_dead_readers()
+
+
+class _Usage(NamedTuple):
+    total: int
+    free: int
+
+
+def require_free(path: Path, min_free_bytes: int | None, num_bytes: int = 0) -> None:
+    """Raise CapacityError if a volume has not so many bytes beside those that must stay free, StoreError."""
+    free, floor = _disk_usage(path).free, _floor_bytes(path, min_free_bytes)
+    if free - num_bytes < floor:
+        raise CapacityError(
+            f"cold store {path} can keep no block: {format_bytes(free)} are free on its volume, of which "
+            f"{format_bytes(floor)} must stay free",
+            hint="lower min_free_bytes, or free disk space",
+        )
+
+
+def _floor_bytes(path: Path, min_free_bytes: int | None) -> int:
+    if min_free_bytes is not None:
+        return min_free_bytes
+    return min(DEFAULT_FREE_BYTES, _disk_usage(path).total // DEFAULT_FREE_SHARE)
+
+
+def _disk_usage(path: Path) -> _Usage:
+    try:
+        usage = shutil.disk_usage(path)
+    except OSError as exc:
+        raise StoreError(f"cold store {path} has lost its directory: {exc}") from exc
+    return _Usage(usage.total, usage.free)
 
 
 def _remove_leaves(batch: WriteBatch, block_hashes: Sequence[BlockHash]) -> None:

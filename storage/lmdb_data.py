@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from tierkv.errors import CorruptBlockError, StoreError
-from tierkv.storage.lmdb_file import PAGE_HEADER, PAGE_HEADER_BYTES, newest_meta
+from tierkv.storage.lmdb_file import PAGE_HEADER, PAGE_HEADER_BYTES, newest_meta, open_store_file
 from tierkv.storage.lmdb_values import OVERFLOW_FLAG, find_leaf, overflow_pages
 from tierkv.storage.planes import Bytes
 from tierkv.storage.record_source import FileRecord, ThreadMemory
@@ -43,7 +43,7 @@ class DataFile:
     def __init__(self, path: Path, *, read_only: bool) -> None:
         self.path = path
         # Not the lock file: closing any descriptor of that would drop LMDB's own locks.
-        self.fd = os.open(path, (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC)
+        self.fd = open_store_file(path, os.O_RDONLY if read_only else os.O_RDWR)
         self._memory = ThreadMemory()
         try:
             meta = newest_meta(self.fd)
@@ -57,9 +57,10 @@ class DataFile:
 
     def close(self) -> None:
         """Give the descriptors back. May be called twice."""
-        if self.fd >= 0:
-            os.close(self.fd)
-        self.fd = -1
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            with contextlib.suppress(OSError):  # of a disk that has gone: the descriptor is closed all the same
+                os.close(fd)
 
     def require_whole(self) -> None:
         """Raise CutShortError if the file is shorter than it has been: LMDB never makes it so."""
@@ -72,6 +73,19 @@ class DataFile:
             )
         if size > known:
             self._known_bytes = size
+
+    def require_sound_end(self) -> None:
+        """Raise CorruptBlockError if the file says that it is longer than it is: then it must not be mapped anew."""
+        meta = newest_meta(self.fd)
+        if (meta.last_page + 1) * meta.page_bytes > os.fstat(self.fd).st_size:
+            raise CorruptBlockError(f"{self.path} counts pages that it does not have")
+
+    def is_at_its_path(self) -> bool:
+        """Tell whether the path still names this file, and not one that another process has put in its place."""
+        try:
+            return os.path.samestat(os.fstat(self.fd), self.path.stat())
+        except OSError:
+            return False
 
     def read_value(self, database: bytes, key: bytes, *, max_bytes: int) -> Bytes | None:
         """Return a committed value, cut where the file ends; in memory of this thread, valid until its next call.

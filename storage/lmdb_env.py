@@ -29,12 +29,13 @@ from typing import TypeAlias
 
 import lmdb
 
-from tierkv.errors import CorruptBlockError, StoreError
+from tierkv.errors import CorruptBlockError, StoreBusyError, StoreError
 from tierkv.storage.lmdb_data import DataFile
 from tierkv.storage.lmdb_directory import (
     COMPACTED,
     Keeper,
     check_data_file,
+    check_store_files,
     clear_temporary,
     prepare_directory,
     sync_file,
@@ -57,6 +58,7 @@ _CLOSE_WAIT_S = 10.0  # beyond the wait for the write lock
 _MAX_READERS = 1024
 _LOCK_FILE_BYTES = 64 * _MAX_READERS + 4096  # a cache line for each reader, and LMDB's header
 _MAX_DBS = 8
+_MAX_GROWTHS = 8  # of the map in other processes while one transaction begins
 _logger = logging.getLogger(__name__)
 
 _WRONG_PAGES = (
@@ -102,12 +104,13 @@ class LmdbEnv:
         self.path = path
         self.read_only = read_only
         self.damaged: Path | None = None
+        self.generation = 0  # grows when the data file is opened again: handles of databases are new ones then
         self._map_bytes = map_bytes
         self._write_wait_s = write_wait_s
         self._write_lock: WriteLock | None = None
         self._specs = specs
         self._pid = os.getpid()
-        self._gate = Gate()
+        self._gate = Gate(write_wait_s)
         self._env: lmdb.Environment | None = None
         self._is_named = read_only  # the directory that names the data file has been synced
         self._is_abandoned = False  # closed, but a transaction in it never ended
@@ -116,6 +119,7 @@ class LmdbEnv:
         prepare_directory(path, read_only=read_only)
         self._users = UserLock(path / _USER_LOCK_FILE, read_only=read_only)
         try:
+            check_store_files(path)
             if self._users.enter():
                 if not read_only:
                     clear_temporary(path)
@@ -139,7 +143,7 @@ class LmdbEnv:
         """Close after the transactions in flight. If one does not end in time, all stays open, which is logged."""
         if self._is_abandoned:
             return
-        with self._gate.exclusive(self._write_wait_s + _CLOSE_WAIT_S) as is_alone:
+        with self._gate.exclusive(self._patience_s) as is_alone:
             if not is_alone:
                 self._is_abandoned = True
                 _logger.error("cold store %s: a transaction does not end; the store stays open behind it", self.path)
@@ -157,7 +161,7 @@ class LmdbEnv:
     @property
     def file_bytes(self) -> int:
         """Length of the data file. Raises StoreError once that is closed."""
-        with self._gate.shared():
+        with self._gate.shared(), self._translated("be measured"):
             self._live()
             return os.fstat(self._data.fd).st_size
 
@@ -167,34 +171,65 @@ class LmdbEnv:
 
         Raises CutShortError, CorruptBlockError where LMDB came across pages that cannot be right, StoreError.
         """
-        with self._gate.shared():
-            try:
-                with self._begin(write=False) as txn:
-                    yield txn
-            except _WRONG_PAGES as exc:
-                self._is_suspect = True
-                raise CorruptBlockError(f"cold store {self.path} has damaged pages: {exc}") from exc
-            except lmdb.Error as exc:
-                raise StoreError(f"cold store {self.path} cannot be read: {exc}") from exc
+        for _ in range(_MAX_GROWTHS):
+            with self._gate.shared():
+                try:
+                    with self._begin(write=False) as txn:
+                        yield txn
+                    return
+                except lmdb.MapResizedError:  # raised by `_begin` alone: nothing has been yielded yet
+                    pass
+                except _WRONG_PAGES as exc:
+                    self._is_suspect = True
+                    raise CorruptBlockError(f"cold store {self.path} has damaged pages: {exc}") from exc
+                except (lmdb.Error, OSError) as exc:
+                    raise StoreError(f"cold store {self.path} cannot be read: {exc}") from exc
+            self.grow_map()
+        raise StoreBusyError(f"cold store {self.path} grows faster than its map")
 
     @contextlib.contextmanager
     def write(self) -> Iterator[WriteTransaction]:
         """The only writer among all processes; commits at the end, aborts on an exception, lmdb.Error among them.
 
         Raises StoreBusyError where others write for too long, CutShortError, and StoreError once pages of the trees
-        have been found damaged: LMDB may read those, but when it writes it relies on them.
+        have been found damaged: LMDB may read those, but when it writes it relies on them. An lmdb.Error or OSError
+        is the cause of the StoreError that it becomes.
         """
-        with self._gate.shared():
-            self._live()
-            assert self._write_lock is not None, "an environment that is opened for writing has the lock"
-            with self._write_lock.held(self._write_wait_s):
-                self._require_sound_trees()
-                try:
-                    with self._begin(write=True) as txn:
-                        yield txn
-                except _WRONG_PAGES:
-                    self._is_suspect = True
-                    raise
+        for _ in range(_MAX_GROWTHS):
+            with self._gate.shared():
+                self._live()
+                assert self._write_lock is not None, "an environment that is opened for writing has the lock"
+                with self._write_lock.held(self._write_wait_s):
+                    try:
+                        self._require_sound_trees()
+                        with self._begin(write=True) as txn:
+                            yield txn
+                        return
+                    except lmdb.MapResizedError:  # raised by `_begin` alone: nothing has been yielded yet
+                        pass
+                    except (lmdb.Error, OSError) as exc:
+                        self._is_suspect |= isinstance(exc, _WRONG_PAGES)
+                        raise StoreError(f"cold store {self.path} cannot be written: {exc}") from exc
+            self.grow_map()
+        raise StoreBusyError(f"cold store {self.path} grows faster than its map")
+
+    def set_map(self, map_bytes: int) -> None:
+        """Make LMDB's map so long, or as long as the file must have it. Otherwise as `grow_map`."""
+        with self._alone("its map cannot change"):
+            self._map_bytes = map_bytes
+            env = self._live()
+            with self._translated("be mapped"):
+                self._data.require_whole()
+                env.set_mapsize(map_bytes)
+
+    def grow_map(self, map_bytes: int = 0) -> None:
+        """Make LMDB's map at least so long, and as long as the file says: another process may have a longer one.
+
+        Waits for the transactions in flight, whose memory is in the map that goes. Raises StoreBusyError, StoreError.
+        """
+        with self._alone("its map cannot grow"):
+            self._map_bytes = max(map_bytes, self._map_bytes)
+            self._remap()
 
     def database(self, name: bytes) -> Database:
         """Return the handle of a database named in the specs."""
@@ -202,46 +237,48 @@ class LmdbEnv:
 
     def sync(self) -> None:
         """Return when all that was committed is on the disk. Raises StoreError."""
-        with self._gate.shared():
+        with self._gate.shared(), self._translated("be synced"):
             env = self._live()
             self._data.require_whole()
-            try:
-                env.sync(True)
-                if not self._is_named:
-                    sync_file(self.path)  # a file that is on the disk, and in no directory there, is lost
-                    sync_file(self.path.parent)
-                    self._is_named = True
-            except (lmdb.Error, OSError) as exc:
-                raise StoreError(f"cold store {self.path} cannot be synced: {exc}") from exc
+            env.sync(True)
+            if not self._is_named:
+                sync_file(self.path)  # a file that is on the disk, and in no directory there, is lost
+                sync_file(self.path.parent)
+                self._is_named = True
 
     def clear_dead_readers(self) -> int:
-        """Free the snapshots of processes that died; return how many there were."""
-        with self._gate.shared():
+        """Free the snapshots of processes that died; return how many there were. Raises StoreError."""
+        with self._gate.shared(), self._translated("be read"):
             return self._live().reader_check()
 
     def compact(self) -> None:
-        """Rewrite the file without its free pages. Raises StoreError if another process has it open."""
+        """Rewrite the file without its free pages. Raises StoreError if another process has it open, StoreBusyError
+        where a transaction does not end. If the file cannot be opened again behind that, the environment is closed.
+        """
         target = self.path / COMPACTED
-        with self._gate.exclusive():
+        with self._alone("it cannot be compacted"):
             env = self._live()
-            self._data.require_whole()
+            self._remap()
             self._require_sound_trees()
-            self._users.require_alone()
+            if not self._users.try_alone():
+                self._rejoin()
+                raise StoreError(f"cold store {self.path} is open in another process", hint="close it there first")
             try:
-                clear_temporary(self.path)
-                target.mkdir()
-                env.copy(str(target), compact=True)
-                sync_file(target / DATA_FILE)
-                self._close_data()
-                os.replace(target / DATA_FILE, self.path / DATA_FILE)
-                sync_file(self.path)
-            except (lmdb.Error, OSError) as exc:
-                raise StoreError(f"cold store {self.path} could not be compacted: {exc}") from exc
+                with self._translated("be compacted"):
+                    clear_temporary(self.path)
+                    target.mkdir()
+                    env.copy(str(target), compact=True)
+                    sync_file(target / DATA_FILE)
+                    self._close_data()
+                    os.replace(target / DATA_FILE, self.path / DATA_FILE)
+                    sync_file(self.path)
             finally:
                 clear_temporary(self.path)
-                if self._env is None:
-                    self._open(is_first=True)
-                self._users.share()
+                try:
+                    if self._env is None:
+                        self._open(is_first=True)
+                finally:
+                    self._users.share()
 
     def read_value(self, database: bytes, key: bytes, *, max_bytes: int) -> Bytes | None:
         """Return a value read around the map, or None: see `DataFile.read_value`. Only within a read transaction."""
@@ -273,9 +310,59 @@ class LmdbEnv:
 
     def check_trees(self) -> None:
         """Walk the trees with plain reads. Raises StoreError, from now on at every write too, if they are damaged."""
-        with self._gate.shared():
-            self._is_suspect = True
-            self._require_sound_trees()
+        for _ in range(_MAX_GROWTHS):
+            with self._gate.shared(), contextlib.suppress(lmdb.MapResizedError):
+                self._is_suspect = True
+                self._require_sound_trees()
+                return
+            self.grow_map()
+        raise StoreBusyError(f"cold store {self.path} grows faster than its map")
+
+    def _remap(self) -> None:
+        """Map the file as far as it and this process want; no other thread may use the environment."""
+        env = self._live()
+        with self._translated("be mapped"):
+            self._data.require_whole()
+            try:
+                self._data.require_sound_end()
+            except CorruptBlockError:
+                self._is_suspect = True
+                raise
+            env.set_mapsize(0)  # as far as the file says
+            if env.info()["map_size"] < self._map_bytes:
+                env.set_mapsize(self._map_bytes)
+
+    @property
+    def _patience_s(self) -> float:
+        """How long to wait for the transactions in flight, one of which may wait for the write lock."""
+        return self._write_wait_s + _CLOSE_WAIT_S
+
+    @contextlib.contextmanager
+    def _alone(self, consequence: str) -> Iterator[None]:
+        """Be the only thread that uses the environment. Raises StoreBusyError where a transaction does not end."""
+        with self._gate.exclusive(self._patience_s) as is_alone:
+            if not is_alone:
+                raise StoreBusyError(f"cold store {self.path}: a transaction does not end, {consequence}")
+            yield
+
+    @contextlib.contextmanager
+    def _translated(self, what: str) -> Iterator[None]:
+        """Let what LMDB and the system raise be a StoreError that says that the store cannot `what`."""
+        try:
+            yield
+        except (lmdb.Error, OSError) as exc:
+            raise StoreError(f"cold store {self.path} cannot {what}: {exc}") from exc
+
+    def _rejoin(self) -> None:
+        """Share the users' lock again after it was lost; the data file may have been replaced meanwhile."""
+        try:
+            self._users.share()
+            if not self._data.is_at_its_path():
+                self._close_data()
+                self._open(is_first=False)
+        except BaseException:
+            self._close_data()
+            raise
 
     def _require_sound_trees(self) -> None:
         if self._problem is None and self._is_suspect:
@@ -283,8 +370,12 @@ class LmdbEnv:
                 with self._begin(write=False):  # keeps the pages of the last state from being used again meanwhile
                     check_trees(self._data.fd)
                 self._is_suspect = False
+            except lmdb.MapResizedError:
+                raise
             except (CorruptBlockError, *_WRONG_PAGES) as exc:
                 self._problem = str(exc)
+            except (lmdb.Error, OSError) as exc:
+                raise StoreError(f"cold store {self.path} cannot be read: {exc}") from exc
         if self._problem is not None:
             raise StoreError(
                 f"cold store {self.path} was damaged while it was open: {self._problem}",
@@ -295,9 +386,6 @@ class LmdbEnv:
         env = self._live()
         self._data.require_whole()
         try:
-            return env.begin(write=write, buffers=True)
-        except lmdb.MapResizedError:  # another process opened it with a larger quota
-            env.set_mapsize(0)
             return env.begin(write=write, buffers=True)
         except lmdb.ReadersFullError:
             env.reader_check()
@@ -349,6 +437,7 @@ class LmdbEnv:
                 env.close()
                 raise
             self._env = env
+            self.generation += 1
         except (lmdb.Error, CorruptBlockError, OSError, OverflowError, UnicodeError) as exc:
             hint = None
             if "already open" in str(exc):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tierkv.errors import CorruptBlockError
+from tierkv.files import open_regular
 
 __all__ = [
     "DATA_FILE",
@@ -21,6 +22,7 @@ __all__ = [
     "PAGE_HEADER_BYTES",
     "Meta",
     "newest_meta",
+    "open_store_file",
     "replace_damaged",
 ]
 
@@ -48,6 +50,14 @@ class Meta:
     last_page: int
     free_tree: bytes
     main_tree: bytes
+
+
+def open_store_file(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Open one of a store's own files: a regular file in the store's directory, never a link. Never waits.
+
+    Raises StoreError for a FIFO, a socket, a device, a directory or a symbolic link, OSError.
+    """
+    return open_regular(path, flags, follow_links=False)
 
 
 def newest_meta(fd: int) -> Meta:

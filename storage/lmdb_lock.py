@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import stat
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from tierkv.errors import StoreBusyError, StoreError
-from tierkv.storage.lmdb_file import LOCK_FILE
+from tierkv.storage.lmdb_file import DATA_FILE, LOCK_FILE, open_store_file
 
 __all__ = ["Gate", "UserLock", "WriteLock", "reserve_lock_file"]
 
@@ -23,16 +24,18 @@ _SHORTEST_POLL_S = 0.0005
 class UserLock:
     """A file lock that every user of a store shares, and that one holds alone who replaces its data file.
 
-    It dies with its process.
+    It dies with its process. A store that no process has ever opened for writing, as a copied data file, has no such
+    file: a reader of it holds nothing.
     """
 
     def __init__(self, path: Path, *, read_only: bool) -> None:
         self._store = path.parent
-        flags = os.O_RDONLY if read_only else os.O_RDWR | os.O_CREAT
+        self._fd = -1
         try:
-            self._fd = os.open(path, flags | os.O_CLOEXEC, 0o600)
+            self._fd = open_store_file(path, os.O_RDONLY if read_only else os.O_RDWR | os.O_CREAT)
         except FileNotFoundError as exc:
-            raise StoreError(f"there is no cold store at {self._store}", hint="check the path") from exc
+            if not (read_only and (self._store / DATA_FILE).exists()):
+                raise StoreError(f"there is no cold store at {self._store}", hint="check the path") from exc
         except OSError as exc:
             raise StoreError(f"cold store {self._store} cannot be locked: {exc}") from exc
 
@@ -48,20 +51,23 @@ class UserLock:
             if self._try(fcntl.LOCK_SH):
                 return False
             if time.monotonic() > deadline:
-                raise StoreError(
-                    f"cold store {self._store} is being compacted or repaired", hint="try again when that is done"
-                )
+                raise self._busy()
             time.sleep(_POLL_S)
 
     def share(self) -> None:
-        """Let others in again."""
-        fcntl.flock(self._fd, fcntl.LOCK_SH)
+        """Let others in again. Raises StoreBusyError where this process has lost the lock and does not get it back."""
+        deadline = time.monotonic() + _WAIT_S
+        while not self._try(fcntl.LOCK_SH):  # never needs a second attempt for a lock that is held alone
+            if time.monotonic() > deadline:
+                raise self._busy()
+            time.sleep(_POLL_S)
 
-    def require_alone(self) -> None:
-        """Hold the lock alone from now on. Raises StoreError, with the lock shared, if somebody else has it."""
-        if not self._try(fcntl.LOCK_EX):
-            self.share()  # a conversion that fails has dropped it
-            raise StoreError(f"cold store {self._store} is open in another process", hint="close it there first")
+    def try_alone(self) -> bool:
+        """Hold the lock alone from now on, or return False where another process has it too.
+
+        The lock is lost then, and `share` must follow: the kernel drops a lock before it tries to convert it.
+        """
+        return self._try(fcntl.LOCK_EX)
 
     def close(self) -> None:
         """Give the lock up. May be called twice."""
@@ -69,7 +75,15 @@ class UserLock:
             os.close(self._fd)
             self._fd = -1
 
+    def _busy(self) -> StoreBusyError:
+        return StoreBusyError(
+            f"cold store {self._store} is being compacted or repaired",
+            hint="try again when that is done; a process that was stopped meanwhile keeps the store until it goes on",
+        )
+
     def _try(self, kind: int) -> bool:
+        if self._fd < 0:
+            return True
         try:
             fcntl.flock(self._fd, kind | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -90,7 +104,7 @@ class WriteLock:
         self._store = path.parent
         self._threads = threading.Lock()
         try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._fd = open_store_file(path, os.O_RDWR | os.O_CREAT)
         except OSError as exc:
             raise StoreError(f"cold store {self._store} cannot be locked: {exc}") from exc
 
@@ -144,9 +158,11 @@ def reserve_lock_file(directory: Path, size: int) -> None:
     closing the descriptor drops LMDB's own locks; such a file has its room already and is left alone.
     """
     path = directory / LOCK_FILE
-    if path.exists() and path.stat().st_blocks * 512 >= size:
-        return
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    with contextlib.suppress(FileNotFoundError):
+        state = path.lstat()
+        if stat.S_ISREG(state.st_mode) and state.st_blocks * 512 >= size:
+            return
+    fd = open_store_file(path, os.O_RDWR | os.O_CREAT)
     try:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(fd, 0, size)
@@ -155,19 +171,23 @@ def reserve_lock_file(directory: Path, size: int) -> None:
 
 
 class Gate:
-    """Many threads may pass together, or one alone: new ones then wait, and those inside finish first."""
+    """Many threads may pass together, or one alone: new ones then wait, and those inside finish first.
 
-    def __init__(self) -> None:
+    wait_s: how long a thread waits for one that is alone inside.
+    """
+
+    def __init__(self, wait_s: float) -> None:
+        self._wait_s = wait_s
         self._condition = threading.Condition()
         self._inside = 0
         self._closed = False
 
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
-        """Pass; waits only for a thread that is alone inside."""
+        """Pass; waits only for a thread that is alone inside. Raises StoreBusyError where that does not leave."""
         with self._condition:
-            while self._closed:
-                self._condition.wait()
+            if self._closed and not self._condition.wait_for(lambda: not self._closed, self._wait_s):
+                raise StoreBusyError("the cold store is being compacted or closed by another thread")
             self._inside += 1
         try:
             yield
@@ -178,16 +198,17 @@ class Gate:
                     self._condition.notify_all()
 
     @contextlib.contextmanager
-    def exclusive(self, wait_s: float | None = None) -> Iterator[bool]:
-        """Pass alone, when all inside have left. Yields whether they have, after `wait_s` seconds if that is given."""
+    def exclusive(self, wait_s: float) -> Iterator[bool]:
+        """Pass alone, when all inside have left. Yields whether they have, within `wait_s` seconds."""
+        deadline = time.monotonic() + wait_s
         with self._condition:
-            while self._closed:
-                self._condition.wait()
+            has_turn = self._condition.wait_for(lambda: not self._closed, wait_s)
             self._closed = True
-            is_alone = self._condition.wait_for(lambda: not self._inside, wait_s)
+            is_alone = has_turn and self._condition.wait_for(lambda: not self._inside, deadline - time.monotonic())
         try:
             yield is_alone
         finally:
-            with self._condition:
-                self._closed = False
-                self._condition.notify_all()
+            if has_turn:  # else another thread is alone inside, and lets the others in when it leaves
+                with self._condition:
+                    self._closed = False
+                    self._condition.notify_all()

@@ -24,7 +24,7 @@ from cold_blocks import (
 )
 
 from tierkv.errors import FormatVersionError, StoreError
-from tierkv.storage import cold, cold_reader, cold_writer
+from tierkv.storage import cold_reader, cold_writer
 from tierkv.storage.cold_batch import padded_bytes
 from tierkv.storage.outcomes import MissReason, PutOutcome
 from tierkv.storage.record import EncodedRecord, encode_record
@@ -336,7 +336,7 @@ def test_a_disk_with_too_little_room_stops_growth_but_not_writing(tmp_path: Path
 
 
 def test_a_map_that_is_full_in_spite_of_evicting_pauses_writing(tmp_path, monkeypatch, caplog) -> None:
-    monkeypatch.setattr(cold, "_SPARE_MAP_BYTES", -QUOTA // 4 - QUOTA + (2 << 20))  # a map of 2 MiB
+    monkeypatch.setattr(cold_writer, "_SPARE_MAP_BYTES", -QUOTA // 4 - QUOTA + (2 << 20))  # a map of 2 MiB
     clock = FakeClock()
     with open_store(tmp_path, clock) as store:
         outcomes = [store.put([record_of(n)])[0] for n in range(200)]

@@ -56,6 +56,7 @@ def open_store(config: CacheConfig, shared: ColdStore | None) -> ColdStore | Non
         quota_bytes=config.cold_bytes,
         min_free_bytes=config.min_free_bytes,
         write_wait_s=config.write_wait_s,
+        read_only=config.read_only,
     )
 
 

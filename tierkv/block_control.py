@@ -129,7 +129,7 @@ class BlockControl:
         with self._tiers.changed:
             for entry in entries:
                 self._tiers.index.set_pinned(entry, pinned)
-        if self._tiers.cold:
+        if self._tiers.cold and not self._tiers.cold.read_only:
             self._tiers.cold.set_pinned([entry.block_hash for entry in entries], pinned)
 
     def _offload(self, block_ids: list[int], refused: dict[int, str]) -> list[int]:

@@ -11,6 +11,7 @@ from tierkv.errors import StoreError
 from tierkv.events import EventKind
 from tierkv.index import Entry
 from tierkv.movers.mover import Move
+from tierkv.storage.cold import ColdStore
 from tierkv.storage.outcomes import PutOutcome
 from tierkv.storage.record import BlockInfo, EncodedRecord, encode_record
 from tierkv.tiers import Compression, Job, Place, Tiers
@@ -155,9 +156,14 @@ class BlockWriter:
         return self._tiers.index.get(job.block_hash, job.parent_hash, job.token_bytes, seal=job.seal)
 
     def _missing(self, jobs: Sequence[Job]) -> list[Job]:
-        """Return the jobs whose block the store lacks; none without a store."""
-        cold = self._tiers.cold
+        """Return the jobs whose block the store lacks; none without a store that may be written to."""
+        cold = self._writable_store
         return [job for job in jobs if not cold.contains(job.block_hash)] if cold else []
+
+    @property
+    def _writable_store(self) -> ColdStore | None:
+        cold = self._tiers.cold
+        return None if cold is None or cold.read_only else cold
 
     def _store(self, raw: Sequence[tuple[Job, int]]) -> int:
         """Encode blocks from their raw slots and put those that the store lacks, parents before children.
@@ -165,7 +171,7 @@ class BlockWriter:
         Return how many it lacked.
         """
         tiers = self._tiers
-        cold = tiers.cold
+        cold = self._writable_store
         if cold is None:
             return 0
         slots = {job.block_hash: slot for job, slot in raw}

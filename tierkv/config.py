@@ -24,6 +24,11 @@ class CacheConfig:
     """Sizes and places of the three tiers. Units are in the names; sizes are fixed when the cache opens.
 
     cold_path: directory of the LMDB store; None keeps nothing on disk.
+    cold_bytes: quota of a store that does not exist yet, 64 GiB if None. A store keeps its quota: another number here
+        changes nothing, and is told in the log; `tierkv quota` and `ColdStore.set_quota` change it.
+    min_free_bytes: so much of the store's volume stays free: where it would not, blocks are evicted for new ones. None
+        leaves 1 GiB free, or a 20th of a volume that is smaller than 20 GiB.
+    read_only: use the store for reading alone, as on a read-only file system: what is computed is kept in memory.
     hot_bytes: size of the hot pool; None takes `hot_fraction` of the GPU memory that is free at opening,
         or 1 GiB on a machine without a GPU.
     warm_bytes: page-locked memory, taken once at opening.
@@ -53,8 +58,9 @@ class CacheConfig:
     hot_bytes: int | None = None
     hot_fraction: float = 0.5
     warm_bytes: int = GIB
-    cold_bytes: int = 64 * GIB
-    min_free_bytes: int = GIB
+    cold_bytes: int | None = None
+    min_free_bytes: int | None = None
+    read_only: bool = False
     gpu_decode: bool = True
     write_through: bool = True
     codec: str = "auto"
@@ -79,16 +85,17 @@ class CacheConfig:
             if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
                 hint = "in bytes, as 8 << 30" if name.endswith("_bytes") else None
                 raise ConfigError(f"{name} must be a whole number, got {value!r}", hint=hint)
-        for name in ("block_size", "warm_bytes", "cold_bytes", "num_io_threads", "min_partial_tokens", "piece_tokens"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.hot_bytes is not None and self.hot_bytes <= 0:
-            raise ConfigError(f"hot_bytes must be positive, got {self.hot_bytes}")
+        for name in _WHOLE_NUMBERS:
+            value = getattr(self, name)
+            if name != "min_free_bytes" and value is not None and value <= 0:
+                raise ConfigError(f"{name} must be positive, got {value}")
         if not 0 < self.hot_fraction < 1:
             raise ConfigError(f"hot_fraction must lie between 0 and 1, got {self.hot_fraction}")
         if self.warm_codec not in WARM_CODECS:
             raise ConfigError(f"warm_codec must be one of {', '.join(WARM_CODECS)}, got {self.warm_codec!r}")
         if min(self.compute_wait_s, self.write_wait_s) < 0 or self.daemon_timeout_s <= 0:
             raise ConfigError("compute_wait_s and write_wait_s must not be negative, daemon_timeout_s must be positive")
-        if self.min_free_bytes < 0:
+        if self.min_free_bytes is not None and self.min_free_bytes < 0:
             raise ConfigError(f"min_free_bytes must not be negative, got {self.min_free_bytes}")
+        if self.read_only and self.socket is not None:
+            raise ConfigError("read_only is for a store of this process's own, and socket names a daemon, which writes")

@@ -24,7 +24,23 @@ BlockSize = Annotated[
     typer.Option(help="Tokens of a block; flash-attn takes multiples of 256.", metavar="<int>", show_default="256"),
 ]
 Salt = Annotated[str, typer.Option(help="Keeps tenants apart: blocks of another salt are never used.")]
-ColdSize = Annotated[str, typer.Option("--cold", help="Quota of the store in bytes, as 512M or 64G.")]
+ColdSize = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--cold",
+        help="Quota of a new store in bytes, as 512M or 64G; tierkv quota changes that of another.",
+        show_default="the store's own, 64G for a new one",
+    ),
+]
+MinFree = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--min-free",
+        help="So much of the store's volume stays free, as 512M or 0.",
+        show_default="1G, or a 20th of a smaller volume",
+    ),
+]
+ReadOnly = Annotated[bool, typer.Option("--read-only", help="Use what is stored, store nothing.")]
 WarmSize = Annotated[str, typer.Option("--warm", help="Bytes of the page-locked pool in CPU memory, as 512M or 8G.")]
 HotSize = Annotated[
     Optional[str],  # noqa: UP045
@@ -62,11 +78,14 @@ def engine_options(
     dtype: str | None,
     block_size: list[int] | None,
     salt: str,
-    cold: str,
+    cold: str | None,
     warm: str,
     hot: str | None,
     codec: str,
     socket: Path | None,
+    *,
+    min_free: str | None = None,
+    read_only: bool = False,
 ) -> EngineOptions:
     """Return what a command with a model works with. Raises ConfigError for values that do not fit."""
     return EngineOptions(
@@ -76,12 +95,19 @@ def engine_options(
         dtype=dtype,
         block_size=one_block_size(block_size),
         salt=salt,
-        cold_bytes=parse_size(cold),
+        cold_bytes=optional_size(cold),
+        min_free_bytes=optional_size(min_free),
+        read_only=read_only,
         warm_bytes=parse_size(warm),
         hot_bytes=parse_size(hot) if hot else None,
         codec=codec,
-        socket=socket or named_socket(os.environ),
+        socket=socket or (None if read_only else named_socket(os.environ)),
     )
+
+
+def optional_size(text: str | None) -> int | None:
+    """Return the bytes of a size, which may be 0, or None where none is given. Raises ConfigError."""
+    return None if text is None else 0 if text.strip() == "0" else parse_size(text)
 
 
 def one_block_size(block_size: list[int] | None) -> int:

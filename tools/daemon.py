@@ -25,7 +25,7 @@ from tierkv.daemon.server import DaemonConfig, serve
 from tierkv.errors import DaemonError, DaemonGoneError, TierKVError
 from tierkv.tools.render import format_age, format_bytes
 
-__all__ = ["compact", "start", "status", "stop", "store_of"]
+__all__ = ["compact", "evicted_of", "start", "status", "stop", "store_of"]
 
 _START_S = 120.0  # a large slab takes its time to be touched
 _STOP_S = 60.0
@@ -94,6 +94,12 @@ def store_of(socket: Path) -> Path:
         if not client.welcome.has_cold:
             raise DaemonError(f"the daemon at {socket} keeps nothing on disk")
         return Path(client.welcome.store)
+
+
+def evicted_of(socket: Path) -> int:
+    """Return how many blocks a daemon has evicted from its store since it started. Raises DaemonGoneError."""
+    with DaemonClient(socket) as client:
+        return client.call(Status(), StatusReport).cold.get("evicted_blocks", 0)
 
 
 def _wait_until_it_serves(process: subprocess.Popen[bytes], socket: Path, log: Path, begin: int) -> int:

@@ -20,20 +20,24 @@ from tierkv.tools.cli_options import (
     DaemonSocket,
     Device,
     Dtype,
+    MinFree,
     Model,
     Salt,
     Store,
     WarmSize,
     engine_options,
     one_block_size,
+    optional_size,
 )
 from tierkv.tools.options import default_socket, default_store, parse_size
+from tierkv.tools.stores import require_place
 
 
 def start(
     detach: Annotated[bool, typer.Option("--detach", help="Return when it serves, as a process of its own.")] = False,
     warm_size: WarmSize = "1G",
-    cold: ColdSize = "64G",
+    cold: ColdSize = None,
+    min_free: MinFree = None,
     store: Store = None,
     no_store: Annotated[bool, typer.Option("--no-store", help="Keep nothing on disk.")] = False,
     socket: DaemonSocket = None,
@@ -53,9 +57,12 @@ def start(
         socket=path.expanduser().absolute(),
         store=None if no_store else (store or default_store(os.environ)).expanduser().absolute(),
         warm_bytes=parse_size(warm_size),
-        cold_bytes=parse_size(cold),
+        cold_bytes=optional_size(cold),
+        min_free_bytes=optional_size(min_free),
         metrics_port=metrics_port,
     )
+    if config.store:
+        require_place(config.store, min_free_bytes=config.min_free_bytes)
     command: list[str] = []
     if warm_file:
         read_prompts(warm_file)
@@ -90,5 +97,5 @@ def prefetch(
 ) -> None:
     """Have the blocks of prompts brought from the store into the warm tier."""
     path = socket or default_socket(os.environ)
-    options = engine_options(model, None, device, dtype, block_size, salt, "64G", "256M", None, "auto", path)
+    options = engine_options(model, None, device, dtype, block_size, salt, None, "256M", None, "auto", path)
     prefetch_command.prefetch(read_prompts(file, lines=lines), options, as_json=as_json)

@@ -61,13 +61,18 @@ def inspect(store_path: Path, *, namespace: str | None, model: str | None, as_js
         }
         print(json.dumps(result))
         return
-    console = Console()
+    console = Console(markup=False)  # names and prompts are not ours: [/b] in one of them is no markup
     texts = _texts(prefixes, found, model, own=True)
     console.print(_namespace_table(found, now))
     console.print(_prefix_table(prefixes, texts, now))
-    for n in found[1:]:
-        fields = ", ".join(differing_fields(n.description, found[0].description))
-        console.print(f"{n.digest.hex()[:8]} shares no block with {found[0].digest.hex()[:8]}: it differs in {fields}")
+    for n in found:
+        if n.problem:
+            console.print(f"{n.digest.hex()[:8]}: {n.problem}")
+    readable = [n for n in found if n.description]
+    for n in readable[1:]:
+        fields = ", ".join(differing_fields(n.description, readable[0].description))
+        base = readable[0].digest.hex()[:8]
+        console.print(f"{n.digest.hex()[:8]} shares no block with {base}: it differs in {fields}")
 
 
 def _iter_prefixes(store: ColdStore, namespace: StoredNamespace) -> Iterator[_Prefix]:
@@ -82,10 +87,11 @@ def _iter_prefixes(store: ColdStore, namespace: StoredNamespace) -> Iterator[_Pr
 
 
 def _chain(entries: dict[BlockHash, ColdEntry], leaf: BlockHash) -> list[BlockHash]:
-    chain = [leaf]
-    while entries[chain[-1]].parent in entries:
-        chain.append(entries[chain[-1]].parent)
-    return chain[::-1]
+    chain = {leaf: None}
+    at = leaf
+    while (at := entries[at].parent) in entries and at not in chain:  # parents of a damaged store may be a cycle
+        chain[at] = None
+    return list(chain)[::-1]
 
 
 def _prefix(
@@ -136,6 +142,7 @@ def _describe(namespace: StoredNamespace, base: StoredNamespace) -> dict[str, An
     return {
         "digest": namespace.digest.hex(),
         **namespace.description,
+        "problem": namespace.problem,
         "blocks": namespace.blocks,
         "bytes_raw": namespace.raw_bytes,
         "bytes_stored": namespace.stored_bytes,
@@ -166,7 +173,7 @@ def _namespace_table(found: list[StoredNamespace], now: float) -> Table:
     for n in found:
         table.add_row(
             n.digest.hex()[:8],
-            _model_name(n.description),
+            "unreadable" if n.problem else _model_name(n.description),
             str(n.description.get("dtype", "")),
             str(n.description.get("block_size", "")),
             str(n.blocks),

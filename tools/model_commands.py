@@ -18,7 +18,9 @@ from tierkv.tools.cli_options import (
     Device,
     Dtype,
     HotSize,
+    MinFree,
     Model,
+    ReadOnly,
     Salt,
     Socket,
     Store,
@@ -38,7 +40,8 @@ def warm(
     dtype: Dtype = None,
     block_size: BlockSize = None,
     salt: Salt = "",
-    cold: ColdSize = "64G",
+    cold: ColdSize = None,
+    min_free: MinFree = None,
     warm_size: WarmSize = "256M",
     hot: HotSize = None,
     codec: CodecName = "auto",
@@ -46,7 +49,10 @@ def warm(
     as_json: AsJson = False,
 ) -> None:
     """Compute the K and V of prompts once and keep them on disk."""
-    options = engine_options(model, store, device, dtype, block_size, salt, cold, warm_size, hot, codec, socket)
+    options = engine_options(
+        *(model, store, device, dtype, block_size, salt, cold, warm_size, hot, codec, socket),
+        min_free=min_free,
+    )
     warm_command.warm(file, options, lines=lines, pin=pin, dry_run=dry_run, as_json=as_json)
 
 
@@ -66,7 +72,9 @@ def run(
     dtype: Dtype = None,
     block_size: BlockSize = None,
     salt: Salt = "",
-    cold: ColdSize = "64G",
+    cold: ColdSize = None,
+    min_free: MinFree = None,
+    read_only: ReadOnly = False,
     warm_size: WarmSize = "256M",
     hot: HotSize = None,
     codec: CodecName = "auto",
@@ -74,7 +82,11 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Answer a prompt, reusing whatever K and V are cached."""
-    options = engine_options(model, store, device, dtype, block_size, salt, cold, warm_size, hot, codec, socket)
+    options = engine_options(
+        *(model, store, device, dtype, block_size, salt, cold, warm_size, hot, codec, socket),
+        min_free=min_free,
+        read_only=read_only,
+    )
     request = run_command.RunRequest(
         prompt=prompt,
         system=system,
@@ -102,7 +114,9 @@ def report(
     dtype: Dtype = None,
     block_size: BlockSize = None,
     salt: Salt = "",
-    cold: ColdSize = "64G",
+    cold: ColdSize = None,
+    min_free: MinFree = None,
+    read_only: ReadOnly = False,
     warm_size: WarmSize = "256M",
     hot: HotSize = None,
     codec: CodecName = "auto",
@@ -110,7 +124,11 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Run prompts under the profiler: a page, a trace for Perfetto, and plots."""
-    options = engine_options(model, store, device, dtype, block_size, salt, cold, warm_size, hot, codec, socket)
+    options = engine_options(
+        *(model, store, device, dtype, block_size, salt, cold, warm_size, hot, codec, socket),
+        min_free=min_free,
+        read_only=read_only,
+    )
     request = report_command.ReportRequest(
         file=file, lines=lines, rounds=rounds, max_new_tokens=max_new_tokens, output=output, plots=not no_plots
     )

@@ -20,7 +20,7 @@ _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """The options of a command that runs a model. Sizes in bytes; hot_bytes None is the configuration's default."""
+    """The options of a command that runs a model. Sizes in bytes; None is the configuration's default."""
 
     model: str | None
     store: Path
@@ -28,11 +28,13 @@ class EngineOptions:
     dtype: str | None
     block_size: int
     salt: str
-    cold_bytes: int
+    cold_bytes: int | None
     warm_bytes: int
     hot_bytes: int | None
     codec: str = "auto"
     socket: Path | None = None
+    min_free_bytes: int | None = None
+    read_only: bool = False
 
 
 def named_socket(environment: Mapping[str, str]) -> Path | None:
@@ -86,6 +88,8 @@ def open_engine(options: EngineOptions, environment: Mapping[str, str]) -> Itera
         hot_bytes=options.hot_bytes,
         codec=options.codec,
         socket=options.socket,
+        min_free_bytes=options.min_free_bytes,
+        read_only=options.read_only,
     )
     with open_runner(loaded, config, salt=options.salt) as runner:
         yield runner

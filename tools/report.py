@@ -96,7 +96,7 @@ def _stored_prompts(runner: Runner) -> Iterator[_Prompt]:
         if leaf in parents:
             continue
         chain: list[BlockHash] = [leaf]
-        while entries[chain[-1]].parent in entries:
+        while entries[chain[-1]].parent in entries and len(chain) <= len(entries):  # a damaged store has cycles
             chain.append(entries[chain[-1]].parent)
         token_ids = _tokens_of(store, chain[::-1]) if entries[chain[-1]].parent == root else None
         if token_ids:

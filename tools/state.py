@@ -16,7 +16,7 @@ from tierkv.storage.outcomes import PutOutcome
 from tierkv.storage.record import EncodedRecord, parse_record
 from tierkv.storage.state_file import StateFile, write_state_file
 from tierkv.tools.render import format_bytes
-from tierkv.tools.stores import find_namespace, open_existing
+from tierkv.tools.stores import find_namespace, open_existing, require_place
 
 __all__ = ["load", "save"]
 
@@ -29,10 +29,15 @@ def save(path: Path, store_path: Path, *, namespace: str | None, as_json: bool) 
     """Write one namespace of a store into a state file, atomically. Damaged blocks are left out, and told."""
     with open_existing(store_path) as store:
         chosen = find_namespace(store, namespace)
+        if not chosen.description:
+            raise StoreError(
+                f"namespace {chosen.digest.hex()} cannot be saved: {chosen.problem or 'its description is lost'}",
+                hint="a command with its model writes the description again",
+            )
         saved = write_state_file(
             path,
             namespace=chosen.digest,
-            description=json.dumps(chosen.description, sort_keys=True).encode(),
+            description=chosen.raw_description,
             records=_iter_records(store, chosen.digest),
         )
     left_out = max(0, chosen.blocks - saved.blocks)
@@ -44,26 +49,40 @@ def save(path: Path, store_path: Path, *, namespace: str | None, as_json: bool) 
             print(f"{left_out} were left out: damaged, or of another version; `tierkv verify` tells", file=sys.stderr)
 
 
-def load(path: Path, store_path: Path, *, cold_bytes: int, as_json: bool) -> None:
+def load(path: Path, store_path: Path, *, cold_bytes: int | None, min_free_bytes: int | None, as_json: bool) -> None:
     """Put a state file's sound blocks into a store, made if need be.
 
     Raises StoreError for a file that is none, and afterwards, with what is stored, if not all blocks are in the store.
     """
-    with StateFile(path) as state, ColdStore(store_path, quota_bytes=cold_bytes) as store:
-        store.register_namespace(state.namespace, state.raw_description)
-        with own_errors(f"cannot load {path}"):
-            outcomes = Counter(_put_all(state, store))
-        store.flush()
+    with StateFile(path) as state:
+        require_place(store_path, min_free_bytes=min_free_bytes)
+        with ColdStore(store_path, quota_bytes=cold_bytes, min_free_bytes=min_free_bytes) as store:
+            _load(path, state, store, as_json=as_json)
+
+
+def _load(path: Path, state: StateFile, store: ColdStore, *, as_json: bool) -> None:
+    store.register_namespace(state.namespace, state.raw_description)
+    with own_errors(f"cannot load {path}"):
+        outcomes = Counter(_put_all(state, store))
+    store.flush()
     stored, existing = outcomes[PutOutcome.STORED], outcomes[PutOutcome.EXISTS]
     damaged = len(state) - outcomes.total()
+    evicted = store.stats().evicted_blocks
     if stored + existing < len(state):
         missing = {"damaged": damaged} | {why.value: count for why, count in outcomes.items()}
         told = ", ".join(f"{count} {why}" for why, count in missing.items() if count and why not in _IN_THE_STORE)
-        raise StoreError(f"{stored + existing} of the {len(state)} blocks of {path} are in the store now; not: {told}")
+        raise StoreError(
+            f"{stored + existing} of the {len(state)} blocks of {path} are in the store now; not: {told}"
+            + (f"; {evicted} blocks were evicted for them" if evicted else "")
+        )
     if as_json:
-        print(json.dumps({"blocks": len(state), "blocks_stored": stored, "blocks_existing": existing}))
+        result = {"blocks": len(state), "blocks_stored": stored, "blocks_existing": existing}
+        print(json.dumps({**result, "blocks_evicted": evicted}))
     else:
-        print(f"loaded {stored} blocks from {path}; {existing} were there already")
+        print(
+            f"loaded {stored} blocks from {path}; {existing} were there already"
+            + (f"; {evicted} blocks were evicted to make room" if evicted else "")
+        )
 
 
 def _iter_records(store: ColdStore, namespace: BlockHash) -> Iterator[bytes]:

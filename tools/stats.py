@@ -26,21 +26,26 @@ def stats(store_path: Path, *, as_json: bool) -> None:
     table.add_row("store", str(store_path))
     for name in ("namespaces", "blocks", "tokens"):
         table.add_row(name, f"{summary[name]:,}")
-    for name in ("bytes_raw", "bytes_stored", "bytes_file"):
+    if summary["namespaces_unreadable"]:
+        table.add_row("namespaces with an unreadable description", f"{summary['namespaces_unreadable']:,}")
+    for name in ("bytes_raw", "bytes_stored", "bytes_file", "bytes_quota"):
         table.add_row(name.replace("_", " "), format_bytes(int(summary[name])))
     table.add_row("ratio", f"{summary['ratio']:.3f}")
-    Console().print(table)
+    Console(markup=False).print(table)
 
 
 def _summary(store: ColdStore) -> dict[str, int | float]:
     sizes = store.stats()
     tokens = sum(entry.num_tokens for _, entry in store.iter_entries())
+    namespaces = store.namespaces()
     return {
-        "namespaces": len(store.namespaces()),
+        "namespaces": len(namespaces),
+        "namespaces_unreadable": sum(each.problem is not None for each in namespaces),
         "blocks": sizes.blocks,
         "tokens": tokens,
         "bytes_raw": sizes.raw_bytes,
         "bytes_stored": sizes.stored_bytes,
         "bytes_file": sizes.file_bytes,
+        "bytes_quota": sizes.quota_bytes,
         "ratio": sizes.raw_bytes / sizes.stored_bytes if sizes.stored_bytes else 1.0,
     }

@@ -12,12 +12,23 @@ import typer
 from tierkv.tools import compact as compact_command
 from tierkv.tools import evict as evict_command
 from tierkv.tools import inspect_store as inspect_command
+from tierkv.tools import quota as quota_command
 from tierkv.tools import state as state_command
 from tierkv.tools import stats as stats_command
 from tierkv.tools import top as top_command
 from tierkv.tools import verify as verify_command
-from tierkv.tools.cli_options import AsJson, ColdSize, DaemonSocket, Socket, Store, chosen_daemon, chosen_store
-from tierkv.tools.options import default_socket, parse_size
+from tierkv.tools.cli_options import (
+    AsJson,
+    ColdSize,
+    DaemonSocket,
+    MinFree,
+    Socket,
+    Store,
+    chosen_daemon,
+    chosen_store,
+    optional_size,
+)
+from tierkv.tools.options import default_socket
 
 
 def stats(store: Store = None, socket: Socket = None, as_json: AsJson = False) -> None:
@@ -51,11 +62,18 @@ def load(
     file: Annotated[Path, typer.Argument(help="State file to read.")],
     store: Store = None,
     socket: Socket = None,
-    cold: ColdSize = "64G",
+    cold: ColdSize = None,
+    min_free: MinFree = None,
     as_json: AsJson = False,
 ) -> None:
     """Put the blocks of a state file into a store."""
-    state_command.load(file, chosen_store(store, socket), cold_bytes=parse_size(cold), as_json=as_json)
+    state_command.load(
+        file,
+        chosen_store(store, socket),
+        cold_bytes=optional_size(cold),
+        min_free_bytes=optional_size(min_free),
+        as_json=as_json,
+    )
 
 
 def evict(
@@ -66,9 +84,23 @@ def evict(
     socket: Socket = None,
     as_json: AsJson = False,
 ) -> None:
-    """Remove blocks from a store; pinned ones stay."""
+    """Remove blocks from a store; pinned ones stay, and so does the quota."""
     path = chosen_store(store, socket)
     evict_command.evict(path, to=to, namespace=namespace, older_than=older_than, as_json=as_json)
+
+
+def quota(
+    size: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(help="The new quota, as 512M or 64G.", show_default="show it"),
+    ] = None,
+    evict: Annotated[bool, typer.Option("--evict", help="Push out what is beyond the new quota.")] = False,
+    store: Store = None,
+    socket: Socket = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say how large a store may become, or change that for all who use it."""
+    quota_command.quota(chosen_store(store, socket), size=size, evict=evict, as_json=as_json)
 
 
 def compact(store: Store = None, socket: Socket = None, as_json: AsJson = False) -> None:

@@ -57,7 +57,7 @@ def _with_progress(store: ColdStore, *, repair: bool) -> VerifyReport:
 
 
 def _print(report: VerifyReport, set_aside: str | None, *, repair: bool) -> None:
-    console = Console()
+    console = Console(markup=False)
     if report.damaged:
         table = Table(title="damaged blocks")
         table.add_column("block", no_wrap=True)

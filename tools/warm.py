@@ -20,22 +20,24 @@ from tierkv.engine.prompts import PromptRequest, prefix_tokens, read_prompts
 from tierkv.engine.runner import Runner
 from tierkv.errors import CapacityError, StoreError
 from tierkv.storage.cold import ColdStore
-from tierkv.tools.daemon import store_of
+from tierkv.tools.daemon import evicted_of, store_of
 from tierkv.tools.options import EngineOptions, open_engine
 from tierkv.tools.render import format_bytes
-from tierkv.tools.stores import open_existing
+from tierkv.tools.stores import open_existing, require_place
 
 __all__ = ["warm"]
 
 _MAX_NAMED = 5  # prompts that one line of error names
 _NUM_WORDS = 6
+_LARGEST_RATIO = 8  # no codec makes a block smaller by so much: with less room, nothing is stored
 
 
 @dataclass(slots=True)
 class _Summary:
     """What a run did; blocks and bytes are counted once, however many prompts share them.
 
-    prompts, tokens: of those that are warmed now. too_large: numbers of those that are not, from 1.
+    prompts, tokens: of those that are warmed now. too_large: numbers of those that are not, from 1. blocks_evicted: by
+    the store meanwhile, to make room.
     """
 
     prompts: int = 0
@@ -45,6 +47,7 @@ class _Summary:
     blocks_reused: int = 0
     bytes_raw: int = 0
     bytes_stored: int = 0
+    blocks_evicted: int = 0
     seconds: float = 0.0
 
 
@@ -56,9 +59,14 @@ def warm(path: Path, options: EngineOptions, *, lines: bool, pin: bool, dry_run:
     requests = read_prompts(path, lines=lines)
     if options.socket:
         store_of(options.socket)  # without a daemon that stores them, nothing would come of the blocks
+    elif not dry_run:
+        require_place(options.store, min_free_bytes=options.min_free_bytes)
+    evicted_before = evicted_of(options.socket) if options.socket else 0
     errors = Console(stderr=True)
     with open_engine(options, os.environ) as runner:
         started = time.perf_counter()
+        if runner.cache.cold and not dry_run:
+            runner.cache.cold.require_room(runner.cache.layout.block_bytes // _LARGEST_RATIO)
         all_prompts = [prefix_tokens(runner.loaded.tokenizer, request) for request in requests]
         too_large = [i for i, prompt in enumerate(all_prompts) if len(prompt) > _most_tokens(runner)]
         prompts = [prompt for prompt in all_prompts if len(prompt) <= _most_tokens(runner)]
@@ -85,6 +93,10 @@ def warm(path: Path, options: EngineOptions, *, lines: bool, pin: bool, dry_run:
         summary.blocks_reused = len(reused)
         summary.blocks_computed = len(computed)
         missing = 0 if dry_run else _add_sizes(summary, runner, reused | computed)
+        if runner.cache.cold:
+            summary.blocks_evicted = runner.cache.cold.stats().evicted_blocks
+        elif options.socket:
+            summary.blocks_evicted = evicted_of(options.socket) - evicted_before
         summary.seconds = time.perf_counter() - started
     if as_json:
         print(json.dumps({**asdict(summary), "seconds": round(summary.seconds, 6)}))
@@ -95,7 +107,7 @@ def warm(path: Path, options: EngineOptions, *, lines: bool, pin: bool, dry_run:
     if missing:
         raise StoreError(
             f"{missing} of {len(reused | computed)} blocks found no room in the store, or lost it to later ones",
-            hint="free disk space, or raise --cold",
+            hint="free disk space, lower --min-free, or raise the quota: tierkv quota SIZE",
         )
 
 
@@ -176,6 +188,8 @@ def _table(summary: _Summary, dry_run: bool) -> Table:
         table.add_row("too large, left out", f"{len(summary.too_large):,}")
     table.add_row("blocks to compute" if dry_run else "blocks computed", f"{summary.blocks_computed:,}")
     table.add_row("blocks reused", f"{summary.blocks_reused:,}")
+    if summary.blocks_evicted:
+        table.add_row("blocks evicted to make room", f"{summary.blocks_evicted:,}")
     table.add_row("bytes raw", format_bytes(summary.bytes_raw))
     table.add_row("bytes stored", format_bytes(summary.bytes_stored))
     table.add_row("seconds", f"{summary.seconds:.2f}")

@@ -242,7 +242,7 @@ def test_a_saved_store_loads_into_another(tierkv: Run, tmp_path: Path) -> None:
     saved = tierkv("save", tmp_path / "state.tkv", "--json").json()
     assert saved["blocks"] == 3
     loaded = tierkv("load", tmp_path / "state.tkv", "--store", tmp_path / "other", "--json").json()
-    assert loaded == {"blocks": 3, "blocks_stored": 3, "blocks_existing": 0}
+    assert loaded == {"blocks": 3, "blocks_stored": 3, "blocks_existing": 0, "blocks_evicted": 0}
     again = tierkv("warm", tmp_path / "prompts.txt", "--store", tmp_path / "other", "--json").json()
     assert again["blocks_computed"] == 0
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
+import os
+import shutil
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -14,14 +18,16 @@ from typing import TypeVar
 import numpy as np
 import pytest
 from child_process import ENVIRONMENT, command
-from cold_blocks import FakeClock, block_bytes, chain_of, open_store, read, record_of
+from cold_blocks import OTHER, FakeClock, block_bytes, chain_of, damage_record, open_store, read, record_of
 from pattern_engine import PatternEngine, tiny_layout
 
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
-from tierkv.errors import StoreBusyError
+from tierkv.errors import StoreBusyError, StoreError
 from tierkv.namespace import Namespace
 from tierkv.storage.cold import ColdStore
+from tierkv.storage.cold_writer import ColdWriter
+from tierkv.storage.lmdb_lock import UserLock
 from tierkv.storage.outcomes import MissReason, PutOutcome
 
 WORKER = Path(__file__).with_name("store_worker.py")
@@ -156,9 +162,9 @@ def test_whoever_writes_waits_for_a_bounded_time(tmp_path: Path) -> None:
             with pytest.raises(StoreBusyError, match="another process"):
                 store.set_pinned([record_of(1).info.block_hash], True)
             store.open_namespace(NAMESPACE)
-            store.register_namespace(b"another namespac", b"{}")
+            store.open_namespace(OTHER)
         store.tend()
-        assert {NAMESPACE.digest, b"another namespac"} <= {each.digest for each in store.namespaces()}
+        assert {NAMESPACE.digest, OTHER.digest} <= {each.digest for each in store.namespaces()}
 
 
 def test_a_store_is_not_opened_for_writing_while_a_stopped_process_writes(tmp_path: Path) -> None:
@@ -174,9 +180,194 @@ def in_time_or_raise(work: Callable[[], object]) -> None:
     def run() -> None:
         try:
             work()
-        except StoreBusyError as exc:
+        except StoreError as exc:
             failures.append(exc)
 
     in_time(run)
     if failures:
         raise failures[0]
+
+
+WRITING = {
+    "tend": lambda store: store.tend(),
+    "flush": lambda store: store.flush(),
+    "evict": lambda store: store.evict(to_bytes=0),
+    "evict of a namespace": lambda store: store.evict(namespace=OTHER.digest),
+    "set_pinned": lambda store: store.set_pinned([record_of(1).info.block_hash], True),
+    "set_quota": lambda store: store.set_quota(1 << 30),
+    "delete": lambda store: store.delete(record_of(1).info.block_hash),
+    "repair": lambda store: store.verify(repair=True),
+}
+
+
+def test_every_call_on_a_store_whose_lock_is_held_ends_in_time(tmp_path: Path) -> None:
+    """Those that write say that it is busy, those that read do not notice, and no block is taken for a damaged one."""
+    records = [record_of(number) for number in range(3)]
+    with store_in(tmp_path) as store:
+        store.put(records)
+        damage_record(store, records[2].info.block_hash)
+        with stopped_writer("hold_write_lock", tmp_path):
+            for name, call in WRITING.items():
+                store.touch([records[0].info.block_hash])
+                started = time.monotonic()
+                with pytest.raises(StoreBusyError):
+                    in_time_or_raise(lambda call=call: call(store))
+                assert time.monotonic() - started < 2 * WAIT_S + 1.0, name
+            with pytest.raises(StoreError):
+                in_time_or_raise(store.compact)
+            in_time(store.check)
+            assert in_time(store.verify).damaged.keys() == {records[2].info.block_hash}
+            assert in_time(store.stats).blocks == 3
+            assert len(in_time(store.namespaces)) == 1
+        assert store.verify(repair=True).removed == 1
+        store.check()
+
+
+def test_a_put_waits_once_for_a_busy_store_however_much_has_been_noted(tmp_path: Path) -> None:
+    records = [record_of(number) for number in range(3)]
+    with store_in(tmp_path) as store:
+        store.put(records)
+        with stopped_writer("hold_write_lock", tmp_path):
+            store.note_damaged(records[0].info.block_hash)
+            store.touch([records[1].info.block_hash])
+            started = time.monotonic()
+            assert store.put([record_of(number) for number in range(10, 13)]) == [PutOutcome.BUSY] * 3
+            assert store.put([record_of(20)]) == [PutOutcome.BUSY]  # for some seconds nothing is tried
+            assert time.monotonic() - started < 1.9 * WAIT_S
+
+
+def test_a_repair_of_a_busy_store_takes_no_sound_block_for_a_damaged_one(tmp_path: Path, monkeypatch) -> None:
+    """Only its entry is damaged: that is made anew, if not now, then when the store is free."""
+    record = record_of(1)
+    block_hash = record.info.block_hash
+    with store_in(tmp_path) as store:
+        store.put([record])
+        with store._writer.batch() as batch:
+            batch.txn.put(block_hash, b"x" * 96, db=batch.databases.index)
+        with stopped_writer("hold_write_lock", tmp_path), monkeypatch.context() as patch:
+            patch.setattr(ColdWriter, "remove_subtree", lambda *_: pytest.fail("it was to be removed"))
+            with pytest.raises(StoreBusyError):
+                in_time_or_raise(lambda: store.verify(repair=True))
+        assert store.verify(repair=True).removed == 0
+        assert store.contains(block_hash)
+
+
+def test_a_process_stopped_while_it_checks_the_store_keeps_others_for_a_bounded_time(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("tierkv.storage.lmdb_lock._WAIT_S", WAIT_S)
+    store_in(tmp_path).close()
+    fd = os.open(tmp_path / "cold" / "users.lock", os.O_RDWR)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        with pytest.raises(StoreBusyError, match="being compacted or repaired"):
+            store_in(tmp_path)
+    finally:
+        os.close(fd)
+    store_in(tmp_path).close()
+
+
+def test_a_compaction_that_cannot_be_alone_has_its_share_of_the_lock_again(tmp_path: Path) -> None:
+    with store_in(tmp_path) as store:
+        store.put([record_of(1)])
+        fd = os.open(tmp_path / "cold" / "users.lock", os.O_RDWR)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH)
+            with pytest.raises(StoreError, match="open in another process"):
+                store.compact()
+            fcntl.flock(fd, fcntl.LOCK_SH)
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        finally:
+            os.close(fd)
+        assert store.contains(record_of(1).info.block_hash)
+
+
+def test_a_data_file_that_was_replaced_while_the_lock_was_lost_is_opened_anew(tmp_path: Path, monkeypatch) -> None:
+    with store_in(tmp_path) as store:
+        store.put([record_of(1)])
+        path = tmp_path / "cold" / "data.mdb"
+
+        def lose(_: UserLock) -> bool:
+            shutil.copy(path, path.with_name("copy"))
+            os.replace(path.with_name("copy"), path)
+            return False
+
+        monkeypatch.setattr(UserLock, "try_alone", lose)
+        with pytest.raises(StoreError, match="open in another process"):
+            store.compact()
+        assert os.path.samestat(os.fstat(store._env._data.fd), path.stat())
+        assert store.put([record_of(2)]) == [PutOutcome.STORED]
+    with store_in(tmp_path) as store:
+        assert store.stats().blocks == 2
+
+
+def test_a_compaction_whose_file_cannot_be_opened_again_lets_others_in(tmp_path: Path, monkeypatch) -> None:
+    with store_in(tmp_path) as store:
+        store.put([record_of(1)])
+        with monkeypatch.context() as patch:
+            patch.setattr("tierkv.storage.lmdb_env.DataFile", failing)
+            with pytest.raises(StoreError, match="cannot be opened"):
+                store.compact()
+        with pytest.raises(StoreError, match="is closed"):
+            store.stats()
+        with pytest.raises(StoreError, match="is closed"):
+            store.put([record_of(2)])
+        fd = os.open(tmp_path / "cold" / "users.lock", os.O_RDWR)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        finally:
+            os.close(fd)
+    with store_in(tmp_path) as store:
+        assert store.stats().blocks == 1
+        store.check()
+
+
+def failing(*_: object, **__: object) -> None:
+    raise OSError(5, "Input/output error")
+
+
+def test_lookups_beside_compactions_miss_nothing(tmp_path: Path) -> None:
+    """The handles of the databases that a compaction opens anew are taken within each transaction."""
+    records = [record_of(number) for number in range(4)]
+    hashes = [record.info.block_hash for record in records]
+    wrong: list[object] = []
+    is_done = threading.Event()
+    with open_store(tmp_path) as store:
+        store.put(records)
+
+        def look() -> None:
+            while not is_done.is_set():
+                try:
+                    found = [None if entry is None else True for entry in store.lookup_many(hashes)]
+                    reason = read(store, records[1].info)
+                except StoreError as exc:
+                    wrong.append(exc)
+                    return
+                if found != [True] * 4 or isinstance(reason, MissReason):
+                    wrong.append((found, reason))
+                    return
+
+        threads = [threading.Thread(target=look) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for _ in range(30):
+            store.compact()
+        is_done.set()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+        assert store.put([record_of(9)]) == [PutOutcome.STORED]
+        store.check()
+
+
+def test_a_reader_waits_for_a_compaction_that_hangs_for_a_bounded_time(tmp_path: Path) -> None:
+    with store_in(tmp_path) as store:
+        store.put([record_of(1)])
+        with store._env._gate.exclusive(1.0) as is_alone:
+            assert is_alone
+            with pytest.raises(StoreBusyError):
+                in_time_or_raise(lambda: store.lookup(record_of(1).info.block_hash))
+            with store._env._gate.exclusive(WAIT_S) as is_alone_too:
+                assert not is_alone_too
+            with pytest.raises(StoreBusyError):  # who has not had its turn lets nobody in
+                in_time_or_raise(store.stats)
+        assert store.contains(record_of(1).info.block_hash)

@@ -16,15 +16,16 @@ __all__ = ["DaemonConfig"]
 class DaemonConfig:
     """What a daemon is started with.
 
-    store: None keeps nothing on disk. pin_share: of the slab, that one tenant may pin. metrics_port: of the loopback
-    interface, for Prometheus. hello_s: so long may a client take to say hello.
+    store: None keeps nothing on disk. cold_bytes, min_free_bytes: as in `CacheConfig`. pin_share: of the slab, that
+    one tenant may pin. metrics_port: of the loopback interface, for Prometheus. hello_s: so long may a client take to
+    say hello.
     """
 
     socket: Path
     store: Path | None
     warm_bytes: int
-    cold_bytes: int
-    min_free_bytes: int = 1 << 30
+    cold_bytes: int | None = None
+    min_free_bytes: int | None = None
     num_io_threads: int = field(default_factory=lambda: min(8, os.cpu_count() or 1))
     pin_share: float = 0.25
     eviction_policy: str = "hit-density"
@@ -32,7 +33,7 @@ class DaemonConfig:
     hello_s: float = 5.0
 
     def __post_init__(self) -> None:
-        if min(self.warm_bytes, self.cold_bytes, self.num_io_threads) <= 0:
+        if min(self.warm_bytes, 1 if self.cold_bytes is None else self.cold_bytes, self.num_io_threads) <= 0:
             raise ConfigError("warm_bytes, cold_bytes and num_io_threads must be positive")
         make_policy(self.eviction_policy)  # refuses a name that there is not
         if not 0 < self.pin_share <= 1:

@@ -197,7 +197,12 @@ class _Server:
             bytes_sent=self.bytes_sent,
             counters={**core.counters, "evicted_blocks": evictions},
             tenants=tenants,
-            cold={"blocks": cold.blocks, "live_bytes": cold.live_bytes, "quota_bytes": cold.quota_bytes}
+            cold={
+                "blocks": cold.blocks,
+                "live_bytes": cold.live_bytes,
+                "quota_bytes": cold.quota_bytes,
+                "evicted_blocks": cold.evicted_blocks,
+            }
             if cold
             else {},
         )

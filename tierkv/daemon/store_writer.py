@@ -92,7 +92,7 @@ class StoreWriter:
         writes = [write for write in work if write is not None]
         stored = dict.fromkeys(writes, False)
         try:
-            if store.is_due:
+            if store.is_due and not writes:  # else they do it, and would wait once more for a busy store
                 store.tend()
         except StoreError as exc:
             _log.warning("what readers have noted is not written yet: %s", exc)

@@ -253,8 +253,8 @@ def _raise_cold(measured: Measured) -> Iterator[Suggestion]:
     missing = blocks * cold.stored_bytes // cold.blocks
     yield Suggestion(
         setting="cold_bytes",
-        now=format_bytes(measured.config.cold_bytes),
-        proposed=f"at least {format_bytes(measured.config.cold_bytes + missing)}",
+        now=format_bytes(cold.capacity_bytes),
+        proposed=f"at least {format_bytes(cold.capacity_bytes + missing)}, by tierkv quota",
         effect=f"up to {tokens:,} of {measured.prompt_tokens - measured.hit_tokens:,} computed prompt tokens would "
         "have been found",
         evidence=f"{blocks:,} blocks were asked for after the store had evicted them, about {format_bytes(missing)} "
@@ -265,11 +265,12 @@ def _raise_cold(measured: Measured) -> Iterator[Suggestion]:
 def _skipped(measured: Measured) -> Iterator[Suggestion]:
     """Writes that were dropped, by what would have let them through."""
     full, size = measured.skips.get("full", (0, 0))
+    cold = measured.after.tiers.get(Tier.COLD)
     if full:
         yield Suggestion(
             setting="cold_bytes",
-            now=format_bytes(measured.config.cold_bytes),
-            proposed="more, or free disk space down to min_free_bytes",
+            now=format_bytes(cold.capacity_bytes) if cold else "no store",
+            proposed="more, by tierkv quota, or free disk space down to min_free_bytes",
             effect=f"{full:,} blocks, {format_bytes(size)} before compression, would survive a restart",
             evidence=f"{full:,} writes found no room in the store even after evicting",
         )

@@ -72,7 +72,7 @@ class Prefixes:
             for entry in entries:
                 if entry:
                     self._tiers.index.set_pinned(entry, pinned)
-        if self._tiers.cold:
+        if self._tiers.cold and not self._tiers.cold.read_only:
             self._tiers.cold.set_pinned(found.block_hashes, pinned)
         if self._daemon:
             return max(len(entries), self._daemon.set_pinned(token_bytes, pinned))

@@ -35,6 +35,7 @@ class LinkKeeper:
         self.timeout_s = timeout_s
         self.link: Link | None = None
         self.boot = 0
+        self._lying_boot: int | None = None  # of a daemon that has answered what cannot be
         self._tiers = tiers
         self._namespace = namespace
         self._is_closing = threading.Event()
@@ -93,7 +94,10 @@ class LinkKeeper:
             link.retire()
 
     def _lose(self, link: Link, why: DaemonError) -> None:
+        """Work without this link from now on; for good, until another daemon is there, if what it said was false."""
         with self._tiers.changed:
+            if link.client.has_lied:
+                self._lying_boot = link.client.boot
             if self.link is link:
                 self.link = None
                 _log.warning("working without the daemon until it is back: %s", why)
@@ -108,6 +112,8 @@ class LinkKeeper:
         )
         client = DaemonClient(self.path, hello, timeout_s=self.timeout_s)
         try:
+            if client.boot == self._lying_boot:
+                raise DaemonError(f"the daemon at {self.path} has answered what cannot be", hint="restart it")
             link = Link(client, self._tiers)
         except BaseException:
             client.close()
@@ -128,7 +134,7 @@ class LinkKeeper:
             self.settle()
             link = self.link
             if link and link.client.has_hung_up():
-                self._lose(link, DaemonGoneError(f"the daemon at {self.path} has ended"))
+                self._lose(link, DaemonGoneError(link.client.failure or f"the daemon at {self.path} has ended"))
             if self.link is not None or time.monotonic() < next_try:
                 continue
             try:

@@ -25,11 +25,13 @@ def check_seconds(name: str, value: object, *, may_be_zero: bool = True) -> floa
     return seconds
 
 
-def check_count(name: str, value: object, *, least: int = 0, hint: str | None = None) -> int:
+def check_count(name: str, value: object, *, least: int | None = 0, hint: str | None = None) -> int:
     """Return a whole number. Raises ConfigError for anything else, a bool included, and for one below `least`."""
+    if type(value) is int and (least is None or value >= least):  # what nearly all are, once a step and sequence
+        return value
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise ConfigError(f"{name} must be a whole number, got {value!r}", hint=hint)
-    if value < least:
+    if least is not None and value < least:
         rule = {0: "not be negative", 1: "be positive"}.get(least, f"be at least {least}")
         raise ConfigError(f"{name} must {rule}, got {value}")
     return int(value)

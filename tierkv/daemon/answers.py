@@ -7,6 +7,7 @@ whoever takes one needs no check of his own. What it costs to check does not gro
 
 from __future__ import annotations
 
+import itertools
 import math
 from array import array
 from collections.abc import Callable, Sequence
@@ -136,7 +137,7 @@ class AnswerCheck:
         numbers = _numbers(answer.numbers, most=len(offers))
         _require(len(numbers) == len(slots), f"{len(slots)} slots for {len(numbers)} blocks")
         _require(set(numbers) <= set(offers), "a block to write that was not offered")
-        _require(all(a < b for a, b in zip(numbers, numbers[1:], strict=False)), "blocks to write that are not in order")
+        _require(all(a < b for a, b in itertools.pairwise(numbers)), "blocks to write that are not in order")
         for count in (answer.num_there, answer.num_busy):
             _require(0 <= count <= len(offers), f"{count} of {len(offers)} offered blocks")
         _require(len(answer.refusal) <= _MOST_TEXT, "an endless refusal")

@@ -36,7 +36,7 @@ class MemoryVisualizer:
         """Write the bytes that each tier holds over time, and the blocks evicted. Return the path."""
         with self._axes(path, rows=2, heights=(3, 1)) as (memory, evictions):
             for tier in self._run.snapshots[-1].stats.tiers:
-                sizes = [each.stats.tiers[tier].stored_bytes / _MIB for each in self._run.snapshots]
+                sizes = [each.stats.of(tier).stored_bytes / _MIB for each in self._run.snapshots]
                 label = f"{tier.value}, of {self._run.measured.room_bytes(tier) / _MIB:,.0f} MiB"
                 memory.step(self._times(), sizes, where="post", color=_COLORS[tier], label=label)
             memory.set_ylabel("MiB held")
@@ -83,7 +83,7 @@ class MemoryVisualizer:
             scattered.set_ylabel("% of free blocks\noutside the longest run")
             scattered.set_ylim(0, 100)
             size = self._run.measured.block_bytes
-            hot = [each.stats.tiers[Tier.HOT] for each in self._run.snapshots]
+            hot = [each.stats.of(Tier.HOT) for each in self._run.snapshots]
             free.step(
                 self._times(), [(each.capacity_bytes - each.used_bytes) // size for each in hot],
                 where="post", color="#5f6872",

@@ -46,7 +46,7 @@ def memory_chart(run: ProfiledRun) -> tuple[str, str]:
     unit, unit_bytes = next((name, size) for name, size in _UNITS if most >= size or size == 1)
     for tier in run.snapshots[-1].stats.tiers:
         points = [
-            (each.timestamp - run.started, each.stats.tiers[tier].stored_bytes / unit_bytes) for each in run.snapshots
+            (each.timestamp - run.started, each.stats.of(tier).stored_bytes / unit_bytes) for each in run.snapshots
         ]
         series.append(Series(tier.value, tier.value, points, is_stepped=True))
         names.append((tier.value, f"{tier.value}, of {format_bytes(run.measured.room_bytes(tier))}"))

@@ -35,6 +35,7 @@ class LinkKeeper:
         self.timeout_s = timeout_s
         self.link: Link | None = None
         self.boot = 0
+        self.has_cold = False  # of the daemon that is there, or was
         self._lying_boot: int | None = None  # of a daemon that has answered what cannot be
         self._tiers = tiers
         self._namespace = namespace
@@ -123,6 +124,7 @@ class LinkKeeper:
                 for entry in self._tiers.index:
                     entry.in_cold = False
             self.boot = client.boot
+            self.has_cold = client.welcome.has_cold
             self.link = link
 
     def _keep(self) -> None:

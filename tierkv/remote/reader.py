@@ -181,7 +181,9 @@ class RemoteReader:
                 link.lend([theirs.slot])
                 link.give_back(theirs.slot)
             lent = {at: Place(Tier.WARM, slot, link) for at, slot in enumerate(slots) if slot != NO_SLOT}
-            link.lend([place.slot for place in lent.values()])  # raises where the connection was closed meanwhile: then all stays as it was found
+            link.lend(
+                [place.slot for place in lent.values()]
+            )  # raises where the connection was closed meanwhile: then all stays as it was found
             if tail is not found.tail:
                 self._tiers.unpin(pinned.values())  # of the tail that is not used
                 pinned.clear()

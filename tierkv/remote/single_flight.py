@@ -16,8 +16,7 @@ from tierkv.remote.link import Link
 __all__ = ["SingleFlight", "Ticket"]
 
 _MOST_VAIN_WAITS = 3
-"""Waits in a row that brought no block. A few are in order: several wait, the one who computes dies, another takes over.
-"""
+"""Waits in a row that bring no block. A few are in order: who computes dies, and another one takes over."""
 
 
 @dataclass(frozen=True, slots=True)

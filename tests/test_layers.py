@@ -80,8 +80,8 @@ LAYERS = (
         "facade",
         "config lookup watch tiers warm_memory remote.link remote.keeper remote.single_flight remote.reader "
         "remote.writer remote.tiers split_load block_writer demotion cold_reading promotion "
-        "ranks.group ranks.torch_ranks ranks.accord block_control sequence requests.block_users defragment requests.prefixes "
-        "requests.registration requests.running requests.tally requests.cold_plan requests.admission "
+        "ranks.group ranks.torch_ranks ranks.accord block_control sequence requests.block_users defragment "
+        "requests.prefixes requests.registration requests.running requests.tally requests.cold_plan requests.admission "
         "requests.prefetching assembly occupancy cache_state cache",
         below="values control storage kernels background client mover",
     ),

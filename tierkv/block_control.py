@@ -110,6 +110,8 @@ class BlockControl:
     @while_open
     def set_offloading(self, offloading: Offloading | None) -> None:
         """Demote a share of what nobody uses whenever the hot pool is too full, behind the request; None ends it."""
+        if offloading is not None and not isinstance(offloading, Offloading):
+            raise ConfigError(f"an Offloading is wanted, or None, got {offloading!r}")
         self._demoter.set_offloading(offloading)
 
     @while_open

@@ -46,6 +46,7 @@ from tierkv.watch import pool_regions
 __all__ = ["Match", "TierCache", "load_cache_state", "save_cache_state"]
 
 _POLICY_METHODS = ("score_block", "update_on_access", "select_victims")
+_OBSERVER_METHODS = ("on_memory", "on_block", "on_request", "on_use", "on_span")
 _CALLS_WAIT_S = 10.0  # at the end, for calls that wait for the write thread
 
 
@@ -396,6 +397,7 @@ class TierCache:
     @while_open
     def add_observer(self, observer: CacheObserver) -> None:
         """Tell an observer what happens from now on, and first of the memory and the blocks that are there."""
+        _require_methods("an observer", observer, _OBSERVER_METHODS)
         tiers = self._tiers
         with tiers.changed:
             staging = tiers.compression.staging if tiers.compression else None
@@ -472,9 +474,14 @@ def _policy_of(policy: str | EvictionPolicy) -> EvictionPolicy:
     """Return a policy: an object that is one, or that of a name. Raises ConfigError."""
     if isinstance(policy, str):
         return make_policy(policy)
-    if not all(callable(getattr(policy, name, None)) for name in _POLICY_METHODS):
-        raise ConfigError(f"an eviction policy has {', '.join(_POLICY_METHODS)}; {policy!r} has not")
+    _require_methods("an eviction policy", policy, _POLICY_METHODS)
     return policy
+
+
+def _require_methods(what: str, given: object, names: tuple[str, ...]) -> None:
+    missing = [name for name in names if not callable(getattr(given, name, None))]
+    if missing or isinstance(given, type):
+        raise ConfigError(f"{what} has the methods {', '.join(names)}; {given!r} lacks {', '.join(missing) or 'self'}")
 
 
 def save_cache_state(cache: TierCache, path: str | Path) -> SavedState:

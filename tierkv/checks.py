@@ -9,6 +9,7 @@ from tierkv.errors import ConfigError
 
 __all__ = ["check_count", "check_flag", "check_seconds", "check_share"]
 
+_MOST_NUMBER = 1 << 62
 _MOST_SECONDS = 1e9
 """30 years: more than anybody waits, and less than the system's calls can take."""
 
@@ -26,11 +27,16 @@ def check_seconds(name: str, value: object, *, may_be_zero: bool = True) -> floa
 
 
 def check_count(name: str, value: object, *, least: int | None = 0, hint: str | None = None) -> int:
-    """Return a whole number. Raises ConfigError for anything else, a bool included, and for one below `least`."""
-    if type(value) is int and (least is None or value >= least):  # what nearly all are, once a step and sequence
-        return value
+    """Return a whole number. Raises ConfigError for anything else, a bool included, and for one out of bounds.
+
+    least: None lets the caller say what is too little. No number may have more than 62 bits.
+    """
+    if type(value) is int and -_MOST_NUMBER < value < _MOST_NUMBER and (least is None or value >= least):
+        return value  # what nearly all are, once a step and sequence
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise ConfigError(f"{name} must be a whole number, got {value!r}", hint=hint)
+    if abs(value) >= _MOST_NUMBER:
+        raise ConfigError(f"{name} is too large: {value}")
     if least is not None and value < least:
         rule = {0: "not be negative", 1: "be positive"}.get(least, f"be at least {least}")
         raise ConfigError(f"{name} must {rule}, got {value}")

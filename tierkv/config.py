@@ -102,5 +102,5 @@ def _expanded(name: str, value: object) -> Path:
         raise ConfigError(f"{name} must be a path, got {value!r}")
     try:
         return check_path(value).expanduser()
-    except RuntimeError as exc:
-        raise ConfigError(f"{name}: {value} cannot be expanded: {exc}") from exc
+    except (ConfigError, RuntimeError) as exc:
+        raise ConfigError(f"{name} must be a path, got {value!a}: {exc}") from exc

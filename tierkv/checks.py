@@ -35,12 +35,13 @@ def check_count(name: str, value: object, *, least: int | None = 0, hint: str | 
         return value  # what nearly all are, once a step and sequence
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise ConfigError(f"{name} must be a whole number, got {value!r}", hint=hint)
-    if abs(value) >= _MOST_NUMBER:
-        raise ConfigError(f"{name} is too large: {value}")
-    if least is not None and value < least:
+    number = int(value)
+    if abs(number) >= _MOST_NUMBER:
+        raise ConfigError(f"{name} is too large: {number}")
+    if least is not None and number < least:
         rule = {0: "not be negative", 1: "be positive"}.get(least, f"be at least {least}")
-        raise ConfigError(f"{name} must {rule}, got {value}")
-    return int(value)
+        raise ConfigError(f"{name} must {rule}, got {number}")
+    return number
 
 
 def check_share(name: str, value: object, *, may_be_one: bool = True) -> float:

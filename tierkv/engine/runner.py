@@ -173,6 +173,7 @@ class Runner:
         try:
             self._batches.append(running)
             while waiting or running:
+                self.cache.calls.require_own_process()
                 with self._stepping, torch.inference_mode(), use_tierkv_attention(self.loaded.model):
                     self._admit(waiting, running, options)
                     if not is_checked:

@@ -125,7 +125,8 @@ class MemoryProfiler:
         self.iterations.append(self._recorder.iteration)
         self._recorder.iteration = None
         if self._cache and self._clock() - self.snapshots[-1].timestamp >= self._snapshot_every_s:
-            self.take_snapshot()
+            with suppress(ClosedError):  # the pass has ended, although the cache has too
+                self.take_snapshot()
 
     @contextmanager
     def iteration(self, label: str = "") -> Iterator[None]:

@@ -268,9 +268,13 @@ class TierCache:
 
     @while_open
     def _release(self, sequence: Sequence) -> None:
-        if not getattr(sequence, "is_released", False):
+        try:
             self._running.require(sequence)
-            self._running.release(sequence)
+        except ConfigError:
+            if getattr(sequence, "is_released", False):  # by now: another thread may have been faster
+                return
+            raise
+        self._running.release(sequence)
 
     @while_open
     def pin(self, token_ids: TokenIds) -> int:

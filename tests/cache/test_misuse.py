@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -139,10 +140,27 @@ def test_a_sequence_that_closing_released_is_refused(tmp_path: Path, name: str) 
         OF_A_SEQUENCE[name](other, sequence)
 
 
+class SlowSequence(Sequence):
+    """Lets another thread in between the question whether it is released and what is done about it."""
+
+    __slots__ = ()
+
+    @property
+    def is_released(self) -> bool:  # type: ignore[override]
+        value: bool = Sequence.is_released.__get__(self)  # type: ignore[attr-defined]
+        time.sleep(0.005)
+        return value
+
+    @is_released.setter
+    def is_released(self, value: bool) -> None:
+        Sequence.is_released.__set__(self, value)  # type: ignore[attr-defined]
+
+
 def test_two_threads_that_release_one_sequence_release_it_once(cache: TierCache) -> None:
     kept, sequence = cache.acquire(PROMPT), cache.acquire(OTHER)
+    sequence.__class__ = SlowSequence
     with ThreadPoolExecutor(4) as threads:
-        list(threads.map(cache.release, [sequence] * 32))
+        list(threads.map(cache.release, [sequence] * 8))
     cache.check()
     cache.release(kept)
     cache.check()

@@ -23,6 +23,7 @@ __all__ = ["Slab", "WarmPool", "slot_stride"]
 
 _PAGE_BYTES = 4096
 _TOUCH_BYTES = 64 << 20
+_SEALS = 0x0007  # Linux's F_SEAL_SEAL, F_SEAL_SHRINK and F_SEAL_GROW
 
 
 def slot_stride(block_bytes: int) -> int:
@@ -47,14 +48,19 @@ class Slab:
 
     @classmethod
     def attach(cls, fd: int, size_bytes: int) -> Slab:
-        """Map another process's slab; the descriptor is this object's from now on. Raises StoreError."""
+        """Map another process's slab; the descriptor is this object's from now on.
+
+        Raises StoreError for memory of another size, and for memory whose size is not sealed.
+        """
         slab = cls.__new__(cls)
         slab.size_bytes, slab.fd = size_bytes, fd
         try:
-            if os.fstat(fd).st_size < size_bytes:
-                raise OSError(f"it has fewer than {size_bytes} bytes")
+            if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
+                raise OSError("its size is not sealed")
+            if os.fstat(fd).st_size != size_bytes:  # after the seals: it stays what it is
+                raise OSError(f"it has {os.fstat(fd).st_size} bytes, not {size_bytes}")
             slab._map = mmap.mmap(fd, size_bytes)
-        except (OSError, ValueError) as exc:
+        except (OSError, ValueError, OverflowError) as exc:
             os.close(fd)
             raise StoreError(f"the shared slab cannot be mapped: {exc}") from exc
         _ask_for_huge_pages(slab._map)
@@ -119,7 +125,7 @@ def _open_memory(size_bytes: int) -> int | None:
         return None
     fd = os.memfd_create("tierkv-warm", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, size_bytes)
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
     return fd
 
 

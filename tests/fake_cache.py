@@ -6,6 +6,7 @@ from typing import Any
 
 from tierkv.block import Tier
 from tierkv.config import CacheConfig
+from tierkv.errors import ClosedError
 from tierkv.events import BlockEvent, CacheObserver, EventKind, RequestEvent
 from tierkv.layout import BlockLayout
 from tierkv.namespace import Namespace
@@ -28,8 +29,10 @@ class FakeCache:
         self.hot, self.warm = hot, warm
         self.counters: dict[str, Any] = {}
         self.hits = dict.fromkeys(Tier, 0)
+        self.is_closed = False
 
     def stats(self) -> CacheStats:
+        self._require_open()
         sizes = {Tier.HOT: self.hot, Tier.WARM: self.warm, Tier.COLD: 100}
         tiers = {
             tier: TierStats(hits=self.hits[tier], capacity_bytes=blocks * BLOCK_BYTES) for tier, blocks in sizes.items()
@@ -40,7 +43,12 @@ class FakeCache:
         self.observers.append(observer)
 
     def remove_observer(self, observer: CacheObserver) -> None:
+        self._require_open()
         self.observers.remove(observer)
+
+    def _require_open(self) -> None:
+        if self.is_closed:
+            raise ClosedError("the cache is closed")
 
     def tell(self, kind: EventKind, tier: Tier, number: int, slot: int = 0) -> None:
         for observer in self.observers:

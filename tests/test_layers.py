@@ -36,7 +36,7 @@ class Layer:
 # Bottom to top. A new module gets its place here, in the lowest layer that lets it import what it needs.
 LAYERS = (
     Layer("rooms", "daemon remote ranks requests movers engine profiling"),  # the packages' own files: a docstring each
-    Layer("values", "errors files block layout namespace config stats events units prefill open_calls call_thread"),
+    Layer("values", "errors checks files block layout namespace stats events units prefill open_calls call_thread"),
     # Siblings: they know the values and not each other; only the mover also knows the memory that it moves.
     Layer(
         "control",
@@ -61,7 +61,7 @@ LAYERS = (
     ),
     Layer("kernels", "kernels.*", below="values storage"),
     Layer("background", "write_behind work_queue handle", below="values"),
-    Layer("client", "daemon.messages daemon.protocol daemon.client", below="values"),
+    Layer("client", "daemon.messages daemon.protocol daemon.answers daemon.client", below="values"),
     Layer(
         "daemon",
         "daemon.config daemon.slab daemon.values daemon.state daemon.matching daemon.fetching daemon.writing "
@@ -78,10 +78,10 @@ LAYERS = (
     # The facade joins the siblings.
     Layer(
         "facade",
-        "lookup watch tiers warm_memory remote.link remote.keeper remote.single_flight remote.reader "
+        "config lookup watch tiers warm_memory remote.link remote.keeper remote.single_flight remote.reader "
         "remote.writer remote.tiers split_load block_writer demotion cold_reading promotion "
-        "ranks.group ranks.torch_ranks ranks.accord block_control sequence defragment requests.prefixes "
-        "requests.registration requests.running requests.tally requests.cold_plan requests.admission "
+        "ranks.group ranks.torch_ranks ranks.accord block_control sequence requests.block_users defragment "
+        "requests.prefixes requests.registration requests.running requests.tally requests.cold_plan requests.admission "
         "requests.prefetching assembly occupancy cache_state cache",
         below="values control storage kernels background client mover",
     ),
@@ -110,7 +110,7 @@ LAYERS = (
 TORCH_LAYERS = {"kernels", "mover", "facade", "engine", "package", "tools"}
 TORCH_MODULES = {"storage.hot"}
 TORCH_FREE_MODULES = {
-    *("lookup", "engine.prompts", "ranks.group"),
+    *("config", "lookup", "engine.prompts", "ranks.group"),
     *("profiling.ledger", "profiling.step_sampler"),
     *("profiling.tracker", "profiling.prefixes", "profiling.reuse", "profiling.profile", "profiling.advice"),
     *("profiling.profiled_run", "profiling.profiler", "profiling.charts", "profiling.drawing"),

@@ -99,6 +99,21 @@ def test_a_closed_profiler_is_told_nothing_and_still_reports() -> None:
     assert profiler.generate_report().memory_heatmap
 
 
+@pytest.mark.parametrize("ended_first", ["the cache", "the profiler"])
+def test_a_run_is_reported_although_its_cache_is_closed(ended_first: str) -> None:
+    cache = FakeCache()
+    profiler = profiled(cache)
+    with profiler.iteration("one"):
+        cache.request((Tier.HOT, 1))
+        if ended_first == "the cache":
+            cache.is_closed = True
+    profiler.generate_report()
+    cache.is_closed = True
+    profiler.close()
+    profiler.close()
+    assert [each.label for each in profiler.generate_report().run.iterations] == ["one"]
+
+
 def test_snapshots_of_a_long_run_thin_out_and_keep_both_ends() -> None:
     profiler = profiled(FakeCache())
     for _ in range(3000):

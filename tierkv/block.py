@@ -92,7 +92,7 @@ def as_token_array(token_ids: TokenIds) -> npt.NDArray[np.uint32]:
             return np.frombuffer(array("I", token_ids), dtype=np.uint32).astype("<u4", copy=False)
     try:
         ids = np.asarray(token_ids)
-    except ValueError as exc:
+    except (ValueError, TypeError, OverflowError, RuntimeError) as exc:  # a tensor of a GPU is a TypeError
         raise ConfigError(f"token ids must be a flat sequence of integers: {exc}") from exc
     if ids.size == 0:
         return np.empty(0, dtype="<u4")

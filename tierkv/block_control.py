@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from tierkv.block import BlockHash, Tier
+from tierkv.checks import check_count
 from tierkv.demotion import Demoter, Offloading
 from tierkv.errors import ConfigError
 from tierkv.index import Entry
@@ -72,11 +73,7 @@ class BlockControl:
         block before the hot one forgets it. Waits for the writes that these need. What cannot be done is reported,
         not raised; ids that no block can have raise ConfigError, and nothing is done.
         """
-        asked = {name: list(dict.fromkeys(ids)) for name, ids in (("pin", pin), ("offload", offload), ("evict", evict))}
-        capacity = self._tiers.index.hot.capacity
-        for block_id in (block_id for ids in asked.values() for block_id in ids):
-            if not 0 <= block_id < capacity:
-                raise ConfigError(f"there is no block {block_id}: the hot pool has {capacity}")
+        asked = {name: self._checked(ids) for name, ids in (("pin", pin), ("offload", offload), ("evict", evict))}
         refused: dict[int, str] = {}
         pinned = self._pin(asked["pin"], refused)
         offloaded = self._offload(asked["offload"], refused) if asked["offload"] else []
@@ -102,6 +99,7 @@ class BlockControl:
         Raises ConfigError for less than one block. The pool keeps its memory: what it does not use is not given back.
         """
         pool = self._tiers.index.hot
+        num_blocks = check_count("num_blocks", num_blocks, least=None)
         if num_blocks < 1:
             raise ConfigError(f"the hot pool needs at least one block, not {num_blocks}")
         with self._tiers.changed:
@@ -112,12 +110,29 @@ class BlockControl:
     @while_open
     def set_offloading(self, offloading: Offloading | None) -> None:
         """Demote a share of what nobody uses whenever the hot pool is too full, behind the request; None ends it."""
+        if offloading is not None and not isinstance(offloading, Offloading):
+            raise ConfigError(f"an Offloading is wanted, or None, got {offloading!r}")
         self._demoter.set_offloading(offloading)
 
     @while_open
     def unpin(self, block_ids: Iterable[int]) -> None:
-        """Let pinned blocks be evicted again; ids of blocks that are not pinned change nothing."""
-        self._set_pinned([entry for block_id in block_ids if (entry := self._owner(block_id))], False)
+        """Let pinned blocks be evicted again; ids of blocks that are not pinned change nothing.
+
+        Raises ConfigError, nothing changed, for ids that no block can have.
+        """
+        self._set_pinned([entry for block_id in self._checked(block_ids) if (entry := self._owner(block_id))], False)
+
+    def _checked(self, block_ids: Iterable[int]) -> list[int]:
+        """Return ids, each once. Raises ConfigError for what no block of the pool can have for an id."""
+        try:
+            asked = list(dict.fromkeys(block_ids))
+        except TypeError as exc:
+            raise ConfigError(f"block ids must be whole numbers: {exc}") from exc
+        capacity = self._tiers.index.hot.capacity
+        for block_id in asked:
+            if not 0 <= check_count("a block id", block_id, least=None) < capacity:
+                raise ConfigError(f"there is no block {block_id}: the hot pool has {capacity}")
+        return [int(block_id) for block_id in asked]
 
     def _pin(self, block_ids: list[int], refused: dict[int, str]) -> list[int]:
         found = {block_id: self._owner(block_id) for block_id in block_ids}

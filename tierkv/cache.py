@@ -14,6 +14,7 @@ from tierkv.assembly import choose_codec, join_daemon, open_store, open_tiers
 from tierkv.block import TOKEN_BYTES, HashFunction, Tier, TokenIds, as_token_array, hash_block
 from tierkv.block_control import BlockControl
 from tierkv.cache_state import load_state, open_state, save_state
+from tierkv.checks import check_count, check_seconds
 from tierkv.cold_reading import ColdReading
 from tierkv.config import CacheConfig
 from tierkv.defragment import Defragmenter, LayoutReport
@@ -29,6 +30,7 @@ from tierkv.promotion import Promoter
 from tierkv.ranks.accord import Accord
 from tierkv.ranks.group import OneRank, RankGroup
 from tierkv.requests.admission import Admission
+from tierkv.requests.block_users import BlockUsers
 from tierkv.requests.cold_plan import ColdPlanner
 from tierkv.requests.prefetching import Prefetcher, PrefetchHandle
 from tierkv.requests.prefixes import Match, Prefixes
@@ -44,6 +46,8 @@ from tierkv.watch import pool_regions
 
 __all__ = ["Match", "TierCache", "load_cache_state", "save_cache_state"]
 
+_POLICY_METHODS = ("score_block", "update_on_access", "select_victims")
+_OBSERVER_METHODS = ("on_memory", "on_block", "on_request", "on_use", "on_span")
 _CALLS_WAIT_S = 10.0  # at the end, for calls that wait for the write thread
 
 
@@ -60,7 +64,8 @@ class TierCache:
     Life of a request: `acquire` (or `match` to look first), compute the tokens that were not cached, `commit`
     them, `append` and `commit` while decoding, `release`. Calls are thread-safe; a sequence belongs to one
     thread. Damage, full disks and failed copies are misses that `stats` counts, never exceptions.
-    `blocks` acts on blocks of the hot pool by their ids. Once closed, or being closed, every method raises ClosedError.
+    `blocks` acts on blocks of the hot pool by their ids. Once closed, or being closed, every method raises ClosedError;
+    so it does in a process that was forked from this one, where `release` and `close` do nothing.
     """
 
     def __init__(
@@ -79,7 +84,7 @@ class TierCache:
         self.config = config
         codec, self.namespace = choose_codec(config, namespace, self.ranks)
         self.layout = self.namespace.layout
-        self.device = torch.device(device)
+        self.device = _device_of(device)
         self._owns_cold = cold is None
         self.calls = OpenCalls("the cache")
         self._must_end = threading.Event()
@@ -89,7 +94,7 @@ class TierCache:
                 if self._owns_cold:
                     undo.callback(cold.close)
                 cold.open_namespace(self.namespace)
-            policy = policy or make_policy(config.eviction_policy)
+            policy = _policy_of(config.eviction_policy if policy is None else policy)
             self._tiers = open_tiers(
                 config,
                 namespace=self.namespace,
@@ -116,8 +121,15 @@ class TierCache:
         self._prefixes = Prefixes(
             tiers, daemon, min_partial_tokens=config.min_partial_tokens, hash_function=hash_function
         )
-        self._registrar = Registrar(tiers, demoter, write_through=config.write_through, hash_function=hash_function)
-        self._running = RunningSequences(tiers, demoter, accord, daemon)
+        self._users = BlockUsers()
+        self._registrar = Registrar(
+            tiers,
+            demoter,
+            users=self._users,
+            write_through=config.write_through,
+            hash_function=hash_function,
+        )
+        self._running = RunningSequences(tiers, demoter, accord, daemon, self._users)
         reading = ColdReading(tiers)
         promoter = Promoter(tiers, demoter, reading)
         self._prefetcher = Prefetcher(tiers, self._prefixes, reading, daemon)
@@ -189,7 +201,7 @@ class TierCache:
         Call it once `split.next_piece` has returned 0, with everything it had asked for committed. Return how many
         leading tokens have K and V now, loaded on the way or computed; the engine goes on from there.
         """
-        _require_running(sequence)
+        self._running.require(sequence)
         return self._admission.join(sequence)
 
     @while_open
@@ -198,6 +210,7 @@ class TierCache:
 
         What `acquire(may_split=True)` decides by whether to load cold blocks, to compute them, or both.
         """
+        num_tokens, seconds = check_count("num_tokens", num_tokens), check_seconds("seconds", seconds)
         with self._tiers.changed:
             self._tiers.step_costs.add(num_tokens, seconds)
 
@@ -207,7 +220,8 @@ class TierCache:
 
         Only of a sequence that nothing else was computed beside. Needed as `note_computed` is.
         """
-        _require_running(sequence)
+        self._running.require(sequence)
+        seconds = check_seconds("seconds", seconds)
         load, sequence.cold_load = sequence.cold_load, None
         if load:
             with self._tiers.changed:
@@ -217,7 +231,7 @@ class TierCache:
     @while_open
     def append(self, sequence: Sequence, token_ids: TokenIds) -> None:
         """Add tokens to a sequence and take the blocks that they need. Raises CapacityError, nothing added."""
-        _require_running(sequence)
+        self._running.require(sequence)
         self._running.append(sequence, as_token_array(token_ids).tobytes())
 
     @while_open
@@ -228,7 +242,8 @@ class TierCache:
         written (or queued to be, on the current stream). tail: also store the partly filled block at the end.
         A block whose hash another one has taken stays private, and so does what follows it.
         """
-        _require_running(sequence)
+        self._running.require(sequence)
+        num_computed_tokens = check_count("num_computed_tokens", num_computed_tokens, least=None)
         if not 0 <= num_computed_tokens <= sequence.num_tokens:
             raise ConfigError(f"{num_computed_tokens} tokens computed of a sequence of {sequence.num_tokens}")
         return self._registrar.commit(sequence, num_computed_tokens, tail=tail)
@@ -240,26 +255,36 @@ class TierCache:
         Whole blocks are shared; the partly filled last block is copied, so that the two may part ways.
         Raises CapacityError where there is no room for that copy, StoreError where it fails.
         """
-        _require_running(sequence)
+        self._running.require(sequence)
         if sequence.split:
             raise ConfigError("the sequence's cold blocks are still coming: join them before it is forked")
         return self._running.fork(sequence)
 
     def release(self, sequence: Sequence) -> None:
-        """End a sequence: registered blocks stay cached, others are free. May be called twice, and after `close`."""
+        """End a sequence: registered blocks stay cached, others are free. May be called twice, and after `close`.
+
+        Raises ConfigError for a sequence of another cache.
+        """
         with suppress(ClosedError):  # closing releases all
             self._release(sequence)
 
     @while_open
     def _release(self, sequence: Sequence) -> None:
+        try:
+            self._running.require(sequence)
+        except ConfigError:
+            if getattr(sequence, "is_released", False):  # by now: another thread may have been faster
+                return
+            raise
         self._running.release(sequence)
 
     @while_open
     def pin(self, token_ids: TokenIds) -> int:
         """Keep a cached prompt's blocks in every tier that has them, on disk also after a restart.
 
-        Return how many blocks that are; `unpin` takes it back. Raises DaemonError where a daemon has the lower
-        tiers and this tenant's share of them is used up, StoreBusyError where others write to the store for too long.
+        Return how many blocks that are; `unpin` takes it back. A block that only a state file has is in no tier, and
+        not among them. Raises DaemonError where a daemon has the lower tiers and this tenant's share of them is used
+        up, StoreBusyError where others write to the store for too long.
         """
         return self._prefixes.set_pinned(as_token_array(token_ids).tobytes(), True)
 
@@ -281,22 +306,23 @@ class TierCache:
     def evict(self, tier: Tier, count: int | None = None) -> int:
         """Evict up to `count` blocks (all that may go, if None) from the hot or the warm tier.
 
-        Children go before parents; what nobody has written down yet is written first. Return how many went.
+        Children go before parents; what nobody has written down yet is written first, which this waits for. Return how
+        many went.
         """
+        if not isinstance(tier, Tier):
+            raise ConfigError(f"tier must be Tier.HOT or Tier.WARM, got {tier!r}")
         if tier is Tier.COLD:
             raise ConfigError("the cold tier is evicted through its store: cache.cold.evict(...)")
+        if count is not None:
+            count = check_count("count", count)
         if tier is Tier.WARM and self._daemon:
             return self._daemon.evict(count)
+        wanted = self._tiers.index.pool(tier).capacity if count is None else count
+        if tier is Tier.HOT:
+            return self._demoter.evict_written(wanted)
         with self._tiers.changed:
             self._tiers.reap()
-            pool = self._tiers.index.pool(tier)
-            wanted = pool.capacity if count is None else count
-            before = pool.used_count
-            if tier is Tier.WARM:
-                self._tiers.evict_warm(wanted)
-            else:
-                self._demoter.evict_hot(wanted)
-            return before - pool.used_count
+            return len(self._tiers.evict_warm(wanted))
 
     @while_open
     def defragment(self, running: Collection[Sequence] = ()) -> LayoutReport:
@@ -305,9 +331,13 @@ class TierCache:
         running: sequences whose block tables may be rewritten, because nothing is computed with them until this
         returns; blocks of all other running sequences stay where they are. Raises StoreError if a copy fails.
         """
-        for sequence in running:
-            _require_running(sequence)
-        return Defragmenter(self._tiers, self._demoter).run(running)
+        try:
+            sequences = list(dict.fromkeys(running))
+        except TypeError as exc:
+            raise ConfigError(f"running must be sequences: {exc}") from exc
+        for sequence in sequences:
+            self._running.require(sequence)
+        return Defragmenter(self._tiers, self._demoter, self._users).run(sequences)
 
     @while_open
     def flush(self) -> None:
@@ -365,12 +395,14 @@ class TierCache:
     @while_open
     def set_eviction_policy(self, policy: str | EvictionPolicy) -> None:
         """Choose victims by another policy from now on: a name, or any object that satisfies the Protocol."""
+        chosen = _policy_of(policy)
         with self._tiers.changed:
-            self._tiers.index.set_policy(make_policy(policy) if isinstance(policy, str) else policy)
+            self._tiers.index.set_policy(chosen)
 
     @while_open
     def add_observer(self, observer: CacheObserver) -> None:
         """Tell an observer what happens from now on, and first of the memory and the blocks that are there."""
+        _require_methods("an observer", observer, _OBSERVER_METHODS)
         tiers = self._tiers
         with tiers.changed:
             staging = tiers.compression.staging if tiers.compression else None
@@ -437,10 +469,25 @@ class TierCache:
             self.cold.close()
 
 
-def _require_running(sequence: Sequence) -> None:
-    """Raise ConfigError for a released sequence: its blocks may hold another one's K and V by now."""
-    if sequence.is_released:
-        raise ConfigError("the sequence has been released")
+def _device_of(device: torch.device | str) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as exc:
+        raise ConfigError(f"there is no device {device!r}: {str(exc).splitlines()[0]}") from exc
+
+
+def _policy_of(policy: str | EvictionPolicy) -> EvictionPolicy:
+    """Return a policy: an object that is one, or that of a name. Raises ConfigError."""
+    if isinstance(policy, str):
+        return make_policy(policy)
+    _require_methods("an eviction policy", policy, _POLICY_METHODS)
+    return policy
+
+
+def _require_methods(what: str, given: object, names: tuple[str, ...]) -> None:
+    missing = [name for name in names if not callable(getattr(given, name, None))]
+    if missing or isinstance(given, type):
+        raise ConfigError(f"{what} has the methods {', '.join(names)}; {given!r} lacks {', '.join(missing) or 'self'}")
 
 
 def save_cache_state(cache: TierCache, path: str | Path) -> SavedState:

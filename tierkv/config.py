@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
-from numbers import Integral
 from pathlib import Path
 
+from tierkv.checks import check_count, check_flag, check_seconds, check_share
 from tierkv.errors import ConfigError
+from tierkv.files import check_path
+from tierkv.policies import make_policy
+from tierkv.storage.codecs import CODECS
 
 __all__ = ["CacheConfig"]
 
 GIB = 1 << 30
-_WHOLE_NUMBERS = (
-    *("block_size", "hot_bytes", "warm_bytes", "cold_bytes", "min_free_bytes"),
-    *("num_io_threads", "min_partial_tokens", "piece_tokens"),
-)
+_WHOLE_NUMBERS = {  # and how large each must be
+    **dict.fromkeys(("block_size", "hot_bytes", "warm_bytes", "cold_bytes", "num_io_threads"), 1),
+    **dict.fromkeys(("min_partial_tokens", "piece_tokens"), 1),
+    "min_free_bytes": 0,
+}
+CODEC_NAMES = ("auto", *(codec.name for codec in CODECS))
 WARM_CODECS = ("raw", "windows", "auto")
 
 
@@ -76,26 +81,34 @@ class CacheConfig:
     daemon_timeout_s: float = 2.0
 
     def __post_init__(self) -> None:
-        if self.cold_path is not None:
-            object.__setattr__(self, "cold_path", Path(self.cold_path).expanduser())
-        if self.socket is not None:
-            object.__setattr__(self, "socket", Path(self.socket).expanduser())
-        for name in _WHOLE_NUMBERS:
+        for name in ("cold_path", "socket"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
+            if value is not None:
+                object.__setattr__(self, name, _expanded(name, value))
+        for name, least in _WHOLE_NUMBERS.items():
+            value = getattr(self, name)
+            if value is not None or name not in ("hot_bytes", "cold_bytes", "min_free_bytes"):
                 hint = "in bytes, as 8 << 30" if name.endswith("_bytes") else None
-                raise ConfigError(f"{name} must be a whole number, got {value!r}", hint=hint)
-        for name in _WHOLE_NUMBERS:
-            value = getattr(self, name)
-            if name != "min_free_bytes" and value is not None and value <= 0:
-                raise ConfigError(f"{name} must be positive, got {value}")
-        if not 0 < self.hot_fraction < 1:
-            raise ConfigError(f"hot_fraction must lie between 0 and 1, got {self.hot_fraction}")
-        if self.warm_codec not in WARM_CODECS:
-            raise ConfigError(f"warm_codec must be one of {', '.join(WARM_CODECS)}, got {self.warm_codec!r}")
-        if min(self.compute_wait_s, self.write_wait_s) < 0 or self.daemon_timeout_s <= 0:
-            raise ConfigError("compute_wait_s and write_wait_s must not be negative, daemon_timeout_s must be positive")
-        if self.min_free_bytes is not None and self.min_free_bytes < 0:
-            raise ConfigError(f"min_free_bytes must not be negative, got {self.min_free_bytes}")
+                object.__setattr__(self, name, check_count(name, value, least=least, hint=hint))
+        check_share("hot_fraction", self.hot_fraction, may_be_one=False)
+        for name in ("gpu_decode", "write_through", "compute_or_load", "read_only"):
+            check_flag(name, getattr(self, name))
+        for name in ("write_wait_s", "compute_wait_s"):
+            check_seconds(name, getattr(self, name))
+        check_seconds("daemon_timeout_s", self.daemon_timeout_s, may_be_zero=False)
+        for name, names in (("codec", CODEC_NAMES), ("warm_codec", WARM_CODECS)):
+            if getattr(self, name) not in names:
+                raise ConfigError(f"{name} must be one of {', '.join(names)}, got {getattr(self, name)!r}")
+        make_policy(self.eviction_policy)  # refuses a name that there is not, and a file that is no trained policy
         if self.read_only and self.socket is not None:
             raise ConfigError("read_only is for a store of this process's own, and socket names a daemon, which writes")
+
+
+def _expanded(name: str, value: object) -> Path:
+    """Return a path with ~ expanded. Raises ConfigError for what is no path, and where there is no home."""
+    if not isinstance(value, str | os.PathLike):
+        raise ConfigError(f"{name} must be a path, got {value!r}")
+    try:
+        return check_path(value).expanduser()
+    except (ConfigError, RuntimeError) as exc:
+        raise ConfigError(f"{name} must be a path, got {value!a}: {exc}") from exc

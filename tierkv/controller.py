@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from tierkv.block import Tier
 from tierkv.block_control import BlockReport
 from tierkv.cache import TierCache
+from tierkv.checks import check_count
 from tierkv.defragment import LayoutReport
 from tierkv.demotion import Offloading
 from tierkv.errors import ConfigError
@@ -71,8 +72,7 @@ class MemoryController:
         running sequences use them or they are pinned, and they go as soon as they may. The pool's memory stays the
         pool's. Raises ConfigError for less than one block, where the cache is known, or none.
         """
-        if num_bytes < 1:
-            raise ConfigError(f"a memory budget must be positive, got {num_bytes}")
+        num_bytes = check_count("a memory budget", num_bytes, least=1, hint="in bytes, as 8 << 30")
         excess = self._apply_budget(self._cache, num_bytes) if self._cache else 0
         self._budget_bytes = num_bytes
         return excess

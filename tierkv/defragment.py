@@ -12,6 +12,7 @@ from tierkv.errors import CapacityError, StoreError
 from tierkv.events import EventKind
 from tierkv.movers.mover import Move
 from tierkv.rearrangement import Shift, count_breaks, plan_places, plan_shifts
+from tierkv.requests.block_users import BlockUsers
 from tierkv.sequence import Sequence
 from tierkv.tiers import Tiers
 
@@ -38,9 +39,10 @@ class LayoutReport:
 class Defragmenter:
     """Moves blocks inside the hot pool while nobody looks; each copy is compared with its source before that goes."""
 
-    def __init__(self, tiers: Tiers, demoter: Demoter) -> None:
+    def __init__(self, tiers: Tiers, demoter: Demoter, users: BlockUsers) -> None:
         self._tiers = tiers
         self._demoter = demoter
+        self._users = users
 
     def run(self, sequences: Collection[Sequence]) -> LayoutReport:
         """Lay chains of the index in contiguous runs from block 0 on and rewrite what names a block by its id.
@@ -70,6 +72,7 @@ class Defragmenter:
                 tiers.index.rearrange_hot(moved)
                 for sequence in sequences:
                     sequence.block_table[:] = [moved.get(block_id, block_id) for block_id in sequence.block_table]
+                self._users.rename(moved)
                 tiers.mover.drain()
                 tiers.changed.notify_all()
             return LayoutReport(

@@ -14,7 +14,8 @@ from typing import TypeAlias
 
 from tierkv.block import BlockHash, Tier
 from tierkv.block_writer import BlockWriter
-from tierkv.errors import CapacityError, ConfigError, StoreError
+from tierkv.checks import check_share
+from tierkv.errors import CapacityError, StoreError
 from tierkv.index import Entry
 from tierkv.movers.mover import Ready
 from tierkv.tiers import Job, Tiers
@@ -46,8 +47,7 @@ class Offloading:
 
     def __post_init__(self) -> None:
         for name in ("threshold", "ratio"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ConfigError(f"offload_{name} must lie above 0 and be at most 1, got {getattr(self, name)}")
+            check_share(f"offload_{name}", getattr(self, name))
 
 
 class Demoter:
@@ -168,6 +168,27 @@ class Demoter:
                 tiers.skip(Job.of(victim, tiers.index.seal_of(victim), tiers.mover.mark()), _STALLED)
                 ready.append(victim)
         return self.evict(ready)  # not one whose child is still to be written
+
+    def evict_written(self, count: int) -> int:
+        """Evict up to `count` blocks, waiting for those to be written that no lower tier has yet. Return how many went.
+
+        The caller does not hold the lock.
+        """
+        num_gone = self._evict_reaped(count)
+        while num_gone < count:
+            self._queue.flush()
+            num_more = self._evict_reaped(count - num_gone)
+            if not num_more:
+                break
+            num_gone += num_more
+        return num_gone
+
+    def _evict_reaped(self, count: int) -> int:
+        with self._tiers.changed:
+            self._tiers.reap()
+            evicted = self.evict_hot(count)
+            self._tiers.changed.notify_all()
+            return len(evicted)
 
     def evict(self, victims: Sequence[Entry]) -> list[Entry]:
         """Evict just these blocks, children before parents, and return them; one with hot children stays.

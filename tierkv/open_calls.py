@@ -1,7 +1,12 @@
-"""Who is inside an object's methods, so that closing it can let everybody out first, and nobody in."""
+"""Who is inside an object's methods, so that closing it can let everybody out first, and nobody in.
+
+The one door that every call passes: it also turns away a process that was forked from the one that made the object,
+because the threads, the connections and the locks that a call may need are the parent's.
+"""
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from functools import wraps
@@ -20,6 +25,7 @@ class OpenCalls:
 
     def __init__(self, what: str) -> None:
         self._what = what
+        self._pid = os.getpid()
         self._changed = threading.Condition()
         self._inside = 0
         self._is_closed = False
@@ -30,8 +36,22 @@ class OpenCalls:
         """Whether nobody new is let in."""
         return self._is_closed
 
+    @property
+    def is_foreign(self) -> bool:
+        """Whether this process was forked from the one that made the object."""
+        return os.getpid() != self._pid
+
+    def require_own_process(self) -> None:
+        """Raise ClosedError in a forked process. Takes no lock: its owner may be a thread that the fork left behind."""
+        if os.getpid() != self._pid:
+            raise ClosedError(
+                f"{self._what} belongs to the process that made it, not to this one, which was forked from it",
+                hint="make a new one here, or start processes by spawn",
+            )
+
     def enter(self) -> None:
-        """Let this thread in; `leave` must follow. Raises ClosedError."""
+        """Let this thread in; `leave` must follow. Raises ClosedError, in a forked process too."""
+        self.require_own_process()
         depth = self._depth
         if not depth:
             with self._changed:
@@ -49,7 +69,12 @@ class OpenCalls:
                 self._changed.notify_all()
 
     def close(self) -> bool:
-        """Let nobody in any more. Return whether this was the first call; waits for nobody."""
+        """Let nobody in any more. Return whether this was the first call; waits for nobody.
+
+        False in a forked process, which has nothing to close: everything is the parent's.
+        """
+        if self.is_foreign:
+            return False
         with self._changed:
             was_open, self._is_closed = not self._is_closed, True
             return was_open

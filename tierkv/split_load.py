@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
@@ -11,7 +12,7 @@ from typing import TypeAlias
 
 from tierkv.block import Tier
 from tierkv.costs import LoadKind
-from tierkv.errors import StoreError
+from tierkv.errors import ClosedError, StoreError
 from tierkv.lookup import Hit
 from tierkv.meeting import Meeting
 from tierkv.movers.mover import Ready
@@ -53,6 +54,7 @@ class SplitLoad:
         self.loads: list[Ready] = []
         self.failure: MissReason | None = None
         self.failed: tuple[Hit, MissReason] | None = None
+        self._pid = os.getpid()
         self._tiers = tiers
         self._targets = list(targets)
         self._read = read
@@ -78,7 +80,9 @@ class SplitLoad:
         self._is_cancelled.set()
 
     def wait(self) -> None:
-        """Block until the load has ended. Raises what went wrong beyond a miss."""
+        """Block until the load has ended. Raises what went wrong beyond a miss, and ClosedError in a forked process."""
+        if os.getpid() != self._pid:
+            raise ClosedError("the load belongs to the process that began it, not to one forked from it")
         self._work.result()
 
     def wait_ended(self) -> None:

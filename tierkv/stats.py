@@ -56,6 +56,10 @@ class CacheStats:
     skip_reasons: dict[str, int] = field(default_factory=dict)
     tiers: dict[Tier, TierStats] = field(default_factory=dict)
 
+    def of(self, tier: Tier) -> TierStats:
+        """Return one tier's numbers: all 0 for a tier that is not there now, as when a daemon has gone."""
+        return self.tiers.get(tier) or TierStats()
+
     @property
     def hit_rate(self) -> float:
         """Hits per block asked for; 0 before the first request."""

@@ -314,9 +314,9 @@ class Tiers:
                 self.watch.block(EventKind.EVICT, tier, entry, slot=slots[entry])
         return evicted
 
-    def evict_warm(self, count: int) -> None:
-        """Make up to `count` more warm slots free; the caller holds the lock."""
-        self.evict(self.index.select_victims(Tier.WARM, count), Tier.WARM)
+    def evict_warm(self, count: int) -> list[Entry]:
+        """Make up to `count` more warm slots free; return what was evicted. The caller holds the lock."""
+        return self.evict(self.index.select_victims(Tier.WARM, count), Tier.WARM)
 
     def try_take_warm(self, count: int) -> list[int]:
         """Return up to `count` warm slots, each pinned once, evicting if need be; perhaps none."""

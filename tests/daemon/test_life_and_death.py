@@ -29,6 +29,7 @@ from tierkv.daemon.protocol import HEADER, frame
 from tierkv.errors import CapacityError, ConfigError, DaemonError, DaemonGoneError
 from tierkv.movers.mover import Move, Ready
 from tierkv.namespace import Namespace
+from tierkv.profiling.profiler import MemoryProfiler
 from tierkv.storage.outcomes import MissReason
 
 WORKER = Path(__file__).with_name("client_worker.py")
@@ -143,6 +144,34 @@ def test_a_cache_outlives_its_daemon_and_finds_the_next_one(start_daemon: Start,
     assert found.num_cached_tokens >= 12, "the store has them, or they were written anew"
     cache.release(found)
     cache.check()
+
+
+def test_a_run_is_reported_although_its_daemon_has_gone_or_another_has_come(
+    start_daemon: Start, open_cache: OpenCache, tmp_path: Path
+) -> None:
+    """The tiers that there are change meanwhile: one daemon has no store, none is there, the next one has a store."""
+    daemon = start_daemon(store=False)
+    cache = open_cache()
+    with MemoryProfiler(cache) as profiler:
+        cache.release(PatternEngine(cache).start(PROMPT))
+        daemon.kill()
+        cache.release(PatternEngine(cache).start(PROMPT))
+        eventually(lambda: set(cache.stats().tiers) == {Tier.HOT, Tier.WARM})
+        profiler.generate_report()
+        daemon = start_daemon()
+        eventually(lambda: is_served(cache, daemon))
+        cache.release(PatternEngine(cache).start(PROMPT))
+        assert set(cache.stats().tiers) == set(Tier)
+        report = profiler.generate_report()
+        daemon.kill()
+        cache.release(PatternEngine(cache).start(PROMPT[:9]))
+        for each in (report, profiler.generate_report()):
+            each.save_html(tmp_path / "page.html")
+            each.export_trace(tmp_path / "trace.json")
+            assert each.run.measured.hits[Tier.HOT] >= 3
+            assert each.run.measured.room_bytes(Tier.COLD) >= 0
+        snapshots = profiler.snapshots
+        assert {len(each.stats.tiers) for each in snapshots} == {2, 3}
 
 
 def test_a_daemon_without_a_store_gets_back_what_its_clients_still_have(

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import os
+import select
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +21,7 @@ from tierkv.engine.gate import probe_layout
 from tierkv.engine.models import LoadedModel
 from tierkv.engine.runner import GenerationOptions, Runner, open_runner
 from tierkv.engine.sampling import SamplingOptions
-from tierkv.errors import CapacityError, ConfigError
+from tierkv.errors import CapacityError, ClosedError, ConfigError
 
 Open = Callable[..., Runner]
 
@@ -312,3 +316,64 @@ def test_more_tokens_than_the_models_context_are_refused(model: Any, place: Plac
     with pytest.raises(ConfigError, match="lower max_new_tokens"):
         runner.generate([tokens(context - 1, seed=1)], greedy(3))
     assert len(runner.generate([tokens(context - 1, seed=1)], greedy(2))[0].token_ids) == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # as Python says of threads
+def test_a_runner_in_a_forked_process_refuses_at_once_although_a_thread_held_it(open_one: Open, place: Place) -> None:
+    if place.device == "cuda":
+        pytest.skip("a forked process cannot use CUDA at all")
+    runner = open_one()
+    (want,) = runner.generate([tokens(40, 1)], greedy(4))
+    started = runner.stream([tokens(40, 1)], greedy(4))
+    next(started)
+    calls: dict[str, Callable[[], Any]] = {
+        "generate": lambda: runner.generate([tokens(40, 2)], greedy(1)),
+        "stream": lambda: next(runner.stream([tokens(40, 2)], greedy(1))),
+        "prefill": lambda: runner.prefill(tokens(40, 2)),
+        "between_steps": lambda: runner.between_steps().__enter__(),
+    }
+
+    def refused() -> str:
+        names = []
+        for name, call in calls.items():
+            try:
+                call()
+            except ClosedError:
+                names.append(name)
+        return " ".join(names)
+
+    holding, ended = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with runner.between_steps():
+            holding.set()
+            ended.wait(30)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    assert holding.wait(30)
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        os.write(write, refused().encode())
+        os._exit(0)
+    ended.set()
+    holder.join()
+    is_done = bool(select.select([read], [], [], 20)[0])
+    said = os.read(read, 1000).decode() if is_done else "it hangs"
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    for each in (read, write):
+        os.close(each)
+    assert said == " ".join(calls)
+    assert [want.token_ids[0], *(each.token_id for each in started)] == want.token_ids
+
+
+def test_a_stream_goes_no_further_in_a_forked_process(open_one: Open) -> None:
+    runner = open_one()
+    stream = runner.stream([tokens(40, 1)], greedy(4))
+    next(stream)
+    runner.cache.calls._pid += 1  # as if this were a fork
+    with pytest.raises(ClosedError, match="forked"):
+        next(stream)
+    runner.cache.calls._pid -= 1

@@ -10,11 +10,15 @@ import contextlib
 import os
 import select
 import socket
+import struct
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import TypeVar
 
+from tierkv.checks import check_seconds
+from tierkv.daemon.answers import AnswerCheck, WrongAnswerError, plain_text
 from tierkv.daemon.messages import Failure, Hello, Message, Welcome
 from tierkv.daemon.protocol import FrameReader, ProtocolError, frame, parse_body
 from tierkv.errors import DaemonError, DaemonGoneError
@@ -24,6 +28,9 @@ __all__ = ["CONNECT_TIMEOUT_S", "TIMEOUT_S", "DaemonClient"]
 TIMEOUT_S = 10.0
 CONNECT_TIMEOUT_S = 5.0
 _READ_BYTES = 256 << 10
+_MOST_DESCRIPTORS = 16  # taken from a greeting, to be closed: the slab's is the only one that may come
+_LONGEST_WAIT_S = 3600.0  # of one system call, which takes milliseconds as an int
+_CREDENTIALS = struct.Struct("iII")
 
 Answer = TypeVar("Answer", bound=Message)
 
@@ -33,7 +40,9 @@ class DaemonClient:
 
     hello: names the namespace, or nothing for a client that only asks and steers.
     welcome: the daemon's answer. descriptor: the slab's, the caller's to close; None without a namespace.
-    Raises DaemonGoneError where nobody answers, DaemonError where the daemon refuses.
+    Nothing is sent to a daemon of another user than the own one or root, and no answer is returned that cannot be:
+    see `AnswerCheck`. A process that is forked from this one has no use of the connection, and does not keep it open.
+    Raises DaemonGoneError where nobody answers, DaemonError where the daemon refuses, or is another user's.
     """
 
     def __init__(self, path: Path, hello: Hello | None = None, *, timeout_s: float = TIMEOUT_S) -> None:
@@ -42,8 +51,9 @@ class DaemonClient:
         self.bytes_sent = 0
         self.bytes_received = 0
         self.descriptor: int | None = None
-        self._timeout_s = timeout_s
+        self._timeout_s = check_seconds("timeout_s", timeout_s, may_be_zero=False)
         self._pid = os.getpid()
+        self._has_lied = False
         self._reader = FrameReader()
         self._sending = threading.Lock()
         self._changed = threading.Condition()
@@ -53,8 +63,10 @@ class DaemonClient:
         self._last_number = 0
         self._failure: str | None = None
         self._socket = _connect(path)
+        _CLIENTS.add(self)
         try:
             self.welcome = self._greet(hello or Hello())
+            self._check = AnswerCheck.of(hello or Hello(), self.welcome)
         except BaseException:
             self.close()
             raise
@@ -70,8 +82,21 @@ class DaemonClient:
         """False once something has gone wrong: every further call fails."""
         return self._failure is None
 
+    @property
+    def failure(self) -> str | None:
+        """What has gone wrong, if anything has."""
+        return self._failure
+
+    @property
+    def has_lied(self) -> bool:
+        """Whether the daemon has answered what cannot be: it is not worth asking again."""
+        return self._has_lied
+
     def has_hung_up(self) -> bool:
         """Tell, without waiting and without reading, whether the other end is closed."""
+        self._require_own_process()
+        if self._failure is not None:
+            return True
         poller = select.poll()
         poller.register(self._socket, select.POLLRDHUP)
         return bool(poller.poll(0))
@@ -79,25 +104,39 @@ class DaemonClient:
     def call(self, message: Message, expected: type[Answer], *, timeout_s: float | None = None) -> Answer:
         """Send a request and return its answer. Raises DaemonError if it is refused, DaemonGoneError otherwise.
 
-        After a timeout the connection is of no use any more: an answer might still come.
+        After a timeout, and after an interrupt, the connection is of no use any more: an answer might still come.
         """
+        if timeout_s is not None:
+            check_seconds("timeout_s", timeout_s)
         deadline = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
         number = self._send(message, wants_answer=True)
         answer = self._receive(number, deadline)
         if isinstance(answer, Failure):
+            said = plain_text(answer.message)
             if answer.is_fatal:
-                self._fail(answer.message)
-            raise DaemonError(answer.message)
+                self._fail(said)
+            raise DaemonError(said)
         if not isinstance(answer, expected):
-            raise self._fail(f"{type(answer).__name__} came for {type(message).__name__}")
+            raise self.disbelieve(f"{type(answer).__name__} came for {type(message).__name__}")
+        try:
+            self._check.check(message, answer)
+        except WrongAnswerError as exc:
+            raise self.disbelieve(str(exc)) from exc
         return answer
+
+    def disbelieve(self, why: str) -> DaemonGoneError:
+        """End the connection to a daemon that has answered what cannot be; return the error to raise."""
+        self._has_lied = True
+        return self._fail(why)
 
     def post(self, message: Message) -> None:
         """Send a message that has no answer. Raises DaemonGoneError."""
         self._send(message, wants_answer=False)
 
     def close(self) -> None:
-        """End the connection. May be called twice."""
+        """End the connection. May be called twice. Does nothing in a forked process, where it is closed already."""
+        if os.getpid() != self._pid:
+            return
         with self._changed:
             self._failure = self._failure or "the connection was closed"
             self._changed.notify_all()
@@ -114,46 +153,57 @@ class DaemonClient:
 
     def _greet(self, hello: Hello) -> Welcome:
         """Say hello; the answer may carry a descriptor."""
-        self._send_bytes(frame(hello, number=1, boot=0))
+        self._send_bytes(_framed(hello, number=1, boot=0))
         deadline = time.monotonic() + max(self._timeout_s, CONNECT_TIMEOUT_S)
+        descriptors: list[int] = []
+        try:
+            number, self.boot, body = self._read_greeting(deadline, descriptors)
+            if number != 1:
+                raise self.disbelieve(f"answer {number} came for request 1")
+            answer = parse_body(body)
+            if isinstance(answer, Failure):
+                raise DaemonError(f"the daemon at {self.path} refused: {plain_text(answer.message)}")
+            if not isinstance(answer, Welcome):
+                raise self.disbelieve(f"{type(answer).__name__} came for Hello")
+            if len(descriptors) != bool(hello.namespace):
+                raise self.disbelieve(f"{len(descriptors)} descriptors came for Hello")
+            self.descriptor = descriptors.pop() if descriptors else None
+            return answer
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    def _read_greeting(self, deadline: float, descriptors: list[int]) -> tuple[int, int, bytes]:
+        """Return the first frame; `descriptors` gets all that came with it, for the caller to close."""
         while True:
             try:
-                self._socket.settimeout(max(deadline - time.monotonic(), 1e-3))
-                data, descriptors, _, _ = socket.recv_fds(self._socket, _READ_BYTES, 1)
+                self._socket.settimeout(min(_left(deadline), _LONGEST_WAIT_S))
+                data, received, flags, _ = socket.recv_fds(
+                    self._socket, _READ_BYTES, _MOST_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC
+                )
             except OSError as exc:
                 raise self._fail(_why(exc)) from exc
-            if descriptors:
-                self.descriptor = descriptors[0]
-                os.set_inheritable(self.descriptor, False)
+            descriptors += received
+            if flags & socket.MSG_CTRUNC or len(descriptors) > _MOST_DESCRIPTORS:
+                raise self.disbelieve("more descriptors came than a slab has")
             if not data:
                 raise self._fail("it closed the connection")
             self.bytes_received += len(data)
             self._reader.feed(data)
-            cut = self._cut()
-            if cut is None:
-                continue
-            _, self.boot, body = cut
-            answer = parse_body(body)
-            if isinstance(answer, Failure):
-                raise DaemonError(f"the daemon at {self.path} refused: {answer.message}")
-            if not isinstance(answer, Welcome):
-                raise self._fail(f"{type(answer).__name__} came for Hello")
-            if hello.namespace and self.descriptor is None:
-                raise self._fail("it kept its slab to itself")
-            return answer
+            if (cut := self._cut()) is not None:
+                return cut
 
     def _cut(self) -> tuple[int, int, bytes] | None:
         try:
             return self._reader.next()
         except ProtocolError as exc:
-            self._fail(str(exc))
+            self.disbelieve(str(exc))
             raise DaemonError(f"the daemon at {self.path} speaks another protocol: {exc}") from exc
 
     def _send(self, message: Message, *, wants_answer: bool) -> int:
-        if os.getpid() != self._pid:
-            raise DaemonGoneError("a connection to the daemon cannot be used in a forked process")
+        self._require_own_process()
         if self._failure is not None:
-            raise DaemonGoneError(f"the daemon at {self.path} is gone: {self._failure}")
+            raise self._gone()
         number = 0
         if wants_answer:
             with self._changed:
@@ -163,7 +213,7 @@ class DaemonClient:
                 self._last_number = number
                 self._waiting.add(number)
         try:
-            self._send_bytes(frame(message, number=number, boot=self.boot))
+            self._send_bytes(_framed(message, number=number, boot=self.boot))
         except BaseException:
             with self._changed:
                 self._waiting.discard(number)
@@ -172,8 +222,10 @@ class DaemonClient:
 
     def _send_bytes(self, data: bytearray) -> None:
         with self._sending:
+            if self._failure is not None:  # of the sender before: nobody else waits as long once more
+                raise self._gone()
             try:
-                self._socket.settimeout(self._timeout_s)
+                self._socket.settimeout(min(self._timeout_s, _LONGEST_WAIT_S))
                 self._socket.sendall(data)
                 self.bytes_sent += len(data)
             except OSError as exc:
@@ -188,7 +240,7 @@ class DaemonClient:
                         if number in self._answers:
                             return self._answers.pop(number)
                         if self._failure is not None:
-                            raise DaemonGoneError(f"the daemon at {self.path} is gone: {self._failure}")
+                            raise self._gone()
                         if not self._is_reading:
                             break
                         if not self._changed.wait(max(deadline - time.monotonic(), 0)):
@@ -200,9 +252,15 @@ class DaemonClient:
                     with self._changed:
                         self._is_reading = False
                         self._changed.notify_all()
+        except (DaemonError, OSError):
+            raise
+        except BaseException:  # such as an interrupt: nobody would take the answer, and give back what it lends
+            self._fail("a call was interrupted")
+            raise
         finally:
             with self._changed:
                 self._waiting.discard(number)
+                self._answers.pop(number, None)
 
     def _read_some(self, deadline: float) -> None:
         try:
@@ -216,29 +274,51 @@ class DaemonClient:
         while (cut := self._cut()) is not None:
             number, boot, body = cut
             if boot != self.boot:
-                raise self._fail("another daemon answered")
+                raise self.disbelieve("another daemon answered")
             try:
                 answer = parse_body(body)
             except ProtocolError as exc:
-                raise self._fail(str(exc)) from exc
+                raise self.disbelieve(str(exc)) from exc
             with self._changed:
                 if number in self._waiting:
                     self._answers[number] = answer
                 elif isinstance(answer, Failure) and answer.is_fatal:
-                    raise self._fail(answer.message)
+                    raise self._fail(plain_text(answer.message))
 
     def _wait_readable(self, deadline: float) -> bytes:
         """Return the next bytes. Does not touch the socket's timeout, which belongs to the senders."""
-        left = deadline - time.monotonic()
-        if left <= 0 or not _is_readable(self._socket, left):
-            raise TimeoutError
+        while not _is_readable(self._socket, min(_left(deadline), _LONGEST_WAIT_S)):
+            pass
         return self._socket.recv(_READ_BYTES, socket.MSG_DONTWAIT)
+
+    def _require_own_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise DaemonGoneError("a connection to the daemon cannot be used in a forked process")
+
+    def _gone(self) -> DaemonGoneError:
+        return DaemonGoneError(f"the daemon at {self.path} is gone: {self._failure}")
 
     def _fail(self, why: str) -> DaemonGoneError:
         with self._changed:
             self._failure = self._failure or why
             self._changed.notify_all()
-        return DaemonGoneError(f"the daemon at {self.path} is gone: {self._failure}")
+        return self._gone()
+
+
+_CLIENTS: weakref.WeakSet[DaemonClient] = weakref.WeakSet()
+
+
+def _close_in_forked_process() -> None:
+    """Close the sockets that this process has inherited: what the parent's end held would not go back with it.
+
+    Takes no lock and says nothing to the daemon: the connection is the parent's.
+    """
+    for client in list(_CLIENTS):
+        with contextlib.suppress(OSError):
+            client._socket.close()
+
+
+os.register_at_fork(after_in_child=_close_in_forked_process)
 
 
 def _connect(path: Path) -> socket.socket:
@@ -251,9 +331,40 @@ def _connect(path: Path) -> socket.socket:
         raise DaemonGoneError(
             f"no daemon answers at {path}: {_why(exc)}", hint="tierkv daemon start --detach starts one"
         ) from exc
-    with contextlib.suppress(OSError):
+    try:
+        _require_own_user(connection, path)
         connection.set_inheritable(False)
+    except BaseException:
+        connection.close()
+        raise
     return connection
+
+
+def _require_own_user(connection: socket.socket, path: Path) -> None:
+    """Raise DaemonError unless the other end is a process of this user or of root: it decides what is computed with."""
+    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    _, uid, _ = _CREDENTIALS.unpack(raw)
+    if uid not in (0, os.geteuid()):
+        raise DaemonError(
+            f"the daemon at {path} belongs to user {uid}, not to user {os.geteuid()} or to root",
+            hint="choose a socket in a folder that only you can write to",
+        )
+
+
+def _framed(message: Message, *, number: int, boot: int) -> bytearray:
+    """Return a message as it goes over the socket. Raises DaemonError for one that cannot be said."""
+    try:
+        return frame(message, number=number, boot=boot)
+    except (TypeError, ValueError, OverflowError) as exc:  # such as a path that is not Unicode
+        raise DaemonError(f"{type(message).__name__} cannot be sent: {str(exc)!a}") from exc
+
+
+def _left(deadline: float) -> float:
+    """Return the seconds until then. Raises TimeoutError once it is past: for the whole answer, not for each byte."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError
+    return left
 
 
 def _is_readable(connection: socket.socket, timeout_s: float) -> bool:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from tierkv.block import Tier
+from tierkv.checks import check_count
 from tierkv.engine.sampling import SamplingOptions
-from tierkv.errors import ConfigError
 
 __all__ = ["Generation", "GenerationOptions", "TokenEvent"]
 
@@ -28,8 +28,7 @@ class GenerationOptions:
     keep_logits: bool = False
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"max_new_tokens must be positive, got {self.max_new_tokens}")
+        check_count("max_new_tokens", self.max_new_tokens, least=1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,6 +79,7 @@ class Runner:
         Raises CapacityError if one never fits, ConfigError for token ids that the model has not and for more tokens,
         new ones included, than its context.
         """
+        self.cache.calls.require_own_process()
         chosen = options or GenerationOptions()
         requests = self._requests(prompts, chosen)
         for _ in self._run(requests, chosen):
@@ -87,6 +88,7 @@ class Runner:
 
     def stream(self, prompts: Items[Items[int]], options: GenerationOptions | None = None) -> Iterator[TokenEvent]:
         """Yield each token as it is chosen. Closing the iterator releases every sequence."""
+        self.cache.calls.require_own_process()
         chosen = options or GenerationOptions()
         yield from self._run(self._requests(prompts, chosen), chosen)
 
@@ -95,6 +97,7 @@ class Runner:
 
         Returns the number of tokens computed: 0 where all are cached already. Raises as `generate` does.
         """
+        self.cache.calls.require_own_process()
         token_ids = self._checked(token_ids)
         self._check_weights()
         num_cached = self.cache.match(token_ids).num_cached_tokens
@@ -119,6 +122,7 @@ class Runner:
         Inside, their block tables may be rewritten. The one thing here that another thread may call while this runner
         generates; it waits for the pass that is computed now.
         """
+        self.cache.calls.require_own_process()
         with self._stepping:
             requests = chain.from_iterable(self._batches)
             yield [request.sequence for request in requests if request.sequence]
@@ -169,6 +173,7 @@ class Runner:
         try:
             self._batches.append(running)
             while waiting or running:
+                self.cache.calls.require_own_process()
                 with self._stepping, torch.inference_mode(), use_tierkv_attention(self.loaded.model):
                     self._admit(waiting, running, options)
                     if not is_checked:

@@ -16,9 +16,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from tierkv.checks import check_count, check_seconds
 from tierkv.errors import CapacityError, ClosedError, ConfigError, ShapeError
 from tierkv.movers.mover import CudaReady, Done, Ready, recorded
 from tierkv.movers.transfer_lane import Direction, Lane, Part, Run, TransferHandle, open_link
+from tierkv.open_calls import OpenCalls
 from tierkv.work_queue import Priority
 
 __all__ = ["Direction", "MemoryTransferManager", "TransferHandle", "TransferOp"]
@@ -95,6 +97,9 @@ class MemoryTransferManager:
         max_waiting_bytes: int = 4 << 30,
     ) -> None:
         self.device = _device_of(device)
+        self._calls = OpenCalls("the transfer manager")
+        pinned_memory_pool_size = check_count("pinned_memory_pool_size", pinned_memory_pool_size)
+        max_waiting_bytes = check_count("max_waiting_bytes", max_waiting_bytes, least=1)
         piece_bytes = min(_PIECE_BYTES, pinned_memory_pool_size // (2 * _PIECES_IN_FLIGHT))
         if piece_bytes < 1:
             raise ConfigError(f"pinned_memory_pool_size must be at least {2 * _PIECES_IN_FLIGHT} bytes")
@@ -144,6 +149,9 @@ class MemoryTransferManager:
         still end and fail each for itself, to the piece. Waits for room in the queues, at most `timeout_s` seconds for
         each copy: raises CapacityError then, and drops what had not begun. Raises ShapeError before anything begins.
         """
+        self._calls.require_own_process()
+        if timeout_s is not None:
+            timeout_s = check_seconds("timeout_s", timeout_s)
         planned = [self._plan(op) for op in operations]
         handles = [handle for _, _, _, handle in planned]
         after = self._mark()
@@ -157,7 +165,9 @@ class MemoryTransferManager:
         return handles
 
     def close(self) -> None:
-        """Carry out what was handed over, then give threads and memory back."""
+        """Carry out what was handed over, then give threads and memory back. Does nothing in a forked process."""
+        if self._calls.is_foreign:
+            return
         for lane in self._lanes.values():
             lane.close()
         for door in self._doors.values():
@@ -165,6 +175,7 @@ class MemoryTransferManager:
         self._staging = torch.empty(0)
 
     async def _hand_over(self, op: TransferOp) -> TransferHandle:
+        self._calls.require_own_process()
         planned, after = self._plan(op), self._mark()
         handle = planned[3]
         try:
@@ -216,7 +227,10 @@ class MemoryTransferManager:
 def _device_of(device: torch.device | str | None) -> torch.device:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = torch.device(device)
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as exc:
+        raise ConfigError(f"there is no device {device!r}: {str(exc).splitlines()[0]}") from exc
     has_index: bool = found.type != "cuda" or found.index is not None
     return found if has_index else torch.device("cuda", torch.cuda.current_device())
 

@@ -42,6 +42,8 @@ def make_policy(name: str) -> EvictionPolicy:
 
     Raises ConfigError that lists the names there are, or says what is wrong with the file.
     """
+    if not isinstance(name, str):
+        raise ConfigError(f"an eviction policy's name must be text, got {name!r}")
     if name.startswith(_LEARNED):
         return LearnedPolicy.load(Path(name.removeprefix(_LEARNED)))
     makers = _makers()

@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from tierkv.errors import ConfigError
+from tierkv.errors import ConfigError, StoreError
 from tierkv.eviction import CacheBlock
+from tierkv.files import open_regular
 from tierkv.policies.hazard import NUM_BUCKETS, hit_densities
 from tierkv.policies.lanes import LanePolicy
 
@@ -28,6 +29,7 @@ FEATURES = (
     "log2 of the last gap in seconds",
 )
 _FORMAT = 1
+_MOST_BYTES = 16 << 20  # 256 lanes of chances take a fraction of that
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +63,7 @@ class LearnedModel:
     def load(path: Path) -> LearnedModel:
         """Read a model. Raises ConfigError for a file that is none, or of another format."""
         try:
-            fields: Any = json.loads(path.read_text("utf-8"))
+            fields: Any = json.loads(_read(path))
             if fields["format"] != _FORMAT or tuple(fields["features"]) != FEATURES:
                 raise ConfigError(f"{path} was trained for another version of the features: train it anew")
             return LearnedModel(
@@ -72,7 +74,7 @@ class LearnedModel:
             )
         except ConfigError as exc:
             raise ConfigError(f"{path}: {exc}") from exc
-        except (OSError, ValueError, KeyError, TypeError) as exc:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, StoreError) as exc:
             raise ConfigError(f"{path} is not a trained policy: {type(exc).__name__}: {exc}") from exc
 
 
@@ -99,6 +101,15 @@ class LearnedPolicy(LanePolicy):
         values = features_of(block, count=count, away_s=away_s, fork=fork, is_partial=self.is_partial(block))
         value = self.model.bias + sum(w * v for w, v in zip(self.model.weights, values, strict=True))
         return bisect_right(self._edges, value)
+
+
+def _read(path: Path) -> str:
+    """Return a regular file's text. Never waits; raises StoreError, OSError, and ValueError for a file too large."""
+    with open(open_regular(path), "rb") as file:
+        text = file.read(_MOST_BYTES + 1)
+    if len(text) > _MOST_BYTES:
+        raise ValueError(f"it has more than {_MOST_BYTES} bytes")
+    return text.decode()
 
 
 def features_of(

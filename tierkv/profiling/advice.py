@@ -74,26 +74,26 @@ class Measured:
     @property
     def hits(self) -> dict[Tier, int]:
         """Blocks that each tier answered."""
-        return {tier: each.hits - self.before.tiers[tier].hits for tier, each in self.after.tiers.items()}
+        return {tier: each.hits - self.before.of(tier).hits for tier, each in self.after.tiers.items()}
 
     @property
     def tokens(self) -> dict[Tier, int]:
         """Prompt tokens that each tier answered."""
-        return {tier: each.hit_tokens - self.before.tiers[tier].hit_tokens for tier, each in self.after.tiers.items()}
+        return {tier: each.hit_tokens - self.before.of(tier).hit_tokens for tier, each in self.after.tiers.items()}
 
     def capacity(self, tier: Tier) -> int:
         """Blocks that the hot or the warm tier holds."""
-        return self.after.tiers[tier].capacity_bytes // self.block_bytes
+        return self.after.of(tier).capacity_bytes // self.block_bytes
 
     def slot_bytes(self, tier: Tier) -> float:
         """Bytes that a block takes in the hot or the warm tier; fewer where the warm tier compresses."""
-        held = self.after.tiers[tier]
+        held = self.after.of(tier)
         return held.stored_bytes / held.blocks if held.blocks else self.block_bytes
 
     def room_bytes(self, tier: Tier) -> float:
         """Bytes that a tier may take."""
         if tier is Tier.COLD:
-            return self.after.tiers[tier].capacity_bytes
+            return self.after.of(tier).capacity_bytes
         return self.capacity(tier) * self.slot_bytes(tier)
 
     def seconds_per_block(self, *work: str) -> float | None:

@@ -74,7 +74,7 @@ def memory_chart(run: ProfiledRun) -> Chart:
         most = max(each.stored_bytes for snapshot in run.snapshots for each in snapshot.stats.tiers.values())
         unit, unit_bytes = next((name, size) for name, size in _UNITS if most >= size or size == 1)
         for tier in run.snapshots[-1].stats.tiers:
-            sizes = [each.stats.tiers[tier].stored_bytes / unit_bytes for each in run.snapshots]
+            sizes = [each.stats.of(tier).stored_bytes / unit_bytes for each in run.snapshots]
             axes.step(_times(run), sizes, where="post", color=COLORS[tier.value], label=tier.value)
         axes.set_ylabel(unit)
         axes.set_ylim(bottom=0)
@@ -163,7 +163,7 @@ def free_blocks_chart(run: ProfiledRun) -> Chart:
     """How many hot blocks are free, over time."""
 
     def draw(axes: Axes) -> None:
-        hot = [each.stats.tiers[Tier.HOT] for each in run.snapshots]
+        hot = [each.stats.of(Tier.HOT) for each in run.snapshots]
         free = [(each.capacity_bytes - each.used_bytes) // run.measured.block_bytes for each in hot]
         axes.step(_times(run), free, where="post", color=COLORS["soft"])
         axes.set_ylabel("free hot blocks")

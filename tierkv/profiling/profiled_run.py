@@ -78,7 +78,7 @@ class ProfiledRun:
             if after.stats.requests == before.stats.requests:
                 continue
             tokens = {
-                tier: each.hit_tokens - before.stats.tiers[tier].hit_tokens for tier, each in after.stats.tiers.items()
+                tier: each.hit_tokens - before.stats.of(tier).hit_tokens for tier, each in after.stats.tiers.items()
             }
             computed = after.stats.prompt_tokens - before.stats.prompt_tokens - sum(tokens.values())
             yield TokenShare(name=f"{after.timestamp - self.started:.2f} s", tokens=tokens, computed=computed)

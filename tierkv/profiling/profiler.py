@@ -6,12 +6,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
 from tierkv.block import Tier
+from tierkv.checks import check_count, check_seconds
 from tierkv.config import CacheConfig
-from tierkv.errors import ConfigError
+from tierkv.errors import ClosedError, ConfigError
 from tierkv.events import BlockEvent, CacheObserver, EventKind, MemoryRegion, RequestEvent, Span
 from tierkv.layout import BlockLayout
 from tierkv.profiling.advice import Measured, suggest
@@ -61,6 +62,8 @@ class MemoryProfiler:
         sample_every: int = 16,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        snapshot_every_s = check_seconds("snapshot_every_s", snapshot_every_s)
+        sample_every = check_count("sample_every", sample_every, least=1)
         self.snapshots: list[MemorySnapshot] = []
         self.iterations: deque[Iteration] = deque(maxlen=_MAX_ITERATIONS)
         self.tracker = MemoryTracker(sample_every=sample_every, clock=clock)
@@ -92,15 +95,17 @@ class MemoryProfiler:
         self.take_snapshot()
 
     def close(self) -> None:
-        """Record nothing more; what was recorded stays. May be called twice."""
+        """Record nothing more; what was recorded stays. May be called twice, and after the cache was closed."""
         if self._cache is None or not self._is_watching:
             return
-        if self._recorder.iteration:
-            self.end_iteration()
-        self.take_snapshot()
+        with suppress(ClosedError):
+            if self._recorder.iteration:
+                self.end_iteration()
+            self.take_snapshot()
         self._is_watching = False
-        for observer in (self.tracker, self.prefixes, self._recorder):
-            self._cache.remove_observer(observer)
+        with suppress(ClosedError):
+            for observer in (self.tracker, self.prefixes, self._recorder):
+                self._cache.remove_observer(observer)
 
     def start_iteration(self, label: str = "") -> None:
         """Begin a pass of the caller's loop; one that is still open ends here."""
@@ -120,7 +125,8 @@ class MemoryProfiler:
         self.iterations.append(self._recorder.iteration)
         self._recorder.iteration = None
         if self._cache and self._clock() - self.snapshots[-1].timestamp >= self._snapshot_every_s:
-            self.take_snapshot()
+            with suppress(ClosedError):  # the pass has ended, although the cache has too
+                self.take_snapshot()
 
     @contextmanager
     def iteration(self, label: str = "") -> Iterator[None]:
@@ -151,10 +157,11 @@ class MemoryProfiler:
     def generate_report(self, *, title: str = "Memory profile", about: dict[str, str] | None = None) -> MemoryReport:
         """Return what was recorded so far, analyzed. about: more lines for its head, as the model's name.
 
-        Raises ConfigError while no cache is watched.
+        What the run ended as is missing where the cache is closed by now. Raises ConfigError while no cache is watched.
         """
         if self._is_watching:
-            self.take_snapshot()
+            with suppress(ClosedError):
+                self.take_snapshot()
         if self._cache is None:
             raise ConfigError("the profiler watches no cache", hint="MemoryProfiler(cache), or watch(cache)")
         measured = self._recorder.measured(self._cache, self.snapshots)
@@ -279,7 +286,7 @@ class _Recorder:
                 before=snapshots[0].stats,
                 after=snapshots[-1].stats,
                 largest_request=self._largest_request,
-                peak_hot_blocks=max(self._peak_hot_blocks, *(each.stats.tiers[Tier.HOT].blocks for each in snapshots)),
+                peak_hot_blocks=max(self._peak_hot_blocks, *(each.stats.of(Tier.HOT).blocks for each in snapshots)),
                 distances=tuple(self.reuse.distances()),
                 evictions=tuple(self.evictions.evictions),
                 work=dict(self._costs),

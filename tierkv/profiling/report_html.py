@@ -117,7 +117,7 @@ def _tier_table(run: ProfiledRun) -> str:
     before, after = run.measured.before, run.measured.after
     rows = []
     for tier, now in after.tiers.items():
-        then = before.tiers[tier]
+        then = before.of(tier)
         rows.append(
             [
                 tier.value,

@@ -35,6 +35,8 @@ class LinkKeeper:
         self.timeout_s = timeout_s
         self.link: Link | None = None
         self.boot = 0
+        self.has_cold = False  # of the daemon that is there, or was
+        self._lying_boot: int | None = None  # of a daemon that has answered what cannot be
         self._tiers = tiers
         self._namespace = namespace
         self._is_closing = threading.Event()
@@ -93,7 +95,10 @@ class LinkKeeper:
             link.retire()
 
     def _lose(self, link: Link, why: DaemonError) -> None:
+        """Work without this link from now on; for good, until another daemon is there, if what it said was false."""
         with self._tiers.changed:
+            if link.client.has_lied:
+                self._lying_boot = link.client.boot
             if self.link is link:
                 self.link = None
                 _log.warning("working without the daemon until it is back: %s", why)
@@ -108,6 +113,8 @@ class LinkKeeper:
         )
         client = DaemonClient(self.path, hello, timeout_s=self.timeout_s)
         try:
+            if client.boot == self._lying_boot:
+                raise DaemonError(f"the daemon at {self.path} has answered what cannot be", hint="restart it")
             link = Link(client, self._tiers)
         except BaseException:
             client.close()
@@ -117,6 +124,7 @@ class LinkKeeper:
                 for entry in self._tiers.index:
                     entry.in_cold = False
             self.boot = client.boot
+            self.has_cold = client.welcome.has_cold
             self.link = link
 
     def _keep(self) -> None:
@@ -128,7 +136,7 @@ class LinkKeeper:
             self.settle()
             link = self.link
             if link and link.client.has_hung_up():
-                self._lose(link, DaemonGoneError(f"the daemon at {self.path} has ended"))
+                self._lose(link, DaemonGoneError(link.client.failure or f"the daemon at {self.path} has ended"))
             if self.link is not None or time.monotonic() < next_try:
                 continue
             try:

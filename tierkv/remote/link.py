@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from array import array
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Sequence
 
 from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.messages import Release
@@ -17,7 +18,11 @@ __all__ = ["Link"]
 
 
 class Link:
-    """One connection, the slab mapped through it, and how many slots are lent over it. Satisfies `PlaceOwner`."""
+    """One connection, the slab mapped through it, and which slots are in use over it. Satisfies `PlaceOwner`.
+
+    A slot is lent to be read, by any number of requests, or it is written by this process, never both: what a daemon
+    gives otherwise is refused, because the copy would change a block that is being read.
+    """
 
     def __init__(self, client: DaemonClient, tiers: Tiers) -> None:
         """Map the slab. Raises StoreError."""
@@ -36,27 +41,44 @@ class Link:
             raise
         self.is_retired = False
         self._lock = threading.Lock()
-        self._num_lent = 0
+        self._lent: Counter[int] = Counter()
+        self._written: set[int] = set()
         self._is_closed = False
         self._returned: deque[int] = deque()
         self._cursors: deque[int] = deque()
 
-    def lend(self, count: int) -> None:
-        """Count slots that the daemon lent. Raises DaemonGoneError if the connection has been closed meanwhile."""
+    def lend(self, slots: Sequence[int]) -> None:
+        """Note slots that the daemon lent, once for each loan. Raises DaemonGoneError, nothing noted.
+
+        That is if the connection has been closed meanwhile, or a slot is one that this process is writing.
+        """
         with self._lock:
-            if self._is_closed:
-                raise DaemonGoneError("the connection to the daemon was closed")
-            self._num_lent += count
+            self._require_open()
+            if not self._written.isdisjoint(slots):
+                raise self.client.disbelieve("it lends a slot that is still being written")
+            self._lent.update(slots)
 
     def give_back(self, slot: int) -> None:
         """End a lease; the daemon hears of it at the next `settle`."""
+        with self._lock:  # before that: from then on the daemon may give the slot to be written
+            self._lent[slot] -= 1
+            if not self._lent[slot]:
+                del self._lent[slot]
         self._returned.append(slot)
-        self.end_loan()
+        self._close_if_unused()
 
-    def end_loan(self) -> None:
-        """Count a slot that is no longer used, without telling the daemon."""
+    def begin_writing(self, slots: Sequence[int]) -> None:
+        """Note slots that the daemon gave to be written. Raises DaemonGoneError, nothing noted, as `lend` does."""
         with self._lock:
-            self._num_lent -= 1
+            self._require_open()
+            if any(slot in self._lent or slot in self._written for slot in slots):
+                raise self.client.disbelieve("it gives a slot to be written that is in use")
+            self._written.update(slots)
+
+    def end_writing(self, slots: Sequence[int]) -> None:
+        """Forget slots, before the daemon is told that they are written or given up: it may lend them from then on."""
+        with self._lock:
+            self._written.difference_update(slots)
         self._close_if_unused()
 
     def end_cursor(self, cursor: int) -> None:
@@ -81,9 +103,13 @@ class Link:
 
     def _close_if_unused(self) -> None:
         with self._lock:
-            if not self.is_retired or self._num_lent or self._is_closed:
+            if not self.is_retired or self._lent or self._written or self._is_closed:
                 return
             self._is_closed = True
         self.mover.close()
         self._warm.close()
         self.client.close()
+
+    def _require_open(self) -> None:
+        if self._is_closed:
+            raise DaemonGoneError("the connection to the daemon was closed")

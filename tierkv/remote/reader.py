@@ -139,7 +139,7 @@ class RemoteReader:
         try:
             answer = self._keeper.call_on(link, ask, Fetched, timeout_s=_READ_TIMEOUT_S)
             slots = split_numbers(answer.slots)
-            link.lend(len(slots))
+            link.lend(slots)
         except DaemonError:
             return [], MissReason.DAEMON
         with self._tiers.changed:
@@ -178,10 +178,12 @@ class RemoteReader:
             if theirs and is_better:
                 slots.append(theirs.slot)
             elif theirs and theirs.slot != NO_SLOT:
-                link.lend(1)
+                link.lend([theirs.slot])
                 link.give_back(theirs.slot)
             lent = {at: Place(Tier.WARM, slot, link) for at, slot in enumerate(slots) if slot != NO_SLOT}
-            link.lend(len(lent))  # raises where the connection was closed meanwhile: then all stays as it was found
+            link.lend(
+                [place.slot for place in lent.values()]
+            )  # raises where the connection was closed meanwhile: then all stays as it was found
             if tail is not found.tail:
                 self._tiers.unpin(pinned.values())  # of the tail that is not used
                 pinned.clear()

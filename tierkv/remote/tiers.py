@@ -136,7 +136,7 @@ class DaemonTiers:
         try:
             report = self.keeper.call(Status(), StatusReport)
         except DaemonError:
-            return {Tier.WARM: TierStats(), Tier.COLD: TierStats()}
+            return {Tier.WARM: TierStats(), **({Tier.COLD: TierStats()} if self.keeper.has_cold else {})}
         mine = [tenant for tenant in report.tenants if tenant.namespace == self._namespace.digest.hex()]
         blocks = sum(tenant.warm_blocks for tenant in mine)
         used = blocks * self._tiers.layout.block_bytes

@@ -84,7 +84,7 @@ class RemoteWriter:
     ) -> None:
         """Copy blocks into the slots that were given for them, and let everybody find them."""
         slots = split_numbers(given.slots)
-        link.lend(len(slots))
+        link.begin_writing(slots)
         copied = [(offers[at], slot) for at, slot in zip(split_numbers(given.numbers), slots, strict=True)]
         try:
             try:
@@ -93,13 +93,13 @@ class RemoteWriter:
                 if copied:
                     done.synchronize()
             except StoreError:
+                link.end_writing(slots)
                 self._keeper.post(link, Abandon(slots=given.slots))
                 raise
-            if copied:
-                self._keeper.call_on(link, Publish(slots=given.slots), Published)
         finally:
-            for _ in slots:
-                link.end_loan()
+            link.end_writing(slots)
+        if copied:
+            self._keeper.call_on(link, Publish(slots=given.slots), Published)
         self._note_written(path, copied, given)
 
     def _note_written(self, path: list[Job | Entry], copied: list[tuple[Job, int]], given: ChainAnswer) -> None:

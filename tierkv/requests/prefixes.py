@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from tierkv.block import TOKEN_BYTES, BlockHash, HashFunction, Tier
+from tierkv.index import Entry
 from tierkv.lookup import Hit, Lookup, look_up
 from tierkv.remote.tiers import DaemonTiers
 from tierkv.tiers import Tiers
@@ -65,18 +66,32 @@ class Prefixes:
         return Match(num_tokens, blocks, tokens, tuple(found.block_hashes))
 
     def set_pinned(self, token_bytes: bytes, pinned: bool) -> int:
-        """Pin or unpin a prompt's blocks in every tier that has them. Return how many blocks that are."""
+        """Pin or unpin a prompt's blocks in every tier that has them. Return how many blocks that are.
+
+        A block that only a state file has is in no tier: it is not counted. The store and the daemon, which may
+        refuse, come first: if one does, nothing is pinned in memory.
+        """
+        num_tokens, cold = len(token_bytes) // TOKEN_BYTES, self._tiers.cold
+        stored: set[BlockHash] = set()
+        if cold:
+            with self._tiers.changed:
+                hashes = self.find(token_bytes, num_tokens).block_hashes
+            if not cold.read_only:
+                cold.set_pinned(hashes, pinned)
+            stored = {each for each in hashes if cold.lookup(each) is not None}
+        num_there = self._daemon.set_pinned(token_bytes, pinned) if self._daemon else 0
         with self._tiers.changed:
-            found = self.find(token_bytes, len(token_bytes) // TOKEN_BYTES)
-            entries = [*found.hot, *(hit.entry for hit in found.rest())]
-            for entry in entries:
-                if entry:
+            found = self.find(token_bytes, num_tokens)
+            num_here = 0
+            for block_hash, entry in zip(found.block_hashes, self._entries(found), strict=True):
+                is_in_memory = entry is not None and (entry.block_id is not None or entry.warm_slot is not None)
+                if entry is not None:
                     self._tiers.index.set_pinned(entry, pinned)
-        if self._tiers.cold and not self._tiers.cold.read_only:
-            self._tiers.cold.set_pinned(found.block_hashes, pinned)
-        if self._daemon:
-            return max(len(entries), self._daemon.set_pinned(token_bytes, pinned))
-        return len(entries)
+                num_here += is_in_memory or block_hash in stored
+        return max(num_here, num_there)
+
+    def _entries(self, found: Lookup) -> list[Entry | None]:
+        return [*found.hot, *(hit.entry for hit in found.rest())]
 
 
 def count_by_tier(num_hot: int, block_size: int, hits: Iterable[Hit]) -> tuple[dict[Tier, int], dict[Tier, int]]:

@@ -7,6 +7,7 @@ from tierkv.demotion import Demoter
 from tierkv.events import EventKind
 from tierkv.lookup import Hit, find_tail
 from tierkv.movers.mover import Ready
+from tierkv.requests.block_users import BlockUsers
 from tierkv.sequence import Sequence
 from tierkv.tiers import Tiers
 
@@ -16,12 +17,21 @@ __all__ = ["Registrar"]
 class Registrar:
     """Enters blocks into the index, shares those that another sequence has computed too, queues new ones to be written.
 
-    write_through: whether each new block is written down at once.
+    write_through: whether each new block is written down at once. users: of the blocks of running sequences.
     """
 
-    def __init__(self, tiers: Tiers, demoter: Demoter, *, write_through: bool, hash_function: HashFunction) -> None:
+    def __init__(
+        self,
+        tiers: Tiers,
+        demoter: Demoter,
+        *,
+        users: BlockUsers,
+        write_through: bool,
+        hash_function: HashFunction,
+    ) -> None:
         self._tiers = tiers
         self._demoter = demoter
+        self._users = users
         self._write_through = write_through
         self._hash = hash_function
 
@@ -118,4 +128,5 @@ class Registrar:
         if arriving := self._tiers.arriving.get(block_id):
             sequence.loads.append(arriving)
         sequence.block_table[at] = block_id
+        self._users.replace(own, block_id)
         self._tiers.index.unpin(Tier.HOT, own)

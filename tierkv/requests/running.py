@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import partial
+from typing import Any
 
 from tierkv.block import TOKEN_BYTES, Tier
 from tierkv.demotion import Demoter
+from tierkv.errors import ConfigError
 from tierkv.movers.mover import Move
 from tierkv.ranks.accord import Accord
 from tierkv.remote.single_flight import Ticket
 from tierkv.remote.tiers import DaemonTiers
+from tierkv.requests.block_users import BlockUsers
 from tierkv.sequence import Sequence
 from tierkv.split_load import SplitLoad
 from tierkv.tiers import Tiers
@@ -19,27 +22,50 @@ __all__ = ["RunningSequences"]
 
 
 class RunningSequences:
-    """The sequences that have been admitted and not yet released, and their references to hot blocks."""
+    """The sequences that have been admitted and not yet released, and their references to hot blocks.
 
-    def __init__(self, tiers: Tiers, demoter: Demoter, accord: Accord, daemon: DaemonTiers | None) -> None:
+    users: how many of them use each block; who changes a running sequence's block table changes it too.
+    """
+
+    def __init__(
+        self, tiers: Tiers, demoter: Demoter, accord: Accord, daemon: DaemonTiers | None, users: BlockUsers
+    ) -> None:
         self._tiers = tiers
         self._demoter = demoter
         self._accord = accord
         self._daemon = daemon
+        self._users = users
         self._sequences: set[Sequence] = set()
         self._ending: list[SplitLoad] = []  # cancelled, of released sequences; each holds its blocks until it has ended
+
+    def require(self, sequence: Any) -> None:
+        """Raise ConfigError unless this is a running sequence of this cache.
+
+        The blocks of a released one may hold another one's K and V by now, and those of another cache lie elsewhere.
+        """
+        if isinstance(sequence, Sequence) and sequence in self._sequences:
+            return
+        if not isinstance(sequence, Sequence):
+            raise ConfigError(f"a sequence is wanted, as acquire returns it, got {type(sequence).__name__}")
+        if sequence.is_released:
+            raise ConfigError("the sequence has been released")
+        raise ConfigError("the sequence belongs to another cache", hint="use it with the cache that acquired it")
 
     def add(self, sequence: Sequence) -> None:
         """Take a sequence whose blocks are pinned for it."""
         with self._tiers.changed:
             self._sequences.add(sequence)
+            self._users.add(sequence.block_table)
 
     def append(self, sequence: Sequence, token_bytes: bytes) -> None:
         """Add tokens to a sequence and take the blocks that they need. Raises CapacityError, nothing added."""
         num_tokens = sequence.num_tokens + len(token_bytes) // TOKEN_BYTES
         missing = -(-num_tokens // self._tiers.layout.block_size) - len(sequence.block_table)
         if missing > 0:
-            sequence.block_table.extend(self._accord.take_hot(missing, topic=token_bytes))
+            fresh = self._accord.take_hot(missing, topic=token_bytes)
+            with self._tiers.changed:
+                sequence.block_table.extend(fresh)
+                self._users.add(fresh)
         sequence.token_bytes += token_bytes
 
     def fork(self, sequence: Sequence) -> Sequence:
@@ -61,7 +87,7 @@ class RunningSequences:
         )
         with self._tiers.changed:
             self._tiers.index.hot.pin_all(sequence.block_table[:num_shared])
-            self._sequences.add(forked)
+            self.add(forked)
         try:
             sequence.wait_all()
             moves = [Move(s, t) for s, t in zip(sequence.block_table[num_shared:], own, strict=True)]
@@ -73,11 +99,13 @@ class RunningSequences:
 
     def release(self, sequence: Sequence) -> None:
         """End a sequence: registered blocks stay cached, the others are free. May be called twice."""
-        if sequence.is_released:
-            return
-        sequence.is_released = True
         with self._tiers.changed:
-            self._sequences.discard(sequence)
+            if sequence.is_released:
+                return
+            sequence.is_released = True
+            if sequence in self._sequences:  # one that was never admitted for good is not
+                self._sequences.remove(sequence)
+                self._users.remove(sequence.block_table)
             self._ending = [split for split in self._ending if not split.is_done]
             if sequence.split:
                 sequence.split.cancel()
@@ -118,22 +146,20 @@ class RunningSequences:
 
     def avg_shared_blocks(self) -> float:
         """Return how many of its blocks a sequence shares with others, on average; the caller holds the lock."""
-        users = self._users()
-        shared = sum(users[block] > 1 for sequence in self._sequences for block in sequence.block_table)
-        return shared / len(self._sequences) if self._sequences else 0.0
+        return self._users.num_shared / len(self._sequences) if self._sequences else 0.0
 
     def check(self) -> None:
         """Raise AssertionError unless every hot block has as many references as sequences that use it.
 
         The caller holds the lock, and has waited for writes, splits and copies in flight: they hold references too.
         """
-        users, hot = self._users(), self._tiers.index.hot
-        for block_id in range(hot.capacity):
-            held, count = hot.reference_count(block_id), users[block_id]
-            assert held == count, f"block {block_id} has {count} users but a reference count of {held}"
-
-    def _users(self) -> Counter[int]:
         users: Counter[int] = Counter()
         for sequence in self._sequences:
             users.update(sequence.block_table)
-        return users
+        num_shared = sum(count for count in users.values() if count > 1)
+        assert self._users.counted() == users, "the users of a block are not those that are counted"
+        assert self._users.num_shared == num_shared, f"{num_shared} shared blocks, {self._users.num_shared} counted"
+        hot = self._tiers.index.hot
+        for block_id in range(hot.capacity):
+            held, count = hot.reference_count(block_id), users[block_id]
+            assert held == count, f"block {block_id} has {count} users but a reference count of {held}"

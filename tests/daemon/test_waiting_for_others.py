@@ -1,0 +1,147 @@
+"""Whatever is hot here, there, and computed by others: a request asks a bounded number of times, and waits for no one
+who computes nothing that it lacks.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+from core_model import BLOCK_SIZE, SLOT_BYTES, Client, DictStore, Stored, as_bytes
+
+import tierkv.remote.single_flight
+from tierkv.block import hash_block
+from tierkv.daemon.core import Core
+from tierkv.daemon.messages import EndTicket, Found, Match, Release, Wait, Waited
+from tierkv.daemon.values import Ticket
+from tierkv.remote.single_flight import SingleFlight
+
+NUM_BLOCKS = 3
+TOKENS = as_bytes(list(range(NUM_BLOCKS * BLOCK_SIZE)))
+WAIT_S = 5.0
+SUBSETS = [set(each) for size in range(NUM_BLOCKS + 1) for each in itertools.combinations(range(NUM_BLOCKS), size)]
+
+
+class FakeKeeper:
+    """Asks the daemon's own core, without a socket. A wait for what is computed takes its whole time.
+
+    publishes: what becomes of the blocks that another client computes once somebody has waited for one of them.
+    """
+
+    timeout_s = 1.0
+
+    def __init__(self, has: set[int], computes: set[int], *, publishes: bool = False) -> None:
+        self.now = 0.0
+        self.num_sent = 0
+        self.num_long_waits = 0
+        self.publishes = publishes
+        self.store = DictStore()
+        self.core = Core(64 * SLOT_BYTES, clock=lambda: self.now, store=self.store, extent_bytes=SLOT_BYTES)
+        self.me = Client(self.core, {}, b"n" * 16, hash_block)
+        self.other = Client(self.core, {}, b"n" * 16, hash_block)
+        self.hashes = self.me.chain(TOKENS)
+        for at in has:
+            self.put(at)
+        self.promise(computes)
+
+    def put(self, at: int) -> None:
+        parent = self.hashes[at - 1] if at else b"n" * 16
+        step = BLOCK_SIZE * 4
+        self.store.blocks[self.hashes[at]] = Stored(parent, TOKENS[at * step : (at + 1) * step], b"", (b"", b""))
+
+    def promise(self, computes: set[int]) -> None:
+        if computes:
+            ticket = Ticket(1000, self.other.connection, {self.hashes[at] for at in computes}, 1e9)
+            self.core._tickets.update(dict.fromkeys(ticket.hashes, ticket))
+            self.other.connection.tickets[ticket.number] = ticket
+
+    def call_on(self, link: Any, message: Any, expected: type, *, timeout_s: float | None = None) -> Any:
+        self.num_sent += 1
+        if isinstance(message, Match):
+            return self.core.match(self.me.connection, message)
+        assert isinstance(message, Wait)
+        if not self.core.is_computed(self.me.connection, message.block_hash):
+            return Waited(is_over=False)
+        self.num_long_waits += 1
+        if self.publishes:
+            for ticket in list(self.other.connection.tickets.values()):
+                for at, block_hash in enumerate(self.hashes):
+                    if block_hash in ticket.hashes:
+                        self.put(at)
+                self.core.end_ticket(self.other.connection, ticket.number)
+            self.now += 0.5
+            return Waited(is_over=False)
+        self.now += message.timeout_ms / 1e3
+        return Waited(is_over=True)
+
+    def post(self, link: Any, message: Any) -> None:
+        self.num_sent += 1
+        if isinstance(message, EndTicket):
+            self.core.end_ticket(self.me.connection, message.ticket)
+        else:
+            assert isinstance(message, Release)
+            self.core.release(self.me.connection, message)
+
+
+class OpenLink:
+    is_retired = False
+
+
+def ask(keeper: FakeKeeper, num_hot: int, monkeypatch: pytest.MonkeyPatch) -> tuple[SingleFlight, Found]:
+    monkeypatch.setattr(tierkv.remote.single_flight.time, "monotonic", lambda: keeper.now)
+    flight = SingleFlight(keeper, wait_s=WAIT_S)  # type: ignore[arg-type]
+    message = Match(hashes=b"".join(keeper.hashes), tokens=TOKENS, start=num_hot, lease=True, wants_ticket=True)
+    answer = flight.ask(OpenLink(), message, keeper.hashes)  # type: ignore[arg-type]
+    monkeypatch.undo()
+    return flight, answer
+
+
+@pytest.mark.parametrize("num_hot", range(NUM_BLOCKS + 1))
+@pytest.mark.parametrize("publishes", [False, True])
+def test_every_combination_ends_with_few_messages_in_time(
+    num_hot: int, publishes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for has, computes in itertools.product(SUBSETS, SUBSETS):
+        keeper = FakeKeeper(has, computes, publishes=publishes)
+        _, answer = ask(keeper, num_hot, monkeypatch)
+        case = f"{num_hot} hot here, {has} there, {computes} computed by another"
+        assert keeper.now <= WAIT_S + 0.5, case
+        assert keeper.num_sent <= 3 * (tierkv.remote.single_flight._MOST_VAIN_WAITS + NUM_BLOCKS + 1), case
+        num_found = num_hot + len(answer.slots) // 4
+        if num_found == NUM_BLOCKS:
+            assert answer.ticket == 0, case
+            assert not keeper.me.connection.tickets, f"{case}: others would wait for blocks that are never computed"
+        is_awaited = num_found < NUM_BLOCKS and num_found in computes
+        if not publishes and not is_awaited:
+            assert keeper.num_long_waits == 0, f"{case}: waited for a block that nobody computes"
+        keeper.core.check()
+
+
+def test_who_lacks_only_what_another_computes_gets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    keeper = FakeKeeper(set(), {0, 1, 2}, publishes=True)
+    flight, answer = ask(keeper, 0, monkeypatch)
+    assert len(answer.slots) == 4 * NUM_BLOCKS
+    assert flight.num_waits == 1
+
+
+def test_who_waits_goes_on_waiting_for_another_who_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one who computes dies, and a third client has the promise before this one asks again: twice."""
+    keeper = FakeKeeper(set(), {0, 1, 2})
+    deaths = [1, 2]
+    own = keeper.call_on
+
+    def call_on(link: Any, message: Any, expected: type, *, timeout_s: float | None = None) -> Any:
+        if isinstance(message, Wait) and deaths:
+            deaths.pop()
+            for ticket in list(keeper.other.connection.tickets):
+                keeper.core.end_ticket(keeper.other.connection, ticket)
+            keeper.promise({0, 1, 2})
+            return Waited(is_over=False)
+        keeper.publishes = True
+        return own(link, message, expected, timeout_s=timeout_s)
+
+    monkeypatch.setattr(keeper, "call_on", call_on)
+    flight, answer = ask(keeper, 0, monkeypatch)
+    assert len(answer.slots) == 4 * NUM_BLOCKS
+    assert flight.num_waits == 3

@@ -1,0 +1,220 @@
+"""What a daemon answers, compared with what it was asked: the one place where its numbers are believed or not.
+
+A daemon that is broken, of another build, or no daemon at all may answer anything. What it says ends up as indices
+into memory, as lengths and as token counts; so `DaemonClient.call` returns no answer that has not passed here, and
+whoever takes one needs no check of his own. What it costs to check does not grow with the numbers that are claimed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tierkv.block import HASH_BYTES, TOKEN_BYTES, common_run
+from tierkv.daemon.messages import (
+    NO_SLOT,
+    ChainAnswer,
+    Count,
+    Evict,
+    Fetch,
+    Fetched,
+    Found,
+    FoundTail,
+    Hello,
+    LoadState,
+    Match,
+    Message,
+    Pin,
+    Prefetch,
+    Publish,
+    Published,
+    Reserve,
+    Reserved,
+    Saved,
+    StatusReport,
+    Welcome,
+)
+from tierkv.daemon.protocol import split_numbers
+from tierkv.errors import ConfigError, DaemonError
+from tierkv.namespace import parse_description
+
+__all__ = ["AnswerCheck", "WrongAnswerError", "plain_text"]
+
+_PAGE_BYTES = 4096
+_MOST_NUMBER = 1 << 62
+_MOST_TEXT = 500
+_COLD_FIELDS = ("blocks", "live_bytes", "quota_bytes")
+
+
+class WrongAnswerError(DaemonError):
+    """An answer that cannot be: nothing that this daemon says is believed any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerCheck:
+    """What the answers on one connection must keep to. num_slots: of the slab, for blocks of this namespace.
+
+    block_size: tokens of a whole block; 0 for a connection that named no namespace that can be read.
+    """
+
+    num_slots: int = 0
+    block_size: int = 0
+
+    @classmethod
+    def of(cls, hello: Hello, welcome: Welcome) -> AnswerCheck:
+        """Return the check for a connection. Raises WrongAnswerError for a welcome that cannot be."""
+        _require(0 <= welcome.pid < _MOST_NUMBER, "a process number that cannot be")
+        _require(0 <= welcome.slab_bytes < _MOST_NUMBER, f"shared memory of {welcome.slab_bytes} bytes")
+        if not hello.namespace:
+            return cls()
+        _require(welcome.slab_bytes > 0, "no shared memory")
+        stride = -(-max(hello.block_bytes, 1) // _PAGE_BYTES) * _PAGE_BYTES  # as storage.warm.slot_stride says
+        try:
+            block_size = parse_description(hello.description).layout.block_size
+        except ConfigError:  # such a hello the daemon refuses; one that does not is believed in nothing
+            block_size = 0
+        return cls(welcome.slab_bytes // stride, block_size)
+
+    def check(self, asked: Message, answer: Message) -> None:
+        """Raise WrongAnswerError unless this can be the answer to that message."""
+        checked = _CHECKS.get(type(answer))
+        if checked is not None:
+            checked(self, asked, answer)
+
+    def _found(self, asked: Match, answer: Found) -> None:
+        """No more blocks than were asked for, in slots that there are; no more tokens of the rest than it has."""
+        num_asked = len(asked.hashes) // HASH_BYTES - asked.start
+        slots = self._slots(answer.slots, most=num_asked)
+        end = asked.start + len(slots)
+        if answer.tail is not None:
+            slots.append(self._tail(asked, answer.tail, end))
+        self._distinct(slots)
+        _require(0 <= answer.cursor <= 0xFFFF_FFFF, f"cursor {answer.cursor}")
+        _require(answer.cursor > 0 or not asked.lease or NO_SLOT not in slots, "blocks to fetch, and no cursor for it")
+        _require(0 <= answer.ticket < _MOST_NUMBER, f"ticket {answer.ticket}")
+        _require(asked.wants_ticket or not (answer.ticket or answer.is_computing), "a ticket that nobody asked for")
+        _require(not (answer.ticket and answer.is_computing), "a ticket for what another client computes")
+        _require(len(answer.miss) <= _MOST_TEXT, "an endless reason")
+
+    def _tail(self, asked: Match, tail: FoundTail, end: int) -> int:
+        """Return the slot of a tail that leads the rest of the prompt, as it says. end: whole blocks before it."""
+        step = self.block_size * TOKEN_BYTES
+        rest = asked.tokens[end * step : (end + 1) * step]
+        _require(len(tail.block_hash) == HASH_BYTES, f"a block hash of {len(tail.block_hash)} bytes")
+        _require(
+            len(tail.tokens) % TOKEN_BYTES == 0 and 0 < len(tail.tokens) <= step,
+            f"a block with {len(tail.tokens)} bytes of token ids",
+        )
+        _require(
+            max(asked.min_tail_tokens, 1) <= tail.num_tokens <= common_run(rest, tail.tokens),
+            f"{tail.num_tokens} tokens of the rest of a prompt",
+        )
+        return self._slot(tail.slot)
+
+    def _fetched(self, asked: Fetch, answer: Fetched) -> None:
+        slots = self._slots(answer.slots, most=asked.count)
+        _require(NO_SLOT not in slots, "a block that was fetched to nowhere")
+        self._distinct(slots)
+        _require(len(answer.miss) <= _MOST_TEXT, "an endless reason")
+
+    def _reserved(self, asked: Reserve, answer: Reserved) -> None:
+        _require(
+            len(answer.chains) == len(asked.chains), f"{len(answer.chains)} chains for {len(asked.chains)} asked about"
+        )
+        given: list[int] = []
+        for chain, part in zip(asked.chains, answer.chains, strict=True):
+            given += self._chain(split_numbers(chain.offers), part)
+        self._distinct(given)
+
+    def _chain(self, offers: Sequence[int], answer: ChainAnswer) -> Sequence[int]:
+        """Return the slots for blocks of a chain: only blocks that were offered, each once, in order."""
+        slots = self._slots(answer.slots, most=len(offers))
+        _require(NO_SLOT not in slots, "a block to be written nowhere")
+        numbers = _numbers(answer.numbers, most=len(offers))
+        _require(len(numbers) == len(slots), f"{len(slots)} slots for {len(numbers)} blocks")
+        _require(set(numbers) <= set(offers), "a block to write that was not offered")
+        _require(all(a < b for a, b in itertools.pairwise(numbers)), "blocks to write that are not in order")
+        for count in (answer.num_there, answer.num_busy):
+            _require(0 <= count <= len(offers), f"{count} of {len(offers)} offered blocks")
+        _require(len(answer.refusal) <= _MOST_TEXT, "an endless refusal")
+        return slots
+
+    def _published(self, asked: Publish, answer: Published) -> None:
+        slots = split_numbers(asked.slots)
+        lost = _numbers(answer.lost, most=len(slots))
+        _require(set(lost) <= set(slots), "a slot lost that was not published")
+        _require(answer.count == len(slots) - len(lost), f"{answer.count} of {len(slots)} blocks published")
+
+    def _count(self, asked: Message, answer: Count) -> None:
+        most = _MOST_NUMBER
+        if isinstance(asked, Pin | Prefetch):
+            most = len(asked.hashes) // HASH_BYTES + 1  # and the tail
+        elif isinstance(asked, Evict):
+            most = self.num_slots if asked.count < 0 else min(asked.count, self.num_slots)
+        elif isinstance(asked, LoadState):
+            most = 1 << 40
+        _require(0 <= answer.count <= most, f"a count of {answer.count}")
+
+    def _saved(self, asked: Message, answer: Saved) -> None:
+        _require(0 <= answer.blocks < _MOST_NUMBER, f"{answer.blocks} blocks saved")
+        _require(0 <= answer.file_bytes < _MOST_NUMBER, f"a file of {answer.file_bytes} bytes")
+
+    def _status(self, asked: Message, answer: StatusReport) -> None:
+        _require(math.isfinite(answer.uptime_s) and answer.uptime_s >= 0, "a time that cannot be")
+        numbers = [
+            *(answer.pid, answer.warm_bytes, answer.warm_free_bytes, answer.rss_bytes, answer.clients),
+            *(answer.leased_slots, answer.reserved_slots, answer.tickets, answer.pending_writes),
+            *(answer.bytes_received, answer.bytes_sent, *answer.counters.values(), *answer.cold.values()),
+        ]
+        for tenant in answer.tenants:
+            numbers += [tenant.block_bytes, tenant.warm_blocks, tenant.pinned_bytes, tenant.clients]
+        _require(all(0 <= number < _MOST_NUMBER for number in numbers), "a size that cannot be")
+        _require(not answer.cold or all(name in answer.cold for name in _COLD_FIELDS), "a cold tier without sizes")
+
+    def _slots(self, raw: bytes, *, most: int) -> list[int]:
+        slots = _numbers(raw, most=most)
+        if slots and max(slots) >= self.num_slots:  # some may be NO_SLOT
+            for slot in slots:
+                self._slot(slot)
+        return slots.tolist()
+
+    def _slot(self, slot: int) -> int:
+        _require(0 <= slot < self.num_slots or slot == NO_SLOT, f"slot {slot} of {self.num_slots}")
+        return slot
+
+    def _distinct(self, slots: Sequence[int]) -> None:
+        """Two blocks of one answer cannot lie in one place."""
+        given = [slot for slot in slots if slot != NO_SLOT]
+        _require(len(set(given)) == len(given), "one slot for two blocks")
+
+
+def plain_text(text: str) -> str:
+    """Return what a daemon says as one short line of printable text: it goes into messages and logs."""
+    line = "".join(char if char.isprintable() else " " for char in text[:_MOST_TEXT])
+    return line + ("..." if len(text) > _MOST_TEXT else "")
+
+
+def _numbers(raw: bytes, *, most: int) -> array[int]:
+    _require(len(raw) % 4 == 0, f"{len(raw)} bytes as a list of numbers")
+    _require(len(raw) // 4 <= most, f"{len(raw) // 4} blocks of {most}")
+    return split_numbers(raw)
+
+
+def _require(is_right: bool, what: str) -> None:
+    if not is_right:
+        raise WrongAnswerError(f"it answers what cannot be: {what}")
+
+
+_CHECKS: dict[type[Message], Callable[[AnswerCheck, Any, Any], None]] = {
+    Found: AnswerCheck._found,
+    Fetched: AnswerCheck._fetched,
+    Reserved: AnswerCheck._reserved,
+    Published: AnswerCheck._published,
+    Count: AnswerCheck._count,
+    Saved: AnswerCheck._saved,
+    StatusReport: AnswerCheck._status,
+}

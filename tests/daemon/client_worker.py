@@ -41,7 +41,7 @@ def main(action: str, socket: Path) -> None:
         other = tokens_of(16, start=200)
         assert client.call(Match(hashes=chain_of(other), tokens=other, wants_ticket=True), Found).ticket
         if not os.fork():
-            client._socket.settimeout(30)
+            client._socket.settimeout(10)
             print("closed" if client._socket.recv(1) == b"" else "open", flush=True)
             os._exit(0)
     print("ready", flush=True)

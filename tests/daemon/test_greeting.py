@@ -137,6 +137,7 @@ def test_a_path_that_cannot_be_told_to_clients_is_refused(tmp_path: Path) -> Non
 
 def test_the_store_learns_of_a_namespace_with_its_first_block(start_daemon: Start, short_path: Path) -> None:
     from raw_client import tokens_of, write_prompt
+
     from tierkv.daemon.messages import Done
 
     daemon = start_daemon()

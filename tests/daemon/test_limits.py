@@ -11,6 +11,7 @@ from core_model import (
     SLOT_BYTES,
     Client,
     DictStore,
+    Stored,
     as_bytes,
     finish_load,
     finish_write,
@@ -331,6 +332,20 @@ def test_a_block_cannot_take_the_place_of_another_namespaces_root() -> None:
     honest.publish(2)
     assert len(honest.match(as_bytes([1, 2, 3, 4])).slots) == 8
     core.check()
+
+
+def test_pinning_a_stored_tail_pins_no_block_of_another_namespace_that_has_its_hash() -> None:
+    store = DictStore()
+    core = make_core(store=store)
+    owner = Client(core, {}, NAMESPACE, hash_block)
+    other = Client(core, {}, b"o" * 16, hash_block)
+    other.reserve(as_bytes([7, 8]), [0])
+    other.publish(1)
+    (forged,) = other.chain(as_bytes([7, 8]))
+    store.blocks[forged] = Stored(NAMESPACE, as_bytes([1]), b"", (b"", b""))
+    core.pin(owner.connection, Pin(hashes=b"", tokens=as_bytes([1]), pinned=True))
+    assert owner.connection.tenant and owner.connection.tenant.pinned_bytes == 0
+    assert other.connection.tenant and not any(e.pinned for e in other.connection.tenant.size_class.index)
 
 
 def test_a_refused_chain_leaves_no_root_behind() -> None:

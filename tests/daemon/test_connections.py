@@ -407,6 +407,8 @@ def test_before_hello_only_a_short_message_is_taken(start_daemon: Start) -> None
         assert connection.recv(4096)
         connection.sendall(frame(hello(), number=2, boot=boot))
         assert b"must be Hello" in connection.recv(4096)
+        connection.sendall(frame(Match(hashes=b"", tokens=bytes(1 << 18)), number=3, boot=boot))
+        assert b"of block hashes for 262144 bytes" in connection.recv(4096)
     assert_healthy(daemon.socket)
 
 

@@ -24,6 +24,7 @@ from tierkv.daemon.protocol import printable
 from tierkv.errors import ConfigError, DaemonError, DaemonGoneError
 from tierkv.namespace import DESCRIPTION_LIMIT_BYTES, Namespace, parse_description
 from tierkv.storage.cold import ColdStore
+from tierkv.storage.cold_stats import StoredNamespace
 
 
 def changed(**fields: Any) -> bytes:
@@ -145,11 +146,19 @@ def test_the_store_learns_of_a_namespace_with_its_first_block(start_daemon: Star
         write_prompt(client, tokens_of(4))
         client.call(Flush(), Done)
     daemon.kill()
+    first = the_namespace_in(short_path / "store")
     daemon.start()
-    with connect(daemon.socket) as client:
+    with connect(daemon.socket, OTHER), connect(daemon.socket) as client:
         client.call(Flush(), Done)
         assert client.call(Status(), StatusReport).cold["blocks"] == 1
     daemon.kill()
-    with ColdStore(short_path / "store", quota_bytes=64 << 20, min_free_bytes=0) as store:
+    again = the_namespace_in(short_path / "store")
+    for known in (first, again):
+        assert (known.digest, known.description["name"]) == (NAMESPACE.digest, "raw")
+    assert again.last_used > first.last_used, "who only reads uses it too"
+
+
+def the_namespace_in(path: Path) -> StoredNamespace:
+    with ColdStore(path, quota_bytes=64 << 20, min_free_bytes=0) as store:
         (known,) = store.namespaces()
-        assert known.digest == NAMESPACE.digest and known.description["name"] == "raw"
+        return known

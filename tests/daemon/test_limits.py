@@ -149,17 +149,21 @@ def test_tickets_are_bounded_for_each_client_and_for_all() -> None:
 
 def test_a_ticket_that_has_expired_is_freed() -> None:
     clock = Clock()
-    core = make_core(clock=clock, ticket_blocks_of_client=4)
+    core = make_core(clock=clock)
     client = Client(core, {}, NAMESPACE, hash_block)
     client.match(as_bytes([1, 2, 3, 4]))
-    clock.now += 50
+    clock.now = 10
     client.match(as_bytes([5, 6, 7, 8]))
+    clock.now = 50
     client.reserve(as_bytes([1, 2]), [0])
     client.publish(1)  # news of the first ticket: the other one expires before it
-    clock.now += 59
     core.trim()
-    assert client.connection.num_promised == 3
-    clock.now += 2
+    assert core.num_tickets == 3
+    clock.now = 71
+    core.trim()
+    assert (core.num_tickets, len(client.connection.tickets)) == (1, 1)
+    core.check()
+    clock.now = 111
     core.trim()
     assert (client.connection.num_promised, core.num_tickets, client.connection.tickets) == (0, 0, {})
     core.check()
@@ -350,12 +354,12 @@ def test_pinning_a_stored_tail_pins_no_block_of_another_namespace_that_has_its_h
 
 def test_a_refused_chain_leaves_no_root_behind() -> None:
     core = make_core()
-    owner, forger = Client(core, {}, NAMESPACE, hash_block), Client(core, {}, b"f" * 16, hash_block)
-    owner.reserve(as_bytes([1, 2]), [0])
-    chain = Chain(b"".join(owner.chain(as_bytes([1, 2]))), as_bytes([1, 2]), array("I", [0]).tobytes())
-    (answer,) = core.reserve(forger.connection, Reserve(chains=[chain])).chains
-    assert answer.slots == b""
-    assert forger.connection.tenant and core._root(forger.connection.tenant) is None
+    connection = connect(core)
+    chain = Chain(bytes(16), as_bytes([1, 2]), array("I", [0]).tobytes())  # the hash that no block can have
+    (answer,) = core.reserve(connection, Reserve(chains=[chain])).chains
+    assert (answer.slots, answer.refusal) == (b"", "collision")
+    assert connection.tenant and not list(connection.tenant.size_class.index)
+    core.check()
 
 
 def test_a_message_names_no_more_blocks_than_the_limits_allow() -> None:

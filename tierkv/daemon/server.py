@@ -274,7 +274,11 @@ class _Server:
         return [
             limit_status("connections", self._most_connections, self._peers.counts(), limits.connections_of_process),
             limit_status(
-                "requests", limits.requests, (each.num_requests for each in clients), limits.requests_of_client
+                "requests",
+                limits.requests,
+                (each.num_requests for each in clients),
+                limits.requests_of_client,
+                used=self.num_requests,
             ),
             limit_status("waiting_requests", limits.requests, [self._waiters.num_waiting]),
             limit_status("incomplete_bytes", limits.incomplete_bytes, [self.incomplete_bytes]),

@@ -55,8 +55,14 @@ def usage_of(core: Core) -> list[LimitStatus]:
     ]
 
 
-def limit_status(name: str, limit: int, held: Iterable[int], limit_of_one: int = 0) -> LimitStatus:
-    """Return one line of a status. held: what each holder has. limit_of_one: 0 where one alone has no limit."""
+def limit_status(
+    name: str, limit: int, held: Iterable[int], limit_of_one: int = 0, *, used: int | None = None
+) -> LimitStatus:
+    """Return one line of a status. held: what each holder has. limit_of_one: 0 where one alone has no limit.
+
+    used: the sum, where more is held than by those holders.
+    """
     each = list(held)
     largest = max(each, default=0) if limit_of_one else 0
-    return LimitStatus(name=name, used=sum(each), limit=limit, largest=largest, limit_of_one=limit_of_one)
+    used = sum(each) if used is None else used
+    return LimitStatus(name=name, used=used, limit=limit, largest=largest, limit_of_one=limit_of_one)

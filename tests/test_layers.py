@@ -64,9 +64,10 @@ LAYERS = (
     Layer("client", "daemon.messages daemon.protocol daemon.answers daemon.client", below="values"),
     Layer(
         "daemon",
-        "daemon.config daemon.slab daemon.values daemon.state daemon.matching daemon.fetching daemon.writing "
-        "daemon.core daemon.host daemon.sealer daemon.loader daemon.store_writer daemon.waiters "
-        "daemon.prefetcher daemon.metrics daemon.connection daemon.requests daemon.server",
+        "daemon.limits daemon.config daemon.slab daemon.values daemon.state daemon.matching daemon.fetching "
+        "daemon.writing daemon.core daemon.usage daemon.host daemon.peers daemon.sealer daemon.loader "
+        "daemon.store_writer daemon.waiters daemon.prefetcher daemon.metrics daemon.connection daemon.requests "
+        "daemon.server",
         below="values control storage background client",
     ),
     Layer(

@@ -17,9 +17,11 @@ from typing import Any
 
 import msgspec
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from tierkv.daemon.client import DaemonClient
+from tierkv.daemon.limits import Limits
 from tierkv.daemon.messages import Compact, Done, Status, StatusReport, Stop
 from tierkv.daemon.server import DaemonConfig, serve
 from tierkv.errors import DaemonError, DaemonGoneError, TierKVError
@@ -66,6 +68,7 @@ def status(socket: Path, *, as_json: bool) -> None:
     console.print(_table(report))
     if report.tenants:
         console.print(_tenants(report))
+    console.print(_limits(report))
 
 
 def stop(socket: Path) -> None:
@@ -139,7 +142,8 @@ def _from_json(text: str) -> tuple[DaemonConfig, list[str]]:
     value = json.loads(text)
     config: dict[str, Any] = value["config"]
     paths = {name: Path(config[name]) if config[name] else None for name in ("socket", "store")}
-    return DaemonConfig(**{**config, **paths}), value["warm_command"]
+    limits = Limits(**config["limits"])
+    return DaemonConfig(**{**config, **paths, "limits": limits}), value["warm_command"]
 
 
 def _as_dict(report: StatusReport) -> dict[str, Any]:
@@ -152,8 +156,8 @@ def _table(report: StatusReport) -> Table:
     table.add_row(
         "process", f"{report.pid}, up {format_age(report.uptime_s)}, {format_bytes(report.rss_bytes)} of its own"
     )
-    table.add_row("socket", report.socket)
-    table.add_row("store", report.store or "none")
+    table.add_row("socket", escape(report.socket))
+    table.add_row("store", escape(report.store) or "none")
     table.add_row("warm tier", f"{format_bytes(used)} of {format_bytes(report.warm_bytes)}")
     if report.cold:
         live, quota = format_bytes(report.cold["live_bytes"]), format_bytes(report.cold["quota_bytes"])
@@ -172,11 +176,21 @@ def _tenants(report: StatusReport) -> Table:
     for tenant in report.tenants:
         table.add_row(
             tenant.namespace[:12],
-            tenant.name or "unnamed",
+            escape(tenant.name) or "unnamed",
             f"{tenant.clients:,}",
             format_bytes(tenant.warm_blocks * tenant.block_bytes),
             format_bytes(tenant.pinned_bytes),
         )
+    return table
+
+
+def _limits(report: StatusReport) -> Table:
+    """Return what clients hold of everything that is bounded."""
+    table = Table("held by clients", "now", "at most", "largest", "one at most")
+    for each in report.limits:
+        show = format_bytes if each.name.endswith("_bytes") else "{:,}".format
+        one = (show(each.largest), show(each.limit_of_one)) if each.limit_of_one else ("", "")
+        table.add_row(each.name.removesuffix("_bytes").replace("_", " "), show(each.used), show(each.limit), *one)
     return table
 
 

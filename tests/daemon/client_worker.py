@@ -5,13 +5,14 @@ Each prints a line when it is where the test wants it, then sleeps for ever.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from array import array
 from pathlib import Path
 
 import numpy as np
-from raw_client import chain_of, connect, write_prompt
+from raw_client import chain_of, connect, tokens_of, write_prompt
 
 from tierkv.daemon.messages import Chain, Found, Match, Reserve, Reserved
 
@@ -31,6 +32,18 @@ def main(action: str, socket: Path) -> None:
     elif action == "compute":
         found = client.call(Match(hashes=hashes, tokens=tokens, lease=True, wants_ticket=True), Found)
         assert found.ticket
+    elif action == "fork":
+        write_prompt(client, tokens)
+        assert client.call(Match(hashes=hashes, tokens=tokens, lease=True), Found).slots
+        more = tokens_of(16, start=100)
+        chain = Chain(chain_of(more), more, array("I", range(4)).tobytes())
+        assert client.call(Reserve(chains=[chain]), Reserved).chains[0].slots
+        other = tokens_of(16, start=200)
+        assert client.call(Match(hashes=chain_of(other), tokens=other, wants_ticket=True), Found).ticket
+        if not os.fork():
+            client._socket.settimeout(10)
+            print("closed" if client._socket.recv(1) == b"" else "open", flush=True)
+            os._exit(0)
     print("ready", flush=True)
     time.sleep(600)
 

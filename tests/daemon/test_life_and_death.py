@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from child_process import ENVIRONMENT, command
@@ -24,7 +25,7 @@ from tierkv.block import Tier
 from tierkv.cache import TierCache
 from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.host import check_memory, listening_socket
-from tierkv.daemon.messages import Found, Match, Welcome
+from tierkv.daemon.messages import Found, Match, Publish, Welcome
 from tierkv.daemon.protocol import HEADER, frame
 from tierkv.errors import CapacityError, ConfigError, DaemonError, DaemonGoneError
 from tierkv.movers.mover import Move, Ready
@@ -73,6 +74,20 @@ def test_a_client_killed_while_reading_gives_its_slots_back(start_daemon: Start)
     with connect(daemon.socket) as client:
         found = client.call(Match(hashes=chain_of(tokens_of(16)), tokens=tokens_of(16)), Found)
         assert len(found.slots) == 4 * 4, "what it had published stays"
+
+
+def test_a_client_that_has_forked_and_is_killed_gives_its_slots_back_although_its_child_lives(
+    start_daemon: Start,
+) -> None:
+    daemon = start_daemon()
+    with client_process("fork", daemon.socket) as process:
+        assert process.stdout is not None
+        status = daemon.status()
+        assert (status.leased_slots, status.reserved_slots, status.tickets) == (4, 4, 4)
+        process.kill()
+        assert process.stdout.readline() == "closed\n", "the child cannot use the connection"
+        status = daemon.status()
+        assert (status.leased_slots, status.reserved_slots, status.tickets, status.clients) == (0, 0, 0, 1)
 
 
 def test_a_client_killed_while_writing_leaves_nothing_visible_and_no_slot(start_daemon: Start) -> None:
@@ -191,6 +206,47 @@ def test_a_daemon_without_a_store_gets_back_what_its_clients_still_have(
     cache.release(sequence)
 
 
+def test_what_only_an_earlier_daemon_had_is_written_again_before_it_is_evicted(
+    start_daemon: Start, open_cache: OpenCache
+) -> None:
+    daemon = start_daemon(store=False)
+    cache = open_cache(hot=4, daemon_timeout_s=0.5)
+    engine = PatternEngine(cache)
+    cache.release(engine.start(list(range(8))))
+    cache.flush()
+    entries = list(cache._tiers.index)
+    assert len(entries) == 2 and all(entry.in_cold for entry in entries)
+    daemon.kill()
+    daemon.start()
+    eventually(lambda: is_served(cache, daemon))
+    assert not any(entry.in_cold for entry in entries), "the new daemon has nothing"
+    cache.release(engine.start(list(range(100, 116))))  # fills the hot pool
+    cache.flush()
+    assert open_cache().match(list(range(8))).tokens[Tier.WARM] == 8
+
+
+def test_an_answer_of_an_earlier_daemon_says_nothing_of_the_present_one(
+    start_daemon: Start, open_cache: OpenCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon = start_daemon(store=False)
+    cache = open_cache(daemon_timeout_s=0.5)
+    assert cache._daemon is not None
+    keeper, call_on = cache._daemon.keeper, cache._daemon.keeper.call_on
+
+    def then_restart(link: Any, message: Any, *arguments: Any, **options: Any) -> Any:
+        answer = call_on(link, message, *arguments, **options)
+        if isinstance(message, Publish):
+            daemon.kill()
+            daemon.start()
+            eventually(lambda: is_served(cache, daemon))
+        return answer
+
+    monkeypatch.setattr(keeper, "call_on", then_restart)
+    cache.release(PatternEngine(cache).start(list(range(4))))
+    cache.flush()
+    assert not any(entry.in_cold for entry in cache._tiers.index)
+
+
 def test_a_cache_may_be_opened_before_its_daemon(start_daemon: Start, open_cache: OpenCache) -> None:
     cache = open_cache()
     cache.release(PatternEngine(cache).start(PROMPT))
@@ -305,7 +361,7 @@ def test_a_client_whose_blocks_have_another_size_than_its_namespace_is_refused(s
     connect(daemon.socket).close()
     forged = hello(Namespace(weights="raw", layout=tiny_layout(block_size=8)))
     forged.namespace = NAMESPACE.digest
-    with pytest.raises(DaemonError, match="another layout"):
+    with pytest.raises(DaemonError, match=f"{NAMESPACE.digest.hex()} is claimed"):
         DaemonClient(daemon.socket, forged)
 
 

@@ -146,7 +146,8 @@ def test_a_tenant_may_pin_its_share_and_no_more(start_daemon: Start, open_cache:
 
 
 def test_the_slab_is_kept_a_little_free(start_daemon: Start, tmp_path: Path) -> None:
-    daemon = start_daemon(slots=100, store=False)
+    """The order is LRU's: hit-density learns here, where no block is used twice, that new ones are worth less."""
+    daemon = start_daemon(slots=100, store=False, eviction_policy="lru")
     with connect(daemon.socket) as client:
         for start in range(0, 4000, 40):
             write_prompt(client, tokens_of(40, start=start))

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tierkv.daemon.limits import Limits
 from tierkv.errors import ConfigError
 from tierkv.policies import make_policy
 
@@ -18,7 +19,7 @@ class DaemonConfig:
 
     store: None keeps nothing on disk. cold_bytes, min_free_bytes: as in `CacheConfig`. pin_share: of the slab, that
     one tenant may pin. metrics_port: of the loopback interface, for Prometheus. hello_s: so long may a client take to
-    say hello.
+    say hello. limits: of what clients may hold.
     """
 
     socket: Path
@@ -31,10 +32,16 @@ class DaemonConfig:
     eviction_policy: str = "hit-density"
     metrics_port: int | None = None
     hello_s: float = 5.0
+    limits: Limits = field(default_factory=Limits)
 
     def __post_init__(self) -> None:
         if min(self.warm_bytes, 1 if self.cold_bytes is None else self.cold_bytes, self.num_io_threads) <= 0:
             raise ConfigError("warm_bytes, cold_bytes and num_io_threads must be positive")
         make_policy(self.eviction_policy)  # refuses a name that there is not
+        for path in (self.socket, self.store):
+            try:
+                str(path).encode()
+            except UnicodeEncodeError as exc:
+                raise ConfigError(f"{str(path)!a} cannot be told to clients: it is not UTF-8") from exc
         if not 0 < self.pin_share <= 1:
             raise ConfigError(f"pin_share must lie between 0 and 1, got {self.pin_share}")

@@ -16,29 +16,41 @@ from typing import Any, Protocol, TypeAlias
 
 from tierkv.daemon.core import Connection, Core
 from tierkv.daemon.host import peer_of
-from tierkv.daemon.messages import Failure, Hello, Message
-from tierkv.daemon.protocol import FrameReader, ProtocolError, frame, parse_body
-from tierkv.errors import TierKVError
+from tierkv.daemon.limits import Limits
+from tierkv.daemon.messages import Abandon, Done, EndTicket, Failure, Hello, Message, Release, Wait
+from tierkv.daemon.protocol import MAX_BODY_BYTES, FrameReader, ProtocolError, frame, parse_body, printable
+from tierkv.errors import DaemonError, TierKVError
 
 __all__ = ["Answer", "ClientConnection", "Host"]
 
 _log = logging.getLogger(__name__)
 
-_MAX_CLIENTS = 1024
-_MAX_PENDING = 64  # requests of one connection that are being worked on
+_FRAMES_A_TURN = 64  # then the other connections have theirs
+_MESSAGE_CHARACTERS = 1000
 
 Answer: TypeAlias = Message | None
 
 
 class Host(Protocol):
-    """What a connection needs of the server. hello_s: so long may a client take to say hello."""
+    """What a connection needs of the server. hello_s: so long may a client take to say hello.
+
+    incomplete_bytes, num_requests: what has come of messages that are not whole, and requests in work, of all clients.
+    """
 
     core: Core
+    limits: Limits
     boot: int
     hello_s: float
-    clients: set[ClientConnection]
     bytes_received: int
     bytes_sent: int
+    incomplete_bytes: int
+    num_requests: int
+
+    def admit(self, client: ClientConnection, pid: int) -> None:
+        """Take a connection in. Raises TierKVError if there are too many."""
+
+    def leave(self, client: ClientConnection) -> None:
+        """Forget a connection, whether it was taken in or not."""
 
     def answer(self, client: ClientConnection, message: Message) -> Answer | Coroutine[Any, Any, Answer]:
         """Return the answer to a message, or what will come up with it."""
@@ -46,23 +58,34 @@ class Host(Protocol):
     def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Run something beside, and keep it alive."""
 
-    def tell_news(self) -> None:
-        """Wake who waits for news of a block."""
+    def log_refusal(self, client: str, why: str) -> None:
+        """Write a refusal to the log, unless there have been too many lately."""
 
 
 class ClientConnection(asyncio.Protocol):
-    """One connection as the loop sees it: frames in, answers out, errors told."""
+    """One connection as the loop sees it: frames in, answers out, errors told.
+
+    slow: taken by each request that needs a thread.
+    """
 
     def __init__(self, host: Host) -> None:
         self.host = host
         self.connection: Connection = host.core.connect()
         self.is_greeted = False
+        self.num_requests = 0  # in work
+        self.slow = asyncio.Semaphore(host.limits.slow_requests_of_client)
+        self.heard_at = time.monotonic()
+        self._since = self.heard_at
         self._transport: asyncio.Transport | None = None
-        self._reader = FrameReader()
+        self._reader = FrameReader(host.limits.first_message_bytes)
+        self._num_incomplete = 0  # bytes, in the host's count
+        self._begun_at: float | None = None  # when the first byte of what is not whole came
+        self._unread_since: float | None = None
+        self._is_admitted = False
         self._is_lost = False  # its stream makes no sense any more
-        self._is_paused = False
-        self._pending = 0
-        self._since = time.monotonic()
+        self._has_backlog = False
+        self._is_reading = True
+        self._waits: set[asyncio.Task[Any]] = set()
         self._descriptor: int | None = None
 
     # asyncio calls these
@@ -72,47 +95,76 @@ class ClientConnection(asyncio.Protocol):
         self._transport = transport
         with transport.get_extra_info("socket").dup() as peer:
             pid, uid = peer_of(peer)
-        if uid != os.getuid() or len(self.host.clients) >= _MAX_CLIENTS:
-            why = f"user {uid} is not the owner of this daemon" if uid != os.getuid() else "too many clients"
-            _log.warning("process %d was refused: %s", pid, why)
-            self._send(0, Failure(message=why, is_fatal=True))
+        try:
+            if uid not in (0, os.geteuid()):
+                raise DaemonError(f"user {uid} is not the owner of this daemon")
+            self.host.admit(self, pid)
+            self._is_admitted = True
+        except TierKVError as exc:
+            self.host.log_refusal(f"process {pid}", str(exc))
+            self._send(0, Failure(message=str(exc), is_fatal=True))
             transport.close()
-            return
-        self.host.clients.add(self)
 
     def data_received(self, data: bytes) -> None:
         self.host.bytes_received += len(data)
-        if self._is_lost or self not in self.host.clients:
+        if self._is_lost or not self._is_admitted:
             return
+        self.heard_at = time.monotonic()
         self._reader.feed(data)
         self._process()
 
     def pause_writing(self) -> None:
-        self._is_paused = True
-        if self._transport:
-            self._transport.pause_reading()
+        self._unread_since = time.monotonic()
+        self._update_reading()
 
     def resume_writing(self) -> None:
-        self._is_paused = False
-        if self._transport:
-            self._transport.resume_reading()
-            self._process()
+        self._unread_since = None
+        self._update_reading()
+        self._process()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.host.clients.discard(self)
+        self._is_lost = True
+        self._drop_input()
+        for task in self._waits:
+            task.cancel()
         self.host.core.disconnect(self.connection)
-        self.host.tell_news()
+        self.host.leave(self)
 
     # the server calls these
+
+    @property
+    def num_unsent_bytes(self) -> int:
+        """Bytes of answers that the client has not read."""
+        return self._transport.get_write_buffer_size() if self._transport else 0
+
+    @property
+    def holds_slots(self) -> bool:
+        """Whether it may be copying from or to the slab: then only its own end may end it."""
+        held = self.connection
+        return bool(held.num_leases or held.num_fetching or held.reservations)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it named no namespace and asks nothing."""
+        return self.connection.tenant is None and not self.num_requests and not self._reader.num_bytes
 
     def hand_over(self, descriptor: int | None) -> None:
         """Send this descriptor with the next answer."""
         self._descriptor = descriptor
 
     def check_alive(self) -> None:
-        """Close the connection of somebody who connects and says nothing."""
-        if not self.is_greeted and time.monotonic() - self._since > self.host.hello_s:
+        """Give up a client that says nothing, that does not end what it began to say, or that reads no answer."""
+        now, limits = time.monotonic(), self.host.limits
+        if not self.is_greeted and now - self._since > self.host.hello_s:
             self.close()
+        elif self._begun_at is not None and now - self._begun_at > limits.message_s:
+            self._refuse(0, ProtocolError(f"a message did not come whole in {limits.message_s:g} s", is_fatal=True))
+        elif (self._is_lost or self.is_unread_for(limits.unread_s)) and not self.holds_slots:
+            self.close()
+
+    def is_unread_for(self, seconds: float) -> bool:
+        """Tell whether the client has left answers unread for so long."""
+        return self._unread_since is not None and time.monotonic() - self._unread_since >= seconds
 
     def close(self) -> None:
         """End the connection; what the client holds is taken back."""
@@ -122,36 +174,78 @@ class ClientConnection(asyncio.Protocol):
     # parts
 
     def _process(self) -> None:
-        while not (self._is_lost or self._is_paused):
-            number = 0
-            try:
-                if (cut := self._reader.next()) is None:
-                    return
-                number, boot, body = cut
-                message = parse_body(body)
-                if boot != self.host.boot and not (isinstance(message, Hello) and not self.is_greeted):
-                    raise ProtocolError("this message is meant for a daemon that has ended", is_fatal=True)
-                if self._pending >= _MAX_PENDING:
-                    raise ProtocolError(f"more than {_MAX_PENDING} requests at once")
-                answer = self.host.answer(self, message)
-            except TierKVError as exc:
-                self._refuse(number, exc)
-                continue
-            if isinstance(answer, Message):
-                self._send(number, answer)
-            elif answer is not None:
-                self._pending += 1
-                self.host.spawn(self._finish(number, answer))
+        """Take whole messages out of what has come, as many as one turn has, while their answers are read."""
+        self._has_backlog = False
+        for _ in range(_FRAMES_A_TURN):
+            if self._is_lost or self._unread_since is not None or not self._take_one():
+                break
+        else:
+            self._has_backlog = True
+            asyncio.get_running_loop().call_soon(self._go_on)
+        self._update_reading()
+        self._count_incomplete()
 
-    async def _finish(self, number: int, answer: Coroutine[Any, Any, Answer]) -> None:
+    def _go_on(self) -> None:
+        if self._has_backlog:
+            self._process()
+
+    def _take_one(self) -> bool:
+        """Answer the next whole message; False if there is none."""
+        number = 0
         try:
-            result = await answer
-            if result is not None:
-                self._send(number, result)
-        except TierKVError as exc:
+            if (cut := self._reader.next()) is None:
+                return False
+            self._begun_at = None
+            number, boot, body = cut
+            message = parse_body(body)
+            is_hello = isinstance(message, Hello)
+            if boot != self.host.boot and not (is_hello and not self.is_greeted):
+                raise ProtocolError("this message is meant for a daemon that has ended", is_fatal=True)
+            if is_hello is self.is_greeted:
+                raise ProtocolError("the first message, and no other, must be Hello")
+            if self.num_requests >= self.host.limits.requests_of_client:
+                raise ProtocolError(f"more than {self.num_requests} requests at once")
+            if self.host.num_requests >= self.host.limits.requests:
+                raise ProtocolError("more requests at once than this daemon takes")
+            if is_hello:
+                self._reader.max_body_bytes = MAX_BODY_BYTES
+                self.is_greeted = True
+            answer = self.host.answer(self, message)
+            if answer is None or isinstance(answer, Message):
+                self._reply(number, message, answer)
+            else:
+                self._begin(number, message, answer)
+        except Exception as exc:  # noqa: BLE001 - the outermost place of a request: its sender gets an answer
             self._refuse(number, exc)
-        finally:
-            self._pending -= 1
+        return True
+
+    def _begin(self, number: int, message: Message, answer: Coroutine[Any, Any, Answer]) -> None:
+        """Work on a request beside others; what only waits ends with the connection."""
+        self.num_requests += 1
+        self.host.num_requests += 1
+        task = self.host.spawn(self._finish(number, message, answer))
+        if isinstance(message, Wait):
+            self._waits.add(task)
+
+        def end(_: object) -> None:  # also of a task that was cancelled before it began
+            answer.close()
+            self._waits.discard(task)
+            self.num_requests -= 1
+            self.host.num_requests -= 1
+
+        task.add_done_callback(end)
+
+    async def _finish(self, number: int, message: Message, answer: Coroutine[Any, Any, Answer]) -> None:
+        try:
+            self._reply(number, message, await answer)
+        except Exception as exc:  # noqa: BLE001 - as in _take_one
+            self._refuse(number, exc)
+
+    def _reply(self, number: int, message: Message, answer: Answer) -> None:
+        if answer is not None:
+            self._send(number, answer)
+        elif number and isinstance(message, Release | Abandon | EndTicket):
+            self._send(number, Done())
 
     def _send(self, number: int, message: Message) -> None:
         if self._transport is None or self._transport.is_closing():
@@ -176,13 +270,49 @@ class ClientConnection(asyncio.Protocol):
         if sent < len(data):
             self._transport.write(data[sent:])
 
-    def _refuse(self, number: int, why: TierKVError) -> None:
+    def _refuse(self, number: int, why: Exception) -> None:
+        """Tell a client that its request failed; after a fatal error nothing more is read from it."""
         is_fatal = isinstance(why, ProtocolError) and why.is_fatal
+        if not isinstance(why, TierKVError):
+            _log.error("a request of %s failed", self.connection.client or "a client", exc_info=why)
+            why = DaemonError(f"the daemon failed at this request: {type(why).__name__}")
         self.host.core.counters["refused_messages"] += 1
-        _log.info("refused a message of %s: %s", self.connection.client or "a client", why)
-        self._send(number, Failure(message=str(why)[:1000], is_fatal=is_fatal))
+        said = printable(str(why), _MESSAGE_CHARACTERS)
+        self.host.log_refusal(self.connection.client or "a client", said)
+        self._descriptor = None
+        self._send(number, Failure(message=said, is_fatal=is_fatal))
         if not is_fatal:
             return
         self._is_lost = True
-        if not (self.connection.leases or self.connection.reservations) and self._transport:
+        self._drop_input()
+        if not self.holds_slots and self._transport:
             self._transport.close()
+
+    # what has come and is not answered yet
+
+    def _update_reading(self) -> None:
+        """Read nothing while answers are unread, or messages that have come wait for their turn."""
+        if self._transport is None or self._transport.is_closing():
+            return
+        should_read = self._unread_since is None and not self._has_backlog
+        if should_read is not self._is_reading:
+            self._is_reading = should_read
+            (self._transport.resume_reading if should_read else self._transport.pause_reading)()
+
+    def _count_incomplete(self) -> None:
+        """Count what has come of a message that is not whole, and when it began."""
+        if self._is_lost:
+            return
+        num_bytes = self._reader.num_bytes
+        self.host.incomplete_bytes += num_bytes - self._num_incomplete
+        self._num_incomplete = num_bytes
+        is_waiting = num_bytes and self._is_reading
+        self._begun_at = (self._begun_at or time.monotonic()) if is_waiting else None
+        if num_bytes and self.host.incomplete_bytes > self.host.limits.incomplete_bytes:
+            self._refuse(0, ProtocolError("too many messages that are not whole", is_fatal=True))
+
+    def _drop_input(self) -> None:
+        self._reader.clear()
+        self._begun_at = None
+        self.host.incomplete_bytes -= self._num_incomplete
+        self._num_incomplete = 0

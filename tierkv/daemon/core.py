@@ -23,9 +23,10 @@ from tierkv.block import BlockHash, Tier
 from tierkv.daemon.fetching import Fetching
 from tierkv.daemon.matching import Matching
 from tierkv.daemon.messages import Match, Pin
+from tierkv.daemon.protocol import ProtocolError
 from tierkv.daemon.values import Connection, FetchTask, Load, Tenant, Write, whole_hashes
 from tierkv.daemon.writing import Writing
-from tierkv.errors import DaemonError
+from tierkv.errors import CapacityError, DaemonError
 from tierkv.index import Entry
 from tierkv.layout import BlockLayout
 from tierkv.storage.warm import slot_stride
@@ -57,24 +58,29 @@ class Core(Matching, Fetching, Writing):
         owner: str = "",
         codec: str = "",
     ) -> Tenant:
-        """Let a connection work on a namespace, made known if need be.
+        """Let a connection work on a namespace, made known if need be. The digest is that of the description.
 
-        Raises DaemonError if it is known with another description, CapacityError if its blocks fit no slab.
+        Raises CapacityError if its blocks fit no slab, or clients use as many namespaces or sizes as there may be.
         """
+        assert connection.tenant is None and not connection.is_closed
         tenant = self.tenants.get(digest)
         if tenant is None:
-            self._forget_idle_tenants()
-            size_class = self.slab.class_of(slot_stride(layout.block_bytes))
-            tenant = Tenant(digest, description, name, owner, layout, size_class, codec)
+            stride_bytes = slot_stride(layout.block_bytes)
+            self._make_room_for_tenant(len(description), stride_bytes)
+            if len(self.tenants) >= self.limits.namespaces or (
+                self.description_bytes + len(description) > self.limits.description_bytes
+            ):
+                raise CapacityError(
+                    f"the daemon serves {len(self.tenants)} namespaces already, all of them in use",
+                    hint="close clients of other models",
+                )
+            size_class = self.slab.class_of(stride_bytes)
+            tenant = Tenant(digest, description, name, owner, layout, size_class, self._root_hash(digest), codec)
             if self.store is not None:
                 tenant.sources.append(self.store)
             self.tenants[digest] = tenant
-        elif tenant.layout != layout:
-            raise DaemonError(
-                f"namespace {digest.hex()} is known here with another layout of its blocks",
-                hint="a namespace digest must cover the layout",
-            )
-        assert connection.tenant is None
+            self.description_bytes += len(description)
+        assert tenant.layout == layout, "a digest covers the layout"
         connection.tenant = tenant
         tenant.clients += 1
         return tenant
@@ -91,10 +97,13 @@ class Core(Matching, Fetching, Writing):
         if tenant is None:
             return
         tenant.clients -= 1
+        tenant.left_at = self._clock()
         tenant.size_class.index.unpin_all(Tier.WARM, list(connection.leases.elements()))
         connection.leases.clear()
+        self._count_leases(connection, -connection.num_leases)
         self.abandon(connection, list(connection.reservations))
-        connection.cursors.clear()
+        for number in list(connection.cursors):
+            self._end_cursor(connection, number)
 
     def pin(self, connection: Connection, message: Pin) -> list[BlockHash]:
         """Pin or unpin a prompt's blocks; return the hashes of all that are there, for the store to do the same.
@@ -102,62 +111,73 @@ class Core(Matching, Fetching, Writing):
         Raises DaemonError, with nothing changed, if the owner (salt) would have pinned more than its share.
         """
         tenant = connection.require_tenant()
-        hashes = whole_hashes(tenant, message.hashes, message.tokens)
+        hashes = whole_hashes(tenant, message.hashes, message.tokens, most=self.limits.blocks_of_message)
         known = self._walk(tenant, hashes, message.tokens)
         ask = Match(hashes=message.hashes, tokens=message.tokens)
         slots, _, _ = self._find_blocks(connection, known, hashes, ask)
         total = len(slots or ())
-        tail, _ = self._find_tail(connection, hashes, total, self._parent_entry(tenant, known, total), ask)
+        parent = self._parent_entry(tenant, known, total)
+        tail, _ = self._find_tail(connection, hashes, total, parent, ask)
         entries = known[:total]
-        if tail and (entry := tenant.size_class.index.peek(tail.block_hash)):
+        if tail and (entry := tenant.size_class.index.peek(tail.block_hash)) and entry.parent is parent:
             entries.append(entry)
         changing = [entry for entry in entries if entry.warm_slot is not None and entry.pinned is not message.pinned]
         change = len(changing) * tenant.layout.block_bytes * (1 if message.pinned else -1)
         pinned = sum(each.pinned_bytes for each in self.tenants.values() if each.owner == tenant.owner)
-        if change > 0 and pinned + change > self._pin_quota_bytes:
+        if change > 0 and pinned + change > self.pin_quota_bytes:
             raise DaemonError(
                 f"pinning {len(changing)} more blocks takes {pinned + change} bytes of the warm tier, "
-                f"and one tenant may pin {self._pin_quota_bytes}",
+                f"and one tenant may pin {self.pin_quota_bytes}",
                 hint="unpin other prompts, or start the daemon with a larger --warm",
             )
+        if change > 0:
+            self._make_room_to_pin(tenant, change)
         for entry in changing:
             tenant.size_class.index.set_pinned(entry, message.pinned)
         tenant.pinned_bytes += change
         return hashes[:total] + ([tail.block_hash] if tail else [])
 
+    def _make_room_to_pin(self, tenant: Tenant, more_bytes: int) -> None:
+        """Have all tenants together pin no more than they may, by unpinning what clients that have gone have pinned.
+
+        Raises DaemonError, with nothing pinned, if that is not enough.
+        """
+        most = self.pin_quota_of_all_bytes - more_bytes
+        for other in sorted(self.tenants.values(), key=lambda each: each.left_at):
+            if sum(each.pinned_bytes for each in self.tenants.values()) <= most:
+                return
+            if not other.clients and other is not tenant:
+                self._unpin_tenant(other)
+        if sum(each.pinned_bytes for each in self.tenants.values()) > most:
+            raise DaemonError(
+                f"all tenants together may pin {self.pin_quota_of_all_bytes} bytes of the warm tier",
+                hint="unpin other prompts, or start the daemon with a larger --warm",
+            )
+
     def evict(self, connection: Connection, count: int) -> int:
-        """Evict blocks of the connection's namespace from the warm tier; return how many went."""
+        """Evict blocks of the connection's namespace from the warm tier, all for -1; return how many went."""
         tenant = connection.require_tenant()
-        size_class = tenant.size_class
-        wanted = size_class.num_slots if count < 0 else count
-        return size_class.evict(wanted, lambda slot: self._slot_tenants.get((size_class, slot)) is tenant)
+        if count < -1:
+            raise ProtocolError(f"{count} blocks to evict")
+        wanted = tenant.size_class.num_slots if count < 0 else count
+        return tenant.size_class.evict(wanted, self._is_of(tenant))
 
     def trim(self) -> int:
-        """Evict a little ahead of need where the slab is full."""
+        """Evict a little ahead of need where the slab is full; free what has expired and what nobody uses."""
+        self.end_expired_tickets()
+        self.forget_unused()
         return sum(size_class.trim() for size_class in self.slab.classes.values())
 
     def warm_entries(self, tenant: Tenant) -> list[Entry]:
         """Return a namespace's blocks in the warm tier, parents first, each pinned; `unpin_entries` ends that."""
-        index = tenant.size_class.index
-        root = self._root(tenant)
-        pending = list(root.children) if root else []
-        found: list[Entry] = []
-        while pending:  # chain by chain: so each is sealed in one go
-            entry = pending.pop()
-            pending += entry.children
-            if entry.warm_slot is not None:
-                index.pin(entry, Tier.WARM)
-                found.append(entry)
+        found = [entry for entry in self._entries_of(tenant) if entry.warm_slot is not None]
+        for entry in found:
+            tenant.size_class.index.pin(entry, Tier.WARM)
         return found
 
     def unpin_entries(self, tenant: Tenant, slots: Sequence[int]) -> None:
         """End what `warm_entries` pinned."""
         tenant.size_class.index.unpin_all(Tier.WARM, slots)
-
-    @property
-    def num_leases(self) -> int:
-        """Leases of all connections."""
-        return sum(connection.leases.total() for connection in self.connections)
 
     @property
     def num_reservations(self) -> int:
@@ -166,8 +186,8 @@ class Core(Matching, Fetching, Writing):
 
     @property
     def num_tickets(self) -> int:
-        """Blocks that somebody is computing."""
-        return len(self._tickets)
+        """Blocks that some client has promised to compute."""
+        return self.num_promised
 
     @property
     def num_writes(self) -> int:
@@ -195,5 +215,23 @@ class Core(Matching, Fetching, Writing):
         assert all(tenant.warm_blocks == counted[tenant] for tenant in self.tenants.values())
         held = [res for connection in self.connections for res in connection.reservations.values()]
         assert {id(each) for each in held} == {id(each) for each in self._reserved.values()}
-        for block_hash, ticket in self._tickets.items():
-            assert block_hash in ticket.hashes and ticket.connection.tickets.get(ticket.number) is ticket
+        for size_class in self.slab.classes.values():
+            assert size_class.num_reserved == sum(each.tenant.size_class is size_class for each in held)
+        for tenant in self.tenants.values():
+            for block_hash, ticket in tenant.tickets.items():
+                assert block_hash in ticket.hashes and ticket.connection.tickets.get(ticket.number) is ticket
+                assert ticket.connection in self.connections and ticket.connection.tenant is tenant
+        for connection in self.connections:
+            assert connection.num_leases == connection.leases.total()
+            assert connection.cursor_bytes == sum(cursor.num_bytes for cursor in connection.cursors.values())
+            assert connection.num_promised == sum(len(ticket.hashes) for ticket in connection.tickets.values())
+        assert self.num_promised == sum(len(tenant.tickets) for tenant in self.tenants.values())
+        for total, own in (
+            (self.num_leases, "num_leases"),
+            (self.cursor_bytes, "cursor_bytes"),
+            (self.num_promised, "num_promised"),
+        ):
+            assert total == sum(getattr(connection, own) for connection in self.connections), own
+        assert self.description_bytes == sum(len(tenant.description) for tenant in self.tenants.values())
+        for tenant in self.tenants.values():
+            assert self.slab.classes.get(tenant.size_class.stride_bytes) is tenant.size_class

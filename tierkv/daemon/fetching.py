@@ -5,9 +5,9 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 
-from tierkv.block import TOKEN_BYTES, BlockHash, Tier
+from tierkv.block import HASH_BYTES, TOKEN_BYTES, BlockHash, Tier
 from tierkv.daemon.messages import NO_SLOT, Fetch, Fetched
-from tierkv.daemon.protocol import ProtocolError
+from tierkv.daemon.protocol import ProtocolError, split_hashes
 from tierkv.daemon.state import State
 from tierkv.daemon.values import BlockSource, Connection, Cursor, FetchTask, Load, Tenant, is_in_some
 from tierkv.errors import StoreError
@@ -15,24 +15,33 @@ from tierkv.storage.outcomes import MissReason
 
 __all__ = ["Fetching"]
 
-_MAX_FETCH_BLOCKS = 64
-
 
 class Fetching(State):
     """Loads, and the fetches that wait for them."""
 
     def begin_fetch(self, connection: Connection, message: Fetch) -> FetchTask:
-        """Pin what is there already, start loads for the rest. The server fills `fresh`, then calls `end_fetch`."""
+        """Pin what is there already, start loads for the rest. The server fills `fresh`, then calls `end_fetch`.
+
+        What comes up is leased: of a client that holds as much as it may the task has no block.
+        """
         tenant = connection.require_tenant()
         cursor = connection.cursors.get(message.cursor)
         if cursor is None:
             raise ProtocolError(f"no cursor {message.cursor} is open")
         end = cursor.total + (cursor.tail is not None)
         if not (
-            message.first >= 0 and 1 <= message.count <= _MAX_FETCH_BLOCKS and message.first + message.count <= end
+            message.first >= 0
+            and 1 <= message.count <= self.limits.fetch_blocks
+            and message.first + message.count <= end
         ):
-            raise ProtocolError(f"blocks {message.first} and {message.count - 1} more of {end}")
-        return self._begin_fetch(tenant, cursor, message.first, message.count)
+            raise ProtocolError(f"{message.count} blocks from {message.first} on, of {end}")
+        count = min(message.count, max(0, self._lease_room(connection)))
+        task = self._begin_fetch(tenant, cursor, message.first, count)
+        task.num_counted = len(task.slots)
+        connection.num_fetching += task.num_counted
+        if count < message.count and task.miss is None:
+            task.miss = MissReason.NO_ROOM
+        return task
 
     def begin_prefetches(self, tenant: Tenant, hashes: list[bytes], tokens: bytes) -> Iterator[FetchTask]:
         """Yield fetches for nobody, one after the other, that bring up a whole prompt, a stored tail included.
@@ -41,10 +50,12 @@ class Fetching(State):
         """
         rest = tokens[len(hashes) * tenant.step :]
         tail = _stored_tail(tenant, hashes[-1] if hashes else tenant.digest, rest) if rest else None
-        cursor = Cursor(hashes, tokens, len(hashes), tail)
-        last = len(hashes) + (tail is not None)
-        for first in range(0, last, _MAX_FETCH_BLOCKS):
-            yield self._begin_fetch(tenant, cursor, first, min(_MAX_FETCH_BLOCKS, last - first))
+        cursor = Cursor(b"".join(hashes), tokens, len(hashes), tail)
+        last, most = len(hashes) + (tail is not None), self.limits.fetch_blocks
+        for first in range(0, last, most):
+            if self.tenants.get(tenant.digest) is not tenant:
+                return  # forgotten meanwhile
+            yield self._begin_fetch(tenant, cursor, first, min(most, last - first))
 
     def finish_load(self, load: Load, reason: MissReason | None) -> None:
         """The load's slot holds the block now; or does not, and why."""
@@ -65,13 +76,14 @@ class Fetching(State):
             assert load.is_done, "a fetch ends when its loads have ended"
             if load.reason is not None and at < num_good:
                 num_good, miss = at, load.reason
-        is_leasing = connection is not None and not connection.is_closed
-        for at, slot in enumerate(task.slots):
-            if is_leasing and at < num_good:
-                assert connection is not None
-                connection.leases[slot] += 1
-            else:
-                tenant.size_class.index.unpin(Tier.WARM, slot)
+        num_leased = 0
+        if connection is not None:
+            connection.num_fetching -= task.num_counted
+            if not connection.is_closed:
+                num_leased = num_good
+                connection.leases.update(task.slots[:num_leased])
+                self._count_leases(connection, num_leased)
+        tenant.size_class.index.unpin_all(Tier.WARM, task.slots[num_leased:])
         return Fetched(slots=array("I", task.slots[:num_good]).tobytes(), miss=miss.value if miss else "")
 
     def _begin_fetch(self, tenant: Tenant, cursor: Cursor, first: int, count: int) -> FetchTask:
@@ -167,7 +179,7 @@ class Fetching(State):
 def _fetch_chain(tenant: Tenant, cursor: Cursor, first: int, count: int) -> tuple[list[bytes], bytes]:
     """Return hashes and tokens of a cursor's blocks up to the last wanted one, which may be its tail."""
     end = min(first + count, cursor.total)
-    hashes, tokens = cursor.hashes[:end], cursor.tokens[: end * tenant.step]
+    hashes, tokens = split_hashes(cursor.hashes[: end * HASH_BYTES]), cursor.tokens[: end * tenant.step]
     if first + count > cursor.total and cursor.tail:
         return [*hashes, cursor.tail[0]], tokens + cursor.tail[1]
     return hashes, tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import resource
 import socket
 import struct
 from collections.abc import Iterator
@@ -12,10 +13,18 @@ from pathlib import Path
 
 from tierkv.errors import CapacityError, ConfigError, DaemonError
 
-__all__ = ["check_memory", "exclusive_file", "listening_socket", "memory_of_process", "peer_of"]
+__all__ = [
+    "check_memory",
+    "connections_that_fit",
+    "exclusive_file",
+    "listening_socket",
+    "memory_of_process",
+    "peer_of",
+]
 
 _MAX_SOCKET_PATH_BYTES = 107
 _BACKLOG = 128
+_OWN_DESCRIPTORS = 256  # of store, state files, slab, and what Python opens
 GIB = 1 << 30
 
 
@@ -79,6 +88,14 @@ def peer_of(connection: socket.socket) -> tuple[int, int]:
     packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     pid, uid, _ = struct.unpack("3i", packed)
     return pid, uid
+
+
+def connections_that_fit() -> int:
+    """Return how many connections may be open: two descriptors each, and some are left for files."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return 1 << 20
+    return max(1, (soft - min(_OWN_DESCRIPTORS, soft // 2)) // 2)
 
 
 def check_memory(warm_bytes: int) -> None:

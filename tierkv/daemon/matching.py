@@ -5,18 +5,16 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 
-from tierkv.block import TOKEN_BYTES, Tier
+from tierkv.block import HASH_BYTES, TOKEN_BYTES, Tier
 from tierkv.daemon.messages import NO_SLOT, Found, FoundTail, Match, Release
 from tierkv.daemon.protocol import ProtocolError, split_numbers
-from tierkv.daemon.state import HELD_SHARE, State
+from tierkv.daemon.state import State
 from tierkv.daemon.values import Connection, Cursor, Tenant, is_in_some, whole_hashes
 from tierkv.errors import StoreError
 from tierkv.index import Entry
 from tierkv.storage.outcomes import MissReason
 
 __all__ = ["Matching"]
-
-_MAX_CURSORS = 64
 
 
 class Matching(State):
@@ -25,7 +23,9 @@ class Matching(State):
     def match(self, connection: Connection, message: Match) -> Found:
         """Say how much of a prompt is there, leasing what lies in the warm tier if asked to."""
         tenant = connection.require_tenant()
-        hashes = whole_hashes(tenant, message.hashes, message.tokens)
+        hashes = whole_hashes(tenant, message.hashes, message.tokens, most=self.limits.blocks_of_message)
+        if message.min_tail_tokens < 1:
+            raise ProtocolError(f"a tail of {message.min_tail_tokens} tokens")
         if not 0 <= message.start <= len(hashes):
             raise ProtocolError(f"block {message.start} of {len(hashes)} to start from")
         known = self._walk(tenant, hashes, message.tokens)
@@ -38,7 +38,7 @@ class Matching(State):
             has_failed |= failed
         cursor = 0
         if message.lease and (has_cold or (tail and tail.slot == NO_SLOT)):
-            cursor = self._open_cursor(connection, hashes, message.tokens, total, tail)
+            cursor = self._open_cursor(connection, tenant, message, total, tail)
         miss = ""
         if has_failed:
             miss = MissReason.IO_ERROR.value
@@ -57,7 +57,7 @@ class Matching(State):
     def release(self, connection: Connection, message: Release) -> None:
         """End leases and cursors. Raises ProtocolError, with nothing ended, for a slot that is not leased."""
         tenant = connection.require_tenant()
-        slots = split_numbers(message.slots)
+        slots, cursors = split_numbers(message.slots), split_numbers(message.cursors)
         wanted = Counter(slots)
         if any(connection.leases[slot] < count for slot, count in wanted.items()):
             raise ProtocolError("a slot was released that is not leased by this connection")
@@ -69,8 +69,9 @@ class Matching(State):
         for slot in wanted:
             if not connection.leases[slot]:
                 del connection.leases[slot]
-        for cursor in split_numbers(message.cursors):
-            connection.cursors.pop(cursor, None)
+        self._count_leases(connection, -len(slots))
+        for cursor in cursors:
+            self._end_cursor(connection, cursor)
 
     def _find_blocks(
         self, connection: Connection, known: list[Entry], hashes: list[bytes], message: Match
@@ -92,6 +93,7 @@ class Matching(State):
                 if room > 0:
                     index.warm.pin(slot)
                     connection.leases[slot] += 1
+                    self._count_leases(connection, 1)
                     room -= 1
                 elif message.lease:
                     slot, has_cold = NO_SLOT, True
@@ -118,11 +120,8 @@ class Matching(State):
             slots.append(entry.warm_slot)
         connection.require_tenant().size_class.index.warm.pin_all(slots)
         connection.leases.update(slots)
+        self._count_leases(connection, len(slots))
         return slots
-
-    def _lease_room(self, connection: Connection) -> int:
-        tenant = connection.require_tenant()
-        return max(1, int(tenant.size_class.num_slots * HELD_SHARE)) - connection.leases.total()
 
     def _parent_entry(self, tenant: Tenant, known: list[Entry], total: int) -> Entry | None:
         if total > len(known):
@@ -160,16 +159,37 @@ class Matching(State):
             if self._lease_room(connection) > 0:
                 tenant.size_class.index.warm.pin(best.slot)
                 connection.leases[best.slot] += 1
+                self._count_leases(connection, 1)
             else:
                 best.slot = NO_SLOT
         return best, has_failed
 
     def _open_cursor(
-        self, connection: Connection, hashes: list[bytes], tokens: bytes, total: int, tail: FoundTail | None
+        self, connection: Connection, tenant: Tenant, message: Match, total: int, tail: FoundTail | None
     ) -> int:
-        while len(connection.cursors) >= _MAX_CURSORS:
-            connection.cursors.pop(next(iter(connection.cursors)))
+        """Keep what was found of a prompt, in place of the oldest ones if it is too much. Return its number."""
         number = next(self._numbers) & 0xFFFF_FFFF or next(self._numbers)
         end = (tail.block_hash, tail.tokens) if tail else None
-        connection.cursors[number] = Cursor(hashes, tokens, total, end)
+        cursor = Cursor(message.hashes[: total * HASH_BYTES], message.tokens[: total * tenant.step], total, end)
+        connection.cursors[number] = cursor
+        self._count_cursor(connection, cursor.num_bytes)
+        limits = self.limits
+        while (
+            len(connection.cursors) > limits.cursors_of_client
+            or connection.cursor_bytes > limits.cursor_bytes_of_client
+        ):
+            self._end_cursor(connection, next(iter(connection.cursors)))
+        while self.cursor_bytes > limits.cursor_bytes:
+            richest = max(self.connections, key=lambda each: each.cursor_bytes)
+            self._end_cursor(richest, next(iter(richest.cursors)))
         return number
+
+    def _end_cursor(self, connection: Connection, number: int) -> None:
+        """Forget a cursor, unless it has gone already: the daemon may end one that a client still has."""
+        cursor = connection.cursors.pop(number, None)
+        if cursor:
+            self._count_cursor(connection, -cursor.num_bytes)
+
+    def _count_cursor(self, connection: Connection, change: int) -> None:
+        connection.cursor_bytes += change
+        self.cursor_bytes += change

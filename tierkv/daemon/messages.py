@@ -28,6 +28,7 @@ __all__ = [
     "Found",
     "FoundTail",
     "Hello",
+    "LimitStatus",
     "LoadState",
     "Match",
     "Message",
@@ -60,7 +61,8 @@ class Message(msgspec.Struct, array_like=True, gc=False):
 class Hello(Message, tag=1):
     """First message. namespace: 16 bytes, or none at all for a client that only wants to know or to steer.
 
-    description: the namespace as JSON, which says model, layout and tenant. client: for humans.
+    description: what `Namespace.describe` returns. The daemon computes the digest and the size of a block from it, and
+    refuses a client that claims others. client: for humans.
     """
 
     namespace: bytes = b""
@@ -137,7 +139,10 @@ class Fetched(Message, tag=6):
 
 
 class Release(Message, tag=7):
-    """End leases on slots (u32 each; once for each time leased) and cursors (u32 each). Has no answer."""
+    """End leases on slots (u32 each; once for each time leased) and cursors (u32 each).
+
+    Like Abandon and EndTicket it is answered, with Done, only if its request number is not 0.
+    """
 
     slots: bytes = b""
     cursors: bytes = b""
@@ -193,7 +198,7 @@ class Published(Message, tag=11):
 
 
 class Abandon(Message, tag=12):
-    """Give reserved slots (u32 each) back unwritten. Has no answer."""
+    """Give reserved slots (u32 each) back unwritten."""
 
     slots: bytes
 
@@ -212,7 +217,7 @@ class Waited(Message, tag=14):
 
 
 class EndTicket(Message, tag=15):
-    """Compute a ticket's blocks no more. Has no answer."""
+    """Compute a ticket's blocks no more."""
 
     ticket: int
 
@@ -233,7 +238,7 @@ class Prefetch(Message, tag=17):
 
 
 class Evict(Message, tag=18):
-    """Evict up to `count` blocks of the client's namespace from the warm tier; all, below 0."""
+    """Evict up to `count` blocks of the client's namespace from the warm tier; all of them for -1."""
 
     count: int
 
@@ -276,6 +281,19 @@ class TenantStatus(msgspec.Struct, frozen=True, kw_only=True):
     clients: int
 
 
+class LimitStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """How much is held of what the daemon bounds; largest: what one holder has, whose limit is limit_of_one.
+
+    A limit of 0 says that there is none beside the other one.
+    """
+
+    name: str
+    used: int
+    limit: int
+    largest: int = 0
+    limit_of_one: int = 0
+
+
 class StatusReport(Message, tag=24):
     """Everything that `tierkv daemon status` shows; bytes_received and bytes_sent are those of the socket."""
 
@@ -296,6 +314,7 @@ class StatusReport(Message, tag=24):
     counters: dict[str, int]
     tenants: list[TenantStatus]
     cold: dict[str, int]
+    limits: list[LimitStatus] = []
 
 
 class Stop(Message, tag=25):

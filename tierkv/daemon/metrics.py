@@ -32,6 +32,8 @@ _GAUGES = (
 def exposition(report: StatusReport) -> str:
     """Return the figures of a status report as a scraper reads them."""
     gauges = {name: getattr(report, name) for name in _GAUGES} | {f"cold_{key}": n for key, n in report.cold.items()}
+    for each in report.limits:
+        gauges |= {f"held_{each.name}": each.used, f"limit_{each.name}": each.limit}
     counters = {f"{key}_total": count for key, count in report.counters.items()}
     lines: list[str] = []
     for kind, samples in (("gauge", gauges), ("counter", counters)):

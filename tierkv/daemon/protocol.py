@@ -27,6 +27,7 @@ __all__ = [
     "ProtocolError",
     "frame",
     "parse_body",
+    "printable",
     "split_hashes",
     "split_numbers",
 ]
@@ -53,9 +54,12 @@ _DECODER: Any = msgspec.msgpack.Decoder(AnyMessage)
 
 
 def frame(message: Message, *, number: int, boot: int) -> bytearray:
-    """Return a message as it goes over the socket. Raises ProtocolError if it is too long to be taken."""
+    """Return a message as it goes over the socket. Raises ProtocolError for what no frame can hold."""
     buffer = bytearray(HEADER.size)
-    _ENCODER.encode_into(message, buffer, HEADER.size)
+    try:
+        _ENCODER.encode_into(message, buffer, HEADER.size)
+    except (msgspec.MsgspecError, ValueError, OverflowError, TypeError) as exc:  # UnicodeEncodeError is a ValueError
+        raise ProtocolError(f"a {type(message).__name__} cannot be sent: {exc!a}") from exc
     size = len(buffer) - HEADER.size
     if size > MAX_BODY_BYTES:
         raise ProtocolError(f"a message of {size} bytes is longer than {MAX_BODY_BYTES}")
@@ -88,10 +92,30 @@ def split_numbers(raw: bytes) -> array[int]:
     return numbers
 
 
-class FrameReader:
-    """Cuts a stream of bytes into frames. `feed` bytes, then take `next()` until it returns None."""
+def printable(text: str, limit: int) -> str:
+    """Return a text of a client as status and log may show it: one line, valid Unicode, at most `limit` characters."""
+    text = text[:limit].encode(errors="backslashreplace").decode()
+    return "".join(sign if sign.isprintable() else "?" for sign in text)[:limit]
 
-    def __init__(self) -> None:
+
+class FrameReader:
+    """Cuts a stream of bytes into frames. `feed` bytes, then take `next()` until it returns None.
+
+    max_body_bytes: a longer message is refused as soon as its header has come; may be changed between two messages.
+    """
+
+    def __init__(self, max_body_bytes: int = MAX_BODY_BYTES) -> None:
+        self.max_body_bytes = max_body_bytes
+        self._buffer = bytearray()
+        self._at = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes fed and not yet returned in a frame."""
+        return len(self._buffer) - self._at
+
+    def clear(self) -> None:
+        """Drop everything that has been fed."""
         self._buffer = bytearray()
         self._at = 0
 
@@ -106,6 +130,8 @@ class FrameReader:
         """Return (request number, boot id, body) of the next whole frame. Raises a fatal ProtocolError."""
         start = self._at + HEADER.size
         if len(self._buffer) < start:
+            if self._at == len(self._buffer):
+                self.clear()  # a long message leaves no memory behind
             return None
         size, version, number, boot = HEADER.unpack_from(self._buffer, self._at)
         if version != PROTOCOL_VERSION:
@@ -114,8 +140,8 @@ class FrameReader:
                 is_fatal=True,
                 hint="use the same version of tierkv on both sides and restart the daemon",
             )
-        if size > MAX_BODY_BYTES:
-            raise ProtocolError(f"a message of {size} bytes is longer than {MAX_BODY_BYTES}", is_fatal=True)
+        if size > self.max_body_bytes:
+            raise ProtocolError(f"a message of {size} bytes is longer than {self.max_body_bytes}", is_fatal=True)
         if len(self._buffer) < start + size:
             return None
         body = bytes(memoryview(self._buffer)[start : start + size])

@@ -7,12 +7,11 @@ when it is done.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from tierkv.block import HASH_BYTES
 from tierkv.daemon.connection import Answer, ClientConnection
@@ -46,18 +45,20 @@ from tierkv.daemon.messages import (
     Welcome,
 )
 from tierkv.daemon.prefetcher import Prefetcher
-from tierkv.daemon.protocol import MAX_PATH_BYTES, ProtocolError, split_hashes, split_numbers
+from tierkv.daemon.protocol import MAX_PATH_BYTES, ProtocolError, printable, split_hashes, split_numbers
 from tierkv.daemon.store_writer import StoreWriter
 from tierkv.daemon.values import whole_hashes
 from tierkv.daemon.waiters import Waiters
 from tierkv.errors import ConfigError, DaemonError, NamespaceMismatchError
-from tierkv.layout import BlockLayout
+from tierkv.namespace import NAME_LIMIT, NamespaceDescription, parse_description
 from tierkv.storage.codecs import codec_by_name
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.state_file import StateFile, write_state_file
 from tierkv.storage.warm import Slab
 
 __all__ = ["Requests"]
+
+_CLIENT_CHARACTERS = 64
 
 
 class Requests:
@@ -102,6 +103,8 @@ class Requests:
             raise ProtocolError(f"{type(message).__name__} is no request")
         if client.connection.tenant is None and not isinstance(message, Status | Stop | Compact | Flush | Hello):
             raise ProtocolError("the first message must be Hello, with a namespace")
+        if isinstance(message, Flush | SaveState | LoadState | Pin | Compact):
+            return self._in_turn(client, message, handler)
         return handler(self, client, message)
 
     def close(self) -> None:
@@ -109,12 +112,9 @@ class Requests:
         for state in self._states:
             state.close()
 
-    async def hello(self, client: ClientConnection, message: Hello) -> Answer:
+    def hello(self, client: ClientConnection, message: Hello) -> Answer:
         """Let a client in, and hand it the slab if it names a namespace."""
-        if client.is_greeted:
-            raise ProtocolError("this connection said hello already")
-        client.is_greeted = True
-        client.connection.client = message.client[:64]
+        client.connection.client = printable(message.client, _CLIENT_CHARACTERS)
         welcome = Welcome(
             pid=os.getpid(),
             slab_bytes=self._slab.size_bytes,
@@ -123,19 +123,17 @@ class Requests:
         )
         if not message.namespace:
             return welcome
-        description, layout = _parse_description(message)
-        self._core.open_tenant(
+        described = _checked_description(message)
+        tenant = self._core.open_tenant(
             client.connection,
-            message.namespace,
+            described.digest,
             message.description,
-            layout=layout,
-            name=str(description.get("name", ""))[:128],
-            owner=str(description.get("salt", "")),
-            codec=str(description.get("lossy_codec", "")),
+            layout=described.layout,
+            name=printable(described.name, NAME_LIMIT),
+            owner=described.salt_digest,
+            codec=described.lossy_codec,
         )
-        if self._store is not None:
-            register = self._store.register_namespace
-            await self._loop.run_in_executor(self._threads, register, message.namespace, message.description)
+        self._writer.note_use(tenant)
         client.hand_over(self._slab.fd)
         return welcome
 
@@ -177,6 +175,10 @@ class Requests:
 
     async def wait(self, client: ClientConnection, message: Wait) -> Answer:
         """Answer when there is news of a block, or the time is over."""
+        if len(message.block_hash) != HASH_BYTES:
+            raise ProtocolError(f"a block hash has {HASH_BYTES} bytes, not {len(message.block_hash)}")
+        if message.timeout_ms < 0:
+            raise ProtocolError(f"a wait of {message.timeout_ms} ms")
         if not self._core.is_computed(client.connection, message.block_hash):
             return Waited(is_over=False)
         return Waited(is_over=not await self._waiters.wait(message.block_hash, message.timeout_ms / 1e3))
@@ -196,9 +198,10 @@ class Requests:
     def prefetch(self, client: ClientConnection, message: Prefetch) -> Answer:
         """Queue a prompt; a full queue forgets it."""
         tenant = client.connection.require_tenant()
-        hashes = whole_hashes(tenant, message.hashes, message.tokens)
-        is_queued = self._prefetcher.offer(tenant, hashes, message.tokens)
-        return Count(count=len(hashes) if is_queued else 0)
+        most = self._core.limits.blocks_of_message
+        count = len(whole_hashes(tenant, message.hashes, message.tokens, most=most))
+        is_queued = self._prefetcher.offer(tenant, message.hashes, message.tokens)
+        return Count(count=count if is_queued else 0)
 
     def evict(self, client: ClientConnection, message: Evict) -> Answer:
         """Evict the client's own blocks."""
@@ -259,12 +262,21 @@ class Requests:
         """Return everything there is to say."""
         return self._report()
 
+    async def _in_turn(self, client: ClientConnection, message: Message, handler: _Handler) -> Answer:
+        """Work on a request that takes a thread once few enough of the same client do: the threads are everybody's."""
+        async with client.slow:
+            answer = handler(self, client, message)
+            assert answer is not None and not isinstance(answer, Message)
+            return await answer
+
     def _touch(self, hashes: bytes) -> None:
         if self._store is not None:
             self._store.touch(split_hashes(hashes))
 
 
-_HANDLERS: dict[type[Message], Callable[[Requests, ClientConnection, Any], Answer | Coroutine[Any, Any, Answer]]] = {
+_Handler: TypeAlias = Callable[[Requests, ClientConnection, Any], Answer | Coroutine[Any, Any, Answer]]
+
+_HANDLERS: dict[type[Message], _Handler] = {
     Hello: Requests.hello,
     Match: Requests.match,
     Fetch: Requests.fetch,
@@ -286,23 +298,26 @@ _HANDLERS: dict[type[Message], Callable[[Requests, ClientConnection, Any], Answe
 }
 
 
-def _parse_description(message: Hello) -> tuple[dict[str, Any], BlockLayout]:
-    """Return what a client says of its namespace. Raises DaemonError if it does not agree with itself."""
+def _checked_description(message: Hello) -> NamespaceDescription:
+    """Return what a client says of its namespace. Raises DaemonError if it claims what does not follow from that."""
     try:
-        description = json.loads(message.description)
-        layout = BlockLayout.from_dict(description)
-        if description.get("lossy_codec"):
-            codec_by_name(description["lossy_codec"])
-    except (ValueError, TypeError, ConfigError) as exc:
-        raise ProtocolError(f"the namespace's description cannot be read: {exc}") from exc
-    if len(message.namespace) != HASH_BYTES:
-        raise ProtocolError(f"a namespace has {HASH_BYTES} bytes, not {len(message.namespace)}")
-    if layout.block_bytes != message.block_bytes:
+        described = parse_description(message.description)
+        if described.lossy_codec and not codec_by_name(described.lossy_codec).is_lossy:
+            raise ConfigError(f"the codec {described.lossy_codec} is not lossy")
+    except ConfigError as exc:
+        raise ProtocolError(f"the namespace's description cannot be taken: {exc}") from exc
+    if described.digest != message.namespace:
+        raise ProtocolError(
+            f"the namespace {message.namespace[:HASH_BYTES].hex()} is claimed, {described.digest.hex()} is described",
+            hint="use the same version of tierkv on both sides",
+        )
+    block_bytes = described.layout.block_bytes
+    if block_bytes != message.block_bytes:
         raise DaemonError(
-            f"the client's blocks have {message.block_bytes} bytes, those of its namespace {layout.block_bytes}",
+            f"the client's blocks have {message.block_bytes} bytes, those of its namespace {block_bytes}",
             hint="the namespace must be that of the client's block size",
         )
-    return description, layout
+    return described
 
 
 def _checked_path(text: str) -> Path:

@@ -24,7 +24,7 @@ class Sealer:
         """Return the identity of a block of this namespace, for reading or storing it."""
         return BlockInfo(
             block_hash=entry.block_hash,
-            parent=entry.parent_hash,
+            parent=entry.parent_hash if entry.depth > 1 else tenant.digest,  # the root's own hash is the daemon's
             namespace=tenant.digest,
             seal=self._seal_of(tenant, entry),
             token_bytes=entry.token_bytes,

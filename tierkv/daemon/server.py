@@ -18,14 +18,23 @@ from typing import Any
 from tierkv.daemon.config import DaemonConfig
 from tierkv.daemon.connection import Answer, ClientConnection
 from tierkv.daemon.core import Core
-from tierkv.daemon.host import check_memory, exclusive_file, listening_socket, memory_of_process
+from tierkv.daemon.host import (
+    check_memory,
+    connections_that_fit,
+    exclusive_file,
+    listening_socket,
+    memory_of_process,
+)
 from tierkv.daemon.loader import Loader
-from tierkv.daemon.messages import Message, StatusReport, TenantStatus
+from tierkv.daemon.messages import LimitStatus, Message, StatusReport, TenantStatus
 from tierkv.daemon.metrics import serve_metrics
+from tierkv.daemon.peers import Peers
 from tierkv.daemon.prefetcher import Prefetcher
 from tierkv.daemon.requests import Requests
-from tierkv.daemon.store_writer import StoreWriter
+from tierkv.daemon.store_writer import QUEUE_BLOCKS, StoreWriter
+from tierkv.daemon.usage import limit_status, usage_of
 from tierkv.daemon.waiters import Waiters
+from tierkv.errors import CapacityError, StoreError
 from tierkv.policies import make_policy
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.warm import Slab
@@ -35,6 +44,7 @@ __all__ = ["DaemonConfig", "serve"]
 _log = logging.getLogger(__name__)
 
 _TICK_S = 0.5
+_MINUTE_S = 60.0
 _WRITE_WAIT_S = 5.0  # for other processes that write to the store; then blocks are skipped
 
 
@@ -74,6 +84,7 @@ class _Server:
         threads: ThreadPoolExecutor,
     ) -> None:
         self.config = config
+        self.limits = config.limits
         self.hello_s = config.hello_s
         self.boot = secrets.randbits(63) | 1
         self.core = Core(
@@ -82,10 +93,19 @@ class _Server:
             store=store,
             make_policy=partial(make_policy, config.eviction_policy),
             pin_share=config.pin_share,
+            limits=config.limits,
         )
         self.clients: set[ClientConnection] = set()
         self.bytes_received = 0
         self.bytes_sent = 0
+        self.incomplete_bytes = 0
+        self.num_requests = 0
+        self._most_connections = min(config.limits.connections, connections_that_fit())
+        self._peers: Peers[ClientConnection] = Peers(
+            ended=ClientConnection.close, most=config.limits.connections_of_process
+        )
+        self._log_lines = 0
+        self._log_minute = 0.0
         self._listener = listener
         self._store = store
         self._slab = slab
@@ -101,7 +121,7 @@ class _Server:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, stopping.set)
         loader = Loader(self.core, self._slab, self._threads, loaded=self.tell_news)
-        prefetcher = Prefetcher(self.core, loader)
+        self._prefetcher = prefetcher = Prefetcher(self.core, loader)
         writer = StoreWriter(self.core, self._store, self._slab, self._threads)
         self._requests = Requests(
             self.core,
@@ -129,6 +149,7 @@ class _Server:
                 metrics.close()
             for task in background:
                 task.cancel()
+            self._peers.close()
             for client in list(self.clients):
                 client.close()
             await loop.run_in_executor(None, writer.close)
@@ -136,9 +157,38 @@ class _Server:
 
     def answer(self, client: ClientConnection, message: Message) -> Answer | Coroutine[Any, Any, Answer]:
         """Return the answer to a message, or what will come up with it."""
-        answer = self._requests.answer(client, message)
+        try:
+            return self._requests.answer(client, message)
+        finally:
+            self.tell_news()
+
+    def admit(self, client: ClientConnection, pid: int) -> None:
+        """Take a connection in; one that only asks and is idle makes room for it. Raises TierKVError."""
+        if len(self.clients) >= self._most_connections:
+            idle = min((each for each in self.clients if each.is_idle), key=lambda each: each.heard_at, default=None)
+            if idle is None:
+                raise CapacityError(f"the daemon has {len(self.clients)} connections already")
+            idle.close()
+            self.clients.discard(idle)
+        self._peers.admit(client, pid)
+        self.clients.add(client)
+
+    def leave(self, client: ClientConnection) -> None:
+        """Forget a connection that has ended."""
+        self.clients.discard(client)
+        self._peers.leave(client)
         self.tell_news()
-        return answer
+
+    def log_refusal(self, client: str, why: str) -> None:
+        """Write a refusal to the log, unless there have been as many this minute as the log takes."""
+        now = time.monotonic()
+        if now - self._log_minute >= _MINUTE_S:
+            if self._log_lines > self.limits.log_lines_per_minute:
+                _log.info("refused %d more messages", self._log_lines - self.limits.log_lines_per_minute)
+            self._log_lines, self._log_minute = 0, now
+        self._log_lines += 1
+        if self._log_lines <= self.limits.log_lines_per_minute:
+            _log.info("refused %s: %s", client, why)
 
     def tell_news(self) -> None:
         """Wake who waits for a block that was published, or that nobody computes any more."""
@@ -156,10 +206,24 @@ class _Server:
     async def _tick_forever(self, writer: StoreWriter) -> None:
         while True:
             await asyncio.sleep(_TICK_S)
-            self.core.trim()
-            writer.tend()
-            for client in list(self.clients):
-                client.check_alive()
+            try:
+                self._tick(writer)
+            except Exception:  # noqa: BLE001 - the outermost loop of its task: the next tick comes
+                _log.exception("the daemon's upkeep failed")
+
+    def _tick(self, writer: StoreWriter) -> None:
+        self.core.trim()
+        self.tell_news()
+        writer.tend()
+        for client in list(self.clients):
+            client.check_alive()
+        unsent = sum(client.num_unsent_bytes for client in self.clients)
+        for client in sorted(self.clients, key=lambda each: -each.num_unsent_bytes):
+            if unsent <= self.limits.unsent_bytes:
+                break
+            if client.is_unread_for(0) and not client.holds_slots:
+                unsent -= client.num_unsent_bytes
+                client.close()
 
     async def _serve_metrics(self) -> asyncio.Server | None:
         port = self.config.metrics_port
@@ -167,7 +231,9 @@ class _Server:
 
     def _report(self) -> StatusReport:
         core = self.core
-        cold = self._store.stats() if self._store is not None else None
+        cold = None
+        with contextlib.suppress(StoreError):  # a damaged store is no reason to say nothing
+            cold = self._store.stats() if self._store is not None else None
         tenants = [
             TenantStatus(
                 namespace=tenant.digest.hex(),
@@ -205,4 +271,24 @@ class _Server:
             }
             if cold
             else {},
+            limits=self._usage(),
         )
+
+    def _usage(self) -> list[LimitStatus]:
+        limits, clients = self.limits, self.clients
+        return [
+            limit_status("connections", self._most_connections, self._peers.counts(), limits.connections_of_process),
+            limit_status(
+                "requests",
+                limits.requests,
+                (each.num_requests for each in clients),
+                limits.requests_of_client,
+                used=self.num_requests,
+            ),
+            limit_status("waiting_requests", limits.requests, [self._waiters.num_waiting]),
+            limit_status("incomplete_bytes", limits.incomplete_bytes, [self.incomplete_bytes]),
+            limit_status("unsent_bytes", limits.unsent_bytes, (each.num_unsent_bytes for each in clients)),
+            limit_status("pending_writes", QUEUE_BLOCKS, [self.core.num_writes]),
+            *self._prefetcher.usage(),
+            *usage_of(self.core),
+        ]

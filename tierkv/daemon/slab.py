@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from tierkv.block import BlockHash, Tier
+from tierkv.daemon.limits import Limits
 from tierkv.errors import CapacityError
 from tierkv.index import Entry, Index
 from tierkv.policies import EvictionPolicy
@@ -21,7 +22,6 @@ __all__ = ["EXTENT_BYTES", "Forgotten", "SharedSlab", "SizeClass"]
 
 EXTENT_BYTES = 64 << 20
 _MIN_EXTENTS = 16
-_MAX_CLASSES = 32
 _PAGE_BYTES = 4096
 _SPARE_SHARE = 0.05  # evicted ahead of need, so that a writer seldom waits for it
 _ROOT: BlockHash = bytes(16)
@@ -48,9 +48,10 @@ class SizeClass:
     ) -> None:
         self.slab = slab
         self.stride_bytes = stride_bytes
-        self.num_slots = slab.size_bytes // stride_bytes
+        self.num_slots = slab.slots_of(stride_bytes)
         self.index = Index(root=_ROOT, num_hot=0, num_warm=self.num_slots, policy=policy, clock=clock)
         self.evictions = 0
+        self.num_reserved = 0  # counted by who reserves
         self._forgotten = forgotten
         self._is_held = bytearray(b"\1" * self.num_slots)  # not ours: an extent of it belongs to nobody or another
         self.num_usable = 0
@@ -61,11 +62,10 @@ class SizeClass:
         """Slots that can be taken without evicting or growing."""
         return self.index.warm.free_count
 
-    def root_of(self, namespace: BlockHash) -> Entry:
-        """Return the entry that a namespace's first blocks hang under, made if need be."""
-        entry = self.index.insert(namespace, _ROOT, namespace)  # where a block has token ids: all must differ
-        if entry is None:
-            raise CapacityError("a block has taken the hash of this namespace")
+    def root_of(self, root_hash: BlockHash) -> Entry:
+        """Return the entry that a namespace's first blocks hang under, made if need be. No client knows its hash."""
+        entry = self.index.insert(root_hash, _ROOT, root_hash)  # where a block has token ids: all must differ
+        assert entry is not None, "a block has the hash of a namespace's root"
         return entry
 
     def take(self, count: int) -> list[int]:
@@ -79,6 +79,7 @@ class SizeClass:
 
     def evict(self, count: int, is_chosen: Callable[[int], bool] | None = None) -> int:
         """Evict up to `count` blocks, or only those whose slots are chosen; return how many went."""
+        count = min(count, self.num_slots)
         wanted = count if is_chosen is None else self.num_slots
         slots: dict[Entry, int] = {}
         for victim in self.index.select_victims(Tier.WARM, wanted):
@@ -157,8 +158,10 @@ class SharedSlab:
         clock: Callable[[], float],
         forgotten: Callable[[SizeClass, int], None],
         extent_bytes: int | None = None,
+        limits: Limits,
     ) -> None:
         self.size_bytes = size_bytes
+        self._limits = limits
         small = max(_PAGE_BYTES, size_bytes // _MIN_EXTENTS // _PAGE_BYTES * _PAGE_BYTES)
         self.extent_bytes = extent_bytes or min(EXTENT_BYTES, small)
         self.owners: list[SizeClass | None] = [None] * (size_bytes // self.extent_bytes)
@@ -187,8 +190,11 @@ class SharedSlab:
             )
         found = self.classes.get(stride_bytes)
         if found is None:
-            if len(self.classes) >= _MAX_CLASSES:
-                raise CapacityError(f"the daemon serves {_MAX_CLASSES} sizes of blocks already")
+            if not self.has_room_for_class(stride_bytes):
+                raise CapacityError(
+                    f"the daemon serves {len(self.classes)} sizes of blocks already, all of them in use",
+                    hint="close clients that use another block size",
+                )
             found = SizeClass(
                 self,
                 stride_bytes,
@@ -198,6 +204,29 @@ class SharedSlab:
             )
             self.classes[stride_bytes] = found
         return found
+
+    def has_room_for_class(self, stride_bytes: int) -> bool:
+        """Tell whether blocks of that stride have a class, or may get one."""
+        if stride_bytes in self.classes:
+            return True
+        num_slots = self.num_slots + self.slots_of(stride_bytes)
+        return len(self.classes) < self._limits.block_sizes and num_slots <= self._limits.slots
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of all classes, usable or not: each has its place in an index."""
+        return sum(each.num_slots for each in self.classes.values())
+
+    def slots_of(self, stride_bytes: int) -> int:
+        """Return how many slots a class of that stride has."""
+        return min(self.size_bytes // stride_bytes, self._limits.slots_of_block_size)
+
+    def drop_class(self, size_class: SizeClass) -> None:
+        """Give up a class in which no block lies and that nobody uses; its extents belong to nobody again."""
+        pool = size_class.index.warm
+        assert not any(pool.owners) and pool.used_count == size_class.num_slots - size_class.num_usable
+        del self.classes[size_class.stride_bytes]
+        self.owners = [None if owner is size_class else owner for owner in self.owners]
 
     def grow(self, wanting: SizeClass) -> bool:
         """Give a class at least one more slot, of extents that nobody has or one that has too many. False if none."""

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from tierkv.block import BlockHash, Tier
+from tierkv.block import HASH_BYTES, BlockHash, Tier
+from tierkv.daemon.limits import Limits
 from tierkv.daemon.slab import SharedSlab, SizeClass
 from tierkv.daemon.values import BlockSource, Connection, FetchTask, Load, Reservation, Tenant, Ticket, Write
 from tierkv.index import Entry
 from tierkv.policies import EvictionPolicy, LRUPolicy
 
-__all__ = ["HELD_SHARE", "State"]
-
-HELD_SHARE = 0.5
-"""Of a class's slots, that one connection may lease; half of that, that it may reserve."""
-
-_TICKET_S = 60.0
-_MAX_TENANTS = 1024
+__all__ = ["State"]
 
 
 class State:
@@ -36,7 +33,9 @@ class State:
         make_policy: Callable[[], EvictionPolicy] = LRUPolicy,
         pin_share: float = 0.25,
         extent_bytes: int | None = None,
+        limits: Limits | None = None,
     ) -> None:
+        self.limits = limits or Limits()
         self.store = store
         self.slab = SharedSlab(
             slab_bytes,
@@ -44,19 +43,25 @@ class State:
             clock=clock,
             forgotten=self._forget_slot,
             extent_bytes=extent_bytes,
+            limits=self.limits,
         )
         self.tenants: dict[BlockHash, Tenant] = {}
         self.connections: set[Connection] = set()
         self.counters: Counter[str] = Counter()
         self.news: list[BlockHash] = []
+        self.num_leases = 0
+        self.num_promised = 0
+        self.cursor_bytes = 0
+        self.description_bytes = 0
+        self.pin_quota_bytes = int(slab_bytes * pin_share)
+        self.pin_quota_of_all_bytes = int(slab_bytes * max(pin_share, self.limits.pinned_share))
         self._clock = clock
-        self._pin_quota_bytes = int(slab_bytes * pin_share)
+        self._secret = os.urandom(HASH_BYTES)
         self._slot_tenants: dict[tuple[SizeClass, int], Tenant] = {}
         self._reserved: dict[Entry, Reservation] = {}
         self._loads: dict[Entry, Load] = {}
         self._fetching: dict[FetchTask, Tenant] = {}
         self._writes: set[Write] = set()
-        self._tickets: dict[BlockHash, Ticket] = {}
         self._numbers = itertools.count(1)
 
     def _walk(self, tenant: Tenant, hashes: Sequence[bytes], tokens: bytes) -> list[Entry]:
@@ -79,13 +84,12 @@ class State:
 
     def _root(self, tenant: Tenant) -> Entry | None:
         """Return the entry that a namespace's first blocks hang under, if it has any."""
-        entry = tenant.size_class.index.peek(tenant.digest)
-        return entry if entry and entry.depth == 0 and entry.token_bytes == tenant.digest else None
+        return tenant.size_class.index.peek(tenant.root_hash)
 
     def _anchor(self, tenant: Tenant, hashes: Sequence[bytes], tokens: bytes) -> list[Entry]:
         """Return the entries of a chain, made as far as they are missing; ends early at a collision."""
         index, step = tenant.size_class.index, tenant.step
-        parent = tenant.size_class.root_of(tenant.digest)
+        parent = tenant.size_class.root_of(tenant.root_hash)
         entries: list[Entry] = []
         for at, block_hash in enumerate(hashes):
             token_bytes = tokens[at * step : (at + 1) * step]
@@ -97,6 +101,8 @@ class State:
                 break
             entries.append(entry)
             parent = entry
+        if not entries:
+            self._prune(tenant, parent)  # the root, if nothing hangs under it
         return entries
 
     def _prune(self, tenant: Tenant, entry: Entry) -> None:
@@ -108,55 +114,150 @@ class State:
         tenant.size_class.index.attach(entry, Tier.WARM, slot)
         tenant.warm_blocks += 1
         self._slot_tenants[tenant.size_class, slot] = tenant
-        ticket = self._tickets.pop(entry.block_hash, None)
+        ticket = tenant.tickets.get(entry.block_hash)
         if ticket:
-            ticket.hashes.discard(entry.block_hash)
-            ticket.expires_at = self._clock() + _TICKET_S
-            if not ticket.hashes:
-                ticket.connection.tickets.pop(ticket.number, None)
+            self._take_from_ticket(tenant, ticket, entry.block_hash)
+            if ticket.hashes:
+                ticket.expires_at = self._clock() + self.limits.ticket_s
+                held = ticket.connection.tickets
+                held[ticket.number] = held.pop(ticket.number)  # what expires first stays in front
         self.news.append(entry.block_hash)
 
     def _forget_slot(self, size_class: SizeClass, slot: int) -> None:
         self._slot_tenants.pop((size_class, slot)).warm_blocks -= 1
 
-    def _forget_idle_tenants(self) -> None:
-        """Keep the table of namespaces small: who has no client and no block is made known again when it comes."""
-        if len(self.tenants) < _MAX_TENANTS:
-            return
-        busy = {load.tenant for load in self._loads.values()}
+    def _lease_room(self, connection: Connection) -> int:
+        """Return how many more slots a connection may lease; those of its fetches in work count as leased."""
+        limits, num_slots = self.limits, connection.require_tenant().size_class.num_slots
+        room = max(1, int(num_slots * limits.lease_share_of_client)) - connection.num_leases - connection.num_fetching
+        return min(room, limits.leases - self.num_leases)
+
+    def _count_leases(self, connection: Connection, change: int) -> None:
+        connection.num_leases += change
+        self.num_leases += change
+
+    def forget_unused(self) -> None:
+        """Forget namespaces that have no client, no block and no file, and sizes of blocks that none of them has."""
+        busy = {load.tenant for load in self._loads.values()} | set(self._fetching.values())
+        num_own = int(self.store is not None)
         for tenant in list(self.tenants.values()):
-            if not (tenant.clients or tenant.warm_blocks or tenant in busy):
+            if not (tenant.clients or tenant.warm_blocks or tenant in busy or len(tenant.sources) > num_own):
                 del self.tenants[tenant.digest]
+                self.description_bytes -= len(tenant.description)
+        used = {tenant.size_class for tenant in self.tenants.values()}
+        for size_class in list(self.slab.classes.values()):
+            if size_class not in used:
+                self.slab.drop_class(size_class)
+
+    def _make_room_for_tenant(self, description_bytes: int, stride_bytes: int) -> None:
+        """Keep the table of namespaces small, and have a size class for one more, as far as that can be.
+
+        Namespaces without a client are given up with their blocks, the one that was left first goes first.
+        """
+
+        def has_room() -> bool:
+            return (
+                len(self.tenants) < self.limits.namespaces
+                and self.description_bytes + description_bytes <= self.limits.description_bytes
+                and self.slab.has_room_for_class(stride_bytes)
+            )
+
+        if has_room():
+            return
+        self.forget_unused()
+        for tenant in sorted(self.tenants.values(), key=lambda each: each.left_at):
+            if has_room():
+                return
+            if not tenant.clients:
+                self._unpin_tenant(tenant)
+                size_class = tenant.size_class
+                size_class.evict(size_class.num_slots, self._is_of(tenant))
+                self.forget_unused()
+
+    def _is_of(self, tenant: Tenant) -> Callable[[int], bool]:
+        """Return a function that tells whether a slot holds a block of a namespace."""
+        size_class, tenants = tenant.size_class, self._slot_tenants
+        return lambda slot: tenants.get((size_class, slot)) is tenant
+
+    def _unpin_tenant(self, tenant: Tenant) -> None:
+        """End all that has been pinned in a namespace."""
+        index = tenant.size_class.index
+        for entry in self._entries_of(tenant) if tenant.pinned_bytes else ():
+            if entry.pinned:
+                index.set_pinned(entry, False)
+        tenant.pinned_bytes = 0
+
+    def _entries_of(self, tenant: Tenant) -> list[Entry]:
+        """Return a namespace's entries, parents first, chain by chain."""
+        root = self._root(tenant)
+        pending = list(root.children) if root else []
+        found: list[Entry] = []
+        while pending:
+            entry = pending.pop()
+            pending += entry.children
+            found.append(entry)
+        return found
+
+    def _root_hash(self, digest: BlockHash) -> BlockHash:
+        """Return the key of a namespace's root in an index: one that no client can give to a block."""
+        return hashlib.sha256(self._secret + digest).digest()[:HASH_BYTES]
 
     def is_computed(self, connection: Connection, block_hash: BlockHash) -> bool:
         """Tell whether some other connection has promised this block and not brought it yet."""
-        ticket = self._tickets.get(block_hash)
+        ticket = connection.require_tenant().tickets.get(block_hash)
         return ticket is not None and ticket.connection is not connection and ticket.expires_at > self._clock()
 
     def end_ticket(self, connection: Connection, number: int) -> None:
         """Nobody computes what is left of this ticket any more."""
-        ticket = connection.tickets.pop(number, None)
-        if ticket is None:
+        ticket = connection.tickets.get(number)
+        tenant = connection.tenant
+        if ticket is None or tenant is None:
             return
-        for block_hash in ticket.hashes:
-            if self._tickets.get(block_hash) is ticket:
-                del self._tickets[block_hash]
-                self.news.append(block_hash)
+        for block_hash in list(ticket.hashes):
+            self._take_from_ticket(tenant, ticket, block_hash)
+            self.news.append(block_hash)
+
+    def end_expired_tickets(self) -> None:
+        """Free what has been promised and not brought for too long."""
+        now = self._clock()
+        for connection in self.connections:
+            while connection.tickets and (first := next(iter(connection.tickets.values()))).expires_at <= now:
+                self.end_ticket(connection, first.number)
 
     def _ticket_for(self, connection: Connection, missing: list[BlockHash]) -> tuple[int, bool]:
-        """Return (ticket, whether somebody else computes the first missing block). Who holds a ticket never waits."""
+        """Return (ticket, whether somebody else computes the first missing block). Who holds a ticket never waits.
+
+        No more blocks are promised than the limits allow: of the others nobody knows who computes them.
+        """
         if self.is_computed(connection, missing[0]) and not connection.tickets:
             return 0, True
-        free = {h for h in missing if h not in self._tickets or self._tickets[h].expires_at <= self._clock()}
+        tenant, now = connection.require_tenant(), self._clock()
+        room = self.limits.ticket_blocks_of_client - connection.num_promised
+        room = min(room, self.limits.ticket_blocks - self.num_promised)
+        free: set[BlockHash] = set()
+        for block_hash in missing:
+            if len(free) >= room:
+                break
+            other = tenant.tickets.get(block_hash)
+            if other is None or other.expires_at <= now:
+                free.add(block_hash)
         if not free:
             return 0, False
-        ticket = Ticket(next(self._numbers), connection, free, self._clock() + _TICKET_S)
+        ticket = Ticket(next(self._numbers), connection, free, now + self.limits.ticket_s)
         for block_hash in free:
-            old = self._tickets.get(block_hash)
-            if old:
-                old.hashes.discard(block_hash)
-                if not old.hashes:
-                    old.connection.tickets.pop(old.number, None)
-            self._tickets[block_hash] = ticket
+            if (old := tenant.tickets.get(block_hash)) is not None:
+                self._take_from_ticket(tenant, old, block_hash)
+            tenant.tickets[block_hash] = ticket
         connection.tickets[ticket.number] = ticket
+        connection.num_promised += len(free)
+        self.num_promised += len(free)
         return ticket.number, False
+
+    def _take_from_ticket(self, tenant: Tenant, ticket: Ticket, block_hash: BlockHash) -> None:
+        """A block is promised no more; a ticket ends with its last block."""
+        del tenant.tickets[block_hash]
+        ticket.hashes.discard(block_hash)
+        ticket.connection.num_promised -= 1
+        self.num_promised -= 1
+        if not ticket.hashes:
+            del ticket.connection.tickets[ticket.number]

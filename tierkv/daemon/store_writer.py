@@ -19,11 +19,11 @@ from tierkv.storage.state_file import StateFile
 from tierkv.storage.warm import Slab
 from tierkv.write_behind import WriteBehind
 
-__all__ = ["StoreWriter"]
+__all__ = ["QUEUE_BLOCKS", "StoreWriter"]
 
 _log = logging.getLogger(__name__)
 
-_QUEUE_BLOCKS = 4096
+QUEUE_BLOCKS = 4096
 _BATCH_BLOCKS = 8
 
 
@@ -40,14 +40,22 @@ class StoreWriter:
         self._threads = threads
         self._sealer = Sealer()
         self._loop = asyncio.get_running_loop()
-        self._queue: WriteBehind[Write | None] = WriteBehind(
-            self._write, capacity=_QUEUE_BLOCKS, batch_size=_BATCH_BLOCKS, name="tierkv-daemon-write"
+        self._queue: WriteBehind[Write | Tenant | None] = WriteBehind(
+            self._write, capacity=QUEUE_BLOCKS, batch_size=_BATCH_BLOCKS, name="tierkv-daemon-write"
         )
 
     def offer(self, write: Write) -> None:
         """Queue a published block; a full queue forgets it."""
         if not self._queue.offer(write):
             self._core.finish_write(write, is_stored=False)
+
+    def note_use(self, tenant: Tenant) -> None:
+        """Have the store note, behind the clients, that a namespace is in use; one that it has no block of is left out.
+
+        Only blocks make the store keep a description: clients come with as many as they like.
+        """
+        if self._store is not None and not tenant.is_registered:
+            self._queue.offer(tenant)
 
     def tend(self) -> None:
         """Have what readers have left to be written written too, if it is time for that and nothing else is."""
@@ -85,11 +93,11 @@ class StoreWriter:
             if isinstance(source, StateFile):
                 yield from source.iter_records(seen)
 
-    def _write(self, work: list[Write | None]) -> None:
+    def _write(self, work: list[Write | Tenant | None]) -> None:
         """Encode and store published blocks; runs on the queue's thread. None is a call to tend the store."""
         store = self._store
         assert store is not None
-        writes = [write for write in work if write is not None]
+        writes = [write for write in work if isinstance(write, Write)]
         stored = dict.fromkeys(writes, False)
         try:
             if store.is_due and not writes:  # else they do it, and would wait once more for a busy store
@@ -99,15 +107,35 @@ class StoreWriter:
         try:
             missing = [write for write in writes if not store.contains(write.entry.block_hash)]
             stored.update((write, True) for write in writes if write not in missing)
+            for tenant in {write.tenant: None for write in missing}:
+                self._register(tenant)
             infos = [self._sealer.identify(write.tenant, write.entry) for write in missing]
             outcomes = store.put(list(self._threads.map(self._encode, missing, infos)))
             for write, outcome in zip(missing, outcomes, strict=True):
                 stored[write] = outcome in (PutOutcome.STORED, PutOutcome.EXISTS)
+            self._note_used([tenant for tenant in work if isinstance(tenant, Tenant)])
         except StoreError as exc:
             _log.warning("%d blocks were not stored: %s", len(writes), exc)
         finally:
             with contextlib.suppress(RuntimeError):  # the loop has ended: so has everything that pins count for
                 self._loop.call_soon_threadsafe(self._wrote, stored)
+
+    def _note_used(self, tenants: Sequence[Tenant]) -> None:
+        store = self._store
+        assert store is not None
+        try:
+            known = {each.digest for each in store.namespaces() if each.blocks} if tenants else set()
+            for tenant in tenants:
+                if tenant.digest in known:
+                    self._register(tenant)
+        except StoreError as exc:
+            _log.warning("the use of a namespace is not noted yet: %s", exc)
+
+    def _register(self, tenant: Tenant) -> None:
+        """Tell the store what a namespace is, once."""
+        if self._store is not None and not tenant.is_registered:
+            self._store.register_namespace(tenant.digest, tenant.description)
+            tenant.is_registered = True
 
     def _wrote(self, stored: dict[Write, bool]) -> None:
         for write, is_stored in stored.items():

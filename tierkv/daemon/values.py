@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from tierkv.block import TOKEN_BYTES, BlockHash
+from tierkv.block import HASH_BYTES, TOKEN_BYTES, BlockHash
 from tierkv.daemon.protocol import ProtocolError, split_hashes
 from tierkv.daemon.slab import SizeClass
 from tierkv.errors import StoreError
@@ -32,6 +32,9 @@ __all__ = [
 ]
 
 
+_CURSOR_BYTES = 512  # of the objects of one cursor
+
+
 class StoredEntry(Protocol):
     """What a source says of a block without reading it."""
 
@@ -51,7 +54,12 @@ class BlockSource(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Tenant:
-    """One namespace: its layout, where its blocks may lie, and what it has. codec: the lossy one it asks for, or ""."""
+    """One namespace: its layout, where its blocks may lie, and what it has.
+
+    root_hash: key of its root in the index, which no client knows: no block can take it.
+    codec: the lossy one it asks for, or "". tickets: who computes which of its blocks. left_at: when its last client
+    went. is_registered: whether the store has been told of it.
+    """
 
     digest: BlockHash
     description: bytes
@@ -59,11 +67,15 @@ class Tenant:
     owner: str
     layout: BlockLayout
     size_class: SizeClass
+    root_hash: BlockHash
     codec: str = ""
     sources: list[BlockSource] = field(default_factory=list)
+    tickets: dict[BlockHash, Ticket] = field(default_factory=dict)
     warm_blocks: int = 0
     pinned_bytes: int = 0
     clients: int = 0
+    left_at: float = 0.0
+    is_registered: bool = False
 
     @property
     def step(self) -> int:
@@ -91,6 +103,7 @@ class FetchTask:
     loads: dict[int, Load] = field(default_factory=dict)
     fresh: list[Load] = field(default_factory=list)
     miss: MissReason | None = None
+    num_counted: int = 0  # in its connection's num_fetching
 
 
 @dataclass(slots=True, eq=False)
@@ -104,12 +117,20 @@ class Write:
 
 @dataclass(slots=True, eq=False)
 class Cursor:
-    """A matched prompt, kept so that Fetch can name its blocks by number. tail: (hash, tokens), block `total`."""
+    """A matched prompt, kept so that Fetch can name its blocks by number. tail: (hash, tokens), block `total`.
 
-    hashes: list[bytes]
+    hashes: of those `total` blocks, 16 bytes each: a list of them would take three times as much.
+    """
+
+    hashes: bytes
     tokens: bytes
     total: int
     tail: tuple[bytes, bytes] | None
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that it takes."""
+        return len(self.hashes) + len(self.tokens) + (len(self.tail[1]) if self.tail else 0) + _CURSOR_BYTES
 
 
 @dataclass(slots=True, eq=False)
@@ -134,14 +155,22 @@ class Reservation:
 
 @dataclass(slots=True, eq=False)
 class Connection:
-    """What one client holds. Everything of it goes back when the connection ends."""
+    """What one client holds. Everything of it goes back when the connection ends.
+
+    num_leases: the sum of `leases`. num_fetching: slots pinned by its fetches in work, which become leases.
+    tickets: by number, those that expire first in front. num_promised: blocks of all its tickets.
+    """
 
     tenant: Tenant | None = None
     client: str = ""
     leases: Counter[int] = field(default_factory=Counter)
+    num_leases: int = 0
+    num_fetching: int = 0
     reservations: dict[int, Reservation] = field(default_factory=dict)
     cursors: dict[int, Cursor] = field(default_factory=dict)
+    cursor_bytes: int = 0
     tickets: dict[int, Ticket] = field(default_factory=dict)
+    num_promised: int = 0
     is_closed: bool = False
 
     def require_tenant(self) -> Tenant:
@@ -151,12 +180,14 @@ class Connection:
         return self.tenant
 
 
-def whole_hashes(tenant: Tenant, hashes: bytes, tokens: bytes) -> list[bytes]:
-    """Return the hashes of a prompt's whole blocks. Raises ProtocolError unless they are as many as the tokens."""
-    found = split_hashes(hashes)
-    if len(tokens) % TOKEN_BYTES or len(found) != len(tokens) // tenant.step:
-        raise ProtocolError(f"{len(found)} block hashes for {len(tokens)} bytes of token ids")
-    return found
+def whole_hashes(tenant: Tenant, hashes: bytes, tokens: bytes, *, most: int) -> list[bytes]:
+    """Return the hashes of a prompt's whole blocks. Raises ProtocolError unless they fit the tokens, `most` at most."""
+    count = len(hashes) // HASH_BYTES
+    if len(hashes) % HASH_BYTES or len(tokens) % TOKEN_BYTES or count != len(tokens) // tenant.step:
+        raise ProtocolError(f"{len(hashes)} bytes of block hashes for {len(tokens)} bytes of token ids")
+    if count > most:
+        raise ProtocolError(f"a prompt of {count} blocks, {most} at most")
+    return split_hashes(hashes)
 
 
 def is_in_some(

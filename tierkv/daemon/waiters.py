@@ -18,6 +18,11 @@ class Waiters:
     def __init__(self) -> None:
         self._waiters: dict[BlockHash, set[asyncio.Future[None]]] = {}
 
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait."""
+        return sum(map(len, self._waiters.values()))
+
     async def wait(self, block_hash: BlockHash, timeout_s: float) -> bool:
         """Return True when there is news of a block, False when the time, a minute at most, is over before."""
         waiter = asyncio.get_running_loop().create_future()

@@ -5,10 +5,11 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
-from tierkv.block import TOKEN_BYTES, BlockHash, Tier
+from tierkv.block import HASH_BYTES, TOKEN_BYTES, BlockHash, Tier
+from tierkv.daemon.limits import Limits
 from tierkv.daemon.messages import Chain, ChainAnswer, Published, Reserve, Reserved
 from tierkv.daemon.protocol import ProtocolError, split_hashes, split_numbers
-from tierkv.daemon.state import HELD_SHARE, State
+from tierkv.daemon.state import State
 from tierkv.daemon.values import Connection, Reservation, Tenant, Write, has_hash, holds
 from tierkv.index import Entry
 
@@ -21,8 +22,7 @@ class Writing(State):
     def reserve(self, connection: Connection, message: Reserve) -> Reserved:
         """Give slots for the offered blocks that no tier has and nobody is writing."""
         tenant = connection.require_tenant()
-        for chain in message.chains:
-            _check_chain(tenant, chain)
+        _check_chains(tenant, message.chains, self.limits)
         return Reserved(chains=[self._reserve_chain(connection, tenant, chain) for chain in message.chains])
 
     def publish(self, connection: Connection, slots: bytes) -> tuple[Published, list[Write]]:
@@ -70,9 +70,9 @@ class Writing(State):
     def _reserve_chain(self, connection: Connection, tenant: Tenant, chain: Chain) -> ChainAnswer:
         hashes = split_hashes(chain.hashes)
         offers = set(split_numbers(chain.offers))
-        wanted, num_there, num_busy, refusal = self._plan_writes(tenant, hashes, chain.tokens, offers)
-        room = max(1, int(tenant.size_class.num_slots * HELD_SHARE / 2)) - len(connection.reservations)
-        slots = self._take_beside(tenant, hashes, chain.tokens, max(0, min(len(wanted), room)))
+        room = self._reservation_room(connection, tenant)
+        wanted, num_there, num_busy, refusal = self._plan_writes(tenant, hashes, chain.tokens, offers, room)
+        slots = self._take_beside(tenant, hashes, chain.tokens, len(wanted))
         if len(slots) < len(wanted):
             refusal = "no_room"
         numbers, given = array("I"), array("I")
@@ -85,12 +85,20 @@ class Writing(State):
             reservation = Reservation(connection, tenant, entries[at], slot)
             entries[at].awaited = True
             self._reserved[entries[at]] = reservation
+            tenant.size_class.num_reserved += 1
             connection.reservations[slot] = reservation
             numbers.append(at)
             given.append(slot)
         if entries:
             self._prune(tenant, entries[-1])
         return ChainAnswer(numbers.tobytes(), given.tobytes(), num_there, num_busy, refusal)
+
+    def _reservation_room(self, connection: Connection, tenant: Tenant) -> int:
+        """Return how many more slots a connection may reserve."""
+        limits, size_class = self.limits, tenant.size_class
+        own = max(1, int(size_class.num_slots * limits.reservation_share_of_client)) - len(connection.reservations)
+        left = max(1, int(size_class.num_slots * limits.reservation_share)) - size_class.num_reserved
+        return max(0, min(own, left))
 
     def _take_beside(self, tenant: Tenant, hashes: list[bytes], tokens: bytes, count: int) -> list[int]:
         """Take slots without evicting the blocks of the chain that they are for."""
@@ -106,11 +114,12 @@ class Writing(State):
         return slots
 
     def _plan_writes(
-        self, tenant: Tenant, hashes: list[bytes], tokens: bytes, offers: set[int]
+        self, tenant: Tenant, hashes: list[bytes], tokens: bytes, offers: set[int], room: int
     ) -> tuple[list[int], int, int, str]:
         """Return which blocks of a chain are to be written, how many offered ones are there and busy, and the refusal.
 
-        Ends at the first block that nobody has and nobody offers: what follows it could not be found.
+        Ends at the first block that nobody has and nobody offers, and behind `room` blocks to be written: what
+        follows could not be found.
         """
         known = self._walk(tenant, hashes, tokens)
         wanted: list[int] = []
@@ -123,6 +132,8 @@ class Writing(State):
                 num_there += at in offers
             elif self._is_taken(tenant, hashes[at], entry):
                 return wanted, num_there, num_busy, "collision"
+            elif at in offers and len(wanted) >= room:
+                return wanted, num_there, num_busy, "no_room"
             elif at in offers:
                 wanted.append(at)
             else:
@@ -149,12 +160,24 @@ class Writing(State):
         reservation = connection.reservations.pop(slot)
         reservation.entry.awaited = False
         del self._reserved[reservation.entry]
+        reservation.tenant.size_class.num_reserved -= 1
         return reservation
 
 
-def _check_chain(tenant: Tenant, chain: Chain) -> None:
-    count = -(-len(chain.tokens) // tenant.step)
-    if len(chain.tokens) % TOKEN_BYTES or not count or len(split_hashes(chain.hashes)) != count:
-        raise ProtocolError(f"{len(chain.hashes)} bytes of block hashes for {len(chain.tokens)} of token ids")
-    if any(number >= count for number in split_numbers(chain.offers)):
-        raise ProtocolError("a block was offered that is not part of its chain")
+def _check_chains(tenant: Tenant, chains: Sequence[Chain], limits: Limits) -> None:
+    """Raise ProtocolError unless the chains are no more than a message may have and each agrees with itself."""
+    if len(chains) > limits.chains_of_message:
+        raise ProtocolError(f"{len(chains)} chains, {limits.chains_of_message} at most")
+    num_blocks = 0
+    for chain in chains:
+        count = -(-len(chain.tokens) // tenant.step)
+        if len(chain.tokens) % TOKEN_BYTES or not count or len(chain.hashes) != count * HASH_BYTES:
+            raise ProtocolError(f"{len(chain.hashes)} bytes of block hashes for {len(chain.tokens)} of token ids")
+        num_blocks += count
+        offers = split_numbers(chain.offers)
+        if any(number >= count for number in offers):
+            raise ProtocolError("a block was offered that is not part of its chain")
+        if len(set(offers)) != len(offers):
+            raise ProtocolError("a block was offered twice")
+    if num_blocks > limits.blocks_of_message:
+        raise ProtocolError(f"chains of {num_blocks} blocks, {limits.blocks_of_message} at most")

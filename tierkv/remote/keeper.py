@@ -10,8 +10,9 @@ from pathlib import Path
 
 from tierkv.daemon.client import Answer, DaemonClient
 from tierkv.daemon.messages import Hello, Message
+from tierkv.daemon.protocol import printable
 from tierkv.errors import DaemonError, DaemonGoneError, StoreError
-from tierkv.namespace import Namespace
+from tierkv.namespace import NAME_LIMIT, Namespace
 from tierkv.remote.link import Link
 from tierkv.tiers import Tiers
 
@@ -109,7 +110,7 @@ class LinkKeeper:
             namespace=self._namespace.digest,
             description=self._namespace.describe(),
             block_bytes=self._tiers.layout.block_bytes,
-            client=f"{self._namespace.name or 'model'}, process {os.getpid()}",
+            client=f"{printable(self._namespace.name, NAME_LIMIT) or 'model'}, process {os.getpid()}",
         )
         client = DaemonClient(self.path, hello, timeout_s=self.timeout_s)
         try:

@@ -100,9 +100,11 @@ class RemoteWriter:
             link.end_writing(slots)
         if copied:
             self._keeper.call_on(link, Publish(slots=given.slots), Published)
-        self._note_written(path, copied, given)
+        self._note_written(link, path, copied, given)
 
-    def _note_written(self, path: list[Job | Entry], copied: list[tuple[Job, int]], given: ChainAnswer) -> None:
+    def _note_written(
+        self, link: Link, path: list[Job | Entry], copied: list[tuple[Job, int]], given: ChainAnswer
+    ) -> None:
         """Remember what the daemon has now. Where others write some of it too, only what was copied is certain."""
         tiers = self._tiers
         jobs = [each for each in path if isinstance(each, Job)]
@@ -114,7 +116,7 @@ class RemoteWriter:
                 tiers.watch.block(EventKind.DEMOTE, Tier.WARM, job)
             for job in [*jobs, *(job for job, _ in copied)]:
                 entry = tiers.index.get(job.block_hash, job.parent_hash, job.token_bytes)
-                if entry and job.block_hash in certain:
+                if entry and job.block_hash in certain and self._keeper.link is link:  # or it is another daemon by now
                     entry.in_cold = True
             for job in jobs if given.refusal else ():
                 if job.block_hash not in certain:

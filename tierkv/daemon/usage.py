@@ -1,0 +1,68 @@
+"""Usage: how much is held of what the daemon's core bounds, for `tierkv daemon status`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from tierkv.daemon.core import Core
+from tierkv.daemon.messages import LimitStatus
+
+__all__ = ["limit_status", "usage_of"]
+
+
+def usage_of(core: Core) -> list[LimitStatus]:
+    """Return what all connections hold of the core's tables, what the largest holder has, and both limits."""
+    limits, clients, tenants = core.limits, core.connections, core.tenants.values()
+    sizes = [each.num_slots for each in core.slab.classes.values()]
+    largest_size = max(sizes, default=0)
+    pinned = Counter[str]()
+    for tenant in tenants:
+        pinned[tenant.owner] += tenant.pinned_bytes
+    return [
+        limit_status(
+            "leases",
+            limits.leases,
+            (each.num_leases for each in clients),
+            max(1, int(largest_size * limits.lease_share_of_client)),
+        ),
+        limit_status(
+            "reservations",
+            sum(max(1, int(size * limits.reservation_share)) for size in sizes),
+            (len(each.reservations) for each in clients),
+            max(1, int(largest_size * limits.reservation_share_of_client)),
+        ),
+        limit_status(
+            "cursors",
+            limits.cursors_of_client * limits.connections,
+            (len(each.cursors) for each in clients),
+            limits.cursors_of_client,
+        ),
+        limit_status(
+            "cursor_bytes", limits.cursor_bytes, (each.cursor_bytes for each in clients), limits.cursor_bytes_of_client
+        ),
+        limit_status(
+            "ticket_blocks",
+            limits.ticket_blocks,
+            (each.num_promised for each in clients),
+            limits.ticket_blocks_of_client,
+        ),
+        limit_status("namespaces", limits.namespaces, (1 for _ in tenants)),
+        limit_status("description_bytes", limits.description_bytes, (len(each.description) for each in tenants)),
+        limit_status("block_sizes", limits.block_sizes, (1 for _ in sizes)),
+        limit_status("slots", limits.slots, sizes, limits.slots_of_block_size),
+        limit_status("pinned_bytes", core.pin_quota_of_all_bytes, pinned.values(), core.pin_quota_bytes),
+    ]
+
+
+def limit_status(
+    name: str, limit: int, held: Iterable[int], limit_of_one: int = 0, *, used: int | None = None
+) -> LimitStatus:
+    """Return one line of a status. held: what each holder has. limit_of_one: 0 where one alone has no limit.
+
+    used: the sum, where more is held than by those holders.
+    """
+    each = list(held)
+    largest = max(each, default=0) if limit_of_one else 0
+    used = sum(each) if used is None else used
+    return LimitStatus(name=name, used=used, limit=limit, largest=largest, limit_of_one=limit_of_one)

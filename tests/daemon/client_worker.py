@@ -40,9 +40,10 @@ def main(action: str, socket: Path) -> None:
         assert client.call(Reserve(chains=[chain]), Reserved).chains[0].slots
         other = tokens_of(16, start=200)
         assert client.call(Match(hashes=chain_of(other), tokens=other, wants_ticket=True), Found).ticket
+        kept = client._socket.dup()  # as a program would that keeps descriptors over a fork: the client closes its own
         if not os.fork():
-            client._socket.settimeout(10)
-            print("closed" if client._socket.recv(1) == b"" else "open", flush=True)
+            kept.settimeout(10)
+            print("closed" if kept.recv(1) == b"" else "open", flush=True)
             os._exit(0)
     print("ready", flush=True)
     time.sleep(600)

@@ -158,11 +158,11 @@ class DaemonClient:
         descriptors: list[int] = []
         try:
             number, self.boot, body = self._read_greeting(deadline, descriptors)
+            answer = parse_body(body)
+            if isinstance(answer, Failure) and number in (0, 1):  # 0: before it has read the greeting
+                raise DaemonError(f"the daemon at {self.path} refused: {plain_text(answer.message)}")
             if number != 1:
                 raise self.disbelieve(f"answer {number} came for request 1")
-            answer = parse_body(body)
-            if isinstance(answer, Failure):
-                raise DaemonError(f"the daemon at {self.path} refused: {plain_text(answer.message)}")
             if not isinstance(answer, Welcome):
                 raise self.disbelieve(f"{type(answer).__name__} came for Hello")
             if len(descriptors) != bool(hello.namespace):

@@ -1,5 +1,7 @@
 """One of the clients that hammer a daemon: `python hammer_worker.py KIND SOCKET SECONDS SEED`; 0 if all was well.
 
+It works for so long, and at least so much that on a slow machine it has met the others' blocks.
+
 raw: over the protocol, each block's bytes a function of all its tokens. cache: a TierCache with a pattern for a model.
 """
 
@@ -35,6 +37,7 @@ from tierkv.daemon.protocol import split_numbers
 from tierkv.errors import DaemonError
 from tierkv.storage.warm import Slab
 
+MIN_REQUESTS = 50
 STEP = LAYOUT.block_size * 4
 
 
@@ -82,15 +85,16 @@ def one_request(client: DaemonClient, slots: np.ndarray, tokens: bytes) -> int:
 
 
 def hammer_raw(socket: Path, until: float, dice: random.Random) -> int:
-    num_read = 0
-    while time.monotonic() < until:
+    num_read = num_requests = 0
+    while time.monotonic() < until or num_requests < MIN_REQUESTS:
         try:
             with connect(socket) as client:
                 slab = Slab.attach(client.take_descriptor(), client.welcome.slab_bytes)
                 slots = slab.slots(LAYOUT.block_bytes)
                 for _ in range(dice.randrange(1, 400)):
                     num_read += one_request(client, slots, random_prompt(dice))
-                    if time.monotonic() > until:
+                    num_requests += 1
+                    if time.monotonic() > until and num_requests >= MIN_REQUESTS:
                         break
         except DaemonError:
             time.sleep(0.05)
@@ -109,7 +113,9 @@ def hammer_cache(socket: Path, until: float, dice: random.Random) -> int:
     )
     with TierCache(config, namespace=Namespace(weights="cache", layout=LAYOUT)) as cache:
         engine = PatternEngine(cache)
-        while time.monotonic() < until:
+        num_requests = 0
+        while time.monotonic() < until or num_requests < MIN_REQUESTS:
+            num_requests += 1
             prompt = [dice.randrange(2) for _ in range(dice.randrange(1, 30))]
             sequence = engine.start(prompt, tail=dice.random() < 0.3)
             engine.check(sequence)

@@ -70,7 +70,7 @@ class Limits:
     cursor_bytes_of_client: int = 32 << 20
     """Prompts kept for Fetch: two of the longest that a message holds. The oldest goes."""
     cursor_bytes: int = 256 << 20
-    """Of all connections; above that the oldest of whoever has most goes."""
+    """Of all connections; above that the oldest one of the client that has most goes."""
 
     ticket_blocks_of_client: int = 1 << 14
     """Blocks that a client has promised to compute: four million tokens in blocks of 256."""

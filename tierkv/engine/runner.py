@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from itertools import chain
 from threading import RLock
 
@@ -16,12 +17,22 @@ from torch import Tensor
 from tierkv.block import as_token_array
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
-from tierkv.engine.attention import use_tierkv_attention
+from tierkv.engine.attention import AttentionSwitch
 from tierkv.engine.cascade import CascadeCost
-from tierkv.engine.fingerprint import namespace_of, weights_state
+from tierkv.engine.fingerprint import namespace_of
 from tierkv.engine.forward_pass import ForwardPass
-from tierkv.engine.gate import check_block_size, check_split, check_supported, context_of, probe_layout, self_test
+from tierkv.engine.gate import (
+    check_block_size,
+    check_split,
+    check_supported,
+    context_of,
+    probe_layout,
+    self_test,
+    settled_state,
+)
 from tierkv.engine.generation import Generation, GenerationOptions, TokenEvent
+from tierkv.engine.model_check import ModelCheck
+from tierkv.engine.model_state import ModelState
 from tierkv.engine.models import LoadedModel
 from tierkv.engine.request import Request
 from tierkv.engine.sampling import Sampler, SamplingOptions
@@ -41,6 +52,7 @@ class Runner:
     cascade: "auto" lets sequences that decode together read a shared prefix once for all of them where that pays,
     "off" never does. cascade_cost: by what to judge that, instead of the speeds measured on an H200 or a CPU.
     use_graphs: replay CUDA graphs; None says yes to a model that is whole on its device.
+    state: what the model was when the cache's namespace was made of it; None reads it now.
     """
 
     def __init__(
@@ -52,6 +64,7 @@ class Runner:
         cascade: str = "auto",
         cascade_cost: CascadeCost | None = None,
         use_graphs: bool | None = None,
+        state: ModelState | None = None,
     ) -> None:
         if max_step_tokens < 1:
             raise ConfigError(f"max_step_tokens must be positive, got {max_step_tokens}")
@@ -62,7 +75,11 @@ class Runner:
         self.max_step_tokens = max_step_tokens
         self.compute_or_load = cache.config.compute_or_load
         self._pass = ForwardPass(loaded, cache, cascade=cascade, cascade_cost=cascade_cost, use_graphs=use_graphs)
-        self._weights = weights_state(loaded.model)
+        self._attention = AttentionSwitch(loaded.model)
+        state = state or settled_state(loaded.model)
+        with self._attention:
+            self._model_check = ModelCheck(loaded.model, state)
+        self._unverified: _Pass | None = None
         self._stepping = RLock()
         self._batches: list[list[Request]] = []
         self._num_ids = loaded.model.get_input_embeddings().num_embeddings
@@ -86,9 +103,12 @@ class Runner:
         return [request.result() for request in requests]
 
     def stream(self, prompts: Items[Items[int]], options: GenerationOptions | None = None) -> Iterator[TokenEvent]:
-        """Yield each token as it is chosen. Closing the iterator releases every sequence."""
+        """Return an iterator over the tokens, each as it is chosen. Closing it releases every sequence.
+
+        Raises as `generate` does, and for a bad prompt here, before anything is computed.
+        """
         chosen = options or GenerationOptions()
-        yield from self._run(self._requests(prompts, chosen), chosen)
+        return self._run(self._requests(prompts, chosen), chosen)
 
     def prefill(self, token_ids: Items[int]) -> int:
         """Make every whole block and the tail of a prompt cached; compute what is missing.
@@ -96,21 +116,35 @@ class Runner:
         Returns the number of tokens computed: 0 where all are cached already. Raises as `generate` does.
         """
         token_ids = self._checked(token_ids)
-        self._check_weights()
+        with self._attention:
+            self._model_check.look()
         num_cached = self.cache.match(token_ids).num_cached_tokens
         if self.cache.ranks.agree_min(num_cached, topic=b"prefill").lowest == len(token_ids):
             return 0
         sequence = self.cache.acquire(token_ids)
         request = Request(0, list(token_ids), len(token_ids), Sampler(SamplingOptions()), frozenset(), 0.0)
         request.sequence, request.num_computed = sequence, sequence.num_cached_tokens
+        request.num_verified = request.num_computed
         try:
-            with torch.inference_mode(), use_tierkv_attention(self.loaded.model):
+            with torch.inference_mode(), self._attention:
                 while request.num_computed < len(token_ids):
                     self._step([request])
+                self._commit_pass()
             self.cache.commit(sequence, len(token_ids), tail=True)
         finally:
+            self._unverified = None
             self.cache.release(sequence)
         return len(token_ids) - sequence.num_cached_tokens
+
+    def check_model(self) -> None:
+        """Compare all of the model with what it was when the cache was opened. Raises ConfigError if it has changed.
+
+        Requests look at its modules, at the counts that torch keeps of writes, and at a sample of every tensor's bytes.
+        That does not see for sure a few numbers written through `.data`: call this after such a write. It takes about as
+        long as a decode step. Where it raises, close this runner and open another one.
+        """
+        with self._stepping, torch.inference_mode(), self._attention:
+            self._model_check.check_whole()
 
     @contextmanager
     def between_steps(self) -> Iterator[list[Sequence]]:
@@ -149,14 +183,6 @@ class Runner:
         as_list: list[int] = token_ids.tolist()
         return as_list
 
-    def _check_weights(self) -> None:
-        """Raise ConfigError for a model that is no longer the one whose namespace the cache has: it would be given,
-        and keep, another one's K and V. A request is checked while its blocks come up, which takes longer, and every
-        pass once it is launched: who takes a stream's tokens may train in between.
-        """
-        if weights_state(self.loaded.model) != self._weights:
-            raise ConfigError("the model's weights have changed since the cache was opened", hint="open it anew")
-
     def _stop_ids(self) -> frozenset[int]:
         ids = getattr(self.loaded.model.generation_config, "eos_token_id", None)
         return frozenset() if ids is None else frozenset(ids if isinstance(ids, list) else [ids])
@@ -169,14 +195,15 @@ class Runner:
         try:
             self._batches.append(running)
             while waiting or running:
-                with self._stepping, torch.inference_mode(), use_tierkv_attention(self.loaded.model):
+                with self._stepping, torch.inference_mode(), self._attention:
                     self._admit(waiting, running, options)
                     if not is_checked:
-                        self._check_weights()
+                        self._model_check.look()
                         is_checked = True
                     events = self._advance(waiting, running, options)
                 yield from events
         finally:
+            self._unverified = None
             with self._stepping, ExitStack() as ending:  # which calls all of them, whatever one raises
                 self._batches = [batch for batch in self._batches if batch is not running]
                 for request in requests:
@@ -198,7 +225,7 @@ class Runner:
                 if not running:
                     raise
                 return
-            request.num_computed = request.claimed_end = request.sequence.num_cached_tokens
+            request.num_computed = request.claimed_end = request.num_verified = request.sequence.num_cached_tokens
             if request.cached_tokens is None:
                 request.cached_tokens = request.sequence.cached_tokens
             running.append(waiting.popleft())
@@ -209,6 +236,7 @@ class Runner:
         started, num_tokens = time.perf_counter(), _tokens_of_one(running)
         for request in running:
             request.had_company |= len(running) > 1
+        ended: list[Request] = []
         for request, fetched in self._step(running, keep_logits=options.keep_logits):
             token = request.sampler.choose(fetched)
             request.last_token_at = time.perf_counter()
@@ -222,13 +250,17 @@ class Runner:
             if num_tokens:
                 self.cache.note_computed(num_tokens, request.last_token_at - started)
             if is_last:
-                running.remove(request)
-                self._release(request, options)
+                ended.append(request)
+        if events:
+            self._commit_pass()  # before a token of it is given away
+        for request in ended:
+            running.remove(request)
+            self._release(request, options)
         self._grow(waiting, running, options)
         return events
 
     def _step(self, running: Items[Request], *, keep_logits: bool = False) -> list[tuple[Request, Tensor]]:
-        """Compute up to `max_step_tokens` tokens and commit them.
+        """Compute up to `max_step_tokens` tokens; `_commit_pass` commits them.
 
         Return what the samplers of requests that are up to date have fetched. It leaves the device before anything that
         is committed does: a token would wait behind a gigabyte of blocks on their way down.
@@ -237,11 +269,8 @@ class Runner:
         started = time.perf_counter()
         ids = [request.token_ids[request.num_computed : request.num_computed + count] for request, count in steps]
         logits = self._pass.run([request.step(count) for request, count in steps], list(chain.from_iterable(ids)))
-        self._check_weights()
-        splits = [(r.sequence.split, n) for r, n in steps if r.sequence and r.sequence.split]
-        if splits:
-            self._pass.wait()  # the next piece is claimed when this one is computed, not when it is launched
-            self.cache.note_computed(sum(count for _, count in steps), time.perf_counter() - started)
+        finish_check = self._model_check.start()
+        self._model_check.look()  # while the device computes: who takes a stream's tokens may train in between
         ready: list[tuple[Request, Tensor]] = []
         for row, (request, count) in enumerate(steps):
             request.num_computed += count
@@ -249,12 +278,27 @@ class Runner:
                 ready.append((request, request.sampler.fetch(logits[row])))
                 if keep_logits:
                     request.logits.append(logits[row].float().cpu())
-        for request, _ in steps:
-            assert request.sequence is not None
-            self.cache.commit(request.sequence, request.num_computed)
-        if ready:
+        splits = [(r.sequence.split, n) for r, n in steps if r.sequence and r.sequence.split]
+        self._commit_pass()  # the one before, now that the device has this one to do
+        computed = [(r, r.sequence, r.num_computed) for r, _ in steps if r.sequence]
+        self._unverified = _Pass(finish_check, computed)
+        if ready or splits:
             self._pass.wait()
+        if splits:  # the next piece is claimed when this one is computed, not when it is launched
+            self.cache.note_computed(sum(count for _, count in steps), time.perf_counter() - started)
+            self._commit_pass()
         return ready
+
+    def _commit_pass(self) -> None:
+        """Commit what the last pass has computed, once it is known that the model was still the cache's after it."""
+        if self._unverified is None:
+            return
+        done, self._unverified = self._unverified, None
+        done.finish_check()
+        for request, sequence, num_computed in done.computed:
+            if request.sequence is sequence:
+                request.num_verified = num_computed
+                self.cache.commit(sequence, num_computed)
 
     def _plan_step(self, running: Items[Request]) -> list[tuple[Request, int]]:
         """Return which requests compute how many tokens next, decoding ones first; waits where all are loading."""
@@ -284,7 +328,7 @@ class Runner:
             size = self.cache.config.block_size
             request.claimed_end += size * split.next_piece(most=max(1, self.cache.config.piece_tokens // size))
             if request.claimed_end == request.num_computed and is_done:
-                request.num_computed = self.cache.join(request.sequence)
+                request.num_computed = request.num_verified = self.cache.join(request.sequence)
                 return len(request.token_ids) - request.num_computed
         return request.claimed_end - request.num_computed
 
@@ -307,7 +351,7 @@ class Runner:
             return
         try:
             if options.store_tail and options.use_cache:
-                self.cache.commit(request.sequence, request.num_computed, tail=True)
+                self.cache.commit(request.sequence, request.num_verified, tail=True)
         finally:
             self.cache.release(request.sequence)
             request.sequence = None
@@ -338,11 +382,11 @@ def open_runner(
     check_supported(model)
     check_split(model, ranks or OneRank())
     check_block_size(model, config.block_size)
+    state = settled_state(model)
     layout = probe_layout(model, block_size=config.block_size)
     self_test(model, layout)
-    namespace = namespace_of(model, layout, adapter=adapter, salt=salt, name=loaded.name, ranks=ranks)
-    cache = TierCache(config, namespace=namespace, device=model.device, cold=cold, ranks=ranks)
-    with cache, use_tierkv_attention(model):  # here, since to change it takes milliseconds
+    namespace = namespace_of(model, layout, adapter=adapter, salt=salt, name=loaded.name, ranks=ranks, state=state)
+    with TierCache(config, namespace=namespace, device=model.device, cold=cold, ranks=ranks) as cache:
         yield Runner(
             loaded,
             cache,
@@ -350,7 +394,16 @@ def open_runner(
             cascade=cascade,
             cascade_cost=cascade_cost,
             use_graphs=use_graphs,
+            state=state,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """A pass that was launched. computed: whose, and how many leading tokens of each have K and V by it."""
+
+    finish_check: Callable[[], None]
+    computed: list[tuple[Request, Sequence, int]]
 
 
 def _tokens_of_one(running: Items[Request]) -> int:

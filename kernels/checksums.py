@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tierkv.kernels.launch import require, require_contiguous
 
-__all__ = ["LINE_BYTES", "LINES_PER_PIECE", "sum_lines"]
+__all__ = ["LINES_PER_PIECE", "LINE_BYTES", "sum_lines"]
 
 LINE_BYTES = 1024
 LINES_PER_PIECE = 64

@@ -96,10 +96,10 @@ class _HostSampler:
                 self._ends.append(found[whole:])
 
     def start(self, phase: int) -> Fetch:
-        digest = xxhash.xxh3_64_intdigest
         samples = [lines[phase % stride :: stride] for lines, stride in self._lines]
-        sums = [digest(each if each.flags.c_contiguous else each.tobytes()) for each in samples]
-        found = np.array([*sums, *map(digest, self._ends)], dtype=np.uint64).view(np.int64)
+        sums = [_digest(each.data if each.flags.c_contiguous else each.tobytes()) for each in samples]
+        sums += [_digest(end.data) for end in self._ends]
+        found = np.array(sums, dtype=np.uint64).view(np.int64)
         return lambda: found
 
 
@@ -157,7 +157,10 @@ class _TorchSampler:
             stride = max(1, min(self._phases, len(lines)))
             samples += [lines[phase % stride :: stride].reshape(-1), each[whole:]]
         gathered = torch.cat(samples)
-        return lambda: np.array([xxhash.xxh3_64_intdigest(gathered.cpu().numpy())], dtype=np.uint64).view(np.int64)
+        return lambda: np.array([_digest(gathered.cpu().numpy().data)], dtype=np.uint64).view(np.int64)
+
+
+_digest = xxhash.xxh3_64_intdigest
 
 
 def _by_memory(tensors: Iterable[Tensor]) -> list[Tensor]:

@@ -25,10 +25,10 @@ _PIECE_BYTES = 64 << 20
 def weights_digest(model: torch.nn.Module, state: ModelState | None = None) -> str:
     """Return xxh3-128, in hex, over name, dtype, shape and bytes of every tensor that a model holds.
 
-    state: the model's, where it has been read already. So weights that were quantised, merged with an adapter or changed
-    in memory are another model, whatever they were loaded from. Buffers count even if they are not saved, rope
-    frequencies among them, and so do tensors in plain attributes. Reads all weights once, in pieces: about a second for
-    16 GB. Raises UnsupportedModelError where weights are not in memory.
+    state: the model's, where it has been read already. So weights that were quantised, merged with an adapter or
+    changed in memory are another model, whatever they were loaded from. Buffers count even if they are not saved, rope
+    frequencies among them, and so do tensors in plain attributes. Reads all weights once, in pieces: about a second
+    for 16 GB. Raises UnsupportedModelError where weights are not in memory.
     """
     state = state or read_state(model)
     digest = xxhash.xxh3_128()

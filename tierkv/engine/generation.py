@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from numbers import Integral
 
 from torch import Tensor
 
@@ -28,6 +29,9 @@ class GenerationOptions:
     keep_logits: bool = False
 
     def __post_init__(self) -> None:
+        wanted: object = self.max_new_tokens
+        if isinstance(wanted, bool) or not isinstance(wanted, Integral):
+            raise ConfigError(f"max_new_tokens must be a whole number, got {self.max_new_tokens!r}")
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens must be positive, got {self.max_new_tokens}")
 

@@ -65,8 +65,9 @@ _IGNORED = frozenset(
         "warnings_issued",
     }
 )
-# What PEFT says by private names; all other private names are compared while a runner is open, but are not identity:
-# a checkpoint that was loaded has more of them than the same model made in memory.
+# What PEFT says by private names. Other private names are no identity: a checkpoint that was loaded has more of them
+# than the same model made in memory. They are compared while a runner is open, but for those of Transformers and torch,
+# which keep their books there: `model.generate` writes down how long its cache was.
 _ADAPTER_NAMES = frozenset({"_active_adapter", "_disable_adapters"})
 
 # Packages whose hooks and functions are part of how a model is loaded and run. They add and remove them as they like.
@@ -78,6 +79,7 @@ _OPAQUE_PACKAGES = frozenset(
 _MAX_DEPTH = 4  # of objects inside objects
 
 _SCALARS = (bool, int, float, complex, str, bytes, type(None), np.generic, torch.dtype, enum.Enum, range, slice)
+_CONTAINERS = (Mapping, list, tuple, set, frozenset, deque)
 _FUNCTIONS = (FunctionType, MethodType, BuiltinFunctionType, partial, staticmethod, classmethod, property, type)
 
 
@@ -160,11 +162,23 @@ class _Names:
         return map(self._names.get, self._wanted)
 
 
+class _Classes:
+    """The classes of modules whenever it is iterated: `__class__` may be assigned."""
+
+    def __init__(self) -> None:
+        self.modules: list[nn.Module] = []
+
+    def __iter__(self) -> Iterator[object]:
+        return map(type, self.modules)
+
+
 class _Reader:
     """Walks a model once and fills a state."""
 
     def __init__(self) -> None:
         self.state = ModelState()
+        self._classes = _Classes()
+        self.state._views.append(self._classes)
         self._met: dict[int, object] = {}  # what it names stays alive, so that no id is used twice
 
     def read_module(self, path: str, module: nn.Module) -> None:
@@ -172,6 +186,7 @@ class _Reader:
             return
         dot, place, views = f"{path}." if path else "", path or "the model", self.state._views
         inner = vars(module)
+        self._classes.modules.append(module)
         views += [inner.values(), module._parameters.values(), module._buffers.values(), module._modules.values()]
         views += [module._forward_hooks.values(), module._forward_pre_hooks.values()]
         self.state.objects[f"{dot}__class__"] = type(module)
@@ -187,13 +202,16 @@ class _Reader:
             else:
                 self._read_tensor(dot + name, tensor, is_identity=True, depth=0)
         has_adapters = hasattr(module, "adapter_layer_names")
+        keeps_books = type(module).__module__.split(".")[0] in ("torch", "transformers")
         for name, value in list(inner.items()):
             if name in _OWN_OF_TORCH or name in _IGNORED:
                 continue
             if name == "forward" and not is_of_known_package(value):
                 self.state.forwards[f"{place}.{name}"] = value
-            is_identity = not name.startswith("_") or (has_adapters and name in _ADAPTER_NAMES)
-            self._read_value(dot + name, value, is_identity=is_identity)
+            is_public = not name.startswith("_")
+            if is_public or not keeps_books:
+                is_identity = is_public or (has_adapters and name in _ADAPTER_NAMES)
+                self._read_value(dot + name, value, is_identity=is_identity)
         self._read_packed(dot, module)
         for name, child in list(module._modules.items()):
             if child is not None:
@@ -234,15 +252,13 @@ class _Reader:
         elif isinstance(value, _FUNCTIONS):
             self.state.objects[path] = value
             self._add_setting(f"{path}.__qualname__", _name_of(value), is_identity=is_identity)
-        elif isinstance(value, Mapping | list | tuple | set | frozenset | deque):
+        elif isinstance(value, _CONTAINERS):
             if depth > _MAX_DEPTH:
                 return
-            is_map, is_set = isinstance(value, Mapping), isinstance(value, set | frozenset)
             if not is_made:
-                self.state._views.append(value.values() if is_map else value)
-            items = value.items() if is_map else enumerate(sorted(value, key=repr) if is_set else value)
+                self.state._views.append(value.values() if isinstance(value, Mapping) else value)
             self._add_setting(f"{path}.__len__", len(value), is_identity=is_identity)
-            for key, item in list(items):
+            for key, item in _items_of(value):
                 self._read_value(f"{path}[{key!r}]", item, is_identity=is_identity, depth=depth + 1, is_made=is_made)
         else:
             self._read_object(path, value, is_identity=is_identity, depth=depth)
@@ -353,6 +369,14 @@ def _is_of_library(kind: type) -> bool:
     return module.split(".")[0] == "torch" or (
         module.startswith("transformers.") and not module.startswith("transformers.models.")
     )
+
+
+def _items_of(container: Any) -> list[tuple[Any, Any]]:
+    """Return what a container holds with the keys, the numbers, or in sets the sorted places of it."""
+    if isinstance(container, Mapping):
+        return list(container.items())
+    is_set = isinstance(container, set | frozenset)
+    return list(enumerate(sorted(container, key=repr) if is_set else container))
 
 
 def _plain_function(function: Any) -> Any:

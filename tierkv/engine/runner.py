@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from array import array
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from threading import RLock
 
@@ -93,8 +94,9 @@ class Runner:
     def generate(self, prompts: Items[Items[int]], options: GenerationOptions | None = None) -> list[Generation]:
         """Continue prompts, all in one batch as far as there is room.
 
-        Raises CapacityError if one never fits, ConfigError for token ids that the model has not and for more tokens,
-        new ones included, than its context.
+        All are checked before anything is computed; what is raised names the prompt by its number, from 0.
+        CapacityError if one never fits, new tokens included; ConfigError for an empty one, for token ids that the model
+        has not, and for more tokens, new ones included, than its context.
         """
         chosen = options or GenerationOptions()
         requests = self._requests(prompts, chosen)
@@ -140,8 +142,8 @@ class Runner:
         """Compare all of the model with what it was when the cache was opened. Raises ConfigError if it has changed.
 
         Requests look at its modules, at the counts that torch keeps of writes, and at a sample of every tensor's bytes.
-        That does not see for sure a few numbers written through `.data`: call this after such a write. It takes about as
-        long as a decode step. Where it raises, close this runner and open another one.
+        That does not see for sure a few numbers written through `.data`: call this after such a write. It takes about
+        as long as a decode step. Where it raises, close this runner and open another one.
         """
         with self._stepping, torch.inference_mode(), self._attention:
             self._model_check.check_whole()
@@ -158,19 +160,38 @@ class Runner:
             yield [request.sequence for request in requests if request.sequence]
 
     def _requests(self, prompts: Items[Items[int]], options: GenerationOptions) -> list[Request]:
+        """Check a whole batch before anything of it is computed, and return its requests."""
         now = time.perf_counter()
         stop_ids = self._stop_ids() if options.stop_ids is None else options.stop_ids
-        return [
-            Request(
-                i, self._checked(prompt, options.max_new_tokens), len(prompt), Sampler(options.sampling), stop_ids, now
-            )
-            for i, prompt in enumerate(prompts)
-        ]
+        sampling = self._agreed(options.sampling)
+        equal: Counter[bytes] = Counter()  # prompts so far, by their token ids
+        requests: list[Request] = []
+        for number, prompt in enumerate(prompts):
+            try:
+                token_ids = self._checked(prompt, options.max_new_tokens)
+            except (ConfigError, CapacityError) as exc:
+                raise type(exc)(f"prompt {number} of the batch: {exc}") from exc
+            key = array("I", token_ids).tobytes() if sampling.temperature else b""
+            sampler = Sampler(sampling, number=equal[key])
+            equal[key] += 1
+            requests.append(Request(number, token_ids, len(token_ids), sampler, stop_ids, now))
+        return requests
+
+    def _agreed(self, sampling: SamplingOptions) -> SamplingOptions:
+        """Return sampling that is the same on all ranks: without a seed each would choose other tokens."""
+        if self.cache.ranks.size == 1 or sampling.seed is not None or not sampling.temperature:
+            return sampling
+        seeds = self.cache.ranks.gather(str(torch.Generator().seed()).encode())
+        return replace(sampling, seed=int(seeds[0]))
 
     def _checked(self, prompt: Items[int], num_new: int = 1) -> list[int]:
-        """Return a prompt's token ids. Raises ConfigError for ids, and for positions, that the model has not."""
+        """Return a prompt's token ids. Raises ConfigError for none, for ids, and for positions, that the model has not,
+        CapacityError for more tokens than the hot pool holds.
+        """
         token_ids = as_token_array(prompt)
         limit, num_tokens = self._context, len(token_ids)
+        if not num_tokens:
+            raise ConfigError("a prompt needs at least one token")
         if limit is not None and num_tokens > limit:
             raise ConfigError(f"a prompt of {num_tokens} tokens is longer than the model's context of {limit}")
         if limit is not None and num_tokens + num_new - 1 > limit:  # the last new one is not computed
@@ -178,8 +199,15 @@ class Runner:
                 f"{num_tokens} tokens of a prompt and {num_new} new ones exceed the model's context of {limit}",
                 hint="lower max_new_tokens",
             )
-        if token_ids.size and (largest := int(token_ids.max())) >= self._num_ids:
+        if (largest := int(token_ids.max())) >= self._num_ids:
             raise ConfigError(f"token id {largest} is not one of the model's {self._num_ids}")
+        size, num_blocks = self.cache.config.block_size, self.cache.hot.num_blocks
+        if num_tokens + num_new - 1 > size * num_blocks:
+            raise CapacityError(
+                f"{num_tokens} tokens of a prompt and {num_new} new ones never fit the hot pool, which holds "
+                f"{num_blocks} blocks of {size}",
+                hint="raise hot_bytes" if num_tokens > size * num_blocks else "raise hot_bytes or lower max_new_tokens",
+            )
         as_list: list[int] = token_ids.tolist()
         return as_list
 

@@ -19,7 +19,6 @@ __all__ = ["LINES_PER_PIECE", "LINE_BYTES", "sum_lines"]
 LINE_BYTES = 1024
 LINES_PER_PIECE = 64
 _WORDS = {8: tl.int64, 4: tl.int32, 2: tl.int16, 1: tl.int8}
-_LINES_PER_STEP = 4
 
 
 def sum_lines(pieces: Tensor, sums: Tensor, *, phase: int, word_bytes: int) -> None:
@@ -45,7 +44,7 @@ def sum_lines(pieces: Tensor, sums: Tensor, *, phase: int, word_bytes: int) -> N
             WORD=_WORDS[word_bytes],
             LINE=LINE_BYTES // word_bytes,
             LINES=LINES_PER_PIECE,
-            STEP=_LINES_PER_STEP,
+            STEP=2 * word_bytes,  # 16 KiB of products at a time, whatever the words
             num_warps=4,
         )
 

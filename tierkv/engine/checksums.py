@@ -69,7 +69,7 @@ class Checksums:
         )
 
     def _sums(self, phase: int) -> list[npt.NDArray[np.int64]]:
-        return [sampler.start(phase)() for sampler in self._samplers]
+        return [sampler.start(phase)().copy() for sampler in self._samplers]
 
 
 def sampler_of(device: torch.device) -> type[_HostSampler | _TorchSampler | _KernelSampler]:

@@ -142,8 +142,8 @@ class Runner:
         """Compare all of the model with what it was when the cache was opened. Raises ConfigError if it has changed.
 
         Requests look at its modules, at the counts that torch keeps of writes, and at a sample of every tensor's bytes.
-        That does not see for sure a few numbers written through `.data`: call this after such a write. It takes about
-        as long as a decode step. Where it raises, close this runner and open another one.
+        That does not see for sure a few numbers written through `.data`: call this after such a write. It reads all
+        weights once. Where it raises, close this runner and open another one.
         """
         with self._stepping, torch.inference_mode(), self._attention:
             self._model_check.check_whole()

@@ -487,3 +487,39 @@ def test_a_large_model_is_sampled_and_every_byte_has_its_turn(monkeypatch: pytes
         assert sums.is_same()
     tensors[0][5:9] = 1  # 16 lines in a row: every sample has one of them
     assert not any(sums.start()() for _ in range(16))
+
+
+@pytest.fixture
+def sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let small models be sampled as large ones are."""
+    monkeypatch.setattr(checksums, "WHOLE_BYTES", 0)
+
+
+@pytest.mark.usefixtures("sampled")
+@pytest.mark.parametrize("sync", ["all", "one layer's keys", "counted"])
+def test_a_sync_of_a_sampled_model_is_noticed_by_the_next_request(model: Any, sync: str) -> None:
+    other = make_model("llama", block_size=BLOCK, seed=5)
+    with opened(model) as runner:
+        runner.generate([tokens(20)], greedy())
+        if sync == "all":
+            for old, new in zip(model.parameters(), other.parameters(), strict=True):
+                old.data.copy_(new)
+        elif sync == "counted":
+            with torch.no_grad():
+                attention(model).k_proj.weight[3, 5] += 1  # one number, but torch counts it
+        else:
+            attention(model).k_proj.weight.data.copy_(attention(other).k_proj.weight)
+        with pytest.raises(ConfigError, match="weights have changed"):
+            runner.generate([tokens(20)], greedy())
+
+
+@pytest.mark.usefixtures("sampled")
+def test_one_number_of_a_sampled_model_is_noticed_by_asking_and_once_its_turn_has_come(model: Any) -> None:
+    with opened(model) as runner:
+        runner.check_model()
+        attention(model).k_proj.weight.data[3, 5] += 1
+        with pytest.raises(ConfigError, match="weights have changed"):
+            runner.check_model()
+        stream = runner.stream([tokens(3)], greedy(200))  # a pass looks at one line of the 64 of this weight
+        with pytest.raises(ConfigError, match="weights have changed"):
+            list(stream)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from math import gcd
 from typing import Protocol, TypeAlias
 
@@ -126,8 +127,10 @@ class _KernelSampler:
 
     def start(self, phase: int) -> Fetch:
         sums = torch.empty(sum(self._counts), dtype=torch.int64, device=self._device)
-        for (word, pieces), part in zip(self._pieces, sums.split(self._counts), strict=True):
-            self._sum_lines(pieces, part, phase=phase, word_bytes=word)
+        # Triton launches on the current GPU, which need not be the model's.
+        with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
+            for (word, pieces), part in zip(self._pieces, sums.split(self._counts), strict=True):
+                self._sum_lines(pieces, part, phase=phase, word_bytes=word)
         if self._device.type != "cuda":  # the kernel is interpreted
             return sums.numpy
         found = torch.empty(sums.shape, dtype=torch.int64, pin_memory=True)

@@ -298,7 +298,7 @@ class _Reader:
             return
         if is_identity or not is_made:
             self.state.tensors[path] = tensor
-        if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) and not hasattr(tensor, "to_local"):
+        if type(tensor) not in (Tensor, nn.Parameter) and not hasattr(tensor, "to_local"):
             self.state._views.append(vars(tensor).values())
             for name, value in list(vars(tensor).items()):
                 if not name.startswith("_") and value is not tensor:

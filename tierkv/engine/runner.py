@@ -81,6 +81,7 @@ class Runner:
         with self._attention:
             self._model_check = ModelCheck(loaded.model, state)
         self._unverified: _Pass | None = None
+        self._is_model_known = False  # no code of the caller's has run since the model was last looked at
         self._stepping = RLock()
         self._batches: list[list[Request]] = []
         self._num_ids = loaded.model.get_input_embeddings().num_embeddings
@@ -100,7 +101,7 @@ class Runner:
         """
         chosen = options or GenerationOptions()
         requests = self._requests(prompts, chosen)
-        for _ in self._run(requests, chosen):
+        for _ in self._run(requests, chosen, is_stream=False):
             pass
         return [request.result() for request in requests]
 
@@ -110,7 +111,7 @@ class Runner:
         Raises as `generate` does, and for a bad prompt here, before anything is computed.
         """
         chosen = options or GenerationOptions()
-        return self._run(self._requests(prompts, chosen), chosen)
+        return self._run(self._requests(prompts, chosen), chosen, is_stream=True)
 
     def prefill(self, token_ids: Items[int]) -> int:
         """Make every whole block and the tail of a prompt cached; compute what is missing.
@@ -124,9 +125,11 @@ class Runner:
         if self.cache.ranks.agree_min(num_cached, topic=b"prefill").lowest == len(token_ids):
             return 0
         sequence = self.cache.acquire(token_ids)
-        request = Request(0, list(token_ids), len(token_ids), Sampler(SamplingOptions()), frozenset(), 0.0)
+        sampler = Sampler(SamplingOptions())
+        request = Request(0, list(token_ids), len(token_ids), sampler, frozenset(), 0.0, max_new_tokens=1)
         request.sequence, request.num_computed = sequence, sequence.num_cached_tokens
         request.num_verified = request.num_computed
+        self._is_model_known = False
         try:
             with torch.inference_mode(), self._attention:
                 while request.num_computed < len(token_ids):
@@ -174,7 +177,11 @@ class Runner:
             key = array("I", token_ids).tobytes() if sampling.temperature else b""
             sampler = Sampler(sampling, number=equal[key])
             equal[key] += 1
-            requests.append(Request(number, token_ids, len(token_ids), sampler, stop_ids, now))
+            requests.append(
+                Request(
+                    number, token_ids, len(token_ids), sampler, stop_ids, now, max_new_tokens=options.max_new_tokens
+                )
+            )
         return requests
 
     def _agreed(self, sampling: SamplingOptions) -> SamplingOptions:
@@ -215,21 +222,24 @@ class Runner:
         ids = getattr(self.loaded.model.generation_config, "eos_token_id", None)
         return frozenset() if ids is None else frozenset(ids if isinstance(ids, list) else [ids])
 
-    def _run(self, requests: list[Request], options: GenerationOptions) -> Iterator[TokenEvent]:
-        """Admit, compute, sample, until every request is done; leave nothing acquired behind."""
+    def _run(self, requests: list[Request], options: GenerationOptions, *, is_stream: bool) -> Iterator[TokenEvent]:
+        """Admit, compute, sample, until every request is done; leave nothing acquired behind.
+
+        is_stream: the caller does what it likes between two events, such as training the model.
+        """
         waiting = deque(requests)
         running: list[Request] = []
-        is_checked = False
+        self._is_model_known = False
         try:
             self._batches.append(running)
             while waiting or running:
                 with self._stepping, torch.inference_mode(), self._attention:
                     self._admit(waiting, running, options)
-                    if not is_checked:
+                    if not self._is_model_known:
                         self._model_check.look()
-                        is_checked = True
                     events = self._advance(waiting, running, options)
                 yield from events
+                self._is_model_known &= not is_stream
         finally:
             self._unverified = None
             with self._stepping, ExitStack() as ending:  # which calls all of them, whatever one raises
@@ -273,7 +283,7 @@ class Runner:
                 if request.sequence and not request.had_company:
                     self.cache.note_loaded(request.sequence, request.last_token_at - request.admitted_at)
             request.token_ids.append(token)
-            is_last = token in request.stop_ids or len(request.new_ids) == options.max_new_tokens
+            is_last = token in request.stop_ids or len(request.new_ids) == request.max_new_tokens
             events.append(TokenEvent(request.number, token, is_last))
             if num_tokens:
                 self.cache.note_computed(num_tokens, request.last_token_at - started)
@@ -281,6 +291,8 @@ class Runner:
                 ended.append(request)
         if events:
             self._commit_pass()  # before a token of it is given away
+        if any(request.num_verified < request.num_computed for request in ended):  # no pass was known to be its last
+            self._check_model_of(running)
         for request in ended:
             running.remove(request)
             self._release(request, options)
@@ -297,8 +309,7 @@ class Runner:
         started = time.perf_counter()
         ids = [request.token_ids[request.num_computed : request.num_computed + count] for request, count in steps]
         logits = self._pass.run([request.step(count) for request, count in steps], list(chain.from_iterable(ids)))
-        finish_check = self._model_check.start()
-        self._model_check.look()  # while the device computes: who takes a stream's tokens may train in between
+        finish_check = self._start_check() if self._is_check_due(steps) else None
         ready: list[tuple[Request, Tensor]] = []
         for row, (request, count) in enumerate(steps):
             request.num_computed += count
@@ -318,15 +329,44 @@ class Runner:
         return ready
 
     def _commit_pass(self) -> None:
-        """Commit what the last pass has computed, once it is known that the model was still the cache's after it."""
+        """Commit what the last pass has computed, once it is known that the model was still the cache's after it.
+
+        A pass behind which nobody looked at the model is left to the next one that is looked behind.
+        """
         if self._unverified is None:
             return
         done, self._unverified = self._unverified, None
+        if done.finish_check is None:
+            return
         done.finish_check()
         for request, sequence, num_computed in done.computed:
             if request.sequence is sequence:
                 request.num_verified = num_computed
                 self.cache.commit(sequence, num_computed)
+
+    def _is_check_due(self, steps: list[tuple[Request, int]]) -> bool:
+        """Return whether to look at the model behind a pass: the caller may have changed it, the pass completes a
+        block, which is committed then, or it is a request's last one. All between is covered by the next look.
+        """
+        size = self.cache.config.block_size
+        return not self._is_model_known or any(
+            (request.num_computed + count) // size > request.num_verified // size
+            or request.num_computed + count == request.prompt_tokens + request.max_new_tokens - 1
+            for request, count in steps
+        )
+
+    def _start_check(self) -> Callable[[], None]:
+        """Look at the model while the device computes, and let it take a sample behind that."""
+        finish_check = self._model_check.start()
+        self._model_check.look()
+        self._is_model_known = True
+        return finish_check
+
+    def _check_model_of(self, running: Items[Request]) -> None:
+        """Look at the model once all passes so far are done, and say that it was the cache's after them."""
+        self._start_check()()
+        for request in running:
+            request.num_verified = request.num_computed
 
     def _plan_step(self, running: Items[Request]) -> list[tuple[Request, int]]:
         """Return which requests compute how many tokens next, decoding ones first; waits where all are loading."""
@@ -428,9 +468,12 @@ def open_runner(
 
 @dataclass(frozen=True, slots=True)
 class _Pass:
-    """A pass that was launched. computed: whose, and how many leading tokens of each have K and V by it."""
+    """A pass that was launched. computed: whose, and how many leading tokens of each have K and V by it.
 
-    finish_check: Callable[[], None]
+    finish_check: waits until it is known that the model was still the cache's; None where it was not looked at.
+    """
+
+    finish_check: Callable[[], None] | None
     computed: list[tuple[Request, Sequence, int]]
 
 

@@ -169,19 +169,19 @@ def test_a_change_while_a_runner_is_open_refuses_what_comes_and_stores_nothing(
         runner.cache.check()
 
 
+@pytest.mark.parametrize("length", [BLOCK - 1, 3], ids=["at a block's end", "in a block"])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 def test_a_change_between_two_tokens_of_a_stream_gives_no_other_token_and_stores_nothing(
-    model: Any, change: Callable[[Any], None]
+    model: Any, change: Callable[[Any], None], length: int
 ) -> None:
-    prompt = tokens(BLOCK - 1)
+    prompt = tokens(length)
     with opened(model) as runner:
         stream = runner.stream([prompt], greedy(8, store_tail=True))
         first = next(stream).token_id
         change(model)
         with pytest.raises(TierKVError):
             next(stream)
-        # The block's last token was computed by the other model.
-        assert runner.cache.match([*prompt, first, 7]).num_cached_tokens < BLOCK
+        assert runner.cache.match([*prompt, first, 7]).num_cached_tokens <= length
         runner.cache.check()
 
 
@@ -468,6 +468,41 @@ def test_a_pass_after_which_the_model_is_another_is_not_committed(model: Any, mo
             runner.prefill(prompt)
         assert passes == 4, "the third is checked while the fourth is computed"
         assert runner.cache.match(prompt).num_cached_tokens == 2 * BLOCK
+        runner.cache.check()
+
+
+def test_an_answer_that_a_stop_token_ends_is_checked_and_then_stored(model: Any) -> None:
+    prompt = tokens(3)
+    with opened(model) as runner:
+        (free,) = runner.generate([prompt], greedy(6, use_cache=False))
+        assert free.token_ids[3] not in free.token_ids[:3]
+        stopped = GenerationOptions(max_new_tokens=6, stop_ids=frozenset(free.token_ids[3:4]), store_tail=True)
+        (answer,) = runner.generate([prompt], stopped)
+        assert answer.token_ids == free.token_ids[:4]
+        runner.cache.flush()
+        assert runner.cache.match([*prompt, *answer.token_ids, 7]).num_cached_tokens == len(prompt) + 3
+
+
+def test_a_change_amid_a_call_is_told_when_a_stop_token_ends_it(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = tokens(3)
+    with opened(model) as runner:
+        (free,) = runner.generate([prompt], greedy(6, use_cache=False))
+        assert free.token_ids[3] not in free.token_ids[:3]
+        stopped = GenerationOptions(max_new_tokens=6, stop_ids=frozenset(free.token_ids[3:4]), store_tail=True)
+        passes = 0
+
+        def forward_and_write(*given: Any, **options: Any) -> Tensor:
+            nonlocal passes
+            passes += 1
+            logits = forward(*given, **options)
+            if passes == 4:
+                write_one_number(model)
+            return logits
+
+        monkeypatch.setattr("tierkv.engine.forward_pass.forward", forward_and_write)
+        with pytest.raises(ConfigError, match="weights have changed"):
+            runner.generate([prompt], stopped)
+        assert passes == 4
         runner.cache.check()
 
 

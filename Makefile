@@ -23,7 +23,7 @@ TORCH_IS_THERE := import re, torch; assert tuple(map(int, re.findall(r"\d+", tor
 PYTHON_IS_NEW := import sys; sys.exit(sys.version_info < (3, 10) and "tierkv needs Python 3.10 or later: make PYTHON=...")
 
 CPU_BENCHES := cold daemon index tracker
-GPU_BENCHES := gpu ttft mover cascade ranks  # `gpu` makes one table of them all
+GPU_BENCHES := gpu ttft mover cascade ranks identity  # `gpu` makes one table of them all
 
 .PHONY: help setup check test test-gpu bench bench-gpu warm demo-daemon format clean
 

@@ -91,7 +91,8 @@ LAYERS = (
         "engine",
         "engine.prompts engine.sampling engine.attention_paged engine.attention_merge engine.cascade_batch "
         "engine.attention_cascade engine.attention_pieces engine.managed_attention engine.attention "
-        "engine.gate engine.fingerprint engine.models engine.graphs engine.forward_pass engine.generation "
+        "engine.model_state engine.checksums engine.gate engine.fingerprint engine.model_check "
+        "engine.models engine.graphs engine.forward_pass engine.generation "
         "engine.request engine.runner profiling.ledger profiling.step_sampler profiling.tracker "
         "profiling.prefixes profiling.reuse profiling.profile profiling.advice profiling.profiled_run "
         "profiling.charts profiling.drawing profiling.report_style profiling.report_html "

@@ -21,7 +21,9 @@ from transformers.distributed import DistributedConfig
 
 from tierkv.block import Tier
 from tierkv.config import CacheConfig
-from tierkv.engine.fingerprint import _local, weights_digest, weights_state
+from tierkv.engine.fingerprint import weights_digest
+from tierkv.engine.model_check import ModelCheck
+from tierkv.engine.model_state import local_part, read_state
 from tierkv.engine.models import LoadedModel, split_model
 from tierkv.engine.runner import GenerationOptions, Runner, open_runner
 from tierkv.ranks.torch_ranks import TorchRanks
@@ -84,7 +86,7 @@ class Worker:
 
     def model_bytes(self) -> int:
         """Return how much this rank holds of the model, what is tied once."""
-        return sum(part.nbytes for part in map(_local, self.model.parameters()))
+        return sum(part.nbytes for part in map(local_part, self.model.parameters()))
 
     @contextmanager
     def runner(self) -> Iterator[Runner]:
@@ -132,15 +134,16 @@ class Worker:
     def change_the_last_rank(self) -> dict[str, Any]:
         """Change a weight that only the last rank holds, and one that all hold a part of."""
         weights = self.model.model.layers[0]
-        before, states = weights_digest(self.model), [weights_state(self.model)]
+        check = ModelCheck(self.model, read_state(self.model))
+        before, states = weights_digest(self.model), [check._read_versions()]
         if self.rank_is_last():
             with torch.no_grad():
                 weights.self_attn.v_proj.weight.to_local()[0, 0] += 1
         is_changed = weights_digest(self.model) != before
-        states.append(weights_state(self.model))
+        states.append(check._read_versions())
         with torch.no_grad():
             weights.mlp.up_proj.weight.mul_(2)
-        states.append(weights_state(self.model))
+        states.append(check._read_versions())
         return {"is_changed_here": is_changed, "is_noticed": [a != b for a, b in itertools.pairwise(states)]}
 
     def damage_one(self) -> dict[str, Any]:

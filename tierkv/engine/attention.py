@@ -28,6 +28,7 @@ from tierkv.errors import ConfigError, UnsupportedModelError
 
 __all__ = [
     "AttentionBatch",
+    "AttentionSwitch",
     "KVPool",
     "SequenceStep",
     "build_batch",
@@ -170,6 +171,42 @@ def use_tierkv_attention(model: Any) -> Iterator[None]:
         yield
 
 
+class AttentionSwitch:
+    """Lets a Hugging Face model attend through tierkv inside each `with` block, and as before outside of it.
+
+    The same as `use_tierkv_attention`, in a microsecond instead of milliseconds, so that a runner can do it for each
+    pass, and between two passes the model is everybody's: `model.generate` works, and so does a second runner.
+    """
+
+    def __init__(self, model: Any) -> None:
+        configs = _configs_of(model)
+        with use_tierkv_attention(model):  # which finds out, and checks, where the name belongs
+            self._configs = [each for each in configs if each._attn_implementation_internal == IMPLEMENTATION]
+        self._before: list[Any] = []
+
+    def __enter__(self) -> None:
+        self._before = [each._attn_implementation_internal for each in self._configs]
+        for each in self._configs:
+            each._attn_implementation_internal = IMPLEMENTATION
+
+    def __exit__(self, *exc_info: object) -> None:
+        for each, before in zip(self._configs, self._before, strict=True):
+            each._attn_implementation_internal = before
+
+
+def _configs_of(model: Any) -> list[Any]:
+    """Return every configuration that a part of the model reads its attention's name from, each once."""
+    waiting = [module.config for module in model.modules() if hasattr(module, "config")]
+    found: dict[int, Any] = {}
+    while waiting:
+        config = waiting.pop()
+        if id(config) in found or not hasattr(config, "_attn_implementation_internal"):
+            continue
+        found[id(config)] = config
+        waiting += [getattr(config, name, None) for name in getattr(config, "sub_configs", None) or {}]
+    return list(found.values())
+
+
 @contextmanager
 def use_attention(model: Any, implementation: str) -> Iterator[None]:
     """Let a Hugging Face model attend by another implementation inside the block; nothing to do if it does."""
@@ -224,7 +261,10 @@ def _attention(
     """
     batch = tierkv if tierkv is not None else _current.get()
     if batch is None:
-        raise ConfigError("a model with tierkv's attention was called without a tierkv batch")
+        raise ConfigError(
+            "a model with tierkv's attention was called without a tierkv batch",
+            hint="another thread uses the model while a runner computes with it",
+        )
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     _check_call(module, query, attention_mask, options)
     batch.enter_layer(layer)

@@ -10,66 +10,47 @@ import torch
 import xxhash
 from torch import Tensor
 
+from tierkv.engine.gate import settled_state
+from tierkv.engine.model_state import VOLATILE_FIELDS, ModelState, local_part, read_state
 from tierkv.errors import UnsupportedModelError
 from tierkv.layout import BlockLayout
 from tierkv.namespace import Namespace
 from tierkv.ranks.group import OneRank, RankGroup
 
-__all__ = ["namespace_of", "weights_digest", "weights_state"]
+__all__ = ["namespace_of", "settings_digest", "weights_digest"]
 
 _PIECE_BYTES = 64 << 20
 
-# Fields of a configuration that decide neither K nor V: where it came from, how generation runs, how
-# attention is implemented, over how many devices. dtype is the layout's, the slice the namespace's own.
-_VOLATILE = frozenset(
-    {
-        "_attn_implementation",
-        "_attn_implementation_internal",
-        "_name_or_path",
-        "architectures",
-        "bos_token_id",
-        "distributed_config",
-        "dtype",
-        "eos_token_id",
-        "id2label",
-        "label2id",
-        "output_attentions",
-        "output_hidden_states",
-        "pad_token_id",
-        "return_dict",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-    }
-)
 
+def weights_digest(model: torch.nn.Module, state: ModelState | None = None) -> str:
+    """Return xxh3-128, in hex, over name, dtype, shape and bytes of every tensor that a model holds.
 
-def weights_digest(model: torch.nn.Module) -> str:
-    """Return xxh3-128, in hex, over name, dtype, shape and bytes of every parameter and buffer.
-
-    So weights that were quantised, merged with an adapter or changed in memory are another model, whatever
-    they were loaded from. Buffers count even if they are not saved, rope frequencies among them. Reads all weights
-    once, in pieces: about a second for 16 GB.
+    state: the model's, where it has been read already. So weights that were quantised, merged with an adapter or
+    changed in memory are another model, whatever they were loaded from. Buffers count even if they are not saved, rope
+    frequencies among them, and so do tensors in plain attributes. Reads all weights once, in pieces: about a second
+    for 16 GB. Raises UnsupportedModelError where weights are not in memory.
     """
+    state = state or read_state(model)
     digest = xxhash.xxh3_128()
-    named = [*model.named_parameters(), *model.named_buffers()]
-    for name, tensor in sorted(named, key=lambda pair: pair[0]):
+    for name, tensor in sorted(state.tensors.items()):
+        if name in state.moving:
+            continue
+        if tensor.device.type == "meta":
+            raise UnsupportedModelError(f"{type(model).__name__} is not all in memory: {name} is not")
         split = f"{tensor.placements}|" if hasattr(tensor, "placements") else ""
-        local = _local(tensor)
+        local = local_part(tensor)
         digest.update(f"{name}|{tensor.dtype}|{tuple(local.shape)}|{split}".encode())
         for piece in _iter_bytes(local.detach()):
             digest.update(piece)
     return digest.hexdigest()
 
 
-def weights_state(model: torch.nn.Module) -> tuple[tuple[int, int], ...]:
-    """Return where each parameter lies and how often it was written to, as far as torch counts: cheap, and changed
-    by training, `load_state_dict` and assignment. Writes through `.data` in place are not seen.
+def settings_digest(state: ModelState) -> str:
+    """Return xxh3-128, in hex, over the classes of a model's modules and what they hold beside tensors: their scales,
+    windows and epsilons, the active adapters, what `state_dict` says of packed weights.
     """
-    return tuple(
-        (p.data_ptr(), 0 if p.is_inference() else p._version) if type(p) is torch.nn.Parameter else _state_of_part(p)
-        for p in model.parameters()
-    )
+    lines = (f"{path}={state.settings[path]}\n" for path in sorted(state.identity - state.moving))
+    return xxhash.xxh3_128_hexdigest("".join(lines).encode(errors="backslashreplace"))
 
 
 def namespace_of(
@@ -80,9 +61,11 @@ def namespace_of(
     salt: str = "",
     name: str = "",
     ranks: RankGroup | None = None,
+    state: ModelState | None = None,
 ) -> Namespace:
     """Return the namespace of a Hugging Face model's blocks. `adapter`: digest of one that is not merged.
 
+    state: of the model, from `settled_state`, where it has been read already.
     ranks: of a split model. Its digest is made of every rank's, since K and V of one depend on the weights of all.
     Raises UnsupportedModelError for a model that has adapters where none is named: which of them is active, and how
     strongly, are no weights.
@@ -93,11 +76,15 @@ def namespace_of(
             hint="merge them, or say by adapter= which one is active: a digest of its content and its scale",
         )
     group = ranks or OneRank()
+    state = state or settled_state(model)
     config = model.config.get_text_config().to_dict()
     architecture = {"class": type(model).__name__}
-    architecture |= {key: value for key, value in config.items() if key not in _VOLATILE}
+    architecture |= {key: value for key, value in config.items() if key not in VOLATILE_FIELDS}
+    architecture["modules"] = _joint_digest(settings_digest(state), group)
+    if torch.get_default_dtype() != torch.float32:  # what a model makes on its way may have it
+        architecture["default_dtype"] = str(torch.get_default_dtype())
     return Namespace(
-        weights=_joint_digest(weights_digest(model), group),
+        weights=_joint_digest(weights_digest(model, state), group),
         architecture=json.loads(json.dumps(architecture, default=str)),
         layout=layout,
         adapter=adapter,
@@ -112,19 +99,6 @@ def _joint_digest(digest: str, ranks: RankGroup) -> str:
     if ranks.size == 1:
         return digest
     return xxhash.xxh3_128_hexdigest(b"|".join(ranks.gather(digest.encode())))
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """Return what this device holds of a tensor that may be split over several, as a DTensor."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def _state_of_part(tensor: Tensor) -> tuple[int, int]:
-    """Return the state of a split weight. Writes through a DTensor and through its local part count apart."""
-    with torch.no_grad():  # or taking the part makes a node of autograd's graph
-        part = _local(tensor)
-    counted = {id(each): each for each in (tensor, part)}.values()
-    return part.data_ptr(), sum(each._version for each in counted if not each.is_inference())
 
 
 def _iter_bytes(tensor: Tensor) -> Iterator[memoryview]:

@@ -7,6 +7,7 @@ gives away is checked first; the self-test catches the rest before a wrong byte 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,12 +16,23 @@ import torch
 from torch import Tensor
 
 from tierkv.engine.attention import SequenceStep, build_batch, forward, use_tierkv_attention
+from tierkv.engine.model_state import ModelState, changed_paths, read_state
 from tierkv.errors import ConfigError, UnsupportedModelError
 from tierkv.layout import BlockLayout, LayerLayout
 from tierkv.ranks.group import RankGroup
 from tierkv.storage.hot import HotPool
 
-__all__ = ["check_block_size", "check_split", "check_supported", "context_of", "probe_layout", "self_test"]
+__all__ = [
+    "check_block_size",
+    "check_call",
+    "check_split",
+    "check_state",
+    "check_supported",
+    "context_of",
+    "probe_layout",
+    "self_test",
+    "settled_state",
+]
 
 _SAFE_LAYERS = {"full_attention", "sliding_attention"}
 _SAFE_CACHES = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
@@ -66,6 +78,57 @@ def check_split(model: Any, ranks: RankGroup) -> None:
     heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None) or size
     if heads % size:
         raise UnsupportedModelError(f"{name} has {heads} heads of K and V, which cannot be split over {size} ranks")
+
+
+def check_call(device_type: str) -> None:
+    """Raise ConfigError where autocast is on: it computes K and V in another dtype than the namespace says."""
+    if torch.is_autocast_enabled(device_type):
+        raise ConfigError(
+            f"autocast is on for {device_type}: K and V would not be the model's own",
+            hint="leave it, and load the model in the dtype you want",
+        )
+
+
+def check_state(model: Any, state: ModelState) -> None:
+    """Raise for what makes K and V depend on more than a model's weights and settings.
+
+    ConfigError in train mode, UnsupportedModelError for forward hooks and for forwards that are not their class's own,
+    but for those of the packages that load and run models.
+    """
+    name = type(model).__name__
+    if state.training:
+        where = state.training[0] if len(state.training) < len(list(model.modules())) else name
+        raise ConfigError(f"{where} is in train mode, in which K and V may be random", hint="call model.eval() first")
+    if state.hooks:
+        raise UnsupportedModelError(
+            f"{name} has {next(iter(state.hooks))}, which may change K and V", hint="remove it, or use a subclass"
+        )
+    if state.forwards:
+        raise UnsupportedModelError(
+            f"{name} has another forward than its classes': {next(iter(state.forwards))} was replaced",
+            hint="use a subclass: its name is part of the namespace",
+        )
+
+
+def settled_state(model: Any) -> ModelState:
+    """Return the state of a model that `check_state` lets through, with what a forward pass changes by itself in it
+    marked as moving: a counter, say, or a tensor that is made anew each time. Costs two passes over two tokens.
+    """
+    check_call(torch.device(model.device).type)
+    check_state(model, read_state(model))
+    probe_layout(model, block_size=1)  # after which whatever is made at the first pass is there
+    before = read_state(model)
+    versions = _versions_of(before)
+    probe_layout(model, block_size=1)
+    after = read_state(model)
+    check_state(model, after)
+    written = {path for path, version in _versions_of(after).items() if versions.get(path, version) != version}
+    after.moving = frozenset(written.union(changed_paths(before, after)))
+    return after
+
+
+def _versions_of(state: ModelState) -> dict[str, int]:
+    return {path: each._version for path, each in state.tensors.items() if not each.is_inference()}
 
 
 def context_of(model: Any) -> int | None:
@@ -119,7 +182,8 @@ def self_test(model: Any, layout: BlockLayout) -> float:
     """Compare a prompt computed at once, by the model's own attention, with one split at block borders.
 
     Returns the relative error of the logits; raises UnsupportedModelError where it is more than rounding.
-    Costs two passes over 2 blocks and 3 tokens, or over about 2,000 tokens where blocks are longer than 1,024;
+    A model of which two equal passes differ is refused too: what is random passes for rounding.
+    Costs three passes over 2 blocks and 3 tokens, or over about 2,000 tokens where blocks are longer than 1,024;
     one more where the logits differ by more than a shallow model's rounding.
     """
     size = layout.block_size
@@ -132,6 +196,10 @@ def self_test(model: Any, layout: BlockLayout) -> float:
     ids = torch.randint(0, vocabulary, (length,), generator=generator).to(model.device)
     with torch.inference_mode():
         want = _own_logits(model, ids)
+        if not _is_repeatable(model, ids, want):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} fails the self-test: two equal passes differ, so its K and V are random"
+            )
         got = _split_logits(model, ids, layout)
     error, tolerance = _relative_error(got, want), _TOLERANCE.get(layout.dtype, 0.1)
     if error > tolerance:  # a deep model may round as much: then a last bit changes as much
@@ -209,6 +277,25 @@ def _own_logits(model: Any, ids: Tensor) -> Tensor:
         if has_softcap:
             model.set_attn_implementation(before)
     return logits
+
+
+def _is_repeatable(model: Any, ids: Tensor, logits: Tensor) -> bool:
+    """Return whether another pass over the same tokens gives the same logits, to the bit.
+
+    On a GPU sums may come in any order (an `index_add_` of experts): then torch is asked for a fixed one, twice.
+    """
+    if torch.equal(_own_logits(model, ids), logits):
+        return True
+    if ids.device.type == "cpu":
+        return False
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            return torch.equal(_own_logits(model, ids), _own_logits(model, ids))
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def _relative_error(got: Tensor, want: Tensor) -> float:

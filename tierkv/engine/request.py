@@ -26,8 +26,10 @@ class Request:
     sampler: Sampler
     stop_ids: frozenset[int]
     started: float
+    max_new_tokens: int
     sequence: Sequence | None = None
     num_computed: int = 0
+    num_verified: int = 0  # of these: after they were computed, the model was seen to be still the cache's
     claimed_end: int = 0  # while cold blocks load: the tokens before it are this side's to compute
     cached_tokens: dict[Tier, int] | None = None
     first_token_at: float | None = None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Iterator
+from array import array
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from itertools import chain
 from threading import RLock
 
@@ -16,12 +18,22 @@ from torch import Tensor
 from tierkv.block import as_token_array
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
-from tierkv.engine.attention import use_tierkv_attention
+from tierkv.engine.attention import AttentionSwitch
 from tierkv.engine.cascade import CascadeCost
-from tierkv.engine.fingerprint import namespace_of, weights_state
+from tierkv.engine.fingerprint import namespace_of
 from tierkv.engine.forward_pass import ForwardPass
-from tierkv.engine.gate import check_block_size, check_split, check_supported, context_of, probe_layout, self_test
+from tierkv.engine.gate import (
+    check_block_size,
+    check_split,
+    check_supported,
+    context_of,
+    probe_layout,
+    self_test,
+    settled_state,
+)
 from tierkv.engine.generation import Generation, GenerationOptions, TokenEvent
+from tierkv.engine.model_check import ModelCheck
+from tierkv.engine.model_state import ModelState
 from tierkv.engine.models import LoadedModel
 from tierkv.engine.request import Request
 from tierkv.engine.sampling import Sampler, SamplingOptions
@@ -41,6 +53,7 @@ class Runner:
     cascade: "auto" lets sequences that decode together read a shared prefix once for all of them where that pays,
     "off" never does. cascade_cost: by what to judge that, instead of the speeds measured on an H200 or a CPU.
     use_graphs: replay CUDA graphs; None says yes to a model that is whole on its device.
+    state: what the model was when the cache's namespace was made of it; None reads it now.
     """
 
     def __init__(
@@ -52,6 +65,7 @@ class Runner:
         cascade: str = "auto",
         cascade_cost: CascadeCost | None = None,
         use_graphs: bool | None = None,
+        state: ModelState | None = None,
     ) -> None:
         if max_step_tokens < 1:
             raise ConfigError(f"max_step_tokens must be positive, got {max_step_tokens}")
@@ -62,7 +76,12 @@ class Runner:
         self.max_step_tokens = max_step_tokens
         self.compute_or_load = cache.config.compute_or_load
         self._pass = ForwardPass(loaded, cache, cascade=cascade, cascade_cost=cascade_cost, use_graphs=use_graphs)
-        self._weights = weights_state(loaded.model)
+        self._attention = AttentionSwitch(loaded.model)
+        state = state or settled_state(loaded.model)
+        with self._attention:
+            self._model_check = ModelCheck(loaded.model, state)
+        self._unverified: _Pass | None = None
+        self._is_model_known = False  # no code of the caller's has run since the model was last looked at
         self._stepping = RLock()
         self._batches: list[list[Request]] = []
         self._num_ids = loaded.model.get_input_embeddings().num_embeddings
@@ -76,21 +95,25 @@ class Runner:
     def generate(self, prompts: Items[Items[int]], options: GenerationOptions | None = None) -> list[Generation]:
         """Continue prompts, all in one batch as far as there is room.
 
-        Raises CapacityError if one never fits, ConfigError for token ids that the model has not and for more tokens,
-        new ones included, than its context.
+        All are checked before anything is computed; what is raised names the prompt by its number, from 0.
+        CapacityError if one never fits, new tokens included; ConfigError for an empty one, for token ids that the model
+        has not, and for more tokens, new ones included, than its context.
         """
         self.cache.calls.require_own_process()
         chosen = options or GenerationOptions()
         requests = self._requests(prompts, chosen)
-        for _ in self._run(requests, chosen):
+        for _ in self._run(requests, chosen, is_stream=False):
             pass
         return [request.result() for request in requests]
 
     def stream(self, prompts: Items[Items[int]], options: GenerationOptions | None = None) -> Iterator[TokenEvent]:
-        """Yield each token as it is chosen. Closing the iterator releases every sequence."""
+        """Return an iterator over the tokens, each as it is chosen. Closing it releases every sequence.
+
+        Raises as `generate` does, and for a bad prompt here, before anything is computed.
+        """
         self.cache.calls.require_own_process()
         chosen = options or GenerationOptions()
-        yield from self._run(self._requests(prompts, chosen), chosen)
+        return self._run(self._requests(prompts, chosen), chosen, is_stream=True)
 
     def prefill(self, token_ids: Items[int]) -> int:
         """Make every whole block and the tail of a prompt cached; compute what is missing.
@@ -99,21 +122,37 @@ class Runner:
         """
         self.cache.calls.require_own_process()
         token_ids = self._checked(token_ids)
-        self._check_weights()
+        with self._attention:
+            self._model_check.look()
         num_cached = self.cache.match(token_ids).num_cached_tokens
         if self.cache.ranks.agree_min(num_cached, topic=b"prefill").lowest == len(token_ids):
             return 0
         sequence = self.cache.acquire(token_ids)
-        request = Request(0, list(token_ids), len(token_ids), Sampler(SamplingOptions()), frozenset(), 0.0)
+        sampler = Sampler(SamplingOptions())
+        request = Request(0, list(token_ids), len(token_ids), sampler, frozenset(), 0.0, max_new_tokens=1)
         request.sequence, request.num_computed = sequence, sequence.num_cached_tokens
+        request.num_verified = request.num_computed
+        self._is_model_known = False
         try:
-            with torch.inference_mode(), use_tierkv_attention(self.loaded.model):
+            with torch.inference_mode(), self._attention:
                 while request.num_computed < len(token_ids):
                     self._step([request])
+                self._commit_pass()
             self.cache.commit(sequence, len(token_ids), tail=True)
         finally:
+            self._unverified = None
             self.cache.release(sequence)
         return len(token_ids) - sequence.num_cached_tokens
+
+    def check_model(self) -> None:
+        """Compare all of the model with what it was when the cache was opened. Raises ConfigError if it has changed.
+
+        Requests look at its modules, at the counts that torch keeps of writes, and at a sample of every tensor's bytes.
+        That does not see for sure a few numbers written through `.data`: call this after such a write. It reads all
+        weights once. Where it raises, close this runner and open another one.
+        """
+        with self._stepping, torch.inference_mode(), self._attention:
+            self._model_check.check_whole()
 
     @contextmanager
     def between_steps(self) -> Iterator[list[Sequence]]:
@@ -128,19 +167,42 @@ class Runner:
             yield [request.sequence for request in requests if request.sequence]
 
     def _requests(self, prompts: Items[Items[int]], options: GenerationOptions) -> list[Request]:
+        """Check a whole batch before anything of it is computed, and return its requests."""
         now = time.perf_counter()
         stop_ids = self._stop_ids() if options.stop_ids is None else options.stop_ids
-        return [
-            Request(
-                i, self._checked(prompt, options.max_new_tokens), len(prompt), Sampler(options.sampling), stop_ids, now
+        sampling = self._agreed(options.sampling)
+        equal: Counter[bytes] = Counter()  # prompts so far, by their token ids
+        requests: list[Request] = []
+        for number, prompt in enumerate(prompts):
+            try:
+                token_ids = self._checked(prompt, options.max_new_tokens)
+            except (ConfigError, CapacityError) as exc:
+                raise type(exc)(f"prompt {number} of the batch: {exc}") from exc
+            key = array("I", token_ids).tobytes() if sampling.temperature else b""
+            sampler = Sampler(sampling, number=equal[key])
+            equal[key] += 1
+            requests.append(
+                Request(
+                    number, token_ids, len(token_ids), sampler, stop_ids, now, max_new_tokens=options.max_new_tokens
+                )
             )
-            for i, prompt in enumerate(prompts)
-        ]
+        return requests
+
+    def _agreed(self, sampling: SamplingOptions) -> SamplingOptions:
+        """Return sampling that is the same on all ranks: without a seed each would choose other tokens."""
+        if self.cache.ranks.size == 1 or sampling.seed is not None or not sampling.temperature:
+            return sampling
+        seeds = self.cache.ranks.gather(str(torch.Generator().seed()).encode())
+        return replace(sampling, seed=int(seeds[0]))
 
     def _checked(self, prompt: Items[int], num_new: int = 1) -> list[int]:
-        """Return a prompt's token ids. Raises ConfigError for ids, and for positions, that the model has not."""
+        """Return a prompt's token ids. Raises ConfigError for none, for ids, and for positions, that the model has not,
+        CapacityError for more tokens than the hot pool holds.
+        """
         token_ids = as_token_array(prompt)
         limit, num_tokens = self._context, len(token_ids)
+        if not num_tokens:
+            raise ConfigError("a prompt needs at least one token")
         if limit is not None and num_tokens > limit:
             raise ConfigError(f"a prompt of {num_tokens} tokens is longer than the model's context of {limit}")
         if limit is not None and num_tokens + num_new - 1 > limit:  # the last new one is not computed
@@ -148,40 +210,43 @@ class Runner:
                 f"{num_tokens} tokens of a prompt and {num_new} new ones exceed the model's context of {limit}",
                 hint="lower max_new_tokens",
             )
-        if token_ids.size and (largest := int(token_ids.max())) >= self._num_ids:
+        if (largest := int(token_ids.max())) >= self._num_ids:
             raise ConfigError(f"token id {largest} is not one of the model's {self._num_ids}")
+        size, num_blocks = self.cache.config.block_size, self.cache.hot.num_blocks
+        if num_tokens + num_new - 1 > size * num_blocks:
+            raise CapacityError(
+                f"{num_tokens} tokens of a prompt and {num_new} new ones never fit the hot pool, which holds "
+                f"{num_blocks} blocks of {size}",
+                hint="raise hot_bytes" if num_tokens > size * num_blocks else "raise hot_bytes or lower max_new_tokens",
+            )
         as_list: list[int] = token_ids.tolist()
         return as_list
-
-    def _check_weights(self) -> None:
-        """Raise ConfigError for a model that is no longer the one whose namespace the cache has: it would be given,
-        and keep, another one's K and V. A request is checked while its blocks come up, which takes longer, and every
-        pass once it is launched: who takes a stream's tokens may train in between.
-        """
-        if weights_state(self.loaded.model) != self._weights:
-            raise ConfigError("the model's weights have changed since the cache was opened", hint="open it anew")
 
     def _stop_ids(self) -> frozenset[int]:
         ids = getattr(self.loaded.model.generation_config, "eos_token_id", None)
         return frozenset() if ids is None else frozenset(ids if isinstance(ids, list) else [ids])
 
-    def _run(self, requests: list[Request], options: GenerationOptions) -> Iterator[TokenEvent]:
-        """Admit, compute, sample, until every request is done; leave nothing acquired behind."""
+    def _run(self, requests: list[Request], options: GenerationOptions, *, is_stream: bool) -> Iterator[TokenEvent]:
+        """Admit, compute, sample, until every request is done; leave nothing acquired behind.
+
+        is_stream: the caller does what it likes between two events, such as training the model.
+        """
         waiting = deque(requests)
         running: list[Request] = []
-        is_checked = False
+        self._is_model_known = False
         try:
             self._batches.append(running)
             while waiting or running:
                 self.cache.calls.require_own_process()
-                with self._stepping, torch.inference_mode(), use_tierkv_attention(self.loaded.model):
+                with self._stepping, torch.inference_mode(), self._attention:
                     self._admit(waiting, running, options)
-                    if not is_checked:
-                        self._check_weights()
-                        is_checked = True
+                    if not self._is_model_known:
+                        self._model_check.look()
                     events = self._advance(waiting, running, options)
                 yield from events
+                self._is_model_known &= not is_stream
         finally:
+            self._unverified = None
             with self._stepping, ExitStack() as ending:  # which calls all of them, whatever one raises
                 self._batches = [batch for batch in self._batches if batch is not running]
                 for request in requests:
@@ -203,7 +268,7 @@ class Runner:
                 if not running:
                     raise
                 return
-            request.num_computed = request.claimed_end = request.sequence.num_cached_tokens
+            request.num_computed = request.claimed_end = request.num_verified = request.sequence.num_cached_tokens
             if request.cached_tokens is None:
                 request.cached_tokens = request.sequence.cached_tokens
             running.append(waiting.popleft())
@@ -214,6 +279,7 @@ class Runner:
         started, num_tokens = time.perf_counter(), _tokens_of_one(running)
         for request in running:
             request.had_company |= len(running) > 1
+        ended: list[Request] = []
         for request, fetched in self._step(running, keep_logits=options.keep_logits):
             token = request.sampler.choose(fetched)
             request.last_token_at = time.perf_counter()
@@ -222,18 +288,24 @@ class Runner:
                 if request.sequence and not request.had_company:
                     self.cache.note_loaded(request.sequence, request.last_token_at - request.admitted_at)
             request.token_ids.append(token)
-            is_last = token in request.stop_ids or len(request.new_ids) == options.max_new_tokens
+            is_last = token in request.stop_ids or len(request.new_ids) == request.max_new_tokens
             events.append(TokenEvent(request.number, token, is_last))
             if num_tokens:
                 self.cache.note_computed(num_tokens, request.last_token_at - started)
             if is_last:
-                running.remove(request)
-                self._release(request, options)
+                ended.append(request)
+        if events:
+            self._commit_pass()  # before a token of it is given away
+        if any(request.num_verified < request.num_computed for request in ended):  # no pass was known to be its last
+            self._check_model_of(running)
+        for request in ended:
+            running.remove(request)
+            self._release(request, options)
         self._grow(waiting, running, options)
         return events
 
     def _step(self, running: Items[Request], *, keep_logits: bool = False) -> list[tuple[Request, Tensor]]:
-        """Compute up to `max_step_tokens` tokens and commit them.
+        """Compute up to `max_step_tokens` tokens; `_commit_pass` commits them.
 
         Return what the samplers of requests that are up to date have fetched. It leaves the device before anything that
         is committed does: a token would wait behind a gigabyte of blocks on their way down.
@@ -242,11 +314,7 @@ class Runner:
         started = time.perf_counter()
         ids = [request.token_ids[request.num_computed : request.num_computed + count] for request, count in steps]
         logits = self._pass.run([request.step(count) for request, count in steps], list(chain.from_iterable(ids)))
-        self._check_weights()
-        splits = [(r.sequence.split, n) for r, n in steps if r.sequence and r.sequence.split]
-        if splits:
-            self._pass.wait()  # the next piece is claimed when this one is computed, not when it is launched
-            self.cache.note_computed(sum(count for _, count in steps), time.perf_counter() - started)
+        finish_check = self._start_check() if self._is_check_due(steps) else None
         ready: list[tuple[Request, Tensor]] = []
         for row, (request, count) in enumerate(steps):
             request.num_computed += count
@@ -254,12 +322,56 @@ class Runner:
                 ready.append((request, request.sampler.fetch(logits[row])))
                 if keep_logits:
                     request.logits.append(logits[row].float().cpu())
-        for request, _ in steps:
-            assert request.sequence is not None
-            self.cache.commit(request.sequence, request.num_computed)
-        if ready:
+        splits = [(r.sequence.split, n) for r, n in steps if r.sequence and r.sequence.split]
+        self._commit_pass()  # the one before, now that the device has this one to do
+        computed = [(r, r.sequence, r.num_computed) for r, _ in steps if r.sequence]
+        self._unverified = _Pass(finish_check, computed)
+        if ready or splits:
             self._pass.wait()
+        if splits:  # the next piece is claimed when this one is computed, not when it is launched
+            self.cache.note_computed(sum(count for _, count in steps), time.perf_counter() - started)
+            self._commit_pass()
         return ready
+
+    def _commit_pass(self) -> None:
+        """Commit what the last pass has computed, once it is known that the model was still the cache's after it.
+
+        A pass behind which nobody looked at the model is left to the next one that is looked behind.
+        """
+        if self._unverified is None:
+            return
+        done, self._unverified = self._unverified, None
+        if done.finish_check is None:
+            return
+        done.finish_check()
+        for request, sequence, num_computed in done.computed:
+            if request.sequence is sequence:
+                request.num_verified = num_computed
+                self.cache.commit(sequence, num_computed)
+
+    def _is_check_due(self, steps: list[tuple[Request, int]]) -> bool:
+        """Return whether to look at the model behind a pass: the caller may have changed it, the pass completes a
+        block, which is committed then, or it is a request's last one. All between is covered by the next look.
+        """
+        size = self.cache.config.block_size
+        return not self._is_model_known or any(
+            (request.num_computed + count) // size > request.num_verified // size
+            or request.num_computed + count == request.prompt_tokens + request.max_new_tokens - 1
+            for request, count in steps
+        )
+
+    def _start_check(self) -> Callable[[], None]:
+        """Look at the model while the device computes, and let it take a sample behind that."""
+        finish_check = self._model_check.start()
+        self._model_check.look()
+        self._is_model_known = True
+        return finish_check
+
+    def _check_model_of(self, running: Items[Request]) -> None:
+        """Look at the model once all passes so far are done, and say that it was the cache's after them."""
+        self._start_check()()
+        for request in running:
+            request.num_verified = request.num_computed
 
     def _plan_step(self, running: Items[Request]) -> list[tuple[Request, int]]:
         """Return which requests compute how many tokens next, decoding ones first; waits where all are loading."""
@@ -289,7 +401,7 @@ class Runner:
             size = self.cache.config.block_size
             request.claimed_end += size * split.next_piece(most=max(1, self.cache.config.piece_tokens // size))
             if request.claimed_end == request.num_computed and is_done:
-                request.num_computed = self.cache.join(request.sequence)
+                request.num_computed = request.num_verified = self.cache.join(request.sequence)
                 return len(request.token_ids) - request.num_computed
         return request.claimed_end - request.num_computed
 
@@ -312,7 +424,7 @@ class Runner:
             return
         try:
             if options.store_tail and options.use_cache:
-                self.cache.commit(request.sequence, request.num_computed, tail=True)
+                self.cache.commit(request.sequence, request.num_verified, tail=True)
         finally:
             self.cache.release(request.sequence)
             request.sequence = None
@@ -343,11 +455,11 @@ def open_runner(
     check_supported(model)
     check_split(model, ranks or OneRank())
     check_block_size(model, config.block_size)
+    state = settled_state(model)
     layout = probe_layout(model, block_size=config.block_size)
     self_test(model, layout)
-    namespace = namespace_of(model, layout, adapter=adapter, salt=salt, name=loaded.name, ranks=ranks)
-    cache = TierCache(config, namespace=namespace, device=model.device, cold=cold, ranks=ranks)
-    with cache, use_tierkv_attention(model):  # here, since to change it takes milliseconds
+    namespace = namespace_of(model, layout, adapter=adapter, salt=salt, name=loaded.name, ranks=ranks, state=state)
+    with TierCache(config, namespace=namespace, device=model.device, cold=cold, ranks=ranks) as cache:
         yield Runner(
             loaded,
             cache,
@@ -355,7 +467,19 @@ def open_runner(
             cascade=cascade,
             cascade_cost=cascade_cost,
             use_graphs=use_graphs,
+            state=state,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """A pass that was launched. computed: whose, and how many leading tokens of each have K and V by it.
+
+    finish_check: waits until it is known that the model was still the cache's; None where it was not looked at.
+    """
+
+    finish_check: Callable[[], None] | None
+    computed: list[tuple[Request, Sequence, int]]
 
 
 def _tokens_of_one(running: Items[Request]) -> int:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
+import xxhash
 from torch import Tensor
 
 from tierkv.errors import ConfigError
@@ -15,26 +17,39 @@ __all__ = ["Sampler", "SamplingOptions"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingOptions:
-    """temperature 0 is greedy. top_k 0 and top_p 1 leave every token in."""
+    """temperature 0 is greedy. top_k 0 and top_p 1 leave every token in.
+
+    seed: the same one gives the same answers again, whatever else is in the batch; None gives others each time. Equal
+    prompts of one batch get different answers in both cases.
+    """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
-    seed: int = 0
+    seed: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("top_k", "seed"):
+            value = getattr(self, name)
+            if not (name == "seed" and value is None) and (isinstance(value, bool) or not isinstance(value, Integral)):
+                raise ConfigError(f"{name} must be a whole number, got {value!r}")
         if not 0 <= self.temperature < math.inf or self.top_k < 0 or not 0 < self.top_p <= 1:
             raise ConfigError(f"temperature and top_k must not be negative and top_p must lie in (0, 1]: {self}")
-        if not -(1 << 63) <= self.seed < 1 << 64:
+        if self.seed is not None and not -(1 << 63) <= self.seed < 1 << 64:
             raise ConfigError(f"seed must be an integer of 64 bits, got {self.seed}")
 
 
 class Sampler:
     """Draws one sequence's tokens with a random generator of its own, on the CPU."""
 
-    def __init__(self, options: SamplingOptions) -> None:
+    def __init__(self, options: SamplingOptions, *, number: int = 0) -> None:
+        """Begin with the options' seed. number: of equal prompts with one seed, which one this is."""
         self._options = options
-        self._generator = torch.Generator().manual_seed(options.seed)
+        self._generator = torch.Generator()
+        if options.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(_seed_of(options.seed, number))
 
     def fetch(self, logits: Tensor) -> Tensor:
         """Start to bring what `choose` needs of logits [vocabulary] to the CPU: there once the current stream is."""
@@ -58,3 +73,10 @@ class Sampler:
             probabilities = probabilities.clone()
             probabilities[order[before >= options.top_p]] = 0
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
+
+
+def _seed_of(seed: int, number: int) -> int:
+    """Return the seed of the first of equal prompts as it is, and others for those after it."""
+    if not number:
+        return int(seed)
+    return xxhash.xxh3_64_intdigest(f"{seed}|{number}".encode())

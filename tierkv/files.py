@@ -7,12 +7,17 @@ symlink. Everything that tierkv opens by a path of its user goes through here.
 from __future__ import annotations
 
 import os
+import pwd
+import select
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 
 from tierkv.errors import ConfigError, StoreError
 
-__all__ = ["check_path", "open_regular"]
+__all__ = ["check_path", "home_directory", "open_regular", "read_whole", "user_path"]
+
+_READ_BYTES = 1 << 20
 
 _KINDS = (
     (stat.S_ISDIR, "a directory"),
@@ -33,6 +38,74 @@ def check_path(path: str | os.PathLike[str]) -> Path:
     if not encoded or b"\0" in encoded:
         raise ConfigError(f"{path!a} is not a path")
     return Path(os.fsdecode(encoded))
+
+
+def home_directory(environment: Mapping[str, str] = os.environ) -> Path | None:
+    """Return the user's home: HOME if it is an absolute path, else that of the password file; None without both."""
+    named = environment.get("HOME", "")
+    if os.path.isabs(named):
+        return Path(named)
+    try:
+        known = pwd.getpwuid(os.getuid()).pw_dir
+    except KeyError:  # as in a container that runs as some number
+        return None
+    return Path(known) if os.path.isabs(known) else None
+
+
+def user_path(path: str | os.PathLike[str], environment: Mapping[str, str] = os.environ) -> Path:
+    """Return a path as a user has written it, with a leading ~ or ~name expanded.
+
+    Every path of an option and of an environment variable goes through here once, where it is read.
+    Raises ConfigError for what is no path, a ~ without a home directory, and a name that no user has.
+    """
+    check_path(path)
+    text = os.fspath(path)
+    result = Path(text)
+    if text.startswith("~"):
+        name, _, rest = text[1:].partition("/")
+        result = _home_of(name, text, environment) / rest.lstrip("/")
+    if str(result).startswith("~"):  # from ./~: whoever expands it once more must not find a home in it
+        result = Path(os.getcwd()) / result
+    return result
+
+
+def _home_of(name: str, text: str, environment: Mapping[str, str]) -> Path:
+    if not name:
+        home = home_directory(environment)
+        if home is None:
+            raise ConfigError(f"{text}: this user has no home directory", hint="set HOME, or write the whole path")
+        return home
+    try:
+        return Path(pwd.getpwnam(name).pw_dir)
+    except (KeyError, UnicodeError) as exc:
+        raise ConfigError(f"{text}: there is no user {name}", hint="./ in front makes it a file's name") from exc
+
+
+def read_whole(path: str | os.PathLike[str], *, limit_bytes: int) -> bytes:
+    """Return all bytes of a file, a pipe or a device, for example of /dev/stdin or of a shell's <(command).
+
+    Waits for the writer of a pipe as long as one has the pipe open. A FIFO without a writer is empty at once.
+    Raises OSError, and ConfigError for what is no path or has more than limit_bytes.
+    """
+    pieces, size = [], 0
+    fd = os.open(check_path(path), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    try:
+        while True:
+            try:
+                piece = os.read(fd, _READ_BYTES)
+            except BlockingIOError:
+                waiting = select.poll()
+                waiting.register(fd, select.POLLIN)
+                waiting.poll()
+                continue
+            if not piece:
+                return b"".join(pieces)
+            pieces.append(piece)
+            size += len(piece)
+            if size > limit_bytes:
+                raise ConfigError(f"{path} has more than {limit_bytes >> 20} MiB")
+    finally:
+        os.close(fd)
 
 
 def open_regular(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
@@ -24,10 +22,11 @@ from tierkv.profiling.plots import MemoryVisualizer
 from tierkv.profiling.profiler import MemoryProfiler
 from tierkv.storage.cold import ColdStore
 from tierkv.tools.options import EngineOptions, open_engine
-from tierkv.tools.render import format_bytes
+from tierkv.tools.render import format_bytes, open_console, print_json, visible
 
 __all__ = ["ReportRequest", "report"]
 
+_MAX_ROUNDS = 10_000
 _QUESTIONS = ("Where do I begin?", "What should I check first?", "Who can tell me more?")
 
 
@@ -51,8 +50,8 @@ class _Prompt:
 
 def report(request: ReportRequest, options: EngineOptions, *, as_json: bool) -> None:
     """Run the requests one after another and write memory_profile.html, trace.json and the plots."""
-    if request.rounds < 1:
-        raise ConfigError(f"--rounds must be positive, got {request.rounds}")
+    if not 1 <= request.rounds <= _MAX_ROUNDS:
+        raise ConfigError(f"--rounds must be positive and at most {_MAX_ROUNDS:,}, got {request.rounds}")
     with open_engine(options, os.environ) as runner:
         rounds = _rounds(request, runner)
         with MemoryProfiler(runner.cache, snapshot_every_s=0.0, sample_every=1) as profiler:
@@ -61,9 +60,9 @@ def report(request: ReportRequest, options: EngineOptions, *, as_json: bool) -> 
             made = profiler.generate_report(title="tierkv memory profile", about=_about(request, options, runner))
     written = _write(made, request)
     if as_json:
-        print(json.dumps(_summary(made, written)))
+        print_json(_summary(made, written))
     else:
-        Console().print(_table(made, written))
+        open_console().print(_table(made, written))
 
 
 def _rounds(request: ReportRequest, runner: Runner) -> list[list[_Prompt]]:
@@ -114,7 +113,7 @@ def _tokens_of(store: ColdStore, chain: Sequence[BlockHash]) -> list[int] | None
 
 def _run(runner: Runner, profiler: MemoryProfiler, rounds: list[list[_Prompt]], max_new_tokens: int) -> None:
     options = GenerationOptions(max_new_tokens=max_new_tokens)
-    with Progress(console=Console(stderr=True)) as progress:
+    with Progress(console=open_console(stderr=True)) as progress:
         task = progress.add_task("running", total=sum(map(len, rounds)))
         for number, prompts in enumerate(rounds, start=1):
             for prompt in prompts:
@@ -196,5 +195,5 @@ def _table(made: MemoryReport, written: list[Path]) -> Table:
         table.add_row(f"evicted from {tier.value}", f"{summary.count:,}, {summary.asked_again:,} asked for again")
     for each in made.optimization_suggestions:
         table.add_row(f"try {each.setting}", f"{each.proposed}: {each.effect}")
-    table.add_row("written", "\n".join(map(str, written)))
+    table.add_row("written", "\n".join(visible(str(path)) for path in written))
     return table

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from tierkv.block import Tier
@@ -17,6 +16,7 @@ from tierkv.engine.runner import Generation, GenerationOptions, Runner
 from tierkv.engine.sampling import SamplingOptions
 from tierkv.errors import ConfigError
 from tierkv.tools.options import EngineOptions, open_engine
+from tierkv.tools.render import open_console, print_json, visible
 
 __all__ = ["RunRequest", "run"]
 
@@ -54,10 +54,10 @@ def run(request: RunRequest, options: EngineOptions, *, as_json: bool) -> None:
         if request.compare:
             summary |= _compare(runner, tokens, chosen, result)
     if as_json:
-        print(json.dumps(summary))
+        print_json(summary)
         return
-    print(summary["text"])
-    Console(stderr=True).print(_table(summary))
+    print(visible(summary["text"]) if sys.stdout.isatty() else summary["text"])
+    open_console(stderr=True).print(_table(summary))
 
 
 def _prompt_request(request: RunRequest) -> PromptRequest:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -16,7 +15,17 @@ from tierkv.tools import state as state_command
 from tierkv.tools import stats as stats_command
 from tierkv.tools import top as top_command
 from tierkv.tools import verify as verify_command
-from tierkv.tools.cli_options import AsJson, ColdSize, DaemonSocket, Socket, Store, chosen_daemon, chosen_store
+from tierkv.tools.cli_options import (
+    AsJson,
+    ColdSize,
+    DaemonSocket,
+    Socket,
+    StateFile,
+    Store,
+    as_path,
+    chosen_daemon,
+    chosen_store,
+)
 from tierkv.tools.options import default_socket, parse_size
 
 
@@ -37,7 +46,7 @@ def inspect(
 
 
 def save(
-    file: Annotated[Path, typer.Argument(help="State file to write.")],
+    file: StateFile,
     namespace: Annotated[Optional[str], typer.Option(help="Leading hex digits, where there are several.")] = None,  # noqa: UP045
     store: Store = None,
     socket: Socket = None,
@@ -48,7 +57,7 @@ def save(
 
 
 def load(
-    file: Annotated[Path, typer.Argument(help="State file to read.")],
+    file: StateFile,
     store: Store = None,
     socket: Socket = None,
     cold: ColdSize = "64G",
@@ -84,7 +93,7 @@ def verify(
 ) -> None:
     """Read every block of a store and say which are damaged; exit code 1 if any is left."""
     if not verify_command.verify(chosen_store(store, socket), repair=repair, as_json=as_json):
-        sys.exit(1)
+        raise typer.Exit(1)
 
 
 def top(
@@ -93,10 +102,13 @@ def top(
         typer.Option(help="Where a process serves its metrics, as http://localhost:9400."),
     ] = None,
     socket: DaemonSocket = None,
-    store: Annotated[Optional[Path], typer.Option(help="Look at a store on disk.")] = None,  # noqa: UP045
+    store: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(parser=as_path, metavar="DIRECTORY", help="Look at a store on disk."),
+    ] = None,
     interval: Annotated[float, typer.Option(help="Seconds between two looks.")] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False,
-    prefixes: Annotated[int, typer.Option(help="How many of the largest prefixes to list.")] = 10,
+    prefixes: Annotated[int, typer.Option(min=0, help="How many of the largest prefixes to list.")] = 10,
     as_json: AsJson = False,
 ) -> None:
     """Watch a running cache: tiers, hits, bandwidth, misses, largest prefixes."""

@@ -9,11 +9,11 @@ import typer
 
 from tierkv.tools import replay as replay_command
 from tierkv.tools import train_policy as train_policy_command
-from tierkv.tools.cli_options import AsJson
+from tierkv.tools.cli_options import AsJson, TraceFile, as_path
 
 
 def replay(
-    trace: Annotated[Path, typer.Argument(help='Requests, one a line: {"timestamp": ms, "hash_ids": [...]}.')],
+    trace: TraceFile,
     policy: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(help="Names with commas between; learned:FILE for a trained one.", show_default="all"),
@@ -22,7 +22,10 @@ def replay(
         Optional[list[str]],  # noqa: UP045
         typer.Option(help="Blocks, or a percentage of the unique ones; several with commas.", show_default="10%"),
     ] = None,
-    plot: Annotated[Optional[Path], typer.Option(help="Draw hit rate over capacity into this PNG.")] = None,  # noqa: UP045
+    plot: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(parser=as_path, metavar="FILE", help="Draw hit rate over capacity into this PNG."),
+    ] = None,
     prefill: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="Measured prefills, tokens:seconds with commas.", show_default="an 8B model on an H200"),
@@ -43,8 +46,11 @@ def replay(
 
 
 def train_policy(
-    trace: Annotated[Path, typer.Argument(help="Requests, as for replay.")],
-    out: Annotated[Path, typer.Option(help="JSON file to write; the policy is then learned:FILE.")],
+    trace: TraceFile,
+    out: Annotated[
+        Path,
+        typer.Option(parser=as_path, metavar="FILE", help="JSON file to write; the policy is then learned:FILE."),
+    ],
     block_tokens: Annotated[int, typer.Option(help="Tokens of a block of the trace.", min=2)] = 512,
     seed: Annotated[int, typer.Option(help="Draws the conversations that measure the fit.")] = 0,
     as_json: AsJson = False,

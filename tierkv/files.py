@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tierkv.errors import ConfigError, StoreError
 
-__all__ = ["check_path", "home_directory", "open_regular", "read_whole", "user_path"]
+__all__ = ["check_path", "home_directory", "open_regular", "read_text", "read_whole", "user_path", "write_whole"]
 
 _READ_BYTES = 1 << 20
 
@@ -106,6 +106,39 @@ def read_whole(path: str | os.PathLike[str], *, limit_bytes: int) -> bytes:
                 raise ConfigError(f"{path} has more than {limit_bytes >> 20} MiB")
     finally:
         os.close(fd)
+
+
+def read_text(path: str | os.PathLike[str], *, limit_bytes: int) -> str:
+    """Return a UTF-8 text as `read_whole` reads it, without a byte order mark. Only the caller splits lines.
+
+    Raises ConfigError, in one line, for what cannot be read and for what is no text; it names the line.
+    """
+    try:
+        raw = read_whole(path, limit_bytes=limit_bytes)
+    except OSError as exc:
+        raise ConfigError(f"cannot read {path}: {exc.strerror}") from exc
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ConfigError(f"{path} is UTF-16, not UTF-8 text")
+    if b"\0" in raw:
+        raise ConfigError(f"{path} is a binary file, not text")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as exc:
+        line = raw.count(b"\n", 0, exc.start) + 1
+        place = f"byte {exc.start} (0x{raw[exc.start]:02x}), in line {line}"
+        raise ConfigError(f"{path} is not UTF-8 text: {place}, cannot be read") from exc
+
+
+def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file, or to a pipe or a device. A FIFO that no program reads is refused instead of waited for.
+
+    Raises OSError, and ConfigError for what is no path.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+    fd = os.open(check_path(path), flags, 0o666)
+    with os.fdopen(fd, "wb") as file:
+        os.set_blocking(fd, True)
+        file.write(data)
 
 
 def open_regular(

@@ -95,7 +95,8 @@ def _run() -> int:
     except TierKVError as exc:
         return _fail(_as_options(str(exc)))
     except _UsageError as exc:
-        return _fail(exc.format_message())  # type: ignore[attr-defined]
+        message = exc.format_message()  # type: ignore[attr-defined]
+        return _fail(message) if message.strip() else 2  # without a command the help was printed, and says all
     except typer.Abort:
         return 130
     except MemoryError:

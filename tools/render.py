@@ -14,9 +14,14 @@ from tierkv.units import format_bytes
 __all__ = ["format_age", "format_bytes", "open_console", "print_json", "visible"]
 
 
+_MIN_WIDTH = 20
+
+
 def open_console(*, stderr: bool = False) -> Console:
     """Return a console that shows texts as they are: a prompt with [/b] or :smile: in it is no markup."""
-    return Console(stderr=stderr, markup=False, emoji=False)
+    console = Console(stderr=stderr, markup=False, emoji=False)
+    console.width = max(console.width, _MIN_WIDTH)  # COLUMNS=0 would print nothing at all
+    return console
 
 
 def print_json(value: Any) -> None:

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from tierkv.errors import ConfigError
+from tierkv.files import user_path
 from tierkv.policies import make_policy, policy_names
 from tierkv.prefill import MEASURED_PREFILL, PrefillModel
 from tierkv.tools.plots import print_curves, save_curves
@@ -50,7 +51,7 @@ def replay(
     model = _parse_prefill(prefill) if prefill else MEASURED_PREFILL
     if plot and plot.suffix.lower() != ".png":
         raise ConfigError(f"{plot} is not the name of a PNG file")
-    names = _items(policies) or policy_names()
+    names = [_with_whole_path(name) for name in _items(policies)] or policy_names()
     for name in names:
         make_policy(name)  # says what is wrong before anything takes time
     trace = read_trace(path, block_size=block_size)
@@ -125,6 +126,11 @@ def _print_tables(trace: Trace, points: list[_Point]) -> None:
             table.add_row(visible(name), f"{outcome.hit_rate:.4f}", share, f"{outcome.seconds_saved:,.1f} s")
         table.add_row("Belady, may bypass", f"{point.belady:.4f}", "", "", style="dim")
         console.print(table)
+
+
+def _with_whole_path(policy: str) -> str:
+    kind, colon, path = policy.partition(":")
+    return f"{kind}:{user_path(path)}" if colon and path else policy
 
 
 def _items(values: Sequence[str]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,8 @@ def report(request: ReportRequest, options: EngineOptions, *, as_json: bool) -> 
     """Run the requests one after another and write memory_profile.html, trace.json and the plots."""
     if not 1 <= request.rounds <= _MAX_ROUNDS:
         raise ConfigError(f"--rounds must be positive and at most {_MAX_ROUNDS:,}, got {request.rounds}")
+    with _writing_to(request.output):
+        request.output.mkdir(parents=True, exist_ok=True)  # before anything is computed
     with open_engine(options, os.environ) as runner:
         rounds = _rounds(request, runner)
         with MemoryProfiler(runner.cache, snapshot_every_s=0.0, sample_every=1) as profiler:
@@ -136,9 +139,16 @@ def _about(request: ReportRequest, options: EngineOptions, runner: Runner) -> di
     }
 
 
-def _write(made: MemoryReport, request: ReportRequest) -> list[Path]:
+@contextmanager
+def _writing_to(output: Path) -> Iterator[None]:
     try:
-        request.output.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as exc:
+        raise ConfigError(f"cannot write to {exc.filename or output}: {exc.strerror}") from exc
+
+
+def _write(made: MemoryReport, request: ReportRequest) -> list[Path]:
+    with _writing_to(request.output):
         written = [
             made.save_html(request.output / "memory_profile.html"),
             made.export_trace(request.output / "trace.json"),
@@ -150,8 +160,6 @@ def _write(made: MemoryReport, request: ReportRequest) -> list[Path]:
                 plots.plot_memory_heatmap(request.output / "memory_heatmap.png"),
                 plots.plot_fragmentation(request.output / "fragmentation.png"),
             ]
-    except OSError as exc:
-        raise ConfigError(f"cannot write to {request.output}: {exc.strerror}") from exc
     return written
 
 

@@ -6,6 +6,7 @@ import http.client
 import json
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -128,10 +129,17 @@ def _looker(source: Source, prefixes: int) -> Callable[[], _Status]:
 
 
 def _status_address(url: str) -> str:
-    """Return the address of /status; the user may give the server's, or that of /metrics."""
-    if not url.startswith(("http://", "https://")):
-        url = f"http://{url}"
-    return url.rstrip("/").removesuffix("/metrics").removesuffix("/status") + "/status"
+    """Return the address of /status; the user may give the server's, or that of /metrics. Raises ConfigError."""
+    address = url if "://" in url else f"http://{url}"
+    try:
+        parts = urllib.parse.urlsplit(address)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        address.encode("ascii")
+    except ValueError:  # a port beyond 65535, a bracket that is not closed, a sign that no address has
+        is_address = False
+    if not is_address:
+        raise ConfigError(f"{url!a} is not an address such as http://localhost:9400")
+    return address.rstrip("/").removesuffix("/metrics").removesuffix("/status") + "/status"
 
 
 def _fetch(address: str) -> _Status:

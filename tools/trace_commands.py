@@ -30,7 +30,7 @@ def replay(
         Optional[str],  # noqa: UP045
         typer.Option(help="Measured prefills, tokens:seconds with commas.", show_default="an 8B model on an H200"),
     ] = None,
-    block_tokens: Annotated[int, typer.Option(help="Tokens of a block of the trace.", min=2)] = 512,
+    block_tokens: Annotated[int, typer.Option(help="Tokens of a block of the trace.", min=2, max=1 << 20)] = 512,
     as_json: AsJson = False,
 ) -> None:
     """Compare eviction policies on a request trace, beside the best that was possible."""
@@ -51,8 +51,8 @@ def train_policy(
         Path,
         typer.Option(parser=as_path, metavar="FILE", help="JSON file to write; the policy is then learned:FILE."),
     ],
-    block_tokens: Annotated[int, typer.Option(help="Tokens of a block of the trace.", min=2)] = 512,
-    seed: Annotated[int, typer.Option(help="Draws the conversations that measure the fit.")] = 0,
+    block_tokens: Annotated[int, typer.Option(help="Tokens of a block of the trace.", min=2, max=1 << 20)] = 512,
+    seed: Annotated[int, typer.Option(help="Draws the conversations that measure the fit.", min=0)] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Fit the learned eviction policy to a request trace."""

@@ -46,16 +46,26 @@ def load_model(
     try:
         config = transformers.AutoConfig.from_pretrained(path)
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
-            path, config=config, output_loading_info=True, **options
+            path, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         model = model.to(target).eval()
     except Exception as exc:  # a model's files make Transformers and its libraries raise anything
         raise ConfigError(f"cannot load the model {name or EMBEDDED!r}: {_first_line(exc)}") from exc
-    if missing := sorted(found.get("missing_keys") or ()):
-        weights = f"{len(missing)} of its weights, {missing[0]} the first, are not in its files"
-        raise ConfigError(f"cannot load the model {name or EMBEDDED!r}: {weights}")
+    if fault := _fault_of(found, tokenizer):
+        raise ConfigError(f"cannot load the model {name or EMBEDDED!r}: {fault}")
     return LoadedModel(model, tokenizer, name or EMBEDDED)
+
+
+def _fault_of(found: dict[str, Any], tokenizer: Any) -> str | None:
+    """Return what is wrong with a model that Transformers has loaded all the same, filling the gaps by itself."""
+    for kind, what in (("missing_keys", "are not in its files"), ("mismatched_keys", "have not the shape it says")):
+        names = sorted(str(key[0]) if isinstance(key, tuple) else str(key) for key in found.get(kind) or ())
+        if names:
+            return f"{len(names)} of its weights, {names[0]} the first, {what}"
+    if not tokenizer.encode("a word", add_special_tokens=False):
+        return "its tokenizer knows no token (is tokenizer.json missing?)"
+    return None
 
 
 def load_tokenizer(name: str, *, cache_dir: Path | None) -> Any | None:
@@ -194,4 +204,6 @@ def _dtype(name: str | None, device: torch.device) -> Any:
 
 def _first_line(exc: BaseException) -> str:
     lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
+    if lines and lines[0].endswith(":"):
+        return " ".join(lines[:2])
     return lines[0] if lines else type(exc).__name__

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tierkv.errors import ConfigError
-from tierkv.files import read_whole
+from tierkv.files import read_text
 
 __all__ = ["PromptRequest", "check_unicode", "read_prompts"]
 
@@ -52,7 +52,7 @@ def read_prompts(path: Path, *, lines: bool = False) -> list[PromptRequest]:
     prompt. A pipe is read to its end. Raises ConfigError, in one line, for a file that cannot be read or holds no
     prompt; it names the line.
     """
-    text = _read_text(path)
+    text = read_text(path, limit_bytes=_LIMIT_BYTES).replace("\r\n", "\n")
     is_json = path.name.lower().endswith(_JSON_SUFFIXES) or (not path.suffix and not lines and _begins_as_json(text))
     if is_json:
         prompts = _json_prompts(text, path)
@@ -80,25 +80,6 @@ def check_unicode(text: str, what: str) -> None:
         raise ConfigError(
             f"{what} is not valid Unicode: it has a lone surrogate, \\u{ord(text[exc.start]):04x}"
         ) from exc
-
-
-def _read_text(path: Path) -> str:
-    try:
-        raw = read_whole(path, limit_bytes=_LIMIT_BYTES)
-    except OSError as exc:
-        raise ConfigError(f"cannot read {path}: {exc.strerror}") from exc
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise ConfigError(f"{path} is UTF-16, not UTF-8 text")
-    if b"\0" in raw:
-        raise ConfigError(f"{path} is a binary file, not a list of prompts")
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as exc:
-        line = raw.count(b"\n", 0, exc.start) + 1
-        raise ConfigError(
-            f"{path} is not UTF-8 text: byte {exc.start} (0x{raw[exc.start]:02x}), in line {line}, cannot be read"
-        ) from exc
-    return text.replace("\r\n", "\n")
 
 
 def _split_at_rules(text: str) -> list[str]:

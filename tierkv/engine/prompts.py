@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from tierkv.engine.prompt_files import PromptRequest, check_unicode, read_prompts
 from tierkv.errors import ConfigError
 
-__all__ = ["PromptRequest", "Tokenizer", "prefix_tokens", "read_prompts", "render_tokens"]
+__all__ = ["PromptRequest", "Tokenizer", "check_unicode", "prefix_tokens", "read_prompts", "render_tokens"]
 
 # A request's text can begin with anything; where a tokenizer merges characters, the last tokens of the prompt
 # may differ with it. What all of these have in common is safe to keep.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tierkv.block import Tier
+from tierkv.files import write_whole
 from tierkv.profiling.advice import EvictionSummary, Suggestion
 from tierkv.profiling.chrome_trace import trace_of
 from tierkv.profiling.profile import MemorySnapshot
@@ -46,11 +47,11 @@ class MemoryReport:
     def save_html(self, path: str | Path) -> Path:
         """Write one page that needs nothing else: no network, no script. Return its path."""
         target = Path(path)
-        target.write_text(render_page(self.run), encoding="utf-8")
+        write_whole(target, render_page(self.run).encode(errors="backslashreplace"))  # a path need not be Unicode
         return target
 
     def export_trace(self, path: str | Path) -> Path:
         """Write the run as Chrome trace events, for ui.perfetto.dev or chrome://tracing. Return the path."""
         target = Path(path)
-        target.write_text(json.dumps(trace_of(self.run)), encoding="utf-8")
+        write_whole(target, json.dumps(trace_of(self.run)).encode())
         return target

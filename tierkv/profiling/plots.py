@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 
 from tierkv.block import Tier
 from tierkv.errors import ConfigError
+from tierkv.files import write_whole
 from tierkv.profiling.memory_report import MemoryReport
 
 __all__ = ["MemoryVisualizer"]
@@ -110,4 +112,6 @@ class MemoryVisualizer:
             each.grid(True, alpha=0.3)
             each.spines[["top", "right"]].set_visible(False)
         yield axes
-        figure.savefig(Path(path), format="png")
+        image = io.BytesIO()
+        figure.savefig(image, format="png")
+        write_whole(path, image.getvalue())

@@ -87,7 +87,8 @@ def read_whole(path: str | os.PathLike[str], *, limit_bytes: int) -> bytes:
     Waits for the writer of a pipe as long as one has the pipe open. A FIFO without a writer is empty at once.
     Raises OSError, and ConfigError for what is no path or has more than limit_bytes.
     """
-    pieces, size = [], 0
+    pieces: list[bytes] = []
+    size = 0
     fd = os.open(check_path(path), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     try:
         while True:

@@ -40,7 +40,7 @@ def standard_streams() -> Iterator[None]:
     codecs.register_error(_REPLACE, _replacement)
     _set_errors(sys.stdout, _REPLACE)
     _set_errors(sys.stderr, "backslashreplace")
-    with redirect_stdout(_Output(sys.stdout)), redirect_stderr(_Diagnostics(sys.stderr)):  # type: ignore[type-var]
+    with redirect_stdout(_Output(sys.stdout)), redirect_stderr(_Diagnostics(sys.stderr)):
         yield
 
 

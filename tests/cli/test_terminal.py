@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from child_process import ENVIRONMENT
 from tierkv.layout import BlockLayout
 from tierkv.namespace import Namespace
 from tierkv.storage.cold import ColdStore
-from tierkv.tools import cli, run, stats, verify
+from tierkv.tools import cli, stats, verify
 from tierkv.tools.render import print_json
 from tierkv.tools.terminal import OutputError, visible
 
@@ -217,7 +216,3 @@ def test_no_traceback_reaches_a_terminal_unless_it_is_asked_for(
     assert done.code == 2 and done.err.startswith(f"tierkv: {line}") and done.err.count("\n") == 1
     monkeypatch.setenv("TIERKV_TRACEBACK", "1")
     assert ("Traceback" in command("verify").err) == ("unexpected" in line)
-
-
-def test_an_argument_in_a_locale_that_is_not_utf8_is_read_by_its_bytes() -> None:
-    assert run._text_of(os.fsencode("é").decode("ascii", "surrogateescape")) == "é"

@@ -125,7 +125,7 @@ def test_a_write_that_fails_leaves_nothing_and_names_the_place(tmp_path: Path, m
         raise ZeroDivisionError("No space left on device")  # as safetensors has an error of its own
 
     monkeypatch.setattr(embedded_model, "write_embedded_model", fail)
-    with pytest.raises(ConfigError, match="neither read nor made.*embedded-model-1.*No space left"):
+    with pytest.raises(ConfigError, match=r"neither read nor made.*embedded-model-1.*No space left"):
         ready_embedded_model(tmp_path)
     assert os.listdir(tmp_path) == []
 
@@ -165,9 +165,10 @@ def test_another_user_reads_the_model(cache: Path, count: list[Path]) -> None:
 
 
 def test_another_user_who_cannot_read_the_model_makes_one_beside_it_or_is_told_the_file(
-    cache: Path, count: list[Path]
+    made: Path, cache: Path, count: list[Path]
 ) -> None:
     open_the_way(cache)
+    open_the_way(made)
     (cache / "embedded-model-1/model.safetensors").chmod(0o600)
     said = as_other_user(lambda: str(ready_embedded_model(cache)))
     assert said.startswith("ConfigError") and "model.safetensors: Permission denied" in said
@@ -194,6 +195,11 @@ def change(**fields: object) -> Callable[[Path], None]:
     return write
 
 
+def remove_all(path: Path) -> None:
+    for file in path.parent.glob("tokenizer*"):
+        file.unlink()
+
+
 @pytest.mark.parametrize(
     ("name", "damage", "reason"),
     [
@@ -208,7 +214,8 @@ def change(**fields: object) -> Callable[[Path], None]:
         ("model.safetensors", remove, "no file named model.safetensors"),
         ("model.safetensors", make_fifo, "model.safetensors is a FIFO"),
         ("tokenizer.json", cut, "cannot load the model"),
-        ("tokenizer.json", remove, "knows no token"),
+        ("tokenizer.json", remove, "tokenizer"),
+        ("tokenizer.json", remove_all, "knows no token"),
         ("tokenizer_config.json", lambda path: path.write_text("[]"), "cannot load the model"),
     ],
 )

@@ -89,8 +89,10 @@ LAYERS = (
     # What runs a model over the cache, or steers it.
     Layer(
         "engine",
-        "engine.prompts engine.sampling engine.attention_paged engine.attention_merge engine.cascade_batch "
+        "engine.prompt_files engine.prompts engine.sampling engine.attention_paged engine.attention_merge "
+        "engine.cascade_batch "
         "engine.attention_cascade engine.attention_pieces engine.managed_attention engine.attention "
+        "engine.transformers_import engine.embedded_model "
         "engine.model_state engine.checksums engine.gate engine.fingerprint engine.model_check "
         "engine.models engine.graphs engine.forward_pass engine.generation "
         "engine.request engine.runner profiling.ledger profiling.step_sampler profiling.tracker "
@@ -112,7 +114,7 @@ LAYERS = (
 TORCH_LAYERS = {"kernels", "mover", "facade", "engine", "package", "tools"}
 TORCH_MODULES = {"storage.hot"}
 TORCH_FREE_MODULES = {
-    *("config", "lookup", "engine.prompts", "ranks.group"),
+    *("config", "lookup", "engine.prompt_files", "engine.prompts", "ranks.group"),
     *("profiling.ledger", "profiling.step_sampler"),
     *("profiling.tracker", "profiling.prefixes", "profiling.reuse", "profiling.profile", "profiling.advice"),
     *("profiling.profiled_run", "profiling.profiler", "profiling.charts", "profiling.drawing"),

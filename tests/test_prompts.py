@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tierkv.engine import prompt_files
 from tierkv.engine.prompts import PromptRequest, prefix_tokens, read_prompts, render_tokens
 from tierkv.errors import ConfigError
 
@@ -94,3 +97,155 @@ def test_a_file_that_holds_no_prompts_is_refused_in_one_line(
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         read_prompts(tmp_path / "missing.txt")
+
+
+def systems(path: Path, **options: Any) -> list[str]:
+    return [prompt.system for prompt in read_prompts(path, **options)]
+
+
+@pytest.mark.parametrize("sign", ["\f", "\v", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029", "a\rb"])
+def test_only_a_line_feed_ends_a_line(tmp_path: Path, sign: str) -> None:
+    text = f"page one{sign}page two"
+    assert systems(write(tmp_path / "p.txt", text)) == [text]
+    assert systems(write(tmp_path / "p.txt", f"{sign}{text}\n---\n{text}")) == [f"{sign}{text}", text]
+    assert systems(write(tmp_path / "p.txt", f"{text}\nsecond\n"), lines=True) == [text, "second"]
+    if sign in "\x85\u2028\u2029":
+        line = json.dumps({"system": text}, ensure_ascii=False)
+        for name in ("p.jsonl", "p.json", "p.ndjson"):
+            assert systems(write(tmp_path / name, f"{line}\n{line}\n")) == [text, text]
+
+
+def test_a_carriage_return_before_a_line_feed_belongs_to_the_end_of_the_line(tmp_path: Path) -> None:
+    assert systems(write(tmp_path / "p.txt", "one\r\n\r\ntwo\r\n---\r\nthree\r\n")) == ["one\n\ntwo", "three"]
+    assert systems(write(tmp_path / "p.txt", "one\r\ntwo\r\n"), lines=True) == ["one", "two"]
+    assert systems(write(tmp_path / "p.jsonl", '{"system": "a\\r\\nb"}\r\n\r\n{"system": "c"}\r\n')) == ["a\r\nb", "c"]
+
+
+def test_a_byte_order_mark_is_no_part_of_a_prompt(tmp_path: Path) -> None:
+    assert systems(write(tmp_path / "p.txt", "\ufeffone")) == ["one"]
+    assert systems(write(tmp_path / "p.jsonl", '\ufeff{"system": "a"}\n\ufeff{"system": "b"}\n')) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.JSONL", "a.Json", "a.json", "a.ndjson", "a.NDJSON", "a.txt.jsonl", "stdin"]
+)
+def test_json_is_known_by_its_suffix_whatever_its_case_and_without_one_by_its_first_value(
+    tmp_path: Path, name: str
+) -> None:
+    assert systems(write(tmp_path / name, '{"system": "a"}\n{"system": "b"}\n')) == ["a", "b"]
+
+
+@pytest.mark.parametrize("text", ['{"type": "object"}', "[1, 2]", "{{ name }}", "[see below]\n---\nmore"])
+def test_a_text_that_only_looks_like_json_stays_a_text(tmp_path: Path, text: str) -> None:
+    assert systems(write(tmp_path / "prompt", text))[0] == text.split("\n")[0]
+    assert systems(write(tmp_path / "p.txt", '{"system": "a"}')) == ['{"system": "a"}']
+
+
+USER = {"role": "user", "content": "hi"}
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"prompt": "p"}, PromptRequest(system="p", tools=[], messages=[])),
+        ({"text": "p", "id": 7}, PromptRequest(system="p", tools=[], messages=[])),
+        ("p", PromptRequest(system="p", tools=[], messages=[])),
+        (
+            {"system": "s", "prompt": "p"},
+            PromptRequest(system="s", tools=[], messages=[{"role": "user", "content": "p"}]),
+        ),
+        ({"messages": [USER]}, PromptRequest(tools=[], messages=[USER])),
+        ([USER], PromptRequest(tools=[], messages=[USER])),
+        (
+            {"custom_id": "1", "method": "POST", "url": "/v1", "body": {"model": "m", "messages": [USER], "n": 1}},
+            PromptRequest(tools=[], messages=[USER]),
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]}]},
+            PromptRequest(tools=[], messages=[USER]),
+        ),
+        ({"system": [{"type": "text", "text": "s"}]}, PromptRequest(system="s", tools=[], messages=[])),
+        (
+            {"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "x"}]}]},
+            PromptRequest(tools=[], messages=[{"role": "assistant", "content": "", "tool_calls": [{"id": "x"}]}]),
+        ),
+        ({"system": "nul \0, é, 你"}, PromptRequest(system="nul \0, é, 你", tools=[], messages=[])),
+    ],
+)
+def test_every_form_of_a_prompt_in_json_is_read(tmp_path: Path, value: Any, expected: PromptRequest) -> None:
+    assert read_prompts(write(tmp_path / "p.jsonl", json.dumps(value))) == [expected]
+    assert read_prompts(write(tmp_path / "p.json", json.dumps(value, indent=2))) == [expected]
+    if not isinstance(value, list):
+        assert read_prompts(write(tmp_path / "p.json", json.dumps([value, value], indent=2))) == [expected, expected]
+
+
+IMAGE = '{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "u"}}]}]}'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("image.jsonl", f'{{"system": "a"}}\n{IMAGE}', r"line 2: messages\[0\]: content\[0\] is 'image_url'"),
+        ("image.json", f'[{{"system": "a"}},\n\n{IMAGE}]', r"line 3: messages\[0\]: content\[0\] is 'image_url'"),
+        ("half.json", '{"system":\n"a"\n', "line 3: not JSON"),
+        ("lines.json", '{"system": "a"}\n{oops\n', "line 2: not JSON"),
+        ("surrogate.jsonl", '{"system": "a"}\n{"system": "\\ud800"}', r"line 2: the text is not valid Unicode.*ud800"),
+        ("surrogate.json", '[{"system": "a"},\n{"tools": [{"\\udc00": 1}]}]', "line 2: the text is not valid Unicode"),
+        ("message.jsonl", '{"messages": [{"role": "user", "content": "\\ud83d"}]}', "line 1: the text is not valid"),
+        ("role.jsonl", '{"messages": [{"content": "a"}]}', r"messages\[0\] has no role"),
+        ("mapping.jsonl", '{"messages": {"role": "user"}}', "messages is a list of objects"),
+        ("ids.jsonl", '{"prompt": [1, 2]}', r"prompt\[0\] is 'int'"),
+        ("typo.jsonl", '{"system": "a", "mesages": []}', "line 1: unknown key 'mesages'"),
+        ("twice.jsonl", '{"system": "a", "system": "b"}', "the key 'system' is there twice"),
+        ("both.jsonl", '{"prompt": "a", "text": "b"}', "prompt and text"),
+        ("nan.jsonl", "NaN", "NaN is no number"),
+        ("deep.json", "[" * 100_000, "not JSON"),
+        ("body.jsonl", '{"body": {"model": "m"}}', "expected an object"),
+        ("null.json", "null", "expected an object"),
+        ("empty.json", "[]", "no prompt"),
+        ("utf16.jsonl", "{}".encode("utf-16"), "UTF-16"),
+        ("latin.jsonl", b'{"system": "a"}\n{"system": "caf\xe9"}', r"byte 31 \(0xe9\), in line 2"),
+    ],
+)
+def test_a_prompt_that_is_not_one_is_refused_with_its_line(
+    tmp_path: Path, name: str, content: str | bytes, reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=reason) as caught:
+        read_prompts(write(tmp_path / name, content))
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["one\n---\ntwo\n", '{"prompt": "one"}\n{"prompt": "two"}\n'])
+def test_a_pipe_is_read_to_its_end(content: str) -> None:
+    reader, writer = os.pipe()  # as a shell makes one for <(command)
+    os.write(writer, content.encode())
+    os.close(writer)
+    try:
+        assert systems(Path(f"/dev/fd/{reader}")) == ["one", "two"]
+    finally:
+        os.close(reader)
+
+
+def test_a_fifo_without_a_writer_holds_no_prompt(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(ConfigError, match="holds no prompt"):
+        read_prompts(tmp_path / "fifo")
+
+
+def test_a_file_beyond_the_limit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompt_files, "_LIMIT_BYTES", 1 << 20)
+    assert systems(write(tmp_path / "p.txt", "x" * (1 << 20))) == ["x" * (1 << 20)]
+    with pytest.raises(ConfigError, match="more than 1 MiB"):
+        read_prompts(write(tmp_path / "p.txt", "x" * ((1 << 20) + 1)))
+
+
+@pytest.mark.parametrize("tokenizer", [MergingTokenizer(), ChatTokenizer()])
+def test_a_text_that_is_no_unicode_is_refused_before_a_tokenizer_sees_it(tokenizer: Any) -> None:
+    for request, text in ((PromptRequest(system="\ud800"), "a"), (PromptRequest(), "a\udfff")):
+        with pytest.raises(ConfigError, match="not valid Unicode"):
+            render_tokens(tokenizer, request, text)
+
+
+def test_a_message_without_content_adds_no_text(tmp_path: Path) -> None:
+    request = PromptRequest(messages=[{"role": "assistant", "content": None}])
+    assert render_tokens(MergingTokenizer(), request, "hi") == MergingTokenizer().encode("hi")

@@ -8,14 +8,27 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pwd
+import select
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from tierkv.errors import ConfigError, StoreError, TierKVError
 
-__all__ = ["check_path", "open_regular", "own_errors"]
+__all__ = [
+    "check_path",
+    "home_directory",
+    "open_regular",
+    "own_errors",
+    "read_text",
+    "read_whole",
+    "user_path",
+    "write_whole",
+]
+
+_READ_BYTES = 1 << 20
 
 _KINDS = (
     (stat.S_ISDIR, "a directory"),
@@ -38,6 +51,108 @@ def check_path(path: str | os.PathLike[str]) -> Path:
     if not encoded or b"\0" in encoded:
         raise ConfigError(f"{path!a} is not a path")
     return Path(os.fsdecode(encoded))
+
+
+def home_directory(environment: Mapping[str, str] = os.environ) -> Path | None:
+    """Return the user's home: HOME if it is an absolute path, else that of the password file; None without both."""
+    named = environment.get("HOME", "")
+    if os.path.isabs(named):
+        return Path(named)
+    try:
+        known = pwd.getpwuid(os.getuid()).pw_dir
+    except KeyError:  # as in a container that runs as some number
+        return None
+    return Path(known) if os.path.isabs(known) else None
+
+
+def user_path(path: str | os.PathLike[str], environment: Mapping[str, str] = os.environ) -> Path:
+    """Return a path as a user has written it, with a leading ~ or ~name expanded.
+
+    Every path of an option and of an environment variable goes through here once, where it is read.
+    Raises ConfigError for what is no path, a ~ without a home directory, and a name that no user has.
+    """
+    check_path(path)
+    text = os.fspath(path)
+    result = Path(text)
+    if text.startswith("~"):
+        name, _, rest = text[1:].partition("/")
+        result = _home_of(name, text, environment) / rest.lstrip("/")
+    if str(result).startswith("~"):  # from ./~: whoever expands it once more must not find a home in it
+        result = Path(os.getcwd()) / result
+    return result
+
+
+def _home_of(name: str, text: str, environment: Mapping[str, str]) -> Path:
+    if not name:
+        home = home_directory(environment)
+        if home is None:
+            raise ConfigError(f"{text}: this user has no home directory", hint="set HOME, or write the whole path")
+        return home
+    try:
+        return Path(pwd.getpwnam(name).pw_dir)
+    except (KeyError, UnicodeError) as exc:
+        raise ConfigError(f"{text}: there is no user {name}", hint="./ in front makes it a file's name") from exc
+
+
+def read_whole(path: str | os.PathLike[str], *, limit_bytes: int) -> bytes:
+    """Return all bytes of a file, a pipe or a device, for example of /dev/stdin or of a shell's <(command).
+
+    Waits for the writer of a pipe as long as one has the pipe open. A FIFO without a writer is empty at once.
+    Raises OSError, and ConfigError for what is no path or has more than limit_bytes.
+    """
+    pieces: list[bytes] = []
+    size = 0
+    fd = os.open(check_path(path), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    try:
+        while True:
+            try:
+                piece = os.read(fd, _READ_BYTES)
+            except BlockingIOError:
+                waiting = select.poll()
+                waiting.register(fd, select.POLLIN)
+                waiting.poll()
+                continue
+            if not piece:
+                return b"".join(pieces)
+            pieces.append(piece)
+            size += len(piece)
+            if size > limit_bytes:
+                raise ConfigError(f"{path} has more than {limit_bytes >> 20} MiB")
+    finally:
+        os.close(fd)
+
+
+def read_text(path: str | os.PathLike[str], *, limit_bytes: int) -> str:
+    """Return a UTF-8 text as `read_whole` reads it, without a byte order mark. Only the caller splits lines.
+
+    Raises ConfigError, in one line, for what cannot be read and for what is no text; it names the line.
+    """
+    try:
+        raw = read_whole(path, limit_bytes=limit_bytes)
+    except OSError as exc:
+        raise ConfigError(f"cannot read {path}: {exc.strerror}") from exc
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ConfigError(f"{path} is UTF-16, not UTF-8 text")
+    if b"\0" in raw:
+        raise ConfigError(f"{path} is a binary file, not text")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as exc:
+        line = raw.count(b"\n", 0, exc.start) + 1
+        place = f"byte {exc.start} (0x{raw[exc.start]:02x}), in line {line}"
+        raise ConfigError(f"{path} is not UTF-8 text: {place}, cannot be read") from exc
+
+
+def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file, or to a pipe or a device. A FIFO that no program reads is refused instead of waited for.
+
+    Raises OSError, and ConfigError for what is no path.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+    fd = os.open(check_path(path), flags, 0o666)
+    with os.fdopen(fd, "wb") as file:
+        os.set_blocking(fd, True)
+        file.write(data)
 
 
 def open_regular(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import traceback
 from contextlib import suppress
 from typing import Annotated
 
@@ -17,6 +18,7 @@ import typer
 from tierkv import __version__
 from tierkv.errors import TierKVError
 from tierkv.tools import daemon_commands, model_commands, store_commands, trace_commands
+from tierkv.tools.terminal import OutputError, standard_streams, visible
 
 __all__ = ["app", "main"]
 
@@ -26,10 +28,13 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 # Typer has click inside or beside itself, by its version: the root of click's errors is found through one of them.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[2]
+
+_TRACEBACK = "TIERKV_TRACEBACK"
 
 # What the library calls something, and how it is said here.
 _OPTIONS = {
@@ -79,22 +84,33 @@ def _version(
 
 def main() -> None:
     """Run the command line; never returns."""
+    with standard_streams():
+        sys.exit(_run())
+
+
+def _run() -> int:
+    """Run one command and return the exit code. What the user can fix is one line on standard error."""
     try:
         code = app(standalone_mode=False)  # a number where a command ended by one, as at Ctrl-C
         sys.stdout.flush()
+    except OutputError as exc:
+        return 141 if exc.is_reader_gone else _fail(str(exc))
     except TierKVError as exc:
-        _fail(_as_options(str(exc)))
+        return _fail(_as_options(str(exc)))
     except _UsageError as exc:
-        _fail(exc.format_message())  # type: ignore[attr-defined]
+        message = exc.format_message()  # type: ignore[attr-defined]
+        return _fail(message) if message.strip() else 2  # without a command the help was printed, and says all
     except typer.Abort:
-        sys.exit(130)
-    except BrokenPipeError:
-        _leave_output()
-        sys.exit(141)
-    except OSError as exc:  # of standard output; every other one is translated where it arises
-        _leave_output()
-        _fail(f"the output cannot be written: {exc.strerror or exc}")
-    sys.exit(code if isinstance(code, int) else 0)
+        return 130
+    except MemoryError:
+        return _fail("there is not enough memory")
+    except OSError as exc:
+        return _fail(f"{exc.filename}: {exc.strerror}" if exc.filename and exc.strerror else str(exc))
+    except Exception as exc:  # noqa: BLE001 - a fault of ours: one line, and its place on request
+        if os.environ.get(_TRACEBACK):
+            traceback.print_exc()
+        return _fail(f"unexpected {type(exc).__name__}: {exc} ({_TRACEBACK}=1 shows where)")
+    return code if isinstance(code, int) else 0
 
 
 def _as_options(message: str) -> str:
@@ -102,13 +118,9 @@ def _as_options(message: str) -> str:
     return re.sub(r"(?<![\w./-])[a-z_]+(?![\w/])", lambda word: _OPTIONS.get(word[0], word[0]), message)
 
 
-def _leave_output() -> None:
-    """Let what standard output still holds go nowhere, instead of failing once more when Python ends."""
-    with suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _fail(message: str) -> None:
-    line = "tierkv: " + " ".join(message.split())
-    print(line.encode(errors="backslashreplace").decode(), file=sys.stderr)  # a path need not be UTF-8
-    sys.exit(2)
+def _fail(message: str) -> int:
+    """Say in one line why a command failed; return its exit code."""
+    with suppress(OutputError):
+        sys.stdout.flush()
+    print(visible("tierkv: " + " ".join(message.split())), file=sys.stderr)
+    return 2

@@ -9,13 +9,28 @@ from typing import Annotated, Optional
 import typer
 
 from tierkv.errors import ConfigError
+from tierkv.files import user_path
 from tierkv.tools import daemon as daemon_command
 from tierkv.tools.options import EngineOptions, default_store, named_socket, parse_size
+
+
+def as_path(text: str | Path) -> Path:
+    """Return the path of an option or an argument, ~ expanded. What is no path is a usage error."""
+    try:
+        return user_path(text)
+    except ConfigError as exc:
+        raise typer.BadParameter(str(exc)) from exc
+
 
 Model = Annotated[Optional[str], typer.Option(help="Directory or hub name; without it the embedded model.")]  # noqa: UP045
 Store = Annotated[
     Optional[Path],  # noqa: UP045
-    typer.Option(help="Directory of the cold store.", show_default="TIERKV_STORE, else ~/.cache/tierkv/store"),
+    typer.Option(
+        parser=as_path,
+        metavar="DIRECTORY",
+        help="Directory of the cold store.",
+        show_default="TIERKV_STORE, else ~/.cache/tierkv/store",
+    ),
 ]
 Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1, ...", show_default="cuda if there")]  # noqa: UP045
 Dtype = Annotated[Optional[str], typer.Option(help="bfloat16, float16, float32.", show_default="the model's")]  # noqa: UP045
@@ -57,16 +72,34 @@ CodecName = Annotated[
 Socket = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option(
-        help="Use the warm and cold tier of the daemon that listens here.", show_default="TIERKV_SOCKET, else no daemon"
+        parser=as_path,
+        metavar="PATH",
+        help="Use the warm and cold tier of the daemon that listens here.",
+        show_default="TIERKV_SOCKET, else no daemon",
     ),
 ]
 DaemonSocket = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option(
         "--socket",
+        parser=as_path,
+        metavar="PATH",
         help="Where the daemon listens.",
         show_default="TIERKV_SOCKET, else tierkv/daemon.sock in XDG_RUNTIME_DIR or ~/.cache",
     ),
+]
+StateFile = Annotated[Path, typer.Argument(parser=as_path, metavar="FILE", help="State file.")]
+PromptFile = Annotated[
+    Path,
+    typer.Argument(
+        parser=as_path,
+        metavar="FILE",
+        help="Prompts: text separated by lines of ---, or JSON (.json, .jsonl, .ndjson).",
+    ),
+]
+TraceFile = Annotated[
+    Path,
+    typer.Argument(parser=as_path, metavar="FILE", help='Requests, one a line: {"timestamp": ms, "hash_ids": [...]}.'),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 

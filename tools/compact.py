@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from tierkv.tools.daemon import compact as compact_through
-from tierkv.tools.render import format_bytes
+from tierkv.tools.render import format_bytes, print_json
 from tierkv.tools.stores import open_existing
 
 __all__ = ["compact"]
@@ -28,6 +27,6 @@ def compact(store_path: Path, *, daemon: Path | None, as_json: bool) -> None:
             store.compact()
             after = store.stats().file_bytes
     if as_json:
-        print(json.dumps({"bytes_before": before, "bytes_after": after}))
+        print_json({"bytes_before": before, "bytes_after": after})
     else:
         print(f"{format_bytes(before)} before, {format_bytes(after)} now")

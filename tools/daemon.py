@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from tierkv.daemon.client import DaemonClient
@@ -25,7 +23,7 @@ from tierkv.daemon.limits import Limits
 from tierkv.daemon.messages import Compact, Done, Status, StatusReport, Stop
 from tierkv.daemon.server import DaemonConfig, serve
 from tierkv.errors import DaemonError, DaemonGoneError, TierKVError
-from tierkv.tools.render import format_age, format_bytes
+from tierkv.tools.render import format_age, format_bytes, open_console, print_json, visible
 
 __all__ = ["compact", "evicted_of", "start", "status", "stop", "store_of"]
 
@@ -62,9 +60,9 @@ def status(socket: Path, *, as_json: bool) -> None:
     with DaemonClient(socket) as client:
         report = client.call(Status(), StatusReport)
     if as_json:
-        print(json.dumps(msgspec.to_builtins(_as_dict(report))))
+        print_json(msgspec.to_builtins(_as_dict(report)))
         return
-    console = Console()
+    console = open_console()
     console.print(_table(report))
     if report.tenants:
         console.print(_tenants(report))
@@ -156,8 +154,8 @@ def _table(report: StatusReport) -> Table:
     table.add_row(
         "process", f"{report.pid}, up {format_age(report.uptime_s)}, {format_bytes(report.rss_bytes)} of its own"
     )
-    table.add_row("socket", escape(report.socket))
-    table.add_row("store", escape(report.store) or "none")
+    table.add_row("socket", visible(report.socket))
+    table.add_row("store", visible(report.store or "none"))
     table.add_row("warm tier", f"{format_bytes(used)} of {format_bytes(report.warm_bytes)}")
     if report.cold:
         live, quota = format_bytes(report.cold["live_bytes"]), format_bytes(report.cold["quota_bytes"])
@@ -176,7 +174,7 @@ def _tenants(report: StatusReport) -> Table:
     for tenant in report.tenants:
         table.add_row(
             tenant.namespace[:12],
-            escape(tenant.name) or "unnamed",
+            visible(tenant.name or "unnamed"),
             f"{tenant.clients:,}",
             format_bytes(tenant.warm_blocks * tenant.block_bytes),
             format_bytes(tenant.pinned_bytes),

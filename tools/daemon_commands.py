@@ -11,6 +11,7 @@ import typer
 
 from tierkv.daemon.config import DaemonConfig
 from tierkv.engine.prompts import read_prompts
+from tierkv.errors import ConfigError
 from tierkv.tools import daemon as daemon_command
 from tierkv.tools import prefetch as prefetch_command
 from tierkv.tools.cli_options import (
@@ -22,9 +23,11 @@ from tierkv.tools.cli_options import (
     Dtype,
     MinFree,
     Model,
+    PromptFile,
     Salt,
     Store,
     WarmSize,
+    as_path,
     engine_options,
     one_block_size,
     optional_size,
@@ -43,9 +46,12 @@ def start(
     socket: DaemonSocket = None,
     metrics_port: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(help="Serve Prometheus metrics on this port of 127.0.0.1."),
+        typer.Option(min=0, max=65535, help="Serve Prometheus metrics on this port of 127.0.0.1."),
     ] = None,
-    warm_file: Annotated[Optional[Path], typer.Option(help="Prompts whose blocks come up from the store.")] = None,  # noqa: UP045
+    warm_file: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(parser=as_path, metavar="FILE", help="Prompts whose blocks come up from the store."),
+    ] = None,
     model: Model = None,
     dtype: Dtype = None,
     block_size: BlockSize = None,
@@ -54,8 +60,8 @@ def start(
     """Start a daemon. Model, dtype, block size and salt say whose prompts --warm-file has."""
     path = socket or default_socket(os.environ)
     config = DaemonConfig(
-        socket=path.expanduser().absolute(),
-        store=None if no_store else (store or default_store(os.environ)).expanduser().absolute(),
+        socket=path.absolute(),
+        store=None if no_store else (store or default_store(os.environ)).absolute(),
         warm_bytes=parse_size(warm_size),
         cold_bytes=optional_size(cold),
         min_free_bytes=optional_size(min_free),
@@ -65,6 +71,8 @@ def start(
         require_place(config.store, min_free_bytes=config.min_free_bytes)
     command: list[str] = []
     if warm_file:
+        if warm_file.exists() and not warm_file.is_file():  # another process reads it again, once the daemon serves
+            raise ConfigError(f"{warm_file} is not a regular file", hint="write the prompts into one")
         read_prompts(warm_file)
         command = [sys.executable, "-m", "tierkv", "daemon", "prefetch"]
         command += [str(warm_file.absolute()), "--socket", str(config.socket), "--device", "cpu", "--salt", salt]
@@ -85,7 +93,7 @@ def stop(socket: DaemonSocket = None) -> None:
 
 
 def prefetch(
-    file: Annotated[Path, typer.Argument(help="Prompts: text separated by lines of ---, or .jsonl.")],
+    file: PromptFile,
     lines: Annotated[bool, typer.Option("--lines", help="One prompt a line.")] = False,
     model: Model = None,
     device: Device = None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -12,17 +11,17 @@ from typing import Any
 
 import numpy as np
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from tierkv.block import BlockHash
 from tierkv.engine.models import load_tokenizer
+from tierkv.errors import ConfigError
 from tierkv.namespace import differing_fields
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_entry import ColdEntry
 from tierkv.storage.cold_stats import StoredNamespace
 from tierkv.tools.options import cache_directory
-from tierkv.tools.render import format_age, format_bytes
+from tierkv.tools.render import format_age, format_bytes, open_console, print_json, visible
 from tierkv.tools.stores import find_namespace, open_existing
 
 __all__ = ["inspect"]
@@ -59,18 +58,18 @@ def inspect(store_path: Path, *, namespace: str | None, model: str | None, as_js
             "namespaces": [_describe(n, found[0]) for n in found],
             "prefixes": [_as_dict(p, text, now) for p, text in zip(prefixes, texts, strict=True)],
         }
-        print(json.dumps(result))
+        print_json(result)
         return
-    console = Console(markup=False)  # names and prompts are not ours: [/b] in one of them is no markup
+    console = open_console()
     texts = _texts(prefixes, found, model, own=True)
     console.print(_namespace_table(found, now))
     console.print(_prefix_table(prefixes, texts, now))
     for n in found:
         if n.problem:
-            console.print(f"{n.digest.hex()[:8]}: {n.problem}")
+            console.print(f"{n.digest.hex()[:8]}: {visible(n.problem)}")
     readable = [n for n in found if n.description]
     for n in readable[1:]:
-        fields = ", ".join(differing_fields(n.description, readable[0].description))
+        fields = visible(", ".join(differing_fields(n.description, readable[0].description)))
         base = readable[0].digest.hex()[:8]
         console.print(f"{n.digest.hex()[:8]} shares no block with {base}: it differs in {fields}")
 
@@ -131,11 +130,29 @@ def _texts(prefixes: list[_Prefix], found: list[StoredNamespace], model: str | N
     for prefix in prefixes:
         name = model or names[prefix.namespace]
         if name not in tokenizers:
-            tokenizers[name] = load_tokenizer(name, cache_dir=cache_directory(os.environ))
+            tokenizers[name] = load_tokenizer(name, cache_dir=_embedded_directory())
         tokenizer = tokenizers[name]
         ids = prefix.own_ids if own else prefix.token_ids
-        texts.append(tokenizer.decode(ids) if tokenizer else " ".join(map(str, ids)))
+        texts.append(_decoded(tokenizer, ids) if tokenizer else _numbers(ids))
     return texts
+
+
+def _embedded_directory() -> Path | None:
+    try:
+        return cache_directory(os.environ)
+    except ConfigError:  # no home directory: then the embedded model is not here either
+        return None
+
+
+def _decoded(tokenizer: Any, token_ids: list[int]) -> str:
+    try:
+        return str(tokenizer.decode(token_ids))
+    except Exception:  # noqa: BLE001 - ids that this tokenizer does not have: each kind has an error of its own
+        return _numbers(token_ids)
+
+
+def _numbers(token_ids: list[int]) -> str:
+    return " ".join(map(str, token_ids))
 
 
 def _describe(namespace: StoredNamespace, base: StoredNamespace) -> dict[str, Any]:
@@ -173,9 +190,9 @@ def _namespace_table(found: list[StoredNamespace], now: float) -> Table:
     for n in found:
         table.add_row(
             n.digest.hex()[:8],
-            "unreadable" if n.problem else _model_name(n.description),
-            str(n.description.get("dtype", "")),
-            str(n.description.get("block_size", "")),
+            "unreadable" if n.problem else visible(_model_name(n.description)),
+            visible(str(n.description.get("dtype", ""))),
+            visible(str(n.description.get("block_size", ""))),
             str(n.blocks),
             format_bytes(n.stored_bytes),
             format_age(now - n.last_used),
@@ -201,6 +218,6 @@ def _prefix_table(prefixes: list[_Prefix], texts: list[str], now: float) -> Tabl
             f"{prefix.blocks}, {prefix.shared_blocks} shared" if prefix.shared_blocks else str(prefix.blocks),
             format_bytes(prefix.stored_bytes),
             format_age(now - prefix.last_access) + (", pinned" if prefix.pinned else ""),
-            " ".join(text.split()),
+            visible(" ".join(text.split())),
         )
     return table

@@ -20,17 +20,19 @@ from tierkv.tools.cli_options import (
     HotSize,
     MinFree,
     Model,
+    PromptFile,
     ReadOnly,
     Salt,
     Socket,
     Store,
     WarmSize,
+    as_path,
     engine_options,
 )
 
 
 def warm(
-    file: Annotated[Path, typer.Argument(help="Prompts: text separated by lines of ---, or .jsonl.")],
+    file: PromptFile,
     lines: Annotated[bool, typer.Option("--lines", help="One prompt a line.")] = False,
     pin: Annotated[bool, typer.Option("--pin", help="Never evict these prompts from the store.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Compute nothing, say what would be.")] = False,
@@ -58,7 +60,10 @@ def warm(
 
 def run(
     prompt: Annotated[str, typer.Argument(help="The user's text.")],
-    system: Annotated[Optional[Path], typer.Option(help="File with the system prompt.")] = None,  # noqa: UP045
+    system: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(parser=as_path, metavar="FILE", help="File with the system prompt, as for warm."),
+    ] = None,
     nth: Annotated[int, typer.Option(help="Which prompt of a --system file that has several.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
     temperature: Annotated[float, typer.Option(help="Of the sampling; 0 is greedy.")] = 0.0,
@@ -102,11 +107,16 @@ def run(
 
 
 def report(
-    file: Annotated[Optional[Path], typer.Argument(help="Prompts as for warm.", show_default="those stored")] = None,  # noqa: UP045
+    file: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Argument(parser=as_path, metavar="[FILE]", help="Prompts as for warm.", show_default="those stored"),
+    ] = None,
     lines: Annotated[bool, typer.Option("--lines", help="One prompt a line.")] = False,
     rounds: Annotated[int, typer.Option(help="How often each prompt is asked for.")] = 2,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most, each time.")] = 16,
-    output: Annotated[Path, typer.Option(help="Directory for what is written.")] = Path("tierkv-report"),
+    output: Annotated[
+        Path, typer.Option(parser=as_path, metavar="DIRECTORY", help="Directory for what is written.")
+    ] = Path("tierkv-report"),
     no_plots: Annotated[bool, typer.Option("--no-plots", help="No PNGs; they need the extra report.")] = False,
     model: Model = None,
     store: Store = None,

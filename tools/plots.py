@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tierkv.errors import ConfigError
+from tierkv.files import write_whole
 
 __all__ = ["print_curves", "save_curves"]
 
@@ -39,10 +41,12 @@ def save_curves(path: Path, shares: Sequence[float], curves: Mapping[str, Sequen
     axes.set_title(title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=150)
     try:
-        figure.savefig(path, dpi=150)
+        write_whole(path, image.getvalue())
     except OSError as exc:
-        raise ConfigError(f"cannot write {path}: {exc}") from exc
+        raise ConfigError(f"cannot write {path}: {exc.strerror}") from exc
     return True
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 
 from tierkv.block import as_token_array, iter_chain
@@ -13,7 +12,8 @@ from tierkv.engine.gate import check_supported, probe_layout
 from tierkv.engine.models import load_model
 from tierkv.engine.prompts import PromptRequest, prefix_tokens
 from tierkv.errors import ConfigError
-from tierkv.tools.options import EngineOptions, cache_directory
+from tierkv.tools.options import EngineOptions, embedded_directory
+from tierkv.tools.render import print_json
 
 __all__ = ["prefetch"]
 
@@ -26,7 +26,10 @@ def prefetch(requests: list[PromptRequest], options: EngineOptions, *, as_json: 
     if options.socket is None:
         raise ConfigError("prefetch needs a daemon's socket: --socket, or TIERKV_SOCKET")
     loaded = load_model(
-        options.model, device=options.device, dtype=options.dtype, cache_dir=cache_directory(os.environ)
+        options.model,
+        device=options.device,
+        dtype=options.dtype,
+        cache_dir=embedded_directory(options.model, os.environ),
     )
     check_supported(loaded.model)
     layout = probe_layout(loaded.model, block_size=options.block_size)
@@ -45,6 +48,6 @@ def prefetch(requests: list[PromptRequest], options: EngineOptions, *, as_json: 
             message = Prefetch(hashes=b"".join(block_hash for block_hash, _ in chain), tokens=tokens)
             blocks += client.call(message, Count).count
     if as_json:
-        print(json.dumps({"prompts": len(requests), "blocks": blocks}))
+        print_json({"prompts": len(requests), "blocks": blocks})
     else:
         print(f"announced {len(requests)} prompts, {blocks} whole blocks")

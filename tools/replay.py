@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from tierkv.errors import ConfigError
+from tierkv.files import user_path
 from tierkv.policies import make_policy, policy_names
 from tierkv.prefill import MEASURED_PREFILL, PrefillModel
 from tierkv.tools.plots import print_curves, save_curves
+from tierkv.tools.render import open_console, print_json, visible
 from tierkv.tools.replay_index import Outcome, replay_trace
 from tierkv.tools.traces import Trace, belady_hits, read_trace
 
@@ -51,7 +51,7 @@ def replay(
     model = _parse_prefill(prefill) if prefill else MEASURED_PREFILL
     if plot and plot.suffix.lower() != ".png":
         raise ConfigError(f"{plot} is not the name of a PNG file")
-    names = _items(policies) or policy_names()
+    names = [_with_whole_path(name) for name in _items(policies)] or policy_names()
     for name in names:
         make_policy(name)  # says what is wrong before anything takes time
     trace = read_trace(path, block_size=block_size)
@@ -59,7 +59,7 @@ def replay(
     sizes = {text: trace.capacity(text) for text in wanted}
     points = _replay_all(trace, names, sizes, model)
     if as_json:
-        print(json.dumps(_as_json(trace, points)))
+        print_json(_as_json(trace, points))
     else:
         _print_tables(trace, points)
     curves = {name: [point.outcomes[name].hit_rate for point in points] for name in names}
@@ -67,12 +67,13 @@ def replay(
     shares = [100 * point.blocks / trace.num_unique for point in points]
     is_saved = plot is not None and save_curves(plot, shares, curves, title=f"{trace.name}: block hit rate")
     if not is_saved and (plot or len(points) > 1):
-        print_curves(Console(stderr=as_json), shares, curves)
+        print_curves(open_console(stderr=as_json), shares, curves)
 
 
 def _replay_all(trace: Trace, names: list[str], sizes: dict[str, int], model: PrefillModel) -> list[_Point]:
     points = []
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=open_console(stderr=True), transient=True) as progress:
         task = progress.add_task("replaying", total=len(sizes) * len(names))
         for text, blocks in sizes.items():
             outcomes = {}
@@ -109,9 +110,10 @@ def _as_json(trace: Trace, points: list[_Point]) -> dict[str, object]:
 
 
 def _print_tables(trace: Trace, points: list[_Point]) -> None:
-    console = Console()
+    console = open_console()
     console.print(
-        f"{trace.name}: {len(trace.requests):,} requests, {trace.num_blocks:,} blocks, {trace.num_unique:,} unique"
+        f"{visible(trace.name)}: {len(trace.requests):,} requests, {trace.num_blocks:,} blocks, "
+        f"{trace.num_unique:,} unique"
     )
     for point in points:
         table = Table(title=f"{point.blocks:,} blocks ({100 * point.blocks / trace.num_unique:.3g} % of the unique)")
@@ -121,9 +123,14 @@ def _print_tables(trace: Trace, points: list[_Point]) -> None:
         ranked = sorted(point.outcomes.items(), key=lambda item: -item[1].hit_rate)
         for name, outcome in ranked:
             share = f"{outcome.hit_rate / point.belady:.1%}" if point.belady else "-"
-            table.add_row(name, f"{outcome.hit_rate:.4f}", share, f"{outcome.seconds_saved:,.1f} s")
+            table.add_row(visible(name), f"{outcome.hit_rate:.4f}", share, f"{outcome.seconds_saved:,.1f} s")
         table.add_row("Belady, may bypass", f"{point.belady:.4f}", "", "", style="dim")
         console.print(table)
+
+
+def _with_whole_path(policy: str) -> str:
+    kind, colon, path = policy.partition(":")
+    return f"{kind}:{user_path(path)}" if colon and path else policy
 
 
 def _items(values: Sequence[str]) -> list[str]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
@@ -24,10 +23,11 @@ from tierkv.profiling.plots import MemoryVisualizer
 from tierkv.profiling.profiler import MemoryProfiler
 from tierkv.storage.cold import ColdStore
 from tierkv.tools.options import EngineOptions, open_engine
-from tierkv.tools.render import format_bytes
+from tierkv.tools.render import format_bytes, open_console, print_json, visible
 
 __all__ = ["ReportRequest", "report"]
 
+_MAX_ROUNDS = 10_000
 _QUESTIONS = ("Where do I begin?", "What should I check first?", "Who can tell me more?")
 
 
@@ -51,8 +51,10 @@ class _Prompt:
 
 def report(request: ReportRequest, options: EngineOptions, *, as_json: bool) -> None:
     """Run the requests one after another and write memory_profile.html, trace.json and the plots."""
-    if request.rounds < 1:
-        raise ConfigError(f"--rounds must be positive, got {request.rounds}")
+    if not 1 <= request.rounds <= _MAX_ROUNDS:
+        raise ConfigError(f"--rounds must be positive and at most {_MAX_ROUNDS:,}, got {request.rounds}")
+    with _writing_to(request.output):
+        request.output.mkdir(parents=True, exist_ok=True)  # before anything is computed
     with open_engine(options, os.environ) as runner:
         rounds = _rounds(request, runner)
         with MemoryProfiler(runner.cache, snapshot_every_s=0.0, sample_every=1) as profiler:
@@ -61,9 +63,9 @@ def report(request: ReportRequest, options: EngineOptions, *, as_json: bool) -> 
             made = profiler.generate_report(title="tierkv memory profile", about=_about(request, options, runner))
     written = _write(made, request)
     if as_json:
-        print(json.dumps(_summary(made, written)))
+        print_json(_summary(made, written))
     else:
-        Console().print(_table(made, written))
+        open_console().print(_table(made, written))
 
 
 def _rounds(request: ReportRequest, runner: Runner) -> list[list[_Prompt]]:
@@ -114,7 +116,7 @@ def _tokens_of(store: ColdStore, chain: Sequence[BlockHash]) -> list[int] | None
 
 def _run(runner: Runner, profiler: MemoryProfiler, rounds: list[list[_Prompt]], max_new_tokens: int) -> None:
     options = GenerationOptions(max_new_tokens=max_new_tokens)
-    with Progress(console=Console(stderr=True)) as progress:
+    with Progress(console=open_console(stderr=True)) as progress:
         task = progress.add_task("running", total=sum(map(len, rounds)))
         for number, prompts in enumerate(rounds, start=1):
             for prompt in prompts:
@@ -137,9 +139,16 @@ def _about(request: ReportRequest, options: EngineOptions, runner: Runner) -> di
     }
 
 
-def _write(made: MemoryReport, request: ReportRequest) -> list[Path]:
+@contextmanager
+def _writing_to(output: Path) -> Iterator[None]:
     try:
-        request.output.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as exc:
+        raise ConfigError(f"cannot write to {exc.filename or output}: {exc.strerror}") from exc
+
+
+def _write(made: MemoryReport, request: ReportRequest) -> list[Path]:
+    with _writing_to(request.output):
         written = [
             made.save_html(request.output / "memory_profile.html"),
             made.export_trace(request.output / "trace.json"),
@@ -151,8 +160,6 @@ def _write(made: MemoryReport, request: ReportRequest) -> list[Path]:
                 plots.plot_memory_heatmap(request.output / "memory_heatmap.png"),
                 plots.plot_fragmentation(request.output / "fragmentation.png"),
             ]
-    except OSError as exc:
-        raise ConfigError(f"cannot write to {request.output}: {exc.strerror}") from exc
     return written
 
 
@@ -196,5 +203,5 @@ def _table(made: MemoryReport, written: list[Path]) -> Table:
         table.add_row(f"evicted from {tier.value}", f"{summary.count:,}, {summary.asked_again:,} asked for again")
     for each in made.optimization_suggestions:
         table.add_row(f"try {each.setting}", f"{each.proposed}: {each.effect}")
-    table.add_row("written", "\n".join(map(str, written)))
+    table.add_row("written", "\n".join(visible(str(path)) for path in written))
     return table

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from tierkv.block import Tier
-from tierkv.engine.prompts import PromptRequest, read_prompts, render_tokens
+from tierkv.engine.prompts import PromptRequest, check_unicode, read_prompts, render_tokens
 from tierkv.engine.runner import Generation, GenerationOptions, Runner
 from tierkv.engine.sampling import SamplingOptions
 from tierkv.errors import ConfigError
 from tierkv.tools.options import EngineOptions, open_engine
+from tierkv.tools.render import open_console, print_json, visible
 
 __all__ = ["RunRequest", "run"]
 
@@ -38,10 +38,10 @@ class RunRequest:
 
 def run(request: RunRequest, options: EngineOptions, *, as_json: bool) -> None:
     """Print the answer; with `compare`, also how it compares with computing everything anew."""
-    asked = _prompt_request(request)
+    asked, text = _prompt_request(request), _text_of(request.prompt)
     sampling = SamplingOptions(temperature=request.temperature, top_p=request.top_p, seed=request.seed)
     with open_engine(options, os.environ) as runner:
-        tokens = render_tokens(runner.loaded.tokenizer, asked, request.prompt)
+        tokens = render_tokens(runner.loaded.tokenizer, asked, text)
         chosen = GenerationOptions(
             max_new_tokens=request.max_new_tokens,
             sampling=sampling,
@@ -54,10 +54,10 @@ def run(request: RunRequest, options: EngineOptions, *, as_json: bool) -> None:
         if request.compare:
             summary |= _compare(runner, tokens, chosen, result)
     if as_json:
-        print(json.dumps(summary))
+        print_json(summary)
         return
-    print(summary["text"])
-    Console(stderr=True).print(_table(summary))
+    print(visible(summary["text"]) if sys.stdout.isatty() else summary["text"])
+    open_console(stderr=True).print(_table(summary))
 
 
 def _prompt_request(request: RunRequest) -> PromptRequest:
@@ -69,6 +69,15 @@ def _prompt_request(request: RunRequest) -> PromptRequest:
     if not 1 <= request.nth <= len(prompts):
         raise ConfigError(f"{request.system} holds {len(prompts)} prompts, there is no number {request.nth}")
     return prompts[request.nth - 1]
+
+
+def _text_of(argument: str) -> str:
+    """Return the text of an argument; where the locale is not UTF-8, its bytes may be. Raises ConfigError."""
+    try:
+        return os.fsencode(argument).decode()
+    except UnicodeError as exc:
+        check_unicode(argument, "the prompt")
+        raise ConfigError(f"the prompt is not UTF-8 text: {exc}") from exc
 
 
 def _answer(runner: Runner, tokens: list[int], options: GenerationOptions) -> Generation:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from tierkv.storage.cold import ColdStore
-from tierkv.tools.render import format_bytes
+from tierkv.tools.render import format_bytes, open_console, print_json, visible
 from tierkv.tools.stores import open_existing
 
 __all__ = ["stats"]
@@ -20,10 +18,10 @@ def stats(store_path: Path, *, as_json: bool) -> None:
     with open_existing(store_path) as store:
         summary = _summary(store)
     if as_json:
-        print(json.dumps(summary))
+        print_json(summary)
         return
     table = Table(show_header=False)
-    table.add_row("store", str(store_path))
+    table.add_row("store", visible(str(store_path)))
     for name in ("namespaces", "blocks", "tokens"):
         table.add_row(name, f"{summary[name]:,}")
     if summary["namespaces_unreadable"]:
@@ -31,7 +29,7 @@ def stats(store_path: Path, *, as_json: bool) -> None:
     for name in ("bytes_raw", "bytes_stored", "bytes_file", "bytes_quota"):
         table.add_row(name.replace("_", " "), format_bytes(int(summary[name])))
     table.add_row("ratio", f"{summary['ratio']:.3f}")
-    Console(markup=False).print(table)
+    open_console().print(table)
 
 
 def _summary(store: ColdStore) -> dict[str, int | float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -23,7 +22,9 @@ from tierkv.tools.cli_options import (
     DaemonSocket,
     MinFree,
     Socket,
+    StateFile,
     Store,
+    as_path,
     chosen_daemon,
     chosen_store,
     optional_size,
@@ -48,7 +49,7 @@ def inspect(
 
 
 def save(
-    file: Annotated[Path, typer.Argument(help="State file to write.")],
+    file: StateFile,
     namespace: Annotated[Optional[str], typer.Option(help="Leading hex digits, where there are several.")] = None,  # noqa: UP045
     store: Store = None,
     socket: Socket = None,
@@ -59,7 +60,7 @@ def save(
 
 
 def load(
-    file: Annotated[Path, typer.Argument(help="State file to read.")],
+    file: StateFile,
     store: Store = None,
     socket: Socket = None,
     cold: ColdSize = None,
@@ -116,7 +117,7 @@ def verify(
 ) -> None:
     """Read every block of a store and say which are damaged; exit code 1 if any is left."""
     if not verify_command.verify(chosen_store(store, socket), repair=repair, as_json=as_json):
-        sys.exit(1)
+        raise typer.Exit(1)
 
 
 def top(
@@ -125,10 +126,13 @@ def top(
         typer.Option(help="Where a process serves its metrics, as http://localhost:9400."),
     ] = None,
     socket: DaemonSocket = None,
-    store: Annotated[Optional[Path], typer.Option(help="Look at a store on disk.")] = None,  # noqa: UP045
+    store: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(parser=as_path, metavar="DIRECTORY", help="Look at a store on disk."),
+    ] = None,
     interval: Annotated[float, typer.Option(help="Seconds between two looks.")] = 1.0,
     once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False,
-    prefixes: Annotated[int, typer.Option(help="How many of the largest prefixes to list.")] = 10,
+    prefixes: Annotated[int, typer.Option(min=0, help="How many of the largest prefixes to list.")] = 10,
     as_json: AsJson = False,
 ) -> None:
     """Watch a running cache: tiers, hits, bandwidth, misses, largest prefixes."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -26,12 +28,14 @@ from tierkv.errors import ConfigError, TierKVError
 from tierkv.events import BlockEvent, EventKind
 from tierkv.profiling.prefixes import PrefixTable
 from tierkv.storage.cold import ColdStore
-from tierkv.tools.render import format_bytes
+from tierkv.tools.render import format_bytes, open_console, print_json, visible
 from tierkv.tools.stores import open_existing
 
 __all__ = ["Source", "top"]
 
 _TIMEOUT_S = 5.0
+_MAX_INTERVAL_S = 86_400.0
+_LIMIT_BYTES = 16 << 20  # of what a process says
 _Status = dict[str, Any]
 
 
@@ -76,29 +80,41 @@ def top(source: Source, *, interval_s: float, once: bool, prefixes: int, as_json
     """
     if sum(each is not None for each in (source.url, source.socket, source.store)) != 1:
         raise ConfigError("say what to look at: --url of a process that serves metrics, --socket, or --store")
-    if interval_s <= 0:
-        raise ConfigError(f"--interval must be positive, got {interval_s:g}")
+    if not 0 < interval_s <= _MAX_INTERVAL_S:
+        raise ConfigError(f"--interval must be positive and at most {_MAX_INTERVAL_S:.0f}, got {interval_s:g}")
     look = _looker(source, prefixes)
     first = look()
     if as_json:
-        print(json.dumps(first))
+        print_json(first)
         return
-    view = _View(str(source), first)
+    picture = _picture(source, first)
     if once:
-        Console().print(_render(view))
+        open_console().print(picture)
         return
-    with suppress(KeyboardInterrupt), Live(_render(view), console=Console(), screen=True, auto_refresh=False) as live:
+    with (
+        suppress(KeyboardInterrupt),
+        Live(picture, console=open_console(), screen=True, auto_refresh=False) as live,
+    ):
         before, seen_at = first, time.monotonic()
         while True:
             time.sleep(interval_s)
             try:
                 status, now = look(), time.monotonic()
+                picture = _picture(source, status, before, now - seen_at)
             except TierKVError as exc:  # it may be restarting: keep the last picture and say so
-                live.update(Group(_render(view), Text(f"{exc}", style="red")), refresh=True)
+                live.update(Group(picture, Text(visible(str(exc)), style="red")), refresh=True)
                 continue
-            view = _View(str(source), status, now - seen_at, _changes(before, status))
             before, seen_at = status, now
-            live.update(_render(view), refresh=True)
+            live.update(picture, refresh=True)
+
+
+def _picture(source: Source, status: _Status, before: _Status | None = None, span_s: float = 0.0) -> RenderableType:
+    """Return what is shown of a status. Raises ConfigError for one that no cache of ours has written."""
+    try:
+        changes = _changes(before, status) if before else {}
+        return _render(_View(str(source), status, span_s, changes))
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as exc:
+        raise ConfigError(f"what {source} says is not the status of a tierkv cache") from exc
 
 
 def _looker(source: Source, prefixes: int) -> Callable[[], _Status]:
@@ -113,32 +129,40 @@ def _looker(source: Source, prefixes: int) -> Callable[[], _Status]:
 
 
 def _status_address(url: str) -> str:
-    """Return the address of /status; the user may give the server's, or that of /metrics."""
-    if not url.startswith(("http://", "https://")):
-        url = f"http://{url}"
-    return url.rstrip("/").removesuffix("/metrics").removesuffix("/status") + "/status"
+    """Return the address of /status; the user may give the server's, or that of /metrics. Raises ConfigError."""
+    address = url if "://" in url else f"http://{url}"
+    try:
+        parts = urllib.parse.urlsplit(address)
+        is_address = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        address.encode("ascii")
+    except ValueError:  # a port beyond 65535, a bracket that is not closed, a sign that no address has
+        is_address = False
+    if not is_address:
+        raise ConfigError(f"{url!a} is not an address such as http://localhost:9400")
+    return address.rstrip("/").removesuffix("/metrics").removesuffix("/status") + "/status"
 
 
 def _fetch(address: str) -> _Status:
     try:
         with urllib.request.urlopen(address, timeout=_TIMEOUT_S) as answer:  # http(s) only, checked above
-            status: Any = json.loads(answer.read())
-    except (urllib.error.URLError, OSError) as exc:
+            status: Any = json.loads(answer.read(_LIMIT_BYTES))
+    except (urllib.error.URLError, OSError, http.client.HTTPException) as exc:
         reason = getattr(exc, "reason", exc)
         raise ConfigError(
             f"nothing answers at {address}: {reason}",
             hint="a process answers with tierkv.profiling.metrics.serve_metrics(cache, port)",
         ) from exc
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise ConfigError(f"what answers at {address} is not tierkv: {exc}") from exc
-    if not isinstance(status, dict) or "tiers" not in status:
+    if not isinstance(status, dict) or not isinstance(status.get("tiers"), dict):
         raise ConfigError(f"what answers at {address} is not tierkv")
     found: _Status = status
     return found
 
 
 def _cut(status: _Status, prefixes: int) -> _Status:
-    return {**status, "prefixes": status.get("prefixes", [])[:prefixes]}
+    found = status.get("prefixes")
+    return {**status, "prefixes": found[:prefixes] if isinstance(found, list) else []}
 
 
 def _look_at_daemon(socket: Path, prefixes: int) -> _Status:
@@ -230,7 +254,7 @@ def _headline(view: _View) -> Text:
         lines.append(f"a daemon with {status['clients']:,} clients: {counted or 'nothing asked yet'}")
     else:
         lines.append(f"a store on disk, {format_bytes(status['bytes_file'])} of files")
-    return Text("\n".join(lines))
+    return Text(visible("\n".join(lines)))
 
 
 def _tier_table(view: _View) -> Table:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import heapq
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tierkv.errors import ConfigError
+from tierkv.files import read_text
 
 __all__ = ["Request", "Trace", "belady_hits", "read_trace"]
 
 _NEVER = 1 << 62
+_LIMIT_BYTES = 2 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +60,12 @@ def read_trace(path: Path, *, block_size: int = 512) -> Trace:
     A number that appears after different blocks stands for different blocks: the prefix is what is cached.
     Raises ConfigError that names the line.
     """
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as exc:
-        raise ConfigError(f"cannot read {path}: {exc}") from exc
+    lines = read_text(path, limit_bytes=_LIMIT_BYTES).split("\n")  # JSON has other ends of lines inside its texts
     numbers: dict[tuple[int, int], int] = {}
     requests = [
-        _parse(line, f"{path}, line {at}", numbers, block_size) for at, line in enumerate(lines, 1) if line.strip()
+        _parse(line, f"{path}, line {at}", numbers, block_size)
+        for at, line in enumerate(lines, 1)
+        if line.strip(" \t\r")
     ]
     if not any(request.blocks for request in requests):
         raise ConfigError(f"{path} holds no request with blocks")
@@ -76,9 +78,11 @@ def _parse(line: str, where: str, numbers: dict[tuple[int, int], int], block_siz
         fields: Any = json.loads(line)
         ids, time_ms = fields["hash_ids"], float(fields.get("timestamp", 0))
         num_tokens = int(fields.get("input_length") or 0)
-    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as exc:
         raise ConfigError(f'{where}: not a request such as {{"timestamp": 0, "hash_ids": [1, 2]}}') from exc
-    if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
+    if not math.isfinite(time_ms):
+        raise ConfigError(f"{where}: the timestamp must be a finite number")
+    if not isinstance(ids, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
         raise ConfigError(f"{where}: hash_ids must be a list of integers")
     blocks: list[int] = []
     for number in ids:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from rich.console import Console
 from rich.table import Table
 
 from tierkv.block import hash_block
@@ -16,6 +14,7 @@ from tierkv.eviction import CacheBlock
 from tierkv.policies.hazard import NUM_BUCKETS, buckets_of, hazards
 from tierkv.policies.lanes import LanePolicy
 from tierkv.policies.learned import FEATURES, LearnedModel, features_of
+from tierkv.tools.render import open_console, print_json, visible
 from tierkv.tools.traces import Trace, read_trace
 
 __all__ = ["fit_model", "train_policy"]
@@ -34,15 +33,17 @@ def train_policy(path: Path, out: Path, *, block_size: int, seed: int, as_json: 
     model, summary = fit_model(trace, seed=seed)
     model.save(out)
     if as_json:
-        print(json.dumps({"out": str(out), **summary, "weights": dict(zip(FEATURES, model.weights, strict=True))}))
+        print_json({"out": str(out), **summary, "weights": dict(zip(FEATURES, model.weights, strict=True))})
         return
-    table = Table(title=f"{trace.name}, {summary['uses']:,.0f} uses; written to {out}", show_header=False)
+    table = Table(
+        title=f"{visible(trace.name)}, {summary['uses']:,.0f} uses; written to {visible(str(out))}", show_header=False
+    )
     for name, weight in zip(FEATURES, model.weights, strict=True):
         table.add_row(name, f"{weight:+.3f}")
     table.add_row("horizon", f"{summary['horizon_s']:.0f} s")
     table.add_row("log loss, held out", f"{summary['log_loss']:.4f}")
     table.add_row("of a constant guess", f"{summary['log_loss_constant']:.4f}")
-    Console().print(table)
+    open_console().print(table)
 
 
 def fit_model(trace: Trace, *, seed: int) -> tuple[LearnedModel, dict[str, float]]:

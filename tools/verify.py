@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from tierkv.errors import CorruptBlockError
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_check import VerifyReport
-from tierkv.tools.render import format_bytes
+from tierkv.tools.render import format_bytes, open_console, print_json, visible
 from tierkv.tools.stores import open_existing
 
 __all__ = ["verify"]
@@ -28,7 +26,10 @@ def verify(store_path: Path, *, repair: bool, as_json: bool) -> bool:
             report = _with_progress(store, repair=repair)
             set_aside = str(store.damaged) if store.damaged else None
     except CorruptBlockError as exc:
-        print(json.dumps({"sound": False, "problem": str(exc)}) if as_json else str(exc))
+        if as_json:
+            print_json({"sound": False, "problem": str(exc)})
+        else:
+            print(visible(str(exc)))
         return False
     summary = {
         "sound": report.is_sound,
@@ -42,14 +43,14 @@ def verify(store_path: Path, *, repair: bool, as_json: bool) -> bool:
         "set_aside": set_aside,
     }
     if as_json:
-        print(json.dumps(summary))
+        print_json(summary)
     else:
         _print(report, set_aside, repair=repair)
     return report.is_sound or repair
 
 
 def _with_progress(store: ColdStore, *, repair: bool) -> VerifyReport:
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with Progress(console=open_console(stderr=True), transient=True) as progress:
         task = progress.add_task("verifying", total=None)
         return store.verify(
             repair=repair, progress=lambda done, total: progress.update(task, completed=done, total=total)
@@ -57,7 +58,7 @@ def _with_progress(store: ColdStore, *, repair: bool) -> VerifyReport:
 
 
 def _print(report: VerifyReport, set_aside: str | None, *, repair: bool) -> None:
-    console = Console(markup=False)
+    console = open_console()
     if report.damaged:
         table = Table(title="damaged blocks")
         table.add_column("block", no_wrap=True)
@@ -66,7 +67,7 @@ def _print(report: VerifyReport, set_aside: str | None, *, repair: bool) -> None
             table.add_row(block_hash.hex(), reason)
         console.print(table)
     if report.problem:
-        console.print(report.problem)
+        console.print(visible(report.problem))
     if set_aside:
         console.print(f"the data file was damaged: what could be saved was, the rest is {set_aside}")
     console.print(f"{report.blocks} blocks, {format_bytes(report.stored_bytes)} sound, {len(report.damaged)} damaged")

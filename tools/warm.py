@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator
@@ -10,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -22,7 +20,7 @@ from tierkv.errors import CapacityError, StoreError
 from tierkv.storage.cold import ColdStore
 from tierkv.tools.daemon import evicted_of, store_of
 from tierkv.tools.options import EngineOptions, open_engine
-from tierkv.tools.render import format_bytes
+from tierkv.tools.render import format_bytes, open_console, print_json, visible
 from tierkv.tools.stores import open_existing, require_place
 
 __all__ = ["warm"]
@@ -62,7 +60,7 @@ def warm(path: Path, options: EngineOptions, *, lines: bool, pin: bool, dry_run:
     elif not dry_run:
         require_place(options.store, min_free_bytes=options.min_free_bytes)
     evicted_before = evicted_of(options.socket) if options.socket else 0
-    errors = Console(stderr=True)
+    errors = open_console(stderr=True)
     with open_engine(options, os.environ) as runner:
         started = time.perf_counter()
         if runner.cache.cold and not dry_run:
@@ -99,9 +97,9 @@ def warm(path: Path, options: EngineOptions, *, lines: bool, pin: bool, dry_run:
             summary.blocks_evicted = evicted_of(options.socket) - evicted_before
         summary.seconds = time.perf_counter() - started
     if as_json:
-        print(json.dumps({**asdict(summary), "seconds": round(summary.seconds, 6)}))
+        print_json({**asdict(summary), "seconds": round(summary.seconds, 6)})
     else:
-        Console().print(_table(summary, dry_run))
+        open_console().print(_table(summary, dry_run))
     if too_large:
         raise _refusal({i + 1: (requests[i], len(all_prompts[i])) for i in too_large}, len(requests), runner)
     if missing:
@@ -142,9 +140,9 @@ def _refusal(refused: dict[int, tuple[PromptRequest, int]], num_prompts: int, ru
 
 
 def _first_words(request: PromptRequest) -> str:
-    texts = [request.system, *(str(message.get("content", "")) for message in request.messages)]
+    texts = [request.system, *(str(message.get("content") or "") for message in request.messages)]
     words = " ".join(texts).split()
-    text = " ".join(words[:_NUM_WORDS])[:60]
+    text = visible(" ".join(words[:_NUM_WORDS])[:60])
     return f'"{text} ..."' if text else "no text"
 
 

@@ -326,12 +326,13 @@ def test_two_block_sizes_in_one_command_are_refused(tierkv: Run, tmp_path: Path,
         (["run", "x", "--block-size", "1000000000"], "lower --block-size"),
         (["run", "x", "--block-size", "60000"], "raise --warm, or lower --block-size"),
         (["run", "x", "--device", "meta"], "say cpu or cuda"),
-        (["run", "x", "--cold", "999999999T"], "cannot be opened"),
+        (["run", "x", "--cold", "999999999T"], "too large a size"),
+        (["run", "x", "--cold", "999999T"], "cannot be opened"),
         (["run", "x", "--warm", "999999T"], "lower --warm"),
         (["run", "x", "--hot", "999999T"], "lower --hot"),
         (["run", "x", "--store", "/dev/null"], "choose another --store"),
         (["run", "x", "--store", "a\udcff"], "cannot be opened"),  # what is no UTF-8 arrives like this
-        (["load", "."], "Is a directory"),
+        (["load", "."], "a directory"),
     ],
 )
 def test_words_that_make_no_command_are_refused(

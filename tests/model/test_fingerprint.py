@@ -7,9 +7,10 @@ import torch
 from tiny_models import make_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tierkv.engine.embedded_model import write_embedded_model
 from tierkv.engine.fingerprint import namespace_of, weights_digest
 from tierkv.engine.gate import probe_layout
-from tierkv.engine.models import load_model, write_embedded_model
+from tierkv.engine.models import load_model
 from tierkv.errors import ConfigError, UnsupportedModelError
 from tierkv.namespace import differing_fields
 

@@ -1,33 +1,24 @@
-"""Loading a model and its tokenizer: any Hugging Face decoder by directory or name, or the embedded one.
-
-The embedded model is small and random: it says nothing of use, but it is a real checkpoint, written once and
-loaded as any other, so that every command works offline on a laptop.
-"""
+"""Loading a model and its tokenizer: any Hugging Face decoder by directory or name, or the embedded one."""
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
-import shutil
-import tempfile
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tierkv.errors import ConfigError, UnsupportedModelError
+from tierkv.engine.embedded_model import EMBEDDED, find_embedded_model, ready_embedded_model
+from tierkv.engine.transformers_import import import_transformers
+from tierkv.errors import ConfigError, StoreError, UnsupportedModelError
+from tierkv.files import open_regular, user_path
 
 __all__ = ["EMBEDDED", "LoadedModel", "load_model", "load_tokenizer", "split_model"]
 
-EMBEDDED = "embedded"
-_EMBEDDED_VERSION = 1
-_SEED = 20_260
-_SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-_CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+_MODEL_SUFFIXES = (".json", ".safetensors", ".bin", ".pt", ".model", ".txt", ".jinja", ".gguf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,34 +31,53 @@ class LoadedModel:
 
 
 def load_model(
-    name: str | None, *, cache_dir: Path, device: str | None = None, dtype: str | None = None
+    name: str | None, *, cache_dir: Path | None = None, device: str | None = None, dtype: str | None = None
 ) -> LoadedModel:
-    """Load a model for inference; None or "embedded" is the embedded one, kept under `cache_dir`.
+    """Load a model for inference; None or "embedded" is the embedded one, which is kept under `cache_dir`.
 
     device: CUDA where there is one, else the CPU. dtype: bfloat16 on CUDA, the checkpoint's own on a CPU.
-    Raises ConfigError, in one line, for an unknown model, device or dtype.
+    Raises ConfigError, in one line, for an unknown device or dtype and for a model that is unknown or damaged, also
+    where its files lack weights: Transformers would fill them with random numbers.
     """
-    transformers = _transformers()
+    transformers = import_transformers()
     target = _device(device)
     path = _path_of(name, cache_dir)
     options = {"dtype": _dtype(dtype, target)}
     try:
         config = transformers.AutoConfig.from_pretrained(path)
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, config=config, **options)
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            path, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as exc:
-        raise ConfigError(f"cannot load the model {name!r}: {_first_line(exc)}") from exc
-    return LoadedModel(model.to(target).eval(), tokenizer, name or EMBEDDED)
+        model = model.to(target).eval()
+    except Exception as exc:  # a model's files make Transformers and its libraries raise anything
+        raise ConfigError(f"cannot load the model {name or EMBEDDED!r}: {_first_line(exc)}") from exc
+    if fault := _fault_of(found, tokenizer):
+        raise ConfigError(f"cannot load the model {name or EMBEDDED!r}: {fault}")
+    return LoadedModel(model, tokenizer, name or EMBEDDED)
 
 
-def load_tokenizer(name: str, *, cache_dir: Path) -> Any | None:
-    """Return the tokenizer of a model that is already on this machine, or None if it is not."""
-    path = _embedded_path(cache_dir) if name in ("", EMBEDDED) else Path(name)
-    if not path.is_dir():
+def _fault_of(found: dict[str, Any], tokenizer: Any) -> str | None:
+    """Return what is wrong with a model that Transformers has loaded all the same, filling the gaps by itself."""
+    for kind, what in (("missing_keys", "are not in its files"), ("mismatched_keys", "have not the shape it says")):
+        names = sorted(str(key[0]) if isinstance(key, tuple) else str(key) for key in found.get(kind) or ())
+        if names:
+            return f"{len(names)} of its weights, {names[0]} the first, {what}"
+    if not tokenizer.encode("a word", add_special_tokens=False):
+        return "its tokenizer knows no token (is tokenizer.json missing?)"
+    return None
+
+
+def load_tokenizer(name: str, *, cache_dir: Path | None) -> Any | None:
+    """Return the tokenizer of a model that is already on this machine, or None if it is not, or cannot be read."""
+    path: Path | None = Path(name)
+    if name in ("", EMBEDDED):
+        path = find_embedded_model(cache_dir) if cache_dir else None
+    if path is None or not os.path.isdir(path):
         return None
     try:
-        return _transformers().AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError):
+        return import_transformers().AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except Exception:  # noqa: BLE001 - as in load_model; the caller can do without
         return None
 
 
@@ -79,7 +89,7 @@ def split_model(model: Any) -> Any:
     `distributed_config`. Raises ConfigError without a process group or where the model is on another device than this
     process', UnsupportedModelError for a model without a plan.
     """
-    transformers = _transformers()
+    transformers = import_transformers()
     name = type(model).__name__
     if not (hasattr(model, "prepare_distribute_model") and hasattr(model, "maybe_distribute_model")):
         raise ConfigError(f"Transformers {transformers.__version__} cannot split a loaded {name}", hint="5.17 can")
@@ -140,99 +150,33 @@ def _set_parameter(model: Any, name: str, parameter: torch.nn.Parameter) -> None
     setattr(model.get_submodule(module_name), attribute, parameter)
 
 
-def write_embedded_model(path: Path) -> None:
-    """Write the embedded model's checkpoint into a directory: seeded, so the same on every machine."""
-    transformers = _transformers()
-    tokenizer = _byte_tokenizer(transformers)
-    config = transformers.Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=6,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=65_536,
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
-        pad_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
-        dtype="float32",
-    )
-    model = transformers.Qwen3ForCausalLM(config)
-    generator = torch.Generator().manual_seed(_SEED)
-    with torch.no_grad():
-        for parameter_name, parameter in sorted(model.named_parameters()):
-            if parameter.dim() > 1:  # norms keep their ones
-                scale = 1.0 if "embed" in parameter_name else parameter.shape[1] ** -0.5
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
-
-
-def _byte_tokenizer(transformers: Any) -> Any:
-    """Return a tokenizer of one token a byte, with the special tokens and the template of ChatML."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    wrapped = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=_SPECIAL_TOKENS,
-        clean_up_tokenization_spaces=False,
-    )
-    wrapped.chat_template = _CHAT_TEMPLATE
-    return wrapped
-
-
-def _embedded_path(cache_dir: Path) -> Path:
-    return cache_dir / f"embedded-model-{_EMBEDDED_VERSION}"
-
-
-def _path_of(name: str | None, cache_dir: Path) -> str:
-    if name is not None and name != EMBEDDED:
-        if not name:
-            raise ConfigError("the model has no name")
-        path = Path(name).expanduser()
-        if path.exists() and not (path / "config.json").is_file():
+def _path_of(name: str | None, cache_dir: Path | None) -> str:
+    """Return what Transformers loads: a directory, or a name of the hub. Raises ConfigError."""
+    if name is None or name == EMBEDDED:
+        if cache_dir is None:
+            raise ConfigError("the embedded model needs a cache_dir to be kept in")
+        return str(ready_embedded_model(cache_dir))
+    if not name:
+        raise ConfigError("the model has no name")
+    path = user_path(name)
+    try:
+        if not stat.S_ISDIR(path.stat().st_mode):
+            raise ConfigError(f"{name} is no model: it is not a directory")
+        files = {entry.name: entry.path for entry in os.scandir(path) if not entry.is_dir()}
+        if "config.json" not in files:
             raise ConfigError(f"{name} is no model: it has no config.json")
-        if path.is_absolute() and not path.exists():
-            raise ConfigError(f"there is no model at {name}")
-        return str(path) if path.exists() else name
-    target = _embedded_path(cache_dir)
-    if not (target / "config.json").is_file():
-        _write_atomically(target)
-    return str(target)
-
-
-def _write_atomically(target: Path) -> None:
-    """Write the embedded model beside its place and rename it there; who comes second uses the first one's."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        for file in files.values():
+            if file.endswith(_MODEL_SUFFIXES):
+                os.close(open_regular(file))  # Transformers would wait for a FIFO, and does not always name its file
+    except (FileNotFoundError, NotADirectoryError):
+        if path.is_absolute():
+            raise ConfigError(f"there is no model at {name}") from None
+        return name
     except OSError as exc:
-        raise ConfigError(f"cannot write the embedded model to {target.parent}: {exc.strerror}") from exc
-    try:
-        write_embedded_model(temporary)
-        os.rename(temporary, target)
-    except OSError as exc:
-        if not (target / "config.json").is_file():
-            raise ConfigError(f"cannot write the embedded model to {target}: {exc.strerror}") from exc
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _transformers() -> Any:
-    if importlib.util.find_spec("transformers") is None:
-        raise ConfigError("running a model needs transformers", hint="pip install 'tierkv[hf]'")
-    transformers = importlib.import_module("transformers")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    return transformers
+        raise ConfigError(f"cannot read the model {name}: {exc.filename or path}: {exc.strerror}") from exc
+    except StoreError as exc:
+        raise ConfigError(f"cannot read the model {name}: {exc}") from exc
+    return str(path)
 
 
 def _device(name: str | None) -> torch.device:
@@ -260,4 +204,6 @@ def _dtype(name: str | None, device: torch.device) -> Any:
 
 def _first_line(exc: BaseException) -> str:
     lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
+    if lines and lines[0].endswith(":"):
+        return " ".join(lines[:2])
     return lines[0] if lines else type(exc).__name__

@@ -13,7 +13,7 @@ import numpy as np
 
 from tierkv.errors import ConfigError, StoreError
 from tierkv.eviction import CacheBlock
-from tierkv.files import open_regular
+from tierkv.files import open_regular, write_whole
 from tierkv.policies.hazard import NUM_BUCKETS, hit_densities
 from tierkv.policies.lanes import LanePolicy
 
@@ -55,9 +55,10 @@ class LearnedModel:
     def save(self, path: Path) -> None:
         """Write the model as JSON. Raises ConfigError."""
         try:
-            path.write_text(json.dumps({"format": _FORMAT, "features": FEATURES, **asdict(self)}) + "\n", "utf-8")
+            text = json.dumps({"format": _FORMAT, "features": FEATURES, **asdict(self)}) + "\n"
+            write_whole(path, text.encode())
         except OSError as exc:
-            raise ConfigError(f"cannot write {path}: {exc}") from exc
+            raise ConfigError(f"cannot write {path}: {exc.strerror}") from exc
 
     @staticmethod
     def load(path: Path) -> LearnedModel:

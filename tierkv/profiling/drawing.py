@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tierkv.errors import ConfigError
+from tierkv.files import write_whole
 from tierkv.profiling.charts import COLORS, Chart
 
 __all__ = ["can_draw", "require_matplotlib", "save_png", "svg_of"]
@@ -63,7 +64,9 @@ def save_png(path: Path, title: str, charts: Sequence[Chart], *, heights: Sequen
     rows = figure.subplots(len(charts), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, chart in zip(rows, charts, strict=True):
         _draw(axes, chart)
-    figure.savefig(path, format="png")
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    write_whole(path, image.getvalue())
 
 
 def _draw(axes: Any, chart: Chart) -> None:

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tierkv.block import Tier
-from tierkv.errors import ConfigError
-from tierkv.files import check_path
+from tierkv.files import check_path, write_whole
 from tierkv.profiling.advice import EvictionSummary, Suggestion
 from tierkv.profiling.chrome_trace import trace_of
 from tierkv.profiling.profile import MemorySnapshot
@@ -47,18 +46,12 @@ class MemoryReport:
 
     def save_html(self, path: str | Path) -> Path:
         """Write one page that needs nothing else: no network, no script. Return its path."""
-        return _write(path, render_page(self.run))
+        target = check_path(path)
+        write_whole(target, render_page(self.run).encode(errors="backslashreplace"))  # a path need not be Unicode
+        return target
 
     def export_trace(self, path: str | Path) -> Path:
         """Write the run as Chrome trace events, for ui.perfetto.dev or chrome://tracing. Return the path."""
-        return _write(path, json.dumps(trace_of(self.run)))
-
-
-def _write(path: str | Path, text: str) -> Path:
-    """Write a file of text. Raises ConfigError where that cannot be done."""
-    target = check_path(path)
-    try:
-        target.write_text(text, encoding="utf-8", errors="backslashreplace")
-    except OSError as exc:
-        raise ConfigError(f"cannot write {target}: {exc.strerror}") from exc
-    return target
+        target = check_path(path)
+        write_whole(target, json.dumps(trace_of(self.run)).encode())
+        return target

@@ -1,0 +1,127 @@
+"""Standard input, output and error as a command needs them: open, and able to take every text."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from typing import Any, TextIO
+
+from tierkv.errors import TierKVError
+
+__all__ = ["OutputError", "standard_streams", "visible"]
+
+_REPLACE = "tierkv-replace"
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
+
+
+class OutputError(TierKVError):
+    """Standard output cannot be written. is_reader_gone: it is a pipe that nothing reads any more."""
+
+    def __init__(self, reason: str, *, is_reader_gone: bool = False) -> None:
+        super().__init__(f"the output cannot be written: {reason}")
+        self.is_reader_gone = is_reader_gone
+
+
+@contextmanager
+def standard_streams() -> Iterator[None]:
+    """Make the three streams safe for the body of a with statement.
+
+    - A closed descriptor 0, 1 or 2 becomes /dev/null. Otherwise the next file that the process opens gets this
+      number, and a message that some library prints goes into the store.
+    - Standard output prints "?" for a character that its encoding does not have, and the bytes of a path that
+      are not UTF-8 as they are. Its failures are OutputError, so that no other file's error is taken for one.
+    - Standard error escapes what its encoding does not have. Its failures are ignored.
+    """
+    _open_descriptors()
+    codecs.register_error(_REPLACE, _replacement)
+    _set_errors(sys.stdout, _REPLACE)
+    _set_errors(sys.stderr, "backslashreplace")
+    with redirect_stdout(_Output(sys.stdout)), redirect_stderr(_Diagnostics(sys.stderr)):
+        yield
+
+
+def visible(text: str) -> str:
+    """Return a text from elsewhere (a prompt, a name, a path) with its control characters escaped, for a terminal."""
+    return text.translate(_CONTROLS)
+
+
+class _Output:
+    """A text stream whose failures are OutputError. stream: None where the descriptor was closed."""
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream or io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="replace")
+        self._is_closed = stream is None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write a text. Raises OutputError."""
+        if self._is_closed:
+            return self._failed("standard output is closed", is_reader_gone=False)
+        try:
+            return self._stream.write(text)
+        except (OSError, ValueError) as exc:
+            return self._failed(_reason(exc), is_reader_gone=isinstance(exc, BrokenPipeError))
+
+    def writelines(self, lines: Iterator[str]) -> None:
+        """Write texts. Raises OutputError."""
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        """Hand what is buffered to the system. Raises OutputError."""
+        try:
+            self._stream.flush()
+        except (OSError, ValueError) as exc:
+            self._failed(_reason(exc), is_reader_gone=isinstance(exc, BrokenPipeError))
+
+    def _failed(self, reason: str, *, is_reader_gone: bool) -> int:
+        self._discard()
+        raise OutputError(reason, is_reader_gone=is_reader_gone)
+
+    def _discard(self) -> None:
+        """Send what the stream still holds nowhere, instead of failing once more when Python ends."""
+        with suppress(OSError, ValueError):
+            number = self._stream.fileno()
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, number)
+            os.close(null)
+
+
+class _Diagnostics(_Output):
+    """Standard error: what cannot be written is dropped."""
+
+    def _failed(self, _reason: str, *, is_reader_gone: bool) -> int:
+        if not self._is_closed:
+            self._discard()
+        return 0
+
+
+def _reason(exc: OSError | ValueError) -> str:
+    return (exc.strerror if isinstance(exc, OSError) else None) or str(exc) or type(exc).__name__
+
+
+def _open_descriptors() -> None:
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free, so this one
+
+
+def _set_errors(stream: TextIO | None, errors: str) -> None:
+    if isinstance(stream, io.TextIOWrapper):
+        with suppress(OSError, ValueError):
+            stream.reconfigure(errors=errors)
+
+
+def _replacement(exc: UnicodeError) -> tuple[str | bytes, int]:
+    """Encode one character that an encoding does not have: a byte of a path as this byte, anything else as "?"."""
+    assert isinstance(exc, UnicodeEncodeError)
+    code = ord(exc.object[exc.start])
+    return (bytes([code - 0xDC00]) if 0xDC80 <= code <= 0xDCFF else "?"), exc.start + 1

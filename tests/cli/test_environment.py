@@ -245,7 +245,7 @@ def test_what_answers_like_no_cache_is_refused(command: Command, answer: Callabl
     for data in (
         *(b"", b"\xff", b"[" * 100_000, b"5", b'{"tiers": 5}', b'{"tiers": {"hot": 5}}', b'{"tiers": {"hot": {}}}'),
         *(b'{"tiers": {}, "prefixes": [5], "bytes_file": 1}', b'{"tiers": {}}', b"HTTP/1.1 nonsense\r\n\r\n"),
-        *(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{}"),
+        b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{}",
     ):
         refused = command("top", "--once", "--url", answer(data))
         assert refused.code == 2 and refused.err.count("\n") == 1 and not refused.out, data

@@ -14,6 +14,8 @@ from child_process import ENVIRONMENT
 
 from tierkv.layout import BlockLayout
 from tierkv.namespace import Namespace
+from tierkv.policies.hazard import NUM_BUCKETS
+from tierkv.policies.learned import FEATURES, LearnedModel
 from tierkv.storage.cold import ColdStore
 from tierkv.tools import cli, stats, verify
 from tierkv.tools.render import print_json
@@ -84,8 +86,11 @@ def test_a_name_is_shown_as_it_is_and_steers_no_terminal(stored: Command, monkey
 def test_paths_that_look_like_markup_or_are_not_utf8_are_printed(command: Command, tmp_path: Path) -> None:
     name = "[b] :smile:\udcff"
     (tmp_path / name).write_text('{"hash_ids": [1, 2, 3]}\n')
-    shown = command("replay", name, "--policy", "lru", "--capacity", 1)
-    assert shown.code == 0 and name in shown.out
+    policy = tmp_path / "[i] [/b]"
+    policy.parent.mkdir()
+    LearnedModel(weights=(0.0,) * len(FEATURES), bias=0.0, edges=(), chances=((0.5,) * NUM_BUCKETS,)).save(policy)
+    shown = command("replay", name, "--policy", "learned:[i] [/b]", "--capacity", 1)
+    assert shown.code == 0 and name in shown.out and "[i] [/b]" in shown.out, shown.err
     with ColdStore(tmp_path / "[b]s[/i]", quota_bytes=64 << 20, min_free_bytes=0):
         pass
     assert "[b]s[/i]" in command("stats", "--store", "[b]s[/i]").out
@@ -124,7 +129,8 @@ sys.exit(code)
 def child(shell: str, *, times: int = 1, before: str = "") -> subprocess.CompletedProcess[str]:
     program = PROGRAM.format(times=times, before=before)
     words = ["bash", "-c", f'set -o pipefail; "$0" -c "$1" {shell}', sys.executable, program]
-    return subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False)
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
 @pytest.mark.parametrize(

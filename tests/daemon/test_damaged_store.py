@@ -64,10 +64,16 @@ class BusyStore:
         return []
 
 
+class BlockToWrite:
+    """What the write thread asks of a published block that the store has already."""
+
+    entry = SimpleNamespace(block_hash=b"h" * 16)
+
+
 def test_the_daemons_write_thread_waits_once_for_a_busy_store() -> None:
     store = BusyStore()
     core = SimpleNamespace(finish_write=lambda *_, **__: None)
-    write = SimpleNamespace(entry=SimpleNamespace(block_hash=b"h" * 16))
+    write = BlockToWrite()
 
     async def use() -> None:
         with ThreadPoolExecutor(1) as threads:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 from cold_blocks import damage_record
 from daemon_process import OpenCache, Start
 from pattern_engine import PatternEngine
 from test_life_and_death import eventually
 
+from tierkv.daemon.store_writer import StoreWriter
+from tierkv.errors import StoreBusyError
 from tierkv.storage.cold import ColdStore
+from tierkv.storage.outcomes import PutOutcome
+from tierkv.storage.record import EncodedRecord
 
 PROMPT = list(range(12))
 QUOTA = 64 << 20
@@ -35,3 +42,46 @@ def test_a_damaged_block_leaves_the_store_although_nobody_writes(
     with ColdStore(short_path / "store", quota_bytes=QUOTA, read_only=True) as store:
         eventually(lambda: [store.contains(each) for each in hashes] == [True, False, False])
         store.check()
+
+
+class BusyStore:
+    """A store that somebody else keeps: each call that writes would wait."""
+
+    is_due = True
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def contains(self, block_hash: bytes) -> bool:
+        return True
+
+    def tend(self) -> None:
+        self.calls.append("tend")
+        raise StoreBusyError("another process is writing")
+
+    def put(self, records: list[EncodedRecord]) -> list[PutOutcome]:
+        self.calls.append("put")
+        return []
+
+
+class BlockToWrite:
+    """What the write thread asks of a published block that the store has already."""
+
+    entry = SimpleNamespace(block_hash=b"h" * 16)
+
+
+def test_the_daemons_write_thread_waits_once_for_a_busy_store() -> None:
+    store = BusyStore()
+    core = SimpleNamespace(finish_write=lambda *_, **__: None)
+    write = BlockToWrite()
+
+    async def use() -> None:
+        with ThreadPoolExecutor(1) as threads:
+            writer = StoreWriter(core, store, None, threads)  # type: ignore[arg-type]
+            for work, calls in (([write], ["put"]), ([write, None], ["put"]), ([None], ["tend", "put"])):
+                store.calls.clear()
+                writer._write(work)
+                assert store.calls == calls
+            await asyncio.to_thread(writer.close)
+
+    asyncio.run(use())

@@ -36,7 +36,7 @@ class Layer:
 # Bottom to top. A new module gets its place here, in the lowest layer that lets it import what it needs.
 LAYERS = (
     Layer("rooms", "daemon remote ranks requests movers engine profiling"),  # the packages' own files: a docstring each
-    Layer("values", "errors files block layout namespace config stats events units prefill open_calls"),
+    Layer("values", "errors locks files block layout namespace config stats events units prefill open_calls"),
     # Siblings: they know the values and not each other; only the mover also knows the memory that it moves.
     Layer(
         "control",

@@ -12,6 +12,7 @@ from enum import IntEnum
 from typing import Any, Generic, TypeVar
 
 from tierkv.errors import CapacityError, ClosedError, ConfigError
+from tierkv.locks import OwnedCondition
 
 __all__ = ["Priority", "PriorityThreads", "Ticket", "WorkQueue"]
 
@@ -59,7 +60,7 @@ class WorkQueue(Generic[Item]):
         self._at_the_door: dict[Priority, deque[Ticket[Item]]] = {each: deque() for each in Priority}
         self._taken_back: set[Ticket[Item]] = set()
         self._is_closed = False
-        self._changed = threading.Condition()
+        self._changed = OwnedCondition()
 
     def __len__(self) -> int:
         return sum(map(len, self._lanes.values()))
@@ -128,6 +129,7 @@ class WorkQueue(Generic[Item]):
 
         The caller holds the lock.
         """
+        assert self._changed.is_owned()
         line = self._at_the_door[ticket.priority]
         line.append(ticket)
         try:
@@ -139,10 +141,14 @@ class WorkQueue(Generic[Item]):
             self._changed.notify_all()
 
     def _has_room(self, ticket: Ticket[Item]) -> bool:
+        """Tell whether one more item is within the bounds; the caller holds the lock."""
+        assert self._changed.is_owned()
         lane, num_bytes = self._lanes[ticket.priority], self._bytes[ticket.priority] + ticket.num_bytes
         return len(lane) < self._max_entries and (self._max_bytes is None or num_bytes <= self._max_bytes)
 
     def _pop(self) -> Ticket[Item] | None:
+        """Take the item whose turn it is, if there is one; the caller holds the lock."""
+        assert self._changed.is_owned()
         waiting = [each for each in Priority if self._lanes[each]]
         if not waiting:
             return None
@@ -155,6 +161,8 @@ class WorkQueue(Generic[Item]):
         return ticket
 
     def _remove(self, ticket: Ticket[Item]) -> None:
+        """Take an item out; the caller holds the lock."""
+        assert self._changed.is_owned()
         del self._lanes[ticket.priority][ticket]
         self._bytes[ticket.priority] -= ticket.num_bytes
         self._taken_back.discard(ticket)

@@ -120,8 +120,11 @@ def test_a_policy_that_fails_in_the_write_thread_keeps_no_block_taken(
             return select(tier, count)
 
         monkeypatch.setattr(index, "select_victims", fail)
+        sequence = cache.acquire(PROMPT)
+        PatternEngine(cache).compute(sequence, 0)
         with cache._tiers.changed:  # so that the thread takes both in one batch, or the second after the first
-            cache.release(PatternEngine(cache).start(PROMPT))
+            cache.commit(sequence, len(PROMPT))
+            cache.release(sequence)
             assert cache._demoter.after_writes(called.set)
         assert called.wait(20)
         cache.check()
@@ -145,7 +148,8 @@ def test_what_no_tier_would_take_once_is_offered_again_when_it_comes_back_or_has
             cache.release(engine.start(prompt))
         else:
             user = cache.acquire([*prompt, 5])  # keeps it hot, but not from being written
-            cache._demoter.write_down(find(cache, prompt), cache._tiers.mover.mark())
+            with cache._tiers.changed:
+                cache._demoter.write_down(find(cache, prompt), cache._tiers.mover.mark())
             cache.flush()
             cache.release(user)
             cache.evict(Tier.WARM)
@@ -164,6 +168,7 @@ def start_and_demote(engine: PatternEngine, prompt: list[int]) -> None:
 
 def find(cache: TierCache, prompt: list[int]) -> Entry:
     """Return the entry of a prompt's only block."""
-    entry = cache._tiers.index.peek(cache.match(prompt).block_hashes[0])
+    with cache._tiers.changed:
+        entry = cache._tiers.index.peek(cache.match(prompt).block_hashes[0])
     assert entry
     return entry

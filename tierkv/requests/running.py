@@ -118,6 +118,7 @@ class RunningSequences:
 
     def avg_shared_blocks(self) -> float:
         """Return how many of its blocks a sequence shares with others, on average; the caller holds the lock."""
+        assert self._tiers.changed.is_owned()
         users = self._users()
         shared = sum(users[block] > 1 for sequence in self._sequences for block in sequence.block_table)
         return shared / len(self._sequences) if self._sequences else 0.0
@@ -127,12 +128,15 @@ class RunningSequences:
 
         The caller holds the lock, and has waited for writes, splits and copies in flight: they hold references too.
         """
+        assert self._tiers.changed.is_owned()
         users, hot = self._users(), self._tiers.index.hot
         for block_id in range(hot.capacity):
             held, count = hot.reference_count(block_id), users[block_id]
             assert held == count, f"block {block_id} has {count} users but a reference count of {held}"
 
     def _users(self) -> Counter[int]:
+        """Return how many running sequences use each block; the caller holds the lock."""
+        assert self._tiers.changed.is_owned()
         users: Counter[int] = Counter()
         for sequence in self._sequences:
             users.update(sequence.block_table)

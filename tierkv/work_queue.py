@@ -14,13 +14,14 @@ from typing import Any, Generic, TypeVar
 from tierkv.errors import CapacityError, ClosedError, ConfigError
 from tierkv.locks import OwnedCondition
 
-__all__ = ["Priority", "PriorityThreads", "Ticket", "WorkQueue"]
+__all__ = ["PATIENCE", "Priority", "PriorityThreads", "Ticket", "WorkQueue"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _MAX_JOBS = 4096
-_PATIENCE = 32
+PATIENCE = 32
+"""How many more urgent items go before one of a less urgent priority, where they never end."""
 
 
 class Priority(IntEnum):
@@ -178,7 +179,7 @@ class PriorityThreads:
     """
 
     def __init__(self, num_threads: int, *, name: str) -> None:
-        self._queue: WorkQueue[Callable[[], None]] = WorkQueue(max_entries=_MAX_JOBS, patience=_PATIENCE)
+        self._queue: WorkQueue[Callable[[], None]] = WorkQueue(max_entries=_MAX_JOBS, patience=PATIENCE)
         self._threads = [
             threading.Thread(target=self._run, name=f"{name}_{number}", daemon=True) for number in range(num_threads)
         ]

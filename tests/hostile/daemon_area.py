@@ -165,7 +165,7 @@ class Requests(Area):
                 if _is_said(data, m.Stop) or (isinstance(message, m.Wait) and message.timeout_ms != 1):
                     continue
                 later, answer = self._exchange(peer, reader, data, number if answered else 0)
-                if answered and later is None:
+                if later is None:
                     break
                 is_deep |= answer is not None and not isinstance(answer, m.Failure)
         return is_deep
@@ -181,7 +181,8 @@ class Requests(Area):
         except OSError:
             return None, None
         if not is_answered:
-            return (0 if not number and is_whole else None), None
+            is_as_sent = is_whole and not number and HEADER.unpack_from(data)[2] == 0
+            return (0 if is_as_sent else None), None
         deadline = time.monotonic() + _ANSWER_S
         while True:
             with contextlib.suppress(ProtocolError):

@@ -139,10 +139,12 @@ def run_cases(
     progress: mmap.mmap | None = None,
     case_bytes: int = CASE_BYTES,
     growth_bytes: int = GROWTH_BYTES,
+    on_hang: Callable[[Report], None] = lambda report: None,
 ) -> Report:
     """Run the cases of these numbers. A case beyond its deadline ends the process with HANG_EXIT.
 
-    progress: gets the number of each case before it begins, for whoever must name the case that ended this process.
+    on_hang: gets the report so far before that. progress: gets the number of each case before it begins, for the
+    process that must name the case that ended this one.
     """
     report = Report(area.name, seed)
     found: dict[tuple[str, str], Fault] = {}
@@ -155,6 +157,18 @@ def run_cases(
         kept = known.trace if known else trace
         text = known.what if known else what
         found[what.split(":")[0], place] = Fault(area.name, first, text, place, count, kept)
+
+    def hangs(number: int) -> None:
+        what = "hang: beyond its deadline" if number in numbers else "hang: it does not end after the last case"
+        note(number, what, area.name, "")
+        report.cases += number in numbers
+        on_hang(complete())
+
+    def complete() -> Report:
+        report.seconds = time.monotonic() - started
+        report.refused = dict(area.reached)
+        report.faults = sorted(found.values(), key=lambda fault: fault.number)
+        return report
 
     def work() -> None:
         warm_up, kept_bytes, num_fds = max(len(numbers) // 4, 1), 0, 0
@@ -185,13 +199,13 @@ def run_cases(
         if (more := len(os.listdir("/proc/self/fd")) - num_fds) > FD_GROWTH:
             note(numbers[-1], f"files: {more} left open after all cases", area.name, "")
 
+        watchdog.begin(numbers.stop)  # what ends it has a deadline too
+
     started = time.monotonic()
-    with logged, _Watchdog(area.name, seed, deadline_s) as watchdog, _bounded_memory():
+    with logged, _Watchdog(area.name, seed, deadline_s, hangs) as watchdog, _bounded_memory():
         area.around(work)
-    report.seconds = time.monotonic() - started
-    report.refused = dict(area.reached)
-    report.faults = sorted(found.values(), key=lambda fault: fault.number)
-    return report
+        watchdog.end()
+    return complete()
 
 
 def place_of(exc: BaseException) -> str:
@@ -272,8 +286,8 @@ class _LoggedErrors(logging.Handler):
 class _Watchdog:
     """Ends the process, naming the case, when one takes longer than it may."""
 
-    def __init__(self, area: str, seed: int, deadline_s: float) -> None:
-        self._area, self._seed, self._deadline_s = area, seed, deadline_s
+    def __init__(self, area: str, seed: int, deadline_s: float, hangs: Callable[[int], None]) -> None:
+        self._area, self._seed, self._deadline_s, self._hangs = area, seed, deadline_s, hangs
         self._began: tuple[int, float] | None = None
         self._is_over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -299,4 +313,5 @@ class _Watchdog:
                 print(f"{self._area}, seed {self._seed}: case {began[0]} is beyond its deadline", file=sys.stderr)
                 faulthandler.dump_traceback(sys.stderr)
                 sys.stderr.flush()
+                self._hangs(began[0])
                 os._exit(HANG_EXIT)

@@ -15,7 +15,12 @@ import tempfile
 from pathlib import Path
 
 from hostile.areas import open_area
-from hostile.driver import run_cases
+from hostile.driver import Report, run_cases
+
+
+def tell(report: Report) -> None:
+    print(json.dumps(report.as_json()), flush=True)
+
 
 if __name__ == "__main__":
     name, seed, first, last, progress_path, deadline_s = sys.argv[1:]
@@ -25,8 +30,9 @@ if __name__ == "__main__":
         progress = mmap.mmap(file.fileno(), 8)
         area = open_area(name, Path(directory))
         numbers = range(int(first), int(last))
-        report = run_cases(area, seed=int(seed), numbers=numbers, deadline_s=float(deadline_s), progress=progress)
+        report = run_cases(
+            area, seed=int(seed), numbers=numbers, deadline_s=float(deadline_s), progress=progress, on_hang=tell
+        )
         area.close()
-    print(json.dumps(report.as_json()), flush=True)
-    sys.stdout.flush()
+    tell(report)
     os._exit(0)  # not behind a thread that a fault has left behind

@@ -8,6 +8,7 @@ import os
 import subprocess
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from child_process import ENVIRONMENT, TESTS, command
@@ -29,15 +30,19 @@ def run_area(area: str, *, seed: int, numbers: range, deadline_s: float = DEADLI
         report, ended_at, how = _run_once(area, seed, range(first, numbers.stop), deadline_s)
         if report:
             _add(whole, report)
-            break
-        whole.faults.append(Fault(area, ended_at, how.splitlines()[0], area, trace=how))
-        whole.cases += ended_at + 1 - first
-        first, restarts = ended_at + 1, restarts + 1
+            first += report.cases
+            if not how:
+                break
+        else:
+            whole.faults.append(Fault(area, ended_at, how.splitlines()[0], area, trace=how))
+            whole.cases += ended_at + 1 - first
+            first = ended_at + 1
+        restarts += 1
     return whole
 
 
 def _run_once(area: str, seed: int, numbers: range, deadline_s: float) -> tuple[Report | None, int, str]:
-    """Return the report; or the number of the case that ended the process, and how."""
+    """Return the report if there is one, the number of the last case, and how it ended the process if it did."""
     with tempfile.NamedTemporaryFile() as progress, tempfile.TemporaryFile() as errors:
         progress.write(numbers.start.to_bytes(8, "little"))
         progress.flush()
@@ -57,16 +62,17 @@ def _run_once(area: str, seed: int, numbers: range, deadline_s: float) -> tuple[
             output = process.stdout.read()
         errors.seek(0)
         said = errors.read().decode(errors="replace")[-6000:]
-        if process.returncode == 0 and output:
-            return _parsed(output), at, ""
         number = int.from_bytes(Path(progress.name).read_bytes()[:8], "little")
-        how = "hang: beyond its deadline" if process.returncode == HANG_EXIT else f"died: exit {process.returncode}"
-        return None, number, f"{how}\n{said}"
+        how = f"{'hang' if process.returncode == HANG_EXIT else 'died'}: exit {process.returncode}\n{said}"
+        report = _parsed(output, how) if output else None
+        return report, number, how if process.returncode else ""
 
 
-def _parsed(output: bytes) -> Report:
+def _parsed(output: bytes, how: str) -> Report:
     values = json.loads(output.splitlines()[-1])
-    return Report(**{**values, "faults": [Fault(**fault) for fault in values["faults"]]})
+    faults = [Fault(**fault) for fault in values["faults"]]
+    told = [replace(each, trace=how) if each.what.startswith("hang") else each for each in faults]
+    return Report(**{**values, "faults": told})
 
 
 def _add(whole: Report, report: Report) -> None:

@@ -28,10 +28,10 @@ LEAST_DEEP = {
     "records": 0.5,
     "descriptions": 0.05,
     "prompts": 0.2,
-    "states": 0.4,
+    "states": 0.5,
     "stores": 0.3,
     "requests": 0.3,
-    "answers": 0.2,
+    "answers": 0.1,
 }
 """The share of an area's cases that must get past the outer checksum, or the parser, or the greeting."""
 

@@ -14,11 +14,11 @@ from hostile.driver import Area
 __all__ = ["LEAST_DEEP", "SHARES", "open_area"]
 
 SHARES = {
-    "records": 0.40,
+    "records": 0.41,
     "descriptions": 0.17,
     "prompts": 0.12,
     "states": 0.09,
-    "stores": 0.03,
+    "stores": 0.02,
     "requests": 0.14,
     "answers": 0.05,
 }

@@ -15,6 +15,7 @@ import lmdb
 
 from tierkv.block import BlockHash
 from tierkv.errors import CapacityError, StoreBusyError, StoreError
+from tierkv.locks import OwnedLock
 from tierkv.storage.cold_batch import DamagedPagesError, Handles, WriteBatch, namespace_rows, padded_bytes
 from tierkv.storage.cold_eviction import EvictionReport, VictimQueue, load_entries
 from tierkv.storage.cold_stats import Counters
@@ -81,7 +82,7 @@ class ColdWriter:
         self._victims = victims
         self._counters = counters
         self._write_wait_s = write_wait_s
-        self._lock = threading.Lock()
+        self._lock = OwnedLock()
         self._touches: dict[BlockHash, tuple[int, float]] = {}
         self._damaged: dict[BlockHash, None] = {}
         self._namespaces: dict[BlockHash, bytes] = {}
@@ -218,6 +219,7 @@ class ColdWriter:
     @contextlib.contextmanager
     def _exclusive(self) -> Iterator[None]:
         """Be the only thread of this process that writes. Raises StoreBusyError."""
+        assert not self._lock.is_owned(), "one batch at a time: a second one would wait for the first"
         if not self._lock.acquire(timeout=self._write_wait_s):
             raise StoreBusyError(
                 f"cold store {self._env.path}: another thread has been writing for more than {self._write_wait_s:g} s"
@@ -228,9 +230,10 @@ class ColdWriter:
             self._lock.release()
 
     def _settle(self) -> None:
-        """Mend or remove what readers found damaged. The lock must be held. Raises StoreError; only a busy store is
+        """Mend or remove what readers found damaged. The caller holds the lock. Raises StoreError; only a busy store is
         worth another attempt, at anything else it is left to the next reader.
         """
+        assert self._lock.is_owned()
         while self._damaged and not self._is_refusing():
             block_hash = next(iter(self._damaged))
             removed = 0
@@ -253,7 +256,8 @@ class ColdWriter:
             del self._touches[next(iter(self._touches))]
 
     def _choose(self, namespace: BlockHash | None, older_than_s: float | None) -> list[BlockHash]:
-        """Return what the filters match, children before parents."""
+        """Return what the filters match, children before parents. The caller holds the lock."""
+        assert self._lock.is_owned()
         with self._transaction() as batch:
             hashes, entries = load_entries(batch.txn, batch.databases)
             now = batch.now
@@ -269,7 +273,8 @@ class ColdWriter:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[WriteBatch]:
-        """One write transaction, touches first. The lock must be held."""
+        """One write transaction, touches first. The caller holds the lock."""
+        assert self._lock.is_owned()
         self._clear_dead_readers()
         with self._notes_lock:
             touches, self._touches = self._touches, {}
@@ -310,6 +315,8 @@ class ColdWriter:
         _logger.warning("%s; nothing is stored for %.0f s", failure, PAUSE_S)
 
     def _put_group(self, records: Sequence[EncodedRecord]) -> list[PutOutcome]:
+        """Store records in one transaction, or say why not; the caller holds the lock."""
+        assert self._lock.is_owned()
         if self._is_refusing():
             return [self._refusal] * len(records)
         needed = sum(padded_bytes(record.stored_bytes) for record in records)
@@ -336,6 +343,8 @@ class ColdWriter:
         return PutOutcome.IO_ERROR
 
     def _insert(self, records: Sequence[EncodedRecord], needed: int) -> list[PutOutcome]:
+        """Make room for records and insert them; the caller holds the lock."""
+        assert self._lock.is_owned()
         evicted: tuple[list[BlockHash], int] = [], 0
 
         def work(batch: WriteBatch) -> list[PutOutcome]:
@@ -351,7 +360,11 @@ class ColdWriter:
         return outcomes
 
     def _evict_spare(self, spare_bytes: int) -> None:
-        """Free so much, and at least a 16th of what is live: the disk may be far smaller than the quota."""
+        """Free so much, and at least a 16th of what is live: the disk may be far smaller than the quota.
+
+        The caller holds the lock.
+        """
+        assert self._lock.is_owned()
 
         def work(batch: WriteBatch) -> None:
             to_bytes = batch.live_bytes - max(batch.live_bytes // 16, spare_bytes)
@@ -360,7 +373,8 @@ class ColdWriter:
         self._evict(work)
 
     def _evict(self, work: Callable[[WriteBatch], object]) -> EvictionReport:
-        """Do something that removes blocks, and count them. The lock must be held."""
+        """Do something that removes blocks, and count them. The caller holds the lock."""
+        assert self._lock.is_owned()
 
         def removed_by(batch: WriteBatch) -> tuple[list[BlockHash], int]:
             work(batch)
@@ -372,8 +386,9 @@ class ColdWriter:
 
     def _attempt(self, work: Callable[[WriteBatch], Result]) -> Result:
         """Do work in one transaction; again in another one where it came across damaged pages, which are mended
-        then. The lock must be held.
+        then. The caller holds the lock.
         """
+        assert self._lock.is_owned()
         for _ in range(MAX_MENDS):
             try:
                 with self._transaction() as batch:

@@ -102,14 +102,32 @@ def uniform(make: Maker) -> None:
         make.request(time_ms, make.rng.choice(documents), 100)
 
 
+def turnabout(make: Maker) -> None:
+    """First only short documents are asked about again, later only long ones: what was learned first is wrong then."""
+    short_ones = [make.blocks(2) for _ in range(60)]
+    for at, time_ms in enumerate(make.arrivals(5000, 250)):
+        is_first_part = at < 4000
+        if make.rng.random() < 0.5:
+            make.request(time_ms, make.rng.choice(short_ones) if is_first_part else make.blocks(2))
+        else:
+            long_one = make.blocks(20)
+            make.request(time_ms, long_one)
+            if not is_first_part:
+                make.request(time_ms + 20_000, long_one)
+
+
 HABITS: dict[str, Callable[[Maker], None]] = {
     habit.__name__: habit for habit in (agents, system_prompts, scans, zipf, drift, loop, uniform)
 }
 
 
+ONE_OFF: dict[str, Callable[[Maker], None]] = {"turnabout": turnabout}
+"""What one test alone asks for."""
+
+
 def make_requests(habit: str, seed: int = 0) -> list[Fields]:
     make = Maker(seed)
-    HABITS[habit](make)
+    (HABITS | ONE_OFF)[habit](make)
     return sorted(make.requests, key=lambda fields: fields["timestamp"])
 
 

@@ -265,6 +265,23 @@ def test_the_quota_is_kept_by_evicting_the_least_recently_used(tmp_path: Path) -
         store.check()
 
 
+def test_a_block_touched_since_the_victims_were_ordered_stays_and_the_next_one_goes(tmp_path: Path) -> None:
+    clock = FakeClock()
+    with open_store(tmp_path, clock) as store:
+        blocks = [record_of(number) for number in range(6)]
+        for record in blocks:
+            clock.now += 1
+            store.put([record])
+        size = store.stats().live_bytes // 6
+        assert store.evict(to_bytes=5 * size).blocks == 1  # all leaves are ordered now; block 0 went
+        clock.now += 1
+        store.touch([blocks[1].info.block_hash])
+        assert store.evict(to_bytes=4 * size).blocks == 1
+        assert [store.contains(record.info.block_hash) for record in blocks] == [False, True, False, True, True, True]
+        assert store.evict(to_bytes=size).blocks == 3
+        assert store.contains(blocks[1].info.block_hash), "the one that was used last is the last to go"
+
+
 def test_children_go_before_parents(tmp_path: Path) -> None:
     chain = chain_of(6)
     with open_store(tmp_path) as store:

@@ -40,3 +40,12 @@ def test_works_that_are_done_all_the_time_do_not_keep_an_odd_one_of_another_size
     forgotten, larger = costs.estimate(64), costs.estimate(200)
     assert forgotten is not None and forgotten < 0.02
     assert larger is not None and larger > 5.0, "a size that nobody asked about is forgotten by nobody"
+
+
+def test_what_was_measured_long_ago_is_forgotten() -> None:
+    """A disk that was slow and is fast now, or the other way round, is believed after a few measurements."""
+    costs = CostBySize()
+    for seconds, num_works in ((9.0, 100), (0.5, 5), (4.0, 5)):
+        for _ in range(num_works):
+            costs.add(10, seconds)
+        assert costs.estimate(10) == seconds

@@ -36,7 +36,10 @@ class Layer:
 # Bottom to top. A new module gets its place here, in the lowest layer that lets it import what it needs.
 LAYERS = (
     Layer("rooms", "daemon remote ranks requests movers engine profiling"),  # the packages' own files: a docstring each
-    Layer("values", "errors checks files block layout namespace stats events units prefill open_calls call_thread"),
+    Layer(
+        "values",
+        "errors checks locks files block layout namespace stats events units prefill open_calls call_thread",
+    ),
     # Siblings: they know the values and not each other; only the mover also knows the memory that it moves.
     Layer(
         "control",

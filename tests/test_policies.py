@@ -31,7 +31,7 @@ from tierkv.policies import (
     policy_names,
 )
 from tierkv.policies.basic import FadingPolicy
-from tierkv.policies.hazard import NUM_BUCKETS
+from tierkv.policies.hazard import NUM_BUCKETS, bucket_of
 from tierkv.policies.learned import FEATURES, LearnedModel
 from tierkv.prefill import PrefillModel
 
@@ -561,3 +561,18 @@ class PolicyMachine(RuleBasedStateMachine):
 
 TestPolicyMachine = PolicyMachine.TestCase
 TestPolicyMachine.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
+
+
+def test_what_the_default_learned_long_ago_counts_for_little() -> None:
+    """Without any argument: a lane whose blocks were used after a second, and then no more, is soon worth nothing."""
+    policy = HitDensityPolicy()
+    lane, densities = 15, list[float]()
+    for is_used in (True, False):
+        for _ in range(100_000):
+            if is_used:
+                policy.interval_ended(lane, 1.0)
+            else:
+                policy.interval_lost(lane, 1.0)
+            policy.interval_begun()
+        densities.append(policy.densities[lane][bucket_of(1.0)])
+    assert densities[1] < 0.1 * densities[0]

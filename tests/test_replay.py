@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from synthetic_traces import HABITS, make_requests, write_trace
 
 from tierkv.errors import ConfigError
-from tierkv.policies import LearnedPolicy, LRUPolicy, make_policy, policy_names
+from tierkv.policies import HitDensityPolicy, LearnedPolicy, LRUPolicy, make_policy, policy_names
 from tierkv.prefill import MEASURED_PREFILL
 from tierkv.tools.replay_index import replay_trace
 from tierkv.tools.traces import Request, Trace, belady_hits, read_trace
@@ -108,6 +108,15 @@ def test_the_default_does_not_lose_to_lru_whatever_the_habit(tmp_path: Path, hab
     trace = synthetic(tmp_path, habit)
     lru = hit_rate(trace, "lru", capacity)
     assert hit_rate(trace, "hit-density", capacity) >= lru * (0.995 if habit == "drift" else 1.0)
+
+
+def test_a_default_that_never_forgot_would_find_measurably_less_once_habits_change(tmp_path: Path) -> None:
+    trace = synthetic(tmp_path, "turnabout")
+    fading, never = (
+        replay_trace(trace, HitDensityPolicy(half_life=half_life), 900, MEASURED_PREFILL).hits
+        for half_life in (1 << 9, 1 << 40)
+    )
+    assert fading > 1.1 * never
 
 
 def test_the_default_learns_within_a_trace_that_reads_documents_once(tmp_path: Path) -> None:

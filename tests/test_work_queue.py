@@ -167,6 +167,25 @@ def test_a_free_thread_takes_the_most_urgent_job() -> None:
         threads.submit(Priority.REQUEST, block)
 
 
+@pytest.mark.parametrize("priority", [Priority.PREFETCH, Priority.DEMOTION])
+def test_a_less_urgent_job_is_done_beside_urgent_ones_that_never_end(priority: Priority) -> None:
+    threads = PriorityThreads(1, name="test")
+    is_done, is_over, num_urgent = threading.Event(), threading.Event(), 0
+
+    def urgent() -> None:
+        nonlocal num_urgent
+        num_urgent += 1
+        if is_done.is_set() or num_urgent == 1000:
+            is_over.set()
+        else:
+            threads.submit(Priority.REQUEST, urgent)  # so that one always waits
+
+    threads.submit(Priority.REQUEST, lambda: [threads.submit(priority, is_done.set), urgent()])
+    assert is_over.wait(20)
+    assert num_urgent < 50
+    threads.shutdown()
+
+
 def test_calls_that_cannot_all_be_queued_have_ended_when_that_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     gate, has_begun, ended = threading.Event(), threading.Event(), threading.Event()
 

@@ -12,10 +12,12 @@ from tierkv.block import HashFunction
 from tierkv.config import CacheConfig
 from tierkv.errors import ConfigError
 from tierkv.index import Index
+from tierkv.locks import OwnedCondition
 from tierkv.namespace import Namespace
 from tierkv.policies import EvictionPolicy
 from tierkv.ranks.group import RankGroup
 from tierkv.remote.tiers import DaemonTiers
+from tierkv.stats import StatsRecorder
 from tierkv.storage.codecs import Codec, codec_by_name, default_codec
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.float_words import float_format
@@ -75,7 +77,15 @@ def open_tiers(
     num_hot = hot_pool_blocks(layout, device, hot_bytes=config.hot_bytes, hot_fraction=config.hot_fraction)
     hot = HotPool(layout, num_hot, device)
     memory = open_warm_memory(hot, config) if config.socket is None else no_warm_memory(hot)
-    index = Index(root=namespace.digest, num_hot=num_hot, num_warm=memory.warm.num_slots, policy=policy, clock=clock)
+    changed = OwnedCondition()
+    index = Index(
+        root=namespace.digest,
+        num_hot=num_hot,
+        num_warm=memory.warm.num_slots,
+        policy=policy,
+        clock=clock,
+        lock=changed,
+    )
     return Tiers(
         layout=layout,
         namespace=namespace.digest,
@@ -90,7 +100,9 @@ def open_tiers(
         threads=PriorityThreads(config.num_io_threads, name="tierkv-io"),
         num_threads=config.num_io_threads,
         loaders=ThreadPoolExecutor(_NUM_LOADERS, thread_name_prefix="tierkv-load"),
-        watch=Watch(layout),
+        watch=Watch(layout, changed),
+        changed=changed,
+        stats=StatsRecorder(changed),
         write_wait_s=config.write_wait_s,
     )
 

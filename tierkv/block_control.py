@@ -184,6 +184,7 @@ class BlockControl:
 
     def _why_not(self, entry: Entry | None, block_id: int) -> str:
         """Say why a block cannot be evicted; empty if it can. The caller holds the lock."""
+        assert self._tiers.changed.is_owned()
         users = self._tiers.index.hot.reference_count(block_id)
         if users:
             return f"{users} sequences or copies use it"
@@ -198,6 +199,8 @@ class BlockControl:
             return self._tiers.index.hot.owners[block_id]
 
     def _state(self, block_id: int) -> BlockState:
+        """Return what is known of a block; the caller holds the lock."""
+        assert self._tiers.changed.is_owned()
         pool = self._tiers.index.hot
         entry = pool.owners[block_id]
         users = pool.reference_count(block_id)

@@ -32,7 +32,7 @@ class Batch:
 
 
 class BlockWriter:
-    """Writes blocks down, a few at a time. One thread begins and writes; the rest is called under the cache's lock.
+    """Writes blocks down, a few at a time, by one thread.
 
     It keeps a warm slot (staging slots, if the warm tier is compressed) of its own, so that it always gets on: everyone
     who waits for room waits for it. `staging` are these slots.
@@ -76,11 +76,19 @@ class BlockWriter:
                     tiers.skip(job, "io_error")
 
     def has_failed(self, entry: Entry) -> bool:
-        """Whether no lower tier would take a block when it was offered: then it may be evicted all the same."""
+        """Whether no lower tier would take a block when it was offered: then it may be evicted all the same.
+
+        The caller holds the lock.
+        """
+        assert self._tiers.changed.is_owned()
         return entry.block_hash in self._failed
 
     def note_failure(self, job: Job) -> None:
-        """Remember a block that no lower tier has taken; forget about it if one has it."""
+        """Remember a block that no lower tier has taken; forget about it if one has it.
+
+        The caller holds the lock.
+        """
+        assert self._tiers.changed.is_owned()
         entry = self._entry_of(job)
         if entry and entry.warm_slot is None and not entry.in_cold:
             self._failed.add(job.block_hash)
@@ -88,7 +96,8 @@ class BlockWriter:
             self._failed.discard(job.block_hash)
 
     def forget(self, entries: Iterable[Entry]) -> None:
-        """Forget about blocks that are gone."""
+        """Forget about blocks that are gone; the caller holds the lock."""
+        assert self._tiers.changed.is_owned()
         self._failed.difference_update(entry.block_hash for entry in entries)
 
     def _write(self, jobs: Sequence[Job], slots: Sequence[int], *, is_kept: bool) -> None:
@@ -147,12 +156,16 @@ class BlockWriter:
             tiers.unpin(Place(Tier.WARM, slot) for slot in slots)
 
     def _attach_warm(self, job: Job, slot: int) -> None:
+        """Record that a warm slot has a job's block, unless another one has it; the caller holds the lock."""
+        assert self._tiers.changed.is_owned()
         entry = self._tiers.index.insert(job.block_hash, job.parent_hash, job.token_bytes, seal=job.seal)
         if entry and entry.warm_slot is None:
             self._tiers.attach(entry, Tier.WARM, slot, EventKind.DEMOTE)
             self._tiers.stats.bytes_in[Tier.WARM] += self._tiers.layout.packed_bytes(entry.num_tokens)
 
     def _entry_of(self, job: Job) -> Entry | None:
+        """Return the entry of a job's block, if it is still known; the caller holds the lock."""
+        assert self._tiers.changed.is_owned()
         return self._tiers.index.get(job.block_hash, job.parent_hash, job.token_bytes, seal=job.seal)
 
     def _missing(self, jobs: Sequence[Job]) -> list[Job]:

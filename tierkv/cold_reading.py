@@ -112,6 +112,7 @@ class ColdReading:
 
     def _note_read(self, hit: Hit, place: Place, coded: CodedBlock) -> None:
         """Enter a block that has been read: into the warm tier, if that is where it lies. The caller holds the lock."""
+        assert self._tiers.changed.is_owned()
         tiers = self._tiers
         tiers.stats.bytes_out[Tier.COLD] += tiers.layout.packed_bytes(len(hit.token_bytes) // TOKEN_BYTES)
         if place.tier is None or coded.frame_sizes:

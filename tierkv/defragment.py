@@ -86,18 +86,27 @@ class Defragmenter:
             )
 
     def _free_one(self) -> None:
-        """Give up the block that would go next, written down first; where none may go, all stay where they are."""
+        """Give up the block that would go next, written down first; where none may go, all stay where they are.
+
+        The caller holds the lock.
+        """
+        assert self._tiers.changed.is_owned()
         try:
             self._tiers.index.unpin_all(Tier.HOT, self._demoter.take_hot(1))
         except CapacityError:
             return
 
     def _is_fixed(self, block_id: int, users: Counter[int]) -> bool:
-        """Tell whether somebody has a hold on a block whom we cannot tell that it moves; the lock is held."""
+        """Tell whether somebody has a hold on a block whom we cannot tell that it moves. The caller holds the lock."""
+        assert self._tiers.changed.is_owned()
         return self._tiers.index.hot.pins[block_id] != users[block_id] or block_id in self._tiers.arriving
 
     def _iter_order(self, sequences: Collection[Sequence]) -> Iterator[int]:
-        """Yield hot blocks chain by chain; one that only a sequence knows, behind the block that it follows there."""
+        """Yield hot blocks chain by chain; one that only a sequence knows, behind the block that it follows there.
+
+        The caller holds the lock.
+        """
+        assert self._tiers.changed.is_owned()
         index = self._tiers.index
         private: dict[int, list[int]] = {}
         for sequence in sequences:
@@ -114,7 +123,8 @@ class Defragmenter:
         yield from private.get(-1, ())
 
     def _copy(self, places: Mapping[int, int], done: list[Shift]) -> None:
-        """Carry a plan out, block by block; `done` says how far it came. The lock is held."""
+        """Carry a plan out, block by block; `done` says how far it came. The caller holds the lock."""
+        assert self._tiers.changed.is_owned()
         tiers, pool = self._tiers, self._tiers.index.hot
         final = {places.get(block_id, block_id) for block_id in pool.used()}
         spare = next((place for place in range(pool.capacity) if place not in final), None)

@@ -68,17 +68,24 @@ class Demoter:
 
         A full queue drops the block, which is counted: a request never waits for a disk.
         """
-        self._offer(Job.of(entry, self._tiers.index.seal_of(entry), written))
+        assert self._tiers.changed.is_owned()
+        self._offer(self._tiers.job_of(entry, written))
 
     def write_tail(
         self, block_hash: BlockHash, parent_hash: BlockHash, token_bytes: bytes, block_id: int, written: Ready
     ) -> None:
-        """Do as `write_down` for a partly filled block, which has no entry; the caller holds it and its parent."""
+        """Do as `write_down` for a partly filled block, which has no entry; the caller holds it and its parent.
+
+        The caller holds the lock.
+        """
+        assert self._tiers.changed.is_owned()
         index = self._tiers.index
         seal = index.seal_behind(parent_hash, token_bytes)
         self._offer(Job(block_hash, parent_hash, token_bytes, seal, index.peek(parent_hash), block_id, written))
 
     def _offer(self, job: Job) -> None:
+        """Pin a job's block and queue it, or drop it if the queue is full; the caller holds the lock."""
+        assert self._tiers.changed.is_owned()
         self._tiers.index.hot.pin(job.block_id)
         if not self._queue.offer(job):
             self._tiers.index.unpin(Tier.HOT, job.block_id)
@@ -133,6 +140,7 @@ class Demoter:
 
         The caller holds the lock.
         """
+        assert self._tiers.changed.is_owned()
         pool = self._tiers.index.hot
         holders = Counter(job.block_id for job in self._queue.queued() if isinstance(job, Job))
         num_held = sum(pool.reference_count(block_id) == held for block_id, held in holders.items())
@@ -144,6 +152,8 @@ class Demoter:
                 return
 
     def _drop_oldest(self, count: int) -> int:
+        """Give up to `count` of the oldest writes up. Return how many those were; the caller holds the lock."""
+        assert self._tiers.changed.is_owned()
         dropped = self._queue.drop_oldest(count, lambda job: isinstance(job, Job))
         for job in dropped:
             assert isinstance(job, Job)
@@ -157,6 +167,7 @@ class Demoter:
 
         Without `write_first` these are lost, and counted. The caller holds the lock.
         """
+        assert self._tiers.changed.is_owned()
         tiers = self._tiers
         ready: list[Entry] = []
         for victim in tiers.index.select_victims(Tier.HOT, count):
@@ -165,7 +176,7 @@ class Demoter:
             elif write_first:
                 self.write_down(victim, tiers.written(victim))
             else:
-                tiers.skip(Job.of(victim, tiers.index.seal_of(victim), tiers.mover.mark()), _STALLED)
+                tiers.skip(tiers.job_of(victim, tiers.mover.mark()), _STALLED)
                 ready.append(victim)
         return self.evict(ready)  # not one whose child is still to be written
 
@@ -174,6 +185,7 @@ class Demoter:
 
         The caller does not hold the lock.
         """
+        assert not self._tiers.changed.is_owned()
         num_gone = self._evict_reaped(count)
         while num_gone < count:
             self._queue.flush()
@@ -195,6 +207,7 @@ class Demoter:
 
         The caller holds the lock.
         """
+        assert self._tiers.changed.is_owned()
         evicted = self._tiers.evict(victims, Tier.HOT)
         self.writer.forget(evicted)
         return evicted
@@ -284,10 +297,13 @@ class Demoter:
 
         The caller holds the lock.
         """
+        assert self._tiers.changed.is_owned()
         if not self._is_offloading and self._num_to_offload():
             self._is_offloading = self._queue.offer(self._offload)
 
     def _num_to_offload(self) -> int:
+        """Return how many blocks are to be offloaded now; the caller holds the lock."""
+        assert self._tiers.changed.is_owned()
         pool, offloading = self._tiers.index.hot, self._offloading
         if not offloading or pool.used_count <= offloading.threshold * pool.limit:
             return 0
@@ -315,6 +331,8 @@ class Demoter:
             tiers.changed.notify_all()
 
     def _must_write_first(self, entry: Entry) -> bool:
+        """Tell whether evicting a block now would lose it; the caller holds the lock."""
+        assert self._tiers.changed.is_owned()
         has_copy = entry.warm_slot is not None or entry.in_cold
         return not has_copy and not self.writer.has_failed(entry)
 

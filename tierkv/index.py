@@ -15,6 +15,7 @@ from tierkv.block import BlockHash, Tier
 from tierkv.entry import Entry
 from tierkv.eviction import EvictionPolicy, ObservingPolicy
 from tierkv.index_check import check_places, check_tree
+from tierkv.locks import NO_LOCK, Owned
 from tierkv.siblings import Siblings
 from tierkv.slots import SlotPool
 from tierkv.tree import BlockTree
@@ -26,7 +27,8 @@ __all__ = ["Entry", "Index"]
 class Index(BlockTree):
     """Entries of the hot and the warm tier, their places, and the eviction order of both.
 
-    root: the namespace digest, parent of every first block. Not thread-safe: the facade holds the lock.
+    root: the namespace digest, parent of every first block.
+    lock: guards the index where threads share it. The caller of every method holds the lock.
     """
 
     def __init__(
@@ -37,8 +39,9 @@ class Index(BlockTree):
         num_warm: int,
         policy: EvictionPolicy,
         clock: Callable[[], float],
+        lock: Owned = NO_LOCK,
     ) -> None:
-        super().__init__(root, clock)
+        super().__init__(root, clock, lock)
         numbers = list(range(max(num_hot, num_warm)))  # an int of its own for each place of each entry takes more
         self.hot: SlotPool[Entry] = SlotPool(num_hot, numbers)
         self.warm: SlotPool[Entry] = SlotPool(num_warm, numbers)
@@ -46,11 +49,12 @@ class Index(BlockTree):
         self._watch_insertions(policy)
 
     def pool(self, tier: Tier) -> SlotPool[Entry]:
-        """Return the places of the hot or the warm tier."""
+        """Return the places of the hot or the warm tier; needs no lock."""
         return self.hot if tier is Tier.HOT else self.warm
 
     def attach(self, entry: Entry, tier: Tier, slot: int) -> None:
         """Record that `slot` holds the entry's bytes from now on. The entry must not have a place there."""
+        assert self._lock.is_owned()
         assert entry.place(tier) is None, "an entry has one place in a tier"
         if tier is Tier.HOT:
             self.hot.own(slot, entry)
@@ -65,11 +69,13 @@ class Index(BlockTree):
 
     def detach(self, entry: Entry, tier: Tier) -> None:
         """Record that the tier forgot the entry; an entry without place and children leaves the index."""
+        assert self._lock.is_owned()
         self._detach_all((entry,), tier is Tier.HOT, only_leaves=False)
         self._victims[tier].offer(entry.parent)
 
     def rearrange_hot(self, places: Mapping[int, int]) -> None:
         """Record that the bytes of block ids, whoever uses them, now lie in others: old -> new."""
+        assert self._lock.is_owned()
         self.hot.rearrange(places)
         for block_id in places.values():
             entry = self.hot.owners[block_id]
@@ -78,6 +84,7 @@ class Index(BlockTree):
 
     def evict(self, victims: Iterable[Entry], tier: Tier) -> list[Entry]:
         """Detach several entries, children before parents, and return them; one that has children there stays."""
+        assert self._lock.is_owned()
         is_hot = tier is Tier.HOT
         evicted = self._detach_all(victims, is_hot, only_leaves=True)
         order = self._victims[tier]
@@ -92,6 +99,7 @@ class Index(BlockTree):
 
     def forget(self, entry: Entry) -> None:
         """Drop an entry's places and the entry itself unless children still hang on it."""
+        assert self._lock.is_owned()
         for tier in (Tier.HOT, Tier.WARM):
             if entry.place(tier) is not None:
                 self.detach(entry, tier)
@@ -99,16 +107,19 @@ class Index(BlockTree):
 
     def pin(self, entry: Entry, tier: Tier) -> None:
         """Raise the reference count of the entry's place in that tier."""
+        assert self._lock.is_owned()
         slot = entry.place(tier)
         assert slot is not None, "only bytes that are there can be pinned"
         self.pool(tier).pin(slot)
 
     def unpin(self, tier: Tier, slot: int) -> None:
         """Lower the reference count of a place; its owner, if any, may be evictable again."""
+        assert self._lock.is_owned()
         self.unpin_all(tier, (slot,))
 
     def unpin_all(self, tier: Tier, slots: Sequence[int]) -> None:
         """Lower the reference counts of several places."""
+        assert self._lock.is_owned()
         idle: list[Entry] = []
         self.pool(tier).unpin_all(slots, idle)
         if tier is Tier.HOT:  # of a whole chain only the last may be evicted: say so without a call for each
@@ -119,16 +130,19 @@ class Index(BlockTree):
 
     def set_pinned(self, entry: Entry, pinned: bool) -> None:
         """Keep the entry in whichever tiers hold it until it is unpinned again."""
+        assert self._lock.is_owned()
         entry.pinned = pinned
         for order in self._victims.values():
             order.offer(entry)
 
     def touch(self, entry: Entry) -> None:
         """Record a use of the entry now."""
+        assert self._lock.is_owned()
         self.touch_all((entry,))
 
     def touch_all(self, entries: Iterable[Entry]) -> None:
         """Record a use of several entries, all at the same time."""
+        assert self._lock.is_owned()
         now = self._time()
         learn = self.policy.update_on_access
         hot, warm = self._victims[Tier.HOT], self._victims[Tier.WARM]
@@ -143,12 +157,14 @@ class Index(BlockTree):
 
     def set_policy(self, policy: EvictionPolicy) -> None:
         """Rank everything evictable by another policy from now on."""
+        assert self._lock.is_owned()
         self._watch_insertions(policy)
         for order in self._victims.values():
             order.set_policy(policy)
 
     def is_evictable(self, entry: Entry, tier: Tier) -> bool:
         """True for a leaf of that tier that nobody uses and nobody pinned."""
+        assert self._lock.is_owned()
         return self._victims[tier].is_evictable(entry)
 
     def select_victims(self, tier: Tier, count: int) -> list[Entry]:
@@ -156,10 +172,12 @@ class Index(BlockTree):
 
         Nothing changes yet: the caller detaches each, in this order.
         """
+        assert self._lock.is_owned()
         return self._victims[tier].select(count)
 
     def check(self) -> None:
         """Raise AssertionError unless every invariant holds; linear in the number of entries."""
+        assert self._lock.is_owned()
         for tier, order in self._victims.items():
             check_places(tier, self.pool(tier), self._entries)
             order.check(self)

@@ -15,6 +15,7 @@ def occupancy(tiers: Tiers, cold: ColdStats | None) -> dict[Tier, TierStats]:
 
     cold: what the store says of itself, asked without the lock.
     """
+    assert tiers.changed.is_owned()
     block_bytes = tiers.layout.block_bytes
     sizes = {
         tier: TierStats(

@@ -79,6 +79,7 @@ class Promoter:
         pinned: what `pin` returned and what lower tiers lent, given back here. The caller does not hold the lock:
         cold blocks are read without it. Raises CapacityError, everything given back.
         """
+        assert not self._tiers.changed.is_owned()
         result = Promoted(list(pinned.hot), lookup.hot, owned=list(pinned.hot), loads=pinned.arriving)
         fresh: deque[int] = deque()
         try:
@@ -120,6 +121,7 @@ class Promoter:
 
         The caller holds the lock since the lookup.
         """
+        assert self._tiers.changed.is_owned()
         tiers, index = self._tiers, self._tiers.index
         pinned = Pinned([entry.block_id for entry in lookup.hot if entry.block_id is not None])
         assert len(pinned.hot) == len(lookup.hot), "the lock was given up between the lookup and the pin"
@@ -192,6 +194,7 @@ class Promoter:
 
     def _pin_hot(self, block_id: int, result: Promoted) -> None:
         """Let the sequence use a registered block, which may still be arriving; the caller holds the lock."""
+        assert self._tiers.changed.is_owned()
         self._tiers.index.hot.pin(block_id)
         result.owned.append(block_id)
         if arriving := self._tiers.arriving.get(block_id):
@@ -232,6 +235,7 @@ class Promoter:
 
         The caller holds the lock.
         """
+        assert self._tiers.changed.is_owned()
         tiers = self._tiers
         for i, hit in enumerate(wave):
             tiers.stats.bytes_out[Tier.WARM] += tiers.layout.block_bytes

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from tierkv.block import Tier
+from tierkv.locks import NO_LOCK, Owned
 
 __all__ = ["CacheStats", "StatsRecorder", "TierStats"]
 
@@ -73,9 +74,10 @@ class CacheStats:
 
 
 class StatsRecorder:
-    """The counters behind CacheStats; whoever counts holds the lock of the tiers."""
+    """The counters behind CacheStats. Each count changes under the cache's lock."""
 
-    def __init__(self) -> None:
+    def __init__(self, lock: Owned = NO_LOCK) -> None:
+        self._lock = lock
         self.requests = 0
         self.misses = 0
         self.prompt_tokens = 0
@@ -103,7 +105,11 @@ class StatsRecorder:
         fragmentation_ratio: float,
         state_files: int = 0,
     ) -> CacheStats:
-        """Return the counters so far. `tiers` brings the sizes, which the recorder does not know."""
+        """Return the counters so far. `tiers` brings the sizes, which the recorder does not know.
+
+        The caller holds the lock.
+        """
+        assert self._lock.is_owned()
         counted = {
             tier: TierStats(
                 hits=self.hits[tier],

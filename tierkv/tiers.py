@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterable, Sequence
@@ -19,6 +18,7 @@ from tierkv.errors import ClosedError, StoreError
 from tierkv.events import EventKind
 from tierkv.index import Entry, Index
 from tierkv.layout import BlockLayout
+from tierkv.locks import OwnedCondition
 from tierkv.lookup import ColdSource, Hit
 from tierkv.movers.frames import FrameMover
 from tierkv.movers.mover import AllReady, Move, Mover, Ready
@@ -79,13 +79,6 @@ class Job:
     block_id: int
     written: Ready
 
-    @classmethod
-    def of(cls, entry: Entry, seal: Seal, written: Ready) -> Job:
-        """Return the job for a hot entry; the caller holds the lock."""
-        assert entry.block_id is not None, "only a hot block can be written down"
-        parent = None if entry.parent.parent is entry.parent else entry.parent  # the trunk's parent is itself
-        return cls(entry.block_hash, entry.parent_hash, entry.token_bytes, seal, parent, entry.block_id, written)
-
 
 class LowerTiers(Protocol):
     """Warm and cold tiers that are not this cache's own. Nothing here raises for a block that cannot be had."""
@@ -143,10 +136,10 @@ class Tiers:
     num_threads: int
     loaders: ThreadPoolExecutor
     watch: Watch
+    changed: OwnedCondition
+    stats: StatsRecorder
     load_costs: defaultdict[LoadKind, CostBySize] = field(default_factory=lambda: defaultdict(CostBySize))
     step_costs: CostBySize = field(default_factory=CostBySize)
-    stats: StatsRecorder = field(default_factory=StatsRecorder)
-    changed: threading.Condition = field(default_factory=threading.Condition)
     states: StateFiles = field(default_factory=StateFiles)
     in_flight: deque[tuple[Ready, list[Place]]] = field(default_factory=deque)
     arriving: dict[int, Ready] = field(default_factory=dict)
@@ -245,6 +238,7 @@ class Tiers:
 
     def wait_for_users(self, block_ids: Sequence[int]) -> None:
         """Make the current stream wait for whoever still uses blocks that were given up; the caller holds the lock."""
+        assert self.changed.is_owned()
         users = [self.arriving.pop(block_id, None) for block_id in block_ids]
         users += [self.leaving.pop(block_id, None) for block_id in block_ids]
         for ready in {id(each): each for each in users if each}.values():
@@ -257,22 +251,33 @@ class Tiers:
             self.arriving.update(dict.fromkeys(targets, ready))
             self.reap()
 
+    def job_of(self, entry: Entry, written: Ready) -> Job:
+        """Return the job that writes a hot entry down; the caller holds the lock."""
+        assert self.changed.is_owned()
+        assert entry.block_id is not None, "only a hot block can be written down"
+        parent = None if entry.parent.parent is entry.parent else entry.parent  # the trunk's parent is itself
+        seal = self.index.seal_of(entry)
+        return Job(entry.block_hash, entry.parent_hash, entry.token_bytes, seal, parent, entry.block_id, written)
+
     def note_computing(self, block_ids: list[int], written: Ready) -> None:
         """Let users of blocks that were just committed wait until they are written: they may run on another stream.
 
         The caller holds the lock. Nothing to note on a CPU, where they are.
         """
+        assert self.changed.is_owned()
         if block_ids and not written.is_done():
             self.computing.append((written, block_ids))
             self.arriving.update(dict.fromkeys(block_ids, written))
 
     def written(self, entry: Entry) -> Ready:
         """Return when the bytes of a hot entry are there; the caller holds the lock."""
+        assert self.changed.is_owned()
         arriving = None if entry.block_id is None else self.arriving.get(entry.block_id)
         return arriving or self.mover.mark()
 
     def reap(self) -> None:
         """Unpin the sources of copies that are done, and forget who was waited for; the caller holds the lock."""
+        assert self.changed.is_owned()
         while self.computing and self.computing[0][0].is_done():
             done, block_ids = self.computing.popleft()
             for block_id in block_ids:
@@ -293,11 +298,13 @@ class Tiers:
 
     def attach(self, entry: Entry, tier: Tier, slot: int, kind: EventKind) -> None:
         """Record that `slot` holds an entry's bytes, and say how they came there; the caller holds the lock."""
+        assert self.changed.is_owned()
         self.index.attach(entry, tier, slot)
         self.watch.block(kind, tier, entry, slot=slot)
 
     def skip(self, job: Job, reason: str) -> None:
         """Count a block that was not written down; the caller holds the lock."""
+        assert self.changed.is_owned()
         self.stats.skip_reasons[reason] += 1
         self.watch.block(EventKind.SKIP, None, job, reason=reason)
 
@@ -306,6 +313,7 @@ class Tiers:
 
         The caller holds the lock.
         """
+        assert self.changed.is_owned()
         slots = {entry: entry.place(tier) for entry in victims} if self.watch else {}
         evicted = self.index.evict(victims, tier)
         self.stats.evictions[tier] += len(evicted)
@@ -316,6 +324,7 @@ class Tiers:
 
     def evict_warm(self, count: int) -> list[Entry]:
         """Make up to `count` more warm slots free; return what was evicted. The caller holds the lock."""
+        assert self.changed.is_owned()
         return self.evict(self.index.select_victims(Tier.WARM, count), Tier.WARM)
 
     def try_take_warm(self, count: int) -> list[int]:
@@ -362,11 +371,13 @@ class Tiers:
 
     def wait(self) -> None:
         """Wait a moment for another thread or a copy in flight to make room; the caller holds the lock."""
+        assert self.changed.is_owned()
         self.changed.wait(_WAIT_S)
         self.reap()
 
     def copy_warm(self, slot: int) -> Bytes:
         """Return a copy of the block in a warm slot, as it is in the hot tier; the caller holds the lock."""
+        assert self.changed.is_owned()
         if self.compression is None:
             return np.array(self.warm.slots[slot])
         block = np.empty(self.layout.block_bytes, dtype=np.uint8)

@@ -13,6 +13,7 @@ from itertools import islice
 
 from tierkv.block import TOKEN_BYTES, BlockHash, Seal, Tier, common_run, seal_block
 from tierkv.entry import AWAITED, Entry
+from tierkv.locks import NO_LOCK, Owned
 from tierkv.seals import KEPT_EVERY, Seals
 from tierkv.siblings import Siblings
 
@@ -23,9 +24,13 @@ _SAME_TIME_S = 1e-4
 
 
 class BlockTree:
-    """Entries by hash and by what they follow. root: the namespace digest, parent of every first block."""
+    """Entries by hash and by what they follow. root: the namespace digest, parent of every first block.
 
-    def __init__(self, root: BlockHash, clock: Callable[[], float]) -> None:
+    lock: guards the tree where threads share it. The caller of every method holds the lock.
+    """
+
+    def __init__(self, root: BlockHash, clock: Callable[[], float], lock: Owned = NO_LOCK) -> None:
+        self._lock = lock
         self.root = root
         self._clock = clock
         self._now = clock()
@@ -44,6 +49,7 @@ class BlockTree:
         self, block_hash: BlockHash, parent_hash: BlockHash, token_bytes: bytes, *, seal: Seal | None = None
     ) -> Entry | None:
         """Return the entry of exactly this block. None if it is unknown, and on a hash collision. seal: as `insert`."""
+        assert self._lock.is_owned()
         entry = self._entries.get(block_hash)
         if entry is None or not entry.is_same_block(parent_hash, token_bytes):
             return None
@@ -51,16 +57,19 @@ class BlockTree:
 
     def seal_of(self, entry: Entry) -> Seal:
         """Return what proves an entry, computed if it is not kept; also of one that has just gone."""
+        assert self._lock.is_owned()
         return self._seals.of(entry)
 
     def seal_behind(self, parent_hash: BlockHash, token_bytes: bytes) -> Seal:
         """Return the seal of a block, perhaps a partial one, behind an entry (or the root) that the caller holds."""
+        assert self._lock.is_owned()
         parent = self._parent(parent_hash)
         assert parent is not None, "the parent of what is to be sealed has gone"
         return seal_block(self.seal_of(parent), token_bytes)
 
     def peek(self, block_hash: BlockHash) -> Entry | None:
         """Return whatever entry has this hash: the caller compares its identity."""
+        assert self._lock.is_owned()
         return self._entries.get(block_hash)
 
     def walk(self, token_bytes: bytes, block_size: int) -> list[Entry]:
@@ -69,6 +78,7 @@ class BlockTree:
         token_bytes: the sequence as little-endian uint32. The tree is followed by token ids, so nothing is hashed
         and no collision can lead astray.
         """
+        assert self._lock.is_owned()
         step = block_size * TOKEN_BYTES
         parent = self._trunk
         found: list[Entry] = []
@@ -89,6 +99,7 @@ class BlockTree:
 
     def collides(self, block_hash: BlockHash, parent_hash: BlockHash, token_bytes: bytes) -> bool:
         """Tell whether another block has taken this hash, so that this one cannot be cached."""
+        assert self._lock.is_owned()
         entry = self._entries.get(block_hash)
         if entry:
             return not entry.is_same_block(parent_hash, token_bytes)
@@ -96,6 +107,7 @@ class BlockTree:
 
     def children(self, parent_hash: BlockHash) -> list[Entry]:
         """Return the entries that continue the block (or, for the root, begin a chain)."""
+        assert self._lock.is_owned()
         parent = self._parent(parent_hash)
         return list(parent.children) if parent else []
 
@@ -105,6 +117,7 @@ class BlockTree:
         Only children with bytes in the hot or the warm tier, and one token or more in common. Of equals a hot one,
         if there is one among the 32 nearest on either side: there may be a hundred thousand.
         """
+        assert self._lock.is_owned()
         parent = self._parent(parent_hash)
         family = parent.family if parent else None
         if family is None:
@@ -118,6 +131,7 @@ class BlockTree:
 
     def find_child(self, parent: Entry, token_bytes: bytes) -> Entry | None:
         """Return the child of an entry with exactly these token ids, whatever its hash."""
+        assert self._lock.is_owned()
         family = parent.family
         if isinstance(family, Siblings):
             return family.find(token_bytes)
@@ -132,6 +146,7 @@ class BlockTree:
         seal: of a block whose parent the caller does not hold, and so knows by the hash alone: another block may
         have that hash by now. Then that is an unknown parent too.
         """
+        assert self._lock.is_owned()
         entry = self._entries.get(block_hash)
         if entry:
             return self.get(block_hash, parent_hash, token_bytes, seal=seal)
@@ -157,6 +172,7 @@ class BlockTree:
 
     def depth_first(self) -> Iterator[Entry]:
         """Yield every entry, parents first, and what continues a block right behind it, as far as it does not part."""
+        assert self._lock.is_owned()
         stack = [self._trunk]
         while stack:
             entry = stack.pop()

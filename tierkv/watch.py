@@ -20,6 +20,7 @@ from tierkv.events import (
 )
 from tierkv.index import Entry
 from tierkv.layout import BlockLayout
+from tierkv.locks import Owned
 from tierkv.lookup import Hit
 from tierkv.storage.hot import HotPool
 from tierkv.storage.outcomes import MissReason
@@ -34,7 +35,8 @@ class Watch:
     Observers are kept in a tuple that is replaced, never changed: whoever is telling them goes on undisturbed.
     """
 
-    def __init__(self, layout: BlockLayout) -> None:
+    def __init__(self, layout: BlockLayout, lock: Owned) -> None:
+        self._lock = lock
         self._layout = layout
         self._observers: tuple[CacheObserver, ...] = ()
 
@@ -43,14 +45,17 @@ class Watch:
 
     def add(self, observer: CacheObserver) -> None:
         """Tell this one too from now on; the caller holds the cache's lock."""
+        assert self._lock.is_owned()
         self._observers = (*self._observers, observer)
 
     def remove(self, observer: CacheObserver) -> None:
         """Tell it no more; the caller holds the cache's lock. No error if it was not there."""
+        assert self._lock.is_owned()
         self._observers = tuple(each for each in self._observers if each is not observer)
 
     def memory(self, region: MemoryRegion) -> None:
         """Tell of memory that is held from now on; the caller holds the cache's lock."""
+        assert self._lock.is_owned()
         for observer in self._observers:
             observer.on_memory(region)
 
@@ -65,6 +70,7 @@ class Watch:
         moved_from: int | None = None,
     ) -> None:
         """Tell what happened to a block; the caller holds the cache's lock."""
+        assert self._lock.is_owned()
         if not self._observers:
             return
         event = self.event(kind, tier, block, slot=slot, reason=reason, moved_from=moved_from)
@@ -110,6 +116,7 @@ class Watch:
 
         later: what lies between, and comes up behind the request.
         """
+        assert self._lock.is_owned()
         found = [self.event(EventKind.HIT, Tier.HOT, entry, slot=entry.block_id) for entry in hot]
         found += (self.event(EventKind.HIT, hit.tier, hit, slot=_slot_of(hit)) for hit in hits)
         lost = self._misses(missed)
@@ -126,13 +133,18 @@ class Watch:
         hot_blocks: int,
     ) -> None:
         """Tell what became of the blocks that came up behind a request; the caller holds the cache's lock."""
+        assert self._lock.is_owned()
         found = [self.event(EventKind.HIT, hit.tier, hit, slot=_slot_of(hit)) for hit in hits]
         self._tell(RequestEvent(0, hit_tokens, (*self._misses(missed), *found), (), hot_blocks))
 
     def _misses(self, missed: Iterable[tuple[BlockName, MissReason]]) -> list[BlockEvent]:
+        """Return an event for each miss; the caller holds the cache's lock."""
+        assert self._lock.is_owned()
         return [self.event(EventKind.MISS, None, block, reason=reason.value) for block, reason in missed]
 
     def _tell(self, event: RequestEvent) -> None:
+        """Tell of a request; the caller holds the cache's lock."""
+        assert self._lock.is_owned()
         for observer in self._observers:
             observer.on_request(event)
 

@@ -12,14 +12,16 @@ from enum import IntEnum
 from typing import Any, Generic, TypeVar
 
 from tierkv.errors import CapacityError, ClosedError, ConfigError
+from tierkv.locks import OwnedCondition
 
-__all__ = ["Priority", "PriorityThreads", "Ticket", "WorkQueue"]
+__all__ = ["PATIENCE", "Priority", "PriorityThreads", "Ticket", "WorkQueue"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _MAX_JOBS = 4096
-_PATIENCE = 32
+PATIENCE = 32
+"""How many more urgent items go before one of a less urgent priority, where they never end."""
 
 
 class Priority(IntEnum):
@@ -59,7 +61,7 @@ class WorkQueue(Generic[Item]):
         self._at_the_door: dict[Priority, deque[Ticket[Item]]] = {each: deque() for each in Priority}
         self._taken_back: set[Ticket[Item]] = set()
         self._is_closed = False
-        self._changed = threading.Condition()
+        self._changed = OwnedCondition()
 
     def __len__(self) -> int:
         return sum(map(len, self._lanes.values()))
@@ -128,6 +130,7 @@ class WorkQueue(Generic[Item]):
 
         The caller holds the lock.
         """
+        assert self._changed.is_owned()
         line = self._at_the_door[ticket.priority]
         line.append(ticket)
         try:
@@ -139,10 +142,14 @@ class WorkQueue(Generic[Item]):
             self._changed.notify_all()
 
     def _has_room(self, ticket: Ticket[Item]) -> bool:
+        """Tell whether one more item is within the bounds; the caller holds the lock."""
+        assert self._changed.is_owned()
         lane, num_bytes = self._lanes[ticket.priority], self._bytes[ticket.priority] + ticket.num_bytes
         return len(lane) < self._max_entries and (self._max_bytes is None or num_bytes <= self._max_bytes)
 
     def _pop(self) -> Ticket[Item] | None:
+        """Take the item whose turn it is, if there is one; the caller holds the lock."""
+        assert self._changed.is_owned()
         waiting = [each for each in Priority if self._lanes[each]]
         if not waiting:
             return None
@@ -155,6 +162,8 @@ class WorkQueue(Generic[Item]):
         return ticket
 
     def _remove(self, ticket: Ticket[Item]) -> None:
+        """Take an item out; the caller holds the lock."""
+        assert self._changed.is_owned()
         del self._lanes[ticket.priority][ticket]
         self._bytes[ticket.priority] -= ticket.num_bytes
         self._taken_back.discard(ticket)
@@ -170,7 +179,7 @@ class PriorityThreads:
     """
 
     def __init__(self, num_threads: int, *, name: str) -> None:
-        self._queue: WorkQueue[Callable[[], None]] = WorkQueue(max_entries=_MAX_JOBS, patience=_PATIENCE)
+        self._queue: WorkQueue[Callable[[], None]] = WorkQueue(max_entries=_MAX_JOBS, patience=PATIENCE)
         self._threads = [
             threading.Thread(target=self._run, name=f"{name}_{number}", daemon=True) for number in range(num_threads)
         ]

@@ -42,7 +42,8 @@ def open_cache(path: Path, **options: object) -> TierCache:
 
 def assert_nothing_pinned(cache: TierCache) -> None:
     index = cache._tiers.index
-    index.check()
+    with cache._tiers.changed:
+        index.check()
     assert index.hot.referenced_count == 0
     assert index.warm.referenced_count == cache._tiers.reserved_raw
 

@@ -10,6 +10,7 @@ import pytest
 from pattern_engine import PatternEngine, open_tiny, tiny_layout
 
 from tierkv.block import Tier
+from tierkv.block_writer import Batch
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.entry import Entry
@@ -120,8 +121,11 @@ def test_a_policy_that_fails_in_the_write_thread_keeps_no_block_taken(
             return select(tier, count)
 
         monkeypatch.setattr(index, "select_victims", fail)
+        sequence = cache.acquire(PROMPT)
+        PatternEngine(cache).compute(sequence, 0)
         with cache._tiers.changed:  # so that the thread takes both in one batch, or the second after the first
-            cache.release(PatternEngine(cache).start(PROMPT))
+            cache.commit(sequence, len(PROMPT))
+            cache.release(sequence)
             assert cache._demoter.after_writes(called.set)
         assert called.wait(20)
         cache.check()
@@ -145,7 +149,8 @@ def test_what_no_tier_would_take_once_is_offered_again_when_it_comes_back_or_has
             cache.release(engine.start(prompt))
         else:
             user = cache.acquire([*prompt, 5])  # keeps it hot, but not from being written
-            cache._demoter.write_down(find(cache, prompt), cache._tiers.mover.mark())
+            with cache._tiers.changed:
+                cache._demoter.write_down(find(cache, prompt), cache._tiers.mover.mark())
             cache.flush()
             cache.release(user)
             cache.evict(Tier.WARM)
@@ -153,6 +158,45 @@ def test_what_no_tier_would_take_once_is_offered_again_when_it_comes_back_or_has
             cache.evict(Tier.HOT)
             cache.flush()
         assert cache.match(prompt).blocks[Tier.WARM] == 1
+
+
+@pytest.mark.parametrize("is_in_use", [False, True])
+def test_no_queued_write_is_dropped_where_the_request_would_not_fit_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_in_use: bool
+) -> None:
+    """Eight blocks: one is being written, three wait to be written, four are in use."""
+    with open_tiny(tmp_path, hot=8, warm=12, write_wait_s=0.2) as cache:
+        engine, gate, begun = PatternEngine(cache), threading.Event(), threading.Event()
+        write = cache._demoter.writer.write
+
+        def held(batch: Batch) -> None:
+            begun.set()
+            assert gate.wait(20)
+            write(batch)
+
+        monkeypatch.setattr(cache._demoter.writer, "write", held)
+        try:
+            cache.release(engine.start(list(range(500, 504))))
+            assert begun.wait(20)
+            queued = engine.start(list(range(100, 112)))
+            running = cache.acquire(list(range(200, 216)), reuse=False)
+            if not is_in_use:
+                cache.release(queued)
+            with pytest.raises(CapacityError):
+                cache.acquire(list(range(1000, 1012 if is_in_use else 1016)))
+            assert "stalled" not in cache.stats().skip_reasons, "writes were dropped in vain"
+            if not is_in_use:  # where it frees what is needed, they are
+                cache.release(cache.acquire(list(range(1000, 1012))))
+                assert cache.stats().skip_reasons["stalled"] == 3
+        finally:
+            gate.set()
+        for sequence in (queued, running):
+            cache.release(sequence)
+        cache.flush()
+        assert cache.match([*range(100, 112), 1]).blocks[Tier.WARM] == 0  # hot, or lost above
+        cache.evict(Tier.HOT)
+        assert cache.match([*range(100, 112), 1]).blocks[Tier.WARM] == (3 if is_in_use else 0)
+        cache.check()
 
 
 def start_and_demote(engine: PatternEngine, prompt: list[int]) -> None:
@@ -164,6 +208,7 @@ def start_and_demote(engine: PatternEngine, prompt: list[int]) -> None:
 
 def find(cache: TierCache, prompt: list[int]) -> Entry:
     """Return the entry of a prompt's only block."""
-    entry = cache._tiers.index.peek(cache.match(prompt).block_hashes[0])
+    with cache._tiers.changed:
+        entry = cache._tiers.index.peek(cache.match(prompt).block_hashes[0])
     assert entry
     return entry

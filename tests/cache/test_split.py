@@ -205,6 +205,28 @@ def test_what_a_request_took_decides_what_becomes_of_the_next(stored: Path) -> N
             cache.release(sequence)
 
 
+@pytest.mark.parametrize("is_long", [False, True])
+def test_a_way_that_was_slow_once_is_tried_again_after_many_requests_that_did_without(
+    stored: Path, is_long: bool
+) -> None:
+    """Something else kept the disk busy when it was measured: nobody would ever load again."""
+    prompt = [*(PROMPT if is_long else PROMPT[:4]), 7]
+    with open_cache(stored) as cache:
+        say_rates(cache, block_s=1.0, load_s=50.0)
+        for in_memory in (True, False):  # all ways of a long prompt are known, and slow
+            for num_blocks in (1, NUM_BLOCKS):
+                cache._tiers.load_costs[LoadKind(in_memory, is_split=True)].add(num_blocks, 50.0 * num_blocks)
+        found = []
+        for _ in range(400):
+            sequence = cache.acquire(prompt, may_split=True)
+            found.append(sequence.num_cached_tokens > 0 or sequence.split is not None)
+            cache.release(sequence)
+            if found[-1]:
+                break
+        assert not any(found[:50])
+        assert found[-1]
+
+
 def test_a_way_that_is_tried_and_not_measured_makes_no_other_less_believed(stored: Path) -> None:
     with open_cache(stored) as cache:
         say_rates(cache, block_s=1.0, load_s=0.5)

@@ -160,6 +160,17 @@ def test_the_more_urgent_overtakes_between_two_pieces(manager: MemoryTransferMan
     assert link.copied == [3, 1, 3, 3, 3]
 
 
+def test_a_demotion_gets_on_beside_requests_that_never_end(link: SlowLink) -> None:
+    with MemoryTransferManager("cpu", pinned_memory_pool_size=POOL) as manager:
+        hold(manager, link)
+        demotion = up(filled(200, 2 * PIECE), Priority.DEMOTION)
+        handles = manager.bulk_transfer([demotion, *(up(filled(1)) for _ in range(100))])
+        link.gate.set()
+        for handle in handles:
+            handle.result()
+        assert [at for at, byte in enumerate(link.copied) if byte == 200] == [33, 66]
+
+
 def test_no_more_is_in_flight_than_there_is_staging(manager: MemoryTransferManager, link: SlowLink) -> None:
     source = torch.arange(20 * PIECE, dtype=torch.uint8)
     for way in (UP, DOWN):

@@ -8,6 +8,7 @@ from typing import Any
 from tierkv.block import HASH_BYTES, Tier, hash_block
 from tierkv.daemon.messages import Found, FoundTail
 from tierkv.errors import DaemonGoneError
+from tierkv.locks import OwnedCondition
 from tierkv.lookup import Hit, Lookup
 from tierkv.remote.reader import RemoteReader
 from tierkv.storage.outcomes import MissReason
@@ -25,7 +26,7 @@ def test_a_hot_tail_stays_pinned_if_the_connection_is_closed_before_a_better_one
     theirs = FoundTail(b"d" * HASH_BYTES, TOKENS, num_tokens=3, slot=5)
     answer = Found(slots=b"", tail=theirs, cursor=0, ticket=0, is_computing=False, miss="")
     unpinned: list[Place] = []
-    tiers: Any = SimpleNamespace(index=SimpleNamespace(root=ROOT), unpin=unpinned.extend)
+    tiers: Any = SimpleNamespace(index=SimpleNamespace(root=ROOT), unpin=unpinned.extend, changed=OwnedCondition())
     keeper: Any = SimpleNamespace(link=SimpleNamespace(lend=lend))
     flight: Any = SimpleNamespace(is_on=False, ask=lambda *_: answer)
     reader = RemoteReader(tiers, keeper, flight, block_size=4, min_tail_tokens=1, hash_function=hash_block)

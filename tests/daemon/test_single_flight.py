@@ -70,6 +70,21 @@ def test_the_second_waits_for_the_blocks_of_the_first(start_daemon: Start, open_
     second.release(found)
 
 
+def test_who_waits_holds_neither_leases_nor_cursors(start_daemon: Start, open_cache: OpenCache) -> None:
+    """The other one may need just that room to write what is waited for."""
+    daemon = start_daemon()
+    first, second = open_cache(compute_wait_s=30.0), open_cache(compute_wait_s=30.0)
+    first.release(PatternEngine(first).start(PROMPT[:9]))  # two blocks are there
+    first.flush()
+    sequence = first.acquire(PROMPT)  # and promises the other two
+    other = waiting(second)
+    eventually(lambda: second._daemon is not None and second._daemon.flight.num_waits == 1)
+    eventually(lambda: daemon.status().leased_slots == 0)
+    assert other.is_running
+    first.release(sequence)
+    second.release(other.join())
+
+
 def test_who_waits_goes_on_when_the_other_gives_up(start_daemon: Start, open_cache: OpenCache) -> None:
     start_daemon()
     first, second = open_cache(compute_wait_s=30.0), open_cache(compute_wait_s=30.0)

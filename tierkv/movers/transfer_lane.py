@@ -20,7 +20,7 @@ from torch import Tensor
 from tierkv.errors import StoreError, TransferCancelledError
 from tierkv.handle import Handle
 from tierkv.movers.mover import CudaReady, Done, Ready, settle
-from tierkv.work_queue import Priority, Ticket, WorkQueue
+from tierkv.work_queue import PATIENCE, Priority, Ticket, WorkQueue
 
 __all__ = ["Direction", "Lane", "Link", "Part", "Run", "TransferHandle", "open_link"]
 
@@ -138,7 +138,9 @@ class Lane:
         self._max_in_flight, self._piece_bytes = staging.shape
         self._free = deque(staging)
         self._in_flight: deque[_Flight] = deque()
-        self._queue: WorkQueue[Run] = WorkQueue(max_entries=_MAX_WAITING, max_bytes=max_waiting_bytes)
+        self._queue: WorkQueue[Run] = WorkQueue(
+            max_entries=_MAX_WAITING, max_bytes=max_waiting_bytes, patience=PATIENCE
+        )
         self._thread = threading.Thread(target=self._work, name=f"tierkv-{direction.value}", daemon=True)
         self._thread.start()
 

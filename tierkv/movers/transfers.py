@@ -80,8 +80,8 @@ class MemoryTransferManager:
 
     Each direction has a thread and a stream of its own, where a waiting request's transfer goes before a prefetch, and
     that before a demotion: work goes in pieces of at most 16 MiB, four in flight, and what is more urgent overtakes the
-    rest. A transfer waits for what was queued on the caller's current stream when it was handed over; those behind it
-    in its direction wait too.
+    rest. One piece in 32 is less urgent: a demotion gets on beside requests that never end. A transfer waits for what
+    was queued on the caller's current stream when it was handed over; those behind it in its direction wait too.
 
     device: the GPU, by default the current one; without one, or with "cpu", the same calls copy in the CPU's memory.
     pinned_memory_pool_size: bytes of page-locked memory, taken once, half for each direction, by way of which memory

@@ -9,6 +9,7 @@ from typing import Any
 
 from tierkv.block import BlockHash, Tier
 from tierkv.events import BlockEvent, EventKind
+from tierkv.locks import NO_LOCK, Owned
 
 __all__ = ["AllocationEvent", "AllocationLedger", "MemoryAllocation"]
 
@@ -65,9 +66,13 @@ class _Totals:
 
 
 class AllocationLedger:
-    """Allocations by id, totals and peaks, and a history of `history_size` events. Its owner holds a lock."""
+    """Allocations by id, totals and peaks, and a history of `history_size` events.
 
-    def __init__(self, *, history_size: int, clock: Callable[[], float]) -> None:
+    The caller of every method holds the lock.
+    """
+
+    def __init__(self, *, history_size: int, clock: Callable[[], float], lock: Owned = NO_LOCK) -> None:
+        self._lock = lock
         self.total_allocated = 0
         self.peak_allocated = 0
         self.dropped_events = 0
@@ -79,6 +84,7 @@ class AllocationLedger:
 
     def allocate(self, *, event: BlockEvent | None = None, **fields: Any) -> MemoryAllocation:
         """Enter an allocation in place of what had its id. event: what made it; fields: MemoryAllocation's."""
+        assert self._lock.is_owned()
         now = self._clock()
         made = MemoryAllocation(**fields, created_at=now, last_accessed=now)
         self.drop(made.allocation_id)
@@ -92,12 +98,14 @@ class AllocationLedger:
 
     def free(self, allocation_id: str, kind: EventKind, event: BlockEvent | None = None) -> None:
         """Take an allocation out and record that; nothing happens if it has gone."""
+        assert self._lock.is_owned()
         freed = self.drop(allocation_id)
         if freed:
             self.note(freed, kind, event)
 
     def drop(self, allocation_id: str) -> MemoryAllocation | None:
         """Take an allocation out without a word in the history."""
+        assert self._lock.is_owned()
         freed = self.allocations.pop(allocation_id, None)
         if freed:
             self._purposes[freed.purpose].add(-1, -freed.size_bytes)
@@ -107,11 +115,13 @@ class AllocationLedger:
 
     def touch(self, allocation: MemoryAllocation, count: int) -> None:
         """Count uses of an allocation, the last of them now."""
+        assert self._lock.is_owned()
         allocation.access_count += count
         allocation.last_accessed = self._clock()
 
     def note(self, allocation: MemoryAllocation, kind: EventKind, event: BlockEvent | None) -> None:
         """Record what happened to an allocation."""
+        assert self._lock.is_owned()
         self._append(
             AllocationEvent(
                 self._clock(),
@@ -126,6 +136,7 @@ class AllocationLedger:
 
     def note_block(self, event: BlockEvent) -> None:
         """Record what changes no allocation."""
+        assert self._lock.is_owned()
         tier = event.tier.value if event.tier else "none"
         self._append(
             AllocationEvent(
@@ -142,6 +153,7 @@ class AllocationLedger:
 
     def summary(self) -> dict[str, Any]:
         """Return totals, peaks and counts, by purpose and by device; bytes of parts are in `by_purpose` only."""
+        assert self._lock.is_owned()
         accesses: Counter[str] = Counter()
         devices: Counter[str] = Counter()
         for allocation in self.allocations.values():
@@ -167,6 +179,7 @@ class AllocationLedger:
         }
 
     def _append(self, event: AllocationEvent) -> None:
+        assert self._lock.is_owned()
         self._events[event.kind] += 1
         self.dropped_events += len(self.history) == self.history.maxlen
         self.history.append(event)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 import weakref
 from collections import deque
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 from tierkv.block import Tier
 from tierkv.errors import ConfigError
 from tierkv.events import BlockEvent, CacheObserver, EventKind, MemoryRegion, RequestEvent, Span
+from tierkv.locks import OwnedLock
 from tierkv.profiling.ledger import AllocationEvent, AllocationLedger, MemoryAllocation
 from tierkv.profiling.step_sampler import StepSampler
 
@@ -60,7 +60,8 @@ class MemoryTracker:
         if history_size < 1 or sample_every < 1:
             raise ConfigError(f"history_size {history_size} and sample_every {sample_every} must be positive")
         self.sample_every = sample_every
-        self._ledger = AllocationLedger(history_size=history_size, clock=clock)
+        self._lock = OwnedLock()
+        self._ledger = AllocationLedger(history_size=history_size, clock=clock, lock=self._lock)
         self.allocations: Mapping[str, MemoryAllocation] = self._ledger.allocations
         self.allocation_history: Sequence[AllocationEvent] = self._ledger.history
         self._regions: dict[Tier, MemoryRegion] = {}
@@ -69,7 +70,6 @@ class MemoryTracker:
         self._sampler = StepSampler(sample_every, seed=seed)
         self._serial = 0
         self._collected: deque[str] = deque()
-        self._lock = threading.Lock()
 
     @property
     def total_allocated(self) -> int:
@@ -210,9 +210,9 @@ class MemoryTracker:
     def on_span(self, span: Span) -> None:
         """Nothing to track: work is not memory."""
 
-    # --- Under the lock ------------------------------------------------------------------------------------
-
     def _allocate_block(self, region: MemoryRegion, event: BlockEvent) -> None:
+        """Note that a block has bytes in a region; the caller holds the lock."""
+        assert self._lock.is_owned()
         assert event.tier and event.slot is not None
         self._collect()
         made = self._ledger.allocate(
@@ -232,7 +232,8 @@ class MemoryTracker:
             self._hot_blocks[event.slot] = made
 
     def _move_block(self, region: MemoryRegion, event: BlockEvent) -> None:
-        """Keep what is known of a block under its new place."""
+        """Keep what is known of a block under its new place; the caller holds the lock."""
+        assert self._lock.is_owned()
         assert event.tier is Tier.HOT and event.slot is not None and event.moved_from is not None
         moved = self._ledger.allocations.pop(_block_id(event.tier, event.moved_from), None)
         if moved is None:
@@ -244,6 +245,8 @@ class MemoryTracker:
         self._ledger.note(moved, event.kind, event)
 
     def _collect(self) -> None:
+        """Note what the collector has freed; the caller holds the lock."""
+        assert self._lock.is_owned()
         while self._collected:
             self._ledger.free(self._collected.popleft(), EventKind.FREE)
 

@@ -80,6 +80,7 @@ class LinkKeeper:
 
     def settle(self) -> None:
         """Tell the daemon what has been given back. The caller does not hold the lock."""
+        assert not self._tiers.changed.is_owned()
         link = self.link
         if link:
             try:

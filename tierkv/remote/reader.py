@@ -96,6 +96,7 @@ class RemoteReader:
         one, is for `end_ticket`.
         The caller does not hold the lock. Waits while another process computes what is missing.
         """
+        assert not self._tiers.changed.is_owned()
         if found.num_tokens * TOKEN_BYTES >= len(token_bytes):
             return found, None
         hashes = [entry.block_hash for entry in found.hot]
@@ -123,7 +124,11 @@ class RemoteReader:
         return lookup, Ticket(link, answer.ticket) if answer.ticket else None
 
     def end_lookup(self, lookup: Lookup) -> None:
-        """Nothing more of a lookup will be read: tell the daemon what is no longer needed, without the lock."""
+        """Nothing more of a lookup will be read: tell the daemon what is no longer needed.
+
+        The caller does not hold the lock.
+        """
+        assert not self._tiers.changed.is_owned()
         for hit in lookup.rest():
             if isinstance(hit.source, _DaemonBlock):
                 hit.source.link.end_cursor(hit.source.cursor)

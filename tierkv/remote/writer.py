@@ -66,6 +66,7 @@ class RemoteWriter:
 
         The caller holds the lock.
         """
+        assert self._tiers.changed.is_owned()
         index = self._tiers.index
         written = next(each.written for each in reversed(path) if isinstance(each, Job))
         offers: dict[int, Job] = {}
@@ -76,7 +77,7 @@ class RemoteWriter:
                 index.hot.pin(each.block_id)
                 held.append(Place(Tier.HOT, each.block_id))
                 ready = self._tiers.arriving.get(each.block_id, written)
-                offers[at] = Job.of(each, index.seal_of(each), ready)
+                offers[at] = self._tiers.job_of(each, ready)
         return offers
 
     def _fill_and_publish(

@@ -170,6 +170,7 @@ class Admission:
 
     def _touch(self, hot: list[Entry], hits: list[Hit]) -> None:
         """Record the use of what was hot, and of hits that were promoted. The caller holds the lock."""
+        assert self._tiers.changed.is_owned()
         index = self._tiers.index
         index.touch_all(hot)  # pinned since the lookup, so still the same blocks
         found = (index.get(hit.block_hash, hit.parent_hash, hit.token_bytes, seal=hit.seal) for hit in hits)

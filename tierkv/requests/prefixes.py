@@ -45,6 +45,7 @@ class Prefixes:
 
     def find(self, token_bytes: bytes, max_tokens: int) -> Lookup:
         """Return what this cache's own tiers have of the first `max_tokens` tokens; the caller holds the lock."""
+        assert self._tiers.changed.is_owned()
         return look_up(
             self._tiers.index,
             self._tiers.sources,

@@ -63,6 +63,7 @@ class Registrar:
 
         It ends at the first that does not fit the chain: a collision, or a sequence that stays private.
         """
+        assert self._tiers.changed.is_owned()
         size, index = self._tiers.layout.block_size, self._tiers.index
         written = self._tiers.mover.mark()
         for hit in loaded:
@@ -91,6 +92,7 @@ class Registrar:
 
         kind: how it came to be hot, for observers.
         """
+        assert self._tiers.changed.is_owned()
         tiers, index = self._tiers, self._tiers.index
         parent = sequence.chain[at - 1] if at else index.root
         start = at * self._tiers.layout.block_size * TOKEN_BYTES
@@ -120,7 +122,8 @@ class Registrar:
         return int(is_new)
 
     def _share(self, sequence: Sequence, at: int, block_id: int) -> None:
-        """Let a sequence use the block that is registered instead of its own copy of the same tokens."""
+        """Let a sequence use the block that is registered instead of its own copy; the caller holds the lock."""
+        assert self._tiers.changed.is_owned()
         own = sequence.block_table[at]
         if own == block_id:
             return

@@ -146,6 +146,7 @@ class RunningSequences:
 
     def avg_shared_blocks(self) -> float:
         """Return how many of its blocks a sequence shares with others, on average; the caller holds the lock."""
+        assert self._tiers.changed.is_owned()
         return self._users.num_shared / len(self._sequences) if self._sequences else 0.0
 
     def check(self) -> None:
@@ -153,6 +154,7 @@ class RunningSequences:
 
         The caller holds the lock, and has waited for writes, splits and copies in flight: they hold references too.
         """
+        assert self._tiers.changed.is_owned()
         users: Counter[int] = Counter()
         for sequence in self._sequences:
             users.update(sequence.block_table)

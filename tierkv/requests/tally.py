@@ -18,7 +18,7 @@ __all__ = ["RequestTally"]
 
 
 class RequestTally:
-    """Counts requests, hits by tier, and each miss with its reason. Every method wants the lock held."""
+    """Counts requests, hits by tier, and each miss with its reason. The caller of every method holds the lock."""
 
     def __init__(self, tiers: Tiers, *, hash_function: HashFunction) -> None:
         self._tiers = tiers
@@ -40,6 +40,7 @@ class RequestTally:
         blocks: how many came up, by tier. later: cold ones that come up behind it. dropped: cold ones that are
         computed instead.
         """
+        assert self._tiers.changed.is_owned()
         stats, watch = self._tiers.stats, self._tiers.watch
         num_blocks = -(-sequence.num_tokens // self._block_size)
         num_found = sum(blocks.values()) + len(later) + len(dropped)
@@ -64,6 +65,7 @@ class RequestTally:
 
     def count_split(self, split: SplitLoad) -> list[MissReason]:
         """Count what became of a request's cold blocks. Return why each was computed that was."""
+        assert self._tiers.changed.is_owned()
         stats = self._tiers.stats
         num_computed = split.meeting.first_loaded
         num_loaded = len(split.hits) - num_computed
@@ -80,6 +82,7 @@ class RequestTally:
 
     def tell_split(self, split: SplitLoad, loaded: Several[Hit], computed: Several[MissReason]) -> None:
         """Tell what became of a request's cold blocks: those loaded, and of the others why they were computed."""
+        assert self._tiers.changed.is_owned()
         if watch := self._tiers.watch:
             watch.rest_of_request(
                 {Tier.COLD: len(loaded) * self._block_size},
@@ -96,6 +99,7 @@ class RequestTally:
         miss: why the block behind the hits was none, if there is more to say than absent. num_surplus: blocks that
         this rank had, right behind those found, and gave up.
         """
+        assert self._tiers.changed.is_owned()
         stats = self._tiers.stats
         stats.requests += 1
         stats.prompt_tokens += sequence.num_tokens
@@ -110,6 +114,7 @@ class RequestTally:
 
     def _miss_reasons(self, sequence: Sequence, num_hits: int) -> list[MissReason]:
         """Tell of each whole block behind the hits whether the store remembers to have evicted it."""
+        assert self._tiers.changed.is_owned()
         if self._tiers.cold is None:
             return []
         size = self._block_size
@@ -121,6 +126,7 @@ class RequestTally:
 
     def _names(self, sequence: Sequence, num_found: int) -> list[BlockName]:
         """Name the blocks behind those found. One that nobody can find, or nobody asked after, has no hash."""
+        assert self._tiers.changed.is_owned()
         step, done = self._block_size * TOKEN_BYTES, len(sequence.chain)
         rest = bytes(sequence.token_bytes[done * step :])
         parent = self._last_hash(sequence)
@@ -134,4 +140,5 @@ class RequestTally:
         return named[num_found - done :]
 
     def _last_hash(self, sequence: Sequence) -> BlockHash:
+        assert self._tiers.changed.is_owned()
         return sequence.chain[-1] if sequence.chain else self._tiers.index.root

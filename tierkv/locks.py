@@ -1,0 +1,44 @@
+"""Locks that know their owner, so that "the caller holds the lock" is an assertion and not only a sentence.
+
+A method whose docstring says so begins with `assert lock.is_owned()`. It costs one call into C, some 30 ns.
+"""
+
+from __future__ import annotations
+
+import _thread
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+__all__ = ["NO_LOCK", "Owned", "OwnedCondition", "OwnedLock"]
+
+
+class Owned(Protocol):
+    """A lock, as those see it who only check that they hold it."""
+
+    @property
+    def is_owned(self) -> Callable[[], bool]:
+        """Return whether the calling thread holds the lock, when called."""
+
+
+class OwnedLock(_thread.RLock):  # type: ignore[misc]  # final in typeshed only
+    """A re-entrant lock; `is_owned` tells whether the calling thread holds it."""
+
+    is_owned = _thread.RLock._is_owned  # type: ignore[attr-defined]
+
+
+class OwnedCondition(threading.Condition):
+    """A condition with such a lock of its own."""
+
+    def __init__(self) -> None:
+        lock = OwnedLock()
+        super().__init__(lock)
+        self.is_owned: Callable[[], bool] = lock.is_owned
+
+
+class _NoLock:
+    is_owned: Callable[[], bool] = (1).__bool__
+
+
+NO_LOCK: Owned = _NoLock()
+"""In the place of a lock, for an object that one thread alone uses: always held."""

@@ -16,7 +16,7 @@ import pytest
 from fake_cache import FakeCache
 
 from tierkv.block import Tier
-from tierkv.daemon.messages import StatusReport
+from tierkv.daemon.messages import LimitStatus, StatusReport
 from tierkv.daemon.metrics import exposition
 from tierkv.daemon.metrics import serve_metrics as serve_metrics_of_daemon
 from tierkv.errors import ConfigError
@@ -153,7 +153,14 @@ def test_the_dashboard_shows_each_metric_somewhere(server: MetricsServer) -> Non
 def report_of_daemon() -> StatusReport:
     """Return a report with a counter that the cache has too, and means something else by."""
     gauges = dict.fromkeys((each for each in StatusReport.__struct_fields__), 7)
-    told = {"socket": "", "store": "", "tenants": [], "counters": {"skipped_writes": 3}, "cold": {"blocks": 5}}
+    told = {
+        "socket": "",
+        "store": "",
+        "tenants": [],
+        "counters": {"skipped_writes": 3},
+        "cold": {"blocks": 5},
+        "limits": [LimitStatus(name="leases", used=3, limit=9)],
+    }
     return StatusReport(**{**gauges, **told})  # type: ignore[arg-type]
 
 

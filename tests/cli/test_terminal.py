@@ -70,7 +70,7 @@ def test_json_is_ascii_whatever_the_terminal(stored: Command) -> None:
         plain = stored(*words, "--json", encoding="latin-1")
         assert plain.code == 0 and plain.out.isascii()
         json.loads(plain.out)
-    assert NAME in json.loads(stored("inspect", "--json").out)["namespaces"][0]["name"]
+    assert NAME.replace("\x1b", "\\x1b") in json.loads(stored("inspect", "--json").out)["namespaces"][0]["name"]
 
 
 def test_a_name_is_shown_as_it_is_and_steers_no_terminal(stored: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,6 +180,7 @@ ALONE = [
     "save",
     "load",
     "evict",
+    "quota",
     "compact",
     "verify",
     "top",

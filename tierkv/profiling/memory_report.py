@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tierkv.block import Tier
+from tierkv.errors import ConfigError
 from tierkv.files import check_path, write_whole
 from tierkv.profiling.advice import EvictionSummary, Suggestion
 from tierkv.profiling.chrome_trace import trace_of
@@ -46,12 +47,18 @@ class MemoryReport:
 
     def save_html(self, path: str | Path) -> Path:
         """Write one page that needs nothing else: no network, no script. Return its path."""
-        target = check_path(path)
-        write_whole(target, render_page(self.run).encode(errors="backslashreplace"))  # a path need not be Unicode
-        return target
+        return _write(path, render_page(self.run))
 
     def export_trace(self, path: str | Path) -> Path:
         """Write the run as Chrome trace events, for ui.perfetto.dev or chrome://tracing. Return the path."""
-        target = check_path(path)
-        write_whole(target, json.dumps(trace_of(self.run)).encode())
-        return target
+        return _write(path, json.dumps(trace_of(self.run)))
+
+
+def _write(path: str | Path, text: str) -> Path:
+    """Write a file of text. Raises ConfigError where that cannot be done."""
+    target = check_path(path)
+    try:
+        write_whole(target, text.encode(errors="backslashreplace"))  # a path in the text need not be Unicode
+    except OSError as exc:
+        raise ConfigError(f"cannot write {target}: {exc.strerror}") from exc
+    return target

@@ -65,7 +65,8 @@ LAYERS = (
     Layer(
         "daemon",
         "daemon.config daemon.slab daemon.values daemon.state daemon.matching daemon.fetching daemon.writing "
-        "daemon.core daemon.host daemon.sealer daemon.loader daemon.store_writer daemon.waiters "
+        "daemon.core daemon.host daemon.log_file daemon.ending daemon.side_threads daemon.loaded_file "
+        "daemon.state_loads daemon.sealer daemon.loader daemon.store_writer daemon.waiters "
         "daemon.prefetcher daemon.metrics daemon.connection daemon.requests daemon.server",
         below="values control storage background client",
     ),

@@ -100,6 +100,21 @@ class CoreMachine(RuleBasedStateMachine):
                 client.end_fetch(position, self.firsts)
                 return
 
+    @rule(number=which)
+    def end_fetch_without_its_loads(self, number: int) -> None:
+        """The client gets what has come by now; the loads go on, and end later."""
+        client = self.client(number)
+        if client.tasks:
+            task = client.tasks[0][0]
+            self.late = [*getattr(self, "late", []), task]
+            client.end_fetch(0, self.firsts)
+
+    @rule(number=which)
+    def finish_late_loads(self, number: int) -> None:
+        late = getattr(self, "late", [])
+        if late:
+            finish_load(self.core, self.slab, late.pop(number % len(late)))
+
     @rule(number=which, count=st.integers(1, 6))
     def release(self, number: int, count: int) -> None:
         self.client(number).release(count)

@@ -17,7 +17,9 @@ class DaemonConfig:
     """What a daemon is started with.
 
     store: None keeps nothing on disk. pin_share: of the slab, that one tenant may pin. metrics_port: of the loopback
-    interface, for Prometheus. hello_s: so long may a client take to say hello.
+    interface, for Prometheus. hello_s: so long may a client take to say hello. stop_s: so long may the end take; then
+    the process exits, and what was not written is lost. stall_s: so long may the store take over one batch before who
+    waits for it is told that the disk does not answer.
     """
 
     socket: Path
@@ -30,6 +32,8 @@ class DaemonConfig:
     eviction_policy: str = "hit-density"
     metrics_port: int | None = None
     hello_s: float = 5.0
+    stop_s: float = 30.0
+    stall_s: float = 15.0
 
     def __post_init__(self) -> None:
         if min(self.warm_bytes, self.cold_bytes, self.num_io_threads) <= 0:

@@ -49,6 +49,9 @@ class Host(Protocol):
     def tell_news(self) -> None:
         """Wake who waits for news of a block."""
 
+    def end_loads(self, connection: Connection) -> None:
+        """Close the state files that this client alone had loaded."""
+
 
 class ClientConnection(asyncio.Protocol):
     """One connection as the loop sees it: frames in, answers out, errors told."""
@@ -101,6 +104,7 @@ class ClientConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.host.clients.discard(self)
         self.host.core.disconnect(self.connection)
+        self.host.end_loads(self.connection)
         self.host.tell_news()
 
     # the server calls these

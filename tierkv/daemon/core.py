@@ -186,6 +186,9 @@ class Core(Matching, Fetching, Writing):
                 if tenant.size_class is size_class:
                     pins.update(task.slots)
             pins.update(write.slot for write in self._writes if write.tenant.size_class is size_class)
+            for load in self._loads.values():
+                if load.tenant.size_class is size_class:
+                    pins[load.slot] += load.num_left
             pool = size_class.index.warm
             for slot in range(size_class.num_slots):
                 assert pool.reference_count(slot) == pins[slot], f"slot {slot} has {pool.reference_count(slot)} pins"

@@ -57,19 +57,21 @@ class Fetching(State):
         self._end_load(load)
 
     def end_fetch(self, connection: Connection | None, task: FetchTask) -> Fetched:
-        """Lease the leading blocks that arrived, give the others up. Every load of the task is done."""
+        """Lease the leading blocks that arrived, give the others up. A load that is not done counts as failed."""
         tenant = self._fetching.pop(task)
         num_good = len(task.slots)
         miss = task.miss
         for at, load in task.loads.items():
-            assert load.is_done, "a fetch ends when its loads have ended"
-            if load.reason is not None and at < num_good:
-                num_good, miss = at, load.reason
+            reason = load.reason if load.is_done else MissReason.IO_ERROR
+            if reason is not None and at < num_good:
+                num_good, miss = at, reason
         is_leasing = connection is not None and not connection.is_closed
         for at, slot in enumerate(task.slots):
             if is_leasing and at < num_good:
                 assert connection is not None
                 connection.leases[slot] += 1
+            elif (load_of := task.loads.get(at)) and not load_of.is_done:
+                load_of.num_left += 1  # a thread may still write into the slot
             else:
                 tenant.size_class.index.unpin(Tier.WARM, slot)
         return Fetched(slots=array("I", task.slots[:num_good]).tobytes(), miss=miss.value if miss else "")
@@ -142,6 +144,8 @@ class Fetching(State):
         del self._loads[load.entry]
         load.entry.awaited = False
         self._prune(load.tenant, load.entry)
+        for _ in range(load.num_left):
+            load.tenant.size_class.index.unpin(Tier.WARM, load.slot)
 
     def _source_of(
         self, tenant: Tenant, hashes: list[bytes], tokens: bytes, at: int

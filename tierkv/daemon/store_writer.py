@@ -9,13 +9,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from tierkv.daemon.core import Core, Tenant, Write
+from tierkv.daemon.loaded_file import LoadedFile
 from tierkv.daemon.sealer import Sealer
 from tierkv.errors import StoreError
 from tierkv.storage.codecs import codec_by_name, default_codec
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.outcomes import PutOutcome
 from tierkv.storage.record import BlockInfo, EncodedRecord, encode_record
-from tierkv.storage.state_file import StateFile
 from tierkv.storage.warm import Slab
 from tierkv.write_behind import WriteBehind
 
@@ -54,9 +54,13 @@ class StoreWriter:
         if self._store is not None and self._store.is_due and not self._queue.pending:
             self._queue.offer(None)
 
-    def flush(self) -> None:
-        """Wait until what is queued so far is on the disk. Not for the loop's thread."""
-        self._queue.flush()
+    def flush(self, *, stall_s: float) -> None:
+        """Wait until what is queued so far is on the disk. Not for the loop's thread.
+
+        Raises StoreError where one batch takes longer than `stall_s`.
+        """
+        if not self._queue.flush(stall_s=stall_s):
+            raise StoreError(f"nothing was written to the store for {stall_s:g} s")
         if self._store is not None:
             self._store.flush()
 
@@ -81,9 +85,10 @@ class StoreWriter:
             if block.entry.block_hash not in seen:
                 seen.add(block.entry.block_hash)
                 yield self._encode(block, sealer.identify(tenant, block.entry)).data.tobytes()
-        for source in tenant.sources:
-            if isinstance(source, StateFile):
-                yield from source.iter_records(seen)
+        for source in list(tenant.sources):
+            if isinstance(source, LoadedFile):
+                with source.held() as state:
+                    yield from state.iter_records(seen)
 
     def _write(self, work: list[Write | None]) -> None:
         """Encode and store published blocks; runs on the queue's thread. None is a call to tend the store."""

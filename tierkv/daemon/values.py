@@ -73,7 +73,10 @@ class Tenant:
 
 @dataclass(slots=True, eq=False)
 class Load:
-    """A block on its way from a source into a slot; each fetch that waits for it has a pin of its own."""
+    """A block on its way from a source into a slot; each fetch that waits for it has a pin of its own.
+
+    num_left: pins of fetches that were answered without it. The slot keeps them until nothing writes into it any more.
+    """
 
     tenant: Tenant
     entry: Entry
@@ -81,6 +84,7 @@ class Load:
     source: BlockSource
     is_done: bool = False
     reason: MissReason | None = None
+    num_left: int = 0
 
 
 @dataclass(slots=True, eq=False)

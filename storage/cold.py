@@ -24,6 +24,7 @@ from tierkv.storage.cold_check import VerifyReport, check_store, verify_block, v
 from tierkv.storage.cold_entry import ColdEntry
 from tierkv.storage.cold_eviction import EvictionReport, VictimOrder, VictimQueue, least_recently_used
 from tierkv.storage.cold_namespaces import FORMAT_KEY, STORE_VERSION, add_checksum, check_format
+from tierkv.storage.cold_prompt import StoredPrompt
 from tierkv.storage.cold_reader import ColdReader
 from tierkv.storage.cold_salvage import ColdKeeper
 from tierkv.storage.cold_stats import ColdStats, Counters
@@ -254,12 +255,15 @@ class ColdStore(ColdReader):
         to_bytes: int | None = None,
         namespace: BlockHash | None = None,
         older_than_s: float | None = None,
+        prompt: StoredPrompt | None = None,
     ) -> EvictionReport:
-        """Remove unpinned blocks, leaf first: those that match namespace and age, where given; then as many
+        """Remove unpinned blocks, leaf first: those that match namespace, prompt and age, where given; then as many
         as it takes to have at most `to_bytes` live. A parent stays as long as a child does.
+
+        prompt: what begins with it goes, and those of its own blocks that nothing else continues.
         """
         self._require_writable()
-        return self._writer.evict(to_bytes=to_bytes, namespace=namespace, older_than_s=older_than_s)
+        return self._writer.evict(to_bytes=to_bytes, namespace=namespace, older_than_s=older_than_s, prompt=prompt)
 
     def flush(self, *, sync: bool = True) -> None:
         """Write pending accesses; with `sync`, return when all is on the disk. Raises StoreError."""

@@ -13,6 +13,7 @@ place would change what its children mean. (Who reads a block compares its seal 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -174,6 +175,10 @@ class WriteBatch:
     def has_children(self, block_hash: BlockHash) -> bool:
         """Tell whether a stored block follows this one."""
         return self._links.has_children(block_hash)
+
+    def children(self, block_hash: BlockHash) -> Iterator[BlockHash]:
+        """Yield the stored blocks that follow this one."""
+        return self._links.iter_children(block_hash)
 
     def insert(self, record: EncodedRecord) -> PutOutcome:
         """Store a block, its entry and its place in the tree. Replace a damaged one; one of another format stays."""

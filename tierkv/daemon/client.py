@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import TypeVar
 
-from tierkv.daemon.messages import Failure, Hello, Message, Welcome
+from tierkv.daemon.messages import EvictionNotice, Failure, Hello, Message, Status, StatusReport, Welcome
 from tierkv.daemon.protocol import FrameReader, ProtocolError, frame, parse_body
 from tierkv.errors import DaemonError, DaemonGoneError
 
@@ -24,6 +24,7 @@ __all__ = ["CONNECT_TIMEOUT_S", "TIMEOUT_S", "DaemonClient"]
 TIMEOUT_S = 10.0
 CONNECT_TIMEOUT_S = 5.0
 _READ_BYTES = 256 << 10
+_SOON_S = 0.05
 
 Answer = TypeVar("Answer", bound=Message)
 
@@ -33,6 +34,7 @@ class DaemonClient:
 
     hello: names the namespace, or nothing for a client that only asks and steers.
     welcome: the daemon's answer. descriptor: the slab's, the caller's to close; None without a namespace.
+    last_eviction: the newest that the daemon has told of.
     Raises DaemonGoneError where nobody answers, DaemonError where the daemon refuses.
     """
 
@@ -41,6 +43,7 @@ class DaemonClient:
         self.boot = 0
         self.bytes_sent = 0
         self.bytes_received = 0
+        self.last_eviction = 0
         self.descriptor: int | None = None
         self._timeout_s = timeout_s
         self._pid = os.getpid()
@@ -84,6 +87,10 @@ class DaemonClient:
         deadline = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
         number = self._send(message, wants_answer=True)
         answer = self._receive(number, deadline)
+        assert answer is not None
+        return self._checked(message, answer, expected)
+
+    def _checked(self, message: Message, answer: Message, expected: type[Answer]) -> Answer:
         if isinstance(answer, Failure):
             if answer.is_fatal:
                 self._fail(answer.message)
@@ -91,6 +98,46 @@ class DaemonClient:
         if not isinstance(answer, expected):
             raise self._fail(f"{type(answer).__name__} came for {type(message).__name__}")
         return answer
+
+    def call_long(self, message: Message, expected: type[Answer], *, timeout_s: float) -> Answer:
+        """Do as `call`, for what may take long: while no answer comes, ask the daemon whether it is alive.
+
+        Raises DaemonGoneError soon after the daemon stops answering, not only after `timeout_s`.
+        """
+        deadline = time.monotonic() + timeout_s
+        number = self._send(message, wants_answer=True)
+        try:
+            while True:
+                at = min(deadline, time.monotonic() + self._timeout_s)
+                answer = self._receive(number, at, may_return=at < deadline)
+                if answer is not None:
+                    return self._checked(message, answer, expected)
+                self.call(Status(), StatusReport)
+        finally:
+            with self._changed:
+                self._waiting.discard(number)
+                self._answers.pop(number, None)
+
+    def read_waiting(self) -> None:
+        """Take in what the daemon has sent unasked, without waiting for more. Raises DaemonGoneError."""
+        while self._failure is None and self._has_input():
+            with self._changed:
+                if self._is_reading:  # whoever reads takes it in
+                    self._changed.wait(_SOON_S)
+                    return
+                self._is_reading = True
+            try:
+                self._read_some(time.monotonic() + _SOON_S)
+            finally:
+                with self._changed:
+                    self._is_reading = False
+                    self._changed.notify_all()
+
+    def _has_input(self) -> bool:
+        try:
+            return _is_readable(self._socket, 0)
+        except (OSError, ValueError) as exc:  # another thread has closed it
+            raise self._fail(_why(exc)) from exc
 
     def post(self, message: Message) -> None:
         """Send a message that has no answer. Raises DaemonGoneError."""
@@ -179,8 +226,12 @@ class DaemonClient:
             except OSError as exc:
                 raise self._fail(_why(exc)) from exc
 
-    def _receive(self, number: int, deadline: float) -> Message:
-        """Wait for one answer; read for everybody while nobody else does."""
+    def _receive(self, number: int, deadline: float, *, may_return: bool = False) -> Message | None:
+        """Wait for one answer; read for everybody while nobody else does.
+
+        may_return: return None when the time is over, with the answer still awaited, instead of failing.
+        """
+        is_awaited = False
         try:
             while True:
                 with self._changed:
@@ -192,17 +243,24 @@ class DaemonClient:
                         if not self._is_reading:
                             break
                         if not self._changed.wait(max(deadline - time.monotonic(), 0)):
+                            if may_return:
+                                is_awaited = True
+                                return None
                             raise self._fail("it did not answer in time")
                     self._is_reading = True
                 try:
+                    if may_return and not _is_readable(self._socket, max(deadline - time.monotonic(), 0)):
+                        is_awaited = True
+                        return None
                     self._read_some(deadline)
                 finally:
                     with self._changed:
                         self._is_reading = False
                         self._changed.notify_all()
         finally:
-            with self._changed:
-                self._waiting.discard(number)
+            if not is_awaited:
+                with self._changed:
+                    self._waiting.discard(number)
 
     def _read_some(self, deadline: float) -> None:
         try:
@@ -224,6 +282,8 @@ class DaemonClient:
             with self._changed:
                 if number in self._waiting:
                     self._answers[number] = answer
+                elif isinstance(answer, EvictionNotice):
+                    self.last_eviction = max(self.last_eviction, answer.number)
                 elif isinstance(answer, Failure) and answer.is_fatal:
                     raise self._fail(answer.message)
 

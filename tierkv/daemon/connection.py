@@ -113,6 +113,10 @@ class ClientConnection(asyncio.Protocol):
         """Send this descriptor with the next answer."""
         self._descriptor = descriptor
 
+    def push(self, message: Message) -> None:
+        """Send something that the client has not asked for."""
+        self._send(0, message)
+
     def check_alive(self) -> None:
         """Close the connection of somebody who connects and says nothing."""
         if not self.is_greeted and time.monotonic() - self._since > self.host.hello_s:

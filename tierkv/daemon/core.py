@@ -17,9 +17,10 @@ compares hash, parent and length; who reads it compares its seal, which covers e
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from tierkv.block import BlockHash, Tier
+from tierkv.chosen_eviction import Choice, Evicted
 from tierkv.daemon.fetching import Fetching
 from tierkv.daemon.matching import Matching
 from tierkv.daemon.messages import Match, Pin
@@ -95,6 +96,7 @@ class Core(Matching, Fetching, Writing):
         connection.leases.clear()
         self.abandon(connection, list(connection.reservations))
         connection.cursors.clear()
+        tenant.size_class.chosen.retry()
 
     def pin(self, connection: Connection, message: Pin) -> list[BlockHash]:
         """Pin or unpin a prompt's blocks; return the hashes of all that are there, for the store to do the same.
@@ -132,22 +134,76 @@ class Core(Matching, Fetching, Writing):
         wanted = size_class.num_slots if count < 0 else count
         return size_class.evict(wanted, lambda slot: self._slot_tenants.get((size_class, slot)) is tenant)
 
+    def evict_chosen(self, namespace: BlockHash, choice: Choice) -> Evicted:
+        """Evict what is chosen from the warm tier, of one namespace or, where that is empty, of all.
+
+        What is leased or on its way is marked: it serves nobody any more, and goes with its last user.
+        """
+        blocks: Counter[Tier] = Counter()
+        stayed: Counter[str] = Counter()
+        for tenant in self.tenants.values():
+            root = self._root(tenant)
+            if root is None or namespace not in (b"", tenant.digest):
+                continue
+            found = tenant.size_class.chosen.evict(root, choice, tenant.step)
+            blocks += found.blocks
+            stayed += found.stayed
+        return Evicted(blocks, stayed)
+
+    def is_marked(self, write: Write) -> bool:
+        """Tell whether a block that is to be stored was evicted meanwhile. For any thread."""
+        return write.entry in write.tenant.size_class.chosen.marked
+
+    def now(self) -> float:
+        """Return the time by which accesses are noted."""
+        return self._clock()
+
+    def count_marked(self) -> dict[str, int]:
+        """Return how many evicted blocks are still in use, by what uses them."""
+        leased = {
+            (connection.tenant.size_class, slot)
+            for connection in self.connections
+            if connection.tenant
+            for slot in connection.leases
+        }
+        counts = Counter(
+            "warm, leased to clients" if (size_class, entry.warm_slot) in leased else "warm, being read or written"
+            for size_class in self.slab.classes.values()
+            for entry in size_class.chosen.marked
+            if entry.awaited or entry.warm_slot is not None
+        )
+        return dict(counts)
+
+    def least_recent(self, to_bytes: int) -> set[BlockHash]:
+        """Return the hashes of the blocks whose eviction leaves at most so many bytes in the warm tier."""
+        blocks = [
+            (entry.last_access, -entry.depth, tenant.layout.block_bytes, entry.block_hash)
+            for tenant in self.tenants.values()
+            for entry in _below(self._root(tenant))
+            if entry.warm_slot is not None
+        ]
+        excess = sum(size for _, _, size, _ in blocks) - to_bytes
+        chosen: set[BlockHash] = set()
+        for _, _, size, block_hash in sorted(blocks):
+            if excess <= 0:
+                break
+            chosen.add(block_hash)
+            excess -= size
+        return chosen
+
     def trim(self) -> int:
-        """Evict a little ahead of need where the slab is full."""
+        """Evict a little ahead of need where the slab is full, and what was to be evicted and was in use."""
+        for size_class in self.slab.classes.values():
+            size_class.chosen.retry()
         return sum(size_class.trim() for size_class in self.slab.classes.values())
 
     def warm_entries(self, tenant: Tenant) -> list[Entry]:
         """Return a namespace's blocks in the warm tier, parents first, each pinned; `unpin_entries` ends that."""
         index = tenant.size_class.index
-        root = self._root(tenant)
-        pending = list(root.children) if root else []
-        found: list[Entry] = []
-        while pending:  # chain by chain: so each is sealed in one go
-            entry = pending.pop()
-            pending += entry.children
-            if entry.warm_slot is not None:
-                index.pin(entry, Tier.WARM)
-                found.append(entry)
+        marked = tenant.size_class.chosen.marked
+        found = [e for e in _below(self._root(tenant)) if e.warm_slot is not None and e not in marked]
+        for entry in found:
+            index.pin(entry, Tier.WARM)
         return found
 
     def unpin_entries(self, tenant: Tenant, slots: Sequence[int]) -> None:
@@ -200,3 +256,12 @@ class Core(Matching, Fetching, Writing):
         assert {id(each) for each in held} == {id(each) for each in self._reserved.values()}
         for block_hash, ticket in self._tickets.items():
             assert block_hash in ticket.hashes and ticket.connection.tickets.get(ticket.number) is ticket
+
+
+def _below(root: Entry | None) -> Iterator[Entry]:
+    """Yield the entries below one, parents first, chain by chain: so each is sealed in one go."""
+    pending = list(root.children) if root else []
+    while pending:
+        entry = pending.pop()
+        pending += entry.children
+        yield entry

@@ -117,7 +117,7 @@ class Fetching(State):
         slots = tenant.size_class.take(len(wanted)) if wanted else []
         entries = self._anchor(tenant, hashes[: wanted[len(slots) - 1][0] + 1], tokens) if slots else []
         for (at, source), slot in zip(wanted, slots, strict=False):
-            if at < len(entries) and not entries[at].awaited:
+            if at < len(entries) and not entries[at].awaited and entries[at].warm_slot is None:
                 load = Load(tenant, entries[at], slot, source)
                 load.entry.awaited = True
                 self._loads[load.entry] = load

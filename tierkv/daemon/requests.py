@@ -20,6 +20,7 @@ from typing import Any
 from tierkv.block import HASH_BYTES
 from tierkv.daemon.connection import Answer, ClientConnection
 from tierkv.daemon.core import Core, Write
+from tierkv.daemon.evictor import Evictor
 from tierkv.daemon.loader import Loader
 from tierkv.daemon.messages import (
     Abandon,
@@ -27,7 +28,11 @@ from tierkv.daemon.messages import (
     Count,
     Done,
     EndTicket,
+    EngineEvicted,
     Evict,
+    EvictBlocks,
+    EvictionDone,
+    EvictionsSince,
     Fetch,
     Flush,
     Hello,
@@ -91,6 +96,7 @@ class Requests:
         waiters: Waiters,
         prefetcher: Prefetcher,
         loads: StateLoads,
+        evictor: Evictor,
         stall_s: float,
         report: Callable[[], StatusReport],
         stop: Callable[[], None],
@@ -109,6 +115,7 @@ class Requests:
         self._stop = stop
         self._loop = asyncio.get_running_loop()
         self._loads = loads
+        self._evictor = evictor
         self._aside = SideThreads(_NUM_ASIDE, name="tierkv-aside")
         self._savers = SideThreads(_NUM_SAVERS, name="tierkv-save")
         self._saving: set[ClientConnection] = set()
@@ -118,7 +125,9 @@ class Requests:
         handler = _HANDLERS.get(type(message))
         if handler is None:
             raise ProtocolError(f"{type(message).__name__} is no request")
-        if client.connection.tenant is None and not isinstance(message, Status | Stop | Compact | Flush | Hello):
+        if client.connection.tenant is None and not isinstance(
+            message, Status | Stop | Compact | Flush | Hello | EvictBlocks
+        ):
             raise ProtocolError("the first message must be Hello, with a namespace")
         return handler(self, client, message)
 
@@ -224,6 +233,22 @@ class Requests:
         """Evict the client's own blocks."""
         return Count(count=self._core.evict(client.connection, message.count))
 
+    async def evict_blocks(self, client: ClientConnection, message: EvictBlocks) -> Answer:
+        """Evict from memory, from the store, and from the hot tiers of the other clients."""
+        return await self._evictor.evict(client.connection, message)
+
+    def evictions_since(self, client: ClientConnection, message: EvictionsSince) -> Answer:
+        """Say what was evicted on demand."""
+        client.connection.asks_for_evictions = True
+        return self._evictor.log.since(message.log, message.number)
+
+    def eviction_done(self, client: ClientConnection, message: EvictionDone) -> Answer:
+        """Note what the client has dropped."""
+        connection = client.connection
+        connection.evicted_number = message.number
+        connection.evicted = EngineEvicted(connection.client, True, message.blocks, message.in_use, message.pinned)
+        return None
+
     async def flush(self, client: ClientConnection, message: Flush) -> Answer:
         """Wait until what is published so far is on the disk."""
         await self._run_aside(lambda: self._writer.flush(stall_s=self._stall_s), None, "to flush")
@@ -314,6 +339,9 @@ _HANDLERS: dict[type[Message], Callable[[Requests, ClientConnection, Any], Answe
     Status: Requests.status,
     Stop: Requests.stop,
     Compact: Requests.compact,
+    EvictBlocks: Requests.evict_blocks,
+    EvictionsSince: Requests.evictions_since,
+    EvictionDone: Requests.eviction_done,
 }
 
 

@@ -19,6 +19,8 @@ from tierkv.daemon.config import DaemonConfig
 from tierkv.daemon.connection import Answer, ClientConnection
 from tierkv.daemon.core import Connection, Core
 from tierkv.daemon.ending import Ending
+from tierkv.daemon.eviction_log import LOG_NAME, EvictionLog
+from tierkv.daemon.evictor import Evictor
 from tierkv.daemon.host import LockFile, check_memory, exclusive_file, listening_socket, memory_of_process
 from tierkv.daemon.loader import Loader
 from tierkv.daemon.messages import Message, StatusReport, TenantStatus
@@ -162,6 +164,7 @@ class _Server:
             waiters=self._waiters,
             prefetcher=prefetcher,
             loads=self._loads,
+            evictor=self._make_evictor(writer),
             stall_s=self.config.stall_s,
             report=self._report,
             stop=self._ending.begin,
@@ -187,6 +190,19 @@ class _Server:
             if not is_quiet:
                 _log.warning("%d reads hang and are left behind", loader.num_running)
         return is_quiet
+
+    def _make_evictor(self, writer: StoreWriter) -> Evictor:
+        path = self.config.socket.with_name(self.config.socket.name + ".evictions")
+        if self.config.store is not None:
+            path = self.config.store / LOG_NAME
+        return Evictor(
+            self.core,
+            self._store,
+            writer,
+            EvictionLog(path),
+            engines=lambda: list(self.clients),
+            stall_s=self.config.stall_s,
+        )
 
     def answer(self, client: ClientConnection, message: Message) -> Answer | Coroutine[Any, Any, Answer]:
         """Return the answer to a message, or what will come up with it."""

@@ -67,11 +67,14 @@ class State:
         if parent is None:
             return known
         peek = index.peek
+        marked = tenant.size_class.chosen.marked
         start = 0
         for block_hash in hashes:
             entry = peek(block_hash)
             if entry is None or entry.parent is not parent or entry.token_bytes != tokens[start : start + step]:
                 break
+            if marked and entry in marked:
+                break  # it was evicted, and goes with its last user
             known.append(entry)
             parent = entry
             start += step

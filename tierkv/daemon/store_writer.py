@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeAlias, TypeVar
 
 from tierkv.daemon.core import Core, Tenant, Write
 from tierkv.daemon.loaded_file import LoadedFile
@@ -22,6 +24,9 @@ from tierkv.write_behind import WriteBehind
 __all__ = ["StoreWriter"]
 
 _log = logging.getLogger(__name__)
+
+Action: TypeAlias = Callable[[], None]
+Result = TypeVar("Result")
 
 _QUEUE_BLOCKS = 4096
 _BATCH_BLOCKS = 8
@@ -40,14 +45,29 @@ class StoreWriter:
         self._threads = threads
         self._sealer = Sealer()
         self._loop = asyncio.get_running_loop()
-        self._queue: WriteBehind[Write | None] = WriteBehind(
-            self._write, capacity=_QUEUE_BLOCKS, batch_size=_BATCH_BLOCKS, name="tierkv-daemon-write"
+        self._queue: WriteBehind[Write | Action | None] = WriteBehind(
+            self._work_off, capacity=_QUEUE_BLOCKS, batch_size=_BATCH_BLOCKS, name="tierkv-daemon-write"
         )
 
     def offer(self, write: Write) -> None:
         """Queue a published block; a full queue forgets it."""
         if not self._queue.offer(write):
             self._core.finish_write(write, is_stored=False)
+
+    def call(self, action: Callable[[ColdStore], Result]) -> Future[Result]:
+        """Have the write thread do something with the store, behind what is queued. Raises StoreError if it cannot."""
+        future: Future[Result] = Future()
+
+        def act() -> None:
+            assert self._store is not None
+            try:
+                future.set_result(action(self._store))
+            except BaseException as exc:  # noqa: BLE001 - the caller's
+                future.set_exception(exc)
+
+        if not self._queue.offer(act):
+            raise StoreError("too much is waiting to be written to the store")
+        return future
 
     def tend(self) -> None:
         """Have what readers have left to be written written too, if it is time for that and nothing else is."""
@@ -90,12 +110,22 @@ class StoreWriter:
                 with source.held() as state:
                     yield from state.iter_records(seen)
 
-    def _write(self, work: list[Write | None]) -> None:
-        """Encode and store published blocks; runs on the queue's thread. None is a call to tend the store."""
+    def _work_off(self, work: list[Write | Action | None]) -> None:
+        """Do what is queued, in order; runs on the queue's thread. None is a call to tend the store."""
+        for is_action, group in itertools.groupby(work, callable):
+            if is_action:
+                for action in group:
+                    assert callable(action)
+                    action()
+            else:
+                self._write([each for each in group if isinstance(each, Write)])
+
+    def _write(self, work: list[Write]) -> None:
+        """Tend the store where that is due; encode and store published blocks, but for those evicted meanwhile."""
         store = self._store
         assert store is not None
-        writes = [write for write in work if write is not None]
-        stored = dict.fromkeys(writes, False)
+        stored = dict.fromkeys(work, False)
+        writes = [write for write in work if not self._core.is_marked(write)]
         try:
             if store.is_due:
                 store.tend()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from tierkv.block import TOKEN_BYTES, BlockHash
+from tierkv.daemon.messages import EngineEvicted
 from tierkv.daemon.protocol import ProtocolError, split_hashes
 from tierkv.daemon.slab import SizeClass
 from tierkv.errors import StoreError
@@ -138,7 +139,11 @@ class Reservation:
 
 @dataclass(slots=True, eq=False)
 class Connection:
-    """What one client holds. Everything of it goes back when the connection ends."""
+    """What one client holds. Everything of it goes back when the connection ends.
+
+    asks_for_evictions: whether it drops its own copies of what is evicted. evicted_number, evicted: the last eviction
+    that it has done, and what it said of that.
+    """
 
     tenant: Tenant | None = None
     client: str = ""
@@ -147,6 +152,9 @@ class Connection:
     cursors: dict[int, Cursor] = field(default_factory=dict)
     tickets: dict[int, Ticket] = field(default_factory=dict)
     is_closed: bool = False
+    asks_for_evictions: bool = False
+    evicted_number: int = 0
+    evicted: EngineEvicted | None = None
 
     def require_tenant(self) -> Tenant:
         """Return the namespace that this connection named. Raises ProtocolError if it named none."""

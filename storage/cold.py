@@ -124,6 +124,10 @@ class ColdStore(ColdReader):
 
     # -- reading ---------------------------------------------------------------------------------------
 
+    def is_shared(self) -> bool:
+        """Tell whether another process, or another object of this one, has the store open."""
+        return self._env.is_shared()
+
     def contains(self, block_hash: BlockHash) -> bool:
         """Tell whether a block of this hash is stored."""
         return self.lookup(block_hash) is not None

@@ -135,6 +135,15 @@ class LmdbEnv:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def is_shared(self) -> bool:
+        """Tell whether another user has this environment open."""
+        try:
+            self._users.require_alone()
+        except StoreError:
+            return True
+        self._users.share()
+        return False
+
     def close(self) -> None:
         """Close after the transactions in flight. If one does not end in time, all stays open, which is logged."""
         if self._is_abandoned:

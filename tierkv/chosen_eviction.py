@@ -82,7 +82,6 @@ class ChosenEviction:
         self, index: Index, tiers: Sequence[Tier], evict: Callable[[Sequence[Entry], Tier], Collection[Entry]]
     ) -> None:
         self.marked: dict[Entry, None] = {}
-        self._leaving: dict[Entry, None] = {}  # blocks of a prompt that go if nothing else continues them
         self._index = index
         self._tiers = tiers
         self._evict = evict
@@ -90,25 +89,24 @@ class ChosenEviction:
     @property
     def is_pending(self) -> bool:
         """Whether something is to go that was in use."""
-        return bool(self.marked or self._leaving)
+        return bool(self.marked)
 
     def evict(self, root: Entry, choice: Choice, step: int) -> Evicted:
         """Evict what is chosen below an entry, and mark what is in use."""
         wanted, path = chosen_entries(root, choice, step)
         blocks: Counter[Tier] = Counter()
         stayed: Counter[str] = Counter()
-        for entry in wanted:
-            entry.in_cold = False
-            if (reason := self._evict_one(entry, blocks)) is None:
-                continue
-            stayed[reason] += 1
+        own = set(path)
+        for entry in (*wanted, *path):
+            if entry in own and not entry.pinned and any(each not in self.marked for each in entry.children):
+                reason: str | None = CONTINUED
+            else:
+                entry.in_cold = False
+                reason = self._evict_one(entry, blocks)
+            if reason:
+                stayed[reason] += 1
             if reason == IN_USE:
                 self.marked[entry] = None
-        for entry in path:
-            if (reason := self._evict_last(entry, blocks)) is not None:
-                stayed[reason] += 1
-                if reason == IN_USE:
-                    self._leaving[entry] = None
         return Evicted(blocks, stayed)
 
     def retry(self) -> Counter[Tier]:
@@ -122,27 +120,14 @@ class ChosenEviction:
                 if child not in self.marked and not child.pinned:
                     self.marked[child] = None
                     pending.append(child)
-        for marks, evict in ((self.marked, self._evict_one), (self._leaving, self._evict_last)):
-            for entry in sorted(marks, key=lambda each: -each.depth):
-                if evict(entry, blocks) != IN_USE:
-                    del marks[entry]
+        for entry in sorted(self.marked, key=lambda each: -each.depth):
+            if self._evict_one(entry, blocks) != IN_USE:
+                del self.marked[entry]
         return blocks
 
     def spare(self, entry: Entry) -> None:
         """Keep a block after all: it was computed anew."""
         self.marked.pop(entry, None)
-
-    def _evict_last(self, entry: Entry, blocks: Counter[Tier]) -> str | None:
-        """Evict a block unless another one continues it, in whatever tier."""
-        children = list(entry.children)
-        if any(child in self.marked or child in self._leaving for child in children):
-            return IN_USE
-        if children:
-            return CONTINUED
-        reason = self._evict_one(entry, blocks)
-        if reason is None:
-            entry.in_cold = False
-        return reason
 
     def _evict_one(self, entry: Entry, blocks: Counter[Tier]) -> str | None:
         """Evict a block from every tier. Return why it is still in one, or None."""

@@ -195,11 +195,13 @@ class _Server:
         path = self.config.socket.with_name(self.config.socket.name + ".evictions")
         if self.config.store is not None:
             path = self.config.store / LOG_NAME
+        log = EvictionLog(path)
+        log.save()  # the next daemon goes on with this log, also if nothing is evicted
         return Evictor(
             self.core,
             self._store,
             writer,
-            EvictionLog(path),
+            log,
             engines=lambda: list(self.clients),
             stall_s=self.config.stall_s,
         )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from core_model import SLOT_BYTES, Client, DictStore, as_bytes, finish_load, finish_write, weak_hash
+from core_model import SLOT_BYTES, STEP, Client, DictStore, as_bytes, finish_load, finish_write, weak_hash
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tierkv.block import Tier, hash_block
+from tierkv.chosen_eviction import Choice
 from tierkv.daemon.core import Core, Write
 from tierkv.daemon.messages import Fetch, Pin
 from tierkv.errors import CapacityError, DaemonError
@@ -157,6 +158,17 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(number=which, count=st.integers(-1, 4))
     def evict(self, number: int, count: int) -> None:
         self.core.evict(self.client(number).connection, count)
+
+    @rule(number=which, tokens=st.one_of(st.just(b""), prompts), is_everybodys=st.booleans())
+    def evict_chosen(self, number: int, tokens: bytes, is_everybodys: bool) -> None:
+        """What begins with the prompt is found by nobody from then on, but what was in use is as it was."""
+        client = self.client(number)
+        namespace = b"" if is_everybodys else client.namespace
+        self.core.evict_chosen(namespace, Choice(tokens=tokens))
+        if self.store is None and tokens:
+            found = client.match(tokens)
+            whole = len(tokens) // STEP
+            assert len(found.slots) < 4 * whole or len(tokens) % STEP, "the prompt's last block is gone"
 
     @rule()
     def trim(self) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from tierkv.block import BlockHash, Tier
 from tierkv.entry import Entry
 from tierkv.index import Index
+from tierkv.locks import NO_LOCK, Owned
 
 __all__ = ["CONTINUED", "IN_USE", "PINNED", "Choice", "ChosenEviction", "Evicted", "chosen_entries"]
 
@@ -72,15 +73,21 @@ def chosen_entries(root: Entry, choice: Choice, step: int) -> tuple[list[Entry],
 
 
 class ChosenEviction:
-    """Evicts chosen entries of one index. Not thread-safe: the caller holds the lock of the index.
+    """Evicts chosen entries of one index.
 
-    evict: makes a tier forget entries, children before parents, and returns those that went. `marked` are entries that
-    serve no request any more; they go, or are gone, at a later `retry`.
+    lock: guards the index where threads share it. The caller of every method holds the lock. evict: makes a tier forget
+    entries, children before parents, and returns those that went. `marked` are entries that serve no request any more;
+    they go, or are gone, at a later `retry`.
     """
 
     def __init__(
-        self, index: Index, tiers: Sequence[Tier], evict: Callable[[Sequence[Entry], Tier], Collection[Entry]]
+        self,
+        index: Index,
+        tiers: Sequence[Tier],
+        evict: Callable[[Sequence[Entry], Tier], Collection[Entry]],
+        lock: Owned = NO_LOCK,
     ) -> None:
+        self._lock = lock
         self.marked: dict[Entry, None] = {}
         self._index = index
         self._tiers = tiers
@@ -88,11 +95,12 @@ class ChosenEviction:
 
     @property
     def is_pending(self) -> bool:
-        """Whether something is to go that was in use."""
+        """Whether something is to go that was in use. Needs no lock."""
         return bool(self.marked)
 
     def evict(self, root: Entry, choice: Choice, step: int) -> Evicted:
         """Evict what is chosen below an entry, and mark what is in use."""
+        assert self._lock.is_owned()
         wanted, path = chosen_entries(root, choice, step)
         blocks: Counter[Tier] = Counter()
         stayed: Counter[str] = Counter()
@@ -111,6 +119,7 @@ class ChosenEviction:
 
     def retry(self) -> Counter[Tier]:
         """Evict what was in use and is no longer so; return how many blocks went of each tier."""
+        assert self._lock.is_owned()
         blocks: Counter[Tier] = Counter()
         if not self.is_pending:
             return blocks
@@ -127,6 +136,7 @@ class ChosenEviction:
 
     def spare(self, entry: Entry) -> None:
         """Keep a block after all: it was computed anew."""
+        assert self._lock.is_owned()
         self.marked.pop(entry, None)
 
     def _evict_one(self, entry: Entry, blocks: Counter[Tier]) -> str | None:

@@ -41,11 +41,11 @@ class BlockTree:
 
     @property
     def root_entry(self) -> Entry:
-        """What the first blocks of all chains hang under; it is in no tier."""
+        """What the first blocks of all chains hang under; it is in no tier, stays the same, and needs no lock."""
         return self._trunk
 
     def now(self) -> float:
-        """Return the time by which accesses are noted."""
+        """Return the time by which accesses are noted; needs no lock."""
         return self._clock()
 
     def __len__(self) -> int:

@@ -13,6 +13,7 @@ from pattern_engine import PatternEngine
 from test_life_and_death import eventually
 
 from tierkv.daemon.store_writer import StoreWriter
+from tierkv.daemon.values import Write
 from tierkv.errors import StoreBusyError
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.outcomes import PutOutcome
@@ -64,16 +65,10 @@ class BusyStore:
         return []
 
 
-class BlockToWrite:
-    """What the write thread asks of a published block that the store has already."""
-
-    entry = SimpleNamespace(block_hash=b"h" * 16)
-
-
 def test_the_daemons_write_thread_waits_once_for_a_busy_store() -> None:
     store = BusyStore()
-    core = SimpleNamespace(finish_write=lambda *_, **__: None)
-    write = BlockToWrite()
+    core = SimpleNamespace(finish_write=lambda *_, **__: None, is_marked=lambda _: False)
+    write = Write(SimpleNamespace(), SimpleNamespace(block_hash=b"h" * 16), 0)  # type: ignore[arg-type]
 
     async def use() -> None:
         with ThreadPoolExecutor(1) as threads:

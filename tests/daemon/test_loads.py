@@ -18,13 +18,13 @@ from test_life_and_death import eventually
 
 from tierkv.block import Tier
 from tierkv.daemon.core import Connection, Core
-from tierkv.daemon.loaded_file import FileIdentity, LoadedFile
+from tierkv.daemon.loaded_file import LoadedFile
 from tierkv.daemon.messages import Count, Fetch, Found, LoadState, Match, Saved, SaveState
 from tierkv.daemon.side_threads import SideThreads
 from tierkv.daemon.state_loads import MAX_LOADS_OF_CLIENT, StateLoads
 from tierkv.errors import CapacityError, DaemonError, StoreError
 from tierkv.storage.outcomes import MissReason
-from tierkv.storage.state_file import StateFile, write_state_file
+from tierkv.storage.state_file import FileIdentity, StateFile, write_state_file
 
 TOKENS = tokens_of(16)
 
@@ -100,7 +100,7 @@ class Loads:
 
     @property
     def num_open(self) -> int:
-        return sum(state._fd is not None for state in self.opened)
+        return sum(state._file._fd >= 0 for state in self.opened)
 
     def connection(self) -> Connection:
         connection = self.core.connect()
@@ -188,10 +188,31 @@ def test_the_number_of_open_files_is_bounded_and_another_namespaces_is_refused(
     assert loads.num_open == 0
 
 
+def test_a_file_that_has_come_to_the_path_of_a_loaded_one_takes_its_place_for_the_same_client(tmp_path: Path) -> None:
+    loads = Loads()
+    path = state_file(tmp_path / "s.tkv")
+
+    async def act() -> None:
+        first, second = loads.connection(), loads.connection()
+        await loads.loads.load(first, path)
+        await loads.loads.load(second, path)
+        for _ in range(2 * MAX_LOADS_OF_CLIENT):
+            await loads.loads.load(first, state_file(path))
+        assert loads.num_open == 2, "the second client has the first file still"
+        loads.disconnect(second)
+        assert loads.num_open == 1
+        loads.loads.close()
+
+    asyncio.run(act())
+    assert loads.num_open == 0
+
+
 class HangingFile:
     """A state file whose reads of token ids hang until they are let go."""
 
     def __init__(self) -> None:
+        self.identity = FileIdentity(1, 2, 3, 4, 5)
+        self.path = Path("hanging")
         self.go_on = threading.Event()
         self.is_closed = False
 
@@ -214,7 +235,7 @@ class HangingFile:
 
 def test_a_loaded_file_that_hangs_has_nothing_until_its_read_returns() -> None:
     hanging: Any = HangingFile()
-    file = LoadedFile(FileIdentity(1, 2, 3, 4), hanging)
+    file = LoadedFile(hanging)
     assert file.lookup(b"h") == "there"
     assert file.find_longest_run(b"p", b"tokens") is None
     before = time.monotonic()

@@ -31,6 +31,7 @@ from tierkv.storage.cold_namespaces import (
     check_format,
     unpack_quota,
 )
+from tierkv.storage.cold_prompt import StoredPrompt
 from tierkv.storage.cold_reader import ColdReader
 from tierkv.storage.cold_salvage import ColdKeeper
 from tierkv.storage.cold_stats import ColdStats, Counters
@@ -147,6 +148,10 @@ class ColdStore(ColdReader):
         return self._env.damaged
 
     # -- reading ---------------------------------------------------------------------------------------
+
+    def is_shared(self) -> bool:
+        """Tell whether another process, or another object of this one, has the store open."""
+        return self._env.is_shared()
 
     def contains(self, block_hash: BlockHash) -> bool:
         """Tell whether a block of this hash is stored."""
@@ -287,12 +292,15 @@ class ColdStore(ColdReader):
         to_bytes: int | None = None,
         namespace: BlockHash | None = None,
         older_than_s: float | None = None,
+        prompt: StoredPrompt | None = None,
     ) -> EvictionReport:
-        """Remove unpinned blocks, leaf first: those that match namespace and age, where given; then as many
+        """Remove unpinned blocks, leaf first: those that match namespace, prompt and age, where given; then as many
         as it takes to have at most `to_bytes` live. A parent stays as long as a child does.
+
+        prompt: what begins with it goes, and those of its own blocks that nothing else continues.
         """
         self._require_writable()
-        return self._writer.evict(to_bytes=to_bytes, namespace=namespace, older_than_s=older_than_s)
+        return self._writer.evict(to_bytes=to_bytes, namespace=namespace, older_than_s=older_than_s, prompt=prompt)
 
     def require_room(self, num_bytes: int = 0) -> None:
         """Raise CapacityError if blocks of so many bytes would find no room, evicting included."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -227,6 +228,10 @@ class WriteBatch:
     def has_children(self, block_hash: BlockHash) -> bool:
         """Tell whether a stored block follows this one."""
         return any(self._follows(child, block_hash) for child in self._links.iter_children(block_hash))
+
+    def children(self, block_hash: BlockHash) -> Iterator[BlockHash]:
+        """Yield the stored blocks that follow this one."""
+        return (child for child in self._links.iter_children(block_hash) if self._follows(child, block_hash))
 
     def insert(self, record: EncodedRecord) -> PutOutcome:
         """Store a block, its entry and its place in the tree. Replace a damaged one; one of another format stays."""

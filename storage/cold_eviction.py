@@ -33,10 +33,17 @@ class VictimOrder(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvictionReport:
-    """What one eviction removed."""
+    """What one eviction removed. hashes: of what went.
+
+    num_pinned, num_continued: chosen blocks that stayed because they are pinned, or because blocks that stay continue
+    them; counted where blocks are chosen, not down to a size.
+    """
 
     blocks: int
     freed_bytes: int
+    hashes: tuple[BlockHash, ...] = ()
+    num_pinned: int = 0
+    num_continued: int = 0
 
 
 def least_recently_used(entries: EntryTable, now: float) -> npt.NDArray[np.float64]:

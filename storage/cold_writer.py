@@ -17,7 +17,9 @@ from tierkv.block import BlockHash
 from tierkv.errors import CapacityError, StoreBusyError, StoreError
 from tierkv.locks import OwnedLock
 from tierkv.storage.cold_batch import DamagedPagesError, Handles, WriteBatch, namespace_rows, padded_bytes
+from tierkv.storage.cold_entry import ColdEntry
 from tierkv.storage.cold_eviction import EvictionReport, VictimQueue, load_entries
+from tierkv.storage.cold_prompt import StoredPrompt, find_stored
 from tierkv.storage.cold_stats import Counters
 from tierkv.storage.lmdb_env import LmdbEnv
 from tierkv.storage.outcomes import PutOutcome
@@ -153,20 +155,34 @@ class ColdWriter:
         self._counters.count_puts(outcomes)
         return outcomes
 
-    def evict(self, *, to_bytes: int | None, namespace: BlockHash | None, older_than_s: float | None) -> EvictionReport:
-        """Remove the unpinned blocks that match both filters (if one is given), then more down to a size."""
+    def evict(
+        self,
+        *,
+        to_bytes: int | None,
+        namespace: BlockHash | None,
+        older_than_s: float | None,
+        prompt: StoredPrompt | None = None,
+    ) -> EvictionReport:
+        """Remove the unpinned blocks that match all filters (if one is given), then more down to a size."""
         reports: list[EvictionReport] = []
+        num_chosen = num_pinned = 0
         with self._exclusive():
-            if namespace is not None or older_than_s is not None:
-                chosen = self._choose(namespace, older_than_s)
+            if namespace is not None or older_than_s is not None or prompt is not None:
+                chosen, num_pinned = self._choose(namespace, older_than_s, prompt)
+                num_chosen = len(chosen)
                 for start in range(0, len(chosen), MAX_BATCH_REMOVALS):
                     group = chosen[start : start + MAX_BATCH_REMOVALS]
                     reports.append(self._evict(functools.partial(_remove_leaves, block_hashes=group)))
+                num_chosen -= sum(report.blocks for report in reports)
             if to_bytes is not None:
                 make_room = functools.partial(self._victims.make_room, to_bytes=to_bytes, keep=frozenset())
                 reports.append(self._evict(make_room))
         return EvictionReport(
-            blocks=sum(report.blocks for report in reports), freed_bytes=sum(report.freed_bytes for report in reports)
+            blocks=sum(report.blocks for report in reports),
+            freed_bytes=sum(report.freed_bytes for report in reports),
+            hashes=tuple(block_hash for report in reports for block_hash in report.hashes),
+            num_pinned=num_pinned,
+            num_continued=num_chosen,
         )
 
     def would_evict(self, to_bytes: int) -> EvictionReport:
@@ -255,21 +271,31 @@ class ColdWriter:
         while len(self._touches) > MAX_KEPT_TOUCHES:
             del self._touches[next(iter(self._touches))]
 
-    def _choose(self, namespace: BlockHash | None, older_than_s: float | None) -> list[BlockHash]:
-        """Return what the filters match, children before parents. The caller holds the lock."""
+    def _choose(
+        self, namespace: BlockHash | None, older_than_s: float | None, prompt: StoredPrompt | None
+    ) -> tuple[list[BlockHash], int]:
+        """Return the unpinned blocks that the filters match, children before parents, and how many pinned ones do.
+
+        The caller holds the lock.
+        """
         assert self._lock.is_owned()
         with self._transaction() as batch:
-            hashes, entries = load_entries(batch.txn, batch.databases)
             now = batch.now
-        matches = entries["pinned"] == 0
-        if older_than_s is not None:
-            matches &= entries["last_access"] < now - older_than_s
+            if prompt is not None:
+                found = find_stored(batch, prompt)
+                chosen = [*found.behind, *found.own]
+                if older_than_s is not None:
+                    chosen = [each for each in chosen if _is_unused(batch.entry(each), now - older_than_s)]
+                return chosen, found.num_pinned
+            hashes, entries = load_entries(batch.txn, batch.databases)
+        matches = entries["last_access"] < (now - older_than_s if older_than_s is not None else float("inf"))
         rows = matches.nonzero()[0].tolist()
         if namespace is not None:
             rows = [row for row in rows if entries["namespace"][row].tobytes() == namespace]
-        depths = entries["depth"]
-        rows.sort(key=lambda row: -int(depths[row]))
-        return [hashes[row] for row in rows]
+        depths, pinned = entries["depth"], entries["pinned"]
+        unpinned = [row for row in rows if not pinned[row]]
+        unpinned.sort(key=lambda row: -int(depths[row]))
+        return [hashes[row] for row in unpinned], len(rows) - len(unpinned)
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[WriteBatch]:
@@ -382,7 +408,7 @@ class ColdWriter:
 
         removed, freed_bytes = self._attempt(removed_by)
         self._counters.count_evicted(removed, freed_bytes)
-        return EvictionReport(blocks=len(removed), freed_bytes=freed_bytes)
+        return EvictionReport(blocks=len(removed), freed_bytes=freed_bytes, hashes=tuple(removed))
 
     def _attempt(self, work: Callable[[WriteBatch], Result]) -> Result:
         """Do work in one transaction; again in another one where it came across damaged pages, which are mended
@@ -451,6 +477,10 @@ def _disk_usage(path: Path) -> _Usage:
 def _remove_leaves(batch: WriteBatch, block_hashes: Sequence[BlockHash]) -> None:
     for block_hash in block_hashes:
         batch.remove_leaf(block_hash)
+
+
+def _is_unused(entry: ColdEntry | None, since: float) -> bool:
+    return entry is None or entry.last_access < since
 
 
 def _insert_within(batch: WriteBatch, record: EncodedRecord, limit: int) -> PutOutcome:

@@ -139,6 +139,16 @@ class LmdbEnv:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def is_shared(self) -> bool:
+        """Tell whether another user has this environment open. Raises StoreBusyError, StoreError."""
+        with self._alone("its users cannot be counted"):
+            self._live()
+            if self._users.try_alone():
+                self._users.share()
+                return False
+            self._rejoin()
+            return True
+
     def close(self) -> None:
         """Close after the transactions in flight. If one does not end in time, all stays open, which is logged."""
         if self._is_abandoned:

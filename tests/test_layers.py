@@ -45,7 +45,7 @@ LAYERS = (
         "control",
         "slots rearrangement siblings offers eviction policies.hazard policies.use_history "
         "policies.lane_queue policies.lanes policies.basic policies.segmented policies.density "
-        "policies.learned policies entry seals tree victims index_check index meeting costs "
+        "policies.learned policies entry seals tree victims index_check index chosen_eviction meeting costs "
         "engine.cascade engine.pieces",
         below="values",
     ),
@@ -57,7 +57,7 @@ LAYERS = (
         "storage.attention_error storage.hot storage.warm storage.lmdb_file storage.lmdb_values "
         "storage.lmdb_tree storage.lmdb_lock storage.lmdb_data storage.lmdb_directory storage.lmdb_env "
         "storage.cold_entry storage.cold_links storage.cold_namespaces storage.cold_batch storage.cold_stats "
-        "storage.cold_eviction storage.cold_check storage.cold_writer storage.cold_salvage "
+        "storage.cold_eviction storage.cold_prompt storage.cold_check storage.cold_writer storage.cold_salvage "
         "storage.cold_reader storage.cold storage.state_format storage.state_index storage.state_writer "
         "storage.state_file storage.state_files",
         below="values",
@@ -68,9 +68,10 @@ LAYERS = (
     Layer(
         "daemon",
         "daemon.limits daemon.config daemon.slab daemon.values daemon.state daemon.matching daemon.fetching "
-        "daemon.writing daemon.core daemon.usage daemon.host daemon.peers daemon.sealer daemon.loader "
-        "daemon.store_writer daemon.waiters daemon.prefetcher daemon.metrics daemon.connection daemon.requests "
-        "daemon.server",
+        "daemon.writing daemon.core daemon.usage daemon.host daemon.log_file daemon.ending daemon.peers "
+        "daemon.side_threads daemon.loaded_file daemon.state_loads daemon.sealer daemon.loader "
+        "daemon.store_writer daemon.eviction_log daemon.evictor daemon.waiters daemon.prefetcher daemon.metrics "
+        "daemon.connection daemon.requests daemon.server",
         below="values control storage background client",
     ),
     Layer(
@@ -83,9 +84,10 @@ LAYERS = (
     Layer(
         "facade",
         "config lookup watch tiers warm_memory remote.link remote.keeper remote.single_flight remote.reader "
-        "remote.writer remote.tiers split_load block_writer demotion cold_reading promotion "
+        "remote.writer remote.evictions remote.tiers split_load block_writer demotion cold_reading promotion "
         "ranks.group ranks.torch_ranks ranks.accord block_control sequence requests.block_users defragment "
-        "requests.prefixes requests.registration requests.running requests.tally requests.cold_plan requests.admission "
+        "requests.prefixes requests.evicting requests.registration requests.running requests.tally "
+        "requests.cold_plan requests.admission "
         "requests.prefetching assembly occupancy cache_state cache",
         below="values control storage kernels background client mover",
     ),

@@ -32,6 +32,7 @@ from tierkv.ranks.group import OneRank, RankGroup
 from tierkv.requests.admission import Admission
 from tierkv.requests.block_users import BlockUsers
 from tierkv.requests.cold_plan import ColdPlanner
+from tierkv.requests.evicting import EvictedEverywhere, EvictionEverywhere
 from tierkv.requests.prefetching import Prefetcher, PrefetchHandle
 from tierkv.requests.prefixes import Match, Prefixes
 from tierkv.requests.registration import Registrar
@@ -110,6 +111,8 @@ class TierCache:
             self._daemon = join_daemon(
                 self._tiers, config, namespace=self.namespace, ranks=self.ranks, hash_function=hash_function
             )
+            if self._daemon:
+                self._daemon.evictions.after_writes = self._demoter.after_writes
             undo.pop_all()
         self._make_parts(hash_function)
 
@@ -132,6 +135,7 @@ class TierCache:
         self._running = RunningSequences(tiers, demoter, accord, daemon, self._users)
         reading = ColdReading(tiers)
         promoter = Promoter(tiers, demoter, reading)
+        self._eviction = EvictionEverywhere(tiers, demoter, daemon, hash_function=hash_function)
         self._prefetcher = Prefetcher(tiers, self._prefixes, reading, daemon)
         self._admission = Admission(
             tiers,
@@ -303,12 +307,36 @@ class TierCache:
         return self._prefetcher.offer(as_token_array(token_ids).tobytes())
 
     @while_open
-    def evict(self, tier: Tier, count: int | None = None) -> int:
+    def evict_everywhere(
+        self, token_ids: TokenIds | None = None, *, older_than_s: float | None = None
+    ) -> EvictedEverywhere:
+        """Evict a prompt's blocks, or all of this namespace, from every tier; a daemon's other clients drop theirs too.
+
+        token_ids: what begins with this prompt goes, and those of the prompt's own blocks that nothing else continues.
+        older_than_s: only what was not used for so long. What running sequences use serves no further request and goes
+        when they end. Raises StoreError or DaemonError where a lower tier does not answer; memory is evicted all the
+        same.
+        """
+        if older_than_s is not None:
+            older_than_s = check_seconds("older_than_s", older_than_s)
+        token_bytes = b"" if token_ids is None else as_token_array(token_ids).tobytes()
+        if token_ids is not None and not token_bytes:
+            raise ConfigError("a prompt needs at least one token")
+        return self._eviction.evict(token_bytes, older_than_s)
+
+    @while_open
+    def evict(self, tier: Tier | None = None, count: int | None = None, *, token_ids: TokenIds | None = None) -> int:
         """Evict up to `count` blocks (all that may go, if None) from the hot or the warm tier.
 
         Children go before parents; what nobody has written down yet is written first, which this waits for. Return how
-        many went.
+        many went. Without a tier: as `evict_everywhere`, for good; return how many places in all tiers are free again.
         """
+        if tier is None:
+            if count is not None:
+                raise ConfigError("a count of blocks is evicted from one tier: name it")
+            return self.evict_everywhere(token_ids).num_blocks
+        if token_ids is not None:
+            raise ConfigError("a prompt is evicted from all tiers: leave the tier out")
         if not isinstance(tier, Tier):
             raise ConfigError(f"tier must be Tier.HOT or Tier.WARM, got {tier!r}")
         if tier is Tier.COLD:

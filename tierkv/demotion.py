@@ -15,6 +15,7 @@ from typing import TypeAlias
 from tierkv.block import BlockHash, Tier
 from tierkv.block_writer import BlockWriter
 from tierkv.checks import check_share
+from tierkv.chosen_eviction import ChosenEviction
 from tierkv.errors import CapacityError, StoreError
 from tierkv.index import Entry
 from tierkv.movers.mover import Ready
@@ -56,6 +57,7 @@ class Demoter:
     def __init__(self, tiers: Tiers) -> None:
         self._tiers = tiers
         self.writer = BlockWriter(tiers, most_blocks=_BATCH_BLOCKS)
+        tiers.chosen = ChosenEviction(tiers.index, (Tier.HOT, Tier.WARM), self._evict_chosen, tiers.changed)
         self._offloading: Offloading | None = None
         self._is_offloading = False
         self._is_tending = False
@@ -212,6 +214,9 @@ class Demoter:
         self.writer.forget(evicted)
         return evicted
 
+    def _evict_chosen(self, victims: Sequence[Entry], tier: Tier) -> list[Entry]:
+        return self.evict(victims) if tier is Tier.HOT else self._tiers.evict(victims, tier)
+
     def shrink(self) -> int:
         """Evict until the hot pool is within its limit, waiting for the writes that this needs.
 
@@ -226,7 +231,11 @@ class Demoter:
 
     def keep_room(self) -> None:
         """Do what the hot pool's limit, and offloading, ask for now that blocks may have come out of use."""
-        pool = self._tiers.index.hot
+        pool, chosen = self._tiers.index.hot, self._tiers.chosen
+        if chosen.is_pending:
+            with self._tiers.changed:
+                chosen.retry()
+                self._tiers.changed.notify_all()
         if pool.limit < pool.capacity:
             self._evict_excess()
         if self._offloading:
@@ -242,6 +251,23 @@ class Demoter:
     def flush(self) -> None:
         """Wait until everything queued so far lies where it was to be written."""
         self._queue.flush()
+
+    def wait_for_writes(self) -> bool:
+        """Do as `flush`, but return False where one write takes longer than a request waits."""
+        return self._queue.flush(stall_s=self._tiers.write_wait_s)
+
+    def _leave_out_marked(self, jobs: list[Job]) -> list[Job]:
+        """Return the jobs whose blocks were not evicted meanwhile; the others' are let go."""
+        tiers = self._tiers
+        with tiers.changed:
+            marked = tiers.chosen.marked
+            kept = [job for job in jobs if tiers.index.peek(job.block_hash) not in marked and job.parent not in marked]
+            for job in jobs:
+                if job not in kept:
+                    tiers.index.unpin(Tier.HOT, job.block_id)
+                    tiers.skip(job, "evicted")
+            tiers.changed.notify_all()
+        return kept
 
     def tend(self) -> None:
         """Have the write thread write what reads have left to be written in the store, if it is time for that."""
@@ -347,6 +373,13 @@ class Demoter:
                 assert not isinstance(action, Job)
                 action()
                 continue
+            if self._tiers.chosen.marked:
+                num_before = len(jobs)
+                jobs = self._leave_out_marked(jobs)
+                work = [*jobs, *work[num_before:]]
+                if not jobs:
+                    self.keep_room()
+                    continue
             batch = self.writer.begin(jobs)
             work = work[len(batch.jobs) :]
             if len(batch.jobs) < len(jobs):

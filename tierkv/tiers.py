@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from tierkv.block import BlockHash, Seal, Tier
+from tierkv.chosen_eviction import ChosenEviction
 from tierkv.costs import CostBySize, LoadKind
 from tierkv.errors import ClosedError, StoreError
 from tierkv.events import EventKind
@@ -119,6 +120,7 @@ class Tiers:
     reserved_raw: raw places that are never given back.
     write_wait_s: how long a request waits for the write thread.
     is_closing: nobody shall wait for room any more; see `require_open`.
+    chosen: evicts blocks on demand, and knows those that go with their last user; set by the demoter.
     lower: who has the warm and the cold tier instead of this cache, which then has no warm slot and no source.
     """
 
@@ -149,6 +151,7 @@ class Tiers:
     write_wait_s: float = 5.0
     is_closing: bool = False
     lower: LowerTiers | None = None
+    chosen: ChosenEviction = field(init=False)
 
     @property
     def sources(self) -> list[ColdSource]:

@@ -39,6 +39,15 @@ class BlockTree:
         self._seals = Seals(self._trunk, root, self._entries)
         self._observe: Callable[[Entry, Entry | None], None] | None = None  # told of an insertion, and its parent
 
+    @property
+    def root_entry(self) -> Entry:
+        """What the first blocks of all chains hang under; it is in no tier, stays the same, and needs no lock."""
+        return self._trunk
+
+    def now(self) -> float:
+        """Return the time by which accesses are noted; needs no lock."""
+        return self._clock()
+
     def __len__(self) -> int:
         return len(self._entries)
 

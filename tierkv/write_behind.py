@@ -90,10 +90,19 @@ class WriteBehind(Generic[Job]):
             self._in_work -= len(jobs)
             self._changed.notify_all()
 
-    def flush(self) -> None:
-        """Wait until every job offered so far has been processed, or `close` has given up."""
+    def flush(self, *, stall_s: float = math.inf) -> bool:
+        """Wait until every job offered so far has been processed, or `close` has given up; then return True.
+
+        Return False where one batch takes longer than `stall_s`.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: (not self._jobs and not self._in_work) or self._is_given_up)
+            while not self._changed.wait_for(
+                lambda: (not self._jobs and not self._in_work) or self._is_given_up,
+                timeout=None if stall_s == math.inf else min(stall_s, _POLL_S),
+            ):
+                if self._in_work and time.monotonic() - self._started_at > stall_s:
+                    return False
+            return True
 
     def close(self, *, stall_s: float = math.inf) -> list[Job]:
         """Process what is queued, then stop the thread. May be called twice.

@@ -5,12 +5,17 @@ This module loads no torch: `start --detach` runs it as `python -m tierkv.tools.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
+import signal
+import socket as socket_module
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,9 +24,11 @@ import msgspec
 from rich.table import Table
 
 from tierkv.daemon.client import DaemonClient
+from tierkv.daemon.host import check_folder, peer_of, read_lock_file
 from tierkv.daemon.limits import Limits
+from tierkv.daemon.log_file import BoundedHandler, open_log
 from tierkv.daemon.messages import Compact, Done, Status, StatusReport, Stop
-from tierkv.daemon.server import DaemonConfig, serve
+from tierkv.daemon.server import NOT_WRITTEN, DaemonConfig, serve
 from tierkv.errors import DaemonError, DaemonGoneError, TierKVError
 from tierkv.tools.render import format_age, format_bytes, open_console, print_json, visible
 
@@ -30,6 +37,8 @@ __all__ = ["compact", "evicted_of", "start", "status", "stop", "store_of"]
 _START_S = 120.0  # a large slab takes its time to be touched
 _STOP_S = 60.0
 _POLL_S = 0.05
+_ANSWER_S = 5.0
+_MAX_SAID_BYTES = 64 << 10
 _COMPACT_S = 3600.0
 
 
@@ -44,13 +53,17 @@ def start(config: DaemonConfig, *, detach: bool, warm_command: list[str]) -> Non
         return
     log = config.socket.with_name(config.socket.name + ".log")
     log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    check_folder(log.parent)
     command = [sys.executable, "-m", "tierkv.tools.daemon", _to_json(config, warm_command)]
-    with log.open("ab") as output:
-        begin = output.tell()
+    output = open_log(log)
+    try:
+        begin = os.fstat(output).st_size
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
-    pid = _wait_until_it_serves(process, config.socket, log, begin)
+        pid = _wait_until_it_serves(process, config.socket, log, lambda: os.pread(output, _MAX_SAID_BYTES, begin))
+    finally:
+        os.close(output)
     process.returncode = 0  # it lives on and nobody waits for it: without this Python warns of a child left behind
     print(f"tierkv daemon {pid} serves on {config.socket}; its log is {log}")
 
@@ -70,17 +83,30 @@ def status(socket: Path, *, as_json: bool) -> None:
 
 
 def stop(socket: Path) -> None:
-    """End the daemon; return when it has written everything and gone."""
-    with DaemonClient(socket) as client:
-        pid = client.welcome.pid
-        client.call(Stop(), Done)
+    """End the daemon; return when it has gone, and say what it has not written.
+
+    A daemon that does not answer gets SIGTERM. It gives up what hangs after a time of its own (`DaemonConfig.stop_s`).
+    """
+    pid = _listener_of(socket)
+    try:
+        with DaemonClient(socket, timeout_s=_ANSWER_S) as client:
+            client.call(Stop(), Done)
+    except DaemonGoneError as exc:
+        if not _is_running(pid):
+            raise
+        print(f"tierkv: {exc}; sending SIGTERM to process {pid}", file=sys.stderr)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + _STOP_S
     while time.monotonic() < deadline:
-        if not Path(f"/proc/{pid}").exists() or not socket.exists():
-            print(f"tierkv daemon {pid} has ended")
+        if not _is_running(pid) or not socket.exists():
+            print(f"tierkv daemon {pid} has ended{_what_was_lost(socket, pid)}")
             return
         time.sleep(_POLL_S)
-    raise DaemonError(f"the daemon, process {pid}, is still writing after {_STOP_S:.0f} s")
+    raise DaemonError(
+        f"the daemon, process {pid}, has not ended after {_STOP_S:.0f} s",
+        hint=f"kill -KILL {pid} ends it; what it has not written is computed again",
+    )
 
 
 def compact(socket: Path) -> None:
@@ -103,11 +129,45 @@ def evicted_of(socket: Path) -> int:
         return client.call(Status(), StatusReport).cold.get("evicted_blocks", 0)
 
 
-def _wait_until_it_serves(process: subprocess.Popen[bytes], socket: Path, log: Path, begin: int) -> int:
+def _listener_of(path: Path) -> int:
+    """Return the process that listens on a socket, also of one that does not answer. Raises DaemonGoneError."""
+    with socket_module.socket(socket_module.AF_UNIX) as connection:
+        connection.settimeout(_ANSWER_S)
+        try:
+            connection.connect(os.fspath(path))
+        except (OSError, ValueError) as exc:
+            raise DaemonGoneError(
+                f"no daemon answers at {path}: {getattr(exc, 'strerror', None) or exc}",
+                hint="tierkv daemon start --detach starts one",
+            ) from exc
+        pid, uid = peer_of(connection)
+    if uid != os.geteuid():
+        raise DaemonError(f"the daemon at {path} belongs to user {uid}")
+    return pid
+
+
+def _is_running(pid: int) -> bool:
+    """Tell whether a process is there and has not ended; a zombie has."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def _what_was_lost(socket: Path, pid: int) -> str:
+    """Return what a daemon that has ended says of blocks that it has not written; empty where there are none."""
+    _, lines = read_lock_file(socket.with_name(socket.name + ".lock"))
+    lost = lines[1].removeprefix(NOT_WRITTEN).strip() if len(lines) > 1 and lines[0] == str(pid) else "0"
+    return "" if lost == "0" else f"; {visible(lost)} blocks were not written to the store, its log says why"
+
+
+def _wait_until_it_serves(
+    process: subprocess.Popen[bytes], socket: Path, log: Path, read_log: Callable[[], bytes]
+) -> int:
     deadline = time.monotonic() + _START_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            lines = log.read_bytes()[begin:].decode(errors="replace").strip().splitlines()
+            lines = read_log().decode(errors="replace").strip().splitlines()
             why = lines[-1].removeprefix("tierkv: ") if lines else f"it ended with code {process.returncode}"
             raise DaemonError(why)
         try:
@@ -194,7 +254,7 @@ def _limits(report: StatusReport) -> Table:
 
 def _main() -> None:
     """Serve as told on the command line; what the user can mend is the log's last line."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", handlers=[BoundedHandler()])
     try:
         config, warm_command = _from_json(sys.argv[1])
         serve(config, started=lambda: _announce(config, warm_command))

@@ -9,13 +9,27 @@ from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.messages import Count, Hello, Prefetch
 from tierkv.engine.fingerprint import namespace_of
 from tierkv.engine.gate import check_supported, probe_layout
-from tierkv.engine.models import load_model
+from tierkv.engine.models import LoadedModel, load_model
 from tierkv.engine.prompts import PromptRequest, prefix_tokens
 from tierkv.errors import ConfigError
+from tierkv.namespace import Namespace
 from tierkv.tools.options import EngineOptions, embedded_directory
 from tierkv.tools.render import print_json
 
-__all__ = ["prefetch"]
+__all__ = ["identify", "prefetch"]
+
+
+def identify(options: EngineOptions) -> tuple[LoadedModel, Namespace]:
+    """Load the model that is meant, for its tokenizer, and return the namespace of its blocks."""
+    loaded = load_model(
+        options.model,
+        device=options.device,
+        dtype=options.dtype,
+        cache_dir=embedded_directory(options.model, os.environ),
+    )
+    check_supported(loaded.model)
+    layout = probe_layout(loaded.model, block_size=options.block_size)
+    return loaded, namespace_of(loaded.model, layout, salt=options.salt, name=loaded.name)
 
 
 def prefetch(requests: list[PromptRequest], options: EngineOptions, *, as_json: bool) -> None:
@@ -25,15 +39,8 @@ def prefetch(requests: list[PromptRequest], options: EngineOptions, *, as_json: 
     """
     if options.socket is None:
         raise ConfigError("prefetch needs a daemon's socket: --socket, or TIERKV_SOCKET")
-    loaded = load_model(
-        options.model,
-        device=options.device,
-        dtype=options.dtype,
-        cache_dir=embedded_directory(options.model, os.environ),
-    )
-    check_supported(loaded.model)
-    layout = probe_layout(loaded.model, block_size=options.block_size)
-    namespace = namespace_of(loaded.model, layout, salt=options.salt, name=loaded.name)
+    loaded, namespace = identify(options)
+    layout = namespace.layout
     hello = Hello(
         namespace=namespace.digest,
         description=namespace.describe(),

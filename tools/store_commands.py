@@ -18,18 +18,25 @@ from tierkv.tools import top as top_command
 from tierkv.tools import verify as verify_command
 from tierkv.tools.cli_options import (
     AsJson,
+    BlockSize,
     ColdSize,
     DaemonSocket,
+    Device,
+    Dtype,
     MinFree,
+    Model,
+    Salt,
     Socket,
     StateFile,
     Store,
     as_path,
     chosen_daemon,
     chosen_store,
+    engine_options,
     optional_size,
 )
-from tierkv.tools.options import default_socket
+from tierkv.tools.evict_prompt import prompt_blocks
+from tierkv.tools.options import default_socket, default_store
 
 
 def stats(store: Store = None, socket: Socket = None, as_json: AsJson = False) -> None:
@@ -81,13 +88,34 @@ def evict(
     to: Annotated[Optional[str], typer.Option(help="Until at most so much is live, as 512M or 0.")] = None,  # noqa: UP045
     namespace: Annotated[Optional[str], typer.Option(help="Only this namespace: leading hex digits.")] = None,  # noqa: UP045
     older_than: Annotated[Optional[str], typer.Option(help="Only what was not used for 90s, 12h or 7d.")] = None,  # noqa: UP045
+    prompt: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Only what begins with these prompts: a file as `tierkv warm` takes it, or a text."),
+    ] = None,
+    model: Model = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    block_size: BlockSize = None,
+    salt: Salt = "",
     store: Store = None,
     socket: Socket = None,
     as_json: AsJson = False,
 ) -> None:
-    """Remove blocks from a store; pinned ones stay, and so does the quota."""
-    path = chosen_store(store, socket)
-    evict_command.evict(path, to=to, namespace=namespace, older_than=older_than, as_json=as_json)
+    """Remove blocks from a store, a daemon's memory, and engines that use the daemon; pinned ones stay, and so does
+    the quota.
+
+    Model, device, dtype, block size and salt say whose prompt --prompt is.
+    """
+    daemon = chosen_daemon(store, socket)
+    path = None if daemon else store or default_store(os.environ)
+    daemon = daemon or (evict_command.daemon_for(path) if path else None)
+    prompts = None
+    if prompt is not None:
+        options = engine_options(model, store, device, dtype, block_size, salt, None, "256M", None, "auto", daemon)
+        prompts = prompt_blocks(prompt, options)
+    evict_command.evict(
+        path, socket=daemon, to=to, namespace=namespace, older_than=older_than, prompts=prompts, as_json=as_json
+    )
 
 
 def quota(

@@ -12,7 +12,18 @@ from array import array
 from collections.abc import Callable
 from pathlib import Path
 
-from tierkv.daemon.messages import Done, Failure, Found, Hello, Match, Message, Status, Welcome
+from tierkv.daemon.messages import (
+    Done,
+    Evictions,
+    EvictionsSince,
+    Failure,
+    Found,
+    Hello,
+    Match,
+    Message,
+    Status,
+    Welcome,
+)
 from tierkv.daemon.protocol import FrameReader, frame, parse_body
 
 __all__ = ["NUM_SLOTS", "FakeDaemon", "found", "numbers", "sealed_memory"]
@@ -49,11 +60,16 @@ def honest(message: Message) -> Message:
     return Failure(message="no", is_fatal=False) if isinstance(message, Status) else Done()
 
 
+def nothing_evicted(message: Message) -> Message:
+    return Evictions(log=1, number=0, is_complete=True, evictions=[])
+
+
 class FakeDaemon:
     """One socket; `answer` gives a message, or raw bytes to send. Context manager.
 
     slab_bytes, descriptors: what the welcome says, and what comes with it. chunk_s: how long each byte takes.
-    received: every message; received_bytes: how much came at all.
+    evictions: the answer to who asks what was evicted. received: every other message; received_bytes: how much came
+    at all.
     """
 
     def __init__(
@@ -66,10 +82,12 @@ class FakeDaemon:
         welcome: Callable[[Message], Message | bytes] | None = None,
         number: Callable[[int], int] = lambda number: number,
         chunk_s: float = 0.0,
+        evictions: Answer = nothing_evicted,
     ) -> None:
         self.path = path
         self.boot = 77
         self.answer = answer
+        self._evictions = evictions
         self.received: list[Message] = []
         self.received_bytes = 0
         self.num_greeted = 0
@@ -117,6 +135,9 @@ class FakeDaemon:
                 while cut := reader.next():
                     number, _, body = cut
                     message = parse_body(body)
+                    if isinstance(message, EvictionsSince):
+                        self._send(connection, self._evictions(message), number)
+                        continue
                     self.received.append(message)
                     if isinstance(message, Hello):
                         self._greet(connection, message, number)

@@ -24,7 +24,7 @@ from tierkv.block import hash_block
 from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.config import DaemonConfig
 from tierkv.daemon.connection import ClientConnection
-from tierkv.daemon.core import Core, FetchTask
+from tierkv.daemon.core import Connection, Core, FetchTask
 from tierkv.daemon.host import connections_that_fit
 from tierkv.daemon.limits import Limits
 from tierkv.daemon.messages import (
@@ -126,6 +126,9 @@ class FakeHost:
 
     def leave(self, client: ClientConnection) -> None:
         self.clients.discard(client)
+
+    def end_loads(self, connection: Connection) -> None:
+        assert connection.is_closed
 
     def answer(self, client: ClientConnection, message: Message) -> Any:
         return Count(count=0) if isinstance(message, Hello) else self._answer(message)

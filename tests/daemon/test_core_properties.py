@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from core_model import SLOT_BYTES, Client, DictStore, as_bytes, finish_load, finish_write, weak_hash
+from core_model import SLOT_BYTES, STEP, Client, DictStore, as_bytes, finish_load, finish_write, weak_hash
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tierkv.block import Tier, hash_block
+from tierkv.chosen_eviction import Choice
 from tierkv.daemon.core import Core, Write
 from tierkv.daemon.messages import Fetch, Pin
 from tierkv.errors import CapacityError, DaemonError
@@ -100,6 +101,21 @@ class CoreMachine(RuleBasedStateMachine):
                 client.end_fetch(position, self.firsts)
                 return
 
+    @rule(number=which)
+    def end_fetch_without_its_loads(self, number: int) -> None:
+        """The client gets what has come by now; the loads go on, and end later."""
+        client = self.client(number)
+        if client.tasks:
+            task = client.tasks[0][0]
+            self.late = [*getattr(self, "late", []), task]
+            client.end_fetch(0, self.firsts)
+
+    @rule(number=which)
+    def finish_late_loads(self, number: int) -> None:
+        late = getattr(self, "late", [])
+        if late:
+            finish_load(self.core, self.slab, late.pop(number % len(late)))
+
     @rule(number=which, count=st.integers(1, 6))
     def release(self, number: int, count: int) -> None:
         self.client(number).release(count)
@@ -142,6 +158,17 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(number=which, count=st.integers(-1, 4))
     def evict(self, number: int, count: int) -> None:
         self.core.evict(self.client(number).connection, count)
+
+    @rule(number=which, tokens=st.one_of(st.just(b""), prompts), is_everybodys=st.booleans())
+    def evict_chosen(self, number: int, tokens: bytes, is_everybodys: bool) -> None:
+        """What begins with the prompt is found by nobody from then on, but what was in use is as it was."""
+        client = self.client(number)
+        namespace = b"" if is_everybodys else client.namespace
+        self.core.evict_chosen(namespace, Choice(tokens=tokens))
+        if self.store is None and tokens:
+            found = client.match(tokens)
+            whole = len(tokens) // STEP
+            assert len(found.slots) < 4 * whole or len(tokens) % STEP, "the prompt's last block is gone"
 
     @rule()
     def trim(self) -> None:

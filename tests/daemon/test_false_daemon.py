@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 from daemon_process import OpenCache, Start
-from fake_daemon import NUM_SLOTS, FakeDaemon, found, numbers, sealed_memory
+from fake_daemon import NUM_SLOTS, FakeDaemon, found, honest, numbers, sealed_memory
 from pattern_engine import PatternEngine
 from raw_client import LAYOUT, NAMESPACE, chain_of, hello, tokens_of
 from test_life_and_death import eventually
@@ -29,7 +30,14 @@ from tierkv.daemon.messages import (
     ChainAnswer,
     Count,
     Done,
+    EngineEvicted,
     Evict,
+    EvictBlocks,
+    EvictedBlocks,
+    Eviction,
+    EvictionNotice,
+    Evictions,
+    EvictionsSince,
     Failure,
     Fetch,
     Fetched,
@@ -548,6 +556,150 @@ def test_a_daemon_that_computes_for_ever_is_waited_for_as_long_as_is_allowed(
         cache.release(cache.acquire(PROMPT))
         assert time.monotonic() - started < 5
         assert len(daemon.received) < 20
+
+
+# --- Evictions ----------------------------------------------------------------------------------------
+
+
+def eviction(number: int = 1, at: float = 0.0, **fields: Any) -> Evictions:
+    return Evictions(log=1, number=1, is_complete=True, evictions=[Eviction(number, at, **fields)])
+
+
+def tell(daemon: FakeDaemon, message: Message, number: int = 0) -> None:
+    """Send something that nobody has asked for."""
+    daemon._connections[0].sendall(frame(message, number=number, boot=daemon.boot))
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Evictions(log=0, number=1, is_complete=True, evictions=[]),
+        Evictions(log=1, number=-1, is_complete=True, evictions=[]),
+        eviction(number=2),
+        eviction(at=float("nan")),
+        eviction(older_than_s=float("inf")),
+        eviction(namespace=bytes(3)),
+        eviction(tokens=bytes(3)),
+        eviction(block_hashes=bytes(17)),
+    ],
+    ids=["log", "number", "order", "time", "age", "namespace", "tokens", "hashes"],
+)
+def test_evictions_that_cannot_be_are_not_believed(short_path: Path, answer: Evictions) -> None:
+    with (
+        FakeDaemon(short_path / "d.sock", evictions=lambda _: answer),
+        closing(DaemonClient(short_path / "d.sock", hello())) as client,
+    ):
+        with pytest.raises(DaemonGoneError, match="cannot be"):
+            client.call(EvictionsSince(log=0, number=0), Evictions)
+        assert client.has_lied
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        EvictedBlocks(-1, 0, 0, 0, 0, {}, []),
+        EvictedBlocks(0, 0, 0, 0, 1 << 62, {}, []),
+        EvictedBlocks(0, 0, 0, 0, 0, {"pinned": -1}, []),
+        EvictedBlocks(0, 0, 0, 0, 0, {"x" * 1000: 1}, []),
+        EvictedBlocks(0, 0, 0, 0, 0, {}, [EngineEvicted("a", True, -1)]),
+        EvictedBlocks(0, 0, 0, 0, 0, {}, [EngineEvicted("a" * 1000, False)]),
+    ],
+)
+def test_what_a_daemon_claims_to_have_evicted_is_checked(short_path: Path, answer: EvictedBlocks) -> None:
+    with (
+        FakeDaemon(short_path / "d.sock", lambda _: answer),
+        closing(DaemonClient(short_path / "d.sock", hello())) as client,
+    ):
+        with pytest.raises(DaemonGoneError, match="cannot be"):
+            client.call_long(EvictBlocks(older_than_s=1.0), EvictedBlocks, timeout_s=5)
+        assert client.has_lied
+
+
+def test_a_daemon_that_tells_of_evictions_that_it_does_not_know_is_not_asked_for_ever(
+    short_path: Path, open_cache: OpenCache
+) -> None:
+    with FakeDaemon(short_path / "d.sock") as daemon:
+        cache = open_cache()
+        cache.release(cache.acquire(PROMPT))
+        tell(daemon, EvictionNotice(number=1 << 61))
+        cache.release(cache.acquire(PROMPT))
+        eventually(lambda: link_of(cache) is None)
+        assert len([each for each in daemon.received if isinstance(each, Match)]) == 1
+
+
+def test_only_a_notice_of_evictions_may_come_unasked(short_path: Path) -> None:
+    with (
+        FakeDaemon(short_path / "d.sock") as daemon,
+        closing(DaemonClient(short_path / "d.sock", hello())) as client,
+    ):
+        tell(daemon, EvictionNotice(number=3))
+        tell(daemon, EvictionNotice(number=2))
+        tell(daemon, EvictionNotice(number=9), number=7)
+        tell(daemon, found(numbers(1)))
+        client.call(MATCH, Found)
+        assert client.is_alive and client.last_eviction == 3 and not client._answers
+
+
+def test_a_daemon_that_tells_without_end_holds_nobody_up(short_path: Path) -> None:
+    with (
+        FakeDaemon(short_path / "d.sock") as daemon,
+        closing(DaemonClient(short_path / "d.sock", hello())) as client,
+    ):
+        has_read = threading.Event()
+
+        def talk() -> None:
+            while not has_read.is_set():
+                for number in range(1000):
+                    tell(daemon, EvictionNotice(number=number))
+
+        daemon._start(talk)
+        eventually(lambda: client._has_input(0))
+        started = time.monotonic()
+        client.read_waiting()
+        assert time.monotonic() - started < 2
+        has_read.set()
+        while client._has_input(0.2):
+            client.read_waiting()
+        assert client.last_eviction == 999
+
+
+@pytest.mark.parametrize("name", ["read_waiting", "call_long"])
+def test_an_interrupt_while_others_are_read_for_ends_the_connection(
+    short_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    with (
+        FakeDaemon(short_path / "d.sock") as daemon,
+        closing(DaemonClient(short_path / "d.sock", hello())) as client,
+    ):
+        tell(daemon, EvictionNotice(number=3))
+        eventually(lambda: client._has_input(0))
+
+        def interrupted(deadline: float) -> bytes:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(client, "_wait_readable", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            client.read_waiting() if name == "read_waiting" else client.call_long(Flush(), Done, timeout_s=60)
+        assert not client.is_alive and not client._is_reading and not client._waiting
+
+
+def test_a_long_call_has_one_deadline_whatever_trickles_in(short_path: Path) -> None:
+    answer = Saved(blocks=1, file_bytes=1)
+
+    def answered(message: Message) -> Message:
+        return answer if isinstance(message, SaveState) else honest(message)
+
+    with (
+        FakeDaemon(short_path / "d.sock", answered) as daemon,
+        closing(DaemonClient(short_path / "d.sock", hello(), timeout_s=0.3)) as client,
+    ):
+        assert client.call_long(SaveState(path="/x"), Saved, timeout_s=5) == answer
+        daemon._chunk_s = 0.05
+        started = time.monotonic()
+        with pytest.raises(DaemonError):
+            client.call_long(SaveState(path="/x"), Saved, timeout_s=0.5)
+        assert time.monotonic() - started < 3
+        assert not client._waiting and not client._answers
 
 
 # --- Fork ---------------------------------------------------------------------------------------------

@@ -16,10 +16,14 @@ from typing import Any
 
 from tierkv.block import HASH_BYTES, TOKEN_BYTES, common_run
 from tierkv.daemon.messages import (
+    MOST_COUNT,
     NO_SLOT,
     ChainAnswer,
     Count,
     Evict,
+    EvictedBlocks,
+    Evictions,
+    EvictionsSince,
     Fetch,
     Fetched,
     Found,
@@ -45,7 +49,6 @@ from tierkv.namespace import parse_description
 __all__ = ["AnswerCheck", "WrongAnswerError", "plain_text"]
 
 _PAGE_BYTES = 4096
-_MOST_NUMBER = 1 << 62
 _MOST_TEXT = 500
 _COLD_FIELDS = ("blocks", "live_bytes", "quota_bytes")
 
@@ -67,8 +70,8 @@ class AnswerCheck:
     @classmethod
     def of(cls, hello: Hello, welcome: Welcome) -> AnswerCheck:
         """Return the check for a connection. Raises WrongAnswerError for a welcome that cannot be."""
-        _require(0 <= welcome.pid < _MOST_NUMBER, "a process number that cannot be")
-        _require(0 <= welcome.slab_bytes < _MOST_NUMBER, f"shared memory of {welcome.slab_bytes} bytes")
+        _require(0 <= welcome.pid < MOST_COUNT, "a process number that cannot be")
+        _require(0 <= welcome.slab_bytes < MOST_COUNT, f"shared memory of {welcome.slab_bytes} bytes")
         if not hello.namespace:
             return cls()
         _require(welcome.slab_bytes > 0, "no shared memory")
@@ -95,7 +98,7 @@ class AnswerCheck:
         self._distinct(slots)
         _require(0 <= answer.cursor <= 0xFFFF_FFFF, f"cursor {answer.cursor}")
         _require(answer.cursor > 0 or not asked.lease or NO_SLOT not in slots, "blocks to fetch, and no cursor for it")
-        _require(0 <= answer.ticket < _MOST_NUMBER, f"ticket {answer.ticket}")
+        _require(0 <= answer.ticket < MOST_COUNT, f"ticket {answer.ticket}")
         _require(asked.wants_ticket or not (answer.ticket or answer.is_computing), "a ticket that nobody asked for")
         _require(not (answer.ticket and answer.is_computing), "a ticket for what another client computes")
         _require(len(answer.miss) <= _MOST_TEXT, "an endless reason")
@@ -150,7 +153,7 @@ class AnswerCheck:
         _require(answer.count == len(slots) - len(lost), f"{answer.count} of {len(slots)} blocks published")
 
     def _count(self, asked: Message, answer: Count) -> None:
-        most = _MOST_NUMBER
+        most = MOST_COUNT
         if isinstance(asked, Pin | Prefetch):
             most = len(asked.hashes) // HASH_BYTES + 1  # and the tail
         elif isinstance(asked, Evict):
@@ -160,8 +163,8 @@ class AnswerCheck:
         _require(0 <= answer.count <= most, f"a count of {answer.count}")
 
     def _saved(self, asked: Message, answer: Saved) -> None:
-        _require(0 <= answer.blocks < _MOST_NUMBER, f"{answer.blocks} blocks saved")
-        _require(0 <= answer.file_bytes < _MOST_NUMBER, f"a file of {answer.file_bytes} bytes")
+        _require(0 <= answer.blocks < MOST_COUNT, f"{answer.blocks} blocks saved")
+        _require(0 <= answer.file_bytes < MOST_COUNT, f"a file of {answer.file_bytes} bytes")
 
     def _status(self, asked: Message, answer: StatusReport) -> None:
         _require(math.isfinite(answer.uptime_s) and answer.uptime_s >= 0, "a time that cannot be")
@@ -172,8 +175,27 @@ class AnswerCheck:
         ]
         for tenant in answer.tenants:
             numbers += [tenant.block_bytes, tenant.warm_blocks, tenant.pinned_bytes, tenant.clients]
-        _require(all(0 <= number < _MOST_NUMBER for number in numbers), "a size that cannot be")
+        _require(all(0 <= number < MOST_COUNT for number in numbers), "a size that cannot be")
         _require(not answer.cold or all(name in answer.cold for name in _COLD_FIELDS), "a cold tier without sizes")
+
+    def _evicted(self, asked: Message, answer: EvictedBlocks) -> None:
+        numbers = [answer.warm, answer.cold, answer.freed_bytes, answer.left, answer.live_bytes]
+        numbers += answer.stayed.values()
+        for engine in answer.engines:
+            numbers += [engine.blocks, engine.in_use, engine.pinned]
+            _require(len(engine.client) <= _MOST_TEXT, "an endless name")
+        _require(all(0 <= number < MOST_COUNT for number in numbers), "a size that cannot be")
+        _require(all(len(reason) <= _MOST_TEXT for reason in answer.stayed), "an endless reason")
+
+    def _evictions(self, asked: EvictionsSince, answer: Evictions) -> None:
+        _require(0 < answer.log < MOST_COUNT, f"the log {answer.log}")
+        _require(0 <= answer.number < MOST_COUNT, f"eviction {answer.number}")
+        for each in answer.evictions:
+            _require(0 < each.number <= answer.number, f"eviction {each.number} of {answer.number}")
+            _require(math.isfinite(each.at) and math.isfinite(each.older_than_s), "a time that cannot be")
+            _require(len(each.namespace) in (0, HASH_BYTES), f"a namespace of {len(each.namespace)} bytes")
+            _require(len(each.tokens) % TOKEN_BYTES == 0, f"{len(each.tokens)} bytes of token ids")
+            _require(len(each.block_hashes or b"") % HASH_BYTES == 0, "block hashes that are not whole")
 
     def _slots(self, raw: bytes, *, most: int) -> list[int]:
         slots = _numbers(raw, most=most)
@@ -217,4 +239,6 @@ _CHECKS: dict[type[Message], Callable[[AnswerCheck, Any, Any], None]] = {
     Count: AnswerCheck._count,
     Saved: AnswerCheck._saved,
     StatusReport: AnswerCheck._status,
+    EvictedBlocks: AnswerCheck._evicted,
+    Evictions: AnswerCheck._evictions,
 }

@@ -19,7 +19,7 @@ from typing import TypeVar
 
 from tierkv.checks import check_seconds
 from tierkv.daemon.answers import AnswerCheck, WrongAnswerError, plain_text
-from tierkv.daemon.messages import Failure, Hello, Message, Welcome
+from tierkv.daemon.messages import EvictionNotice, Failure, Hello, Message, Status, StatusReport, Welcome
 from tierkv.daemon.protocol import FrameReader, ProtocolError, frame, parse_body
 from tierkv.errors import DaemonError, DaemonGoneError
 
@@ -31,6 +31,7 @@ _READ_BYTES = 256 << 10
 _MOST_DESCRIPTORS = 16  # taken from a greeting, to be closed: the slab's is the only one that may come
 _LONGEST_WAIT_S = 3600.0  # of one system call, which takes milliseconds as an int
 _CREDENTIALS = struct.Struct("iII")
+_SOON_S = 0.05
 
 Answer = TypeVar("Answer", bound=Message)
 
@@ -40,6 +41,7 @@ class DaemonClient:
 
     hello: names the namespace, or nothing for a client that only asks and steers.
     welcome: the daemon's answer. descriptor: the slab's, the caller's to close; None without a namespace.
+    last_eviction: the newest that the daemon has told of.
     Nothing is sent to a daemon of another user than the own one or root, and no answer is returned that cannot be:
     see `AnswerCheck`. A process that is forked from this one has no use of the connection, and does not keep it open.
     Raises DaemonGoneError where nobody answers, DaemonError where the daemon refuses, or is another user's.
@@ -50,6 +52,7 @@ class DaemonClient:
         self.boot = 0
         self.bytes_sent = 0
         self.bytes_received = 0
+        self.last_eviction = 0
         self.descriptor: int | None = None
         self._timeout_s = check_seconds("timeout_s", timeout_s, may_be_zero=False)
         self._pid = os.getpid()
@@ -111,6 +114,10 @@ class DaemonClient:
         deadline = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
         number = self._send(message, wants_answer=True)
         answer = self._receive(number, deadline)
+        assert answer is not None
+        return self._checked(message, answer, expected)
+
+    def _checked(self, message: Message, answer: Message, expected: type[Answer]) -> Answer:
         if isinstance(answer, Failure):
             said = plain_text(answer.message)
             if answer.is_fatal:
@@ -128,6 +135,62 @@ class DaemonClient:
         """End the connection to a daemon that has answered what cannot be; return the error to raise."""
         self._has_lied = True
         return self._fail(why)
+
+    def call_long(self, message: Message, expected: type[Answer], *, timeout_s: float) -> Answer:
+        """Do as `call`, for what may take long: while no answer comes, ask the daemon whether it is alive.
+
+        Raises DaemonGoneError soon after the daemon stops answering, not only after `timeout_s`.
+        """
+        deadline = time.monotonic() + check_seconds("timeout_s", timeout_s)
+        number = self._send(message, wants_answer=True)
+        try:
+            while True:
+                at = min(deadline, time.monotonic() + self._timeout_s)
+                answer = self._receive(number, at, may_return=at < deadline)
+                if answer is not None:
+                    return self._checked(message, answer, expected)
+                self.call(Status(), StatusReport)
+        except (DaemonError, OSError):
+            raise
+        except BaseException:
+            self._fail("a call was interrupted")
+            raise
+        finally:
+            self._forget(number)
+
+    def read_waiting(self) -> None:
+        """Take in what the daemon has sent unasked, without waiting for more. Raises DaemonGoneError."""
+        self._require_own_process()
+        until = time.monotonic() + _SOON_S  # a daemon that sends without end keeps nobody here
+        while self._failure is None and self._has_input(0) and time.monotonic() < until:
+            with self._changed:
+                if self._is_reading:  # whoever reads takes it in
+                    self._changed.wait(_SOON_S)
+                    return
+                self._is_reading = True
+            try:
+                self._read_some(time.monotonic() + _SOON_S)
+            except (DaemonError, OSError):
+                raise
+            except BaseException:  # part of a message may be lost
+                self._fail("a call was interrupted")
+                raise
+            finally:
+                with self._changed:
+                    self._is_reading = False
+                    self._changed.notify_all()
+
+    def _has_input(self, timeout_s: float) -> bool:
+        try:
+            return _is_readable(self._socket, min(timeout_s, _LONGEST_WAIT_S))
+        except (OSError, ValueError) as exc:  # another thread has closed it
+            raise self._fail(_why(exc)) from exc
+
+    def _forget(self, number: int) -> None:
+        """Wait for the answer to a request no more."""
+        with self._changed:
+            self._waiting.discard(number)
+            self._answers.pop(number, None)
 
     def post(self, message: Message) -> None:
         """Send a message that has no answer. Raises DaemonGoneError."""
@@ -231,8 +294,12 @@ class DaemonClient:
             except OSError as exc:
                 raise self._fail(_why(exc)) from exc
 
-    def _receive(self, number: int, deadline: float) -> Message:
-        """Wait for one answer; read for everybody while nobody else does."""
+    def _receive(self, number: int, deadline: float, *, may_return: bool = False) -> Message | None:
+        """Wait for one answer; read for everybody while nobody else does.
+
+        may_return: return None when the time is over, with the answer still awaited, instead of failing.
+        """
+        is_awaited = False
         try:
             while True:
                 with self._changed:
@@ -244,10 +311,19 @@ class DaemonClient:
                         if not self._is_reading:
                             break
                         if not self._changed.wait(max(deadline - time.monotonic(), 0)):
+                            if may_return:
+                                is_awaited = True
+                                return None
                             raise self._fail("it did not answer in time")
                     self._is_reading = True
                 try:
-                    self._read_some(deadline)
+                    if not may_return:
+                        self._read_some(deadline)
+                    elif (left := deadline - time.monotonic()) > 0 and self._has_input(left):
+                        self._read_some(time.monotonic() + _SOON_S)
+                    else:
+                        is_awaited = True
+                        return None
                 finally:
                     with self._changed:
                         self._is_reading = False
@@ -258,9 +334,8 @@ class DaemonClient:
             self._fail("a call was interrupted")
             raise
         finally:
-            with self._changed:
-                self._waiting.discard(number)
-                self._answers.pop(number, None)
+            if not is_awaited:
+                self._forget(number)
 
     def _read_some(self, deadline: float) -> None:
         try:
@@ -282,6 +357,8 @@ class DaemonClient:
             with self._changed:
                 if number in self._waiting:
                     self._answers[number] = answer
+                elif not number and isinstance(answer, EvictionNotice):
+                    self.last_eviction = max(self.last_eviction, answer.number)
                 elif isinstance(answer, Failure) and answer.is_fatal:
                     raise self._fail(plain_text(answer.message))
 

@@ -19,7 +19,9 @@ class DaemonConfig:
 
     store: None keeps nothing on disk. cold_bytes, min_free_bytes: as in `CacheConfig`. pin_share: of the slab, that
     one tenant may pin. metrics_port: of the loopback interface, for Prometheus. hello_s: so long may a client take to
-    say hello. limits: of what clients may hold.
+    say hello. limits: of what clients may hold. stop_s: so long may the end take; then the process exits, and what was
+    not written is lost. stall_s: so long may the store take over one batch before who waits for it is told that the
+    disk does not answer.
     """
 
     socket: Path
@@ -33,6 +35,8 @@ class DaemonConfig:
     metrics_port: int | None = None
     hello_s: float = 5.0
     limits: Limits = field(default_factory=Limits)
+    stop_s: float = 30.0
+    stall_s: float = 15.0
 
     def __post_init__(self) -> None:
         if min(self.warm_bytes, 1 if self.cold_bytes is None else self.cold_bytes, self.num_io_threads) <= 0:

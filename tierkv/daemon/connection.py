@@ -61,6 +61,9 @@ class Host(Protocol):
     def log_refusal(self, client: str, why: str) -> None:
         """Write a refusal to the log, unless there have been too many lately."""
 
+    def end_loads(self, connection: Connection) -> None:
+        """Close the state files that this client alone had loaded."""
+
 
 class ClientConnection(asyncio.Protocol):
     """One connection as the loop sees it: frames in, answers out, errors told.
@@ -128,6 +131,7 @@ class ClientConnection(asyncio.Protocol):
         for task in self._waits:
             task.cancel()
         self.host.core.disconnect(self.connection)
+        self.host.end_loads(self.connection)
         self.host.leave(self)
 
     # the server calls these
@@ -151,6 +155,10 @@ class ClientConnection(asyncio.Protocol):
     def hand_over(self, descriptor: int | None) -> None:
         """Send this descriptor with the next answer."""
         self._descriptor = descriptor
+
+    def push(self, message: Message) -> None:
+        """Send something that the client has not asked for."""
+        self._send(0, message)
 
     def check_alive(self) -> None:
         """Give up a client that says nothing, that does not end what it began to say, or that reads no answer."""

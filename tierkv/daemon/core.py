@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from tierkv.block import BlockHash, Tier
+from tierkv.chosen_eviction import Choice, Evicted
 from tierkv.daemon.fetching import Fetching
 from tierkv.daemon.matching import Matching
 from tierkv.daemon.messages import Match, Pin
@@ -104,6 +105,7 @@ class Core(Matching, Fetching, Writing):
         self.abandon(connection, list(connection.reservations))
         for number in list(connection.cursors):
             self._end_cursor(connection, number)
+        tenant.size_class.chosen.retry()
 
     def pin(self, connection: Connection, message: Pin) -> list[BlockHash]:
         """Pin or unpin a prompt's blocks; return the hashes of all that are there, for the store to do the same.
@@ -162,15 +164,75 @@ class Core(Matching, Fetching, Writing):
         wanted = tenant.size_class.num_slots if count < 0 else count
         return tenant.size_class.evict(wanted, self._is_of(tenant))
 
+    def evict_chosen(self, namespace: BlockHash, choice: Choice) -> Evicted:
+        """Evict what is chosen from the warm tier, of one namespace or, where that is empty, of all.
+
+        What is leased or on its way is marked: it serves nobody any more, and goes with its last user.
+        """
+        blocks: Counter[Tier] = Counter()
+        stayed: Counter[str] = Counter()
+        for tenant in self.tenants.values():
+            root = self._root(tenant)
+            if root is None or namespace not in (b"", tenant.digest):
+                continue
+            found = tenant.size_class.chosen.evict(root, choice, tenant.step)
+            blocks += found.blocks
+            stayed += found.stayed
+        return Evicted(blocks, stayed)
+
+    def is_marked(self, write: Write) -> bool:
+        """Tell whether a block that is to be stored was evicted meanwhile. For any thread."""
+        return write.entry in write.tenant.size_class.chosen.marked
+
+    def now(self) -> float:
+        """Return the time by which accesses are noted."""
+        return self._clock()
+
+    def count_marked(self) -> dict[str, int]:
+        """Return how many evicted blocks are still in use, by what uses them."""
+        leased = {
+            (connection.tenant.size_class, slot)
+            for connection in self.connections
+            if connection.tenant
+            for slot in connection.leases
+        }
+        counts = Counter(
+            "warm, leased to clients" if (size_class, entry.warm_slot) in leased else "warm, being read or written"
+            for size_class in self.slab.classes.values()
+            for entry in size_class.chosen.marked
+            if entry.awaited or entry.warm_slot is not None
+        )
+        return dict(counts)
+
+    def least_recent(self, to_bytes: int) -> set[BlockHash]:
+        """Return the hashes of the blocks whose eviction leaves at most so many bytes in the warm tier."""
+        blocks = [
+            (entry.last_access, -entry.depth, tenant.layout.block_bytes, entry.block_hash)
+            for tenant in self.tenants.values()
+            for entry in self._entries_of(tenant)
+            if entry.warm_slot is not None
+        ]
+        excess = sum(size for _, _, size, _ in blocks) - to_bytes
+        chosen: set[BlockHash] = set()
+        for _, _, size, block_hash in sorted(blocks):
+            if excess <= 0:
+                break
+            chosen.add(block_hash)
+            excess -= size
+        return chosen
+
     def trim(self) -> int:
-        """Evict a little ahead of need where the slab is full; free what has expired and what nobody uses."""
+        """Evict a little ahead of need where the slab is full, and what was to be evicted and was in use; free what has
+        expired and what nobody uses.
+        """
         self.end_expired_tickets()
         self.forget_unused()
         return sum(size_class.trim() for size_class in self.slab.classes.values())
 
     def warm_entries(self, tenant: Tenant) -> list[Entry]:
         """Return a namespace's blocks in the warm tier, parents first, each pinned; `unpin_entries` ends that."""
-        found = [entry for entry in self._entries_of(tenant) if entry.warm_slot is not None]
+        marked = tenant.size_class.chosen.marked
+        found = [each for each in self._entries_of(tenant) if each.warm_slot is not None and each not in marked]
         for entry in found:
             tenant.size_class.index.pin(entry, Tier.WARM)
         return found
@@ -206,6 +268,9 @@ class Core(Matching, Fetching, Writing):
                 if tenant.size_class is size_class:
                     pins.update(task.slots)
             pins.update(write.slot for write in self._writes if write.tenant.size_class is size_class)
+            for load in self._loads.values():
+                if load.tenant.size_class is size_class:
+                    pins[load.slot] += load.num_left
             pool = size_class.index.warm
             for slot in range(size_class.num_slots):
                 assert pool.reference_count(slot) == pins[slot], f"slot {slot} has {pool.reference_count(slot)} pins"

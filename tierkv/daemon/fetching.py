@@ -68,14 +68,14 @@ class Fetching(State):
         self._end_load(load)
 
     def end_fetch(self, connection: Connection | None, task: FetchTask) -> Fetched:
-        """Lease the leading blocks that arrived, give the others up. Every load of the task is done."""
+        """Lease the leading blocks that arrived, give the others up. A load that is not done counts as failed."""
         tenant = self._fetching.pop(task)
         num_good = len(task.slots)
         miss = task.miss
         for at, load in task.loads.items():
-            assert load.is_done, "a fetch ends when its loads have ended"
-            if load.reason is not None and at < num_good:
-                num_good, miss = at, load.reason
+            reason = load.reason if load.is_done else MissReason.IO_ERROR
+            if reason is not None and at < num_good:
+                num_good, miss = at, reason
         num_leased = 0
         if connection is not None:
             connection.num_fetching -= task.num_counted
@@ -83,7 +83,12 @@ class Fetching(State):
                 num_leased = num_good
                 connection.leases.update(task.slots[:num_leased])
                 self._count_leases(connection, num_leased)
-        tenant.size_class.index.unpin_all(Tier.WARM, task.slots[num_leased:])
+        for at in range(num_leased, len(task.slots)):
+            left = task.loads.get(at)
+            if left and not left.is_done:
+                left.num_left += 1  # a thread may still write into the slot
+            else:
+                tenant.size_class.index.unpin(Tier.WARM, task.slots[at])
         return Fetched(slots=array("I", task.slots[:num_good]).tobytes(), miss=miss.value if miss else "")
 
     def _begin_fetch(self, tenant: Tenant, cursor: Cursor, first: int, count: int) -> FetchTask:
@@ -127,7 +132,7 @@ class Fetching(State):
         slots = tenant.size_class.take(len(wanted)) if wanted else []
         entries = self._anchor(tenant, hashes[: wanted[len(slots) - 1][0] + 1], tokens) if slots else []
         for (at, source), slot in zip(wanted, slots, strict=False):
-            if at < len(entries) and not entries[at].awaited:
+            if at < len(entries) and not entries[at].awaited and entries[at].warm_slot is None:
                 load = Load(tenant, entries[at], slot, source)
                 load.entry.awaited = True
                 self._loads[load.entry] = load
@@ -154,6 +159,8 @@ class Fetching(State):
         del self._loads[load.entry]
         load.entry.awaited = False
         self._prune(load.tenant, load.entry)
+        for _ in range(load.num_left):
+            load.tenant.size_class.index.unpin(Tier.WARM, load.slot)
 
     def _source_of(
         self, tenant: Tenant, hashes: list[bytes], tokens: bytes, at: int

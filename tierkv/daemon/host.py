@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import resource
 import socket
+import stat
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-from tierkv.errors import CapacityError, ConfigError, DaemonError
+from tierkv.errors import CapacityError, ConfigError, DaemonError, StoreError
+from tierkv.files import open_regular
 
 __all__ = [
+    "LockFile",
+    "check_folder",
     "check_memory",
     "connections_that_fit",
     "exclusive_file",
     "listening_socket",
     "memory_of_process",
     "peer_of",
+    "read_lock_file",
 ]
+
+_log = logging.getLogger(__name__)
 
 _MAX_SOCKET_PATH_BYTES = 107
 _BACKLOG = 128
@@ -28,59 +36,164 @@ _OWN_DESCRIPTORS = 256  # of store, state files, slab, and what Python opens
 GIB = 1 << 30
 
 
+class LockFile:
+    """A lock file that this process holds; the first line is the process id, further lines are notes for others."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def note(self, *lines: str) -> None:
+        """Write these lines behind the process id, in place of earlier ones. For any thread."""
+        data = "".join(f"{line}\n" for line in (str(os.getpid()), *lines)).encode()
+        with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, data, 0)
+
+
 @contextlib.contextmanager
-def exclusive_file(path: Path, what: str) -> Iterator[None]:
-    """Hold a lock file alone; it dies with the process. Raises DaemonError that names the process that has it."""
+def exclusive_file(path: Path, what: str) -> Iterator[LockFile]:
+    """Hold a lock file alone; the lock ends with the process. Raises DaemonError that names the process that has it.
+
+    The file is a regular file of this user and no symbolic link: in a shared directory another user may have put
+    something else there.
+    """
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    fd = _open_locked(path, what)
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as exc:
-        raise DaemonError(f"{path} cannot be opened: {exc.strerror}") from exc
-    try:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as exc:
-            holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip() or "unknown"
-            raise DaemonError(
-                f"{what} belongs to another daemon, process {holder}", hint="stop that one first"
-            ) from exc
-        os.truncate(fd, 0)
-        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-        yield
+        lock = LockFile(fd)
+        lock.note()
+        yield lock
     finally:
         os.close(fd)
 
 
+def read_lock_file(path: Path) -> tuple[bool, list[str]]:
+    """Return whether a process holds a lock file, and the file's lines. (False, []) where there is no such file."""
+    try:
+        fd = open_regular(path, follow_links=False)
+    except (OSError, StoreError, ConfigError):
+        return False, []
+    try:
+        lines = os.pread(fd, 8192, 0).decode(errors="surrogateescape").splitlines()
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True, lines
+        return False, lines
+    finally:
+        os.close(fd)
+
+
+def _open_locked(path: Path, what: str) -> int:
+    """Open and lock a file; again if another process has replaced the file meanwhile."""
+    while True:
+        try:
+            fd = open_regular(path, os.O_RDWR | os.O_CREAT, follow_links=False, own=True)
+        except StoreError as exc:
+            raise DaemonError(f"the lock file cannot be used: {exc}", hint="remove it, or name another place") from exc
+        except OSError as exc:
+            raise DaemonError(f"{path} cannot be opened: {exc.strerror}") from exc
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(path, os.fstat(fd)):
+                return fd
+        except BlockingIOError as exc:
+            holder = os.pread(fd, 32, 0).decode("ascii", "replace").split("\n")[0].strip() or "unknown"
+            os.close(fd)
+            raise DaemonError(
+                f"{what} belongs to another daemon, process {holder}", hint="stop that one first"
+            ) from exc
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
+def _is_at(path: Path, state: os.stat_result) -> bool:
+    """Tell whether a path still names this file."""
+    try:
+        return os.path.samestat(os.stat(path, follow_symlinks=False), state)
+    except OSError:
+        return False
+
+
+def check_folder(folder: Path) -> None:
+    """Raise DaemonError if every user may replace files in a directory; warn where another user or a group may."""
+    at = folder.resolve()
+    for each in (at, *at.parents):
+        try:
+            state = os.stat(each)
+        except OSError as exc:
+            raise DaemonError(f"{each} cannot be used for a socket: {exc.strerror}") from exc
+        if state.st_uid not in (0, os.geteuid()):
+            _log.warning("user %d owns %s and may replace what lies there", state.st_uid, each)
+        if state.st_mode & stat.S_ISVTX:
+            continue
+        if state.st_mode & stat.S_IWOTH and each == at:
+            raise DaemonError(
+                f"every user may replace files in {each}", hint=f"chmod o-w {each}, or name another place with --socket"
+            )
+        if state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            _log.warning("other users may replace what lies in %s (mode %o)", each, stat.S_IMODE(state.st_mode))
+
+
 @contextlib.contextmanager
-def listening_socket(path: Path) -> Iterator[socket.socket]:
+def listening_socket(path: Path) -> Iterator[tuple[socket.socket, LockFile]]:
     """Listen on a UNIX socket that its owner alone may use; a socket file left by a dead daemon is replaced.
 
-    Raises DaemonError if a living daemon has it, ConfigError for a path that no socket can have.
+    Raises DaemonError if a living daemon has it, or other users could replace it; ConfigError for a path that no
+    socket can have. The lock file beside the socket is yielded too.
     """
     if len(os.fsencode(path)) > _MAX_SOCKET_PATH_BYTES:
         raise ConfigError(
             f"the socket's path is longer than {_MAX_SOCKET_PATH_BYTES} bytes: {path}",
             hint="name another with --socket",
         )
-    with exclusive_file(path.with_name(path.name + ".lock"), f"the socket {path}"):
-        if path.exists() and not path.is_socket():
-            raise DaemonError(f"{path} is there and is no socket", hint="name another with --socket")
-        path.unlink(missing_ok=True)  # whoever made it is dead: the lock is ours
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    check_folder(path.parent)
+    with exclusive_file(path.with_name(path.name + ".lock"), f"the socket {path}") as lock:
+        _remove_stale(path)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        mine: os.stat_result | None = None
         try:
-            before = os.umask(0o177)
-            try:
-                listener.bind(os.fspath(path))
-            finally:
-                os.umask(before)
+            os.fchmod(listener.fileno(), 0o600)  # Linux makes the file with the socket's own mode: never wider
+            listener.bind(os.fspath(path))
+            mine = os.stat(path, follow_symlinks=False)
+            if stat.S_IMODE(mine.st_mode) != 0o600:
+                os.chmod(path, 0o600)  # before anybody can connect
             listener.listen(_BACKLOG)
             listener.setblocking(False)
-            yield listener
+            yield listener, lock
         except OSError as exc:
             raise DaemonError(f"cannot listen on {path}: {exc.strerror or exc}") from exc
         finally:
             listener.close()
+            if mine and _is_at(path, mine):
+                path.unlink(missing_ok=True)
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove the socket of a dead daemon of this user. Raises DaemonError for anything else at that path."""
+    try:
+        state = os.stat(path, follow_symlinks=False)
+    except FileNotFoundError:
+        return
+    except OSError as exc:
+        raise DaemonError(f"{path} cannot be looked at: {exc.strerror}") from exc
+    if not stat.S_ISSOCK(state.st_mode):
+        raise DaemonError(f"{path} is there and is no socket", hint="name another with --socket")
+    if state.st_uid != os.geteuid():
+        raise DaemonError(f"{path} is the socket of user {state.st_uid}", hint="name another with --socket")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(os.fspath(path))
+        except ConnectionRefusedError:
             path.unlink(missing_ok=True)
+            return
+        except OSError:
+            pass  # such as a full queue of connections: the listener lives
+    raise DaemonError(f"a living process listens on {path}", hint="stop that one first")
 
 
 def peer_of(connection: socket.socket) -> tuple[int, int]:

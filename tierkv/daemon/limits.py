@@ -40,7 +40,7 @@ class Limits:
     requests_of_client: int = 64
     """Requests in work. An engine has a few: a Fetch for each prompt that comes up, a Wait for each that it awaits."""
     slow_requests_of_client: int = 2
-    """Flush, save, load, pin, compact: each takes a thread, of which there may be as few as five."""
+    """Flush, save, load, pin, compact, evict on demand: each takes a thread, of which there may be as few as five."""
 
     namespaces: int = 1024
     """One for each model, revision, slice and salt in use; those without client and block are forgotten first."""

@@ -70,6 +70,7 @@ class Matching(State):
             if not connection.leases[slot]:
                 del connection.leases[slot]
         self._count_leases(connection, -len(slots))
+        tenant.size_class.chosen.retry()
         for cursor in cursors:
             self._end_cursor(connection, cursor)
 
@@ -139,7 +140,7 @@ class Matching(State):
         if not rest:
             return None, False
         nearest = tenant.size_class.index.nearest_child(parent.block_hash, rest) if parent else None
-        if nearest and nearest[2] > longest:
+        if nearest and nearest[2] > longest and nearest[0] not in tenant.size_class.chosen.marked:
             child, _, longest = nearest
             assert child.warm_slot is not None, "there is no hot tier here"
             best = FoundTail(child.block_hash, child.token_bytes, longest, child.warm_slot)

@@ -8,22 +8,30 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Coroutine
+import time
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from tierkv.block import HASH_BYTES
 from tierkv.daemon.connection import Answer, ClientConnection
 from tierkv.daemon.core import Core, Write
+from tierkv.daemon.evictor import Evictor
 from tierkv.daemon.loader import Loader
 from tierkv.daemon.messages import (
+    MOST_COUNT,
     Abandon,
     Compact,
     Count,
     Done,
     EndTicket,
+    EngineEvicted,
     Evict,
+    EvictBlocks,
+    EvictionDone,
+    EvictionsSince,
     Fetch,
     Flush,
     Hello,
@@ -46,23 +54,30 @@ from tierkv.daemon.messages import (
 )
 from tierkv.daemon.prefetcher import Prefetcher
 from tierkv.daemon.protocol import MAX_PATH_BYTES, ProtocolError, printable, split_hashes, split_numbers
+from tierkv.daemon.side_threads import SideThreads
+from tierkv.daemon.state_loads import StateLoads
 from tierkv.daemon.store_writer import StoreWriter
 from tierkv.daemon.values import whole_hashes
 from tierkv.daemon.waiters import Waiters
-from tierkv.errors import ConfigError, DaemonError, NamespaceMismatchError
+from tierkv.errors import ConfigError, DaemonError
 from tierkv.namespace import NAME_LIMIT, NamespaceDescription, parse_description
 from tierkv.storage.codecs import codec_by_name
 from tierkv.storage.cold import ColdStore
-from tierkv.storage.state_file import StateFile, write_state_file
+from tierkv.storage.state_file import write_state_file
 from tierkv.storage.warm import Slab
 
 __all__ = ["Requests"]
 
 _CLIENT_CHARACTERS = 64
+_NUM_ASIDE = 16
+_NUM_SAVERS = 4
+_PIN_S = 25.0  # the client waits 30
+_SAVE_STALL_S = 60.0  # without a record that was read or written
+_POLL_S = 1.0
 
 
 class Requests:
-    """Answers messages. Used on the loop; what it opens (state files) it closes.
+    """Answers messages. Used on the loop; `close` also closes the state files that were loaded.
 
     report: everything that a status says. stop: ends the daemon.
     """
@@ -79,6 +94,9 @@ class Requests:
         writer: StoreWriter,
         waiters: Waiters,
         prefetcher: Prefetcher,
+        loads: StateLoads,
+        evictor: Evictor,
+        stall_s: float,
         report: Callable[[], StatusReport],
         stop: Callable[[], None],
     ) -> None:
@@ -91,26 +109,34 @@ class Requests:
         self._writer = writer
         self._waiters = waiters
         self._prefetcher = prefetcher
+        self._stall_s = stall_s
         self._report = report
         self._stop = stop
         self._loop = asyncio.get_running_loop()
-        self._states: list[StateFile] = []
+        self._loads = loads
+        self._evictor = evictor
+        self._aside = SideThreads(_NUM_ASIDE, name="tierkv-aside")
+        self._savers = SideThreads(_NUM_SAVERS, name="tierkv-save")
+        self._saving: set[ClientConnection] = set()
 
     def answer(self, client: ClientConnection, message: Message) -> Answer | Coroutine[Any, Any, Answer]:
         """Return the answer to a message, or what will come up with it."""
         handler = _HANDLERS.get(type(message))
         if handler is None:
             raise ProtocolError(f"{type(message).__name__} is no request")
-        if client.connection.tenant is None and not isinstance(message, Status | Stop | Compact | Flush | Hello):
+        if client.connection.tenant is None and not isinstance(
+            message, Status | Stop | Compact | Flush | Hello | EvictBlocks
+        ):
             raise ProtocolError("the first message must be Hello, with a namespace")
-        if isinstance(message, Flush | SaveState | LoadState | Pin | Compact):
+        if isinstance(message, Flush | SaveState | LoadState | Pin | Compact | EvictBlocks):
             return self._in_turn(client, message, handler)
         return handler(self, client, message)
 
     def close(self) -> None:
-        """Close the state files that clients had loaded."""
-        for state in self._states:
-            state.close()
+        """Close the state files that clients had loaded. Waits for nothing."""
+        self._loads.close()
+        self._aside.shutdown()
+        self._savers.shutdown()
 
     def hello(self, client: ClientConnection, message: Hello) -> Answer:
         """Let a client in, and hand it the slab if it names a namespace."""
@@ -192,7 +218,7 @@ class Requests:
         """Pin in the warm tier and in the store."""
         hashes = self._core.pin(client.connection, message)
         if self._store is not None and hashes:
-            await self._loop.run_in_executor(None, self._store.set_pinned, hashes, message.pinned)
+            await self._run_aside(partial(self._store.set_pinned, hashes, message.pinned), _PIN_S, "to pin blocks")
         return Count(count=len(hashes))
 
     def prefetch(self, client: ClientConnection, message: Prefetch) -> Answer:
@@ -207,50 +233,70 @@ class Requests:
         """Evict the client's own blocks."""
         return Count(count=self._core.evict(client.connection, message.count))
 
+    async def evict_blocks(self, client: ClientConnection, message: EvictBlocks) -> Answer:
+        """Evict from memory, from the store, and from the hot tiers of the other clients."""
+        return await self._evictor.evict(client.connection, message)
+
+    def evictions_since(self, client: ClientConnection, message: EvictionsSince) -> Answer:
+        """Say what was evicted on demand."""
+        client.connection.asks_for_evictions = True
+        return self._evictor.log.since(message.log, message.number)
+
+    def eviction_done(self, client: ClientConnection, message: EvictionDone) -> Answer:
+        """Note what the client has dropped."""
+        if not all(0 <= each < MOST_COUNT for each in (message.number, message.blocks, message.in_use, message.pinned)):
+            raise ProtocolError("numbers of blocks that cannot be")
+        connection = client.connection
+        connection.evicted_number = message.number
+        connection.evicted = EngineEvicted(connection.client, True, message.blocks, message.in_use, message.pinned)
+        return None
+
     async def flush(self, client: ClientConnection, message: Flush) -> Answer:
         """Wait until what is published so far is on the disk."""
-        await self._loop.run_in_executor(None, self._writer.flush)
+        await self._run_aside(lambda: self._writer.flush(stall_s=self._stall_s), None, "to flush")
         return Done()
 
     async def save(self, client: ClientConnection, message: SaveState) -> Answer:
         """Write a state file of the client's namespace."""
         tenant = client.connection.require_tenant()
         path = _checked_path(message.path)
+        if client in self._saving:
+            raise DaemonError("this client saves a state file already")
         await self.flush(client, Flush())
         entries = self._core.warm_entries(tenant)
         slots = [entry.warm_slot for entry in entries if entry.warm_slot is not None]
         blocks = [Write(tenant, entry, slot) for entry, slot in zip(entries, slots, strict=True)]
-        try:
-            saved = await self._loop.run_in_executor(
-                None,
-                lambda: write_state_file(
-                    path,
-                    namespace=tenant.digest,
-                    description=tenant.description,
-                    records=self._writer.iter_records(tenant, blocks),
-                ),
+        saving = _Saving(self._writer.iter_records(tenant, blocks))
+        self._saving.add(client)
+        call = self._savers.submit(
+            lambda: write_state_file(
+                path, namespace=tenant.digest, description=tenant.description, records=saving.iter_records()
             )
-        finally:
+        )
+        waiting = asyncio.wrap_future(call)
+
+        def end(_: object) -> None:  # the thread reads these slots, perhaps for longer than the client waits
+            self._saving.discard(client)
             self._core.unpin_entries(tenant, slots)
+
+        waiting.add_done_callback(end)
+        while not waiting.done():
+            await asyncio.wait({waiting}, timeout=_POLL_S)
+            if saving.idle_s > _SAVE_STALL_S and not waiting.done():
+                waiting.add_done_callback(lambda late: late.exception())
+                raise DaemonError(f"{path} was not written: nothing has moved for {_SAVE_STALL_S:g} s")
+        saved = waiting.result()
         return Saved(blocks=saved.blocks, file_bytes=saved.file_bytes)
 
     async def load(self, client: ClientConnection, message: LoadState) -> Answer:
-        """Take a state file as one more source."""
-        tenant = client.connection.require_tenant()
-        path = _checked_path(message.path)
-        state = await self._loop.run_in_executor(None, StateFile, path)
-        if state.namespace != tenant.digest:
-            state.close()
-            raise NamespaceMismatchError(f"{path} was saved for another model or setting")
-        self._states.append(state)
-        tenant.sources.append(state)
-        return Count(count=len(state))
+        """Take a state file as one more source, as long as this client, or another that loads it, is there."""
+        return Count(count=await self._loads.load(client.connection, _checked_path(message.path)))
 
     async def compact(self, client: ClientConnection, message: Compact) -> Answer:
         """Compact the store."""
         if self._store is None:
             raise DaemonError("this daemon has no store")
-        await self._loop.run_in_executor(None, self._store.compact)
+        await self._run_aside(self._store.compact, None, "to compact the store")
         return Done()
 
     def stop(self, client: ClientConnection, message: Stop) -> Answer:
@@ -268,6 +314,15 @@ class Requests:
             answer = handler(self, client, message)
             assert answer is not None and not isinstance(answer, Message)
             return await answer
+
+    async def _run_aside(self, call: Callable[[], object], timeout_s: float | None, what: str) -> None:
+        """Call something that waits for the store, on a thread. Raises DaemonError where it takes too long."""
+        waiting = asyncio.wrap_future(self._aside.submit(call))
+        done, _ = await asyncio.wait({waiting}, timeout=timeout_s)
+        if not done:
+            waiting.add_done_callback(lambda late: late.cancelled() or late.exception())
+            raise DaemonError(f"it took more than {timeout_s:g} s {what}: the store's disk does not answer")
+        waiting.result()
 
     def _touch(self, hashes: bytes) -> None:
         if self._store is not None:
@@ -295,7 +350,30 @@ _HANDLERS: dict[type[Message], _Handler] = {
     Status: Requests.status,
     Stop: Requests.stop,
     Compact: Requests.compact,
+    EvictBlocks: Requests.evict_blocks,
+    EvictionsSince: Requests.evictions_since,
+    EvictionDone: Requests.eviction_done,
 }
+
+
+class _Saving:
+    """The records of a state file that is being written, and when the last one was taken."""
+
+    def __init__(self, records: Iterator[bytes]) -> None:
+        self._records = records
+        self._moved_at = time.monotonic()
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds since something moved."""
+        return time.monotonic() - self._moved_at
+
+    def iter_records(self) -> Iterator[bytes]:
+        """Yield the records."""
+        for record in self._records:
+            self._moved_at = time.monotonic()
+            yield record
+            self._moved_at = time.monotonic()
 
 
 def _checked_description(message: Hello) -> NamespaceDescription:

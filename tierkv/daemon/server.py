@@ -7,18 +7,22 @@ import contextlib
 import logging
 import os
 import secrets
-import signal
 import socket
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from tierkv.daemon.config import DaemonConfig
 from tierkv.daemon.connection import Answer, ClientConnection
-from tierkv.daemon.core import Core
+from tierkv.daemon.core import Connection, Core
+from tierkv.daemon.ending import Ending
+from tierkv.daemon.eviction_log import LOG_NAME, EvictionLog
+from tierkv.daemon.evictor import Evictor
 from tierkv.daemon.host import (
+    LockFile,
     check_memory,
     connections_that_fit,
     exclusive_file,
@@ -31,6 +35,7 @@ from tierkv.daemon.metrics import serve_metrics
 from tierkv.daemon.peers import Peers
 from tierkv.daemon.prefetcher import Prefetcher
 from tierkv.daemon.requests import Requests
+from tierkv.daemon.state_loads import StateLoads
 from tierkv.daemon.store_writer import QUEUE_BLOCKS, StoreWriter
 from tierkv.daemon.usage import limit_status, usage_of
 from tierkv.daemon.waiters import Waiters
@@ -39,12 +44,19 @@ from tierkv.policies import make_policy
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.warm import Slab
 
-__all__ = ["DaemonConfig", "serve"]
+__all__ = ["NOT_WRITTEN", "STORE_LOCK", "DaemonConfig", "serve"]
+
+STORE_LOCK = "daemon.lock"
+"""In a store's directory: held by the daemon that has the store; names its process and its socket."""
+
+NOT_WRITTEN = "not written:"
+"""Before a number of blocks, in the lock file of a daemon that has ended."""
 
 _log = logging.getLogger(__name__)
 
 _TICK_S = 0.5
 _MINUTE_S = 60.0
+_IDLE_S = 2.0  # at the end, for reads in work
 _WRITE_WAIT_S = 5.0  # for other processes that write to the store; then blocks are skipped
 
 
@@ -55,10 +67,13 @@ def serve(config: DaemonConfig, *, started: Callable[[], None] = lambda: None) -
     """
     check_memory(config.warm_bytes)
     with contextlib.ExitStack() as stack:
-        listener = stack.enter_context(listening_socket(config.socket))
+        listener, lock = stack.enter_context(listening_socket(config.socket))
+        end = _End(config.socket, lock)
+        ending = stack.enter_context(Ending(config.stop_s, last_words=end.say))
         store = None
         if config.store is not None:
-            stack.enter_context(exclusive_file(config.store / "daemon.lock", f"the store {config.store}"))
+            owner = stack.enter_context(exclusive_file(config.store / STORE_LOCK, f"the store {config.store}"))
+            owner.note(os.fspath(config.socket))  # who wants the store knows whom to ask
             store = ColdStore(
                 config.store,
                 quota_bytes=config.cold_bytes,
@@ -67,9 +82,43 @@ def serve(config: DaemonConfig, *, started: Callable[[], None] = lambda: None) -
             )
             stack.callback(store.close)
         slab = Slab(config.warm_bytes, num_threads=config.num_io_threads)
-        stack.callback(slab.close)
         threads = stack.enter_context(ThreadPoolExecutor(config.num_io_threads, thread_name_prefix="tierkv-io"))
-        asyncio.run(_Server(config, listener, store, slab, threads).run(started))
+        server = _Server(config, listener, store, slab, threads, ending)
+        end.core = server.core
+        if asyncio.run(server.run(started)):
+            slab.close()  # else a thread may still write into it: it is unmapped with the process
+        end.note_written()
+
+
+class _End:
+    """What is said of the daemon's end: in its log, and in its lock file for `tierkv daemon stop`."""
+
+    def __init__(self, socket_path: Path, lock: LockFile) -> None:
+        self.core: Core | None = None
+        self._socket = socket_path
+        self._lock = lock
+
+    def note_written(self) -> None:
+        """Say how many blocks the store has not got."""
+        self._lock.note(f"{NOT_WRITTEN} {self.core.num_writes if self.core else 0}")
+
+    def say(self, deadline_s: float) -> None:
+        """Say that the daemon ends without what still hangs. Called by a thread of its own, right before the end."""
+        lost = self.core.num_writes if self.core else 0
+        self.note_written()
+        self._socket.unlink(missing_ok=True)
+        _log.error(
+            "something has not ended within %g s, such as a disk that does not answer: "
+            "the process exits, %d blocks were not written to the store",
+            deadline_s,
+            lost,
+        )
+
+
+def _set_soon(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
+    """Set an event of a loop, by another thread; of one that has ended nobody waits for it."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(event.set)
 
 
 class _Server:
@@ -82,7 +131,9 @@ class _Server:
         store: ColdStore | None,
         slab: Slab,
         threads: ThreadPoolExecutor,
+        ending: Ending,
     ) -> None:
+        self._ending = ending
         self.config = config
         self.limits = config.limits
         self.hello_s = config.hello_s
@@ -112,14 +163,14 @@ class _Server:
         self._threads = threads
         self._started_at = time.monotonic()
         self._waiters = Waiters()
+        self._loads = StateLoads()
         self._tasks: set[asyncio.Task[Any]] = set()
 
-    async def run(self, started: Callable[[], None]) -> None:
-        """Serve until stopped."""
+    async def run(self, started: Callable[[], None]) -> bool:
+        """Serve until stopped. Return whether no thread may still write into the slab."""
         loop = asyncio.get_running_loop()
         stopping = asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stopping.set)
+        self._ending.watch(partial(_set_soon, loop, stopping))
         loader = Loader(self.core, self._slab, self._threads, loaded=self.tell_news)
         self._prefetcher = prefetcher = Prefetcher(self.core, loader)
         writer = StoreWriter(self.core, self._store, self._slab, self._threads)
@@ -133,8 +184,11 @@ class _Server:
             writer=writer,
             waiters=self._waiters,
             prefetcher=prefetcher,
+            loads=self._loads,
+            evictor=self._make_evictor(writer),
+            stall_s=self.config.stall_s,
             report=self._report,
-            stop=stopping.set,
+            stop=self._ending.begin,
         )
         server = await loop.create_unix_server(lambda: ClientConnection(self), sock=self._listener)
         metrics = await self._serve_metrics()
@@ -154,6 +208,25 @@ class _Server:
                 client.close()
             await loop.run_in_executor(None, writer.close)
             self._requests.close()
+            is_quiet = await loader.wait_until_idle(_IDLE_S)
+            if not is_quiet:
+                _log.warning("%d reads hang and are left behind", loader.num_running)
+        return is_quiet
+
+    def _make_evictor(self, writer: StoreWriter) -> Evictor:
+        path = self.config.socket.with_name(self.config.socket.name + ".evictions")
+        if self.config.store is not None:
+            path = self.config.store / LOG_NAME
+        log = EvictionLog(path)
+        log.save()  # the next daemon goes on with this log, also if nothing is evicted
+        return Evictor(
+            self.core,
+            self._store,
+            writer,
+            log,
+            engines=lambda: list(self.clients),
+            stall_s=self.config.stall_s,
+        )
 
     def answer(self, client: ClientConnection, message: Message) -> Answer | Coroutine[Any, Any, Answer]:
         """Return the answer to a message, or what will come up with it."""
@@ -195,6 +268,10 @@ class _Server:
         if self.core.news:
             self._waiters.tell(self.core.news)
             self.core.news.clear()
+
+    def end_loads(self, connection: Connection) -> None:
+        """Close the state files that this client alone had loaded."""
+        self._loads.end_loads(connection)
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Run something beside, and keep it alive."""

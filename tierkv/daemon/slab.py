@@ -10,9 +10,10 @@ has more than its share.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from tierkv.block import BlockHash, Tier
+from tierkv.chosen_eviction import ChosenEviction
 from tierkv.daemon.limits import Limits
 from tierkv.errors import CapacityError
 from tierkv.index import Entry, Index
@@ -56,6 +57,7 @@ class SizeClass:
         self._is_held = bytearray(b"\1" * self.num_slots)  # not ours: an extent of it belongs to nobody or another
         self.num_usable = 0
         self.index.warm.take(range(self.num_slots))
+        self.chosen = ChosenEviction(self.index, (Tier.WARM,), lambda entries, _: self._evict_entries(entries))
 
     @property
     def free_count(self) -> int:
@@ -133,6 +135,10 @@ class SizeClass:
             self._forgotten(slots[entry])
         self.evictions += len(evicted)
         return len(evicted)
+
+    def _evict_entries(self, entries: Sequence[Entry]) -> Sequence[Entry]:
+        slots = {entry: entry.warm_slot for entry in entries if entry.warm_slot is not None}
+        return entries if self._evict(slots) else ()
 
     def _evict_subtree(self, entry: Entry) -> bool:
         pending, order = [entry], []

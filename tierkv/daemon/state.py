@@ -72,11 +72,14 @@ class State:
         if parent is None:
             return known
         peek = index.peek
+        marked = tenant.size_class.chosen.marked
         start = 0
         for block_hash in hashes:
             entry = peek(block_hash)
             if entry is None or entry.parent is not parent or entry.token_bytes != tokens[start : start + step]:
                 break
+            if marked and entry in marked:
+                break  # it was evicted, and goes with its last user
             known.append(entry)
             parent = entry
             start += step
@@ -137,7 +140,12 @@ class State:
         self.num_leases += change
 
     def forget_unused(self) -> None:
-        """Forget namespaces that have no client, no block and no file, and sizes of blocks that none of them has."""
+        """Forget namespaces that have no client, no block and no file, and sizes of blocks that none of them has.
+
+        What was to be evicted and was in use goes first.
+        """
+        for size_class in self.slab.classes.values():
+            size_class.chosen.retry()
         busy = {load.tenant for load in self._loads.values()} | set(self._fetching.values())
         num_own = int(self.store is not None)
         for tenant in list(self.tenants.values()):
@@ -146,7 +154,7 @@ class State:
                 self.description_bytes -= len(tenant.description)
         used = {tenant.size_class for tenant in self.tenants.values()}
         for size_class in list(self.slab.classes.values()):
-            if size_class not in used:
+            if size_class not in used and not size_class.chosen.marked:
                 self.slab.drop_class(size_class)
 
     def _make_room_for_tenant(self, description_bytes: int, stride_bytes: int) -> None:

@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeAlias, TypeVar
 
 from tierkv.daemon.core import Core, Tenant, Write
+from tierkv.daemon.loaded_file import LoadedFile
 from tierkv.daemon.sealer import Sealer
 from tierkv.errors import StoreError
 from tierkv.storage.codecs import codec_by_name, default_codec
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.outcomes import PutOutcome
 from tierkv.storage.record import BlockInfo, EncodedRecord, encode_record
-from tierkv.storage.state_file import StateFile
 from tierkv.storage.warm import Slab
 from tierkv.write_behind import WriteBehind
 
 __all__ = ["QUEUE_BLOCKS", "StoreWriter"]
 
 _log = logging.getLogger(__name__)
+
+Action: TypeAlias = Callable[[], None]
+Result = TypeVar("Result")
 
 QUEUE_BLOCKS = 4096
 _BATCH_BLOCKS = 8
@@ -40,8 +45,8 @@ class StoreWriter:
         self._threads = threads
         self._sealer = Sealer()
         self._loop = asyncio.get_running_loop()
-        self._queue: WriteBehind[Write | Tenant | None] = WriteBehind(
-            self._write, capacity=QUEUE_BLOCKS, batch_size=_BATCH_BLOCKS, name="tierkv-daemon-write"
+        self._queue: WriteBehind[Write | Tenant | Action | None] = WriteBehind(
+            self._work_off, capacity=QUEUE_BLOCKS, batch_size=_BATCH_BLOCKS, name="tierkv-daemon-write"
         )
 
     def offer(self, write: Write) -> None:
@@ -57,14 +62,33 @@ class StoreWriter:
         if self._store is not None and not tenant.is_registered:
             self._queue.offer(tenant)
 
+    def call(self, action: Callable[[ColdStore], Result]) -> Future[Result]:
+        """Have the write thread do something with the store, behind what is queued. Raises StoreError if it cannot."""
+        future: Future[Result] = Future()
+
+        def act() -> None:
+            assert self._store is not None
+            try:
+                future.set_result(action(self._store))
+            except BaseException as exc:  # noqa: BLE001 - the caller's
+                future.set_exception(exc)
+
+        if not self._queue.offer(act):
+            raise StoreError("too much is waiting to be written to the store")
+        return future
+
     def tend(self) -> None:
         """Have what readers have left to be written written too, if it is time for that and nothing else is."""
         if self._store is not None and self._store.is_due and not self._queue.pending:
             self._queue.offer(None)
 
-    def flush(self) -> None:
-        """Wait until what is queued so far is on the disk. Not for the loop's thread."""
-        self._queue.flush()
+    def flush(self, *, stall_s: float) -> None:
+        """Wait until what is queued so far is on the disk. Not for the loop's thread.
+
+        Raises StoreError where one batch takes longer than `stall_s`.
+        """
+        if not self._queue.flush(stall_s=stall_s):
+            raise StoreError(f"nothing was written to the store for {stall_s:g} s")
         if self._store is not None:
             self._store.flush()
 
@@ -89,16 +113,28 @@ class StoreWriter:
             if block.entry.block_hash not in seen:
                 seen.add(block.entry.block_hash)
                 yield self._encode(block, sealer.identify(tenant, block.entry)).data.tobytes()
-        for source in tenant.sources:
-            if isinstance(source, StateFile):
-                yield from source.iter_records(seen)
+        for source in list(tenant.sources):
+            if isinstance(source, LoadedFile):
+                with source.held() as state:
+                    yield from state.iter_records(seen)
+
+    def _work_off(self, work: list[Write | Tenant | Action | None]) -> None:
+        """Do what is queued, in order; runs on the queue's thread. None is a call to tend the store."""
+        for is_action, group in itertools.groupby(work, callable):
+            if is_action:
+                for action in group:
+                    assert callable(action)
+                    action()
+            else:
+                self._write([each for each in group if each is None or isinstance(each, Write | Tenant)])
 
     def _write(self, work: list[Write | Tenant | None]) -> None:
-        """Encode and store published blocks; runs on the queue's thread. None is a call to tend the store."""
+        """Encode and store published blocks, but for those evicted meanwhile; tend the store where that is due."""
         store = self._store
         assert store is not None
-        writes = [write for write in work if isinstance(write, Write)]
-        stored = dict.fromkeys(writes, False)
+        published = [write for write in work if isinstance(write, Write)]
+        stored = dict.fromkeys(published, False)
+        writes = [write for write in published if not self._core.is_marked(write)]
         try:
             if store.is_due and not writes:  # else they do it, and would wait once more for a busy store
                 store.tend()

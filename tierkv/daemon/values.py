@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from tierkv.block import HASH_BYTES, TOKEN_BYTES, BlockHash
+from tierkv.daemon.messages import EngineEvicted
 from tierkv.daemon.protocol import ProtocolError, split_hashes
 from tierkv.daemon.slab import SizeClass
 from tierkv.errors import StoreError
@@ -85,7 +86,10 @@ class Tenant:
 
 @dataclass(slots=True, eq=False)
 class Load:
-    """A block on its way from a source into a slot; each fetch that waits for it has a pin of its own."""
+    """A block on its way from a source into a slot; each fetch that waits for it has a pin of its own.
+
+    num_left: pins of fetches that were answered without it. The slot keeps them until nothing writes into it any more.
+    """
 
     tenant: Tenant
     entry: Entry
@@ -93,6 +97,7 @@ class Load:
     source: BlockSource
     is_done: bool = False
     reason: MissReason | None = None
+    num_left: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -159,6 +164,8 @@ class Connection:
 
     num_leases: the sum of `leases`. num_fetching: slots pinned by its fetches in work, which become leases.
     tickets: by number, those that expire first in front. num_promised: blocks of all its tickets.
+    asks_for_evictions: whether it drops its own copies of what is evicted. evicted_number, evicted: the last eviction
+    that it has done, and what it said of that.
     """
 
     tenant: Tenant | None = None
@@ -172,6 +179,9 @@ class Connection:
     tickets: dict[int, Ticket] = field(default_factory=dict)
     num_promised: int = 0
     is_closed: bool = False
+    asks_for_evictions: bool = False
+    evicted_number: int = 0
+    evicted: EngineEvicted | None = None
 
     def require_tenant(self) -> Tenant:
         """Return the namespace that this connection named. Raises ProtocolError if it named none."""

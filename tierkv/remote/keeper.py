@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from tierkv.daemon.client import Answer, DaemonClient
@@ -38,6 +39,7 @@ class LinkKeeper:
         self.boot = 0
         self.has_cold = False  # of the daemon that is there, or was
         self._lying_boot: int | None = None  # of a daemon that has answered what cannot be
+        self.tend: Callable[[], None] = lambda: None  # called again and again by the thread
         self._tiers = tiers
         self._namespace = namespace
         self._is_closing = threading.Event()
@@ -70,6 +72,24 @@ class LinkKeeper:
         except DaemonGoneError as exc:
             self._lose(link, exc)
             raise
+
+    def call_long(self, message: Message, expected: type[Answer], *, timeout_s: float) -> Answer:
+        """Ask for what may take long, as long as the daemon is alive. Raises DaemonError."""
+        link = self.link
+        if link is None:
+            raise DaemonGoneError(f"no daemon answers at {self.path}")
+        try:
+            return link.client.call_long(message, expected, timeout_s=timeout_s)
+        except DaemonGoneError as exc:
+            self._lose(link, exc)
+            raise
+
+    def read_waiting(self, link: Link) -> None:
+        """Take in what the daemon has sent unasked."""
+        try:
+            link.client.read_waiting()
+        except DaemonGoneError as exc:
+            self._lose(link, exc)
 
     def post(self, link: Link, message: Message) -> None:
         """Send what has no answer; a daemon that has gone knows without."""
@@ -136,6 +156,7 @@ class LinkKeeper:
             with self._tiers.changed:
                 self._tiers.reap()
             self.settle()
+            self.tend()
             link = self.link
             if link and link.client.has_hung_up():
                 self._lose(link, DaemonGoneError(link.client.failure or f"the daemon at {self.path} has ended"))

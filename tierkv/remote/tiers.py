@@ -20,6 +20,8 @@ from tierkv.daemon.messages import (
     Count,
     Done,
     Evict,
+    EvictBlocks,
+    EvictedBlocks,
     Flush,
     LoadState,
     Pin,
@@ -32,6 +34,7 @@ from tierkv.daemon.messages import (
 from tierkv.errors import DaemonError
 from tierkv.lookup import Hit
 from tierkv.namespace import Namespace
+from tierkv.remote.evictions import RemoteEvictions
 from tierkv.remote.keeper import LinkKeeper
 from tierkv.remote.reader import RemoteReader
 from tierkv.remote.single_flight import SingleFlight
@@ -84,6 +87,8 @@ class DaemonTiers:
             hash_function=hash_function,
         )
         self._writer = RemoteWriter(tiers, self.keeper)
+        self.evictions = RemoteEvictions(tiers, self.keeper)
+        self.keeper.tend = self._tend
 
     def read(self, hits: Sequence[Hit]) -> tuple[list[Place], MissReason | None]:
         """Have cold hits, neighbours of one lookup, brought into the warm tier, and borrow them there."""
@@ -116,20 +121,36 @@ class DaemonTiers:
         """Evict blocks of this namespace from the warm tier. Raises DaemonError."""
         return self.keeper.call(Evict(count=-1 if count is None else count), Count, timeout_s=_WARM_TIMEOUT_S).count
 
+    def evict_everywhere(self, token_bytes: bytes, older_than_s: float | None) -> EvictedBlocks:
+        """Evict a prompt's blocks, or all of this namespace, from every tier of the daemon and of its other clients.
+
+        Raises DaemonError.
+        """
+        hashes, tokens = self._chain(token_bytes)
+        message = EvictBlocks(
+            namespace=self._namespace.digest,
+            hashes=hashes,
+            tokens=tokens,
+            older_than_s=-1.0 if older_than_s is None else older_than_s,
+        )
+        return self.keeper.call_long(message, EvictedBlocks, timeout_s=_UPKEEP_TIMEOUT_S)
+
     def flush(self) -> None:
         """Wait until everything written down is on the disk; without the daemon there is nothing to wait for."""
         try:
-            self.keeper.call(Flush(), Done, timeout_s=_UPKEEP_TIMEOUT_S)
+            self.keeper.call_long(Flush(), Done, timeout_s=_UPKEEP_TIMEOUT_S)
         except DaemonError as exc:
             _log.warning("not flushed: %s", exc)
 
     def save(self, path: Path) -> Saved:
         """Have the namespace's blocks written into a state file. Raises DaemonError."""
-        return self.keeper.call(SaveState(path=os.fspath(path.absolute())), Saved, timeout_s=_UPKEEP_TIMEOUT_S)
+        return self.keeper.call_long(SaveState(path=os.fspath(path.absolute())), Saved, timeout_s=_UPKEEP_TIMEOUT_S)
 
     def load(self, path: Path) -> int:
         """Have a state file's blocks found from now on. Raises DaemonError."""
-        return self.keeper.call(LoadState(path=os.fspath(path.absolute())), Count, timeout_s=_UPKEEP_TIMEOUT_S).count
+        return self.keeper.call_long(
+            LoadState(path=os.fspath(path.absolute())), Count, timeout_s=_UPKEEP_TIMEOUT_S
+        ).count
 
     def sizes(self) -> dict[Tier, TierStats]:
         """Return the sizes of the daemon's tiers; of the warm one, what this namespace has of it."""
@@ -149,6 +170,10 @@ class DaemonTiers:
             capacity_bytes=report.cold["quota_bytes"],
         )
         return {Tier.WARM: warm, Tier.COLD: cold}
+
+    def _tend(self) -> None:
+        self.evictions.catch_up()
+        self.evictions.retry()
 
     def _chain(self, token_bytes: bytes) -> tuple[bytes, bytes]:
         chain = iter_chain(self._tiers.index.root, token_bytes, self._block_size, self._hash)

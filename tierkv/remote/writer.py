@@ -67,12 +67,14 @@ class RemoteWriter:
         The caller holds the lock.
         """
         assert self._tiers.changed.is_owned()
-        index = self._tiers.index
+        index, marked = self._tiers.index, self._tiers.chosen.marked
         written = next(each.written for each in reversed(path) if isinstance(each, Job))
         offers: dict[int, Job] = {}
         for at, each in enumerate(path):
             if isinstance(each, Job):
                 offers[at] = each
+            elif each in marked:
+                continue
             elif each.block_id is not None and index.peek(each.block_hash) is each:
                 index.hot.pin(each.block_id)
                 held.append(Place(Tier.HOT, each.block_id))

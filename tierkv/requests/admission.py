@@ -62,6 +62,8 @@ class Admission:
     def admit(self, token_bytes: bytes, *, reuse: bool, may_split: bool) -> Sequence:
         """Return a running sequence with a pinned block for every token; see `TierCache.acquire`."""
         num_tokens = len(token_bytes) // TOKEN_BYTES
+        if self._daemon and reuse:
+            self._daemon.evictions.catch_up()
         with self._tiers.changed:
             found = self._prefixes.find(token_bytes, num_tokens - 1) if reuse else Lookup()
             pinned = self._promoter.pin(found)

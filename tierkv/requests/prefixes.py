@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
 
 from tierkv.block import TOKEN_BYTES, BlockHash, HashFunction, Tier
 from tierkv.index import Entry
@@ -46,7 +46,7 @@ class Prefixes:
     def find(self, token_bytes: bytes, max_tokens: int) -> Lookup:
         """Return what this cache's own tiers have of the first `max_tokens` tokens; the caller holds the lock."""
         assert self._tiers.changed.is_owned()
-        return look_up(
+        found = look_up(
             self._tiers.index,
             self._tiers.sources,
             token_bytes,
@@ -55,10 +55,13 @@ class Prefixes:
             min_partial_tokens=self._min_partial_tokens,
             hash_function=self._hash,
         )
+        return _without_marked(found, self._tiers.chosen.marked) if self._tiers.chosen.marked else found
 
     def match(self, token_bytes: bytes) -> Match:
         """Return how many leading tokens are cached, and where. Changes and reads nothing."""
         num_tokens = len(token_bytes) // TOKEN_BYTES
+        if self._daemon:
+            self._daemon.evictions.catch_up()
         with self._tiers.changed:
             found = self.find(token_bytes, num_tokens)
         if self._daemon:
@@ -93,6 +96,17 @@ class Prefixes:
 
     def _entries(self, found: Lookup) -> list[Entry | None]:
         return [*found.hot, *(hit.entry for hit in found.rest())]
+
+
+def _without_marked(found: Lookup, marked: Collection[Entry]) -> Lookup:
+    """Return a lookup up to the first block that was evicted and is still in use."""
+    for at, entry in enumerate(found.hot):
+        if entry in marked:
+            return Lookup(found.hot[:at])
+    for at, hit in enumerate(found.blocks):
+        if hit.entry in marked:
+            return Lookup(found.hot, found.blocks[:at])
+    return replace(found, tail=None) if found.tail and found.tail.entry in marked else found
 
 
 def count_by_tier(num_hot: int, block_size: int, hits: Iterable[Hit]) -> tuple[dict[Tier, int], dict[Tier, int]]:

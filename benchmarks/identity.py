@@ -36,7 +36,10 @@ class _NoCheck:
     def look(self) -> None:
         """Do nothing."""
 
-    def start(self) -> Callable[[], None]:
+    def mark(self) -> None:
+        """Do nothing."""
+
+    def start(self, after: object = None) -> Callable[[], None]:
         """Do nothing."""
         return lambda: None
 
@@ -57,7 +60,7 @@ def main() -> None:
     described = machine(device)
     print("machine:", ", ".join(f"{name} {value}" for name, value in described.items()))
     model = random_model(arguments.shape, device)
-    config = CacheConfig(hot_bytes=(4 << 30) if has_gpu else (256 << 20), warm_bytes=64 << 20, write_through=False)
+    config = CacheConfig(hot_bytes=(4 << 30) if has_gpu else (256 << 20), warm_bytes=256 << 20, write_through=False)
     with open_runner(LoadedModel(model, None, arguments.shape), config) as runner:
         check = runner._model_check
         rows = _parts(model, runner, check, device)

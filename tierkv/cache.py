@@ -325,18 +325,12 @@ class TierCache:
         return self._eviction.evict(token_bytes, older_than_s)
 
     @while_open
-    def evict(self, tier: Tier | None = None, count: int | None = None, *, token_ids: TokenIds | None = None) -> int:
+    def evict(self, tier: Tier, count: int | None = None) -> int:
         """Evict up to `count` blocks (all that may go, if None) from the hot or the warm tier.
 
-        Children go before parents; what nobody has written down yet is written first, which this waits for. Return how
-        many went. Without a tier: as `evict_everywhere`, for good; return how many places in all tiers are free again.
+        Children go before parents; a block that no lower tier has yet is written first, which this call waits for.
+        Return how many blocks the tier has evicted. To forget a prompt in every tier: `evict_everywhere`.
         """
-        if tier is None:
-            if count is not None:
-                raise ConfigError("a count of blocks is evicted from one tier: name it")
-            return self.evict_everywhere(token_ids).num_blocks
-        if token_ids is not None:
-            raise ConfigError("a prompt is evicted from all tiers: leave the tier out")
         if not isinstance(tier, Tier):
             raise ConfigError(f"tier must be Tier.HOT or Tier.WARM, got {tier!r}")
         if tier is Tier.COLD:

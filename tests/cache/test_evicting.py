@@ -39,7 +39,7 @@ def test_a_prompt_goes_from_all_tiers_and_what_others_continue_stays(tmp_path: P
         assert set(report.stayed) == {"stored, continued by others that stay", f"in memory, {CONTINUED}"}
         assert cached(cache, FIRST) == len(SYSTEM)
         assert cached(cache, SECOND) == len(SECOND) and cached(cache, OTHER) == len(OTHER)
-        assert cache.evict(token_ids=SECOND) == 4 + 5 + 5, "nothing else continues the system prompt now"
+        assert cache.evict_everywhere(SECOND).num_blocks == 4 + 5 + 5, "nothing else continues the system prompt now"
         assert cached(cache, FIRST) == 0
         cache.check()
     with open_tiny(tmp_path) as cache:
@@ -59,7 +59,7 @@ def test_a_whole_namespace_goes_without_a_store_too(tmp_path: Path) -> None:
     with open_tiny(tmp_path, warm=16, cold_path=None) as cache:
         empty = cache.stats().tiers[Tier.WARM].blocks
         fill(cache, FIRST, OTHER)
-        assert cache.evict() > 0
+        assert cache.evict_everywhere().num_blocks > 0
         assert cached(cache, FIRST) == cached(cache, OTHER) == 0
         assert cache.stats().tiers[Tier.WARM].blocks == empty
         cache.check()
@@ -74,10 +74,6 @@ def test_what_was_used_not_long_ago_stays(tmp_path: Path) -> None:
             cache.evict_everywhere(older_than_s=float("nan"))
         with pytest.raises(ConfigError):
             cache.evict_everywhere([])
-        with pytest.raises(ConfigError):
-            cache.evict(count=1)
-        with pytest.raises(ConfigError):
-            cache.evict(Tier.HOT, token_ids=FIRST)
 
 
 def test_a_pinned_prompt_stays_and_is_told(tmp_path: Path) -> None:

@@ -205,7 +205,7 @@ def remove_all(path: Path) -> None:
     ("name", "damage", "reason"),
     [
         ("config.json", cut, "not a valid JSON"),
-        ("config.json", lambda path: path.write_text("[]"), "model_type"),
+        ("config.json", lambda path: path.write_text("[]"), "cannot load the model|model_type"),
         ("config.json", change(model_type=3), "model type `3`"),
         ("config.json", change(hidden_size="x"), "hidden_size"),
         ("config.json", change(hidden_size=128), "weights, .* the first, have not the shape"),

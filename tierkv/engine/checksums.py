@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from math import gcd
 from typing import Protocol, TypeAlias
 
@@ -31,7 +30,7 @@ Fetch: TypeAlias = Callable[[], "npt.NDArray[np.int64]"]
 
 
 class _Sampler(Protocol):
-    def start(self, phase: int) -> Fetch: ...
+    def start(self, phase: int, after: torch.cuda.Event | None = None) -> Fetch: ...
 
 
 class Checksums:
@@ -52,12 +51,14 @@ class Checksums:
         self._phase = 0
         self._known = [self._sums(phase) for phase in range(self.phases)]
 
-    def start(self) -> Callable[[], bool]:
-        """Take the next sample, on a GPU behind what its current stream does. Return a function that waits for it and
-        returns whether its bytes are as they were.
+    def start(self, after: torch.cuda.Event | None = None) -> Callable[[], bool]:
+        """Take the next sample. Return a function that waits for it and returns whether its bytes are as they were.
+
+        On a GPU the sample follows the work of the current stream. With `after` it follows that event only, on a
+        stream of its own, beside the later work of the current stream.
         """
         phase, self._phase = self._phase, (self._phase + 1) % self.phases
-        fetches = [sampler.start(phase) for sampler in self._samplers]
+        fetches = [sampler.start(phase, after) for sampler in self._samplers]
         known = self._known[phase]
         return lambda: all(np.array_equal(fetch(), old) for fetch, old in zip(fetches, known, strict=True))
 
@@ -70,7 +71,7 @@ class Checksums:
         )
 
     def _sums(self, phase: int) -> list[npt.NDArray[np.int64]]:
-        return [sampler.start(phase)().copy() for sampler in self._samplers]
+        return [sampler.start(phase, None)().copy() for sampler in self._samplers]
 
 
 def sampler_of(device: torch.device) -> type[_HostSampler | _TorchSampler | _KernelSampler]:
@@ -96,7 +97,7 @@ class _HostSampler:
             if whole < len(found):
                 self._ends.append(found[whole:])
 
-    def start(self, phase: int) -> Fetch:
+    def start(self, phase: int, after: torch.cuda.Event | None = None) -> Fetch:
         samples = [lines[phase % stride :: stride] for lines, stride in self._lines]
         sums = [_digest(each.data if each.flags.c_contiguous else each.tobytes()) for each in samples]
         sums += [_digest(end.data) for end in self._ends]
@@ -124,15 +125,22 @@ class _KernelSampler:
         self._pieces = [(word, torch.tensor(each, device=device).T.contiguous()) for word, each in by_word.items()]
         self._counts = [pieces.shape[1] for _, pieces in self._pieces]
         self._device = device
+        self._beside: torch.cuda.Stream | None = None
 
-    def start(self, phase: int) -> Fetch:
-        sums = torch.empty(sum(self._counts), dtype=torch.int64, device=self._device)
-        # Triton launches on the current GPU, which need not be the model's.
-        with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
-            for (word, pieces), part in zip(self._pieces, sums.split(self._counts), strict=True):
-                self._sum_lines(pieces, part, phase=phase, word_bytes=word)
+    def start(self, phase: int, after: torch.cuda.Event | None = None) -> Fetch:
         if self._device.type != "cuda":  # the kernel is interpreted
-            return sums.numpy
+            return self._sum(phase).numpy
+        # Triton launches on the current GPU, which need not be the model's.
+        with torch.cuda.device(self._device):
+            if after is None:
+                return self._start_on_current_stream(phase)
+            self._beside = self._beside or torch.cuda.Stream(self._device)
+            self._beside.wait_event(after)
+            with torch.cuda.stream(self._beside):
+                return self._start_on_current_stream(phase)
+
+    def _start_on_current_stream(self, phase: int) -> Fetch:
+        sums = self._sum(phase)
         found = torch.empty(sums.shape, dtype=torch.int64, pin_memory=True)
         found.copy_(sums, non_blocking=True)
         done = torch.cuda.Event()
@@ -144,6 +152,12 @@ class _KernelSampler:
 
         return fetch
 
+    def _sum(self, phase: int) -> Tensor:
+        sums = torch.empty(sum(self._counts), dtype=torch.int64, device=self._device)
+        for (word, pieces), part in zip(self._pieces, sums.split(self._counts), strict=True):
+            self._sum_lines(pieces, part, phase=phase, word_bytes=word)
+        return sums
+
 
 class _TorchSampler:
     """Hashes samples that torch has gathered: slow, for devices without a kernel."""
@@ -152,7 +166,7 @@ class _TorchSampler:
         self._memory = memory
         self._phases = phases
 
-    def start(self, phase: int) -> Fetch:
+    def start(self, phase: int, after: torch.cuda.Event | None = None) -> Fetch:
         samples = []
         for each in self._memory:
             whole = each.numel() // _LINE_BYTES * _LINE_BYTES

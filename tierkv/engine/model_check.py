@@ -50,12 +50,22 @@ class ModelCheck:
         if self._read_versions() != self._versions:
             self._raise_for_weights()
 
-    def start(self) -> Callable[[], None]:
-        """Take a sample of all tensors' bytes, on a GPU behind the pass that has just been launched.
+    def mark(self) -> torch.cuda.Event | None:
+        """Note on a GPU what its current stream has to do so far; see `start`."""
+        if self._device_type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
 
-        Return a function that waits for it, and raises ConfigError where bytes have changed.
+    def start(self, after: torch.cuda.Event | None = None) -> Callable[[], None]:
+        """Take a sample of all tensors' bytes, on a GPU after the pass that has just been launched.
+
+        after: a `mark` from before that pass. The sample then runs beside the pass, at no cost of time, and sees what
+        was written before the mark. Return a function that waits for the sample, and raises ConfigError where bytes
+        have changed.
         """
-        wait = self._checksums.start()
+        wait = self._checksums.start(after)
 
         def finish() -> None:
             if not wait():

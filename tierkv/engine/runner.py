@@ -233,15 +233,16 @@ class Runner:
         """
         waiting = deque(requests)
         running: list[Request] = []
-        self._is_model_known = False
+        self._is_model_known = is_checked = False
         try:
             self._batches.append(running)
             while waiting or running:
                 self.cache.calls.require_own_process()
                 with self._stepping, torch.inference_mode(), self._attention:
                     self._admit(waiting, running, options)
-                    if not self._is_model_known:
+                    if not is_checked:  # later passes are looked at while the device computes them
                         self._model_check.look()
+                        is_checked = True
                     events = self._advance(waiting, running, options)
                 yield from events
                 self._is_model_known &= not is_stream
@@ -313,8 +314,15 @@ class Runner:
         steps = self._plan_step(running)
         started = time.perf_counter()
         ids = [request.token_ids[request.num_computed : request.num_computed + count] for request, count in steps]
-        logits = self._pass.run([request.step(count) for request, count in steps], list(chain.from_iterable(ids)))
-        finish_check = self._start_check() if self._is_check_due(steps) else None
+        is_committed = self._completes(steps)
+        is_check_due = is_committed or not self._is_model_known
+        before = self._model_check.mark() if is_check_due and not is_committed else None
+        try:
+            logits = self._pass.run([request.step(count) for request, count in steps], list(chain.from_iterable(ids)))
+        except BaseException:
+            self._model_check.look()  # a changed model may fail in ways of its own: then that is what is told
+            raise
+        finish_check = self._start_check(before) if is_check_due else None
         ready: list[tuple[Request, Tensor]] = []
         for row, (request, count) in enumerate(steps):
             request.num_computed += count
@@ -349,20 +357,22 @@ class Runner:
                 request.num_verified = num_computed
                 self.cache.commit(sequence, num_computed)
 
-    def _is_check_due(self, steps: list[tuple[Request, int]]) -> bool:
-        """Return whether to look at the model behind a pass: the caller may have changed it, the pass completes a
-        block, which is committed then, or it is a request's last one. All between is covered by the next look.
+    def _completes(self, steps: list[tuple[Request, int]]) -> bool:
+        """Return whether a pass completes a block, which is then committed, or is a request's last one.
+
+        The model is looked at after such a pass, and beside the first pass since the caller had control. The next look
+        covers all other passes.
         """
         size = self.cache.config.block_size
-        return not self._is_model_known or any(
+        return any(
             (request.num_computed + count) // size > request.num_verified // size
             or request.num_computed + count == request.prompt_tokens + request.max_new_tokens - 1
             for request, count in steps
         )
 
-    def _start_check(self) -> Callable[[], None]:
-        """Look at the model while the device computes, and let it take a sample behind that."""
-        finish_check = self._model_check.start()
+    def _start_check(self, before: torch.cuda.Event | None = None) -> Callable[[], None]:
+        """Look at the model while the device computes, and take a sample after the pass, or beside it from `before`."""
+        finish_check = self._model_check.start(before)
         self._model_check.look()
         self._is_model_known = True
         return finish_check

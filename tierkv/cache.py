@@ -329,16 +329,16 @@ class TierCache:
         """Evict up to `count` blocks (all that may go, if None) from the hot or the warm tier.
 
         Children go before parents; what nobody has written down yet is written first, which this waits for. Return how
-        many went. Without a tier: as `evict_everywhere`, for good; return how many places in all tiers are free again.
+        many went. With a prompt and no tier: as `evict_everywhere`; return how many places in all tiers are free again.
         """
-        if tier is None:
-            if count is not None:
-                raise ConfigError("a count of blocks is evicted from one tier: name it")
-            return self.evict_everywhere(token_ids).num_blocks
         if token_ids is not None:
-            raise ConfigError("a prompt is evicted from all tiers: leave the tier out")
+            if tier is not None or count is not None:
+                raise ConfigError("a prompt is evicted from all tiers, and whole: leave tier and count out")
+            return self.evict_everywhere(token_ids).num_blocks
         if not isinstance(tier, Tier):
-            raise ConfigError(f"tier must be Tier.HOT or Tier.WARM, got {tier!r}")
+            raise ConfigError(
+                f"tier must be Tier.HOT or Tier.WARM, got {tier!r}", hint="evict_everywhere evicts from all tiers"
+            )
         if tier is Tier.COLD:
             raise ConfigError("the cold tier is evicted through its store: cache.cold.evict(...)")
         if count is not None:

@@ -89,6 +89,7 @@ def calls_of_a_cache(cache: TierCache, sequence: Any, path: Path) -> dict[str, C
         "unpin": lambda: cache.unpin(PROMPT),
         "prefetch": lambda: cache.prefetch(PROMPT),
         "evict": lambda: cache.evict(Tier.HOT),
+        "evict_everywhere": lambda: cache.evict_everywhere(PROMPT),
         "defragment": lambda: cache.defragment([sequence]),
         "flush": cache.flush,
         "save_cache_state": lambda: cache.save_cache_state(path / "s.tkv"),

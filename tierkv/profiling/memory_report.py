@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tierkv.block import Tier
-from tierkv.files import check_path, write_whole
+from tierkv.files import check_path, own_errors, write_whole
 from tierkv.profiling.advice import EvictionSummary, Suggestion
 from tierkv.profiling.chrome_trace import trace_of
 from tierkv.profiling.profile import MemorySnapshot
@@ -47,11 +47,15 @@ class MemoryReport:
     def save_html(self, path: str | Path) -> Path:
         """Write one page that needs nothing else: no network, no script. Return its path."""
         target = check_path(path)
-        write_whole(target, render_page(self.run).encode(errors="backslashreplace"))  # a path need not be Unicode
+        page = render_page(self.run).encode(errors="backslashreplace")  # a path need not be Unicode
+        with own_errors(f"cannot write {target}"):
+            write_whole(target, page)
         return target
 
     def export_trace(self, path: str | Path) -> Path:
         """Write the run as Chrome trace events, for ui.perfetto.dev or chrome://tracing. Return the path."""
         target = check_path(path)
-        write_whole(target, json.dumps(trace_of(self.run)).encode())
+        trace = json.dumps(trace_of(self.run)).encode()
+        with own_errors(f"cannot write {target}"):
+            write_whole(target, trace)
         return target

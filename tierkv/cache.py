@@ -332,7 +332,9 @@ class TierCache:
         Return how many blocks the tier has evicted. To forget a prompt in every tier: `evict_everywhere`.
         """
         if not isinstance(tier, Tier):
-            raise ConfigError(f"tier must be Tier.HOT or Tier.WARM, got {tier!r}")
+            raise ConfigError(
+                f"tier must be Tier.HOT or Tier.WARM, got {tier!r}", hint="evict_everywhere evicts from all tiers"
+            )
         if tier is Tier.COLD:
             raise ConfigError("the cold tier is evicted through its store: cache.cold.evict(...)")
         if count is not None:

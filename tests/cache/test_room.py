@@ -140,7 +140,8 @@ def test_what_no_tier_would_take_once_is_offered_again_when_it_comes_back_or_has
         engine, kept, prompt = PatternEngine(cache), list(range(100, 128)), [1, 2, 3, 4]
         start_and_demote(engine, kept)
         assert cache.pin(kept) == 7  # all of the warm tier but the write thread's slot
-        start_and_demote(engine, prompt)
+        cache.release(engine.start(prompt))
+        write_down(cache, prompt)
         (block,) = (each for each in cache.blocks.inspect() if each.block_hash in cache.match(prompt).block_hashes)
         assert not block.lower_tiers
         cache.unpin(kept)
@@ -149,9 +150,7 @@ def test_what_no_tier_would_take_once_is_offered_again_when_it_comes_back_or_has
             cache.release(engine.start(prompt))
         else:
             user = cache.acquire([*prompt, 5])  # keeps it hot, but not from being written
-            with cache._tiers.changed:
-                cache._demoter.write_down(find(cache, prompt), cache._tiers.mover.mark())
-            cache.flush()
+            write_down(cache, prompt)
             cache.release(user)
             cache.evict(Tier.WARM)
         cache.evict(Tier.HOT)
@@ -203,6 +202,13 @@ def start_and_demote(engine: PatternEngine, prompt: list[int]) -> None:
     with engine.cache._tiers.changed:  # `evict` would go on until the blocks are gone, written or not
         engine.cache._demoter.evict_hot(len(prompt))
     engine.cache.flush()
+
+
+def write_down(cache: TierCache, prompt: list[int]) -> None:
+    """Have a prompt's only block written down if some tier takes it; it stays hot."""
+    with cache._tiers.changed:
+        cache._demoter.write_down(find(cache, prompt), cache._tiers.mover.mark())
+    cache.flush()
 
 
 def find(cache: TierCache, prompt: list[int]) -> Entry:

@@ -161,11 +161,13 @@ class CoreMachine(RuleBasedStateMachine):
 
     @rule(number=which, tokens=st.one_of(st.just(b""), prompts), is_everybodys=st.booleans())
     def evict_chosen(self, number: int, tokens: bytes, is_everybodys: bool) -> None:
-        """What begins with the prompt is found by nobody from then on, but what was in use is as it was."""
+        """What begins with the prompt is found by nobody from then on, but what was in use is as it was. What is pinned
+        stays, with what is before it.
+        """
         client = self.client(number)
         namespace = b"" if is_everybodys else client.namespace
         self.core.evict_chosen(namespace, Choice(tokens=tokens))
-        if self.store is None and tokens:
+        if self.store is None and tokens and not client.connection.require_tenant().pinned_bytes:
             found = client.match(tokens)
             whole = len(tokens) // STEP
             assert len(found.slots) < 4 * whole or len(tokens) % STEP, "the prompt's last block is gone"

@@ -23,6 +23,9 @@ from tierkv.daemon.messages import (
     EvictBlocks,
     EvictedBlocks,
     Eviction,
+    EvictionDone,
+    Evictions,
+    EvictionsSince,
     Flush,
     Found,
     Match,
@@ -32,6 +35,7 @@ from tierkv.daemon.messages import (
     Reserve,
     Reserved,
 )
+from tierkv.daemon.protocol import frame
 from tierkv.errors import DaemonError
 from tierkv.storage.cold import ColdStore
 from tierkv.tools import evict as tool
@@ -279,9 +283,39 @@ def test_an_eviction_makes_sense_or_is_refused(start_daemon: Start) -> None:
         EvictBlocks(tokens=TOKENS, to_bytes=0),
         EvictBlocks(namespace=NAMESPACE.digest, tokens=b"odd"),
         EvictBlocks(namespace=NAMESPACE.digest, hashes=b"odd"),
+        EvictBlocks(namespace=NAMESPACE.digest, older_than_s=float("inf")),
+        EvictBlocks(namespace=NAMESPACE.digest, older_than_s=float("nan")),
     ):
         with DaemonClient(daemon.socket) as client, pytest.raises(DaemonError):
             client.call(nonsense, EvictedBlocks)
+
+
+def test_what_an_engine_says_that_cannot_be_reaches_nobody(start_daemon: Start) -> None:
+    daemon = start_daemon()
+    with connect(daemon.socket) as engine:
+        write_prompt(engine, TOKENS)
+        number = engine.call(EvictionsSince(log=0, number=0), Evictions).number
+        for said in ((number + 1, -1, 0, 0), (number + 1, 0, 1 << 63, 0), (-1, 0, 0, 0)):
+            engine.post(EvictionDone(*said))
+        (told,) = evict(daemon, to_bytes=0).engines
+        assert not told.has_answered and daemon.status().counters["refused_messages"] == 3
+
+
+def test_the_log_fits_one_message_however_long_the_prompts_are(tmp_path: Path) -> None:
+    log = EvictionLog(tmp_path / "log")
+    for _ in range(5):
+        log.add(Eviction(0, time.time(), b"n" * 16, tokens=bytes(4 << 20)))
+    assert [each.number for each in log.since(log.log, 3).evictions] == [4, 5]
+    assert not log.since(log.log, 2).is_complete
+    frame(log.since(log.log, 3), number=1, boot=1)
+
+
+def test_a_log_of_evictions_that_cannot_be_is_begun_anew(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    log = EvictionLog(path)
+    log.add(Eviction(0, float("nan"), b"n" * 16))
+    log.save()
+    assert EvictionLog(path).log != log.log
 
 
 def test_the_log_is_bounded_and_says_who_has_missed_too_much(tmp_path: Path) -> None:

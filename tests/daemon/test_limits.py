@@ -19,6 +19,7 @@ from core_model import (
 )
 
 from tierkv.block import hash_block
+from tierkv.chosen_eviction import Choice
 from tierkv.daemon.core import Connection, Core
 from tierkv.daemon.limits import Limits
 from tierkv.daemon.messages import Chain, Fetch, Match, Pin, Release, Reserve
@@ -418,3 +419,34 @@ def test_releasing_a_slot_twice_in_one_message_ends_nothing() -> None:
 def test_a_limit_is_a_positive_number(value: Any) -> None:
     with pytest.raises(ConfigError, match="requests_of_client must be a positive number"):
         Limits(requests_of_client=value)
+
+
+def test_a_size_of_blocks_stays_as_long_as_an_evicted_block_of_it_is_in_use() -> None:
+    core = make_core()
+    client, prompt = Client(core, {}, NAMESPACE, hash_block), list(range(8))
+    client.reserve(as_bytes(prompt), [0, 1, 2, 3])
+    client.publish(4)
+    (size_class,) = core.slab.classes.values()
+    client.match(as_bytes(prompt))
+    core.evict_chosen(b"", Choice())
+    marked = len(size_class.chosen.marked)
+    assert marked
+    core.tenants.clear()  # as if nobody had it any more
+    core.trim()
+    assert list(core.slab.classes.values()) == [size_class] and len(size_class.chosen.marked) == marked
+
+
+def test_what_was_evicted_while_leased_goes_with_the_client_and_its_size_of_blocks_too() -> None:
+    core = make_core()
+    client, prompt = Client(core, {}, NAMESPACE, hash_block), list(range(8))
+    client.reserve(as_bytes(prompt), [0, 1, 2, 3])
+    client.publish(4)
+    client.match(as_bytes(prompt))
+    core.evict_chosen(b"", Choice())
+    core.trim()
+    core.check()
+    assert core.tenants and core.count_marked() == {"warm, leased to clients": 4}
+    core.disconnect(client.connection)
+    core.trim()
+    core.check()
+    assert not core.tenants and not core.slab.classes and not core.count_marked()

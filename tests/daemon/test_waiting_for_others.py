@@ -53,9 +53,10 @@ class FakeKeeper:
     def promise(self, computes: set[int]) -> None:
         if computes:
             ticket = Ticket(1000, self.other.connection, {self.hashes[at] for at in computes}, 1e9)
-            self.other.connection.tenant.tickets.update(dict.fromkeys(ticket.hashes, ticket))
-            self.other.connection.tickets[ticket.number] = ticket
-            self.other.connection.num_promised += len(ticket.hashes)
+            connection = self.other.connection
+            connection.require_tenant().tickets.update(dict.fromkeys(ticket.hashes, ticket))
+            connection.tickets[ticket.number] = ticket
+            connection.num_promised += len(ticket.hashes)
             self.core.num_promised += len(ticket.hashes)
 
     def call_on(self, link: Any, message: Any, expected: type, *, timeout_s: float | None = None) -> Any:

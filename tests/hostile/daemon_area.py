@@ -255,6 +255,9 @@ class Requests(Area):
                 m.Pin(hashes=hashes, tokens=tokens, pinned=random.random() < 0.5),
                 m.Prefetch(hashes=hashes, tokens=tokens),
                 m.Evict(count=random.choice((-1, 0, 1))),
+                m.EvictBlocks(namespace=_HOSTILE.digest, hashes=hashes, tokens=tokens),
+                m.EvictionsSince(log=random.randrange(2), number=random.randrange(3)),
+                m.EvictionDone(number=odd_number(random), blocks=1, in_use=0, pinned=0),
                 m.Flush(),
                 m.LoadState(path=load),
                 m.SaveState(path=os.fspath(self.directory / "saved.tkv")),
@@ -480,6 +483,7 @@ class Answers(Area):
             m.Pin: m.Count(count=random.randrange(9)),
             m.Prefetch: m.Count(count=1),
             m.Flush: m.Done(),
+            m.EvictionsSince: m.Evictions(1, random.randrange(2), True, [m.Eviction(1, 0.0, older_than_s=1.0)]),
             m.Status: _status(),
         }
         answer = answers.get(type(message))

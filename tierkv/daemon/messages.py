@@ -153,7 +153,7 @@ class Fetched(Message, tag=6):
 class Release(Message, tag=7):
     """End leases on slots (u32 each; once for each time leased) and cursors (u32 each).
 
-    Like Abandon and EndTicket it is answered, with Done, only if its request number is not 0.
+    Like Abandon, EndTicket and EvictionDone it is answered, with Done, only if its request number is not 0.
     """
 
     slots: bytes = b""
@@ -435,7 +435,7 @@ class Evictions(Message, tag=64):
 
 
 class EvictionDone(Message, tag=65):
-    """The client has dropped its hot blocks of all evictions up to this number. Has no answer."""
+    """The client has dropped its hot blocks of all evictions up to this number. Answered as Release."""
 
     number: int
     blocks: int

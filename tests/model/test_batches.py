@@ -12,6 +12,7 @@ import torch
 from tiny_models import VOCABULARY, make_model
 
 from tierkv.config import CacheConfig
+from tierkv.engine.forward_pass import ForwardPass
 from tierkv.engine.models import LoadedModel
 from tierkv.engine.runner import GenerationOptions, Runner, open_runner
 from tierkv.engine.sampling import SamplingOptions
@@ -27,9 +28,9 @@ def model() -> Any:
 
 
 @contextmanager
-def opened(model: Any) -> Iterator[Runner]:
+def opened(model: Any, **options: Any) -> Iterator[Runner]:
     config = CacheConfig(block_size=BLOCK, hot_bytes=BLOCKS * 3 * 2 * BLOCK * 2 * 64 * 4, warm_bytes=1 << 20)
-    with open_runner(LoadedModel(model, None, "tiny"), config) as runner:
+    with open_runner(LoadedModel(model, None, "tiny"), config, **options) as runner:
         assert runner.cache.hot.num_blocks == BLOCKS
         yield runner
 
@@ -133,3 +134,36 @@ def test_sampling_takes_whole_numbers_where_it_needs_them(bad: dict[str, Any]) -
 def test_the_number_of_new_tokens_is_a_whole_number(bad: Any) -> None:
     with pytest.raises(ConfigError, match="max_new_tokens"):
         GenerationOptions(max_new_tokens=bad)
+
+
+def greedy(**options: Any) -> GenerationOptions:
+    return GenerationOptions(max_new_tokens=1, stop_ids=frozenset(), **options)
+
+
+@pytest.mark.parametrize("max_step_tokens", [8192, 48], ids=["one pass", "a prompt in pieces"])
+def test_a_prefix_that_prompts_of_a_batch_share_is_computed_once(
+    model: Any, monkeypatch: pytest.MonkeyPatch, max_step_tokens: int
+) -> None:
+    shared = tokens(8 * BLOCK)
+    prompts = [[*shared, *tokens(5, seed=seed)] for seed in range(2, 8)]
+    prompts += [tokens(20, seed=9), shared[: 2 * BLOCK], prompts[0]]
+    computed: list[int] = []
+    run = ForwardPass.run
+
+    def counted(self: ForwardPass, steps: list[Any], ids: list[int]) -> Any:
+        computed.append(len(ids))
+        return run(self, steps, ids)
+
+    with opened(model, max_step_tokens=max_step_tokens) as runner:
+        monkeypatch.setattr(ForwardPass, "run", counted)
+        answers = runner.generate(prompts, greedy())
+        runner.cache.check()
+        assert sum(computed) <= len(shared) + 6 * 5 + 20 + BLOCK + 5
+        for prompt, answer in zip(prompts, answers, strict=True):
+            assert runner.generate([prompt], greedy(use_cache=False))[0].token_ids == answer.token_ids
+
+
+def test_a_batch_that_uses_no_cache_waits_for_no_prefix(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Runner, "_waits_for_a_prefix", lambda *_: pytest.fail("it looked"))
+    with opened(model) as runner:
+        runner.generate([tokens(40), tokens(40)], greedy(use_cache=False))

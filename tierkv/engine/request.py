@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,6 +38,16 @@ class Request:
     admitted_at: float = 0.0
     had_company: bool = False  # since it was admitted: other requests were in its passes
     logits: list[Tensor] = field(default_factory=list)
+    _common: dict[int, int] = field(default_factory=dict)  # by another request's number
+
+    def common_tokens(self, other: Request) -> int:
+        """Return how many leading tokens the prompts share, of which at least one of this one's is left out."""
+        if other.number not in self._common:
+            count = min(self.prompt_tokens - 1, other.prompt_tokens)
+            own, others = (np.array(each.token_ids[:count], dtype=np.uint32) for each in (self, other))
+            differs = np.flatnonzero(own != others)
+            self._common[other.number] = int(differs[0]) if len(differs) else count
+        return self._common[other.number]
 
     @property
     def new_ids(self) -> list[int]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 from threading import RLock
 
 import torch
@@ -43,6 +43,9 @@ from tierkv.sequence import Sequence
 from tierkv.storage.cold import ColdStore
 
 __all__ = ["Generation", "GenerationOptions", "Runner", "TokenEvent", "open_runner"]
+
+_LOOK_AHEAD = 64
+"""Waiting requests that are looked at before each pass: one that waits for another's prefix holds up none of them."""
 
 
 class Runner:
@@ -257,9 +260,13 @@ class Runner:
                         ending.callback(self.cache.release, request.sequence)
 
     def _admit(self, waiting: deque[Request], running: list[Request], options: GenerationOptions) -> None:
-        """Start waiting requests in order while there is room; the first of an idle cache must fit."""
-        while waiting:
-            request = waiting[0]
+        """Start waiting requests in order while there is room; the first of an idle cache must fit.
+
+        A request whose next block is being computed by a running one waits for it and finds it cached then.
+        """
+        for request in list(islice(waiting, _LOOK_AHEAD)):
+            if options.use_cache and self._waits_for_a_prefix(request, running):
+                continue
             request.admitted_at, request.had_company = time.perf_counter(), False
             try:
                 request.sequence = self.cache.acquire(
@@ -272,7 +279,13 @@ class Runner:
             request.num_computed = request.claimed_end = request.num_verified = request.sequence.num_cached_tokens
             if request.cached_tokens is None:
                 request.cached_tokens = request.sequence.cached_tokens
-            running.append(waiting.popleft())
+            waiting.remove(request)
+            running.append(request)
+
+    def _waits_for_a_prefix(self, request: Request, running: Items[Request]) -> bool:
+        """Return whether a running request has whole blocks of this one's prompt still to compute."""
+        size = self.cache.config.block_size
+        return any(request.common_tokens(other) // size * size > other.num_verified for other in running)
 
     def _advance(self, waiting: deque[Request], running: list[Request], options: GenerationOptions) -> list[TokenEvent]:
         """Run one forward pass and choose a token for each request whose prompt is now computed."""

@@ -100,7 +100,10 @@ def read_whole(path: str | os.PathLike[str], *, limit_bytes: int) -> bytes:
     Waits for the writer of a pipe as long as one has the pipe open. A FIFO without a writer is empty at once.
     Raises OSError, and ConfigError for what is no path or has more than limit_bytes.
     """
-    pieces: list[bytes] = []
+    return b"".join(_read_pieces(path, limit_bytes))
+
+
+def _read_pieces(path: str | os.PathLike[str], limit_bytes: int) -> Iterator[bytes]:
     size = 0
     fd = os.open(check_path(path), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     try:
@@ -113,11 +116,11 @@ def read_whole(path: str | os.PathLike[str], *, limit_bytes: int) -> bytes:
                 waiting.poll()
                 continue
             if not piece:
-                return b"".join(pieces)
-            pieces.append(piece)
+                return
             size += len(piece)
             if size > limit_bytes:
                 raise ConfigError(f"{path} has more than {limit_bytes >> 20} MiB")
+            yield piece
     finally:
         os.close(fd)
 
@@ -125,16 +128,20 @@ def read_whole(path: str | os.PathLike[str], *, limit_bytes: int) -> bytes:
 def read_text(path: str | os.PathLike[str], *, limit_bytes: int) -> str:
     """Return a UTF-8 text as `read_whole` reads it, without a byte order mark. Only the caller splits lines.
 
-    Raises ConfigError, in one line, for what cannot be read and for what is no text; it names the line.
+    Raises ConfigError, in one line, for what cannot be read and for what is no text; it names the line. A binary file
+    is refused at its first zero byte, however long it is.
     """
+    pieces: list[bytes] = []
     try:
-        raw = read_whole(path, limit_bytes=limit_bytes)
+        for piece in _read_pieces(path, limit_bytes):
+            if not pieces and piece.startswith((b"\xff\xfe", b"\xfe\xff")):
+                raise ConfigError(f"{path} is UTF-16, not UTF-8 text")
+            if b"\0" in piece:
+                raise ConfigError(f"{path} is a binary file, not text")
+            pieces.append(piece)
     except OSError as exc:
         raise ConfigError(f"cannot read {path}: {exc.strerror}") from exc
-    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise ConfigError(f"{path} is UTF-16, not UTF-8 text")
-    if b"\0" in raw:
-        raise ConfigError(f"{path} is a binary file, not text")
+    raw = b"".join(pieces)
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as exc:

@@ -231,8 +231,10 @@ def resident_bytes() -> int:
 
 
 def peak_bytes() -> int:
-    """Return the most memory that this process ever had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    """Return the most memory that this process ever had; ru_maxrss would begin with that of its parent."""
+    with open("/proc/self/status", "rb") as file:
+        line = next(each for each in file if each.startswith(b"VmHWM:"))
+    return int(line.split()[1]) << 10
 
 
 @contextlib.contextmanager

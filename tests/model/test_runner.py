@@ -297,7 +297,7 @@ def test_token_ids_that_the_model_has_not_are_refused(open_one: Open, bad: list[
 
 def test_a_request_interrupted_as_it_begins_holds_nothing(open_one: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     class Interrupted(deque[Any]):
-        def popleft(self) -> Any:
+        def remove(self, value: Any, /) -> None:
             raise KeyboardInterrupt
 
     runner = open_one()

@@ -25,8 +25,8 @@ from tierkv.engine.cascade_batch import CascadeBatch
 from tierkv.engine.graphs import GraphedModel
 from tierkv.engine.models import LoadedModel
 from tierkv.engine.runner import GenerationOptions, Runner, open_runner
-from tierkv.layout import BlockLayout
 from tierkv.storage.hot import HotPool
+from tierkv.values.layout import BlockLayout
 
 __all__ = ["compare", "main"]
 

@@ -34,12 +34,12 @@ from benchmarks.cold_rows import Row, table_of, wall_s
 from benchmarks.cold_segments import PlainZstdStore, SegmentStore
 from benchmarks.cold_workloads import Bytes, Workload, load_workload
 from tierkv import __version__
-from tierkv.block import BlockHash
-from tierkv.layout import BlockLayout
 from tierkv.storage.codecs import codec_by_name
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import BlockInfo
+from tierkv.values.block import BlockHash
+from tierkv.values.layout import BlockLayout
 
 __all__ = ["main"]
 

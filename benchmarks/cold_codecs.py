@@ -12,12 +12,12 @@ import numpy as np
 
 from benchmarks.cold_rows import Row, wall_s
 from benchmarks.cold_workloads import Bytes, Floats, Workload
-from tierkv.layout import BlockLayout
 from tierkv.storage.attention_error import codec_error
 from tierkv.storage.codecs import CODECS, Codec, codec_by_name
 from tierkv.storage.cold_batch import padded_bytes
 from tierkv.storage.planes import take_exponent
 from tierkv.storage.record import EncodedRecord, decode_record, encode_record
+from tierkv.values.layout import BlockLayout
 
 __all__ = ["codec_rows", "decode_rate", "lossy_rows"]
 

@@ -17,11 +17,11 @@ import numpy as np
 import zstandard
 
 from benchmarks.cold_workloads import Bytes
-from tierkv.block import BlockHash
-from tierkv.layout import BlockLayout
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import BlockInfo, EncodedRecord, decode_record
 from tierkv.storage.record_source import FileRecord, ThreadMemory
+from tierkv.values.block import BlockHash
+from tierkv.values.layout import BlockLayout
 
 __all__ = ["PlainZstdStore", "SegmentStore"]
 

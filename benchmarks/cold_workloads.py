@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from tierkv.block import BlockHash
-from tierkv.layout import BlockLayout
 from tierkv.storage.codecs import Codec
 from tierkv.storage.record import BlockInfo, EncodedRecord, encode_record
+from tierkv.values.block import BlockHash
+from tierkv.values.layout import BlockLayout
 
 __all__ = ["Bytes", "Workload", "load_workload", "synthetic_workload"]
 

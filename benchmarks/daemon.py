@@ -33,7 +33,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tierkv.block import BlockHash, iter_chain
 from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.messages import (
     Chain,
@@ -51,9 +50,10 @@ from tierkv.daemon.messages import (
 from tierkv.daemon.protocol import split_numbers
 from tierkv.daemon.server import DaemonConfig, serve
 from tierkv.errors import DaemonGoneError
-from tierkv.layout import BlockLayout
-from tierkv.namespace import Namespace
 from tierkv.storage.warm import Slab
+from tierkv.values.block import BlockHash, iter_chain
+from tierkv.values.layout import BlockLayout
+from tierkv.values.namespace import Namespace
 
 _PREFIX_BLOCKS = 32
 _BLOCK_TOKENS = 256

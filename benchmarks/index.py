@@ -30,9 +30,9 @@ from rich.table import Table
 from benchmarks.index_requests import Times, time_cache, time_table
 from benchmarks.index_tables import BLOCK_SIZE, DictTable, IndexTable, Prompts, peers
 from tierkv import __version__
-from tierkv.block import TOKEN_BYTES, Tier, hash_block
-from tierkv.index import Index
+from tierkv.index.index import Index
 from tierkv.policies import DEFAULT_POLICY
+from tierkv.values.block import TOKEN_BYTES, Tier, hash_block
 
 __all__ = ["main"]
 

@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from benchmarks.index_tables import BLOCK_SIZE, BlockTable, Prompts
 from tierkv import CacheConfig, Namespace, TierCache
-from tierkv.block import TOKEN_BYTES, Tier
-from tierkv.layout import BlockLayout
+from tierkv.values.block import TOKEN_BYTES, Tier
+from tierkv.values.layout import BlockLayout
 
 __all__ = ["Times", "time_cache", "time_table"]
 

@@ -14,10 +14,10 @@ from typing import Any, Protocol
 import numpy as np
 import xxhash
 
-from tierkv.block import TOKEN_BYTES, BlockHash, Tier, hash_block, iter_chain
-from tierkv.index import Entry, Index
-from tierkv.lookup import Lookup, look_up
+from tierkv.index.index import Entry, Index
 from tierkv.policies import DEFAULT_POLICY, make_policy
+from tierkv.transfer.lookup import Lookup, look_up
+from tierkv.values.block import TOKEN_BYTES, BlockHash, Tier, hash_block, iter_chain
 
 __all__ = ["BLOCK_SIZE", "BlockTable", "DictTable", "IndexTable", "NanoVllmTable", "Prompts", "peers"]
 

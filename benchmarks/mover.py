@@ -25,13 +25,13 @@ from tierkv.engine.fingerprint import namespace_of
 from tierkv.engine.gate import probe_layout
 from tierkv.engine.graphs import GraphedModel
 from tierkv.kernels.pages import LayerPages, gather_blocks, scatter_blocks
-from tierkv.layout import BlockLayout
 from tierkv.movers.mover import Move, Mover, Ready
 from tierkv.movers.pages import PageMover
 from tierkv.movers.transfers import MemoryTransferManager, TransferOp
 from tierkv.movers.windows import WindowMover, window_format
 from tierkv.storage.hot import HotPool
 from tierkv.storage.warm import WarmPool
+from tierkv.values.layout import BlockLayout
 
 __all__ = ["MoveFigure", "block_moves", "decode_beside_moves", "link", "main"]
 

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tierkv.block import Tier
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.errors import CapacityError
-from tierkv.layout import BlockLayout
-from tierkv.namespace import Namespace
-from tierkv.sequence import Sequence
+from tierkv.requests.sequence import Sequence
+from tierkv.values.block import Tier
+from tierkv.values.layout import BlockLayout
+from tierkv.values.namespace import Namespace
 
 __all__ = ["Found", "hunt", "main"]
 

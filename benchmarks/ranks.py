@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, distributed
 
 from benchmarks.ttft import machine, random_model
-from tierkv.block import Tier
 from tierkv.config import CacheConfig
 from tierkv.engine.models import LoadedModel, split_model
 from tierkv.engine.runner import GenerationOptions, Runner, open_runner
 from tierkv.ranks.torch_ranks import TorchRanks
+from tierkv.values.block import Tier
 
 __all__ = ["main"]
 

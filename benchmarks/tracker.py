@@ -21,16 +21,16 @@ from pathlib import Path
 import torch
 
 from benchmarks.ttft import machine
-from tierkv.block import Tier
 from tierkv.config import CacheConfig
 from tierkv.engine.models import load_model
 from tierkv.engine.runner import GenerationOptions, Runner, open_runner
-from tierkv.events import BlockEvent, CacheObserver, EventKind, MemoryRegion
-from tierkv.layout import BlockLayout
 from tierkv.profiling.profiler import MemoryProfiler
 from tierkv.profiling.tracker import MemoryTracker
-from tierkv.stats import CacheStats
 from tierkv.tools.options import cache_directory
+from tierkv.values.block import Tier
+from tierkv.values.events import BlockEvent, CacheObserver, EventKind, MemoryRegion
+from tierkv.values.layout import BlockLayout
+from tierkv.values.stats import CacheStats
 
 __all__ = ["main"]
 

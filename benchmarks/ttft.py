@@ -21,11 +21,11 @@ from typing import Any
 import torch
 import transformers
 
-from tierkv.block import Tier
 from tierkv.config import CacheConfig
 from tierkv.engine.attention import use_attention
 from tierkv.engine.models import LoadedModel
 from tierkv.engine.runner import GenerationOptions, Runner, open_runner
+from tierkv.values.block import Tier
 
 __all__ = ["Timing", "machine", "main", "measure", "random_model"]
 

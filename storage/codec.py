@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from tierkv.layout import Run
 from tierkv.storage.planes import Bytes
+from tierkv.values.layout import Run
 
 __all__ = ["Codec", "decode_one_by_one", "iter_runs"]
 

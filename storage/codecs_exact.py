@@ -17,7 +17,6 @@ import numpy as np
 import zstandard
 
 from tierkv.errors import CorruptBlockError
-from tierkv.layout import Run
 from tierkv.storage.codec import decode_one_by_one
 from tierkv.storage.frames import FRAME_BYTES, LITERALS_ONLY, FrameCoder
 from tierkv.storage.planes import (
@@ -30,6 +29,7 @@ from tierkv.storage.planes import (
     widen_exponent,
     widen_rest,
 )
+from tierkv.values.layout import Run
 
 __all__ = ["ExponentCodec", "RawCodec", "ZstdCodec"]
 

@@ -18,12 +18,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from tierkv.errors import CorruptBlockError
-from tierkv.layout import Run
 from tierkv.storage.codec import decode_one_by_one
 from tierkv.storage.float_words import FloatWords, float_format
 from tierkv.storage.frames import FRAME_BYTES, LITERALS_ONLY, FrameCoder
 from tierkv.storage.planes import Bytes
 from tierkv.storage.quantisers import Quantiser, Scales, Scratch
+from tierkv.values.layout import Run
 
 __all__ = ["LossyCodec"]
 

@@ -11,9 +11,9 @@ import numpy.typing as npt
 import zstandard
 
 from tierkv.errors import CorruptBlockError
-from tierkv.layout import BlockLayout
 from tierkv.storage.frames import FRAME_BYTES
 from tierkv.storage.planes import Bytes
+from tierkv.values.layout import BlockLayout
 
 __all__ = ["CODED_ID", "CodedBlock", "CodedLayout", "check_frames", "zero_frames"]
 

@@ -14,10 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from tierkv.block import BlockHash
 from tierkv.errors import CapacityError, ConfigError, CorruptBlockError, FormatVersionError, StoreError
-from tierkv.layout import BlockLayout
-from tierkv.namespace import Namespace, parse_description
 from tierkv.storage.coded import CodedBlock
 from tierkv.storage.cold_batch import SPECS, get_entry, namespace_rows
 from tierkv.storage.cold_check import VerifyReport, check_store, verify_block, verify_store
@@ -44,7 +41,10 @@ from tierkv.storage.record import (
     EncodedRecord,
     parse_record,
 )
-from tierkv.units import format_bytes
+from tierkv.values.block import BlockHash
+from tierkv.values.layout import BlockLayout
+from tierkv.values.namespace import Namespace, parse_description
+from tierkv.values.units import format_bytes
 
 __all__ = ["DEFAULT_QUOTA_BYTES", "ColdStore"]
 

@@ -21,7 +21,6 @@ from typing import ClassVar
 import lmdb
 import numpy as np
 
-from tierkv.block import BlockHash
 from tierkv.errors import CorruptBlockError, FormatVersionError, StoreError
 from tierkv.storage.codecs import fits_namespace
 from tierkv.storage.cold_entry import MAX_VALUE_BYTES, ColdEntry, entry_of, pack_entry, unpack_entry
@@ -43,6 +42,7 @@ from tierkv.storage.lmdb_env import Database, DatabaseSpec, LmdbEnv, ReadTransac
 from tierkv.storage.outcomes import PutOutcome
 from tierkv.storage.planes import Bytes
 from tierkv.storage.record import BlockInfo, EncodedRecord, mismatch, parse_record, read_header
+from tierkv.values.block import BlockHash
 
 __all__ = [
     "OVERFLOW_HEADER_BYTES",

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
-from tierkv.block import TOKEN_BYTES, BlockHash, hash_block
 from tierkv.errors import CorruptBlockError, FormatVersionError, StoreBusyError, StoreError
 from tierkv.storage.codecs import fits_namespace
 from tierkv.storage.cold_batch import OVERFLOW_HEADER_BYTES, Databases, Handles, get_entry, get_value, read_block_info
@@ -16,6 +15,7 @@ from tierkv.storage.cold_namespaces import iter_namespaces, read_lossy_codec
 from tierkv.storage.lmdb_data import CutShortError
 from tierkv.storage.lmdb_env import LmdbEnv, ReadTransaction
 from tierkv.storage.record import BlockInfo, read_header, verify_checksum
+from tierkv.values.block import TOKEN_BYTES, BlockHash, hash_block
 
 __all__ = ["VerifyReport", "check_store", "verify_block", "verify_store"]
 

@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from tierkv.block import BlockHash
 from tierkv.errors import CorruptBlockError
 from tierkv.storage.codecs import codec_by_id, codec_by_name
 from tierkv.storage.record import EncodedRecord
+from tierkv.values.block import BlockHash
 
 __all__ = [
     "ENTRY_BYTES",

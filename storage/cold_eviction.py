@@ -14,10 +14,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from tierkv.block import HASH_BYTES, BlockHash
 from tierkv.storage.cold_batch import Databases, WriteBatch
 from tierkv.storage.cold_entry import ENTRY_BYTES, ENTRY_DTYPE, EntryTable, pack_entry
 from tierkv.storage.lmdb_env import ReadTransaction
+from tierkv.values.block import HASH_BYTES, BlockHash
 
 __all__ = ["EvictionReport", "VictimOrder", "VictimQueue", "least_recently_used", "load_entries"]
 

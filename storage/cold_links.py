@@ -18,9 +18,9 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from tierkv.block import HASH_BYTES, TOKEN_BYTES, BlockHash, common_run
 from tierkv.errors import CorruptBlockError
 from tierkv.storage.lmdb_env import Database, ReadTransaction, WriteTransaction
+from tierkv.values.block import HASH_BYTES, TOKEN_BYTES, BlockHash, common_run
 
 __all__ = ["LINK_BYTES", "Link", "Links", "TokenReader"]
 

@@ -13,11 +13,11 @@ from functools import lru_cache
 import msgspec
 import xxhash
 
-from tierkv.block import HASH_BYTES, BlockHash
 from tierkv.errors import ConfigError, CorruptBlockError, FormatVersionError
-from tierkv.namespace import parse_description
 from tierkv.storage.cold_entry import ColdEntry
 from tierkv.storage.lmdb_env import Database, ReadTransaction
+from tierkv.values.block import HASH_BYTES, BlockHash
+from tierkv.values.namespace import parse_description
 
 __all__ = [
     "FORMAT_KEY",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tierkv.block import BlockHash
 from tierkv.storage.cold_batch import WriteBatch, read_block_tokens
+from tierkv.values.block import BlockHash
 
 __all__ = ["StoredPrompt", "find_stored"]
 

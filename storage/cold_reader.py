@@ -8,9 +8,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 
-from tierkv.block import HASH_BYTES, BlockHash
 from tierkv.errors import CorruptBlockError, FormatVersionError, StoreError
-from tierkv.layout import BlockLayout
 from tierkv.storage.codecs import check_codec
 from tierkv.storage.coded import CodedBlock
 from tierkv.storage.cold_batch import Databases, Handles, get_entry, get_value, namespace_rows, read_block_tokens
@@ -30,6 +28,8 @@ from tierkv.storage.record import (
     read_header,
     verify_checksum,
 )
+from tierkv.values.block import HASH_BYTES, BlockHash
+from tierkv.values.layout import BlockLayout
 
 __all__ = ["ColdReader"]
 

@@ -18,9 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tierkv.block import HASH_BYTES, BlockHash
 from tierkv.errors import CorruptBlockError, FormatVersionError, StoreError
-from tierkv.namespace import DESCRIPTION_LIMIT_BYTES
 from tierkv.storage.cold_batch import SPECS, padded_bytes
 from tierkv.storage.cold_entry import ENTRY_BYTES, ColdEntry, unpack_entry
 from tierkv.storage.cold_eviction import VictimQueue
@@ -45,6 +43,8 @@ from tierkv.storage.lmdb_values import LeafValue, find_leaf, iter_leaf_values
 from tierkv.storage.outcomes import PutOutcome
 from tierkv.storage.planes import Bytes
 from tierkv.storage.record import HEADER_BYTES, MAGIC, parse_record, record_bytes_of
+from tierkv.values.block import HASH_BYTES, BlockHash
+from tierkv.values.namespace import DESCRIPTION_LIMIT_BYTES
 
 __all__ = ["ColdKeeper"]
 

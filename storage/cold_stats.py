@@ -10,11 +10,11 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from tierkv.block import BlockHash
 from tierkv.errors import ConfigError
-from tierkv.namespace import parse_description
 from tierkv.storage.cold_namespaces import NO_DESCRIPTION, NamespaceRow
 from tierkv.storage.outcomes import MissReason, PutOutcome
+from tierkv.values.block import BlockHash
+from tierkv.values.namespace import parse_description
 
 __all__ = ["ColdStats", "Counters", "StoredNamespace"]
 

@@ -13,9 +13,7 @@ from typing import NamedTuple, TypeVar
 
 import lmdb
 
-from tierkv.block import BlockHash
 from tierkv.errors import CapacityError, StoreBusyError, StoreError
-from tierkv.locks import OwnedLock
 from tierkv.storage.cold_batch import DamagedPagesError, Handles, WriteBatch, namespace_rows, padded_bytes
 from tierkv.storage.cold_entry import ColdEntry
 from tierkv.storage.cold_eviction import EvictionReport, VictimQueue, load_entries
@@ -24,7 +22,9 @@ from tierkv.storage.cold_stats import Counters
 from tierkv.storage.lmdb_env import LmdbEnv
 from tierkv.storage.outcomes import PutOutcome
 from tierkv.storage.record import EncodedRecord
-from tierkv.units import format_bytes
+from tierkv.values.block import BlockHash
+from tierkv.values.locks import OwnedLock
+from tierkv.values.units import format_bytes
 
 __all__ = ["ColdWriter", "map_bytes_of", "require_free"]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tierkv.errors import CapacityError, ConfigError
-from tierkv.layout import BlockLayout
+from tierkv.values.layout import BlockLayout
 
 __all__ = ["HotPool", "hot_pool_blocks"]
 

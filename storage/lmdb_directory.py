@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Protocol
 
 from tierkv.errors import CorruptBlockError, StoreError
-from tierkv.files import check_path
 from tierkv.storage.lmdb_file import DATA_FILE, LOCK_FILE, open_store_file, replace_damaged
+from tierkv.values.files import check_path
 
 __all__ = [
     "COMPACTED",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tierkv.errors import CorruptBlockError
-from tierkv.files import open_regular
+from tierkv.values.files import open_regular
 
 __all__ = [
     "DATA_FILE",

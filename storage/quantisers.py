@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tierkv.errors import CorruptBlockError
-from tierkv.layout import Run
 from tierkv.storage.float_words import FloatWords, float_format
 from tierkv.storage.planes import Bytes
+from tierkv.values.layout import Run
 
 __all__ = ["Fp8Quantiser", "Int8Quantiser", "Quantiser", "Scales", "Scratch"]
 

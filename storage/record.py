@@ -12,7 +12,6 @@ import numpy as np
 import xxhash
 
 from tierkv.errors import CorruptBlockError, FormatVersionError, ShapeError
-from tierkv.layout import BlockLayout, Run
 from tierkv.storage.codec import iter_runs
 from tierkv.storage.codecs import RAW, Codec, check_codec, default_codec
 from tierkv.storage.coded import CODED_ID, CodedBlock, CodedLayout, check_frames
@@ -37,6 +36,7 @@ from tierkv.storage.record_header import (
     write_header,
 )
 from tierkv.storage.record_source import FileRecord, RecordBytes, RecordSource
+from tierkv.values.layout import BlockLayout, Run
 
 __all__ = [
     "HEADER_BYTES",

@@ -13,12 +13,21 @@ from typing import TypeAlias
 import numpy as np
 import xxhash
 
-from tierkv.block import HASH_BYTES, SEAL_BYTES, TOKEN_BYTES, BlockHash, HashFunction, Seal, hash_block, seal_block
 from tierkv.errors import ConfigError, CorruptBlockError, FormatVersionError, ShapeError, StoreError
-from tierkv.layout import BlockLayout
 from tierkv.storage.codecs import Codec, codec_by_id
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.planes import Bytes
+from tierkv.values.block import (
+    HASH_BYTES,
+    SEAL_BYTES,
+    TOKEN_BYTES,
+    BlockHash,
+    HashFunction,
+    Seal,
+    hash_block,
+    seal_block,
+)
+from tierkv.values.layout import BlockLayout
 
 __all__ = [
     "HEADER_BYTES",

@@ -26,11 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from tierkv.block import TOKEN_BYTES, BlockHash, common_run
 from tierkv.errors import ConfigError, CorruptBlockError, FormatVersionError, StoreError
-from tierkv.files import check_path, open_regular, own_errors
-from tierkv.layout import BlockLayout
-from tierkv.namespace import NamespaceDescription, parse_description
 from tierkv.storage.coded import CodedBlock
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import (
@@ -45,6 +41,10 @@ from tierkv.storage.record_source import FileRecord, ThreadMemory
 from tierkv.storage.state_format import ALIGN_BYTES, ROW, STATE_VERSION, StateHeader, records_offset
 from tierkv.storage.state_index import StateEntry, StateIndex
 from tierkv.storage.state_writer import WRITE_WAIT_S, SavedState, write_state_file
+from tierkv.values.block import TOKEN_BYTES, BlockHash, common_run
+from tierkv.values.files import check_path, open_regular, own_errors
+from tierkv.values.layout import BlockLayout
+from tierkv.values.namespace import NamespaceDescription, parse_description
 
 __all__ = ["STATE_VERSION", "WRITE_WAIT_S", "FileIdentity", "SavedState", "StateFile", "write_state_file"]
 

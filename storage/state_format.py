@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import xxhash
 
-from tierkv.block import BlockHash
 from tierkv.errors import CorruptBlockError, FormatVersionError
-from tierkv.namespace import DESCRIPTION_LIMIT_BYTES
+from tierkv.values.block import BlockHash
+from tierkv.values.namespace import DESCRIPTION_LIMIT_BYTES
 
 __all__ = ["ALIGN_BYTES", "MAGIC", "ROW", "ROW_LIMIT", "STATE_VERSION", "StateHeader", "records_offset"]
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from tierkv.block import HASH_BYTES, BlockHash
 from tierkv.errors import CorruptBlockError
-from tierkv.layout import BlockLayout
 from tierkv.storage.record import HEADER_BYTES, max_record_bytes
 from tierkv.storage.state_format import ALIGN_BYTES, ROW
+from tierkv.values.block import HASH_BYTES, BlockHash
+from tierkv.values.layout import BlockLayout
 
 __all__ = ["StateEntry", "StateIndex"]
 

@@ -18,14 +18,14 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from tierkv.block import BlockHash
-from tierkv.call_thread import CallThread
+from tierkv.background.call_thread import CallThread
 from tierkv.errors import ConfigError, StoreError
-from tierkv.files import check_path, open_regular, own_errors
-from tierkv.namespace import parse_description
 from tierkv.storage.lmdb_directory import sync_file
 from tierkv.storage.record import parse_record
 from tierkv.storage.state_format import ALIGN_BYTES, MAGIC, ROW, ROW_LIMIT, StateHeader
+from tierkv.values.block import BlockHash
+from tierkv.values.files import check_path, open_regular, own_errors
+from tierkv.values.namespace import parse_description
 
 __all__ = ["WRITE_WAIT_S", "SavedState", "write_state_file"]
 

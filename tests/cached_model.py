@@ -13,7 +13,7 @@ from tierkv.config import CacheConfig
 from tierkv.engine.attention import SequenceStep, build_batch, forward, use_tierkv_attention
 from tierkv.engine.fingerprint import namespace_of
 from tierkv.engine.gate import probe_layout
-from tierkv.sequence import Sequence
+from tierkv.requests.sequence import Sequence
 
 __all__ = ["CachedModel"]
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from tierkv.block import BlockHash
-from tierkv.layout import BlockLayout
-from tierkv.namespace import Namespace
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import BlockInfo, EncodedRecord, encode_record
+from tierkv.values.block import BlockHash
+from tierkv.values.layout import BlockLayout
+from tierkv.values.namespace import Namespace
 
 LAYOUT = BlockLayout.uniform(num_layers=2, block_size=16, kv_heads=2, head_dim=32, dtype="bfloat16")
 NAMESPACE = Namespace(weights="w", layout=LAYOUT, name="model")

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from tierkv.block import BlockHash
-from tierkv.namespace import Namespace
 from tierkv.storage.record import read_header
 from tierkv.storage.state_format import ALIGN_BYTES, ROW, StateHeader
+from tierkv.values.block import BlockHash
+from tierkv.values.namespace import Namespace
 
 Row = tuple[bytes, bytes, int, int, int, int]
 

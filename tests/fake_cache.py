@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from tierkv.block import Tier
 from tierkv.config import CacheConfig
 from tierkv.errors import ClosedError
-from tierkv.events import BlockEvent, CacheObserver, EventKind, RequestEvent
-from tierkv.layout import BlockLayout
-from tierkv.namespace import Namespace
-from tierkv.stats import CacheStats, TierStats
+from tierkv.values.block import Tier
+from tierkv.values.events import BlockEvent, CacheObserver, EventKind, RequestEvent
+from tierkv.values.layout import BlockLayout
+from tierkv.values.namespace import Namespace
+from tierkv.values.stats import CacheStats, TierStats
 
 __all__ = ["BLOCK_BYTES", "FakeCache"]
 

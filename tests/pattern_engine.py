@@ -17,10 +17,10 @@ from torch import Tensor
 
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
-from tierkv.layout import BlockLayout
 from tierkv.movers.windows import window_format
-from tierkv.namespace import Namespace
-from tierkv.sequence import Sequence
+from tierkv.requests.sequence import Sequence
+from tierkv.values.layout import BlockLayout
+from tierkv.values.namespace import Namespace
 
 __all__ = ["PatternEngine", "open_tiny", "tiny_layout", "tiny_warm"]
 

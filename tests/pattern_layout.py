@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tierkv.layout import BlockLayout
+from tierkv.values.layout import BlockLayout
 
 __all__ = ["tiny_layout"]
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tierkv.block import as_token_array, common_run, hash_block, iter_chain, seal_block
 from tierkv.errors import ConfigError
+from tierkv.values.block import as_token_array, common_run, hash_block, iter_chain, seal_block
 
 ROOT = b"r" * 16
 tokens = st.lists(st.integers(0, 2**32 - 1), max_size=40)

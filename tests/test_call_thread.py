@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tierkv.call_thread import CallThread
+from tierkv.background.call_thread import CallThread
 from tierkv.errors import ClosedError, StoreError
 
 HANG_S = 30.0

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 
-from tierkv.block import Tier, as_token_array, hash_block
-from tierkv.chosen_eviction import CONTINUED, IN_USE, PINNED, Choice, ChosenEviction, chosen_entries
-from tierkv.index import Entry, Index
+from tierkv.index.chosen_eviction import CONTINUED, IN_USE, PINNED, Choice, ChosenEviction, chosen_entries
+from tierkv.index.index import Entry, Index
 from tierkv.policies import LRUPolicy
+from tierkv.values.block import Tier, as_token_array, hash_block
 
 ROOT = b"r" * 16
 STEP = 8  # two tokens a block

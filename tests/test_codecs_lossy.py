@@ -16,8 +16,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tierkv.errors import ConfigError, CorruptBlockError, ShapeError, StoreError, TierKVError
-from tierkv.layout import BlockLayout, LayerLayout
-from tierkv.namespace import Namespace, differing_fields
 from tierkv.storage.attention_error import attention_error, codec_error
 from tierkv.storage.codecs import CODECS, codec_by_name, fits_namespace
 from tierkv.storage.codecs_lossy import LossyCodec
@@ -29,6 +27,8 @@ from tierkv.storage.quantisers import Int8Quantiser
 from tierkv.storage.record import BlockInfo, EncodedRecord, decode_record, encode_record, read_header
 from tierkv.storage.record_header import write_header
 from tierkv.storage.state_file import StateFile
+from tierkv.values.layout import BlockLayout, LayerLayout
+from tierkv.values.namespace import Namespace, differing_fields
 
 LOSSY = [codec.name for codec in CODECS if codec.is_lossy]
 DTYPES = ["bfloat16", "float16", "float32"]

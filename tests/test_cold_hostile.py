@@ -16,7 +16,6 @@ import pytest
 from cold_blocks import LAYOUT, NAMESPACE, OTHER, QUOTA, chain_of, damage_record, open_store, record_of
 
 from tierkv.errors import ConfigError, CorruptBlockError, StoreError
-from tierkv.namespace import DESCRIPTION_LIMIT_BYTES, Namespace
 from tierkv.storage import cold_entry, lmdb_directory
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_batch import WriteBatch
@@ -24,6 +23,7 @@ from tierkv.storage.cold_entry import pack_entry, unpack_entry
 from tierkv.storage.cold_links import LINK_BYTES, Link
 from tierkv.storage.cold_namespaces import NAMESPACE_PREFIX, NamespaceRow, descriptions_limit, pack_row, unpack_row
 from tierkv.storage.outcomes import PutOutcome
+from tierkv.values.namespace import DESCRIPTION_LIMIT_BYTES, Namespace
 
 FILES = ["data.mdb", "lock.mdb", "users.lock", "write.lock"]
 

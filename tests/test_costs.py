@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tierkv.costs import CostBySize
+from tierkv.transfer.costs import CostBySize
 
 
 def test_the_cost_of_a_pass_is_drawn_between_what_was_measured() -> None:

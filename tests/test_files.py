@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tierkv.errors import ConfigError, StoreError
-from tierkv.files import check_path, home_directory, open_regular, read_whole, user_path, write_whole
+from tierkv.values.files import check_path, home_directory, open_regular, read_whole, user_path, write_whole
 
 
 def test_a_regular_file_is_opened_and_not_inherited(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tierkv.errors import ConfigError
 from tierkv.policies.hazard import NUM_BUCKETS, bucket_of, buckets_of, hazards, hit_densities
 from tierkv.policies.use_history import UseHistory
-from tierkv.prefill import MEASURED_PREFILL, PrefillModel
+from tierkv.values.prefill import MEASURED_PREFILL, PrefillModel
 
 
 @given(st.floats(0, 1e9))

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tierkv.block import Tier, as_token_array, common_run, hash_block, seal_block
 from tierkv.errors import CapacityError
-from tierkv.index import Entry, Index
+from tierkv.index.index import Entry, Index
 from tierkv.policies import CacheBlock, LRUPolicy
+from tierkv.values.block import Tier, as_token_array, common_run, hash_block, seal_block
 
 ROOT = b"r" * 16
 TOKENS = [as_token_array([token]).tobytes() for token in range(8)]

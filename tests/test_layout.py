@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from tierkv.errors import ConfigError
-from tierkv.layout import BlockLayout, LayerLayout
+from tierkv.values.layout import BlockLayout, LayerLayout
 
 
 def uneven() -> BlockLayout:

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tierkv.block import common_run, hash_block
 from tierkv.storage.cold_links import LEVEL_TOKENS, Link, Links
 from tierkv.storage.lmdb_env import DatabaseSpec, LmdbEnv
+from tierkv.values.block import common_run, hash_block
 
 PARENT, OTHER = bytes(16), b"\xff" * 16
 token_lists = st.lists(

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from pattern_engine import PatternEngine, open_tiny
 
-from tierkv.block import Tier
+from tierkv.background.work_queue import WorkQueue
 from tierkv.cache import TierCache
-from tierkv.locks import NO_LOCK, OwnedCondition, OwnedLock
-from tierkv.stats import StatsRecorder
-from tierkv.work_queue import WorkQueue
+from tierkv.values.block import Tier
+from tierkv.values.locks import NO_LOCK, OwnedCondition, OwnedLock
+from tierkv.values.stats import StatsRecorder
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("tierkv", "storage")

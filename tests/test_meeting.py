@@ -7,7 +7,7 @@ from collections.abc import Callable
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tierkv.meeting import Meeting
+from tierkv.transfer.meeting import Meeting
 
 
 @given(

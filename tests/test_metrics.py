@@ -15,15 +15,15 @@ from typing import Any
 import pytest
 from fake_cache import FakeCache
 
-from tierkv.block import Tier
 from tierkv.daemon.messages import LimitStatus, StatusReport
 from tierkv.daemon.metrics import exposition
 from tierkv.daemon.metrics import serve_metrics as serve_metrics_of_daemon
 from tierkv.errors import ConfigError
-from tierkv.events import EventKind
 from tierkv.profiling.metrics import _BY_REASON, _OF_CACHE, _OF_TIER, MetricsServer, serve_metrics
-from tierkv.stats import CacheStats, TierStats
 from tierkv.storage.outcomes import MissReason
+from tierkv.values.block import Tier
+from tierkv.values.events import EventKind
+from tierkv.values.stats import CacheStats, TierStats
 
 parser = pytest.importorskip("prometheus_client.parser")
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from tierkv.errors import ConfigError
-from tierkv.layout import BlockLayout
-from tierkv.namespace import Namespace, differing_fields, parse_description
+from tierkv.values.layout import BlockLayout
+from tierkv.values.namespace import Namespace, differing_fields, parse_description
 
 LAYOUT = BlockLayout.uniform(num_layers=2, block_size=16, kv_heads=2, head_dim=8, dtype="float32")
 BASE = Namespace(weights="w", architecture={"rope": {"theta": 1e4}}, layout=LAYOUT, name="model")

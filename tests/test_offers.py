@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tierkv.offers import Offers
+from tierkv.index.eviction_heap import Offers
 
 
 @dataclass(frozen=True)

@@ -100,10 +100,10 @@ def test_the_wheel_holds_each_file_once_under_tierkv(wheel: Path) -> None:
 
 
 def test_a_leak_a_loss_and_a_duplicate_in_a_wheel_are_found() -> None:
-    expected = {"tierkv/index.py", "tierkv/storage/warm.py"}
-    names = ["tierkv/index.py", "tierkv/index.py", "storage/warm.py", "tierkv-0.1.0.dist-info/METADATA"]
+    expected = {"tierkv/index/index.py", "tierkv/storage/warm.py"}
+    names = ["tierkv/index/index.py", "tierkv/index/index.py", "storage/warm.py", "tierkv-0.1.0.dist-info/METADATA"]
     assert wheel_faults(names, expected) == [
-        "twice: tierkv/index.py",
+        "twice: tierkv/index/index.py",
         "missing: tierkv/storage/warm.py",
         "not expected: storage/warm.py",
     ]
@@ -132,8 +132,8 @@ def test_the_wheel_asks_for_the_core_dependencies_only_and_brings_the_command(wh
 
 
 WHERE = """
-import json, tierkv, tierkv.index, tierkv.storage.warm
-print(json.dumps([m.__file__ for m in (tierkv, tierkv.index, tierkv.storage.warm)] + [tierkv.__version__]))
+import json, tierkv, tierkv.index.index, tierkv.storage.warm
+print(json.dumps([m.__file__ for m in (tierkv, tierkv.index.index, tierkv.storage.warm)] + [tierkv.__version__]))
 """
 
 
@@ -149,12 +149,12 @@ def test_an_unpacked_wheel_is_imported_as_tierkv(wheel: Path, tmp_path: Path) ->
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     found = where(tmp_path / "site", cwd=tmp_path, python_path=tmp_path / "site")
-    assert found == ["tierkv/__init__.py", "tierkv/index.py", "tierkv/storage/warm.py", version_of(wheel)]
+    assert found == ["tierkv/__init__.py", "tierkv/index/index.py", "tierkv/storage/warm.py", version_of(wheel)]
 
 
 def test_a_plain_checkout_is_imported_as_tierkv(wheel: Path, tree: Path, tmp_path: Path) -> None:
     found = where(tree, cwd=tmp_path, python_path=tree)
-    assert found == ["tierkv/__init__.py", "tierkv/index.py", "storage/warm.py", version_of(wheel)]
+    assert found == ["tierkv/__init__.py", "tierkv/index/index.py", "storage/warm.py", version_of(wheel)]
 
 
 def test_an_editable_install_is_imported_as_tierkv(wheel: Path, tree: Path, tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_an_editable_install_is_imported_as_tierkv(wheel: Path, tree: Path, tmp_
     site = str(tmp_path / "site")
     prelude = f"import site, sys; site.addsitedir({site!r}); sys.path += {libraries!r}"
     found = where(tree, cwd=tmp_path, prelude=prelude)
-    assert found == ["tierkv/__init__.py", "tierkv/index.py", "storage/warm.py", version_of(wheel)]
+    assert found == ["tierkv/__init__.py", "tierkv/index/index.py", "storage/warm.py", version_of(wheel)]
 
 
 def version_of(wheel: Path) -> str:
@@ -185,5 +185,5 @@ def test_the_link_to_a_root_folder_is_a_link(name: str) -> None:
 def test_git_stores_the_links_as_links() -> None:
     lines = run(["git", "ls-files", "--stage", *(f"tierkv/{name}" for name in FOLDERS)], cwd=ROOT).splitlines()
     assert {line.split()[0] for line in lines} <= {"120000"}
-    tracked = run(["git", "ls-files", "tierkv/index.py"], cwd=ROOT)
+    tracked = run(["git", "ls-files", "tierkv/index/index.py"], cwd=ROOT)
     assert len(lines) == (len(FOLDERS) if tracked else 0)

@@ -12,11 +12,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tierkv.block import BlockHash, Tier, as_token_array, hash_block
 from tierkv.config import CacheConfig
 from tierkv.errors import CapacityError, ConfigError
-from tierkv.eviction import CacheBlock, EvictionPolicy
-from tierkv.index import Entry, Index
+from tierkv.index.eviction import CacheBlock, EvictionPolicy
+from tierkv.index.index import Entry, Index
 from tierkv.policies import (
     DEFAULT_POLICY,
     AdaptiveLRUPolicy,
@@ -33,7 +32,8 @@ from tierkv.policies import (
 from tierkv.policies.basic import FadingPolicy
 from tierkv.policies.hazard import NUM_BUCKETS, bucket_of
 from tierkv.policies.learned import FEATURES, LearnedModel
-from tierkv.prefill import PrefillModel
+from tierkv.values.block import BlockHash, Tier, as_token_array, hash_block
+from tierkv.values.prefill import PrefillModel
 
 ROOT = b"r" * 16
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from fake_cache import BLOCK_BYTES, FakeCache
 
-from tierkv.block import Tier
 from tierkv.errors import ConfigError
-from tierkv.events import EventKind, Span
 from tierkv.profiling.advice import EvictionSummary, Measured, suggest
 from tierkv.profiling.profile import Eviction, EvictionLog, HeatMap
 from tierkv.profiling.profiler import MemoryProfiler
+from tierkv.values.block import Tier
+from tierkv.values.events import EventKind, Span
 
 
 class Clock:

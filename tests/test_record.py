@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tierkv.errors import CorruptBlockError, FormatVersionError, ShapeError, StoreError
-from tierkv.layout import BlockLayout, LayerLayout
 from tierkv.storage.codecs import CODECS, RAW, codec_by_name
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import (
@@ -24,6 +23,7 @@ from tierkv.storage.record import (
     parse_record,
     read_header,
 )
+from tierkv.values.layout import BlockLayout, LayerLayout
 
 NAMESPACE = bytes(range(16))
 LAYOUT = BlockLayout.uniform(num_layers=2, block_size=16, kv_heads=2, head_dim=8, dtype="bfloat16")

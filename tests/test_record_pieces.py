@@ -15,7 +15,6 @@ from cold_blocks import LAYOUT as STORE_LAYOUT
 from cold_blocks import NAMESPACE, QUOTA, block_bytes, chain_of, open_store, read, record_of
 
 from tierkv.errors import CorruptBlockError, StoreError
-from tierkv.layout import BlockLayout
 from tierkv.storage import record as record_module
 from tierkv.storage import record_source
 from tierkv.storage.codecs import CODECS, codec_by_name
@@ -25,6 +24,7 @@ from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import BlockInfo, TruncatedBlockError, decode_record, encode_record, read_header
 from tierkv.storage.record_source import FileRecord, ThreadMemory
 from tierkv.storage.state_file import StateFile, write_state_file
+from tierkv.values.layout import BlockLayout
 
 LAYOUT = BlockLayout.uniform(num_layers=3, block_size=16, kv_heads=2, head_dim=32, dtype="bfloat16")
 INFO = BlockInfo.first(np.arange(16, dtype="<u4").tobytes(), namespace=bytes(16))

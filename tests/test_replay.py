@@ -15,10 +15,10 @@ from synthetic_traces import HABITS, make_requests, write_trace
 
 from tierkv.errors import ConfigError
 from tierkv.policies import HitDensityPolicy, LearnedPolicy, LRUPolicy, make_policy, policy_names
-from tierkv.prefill import MEASURED_PREFILL
 from tierkv.tools.replay_index import replay_trace
 from tierkv.tools.traces import Request, Trace, belady_hits, read_trace
 from tierkv.tools.train_policy import fit_model
+from tierkv.values.prefill import MEASURED_PREFILL
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "traces" / "mooncake_conversation.jsonl"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/traces")

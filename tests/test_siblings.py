@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tierkv.siblings import Siblings
+from tierkv.index.children import Siblings
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from tierkv.errors import CapacityError
-from tierkv.slots import SlotPool
+from tierkv.index.slots import SlotPool
 
 
 def test_allocation_takes_all_or_nothing() -> None:

@@ -18,9 +18,7 @@ import pytest
 from cold_blocks import LAYOUT, NAMESPACE, OTHER, block_bytes, chain_of, record_of
 from crafted_state import Row, craft, state_of, state_start
 
-from tierkv.block import BlockHash
 from tierkv.errors import CapacityError, ConfigError, CorruptBlockError, StoreError
-from tierkv.namespace import DESCRIPTION_LIMIT_BYTES
 from tierkv.storage import state_file as state_file_module
 from tierkv.storage import state_format, state_writer
 from tierkv.storage.codecs import codec_by_name
@@ -28,6 +26,8 @@ from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import BlockInfo, EncodedRecord, encode_record
 from tierkv.storage.state_file import StateFile, write_state_file
 from tierkv.storage.state_files import StateFiles
+from tierkv.values.block import BlockHash
+from tierkv.values.namespace import DESCRIPTION_LIMIT_BYTES
 
 TEXT = NAMESPACE.describe()
 START = state_start(TEXT)

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from tierkv.block import Tier
 from tierkv.errors import ConfigError
-from tierkv.events import BlockEvent, CacheObserver, EventKind, MemoryRegion, RequestEvent
 from tierkv.profiling.prefixes import PrefixTable
 from tierkv.profiling.tracker import MemoryTracker
+from tierkv.values.block import Tier
+from tierkv.values.events import BlockEvent, CacheObserver, EventKind, MemoryRegion, RequestEvent
 
 HOT = MemoryRegion(
     purpose="hot pool", shape=(5, 8), dtype="float32", num_bytes=160, address=1000, device="cuda:0", tier=Tier.HOT,

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from tierkv.errors import ConfigError
-from tierkv.layout import BlockLayout, LayerLayout
 from tierkv.storage.planes import Bytes
 from tierkv.storage.windows import WindowFormat
+from tierkv.values.layout import BlockLayout, LayerLayout
 
 UNEVEN = BlockLayout(
     block_size=24,

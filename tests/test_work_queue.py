@@ -11,8 +11,8 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
+from tierkv.background.work_queue import Priority, PriorityThreads, Ticket, WorkQueue
 from tierkv.errors import CapacityError, ClosedError, ConfigError
-from tierkv.work_queue import Priority, PriorityThreads, Ticket, WorkQueue
 
 MAX_ENTRIES, MAX_BYTES = 4, 100
 

@@ -1,6 +1,6 @@
 """tierkv: attention keys and values kept on GPU, in CPU memory and on disk, so that none is computed twice.
 
-The names below are loaded on first use: `import tierkv.index` costs no torch.
+The names below are loaded on first use: `import tierkv.index.index` costs no torch.
 """
 
 from __future__ import annotations
@@ -9,17 +9,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tierkv.block import Tier
+    from tierkv.background.work_queue import Priority
     from tierkv.cache import TierCache, load_cache_state, save_cache_state
     from tierkv.config import CacheConfig
-    from tierkv.controller import MemoryController
     from tierkv.engine.managed_attention import ManagedFlashAttention
     from tierkv.errors import TierKVError
-    from tierkv.events import CacheObserver
-    from tierkv.layout import BlockLayout
     from tierkv.movers.transfers import MemoryTransferManager, TransferHandle, TransferOp
-    from tierkv.namespace import Namespace
     from tierkv.policies import EvictionPolicy
+    from tierkv.profiling.controller import MemoryController
     from tierkv.profiling.memory_report import MemoryReport
     from tierkv.profiling.metrics import serve_metrics
     from tierkv.profiling.plots import MemoryVisualizer
@@ -27,8 +24,11 @@ if TYPE_CHECKING:
     from tierkv.profiling.tracker import MemoryTracker
     from tierkv.ranks.group import RankGroup
     from tierkv.ranks.torch_ranks import TorchRanks
-    from tierkv.stats import CacheStats
-    from tierkv.work_queue import Priority
+    from tierkv.values.block import Tier
+    from tierkv.values.events import CacheObserver
+    from tierkv.values.layout import BlockLayout
+    from tierkv.values.namespace import Namespace
+    from tierkv.values.stats import CacheStats
 
 __all__ = [
     "BlockLayout",
@@ -61,22 +61,22 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
-    "BlockLayout": "tierkv.layout",
+    "BlockLayout": "tierkv.values.layout",
     "CacheConfig": "tierkv.config",
-    "CacheObserver": "tierkv.events",
-    "CacheStats": "tierkv.stats",
+    "CacheObserver": "tierkv.values.events",
+    "CacheStats": "tierkv.values.stats",
     "EvictionPolicy": "tierkv.policies",
     "ManagedFlashAttention": "tierkv.engine.managed_attention",
-    "MemoryController": "tierkv.controller",
+    "MemoryController": "tierkv.profiling.controller",
     "MemoryProfiler": "tierkv.profiling.profiler",
     "MemoryReport": "tierkv.profiling.memory_report",
     "MemoryTracker": "tierkv.profiling.tracker",
     "MemoryTransferManager": "tierkv.movers.transfers",
     "MemoryVisualizer": "tierkv.profiling.plots",
-    "Namespace": "tierkv.namespace",
-    "Priority": "tierkv.work_queue",
+    "Namespace": "tierkv.values.namespace",
+    "Priority": "tierkv.background.work_queue",
     "RankGroup": "tierkv.ranks.group",
-    "Tier": "tierkv.block",
+    "Tier": "tierkv.values.block",
     "TierCache": "tierkv.cache",
     "TierKVError": "tierkv.errors",
     "TorchRanks": "tierkv.ranks.torch_ranks",

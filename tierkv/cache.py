@@ -10,40 +10,40 @@ from pathlib import Path
 
 import torch
 
-from tierkv.assembly import choose_codec, join_daemon, open_store, open_tiers
-from tierkv.block import TOKEN_BYTES, HashFunction, Tier, TokenIds, as_token_array, hash_block
-from tierkv.block_control import BlockControl
-from tierkv.cache_state import load_state, open_state, save_state
-from tierkv.checks import check_count, check_seconds
-from tierkv.cold_reading import ColdReading
+from tierkv.background.open_calls import OpenCalls, while_open
 from tierkv.config import CacheConfig
-from tierkv.defragment import Defragmenter, LayoutReport
-from tierkv.demotion import Demoter
 from tierkv.errors import ClosedError, ConfigError
-from tierkv.events import CacheObserver, EventKind
-from tierkv.files import check_path
-from tierkv.namespace import Namespace
-from tierkv.occupancy import occupancy
-from tierkv.open_calls import OpenCalls, while_open
 from tierkv.policies import EvictionPolicy, make_policy
-from tierkv.promotion import Promoter
-from tierkv.ranks.accord import Accord
 from tierkv.ranks.group import OneRank, RankGroup
-from tierkv.requests.admission import Admission
+from tierkv.requests.acquire import Admission
+from tierkv.requests.block_control import BlockControl
 from tierkv.requests.block_users import BlockUsers
-from tierkv.requests.cold_plan import ColdPlanner
-from tierkv.requests.evicting import EvictedEverywhere, EvictionEverywhere
-from tierkv.requests.prefetching import Prefetcher, PrefetchHandle
+from tierkv.requests.commit import Registrar
+from tierkv.requests.consensus import Accord
+from tierkv.requests.defragment import Defragmenter, LayoutReport
+from tierkv.requests.evict import EvictedEverywhere, EvictionEverywhere
+from tierkv.requests.occupancy import occupancy
+from tierkv.requests.prefetch import Prefetcher, PrefetchHandle
 from tierkv.requests.prefixes import Match, Prefixes
-from tierkv.requests.registration import Registrar
 from tierkv.requests.running import RunningSequences
-from tierkv.requests.tally import RequestTally
-from tierkv.sequence import Sequence
-from tierkv.stats import CacheStats
+from tierkv.requests.sequence import Sequence
+from tierkv.requests.statistics import RequestTally
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.hot import HotPool
 from tierkv.storage.state_file import SavedState
-from tierkv.watch import pool_regions
+from tierkv.transfer.cache_state import load_state, open_state, save_state
+from tierkv.transfer.cold_plan import ColdPlanner
+from tierkv.transfer.cold_reading import ColdReading
+from tierkv.transfer.factory import choose_codec, join_daemon, open_store, open_tiers
+from tierkv.transfer.load import Promoter
+from tierkv.transfer.observers import pool_regions
+from tierkv.transfer.offload import Demoter
+from tierkv.values.block import TOKEN_BYTES, HashFunction, Tier, TokenIds, as_token_array, hash_block
+from tierkv.values.checks import check_count, check_seconds
+from tierkv.values.events import CacheObserver, EventKind
+from tierkv.values.files import check_path
+from tierkv.values.namespace import Namespace
+from tierkv.values.stats import CacheStats
 
 __all__ = ["Match", "TierCache", "load_cache_state", "save_cache_state"]
 

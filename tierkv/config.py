@@ -6,11 +6,11 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tierkv.checks import check_count, check_flag, check_seconds, check_share
 from tierkv.errors import ConfigError
-from tierkv.files import check_path
 from tierkv.policies import make_policy
 from tierkv.storage.codecs import CODECS
+from tierkv.values.checks import check_count, check_flag, check_seconds, check_share
+from tierkv.values.files import check_path
 
 __all__ = ["CacheConfig"]
 

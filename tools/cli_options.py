@@ -9,9 +9,9 @@ from typing import Annotated, Optional
 import typer
 
 from tierkv.errors import ConfigError
-from tierkv.files import user_path
 from tierkv.tools import daemon as daemon_command
 from tierkv.tools.options import EngineOptions, default_store, named_socket, parse_size
+from tierkv.values.files import user_path
 
 
 def as_path(text: str | Path) -> Path:

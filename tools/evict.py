@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tierkv.block import HASH_BYTES, BlockHash, as_token_array, iter_chain
 from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.eviction_log import LOG_NAME, EvictionLog
 from tierkv.daemon.host import read_lock_file
@@ -23,6 +22,7 @@ from tierkv.storage.cold_prompt import StoredPrompt
 from tierkv.tools.options import parse_size
 from tierkv.tools.render import format_bytes, print_json, visible
 from tierkv.tools.stores import open_existing
+from tierkv.values.block import HASH_BYTES, BlockHash, as_token_array, iter_chain
 
 __all__ = ["PromptBlocks", "daemon_for", "evict", "parse_age"]
 

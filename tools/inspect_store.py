@@ -13,16 +13,16 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
-from tierkv.block import BlockHash
 from tierkv.engine.models import load_tokenizer
 from tierkv.errors import ConfigError
-from tierkv.namespace import differing_fields
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_entry import ColdEntry
 from tierkv.storage.cold_stats import StoredNamespace
 from tierkv.tools.options import cache_directory
 from tierkv.tools.render import format_age, format_bytes, open_console, print_json, visible
 from tierkv.tools.stores import find_namespace, open_existing
+from tierkv.values.block import BlockHash
+from tierkv.values.namespace import differing_fields
 
 __all__ = ["inspect"]
 

@@ -13,8 +13,8 @@ from tierkv.config import CacheConfig
 from tierkv.engine.models import EMBEDDED, load_model
 from tierkv.engine.runner import Runner, open_runner
 from tierkv.errors import ConfigError
-from tierkv.files import home_directory, user_path
-from tierkv.units import format_bytes
+from tierkv.values.files import home_directory, user_path
+from tierkv.values.units import format_bytes
 
 __all__ = [
     "EngineOptions",

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tierkv.errors import ConfigError
-from tierkv.files import write_whole
+from tierkv.values.files import write_whole
 
 __all__ = ["print_curves", "save_curves"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-from tierkv.block import as_token_array, iter_chain
 from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.messages import Count, Hello, Prefetch
 from tierkv.engine.fingerprint import namespace_of
@@ -12,9 +11,10 @@ from tierkv.engine.gate import check_supported, probe_layout
 from tierkv.engine.models import LoadedModel, load_model
 from tierkv.engine.prompts import PromptRequest, prefix_tokens
 from tierkv.errors import ConfigError
-from tierkv.namespace import Namespace
 from tierkv.tools.options import EngineOptions, embedded_directory
 from tierkv.tools.render import print_json
+from tierkv.values.block import as_token_array, iter_chain
+from tierkv.values.namespace import Namespace
 
 __all__ = ["identify", "prefetch"]
 

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from tierkv.tools.terminal import visible
-from tierkv.units import format_bytes
+from tierkv.values.units import format_bytes
 
 __all__ = ["format_age", "format_bytes", "open_console", "print_json", "visible"]
 

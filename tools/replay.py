@@ -10,13 +10,13 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from tierkv.errors import ConfigError
-from tierkv.files import user_path
 from tierkv.policies import make_policy, policy_names
-from tierkv.prefill import MEASURED_PREFILL, PrefillModel
 from tierkv.tools.plots import print_curves, save_curves
 from tierkv.tools.render import open_console, print_json, visible
 from tierkv.tools.replay_index import Outcome, replay_trace
 from tierkv.tools.traces import Trace, belady_hits, read_trace
+from tierkv.values.files import user_path
+from tierkv.values.prefill import MEASURED_PREFILL, PrefillModel
 
 __all__ = ["replay"]
 

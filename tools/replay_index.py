@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tierkv.block import TOKEN_BYTES, BlockHash, Tier, hash_block
-from tierkv.eviction import EvictionPolicy
-from tierkv.index import Entry, Index
-from tierkv.prefill import PrefillModel
+from tierkv.index.eviction import EvictionPolicy
+from tierkv.index.index import Entry, Index
 from tierkv.tools.traces import Request, Trace
+from tierkv.values.block import TOKEN_BYTES, BlockHash, Tier, hash_block
+from tierkv.values.prefill import PrefillModel
 
 __all__ = ["Outcome", "replay_trace"]
 

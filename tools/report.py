@@ -14,7 +14,6 @@ import numpy as np
 from rich.progress import Progress
 from rich.table import Table
 
-from tierkv.block import BlockHash
 from tierkv.engine.prompts import read_prompts, render_tokens
 from tierkv.engine.runner import GenerationOptions, Runner
 from tierkv.errors import ConfigError, StoreError
@@ -24,6 +23,7 @@ from tierkv.profiling.profiler import MemoryProfiler
 from tierkv.storage.cold import ColdStore
 from tierkv.tools.options import EngineOptions, open_engine
 from tierkv.tools.render import format_bytes, open_console, print_json, visible
+from tierkv.values.block import BlockHash
 
 __all__ = ["ReportRequest", "report"]
 

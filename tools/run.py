@@ -10,13 +10,13 @@ from typing import Any
 
 from rich.table import Table
 
-from tierkv.block import Tier
 from tierkv.engine.prompts import PromptRequest, check_unicode, read_prompts, render_tokens
 from tierkv.engine.runner import Generation, GenerationOptions, Runner
 from tierkv.engine.sampling import SamplingOptions
 from tierkv.errors import ConfigError
 from tierkv.tools.options import EngineOptions, open_engine
 from tierkv.tools.render import open_console, print_json, visible
+from tierkv.values.block import Tier
 
 __all__ = ["RunRequest", "run"]
 

@@ -8,15 +8,15 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from tierkv.block import BlockHash
 from tierkv.errors import StoreError
-from tierkv.files import own_errors
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.outcomes import PutOutcome
 from tierkv.storage.record import EncodedRecord, parse_record
 from tierkv.storage.state_file import StateFile, write_state_file
 from tierkv.tools.render import format_bytes
 from tierkv.tools.stores import find_namespace, open_existing, require_place
+from tierkv.values.block import BlockHash
+from tierkv.values.files import own_errors
 
 __all__ = ["load", "save"]
 

@@ -21,15 +21,15 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tierkv.block import Tier
 from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.messages import Status, StatusReport
 from tierkv.errors import ConfigError, TierKVError
-from tierkv.events import BlockEvent, EventKind
 from tierkv.profiling.prefixes import PrefixTable
 from tierkv.storage.cold import ColdStore
 from tierkv.tools.render import format_bytes, open_console, print_json, visible
 from tierkv.tools.stores import open_existing
+from tierkv.values.block import Tier
+from tierkv.values.events import BlockEvent, EventKind
 
 __all__ = ["Source", "top"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tierkv.errors import ConfigError
-from tierkv.files import read_text
+from tierkv.values.files import read_text
 
 __all__ = ["Request", "Trace", "belady_hits", "read_trace"]
 

@@ -8,14 +8,14 @@ import numpy as np
 import numpy.typing as npt
 from rich.table import Table
 
-from tierkv.block import hash_block
 from tierkv.errors import ConfigError
-from tierkv.eviction import CacheBlock
+from tierkv.index.eviction import CacheBlock
 from tierkv.policies.hazard import NUM_BUCKETS, buckets_of, hazards
 from tierkv.policies.lanes import LanePolicy
 from tierkv.policies.learned import FEATURES, LearnedModel, features_of
 from tierkv.tools.render import open_console, print_json, visible
 from tierkv.tools.traces import Trace, read_trace
+from tierkv.values.block import hash_block
 
 __all__ = ["fit_model", "train_policy"]
 

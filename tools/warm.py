@@ -12,7 +12,6 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from tierkv.block import TOKEN_BYTES, BlockHash, as_token_array, hash_block, iter_chain
 from tierkv.engine.gate import context_of
 from tierkv.engine.prompts import PromptRequest, prefix_tokens, read_prompts
 from tierkv.engine.runner import Runner
@@ -22,6 +21,7 @@ from tierkv.tools.daemon import evicted_of, store_of
 from tierkv.tools.options import EngineOptions, open_engine
 from tierkv.tools.render import format_bytes, open_console, print_json, visible
 from tierkv.tools.stores import open_existing, require_place
+from tierkv.values.block import TOKEN_BYTES, BlockHash, as_token_array, hash_block, iter_chain
 
 __all__ = ["warm"]
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from pattern_engine import PatternEngine, tiny_layout
 
-from tierkv.block import HashFunction, Tier, hash_block
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.errors import CapacityError, ConfigError
-from tierkv.namespace import Namespace
+from tierkv.values.block import HashFunction, Tier, hash_block
+from tierkv.values.namespace import Namespace
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 BLOCK_BYTES = tiny_layout().block_bytes

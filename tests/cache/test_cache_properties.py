@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from pattern_engine import PatternEngine, tiny_warm
 
-from tierkv.block import HashFunction, Tier, hash_block
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
-from tierkv.demotion import Offloading
 from tierkv.errors import CapacityError
-from tierkv.events import EventKind
-from tierkv.namespace import Namespace
 from tierkv.profiling.tracker import MemoryTracker
-from tierkv.sequence import Sequence
+from tierkv.requests.sequence import Sequence
 from tierkv.storage.cold import ColdStore
+from tierkv.transfer.offload import Offloading
+from tierkv.values.block import HashFunction, Tier, hash_block
+from tierkv.values.events import EventKind
+from tierkv.values.namespace import Namespace
 
 BLOCKS = ([0, 0, 0, 0], [0, 1, 1, 1], [1, 1, 1, 1])  # the first two are forgeries of each other, see `forged_hash`
 chains = st.builds(

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 from pattern_engine import PatternEngine, tiny_layout
 
-from tierkv.block import Tier
-from tierkv.block_control import BlockControl
-from tierkv.block_writer import Batch
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.errors import CapacityError, ClosedError, TierKVError
-from tierkv.namespace import Namespace
-from tierkv.tiers import Tiers
+from tierkv.requests.block_control import BlockControl
+from tierkv.transfer.block_writer import Batch
+from tierkv.transfer.tiers import Tiers
+from tierkv.values.block import Tier
+from tierkv.values.namespace import Namespace
 
 NAMESPACE = Namespace(weights="w", layout=tiny_layout())
 BLOCK_BYTES = tiny_layout().block_bytes

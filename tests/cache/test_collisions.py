@@ -6,10 +6,10 @@ from pathlib import Path
 
 from pattern_engine import PatternEngine, tiny_layout
 
-from tierkv.block import hash_block
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
-from tierkv.namespace import Namespace
+from tierkv.values.block import hash_block
+from tierkv.values.namespace import Namespace
 
 NAMESPACE = Namespace(weights="w", layout=tiny_layout())
 BLOCK_BYTES = tiny_layout().block_bytes

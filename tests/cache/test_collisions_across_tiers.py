@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 from pattern_engine import PatternEngine, tiny_layout
 
-from tierkv.block import hash_block
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
-from tierkv.namespace import Namespace
+from tierkv.values.block import hash_block
+from tierkv.values.namespace import Namespace
 
 BLOCK_BYTES = tiny_layout().block_bytes
 FIRST, FORGED, NEXT = [1, 2, 3, 4], [5, 6, 7, 8], [9, 9, 9, 9]

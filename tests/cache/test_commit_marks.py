@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import pytest
 from pattern_engine import PatternEngine, tiny_layout
 
-from tierkv.block import Tier
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
-from tierkv.entry import Entry
+from tierkv.index.entry import Entry
 from tierkv.movers.mover import Move, Ready
-from tierkv.namespace import Namespace
+from tierkv.values.block import Tier
+from tierkv.values.namespace import Namespace
 
 BLOCK_BYTES = tiny_layout().block_bytes
 PROMPT = list(range(12))

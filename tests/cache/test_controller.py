@@ -9,12 +9,12 @@ import pytest
 from pattern_engine import PatternEngine, tiny_layout
 
 from tierkv import MemoryController
-from tierkv.block import Tier
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.errors import CapacityError, ConfigError
-from tierkv.namespace import Namespace
 from tierkv.policies import LFUPolicy, LRUPolicy
+from tierkv.values.block import Tier
+from tierkv.values.namespace import Namespace
 
 BLOCK_BYTES = tiny_layout().block_bytes
 Open = Callable[..., TierCache]

@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from pattern_engine import PatternEngine, tiny_layout
 
-from tierkv.block import Tier
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.errors import CapacityError, ConfigError, StoreError
-from tierkv.events import EventKind
 from tierkv.movers.mover import Move
-from tierkv.namespace import Namespace
 from tierkv.profiling.tracker import MemoryTracker
-from tierkv.sequence import Sequence
+from tierkv.requests.sequence import Sequence
+from tierkv.values.block import Tier
+from tierkv.values.events import EventKind
+from tierkv.values.namespace import Namespace
 
 BLOCK_BYTES = tiny_layout().block_bytes
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from pattern_engine import PatternEngine, open_tiny
 
-from tierkv.block import Tier
 from tierkv.cache import TierCache
-from tierkv.chosen_eviction import CONTINUED, PINNED
 from tierkv.errors import ConfigError, StoreError
+from tierkv.index.chosen_eviction import CONTINUED, PINNED
+from tierkv.values.block import Tier
 
 SYSTEM = list(range(8))
 FIRST, SECOND = [*SYSTEM, *range(20, 29)], [*SYSTEM, *range(40, 49)]

@@ -17,13 +17,13 @@ import torch
 from pattern_engine import PatternEngine, open_tiny
 
 from tierkv import MemoryTransferManager, TransferOp
-from tierkv.block import Tier
-from tierkv.block_control import BlockControl
+from tierkv.background.handle import Handle
 from tierkv.cache import TierCache
-from tierkv.controller import MemoryController
 from tierkv.errors import ClosedError, TierKVError
-from tierkv.handle import Handle
+from tierkv.profiling.controller import MemoryController
 from tierkv.profiling.profiler import MemoryProfiler
+from tierkv.requests.block_control import BlockControl
+from tierkv.values.block import Tier
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # as Python says of threads
 

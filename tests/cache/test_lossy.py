@@ -10,14 +10,14 @@ import pytest
 import torch
 from pattern_engine import PatternEngine, tiny_layout
 
-from tierkv.block import Tier
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.errors import ConfigError, NamespaceMismatchError
-from tierkv.layout import BlockLayout
-from tierkv.namespace import Namespace
-from tierkv.sequence import Sequence
+from tierkv.requests.sequence import Sequence
 from tierkv.storage.cold import ColdStore
+from tierkv.values.block import Tier
+from tierkv.values.layout import BlockLayout
+from tierkv.values.namespace import Namespace
 
 LAYOUT = BlockLayout.uniform(num_layers=2, block_size=16, kv_heads=2, head_dim=8, dtype="float32")
 EXACT = Namespace(weights="w", layout=LAYOUT)

@@ -9,15 +9,15 @@ import pytest
 from cold_blocks import damage_record
 from pattern_engine import PatternEngine, tiny_layout
 
-from tierkv.block import BlockHash, Tier
+from tierkv.background.write_behind import WriteBehind
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.errors import StoreError
-from tierkv.namespace import Namespace
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_entry import ColdEntry
 from tierkv.storage.outcomes import MissReason
-from tierkv.write_behind import WriteBehind
+from tierkv.values.block import BlockHash, Tier
+from tierkv.values.namespace import Namespace
 
 NAMESPACE = Namespace(weights="w", layout=tiny_layout())
 BLOCK_BYTES = tiny_layout().block_bytes

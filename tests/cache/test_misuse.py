@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 from pattern_engine import PatternEngine, open_tiny, tiny_layout
 
-from tierkv.block import Tier
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.errors import ClosedError, ConfigError, StoreBusyError
-from tierkv.namespace import Namespace
-from tierkv.sequence import Sequence
+from tierkv.requests.sequence import Sequence
+from tierkv.values.block import Tier
+from tierkv.values.namespace import Namespace
 
 BLOCK_BYTES = tiny_layout().block_bytes
 PROMPT = list(range(9))

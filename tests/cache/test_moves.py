@@ -13,13 +13,13 @@ from fake_cuda import FailingCopies, FakeCuda, FakeStream
 from pattern_layout import tiny_layout
 
 from tierkv.errors import StoreError
-from tierkv.layout import BlockLayout
 from tierkv.movers import frames, pages, windows
 from tierkv.movers.mover import Done, Move, Mover, layer_groups
 from tierkv.storage.coded import CodedBlock
 from tierkv.storage.hot import HotPool
 from tierkv.storage.warm import WarmPool
 from tierkv.storage.windows import WindowFormat
+from tierkv.values.layout import BlockLayout
 
 MOVES = [Move(0, 3), Move(2, 1), Move(1, 0)]
 

@@ -14,18 +14,18 @@ import torch
 from pattern_engine import PatternEngine, open_tiny, tiny_layout
 
 from tierkv import MemoryTransferManager, TransferOp
-from tierkv.block import Tier
+from tierkv.background.handle import Handle
 from tierkv.cache import TierCache
-from tierkv.checks import check_count, check_seconds, check_share
 from tierkv.config import CacheConfig
-from tierkv.controller import MemoryController
 from tierkv.daemon.client import DaemonClient
-from tierkv.demotion import Offloading
 from tierkv.errors import ConfigError, TierKVError
-from tierkv.handle import Handle
-from tierkv.namespace import Namespace
 from tierkv.policies import make_policy
+from tierkv.profiling.controller import MemoryController
 from tierkv.profiling.profiler import MemoryProfiler
+from tierkv.transfer.offload import Offloading
+from tierkv.values.block import Tier
+from tierkv.values.checks import check_count, check_seconds, check_share
+from tierkv.values.namespace import Namespace
 
 NO_TIMES = [math.nan, math.inf, -math.inf, -1, -1e-9, 1e300, True, "3", None, [1], 1j]
 NO_COUNTS = [math.nan, math.inf, -1, 2.5, True, "3", [1], 1 << 70]

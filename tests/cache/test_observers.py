@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from pattern_engine import PatternEngine, tiny_layout, tiny_warm
 
-from tierkv.block import Tier
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
-from tierkv.costs import LoadKind
-from tierkv.events import EventKind
-from tierkv.namespace import Namespace
 from tierkv.profiling.profiler import MemoryProfiler
 from tierkv.profiling.tracker import MemoryTracker
+from tierkv.transfer.costs import LoadKind
+from tierkv.values.block import Tier
+from tierkv.values.events import EventKind
+from tierkv.values.namespace import Namespace
 
 LAYOUT = tiny_layout()
 

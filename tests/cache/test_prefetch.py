@@ -11,13 +11,13 @@ import pytest
 from cold_blocks import damage_record
 from pattern_engine import PatternEngine, tiny_warm
 
-from tierkv.block import Tier
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.errors import ClosedError
-from tierkv.namespace import Namespace
-from tierkv.requests.prefetching import PrefetchHandle
+from tierkv.requests.prefetch import PrefetchHandle
 from tierkv.storage.outcomes import MissReason
+from tierkv.values.block import Tier
+from tierkv.values.namespace import Namespace
 
 PROMPT = list(range(22))  # five blocks of four, and two tokens
 
@@ -156,7 +156,7 @@ def test_a_prompt_that_fails_holds_up_none_behind_it(tmp_path: Path, monkeypatch
 
 
 def test_a_full_queue_drops_a_prompt_and_counts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tierkv.requests.prefetching._MAX_PROMPTS", 1)
+    monkeypatch.setattr("tierkv.requests.prefetch._MAX_PROMPTS", 1)
     store(tmp_path)
     with open_cache(tmp_path) as cache:
         begun, gate = hold_reads(cache, monkeypatch)

@@ -11,9 +11,9 @@ import pytest
 from pattern_engine import PatternEngine, open_tiny
 
 from tierkv import block_writer
-from tierkv.block import Tier
+from tierkv.background.work_queue import Priority
 from tierkv.cache import TierCache
-from tierkv.work_queue import Priority
+from tierkv.values.block import Tier
 
 PROMPT = list(range(12))
 OTHER = list(range(100, 132))

@@ -15,17 +15,17 @@ import torch
 from pattern_engine import PatternEngine, tiny_layout
 from torch import distributed
 
-from tierkv.block import Tier
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.errors import CapacityError, ConfigError, RankError, StoreError
 from tierkv.movers.mover import Mover
-from tierkv.namespace import Namespace
 from tierkv.ranks.group import Agreement
 from tierkv.ranks.torch_ranks import TorchRanks
-from tierkv.sequence import Sequence
+from tierkv.requests.sequence import Sequence
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.outcomes import MissReason
+from tierkv.values.block import Tier
+from tierkv.values.namespace import Namespace
 
 T = TypeVar("T")
 SIZE = 4

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from pattern_engine import PatternEngine, open_tiny, tiny_layout
 
-from tierkv.block import Tier
 from tierkv.config import CacheConfig
 from tierkv.errors import ConfigError, StoreError
+from tierkv.values.block import Tier
 
 PROMPT = list(range(16))
 OTHER_PROMPT = list(range(500, 516))

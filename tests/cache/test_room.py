@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 from pattern_engine import PatternEngine, open_tiny, tiny_layout
 
-from tierkv.block import Tier
-from tierkv.block_writer import Batch
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
-from tierkv.entry import Entry
 from tierkv.errors import CapacityError
-from tierkv.namespace import Namespace
-from tierkv.sequence import Sequence
+from tierkv.index.entry import Entry
+from tierkv.requests.sequence import Sequence
 from tierkv.storage.outcomes import MissReason
+from tierkv.transfer.block_writer import Batch
+from tierkv.values.block import Tier
+from tierkv.values.namespace import Namespace
 
 PROMPT = list(range(28))
 MIN_WARM = 4  # one of them belongs to the write thread

@@ -17,15 +17,15 @@ from crafted_state import state_of, state_start
 from pattern_engine import PatternEngine, open_tiny, tiny_layout
 
 from tierkv import cache_state
-from tierkv.block import Tier
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.errors import CapacityError, ClosedError, ConfigError, NamespaceMismatchError, StoreError, TierKVError
-from tierkv.namespace import Namespace
 from tierkv.storage.codecs import codec_by_name
 from tierkv.storage.record import BlockInfo, encode_record
 from tierkv.storage.state_files import STATE_FILES_LIMIT
 from tierkv.storage.state_writer import write_state_file
+from tierkv.values.block import Tier
+from tierkv.values.namespace import Namespace
 
 LAYOUT = tiny_layout()
 NAMESPACE = Namespace(weights="w", layout=LAYOUT)

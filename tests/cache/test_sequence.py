@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from tierkv.block import Tier
-from tierkv.sequence import Sequence
+from tierkv.requests.sequence import Sequence
+from tierkv.values.block import Tier
 
 
 class Copy:

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from pattern_engine import PatternEngine, open_tiny
 
-from tierkv.block import Tier
 from tierkv.cache import TierCache
-from tierkv.costs import CostBySize, LoadKind
-from tierkv.events import EventKind
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import BlockInfo
-from tierkv.tiers import Place, Tiers
+from tierkv.transfer.costs import CostBySize, LoadKind
+from tierkv.transfer.tiers import Place, Tiers
+from tierkv.values.block import Tier
+from tierkv.values.events import EventKind
 
 PROMPT = list(range(40))
 NUM_BLOCKS = len(PROMPT) // 4

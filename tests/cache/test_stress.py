@@ -13,13 +13,13 @@ import pytest
 import torch
 from pattern_engine import PatternEngine, tiny_warm
 
-from tierkv.block import Tier
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
-from tierkv.demotion import Offloading
 from tierkv.errors import CapacityError, StoreError
-from tierkv.namespace import Namespace
 from tierkv.storage.outcomes import MissReason
+from tierkv.transfer.offload import Offloading
+from tierkv.values.block import Tier
+from tierkv.values.namespace import Namespace
 
 NUM_THREADS = 6
 ROUNDS = 150

@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from tierkv.background.work_queue import Priority
 from tierkv.errors import CapacityError, ClosedError, ConfigError, ShapeError, StoreError, TransferCancelledError
 from tierkv.movers import transfers
 from tierkv.movers.mover import Ready
 from tierkv.movers.transfers import Direction, MemoryTransferManager, TransferHandle, TransferOp
-from tierkv.work_queue import Priority
 
 UP, DOWN = Direction.TO_GPU, Direction.TO_CPU
 PIECE = 8

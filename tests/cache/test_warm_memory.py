@@ -14,16 +14,16 @@ from fake_cuda import FakeCuda
 from pattern_engine import tiny_warm
 from test_moves import assert_idle, fake_mover, gpu_windows
 
-from tierkv import warm_memory
 from tierkv.config import CacheConfig
 from tierkv.errors import StoreError
-from tierkv.layout import BlockLayout
 from tierkv.movers.frames import FrameMover
 from tierkv.movers.mover import Mover
 from tierkv.movers.windows import WindowMover, window_format
 from tierkv.storage.coded import CodedLayout
 from tierkv.storage.hot import HotPool
-from tierkv.warm_memory import open_warm_memory
+from tierkv.transfer import warm_memory
+from tierkv.transfer.warm_memory import open_warm_memory
+from tierkv.values.layout import BlockLayout
 
 
 def fail(*_: object, **__: object) -> None:

@@ -16,11 +16,11 @@ import pytest
 
 from tierkv import __main__
 from tierkv.engine.models import load_model
-from tierkv.layout import BlockLayout
-from tierkv.namespace import Namespace
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_namespaces import FORMAT_KEY
 from tierkv.tools import cli, verify
+from tierkv.values.layout import BlockLayout
+from tierkv.values.namespace import Namespace
 
 Run = Callable[..., "Result"]
 PROMPTS = (

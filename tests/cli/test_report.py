@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from fake_cache import FakeCache
 
-from tierkv.block import Tier
 from tierkv.engine.models import load_model
-from tierkv.events import EventKind
 from tierkv.profiling.metrics import serve_metrics
 from tierkv.tools import cli
+from tierkv.values.block import Tier
+from tierkv.values.events import EventKind
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 from cold_blocks import LAYOUT, NAMESPACE, OTHER, chain_of, record_of
 
-from tierkv.namespace import Namespace
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_batch import WriteBatch, padded_bytes
 from tierkv.tools import cli
+from tierkv.values.namespace import Namespace
 
 Run = Callable[..., tuple[int, str, str]]
 SIZE = padded_bytes(record_of(0).stored_bytes)

@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 from child_process import ENVIRONMENT
 
-from tierkv.layout import BlockLayout
-from tierkv.namespace import Namespace
 from tierkv.policies.hazard import NUM_BUCKETS
 from tierkv.policies.learned import FEATURES, LearnedModel
 from tierkv.storage.cold import ColdStore
 from tierkv.tools import cli, stats, verify
 from tierkv.tools.render import print_json
 from tierkv.tools.terminal import OutputError, visible
+from tierkv.values.layout import BlockLayout
+from tierkv.values.namespace import Namespace
 
 Command = Callable[..., Any]
 NAME = "[/b] :smile: \x1b[31m“你” …"

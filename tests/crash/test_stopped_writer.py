@@ -24,11 +24,11 @@ from pattern_engine import PatternEngine, tiny_layout
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.errors import StoreBusyError, StoreError
-from tierkv.namespace import Namespace
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_writer import ColdWriter
 from tierkv.storage.lmdb_lock import UserLock
 from tierkv.storage.outcomes import MissReason, PutOutcome
+from tierkv.values.namespace import Namespace
 
 WORKER = Path(__file__).with_name("store_worker.py")
 NAMESPACE = Namespace(weights="w", layout=tiny_layout())
@@ -85,7 +85,7 @@ def run_prompts(cache: TierCache, count: int) -> None:
 
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tierkv.demotion._STALL_S", WAIT_S)
+    monkeypatch.setattr("tierkv.transfer.offload._STALL_S", WAIT_S)
     monkeypatch.setattr("tierkv.storage.lmdb_env._CLOSE_WAIT_S", WAIT_S)
 
 

@@ -14,7 +14,7 @@ from pattern_engine import tiny_layout
 
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
-from tierkv.namespace import Namespace
+from tierkv.values.namespace import Namespace
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 

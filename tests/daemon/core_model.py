@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tierkv.block import TOKEN_BYTES, HashFunction, common_run, hash_block, iter_chain
 from tierkv.daemon.core import Connection, Core, FetchTask, Write
 from tierkv.daemon.messages import NO_SLOT, Chain, Found, Match, Release, Reserve
 from tierkv.daemon.protocol import split_numbers
 from tierkv.daemon.sealer import Sealer
-from tierkv.layout import BlockLayout
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import BlockInfo
+from tierkv.values.block import TOKEN_BYTES, HashFunction, common_run, hash_block, iter_chain
+from tierkv.values.layout import BlockLayout
 
 BLOCK_SIZE = 2
 STEP = BLOCK_SIZE * TOKEN_BYTES

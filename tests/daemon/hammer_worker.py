@@ -17,7 +17,6 @@ import numpy as np
 import xxhash
 from raw_client import LAYOUT, NAMESPACE, connect
 
-from tierkv.block import hash_block, iter_chain
 from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.messages import (
     NO_SLOT,
@@ -36,6 +35,7 @@ from tierkv.daemon.messages import (
 from tierkv.daemon.protocol import split_numbers
 from tierkv.errors import DaemonError
 from tierkv.storage.warm import Slab
+from tierkv.values.block import hash_block, iter_chain
 
 MIN_REQUESTS = 50
 STEP = LAYOUT.block_size * 4
@@ -106,7 +106,7 @@ def hammer_cache(socket: Path, until: float, dice: random.Random) -> int:
 
     from tierkv.cache import TierCache
     from tierkv.config import CacheConfig
-    from tierkv.namespace import Namespace
+    from tierkv.values.namespace import Namespace
 
     config = CacheConfig(
         socket=socket, block_size=4, hot_bytes=12 * LAYOUT.block_bytes, compute_wait_s=0.2, daemon_timeout_s=1.0

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 from pattern_layout import tiny_layout
 
-from tierkv.block import iter_chain
 from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.messages import Chain, Hello, Publish, Published, Reserve, Reserved
 from tierkv.daemon.protocol import split_numbers
-from tierkv.namespace import Namespace
 from tierkv.storage.warm import Slab
+from tierkv.values.block import iter_chain
+from tierkv.values.namespace import Namespace
 
 LAYOUT = tiny_layout()
 NAMESPACE = Namespace(weights="raw", layout=LAYOUT, name="raw")

@@ -20,7 +20,6 @@ from raw_client import NAMESPACE, chain_of, connect, hello, tokens_of, write_pro
 from test_life_and_death import eventually
 from test_safety import assert_healthy, raw_socket
 
-from tierkv.block import hash_block
 from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.config import DaemonConfig
 from tierkv.daemon.connection import ClientConnection
@@ -54,6 +53,7 @@ from tierkv.daemon.requests import Requests
 from tierkv.daemon.usage import limit_status
 from tierkv.errors import DaemonError, DaemonGoneError
 from tierkv.tools import daemon as daemon_tool
+from tierkv.values.block import hash_block
 
 TOKENS = tokens_of(16)
 

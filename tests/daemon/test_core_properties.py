@@ -8,11 +8,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tierkv.block import Tier, hash_block
-from tierkv.chosen_eviction import Choice
 from tierkv.daemon.core import Core, Write
 from tierkv.daemon.messages import Fetch, Pin
 from tierkv.errors import CapacityError, DaemonError
+from tierkv.index.chosen_eviction import Choice
+from tierkv.values.block import Tier, hash_block
 
 prompts = st.lists(st.integers(0, 1), min_size=1, max_size=9).map(as_bytes)
 which = st.integers(0, 9)

@@ -13,7 +13,6 @@ from raw_client import LAYOUT, NAMESPACE, chain_of, connect, tokens_of, write_pr
 from test_commands import Run, tierkv
 from test_life_and_death import eventually, is_served
 
-from tierkv.block import Tier
 from tierkv.cache import TierCache
 from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.eviction_log import EvictionLog
@@ -39,6 +38,7 @@ from tierkv.daemon.protocol import frame
 from tierkv.errors import DaemonError
 from tierkv.storage.cold import ColdStore
 from tierkv.tools import evict as tool
+from tierkv.values.block import Tier
 
 __all__ = ["tierkv"]  # a fixture
 

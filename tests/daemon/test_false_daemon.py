@@ -19,7 +19,7 @@ from raw_client import LAYOUT, NAMESPACE, chain_of, hello, tokens_of
 from test_life_and_death import eventually
 
 import tierkv.daemon.client
-import tierkv.remote.keeper
+import tierkv.transfer.daemon_connection
 from tierkv.cache import TierCache
 from tierkv.daemon.answers import AnswerCheck, WrongAnswerError
 from tierkv.daemon.client import DaemonClient
@@ -201,8 +201,8 @@ def test_a_tail_shorter_than_asked_for_is_refused() -> None:
 
 @pytest.fixture
 def fast_keeper(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tierkv.remote.keeper, "_TICK_S", 0.005)
-    monkeypatch.setattr(tierkv.remote.keeper, "_RECONNECT_S", 0.01)
+    monkeypatch.setattr(tierkv.transfer.daemon_connection, "_TICK_S", 0.005)
+    monkeypatch.setattr(tierkv.transfer.daemon_connection, "_RECONNECT_S", 0.01)
 
 
 def link_of(cache: TierCache) -> object:

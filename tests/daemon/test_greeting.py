@@ -22,9 +22,9 @@ from tierkv.daemon.config import DaemonConfig
 from tierkv.daemon.messages import Flush, Hello, Status, StatusReport
 from tierkv.daemon.protocol import printable
 from tierkv.errors import ConfigError, DaemonError, DaemonGoneError
-from tierkv.namespace import DESCRIPTION_LIMIT_BYTES, Namespace, parse_description
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_stats import StoredNamespace
+from tierkv.values.namespace import DESCRIPTION_LIMIT_BYTES, Namespace, parse_description
 
 
 def changed(**fields: Any) -> bytes:

@@ -21,7 +21,6 @@ from daemon_process import TIMEOUT_S, Daemon, OpenCache, Start
 from pattern_engine import PatternEngine, tiny_layout
 from raw_client import NAMESPACE, chain_of, connect, hello, tokens_of, write_prompt
 
-from tierkv.block import Tier
 from tierkv.cache import TierCache
 from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.host import check_memory, listening_socket
@@ -29,9 +28,10 @@ from tierkv.daemon.messages import Found, Match, Publish, Welcome
 from tierkv.daemon.protocol import HEADER, frame
 from tierkv.errors import CapacityError, ConfigError, DaemonError, DaemonGoneError
 from tierkv.movers.mover import Move, Ready
-from tierkv.namespace import Namespace
 from tierkv.profiling.profiler import MemoryProfiler
 from tierkv.storage.outcomes import MissReason
+from tierkv.values.block import Tier
+from tierkv.values.namespace import Namespace
 
 WORKER = Path(__file__).with_name("client_worker.py")
 PROMPT = list(range(14))

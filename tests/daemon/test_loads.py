@@ -16,7 +16,6 @@ from daemon_process import Daemon, Start
 from raw_client import NAMESPACE, chain_of, connect, tokens_of, write_prompt
 from test_life_and_death import eventually
 
-from tierkv.block import Tier
 from tierkv.daemon.core import Connection, Core
 from tierkv.daemon.loaded_file import LoadedFile
 from tierkv.daemon.messages import Count, Fetch, Found, LoadState, Match, Saved, SaveState
@@ -25,6 +24,7 @@ from tierkv.daemon.state_loads import MAX_LOADS_OF_CLIENT, StateLoads
 from tierkv.errors import CapacityError, DaemonError, StoreError
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.state_file import FileIdentity, StateFile, write_state_file
+from tierkv.values.block import Tier
 
 TOKENS = tokens_of(16)
 

@@ -12,12 +12,12 @@ from pattern_engine import PatternEngine, tiny_layout
 from test_life_and_death import eventually
 from torch import distributed
 
-from tierkv.block import Tier
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
-from tierkv.namespace import Namespace
 from tierkv.ranks.torch_ranks import TorchRanks
-from tierkv.sequence import Sequence
+from tierkv.requests.sequence import Sequence
+from tierkv.values.block import Tier
+from tierkv.values.namespace import Namespace
 
 SIZE = 2
 PROMPT = list(range(17))

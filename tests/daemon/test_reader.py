@@ -5,14 +5,14 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from tierkv.block import HASH_BYTES, Tier, hash_block
 from tierkv.daemon.messages import Found, FoundTail
 from tierkv.errors import DaemonGoneError
-from tierkv.locks import OwnedCondition
-from tierkv.lookup import Hit, Lookup
-from tierkv.remote.reader import RemoteReader
 from tierkv.storage.outcomes import MissReason
-from tierkv.tiers import Place
+from tierkv.transfer.daemon_reader import RemoteReader
+from tierkv.transfer.lookup import Hit, Lookup
+from tierkv.transfer.tiers import Place
+from tierkv.values.block import HASH_BYTES, Tier, hash_block
+from tierkv.values.locks import OwnedCondition
 
 ROOT = bytes(HASH_BYTES)
 TOKENS = bytes(16)

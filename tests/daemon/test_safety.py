@@ -13,7 +13,6 @@ import pytest
 from daemon_process import TIMEOUT_S, Start
 from raw_client import NAMESPACE, chain_of, connect, hello, tokens_of, write_prompt
 
-from tierkv.block import hash_block
 from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.messages import (
     NO_SLOT,
@@ -52,7 +51,8 @@ from tierkv.daemon.protocol import (
     parse_body,
 )
 from tierkv.errors import DaemonError
-from tierkv.namespace import Namespace
+from tierkv.values.block import hash_block
+from tierkv.values.namespace import Namespace
 
 TOKENS = tokens_of(16)
 

@@ -8,11 +8,11 @@ from functools import reduce
 import pytest
 from core_model import SLOT_BYTES, Client, as_bytes
 
-from tierkv.block import hash_block, seal_block
 from tierkv.daemon import sealer
 from tierkv.daemon.core import Core, Tenant
 from tierkv.daemon.sealer import Sealer
-from tierkv.index import Entry
+from tierkv.index.index import Entry
+from tierkv.values.block import hash_block, seal_block
 
 NAMESPACE = b"n" * 16
 

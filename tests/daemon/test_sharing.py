@@ -10,10 +10,10 @@ import pytest
 from daemon_process import BLOCK_BYTES, OpenCache, Start
 from pattern_engine import PatternEngine
 
-from tierkv.block import Tier, hash_block
-from tierkv.events import EventKind
 from tierkv.profiling.tracker import MemoryTracker
 from tierkv.tools import cli
+from tierkv.values.block import Tier, hash_block
+from tierkv.values.events import EventKind
 
 
 def ids(count: int, start: int = 0) -> list[int]:

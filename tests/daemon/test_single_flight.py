@@ -14,11 +14,11 @@ from pattern_engine import PatternEngine
 from raw_client import chain_of, connect, tokens_of, write_prompt
 from test_life_and_death import client_process, eventually
 
-from tierkv.block import Tier
 from tierkv.cache import TierCache
 from tierkv.daemon.messages import Found, Match, Prefetch, Release
 from tierkv.errors import DaemonError
-from tierkv.sequence import Sequence
+from tierkv.requests.sequence import Sequence
+from tierkv.values.block import Tier
 
 PROMPT = list(range(17))
 

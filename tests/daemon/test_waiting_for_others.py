@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 from core_model import BLOCK_SIZE, SLOT_BYTES, Client, DictStore, Stored, as_bytes
 
-import tierkv.remote.single_flight
-from tierkv.block import hash_block
+import tierkv.transfer.single_flight
 from tierkv.daemon.core import Core
 from tierkv.daemon.messages import EndTicket, Found, Match, Release, Wait, Waited
 from tierkv.daemon.values import Ticket
-from tierkv.remote.single_flight import SingleFlight
+from tierkv.transfer.single_flight import SingleFlight
+from tierkv.values.block import hash_block
 
 NUM_BLOCKS = 3
 TOKENS = as_bytes(list(range(NUM_BLOCKS * BLOCK_SIZE)))
@@ -92,7 +92,7 @@ class OpenLink:
 
 
 def ask(keeper: FakeKeeper, num_hot: int, monkeypatch: pytest.MonkeyPatch) -> tuple[SingleFlight, Found]:
-    monkeypatch.setattr(tierkv.remote.single_flight.time, "monotonic", lambda: keeper.now)
+    monkeypatch.setattr(tierkv.transfer.single_flight.time, "monotonic", lambda: keeper.now)
     flight = SingleFlight(keeper, wait_s=WAIT_S)  # type: ignore[arg-type]
     message = Match(hashes=b"".join(keeper.hashes), tokens=TOKENS, start=num_hot, lease=True, wants_ticket=True)
     answer = flight.ask(OpenLink(), message, keeper.hashes)  # type: ignore[arg-type]
@@ -110,7 +110,7 @@ def test_every_combination_ends_with_few_messages_in_time(
         _, answer = ask(keeper, num_hot, monkeypatch)
         case = f"{num_hot} hot here, {has} there, {computes} computed by another"
         assert keeper.now <= WAIT_S + 0.5, case
-        assert keeper.num_sent <= 3 * (tierkv.remote.single_flight._MOST_VAIN_WAITS + NUM_BLOCKS + 1), case
+        assert keeper.num_sent <= 3 * (tierkv.transfer.single_flight._MOST_VAIN_WAITS + NUM_BLOCKS + 1), case
         num_found = num_hot + len(answer.slots) // 4
         if num_found == NUM_BLOCKS:
             assert answer.ticket == 0, case

@@ -11,10 +11,10 @@ import pytest
 import torch
 from pattern_engine import PatternEngine, tiny_layout
 
-from tierkv.block import Tier
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
-from tierkv.namespace import Namespace
+from tierkv.values.block import Tier
+from tierkv.values.namespace import Namespace
 
 DEVICE = "cuda"
 BLOCK_BYTES = tiny_layout().block_bytes

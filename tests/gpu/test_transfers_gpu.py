@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tierkv.background.work_queue import Priority
 from tierkv.errors import TransferCancelledError
 from tierkv.movers.transfers import Direction, MemoryTransferManager, TransferHandle, TransferOp
-from tierkv.work_queue import Priority
 
 DEVICE = "cuda"
 

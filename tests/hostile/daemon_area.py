@@ -24,7 +24,6 @@ from hostile.mutations import change_json, mutate, odd_number, odd_text
 from pattern_layout import tiny_layout
 from raw_client import NAMESPACE, chain_of, connect, hello, tokens_of
 
-from tierkv.block import iter_chain
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.daemon import messages as m
@@ -32,9 +31,10 @@ from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.protocol import HEADER, PROTOCOL_VERSION, FrameReader, ProtocolError, frame, parse_body
 from tierkv.daemon.server import DaemonConfig, serve
 from tierkv.errors import TierKVError
-from tierkv.namespace import Namespace
 from tierkv.storage.state_file import write_state_file
 from tierkv.storage.warm import Slab
+from tierkv.values.block import iter_chain
+from tierkv.values.namespace import Namespace
 
 __all__ = ["Answers", "Requests"]
 

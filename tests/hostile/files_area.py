@@ -31,8 +31,6 @@ from hostile.mutations import (
 from tierkv.cache import TierCache, load_cache_state, save_cache_state
 from tierkv.config import CacheConfig
 from tierkv.engine.prompts import read_prompts
-from tierkv.layout import BlockLayout
-from tierkv.namespace import parse_description
 from tierkv.storage.codecs import CODECS
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_namespaces import NamespaceRow, add_checksum, pack_row
@@ -40,6 +38,8 @@ from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import BlockInfo, EncodedRecord, decode_record, encode_record, parse_record, read_header
 from tierkv.storage.state_file import StateFile
 from tierkv.storage.state_format import ALIGN_BYTES, ROW, StateHeader
+from tierkv.values.layout import BlockLayout
+from tierkv.values.namespace import parse_description
 
 __all__ = ["Descriptions", "Prompts", "Records", "States", "Stores", "make_odd_file"]
 

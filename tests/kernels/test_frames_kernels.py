@@ -14,7 +14,6 @@ from test_windows import normal_block
 
 from tierkv.errors import CorruptBlockError, ShapeError
 from tierkv.kernels.planes import merge_frames
-from tierkv.layout import BlockLayout, LayerLayout
 from tierkv.movers.frames import FrameMover, can_decode
 from tierkv.movers.mover import Move, Mover
 from tierkv.storage.coded import CodedBlock, CodedLayout, check_frames, zero_frames
@@ -22,6 +21,7 @@ from tierkv.storage.hot import HotPool
 from tierkv.storage.planes import Bytes
 from tierkv.storage.record import BlockInfo, decode_record, encode_record
 from tierkv.storage.warm import WarmPool
+from tierkv.values.layout import BlockLayout, LayerLayout
 
 LAYOUT = BlockLayout(
     block_size=256,

@@ -19,7 +19,6 @@ from tiny_models import VOCABULARY, make_model
 from torch import distributed
 from transformers.distributed import DistributedConfig
 
-from tierkv.block import Tier
 from tierkv.config import CacheConfig
 from tierkv.engine.fingerprint import weights_digest
 from tierkv.engine.model_check import ModelCheck
@@ -28,6 +27,7 @@ from tierkv.engine.models import LoadedModel, split_model
 from tierkv.engine.runner import GenerationOptions, Runner, open_runner
 from tierkv.ranks.torch_ranks import TorchRanks
 from tierkv.storage.cold import ColdStore
+from tierkv.values.block import Tier
 
 __all__ = ["NUM_NEW", "block_size_of", "dtype_of", "prompt_of"]
 

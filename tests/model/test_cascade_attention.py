@@ -15,8 +15,8 @@ from tierkv.engine.attention_cascade import PrefixKernel, attend_cascade, attend
 from tierkv.engine.attention_paged import PagedQuery, attend
 from tierkv.engine.cascade import SharedPrefix
 from tierkv.engine.cascade_batch import CascadeBatch, CascadeShape
-from tierkv.layout import BlockLayout
 from tierkv.storage.hot import HotPool
+from tierkv.values.layout import BlockLayout
 
 SIZE = 256
 DIM = 64

@@ -12,7 +12,7 @@ from tierkv.engine.fingerprint import namespace_of, weights_digest
 from tierkv.engine.gate import probe_layout
 from tierkv.engine.models import load_model
 from tierkv.errors import ConfigError, UnsupportedModelError
-from tierkv.namespace import differing_fields
+from tierkv.values.namespace import differing_fields
 
 
 def test_equal_weights_have_equal_digests_and_one_changed_bit_another() -> None:

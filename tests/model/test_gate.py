@@ -14,8 +14,8 @@ from tierkv.engine import gate
 from tierkv.engine.attention import use_tierkv_attention
 from tierkv.engine.gate import check_block_size, check_supported, context_of, probe_layout, self_test
 from tierkv.errors import ConfigError, UnsupportedModelError
-from tierkv.layout import BlockLayout, LayerLayout
 from tierkv.storage.hot import HotPool
+from tierkv.values.layout import BlockLayout, LayerLayout
 
 SMALL: dict[str, Any] = {
     "vocab_size": 64,

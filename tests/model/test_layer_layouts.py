@@ -14,10 +14,10 @@ from places import Place
 from tiny_models import VOCABULARY, make_model
 
 from tierkv import CacheConfig, MemoryController
-from tierkv.block import Tier
 from tierkv.engine.gate import probe_layout
 from tierkv.engine.models import LoadedModel
 from tierkv.engine.runner import GenerationOptions, Runner, open_runner
+from tierkv.values.block import Tier
 
 NUM_NEW = 24
 Open = Callable[..., Runner]

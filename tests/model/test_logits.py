@@ -11,7 +11,7 @@ from cached_model import CachedModel
 from places import Place
 from tiny_models import FAMILIES, VOCABULARY, make_model
 
-from tierkv.block import Tier
+from tierkv.values.block import Tier
 
 
 @pytest.fixture(params=sorted(FAMILIES))

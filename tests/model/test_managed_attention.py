@@ -14,10 +14,10 @@ from tiny_models import VOCABULARY, make_model
 from torch import Tensor
 from torch.nn import functional
 
-from tierkv.block import Tier
-from tierkv.block_control import BlockReport
 from tierkv.engine.managed_attention import ManagedFlashAttention
 from tierkv.errors import CapacityError, ConfigError, ShapeError
+from tierkv.requests.block_control import BlockReport
+from tierkv.values.block import Tier
 
 HEADS, KV_HEADS, DIM = 8, 2, 64
 

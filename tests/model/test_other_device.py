@@ -10,11 +10,11 @@ from cached_model import CachedModel
 from places import Place
 from tiny_models import VOCABULARY, make_model
 
-from tierkv.block import Tier
 from tierkv.config import CacheConfig
 from tierkv.engine.models import LoadedModel
 from tierkv.engine.runner import GenerationOptions, open_runner
 from tierkv.movers.mover import CudaReady
+from tierkv.values.block import Tier
 
 SECOND = torch.device("cuda", 1)
 

@@ -14,7 +14,6 @@ import torch
 from places import Place, plain_logits
 from tiny_models import VOCABULARY, make_model
 
-from tierkv.block import Tier
 from tierkv.config import CacheConfig
 from tierkv.engine.cascade import CascadeCost
 from tierkv.engine.gate import probe_layout
@@ -22,6 +21,7 @@ from tierkv.engine.models import LoadedModel
 from tierkv.engine.runner import GenerationOptions, Runner, open_runner
 from tierkv.engine.sampling import SamplingOptions
 from tierkv.errors import CapacityError, ClosedError, ConfigError
+from tierkv.values.block import Tier
 
 Open = Callable[..., Runner]
 

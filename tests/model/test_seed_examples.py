@@ -13,11 +13,11 @@ from places import Place
 from tiny_models import VOCABULARY, make_model
 
 from tierkv import CacheConfig, EvictionPolicy, MemoryController, MemoryProfiler
-from tierkv.block import Tier
 from tierkv.engine.gate import probe_layout
 from tierkv.engine.models import LoadedModel
 from tierkv.engine.runner import GenerationOptions, Runner, open_runner
 from tierkv.policies import CacheBlock
+from tierkv.values.block import Tier
 
 NUM_HOT = 32
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tierkv.block import HASH_BYTES, TOKEN_BYTES, common_run
 from tierkv.daemon.messages import (
     MOST_COUNT,
     NO_SLOT,
@@ -44,7 +43,8 @@ from tierkv.daemon.messages import (
 )
 from tierkv.daemon.protocol import split_numbers
 from tierkv.errors import ConfigError, DaemonError
-from tierkv.namespace import parse_description
+from tierkv.values.block import HASH_BYTES, TOKEN_BYTES, common_run
+from tierkv.values.namespace import parse_description
 
 __all__ = ["AnswerCheck", "WrongAnswerError", "plain_text"]
 

@@ -17,11 +17,11 @@ import weakref
 from pathlib import Path
 from typing import TypeVar
 
-from tierkv.checks import check_seconds
 from tierkv.daemon.answers import AnswerCheck, WrongAnswerError, plain_text
 from tierkv.daemon.messages import EvictionNotice, Failure, Hello, Message, Status, StatusReport, Welcome
 from tierkv.daemon.protocol import FrameReader, ProtocolError, frame, parse_body
 from tierkv.errors import DaemonError, DaemonGoneError
+from tierkv.values.checks import check_seconds
 
 __all__ = ["CONNECT_TIMEOUT_S", "TIMEOUT_S", "DaemonClient"]
 

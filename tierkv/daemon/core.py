@@ -19,8 +19,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from tierkv.block import BlockHash, Tier
-from tierkv.chosen_eviction import Choice, Evicted
 from tierkv.daemon.fetching import Fetching
 from tierkv.daemon.matching import Matching
 from tierkv.daemon.messages import Match, Pin
@@ -28,9 +26,11 @@ from tierkv.daemon.protocol import ProtocolError
 from tierkv.daemon.values import Connection, FetchTask, Load, Tenant, Write, whole_hashes
 from tierkv.daemon.writing import Writing
 from tierkv.errors import CapacityError, DaemonError
-from tierkv.index import Entry
-from tierkv.layout import BlockLayout
+from tierkv.index.chosen_eviction import Choice, Evicted
+from tierkv.index.index import Entry
 from tierkv.storage.warm import slot_stride
+from tierkv.values.block import BlockHash, Tier
+from tierkv.values.layout import BlockLayout
 
 __all__ = ["Connection", "Core", "FetchTask", "Load", "Tenant", "Write"]
 

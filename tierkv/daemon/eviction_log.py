@@ -15,11 +15,11 @@ from pathlib import Path
 
 import msgspec
 
-from tierkv.block import HASH_BYTES
 from tierkv.daemon.answers import AnswerCheck, WrongAnswerError
 from tierkv.daemon.messages import Eviction, Evictions, EvictionsSince
 from tierkv.errors import StoreError
-from tierkv.files import open_regular
+from tierkv.values.block import HASH_BYTES
+from tierkv.values.files import open_regular
 
 __all__ = ["LOG_NAME", "EvictionLog"]
 

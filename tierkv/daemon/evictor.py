@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
-from tierkv.block import HASH_BYTES, TOKEN_BYTES, BlockHash, Tier
-from tierkv.chosen_eviction import IN_USE, Choice
 from tierkv.daemon.core import Connection, Core
 from tierkv.daemon.eviction_log import EvictionLog
 from tierkv.daemon.loaded_file import LoadedFile
@@ -17,10 +15,12 @@ from tierkv.daemon.messages import EngineEvicted, EvictBlocks, EvictedBlocks, Ev
 from tierkv.daemon.protocol import ProtocolError, split_hashes
 from tierkv.daemon.store_writer import StoreWriter
 from tierkv.errors import DaemonError
+from tierkv.index.chosen_eviction import IN_USE, Choice
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_eviction import EvictionReport
 from tierkv.storage.cold_prompt import StoredPrompt
 from tierkv.storage.cold_stats import ColdStats
+from tierkv.values.block import HASH_BYTES, TOKEN_BYTES, BlockHash, Tier
 
 __all__ = ["Engine", "Evictor"]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 
-from tierkv.block import HASH_BYTES, TOKEN_BYTES, BlockHash, Tier
 from tierkv.daemon.messages import NO_SLOT, Fetch, Fetched
 from tierkv.daemon.protocol import ProtocolError, split_hashes
 from tierkv.daemon.state import State
 from tierkv.daemon.values import BlockSource, Connection, Cursor, FetchTask, Load, Tenant, is_in_some
 from tierkv.errors import StoreError
 from tierkv.storage.outcomes import MissReason
+from tierkv.values.block import HASH_BYTES, TOKEN_BYTES, BlockHash, Tier
 
 __all__ = ["Fetching"]
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tierkv.errors import CapacityError, ConfigError, DaemonError, StoreError
-from tierkv.files import open_regular
+from tierkv.values.files import open_regular
 
 __all__ = [
     "LockFile",

@@ -9,11 +9,11 @@ from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from tierkv.block import BlockHash
 from tierkv.daemon.side_threads import SideThreads
 from tierkv.errors import StoreError
 from tierkv.storage.state_file import StateFile
 from tierkv.storage.state_index import StateEntry
+from tierkv.values.block import BlockHash
 
 __all__ = ["LoadedFile"]
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from tierkv.errors import DaemonError, StoreError
-from tierkv.files import open_regular
+from tierkv.values.files import open_regular
 
 __all__ = ["MAX_LOG_BYTES", "BoundedHandler", "open_log", "trim_log"]
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 
-from tierkv.block import HASH_BYTES, TOKEN_BYTES, Tier
 from tierkv.daemon.messages import NO_SLOT, Found, FoundTail, Match, Release
 from tierkv.daemon.protocol import ProtocolError, split_numbers
 from tierkv.daemon.state import State
 from tierkv.daemon.values import Connection, Cursor, Tenant, is_in_some, whole_hashes
 from tierkv.errors import StoreError
-from tierkv.index import Entry
+from tierkv.index.index import Entry
 from tierkv.storage.outcomes import MissReason
+from tierkv.values.block import HASH_BYTES, TOKEN_BYTES, Tier
 
 __all__ = ["Matching"]
 

@@ -7,12 +7,12 @@ import logging
 from collections import Counter, deque
 from dataclasses import dataclass
 
-from tierkv.block import HASH_BYTES, BlockHash
 from tierkv.daemon.core import Core, Tenant
 from tierkv.daemon.loader import Loader
 from tierkv.daemon.messages import LimitStatus
 from tierkv.daemon.protocol import split_hashes
 from tierkv.daemon.usage import limit_status
+from tierkv.values.block import HASH_BYTES, BlockHash
 
 __all__ = ["Prefetcher"]
 

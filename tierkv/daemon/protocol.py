@@ -14,9 +14,9 @@ from typing import Any
 
 import msgspec
 
-from tierkv.block import HASH_BYTES
 from tierkv.daemon.messages import AnyMessage, Message
 from tierkv.errors import DaemonError
+from tierkv.values.block import HASH_BYTES
 
 __all__ = [
     "HEADER",

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from tierkv.block import HASH_BYTES
 from tierkv.daemon.connection import Answer, ClientConnection
 from tierkv.daemon.core import Core, Write
 from tierkv.daemon.evictor import Evictor
@@ -60,11 +59,12 @@ from tierkv.daemon.store_writer import StoreWriter
 from tierkv.daemon.values import whole_hashes
 from tierkv.daemon.waiters import Waiters
 from tierkv.errors import ConfigError, DaemonError
-from tierkv.namespace import NAME_LIMIT, NamespaceDescription, parse_description
 from tierkv.storage.codecs import codec_by_name
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.state_file import write_state_file
 from tierkv.storage.warm import Slab
+from tierkv.values.block import HASH_BYTES
+from tierkv.values.namespace import NAME_LIMIT, NamespaceDescription, parse_description
 
 __all__ = ["Requests"]
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from tierkv.block import Seal, seal_block
 from tierkv.daemon.values import Tenant
-from tierkv.index import Entry
+from tierkv.index.index import Entry
 from tierkv.storage.record import BlockInfo
+from tierkv.values.block import Seal, seal_block
 
 __all__ = ["Sealer"]
 

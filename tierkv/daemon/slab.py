@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from tierkv.block import BlockHash, Tier
-from tierkv.chosen_eviction import ChosenEviction
 from tierkv.daemon.limits import Limits
 from tierkv.errors import CapacityError
-from tierkv.index import Entry, Index
+from tierkv.index.chosen_eviction import ChosenEviction
+from tierkv.index.index import Entry, Index
 from tierkv.policies import EvictionPolicy
+from tierkv.values.block import BlockHash, Tier
 
 __all__ = ["EXTENT_BYTES", "Forgotten", "SharedSlab", "SizeClass"]
 

@@ -8,12 +8,12 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from tierkv.block import HASH_BYTES, BlockHash, Tier
 from tierkv.daemon.limits import Limits
 from tierkv.daemon.slab import SharedSlab, SizeClass
 from tierkv.daemon.values import BlockSource, Connection, FetchTask, Load, Reservation, Tenant, Ticket, Write
-from tierkv.index import Entry
+from tierkv.index.index import Entry
 from tierkv.policies import EvictionPolicy, LRUPolicy
+from tierkv.values.block import HASH_BYTES, BlockHash, Tier
 
 __all__ = ["State"]
 

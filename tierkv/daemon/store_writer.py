@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeAlias, TypeVar
 
+from tierkv.background.write_behind import WriteBehind
 from tierkv.daemon.core import Core, Tenant, Write
 from tierkv.daemon.loaded_file import LoadedFile
 from tierkv.daemon.sealer import Sealer
@@ -19,7 +20,6 @@ from tierkv.storage.cold import ColdStore
 from tierkv.storage.outcomes import PutOutcome
 from tierkv.storage.record import BlockInfo, EncodedRecord, encode_record
 from tierkv.storage.warm import Slab
-from tierkv.write_behind import WriteBehind
 
 __all__ = ["QUEUE_BLOCKS", "StoreWriter"]
 

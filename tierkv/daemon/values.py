@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from tierkv.block import HASH_BYTES, TOKEN_BYTES, BlockHash
 from tierkv.daemon.messages import EngineEvicted
 from tierkv.daemon.protocol import ProtocolError, split_hashes
 from tierkv.daemon.slab import SizeClass
 from tierkv.errors import StoreError
-from tierkv.index import Entry
-from tierkv.layout import BlockLayout
+from tierkv.index.index import Entry
 from tierkv.storage.outcomes import MissReason
+from tierkv.values.block import HASH_BYTES, TOKEN_BYTES, BlockHash
+from tierkv.values.layout import BlockLayout
 
 __all__ = [
     "BlockSource",

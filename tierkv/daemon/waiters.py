@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 
-from tierkv.block import BlockHash
+from tierkv.values.block import BlockHash
 
 __all__ = ["Waiters"]
 

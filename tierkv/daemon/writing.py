@@ -5,13 +5,13 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
-from tierkv.block import HASH_BYTES, TOKEN_BYTES, BlockHash, Tier
 from tierkv.daemon.limits import Limits
 from tierkv.daemon.messages import Chain, ChainAnswer, Published, Reserve, Reserved
 from tierkv.daemon.protocol import ProtocolError, split_hashes, split_numbers
 from tierkv.daemon.state import State
 from tierkv.daemon.values import Connection, Reservation, Tenant, Write, has_hash, holds
-from tierkv.index import Entry
+from tierkv.index.index import Entry
+from tierkv.values.block import HASH_BYTES, TOKEN_BYTES, BlockHash, Tier
 
 __all__ = ["Writing"]
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tierkv.layout import BlockLayout
+from tierkv.values.layout import BlockLayout
 
 __all__ = [
     "MAX_SPLIT_TOKENS",

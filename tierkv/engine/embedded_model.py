@@ -21,7 +21,7 @@ import xxhash
 
 from tierkv.engine.transformers_import import import_transformers
 from tierkv.errors import ConfigError, StoreError
-from tierkv.files import open_regular
+from tierkv.values.files import open_regular
 
 __all__ = ["EMBEDDED", "find_embedded_model", "ready_embedded_model", "write_embedded_model"]
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from tierkv.engine.gate import settled_state
 from tierkv.engine.model_state import VOLATILE_FIELDS, ModelState, local_part, read_state
 from tierkv.errors import UnsupportedModelError
-from tierkv.layout import BlockLayout
-from tierkv.namespace import Namespace
 from tierkv.ranks.group import OneRank, RankGroup
+from tierkv.values.layout import BlockLayout
+from tierkv.values.namespace import Namespace
 
 __all__ = ["namespace_of", "settings_digest", "weights_digest"]
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from tierkv.engine.attention import SequenceStep, build_batch, forward, use_tierkv_attention
 from tierkv.engine.model_state import ModelState, changed_paths, read_state
 from tierkv.errors import ConfigError, UnsupportedModelError
-from tierkv.layout import BlockLayout, LayerLayout
 from tierkv.ranks.group import RankGroup
 from tierkv.storage.hot import HotPool
+from tierkv.values.layout import BlockLayout, LayerLayout
 
 __all__ = [
     "check_block_size",

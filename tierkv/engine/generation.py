@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from tierkv.block import Tier
-from tierkv.checks import check_count
 from tierkv.engine.sampling import SamplingOptions
+from tierkv.values.block import Tier
+from tierkv.values.checks import check_count
 
 __all__ = ["Generation", "GenerationOptions", "TokenEvent"]
 

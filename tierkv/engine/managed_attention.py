@@ -10,7 +10,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from tierkv.block_control import BlockState
 from tierkv.cache import TierCache
 from tierkv.engine.attention_paged import flash_head_dims
 from tierkv.engine.attention_pieces import (
@@ -23,7 +22,8 @@ from tierkv.engine.attention_pieces import (
 )
 from tierkv.engine.pieces import AttentionShape, PieceSizes, iter_pieces, plan_pieces
 from tierkv.errors import ConfigError, ShapeError
-from tierkv.stats import CacheStats
+from tierkv.requests.block_control import BlockState
+from tierkv.values.stats import CacheStats
 
 __all__ = ["CacheInspection", "ManagedFlashAttention", "MemoryStats"]
 

@@ -14,7 +14,7 @@ import torch
 from tierkv.engine.embedded_model import EMBEDDED, find_embedded_model, ready_embedded_model
 from tierkv.engine.transformers_import import import_transformers
 from tierkv.errors import ConfigError, StoreError, UnsupportedModelError
-from tierkv.files import open_regular, user_path
+from tierkv.values.files import open_regular, user_path
 
 __all__ = ["EMBEDDED", "LoadedModel", "load_model", "load_tokenizer", "split_model"]
 

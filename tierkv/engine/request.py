@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tierkv.block import Tier
 from tierkv.engine.attention import SequenceStep
 from tierkv.engine.generation import Generation
 from tierkv.engine.sampling import Sampler
-from tierkv.sequence import Sequence
+from tierkv.requests.sequence import Sequence
+from tierkv.values.block import Tier
 
 __all__ = ["Request"]
 

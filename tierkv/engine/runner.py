@@ -15,7 +15,6 @@ from threading import RLock
 import torch
 from torch import Tensor
 
-from tierkv.block import as_token_array
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.engine.attention import AttentionSwitch
@@ -39,8 +38,9 @@ from tierkv.engine.request import Request
 from tierkv.engine.sampling import Sampler, SamplingOptions
 from tierkv.errors import CapacityError, ConfigError
 from tierkv.ranks.group import OneRank, RankGroup
-from tierkv.sequence import Sequence
+from tierkv.requests.sequence import Sequence
 from tierkv.storage.cold import ColdStore
+from tierkv.values.block import as_token_array
 
 __all__ = ["Generation", "GenerationOptions", "Runner", "TokenEvent", "open_runner"]
 

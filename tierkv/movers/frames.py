@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from tierkv.errors import StoreError
-from tierkv.layout import BlockLayout
 from tierkv.movers.batch_copy import Piece, copy_pieces
 from tierkv.movers.mover import CudaReady, Move, Mover, Ready, recorded, settle
 from tierkv.storage.coded import CodedBlock, CodedLayout, zero_frames
 from tierkv.storage.hot import HotPool
+from tierkv.values.layout import BlockLayout
 
 __all__ = ["FrameMover", "can_decode"]
 

@@ -15,10 +15,10 @@ from typing import Protocol
 import torch
 
 from tierkv.errors import StoreError
-from tierkv.layout import BlockLayout
 from tierkv.movers.batch_copy import Piece, copy_pieces
 from tierkv.storage.hot import HotPool
 from tierkv.storage.warm import WarmPool
+from tierkv.values.layout import BlockLayout
 
 __all__ = ["AllReady", "CudaReady", "Done", "Move", "Mover", "Ready", "layer_groups", "recorded", "settle", "wait_here"]
 

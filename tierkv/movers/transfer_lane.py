@@ -17,10 +17,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from tierkv.background.handle import Handle
+from tierkv.background.work_queue import PATIENCE, Priority, Ticket, WorkQueue
 from tierkv.errors import StoreError, TransferCancelledError
-from tierkv.handle import Handle
 from tierkv.movers.mover import CudaReady, Done, Ready, settle
-from tierkv.work_queue import PATIENCE, Priority, Ticket, WorkQueue
 
 __all__ = ["Direction", "Lane", "Link", "Part", "Run", "TransferHandle", "open_link"]
 

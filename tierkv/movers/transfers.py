@@ -16,12 +16,12 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from tierkv.checks import check_count, check_seconds
+from tierkv.background.open_calls import OpenCalls
+from tierkv.background.work_queue import Priority
 from tierkv.errors import CapacityError, ClosedError, ConfigError, ShapeError
 from tierkv.movers.mover import CudaReady, Done, Ready, recorded
 from tierkv.movers.transfer_lane import Direction, Lane, Part, Run, TransferHandle, open_link
-from tierkv.open_calls import OpenCalls
-from tierkv.work_queue import Priority
+from tierkv.values.checks import check_count, check_seconds
 
 __all__ = ["Direction", "MemoryTransferManager", "TransferHandle", "TransferOp"]
 

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from tierkv.errors import StoreError
-from tierkv.layout import BlockLayout
 from tierkv.movers.batch_copy import Piece, copy_pieces
 from tierkv.movers.mover import CudaReady, Done, Move, Mover, Ready, layer_groups, recorded, settle
 from tierkv.storage.hot import HotPool
 from tierkv.storage.warm import WarmPool
 from tierkv.storage.windows import Section, WindowFormat
+from tierkv.values.layout import BlockLayout
 
 __all__ = ["WindowMover", "window_format"]
 

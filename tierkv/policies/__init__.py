@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tierkv.errors import ConfigError
-from tierkv.eviction import CacheBlock, EvictionPolicy
+from tierkv.index.eviction import CacheBlock, EvictionPolicy
 from tierkv.policies.basic import CostAwarePolicy, LFUPolicy, LRUPolicy, PrefixAwarePolicy
 from tierkv.policies.density import HitDensityPolicy
 from tierkv.policies.learned import LearnedPolicy

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from math import log2
 
-from tierkv.block import BlockHash
-from tierkv.eviction import CacheBlock, EvictionPolicy, ScoreQueue, VictimQueue
-from tierkv.prefill import MEASURED_PREFILL, PrefillModel
+from tierkv.index.eviction import CacheBlock, EvictionPolicy, ScoreQueue, VictimQueue
+from tierkv.values.block import BlockHash
+from tierkv.values.prefill import MEASURED_PREFILL, PrefillModel
 
 __all__ = ["CostAwarePolicy", "FadingPolicy", "LFUPolicy", "LRUPolicy", "PrefixAwarePolicy"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from tierkv.eviction import CacheBlock
+from tierkv.index.eviction import CacheBlock
 from tierkv.policies.hazard import NUM_BUCKETS, bucket_of, buckets_of, hazards, hit_densities
 from tierkv.policies.lanes import LanePolicy
 

@@ -6,8 +6,8 @@ import heapq
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from tierkv.eviction import CacheBlock
-from tierkv.offers import Offers
+from tierkv.index.eviction import CacheBlock
+from tierkv.index.eviction_heap import Offers
 from tierkv.policies.hazard import bucket_of
 
 __all__ = ["LaneQueue", "Lanes"]

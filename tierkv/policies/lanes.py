@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tierkv.eviction import CacheBlock, EvictionPolicy, VictimQueue
+from tierkv.index.eviction import CacheBlock, EvictionPolicy, VictimQueue
 from tierkv.policies.hazard import bucket_of
 from tierkv.policies.lane_queue import LaneQueue
 from tierkv.policies.use_history import UseHistory, split_hash

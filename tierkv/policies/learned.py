@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from tierkv.errors import ConfigError, StoreError
-from tierkv.eviction import CacheBlock
-from tierkv.files import open_regular, write_whole
+from tierkv.index.eviction import CacheBlock
 from tierkv.policies.hazard import NUM_BUCKETS, hit_densities
 from tierkv.policies.lanes import LanePolicy
+from tierkv.values.files import open_regular, write_whole
 
 __all__ = ["FEATURES", "LearnedModel", "LearnedPolicy", "features_of"]
 

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from tierkv.block import BlockHash
-from tierkv.eviction import CacheBlock, VictimQueue
+from tierkv.index.eviction import CacheBlock, VictimQueue
 from tierkv.policies.basic import LRUPolicy
+from tierkv.values.block import BlockHash
 
 __all__ = ["AdaptiveLRUPolicy", "S3FIFOPolicy"]
 

@@ -6,7 +6,7 @@ from struct import Struct
 
 import numpy as np
 
-from tierkv.block import BlockHash
+from tierkv.values.block import BlockHash
 
 __all__ = ["UseHistory", "split_hash"]
 

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from tierkv.block import Tier
 from tierkv.config import CacheConfig
 from tierkv.profiling.profile import Eviction
 from tierkv.profiling.reuse import hits_at
-from tierkv.stats import CacheStats
-from tierkv.units import format_bytes
+from tierkv.values.block import Tier
+from tierkv.values.stats import CacheStats
+from tierkv.values.units import format_bytes
 
 __all__ = ["EvictionSummary", "HitCurve", "Measured", "Suggestion", "suggest"]
 

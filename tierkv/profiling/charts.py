@@ -9,9 +9,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from tierkv.block import Tier
 from tierkv.profiling.profiled_run import ProfiledRun
-from tierkv.units import format_bytes
+from tierkv.values.block import Tier
+from tierkv.values.units import format_bytes
 
 __all__ = [
     "COLORS",

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from tierkv.block import Tier
 from tierkv.profiling.profiled_run import ProfiledRun
+from tierkv.values.block import Tier
 
 __all__ = ["trace_of"]
 

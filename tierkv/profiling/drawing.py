@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from tierkv.errors import ConfigError
-from tierkv.files import write_whole
 from tierkv.profiling.charts import COLORS, Chart
+from tierkv.values.files import write_whole
 
 __all__ = ["can_draw", "require_matplotlib", "save_png", "svg_of"]
 

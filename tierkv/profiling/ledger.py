@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tierkv.block import BlockHash, Tier
-from tierkv.events import BlockEvent, EventKind
-from tierkv.locks import NO_LOCK, Owned
+from tierkv.values.block import BlockHash, Tier
+from tierkv.values.events import BlockEvent, EventKind
+from tierkv.values.locks import NO_LOCK, Owned
 
 __all__ = ["AllocationEvent", "AllocationLedger", "MemoryAllocation"]
 

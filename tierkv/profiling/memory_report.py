@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tierkv.block import Tier
 from tierkv.errors import ConfigError
-from tierkv.files import check_path, write_whole
 from tierkv.profiling.advice import EvictionSummary, Suggestion
 from tierkv.profiling.chrome_trace import trace_of
 from tierkv.profiling.profile import MemorySnapshot
 from tierkv.profiling.profiled_run import ProfiledRun
 from tierkv.profiling.report_html import render_page
+from tierkv.values.block import Tier
+from tierkv.values.files import check_path, write_whole
 
 __all__ = ["MemoryReport"]
 

@@ -17,12 +17,12 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from tierkv.config import CacheConfig
 from tierkv.errors import ConfigError
-from tierkv.events import CacheObserver
-from tierkv.layout import BlockLayout
-from tierkv.namespace import Namespace
 from tierkv.profiling.prefixes import PrefixTable
-from tierkv.stats import CacheStats, TierStats
 from tierkv.storage.outcomes import MissReason, PutOutcome
+from tierkv.values.events import CacheObserver
+from tierkv.values.layout import BlockLayout
+from tierkv.values.namespace import Namespace
+from tierkv.values.stats import CacheStats, TierStats
 
 __all__ = ["CacheCollector", "MetricsServer", "ServedCache", "serve_metrics", "status_of"]
 

@@ -8,8 +8,8 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from tierkv.block import BlockHash, Tier
-from tierkv.events import BlockEvent, EventKind, MemoryRegion, RequestEvent, Span
+from tierkv.values.block import BlockHash, Tier
+from tierkv.values.events import BlockEvent, EventKind, MemoryRegion, RequestEvent, Span
 
 __all__ = ["PrefixTable", "PrefixUse"]
 

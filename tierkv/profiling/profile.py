@@ -6,8 +6,8 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from tierkv.block import BlockHash, Tier
-from tierkv.stats import CacheStats
+from tierkv.values.block import BlockHash, Tier
+from tierkv.values.stats import CacheStats
 
 __all__ = ["Eviction", "EvictionLog", "HeatMap", "Iteration", "MemorySnapshot"]
 

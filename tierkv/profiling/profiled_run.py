@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tierkv.block import Tier
-from tierkv.events import Span
 from tierkv.profiling.advice import Measured, Suggestion
 from tierkv.profiling.ledger import MemoryAllocation
 from tierkv.profiling.prefixes import PrefixUse
 from tierkv.profiling.profile import HeatMap, Iteration, MemorySnapshot
+from tierkv.values.block import Tier
+from tierkv.values.events import Span
 
 __all__ = ["ProfiledRun", "TokenShare"]
 

@@ -9,12 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, Protocol
 
-from tierkv.block import Tier
-from tierkv.checks import check_count, check_seconds
 from tierkv.config import CacheConfig
 from tierkv.errors import ClosedError, ConfigError
-from tierkv.events import BlockEvent, CacheObserver, EventKind, MemoryRegion, RequestEvent, Span
-from tierkv.layout import BlockLayout
 from tierkv.profiling.advice import Measured, suggest
 from tierkv.profiling.memory_report import MemoryReport
 from tierkv.profiling.prefixes import PrefixTable
@@ -23,8 +19,12 @@ from tierkv.profiling.profiled_run import ProfiledRun
 from tierkv.profiling.reuse import ReuseRecorder
 from tierkv.profiling.step_sampler import StepSampler
 from tierkv.profiling.tracker import MemoryTracker
-from tierkv.stats import CacheStats
 from tierkv.storage.outcomes import MissReason
+from tierkv.values.block import Tier
+from tierkv.values.checks import check_count, check_seconds
+from tierkv.values.events import BlockEvent, CacheObserver, EventKind, MemoryRegion, RequestEvent, Span
+from tierkv.values.layout import BlockLayout
+from tierkv.values.stats import CacheStats
 
 __all__ = ["MemoryProfiler", "ProfiledCache"]
 

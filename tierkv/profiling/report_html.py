@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from tierkv.block import Tier
 from tierkv.profiling.charts import (
     Chart,
     eviction_chart,
@@ -18,7 +17,8 @@ from tierkv.profiling.charts import (
 from tierkv.profiling.drawing import can_draw, svg_of
 from tierkv.profiling.profiled_run import ProfiledRun
 from tierkv.profiling.report_style import STYLE
-from tierkv.units import format_bytes, format_seconds
+from tierkv.values.block import Tier
+from tierkv.values.units import format_bytes, format_seconds
 
 __all__ = ["render_page"]
 

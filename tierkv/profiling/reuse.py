@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from tierkv.block import BlockHash
+from tierkv.values.block import BlockHash
 
 __all__ = ["ReuseRecorder", "hits_at"]
 

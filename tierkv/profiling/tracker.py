@@ -8,12 +8,12 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from tierkv.block import Tier
 from tierkv.errors import ConfigError
-from tierkv.events import BlockEvent, CacheObserver, EventKind, MemoryRegion, RequestEvent, Span
-from tierkv.locks import OwnedLock
 from tierkv.profiling.ledger import AllocationEvent, AllocationLedger, MemoryAllocation
 from tierkv.profiling.step_sampler import StepSampler
+from tierkv.values.block import Tier
+from tierkv.values.events import BlockEvent, CacheObserver, EventKind, MemoryRegion, RequestEvent, Span
+from tierkv.values.locks import OwnedLock
 
 __all__ = ["AllocationEvent", "MemoryAllocation", "MemoryTracker"]
 

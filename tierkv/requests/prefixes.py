@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 
-from tierkv.block import TOKEN_BYTES, BlockHash, HashFunction, Tier
-from tierkv.index import Entry
-from tierkv.lookup import Hit, Lookup, look_up
-from tierkv.remote.tiers import DaemonTiers
-from tierkv.tiers import Tiers
+from tierkv.index.index import Entry
+from tierkv.transfer.daemon_tiers import DaemonTiers
+from tierkv.transfer.lookup import Hit, Lookup, look_up
+from tierkv.transfer.tiers import Tiers
+from tierkv.values.block import TOKEN_BYTES, BlockHash, HashFunction, Tier
 
 __all__ = ["Match", "Prefixes", "count_by_tier"]
 

@@ -6,17 +6,17 @@ from collections import Counter
 from functools import partial
 from typing import Any
 
-from tierkv.block import TOKEN_BYTES, Tier
-from tierkv.demotion import Demoter
 from tierkv.errors import ConfigError
 from tierkv.movers.mover import Move
-from tierkv.ranks.accord import Accord
-from tierkv.remote.single_flight import Ticket
-from tierkv.remote.tiers import DaemonTiers
 from tierkv.requests.block_users import BlockUsers
-from tierkv.sequence import Sequence
-from tierkv.split_load import SplitLoad
-from tierkv.tiers import Tiers
+from tierkv.requests.consensus import Accord
+from tierkv.requests.sequence import Sequence
+from tierkv.transfer.daemon_tiers import DaemonTiers
+from tierkv.transfer.offload import Demoter
+from tierkv.transfer.single_flight import Ticket
+from tierkv.transfer.split_load import SplitLoad
+from tierkv.transfer.tiers import Tiers
+from tierkv.values.block import TOKEN_BYTES, Tier
 
 __all__ = ["RunningSequences"]
 

@@ -1,0 +1,1 @@
+"""Work beside the request: queues, threads, and handles to wait for them."""

@@ -1,0 +1,1 @@
+"""Which blocks this process holds, under which parent, and in which order blocks are evicted."""

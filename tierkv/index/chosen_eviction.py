@@ -1,0 +1,158 @@
+"""Evicting chosen blocks: a prompt's, those of a certain age, or all; and at once, or when their last user has gone.
+
+What is in use when it is chosen is marked. It serves no further request, is not written down, and goes when its last
+reference has gone.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from tierkv.index.entry import Entry
+from tierkv.index.index import Index
+from tierkv.values.block import BlockHash, Tier
+from tierkv.values.locks import NO_LOCK, Owned
+
+__all__ = ["CONTINUED", "IN_USE", "PINNED", "Choice", "ChosenEviction", "Evicted", "chosen_entries"]
+
+PINNED = "pinned"
+IN_USE = "in use"
+CONTINUED = "continued by others that stay"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """Which blocks: those that match every condition that is given; all where none is.
+
+    tokens: those that begin with this prompt, and of the prompt's own blocks those that nothing else continues.
+    hashes: these. unused_since: those that were last used before, by the clock of the index.
+    """
+
+    tokens: bytes = b""
+    hashes: Collection[BlockHash] | None = None
+    unused_since: float | None = None
+
+    def has(self, entry: Entry) -> bool:
+        """Tell whether hash and age of an entry match."""
+        return (self.hashes is None or entry.block_hash in self.hashes) and (
+            self.unused_since is None or entry.last_access < self.unused_since
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Evicted:
+    """How many blocks went, of each tier, and how many stayed, by the reason."""
+
+    blocks: Counter[Tier]
+    stayed: Counter[str]
+
+
+def chosen_entries(root: Entry, choice: Choice, step: int) -> tuple[list[Entry], list[Entry]]:
+    """Return the entries below `root` that are chosen, and a prompt's own blocks in front of them: children first.
+
+    step: bytes of the token ids of a whole block.
+    """
+    path: list[Entry] = []
+    at = root
+    tokens = choice.tokens
+    while len(tokens) >= step:
+        found = next((child for child in at.children if child.token_bytes == tokens[:step]), None)
+        if found is None:
+            return [], path[::-1]
+        path.append(found)
+        at, tokens = found, tokens[step:]
+    if choice.tokens and not tokens:
+        order = [path.pop()]
+    else:
+        order = [child for child in at.children if child.token_bytes.startswith(tokens)]
+    for entry in order:  # grows while it is walked
+        order += entry.children
+    return [entry for entry in reversed(order) if choice.has(entry)], [each for each in path[::-1] if choice.has(each)]
+
+
+class ChosenEviction:
+    """Evicts chosen entries of one index.
+
+    lock: guards the index where threads share it. The caller of every method holds the lock. evict: makes a tier forget
+    entries, children before parents, and returns those that went. `marked` are entries that serve no request any more;
+    they go, or are gone, at a later `retry`.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        tiers: Sequence[Tier],
+        evict: Callable[[Sequence[Entry], Tier], Collection[Entry]],
+        lock: Owned = NO_LOCK,
+    ) -> None:
+        self._lock = lock
+        self.marked: dict[Entry, None] = {}
+        self._index = index
+        self._tiers = tiers
+        self._evict = evict
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether something is to go that was in use. Needs no lock."""
+        return bool(self.marked)
+
+    def evict(self, root: Entry, choice: Choice, step: int) -> Evicted:
+        """Evict what is chosen below an entry, and mark what is in use."""
+        assert self._lock.is_owned()
+        wanted, path = chosen_entries(root, choice, step)
+        blocks: Counter[Tier] = Counter()
+        stayed: Counter[str] = Counter()
+        own = set(path)
+        for entry in (*wanted, *path):
+            if entry in own and not entry.pinned and any(each not in self.marked for each in entry.children):
+                reason: str | None = CONTINUED
+            else:
+                entry.in_cold = False
+                reason = self._evict_one(entry, blocks)
+            if reason:
+                stayed[reason] += 1
+            if reason == IN_USE:
+                self.marked[entry] = None
+        return Evicted(blocks, stayed)
+
+    def retry(self) -> Counter[Tier]:
+        """Evict what was in use and is no longer so; return how many blocks went of each tier."""
+        assert self._lock.is_owned()
+        blocks: Counter[Tier] = Counter()
+        if not self.is_pending:
+            return blocks
+        pending = list(self.marked)
+        for entry in pending:  # what was computed behind a marked block cannot be found: it goes too
+            for child in entry.children:
+                if child not in self.marked and not child.pinned:
+                    self.marked[child] = None
+                    pending.append(child)
+        for entry in sorted(self.marked, key=lambda each: -each.depth):
+            if self._evict_one(entry, blocks) != IN_USE:
+                del self.marked[entry]
+        return blocks
+
+    def spare(self, entry: Entry) -> None:
+        """Keep a block after all: it was computed anew."""
+        assert self._lock.is_owned()
+        self.marked.pop(entry, None)
+
+    def _evict_one(self, entry: Entry, blocks: Counter[Tier]) -> str | None:
+        """Evict a block from every tier. Return why it is still in one, or None."""
+        if entry.pinned:
+            return PINNED
+        reason = IN_USE if entry.awaited else None
+        for tier in self._tiers:
+            slot = entry.place(tier)
+            if slot is None:
+                continue
+            if self._index.pool(tier).reference_count(slot):
+                reason = IN_USE
+            elif entry.tier_children(tier):
+                held = (child for child in entry.children if child.place(tier) is not None)
+                reason = reason or (IN_USE if any(child in self.marked for child in held) else CONTINUED)
+            elif self._evict([entry], tier):
+                blocks[tier] += 1
+        return reason

@@ -1,0 +1,183 @@
+"""MemoryController: one place from which to see and steer the memory of a cache while it works."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
+
+from tierkv.cache import TierCache
+from tierkv.errors import ConfigError
+from tierkv.policies import EvictionPolicy, make_policy
+from tierkv.profiling.profiler import MemoryProfiler
+from tierkv.requests.block_control import BlockReport
+from tierkv.requests.defragment import LayoutReport
+from tierkv.requests.sequence import Sequence as RunningSequence
+from tierkv.transfer.offload import Offloading
+from tierkv.values.block import Tier
+from tierkv.values.checks import check_count
+
+__all__ = ["MemoryController"]
+
+
+class Engine(Protocol):
+    """What runs a model over a cache and can be held between two steps; Runner can."""
+
+    @property
+    def cache(self) -> TierCache: ...
+    def between_steps(self) -> AbstractContextManager[list[RunningSequence]]:
+        """Hold generation, and yield the sequences whose block tables may be rewritten."""
+
+
+class MemoryController:
+    """Steers the memory of one cache, that of a runner or one by itself. Thread-safe.
+
+    over: a runner or a cache; without one, settings are kept until `attach` names it. What acts or tells at once
+    raises ConfigError before that.
+    """
+
+    def __init__(self, over: Engine | TierCache | None = None) -> None:
+        self._engine: Engine | None = None
+        self._cache: TierCache | None = None
+        self._budget_bytes: int | None = None
+        self._policy: str | EvictionPolicy | None = None
+        self._offloading: Offloading | None = None
+        if over is not None:
+            self.attach(over)
+
+    def attach(self, over: Engine | TierCache) -> None:
+        """Steer this runner or cache from now on, by the settings made so far. One cache to a controller."""
+        if self._cache is not None:
+            raise ConfigError("this controller steers a cache already", hint="use one controller for each cache")
+        self._engine = None if isinstance(over, TierCache) else over
+        self._cache = over if isinstance(over, TierCache) else over.cache
+        if self._policy is not None:
+            self._cache.set_eviction_policy(self._policy)
+        if self._offloading:
+            self._cache.blocks.set_offloading(self._offloading)
+        if self._budget_bytes is not None:
+            self._apply_budget(self._cache, self._budget_bytes)
+
+    @property
+    def cache(self) -> TierCache:
+        """The cache that is steered. Raises ConfigError while there is none."""
+        if self._cache is None:
+            raise ConfigError("the controller steers no cache", hint="MemoryController(runner), or attach(runner)")
+        return self._cache
+
+    def set_memory_budget(self, num_bytes: int) -> int:
+        """Let hot blocks take at most so many bytes from now on, in whole blocks, and no more than the pool has.
+
+        What is over it is demoted or evicted before this returns. Return how many blocks are over it all the same:
+        running sequences use them or they are pinned, and they go as soon as they may. The pool's memory stays the
+        pool's. Raises ConfigError for less than one block, where the cache is known, or none.
+        """
+        num_bytes = check_count("a memory budget", num_bytes, least=1, hint="in bytes, as 8 << 30")
+        excess = self._apply_budget(self._cache, num_bytes) if self._cache else 0
+        self._budget_bytes = num_bytes
+        return excess
+
+    def set_eviction_policy(self, policy: str | EvictionPolicy) -> None:
+        """Choose what is evicted by another policy: a name that `make_policy` knows, or an object of one's own."""
+        chosen = make_policy(policy) if isinstance(policy, str) else policy
+        if self._cache:
+            self._cache.set_eviction_policy(chosen)
+        self._policy = chosen
+
+    def enable_cpu_offloading(self, offload_threshold: float = 0.9, offload_ratio: float = 0.2) -> None:
+        """Demote ahead of need: whenever more than this share of the budget is taken, this share of what nobody uses.
+
+        That happens behind requests, on the thread that writes, and what no lower tier could take stays hot.
+        """
+        self._offloading = Offloading(threshold=offload_threshold, ratio=offload_ratio)
+        if self._cache:
+            self._cache.blocks.set_offloading(self._offloading)
+
+    def disable_cpu_offloading(self) -> None:
+        """Demote only when a request needs the room."""
+        self._offloading = None
+        if self._cache:
+            self._cache.blocks.set_offloading(None)
+
+    def get_memory_stats(self) -> dict[str, Any]:
+        """Return what the cache holds and how well that serves, as plain values by name.
+
+        Shares lie between 0 and 1. fragmentation: 0 where the free hot blocks are one run. budget_bytes: what hot
+        blocks may take; over_budget_bytes: what they take beyond that, because it is in use or pinned. peak_bytes: the
+        most that hot blocks took at a time. tiers: by name, each with hits, hit_rate (of all blocks asked for), blocks,
+        used_bytes, stored_bytes, capacity_bytes, evictions, bytes_in and bytes_out.
+        """
+        stats, blocks, size = self.cache.stats(), self.cache.blocks, self.cache.layout.block_bytes
+        hot, budget = stats.tiers[Tier.HOT], blocks.limit * size
+        asked = stats.hits + stats.misses
+        return {
+            "cache_hit_rate": stats.hit_rate,
+            "token_hit_rate": stats.token_hit_rate,
+            "requests": stats.requests,
+            "hits": stats.hits,
+            "misses": stats.misses,
+            "miss_reasons": dict(stats.miss_reasons),
+            "fragmentation": stats.fragmentation_ratio,
+            "avg_shared_blocks": stats.avg_shared_blocks,
+            "eviction_count": stats.eviction_count,
+            "skipped_writes": stats.skipped_writes,
+            "block_bytes": size,
+            "block_size": self.cache.config.block_size,
+            "budget_bytes": budget,
+            "budget_blocks": blocks.limit,
+            "over_budget_bytes": max(0, hot.used_bytes - budget),
+            "over_budget_blocks": max(0, hot.blocks - blocks.limit),
+            "used_bytes": hot.used_bytes,
+            "peak_bytes": blocks.peak_count * size,
+            "peak_blocks": blocks.peak_count,
+            "tiers": {
+                tier.value: {
+                    "hits": each.hits,
+                    "hit_rate": each.hits / asked if asked else 0.0,
+                    "hit_tokens": each.hit_tokens,
+                    "blocks": each.blocks,
+                    "used_bytes": each.used_bytes,
+                    "stored_bytes": each.stored_bytes,
+                    "capacity_bytes": each.capacity_bytes,
+                    "evictions": each.evictions,
+                    "bytes_in": each.bytes_in,
+                    "bytes_out": each.bytes_out,
+                }
+                for tier, each in stats.tiers.items()
+            },
+        }
+
+    def manual_cache_management(
+        self,
+        evict_blocks: Sequence[int] | None = None,
+        pin_blocks: Sequence[int] | None = None,
+        offload_blocks: Sequence[int] | None = None,
+    ) -> BlockReport:
+        """Pin, offload and evict blocks of the hot pool by their ids; say what became of each.
+
+        `cache.blocks.inspect()` tells which block is which, `cache.blocks.unpin` takes pins back. What cannot be done,
+        because a block is in use, say, is in the report; an id that no block can have raises ConfigError.
+        """
+        return self.cache.blocks.manage(evict=evict_blocks or (), pin=pin_blocks or (), offload=offload_blocks or ())
+
+    def optimize_memory_layout(self) -> LayoutReport:
+        """Defragment the hot pool: chains lie in contiguous runs, what is free is one. Return what was moved.
+
+        A runner is held between two steps meanwhile, and its running sequences move too. With a cache alone nobody
+        knows when those are at rest: their blocks stay; `cache.defragment(running)` moves them for who does know.
+        Block ids that were read before name other blocks afterwards. Raises StoreError if a copy fails.
+        """
+        if self._engine is None:
+            return self.cache.defragment()
+        with self._engine.between_steps() as running:
+            return self.cache.defragment(running)
+
+    @contextmanager
+    def profile(self) -> Iterator[MemoryProfiler]:
+        """Watch the cache within a with-statement; the profiler's report can be made inside or afterwards."""
+        with MemoryProfiler(self.cache) as profiler:
+            yield profiler
+
+    @staticmethod
+    def _apply_budget(cache: TierCache, num_bytes: int) -> int:
+        return cache.blocks.set_limit(num_bytes // cache.layout.block_bytes)

@@ -1,1 +1,0 @@
-"""Warm and cold tiers that a daemon has, as a cache uses them."""

@@ -1,0 +1,137 @@
+"""Registrar: makes the blocks that a sequence has computed, or loaded behind its back, findable by others."""
+
+from __future__ import annotations
+
+from tierkv.movers.mover import Ready
+from tierkv.requests.block_users import BlockUsers
+from tierkv.requests.sequence import Sequence
+from tierkv.transfer.lookup import Hit, find_tail
+from tierkv.transfer.offload import Demoter
+from tierkv.transfer.tiers import Tiers
+from tierkv.values.block import TOKEN_BYTES, BlockHash, HashFunction, Tier
+from tierkv.values.events import EventKind
+
+__all__ = ["Registrar"]
+
+
+class Registrar:
+    """Enters blocks into the index, shares those that another sequence has computed too, queues new ones to be written.
+
+    write_through: whether each new block is written down at once. users: of the blocks of running sequences.
+    """
+
+    def __init__(
+        self,
+        tiers: Tiers,
+        demoter: Demoter,
+        *,
+        users: BlockUsers,
+        write_through: bool,
+        hash_function: HashFunction,
+    ) -> None:
+        self._tiers = tiers
+        self._demoter = demoter
+        self._users = users
+        self._write_through = write_through
+        self._hash = hash_function
+
+    def commit(self, sequence: Sequence, num_computed_tokens: int, *, tail: bool) -> int:
+        """Register the whole blocks of the tokens computed, and with `tail` the rest. Return how many were new."""
+        size = self._tiers.layout.block_size
+        num_new = 0
+        with self._tiers.changed:
+            if tail:
+                sequence.wait_all()  # the tail may have come up itself, and no pass have waited for it
+            written = self._tiers.mover.mark()
+            first = len(sequence.chain)
+            before = sequence.block_table[first:]
+            try:
+                while len(sequence.chain) < num_computed_tokens // size and sequence.is_cacheable:
+                    num_new += self._register(sequence, len(sequence.chain), size, written)
+            finally:  # what others can find by now they wait for
+                after = sequence.block_table[first : len(sequence.chain)]
+                own = [mine for mine, now in zip(before, after, strict=False) if mine == now]  # not those shared now
+                self._tiers.note_computing(own, written)
+            num_tail = num_computed_tokens - len(sequence.chain) * size
+            if tail and sequence.is_cacheable and num_tail > 0:
+                num_new += self._register(sequence, len(sequence.chain), num_tail, written)
+        self._tiers.watch.use(sequence.block_table)
+        return num_new
+
+    def register_loaded(self, sequence: Sequence, loaded: list[Hit]) -> None:
+        """Register cold blocks that continue a sequence's chain and are on their way up; the caller holds the lock.
+
+        It ends at the first that does not fit the chain: a collision, or a sequence that stays private.
+        """
+        assert self._tiers.changed.is_owned()
+        size, index = self._tiers.layout.block_size, self._tiers.index
+        written = self._tiers.mover.mark()
+        for hit in loaded:
+            if not sequence.is_cacheable or hit.parent_hash != self._last_hash(sequence):
+                break
+            entry = index.insert(hit.block_hash, hit.parent_hash, hit.token_bytes, seal=hit.seal)
+            if entry is None:
+                break
+            entry.in_cold = True
+            self._register(sequence, len(sequence.chain), size, written, kind=EventKind.PROMOTE)
+            index.touch(entry)
+
+    def _last_hash(self, sequence: Sequence) -> BlockHash:
+        return sequence.chain[-1] if sequence.chain else self._tiers.index.root
+
+    def _register(
+        self,
+        sequence: Sequence,
+        at: int,
+        num_tokens: int,
+        written: Ready,
+        *,
+        kind: EventKind = EventKind.REGISTER,
+    ) -> int:
+        """Make one computed block findable. Return 1 if no tier had it. The caller holds the lock.
+
+        kind: how it came to be hot, for observers.
+        """
+        assert self._tiers.changed.is_owned()
+        tiers, index = self._tiers, self._tiers.index
+        parent = sequence.chain[at - 1] if at else index.root
+        start = at * self._tiers.layout.block_size * TOKEN_BYTES
+        tokens = bytes(sequence.token_bytes[start : start + num_tokens * TOKEN_BYTES])
+        block_hash = self._hash(parent, tokens)
+        if index.collides(block_hash, parent, tokens):
+            tiers.stats.collisions += 1
+            sequence.is_cacheable = False
+            return 0
+        if num_tokens < self._tiers.layout.block_size:
+            if find_tail(index, tiers.sources, parent, tokens, num_tokens):
+                return 0
+            self._demoter.write_tail(block_hash, parent, tokens, sequence.block_table[at], written)
+            return 1
+        entry = index.insert(block_hash, parent, tokens)
+        if entry is None:
+            sequence.is_cacheable = False
+            return 0
+        sequence.chain.append(block_hash)
+        if kind is EventKind.REGISTER:
+            tiers.chosen.spare(entry)  # evicted, and computed anew
+        if entry.block_id is not None:
+            self._share(sequence, at, entry.block_id)
+            return 0
+        is_new = entry.warm_slot is None and not entry.in_cold
+        tiers.attach(entry, Tier.HOT, sequence.block_table[at], kind)
+        if is_new and self._write_through:
+            self._demoter.write_down(entry, written)
+        return int(is_new)
+
+    def _share(self, sequence: Sequence, at: int, block_id: int) -> None:
+        """Let a sequence use the block that is registered instead of its own copy; the caller holds the lock."""
+        assert self._tiers.changed.is_owned()
+        own = sequence.block_table[at]
+        if own == block_id:
+            return
+        self._tiers.index.hot.pin(block_id)
+        if arriving := self._tiers.arriving.get(block_id):
+            sequence.loads.append(arriving)
+        sequence.block_table[at] = block_id
+        self._users.replace(own, block_id)
+        self._tiers.index.unpin(Tier.HOT, own)

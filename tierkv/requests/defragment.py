@@ -1,0 +1,150 @@
+"""Defragments the hot pool: what belongs together lies together, and what is free is one run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from tierkv.errors import CapacityError, StoreError
+from tierkv.movers.mover import Move
+from tierkv.requests.block_users import BlockUsers
+from tierkv.requests.rearrangement import Shift, count_breaks, plan_places, plan_shifts
+from tierkv.requests.sequence import Sequence
+from tierkv.transfer.offload import Demoter
+from tierkv.transfer.tiers import Tiers
+from tierkv.values.block import Tier
+from tierkv.values.events import EventKind
+
+__all__ = ["Defragmenter", "LayoutReport"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayoutReport:
+    """What a defragmentation did. moved: old block id -> new one; num_fixed: blocks in use that had to stay.
+
+    num_copies: blocks copied, detours included. breaks: blocks that do not lie right behind the block before them, when
+    the index is read chain by chain. fragmentation: as `CacheStats.fragmentation_ratio`.
+    """
+
+    moved: Mapping[int, int] = field(default_factory=dict)
+    num_fixed: int = 0
+    num_copies: int = 0
+    breaks_before: int = 0
+    breaks_after: int = 0
+    fragmentation_before: float = 0.0
+    fragmentation_after: float = 0.0
+
+
+class Defragmenter:
+    """Moves blocks inside the hot pool while nobody looks; each copy is compared with its source before that goes."""
+
+    def __init__(self, tiers: Tiers, demoter: Demoter, users: BlockUsers) -> None:
+        self._tiers = tiers
+        self._demoter = demoter
+        self._users = users
+
+    def run(self, sequences: Collection[Sequence]) -> LayoutReport:
+        """Lay chains of the index in contiguous runs from block 0 on and rewrite what names a block by its id.
+
+        sequences: running ones whose owners neither compute nor call the cache meanwhile; their block tables are
+        rewritten in place. A block that anybody else uses (another sequence, a copy, a write) stays where it is.
+        A full pool gives up one block to have room to move. Raises StoreError when a copy fails or differs; what was
+        moved before that is in order.
+        """
+        tiers, pool = self._tiers, self._tiers.index.hot
+        self._demoter.flush()  # what is queued to be written could not be moved
+        with tiers.changed:
+            if pool.used_count == pool.capacity:
+                self._free_one()
+            tiers.mover.drain()
+            tiers.reap()
+            fragmentation = pool.fragmentation()
+            users = Counter(block_id for sequence in sequences for block_id in sequence.block_table)
+            order = list(dict.fromkeys(self._iter_order(sequences)))
+            fixed = {block_id for block_id in pool.used() if self._is_fixed(block_id, users)}
+            places = plan_places([block_id for block_id in order if block_id not in fixed], fixed, pool.capacity)
+            done: list[Shift] = []
+            try:
+                self._copy(places, done)
+            finally:
+                moved = _ends(done)
+                tiers.index.rearrange_hot(moved)
+                for sequence in sequences:
+                    sequence.block_table[:] = [moved.get(block_id, block_id) for block_id in sequence.block_table]
+                self._users.rename(moved)
+                tiers.mover.drain()
+                tiers.changed.notify_all()
+            return LayoutReport(
+                moved=moved,
+                num_fixed=len(fixed),
+                num_copies=len(done),
+                breaks_before=count_breaks(order),
+                breaks_after=count_breaks(order, moved),
+                fragmentation_before=fragmentation,
+                fragmentation_after=pool.fragmentation(),
+            )
+
+    def _free_one(self) -> None:
+        """Give up the block that would go next, written down first; where none may go, all stay where they are.
+
+        The caller holds the lock.
+        """
+        assert self._tiers.changed.is_owned()
+        try:
+            self._tiers.index.unpin_all(Tier.HOT, self._demoter.take_hot(1))
+        except CapacityError:
+            return
+
+    def _is_fixed(self, block_id: int, users: Counter[int]) -> bool:
+        """Tell whether somebody has a hold on a block whom we cannot tell that it moves. The caller holds the lock."""
+        assert self._tiers.changed.is_owned()
+        return self._tiers.index.hot.pins[block_id] != users[block_id] or block_id in self._tiers.arriving
+
+    def _iter_order(self, sequences: Collection[Sequence]) -> Iterator[int]:
+        """Yield hot blocks chain by chain; one that only a sequence knows, behind the block that it follows there.
+
+        The caller holds the lock.
+        """
+        assert self._tiers.changed.is_owned()
+        index = self._tiers.index
+        private: dict[int, list[int]] = {}
+        for sequence in sequences:
+            last = -1
+            for block_id in sequence.block_table:
+                if index.hot.owners[block_id] is None:
+                    private.setdefault(last, []).append(block_id)
+                else:
+                    last = block_id
+        for entry in index.depth_first():
+            if entry.block_id is not None:
+                yield entry.block_id
+                yield from private.get(entry.block_id, ())
+        yield from private.get(-1, ())
+
+    def _copy(self, places: Mapping[int, int], done: list[Shift]) -> None:
+        """Carry a plan out, block by block; `done` says how far it came. The caller holds the lock."""
+        assert self._tiers.changed.is_owned()
+        tiers, pool = self._tiers, self._tiers.index.hot
+        final = {places.get(block_id, block_id) for block_id in pool.used()}
+        spare = next((place for place in range(pool.capacity) if place not in final), None)
+        owners = {block_id: pool.owners[block_id] for block_id in places}
+        with tiers.watch.span("defragment") as detail:
+            for shift in plan_shifts(places, spare):
+                move = Move(shift.source, shift.target)
+                tiers.mover.copy([move])
+                if not tiers.mover.is_same(move):
+                    raise StoreError(f"block {shift.source} changed on its way to {shift.target}")
+                done.append(shift)
+                owners[shift.target] = owner = owners.pop(shift.source)
+                if owner:
+                    tiers.watch.block(EventKind.MOVE, Tier.HOT, owner, slot=shift.target, moved_from=shift.source)
+            detail["blocks"] = len(done)
+
+
+def _ends(shifts: Collection[Shift]) -> dict[int, int]:
+    """Return where blocks are after these shifts, old place -> new, without those that are back where they were."""
+    began: dict[int, int] = {}  # place -> where the block that is there now came from
+    for shift in shifts:
+        began[shift.target] = began.pop(shift.source, shift.source)
+    return {old: new for new, old in began.items() if old != new}

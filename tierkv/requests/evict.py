@@ -1,0 +1,87 @@
+"""EvictionEverywhere: makes every tier forget a prompt, or a whole namespace, on the user's demand."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from tierkv.errors import StoreError
+from tierkv.index.chosen_eviction import IN_USE, Choice, Evicted
+from tierkv.storage.cold_prompt import StoredPrompt
+from tierkv.transfer.daemon_tiers import DaemonTiers
+from tierkv.transfer.offload import Demoter
+from tierkv.transfer.tiers import Tiers
+from tierkv.values.block import TOKEN_BYTES, HashFunction, Tier, iter_chain
+
+__all__ = ["EvictedEverywhere", "EvictionEverywhere"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvictedEverywhere:
+    """How many blocks went, by tier, and how many that were chosen stay, by tier and reason.
+
+    A block that two tiers had counts for each. Of a daemon, its warm tier and its store.
+    """
+
+    blocks: dict[Tier, int] = field(default_factory=dict)
+    stayed: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def num_blocks(self) -> int:
+        """The blocks of all tiers together."""
+        return sum(self.blocks.values())
+
+
+class EvictionEverywhere:
+    """Evicts from memory first, so that nothing comes back from there; then from below; then what was in use."""
+
+    def __init__(
+        self, tiers: Tiers, demoter: Demoter, daemon: DaemonTiers | None, *, hash_function: HashFunction
+    ) -> None:
+        self._tiers = tiers
+        self._demoter = demoter
+        self._daemon = daemon
+        self._hash = hash_function
+
+    def evict(self, token_bytes: bytes, older_than_s: float | None) -> EvictedEverywhere:
+        """Evict what begins with a prompt, or everything where that is empty. Raises StoreError, DaemonError."""
+        since = None if older_than_s is None else self._tiers.index.now() - older_than_s
+        choice = Choice(tokens=token_bytes, unused_since=since)
+        blocks = self._evict_memory(choice).blocks
+        if not self._demoter.wait_for_writes():
+            raise StoreError("blocks were evicted from memory alone: a write to the lower tiers does not end")
+        stayed: Counter[str] = Counter()
+        if self._daemon:
+            answer = self._daemon.evict_everywhere(token_bytes, older_than_s)
+            blocks += Counter({Tier.WARM: answer.warm, Tier.COLD: answer.cold})
+            stayed.update(answer.stayed)
+        elif self._tiers.cold:
+            report = self._tiers.cold.evict(
+                namespace=self._tiers.namespace,
+                older_than_s=older_than_s,
+                prompt=self._stored(token_bytes) if token_bytes else None,
+            )
+            blocks[Tier.COLD] += report.blocks
+            stayed["stored, pinned"] += report.num_pinned
+            stayed["stored, continued by others that stay"] += report.num_continued
+        again = self._evict_memory(choice)
+        blocks += again.blocks
+        with self._tiers.changed:
+            in_use = sum(entry.block_id is not None or entry.awaited for entry in self._tiers.chosen.marked)
+            in_files = sum(len(state) for state in self._tiers.states.files)
+        stayed.update({f"in memory, {reason}": count for reason, count in again.stayed.items() if reason != IN_USE})
+        stayed[f"in memory, {IN_USE}"] += in_use
+        stayed["blocks of loaded state files"] += in_files
+        return EvictedEverywhere(blocks=dict(blocks), stayed=dict(+stayed))
+
+    def _evict_memory(self, choice: Choice) -> Evicted:
+        tiers = self._tiers
+        with tiers.changed:
+            tiers.reap()
+            found = tiers.chosen.evict(tiers.index.root_entry, choice, tiers.layout.block_size * TOKEN_BYTES)
+            tiers.changed.notify_all()
+        return found
+
+    def _stored(self, token_bytes: bytes) -> StoredPrompt:
+        chain = iter_chain(self._tiers.namespace, token_bytes, self._tiers.layout.block_size, self._hash)
+        return StoredPrompt(self._tiers.namespace, [block_hash for block_hash, _ in chain], token_bytes)

@@ -1,0 +1,176 @@
+"""Prefetcher: brings announced prompts from the cold tier into the warm one, behind what requests wait for."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+from tierkv.background.handle import Handle
+from tierkv.background.work_queue import Priority, Ticket, WorkQueue
+from tierkv.errors import CapacityError
+from tierkv.requests.prefixes import Prefixes
+from tierkv.storage.outcomes import MissReason
+from tierkv.transfer.cold_reading import ColdReading
+from tierkv.transfer.daemon_tiers import DaemonTiers
+from tierkv.transfer.lookup import Hit
+from tierkv.transfer.tiers import Place, Tiers
+from tierkv.values.block import TOKEN_BYTES, Tier
+from tierkv.values.events import EventKind
+
+__all__ = ["PrefetchHandle", "Prefetcher"]
+
+_log = logging.getLogger(__name__)
+
+_MAX_PROMPTS = 1024
+_SHARE = 4  # a wave takes at most one raw place in four: a request that needs some must find them
+
+
+class PrefetchHandle(Handle[int]):
+    """One announced prompt. `result()` is how many blocks were brought into the warm tier; it raises nothing.
+
+    With a daemon: how many blocks it will look for, known at once. To cancel it drops what no thread reads yet.
+    """
+
+
+class _Prompt(NamedTuple):
+    token_bytes: bytes
+    handle: PrefetchHandle
+
+
+class Prefetcher:
+    """A bounded queue of prompts, and one thread that works it off, started with the first.
+
+    Blocks are read by the cache's own threads, at a priority below that of requests, a few at a time.
+    """
+
+    def __init__(self, tiers: Tiers, prefixes: Prefixes, reading: ColdReading, daemon: DaemonTiers | None) -> None:
+        self._tiers = tiers
+        self._prefixes = prefixes
+        self._reading = reading
+        self._daemon = daemon
+        self._queue: WorkQueue[_Prompt] = WorkQueue(max_entries=_MAX_PROMPTS)
+        self._is_closing = threading.Event()
+        self._starting = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def offer(self, token_bytes: bytes) -> PrefetchHandle:
+        """Queue a prompt; returns at once. A full queue drops it, which is counted. Raises ClosedError once closed."""
+        handle = PrefetchHandle()
+        if self._daemon:
+            handle.succeed(self._daemon.prefetch(token_bytes))
+            return handle
+        try:
+            with self._starting:
+                ticket = self._queue.put(_Prompt(token_bytes, handle), Priority.PREFETCH, timeout_s=0)
+                if self._thread is None:
+                    self._thread = threading.Thread(target=self._work, name="tierkv-prefetch", daemon=True)
+                    self._thread.start()
+        except CapacityError:
+            self._count(MissReason.NO_ROOM)
+            handle.succeed(0)
+            return handle
+        handle.on_cancel(partial(self._drop, ticket))
+        return handle
+
+    def close(self) -> None:
+        """Drop what waits, let what is being read end. May be called twice."""
+        self._is_closing.set()
+        with self._starting:  # a thread that starts later would outlive this
+            self._queue.close()
+        if self._thread:
+            self._thread.join()
+
+    def _drop(self, ticket: Ticket[_Prompt]) -> None:
+        if self._queue.cancel(ticket):
+            ticket.item.handle.succeed(0)
+
+    def _work(self) -> None:
+        while ticket := self._queue.take():
+            prompt = ticket.item
+            num_blocks = 0
+            try:
+                with self._tiers.watch.span("prefetch") as detail:
+                    detail["blocks"] = num_blocks = self._bring(prompt)
+            except Exception:  # noqa: BLE001 - the outermost loop of its thread
+                _log.exception("a prompt was not prefetched")
+                self._count(MissReason.IO_ERROR)
+            prompt.handle.succeed(num_blocks)
+            del ticket, prompt
+
+    def _bring(self, prompt: _Prompt) -> int:
+        """Bring a prompt's cold blocks up, wave by wave, until one cannot be had. Return how many came."""
+        tiers = self._tiers
+        with tiers.changed:
+            found = self._prefixes.find(prompt.token_bytes, len(prompt.token_bytes) // TOKEN_BYTES)
+        most = tiers.index.warm.capacity // 2  # more would push out what came first
+        hits = [hit for hit in found.rest() if hit.tier is Tier.COLD][:most]
+        if found.miss is MissReason.IO_ERROR:
+            self._count(found.miss)
+        size = max(1, min(tiers.num_threads, len(tiers.raw_slots) // _SHARE))
+        num_blocks = 0
+        for start in range(0, len(hits), size):
+            if prompt.handle.is_cancelled or self._is_closing.is_set():
+                break
+            wave = hits[start : start + size]
+            num_good = self._bring_wave(wave)
+            num_blocks += num_good
+            if num_good < len(wave):
+                break
+        return num_blocks
+
+    def _bring_wave(self, wave: Sequence[Hit]) -> int:
+        """Read blocks at once and enter the leading good ones. Return how many those are."""
+        tiers = self._tiers
+        places = tiers.try_take_raw(len(wave))
+        held = list(places)
+        try:
+            slots = [place.slot for place in places]
+            if tiers.compression:
+                slots = tiers.try_take_warm(len(places))
+                held += [Place(Tier.WARM, slot) for slot in slots]
+            outcomes = tiers.threads.map(Priority.PREFETCH, self._read, wave, places, slots)
+            for num_good, (hit, slot, reason) in enumerate(zip(wave, slots, outcomes, strict=False)):
+                reason = reason or self._enter(hit, slot)
+                if reason:
+                    self._count(reason)
+                    return num_good
+        finally:
+            tiers.unpin(held)
+        if len(outcomes) < len(wave):
+            self._count(MissReason.NO_ROOM)
+        return len(outcomes)
+
+    def _read(self, hit: Hit, place: Place, slot: int) -> MissReason | None:
+        """Read a block into its raw place, and from there into its slot if the warm tier is compressed."""
+        tiers = self._tiers
+        outcome = self._reading.read_one(hit, place, may_stay_coded=False)
+        if isinstance(outcome, MissReason):
+            self._reading.give_up(hit, outcome)
+            return outcome
+        if not tiers.compression:
+            return None
+        num_tokens = len(hit.token_bytes) // TOKEN_BYTES
+        block, target = tiers.raw_slots[place.slot], tiers.warm.slots[slot]
+        fits = tiers.compression.form.compress(block, target, num_tokens=num_tokens)
+        return None if fits else MissReason.NO_ROOM
+
+    def _enter(self, hit: Hit, slot: int) -> MissReason | None:
+        """Let a block be found where it lies now. Return why it cannot be."""
+        tiers = self._tiers
+        with tiers.changed:
+            entry = tiers.index.insert(hit.block_hash, hit.parent_hash, hit.token_bytes, seal=hit.seal)
+            if entry is None:  # its hash is taken by now, or its parent has been evicted
+                return MissReason.COLLISION
+            entry.in_cold = True
+            tiers.stats.bytes_out[Tier.COLD] += tiers.layout.packed_bytes(len(hit.token_bytes) // TOKEN_BYTES)
+            if entry.warm_slot is None:
+                tiers.attach(entry, Tier.WARM, slot, EventKind.PROMOTE)
+                tiers.stats.prefetched_blocks += 1
+        return None
+
+    def _count(self, reason: MissReason) -> None:
+        with self._tiers.changed:
+            self._tiers.stats.prefetch_misses[reason.value] += 1

@@ -1,0 +1,144 @@
+"""RequestTally: counts what each request found and missed, and tells observers of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Several
+
+from tierkv.requests.sequence import Sequence
+from tierkv.storage.outcomes import MissReason
+from tierkv.transfer.load import Promoted
+from tierkv.transfer.lookup import Hit, Lookup
+from tierkv.transfer.split_load import SplitLoad
+from tierkv.transfer.tiers import Tiers
+from tierkv.values.block import TOKEN_BYTES, BlockHash, HashFunction, Tier, iter_chain
+from tierkv.values.events import BlockName
+
+__all__ = ["RequestTally"]
+
+
+class RequestTally:
+    """Counts requests, hits by tier, and each miss with its reason. The caller of every method holds the lock."""
+
+    def __init__(self, tiers: Tiers, *, hash_function: HashFunction) -> None:
+        self._tiers = tiers
+        self._hash = hash_function
+        self._block_size = tiers.layout.block_size
+
+    def add_request(
+        self,
+        sequence: Sequence,
+        found: Lookup,
+        promoted: Promoted,
+        *,
+        blocks: Mapping[Tier, int],
+        later: Several[Hit],
+        dropped: Several[Hit],
+    ) -> None:
+        """Count a request that has just been admitted, and tell of it.
+
+        blocks: how many came up, by tier. later: cold ones that come up behind it. dropped: cold ones that are
+        computed instead.
+        """
+        assert self._tiers.changed.is_owned()
+        stats, watch = self._tiers.stats, self._tiers.watch
+        num_blocks = -(-sequence.num_tokens // self._block_size)
+        num_found = sum(blocks.values()) + len(later) + len(dropped)
+        stats.misses += len(dropped)
+        stats.miss_reasons[MissReason.RECOMPUTED.value] += len(dropped)
+        miss = promoted.failure or found.miss
+        missed = self._count(sequence, num_blocks - num_found, num_found, miss, num_surplus=promoted.num_surplus)
+        if watch:
+            reasons = [MissReason.RECOMPUTED] * len(dropped) + missed
+            names = [*map(BlockName.of, dropped), *self._names(sequence, num_found)]
+            watch.request(
+                sequence.num_tokens,
+                sequence.cached_tokens,
+                promoted.hot,
+                promoted.hits,
+                zip(names, reasons, strict=True),
+                later=later,
+                hot_blocks=self._tiers.index.hot.used_count,
+            )
+        stats.hits.update(blocks)
+        stats.hit_tokens.update(sequence.cached_tokens)
+
+    def count_split(self, split: SplitLoad) -> list[MissReason]:
+        """Count what became of a request's cold blocks. Return why each was computed that was."""
+        assert self._tiers.changed.is_owned()
+        stats = self._tiers.stats
+        num_computed = split.meeting.first_loaded
+        num_loaded = len(split.hits) - num_computed
+        stats.hits[Tier.COLD] += num_loaded
+        stats.hit_tokens[Tier.COLD] += num_loaded * self._block_size
+        for tier in (Tier.COLD, Tier.WARM):  # they come by way of a warm slot, as all cold blocks do
+            stats.bytes_out[tier] += num_loaded * self._tiers.layout.block_bytes
+        stats.misses += num_computed
+        stats.miss_reasons[MissReason.RECOMPUTED.value] += num_computed - (split.failure is not None)
+        if split.failure:
+            stats.miss_reasons[split.failure.value] += 1
+        reasons = [MissReason.RECOMPUTED] * num_computed
+        return [*reasons[:-1], split.failure] if split.failure and reasons else reasons
+
+    def tell_split(self, split: SplitLoad, loaded: Several[Hit], computed: Several[MissReason]) -> None:
+        """Tell what became of a request's cold blocks: those loaded, and of the others why they were computed."""
+        assert self._tiers.changed.is_owned()
+        if watch := self._tiers.watch:
+            watch.rest_of_request(
+                {Tier.COLD: len(loaded) * self._block_size},
+                loaded,
+                zip(map(BlockName.of, split.hits), computed, strict=False),
+                hot_blocks=self._tiers.index.hot.used_count,
+            )
+
+    def _count(
+        self, sequence: Sequence, num_missing: int, num_found: int, miss: MissReason | None, num_surplus: int = 0
+    ) -> list[MissReason]:
+        """Count a request. Return why each missing block is missing.
+
+        miss: why the block behind the hits was none, if there is more to say than absent. num_surplus: blocks that
+        this rank had, right behind those found, and gave up.
+        """
+        assert self._tiers.changed.is_owned()
+        stats = self._tiers.stats
+        stats.requests += 1
+        stats.prompt_tokens += sequence.num_tokens
+        stats.misses += num_missing
+        stats.collisions += miss is MissReason.COLLISION
+        reasons = self._miss_reasons(sequence, num_found) if sequence.is_cacheable else []
+        known = [MissReason.OTHER_RANK] * num_surplus + ([miss] if miss else [])
+        reasons = [*known, *reasons[len(known) :]][:num_missing]
+        reasons += [MissReason.ABSENT] * (num_missing - len(reasons))
+        stats.miss_reasons.update(reason.value for reason in reasons)
+        return reasons
+
+    def _miss_reasons(self, sequence: Sequence, num_hits: int) -> list[MissReason]:
+        """Tell of each whole block behind the hits whether the store remembers to have evicted it."""
+        assert self._tiers.changed.is_owned()
+        if self._tiers.cold is None:
+            return []
+        size = self._block_size
+        parent = self._last_hash(sequence)
+        rest = bytes(sequence.token_bytes[len(sequence.chain) * size * TOKEN_BYTES :])
+        hashes = [block_hash for block_hash, _ in iter_chain(parent, rest, size, self._hash)]
+        evicted = map(self._tiers.cold.was_evicted, hashes[num_hits - len(sequence.chain) :])
+        return [MissReason.EVICTED if each else MissReason.ABSENT for each in evicted]
+
+    def _names(self, sequence: Sequence, num_found: int) -> list[BlockName]:
+        """Name the blocks behind those found. One that nobody can find, or nobody asked after, has no hash."""
+        assert self._tiers.changed.is_owned()
+        step, done = self._block_size * TOKEN_BYTES, len(sequence.chain)
+        rest = bytes(sequence.token_bytes[done * step :])
+        parent = self._last_hash(sequence)
+        named: list[BlockName] = []
+        if sequence.is_cacheable:
+            for block_hash, tokens in iter_chain(parent, rest, self._block_size, self._hash):
+                named.append(BlockName(block_hash, parent, tokens))
+                parent = block_hash
+        unnamed = range(len(named) * step, len(rest), step)
+        named += (BlockName(b"", b"", rest[start : start + step]) for start in unnamed)
+        return named[num_found - done :]
+
+    def _last_hash(self, sequence: Sequence) -> BlockHash:
+        assert self._tiers.changed.is_owned()
+        return sequence.chain[-1] if sequence.chain else self._tiers.index.root

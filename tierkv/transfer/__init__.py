@@ -1,0 +1,1 @@
+"""Blocks on their way between the tiers: found, loaded, written down, and observed."""

@@ -1,0 +1,214 @@
+"""The way down itself: blocks are copied to warm slots, encoded, and put into the store, by the thread that writes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from tierkv.background.work_queue import Priority
+from tierkv.errors import StoreError
+from tierkv.index.index import Entry
+from tierkv.movers.mover import Move
+from tierkv.storage.cold import ColdStore
+from tierkv.storage.outcomes import PutOutcome
+from tierkv.storage.record import BlockInfo, EncodedRecord, encode_record
+from tierkv.transfer.tiers import Compression, Job, Place, Tiers
+from tierkv.values.block import TOKEN_BYTES, BlockHash, Tier
+from tierkv.values.events import EventKind
+
+__all__ = ["Batch", "BlockWriter"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Blocks to write down together, and the raw slots that they go by, which become the warm tier's if `is_kept`."""
+
+    jobs: Sequence[Job]
+    slots: Sequence[int] = ()
+    is_kept: bool = False
+
+
+class BlockWriter:
+    """Writes blocks down, a few at a time, by one thread.
+
+    It keeps a warm slot (staging slots, if the warm tier is compressed) of its own, so that it always gets on: everyone
+    who waits for room waits for it. `staging` are these slots.
+    """
+
+    def __init__(self, tiers: Tiers, *, most_blocks: int) -> None:
+        self._tiers = tiers
+        pool = tiers.compression.slots if tiers.compression else tiers.index.warm
+        self.staging = pool.allocate(max(1, min(most_blocks, pool.capacity // 2)) if tiers.compression else 1)
+        tiers.reserved_raw += len(self.staging)
+        self._failed: set[BlockHash] = set()
+
+    def begin(self, jobs: Sequence[Job]) -> Batch:
+        """Take room on the way down for the leading jobs, as many as there is room for, at least one."""
+        if self._tiers.lower:
+            return Batch(jobs)
+        slots: list[int] = []
+        if not self._tiers.compression:
+            try:
+                slots = self._tiers.try_take_warm(len(jobs))
+            except Exception:  # noqa: BLE001 - a policy of the user's: they go by the slot that is always there
+                _log.exception("no room was made in the warm tier")
+        return Batch(jobs[: len(slots or self.staging)], slots or self.staging, is_kept=bool(slots))
+
+    def write(self, batch: Batch) -> None:
+        """Write a batch that was begun, and let go of its blocks. What could not be written is counted, not raised."""
+        tiers = self._tiers
+        if tiers.lower:
+            try:
+                tiers.lower.write(batch.jobs)
+            finally:
+                self._note_failed(batch.jobs)
+                tiers.unpin_all(Tier.HOT, [job.block_id for job in batch.jobs])
+            return
+        try:
+            self._write(batch.jobs, batch.slots, is_kept=batch.is_kept)
+        except StoreError as exc:
+            _log.warning("%d blocks were not written to lower tiers: %s", len(batch.jobs), exc)
+            with tiers.changed:
+                for job in batch.jobs:
+                    tiers.skip(job, "io_error")
+
+    def has_failed(self, entry: Entry) -> bool:
+        """Whether no lower tier would take a block when it was offered: then it may be evicted all the same.
+
+        The caller holds the lock.
+        """
+        assert self._tiers.changed.is_owned()
+        return entry.block_hash in self._failed
+
+    def note_failure(self, job: Job) -> None:
+        """Remember a block that no lower tier has taken; forget about it if one has it.
+
+        The caller holds the lock.
+        """
+        assert self._tiers.changed.is_owned()
+        entry = self._entry_of(job)
+        if entry and entry.warm_slot is None and not entry.in_cold:
+            self._failed.add(job.block_hash)
+        elif entry:
+            self._failed.discard(job.block_hash)
+
+    def forget(self, entries: Iterable[Entry]) -> None:
+        """Forget about blocks that are gone; the caller holds the lock."""
+        assert self._tiers.changed.is_owned()
+        self._failed.difference_update(entry.block_hash for entry in entries)
+
+    def _write(self, jobs: Sequence[Job], slots: Sequence[int], *, is_kept: bool) -> None:
+        """Write blocks down by way of `slots`, which become the warm tier's if `is_kept`."""
+        tiers = self._tiers
+        held = [Place(Tier.HOT, job.block_id) for job in jobs]
+        try:
+            with tiers.watch.span("demote") as detail:
+                detail["blocks"] = len(jobs)
+                if tiers.compression:
+                    self._write_compressed(jobs, tiers.compression)
+                raw = list(zip(jobs if is_kept else self._missing(jobs), slots, strict=False))
+                for job, slot in raw:
+                    copied = tiers.mover.demote([Move(job.block_id, slot)], after=job.written)
+                if raw:
+                    copied.synchronize()
+            with tiers.changed:
+                if is_kept:
+                    for job, slot in raw:
+                        self._attach_warm(job, slot)
+            tiers.unpin(held)
+            held = []
+            with tiers.watch.span("store cold") as detail:
+                detail["blocks"] = self._store(raw)
+        finally:
+            self._note_failed(jobs)
+            tiers.unpin(held)
+            tiers.unpin(Place(Tier.WARM, slot) for slot in slots if is_kept)
+
+    def _note_failed(self, jobs: Sequence[Job]) -> None:
+        with self._tiers.changed:
+            for job in jobs:
+                self.note_failure(job)
+
+    def _write_compressed(self, jobs: Sequence[Job], compression: Compression) -> None:
+        """Keep blocks compressed in the warm tier, those that fit a slot there."""
+        tiers = self._tiers
+        with tiers.changed:
+            entries = [self._entry_of(job) for job in jobs]
+            wanted = [job for job, e in zip(jobs, entries, strict=True) if e is None or e.warm_slot is None]
+            slots = tiers.try_take_warm(len(wanted))
+        kept = list(zip(wanted, slots, strict=False))
+        if not kept:
+            return
+        try:
+            fits = compression.mover.demote(
+                [Move(job.block_id, slot) for job, slot in kept],
+                num_tokens=[len(job.token_bytes) // TOKEN_BYTES for job, _ in kept],
+                after=[job.written for job, _ in kept],
+            )
+            with tiers.changed:
+                for (job, slot), is_there in zip(kept, fits, strict=True):
+                    if is_there:
+                        self._attach_warm(job, slot)
+        finally:
+            tiers.unpin(Place(Tier.WARM, slot) for slot in slots)
+
+    def _attach_warm(self, job: Job, slot: int) -> None:
+        """Record that a warm slot has a job's block, unless another one has it; the caller holds the lock."""
+        assert self._tiers.changed.is_owned()
+        entry = self._tiers.index.insert(job.block_hash, job.parent_hash, job.token_bytes, seal=job.seal)
+        if entry and entry.warm_slot is None:
+            self._tiers.attach(entry, Tier.WARM, slot, EventKind.DEMOTE)
+            self._tiers.stats.bytes_in[Tier.WARM] += self._tiers.layout.packed_bytes(entry.num_tokens)
+
+    def _entry_of(self, job: Job) -> Entry | None:
+        """Return the entry of a job's block, if it is still known; the caller holds the lock."""
+        assert self._tiers.changed.is_owned()
+        return self._tiers.index.get(job.block_hash, job.parent_hash, job.token_bytes, seal=job.seal)
+
+    def _missing(self, jobs: Sequence[Job]) -> list[Job]:
+        """Return the jobs whose block the store lacks; none without a store that may be written to."""
+        cold = self._writable_store
+        return [job for job in jobs if not cold.contains(job.block_hash)] if cold else []
+
+    @property
+    def _writable_store(self) -> ColdStore | None:
+        cold = self._tiers.cold
+        return None if cold is None or cold.read_only else cold
+
+    def _store(self, raw: Sequence[tuple[Job, int]]) -> int:
+        """Encode blocks from their raw slots and put those that the store lacks, parents before children.
+
+        Return how many it lacked.
+        """
+        tiers = self._tiers
+        cold = self._writable_store
+        if cold is None:
+            return 0
+        slots = {job.block_hash: slot for job, slot in raw}
+        missing = [(job, slots[job.block_hash]) for job in self._missing([job for job, _ in raw])]
+        outcomes = cold.put(tiers.threads.map(Priority.DEMOTION, self._encode, missing))
+        with tiers.changed:
+            for (job, _), outcome in zip(missing, outcomes, strict=True):
+                if outcome not in (PutOutcome.STORED, PutOutcome.EXISTS):
+                    self._tiers.skip(job, outcome.value)
+                    continue
+                tiers.watch.block(EventKind.DEMOTE, Tier.COLD, job)
+                tiers.stats.bytes_in[Tier.COLD] += tiers.layout.packed_bytes(len(job.token_bytes) // TOKEN_BYTES)
+                entry = self._entry_of(job)
+                if entry:
+                    entry.in_cold = True
+        return len(missing)
+
+    def _encode(self, job_and_slot: tuple[Job, int]) -> EncodedRecord:
+        job, slot = job_and_slot
+        info = BlockInfo(
+            block_hash=job.block_hash,
+            parent=job.parent_hash,
+            namespace=self._tiers.namespace,
+            seal=job.seal,
+            token_bytes=job.token_bytes,
+        )
+        return encode_record(info, self._tiers.raw_slots[slot], layout=self._tiers.layout, codec=self._tiers.codec)

@@ -1,0 +1,150 @@
+"""Assembly: makes the tiers of one cache out of its config, the model's namespace and what others share with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import torch
+
+from tierkv.background.work_queue import PriorityThreads
+from tierkv.config import CacheConfig
+from tierkv.errors import ConfigError
+from tierkv.index.index import Index
+from tierkv.policies import EvictionPolicy
+from tierkv.ranks.group import RankGroup
+from tierkv.storage.codecs import Codec, codec_by_name, default_codec
+from tierkv.storage.cold import ColdStore
+from tierkv.storage.float_words import float_format
+from tierkv.storage.hot import HotPool, hot_pool_blocks
+from tierkv.transfer.daemon_tiers import DaemonTiers
+from tierkv.transfer.observers import Watch
+from tierkv.transfer.tiers import Tiers
+from tierkv.transfer.warm_memory import no_warm_memory, open_warm_memory
+from tierkv.values.block import HashFunction
+from tierkv.values.locks import OwnedCondition
+from tierkv.values.namespace import Namespace
+from tierkv.values.stats import StatsRecorder
+
+__all__ = ["choose_codec", "join_daemon", "open_store", "open_tiers"]
+
+_NUM_LOADERS = 4
+
+
+def choose_codec(config: CacheConfig, namespace: Namespace, ranks: RankGroup) -> tuple[Codec, Namespace]:
+    """Return the codec of new blocks, and the namespace that names it where it is lossy.
+
+    Raises ConfigError for a codec that does not fit the dtype or the namespace, for a layout of another block size, and
+    for a namespace that is another rank's slice.
+    """
+    _check_slice(namespace, ranks)
+    codec = _codec_of(config, namespace)
+    if namespace.layout.block_size != config.block_size:
+        raise ConfigError(f"block_size is {config.block_size}, but the layout's is {namespace.layout.block_size}")
+    return codec, replace(namespace, lossy_codec=codec.name if codec.is_lossy else "")
+
+
+def open_store(config: CacheConfig, shared: ColdStore | None) -> ColdStore | None:
+    """Return the store to use: the shared one, that of `config.cold_path`, or none. Raises ConfigError, StoreError."""
+    if config.socket is not None:
+        if shared is not None:
+            raise ConfigError("a cache with a socket uses the daemon's store, not one of its own")
+        return None
+    if shared is not None or config.cold_path is None:
+        return shared
+    return ColdStore(
+        config.cold_path,
+        quota_bytes=config.cold_bytes,
+        min_free_bytes=config.min_free_bytes,
+        write_wait_s=config.write_wait_s,
+        read_only=config.read_only,
+    )
+
+
+def open_tiers(
+    config: CacheConfig,
+    *,
+    namespace: Namespace,
+    codec: Codec,
+    device: torch.device,
+    cold: ColdStore | None,
+    policy: EvictionPolicy,
+    clock: Callable[[], float],
+) -> Tiers:
+    """Take the memory of the hot and the warm tier, start the threads that read, and join them with an open store."""
+    layout = namespace.layout
+    num_hot = hot_pool_blocks(layout, device, hot_bytes=config.hot_bytes, hot_fraction=config.hot_fraction)
+    hot = HotPool(layout, num_hot, device)
+    memory = open_warm_memory(hot, config) if config.socket is None else no_warm_memory(hot)
+    changed = OwnedCondition()
+    index = Index(
+        root=namespace.digest,
+        num_hot=num_hot,
+        num_warm=memory.warm.num_slots,
+        policy=policy,
+        clock=clock,
+        lock=changed,
+    )
+    return Tiers(
+        layout=layout,
+        namespace=namespace.digest,
+        codec=codec,
+        index=index,
+        hot=hot,
+        warm=memory.warm,
+        mover=memory.mover,
+        compression=memory.compression,
+        frames=memory.frames,
+        cold=cold,
+        threads=PriorityThreads(config.num_io_threads, name="tierkv-io"),
+        num_threads=config.num_io_threads,
+        loaders=ThreadPoolExecutor(_NUM_LOADERS, thread_name_prefix="tierkv-load"),
+        watch=Watch(layout, changed),
+        changed=changed,
+        stats=StatsRecorder(changed),
+        write_wait_s=config.write_wait_s,
+    )
+
+
+def join_daemon(
+    tiers: Tiers, config: CacheConfig, *, namespace: Namespace, ranks: RankGroup, hash_function: HashFunction
+) -> DaemonTiers | None:
+    """Let the daemon have the lower tiers if the config names its socket. Raises DaemonError if it refuses."""
+    if config.socket is None:
+        return None
+    tiers.lower = daemon = DaemonTiers(
+        tiers,
+        path=config.socket,
+        namespace=namespace,
+        block_size=config.block_size,
+        hash_function=hash_function,
+        # Ranks of two copies of a model would wait for each other, crosswise: they compute for themselves.
+        wait_s=config.compute_wait_s if ranks.size == 1 else 0.0,
+        timeout_s=config.daemon_timeout_s,
+        min_tail_tokens=config.min_partial_tokens,
+    )
+    return daemon
+
+
+def _check_slice(namespace: Namespace, ranks: RankGroup) -> None:
+    """Raise ConfigError unless the namespace is that of this rank's slice: blocks of another are never of use."""
+    if (namespace.tp_rank, namespace.tp_size) != (ranks.rank, ranks.size):
+        raise ConfigError(
+            f"the namespace is slice {namespace.tp_rank} of {namespace.tp_size}, "
+            f"but this is rank {ranks.rank} of {ranks.size}"
+        )
+
+
+def _codec_of(config: CacheConfig, namespace: Namespace) -> Codec:
+    """Return the codec that is to be used. Raises ConfigError for one that does not fit dtype or namespace."""
+    dtype = namespace.layout.dtype
+    codec = default_codec(dtype) if config.codec == "auto" else codec_by_name(config.codec)
+    if codec.is_lossy:
+        float_format(dtype)
+    if namespace.lossy_codec not in ("", codec.name):
+        raise ConfigError(
+            f"the namespace is of blocks that went through {namespace.lossy_codec}, the codec is {codec.name}",
+            hint="leave lossy_codec to the cache",
+        )
+    return codec

@@ -1,0 +1,232 @@
+"""How much of a prompt is cached, and where: walks the chain of whole blocks, then the block where it ends.
+
+K and V of a token depend only on the tokens up to it. So the block in which two prompts part ways, and a
+stored partial tail, still serve the tokens that they have in common.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from tierkv.errors import StoreError
+from tierkv.index.index import Entry, Index
+from tierkv.storage.coded import CodedBlock
+from tierkv.storage.outcomes import MissReason
+from tierkv.storage.planes import Bytes
+from tierkv.storage.record import BlockInfo
+from tierkv.values.block import TOKEN_BYTES, BlockHash, HashFunction, Seal, Tier, iter_chain, seal_block
+from tierkv.values.layout import BlockLayout
+
+__all__ = ["ColdSource", "Hit", "Lookup", "are_in_memory", "find_tail", "look_up"]
+
+_logger = logging.getLogger(__name__)
+
+
+class ColdEntry(Protocol):
+    """What a lookup needs of a stored block's small record."""
+
+    @property
+    def parent(self) -> BlockHash: ...
+    @property
+    def num_tokens(self) -> int: ...
+
+
+class ColdSource(Protocol):
+    """Something below the warm tier that can be asked for blocks: the LMDB store, a state file."""
+
+    def lookup(self, block_hash: BlockHash) -> ColdEntry | None: ...
+    def find_longest_run(self, parent: BlockHash, token_bytes: bytes) -> tuple[BlockHash, bytes, int] | None: ...
+    def read_ahead(self, block_hashes: Sequence[BlockHash]) -> None: ...
+    def is_in_memory(self, block_hash: BlockHash) -> bool: ...
+    def read_into(
+        self, expected: BlockInfo, out: Bytes, *, layout: BlockLayout, coded: CodedBlock | None = None
+    ) -> MissReason | None: ...
+    def note_damaged(self, block_hash: BlockHash) -> None: ...
+
+
+class Hit(NamedTuple):
+    """A cached block of which the first `num_tokens` tokens are of use.
+
+    entry is None where only a cold source knows the block. seal: of a cold one, computed from the tokens that are
+    asked for; the stored block's own, and its token ids, are compared when it is read.
+    A tuple, because there is one for every block of a prompt that is not hot: a frozen dataclass takes four times
+    as long to make.
+    """
+
+    block_hash: BlockHash
+    parent_hash: BlockHash
+    token_bytes: bytes
+    num_tokens: int
+    tier: Tier
+    entry: Entry | None
+    source: ColdSource | None
+    seal: Seal | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """hot: the entries of the whole blocks that lead the prompt and are hot, which need nothing but a pin.
+
+    blocks: the whole blocks behind them. tail: a block to copy for its common tokens, if any.
+    miss: why the block behind the last hit is none, where there is more to say than that it is absent.
+    """
+
+    hot: list[Entry] = field(default_factory=list)
+    blocks: list[Hit] = field(default_factory=list)
+    tail: Hit | None = None
+    miss: MissReason | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Leading tokens that need no prefill."""
+        return sum(entry.num_tokens for entry in self.hot) + sum(hit.num_tokens for hit in self.rest())
+
+    @property
+    def block_hashes(self) -> list[BlockHash]:
+        """The hashes of all blocks found, in order."""
+        return [*(entry.block_hash for entry in self.hot), *(hit.block_hash for hit in self.rest())]
+
+    def rest(self) -> Iterator[Hit]:
+        """Yield what was found behind the leading hot blocks."""
+        yield from self.blocks
+        if self.tail:
+            yield self.tail
+
+
+def are_in_memory(hits: Sequence[Hit]) -> bool:
+    """Tell whether reading cold blocks takes no disk, by the look of the first, the middle and the last."""
+    looked_at = [hits[at] for at in {0, len(hits) // 2, len(hits) - 1}] if hits else []
+    return all(hit.source is None or hit.source.is_in_memory(hit.block_hash) for hit in looked_at)
+
+
+def look_up(
+    index: Index,
+    sources: Sequence[ColdSource],
+    token_bytes: bytes,
+    *,
+    block_size: int,
+    max_tokens: int,
+    min_partial_tokens: int = 1,
+    hash_function: HashFunction,
+) -> Lookup:
+    """Return the longest cached prefix of a prompt, at most `max_tokens` tokens of it.
+
+    token_bytes: the prompt as little-endian uint32.
+    """
+    usable = token_bytes[: max_tokens * TOKEN_BYTES]
+    known = index.walk(usable, block_size)
+    hot = known[: next((i for i, entry in enumerate(known) if entry.block_id is None), len(known))]
+    search = _Search(index, sources)
+    blocks: list[Hit] = []
+    for entry in known[len(hot) :]:
+        hit = search.find_entry(entry)
+        if hit is None:
+            break
+        blocks.append(hit)
+    parent = known[len(hot) + len(blocks) - 1].block_hash if hot or blocks else index.root
+    miss: MissReason | None = None
+    rest = usable[(len(hot) + len(blocks)) * block_size * TOKEN_BYTES :]
+    seal: Seal | None = None  # of a parent that the index does not know
+    if len(hot) + len(blocks) == len(known):
+        for block_hash, tokens in iter_chain(parent, rest, block_size, hash_function):
+            hit = search.find_unknown(block_hash, parent, tokens, seal)
+            if hit is None:
+                miss = MissReason.COLLISION if index.collides(block_hash, parent, tokens) else None
+                break
+            blocks.append(hit)
+            parent, seal = block_hash, hit.seal
+        rest = usable[(len(hot) + len(blocks)) * block_size * TOKEN_BYTES :]
+    tail = search.find_tail(parent, rest, seal) if rest else None
+    if tail and tail.num_tokens < min_partial_tokens:
+        tail = None
+        miss = miss or MissReason.TOO_SHORT
+    return Lookup(hot, blocks, tail, MissReason.IO_ERROR if search.has_failed else miss)
+
+
+def find_tail(
+    index: Index, sources: Sequence[ColdSource], parent: BlockHash, rest: bytes, min_tokens: int
+) -> Hit | None:
+    """Return the child of `parent` with the longest common run of tokens; of equals, in the faster tier.
+
+    parent: a block that the caller holds, or the root.
+    """
+    tail = _Search(index, sources).find_tail(parent, rest)
+    return tail if tail and tail.num_tokens >= min_tokens else None
+
+
+class _Search:
+    """One search through the index and the sources. A source that fails has nothing: no request ends there."""
+
+    def __init__(self, index: Index, sources: Sequence[ColdSource]) -> None:
+        self._index = index
+        self._sources = sources
+        self.has_failed = False
+
+    def find_entry(self, entry: Entry) -> Hit | None:
+        """Return a block that the index knows, from the fastest tier that has it."""
+        parent, tokens = entry.parent.block_hash, entry.token_bytes
+        if entry.block_id is None and entry.warm_slot is None:
+            return self._find_cold(entry.block_hash, parent, tokens, entry, None)
+        tier = Tier.WARM if entry.block_id is None else Tier.HOT
+        return Hit(entry.block_hash, parent, tokens, len(tokens) // TOKEN_BYTES, tier, entry, None)
+
+    def find_unknown(
+        self, block_hash: BlockHash, parent: BlockHash, tokens: bytes, parent_seal: Seal | None
+    ) -> Hit | None:
+        """Return a whole block that the index does not know, if a cold source has it.
+
+        parent_seal: of a parent that the index does not know either.
+        """
+        if self._index.collides(block_hash, parent, tokens):
+            return None
+        return self._find_cold(block_hash, parent, tokens, None, parent_seal)
+
+    def _find_cold(
+        self, block_hash: BlockHash, parent: BlockHash, tokens: bytes, entry: Entry | None, parent_seal: Seal | None
+    ) -> Hit | None:
+        num_tokens = len(tokens) // TOKEN_BYTES
+        for source in self._sources:
+            try:
+                stored = source.lookup(block_hash)
+            except StoreError as exc:
+                self._note(exc)
+                continue
+            if stored and stored.parent == parent and stored.num_tokens == num_tokens:
+                seal = self._index.seal_of(entry) if entry else self._seal(parent, parent_seal, tokens)
+                return Hit(block_hash, parent, tokens, num_tokens, Tier.COLD, entry, source, seal)
+        return None
+
+    def find_tail(self, parent: BlockHash, rest: bytes, parent_seal: Seal | None = None) -> Hit | None:
+        """Return the child of `parent` with the longest common run of tokens; of equals, in the faster tier."""
+        best: Hit | None = None
+        longest = 0
+        if nearest := self._index.nearest_child(parent, rest):
+            entry, tier, longest = nearest
+            best = Hit(entry.block_hash, parent, entry.token_bytes, longest, tier, entry, None)
+        for source in self._sources:
+            if longest * TOKEN_BYTES == len(rest):
+                break
+            try:
+                found = source.find_longest_run(parent, rest)
+            except StoreError as exc:
+                self._note(exc)
+                continue
+            if found is None:
+                continue
+            child, tokens, run = found
+            if run > longest and not self._index.collides(child, parent, tokens):
+                longest = run
+                seal = self._seal(parent, parent_seal, tokens)
+                best = Hit(child, parent, tokens, run, Tier.COLD, self._index.get(child, parent, tokens), source, seal)
+        return best
+
+    def _seal(self, parent: BlockHash, parent_seal: Seal | None, tokens: bytes) -> Seal:
+        """Return the seal of a block behind one that the index knows, or of which the seal is known."""
+        return self._index.seal_behind(parent, tokens) if parent_seal is None else seal_block(parent_seal, tokens)
+
+    def _note(self, failure: StoreError) -> None:
+        self.has_failed = True
+        _logger.warning("a lookup failed and is a miss: %s", failure)

@@ -1,0 +1,392 @@
+"""The way down: blocks are copied to the warm tier and encoded into the cold one behind the request."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import takewhile
+from math import ceil
+from typing import TypeAlias
+
+from tierkv.background.write_behind import WriteBehind
+from tierkv.errors import CapacityError, StoreError
+from tierkv.index.chosen_eviction import ChosenEviction
+from tierkv.index.index import Entry
+from tierkv.movers.mover import Ready
+from tierkv.transfer.block_writer import BlockWriter
+from tierkv.transfer.tiers import Job, Tiers
+from tierkv.values.block import BlockHash, Tier
+from tierkv.values.checks import check_share
+
+__all__ = ["AfterWrites", "Demoter", "Offloading"]
+
+_log = logging.getLogger(__name__)
+
+_BATCH_BLOCKS = 8
+_QUEUE_BLOCKS = 4096
+_STALL_S = 30.0  # beyond the wait for others who write: a batch that takes longer is not waited for at the end
+_STALLED = "stalled"
+
+
+AfterWrites: TypeAlias = Callable[[], None]
+"""What is called when everything queued before it has been written; it raises nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offloading:
+    """When the hot pool is fuller than `threshold`, a `ratio` of what nobody uses is demoted behind the request.
+
+    Both are shares above 0, up to 1: of the places that the pool may take, and of the cached blocks.
+    """
+
+    threshold: float = 0.9
+    ratio: float = 0.2
+
+    def __post_init__(self) -> None:
+        for name in ("threshold", "ratio"):
+            check_share(f"offload_{name}", getattr(self, name))
+
+
+class Demoter:
+    """Has blocks written down, by one thread, and makes room in the hot pool. `writer` is what that thread does."""
+
+    def __init__(self, tiers: Tiers) -> None:
+        self._tiers = tiers
+        self.writer = BlockWriter(tiers, most_blocks=_BATCH_BLOCKS)
+        tiers.chosen = ChosenEviction(tiers.index, (Tier.HOT, Tier.WARM), self._evict_chosen, tiers.changed)
+        self._offloading: Offloading | None = None
+        self._is_offloading = False
+        self._is_tending = False
+        self._queue: WriteBehind[Job | AfterWrites] = WriteBehind(
+            self._process, capacity=_QUEUE_BLOCKS, batch_size=_BATCH_BLOCKS
+        )
+
+    def write_down(self, entry: Entry, written: Ready) -> None:
+        """Queue an entry's hot block for the lower tiers; the caller holds the lock.
+
+        A full queue drops the block, which is counted: a request never waits for a disk.
+        """
+        assert self._tiers.changed.is_owned()
+        self._offer(self._tiers.job_of(entry, written))
+
+    def write_tail(
+        self, block_hash: BlockHash, parent_hash: BlockHash, token_bytes: bytes, block_id: int, written: Ready
+    ) -> None:
+        """Do as `write_down` for a partly filled block, which has no entry; the caller holds it and its parent.
+
+        The caller holds the lock.
+        """
+        assert self._tiers.changed.is_owned()
+        index = self._tiers.index
+        seal = index.seal_behind(parent_hash, token_bytes)
+        self._offer(Job(block_hash, parent_hash, token_bytes, seal, index.peek(parent_hash), block_id, written))
+
+    def _offer(self, job: Job) -> None:
+        """Pin a job's block and queue it, or drop it if the queue is full; the caller holds the lock."""
+        assert self._tiers.changed.is_owned()
+        self._tiers.index.hot.pin(job.block_id)
+        if not self._queue.offer(job):
+            self._tiers.index.unpin(Tier.HOT, job.block_id)
+            self._tiers.skip(job, "queue_full")
+
+    def after_writes(self, action: AfterWrites) -> bool:
+        """Call something when everything queued so far has been written. False if the queue is full."""
+        return self._queue.offer(action)
+
+    def take_hot(self, count: int) -> list[int]:
+        """Return `count` block ids, each pinned once, evicting and demoting as needed and as is of use.
+
+        Waits for writes for at most `write_wait_s`, not at all while they stand still for longer than that; then the
+        oldest ones are dropped. Raises CapacityError if there is not that much room beside what is in use even so, and
+        ClosedError where it would wait.
+        """
+        tiers = self._tiers
+        pool = tiers.index.hot
+        deadline = time.monotonic() + tiers.write_wait_s
+        with tiers.changed:
+            while True:
+                tiers.reap()
+                was_idle = not self._queue.pending and not tiers.in_flight
+                short = count + pool.used_count - pool.limit
+                if short > 0 and count <= pool.limit - pool.referenced_count:  # else it would be in vain
+                    self.evict_hot(short)
+                if pool.free_count < count and self._is_too_late(deadline):
+                    self._drop_writes(count)
+                if pool.free_count >= count:
+                    block_ids = pool.allocate(count)
+                    tiers.wait_for_users(block_ids)
+                    self._offload_soon()
+                    return block_ids
+                is_idle = was_idle and not self._queue.pending
+                # Twice as late: what the batch in work holds may still be what is needed.
+                if is_idle or (time.monotonic() >= deadline + tiers.write_wait_s and not tiers.in_flight):
+                    raise CapacityError(
+                        f"the hot pool has no room for {count} more blocks: {pool.referenced_count} of "
+                        f"{pool.limit} are in use, and what is left is too little or pinned",
+                        hint="raise hot_bytes"
+                        + (" or the memory budget" if pool.limit < pool.capacity else "")
+                        + ", or run fewer sequences at once",
+                    )
+                tiers.require_open()
+                tiers.wait()
+
+    def _is_too_late(self, deadline: float) -> bool:
+        return time.monotonic() >= deadline or self._queue.stalled_s >= self._tiers.write_wait_s
+
+    def _drop_writes(self, count: int) -> None:
+        """Give queued writes up, oldest first, until `count` hot blocks are free; none where that would be in vain.
+
+        The caller holds the lock.
+        """
+        assert self._tiers.changed.is_owned()
+        pool = self._tiers.index.hot
+        holders = Counter(job.block_id for job in self._queue.queued() if isinstance(job, Job))
+        num_held = sum(pool.reference_count(block_id) == held for block_id, held in holders.items())
+        if count > pool.limit - pool.referenced_count + num_held:
+            return
+        while (short := count - pool.free_count) > 0:
+            evicted = len(self.evict_hot(short, write_first=False))
+            if not evicted and not self._drop_oldest(short):
+                return
+
+    def _drop_oldest(self, count: int) -> int:
+        """Give up to `count` of the oldest writes up. Return how many those were; the caller holds the lock."""
+        assert self._tiers.changed.is_owned()
+        dropped = self._queue.drop_oldest(count, lambda job: isinstance(job, Job))
+        for job in dropped:
+            assert isinstance(job, Job)
+            self._tiers.index.unpin(Tier.HOT, job.block_id)
+            self._tiers.skip(job, _STALLED)
+            self.writer.note_failure(job)
+        return len(dropped)
+
+    def evict_hot(self, count: int, *, write_first: bool = True) -> list[Entry]:
+        """Evict up to `count` blocks, and return them; those that no lower tier has yet are queued to be written first.
+
+        Without `write_first` these are lost, and counted. The caller holds the lock.
+        """
+        assert self._tiers.changed.is_owned()
+        tiers = self._tiers
+        ready: list[Entry] = []
+        for victim in tiers.index.select_victims(Tier.HOT, count):
+            if not self._must_write_first(victim):
+                ready.append(victim)
+            elif write_first:
+                self.write_down(victim, tiers.written(victim))
+            else:
+                tiers.skip(tiers.job_of(victim, tiers.mover.mark()), _STALLED)
+                ready.append(victim)
+        return self.evict(ready)  # not one whose child is still to be written
+
+    def evict_written(self, count: int) -> int:
+        """Evict up to `count` blocks, waiting for those to be written that no lower tier has yet. Return how many went.
+
+        The caller does not hold the lock.
+        """
+        assert not self._tiers.changed.is_owned()
+        num_gone = self._evict_reaped(count)
+        while num_gone < count:
+            self._queue.flush()
+            num_more = self._evict_reaped(count - num_gone)
+            if not num_more:
+                break
+            num_gone += num_more
+        return num_gone
+
+    def _evict_reaped(self, count: int) -> int:
+        with self._tiers.changed:
+            self._tiers.reap()
+            evicted = self.evict_hot(count)
+            self._tiers.changed.notify_all()
+            return len(evicted)
+
+    def evict(self, victims: Sequence[Entry]) -> list[Entry]:
+        """Evict just these blocks, children before parents, and return them; one with hot children stays.
+
+        The caller holds the lock.
+        """
+        assert self._tiers.changed.is_owned()
+        evicted = self._tiers.evict(victims, Tier.HOT)
+        self.writer.forget(evicted)
+        return evicted
+
+    def _evict_chosen(self, victims: Sequence[Entry], tier: Tier) -> list[Entry]:
+        return self.evict(victims) if tier is Tier.HOT else self._tiers.evict(victims, tier)
+
+    def shrink(self) -> int:
+        """Evict until the hot pool is within its limit, waiting for the writes that this needs.
+
+        Return how many blocks are beyond it all the same: they are in use, or pinned.
+        """
+        pool = self._tiers.index.hot
+        while excess := self._evict_excess():
+            self._queue.flush()  # what had to be written first may go now
+            if self._evict_excess() >= excess:
+                break
+        return pool.excess_count
+
+    def keep_room(self) -> None:
+        """Do what the hot pool's limit, and offloading, ask for now that blocks may have come out of use."""
+        pool, chosen = self._tiers.index.hot, self._tiers.chosen
+        if chosen.is_pending:
+            with self._tiers.changed:
+                chosen.retry()
+                self._tiers.changed.notify_all()
+        if pool.limit < pool.capacity:
+            self._evict_excess()
+        if self._offloading:
+            with self._tiers.changed:
+                self._offload_soon()
+
+    def set_offloading(self, offloading: Offloading | None) -> None:
+        """Keep room in the hot pool ahead of requests from now on, or no more."""
+        with self._tiers.changed:
+            self._offloading = offloading
+            self._offload_soon()
+
+    def flush(self) -> None:
+        """Wait until everything queued so far lies where it was to be written."""
+        self._queue.flush()
+
+    def wait_for_writes(self) -> bool:
+        """Do as `flush`, but return False where one write takes longer than a request waits."""
+        return self._queue.flush(stall_s=self._tiers.write_wait_s)
+
+    def _leave_out_marked(self, jobs: list[Job]) -> list[Job]:
+        """Return the jobs whose blocks were not evicted meanwhile; the others' are let go."""
+        tiers = self._tiers
+        with tiers.changed:
+            marked = tiers.chosen.marked
+            kept = [job for job in jobs if tiers.index.peek(job.block_hash) not in marked and job.parent not in marked]
+            for job in jobs:
+                if job not in kept:
+                    tiers.index.unpin(Tier.HOT, job.block_id)
+                    tiers.skip(job, "evicted")
+            tiers.changed.notify_all()
+        return kept
+
+    def tend(self) -> None:
+        """Have the write thread write what reads have left to be written in the store, if it is time for that."""
+        cold = self._tiers.cold
+        if cold and cold.is_due and not self._is_tending:
+            self._is_tending = self._queue.offer(self._tend)
+
+    def close(self) -> bool:
+        """Write what is queued and stop; what could not be written is logged. May be called twice.
+
+        Return whether the write thread has ended. If not, it stands still within a write, and all that it may touch
+        when it wakes up, which is everything in `tiers`, must be kept.
+        """
+        tiers = self._tiers
+        before = tiers.stats.skip_reasons.copy()
+        left = self._queue.close(stall_s=tiers.write_wait_s + _STALL_S)
+        with tiers.changed:
+            for job in left:
+                if isinstance(job, Job):
+                    tiers.index.unpin(Tier.HOT, job.block_id)
+                    tiers.skip(job, _STALLED)
+            lost = tiers.stats.skip_reasons - before
+            if in_work := self._queue.pending:
+                lost["in work"] = in_work
+        if lost:
+            reasons = ", ".join(f"{reason} {count}" for reason, count in sorted(lost.items()))
+            _log.warning(
+                "%d blocks were not written to lower tiers before the cache was closed: %s", lost.total(), reasons
+            )
+        return not self._queue.is_running
+
+    def _tend(self) -> None:
+        self._is_tending = False
+        cold = self._tiers.cold
+        try:
+            if cold:
+                cold.tend()
+        except StoreError as exc:
+            _log.warning("what readers have noted is not written yet: %s", exc)
+
+    def _evict_excess(self) -> int:
+        """Evict what is beyond the hot pool's limit. Return how many still are."""
+        pool = self._tiers.index.hot
+        with self._tiers.changed:
+            self._tiers.reap()
+            if pool.excess_count:
+                self.evict_hot(pool.excess_count)
+                self._tiers.changed.notify_all()
+            return pool.excess_count
+
+    def _offload_soon(self) -> None:
+        """Have the write thread offload a share of what nobody uses, if the hot pool is too full.
+
+        The caller holds the lock.
+        """
+        assert self._tiers.changed.is_owned()
+        if not self._is_offloading and self._num_to_offload():
+            self._is_offloading = self._queue.offer(self._offload)
+
+    def _num_to_offload(self) -> int:
+        """Return how many blocks are to be offloaded now; the caller holds the lock."""
+        assert self._tiers.changed.is_owned()
+        pool, offloading = self._tiers.index.hot, self._offloading
+        if not offloading or pool.used_count <= offloading.threshold * pool.limit:
+            return 0
+        return ceil(offloading.ratio * pool.idle_count)
+
+    def _offload(self) -> None:
+        """Choose what is to be offloaded, and write down what the warm tier lacks; it goes once that is done."""
+        tiers = self._tiers
+        with tiers.changed:
+            count = self._num_to_offload()
+            victims = tiers.index.select_victims(Tier.HOT, count) if count else []
+            for entry in victims:
+                if entry.warm_slot is None and not (tiers.lower and entry.in_cold):
+                    self.write_down(entry, tiers.written(entry))
+            self._is_offloading = bool(victims) and self._queue.offer(partial(self._evict_offloaded, victims))
+
+    def _evict_offloaded(self, victims: Sequence[Entry]) -> None:
+        """Evict what a lower tier has by now, children before parents, if still nobody uses it."""
+        tiers = self._tiers
+        with tiers.changed:
+            self._is_offloading = False
+            for entry in victims:
+                if tiers.index.is_evictable(entry, Tier.HOT) and (entry.warm_slot is not None or entry.in_cold):
+                    self.evict([entry])
+            tiers.changed.notify_all()
+
+    def _must_write_first(self, entry: Entry) -> bool:
+        """Tell whether evicting a block now would lose it; the caller holds the lock."""
+        assert self._tiers.changed.is_owned()
+        has_copy = entry.warm_slot is not None or entry.in_cold
+        return not has_copy and not self.writer.has_failed(entry)
+
+    def _process(self, work: list[Job | AfterWrites]) -> None:
+        """Carry out what leads the queue. What has to wait for another round goes back before this one begins, so that
+        it can be dropped while this one stands still.
+        """
+        while work:
+            jobs = [each for each in takewhile(lambda each: isinstance(each, Job), work) if isinstance(each, Job)]
+            if not jobs:
+                action = work.pop(0)
+                assert not isinstance(action, Job)
+                action()
+                continue
+            if self._tiers.chosen.marked:
+                num_before = len(jobs)
+                jobs = self._leave_out_marked(jobs)
+                work = [*jobs, *work[num_before:]]
+                if not jobs:
+                    self.keep_room()
+                    continue
+            batch = self.writer.begin(jobs)
+            work = work[len(batch.jobs) :]
+            if len(batch.jobs) < len(jobs):
+                self._queue.put_back(work)
+                work = []
+            try:
+                self.writer.write(batch)
+                self.keep_room()  # what had to be written before it might go
+            except Exception:  # noqa: BLE001 - a policy's or an observer's of the user's; what is queued behind goes on
+                _log.exception("writing %d blocks to lower tiers failed", len(batch.jobs))

@@ -1,0 +1,189 @@
+"""What must match for a block's bytes to be reusable; its digest is the root of every chain."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from tierkv.errors import ConfigError
+from tierkv.values.block import HASH_BYTES, BlockHash
+from tierkv.values.layout import BlockLayout
+
+__all__ = [
+    "DESCRIPTION_LIMIT_BYTES",
+    "FORMAT_VERSION",
+    "NAME_LIMIT",
+    "Namespace",
+    "NamespaceDescription",
+    "differing_fields",
+    "parse_description",
+]
+
+FORMAT_VERSION = 1
+"""Version of the bytes of a block and of what the digest covers."""
+
+DESCRIPTION_LIMIT_BYTES = 1 << 16
+"""How long a namespace's description may be: what a store and a daemon keep of each is bounded."""
+
+NAME_LIMIT = 128
+"""Characters of a namespace's name that are kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Namespace:
+    """Identity of a model's keys and values.
+
+    weights: digest of the weights that computed them, not a name or a path.
+    architecture: class and configuration that decide K and V, rope parameters among them; JSON values.
+    adapter: digest of a LoRA or other adapter's content, "" for none.
+    salt: keeps tenants apart; only its sha256 is stored, so it never lies on disk in the clear.
+    tp_rank, tp_size: the tensor-parallel slice of heads that the blocks hold.
+    lossy_codec: what the bytes have gone through if it changed them, "" if they are as they were computed.
+    name: for humans, not part of the identity.
+    """
+
+    weights: str
+    architecture: dict[str, Any] = field(default_factory=dict)
+    layout: BlockLayout
+    adapter: str = ""
+    salt: str = ""
+    tp_rank: int = 0
+    tp_size: int = 1
+    lossy_codec: str = ""
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.weights:
+            raise ConfigError("a namespace needs the digest of the model's weights")
+        if not 0 <= self.tp_rank < self.tp_size:
+            raise ConfigError(f"tp_rank {self.tp_rank} is not in [0, {self.tp_size})")
+
+    def identity(self) -> dict[str, Any]:
+        """Return every field that decides the digest, as JSON values; the salt only as its own digest."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "weights": self.weights,
+            "architecture": self.architecture,
+            **self.layout.to_dict(),
+            "adapter": self.adapter,
+            "salt": hashlib.sha256(self.salt.encode(errors="surrogatepass")).hexdigest() if self.salt else "",
+            "tp_rank": self.tp_rank,
+            "tp_size": self.tp_size,
+            **({"lossy_codec": self.lossy_codec} if self.lossy_codec else {}),  # so exact ones keep their digests
+        }
+
+    @property
+    def digest(self) -> BlockHash:
+        """16 bytes: the parent of every chain's first block. sha256, so it cannot be forged."""
+        return _digest(self.identity())
+
+    def describe(self) -> bytes:
+        """Return the JSON whose `parse_description` has this digest. A store keeps it, a daemon checks it.
+
+        Raises ConfigError where it is longer than DESCRIPTION_LIMIT_BYTES.
+        """
+        name = self.name.encode(errors="backslashreplace").decode()[:NAME_LIMIT]
+        text = _canonical({"name": name, **self.identity()})
+        if len(text) > DESCRIPTION_LIMIT_BYTES:
+            raise ConfigError(f"the namespace's description has {len(text)} bytes, {DESCRIPTION_LIMIT_BYTES} at most")
+        return text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NamespaceDescription:
+    """What a description says of a namespace, checked; `digest` is computed from it, never believed.
+
+    fields: all of it as JSON values, for humans. salt_digest: hex, "" without a salt.
+    """
+
+    digest: BlockHash
+    name: str
+    layout: BlockLayout
+    salt_digest: str
+    lossy_codec: str
+    fields: dict[str, Any]
+
+
+def parse_description(text: bytes) -> NamespaceDescription:
+    """Read what `Namespace.describe` wrote, from a source that may lie: a client, a store, a state file.
+
+    Raises ConfigError unless it is JSON of at most DESCRIPTION_LIMIT_BYTES with exactly the known fields.
+    """
+    if len(text) > DESCRIPTION_LIMIT_BYTES:
+        raise ConfigError(f"a namespace's description has {len(text)} bytes, {DESCRIPTION_LIMIT_BYTES} at most")
+    try:
+        fields = json.loads(text)
+    except (ValueError, RecursionError) as exc:  # UnicodeDecodeError is a ValueError
+        raise ConfigError("a namespace's description is not JSON") from exc
+    if not isinstance(fields, dict):
+        raise ConfigError("a namespace's description is not a JSON object")
+    unknown = fields.keys() - _FIELDS.keys()
+    if unknown:
+        raise ConfigError(f"a namespace's description has unknown fields: {', '.join(map(ascii, sorted(unknown)))}")
+    for key, kind in _FIELDS.items():
+        value = fields.get(key, "" if key == "lossy_codec" else None)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ConfigError(f"a namespace's description has no valid {key}")
+    if fields["format_version"] != FORMAT_VERSION:
+        raise ConfigError(f"a namespace's description has format {fields['format_version']}, known is {FORMAT_VERSION}")
+    if not fields["weights"] or not 0 <= fields["tp_rank"] < fields["tp_size"] or fields.get("lossy_codec") == "":
+        raise ConfigError("a namespace's description has no weights, an impossible rank or an empty codec")
+    try:
+        digest = _digest({key: value for key, value in fields.items() if key != "name"})
+        fields["name"].encode()
+    except (UnicodeEncodeError, ConfigError) as exc:
+        raise ConfigError("a namespace's description is not Unicode text") from exc
+    return NamespaceDescription(
+        digest=digest,
+        name=fields["name"][:NAME_LIMIT],
+        layout=BlockLayout.from_dict(fields),
+        salt_digest=fields["salt"],
+        lossy_codec=fields.get("lossy_codec", ""),
+        fields=fields,
+    )
+
+
+_FIELDS = {
+    "name": str,
+    "format_version": int,
+    "weights": str,
+    "architecture": dict,
+    "block_size": int,
+    "dtype": str,
+    "layers": list,
+    "adapter": str,
+    "salt": str,
+    "tp_rank": int,
+    "tp_size": int,
+    "lossy_codec": str,
+}
+
+
+def _canonical(value: dict[str, Any]) -> bytes:
+    """Return the one JSON text of a value: the same before and after it was parsed again."""
+    try:
+        as_parsed = json.loads(json.dumps(value))  # keys that are no strings become some, and only then are sorted
+        text = json.dumps(as_parsed, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise ConfigError(f"a namespace must be JSON values and Unicode text: {str(exc)!a}") from exc
+    return text
+
+
+def _digest(identity: dict[str, Any]) -> BlockHash:
+    return hashlib.sha256(_canonical(identity)).digest()[:HASH_BYTES]
+
+
+def differing_fields(left: dict[str, Any], right: dict[str, Any], prefix: str = "") -> list[str]:
+    """Return the dotted names of the fields in which two described namespaces differ, name aside."""
+    names: list[str] = []
+    for key in sorted(left.keys() | right.keys()):
+        if not prefix and key == "name":
+            continue
+        a, b = left.get(key), right.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            names += differing_fields(a, b, f"{prefix}{key}.")
+        elif a != b:
+            names.append(f"{prefix}{key}")
+    return names

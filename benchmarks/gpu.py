@@ -155,9 +155,11 @@ def _sanitizer() -> Iterator[Row]:
         yield Row("compute-sanitizer memcheck of the kernels' tests", "not run", type(exc).__name__)
         return
     summary = next((line for line in done.stdout.splitlines() if "ERROR SUMMARY" in line), "no summary")
-    tail = next((line for line in reversed(done.stdout.splitlines()) if " passed" in line), "tests did not run")
+    partial_block = next(
+        (line for line in reversed(done.stdout.splitlines()) if " passed" in line), "tests did not run"
+    )
     errors = 0.0 if "ERROR SUMMARY: 0 errors" in summary and done.returncode == 0 else 1.0
-    beside = tail.strip("= ")[:34]
+    beside = partial_block.strip("= ")[:34]
     yield Row(
         "compute-sanitizer memcheck of the kernels' tests", summary.split(":")[-1].strip(), beside, errors, at_most=0
     )

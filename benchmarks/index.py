@@ -132,7 +132,7 @@ def _store(index: Index, prompt: bytes, tiers: Sequence[Tier], count: int) -> No
         entry = index.insert(parent, parent_hash, tokens)
         assert entry
         if Tier.WARM in tiers:
-            index.seal_of(entry)  # what is written down has a seal, of which some are kept
+            index.content_digest_of(entry)  # what is written down has a content digest, of which some are kept
         for tier in tiers:
             if index.pool(tier).free_count:
                 (slot,) = index.pool(tier).allocate(1)

@@ -168,7 +168,7 @@ class _Hunter:
                 time.sleep(0)
         self._compute(sequence, num_computed, sequence.num_tokens)
         self._check(sequence)
-        cache.commit(sequence, sequence.num_tokens, tail=dice.random() < 0.3)
+        cache.commit(sequence, sequence.num_tokens, partial_block=dice.random() < 0.3)
         return sequence
 
     def _decode(self, sequence: Sequence) -> None:

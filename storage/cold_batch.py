@@ -5,9 +5,10 @@ blocks    block hash -> record, padded to a size class
 index     block hash -> ColdEntry
 children  which stored blocks follow a block, or begin a namespace's chains (cold_links.py)
 
-The two rules that keep a forged hash harmless: a block is stored only behind the parent that its seal was made of,
+The two rules that keep a forged hash harmless: a block is stored only behind the parent that its content digest was
+made of,
 and never stays when its parent goes. A chain is followed by hash, so whoever could put another block in a parent's
-place would change what its children mean. (Who reads a block compares its seal once more.)
+place would change what its children mean. (Who reads a block compares its content digest once more.)
 """
 
 from __future__ import annotations
@@ -493,7 +494,7 @@ class WriteBatch:
         return entry_of(record, value_bytes=padded_bytes(record.stored_bytes), depth=depth, now=self.now)
 
     def _is_behind_its_parent(self, info: BlockInfo) -> bool:
-        """Tell whether the stored parent is the one that the block's seal was made of."""
+        """Tell whether the stored parent is the one that the block's content digest was made of."""
         if info.parent == info.namespace:
             return info.follows(None)
         value = self._value(info.parent)

@@ -134,7 +134,7 @@ def verify_block(env: LmdbEnv, txn: ReadTransaction, databases: Databases, block
     if info.block_hash != block_hash or hash_block(info.parent, info.token_bytes) != block_hash:
         raise CorruptBlockError("its hash is not that of its parent and tokens")
     if not _is_behind_its_parent(txn, databases, info):
-        raise CorruptBlockError("its seal is not that of its parent and tokens")
+        raise CorruptBlockError("its content digest is not that of its parent and tokens")
     described = (entry.parent, entry.namespace, entry.stored_bytes, entry.num_tokens, entry.raw_bytes)
     num_tokens = len(info.token_bytes) // TOKEN_BYTES
     if described != (info.parent, info.namespace, header.record_bytes, num_tokens, header.raw_bytes):
@@ -150,7 +150,7 @@ def verify_block(env: LmdbEnv, txn: ReadTransaction, databases: Databases, block
 
 
 def _is_behind_its_parent(txn: ReadTransaction, databases: Databases, info: BlockInfo) -> bool:
-    """Tell whether a block's seal follows from its parent's. A parent that cannot be read is reported itself."""
+    """Tell whether a block's digest follows from its parent's. A parent that cannot be read is reported itself."""
     if info.parent == info.namespace:
         return info.follows(None)
     parent = read_block_info(txn, databases, info.parent)

@@ -18,14 +18,14 @@ from tierkv.storage.codecs import Codec, codec_by_id
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.planes import Bytes
 from tierkv.values.block import (
+    CONTENT_DIGEST_BYTES,
     HASH_BYTES,
-    SEAL_BYTES,
     TOKEN_BYTES,
     BlockHash,
+    ContentDigest,
     HashFunction,
-    Seal,
+    chain_content_digest,
     hash_block,
-    seal_block,
 )
 from tierkv.values.layout import BlockLayout
 
@@ -56,7 +56,7 @@ ALIGNMENT_BYTES = 64
 Buffer: TypeAlias = "memoryview | bytes | bytearray | Bytes"
 
 # magic, version, flags, checksum | hash, parent, namespace | tokens, block size, codec, codec version,
-# frames | raw, payload and record bytes | payload offset, runs | seal
+# frames | raw, payload and record bytes | payload offset, runs | content digest
 _HEADER = struct.Struct("<4sHHQ16s16s16sIIHHIQQQII16s")
 _PROLOGUE_BYTES = 16  # magic to checksum; the checksum covers the rest and is seeded with the first 8
 assert _HEADER.size == HEADER_BYTES
@@ -71,22 +71,23 @@ class BlockInfo:
     """Identity of one block: two blocks are the same only if all five are equal.
 
     parent: the parent's block hash, or the namespace digest for a first block.
-    seal: of the block and all before it. Whoever asks for a block computes it from the tokens that he has, and whoever
+    content_digest: of the block and all before it. Whoever asks for a block computes it from the tokens that he has,
+    and whoever
     stores one from those that its K and V were computed of: the hashes alone may be forged.
-    token_bytes: token ids as little-endian uint32; fewer than the layout's block size in a partial tail.
+    token_bytes: token ids as little-endian uint32; fewer than the layout's block size in a partial block.
     """
 
     block_hash: BlockHash
     parent: BlockHash
     namespace: BlockHash
-    seal: Seal
+    content_digest: ContentDigest
     token_bytes: bytes
 
     def __post_init__(self) -> None:
         if any(len(value) != HASH_BYTES for value in (self.block_hash, self.parent, self.namespace)):
             raise ConfigError(f"block hash, parent and namespace are {HASH_BYTES} bytes each")
-        if len(self.seal) != SEAL_BYTES:
-            raise ConfigError(f"a seal is {SEAL_BYTES} bytes")
+        if len(self.content_digest) != CONTENT_DIGEST_BYTES:
+            raise ConfigError(f"a content digest is {CONTENT_DIGEST_BYTES} bytes")
         if not self.token_bytes or len(self.token_bytes) % TOKEN_BYTES:
             raise ConfigError(f"a block has at least one token of {TOKEN_BYTES} bytes")
 
@@ -102,7 +103,7 @@ class BlockInfo:
             block_hash=hash_function(namespace, token_bytes),
             parent=namespace,
             namespace=namespace,
-            seal=seal_block(namespace, token_bytes),
+            content_digest=chain_content_digest(namespace, token_bytes),
             token_bytes=token_bytes,
         )
 
@@ -112,14 +113,14 @@ class BlockInfo:
             block_hash=hash_function(self.block_hash, token_bytes),
             parent=self.block_hash,
             namespace=self.namespace,
-            seal=seal_block(self.seal, token_bytes),
+            content_digest=chain_content_digest(self.content_digest, token_bytes),
             token_bytes=token_bytes,
         )
 
     def follows(self, parent: BlockInfo | None) -> bool:
-        """Tell whether the seal is that of a block behind `parent`; behind none it begins a chain."""
-        before = self.namespace if parent is None else parent.seal
-        return self.seal == seal_block(before, self.token_bytes)
+        """Tell whether the content digest is that of a block behind `parent`; behind none it begins a chain."""
+        before = self.namespace if parent is None else parent.content_digest
+        return self.content_digest == chain_content_digest(before, self.token_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +152,7 @@ def read_header(record: Buffer, *, size: int | None = None) -> RecordHeader:
     fields = _HEADER.unpack_from(view)
     magic, version, flags, checksum, block_hash, parent, namespace = fields[:7]
     num_tokens, block_size, codec_id, codec_version, num_frames = fields[7:12]
-    raw_bytes, payload_bytes, record_bytes, payload_offset, num_runs, seal = fields[12:]
+    raw_bytes, payload_bytes, record_bytes, payload_offset, num_runs, content_digest = fields[12:]
     if magic != MAGIC:
         raise CorruptBlockError("not a block record: the magic does not match")
     if version != RECORD_VERSION or flags:
@@ -178,7 +179,7 @@ def read_header(record: Buffer, *, size: int | None = None) -> RecordHeader:
         block_hash=block_hash,
         parent=parent,
         namespace=namespace,
-        seal=seal,
+        content_digest=content_digest,
         token_bytes=bytes(view[HEADER_BYTES:frames_at]),
     )
     return RecordHeader(
@@ -250,7 +251,7 @@ def write_header(buffer: Bytes, info: BlockInfo, layout: BlockLayout, codec: Cod
         payload_offset + payload_bytes,
         payload_offset,
         len(layout.runs),
-        info.seal,
+        info.content_digest,
     )
     frames_at = HEADER_BYTES + len(info.token_bytes)
     view[HEADER_BYTES:frames_at] = info.token_bytes

@@ -69,5 +69,5 @@ class CachedModel:
         with torch.inference_mode(), use_tierkv_attention(self.model):
             logits = forward(self.model, torch.tensor(ids, device=device), batch)
         for sequence in sequences:
-            self.cache.commit(sequence, sequence.num_tokens, tail=True)
+            self.cache.commit(sequence, sequence.num_tokens, partial_block=True)
         return list(logits.split([step.num_new for step in steps]))

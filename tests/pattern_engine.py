@@ -67,7 +67,7 @@ class PatternEngine:
         self.seed = seed
         self.size = cache.config.block_size
 
-    def start(self, token_ids: list[int], *, tail: bool = False, may_split: bool = False) -> Sequence:
+    def start(self, token_ids: list[int], *, partial_block: bool = False, may_split: bool = False) -> Sequence:
         """Acquire, check every cached token, compute the rest, commit."""
         if may_split:  # as if a block took a millisecond
             self.cache.note_computed(1, 1e-3)
@@ -81,7 +81,7 @@ class PatternEngine:
             self.check(sequence, num_computed)
         self.compute(sequence, num_computed)
         self.cache.note_loaded(sequence, len(token_ids) / self.size * (0.4e-3 if had_split else 0.8e-3))
-        self.cache.commit(sequence, sequence.num_tokens, tail=tail)
+        self.cache.commit(sequence, sequence.num_tokens, partial_block=partial_block)
         return sequence
 
     def meet(self, sequence: Sequence) -> int:
@@ -100,12 +100,12 @@ class PatternEngine:
             else:
                 sequence.split.wait()
 
-    def decode(self, sequence: Sequence, token_ids: list[int], *, tail: bool = False) -> None:
+    def decode(self, sequence: Sequence, token_ids: list[int], *, partial_block: bool = False) -> None:
         """Append tokens, compute them, commit."""
         first = sequence.num_tokens
         self.cache.append(sequence, token_ids)
         self.compute(sequence, first)
-        self.cache.commit(sequence, sequence.num_tokens, tail=tail)
+        self.cache.commit(sequence, sequence.num_tokens, partial_block=partial_block)
 
     def compute(self, sequence: Sequence, first: int, last: int | None = None) -> None:
         """Write K and V of the tokens from `first` on into their slots."""

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tierkv.errors import ConfigError
-from tierkv.values.block import as_token_array, common_run, hash_block, iter_chain, seal_block
+from tierkv.values.block import as_token_array, chain_content_digest, common_run, hash_block, iter_chain
 
 ROOT = b"r" * 16
 tokens = st.lists(st.integers(0, 2**32 - 1), max_size=40)
@@ -27,7 +27,7 @@ def test_equal_tokens_after_different_parents_have_different_hashes() -> None:
 
 
 def test_the_seal_of_a_block_is_the_same_on_every_machine() -> None:
-    assert seal_block(ROOT, as_bytes([1, 2, 3])) == hashlib.sha256(ROOT + as_bytes([1, 2, 3])).digest()[:16]
+    assert chain_content_digest(ROOT, as_bytes([1, 2, 3])) == hashlib.sha256(ROOT + as_bytes([1, 2, 3])).digest()[:16]
 
 
 def test_token_ids_forged_to_have_a_given_hash_have_another_seal() -> None:
@@ -38,7 +38,7 @@ def test_token_ids_forged_to_have_a_given_hash_have_another_seal() -> None:
     forged[list(changes)] = list(changes.values())
     left, right = given_ids.tobytes(), forged.tobytes()
     assert hash_block(ROOT, left) == hash_block(ROOT, right), "the numbers are those of a real forgery"
-    assert seal_block(ROOT, left) != seal_block(ROOT, right)
+    assert chain_content_digest(ROOT, left) != chain_content_digest(ROOT, right)
 
 
 @given(tokens, st.integers(1, 7))

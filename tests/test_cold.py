@@ -125,7 +125,7 @@ def test_a_block_is_not_stored_behind_another_one_with_its_parents_hash(tmp_path
 
 
 def test_a_first_block_with_a_seal_that_is_not_its_own_is_refused(tmp_path: Path) -> None:
-    record = encode_record(replace(record_of(1).info, seal=bytes(16)), block_bytes(), layout=LAYOUT)
+    record = encode_record(replace(record_of(1).info, content_digest=bytes(16)), block_bytes(), layout=LAYOUT)
     with open_store(tmp_path) as store:
         assert store.put([record]) == [PutOutcome.NO_PARENT]
 

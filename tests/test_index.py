@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from tierkv.errors import CapacityError
 from tierkv.index.index import Entry, Index
 from tierkv.policies import CacheBlock, LRUPolicy
-from tierkv.values.block import Tier, as_token_array, common_run, hash_block, seal_block
+from tierkv.values.block import Tier, as_token_array, chain_content_digest, common_run, hash_block
 
 ROOT = b"r" * 16
 TOKENS = [as_token_array([token]).tobytes() for token in range(8)]
@@ -62,9 +62,9 @@ def test_seals_are_chained_from_the_root_whenever_they_are_asked_for() -> None:
     index = make_index()
     first = add(index, None, 1)
     second = add(index, first, 2)
-    want = seal_block(seal_block(ROOT, TOKENS[1]), TOKENS[2])
-    assert index.seal_of(second) == want == index.seal_behind(first.block_hash, TOKENS[2])
-    assert index.seal_of(first) == seal_block(ROOT, TOKENS[1])
+    want = chain_content_digest(chain_content_digest(ROOT, TOKENS[1]), TOKENS[2])
+    assert index.content_digest_of(second) == want == index.content_digest_after(first.block_hash, TOKENS[2])
+    assert index.content_digest_of(first) == chain_content_digest(ROOT, TOKENS[1])
     index.check()
 
 
@@ -72,17 +72,19 @@ def test_seals_are_right_in_long_chains_that_come_and_go() -> None:
     index = make_index(num_hot=100)
     wanted: dict[Entry, bytes] = {}
     for first in (1, 2):
-        entry, seal = None, ROOT
+        entry, content_digest = None, ROOT
         for number in range(40):
             token = first if number == 0 else number % 8
-            entry, seal = add(index, entry, token), seal_block(seal, TOKENS[token])
-            wanted[entry] = seal
+            entry, content_digest = add(index, entry, token), chain_content_digest(content_digest, TOKENS[token])
+            wanted[entry] = content_digest
     for entry in [*reversed(wanted), *wanted]:
-        assert index.seal_of(entry) == wanted[entry]
+        assert index.content_digest_of(entry) == wanted[entry]
     index.check()
     index.evict(index.select_victims(Tier.HOT, 60), Tier.HOT)
     index.check()
-    assert all(index.seal_of(entry) == seal for entry, seal in wanted.items()), "also of what has gone"
+    assert all(index.content_digest_of(entry) == content_digest for entry, content_digest in wanted.items()), (
+        "also of what has gone"
+    )
     index.check()
 
 
@@ -90,14 +92,14 @@ def test_a_block_is_not_put_behind_another_one_that_has_taken_its_parents_hash()
     index = make_index()
     first = add(index, None, 1)
     child = hash_block(first.block_hash, TOKENS[3])
-    true_seal = seal_block(index.seal_of(first), TOKENS[3])
-    forged_seal = seal_block(seal_block(ROOT, TOKENS[2]), TOKENS[3])
-    assert index.insert(child, first.block_hash, TOKENS[3], seal=forged_seal) is None
-    entry = index.insert(child, first.block_hash, TOKENS[3], seal=true_seal)
-    assert entry and index.seal_of(entry) == true_seal
-    assert index.insert(child, first.block_hash, TOKENS[3], seal=forged_seal) is None
-    assert index.get(child, first.block_hash, TOKENS[3], seal=forged_seal) is None
-    assert index.get(child, first.block_hash, TOKENS[3], seal=true_seal) is entry
+    true_seal = chain_content_digest(index.content_digest_of(first), TOKENS[3])
+    forged_seal = chain_content_digest(chain_content_digest(ROOT, TOKENS[2]), TOKENS[3])
+    assert index.insert(child, first.block_hash, TOKENS[3], content_digest=forged_seal) is None
+    entry = index.insert(child, first.block_hash, TOKENS[3], content_digest=true_seal)
+    assert entry and index.content_digest_of(entry) == true_seal
+    assert index.insert(child, first.block_hash, TOKENS[3], content_digest=forged_seal) is None
+    assert index.get(child, first.block_hash, TOKENS[3], content_digest=forged_seal) is None
+    assert index.get(child, first.block_hash, TOKENS[3], content_digest=true_seal) is entry
     index.forget(entry)
 
 

@@ -164,16 +164,16 @@ def test_what_is_dear_to_compute_again_outlives_what_is_cheap() -> None:
     policy = CostAwarePolicy(PrefillModel(token_s=1.0, context_s=0.01))
     policy.half_life_s = 10.0
     deep, first = Block(last_access=0.0, depth=8), Block(last_access=0.0)
-    tail = Block(last_access=0.0, depth=8, num_tokens=1)
-    assert policy.score_block(deep) < policy.score_block(first) < policy.score_block(tail)
+    partial_block = Block(last_access=0.0, depth=8, num_tokens=1)
+    assert policy.score_block(deep) < policy.score_block(first) < policy.score_block(partial_block)
 
 
 def test_a_prefix_that_many_chains_begin_with_outlives_a_newer_one() -> None:
     policy = PrefixAwarePolicy()
     policy.half_life_s = 10.0
     cache = Cache(policy)
-    for tail in (11, 12, 13):
-        cache.use(1, tail, at=1.0)
+    for partial_block in (11, 12, 13):
+        cache.use(1, partial_block, at=1.0)
     cache.use(2, 21, at=2.0)
     assert cache.victims(6)[-1] == 1
 
@@ -334,11 +334,11 @@ def test_the_tail_of_a_prompt_goes_before_whole_blocks_once_tails_were_seen_to_b
     for at in range(3000):
         whole = Block(float(at), block_hash=hash_block(ROOT, bytes([at % 10])), access_count=1 + at // 10)
         policy.update_on_access(whole)
-        tail = Block(float(at), block_hash=hash_block(ROOT, at.to_bytes(4, "little")), num_tokens=7)
-        policy.update_on_insert(tail, None)
+        partial_block = Block(float(at), block_hash=hash_block(ROOT, at.to_bytes(4, "little")), num_tokens=7)
+        policy.update_on_insert(partial_block, None)
     new = Block(2999.0, block_hash=b"n" * 16)
     policy.update_on_insert(new, None)
-    assert policy.score_block(tail) > policy.score_block(new)
+    assert policy.score_block(partial_block) > policy.score_block(new)
 
 
 def test_hit_density_takes_the_same_memory_after_any_number_of_blocks() -> None:

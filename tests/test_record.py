@@ -108,7 +108,7 @@ def test_padding_behind_a_record_is_ignored() -> None:
         ("parent", MissReason.COLLISION),
         ("token_bytes", MissReason.COLLISION),
         ("block_hash", MissReason.COLLISION),
-        ("seal", MissReason.COLLISION),
+        ("content_digest", MissReason.COLLISION),
         ("namespace", MissReason.NAMESPACE),
     ],
 )
@@ -153,7 +153,7 @@ def test_a_record_of_another_version_is_refused_with_the_remedy(offset: int, val
 
 
 def with_checksum(record: bytearray) -> bytearray:
-    """Seal a record anew, as a version that writes other things into it does."""
+    """ContentDigest a record anew, as a version that writes other things into it does."""
     seed = int.from_bytes(record[:8], "little")
     struct.pack_into("<Q", record, 8, xxhash.xxh3_64_intdigest(bytes(record[16:]), seed=seed))
     return record

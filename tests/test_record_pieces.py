@@ -160,7 +160,7 @@ def test_a_block_left_coded_is_its_payload(tmp_path: Path) -> None:
 
 def test_another_block_is_told_from_a_damaged_one_by_its_last_byte() -> None:
     data = encoded()
-    other = replace(INFO, seal=bytes(16))
+    other = replace(INFO, content_digest=bytes(16))
     assert decode(data, expected=other) is MissReason.COLLISION
     data[-1] ^= 1
     with pytest.raises(CorruptBlockError):

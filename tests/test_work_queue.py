@@ -11,62 +11,62 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from tierkv.background.work_queue import Priority, PriorityThreads, Ticket, WorkQueue
+from tierkv.background.work_queue import Priority, PriorityThreads, QueueEntry, WorkQueue
 from tierkv.errors import CapacityError, ClosedError, ConfigError
 
 MAX_ENTRIES, MAX_BYTES = 4, 100
 
 
 class ModelledQueue(RuleBasedStateMachine):
-    """The model is a list of (priority, order, ticket), sorted whenever something is taken."""
+    """The model is a list of (priority, order, claim), sorted whenever something is taken."""
 
-    tickets = Bundle("tickets")
+    claims = Bundle("claims")
     taken = Bundle("taken")
 
     def __init__(self) -> None:
         super().__init__()
         self.queue: WorkQueue[int] = WorkQueue(max_entries=MAX_ENTRIES, max_bytes=MAX_BYTES)
-        self.model: list[tuple[Priority, int, Ticket[int]]] = []
-        self.returned: set[Ticket[int]] = set()
+        self.model: list[tuple[Priority, int, QueueEntry[int]]] = []
+        self.returned: set[QueueEntry[int]] = set()
         self.count = 0
 
-    @rule(target=tickets, priority=st.sampled_from(Priority), num_bytes=st.integers(0, 150))
-    def put(self, priority: Priority, num_bytes: int) -> Ticket[int] | None:
-        same = [ticket for each, _, ticket in self.model if each is priority]
+    @rule(target=claims, priority=st.sampled_from(Priority), num_bytes=st.integers(0, 150))
+    def put(self, priority: Priority, num_bytes: int) -> QueueEntry[int] | None:
+        same = [entry for each, _, entry in self.model if each is priority]
         counted = min(num_bytes, MAX_BYTES)
-        fits = len(same) < MAX_ENTRIES and sum(ticket.num_bytes for ticket in same) + counted <= MAX_BYTES
+        fits = len(same) < MAX_ENTRIES and sum(entry.num_bytes for entry in same) + counted <= MAX_BYTES
         self.count += 1
         if not fits:
             with pytest.raises(CapacityError):
                 self.queue.put(self.count, priority, num_bytes=num_bytes, timeout_s=0)
             return None
-        ticket = self.queue.put(self.count, priority, num_bytes=num_bytes, timeout_s=0)
-        self.model.append((priority, self.count, ticket))
-        return ticket
+        entry = self.queue.put(self.count, priority, num_bytes=num_bytes, timeout_s=0)
+        self.model.append((priority, self.count, entry))
+        return entry
 
     @rule(target=taken)
-    def take(self) -> Ticket[int] | None:
+    def take(self) -> QueueEntry[int] | None:
         self.model.sort(key=lambda each: each[:2])
         want = self.model.pop(0)[2] if self.model else None
         got = self.queue.try_take()
         assert got is want
         return got
 
-    @rule(ticket=consumes(taken))
-    def put_back(self, ticket: Ticket[int] | None) -> None:
-        if ticket is None:
+    @rule(entry=consumes(taken))
+    def put_back(self, entry: QueueEntry[int] | None) -> None:
+        if entry is None:
             return
-        self.queue.put_back(ticket)
-        self.returned.add(ticket)
-        first = min((order for priority, order, _ in self.model if priority is ticket.priority), default=0)
-        self.model.append((ticket.priority, first - 1, ticket))
-        assert not self.queue.cancel(ticket), "it has been taken once, and may be half done"
+        self.queue.put_back(entry)
+        self.returned.add(entry)
+        first = min((order for priority, order, _ in self.model if priority is entry.priority), default=0)
+        self.model.append((entry.priority, first - 1, entry))
+        assert not self.queue.cancel(entry), "it has been taken once, and may be half done"
 
-    @rule(ticket=tickets)
-    def cancel(self, ticket: Ticket[int] | None) -> None:
-        waiting = [each for each in self.model if each[2] is ticket and ticket not in self.returned]
-        is_fresh = bool(ticket and waiting)
-        assert ticket is None or self.queue.cancel(ticket) == is_fresh
+    @rule(entry=claims)
+    def cancel(self, entry: QueueEntry[int] | None) -> None:
+        waiting = [each for each in self.model if each[2] is entry and entry not in self.returned]
+        is_fresh = bool(entry and waiting)
+        assert entry is None or self.queue.cancel(entry) == is_fresh
         if is_fresh:
             self.model.remove(waiting[0])
 
@@ -84,7 +84,7 @@ def test_who_waits_for_room_is_let_in_when_something_is_taken() -> None:
     queue.put("urgent", Priority.REQUEST, timeout_s=0)  # each priority has a bound of its own
     late = threading.Thread(target=queue.put, args=("second", Priority.DEMOTION))
     late.start()
-    assert [ticket.item for _ in range(3) if (ticket := queue.take())] == ["urgent", "first", "second"]
+    assert [entry.item for _ in range(3) if (entry := queue.take())] == ["urgent", "first", "second"]
     late.join()
 
 
@@ -107,8 +107,8 @@ def test_a_closed_queue_hands_out_what_waits_and_takes_nothing_more() -> None:
     queue.close()
     queue.close()
     waiting.join(20)
-    ticket = queue.take()
-    assert ticket and ticket.item == "last"
+    entry = queue.take()
+    assert entry and entry.item == "last"
     assert queue.take() is None
     assert len(refused) == 1
 
@@ -126,7 +126,7 @@ def test_nobody_goes_before_one_who_waits_for_room() -> None:
             break
         queue.cancel(small)  # the large one did not wait yet
         assert time.monotonic() < deadline, "small ones keep a large one out for ever"
-    assert [ticket.item for _ in range(2) if (ticket := queue.take())] == ["first", "large"]
+    assert [entry.item for _ in range(2) if (entry := queue.take())] == ["first", "large"]
     large.join()
     queue.put("small", Priority.REQUEST, num_bytes=1, timeout_s=0)
 
@@ -136,7 +136,7 @@ def test_what_has_been_passed_over_often_enough_has_its_turn() -> None:
     for each in Priority:
         for _ in range(9):
             queue.put(each.name[0], each)
-    assert "".join(ticket.item for _ in range(27) if (ticket := queue.take())) == "RRRPDRRPDRRPDRRPDPPPDPPDDDD"
+    assert "".join(entry.item for _ in range(27) if (entry := queue.take())) == "RRRPDRRPDRRPDRRPDPPPDPPDDDD"
 
 
 def test_a_queue_that_holds_nothing_is_refused() -> None:

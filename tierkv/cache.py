@@ -239,18 +239,18 @@ class TierCache:
         self._running.append(sequence, as_token_array(token_ids).tobytes())
 
     @while_open
-    def commit(self, sequence: Sequence, num_computed_tokens: int, *, tail: bool = False) -> int:
+    def commit(self, sequence: Sequence, num_computed_tokens: int, *, partial_block: bool = False) -> int:
         """Register the blocks whose K and V are now computed, so that others find them. Return how many were new.
 
         num_computed_tokens: leading tokens of the sequence, cached ones included, whose K and V have been
-        written (or queued to be, on the current stream). tail: also store the partly filled block at the end.
+        written (or queued to be, on the current stream). partial block: also store the partly filled block at the end.
         A block whose hash another one has taken stays private, and so does what follows it.
         """
         self._running.require(sequence)
         num_computed_tokens = check_count("num_computed_tokens", num_computed_tokens, least=None)
         if not 0 <= num_computed_tokens <= sequence.num_tokens:
             raise ConfigError(f"{num_computed_tokens} tokens computed of a sequence of {sequence.num_tokens}")
-        return self._registrar.commit(sequence, num_computed_tokens, tail=tail)
+        return self._registrar.commit(sequence, num_computed_tokens, partial_block=partial_block)
 
     @while_open
     def fork(self, sequence: Sequence) -> Sequence:

@@ -222,7 +222,7 @@ def _table(report: StatusReport) -> Table:
         table.add_row("cold tier", f"{live} of {quota}, {report.cold['blocks']:,} blocks")
     table.add_row("clients", f"{report.clients - 1:,}")  # without this command
     table.add_row("slots lent to read, to write", f"{report.leased_slots:,}, {report.reserved_slots:,}")
-    table.add_row("blocks promised, being stored", f"{report.tickets:,}, {report.pending_writes:,}")
+    table.add_row("blocks promised, being stored", f"{report.claims:,}, {report.pending_writes:,}")
     table.add_row("socket, in and out", f"{format_bytes(report.bytes_received)}, {format_bytes(report.bytes_sent)}")
     for name, count in sorted(report.counters.items()):
         table.add_row(name.replace("_", " "), f"{count:,}")

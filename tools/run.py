@@ -46,7 +46,7 @@ def run(request: RunRequest, options: EngineOptions, *, as_json: bool) -> None:
             max_new_tokens=request.max_new_tokens,
             sampling=sampling,
             use_cache=request.use_cache,
-            store_tail=True,
+            store_partial=True,
             keep_logits=request.compare,
         )
         result = _answer(runner, tokens, chosen)

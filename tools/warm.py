@@ -154,8 +154,8 @@ def _would_be_blocks(runner: Runner, prompt: list[int]) -> set[BlockHash]:
     token_bytes = as_token_array(prompt).tobytes()
     root, size = runner.cache.namespace.digest, runner.cache.config.block_size
     chain = [block_hash for block_hash, _ in iter_chain(root, token_bytes, size)]
-    tail = token_bytes[len(chain) * size * TOKEN_BYTES :]
-    return {*chain, *([hash_block(chain[-1] if chain else root, tail)] if tail else [])}
+    partial_block = token_bytes[len(chain) * size * TOKEN_BYTES :]
+    return {*chain, *([hash_block(chain[-1] if chain else root, partial_block)] if partial_block else [])}
 
 
 def _add_sizes(summary: _Summary, runner: Runner, block_hashes: set[BlockHash]) -> int:

@@ -99,7 +99,7 @@ def test_two_prompts_that_part_inside_a_block_share_every_token_before(open_cach
 
 def test_a_stored_tail_shorter_than_a_block_is_a_hit(open_cache: Open) -> None:
     cache = open_cache()
-    cache.release(PatternEngine(cache).start([7, 8, 9], tail=True))
+    cache.release(PatternEngine(cache).start([7, 8, 9], partial_block=True))
     cache.flush()
     reopened = open_cache()
     engine = PatternEngine(reopened)
@@ -111,7 +111,7 @@ def test_a_stored_tail_shorter_than_a_block_is_a_hit(open_cache: Open) -> None:
 
 def test_another_process_finds_the_blocks_in_the_cold_tier(open_cache: Open) -> None:
     cache = open_cache()
-    cache.release(PatternEngine(cache).start(ids(14), tail=True))
+    cache.release(PatternEngine(cache).start(ids(14), partial_block=True))
     reopened = open_cache()
     found = PatternEngine(reopened).start([*ids(14), 99])
     assert found.cached_tokens[Tier.COLD] == 14
@@ -230,7 +230,7 @@ def test_forced_hash_collisions_cost_misses_and_never_a_wrong_block(open_cache: 
         engine = PatternEngine(cache)
         for i in range(300):
             start = i % 150
-            sequence = engine.start([start, start + 1, start % 7, start * 3, start, i % 5, 1, 2, 3], tail=True)
+            sequence = engine.start([start, start + 1, start % 7, start * 3, start, i % 5, 1, 2, 3], partial_block=True)
             engine.check(sequence)
             cache.release(sequence)
         cache.check()
@@ -241,7 +241,7 @@ def test_forced_hash_collisions_cost_misses_and_never_a_wrong_block(open_cache: 
 @pytest.mark.parametrize("other", [{"weights": "x"}, {"salt": "tenant"}])
 def test_another_model_or_salt_on_the_same_store_finds_nothing(open_cache: Open, other: dict[str, str]) -> None:
     cache = open_cache()
-    cache.release(PatternEngine(cache).start(ids(14), tail=True))
+    cache.release(PatternEngine(cache).start(ids(14), partial_block=True))
     assert open_cache(**other).match(ids(14)).num_cached_tokens == 0
     assert open_cache().match(ids(14)).num_cached_tokens == 14
 
@@ -253,7 +253,7 @@ def test_an_uncached_request_neither_finds_nor_leaves_anything(open_cache: Open)
     plain = cache.acquire(ids(8), reuse=False)
     assert plain.num_cached_tokens == 0
     engine.compute(plain, 0)
-    assert cache.commit(plain, 8, tail=True) == 0
+    assert cache.commit(plain, 8, partial_block=True) == 0
     cache.release(plain)
     cache.check()
 
@@ -261,12 +261,12 @@ def test_an_uncached_request_neither_finds_nor_leaves_anything(open_cache: Open)
 def test_committing_what_is_cached_already_stores_nothing_new(open_cache: Open) -> None:
     cache = open_cache()
     engine = PatternEngine(cache)
-    sequence = engine.start(ids(10), tail=True)
-    assert cache.commit(sequence, 10, tail=True) in (0, 1)
+    sequence = engine.start(ids(10), partial_block=True)
+    assert cache.commit(sequence, 10, partial_block=True) in (0, 1)
     cache.release(sequence)
     cache.flush()
     blocks = cache.stats().tiers[Tier.COLD].blocks
-    cache.release(engine.start(ids(10), tail=True))
+    cache.release(engine.start(ids(10), partial_block=True))
     cache.flush()
     assert cache.stats().tiers[Tier.COLD].blocks == blocks == 3
 

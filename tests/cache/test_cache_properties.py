@@ -85,20 +85,20 @@ class CacheMachine(RuleBasedStateMachine):
         self.engine = PatternEngine(self.cache)
         self.running: list[Sequence] = []
 
-    @rule(prompt=prompts, tail=st.booleans(), may_split=st.booleans())
-    def request(self, prompt: list[int], tail: bool, may_split: bool) -> None:
+    @rule(prompt=prompts, partial_block=st.booleans(), may_split=st.booleans())
+    def request(self, prompt: list[int], partial_block: bool, may_split: bool) -> None:
         try:
-            self.running.append(self.engine.start(prompt, tail=tail, may_split=may_split))
+            self.running.append(self.engine.start(prompt, partial_block=partial_block, may_split=may_split))
         except CapacityError:
             assert self.running or self.cache.stats().tiers[Tier.HOT].blocks
 
     @precondition(lambda self: self.running)
-    @rule(which=st.integers(0, 9), tokens=prompts, tail=st.booleans())
-    def decode(self, which: int, tokens: list[int], tail: bool) -> None:
+    @rule(which=st.integers(0, 9), tokens=prompts, partial_block=st.booleans())
+    def decode(self, which: int, tokens: list[int], partial_block: bool) -> None:
         sequence = self.running[which % len(self.running)]
         before = sequence.num_tokens
         try:
-            self.engine.decode(sequence, tokens, tail=tail)
+            self.engine.decode(sequence, tokens, partial_block=partial_block)
         except CapacityError:
             assert sequence.num_tokens == before
 
@@ -224,10 +224,12 @@ class SharedStoreMachine(RuleBasedStateMachine):
             for _ in range(2)
         ]
 
-    @rule(which=st.integers(0, 1), prompt=chains, tail=st.booleans(), may_split=st.booleans())
-    def request(self, which: int, prompt: list[int], tail: bool, may_split: bool) -> None:
+    @rule(which=st.integers(0, 1), prompt=chains, partial_block=st.booleans(), may_split=st.booleans())
+    def request(self, which: int, prompt: list[int], partial_block: bool, may_split: bool) -> None:
         engine = self.engines[which]
-        engine.cache.release(engine.start(prompt, tail=tail, may_split=may_split))  # checks every byte that was cached
+        engine.cache.release(
+            engine.start(prompt, partial_block=partial_block, may_split=may_split)
+        )  # checks every byte that was cached
         engine.cache.flush()
 
     @rule(which=st.integers(0, 1))

@@ -50,7 +50,7 @@ def test_our_child_is_not_stored_under_a_block_that_only_looks_like_its_parent(t
         cache.release(PatternEngine(cache).start([*STORED, 9]))
     with open_cache(tmp_path) as cache:
         cache.release(PatternEngine(cache).start([*OURS, 5, 5, 5, 5, 9]))
-        cache.release(PatternEngine(cache).start([*OURS, 8, 8, 8], tail=True))
+        cache.release(PatternEngine(cache).start([*OURS, 8, 8, 8], partial_block=True))
         cache.flush()
         assert cache.stats().skipped_writes == 2
     with open_cache(tmp_path) as cache:

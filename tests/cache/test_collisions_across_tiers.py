@@ -1,7 +1,7 @@
 """A hash collision costs a miss also where a chain passes from memory to the store, or the other way.
 
 The index and the store are each a tree of verified blocks. What is found or put behind a block of the other tree is
-joined to it by the seal, for hashes can be forged.
+joined to it by the content digest, for hashes can be forged.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ def test_a_tail_is_not_stored_under_another_one_with_its_parents_hash(tmp_path: 
     with open_cache(tmp_path) as cache:
         cache.release(PatternEngine(cache).start([*FORGED, 0]))
     with open_cache(tmp_path) as cache:
-        cache.release(PatternEngine(cache).start([*FIRST, 9, 9], tail=True))
+        cache.release(PatternEngine(cache).start([*FIRST, 9, 9], partial_block=True))
     with open_cache(tmp_path) as cache:
         cache.release(PatternEngine(cache).start([*FORGED, 9, 9, 0]))
 
 
 def test_a_block_of_a_state_file_is_not_found_behind_another_one_with_its_parents_hash(tmp_path: Path) -> None:
     with open_cache(tmp_path / "a") as cache:
-        cache.release(PatternEngine(cache).start([*FORGED, *NEXT, 9, 9], tail=True))
+        cache.release(PatternEngine(cache).start([*FORGED, *NEXT, 9, 9], partial_block=True))
         cache.save_cache_state(tmp_path / "state")
     with open_cache(tmp_path / "b") as cache:
         cache.load_cache_state(tmp_path / "state")

@@ -105,7 +105,7 @@ def test_a_tail_is_stored_behind_the_copy_that_brought_it(cache: TierCache, monk
     load = Written()
     monkeypatch.setattr(load, "wait", lambda layer=None: seen.append("wait"))
     sequence.loads.append(load)
-    cache.commit(sequence, sequence.num_cached_tokens, tail=True)  # released before its first pass
+    cache.commit(sequence, sequence.num_cached_tokens, partial_block=True)  # released before its first pass
     assert seen[:2] == ["wait", "mark"]
     cache.release(sequence)
 

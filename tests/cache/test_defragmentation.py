@@ -210,10 +210,10 @@ class DefragmentationMachine(RuleBasedStateMachine):
         self.engine = PatternEngine(self.cache)
         self.running: list[Sequence] = []
 
-    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=14), tail=st.booleans())
-    def request(self, tokens: list[int], tail: bool) -> None:
+    @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=14), partial_block=st.booleans())
+    def request(self, tokens: list[int], partial_block: bool) -> None:
         try:
-            self.running.append(self.engine.start(tokens, tail=tail))
+            self.running.append(self.engine.start(tokens, partial_block=partial_block))
         except CapacityError:
             assert self.running
 

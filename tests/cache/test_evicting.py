@@ -22,17 +22,17 @@ def cached(cache: TierCache, prompt: list[int]) -> int:
     return cache.match(prompt).num_cached_tokens
 
 
-def fill(cache: TierCache, *prompts: list[int], tail: bool = False) -> PatternEngine:
+def fill(cache: TierCache, *prompts: list[int], partial_block: bool = False) -> PatternEngine:
     engine = PatternEngine(cache)
     for prompt in prompts:
-        cache.release(engine.start(prompt, tail=tail))
+        cache.release(engine.start(prompt, partial_block=partial_block))
     cache.flush()
     return engine
 
 
 def test_a_prompt_goes_from_all_tiers_and_what_others_continue_stays(tmp_path: Path) -> None:
     with open_tiny(tmp_path, warm=16) as cache:
-        fill(cache, FIRST, SECOND, OTHER, tail=True)
+        fill(cache, FIRST, SECOND, OTHER, partial_block=True)
         assert cached(cache, FIRST) == len(FIRST)
         report = cache.evict_everywhere(FIRST)
         assert report.blocks == {Tier.HOT: 2, Tier.WARM: 3, Tier.COLD: 3}
@@ -48,7 +48,7 @@ def test_a_prompt_goes_from_all_tiers_and_what_others_continue_stays(tmp_path: P
 
 def test_a_system_prompt_goes_with_all_that_continues_it(tmp_path: Path) -> None:
     with open_tiny(tmp_path, warm=16) as cache:
-        fill(cache, FIRST, SECOND, OTHER, tail=True)
+        fill(cache, FIRST, SECOND, OTHER, partial_block=True)
         report = cache.evict_everywhere(SYSTEM[:6])
         assert not report.stayed
         assert cached(cache, FIRST) == cached(cache, SECOND) == 0 and cached(cache, OTHER) == len(OTHER)
@@ -131,7 +131,7 @@ def test_what_is_queued_to_be_written_is_not_written_any_more(tmp_path: Path, mo
         cache.release(engine.start(OTHER))
         while not is_in:
             pass
-        cache.release(engine.start(FIRST, tail=True))  # behind what is in work
+        cache.release(engine.start(FIRST, partial_block=True))  # behind what is in work
         evicting = threading.Thread(target=cache.evict_everywhere, args=(SYSTEM,))
         evicting.start()
         while not cache._tiers.chosen.marked:

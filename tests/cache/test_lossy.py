@@ -52,7 +52,7 @@ def store(tmp_path: Path):
 def test_blocks_of_a_lossy_cache_come_back_nearly_and_the_tail_too(store: ColdStore, codec: str) -> None:
     with open_cache(store, codec) as cache:
         engine = PatternEngine(cache)
-        engine.start(PROMPT, tail=True)
+        engine.start(PROMPT, partial_block=True)
         again = engine.start([*PROMPT, 99])  # hot and warm blocks are exact
         assert again.cached_tokens[Tier.COLD] == 0
         cache.flush()

@@ -55,7 +55,7 @@ def test_a_released_sequence_cannot_be_used(cache: TierCache, use: Callable[[Tie
 
 def test_a_tail_that_ends_before_the_blocks_that_are_cached_is_none(cache: TierCache) -> None:
     sequence = PatternEngine(cache).start(PROMPT)
-    assert cache.commit(sequence, 3, tail=True) == 0
+    assert cache.commit(sequence, 3, partial_block=True) == 0
     cache.release(sequence)
     cache.flush()
     assert cache.cold and cache.cold.stats().blocks == 2
@@ -66,7 +66,7 @@ def test_a_tail_that_ends_before_the_blocks_that_are_cached_is_none(cache: TierC
 def test_more_tokens_than_there_are_or_fewer_than_none_cannot_be_committed(cache: TierCache, count: int) -> None:
     sequence = cache.acquire(PROMPT)
     with pytest.raises(ConfigError, match="tokens computed of a sequence of 9"):
-        cache.commit(sequence, count, tail=True)
+        cache.commit(sequence, count, partial_block=True)
     cache.release(sequence)
     cache.check()
 

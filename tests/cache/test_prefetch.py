@@ -38,9 +38,9 @@ def open_cache(path: Path, *, warm: int = 16, warm_codec: str = "raw") -> TierCa
 
 
 def store(path: Path, prompt: list[int] = PROMPT, *, warm_codec: str = "raw") -> None:
-    """Leave a prompt's blocks in the cold tier alone, and its tail."""
+    """Leave a prompt's blocks in the cold tier alone, and its partial block."""
     with open_cache(path, warm_codec=warm_codec) as cache:
-        cache.release(PatternEngine(cache).start(prompt, tail=True))
+        cache.release(PatternEngine(cache).start(prompt, partial_block=True))
 
 
 @pytest.mark.parametrize("warm_codec", ["raw", "windows"])

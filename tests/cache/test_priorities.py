@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from pattern_engine import PatternEngine, open_tiny
 
-from tierkv import block_writer
 from tierkv.background.work_queue import Priority
 from tierkv.cache import TierCache
+from tierkv.transfer import block_writer
 from tierkv.values.block import Tier
 
 PROMPT = list(range(12))

@@ -59,15 +59,15 @@ class Crew:
         futures = [thread.submit(call, engine) for thread, engine in zip(self.threads, self.engines, strict=True)]
         return [future.result(120) for future in futures]
 
-    def start(self, token_ids: list[int], *, tail: bool = False) -> list[Sequence]:
-        return self.each(lambda engine: engine.start(token_ids, tail=tail))
+    def start(self, token_ids: list[int], *, partial_block: bool = False) -> list[Sequence]:
+        return self.each(lambda engine: engine.start(token_ids, partial_block=partial_block))
 
     def release(self, sequences: list[Sequence]) -> None:
         for cache, sequence in zip(self.caches, sequences, strict=True):
             cache.release(sequence)
 
-    def compute(self, token_ids: list[int], *, tail: bool = False) -> None:
-        self.release(self.start(token_ids, tail=tail))
+    def compute(self, token_ids: list[int], *, partial_block: bool = False) -> None:
+        self.release(self.start(token_ids, partial_block=partial_block))
         self.flush()
 
     def flush(self) -> None:
@@ -129,7 +129,7 @@ def cached(sequences: list[Sequence]) -> list[int]:
 
 
 def test_each_rank_finds_its_own_blocks_in_the_one_store(open_crew: Open) -> None:
-    open_crew().compute(ids(14), tail=True)
+    open_crew().compute(ids(14), partial_block=True)
     again = open_crew()
     found = again.start([*ids(14), 99])  # engines check every byte, and differ by rank
     assert [sequence.cached_tokens[Tier.COLD] for sequence in found] == [14, 14]
@@ -200,10 +200,10 @@ def test_blocks_given_up_stay_as_they_are_and_others_go_on_using_them(open_crew:
 
 
 def part_a_block(crew: Crew) -> list[int]:
-    """Return a prompt of which rank 0 has 8 tokens in whole blocks, and rank 1 the first 6 in a block and a tail."""
+    """Return a prompt of which rank 0 has 8 tokens in blocks, and rank 1 the first 6 in a block and a partial one."""
     crew.compute(ids(8))
     crew.lose(1, ids(8), at=1)
-    crew.compute([*ids(6), 77], tail=True)
+    crew.compute([*ids(6), 77], partial_block=True)
     return [*ids(8), 99]
 
 
@@ -361,10 +361,14 @@ def test_ranks_agree_whatever_each_of_them_loses(open_crew: Open, seed: int) -> 
     crew = open_crew(hot=(9, 12, 7), warm=6)
     for _ in range(60):
         prompt = [*ids(dice.randrange(1, 14), start=10 * dice.randrange(2)), *ids(dice.randrange(1, 10), start=50)]
-        more, tail = ids(dice.randrange(5), start=70), dice.random() < 0.5
-        found = crew.start(prompt, tail=tail)
+        more, partial_block = ids(dice.randrange(5), start=70), dice.random() < 0.5
+        found = crew.start(prompt, partial_block=partial_block)
         assert len(set(cached(found))) == 1
-        crew.each(lambda engine, found=found, more=more, tail=tail: engine.decode(found[engine.seed], more, tail=tail))
+        crew.each(
+            lambda engine, found=found, more=more, partial_block=partial_block: engine.decode(
+                found[engine.seed], more, partial_block=partial_block
+            )
+        )
         for engine, sequence in zip(crew.engines, found, strict=True):
             engine.check(sequence)
         crew.release(found)

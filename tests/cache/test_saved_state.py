@@ -16,7 +16,6 @@ import pytest
 from crafted_state import state_of, state_start
 from pattern_engine import PatternEngine, open_tiny, tiny_layout
 
-from tierkv import cache_state
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.errors import CapacityError, ClosedError, ConfigError, NamespaceMismatchError, StoreError, TierKVError
@@ -24,6 +23,7 @@ from tierkv.storage.codecs import codec_by_name
 from tierkv.storage.record import BlockInfo, encode_record
 from tierkv.storage.state_files import STATE_FILES_LIMIT
 from tierkv.storage.state_writer import write_state_file
+from tierkv.transfer import cache_state
 from tierkv.values.block import Tier
 from tierkv.values.namespace import Namespace
 

@@ -41,10 +41,12 @@ def failing(call: Callable[..., Any], rate: float, dice: random.Random, reason: 
 def one_request(engine: PatternEngine, dice: random.Random) -> None:
     cache = engine.cache
     prompt = [dice.randrange(2 if dice.random() < 0.3 else 3) for _ in range(dice.randrange(1, 30))]
-    sequence = engine.start(prompt, tail=dice.random() < 0.5, may_split=dice.random() < 0.5)
+    sequence = engine.start(prompt, partial_block=dice.random() < 0.5, may_split=dice.random() < 0.5)
     forked = None
     try:
-        engine.decode(sequence, [dice.randrange(3) for _ in range(dice.randrange(1, 9))], tail=dice.random() < 0.3)
+        engine.decode(
+            sequence, [dice.randrange(3) for _ in range(dice.randrange(1, 9))], partial_block=dice.random() < 0.3
+        )
         if dice.random() < 0.2:
             forked = cache.fork(sequence)
             engine.decode(forked, [1, 2])

@@ -30,8 +30,8 @@ def main(action: str, socket: Path) -> None:
         given = client.call(Reserve(chains=[chain]), Reserved)
         assert len(given.chains[0].slots) == 4 * 4
     elif action == "compute":
-        found = client.call(Match(hashes=hashes, tokens=tokens, lease=True, wants_ticket=True), Found)
-        assert found.ticket
+        found = client.call(Match(hashes=hashes, tokens=tokens, lease=True, wants_claim=True), Found)
+        assert found.claim
     elif action == "fork":
         write_prompt(client, tokens)
         assert client.call(Match(hashes=hashes, tokens=tokens, lease=True), Found).slots
@@ -39,7 +39,7 @@ def main(action: str, socket: Path) -> None:
         chain = Chain(chain_of(more), more, array("I", range(4)).tobytes())
         assert client.call(Reserve(chains=[chain]), Reserved).chains[0].slots
         other = tokens_of(16, start=200)
-        assert client.call(Match(hashes=chain_of(other), tokens=other, wants_ticket=True), Found).ticket
+        assert client.call(Match(hashes=chain_of(other), tokens=other, wants_claim=True), Found).claim
         kept = client._socket.dup()  # as a program would that keeps descriptors over a fork: the client closes its own
         if not os.fork():
             kept.settimeout(10)

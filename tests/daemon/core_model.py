@@ -39,7 +39,7 @@ def as_bytes(token_ids: list[int]) -> bytes:
 class Stored:
     parent: bytes
     tokens: bytes
-    seal: bytes
+    content_digest: bytes
     content: tuple[bytes, bytes]
 
     @property
@@ -69,7 +69,7 @@ class DictStore:
     def put(self, info: BlockInfo, content: tuple[bytes, bytes]) -> bool:
         if info.block_hash in self.blocks or (info.parent != info.namespace and info.parent not in self.blocks):
             return False
-        self.blocks[info.block_hash] = Stored(info.parent, info.token_bytes, info.seal, content)
+        self.blocks[info.block_hash] = Stored(info.parent, info.token_bytes, info.content_digest, content)
         return True
 
     def remove(self, block_hash: bytes) -> None:
@@ -108,20 +108,22 @@ class Client:
         hashes = self.chain(tokens)
         start = min(start, len(hashes))
         found = self.core.match(
-            self.connection, Match(hashes=b"".join(hashes), tokens=tokens, start=start, lease=True, wants_ticket=True)
+            self.connection, Match(hashes=b"".join(hashes), tokens=tokens, start=start, lease=True, wants_claim=True)
         )
         slots = split_numbers(found.slots)
         for at, slot in enumerate(slots, start):
             if slot != NO_SLOT:
                 self.borrowed.append((slot, self.content(tokens, at)))
-        if found.tail:
+        if found.partial_block:
             end = start + len(slots)
             assert (
-                found.tail.tokens[: found.tail.num_tokens * TOKEN_BYTES]
-                == tokens[end * STEP :][: found.tail.num_tokens * TOKEN_BYTES]
+                found.partial_block.tokens[: found.partial_block.num_tokens * TOKEN_BYTES]
+                == tokens[end * STEP :][: found.partial_block.num_tokens * TOKEN_BYTES]
             )
-            if found.tail.slot != NO_SLOT:
-                self.borrowed.append((found.tail.slot, (self.namespace, tokens[: end * STEP] + found.tail.tokens)))
+            if found.partial_block.slot != NO_SLOT:
+                self.borrowed.append(
+                    (found.partial_block.slot, (self.namespace, tokens[: end * STEP] + found.partial_block.tokens))
+                )
         if found.cursor:
             self.cursors.append((found.cursor, found, tokens))
         return found
@@ -178,7 +180,11 @@ def finish_load(core: Core, slab: dict[int, tuple[bytes, bytes]], task: FetchTas
         stored = store.lookup(info.block_hash)
         if stored is None:
             core.finish_load(load, MissReason.ABSENT)
-        elif (stored.parent, stored.tokens, stored.seal) != (info.parent, info.token_bytes, info.seal):
+        elif (stored.parent, stored.tokens, stored.content_digest) != (
+            info.parent,
+            info.token_bytes,
+            info.content_digest,
+        ):
             core.finish_load(load, MissReason.COLLISION)
         else:
             slab[load.slot] = stored.content

@@ -36,7 +36,7 @@ Answer = Callable[[Message], Message | bytes]
 
 
 def sealed_memory(size: int = NUM_SLOTS * SLOT_BYTES, seals: int = SEALS) -> int:
-    """Return a descriptor of anonymous memory with these seals."""
+    """Return a descriptor of anonymous memory with these content digests."""
     memory = os.memfd_create("fake", os.MFD_ALLOW_SEALING)
     os.ftruncate(memory, size)
     if seals:
@@ -49,7 +49,7 @@ def numbers(*values: int) -> bytes:
 
 
 def found(slots: bytes = b"", **fields: object) -> Found:
-    plain = {"tail": None, "cursor": 0, "ticket": 0, "is_computing": False, "miss": ""}
+    plain = {"partial_block": None, "cursor": 0, "claim": 0, "is_computing": False, "miss": ""}
     return Found(slots=slots, **{**plain, **fields})  # type: ignore[arg-type]
 
 

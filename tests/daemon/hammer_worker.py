@@ -21,7 +21,7 @@ from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.messages import (
     NO_SLOT,
     Chain,
-    EndTicket,
+    EndClaim,
     Fetch,
     Fetched,
     Found,
@@ -53,7 +53,7 @@ def pattern(prefix: bytes) -> np.ndarray:
 
 def one_request(client: DaemonClient, slots: np.ndarray, tokens: bytes) -> int:
     hashes = [h for h, _ in iter_chain(NAMESPACE.digest, tokens, LAYOUT.block_size)]
-    ask = Match(hashes=b"".join(hashes), tokens=tokens, lease=True, wants_ticket=True)
+    ask = Match(hashes=b"".join(hashes), tokens=tokens, lease=True, wants_claim=True)
     found = client.call(ask, Found)
     held = array("I")
     num_read = 0
@@ -66,10 +66,10 @@ def one_request(client: DaemonClient, slots: np.ndarray, tokens: bytes) -> int:
         held.append(slot)
         assert np.array_equal(slots[slot], pattern(tokens[: (at + 1) * STEP])), f"block {at} is not its own"
         num_read += 1
-    if found.tail and found.tail.slot != NO_SLOT:
-        held.append(found.tail.slot)
-        prefix = tokens[: len(split_numbers(found.slots)) * STEP] + found.tail.tokens
-        assert np.array_equal(slots[found.tail.slot], pattern(prefix)), "a tail is not its own"
+    if found.partial_block and found.partial_block.slot != NO_SLOT:
+        held.append(found.partial_block.slot)
+        prefix = tokens[: len(split_numbers(found.slots)) * STEP] + found.partial_block.tokens
+        assert np.array_equal(slots[found.partial_block.slot], pattern(prefix)), "a partial block is not its own"
     client.post(Release(slots=held.tobytes(), cursors=array("I", [found.cursor] if found.cursor else []).tobytes()))
     if len(tokens) % STEP:
         hashes.append(hash_block(hashes[-1] if hashes else NAMESPACE.digest, tokens[len(hashes) * STEP :]))
@@ -79,8 +79,8 @@ def one_request(client: DaemonClient, slots: np.ndarray, tokens: bytes) -> int:
         slots[slot] = pattern(tokens[: (at + 1) * STEP])
     if given.slots:
         client.call(Publish(slots=given.slots), Published)
-    if found.ticket:
-        client.post(EndTicket(ticket=found.ticket))
+    if found.claim:
+        client.post(EndClaim(claim=found.claim))
     return num_read
 
 
@@ -117,7 +117,7 @@ def hammer_cache(socket: Path, until: float, dice: random.Random) -> int:
         while time.monotonic() < until or num_requests < MIN_REQUESTS:
             num_requests += 1
             prompt = [dice.randrange(2) for _ in range(dice.randrange(1, 30))]
-            sequence = engine.start(prompt, tail=dice.random() < 0.3)
+            sequence = engine.start(prompt, partial_block=dice.random() < 0.3)
             engine.check(sequence)
             cache.release(sequence)
         cache.check()

@@ -17,7 +17,7 @@ if __name__ == "__main__":
     prompt = [(7 * i * i + 3 * i) % 250 for i in range(300)]
     config = CacheConfig(socket=socket, block_size=64, hot_bytes=64 << 20)
     with open_runner(load_model(None, cache_dir=cache_dir, device="cpu"), config) as runner:
-        options = GenerationOptions(max_new_tokens=3, keep_logits=True, store_tail=True, stop_ids=frozenset())
+        options = GenerationOptions(max_new_tokens=3, keep_logits=True, store_partial=True, stop_ids=frozenset())
         result = runner.generate([prompt], options)[0]
         runner.cache.flush()
         assert runner.cache._daemon is not None

@@ -30,7 +30,7 @@ from tierkv.daemon.messages import (
     Abandon,
     Count,
     Done,
-    EndTicket,
+    EndClaim,
     Failure,
     Flush,
     Found,
@@ -196,7 +196,7 @@ def test_a_mistake_of_the_daemon_is_told_to_the_client_and_the_next_request_serv
 def test_a_message_without_an_answer_is_answered_if_it_has_a_number() -> None:
     async def go() -> None:
         client, transport = FakeHost(lambda message: None).connect()
-        for number, message in enumerate((Release(), Abandon(slots=b""), EndTicket(ticket=1)), 5):
+        for number, message in enumerate((Release(), Abandon(slots=b""), EndClaim(claim=1)), 5):
             client.data_received(ask(message, number) + ask(message, 0))
         assert transport.answers() == [(5, Done()), (6, Done()), (7, Done())]
 
@@ -365,7 +365,7 @@ def test_limits_survive_the_way_to_a_detached_daemon() -> None:
 def test_the_metrics_have_each_limit_and_its_use() -> None:
     report = StatusReport(
         **dict.fromkeys(("pid", "warm_bytes", "warm_free_bytes", "rss_bytes", "clients", "leased_slots"), 1),
-        **dict.fromkeys(("reserved_slots", "tickets", "pending_writes", "bytes_received", "bytes_sent"), 1),
+        **dict.fromkeys(("reserved_slots", "claims", "pending_writes", "bytes_received", "bytes_sent"), 1),
         uptime_s=1.0,
         socket="s",
         store="",
@@ -459,7 +459,7 @@ def test_a_connection_that_only_asks_and_is_idle_makes_room_for_another(start_da
 def test_waits_end_with_their_connection_and_are_no_more_than_a_client_may_have(start_daemon: Start) -> None:
     daemon = start_daemon(store=False)
     with connect(daemon.socket) as owner, connect(daemon.socket) as waiting:
-        assert owner.call(Match(hashes=chain_of(TOKENS), tokens=TOKENS, wants_ticket=True), Found).ticket
+        assert owner.call(Match(hashes=chain_of(TOKENS), tokens=TOKENS, wants_claim=True), Found).claim
         wait = Wait(block_hash=chain_of(TOKENS)[:16], timeout_ms=60_000)
         for _ in range(64):
             waiting._send(wait, wants_answer=True)
@@ -494,7 +494,7 @@ def test_the_status_has_every_limit(start_daemon: Start) -> None:
         by_name = {each.name: each for each in report.limits}
         assert by_name.keys() >= {
             *("connections", "requests", "waiting_requests", "incomplete_bytes", "unsent_bytes", "pending_writes"),
-            *("prompts", "prompt_bytes", "leases", "reservations", "cursors", "cursor_bytes", "ticket_blocks"),
+            *("prompts", "prompt_bytes", "leases", "reservations", "cursors", "cursor_bytes", "claimed_blocks"),
             *("namespaces", "description_bytes", "block_sizes", "slots", "pinned_bytes"),
         }
         assert all(0 <= each.used <= each.limit and each.largest <= each.limit_of_one for each in report.limits)
@@ -519,11 +519,11 @@ def test_numbers_out_of_range_in_any_message_leave_the_daemon_as_it_was(start_da
         for message in (
             Release(slots=huge, cursors=huge),
             Abandon(slots=huge),
-            Match(hashes=chain_of(TOKENS), tokens=TOKENS, min_tail_tokens=-(1 << 63), lease=True),
+            Match(hashes=chain_of(TOKENS), tokens=TOKENS, min_partial_tokens=-(1 << 63), lease=True),
             Match(hashes=chain_of(TOKENS), tokens=TOKENS, start=(1 << 64) - 1),
         ):
             with pytest.raises(DaemonError):
                 client.call(message, Found)
-        assert client.call(EndTicket(ticket=(1 << 64) - 1), Done)
+        assert client.call(EndClaim(claim=(1 << 64) - 1), Done)
         assert client.call(Release(cursors=huge), Done)
     assert_healthy(daemon.socket)

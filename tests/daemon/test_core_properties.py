@@ -67,7 +67,7 @@ class CoreMachine(RuleBasedStateMachine):
         """Do what a client does with a prompt that comes in: all that is there is borrowed, then given back."""
         client = self.client(number)
         found = client.match(tokens)
-        for first in range(len(found.slots) // 4 + (found.tail is not None)) if found.cursor else ():
+        for first in range(len(found.slots) // 4 + (found.partial_block is not None)) if found.cursor else ():
             self.begin_fetch(number, first, 1)
         while client.tasks and all(load in client.tasks[-1][0].fresh for load in client.tasks[-1][0].loads.values()):
             finish_load(self.core, self.slab, client.tasks[-1][0])
@@ -82,12 +82,12 @@ class CoreMachine(RuleBasedStateMachine):
             return
         number_of_cursor, found, tokens = client.cursors[-1]
         cursor = client.connection.cursors[number_of_cursor]
-        total = cursor.total + (found.tail is not None)
+        total = cursor.total + (found.partial_block is not None)
         first = min(first, total - 1)
         task = self.core.begin_fetch(
             client.connection, Fetch(cursor=number_of_cursor, first=first, count=min(count, total - first))
         )
-        whole = tokens[: cursor.total * 8] + (found.tail.tokens if found.tail else b"")
+        whole = tokens[: cursor.total * 8] + (found.partial_block.tokens if found.partial_block else b"")
         client.tasks.append((task, whole))
         self.firsts[id(task)] = first
 

@@ -42,7 +42,7 @@ from tierkv.daemon.messages import (
     Fetched,
     Flush,
     Found,
-    FoundTail,
+    FoundPartial,
     LoadState,
     Match,
     Message,
@@ -72,9 +72,9 @@ REST = tokens_of(3, start=12)
 CHECK = AnswerCheck(num_slots=NUM_SLOTS, block_size=4)
 
 
-def tail(**fields: Any) -> FoundTail:
+def partial_block(**fields: Any) -> FoundPartial:
     plain: dict[str, Any] = {"block_hash": bytes(16), "tokens": REST + tokens_of(1, 99), "num_tokens": 3, "slot": 9}
-    return FoundTail(**{**plain, **fields})
+    return FoundPartial(**{**plain, **fields})
 
 
 def chain(**fields: Any) -> ChainAnswer:
@@ -89,7 +89,7 @@ def chain(**fields: Any) -> ChainAnswer:
 
 
 def report(**fields: Any) -> StatusReport:
-    sizes = "pid warm_bytes warm_free_bytes rss_bytes clients leased_slots reserved_slots tickets pending_writes"
+    sizes = "pid warm_bytes warm_free_bytes rss_bytes clients leased_slots reserved_slots claims pending_writes"
     plain: dict[str, Any] = dict.fromkeys([*sizes.split(), "bytes_received", "bytes_sent"], 1)
     plain |= {"uptime_s": 1.0, "socket": "", "store": "", "counters": {}, "tenants": [], "cold": {}}
     return StatusReport(**{**plain, **fields})
@@ -100,9 +100,9 @@ THREE = numbers(5, 6, 7)
 
 RIGHT: list[tuple[Message, Message]] = [
     (MATCH, found()),
-    (MATCH, found(THREE, tail=tail())),
+    (MATCH, found(THREE, partial_block=partial_block())),
     (MATCH, found(numbers(5, NO_SLOT, 7), cursor=1)),
-    (MATCH, found(THREE, tail=tail(slot=NO_SLOT), cursor=1)),
+    (MATCH, found(THREE, partial_block=partial_block(slot=NO_SLOT), cursor=1)),
     (Fetch(cursor=1, first=0, count=2), Fetched(slots=numbers(1, 2), miss="")),
     (Fetch(cursor=1, first=0, count=2), Fetched(slots=b"", miss="absent")),
     (RESERVE, Reserved(chains=[chain()])),
@@ -120,23 +120,26 @@ WRONG: dict[str, tuple[Message, Message]] = {
     "more blocks than were asked for": (MATCH, found(numbers(1, 2, 3, 4))),
     "half a number": (MATCH, found(b"\1\0\0")),
     "one slot for two blocks": (MATCH, found(numbers(5, 6, 5))),
-    "one slot for a block and the tail": (MATCH, found(THREE, tail=tail(slot=6))),
+    "one slot for a block and the partial block": (MATCH, found(THREE, partial_block=partial_block(slot=6))),
     "cold blocks without a cursor": (MATCH, found(numbers(5, NO_SLOT))),
     "a cursor that is no number of 32 bits": (MATCH, found(numbers(NO_SLOT), cursor=1 << 32)),
     "a cursor below zero": (MATCH, found(THREE, cursor=-1)),
-    "a ticket that nobody asked for": (MATCH, found(ticket=3)),
+    "a claim that nobody asked for": (MATCH, found(claim=3)),
     "computing, where nobody asked": (MATCH, found(is_computing=True)),
     "an endless reason": (MATCH, found(miss="x" * 100_000)),
-    "a tail of a million tokens": (MATCH, found(THREE, tail=tail(num_tokens=10**6))),
-    "a tail of more tokens than the rest": (MATCH, found(THREE, tail=tail(num_tokens=4))),
-    "a tail of no token": (MATCH, found(THREE, tail=tail(num_tokens=0))),
-    "a tail of fewer than no tokens": (MATCH, found(THREE, tail=tail(num_tokens=-3))),
-    "a tail of other tokens": (MATCH, found(THREE, tail=tail(tokens=tokens_of(4, 50)))),
-    "a tail that is larger than a block": (MATCH, found(THREE, tail=tail(tokens=REST + tokens_of(2)))),
-    "a tail of half a token": (MATCH, found(THREE, tail=tail(tokens=REST + b"\1"))),
-    "a tail behind other blocks than it says": (MATCH, found(numbers(5), tail=tail())),
-    "a tail beyond the memory": (MATCH, found(THREE, tail=tail(slot=NUM_SLOTS))),
-    "a tail with a short hash": (MATCH, found(THREE, tail=tail(block_hash=b"x"))),
+    "a partial block of a million tokens": (MATCH, found(THREE, partial_block=partial_block(num_tokens=10**6))),
+    "a partial block of more tokens than the rest": (MATCH, found(THREE, partial_block=partial_block(num_tokens=4))),
+    "a partial block of no token": (MATCH, found(THREE, partial_block=partial_block(num_tokens=0))),
+    "a partial block of fewer than no tokens": (MATCH, found(THREE, partial_block=partial_block(num_tokens=-3))),
+    "a partial block of other tokens": (MATCH, found(THREE, partial_block=partial_block(tokens=tokens_of(4, 50)))),
+    "a partial block that is larger than a block": (
+        MATCH,
+        found(THREE, partial_block=partial_block(tokens=REST + tokens_of(2))),
+    ),
+    "a partial block of half a token": (MATCH, found(THREE, partial_block=partial_block(tokens=REST + b"\1"))),
+    "a partial block behind other blocks than it says": (MATCH, found(numbers(5), partial_block=partial_block())),
+    "a partial block beyond the memory": (MATCH, found(THREE, partial_block=partial_block(slot=NUM_SLOTS))),
+    "a partial block with a short hash": (MATCH, found(THREE, partial_block=partial_block(block_hash=b"x"))),
     "more blocks than were fetched": (Fetch(1, 0, 1), Fetched(slots=numbers(1, 2), miss="")),
     "a block fetched to nowhere": (Fetch(1, 0, 1), Fetched(slots=numbers(NO_SLOT), miss="")),
     "a block fetched beyond the memory": (Fetch(1, 0, 1), Fetched(slots=numbers(NUM_SLOTS), miss="")),
@@ -190,10 +193,10 @@ def test_what_a_daemon_cannot_answer_is_refused(lie: str) -> None:
 
 
 def test_a_tail_shorter_than_asked_for_is_refused() -> None:
-    asked = Match(hashes=MATCH.hashes, tokens=MATCH.tokens, lease=True, min_tail_tokens=3)
-    CHECK.check(asked, found(THREE, tail=tail()))
+    asked = Match(hashes=MATCH.hashes, tokens=MATCH.tokens, lease=True, min_partial_tokens=3)
+    CHECK.check(asked, found(THREE, partial_block=partial_block()))
     with pytest.raises(WrongAnswerError):
-        CHECK.check(asked, found(THREE, tail=tail(num_tokens=2)))
+        CHECK.check(asked, found(THREE, partial_block=partial_block(num_tokens=2)))
 
 
 # --- Through a cache: a lie is a miss, and the daemon is gone ------------------------------------------
@@ -236,11 +239,11 @@ FALSE_FRAMES: dict[str, Message | bytes] = {
         found(numbers(3_999_999_999, 3_999_999_999, 3_999_999_999)),
         found(numbers(1, 1, 1)),
         found(numbers(1, 2, 3, 4)),
-        found(numbers(1, 2, 3), tail=FoundTail(bytes(16), tokens_of(4, 1000), 10**6, 3)),
+        found(numbers(1, 2, 3), partial_block=FoundPartial(bytes(16), tokens_of(4, 1000), 10**6, 3)),
         found(b"\1"),
         *FALSE_FRAMES.values(),
     ],
-    ids=["slots", "one slot", "blocks", "tail", "bytes", *FALSE_FRAMES],
+    ids=["slots", "one slot", "blocks", "partial_block", "bytes", *FALSE_FRAMES],
 )
 @pytest.mark.usefixtures("fast_keeper")
 def test_a_lie_is_a_miss_and_the_daemon_is_asked_no_more(
@@ -358,8 +361,8 @@ def regular_file() -> list[int]:
 MEMORY: dict[str, Callable[[], list[int]]] = {
     "that can shrink": lambda: [sealed_memory(seals=0x1 | 0x4)],
     "that can grow": lambda: [sealed_memory(seals=0x1 | 0x2)],
-    "whose seals are not all": lambda: [sealed_memory(seals=0x2 | 0x4)],
-    "without seals": lambda: [sealed_memory(seals=0)],
+    "whose content digests are not all": lambda: [sealed_memory(seals=0x2 | 0x4)],
+    "without content digests": lambda: [sealed_memory(seals=0)],
     "that cannot be sealed": regular_file,
     "that is smaller than said": lambda: [sealed_memory(size=4096)],
     "that is larger than said": lambda: [sealed_memory(size=1 << 20)],
@@ -546,7 +549,7 @@ def test_a_daemon_that_computes_for_ever_is_waited_for_as_long_as_is_allowed(
 ) -> None:
     def answer(message: Message) -> Message:
         if isinstance(message, Match):
-            return found(is_computing=message.wants_ticket)
+            return found(is_computing=message.wants_claim)
         return Waited(is_over=False)
 
     with FakeDaemon(short_path / "d.sock", answer) as daemon:

@@ -83,11 +83,11 @@ def test_a_client_that_has_forked_and_is_killed_gives_its_slots_back_although_it
     with client_process("fork", daemon.socket) as process:
         assert process.stdout is not None
         status = daemon.status()
-        assert (status.leased_slots, status.reserved_slots, status.tickets) == (4, 4, 4)
+        assert (status.leased_slots, status.reserved_slots, status.claims) == (4, 4, 4)
         process.kill()
         assert process.stdout.readline() == "closed\n", "the child cannot use the connection"
         status = daemon.status()
-        assert (status.leased_slots, status.reserved_slots, status.tickets, status.clients) == (0, 0, 0, 1)
+        assert (status.leased_slots, status.reserved_slots, status.claims, status.clients) == (0, 0, 0, 1)
 
 
 def test_a_client_killed_while_writing_leaves_nothing_visible_and_no_slot(start_daemon: Start) -> None:
@@ -142,7 +142,7 @@ def test_a_cache_outlives_its_daemon_and_finds_the_next_one(start_daemon: Start,
     daemon = start_daemon()
     cache = open_cache(daemon_timeout_s=0.5)
     engine = PatternEngine(cache)
-    cache.release(engine.start(PROMPT, tail=True))
+    cache.release(engine.start(PROMPT, partial_block=True))
     cache.flush()
     daemon.kill()
     cache.evict(Tier.HOT)

@@ -134,17 +134,17 @@ def matched(core: Core, connection: Connection, count: int, **options: Any) -> A
 
 
 def test_tickets_are_bounded_for_each_client_and_for_all() -> None:
-    core = make_core(ticket_blocks_of_client=100, ticket_blocks=150)
+    core = make_core(claimed_blocks_of_client=100, claimed_blocks=150)
     first, second = connect(core), connect(core)
     for _ in range(3):
-        matched(core, first, 60, wants_ticket=True)
-    assert (first.num_promised, len(first.tickets)) == (100, 2)
-    assert matched(core, first, 60, wants_ticket=True).ticket == 0, "nothing is promised, and nothing refused"
-    matched(core, second, 60, wants_ticket=True)
-    assert (second.num_promised, core.num_tickets) == (50, 150)
+        matched(core, first, 60, wants_claim=True)
+    assert (first.num_promised, len(first.claims)) == (100, 2)
+    assert matched(core, first, 60, wants_claim=True).claim == 0, "nothing is promised, and nothing refused"
+    matched(core, second, 60, wants_claim=True)
+    assert (second.num_promised, core.num_claims) == (50, 150)
     core.check()
     core.disconnect(first)
-    assert core.num_tickets == 50
+    assert core.num_claims == 50
     core.check()
 
 
@@ -157,16 +157,16 @@ def test_a_ticket_that_has_expired_is_freed() -> None:
     client.match(as_bytes([5, 6, 7, 8]))
     clock.now = 50
     client.reserve(as_bytes([1, 2]), [0])
-    client.publish(1)  # news of the first ticket: the other one expires before it
+    client.publish(1)  # news of the first claim: the other one expires before it
     core.trim()
-    assert core.num_tickets == 3
+    assert core.num_claims == 3
     clock.now = 71
     core.trim()
-    assert (core.num_tickets, len(client.connection.tickets)) == (1, 1)
+    assert (core.num_claims, len(client.connection.claims)) == (1, 1)
     core.check()
     clock.now = 111
     core.trim()
-    assert (client.connection.num_promised, core.num_tickets, client.connection.tickets) == (0, 0, {})
+    assert (client.connection.num_promised, core.num_claims, client.connection.claims) == (0, 0, {})
     core.check()
 
 
@@ -175,8 +175,8 @@ def test_a_ticket_of_one_namespace_says_nothing_of_another() -> None:
     forger, honest = connect(core, digest=b"f" * 16), connect(core)
     hashes, tokens = os.urandom(32), os.urandom(16)
     for connection in (forger, honest):
-        found = core.match(connection, Match(hashes=hashes, tokens=tokens, wants_ticket=True))
-        assert found.ticket and not found.is_computing
+        found = core.match(connection, Match(hashes=hashes, tokens=tokens, wants_claim=True))
+        assert found.claim and not found.is_computing
     core.check()
 
 
@@ -382,8 +382,8 @@ def test_a_message_names_no_more_blocks_than_the_limits_allow() -> None:
 @pytest.mark.parametrize(
     "ask",
     [
-        lambda core, it: matched(core, it, 2, min_tail_tokens=0),
-        lambda core, it: matched(core, it, 2, min_tail_tokens=-(1 << 63)),
+        lambda core, it: matched(core, it, 2, min_partial_tokens=0),
+        lambda core, it: matched(core, it, 2, min_partial_tokens=-(1 << 63)),
         lambda core, it: matched(core, it, 2, start=3),
         lambda core, it: core.evict(it, -2),
         lambda core, it: core.begin_fetch(it, Fetch(cursor=0, first=0, count=1)),
@@ -400,7 +400,7 @@ def test_a_number_that_fits_nothing_is_refused_and_changes_nothing(ask: Any) -> 
     with pytest.raises(ProtocolError):
         ask(core, connection)
     core.check()
-    assert core.num_leases == core.num_reservations == core.num_tickets == 0
+    assert core.num_leases == core.num_reservations == core.num_claims == 0
 
 
 def test_releasing_a_slot_twice_in_one_message_ends_nothing() -> None:

@@ -74,5 +74,5 @@ def test_two_copies_of_a_split_model_never_wait_for_each_other_crosswise(start_d
         eventually(lambda: all(map(has_voted, early)))  # each waits for its other rank
         running += [threads.submit(engine.start, PROMPT) for engine in late]
         found = [future.result(30) for future in running]
-        assert daemon.status().tickets == 0
+        assert daemon.status().claims == 0
         release_all([*early, *late], found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from tierkv.daemon.messages import Found, FoundTail
+from tierkv.daemon.messages import Found, FoundPartial
 from tierkv.errors import DaemonGoneError
 from tierkv.storage.outcomes import MissReason
 from tierkv.transfer.daemon_reader import RemoteReader
@@ -23,14 +23,14 @@ def test_a_hot_tail_stays_pinned_if_the_connection_is_closed_before_a_better_one
     def lend(count: int) -> None:
         raise DaemonGoneError("the connection to the daemon was closed")
 
-    theirs = FoundTail(b"d" * HASH_BYTES, TOKENS, num_tokens=3, slot=5)
-    answer = Found(slots=b"", tail=theirs, cursor=0, ticket=0, is_computing=False, miss="")
+    theirs = FoundPartial(b"d" * HASH_BYTES, TOKENS, num_tokens=3, slot=5)
+    answer = Found(slots=b"", partial_block=theirs, cursor=0, claim=0, is_computing=False, miss="")
     unpinned: list[Place] = []
     tiers: Any = SimpleNamespace(index=SimpleNamespace(root=ROOT), unpin=unpinned.extend, changed=OwnedCondition())
     keeper: Any = SimpleNamespace(link=SimpleNamespace(lend=lend))
     flight: Any = SimpleNamespace(is_on=False, ask=lambda *_: answer)
-    reader = RemoteReader(tiers, keeper, flight, block_size=4, min_tail_tokens=1, hash_function=hash_block)
+    reader = RemoteReader(tiers, keeper, flight, block_size=4, min_partial_tokens=1, hash_function=hash_block)
     pinned = {0: Place(Tier.HOT, 7)}
     lookup, _ = reader.look_further(Lookup([], [], TAIL, None), TOKENS, pinned)
-    assert (lookup.tail, lookup.miss) == (TAIL, MissReason.DAEMON)
+    assert (lookup.partial_block, lookup.miss) == (TAIL, MissReason.DAEMON)
     assert pinned == {0: Place(Tier.HOT, 7)} and not unpinned

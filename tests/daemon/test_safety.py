@@ -245,7 +245,7 @@ def _random(dice: random.Random) -> Message:
     chosen = numbers(*(dice.randrange(10) for _ in range(3)))
     return dice.choice(
         [
-            Match(hashes=hashes, tokens=tokens, lease=True, wants_ticket=True),
+            Match(hashes=hashes, tokens=tokens, lease=True, wants_claim=True),
             Reserve(chains=[Chain(hashes, tokens[: len(hashes)], chosen)]),
             Publish(slots=chosen),
             Release(slots=chosen, cursors=chosen),

@@ -1,4 +1,4 @@
-"""The daemon's seals: those of the token ids of each block's chain, and no more digests than they need."""
+"""The daemon's content digests: those of the token ids of each block's chain, and no more digests than they need."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tierkv.daemon import sealer
 from tierkv.daemon.core import Core, Tenant
 from tierkv.daemon.sealer import Sealer
 from tierkv.index.index import Entry
-from tierkv.values.block import hash_block, seal_block
+from tierkv.values.block import chain_content_digest, hash_block
 
 NAMESPACE = b"n" * 16
 
@@ -40,7 +40,7 @@ def test_a_seal_is_that_of_the_chain_whatever_was_sealed_before(seed: int) -> No
     one = Sealer()
     for entry in entries:
         info = one.identify(tenant, entry)
-        assert info.seal == reduce(seal_block, chain_of(entry), NAMESPACE)
+        assert info.content_digest == reduce(chain_content_digest, chain_of(entry), NAMESPACE)
         parent = entry.parent_hash if entry.parent.depth else NAMESPACE
         assert (info.block_hash, info.parent, info.namespace) == (entry.block_hash, parent, NAMESPACE)
 
@@ -55,9 +55,9 @@ def test_a_chain_that_is_sealed_in_order_costs_one_digest_a_block(monkeypatch: p
 
     def counted(parent: bytes, token_bytes: bytes) -> bytes:
         digests.append(token_bytes)
-        return seal_block(parent, token_bytes)
+        return chain_content_digest(parent, token_bytes)
 
-    monkeypatch.setattr(sealer, "seal_block", counted)
+    monkeypatch.setattr(sealer, "chain_content_digest", counted)
     one = Sealer()
     for entry in reversed(chain):
         one.identify(tenant, entry)

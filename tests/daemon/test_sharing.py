@@ -23,7 +23,7 @@ def ids(count: int, start: int = 0) -> list[int]:
 def test_what_one_cache_computes_another_finds_in_the_warm_tier(start_daemon: Start, open_cache: OpenCache) -> None:
     daemon = start_daemon()
     first, second = open_cache(), open_cache()
-    first.release(PatternEngine(first).start(ids(14), tail=True))
+    first.release(PatternEngine(first).start(ids(14), partial_block=True))
     first.flush()
     found = PatternEngine(second).start([*ids(14), 99])
     assert found.cached_tokens == {Tier.HOT: 0, Tier.WARM: 14, Tier.COLD: 0}
@@ -38,7 +38,7 @@ def test_what_one_cache_computes_another_finds_in_the_warm_tier(start_daemon: St
 def test_a_new_daemon_on_the_same_store_serves_from_the_cold_tier(start_daemon: Start, open_cache: OpenCache) -> None:
     daemon = start_daemon()
     cache = open_cache()
-    cache.release(PatternEngine(cache).start(ids(14), tail=True))
+    cache.release(PatternEngine(cache).start(ids(14), partial_block=True))
     cache.flush()
     cache.close()
     daemon.kill()
@@ -73,7 +73,7 @@ def test_a_state_file_is_saved_and_loaded_by_the_daemon(
 ) -> None:
     daemon = start_daemon(store=False)
     cache = open_cache()
-    cache.release(PatternEngine(cache).start(ids(14), tail=True))
+    cache.release(PatternEngine(cache).start(ids(14), partial_block=True))
     assert cache.save_cache_state(tmp_path / "state").blocks == 4
     cache.close()
     daemon.kill()
@@ -119,7 +119,9 @@ def test_forced_hash_collisions_cost_misses_and_never_a_wrong_block(
         engines = [PatternEngine(cache) for cache in caches]
         for i in range(200):
             engine = engines[i % 2]
-            sequence = engine.start([i % 5, i % 3, i % 7, i % 2, i % 5, i % 3, 1, 2, i % 2, 3, 3, 3, 3], tail=True)
+            sequence = engine.start(
+                [i % 5, i % 3, i % 7, i % 2, i % 5, i % 3, 1, 2, i % 2, 3, 3, 3, 3], partial_block=True
+            )
             engine.check(sequence)
             engine.cache.release(sequence)
             engine.cache.flush()
@@ -149,7 +151,7 @@ def test_a_forged_block_gets_no_other_ones_children_from_slab_or_store(
         """Let a new cache serve prompts; every byte that it is given is checked."""
         cache = open_cache(hash_function=first_token_alone)
         for prompt in prompts:
-            cache.release(PatternEngine(cache).start(prompt, tail=True))
+            cache.release(PatternEngine(cache).start(prompt, partial_block=True))
             cache.flush()
         cache.check()
         cache.close()
@@ -172,12 +174,12 @@ def test_a_daemon_and_a_cache_without_one_read_each_others_stores(
 ) -> None:
     daemon = start_daemon()
     cache = open_cache()
-    cache.release(PatternEngine(cache).start(ids(14), tail=True))
+    cache.release(PatternEngine(cache).start(ids(14), partial_block=True))
     cache.flush()
     cache.close()
     daemon.kill()
     alone = open_cache(socket=None, cold_path=short_path / "store", warm_bytes=16 * BLOCK_BYTES)
-    found = PatternEngine(alone).start([*ids(14), 99, 98, 97, 96], tail=True)
+    found = PatternEngine(alone).start([*ids(14), 99, 98, 97, 96], partial_block=True)
     assert found.cached_tokens[Tier.COLD] == 14
     alone.release(found)
     alone.close()
@@ -195,7 +197,7 @@ def test_more_blocks_than_the_slab_holds_pass_through_it(start_daemon: Start, op
     for round_number in range(3):
         for step, i in enumerate([*range(12), 11, 10]):
             cache = caches[(step + round_number) % 2]
-            sequence = PatternEngine(cache).start([*ids(12, start=100 * i), 7], tail=True)
+            sequence = PatternEngine(cache).start([*ids(12, start=100 * i), 7], partial_block=True)
             for tier, tokens in sequence.cached_tokens.items():
                 seen[tier] += tokens
             cache.release(sequence)

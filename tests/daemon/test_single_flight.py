@@ -53,7 +53,7 @@ def test_the_second_waits_for_the_blocks_of_the_first(start_daemon: Start, open_
     daemon = start_daemon()
     first, second = open_cache(compute_wait_s=30.0), open_cache(compute_wait_s=30.0)
     sequence = first.acquire(PROMPT)
-    assert daemon.status().tickets == 4
+    assert daemon.status().claims == 4
     other = waiting(second)
     eventually(lambda: second._daemon is not None and second._daemon.flight.num_waits == 1)
     engine = PatternEngine(first)
@@ -66,7 +66,7 @@ def test_the_second_waits_for_the_blocks_of_the_first(start_daemon: Start, open_
     first.release(sequence)
     found: Sequence = other.join()
     assert found.cached_tokens[Tier.WARM] == 16
-    assert daemon.status().tickets == 0
+    assert daemon.status().claims == 0
     second.release(found)
 
 
@@ -98,10 +98,10 @@ def test_who_waits_goes_on_when_the_other_gives_up(start_daemon: Start, open_cac
 def test_who_waits_goes_on_when_the_other_is_killed(start_daemon: Start) -> None:
     daemon = start_daemon()
     with client_process("compute", daemon.socket) as process, connect(daemon.socket) as client:
-        ask = Match(hashes=chain_of(tokens_of(16)), tokens=tokens_of(16), wants_ticket=True)
+        ask = Match(hashes=chain_of(tokens_of(16)), tokens=tokens_of(16), wants_claim=True)
         assert client.call(ask, Found).is_computing
         process.kill()
-        eventually(lambda: client.call(ask, Found).ticket != 0)
+        eventually(lambda: client.call(ask, Found).claim != 0)
 
 
 def test_after_the_deadline_everybody_computes(start_daemon: Start, open_cache: OpenCache) -> None:
@@ -128,7 +128,7 @@ def test_who_computes_something_waits_for_nobody(start_daemon: Start, open_cache
 def test_an_announced_prompt_is_brought_up_from_disk(start_daemon: Start, open_cache: OpenCache) -> None:
     daemon = start_daemon()
     cache = open_cache()
-    cache.release(PatternEngine(cache).start(PROMPT, tail=True))
+    cache.release(PatternEngine(cache).start(PROMPT, partial_block=True))
     cache.flush()
     cache.close()
     daemon.kill()

@@ -12,8 +12,8 @@ from core_model import BLOCK_SIZE, SLOT_BYTES, Client, DictStore, Stored, as_byt
 
 import tierkv.transfer.single_flight
 from tierkv.daemon.core import Core
-from tierkv.daemon.messages import EndTicket, Found, Match, Release, Wait, Waited
-from tierkv.daemon.values import Ticket
+from tierkv.daemon.messages import EndClaim, Found, Match, Release, Wait, Waited
+from tierkv.daemon.values import Claim
 from tierkv.transfer.single_flight import SingleFlight
 from tierkv.values.block import hash_block
 
@@ -52,12 +52,12 @@ class FakeKeeper:
 
     def promise(self, computes: set[int]) -> None:
         if computes:
-            ticket = Ticket(1000, self.other.connection, {self.hashes[at] for at in computes}, 1e9)
+            claim = Claim(1000, self.other.connection, {self.hashes[at] for at in computes}, 1e9)
             connection = self.other.connection
-            connection.require_tenant().tickets.update(dict.fromkeys(ticket.hashes, ticket))
-            connection.tickets[ticket.number] = ticket
-            connection.num_promised += len(ticket.hashes)
-            self.core.num_promised += len(ticket.hashes)
+            connection.require_tenant().claims.update(dict.fromkeys(claim.hashes, claim))
+            connection.claims[claim.number] = claim
+            connection.num_promised += len(claim.hashes)
+            self.core.num_promised += len(claim.hashes)
 
     def call_on(self, link: Any, message: Any, expected: type, *, timeout_s: float | None = None) -> Any:
         self.num_sent += 1
@@ -68,11 +68,11 @@ class FakeKeeper:
             return Waited(is_over=False)
         self.num_long_waits += 1
         if self.publishes:
-            for ticket in list(self.other.connection.tickets.values()):
+            for claim in list(self.other.connection.claims.values()):
                 for at, block_hash in enumerate(self.hashes):
-                    if block_hash in ticket.hashes:
+                    if block_hash in claim.hashes:
                         self.put(at)
-                self.core.end_ticket(self.other.connection, ticket.number)
+                self.core.end_claim(self.other.connection, claim.number)
             self.now += 0.5
             return Waited(is_over=False)
         self.now += message.timeout_ms / 1e3
@@ -80,8 +80,8 @@ class FakeKeeper:
 
     def post(self, link: Any, message: Any) -> None:
         self.num_sent += 1
-        if isinstance(message, EndTicket):
-            self.core.end_ticket(self.me.connection, message.ticket)
+        if isinstance(message, EndClaim):
+            self.core.end_claim(self.me.connection, message.claim)
         else:
             assert isinstance(message, Release)
             self.core.release(self.me.connection, message)
@@ -94,7 +94,7 @@ class OpenLink:
 def ask(keeper: FakeKeeper, num_hot: int, monkeypatch: pytest.MonkeyPatch) -> tuple[SingleFlight, Found]:
     monkeypatch.setattr(tierkv.transfer.single_flight.time, "monotonic", lambda: keeper.now)
     flight = SingleFlight(keeper, wait_s=WAIT_S)  # type: ignore[arg-type]
-    message = Match(hashes=b"".join(keeper.hashes), tokens=TOKENS, start=num_hot, lease=True, wants_ticket=True)
+    message = Match(hashes=b"".join(keeper.hashes), tokens=TOKENS, start=num_hot, lease=True, wants_claim=True)
     answer = flight.ask(OpenLink(), message, keeper.hashes)  # type: ignore[arg-type]
     monkeypatch.undo()
     return flight, answer
@@ -113,8 +113,8 @@ def test_every_combination_ends_with_few_messages_in_time(
         assert keeper.num_sent <= 3 * (tierkv.transfer.single_flight._MOST_VAIN_WAITS + NUM_BLOCKS + 1), case
         num_found = num_hot + len(answer.slots) // 4
         if num_found == NUM_BLOCKS:
-            assert answer.ticket == 0, case
-            assert not keeper.me.connection.tickets, f"{case}: others would wait for blocks that are never computed"
+            assert answer.claim == 0, case
+            assert not keeper.me.connection.claims, f"{case}: others would wait for blocks that are never computed"
         is_awaited = num_found < NUM_BLOCKS and num_found in computes
         if not publishes and not is_awaited:
             assert keeper.num_long_waits == 0, f"{case}: waited for a block that nobody computes"
@@ -137,8 +137,8 @@ def test_who_waits_goes_on_waiting_for_another_who_takes_over(monkeypatch: pytes
     def call_on(link: Any, message: Any, expected: type, *, timeout_s: float | None = None) -> Any:
         if isinstance(message, Wait) and deaths:
             deaths.pop()
-            for ticket in list(keeper.other.connection.tickets):
-                keeper.core.end_ticket(keeper.other.connection, ticket)
+            for claim in list(keeper.other.connection.claims):
+                keeper.core.end_claim(keeper.other.connection, claim)
             keeper.promise({0, 1, 2})
             return Waited(is_over=False)
         keeper.publishes = True

@@ -160,7 +160,7 @@ class Requests(Area):
                 if boot is None:
                     break
                 message = self._request(random)
-                answered = not isinstance(message, m.Release | m.Abandon | m.EndTicket)
+                answered = not isinstance(message, m.Release | m.Abandon | m.EndClaim)
                 data = _framed(random, message, number=number if answered else 0, boot=boot)
                 if _is_said(data, m.Stop) or (isinstance(message, m.Wait) and message.timeout_ms != 1):
                     continue
@@ -243,7 +243,7 @@ class Requests(Area):
         load = os.fspath(path) if random.random() < 0.8 else random.choice(("relative", "/", "/dev/null", "/a\0b"))
         message: m.Message = random.choice(
             (
-                m.Match(hashes=hashes, tokens=tokens, lease=True, wants_ticket=random.random() < 0.5),
+                m.Match(hashes=hashes, tokens=tokens, lease=True, wants_claim=random.random() < 0.5),
                 m.Match(hashes=hashes, tokens=tokens, start=random.choice((0, 1, 2))),
                 m.Reserve(chains=[chain]),
                 m.Publish(slots=_odd_bytes(random, 4)),
@@ -251,7 +251,7 @@ class Requests(Area):
                 m.Release(slots=_odd_bytes(random, 4), cursors=_odd_bytes(random, 4)),
                 m.Fetch(cursor=random.randrange(3), first=random.randrange(3), count=random.randrange(4)),
                 m.Wait(block_hash=hashes[:16], timeout_ms=1),
-                m.EndTicket(ticket=odd_number(random)),
+                m.EndClaim(claim=odd_number(random)),
                 m.Pin(hashes=hashes, tokens=tokens, pinned=random.random() < 0.5),
                 m.Prefetch(hashes=hashes, tokens=tokens),
                 m.Evict(count=random.choice((-1, 0, 1))),
@@ -461,13 +461,15 @@ class Answers(Area):
 
     def _answer(self, random: Random, message: m.Message) -> Any:
         slots = np.array([random.randrange(12) for _ in range(random.randrange(4))], dtype="<u4").tobytes()
-        tail = m.FoundTail(random.randbytes(16), tokens_of(3), random.choice((1, 2, 3)), random.choice((3, m.NO_SLOT)))
+        partial_block = m.FoundPartial(
+            random.randbytes(16), tokens_of(3), random.choice((1, 2, 3)), random.choice((3, m.NO_SLOT))
+        )
         answers: dict[type, Any] = {
             m.Match: m.Found(
                 slots=slots,
-                tail=random.choice((None, tail)),
+                partial_block=random.choice((None, partial_block)),
                 cursor=random.randrange(3),
-                ticket=random.randrange(3),
+                claim=random.randrange(3),
                 is_computing=random.random() < 0.2,
                 miss=random.choice(("", "absent", "corrupt", "nonsense")),
             ),
@@ -530,7 +532,7 @@ def _status() -> m.StatusReport:
         clients=1,
         leased_slots=0,
         reserved_slots=0,
-        tickets=0,
+        claims=0,
         pending_writes=0,
         bytes_received=0,
         bytes_sent=0,

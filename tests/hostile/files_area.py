@@ -66,7 +66,7 @@ def _is_same_block(out: np.ndarray, known: _Known) -> bool:
 def _is_same_identity(data: bytes, info: BlockInfo) -> bool:
     said = data[_IDENTITY] + data[_SEAL] + data[128 : 128 + len(info.token_bytes)]
     num_tokens = int.from_bytes(data[64:68], "little")
-    wanted = info.block_hash + info.parent + info.namespace + info.seal + info.token_bytes
+    wanted = info.block_hash + info.parent + info.namespace + info.content_digest + info.token_bytes
     return said == wanted and num_tokens == info.num_tokens
 
 

@@ -44,7 +44,7 @@ RECORD_FIELDS = {  # offset and struct of each field of a record's header, as in
     "record_bytes": (96, "Q"),
     "payload_offset": (104, "I"),
     "runs": (108, "I"),
-    "seal": (112, "16s"),
+    "content_digest": (112, "16s"),
 }
 
 

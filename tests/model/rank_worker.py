@@ -106,7 +106,9 @@ class Worker:
     def generate(self) -> dict[str, Any]:
         """Answer the prompt in a cache that has just been opened."""
         with self.runner() as runner:
-            options = GenerationOptions(max_new_tokens=NUM_NEW, stop_ids=frozenset(), store_tail=True, keep_logits=True)
+            options = GenerationOptions(
+                max_new_tokens=NUM_NEW, stop_ids=frozenset(), store_partial=True, keep_logits=True
+            )
             (answer,) = runner.generate([prompt_of(self.device)], options)
             assert answer.logits is not None
             runner.cache.check()
@@ -128,7 +130,7 @@ class Worker:
             computed = []
             for _ in range(2):
                 computed.append(runner.prefill(prompt_of(self.device)))
-                runner.cache.flush()  # the tail is written behind the request
+                runner.cache.flush()  # the partial block is written behind the request
             return {"computed": computed, "weights": runner.cache.namespace.weights}
 
     def change_the_last_rank(self) -> dict[str, Any]:

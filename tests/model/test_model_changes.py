@@ -155,7 +155,7 @@ def test_a_change_while_a_runner_is_open_refuses_what_comes_and_stores_nothing(
         runner.generate([known], greedy())
         change(model)
         calls = (
-            lambda p: runner.generate([p], greedy(store_tail=True)),
+            lambda p: runner.generate([p], greedy(store_partial=True)),
             lambda p: list(runner.stream([p])),
             runner.prefill,
         )
@@ -176,7 +176,7 @@ def test_a_change_between_two_tokens_of_a_stream_gives_no_other_token_and_stores
 ) -> None:
     prompt = tokens(length)
     with opened(model) as runner:
-        stream = runner.stream([prompt], greedy(8, store_tail=True))
+        stream = runner.stream([prompt], greedy(8, store_partial=True))
         first = next(stream).token_id
         change(model)
         with pytest.raises(TierKVError):
@@ -476,7 +476,7 @@ def test_an_answer_that_a_stop_token_ends_is_checked_and_then_stored(model: Any)
     with opened(model) as runner:
         (free,) = runner.generate([prompt], greedy(6, use_cache=False))
         assert free.token_ids[3] not in free.token_ids[:3]
-        stopped = GenerationOptions(max_new_tokens=6, stop_ids=frozenset(free.token_ids[3:4]), store_tail=True)
+        stopped = GenerationOptions(max_new_tokens=6, stop_ids=frozenset(free.token_ids[3:4]), store_partial=True)
         (answer,) = runner.generate([prompt], stopped)
         assert answer.token_ids == free.token_ids[:4]
         runner.cache.flush()
@@ -488,7 +488,7 @@ def test_a_change_amid_a_call_is_told_when_a_stop_token_ends_it(model: Any, monk
     with opened(model) as runner:
         (free,) = runner.generate([prompt], greedy(6, use_cache=False))
         assert free.token_ids[3] not in free.token_ids[:3]
-        stopped = GenerationOptions(max_new_tokens=6, stop_ids=frozenset(free.token_ids[3:4]), store_tail=True)
+        stopped = GenerationOptions(max_new_tokens=6, stop_ids=frozenset(free.token_ids[3:4]), store_partial=True)
         passes = 0
 
         def forward_and_write(*given: Any, **options: Any) -> Tensor:

@@ -162,7 +162,7 @@ def test_a_prompt_that_never_fits_is_refused_and_nothing_leaks(place: Place, ope
 def test_an_answer_is_found_by_the_next_turn(place: Place, open_one: Open) -> None:
     runner = open_one()
     prompt = tokens(place.block_size + 2, seed=1)
-    (first,) = runner.generate([prompt], greedy(5, store_tail=True))
+    (first,) = runner.generate([prompt], greedy(5, store_partial=True))
     runner.cache.flush()
     (second,) = runner.generate([[*prompt, *first.token_ids, 1, 2]], greedy(1))
     computed = len(prompt) + len(first.token_ids) - 1  # the last token chosen was never fed
@@ -277,7 +277,7 @@ def test_a_batch_that_fails_is_released_to_the_last_request(
         raise MemoryError("no room to commit")
 
     runner = open_one()
-    stream = runner.stream([tokens(place.block_size, seed=i) for i in range(3)], greedy(4, store_tail=True))
+    stream = runner.stream([tokens(place.block_size, seed=i) for i in range(3)], greedy(4, store_partial=True))
     next(stream)
     monkeypatch.setattr(runner.cache, "commit", fail)
     with pytest.raises(MemoryError):

@@ -14,7 +14,7 @@ from typing import Any, Generic, TypeVar
 from tierkv.errors import CapacityError, ClosedError, ConfigError
 from tierkv.values.locks import OwnedCondition
 
-__all__ = ["PATIENCE", "Priority", "PriorityThreads", "Ticket", "WorkQueue"]
+__all__ = ["PATIENCE", "Priority", "PriorityThreads", "QueueEntry", "WorkQueue"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -33,7 +33,7 @@ class Priority(IntEnum):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Ticket(Generic[Item]):
+class QueueEntry(Generic[Item]):
     """One item in a queue; each is itself alone."""
 
     item: Item
@@ -54,12 +54,12 @@ class WorkQueue(Generic[Item]):
             raise ConfigError(f"a queue of {max_entries} entries and {max_bytes} bytes holds nothing")
         self._max_entries = max_entries
         self._max_bytes = max_bytes
-        self._lanes: dict[Priority, OrderedDict[Ticket[Item], None]] = {each: OrderedDict() for each in Priority}
+        self._lanes: dict[Priority, OrderedDict[QueueEntry[Item], None]] = {each: OrderedDict() for each in Priority}
         self._patience = patience
         self._bytes = dict.fromkeys(Priority, 0)
         self._passed_over = dict.fromkeys(Priority, 0)
-        self._at_the_door: dict[Priority, deque[Ticket[Item]]] = {each: deque() for each in Priority}
-        self._taken_back: set[Ticket[Item]] = set()
+        self._at_the_door: dict[Priority, deque[QueueEntry[Item]]] = {each: deque() for each in Priority}
+        self._taken_back: set[QueueEntry[Item]] = set()
         self._is_closed = False
         self._changed = OwnedCondition()
 
@@ -68,55 +68,55 @@ class WorkQueue(Generic[Item]):
 
     def put(
         self, item: Item, priority: Priority, *, num_bytes: int = 0, timeout_s: float | None = None
-    ) -> Ticket[Item]:
+    ) -> QueueEntry[Item]:
         """Queue an item, waiting for room: at most `timeout_s` seconds, 0 to wait for none.
 
         Raises CapacityError where there was none in time, ClosedError once the queue is closed; nothing is queued.
         """
         counted = num_bytes if self._max_bytes is None else min(num_bytes, self._max_bytes)
-        ticket = Ticket(item, priority, counted)
+        entry = QueueEntry(item, priority, counted)
         with self._changed:
-            has_room = self._wait_for_room(ticket, timeout_s)
+            has_room = self._wait_for_room(entry, timeout_s)
             if self._is_closed:
                 raise ClosedError("the queue is closed")
             if not has_room:
                 waiting = f"{len(self._lanes[priority])} entries, {self._bytes[priority]} bytes"
                 raise CapacityError(f"no room for more {priority.name.lower()} work: {waiting} wait already")
-            self._lanes[priority][ticket] = None
+            self._lanes[priority][entry] = None
             self._bytes[priority] += counted
             self._changed.notify_all()
-        return ticket
+        return entry
 
-    def take(self) -> Ticket[Item] | None:
+    def take(self) -> QueueEntry[Item] | None:
         """Return the most urgent item, waiting for one; None once the queue is closed and empty."""
         with self._changed:
             self._changed.wait_for(lambda: self._is_closed or len(self) > 0)
             return self._pop()
 
-    def try_take(self) -> Ticket[Item] | None:
+    def try_take(self) -> QueueEntry[Item] | None:
         """Return the most urgent item, or None if none waits."""
         with self._changed:
             return self._pop()
 
-    def put_back(self, ticket: Ticket[Item]) -> None:
+    def put_back(self, entry: QueueEntry[Item]) -> None:
         """Let what was taken be taken again, before all others of its priority; it can no longer be cancelled.
 
         Takes no notice of the bounds: the item had its place already.
         """
         with self._changed:
-            lane = self._lanes[ticket.priority]
-            lane[ticket] = None
-            lane.move_to_end(ticket, last=False)
-            self._bytes[ticket.priority] += ticket.num_bytes
-            self._taken_back.add(ticket)
+            lane = self._lanes[entry.priority]
+            lane[entry] = None
+            lane.move_to_end(entry, last=False)
+            self._bytes[entry.priority] += entry.num_bytes
+            self._taken_back.add(entry)
             self._changed.notify_all()
 
-    def cancel(self, ticket: Ticket[Item]) -> bool:
+    def cancel(self, entry: QueueEntry[Item]) -> bool:
         """Take an item out that nobody has taken yet. False if somebody has."""
         with self._changed:
-            if ticket in self._taken_back or ticket not in self._lanes[ticket.priority]:
+            if entry in self._taken_back or entry not in self._lanes[entry.priority]:
                 return False
-            self._remove(ticket)
+            self._remove(entry)
             return True
 
     def close(self) -> None:
@@ -125,29 +125,29 @@ class WorkQueue(Generic[Item]):
             self._is_closed = True
             self._changed.notify_all()
 
-    def _wait_for_room(self, ticket: Ticket[Item], timeout_s: float | None) -> bool:
+    def _wait_for_room(self, entry: QueueEntry[Item], timeout_s: float | None) -> bool:
         """Return whether there is room, or the queue is closed. Else large items would wait as long as small ones come.
 
         The caller holds the lock.
         """
         assert self._changed.is_owned()
-        line = self._at_the_door[ticket.priority]
-        line.append(ticket)
+        line = self._at_the_door[entry.priority]
+        line.append(entry)
         try:
             return self._changed.wait_for(
-                lambda: self._is_closed or (line[0] is ticket and self._has_room(ticket)), timeout_s
+                lambda: self._is_closed or (line[0] is entry and self._has_room(entry)), timeout_s
             )
         finally:
-            line.remove(ticket)
+            line.remove(entry)
             self._changed.notify_all()
 
-    def _has_room(self, ticket: Ticket[Item]) -> bool:
+    def _has_room(self, entry: QueueEntry[Item]) -> bool:
         """Tell whether one more item is within the bounds; the caller holds the lock."""
         assert self._changed.is_owned()
-        lane, num_bytes = self._lanes[ticket.priority], self._bytes[ticket.priority] + ticket.num_bytes
+        lane, num_bytes = self._lanes[entry.priority], self._bytes[entry.priority] + entry.num_bytes
         return len(lane) < self._max_entries and (self._max_bytes is None or num_bytes <= self._max_bytes)
 
-    def _pop(self) -> Ticket[Item] | None:
+    def _pop(self) -> QueueEntry[Item] | None:
         """Take the item whose turn it is, if there is one; the caller holds the lock."""
         assert self._changed.is_owned()
         waiting = [each for each in Priority if self._lanes[each]]
@@ -157,16 +157,16 @@ class WorkQueue(Generic[Item]):
         for each in waiting:
             self._passed_over[each] += 1
         self._passed_over[chosen] = 0
-        ticket = next(iter(self._lanes[chosen]))
-        self._remove(ticket)
-        return ticket
+        entry = next(iter(self._lanes[chosen]))
+        self._remove(entry)
+        return entry
 
-    def _remove(self, ticket: Ticket[Item]) -> None:
+    def _remove(self, entry: QueueEntry[Item]) -> None:
         """Take an item out; the caller holds the lock."""
         assert self._changed.is_owned()
-        del self._lanes[ticket.priority][ticket]
-        self._bytes[ticket.priority] -= ticket.num_bytes
-        self._taken_back.discard(ticket)
+        del self._lanes[entry.priority][entry]
+        self._bytes[entry.priority] -= entry.num_bytes
+        self._taken_back.discard(entry)
         self._changed.notify_all()
 
 

@@ -26,7 +26,7 @@ from tierkv.daemon.messages import (
     Fetch,
     Fetched,
     Found,
-    FoundTail,
+    FoundPartial,
     Hello,
     LoadState,
     Match,
@@ -93,30 +93,30 @@ class AnswerCheck:
         num_asked = len(asked.hashes) // HASH_BYTES - asked.start
         slots = self._slots(answer.slots, most=num_asked)
         end = asked.start + len(slots)
-        if answer.tail is not None:
-            slots.append(self._tail(asked, answer.tail, end))
+        if answer.partial_block is not None:
+            slots.append(self._partial(asked, answer.partial_block, end))
         self._distinct(slots)
         _require(0 <= answer.cursor <= 0xFFFF_FFFF, f"cursor {answer.cursor}")
         _require(answer.cursor > 0 or not asked.lease or NO_SLOT not in slots, "blocks to fetch, and no cursor for it")
-        _require(0 <= answer.ticket < MOST_COUNT, f"ticket {answer.ticket}")
-        _require(asked.wants_ticket or not (answer.ticket or answer.is_computing), "a ticket that nobody asked for")
-        _require(not (answer.ticket and answer.is_computing), "a ticket for what another client computes")
+        _require(0 <= answer.claim < MOST_COUNT, f"claim {answer.claim}")
+        _require(asked.wants_claim or not (answer.claim or answer.is_computing), "a claim that nobody asked for")
+        _require(not (answer.claim and answer.is_computing), "a claim for what another client computes")
         _require(len(answer.miss) <= _MOST_TEXT, "an endless reason")
 
-    def _tail(self, asked: Match, tail: FoundTail, end: int) -> int:
-        """Return the slot of a tail that leads the rest of the prompt, as it says. end: whole blocks before it."""
+    def _partial(self, asked: Match, partial_block: FoundPartial, end: int) -> int:
+        """Return the slot of a partial block that the rest begins with, as it says. end: whole blocks before it."""
         step = self.block_size * TOKEN_BYTES
         rest = asked.tokens[end * step : (end + 1) * step]
-        _require(len(tail.block_hash) == HASH_BYTES, f"a block hash of {len(tail.block_hash)} bytes")
+        _require(len(partial_block.block_hash) == HASH_BYTES, f"a block hash of {len(partial_block.block_hash)} bytes")
         _require(
-            len(tail.tokens) % TOKEN_BYTES == 0 and 0 < len(tail.tokens) <= step,
-            f"a block with {len(tail.tokens)} bytes of token ids",
+            len(partial_block.tokens) % TOKEN_BYTES == 0 and 0 < len(partial_block.tokens) <= step,
+            f"a block with {len(partial_block.tokens)} bytes of token ids",
         )
         _require(
-            max(asked.min_tail_tokens, 1) <= tail.num_tokens <= common_run(rest, tail.tokens),
-            f"{tail.num_tokens} tokens of the rest of a prompt",
+            max(asked.min_partial_tokens, 1) <= partial_block.num_tokens <= common_run(rest, partial_block.tokens),
+            f"{partial_block.num_tokens} tokens of the rest of a prompt",
         )
-        return self._slot(tail.slot)
+        return self._slot(partial_block.slot)
 
     def _fetched(self, asked: Fetch, answer: Fetched) -> None:
         slots = self._slots(answer.slots, most=asked.count)
@@ -155,7 +155,7 @@ class AnswerCheck:
     def _count(self, asked: Message, answer: Count) -> None:
         most = MOST_COUNT
         if isinstance(asked, Pin | Prefetch):
-            most = len(asked.hashes) // HASH_BYTES + 1  # and the tail
+            most = len(asked.hashes) // HASH_BYTES + 1  # and the partial block
         elif isinstance(asked, Evict):
             most = self.num_slots if asked.count < 0 else min(asked.count, self.num_slots)
         elif isinstance(asked, LoadState):
@@ -170,7 +170,7 @@ class AnswerCheck:
         _require(math.isfinite(answer.uptime_s) and answer.uptime_s >= 0, "a time that cannot be")
         numbers = [
             *(answer.pid, answer.warm_bytes, answer.warm_free_bytes, answer.rss_bytes, answer.clients),
-            *(answer.leased_slots, answer.reserved_slots, answer.tickets, answer.pending_writes),
+            *(answer.leased_slots, answer.reserved_slots, answer.claims, answer.pending_writes),
             *(answer.bytes_received, answer.bytes_sent, *answer.counters.values(), *answer.cold.values()),
         ]
         for tenant in answer.tenants:

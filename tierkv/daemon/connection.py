@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeAlias
 from tierkv.daemon.core import Connection, Core
 from tierkv.daemon.host import peer_of
 from tierkv.daemon.limits import Limits
-from tierkv.daemon.messages import Abandon, Done, EndTicket, EvictionDone, Failure, Hello, Message, Release, Wait
+from tierkv.daemon.messages import Abandon, Done, EndClaim, EvictionDone, Failure, Hello, Message, Release, Wait
 from tierkv.daemon.protocol import MAX_BODY_BYTES, FrameReader, ProtocolError, frame, parse_body, printable
 from tierkv.errors import DaemonError, TierKVError
 
@@ -252,7 +252,7 @@ class ClientConnection(asyncio.Protocol):
     def _reply(self, number: int, message: Message, answer: Answer) -> None:
         if answer is not None:
             self._send(number, answer)
-        elif number and isinstance(message, Release | Abandon | EndTicket | EvictionDone):
+        elif number and isinstance(message, Release | Abandon | EndClaim | EvictionDone):
             self._send(number, Done())
 
     def _send(self, number: int, message: Message) -> None:

@@ -7,11 +7,11 @@ Every rule about shared memory is here, as a state machine over plain values, dr
   so that nobody finds it, until `publish` attaches the slot. A second writer of the same block is told that it is
   busy.
 - A **load** brings a block from a cold source into a slot; whoever wants the block meanwhile joins it.
-- A **ticket** says who computes blocks that nobody has. It ends with their publication or with the connection.
+- A **claim** says who computes blocks that nobody has. It ends with their publication or with the connection.
 
 Identity: a hash is a key and no proof. A block is found only by following the chain from the namespace's own
 entry, comparing each entry's parent (the object) and token ids. Of a block behind that in a cold source the core
-compares hash, parent and length; who reads it compares its seal, which covers every token up to its end.
+compares hash, parent and length; who reads it compares its content digest, which covers every token up to its end.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ class Core(Matching, Fetching, Writing):
             return
         connection.is_closed = True
         self.connections.discard(connection)
-        for number in list(connection.tickets):
-            self.end_ticket(connection, number)
+        for number in list(connection.claims):
+            self.end_claim(connection, number)
         tenant = connection.tenant
         if tenant is None:
             return
@@ -119,9 +119,13 @@ class Core(Matching, Fetching, Writing):
         slots, _, _ = self._find_blocks(connection, known, hashes, ask)
         total = len(slots or ())
         parent = self._parent_entry(tenant, known, total)
-        tail, _ = self._find_tail(connection, hashes, total, parent, ask)
+        partial_block, _ = self._find_partial(connection, hashes, total, parent, ask)
         entries = known[:total]
-        if tail and (entry := tenant.size_class.index.peek(tail.block_hash)) and entry.parent is parent:
+        if (
+            partial_block
+            and (entry := tenant.size_class.index.peek(partial_block.block_hash))
+            and entry.parent is parent
+        ):
             entries.append(entry)
         changing = [entry for entry in entries if entry.warm_slot is not None and entry.pinned is not message.pinned]
         change = len(changing) * tenant.layout.block_bytes * (1 if message.pinned else -1)
@@ -137,7 +141,7 @@ class Core(Matching, Fetching, Writing):
         for entry in changing:
             tenant.size_class.index.set_pinned(entry, message.pinned)
         tenant.pinned_bytes += change
-        return hashes[:total] + ([tail.block_hash] if tail else [])
+        return hashes[:total] + ([partial_block.block_hash] if partial_block else [])
 
     def _make_room_to_pin(self, tenant: Tenant, more_bytes: int) -> None:
         """Have all tenants together pin no more than they may, by unpinning what clients that have gone have pinned.
@@ -225,7 +229,7 @@ class Core(Matching, Fetching, Writing):
         """Evict a little ahead of need where the slab is full, and what was to be evicted and was in use; free what has
         expired and what nobody uses.
         """
-        self.end_expired_tickets()
+        self.end_expired_claims()
         self.forget_unused()
         return sum(size_class.trim() for size_class in self.slab.classes.values())
 
@@ -247,7 +251,7 @@ class Core(Matching, Fetching, Writing):
         return len(self._reserved)
 
     @property
-    def num_tickets(self) -> int:
+    def num_claims(self) -> int:
         """Blocks that some client has promised to compute."""
         return self.num_promised
 
@@ -257,7 +261,7 @@ class Core(Matching, Fetching, Writing):
         return len(self._writes)
 
     def check(self) -> None:
-        """Raise AssertionError unless every slot, pin, reservation and ticket is accounted for."""
+        """Raise AssertionError unless every slot, pin, reservation and claim is accounted for."""
         for size_class in self.slab.classes.values():
             pins = Counter(slot for slot in range(size_class.num_slots) if not size_class.is_usable(slot))
             for connection in self.connections:
@@ -283,14 +287,14 @@ class Core(Matching, Fetching, Writing):
         for size_class in self.slab.classes.values():
             assert size_class.num_reserved == sum(each.tenant.size_class is size_class for each in held)
         for tenant in self.tenants.values():
-            for block_hash, ticket in tenant.tickets.items():
-                assert block_hash in ticket.hashes and ticket.connection.tickets.get(ticket.number) is ticket
-                assert ticket.connection in self.connections and ticket.connection.tenant is tenant
+            for block_hash, claim in tenant.claims.items():
+                assert block_hash in claim.hashes and claim.connection.claims.get(claim.number) is claim
+                assert claim.connection in self.connections and claim.connection.tenant is tenant
         for connection in self.connections:
             assert connection.num_leases == connection.leases.total()
             assert connection.cursor_bytes == sum(cursor.num_bytes for cursor in connection.cursors.values())
-            assert connection.num_promised == sum(len(ticket.hashes) for ticket in connection.tickets.values())
-        assert self.num_promised == sum(len(tenant.tickets) for tenant in self.tenants.values())
+            assert connection.num_promised == sum(len(claim.hashes) for claim in connection.claims.values())
+        assert self.num_promised == sum(len(tenant.claims) for tenant in self.tenants.values())
         for total, own in (
             (self.num_leases, "num_leases"),
             (self.cursor_bytes, "cursor_bytes"),

@@ -28,7 +28,7 @@ class Fetching(State):
         cursor = connection.cursors.get(message.cursor)
         if cursor is None:
             raise ProtocolError(f"no cursor {message.cursor} is open")
-        end = cursor.total + (cursor.tail is not None)
+        end = cursor.total + (cursor.partial_block is not None)
         if not (
             message.first >= 0
             and 1 <= message.count <= self.limits.fetch_blocks
@@ -44,14 +44,14 @@ class Fetching(State):
         return task
 
     def begin_prefetches(self, tenant: Tenant, hashes: list[bytes], tokens: bytes) -> Iterator[FetchTask]:
-        """Yield fetches for nobody, one after the other, that bring up a whole prompt, a stored tail included.
+        """Yield fetches for nobody, one after the other, that bring up a whole prompt, a stored partial block included.
 
         Each ends by `end_fetch(None, task)`; the caller stops where one of them brings nothing.
         """
         rest = tokens[len(hashes) * tenant.step :]
-        tail = _stored_tail(tenant, hashes[-1] if hashes else tenant.digest, rest) if rest else None
-        cursor = Cursor(b"".join(hashes), tokens, len(hashes), tail)
-        last, most = len(hashes) + (tail is not None), self.limits.fetch_blocks
+        partial_block = _stored_partial(tenant, hashes[-1] if hashes else tenant.digest, rest) if rest else None
+        cursor = Cursor(b"".join(hashes), tokens, len(hashes), partial_block)
+        last, most = len(hashes) + (partial_block is not None), self.limits.fetch_blocks
         for first in range(0, last, most):
             if self.tenants.get(tenant.digest) is not tenant:
                 return  # forgotten meanwhile
@@ -167,7 +167,8 @@ class Fetching(State):
     ) -> tuple[BlockSource | None, MissReason]:
         """Return a source that has a block of this hash, parent and length, or why there is none.
 
-        Whether it is this very block is known once it has been read: the source compares its seal, which covers all
+        Whether it is this very block is known once it has been read: the source compares its content digest, which
+        covers all
         blocks before it.
         """
         step = tenant.step
@@ -184,15 +185,15 @@ class Fetching(State):
 
 
 def _fetch_chain(tenant: Tenant, cursor: Cursor, first: int, count: int) -> tuple[list[bytes], bytes]:
-    """Return hashes and tokens of a cursor's blocks up to the last wanted one, which may be its tail."""
+    """Return hashes and tokens of a cursor's blocks up to the last wanted one, which may be its partial block."""
     end = min(first + count, cursor.total)
     hashes, tokens = split_hashes(cursor.hashes[: end * HASH_BYTES]), cursor.tokens[: end * tenant.step]
-    if first + count > cursor.total and cursor.tail:
-        return [*hashes, cursor.tail[0]], tokens + cursor.tail[1]
+    if first + count > cursor.total and cursor.partial_block:
+        return [*hashes, cursor.partial_block[0]], tokens + cursor.partial_block[1]
     return hashes, tokens
 
 
-def _stored_tail(tenant: Tenant, parent: BlockHash, rest: bytes) -> tuple[bytes, bytes] | None:
+def _stored_partial(tenant: Tenant, parent: BlockHash, rest: bytes) -> tuple[bytes, bytes] | None:
     """Return (hash, tokens) of a source's block that has all tokens of a prompt's partly filled last block."""
     for source in tenant.sources:
         try:

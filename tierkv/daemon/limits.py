@@ -1,7 +1,7 @@
 """Limits: how much one client, and all clients together, may hold of a daemon, and why so much.
 
 Every table of the daemon that a client can make longer has its line here. What reaches a limit is refused, or the
-oldest goes, or a thing that only helps (a cursor, a ticket) is not given: the client then has a miss. What a client
+oldest goes, or a thing that only helps (a cursor, a claim) is not given: the client then has a miss. What a client
 holds is freed when its connection ends or its process dies. `tierkv daemon status` shows each limit with its use.
 """
 
@@ -72,10 +72,10 @@ class Limits:
     cursor_bytes: int = 256 << 20
     """Of all connections; above that the oldest one of the client that has most goes."""
 
-    ticket_blocks_of_client: int = 1 << 14
+    claimed_blocks_of_client: int = 1 << 14
     """Blocks that a client has promised to compute: four million tokens in blocks of 256."""
-    ticket_blocks: int = 1 << 18
-    ticket_s: float = 60.0
+    claimed_blocks: int = 1 << 18
+    claim_s: float = 60.0
     """How long others wait for a promise without news of it."""
 
     pinned_share: float = 0.5

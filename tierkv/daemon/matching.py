@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 
-from tierkv.daemon.messages import NO_SLOT, Found, FoundTail, Match, Release
+from tierkv.daemon.messages import NO_SLOT, Found, FoundPartial, Match, Release
 from tierkv.daemon.protocol import ProtocolError, split_numbers
 from tierkv.daemon.state import State
 from tierkv.daemon.values import Connection, Cursor, Tenant, is_in_some, whole_hashes
@@ -24,34 +24,39 @@ class Matching(State):
         """Say how much of a prompt is there, leasing what lies in the warm tier if asked to."""
         tenant = connection.require_tenant()
         hashes = whole_hashes(tenant, message.hashes, message.tokens, most=self.limits.blocks_of_message)
-        if message.min_tail_tokens < 1:
-            raise ProtocolError(f"a tail of {message.min_tail_tokens} tokens")
+        if message.min_partial_tokens < 1:
+            raise ProtocolError(f"a partial block of {message.min_partial_tokens} tokens")
         if not 0 <= message.start <= len(hashes):
             raise ProtocolError(f"block {message.start} of {len(hashes)} to start from")
         known = self._walk(tenant, hashes, message.tokens)
         slots, has_cold, has_failed = self._find_blocks(connection, known, hashes, message)
         total = message.start + len(slots) if slots is not None else 0
-        tail = None
+        partial_block = None
         if slots is not None:
             parent = self._parent_entry(tenant, known, total)
-            tail, failed = self._find_tail(connection, hashes, total, parent, message)
+            partial_block, failed = self._find_partial(connection, hashes, total, parent, message)
             has_failed |= failed
         cursor = 0
-        if message.lease and (has_cold or (tail and tail.slot == NO_SLOT)):
-            cursor = self._open_cursor(connection, tenant, message, total, tail)
+        if message.lease and (has_cold or (partial_block and partial_block.slot == NO_SLOT)):
+            cursor = self._open_cursor(connection, tenant, message, total, partial_block)
         miss = ""
         if has_failed:
             miss = MissReason.IO_ERROR.value
         elif total < len(hashes) and total == len(known) and tenant.size_class.index.peek(hashes[total]):
             miss = MissReason.COLLISION.value
-        ticket, is_computing = 0, False
-        if message.wants_ticket and total < len(hashes):
-            ticket, is_computing = self._ticket_for(connection, hashes[total:])
+        claim, is_computing = 0, False
+        if message.wants_claim and total < len(hashes):
+            claim, is_computing = self._claim_for(connection, hashes[total:])
         found = slots if slots is not None else array("I")
         self.counters["matched_blocks"] += len(found)
         self.counters["missed_blocks"] += len(hashes) - total
         return Found(
-            slots=found.tobytes(), tail=tail, cursor=cursor, ticket=ticket, is_computing=is_computing, miss=miss
+            slots=found.tobytes(),
+            partial_block=partial_block,
+            cursor=cursor,
+            claim=claim,
+            is_computing=is_computing,
+            miss=miss,
         )
 
     def release(self, connection: Connection, message: Release) -> None:
@@ -129,21 +134,21 @@ class Matching(State):
             return None
         return known[total - 1] if total else self._root(tenant)
 
-    def _find_tail(
+    def _find_partial(
         self, connection: Connection, hashes: list[bytes], total: int, parent: Entry | None, message: Match
-    ) -> tuple[FoundTail | None, bool]:
+    ) -> tuple[FoundPartial | None, bool]:
         """Return the child of the last block found that shares most leading tokens with the rest of the prompt."""
         tenant = connection.require_tenant()
         rest = message.tokens[total * tenant.step : (total + 1) * tenant.step]
-        best: FoundTail | None = None
-        longest = message.min_tail_tokens - 1
+        best: FoundPartial | None = None
+        longest = message.min_partial_tokens - 1
         if not rest:
             return None, False
         nearest = tenant.size_class.index.nearest_child(parent.block_hash, rest) if parent else None
         if nearest and nearest[2] > longest and nearest[0] not in tenant.size_class.chosen.marked:
             child, _, longest = nearest
             assert child.warm_slot is not None, "there is no hot tier here"
-            best = FoundTail(child.block_hash, child.token_bytes, longest, child.warm_slot)
+            best = FoundPartial(child.block_hash, child.token_bytes, longest, child.warm_slot)
         has_failed = False
         for source in tenant.sources:
             if longest * TOKEN_BYTES >= len(rest):
@@ -155,7 +160,7 @@ class Matching(State):
                 continue
             if found and found[2] > longest:
                 longest = found[2]
-                best = FoundTail(*found, NO_SLOT)
+                best = FoundPartial(*found, NO_SLOT)
         if best and best.slot != NO_SLOT and message.lease:
             if self._lease_room(connection) > 0:
                 tenant.size_class.index.warm.pin(best.slot)
@@ -166,11 +171,11 @@ class Matching(State):
         return best, has_failed
 
     def _open_cursor(
-        self, connection: Connection, tenant: Tenant, message: Match, total: int, tail: FoundTail | None
+        self, connection: Connection, tenant: Tenant, message: Match, total: int, partial_block: FoundPartial | None
     ) -> int:
         """Keep what was found of a prompt, in place of the oldest ones if it is too much. Return its number."""
         number = next(self._numbers) & 0xFFFF_FFFF or next(self._numbers)
-        end = (tail.block_hash, tail.tokens) if tail else None
+        end = (partial_block.block_hash, partial_block.tokens) if partial_block else None
         cursor = Cursor(message.hashes[: total * HASH_BYTES], message.tokens[: total * tenant.step], total, end)
         connection.cursors[number] = cursor
         self._count_cursor(connection, cursor.num_bytes)

@@ -20,7 +20,7 @@ __all__ = [
     "Compact",
     "Count",
     "Done",
-    "EndTicket",
+    "EndClaim",
     "EngineEvicted",
     "Evict",
     "EvictBlocks",
@@ -35,7 +35,7 @@ __all__ = [
     "Fetched",
     "Flush",
     "Found",
-    "FoundTail",
+    "FoundPartial",
     "Hello",
     "LimitStatus",
     "LoadState",
@@ -97,18 +97,18 @@ class Match(Message, tag=3):
 
     hashes: of all whole blocks, 16 bytes each. tokens: the prompt as little-endian uint32, the rest behind the
     whole blocks included. lease: pin what is found in the warm tier for this connection.
-    wants_ticket: if whole blocks are missing, be the one who computes them.
+    wants_claim: if whole blocks are missing, be the one who computes them.
     """
 
     hashes: bytes
     tokens: bytes
     start: int = 0
-    min_tail_tokens: int = 1
+    min_partial_tokens: int = 1
     lease: bool = False
-    wants_ticket: bool = False
+    wants_claim: bool = False
 
 
-class FoundTail(msgspec.Struct, array_like=True, gc=False):
+class FoundPartial(msgspec.Struct, array_like=True, gc=False):
     """The block where the prompt parts: `num_tokens` of its tokens lead the rest of the prompt. slot: or NO_SLOT."""
 
     block_hash: bytes
@@ -120,14 +120,14 @@ class FoundTail(msgspec.Struct, array_like=True, gc=False):
 class Found(Message, tag=4):
     """Answer to Match. slots: u32 each, of the blocks from `start` on that are there, in order; NO_SLOT: ask Fetch.
 
-    cursor: names this prompt in Fetch; 0 where nothing needs it. ticket: 0, or yours until the blocks are published.
+    cursor: names this prompt in Fetch; 0 where nothing needs it. claim: 0, or yours until the blocks are published.
     is_computing: another client is at it. miss: why the block behind is none, by the names of MissReason, or "".
     """
 
     slots: bytes
-    tail: FoundTail | None
+    partial_block: FoundPartial | None
     cursor: int
-    ticket: int
+    claim: int
     is_computing: bool
     miss: str
 
@@ -135,7 +135,7 @@ class Found(Message, tag=4):
 class Fetch(Message, tag=5):
     """Bring blocks `first` to `first + count` of a cursor into the warm tier and lease them.
 
-    The tail, if it was found, is the block behind the last one.
+    The partial block, if it was found, is the block behind the last one.
     """
 
     cursor: int
@@ -153,7 +153,7 @@ class Fetched(Message, tag=6):
 class Release(Message, tag=7):
     """End leases on slots (u32 each; once for each time leased) and cursors (u32 each).
 
-    Like Abandon, EndTicket and EvictionDone it is answered, with Done, only if its request number is not 0.
+    Like Abandon, EndClaim and EvictionDone it is answered, with Done, only if its request number is not 0.
     """
 
     slots: bytes = b""
@@ -228,10 +228,10 @@ class Waited(Message, tag=14):
     is_over: bool
 
 
-class EndTicket(Message, tag=15):
-    """Compute a ticket's blocks no more."""
+class EndClaim(Message, tag=15):
+    """Compute a claim's blocks no more."""
 
-    ticket: int
+    claim: int
 
 
 class Pin(Message, tag=16):
@@ -319,7 +319,7 @@ class StatusReport(Message, tag=24):
     clients: int
     leased_slots: int
     reserved_slots: int
-    tickets: int
+    claims: int
     pending_writes: int
     bytes_received: int
     bytes_sent: int
@@ -458,7 +458,7 @@ AnyMessage: TypeAlias = (
     | Abandon
     | Wait
     | Waited
-    | EndTicket
+    | EndClaim
     | Pin
     | Prefetch
     | Evict

@@ -22,7 +22,7 @@ _GAUGES = (
     "clients",
     "leased_slots",
     "reserved_slots",
-    "tickets",
+    "claims",
     "pending_writes",
     "bytes_received",
     "bytes_sent",

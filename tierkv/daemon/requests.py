@@ -25,7 +25,7 @@ from tierkv.daemon.messages import (
     Compact,
     Count,
     Done,
-    EndTicket,
+    EndClaim,
     EngineEvicted,
     Evict,
     EvictBlocks,
@@ -209,9 +209,9 @@ class Requests:
             return Waited(is_over=False)
         return Waited(is_over=not await self._waiters.wait(message.block_hash, message.timeout_ms / 1e3))
 
-    def end_ticket(self, client: ClientConnection, message: EndTicket) -> Answer:
+    def end_claim(self, client: ClientConnection, message: EndClaim) -> Answer:
         """Nobody computes these any more."""
-        self._core.end_ticket(client.connection, message.ticket)
+        self._core.end_claim(client.connection, message.claim)
         return None
 
     async def pin(self, client: ClientConnection, message: Pin) -> Answer:
@@ -340,7 +340,7 @@ _HANDLERS: dict[type[Message], _Handler] = {
     Publish: Requests.publish,
     Abandon: Requests.abandon,
     Wait: Requests.wait,
-    EndTicket: Requests.end_ticket,
+    EndClaim: Requests.end_claim,
     Pin: Requests.pin,
     Prefetch: Requests.prefetch,
     Evict: Requests.evict,

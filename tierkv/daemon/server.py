@@ -334,7 +334,7 @@ class _Server:
             clients=len(self.clients),
             leased_slots=core.num_leases,
             reserved_slots=core.num_reservations,
-            tickets=core.num_tickets,
+            claims=core.num_claims,
             pending_writes=core.num_writes,
             bytes_received=self.bytes_received,
             bytes_sent=self.bytes_sent,

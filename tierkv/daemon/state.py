@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from tierkv.daemon.limits import Limits
 from tierkv.daemon.slab import SharedSlab, SizeClass
-from tierkv.daemon.values import BlockSource, Connection, FetchTask, Load, Reservation, Tenant, Ticket, Write
+from tierkv.daemon.values import BlockSource, Claim, Connection, FetchTask, Load, Reservation, Tenant, Write
 from tierkv.index.index import Entry
 from tierkv.policies import EvictionPolicy, LRUPolicy
 from tierkv.values.block import HASH_BYTES, BlockHash, Tier
@@ -19,7 +19,7 @@ __all__ = ["State"]
 
 
 class State:
-    """The tables, and what reading and writing have in common: chains in the index, slots attached, tickets.
+    """The tables, and what reading and writing have in common: chains in the index, slots attached, claims.
 
     `news` collects hashes of blocks that were published, or that nobody computes any more; the server empties it.
     """
@@ -117,13 +117,13 @@ class State:
         tenant.size_class.index.attach(entry, Tier.WARM, slot)
         tenant.warm_blocks += 1
         self._slot_tenants[tenant.size_class, slot] = tenant
-        ticket = tenant.tickets.get(entry.block_hash)
-        if ticket:
-            self._take_from_ticket(tenant, ticket, entry.block_hash)
-            if ticket.hashes:
-                ticket.expires_at = self._clock() + self.limits.ticket_s
-                held = ticket.connection.tickets
-                held[ticket.number] = held.pop(ticket.number)  # what expires first stays in front
+        claim = tenant.claims.get(entry.block_hash)
+        if claim:
+            self._take_from_claim(tenant, claim, entry.block_hash)
+            if claim.hashes:
+                claim.expires_at = self._clock() + self.limits.claim_s
+                held = claim.connection.claims
+                held[claim.number] = held.pop(claim.number)  # what expires first stays in front
         self.news.append(entry.block_hash)
 
     def _forget_slot(self, size_class: SizeClass, slot: int) -> None:
@@ -212,60 +212,60 @@ class State:
 
     def is_computed(self, connection: Connection, block_hash: BlockHash) -> bool:
         """Tell whether some other connection has promised this block and not brought it yet."""
-        ticket = connection.require_tenant().tickets.get(block_hash)
-        return ticket is not None and ticket.connection is not connection and ticket.expires_at > self._clock()
+        claim = connection.require_tenant().claims.get(block_hash)
+        return claim is not None and claim.connection is not connection and claim.expires_at > self._clock()
 
-    def end_ticket(self, connection: Connection, number: int) -> None:
-        """Nobody computes what is left of this ticket any more."""
-        ticket = connection.tickets.get(number)
+    def end_claim(self, connection: Connection, number: int) -> None:
+        """Nobody computes what is left of this claim any more."""
+        claim = connection.claims.get(number)
         tenant = connection.tenant
-        if ticket is None or tenant is None:
+        if claim is None or tenant is None:
             return
-        for block_hash in list(ticket.hashes):
-            self._take_from_ticket(tenant, ticket, block_hash)
+        for block_hash in list(claim.hashes):
+            self._take_from_claim(tenant, claim, block_hash)
             self.news.append(block_hash)
 
-    def end_expired_tickets(self) -> None:
+    def end_expired_claims(self) -> None:
         """Free what has been promised and not brought for too long."""
         now = self._clock()
         for connection in self.connections:
-            while connection.tickets and (first := next(iter(connection.tickets.values()))).expires_at <= now:
-                self.end_ticket(connection, first.number)
+            while connection.claims and (first := next(iter(connection.claims.values()))).expires_at <= now:
+                self.end_claim(connection, first.number)
 
-    def _ticket_for(self, connection: Connection, missing: list[BlockHash]) -> tuple[int, bool]:
-        """Return (ticket, whether somebody else computes the first missing block). Who holds a ticket never waits.
+    def _claim_for(self, connection: Connection, missing: list[BlockHash]) -> tuple[int, bool]:
+        """Return (claim, whether somebody else computes the first missing block). Who holds a claim never waits.
 
         No more blocks are promised than the limits allow: of the others nobody knows who computes them.
         """
-        if self.is_computed(connection, missing[0]) and not connection.tickets:
+        if self.is_computed(connection, missing[0]) and not connection.claims:
             return 0, True
         tenant, now = connection.require_tenant(), self._clock()
-        room = self.limits.ticket_blocks_of_client - connection.num_promised
-        room = min(room, self.limits.ticket_blocks - self.num_promised)
+        room = self.limits.claimed_blocks_of_client - connection.num_promised
+        room = min(room, self.limits.claimed_blocks - self.num_promised)
         free: set[BlockHash] = set()
         for block_hash in missing:
             if len(free) >= room:
                 break
-            other = tenant.tickets.get(block_hash)
+            other = tenant.claims.get(block_hash)
             if other is None or other.expires_at <= now:
                 free.add(block_hash)
         if not free:
             return 0, False
-        ticket = Ticket(next(self._numbers), connection, free, now + self.limits.ticket_s)
+        claim = Claim(next(self._numbers), connection, free, now + self.limits.claim_s)
         for block_hash in free:
-            if (old := tenant.tickets.get(block_hash)) is not None:
-                self._take_from_ticket(tenant, old, block_hash)
-            tenant.tickets[block_hash] = ticket
-        connection.tickets[ticket.number] = ticket
+            if (old := tenant.claims.get(block_hash)) is not None:
+                self._take_from_claim(tenant, old, block_hash)
+            tenant.claims[block_hash] = claim
+        connection.claims[claim.number] = claim
         connection.num_promised += len(free)
         self.num_promised += len(free)
-        return ticket.number, False
+        return claim.number, False
 
-    def _take_from_ticket(self, tenant: Tenant, ticket: Ticket, block_hash: BlockHash) -> None:
-        """A block is promised no more; a ticket ends with its last block."""
-        del tenant.tickets[block_hash]
-        ticket.hashes.discard(block_hash)
-        ticket.connection.num_promised -= 1
+    def _take_from_claim(self, tenant: Tenant, claim: Claim, block_hash: BlockHash) -> None:
+        """A block is promised no more; a claim ends with its last block."""
+        del tenant.claims[block_hash]
+        claim.hashes.discard(block_hash)
+        claim.connection.num_promised -= 1
         self.num_promised -= 1
-        if not ticket.hashes:
-            del ticket.connection.tickets[ticket.number]
+        if not claim.hashes:
+            del claim.connection.claims[claim.number]

@@ -42,10 +42,10 @@ def usage_of(core: Core) -> list[LimitStatus]:
             "cursor_bytes", limits.cursor_bytes, (each.cursor_bytes for each in clients), limits.cursor_bytes_of_client
         ),
         limit_status(
-            "ticket_blocks",
-            limits.ticket_blocks,
+            "claimed_blocks",
+            limits.claimed_blocks,
             (each.num_promised for each in clients),
-            limits.ticket_blocks_of_client,
+            limits.claimed_blocks_of_client,
         ),
         limit_status("namespaces", limits.namespaces, (1 for _ in tenants)),
         limit_status("description_bytes", limits.description_bytes, (len(each.description) for each in tenants)),

@@ -18,13 +18,13 @@ from tierkv.values.layout import BlockLayout
 
 __all__ = [
     "BlockSource",
+    "Claim",
     "Connection",
     "Cursor",
     "FetchTask",
     "Load",
     "Reservation",
     "Tenant",
-    "Ticket",
     "Write",
     "has_hash",
     "holds",
@@ -58,7 +58,7 @@ class Tenant:
     """One namespace: its layout, where its blocks may lie, and what it has.
 
     root_hash: key of its root in the index, which no client knows: no block can take it.
-    codec: the lossy one it asks for, or "". tickets: who computes which of its blocks. left_at: when its last client
+    codec: the lossy one it asks for, or "". claims: who computes which of its blocks. left_at: when its last client
     went. is_registered: whether the store has been told of it.
     """
 
@@ -71,7 +71,7 @@ class Tenant:
     root_hash: BlockHash
     codec: str = ""
     sources: list[BlockSource] = field(default_factory=list)
-    tickets: dict[BlockHash, Ticket] = field(default_factory=dict)
+    claims: dict[BlockHash, Claim] = field(default_factory=dict)
     warm_blocks: int = 0
     pinned_bytes: int = 0
     clients: int = 0
@@ -122,7 +122,7 @@ class Write:
 
 @dataclass(slots=True, eq=False)
 class Cursor:
-    """A matched prompt, kept so that Fetch can name its blocks by number. tail: (hash, tokens), block `total`.
+    """A matched prompt, kept so that Fetch can name its blocks by number. partial block: (hash, tokens), block `total`.
 
     hashes: of those `total` blocks, 16 bytes each: a list of them would take three times as much.
     """
@@ -130,16 +130,21 @@ class Cursor:
     hashes: bytes
     tokens: bytes
     total: int
-    tail: tuple[bytes, bytes] | None
+    partial_block: tuple[bytes, bytes] | None
 
     @property
     def num_bytes(self) -> int:
         """Memory that it takes."""
-        return len(self.hashes) + len(self.tokens) + (len(self.tail[1]) if self.tail else 0) + _CURSOR_BYTES
+        return (
+            len(self.hashes)
+            + len(self.tokens)
+            + (len(self.partial_block[1]) if self.partial_block else 0)
+            + _CURSOR_BYTES
+        )
 
 
 @dataclass(slots=True, eq=False)
-class Ticket:
+class Claim:
     """A connection's promise to compute these blocks."""
 
     number: int
@@ -163,7 +168,7 @@ class Connection:
     """What one client holds. Everything of it goes back when the connection ends.
 
     num_leases: the sum of `leases`. num_fetching: slots pinned by its fetches in work, which become leases.
-    tickets: by number, those that expire first in front. num_promised: blocks of all its tickets.
+    claims: by number, those that expire first in front. num_promised: blocks of all its claims.
     asks_for_evictions: whether it drops its own copies of what is evicted. evicted_number, evicted: the last eviction
     that it has done, and what it said of that.
     """
@@ -176,7 +181,7 @@ class Connection:
     reservations: dict[int, Reservation] = field(default_factory=dict)
     cursors: dict[int, Cursor] = field(default_factory=dict)
     cursor_bytes: int = 0
-    tickets: dict[int, Ticket] = field(default_factory=dict)
+    claims: dict[int, Claim] = field(default_factory=dict)
     num_promised: int = 0
     is_closed: bool = False
     asks_for_evictions: bool = False

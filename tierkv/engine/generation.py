@@ -24,7 +24,7 @@ class GenerationOptions:
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     stop_ids: frozenset[int] | None = None
     use_cache: bool = True
-    store_tail: bool = False
+    store_partial: bool = False
     keep_logits: bool = False
 
     def __post_init__(self) -> None:

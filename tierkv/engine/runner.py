@@ -119,7 +119,7 @@ class Runner:
         return self._run(self._requests(prompts, chosen), chosen, is_stream=True)
 
     def prefill(self, token_ids: Items[int]) -> int:
-        """Make every whole block and the tail of a prompt cached; compute what is missing.
+        """Make every whole block and the partial block of a prompt cached; compute what is missing.
 
         Returns the number of tokens computed: 0 where all are cached already. Raises as `generate` does.
         """
@@ -141,7 +141,7 @@ class Runner:
                 while request.num_computed < len(token_ids):
                     self._step([request])
                 self._commit_pass()
-            self.cache.commit(sequence, len(token_ids), tail=True)
+            self.cache.commit(sequence, len(token_ids), partial_block=True)
         finally:
             self._unverified = None
             self.cache.release(sequence)
@@ -446,8 +446,8 @@ class Runner:
         if request.sequence is None:
             return
         try:
-            if options.store_tail and options.use_cache:
-                self.cache.commit(request.sequence, request.num_verified, tail=True)
+            if options.store_partial and options.use_cache:
+                self.cache.commit(request.sequence, request.num_verified, partial_block=True)
         finally:
             self.cache.release(request.sequence)
             request.sequence = None

@@ -99,7 +99,7 @@ class Entry:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the block; fewer than the block size in a stored partial tail."""
+        """Tokens of the block; fewer than the block size in a stored partial block."""
         return len(self.token_bytes) // TOKEN_BYTES
 
     def place(self, tier: Tier) -> int | None:

@@ -182,7 +182,7 @@ class Index(BlockTree):
             check_places(tier, self.pool(tier), self._entries)
             order.check(self)
         check_tree(self._trunk, self._entries)
-        self._seals.check()
+        self._content_digests.check()
 
     def _watch_insertions(self, policy: EvictionPolicy) -> None:
         self.policy = policy

@@ -3,7 +3,7 @@
 An entry stays as long as it has children, even when its own bytes lie only in the cold store: so a chain is followed
 from verified entry to verified entry, and a block stored later under a colliding hash can never adopt another's
 children. What comes from outside the tree (a block read from a store, one written down behind the request) is known
-by its seal.
+by its content digest.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 from tierkv.index.children import Siblings
-from tierkv.index.content_digests import KEPT_EVERY, Seals
+from tierkv.index.content_digests import KEPT_EVERY, ContentDigests
 from tierkv.index.entry import AWAITED, Entry
-from tierkv.values.block import TOKEN_BYTES, BlockHash, Seal, Tier, common_run, seal_block
+from tierkv.values.block import TOKEN_BYTES, BlockHash, ContentDigest, Tier, chain_content_digest, common_run
 from tierkv.values.locks import NO_LOCK, Owned
 
 __all__ = ["BlockTree"]
@@ -36,7 +36,7 @@ class BlockTree:
         self._now = clock()
         self._entries: dict[BlockHash, Entry] = {}
         self._trunk = Entry(root, None, b"", self._now)  # stands for the root, and is not in the table
-        self._seals = Seals(self._trunk, root, self._entries)
+        self._content_digests = ContentDigests(self._trunk, root, self._entries)
         self._observe: Callable[[Entry, Entry | None], None] | None = None  # told of an insertion, and its parent
 
     @property
@@ -55,26 +55,31 @@ class BlockTree:
         return iter(self._entries.values())
 
     def get(
-        self, block_hash: BlockHash, parent_hash: BlockHash, token_bytes: bytes, *, seal: Seal | None = None
+        self,
+        block_hash: BlockHash,
+        parent_hash: BlockHash,
+        token_bytes: bytes,
+        *,
+        content_digest: ContentDigest | None = None,
     ) -> Entry | None:
-        """Return the entry of exactly this block. None if it is unknown, and on a hash collision. seal: as `insert`."""
+        """Return the entry of exactly this block. None if it is unknown, and on a hash collision."""
         assert self._lock.is_owned()
         entry = self._entries.get(block_hash)
         if entry is None or not entry.is_same_block(parent_hash, token_bytes):
             return None
-        return entry if seal is None or seal == self.seal_of(entry) else None
+        return entry if content_digest is None or content_digest == self.content_digest_of(entry) else None
 
-    def seal_of(self, entry: Entry) -> Seal:
+    def content_digest_of(self, entry: Entry) -> ContentDigest:
         """Return what proves an entry, computed if it is not kept; also of one that has just gone."""
         assert self._lock.is_owned()
-        return self._seals.of(entry)
+        return self._content_digests.of(entry)
 
-    def seal_behind(self, parent_hash: BlockHash, token_bytes: bytes) -> Seal:
-        """Return the seal of a block, perhaps a partial one, behind an entry (or the root) that the caller holds."""
+    def content_digest_after(self, parent_hash: BlockHash, token_bytes: bytes) -> ContentDigest:
+        """Return the digest of a block, perhaps a partial one, behind an entry (or the root) that the caller holds."""
         assert self._lock.is_owned()
         parent = self._parent(parent_hash)
         assert parent is not None, "the parent of what is to be sealed has gone"
-        return seal_block(self.seal_of(parent), token_bytes)
+        return chain_content_digest(self.content_digest_of(parent), token_bytes)
 
     def peek(self, block_hash: BlockHash) -> Entry | None:
         """Return whatever entry has this hash: the caller compares its identity."""
@@ -147,27 +152,36 @@ class BlockTree:
         return family if family and family.token_bytes == token_bytes else None
 
     def insert(
-        self, block_hash: BlockHash, parent_hash: BlockHash, token_bytes: bytes, *, seal: Seal | None = None
+        self,
+        block_hash: BlockHash,
+        parent_hash: BlockHash,
+        token_bytes: bytes,
+        *,
+        content_digest: ContentDigest | None = None,
     ) -> Entry | None:
         """Return the entry of the block, made if need be. None if its hash is taken or its parent unknown.
 
         A new entry has no place yet: attach one, or call `forget`.
-        seal: of a block whose parent the caller does not hold, and so knows by the hash alone: another block may
+        content_digest: of a block whose parent the caller does not hold, and so knows by the hash alone: another block
+        may
         have that hash by now. Then that is an unknown parent too.
         """
         assert self._lock.is_owned()
         entry = self._entries.get(block_hash)
         if entry:
-            return self.get(block_hash, parent_hash, token_bytes, seal=seal)
+            return self.get(block_hash, parent_hash, token_bytes, content_digest=content_digest)
         parent = self._parent(parent_hash)
         if block_hash == self.root or parent is None:
             return None
-        if seal is not None and seal_block(self.seal_of(parent), token_bytes) != seal:
+        if (
+            content_digest is not None
+            and chain_content_digest(self.content_digest_of(parent), token_bytes) != content_digest
+        ):
             return None
         entry = Entry(block_hash, parent, token_bytes, self._time())
         self._entries[block_hash] = entry
-        if seal is not None:
-            self._seals.keep(entry, seal)
+        if content_digest is not None:
+            self._content_digests.keep(entry, content_digest)
         family = parent.family
         if family is None:
             parent.family = entry
@@ -214,7 +228,7 @@ class BlockTree:
                 return  # it had been dropped before, or is the trunk
             del entries[entry.block_hash]
             if entry.depth % KEPT_EVERY == KEPT_EVERY - 1:
-                self._seals.forget(entry)
+                self._content_digests.forget(entry)
             entry = parent
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tierkv.background.handle import Handle
-from tierkv.background.work_queue import PATIENCE, Priority, Ticket, WorkQueue
+from tierkv.background.work_queue import PATIENCE, Priority, QueueEntry, WorkQueue
 from tierkv.errors import StoreError, TransferCancelledError
 from tierkv.movers.mover import CudaReady, Done, Ready, settle
 
@@ -150,11 +150,11 @@ class Lane:
 
     def put(self, run: Run, priority: Priority, *, timeout_s: float | None = None) -> None:
         """Queue a run, waiting for room as `WorkQueue.put` does. Raises CapacityError and ClosedError as that does."""
-        ticket = self._queue.put(run, priority, num_bytes=run.num_bytes, timeout_s=timeout_s)
+        entry = self._queue.put(run, priority, num_bytes=run.num_bytes, timeout_s=timeout_s)
         for part in run.parts:
-            part.handle.on_cancel(lambda: self._drop(ticket))
+            part.handle.on_cancel(lambda: self._drop(entry))
         if any(part.handle.is_cancelled for part in run.parts):  # before there was somebody to tell
-            self._drop(ticket)
+            self._drop(entry)
 
     def close(self) -> None:
         """Carry out what is queued, then end the thread and give the staging places up. May be called twice."""
@@ -162,25 +162,25 @@ class Lane:
         self._thread.join()
         self._free.clear()
 
-    def _drop(self, ticket: Ticket[Run]) -> None:
+    def _drop(self, entry: QueueEntry[Run]) -> None:
         """Drop a run of which nothing is wanted and nothing has begun; the thread drops the others' rest."""
-        run = ticket.item
-        if not any(part.is_wanted for part in run.parts) and self._queue.cancel(ticket):
+        run = entry.item
+        if not any(part.is_wanted for part in run.parts) and self._queue.cancel(entry):
             run.settle(0, run.num_bytes, is_dropped=True)
 
     @torch.inference_mode()  # a target may have been made in it, and could be written nowhere else
     def _work(self) -> None:
         while True:
-            ticket = self._queue.try_take() if self._in_flight else self._queue.take()
-            if ticket:
-                self._begin_piece(ticket.item)
-                if ticket.item.at < ticket.item.num_bytes:
-                    self._queue.put_back(ticket)  # whatever is more urgent by now goes first
+            entry = self._queue.try_take() if self._in_flight else self._queue.take()
+            if entry:
+                self._begin_piece(entry.item)
+                if entry.item.at < entry.item.num_bytes:
+                    self._queue.put_back(entry)  # whatever is more urgent by now goes first
             elif self._in_flight:
                 self._end_oldest()
             else:
                 return
-            del ticket  # its tensors, while nothing else comes
+            del entry  # its tensors, while nothing else comes
 
     def _begin_piece(self, run: Run) -> None:
         start, end = run.at, min(run.at + self._piece_bytes, run.num_bytes)

@@ -21,7 +21,7 @@ class HitDensityPolicy(LanePolicy):
     For each lane it counts after how long blocks are used again, whether they were still cached or not, and how
     many never are. Lanes tell apart what has been seen to matter in serving: new blocks by what they follow (no
     cached prefix, a first block, a longer shared prefix) and how far, used ones by how often and how deep they
-    lie, and the tails of prompts. Nothing is trained before, nothing depends on the size of the cache, and
+    lie, and the partial blocks of prompts. Nothing is trained before, nothing depends on the size of the cache, and
     what it learned halves in weight with every `half_life` uses of blocks of the sample, an eighth of all.
 
     Sources: LHD (Beckmann, Chen and Cidon, NSDI 2018) for density as the rank, learned online by class and age.
@@ -52,7 +52,7 @@ class HitDensityPolicy(LanePolicy):
         self._learn()
 
     def choose_lane(self, block: CacheBlock, count: int, away_s: float, fork: int) -> int:
-        """Return 0 to 14 for a new block, 15 to 39 for a used one, 40 or 41 for the tail of a prompt."""
+        """Return 0 to 14 for a new block, 15 to 39 for a used one, 40 or 41 for the partial block of a prompt."""
         if block.num_tokens < self.block_tokens:
             return 40 + (count > 1)
         if count <= 1:

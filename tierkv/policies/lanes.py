@@ -118,7 +118,7 @@ class LanePolicy(EvictionPolicy):
         return self._lanes[row] if count == 1 else self._lane_in(row, block)
 
     def is_partial(self, block: CacheBlock) -> bool:
-        """Tell whether the block has fewer tokens than others: the tail of a prompt, seldom met again as it is."""
+        """Return whether the block has fewer tokens than others: the last of a prompt, seldom met again as it is."""
         return block.num_tokens < self.block_tokens
 
     def _note_use(self, block: CacheBlock) -> None:

@@ -17,7 +17,7 @@ from tierkv.transfer.daemon_tiers import DaemonTiers
 from tierkv.transfer.load import Pinned, Promoted, Promoter
 from tierkv.transfer.lookup import Hit, Lookup
 from tierkv.transfer.offload import Demoter
-from tierkv.transfer.single_flight import Ticket
+from tierkv.transfer.single_flight import Claim
 from tierkv.transfer.tiers import Tiers
 from tierkv.values.block import TOKEN_BYTES, BlockHash, Tier
 
@@ -67,11 +67,11 @@ class Admission:
         with self._tiers.changed:
             found = self._prefixes.find(token_bytes, num_tokens - 1) if reuse else Lookup()
             pinned = self._promoter.pin(found)
-        ticket: Ticket | None = None
+        claim: Claim | None = None
         plan = ColdPlan()
         try:
             if self._daemon and reuse:
-                found, ticket = self._daemon.reader.look_further(found, token_bytes[:-TOKEN_BYTES], pinned.rest)
+                found, claim = self._daemon.reader.look_further(found, token_bytes[:-TOKEN_BYTES], pinned.rest)
             elif self._planner:
                 plan = self._planner.plan(found, num_tokens, may_split=may_split)
         except BaseException:  # such as an interrupt: this may wait for another process, or look at a file
@@ -80,8 +80,8 @@ class Admission:
             raise
         later, dropped = plan.later, plan.dropped
         if later or dropped:
-            found = replace(found, blocks=found.blocks[: -len(later or dropped)], tail=None)
-        promoted = self._promote(found, pinned, token_bytes, ticket)
+            found = replace(found, blocks=found.blocks[: -len(later or dropped)], partial_block=None)
+        promoted = self._promote(found, pinned, token_bytes, claim)
         chain = self._chain_of(promoted, found)
         if later and later[0].parent_hash != (chain[-1] if chain else self._tiers.index.root):
             later = []  # what lies between has not come up: they would be taken for the blocks that follow
@@ -93,7 +93,7 @@ class Admission:
             cached_tokens=tokens,
             chain=chain,
             loads=promoted.loads,
-            ticket=ticket,
+            claim=claim,
             is_cacheable=reuse,
             cold_load=None if promoted.failure or len(later) < len(plan.later) else plan.load,
         )
@@ -141,7 +141,7 @@ class Admission:
             self._demoter.tend()
         return split.num_before + (meeting.num_computed + len(loaded)) * size
 
-    def _promote(self, found: Lookup, pinned: Pinned, token_bytes: bytes, ticket: Ticket | None) -> Promoted:
+    def _promote(self, found: Lookup, pinned: Pinned, token_bytes: bytes, claim: Claim | None) -> Promoted:
         """Bring up what was found, cut to what all ranks have. Whatever it raises, no promise to compute is left."""
         num_blocks = -(-len(token_bytes) // (self._block_size * TOKEN_BYTES))
         try:
@@ -149,7 +149,7 @@ class Admission:
                 lambda: self._promoter.promote(found, pinned, num_blocks=num_blocks), topic=token_bytes
             )
         except BaseException:
-            self._running.end_ticket(ticket)
+            self._running.end_claim(claim)
             raise
         finally:
             if self._daemon:
@@ -158,7 +158,7 @@ class Admission:
     def _chain_of(self, promoted: Promoted, found: Lookup) -> list[BlockHash]:
         """Return the hashes of the whole blocks that came up; a block of which a part is of use is not of the chain."""
         size = self._block_size
-        num_whole = sum(hit.num_tokens == size and hit is not found.tail for hit in promoted.hits)
+        num_whole = sum(hit.num_tokens == size and hit is not found.partial_block for hit in promoted.hits)
         chain = [entry.block_hash for entry in promoted.hot]
         chain += (hit.block_hash for hit in promoted.hits[:num_whole])
         return chain
@@ -175,5 +175,8 @@ class Admission:
         assert self._tiers.changed.is_owned()
         index = self._tiers.index
         index.touch_all(hot)  # pinned since the lookup, so still the same blocks
-        found = (index.get(hit.block_hash, hit.parent_hash, hit.token_bytes, seal=hit.seal) for hit in hits)
+        found = (
+            index.get(hit.block_hash, hit.parent_hash, hit.token_bytes, content_digest=hit.content_digest)
+            for hit in hits
+        )
         index.touch_all(entry for entry in found if entry)

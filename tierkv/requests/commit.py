@@ -5,7 +5,7 @@ from __future__ import annotations
 from tierkv.movers.mover import Ready
 from tierkv.requests.block_users import BlockUsers
 from tierkv.requests.sequence import Sequence
-from tierkv.transfer.lookup import Hit, find_tail
+from tierkv.transfer.lookup import Hit, find_partial
 from tierkv.transfer.offload import Demoter
 from tierkv.transfer.tiers import Tiers
 from tierkv.values.block import TOKEN_BYTES, BlockHash, HashFunction, Tier
@@ -35,13 +35,13 @@ class Registrar:
         self._write_through = write_through
         self._hash = hash_function
 
-    def commit(self, sequence: Sequence, num_computed_tokens: int, *, tail: bool) -> int:
-        """Register the whole blocks of the tokens computed, and with `tail` the rest. Return how many were new."""
+    def commit(self, sequence: Sequence, num_computed_tokens: int, *, partial_block: bool) -> int:
+        """Register whole blocks of the tokens computed, and with `partial_block` the rest. Return how many were new."""
         size = self._tiers.layout.block_size
         num_new = 0
         with self._tiers.changed:
-            if tail:
-                sequence.wait_all()  # the tail may have come up itself, and no pass have waited for it
+            if partial_block:
+                sequence.wait_all()  # the partial block may have come up itself, and no pass have waited for it
             written = self._tiers.mover.mark()
             first = len(sequence.chain)
             before = sequence.block_table[first:]
@@ -52,9 +52,9 @@ class Registrar:
                 after = sequence.block_table[first : len(sequence.chain)]
                 own = [mine for mine, now in zip(before, after, strict=False) if mine == now]  # not those shared now
                 self._tiers.note_computing(own, written)
-            num_tail = num_computed_tokens - len(sequence.chain) * size
-            if tail and sequence.is_cacheable and num_tail > 0:
-                num_new += self._register(sequence, len(sequence.chain), num_tail, written)
+            num_partial = num_computed_tokens - len(sequence.chain) * size
+            if partial_block and sequence.is_cacheable and num_partial > 0:
+                num_new += self._register(sequence, len(sequence.chain), num_partial, written)
         self._tiers.watch.use(sequence.block_table)
         return num_new
 
@@ -69,7 +69,7 @@ class Registrar:
         for hit in loaded:
             if not sequence.is_cacheable or hit.parent_hash != self._last_hash(sequence):
                 break
-            entry = index.insert(hit.block_hash, hit.parent_hash, hit.token_bytes, seal=hit.seal)
+            entry = index.insert(hit.block_hash, hit.parent_hash, hit.token_bytes, content_digest=hit.content_digest)
             if entry is None:
                 break
             entry.in_cold = True
@@ -103,9 +103,9 @@ class Registrar:
             sequence.is_cacheable = False
             return 0
         if num_tokens < self._tiers.layout.block_size:
-            if find_tail(index, tiers.sources, parent, tokens, num_tokens):
+            if find_partial(index, tiers.sources, parent, tokens, num_tokens):
                 return 0
-            self._demoter.write_tail(block_hash, parent, tokens, sequence.block_table[at], written)
+            self._demoter.write_partial(block_hash, parent, tokens, sequence.block_table[at], written)
             return 1
         entry = index.insert(block_hash, parent, tokens)
         if entry is None:

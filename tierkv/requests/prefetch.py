@@ -9,7 +9,7 @@ from functools import partial
 from typing import NamedTuple
 
 from tierkv.background.handle import Handle
-from tierkv.background.work_queue import Priority, Ticket, WorkQueue
+from tierkv.background.work_queue import Priority, QueueEntry, WorkQueue
 from tierkv.errors import CapacityError
 from tierkv.requests.prefixes import Prefixes
 from tierkv.storage.outcomes import MissReason
@@ -64,7 +64,7 @@ class Prefetcher:
             return handle
         try:
             with self._starting:
-                ticket = self._queue.put(_Prompt(token_bytes, handle), Priority.PREFETCH, timeout_s=0)
+                entry = self._queue.put(_Prompt(token_bytes, handle), Priority.PREFETCH, timeout_s=0)
                 if self._thread is None:
                     self._thread = threading.Thread(target=self._work, name="tierkv-prefetch", daemon=True)
                     self._thread.start()
@@ -72,7 +72,7 @@ class Prefetcher:
             self._count(MissReason.NO_ROOM)
             handle.succeed(0)
             return handle
-        handle.on_cancel(partial(self._drop, ticket))
+        handle.on_cancel(partial(self._drop, entry))
         return handle
 
     def close(self) -> None:
@@ -83,13 +83,13 @@ class Prefetcher:
         if self._thread:
             self._thread.join()
 
-    def _drop(self, ticket: Ticket[_Prompt]) -> None:
-        if self._queue.cancel(ticket):
-            ticket.item.handle.succeed(0)
+    def _drop(self, entry: QueueEntry[_Prompt]) -> None:
+        if self._queue.cancel(entry):
+            entry.item.handle.succeed(0)
 
     def _work(self) -> None:
-        while ticket := self._queue.take():
-            prompt = ticket.item
+        while entry := self._queue.take():
+            prompt = entry.item
             num_blocks = 0
             try:
                 with self._tiers.watch.span("prefetch") as detail:
@@ -98,7 +98,7 @@ class Prefetcher:
                 _log.exception("a prompt was not prefetched")
                 self._count(MissReason.IO_ERROR)
             prompt.handle.succeed(num_blocks)
-            del ticket, prompt
+            del entry, prompt
 
     def _bring(self, prompt: _Prompt) -> int:
         """Bring a prompt's cold blocks up, wave by wave, until one cannot be had. Return how many came."""
@@ -161,7 +161,9 @@ class Prefetcher:
         """Let a block be found where it lies now. Return why it cannot be."""
         tiers = self._tiers
         with tiers.changed:
-            entry = tiers.index.insert(hit.block_hash, hit.parent_hash, hit.token_bytes, seal=hit.seal)
+            entry = tiers.index.insert(
+                hit.block_hash, hit.parent_hash, hit.token_bytes, content_digest=hit.content_digest
+            )
             if entry is None:  # its hash is taken by now, or its parent has been evicted
                 return MissReason.COLLISION
             entry.in_cold = True

@@ -106,7 +106,7 @@ def _without_marked(found: Lookup, marked: Collection[Entry]) -> Lookup:
     for at, hit in enumerate(found.blocks):
         if hit.entry in marked:
             return Lookup(found.hot, found.blocks[:at])
-    return replace(found, tail=None) if found.tail and found.tail.entry in marked else found
+    return replace(found, partial_block=None) if found.partial_block and found.partial_block.entry in marked else found
 
 
 def count_by_tier(num_hot: int, block_size: int, hits: Iterable[Hit]) -> tuple[dict[Tier, int], dict[Tier, int]]:

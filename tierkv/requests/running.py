@@ -13,7 +13,7 @@ from tierkv.requests.consensus import Accord
 from tierkv.requests.sequence import Sequence
 from tierkv.transfer.daemon_tiers import DaemonTiers
 from tierkv.transfer.offload import Demoter
-from tierkv.transfer.single_flight import Ticket
+from tierkv.transfer.single_flight import Claim
 from tierkv.transfer.split_load import SplitLoad
 from tierkv.transfer.tiers import Tiers
 from tierkv.values.block import TOKEN_BYTES, Tier
@@ -115,13 +115,13 @@ class RunningSequences:
         try:
             self._demoter.keep_room()
         finally:  # a policy may fail, but others wait for the promise
-            self.end_ticket(sequence.ticket)
+            self.end_claim(sequence.claim)
 
-    def end_ticket(self, ticket: Ticket | None) -> None:
+    def end_claim(self, claim: Claim | None) -> None:
         """End the promise to compute blocks, once those that were computed have been written down."""
         daemon = self._daemon
-        if daemon and ticket and not self._demoter.after_writes(partial(daemon.flight.end, ticket)):
-            daemon.flight.end(ticket)
+        if daemon and claim and not self._demoter.after_writes(partial(daemon.flight.end, claim)):
+            daemon.flight.end(claim)
 
     def wait_for_splits(self) -> None:
         """Wait until no cold block is on its way up behind a sequence, released ones included."""

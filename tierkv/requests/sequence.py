@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from tierkv.movers.mover import Ready
 from tierkv.transfer.costs import ColdLoad
-from tierkv.transfer.single_flight import Ticket
+from tierkv.transfer.single_flight import Claim
 from tierkv.transfer.split_load import SplitLoad
 from tierkv.values.block import TOKEN_BYTES, BlockHash, Tier
 
@@ -25,7 +25,7 @@ class Sequence:
     cached_tokens: the same, by the tier that answered.
     split: cold blocks that come up while the engine computes those in front of them, until `TierCache.join`.
     cold_load: how the time of its first result counts, see `TierCache.note_loaded`.
-    ticket: the promise, made to other processes, to compute the rest.
+    claim: the promise, made to other processes, to compute the rest.
     """
 
     token_bytes: bytearray
@@ -36,7 +36,7 @@ class Sequence:
     loads: list[Ready] = field(default_factory=list)
     split: SplitLoad | None = None
     cold_load: ColdLoad | None = None
-    ticket: Ticket | None = None
+    claim: Claim | None = None
     is_cacheable: bool = True
     is_released: bool = False
 

@@ -158,7 +158,9 @@ class BlockWriter:
     def _attach_warm(self, job: Job, slot: int) -> None:
         """Record that a warm slot has a job's block, unless another one has it; the caller holds the lock."""
         assert self._tiers.changed.is_owned()
-        entry = self._tiers.index.insert(job.block_hash, job.parent_hash, job.token_bytes, seal=job.seal)
+        entry = self._tiers.index.insert(
+            job.block_hash, job.parent_hash, job.token_bytes, content_digest=job.content_digest
+        )
         if entry and entry.warm_slot is None:
             self._tiers.attach(entry, Tier.WARM, slot, EventKind.DEMOTE)
             self._tiers.stats.bytes_in[Tier.WARM] += self._tiers.layout.packed_bytes(entry.num_tokens)
@@ -166,7 +168,9 @@ class BlockWriter:
     def _entry_of(self, job: Job) -> Entry | None:
         """Return the entry of a job's block, if it is still known; the caller holds the lock."""
         assert self._tiers.changed.is_owned()
-        return self._tiers.index.get(job.block_hash, job.parent_hash, job.token_bytes, seal=job.seal)
+        return self._tiers.index.get(
+            job.block_hash, job.parent_hash, job.token_bytes, content_digest=job.content_digest
+        )
 
     def _missing(self, jobs: Sequence[Job]) -> list[Job]:
         """Return the jobs whose block the store lacks; none without a store that may be written to."""
@@ -208,7 +212,7 @@ class BlockWriter:
             block_hash=job.block_hash,
             parent=job.parent_hash,
             namespace=self._tiers.namespace,
-            seal=job.seal,
+            content_digest=job.content_digest,
             token_bytes=job.token_bytes,
         )
         return encode_record(info, self._tiers.raw_slots[slot], layout=self._tiers.layout, codec=self._tiers.codec)

@@ -55,7 +55,7 @@ class ColdPlanner:
         if loading is None or computing is None or rest is None:
             return to_load
         plans = [(loading + rest, to_load), (computing, ColdPlan(dropped=cold))]
-        if num_cold > self._piece_tokens and not (found.tail and found.tail.tier is not Tier.COLD):
+        if num_cold > self._piece_tokens and not (found.partial_block and found.partial_block.tier is not Tier.COLD):
             split = LoadKind(alone.in_memory, is_split=True)
             sharing = loads[split].estimate(len(cold))
             to_share = ColdPlan(later=cold, load=ColdLoad(split, len(cold), num_rest))

@@ -60,7 +60,7 @@ class ColdReading:
 
         may_stay_coded: whether a GPU will decode it, where there is one that can.
         """
-        assert hit.source is not None and hit.seal is not None
+        assert hit.source is not None and hit.content_digest is not None
         tiers = self._tiers
         if ahead and ahead.source:
             ahead.source.read_ahead([ahead.block_hash])
@@ -68,7 +68,7 @@ class ColdReading:
             block_hash=hit.block_hash,
             parent=hit.parent_hash,
             namespace=tiers.namespace,
-            seal=hit.seal,
+            content_digest=hit.content_digest,
             token_bytes=hit.token_bytes,
         )
         coded = CodedBlock()
@@ -83,7 +83,9 @@ class ColdReading:
         """Forget that a source has a block which could not be read, and tell it of a damaged one."""
         assert hit.source is not None
         with self._tiers.changed:
-            entry = self._tiers.index.get(hit.block_hash, hit.parent_hash, hit.token_bytes, seal=hit.seal)
+            entry = self._tiers.index.get(
+                hit.block_hash, hit.parent_hash, hit.token_bytes, content_digest=hit.content_digest
+            )
             if entry:
                 entry.in_cold = False
         if reason in _DAMAGED:
@@ -116,9 +118,11 @@ class ColdReading:
         tiers = self._tiers
         tiers.stats.bytes_out[Tier.COLD] += tiers.layout.packed_bytes(len(hit.token_bytes) // TOKEN_BYTES)
         if place.tier is None or coded.frame_sizes:
-            entry = tiers.index.get(hit.block_hash, hit.parent_hash, hit.token_bytes, seal=hit.seal)
+            entry = tiers.index.get(hit.block_hash, hit.parent_hash, hit.token_bytes, content_digest=hit.content_digest)
         else:
-            entry = tiers.index.insert(hit.block_hash, hit.parent_hash, hit.token_bytes, seal=hit.seal)
+            entry = tiers.index.insert(
+                hit.block_hash, hit.parent_hash, hit.token_bytes, content_digest=hit.content_digest
+            )
             if entry and entry.warm_slot is None:
                 tiers.attach(entry, Tier.WARM, place.slot, EventKind.PROMOTE)
         if entry:

@@ -18,7 +18,7 @@ from tierkv.storage.record import BlockInfo
 from tierkv.transfer.daemon_connection import LinkKeeper
 from tierkv.transfer.daemon_link import Link
 from tierkv.transfer.lookup import Hit, Lookup
-from tierkv.transfer.single_flight import SingleFlight, Ticket
+from tierkv.transfer.single_flight import Claim, SingleFlight
 from tierkv.transfer.tiers import Place, Tiers
 from tierkv.values.block import TOKEN_BYTES, BlockHash, HashFunction, Tier, iter_chain
 from tierkv.values.layout import BlockLayout
@@ -76,24 +76,24 @@ class RemoteReader:
         flight: SingleFlight,
         *,
         block_size: int,
-        min_tail_tokens: int,
+        min_partial_tokens: int,
         hash_function: HashFunction,
     ) -> None:
         self._tiers = tiers
         self._keeper = keeper
         self._flight = flight
         self._step = block_size * TOKEN_BYTES
-        self._min_tail_tokens = min_tail_tokens
+        self._min_partial_tokens = min_partial_tokens
         self._hash = hash_function
 
     def look_further(
         self, found: Lookup, token_bytes: bytes, pinned: dict[int, Place] | None
-    ) -> tuple[Lookup, Ticket | None]:
+    ) -> tuple[Lookup, Claim | None]:
         """Return a lookup in the hot tier with what the daemon knows of the rest of the prompt.
 
         token_bytes: the part of the prompt that may be found. pinned: places by position in `Lookup.rest`, which
-        gets those of warm hits, which are lent; None for a caller who only wants to know. The ticket, if there is
-        one, is for `end_ticket`.
+        gets those of warm hits, which are lent; None for a caller who only wants to know. The claim, if there is
+        one, is for `end_claim`.
         The caller does not hold the lock. Waits while another process computes what is missing.
         """
         assert not self._tiers.changed.is_owned()
@@ -108,9 +108,9 @@ class RemoteReader:
             hashes=b"".join(hashes),
             tokens=token_bytes,
             start=start,
-            min_tail_tokens=self._min_tail_tokens,
+            min_partial_tokens=self._min_partial_tokens,
             lease=pinned is not None,
-            wants_ticket=pinned is not None and self._flight.is_on,
+            wants_claim=pinned is not None and self._flight.is_on,
         )
         link = self._keeper.link
         if link is None:
@@ -121,7 +121,7 @@ class RemoteReader:
         except DaemonError as exc:
             _log.debug("the daemon was of no help: %s", exc)
             return replace(found, miss=MissReason.DAEMON), None
-        return lookup, Ticket(link, answer.ticket) if answer.ticket else None
+        return lookup, Claim(link, answer.claim) if answer.claim else None
 
     def end_lookup(self, lookup: Lookup) -> None:
         """Nothing more of a lookup will be read: tell the daemon what is no longer needed.
@@ -171,12 +171,12 @@ class RemoteReader:
             tokens = token_bytes[at * self._step : (at + 1) * self._step]
             parent = hashes[at - 1] if at else root
             blocks.append(_hit(link, answer.cursor, at, slot, hashes[at], parent, tokens, len(tokens) // TOKEN_BYTES))
-        tail, theirs = None if slots else found.tail, answer.tail
+        partial_block, theirs = None if slots else found.partial_block, answer.partial_block
         end = start + len(slots)
-        is_better = theirs is not None and (tail is None or theirs.num_tokens > tail.num_tokens)
+        is_better = theirs is not None and (partial_block is None or theirs.num_tokens > partial_block.num_tokens)
         if theirs and is_better:
             parent = hashes[end - 1] if end else root
-            tail = _hit(
+            partial_block = _hit(
                 link, answer.cursor, end, theirs.slot, theirs.block_hash, parent, theirs.tokens, theirs.num_tokens
             )
         if pinned is not None:
@@ -189,12 +189,12 @@ class RemoteReader:
             link.lend(
                 [place.slot for place in lent.values()]
             )  # raises where the connection was closed meanwhile: then all stays as it was found
-            if tail is not found.tail:
-                self._tiers.unpin(pinned.values())  # of the tail that is not used
+            if partial_block is not found.partial_block:
+                self._tiers.unpin(pinned.values())  # of the partial block that is not used
                 pinned.clear()
             pinned.update(lent)
         miss = _reason(answer.miss) or (None if answer.slots else found.miss)
-        return Lookup(found.hot, blocks, tail, miss)
+        return Lookup(found.hot, blocks, partial_block, miss)
 
 
 def _hit(

@@ -70,7 +70,7 @@ class DaemonTiers:
         hash_function: HashFunction,
         wait_s: float,
         timeout_s: float,
-        min_tail_tokens: int,
+        min_partial_tokens: int,
     ) -> None:
         self._tiers = tiers
         self._namespace = namespace
@@ -83,7 +83,7 @@ class DaemonTiers:
             self.keeper,
             self.flight,
             block_size=block_size,
-            min_tail_tokens=min_tail_tokens,
+            min_partial_tokens=min_partial_tokens,
             hash_function=hash_function,
         )
         self._writer = RemoteWriter(tiers, self.keeper)

@@ -122,7 +122,7 @@ def join_daemon(
         # Ranks of two copies of a model would wait for each other, crosswise: they compute for themselves.
         wait_s=config.compute_wait_s if ranks.size == 1 else 0.0,
         timeout_s=config.daemon_timeout_s,
-        min_tail_tokens=config.min_partial_tokens,
+        min_partial_tokens=config.min_partial_tokens,
     )
     return daemon
 

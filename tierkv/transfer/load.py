@@ -84,8 +84,8 @@ class Promoter:
         fresh: deque[int] = deque()
         try:
             num_hot = len(pinned.hot) + sum(hit.tier is Tier.HOT for hit in lookup.blocks)
-            tail = lookup.tail
-            has_tail = False
+            partial_block = lookup.partial_block
+            has_partial = False
             try:
                 fresh.extend(self._take(num_blocks - num_hot, result))
             except CapacityError:
@@ -94,17 +94,17 @@ class Promoter:
                     raise
                 # The block that part of a prompt would be copied from holds the last place: that part is computed.
                 self._tiers.unpin([source])
-                tail, result.failure = None, MissReason.NO_ROOM
+                partial_block, result.failure = None, MissReason.NO_ROOM
                 fresh.extend(self._take(num_blocks - num_hot, result))
-            if tail and tail.tier is not Tier.COLD:  # first, since every layer's attention needs it
-                has_tail = self._fill_tail(tail, fresh[-1], pinned.rest, result)
+            if partial_block and partial_block.tier is not Tier.COLD:  # first, since every layer's attention needs it
+                has_partial = self._fill_partial(partial_block, fresh[-1], pinned.rest, result)
             self._promote_blocks(lookup.blocks, pinned.rest, fresh, result)
             fresh.extendleft(self._take(num_blocks - len(result.block_table) - len(fresh), result))
-            if tail and len(result.hits) == len(lookup.blocks):
-                if tail.tier is Tier.COLD:
-                    has_tail = self._fill_tail(tail, fresh[-1], pinned.rest, result)
-                if has_tail:
-                    result.hits.append(tail)
+            if partial_block and len(result.hits) == len(lookup.blocks):
+                if partial_block.tier is Tier.COLD:
+                    has_partial = self._fill_partial(partial_block, fresh[-1], pinned.rest, result)
+                if has_partial:
+                    result.hits.append(partial_block)
                     fresh.rotate(1)  # its block comes first
             result.block_table.extend(fresh)
             return result
@@ -239,7 +239,9 @@ class Promoter:
         tiers = self._tiers
         for i, hit in enumerate(wave):
             tiers.stats.bytes_out[Tier.WARM] += tiers.layout.block_bytes
-            entry = tiers.index.insert(hit.block_hash, hit.parent_hash, hit.token_bytes, seal=hit.seal)
+            entry = tiers.index.insert(
+                hit.block_hash, hit.parent_hash, hit.token_bytes, content_digest=hit.content_digest
+            )
             if entry is None:  # another block has taken the hash in the meantime
                 result.failure = MissReason.COLLISION
                 return i
@@ -271,7 +273,7 @@ class Promoter:
             return  # who brought them from below keeps them there
         with self._tiers.changed:
             for hit in hits:
-                entry = index.get(hit.block_hash, hit.parent_hash, hit.token_bytes, seal=hit.seal)
+                entry = index.get(hit.block_hash, hit.parent_hash, hit.token_bytes, content_digest=hit.content_digest)
                 if entry and entry.block_id is not None and entry.warm_slot is None:
                     written = self._tiers.written(entry)
                     self._demoter.write_down(entry, written)
@@ -289,7 +291,7 @@ class Promoter:
         result.failure = failure or result.failure
         return places, coded
 
-    def _fill_tail(self, hit: Hit, target: int, pinned: dict[int, Place], result: Promoted) -> bool:
+    def _fill_partial(self, hit: Hit, target: int, pinned: dict[int, Place], result: Promoted) -> bool:
         """Copy a block of which a part is of use into a block of the sequence's own. False if it cannot be had."""
         tiers = self._tiers
         coded: list[CodedBlock] = []

@@ -1,7 +1,7 @@
 """How much of a prompt is cached, and where: walks the chain of whole blocks, then the block where it ends.
 
 K and V of a token depend only on the tokens up to it. So the block in which two prompts part ways, and a
-stored partial tail, still serve the tokens that they have in common.
+stored partial block, still serve the tokens that they have in common.
 """
 
 from __future__ import annotations
@@ -17,10 +17,18 @@ from tierkv.storage.coded import CodedBlock
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.planes import Bytes
 from tierkv.storage.record import BlockInfo
-from tierkv.values.block import TOKEN_BYTES, BlockHash, HashFunction, Seal, Tier, iter_chain, seal_block
+from tierkv.values.block import (
+    TOKEN_BYTES,
+    BlockHash,
+    ContentDigest,
+    HashFunction,
+    Tier,
+    chain_content_digest,
+    iter_chain,
+)
 from tierkv.values.layout import BlockLayout
 
-__all__ = ["ColdSource", "Hit", "Lookup", "are_in_memory", "find_tail", "look_up"]
+__all__ = ["ColdSource", "Hit", "Lookup", "are_in_memory", "find_partial", "look_up"]
 
 _logger = logging.getLogger(__name__)
 
@@ -50,7 +58,8 @@ class ColdSource(Protocol):
 class Hit(NamedTuple):
     """A cached block of which the first `num_tokens` tokens are of use.
 
-    entry is None where only a cold source knows the block. seal: of a cold one, computed from the tokens that are
+    entry is None where only a cold source knows the block. content digest: of a cold one, computed from the tokens
+    that are
     asked for; the stored block's own, and its token ids, are compared when it is read.
     A tuple, because there is one for every block of a prompt that is not hot: a frozen dataclass takes four times
     as long to make.
@@ -63,20 +72,20 @@ class Hit(NamedTuple):
     tier: Tier
     entry: Entry | None
     source: ColdSource | None
-    seal: Seal | None = None
+    content_digest: ContentDigest | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Lookup:
     """hot: the entries of the whole blocks that lead the prompt and are hot, which need nothing but a pin.
 
-    blocks: the whole blocks behind them. tail: a block to copy for its common tokens, if any.
+    blocks: the whole blocks behind them. partial block: a block to copy for its common tokens, if any.
     miss: why the block behind the last hit is none, where there is more to say than that it is absent.
     """
 
     hot: list[Entry] = field(default_factory=list)
     blocks: list[Hit] = field(default_factory=list)
-    tail: Hit | None = None
+    partial_block: Hit | None = None
     miss: MissReason | None = None
 
     @property
@@ -92,8 +101,8 @@ class Lookup:
     def rest(self) -> Iterator[Hit]:
         """Yield what was found behind the leading hot blocks."""
         yield from self.blocks
-        if self.tail:
-            yield self.tail
+        if self.partial_block:
+            yield self.partial_block
 
 
 def are_in_memory(hits: Sequence[Hit]) -> bool:
@@ -129,32 +138,32 @@ def look_up(
     parent = known[len(hot) + len(blocks) - 1].block_hash if hot or blocks else index.root
     miss: MissReason | None = None
     rest = usable[(len(hot) + len(blocks)) * block_size * TOKEN_BYTES :]
-    seal: Seal | None = None  # of a parent that the index does not know
+    content_digest: ContentDigest | None = None  # of a parent that the index does not know
     if len(hot) + len(blocks) == len(known):
         for block_hash, tokens in iter_chain(parent, rest, block_size, hash_function):
-            hit = search.find_unknown(block_hash, parent, tokens, seal)
+            hit = search.find_unknown(block_hash, parent, tokens, content_digest)
             if hit is None:
                 miss = MissReason.COLLISION if index.collides(block_hash, parent, tokens) else None
                 break
             blocks.append(hit)
-            parent, seal = block_hash, hit.seal
+            parent, content_digest = block_hash, hit.content_digest
         rest = usable[(len(hot) + len(blocks)) * block_size * TOKEN_BYTES :]
-    tail = search.find_tail(parent, rest, seal) if rest else None
-    if tail and tail.num_tokens < min_partial_tokens:
-        tail = None
+    partial_block = search.find_partial(parent, rest, content_digest) if rest else None
+    if partial_block and partial_block.num_tokens < min_partial_tokens:
+        partial_block = None
         miss = miss or MissReason.TOO_SHORT
-    return Lookup(hot, blocks, tail, MissReason.IO_ERROR if search.has_failed else miss)
+    return Lookup(hot, blocks, partial_block, MissReason.IO_ERROR if search.has_failed else miss)
 
 
-def find_tail(
+def find_partial(
     index: Index, sources: Sequence[ColdSource], parent: BlockHash, rest: bytes, min_tokens: int
 ) -> Hit | None:
     """Return the child of `parent` with the longest common run of tokens; of equals, in the faster tier.
 
     parent: a block that the caller holds, or the root.
     """
-    tail = _Search(index, sources).find_tail(parent, rest)
-    return tail if tail and tail.num_tokens >= min_tokens else None
+    partial_block = _Search(index, sources).find_partial(parent, rest)
+    return partial_block if partial_block and partial_block.num_tokens >= min_tokens else None
 
 
 class _Search:
@@ -174,18 +183,23 @@ class _Search:
         return Hit(entry.block_hash, parent, tokens, len(tokens) // TOKEN_BYTES, tier, entry, None)
 
     def find_unknown(
-        self, block_hash: BlockHash, parent: BlockHash, tokens: bytes, parent_seal: Seal | None
+        self, block_hash: BlockHash, parent: BlockHash, tokens: bytes, parent_content_digest: ContentDigest | None
     ) -> Hit | None:
         """Return a whole block that the index does not know, if a cold source has it.
 
-        parent_seal: of a parent that the index does not know either.
+        parent_content_digest: of a parent that the index does not know either.
         """
         if self._index.collides(block_hash, parent, tokens):
             return None
-        return self._find_cold(block_hash, parent, tokens, None, parent_seal)
+        return self._find_cold(block_hash, parent, tokens, None, parent_content_digest)
 
     def _find_cold(
-        self, block_hash: BlockHash, parent: BlockHash, tokens: bytes, entry: Entry | None, parent_seal: Seal | None
+        self,
+        block_hash: BlockHash,
+        parent: BlockHash,
+        tokens: bytes,
+        entry: Entry | None,
+        parent_content_digest: ContentDigest | None,
     ) -> Hit | None:
         num_tokens = len(tokens) // TOKEN_BYTES
         for source in self._sources:
@@ -195,11 +209,17 @@ class _Search:
                 self._note(exc)
                 continue
             if stored and stored.parent == parent and stored.num_tokens == num_tokens:
-                seal = self._index.seal_of(entry) if entry else self._seal(parent, parent_seal, tokens)
-                return Hit(block_hash, parent, tokens, num_tokens, Tier.COLD, entry, source, seal)
+                content_digest = (
+                    self._index.content_digest_of(entry)
+                    if entry
+                    else self._content_digest(parent, parent_content_digest, tokens)
+                )
+                return Hit(block_hash, parent, tokens, num_tokens, Tier.COLD, entry, source, content_digest)
         return None
 
-    def find_tail(self, parent: BlockHash, rest: bytes, parent_seal: Seal | None = None) -> Hit | None:
+    def find_partial(
+        self, parent: BlockHash, rest: bytes, parent_content_digest: ContentDigest | None = None
+    ) -> Hit | None:
         """Return the child of `parent` with the longest common run of tokens; of equals, in the faster tier."""
         best: Hit | None = None
         longest = 0
@@ -219,13 +239,28 @@ class _Search:
             child, tokens, run = found
             if run > longest and not self._index.collides(child, parent, tokens):
                 longest = run
-                seal = self._seal(parent, parent_seal, tokens)
-                best = Hit(child, parent, tokens, run, Tier.COLD, self._index.get(child, parent, tokens), source, seal)
+                content_digest = self._content_digest(parent, parent_content_digest, tokens)
+                best = Hit(
+                    child,
+                    parent,
+                    tokens,
+                    run,
+                    Tier.COLD,
+                    self._index.get(child, parent, tokens),
+                    source,
+                    content_digest,
+                )
         return best
 
-    def _seal(self, parent: BlockHash, parent_seal: Seal | None, tokens: bytes) -> Seal:
-        """Return the seal of a block behind one that the index knows, or of which the seal is known."""
-        return self._index.seal_behind(parent, tokens) if parent_seal is None else seal_block(parent_seal, tokens)
+    def _content_digest(
+        self, parent: BlockHash, parent_content_digest: ContentDigest | None, tokens: bytes
+    ) -> ContentDigest:
+        """Return the content digest of a block behind one that the index knows, or whose digest is known."""
+        return (
+            self._index.content_digest_after(parent, tokens)
+            if parent_content_digest is None
+            else chain_content_digest(parent_content_digest, tokens)
+        )
 
     def _note(self, failure: StoreError) -> None:
         self.has_failed = True

@@ -73,7 +73,7 @@ class Demoter:
         assert self._tiers.changed.is_owned()
         self._offer(self._tiers.job_of(entry, written))
 
-    def write_tail(
+    def write_partial(
         self, block_hash: BlockHash, parent_hash: BlockHash, token_bytes: bytes, block_id: int, written: Ready
     ) -> None:
         """Do as `write_down` for a partly filled block, which has no entry; the caller holds it and its parent.
@@ -82,8 +82,10 @@ class Demoter:
         """
         assert self._tiers.changed.is_owned()
         index = self._tiers.index
-        seal = index.seal_behind(parent_hash, token_bytes)
-        self._offer(Job(block_hash, parent_hash, token_bytes, seal, index.peek(parent_hash), block_id, written))
+        content_digest = index.content_digest_after(parent_hash, token_bytes)
+        self._offer(
+            Job(block_hash, parent_hash, token_bytes, content_digest, index.peek(parent_hash), block_id, written)
+        )
 
     def _offer(self, job: Job) -> None:
         """Pin a job's block and queue it, or drop it if the queue is full; the caller holds the lock."""

@@ -7,20 +7,20 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tierkv.daemon.messages import NO_SLOT, EndTicket, Found, Match, Release, Wait, Waited
+from tierkv.daemon.messages import NO_SLOT, EndClaim, Found, Match, Release, Wait, Waited
 from tierkv.daemon.protocol import split_numbers
 from tierkv.transfer.daemon_connection import LinkKeeper
 from tierkv.transfer.daemon_link import Link
 from tierkv.values.block import BlockHash
 
-__all__ = ["SingleFlight", "Ticket"]
+__all__ = ["Claim", "SingleFlight"]
 
 _MOST_VAIN_WAITS = 3
 """Waits in a row that bring no block. A few are in order: who computes dies, and another one takes over."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ticket:
+class Claim:
     """The promise to compute blocks that nobody has."""
 
     link: Link
@@ -41,7 +41,7 @@ class SingleFlight:
 
     @property
     def is_on(self) -> bool:
-        """Whether a request asks for a ticket."""
+        """Whether a request asks for a claim."""
         return self._wait_s > 0
 
     def ask(self, link: Link, ask: Match, hashes: Sequence[BlockHash]) -> Found:
@@ -60,7 +60,7 @@ class SingleFlight:
             num_vain = 0 if num_found > most_found else num_vain + 1
             most_found = max(most_found, num_found)
             if num_found >= len(hashes):
-                return self._without_ticket(link, answer)
+                return self._without_claim(link, answer)
             left = deadline - time.monotonic()
             if not answer.is_computing or left <= 0 or num_vain >= _MOST_VAIN_WAITS:
                 return answer
@@ -69,22 +69,22 @@ class SingleFlight:
             wait = Wait(block_hash=hashes[num_found], timeout_ms=int(left * 1e3) + 1)
             self._keeper.call_on(link, wait, Waited, timeout_s=left + self._keeper.timeout_s)
 
-    def end(self, ticket: Ticket) -> None:
+    def end(self, claim: Claim) -> None:
         """Promise nothing any more: what is written by now is all that will be."""
-        if not ticket.link.is_retired:
-            self._keeper.post(ticket.link, EndTicket(ticket=ticket.number))
+        if not claim.link.is_retired:
+            self._keeper.post(claim.link, EndClaim(claim=claim.number))
 
-    def _without_ticket(self, link: Link, answer: Found) -> Found:
+    def _without_claim(self, link: Link, answer: Found) -> Found:
         """Promise nothing where nothing is to be computed: others would wait for blocks that are only hot here."""
-        if answer.ticket:
-            self.end(Ticket(link, answer.ticket))
-            answer.ticket = 0
+        if answer.claim:
+            self.end(Claim(link, answer.claim))
+            answer.claim = 0
         return answer
 
     def _return_all(self, link: Link, answer: Found) -> None:
         """Hold nothing while waiting."""
         slots = array("I", (slot for slot in split_numbers(answer.slots) if slot != NO_SLOT))
-        if answer.tail and answer.tail.slot != NO_SLOT:
-            slots.append(answer.tail.slot)
+        if answer.partial_block and answer.partial_block.slot != NO_SLOT:
+            slots.append(answer.partial_block.slot)
         cursors = array("I", [answer.cursor] if answer.cursor else [])
         self._keeper.post(link, Release(slots=slots.tobytes(), cursors=cursors.tobytes()))

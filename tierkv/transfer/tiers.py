@@ -32,7 +32,7 @@ from tierkv.storage.windows import WindowFormat
 from tierkv.transfer.costs import CostBySize, LoadKind
 from tierkv.transfer.lookup import ColdSource, Hit
 from tierkv.transfer.observers import Watch
-from tierkv.values.block import BlockHash, Seal, Tier
+from tierkv.values.block import BlockHash, ContentDigest, Tier
 from tierkv.values.events import EventKind
 from tierkv.values.layout import BlockLayout
 from tierkv.values.locks import OwnedCondition
@@ -75,7 +75,7 @@ class Job:
     block_hash: BlockHash
     parent_hash: BlockHash
     token_bytes: bytes
-    seal: Seal
+    content_digest: ContentDigest
     parent: Entry | None
     block_id: int
     written: Ready
@@ -259,8 +259,10 @@ class Tiers:
         assert self.changed.is_owned()
         assert entry.block_id is not None, "only a hot block can be written down"
         parent = None if entry.parent.parent is entry.parent else entry.parent  # the trunk's parent is itself
-        seal = self.index.seal_of(entry)
-        return Job(entry.block_hash, entry.parent_hash, entry.token_bytes, seal, parent, entry.block_id, written)
+        content_digest = self.index.content_digest_of(entry)
+        return Job(
+            entry.block_hash, entry.parent_hash, entry.token_bytes, content_digest, parent, entry.block_id, written
+        )
 
     def note_computing(self, block_ids: list[int], written: Ready) -> None:
         """Let users of blocks that were just committed wait until they are written: they may run on another stream.

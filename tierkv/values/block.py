@@ -4,8 +4,9 @@ A block hash is chained: xxh3-128 of the parent's block hash and the block's tok
 little-endian uint32. The parent of a first block is the namespace digest, so equal tokens of another
 model never meet. xxh3 is fast and not collision-proof: other token ids with the hash of given ones are found in
 minutes. So whoever finds an entry by its hash also compares the token ids, and those of the blocks before it: in
-the index by following the entries themselves, elsewhere by the block's *seal*. That is chained as the hash is, but
-of sha256: two blocks with one seal are the same tokens behind the same tokens, of the same namespace.
+the index by following the entries themselves, elsewhere by the block's *content digest*. That is chained as the hash
+is, but
+of sha256: two blocks with one content digest are the same tokens behind the same tokens, of the same namespace.
 
 Source: hash chaining of vLLM's prefix caching; comparing the tokens as nano-vLLM does.
 """
@@ -26,29 +27,29 @@ import xxhash
 from tierkv.errors import ConfigError
 
 __all__ = [
+    "CONTENT_DIGEST_BYTES",
     "HASH_BYTES",
-    "SEAL_BYTES",
     "TOKEN_BYTES",
     "BlockHash",
+    "ContentDigest",
     "HashFunction",
-    "Seal",
     "Tier",
     "TokenIds",
     "as_token_array",
+    "chain_content_digest",
     "common_run",
     "hash_block",
     "iter_chain",
-    "seal_block",
 ]
 
 HASH_BYTES = 16
-SEAL_BYTES = 16
+CONTENT_DIGEST_BYTES = 16
 TOKEN_BYTES = 4
 
 BlockHash: TypeAlias = bytes
 """16 bytes: the chained hash of a block, or the namespace digest at the root of a chain."""
 
-Seal: TypeAlias = bytes
+ContentDigest: TypeAlias = bytes
 """16 bytes: what tells a block and all that precedes it from every other one; of a namespace its digest."""
 
 HashFunction: TypeAlias = Callable[[BlockHash, bytes], BlockHash]
@@ -72,13 +73,14 @@ def hash_block(parent: BlockHash, token_bytes: bytes) -> BlockHash:
     return xxhash.xxh3_128_digest(parent + token_bytes)
 
 
-def seal_block(parent: Seal, token_bytes: bytes) -> Seal:
-    """Return the chained seal of one block, whole or partial: 16 bytes that nobody can forge.
+def chain_content_digest(parent: ContentDigest, token_bytes: bytes) -> ContentDigest:
+    """Return the chained content digest of one block, whole or partial: 16 bytes that nobody can forge.
 
-    parent: the seal of the block before it, or the namespace digest. 1 to 3 us for 256 token ids, 20 times what the
-    hash takes: so only blocks on their way to or from where they cannot be followed have one.
+
+    parent: the content digest of the block before it, or the namespace digest. 1 to 3 us for 256 token ids, 20 times
+    what the hash takes: so only blocks on their way to or from where they cannot be followed have one.
     """
-    return hashlib.sha256(parent + token_bytes).digest()[:SEAL_BYTES]
+    return hashlib.sha256(parent + token_bytes).digest()[:CONTENT_DIGEST_BYTES]
 
 
 def as_token_array(token_ids: TokenIds) -> npt.NDArray[np.uint32]:
@@ -121,7 +123,7 @@ def iter_chain(
 ) -> Iterator[tuple[BlockHash, bytes]]:
     """Yield (block hash, token bytes) of every whole block of a sequence, first to last.
 
-    token_bytes: the whole sequence as little-endian uint32. A tail shorter than a block is not hashed.
+    token_bytes: the whole sequence as little-endian uint32. A partial block shorter than a block is not hashed.
     """
     step = block_size * TOKEN_BYTES
     parent = root

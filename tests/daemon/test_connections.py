@@ -485,6 +485,16 @@ def test_refusals_do_not_fill_the_log(start_daemon: Start) -> None:
     assert daemon.log.count("refused raw") == 5
 
 
+def test_clients_that_end_before_they_are_welcomed_are_no_refusals(start_daemon: Start) -> None:
+    daemon = start_daemon(slots=8)
+    for _ in range(20):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(daemon.socket))
+            client.sendall(frame(hello(), number=1, boot=0))
+    eventually(lambda: daemon.status().clients == 1)
+    assert daemon.status().counters.get("refused_messages", 0) == 0, daemon.log
+
+
 def test_the_status_has_every_limit(start_daemon: Start) -> None:
     daemon = start_daemon()
     with connect(daemon.socket) as client:

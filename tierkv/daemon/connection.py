@@ -273,6 +273,9 @@ class ClientConnection(asyncio.Protocol):
         with self._transport.get_extra_info("socket").dup() as peer:
             try:
                 sent = socket.send_fds(peer, [data], [descriptor])
+            except ConnectionError:  # the client has ended since it said hello: no message of it was wrong
+                self.close()
+                return
             except OSError as exc:
                 raise ProtocolError(f"the slab could not be handed over: {exc}", is_fatal=True) from exc
         if sent < len(data):

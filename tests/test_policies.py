@@ -54,7 +54,7 @@ class ThreeMethods:
     def update_on_access(self, block: CacheBlock) -> None:
         pass
 
-    def select_victims(self, count: int, leaves: Iterator[CacheBlock]) -> list[CacheBlock]:
+    def select_evictions(self, count: int, leaves: Iterator[CacheBlock]) -> list[CacheBlock]:
         return list(itertools.islice(leaves, count))
 
 
@@ -115,12 +115,12 @@ class Cache:
 
     def victims(self, count: int) -> list[int]:
         """Name the blocks that would go by their token."""
-        chosen = self.index.select_victims(Tier.HOT, count)
+        chosen = self.index.select_evictions(Tier.HOT, count)
         return [int.from_bytes(entry.token_bytes, "little") for entry in chosen]
 
     def evict(self, count: int) -> list[int]:
         names = self.victims(count)
-        for entry in self.index.select_victims(Tier.HOT, count):
+        for entry in self.index.select_evictions(Tier.HOT, count):
             self.index.detach(entry, Tier.HOT)
         return names
 
@@ -156,7 +156,7 @@ def test_the_half_life_becomes_the_time_that_a_plain_block_is_kept() -> None:
     policy = FadingPolicy()
     for now in range(2000):
         policy.score_block(Block(last_access=float(now)))
-        policy.select_victims(1, iter([Block(last_access=now - 50.0)]))
+        policy.select_evictions(1, iter([Block(last_access=now - 50.0)]))
     assert policy.half_life_s == pytest.approx(50.0, rel=0.01)
 
 
@@ -540,7 +540,7 @@ class PolicyMachine(RuleBasedStateMachine):
 
     @rule(count=st.integers(1, 5), tier=st.sampled_from([Tier.HOT, Tier.WARM]), is_done=st.booleans())
     def evict(self, count: int, tier: Tier, is_done: bool) -> None:
-        chosen = [index.select_victims(tier, count) for index in self.twins]
+        chosen = [index.select_evictions(tier, count) for index in self.twins]
         names = [[victim.block_hash for victim in victims] for victims in chosen]
         assert names[0] == names[1], "the same history, other victims"
         assert len(set(names[0])) == len(names[0]) <= count

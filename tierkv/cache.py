@@ -47,7 +47,7 @@ from tierkv.values.stats import CacheStats
 
 __all__ = ["Match", "TierCache", "load_cache_state", "save_cache_state"]
 
-_POLICY_METHODS = ("score_block", "update_on_access", "select_victims")
+_POLICY_METHODS = ("score_block", "update_on_access", "select_evictions")
 _OBSERVER_METHODS = ("on_memory", "on_block", "on_request", "on_use", "on_span")
 _CALLS_WAIT_S = 10.0  # at the end, for calls that wait for the write thread
 

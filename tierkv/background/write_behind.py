@@ -51,7 +51,7 @@ class WriteBehind(Generic[Job]):
         with self._changed:
             return len(self._jobs) + self._in_work
 
-    def offer(self, job: Job) -> bool:
+    def try_put(self, job: Job) -> bool:
         """Queue a job. False if the queue is full or closing: the job is not taken."""
         with self._changed:
             if self._is_closing or len(self._jobs) >= self.capacity:

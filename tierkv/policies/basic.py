@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from math import log2
 
-from tierkv.index.eviction import CacheBlock, EvictionPolicy, ScoreQueue, VictimQueue
+from tierkv.index.eviction import CacheBlock, EvictionOrder, EvictionPolicy, ScoreOrder
 from tierkv.values.block import BlockHash
 from tierkv.values.prefill import MEASURED_PREFILL, PrefillModel
 
@@ -43,9 +43,9 @@ class FadingPolicy(LRUPolicy):
         self._newest = max(self._newest, block.last_access)
         return -(block.last_access + self.half_life_s * log2(self.value(block)))
 
-    def select_victims(self, count: int, leaves: Iterator[CacheBlock]) -> list[CacheBlock]:
+    def select_evictions(self, count: int, leaves: Iterator[CacheBlock]) -> list[CacheBlock]:
         """Take the first `count`, and learn from how long they were kept."""
-        victims = super().select_victims(count, leaves)
+        victims = super().select_evictions(count, leaves)
         for block in victims:
             half_lives = 1 + max(log2(self.value(block)), 0.0)
             kept_s = (self._newest - block.last_access) / half_lives
@@ -90,12 +90,12 @@ class PrefixAwarePolicy(FadingPolicy):
         """Return the score of a block that so many blocks have followed."""
         return super().score_block(block) - self.half_life_s * log2(1 + num_followers)
 
-    def new_queue(self) -> VictimQueue[CacheBlock]:
+    def new_order(self) -> EvictionOrder[CacheBlock]:
         """Return a queue that counts who follows whom."""
         return _PrefixQueue(self)
 
 
-class _PrefixQueue(ScoreQueue[CacheBlock]):
+class _PrefixQueue(ScoreOrder[CacheBlock]):
     """Counts how many blocks were added after each block that the tier holds."""
 
     def __init__(self, policy: PrefixAwarePolicy) -> None:

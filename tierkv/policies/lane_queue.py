@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from tierkv.index.eviction import CacheBlock
-from tierkv.index.eviction_heap import Offers
+from tierkv.index.eviction_heap import EvictionHeap
 from tierkv.policies.hazard import bucket_of
 
 __all__ = ["LaneQueue", "Lanes"]
@@ -41,7 +41,7 @@ class LaneQueue:
     def __init__(self, policy: Lanes) -> None:
         self._policy = policy
         self._lane_of = policy.lane_of
-        self._lanes: list[Offers[CacheBlock]] = [Offers() for _ in range(policy.num_lanes)]
+        self._lanes: list[EvictionHeap[CacheBlock]] = [EvictionHeap() for _ in range(policy.num_lanes)]
         self._order: list[tuple[float, float, int, int]] = []
         self._size = 0
         self._now = float("-inf")  # the moment at which the order was made

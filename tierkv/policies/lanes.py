@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tierkv.index.eviction import CacheBlock, EvictionPolicy, VictimQueue
+from tierkv.index.eviction import CacheBlock, EvictionOrder, EvictionPolicy
 from tierkv.policies.hazard import bucket_of
 from tierkv.policies.lane_queue import LaneQueue
 from tierkv.policies.use_history import UseHistory, split_hash
@@ -100,7 +100,7 @@ class LanePolicy(EvictionPolicy):
                 times[row] = block.last_access
                 totals[row] = earlier[row] + block.access_count
 
-    def new_queue(self) -> VictimQueue[CacheBlock]:
+    def new_order(self) -> EvictionOrder[CacheBlock]:
         """Return the lanes of one tier."""
         return LaneQueue(self)
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from tierkv.index.eviction import CacheBlock, VictimQueue
+from tierkv.index.eviction import CacheBlock, EvictionOrder
 from tierkv.policies.basic import LRUPolicy
 from tierkv.values.block import BlockHash
 
@@ -130,7 +130,7 @@ class S3FIFOPolicy(LRUPolicy):
     PROMOTION_USES = 2
     MOST_ROUNDS = 3
 
-    def new_queue(self) -> VictimQueue[CacheBlock]:
+    def new_order(self) -> EvictionOrder[CacheBlock]:
         """Return the two queues of a tier."""
         return _S3FIFOQueue()
 
@@ -172,7 +172,7 @@ class AdaptiveLRUPolicy(LRUPolicy):
     Source: ARC (Megiddo and Modha, FAST 2003), leaf first: a block with children is passed over.
     """
 
-    def new_queue(self) -> VictimQueue[CacheBlock]:
+    def new_order(self) -> EvictionOrder[CacheBlock]:
         """Return the two lists of a tier."""
         return _AdaptiveQueue()
 

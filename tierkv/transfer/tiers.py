@@ -330,7 +330,7 @@ class Tiers:
     def evict_warm(self, count: int) -> list[Entry]:
         """Make up to `count` more warm slots free; return what was evicted. The caller holds the lock."""
         assert self.changed.is_owned()
-        return self.evict(self.index.select_victims(Tier.WARM, count), Tier.WARM)
+        return self.evict(self.index.select_evictions(Tier.WARM, count), Tier.WARM)
 
     def try_take_warm(self, count: int) -> list[int]:
         """Return up to `count` warm slots, each pinned once, evicting if need be; perhaps none."""

@@ -377,14 +377,14 @@ class IndexMachine(RuleBasedStateMachine):
 
     @rule(count=st.integers(1, 6), tier=st.sampled_from([Tier.HOT, Tier.WARM]), which=st.integers(1, 63))
     def evict_some(self, count: int, tier: Tier, which: int) -> None:
-        """Evict some of the victims in one call; what has a child left in the tier must stay."""
-        victims = self.index.select_evictions(tier, count)
-        asked = [victim for number, victim in enumerate(victims) if which >> number & 1]
-        for victim in self.index.evict(asked, tier):
-            self.where[tier].remove(victim)
-        for victim in asked:
-            has_child = any(child in self.where[tier] for child in victim.children)
-            assert (victim in self.where[tier]) == has_child
+        """Evict some of the evictions in one call; what has a child left in the tier must stay."""
+        evictions = self.index.select_evictions(tier, count)
+        asked = [evicted for number, evicted in enumerate(evictions) if which >> number & 1]
+        for evicted in self.index.evict(asked, tier):
+            self.where[tier].remove(evicted)
+        for evicted in asked:
+            has_child = any(child in self.where[tier] for child in evicted.children)
+            assert (evicted in self.where[tier]) == has_child
 
     @precondition(lambda self: len(self.index))
     @rule(which=st.integers(0, 30))
@@ -406,11 +406,11 @@ class IndexMachine(RuleBasedStateMachine):
     @rule(count=st.integers(1, 4), tier=st.sampled_from([Tier.HOT, Tier.WARM]))
     def evict(self, count: int, tier: Tier) -> None:
         in_use = {entry for entry, _ in self.held[tier]}
-        for victim in self.index.select_evictions(tier, count):
-            assert victim not in in_use and not victim.pinned
-            assert not any(child in self.where[tier] for child in victim.children or ())
-            self.index.detach(victim, tier)
-            self.where[tier].remove(victim)
+        for evicted in self.index.select_evictions(tier, count):
+            assert evicted not in in_use and not evicted.pinned
+            assert not any(child in self.where[tier] for child in evicted.children or ())
+            self.index.detach(evicted, tier)
+            self.where[tier].remove(evicted)
 
     @invariant()
     def everything_holds(self) -> None:

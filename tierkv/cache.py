@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from tierkv.background.open_calls import OpenCalls, while_open
+from tierkv.background.active_calls import ActiveCalls, while_open
 from tierkv.config import CacheConfig
 from tierkv.errors import ClosedError, ConfigError
 from tierkv.policies import EvictionPolicy, make_policy
@@ -87,7 +87,7 @@ class TierCache:
         self.layout = self.namespace.layout
         self.device = _device_of(device)
         self._owns_cold = cold is None
-        self.calls = OpenCalls("the cache")
+        self.calls = ActiveCalls("the cache")
         self._must_end = threading.Event()
         with ExitStack() as undo:
             cold = open_store(config, cold)

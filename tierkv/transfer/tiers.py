@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from tierkv.background.work_queue import PriorityThreads
+from tierkv.background.work_queue import PriorityThreadPool
 from tierkv.errors import ClosedError, StoreError
 from tierkv.index.chosen_eviction import ChosenEviction
 from tierkv.index.index import Entry, Index
@@ -134,7 +134,7 @@ class Tiers:
     compression: Compression | None
     frames: FrameMover | None
     cold: ColdStore | None
-    threads: PriorityThreads
+    threads: PriorityThreadPool
     num_threads: int
     loaders: ThreadPoolExecutor
     watch: Watch

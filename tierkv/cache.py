@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from tierkv.background.open_calls import OpenCalls, while_open
+from tierkv.background.active_calls import ActiveCalls, while_open
 from tierkv.config import CacheConfig
 from tierkv.errors import ClosedError, ConfigError
 from tierkv.policies import EvictionPolicy, make_policy
@@ -47,7 +47,7 @@ from tierkv.values.stats import CacheStats
 
 __all__ = ["Match", "TierCache", "load_cache_state", "save_cache_state"]
 
-_POLICY_METHODS = ("score_block", "update_on_access", "select_victims")
+_POLICY_METHODS = ("score_block", "update_on_access", "select_evictions")
 _OBSERVER_METHODS = ("on_memory", "on_block", "on_request", "on_use", "on_span")
 _CALLS_WAIT_S = 10.0  # at the end, for calls that wait for the write thread
 
@@ -87,7 +87,7 @@ class TierCache:
         self.layout = self.namespace.layout
         self.device = _device_of(device)
         self._owns_cold = cold is None
-        self.calls = OpenCalls("the cache")
+        self.calls = ActiveCalls("the cache")
         self._must_end = threading.Event()
         with ExitStack() as undo:
             cold = open_store(config, cold)

@@ -10,8 +10,8 @@ from rich.table import Table
 
 from tierkv.errors import ConfigError
 from tierkv.index.eviction import CacheBlock
+from tierkv.policies.block_classes import BlockClassPolicy
 from tierkv.policies.hazard import NUM_BUCKETS, buckets_of, hazards
-from tierkv.policies.lanes import LanePolicy
 from tierkv.policies.learned import FEATURES, LearnedModel, features_of
 from tierkv.tools.render import open_console, print_json, visible
 from tierkv.tools.traces import Trace, read_trace
@@ -21,7 +21,7 @@ __all__ = ["fit_model", "train_policy"]
 
 Floats = npt.NDArray[np.float64]
 
-_NUM_LANES = 16
+_NUM_CLASSES = 16
 _WEIGHT, _PRIOR = 100.0, 0.04  # as in HitDensityPolicy
 _RIDGE = 1.0
 _STEPS = 30
@@ -63,11 +63,11 @@ def fit_model(trace: Trace, *, seed: int) -> tuple[LearnedModel, dict[str, float
     fitted, tested = is_known & ~is_held_out, is_known & is_held_out
     weights, bias = _fit_logistic(features[fitted], is_used[fitted])
     values = features @ weights + bias
-    edges = np.quantile(values, np.linspace(0, 1, _NUM_LANES + 1)[1:-1])
-    lanes = np.searchsorted(edges, values, side="right")
+    edges = np.quantile(values, np.linspace(0, 1, _NUM_CLASSES + 1)[1:-1])
+    classes = np.searchsorted(edges, values, side="right")
     chances = hazards(
-        _count(lanes[again], gap_s[again]),
-        _count(lanes[~again], start_s[-1] - start_s[~again]),
+        _count(classes[again], gap_s[again]),
+        _count(classes[~again], start_s[-1] - start_s[~again]),
         weight=_WEIGHT,
         default=_PRIOR,
     )
@@ -108,14 +108,14 @@ class _Block:
         return self.num_children > 1
 
 
-class _Recorder(LanePolicy):
+class _Recorder(BlockClassPolicy):
     """Sees uses as the policy will, and writes down the features of each."""
 
     def __init__(self, num_blocks: int) -> None:
-        super().__init__(num_lanes=1, num_rows=1 << max(17, num_blocks.bit_length() + 1), sample_mask=0)
+        super().__init__(num_classes=1, num_rows=1 << max(17, num_blocks.bit_length() + 1), sample_mask=0)
         self.rows: list[tuple[float, ...]] = []
 
-    def choose_lane(self, block: CacheBlock, count: int, away_s: float, fork: int) -> int:
+    def classify(self, block: CacheBlock, count: int, away_s: float, fork: int) -> int:
         self.rows.append(features_of(block, count=count, away_s=away_s, fork=fork, is_partial=self.is_partial(block)))
         return 0
 
@@ -169,9 +169,9 @@ def _fit_logistic(x: Floats, y: Floats) -> tuple[Floats, float]:
     return weights[:-1], float(weights[-1])
 
 
-def _count(lanes: npt.NDArray[np.int64], idle_s: Floats) -> Floats:
-    counts = np.bincount(lanes * NUM_BUCKETS + buckets_of(idle_s), minlength=_NUM_LANES * NUM_BUCKETS)
-    return counts.astype(np.float64).reshape(_NUM_LANES, NUM_BUCKETS)
+def _count(classes: npt.NDArray[np.int64], idle_s: Floats) -> Floats:
+    counts = np.bincount(classes * NUM_BUCKETS + buckets_of(idle_s), minlength=_NUM_CLASSES * NUM_BUCKETS)
+    return counts.astype(np.float64).reshape(_NUM_CLASSES, NUM_BUCKETS)
 
 
 def _log_loss(guesses: Floats, truth: Floats) -> float:

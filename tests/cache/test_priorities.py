@@ -52,7 +52,7 @@ def test_a_requests_reads_overtake_encodes_that_were_queued_before(
 
         def submit_and_tell(priority: Priority, function: Any, *arguments: Any) -> Any:
             future = submit(priority, function, *arguments)
-            if priority is Priority.REQUEST and len(threads._queue._lanes[priority]) == 3:
+            if priority is Priority.REQUEST and len(threads._queue._queues[priority]) == 3:
                 reads_wait.set()
             return future
 
@@ -83,7 +83,7 @@ def test_a_requests_reads_overtake_encodes_that_were_queued_before(
         asking = threading.Thread(target=request)
         asking.start()
         assert reads_wait.wait(20)
-        assert len(threads._queue._lanes[Priority.DEMOTION]) == 7
+        assert len(threads._queue._queues[Priority.DEMOTION]) == 7
         gate.set()
         asking.join(20)
         cache.flush()

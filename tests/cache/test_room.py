@@ -113,14 +113,14 @@ def test_a_policy_that_fails_in_the_write_thread_keeps_no_block_taken(
 ) -> None:
     with open_cache(tmp_path) as cache:
         index, called = cache._tiers.index, threading.Event()
-        select = index.select_victims
+        select = index.select_evictions
 
         def fail(tier: Tier, count: int) -> list[Entry]:
             if threading.current_thread().name == "tierkv-write":
                 raise RuntimeError("no victim for you")
             return select(tier, count)
 
-        monkeypatch.setattr(index, "select_victims", fail)
+        monkeypatch.setattr(index, "select_evictions", fail)
         sequence = cache.acquire(PROMPT)
         PatternEngine(cache).compute(sequence, 0)
         with cache._tiers.changed:  # so that the thread takes both in one batch, or the second after the first

@@ -84,7 +84,7 @@ class SizeClass:
         count = min(count, self.num_slots)
         wanted = count if is_chosen is None else self.num_slots
         slots: dict[Entry, int] = {}
-        for victim in self.index.select_victims(Tier.WARM, wanted):
+        for victim in self.index.select_evictions(Tier.WARM, wanted):
             slot = victim.warm_slot
             if slot is not None and len(slots) < count and (is_chosen is None or is_chosen(slot)):
                 slots[victim] = slot

@@ -51,7 +51,7 @@ class StoreWriter:
 
     def offer(self, write: Write) -> None:
         """Queue a published block; a full queue forgets it."""
-        if not self._queue.offer(write):
+        if not self._queue.try_put(write):
             self._core.finish_write(write, is_stored=False)
 
     def note_use(self, tenant: Tenant) -> None:
@@ -60,7 +60,7 @@ class StoreWriter:
         Only blocks make the store keep a description: clients come with as many as they like.
         """
         if self._store is not None and not tenant.is_registered:
-            self._queue.offer(tenant)
+            self._queue.try_put(tenant)
 
     def call(self, action: Callable[[ColdStore], Result]) -> Future[Result]:
         """Have the write thread do something with the store, behind what is queued. Raises StoreError if it cannot."""
@@ -73,14 +73,14 @@ class StoreWriter:
             except BaseException as exc:  # noqa: BLE001 - the caller's
                 future.set_exception(exc)
 
-        if not self._queue.offer(act):
+        if not self._queue.try_put(act):
             raise StoreError("too much is waiting to be written to the store")
         return future
 
     def tend(self) -> None:
         """Have what readers have left to be written written too, if it is time for that and nothing else is."""
         if self._store is not None and self._store.is_due and not self._queue.pending:
-            self._queue.offer(None)
+            self._queue.try_put(None)
 
     def flush(self, *, stall_s: float) -> None:
         """Wait until what is queued so far is on the disk. Not for the loop's thread.

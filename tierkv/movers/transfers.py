@@ -16,7 +16,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from tierkv.background.open_calls import OpenCalls
+from tierkv.background.active_calls import ActiveCalls
 from tierkv.background.work_queue import Priority
 from tierkv.errors import CapacityError, ClosedError, ConfigError, ShapeError
 from tierkv.movers.mover import CudaReady, Done, Ready, recorded
@@ -97,7 +97,7 @@ class MemoryTransferManager:
         max_waiting_bytes: int = 4 << 30,
     ) -> None:
         self.device = _device_of(device)
-        self._calls = OpenCalls("the transfer manager")
+        self._calls = ActiveCalls("the transfer manager")
         pinned_memory_pool_size = check_count("pinned_memory_pool_size", pinned_memory_pool_size)
         max_waiting_bytes = check_count("max_waiting_bytes", max_waiting_bytes, least=1)
         piece_bytes = min(_PIECE_BYTES, pinned_memory_pool_size // (2 * _PIECES_IN_FLIGHT))
@@ -166,7 +166,7 @@ class MemoryTransferManager:
 
     def close(self) -> None:
         """Carry out what was handed over, then give threads and memory back. Does nothing in a forked process."""
-        if self._calls.is_foreign:
+        if self._calls.is_forked:
             return
         for lane in self._lanes.values():
             lane.close()

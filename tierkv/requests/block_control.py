@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from tierkv.background.open_calls import OpenCalls, while_open
+from tierkv.background.active_calls import ActiveCalls, while_open
 from tierkv.errors import ConfigError
 from tierkv.index.index import Entry
 from tierkv.transfer.offload import Demoter, Offloading
@@ -51,7 +51,7 @@ class BlockControl:
     calls: of the cache, which is not closed while somebody is inside here.
     """
 
-    def __init__(self, tiers: Tiers, demoter: Demoter, *, calls: OpenCalls) -> None:
+    def __init__(self, tiers: Tiers, demoter: Demoter, *, calls: ActiveCalls) -> None:
         self.calls = calls
         self._tiers = tiers
         self._demoter = demoter

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from tierkv.background.work_queue import PriorityThreads
+from tierkv.background.work_queue import PriorityThreadPool
 from tierkv.config import CacheConfig
 from tierkv.errors import ConfigError
 from tierkv.index.index import Index
@@ -97,7 +97,7 @@ def open_tiers(
         compression=memory.compression,
         frames=memory.frames,
         cold=cold,
-        threads=PriorityThreads(config.num_io_threads, name="tierkv-io"),
+        threads=PriorityThreadPool(config.num_io_threads, name="tierkv-io"),
         num_threads=config.num_io_threads,
         loaders=ThreadPoolExecutor(_NUM_LOADERS, thread_name_prefix="tierkv-load"),
         watch=Watch(layout, changed),

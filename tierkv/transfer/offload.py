@@ -91,13 +91,13 @@ class Demoter:
         """Pin a job's block and queue it, or drop it if the queue is full; the caller holds the lock."""
         assert self._tiers.changed.is_owned()
         self._tiers.index.hot.pin(job.block_id)
-        if not self._queue.offer(job):
+        if not self._queue.try_put(job):
             self._tiers.index.unpin(Tier.HOT, job.block_id)
             self._tiers.skip(job, "queue_full")
 
     def after_writes(self, action: AfterWrites) -> bool:
         """Call something when everything queued so far has been written. False if the queue is full."""
-        return self._queue.offer(action)
+        return self._queue.try_put(action)
 
     def take_hot(self, count: int) -> list[int]:
         """Return `count` block ids, each pinned once, evicting and demoting as needed and as is of use.
@@ -174,7 +174,7 @@ class Demoter:
         assert self._tiers.changed.is_owned()
         tiers = self._tiers
         ready: list[Entry] = []
-        for victim in tiers.index.select_victims(Tier.HOT, count):
+        for victim in tiers.index.select_evictions(Tier.HOT, count):
             if not self._must_write_first(victim):
                 ready.append(victim)
             elif write_first:
@@ -275,7 +275,7 @@ class Demoter:
         """Have the write thread write what reads have left to be written in the store, if it is time for that."""
         cold = self._tiers.cold
         if cold and cold.is_due and not self._is_tending:
-            self._is_tending = self._queue.offer(self._tend)
+            self._is_tending = self._queue.try_put(self._tend)
 
     def close(self) -> bool:
         """Write what is queued and stop; what could not be written is logged. May be called twice.
@@ -327,7 +327,7 @@ class Demoter:
         """
         assert self._tiers.changed.is_owned()
         if not self._is_offloading and self._num_to_offload():
-            self._is_offloading = self._queue.offer(self._offload)
+            self._is_offloading = self._queue.try_put(self._offload)
 
     def _num_to_offload(self) -> int:
         """Return how many blocks are to be offloaded now; the caller holds the lock."""
@@ -342,11 +342,11 @@ class Demoter:
         tiers = self._tiers
         with tiers.changed:
             count = self._num_to_offload()
-            victims = tiers.index.select_victims(Tier.HOT, count) if count else []
+            victims = tiers.index.select_evictions(Tier.HOT, count) if count else []
             for entry in victims:
                 if entry.warm_slot is None and not (tiers.lower and entry.in_cold):
                     self.write_down(entry, tiers.written(entry))
-            self._is_offloading = bool(victims) and self._queue.offer(partial(self._evict_offloaded, victims))
+            self._is_offloading = bool(victims) and self._queue.try_put(partial(self._evict_offloaded, victims))
 
     def _evict_offloaded(self, victims: Sequence[Entry]) -> None:
         """Evict what a lower tier has by now, children before parents, if still nobody uses it."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from tierkv.background.work_queue import PriorityThreads
+from tierkv.background.work_queue import PriorityThreadPool
 from tierkv.errors import ClosedError, StoreError
 from tierkv.index.chosen_eviction import ChosenEviction
 from tierkv.index.index import Entry, Index
@@ -134,7 +134,7 @@ class Tiers:
     compression: Compression | None
     frames: FrameMover | None
     cold: ColdStore | None
-    threads: PriorityThreads
+    threads: PriorityThreadPool
     num_threads: int
     loaders: ThreadPoolExecutor
     watch: Watch
@@ -330,7 +330,7 @@ class Tiers:
     def evict_warm(self, count: int) -> list[Entry]:
         """Make up to `count` more warm slots free; return what was evicted. The caller holds the lock."""
         assert self.changed.is_owned()
-        return self.evict(self.index.select_victims(Tier.WARM, count), Tier.WARM)
+        return self.evict(self.index.select_evictions(Tier.WARM, count), Tier.WARM)
 
     def try_take_warm(self, count: int) -> list[int]:
         """Return up to `count` warm slots, each pinned once, evicting if need be; perhaps none."""

@@ -16,7 +16,7 @@ import pytest
 from cold_blocks import LAYOUT, NAMESPACE, OTHER, QUOTA, chain_of, damage_record, open_store, record_of
 
 from tierkv.errors import ConfigError, CorruptBlockError, StoreError
-from tierkv.storage import cold_entry, lmdb_directory
+from tierkv.storage import cold_rows, lmdb_directory
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_batch import WriteBatch
 from tierkv.storage.cold_children import CHILD_ROW_BYTES, ChildRow
@@ -276,7 +276,7 @@ def test_a_cost_that_is_no_number_is_none(tmp_path: Path) -> None:
 
 def test_a_block_longer_than_an_entry_can_say_finds_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tierkv.storage.cold_batch.MAX_VALUE_BYTES", 1000)
-    assert cold_entry.MAX_VALUE_BYTES == (1 << 32) - 1
+    assert cold_rows.MAX_VALUE_BYTES == (1 << 32) - 1
     with open_store(tmp_path) as store:
         assert store.put([record_of(1)]) == [PutOutcome.FULL]
         store.check()

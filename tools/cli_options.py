@@ -67,7 +67,7 @@ HotSize = Annotated[
 ]
 CodecName = Annotated[
     str,
-    typer.Option("--codec", help="auto is lossless; lossy-int8 and lossy-fp8-e4m3 halve the bytes and change them."),
+    typer.Option("--codec", help="auto is lossless; lossy-int8 halves the bytes and changes them."),
 ]
 Socket = Annotated[
     Optional[Path],  # noqa: UP045

@@ -17,8 +17,7 @@ from tierkv.daemon.messages import EvictBlocks, EvictedBlocks, Eviction, Status,
 from tierkv.daemon.server import STORE_LOCK
 from tierkv.errors import ConfigError, DaemonError, DaemonGoneError, StoreError
 from tierkv.storage.cold import ColdStore
-from tierkv.storage.cold_eviction import EvictionReport
-from tierkv.storage.cold_prompt import StoredPrompt
+from tierkv.storage.cold_eviction import EvictionReport, StoredPrompt
 from tierkv.tools.options import parse_size
 from tierkv.tools.render import format_bytes, print_json, visible
 from tierkv.tools.stores import open_existing

@@ -16,7 +16,7 @@ from rich.table import Table
 from tierkv.engine.models import load_tokenizer
 from tierkv.errors import ConfigError
 from tierkv.storage.cold import ColdStore
-from tierkv.storage.cold_entry import ColdEntry
+from tierkv.storage.cold_rows import ColdEntry
 from tierkv.storage.cold_stats import StoredNamespace
 from tierkv.tools.options import cache_directory
 from tierkv.tools.render import format_age, format_bytes, open_console, print_json, visible

@@ -8,7 +8,7 @@ from pathlib import Path
 from tierkv.errors import ConfigError, StoreError
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_stats import StoredNamespace
-from tierkv.storage.cold_writer import require_free
+from tierkv.storage.lmdb_directory import require_free
 
 __all__ = ["find_namespace", "open_existing", "require_place"]
 

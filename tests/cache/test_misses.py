@@ -14,7 +14,7 @@ from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.errors import StoreError
 from tierkv.storage.cold import ColdStore
-from tierkv.storage.cold_entry import ColdEntry
+from tierkv.storage.cold_rows import ColdEntry
 from tierkv.storage.outcomes import MissReason
 from tierkv.values.block import BlockHash, Tier
 from tierkv.values.namespace import Namespace

@@ -17,7 +17,7 @@ import pytest
 from tierkv import __main__
 from tierkv.engine.models import load_model
 from tierkv.storage.cold import ColdStore
-from tierkv.storage.cold_namespaces import FORMAT_KEY
+from tierkv.storage.cold_rows import FORMAT_KEY
 from tierkv.tools import cli, verify
 from tierkv.values.layout import BlockLayout
 from tierkv.values.namespace import Namespace

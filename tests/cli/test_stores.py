@@ -15,7 +15,8 @@ import pytest
 from cold_blocks import LAYOUT, NAMESPACE, OTHER, chain_of, record_of
 
 from tierkv.storage.cold import ColdStore
-from tierkv.storage.cold_batch import WriteBatch, padded_bytes
+from tierkv.storage.cold_batch import WriteBatch
+from tierkv.storage.cold_rows import padded_bytes
 from tierkv.tools import cli
 from tierkv.values.namespace import Namespace
 

@@ -92,7 +92,7 @@ def test_a_prompt_that_is_all_hot_is_not_served_either_though_the_daemon_is_not_
     cache = open_cache()
     assert cache._daemon
     engine = keep(cache, PROMPT)
-    monkeypatch.setattr(cache._daemon.keeper, "tend", lambda: None)  # the thread that looks on its own is late
+    monkeypatch.setattr(cache._daemon.keeper, "maintain", lambda: None)  # the thread that looks on its own is late
     answer = evict(daemon, to_bytes=0)
     assert not answer.engines[0].has_answered and hot(cache) == 3
     again = engine.start(PROMPT)
@@ -209,14 +209,14 @@ def test_an_engine_that_was_away_forgets_when_it_is_back_whatever_daemon_it_find
     keep(cache, PROMPT, OTHER)
     assert cache._daemon
     keeper = cache._daemon.keeper
-    tend, keeper.tend = keeper.tend, lambda: None
+    maintain, keeper.maintain = keeper.maintain, lambda: None
     assert not evict(daemon, namespace=cache.namespace.digest).engines[0].has_answered
     daemon.kill()
     daemon.start()
     assert hot(cache) == 6
     eventually(lambda: is_served(cache, daemon))
     assert cached(cache, PROMPT) == 0 and hot(cache) == 0
-    keeper.tend = tend
+    keeper.maintain = maintain
 
 
 def test_a_daemon_that_was_only_started_again_costs_no_engine_its_hot_blocks(

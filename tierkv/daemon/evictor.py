@@ -17,8 +17,7 @@ from tierkv.daemon.store_writer import StoreWriter
 from tierkv.errors import DaemonError
 from tierkv.index.chosen_eviction import IN_USE, Choice
 from tierkv.storage.cold import ColdStore
-from tierkv.storage.cold_eviction import EvictionReport
-from tierkv.storage.cold_prompt import StoredPrompt
+from tierkv.storage.cold_eviction import EvictionReport, StoredPrompt
 from tierkv.storage.cold_stats import ColdStats
 from tierkv.values.block import HASH_BYTES, TOKEN_BYTES, BlockHash, Tier
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from tierkv.daemon.side_threads import SideThreads
 from tierkv.errors import StoreError
 from tierkv.storage.state_file import StateFile
-from tierkv.storage.state_index import StateEntry
+from tierkv.storage.state_format import StateEntry
 from tierkv.values.block import BlockHash
 
 __all__ = ["LoadedFile"]

@@ -291,7 +291,7 @@ class _Server:
     def _tick(self, writer: StoreWriter) -> None:
         self.core.trim()
         self.tell_news()
-        writer.tend()
+        writer.maintain()
         for client in list(self.clients):
             client.check_alive()
         unsent = sum(client.num_unsent_bytes for client in self.clients)

@@ -77,7 +77,7 @@ class StoreWriter:
             raise StoreError("too much is waiting to be written to the store")
         return future
 
-    def tend(self) -> None:
+    def maintain(self) -> None:
         """Have what readers have left to be written written too, if it is time for that and nothing else is."""
         if self._store is not None and self._store.is_due and not self._queue.pending:
             self._queue.try_put(None)
@@ -119,7 +119,7 @@ class StoreWriter:
                     yield from state.iter_records(seen)
 
     def _work_off(self, work: list[Write | Tenant | Action | None]) -> None:
-        """Do what is queued, in order; runs on the queue's thread. None is a call to tend the store."""
+        """Do what is queued, in order; runs on the queue's thread. None is a call to maintain the store."""
         for is_action, group in itertools.groupby(work, callable):
             if is_action:
                 for action in group:
@@ -129,7 +129,7 @@ class StoreWriter:
                 self._write([each for each in group if each is None or isinstance(each, Write | Tenant)])
 
     def _write(self, work: list[Write | Tenant | None]) -> None:
-        """Encode and store published blocks, but for those evicted meanwhile; tend the store where that is due."""
+        """Encode and store published blocks, but for those evicted meanwhile; maintain the store where that is due."""
         store = self._store
         assert store is not None
         published = [write for write in work if isinstance(write, Write)]
@@ -137,7 +137,7 @@ class StoreWriter:
         writes = [write for write in published if not self._core.is_marked(write)]
         try:
             if store.is_due and not writes:  # else they do it, and would wait once more for a busy store
-                store.tend()
+                store.maintain()
         except StoreError as exc:
             _log.warning("what readers have noted is not written yet: %s", exc)
         try:

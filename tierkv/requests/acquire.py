@@ -107,7 +107,7 @@ class Admission:
             if cold := self._tiers.cold:
                 used = promoted.hits[len(sequence.chain) - len(promoted.hot) :]
                 cold.touch([*sequence.chain, *(hit.block_hash for hit in used)])
-                self._demoter.tend()
+                self._demoter.maintain()
         except BaseException:
             self._running.release(sequence)
             raise
@@ -138,7 +138,7 @@ class Admission:
         self._promoter.keep_warm(loaded)
         if self._tiers.cold:
             self._tiers.cold.touch([hit.block_hash for hit in loaded])
-            self._demoter.tend()
+            self._demoter.maintain()
         return split.num_before + (meeting.num_computed + len(loaded)) * size
 
     def _promote(self, found: Lookup, pinned: Pinned, token_bytes: bytes, claim: Claim | None) -> Promoted:

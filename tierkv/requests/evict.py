@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from tierkv.errors import StoreError
 from tierkv.index.chosen_eviction import IN_USE, Choice, Evicted
-from tierkv.storage.cold_prompt import StoredPrompt
+from tierkv.storage.cold_eviction import StoredPrompt
 from tierkv.transfer.daemon_tiers import DaemonTiers
 from tierkv.transfer.offload import Demoter
 from tierkv.transfer.tiers import Tiers

@@ -39,7 +39,7 @@ class LinkKeeper:
         self.boot = 0
         self.has_cold = False  # of the daemon that is there, or was
         self._lying_boot: int | None = None  # of a daemon that has answered what cannot be
-        self.tend: Callable[[], None] = lambda: None  # called again and again by the thread
+        self.maintain: Callable[[], None] = lambda: None  # called again and again by the thread
         self._tiers = tiers
         self._namespace = namespace
         self._is_closing = threading.Event()
@@ -156,7 +156,7 @@ class LinkKeeper:
             with self._tiers.changed:
                 self._tiers.reap()
             self.settle()
-            self.tend()
+            self.maintain()
             link = self.link
             if link and link.client.has_hung_up():
                 self._lose(link, DaemonGoneError(link.client.failure or f"the daemon at {self.path} has ended"))

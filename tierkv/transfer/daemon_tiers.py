@@ -88,7 +88,7 @@ class DaemonTiers:
         )
         self._writer = RemoteWriter(tiers, self.keeper)
         self.evictions = RemoteEvictions(tiers, self.keeper)
-        self.keeper.tend = self._tend
+        self.keeper.maintain = self._tend
 
     def read(self, hits: Sequence[Hit]) -> tuple[list[Place], MissReason | None]:
         """Have cold hits, neighbours of one lookup, brought into the warm tier, and borrow them there."""

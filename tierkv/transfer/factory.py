@@ -15,8 +15,8 @@ from tierkv.index.index import Index
 from tierkv.policies import EvictionPolicy
 from tierkv.ranks.group import RankGroup
 from tierkv.storage.codecs import Codec, codec_by_name, default_codec
+from tierkv.storage.codecs_lossy import float_format
 from tierkv.storage.cold import ColdStore
-from tierkv.storage.float_words import float_format
 from tierkv.storage.hot import HotPool, hot_pool_blocks
 from tierkv.transfer.daemon_tiers import DaemonTiers
 from tierkv.transfer.observers import Watch

@@ -271,7 +271,7 @@ class Demoter:
             tiers.changed.notify_all()
         return kept
 
-    def tend(self) -> None:
+    def maintain(self) -> None:
         """Have the write thread write what reads have left to be written in the store, if it is time for that."""
         cold = self._tiers.cold
         if cold and cold.is_due and not self._is_tending:
@@ -306,7 +306,7 @@ class Demoter:
         cold = self._tiers.cold
         try:
             if cold:
-                cold.tend()
+                cold.maintain()
         except StoreError as exc:
             _log.warning("what readers have noted is not written yet: %s", exc)
 

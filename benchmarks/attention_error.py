@@ -14,7 +14,7 @@ import numpy.typing as npt
 from tierkv.errors import ShapeError
 from tierkv.storage.codec import iter_runs
 from tierkv.storage.codecs import Codec
-from tierkv.storage.float_words import Floats, float_format
+from tierkv.storage.codecs_lossy import Floats, float_format
 from tierkv.storage.planes import Bytes
 from tierkv.storage.record import BlockInfo, Buffer, decode_record, encode_record
 from tierkv.storage.record_header import as_bytes

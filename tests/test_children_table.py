@@ -1,10 +1,10 @@
-"""The links to a block's children: the one with the longest common run is found as a walk over all would find it."""
+"""The table to a block's children: the one with the longest common run is found as a walk over all would find it."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tierkv.storage.cold_links import LEVEL_TOKENS, Link, Links
-from tierkv.storage.lmdb_env import DatabaseSpec, LmdbEnv
+from tierkv.storage.cold_children import LEVEL_TOKENS, ChildrenTable, ChildRow
+from tierkv.storage.lmdb_env import LmdbEnv
 from tierkv.values.block import common_run, hash_block
 
 PARENT, OTHER = bytes(16), b"\xff" * 16
@@ -33,27 +33,27 @@ def as_bytes(tokens: list[int]) -> bytes:
 
 
 class Tree:
-    """Links with the blocks' tokens beside them."""
+    """ChildrenTable with the blocks' tokens beside them."""
 
-    def __init__(self, links: Links) -> None:
-        self.links = links
+    def __init__(self, table: ChildrenTable) -> None:
+        self.table = table
         self.tokens: dict[bytes, bytes] = {}
 
     def insert(self, tokens: list[int]) -> bytes:
         child = hash_block(PARENT, as_bytes(tokens))
         self.tokens[child] = as_bytes(tokens)
-        self.links.insert(PARENT, as_bytes(tokens), child, self.tokens.get)
+        self.table.insert(PARENT, as_bytes(tokens), child, self.tokens.get)
         return child
 
     def remove(self, child: bytes, *, tokens_known: bool) -> None:
         tokens = self.tokens.pop(child)
         if tokens_known:
-            assert self.links.remove_known(PARENT, tokens, child)
+            assert self.table.remove_known(PARENT, tokens, child)
         else:
-            self.links.remove(PARENT, child)
+            self.table.remove(PARENT, child)
 
     def longest(self, query: list[int]) -> int:
-        found = self.links.find_longest_run(PARENT, as_bytes(query), self.tokens.get)
+        found = self.table.find_longest_run(PARENT, as_bytes(query), self.tokens.get)
         if found is None:
             return 0
         child, tokens, run = found
@@ -66,10 +66,10 @@ class Tree:
 def tree() -> Iterator[Tree]:
     with (
         tempfile.TemporaryDirectory() as directory,
-        LmdbEnv(Path(directory), map_bytes=1 << 24, specs=(DatabaseSpec(name=b"children"),)) as env,
+        closing(LmdbEnv(Path(directory), map_bytes=1 << 24, names=(b"children",))) as env,
         env.write() as txn,
     ):
-        yield Tree(Links(txn, env.database(b"children")))
+        yield Tree(ChildrenTable(txn, env.handles[0]))
 
 
 @settings(max_examples=150, deadline=None)
@@ -77,7 +77,7 @@ def tree() -> Iterator[Tree]:
 def test_the_longest_run_is_that_of_a_walk_over_all_children(stored, queries, removed) -> None:
     with tree() as children:
         hashes = list(dict.fromkeys(children.insert(tokens) for tokens in stored))
-        children.links.insert(OTHER, as_bytes([7]), bytes(16), lambda _: None)
+        children.table.insert(OTHER, as_bytes([7]), bytes(16), lambda _: None)
         for number, tokens_known in removed:
             if number < len(hashes) and hashes[number] in children.tokens:
                 children.remove(hashes[number], tokens_known=tokens_known)
@@ -85,7 +85,7 @@ def test_the_longest_run_is_that_of_a_walk_over_all_children(stored, queries, re
             if query:
                 best = max((common_run(t, as_bytes(query)) for t in children.tokens.values()), default=0)
                 assert children.longest(query) == best
-        assert sorted(children.links.iter_children(PARENT)) == sorted(children.tokens)
+        assert sorted(children.table.iter_children(PARENT)) == sorted(children.tokens)
 
 
 @settings(max_examples=60, deadline=None)
@@ -94,7 +94,7 @@ def test_removing_every_child_leaves_no_link(stored) -> None:
     with tree() as children:
         for child in dict.fromkeys([children.insert(tokens) for tokens in stored]):
             children.remove(child, tokens_known=len(children.tokens) % 2 == 0)
-        with children.links.txn.cursor(db=children.links.database) as cursor:
+        with children.table.txn.cursor(db=children.table.database) as cursor:
             assert not cursor.first()
 
 
@@ -117,12 +117,12 @@ def test_a_search_reads_the_tokens_of_one_child_however_many_there_are() -> None
             reads.append(child)
             return children.tokens.get(child)
 
-        assert children.links.find_longest_run(PARENT, as_bytes([9] * 40 + [3]), read_tokens)
+        assert children.table.find_longest_run(PARENT, as_bytes([9] * 40 + [3]), read_tokens)
         assert len(reads) == 1
 
 
 @pytest.mark.parametrize("tokens", [[], [1], [0] * 16, [2**32 - 1] * 16])
 def test_a_key_says_what_was_put_into_it(tokens: list[int]) -> None:
-    link = Link(PARENT, as_bytes(tokens), 3, OTHER)
-    assert Link.unpack(link.key) == link
+    link = ChildRow(PARENT, as_bytes(tokens), 3, OTHER)
+    assert ChildRow.unpack(link.key) == link
     assert len(link.key) == 98

@@ -38,7 +38,7 @@ ROOMS = {
     "cache": "errors values policies background storage ranks config transfer requests",
     "engine": "errors values storage kernels movers ranks config requests cache",
     "profiling": "errors values policies storage config transfer requests cache",
-    "__init__": "errors values policies background movers ranks config cache engine profiling",
+    "__init__": "errors values policies background storage movers ranks config requests cache engine profiling",
     "tools": "errors values index policies storage daemon config engine profiling __init__",
     "__main__": "tools",
 }

@@ -20,10 +20,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from tierkv.engine.attention_cascade import attend_cascade, can_cascade
+from tierkv.engine.attention_cascade import CascadeBatch, CascadeShape, attend_cascade, can_cascade
 from tierkv.engine.attention_paged import PagedQuery, attend
 from tierkv.engine.cascade import SharedPrefix
-from tierkv.engine.cascade_batch import CascadeBatch, CascadeShape
 from tierkv.errors import ConfigError, UnsupportedModelError
 
 __all__ = [

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
-
-from tierkv.engine.attention_paged import add_sinks
 
 _on_gpu: Callable[..., None] | None
 try:
@@ -17,7 +15,7 @@ try:
 except ModuleNotFoundError:  # triton has no wheel for this machine
     _on_gpu = None
 
-__all__ = ["merge_in_place", "merge_shared", "merge_shared_reference"]
+__all__ = ["add_sinks", "merge_in_place", "merge_parts", "merge_shared", "merge_shared_reference"]
 
 
 def merge_shared(
@@ -70,3 +68,22 @@ def merge_in_place(total: Tensor, total_lse: Tensor, part: Tensor, part_lse: Ten
     total.mul_((total_lse - lse).exp_().unsqueeze(-1))
     total.addcmul_(part.to(total.dtype), (part_lse - lse).exp().unsqueeze(-1))
     total_lse.copy_(lse)
+
+
+def merge_parts(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Merge attention over disjoint parts by their log-sum-exps (the online softmax of flash attention)."""
+    outs, lses = zip(*parts, strict=True)
+    if len(outs) == 1:
+        return outs[0], lses[0]
+    stacked = torch.stack(lses)
+    lse = stacked.logsumexp(0)
+    weights = (stacked - lse).exp().unsqueeze(-1)
+    return (torch.stack(outs).to(weights.dtype) * weights).sum(0), lse
+
+
+def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
+    """Take each head's sink into the softmax after the fact: it adds to the denominator only."""
+    if sinks is None:
+        return out
+    share = torch.sigmoid(lse.float() - sinks.float()).unsqueeze(-1)
+    return (out.float() * share).to(out.dtype)

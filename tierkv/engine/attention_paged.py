@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tierkv.engine.attention_merge import add_sinks, merge_parts
 from tierkv.values.layout import BlockLayout
 
 __all__ = [
     "MAX_SPLIT_TOKENS",
     "Batch",
     "PagedQuery",
-    "add_sinks",
     "attend",
     "attend_cpu",
     "can_use_flash",
@@ -103,7 +103,7 @@ def attend_cpu(paged: PagedQuery, query: Tensor, blocks: Tensor, length: int) ->
     if not length:
         return torch.zeros_like(query), query.new_full(query.shape[:2], -math.inf, dtype=_lse_dtype(query))
     if query.shape[0] == 1:  # not copied together where pages are large
-        return _merge(_cpu_parts(paged, query, blocks, length))
+        return merge_parts(_cpu_parts(paged, query, blocks, length))
     keys, values = (_gather(pages, blocks, length) for pages in (paged.keys, paged.values))
     return cpu_attention(query, keys, values, paged.scale)
 
@@ -177,7 +177,7 @@ def _attend_one(paged: PagedQuery, query: Tensor, blocks: Tensor, length: int) -
         if paged.softcap or paged.sinks is not None:
             return _attend_eager(paged, query, keys, values)
         return _attend_sdpa(paged, query, keys, values)
-    out, lse = _merge(_cpu_parts(paged, query, blocks, length))
+    out, lse = merge_parts(_cpu_parts(paged, query, blocks, length))
     return add_sinks(out, lse, paged.sinks).to(query.dtype)
 
 
@@ -225,17 +225,6 @@ def cpu_attention(
     return out[0].transpose(0, 1), lse[0].transpose(0, 1)
 
 
-def _merge(parts: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Merge attention over disjoint parts by their log-sum-exps (the online softmax of flash attention)."""
-    outs, lses = zip(*parts, strict=True)
-    if len(outs) == 1:
-        return outs[0], lses[0]
-    stacked = torch.stack(lses)
-    lse = stacked.logsumexp(0)
-    weights = (stacked - lse).exp().unsqueeze(-1)
-    return (torch.stack(outs).to(weights.dtype) * weights).sum(0), lse
-
-
 def _attend_sdpa(paged: PagedQuery, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Attend by whatever scaled_dot_product_attention picks; keys, values [length, kv_heads, dim]."""
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, keys, values))
@@ -270,11 +259,3 @@ def _mask(num_new: int, length: int, window: int | None, like: Tensor) -> Tensor
 
 def _lse_dtype(query: Tensor) -> torch.dtype:
     return torch.float64 if query.dtype == torch.float64 else torch.float32
-
-
-def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
-    """Take each head's sink into the softmax after the fact: it adds to the denominator only."""
-    if sinks is None:
-        return out
-    share = torch.sigmoid(lse.float() - sinks.float()).unsqueeze(-1)
-    return (out.float() * share).to(out.dtype)

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from tierkv.cache import TierCache
 from tierkv.engine.attention import AttentionBatch, SequenceStep, forward
+from tierkv.engine.attention_cascade import CascadeBatch, CascadeShape
 from tierkv.engine.attention_paged import MAX_SPLIT_TOKENS, layout_uses_flash
 from tierkv.engine.cascade import SharedPrefix
-from tierkv.engine.cascade_batch import CascadeBatch, CascadeShape
 from tierkv.movers.mover import wait_here
 
 __all__ = ["GraphedModel"]

@@ -1,8 +1,8 @@
-"""Decode attention of sequences that share a prefix: the prefix once for all of them, then what is each one's own.
+"""Cascade attention: the tensors and passes of a decode step whose sequences read a shared prefix together.
 
-Two passes and a merge. The shared pass takes the queries of a group as the tokens of one sequence against the shared
-blocks, without a mask: all of them lie before every query. The own pass is the plain one with the shared blocks left
-out; it also writes K and V of the new tokens. Their outputs are merged by log-sum-exp: exact, up to rounding.
+`cascade` plans which sequences do. The shared pass attends the queries of a group, as the tokens of one sequence, to
+the shared blocks; it needs no mask, because those blocks precede every query. The own pass attends each sequence to its
+other blocks and writes K and V of the new tokens. A merge by log-sum-exp gives the exact result, up to rounding.
 Source: the cascade attention of FlashInfer; Hydragen (Juravsky et al., 2024).
 """
 
@@ -30,15 +30,15 @@ __all__ = [
     "shared_pass",
 ]
 
-_TILE_ROWS = 64  # queries that one program of flash-attn's split kernel takes, fewer are padded
+_TILE_ROWS = 64  # queries of one program of flash-attn's split kernel; fewer are padded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CascadeShape:
     """The sizes of a cascade's tensors.
 
-    groups: shared prefixes. members: sequences of a group at most. If is_whole, the one group is looked at with every
-    sequence of the batch in its place, so that no query is gathered.
+    groups: shared prefixes. members: the most sequences of a group. is_whole: there is one group, whose members are
+    all sequences of the batch in order, so that no query is gathered.
     """
 
     sequences: int
@@ -50,7 +50,7 @@ class CascadeShape:
 
     @classmethod
     def of(cls, plan: Sequence[SharedPrefix], kv_lengths: Sequence[int], *, block_size: int) -> CascadeShape:
-        """Return the exact sizes for a plan. kv_lengths: tokens of each sequence, the new one included."""
+        """Return the exact sizes for a plan. kv_lengths: tokens of each sequence, the new token included."""
         own = [-(-length // block_size) for length in kv_lengths]
         for group in plan:
             for row in group.rows:
@@ -68,12 +68,12 @@ class CascadeShape:
 
 
 class CascadeBatch:
-    """The tensors of a decode step's cascade, all views of one int32 tensor, so that one copy fills them.
+    """The tensors of a decode step's cascade: views of one int32 tensor, so that one copy fills them.
 
-    shared_table: [groups, shared_blocks] and shared_lengths: [groups], tokens. own_table: [sequences, own_blocks] and
-    own_past: [sequences], tokens before the new one, both without what is shared. gather: [groups * members] the
-    sequences of each group, padded with the first; None if is_whole. positions: [sequences] where each one lies in
-    there, -1 if in no group. side: a stream on which one of the two passes runs beside the other.
+    shared_table: [groups, shared_blocks]; shared_lengths: [groups], in tokens. own_table: [sequences, own_blocks] and
+    own_past: [sequences], tokens before the new one, both without the shared blocks. gather: [groups * members], the
+    sequences of each group, padded with the first; None if is_whole. positions: [sequences], the place of each sequence
+    in `gather`, -1 if it is in no group. side: a stream for the own pass, beside the shared pass.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class CascadeBatch:
         self.gather = None if shape.is_whole else gather
 
     def fill(self, plan: Sequence[SharedPrefix], tables: Sequence[Sequence[int]], kv_lengths: Sequence[int]) -> None:
-        """Write a plan. Sequences that are padding write and read the scratch block; groups that are, nothing."""
+        """Write a plan. Padding sequences use the scratch block; padding groups have no tokens."""
         shape, size, scratch = self.shape, self._block_size, self._scratch
         shared, lengths = [scratch] * (shape.groups * shape.shared_blocks), [0] * shape.groups
         skipped, positions = [0] * shape.sequences, [-1] * shape.sequences
@@ -123,7 +123,7 @@ class CascadeBatch:
 
 
 def can_cascade(paged: PagedQuery, block_size: int) -> bool:
-    """Tell whether a layer can attend in two passes: not through a window, which hides most of a prefix anyway."""
+    """Return whether a layer can attend in two passes. A layer with a window cannot: it sees little of a prefix."""
     if paged.window is not None:
         return False
     if paged.query.is_cuda:
@@ -166,8 +166,8 @@ def shared_pass(paged: PagedQuery, query: Tensor, cascade: CascadeBatch) -> tupl
     """Attend each group's queries, as the tokens of one sequence, to the blocks that the group shares.
 
     query: [B, heads, dim]. Returns views ([1, P, kv, g, dim], [1, groups, members, kv, g]) for `merge_shared`.
-    flash-attn pads the queries of a head to tiles of 64. Where that wastes at least half, the queries of all heads
-    that share one of K and V are packed behind each other, for a small copy.
+    flash-attn pads the queries of a head to tiles of 64. If that wastes at least half, the queries of all heads with
+    the same K and V are packed in a row, at the cost of a small copy.
     """
     shape, (_, heads, dim) = cascade.shape, query.shape
     kv_heads = paged.keys.shape[2]
@@ -194,10 +194,10 @@ def shared_pass(paged: PagedQuery, query: Tensor, cascade: CascadeBatch) -> tupl
 
 
 def own_pass(paged: PagedQuery, query: Tensor, cascade: CascadeBatch) -> tuple[Tensor, Tensor]:
-    """Attend each sequence's query to its own blocks, where the same kernel writes the new token's K and V first.
+    """Write K and V of the new tokens, and attend each sequence's query to its own blocks.
 
-    Returns ([B, kv, g, dim], [B, kv, g]), views. The heads that share one of K and V go in as tokens: flash-attn does
-    that by itself too, but then copies its result back.
+    Returns views ([B, kv, g, dim], [B, kv, g]). Heads with the same K and V are passed as tokens: flash-attn would do
+    that itself, but would copy its result back.
     """
     kv_heads = paged.keys.shape[2]
     by_kv = query.view(query.shape[0], kv_heads, -1, query.shape[-1])
@@ -241,7 +241,7 @@ def _tiles(queries: int) -> int:
 
 
 def _attend_on_cpu(paged: PagedQuery, cascade: CascadeBatch) -> Tensor:
-    """Do the same with torch's own kernel, from the same tensors."""
+    """Compute the same with torch's own kernel, from the same tensors."""
     shape, query = cascade.shape, paged.query
     size, kv_heads = paged.keys.shape[1], paged.keys.shape[2]
     past = cascade.own_past.long()

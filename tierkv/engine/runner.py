@@ -127,10 +127,9 @@ class Runner:
         if self.cache.ranks.agree_min(num_cached, topic=b"prefill").lowest == len(token_ids):
             return 0
         sequence = self.cache.acquire(token_ids)
-        sampler = Sampler(SamplingOptions())
-        request = Request(0, list(token_ids), len(token_ids), sampler, frozenset(), 0.0, max_new_tokens=1)
-        request.sequence, request.num_computed = sequence, sequence.num_cached_tokens
-        request.num_verified = request.num_computed
+        request = Request(0, token_ids, len(token_ids), Sampler(SamplingOptions()), frozenset(), 0.0, max_new_tokens=1)
+        request.sequence = sequence
+        request.num_computed = request.num_verified = sequence.num_cached_tokens
         self._commits.is_model_known = False
         try:
             with torch.inference_mode(), self._attention:
@@ -162,8 +161,7 @@ class Runner:
         """
         self.cache.calls.require_own_process()
         with self._stepping:
-            requests = chain.from_iterable(self._batches)
-            yield [request.sequence for request in requests if request.sequence]
+            yield [request.sequence for request in chain.from_iterable(self._batches) if request.sequence]
 
     def _run(self, requests: list[Request], options: GenerationOptions, *, is_stream: bool) -> Iterator[TokenEvent]:
         """Admit, compute and sample until every request is done; release every sequence at the end.

@@ -6,8 +6,8 @@ import os
 
 from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.messages import Count, Hello, Prefetch
-from tierkv.engine.fingerprint import namespace_of
-from tierkv.engine.gate import check_supported, probe_layout
+from tierkv.engine.model_identity import namespace_of
+from tierkv.engine.model_support import check_supported, probe_layout
 from tierkv.engine.models import LoadedModel, load_model
 from tierkv.engine.prompts import PromptRequest, prefix_tokens
 from tierkv.errors import ConfigError

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from tierkv.engine.gate import context_of
+from tierkv.engine.model_support import context_of
 from tierkv.engine.prompts import PromptRequest, prefix_tokens, read_prompts
 from tierkv.engine.runner import Runner
 from tierkv.errors import CapacityError, StoreError

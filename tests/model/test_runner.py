@@ -16,7 +16,7 @@ from tiny_models import VOCABULARY, make_model
 
 from tierkv.config import CacheConfig
 from tierkv.engine.cascade import CascadeCost
-from tierkv.engine.gate import probe_layout
+from tierkv.engine.model_support import probe_layout
 from tierkv.engine.models import LoadedModel
 from tierkv.engine.runner import GenerationOptions, Runner, open_runner
 from tierkv.engine.sampling import SamplingOptions

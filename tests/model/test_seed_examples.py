@@ -13,7 +13,7 @@ from places import Place
 from tiny_models import VOCABULARY, make_model
 
 from tierkv import CacheConfig, EvictionPolicy, MemoryController, MemoryProfiler
-from tierkv.engine.gate import probe_layout
+from tierkv.engine.model_support import probe_layout
 from tierkv.engine.models import LoadedModel
 from tierkv.engine.runner import GenerationOptions, Runner, open_runner
 from tierkv.policies import CacheBlock

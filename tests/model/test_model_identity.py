@@ -8,8 +8,8 @@ from tiny_models import make_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tierkv.engine.embedded_model import write_embedded_model
-from tierkv.engine.fingerprint import namespace_of, weights_digest
-from tierkv.engine.gate import probe_layout
+from tierkv.engine.model_identity import namespace_of, weights_digest
+from tierkv.engine.model_support import probe_layout
 from tierkv.engine.models import load_model
 from tierkv.errors import ConfigError, UnsupportedModelError
 from tierkv.values.namespace import differing_fields

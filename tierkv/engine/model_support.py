@@ -1,8 +1,8 @@
-"""Which models may be cached: refused by their configuration, by a look at one pass, or by a self-test.
+"""Decides which models may be cached: by their configuration, by one probe pass, and by a self-test.
 
-Reusing K and V by prefix is right only where K and V of a token depend on the tokens up to it and on nothing
-else, and where the model's attention really goes through the registered function. What the configuration
-gives away is checked first; the self-test catches the rest before a wrong byte is stored.
+Reuse of K and V by prefix is correct only if K and V of a token depend on the tokens up to it and on nothing else. The
+model's attention must also go through the function that tierkv registers. The configuration is checked first; the
+self-test finds the rest before a wrong byte is stored.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from tierkv.engine.attention import SequenceStep, build_batch, forward, use_tierkv_attention
-from tierkv.engine.model_state import ModelState, changed_paths, read_state
+from tierkv.engine.model_reader import read_state
+from tierkv.engine.model_state import ModelState, changed_paths
 from tierkv.errors import ConfigError, UnsupportedModelError
 from tierkv.ranks.group import RankGroup
 from tierkv.storage.hot import HotPool
@@ -30,8 +31,8 @@ __all__ = [
     "check_supported",
     "context_of",
     "probe_layout",
+    "read_stable_state",
     "self_test",
-    "settled_state",
 ]
 
 _SAFE_LAYERS = {"full_attention", "sliding_attention"}
@@ -39,30 +40,30 @@ _SAFE_CACHES = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 _STRETCHED_ROPE = {"linear", "yarn"}
 
-# Longer blocks than these cost the self-test much and tell it nothing more: it splits a prompt at shorter ones, which
-# leave the same remainder by flash-attn's 256, so that the same attention is tested.
+# Longer blocks make the self-test slower and find nothing more. It splits the prompt at shorter ones with the same
+# remainder by flash-attn's 256 tokens, so that the same attention code runs.
 _MAX_TEST_TOKENS = 1024
 _FLASH_TOKENS = 256
 
-# Root mean square error of the logits over their own: what splitting the prompt may change by rounding.
-# A model that cannot be split shows 0.1 and more.
+# The error that rounding may cause when the prompt is split: root mean square of the difference of the logits over
+# that of the logits. A model that cannot be split shows 0.1 and more.
 _TOLERANCE = {"float64": 1e-6, "float32": 1e-3, "float16": 2e-2, "bfloat16": 6e-2}
-# What splitting may change, as a multiple of what the last bit of the embeddings changes. Seen with 32 layers of
-# bfloat16: 0.5 on one rank, 0.7 on four, whose sums are rounded too.
+# The error that splitting may cause, as a multiple of what a change of the embeddings' last bit causes. Measured with
+# 32 layers of bfloat16: 0.5 on one rank, 0.7 on four (their sums are rounded too).
 _ROUNDING = 1.2
 
 
 def check_supported(model: Any) -> None:
-    """Raise UnsupportedModelError, saying why, for a model whose configuration rules prefix reuse out."""
+    """Raise UnsupportedModelError, with the reasons, if a model's configuration rules out prefix reuse."""
     reasons = list(_reasons(model))
     if reasons:
         raise UnsupportedModelError(f"{type(model).__name__} cannot be cached by prefix: {'; '.join(reasons)}")
 
 
 def check_split(model: Any, ranks: RankGroup) -> None:
-    """Raise unless a model is split over exactly these ranks, or whole on the only one.
+    """Raise unless a model is split over exactly these ranks, or whole on the only rank.
 
-    ConfigError where the ranks are the wrong ones, UnsupportedModelError where the model cannot be split so.
+    ConfigError for the wrong ranks, UnsupportedModelError for a model that cannot be split this way.
     """
     size = getattr(model, "tp_size", None) or 1
     name = type(model).__name__
@@ -81,7 +82,7 @@ def check_split(model: Any, ranks: RankGroup) -> None:
 
 
 def check_call(device_type: str) -> None:
-    """Raise ConfigError where autocast is on: it computes K and V in another dtype than the namespace says."""
+    """Raise ConfigError if autocast is on: it computes K and V in another dtype than the namespace has."""
     if torch.is_autocast_enabled(device_type):
         raise ConfigError(
             f"autocast is on for {device_type}: K and V would not be the model's own",
@@ -90,10 +91,10 @@ def check_call(device_type: str) -> None:
 
 
 def check_state(model: Any, state: ModelState) -> None:
-    """Raise for what makes K and V depend on more than a model's weights and settings.
+    """Raise if K and V depend on more than a model's weights and settings.
 
-    ConfigError in train mode, UnsupportedModelError for forward hooks and for forwards that are not their class's own,
-    but for those of the packages that load and run models.
+    ConfigError in train mode. UnsupportedModelError for forward hooks and replaced forwards, except for those of the
+    packages that load and run models.
     """
     name = type(model).__name__
     if state.training:
@@ -110,20 +111,22 @@ def check_state(model: Any, state: ModelState) -> None:
         )
 
 
-def settled_state(model: Any) -> ModelState:
-    """Return the state of a model that `check_state` lets through, with what a forward pass changes by itself in it
-    marked as moving: a counter, say, or a tensor that is made anew each time. Costs two passes over two tokens.
+def read_stable_state(model: Any) -> ModelState:
+    """Return a model's state, with the paths marked as volatile that a forward pass changes by itself.
+
+    Such paths are, for example, counters and tensors that each pass makes anew. Costs two passes over two tokens.
+    Raises as `check_state` and `check_call`.
     """
     check_call(torch.device(model.device).type)
     check_state(model, read_state(model))
-    probe_layout(model, block_size=1)  # after which whatever is made at the first pass is there
+    probe_layout(model, block_size=1)  # the first pass may create attributes
     before = read_state(model)
     versions = _versions_of(before)
     probe_layout(model, block_size=1)
     after = read_state(model)
     check_state(model, after)
     written = {path for path, version in _versions_of(after).items() if versions.get(path, version) != version}
-    after.moving = frozenset(written.union(changed_paths(before, after)))
+    after.volatile = frozenset(written.union(changed_paths(before, after)))
     return after
 
 
@@ -132,9 +135,9 @@ def _versions_of(state: ModelState) -> dict[str, int]:
 
 
 def context_of(model: Any) -> int | None:
-    """Return how many positions a model knows, in tokens; None where its configuration does not say.
+    """Return the length of a model's context, in tokens; None if its configuration does not say.
 
-    A rope that is stretched knows more, and some configurations give the figure before that.
+    A stretched rope allows more than `max_position_embeddings` in some configurations.
     """
     config = model.config.get_text_config(decoder=True)
     limit: int | None = getattr(config, "max_position_embeddings", None)
@@ -149,7 +152,7 @@ def context_of(model: Any) -> int | None:
 
 
 def check_block_size(model: Any, block_size: int) -> None:
-    """Raise ConfigError for blocks, in tokens, that no prompt of this model could ever fill."""
+    """Raise ConfigError if a block, in tokens, is longer than this model's context."""
     limit = context_of(model)
     if limit is not None and block_size > limit:
         raise ConfigError(
@@ -159,16 +162,16 @@ def check_block_size(model: Any, block_size: int) -> None:
 
 
 def probe_layout(model: Any, *, block_size: int) -> BlockLayout:
-    """Return the layout of a model's blocks, seen in one forward pass over two tokens.
+    """Return the layout of a model's blocks, from one forward pass over two tokens.
 
-    Raises UnsupportedModelError where attention does not pass through the registered function layer by layer.
+    Raises UnsupportedModelError if some layer's attention does not go through the registered function.
     """
     probe = _Probe(position_ids=torch.arange(2, device=model.device)[None])
     with torch.inference_mode(), use_tierkv_attention(model):
         forward(model, torch.zeros(2, dtype=torch.int64, device=model.device), probe)
     if not probe.layers or sorted(probe.layers) != list(range(len(probe.layers))):
         raise UnsupportedModelError(
-            f"{type(model).__name__} has attention layers {sorted(probe.layers)} that reach the cache: not all do"
+            f"{type(model).__name__} has attention layers that bypass the cache: only {sorted(probe.layers)} reach it"
         )
     dtypes = set(probe.dtypes.values())
     if len(dtypes) != 1:
@@ -179,12 +182,11 @@ def probe_layout(model: Any, *, block_size: int) -> BlockLayout:
 
 
 def self_test(model: Any, layout: BlockLayout) -> float:
-    """Compare a prompt computed at once, by the model's own attention, with one split at block borders.
+    """Compare one pass over a prompt, by the model's own attention, with passes over its blocks through tierkv.
 
-    Returns the relative error of the logits; raises UnsupportedModelError where it is more than rounding.
-    A model of which two equal passes differ is refused too: what is random passes for rounding.
-    Costs three passes over 2 blocks and 3 tokens, or over about 2,000 tokens where blocks are longer than 1,024;
-    one more where the logits differ by more than a shallow model's rounding.
+    Returns the relative error of the logits. Raises UnsupportedModelError if it is more than rounding, and if two equal
+    passes differ, because a random difference looks like rounding. Costs three passes over 2 blocks and 3 tokens (at
+    most about 2,000 tokens), and a fourth if the error is larger than a shallow model's rounding.
     """
     size = layout.block_size
     if size > _MAX_TEST_TOKENS:
@@ -202,7 +204,7 @@ def self_test(model: Any, layout: BlockLayout) -> float:
             )
         got = _split_logits(model, ids, layout)
     error, tolerance = _relative_error(got, want), _TOLERANCE.get(layout.dtype, 0.1)
-    if error > tolerance:  # a deep model may round as much: then a last bit changes as much
+    if error > tolerance:  # a deep model may round so much: then a change of a last bit has the same effect
         tolerance = max(tolerance, _ROUNDING * _relative_error(_nudged_logits(model, ids, layout.dtype), want))
     if not error <= tolerance:
         raise UnsupportedModelError(
@@ -212,7 +214,7 @@ def self_test(model: Any, layout: BlockLayout) -> float:
 
 
 def _reasons(model: Any) -> Iterator[str]:
-    """Yield every reason against a model that its class and configuration give. Source: a sweep of all types."""
+    """Yield every reason against a model that its class and configuration give, found by a sweep of all model types."""
     config = model.config.get_text_config(decoder=True)
     if not getattr(type(model), "_supports_attention_backend", False):
         yield "its attention cannot be replaced"
@@ -230,7 +232,7 @@ def _reasons(model: Any) -> Iterator[str]:
 
 
 def _ropes(config: Any) -> list[dict[str, Any]]:
-    """Return the parameters of a model's rope, or of those of its kinds of layers."""
+    """Return the parameters of a model's rope; some models have several, by kind of layer."""
     rope = getattr(config, "rope_parameters", None) or {}
     return [rope, *(each for each in rope.values() if isinstance(each, dict))]
 
@@ -249,7 +251,7 @@ def _cache_reasons(model: Any) -> Iterator[str]:
 
 @dataclass(slots=True, kw_only=True)
 class _Probe:
-    """Stands in for an AttentionBatch and takes notes; attention itself returns zeros."""
+    """Takes the place of an AttentionBatch and records the shapes of K and V; its attention returns zeros."""
 
     position_ids: Tensor
     layers: dict[int, LayerLayout] = field(default_factory=dict)
@@ -266,7 +268,7 @@ class _Probe:
 
 
 def _own_logits(model: Any, ids: Tensor) -> Tensor:
-    """Return the logits of one pass by the model's own attention. It must know soft-capping: eager does."""
+    """Return the logits of one pass by the model's own attention; only the eager one supports soft-capping."""
     before = model.config.get_text_config()._attn_implementation
     has_softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
     if has_softcap:
@@ -282,7 +284,7 @@ def _own_logits(model: Any, ids: Tensor) -> Tensor:
 def _is_repeatable(model: Any, ids: Tensor, logits: Tensor) -> bool:
     """Return whether another pass over the same tokens gives the same logits, to the bit.
 
-    On a GPU sums may come in any order (an `index_add_` of experts): then torch is asked for a fixed one, twice.
+    On a GPU the order of a sum may vary (`index_add_` of experts). Then two passes with deterministic algorithms count.
     """
     if torch.equal(_own_logits(model, ids), logits):
         return True
@@ -299,14 +301,14 @@ def _is_repeatable(model: Any, ids: Tensor, logits: Tensor) -> bool:
 
 
 def _relative_error(got: Tensor, want: Tensor) -> float:
-    """Return the root mean square of what differs over that of what is wanted."""
+    """Return the root mean square of the difference over that of `want`."""
     return float((got.double() - want.double()).square().mean().sqrt() / want.double().square().mean().sqrt())
 
 
 def _nudged_logits(model: Any, ids: Tensor, dtype: str) -> Tensor:
-    """Return the logits of one pass in which many of the embeddings' numbers are off by their last bit.
+    """Return the logits of one pass in which many of the embeddings' numbers differ in their last bit.
 
-    The same nudge on every rank of a split model: it is made of the numbers themselves.
+    The change is computed from the numbers themselves, so all ranks of a split model make the same one.
     """
     half_bit = torch.finfo(getattr(torch, dtype)).eps / 2
 
@@ -323,7 +325,7 @@ def _nudged_logits(model: Any, ids: Tensor, dtype: str) -> Tensor:
 
 
 def _split_logits(model: Any, ids: Tensor, layout: BlockLayout) -> Tensor:
-    """Return the logits of one pass a block, through a pool of its own and its blocks in reverse order."""
+    """Return the logits of one pass per block, through a new pool whose blocks are used in reverse order."""
     size, length = layout.block_size, len(ids)
     pool = HotPool(layout, -(-length // size), model.device)
     table = list(range(pool.num_blocks))[::-1]

@@ -10,9 +10,9 @@ from tiny_models import FAMILIES, make_model
 from torch import Tensor
 from transformers import BertConfig, BertLMHeadModel, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
 
-from tierkv.engine import gate
+from tierkv.engine import model_support
 from tierkv.engine.attention import use_tierkv_attention
-from tierkv.engine.gate import check_block_size, check_supported, context_of, probe_layout, self_test
+from tierkv.engine.model_support import check_block_size, check_supported, context_of, probe_layout, self_test
 from tierkv.errors import ConfigError, UnsupportedModelError
 from tierkv.storage.hot import HotPool
 from tierkv.values.layout import BlockLayout, LayerLayout
@@ -86,7 +86,7 @@ def test_more_rounding_than_usual_is_told_from_a_model_that_cannot_be_split(
 ) -> None:
     torch.manual_seed(0)
     model = kind(LlamaConfig(**SMALL)).eval().to(torch.bfloat16)
-    monkeypatch.setitem(gate._TOLERANCE, "bfloat16", 1e-5)  # as if 32 layers had rounded
+    monkeypatch.setitem(model_support._TOLERANCE, "bfloat16", 1e-5)  # as if 32 layers had rounded
     with pytest.raises(UnsupportedModelError, match="fails the self-test") if is_refused else nullcontext():
         self_test(model, probe_layout(model, block_size=16))
     assert not model.get_input_embeddings()._forward_hooks
@@ -125,7 +125,7 @@ def test_the_self_test_costs_no_more_for_long_blocks_and_keeps_their_remainder(
             pools.append(layout.block_size)
             super().__init__(layout, num_blocks, device)
 
-    monkeypatch.setattr(gate, "HotPool", Pool)
+    monkeypatch.setattr(model_support, "HotPool", Pool)
     self_test(model, probe_layout(model, block_size=block_size))
     assert pools == [split_at]
 

@@ -17,17 +17,15 @@ from tierkv.policies import EvictionPolicy, make_policy
 from tierkv.ranks.group import OneRank, RankGroup
 from tierkv.requests.acquire import Admission
 from tierkv.requests.block_control import BlockControl
-from tierkv.requests.block_users import BlockUsers
 from tierkv.requests.commit import Registrar
 from tierkv.requests.consensus import Accord
 from tierkv.requests.defragment import Defragmenter, LayoutReport
 from tierkv.requests.evict import EvictedEverywhere, EvictionEverywhere
-from tierkv.requests.occupancy import occupancy
 from tierkv.requests.prefetch import Prefetcher, PrefetchHandle
 from tierkv.requests.prefixes import Match, Prefixes
-from tierkv.requests.running import RunningSequences
+from tierkv.requests.running import BlockUsers, RunningSequences
 from tierkv.requests.sequence import Sequence
-from tierkv.requests.statistics import RequestTally
+from tierkv.requests.statistics import RequestTally, occupancy
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.hot import HotPool
 from tierkv.storage.state_file import SavedState

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tierkv.movers.mover import Ready
-from tierkv.requests.block_users import BlockUsers
+from tierkv.requests.running import BlockUsers
 from tierkv.requests.sequence import Sequence
 from tierkv.transfer.lookup import Hit, find_partial
 from tierkv.transfer.offload import Demoter

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Several
 
 from tierkv.requests.sequence import Sequence
+from tierkv.storage.cold_stats import ColdStats
 from tierkv.storage.outcomes import MissReason
 from tierkv.transfer.load import Promoted
 from tierkv.transfer.lookup import Hit, Lookup
@@ -13,8 +14,9 @@ from tierkv.transfer.split_load import SplitLoad
 from tierkv.transfer.tiers import Tiers
 from tierkv.values.block import TOKEN_BYTES, BlockHash, HashFunction, Tier, iter_chain
 from tierkv.values.events import BlockName
+from tierkv.values.stats import TierStats
 
-__all__ = ["RequestTally"]
+__all__ = ["RequestTally", "occupancy"]
 
 
 class RequestTally:
@@ -142,3 +144,33 @@ class RequestTally:
     def _last_hash(self, sequence: Sequence) -> BlockHash:
         assert self._tiers.changed.is_owned()
         return sequence.chain[-1] if sequence.chain else self._tiers.index.root
+
+
+def occupancy(tiers: Tiers, cold: ColdStats | None) -> dict[Tier, TierStats]:
+    """Return the sizes of the tiers, counters left at 0; the caller holds the lock.
+
+    cold: what the store says of itself, asked without the lock.
+    """
+    assert tiers.changed.is_owned()
+    block_bytes = tiers.layout.block_bytes
+    sizes = {
+        tier: TierStats(
+            blocks=pool.used_count,
+            used_bytes=pool.used_count * block_bytes,
+            stored_bytes=pool.used_count * slot_bytes,
+            capacity_bytes=pool.capacity * block_bytes,
+        )
+        for tier, pool, slot_bytes in (
+            (Tier.HOT, tiers.index.hot, block_bytes),
+            (Tier.WARM, tiers.index.warm, tiers.warm.stride_bytes),
+        )
+    }
+    if cold:
+        sizes[Tier.COLD] = TierStats(
+            blocks=cold.blocks,
+            used_bytes=cold.raw_bytes,
+            stored_bytes=cold.live_bytes,
+            capacity_bytes=cold.quota_bytes,
+            evictions=cold.evicted_blocks,
+        )
+    return sizes

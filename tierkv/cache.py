@@ -5,17 +5,17 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
 from tierkv.background.open_calls import OpenCalls, while_open
 from tierkv.config import CacheConfig
-from tierkv.errors import ClosedError, ConfigError
+from tierkv.errors import ConfigError
 from tierkv.policies import EvictionPolicy, make_policy
 from tierkv.ranks.group import OneRank, RankGroup
-from tierkv.requests.acquire import Admission
+from tierkv.requests.acquire import Acquirer
 from tierkv.requests.block_control import BlockControl
 from tierkv.requests.commit import Registrar
 from tierkv.requests.consensus import Accord
@@ -30,12 +30,12 @@ from tierkv.storage.cold import ColdStore
 from tierkv.storage.hot import HotPool
 from tierkv.storage.state_file import SavedState
 from tierkv.transfer.cache_state import load_state, open_state, save_state
-from tierkv.transfer.cold_plan import ColdPlanner
 from tierkv.transfer.cold_reading import ColdReading
 from tierkv.transfer.factory import choose_codec, join_daemon, open_store, open_tiers
 from tierkv.transfer.load import Promoter
 from tierkv.transfer.observers import pool_regions
 from tierkv.transfer.offload import Demoter
+from tierkv.transfer.recompute_or_load import RecomputeOrLoad
 from tierkv.values.block import TOKEN_BYTES, HashFunction, Tier, TokenIds, as_token_array, hash_block
 from tierkv.values.checks import check_count, check_seconds
 from tierkv.values.events import CacheObserver, EventKind
@@ -135,8 +135,9 @@ class TierCache:
         promoter = Promoter(tiers, demoter, reading)
         self._eviction = EvictionEverywhere(tiers, demoter, daemon, hash_function=hash_function)
         self._prefetcher = Prefetcher(tiers, self._prefixes, reading, daemon)
-        self._admission = Admission(
+        self._acquirer = Acquirer(
             tiers,
+            calls=self.calls,
             prefixes=self._prefixes,
             promoter=promoter,
             reading=reading,
@@ -146,8 +147,8 @@ class TierCache:
             registrar=self._registrar,
             tally=RequestTally(tiers, hash_function=hash_function),
             daemon=daemon,
-            # Not over ranks: each one's load would meet the engine at another block.
-            planner=ColdPlanner(tiers, piece_tokens=config.piece_tokens)
+            # Not over ranks: each rank's load would end at another block.
+            choice=RecomputeOrLoad(block_size=config.block_size, piece_tokens=config.piece_tokens)
             if self.ranks.size == 1 and daemon is None
             else None,
         )
@@ -179,12 +180,11 @@ class TierCache:
         return self._prefixes.match(as_token_array(token_ids).tobytes())
 
     @while_open
-    def acquire(self, token_ids: TokenIds, *, reuse: bool = True, may_split: bool = False) -> Sequence:
+    def acquire(self, token_ids: TokenIds, *, reuse: bool = True, overlap: bool = False) -> Sequence:
         """Return a sequence with room for every token, its cached prefix on the way into the hot pool.
 
-        At least one token is always left to compute. `reuse=False` takes room only and finds nothing. With `may_split`
-        many cold blocks come up behind the caller's back, who computes the first of them meanwhile, piece by piece as
-        `sequence.split` says, and then calls `join`.
+        At least one token is always left to compute. `reuse=False` takes room only and finds nothing. overlap: let
+        many cold blocks load in the background while the caller computes the first of them, see `sequence.overlap`.
         Raises ConfigError for an empty prompt, CapacityError where the hot pool has no room beside what is in use.
         """
         token_bytes = as_token_array(token_ids).tobytes()
@@ -192,43 +192,9 @@ class TierCache:
         if not num_tokens:
             raise ConfigError("a prompt needs at least one token")
         with self._tiers.watch.span("acquire") as detail:
-            sequence = self._admission.admit(token_bytes, reuse=reuse, may_split=may_split)
+            sequence = self._acquirer.acquire(token_bytes, reuse=reuse, overlap=overlap)
             detail["tokens"], detail["cached tokens"] = num_tokens, sequence.num_cached_tokens
         return sequence
-
-    @while_open
-    def join(self, sequence: Sequence) -> int:
-        """Wait for the blocks of `sequence.split` and make them part of the sequence.
-
-        Call it once `split.next_piece` has returned 0, with everything it had asked for committed. Return how many
-        leading tokens have K and V now, loaded on the way or computed; the engine goes on from there.
-        """
-        self._running.require(sequence)
-        return self._admission.join(sequence)
-
-    @while_open
-    def note_computed(self, num_tokens: int, seconds: float) -> None:
-        """Say how long a forward pass of so many new tokens took, from its launch until its result was there.
-
-        What `acquire(may_split=True)` decides by whether to load cold blocks, to compute them, or both.
-        """
-        num_tokens, seconds = check_count("num_tokens", num_tokens), check_seconds("seconds", seconds)
-        with self._tiers.changed:
-            self._tiers.step_costs.add(num_tokens, seconds)
-
-    @while_open
-    def note_loaded(self, sequence: Sequence, seconds: float) -> None:
-        """Say how long it took from `acquire` until the first pass over the whole prompt had its result.
-
-        Only of a sequence that nothing else was computed beside. Needed as `note_computed` is.
-        """
-        self._running.require(sequence)
-        seconds = check_seconds("seconds", seconds)
-        load, sequence.cold_load = sequence.cold_load, None
-        if load:
-            with self._tiers.changed:
-                rest_s = self._tiers.step_costs.estimate(load.num_rest) or 0.0
-                self._tiers.load_costs[load.kind].add(load.num_blocks, max(0.0, seconds - rest_s))
 
     @while_open
     def append(self, sequence: Sequence, token_ids: TokenIds) -> None:
@@ -258,8 +224,8 @@ class TierCache:
         Raises CapacityError where there is no room for that copy, StoreError where it fails.
         """
         self._running.require(sequence)
-        if sequence.split:
-            raise ConfigError("the sequence's cold blocks are still coming: join them before it is forked")
+        if sequence.overlapped_load:
+            raise ConfigError("the sequence's cold blocks still load: compute what overlap.next_piece gives first")
         return self._running.fork(sequence)
 
     def release(self, sequence: Sequence) -> None:
@@ -267,18 +233,7 @@ class TierCache:
 
         Raises ConfigError for a sequence of another cache.
         """
-        with suppress(ClosedError):  # closing releases all
-            self._release(sequence)
-
-    @while_open
-    def _release(self, sequence: Sequence) -> None:
-        try:
-            self._running.require(sequence)
-        except ConfigError:
-            if getattr(sequence, "is_released", False):  # by now: another thread may have been faster
-                return
-            raise
-        self._running.release(sequence)
+        self._acquirer.release(sequence)
 
     @while_open
     def pin(self, token_ids: TokenIds) -> int:
@@ -450,7 +405,7 @@ class TierCache:
         Waits for writes and copies in flight, so that every reference can be accounted for.
         """
         self._demoter.flush()
-        self._running.wait_for_splits()
+        self._running.wait_for_loads()
         with self._tiers.changed:
             while self._tiers.in_flight:
                 self._tiers.in_flight[0][0].synchronize()
@@ -474,7 +429,7 @@ class TierCache:
         with tiers.changed:
             tiers.is_closing = True
             tiers.changed.notify_all()
-        self._running.cancel_splits()
+        self._running.cancel_loads()
         self._prefetcher.close()
         self.calls.wait(self.config.write_wait_s + _CALLS_WAIT_S)
         self._must_end.set()

@@ -51,7 +51,6 @@ def assert_nothing_pinned(cache: TierCache) -> None:
 ARGUMENTS: dict[str, tuple[object, ...]] = {
     "match": (PROMPT,),
     "acquire": (PROMPT,),
-    "note_computed": (1, 0.1),
     "pin": (PROMPT,),
     "unpin": (PROMPT,),
     "prefetch": (PROMPT,),
@@ -62,7 +61,7 @@ ARGUMENTS: dict[str, tuple[object, ...]] = {
     "add_observer": (None,),
     "remove_observer": (None,),
 }
-OF_A_SEQUENCE: dict[str, tuple[object, ...]] = {"join": (), "append": ([1],), "commit": (12,), "fork": ()}
+OF_A_SEQUENCE: dict[str, tuple[object, ...]] = {"append": ([1],), "commit": (12,), "fork": ()}
 ALLOWED = {"close", "release"}  # both may be called twice
 
 
@@ -182,7 +181,7 @@ def test_whatever_runs_while_a_cache_is_closed_ends_well(tmp_path: Path, seed: i
         rng = random.Random(100 * seed + number)
         engine = PatternEngine(cache)
         works: list[Callable[[], object]] = [
-            lambda: cache.release(engine.start(prompt(rng), may_split=rng.random() < 0.5)),
+            lambda: cache.release(engine.start(prompt(rng), overlap=rng.random() < 0.5)),
             lambda: cache.release(engine.start(prompt(rng))),
             cache.defragment,
             lambda: cache.evict(Tier.HOT, 3),

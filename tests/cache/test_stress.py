@@ -41,7 +41,7 @@ def failing(call: Callable[..., Any], rate: float, dice: random.Random, reason: 
 def one_request(engine: PatternEngine, dice: random.Random) -> None:
     cache = engine.cache
     prompt = [dice.randrange(2 if dice.random() < 0.3 else 3) for _ in range(dice.randrange(1, 30))]
-    sequence = engine.start(prompt, partial_block=dice.random() < 0.5, may_split=dice.random() < 0.5)
+    sequence = engine.start(prompt, partial_block=dice.random() < 0.5, overlap=dice.random() < 0.5)
     forked = None
     try:
         engine.decode(

@@ -13,8 +13,8 @@ from tierkv.requests.consensus import Accord
 from tierkv.requests.sequence import Sequence
 from tierkv.transfer.daemon_tiers import DaemonTiers
 from tierkv.transfer.offload import Demoter
+from tierkv.transfer.overlapped_load import OverlappedLoad
 from tierkv.transfer.single_flight import Claim
-from tierkv.transfer.split_load import SplitLoad
 from tierkv.transfer.tiers import Tiers
 from tierkv.values.block import TOKEN_BYTES, Tier
 
@@ -36,7 +36,7 @@ class RunningSequences:
         self._daemon = daemon
         self._users = users
         self._sequences: set[Sequence] = set()
-        self._ending: list[SplitLoad] = []  # cancelled, of released sequences; each holds its blocks until it has ended
+        self._ending: list[OverlappedLoad] = []  # of released sequences; each pins its blocks until it ends
 
     def require(self, sequence: Any) -> None:
         """Raise ConfigError unless this is a running sequence of this cache.
@@ -78,11 +78,13 @@ class RunningSequences:
         num_shared = sequence.num_tokens // size
         own = self._accord.take_hot(len(sequence.block_table) - num_shared, topic=b"fork")
         forked = Sequence(
+            owner=sequence.owner,
             token_bytes=bytearray(sequence.token_bytes),
             block_table=[*sequence.block_table[:num_shared], *own],
             num_cached_tokens=sequence.num_cached_tokens,
             cached_tokens=dict(sequence.cached_tokens),
             chain=list(sequence.chain),
+            piece_end=sequence.piece_end,
             is_cacheable=sequence.is_cacheable,
         )
         with self._tiers.changed:
@@ -106,10 +108,10 @@ class RunningSequences:
             if sequence in self._sequences:  # one that was never admitted for good is not
                 self._sequences.remove(sequence)
                 self._users.remove(sequence.block_table)
-            self._ending = [split for split in self._ending if not split.is_done]
-            if sequence.split:
-                sequence.split.cancel()
-                self._ending.append(sequence.split)
+            self._ending = [load for load in self._ending if not load.is_done]
+            if sequence.overlapped_load:
+                sequence.overlapped_load.cancel()
+                self._ending.append(sequence.overlapped_load)
         self._tiers.leave(sequence.block_table)
         self._tiers.unpin_all(Tier.HOT, sequence.block_table)
         try:
@@ -123,19 +125,22 @@ class RunningSequences:
         if daemon and claim and not self._demoter.after_writes(partial(daemon.flight.end, claim)):
             daemon.flight.end(claim)
 
-    def wait_for_splits(self) -> None:
-        """Wait until no cold block is on its way up behind a sequence, released ones included."""
+    def wait_for_loads(self) -> None:
+        """Wait until no overlapped load runs, those of released sequences included."""
         with self._tiers.changed:
-            splits = [*self._ending, *(sequence.split for sequence in self._sequences if sequence.split)]
-        for split in splits:
-            split.wait_ended()
+            loads = [*self._ending, *self._overlapped_loads()]
+        for load in loads:
+            load.wait_ended()
 
-    def cancel_splits(self) -> None:
-        """Ask the loads behind sequences to end soon."""
+    def cancel_loads(self) -> None:
+        """Ask all overlapped loads to end soon."""
         with self._tiers.changed:
-            splits = [sequence.split for sequence in self._sequences if sequence.split]
-        for split in splits:
-            split.cancel()
+            loads = self._overlapped_loads()
+        for load in loads:
+            load.cancel()
+
+    def _overlapped_loads(self) -> list[OverlappedLoad]:
+        return [sequence.overlapped_load for sequence in self._sequences if sequence.overlapped_load]
 
     def release_all(self) -> None:
         """End every sequence. Nobody else does anything with them any more."""
@@ -152,7 +157,7 @@ class RunningSequences:
     def check(self) -> None:
         """Raise AssertionError unless every hot block has as many references as sequences that use it.
 
-        The caller holds the lock, and has waited for writes, splits and copies in flight: they hold references too.
+        The caller holds the lock, and has waited for writes, loads and copies in flight: they hold references too.
         """
         assert self._tiers.changed.is_owned()
         users: Counter[int] = Counter()

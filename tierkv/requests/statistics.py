@@ -10,7 +10,7 @@ from tierkv.storage.cold_stats import ColdStats
 from tierkv.storage.outcomes import MissReason
 from tierkv.transfer.load import Promoted
 from tierkv.transfer.lookup import Hit, Lookup
-from tierkv.transfer.split_load import SplitLoad
+from tierkv.transfer.overlapped_load import OverlappedLoad
 from tierkv.transfer.tiers import Tiers
 from tierkv.values.block import TOKEN_BYTES, BlockHash, HashFunction, Tier, iter_chain
 from tierkv.values.events import BlockName
@@ -65,31 +65,31 @@ class RequestTally:
         stats.hits.update(blocks)
         stats.hit_tokens.update(sequence.cached_tokens)
 
-    def count_split(self, split: SplitLoad) -> list[MissReason]:
+    def count_overlap(self, load: OverlappedLoad) -> list[MissReason]:
         """Count what became of a request's cold blocks. Return why each was computed that was."""
         assert self._tiers.changed.is_owned()
         stats = self._tiers.stats
-        num_computed = split.meeting.first_loaded
-        num_loaded = len(split.hits) - num_computed
+        num_computed = load.division.first_loaded
+        num_loaded = len(load.hits) - num_computed
         stats.hits[Tier.COLD] += num_loaded
         stats.hit_tokens[Tier.COLD] += num_loaded * self._block_size
         for tier in (Tier.COLD, Tier.WARM):  # they come by way of a warm slot, as all cold blocks do
             stats.bytes_out[tier] += num_loaded * self._tiers.layout.block_bytes
         stats.misses += num_computed
-        stats.miss_reasons[MissReason.RECOMPUTED.value] += num_computed - (split.failure is not None)
-        if split.failure:
-            stats.miss_reasons[split.failure.value] += 1
+        stats.miss_reasons[MissReason.RECOMPUTED.value] += num_computed - (load.failure is not None)
+        if load.failure:
+            stats.miss_reasons[load.failure.value] += 1
         reasons = [MissReason.RECOMPUTED] * num_computed
-        return [*reasons[:-1], split.failure] if split.failure and reasons else reasons
+        return [*reasons[:-1], load.failure] if load.failure and reasons else reasons
 
-    def tell_split(self, split: SplitLoad, loaded: Several[Hit], computed: Several[MissReason]) -> None:
+    def record_overlap(self, load: OverlappedLoad, loaded: Several[Hit], computed: Several[MissReason]) -> None:
         """Tell what became of a request's cold blocks: those loaded, and of the others why they were computed."""
         assert self._tiers.changed.is_owned()
         if watch := self._tiers.watch:
             watch.rest_of_request(
                 {Tier.COLD: len(loaded) * self._block_size},
                 loaded,
-                zip(map(BlockName.of, split.hits), computed, strict=False),
+                zip(map(BlockName.of, load.hits), computed, strict=False),
                 hot_blocks=self._tiers.index.hot.used_count,
             )
 

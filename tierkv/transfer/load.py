@@ -15,7 +15,6 @@ from tierkv.storage.outcomes import MissReason
 from tierkv.transfer.cold_reading import ColdReading
 from tierkv.transfer.lookup import Hit, Lookup
 from tierkv.transfer.offload import Demoter
-from tierkv.transfer.split_load import SplitLoad
 from tierkv.transfer.tiers import Place, Tiers
 from tierkv.values.block import Tier
 from tierkv.values.events import EventKind
@@ -136,19 +135,6 @@ class Promoter:
                 index.pin(hit.entry, hit.tier)
                 pinned.rest[position] = Place(hit.tier, slot)
         return pinned
-
-    def split(self, hits: Sequence[Hit], targets: Sequence[int], *, num_before: int, in_memory: bool) -> SplitLoad:
-        """Begin to load cold blocks, last one first, into the caller's block ids while he computes the first ones."""
-        after = self._tiers.mover.mark()
-        return SplitLoad(
-            self._tiers,
-            hits,
-            targets,
-            num_before=num_before,
-            in_memory=in_memory,
-            read=self._reading.read_one,
-            after=after,
-        )
 
     def _promote_blocks(
         self, hits: Sequence[Hit], pinned: dict[int, Place], fresh: deque[int], result: Promoted

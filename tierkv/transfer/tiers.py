@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -29,7 +29,6 @@ from tierkv.storage.planes import Bytes
 from tierkv.storage.state_files import StateFiles
 from tierkv.storage.warm import WarmPool
 from tierkv.storage.windows import WindowFormat
-from tierkv.transfer.costs import CostBySize, LoadKind
 from tierkv.transfer.lookup import ColdSource, Hit
 from tierkv.transfer.observers import Watch
 from tierkv.values.block import BlockHash, ContentDigest, Tier
@@ -111,8 +110,6 @@ class Tiers:
     frames: decodes cold blocks on the GPU, where that can be had.
     threads: read and encode blocks, num_threads of them, a request's first; loaders: one a request that loads while it
     computes.
-    load_costs, step_costs: the seconds that cold blocks add to a request, by their number, and that computing takes, by
-    the number of new tokens, as measured here.
     in_flight: asynchronous copies and the warm places that they still read.
     leaving: when the last reader or writer of a released sequence's blocks, on whatever stream, is through.
     arriving: block ids whose bytes are on their way up, or are still being computed by whoever committed them; who uses
@@ -140,8 +137,6 @@ class Tiers:
     watch: Watch
     changed: OwnedCondition
     stats: StatsRecorder
-    load_costs: defaultdict[LoadKind, CostBySize] = field(default_factory=lambda: defaultdict(CostBySize))
-    step_costs: CostBySize = field(default_factory=CostBySize)
     states: StateFiles = field(default_factory=StateFiles)
     in_flight: deque[tuple[Ready, list[Place]]] = field(default_factory=deque)
     arriving: dict[int, Ready] = field(default_factory=dict)

@@ -17,24 +17,24 @@ from tierkv.policies import EvictionPolicy, make_policy
 from tierkv.ranks.group import OneRank, RankGroup
 from tierkv.requests.acquire import Acquirer
 from tierkv.requests.block_control import BlockControl
-from tierkv.requests.commit import Registrar
-from tierkv.requests.consensus import Accord
+from tierkv.requests.commit import Committer
+from tierkv.requests.consensus import Consensus
 from tierkv.requests.defragment import Defragmenter, LayoutReport
 from tierkv.requests.evict import EvictedEverywhere, EvictionEverywhere
 from tierkv.requests.prefetch import Prefetcher, PrefetchHandle
 from tierkv.requests.prefixes import Match, Prefixes
 from tierkv.requests.running import BlockUsers, RunningSequences
 from tierkv.requests.sequence import Sequence
-from tierkv.requests.statistics import RequestTally, occupancy
+from tierkv.requests.statistics import RequestStatistics, occupancy
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.hot import HotPool
 from tierkv.storage.state_file import SavedState
 from tierkv.transfer.cache_state import load_state, open_state, save_state
 from tierkv.transfer.cold_reading import ColdReading
 from tierkv.transfer.factory import choose_codec, join_daemon, open_store, open_tiers
-from tierkv.transfer.load import Promoter
+from tierkv.transfer.load import Loader
 from tierkv.transfer.observers import pool_regions
-from tierkv.transfer.offload import Demoter
+from tierkv.transfer.offload import Offloader
 from tierkv.transfer.recompute_or_load import RecomputeOrLoad
 from tierkv.values.block import TOKEN_BYTES, HashFunction, Tier, TokenIds, as_token_array, hash_block
 from tierkv.values.checks import check_count, check_seconds
@@ -104,48 +104,48 @@ class TierCache:
                 clock=clock,
             )
             undo.callback(self._tiers.close)
-            self._demoter = Demoter(self._tiers)
-            undo.callback(self._demoter.close)
+            self._offloader = Offloader(self._tiers)
+            undo.callback(self._offloader.close)
             self._daemon = join_daemon(
                 self._tiers, config, namespace=self.namespace, ranks=self.ranks, hash_function=hash_function
             )
             if self._daemon:
-                self._daemon.evictions.after_writes = self._demoter.after_writes
+                self._daemon.evictions.after_writes = self._offloader.after_writes
             undo.pop_all()
         self._make_parts(hash_function)
 
     def _make_parts(self, hash_function: HashFunction) -> None:
         """Give each part of a request's life the tiers, and the other parts, that it works with."""
-        config, tiers, demoter, daemon = self.config, self._tiers, self._demoter, self._daemon
-        accord = Accord(self.ranks, tiers, demoter)
-        self.blocks = BlockControl(tiers, demoter, calls=self.calls)
+        config, tiers, offloader, daemon = self.config, self._tiers, self._offloader, self._daemon
+        consensus = Consensus(self.ranks, tiers, offloader)
+        self.blocks = BlockControl(tiers, offloader, calls=self.calls)
         self._prefixes = Prefixes(
             tiers, daemon, min_partial_tokens=config.min_partial_tokens, hash_function=hash_function
         )
         self._users = BlockUsers()
-        self._registrar = Registrar(
+        self._committer = Committer(
             tiers,
-            demoter,
+            offloader,
             users=self._users,
             write_through=config.write_through,
             hash_function=hash_function,
         )
-        self._running = RunningSequences(tiers, demoter, accord, daemon, self._users)
+        self._running = RunningSequences(tiers, offloader, consensus, daemon, self._users)
         reading = ColdReading(tiers)
-        promoter = Promoter(tiers, demoter, reading)
-        self._eviction = EvictionEverywhere(tiers, demoter, daemon, hash_function=hash_function)
+        loader = Loader(tiers, offloader, reading)
+        self._eviction = EvictionEverywhere(tiers, offloader, daemon, hash_function=hash_function)
         self._prefetcher = Prefetcher(tiers, self._prefixes, reading, daemon)
         self._acquirer = Acquirer(
             tiers,
             calls=self.calls,
             prefixes=self._prefixes,
-            promoter=promoter,
+            loader=loader,
             reading=reading,
-            demoter=demoter,
-            accord=accord,
+            offloader=offloader,
+            consensus=consensus,
             running=self._running,
-            registrar=self._registrar,
-            tally=RequestTally(tiers, hash_function=hash_function),
+            committer=self._committer,
+            statistics=RequestStatistics(tiers, hash_function=hash_function),
             daemon=daemon,
             # Not over ranks: each rank's load would end at another block.
             choice=RecomputeOrLoad(block_size=config.block_size, piece_tokens=config.piece_tokens)
@@ -191,7 +191,7 @@ class TierCache:
         num_tokens = len(token_bytes) // TOKEN_BYTES
         if not num_tokens:
             raise ConfigError("a prompt needs at least one token")
-        with self._tiers.watch.span("acquire") as detail:
+        with self._tiers.observers.span("acquire") as detail:
             sequence = self._acquirer.acquire(token_bytes, reuse=reuse, overlap=overlap)
             detail["tokens"], detail["cached tokens"] = num_tokens, sequence.num_cached_tokens
         return sequence
@@ -214,7 +214,7 @@ class TierCache:
         num_computed_tokens = check_count("num_computed_tokens", num_computed_tokens, least=None)
         if not 0 <= num_computed_tokens <= sequence.num_tokens:
             raise ConfigError(f"{num_computed_tokens} tokens computed of a sequence of {sequence.num_tokens}")
-        return self._registrar.commit(sequence, num_computed_tokens, partial_block=partial_block)
+        return self._committer.commit(sequence, num_computed_tokens, partial_block=partial_block)
 
     @while_open
     def fork(self, sequence: Sequence) -> Sequence:
@@ -296,7 +296,7 @@ class TierCache:
             return self._daemon.evict(count)
         wanted = self._tiers.index.pool(tier).capacity if count is None else count
         if tier is Tier.HOT:
-            return self._demoter.evict_written(wanted)
+            return self._offloader.evict_written(wanted)
         with self._tiers.changed:
             self._tiers.reap()
             return len(self._tiers.evict_warm(wanted))
@@ -314,7 +314,7 @@ class TierCache:
             raise ConfigError(f"running must be sequences: {exc}") from exc
         for sequence in sequences:
             self._running.require(sequence)
-        return Defragmenter(self._tiers, self._demoter, self._users).run(sequences)
+        return Defragmenter(self._tiers, self._offloader, self._users).run(sequences)
 
     @while_open
     def flush(self) -> None:
@@ -322,7 +322,7 @@ class TierCache:
 
         Raises StoreError if the store cannot be written to.
         """
-        self._demoter.flush()
+        self._offloader.flush()
         if self.cold:
             self.cold.flush()
         if self._daemon:
@@ -383,20 +383,20 @@ class TierCache:
         tiers = self._tiers
         with tiers.changed:
             staging = tiers.compression.staging if tiers.compression else None
-            for region in pool_regions(self.hot, tiers.warm, staging, reserved=self._demoter.writer.staging):
+            for region in pool_regions(self.hot, tiers.warm, staging, reserved=self._offloader.writer.staging):
                 observer.on_memory(region)
             for entry in sorted(tiers.index, key=lambda each: each.depth):  # parents first
                 for tier in (Tier.HOT, Tier.WARM):
                     slot = entry.place(tier)
                     if slot is not None:
-                        observer.on_block(tiers.watch.event(EventKind.REGISTER, tier, entry, slot=slot))
-            tiers.watch.add(observer)
+                        observer.on_block(tiers.observers.event(EventKind.REGISTER, tier, entry, slot=slot))
+            tiers.observers.add(observer)
 
     @while_open
     def remove_observer(self, observer: CacheObserver) -> None:
         """Tell an observer nothing more."""
         with self._tiers.changed:
-            self._tiers.watch.remove(observer)
+            self._tiers.observers.remove(observer)
 
     @while_open
     def check(self) -> None:
@@ -404,7 +404,7 @@ class TierCache:
 
         Waits for writes and copies in flight, so that every reference can be accounted for.
         """
-        self._demoter.flush()
+        self._offloader.flush()
         self._running.wait_for_loads()
         with self._tiers.changed:
             while self._tiers.in_flight:
@@ -433,7 +433,7 @@ class TierCache:
         self._prefetcher.close()
         self.calls.wait(self.config.write_wait_s + _CALLS_WAIT_S)
         self._must_end.set()
-        is_quiet = self._demoter.close()  # which lets out who has waited for writes
+        is_quiet = self._offloader.close()  # which lets out who has waited for writes
         is_quiet &= self.calls.wait(_CALLS_WAIT_S)
         self._running.release_all()
         tiers.end_copies()

@@ -142,14 +142,14 @@ def test_a_request_that_waits_for_room_ends_with_that_error(tmp_path: Path, monk
     cache = open_cache(tmp_path, write_wait_s=HANG_S)
     engine = PatternEngine(cache)
     stuck, may_go_on = threading.Event(), threading.Event()
-    write = cache._demoter.writer.write
+    write = cache._offloader.writer.write
 
     def slow(batch: Batch) -> None:
         stuck.set()
         assert may_go_on.wait(HANG_S)
         write(batch)
 
-    monkeypatch.setattr(cache._demoter.writer, "write", slow)
+    monkeypatch.setattr(cache._offloader.writer, "write", slow)
     cache.release(engine.start(list(range(64))))
     assert stuck.wait(HANG_S)
     errors: list[Exception] = []

@@ -124,7 +124,7 @@ def test_what_a_failing_commit_has_registered_waits_for_it_too(
 
     with monkeypatch.context() as patch:
         patch.setattr(cache._tiers.mover, "mark", lambda: mark)
-        patch.setattr(cache._tiers.watch, "block", tell)
+        patch.setattr(cache._tiers.observers, "block", tell)
         with pytest.raises(RuntimeError, match="observer"):
             cache.commit(sequence, len(PROMPT))
     found = cache.acquire([*PROMPT[:4], 7])

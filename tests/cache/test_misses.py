@@ -105,7 +105,7 @@ def test_a_damaged_block_leaves_the_store_behind_a_request_that_writes_nothing(t
         damage_record(store, hashes[1])
         with open_cache(store) as cache:
             cache.release(cache.acquire([*PROMPT, 99]))
-            cache._demoter.flush()
+            cache._offloader.flush()
             assert store.stats().damaged_blocks == 2 and store.stats().blocks == 1
             assert not store.is_due
 

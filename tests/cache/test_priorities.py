@@ -68,7 +68,7 @@ def test_a_requests_reads_overtake_encodes_that_were_queued_before(
             is_held.set()
             assert together.wait(20)
 
-        assert cache._demoter.after_writes(hold)
+        assert cache._offloader.after_writes(hold)
         assert is_held.wait(20)
         busy = PatternEngine(cache).start(OTHER)
         together.set()  # now its eight blocks are written down in one batch, and encoded by one thread

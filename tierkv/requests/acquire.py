@@ -8,17 +8,17 @@ from dataclasses import replace
 from tierkv.background.open_calls import OpenCalls, while_open
 from tierkv.errors import ClosedError, ConfigError
 from tierkv.index.index import Entry
-from tierkv.requests.commit import Registrar
-from tierkv.requests.consensus import Accord
+from tierkv.requests.commit import Committer
+from tierkv.requests.consensus import Consensus
 from tierkv.requests.prefixes import Prefixes, count_by_tier
 from tierkv.requests.running import RunningSequences
 from tierkv.requests.sequence import Sequence
-from tierkv.requests.statistics import RequestTally
+from tierkv.requests.statistics import RequestStatistics
 from tierkv.transfer.cold_reading import ColdReading
 from tierkv.transfer.daemon_tiers import DaemonTiers
-from tierkv.transfer.load import Pinned, Promoted, Promoter
+from tierkv.transfer.load import Loader, Pinned, Promoted
 from tierkv.transfer.lookup import Hit, Lookup
-from tierkv.transfer.offload import Demoter
+from tierkv.transfer.offload import Offloader
 from tierkv.transfer.overlapped_load import OverlappedLoad
 from tierkv.transfer.recompute_or_load import ColdPlan, RecomputeOrLoad
 from tierkv.transfer.single_flight import Claim
@@ -42,26 +42,26 @@ class Acquirer:
         *,
         calls: OpenCalls,
         prefixes: Prefixes,
-        promoter: Promoter,
+        loader: Loader,
         reading: ColdReading,
-        demoter: Demoter,
-        accord: Accord,
+        offloader: Offloader,
+        consensus: Consensus,
         running: RunningSequences,
-        registrar: Registrar,
-        tally: RequestTally,
+        committer: Committer,
+        statistics: RequestStatistics,
         daemon: DaemonTiers | None,
         choice: RecomputeOrLoad | None,
     ) -> None:
         self.calls = calls
         self._tiers = tiers
         self._prefixes = prefixes
-        self._promoter = promoter
+        self._loader = loader
         self._reading = reading
-        self._demoter = demoter
-        self._accord = accord
+        self._offloader = offloader
+        self._consensus = consensus
         self._running = running
-        self._registrar = registrar
-        self._tally = tally
+        self._committer = committer
+        self._statistics = statistics
         self._daemon = daemon
         self._choice = choice
         self._block_size = tiers.layout.block_size
@@ -73,7 +73,7 @@ class Acquirer:
             self._daemon.evictions.catch_up()
         with self._tiers.changed:
             found = self._prefixes.find(token_bytes, num_tokens - 1) if reuse else Lookup()
-            pinned = self._promoter.pin(found)
+            pinned = self._loader.pin(found)
         claim: Claim | None = None
         plan = ColdPlan()
         try:
@@ -112,12 +112,12 @@ class Acquirer:
                 self._start_load(sequence, later, in_memory=plan.load.kind.in_memory)
             with self._tiers.changed:
                 self._running.add(sequence)
-                self._tally.add_request(sequence, found, promoted, blocks=blocks, later=later, dropped=dropped)
+                self._statistics.add_request(sequence, found, promoted, blocks=blocks, later=later, dropped=dropped)
                 self._touch(promoted.hot, promoted.hits)
             if cold := self._tiers.cold:
                 used = promoted.hits[len(sequence.chain) - len(promoted.hot) :]
                 cold.touch([*sequence.chain, *(hit.block_hash for hit in used)])
-                self._demoter.tend()
+                self._offloader.tend()
         except BaseException:
             self._running.release(sequence)
             raise
@@ -206,25 +206,25 @@ class Acquirer:
         sequence.num_cached_tokens += len(loaded) * size
         sequence.cached_tokens[Tier.COLD] += len(loaded) * size
         with self._tiers.changed:
-            reasons = self._tally.count_overlap(load)
-            self._registrar.register_loaded(sequence, loaded)
-            self._tally.record_overlap(load, loaded, reasons)
+            reasons = self._statistics.count_overlap(load)
+            self._committer.register_loaded(sequence, loaded)
+            self._statistics.record_overlap(load, loaded, reasons)
         if load.failure:
             sequence.cold_load = None  # that many blocks were not loaded
         if load.failed:
             self._reading.give_up(*load.failed)
-        self._promoter.keep_warm(loaded)
+        self._loader.keep_warm(loaded)
         if self._tiers.cold:
             self._tiers.cold.touch([hit.block_hash for hit in loaded])
-            self._demoter.tend()
+            self._offloader.tend()
         return load.num_before + (division.num_computed + len(loaded)) * size
 
     def _promote(self, found: Lookup, pinned: Pinned, token_bytes: bytes, claim: Claim | None) -> Promoted:
         """Bring up what was found, cut to what all ranks have. Whatever it raises, no promise to compute is left."""
         num_blocks = -(-len(token_bytes) // (self._block_size * TOKEN_BYTES))
         try:
-            return self._accord.promote(
-                lambda: self._promoter.promote(found, pinned, num_blocks=num_blocks), topic=token_bytes
+            return self._consensus.promote(
+                lambda: self._loader.promote(found, pinned, num_blocks=num_blocks), topic=token_bytes
             )
         except BaseException:
             self._running.end_claim(claim)

@@ -1,4 +1,4 @@
-"""Registrar: makes the blocks that a sequence has computed, or loaded behind its back, findable by others."""
+"""Committer: makes the blocks that a sequence has computed, or loaded behind its back, findable by others."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from tierkv.movers.mover import Ready
 from tierkv.requests.running import BlockUsers
 from tierkv.requests.sequence import Sequence
 from tierkv.transfer.lookup import Hit, find_partial
-from tierkv.transfer.offload import Demoter
+from tierkv.transfer.offload import Offloader
 from tierkv.transfer.tiers import Tiers
 from tierkv.values.block import TOKEN_BYTES, BlockHash, HashFunction, Tier
 from tierkv.values.events import EventKind
 
-__all__ = ["Registrar"]
+__all__ = ["Committer"]
 
 
-class Registrar:
+class Committer:
     """Enters blocks into the index, shares those that another sequence has computed too, queues new ones to be written.
 
     write_through: whether each new block is written down at once. users: of the blocks of running sequences.
@@ -23,14 +23,14 @@ class Registrar:
     def __init__(
         self,
         tiers: Tiers,
-        demoter: Demoter,
+        offloader: Offloader,
         *,
         users: BlockUsers,
         write_through: bool,
         hash_function: HashFunction,
     ) -> None:
         self._tiers = tiers
-        self._demoter = demoter
+        self._offloader = offloader
         self._users = users
         self._write_through = write_through
         self._hash = hash_function
@@ -55,7 +55,7 @@ class Registrar:
             num_partial = num_computed_tokens - len(sequence.chain) * size
             if partial_block and sequence.is_cacheable and num_partial > 0:
                 num_new += self._register(sequence, len(sequence.chain), num_partial, written)
-        self._tiers.watch.use(sequence.block_table)
+        self._tiers.observers.use(sequence.block_table)
         return num_new
 
     def register_loaded(self, sequence: Sequence, loaded: list[Hit]) -> None:
@@ -105,7 +105,7 @@ class Registrar:
         if num_tokens < self._tiers.layout.block_size:
             if find_partial(index, tiers.sources, parent, tokens, num_tokens):
                 return 0
-            self._demoter.write_partial(block_hash, parent, tokens, sequence.block_table[at], written)
+            self._offloader.write_partial(block_hash, parent, tokens, sequence.block_table[at], written)
             return 1
         entry = index.insert(block_hash, parent, tokens)
         if entry is None:
@@ -120,7 +120,7 @@ class Registrar:
         is_new = entry.warm_slot is None and not entry.in_cold
         tiers.attach(entry, Tier.HOT, sequence.block_table[at], kind)
         if is_new and self._write_through:
-            self._demoter.write_down(entry, written)
+            self._offloader.write_down(entry, written)
         return int(is_new)
 
     def _share(self, sequence: Sequence, at: int, block_id: int) -> None:

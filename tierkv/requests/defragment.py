@@ -13,7 +13,7 @@ from tierkv.errors import CapacityError, StoreError
 from tierkv.movers.mover import Move
 from tierkv.requests.running import BlockUsers
 from tierkv.requests.sequence import Sequence
-from tierkv.transfer.offload import Demoter
+from tierkv.transfer.offload import Offloader
 from tierkv.transfer.tiers import Tiers
 from tierkv.values.block import Tier
 from tierkv.values.events import EventKind
@@ -41,9 +41,9 @@ class LayoutReport:
 class Defragmenter:
     """Moves blocks inside the hot pool while nobody looks; each copy is compared with its source before that goes."""
 
-    def __init__(self, tiers: Tiers, demoter: Demoter, users: BlockUsers) -> None:
+    def __init__(self, tiers: Tiers, offloader: Offloader, users: BlockUsers) -> None:
         self._tiers = tiers
-        self._demoter = demoter
+        self._offloader = offloader
         self._users = users
 
     def run(self, sequences: Collection[Sequence]) -> LayoutReport:
@@ -55,7 +55,7 @@ class Defragmenter:
         moved before that is in order.
         """
         tiers, pool = self._tiers, self._tiers.index.hot
-        self._demoter.flush()  # what is queued to be written could not be moved
+        self._offloader.flush()  # what is queued to be written could not be moved
         with tiers.changed:
             if pool.used_count == pool.capacity:
                 self._free_one()
@@ -94,7 +94,7 @@ class Defragmenter:
         """
         assert self._tiers.changed.is_owned()
         try:
-            self._tiers.index.unpin_all(Tier.HOT, self._demoter.take_hot(1))
+            self._tiers.index.unpin_all(Tier.HOT, self._offloader.take_hot(1))
         except CapacityError:
             return
 
@@ -131,7 +131,7 @@ class Defragmenter:
         final = {places.get(block_id, block_id) for block_id in pool.used()}
         spare = next((place for place in range(pool.capacity) if place not in final), None)
         owners = {block_id: pool.owners[block_id] for block_id in places}
-        with tiers.watch.span("defragment") as detail:
+        with tiers.observers.span("defragment") as detail:
             for shift in plan_shifts(places, spare):
                 move = Move(shift.source, shift.target)
                 tiers.mover.copy([move])
@@ -140,7 +140,7 @@ class Defragmenter:
                 done.append(shift)
                 owners[shift.target] = owner = owners.pop(shift.source)
                 if owner:
-                    tiers.watch.block(EventKind.MOVE, Tier.HOT, owner, slot=shift.target, moved_from=shift.source)
+                    tiers.observers.block(EventKind.MOVE, Tier.HOT, owner, slot=shift.target, moved_from=shift.source)
             detail["blocks"] = len(done)
 
 

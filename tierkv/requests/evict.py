@@ -9,7 +9,7 @@ from tierkv.errors import StoreError
 from tierkv.index.chosen_eviction import IN_USE, Choice, Evicted
 from tierkv.storage.cold_prompt import StoredPrompt
 from tierkv.transfer.daemon_tiers import DaemonTiers
-from tierkv.transfer.offload import Demoter
+from tierkv.transfer.offload import Offloader
 from tierkv.transfer.tiers import Tiers
 from tierkv.values.block import TOKEN_BYTES, HashFunction, Tier, iter_chain
 
@@ -36,10 +36,10 @@ class EvictionEverywhere:
     """Evicts from memory first, so that nothing comes back from there; then from below; then what was in use."""
 
     def __init__(
-        self, tiers: Tiers, demoter: Demoter, daemon: DaemonTiers | None, *, hash_function: HashFunction
+        self, tiers: Tiers, offloader: Offloader, daemon: DaemonTiers | None, *, hash_function: HashFunction
     ) -> None:
         self._tiers = tiers
-        self._demoter = demoter
+        self._offloader = offloader
         self._daemon = daemon
         self._hash = hash_function
 
@@ -48,7 +48,7 @@ class EvictionEverywhere:
         since = None if older_than_s is None else self._tiers.index.now() - older_than_s
         choice = Choice(tokens=token_bytes, unused_since=since)
         blocks = self._evict_memory(choice).blocks
-        if not self._demoter.wait_for_writes():
+        if not self._offloader.wait_for_writes():
             raise StoreError("blocks were evicted from memory alone: a write to the lower tiers does not end")
         stayed: Counter[str] = Counter()
         if self._daemon:

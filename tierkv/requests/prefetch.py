@@ -92,7 +92,7 @@ class Prefetcher:
             prompt = entry.item
             num_blocks = 0
             try:
-                with self._tiers.watch.span("prefetch") as detail:
+                with self._tiers.observers.span("prefetch") as detail:
                     detail["blocks"] = num_blocks = self._bring(prompt)
             except Exception:  # noqa: BLE001 - the outermost loop of its thread
                 _log.exception("a prompt was not prefetched")

@@ -9,10 +9,10 @@ from typing import Any
 
 from tierkv.errors import ConfigError
 from tierkv.movers.mover import Move
-from tierkv.requests.consensus import Accord
+from tierkv.requests.consensus import Consensus
 from tierkv.requests.sequence import Sequence
 from tierkv.transfer.daemon_tiers import DaemonTiers
-from tierkv.transfer.offload import Demoter
+from tierkv.transfer.offload import Offloader
 from tierkv.transfer.overlapped_load import OverlappedLoad
 from tierkv.transfer.single_flight import Claim
 from tierkv.transfer.tiers import Tiers
@@ -28,11 +28,11 @@ class RunningSequences:
     """
 
     def __init__(
-        self, tiers: Tiers, demoter: Demoter, accord: Accord, daemon: DaemonTiers | None, users: BlockUsers
+        self, tiers: Tiers, offloader: Offloader, consensus: Consensus, daemon: DaemonTiers | None, users: BlockUsers
     ) -> None:
         self._tiers = tiers
-        self._demoter = demoter
-        self._accord = accord
+        self._offloader = offloader
+        self._consensus = consensus
         self._daemon = daemon
         self._users = users
         self._sequences: set[Sequence] = set()
@@ -62,7 +62,7 @@ class RunningSequences:
         num_tokens = sequence.num_tokens + len(token_bytes) // TOKEN_BYTES
         missing = -(-num_tokens // self._tiers.layout.block_size) - len(sequence.block_table)
         if missing > 0:
-            fresh = self._accord.take_hot(missing, topic=token_bytes)
+            fresh = self._consensus.take_hot(missing, topic=token_bytes)
             with self._tiers.changed:
                 sequence.block_table.extend(fresh)
                 self._users.add(fresh)
@@ -76,7 +76,7 @@ class RunningSequences:
         """
         size = self._tiers.layout.block_size
         num_shared = sequence.num_tokens // size
-        own = self._accord.take_hot(len(sequence.block_table) - num_shared, topic=b"fork")
+        own = self._consensus.take_hot(len(sequence.block_table) - num_shared, topic=b"fork")
         forked = Sequence(
             owner=sequence.owner,
             token_bytes=bytearray(sequence.token_bytes),
@@ -115,14 +115,14 @@ class RunningSequences:
         self._tiers.leave(sequence.block_table)
         self._tiers.unpin_all(Tier.HOT, sequence.block_table)
         try:
-            self._demoter.keep_room()
+            self._offloader.keep_room()
         finally:  # a policy may fail, but others wait for the promise
             self.end_claim(sequence.claim)
 
     def end_claim(self, claim: Claim | None) -> None:
         """End the promise to compute blocks, once those that were computed have been written down."""
         daemon = self._daemon
-        if daemon and claim and not self._demoter.after_writes(partial(daemon.flight.end, claim)):
+        if daemon and claim and not self._offloader.after_writes(partial(daemon.flight.end, claim)):
             daemon.flight.end(claim)
 
     def wait_for_loads(self) -> None:

@@ -1,4 +1,4 @@
-"""RequestTally: counts what each request found and missed, and tells observers of it."""
+"""RequestStatistics: counts what each request found and missed, and tells observers of it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from tierkv.values.block import TOKEN_BYTES, BlockHash, HashFunction, Tier, iter
 from tierkv.values.events import BlockName
 from tierkv.values.stats import TierStats
 
-__all__ = ["RequestTally", "occupancy"]
+__all__ = ["RequestStatistics", "occupancy"]
 
 
-class RequestTally:
+class RequestStatistics:
     """Counts requests, hits by tier, and each miss with its reason. The caller of every method holds the lock."""
 
     def __init__(self, tiers: Tiers, *, hash_function: HashFunction) -> None:
@@ -43,17 +43,17 @@ class RequestTally:
         computed instead.
         """
         assert self._tiers.changed.is_owned()
-        stats, watch = self._tiers.stats, self._tiers.watch
+        stats, observers = self._tiers.stats, self._tiers.observers
         num_blocks = -(-sequence.num_tokens // self._block_size)
         num_found = sum(blocks.values()) + len(later) + len(dropped)
         stats.misses += len(dropped)
         stats.miss_reasons[MissReason.RECOMPUTED.value] += len(dropped)
         miss = promoted.failure or found.miss
         missed = self._count(sequence, num_blocks - num_found, num_found, miss, num_surplus=promoted.num_surplus)
-        if watch:
+        if observers:
             reasons = [MissReason.RECOMPUTED] * len(dropped) + missed
             names = [*map(BlockName.of, dropped), *self._names(sequence, num_found)]
-            watch.request(
+            observers.request(
                 sequence.num_tokens,
                 sequence.cached_tokens,
                 promoted.hot,
@@ -85,8 +85,8 @@ class RequestTally:
     def record_overlap(self, load: OverlappedLoad, loaded: Several[Hit], computed: Several[MissReason]) -> None:
         """Tell what became of a request's cold blocks: those loaded, and of the others why they were computed."""
         assert self._tiers.changed.is_owned()
-        if watch := self._tiers.watch:
-            watch.rest_of_request(
+        if observers := self._tiers.observers:
+            observers.rest_of_request(
                 {Tier.COLD: len(loaded) * self._block_size},
                 loaded,
                 zip(map(BlockName.of, load.hits), computed, strict=False),

@@ -105,7 +105,7 @@ class BlockWriter:
         tiers = self._tiers
         held = [Place(Tier.HOT, job.block_id) for job in jobs]
         try:
-            with tiers.watch.span("demote") as detail:
+            with tiers.observers.span("demote") as detail:
                 detail["blocks"] = len(jobs)
                 if tiers.compression:
                     self._write_compressed(jobs, tiers.compression)
@@ -120,7 +120,7 @@ class BlockWriter:
                         self._attach_warm(job, slot)
             tiers.unpin(held)
             held = []
-            with tiers.watch.span("store cold") as detail:
+            with tiers.observers.span("store cold") as detail:
                 detail["blocks"] = self._store(raw)
         finally:
             self._note_failed(jobs)
@@ -199,7 +199,7 @@ class BlockWriter:
                 if outcome not in (PutOutcome.STORED, PutOutcome.EXISTS):
                     self._tiers.skip(job, outcome.value)
                     continue
-                tiers.watch.block(EventKind.DEMOTE, Tier.COLD, job)
+                tiers.observers.block(EventKind.DEMOTE, Tier.COLD, job)
                 tiers.stats.bytes_in[Tier.COLD] += tiers.layout.packed_bytes(len(job.token_bytes) // TOKEN_BYTES)
                 entry = self._entry_of(job)
                 if entry:

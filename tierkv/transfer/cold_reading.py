@@ -97,7 +97,7 @@ class ColdReading:
         ahead = [*wave[_AHEAD_BLOCKS:], *[None] * _AHEAD_BLOCKS]
         coded: list[CodedBlock] = []
         failure: MissReason | None = None
-        with tiers.watch.span("read cold") as detail:
+        with tiers.observers.span("read cold") as detail:
             read = tiers.threads.map(Priority.REQUEST, self.read_one, wave, places, ahead)
             detail["blocks"] = len(places)
         for block in read:

@@ -116,7 +116,7 @@ class RemoteWriter:
         with tiers.changed:
             for job, _ in copied:
                 tiers.stats.bytes_in[Tier.WARM] += tiers.layout.packed_bytes(len(job.token_bytes) // TOKEN_BYTES)
-                tiers.watch.block(EventKind.DEMOTE, Tier.WARM, job)
+                tiers.observers.block(EventKind.DEMOTE, Tier.WARM, job)
             for job in [*jobs, *(job for job, _ in copied)]:
                 entry = tiers.index.get(job.block_hash, job.parent_hash, job.token_bytes)
                 if entry and job.block_hash in certain and self._keeper.link is link:  # or it is another daemon by now

@@ -19,7 +19,7 @@ from tierkv.storage.cold import ColdStore
 from tierkv.storage.float_words import float_format
 from tierkv.storage.hot import HotPool, hot_pool_blocks
 from tierkv.transfer.daemon_tiers import DaemonTiers
-from tierkv.transfer.observers import Watch
+from tierkv.transfer.observers import Observers
 from tierkv.transfer.tiers import Tiers
 from tierkv.transfer.warm_memory import no_warm_memory, open_warm_memory
 from tierkv.values.block import HashFunction
@@ -100,7 +100,7 @@ def open_tiers(
         threads=PriorityThreads(config.num_io_threads, name="tierkv-io"),
         num_threads=config.num_io_threads,
         loaders=ThreadPoolExecutor(_NUM_LOADERS, thread_name_prefix="tierkv-load"),
-        watch=Watch(layout, changed),
+        observers=Observers(layout, changed),
         changed=changed,
         stats=StatsRecorder(changed),
         write_wait_s=config.write_wait_s,

@@ -14,12 +14,12 @@ from tierkv.storage.coded import CodedBlock
 from tierkv.storage.outcomes import MissReason
 from tierkv.transfer.cold_reading import ColdReading
 from tierkv.transfer.lookup import Hit, Lookup
-from tierkv.transfer.offload import Demoter
+from tierkv.transfer.offload import Offloader
 from tierkv.transfer.tiers import Place, Tiers
 from tierkv.values.block import Tier
 from tierkv.values.events import EventKind
 
-__all__ = ["Pinned", "Promoted", "Promoter"]
+__all__ = ["Loader", "Pinned", "Promoted"]
 
 _WAVE_BLOCKS = 16
 
@@ -53,7 +53,7 @@ class Promoted:
 
 @dataclass(frozen=True, slots=True)
 class Pinned:
-    """What `Promoter.pin` holds.
+    """What `Loader.pin` holds.
 
     hot: block ids of the leading hot blocks; their pins become the sequence's own. arriving: copies and
     computations that those still wait for. rest: places of what was found behind them, by position in `Lookup.rest`.
@@ -64,12 +64,12 @@ class Pinned:
     rest: dict[int, Place] = field(default_factory=dict)
 
 
-class Promoter:
+class Loader:
     """Turns hits into hot blocks. A block that cannot be had ends the hit there: failure is a miss."""
 
-    def __init__(self, tiers: Tiers, demoter: Demoter, reading: ColdReading) -> None:
+    def __init__(self, tiers: Tiers, offloader: Offloader, reading: ColdReading) -> None:
         self._tiers = tiers
-        self._demoter = demoter
+        self._offloader = offloader
         self._reading = reading
 
     def promote(self, lookup: Lookup, pinned: Pinned, *, num_blocks: int) -> Promoted:
@@ -168,7 +168,7 @@ class Promoter:
                 return
 
     def _take(self, count: int, result: Promoted) -> list[int]:
-        block_ids = self._demoter.take_hot(count)
+        block_ids = self._offloader.take_hot(count)
         result.owned += block_ids
         return block_ids
 
@@ -200,7 +200,7 @@ class Promoter:
         """
         tiers = self._tiers
         try:
-            ready = tiers.bring_up(places, targets, coded=coded)
+            ready = tiers.load(places, targets, coded=coded)
         except StoreError:
             tiers.unpin(places)
             result.failure = MissReason.IO_ERROR
@@ -262,7 +262,7 @@ class Promoter:
                 entry = index.get(hit.block_hash, hit.parent_hash, hit.token_bytes, content_digest=hit.content_digest)
                 if entry and entry.block_id is not None and entry.warm_slot is None:
                     written = self._tiers.written(entry)
-                    self._demoter.write_down(entry, written)
+                    self._offloader.write_down(entry, written)
 
     def _read(
         self, wave: Sequence[Hit], pinned: dict[int, Place], result: Promoted
@@ -304,7 +304,7 @@ class Promoter:
         if not places:
             return False
         try:
-            ready = tiers.bring_up(places, [target], coded=coded)
+            ready = tiers.load(places, [target], coded=coded)
         except StoreError:
             tiers.unpin(places)
             result.failure = MissReason.IO_ERROR

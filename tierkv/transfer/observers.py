@@ -26,10 +26,10 @@ from tierkv.values.events import (
 from tierkv.values.layout import BlockLayout
 from tierkv.values.locks import Owned
 
-__all__ = ["Watch", "pool_regions"]
+__all__ = ["Observers", "pool_regions"]
 
 
-class Watch:
+class Observers:
     """The observers of one cache. Without any, each call returns at once and builds nothing.
 
     Observers are kept in a tuple that is replaced, never changed: whoever is telling them goes on undisturbed.
@@ -122,7 +122,7 @@ class Watch:
         lost = self._misses(missed)
         asked = (*(each.block_hash for each in found), *(hit.block_hash for hit in later))
         asked += tuple(each.block_hash for each in lost)
-        self._tell(RequestEvent(num_tokens, hit_tokens, (*found, *lost), asked, hot_blocks))
+        self._notify(RequestEvent(num_tokens, hit_tokens, (*found, *lost), asked, hot_blocks))
 
     def rest_of_request(
         self,
@@ -135,14 +135,14 @@ class Watch:
         """Tell what became of the blocks that came up behind a request; the caller holds the cache's lock."""
         assert self._lock.is_owned()
         found = [self.event(EventKind.HIT, hit.tier, hit, slot=_slot_of(hit)) for hit in hits]
-        self._tell(RequestEvent(0, hit_tokens, (*self._misses(missed), *found), (), hot_blocks))
+        self._notify(RequestEvent(0, hit_tokens, (*self._misses(missed), *found), (), hot_blocks))
 
     def _misses(self, missed: Iterable[tuple[BlockName, MissReason]]) -> list[BlockEvent]:
         """Return an event for each miss; the caller holds the cache's lock."""
         assert self._lock.is_owned()
         return [self.event(EventKind.MISS, None, block, reason=reason.value) for block, reason in missed]
 
-    def _tell(self, event: RequestEvent) -> None:
+    def _notify(self, event: RequestEvent) -> None:
         """Tell of a request; the caller holds the cache's lock."""
         assert self._lock.is_owned()
         for observer in self._observers:

@@ -22,7 +22,7 @@ from tierkv.transfer.tiers import Job, Tiers
 from tierkv.values.block import BlockHash, Tier
 from tierkv.values.checks import check_share
 
-__all__ = ["AfterWrites", "Demoter", "Offloading"]
+__all__ = ["AfterWrites", "Offloader", "Offloading"]
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Offloading:
             check_share(f"offload_{name}", getattr(self, name))
 
 
-class Demoter:
+class Offloader:
     """Has blocks written down, by one thread, and makes room in the hot pool. `writer` is what that thread does."""
 
     def __init__(self, tiers: Tiers) -> None:

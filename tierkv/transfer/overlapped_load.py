@@ -193,7 +193,7 @@ class OverlappedLoad:
         return None if seconds is None else seconds / num_loaded
 
     def _run_in_span(self) -> None:
-        with self._tiers.watch.span("load in the background") as detail:
+        with self._tiers.observers.span("load in the background") as detail:
             self._run()
             detail["blocks"] = len(self.copies)
 
@@ -268,7 +268,7 @@ class OverlappedLoad:
         places = [place for _, place, _ in good]
         targets = [self._targets[at] for at, _, _ in good]
         try:
-            ready = self._tiers.bring_up(places, targets, coded=[block for _, _, block in good], after=self._after)
+            ready = self._tiers.load(places, targets, coded=[block for _, _, block in good], after=self._after)
         except StoreError:
             self._tiers.unpin(places)
             self.failure = MissReason.IO_ERROR

@@ -30,7 +30,7 @@ from tierkv.storage.state_files import StateFiles
 from tierkv.storage.warm import WarmPool
 from tierkv.storage.windows import WindowFormat
 from tierkv.transfer.lookup import ColdSource, Hit
-from tierkv.transfer.observers import Watch
+from tierkv.transfer.observers import Observers
 from tierkv.values.block import BlockHash, ContentDigest, Tier
 from tierkv.values.events import EventKind
 from tierkv.values.layout import BlockLayout
@@ -117,7 +117,7 @@ class Tiers:
     reserved_raw: raw places that are never given back.
     write_wait_s: how long a request waits for the write thread.
     is_closing: nobody shall wait for room any more; see `require_open`.
-    chosen: evicts blocks on demand, and knows those that go with their last user; set by the demoter.
+    chosen: evicts blocks on demand, and knows those that go with their last user; set by the offloader.
     lower: who has the warm and the cold tier instead of this cache, which then has no warm slot and no source.
     """
 
@@ -134,7 +134,7 @@ class Tiers:
     threads: PriorityThreads
     num_threads: int
     loaders: ThreadPoolExecutor
-    watch: Watch
+    observers: Observers
     changed: OwnedCondition
     stats: StatsRecorder
     states: StateFiles = field(default_factory=StateFiles)
@@ -180,7 +180,7 @@ class Tiers:
             self.index.unpin_all(tier, slots)
             self.changed.notify_all()
 
-    def bring_up(
+    def load(
         self,
         places: Sequence[Place],
         targets: Sequence[int],
@@ -193,18 +193,18 @@ class Tiers:
         coded: what lies in each raw place, where a GPU is to decode it. Whatever this raises, nothing is under way.
         """
         try:
-            return self._bring_up(places, targets, coded, after)
+            return self._load(places, targets, coded, after)
         except StoreError:
             raise
         except BaseException:  # such as an interrupt between two copies
             self.mover.drain()
             raise
 
-    def _bring_up(
+    def _load(
         self, places: Sequence[Place], targets: Sequence[int], coded: Sequence[CodedBlock], after: Ready | None
     ) -> Ready:
         moves = [Move(place.slot, to) for place, to in zip(places, targets, strict=True)]
-        with self.watch.span("promote") as detail:
+        with self.observers.span("promote") as detail:
             detail["blocks"] = len(moves)
             if owner := places[0].owner:
                 return owner.mover.promote(moves)
@@ -300,13 +300,13 @@ class Tiers:
         """Record that `slot` holds an entry's bytes, and say how they came there; the caller holds the lock."""
         assert self.changed.is_owned()
         self.index.attach(entry, tier, slot)
-        self.watch.block(kind, tier, entry, slot=slot)
+        self.observers.block(kind, tier, entry, slot=slot)
 
     def skip(self, job: Job, reason: str) -> None:
         """Count a block that was not written down; the caller holds the lock."""
         assert self.changed.is_owned()
         self.stats.skip_reasons[reason] += 1
-        self.watch.block(EventKind.SKIP, None, job, reason=reason)
+        self.observers.block(EventKind.SKIP, None, job, reason=reason)
 
     def evict(self, victims: Sequence[Entry], tier: Tier) -> list[Entry]:
         """Make a tier forget entries, children before parents, and return them; one with children there stays.
@@ -314,12 +314,12 @@ class Tiers:
         The caller holds the lock.
         """
         assert self.changed.is_owned()
-        slots = {entry: entry.place(tier) for entry in victims} if self.watch else {}
+        slots = {entry: entry.place(tier) for entry in victims} if self.observers else {}
         evicted = self.index.evict(victims, tier)
         self.stats.evictions[tier] += len(evicted)
         if slots:
             for entry in evicted:
-                self.watch.block(EventKind.EVICT, tier, entry, slot=slots[entry])
+                self.observers.block(EventKind.EVICT, tier, entry, slot=slots[entry])
         return evicted
 
     def evict_warm(self, count: int) -> list[Entry]:

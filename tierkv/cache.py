@@ -103,7 +103,7 @@ class TierCache:
                 policy=policy,
                 clock=clock,
             )
-            undo.callback(self._tiers.close)
+            undo.callback(self._tiers.memory.close)
             self._offloader = Offloader(self._tiers)
             undo.callback(self._offloader.close)
             self._daemon = join_daemon(
@@ -162,12 +162,12 @@ class TierCache:
     @property
     def hot(self) -> HotPool:
         """The paged memory that attention reads."""
-        return self._tiers.hot
+        return self._tiers.memory.hot
 
     @property
     def layer_groups(self) -> list[int]:
         """Ends of the groups of layers that are promoted together, lowest first; the last is the layer count."""
-        return self._tiers.mover.layer_groups
+        return self._tiers.memory.mover.layer_groups
 
     @property
     def cold(self) -> ColdStore | None:
@@ -382,8 +382,8 @@ class TierCache:
         _require_methods("an observer", observer, _OBSERVER_METHODS)
         tiers = self._tiers
         with tiers.changed:
-            staging = tiers.compression.staging if tiers.compression else None
-            for region in pool_regions(self.hot, tiers.warm, staging, reserved=self._offloader.writer.staging):
+            staging = tiers.memory.compression.staging if tiers.memory.compression else None
+            for region in pool_regions(self.hot, tiers.memory.warm, staging, reserved=self._offloader.writer.staging):
                 observer.on_memory(region)
             for entry in sorted(tiers.index, key=lambda each: each.depth):  # parents first
                 for tier in (Tier.HOT, Tier.WARM):
@@ -407,8 +407,8 @@ class TierCache:
         self._offloader.flush()
         self._running.wait_for_loads()
         with self._tiers.changed:
-            while self._tiers.in_flight:
-                self._tiers.in_flight[0][0].synchronize()
+            while self._tiers.copies.in_flight:
+                self._tiers.copies.in_flight[0][0].synchronize()
                 self._tiers.reap()
             self._tiers.index.check()
             self._running.check()
@@ -440,7 +440,7 @@ class TierCache:
         if self._daemon:
             self._daemon.close()
         if is_quiet:
-            tiers.close()
+            tiers.memory.close()
         tiers.states.close()
         if self.cold and self._owns_cold:
             self.cold.close()

@@ -18,7 +18,7 @@ from tierkv.config import CacheConfig
 from tierkv.errors import CapacityError, ClosedError, TierKVError
 from tierkv.requests.block_control import BlockControl
 from tierkv.transfer.block_writer import Batch
-from tierkv.transfer.tiers import Tiers
+from tierkv.transfer.memory import TierMemory
 from tierkv.values.block import Tier
 from tierkv.values.namespace import Namespace
 
@@ -45,7 +45,7 @@ def assert_nothing_pinned(cache: TierCache) -> None:
     with cache._tiers.changed:
         index.check()
     assert index.hot.referenced_count == 0
-    assert index.warm.referenced_count == cache._tiers.reserved_raw
+    assert index.warm.referenced_count == cache._tiers.memory.reserved_raw
 
 
 ARGUMENTS: dict[str, tuple[object, ...]] = {
@@ -107,7 +107,7 @@ def test_a_call_that_another_thread_is_inside_of_ends_before_anything_is_closed(
     reading, may_go_on, closed = threading.Event(), threading.Event(), threading.Event()
     too_early: list[bool] = []
     assert cache.cold
-    read_into, close = cache.cold.read_into, Tiers.close
+    read_into, close = cache.cold.read_into, TierMemory.close
 
     def slow(*args: Any, **kwargs: Any) -> object:
         reading.set()
@@ -115,12 +115,12 @@ def test_a_call_that_another_thread_is_inside_of_ends_before_anything_is_closed(
         too_early.append(closed.wait(0.2))  # nobody who waits for this call gets there
         return read_into(*args, **kwargs)
 
-    def note_and_close(self: Tiers) -> None:
+    def note_and_close(self: TierMemory) -> None:
         closed.set()
         close(self)
 
     monkeypatch.setattr(cache.cold, "read_into", slow)
-    monkeypatch.setattr(Tiers, "close", note_and_close)
+    monkeypatch.setattr(TierMemory, "close", note_and_close)
     cache.release(next(iter(cache._running._sequences)))
     cache.evict(Tier.HOT)
     cache.evict(Tier.WARM)

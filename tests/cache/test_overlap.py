@@ -289,13 +289,13 @@ def test_no_place_is_given_back_while_its_block_is_still_read(stored: Path, monk
 
         def watched(self: Tiers, places: Iterable[Place]) -> None:
             places = list(places)
-            if in_work & {self.raw_slots[each.slot].ctypes.data for each in places if each.tier is not Tier.HOT}:
+            if in_work & {self.memory.raw.slots[each.slot].ctypes.data for each in places if each.tier is not Tier.HOT}:
                 given_back.set()
             unpin(self, places)
 
         monkeypatch.setattr(cache.cold, "read_into", fail_first)
         monkeypatch.setattr(Tiers, "unpin", watched)
-        monkeypatch.setattr(cache._tiers, "frames", object())  # where a GPU decodes, many blocks come up together
+        monkeypatch.setattr(cache._tiers.memory, "frames", object())  # a GPU decodes many blocks together
         say_rates(cache, block_s=1.0, load_s=1.0)
         sequence = PatternEngine(cache).start([*PROMPT, 7], overlap=True)
         cache.release(sequence)
@@ -323,7 +323,7 @@ def test_a_load_that_fails_beyond_a_miss_leaves_nothing_behind(
             cache.acquire([*PROMPT, 7])
         cache.check()
         tiers = cache._tiers
-        assert (tiers.index.hot.referenced_count, tiers.index.warm.referenced_count) == (0, tiers.reserved_raw)
+        assert (tiers.index.hot.referenced_count, tiers.index.warm.referenced_count) == (0, tiers.memory.reserved_raw)
 
 
 def test_a_look_at_the_page_cache_that_fails_leaves_nothing_behind(

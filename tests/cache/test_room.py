@@ -207,7 +207,7 @@ def start_and_demote(engine: PatternEngine, prompt: list[int]) -> None:
 def write_down(cache: TierCache, prompt: list[int]) -> None:
     """Have a prompt's only block written down if some tier takes it; it stays hot."""
     with cache._tiers.changed:
-        cache._offloader.write_down(find(cache, prompt), cache._tiers.mover.mark())
+        cache._offloader.write_down(find(cache, prompt), cache._tiers.memory.mover.mark())
     cache.flush()
 
 

@@ -188,7 +188,7 @@ class Acquirer:
             num_before=sequence.num_cached_tokens,
             in_memory=in_memory,
             read=self._reading.read_one,
-            after=self._tiers.mover.mark(),
+            after=self._tiers.memory.mover.mark(),
         )
 
     def _end_load(self, sequence: Sequence, load: OverlappedLoad) -> int:

@@ -155,7 +155,7 @@ class BlockControl:
             for block_id in block_ids:
                 entry = tiers.index.hot.owners[block_id]
                 if entry and not _lower_tiers(entry) and not tiers.index.hot.reference_count(block_id):
-                    self._offloader.write_down(entry, tiers.written(entry))
+                    self._offloader.write_down(entry, tiers.copies.written(entry))
         self._offloader.flush()
         with tiers.changed:
             kept = {i for i in block_ids if (entry := tiers.index.hot.owners[i]) and _lower_tiers(entry)}

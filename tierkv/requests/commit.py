@@ -42,7 +42,7 @@ class Committer:
         with self._tiers.changed:
             if partial_block:
                 sequence.wait_all()  # the partial block may have come up itself, and no pass have waited for it
-            written = self._tiers.mover.mark()
+            written = self._tiers.memory.mover.mark()
             first = len(sequence.chain)
             before = sequence.block_table[first:]
             try:
@@ -51,7 +51,7 @@ class Committer:
             finally:  # what others can find by now they wait for
                 after = sequence.block_table[first : len(sequence.chain)]
                 own = [mine for mine, now in zip(before, after, strict=False) if mine == now]  # not those shared now
-                self._tiers.note_computing(own, written)
+                self._tiers.copies.note_computing(own, written)
             num_partial = num_computed_tokens - len(sequence.chain) * size
             if partial_block and sequence.is_cacheable and num_partial > 0:
                 num_new += self._register(sequence, len(sequence.chain), num_partial, written)
@@ -65,7 +65,7 @@ class Committer:
         """
         assert self._tiers.changed.is_owned()
         size, index = self._tiers.layout.block_size, self._tiers.index
-        written = self._tiers.mover.mark()
+        written = self._tiers.memory.mover.mark()
         for hit in loaded:
             if not sequence.is_cacheable or hit.parent_hash != self._last_hash(sequence):
                 break
@@ -130,7 +130,7 @@ class Committer:
         if own == block_id:
             return
         self._tiers.index.hot.pin(block_id)
-        if arriving := self._tiers.arriving.get(block_id):
+        if arriving := self._tiers.copies.arriving.get(block_id):
             sequence.loads.append(arriving)
         sequence.block_table[at] = block_id
         self._users.replace(own, block_id)

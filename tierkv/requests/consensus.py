@@ -124,16 +124,16 @@ class Consensus:
     def _copy(self, source: int, target: int, promoted: Promoted) -> bool:
         """Copy a registered block, of which a part is of use, into the sequence's own. False if that fails."""
         tiers = self._tiers
-        if arriving := tiers.arriving.get(source):
+        if arriving := tiers.copies.arriving.get(source):
             arriving.wait()
         try:
-            promoted.loads.append(tiers.mover.copy([Move(source, target)]))
+            promoted.loads.append(tiers.memory.mover.copy([Move(source, target)]))
         except StoreError:
             return False
         return True
 
     def _unpin(self, block_ids: list[int]) -> None:
-        self._tiers.leave(block_ids)  # a copy of this thread's may still read or write them
+        self._tiers.copies.leave(block_ids)  # a copy of this thread's may still read or write them
         self._tiers.unpin_all(Tier.HOT, block_ids)
 
 

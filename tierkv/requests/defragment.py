@@ -59,7 +59,7 @@ class Defragmenter:
         with tiers.changed:
             if pool.used_count == pool.capacity:
                 self._free_one()
-            tiers.mover.drain()
+            tiers.memory.mover.drain()
             tiers.reap()
             fragmentation = pool.fragmentation()
             users = Counter(block_id for sequence in sequences for block_id in sequence.block_table)
@@ -75,7 +75,7 @@ class Defragmenter:
                 for sequence in sequences:
                     sequence.block_table[:] = [moved.get(block_id, block_id) for block_id in sequence.block_table]
                 self._users.rename(moved)
-                tiers.mover.drain()
+                tiers.memory.mover.drain()
                 tiers.changed.notify_all()
             return LayoutReport(
                 moved=moved,
@@ -101,7 +101,7 @@ class Defragmenter:
     def _is_fixed(self, block_id: int, users: Counter[int]) -> bool:
         """Tell whether somebody has a hold on a block whom we cannot tell that it moves. The caller holds the lock."""
         assert self._tiers.changed.is_owned()
-        return self._tiers.index.hot.pins[block_id] != users[block_id] or block_id in self._tiers.arriving
+        return self._tiers.index.hot.pins[block_id] != users[block_id] or block_id in self._tiers.copies.arriving
 
     def _iter_order(self, sequences: Collection[Sequence]) -> Iterator[int]:
         """Yield hot blocks chain by chain; one that only a sequence knows, behind the block that it follows there.
@@ -134,8 +134,8 @@ class Defragmenter:
         with tiers.observers.span("defragment") as detail:
             for shift in plan_shifts(places, spare):
                 move = Move(shift.source, shift.target)
-                tiers.mover.copy([move])
-                if not tiers.mover.is_same(move):
+                tiers.memory.mover.copy([move])
+                if not tiers.memory.mover.is_same(move):
                     raise StoreError(f"block {shift.source} changed on its way to {shift.target}")
                 done.append(shift)
                 owners[shift.target] = owner = owners.pop(shift.source)

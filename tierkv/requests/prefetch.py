@@ -109,7 +109,7 @@ class Prefetcher:
         hits = [hit for hit in found.rest() if hit.tier is Tier.COLD][:most]
         if found.miss is MissReason.IO_ERROR:
             self._count(found.miss)
-        size = max(1, min(tiers.num_threads, len(tiers.raw_slots) // _SHARE))
+        size = max(1, min(tiers.memory.num_threads, len(tiers.memory.raw.slots) // _SHARE))
         num_blocks = 0
         for start in range(0, len(hits), size):
             if prompt.handle.is_cancelled or self._is_closing.is_set():
@@ -128,10 +128,10 @@ class Prefetcher:
         held = list(places)
         try:
             slots = [place.slot for place in places]
-            if tiers.compression:
+            if tiers.memory.compression:
                 slots = tiers.try_take_warm(len(places))
                 held += [Place(Tier.WARM, slot) for slot in slots]
-            outcomes = tiers.threads.map(Priority.PREFETCH, self._read, wave, places, slots)
+            outcomes = tiers.memory.threads.map(Priority.PREFETCH, self._read, wave, places, slots)
             for num_good, (hit, slot, reason) in enumerate(zip(wave, slots, outcomes, strict=False)):
                 reason = reason or self._enter(hit, slot)
                 if reason:
@@ -150,11 +150,11 @@ class Prefetcher:
         if isinstance(outcome, MissReason):
             self._reading.give_up(hit, outcome)
             return outcome
-        if not tiers.compression:
+        if not tiers.memory.compression:
             return None
         num_tokens = len(hit.token_bytes) // TOKEN_BYTES
-        block, target = tiers.raw_slots[place.slot], tiers.warm.slots[slot]
-        fits = tiers.compression.form.compress(block, target, num_tokens=num_tokens)
+        block, target = tiers.memory.raw.slots[place.slot], tiers.memory.warm.slots[slot]
+        fits = tiers.memory.compression.form.compress(block, target, num_tokens=num_tokens)
         return None if fits else MissReason.NO_ROOM
 
     def _enter(self, hit: Hit, slot: int) -> MissReason | None:

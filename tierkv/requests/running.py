@@ -93,7 +93,7 @@ class RunningSequences:
         try:
             sequence.wait_all()
             moves = [Move(s, t) for s, t in zip(sequence.block_table[num_shared:], own, strict=True)]
-            forked.loads.append(self._tiers.mover.copy(moves))
+            forked.loads.append(self._tiers.memory.mover.copy(moves))
         except BaseException:
             self.release(forked)
             raise
@@ -112,7 +112,7 @@ class RunningSequences:
             if sequence.overlapped_load:
                 sequence.overlapped_load.cancel()
                 self._ending.append(sequence.overlapped_load)
-        self._tiers.leave(sequence.block_table)
+        self._tiers.copies.leave(sequence.block_table)
         self._tiers.unpin_all(Tier.HOT, sequence.block_table)
         try:
             self._offloader.keep_room()

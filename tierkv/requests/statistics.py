@@ -162,7 +162,7 @@ def occupancy(tiers: Tiers, cold: ColdStats | None) -> dict[Tier, TierStats]:
         )
         for tier, pool, slot_bytes in (
             (Tier.HOT, tiers.index.hot, block_bytes),
-            (Tier.WARM, tiers.index.warm, tiers.warm.stride_bytes),
+            (Tier.WARM, tiers.index.warm, tiers.memory.warm.stride_bytes),
         )
     }
     if cold:

@@ -78,7 +78,7 @@ class RemoteWriter:
             elif each.block_id is not None and index.peek(each.block_hash) is each:
                 index.hot.pin(each.block_id)
                 held.append(Place(Tier.HOT, each.block_id))
-                ready = self._tiers.arriving.get(each.block_id, written)
+                ready = self._tiers.copies.arriving.get(each.block_id, written)
                 offers[at] = self._tiers.job_of(each, ready)
         return offers
 

@@ -19,9 +19,9 @@ from tierkv.storage.cold import ColdStore
 from tierkv.storage.float_words import float_format
 from tierkv.storage.hot import HotPool, hot_pool_blocks
 from tierkv.transfer.daemon_tiers import DaemonTiers
+from tierkv.transfer.memory import TierMemory, no_warm_memory, open_warm_memory
 from tierkv.transfer.observers import Observers
 from tierkv.transfer.tiers import Tiers
-from tierkv.transfer.warm_memory import no_warm_memory, open_warm_memory
 from tierkv.values.block import HashFunction
 from tierkv.values.locks import OwnedCondition
 from tierkv.values.namespace import Namespace
@@ -76,33 +76,37 @@ def open_tiers(
     layout = namespace.layout
     num_hot = hot_pool_blocks(layout, device, hot_bytes=config.hot_bytes, hot_fraction=config.hot_fraction)
     hot = HotPool(layout, num_hot, device)
-    memory = open_warm_memory(hot, config) if config.socket is None else no_warm_memory(hot)
+    warm = open_warm_memory(hot, config) if config.socket is None else no_warm_memory(hot)
     changed = OwnedCondition()
     index = Index(
         root=namespace.digest,
         num_hot=num_hot,
-        num_warm=memory.warm.num_slots,
+        num_warm=warm.warm.num_slots,
         policy=policy,
         clock=clock,
         lock=changed,
     )
-    return Tiers(
+    memory = TierMemory(
         layout=layout,
-        namespace=namespace.digest,
         codec=codec,
-        index=index,
         hot=hot,
-        warm=memory.warm,
-        mover=memory.mover,
-        compression=memory.compression,
-        frames=memory.frames,
-        cold=cold,
+        warm=warm.warm,
+        mover=warm.mover,
+        compression=warm.compression,
+        frames=warm.frames,
         threads=PriorityThreads(config.num_io_threads, name="tierkv-io"),
         num_threads=config.num_io_threads,
         loaders=ThreadPoolExecutor(_NUM_LOADERS, thread_name_prefix="tierkv-load"),
-        observers=Observers(layout, changed),
+    )
+    return Tiers(
+        layout=layout,
+        namespace=namespace.digest,
         changed=changed,
+        index=index,
         stats=StatsRecorder(changed),
+        observers=Observers(layout, changed),
+        memory=memory,
+        cold=cold,
         write_wait_s=config.write_wait_s,
     )
 

@@ -108,7 +108,7 @@ class Loader:
             result.block_table.extend(fresh)
             return result
         except BaseException:
-            self._tiers.leave(result.owned)
+            self._tiers.copies.leave(result.owned)
             self._tiers.unpin_all(Tier.HOT, result.owned)
             raise
         finally:
@@ -125,9 +125,9 @@ class Loader:
         pinned = Pinned([entry.block_id for entry in lookup.hot if entry.block_id is not None])
         assert len(pinned.hot) == len(lookup.hot), "the lock was given up between the lookup and the pin"
         index.hot.pin_all(pinned.hot)
-        if tiers.arriving:
+        if tiers.copies.arriving:
             tiers.reap()
-            arriving = (tiers.arriving[slot] for slot in pinned.hot if slot in tiers.arriving)
+            arriving = (tiers.copies.arriving[slot] for slot in pinned.hot if slot in tiers.copies.arriving)
             pinned.arriving.extend(dict.fromkeys(arriving))  # many blocks come in one batch, or of one commit
         for position, hit in enumerate(lookup.rest()):
             slot = hit.entry.place(hit.tier) if hit.entry and hit.tier is not Tier.COLD else None
@@ -183,7 +183,7 @@ class Loader:
         assert self._tiers.changed.is_owned()
         self._tiers.index.hot.pin(block_id)
         result.owned.append(block_id)
-        if arriving := self._tiers.arriving.get(block_id):
+        if arriving := self._tiers.copies.arriving.get(block_id):
             result.loads.append(arriving)
 
     def _promote_warm(
@@ -261,7 +261,7 @@ class Loader:
             for hit in hits:
                 entry = index.get(hit.block_hash, hit.parent_hash, hit.token_bytes, content_digest=hit.content_digest)
                 if entry and entry.block_id is not None and entry.warm_slot is None:
-                    written = self._tiers.written(entry)
+                    written = self._tiers.copies.written(entry)
                     self._offloader.write_down(entry, written)
 
     def _read(
@@ -283,14 +283,14 @@ class Loader:
         coded: list[CodedBlock] = []
         if hit.tier is Tier.HOT:
             assert hit.entry and hit.entry.block_id is not None
-            if arriving := tiers.arriving.get(hit.entry.block_id):
+            if arriving := tiers.copies.arriving.get(hit.entry.block_id):
                 arriving.wait()
             try:
-                result.loads.append(tiers.mover.copy([Move(hit.entry.block_id, target)]))
+                result.loads.append(tiers.memory.mover.copy([Move(hit.entry.block_id, target)]))
             except StoreError:
                 result.failure = MissReason.IO_ERROR
                 return False
-            tiers.leave([hit.entry.block_id])  # the copy is only queued when others may evict what it reads
+            tiers.copies.leave([hit.entry.block_id])  # the copy is only queued when others may evict what it reads
             return True
         if hit.tier is Tier.WARM and hit.entry is None:  # lent: nothing here knows it
             places = [pinned.pop(max(pinned))]

@@ -155,7 +155,7 @@ class OverlappedLoad:
         with tiers.changed:
             tiers.index.hot.pin_all(self._targets)
         try:
-            self._work = tiers.loaders.submit(self._run_in_span)
+            self._work = tiers.memory.loaders.submit(self._run_in_span)
         except BaseException:
             tiers.unpin_all(Tier.HOT, self._targets)
             raise
@@ -200,7 +200,7 @@ class OverlappedLoad:
     def _run(self) -> None:
         """Keep the reading threads busy, and copy what they have read in the order of claims."""
         tiers = self._tiers
-        at_once = _DECODED_AT_ONCE if tiers.frames else 1
+        at_once = _DECODED_AT_ONCE if tiers.memory.frames else 1
         reading: deque[_Reading] = deque()
         started = time.perf_counter()
         try:
@@ -247,7 +247,7 @@ class OverlappedLoad:
     def _start_reading(self, reading: deque[_Reading]) -> None:
         """Claim blocks and start to read them until every thread has a block and enough others are queued."""
         tiers = self._tiers
-        most = tiers.num_threads + (_DECODED_AT_ONCE if tiers.frames else tiers.num_threads)
+        most = tiers.memory.num_threads + (_DECODED_AT_ONCE if tiers.memory.frames else tiers.memory.num_threads)
         while len(reading) < most and not self._is_cancelled.is_set():
             places = tiers.try_take_raw(1) if reading else tiers.take_raw(1)
             if not places:
@@ -258,7 +258,7 @@ class OverlappedLoad:
                 tiers.unpin(places)
                 return
             try:
-                decoded = tiers.threads.submit(Priority.REQUEST, self._read, self.hits[at], places[0])
+                decoded = tiers.memory.threads.submit(Priority.REQUEST, self._read, self.hits[at], places[0])
             except BaseException:
                 tiers.unpin(places)
                 raise

@@ -23,8 +23,7 @@ from tierkv.requests.defragment import Defragmenter, LayoutReport
 from tierkv.requests.evict import EvictedEverywhere, EvictionEverywhere
 from tierkv.requests.prefetch import Prefetcher, PrefetchHandle
 from tierkv.requests.prefixes import Match, Prefixes
-from tierkv.requests.running import BlockUsers, RunningSequences
-from tierkv.requests.sequence import Sequence
+from tierkv.requests.sequence import BlockUsers, RunningSequences, Sequence
 from tierkv.requests.statistics import RequestStatistics, occupancy
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.hot import HotPool
@@ -102,50 +101,45 @@ class TierCache:
                 cold=cold,
                 policy=policy,
                 clock=clock,
+                hash_function=hash_function,
             )
             undo.callback(self._tiers.memory.close)
             self._offloader = Offloader(self._tiers)
             undo.callback(self._offloader.close)
-            self._daemon = join_daemon(
-                self._tiers, config, namespace=self.namespace, ranks=self.ranks, hash_function=hash_function
-            )
+            self._daemon = join_daemon(self._tiers, config, namespace=self.namespace, ranks=self.ranks)
             if self._daemon:
                 self._daemon.evictions.after_writes = self._offloader.after_writes
             undo.pop_all()
-        self._make_parts(hash_function)
+        self._make_parts()
 
-    def _make_parts(self, hash_function: HashFunction) -> None:
+    def _make_parts(self) -> None:
         """Give each part of a request's life the tiers, and the other parts, that it works with."""
         config, tiers, offloader, daemon = self.config, self._tiers, self._offloader, self._daemon
-        consensus = Consensus(self.ranks, tiers, offloader)
+        consensus = Consensus(self.ranks, tiers, offloader) if self.ranks.size > 1 else None
         self.blocks = BlockControl(tiers, offloader, calls=self.calls)
-        self._prefixes = Prefixes(
-            tiers, daemon, min_partial_tokens=config.min_partial_tokens, hash_function=hash_function
-        )
+        self._prefixes = Prefixes(tiers, daemon)
         self._users = BlockUsers()
         self._committer = Committer(
             tiers,
             offloader,
             users=self._users,
             write_through=config.write_through,
-            hash_function=hash_function,
         )
         self._running = RunningSequences(tiers, offloader, consensus, daemon, self._users)
         reading = ColdReading(tiers)
         loader = Loader(tiers, offloader, reading)
-        self._eviction = EvictionEverywhere(tiers, offloader, daemon, hash_function=hash_function)
-        self._prefetcher = Prefetcher(tiers, self._prefixes, reading, daemon)
+        self._eviction = EvictionEverywhere(tiers, offloader, daemon)
+        self._prefetcher = Prefetcher(tiers, reading, daemon)
         self._acquirer = Acquirer(
             tiers,
             calls=self.calls,
-            prefixes=self._prefixes,
             loader=loader,
             reading=reading,
             offloader=offloader,
             consensus=consensus,
             running=self._running,
             committer=self._committer,
-            statistics=RequestStatistics(tiers, hash_function=hash_function),
+            statistics=RequestStatistics(tiers),
             daemon=daemon,
             # Not over ranks: each rank's load would end at another block.
             choice=RecomputeOrLoad(block_size=config.block_size, piece_tokens=config.piece_tokens)
@@ -191,6 +185,8 @@ class TierCache:
         num_tokens = len(token_bytes) // TOKEN_BYTES
         if not num_tokens:
             raise ConfigError("a prompt needs at least one token")
+        if not self._tiers.observers.are_there:
+            return self._acquirer.acquire(token_bytes, reuse=reuse, overlap=overlap)
         with self._tiers.observers.span("acquire") as detail:
             sequence = self._acquirer.acquire(token_bytes, reuse=reuse, overlap=overlap)
             detail["tokens"], detail["cached tokens"] = num_tokens, sequence.num_cached_tokens

@@ -344,7 +344,7 @@ def test_blocks_behind_one_that_was_given_up_are_not_taken_for_those_that_follow
     with open_cache(stored) as cache:
         engine, tiers = PatternEngine(cache), cache._tiers
         with tiers.changed:  # three cold blocks, a warm one, six cold ones
-            hits = cache._prefixes.find(np.array(PROMPT, dtype="<u4").tobytes(), len(PROMPT)).blocks[:4]
+            hits = cache._tiers.find(np.array(PROMPT, dtype="<u4").tobytes(), len(PROMPT)).blocks[:4]
             entries = [
                 tiers.index.insert(h.block_hash, h.parent_hash, h.token_bytes, content_digest=h.content_digest)
                 for h in hits

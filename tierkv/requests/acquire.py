@@ -10,14 +10,12 @@ from tierkv.errors import ClosedError, ConfigError
 from tierkv.index.index import Entry
 from tierkv.requests.commit import Committer
 from tierkv.requests.consensus import Consensus
-from tierkv.requests.prefixes import Prefixes, count_by_tier
-from tierkv.requests.running import RunningSequences
-from tierkv.requests.sequence import Sequence
+from tierkv.requests.sequence import RunningSequences, Sequence
 from tierkv.requests.statistics import RequestStatistics
 from tierkv.transfer.cold_reading import ColdReading
 from tierkv.transfer.daemon_tiers import DaemonTiers
 from tierkv.transfer.load import Loader, Pinned, Promoted
-from tierkv.transfer.lookup import Hit, Lookup
+from tierkv.transfer.lookup import Hit, Lookup, count_by_tier
 from tierkv.transfer.offload import Offloader
 from tierkv.transfer.overlapped_load import OverlappedLoad
 from tierkv.transfer.recompute_or_load import ColdPlan, RecomputeOrLoad
@@ -41,11 +39,10 @@ class Acquirer:
         tiers: Tiers,
         *,
         calls: OpenCalls,
-        prefixes: Prefixes,
         loader: Loader,
         reading: ColdReading,
         offloader: Offloader,
-        consensus: Consensus,
+        consensus: Consensus | None,
         running: RunningSequences,
         committer: Committer,
         statistics: RequestStatistics,
@@ -54,7 +51,6 @@ class Acquirer:
     ) -> None:
         self.calls = calls
         self._tiers = tiers
-        self._prefixes = prefixes
         self._loader = loader
         self._reading = reading
         self._offloader = offloader
@@ -72,7 +68,7 @@ class Acquirer:
         if self._daemon and reuse:
             self._daemon.evictions.catch_up()
         with self._tiers.changed:
-            found = self._prefixes.find(token_bytes, num_tokens - 1) if reuse else Lookup()
+            found = self._tiers.find(token_bytes, num_tokens - 1) if reuse else Lookup()
             pinned = self._loader.pin(found)
         claim: Claim | None = None
         plan = ColdPlan()
@@ -223,6 +219,8 @@ class Acquirer:
         """Bring up what was found, cut to what all ranks have. Whatever it raises, no promise to compute is left."""
         num_blocks = -(-len(token_bytes) // (self._block_size * TOKEN_BYTES))
         try:
+            if self._consensus is None:
+                return self._loader.promote(found, pinned, num_blocks=num_blocks)
             return self._consensus.promote(
                 lambda: self._loader.promote(found, pinned, num_blocks=num_blocks), topic=token_bytes
             )

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from tierkv.movers.mover import Ready
-from tierkv.requests.running import BlockUsers
-from tierkv.requests.sequence import Sequence
+from tierkv.requests.sequence import BlockUsers, Sequence
 from tierkv.transfer.lookup import Hit, find_partial
 from tierkv.transfer.offload import Offloader
 from tierkv.transfer.tiers import Tiers
-from tierkv.values.block import TOKEN_BYTES, BlockHash, HashFunction, Tier
+from tierkv.values.block import TOKEN_BYTES, BlockHash, Tier
 from tierkv.values.events import EventKind
 
 __all__ = ["Committer"]
@@ -27,13 +26,11 @@ class Committer:
         *,
         users: BlockUsers,
         write_through: bool,
-        hash_function: HashFunction,
     ) -> None:
         self._tiers = tiers
         self._offloader = offloader
         self._users = users
         self._write_through = write_through
-        self._hash = hash_function
 
     def commit(self, sequence: Sequence, num_computed_tokens: int, *, partial_block: bool) -> int:
         """Register whole blocks of the tokens computed, and with `partial_block` the rest. Return how many were new."""
@@ -55,7 +52,8 @@ class Committer:
             num_partial = num_computed_tokens - len(sequence.chain) * size
             if partial_block and sequence.is_cacheable and num_partial > 0:
                 num_new += self._register(sequence, len(sequence.chain), num_partial, written)
-        self._tiers.observers.use(sequence.block_table)
+        if self._tiers.observers.are_there:
+            self._tiers.observers.use(sequence.block_table)
         return num_new
 
     def register_loaded(self, sequence: Sequence, loaded: list[Hit]) -> None:
@@ -97,7 +95,7 @@ class Committer:
         parent = sequence.chain[at - 1] if at else index.root
         start = at * self._tiers.layout.block_size * TOKEN_BYTES
         tokens = bytes(sequence.token_bytes[start : start + num_tokens * TOKEN_BYTES])
-        block_hash = self._hash(parent, tokens)
+        block_hash = self._tiers.hash_function(parent, tokens)
         if index.collides(block_hash, parent, tokens):
             tiers.stats.collisions += 1
             sequence.is_cacheable = False

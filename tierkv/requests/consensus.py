@@ -25,7 +25,7 @@ _MAX_ROUNDS = 4  # differ, a copy failed, a time-out, unanimous
 
 
 class Consensus:
-    """Makes one rank's hits, and its lack of room, those of all ranks. With one rank it costs nothing."""
+    """Makes one rank's hits, and its lack of room, those of all ranks."""
 
     def __init__(self, ranks: RankGroup, tiers: Tiers, offloader: Offloader) -> None:
         self._ranks = ranks
@@ -38,8 +38,6 @@ class Consensus:
         Raises CapacityError on every rank if one has no room, RankError if no agreement is reached; nothing is
         kept then.
         """
-        if self._ranks.size == 1:
-            return promote()
         try:
             promoted = promote()
         except BaseException:  # whatever it is, the others must not go on without this rank
@@ -54,8 +52,6 @@ class Consensus:
 
     def take_hot(self, count: int, *, topic: bytes) -> list[int]:
         """Return `count` block ids, each pinned once. Raises CapacityError on every rank if one has no room."""
-        if self._ranks.size == 1 or count == 0:
-            return self._offloader.take_hot(count)
         try:
             block_ids = self._offloader.take_hot(count)
         except BaseException:

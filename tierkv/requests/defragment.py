@@ -11,8 +11,7 @@ from typing import NamedTuple
 
 from tierkv.errors import CapacityError, StoreError
 from tierkv.movers.mover import Move
-from tierkv.requests.running import BlockUsers
-from tierkv.requests.sequence import Sequence
+from tierkv.requests.sequence import BlockUsers, Sequence
 from tierkv.transfer.offload import Offloader
 from tierkv.transfer.tiers import Tiers
 from tierkv.values.block import Tier

@@ -11,7 +11,6 @@ from typing import NamedTuple
 from tierkv.background.handle import Handle
 from tierkv.background.work_queue import Priority, QueueEntry, WorkQueue
 from tierkv.errors import CapacityError
-from tierkv.requests.prefixes import Prefixes
 from tierkv.storage.outcomes import MissReason
 from tierkv.transfer.cold_reading import ColdReading
 from tierkv.transfer.daemon_tiers import DaemonTiers
@@ -46,9 +45,8 @@ class Prefetcher:
     Blocks are read by the cache's own threads, at a priority below that of requests, a few at a time.
     """
 
-    def __init__(self, tiers: Tiers, prefixes: Prefixes, reading: ColdReading, daemon: DaemonTiers | None) -> None:
+    def __init__(self, tiers: Tiers, reading: ColdReading, daemon: DaemonTiers | None) -> None:
         self._tiers = tiers
-        self._prefixes = prefixes
         self._reading = reading
         self._daemon = daemon
         self._queue: WorkQueue[_Prompt] = WorkQueue(max_entries=_MAX_PROMPTS)
@@ -104,7 +102,7 @@ class Prefetcher:
         """Bring a prompt's cold blocks up, wave by wave, until one cannot be had. Return how many came."""
         tiers = self._tiers
         with tiers.changed:
-            found = self._prefixes.find(prompt.token_bytes, len(prompt.token_bytes) // TOKEN_BYTES)
+            found = tiers.find(prompt.token_bytes, len(prompt.token_bytes) // TOKEN_BYTES)
         most = tiers.index.warm.capacity // 2  # more would push out what came first
         hits = [hit for hit in found.rest() if hit.tier is Tier.COLD][:most]
         if found.miss is MissReason.IO_ERROR:

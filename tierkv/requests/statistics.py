@@ -12,7 +12,7 @@ from tierkv.transfer.load import Promoted
 from tierkv.transfer.lookup import Hit, Lookup
 from tierkv.transfer.overlapped_load import OverlappedLoad
 from tierkv.transfer.tiers import Tiers
-from tierkv.values.block import TOKEN_BYTES, BlockHash, HashFunction, Tier, iter_chain
+from tierkv.values.block import TOKEN_BYTES, BlockHash, Tier, iter_chain
 from tierkv.values.events import BlockName
 from tierkv.values.stats import TierStats
 
@@ -22,9 +22,8 @@ __all__ = ["RequestStatistics", "occupancy"]
 class RequestStatistics:
     """Counts requests, hits by tier, and each miss with its reason. The caller of every method holds the lock."""
 
-    def __init__(self, tiers: Tiers, *, hash_function: HashFunction) -> None:
+    def __init__(self, tiers: Tiers) -> None:
         self._tiers = tiers
-        self._hash = hash_function
         self._block_size = tiers.layout.block_size
 
     def add_request(
@@ -50,7 +49,7 @@ class RequestStatistics:
         stats.miss_reasons[MissReason.RECOMPUTED.value] += len(dropped)
         miss = promoted.failure or found.miss
         missed = self._count(sequence, num_blocks - num_found, num_found, miss, num_surplus=promoted.num_surplus)
-        if observers:
+        if observers.are_there:
             reasons = [MissReason.RECOMPUTED] * len(dropped) + missed
             names = [*map(BlockName.of, dropped), *self._names(sequence, num_found)]
             observers.request(
@@ -85,7 +84,8 @@ class RequestStatistics:
     def record_overlap(self, load: OverlappedLoad, loaded: Several[Hit], computed: Several[MissReason]) -> None:
         """Tell what became of a request's cold blocks: those loaded, and of the others why they were computed."""
         assert self._tiers.changed.is_owned()
-        if observers := self._tiers.observers:
+        observers = self._tiers.observers
+        if observers.are_there:
             observers.rest_of_request(
                 {Tier.COLD: len(loaded) * self._block_size},
                 loaded,
@@ -122,7 +122,7 @@ class RequestStatistics:
         size = self._block_size
         parent = self._last_hash(sequence)
         rest = bytes(sequence.token_bytes[len(sequence.chain) * size * TOKEN_BYTES :])
-        hashes = [block_hash for block_hash, _ in iter_chain(parent, rest, size, self._hash)]
+        hashes = [block_hash for block_hash, _ in iter_chain(parent, rest, size, self._tiers.hash_function)]
         evicted = map(self._tiers.cold.was_evicted, hashes[num_hits - len(sequence.chain) :])
         return [MissReason.EVICTED if each else MissReason.ABSENT for each in evicted]
 
@@ -134,7 +134,7 @@ class RequestStatistics:
         parent = self._last_hash(sequence)
         named: list[BlockName] = []
         if sequence.is_cacheable:
-            for block_hash, tokens in iter_chain(parent, rest, self._block_size, self._hash):
+            for block_hash, tokens in iter_chain(parent, rest, self._block_size, self._tiers.hash_function):
                 named.append(BlockName(block_hash, parent, tokens))
                 parent = block_hash
         unnamed = range(len(named) * step, len(rest), step)

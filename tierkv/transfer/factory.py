@@ -71,6 +71,7 @@ def open_tiers(
     cold: ColdStore | None,
     policy: EvictionPolicy,
     clock: Callable[[], float],
+    hash_function: HashFunction,
 ) -> Tiers:
     """Take the memory of the hot and the warm tier, start the threads that read, and join them with an open store."""
     layout = namespace.layout
@@ -105,15 +106,15 @@ def open_tiers(
         index=index,
         stats=StatsRecorder(changed),
         observers=Observers(layout, changed),
+        hash_function=hash_function,
+        min_partial_tokens=config.min_partial_tokens,
         memory=memory,
         cold=cold,
         write_wait_s=config.write_wait_s,
     )
 
 
-def join_daemon(
-    tiers: Tiers, config: CacheConfig, *, namespace: Namespace, ranks: RankGroup, hash_function: HashFunction
-) -> DaemonTiers | None:
+def join_daemon(tiers: Tiers, config: CacheConfig, *, namespace: Namespace, ranks: RankGroup) -> DaemonTiers | None:
     """Let the daemon have the lower tiers if the config names its socket. Raises DaemonError if it refuses."""
     if config.socket is None:
         return None
@@ -122,7 +123,7 @@ def join_daemon(
         path=config.socket,
         namespace=namespace,
         block_size=config.block_size,
-        hash_function=hash_function,
+        hash_function=tiers.hash_function,
         # Ranks of two copies of a model would wait for each other, crosswise: they compute for themselves.
         wait_s=config.compute_wait_s if ranks.size == 1 else 0.0,
         timeout_s=config.daemon_timeout_s,

@@ -112,8 +112,8 @@ class Offloader:
         with tiers.changed:
             while True:
                 tiers.reap()
-                was_idle = not self._queue.pending and not tiers.copies.in_flight
                 short = count + pool.used_count - pool.limit
+                was_idle = short > 0 and not self._queue.pending and not tiers.copies.in_flight
                 if short > 0 and count <= pool.limit - pool.referenced_count:  # else it would be in vain
                     self.evict_hot(short)
                 if pool.free_count < count and self._is_too_late(deadline):

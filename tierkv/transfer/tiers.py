@@ -18,10 +18,10 @@ from tierkv.storage.coded import CodedBlock
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.state_files import StateFiles
-from tierkv.transfer.lookup import ColdSource, Hit
+from tierkv.transfer.lookup import ColdSource, Hit, Lookup, look_up
 from tierkv.transfer.memory import TierMemory
 from tierkv.transfer.observers import Observers
-from tierkv.values.block import BlockHash, ContentDigest, Tier
+from tierkv.values.block import BlockHash, ContentDigest, HashFunction, Tier
 from tierkv.values.events import EventKind
 from tierkv.values.layout import BlockLayout
 from tierkv.values.locks import OwnedCondition
@@ -156,6 +156,8 @@ class Tiers:
     index: Index
     stats: StatsRecorder
     observers: Observers
+    hash_function: HashFunction
+    min_partial_tokens: int
     memory: TierMemory
     cold: ColdStore | None
     write_wait_s: float = 5.0
@@ -172,6 +174,23 @@ class Tiers:
     def sources(self) -> list[ColdSource]:
         """Where a block may lie below the warm tier: the store first, then state files."""
         return [*([self.cold] if self.cold else []), *self.states.files]
+
+    def find(self, token_bytes: bytes, max_tokens: int) -> Lookup:
+        """Return what this cache's own tiers have of a prompt's first `max_tokens` tokens; the caller holds the lock.
+
+        token_bytes: the prompt as little-endian uint32.
+        """
+        assert self.changed.is_owned()
+        found = look_up(
+            self.index,
+            self.sources,
+            token_bytes,
+            block_size=self.layout.block_size,
+            max_tokens=max_tokens,
+            min_partial_tokens=self.min_partial_tokens,
+            hash_function=self.hash_function,
+        )
+        return found.before(self.chosen.marked) if self.chosen.marked else found
 
     @property
     def _raw_pool(self) -> SlotPool[Any]:
@@ -281,7 +300,8 @@ class Tiers:
         """
         assert self.changed.is_owned()
         self.index.attach(entry, tier, slot)
-        self.observers.block(kind, tier, entry, slot=slot)
+        if self.observers.are_there:
+            self.observers.block(kind, tier, entry, slot=slot)
 
     def skip(self, job: Job, reason: str) -> None:
         """Count a block that was not written down; the caller holds the lock."""
@@ -295,7 +315,7 @@ class Tiers:
         The caller holds the lock.
         """
         assert self.changed.is_owned()
-        slots = {entry: entry.place(tier) for entry in entries} if self.observers else {}
+        slots = {entry: entry.place(tier) for entry in entries} if self.observers.are_there else {}
         evicted = self.index.evict(entries, tier)
         self.stats.evictions[tier] += len(evicted)
         if slots:

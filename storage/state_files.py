@@ -14,7 +14,10 @@ STATE_FILES_LIMIT = 64
 
 
 class StateFiles:
-    """Open state files in the order in which they were loaded. Thread-safe; it closes what it is given."""
+    """Open state files in the order in which they were loaded. Thread-safe; it closes what it is given.
+
+    files: as they are now; a tuple that is replaced, never changed.
+    """
 
     def __init__(self, *, limit: int = STATE_FILES_LIMIT) -> None:
         self.limit = limit

@@ -206,7 +206,9 @@ def test_cold_hits_of_blocks_used_before_ask_for_a_larger_warm_tier() -> None:
     cache = FakeCache(hot=2, warm=2)
     cache.counters = {"requests": 10, "misses": 2}
     cache.hits[Tier.COLD] = 8
-    run = measured(cache, distances=[None] * 2 + [5] * 8, work={"read cold": (4, 1.5), "load behind": (4, 0.5)})
+    run = measured(
+        cache, distances=[None] * 2 + [5] * 8, work={"read cold": (4, 1.5), "load in the background": (4, 0.5)}
+    )
     (suggestion,) = suggest(run)
     assert suggestion.setting == "warm_bytes"
     assert suggestion.evidence.endswith("under LRU: the cache's own policy may need more or less")

@@ -85,10 +85,10 @@ class CacheMachine(RuleBasedStateMachine):
         self.engine = PatternEngine(self.cache)
         self.running: list[Sequence] = []
 
-    @rule(prompt=prompts, partial_block=st.booleans(), may_split=st.booleans())
-    def request(self, prompt: list[int], partial_block: bool, may_split: bool) -> None:
+    @rule(prompt=prompts, partial_block=st.booleans(), overlap=st.booleans())
+    def request(self, prompt: list[int], partial_block: bool, overlap: bool) -> None:
         try:
-            self.running.append(self.engine.start(prompt, partial_block=partial_block, may_split=may_split))
+            self.running.append(self.engine.start(prompt, partial_block=partial_block, overlap=overlap))
         except CapacityError:
             assert self.running or self.cache.stats().tiers[Tier.HOT].blocks
 
@@ -224,11 +224,11 @@ class SharedStoreMachine(RuleBasedStateMachine):
             for _ in range(2)
         ]
 
-    @rule(which=st.integers(0, 1), prompt=chains, partial_block=st.booleans(), may_split=st.booleans())
-    def request(self, which: int, prompt: list[int], partial_block: bool, may_split: bool) -> None:
+    @rule(which=st.integers(0, 1), prompt=chains, partial_block=st.booleans(), overlap=st.booleans())
+    def request(self, which: int, prompt: list[int], partial_block: bool, overlap: bool) -> None:
         engine = self.engines[which]
         engine.cache.release(
-            engine.start(prompt, partial_block=partial_block, may_split=may_split)
+            engine.start(prompt, partial_block=partial_block, overlap=overlap)
         )  # checks every byte that was cached
         engine.cache.flush()
 

@@ -184,7 +184,7 @@ def test_a_copy_that_differs_ends_it_there_and_what_was_moved_is_in_order(
 ) -> None:
     engine = PatternEngine(cache)
     sequences = interleave(engine, 3)
-    mover, copied = cache._tiers.mover, []
+    mover, copied = cache._tiers.memory.mover, []
 
     def copy_badly(moves: list[Move]) -> object:
         copied.extend(moves)

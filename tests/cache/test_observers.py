@@ -14,7 +14,7 @@ from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.profiling.profiler import MemoryProfiler
 from tierkv.profiling.tracker import MemoryTracker
-from tierkv.transfer.costs import LoadKind
+from tierkv.transfer.recompute_or_load import LoadKind
 from tierkv.values.block import Tier
 from tierkv.values.events import EventKind
 from tierkv.values.namespace import Namespace
@@ -199,9 +199,10 @@ def test_a_request_that_computes_while_it_loads_is_told_in_two_parts(tmp_path: P
         first.release(PatternEngine(first).start(prompt))
     with TierCache(config, namespace=namespace) as second, MemoryProfiler(second) as profiler:
         for in_memory in (True, False):
-            second._tiers.load_costs[LoadKind(in_memory)].add(1, 1e-3)  # as long as to compute a block
+            assert second._acquirer._choice
+            second._acquirer._choice.load_costs[LoadKind(in_memory)].add(1, 1e-3)  # as long as to compute a block
         with profiler.iteration():
-            sequence = PatternEngine(second).start(prompt, may_split=True)
+            sequence = PatternEngine(second).start(prompt, overlap=True)
             second.release(sequence)
         stats = second.stats()
     (iteration,) = profiler.iterations
@@ -209,7 +210,7 @@ def test_a_request_that_computes_while_it_loads_is_told_in_two_parts(tmp_path: P
     assert iteration.hits[Tier.COLD] == stats.tiers[Tier.COLD].hits
     assert iteration.misses == stats.misses and iteration.misses + iteration.hits[Tier.COLD] == 17
     run = profiler.generate_report().run
-    assert "load behind" in {span.name for span in run.spans}
+    assert "load in the background" in {span.name for span in run.spans}
     assert list(run.measured.distances) == [None] * 16  # nothing was asked for twice; the last one has no hash
     assert sum(use.hits for use in run.prefixes) == stats.tiers[Tier.COLD].hits
     assert stats.tiers[Tier.COLD].bytes_out == stats.tiers[Tier.COLD].hits * LAYOUT.block_bytes

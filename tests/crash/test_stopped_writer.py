@@ -109,7 +109,7 @@ def test_what_is_computed_after_the_stopped_process_has_ended_is_written(tmp_pat
     with store_in(tmp_path, clock) as store, open_cache(store) as cache:
         with stopped_writer("hold_write_lock", tmp_path) as end:
             in_time(lambda: run_prompts(cache, 5))
-            in_time(cache._demoter.flush)
+            in_time(cache._offloader.flush)
             end()
         clock.now += 60.0
         prompt = list(range(5000, 5016))

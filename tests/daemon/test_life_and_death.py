@@ -269,7 +269,7 @@ def test_a_copy_from_a_lent_slot_outlives_the_connection(start_daemon: Start, op
     assert link is not None
     pinned: dict[int, object] = {}
     with reader._tiers.changed:
-        found = reader._prefixes.find(b"".join(n.to_bytes(4, "little") for n in range(8)), 8)
+        found = reader._tiers.find(b"".join(n.to_bytes(4, "little") for n in range(8)), 8)
     lookup, _ = reader._daemon.reader.look_further(
         found,
         b"".join(n.to_bytes(4, "little") for n in range(8)),

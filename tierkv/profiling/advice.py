@@ -232,7 +232,7 @@ def _raise_warm(measured: Measured) -> Iterator[Suggestion]:
         return
     blocks = curve.smallest(curve.hits(now) + _WORTHWHILE * gain_limit)
     gain = min(curve.hits(blocks) - curve.hits(now), gain_limit)
-    cost_s = measured.seconds_per_block("read cold", "load behind")
+    cost_s = measured.seconds_per_block("read cold", "load in the background")
     saved = f", {gain * cost_s:.2f} s of reading and decoding saved at {cost_s * 1e3:.1f} ms a block" if cost_s else ""
     yield Suggestion(
         setting="warm_bytes",

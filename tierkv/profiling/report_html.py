@@ -192,8 +192,8 @@ def _span_table(run: ProfiledRun) -> str:
         for name, (count, seconds, blocks) in sorted(totals.items(), key=lambda item: -item[1][1])
     ]
     return _table(["work", "times", "total", "mean", "blocks", "a block"], rows) + (
-        "<p class='soft'>promote and read cold are inside acquire; load behind, demote and store cold run behind the "
-        "requests, on threads of their own. On a GPU promote is only the time to queue the copies.</p>"
+        "<p class='soft'>promote and read cold are inside acquire; load in the background, demote and store cold run "
+        "on threads of their own. On a GPU promote is only the time to queue the copies.</p>"
     )
 
 

@@ -35,7 +35,7 @@ class Link:
             slab.close()
             raise
         try:
-            self.mover = Mover(tiers.hot, self._warm)
+            self.mover = Mover(tiers.memory.hot, self._warm)
         except BaseException:
             self._warm.close()
             raise

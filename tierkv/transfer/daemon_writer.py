@@ -78,7 +78,7 @@ class RemoteWriter:
             elif each.block_id is not None and index.peek(each.block_hash) is each:
                 index.hot.pin(each.block_id)
                 held.append(Place(Tier.HOT, each.block_id))
-                ready = self._tiers.arriving.get(each.block_id, written)
+                ready = self._tiers.copies.arriving.get(each.block_id, written)
                 offers[at] = self._tiers.job_of(each, ready)
         return offers
 
@@ -116,7 +116,7 @@ class RemoteWriter:
         with tiers.changed:
             for job, _ in copied:
                 tiers.stats.bytes_in[Tier.WARM] += tiers.layout.packed_bytes(len(job.token_bytes) // TOKEN_BYTES)
-                tiers.watch.block(EventKind.DEMOTE, Tier.WARM, job)
+                tiers.observers.block(EventKind.DEMOTE, Tier.WARM, job)
             for job in [*jobs, *(job for job, _ in copied)]:
                 entry = tiers.index.get(job.block_hash, job.parent_hash, job.token_bytes)
                 if entry and job.block_hash in certain and self._keeper.link is link:  # or it is another daemon by now

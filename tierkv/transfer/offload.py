@@ -22,7 +22,7 @@ from tierkv.transfer.tiers import Job, Tiers
 from tierkv.values.block import BlockHash, Tier
 from tierkv.values.checks import check_share
 
-__all__ = ["AfterWrites", "Demoter", "Offloading"]
+__all__ = ["AfterWrites", "Offloader", "Offloading"]
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Offloading:
             check_share(f"offload_{name}", getattr(self, name))
 
 
-class Demoter:
+class Offloader:
     """Has blocks written down, by one thread, and makes room in the hot pool. `writer` is what that thread does."""
 
     def __init__(self, tiers: Tiers) -> None:
@@ -112,20 +112,20 @@ class Demoter:
         with tiers.changed:
             while True:
                 tiers.reap()
-                was_idle = not self._queue.pending and not tiers.in_flight
                 short = count + pool.used_count - pool.limit
+                was_idle = short > 0 and not self._queue.pending and not tiers.copies.in_flight
                 if short > 0 and count <= pool.limit - pool.referenced_count:  # else it would be in vain
                     self.evict_hot(short)
                 if pool.free_count < count and self._is_too_late(deadline):
                     self._drop_writes(count)
                 if pool.free_count >= count:
                     block_ids = pool.allocate(count)
-                    tiers.wait_for_users(block_ids)
+                    tiers.copies.wait_for_users(block_ids)
                     self._offload_soon()
                     return block_ids
                 is_idle = was_idle and not self._queue.pending
                 # Twice as late: what the batch in work holds may still be what is needed.
-                if is_idle or (time.monotonic() >= deadline + tiers.write_wait_s and not tiers.in_flight):
+                if is_idle or (time.monotonic() >= deadline + tiers.write_wait_s and not tiers.copies.in_flight):
                     raise CapacityError(
                         f"the hot pool has no room for {count} more blocks: {pool.referenced_count} of "
                         f"{pool.limit} are in use, and what is left is too little or pinned",
@@ -178,9 +178,9 @@ class Demoter:
             if not self._must_write_first(victim):
                 ready.append(victim)
             elif write_first:
-                self.write_down(victim, tiers.written(victim))
+                self.write_down(victim, tiers.copies.written(victim))
             else:
-                tiers.skip(tiers.job_of(victim, tiers.mover.mark()), _STALLED)
+                tiers.skip(tiers.job_of(victim, tiers.memory.mover.mark()), _STALLED)
                 ready.append(victim)
         return self.evict(ready)  # not one whose child is still to be written
 
@@ -345,7 +345,7 @@ class Demoter:
             victims = tiers.index.select_evictions(Tier.HOT, count) if count else []
             for entry in victims:
                 if entry.warm_slot is None and not (tiers.lower and entry.in_cold):
-                    self.write_down(entry, tiers.written(entry))
+                    self.write_down(entry, tiers.copies.written(entry))
             self._is_offloading = bool(victims) and self._queue.try_put(partial(self._evict_offloaded, victims))
 
     def _evict_offloaded(self, victims: Sequence[Entry]) -> None:

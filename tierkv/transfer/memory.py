@@ -1,31 +1,50 @@
-"""What lies between the hot tier and the cold one: page-locked memory, raw or compressed, and what moves to it."""
+"""The memory of the hot and the warm tier, raw or compressed, and what moves blocks between them."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
 import os
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
+
+from tierkv.background.work_queue import PriorityThreadPool
 from tierkv.config import CacheConfig
 from tierkv.errors import CapacityError, ConfigError, StoreError
 from tierkv.index.slots import SlotPool
 from tierkv.movers.frames import FrameMover, can_decode
 from tierkv.movers.mover import Mover
 from tierkv.movers.windows import WindowMover, window_format
+from tierkv.storage.codecs import Codec
 from tierkv.storage.hot import HotPool
+from tierkv.storage.planes import Bytes
 from tierkv.storage.warm import WarmPool
 from tierkv.storage.windows import WindowFormat
-from tierkv.transfer.tiers import Compression
+from tierkv.values.layout import BlockLayout
 
-__all__ = ["WarmMemory", "no_warm_memory", "open_warm_memory"]
+__all__ = ["Compression", "TierMemory", "WarmMemory", "no_warm_memory", "open_warm_memory"]
 
 _logger = logging.getLogger(__name__)
 
 _MIN_BLOCKS = 4
 _MAX_STAGING_BLOCKS = 24
 _STAGING_SHARE = 8  # a compressed warm tier gives at most one byte in eight to raw blocks in work
+
+
+@dataclass(slots=True, kw_only=True)
+class Compression:
+    """What a compressed warm tier has beside it.
+
+    staging: raw blocks between the cold store and the hot tier, each for as long as a thread works on it.
+    """
+
+    form: WindowFormat
+    mover: WindowMover
+    staging: WarmPool
+    slots: SlotPool[None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +55,52 @@ class WarmMemory:
     mover: Mover
     compression: Compression | None
     frames: FrameMover | None
+
+
+@dataclass(slots=True, kw_only=True)
+class TierMemory:
+    """What moves the blocks of one cache: memory, movers, and the threads that read, decode and encode.
+
+    raw: blocks as they are, beside the hot tier: the warm tier's own places, or the staging slots.
+    frames: decodes cold blocks on the GPU, where that is possible. threads: num_threads of them, a request's work
+    first. loaders: a thread for each request that loads while it computes. reserved_raw: places in `raw` that the write
+    thread holds for ever.
+    """
+
+    layout: BlockLayout
+    codec: Codec
+    hot: HotPool
+    warm: WarmPool
+    mover: Mover
+    compression: Compression | None
+    frames: FrameMover | None
+    threads: PriorityThreadPool
+    num_threads: int
+    loaders: ThreadPoolExecutor
+    raw: WarmPool = field(init=False)
+    reserved_raw: int = 0
+
+    def __post_init__(self) -> None:
+        self.raw = self.compression.staging if self.compression else self.warm
+
+    def copy_warm(self, slot: int) -> Bytes:
+        """Return a copy of the block in a warm slot, decompressed. The caller makes sure that it stays there."""
+        if self.compression is None:
+            return np.array(self.warm.slots[slot])
+        block = np.empty(self.layout.block_bytes, dtype=np.uint8)
+        self.compression.form.decompress(self.warm.slots[slot], block)
+        return block
+
+    def close(self) -> None:
+        """Free threads and memory, once everything in flight has ended. May be called twice."""
+        self.loaders.shutdown()
+        self.threads.shutdown()
+        if self.compression:
+            self.compression.mover.close()
+        self.mover.close()
+        self.warm.close()
+        if self.compression:
+            self.compression.staging.close()
 
 
 def open_warm_memory(hot: HotPool, config: CacheConfig) -> WarmMemory:

@@ -130,7 +130,7 @@ class Client:
 
     def end_fetch(self, which: int, firsts: dict[int, int]) -> None:
         task, tokens = self.tasks.pop(which)
-        fetched = self.core.end_fetch(self.connection, task)
+        fetched = self.core.loads.end_fetch(self.connection, task)
         if self.connection.is_closed:
             return
         for at, slot in enumerate(split_numbers(fetched.slots), firsts[id(task)]):
@@ -155,7 +155,7 @@ class Client:
             hashes.append(parent)
         chosen = array("I", sorted({offer % len(hashes) for offer in offers}))
         chain = Chain(b"".join(hashes), tokens, chosen.tobytes())
-        (answer,) = self.core.reserve(self.connection, Reserve(chains=[chain])).chains
+        (answer,) = self.core.reservations.reserve(self.connection, Reserve(chains=[chain])).chains
         for at, slot in zip(split_numbers(answer.numbers), split_numbers(answer.slots), strict=True):
             assert at in chosen
             self.reserved.append((slot, self.content(tokens, at)))

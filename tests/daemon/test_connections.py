@@ -348,7 +348,7 @@ def test_a_prompt_of_a_namespace_that_was_forgotten_is_not_brought_up() -> None:
     tenant = client.connection.require_tenant()
     core.disconnect(client.connection)
     core.trim()
-    assert list(core.begin_prefetches(tenant, [bytes(16)], as_bytes([1, 2]))) == []
+    assert list(core.loads.begin_prefetches(tenant, [bytes(16)], as_bytes([1, 2]))) == []
 
 
 def test_connections_fit_the_descriptors_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -258,9 +258,9 @@ def test_a_slot_that_a_late_read_may_write_is_nobody_elses_until_it_returns() ->
         core.finish_write(write, is_stored=store.put(_identify(write), slab[write.slot]))
     core.evict(client.connection, -1)
     found = client.match(as_bytes([1, 1]))
-    task = core.begin_fetch(client.connection, Fetch(cursor=found.cursor, first=0, count=1))
+    task = core.loads.begin_fetch(client.connection, Fetch(cursor=found.cursor, first=0, count=1))
     (slot,) = task.slots
-    fetched = core.end_fetch(client.connection, task)
+    fetched = core.loads.end_fetch(client.connection, task)
     assert (fetched.slots, fetched.miss) == (b"", MissReason.IO_ERROR.value)
     core.check()
     size_class = next(iter(core.slab.classes.values()))

@@ -24,7 +24,7 @@ def a_tree() -> tuple[Tenant, list[Entry]]:
     for prompt in ([1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 4, 9, 9, 9, 9], [8, 8, 8, 8]):
         client.reserve(as_bytes(prompt), list(range(8)))
         client.publish(len(client.reserved))
-    tenant = core.tenants[NAMESPACE]
+    tenant = core.tenants.by_digest[NAMESPACE]
     return tenant, core.warm_entries(tenant)
 
 

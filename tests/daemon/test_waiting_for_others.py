@@ -56,15 +56,15 @@ class FakeKeeper:
             connection = self.other.connection
             connection.require_tenant().claims.update(dict.fromkeys(claim.hashes, claim))
             connection.claims[claim.number] = claim
-            connection.num_promised += len(claim.hashes)
-            self.core.num_promised += len(claim.hashes)
+            connection.num_claimed += len(claim.hashes)
+            self.core.claims.num_blocks += len(claim.hashes)
 
     def call_on(self, link: Any, message: Any, expected: type, *, timeout_s: float | None = None) -> Any:
         self.num_sent += 1
         if isinstance(message, Match):
             return self.core.match(self.me.connection, message)
         assert isinstance(message, Wait)
-        if not self.core.is_computed(self.me.connection, message.block_hash):
+        if not self.core.claims.is_computing(self.me.connection, message.block_hash):
             return Waited(is_over=False)
         self.num_long_waits += 1
         if self.publishes:
@@ -72,7 +72,7 @@ class FakeKeeper:
                 for at, block_hash in enumerate(self.hashes):
                     if block_hash in claim.hashes:
                         self.put(at)
-                self.core.end_claim(self.other.connection, claim.number)
+                self.core.claims.end(self.other.connection, claim.number)
             self.now += 0.5
             return Waited(is_over=False)
         self.now += message.timeout_ms / 1e3
@@ -81,7 +81,7 @@ class FakeKeeper:
     def post(self, link: Any, message: Any) -> None:
         self.num_sent += 1
         if isinstance(message, EndClaim):
-            self.core.end_claim(self.me.connection, message.claim)
+            self.core.claims.end(self.me.connection, message.claim)
         else:
             assert isinstance(message, Release)
             self.core.release(self.me.connection, message)
@@ -138,7 +138,7 @@ def test_who_waits_goes_on_waiting_for_another_who_takes_over(monkeypatch: pytes
         if isinstance(message, Wait) and deaths:
             deaths.pop()
             for claim in list(keeper.other.connection.claims):
-                keeper.core.end_claim(keeper.other.connection, claim)
+                keeper.core.claims.end(keeper.other.connection, claim)
             keeper.promise({0, 1, 2})
             return Waited(is_over=False)
         keeper.publishes = True

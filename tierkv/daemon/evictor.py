@@ -72,7 +72,7 @@ class Evictor:
         if is_all:
             choice = Choice()
         elif has_filter:
-            now = self._core.now()
+            now = self._core.clock()
             since = now - message.older_than_s if message.older_than_s >= 0 else None
             choice = Choice(tokens=message.tokens, unused_since=since)
         warm = self._core.evict_chosen(namespace, choice).blocks[Tier.WARM] if choice else 0
@@ -100,7 +100,7 @@ class Evictor:
             stayed |= self._core.count_marked()
         stayed |= _stored_that_stay(report) | self._count_files(namespace)
         live = stats.live_bytes if stats else self._core.slab.size_bytes - self._core.slab.free_bytes
-        left = stats.blocks if stats else sum(tenant.warm_blocks for tenant in self._core.tenants.values())
+        left = stats.blocks if stats else sum(tenant.warm_blocks for tenant in self._core.tenants.by_digest.values())
         return EvictedBlocks(warm, cold, freed, left, live, {k: v for k, v in stayed.items() if v}, engines)
 
     async def _evict_stored(self, message: EvictBlocks) -> tuple[EvictionReport, ColdStats | None]:
@@ -166,7 +166,7 @@ class Evictor:
     def _count_files(self, namespace: BlockHash) -> dict[str, int]:
         files = {
             source
-            for tenant in self._core.tenants.values()
+            for tenant in self._core.tenants.by_digest.values()
             if namespace in (b"", tenant.digest)
             for source in tenant.sources
             if isinstance(source, LoadedFile)

@@ -87,9 +87,9 @@ class Prefetcher:
                 _log.exception("an announced prompt of %d blocks failed", len(prompt.hashes) // HASH_BYTES)
 
     async def _bring_up(self, prompt: _Prompt) -> None:
-        for task in self._core.begin_prefetches(prompt.tenant, split_hashes(prompt.hashes), prompt.tokens):
+        for task in self._core.loads.begin_prefetches(prompt.tenant, split_hashes(prompt.hashes), prompt.tokens):
             await self._loader.load(task)
-            self._core.end_fetch(None, task)
+            self._core.loads.end_fetch(None, task)
             self._core.counters["prefetched_blocks"] += sum(load.reason is None for load in task.fresh)
             if task.miss:
                 break

@@ -174,9 +174,9 @@ class Requests:
 
     async def fetch(self, client: ClientConnection, message: Fetch) -> Answer:
         """Bring blocks into the warm tier; answer when they are there."""
-        task = self._core.begin_fetch(client.connection, message)
+        task = self._core.loads.begin_fetch(client.connection, message)
         await self._loader.load(task)
-        return self._core.end_fetch(client.connection, task)
+        return self._core.loads.end_fetch(client.connection, task)
 
     def release(self, client: ClientConnection, message: Release) -> Answer:
         """End leases."""
@@ -185,7 +185,7 @@ class Requests:
 
     def reserve(self, client: ClientConnection, message: Reserve) -> Answer:
         """Give slots to write into."""
-        return self._core.reserve(client.connection, message)
+        return self._core.reservations.reserve(client.connection, message)
 
     def publish(self, client: ClientConnection, message: Publish) -> Answer:
         """Make blocks findable and queue them for the store."""
@@ -196,7 +196,7 @@ class Requests:
 
     def abandon(self, client: ClientConnection, message: Abandon) -> Answer:
         """Take reserved slots back."""
-        self._core.abandon(client.connection, split_numbers(message.slots))
+        self._core.reservations.abandon(client.connection, split_numbers(message.slots))
         return None
 
     async def wait(self, client: ClientConnection, message: Wait) -> Answer:
@@ -205,13 +205,13 @@ class Requests:
             raise ProtocolError(f"a block hash has {HASH_BYTES} bytes, not {len(message.block_hash)}")
         if message.timeout_ms < 0:
             raise ProtocolError(f"a wait of {message.timeout_ms} ms")
-        if not self._core.is_computed(client.connection, message.block_hash):
+        if not self._core.claims.is_computing(client.connection, message.block_hash):
             return Waited(is_over=False)
         return Waited(is_over=not await self._waiters.wait(message.block_hash, message.timeout_ms / 1e3))
 
     def end_claim(self, client: ClientConnection, message: EndClaim) -> Answer:
         """Nobody computes these any more."""
-        self._core.end_claim(client.connection, message.claim)
+        self._core.claims.end(client.connection, message.claim)
         return None
 
     async def pin(self, client: ClientConnection, message: Pin) -> Answer:

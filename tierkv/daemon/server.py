@@ -265,9 +265,9 @@ class _Server:
 
     def tell_news(self) -> None:
         """Wake who waits for a block that was published, or that nobody computes any more."""
-        if self.core.news:
-            self._waiters.tell(self.core.news)
-            self.core.news.clear()
+        if self.core.claims.news:
+            self._waiters.tell(self.core.claims.news)
+            self.core.claims.news.clear()
 
     def end_loads(self, connection: Connection) -> None:
         """Close the state files that this client alone had loaded."""
@@ -320,7 +320,7 @@ class _Server:
                 pinned_bytes=tenant.pinned_bytes,
                 clients=tenant.clients,
             )
-            for tenant in core.tenants.values()
+            for tenant in core.tenants.by_digest.values()
         ]
         evictions = sum(size_class.evictions for size_class in core.slab.classes.values())
         return StatusReport(
@@ -332,9 +332,9 @@ class _Server:
             warm_free_bytes=core.slab.free_bytes,
             rss_bytes=memory_of_process(),
             clients=len(self.clients),
-            leased_slots=core.num_leases,
-            reserved_slots=core.num_reservations,
-            claims=core.num_claims,
+            leased_slots=core.leases.count,
+            reserved_slots=len(core.reservations),
+            claims=core.claims.num_blocks,
             pending_writes=core.num_writes,
             bytes_received=self.bytes_received,
             bytes_sent=self.bytes_sent,

@@ -13,7 +13,7 @@ __all__ = ["limit_status", "usage_of"]
 
 def usage_of(core: Core) -> list[LimitStatus]:
     """Return what all connections hold of the core's tables, what the largest holder has, and both limits."""
-    limits, clients, tenants = core.limits, core.connections, core.tenants.values()
+    limits, clients, tenants = core.limits, core.connections, core.tenants.by_digest.values()
     sizes = [each.num_slots for each in core.slab.classes.values()]
     largest_size = max(sizes, default=0)
     pinned = Counter[str]()
@@ -44,7 +44,7 @@ def usage_of(core: Core) -> list[LimitStatus]:
         limit_status(
             "claimed_blocks",
             limits.claimed_blocks,
-            (each.num_promised for each in clients),
+            (each.num_claimed for each in clients),
             limits.claimed_blocks_of_client,
         ),
         limit_status("namespaces", limits.namespaces, (1 for _ in tenants)),

@@ -76,6 +76,7 @@ class Tenant:
     pinned_bytes: int = 0
     clients: int = 0
     left_at: float = 0.0
+    num_loading: int = 0
     is_registered: bool = False
 
     @property
@@ -168,7 +169,7 @@ class Connection:
     """What one client holds. Everything of it goes back when the connection ends.
 
     num_leases: the sum of `leases`. num_fetching: slots pinned by its fetches in work, which become leases.
-    claims: by number, those that expire first in front. num_promised: blocks of all its claims.
+    claims: by number, those that expire first in front. num_claimed: blocks of all its claims.
     asks_for_evictions: whether it drops its own copies of what is evicted. evicted_number, evicted: the last eviction
     that it has done, and what it said of that.
     """
@@ -182,7 +183,7 @@ class Connection:
     cursors: dict[int, Cursor] = field(default_factory=dict)
     cursor_bytes: int = 0
     claims: dict[int, Claim] = field(default_factory=dict)
-    num_promised: int = 0
+    num_claimed: int = 0
     is_closed: bool = False
     asks_for_evictions: bool = False
     evicted_number: int = 0

@@ -112,7 +112,7 @@ class TierCache:
                 self._tiers, config, namespace=self.namespace, ranks=self.ranks, hash_function=hash_function
             )
             if self._daemon:
-                self._daemon.evictions.after_writes = self._demoter.after_writes
+                self._daemon.after_writes = self._demoter.after_writes
             undo.pop_all()
         self._make_parts(hash_function)
 

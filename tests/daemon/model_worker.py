@@ -27,7 +27,7 @@ if __name__ == "__main__":
                 {
                     "token_ids": result.token_ids,
                     "cached_tokens": {tier.value: count for tier, count in result.cached_tokens.items()},
-                    "socket_bytes": sum(runner.cache._daemon.keeper.socket_bytes),
+                    "socket_bytes": sum(runner.cache._daemon.socket_bytes),
                     "block_bytes": runner.cache.layout.block_bytes,
                 }
             )

@@ -26,6 +26,7 @@ from tierkv.daemon.connection import ClientConnection
 from tierkv.daemon.core import Connection, Core, FetchTask
 from tierkv.daemon.host import connections_that_fit
 from tierkv.daemon.limits import Limits
+from tierkv.daemon.loader import Prefetcher
 from tierkv.daemon.messages import (
     Abandon,
     Count,
@@ -47,10 +48,9 @@ from tierkv.daemon.messages import (
     Waited,
 )
 from tierkv.daemon.metrics import exposition
-from tierkv.daemon.prefetcher import Prefetcher
 from tierkv.daemon.protocol import HEADER, MAX_BODY_BYTES, PROTOCOL_VERSION, FrameReader, frame, parse_body
 from tierkv.daemon.requests import Requests
-from tierkv.daemon.usage import limit_status
+from tierkv.daemon.status import limit_status
 from tierkv.errors import DaemonError, DaemonGoneError
 from tierkv.tools import daemon as daemon_tool
 from tierkv.values.block import hash_block
@@ -127,7 +127,7 @@ class FakeHost:
     def leave(self, client: ClientConnection) -> None:
         self.clients.discard(client)
 
-    def end_loads(self, connection: Connection) -> None:
+    def unload_files(self, connection: Connection) -> None:
         assert connection.is_closed
 
     def answer(self, client: ClientConnection, message: Message) -> Any:

@@ -19,7 +19,7 @@ from raw_client import LAYOUT, NAMESPACE, chain_of, hello, tokens_of
 from test_life_and_death import eventually
 
 import tierkv.daemon.client
-import tierkv.transfer.daemon_connection
+import tierkv.transfer.daemon_tiers
 from tierkv.cache import TierCache
 from tierkv.daemon.answers import AnswerCheck, WrongAnswerError
 from tierkv.daemon.client import DaemonClient
@@ -203,14 +203,14 @@ def test_a_tail_shorter_than_asked_for_is_refused() -> None:
 
 
 @pytest.fixture
-def fast_keeper(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tierkv.transfer.daemon_connection, "_TICK_S", 0.005)
-    monkeypatch.setattr(tierkv.transfer.daemon_connection, "_RECONNECT_S", 0.01)
+def fast_reconnecting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tierkv.transfer.daemon_tiers, "_TICK_S", 0.005)
+    monkeypatch.setattr(tierkv.transfer.daemon_tiers, "_RECONNECT_S", 0.01)
 
 
-def link_of(cache: TierCache) -> object:
+def connection_of(cache: TierCache) -> object:
     assert cache._daemon
-    return cache._daemon.keeper.link
+    return cache._daemon.connection
 
 
 def lie(answer: Message | bytes) -> Callable[[Message], Message | bytes]:
@@ -245,76 +245,76 @@ FALSE_FRAMES: dict[str, Message | bytes] = {
     ],
     ids=["slots", "one slot", "blocks", "partial_block", "bytes", *FALSE_FRAMES],
 )
-@pytest.mark.usefixtures("fast_keeper")
+@pytest.mark.usefixtures("fast_reconnecting")
 def test_a_lie_is_a_miss_and_the_daemon_is_asked_no_more(
     short_path: Path, open_cache: OpenCache, answer: Message | bytes
 ) -> None:
     with FakeDaemon(short_path / "d.sock", lie(answer)) as daemon:
         cache = open_cache()
-        assert link_of(cache)
+        assert connection_of(cache)
         sequence = cache.acquire(PROMPT)
         assert sequence.num_cached_tokens == 0
         cache.release(sequence)
         before = daemon.num_greeted
         eventually(lambda: daemon.num_greeted > before + 1)  # it is looked for again
-        assert link_of(cache) is None, "what it says is believed again"
+        assert connection_of(cache) is None, "what it says is believed again"
         assert cache.match(PROMPT).num_cached_tokens == 0
         assert sum(isinstance(each, Match) for each in daemon.received) == 1
         daemon.boot, daemon.answer = 78, lie(found())  # another daemon, which does not lie
-        eventually(lambda: link_of(cache) is not None)
+        eventually(lambda: connection_of(cache) is not None)
         cache.check()
 
 
-@pytest.mark.usefixtures("fast_keeper")
+@pytest.mark.usefixtures("fast_reconnecting")
 def test_slots_that_this_process_writes_are_not_lent_nor_the_other_way_round(
     short_path: Path, open_cache: OpenCache
 ) -> None:
-    for first, second in (("begin_writing", "lend"), ("lend", "begin_writing"), ("begin_writing", "begin_writing")):
+    for first, second in (("begin_writing", "lease"), ("lease", "begin_writing"), ("begin_writing", "begin_writing")):
         with FakeDaemon(short_path / "d.sock"):
             cache = open_cache()
-            link: Any = link_of(cache)
-            getattr(link, first)([3, 4])
+            connection: Any = connection_of(cache)
+            getattr(connection, first)([3, 4])
             with pytest.raises(DaemonGoneError, match=r"in use|being written"):
-                getattr(link, second)([5, 4])
-            if first == "lend":
-                link.give_back(3)
-                link.give_back(4)
+                getattr(connection, second)([5, 4])
+            if first == "lease":
+                connection.return_lease(3)
+                connection.return_lease(4)
             else:
-                link.end_writing([3, 4])
-            eventually(lambda cache=cache: link_of(cache) is None)
+                connection.end_writing([3, 4])
+            eventually(lambda cache=cache: connection_of(cache) is None)
             cache.close()
         (short_path / "d.sock").unlink()
 
 
 def test_slots_are_lent_again_once_they_are_written(short_path: Path, open_cache: OpenCache) -> None:
     with FakeDaemon(short_path / "d.sock"):
-        link: Any = link_of(open_cache())
-        link.begin_writing([3])
-        link.end_writing([3])
-        link.lend([3, 3])
-        link.give_back(3)
-        link.give_back(3)
-        link.begin_writing([3])
-        link.end_writing([3])
-        assert not link.client.has_lied
+        connection: Any = connection_of(open_cache())
+        connection.begin_writing([3])
+        connection.end_writing([3])
+        connection.lease([3, 3])
+        connection.return_lease(3)
+        connection.return_lease(3)
+        connection.begin_writing([3])
+        connection.end_writing([3])
+        assert not connection.client.has_lied
 
 
 def test_a_slot_is_no_longer_lent_when_the_daemon_may_hear_of_it(short_path: Path, open_cache: OpenCache) -> None:
     """From then on the daemon may give it to be written, to this very process."""
     with FakeDaemon(short_path / "d.sock"):
-        link: Any = link_of(open_cache())
+        connection: Any = connection_of(open_cache())
         seen: list[bool] = []
 
         class Watched(deque[int]):
             def append(self, slot: int) -> None:
-                seen.append(slot in link._lent)
+                seen.append(slot in connection._leased)
                 super().append(slot)
 
-        link._returned = Watched()
-        link.lend([3])
-        link.give_back(3)
+        connection._returned = Watched()
+        connection.lease([3])
+        connection.return_lease(3)
         assert seen == [False]
-        link._returned.clear()
+        connection._returned.clear()
 
 
 def test_a_slot_is_no_longer_being_written_when_the_daemon_hears_that_it_is(
@@ -324,13 +324,13 @@ def test_a_slot_is_no_longer_being_written_when_the_daemon_hears_that_it_is(
     written: list[set[int]] = []
 
     def answer(message: Message) -> Message:
-        link: Any = link_of(cache)
+        connection: Any = connection_of(cache)
         if isinstance(message, Reserve):
             offers = [split_numbers(each.offers) for each in message.chains]
             assert [list(each) for each in offers] == [[0, 1]]
             return Reserved(chains=[chain(numbers=numbers(0, 1), num_there=0)])
         if isinstance(message, Publish):
-            written.append(set(link._written))
+            written.append(set(connection._written))
             return Published(count=2, lost=b"")
         return Done() if isinstance(message, Flush) else found()
 
@@ -625,7 +625,7 @@ def test_a_daemon_that_tells_of_evictions_that_it_does_not_know_is_not_asked_for
         cache.release(cache.acquire(PROMPT))
         tell(daemon, EvictionNotice(number=1 << 61))
         cache.release(cache.acquire(PROMPT))
-        eventually(lambda: link_of(cache) is None)
+        eventually(lambda: connection_of(cache) is None)
         assert len([each for each in daemon.received if isinstance(each, Match)]) == 1
 
 

@@ -61,7 +61,7 @@ class Host(Protocol):
     def log_refusal(self, client: str, why: str) -> None:
         """Write a refusal to the log, unless there have been too many lately."""
 
-    def end_loads(self, connection: Connection) -> None:
+    def unload_files(self, connection: Connection) -> None:
         """Close the state files that this client alone had loaded."""
 
 
@@ -131,7 +131,7 @@ class ClientConnection(asyncio.Protocol):
         for task in self._waits:
             task.cancel()
         self.host.core.disconnect(self.connection)
-        self.host.end_loads(self.connection)
+        self.host.unload_files(self.connection)
         self.host.leave(self)
 
     # the server calls these

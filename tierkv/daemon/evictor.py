@@ -10,9 +10,9 @@ from typing import Protocol
 
 from tierkv.daemon.core import Connection, Core
 from tierkv.daemon.eviction_log import EvictionLog
-from tierkv.daemon.loaded_file import LoadedFile
 from tierkv.daemon.messages import EngineEvicted, EvictBlocks, EvictedBlocks, Eviction, EvictionNotice, Message
 from tierkv.daemon.protocol import ProtocolError, split_hashes
+from tierkv.daemon.state_files import LoadedFile
 from tierkv.daemon.store_writer import StoreWriter
 from tierkv.errors import DaemonError
 from tierkv.index.chosen_eviction import IN_USE, Choice

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
-from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Coroutine, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,7 +16,7 @@ from typing import Any, TypeAlias
 from tierkv.daemon.connection import Answer, ClientConnection
 from tierkv.daemon.core import Core, Write
 from tierkv.daemon.evictor import Evictor
-from tierkv.daemon.loader import Loader
+from tierkv.daemon.loader import Loader, Prefetcher
 from tierkv.daemon.messages import (
     MOST_COUNT,
     Abandon,
@@ -42,7 +40,6 @@ from tierkv.daemon.messages import (
     Publish,
     Release,
     Reserve,
-    Saved,
     SaveState,
     Status,
     StatusReport,
@@ -51,29 +48,24 @@ from tierkv.daemon.messages import (
     Waited,
     Welcome,
 )
-from tierkv.daemon.prefetcher import Prefetcher
 from tierkv.daemon.protocol import MAX_PATH_BYTES, ProtocolError, printable, split_hashes, split_numbers
 from tierkv.daemon.side_threads import SideThreads
-from tierkv.daemon.state_loads import StateLoads
+from tierkv.daemon.state_files import StateFiles
 from tierkv.daemon.store_writer import StoreWriter
 from tierkv.daemon.values import whole_hashes
-from tierkv.daemon.waiters import Waiters
 from tierkv.errors import ConfigError, DaemonError
 from tierkv.storage.codecs import codec_by_name
 from tierkv.storage.cold import ColdStore
-from tierkv.storage.state_file import write_state_file
 from tierkv.storage.warm import Slab
-from tierkv.values.block import HASH_BYTES
+from tierkv.values.block import HASH_BYTES, BlockHash
 from tierkv.values.namespace import NAME_LIMIT, NamespaceDescription, parse_description
 
 __all__ = ["Requests"]
 
 _CLIENT_CHARACTERS = 64
 _NUM_ASIDE = 16
-_NUM_SAVERS = 4
 _PIN_S = 25.0  # the client waits 30
-_SAVE_STALL_S = 60.0  # without a record that was read or written
-_POLL_S = 1.0
+_MAX_WAIT_S = 60.0
 
 
 class Requests:
@@ -89,12 +81,10 @@ class Requests:
         store: ColdStore | None,
         store_path: Path | None,
         slab: Slab,
-        threads: ThreadPoolExecutor,
         loader: Loader,
         writer: StoreWriter,
-        waiters: Waiters,
         prefetcher: Prefetcher,
-        loads: StateLoads,
+        files: StateFiles,
         evictor: Evictor,
         stall_s: float,
         report: Callable[[], StatusReport],
@@ -104,20 +94,17 @@ class Requests:
         self._store = store
         self._store_path = store_path
         self._slab = slab
-        self._threads = threads
         self._loader = loader
         self._writer = writer
-        self._waiters = waiters
         self._prefetcher = prefetcher
         self._stall_s = stall_s
         self._report = report
         self._stop = stop
         self._loop = asyncio.get_running_loop()
-        self._loads = loads
+        self._files = files
         self._evictor = evictor
         self._aside = SideThreads(_NUM_ASIDE, name="tierkv-aside")
-        self._savers = SideThreads(_NUM_SAVERS, name="tierkv-save")
-        self._saving: set[ClientConnection] = set()
+        self._waiters: dict[BlockHash, set[asyncio.Future[None]]] = {}
 
     def answer(self, client: ClientConnection, message: Message) -> Answer | Coroutine[Any, Any, Answer]:
         """Return the answer to a message, or what will come up with it."""
@@ -134,9 +121,20 @@ class Requests:
 
     def close(self) -> None:
         """Close the state files that clients had loaded. Waits for nothing."""
-        self._loads.close()
+        self._files.close()
         self._aside.shutdown()
-        self._savers.shutdown()
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for a block which another client computes."""
+        return sum(map(len, self._waiters.values()))
+
+    def notify(self, block_hashes: Iterable[BlockHash]) -> None:
+        """Answer the requests that wait for blocks which were published, or which no client computes any more."""
+        for block_hash in block_hashes:
+            for waiter in self._waiters.pop(block_hash, ()):
+                if not waiter.done():
+                    waiter.set_result(None)
 
     def hello(self, client: ClientConnection, message: Hello) -> Answer:
         """Let a client in, and hand it the slab if it names a namespace."""
@@ -207,7 +205,18 @@ class Requests:
             raise ProtocolError(f"a wait of {message.timeout_ms} ms")
         if not self._core.claims.is_computing(client.connection, message.block_hash):
             return Waited(is_over=False)
-        return Waited(is_over=not await self._waiters.wait(message.block_hash, message.timeout_ms / 1e3))
+        waiter = self._loop.create_future()
+        waiters = self._waiters.setdefault(message.block_hash, set())
+        waiters.add(waiter)
+        try:
+            await asyncio.wait_for(waiter, min(message.timeout_ms / 1e3, _MAX_WAIT_S))
+            return Waited(is_over=False)
+        except asyncio.TimeoutError:
+            return Waited(is_over=True)
+        finally:
+            waiters.discard(waiter)
+            if not waiters and self._waiters.get(message.block_hash) is waiters:
+                del self._waiters[message.block_hash]
 
     def end_claim(self, client: ClientConnection, message: EndClaim) -> Answer:
         """Nobody computes these any more."""
@@ -260,37 +269,19 @@ class Requests:
         """Write a state file of the client's namespace."""
         tenant = client.connection.require_tenant()
         path = _checked_path(message.path)
-        if client in self._saving:
-            raise DaemonError("this client saves a state file already")
         await self.flush(client, Flush())
         entries = self._core.warm_entries(tenant)
-        slots = [entry.warm_slot for entry in entries if entry.warm_slot is not None]
-        blocks = [Write(tenant, entry, slot) for entry, slot in zip(entries, slots, strict=True)]
-        saving = _Saving(self._writer.iter_records(tenant, blocks))
-        self._saving.add(client)
-        call = self._savers.submit(
-            lambda: write_state_file(
-                path, namespace=tenant.digest, description=tenant.description, records=saving.iter_records()
-            )
+        blocks = [Write(tenant, entry, entry.warm_slot) for entry in entries if entry.warm_slot is not None]
+        return await self._files.save(
+            client.connection,
+            path,
+            self._writer.iter_records(tenant, blocks),
+            ended=lambda: self._core.unpin_entries(tenant, [block.slot for block in blocks]),
         )
-        waiting = asyncio.wrap_future(call)
-
-        def end(_: object) -> None:  # the thread reads these slots, perhaps for longer than the client waits
-            self._saving.discard(client)
-            self._core.unpin_entries(tenant, slots)
-
-        waiting.add_done_callback(end)
-        while not waiting.done():
-            await asyncio.wait({waiting}, timeout=_POLL_S)
-            if saving.idle_s > _SAVE_STALL_S and not waiting.done():
-                waiting.add_done_callback(lambda late: late.exception())
-                raise DaemonError(f"{path} was not written: nothing has moved for {_SAVE_STALL_S:g} s")
-        saved = waiting.result()
-        return Saved(blocks=saved.blocks, file_bytes=saved.file_bytes)
 
     async def load(self, client: ClientConnection, message: LoadState) -> Answer:
         """Take a state file as one more source, as long as this client, or another that loads it, is there."""
-        return Count(count=await self._loads.load(client.connection, _checked_path(message.path)))
+        return Count(count=await self._files.load(client.connection, _checked_path(message.path)))
 
     async def compact(self, client: ClientConnection, message: Compact) -> Answer:
         """Compact the store."""
@@ -354,26 +345,6 @@ _HANDLERS: dict[type[Message], _Handler] = {
     EvictionsSince: Requests.evictions_since,
     EvictionDone: Requests.eviction_done,
 }
-
-
-class _Saving:
-    """The records of a state file that is being written, and when the last one was taken."""
-
-    def __init__(self, records: Iterator[bytes]) -> None:
-        self._records = records
-        self._moved_at = time.monotonic()
-
-    @property
-    def idle_s(self) -> float:
-        """Seconds since something moved."""
-        return time.monotonic() - self._moved_at
-
-    def iter_records(self) -> Iterator[bytes]:
-        """Yield the records."""
-        for record in self._records:
-            self._moved_at = time.monotonic()
-            yield record
-            self._moved_at = time.monotonic()
 
 
 def _checked_description(message: Hello) -> NamespaceDescription:

@@ -29,16 +29,14 @@ from tierkv.daemon.host import (
     listening_socket,
     memory_of_process,
 )
-from tierkv.daemon.loader import Loader
-from tierkv.daemon.messages import LimitStatus, Message, StatusReport, TenantStatus
+from tierkv.daemon.loader import Loader, Prefetcher
+from tierkv.daemon.messages import LimitStatus, Message, StatusReport
 from tierkv.daemon.metrics import serve_metrics
 from tierkv.daemon.peers import Peers
-from tierkv.daemon.prefetcher import Prefetcher
 from tierkv.daemon.requests import Requests
-from tierkv.daemon.state_loads import StateLoads
+from tierkv.daemon.state_files import StateFiles
+from tierkv.daemon.status import limit_status, tenant_statuses, usage_of
 from tierkv.daemon.store_writer import QUEUE_BLOCKS, StoreWriter
-from tierkv.daemon.usage import limit_status, usage_of
-from tierkv.daemon.waiters import Waiters
 from tierkv.errors import CapacityError, StoreError
 from tierkv.policies import make_policy
 from tierkv.storage.cold import ColdStore
@@ -162,8 +160,7 @@ class _Server:
         self._slab = slab
         self._threads = threads
         self._started_at = time.monotonic()
-        self._waiters = Waiters()
-        self._loads = StateLoads()
+        self._files = StateFiles()
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def run(self, started: Callable[[], None]) -> bool:
@@ -171,7 +168,7 @@ class _Server:
         loop = asyncio.get_running_loop()
         stopping = asyncio.Event()
         self._ending.watch(partial(_set_soon, loop, stopping))
-        loader = Loader(self.core, self._slab, self._threads, loaded=self.tell_news)
+        loader = Loader(self.core, self._slab, self._threads, loaded=self.notify_waiters)
         self._prefetcher = prefetcher = Prefetcher(self.core, loader)
         writer = StoreWriter(self.core, self._store, self._slab, self._threads)
         self._requests = Requests(
@@ -179,12 +176,10 @@ class _Server:
             store=self._store,
             store_path=self.config.store,
             slab=self._slab,
-            threads=self._threads,
             loader=loader,
             writer=writer,
-            waiters=self._waiters,
             prefetcher=prefetcher,
-            loads=self._loads,
+            files=self._files,
             evictor=self._make_evictor(writer),
             stall_s=self.config.stall_s,
             report=self._report,
@@ -233,7 +228,7 @@ class _Server:
         try:
             return self._requests.answer(client, message)
         finally:
-            self.tell_news()
+            self.notify_waiters()
 
     def admit(self, client: ClientConnection, pid: int) -> None:
         """Take a connection in; one that only asks and is idle makes room for it. Raises TierKVError."""
@@ -250,7 +245,7 @@ class _Server:
         """Forget a connection that has ended."""
         self.clients.discard(client)
         self._peers.leave(client)
-        self.tell_news()
+        self.notify_waiters()
 
     def log_refusal(self, client: str, why: str) -> None:
         """Write a refusal to the log, unless there have been as many this minute as the log takes."""
@@ -263,15 +258,15 @@ class _Server:
         if self._log_lines <= self.limits.log_lines_per_minute:
             _log.info("refused %s: %s", client, why)
 
-    def tell_news(self) -> None:
-        """Wake who waits for a block that was published, or that nobody computes any more."""
+    def notify_waiters(self) -> None:
+        """Answer the requests that wait for blocks which were published, or which no client computes any more."""
         if self.core.claims.news:
-            self._waiters.tell(self.core.claims.news)
+            self._requests.notify(self.core.claims.news)
             self.core.claims.news.clear()
 
-    def end_loads(self, connection: Connection) -> None:
+    def unload_files(self, connection: Connection) -> None:
         """Close the state files that this client alone had loaded."""
-        self._loads.end_loads(connection)
+        self._files.unload(connection)
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Run something beside, and keep it alive."""
@@ -290,7 +285,7 @@ class _Server:
 
     def _tick(self, writer: StoreWriter) -> None:
         self.core.trim()
-        self.tell_news()
+        self.notify_waiters()
         writer.tend()
         for client in list(self.clients):
             client.check_alive()
@@ -311,17 +306,6 @@ class _Server:
         cold = None
         with contextlib.suppress(StoreError):  # a damaged store is no reason to say nothing
             cold = self._store.stats() if self._store is not None else None
-        tenants = [
-            TenantStatus(
-                namespace=tenant.digest.hex(),
-                name=tenant.name,
-                block_bytes=tenant.layout.block_bytes,
-                warm_blocks=tenant.warm_blocks,
-                pinned_bytes=tenant.pinned_bytes,
-                clients=tenant.clients,
-            )
-            for tenant in core.tenants.by_digest.values()
-        ]
         evictions = sum(size_class.evictions for size_class in core.slab.classes.values())
         return StatusReport(
             pid=os.getpid(),
@@ -339,7 +323,7 @@ class _Server:
             bytes_received=self.bytes_received,
             bytes_sent=self.bytes_sent,
             counters={**core.counters, "evicted_blocks": evictions},
-            tenants=tenants,
+            tenants=tenant_statuses(core),
             cold={
                 "blocks": cold.blocks,
                 "live_bytes": cold.live_bytes,
@@ -362,7 +346,7 @@ class _Server:
                 limits.requests_of_client,
                 used=self.num_requests,
             ),
-            limit_status("waiting_requests", limits.requests, [self._waiters.num_waiting]),
+            limit_status("waiting_requests", limits.requests, [self._requests.num_waiting]),
             limit_status("incomplete_bytes", limits.incomplete_bytes, [self.incomplete_bytes]),
             limit_status("unsent_bytes", limits.unsent_bytes, (each.num_unsent_bytes for each in clients)),
             limit_status("pending_writes", QUEUE_BLOCKS, [self.core.num_writes]),

@@ -12,8 +12,8 @@ from typing import TypeAlias, TypeVar
 
 from tierkv.background.write_behind import WriteBehind
 from tierkv.daemon.core import Core, Tenant, Write
-from tierkv.daemon.loaded_file import LoadedFile
-from tierkv.daemon.sealer import Sealer
+from tierkv.daemon.state_files import LoadedFile
+from tierkv.daemon.values import BlockIdentifier
 from tierkv.errors import StoreError
 from tierkv.storage.codecs import codec_by_name, default_codec
 from tierkv.storage.cold import ColdStore
@@ -43,7 +43,7 @@ class StoreWriter:
         self._store = store
         self._slab = slab
         self._threads = threads
-        self._sealer = Sealer()
+        self._identifier = BlockIdentifier()
         self._loop = asyncio.get_running_loop()
         self._queue: WriteBehind[Write | Tenant | Action | None] = WriteBehind(
             self._work_off, capacity=QUEUE_BLOCKS, batch_size=_BATCH_BLOCKS, name="tierkv-daemon-write"
@@ -108,11 +108,11 @@ class StoreWriter:
                 if record is not None:
                     seen.add(block_hash)
                     yield record
-        sealer = Sealer()
+        identifier = BlockIdentifier()
         for block in blocks:
             if block.entry.block_hash not in seen:
                 seen.add(block.entry.block_hash)
-                yield self._encode(block, sealer.identify(tenant, block.entry)).data.tobytes()
+                yield self._encode(block, identifier.identify(tenant, block.entry)).data.tobytes()
         for source in list(tenant.sources):
             if isinstance(source, LoadedFile):
                 with source.held() as state:
@@ -145,7 +145,7 @@ class StoreWriter:
             stored.update((write, True) for write in writes if write not in missing)
             for tenant in {write.tenant: None for write in missing}:
                 self._register(tenant)
-            infos = [self._sealer.identify(write.tenant, write.entry) for write in missing]
+            infos = [self._identifier.identify(write.tenant, write.entry) for write in missing]
             outcomes = store.put(list(self._threads.map(self._encode, missing, infos)))
             for write, outcome in zip(missing, outcomes, strict=True):
                 stored[write] = outcome in (PutOutcome.STORED, PutOutcome.EXISTS)

@@ -13,10 +13,12 @@ from tierkv.daemon.slab import SizeClass
 from tierkv.errors import StoreError
 from tierkv.index.index import Entry
 from tierkv.storage.outcomes import MissReason
-from tierkv.values.block import HASH_BYTES, TOKEN_BYTES, BlockHash
+from tierkv.storage.record import BlockInfo
+from tierkv.values.block import HASH_BYTES, TOKEN_BYTES, BlockHash, ContentDigest, chain_content_digest
 from tierkv.values.layout import BlockLayout
 
 __all__ = [
+    "BlockIdentifier",
     "BlockSource",
     "Claim",
     "Connection",
@@ -194,6 +196,40 @@ class Connection:
         if self.tenant is None:
             raise ProtocolError("this connection named no namespace when it said hello")
         return self.tenant
+
+
+class BlockIdentifier:
+    """Computes the identities of blocks in the daemon's index, content digests included. Not thread-safe.
+
+    A block that follows the one asked for before costs one digest; any other block costs one for each block before it.
+    """
+
+    def __init__(self) -> None:
+        self._newest: tuple[Entry, ContentDigest] | None = None
+
+    def identify(self, tenant: Tenant, entry: Entry) -> BlockInfo:
+        """Return the identity of a block of this namespace, for reading or storing it."""
+        return BlockInfo(
+            block_hash=entry.block_hash,
+            parent=entry.parent_hash if entry.depth > 1 else tenant.digest,  # the root's own hash is secret
+            namespace=tenant.digest,
+            content_digest=self._content_digest_of(tenant, entry),
+            token_bytes=entry.token_bytes,
+        )
+
+    def _content_digest_of(self, tenant: Tenant, entry: Entry) -> ContentDigest:
+        newest, digest = self._newest or (None, tenant.digest)
+        chain: list[Entry] = []
+        at = entry
+        while at.depth > 0 and at is not newest:
+            chain.append(at)
+            at = at.parent
+        if at is not newest:
+            digest = tenant.digest
+        for each in reversed(chain):
+            digest = chain_content_digest(digest, each.token_bytes)
+        self._newest = entry, digest
+        return digest
 
 
 def whole_hashes(tenant: Tenant, hashes: bytes, tokens: bytes, *, most: int) -> list[bytes]:

@@ -13,11 +13,11 @@ from tierkv.requests.sequence import Sequence
 from tierkv.requests.statistics import RequestTally
 from tierkv.transfer.cold_plan import ColdPlan, ColdPlanner
 from tierkv.transfer.cold_reading import ColdReading
+from tierkv.transfer.daemon_blocks import Claim
 from tierkv.transfer.daemon_tiers import DaemonTiers
 from tierkv.transfer.load import Pinned, Promoted, Promoter
 from tierkv.transfer.lookup import Hit, Lookup
 from tierkv.transfer.offload import Demoter
-from tierkv.transfer.single_flight import Claim
 from tierkv.transfer.tiers import Tiers
 from tierkv.values.block import TOKEN_BYTES, BlockHash, Tier
 
@@ -63,7 +63,7 @@ class Admission:
         """Return a running sequence with a pinned block for every token; see `TierCache.acquire`."""
         num_tokens = len(token_bytes) // TOKEN_BYTES
         if self._daemon and reuse:
-            self._daemon.evictions.catch_up()
+            self._daemon.catch_up()
         with self._tiers.changed:
             found = self._prefixes.find(token_bytes, num_tokens - 1) if reuse else Lookup()
             pinned = self._promoter.pin(found)
@@ -71,7 +71,7 @@ class Admission:
         plan = ColdPlan()
         try:
             if self._daemon and reuse:
-                found, claim = self._daemon.reader.look_further(found, token_bytes[:-TOKEN_BYTES], pinned.rest)
+                found, claim = self._daemon.blocks.look_further(found, token_bytes[:-TOKEN_BYTES], pinned.rest)
             elif self._planner:
                 plan = self._planner.plan(found, num_tokens, may_split=may_split)
         except BaseException:  # such as an interrupt: this may wait for another process, or look at a file
@@ -153,7 +153,7 @@ class Admission:
             raise
         finally:
             if self._daemon:
-                self._daemon.reader.end_lookup(found)
+                self._daemon.blocks.end_lookup(found)
 
     def _chain_of(self, promoted: Promoted, found: Lookup) -> list[BlockHash]:
         """Return the hashes of the whole blocks that came up; a block of which a part is of use is not of the chain."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from functools import partial
 from typing import Any
 
 from tierkv.errors import ConfigError
@@ -11,9 +10,9 @@ from tierkv.movers.mover import Move
 from tierkv.requests.block_users import BlockUsers
 from tierkv.requests.consensus import Accord
 from tierkv.requests.sequence import Sequence
+from tierkv.transfer.daemon_blocks import Claim
 from tierkv.transfer.daemon_tiers import DaemonTiers
 from tierkv.transfer.offload import Demoter
-from tierkv.transfer.single_flight import Claim
 from tierkv.transfer.split_load import SplitLoad
 from tierkv.transfer.tiers import Tiers
 from tierkv.values.block import TOKEN_BYTES, Tier
@@ -119,9 +118,8 @@ class RunningSequences:
 
     def end_claim(self, claim: Claim | None) -> None:
         """End the promise to compute blocks, once those that were computed have been written down."""
-        daemon = self._daemon
-        if daemon and claim and not self._demoter.after_writes(partial(daemon.flight.end, claim)):
-            daemon.flight.end(claim)
+        if claim and not self._demoter.after_writes(claim.end):
+            claim.end()
 
     def wait_for_splits(self) -> None:
         """Wait until no cold block is on its way up behind a sequence, released ones included."""

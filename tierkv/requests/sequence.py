@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from tierkv.movers.mover import Ready
 from tierkv.transfer.costs import ColdLoad
-from tierkv.transfer.single_flight import Claim
+from tierkv.transfer.daemon_blocks import Claim
 from tierkv.transfer.split_load import SplitLoad
 from tierkv.values.block import TOKEN_BYTES, BlockHash, Tier
 

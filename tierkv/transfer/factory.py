@@ -113,7 +113,7 @@ def join_daemon(
     """Let the daemon have the lower tiers if the config names its socket. Raises DaemonError if it refuses."""
     if config.socket is None:
         return None
-    tiers.lower = daemon = DaemonTiers(
+    daemon = DaemonTiers(
         tiers,
         path=config.socket,
         namespace=namespace,
@@ -124,6 +124,7 @@ def join_daemon(
         timeout_s=config.daemon_timeout_s,
         min_partial_tokens=config.min_partial_tokens,
     )
+    tiers.lower = daemon.blocks
     return daemon
 
 

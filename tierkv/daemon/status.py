@@ -1,4 +1,4 @@
-"""Usage: how much is held of what the daemon's core bounds, for `tierkv daemon status`."""
+"""What `tierkv daemon status` says of the core: its tables, and how much of each limit is used."""
 
 from __future__ import annotations
 
@@ -6,9 +6,24 @@ from collections import Counter
 from collections.abc import Iterable
 
 from tierkv.daemon.core import Core
-from tierkv.daemon.messages import LimitStatus
+from tierkv.daemon.messages import LimitStatus, TenantStatus
 
-__all__ = ["limit_status", "usage_of"]
+__all__ = ["limit_status", "tenant_statuses", "usage_of"]
+
+
+def tenant_statuses(core: Core) -> list[TenantStatus]:
+    """Return what each namespace has in the warm tier."""
+    return [
+        TenantStatus(
+            namespace=tenant.digest.hex(),
+            name=tenant.name,
+            block_bytes=tenant.layout.block_bytes,
+            warm_blocks=tenant.warm_blocks,
+            pinned_bytes=tenant.pinned_bytes,
+            clients=tenant.clients,
+        )
+        for tenant in core.tenants.by_digest.values()
+    ]
 
 
 def usage_of(core: Core) -> list[LimitStatus]:

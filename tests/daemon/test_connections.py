@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import socket
+import time
 from array import array
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -454,6 +455,16 @@ def test_a_connection_that_only_asks_and_is_idle_makes_room_for_another(start_da
     assert served[0].call(Status(), StatusReport).clients == 3
     for client in idle + served:
         client.close()
+
+
+def test_a_connection_that_another_thread_has_closed_is_gone_and_no_other_error(start_daemon: Start) -> None:
+    daemon = start_daemon(store=False)
+    client = connect(daemon.socket)
+    client._socket.close()  # between two steps of a call
+    assert client.has_hung_up()
+    with pytest.raises(DaemonGoneError):
+        client._read_some(time.monotonic() + 1)
+    client.close()
 
 
 def test_waits_end_with_their_connection_and_are_no_more_than_a_client_may_have(start_daemon: Start) -> None:

@@ -16,24 +16,15 @@ from test_life_and_death import eventually, is_served
 from tierkv.cache import TierCache
 from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.eviction_log import EvictionLog
-from tierkv.daemon.messages import (
-    Chain,
-    Done,
+from tierkv.daemon.eviction_messages import (
     EvictBlocks,
     EvictedBlocks,
     Eviction,
     EvictionDone,
     Evictions,
     EvictionsSince,
-    Flush,
-    Found,
-    Match,
-    Publish,
-    Published,
-    Release,
-    Reserve,
-    Reserved,
 )
+from tierkv.daemon.messages import Chain, Done, Flush, Found, Match, Publish, Published, Release, Reserve, Reserved
 from tierkv.daemon.protocol import frame
 from tierkv.errors import DaemonError
 from tierkv.storage.cold import ColdStore

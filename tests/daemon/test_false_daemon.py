@@ -19,24 +19,27 @@ from raw_client import LAYOUT, NAMESPACE, chain_of, hello, tokens_of
 from test_life_and_death import eventually
 
 import tierkv.daemon.client
+import tierkv.daemon.client_socket
 import tierkv.transfer.daemon_tiers
 from tierkv.cache import TierCache
 from tierkv.daemon.answers import AnswerCheck, WrongAnswerError
 from tierkv.daemon.client import DaemonClient
-from tierkv.daemon.messages import (
-    NO_SLOT,
-    Chain,
-    ChainAnswer,
-    Count,
-    Done,
+from tierkv.daemon.eviction_messages import (
     EngineEvicted,
-    Evict,
     EvictBlocks,
     EvictedBlocks,
     Eviction,
     EvictionNotice,
     Evictions,
     EvictionsSince,
+)
+from tierkv.daemon.messages import (
+    NO_SLOT,
+    Chain,
+    ChainAnswer,
+    Count,
+    Done,
+    Evict,
     Failure,
     Fetch,
     Fetched,
@@ -296,7 +299,7 @@ def test_slots_are_lent_again_once_they_are_written(short_path: Path, open_cache
         connection.return_lease(3)
         connection.begin_writing([3])
         connection.end_writing([3])
-        assert not connection.client.has_lied
+        assert not connection.client.has_answered_wrongly
 
 
 def test_a_slot_is_no_longer_lent_when_the_daemon_may_hear_of_it(short_path: Path, open_cache: OpenCache) -> None:
@@ -424,14 +427,14 @@ def test_a_greeting_that_cannot_be_is_refused(short_path: Path, kind: str) -> No
 
 def test_a_daemon_of_another_user_is_told_nothing(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test's own process is the daemon, and it is the client that seems to be somebody else."""
-    monkeypatch.setattr(tierkv.daemon.client, "_CREDENTIALS", _Credentials(os.geteuid() + 1))
+    monkeypatch.setattr(tierkv.daemon.client_socket, "_CREDENTIALS", _Credentials(os.geteuid() + 1))
     with FakeDaemon(short_path / "d.sock") as daemon:
         with pytest.raises(DaemonError, match="belongs to user"):
             DaemonClient(short_path / "d.sock", hello())
         time.sleep(0.02)
         assert daemon.received_bytes == 0
         for own in (0, os.geteuid()):  # root, and the same user, are believed
-            monkeypatch.setattr(tierkv.daemon.client, "_CREDENTIALS", _Credentials(own))
+            monkeypatch.setattr(tierkv.daemon.client_socket, "_CREDENTIALS", _Credentials(own))
             DaemonClient(short_path / "d.sock", hello()).close()
 
 
@@ -593,7 +596,7 @@ def test_evictions_that_cannot_be_are_not_believed(short_path: Path, answer: Evi
     ):
         with pytest.raises(DaemonGoneError, match="cannot be"):
             client.call(EvictionsSince(log=0, number=0), Evictions)
-        assert client.has_lied
+        assert client.has_answered_wrongly
 
 
 @pytest.mark.parametrize(
@@ -614,7 +617,7 @@ def test_what_a_daemon_claims_to_have_evicted_is_checked(short_path: Path, answe
     ):
         with pytest.raises(DaemonGoneError, match="cannot be"):
             client.call_long(EvictBlocks(older_than_s=1.0), EvictedBlocks, timeout_s=5)
-        assert client.has_lied
+        assert client.has_answered_wrongly
 
 
 def test_a_daemon_that_tells_of_evictions_that_it_does_not_know_is_not_asked_for_ever(

@@ -14,15 +14,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tierkv.daemon.eviction_messages import EvictedBlocks, Evictions, EvictionsSince
 from tierkv.daemon.messages import (
     MOST_COUNT,
     NO_SLOT,
     ChainAnswer,
     Count,
     Evict,
-    EvictedBlocks,
-    Evictions,
-    EvictionsSince,
     Fetch,
     Fetched,
     Found,

@@ -15,9 +15,10 @@ from collections.abc import Coroutine
 from typing import Any, Protocol, TypeAlias
 
 from tierkv.daemon.core import Connection, Core
+from tierkv.daemon.eviction_messages import EvictionDone
 from tierkv.daemon.host import peer_of
 from tierkv.daemon.limits import Limits
-from tierkv.daemon.messages import Abandon, Done, EndClaim, EvictionDone, Failure, Hello, Message, Release, Wait
+from tierkv.daemon.messages import Abandon, Done, EndClaim, Failure, Hello, Message, Release, Wait
 from tierkv.daemon.protocol import MAX_BODY_BYTES, FrameReader, ProtocolError, frame, parse_body, printable
 from tierkv.errors import DaemonError, TierKVError
 

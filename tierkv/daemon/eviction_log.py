@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from tierkv.daemon.answers import AnswerCheck, WrongAnswerError
-from tierkv.daemon.messages import Eviction, Evictions, EvictionsSince
+from tierkv.daemon.eviction_messages import Eviction, Evictions, EvictionsSince
 from tierkv.errors import StoreError
 from tierkv.values.block import HASH_BYTES
 from tierkv.values.files import open_regular

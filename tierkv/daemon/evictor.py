@@ -10,7 +10,8 @@ from typing import Protocol
 
 from tierkv.daemon.core import Connection, Core
 from tierkv.daemon.eviction_log import EvictionLog
-from tierkv.daemon.messages import EngineEvicted, EvictBlocks, EvictedBlocks, Eviction, EvictionNotice, Message
+from tierkv.daemon.eviction_messages import EngineEvicted, EvictBlocks, EvictedBlocks, Eviction, EvictionNotice
+from tierkv.daemon.messages import Message
 from tierkv.daemon.protocol import ProtocolError, split_hashes
 from tierkv.daemon.state_files import LoadedFile
 from tierkv.daemon.store_writer import StoreWriter

@@ -8,13 +8,16 @@ boot id lie outside the body, so that a body of another version need not be unde
 
 from __future__ import annotations
 
+import functools
+import operator
 import struct
 from array import array
 from typing import Any
 
 import msgspec
 
-from tierkv.daemon.messages import AnyMessage, Message
+import tierkv.daemon.eviction_messages  # noqa: F401 - its messages belong to the protocol
+from tierkv.daemon.messages import Message
 from tierkv.errors import DaemonError
 from tierkv.values.block import HASH_BYTES
 
@@ -50,7 +53,7 @@ class ProtocolError(DaemonError):
 
 
 _ENCODER = msgspec.msgpack.Encoder()
-_DECODER: Any = msgspec.msgpack.Decoder(AnyMessage)
+_DECODER: Any = msgspec.msgpack.Decoder(functools.reduce(operator.or_, Message.__subclasses__()))
 
 
 def frame(message: Message, *, number: int, boot: int) -> bytearray:

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 
 from tierkv.daemon.connection import Answer, ClientConnection
 from tierkv.daemon.core import Core, Write
+from tierkv.daemon.eviction_messages import EngineEvicted, EvictBlocks, EvictionDone, EvictionsSince
 from tierkv.daemon.evictor import Evictor
 from tierkv.daemon.loader import Loader, Prefetcher
 from tierkv.daemon.messages import (
@@ -24,11 +25,7 @@ from tierkv.daemon.messages import (
     Count,
     Done,
     EndClaim,
-    EngineEvicted,
     Evict,
-    EvictBlocks,
-    EvictionDone,
-    EvictionsSince,
     Fetch,
     Flush,
     Hello,

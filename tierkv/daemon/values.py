@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from tierkv.daemon.messages import EngineEvicted
+from tierkv.daemon.eviction_messages import EngineEvicted
 from tierkv.daemon.protocol import ProtocolError, split_hashes
 from tierkv.daemon.slab import SizeClass
 from tierkv.errors import StoreError

@@ -85,7 +85,7 @@ class DaemonConnection:
         with self._lock:
             self._require_open()
             if not self._written.isdisjoint(slots):
-                raise self.client.disbelieve("it leases a slot that is still being written")
+                raise self.client.reject_answer("it leases a slot that is still being written")
             self._leased.update(slots)
 
     def return_lease(self, slot: int) -> None:
@@ -102,7 +102,7 @@ class DaemonConnection:
         with self._lock:
             self._require_open()
             if any(slot in self._leased or slot in self._written for slot in slots):
-                raise self.client.disbelieve("it gives a slot to be written that is in use")
+                raise self.client.reject_answer("it gives a slot to be written that is in use")
             self._written.update(slots)
 
     def end_writing(self, slots: Sequence[int]) -> None:

@@ -20,16 +20,18 @@ from functools import partial
 from pathlib import Path
 
 from tierkv.daemon.client import Answer, DaemonClient
-from tierkv.daemon.messages import (
-    Count,
-    Done,
-    Evict,
+from tierkv.daemon.eviction_messages import (
     EvictBlocks,
     EvictedBlocks,
     Eviction,
     EvictionDone,
     Evictions,
     EvictionsSince,
+)
+from tierkv.daemon.messages import (
+    Count,
+    Done,
+    Evict,
     Flush,
     Hello,
     LoadState,
@@ -217,7 +219,7 @@ class DaemonTiers:
             try:
                 answer = connection.call(ask, Evictions)
                 if answer.number < notified:  # else each request would ask again
-                    raise client.disbelieve(f"it knows of eviction {answer.number} only, and notified of {notified}")
+                    raise client.reject_answer(f"it knows of eviction {answer.number} only, and notified of {notified}")
             except DaemonError as exc:
                 _log.debug("what was evicted is not known: %s", exc)
                 if client.is_alive:
@@ -309,7 +311,7 @@ class DaemonTiers:
     def _lose(self, connection: DaemonConnection, why: DaemonGoneError) -> None:
         """Work without this connection from now on. A daemon that gave an impossible answer is not used again."""
         with self._tiers.changed:
-            if connection.client.has_lied:
+            if connection.client.has_answered_wrongly:
                 self._lying_boot = connection.client.boot
             if self.connection is connection:
                 self.connection = None

@@ -121,7 +121,7 @@ class FakeHost:
         self.refusals: list[str] = []
         self._answer = answer
 
-    def admit(self, client: ClientConnection, pid: int) -> None:
+    def accept(self, client: ClientConnection, pid: int) -> None:
         assert pid == os.getpid()
         self.clients.add(client)
 
@@ -224,13 +224,13 @@ def test_messages_that_are_not_whole_are_bounded_in_time_and_in_bytes() -> None:
         second, second_transport = host.connect()
         second.data_received(ask(Match(hashes=b"", tokens=bytes(3000)))[:2500])
         assert [message for _, message in second_transport.answers()] == [
-            Failure(message="too many messages that are not whole", is_fatal=True)
+            Failure(message="too many incomplete messages", is_fatal=True)
         ]
         assert second_transport.is_closed and host.incomplete_bytes == 2500
         await asyncio.sleep(0.002)
         first.check_alive()
         ((_, failure),) = first_transport.answers()
-        assert isinstance(failure, Failure) and "did not come whole in 0.001 s" in failure.message
+        assert isinstance(failure, Failure) and "was not complete in 0.001 s" in failure.message
         assert first_transport.is_closed and host.incomplete_bytes == 0
 
     asyncio.run(go())
@@ -391,7 +391,7 @@ def test_a_message_that_is_cut_off_is_refused_soon_and_who_holds_slots_keeps_the
         for client in (holder, other):
             client._socket.sendall(frame(Flush(), number=9, boot=client.boot)[:-1])
             client._socket.settimeout(TIMEOUT_S)
-            assert b"did not come whole" in client._socket.recv(4096)
+            assert b"was not complete" in client._socket.recv(4096)
         assert other._socket.recv(1) == b""
         assert daemon.status().leased_slots == 4
     assert_healthy(daemon.socket)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -302,22 +303,50 @@ def test_slots_are_lent_again_once_they_are_written(short_path: Path, open_cache
         assert not connection.client.has_answered_wrongly
 
 
-def test_a_slot_is_no_longer_lent_when_the_daemon_may_hear_of_it(short_path: Path, open_cache: OpenCache) -> None:
+def test_a_slot_is_no_longer_leased_when_the_daemon_hears_of_it(short_path: Path, open_cache: OpenCache) -> None:
     """From then on the daemon may give it to be written, to this very process."""
+    seen: list[bool] = []
     with FakeDaemon(short_path / "d.sock"):
         connection: Any = connection_of(open_cache())
-        seen: list[bool] = []
-
-        class Watched(deque[int]):
-            def append(self, slot: int) -> None:
-                seen.append(slot in connection._leased)
-                super().append(slot)
-
-        connection._returned = Watched()
+        connection.post = lambda message: seen.append(3 in connection._leased)
         connection.lease([3])
         connection.return_lease(3)
+        connection.send_returned()
         assert seen == [False]
-        connection._returned.clear()
+
+
+def test_every_lease_is_returned_once_though_threads_return_and_send_at_once(
+    short_path: Path, open_cache: OpenCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with FakeDaemon(short_path / "d.sock"):
+        cache = open_cache()
+        connection: Any = connection_of(cache)
+        sent: list[int] = []
+        monkeypatch.setattr(connection, "post", lambda message: sent.extend(split_numbers(message.slots)))
+        connection.lease([slot % 4 for slot in range(4000)])
+        returning = Thread(target=lambda: [connection.return_lease(number % 4) for number in range(4000)])
+        failures: list[BaseException] = []
+
+        def send() -> None:
+            try:
+                while returning.is_alive():
+                    connection.send_returned()
+            except BaseException as exc:  # noqa: BLE001 - reported below
+                failures.append(exc)
+
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            threads = [returning, Thread(target=send), Thread(target=send)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            sys.setswitchinterval(interval)
+        connection.send_returned()
+        assert not failures
+        assert sorted(sent) == sorted(number % 4 for number in range(4000))
 
 
 def test_a_slot_is_no_longer_being_written_when_the_daemon_hears_that_it_is(
@@ -329,8 +358,8 @@ def test_a_slot_is_no_longer_being_written_when_the_daemon_hears_that_it_is(
     def answer(message: Message) -> Message:
         connection: Any = connection_of(cache)
         if isinstance(message, Reserve):
-            offers = [split_numbers(each.offers) for each in message.chains]
-            assert [list(each) for each in offers] == [[0, 1]]
+            offered = [split_numbers(each.offered) for each in message.chains]
+            assert [list(each) for each in offered] == [[0, 1]]
             return Reserved(chains=[chain(numbers=numbers(0, 1), num_there=0)])
         if isinstance(message, Publish):
             written.append(set(connection._written))
@@ -594,7 +623,7 @@ def test_evictions_that_cannot_be_are_not_believed(short_path: Path, answer: Evi
         FakeDaemon(short_path / "d.sock", evictions=lambda _: answer),
         closing(DaemonClient(short_path / "d.sock", hello())) as client,
     ):
-        with pytest.raises(DaemonGoneError, match="cannot be"):
+        with pytest.raises(DaemonGoneError, match="impossible"):
             client.call(EvictionsSince(log=0, number=0), Evictions)
         assert client.has_answered_wrongly
 
@@ -615,7 +644,7 @@ def test_what_a_daemon_claims_to_have_evicted_is_checked(short_path: Path, answe
         FakeDaemon(short_path / "d.sock", lambda _: answer),
         closing(DaemonClient(short_path / "d.sock", hello())) as client,
     ):
-        with pytest.raises(DaemonGoneError, match="cannot be"):
+        with pytest.raises(DaemonGoneError, match="impossible"):
             client.call_long(EvictBlocks(older_than_s=1.0), EvictedBlocks, timeout_s=5)
         assert client.has_answered_wrongly
 

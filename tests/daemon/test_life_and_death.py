@@ -363,7 +363,7 @@ def test_a_client_whose_blocks_have_another_size_than_its_namespace_is_refused(s
     connect(daemon.socket).close()
     forged = hello(Namespace(weights="raw", layout=tiny_layout(block_size=8)))
     forged.namespace = NAMESPACE.digest
-    with pytest.raises(DaemonError, match=f"{NAMESPACE.digest.hex()} is claimed"):
+    with pytest.raises(DaemonError, match=f"{NAMESPACE.digest.hex()} is named"):
         DaemonClient(daemon.socket, forged)
 
 

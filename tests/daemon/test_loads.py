@@ -129,7 +129,7 @@ def test_a_file_that_hangs_is_given_up_in_time_and_hinders_no_other_client(tmp_p
         with pytest.raises(DaemonError, match="do not answer"):  # its threads have not come back
             await loads.loads.load(bad, good)
         loads.go_on.set()
-        while loads.loads.num_hanging:
+        while loads.loads._openers.num_pending:
             await asyncio.sleep(0.01)
         await asyncio.sleep(0)
         assert loads.num_open == 1, "what came too late is closed"

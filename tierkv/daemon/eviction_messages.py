@@ -21,10 +21,10 @@ __all__ = [
 class EvictBlocks(Message, tag=60):
     """Evict from every tier: warm memory, the store, and the hot copies of engines. Answered with EvictedBlocks.
 
-    Blocks that match every condition that is given go. namespace: 16 bytes, or empty for all. tokens and hashes: a
-    prompt of that namespace, and the hashes of its whole blocks: what begins with it, and of its own blocks those that
-    nothing else continues. older_than_s: not used for so long; below 0: of any age. to_bytes: afterwards the least
-    recently used until so much is live; below 0: no bound.
+    Blocks that match all given conditions are evicted. namespace: 16 bytes, or empty for all. tokens and hashes: a
+    prompt of that namespace, and the hashes of its whole blocks. They match what begins with the prompt, and those of
+    its own blocks that no other prompt continues. older_than_s: not used for so long; below 0: of any age. to_bytes:
+    then the least recently used are evicted until so much is live; below 0: no bound.
     """
 
     namespace: bytes = b""
@@ -35,9 +35,9 @@ class EvictBlocks(Message, tag=60):
 
 
 class EngineEvicted(msgspec.Struct, array_like=True, gc=False):
-    """What one client has dropped of its hot blocks. in_use: those that go when running requests end.
+    """How many hot blocks one client has dropped. in_use: those that it drops when running requests end.
 
-    has_answered: False if nothing is known of it yet.
+    has_answered: False if it has not answered in time.
     """
 
     client: str
@@ -48,9 +48,9 @@ class EngineEvicted(msgspec.Struct, array_like=True, gc=False):
 
 
 class EvictedBlocks(Message, tag=61):
-    """Answer to EvictBlocks. warm, cold: blocks that went. left, live_bytes: of the store, or of the warm tier.
+    """Answer to EvictBlocks. warm, cold: evicted blocks. left, live_bytes: of the store, or of the warm tier.
 
-    stayed: blocks that were chosen and stay, by the tier and the reason.
+    stayed: chosen blocks that were not evicted, by tier and reason.
     """
 
     warm: int
@@ -63,22 +63,22 @@ class EvictedBlocks(Message, tag=61):
 
 
 class EvictionNotice(Message, tag=62):
-    """Sent to clients unasked, as request 0: blocks were evicted. number: of the last eviction."""
+    """Sent to clients without a request, as request 0: blocks were evicted. number: of the last eviction."""
 
     number: int
 
 
 class EvictionsSince(Message, tag=63):
-    """What was evicted since? log, number: of the last eviction that this client knows; 0, 0 before any answer."""
+    """Ask what was evicted. log, number: of the last eviction that this client knows; 0, 0 before any answer."""
 
     log: int
     number: int
 
 
 class Eviction(msgspec.Struct, array_like=True, gc=False):
-    """One eviction: the conditions of EvictBlocks. block_hashes: those evicted by size; None where that says nothing.
+    """One eviction: the conditions of EvictBlocks. block_hashes: blocks evicted by size; None for any block.
 
-    at: of the system's clock.
+    at: time of the system's clock.
     """
 
     number: int
@@ -90,7 +90,7 @@ class Eviction(msgspec.Struct, array_like=True, gc=False):
 
 
 class Evictions(Message, tag=64):
-    """Answer to EvictionsSince. is_complete: False if older evictions are forgotten: any block may be meant."""
+    """Answer to EvictionsSince. is_complete: False if some are forgotten: then any block may have been evicted."""
 
     log: int
     number: int

@@ -1,7 +1,6 @@
-"""Requests: what the daemon does at each message of a client.
+"""Requests: the daemon's handler for each message of a client.
 
-Short requests are answered at once, on the loop. What takes time (decoding, waiting, flushing) is a coroutine, answered
-when it is done.
+Short requests are answered at once, on the loop. A handler that takes time (loading, waiting, flushing) is a coroutine.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ from tierkv.daemon.messages import (
     Welcome,
 )
 from tierkv.daemon.protocol import MAX_PATH_BYTES, ProtocolError, printable, split_hashes, split_numbers
-from tierkv.daemon.side_threads import SideThreads
+from tierkv.daemon.side_threads import SideThreads, result_of
 from tierkv.daemon.state_files import StateFiles
 from tierkv.daemon.store_writer import StoreWriter
 from tierkv.daemon.values import whole_hashes
@@ -66,10 +65,7 @@ _MAX_WAIT_S = 60.0
 
 
 class Requests:
-    """Answers messages. Used on the loop; `close` also closes the state files that were loaded.
-
-    report: everything that a status says. stop: ends the daemon.
-    """
+    """Answers messages. Used on the loop. report: returns the status. stop: ends the daemon."""
 
     def __init__(
         self,
@@ -104,7 +100,7 @@ class Requests:
         self._waiters: dict[BlockHash, set[asyncio.Future[None]]] = {}
 
     def answer(self, client: ClientConnection, message: Message) -> Answer | Coroutine[Any, Any, Answer]:
-        """Return the answer to a message, or what will come up with it."""
+        """Return the answer to a message, or a coroutine that returns it."""
         handler = _HANDLERS.get(type(message))
         if handler is None:
             raise ProtocolError(f"{type(message).__name__} is no request")
@@ -117,7 +113,7 @@ class Requests:
         return handler(self, client, message)
 
     def close(self) -> None:
-        """Close the state files that clients had loaded. Waits for nothing."""
+        """Close the loaded state files. Does not wait for their reads."""
         self._files.close()
         self._aside.shutdown()
 
@@ -134,7 +130,7 @@ class Requests:
                     waiter.set_result(None)
 
     def hello(self, client: ClientConnection, message: Hello) -> Answer:
-        """Let a client in, and hand it the slab if it names a namespace."""
+        """Open the client's namespace, if it names one, and send it the slab's descriptor."""
         client.connection.client = printable(message.client, _CLIENT_CHARACTERS)
         welcome = Welcome(
             pid=os.getpid(),
@@ -155,11 +151,11 @@ class Requests:
             codec=described.lossy_codec,
         )
         self._writer.note_use(tenant)
-        client.hand_over(self._slab.fd)
+        client.attach_descriptor(self._slab.fd)
         return welcome
 
     def match(self, client: ClientConnection, message: Match) -> Answer:
-        """Answer at once; the store hears of the use afterwards."""
+        """Find and lease blocks of a prompt. The store notes their use after the answer."""
         found = self._core.match(client.connection, message)
         if self._store is not None and message.lease and found.slots:
             count = message.start + len(found.slots) // 4
@@ -168,34 +164,29 @@ class Requests:
         return found
 
     async def fetch(self, client: ClientConnection, message: Fetch) -> Answer:
-        """Bring blocks into the warm tier; answer when they are there."""
         task = self._core.loads.begin_fetch(client.connection, message)
         await self._loader.load(task)
         return self._core.loads.end_fetch(client.connection, task)
 
     def release(self, client: ClientConnection, message: Release) -> Answer:
-        """End leases."""
         self._core.release(client.connection, message)
         return None
 
     def reserve(self, client: ClientConnection, message: Reserve) -> Answer:
-        """Give slots to write into."""
         return self._core.reservations.reserve(client.connection, message)
 
     def publish(self, client: ClientConnection, message: Publish) -> Answer:
-        """Make blocks findable and queue them for the store."""
         answer, writes = self._core.publish(client.connection, message.slots)
         for write in writes:
             self._writer.offer(write)
         return answer
 
     def abandon(self, client: ClientConnection, message: Abandon) -> Answer:
-        """Take reserved slots back."""
         self._core.reservations.abandon(client.connection, split_numbers(message.slots))
         return None
 
     async def wait(self, client: ClientConnection, message: Wait) -> Answer:
-        """Answer when there is news of a block, or the time is over."""
+        """Wait until a block is published or no client computes it any more, a minute at most."""
         if len(message.block_hash) != HASH_BYTES:
             raise ProtocolError(f"a block hash has {HASH_BYTES} bytes, not {len(message.block_hash)}")
         if message.timeout_ms < 0:
@@ -216,19 +207,17 @@ class Requests:
                 del self._waiters[message.block_hash]
 
     def end_claim(self, client: ClientConnection, message: EndClaim) -> Answer:
-        """Nobody computes these any more."""
         self._core.claims.end(client.connection, message.claim)
         return None
 
     async def pin(self, client: ClientConnection, message: Pin) -> Answer:
-        """Pin in the warm tier and in the store."""
         hashes = self._core.pin(client.connection, message)
         if self._store is not None and hashes:
             await self._run_aside(partial(self._store.set_pinned, hashes, message.pinned), _PIN_S, "to pin blocks")
         return Count(count=len(hashes))
 
     def prefetch(self, client: ClientConnection, message: Prefetch) -> Answer:
-        """Queue a prompt; a full queue forgets it."""
+        """Queue a prompt to be loaded, unless the queue is full."""
         tenant = client.connection.require_tenant()
         most = self._core.limits.blocks_of_message
         count = len(whole_hashes(tenant, message.hashes, message.tokens, most=most))
@@ -236,34 +225,29 @@ class Requests:
         return Count(count=count if is_queued else 0)
 
     def evict(self, client: ClientConnection, message: Evict) -> Answer:
-        """Evict the client's own blocks."""
         return Count(count=self._core.evict(client.connection, message.count))
 
     async def evict_blocks(self, client: ClientConnection, message: EvictBlocks) -> Answer:
-        """Evict from memory, from the store, and from the hot tiers of the other clients."""
         return await self._evictor.evict(client.connection, message)
 
     def evictions_since(self, client: ClientConnection, message: EvictionsSince) -> Answer:
-        """Say what was evicted on demand."""
         client.connection.asks_for_evictions = True
         return self._evictor.log.since(message.log, message.number)
 
     def eviction_done(self, client: ClientConnection, message: EvictionDone) -> Answer:
-        """Note what the client has dropped."""
+        """Note which evictions the client has applied."""
         if not all(0 <= each < MOST_COUNT for each in (message.number, message.blocks, message.in_use, message.pinned)):
-            raise ProtocolError("numbers of blocks that cannot be")
+            raise ProtocolError("impossible numbers of blocks")
         connection = client.connection
         connection.evicted_number = message.number
         connection.evicted = EngineEvicted(connection.client, True, message.blocks, message.in_use, message.pinned)
         return None
 
     async def flush(self, client: ClientConnection, message: Flush) -> Answer:
-        """Wait until what is published so far is on the disk."""
         await self._run_aside(lambda: self._writer.flush(stall_s=self._stall_s), None, "to flush")
         return Done()
 
     async def save(self, client: ClientConnection, message: SaveState) -> Answer:
-        """Write a state file of the client's namespace."""
         tenant = client.connection.require_tenant()
         path = _checked_path(message.path)
         await self.flush(client, Flush())
@@ -277,40 +261,38 @@ class Requests:
         )
 
     async def load(self, client: ClientConnection, message: LoadState) -> Answer:
-        """Take a state file as one more source, as long as this client, or another that loads it, is there."""
+        """Make a state file a source of the client's namespace, until no client that has loaded it is connected."""
         return Count(count=await self._files.load(client.connection, _checked_path(message.path)))
 
     async def compact(self, client: ClientConnection, message: Compact) -> Answer:
-        """Compact the store."""
         if self._store is None:
             raise DaemonError("this daemon has no store")
         await self._run_aside(self._store.compact, None, "to compact the store")
         return Done()
 
     def stop(self, client: ClientConnection, message: Stop) -> Answer:
-        """End soon."""
         self._loop.call_soon(self._stop)
         return Done()
 
     def status(self, client: ClientConnection, message: Status) -> Answer:
-        """Return everything there is to say."""
         return self._report()
 
     async def _in_turn(self, client: ClientConnection, message: Message, handler: _Handler) -> Answer:
-        """Work on a request that takes a thread once few enough of the same client do: the threads are everybody's."""
+        """Run a request that takes a thread, when few enough of the same client run: all clients share the threads."""
         async with client.slow:
             answer = handler(self, client, message)
             assert answer is not None and not isinstance(answer, Message)
             return await answer
 
     async def _run_aside(self, call: Callable[[], object], timeout_s: float | None, what: str) -> None:
-        """Call something that waits for the store, on a thread. Raises DaemonError where it takes too long."""
-        waiting = asyncio.wrap_future(self._aside.submit(call))
-        done, _ = await asyncio.wait({waiting}, timeout=timeout_s)
-        if not done:
-            waiting.add_done_callback(lambda late: late.cancelled() or late.exception())
-            raise DaemonError(f"it took more than {timeout_s:g} s {what}: the store's disk does not answer")
-        waiting.result()
+        """Call something that waits for the store, on a thread. Raises DaemonError if it takes too long."""
+        aside = self._aside.submit(call)
+        try:
+            await result_of(aside, timeout_s=timeout_s)
+        except TimeoutError as exc:
+            if aside.done():
+                raise
+            raise DaemonError(f"it took more than {timeout_s:g} s {what}: the store's disk does not answer") from exc
 
     def _touch(self, hashes: bytes) -> None:
         if self._store is not None:
@@ -345,16 +327,16 @@ _HANDLERS: dict[type[Message], _Handler] = {
 
 
 def _checked_description(message: Hello) -> NamespaceDescription:
-    """Return what a client says of its namespace. Raises DaemonError if it claims what does not follow from that."""
+    """Return the description of a client's namespace. Raises DaemonError if digest or block size do not match it."""
     try:
         described = parse_description(message.description)
         if described.lossy_codec and not codec_by_name(described.lossy_codec).is_lossy:
             raise ConfigError(f"the codec {described.lossy_codec} is not lossy")
     except ConfigError as exc:
-        raise ProtocolError(f"the namespace's description cannot be taken: {exc}") from exc
+        raise ProtocolError(f"the namespace's description is invalid: {exc}") from exc
     if described.digest != message.namespace:
         raise ProtocolError(
-            f"the namespace {message.namespace[:HASH_BYTES].hex()} is claimed, {described.digest.hex()} is described",
+            f"the namespace {message.namespace[:HASH_BYTES].hex()} is named, but {described.digest.hex()} is described",
             hint="use the same version of tierkv on both sides",
         )
     block_bytes = described.layout.block_bytes

@@ -20,7 +20,7 @@ __all__ = ["Reservations"]
 class Reservations:
     """A reservation gives a connection one slot to write one block into. Clients find the block once it is published.
 
-    A second connection that offers the block is told that it is busy.
+    A second connection that offered the block is told that it is busy.
     """
 
     def __init__(self, tenants: Tenants) -> None:
@@ -68,9 +68,9 @@ class Reservations:
 
     def _reserve_chain(self, connection: Connection, tenant: Tenant, chain: Chain) -> ChainAnswer:
         hashes = split_hashes(chain.hashes)
-        offers = set(split_numbers(chain.offers))
+        offered = set(split_numbers(chain.offered))
         room = self._reservation_room(connection, tenant)
-        wanted, num_there, num_busy, refusal = self._plan_writes(tenant, hashes, chain.tokens, offers, room)
+        wanted, num_there, num_busy, refusal = self._plan_writes(tenant, hashes, chain.tokens, offered, room)
         slots = self._take_beside(tenant, hashes, chain.tokens, len(wanted))
         if len(slots) < len(wanted):
             refusal = "no_room"
@@ -113,7 +113,7 @@ class Reservations:
         return slots
 
     def _plan_writes(
-        self, tenant: Tenant, hashes: list[bytes], tokens: bytes, offers: set[int], room: int
+        self, tenant: Tenant, hashes: list[bytes], tokens: bytes, offered: set[int], room: int
     ) -> tuple[list[int], int, int, str]:
         """Return which blocks of a chain are to be written, how many offered ones are there and busy, and the refusal.
 
@@ -126,14 +126,14 @@ class Reservations:
         for at in range(len(hashes)):
             entry = known[at] if at < len(known) else None
             if entry and entry in self._reserved:
-                num_busy += at in offers
+                num_busy += at in offered
             elif self._is_there(tenant, hashes, tokens, at, entry):
-                num_there += at in offers
+                num_there += at in offered
             elif self._is_taken(tenant, hashes[at], entry):
                 return wanted, num_there, num_busy, "collision"
-            elif at in offers and len(wanted) >= room:
+            elif at in offered and len(wanted) >= room:
                 return wanted, num_there, num_busy, "no_room"
-            elif at in offers:
+            elif at in offered:
                 wanted.append(at)
             else:
                 return wanted, num_there, num_busy, "no_parent"
@@ -180,10 +180,10 @@ def _check_chains(tenant: Tenant, chains: Sequence[Chain], limits: Limits) -> No
         if len(chain.tokens) % TOKEN_BYTES or not count or len(chain.hashes) != count * HASH_BYTES:
             raise ProtocolError(f"{len(chain.hashes)} bytes of block hashes for {len(chain.tokens)} of token ids")
         num_blocks += count
-        offers = split_numbers(chain.offers)
-        if any(number >= count for number in offers):
+        offered = split_numbers(chain.offered)
+        if any(number >= count for number in offered):
             raise ProtocolError("a block was offered that is not part of its chain")
-        if len(set(offers)) != len(offers):
+        if len(set(offered)) != len(offered):
             raise ProtocolError("a block was offered twice")
     if num_blocks > limits.blocks_of_message:
         raise ProtocolError(f"chains of {num_blocks} blocks, {limits.blocks_of_message} at most")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import threading
 import time
@@ -13,11 +12,12 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tierkv.daemon.messages import Saved
-from tierkv.daemon.side_threads import SideThreads
+from tierkv.daemon.side_threads import SideThreads, result_of
 from tierkv.daemon.values import Connection, Tenant
 from tierkv.errors import CapacityError, DaemonError, NamespaceMismatchError, StoreError
 from tierkv.storage.state_file import FileIdentity, StateFile, write_state_file
@@ -162,11 +162,6 @@ class StateFiles:
         self._opening: Counter[Connection] = Counter()
         self._saving: set[Connection] = set()
 
-    @property
-    def num_hanging(self) -> int:
-        """Reads and openings that have not returned."""
-        return self._openers.num_pending + sum(loaded.file.num_pending for loaded in self._loaded.values())
-
     async def load(self, connection: Connection, path: Path) -> int:
         """Make a state file a source of the connection's namespace; return how many blocks it has.
 
@@ -266,29 +261,25 @@ class StateFiles:
         loaded.file.close()
 
     async def _open(self, connection: Connection, path: Path) -> StateFile:
-        loop = asyncio.get_running_loop()
         self._opening[connection] += 1
         opening = self._openers.submit(self._open_file, path)
-        opening.add_done_callback(lambda _: _call_soon(loop, self._end_opening, connection))
-        waiting = asyncio.wrap_future(opening)
-        done, _ = await asyncio.wait({waiting}, timeout=self._open_s)
-        if not done:
+        asyncio.wrap_future(opening).add_done_callback(partial(self._end_opening, connection))
+        try:
+            return await result_of(opening, timeout_s=self._open_s)
+        except TimeoutError as exc:
+            if opening.done():
+                raise
             _log.warning("a state file was not opened within %g s: %s", self._open_s, path)
-            waiting.add_done_callback(lambda late: late.cancelled() or late.exception())
             opening.cancel()
             opening.add_done_callback(_close_late)
-            raise DaemonError(f"{path} was not opened within {self._open_s:g} s")
-        return waiting.result()
+            raise DaemonError(f"{path} was not opened within {self._open_s:g} s") from exc
 
-    def _end_opening(self, connection: Connection) -> None:
+    def _end_opening(self, connection: Connection, opened: asyncio.Future[StateFile]) -> None:
         self._opening[connection] -= 1
         if self._opening[connection] <= 0:
             del self._opening[connection]
-
-
-def _call_soon(loop: asyncio.AbstractEventLoop, call: Callable[[Connection], None], connection: Connection) -> None:
-    with contextlib.suppress(RuntimeError):  # the loop has ended, and with it what is counted
-        loop.call_soon_threadsafe(call, connection)
+        if not opened.cancelled():
+            opened.exception()  # else asyncio logs it
 
 
 def _close_late(opening: Future[StateFile]) -> None:

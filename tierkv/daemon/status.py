@@ -27,7 +27,7 @@ def tenant_statuses(core: Core) -> list[TenantStatus]:
 
 
 def usage_of(core: Core) -> list[LimitStatus]:
-    """Return what all connections hold of the core's tables, what the largest holder has, and both limits."""
+    """Return how much is used of each limit that the core checks."""
     limits, clients, tenants = core.limits, core.connections, core.tenants.by_digest.values()
     sizes = [each.num_slots for each in core.slab.classes.values()]
     largest_size = max(sizes, default=0)
@@ -73,9 +73,9 @@ def usage_of(core: Core) -> list[LimitStatus]:
 def limit_status(
     name: str, limit: int, held: Iterable[int], limit_of_one: int = 0, *, used: int | None = None
 ) -> LimitStatus:
-    """Return one line of a status. held: what each holder has. limit_of_one: 0 where one alone has no limit.
+    """Return the status of one limit. held: what each holder has. limit_of_one: 0 for none.
 
-    used: the sum, where more is held than by those holders.
+    used: the sum, if other holders have more.
     """
     each = list(held)
     largest = max(each, default=0) if limit_of_one else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from array import array
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -37,8 +37,8 @@ class DaemonConnection:
         self._leased: Counter[int] = Counter()
         self._written: set[int] = set()
         self._is_closed = False
-        self._returned: deque[int] = deque()
-        self._cursors: deque[int] = deque()
+        self._returned = array("I")
+        self._cursors = array("I")
         slab = Slab.attach(client.take_descriptor(), client.welcome.slab_bytes)
         try:
             block_bytes = tiers.layout.block_bytes
@@ -90,11 +90,11 @@ class DaemonConnection:
 
     def return_lease(self, slot: int) -> None:
         """End a lease. The next `send_returned` tells the daemon."""
-        with self._lock:  # before the daemon can hear of it: from then on it may give the slot to be written
+        with self._lock:
             self._leased[slot] -= 1
             if not self._leased[slot]:
                 del self._leased[slot]
-        self._returned.append(slot)
+            self._returned.append(slot)
         self._close_if_unused()
 
     def begin_writing(self, slots: Sequence[int]) -> None:
@@ -114,15 +114,14 @@ class DaemonConnection:
     def end_cursor(self, cursor: int) -> None:
         """End a cursor. The next `send_returned` tells the daemon."""
         if cursor:
-            self._cursors.append(cursor)
+            with self._lock:
+                self._cursors.append(cursor)
 
     def send_returned(self) -> None:
         """Tell the daemon which leases and cursors have ended."""
-        slots, cursors = array("I"), array("I")
-        while self._returned:
-            slots.append(self._returned.popleft())
-        while self._cursors:
-            cursors.append(self._cursors.popleft())
+        with self._lock:  # several threads call this
+            slots, cursors = self._returned, self._cursors
+            self._returned, self._cursors = array("I"), array("I")
         if (slots or cursors) and not self.is_retired:
             self.post(Release(slots=slots.tobytes(), cursors=cursors.tobytes()))
 

@@ -118,12 +118,6 @@ class DaemonTiers:
         self._thread = threading.Thread(target=self._maintain, name="tierkv-daemon-connection", daemon=True)
         self._thread.start()
 
-    @property
-    def socket_bytes(self) -> tuple[int, int]:
-        """Bytes (sent, received) over the present connection."""
-        connection = self.connection
-        return (connection.client.bytes_sent, connection.client.bytes_received) if connection else (0, 0)
-
     def close(self) -> None:
         """End the connection when copies in flight have ended. May be called twice."""
         self._is_closing.set()

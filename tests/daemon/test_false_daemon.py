@@ -20,7 +20,7 @@ from raw_client import LAYOUT, NAMESPACE, chain_of, hello, tokens_of
 from test_life_and_death import eventually
 
 import tierkv.daemon.client
-import tierkv.daemon.client_socket
+import tierkv.daemon.host
 import tierkv.transfer.daemon_tiers
 from tierkv.cache import TierCache
 from tierkv.daemon.answers import AnswerCheck, WrongAnswerError
@@ -456,14 +456,14 @@ def test_a_greeting_that_cannot_be_is_refused(short_path: Path, kind: str) -> No
 
 def test_a_daemon_of_another_user_is_told_nothing(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test's own process is the daemon, and it is the client that seems to be somebody else."""
-    monkeypatch.setattr(tierkv.daemon.client_socket, "_CREDENTIALS", _Credentials(os.geteuid() + 1))
+    monkeypatch.setattr(tierkv.daemon.host, "_CREDENTIALS", _Credentials(os.geteuid() + 1))
     with FakeDaemon(short_path / "d.sock") as daemon:
         with pytest.raises(DaemonError, match="belongs to user"):
             DaemonClient(short_path / "d.sock", hello())
         time.sleep(0.02)
         assert daemon.received_bytes == 0
         for own in (0, os.geteuid()):  # root, and the same user, are believed
-            monkeypatch.setattr(tierkv.daemon.client_socket, "_CREDENTIALS", _Credentials(own))
+            monkeypatch.setattr(tierkv.daemon.host, "_CREDENTIALS", _Credentials(own))
             DaemonClient(short_path / "d.sock", hello()).close()
 
 

@@ -27,7 +27,7 @@ class Claims:
         self._numbers = itertools.count(1)
 
     def is_computing(self, connection: Connection, block_hash: BlockHash) -> bool:
-        """Tell whether another connection has claimed this block and has not published it yet."""
+        """Return whether another connection has claimed this block and has not published it yet."""
         claim = connection.require_tenant().claims.get(block_hash)
         return claim is not None and claim.connection is not connection and claim.expires_at > self._clock()
 

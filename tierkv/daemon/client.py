@@ -39,7 +39,7 @@ class DaemonClient:
     """One connection. Everything that it holds in the daemon ends when it is closed, or when its process ends.
 
     hello: names the namespace, or nothing for a client that only asks for status and the like.
-    welcome: the daemon's answer. descriptor: the slab's; `take_descriptor` hands it to the caller, who closes it.
+    welcome: the daemon's answer. descriptor: the slab's, until `take_descriptor`; None without a namespace.
     failure: why the connection has failed, if it has. last_eviction: the newest eviction that the daemon notified of.
     Nothing is sent to a daemon of another user than the own one or root. `AnswerCheck` has checked every answer that is
     returned. A forked process cannot use the connection, and does not keep it open.
@@ -90,7 +90,7 @@ class DaemonClient:
         return self._has_answered_wrongly
 
     def has_hung_up(self) -> bool:
-        """Tell whether the other end is closed. Does not wait, and reads nothing."""
+        """Return whether the other end is closed. Does not wait, and reads nothing."""
         self._require_own_process()
         if self.failure is not None:
             return True

@@ -6,16 +6,15 @@ import errno
 import os
 import select
 import socket
-import struct
 import time
 from pathlib import Path
 
+from tierkv.daemon.host import peer_of
 from tierkv.errors import DaemonError, DaemonGoneError
 
 __all__ = ["CONNECT_TIMEOUT_S", "connect", "is_readable", "reason_of", "seconds_left"]
 
 CONNECT_TIMEOUT_S = 5.0
-_CREDENTIALS = struct.Struct("iII")
 
 
 def connect(path: Path) -> socket.socket:
@@ -42,7 +41,7 @@ def connect(path: Path) -> socket.socket:
 
 
 def is_readable(connection: socket.socket, timeout_s: float, *, events: int = select.POLLIN) -> bool:
-    """Wait for something to read, or for other events, for a time; tell whether it came.
+    """Wait for something to read, or for other events; return whether it came in time.
 
     Raises OSError if the socket is closed, as it is when another thread has lost the daemon.
     """
@@ -70,8 +69,7 @@ def reason_of(exc: Exception) -> str:
 
 
 def _require_own_user(connection: socket.socket, path: Path) -> None:
-    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    _, uid, _ = _CREDENTIALS.unpack(raw)
+    _, uid = peer_of(connection)
     if uid not in (0, os.geteuid()):
         raise DaemonError(
             f"the daemon at {path} belongs to user {uid}, not to user {os.geteuid()} or to root",

@@ -53,17 +53,10 @@ class Host(Protocol):
     def leave(self, client: ClientConnection) -> None:
         """Forget a connection, whether it was accepted or not."""
 
-    def answer(self, client: ClientConnection, message: Message) -> Answer | Coroutine[Any, Any, Answer]:
-        """Return the answer to a message, or a coroutine that returns it."""
-
-    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """Run a coroutine as a task."""
-
-    def log_refusal(self, client: str, why: str) -> None:
-        """Log a refusal, unless there were too many lately."""
-
-    def unload_files(self, connection: Connection) -> None:
-        """Close the state files that this client alone had loaded."""
+    def answer(self, client: ClientConnection, message: Message) -> Answer | Coroutine[Any, Any, Answer]: ...
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]: ...
+    def log_refusal(self, client: str, why: str) -> None: ...
+    def unload_files(self, connection: Connection) -> None: ...
 
 
 class ClientConnection(asyncio.Protocol):

@@ -4,7 +4,7 @@ The server and the tests drive it with plain values. The core owns four small ob
 more than one of them:
 
 - `leases`: a lease pins a slot for one connection to read. It ends when it is released, or with the connection.
-- `loads`: a load brings a block from a cold source into a slot; other fetches of the block join it.
+- `loads`: a load reads a block from a cold source into a slot; other fetches of the block join it.
 - `reservations`: a reservation gives a connection one slot to write one block into. The block's entry gets that slot
   only when the connection publishes it.
 - `claims`: a claim says which connection computes blocks that no tier has.
@@ -282,7 +282,7 @@ class Core:
         return Evicted(blocks, stayed)
 
     def is_marked(self, write: Write) -> bool:
-        """Tell whether a block that is to be stored was evicted meanwhile. Any thread may call it."""
+        """Return whether a block that is to be stored was evicted meanwhile. Any thread may call it."""
         return write.entry in write.tenant.size_class.chosen.marked
 
     def count_marked(self) -> dict[str, int]:

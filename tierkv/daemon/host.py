@@ -33,6 +33,7 @@ _log = logging.getLogger(__name__)
 _MAX_SOCKET_PATH_BYTES = 107
 _BACKLOG = 128
 _OWN_DESCRIPTORS = 256  # of store, state files, slab, and what Python opens
+_CREDENTIALS = struct.Struct("iII")
 GIB = 1 << 30
 
 
@@ -197,8 +198,8 @@ def _remove_stale(path: Path) -> None:
 
 def peer_of(connection: socket.socket) -> tuple[int, int]:
     """Return (process id, user id) of the other end, as the kernel knows them."""
-    packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    pid, uid, _ = struct.unpack("3i", packed)
+    packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid, uid, _ = _CREDENTIALS.unpack(packed)
     return pid, uid
 
 

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from tierkv.daemon.config import DaemonConfig
 from tierkv.daemon.connection import Answer, ClientConnection
 from tierkv.daemon.core import Core, Write
 from tierkv.daemon.eviction_messages import EngineEvicted, EvictBlocks, EvictionDone, EvictionsSince
@@ -71,26 +72,24 @@ class Requests:
         self,
         core: Core,
         *,
+        config: DaemonConfig,
         store: ColdStore | None,
-        store_path: Path | None,
         slab: Slab,
         loader: Loader,
         writer: StoreWriter,
         prefetcher: Prefetcher,
         files: StateFiles,
         evictor: Evictor,
-        stall_s: float,
         report: Callable[[], StatusReport],
         stop: Callable[[], None],
     ) -> None:
         self._core = core
         self._store = store
-        self._store_path = store_path
+        self._config = config
         self._slab = slab
         self._loader = loader
         self._writer = writer
         self._prefetcher = prefetcher
-        self._stall_s = stall_s
         self._report = report
         self._stop = stop
         self._loop = asyncio.get_running_loop()
@@ -135,7 +134,7 @@ class Requests:
         welcome = Welcome(
             pid=os.getpid(),
             slab_bytes=self._slab.size_bytes,
-            store=str(self._store_path or ""),
+            store=str(self._config.store or ""),
             has_cold=self._store is not None,
         )
         if not message.namespace:
@@ -160,7 +159,7 @@ class Requests:
         if self._store is not None and message.lease and found.slots:
             count = message.start + len(found.slots) // 4
             hashes = message.hashes[: count * HASH_BYTES]
-            self._loop.call_soon(self._touch, hashes)
+            self._loop.call_soon(lambda store: store.touch(split_hashes(hashes)), self._store)
         return found
 
     async def fetch(self, client: ClientConnection, message: Fetch) -> Answer:
@@ -244,7 +243,7 @@ class Requests:
         return None
 
     async def flush(self, client: ClientConnection, message: Flush) -> Answer:
-        await self._run_aside(lambda: self._writer.flush(stall_s=self._stall_s), None, "to flush")
+        await self._run_aside(lambda: self._writer.flush(stall_s=self._config.stall_s), None, "to flush")
         return Done()
 
     async def save(self, client: ClientConnection, message: SaveState) -> Answer:
@@ -293,10 +292,6 @@ class Requests:
             if aside.done():
                 raise
             raise DaemonError(f"it took more than {timeout_s:g} s {what}: the store's disk does not answer") from exc
-
-    def _touch(self, hashes: bytes) -> None:
-        if self._store is not None:
-            self._store.touch(split_hashes(hashes))
 
 
 _Handler: TypeAlias = Callable[[Requests, ClientConnection, Any], Answer | Coroutine[Any, Any, Answer]]

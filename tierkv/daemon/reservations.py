@@ -140,13 +140,13 @@ class Reservations:
         return wanted, num_there, num_busy, ""
 
     def _is_there(self, tenant: Tenant, hashes: list[bytes], tokens: bytes, at: int, entry: Entry | None) -> bool:
-        """Tell whether a block need not be written: it lies in the warm tier, is being loaded, or is in the store."""
+        """Return whether a block need not be written: it lies in the warm tier, is being loaded, or is in the store."""
         if entry and (entry.warm_slot is not None or entry.awaited):
             return True
         return self._store is not None and holds(self._store, tenant, hashes, tokens, at)
 
     def _is_taken(self, tenant: Tenant, block_hash: BlockHash, entry: Entry | None) -> bool:
-        """Tell whether another block has this hash, here or in the store."""
+        """Return whether another block has this hash, here or in the store."""
         if entry is None and tenant.size_class.index.peek(block_hash):
             return True
         return self._store is not None and has_hash(self._store, block_hash)

@@ -173,15 +173,14 @@ class _Server:
         writer = StoreWriter(self.core, self._store, self._slab, self._threads)
         self._requests = Requests(
             self.core,
+            config=self.config,
             store=self._store,
-            store_path=self.config.store,
             slab=self._slab,
             loader=loader,
             writer=writer,
             prefetcher=prefetcher,
             files=self._files,
             evictor=self._make_evictor(writer),
-            stall_s=self.config.stall_s,
             report=self._report,
             stop=self._ending.begin,
         )

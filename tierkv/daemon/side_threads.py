@@ -15,7 +15,7 @@ Result = TypeVar("Result")
 
 
 async def result_of(call: Future[Result], *, timeout_s: float | None) -> Result:
-    """Wait for a call on the loop and return its result. Raises TimeoutError; then the call goes on."""
+    """Wait for a call on the loop and return its result. Raises TimeoutError; then the call continues."""
     waiting = asyncio.wrap_future(call)
     await asyncio.wait({waiting}, timeout=timeout_s)
     if not waiting.done():

@@ -47,7 +47,7 @@ _log = logging.getLogger(__name__)
 
 _READ_TIMEOUT_S = 30.0
 _MOST_VAIN_WAITS = 3
-"""Waits in a row that bring no block. A few are normal: the process that computes ends, and another one takes over."""
+"""Waits in a row without a new block. A few are normal: the process that computes ends, and another one takes over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +156,7 @@ class DaemonBlocks:
         """Match a prompt; while another process computes what is missing, wait and match again. Raises DaemonError.
 
         hashes: those of `ask`. The blocks before `ask.start` are hot here. The daemon may have lost them, and another
-        process may compute them: the wait for such a block ends at once. Hence the bound on waits that bring nothing.
+        process may compute them: the wait for such a block ends at once. Hence the bound on waits without a new block.
         """
         deadline = time.monotonic() + self._wait_s
         most_found, num_vain = -1, 0
@@ -179,7 +179,7 @@ class DaemonBlocks:
             connection.call(wait, Waited, timeout_s=left + self._timeout_s)
 
     def end_lookup(self, lookup: Lookup) -> None:
-        """Read nothing more of a lookup: tell the daemon which cursor and leases have ended.
+        """Notify the daemon which cursor and leases of a lookup have ended.
 
         The caller does not hold the lock.
         """
@@ -212,7 +212,7 @@ class DaemonBlocks:
     def write(self, jobs: Sequence[Job]) -> None:
         """Reserve slots for the blocks that the daemon lacks, fill and publish them.
 
-        With each block goes its chain. The daemon also gets those ancestors that it lacks and that are hot here.
+        The daemon also gets those ancestors of the blocks that it lacks and that are hot here.
         """
         connection = self._connected()
         if connection is None:

@@ -89,7 +89,7 @@ class DaemonConnection:
             self._leased.update(slots)
 
     def return_lease(self, slot: int) -> None:
-        """End a lease. The next `send_returned` tells the daemon."""
+        """End a lease. The next `send_returned` notifies the daemon."""
         with self._lock:
             self._leased[slot] -= 1
             if not self._leased[slot]:
@@ -106,19 +106,19 @@ class DaemonConnection:
             self._written.update(slots)
 
     def end_writing(self, slots: Sequence[int]) -> None:
-        """Forget slots. Call it before the daemon is told that they are written: from then on it may lease them."""
+        """Forget slots. Call it before the daemon is notified that they are written: from then on it may lease them."""
         with self._lock:
             self._written.difference_update(slots)
         self._close_if_unused()
 
     def end_cursor(self, cursor: int) -> None:
-        """End a cursor. The next `send_returned` tells the daemon."""
+        """End a cursor. The next `send_returned` notifies the daemon."""
         if cursor:
             with self._lock:
                 self._cursors.append(cursor)
 
     def send_returned(self) -> None:
-        """Tell the daemon which leases and cursors have ended."""
+        """Notify the daemon which leases and cursors have ended."""
         with self._lock:  # several threads call this
             slots, cursors = self._returned, self._cursors
             self._returned, self._cursors = array("I"), array("I")

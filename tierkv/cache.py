@@ -108,7 +108,7 @@ class TierCache:
             undo.callback(self._offloader.close)
             self._daemon = join_daemon(self._tiers, config, namespace=self.namespace, ranks=self.ranks)
             if self._daemon:
-                self._daemon.evictions.after_writes = self._offloader.after_writes
+                self._daemon.after_writes = self._offloader.after_writes
             undo.pop_all()
         self._make_parts()
 

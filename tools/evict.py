@@ -12,8 +12,9 @@ from typing import Any
 
 from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.eviction_log import LOG_NAME, EvictionLog
+from tierkv.daemon.eviction_messages import EvictBlocks, EvictedBlocks, Eviction
 from tierkv.daemon.host import read_lock_file
-from tierkv.daemon.messages import EvictBlocks, EvictedBlocks, Eviction, Status, StatusReport
+from tierkv.daemon.messages import Status, StatusReport
 from tierkv.daemon.server import STORE_LOCK
 from tierkv.errors import ConfigError, DaemonError, DaemonGoneError, StoreError
 from tierkv.storage.cold import ColdStore

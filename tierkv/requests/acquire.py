@@ -13,13 +13,13 @@ from tierkv.requests.consensus import Consensus
 from tierkv.requests.sequence import RunningSequences, Sequence
 from tierkv.requests.statistics import RequestStatistics
 from tierkv.transfer.cold_reading import ColdReading
+from tierkv.transfer.daemon_blocks import Claim
 from tierkv.transfer.daemon_tiers import DaemonTiers
 from tierkv.transfer.load import Loader, Pinned, Promoted
 from tierkv.transfer.lookup import Hit, Lookup, count_by_tier
 from tierkv.transfer.offload import Offloader
 from tierkv.transfer.overlapped_load import OverlappedLoad
 from tierkv.transfer.recompute_or_load import ColdPlan, RecomputeOrLoad
-from tierkv.transfer.single_flight import Claim
 from tierkv.transfer.tiers import Tiers
 from tierkv.values.block import TOKEN_BYTES, BlockHash, Tier
 from tierkv.values.checks import check_count, check_seconds
@@ -66,7 +66,7 @@ class Acquirer:
         """Return a running sequence with a pinned block for every token; see `TierCache.acquire`."""
         num_tokens = len(token_bytes) // TOKEN_BYTES
         if self._daemon and reuse:
-            self._daemon.evictions.catch_up()
+            self._daemon.catch_up()
         with self._tiers.changed:
             found = self._tiers.find(token_bytes, num_tokens - 1) if reuse else Lookup()
             pinned = self._loader.pin(found)
@@ -74,7 +74,7 @@ class Acquirer:
         plan = ColdPlan()
         try:
             if self._daemon and reuse:
-                found, claim = self._daemon.reader.look_further(found, token_bytes[:-TOKEN_BYTES], pinned.rest)
+                found, claim = self._daemon.blocks.look_further(found, token_bytes[:-TOKEN_BYTES], pinned.rest)
             elif self._choice and found.blocks:
                 plan = self._choice.plan(found, num_tokens, overlap=overlap)
         except BaseException:  # such as an interrupt: this may wait for another process, or look at a file
@@ -229,7 +229,7 @@ class Acquirer:
             raise
         finally:
             if self._daemon:
-                self._daemon.reader.end_lookup(found)
+                self._daemon.blocks.end_lookup(found)
 
     def _chain_of(self, promoted: Promoted, found: Lookup) -> list[BlockHash]:
         """Return the hashes of the whole blocks that came up; a block of which a part is of use is not of the chain."""

@@ -42,11 +42,11 @@ class Prefixes:
         """Return how many leading tokens are cached, and where. Changes and reads nothing."""
         num_tokens = len(token_bytes) // TOKEN_BYTES
         if self._daemon:
-            self._daemon.evictions.catch_up()
+            self._daemon.catch_up()
         with self._tiers.changed:
             found = self._tiers.find(token_bytes, num_tokens)
         if self._daemon:
-            found, _ = self._daemon.reader.look_further(found, token_bytes, None)
+            found, _ = self._daemon.blocks.look_further(found, token_bytes, None)
         blocks, tokens = count_by_tier(len(found.hot), self._tiers.layout.block_size, found.rest())
         return Match(num_tokens, blocks, tokens, tuple(found.block_hashes))
 

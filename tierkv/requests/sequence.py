@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,11 +13,11 @@ import numpy.typing as npt
 from tierkv.errors import ConfigError
 from tierkv.movers.mover import Move, Ready
 from tierkv.requests.consensus import Consensus
+from tierkv.transfer.daemon_blocks import Claim
 from tierkv.transfer.daemon_tiers import DaemonTiers
 from tierkv.transfer.offload import Offloader
 from tierkv.transfer.overlapped_load import OverlappedLoad
 from tierkv.transfer.recompute_or_load import ColdLoad
-from tierkv.transfer.single_flight import Claim
 from tierkv.transfer.tiers import Tiers
 from tierkv.values.block import TOKEN_BYTES, BlockHash, Tier
 
@@ -250,9 +249,8 @@ class RunningSequences:
 
     def end_claim(self, claim: Claim | None) -> None:
         """End the promise to compute blocks, once those that were computed have been written down."""
-        daemon = self._daemon
-        if daemon and claim and not self._offloader.after_writes(partial(daemon.flight.end, claim)):
-            daemon.flight.end(claim)
+        if claim and not self._offloader.after_writes(claim.end):
+            claim.end()
 
     def wait_for_loads(self) -> None:
         """Wait until no overlapped load runs, those of released sequences included."""

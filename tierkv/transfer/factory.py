@@ -118,7 +118,7 @@ def join_daemon(tiers: Tiers, config: CacheConfig, *, namespace: Namespace, rank
     """Let the daemon have the lower tiers if the config names its socket. Raises DaemonError if it refuses."""
     if config.socket is None:
         return None
-    tiers.lower = daemon = DaemonTiers(
+    daemon = DaemonTiers(
         tiers,
         path=config.socket,
         namespace=namespace,
@@ -129,6 +129,7 @@ def join_daemon(tiers: Tiers, config: CacheConfig, *, namespace: Namespace, rank
         timeout_s=config.daemon_timeout_s,
         min_partial_tokens=config.min_partial_tokens,
     )
+    tiers.lower = daemon.blocks
     return daemon
 
 

@@ -39,7 +39,7 @@ class PlaceOwner(Protocol):
     def mover(self) -> Mover:
         """What copies to and from such places."""
 
-    def give_back(self, slot: int) -> None:
+    def return_lease(self, slot: int) -> None:
         """End one loan. Waits for nobody."""
 
 
@@ -201,7 +201,7 @@ class Tiers:
         with self.changed:
             for place in places:
                 if place.owner:
-                    place.owner.give_back(place.slot)
+                    place.owner.return_lease(place.slot)
                 elif place.tier is not None:
                     self.index.unpin(place.tier, place.slot)
                 else:

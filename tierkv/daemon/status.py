@@ -1,4 +1,4 @@
-"""Usage: how much is held of what the daemon's core bounds, for `tierkv daemon status`."""
+"""What `tierkv daemon status` says of the core: its tables, and how much of each limit is used."""
 
 from __future__ import annotations
 
@@ -6,14 +6,29 @@ from collections import Counter
 from collections.abc import Iterable
 
 from tierkv.daemon.core import Core
-from tierkv.daemon.messages import LimitStatus
+from tierkv.daemon.messages import LimitStatus, TenantStatus
 
-__all__ = ["limit_status", "usage_of"]
+__all__ = ["limit_status", "tenant_statuses", "usage_of"]
+
+
+def tenant_statuses(core: Core) -> list[TenantStatus]:
+    """Return what each namespace has in the warm tier."""
+    return [
+        TenantStatus(
+            namespace=tenant.digest.hex(),
+            name=tenant.name,
+            block_bytes=tenant.layout.block_bytes,
+            warm_blocks=tenant.warm_blocks,
+            pinned_bytes=tenant.pinned_bytes,
+            clients=tenant.clients,
+        )
+        for tenant in core.tenants.by_digest.values()
+    ]
 
 
 def usage_of(core: Core) -> list[LimitStatus]:
-    """Return what all connections hold of the core's tables, what the largest holder has, and both limits."""
-    limits, clients, tenants = core.limits, core.connections, core.tenants.values()
+    """Return how much is used of each limit that the core checks."""
+    limits, clients, tenants = core.limits, core.connections, core.tenants.by_digest.values()
     sizes = [each.num_slots for each in core.slab.classes.values()]
     largest_size = max(sizes, default=0)
     pinned = Counter[str]()
@@ -44,7 +59,7 @@ def usage_of(core: Core) -> list[LimitStatus]:
         limit_status(
             "claimed_blocks",
             limits.claimed_blocks,
-            (each.num_promised for each in clients),
+            (each.num_claimed for each in clients),
             limits.claimed_blocks_of_client,
         ),
         limit_status("namespaces", limits.namespaces, (1 for _ in tenants)),
@@ -58,9 +73,9 @@ def usage_of(core: Core) -> list[LimitStatus]:
 def limit_status(
     name: str, limit: int, held: Iterable[int], limit_of_one: int = 0, *, used: int | None = None
 ) -> LimitStatus:
-    """Return one line of a status. held: what each holder has. limit_of_one: 0 where one alone has no limit.
+    """Return the status of one limit. held: what each holder has. limit_of_one: 0 for none.
 
-    used: the sum, where more is held than by those holders.
+    used: the sum, if other holders have more.
     """
     each = list(held)
     largest = max(each, default=0) if limit_of_one else 0

@@ -8,9 +8,9 @@ from functools import reduce
 import pytest
 from core_model import SLOT_BYTES, Client, as_bytes
 
-from tierkv.daemon import sealer
+from tierkv.daemon import values
 from tierkv.daemon.core import Core, Tenant
-from tierkv.daemon.sealer import Sealer
+from tierkv.daemon.values import BlockIdentifier
 from tierkv.index.index import Entry
 from tierkv.values.block import chain_content_digest, hash_block
 
@@ -24,7 +24,7 @@ def a_tree() -> tuple[Tenant, list[Entry]]:
     for prompt in ([1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 4, 9, 9, 9, 9], [8, 8, 8, 8]):
         client.reserve(as_bytes(prompt), list(range(8)))
         client.publish(len(client.reserved))
-    tenant = core.tenants[NAMESPACE]
+    tenant = core.tenants.by_digest[NAMESPACE]
     return tenant, core.warm_entries(tenant)
 
 
@@ -37,7 +37,7 @@ def test_a_seal_is_that_of_the_chain_whatever_was_sealed_before(seed: int) -> No
     tenant, entries = a_tree()
     assert len(entries) > 4
     random.Random(seed).shuffle(entries)
-    one = Sealer()
+    one = BlockIdentifier()
     for entry in entries:
         info = one.identify(tenant, entry)
         assert info.content_digest == reduce(chain_content_digest, chain_of(entry), NAMESPACE)
@@ -57,8 +57,8 @@ def test_a_chain_that_is_sealed_in_order_costs_one_digest_a_block(monkeypatch: p
         digests.append(token_bytes)
         return chain_content_digest(parent, token_bytes)
 
-    monkeypatch.setattr(sealer, "chain_content_digest", counted)
-    one = Sealer()
+    monkeypatch.setattr(values, "chain_content_digest", counted)
+    one = BlockIdentifier()
     for entry in reversed(chain):
         one.identify(tenant, entry)
     assert len(chain) > 1 and len(digests) == len(chain)

@@ -125,7 +125,7 @@ class TierCache:
             users=self._users,
             write_through=config.write_through,
         )
-        self._running = RunningSequences(tiers, offloader, consensus, daemon, self._users)
+        self._running = RunningSequences(tiers, offloader, consensus, self._users)
         reading = ColdReading(tiers)
         loader = Loader(tiers, offloader, reading)
         self._eviction = EvictionEverywhere(tiers, offloader, daemon)

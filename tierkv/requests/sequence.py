@@ -14,7 +14,6 @@ from tierkv.errors import ConfigError
 from tierkv.movers.mover import Move, Ready
 from tierkv.requests.consensus import Consensus
 from tierkv.transfer.daemon_blocks import Claim
-from tierkv.transfer.daemon_tiers import DaemonTiers
 from tierkv.transfer.offload import Offloader
 from tierkv.transfer.overlapped_load import OverlappedLoad
 from tierkv.transfer.recompute_or_load import ColdLoad
@@ -151,13 +150,11 @@ class RunningSequences:
         tiers: Tiers,
         offloader: Offloader,
         consensus: Consensus | None,
-        daemon: DaemonTiers | None,
         users: BlockUsers,
     ) -> None:
         self._tiers = tiers
         self._offloader = offloader
         self._consensus = consensus
-        self._daemon = daemon
         self._users = users
         self._sequences: set[Sequence] = set()
         self._ending: list[OverlappedLoad] = []  # of released sequences; each pins its blocks until it ends

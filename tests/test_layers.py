@@ -39,7 +39,7 @@ ROOMS = {
     "engine": "errors values storage kernels movers ranks config requests cache",
     "profiling": "errors values policies storage config transfer requests cache",
     "__init__": "errors values policies background movers ranks config cache engine profiling",
-    "tools": "errors values index policies storage daemon config engine profiling __init__",
+    "tools": "errors values policies storage daemon config engine profiling __init__",
     "__main__": "tools",
 }
 

@@ -1,4 +1,4 @@
-"""`tierkv inspect`: what a store holds, by namespace and by prompt prefix, and why namespaces do not mix."""
+"""`tierkv inspect`: what a store holds, by namespace and by prompt prefix, and in what its namespaces differ."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import typer
 from rich import box
 from rich.table import Table
 
@@ -18,11 +19,12 @@ from tierkv.errors import ConfigError
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_entry import ColdEntry
 from tierkv.storage.cold_stats import StoredNamespace
-from tierkv.tools.options import cache_directory
-from tierkv.tools.render import format_age, format_bytes, open_console, print_json, visible
-from tierkv.tools.stores import find_namespace, open_existing
+from tierkv.tools.options import AsJson, cache_directory, spread
+from tierkv.tools.stores import StoreOptions, find_namespace, open_existing
+from tierkv.tools.terminal import format_age, open_console, print_json, visible
 from tierkv.values.block import BlockHash
 from tierkv.values.namespace import differing_fields
+from tierkv.values.units import format_bytes
 
 __all__ = ["inspect"]
 
@@ -44,17 +46,23 @@ class _Prefix:
     own_ids: list[int]
 
 
-def inspect(store_path: Path, *, namespace: str | None, model: str | None, as_json: bool) -> None:
-    """Print the namespaces and prompt prefixes of a store. Raises StoreError if there is none."""
-    now = time.time()
-    with open_existing(store_path) as store:
+@spread()
+def inspect(
+    where: StoreOptions,
+    namespace: Annotated[str | None, typer.Option(help="Only this namespace: leading hex digits.")] = None,
+    model: Annotated[str | None, typer.Option(help="Show texts with this model's tokenizer.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List what is stored: namespaces and how they differ, prompt prefixes, sizes, ages."""
+    path, now = where.path, time.time()
+    with open_existing(path) as store:
         found = [find_namespace(store, namespace)] if namespace else store.namespaces()
         found.sort(key=lambda n: n.last_used, reverse=True)
         prefixes = [prefix for n in found for prefix in _iter_prefixes(store, n)]
     if as_json:
         texts = _texts(prefixes, found, model, own=False)
         result = {
-            "store": str(store_path),
+            "store": str(path),
             "namespaces": [_describe(n, found[0]) for n in found],
             "prefixes": [_as_dict(p, text, now) for p, text in zip(prefixes, texts, strict=True)],
         }

@@ -1,16 +1,49 @@
-"""Opening a store that must be there, and naming one of its namespaces."""
+"""Which store a command works on, and opening it."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
-from tierkv.errors import ConfigError, StoreError
+from tierkv.daemon.client import DaemonClient
+from tierkv.errors import ConfigError, DaemonError, StoreError
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_stats import StoredNamespace
 from tierkv.storage.cold_writer import require_free
+from tierkv.tools.options import Socket, Store, default_store, named_socket
 
-__all__ = ["find_namespace", "open_existing", "require_place"]
+__all__ = ["StoreOptions", "find_namespace", "open_existing", "require_place", "store_of"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreOptions:
+    """Options that name a store, by its directory or by its daemon's socket. Raises ConfigError for both."""
+
+    store: Store = None
+    socket: Socket = None
+
+    def __post_init__(self) -> None:
+        if self.store and self.socket:
+            raise ConfigError("name a store or a daemon's socket, not both")
+
+    @property
+    def daemon(self) -> Path | None:
+        """Socket of the daemon whose store is meant; None where none is named."""
+        return self.socket or (None if self.store else named_socket(os.environ))
+
+    @property
+    def path(self) -> Path:
+        """Directory of the store. Raises DaemonError if the daemon has none."""
+        return store_of(self.daemon) if self.daemon else self.store or default_store(os.environ)
+
+
+def store_of(socket: Path) -> Path:
+    """Return the directory of the daemon's store. Raises DaemonError if it keeps nothing on disk."""
+    with DaemonClient(socket) as client:
+        if not client.welcome.has_cold:
+            raise DaemonError(f"the daemon at {socket} keeps nothing on disk")
+        return Path(client.welcome.store)
 
 
 def open_existing(path: Path, *, read_only: bool = True) -> ColdStore:
@@ -37,13 +70,6 @@ def require_place(path: Path, *, min_free_bytes: int | None) -> None:
     require_free(there, min_free_bytes)
 
 
-def _exists(path: Path) -> bool:
-    try:
-        return os.path.lexists(path / "data.mdb")  # a link is refused by whoever opens it
-    except ValueError as exc:  # a NUL in the path
-        raise ConfigError(f"{str(path)!a} is not a path") from exc
-
-
 def find_namespace(store: ColdStore, prefix: str | None) -> StoredNamespace:
     """Return the namespace whose hex digest begins with `prefix`, or the only one there is.
 
@@ -56,3 +82,10 @@ def find_namespace(store: ColdStore, prefix: str | None) -> StoredNamespace:
     names = ", ".join(f"{n.digest.hex()[:12]} ({n.description.get('name') or 'unnamed'})" for n in found)
     which = f"{len(fitting)} namespaces begin with {prefix}" if prefix else f"the store has {len(found)} namespaces"
     raise ConfigError(f"{which}; choose one with --namespace: {names or 'it is empty'}")
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return os.path.lexists(path / "data.mdb")  # opening the store refuses a symbolic link
+    except ValueError as exc:  # a NUL in the path
+        raise ConfigError(f"{str(path)!a} is not a path") from exc

@@ -17,9 +17,8 @@ if TYPE_CHECKING:
     from tierkv.movers.transfers import MemoryTransferManager, TransferHandle, TransferOp
     from tierkv.policies import EvictionPolicy
     from tierkv.profiling.controller import MemoryController
-    from tierkv.profiling.memory_report import MemoryReport
+    from tierkv.profiling.memory_report import MemoryReport, MemoryVisualizer
     from tierkv.profiling.metrics import serve_metrics
-    from tierkv.profiling.plots import MemoryVisualizer
     from tierkv.profiling.profiler import MemoryProfiler
     from tierkv.profiling.tracker import MemoryTracker
     from tierkv.ranks.group import RankGroup
@@ -72,7 +71,7 @@ _HOMES = {
     "MemoryReport": "tierkv.profiling.memory_report",
     "MemoryTracker": "tierkv.profiling.tracker",
     "MemoryTransferManager": "tierkv.movers.transfers",
-    "MemoryVisualizer": "tierkv.profiling.plots",
+    "MemoryVisualizer": "tierkv.profiling.memory_report",
     "Namespace": "tierkv.values.namespace",
     "Priority": "tierkv.background.work_queue",
     "RankGroup": "tierkv.ranks.group",

@@ -17,8 +17,7 @@ from rich.table import Table
 from tierkv.engine.prompts import read_prompts, render_tokens
 from tierkv.engine.runner import GenerationOptions, Runner
 from tierkv.errors import ConfigError, StoreError
-from tierkv.profiling.memory_report import MemoryReport
-from tierkv.profiling.plots import MemoryVisualizer
+from tierkv.profiling.memory_report import MemoryReport, MemoryVisualizer
 from tierkv.profiling.profiler import MemoryProfiler
 from tierkv.storage.cold import ColdStore
 from tierkv.tools.engine_options import EngineOptions, open_engine

@@ -48,7 +48,7 @@ def serve(cache: TierCache, rounds: int = 3) -> None:
 
 def test_the_tracker_knows_each_pool_and_counts_its_bytes_once(cache: TierCache) -> None:
     tracker = MemoryTracker()
-    tracker.watch(cache)
+    tracker.observe(cache)
     pools = {each.purpose: each for each in tracker.list_allocations()}
     assert set(pools) == {"hot pool", "scratch block", "warm pool", "write thread's slots"}
     assert pools["hot pool"].tensor_ptr == cache.hot.blocks.data_ptr()
@@ -58,7 +58,7 @@ def test_the_tracker_knows_each_pool_and_counts_its_bytes_once(cache: TierCache)
 
 def test_the_tracker_holds_exactly_the_blocks_that_the_cache_holds(cache: TierCache) -> None:
     tracker = MemoryTracker()
-    tracker.watch(cache)
+    tracker.observe(cache)
     serve(cache)
     by_purpose = tracker.get_allocation_summary()["by_purpose"]
     stats = cache.stats()
@@ -69,7 +69,7 @@ def test_the_tracker_holds_exactly_the_blocks_that_the_cache_holds(cache: TierCa
 
 def test_a_block_lies_where_the_tracker_says(cache: TierCache) -> None:
     tracker = MemoryTracker()
-    tracker.watch(cache)
+    tracker.observe(cache)
     engine = PatternEngine(cache)
     sequence = engine.start([1, 2, 3, 4, 5])
     address = cache.hot.blocks[sequence.block_table[0]].data_ptr()
@@ -79,7 +79,7 @@ def test_a_block_lies_where_the_tracker_says(cache: TierCache) -> None:
 
 def test_events_add_up_to_the_counters_of_the_cache(cache: TierCache) -> None:
     tracker = MemoryTracker(history_size=100_000)
-    tracker.watch(cache)
+    tracker.observe(cache)
     serve(cache)
     kinds = Counter((event.kind, event.tier) for event in tracker.allocation_history)
     stats = cache.stats()
@@ -94,15 +94,15 @@ def test_events_add_up_to_the_counters_of_the_cache(cache: TierCache) -> None:
 def test_a_tracker_that_comes_later_knows_what_is_there_already(cache: TierCache) -> None:
     serve(cache)
     tracker = MemoryTracker()
-    tracker.watch(cache)
+    tracker.observe(cache)
     assert tracker.get_allocation_summary()["by_purpose"]["hot block"]["count"] == cache.stats().tiers[Tier.HOT].blocks
 
 
 def test_a_tracker_that_was_taken_off_is_told_nothing(cache: TierCache) -> None:
     tracker = MemoryTracker()
-    tracker.watch(cache)
+    tracker.observe(cache)
     serve(cache, 1)
-    tracker.unwatch(cache)
+    tracker.stop_observing(cache)
     seen = len(tracker.allocation_history)
     serve(cache, 1)
     assert len(tracker.allocation_history) == seen
@@ -222,7 +222,7 @@ def test_a_compressed_warm_tier_has_its_staging_pool_told() -> None:
     )
     with TierCache(config, namespace=Namespace(weights="w", layout=layout)) as cache:
         tracker = MemoryTracker()
-        tracker.watch(cache)
+        tracker.observe(cache)
         serve(cache, 1)
         purposes = tracker.get_allocation_summary()["by_purpose"]
         assert purposes["staging pool"]["bytes"] >= 2 * layout.block_bytes

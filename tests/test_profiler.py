@@ -1,4 +1,4 @@
-"""The profiler, told of a run by a cache that holds nothing: what it keeps, and what it makes of it."""
+"""The profiler over a fake cache: what it records, and the report that it makes."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_requests_belong_to_the_iteration_that_is_open() -> None:
     assert (iteration.requests, iteration.hits[Tier.HOT], iteration.misses, iteration.prompt_tokens) == (1, 1, 1, 8)
 
 
-def test_a_closed_profiler_is_told_nothing_and_still_reports() -> None:
+def test_a_closed_profiler_records_nothing_and_still_reports() -> None:
     cache = FakeCache()
     profiler = profiled(cache)
     cache.request((Tier.HOT, 1))
@@ -125,7 +125,7 @@ def test_snapshots_of_a_long_run_thin_out_and_keep_both_ends() -> None:
     assert times[0] < 10 and times[-1] > 2900
 
 
-def test_a_heat_map_joins_its_bins_and_loses_no_use() -> None:
+def test_a_heat_map_merges_its_bins_and_loses_no_use() -> None:
     heat = HeatMap(0.0, bin_s=1.0, max_bins=4)
     for second in range(13):
         heat.add([7], float(second), 1)
@@ -191,7 +191,7 @@ def test_evictions_are_too_early_within_one_turnover_of_the_tier() -> None:
     assert summary.room_missed == 4
 
 
-def test_a_cyclic_run_is_told_the_hot_size_that_holds_it() -> None:
+def test_a_cyclic_run_gets_the_hot_size_that_holds_it_suggested() -> None:
     cache = FakeCache(hot=4)
     cache.counters = {"requests": 20, "misses": 20}
     run = measured(cache, distances=[None] * 5 + [5] * 15, evictions=[evicted(1, after=5, lost=True)])

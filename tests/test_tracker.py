@@ -1,4 +1,4 @@
-"""The memory tracker, told of what a cache would tell it."""
+"""The memory tracker, with the events of a cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the user tells the commands: options as Typer reads them, sizes, and places that the environment names."""
+"""The input of the commands: options as Typer reads them, sizes, and places that the environment names."""
 
 from __future__ import annotations
 

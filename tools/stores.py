@@ -49,7 +49,7 @@ def store_of(socket: Path) -> Path:
 def open_existing(path: Path, *, read_only: bool = True) -> ColdStore:
     """Open a store, which must exist. Raises StoreError."""
     if not _exists(path):
-        raise StoreError(f"there is no store at {path}", hint="tierkv warm FILE makes one")
+        raise StoreError(f"there is no store at {path}", hint="tierkv warm FILE creates it")
     return ColdStore(path, read_only=read_only)
 
 

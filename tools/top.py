@@ -89,7 +89,7 @@ def top(
     prefixes: Annotated[int, typer.Option(min=0, help="How many of the largest prefixes to list.")] = 10,
     as_json: AsJson = False,
 ) -> None:
-    """Watch a running cache: tiers, hits, bandwidth, misses, largest prefixes."""
+    """Show a running cache live: tiers, hits, bandwidth, misses, largest prefixes."""
     named = [each for each in (source.url, source.socket, source.store) if each is not None]
     if len(named) > 1:
         raise ConfigError("say what to look at: --url of a process that serves metrics, --socket, or --store")
@@ -204,7 +204,7 @@ def _look_at_daemon(socket: Path, prefixes: int) -> _Status:
 
 
 def _look_at_store(path: Path, prefixes: int) -> _Status:
-    """Return what the files of a store tell: sizes and the prefixes that were used most."""
+    """Return sizes and the most used prefixes, by the files of a store."""
     with open_existing(path) as store:
         sizes = store.stats()
         return {

@@ -98,7 +98,7 @@ def test_a_tracker_that_comes_later_knows_what_is_there_already(cache: TierCache
     assert tracker.get_allocation_summary()["by_purpose"]["hot block"]["count"] == cache.stats().tiers[Tier.HOT].blocks
 
 
-def test_a_tracker_that_was_taken_off_is_told_nothing(cache: TierCache) -> None:
+def test_a_tracker_that_stopped_observing_records_nothing(cache: TierCache) -> None:
     tracker = MemoryTracker()
     tracker.observe(cache)
     serve(cache, 1)
@@ -109,7 +109,7 @@ def test_a_tracker_that_was_taken_off_is_told_nothing(cache: TierCache) -> None:
     assert tracker.list_allocations() == [] and tracker.total_allocated == 0
 
 
-def test_a_profiled_run_is_told_as_it_was(cache: TierCache) -> None:
+def test_a_profile_agrees_with_the_counters_of_the_cache(cache: TierCache) -> None:
     engine = PatternEngine(cache)
     with MemoryProfiler(cache, snapshot_every_s=0.0, sample_every=1) as profiler:
         for _ in range(3):
@@ -183,7 +183,7 @@ def test_spans_that_overlap_are_found() -> None:
         assert_nested([{"ts": 0, "dur": 5}, {"ts": 3, "dur": 5}])
 
 
-def test_a_request_that_computes_while_it_loads_is_told_in_two_parts(tmp_path: Path) -> None:
+def test_a_request_that_computes_while_it_loads_is_recorded_in_two_parts(tmp_path: Path) -> None:
     prompt = [*range(4 * 16), 7]
     config = CacheConfig(
         cold_path=tmp_path / "store",
@@ -215,7 +215,7 @@ def test_a_request_that_computes_while_it_loads_is_told_in_two_parts(tmp_path: P
     assert stats.tiers[Tier.COLD].bytes_out == stats.tiers[Tier.COLD].hits * LAYOUT.block_bytes
 
 
-def test_a_compressed_warm_tier_has_its_staging_pool_told() -> None:
+def test_a_compressed_warm_tier_has_its_staging_pool_tracked() -> None:
     layout, warm_bytes = tiny_warm(8, "windows")
     config = CacheConfig(
         block_size=4, hot_bytes=8 * layout.block_bytes, warm_bytes=warm_bytes, warm_codec="windows", min_free_bytes=0

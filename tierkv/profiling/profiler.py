@@ -151,7 +151,7 @@ class MemoryProfiler:
     def generate_report(self, *, title: str = "Memory profile", about: dict[str, str] | None = None) -> MemoryReport:
         """Return what was recorded so far, analyzed. about: more lines for its head, such as the model's name.
 
-        A snapshot of this moment is missing where the cache is closed by now. Raises ConfigError while none is observed.
+        Lacks a snapshot of this moment where the cache is closed by now. Raises ConfigError while none is observed.
         """
         if self._is_observing:
             with suppress(ClosedError):

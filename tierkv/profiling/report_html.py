@@ -209,8 +209,8 @@ def _prefix_table(run: ProfiledRun) -> str:
         for each in run.prefixes
     ]
     return _table(["last block", "tokens", "hot blocks", "warm blocks", "bytes", "hits"], rows) + (
-        "<p class='soft'>A row is a run of blocks with one continuation: a prefix up to where prompts part, or "
-        "what one of them has alone.</p>"
+        "<p class='soft'>A row is a run of blocks without a branch: a prefix that prompts share until they "
+        "differ, or the rest of one prompt.</p>"
     )
 
 

@@ -26,7 +26,7 @@ from tierkv.storage.cold_eviction import EvictionReport
 from tierkv.storage.cold_prompt import StoredPrompt
 from tierkv.tools.engine_options import ModelOptions, identify
 from tierkv.tools.options import AsJson, parse_optional_size, spread
-from tierkv.tools.stores import StoreOptions, open_existing
+from tierkv.tools.stores import StoreOptions, find_digest, open_existing
 from tierkv.tools.terminal import print_json, visible
 from tierkv.values.block import HASH_BYTES, BlockHash, as_token_array, iter_chain
 from tierkv.values.units import format_bytes
@@ -178,7 +178,7 @@ def _evict_through_daemon(socket: Path, requests: list[EvictBlocks], namespace: 
         if client.welcome.has_cold:
             with suppress(StoreError), open_existing(Path(client.welcome.store)) as store:
                 names |= {each.digest.hex(): str(each.description.get("name", "")) for each in store.namespaces()}
-        digest = _find(names, namespace)
+        digest = bytes.fromhex(find_digest(names, namespace)) if namespace is not None else b""
         for request in requests:
             if not _can_match(request, digest, names):
                 continue
@@ -198,7 +198,7 @@ def _evict_stored(store_path: Path, requests: list[EvictBlocks], namespace: str 
     had_daemon = (store_path / STORE_LOCK).exists()
     with open_existing(store_path, read_only=False) as store:
         names = {each.digest.hex(): str(each.description.get("name", "")) for each in store.namespaces()}
-        digest = _find(names, namespace)
+        digest = bytes.fromhex(find_digest(names, namespace)) if namespace is not None else b""
         log = EvictionLog(store_path / LOG_NAME) if had_daemon else None
         for request in requests:
             if not _can_match(request, digest, names):
@@ -253,19 +253,6 @@ def _within(request: EvictBlocks, digest: BlockHash) -> EvictBlocks:
 def _can_match(request: EvictBlocks, digest: BlockHash, names: dict[str, str]) -> bool:
     """Return whether the request's namespace exists and was not excluded."""
     return not request.namespace or (digest in (b"", request.namespace) and request.namespace.hex() in names)
-
-
-def _find(names: dict[str, str], prefix: str | None) -> BlockHash:
-    """Return the namespace whose hex digest begins with `prefix`; b"" where none is named. Raises ConfigError."""
-    if prefix is None:
-        return b""
-    fitting = [digest for digest in names if digest.startswith(prefix.lower())]
-    if len(fitting) == 1:
-        return bytes.fromhex(fitting[0])
-    listed = ", ".join(f"{digest[:12]} ({name or 'unnamed'})" for digest, name in names.items())
-    raise ConfigError(
-        f"{len(fitting)} namespaces begin with {prefix}; choose one with --namespace: {listed or 'it is empty'}"
-    )
 
 
 def _print(result: _Result, to_bytes: int) -> None:

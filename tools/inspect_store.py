@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_entry import ColdEntry
 from tierkv.storage.cold_stats import StoredNamespace
 from tierkv.tools.options import AsJson, cache_directory, spread
-from tierkv.tools.stores import StoreOptions, find_namespace, open_existing
+from tierkv.tools.stores import StoreOptions, find_namespace, iter_chains, open_existing
 from tierkv.tools.terminal import format_age, open_console, print_json, visible
 from tierkv.values.block import BlockHash
 from tierkv.values.namespace import differing_fields
@@ -83,22 +84,11 @@ def inspect(
 
 
 def _iter_prefixes(store: ColdStore, namespace: StoredNamespace) -> Iterator[_Prefix]:
-    """Yield every leaf's chain, depth first. A block is counted as shared where its parent has other children."""
+    """Yield the chain of every leaf. Blocks up to the last one with several children are counted as shared."""
     entries = dict(store.iter_entries(namespace.digest))
-    children: dict[BlockHash, list[BlockHash]] = {}
-    for block_hash, entry in entries.items():
-        children.setdefault(entry.parent, []).append(block_hash)
-    for block_hash in entries:
-        if block_hash not in children:
-            yield _prefix(store, namespace, _chain(entries, block_hash), entries, children)
-
-
-def _chain(entries: dict[BlockHash, ColdEntry], leaf: BlockHash) -> list[BlockHash]:
-    chain = {leaf: None}
-    at = leaf
-    while (at := entries[at].parent) in entries and at not in chain:  # parents of a damaged store may be a cycle
-        chain[at] = None
-    return list(chain)[::-1]
+    num_children = Counter(entry.parent for entry in entries.values())
+    for chain in iter_chains(entries):
+        yield _prefix(store, namespace, chain, entries, num_children)
 
 
 def _prefix(
@@ -106,10 +96,10 @@ def _prefix(
     namespace: StoredNamespace,
     chain: list[BlockHash],
     entries: dict[BlockHash, ColdEntry],
-    children: dict[BlockHash, list[BlockHash]],
+    num_children: Counter[BlockHash],
 ) -> _Prefix:
     own = [entries[block_hash] for block_hash in chain]
-    branches = [i for i, block_hash in enumerate(chain) if len(children.get(block_hash, [])) > 1]
+    branches = [i for i, block_hash in enumerate(chain) if num_children[block_hash] > 1]
     shared_blocks = branches[-1] + 1 if branches else 0
     return _Prefix(
         namespace=namespace.digest.hex(),
@@ -125,13 +115,13 @@ def _prefix(
 
 
 def _first_tokens(store: ColdStore, block_hash: BlockHash) -> list[int]:
-    """Return how a block begins, for a preview."""
+    """Return the first tokens of a block, for a preview."""
     token_ids: list[int] = np.frombuffer(store.read_tokens(block_hash) or b"", dtype="<u4")[:_PREVIEW_TOKENS].tolist()
     return token_ids
 
 
 def _texts(prefixes: list[_Prefix], found: list[StoredNamespace], model: str | None, *, own: bool) -> list[str]:
-    """Return how each prefix, or what it shares with no other, begins: as text where its tokenizer is known."""
+    """Return the beginning of each prefix, or of its unshared part; as text where its tokenizer is known."""
     names = {n.digest.hex(): str(n.description.get("name", "")) for n in found}
     tokenizers: dict[str, Any] = {}
     texts: list[str] = []
@@ -148,7 +138,7 @@ def _texts(prefixes: list[_Prefix], found: list[StoredNamespace], model: str | N
 def _embedded_directory() -> Path | None:
     try:
         return cache_directory(os.environ)
-    except ConfigError:  # no home directory: then the embedded model is not here either
+    except ConfigError:  # no home directory, so no embedded model
         return None
 
 

@@ -1,4 +1,4 @@
-"""`tierkv report`: run requests under the profiler, and write what was seen as a page, a trace and plots."""
+"""`tierkv report`: run requests under the profiler, and write a page, a trace and plots."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from tierkv.profiling.profiler import MemoryProfiler
 from tierkv.storage.cold import ColdStore
 from tierkv.tools.engine_options import EngineOptions, open_engine
 from tierkv.tools.options import AsJson, Lines, as_path, spread
+from tierkv.tools.stores import iter_chains
 from tierkv.tools.terminal import open_console, print_json, visible
 from tierkv.values.block import BlockHash
 from tierkv.values.units import format_bytes
@@ -29,7 +30,7 @@ from tierkv.values.units import format_bytes
 __all__ = ["ReportRequest", "report"]
 
 _MAX_ROUNDS = 10_000
-_QUESTIONS = ("Where do I begin?", "What should I check first?", "Who can tell me more?")
+_QUESTIONS = ("Where do I begin?", "What should I check first?", "Where can I read more?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,20 +102,14 @@ def _stored_prompts(runner: Runner) -> Iterator[_Prompt]:
         raise ConfigError("a daemon keeps the store", hint="name a file of prompts, or the store with --store")
     root = runner.cache.namespace.digest
     entries = dict(store.iter_entries(root))
-    parents = {entry.parent for entry in entries.values()}
-    for leaf in entries:
-        if leaf in parents:
-            continue
-        chain: list[BlockHash] = [leaf]
-        while entries[chain[-1]].parent in entries and len(chain) <= len(entries):  # a damaged store has cycles
-            chain.append(entries[chain[-1]].parent)
-        token_ids = _tokens_of(store, chain[::-1]) if entries[chain[-1]].parent == root else None
+    for chain in iter_chains(entries):
+        token_ids = _tokens_of(store, chain) if entries[chain[0]].parent == root else None
         if token_ids:
-            yield _Prompt(leaf.hex()[:8], token_ids)
+            yield _Prompt(chain[-1].hex()[:8], token_ids)
 
 
 def _tokens_of(store: ColdStore, chain: Sequence[BlockHash]) -> list[int] | None:
-    """Return the tokens of a chain; None if a block has left meanwhile."""
+    """Return the tokens of a chain; None if a block was evicted meanwhile."""
     pieces = [store.read_tokens(block_hash) for block_hash in chain]
     if any(piece is None for piece in pieces):
         return None
@@ -172,7 +167,7 @@ def _write(made: MemoryReport, request: ReportRequest) -> list[Path]:
 
 
 def _plots(made: MemoryReport) -> MemoryVisualizer | None:
-    """Return what draws plots; None, and a word about it, where that is not installed: the page does without."""
+    """Return the visualizer; without matplotlib print so and return None: the page has no charts then."""
     try:
         return MemoryVisualizer(made)
     except ConfigError as exc:

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from tierkv.daemon.client import DaemonClient
 from tierkv.errors import ConfigError, DaemonError, StoreError
 from tierkv.storage.cold import ColdStore
+from tierkv.storage.cold_entry import ColdEntry
 from tierkv.storage.cold_stats import StoredNamespace
 from tierkv.storage.cold_writer import require_free
 from tierkv.tools.options import Socket, Store, default_store, named_socket
+from tierkv.values.block import BlockHash
 
-__all__ = ["StoreOptions", "find_namespace", "open_existing", "require_place", "store_of"]
+__all__ = [
+    "StoreOptions",
+    "find_digest",
+    "find_namespace",
+    "iter_chains",
+    "open_existing",
+    "require_place",
+    "store_of",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,13 +86,33 @@ def find_namespace(store: ColdStore, prefix: str | None) -> StoredNamespace:
 
     Raises ConfigError that lists them where none or several fit.
     """
-    found = store.namespaces()
-    fitting = [n for n in found if n.digest.hex().startswith((prefix or "").lower())]
+    found = {each.digest.hex(): each for each in store.namespaces()}
+    return found[find_digest({digest: str(each.description.get("name", "")) for digest, each in found.items()}, prefix)]
+
+
+def find_digest(names: Mapping[str, str], prefix: str | None) -> str:
+    """Return the hex digest that begins with `prefix`, or the only one there is. names: of namespaces, by hex digest.
+
+    Raises ConfigError that lists them where none or several fit.
+    """
+    fitting = [digest for digest in names if digest.startswith((prefix or "").lower())]
     if len(fitting) == 1:
         return fitting[0]
-    names = ", ".join(f"{n.digest.hex()[:12]} ({n.description.get('name') or 'unnamed'})" for n in found)
-    which = f"{len(fitting)} namespaces begin with {prefix}" if prefix else f"the store has {len(found)} namespaces"
-    raise ConfigError(f"{which}; choose one with --namespace: {names or 'it is empty'}")
+    which = f"{len(fitting)} namespaces begin with {prefix}" if prefix else f"the store has {len(names)} namespaces"
+    listed = ", ".join(f"{digest[:12]} ({name or 'unnamed'})" for digest, name in names.items())
+    raise ConfigError(f"{which}; choose one with --namespace: {listed or 'it is empty'}")
+
+
+def iter_chains(entries: Mapping[BlockHash, ColdEntry]) -> Iterator[list[BlockHash]]:
+    """Yield the chain of every stored block without children, first block first."""
+    parents = {entry.parent for entry in entries.values()}
+    for leaf in entries:
+        if leaf in parents:
+            continue
+        chain, at = {leaf: None}, leaf
+        while (at := entries[at].parent) in entries and at not in chain:  # parents of a damaged store may be a cycle
+            chain[at] = None
+        yield list(chain)[::-1]
 
 
 def _exists(path: Path) -> bool:

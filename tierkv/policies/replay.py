@@ -62,8 +62,8 @@ def replay_trace(trace: Trace, policy: EvictionPolicy, capacity: int, prefill: P
         hits += num_found
         seconds += prefill.seconds(0, min(num_found * trace.block_size, request.num_tokens)) if num_found else 0.0
         while (excess := index.hot.used_count - capacity) > 0:
-            for victim in index.select_victims(Tier.HOT, excess):
-                index.detach(victim, Tier.HOT)
+            for entry in index.select_victims(Tier.HOT, excess):
+                index.detach(entry, Tier.HOT)
     return Outcome(hits, trace.num_blocks, seconds)
 
 

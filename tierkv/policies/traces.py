@@ -115,7 +115,7 @@ def belady_hits(requests: Sequence[Request], capacity: int) -> int:
         cached[block] = next_use[at]
         heapq.heappush(furthest, (-next_use[at], block))
         while len(cached) > capacity:
-            negated, victim = heapq.heappop(furthest)
-            if cached.get(victim) == -negated:
-                del cached[victim]
+            negated, furthest_block = heapq.heappop(furthest)
+            if cached.get(furthest_block) == -negated:
+                del cached[furthest_block]
     return hits

@@ -86,7 +86,7 @@ class _Block:
 
 
 class _Recorder(LanePolicy):
-    """A policy that records the features of each use, as the learned policy will see them."""
+    """Sees uses as the policy will, and writes down the features of each."""
 
     def __init__(self, num_blocks: int) -> None:
         super().__init__(num_lanes=1, num_rows=1 << max(17, num_blocks.bit_length() + 1), sample_mask=0)

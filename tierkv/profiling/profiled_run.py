@@ -58,11 +58,6 @@ class Iteration:
     hits: dict[Tier, int] = field(default_factory=lambda: dict.fromkeys(Tier, 0))
     hit_tokens: dict[Tier, int] = field(default_factory=lambda: dict.fromkeys(Tier, 0))
 
-    @property
-    def seconds(self) -> float:
-        """How long it took."""
-        return self.ended - self.started
-
 
 class HeatMap:
     """Uses of hot blocks over time, in at most `max_bins` bins: where these do not reach, pairs of bins are merged.

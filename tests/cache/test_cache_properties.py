@@ -81,7 +81,7 @@ class CacheMachine(RuleBasedStateMachine):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.cache = TierCache(self.config, namespace=namespace, device=device, hash_function=self.hash_function)
         self.watcher = MemoryTracker(history_size=100_000, sample_every=1)
-        self.watcher.watch(self.cache)
+        self.watcher.observe(self.cache)
         self.engine = PatternEngine(self.cache)
         self.running: list[Sequence] = []
 

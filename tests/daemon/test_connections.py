@@ -54,6 +54,7 @@ from tierkv.daemon.requests import Requests
 from tierkv.daemon.status import limit_status
 from tierkv.errors import DaemonError, DaemonGoneError
 from tierkv.tools import daemon as daemon_tool
+from tierkv.tools.daemon_process import from_json, to_json
 from tierkv.values.block import hash_block
 
 TOKENS = tokens_of(16)
@@ -360,7 +361,7 @@ def test_connections_fit_the_descriptors_that_there_are(monkeypatch: pytest.Monk
 
 def test_limits_survive_the_way_to_a_detached_daemon() -> None:
     config = DaemonConfig(socket=Path("/s"), store=None, warm_bytes=1, cold_bytes=1, limits=Limits(cursors_of_client=5))
-    assert daemon_tool._from_json(daemon_tool._to_json(config, [])) == (config, [])
+    assert from_json(to_json(config, [])) == (config, [])
 
 
 def test_the_metrics_have_each_limit_and_its_use() -> None:

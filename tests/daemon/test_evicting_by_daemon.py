@@ -113,8 +113,8 @@ def test_a_prompt_goes_and_another_stays(start_daemon: Start, open_cache: OpenCa
     daemon = start_daemon()
     cache = open_cache()
     keep(cache, PROMPT, OTHER)
-    prompt = tool.PromptBlocks.of(cache.namespace.digest, PROMPT[:10], 4)
-    answer = evict(daemon, namespace=prompt.namespace, hashes=b"".join(prompt.hashes), tokens=prompt.token_bytes)
+    request = tool.request_of(cache.namespace.digest, PROMPT[:10], 4)
+    answer = evict(daemon, namespace=request.namespace, hashes=request.hashes, tokens=request.tokens)
     assert (answer.warm, answer.cold, answer.left) == (3, 3, 3)
     assert answer.engines[0].blocks == 3
     assert cached(cache, PROMPT) == 0 and cached(cache, OTHER) == 12
@@ -229,7 +229,7 @@ def test_an_eviction_from_the_store_while_no_daemon_runs_reaches_the_engines_of_
     keep(cache, PROMPT)
     eventually(lambda: cache._daemon is not None and cache._daemon._eviction_log != 0)
     daemon.kill()
-    tool.evict(short_path / "store", socket=None, to="0", namespace=None, older_than=None, as_json=True, prompts=None)
+    tool.evict(store=short_path / "store", to="0", as_json=True)
     assert '"blocks_evicted": 3' in capsys.readouterr().out
     daemon.start()
     eventually(lambda: is_served(cache, daemon))

@@ -1,4 +1,4 @@
-"""A request trace, driven through the real index with a real policy; only the bytes are missing."""
+"""Replays a request trace through the real index with a real policy; only the blocks' bytes are missing."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from dataclasses import dataclass
 
 from tierkv.index.eviction import EvictionPolicy
 from tierkv.index.index import Entry, Index
-from tierkv.tools.traces import Request, Trace
+from tierkv.policies.traces import Request, Trace
 from tierkv.values.block import TOKEN_BYTES, BlockHash, Tier, hash_block
 from tierkv.values.prefill import PrefillModel
 
 __all__ = ["Outcome", "replay_trace"]
 
 _ROOT = bytes(16)
-_TICK_S = 1e-3  # the index takes times less than 0.1 ms apart for one
+_TICK_S = 1e-3  # the index treats times less than 0.1 ms apart as equal
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a policy made of a trace. A block is a hit only if all before it in its prompt are."""
+    """Hits of a policy on a trace. A block is a hit only if all blocks before it in its prompt are."""
 
     hits: int
     blocks: int
@@ -31,7 +31,7 @@ class Outcome:
 
 
 class _Clock:
-    """Stands at the arrival of a request; never twice at the same time."""
+    """The arrival time of the current request; later than that of the one before."""
 
     def __init__(self) -> None:
         self.now = float("-inf")
@@ -46,9 +46,9 @@ class _Clock:
 def replay_trace(trace: Trace, policy: EvictionPolicy, capacity: int, prefill: PrefillModel) -> Outcome:
     """Serve a trace's requests one after the other from an empty cache of `capacity` blocks.
 
-    A request pins what it finds, takes room for the rest, commits it and lets go; then the policy chooses what
-    leaves until `capacity` blocks are left. So the policy may also decline what has just been computed, as the
-    bound may, and the room of the one running request is not counted.
+    A request pins the blocks that it finds, allocates and commits the others, and releases all. Then the policy evicts
+    until `capacity` blocks are left. So the policy may also evict blocks that have just been computed, as Belady's
+    bound may, and the room of the running request is not counted.
     """
     longest = max(len(request.blocks) for request in trace.requests)
     clock = _Clock()
@@ -62,8 +62,8 @@ def replay_trace(trace: Trace, policy: EvictionPolicy, capacity: int, prefill: P
         hits += num_found
         seconds += prefill.seconds(0, min(num_found * trace.block_size, request.num_tokens)) if num_found else 0.0
         while (excess := index.hot.used_count - capacity) > 0:
-            for victim in index.select_evictions(Tier.HOT, excess):
-                index.detach(victim, Tier.HOT)
+            for entry in index.select_evictions(Tier.HOT, excess):
+                index.detach(entry, Tier.HOT)
     return Outcome(hits, trace.num_blocks, seconds)
 
 
@@ -91,7 +91,7 @@ def _serve(index: Index, request: Request, block_size: int, hashes: list[BlockHa
         assert entry is not None, "numbers of a trace have hashes that differ"
         index.attach(entry, Tier.HOT, slot)
     for entry in found:
-        assert entry.block_id is not None, "what was found lies in the only tier there is"
+        assert entry.block_id is not None, "what was found lies in the hot tier"
         index.unpin(Tier.HOT, entry.block_id)
     for slot in slots:
         index.unpin(Tier.HOT, slot)

@@ -1,4 +1,4 @@
-"""Request traces: one JSON object a line, the blocks of a prompt by number, as Mooncake publishes them."""
+"""Request traces: one JSON object per line, the blocks of a prompt by number, as Mooncake publishes them."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def read_trace(path: Path, *, block_size: int = 512) -> Trace:
     A number that appears after different blocks stands for different blocks: the prefix is what is cached.
     Raises ConfigError that names the line.
     """
-    lines = read_text(path, limit_bytes=_LIMIT_BYTES).split("\n")  # JSON has other ends of lines inside its texts
+    lines = read_text(path, limit_bytes=_LIMIT_BYTES).split("\n")  # JSON texts may contain other line ends
     numbers: dict[tuple[int, int], int] = {}
     requests = [
         _parse(line, f"{path}, line {at}", numbers, block_size)
@@ -93,10 +93,10 @@ def _parse(line: str, where: str, numbers: dict[tuple[int, int], int], block_siz
 
 
 def belady_hits(requests: Sequence[Request], capacity: int) -> int:
-    """Return the most block hits that any policy can have that may also decline to keep a block.
+    """Return the most block hits that any policy can have, if it may also decline to keep a block.
 
-    Belady's rule: give up what is needed furthest in the future. A block is needed no later than those that
-    follow it, so the rule keeps whole prefixes by itself.
+    Belady's rule: evict the block that is needed furthest in the future. A block is needed no later than its
+    children, so the rule keeps whole prefixes by itself. Source: Belady, "A study of replacement algorithms", 1966.
     """
     uses = [block for request in requests for block in request.blocks]
     next_use = [_NEVER] * len(uses)
@@ -115,7 +115,7 @@ def belady_hits(requests: Sequence[Request], capacity: int) -> int:
         cached[block] = next_use[at]
         heapq.heappush(furthest, (-next_use[at], block))
         while len(cached) > capacity:
-            negated, victim = heapq.heappop(furthest)
-            if cached.get(victim) == -negated:
-                del cached[victim]
+            negated, furthest_block = heapq.heappop(furthest)
+            if cached.get(furthest_block) == -negated:
+                del cached[furthest_block]
     return hits

@@ -1,23 +1,19 @@
-"""`tierkv train-policy`: fit the learned policy to a request trace."""
+"""Fits the learned policy to a request trace."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import numpy.typing as npt
-from rich.table import Table
 
 from tierkv.errors import ConfigError
 from tierkv.index.eviction import CacheBlock
 from tierkv.policies.block_classes import BlockClassPolicy
 from tierkv.policies.hazard import NUM_BUCKETS, buckets_of, hazards
-from tierkv.policies.learned import FEATURES, LearnedModel, features_of
-from tierkv.tools.render import open_console, print_json, visible
-from tierkv.tools.traces import Trace, read_trace
+from tierkv.policies.learned import LearnedModel, features_of
+from tierkv.policies.traces import Trace
 from tierkv.values.block import hash_block
 
-__all__ = ["fit_model", "train_policy"]
+__all__ = ["fit_model"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -27,27 +23,8 @@ _RIDGE = 1.0
 _STEPS = 30
 
 
-def train_policy(path: Path, out: Path, *, block_size: int, seed: int, as_json: bool) -> None:
-    """Train on a trace, write the model, print its weights. Raises ConfigError."""
-    trace = read_trace(path, block_size=block_size)
-    model, summary = fit_model(trace, seed=seed)
-    model.save(out)
-    if as_json:
-        print_json({"out": str(out), **summary, "weights": dict(zip(FEATURES, model.weights, strict=True))})
-        return
-    table = Table(
-        title=f"{visible(trace.name)}, {summary['uses']:,.0f} uses; written to {visible(str(out))}", show_header=False
-    )
-    for name, weight in zip(FEATURES, model.weights, strict=True):
-        table.add_row(name, f"{weight:+.3f}")
-    table.add_row("horizon", f"{summary['horizon_s']:.0f} s")
-    table.add_row("log loss, held out", f"{summary['log_loss']:.4f}")
-    table.add_row("of a constant guess", f"{summary['log_loss_constant']:.4f}")
-    open_console().print(table)
-
-
 def fit_model(trace: Trace, *, seed: int) -> tuple[LearnedModel, dict[str, float]]:
-    """Return a model of a trace, and how well it guesses conversations that it was not fitted to.
+    """Return a model of a trace, and how well it predicts conversations that it was not fitted to.
 
     seed: draws the fifth of the conversations (chains with the same first two blocks) that measure the fit.
     Raises ConfigError for a trace in which too little is used again.
@@ -88,7 +65,7 @@ def fit_model(trace: Trace, *, seed: int) -> tuple[LearnedModel, dict[str, float
 
 
 class _Block:
-    """What features are read of, in a cache that never evicts."""
+    """A block, in a cache that never evicts: satisfies `CacheBlock`."""
 
     def __init__(self, number: int, parent: _Block | None, num_tokens: int, now: float) -> None:
         self.block_hash = hash_block(b"", number.to_bytes(8, "little"))
@@ -153,7 +130,7 @@ def _observe(trace: Trace) -> tuple[Floats, Floats, Floats, npt.NDArray[np.int64
 
 
 def _fit_logistic(x: Floats, y: Floats) -> tuple[Floats, float]:
-    """Return weights and bias of a logistic model with a little ridge, by Newton's method: no chance involved."""
+    """Return weights and bias of a logistic model with a little ridge, by Newton's method: deterministic."""
     design = np.column_stack([x, np.ones(len(x))])
     ridge = np.full(design.shape[1], _RIDGE)
     ridge[-1] = 1e-6

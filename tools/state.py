@@ -16,7 +16,7 @@ from tierkv.storage.state_file import StateFile, write_state_file
 from tierkv.tools.render import format_bytes
 from tierkv.tools.stores import find_namespace, open_existing, require_place
 from tierkv.values.block import BlockHash
-from tierkv.values.files import own_errors
+from tierkv.values.files import translated_errors
 
 __all__ = ["load", "save"]
 
@@ -62,7 +62,7 @@ def load(path: Path, store_path: Path, *, cold_bytes: int | None, min_free_bytes
 
 def _load(path: Path, state: StateFile, store: ColdStore, *, as_json: bool) -> None:
     store.register_namespace(state.namespace, state.raw_description)
-    with own_errors(f"cannot load {path}"):
+    with translated_errors(f"cannot load {path}"):
         outcomes = Counter(_put_all(state, store))
     store.flush()
     stored, existing = outcomes[PutOutcome.STORED], outcomes[PutOutcome.EXISTS]

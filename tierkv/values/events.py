@@ -133,7 +133,7 @@ class Span:
 class CacheObserver(Protocol):
     """An observer of a cache. The thread that does the work calls it, so it must be quick and must not raise.
 
-    The cache's lock is held in `on_memory`, `on_block` and `on_request`: they must not call the cache.
+    `on_memory`, `on_block` and `on_request` run under the cache's lock, so they must not call the cache.
     """
 
     def on_memory(self, region: MemoryRegion) -> None:

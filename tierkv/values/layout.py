@@ -7,7 +7,6 @@ V; the offsets say where each begins.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -117,14 +116,6 @@ class BlockLayout:
     def packed_bytes(self, num_tokens: int) -> int:
         """Bytes of the first `num_tokens` tokens of a block, all layers, without gaps."""
         return self.token_bytes * num_tokens
-
-    def iter_packed(self, num_tokens: int) -> Iterator[tuple[int, int, int]]:
-        """Yield (offset in the block, offset in the packed bytes, length) for each run of a partial block."""
-        packed = 0
-        for run in self.runs:
-            length = run.token_bytes * num_tokens
-            yield run.offset_bytes, packed, length
-            packed += length
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values, for the namespace and for humans."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tierkv.values.block import Tier
 from tierkv.values.locks import NO_LOCK, Owned
@@ -111,18 +111,15 @@ class StatsRecorder:
         """
         assert self._lock.is_owned()
         counted = {
-            tier: TierStats(
+            tier: replace(
+                sizes,
                 hits=self.hits[tier],
                 hit_tokens=self.hit_tokens[tier],
-                evictions=self.evictions[tier] + size.evictions,
+                evictions=self.evictions[tier] + sizes.evictions,
                 bytes_in=self.bytes_in[tier],
                 bytes_out=self.bytes_out[tier],
-                blocks=size.blocks,
-                used_bytes=size.used_bytes,
-                stored_bytes=size.stored_bytes,
-                capacity_bytes=size.capacity_bytes,
             )
-            for tier, size in tiers.items()
+            for tier, sizes in tiers.items()
         }
         return CacheStats(
             requests=self.requests,

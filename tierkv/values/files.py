@@ -1,7 +1,7 @@
 """Open files safely at paths that another program may have prepared.
 
-A path in a shared directory may name a FIFO (to open it may wait for ever), a device, a directory or another user's
-symbolic link. tierkv opens every path that it gets from its user by these functions.
+A path in a shared directory may name a device, a directory or another user's symbolic link. It may name a FIFO, and to
+open a FIFO may wait for ever. tierkv opens every path that it gets from its user by these functions.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ from tierkv.storage.state_format import (
 )
 from tierkv.storage.state_writer import WRITE_WAIT_S, SavedState, write_state_file
 from tierkv.values.block import TOKEN_BYTES, BlockHash, common_run
-from tierkv.values.files import check_path, open_regular, own_errors
+from tierkv.values.files import check_path, open_regular, translated_errors
 from tierkv.values.layout import BlockLayout
 from tierkv.values.namespace import NamespaceDescription, parse_description
 
@@ -78,7 +78,7 @@ class StateFile:
 
     def __init__(self, path: Path) -> None:
         self.path = check_path(path)
-        with own_errors(f"cannot read the state file {self.path}"):
+        with translated_errors(f"cannot read the state file {self.path}"):
             self.path = self.path.absolute()
             self._file = _OpenFile(open_regular(self.path))
             try:

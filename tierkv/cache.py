@@ -13,7 +13,7 @@ import torch
 from tierkv.background.open_calls import OpenCalls, while_open
 from tierkv.config import CacheConfig
 from tierkv.errors import ConfigError
-from tierkv.policies import EvictionPolicy, make_policy
+from tierkv.policies import EvictionPolicy
 from tierkv.ranks.group import OneRank, RankGroup
 from tierkv.requests.acquire import Acquirer
 from tierkv.requests.block_control import BlockControl
@@ -30,7 +30,15 @@ from tierkv.storage.hot import HotPool
 from tierkv.storage.state_file import SavedState
 from tierkv.transfer.cache_state import load_state, open_state, save_state
 from tierkv.transfer.cold_reading import ColdReading
-from tierkv.transfer.factory import choose_codec, join_daemon, open_store, open_tiers
+from tierkv.transfer.factory import (
+    choose_codec,
+    device_of,
+    join_daemon,
+    open_store,
+    open_tiers,
+    policy_of,
+    require_methods,
+)
 from tierkv.transfer.load import Loader
 from tierkv.transfer.observers import pool_regions
 from tierkv.transfer.offload import Offloader
@@ -44,7 +52,6 @@ from tierkv.values.stats import CacheStats
 
 __all__ = ["Match", "TierCache", "load_cache_state", "save_cache_state"]
 
-_POLICY_METHODS = ("score_block", "update_on_access", "select_victims")
 _OBSERVER_METHODS = ("on_memory", "on_block", "on_request", "on_use", "on_span")
 _CALLS_WAIT_S = 10.0  # at the end, for calls that wait for the write thread
 
@@ -82,7 +89,7 @@ class TierCache:
         self.config = config
         codec, self.namespace = choose_codec(config, namespace, self.ranks)
         self.layout = self.namespace.layout
-        self.device = _device_of(device)
+        self.device = device_of(device)
         self._owns_cold = cold is None
         self.calls = OpenCalls("the cache")
         self._must_end = threading.Event()
@@ -92,14 +99,13 @@ class TierCache:
                 if self._owns_cold:
                     undo.callback(cold.close)
                 cold.open_namespace(self.namespace)
-            policy = _policy_of(config.eviction_policy if policy is None else policy)
             self._tiers = open_tiers(
                 config,
                 namespace=self.namespace,
                 codec=codec,
                 device=self.device,
                 cold=cold,
-                policy=policy,
+                policy=policy_of(config.eviction_policy if policy is None else policy),
                 clock=clock,
                 hash_function=hash_function,
             )
@@ -368,14 +374,14 @@ class TierCache:
     @while_open
     def set_eviction_policy(self, policy: str | EvictionPolicy) -> None:
         """Choose victims by another policy from now on: a name, or any object that satisfies the Protocol."""
-        chosen = _policy_of(policy)
+        chosen = policy_of(policy)
         with self._tiers.changed:
             self._tiers.index.set_policy(chosen)
 
     @while_open
     def add_observer(self, observer: CacheObserver) -> None:
         """Tell an observer what happens from now on, and first of the memory and the blocks that are there."""
-        _require_methods("an observer", observer, _OBSERVER_METHODS)
+        require_methods("an observer", observer, _OBSERVER_METHODS)
         tiers = self._tiers
         with tiers.changed:
             staging = tiers.memory.compression.staging if tiers.memory.compression else None
@@ -440,27 +446,6 @@ class TierCache:
         tiers.states.close()
         if self.cold and self._owns_cold:
             self.cold.close()
-
-
-def _device_of(device: torch.device | str) -> torch.device:
-    try:
-        return torch.device(device)
-    except (RuntimeError, TypeError) as exc:
-        raise ConfigError(f"there is no device {device!r}: {str(exc).splitlines()[0]}") from exc
-
-
-def _policy_of(policy: str | EvictionPolicy) -> EvictionPolicy:
-    """Return a policy: an object that is one, or that of a name. Raises ConfigError."""
-    if isinstance(policy, str):
-        return make_policy(policy)
-    _require_methods("an eviction policy", policy, _POLICY_METHODS)
-    return policy
-
-
-def _require_methods(what: str, given: object, names: tuple[str, ...]) -> None:
-    missing = [name for name in names if not callable(getattr(given, name, None))]
-    if missing or isinstance(given, type):
-        raise ConfigError(f"{what} has the methods {', '.join(names)}; {given!r} lacks {', '.join(missing) or 'self'}")
 
 
 def save_cache_state(cache: TierCache, path: str | Path) -> SavedState:

@@ -15,6 +15,7 @@ from tierkv.values.files import check_path
 __all__ = ["CacheConfig"]
 
 GIB = 1 << 30
+_MOST_THREADS = 1024
 _WHOLE_NUMBERS = {  # and how large each must be
     **dict.fromkeys(("block_size", "hot_bytes", "warm_bytes", "cold_bytes", "num_io_threads"), 1),
     **dict.fromkeys(("min_partial_tokens", "piece_tokens"), 1),
@@ -99,7 +100,14 @@ class CacheConfig:
         for name, names in (("codec", CODEC_NAMES), ("warm_codec", WARM_CODECS)):
             if getattr(self, name) not in names:
                 raise ConfigError(f"{name} must be one of {', '.join(names)}, got {getattr(self, name)!r}")
-        make_policy(self.eviction_policy)  # refuses a name that there is not, and a file that is no trained policy
+        try:
+            make_policy(self.eviction_policy)
+        except ConfigError as exc:
+            raise ConfigError(f"eviction_policy is not usable: {exc}") from exc
+        if self.num_io_threads > _MOST_THREADS:
+            raise ConfigError(f"num_io_threads must be at most {_MOST_THREADS}, got {self.num_io_threads}")
+        if self.read_only and self.socket is None and self.cold_path is None:
+            raise ConfigError("read_only needs cold_path: without a store there is nothing to read")
         if self.read_only and self.socket is not None:
             raise ConfigError("read_only is for a store of this process's own, and socket names a daemon, which writes")
 

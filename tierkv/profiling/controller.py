@@ -158,7 +158,7 @@ class MemoryController:
         `cache.blocks.inspect()` tells which block is which, `cache.blocks.unpin` takes pins back. What cannot be done,
         because a block is in use, say, is in the report; an id that no block can have raises ConfigError.
         """
-        return self.cache.blocks.manage(evict=evict_blocks or (), pin=pin_blocks or (), offload=offload_blocks or ())
+        return self.cache.blocks.manual_cache_management(evict_blocks, pin_blocks, offload_blocks)
 
     def optimize_memory_layout(self) -> LayoutReport:
         """Defragment the hot pool: chains lie in contiguous runs, what is free is one. Return what was moved.

@@ -66,18 +66,23 @@ class BlockControl:
             return tuple(self._state(block_id) for block_id in used)
 
     @while_open
-    def manage(self, *, evict: Iterable[int] = (), pin: Iterable[int] = (), offload: Iterable[int] = ()) -> BlockReport:
+    def manual_cache_management(
+        self,
+        evict_blocks: Iterable[int] | None = None,
+        pin_blocks: Iterable[int] | None = None,
+        offload_blocks: Iterable[int] | None = None,
+    ) -> BlockReport:
         """Pin, then offload, then evict blocks; say what became of each.
 
-        evict: the hot tier forgets a block; unless a lower tier keeps it, it is gone. offload: a lower tier gets the
-        block before the hot one forgets it. Waits for the writes that these need. What cannot be done is reported,
-        not raised; ids that no block can have raise ConfigError, and nothing is done.
+        evict_blocks: the hot tier forgets them; a block that no lower tier keeps is gone. offload_blocks: a lower tier
+        gets them before the hot one forgets them. Waits for the writes that these need. What cannot be done is
+        reported, not raised; ids that no block can have raise ConfigError, and nothing is done.
         """
-        asked = {name: self._checked(ids) for name, ids in (("pin", pin), ("offload", offload), ("evict", evict))}
+        to_pin, to_offload, to_evict = map(self._checked, (pin_blocks, offload_blocks, evict_blocks))
         refused: dict[int, str] = {}
-        pinned = self._pin(asked["pin"], refused)
-        offloaded = self._offload(asked["offload"], refused) if asked["offload"] else []
-        evicted = self._evict(asked["evict"], refused) if asked["evict"] else []
+        pinned = self._pin(to_pin, refused)
+        offloaded = self._offload(to_offload, refused) if to_offload else []
+        evicted = self._evict(to_evict, refused) if to_evict else []
         return BlockReport(evicted=tuple(evicted), pinned=tuple(pinned), offloaded=tuple(offloaded), refused=refused)
 
     @property
@@ -122,10 +127,10 @@ class BlockControl:
         """
         self._set_pinned([entry for block_id in self._checked(block_ids) if (entry := self._owner(block_id))], False)
 
-    def _checked(self, block_ids: Iterable[int]) -> list[int]:
+    def _checked(self, block_ids: Iterable[int] | None) -> list[int]:
         """Return ids, each once. Raises ConfigError for what no block of the pool can have for an id."""
         try:
-            asked = list(dict.fromkeys(block_ids))
+            asked = [] if block_ids is None else list(dict.fromkeys(block_ids))
         except TypeError as exc:
             raise ConfigError(f"block ids must be whole numbers: {exc}") from exc
         capacity = self._tiers.index.hot.capacity

@@ -12,7 +12,7 @@ from tierkv.background.work_queue import PriorityThreads
 from tierkv.config import CacheConfig
 from tierkv.errors import ConfigError
 from tierkv.index.index import Index
-from tierkv.policies import EvictionPolicy
+from tierkv.policies import EvictionPolicy, make_policy
 from tierkv.ranks.group import RankGroup
 from tierkv.storage.codecs import Codec, codec_by_name, default_codec
 from tierkv.storage.cold import ColdStore
@@ -27,9 +27,10 @@ from tierkv.values.locks import OwnedCondition
 from tierkv.values.namespace import Namespace
 from tierkv.values.stats import StatsRecorder
 
-__all__ = ["choose_codec", "join_daemon", "open_store", "open_tiers"]
+__all__ = ["choose_codec", "device_of", "join_daemon", "open_store", "open_tiers", "policy_of", "require_methods"]
 
 _NUM_LOADERS = 4
+_POLICY_METHODS = ("score_block", "update_on_access", "select_victims")
 
 
 def choose_codec(config: CacheConfig, namespace: Namespace, ranks: RankGroup) -> tuple[Codec, Namespace]:
@@ -130,6 +131,29 @@ def join_daemon(tiers: Tiers, config: CacheConfig, *, namespace: Namespace, rank
         min_partial_tokens=config.min_partial_tokens,
     )
     return daemon
+
+
+def device_of(device: torch.device | str) -> torch.device:
+    """Return the device of that name. Raises ConfigError."""
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as exc:
+        raise ConfigError(f"there is no device {device!r}: {str(exc).splitlines()[0]}") from exc
+
+
+def policy_of(policy: str | EvictionPolicy) -> EvictionPolicy:
+    """Return a policy: an object that is one, or that of a name. Raises ConfigError."""
+    if isinstance(policy, str):
+        return make_policy(policy)
+    require_methods("an eviction policy", policy, _POLICY_METHODS)
+    return policy
+
+
+def require_methods(what: str, given: object, names: tuple[str, ...]) -> None:
+    """Raise ConfigError unless an object has methods of these names; a class is none."""
+    missing = [name for name in names if not callable(getattr(given, name, None))]
+    if missing or isinstance(given, type):
+        raise ConfigError(f"{what} has the methods {', '.join(names)}; {given!r} lacks {', '.join(missing) or 'self'}")
 
 
 def _check_slice(namespace: Namespace, ranks: RankGroup) -> None:

@@ -176,6 +176,16 @@ class RunningSequences:
             raise ConfigError("the sequence has been released")
         raise ConfigError("the sequence belongs to another cache", hint="use it with the cache that acquired it")
 
+    def require_all(self, running: Iterable[Any]) -> list[Sequence]:
+        """Return running sequences of this cache, each once. Raises ConfigError unless all of them are."""
+        try:
+            sequences = list(dict.fromkeys(running))
+        except TypeError as exc:
+            raise ConfigError(f"running must be sequences: {exc}") from exc
+        for sequence in sequences:
+            self.require(sequence)
+        return sequences
+
     def add(self, sequence: Sequence) -> None:
         """Take a sequence whose blocks are pinned for it."""
         with self._tiers.changed:

@@ -1,9 +1,10 @@
-"""Assembly: makes the tiers of one cache out of its config, the model's namespace and what others share with it."""
+"""Factory: opens the tiers of one cache from its config and the model's namespace."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
@@ -21,13 +22,14 @@ from tierkv.storage.hot import HotPool, hot_pool_blocks
 from tierkv.transfer.daemon_tiers import DaemonTiers
 from tierkv.transfer.memory import TierMemory, no_warm_memory, open_warm_memory
 from tierkv.transfer.observers import Observers
+from tierkv.transfer.offload import Offloader
 from tierkv.transfer.tiers import Tiers
 from tierkv.values.block import HashFunction
 from tierkv.values.locks import OwnedCondition
 from tierkv.values.namespace import Namespace
 from tierkv.values.stats import StatsRecorder
 
-__all__ = ["choose_codec", "device_of", "join_daemon", "open_store", "open_tiers", "policy_of", "require_methods"]
+__all__ = ["choose_codec", "device_of", "open_tiers", "policy_of", "require_methods"]
 
 _NUM_LOADERS = 4
 _POLICY_METHODS = ("score_block", "update_on_access", "select_victims")
@@ -46,7 +48,7 @@ def choose_codec(config: CacheConfig, namespace: Namespace, ranks: RankGroup) ->
     return codec, replace(namespace, lossy_codec=codec.name if codec.is_lossy else "")
 
 
-def open_store(config: CacheConfig, shared: ColdStore | None) -> ColdStore | None:
+def _open_store(config: CacheConfig, shared: ColdStore | None) -> ColdStore | None:
     """Return the store to use: the shared one, that of `config.cold_path`, or none. Raises ConfigError, StoreError."""
     if config.socket is not None:
         if shared is not None:
@@ -64,6 +66,48 @@ def open_store(config: CacheConfig, shared: ColdStore | None) -> ColdStore | Non
 
 
 def open_tiers(
+    config: CacheConfig,
+    *,
+    namespace: Namespace,
+    codec: Codec,
+    device: torch.device,
+    cold: ColdStore | None,
+    policy: EvictionPolicy,
+    ranks: RankGroup,
+    clock: Callable[[], float],
+    hash_function: HashFunction,
+) -> tuple[Tiers, Offloader, DaemonTiers | None]:
+    """Open a cache's tiers: the store, the memory of the hot and the warm tier, threads, the daemon if there is one.
+
+    cold: an open store to share. Whatever this raises, all that it opened is closed again.
+    """
+    with ExitStack() as undo:
+        store = _open_store(config, cold)
+        if store:
+            if cold is None:
+                undo.callback(store.close)
+            store.open_namespace(namespace)
+        tiers = _make_tiers(
+            config,
+            namespace=namespace,
+            codec=codec,
+            device=device,
+            cold=store,
+            policy=policy,
+            clock=clock,
+            hash_function=hash_function,
+        )
+        undo.callback(tiers.memory.close)
+        offloader = Offloader(tiers)
+        undo.callback(offloader.close)
+        daemon = _join_daemon(tiers, config, namespace=namespace, ranks=ranks)
+        if daemon:
+            daemon.evictions.after_writes = offloader.after_writes
+        undo.pop_all()
+    return tiers, offloader, daemon
+
+
+def _make_tiers(
     config: CacheConfig,
     *,
     namespace: Namespace,
@@ -115,7 +159,7 @@ def open_tiers(
     )
 
 
-def join_daemon(tiers: Tiers, config: CacheConfig, *, namespace: Namespace, ranks: RankGroup) -> DaemonTiers | None:
+def _join_daemon(tiers: Tiers, config: CacheConfig, *, namespace: Namespace, ranks: RankGroup) -> DaemonTiers | None:
     """Let the daemon have the lower tiers if the config names its socket. Raises DaemonError if it refuses."""
     if config.socket is None:
         return None

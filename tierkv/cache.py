@@ -230,7 +230,7 @@ class TierCache:
         Blocks that requests wait for are read first, and at most half of the warm tier is filled. Blocks that cannot be
         read count in `CacheStats.prefetch_misses`. Await the handle, or its `result()`, for the number of blocks.
         """
-        return self._prefetcher.offer(as_token_array(token_ids).tobytes())
+        return self._prefetcher.submit(as_token_array(token_ids).tobytes())
 
     @while_open
     def evict_everywhere(

@@ -18,7 +18,7 @@ __all__ = ["BlockControl", "BlockReport", "BlockState"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockState:
-    """A block of the hot pool that is not free. block_hash: None for one that no other sequence can find yet.
+    """A block of the hot pool that is not free. block_hash: None if no other sequence can find it yet.
 
     num_tokens and depth (blocks before it in its chain) are known of findable ones, and so is which lower tiers keep
     it. Times are seconds of the cache's clock.
@@ -48,7 +48,7 @@ class BlockReport:
 class BlockControl:
     """Acts on blocks by their ids, within the cache's rules: nothing in use or pinned goes, children before parents.
 
-    calls: of the cache, which is not closed while somebody is inside here.
+    calls: of the cache, which closes only after calls in here have ended.
     """
 
     def __init__(self, tiers: Tiers, offloader: Offloader, *, calls: OpenCalls) -> None:
@@ -99,9 +99,9 @@ class BlockControl:
     def set_limit(self, num_blocks: int) -> int:
         """Let the hot pool take so many blocks from now on, at most as many as it has.
 
-        What is beyond that is evicted, written down first where no lower tier has it; waits for that. Return how many
-        blocks are beyond it all the same because sequences use them or they are pinned: they go as soon as they may.
-        Raises ConfigError for less than one block. The pool keeps its memory: what it does not use is not given back.
+        Evicts the blocks beyond that, and waits until those that no lower tier has are written. Return how many blocks
+        are still beyond it, in use or pinned: they are evicted later. Raises ConfigError for less than one block. The
+        pool keeps its memory.
         """
         pool = self._tiers.index.hot
         num_blocks = check_count("num_blocks", num_blocks, least=None)
@@ -114,7 +114,7 @@ class BlockControl:
 
     @while_open
     def set_offloading(self, offloading: Offloading | None) -> None:
-        """Demote a share of what nobody uses whenever the hot pool is too full, behind the request; None ends it."""
+        """Demote a share of the unused blocks in the background whenever the hot pool is too full; None ends it."""
         if offloading is not None and not isinstance(offloading, Offloading):
             raise ConfigError(f"an Offloading is wanted, or None, got {offloading!r}")
         self._offloader.set_offloading(offloading)

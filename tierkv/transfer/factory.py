@@ -160,7 +160,7 @@ def _make_tiers(
 
 
 def _join_daemon(tiers: Tiers, config: CacheConfig, *, namespace: Namespace, ranks: RankGroup) -> DaemonTiers | None:
-    """Let the daemon have the lower tiers if the config names its socket. Raises DaemonError if it refuses."""
+    """Use the daemon's lower tiers if the config names its socket. Raises DaemonError if it refuses."""
     if config.socket is None:
         return None
     tiers.lower = daemon = DaemonTiers(
@@ -169,7 +169,7 @@ def _join_daemon(tiers: Tiers, config: CacheConfig, *, namespace: Namespace, ran
         namespace=namespace,
         block_size=config.block_size,
         hash_function=tiers.hash_function,
-        # Ranks of two copies of a model would wait for each other, crosswise: they compute for themselves.
+        # Ranks of two copies of a model would wait for each other: no rank waits.
         wait_s=config.compute_wait_s if ranks.size == 1 else 0.0,
         timeout_s=config.daemon_timeout_s,
         min_partial_tokens=config.min_partial_tokens,
@@ -210,7 +210,7 @@ def _check_slice(namespace: Namespace, ranks: RankGroup) -> None:
 
 
 def _codec_of(config: CacheConfig, namespace: Namespace) -> Codec:
-    """Return the codec that is to be used. Raises ConfigError for one that does not fit dtype or namespace."""
+    """Return the codec to use. Raises ConfigError for a codec that does not fit dtype or namespace."""
     dtype = namespace.layout.dtype
     codec = default_codec(dtype) if config.codec == "auto" else codec_by_name(config.codec)
     if codec.is_lossy:

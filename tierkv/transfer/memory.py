@@ -67,7 +67,7 @@ class TierMemory:
     raw: blocks as they are, beside the hot tier: the warm tier's own places, or the staging slots.
     frames: decodes cold blocks on the GPU, where that is possible. threads: num_threads of them, a request's work
     first. loaders: a thread for each request that loads while it computes. reserved_raw: places in `raw` that the write
-    thread holds for ever.
+    thread always holds.
     """
 
     layout: BlockLayout
@@ -110,7 +110,7 @@ def open_warm_memory(hot: HotPool, config: CacheConfig) -> WarmMemory:
     """Take `config.warm_bytes` of memory. Raises CapacityError if that is under four blocks, or not there.
 
     Raises StoreError where CUDA does not register it, or the GPU cannot compress although that is asked for. Whatever
-    it raises, all memory is given back.
+    it raises, all memory is freed.
     """
     form = _form(hot, config)
     _check_memory(config.warm_bytes)
@@ -160,13 +160,13 @@ def _open_compressed(hot: HotPool, config: CacheConfig, form: WindowFormat) -> W
 
 
 def no_warm_memory(hot: HotPool) -> WarmMemory:
-    """Return what a cache has whose lower tiers are another's: one page, which the write thread holds for ever."""
+    """Return the warm memory of a cache with a daemon: one page, which the write thread always holds."""
     warm = WarmPool(1, 1, num_threads=1)
     return WarmMemory(warm=warm, mover=Mover(hot, warm), compression=None, frames=None)
 
 
 def _form(hot: HotPool, config: CacheConfig) -> WindowFormat | None:
-    """Return the format to compress with, or None: not asked for, or not to be had here."""
+    """Return the format to compress with; None if it is not asked for, or not possible here."""
     if config.warm_codec == "raw":
         return None
     is_possible = hot.layout.dtype == "bfloat16" and (hot.device.type != "cuda" or _has_triton())
@@ -181,7 +181,7 @@ def _form(hot: HotPool, config: CacheConfig) -> WindowFormat | None:
 
 
 def _frames(hot: HotPool, mover: Mover, config: CacheConfig) -> FrameMover | None:
-    """Return what decodes cold blocks on the GPU, or None where that is not wanted or not to be had."""
+    """Return what decodes cold blocks on the GPU, or None where that is not wanted or not possible."""
     if not config.gpu_decode or not can_decode(hot.layout, hot.device):
         return None
     frames = FrameMover(hot, mover.slots, mover)

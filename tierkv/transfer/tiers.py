@@ -33,14 +33,14 @@ _WAIT_S = 0.05
 
 
 class PlaceOwner(Protocol):
-    """Whoever lent a warm place that is not this cache's own."""
+    """The owner of a leased warm place, such as a connection to the daemon."""
 
     @property
     def mover(self) -> Mover:
         """What copies to and from such places."""
 
     def give_back(self, slot: int) -> None:
-        """End one loan. Waits for nobody."""
+        """End one lease. Never blocks."""
 
 
 class Place(NamedTuple):
@@ -287,7 +287,7 @@ class Tiers:
         """Return the job that writes a hot entry down; the caller holds the lock."""
         assert self.changed.is_owned()
         assert entry.block_id is not None, "only a hot block can be written down"
-        parent = None if entry.parent.parent is entry.parent else entry.parent  # the trunk's parent is itself
+        parent = None if entry.parent.parent is entry.parent else entry.parent  # the root's parent is itself
         content_digest = self.index.content_digest_of(entry)
         return Job(
             entry.block_hash, entry.parent_hash, entry.token_bytes, content_digest, parent, entry.block_id, written

@@ -244,8 +244,5 @@ class Acquirer:
         assert self._tiers.changed.is_owned()
         index = self._tiers.index
         index.touch_all(hot)  # pinned since the lookup, so still the same blocks
-        found = (
-            index.get(hit.block_hash, hit.parent_hash, hit.token_bytes, content_digest=hit.content_digest)
-            for hit in hits
-        )
+        found = (self._tiers.entry_of(hit) for hit in hits)
         index.touch_all(entry for entry in found if entry)

@@ -67,7 +67,7 @@ class Committer:
         for hit in loaded:
             if not sequence.is_cacheable or hit.parent_hash != self._last_hash(sequence):
                 break
-            entry = index.insert(hit.block_hash, hit.parent_hash, hit.token_bytes, content_digest=hit.content_digest)
+            entry = self._tiers.insert(hit)
             if entry is None:
                 break
             entry.in_cold = True

@@ -159,9 +159,7 @@ class Prefetcher:
         """Let a block be found where it lies now. Return why it cannot be."""
         tiers = self._tiers
         with tiers.changed:
-            entry = tiers.index.insert(
-                hit.block_hash, hit.parent_hash, hit.token_bytes, content_digest=hit.content_digest
-            )
+            entry = tiers.insert(hit)
             if entry is None:  # its hash is taken by now, or its parent has been evicted
                 return MissReason.COLLISION
             entry.in_cold = True

@@ -90,7 +90,7 @@ class BlockWriter:
         The caller holds the lock.
         """
         assert self._tiers.changed.is_owned()
-        entry = self._entry_of(job)
+        entry = self._tiers.entry_of(job)
         if entry and entry.warm_slot is None and not entry.in_cold:
             self._failed.add(job.block_hash)
         elif entry:
@@ -137,7 +137,7 @@ class BlockWriter:
         """Keep blocks compressed in the warm tier, those that fit a slot there."""
         tiers = self._tiers
         with tiers.changed:
-            entries = [self._entry_of(job) for job in jobs]
+            entries = [self._tiers.entry_of(job) for job in jobs]
             wanted = [job for job, e in zip(jobs, entries, strict=True) if e is None or e.warm_slot is None]
             slots = tiers.try_take_warm(len(wanted))
         kept = list(zip(wanted, slots, strict=False))
@@ -159,19 +159,10 @@ class BlockWriter:
     def _attach_warm(self, job: Job, slot: int) -> None:
         """Record that a warm slot has a job's block, unless another slot has it; the caller holds the lock."""
         assert self._tiers.changed.is_owned()
-        entry = self._tiers.index.insert(
-            job.block_hash, job.parent_hash, job.token_bytes, content_digest=job.content_digest
-        )
+        entry = self._tiers.insert(job)
         if entry and entry.warm_slot is None:
             self._tiers.attach(entry, Tier.WARM, slot, EventKind.DEMOTE)
             self._tiers.stats.bytes_in[Tier.WARM] += self._tiers.layout.packed_bytes(entry.num_tokens)
-
-    def _entry_of(self, job: Job) -> Entry | None:
-        """Return the entry of a job's block, if it is still known; the caller holds the lock."""
-        assert self._tiers.changed.is_owned()
-        return self._tiers.index.get(
-            job.block_hash, job.parent_hash, job.token_bytes, content_digest=job.content_digest
-        )
 
     def _missing(self, jobs: Sequence[Job]) -> list[Job]:
         """Return the jobs whose block the store lacks; none without a store that may be written to."""
@@ -202,7 +193,7 @@ class BlockWriter:
                     continue
                 tiers.observers.block(EventKind.DEMOTE, Tier.COLD, job)
                 tiers.stats.bytes_in[Tier.COLD] += tiers.layout.packed_bytes(len(job.token_bytes) // TOKEN_BYTES)
-                entry = self._entry_of(job)
+                entry = self._tiers.entry_of(job)
                 if entry:
                     entry.in_cold = True
         return len(missing)

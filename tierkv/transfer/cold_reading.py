@@ -83,9 +83,7 @@ class ColdReading:
         """Forget that a source has a block which could not be read; report a damaged one to the source."""
         assert hit.source is not None
         with self._tiers.changed:
-            entry = self._tiers.index.get(
-                hit.block_hash, hit.parent_hash, hit.token_bytes, content_digest=hit.content_digest
-            )
+            entry = self._tiers.entry_of(hit)
             if entry:
                 entry.in_cold = False
         if reason in _DAMAGED:
@@ -118,11 +116,9 @@ class ColdReading:
         tiers = self._tiers
         tiers.stats.bytes_out[Tier.COLD] += tiers.layout.packed_bytes(len(hit.token_bytes) // TOKEN_BYTES)
         if place.tier is None or coded.frame_sizes:
-            entry = tiers.index.get(hit.block_hash, hit.parent_hash, hit.token_bytes, content_digest=hit.content_digest)
+            entry = tiers.entry_of(hit)
         else:
-            entry = tiers.index.insert(
-                hit.block_hash, hit.parent_hash, hit.token_bytes, content_digest=hit.content_digest
-            )
+            entry = tiers.insert(hit)
             if entry and entry.warm_slot is None:
                 tiers.attach(entry, Tier.WARM, place.slot, EventKind.PROMOTE)
         if entry:

@@ -225,9 +225,7 @@ class Loader:
         tiers = self._tiers
         for i, hit in enumerate(wave):
             tiers.stats.bytes_out[Tier.WARM] += tiers.layout.block_bytes
-            entry = tiers.index.insert(
-                hit.block_hash, hit.parent_hash, hit.token_bytes, content_digest=hit.content_digest
-            )
+            entry = tiers.insert(hit)
             if entry is None:  # another block has taken the hash in the meantime
                 result.failure = MissReason.COLLISION
                 return i
@@ -254,12 +252,11 @@ class Loader:
 
     def keep_warm(self, hits: Sequence[Hit]) -> None:
         """Have loaded cold blocks written to the warm tier too, in the background."""
-        index = self._tiers.index
         if self._tiers.lower:
             return  # the daemon keeps them in its warm tier
         with self._tiers.changed:
             for hit in hits:
-                entry = index.get(hit.block_hash, hit.parent_hash, hit.token_bytes, content_digest=hit.content_digest)
+                entry = self._tiers.entry_of(hit)
                 if entry and entry.block_id is not None and entry.warm_slot is None:
                     written = self._tiers.copies.written(entry)
                     self._offloader.write_down(entry, written)

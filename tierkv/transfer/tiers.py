@@ -192,6 +192,20 @@ class Tiers:
         )
         return found.before(self.chosen.marked) if self.chosen.marked else found
 
+    def entry_of(self, block: Hit | Job) -> Entry | None:
+        """Return the entry of a block, if the index knows it; the caller holds the lock."""
+        assert self.changed.is_owned()
+        return self.index.get(
+            block.block_hash, block.parent_hash, block.token_bytes, content_digest=block.content_digest
+        )
+
+    def insert(self, block: Hit | Job) -> Entry | None:
+        """Return the entry of a block, a new one if need be; None as `Index.insert`. The caller holds the lock."""
+        assert self.changed.is_owned()
+        return self.index.insert(
+            block.block_hash, block.parent_hash, block.token_bytes, content_digest=block.content_digest
+        )
+
     @property
     def _raw_pool(self) -> SlotPool[Any]:
         return self.memory.compression.slots if self.memory.compression else self.index.warm

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection
-from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -13,14 +12,14 @@ import torch
 from tierkv.background.active_calls import ActiveCalls, while_open
 from tierkv.config import CacheConfig
 from tierkv.errors import ConfigError
-from tierkv.policies import EvictionPolicy, make_policy
+from tierkv.policies import EvictionPolicy
 from tierkv.ranks.group import OneRank, RankGroup
 from tierkv.requests.acquire import Acquirer
 from tierkv.requests.block_control import BlockControl
 from tierkv.requests.commit import Committer
 from tierkv.requests.consensus import Consensus
 from tierkv.requests.defragment import Defragmenter, LayoutReport
-from tierkv.requests.evict import EvictedEverywhere, EvictionEverywhere
+from tierkv.requests.evict import EvictedEverywhere, Evictor
 from tierkv.requests.prefetch import Prefetcher, PrefetchHandle
 from tierkv.requests.prefixes import Match, Prefixes
 from tierkv.requests.sequence import BlockUsers, RunningSequences, Sequence
@@ -30,40 +29,37 @@ from tierkv.storage.hot import HotPool
 from tierkv.storage.state_file import SavedState
 from tierkv.transfer.cache_state import load_state, open_state, save_state
 from tierkv.transfer.cold_reading import ColdReading
-from tierkv.transfer.factory import choose_codec, join_daemon, open_store, open_tiers
+from tierkv.transfer.factory import choose_codec, device_of, open_tiers, policy_of, require_methods
 from tierkv.transfer.load import Loader
-from tierkv.transfer.observers import pool_regions
-from tierkv.transfer.offload import Offloader
+from tierkv.transfer.memory import pool_regions
 from tierkv.transfer.recompute_or_load import RecomputeOrLoad
 from tierkv.values.block import TOKEN_BYTES, HashFunction, Tier, TokenIds, as_token_array, hash_block
 from tierkv.values.checks import check_count, check_seconds
-from tierkv.values.events import CacheObserver, EventKind
+from tierkv.values.events import CacheObserver
 from tierkv.values.files import check_path
 from tierkv.values.namespace import Namespace
 from tierkv.values.stats import CacheStats
 
 __all__ = ["Match", "TierCache", "load_cache_state", "save_cache_state"]
 
-_POLICY_METHODS = ("score_block", "update_on_access", "select_evictions")
 _OBSERVER_METHODS = ("on_memory", "on_block", "on_request", "on_use", "on_span")
 _CALLS_WAIT_S = 10.0  # at the end, for calls that wait for the write thread
 
 
 class TierCache:
-    """Keys and values of one model, kept hot, warm and cold. Context manager; `close` may be called twice.
+    """Keys and values of one model in three tiers. Context manager; `close` may be called twice.
 
-    namespace: identity of the model and the layout of its blocks; other namespaces in the same store are
-    never read. With a lossy codec it becomes one that names the codec: `cache.namespace` is what holds.
-    device: where the hot pool lies and the model runs. cold: an open store to share with another cache of this
-    process; without one the cache opens `config.cold_path` itself and closes it.
-    ranks: of a model that is split over several devices, the others; each rank has a cache of its own, and all may
-    have one cold_path.
+    namespace: identity of the model and the layout of its blocks; other namespaces of the store are never read. A
+    lossy codec adds its name: see `cache.namespace`. device: where the hot pool lies and the model runs. cold: an open
+    store to share with another cache of this process; otherwise the cache opens and closes `config.cold_path`.
+    ranks: the other ranks of a model that is split over several devices; each rank has a cache of its own, and all may
+    have the same cold_path.
 
     Life of a request: `acquire` (or `match` to look first), compute the tokens that were not cached, `commit`
-    them, `append` and `commit` while decoding, `release`. Calls are thread-safe; a sequence belongs to one
-    thread. Damage, full disks and failed copies are misses that `stats` counts, never exceptions.
-    `blocks` acts on blocks of the hot pool by their ids. Once closed, or being closed, every method raises ClosedError;
-    so it does in a process that was forked from this one, where `release` and `close` do nothing.
+    them, `append` and `commit` while decoding, `release`. `blocks` acts on blocks of the hot pool by their ids.
+    Calls are thread-safe; a sequence belongs to one thread. Damage, full disks and failed copies are misses that
+    `stats` counts, never exceptions. Once the cache closes, every method raises ClosedError; so it does in a process
+    that was forked from this one, where `release` and `close` do nothing.
     """
 
     def __init__(
@@ -82,53 +78,35 @@ class TierCache:
         self.config = config
         codec, self.namespace = choose_codec(config, namespace, self.ranks)
         self.layout = self.namespace.layout
-        self.device = _device_of(device)
+        self.device = device_of(device)
         self._owns_cold = cold is None
         self.calls = ActiveCalls("the cache")
         self._must_end = threading.Event()
-        with ExitStack() as undo:
-            cold = open_store(config, cold)
-            if cold:
-                if self._owns_cold:
-                    undo.callback(cold.close)
-                cold.open_namespace(self.namespace)
-            policy = _policy_of(config.eviction_policy if policy is None else policy)
-            self._tiers = open_tiers(
-                config,
-                namespace=self.namespace,
-                codec=codec,
-                device=self.device,
-                cold=cold,
-                policy=policy,
-                clock=clock,
-                hash_function=hash_function,
-            )
-            undo.callback(self._tiers.memory.close)
-            self._offloader = Offloader(self._tiers)
-            undo.callback(self._offloader.close)
-            self._daemon = join_daemon(self._tiers, config, namespace=self.namespace, ranks=self.ranks)
-            if self._daemon:
-                self._daemon.after_writes = self._offloader.after_writes
-            undo.pop_all()
+        self._tiers, self._offloader, self._daemon = open_tiers(
+            config,
+            namespace=self.namespace,
+            codec=codec,
+            device=self.device,
+            cold=cold,
+            policy=policy_of(config.eviction_policy if policy is None else policy),
+            ranks=self.ranks,
+            clock=clock,
+            hash_function=hash_function,
+        )
         self._make_parts()
 
     def _make_parts(self) -> None:
-        """Give each part of a request's life the tiers, and the other parts, that it works with."""
+        """Make the parts of the cache, each from the tiers and the other parts that it uses."""
         config, tiers, offloader, daemon = self.config, self._tiers, self._offloader, self._daemon
         consensus = Consensus(self.ranks, tiers, offloader) if self.ranks.size > 1 else None
         self.blocks = BlockControl(tiers, offloader, calls=self.calls)
         self._prefixes = Prefixes(tiers, daemon)
         self._users = BlockUsers()
-        self._committer = Committer(
-            tiers,
-            offloader,
-            users=self._users,
-            write_through=config.write_through,
-        )
+        self._committer = Committer(tiers, offloader, users=self._users, write_through=config.write_through)
         self._running = RunningSequences(tiers, offloader, consensus, self._users)
         reading = ColdReading(tiers)
         loader = Loader(tiers, offloader, reading)
-        self._eviction = EvictionEverywhere(tiers, offloader, daemon)
+        self._evictor = Evictor(tiers, offloader, daemon)
         self._prefetcher = Prefetcher(tiers, reading, daemon)
         self._acquirer = Acquirer(
             tiers,
@@ -175,7 +153,7 @@ class TierCache:
 
     @while_open
     def acquire(self, token_ids: TokenIds, *, reuse: bool = True, overlap: bool = False) -> Sequence:
-        """Return a sequence with room for every token, its cached prefix on the way into the hot pool.
+        """Return a sequence with room for every token; its cached prefix is being loaded into the hot pool.
 
         At least one token is always left to compute. `reuse=False` takes room only and finds nothing. overlap: let
         many cold blocks load in the background while the caller computes the first of them, see `sequence.overlap`.
@@ -204,7 +182,7 @@ class TierCache:
 
         num_computed_tokens: leading tokens of the sequence, cached ones included, whose K and V have been
         written (or queued to be, on the current stream). partial block: also store the partly filled block at the end.
-        A block whose hash another one has taken stays private, and so does what follows it.
+        A block whose hash another block has taken stays private, and so do those that follow it.
         """
         self._running.require(sequence)
         num_computed_tokens = check_count("num_computed_tokens", num_computed_tokens, least=None)
@@ -214,9 +192,8 @@ class TierCache:
 
     @while_open
     def fork(self, sequence: Sequence) -> Sequence:
-        """Return a second sequence with the same tokens, for parallel sampling.
+        """Return a second sequence with the same tokens, for parallel sampling; the partly filled last block is copied.
 
-        Whole blocks are shared; the partly filled last block is copied, so that the two may part ways.
         Raises CapacityError where there is no room for that copy, StoreError where it fails.
         """
         self._running.require(sequence)
@@ -235,9 +212,9 @@ class TierCache:
     def pin(self, token_ids: TokenIds) -> int:
         """Keep a cached prompt's blocks in every tier that has them, on disk also after a restart.
 
-        Return how many blocks that are; `unpin` takes it back. A block that only a state file has is in no tier, and
-        not among them. Raises DaemonError where a daemon has the lower tiers and this tenant's share of them is used
-        up, StoreBusyError where others write to the store for too long.
+        Return how many blocks that are; `unpin` takes it back. A block that only a state file has is in no tier and
+        is not counted. Raises DaemonError where this tenant's share of a daemon's tiers is used up, StoreBusyError
+        where other processes write to the store for too long.
         """
         return self._prefixes.set_pinned(as_token_array(token_ids).tobytes(), True)
 
@@ -248,12 +225,12 @@ class TierCache:
 
     @while_open
     def prefetch(self, token_ids: TokenIds) -> PrefetchHandle:
-        """Announce a prompt: its cold blocks are brought into the warm tier before the request comes. Returns at once.
+        """Announce a prompt: its cold blocks are read into the warm tier before the request comes. Returns at once.
 
-        They are read behind what requests wait for, and at most half of the warm tier is filled; what cannot be had is
-        counted in `CacheStats.prefetch_misses`. Await the handle, or its `result()`, for the number of blocks.
+        Blocks that requests wait for are read first, and at most half of the warm tier is filled. Blocks that cannot be
+        read count in `CacheStats.prefetch_misses`. Await the handle, or its `result()`, for the number of blocks.
         """
-        return self._prefetcher.offer(as_token_array(token_ids).tobytes())
+        return self._prefetcher.submit(as_token_array(token_ids).tobytes())
 
     @while_open
     def evict_everywhere(
@@ -261,41 +238,24 @@ class TierCache:
     ) -> EvictedEverywhere:
         """Evict a prompt's blocks, or all of this namespace, from every tier; a daemon's other clients drop theirs too.
 
-        token_ids: what begins with this prompt goes, and those of the prompt's own blocks that nothing else continues.
-        older_than_s: only what was not used for so long. What running sequences use serves no further request and goes
-        when they end. Raises StoreError or DaemonError where a lower tier does not answer; memory is evicted all the
-        same.
+        token_ids: prompts that begin with this one go, and those of its own blocks that no other prompt continues.
+        older_than_s: only blocks that were not used for so long. Blocks of running sequences serve no further request
+        and go when these end. Where a lower tier does not answer, StoreError or DaemonError follows the rest.
         """
         if older_than_s is not None:
             older_than_s = check_seconds("older_than_s", older_than_s)
         token_bytes = b"" if token_ids is None else as_token_array(token_ids).tobytes()
         if token_ids is not None and not token_bytes:
             raise ConfigError("a prompt needs at least one token")
-        return self._eviction.evict(token_bytes, older_than_s)
+        return self._evictor.evict_everywhere(token_bytes, older_than_s)
 
     @while_open
     def evict(self, tier: Tier, count: int | None = None) -> int:
-        """Evict up to `count` blocks (all that may go, if None) from the hot or the warm tier.
+        """Evict up to `count` blocks from the hot or the warm tier, all that may go if None. Return how many went.
 
-        Children go before parents; a block that no lower tier has yet is written first, which this call waits for.
-        Return how many blocks the tier has evicted. To forget a prompt in every tier: `evict_everywhere`.
+        Children go before parents; this call waits for blocks that must be written to a lower tier first.
         """
-        if not isinstance(tier, Tier):
-            raise ConfigError(
-                f"tier must be Tier.HOT or Tier.WARM, got {tier!r}", hint="evict_everywhere evicts from all tiers"
-            )
-        if tier is Tier.COLD:
-            raise ConfigError("the cold tier is evicted through its store: cache.cold.evict(...)")
-        if count is not None:
-            count = check_count("count", count)
-        if tier is Tier.WARM and self._daemon:
-            return self._daemon.evict(count)
-        wanted = self._tiers.index.pool(tier).capacity if count is None else count
-        if tier is Tier.HOT:
-            return self._offloader.evict_written(wanted)
-        with self._tiers.changed:
-            self._tiers.reap()
-            return len(self._tiers.evict_warm(wanted))
+        return self._evictor.evict_tier(tier, count)
 
     @while_open
     def defragment(self, running: Collection[Sequence] = ()) -> LayoutReport:
@@ -304,12 +264,7 @@ class TierCache:
         running: sequences whose block tables may be rewritten, because nothing is computed with them until this
         returns; blocks of all other running sequences stay where they are. Raises StoreError if a copy fails.
         """
-        try:
-            sequences = list(dict.fromkeys(running))
-        except TypeError as exc:
-            raise ConfigError(f"running must be sequences: {exc}") from exc
-        for sequence in sequences:
-            self._running.require(sequence)
+        sequences = self._running.require_all(running)
         return Defragmenter(self._tiers, self._offloader, self._users).run(sequences)
 
     @while_open
@@ -340,9 +295,9 @@ class TierCache:
 
     @while_open
     def load_cache_state(self, path: str | Path) -> int:
-        """Open a state file as one more source of cold blocks; they come up on demand. Return how many it has.
+        """Open a state file as one more source of cold blocks, read on demand. Return how many it has.
 
-        The same file loaded again is the same source; another one that has come to its path takes its place.
+        The same file loaded again is the same source; another file that has come to its path replaces it.
         Raises NamespaceMismatchError naming what differs, StoreError for a file that is none or not whole, or on a disk
         that does not answer, CapacityError where too many are loaded, and ConfigError for what is no path.
         """
@@ -367,30 +322,22 @@ class TierCache:
 
     @while_open
     def set_eviction_policy(self, policy: str | EvictionPolicy) -> None:
-        """Choose victims by another policy from now on: a name, or any object that satisfies the Protocol."""
-        chosen = _policy_of(policy)
+        """Evict by another policy from now on: a name, or any object that satisfies the Protocol."""
+        chosen = policy_of(policy)
         with self._tiers.changed:
             self._tiers.index.set_policy(chosen)
 
     @while_open
     def add_observer(self, observer: CacheObserver) -> None:
-        """Tell an observer what happens from now on, and first of the memory and the blocks that are there."""
-        _require_methods("an observer", observer, _OBSERVER_METHODS)
-        tiers = self._tiers
-        with tiers.changed:
-            staging = tiers.memory.compression.staging if tiers.memory.compression else None
-            for region in pool_regions(self.hot, tiers.memory.warm, staging, reserved=self._offloader.writer.staging):
-                observer.on_memory(region)
-            for entry in sorted(tiers.index, key=lambda each: each.depth):  # parents first
-                for tier in (Tier.HOT, Tier.WARM):
-                    slot = entry.place(tier)
-                    if slot is not None:
-                        observer.on_block(tiers.observers.event(EventKind.REGISTER, tier, entry, slot=slot))
-            tiers.observers.add(observer)
+        """Notify an observer of the memory and the blocks that are there, and of all that happens from now on."""
+        require_methods("an observer", observer, _OBSERVER_METHODS)
+        regions = pool_regions(self._tiers.memory, reserved=self._offloader.writer.staging)
+        with self._tiers.changed:
+            self._tiers.observers.add(observer, regions, self._tiers.index)
 
     @while_open
     def remove_observer(self, observer: CacheObserver) -> None:
-        """Tell an observer nothing more."""
+        """Notify an observer no more."""
         with self._tiers.changed:
             self._tiers.observers.remove(observer)
 
@@ -412,12 +359,11 @@ class TierCache:
             self.cold.check()
 
     def close(self) -> None:
-        """Write what is queued, then give back memory, files and threads. Running sequences are released.
+        """Write what is queued, release the running sequences, then free memory, files and threads.
 
-        Calls that other threads are inside of end first, those that wait for room with ClosedError; later ones raise
-        that, and so do saves and loads that take longer than `close` waits for them. If a read or a write stands still
-        for too long (a hung disk, another program that holds the store), it is left behind, with all the memory that it
-        may still touch. What was not written is logged.
+        Calls of other threads end first, with ClosedError if they wait for room, or save or load for too long. Later
+        calls raise ClosedError too. A read or write that hangs (a broken disk, another program that holds the store)
+        keeps its thread and the memory that it may still touch. Blocks that were not written are logged.
         """
         if not self.calls.close():
             return
@@ -429,7 +375,7 @@ class TierCache:
         self._prefetcher.close()
         self.calls.wait(self.config.write_wait_s + _CALLS_WAIT_S)
         self._must_end.set()
-        is_quiet = self._offloader.close()  # which lets out who has waited for writes
+        is_quiet = self._offloader.close()  # this ends the calls that wait for writes
         is_quiet &= self.calls.wait(_CALLS_WAIT_S)
         self._running.release_all()
         tiers.end_copies()
@@ -440,27 +386,6 @@ class TierCache:
         tiers.states.close()
         if self.cold and self._owns_cold:
             self.cold.close()
-
-
-def _device_of(device: torch.device | str) -> torch.device:
-    try:
-        return torch.device(device)
-    except (RuntimeError, TypeError) as exc:
-        raise ConfigError(f"there is no device {device!r}: {str(exc).splitlines()[0]}") from exc
-
-
-def _policy_of(policy: str | EvictionPolicy) -> EvictionPolicy:
-    """Return a policy: an object that is one, or that of a name. Raises ConfigError."""
-    if isinstance(policy, str):
-        return make_policy(policy)
-    _require_methods("an eviction policy", policy, _POLICY_METHODS)
-    return policy
-
-
-def _require_methods(what: str, given: object, names: tuple[str, ...]) -> None:
-    missing = [name for name in names if not callable(getattr(given, name, None))]
-    if missing or isinstance(given, type):
-        raise ConfigError(f"{what} has the methods {', '.join(names)}; {given!r} lacks {', '.join(missing) or 'self'}")
 
 
 def save_cache_state(cache: TierCache, path: str | Path) -> SavedState:

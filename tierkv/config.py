@@ -15,6 +15,7 @@ from tierkv.values.files import check_path
 __all__ = ["CacheConfig"]
 
 GIB = 1 << 30
+_MOST_THREADS = 1024
 _WHOLE_NUMBERS = {  # and how large each must be
     **dict.fromkeys(("block_size", "hot_bytes", "warm_bytes", "cold_bytes", "num_io_threads"), 1),
     **dict.fromkeys(("min_partial_tokens", "piece_tokens"), 1),
@@ -29,17 +30,17 @@ class CacheConfig:
     """Sizes and places of the three tiers. Units are in the names; sizes are fixed when the cache opens.
 
     cold_path: directory of the LMDB store; None keeps nothing on disk.
-    cold_bytes: quota of a store that does not exist yet, 64 GiB if None. A store keeps its quota: another number here
-        changes nothing, and is told in the log; `tierkv quota` and `ColdStore.set_quota` change it.
-    min_free_bytes: so much of the store's volume stays free: where it would not, blocks are evicted for new ones. None
-        leaves 1 GiB free, or a 20th of a volume that is smaller than 20 GiB.
-    read_only: use the store for reading alone, as on a read-only file system: what is computed is kept in memory.
+    cold_bytes: quota of a new store, 64 GiB if None. An existing store keeps its quota, and the log says so;
+        `tierkv quota` and `ColdStore.set_quota` change it.
+    min_free_bytes: so much of the store's volume stays free; the store evicts blocks for that. None leaves 1 GiB free,
+        or a 20th of a volume that is smaller than 20 GiB.
+    read_only: only read the store, as on a read-only file system. New blocks stay in memory.
     hot_bytes: size of the hot pool; None takes `hot_fraction` of the GPU memory that is free at opening,
         or 1 GiB on a machine without a GPU.
     warm_bytes: page-locked memory, taken once at opening.
     compute_or_load: let a runner compute the first cold blocks of a prompt while the last ones load, piece_tokens
-        at a time: enough to keep a GPU busy, few enough to meet the loader soon.
-    codec: how blocks are coded on disk and in state files: "auto" is the lossless one that suits the dtype best.
+        at a time: enough to keep a GPU busy, few enough that both sides end together.
+    codec: how blocks are coded on disk and in state files: "auto" is the best lossless codec for the dtype.
         "lossy-int8" halves the bytes and changes them: its blocks are another namespace's.
     eviction_policy: a name that `make_policy` knows; `tierkv replay` compares them on a trace.
     num_io_threads: threads that read, decode and encode cold blocks. One for each core, at most 8: more gain nothing,
@@ -47,15 +48,15 @@ class CacheConfig:
     warm_codec: "raw" keeps blocks in the warm tier as they are, "windows" losslessly compressed (storage/windows.py),
         "auto" compresses where a GPU does it: bfloat16 on CUDA with triton and what that compiles with.
     gpu_decode: let the GPU decode cold blocks of 16-bit floats, where nvCOMP is installed (the extra `nvcomp`).
-    write_through: write every block to the lower tiers behind the request; False writes a block only when
+    write_through: write every block to the lower tiers in the background; False writes a block only when
         the hot pool needs its room.
-    write_wait_s: how long a request waits for hot blocks that must be written down before their room is free, and how
-        long whoever writes waits for others who write to the same store, which a stopped process does for ever. Then
-        the oldest writes are dropped, and counted as skipped.
-    socket: the daemon's; its warm and cold tiers are used then, and this process has none: warm_bytes, cold_path,
-        cold_bytes and the codecs are the daemon's business.
+    write_wait_s: how long a request waits for hot blocks that must be written before their room is free, and how long
+        the write thread waits for the store's write lock: a stopped process may hold it. Then the oldest writes are
+        dropped, and counted as skipped.
+    socket: of the daemon, whose warm and cold tiers are used then. This process has none: it does not use warm_bytes,
+        cold_path, cold_bytes and the codecs.
     compute_wait_s: how long a request waits for blocks that another process is computing; 0 never waits.
-    daemon_timeout_s: after so long a daemon that does not answer counts as gone.
+    daemon_timeout_s: how long to wait for an answer of the daemon before it counts as gone.
     """
 
     cold_path: Path | None = None
@@ -99,7 +100,14 @@ class CacheConfig:
         for name, names in (("codec", CODEC_NAMES), ("warm_codec", WARM_CODECS)):
             if getattr(self, name) not in names:
                 raise ConfigError(f"{name} must be one of {', '.join(names)}, got {getattr(self, name)!r}")
-        make_policy(self.eviction_policy)  # refuses a name that there is not, and a file that is no trained policy
+        try:
+            make_policy(self.eviction_policy)
+        except ConfigError as exc:
+            raise ConfigError(f"eviction_policy is not usable: {exc}") from exc
+        if self.num_io_threads > _MOST_THREADS:
+            raise ConfigError(f"num_io_threads must be at most {_MOST_THREADS}, got {self.num_io_threads}")
+        if self.read_only and self.socket is None and self.cold_path is None:
+            raise ConfigError("read_only needs cold_path: without a store there is nothing to read")
         if self.read_only and self.socket is not None:
             raise ConfigError("read_only is for a store of this process's own, and socket names a daemon, which writes")
 

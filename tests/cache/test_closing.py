@@ -185,7 +185,7 @@ def test_whatever_runs_while_a_cache_is_closed_ends_well(tmp_path: Path, seed: i
             lambda: cache.release(engine.start(prompt(rng))),
             cache.defragment,
             lambda: cache.evict(Tier.HOT, 3),
-            lambda: cache.blocks.manage(evict=[rng.randrange(16)]),
+            lambda: cache.blocks.manual_cache_management(evict_blocks=[rng.randrange(16)]),
             cache.flush,
             cache.stats,
         ]

@@ -124,6 +124,7 @@ def test_what_a_failing_commit_has_registered_waits_for_it_too(
 
     with monkeypatch.context() as patch:
         patch.setattr(cache._tiers.memory.mover, "mark", lambda: mark)
+        patch.setattr(cache._tiers.observers, "are_there", True)
         patch.setattr(cache._tiers.observers, "block", tell)
         with pytest.raises(RuntimeError, match="observer"):
             cache.commit(sequence, len(PROMPT))

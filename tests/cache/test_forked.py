@@ -106,7 +106,9 @@ def calls_of_a_cache(cache: TierCache, sequence: Any, path: Path) -> dict[str, C
 def calls_of_blocks(blocks: BlockControl) -> dict[str, Callable[[], Any]]:
     return {
         "inspect": blocks.inspect,
-        "manage": lambda: blocks.manage(evict=[0], pin=[1], offload=[2]),
+        "manual_cache_management": lambda: blocks.manual_cache_management(
+            evict_blocks=[0], pin_blocks=[1], offload_blocks=[2]
+        ),
         "set_limit": lambda: blocks.set_limit(1),
         "set_offloading": lambda: blocks.set_offloading(None),
         "unpin": lambda: blocks.unpin([0]),

@@ -130,7 +130,8 @@ def test_blocks_that_fail_after_the_engine_was_told_to_wait_for_them_are_not_cal
         sequence = cache.acquire([*PROMPT, 7], overlap=True)
         load, engine, num_computed = sequence.overlapped_load, PatternEngine(cache), 0
         assert load
-        while load.division.num_loading < 4:  # two threads, each with a block in work and one that waits
+        # two threads, each with a block in work and one that waits
+        while load.division.first_loaded - load.division._first_claimed < 4:
             pass
         while piece := sequence.overlap.next_piece(wait=False):
             engine.compute(sequence, piece.start, piece.stop)

@@ -59,7 +59,7 @@ def use(folder: Path) -> None:
         assert cache.match(OTHER_PROMPT).num_cached_tokens > 0
         assert cache.pin(PROMPT) == 4
         cache.unpin(PROMPT)
-        assert cache.blocks.manage(pin=[0], offload=range(1, 12)).pinned == (0,)
+        assert cache.blocks.manual_cache_management(pin_blocks=[0], offload_blocks=range(1, 12)).pinned == (0,)
         cache.blocks.unpin([0])
         cache.evict(Tier.HOT)
         cache.flush()

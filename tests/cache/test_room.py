@@ -146,7 +146,7 @@ def test_what_no_tier_would_take_once_is_offered_again_when_it_comes_back_or_has
         assert not block.lower_tiers
         cache.unpin(kept)
         if is_evicted:
-            assert cache.blocks.manage(evict=[block.block_id]).evicted
+            assert cache.blocks.manual_cache_management(evict_blocks=[block.block_id]).evicted
             cache.release(engine.start(prompt))
         else:
             user = cache.acquire([*prompt, 5])  # keeps it hot, but not from being written

@@ -70,7 +70,7 @@ def scatter(runner: Runner, place: Place) -> None:
         runner.generate([tokens(2 * place.block_size, seed=seed)], GenerationOptions(max_new_tokens=1))
     runner.cache.flush()
     held = runner.cache.blocks.inspect()
-    runner.cache.blocks.manage(evict=[state.block_id for state in held][1::3])
+    runner.cache.blocks.manual_cache_management(evict_blocks=[state.block_id for state in held][1::3])
 
 
 def test_defragmentation_during_decoding_leaves_logits_unchanged(open_one: Open, model: Any, place: Place) -> None:

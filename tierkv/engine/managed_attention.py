@@ -178,11 +178,10 @@ class ManagedFlashAttention:
     ) -> object:
         """Pin, offload and evict blocks of the hot pool by their ids, in this order.
 
-        Returns the result of `BlockControl.manage`, or of the memory controller if there is one.
+        Returns the result of `cache.blocks.manual_cache_management`, or of the memory controller if there is one.
         """
-        if self.memory_controller is not None:
-            return self.memory_controller.manual_cache_management(evict_blocks, pin_blocks, offload_blocks)
-        return self.cache.blocks.manage(evict=evict_blocks or (), pin=pin_blocks or (), offload=offload_blocks or ())
+        manager = self.memory_controller or self.cache.blocks
+        return manager.manual_cache_management(evict_blocks, pin_blocks, offload_blocks)
 
     def close(self) -> None:
         """Wait for copies and free the page-locked buffer. May be called twice."""

@@ -159,7 +159,7 @@ class MemoryController:
         `cache.blocks.inspect()` lists the blocks; `cache.blocks.unpin` removes pins. A refused block, in use for
         example, is in the report; an id outside the pool raises ConfigError.
         """
-        return self.cache.blocks.manage(evict=evict_blocks or (), pin=pin_blocks or (), offload=offload_blocks or ())
+        return self.cache.blocks.manual_cache_management(evict_blocks, pin_blocks, offload_blocks)
 
     def optimize_memory_layout(self) -> LayoutReport:
         """Defragment the hot pool: chains lie in contiguous runs, free blocks in one. Return what was moved.

@@ -1,1 +1,1 @@
-"""The life of a request: its cached prefix is found, it is admitted, its blocks are registered, it is released."""
+"""The life of a request: acquire its cached prefix and its blocks, commit what it computes, release it."""

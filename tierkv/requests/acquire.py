@@ -87,7 +87,7 @@ class Acquirer:
         promoted = self._promote(found, pinned, token_bytes, claim)
         chain = self._chain_of(promoted, found)
         if later and later[0].parent_hash != (chain[-1] if chain else self._tiers.index.root):
-            later = []  # what lies between has not come up: they would be taken for the blocks that follow
+            later = []  # a block before them was not loaded, so they do not continue the chain
         blocks, tokens = count_by_tier(len(promoted.hot), self._block_size, promoted.hits)
         num_cached_tokens = sum(tokens.values())
         sequence = Sequence(
@@ -113,7 +113,7 @@ class Acquirer:
             if cold := self._tiers.cold:
                 used = promoted.hits[len(sequence.chain) - len(promoted.hot) :]
                 cold.touch([*sequence.chain, *(hit.block_hash for hit in used)])
-                self._offloader.maintain()
+                self._offloader.maintain_store()
         except BaseException:
             self._running.release(sequence)
             raise
@@ -208,15 +208,15 @@ class Acquirer:
         if load.failure:
             sequence.cold_load = None  # that many blocks were not loaded
         if load.failed:
-            self._reading.give_up(*load.failed)
+            self._reading.fail(*load.failed)
         self._loader.keep_warm(loaded)
         if self._tiers.cold:
             self._tiers.cold.touch([hit.block_hash for hit in loaded])
-            self._offloader.maintain()
+            self._offloader.maintain_store()
         return load.num_before + (division.num_computed + len(loaded)) * size
 
     def _promote(self, found: Lookup, pinned: Pinned, token_bytes: bytes, claim: Claim | None) -> Promoted:
-        """Bring up what was found, cut to what all ranks have. Whatever it raises, no promise to compute is left."""
+        """Load what was found, cut to what all ranks have. After an error no claim is left."""
         num_blocks = -(-len(token_bytes) // (self._block_size * TOKEN_BYTES))
         try:
             if self._consensus is None:
@@ -232,7 +232,7 @@ class Acquirer:
                 self._daemon.blocks.end_lookup(found)
 
     def _chain_of(self, promoted: Promoted, found: Lookup) -> list[BlockHash]:
-        """Return the hashes of the whole blocks that came up; a block of which a part is of use is not of the chain."""
+        """Return the hashes of the whole blocks that were loaded; a block used in part is not in the chain."""
         size = self._block_size
         num_whole = sum(hit.num_tokens == size and hit is not found.partial_block for hit in promoted.hits)
         chain = [entry.block_hash for entry in promoted.hot]
@@ -244,8 +244,5 @@ class Acquirer:
         assert self._tiers.changed.is_owned()
         index = self._tiers.index
         index.touch_all(hot)  # pinned since the lookup, so still the same blocks
-        found = (
-            index.get(hit.block_hash, hit.parent_hash, hit.token_bytes, content_digest=hit.content_digest)
-            for hit in hits
-        )
+        found = (self._tiers.entry_of(hit) for hit in hits)
         index.touch_all(entry for entry in found if entry)

@@ -18,7 +18,7 @@ __all__ = ["BlockControl", "BlockReport", "BlockState"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockState:
-    """A block of the hot pool that is not free. block_hash: None for one that no other sequence can find yet.
+    """A block of the hot pool that is not free. block_hash: None if no other sequence can find it yet.
 
     num_tokens and depth (blocks before it in its chain) are known of findable ones, and so is which lower tiers keep
     it. Times are seconds of the cache's clock.
@@ -48,7 +48,7 @@ class BlockReport:
 class BlockControl:
     """Acts on blocks by their ids, within the cache's rules: nothing in use or pinned goes, children before parents.
 
-    calls: of the cache, which is not closed while somebody is inside here.
+    calls: of the cache, which closes only after calls in here have ended.
     """
 
     def __init__(self, tiers: Tiers, offloader: Offloader, *, calls: ActiveCalls) -> None:
@@ -66,18 +66,23 @@ class BlockControl:
             return tuple(self._state(block_id) for block_id in used)
 
     @while_open
-    def manage(self, *, evict: Iterable[int] = (), pin: Iterable[int] = (), offload: Iterable[int] = ()) -> BlockReport:
+    def manual_cache_management(
+        self,
+        evict_blocks: Iterable[int] | None = None,
+        pin_blocks: Iterable[int] | None = None,
+        offload_blocks: Iterable[int] | None = None,
+    ) -> BlockReport:
         """Pin, then offload, then evict blocks; say what became of each.
 
-        evict: the hot tier forgets a block; unless a lower tier keeps it, it is gone. offload: a lower tier gets the
-        block before the hot one forgets it. Waits for the writes that these need. What cannot be done is reported,
-        not raised; ids that no block can have raise ConfigError, and nothing is done.
+        evict_blocks: the hot tier forgets them; a block that no lower tier keeps is gone. offload_blocks: a lower tier
+        gets them before the hot one forgets them. Waits for the writes that these need. What cannot be done is
+        reported, not raised; ids that no block can have raise ConfigError, and nothing is done.
         """
-        asked = {name: self._checked(ids) for name, ids in (("pin", pin), ("offload", offload), ("evict", evict))}
+        to_pin, to_offload, to_evict = map(self._checked, (pin_blocks, offload_blocks, evict_blocks))
         refused: dict[int, str] = {}
-        pinned = self._pin(asked["pin"], refused)
-        offloaded = self._offload(asked["offload"], refused) if asked["offload"] else []
-        evicted = self._evict(asked["evict"], refused) if asked["evict"] else []
+        pinned = self._pin(to_pin, refused)
+        offloaded = self._offload(to_offload, refused) if to_offload else []
+        evicted = self._evict(to_evict, refused) if to_evict else []
         return BlockReport(evicted=tuple(evicted), pinned=tuple(pinned), offloaded=tuple(offloaded), refused=refused)
 
     @property
@@ -94,9 +99,9 @@ class BlockControl:
     def set_limit(self, num_blocks: int) -> int:
         """Let the hot pool take so many blocks from now on, at most as many as it has.
 
-        What is beyond that is evicted, written down first where no lower tier has it; waits for that. Return how many
-        blocks are beyond it all the same because sequences use them or they are pinned: they go as soon as they may.
-        Raises ConfigError for less than one block. The pool keeps its memory: what it does not use is not given back.
+        Evicts the blocks beyond that, and waits until those that no lower tier has are written. Return how many blocks
+        are still beyond it, in use or pinned: they are evicted later. Raises ConfigError for less than one block. The
+        pool keeps its memory.
         """
         pool = self._tiers.index.hot
         num_blocks = check_count("num_blocks", num_blocks, least=None)
@@ -109,7 +114,7 @@ class BlockControl:
 
     @while_open
     def set_offloading(self, offloading: Offloading | None) -> None:
-        """Demote a share of what nobody uses whenever the hot pool is too full, behind the request; None ends it."""
+        """Demote a share of the unused blocks in the background whenever the hot pool is too full; None ends it."""
         if offloading is not None and not isinstance(offloading, Offloading):
             raise ConfigError(f"an Offloading is wanted, or None, got {offloading!r}")
         self._offloader.set_offloading(offloading)
@@ -122,10 +127,10 @@ class BlockControl:
         """
         self._set_pinned([entry for block_id in self._checked(block_ids) if (entry := self._owner(block_id))], False)
 
-    def _checked(self, block_ids: Iterable[int]) -> list[int]:
+    def _checked(self, block_ids: Iterable[int] | None) -> list[int]:
         """Return ids, each once. Raises ConfigError for what no block of the pool can have for an id."""
         try:
-            asked = list(dict.fromkeys(block_ids))
+            asked = [] if block_ids is None else list(dict.fromkeys(block_ids))
         except TypeError as exc:
             raise ConfigError(f"block ids must be whole numbers: {exc}") from exc
         capacity = self._tiers.index.hot.capacity

@@ -1,4 +1,4 @@
-"""Committer: makes the blocks that a sequence has computed, or loaded behind its back, findable by others."""
+"""Committer: registers the blocks that a sequence has computed or loaded, so that other requests find them."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ class Committer:
         num_new = 0
         with self._tiers.changed:
             if partial_block:
-                sequence.wait_all()  # the partial block may have come up itself, and no pass have waited for it
+                sequence.wait_all()  # the partial block may be loading, and no pass has waited for it
             written = self._tiers.memory.mover.mark()
             first = len(sequence.chain)
             before = sequence.block_table[first:]
             try:
                 while len(sequence.chain) < num_computed_tokens // size and sequence.is_cacheable:
                     num_new += self._register(sequence, len(sequence.chain), size, written)
-            finally:  # what others can find by now they wait for
+            finally:  # other requests that find these blocks wait until they are written
                 after = sequence.block_table[first : len(sequence.chain)]
                 own = [mine for mine, now in zip(before, after, strict=False) if mine == now]  # not those shared now
                 self._tiers.copies.note_computing(own, written)
@@ -57,7 +57,7 @@ class Committer:
         return num_new
 
     def register_loaded(self, sequence: Sequence, loaded: list[Hit]) -> None:
-        """Register cold blocks that continue a sequence's chain and are on their way up; the caller holds the lock.
+        """Register cold blocks that continue a sequence's chain and are loading; the caller holds the lock.
 
         It ends at the first that does not fit the chain: a collision, or a sequence that stays private.
         """
@@ -67,7 +67,7 @@ class Committer:
         for hit in loaded:
             if not sequence.is_cacheable or hit.parent_hash != self._last_hash(sequence):
                 break
-            entry = index.insert(hit.block_hash, hit.parent_hash, hit.token_bytes, content_digest=hit.content_digest)
+            entry = self._tiers.insert(hit)
             if entry is None:
                 break
             entry.in_cold = True

@@ -1,4 +1,4 @@
-"""All or none: what one rank found of a prompt is cut to what every rank found, before anyone uses it.
+"""Consensus of ranks: what one rank found of a prompt is cut to the minimum over all ranks before it is used.
 
 A block that one rank lacks (evicted, damaged, no room) is useless on the others. They drop it from the sequence,
 not from their tiers: every rank computes it anew, and the rank that lacked it stores it again.
@@ -33,14 +33,14 @@ class Consensus:
         self._offloader = offloader
 
     def promote(self, promote: Callable[[], Promoted], *, topic: bytes) -> Promoted:
-        """Return what `promote` brought up, cut to the tokens that every rank brought up.
+        """Return what `promote` loaded, cut to the tokens that every rank loaded.
 
         Raises CapacityError on every rank if one has no room, RankError if no agreement is reached; nothing is
         kept then.
         """
         try:
             promoted = promote()
-        except BaseException:  # whatever it is, the others must not go on without this rank
+        except BaseException:  # the other ranks must not go on without this one
             self._vote(UNABLE, topic)
             raise
         try:
@@ -82,7 +82,7 @@ class Consensus:
                 raise failure or _no_room()
             if agreed.is_unanimous:
                 return
-            if failure:  # a time-out: the others have to hear of it again
+            if failure:  # a time-out: vote again, so that the other ranks see it
                 continue
             try:
                 self._cut(promoted, agreed.lowest)
@@ -94,8 +94,8 @@ class Consensus:
     def _cut(self, promoted: Promoted, num_tokens: int) -> None:
         """Shorten the hits to `num_tokens` tokens, or to the whole blocks of them if a copy fails.
 
-        Registered blocks behind the cut belong to everyone and will not be written by this sequence: fresh ones take
-        their places. Raises CapacityError where there are none; the block table then lacks the blocks given up.
+        Registered blocks after the cut are shared, and this sequence must not write them: fresh blocks replace them.
+        Raises CapacityError where there are none; the block table then lacks the dropped blocks.
         """
         size = self._tiers.layout.block_size
         num_whole, num_rest = divmod(num_tokens, size)

@@ -24,8 +24,8 @@ __all__ = ["Defragmenter", "LayoutReport", "Shift", "count_breaks", "plan_places
 class LayoutReport:
     """What a defragmentation did. moved: old block id -> new one; num_fixed: blocks in use that had to stay.
 
-    num_copies: blocks copied, detours included. breaks: blocks that do not lie right behind the block before them, when
-    the index is read chain by chain. fragmentation: as `CacheStats.fragmentation_ratio`.
+    num_copies: blocks copied, detours included. breaks: blocks that do not lie right after their predecessor, when the
+    index is read chain by chain. fragmentation: as `CacheStats.fragmentation_ratio`.
     """
 
     moved: Mapping[int, int] = field(default_factory=dict)
@@ -38,7 +38,7 @@ class LayoutReport:
 
 
 class Defragmenter:
-    """Moves blocks inside the hot pool while nobody looks; each copy is compared with its source before that goes."""
+    """Moves unused blocks inside the hot pool; each copy is compared with its source before the source is freed."""
 
     def __init__(self, tiers: Tiers, offloader: Offloader, users: BlockUsers) -> None:
         self._tiers = tiers
@@ -49,9 +49,8 @@ class Defragmenter:
         """Lay chains of the index in contiguous runs from block 0 on and rewrite what names a block by its id.
 
         sequences: running ones whose owners neither compute nor call the cache meanwhile; their block tables are
-        rewritten in place. A block that anybody else uses (another sequence, a copy, a write) stays where it is.
-        A full pool gives up one block to have room to move. Raises StoreError when a copy fails or differs; what was
-        moved before that is in order.
+        rewritten in place. A block with another user (a sequence, a copy, a write) stays where it is. A full pool
+        evicts one block to have room to move. Raises StoreError when a copy fails or differs; earlier moves stay valid.
         """
         tiers, pool = self._tiers, self._tiers.index.hot
         self._offloader.flush()  # what is queued to be written could not be moved
@@ -87,7 +86,7 @@ class Defragmenter:
             )
 
     def _free_one(self) -> None:
-        """Give up the block that would go next, written down first; where none may go, all stay where they are.
+        """Evict the block that is next in order, written down first; without such a block nothing is evicted.
 
         The caller holds the lock.
         """
@@ -98,12 +97,12 @@ class Defragmenter:
             return
 
     def _is_fixed(self, block_id: int, users: Counter[int]) -> bool:
-        """Tell whether somebody has a hold on a block whom we cannot tell that it moves. The caller holds the lock."""
+        """Return whether a block has users other than the given sequences. The caller holds the lock."""
         assert self._tiers.changed.is_owned()
         return self._tiers.index.hot.pins[block_id] != users[block_id] or block_id in self._tiers.copies.arriving
 
     def _iter_order(self, sequences: Collection[Sequence]) -> Iterator[int]:
-        """Yield hot blocks chain by chain; one that only a sequence knows, behind the block that it follows there.
+        """Yield hot blocks chain by chain; a private block of a sequence, after the block that it follows there.
 
         The caller holds the lock.
         """
@@ -124,7 +123,7 @@ class Defragmenter:
         yield from private.get(-1, ())
 
     def _copy(self, places: Mapping[int, int], done: list[Shift]) -> None:
-        """Carry a plan out, block by block; `done` says how far it came. The caller holds the lock."""
+        """Carry out a plan, block by block; `done` collects the shifts. The caller holds the lock."""
         assert self._tiers.changed.is_owned()
         tiers, pool = self._tiers, self._tiers.index.hot
         final = {places.get(block_id, block_id) for block_id in pool.used()}
@@ -169,7 +168,7 @@ def plan_places(order: Several[int], fixed: Collection[int], capacity: int) -> d
 
 
 def plan_shifts(places: Mapping[int, int], spare: int | None) -> Iterator[Shift]:
-    """Yield shifts that bring every block from its old place to its new one, none over another.
+    """Yield shifts that move every block from its old place to its new one, none over another.
 
     spare: a place that is free once all is done, by way of which blocks change places in a circle; without one such
     blocks stay where they are.
@@ -192,6 +191,6 @@ def plan_shifts(places: Mapping[int, int], spare: int | None) -> Iterator[Shift]
 
 
 def count_breaks(order: Several[int], moved: Mapping[int, int] | None = None) -> int:
-    """Return how many blocks do not lie right behind the one before them in this order, after a move if given."""
+    """Return how many blocks do not lie right after their predecessor in this order, after a move if given."""
     places = [moved.get(block, block) for block in order] if moved else list(order)
-    return sum(behind != before + 1 for before, behind in pairwise(places))
+    return sum(after != before + 1 for before, after in pairwise(places))

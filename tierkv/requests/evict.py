@@ -1,19 +1,20 @@
-"""EvictionEverywhere: makes every tier forget a prompt, or a whole namespace, on the user's demand."""
+"""Evictor: evicts on the user's demand, blocks of one tier or a prompt from every tier."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
 
-from tierkv.errors import StoreError
+from tierkv.errors import ConfigError, StoreError
 from tierkv.index.chosen_eviction import IN_USE, Choice, Evicted
 from tierkv.storage.cold_eviction import StoredPrompt
 from tierkv.transfer.daemon_tiers import DaemonTiers
 from tierkv.transfer.offload import Offloader
 from tierkv.transfer.tiers import Tiers
 from tierkv.values.block import TOKEN_BYTES, Tier, iter_chain
+from tierkv.values.checks import check_count
 
-__all__ = ["EvictedEverywhere", "EvictionEverywhere"]
+__all__ = ["EvictedEverywhere", "Evictor"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,16 +33,39 @@ class EvictedEverywhere:
         return sum(self.blocks.values())
 
 
-class EvictionEverywhere:
-    """Evicts from memory first, so that nothing comes back from there; then from below; then what was in use."""
+class Evictor:
+    """Carries out the evictions that a user asks for."""
 
     def __init__(self, tiers: Tiers, offloader: Offloader, daemon: DaemonTiers | None) -> None:
         self._tiers = tiers
         self._offloader = offloader
         self._daemon = daemon
 
-    def evict(self, token_bytes: bytes, older_than_s: float | None) -> EvictedEverywhere:
-        """Evict what begins with a prompt, or everything where that is empty. Raises StoreError, DaemonError."""
+    def evict_tier(self, tier: Tier, count: int | None) -> int:
+        """Evict up to `count` blocks from the hot or the warm tier; see `TierCache.evict`."""
+        if not isinstance(tier, Tier):
+            raise ConfigError(
+                f"tier must be Tier.HOT or Tier.WARM, got {tier!r}", hint="evict_everywhere evicts from all tiers"
+            )
+        if tier is Tier.COLD:
+            raise ConfigError("the cold tier is evicted through its store: cache.cold.evict(...)")
+        if count is not None:
+            count = check_count("count", count)
+        if tier is Tier.WARM and self._daemon:
+            return self._daemon.evict(count)
+        wanted = self._tiers.index.pool(tier).capacity if count is None else count
+        if tier is Tier.HOT:
+            return self._offloader.evict_written(wanted)
+        with self._tiers.changed:
+            self._tiers.reap()
+            return len(self._tiers.evict_warm(wanted))
+
+    def evict_everywhere(self, token_bytes: bytes, older_than_s: float | None) -> EvictedEverywhere:
+        """Evict what begins with a prompt, or everything where that is empty, from all tiers.
+
+        Memory comes first, so that nothing is written down again; then the lower tiers; then what was in use meanwhile.
+        Raises StoreError, DaemonError.
+        """
         since = None if older_than_s is None else self._tiers.index.now() - older_than_s
         choice = Choice(tokens=token_bytes, unused_since=since)
         blocks = self._evict_memory(choice).blocks

@@ -1,4 +1,4 @@
-"""Prefetcher: brings announced prompts from the cold tier into the warm one, behind what requests wait for."""
+"""Prefetcher: reads announced prompts from the cold tier into the warm one, at a lower priority than requests."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SHARE = 4  # a wave takes at most one raw place in four: a request that needs s
 
 
 class PrefetchHandle(Handle[int]):
-    """One announced prompt. `result()` is how many blocks were brought into the warm tier; it raises nothing.
+    """One announced prompt. `result()` is how many blocks were read into the warm tier; it raises nothing.
 
     With a daemon: how many blocks it will look for, known at once. To cancel it drops what no thread reads yet.
     """
@@ -54,7 +54,7 @@ class Prefetcher:
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
 
-    def offer(self, token_bytes: bytes) -> PrefetchHandle:
+    def submit(self, token_bytes: bytes) -> PrefetchHandle:
         """Queue a prompt; returns at once. A full queue drops it, which is counted. Raises ClosedError once closed."""
         handle = PrefetchHandle()
         if self._daemon:
@@ -74,7 +74,7 @@ class Prefetcher:
         return handle
 
     def close(self) -> None:
-        """Drop what waits, let what is being read end. May be called twice."""
+        """Drop the queued prompts; reads that have begun end. May be called twice."""
         self._is_closing.set()
         with self._starting:  # a thread that starts later would outlive this
             self._queue.close()
@@ -91,19 +91,19 @@ class Prefetcher:
             num_blocks = 0
             try:
                 with self._tiers.observers.span("prefetch") as detail:
-                    detail["blocks"] = num_blocks = self._bring(prompt)
+                    detail["blocks"] = num_blocks = self._load(prompt)
             except Exception:  # noqa: BLE001 - the outermost loop of its thread
                 _log.exception("a prompt was not prefetched")
                 self._count(MissReason.IO_ERROR)
             prompt.handle.succeed(num_blocks)
             del entry, prompt
 
-    def _bring(self, prompt: _Prompt) -> int:
-        """Bring a prompt's cold blocks up, wave by wave, until one cannot be had. Return how many came."""
+    def _load(self, prompt: _Prompt) -> int:
+        """Read a prompt's cold blocks, wave by wave, until one cannot be had. Return how many were read."""
         tiers = self._tiers
         with tiers.changed:
             found = tiers.find(prompt.token_bytes, len(prompt.token_bytes) // TOKEN_BYTES)
-        most = tiers.index.warm.capacity // 2  # more would push out what came first
+        most = tiers.index.warm.capacity // 2  # more would evict the first ones
         hits = [hit for hit in found.rest() if hit.tier is Tier.COLD][:most]
         if found.miss is MissReason.IO_ERROR:
             self._count(found.miss)
@@ -113,13 +113,13 @@ class Prefetcher:
             if prompt.handle.is_cancelled or self._is_closing.is_set():
                 break
             wave = hits[start : start + size]
-            num_good = self._bring_wave(wave)
+            num_good = self._load_wave(wave)
             num_blocks += num_good
             if num_good < len(wave):
                 break
         return num_blocks
 
-    def _bring_wave(self, wave: Sequence[Hit]) -> int:
+    def _load_wave(self, wave: Sequence[Hit]) -> int:
         """Read blocks at once and enter the leading good ones. Return how many those are."""
         tiers = self._tiers
         places = tiers.try_take_raw(len(wave))
@@ -146,7 +146,7 @@ class Prefetcher:
         tiers = self._tiers
         outcome = self._reading.read_one(hit, place, may_stay_coded=False)
         if isinstance(outcome, MissReason):
-            self._reading.give_up(hit, outcome)
+            self._reading.fail(hit, outcome)
             return outcome
         if not tiers.memory.compression:
             return None
@@ -159,9 +159,7 @@ class Prefetcher:
         """Let a block be found where it lies now. Return why it cannot be."""
         tiers = self._tiers
         with tiers.changed:
-            entry = tiers.index.insert(
-                hit.block_hash, hit.parent_hash, hit.token_bytes, content_digest=hit.content_digest
-            )
+            entry = tiers.insert(hit)
             if entry is None:  # its hash is taken by now, or its parent has been evicted
                 return MissReason.COLLISION
             entry.in_cold = True

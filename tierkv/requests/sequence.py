@@ -45,7 +45,7 @@ class Sequence:
     overlapped_load: cold blocks that load while the engine computes those in front of them; see `overlap`.
     cold_load: how `Overlap.record` counts the time of the first token.
     piece_end: tokens that `Overlap.next_piece` has given out, or that needed no computing.
-    claim: the promise, made to other processes, to compute the rest.
+    claim: announced to other processes: this one computes the rest.
     """
 
     owner: SequenceOwner
@@ -140,9 +140,9 @@ class Overlap:
 
 
 class RunningSequences:
-    """The sequences that have been admitted and not yet released, and their references to hot blocks.
+    """The sequences that are acquired and not yet released, and their references to hot blocks.
 
-    users: how many of them use each block; who changes a running sequence's block table changes it too.
+    users: how many of them use each block; code that changes a running sequence's block table updates it.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class RunningSequences:
     def require(self, sequence: Any) -> None:
         """Raise ConfigError unless this is a running sequence of this cache.
 
-        The blocks of a released one may hold another one's K and V by now, and those of another cache lie elsewhere.
+        The blocks of a released sequence may hold other K and V by now, and another cache's blocks lie elsewhere.
         """
         if isinstance(sequence, Sequence) and sequence in self._sequences:
             return
@@ -172,8 +172,18 @@ class RunningSequences:
             raise ConfigError("the sequence has been released")
         raise ConfigError("the sequence belongs to another cache", hint="use it with the cache that acquired it")
 
+    def require_all(self, running: Iterable[Any]) -> list[Sequence]:
+        """Return running sequences of this cache, each once. Raises ConfigError unless all of them are."""
+        try:
+            sequences = list(dict.fromkeys(running))
+        except TypeError as exc:
+            raise ConfigError(f"running must be sequences: {exc}") from exc
+        for sequence in sequences:
+            self.require(sequence)
+        return sequences
+
     def add(self, sequence: Sequence) -> None:
-        """Take a sequence whose blocks are pinned for it."""
+        """Add a sequence whose blocks are pinned for it."""
         with self._tiers.changed:
             self._sequences.add(sequence)
             self._users.add(sequence.block_table)
@@ -192,8 +202,8 @@ class RunningSequences:
     def fork(self, sequence: Sequence) -> Sequence:
         """Return a second sequence with the same tokens, for parallel sampling.
 
-        Whole blocks are shared; the partly filled last block is copied, so that the two may part ways.
-        Raises CapacityError where there is no room for that copy, StoreError where it fails.
+        Whole blocks are shared; the partly filled last block is copied. Raises CapacityError where there is no room for
+        that copy, StoreError where it fails.
         """
         size = self._tiers.layout.block_size
         num_shared = sequence.num_tokens // size
@@ -230,7 +240,7 @@ class RunningSequences:
             if sequence.is_released:
                 return
             sequence.is_released = True
-            if sequence in self._sequences:  # one that was never admitted for good is not
+            if sequence in self._sequences:  # an interrupted acquire has not added it
                 self._sequences.remove(sequence)
                 self._users.remove(sequence.block_table)
             self._ending = [load for load in self._ending if not load.is_done]
@@ -241,11 +251,11 @@ class RunningSequences:
         self._tiers.unpin_all(Tier.HOT, sequence.block_table)
         try:
             self._offloader.keep_room()
-        finally:  # a policy may fail, but others wait for the promise
+        finally:  # a policy may fail, but other processes wait for the claim
             self.end_claim(sequence.claim)
 
     def end_claim(self, claim: Claim | None) -> None:
-        """End the promise to compute blocks, once those that were computed have been written down."""
+        """End the claim to compute blocks, once the computed ones have been written down."""
         if claim and not self._offloader.after_writes(claim.end):
             claim.end()
 
@@ -267,7 +277,7 @@ class RunningSequences:
         return [sequence.overlapped_load for sequence in self._sequences if sequence.overlapped_load]
 
     def release_all(self) -> None:
-        """End every sequence. Nobody else does anything with them any more."""
+        """End every sequence. No other thread uses them any more."""
         with self._tiers.changed:
             running = list(self._sequences)
         for sequence in running:
@@ -297,9 +307,9 @@ class RunningSequences:
 
 
 class BlockUsers:
-    """Users by block id. num_shared: sums up, over all sequences, their blocks that another one uses too.
+    """Users by block id. num_shared: the sum over all sequences of their blocks that another sequence uses too.
 
-    Every method wants the lock held. A sequence uses a block once.
+    Callers guard it with the cache's lock, and a sequence uses a block once.
     """
 
     def __init__(self) -> None:
@@ -326,7 +336,7 @@ class BlockUsers:
         self.num_shared -= num_shared
 
     def replace(self, old: int, new: int) -> None:
-        """Let one user of a block use another one instead."""
+        """Let one user of a block use another block instead."""
         self.remove((old,))
         self.add((new,))
 

@@ -1,4 +1,4 @@
-"""RequestStatistics: counts what each request found and missed, and tells observers of it."""
+"""RequestStatistics: counts what each request found and missed, and notifies observers."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class RequestStatistics:
         later: Several[Hit],
         dropped: Several[Hit],
     ) -> None:
-        """Count a request that has just been admitted, and tell of it.
+        """Count a request that has its blocks, and notify observers.
 
-        blocks: how many came up, by tier. later: cold ones that come up behind it. dropped: cold ones that are
+        blocks: how many were found, by tier. later: cold ones that load in the background. dropped: cold ones that are
         computed instead.
         """
         assert self._tiers.changed.is_owned()
@@ -72,7 +72,7 @@ class RequestStatistics:
         num_loaded = len(load.hits) - num_computed
         stats.hits[Tier.COLD] += num_loaded
         stats.hit_tokens[Tier.COLD] += num_loaded * self._block_size
-        for tier in (Tier.COLD, Tier.WARM):  # they come by way of a warm slot, as all cold blocks do
+        for tier in (Tier.COLD, Tier.WARM):  # each cold block passes through a warm slot
             stats.bytes_out[tier] += num_loaded * self._tiers.layout.block_bytes
         stats.misses += num_computed
         stats.miss_reasons[MissReason.RECOMPUTED.value] += num_computed - (load.failure is not None)
@@ -82,7 +82,7 @@ class RequestStatistics:
         return [*reasons[:-1], load.failure] if load.failure and reasons else reasons
 
     def record_overlap(self, load: OverlappedLoad, loaded: Several[Hit], computed: Several[MissReason]) -> None:
-        """Tell what became of a request's cold blocks: those loaded, and of the others why they were computed."""
+        """Notify observers of a request's cold blocks: those loaded, and why the other ones were computed."""
         assert self._tiers.changed.is_owned()
         observers = self._tiers.observers
         if observers.are_there:
@@ -98,8 +98,8 @@ class RequestStatistics:
     ) -> list[MissReason]:
         """Count a request. Return why each missing block is missing.
 
-        miss: why the block behind the hits was none, if there is more to say than absent. num_surplus: blocks that
-        this rank had, right behind those found, and gave up.
+        miss: why the first missing block is no hit, if another reason than absent is known. num_surplus: blocks after
+        the hits that this rank had and dropped.
         """
         assert self._tiers.changed.is_owned()
         stats = self._tiers.stats
@@ -115,7 +115,7 @@ class RequestStatistics:
         return reasons
 
     def _miss_reasons(self, sequence: Sequence, num_hits: int) -> list[MissReason]:
-        """Tell of each whole block behind the hits whether the store remembers to have evicted it."""
+        """Return for each whole block after the hits whether the store has evicted it or never had it."""
         assert self._tiers.changed.is_owned()
         if self._tiers.cold is None:
             return []
@@ -127,7 +127,7 @@ class RequestStatistics:
         return [MissReason.EVICTED if each else MissReason.ABSENT for each in evicted]
 
     def _names(self, sequence: Sequence, num_found: int) -> list[BlockName]:
-        """Name the blocks behind those found. One that nobody can find, or nobody asked after, has no hash."""
+        """Name the blocks after those found. A partly filled block, or a private one, has no hash."""
         assert self._tiers.changed.is_owned()
         step, done = self._block_size * TOKEN_BYTES, len(sequence.chain)
         rest = bytes(sequence.token_bytes[done * step :])

@@ -1,4 +1,4 @@
-"""The way down itself: blocks are copied to warm slots, encoded, and put into the store, by the thread that writes."""
+"""BlockWriter: copies blocks to warm slots, encodes them and puts them into the store, on the write thread."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Blocks to write down together, and the raw slots that they go by, which become the warm tier's if `is_kept`."""
+    """Blocks to write down together, and the raw slots to copy them to, which become the warm tier's if `is_kept`."""
 
     jobs: Sequence[Job]
     slots: Sequence[int] = ()
@@ -35,8 +35,8 @@ class Batch:
 class BlockWriter:
     """Writes blocks down, a few at a time, by one thread.
 
-    It keeps a warm slot (staging slots, if the warm tier is compressed) of its own, so that it always gets on: everyone
-    who waits for room waits for it. `staging` are these slots.
+    `staging`: a warm slot (staging slots, if the warm tier is compressed) that it never frees. Threads that wait for
+    room wait for the write thread, so it must never wait for them.
     """
 
     def __init__(self, tiers: Tiers, *, most_blocks: int) -> None:
@@ -47,19 +47,19 @@ class BlockWriter:
         self._failed: set[BlockHash] = set()
 
     def begin(self, jobs: Sequence[Job]) -> Batch:
-        """Take room on the way down for the leading jobs, as many as there is room for, at least one."""
+        """Take slots for the leading jobs, as many as there are slots for, at least one."""
         if self._tiers.lower:
             return Batch(jobs)
         slots: list[int] = []
         if not self._tiers.memory.compression:
             try:
                 slots = self._tiers.try_take_warm(len(jobs))
-            except Exception:  # noqa: BLE001 - a policy of the user's: they go by the slot that is always there
+            except Exception:  # noqa: BLE001 - of the user's policy: the write thread's own slot serves
                 _log.exception("no room was made in the warm tier")
         return Batch(jobs[: len(slots or self.staging)], slots or self.staging, is_kept=bool(slots))
 
     def write(self, batch: Batch) -> None:
-        """Write a batch that was begun, and let go of its blocks. What could not be written is counted, not raised."""
+        """Write a batch that was begun, and unpin its blocks. Blocks that cannot be written are counted, not raised."""
         tiers = self._tiers
         if tiers.lower:
             try:
@@ -77,7 +77,7 @@ class BlockWriter:
                     tiers.skip(job, "io_error")
 
     def has_failed(self, entry: Entry) -> bool:
-        """Whether no lower tier would take a block when it was offered: then it may be evicted all the same.
+        """Return whether no lower tier has taken a block when it was written: then it may be evicted all the same.
 
         The caller holds the lock.
         """
@@ -90,7 +90,7 @@ class BlockWriter:
         The caller holds the lock.
         """
         assert self._tiers.changed.is_owned()
-        entry = self._entry_of(job)
+        entry = self._tiers.entry_of(job)
         if entry and entry.warm_slot is None and not entry.in_cold:
             self._failed.add(job.block_hash)
         elif entry:
@@ -102,7 +102,7 @@ class BlockWriter:
         self._failed.difference_update(entry.block_hash for entry in entries)
 
     def _write(self, jobs: Sequence[Job], slots: Sequence[int], *, is_kept: bool) -> None:
-        """Write blocks down by way of `slots`, which become the warm tier's if `is_kept`."""
+        """Write blocks down through `slots`, which become the warm tier's if `is_kept`."""
         tiers = self._tiers
         held = [Place(Tier.HOT, job.block_id) for job in jobs]
         try:
@@ -137,7 +137,7 @@ class BlockWriter:
         """Keep blocks compressed in the warm tier, those that fit a slot there."""
         tiers = self._tiers
         with tiers.changed:
-            entries = [self._entry_of(job) for job in jobs]
+            entries = [self._tiers.entry_of(job) for job in jobs]
             wanted = [job for job, e in zip(jobs, entries, strict=True) if e is None or e.warm_slot is None]
             slots = tiers.try_take_warm(len(wanted))
         kept = list(zip(wanted, slots, strict=False))
@@ -157,21 +157,12 @@ class BlockWriter:
             tiers.unpin(Place(Tier.WARM, slot) for slot in slots)
 
     def _attach_warm(self, job: Job, slot: int) -> None:
-        """Record that a warm slot has a job's block, unless another one has it; the caller holds the lock."""
+        """Record that a warm slot has a job's block, unless another slot has it; the caller holds the lock."""
         assert self._tiers.changed.is_owned()
-        entry = self._tiers.index.insert(
-            job.block_hash, job.parent_hash, job.token_bytes, content_digest=job.content_digest
-        )
+        entry = self._tiers.insert(job)
         if entry and entry.warm_slot is None:
             self._tiers.attach(entry, Tier.WARM, slot, EventKind.DEMOTE)
             self._tiers.stats.bytes_in[Tier.WARM] += self._tiers.layout.packed_bytes(entry.num_tokens)
-
-    def _entry_of(self, job: Job) -> Entry | None:
-        """Return the entry of a job's block, if it is still known; the caller holds the lock."""
-        assert self._tiers.changed.is_owned()
-        return self._tiers.index.get(
-            job.block_hash, job.parent_hash, job.token_bytes, content_digest=job.content_digest
-        )
 
     def _missing(self, jobs: Sequence[Job]) -> list[Job]:
         """Return the jobs whose block the store lacks; none without a store that may be written to."""
@@ -202,7 +193,7 @@ class BlockWriter:
                     continue
                 tiers.observers.block(EventKind.DEMOTE, Tier.COLD, job)
                 tiers.stats.bytes_in[Tier.COLD] += tiers.layout.packed_bytes(len(job.token_bytes) // TOKEN_BYTES)
-                entry = self._entry_of(job)
+                entry = self._tiers.entry_of(job)
                 if entry:
                     entry.in_cold = True
         return len(missing)

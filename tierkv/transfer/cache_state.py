@@ -1,4 +1,4 @@
-"""Cache state: every block that a cache holds, saved into one file; and a saved file that fits a cache, loaded."""
+"""Cache state: saves every block that a cache holds into one file, and loads such a file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _NAMES_SHOWN = 8
 def save_state(tiers: Tiers, path: str | Path, namespace: Namespace, *, must_end: Callable[[], bool]) -> SavedState:
     """Write the record of every block that some tier has into one file, atomically.
 
-    must_end: tells that the cache is being closed. Raises StoreError, ConfigError, ClosedError.
+    must_end: whether the cache is being closed. Raises StoreError, ConfigError, ClosedError.
     """
     path = check_path(path)
     what = f"cannot write {path}"
@@ -49,7 +49,7 @@ def save_state(tiers: Tiers, path: str | Path, namespace: Namespace, *, must_end
 
 
 def load_state(tiers: Tiers, path: str | Path, namespace: Namespace, *, must_end: Callable[[], bool]) -> StateFile:
-    """Make a state file of this namespace one more source of blocks; one that is loaded already stays the one it is.
+    """Make a state file of this namespace one more source of blocks; a file that is loaded already is kept.
 
     Raises as `open_state` does; CapacityError where too many are loaded.
     """
@@ -59,7 +59,7 @@ def load_state(tiers: Tiers, path: str | Path, namespace: Namespace, *, must_end
 def open_state(path: str | Path, namespace: Namespace, *, must_end: Callable[[], bool] = lambda: False) -> StateFile:
     """Open a state file of this namespace; the caller closes it.
 
-    must_end: tells that the cache is being closed.
+    must_end: whether the cache is being closed.
     Raises NamespaceMismatchError naming what differs, StoreError for a file that is none or not whole, ConfigError for
     what is no path, ClosedError.
     """

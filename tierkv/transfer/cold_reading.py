@@ -1,4 +1,4 @@
-"""Reads cold blocks beside the hot tier, into places from which they can be copied up."""
+"""ColdReading: reads cold blocks into warm or staging places, from which they are copied to the hot tier."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ class ColdReading:
         self._tiers = tiers
 
     def read(
-        self, wave: Sequence[Hit], *, give_back: Callable[[], None]
+        self, wave: Sequence[Hit], *, free_places: Callable[[], None]
     ) -> tuple[list[Place], list[CodedBlock], MissReason | None]:
         """Read several blocks at once.
 
-        give_back: gives up the warm places that the caller holds; called before this waits for room. Return the pinned
-        places of the leading good ones, what lies there (nothing where lower tiers did it), and why the next one could
-        not be read.
+        free_places: unpins the warm places that the caller holds; called before this waits for room. Return the pinned
+        places of the leading good blocks, what lies there (nothing where lower tiers read them), and why the next block
+        could not be read.
         """
         tiers = self._tiers
         if tiers.lower:
-            lent, failure = tiers.lower.read(wave)
-            return lent, [], failure
+            leased, failure = tiers.lower.read(wave)
+            return leased, [], failure
         places = tiers.try_take_raw(len(wave))
         if not places:
-            give_back()  # nobody waits for warm slots while holding some: this request may hold all of them itself
+            free_places()  # this request may hold all warm slots itself
             places = tiers.take_raw(len(wave))
         if not places:
             return [], [], MissReason.NO_ROOM
@@ -56,9 +56,9 @@ class ColdReading:
     def read_one(
         self, hit: Hit, place: Place, ahead: Hit | None = None, *, may_stay_coded: bool = True
     ) -> MissReason | CodedBlock:
-        """Read a block into its place, while the disk fetches one that will be needed soon. Return what lies there.
+        """Read a block into its place, while the disk fetches the block `ahead`. Return what lies there.
 
-        may_stay_coded: whether a GPU will decode it, where there is one that can.
+        may_stay_coded: leave the decoding to a GPU, if there is one that can.
         """
         assert hit.source is not None and hit.content_digest is not None
         tiers = self._tiers
@@ -79,13 +79,11 @@ class ColdReading:
             return MissReason.IO_ERROR
         return coded if reason is None else reason
 
-    def give_up(self, hit: Hit, reason: MissReason | None) -> None:
-        """Forget that a source has a block which could not be read, and tell it of a damaged one."""
+    def fail(self, hit: Hit, reason: MissReason | None) -> None:
+        """Forget that a source has a block which could not be read; report a damaged one to the source."""
         assert hit.source is not None
         with self._tiers.changed:
-            entry = self._tiers.index.get(
-                hit.block_hash, hit.parent_hash, hit.token_bytes, content_digest=hit.content_digest
-            )
+            entry = self._tiers.entry_of(hit)
             if entry:
                 entry.in_cold = False
         if reason in _DAMAGED:
@@ -106,7 +104,7 @@ class ColdReading:
                 break
             coded.append(block)
         if len(coded) < len(places):
-            self.give_up(wave[len(coded)], failure)
+            self.fail(wave[len(coded)], failure)
         with tiers.changed:
             for hit, place, block in zip(wave, places, coded, strict=False):
                 self._note_read(hit, place, block)
@@ -118,11 +116,9 @@ class ColdReading:
         tiers = self._tiers
         tiers.stats.bytes_out[Tier.COLD] += tiers.layout.packed_bytes(len(hit.token_bytes) // TOKEN_BYTES)
         if place.tier is None or coded.frame_sizes:
-            entry = tiers.index.get(hit.block_hash, hit.parent_hash, hit.token_bytes, content_digest=hit.content_digest)
+            entry = tiers.entry_of(hit)
         else:
-            entry = tiers.index.insert(
-                hit.block_hash, hit.parent_hash, hit.token_bytes, content_digest=hit.content_digest
-            )
+            entry = tiers.insert(hit)
             if entry and entry.warm_slot is None:
                 tiers.attach(entry, Tier.WARM, place.slot, EventKind.PROMOTE)
         if entry:

@@ -1,9 +1,10 @@
-"""Assembly: makes the tiers of one cache out of its config, the model's namespace and what others share with it."""
+"""Factory: opens the tiers of one cache from its config and the model's namespace."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
@@ -12,7 +13,7 @@ from tierkv.background.work_queue import PriorityThreadPool
 from tierkv.config import CacheConfig
 from tierkv.errors import ConfigError
 from tierkv.index.index import Index
-from tierkv.policies import EvictionPolicy
+from tierkv.policies import EvictionPolicy, make_policy
 from tierkv.ranks.group import RankGroup
 from tierkv.storage.codecs import Codec, codec_by_name, default_codec
 from tierkv.storage.codecs_lossy import float_format
@@ -21,15 +22,17 @@ from tierkv.storage.hot import HotPool, hot_pool_blocks
 from tierkv.transfer.daemon_tiers import DaemonTiers
 from tierkv.transfer.memory import TierMemory, no_warm_memory, open_warm_memory
 from tierkv.transfer.observers import Observers
+from tierkv.transfer.offload import Offloader
 from tierkv.transfer.tiers import Tiers
 from tierkv.values.block import HashFunction
 from tierkv.values.locks import OwnedCondition
 from tierkv.values.namespace import Namespace
 from tierkv.values.stats import StatsRecorder
 
-__all__ = ["choose_codec", "join_daemon", "open_store", "open_tiers"]
+__all__ = ["choose_codec", "device_of", "open_tiers", "policy_of", "require_methods"]
 
 _NUM_LOADERS = 4
+_POLICY_METHODS = ("score_block", "update_on_access", "select_evictions")
 
 
 def choose_codec(config: CacheConfig, namespace: Namespace, ranks: RankGroup) -> tuple[Codec, Namespace]:
@@ -45,7 +48,7 @@ def choose_codec(config: CacheConfig, namespace: Namespace, ranks: RankGroup) ->
     return codec, replace(namespace, lossy_codec=codec.name if codec.is_lossy else "")
 
 
-def open_store(config: CacheConfig, shared: ColdStore | None) -> ColdStore | None:
+def _open_store(config: CacheConfig, shared: ColdStore | None) -> ColdStore | None:
     """Return the store to use: the shared one, that of `config.cold_path`, or none. Raises ConfigError, StoreError."""
     if config.socket is not None:
         if shared is not None:
@@ -63,6 +66,48 @@ def open_store(config: CacheConfig, shared: ColdStore | None) -> ColdStore | Non
 
 
 def open_tiers(
+    config: CacheConfig,
+    *,
+    namespace: Namespace,
+    codec: Codec,
+    device: torch.device,
+    cold: ColdStore | None,
+    policy: EvictionPolicy,
+    ranks: RankGroup,
+    clock: Callable[[], float],
+    hash_function: HashFunction,
+) -> tuple[Tiers, Offloader, DaemonTiers | None]:
+    """Open a cache's tiers: the store, the memory of the hot and the warm tier, threads, the daemon if there is one.
+
+    cold: an open store to share. Whatever this raises, all that it opened is closed again.
+    """
+    with ExitStack() as undo:
+        store = _open_store(config, cold)
+        if store:
+            if cold is None:
+                undo.callback(store.close)
+            store.open_namespace(namespace)
+        tiers = _make_tiers(
+            config,
+            namespace=namespace,
+            codec=codec,
+            device=device,
+            cold=store,
+            policy=policy,
+            clock=clock,
+            hash_function=hash_function,
+        )
+        undo.callback(tiers.memory.close)
+        offloader = Offloader(tiers)
+        undo.callback(offloader.close)
+        daemon = _join_daemon(tiers, config, namespace=namespace, ranks=ranks)
+        if daemon:
+            daemon.after_writes = offloader.after_writes
+        undo.pop_all()
+    return tiers, offloader, daemon
+
+
+def _make_tiers(
     config: CacheConfig,
     *,
     namespace: Namespace,
@@ -114,8 +159,8 @@ def open_tiers(
     )
 
 
-def join_daemon(tiers: Tiers, config: CacheConfig, *, namespace: Namespace, ranks: RankGroup) -> DaemonTiers | None:
-    """Let the daemon have the lower tiers if the config names its socket. Raises DaemonError if it refuses."""
+def _join_daemon(tiers: Tiers, config: CacheConfig, *, namespace: Namespace, ranks: RankGroup) -> DaemonTiers | None:
+    """Use the daemon's lower tiers if the config names its socket. Raises DaemonError if it refuses."""
     if config.socket is None:
         return None
     daemon = DaemonTiers(
@@ -124,13 +169,36 @@ def join_daemon(tiers: Tiers, config: CacheConfig, *, namespace: Namespace, rank
         namespace=namespace,
         block_size=config.block_size,
         hash_function=tiers.hash_function,
-        # Ranks of two copies of a model would wait for each other, crosswise: they compute for themselves.
+        # Ranks of two copies of a model would wait for each other: no rank waits.
         wait_s=config.compute_wait_s if ranks.size == 1 else 0.0,
         timeout_s=config.daemon_timeout_s,
         min_partial_tokens=config.min_partial_tokens,
     )
     tiers.lower = daemon.blocks
     return daemon
+
+
+def device_of(device: torch.device | str) -> torch.device:
+    """Return the device of that name. Raises ConfigError."""
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as exc:
+        raise ConfigError(f"there is no device {device!r}: {str(exc).splitlines()[0]}") from exc
+
+
+def policy_of(policy: str | EvictionPolicy) -> EvictionPolicy:
+    """Return a policy: an object that is one, or that of a name. Raises ConfigError."""
+    if isinstance(policy, str):
+        return make_policy(policy)
+    require_methods("an eviction policy", policy, _POLICY_METHODS)
+    return policy
+
+
+def require_methods(what: str, given: object, names: tuple[str, ...]) -> None:
+    """Raise ConfigError unless an object has methods of these names; a class is none."""
+    missing = [name for name in names if not callable(getattr(given, name, None))]
+    if missing or isinstance(given, type):
+        raise ConfigError(f"{what} has the methods {', '.join(names)}; {given!r} lacks {', '.join(missing) or 'self'}")
 
 
 def _check_slice(namespace: Namespace, ranks: RankGroup) -> None:
@@ -143,7 +211,7 @@ def _check_slice(namespace: Namespace, ranks: RankGroup) -> None:
 
 
 def _codec_of(config: CacheConfig, namespace: Namespace) -> Codec:
-    """Return the codec that is to be used. Raises ConfigError for one that does not fit dtype or namespace."""
+    """Return the codec to use. Raises ConfigError for a codec that does not fit dtype or namespace."""
     dtype = namespace.layout.dtype
     codec = default_codec(dtype) if config.codec == "auto" else codec_by_name(config.codec)
     if codec.is_lossy:

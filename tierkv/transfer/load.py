@@ -1,4 +1,4 @@
-"""The way up: what a lookup found is brought into hot blocks, or found wanting and left to be computed."""
+"""Loader: loads what a lookup found into hot blocks. Blocks that cannot be had are left to be computed."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Promoted:
 
     block_table: a pinned block id for every block of the sequence, cached ones first.
     hot: the leading blocks that were hot already.
-    hits: the hits behind them that hold good, in order; their tokens need no prefill.
+    hits: the good hits after them, in order; their tokens need no prefill.
     loads: copies to wait for before the cached bytes are read.
-    failure: why the block behind the last hit could not be had, if the lookup had promised it.
-    owned: every block id pinned for the sequence so far, to give back if it comes to nothing.
-    num_surplus: blocks that were given up because another rank lacks them.
+    failure: why the block after the last hit could not be had, if the lookup had found it.
+    owned: every block id pinned for the sequence so far, to unpin after an error.
+    num_surplus: blocks that were dropped because another rank lacks them.
     """
 
     block_table: list[int] = field(default_factory=list)
@@ -56,7 +56,7 @@ class Pinned:
     """What `Loader.pin` holds.
 
     hot: block ids of the leading hot blocks; their pins become the sequence's own. arriving: copies and
-    computations that those still wait for. rest: places of what was found behind them, by position in `Lookup.rest`.
+    computations that still write those. rest: places of the blocks found after them, by position in `Lookup.rest`.
     """
 
     hot: list[int]
@@ -75,8 +75,8 @@ class Loader:
     def promote(self, lookup: Lookup, pinned: Pinned, *, num_blocks: int) -> Promoted:
         """Return a block table of `num_blocks` blocks that begins with what was found.
 
-        pinned: what `pin` returned and what lower tiers lent, given back here. The caller does not hold the lock:
-        cold blocks are read without it. Raises CapacityError, everything given back.
+        pinned: what `pin` returned and what lower tiers leased, unpinned here. The caller does not hold the lock:
+        cold blocks are read without it. Raises CapacityError, everything unpinned.
         """
         assert not self._tiers.changed.is_owned()
         result = Promoted(list(pinned.hot), lookup.hot, owned=list(pinned.hot), loads=pinned.arriving)
@@ -91,7 +91,7 @@ class Loader:
                 source = pinned.rest.pop(len(lookup.blocks), None)
                 if source is None or source.tier is not Tier.HOT:
                     raise
-                # The block that part of a prompt would be copied from holds the last place: that part is computed.
+                # The partial block holds the last free place itself: its tokens are computed instead.
                 self._tiers.unpin([source])
                 partial_block, result.failure = None, MissReason.NO_ROOM
                 fresh.extend(self._take(num_blocks - num_hot, result))
@@ -123,7 +123,7 @@ class Loader:
         assert self._tiers.changed.is_owned()
         tiers, index = self._tiers, self._tiers.index
         pinned = Pinned([entry.block_id for entry in lookup.hot if entry.block_id is not None])
-        assert len(pinned.hot) == len(lookup.hot), "the lock was given up between the lookup and the pin"
+        assert len(pinned.hot) == len(lookup.hot), "the lock was released between the lookup and the pin"
         index.hot.pin_all(pinned.hot)
         if tiers.copies.arriving:
             tiers.reap()
@@ -196,7 +196,7 @@ class Loader:
     ) -> int:
         """Copy a wave from its pinned places and register it. Return how many leading blocks are of use.
 
-        targets: where to copy to; one that turns out not to be needed is replaced by the block that is there.
+        targets: where to copy to. A target is replaced by the registered block where another request was faster.
         """
         tiers = self._tiers
         try:
@@ -225,16 +225,14 @@ class Loader:
         tiers = self._tiers
         for i, hit in enumerate(wave):
             tiers.stats.bytes_out[Tier.WARM] += tiers.layout.block_bytes
-            entry = tiers.index.insert(
-                hit.block_hash, hit.parent_hash, hit.token_bytes, content_digest=hit.content_digest
-            )
+            entry = tiers.insert(hit)
             if entry is None:  # another block has taken the hash in the meantime
                 result.failure = MissReason.COLLISION
                 return i
             entry.in_cold |= hit.tier is Tier.COLD or places[i].owner is not None
             if entry.block_id is None:
                 tiers.attach(entry, Tier.HOT, targets[i], EventKind.PROMOTE)
-            else:  # another request was faster: a chain must stay in use, so its block is used instead
+            else:  # another request was faster: use its block, so that the whole chain stays in use
                 self._pin_hot(entry.block_id, result)
                 result.owned.remove(targets[i])
                 tiers.index.unpin(Tier.HOT, targets[i])
@@ -253,13 +251,12 @@ class Loader:
         return num_good
 
     def keep_warm(self, hits: Sequence[Hit]) -> None:
-        """Have blocks that came up from below written to the warm tier too, behind the request."""
-        index = self._tiers.index
+        """Have loaded cold blocks written to the warm tier too, in the background."""
         if self._tiers.lower:
-            return  # who brought them from below keeps them there
+            return  # the daemon keeps them in its warm tier
         with self._tiers.changed:
             for hit in hits:
-                entry = index.get(hit.block_hash, hit.parent_hash, hit.token_bytes, content_digest=hit.content_digest)
+                entry = self._tiers.entry_of(hit)
                 if entry and entry.block_id is not None and entry.warm_slot is None:
                     written = self._tiers.copies.written(entry)
                     self._offloader.write_down(entry, written)
@@ -270,10 +267,10 @@ class Loader:
         """Return the pinned places of the leading good ones of a wave, and what lies there."""
         tiers = self._tiers
 
-        def give_back() -> None:
+        def free_places() -> None:
             tiers.unpin([pinned.pop(at) for at, place in list(pinned.items()) if place.tier is Tier.WARM])
 
-        places, coded, failure = self._reading.read(wave, give_back=give_back)
+        places, coded, failure = self._reading.read(wave, free_places=free_places)
         result.failure = failure or result.failure
         return places, coded
 
@@ -292,7 +289,7 @@ class Loader:
                 return False
             tiers.copies.leave([hit.entry.block_id])  # the copy is only queued when others may evict what it reads
             return True
-        if hit.tier is Tier.WARM and hit.entry is None:  # lent: nothing here knows it
+        if hit.tier is Tier.WARM and hit.entry is None:  # leased: this cache has no entry of it
             places = [pinned.pop(max(pinned))]
         elif hit.tier is Tier.WARM:
             assert hit.entry and hit.entry.warm_slot is not None

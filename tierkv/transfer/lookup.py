@@ -58,11 +58,9 @@ class ColdSource(Protocol):
 class Hit(NamedTuple):
     """A cached block of which the first `num_tokens` tokens are of use.
 
-    entry is None where only a cold source knows the block. content digest: of a cold one, computed from the tokens
-    that are
-    asked for; the stored block's own, and its token ids, are compared when it is read.
-    A tuple, because there is one for every block of a prompt that is not hot: a frozen dataclass takes four times
-    as long to make.
+    entry is None where only a cold source knows the block. content_digest: of a cold block, computed from the prompt's
+    tokens; it is compared with the stored digest when the block is read. A tuple, because a frozen dataclass takes four
+    times as long to make, and each block of a prompt that is not hot needs one.
     """
 
     block_hash: BlockHash
@@ -79,8 +77,8 @@ class Hit(NamedTuple):
 class Lookup:
     """hot: the entries of the whole blocks that lead the prompt and are hot, which need nothing but a pin.
 
-    blocks: the whole blocks behind them. partial block: a block to copy for its common tokens, if any.
-    miss: why the block behind the last hit is none, where there is more to say than that it is absent.
+    blocks: the whole blocks after them. partial block: a block to copy for its common tokens, if any.
+    miss: why the block after the last hit is no hit, if another reason than absent is known.
     """
 
     hot: list[Entry] = field(default_factory=list)
@@ -99,7 +97,7 @@ class Lookup:
         return [*(entry.block_hash for entry in self.hot), *(hit.block_hash for hit in self.rest())]
 
     def rest(self) -> Iterator[Hit]:
-        """Yield what was found behind the leading hot blocks."""
+        """Yield what was found after the leading hot blocks."""
         yield from self.blocks
         if self.partial_block:
             yield self.partial_block
@@ -128,7 +126,7 @@ def count_by_tier(num_hot: int, block_size: int, hits: Iterable[Hit]) -> tuple[d
 
 
 def are_in_memory(hits: Sequence[Hit]) -> bool:
-    """Tell whether reading cold blocks takes no disk, by the look of the first, the middle and the last."""
+    """Return whether reading cold blocks takes no disk, judged by the first, the middle and the last."""
     looked_at = [hits[at] for at in {0, len(hits) // 2, len(hits) - 1}] if hits else []
     return all(hit.source is None or hit.source.is_in_memory(hit.block_hash) for hit in looked_at)
 
@@ -189,7 +187,7 @@ def find_partial(
 
 
 class _Search:
-    """One search through the index and the sources. A source that fails has nothing: no request ends there."""
+    """One search through the index and the sources. A source that fails has no block; the failure is only logged."""
 
     def __init__(self, index: Index, sources: Sequence[ColdSource]) -> None:
         self._index = index
@@ -277,7 +275,7 @@ class _Search:
     def _content_digest(
         self, parent: BlockHash, parent_content_digest: ContentDigest | None, tokens: bytes
     ) -> ContentDigest:
-        """Return the content digest of a block behind one that the index knows, or whose digest is known."""
+        """Return the content digest of a block whose parent the index knows, or whose parent's digest is known."""
         return (
             self._index.content_digest_after(parent, tokens)
             if parent_content_digest is None

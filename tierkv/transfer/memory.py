@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -23,9 +24,11 @@ from tierkv.storage.hot import HotPool
 from tierkv.storage.planes import Bytes
 from tierkv.storage.warm import WarmPool
 from tierkv.storage.windows import WindowFormat
+from tierkv.values.block import Tier
+from tierkv.values.events import MemoryRegion
 from tierkv.values.layout import BlockLayout
 
-__all__ = ["Compression", "TierMemory", "WarmMemory", "no_warm_memory", "open_warm_memory"]
+__all__ = ["Compression", "TierMemory", "WarmMemory", "no_warm_memory", "open_warm_memory", "pool_regions"]
 
 _logger = logging.getLogger(__name__)
 
@@ -64,7 +67,7 @@ class TierMemory:
     raw: blocks as they are, beside the hot tier: the warm tier's own places, or the staging slots.
     frames: decodes cold blocks on the GPU, where that is possible. threads: num_threads of them, a request's work
     first. loaders: a thread for each request that loads while it computes. reserved_raw: places in `raw` that the write
-    thread holds for ever.
+    thread always holds.
     """
 
     layout: BlockLayout
@@ -107,7 +110,7 @@ def open_warm_memory(hot: HotPool, config: CacheConfig) -> WarmMemory:
     """Take `config.warm_bytes` of memory. Raises CapacityError if that is under four blocks, or not there.
 
     Raises StoreError where CUDA does not register it, or the GPU cannot compress although that is asked for. Whatever
-    it raises, all memory is given back.
+    it raises, all memory is freed.
     """
     form = _form(hot, config)
     _check_memory(config.warm_bytes)
@@ -157,13 +160,13 @@ def _open_compressed(hot: HotPool, config: CacheConfig, form: WindowFormat) -> W
 
 
 def no_warm_memory(hot: HotPool) -> WarmMemory:
-    """Return what a cache has whose lower tiers are another's: one page, which the write thread holds for ever."""
+    """Return the warm memory of a cache with a daemon: one page, which the write thread always holds."""
     warm = WarmPool(1, 1, num_threads=1)
     return WarmMemory(warm=warm, mover=Mover(hot, warm), compression=None, frames=None)
 
 
 def _form(hot: HotPool, config: CacheConfig) -> WindowFormat | None:
-    """Return the format to compress with, or None: not asked for, or not to be had here."""
+    """Return the format to compress with; None if it is not asked for, or not possible here."""
     if config.warm_codec == "raw":
         return None
     is_possible = hot.layout.dtype == "bfloat16" and (hot.device.type != "cuda" or _has_triton())
@@ -178,7 +181,7 @@ def _form(hot: HotPool, config: CacheConfig) -> WindowFormat | None:
 
 
 def _frames(hot: HotPool, mover: Mover, config: CacheConfig) -> FrameMover | None:
-    """Return what decodes cold blocks on the GPU, or None where that is not wanted or not to be had."""
+    """Return what decodes cold blocks on the GPU, or None where that is not wanted or not possible."""
     if not config.gpu_decode or not can_decode(hot.layout, hot.device):
         return None
     frames = FrameMover(hot, mover.slots, mover)
@@ -210,3 +213,56 @@ def _check_memory(warm_bytes: int) -> None:
             f"warm_bytes {warm_bytes} is more than the {machine_bytes} bytes of memory of this machine",
             hint="lower warm_bytes",
         )
+
+
+def pool_regions(memory: TierMemory, *, reserved: Sequence[int]) -> Iterator[MemoryRegion]:
+    """Yield the memory that a cache holds, regions before their parts. reserved: the write thread's raw places."""
+    hot, warm = memory.hot, memory.warm
+    staging = memory.compression.staging if memory.compression else None
+    device, dtype = str(hot.device), hot.layout.dtype
+    address, size = hot.blocks.data_ptr(), hot.layout.block_bytes
+    yield MemoryRegion(
+        purpose="hot pool",
+        shape=tuple(hot.blocks.shape),
+        dtype=dtype,
+        num_bytes=hot.blocks.nbytes,
+        address=address,
+        device=device,
+        tier=Tier.HOT,
+        slot_bytes=size,
+    )
+    yield MemoryRegion(
+        purpose="scratch block",
+        shape=tuple(hot.blocks.shape[1:]),
+        dtype=dtype,
+        num_bytes=size,
+        address=address + hot.scratch_block * size,
+        device=device,
+        part_of="hot pool",
+    )
+    yield _slab(warm, "warm pool", Tier.WARM)
+    if staging:
+        yield _slab(staging, "staging pool", None)
+    slab, name = (staging, "staging pool") if staging else (warm, "warm pool")
+    yield MemoryRegion(
+        purpose="write thread's slots",
+        shape=(len(reserved), slab.stride_bytes),
+        dtype="uint8",
+        num_bytes=len(reserved) * slab.stride_bytes,
+        address=slab.address + min(reserved) * slab.stride_bytes,
+        device="cpu",
+        part_of=name,
+    )
+
+
+def _slab(pool: WarmPool, purpose: str, tier: Tier | None) -> MemoryRegion:
+    return MemoryRegion(
+        purpose=purpose,
+        shape=(pool.num_slots, pool.stride_bytes),
+        dtype="uint8",
+        num_bytes=pool.slab_bytes,
+        address=pool.address,
+        device="cpu",
+        tier=tier,
+        slot_bytes=pool.stride_bytes,
+    )

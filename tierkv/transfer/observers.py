@@ -8,9 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from tierkv.index.index import Entry
-from tierkv.storage.hot import HotPool
 from tierkv.storage.outcomes import MissReason
-from tierkv.storage.warm import WarmPool
 from tierkv.transfer.lookup import Hit
 from tierkv.values.block import TOKEN_BYTES, Tier
 from tierkv.values.events import (
@@ -26,7 +24,7 @@ from tierkv.values.events import (
 from tierkv.values.layout import BlockLayout
 from tierkv.values.locks import Owned
 
-__all__ = ["Observers", "pool_regions"]
+__all__ = ["Observers"]
 
 
 class Observers:
@@ -42,20 +40,29 @@ class Observers:
         self._observers: tuple[CacheObserver, ...] = ()
         self.are_there = False
 
-    def add(self, observer: CacheObserver) -> None:
-        """Tell this one too from now on; the caller holds the cache's lock."""
+    def add(self, observer: CacheObserver, regions: Iterable[MemoryRegion], entries: Iterable[Entry]) -> None:
+        """Notify an observer of the memory and the blocks that are there, and from now on of all that happens.
+
+        The caller holds the cache's lock.
+        """
         assert self._lock.is_owned()
+        for region in regions:
+            observer.on_memory(region)
+        for entry in sorted(entries, key=lambda each: each.depth):  # parents first
+            for tier in (Tier.HOT, Tier.WARM):
+                if (slot := entry.place(tier)) is not None:
+                    observer.on_block(self.event(EventKind.REGISTER, tier, entry, slot=slot))
         self._observers = (*self._observers, observer)
         self.are_there = True
 
     def remove(self, observer: CacheObserver) -> None:
-        """Tell it no more; the caller holds the cache's lock. No error if it was not there."""
+        """Notify an observer no more; the caller holds the cache's lock. No error if it was not there."""
         assert self._lock.is_owned()
         self._observers = tuple(each for each in self._observers if each is not observer)
         self.are_there = bool(self._observers)
 
     def memory(self, region: MemoryRegion) -> None:
-        """Tell of memory that is held from now on; the caller holds the cache's lock."""
+        """Notify of memory that is held from now on; the caller holds the cache's lock."""
         assert self._lock.is_owned()
         for observer in self._observers:
             observer.on_memory(region)
@@ -70,7 +77,7 @@ class Observers:
         reason: str = "",
         moved_from: int | None = None,
     ) -> None:
-        """Tell what happened to a block; the caller holds the cache's lock."""
+        """Notify of what happened to a block; the caller holds the cache's lock."""
         assert self._lock.is_owned()
         if not self._observers:
             return
@@ -88,7 +95,7 @@ class Observers:
         reason: str = "",
         moved_from: int | None = None,
     ) -> BlockEvent:
-        """Return the event without telling anybody."""
+        """Return the event of a block; notifies no observer."""
         num_tokens = len(block.token_bytes) // TOKEN_BYTES
         return BlockEvent(
             kind,
@@ -113,9 +120,9 @@ class Observers:
         later: Sequence[Hit],
         hot_blocks: int,
     ) -> None:
-        """Tell what a request found, hot and else, and what it missed; the caller holds the cache's lock.
+        """Notify of a request: what it found, in the hot tier and in others, and what it missed.
 
-        later: what lies between, and comes up behind the request.
+        later: cold blocks between the two, which load in the background. The caller holds the cache's lock.
         """
         assert self._lock.is_owned()
         found = [self.event(EventKind.HIT, Tier.HOT, entry, slot=entry.block_id) for entry in hot]
@@ -133,7 +140,10 @@ class Observers:
         *,
         hot_blocks: int,
     ) -> None:
-        """Tell what became of the blocks that came up behind a request; the caller holds the cache's lock."""
+        """Notify of what became of a request's cold blocks that loaded in the background.
+
+        The caller holds the cache's lock.
+        """
         assert self._lock.is_owned()
         found = [self.event(EventKind.HIT, hit.tier, hit, slot=_slot_of(hit)) for hit in hits]
         self._notify(RequestEvent(0, hit_tokens, (*self._misses(missed), *found), (), hot_blocks))
@@ -144,19 +154,19 @@ class Observers:
         return [self.event(EventKind.MISS, None, block, reason=reason.value) for block, reason in missed]
 
     def _notify(self, event: RequestEvent) -> None:
-        """Tell of a request; the caller holds the cache's lock."""
+        """Notify of a request; the caller holds the cache's lock."""
         assert self._lock.is_owned()
         for observer in self._observers:
             observer.on_request(event)
 
     def use(self, block_ids: Sequence[int]) -> None:
-        """Tell that a step of a sequence read these hot blocks."""
+        """Notify that a step of a sequence read these hot blocks."""
         for observer in self._observers:
             observer.on_use(block_ids)
 
     @contextmanager
     def span(self, name: str) -> Iterator[dict[str, int | float | str]]:
-        """Time the work inside, if anybody wants to know; the caller may add detail to what is yielded."""
+        """Time the work inside, if there are observers; the caller may add detail to what is yielded."""
         detail: dict[str, int | float | str] = {}
         if not self._observers:
             yield detail
@@ -168,63 +178,6 @@ class Observers:
             span = Span(name, started, time.monotonic(), threading.current_thread().name, detail)
             for observer in self._observers:
                 observer.on_span(span)
-
-
-def pool_regions(
-    hot: HotPool, warm: WarmPool, staging: WarmPool | None, *, reserved: Sequence[int]
-) -> Iterator[MemoryRegion]:
-    """Yield the memory that a cache holds, what contains others first.
-
-    staging: raw blocks in work, where the warm tier is compressed. reserved: slots of that, or else of the warm pool,
-    which belong to the write thread.
-    """
-    device, dtype = str(hot.device), hot.layout.dtype
-    address, size = hot.blocks.data_ptr(), hot.layout.block_bytes
-    yield MemoryRegion(
-        purpose="hot pool",
-        shape=tuple(hot.blocks.shape),
-        dtype=dtype,
-        num_bytes=hot.blocks.nbytes,
-        address=address,
-        device=device,
-        tier=Tier.HOT,
-        slot_bytes=size,
-    )
-    yield MemoryRegion(
-        purpose="scratch block",
-        shape=tuple(hot.blocks.shape[1:]),
-        dtype=dtype,
-        num_bytes=size,
-        address=address + hot.scratch_block * size,
-        device=device,
-        part_of="hot pool",
-    )
-    yield _slab(warm, "warm pool", Tier.WARM)
-    if staging:
-        yield _slab(staging, "staging pool", None)
-    slab, name = (staging, "staging pool") if staging else (warm, "warm pool")
-    yield MemoryRegion(
-        purpose="write thread's slots",
-        shape=(len(reserved), slab.stride_bytes),
-        dtype="uint8",
-        num_bytes=len(reserved) * slab.stride_bytes,
-        address=slab.address + min(reserved) * slab.stride_bytes,
-        device="cpu",
-        part_of=name,
-    )
-
-
-def _slab(pool: WarmPool, purpose: str, tier: Tier | None) -> MemoryRegion:
-    return MemoryRegion(
-        purpose=purpose,
-        shape=(pool.num_slots, pool.stride_bytes),
-        dtype="uint8",
-        num_bytes=pool.slab_bytes,
-        address=pool.address,
-        device="cpu",
-        tier=tier,
-        slot_bytes=pool.stride_bytes,
-    )
 
 
 def _slot_of(hit: Hit) -> int | None:

@@ -1,4 +1,4 @@
-"""The way down: blocks are copied to the warm tier and encoded into the cold one behind the request."""
+"""Offloader: makes room in the hot pool, and has blocks written to the lower tiers in the background."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ _log = logging.getLogger(__name__)
 
 _BATCH_BLOCKS = 8
 _QUEUE_BLOCKS = 4096
-_STALL_S = 30.0  # beyond the wait for others who write: a batch that takes longer is not waited for at the end
+_STALL_S = 30.0  # at the end, how long a batch may take beyond the wait for the store's write lock
 _STALLED = "stalled"
 
 
 AfterWrites: TypeAlias = Callable[[], None]
-"""What is called when everything queued before it has been written; it raises nothing."""
+"""Called when everything queued before it has been written; it raises nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offloading:
-    """When the hot pool is fuller than `threshold`, a `ratio` of what nobody uses is demoted behind the request.
+    """When the hot pool is fuller than `threshold`, a `ratio` of its unused blocks is demoted in the background.
 
     Both are shares above 0, up to 1: of the places that the pool may take, and of the cached blocks.
     """
@@ -52,7 +52,7 @@ class Offloading:
 
 
 class Offloader:
-    """Has blocks written down, by one thread, and makes room in the hot pool. `writer` is what that thread does."""
+    """Has blocks written down by one thread, the write thread, and makes room in the hot pool. `writer`: its work."""
 
     def __init__(self, tiers: Tiers) -> None:
         self._tiers = tiers
@@ -60,7 +60,7 @@ class Offloader:
         tiers.chosen = ChosenEviction(tiers.index, (Tier.HOT, Tier.WARM), self._evict_chosen, tiers.changed)
         self._offloading: Offloading | None = None
         self._is_offloading = False
-        self._is_tending = False
+        self._is_maintaining = False
         self._queue: WriteBehind[Job | AfterWrites] = WriteBehind(
             self._process, capacity=_QUEUE_BLOCKS, batch_size=_BATCH_BLOCKS
         )
@@ -71,23 +71,23 @@ class Offloader:
         A full queue drops the block, which is counted: a request never waits for a disk.
         """
         assert self._tiers.changed.is_owned()
-        self._offer(self._tiers.job_of(entry, written))
+        self._enqueue(self._tiers.job_of(entry, written))
 
     def write_partial(
         self, block_hash: BlockHash, parent_hash: BlockHash, token_bytes: bytes, block_id: int, written: Ready
     ) -> None:
-        """Do as `write_down` for a partly filled block, which has no entry; the caller holds it and its parent.
+        """Do as `write_down` for a partly filled block, which has no entry. It and its parent are pinned.
 
         The caller holds the lock.
         """
         assert self._tiers.changed.is_owned()
         index = self._tiers.index
         content_digest = index.content_digest_after(parent_hash, token_bytes)
-        self._offer(
+        self._enqueue(
             Job(block_hash, parent_hash, token_bytes, content_digest, index.peek(parent_hash), block_id, written)
         )
 
-    def _offer(self, job: Job) -> None:
+    def _enqueue(self, job: Job) -> None:
         """Pin a job's block and queue it, or drop it if the queue is full; the caller holds the lock."""
         assert self._tiers.changed.is_owned()
         self._tiers.index.hot.pin(job.block_id)
@@ -100,10 +100,10 @@ class Offloader:
         return self._queue.try_put(action)
 
     def take_hot(self, count: int) -> list[int]:
-        """Return `count` block ids, each pinned once, evicting and demoting as needed and as is of use.
+        """Return `count` block ids, each pinned once; evicts and demotes blocks as needed.
 
-        Waits for writes for at most `write_wait_s`, not at all while they stand still for longer than that; then the
-        oldest ones are dropped. Raises CapacityError if there is not that much room beside what is in use even so, and
+        Waits for writes for at most `write_wait_s`, not at all while a write hangs for longer than that; then the
+        oldest writes are dropped. Raises CapacityError if the blocks in use still leave too little room, and
         ClosedError where it would wait.
         """
         tiers = self._tiers
@@ -114,7 +114,7 @@ class Offloader:
                 tiers.reap()
                 short = count + pool.used_count - pool.limit
                 was_idle = short > 0 and not self._queue.pending and not tiers.copies.in_flight
-                if short > 0 and count <= pool.limit - pool.referenced_count:  # else it would be in vain
+                if short > 0 and count <= pool.limit - pool.referenced_count:  # otherwise evicting does not help
                     self.evict_hot(short)
                 if pool.free_count < count and self._is_too_late(deadline):
                     self._drop_writes(count)
@@ -124,7 +124,7 @@ class Offloader:
                     self._offload_soon()
                     return block_ids
                 is_idle = was_idle and not self._queue.pending
-                # Twice as late: what the batch in work holds may still be what is needed.
+                # Wait twice as long: the batch in work may hold the blocks that are needed.
                 if is_idle or (time.monotonic() >= deadline + tiers.write_wait_s and not tiers.copies.in_flight):
                     raise CapacityError(
                         f"the hot pool has no room for {count} more blocks: {pool.referenced_count} of "
@@ -140,7 +140,7 @@ class Offloader:
         return time.monotonic() >= deadline or self._queue.stalled_s >= self._tiers.write_wait_s
 
     def _drop_writes(self, count: int) -> None:
-        """Give queued writes up, oldest first, until `count` hot blocks are free; none where that would be in vain.
+        """Drop queued writes, oldest first, until `count` hot blocks are free; none where that does not suffice.
 
         The caller holds the lock.
         """
@@ -156,7 +156,7 @@ class Offloader:
                 return
 
     def _drop_oldest(self, count: int) -> int:
-        """Give up to `count` of the oldest writes up. Return how many those were; the caller holds the lock."""
+        """Drop up to `count` of the oldest writes. Return how many those were; the caller holds the lock."""
         assert self._tiers.changed.is_owned()
         dropped = self._queue.drop_oldest(count, lambda job: isinstance(job, Job))
         for job in dropped:
@@ -167,25 +167,25 @@ class Offloader:
         return len(dropped)
 
     def evict_hot(self, count: int, *, write_first: bool = True) -> list[Entry]:
-        """Evict up to `count` blocks, and return them; those that no lower tier has yet are queued to be written first.
+        """Evict up to `count` blocks, and return them; blocks that no lower tier has are queued to be written instead.
 
-        Without `write_first` these are lost, and counted. The caller holds the lock.
+        Without `write_first` those are lost, and counted. The caller holds the lock.
         """
         assert self._tiers.changed.is_owned()
         tiers = self._tiers
         ready: list[Entry] = []
-        for victim in tiers.index.select_evictions(Tier.HOT, count):
-            if not self._must_write_first(victim):
-                ready.append(victim)
+        for entry in tiers.index.select_evictions(Tier.HOT, count):
+            if not self._must_write_first(entry):
+                ready.append(entry)
             elif write_first:
-                self.write_down(victim, tiers.copies.written(victim))
+                self.write_down(entry, tiers.copies.written(entry))
             else:
-                tiers.skip(tiers.job_of(victim, tiers.memory.mover.mark()), _STALLED)
-                ready.append(victim)
+                tiers.skip(tiers.job_of(entry, tiers.memory.mover.mark()), _STALLED)
+                ready.append(entry)
         return self.evict(ready)  # not one whose child is still to be written
 
     def evict_written(self, count: int) -> int:
-        """Evict up to `count` blocks, waiting for those to be written that no lower tier has yet. Return how many went.
+        """Evict up to `count` blocks, and wait until those that no lower tier has are written. Return how many went.
 
         The caller does not hold the lock.
         """
@@ -206,18 +206,18 @@ class Offloader:
             self._tiers.changed.notify_all()
             return len(evicted)
 
-    def evict(self, victims: Sequence[Entry]) -> list[Entry]:
+    def evict(self, entries: Sequence[Entry]) -> list[Entry]:
         """Evict just these blocks, children before parents, and return them; one with hot children stays.
 
         The caller holds the lock.
         """
         assert self._tiers.changed.is_owned()
-        evicted = self._tiers.evict(victims, Tier.HOT)
+        evicted = self._tiers.evict(entries, Tier.HOT)
         self.writer.forget(evicted)
         return evicted
 
-    def _evict_chosen(self, victims: Sequence[Entry], tier: Tier) -> list[Entry]:
-        return self.evict(victims) if tier is Tier.HOT else self._tiers.evict(victims, tier)
+    def _evict_chosen(self, entries: Sequence[Entry], tier: Tier) -> list[Entry]:
+        return self.evict(entries) if tier is Tier.HOT else self._tiers.evict(entries, tier)
 
     def shrink(self) -> int:
         """Evict until the hot pool is within its limit, waiting for the writes that this needs.
@@ -232,7 +232,7 @@ class Offloader:
         return pool.excess_count
 
     def keep_room(self) -> None:
-        """Do what the hot pool's limit, and offloading, ask for now that blocks may have come out of use."""
+        """Evict and offload what is due, now that blocks may have come out of use."""
         pool, chosen = self._tiers.index.hot, self._tiers.chosen
         if chosen.is_pending:
             with self._tiers.changed:
@@ -245,7 +245,7 @@ class Offloader:
                 self._offload_soon()
 
     def set_offloading(self, offloading: Offloading | None) -> None:
-        """Keep room in the hot pool ahead of requests from now on, or no more."""
+        """Offload ahead of requests from now on; None ends it."""
         with self._tiers.changed:
             self._offloading = offloading
             self._offload_soon()
@@ -259,7 +259,7 @@ class Offloader:
         return self._queue.flush(stall_s=self._tiers.write_wait_s)
 
     def _leave_out_marked(self, jobs: list[Job]) -> list[Job]:
-        """Return the jobs whose blocks were not evicted meanwhile; the others' are let go."""
+        """Return the jobs whose blocks were not evicted meanwhile; unpin the blocks of the rest."""
         tiers = self._tiers
         with tiers.changed:
             marked = tiers.chosen.marked
@@ -271,17 +271,17 @@ class Offloader:
             tiers.changed.notify_all()
         return kept
 
-    def maintain(self) -> None:
-        """Have the write thread write what reads have left to be written in the store, if it is time for that."""
+    def maintain_store(self) -> None:
+        """Have the write thread write the touches and damage that reads have noted, if it is time for that."""
         cold = self._tiers.cold
-        if cold and cold.is_due and not self._is_tending:
-            self._is_tending = self._queue.try_put(self._tend)
+        if cold and cold.is_due and not self._is_maintaining:
+            self._is_maintaining = self._queue.try_put(self._maintain)
 
     def close(self) -> bool:
         """Write what is queued and stop; what could not be written is logged. May be called twice.
 
-        Return whether the write thread has ended. If not, it stands still within a write, and all that it may touch
-        when it wakes up, which is everything in `tiers`, must be kept.
+        Return whether the write thread has ended. If not, it hangs in a write, and everything in `tiers`, which it may
+        still touch, must be kept.
         """
         tiers = self._tiers
         before = tiers.stats.skip_reasons.copy()
@@ -301,8 +301,8 @@ class Offloader:
             )
         return not self._queue.is_running
 
-    def _tend(self) -> None:
-        self._is_tending = False
+    def _maintain(self) -> None:
+        self._is_maintaining = False
         cold = self._tiers.cold
         try:
             if cold:
@@ -311,7 +311,7 @@ class Offloader:
             _log.warning("what readers have noted is not written yet: %s", exc)
 
     def _evict_excess(self) -> int:
-        """Evict what is beyond the hot pool's limit. Return how many still are."""
+        """Evict the blocks beyond the hot pool's limit. Return how many still are."""
         pool = self._tiers.index.hot
         with self._tiers.changed:
             self._tiers.reap()
@@ -321,7 +321,7 @@ class Offloader:
             return pool.excess_count
 
     def _offload_soon(self) -> None:
-        """Have the write thread offload a share of what nobody uses, if the hot pool is too full.
+        """Have the write thread offload a share of the unused blocks, if the hot pool is too full.
 
         The caller holds the lock.
         """
@@ -338,35 +338,36 @@ class Offloader:
         return ceil(offloading.ratio * pool.idle_count)
 
     def _offload(self) -> None:
-        """Choose what is to be offloaded, and write down what the warm tier lacks; it goes once that is done."""
+        """Choose blocks to offload, and write down those that the warm tier lacks; all are evicted after that."""
         tiers = self._tiers
         with tiers.changed:
             count = self._num_to_offload()
-            victims = tiers.index.select_evictions(Tier.HOT, count) if count else []
-            for entry in victims:
+            entries = tiers.index.select_evictions(Tier.HOT, count) if count else []
+            for entry in entries:
                 if entry.warm_slot is None and not (tiers.lower and entry.in_cold):
                     self.write_down(entry, tiers.copies.written(entry))
-            self._is_offloading = bool(victims) and self._queue.try_put(partial(self._evict_offloaded, victims))
+            self._is_offloading = bool(entries) and self._queue.try_put(partial(self._evict_offloaded, entries))
 
-    def _evict_offloaded(self, victims: Sequence[Entry]) -> None:
-        """Evict what a lower tier has by now, children before parents, if still nobody uses it."""
+    def _evict_offloaded(self, entries: Sequence[Entry]) -> None:
+        """Evict the unused blocks that a lower tier has by now, children before parents."""
         tiers = self._tiers
         with tiers.changed:
             self._is_offloading = False
-            for entry in victims:
+            for entry in entries:
                 if tiers.index.is_evictable(entry, Tier.HOT) and (entry.warm_slot is not None or entry.in_cold):
                     self.evict([entry])
             tiers.changed.notify_all()
 
     def _must_write_first(self, entry: Entry) -> bool:
-        """Tell whether evicting a block now would lose it; the caller holds the lock."""
+        """Return whether evicting a block now would lose it; the caller holds the lock."""
         assert self._tiers.changed.is_owned()
         has_copy = entry.warm_slot is not None or entry.in_cold
         return not has_copy and not self.writer.has_failed(entry)
 
     def _process(self, work: list[Job | AfterWrites]) -> None:
-        """Carry out what leads the queue. What has to wait for another round goes back before this one begins, so that
-        it can be dropped while this one stands still.
+        """Carry out the first jobs of the queue.
+
+        Jobs without a slot go back into the queue before this batch is written: they can be dropped while it hangs.
         """
         while work:
             jobs = [each for each in takewhile(lambda each: isinstance(each, Job), work) if isinstance(each, Job)]
@@ -390,5 +391,5 @@ class Offloader:
             try:
                 self.writer.write(batch)
                 self.keep_room()  # what had to be written before it might go
-            except Exception:  # noqa: BLE001 - a policy's or an observer's of the user's; what is queued behind goes on
+            except Exception:  # noqa: BLE001 - of the user's policy or observer; later jobs go on
                 _log.exception("writing %d blocks to lower tiers failed", len(batch.jobs))

@@ -56,11 +56,6 @@ class BlockDivision:
         """The first of the loaded blocks, which are the last of the row."""
         return self._first_loaded
 
-    @property
-    def num_loading(self) -> int:
-        """Blocks that the loader has claimed and not loaded yet."""
-        return self._first_loaded - self._first_claimed
-
     def claim_load(self) -> int | None:
         """Claim the last unclaimed block for the loader; None if there is none, or loading has ended."""
         with self._lock:

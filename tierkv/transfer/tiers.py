@@ -33,14 +33,14 @@ _WAIT_S = 0.05
 
 
 class PlaceOwner(Protocol):
-    """Whoever lent a warm place that is not this cache's own."""
+    """The owner of a leased warm place, such as a connection to the daemon."""
 
     @property
     def mover(self) -> Mover:
         """What copies to and from such places."""
 
     def return_lease(self, slot: int) -> None:
-        """End one loan. Waits for nobody."""
+        """End one lease. Never blocks."""
 
 
 class Place(NamedTuple):
@@ -192,6 +192,20 @@ class Tiers:
         )
         return found.before(self.chosen.marked) if self.chosen.marked else found
 
+    def entry_of(self, block: Hit | Job) -> Entry | None:
+        """Return the entry of a block, if the index knows it; the caller holds the lock."""
+        assert self.changed.is_owned()
+        return self.index.get(
+            block.block_hash, block.parent_hash, block.token_bytes, content_digest=block.content_digest
+        )
+
+    def insert(self, block: Hit | Job) -> Entry | None:
+        """Return the entry of a block, a new one if need be; None as `Index.insert`. The caller holds the lock."""
+        assert self.changed.is_owned()
+        return self.index.insert(
+            block.block_hash, block.parent_hash, block.token_bytes, content_digest=block.content_digest
+        )
+
     @property
     def _raw_pool(self) -> SlotPool[Any]:
         return self.memory.compression.slots if self.memory.compression else self.index.warm
@@ -287,7 +301,7 @@ class Tiers:
         """Return the job that writes a hot entry down; the caller holds the lock."""
         assert self.changed.is_owned()
         assert entry.block_id is not None, "only a hot block can be written down"
-        parent = None if entry.parent.parent is entry.parent else entry.parent  # the trunk's parent is itself
+        parent = None if entry.parent.parent is entry.parent else entry.parent  # the root's parent is itself
         content_digest = self.index.content_digest_of(entry)
         return Job(
             entry.block_hash, entry.parent_hash, entry.token_bytes, content_digest, parent, entry.block_id, written

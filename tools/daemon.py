@@ -24,11 +24,12 @@ import msgspec
 from rich.table import Table
 
 from tierkv.daemon.client import DaemonClient
+from tierkv.daemon.config import DaemonConfig
 from tierkv.daemon.host import check_folder, peer_of, read_lock_file
 from tierkv.daemon.limits import Limits
 from tierkv.daemon.log_file import BoundedHandler, open_log
 from tierkv.daemon.messages import Compact, Done, Status, StatusReport, Stop
-from tierkv.daemon.server import NOT_WRITTEN, DaemonConfig, serve
+from tierkv.daemon.server import NOT_WRITTEN, serve
 from tierkv.errors import DaemonError, DaemonGoneError, TierKVError
 from tierkv.tools.render import format_age, format_bytes, open_console, print_json, visible
 

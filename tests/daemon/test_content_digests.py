@@ -9,8 +9,8 @@ import pytest
 from core_model import SLOT_BYTES, Client, as_bytes
 
 from tierkv.daemon import values
-from tierkv.daemon.core import Core, Tenant
-from tierkv.daemon.values import BlockIdentifier
+from tierkv.daemon.core import Core
+from tierkv.daemon.values import BlockIdentifier, Tenant
 from tierkv.index.index import Entry
 from tierkv.values.block import chain_content_digest, hash_block
 

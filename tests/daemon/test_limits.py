@@ -18,11 +18,12 @@ from core_model import (
     layout,
 )
 
-from tierkv.daemon.core import Connection, Core
+from tierkv.daemon.core import Core
 from tierkv.daemon.limits import Limits
 from tierkv.daemon.messages import Chain, Fetch, Match, Pin, Release, Reserve
 from tierkv.daemon.protocol import ProtocolError, split_numbers
 from tierkv.daemon.status import usage_of
+from tierkv.daemon.values import Connection
 from tierkv.errors import CapacityError, ConfigError, DaemonError
 from tierkv.index.chosen_eviction import Choice
 from tierkv.values.block import hash_block

@@ -11,12 +11,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
-from tierkv.daemon.core import Core, FetchTask, Load, Tenant
+from tierkv.daemon.core import Core
 from tierkv.daemon.messages import LimitStatus
 from tierkv.daemon.protocol import split_hashes
 from tierkv.daemon.state_files import LoadedFile
 from tierkv.daemon.status import limit_status
-from tierkv.daemon.values import BlockIdentifier
+from tierkv.daemon.values import BlockIdentifier, FetchTask, Load, Tenant
 from tierkv.errors import StoreError
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.outcomes import MissReason

@@ -32,6 +32,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tierkv.daemon.client import DaemonClient
+from tierkv.daemon.config import DaemonConfig
 from tierkv.daemon.messages import (
     Chain,
     Found,
@@ -46,7 +47,7 @@ from tierkv.daemon.messages import (
     StatusReport,
 )
 from tierkv.daemon.protocol import split_numbers
-from tierkv.daemon.server import DaemonConfig, serve
+from tierkv.daemon.server import serve
 from tierkv.errors import DaemonGoneError
 from tierkv.storage.warm import Slab
 from tierkv.values.block import BlockHash, iter_chain

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tierkv.daemon.core import Connection, Core, FetchTask, Write
+from tierkv.daemon.core import Core
 from tierkv.daemon.messages import NO_SLOT, Chain, Found, Match, Release, Reserve
 from tierkv.daemon.protocol import split_numbers
-from tierkv.daemon.values import BlockIdentifier
+from tierkv.daemon.values import BlockIdentifier, Connection, FetchTask, Write
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import BlockInfo
 from tierkv.values.block import TOKEN_BYTES, HashFunction, common_run, hash_block, iter_chain

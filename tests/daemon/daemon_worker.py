@@ -7,8 +7,9 @@ import logging
 import sys
 from pathlib import Path
 
+from tierkv.daemon.config import DaemonConfig
 from tierkv.daemon.limits import Limits
-from tierkv.daemon.server import DaemonConfig, serve
+from tierkv.daemon.server import serve
 
 if __name__ == "__main__":
     options = json.loads(sys.argv[1])

@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tierkv.daemon.server import DaemonConfig, serve
+from tierkv.daemon.config import DaemonConfig
+from tierkv.daemon.server import serve
 from tierkv.storage.cold import ColdStore
 
 

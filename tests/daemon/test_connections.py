@@ -24,7 +24,7 @@ from test_safety import assert_healthy, raw_socket
 from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.config import DaemonConfig
 from tierkv.daemon.connection import ClientConnection
-from tierkv.daemon.core import Connection, Core, FetchTask
+from tierkv.daemon.core import Core
 from tierkv.daemon.host import connections_that_fit
 from tierkv.daemon.limits import Limits
 from tierkv.daemon.loader import Prefetcher
@@ -52,6 +52,7 @@ from tierkv.daemon.metrics import exposition
 from tierkv.daemon.protocol import HEADER, MAX_BODY_BYTES, PROTOCOL_VERSION, FrameReader, frame, parse_body
 from tierkv.daemon.requests import Requests
 from tierkv.daemon.status import limit_status
+from tierkv.daemon.values import Connection, FetchTask
 from tierkv.errors import DaemonError, DaemonGoneError
 from tierkv.tools import daemon as daemon_tool
 from tierkv.tools.daemon_process import from_json, to_json

@@ -9,8 +9,8 @@ import pytest
 from core_model import SLOT_BYTES, Client, as_bytes
 
 from tierkv.daemon import values
-from tierkv.daemon.core import Core, Tenant
-from tierkv.daemon.values import BlockIdentifier
+from tierkv.daemon.core import Core
+from tierkv.daemon.values import BlockIdentifier, Tenant
 from tierkv.index.index import Entry
 from tierkv.values.block import chain_content_digest, hash_block
 
@@ -33,7 +33,7 @@ def chain_of(entry: Entry) -> list[bytes]:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_seal_is_that_of_the_chain_whatever_was_sealed_before(seed: int) -> None:
+def test_a_digest_is_that_of_the_chain_whatever_was_asked_for_before(seed: int) -> None:
     tenant, entries = a_tree()
     assert len(entries) > 4
     random.Random(seed).shuffle(entries)
@@ -45,7 +45,7 @@ def test_a_seal_is_that_of_the_chain_whatever_was_sealed_before(seed: int) -> No
         assert (info.block_hash, info.parent, info.namespace) == (entry.block_hash, parent, NAMESPACE)
 
 
-def test_a_chain_that_is_sealed_in_order_costs_one_digest_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chain_in_order_costs_one_digest_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     tenant, entries = a_tree()
     deepest = max(entries, key=lambda each: each.depth)
     chain = [deepest]

@@ -8,8 +8,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tierkv.daemon.core import Core, Write
+from tierkv.daemon.core import Core
 from tierkv.daemon.messages import Fetch, Pin
+from tierkv.daemon.values import Write
 from tierkv.errors import CapacityError, DaemonError
 from tierkv.index.chosen_eviction import Choice
 from tierkv.values.block import Tier, hash_block

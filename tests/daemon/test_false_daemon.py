@@ -196,7 +196,7 @@ def test_what_a_daemon_cannot_answer_is_refused(lie: str) -> None:
         CHECK.check(*WRONG[lie])
 
 
-def test_a_tail_shorter_than_asked_for_is_refused() -> None:
+def test_a_partial_block_shorter_than_asked_for_is_refused() -> None:
     asked = Match(hashes=MATCH.hashes, tokens=MATCH.tokens, lease=True, min_partial_tokens=3)
     CHECK.check(asked, found(THREE, partial_block=partial_block()))
     with pytest.raises(WrongAnswerError):
@@ -217,7 +217,7 @@ def connection_of(cache: TierCache) -> object:
     return cache._daemon.connection
 
 
-def lie(answer: Message | bytes) -> Callable[[Message], Message | bytes]:
+def wrongly(answer: Message | bytes) -> Callable[[Message], Message | bytes]:
     """Answer a Match so, and everything else as the prompt's client expects."""
 
     def said(message: Message) -> Message | bytes:
@@ -250,10 +250,10 @@ FALSE_FRAMES: dict[str, Message | bytes] = {
     ids=["slots", "one slot", "blocks", "partial_block", "bytes", *FALSE_FRAMES],
 )
 @pytest.mark.usefixtures("fast_reconnecting")
-def test_a_lie_is_a_miss_and_the_daemon_is_asked_no_more(
+def test_a_wrong_answer_is_a_miss_and_the_daemon_is_asked_no_more(
     short_path: Path, open_cache: OpenCache, answer: Message | bytes
 ) -> None:
-    with FakeDaemon(short_path / "d.sock", lie(answer)) as daemon:
+    with FakeDaemon(short_path / "d.sock", wrongly(answer)) as daemon:
         cache = open_cache()
         assert connection_of(cache)
         sequence = cache.acquire(PROMPT)
@@ -264,13 +264,13 @@ def test_a_lie_is_a_miss_and_the_daemon_is_asked_no_more(
         assert connection_of(cache) is None, "what it says is believed again"
         assert cache.match(PROMPT).num_cached_tokens == 0
         assert sum(isinstance(each, Match) for each in daemon.received) == 1
-        daemon.boot, daemon.answer = 78, lie(found())  # another daemon, which does not lie
+        daemon.boot, daemon.answer = 78, wrongly(found())  # another daemon, which does not lie
         eventually(lambda: connection_of(cache) is not None)
         cache.check()
 
 
 @pytest.mark.usefixtures("fast_reconnecting")
-def test_slots_that_this_process_writes_are_not_lent_nor_the_other_way_round(
+def test_slots_that_this_process_writes_are_not_leased_nor_the_other_way_round(
     short_path: Path, open_cache: OpenCache
 ) -> None:
     for first, second in (("begin_writing", "lease"), ("lease", "begin_writing"), ("begin_writing", "begin_writing")):
@@ -290,7 +290,7 @@ def test_slots_that_this_process_writes_are_not_lent_nor_the_other_way_round(
         (short_path / "d.sock").unlink()
 
 
-def test_slots_are_lent_again_once_they_are_written(short_path: Path, open_cache: OpenCache) -> None:
+def test_slots_are_leased_again_once_they_are_written(short_path: Path, open_cache: OpenCache) -> None:
     with FakeDaemon(short_path / "d.sock"):
         connection: Any = connection_of(open_cache())
         connection.begin_writing([3])
@@ -393,8 +393,8 @@ def regular_file() -> list[int]:
 MEMORY: dict[str, Callable[[], list[int]]] = {
     "that can shrink": lambda: [sealed_memory(seals=0x1 | 0x4)],
     "that can grow": lambda: [sealed_memory(seals=0x1 | 0x2)],
-    "whose content digests are not all": lambda: [sealed_memory(seals=0x2 | 0x4)],
-    "without content digests": lambda: [sealed_memory(seals=0)],
+    "whose seals are not all": lambda: [sealed_memory(seals=0x2 | 0x4)],
+    "without seals": lambda: [sealed_memory(seals=0)],
     "that cannot be sealed": regular_file,
     "that is smaller than said": lambda: [sealed_memory(size=4096)],
     "that is larger than said": lambda: [sealed_memory(size=1 << 20)],
@@ -454,7 +454,7 @@ def test_a_greeting_that_cannot_be_is_refused(short_path: Path, kind: str) -> No
         DaemonClient(short_path / "d.sock", hello())
 
 
-def test_a_daemon_of_another_user_is_told_nothing(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_sent_to_a_daemon_of_another_user(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test's own process is the daemon, and it is the client that seems to be somebody else."""
     monkeypatch.setattr(tierkv.daemon.host, "_CREDENTIALS", _Credentials(os.geteuid() + 1))
     with FakeDaemon(short_path / "d.sock") as daemon:
@@ -498,6 +498,26 @@ def test_a_cache_refuses_a_socket_that_another_user_has_made(short_path: Path, o
         os.kill(child, 9)
         os.waitpid(child, 0)
         server.close()
+
+
+def test_a_refusal_is_read_although_the_daemon_has_closed_the_connection(
+    short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = short_path / "d.sock"
+    connect = tierkv.daemon.client.connect
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen()
+
+        def connect_late(path: Path) -> socket.socket:
+            connection = connect(path)
+            with server.accept()[0] as peer:
+                peer.sendall(frame(Failure(message="3 connections already", is_fatal=True), number=0, boot=77))
+            return connection
+
+        monkeypatch.setattr(tierkv.daemon.client, "connect", connect_late)
+        with pytest.raises(DaemonError, match="refused: 3 connections already"):
+            DaemonClient(path)
 
 
 # --- Slow, silent, interrupted ------------------------------------------------------------------------
@@ -618,7 +638,7 @@ def tell(daemon: FakeDaemon, message: Message, number: int = 0) -> None:
     ],
     ids=["log", "number", "order", "time", "age", "namespace", "tokens", "hashes"],
 )
-def test_evictions_that_cannot_be_are_not_believed(short_path: Path, answer: Evictions) -> None:
+def test_impossible_evictions_are_rejected(short_path: Path, answer: Evictions) -> None:
     with (
         FakeDaemon(short_path / "d.sock", evictions=lambda _: answer),
         closing(DaemonClient(short_path / "d.sock", hello())) as client,
@@ -649,7 +669,7 @@ def test_what_a_daemon_claims_to_have_evicted_is_checked(short_path: Path, answe
         assert client.has_answered_wrongly
 
 
-def test_a_daemon_that_tells_of_evictions_that_it_does_not_know_is_not_asked_for_ever(
+def test_a_daemon_that_notifies_of_evictions_that_it_does_not_know_is_not_asked_for_ever(
     short_path: Path, open_cache: OpenCache
 ) -> None:
     with FakeDaemon(short_path / "d.sock") as daemon:
@@ -674,7 +694,7 @@ def test_only_a_notice_of_evictions_may_come_unasked(short_path: Path) -> None:
         assert client.is_alive and client.last_eviction == 3 and not client._answers
 
 
-def test_a_daemon_that_tells_without_end_holds_nobody_up(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_daemon_that_notifies_without_end_delays_no_call(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with (
         FakeDaemon(short_path / "d.sock"),
         closing(DaemonClient(short_path / "d.sock", hello())) as client,

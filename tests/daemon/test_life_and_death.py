@@ -259,7 +259,7 @@ def test_a_cache_may_be_opened_before_its_daemon(start_daemon: Start, open_cache
     assert open_cache().match([70, 71, 72, 73]).tokens[Tier.WARM] == 4
 
 
-def test_a_copy_from_a_lent_slot_outlives_the_connection(start_daemon: Start, open_cache: OpenCache) -> None:
+def test_a_copy_from_a_leased_slot_outlives_the_connection(start_daemon: Start, open_cache: OpenCache) -> None:
     """The client gives its end up only when the slot is given back, so that nobody writes into it before."""
     daemon = start_daemon()
     writer, reader = open_cache(), open_cache()

@@ -18,11 +18,12 @@ from core_model import (
     layout,
 )
 
-from tierkv.daemon.core import Connection, Core
+from tierkv.daemon.core import Core
 from tierkv.daemon.limits import Limits
 from tierkv.daemon.messages import Chain, Fetch, Match, Pin, Release, Reserve
 from tierkv.daemon.protocol import ProtocolError, split_numbers
 from tierkv.daemon.status import usage_of
+from tierkv.daemon.values import Connection
 from tierkv.errors import CapacityError, ConfigError, DaemonError
 from tierkv.index.chosen_eviction import Choice
 from tierkv.values.block import hash_block
@@ -133,7 +134,7 @@ def matched(core: Core, connection: Connection, count: int, **options: Any) -> A
     return core.match(connection, Match(hashes=os.urandom(16 * count), tokens=tokens, **options))
 
 
-def test_tickets_are_bounded_for_each_client_and_for_all() -> None:
+def test_claims_are_bounded_for_each_client_and_for_all() -> None:
     core = make_core(claimed_blocks_of_client=100, claimed_blocks=150)
     first, second = connect(core), connect(core)
     for _ in range(3):
@@ -343,7 +344,7 @@ def test_a_block_cannot_take_the_place_of_another_namespaces_root() -> None:
     core.check()
 
 
-def test_pinning_a_stored_tail_pins_no_block_of_another_namespace_that_has_its_hash() -> None:
+def test_pinning_a_stored_partial_block_pins_no_block_of_another_namespace_that_has_its_hash() -> None:
     store = DictStore()
     core = make_core(store=store)
     owner = Client(core, {}, NAMESPACE, hash_block)

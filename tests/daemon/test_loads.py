@@ -16,10 +16,11 @@ from daemon_process import Daemon, Start
 from raw_client import NAMESPACE, chain_of, connect, tokens_of, write_prompt
 from test_life_and_death import eventually
 
-from tierkv.daemon.core import Connection, Core
+from tierkv.daemon.core import Core
 from tierkv.daemon.messages import Count, Fetch, Found, LoadState, Match, Saved, SaveState
 from tierkv.daemon.side_threads import SideThreads
 from tierkv.daemon.state_files import MAX_LOADED_OF_CLIENT, LoadedFile, StateFiles
+from tierkv.daemon.values import Connection
 from tierkv.errors import CapacityError, DaemonError, StoreError
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.state_file import FileIdentity, StateFile, write_state_file

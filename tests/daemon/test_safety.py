@@ -118,7 +118,7 @@ def test_a_bad_request_is_refused_and_the_next_one_served(start_daemon: Start, m
     assert_healthy(daemon.socket)
 
 
-def test_a_slot_that_is_lent_to_another_cannot_be_named(start_daemon: Start) -> None:
+def test_a_slot_that_is_leased_to_another_cannot_be_named(start_daemon: Start) -> None:
     daemon = start_daemon(store=False)
     with connect(daemon.socket) as owner, connect(daemon.socket) as thief:
         write_prompt(owner, TOKENS)

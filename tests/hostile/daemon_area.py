@@ -29,8 +29,9 @@ from tierkv.config import CacheConfig
 from tierkv.daemon import eviction_messages as e
 from tierkv.daemon import messages as m
 from tierkv.daemon.client import DaemonClient
+from tierkv.daemon.config import DaemonConfig
 from tierkv.daemon.protocol import HEADER, PROTOCOL_VERSION, FrameReader, ProtocolError, frame, parse_body
-from tierkv.daemon.server import DaemonConfig, serve
+from tierkv.daemon.server import serve
 from tierkv.errors import TierKVError
 from tierkv.storage.state_file import write_state_file
 from tierkv.storage.warm import Slab

@@ -14,12 +14,13 @@ import time
 from collections.abc import Coroutine
 from typing import Any, Protocol, TypeAlias
 
-from tierkv.daemon.core import Connection, Core
+from tierkv.daemon.core import Core
 from tierkv.daemon.eviction_messages import EvictionDone
 from tierkv.daemon.host import peer_of
 from tierkv.daemon.limits import Limits
 from tierkv.daemon.messages import Abandon, Done, EndClaim, Failure, Hello, Message, Release, Wait
 from tierkv.daemon.protocol import MAX_BODY_BYTES, FrameReader, ProtocolError, frame, parse_body, printable
+from tierkv.daemon.values import Connection
 from tierkv.errors import DaemonError, TierKVError
 
 __all__ = ["Answer", "ClientConnection", "Host"]

@@ -28,7 +28,7 @@ from tierkv.daemon.messages import NO_SLOT, Found, Match, Pin, Published, Releas
 from tierkv.daemon.protocol import ProtocolError, split_numbers
 from tierkv.daemon.reservations import Reservations
 from tierkv.daemon.tenants import Tenants
-from tierkv.daemon.values import BlockSource, Connection, FetchTask, Load, Tenant, Write, whole_hashes
+from tierkv.daemon.values import BlockSource, Connection, Load, Tenant, Write, whole_hashes
 from tierkv.errors import DaemonError
 from tierkv.index.chosen_eviction import Choice, Evicted
 from tierkv.index.index import Entry
@@ -37,7 +37,7 @@ from tierkv.storage.outcomes import MissReason
 from tierkv.values.block import BlockHash, Tier
 from tierkv.values.layout import BlockLayout
 
-__all__ = ["Connection", "Core", "FetchTask", "Load", "Tenant", "Write"]
+__all__ = ["Core"]
 
 
 class Core:

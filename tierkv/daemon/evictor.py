@@ -8,13 +8,14 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
-from tierkv.daemon.core import Connection, Core
+from tierkv.daemon.core import Core
 from tierkv.daemon.eviction_log import EvictionLog
 from tierkv.daemon.eviction_messages import EngineEvicted, EvictBlocks, EvictedBlocks, Eviction, EvictionNotice
 from tierkv.daemon.messages import Message
 from tierkv.daemon.protocol import ProtocolError, split_hashes
 from tierkv.daemon.state_files import LoadedFile
 from tierkv.daemon.store_writer import StoreWriter
+from tierkv.daemon.values import Connection
 from tierkv.errors import DaemonError
 from tierkv.index.chosen_eviction import IN_USE, Choice
 from tierkv.storage.cold import ColdStore

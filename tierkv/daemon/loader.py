@@ -7,16 +7,16 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
-from tierkv.daemon.core import Core, FetchTask, Load, Tenant
+from tierkv.daemon.core import Core
 from tierkv.daemon.messages import LimitStatus
 from tierkv.daemon.protocol import split_hashes
 from tierkv.daemon.state_files import LoadedFile
 from tierkv.daemon.status import limit_status
-from tierkv.daemon.values import BlockIdentifier
+from tierkv.daemon.values import BlockIdentifier, FetchTask, Load, Tenant
 from tierkv.errors import StoreError
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.outcomes import MissReason
@@ -32,14 +32,6 @@ _log = logging.getLogger(__name__)
 _AHEAD_BLOCKS = 4
 _LOAD_S = 25.0  # of one fetch; the client waits 30
 _PROMPT_BYTES = 512  # of the objects of one prompt
-
-
-@dataclass(slots=True)
-class _Reading:
-    """A read in work. ended: set on the loop."""
-
-    call: Future[MissReason | None]
-    ended: asyncio.Future[None]
 
 
 class Loader:
@@ -64,7 +56,7 @@ class Loader:
         self._loaded = loaded
         self._load_s = load_s
         self._identifier = BlockIdentifier()
-        self._running: dict[Load, _Reading] = {}
+        self._running: dict[Load, asyncio.Future[MissReason | None]] = {}
 
     @property
     def num_running(self) -> int:
@@ -83,14 +75,14 @@ class Loader:
                 continue
             is_hanging = isinstance(load.source, LoadedFile) and load.source.is_hanging
             left = 0.0 if is_hanging else max(0.0, deadline - time.monotonic())
-            await asyncio.wait({reading.ended}, timeout=left)
+            await asyncio.wait({reading}, timeout=left)
             if not (load.is_done or is_hanging) and isinstance(load.source, LoadedFile):
-                load.source.note_overdue(reading.call)
+                load.source.note_overdue(reading)
 
     async def wait_until_idle(self, timeout_s: float) -> bool:
         """Wait for the reads in work, for a time; return whether none is left."""
         if self._running:
-            await asyncio.wait({reading.ended for reading in self._running.values()}, timeout=timeout_s)
+            await asyncio.wait(set(self._running.values()), timeout=timeout_s)
         return not self._running
 
     def _start(self, load: Load, ahead: Sequence[Load]) -> None:
@@ -104,17 +96,15 @@ class Loader:
         else:
             assert isinstance(source, ColdStore)
             call = self._threads.submit(self._read, load, source, info, ahead)
-        ended = asyncio.get_running_loop().create_future()
-        self._running[load] = _Reading(call, ended)
-        asyncio.wrap_future(call).add_done_callback(partial(self._finish, load, ended))
+        self._running[load] = reading = asyncio.wrap_future(call)
+        reading.add_done_callback(partial(self._finish, load))  # before those of the tasks that wait for it
 
-    def _finish(self, load: Load, ended: asyncio.Future[None], result: asyncio.Future[MissReason | None]) -> None:
-        failure = result.exception()
+    def _finish(self, load: Load, reading: asyncio.Future[MissReason | None]) -> None:
+        failure = reading.exception()
         if failure is not None:
             _log.error("reading block %s failed", load.entry.block_hash.hex(), exc_info=failure)
-        self._core.finish_load(load, MissReason.IO_ERROR if failure else result.result())
+        self._core.finish_load(load, MissReason.IO_ERROR if failure else reading.result())
         del self._running[load]
-        ended.set_result(None)
         self._loaded()
 
     def _read(

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 from tierkv.daemon.config import DaemonConfig
 from tierkv.daemon.connection import Answer, ClientConnection
-from tierkv.daemon.core import Core, Write
+from tierkv.daemon.core import Core
 from tierkv.daemon.eviction_messages import EngineEvicted, EvictBlocks, EvictionDone, EvictionsSince
 from tierkv.daemon.evictor import Evictor
 from tierkv.daemon.loader import Loader, Prefetcher
@@ -49,7 +49,7 @@ from tierkv.daemon.protocol import MAX_PATH_BYTES, ProtocolError, printable, spl
 from tierkv.daemon.side_threads import SideThreads, result_of
 from tierkv.daemon.state_files import StateFiles
 from tierkv.daemon.store_writer import StoreWriter
-from tierkv.daemon.values import whole_hashes
+from tierkv.daemon.values import Write, whole_hashes
 from tierkv.errors import ConfigError, DaemonError
 from tierkv.storage.codecs import codec_by_name
 from tierkv.storage.cold import ColdStore

@@ -17,7 +17,7 @@ from typing import Any
 
 from tierkv.daemon.config import DaemonConfig
 from tierkv.daemon.connection import Answer, ClientConnection
-from tierkv.daemon.core import Connection, Core
+from tierkv.daemon.core import Core
 from tierkv.daemon.ending import Ending
 from tierkv.daemon.eviction_log import LOG_NAME, EvictionLog
 from tierkv.daemon.evictor import Evictor
@@ -37,12 +37,13 @@ from tierkv.daemon.requests import Requests
 from tierkv.daemon.state_files import StateFiles
 from tierkv.daemon.status import limit_status, tenant_statuses, usage_of
 from tierkv.daemon.store_writer import QUEUE_BLOCKS, StoreWriter
+from tierkv.daemon.values import Connection
 from tierkv.errors import CapacityError, StoreError
 from tierkv.policies import make_policy
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.warm import Slab
 
-__all__ = ["NOT_WRITTEN", "STORE_LOCK", "DaemonConfig", "serve"]
+__all__ = ["NOT_WRITTEN", "STORE_LOCK", "serve"]
 
 STORE_LOCK = "daemon.lock"
 """In a store's directory: held by the daemon that has the store; names its process and its socket."""

@@ -55,7 +55,7 @@ class LoadedFile:
         self._threads = SideThreads(_NUM_READERS, name="tierkv-state-file")
         self._lock = threading.Lock()
         self._num_users = 1  # the opener; each read in work adds one
-        self._overdue: Future[Any] | None = None
+        self._overdue: Future[Any] | asyncio.Future[Any] | None = None
 
     def __len__(self) -> int:
         return len(self._state)
@@ -81,7 +81,7 @@ class LoadedFile:
         reading.add_done_callback(lambda _: self._end_use())
         return reading
 
-    def note_overdue(self, reading: Future[Any]) -> None:
+    def note_overdue(self, reading: Future[Any] | asyncio.Future[Any]) -> None:
         """Find nothing until this read returns."""
         self._overdue = reading
 

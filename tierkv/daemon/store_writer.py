@@ -11,9 +11,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeAlias, TypeVar
 
 from tierkv.background.write_behind import WriteBehind
-from tierkv.daemon.core import Core, Tenant, Write
+from tierkv.daemon.core import Core
 from tierkv.daemon.state_files import LoadedFile
-from tierkv.daemon.values import BlockIdentifier
+from tierkv.daemon.values import BlockIdentifier, Tenant, Write
 from tierkv.errors import StoreError
 from tierkv.storage.codecs import codec_by_name, default_codec
 from tierkv.storage.cold import ColdStore

@@ -5,8 +5,7 @@ from __future__ import annotations
 import threading
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 from tierkv.daemon.client import Answer, DaemonClient
 from tierkv.daemon.messages import Message, Release
@@ -54,13 +53,19 @@ class DaemonConnection:
 
     def call(self, message: Message, expected: type[Answer], *, timeout_s: float | None = None) -> Answer:
         """Send a request and return its answer. Raises DaemonError."""
-        with self._losing():
+        try:
             return self.client.call(message, expected, timeout_s=timeout_s)
+        except DaemonGoneError as exc:
+            self._lost(self, exc)
+            raise
 
     def call_long(self, message: Message, expected: type[Answer], *, timeout_s: float) -> Answer:
         """Do as `call`, for what may take long: it fails soon after the daemon has stopped. Raises DaemonError."""
-        with self._losing():
+        try:
             return self.client.call_long(message, expected, timeout_s=timeout_s)
+        except DaemonGoneError as exc:
+            self._lost(self, exc)
+            raise
 
     def post(self, message: Message) -> None:
         """Send a message that has no answer. A daemon that is gone is no error: it needs none."""
@@ -129,14 +134,6 @@ class DaemonConnection:
         """Use this connection no more. It is closed when the last copy from or to its slots has ended."""
         self.is_retired = True
         self._close_if_unused()
-
-    @contextmanager
-    def _losing(self) -> Iterator[None]:
-        try:
-            yield
-        except DaemonGoneError as exc:
-            self._lost(self, exc)
-            raise
 
     def _close_if_unused(self) -> None:
         with self._lock:

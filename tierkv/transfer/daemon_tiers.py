@@ -60,7 +60,7 @@ _log = logging.getLogger(__name__)
 _RECONNECT_S = 1.0
 _TICK_S = 0.1
 _WARM_TIMEOUT_S = 30.0  # of pin and evict, which may have to wait for the store
-_UPKEEP_TIMEOUT_S = 600.0  # of flush, save and load, which write to disks
+_LONG_TIMEOUT_S = 600.0  # of flush, save and load, which write to disks
 
 
 class DaemonTiers:
@@ -96,7 +96,7 @@ class DaemonTiers:
         self._hash = hash_function
         self._timeout_s = timeout_s
         self._has_cold = False
-        self._lying_boot: int | None = None  # of a daemon that has given an impossible answer
+        self._rejected_boot: int | None = None  # of a daemon that has given an impossible answer
         self._evictions_lock = threading.Lock()
         self._evictions_client: DaemonClient | None = None  # the client that was asked last for evictions
         self._eviction_log = 0
@@ -275,7 +275,7 @@ class DaemonTiers:
         return self._require_connection().call(message, expected, timeout_s=timeout_s)
 
     def _call_long(self, message: Message, expected: type[Answer]) -> Answer:
-        return self._require_connection().call_long(message, expected, timeout_s=_UPKEEP_TIMEOUT_S)
+        return self._require_connection().call_long(message, expected, timeout_s=_LONG_TIMEOUT_S)
 
     # the connection
 
@@ -288,7 +288,7 @@ class DaemonTiers:
         )
         client = DaemonClient(self.path, hello, timeout_s=self._timeout_s)
         try:
-            if client.boot == self._lying_boot:
+            if client.boot == self._rejected_boot:
                 raise DaemonError(f"the daemon at {self.path} has given an impossible answer", hint="restart it")
             connection = DaemonConnection(client, self._tiers, lost=self._lose)
         except BaseException:
@@ -306,7 +306,7 @@ class DaemonTiers:
         """Work without this connection from now on. A daemon that gave an impossible answer is not used again."""
         with self._tiers.changed:
             if connection.client.has_answered_wrongly:
-                self._lying_boot = connection.client.boot
+                self._rejected_boot = connection.client.boot
             if self.connection is connection:
                 self.connection = None
                 _log.warning("working without the daemon until it is back: %s", why)

@@ -37,8 +37,8 @@ def standard_streams() -> Iterator[None]:
 
     - A closed descriptor 0, 1 or 2 becomes /dev/null. Otherwise the next file that the process opens gets this
       number, and a message that some library prints goes into the store.
-    - Standard output prints "?" for a character that its encoding does not have, and the bytes of a path that
-      are not UTF-8 as they are. Its failures are OutputError, so that no other file's error is taken for one.
+    - Standard output prints "?" for a character that its encoding does not have. Bytes of a path that are not UTF-8
+      are printed as they are. Its failures are OutputError, unlike those of other files.
     - Standard error escapes what its encoding does not have. Its failures are ignored.
     """
     _open_descriptors()
@@ -99,7 +99,7 @@ class _Output:
             self.write(line)
 
     def flush(self) -> None:
-        """Hand what is buffered to the system. Raises OutputError."""
+        """Flush the buffer. Raises OutputError."""
         try:
             self._stream.flush()
         except (OSError, ValueError) as exc:
@@ -110,7 +110,7 @@ class _Output:
         raise OutputError(reason, is_reader_gone=is_reader_gone)
 
     def _discard(self) -> None:
-        """Send what the stream still holds nowhere, instead of failing once more when Python ends."""
+        """Discard what the stream has buffered, so that it does not fail again when Python ends."""
         with suppress(OSError, ValueError):
             number = self._stream.fileno()
             null = os.open(os.devnull, os.O_WRONLY)
@@ -136,7 +136,7 @@ def _open_descriptors() -> None:
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free, so this one
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
 
 
 def _set_errors(stream: TextIO | None, errors: str) -> None:

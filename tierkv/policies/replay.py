@@ -48,7 +48,7 @@ def replay_trace(trace: Trace, policy: EvictionPolicy, capacity: int, prefill: P
 
     A request pins the blocks that it finds, allocates and commits the others, and releases all. Then the policy evicts
     until `capacity` blocks are left. So the policy may also evict blocks that have just been computed, as Belady's
-    bound may, and the room of the running request is not counted.
+    bound may. The room of the running request is not counted.
     """
     longest = max(len(request.blocks) for request in trace.requests)
     clock = _Clock()

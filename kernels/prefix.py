@@ -1,8 +1,8 @@
-"""Attention of many queries over one shared, paged prefix: what flash-attn's split kernel does, for packed heads.
+"""Attention of many queries over one shared, paged prefix, as flash-attn's split kernel computes it, for packed heads.
 
 All queries of the heads that share one of K and V are the rows of one matrix, taken from where they lie. So the rows
 fill tiles of up to 128, twice flash-attn's 64, each read of K and V serves twice as many of them, and Hopper's
-warp-group instructions have tiles to their liking. Source: the packing of flash-decoding and of FlashInfer.
+warp-group instructions get full tiles. Source: the packing of flash-decoding and of FlashInfer.
 """
 
 from __future__ import annotations

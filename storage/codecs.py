@@ -2,7 +2,7 @@
 
 `raw` keeps the bytes. `zstd` codes them at level 3. `huffman` codes them without looking for matches, which
 is what pays for 8-bit floats. `exponent16` and `exponent32` code only the exponents of floats and keep the
-rest raw: sign and mantissa are noise, repetitions are rare, so zstd is told to do literals only.
+rest raw: sign and mantissa are noise, repetitions are rare, so zstd codes literals alone.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ class ExponentCodec:
     def decode_runs(
         self, payload: Bytes, frame_sizes: Sequence[int], block: Bytes, runs: Sequence[Run], num_tokens: int
     ) -> None:
-        """All frames in one call, then several runs in one step: each time that a thread takes the GIL back from
+        """All frames in one call, then several runs in one step: each time that a thread takes the GIL again from
         another costs as much as decoding 100 KiB, and two threads would spend their time on that.
         """
         if self._item_bytes == 4 or max(run.token_bytes for run in runs) * num_tokens // 2 > _MERGE_COUNT:
@@ -252,7 +252,7 @@ class _Scratch(threading.local):
 
 
 def _adjacent(spans: Sequence[_Span], max_bytes: int) -> Iterator[slice]:
-    """Yield groups of spans that lie one behind the other and are no longer than `max_bytes` together."""
+    """Yield groups of adjacent spans that are no longer than `max_bytes` together."""
     first = 0
     for i in range(1, len(spans) + 1):
         if i < len(spans):
@@ -303,10 +303,10 @@ def codec_by_id(codec_id: int) -> Codec | None:
 
 
 def fits_namespace(codec: str, lossy_codec: str) -> bool:
-    """Tell whether a namespace may have records of a codec. Every reader and every writer of records asks this.
+    """Return whether a namespace may have records of a codec. Every reader and every writer of records checks this.
 
     codec: its name. lossy_codec: the namespace's, "" if it is exact. An exact namespace has records of every lossless
-    codec; a lossy one has those of its own codec, and raw ones, which are the blocks that its codec cannot hold.
+    codec. A lossy namespace has records of its own codec, and raw records of the blocks that its codec cannot hold.
     """
     if lossy_codec:
         return codec in (lossy_codec, RAW.name)

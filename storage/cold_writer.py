@@ -130,7 +130,7 @@ class ColdWriter:
         older_than_s: float | None,
         prompt: StoredPrompt | None = None,
     ) -> EvictionReport:
-        """Remove the unpinned blocks that match all filters (if one is given), then more down to a size."""
+        """Remove the unpinned blocks that match all filters, if there is a filter, then more down to a size."""
         removed: list[BlockHash] = []
         freed_bytes = num_continued = num_pinned = 0
         with self._exclusive():

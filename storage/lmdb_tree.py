@@ -241,7 +241,7 @@ class _Walk:
 
 
 def _read_pages(fd: int, pages: list[int], meta: Meta) -> Bytes:
-    """Return whole pages one after another, each of which says its own number."""
+    """Return whole pages one after another. Each must hold its own number."""
     size = meta.page_bytes
     slab = np.empty(len(pages) * size, dtype=np.uint8)
     view = slab.data

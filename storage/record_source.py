@@ -24,7 +24,7 @@ __all__ = ["FileRecord", "RecordBytes", "RecordSource", "ThreadMemory", "is_in_m
 
 _ALIGNMENT_BYTES = 64
 _STEP_BYTES = 1 << 20
-_FETCHED_BYTES = 2 << 20  # by one read that does not wait: the longer, the further the system reads ahead
+_FETCHED_BYTES = 2 << 20  # by one read that does not wait; the system reads further ahead after longer ones
 
 
 class RecordSource(Protocol):

@@ -10,11 +10,11 @@ from tierkv.storage.state_file import StateFile
 __all__ = ["STATE_FILES_LIMIT", "StateFiles"]
 
 STATE_FILES_LIMIT = 64
-"""How many state files may be loaded at once: each is an open file, and is asked at each miss."""
+"""How many state files may be loaded at once: each is an open file, and is searched at each miss."""
 
 
 class StateFiles:
-    """Open state files in the order in which they were loaded. Thread-safe; it closes what it is given."""
+    """Open state files in the order in which they were loaded. Thread-safe; it owns and closes them."""
 
     def __init__(self, *, limit: int = STATE_FILES_LIMIT) -> None:
         self.limit = limit
@@ -26,10 +26,10 @@ class StateFiles:
         return len(self.files)
 
     def add(self, state: StateFile) -> StateFile:
-        """Take an open file and return the one to use: the same file, where that is loaded already.
+        """Own an open file and return the file to use: an equal one, where that is loaded already.
 
-        A file that has come to the path of a loaded one takes its place; what was at that path is closed.
-        Raises CapacityError where `limit` files are loaded. `state` is then closed, and also if this is.
+        Another file at the path of a loaded one replaces it, and the loaded one is closed.
+        Raises CapacityError where `limit` files are loaded. `state` is then closed, and also once this is closed.
         """
         with self._lock:
             for known in self.files:
@@ -52,7 +52,7 @@ class StateFiles:
         return state
 
     def close(self) -> None:
-        """Close all files, and those that are added later. Waits for no read; later reads miss."""
+        """Close all files, and files that are added later. Never waits for a read; later reads miss."""
         with self._lock:
             self._is_closed = True
             files = self.files

@@ -1,4 +1,4 @@
-"""Stores that another program has prepared: odd files, links in cycles, impossible numbers, odd descriptions."""
+"""Stores that another program has prepared: odd files, children in cycles, impossible numbers, odd descriptions."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_a_new_store_is_its_users_alone(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "cold").stat().st_mode) == 0o700
 
 
-# -- links ----------------------------------------------------------------------------------------------
+# -- children ----------------------------------------------------------------------------------------------
 
 
 def edit(store: ColdStore, change: Callable[[WriteBatch], None]) -> None:
@@ -186,7 +186,7 @@ def test_a_repair_makes_wrong_links_and_depths_right(tmp_path: Path) -> None:
 
         def confuse(batch: WriteBatch) -> None:
             put_link(batch, hashes[2], hashes[0])
-            batch.txn.put(hashes[0], b"", db=batch.databases.children)  # a link as short as its parent
+            batch.txn.put(hashes[0], b"", db=batch.databases.children)  # a row as short as its parent
             batch.txn.put(hashes[1] + b"\xff" * 200, b"", db=batch.databases.children)
             entry = batch.entry(hashes[1])
             assert entry is not None
@@ -212,7 +212,7 @@ def test_a_link_that_says_another_number_of_tokens_ends_no_search_and_no_removal
     with open_store(tmp_path) as store:
         store.put(chain)
         edit(store, lambda batch: batch.txn.put(odd, b"", db=batch.databases.children) or None)
-        damage_record(store, hashes[1], offset=2)  # its tokens cannot be read, so its links are searched for
+        damage_record(store, hashes[1], offset=2)  # its tokens cannot be read, so its rows are searched for
         assert store.delete(hashes[1]) == 1
         assert store.children(hashes[0]) == []
         store.check()

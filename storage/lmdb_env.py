@@ -46,8 +46,7 @@ Database: TypeAlias = "lmdb._Database"
 ReadTransaction: TypeAlias = "lmdb.Transaction[memoryview]"
 WriteTransaction: TypeAlias = "lmdb.Transaction[memoryview]"
 
-_USER_LOCK_FILE = "users.lock"
-_WRITE_LOCK_FILE = "write.lock"
+_USER_LOCK_FILE, _WRITE_LOCK_FILE = "users.lock", "write.lock"
 _CLOSE_WAIT_S = 10.0  # for transactions in flight, beyond the wait for the write lock
 _MAX_READERS = 1024
 _LOCK_FILE_BYTES = 64 * _MAX_READERS + 4096  # a cache line for each reader, and LMDB's header

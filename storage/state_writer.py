@@ -60,9 +60,9 @@ def write_state_file(
     records: each is checked as a reader checks it. Left out are damaged records, those of another format or namespace,
     those whose codec does not fit the namespace, and repeated blocks. calls: the thread that waits for the disk; by
     default a new one.
-    Raises StoreError if the file cannot be written, also where the disk does not answer; the target is then unchanged. It
-    may be missing or a regular file; anything else, a symbolic link too, is refused. Raises ConfigError if `path` is no
-    path. A later save removes the unfinished files of saves that were killed.
+    Raises StoreError if the file cannot be written, also where the disk does not answer; the target is then unchanged.
+    It may be missing or a regular file; anything else, a symbolic link too, is refused. Raises ConfigError if `path` is
+    no path. A later save removes the unfinished files of saves that were killed.
     """
     path = check_path(path)
     with ExitStack() as stack:

@@ -93,10 +93,6 @@ class WindowFormat:
         section = self.sections[group]
         return section.escapes_at + int(slot[section.offset : section.offset + 4].view("<u4")[0])
 
-    def compressed_bytes(self, slot: Bytes) -> int:
-        """Return the bytes of all sections of a compressed block."""
-        return sum(self.section_bytes(slot, group) for group in range(len(self.sections)))
-
     def compress(self, block: Bytes, slot: Bytes, *, num_tokens: int | None = None) -> bool:
         """Write a block into a slot; return False if it does not fit (the slot's contents are undefined then).
 

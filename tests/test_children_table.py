@@ -98,7 +98,7 @@ def test_removing_every_child_leaves_no_link(stored) -> None:
             assert not cursor.first()
 
 
-def test_children_that_share_many_tokens_are_told_apart() -> None:
+def test_children_that_share_many_tokens_are_distinguished() -> None:
     with tree() as children:
         for number in range(300):
             children.insert([9] * 144 + [number])

@@ -154,7 +154,7 @@ def test_a_reader_never_waits_for_the_lock_and_damage_is_seen_to_later(tmp_path:
         store.check()
 
 
-def test_whoever_writes_waits_for_a_bounded_time(tmp_path: Path) -> None:
+def test_every_writer_waits_for_a_bounded_time(tmp_path: Path) -> None:
     with store_in(tmp_path) as store:
         store.put([record_of(1)])
         with stopped_writer("hold_write_lock", tmp_path):

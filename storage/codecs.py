@@ -15,7 +15,7 @@ import numpy as np
 import zstandard
 
 from tierkv.errors import ConfigError, CorruptBlockError
-from tierkv.storage.codec import FRAME_BYTES, LEVEL_3, LITERALS_ONLY, Codec, FrameCoder, decode_one_by_one
+from tierkv.storage.codec import FRAME_BYTES, LEVEL_3, LITERALS_ONLY, Codec, FrameCoder
 from tierkv.storage.codecs_lossy import Int8Codec
 from tierkv.storage.planes import (
     Bytes,
@@ -45,13 +45,11 @@ _Span: TypeAlias = tuple[int, int]  # offset and length of a run in a block
 _MERGE_COUNT = (1 << 20) // 2  # values per merge: 1 MiB of a 16-bit run
 
 
-class RawCodec:
+class RawCodec(Codec):
     """The bytes as they are, in one frame."""
 
     name = "raw"
     codec_id = 0
-    version = 1
-    is_lossy = False
 
     def num_frames(self, run: Run, num_tokens: int) -> int:
         return 1
@@ -65,17 +63,9 @@ class RawCodec:
             raise CorruptBlockError(f"a raw run of {frames.size} bytes, expected {out.size}")
         np.copyto(out, frames)
 
-    def decode_runs(
-        self, payload: Bytes, frame_sizes: Sequence[int], block: Bytes, runs: Sequence[Run], num_tokens: int
-    ) -> None:
-        decode_one_by_one(self, payload, frame_sizes, block, runs, num_tokens)
 
-
-class ZstdCodec:
+class ZstdCodec(Codec):
     """Whole bytes in zstd frames."""
-
-    version = 1
-    is_lossy = False
 
     def __init__(self, *, name: str, codec_id: int, parameters: zstandard.ZstdCompressionParameters) -> None:
         self.name = name
@@ -101,22 +91,14 @@ class ZstdCodec:
             np.copyto(piece, self._frames.decode(frames[begin : begin + size], piece.size))
             begin += size
 
-    def decode_runs(
-        self, payload: Bytes, frame_sizes: Sequence[int], block: Bytes, runs: Sequence[Run], num_tokens: int
-    ) -> None:
-        decode_one_by_one(self, payload, frame_sizes, block, runs, num_tokens)
 
-
-class ExponentCodec:
+class ExponentCodec(Codec):
     """The exponent plane of floats in zstd frames, the rest raw.
 
     One frame for each FRAME_BYTES of the run, then one for everything else: the plane of signs and low (of
     32-bit floats: high) mantissa bits and, for 32-bit floats, the plane of their low 16 bits.
     Planes are merged over several frames at a time: fewer, longer steps let two threads run side by side.
     """
-
-    version = 1
-    is_lossy = False
 
     def __init__(self, *, name: str, codec_id: int, item_bytes: int) -> None:
         assert item_bytes in (2, 4)
@@ -175,7 +157,7 @@ class ExponentCodec:
         another costs as much as decoding 100 KiB, and two threads would spend their time on that.
         """
         if self._item_bytes == 4 or max(run.token_bytes for run in runs) * num_tokens // 2 > _MERGE_COUNT:
-            decode_one_by_one(self, payload, frame_sizes, block, runs, num_tokens)
+            super().decode_runs(payload, frame_sizes, block, runs, num_tokens)
             return
         spans = [(run.offset_bytes, run.token_bytes * num_tokens) for run in runs]
         frames, plane_bytes, rests = self._take_apart(payload, frame_sizes, spans)

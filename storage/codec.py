@@ -1,4 +1,4 @@
-"""What a codec is: it turns a run of a block (one layer's K or V) into frames, and back.
+"""Codecs: each turns a run of a block (one layer's K or V) into frames, and back.
 
 A frame is a standard zstd frame with its content size, or the plain bytes where those are shorter. It covers at most
 FRAME_BYTES of one run and is independent of all others: threads, or a GPU, decode frames in any order. No reader
@@ -40,7 +40,7 @@ target_length of 1 lose ratio and speed (the last turns Huffman off)."""
 class Codec(Protocol):
     """Turns one run into frames and back. The record names it by id and version. Immutable; many threads may use it.
 
-    run: where the run lies in a block, and what its values are; the lossless codecs need its length alone.
+    run: where the run lies in a block, and its dtype and shape; the lossless codecs need its length alone.
     The number of tokens follows from the number of bytes. is_lossy: decoded values are only near the encoded ones.
     """
 

@@ -1,7 +1,7 @@
 """The codecs there are, by name and by the id that a record holds, and the exact ones themselves.
 
 `raw` keeps the bytes. `zstd` codes them at level 3. `huffman` codes them without looking for matches, which
-is what pays for 8-bit floats. `exponent16` and `exponent32` code only the exponents of floats and keep the
+suits 8-bit floats. `exponent16` and `exponent32` code only the exponents of floats and keep the
 rest raw: sign and mantissa are noise, repetitions are rare, so zstd codes literals alone.
 """
 

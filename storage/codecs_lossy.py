@@ -1,7 +1,7 @@
 """The lossy codec: half the bytes, for users that accept an error. It is never a default.
 
 `lossy-int8` takes 255 steps for each channel of the keys, and for each token and head of the values: keys have
-outlying channels (KIVI, Liu et al., 2024). benchmarks/attention_error.py measures what it does to attention, and
+outlying channels (KIVI, Liu et al., 2024). benchmarks/attention_error.py measures its effect on attention, and
 results/lossy_codecs_cpu.txt says why a second codec, float8_e4m3, was removed.
 
 Decoded values encode to the same bytes again: a block may be demoted and promoted any number of times.

@@ -4,7 +4,7 @@ Two rules keep a forged hash harmless. A block is stored only behind the parent 
 block never stays when its parent is removed. A chain is followed by hash: a forged block in a parent's place would
 change what its children mean. (A reader of a block compares its content digest once more.)
 
-`PendingNotes` are what readers leave for the next transaction: a reader never waits for the write lock.
+A reader never waits for the write lock: it leaves `PendingNotes`, which the next transaction writes.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ class WriteBatch:
         return lossy_codec is None or fits_namespace(codec, lossy_codec)
 
     def write_entry(self, block_hash: BlockHash, entry: ColdEntry) -> None:
-        """Replace an entry; sizes, parent and namespace must be what they were."""
+        """Replace an entry; sizes, parent and namespace must stay the same."""
         self.txn.put(block_hash, pack_entry(block_hash, entry), db=self.databases.entries)
 
     def touch(self, block_hash: BlockHash, *, count: int, at: float) -> None:
@@ -328,7 +328,7 @@ class NotedRows:
 
 
 class PendingNotes:
-    """What readers leave for the next write: accesses, namespaces in use, blocks found damaged. Thread-safe."""
+    """Notes of readers for the next write: accesses, namespaces in use, blocks found damaged. Thread-safe."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock

@@ -30,9 +30,9 @@ __all__ = ["VerifyReport", "check_store", "repair_store", "verify_block", "verif
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyReport:
-    """What `verify` found: hashes of damaged blocks with what is wrong with each; `problem` if the databases
-    contradict each other; after a repair, how many blocks were removed (those that followed a damaged one
-    among them). other_formats: sound blocks that another version of this code wrote; a repair leaves them.
+    """The result of `verify`. damaged: hashes of damaged blocks, each with its damage. problem: why the databases
+    contradict each other, or None. removed: how many blocks a repair removed, with those that followed a damaged block.
+    other_formats: sound blocks that another version of this code wrote; a repair keeps them.
     """
 
     blocks: int

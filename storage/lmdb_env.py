@@ -1,4 +1,4 @@
-"""One LMDB environment, opened safely: whatever can kill a process or lose data is ruled out here.
+"""One LMDB environment, opened safely: no file can end the process, and no crash of a process loses data.
 
 - The first process that opens the file checks it before LMDB maps it, and replaces a damaged one. All processes share a
   lock on a file beside it: a check, a repair and a compaction happen only while no other process has the store open.
@@ -65,7 +65,7 @@ _WRONG_PAGES = (
     lmdb.PageNotFoundError,
     lmdb.PanicError,
 )
-"""What LMDB raises where a page of its trees, or the header of a value's pages, is not what it must be."""
+"""Errors of LMDB where a page of its trees, or the header of a value's pages, is damaged."""
 
 
 class LmdbEnv:
@@ -156,7 +156,7 @@ class LmdbEnv:
 
     @contextlib.contextmanager
     def read(self) -> Iterator[ReadTransaction]:
-        """A snapshot. What `get` returns lies in the map: it must not be kept past the `with`.
+        """A snapshot. The results of `get` lie in the map: they must not be kept past the `with`.
 
         Raises CutShortError, CorruptBlockError where LMDB came across pages that cannot be right, StoreError.
         """
@@ -337,7 +337,7 @@ class LmdbEnv:
         if self._problem is not None:
             raise StoreError(
                 f"cold store {self.path} was damaged while it was open: {self._problem}",
-                hint="nothing is written to it; close it everywhere, opening it again saves what is whole",
+                hint="nothing is written to it; close it everywhere, opening it again saves the sound blocks",
             )
 
     def _begin(self, *, write: bool) -> lmdb.Transaction[memoryview]:

@@ -1,7 +1,7 @@
 """The trees of an LMDB 0.9 data file, read without LMDB: whether they are sound.
 
 LMDB trusts its file: after a flipped bit in a page of a tree it can end the process, or use one page twice.
-So `check_trees` walks every tree with plain reads before LMDB maps the file: each page is what it says and is
+So `check_trees` walks every tree with plain reads before LMDB maps the file: each page has its own number and is
 used once, keys ascend, used and free pages together are the whole file, counters agree. It is vectorised, some
 0.5 s for a million blocks. Pages of values are not read: their headers are compared when a value is removed
 (lmdb_file.py), which is when LMDB would believe them.

@@ -1,4 +1,4 @@
-"""Why a block was not served, and what became of a block that was put."""
+"""Reasons of misses, and outcomes of puts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class MissReason(Enum):
 
 
 class PutOutcome(Enum):
-    """What became of one record."""
+    """The outcome of putting one record."""
 
     STORED = "stored"
     EXISTS = "exists"  # the same block was there already

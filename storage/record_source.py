@@ -96,7 +96,7 @@ class FileRecord:
         """Ask the system to fetch the record into its cache; return without it. Raises OSError.
 
         Reads that must not wait start the system's own read-ahead, which fills the cache with large folios: they cost
-        less to fetch and to read than POSIX_FADV_WILLNEED's single pages, which is for what those reads leave out.
+        less to fetch and to read than POSIX_FADV_WILLNEED's single pages, which fetch the rest.
         """
         if hasattr(os, "RWF_NOWAIT") and not self._start_reading():
             return

@@ -40,7 +40,7 @@ WRITE_WAIT_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class SavedState:
-    """What a save wrote. left_out: records that were damaged, or of another format."""
+    """The result of a save. left_out: records that were damaged, or of another format."""
 
     blocks: int
     file_bytes: int

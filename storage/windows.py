@@ -89,7 +89,7 @@ class WindowFormat:
         return _aligned(last.offset + last.capacity_bytes)
 
     def section_bytes(self, slot: Bytes, group: int) -> int:
-        """Return how long a section of a compressed block is: what has to be copied."""
+        """Return how many bytes of a compressed block's section have to be copied."""
         section = self.sections[group]
         return section.escapes_at + int(slot[section.offset : section.offset + 4].view("<u4")[0])
 

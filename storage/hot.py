@@ -16,7 +16,7 @@ __all__ = ["HotPool", "hot_pool_blocks"]
 
 
 class HotPool:
-    """Paged memory of `num_blocks` blocks on one device, zeroed at the start, and one scratch block behind them.
+    """Paged memory of `num_blocks` blocks on one device, zeroed at the start, and one scratch block after them.
 
     `blocks` is [num_blocks + 1, block_bytes / item_bytes] of the layout's dtype. Each layer's K and V are strided
     views of it, made once: [num_blocks + 1, block_size, kv_heads, dim], with a page stride of a whole block. No

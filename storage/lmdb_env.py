@@ -126,7 +126,7 @@ class LmdbEnv:
             if self._users.try_alone():
                 self._users.share()
                 return False
-            self._rejoin()
+            self._share_again()
             return True
 
     def close(self) -> None:
@@ -245,7 +245,7 @@ class LmdbEnv:
             self._remap()
             self._require_sound_trees()
             if not self._users.try_alone():
-                self._rejoin()
+                self._share_again()
                 raise StoreError(f"cold store {self.path} is open in another process", hint="close it there first")
             try:
                 with self._translated("be compacted"):
@@ -311,7 +311,7 @@ class LmdbEnv:
         except (lmdb.Error, OSError) as exc:
             raise StoreError(f"cold store {self.path} cannot {what}: {exc}") from exc
 
-    def _rejoin(self) -> None:
+    def _share_again(self) -> None:
         """Share the users' lock again after it was lost; the data file may have been replaced meanwhile."""
         try:
             self._users.share()

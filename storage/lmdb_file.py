@@ -1,6 +1,6 @@
 """The data file of an LMDB 0.9 environment, read without LMDB: its meta pages, single values, and its length.
 
-LMDB maps the file. A page behind the end of a mapped file ends the process that touches it with SIGBUS, and so may a
+LMDB maps the file. A page beyond the end of a mapped file ends the process that touches it with SIGBUS, and so may a
 damaged tree. So the file is checked before LMDB maps it (lmdb_tree.py), and its length is compared before each
 transaction. Values, which are nearly all of the file, are read with plain reads: a file that is cut short while it is
 open costs misses. LMDB reads meta and trees through its map within microseconds after the comparison; a cut in

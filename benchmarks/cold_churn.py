@@ -29,7 +29,7 @@ Figure = tuple[str, float, "float | None", str, bool]
 
 
 def churn_rows(workload: Workload, path: Path) -> Iterator[Figure]:
-    """Put four times the quota, victims chosen at random: one model, then three of different sizes."""
+    """Put four times the quota, removed blocks chosen at random: one model, then three of different sizes."""
     others = [synthetic_workload(8, kv_heads=2, num_layers=6, seed=1), synthetic_workload(8, kv_heads=8, seed=2)]
     for name, workloads in (("one model", [workload]), ("three models", [workload, *others])):
         yield from _churn(name, workloads, path / f"churn-{len(workloads)}")
@@ -73,13 +73,13 @@ def _churn_segments(workload: Workload, path: Path) -> Iterator[Figure]:
             done_bytes, busy_s = 0, 0.0
             while done_bytes < _QUOTA_BYTES:
                 batch = next(batches)
-                victims: list[EncodedRecord] = []
+                removed: list[EncodedRecord] = []
                 while kept and store.live_bytes + sum(record.stored_bytes for record in batch) > _QUOTA_BYTES + sum(
-                    record.stored_bytes for record in victims
+                    record.stored_bytes for record in removed
                 ):
-                    victims.append(kept.pop(int(rng.integers(len(kept)))))
+                    removed.append(kept.pop(int(rng.integers(len(kept)))))
                 start = time.thread_time()
-                store.put(batch, [record.info.block_hash for record in victims])
+                store.put(batch, [record.info.block_hash for record in removed])
                 busy_s += time.thread_time() - start
                 kept += batch
                 done_bytes += sum(record.stored_bytes for record in batch)
@@ -119,13 +119,13 @@ def _make_large_store(path: Path, count: int) -> None:
     keys = [bytes(each).ljust(16, b"\0") for each in hashes]
     nodes = np.sort(np.frombuffer(rng.bytes(16 * count), dtype="S16"))
     middle = bytes(CHILD_ROW_BYTES - 32)
-    links = [bytes(node).ljust(16, b"\0") + middle + key for node, key in zip(nodes, keys, strict=True)]
+    rows = [bytes(node).ljust(16, b"\0") + middle + key for node, key in zip(nodes, keys, strict=True)]
     env = lmdb.open(str(path), map_size=10 << 30, max_dbs=8, sync=False, lib_version=0)
     try:
         for name, items in (
             (b"blocks", ((key, bytes(8)) for key in keys)),
             (b"index", ((key, bytes(96)) for key in keys)),
-            (b"children", ((link, b"") for link in links)),
+            (b"children", ((row, b"") for row in rows)),
         ):
             database = env.open_db(name, create=False)
             with env.begin(write=True, db=database) as txn:

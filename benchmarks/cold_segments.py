@@ -33,7 +33,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class PlainZstdStore:
-    """What one would write first: a block is one zstd frame of level 3 in LMDB. Context manager."""
+    """The simplest store: a block is one zstd frame of level 3 in LMDB. Context manager."""
 
     def __init__(self, path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """Sums of sampled lines of many tensors, in one launch.
 
-A model's weights are looked at beside every forward pass, so the kernel has to be small: one program a piece of a
-tensor, no atomics, one number each. Source: multiply-and-add hashing with odd multipliers, so that a change of one word
+A model's weights are sampled beside every forward pass, so the kernel is small: one program for each piece of a
+tensor, no atomics, one number each. Source: multiply-and-add hashing; with odd multipliers a change of one word
 always changes the sum.
 """
 

@@ -1,4 +1,4 @@
-"""What every launcher checks, in one place."""
+"""Checks that every launcher makes."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """Gather and scatter between an engine's layer-major pages and blocks of ours.
 
 An engine that owns its pool has, for each layer, K and V of `[num_pages, page_size, kv_heads, dim]`; a block has
-all layers of `block_size` tokens in one piece. These kernels move whole blocks between the two, also straight into
-and out of page-locked CPU memory. Our own hot pool needs neither: there a block is one copy.
+all layers of `block_size` tokens in one piece. These kernels move whole blocks between the two, also directly to
+and from page-locked CPU memory. The hot pool does not need them: there a block is one copy.
 
-They take multiprocessors from whatever else runs: a decode step beside them becomes 2 to 3 times slower at full
-speed (measured), so `num_programs` bounds how many they occupy.
+They take multiprocessors from other kernels: a decode step beside them becomes 2 to 3 times slower at full speed
+(measured), so `num_programs` bounds how many they occupy.
 Source: the multi-layer transfer kernel of LMCache, the block copy of PagedAttention.
 """
 

@@ -22,7 +22,7 @@ def merge_shared(
     positions: Tensor | None = None,
     sinks: Tensor | None = None,
 ) -> None:
-    """Write the attention of B sequences over a prefix that they share and over what is their own.
+    """Write the attention of B sequences over a prefix that they share and over their own tokens.
 
     A head is (kv, g): the g-th of the heads that share one head of K and V. Everything but the last dim may have any
     strides, so the outputs of flash-attn are taken as they are, packed or not, and in either order of log-sum-exps.

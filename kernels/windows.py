@@ -34,7 +34,7 @@ def compress_section(
     that count. tiles: from `section_tiles`. out: [n, stride] uint8, contiguous, stride a multiple of 4 that holds the
     section: written up to its escapes, of which those beyond `section.max_escapes` are lost; the uint32 in front says
     how many there are. totals: [n] int32, the same numbers; in page-locked CPU memory they arrive there without a copy,
-    which would have to wait for its turn behind large ones. All else on one device. Asynchronous on the current
+    which would wait behind large copies. All else on one device. Asynchronous on the current
     stream; raises ShapeError before launching.
     """
     _check(pool, block_ids, section, tiles, out)

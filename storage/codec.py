@@ -1,4 +1,4 @@
-"""What a codec is: it turns a run of a block (one layer's K or V) into frames, and back.
+"""Codecs: each turns a run of a block (one layer's K or V) into frames, and back.
 
 A frame is a standard zstd frame with its content size, or the plain bytes where those are shorter. It covers at most
 FRAME_BYTES of one run and is independent of all others: threads, or a GPU, decode frames in any order. No reader
@@ -18,7 +18,7 @@ from tierkv.errors import CorruptBlockError
 from tierkv.storage.planes import Bytes
 from tierkv.values.layout import Run
 
-__all__ = ["FRAME_BYTES", "LEVEL_3", "LITERALS_ONLY", "Codec", "FrameCoder", "decode_one_by_one", "iter_runs"]
+__all__ = ["FRAME_BYTES", "LEVEL_3", "LITERALS_ONLY", "Codec", "FrameCoder", "iter_runs"]
 
 FRAME_BYTES = 256 << 10
 """Bytes of a run per coded frame: smaller costs ratio, larger leaves no work for parallel decoders."""
@@ -40,22 +40,14 @@ target_length of 1 lose ratio and speed (the last turns Huffman off)."""
 class Codec(Protocol):
     """Turns one run into frames and back. The record names it by id and version. Immutable; many threads may use it.
 
-    run: where the run lies in a block, and what its values are; the lossless codecs need its length alone.
-    The number of tokens follows from the number of bytes.
+    run: where the run lies in a block, and its dtype and shape; the lossless codecs need its length alone.
+    The number of tokens follows from the number of bytes. is_lossy: decoded values are only near the encoded ones.
     """
 
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def codec_id(self) -> int: ...
-
-    @property
-    def version(self) -> int: ...
-
-    @property
-    def is_lossy(self) -> bool:
-        """Whether the decoded values are only near the encoded ones."""
+    name: str
+    codec_id: int
+    version: int = 1
+    is_lossy: bool = False
 
     def num_frames(self, run: Run, num_tokens: int) -> int:
         """Return how many frames so many tokens of a run have."""
@@ -74,19 +66,13 @@ class Codec(Protocol):
         self, payload: Bytes, frame_sizes: Sequence[int], block: Bytes, runs: Sequence[Run], num_tokens: int
     ) -> None:
         """Write so many tokens of all runs where they belong in `block`. Raises as `decode_run` does."""
-
-
-def decode_one_by_one(
-    codec: Codec, payload: Bytes, frame_sizes: Sequence[int], block: Bytes, runs: Sequence[Run], num_tokens: int
-) -> None:
-    """Decode the runs of a block one after another."""
-    first = begin = 0
-    for run, values in iter_runs(block, runs, num_tokens):
-        last = first + codec.num_frames(run, num_tokens)
-        sizes = frame_sizes[first:last]
-        end = begin + sum(sizes)
-        codec.decode_run(payload[begin:end], sizes, run, values)
-        first, begin = last, end
+        first = begin = 0
+        for run, values in iter_runs(block, runs, num_tokens):
+            last = first + self.num_frames(run, num_tokens)
+            sizes = frame_sizes[first:last]
+            end = begin + sum(sizes)
+            self.decode_run(payload[begin:end], sizes, run, values)
+            first, begin = last, end
 
 
 def iter_runs(block: Bytes, runs: Sequence[Run], num_tokens: int) -> Iterator[tuple[Run, Bytes]]:

@@ -1,8 +1,8 @@
 """The codecs there are, by name and by the id that a record holds, and the exact ones themselves.
 
 `raw` keeps the bytes. `zstd` codes them at level 3. `huffman` codes them without looking for matches, which
-is what pays for 8-bit floats. `exponent16` and `exponent32` code only the exponents of floats and keep the
-rest raw: sign and mantissa are noise, repetitions are rare, so zstd is told to do literals only.
+suits 8-bit floats. `exponent16` and `exponent32` code only the exponents of floats and keep the
+rest raw: sign and mantissa are noise, repetitions are rare, so zstd codes literals alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import zstandard
 
 from tierkv.errors import ConfigError, CorruptBlockError
-from tierkv.storage.codec import FRAME_BYTES, LEVEL_3, LITERALS_ONLY, Codec, FrameCoder, decode_one_by_one
+from tierkv.storage.codec import FRAME_BYTES, LEVEL_3, LITERALS_ONLY, Codec, FrameCoder
 from tierkv.storage.codecs_lossy import Int8Codec
 from tierkv.storage.planes import (
     Bytes,
@@ -45,13 +45,11 @@ _Span: TypeAlias = tuple[int, int]  # offset and length of a run in a block
 _MERGE_COUNT = (1 << 20) // 2  # values per merge: 1 MiB of a 16-bit run
 
 
-class RawCodec:
+class RawCodec(Codec):
     """The bytes as they are, in one frame."""
 
     name = "raw"
     codec_id = 0
-    version = 1
-    is_lossy = False
 
     def num_frames(self, run: Run, num_tokens: int) -> int:
         return 1
@@ -65,17 +63,9 @@ class RawCodec:
             raise CorruptBlockError(f"a raw run of {frames.size} bytes, expected {out.size}")
         np.copyto(out, frames)
 
-    def decode_runs(
-        self, payload: Bytes, frame_sizes: Sequence[int], block: Bytes, runs: Sequence[Run], num_tokens: int
-    ) -> None:
-        decode_one_by_one(self, payload, frame_sizes, block, runs, num_tokens)
 
-
-class ZstdCodec:
+class ZstdCodec(Codec):
     """Whole bytes in zstd frames."""
-
-    version = 1
-    is_lossy = False
 
     def __init__(self, *, name: str, codec_id: int, parameters: zstandard.ZstdCompressionParameters) -> None:
         self.name = name
@@ -101,22 +91,14 @@ class ZstdCodec:
             np.copyto(piece, self._frames.decode(frames[begin : begin + size], piece.size))
             begin += size
 
-    def decode_runs(
-        self, payload: Bytes, frame_sizes: Sequence[int], block: Bytes, runs: Sequence[Run], num_tokens: int
-    ) -> None:
-        decode_one_by_one(self, payload, frame_sizes, block, runs, num_tokens)
 
-
-class ExponentCodec:
+class ExponentCodec(Codec):
     """The exponent plane of floats in zstd frames, the rest raw.
 
     One frame for each FRAME_BYTES of the run, then one for everything else: the plane of signs and low (of
     32-bit floats: high) mantissa bits and, for 32-bit floats, the plane of their low 16 bits.
     Planes are merged over several frames at a time: fewer, longer steps let two threads run side by side.
     """
-
-    version = 1
-    is_lossy = False
 
     def __init__(self, *, name: str, codec_id: int, item_bytes: int) -> None:
         assert item_bytes in (2, 4)
@@ -171,11 +153,11 @@ class ExponentCodec:
     def decode_runs(
         self, payload: Bytes, frame_sizes: Sequence[int], block: Bytes, runs: Sequence[Run], num_tokens: int
     ) -> None:
-        """All frames in one call, then several runs in one step: each time that a thread takes the GIL back from
+        """All frames in one call, then several runs in one step: each time that a thread takes the GIL again from
         another costs as much as decoding 100 KiB, and two threads would spend their time on that.
         """
         if self._item_bytes == 4 or max(run.token_bytes for run in runs) * num_tokens // 2 > _MERGE_COUNT:
-            decode_one_by_one(self, payload, frame_sizes, block, runs, num_tokens)
+            super().decode_runs(payload, frame_sizes, block, runs, num_tokens)
             return
         spans = [(run.offset_bytes, run.token_bytes * num_tokens) for run in runs]
         frames, plane_bytes, rests = self._take_apart(payload, frame_sizes, spans)
@@ -252,7 +234,7 @@ class _Scratch(threading.local):
 
 
 def _adjacent(spans: Sequence[_Span], max_bytes: int) -> Iterator[slice]:
-    """Yield groups of spans that lie one behind the other and are no longer than `max_bytes` together."""
+    """Yield groups of adjacent spans that are no longer than `max_bytes` together."""
     first = 0
     for i in range(1, len(spans) + 1):
         if i < len(spans):
@@ -303,10 +285,10 @@ def codec_by_id(codec_id: int) -> Codec | None:
 
 
 def fits_namespace(codec: str, lossy_codec: str) -> bool:
-    """Tell whether a namespace may have records of a codec. Every reader and every writer of records asks this.
+    """Return whether a namespace may have records of a codec. Every reader and every writer of records checks this.
 
     codec: its name. lossy_codec: the namespace's, "" if it is exact. An exact namespace has records of every lossless
-    codec; a lossy one has those of its own codec, and raw ones, which are the blocks that its codec cannot hold.
+    codec. A lossy namespace has records of its own codec, and raw records of the blocks that its codec cannot hold.
     """
     if lossy_codec:
         return codec in (lossy_codec, RAW.name)

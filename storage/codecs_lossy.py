@@ -1,7 +1,7 @@
 """The lossy codec: half the bytes, for users that accept an error. It is never a default.
 
 `lossy-int8` takes 255 steps for each channel of the keys, and for each token and head of the values: keys have
-outlying channels (KIVI, Liu et al., 2024). benchmarks/attention_error.py measures what it does to attention, and
+outlying channels (KIVI, Liu et al., 2024). benchmarks/attention_error.py measures its effect on attention, and
 results/lossy_codecs_cpu.txt says why a second codec, float8_e4m3, was removed.
 
 Decoded values encode to the same bytes again: a block may be demoted and promoted any number of times.
@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tierkv.errors import ConfigError, CorruptBlockError
-from tierkv.storage.codec import FRAME_BYTES, LITERALS_ONLY, FrameCoder, decode_one_by_one
+from tierkv.storage.codec import FRAME_BYTES, LITERALS_ONLY, Codec, FrameCoder
 from tierkv.storage.planes import Bytes
 from tierkv.values.layout import Run
 
@@ -87,7 +87,7 @@ def float_format(dtype: str) -> FloatFormat:
     raise ConfigError(f"no lossy codec takes {dtype}", hint=f"they take {names}; choose a lossless codec")
 
 
-class Int8Codec:
+class Int8Codec(Codec):
     """-127 to 127 steps, a byte for each number, in frames of whole tokens of at most FRAME_BYTES; then the scales.
 
     Keys have a scale for each channel (a dim of a head), values for each token and head. A scale is the largest
@@ -99,7 +99,6 @@ class Int8Codec:
 
     name = "lossy-int8"
     codec_id = 6
-    version = 1
     is_lossy = True
 
     def __init__(self) -> None:
@@ -140,11 +139,6 @@ class Int8Codec:
                 tokens = slice(frame.start + piece.start, frame.start + piece.stop)
                 self._decode_piece(plane[piece], _steps_at(steps, run, tokens), run, words[tokens])
             begin += size
-
-    def decode_runs(
-        self, payload: Bytes, frame_sizes: Sequence[int], block: Bytes, runs: Sequence[Run], num_tokens: int
-    ) -> None:
-        decode_one_by_one(self, payload, frame_sizes, block, runs, num_tokens)
 
     def _find_peaks(self, words: FloatWords, run: Run) -> FloatWords:
         """Return the largest magnitude of each channel [channels], or of each token and head [tokens * heads]."""

@@ -1,4 +1,4 @@
-"""Blocks whose zstd frames are left as they are, for a GPU to decode: what a reader hands on instead of values."""
+"""Coded blocks: a reader leaves their zstd frames coded, and a GPU decodes them."""
 
 from __future__ import annotations
 
@@ -90,19 +90,19 @@ def zero_frames(layout: CodedLayout) -> list[bytes]:
 
 
 def check_frames(payload: Bytes, frame_sizes: Sequence[int], layout: CodedLayout) -> None:
-    """Raise CorruptBlockError unless every frame of a payload says that it is of the size that belongs there."""
+    """Raise CorruptBlockError unless every frame of a payload claims the size that the layout expects."""
     if len(frame_sizes) != layout.is_rest.size:
         raise CorruptBlockError("the record's frames are not those of the layout")
     offsets, sizes, _ = layout.parts(frame_sizes)
     rests = np.array(frame_sizes, dtype=np.int64)[layout.is_rest]
     if not np.array_equal(rests, [run.token_bytes * layout.layout.block_size // 2 for run in layout.layout.runs]):
-        raise CorruptBlockError("a run's rest has not as many bytes as the run has values")
+        raise CorruptBlockError("a run's rest does not have as many bytes as the run has values")
     for offset, size, plane_bytes in zip(offsets.tolist(), sizes.tolist(), layout.plane_bytes.tolist(), strict=True):
         try:
             is_right = size == plane_bytes or (
                 zstandard.frame_content_size(payload[offset : offset + size].data) == plane_bytes
             )
         except zstandard.ZstdError as exc:
-            raise CorruptBlockError(f"a frame that is none: {exc}") from exc
+            raise CorruptBlockError(f"a frame that zstd does not know: {exc}") from exc
         if not is_right:
             raise CorruptBlockError(f"a frame that is not of {plane_bytes} bytes")

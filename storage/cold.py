@@ -160,7 +160,7 @@ class ColdStore(ColdReader):
     def lookup_many(self, block_hashes: Iterable[BlockHash]) -> list[ColdEntry | None]:
         """Return the small records of blocks, from one snapshot; None for each that is not stored or is damaged.
 
-        The next write makes a damaged one anew from its block.
+        The next write makes a damaged record anew from its block.
         """
         found: list[ColdEntry | None] = []
         notes = self._writer.notes
@@ -268,7 +268,7 @@ class ColdStore(ColdReader):
         self._writer.maintain()
 
     def set_pinned(self, block_hashes: Iterable[BlockHash], pinned: bool) -> None:
-        """Pin or unpin blocks for good: eviction leaves pinned ones, in this process and all later ones."""
+        """Pin or unpin blocks for good: no process evicts a pinned block."""
         self._require_writable()
         with self._writer.batch() as batch:
             for block_hash in block_hashes:

@@ -1,10 +1,10 @@
 """Everything that one write transaction does to the cold store, so that its databases always agree.
 
-Two rules keep a forged hash harmless. A block is stored only behind the parent that its content digest was made of. A
+Two rules keep a forged hash harmless. A block is stored only after the parent that its content digest was made of. A
 block never stays when its parent is removed. A chain is followed by hash: a forged block in a parent's place would
 change what its children mean. (A reader of a block compares its content digest once more.)
 
-`PendingNotes` are what readers leave for the next transaction: a reader never waits for the write lock.
+A reader never waits for the write lock: it leaves `PendingNotes`, which the next transaction writes.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ class WriteBatch:
                 pass
             self.remove_subtree(info.block_hash)
         entry = self.new_entry(record)
-        if entry is None or not self.is_behind_its_parent(info):
+        if entry is None or not self.follows_its_parent(info):
             return PutOutcome.NO_PARENT
         if entry.value_bytes > MAX_VALUE_BYTES:
             return PutOutcome.FULL
@@ -166,7 +166,7 @@ class WriteBatch:
             depth = parent.depth + 1
         return entry_of(record, depth=depth, now=self.now)
 
-    def is_behind_its_parent(self, info: BlockInfo) -> bool:
+    def follows_its_parent(self, info: BlockInfo) -> bool:
         """Return whether the stored parent is the block that the content digest was made of."""
         if info.parent == info.namespace:
             return info.follows(None)
@@ -183,7 +183,7 @@ class WriteBatch:
         return lossy_codec is None or fits_namespace(codec, lossy_codec)
 
     def write_entry(self, block_hash: BlockHash, entry: ColdEntry) -> None:
-        """Replace an entry; sizes, parent and namespace must be what they were."""
+        """Replace an entry; sizes, parent and namespace must stay the same."""
         self.txn.put(block_hash, pack_entry(block_hash, entry), db=self.databases.entries)
 
     def touch(self, block_hash: BlockHash, *, count: int, at: float) -> None:
@@ -264,7 +264,7 @@ class WriteBatch:
                 self.rows[digest].description = NO_DESCRIPTION
 
     def _follows(self, child: BlockHash, parent: BlockHash) -> bool:
-        """Return whether a listed child is stored behind `parent`: its row in the children table may be wrong.
+        """Return whether a listed child follows `parent`: its row in the children table may be wrong.
 
         True for a stored child whose entry and record are both unreadable.
         """
@@ -328,7 +328,7 @@ class NotedRows:
 
 
 class PendingNotes:
-    """What readers leave for the next write: accesses, namespaces in use, blocks found damaged. Thread-safe."""
+    """Notes of readers for the next write: accesses, namespaces in use, blocks found damaged. Thread-safe."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock

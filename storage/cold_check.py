@@ -30,9 +30,9 @@ __all__ = ["VerifyReport", "check_store", "repair_store", "verify_block", "verif
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerifyReport:
-    """What `verify` found: hashes of damaged blocks with what is wrong with each; `problem` if the databases
-    contradict each other; after a repair, how many blocks were removed (those that followed a damaged one
-    among them). other_formats: sound blocks that another version of this code wrote; a repair leaves them.
+    """The result of `verify`. damaged: hashes of damaged blocks, each with its damage. problem: why the databases
+    contradict each other, or None. removed: how many blocks a repair removed, with those that followed a damaged block.
+    other_formats: sound blocks that another version of this code wrote; a repair keeps them.
     """
 
     blocks: int
@@ -165,7 +165,7 @@ def verify_block(env: LmdbEnv, txn: ReadTransaction, databases: Databases, block
     info = header.info
     if info.block_hash != block_hash or hash_block(info.parent, info.token_bytes) != block_hash:
         raise CorruptBlockError("its hash is not that of its parent and tokens")
-    if not _is_behind_its_parent(txn, databases, info):
+    if not _follows_its_parent(txn, databases, info):
         raise CorruptBlockError("its content digest is not that of its parent and tokens")
     described = (entry.parent, entry.namespace, entry.stored_bytes, entry.num_tokens, entry.raw_bytes)
     num_tokens = len(info.token_bytes) // TOKEN_BYTES
@@ -181,7 +181,7 @@ def verify_block(env: LmdbEnv, txn: ReadTransaction, databases: Databases, block
     return header.record_bytes
 
 
-def _is_behind_its_parent(txn: ReadTransaction, databases: Databases, info: BlockInfo) -> bool:
+def _follows_its_parent(txn: ReadTransaction, databases: Databases, info: BlockInfo) -> bool:
     """Return whether a block's digest follows from its parent's. An unreadable parent is reported for itself."""
     if info.parent == info.namespace:
         return info.follows(None)

@@ -6,7 +6,7 @@ that agree in all 16 have another row one level deeper: there the parent is repl
 tokens so far, and the row has the next 16. So 300 prompts that part after a shared 144 tokens cost ten steps, and a
 lone child has a single row.
 
-Key: node 16 | token ids, big-endian, zeros behind 64 | how many of them 1 | level 1 | child 16. No value.
+Key: node 16 | token ids, big-endian, zeros after them 64 | how many of them 1 | level 1 | child 16. No value.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which blocks of the cold store are evicted: those with the lowest score, those that filters match, those of a prompt.
+"""Eviction from the cold store: of the blocks with the lowest score, of those that filters match, of a prompt's blocks.
 
 Leaves go before their parents, pinned blocks never. Reading a million entries takes a moment, so candidates are queued:
 one scan orders the leaves, later evictions take from the queue. Each candidate is checked again, since it may have been
@@ -34,7 +34,7 @@ _MAX_QUEUE = 65_536
 
 
 class EvictionScore(Protocol):
-    """Returns what each block is worth: the lowest score is evicted first."""
+    """Scores blocks: the block with the lowest score is evicted first."""
 
     def __call__(self, entries: EntryTable, now: float) -> npt.NDArray[np.float64]:
         """Return a score for every row; `entries` has the fields of ENTRY_DTYPE."""
@@ -42,7 +42,7 @@ class EvictionScore(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvictionReport:
-    """What one eviction removed. hashes: of the removed blocks.
+    """The result of one eviction. hashes: of the removed blocks.
 
     num_pinned, num_continued: chosen blocks that stayed because they are pinned, or because blocks that stay continue
     them; counted where blocks are chosen, not down to a size.

@@ -266,7 +266,7 @@ def namespace_rows(txn: ReadTransaction, databases: Databases) -> dict[BlockHash
 def load_rows(
     txn: ReadTransaction, databases: Databases
 ) -> tuple[dict[BlockHash, NamespaceRow], dict[BlockHash, NamespaceRow]]:
-    """Return the sound rows, and what the damaged rows must be."""
+    """Return the sound rows, and new rows with the right totals for the damaged ones."""
     rows: dict[BlockHash, NamespaceRow] = {}
     damaged: dict[BlockHash, NamespaceRow] = {}
     for digest, row in iter_namespaces(txn, databases):
@@ -285,7 +285,7 @@ def load_rows(
 
 
 def read_lossy_codec(txn: ReadTransaction, databases: Databases, digest: BlockHash) -> str | None:
-    """Return what `lossy_codec_in` returns for a stored namespace; None also where it is not stored."""
+    """Return the lossy codec of a stored namespace as `lossy_codec_in` does; None also where it is not stored."""
     packed = txn.get(NAMESPACE_PREFIX + digest, db=databases.meta)
     try:
         return None if packed is None else lossy_codec_in(unpack_row(packed).description, digest)

@@ -26,7 +26,7 @@ def restore_entry(batch: WriteBatch, block_hash: BlockHash) -> ColdEntry | None:
         record = parse_record(value)
     except StoreError:
         return None
-    if record.info.block_hash != block_hash or not batch.is_behind_its_parent(record.info):
+    if record.info.block_hash != block_hash or not batch.follows_its_parent(record.info):
         return None
     entry = batch.new_entry(record)
     if entry is not None:

@@ -65,7 +65,7 @@ _CHECKSUM_BYTES = 8
 _MAX_TOTAL = 1 << 62
 
 EntryTable: TypeAlias = "npt.NDArray[np.void]"
-"""Rows of ENTRY_DTYPE: what an eviction score is computed of."""
+"""Rows of ENTRY_DTYPE, of which eviction scores are computed."""
 
 ENTRY_DTYPE = np.dtype(
     [
@@ -116,7 +116,7 @@ class ColdEntry:
 
 
 class NamespaceRow(msgspec.Struct, array_like=True):
-    """What the store keeps of a namespace. `value_bytes` counts padding, and is what the quota bounds."""
+    """Description, times and totals of a namespace. value_bytes: with padding; the quota bounds their sum."""
 
     description: bytes = NO_DESCRIPTION
     created: float = 0.0
@@ -187,7 +187,7 @@ def pack_entry(block_hash: BlockHash, entry: ColdEntry) -> bytes:
 
 
 def unpack_entry(block_hash: BlockHash, packed: bytes | memoryview) -> ColdEntry:
-    """Return the entry. Raises CorruptBlockError if its bytes are not what was packed."""
+    """Return the entry. Raises CorruptBlockError if its bytes have changed."""
     packed = bytes(packed)
     checked = packed[: _CHECKED.size]
     if len(packed) != ENTRY_BYTES or packed[_CHECKED.size :] != _entry_checksum(block_hash, checked):

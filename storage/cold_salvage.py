@@ -1,6 +1,6 @@
 """Salvaging a data file that LMDB must not see: each record describes itself, so its sound blocks are saved.
 
-The damaged file is read with plain reads, page by page. A record begins right behind the header of a page, so
+The damaged file is read with plain reads, page by page. A record begins right after the header of a page, so
 it is found without any tree; its checksum says whether it is whole. Index entries and descriptions of namespaces
 carry checksums too and are saved where a leaf still has them; a block without its entry loses its age, its
 counts and its pin. Recently evicted blocks may come back with the rest: they are as true as before.
@@ -267,7 +267,7 @@ def _with_history(entry: ColdEntry, old: ColdEntry) -> ColdEntry:
 
 
 def _plan(remains: _Remains, quota_bytes: int) -> list[BlockHash]:
-    """Return the blocks to keep, last used first, each behind its parent; blocks that no chain reaches are left out.
+    """Return the blocks to keep, last used first, each after its parent; blocks that no chain reaches are left out.
 
     A parent counts as used when its children were.
     """

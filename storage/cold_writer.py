@@ -95,7 +95,7 @@ class ColdWriter:
             yield batch
 
     def maintain(self) -> None:
-        """Write all notes, and repair what is noted as damaged.
+        """Write all notes, and repair the blocks that are noted as damaged.
 
         Raises StoreError; accesses, and damage in a busy store, then stay noted.
         """
@@ -130,7 +130,7 @@ class ColdWriter:
         older_than_s: float | None,
         prompt: StoredPrompt | None = None,
     ) -> EvictionReport:
-        """Remove the unpinned blocks that match all filters (if one is given), then more down to a size."""
+        """Remove the unpinned blocks that match all filters, if there is a filter, then more down to a size."""
         removed: list[BlockHash] = []
         freed_bytes = num_continued = num_pinned = 0
         with self._exclusive():
@@ -155,7 +155,7 @@ class ColdWriter:
         )
 
     def would_evict(self, to_bytes: int) -> EvictionReport:
-        """Return what evicting down to a size would remove. Changes nothing. Raises StoreError."""
+        """Return the report of an eviction down to a size. Changes nothing. Raises StoreError."""
         report = EvictionReport(blocks=0, freed_bytes=0)
 
         def work(batch: WriteBatch) -> None:

@@ -1,7 +1,7 @@
 """The hot tier's bytes: one block-major tensor that attention reads in place.
 
-Source: paging is PagedAttention's (Kwon et al., 2023); that a block holds all layers in one piece is ours, so
-that one copy promotes or demotes it.
+Source: paging is PagedAttention's (Kwon et al., 2023). Unlike there, a block holds all layers in one piece: one copy
+promotes or demotes it.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ __all__ = ["HotPool", "hot_pool_blocks"]
 
 
 class HotPool:
-    """Paged memory of `num_blocks` blocks on one device, zeroed at the start, and one scratch block behind them.
+    """Paged memory of `num_blocks` blocks on one device, zeroed at the start, and one scratch block after them.
 
     `blocks` is [num_blocks + 1, block_bytes / item_bytes] of the layout's dtype. Each layer's K and V are strided
-    views of it, made once: [num_blocks + 1, block_size, kv_heads, dim], with a page stride of a whole block. Nobody
-    owns the scratch block: padded tokens write there. The pool owns the memory for its lifetime.
+    views of it, made once: [num_blocks + 1, block_size, kv_heads, dim], with a page stride of a whole block. No
+    sequence owns the scratch block: padded tokens write there. The pool owns the memory for its lifetime.
     """
 
     def __init__(self, layout: BlockLayout, num_blocks: int, device: torch.device) -> None:
@@ -64,7 +64,7 @@ class HotPool:
 def hot_pool_blocks(layout: BlockLayout, device: torch.device, *, hot_bytes: int | None, hot_fraction: float) -> int:
     """Return how many blocks the hot pool gets: from `hot_bytes`, or a share of the GPU memory free now.
 
-    Raises ConfigError for a CUDA device that this machine, or this torch, has not.
+    Raises ConfigError for a CUDA device that this machine, or this torch, does not have.
     """
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"there is no device {device}: torch sees {torch.cuda.device_count()} CUDA devices")

@@ -32,7 +32,7 @@ __all__ = [
 
 _COMPACTED = "compact.tmp"
 _REBUILT = "rebuild.tmp"
-_DEFAULT_FREE_BYTES = 1 << 30  # what stays free on a large volume; of a small one, that share
+_DEFAULT_FREE_BYTES = 1 << 30  # free space to keep on a large volume; of a small volume, that share
 _DEFAULT_FREE_SHARE = 20
 
 _logger = logging.getLogger(__name__)
@@ -94,12 +94,10 @@ def _check_owner(path: Path) -> None:
             continue
         if me != 0 and state.st_uid not in (me, 0):
             raise StoreError(
-                f"{each} belongs to another user, and decides what a cache finds",
+                f"{each} belongs to another user, and that user decides what a cache finds in it",
                 hint="choose another cold_path; read_only reads it, if you trust that user",
             )
-        by_group = (
-            state.st_mode & stat.S_IWGRP and state.st_gid != os.getegid()
-        )  # a user's own group mostly has one member
+        by_group = state.st_mode & stat.S_IWGRP and state.st_gid != os.getegid()  # not the user's own group
         if by_group or state.st_mode & stat.S_IWOTH:
             mode = stat.S_IMODE(state.st_mode)
             _logger.warning(

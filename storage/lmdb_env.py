@@ -1,4 +1,4 @@
-"""One LMDB environment, opened safely: whatever can kill a process or lose data is ruled out here.
+"""One LMDB environment, opened safely: no file can end the process, and no crash of a process loses data.
 
 - The first process that opens the file checks it before LMDB maps it, and replaces a damaged one. All processes share a
   lock on a file beside it: a check, a repair and a compaction happen only while no other process has the store open.
@@ -46,8 +46,7 @@ Database: TypeAlias = "lmdb._Database"
 ReadTransaction: TypeAlias = "lmdb.Transaction[memoryview]"
 WriteTransaction: TypeAlias = "lmdb.Transaction[memoryview]"
 
-_USER_LOCK_FILE = "users.lock"
-_WRITE_LOCK_FILE = "write.lock"
+_USER_LOCK_FILE, _WRITE_LOCK_FILE = "users.lock", "write.lock"
 _CLOSE_WAIT_S = 10.0  # for transactions in flight, beyond the wait for the write lock
 _MAX_READERS = 1024
 _LOCK_FILE_BYTES = 64 * _MAX_READERS + 4096  # a cache line for each reader, and LMDB's header
@@ -66,7 +65,7 @@ _WRONG_PAGES = (
     lmdb.PageNotFoundError,
     lmdb.PanicError,
 )
-"""What LMDB raises where a page of its trees, or the header of a value's pages, is not what it must be."""
+"""Errors of LMDB where a page of its trees, or the header of a value's pages, is damaged."""
 
 
 class LmdbEnv:
@@ -127,7 +126,7 @@ class LmdbEnv:
             if self._users.try_alone():
                 self._users.share()
                 return False
-            self._rejoin()
+            self._share_again()
             return True
 
     def close(self) -> None:
@@ -157,7 +156,7 @@ class LmdbEnv:
 
     @contextlib.contextmanager
     def read(self) -> Iterator[ReadTransaction]:
-        """A snapshot. What `get` returns lies in the map: it must not be kept past the `with`.
+        """A snapshot. The results of `get` lie in the map: they must not be kept past the `with`.
 
         Raises CutShortError, CorruptBlockError where LMDB came across pages that cannot be right, StoreError.
         """
@@ -246,7 +245,7 @@ class LmdbEnv:
             self._remap()
             self._require_sound_trees()
             if not self._users.try_alone():
-                self._rejoin()
+                self._share_again()
                 raise StoreError(f"cold store {self.path} is open in another process", hint="close it there first")
             try:
                 with self._translated("be compacted"):
@@ -312,7 +311,7 @@ class LmdbEnv:
         except (lmdb.Error, OSError) as exc:
             raise StoreError(f"cold store {self.path} cannot {what}: {exc}") from exc
 
-    def _rejoin(self) -> None:
+    def _share_again(self) -> None:
         """Share the users' lock again after it was lost; the data file may have been replaced meanwhile."""
         try:
             self._users.share()
@@ -338,7 +337,7 @@ class LmdbEnv:
         if self._problem is not None:
             raise StoreError(
                 f"cold store {self.path} was damaged while it was open: {self._problem}",
-                hint="nothing is written to it; close it everywhere, opening it again saves what is whole",
+                hint="nothing is written to it; close it everywhere, opening it again saves the sound blocks",
             )
 
     def _begin(self, *, write: bool) -> lmdb.Transaction[memoryview]:

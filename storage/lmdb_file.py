@@ -1,6 +1,6 @@
 """The data file of an LMDB 0.9 environment, read without LMDB: its meta pages, single values, and its length.
 
-LMDB maps the file. A page behind the end of a mapped file ends the process that touches it with SIGBUS, and so may a
+LMDB maps the file. A page beyond the end of a mapped file ends the process that touches it with SIGBUS, and so may a
 damaged tree. So the file is checked before LMDB maps it (lmdb_tree.py), and its length is compared before each
 transaction. Values, which are nearly all of the file, are read with plain reads: a file that is cut short while it is
 open costs misses. LMDB reads meta and trees through its map within microseconds after the comparison; a cut in
@@ -187,7 +187,7 @@ class DataFile:
         if size < known:
             raise CutShortError(
                 f"{self.path} was cut from {known} to {size} bytes while it was open",
-                hint="close the store everywhere; opening it again saves what is whole",
+                hint="close the store everywhere; opening it again saves the sound blocks",
             )
         if size > known:
             self._known_bytes = size
@@ -248,8 +248,8 @@ class DataFile:
     def repair_value_header(self, database: bytes, key: bytes, value: memoryview | None) -> None:
         """Compare the header of a value's pages with what it must be, and write it anew if it differs.
 
-        value: what `get` returned, or None where LMDB refused the page. Only within a write transaction,
-        and only for a value that it has not changed: the file has what the last commit left there.
+        value: the result of `get`, or None where LMDB refused the page. Only within a write transaction,
+        and only for a value that it has not changed: the file has the state of the last commit.
         """
         page_bytes = self._page_bytes
         if value is not None:

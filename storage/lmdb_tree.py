@@ -1,7 +1,7 @@
 """The trees of an LMDB 0.9 data file, read without LMDB: whether they are sound.
 
 LMDB trusts its file: after a flipped bit in a page of a tree it can end the process, or use one page twice.
-So `check_trees` walks every tree with plain reads before LMDB maps the file: each page is what it says and is
+So `check_trees` walks every tree with plain reads before LMDB maps the file: each page has its own number and is
 used once, keys ascend, used and free pages together are the whole file, counters agree. It is vectorised, some
 0.5 s for a million blocks. Pages of values are not read: their headers are compared when a value is removed
 (lmdb_file.py), which is when LMDB would believe them.
@@ -193,14 +193,13 @@ class _Walk:
                 inside = bool((keys[nodes.first] >= lower).all() and (last < upper).all())
                 require(inside, "a leaf holds keys of another")
             found.append(keys)
-            value_pages += self._use_values(nodes)
+            value_pages += self._use_values(nodes, np.flatnonzero(nodes.flags & BIG_FLAG))
         keys = np.concatenate(found)
         require(bool((keys[1:] > keys[:-1]).all()), "keys are out of order")
         return keys, value_pages
 
-    def _use_values(self, nodes: _Nodes) -> int:
-        """Note the pages of the values that have pages of their own; return how many pages those are."""
-        big = np.flatnonzero(nodes.flags & BIG_FLAG)
+    def _use_values(self, nodes: _Nodes, big: npt.NDArray[np.intp]) -> int:
+        """Note the pages of values that have pages of their own; return how many pages those are."""
         if not len(big):
             return 0
         at = nodes.key_at[big] + nodes.key_bytes[big]
@@ -214,19 +213,13 @@ class _Walk:
         size = int(nodes.number[at])
         if not nodes.flags[at] & BIG_FLAG:
             return nodes.slab[start : start + size].tobytes()
-        self._use_values_at(nodes, at)
+        self._use_values(nodes, np.array([at], dtype=np.intp))
         page = int.from_bytes(nodes.slab[start : start + 8].tobytes(), "little")
         raw = os.pread(self._fd, PAGE_HEADER_BYTES + size, page * self._meta.page_bytes)
         expected = (page, OVERFLOW_FLAG, overflow_pages(size, self._meta.page_bytes))
         number, _, flags, pages = PAGE_HEADER.unpack_from(raw) if len(raw) >= PAGE_HEADER_BYTES else (0, 0, 0, 0)
         require((number, flags, pages) == expected, "a value's page is another page")
         return raw[PAGE_HEADER_BYTES:]
-
-    def _use_values_at(self, nodes: _Nodes, at: int) -> None:
-        start = int(nodes.key_at[at] + nodes.key_bytes[at])
-        page = _windows(nodes.slab, "<u8")[start : start + 1].astype(np.int64)
-        length = overflow_pages(int(nodes.number[at]), self._meta.page_bytes)
-        self._use(page, np.array([length], dtype=np.int64))
 
     def _use(self, starts: Integers, lengths: Integers | None = None) -> None:
         lengths = np.ones(len(starts), dtype=np.int64) if lengths is None else lengths
@@ -241,7 +234,7 @@ class _Walk:
 
 
 def _read_pages(fd: int, pages: list[int], meta: Meta) -> Bytes:
-    """Return whole pages one after another, each of which says its own number."""
+    """Return whole pages one after another. Each must hold its own number."""
     size = meta.page_bytes
     slab = np.empty(len(pages) * size, dtype=np.uint8)
     view = slab.data

@@ -1,4 +1,4 @@
-"""What a store answers when it has no block to give, and what became of one that was put."""
+"""Reasons of misses, and outcomes of puts."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ class MissReason(Enum):
     FORMAT = "format"  # whole, but in a version or codec that this code does not know; it stays where it is
     TRUNCATED = "truncated"  # its record ends before its header says
     NAMESPACE = "namespace"  # the same hash, stored for another model, dtype, layout or salt
-    COLLISION = "collision"  # the same hash for other token ids, or for the same ones behind others
-    TOO_SHORT = "too_short"  # too few tokens to be worth loading; counted by whoever decides that
-    NO_ROOM = "no_room"  # where it had to come up or to be copied from, all places are in use or pinned
-    RECOMPUTED = "recomputed"  # it was there, and to compute it was faster than to wait for it
+    COLLISION = "collision"  # the same hash for other token ids, or for the same ids after other blocks
+    TOO_SHORT = "too_short"  # too few tokens to be worth loading; counted by the caller that decides that
+    NO_ROOM = "no_room"  # all blocks or slots that it could be promoted or copied to are in use or pinned
+    RECOMPUTED = "recomputed"  # it was there, but computing it was faster than waiting for it
     IO_ERROR = "io_error"
     OTHER_RANK = "other_rank"  # this rank has it, but another rank of the model does not
     DAEMON = "daemon"  # the daemon that has the lower tiers could not be reached
 
 
 class PutOutcome(Enum):
-    """What became of one record."""
+    """The outcome of putting one record."""
 
     STORED = "stored"
     EXISTS = "exists"  # the same block was there already
     COLLISION = "collision"  # another block with the same hash is there; it stays
     NO_PARENT = "no_parent"  # its parent is not in the store, though another with its hash may be
-    FORMAT = "format"  # its hash belongs to a block that another version wrote; that one stays
+    FORMAT = "format"  # its hash belongs to a block that another version wrote; that block stays
     FULL = "full"  # no room even after evicting
     BUSY = "busy"  # another process has kept the store's write lock for too long
     IO_ERROR = "io_error"

@@ -1,4 +1,4 @@
-"""Split 16- and 32-bit floats into an exponent plane, worth coding, and the rest, which is noise.
+"""Split 16- and 32-bit floats into an exponent plane, which is worth coding, and the rest, which is noise.
 
 A 16-bit float v becomes two bytes: `exponent` = bits 7..14 of v, and `rest` = the sign (bit 15) above the
 seven low bits. For bf16 the first is exactly the exponent; for fp16 it is the exponent and three bits of
@@ -7,7 +7,7 @@ above, and 16 further bits of mantissa.
 
 The merge widens `rest` as a *signed* byte, which carries the sign to bit 15 for one `and`: every step is a
 contiguous vector loop, 3 to 4 times as fast as rotating the sign and storing bytes with a stride.
-numpy releases the GIL in each step. Scratch arrays are passed in, so that nothing is allocated per piece.
+numpy releases the GIL in each step. The caller passes scratch arrays, so that nothing is allocated per piece.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The record: one block with its identity, sizes and checksum; the same in LMDB and in state files.
 
-FORMAT.md in this folder is the layout; the header is record_header.py's part.
+FORMAT.md has the layout; record_header.py reads and writes the header.
 """
 
 from __future__ import annotations
@@ -127,15 +127,15 @@ def decode_record(
     lossy_codec: str = "",
     coded: CodedBlock | None = None,
 ) -> MissReason | None:
-    """Write the block into `out` and return None, or return why it is not the block asked for.
+    """Write the block into `out` and return None, or return why it is not the expected block.
 
     Goes through the record once, in pieces that are checked and decoded while they are in the cache. So codecs see
-    bytes that may be damaged, and `out` must be a place that nobody looks at before this has returned None: the
-    checksum of all pieces has then matched.
+    bytes that may be damaged, and no thread may read `out` before this has returned None: the checksum of all
+    pieces has then matched.
 
     lossy_codec: of the namespace of `expected`, "" if that is exact: a record whose codec does not fit is damage.
 
-    coded: leave a whole block of exponent16 as it is: `out` then begins with the payload, and `coded` says what it is.
+    coded: leave a whole block of exponent16 coded: `out` then begins with the payload, and `coded` has its frame sizes.
 
     out: writable, layout.block_bytes bytes; of each run only the first num_tokens tokens are written. After
     anything but None its contents are undefined. Thread-safe; the heavy parts release the GIL.
@@ -163,7 +163,7 @@ def decode_record(
         check_frames(payload, header.frame_sizes, CodedLayout(layout))
         coded.frame_sizes = header.frame_sizes
         return None
-    with np.errstate(all="ignore"):  # damaged numbers may overflow before the checksum tells that they are damaged
+    with np.errstate(all="ignore"):  # damaged numbers may overflow before the checksum is compared
         for piece in pieces:
             payload = source.view(piece.start, piece.end)
             checksum.update(payload.data)
@@ -176,7 +176,7 @@ def decode_record(
 
 
 def parse_record(record: Buffer, *, lossy_codec: str | None = None, cost_s: float = 0.0) -> EncodedRecord:
-    """Return a record read from a file as one to be stored; a view of the given bytes.
+    """Return the bytes of a record as an EncodedRecord, a view of them.
 
     lossy_codec: of its namespace, "" for an exact one; None where that is not known.
     Raises CorruptBlockError unless header and checksum are right, and the codec fits the namespace.
@@ -196,7 +196,7 @@ def parse_record(record: Buffer, *, lossy_codec: str | None = None, cost_s: floa
 
 
 def max_record_bytes(layout: BlockLayout) -> int:
-    """No record of this layout is longer: raw, padded, with the ids of its tokens and the sizes of its frames."""
+    """Return a size that no record of this layout exceeds: raw, padded, with token ids and frame sizes."""
     return 2 * layout.block_bytes + (1 << 20)
 
 
@@ -218,14 +218,14 @@ class _Piece:
 
 
 def _read_head(source: RecordSource) -> tuple[RecordHeader, xxhash.xxh3_64]:
-    """Return a record's header, and the checksum that has gone as far as that."""
+    """Return a record's header, and its checksum computed up to the payload."""
     head = source.view(0, min(source.size, _HEAD_BYTES))
     if head.size >= HEADER_BYTES and head.size < payload_offset_in(head) <= source.size:
         head = source.view(0, payload_offset_in(head))
     try:
         header = read_header(head, size=source.size)
     except FormatVersionError:
-        read_header(source.view(0, source.size))  # damage, unless the whole record says the same
+        read_header(source.view(0, source.size))  # it is damage, unless the whole record has a matching checksum
         raise
     return header, begin_checksum(head[: header.payload_offset])
 

@@ -1,7 +1,6 @@
-"""What a record says of itself before its payload: the identity of one block, sizes and checksum.
+"""The header of a record: the identity of one block, sizes and checksum. FORMAT.md has the layout.
 
-FORMAT.md in this folder is the layout. A reader believes nothing before the checksum has matched, and
-nothing that would make it allocate more than the record is long.
+A reader uses no field before the checksum has matched, save for sizes that agree with the record's length.
 """
 
 from __future__ import annotations
@@ -71,9 +70,8 @@ class BlockInfo:
     """Identity of one block: two blocks are the same only if all five are equal.
 
     parent: the parent's block hash, or the namespace digest for a first block.
-    content_digest: of the block and all before it. Whoever asks for a block computes it from the tokens that he has,
-    and whoever
-    stores one from those that its K and V were computed of: the hashes alone may be forged.
+    content_digest: of the block and all before it. A reader computes it from its own tokens, a writer from the tokens
+        that K and V were computed of: the hashes alone may be forged.
     token_bytes: token ids as little-endian uint32; fewer than the layout's block size in a partial block.
     """
 
@@ -108,7 +106,7 @@ class BlockInfo:
         )
 
     def next(self, token_bytes: bytes, *, hash_function: HashFunction = hash_block) -> BlockInfo:
-        """Return the identity of a block behind this one."""
+        """Return the identity of a block that follows this one."""
         return BlockInfo(
             block_hash=hash_function(self.block_hash, token_bytes),
             parent=self.block_hash,
@@ -118,14 +116,14 @@ class BlockInfo:
         )
 
     def follows(self, parent: BlockInfo | None) -> bool:
-        """Tell whether the content digest is that of a block behind `parent`; behind none it begins a chain."""
+        """Return whether the content digest is that of a child of `parent`, or, for None, of a first block."""
         before = self.namespace if parent is None else parent.content_digest
         return self.content_digest == chain_content_digest(before, self.token_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecordHeader:
-    """What a record says of itself. Sizes are consistent with each other and with the record's length."""
+    """The header's fields. Sizes are consistent with each other and with the record's length."""
 
     info: BlockInfo
     checksum: int
@@ -196,7 +194,7 @@ def read_header(record: Buffer, *, size: int | None = None) -> RecordHeader:
 
 
 def record_bytes_of(header: bytes) -> int:
-    """Return how long a record claims to be, from its first HEADER_BYTES; nothing else is believed.
+    """Return how long a record claims to be, from its first HEADER_BYTES; nothing else is checked.
 
     Raises CorruptBlockError if it is none.
     """
@@ -220,7 +218,7 @@ def begin_checksum(header: Bytes) -> xxhash.xxh3_64:
 
 
 def mismatch(info: BlockInfo, expected: BlockInfo) -> MissReason | None:
-    """Return how a stored block differs from the one asked for, or None if they are the same block."""
+    """Return how a stored block differs from the expected one, or None if they are the same block."""
     if info.namespace != expected.namespace:
         return MissReason.NAMESPACE
     return None if info == expected else MissReason.COLLISION
@@ -269,7 +267,7 @@ def payload_offset_of(num_tokens: int, num_frames: int) -> int:
 
 
 def payload_offset_in(header: Bytes) -> int:
-    """Where the payload begins by a header's own word, not compared with anything yet."""
+    """Return where the payload begins according to a header that has not been checked yet."""
     return int.from_bytes(header[104:108].tobytes(), "little")
 
 
@@ -289,9 +287,9 @@ def _checksum(view: memoryview, record_bytes: int) -> int:
 
 
 def _unknown_version(view: memoryview, what: str, size: int | None) -> StoreError:
-    """Return the error for a record that says it is of another version: damage, unless its checksum matches.
+    """Return the error for a record of another version: damage, unless its checksum matches.
 
-    What every version has in its place: the first 16 bytes, and how long the record is.
+    Every version has the first 16 bytes, and the record's length, in the same place.
     """
     record_bytes = record_bytes_of(bytes(view[:HEADER_BYTES]))
     available = len(view) if size is None else size

@@ -24,7 +24,7 @@ __all__ = ["FileRecord", "RecordBytes", "RecordSource", "ThreadMemory", "is_in_m
 
 _ALIGNMENT_BYTES = 64
 _STEP_BYTES = 1 << 20
-_FETCHED_BYTES = 2 << 20  # by one read that does not wait: the longer, the further the system reads ahead
+_FETCHED_BYTES = 2 << 20  # by one read that does not wait; the system reads further ahead after longer ones
 
 
 class RecordSource(Protocol):
@@ -32,7 +32,7 @@ class RecordSource(Protocol):
 
     @property
     def size(self) -> int:
-        """How many bytes there should be, padding behind the record included."""
+        """How many bytes there should be, padding after the record included."""
 
     def view(self, start: int, end: int) -> Bytes:
         """Return the bytes from `start` to `end`, valid until the next call. Raises TruncatedBlockError, OSError."""
@@ -96,7 +96,7 @@ class FileRecord:
         """Ask the system to fetch the record into its cache; return without it. Raises OSError.
 
         Reads that must not wait start the system's own read-ahead, which fills the cache with large folios: they cost
-        less to fetch and to read than POSIX_FADV_WILLNEED's single pages, which is for what those reads leave out.
+        less to fetch and to read than POSIX_FADV_WILLNEED's single pages, which fetch the rest.
         """
         if hasattr(os, "RWF_NOWAIT") and not self._start_reading():
             return
@@ -126,7 +126,7 @@ class FileRecord:
             raise TruncatedBlockError(f"a record ends after {self.size} bytes, before {start + len(view)}")
         found = self._read(start, view)
         if found < len(view):
-            raise TruncatedBlockError(f"the file ends {start + found} bytes behind a record's begin")
+            raise TruncatedBlockError(f"the file ends {start + found} bytes after a record's begin")
 
     def _read(self, start: int, view: memoryview) -> int:
         found = 0
@@ -167,7 +167,7 @@ def is_in_memory(fd: int, offset: int) -> bool:
     start = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
     try:
         mapped = mmap.mmap(fd, mmap.PAGESIZE, access=mmap.ACCESS_READ, offset=start)
-    except (OSError, ValueError):  # behind the file's end, or in a file that cannot be mapped
+    except (OSError, ValueError):  # beyond the file's end, or in a file that cannot be mapped
         return True
     with mapped:
         view = np.frombuffer(mapped, dtype=np.uint8)

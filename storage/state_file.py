@@ -1,14 +1,13 @@
-"""A cache in one file, as `save_cache_state` writes and `load_cache_state` reads it on demand; here the reading.
+"""Reading a state file: a cache in one file, which `save_cache_state` writes; blocks are read when they are needed.
 
 Layout: a 4 KiB header, the namespace's description, records (the cold tier's own, see FORMAT.md) each
 beginning on a 4 KiB border, then the index: one fixed-size row a block, sorted by hash. Opening reads header,
-description and index; records are read when a block is asked for.
+description and index.
 
-The file may come from anybody. Opening it takes bounded time and memory, and believes the description only if the
-namespace's digest is computed of it; a record is believed as one of the cold store is, and must be the one that its
-row in the index speaks of.
+The file may come from anywhere. Opening it takes bounded time and memory, and uses the description only if the
+namespace's digest is computed of it. A record is checked as in the cold store, and must be the block of its row.
 
-Records are read with `pread`, not through a map: a file that somebody cuts short then costs a miss, where a
+Records are read with `pread`, not through a map: a file that is cut short then costs a miss, where a
 map would end the process with SIGBUS.
 """
 
@@ -60,7 +59,7 @@ CHILDREN_LIMIT = 4096
 
 
 class FileIdentity(NamedTuple):
-    """Two open state files with equal ones are the same file, unchanged, whatever their paths are."""
+    """Two open state files with equal identities are the same file, unchanged, whatever their paths are."""
 
     device: int
     inode: int
@@ -72,8 +71,8 @@ class FileIdentity(NamedTuple):
 class StateFile:
     """An open state file: a read-only source of blocks below the warm tier. Context manager. Thread-safe.
 
-    Raises StoreError where there is no such file or it is no regular one, CorruptBlockError where it is not a whole
-    state file, FormatVersionError where another version wrote it, ConfigError for what is no path.
+    Raises StoreError unless there is a regular file, CorruptBlockError where it is not a whole state file,
+    FormatVersionError where another version wrote it, ConfigError if `path` is no path.
     """
 
     def __init__(self, path: Path) -> None:
@@ -101,7 +100,7 @@ class StateFile:
         return len(self._index)
 
     def close(self) -> None:
-        """Close the file; later reads miss, and those in flight end as they would have. May be called twice."""
+        """Close the file; later reads miss, reads in flight finish. May be called twice."""
         self._file.close()
 
     def lookup(self, block_hash: BlockHash) -> StateEntry | None:
@@ -153,7 +152,7 @@ class StateFile:
                     self._open_record(fd, entry).fetch_ahead()
 
     def is_in_memory(self, block_hash: BlockHash) -> bool:
-        """Tell whether reading a block takes no disk; True of one that cannot be read."""
+        """Return whether reading a block takes no disk; True for a block that cannot be read."""
         entry = self.lookup(block_hash)
         with self._file.reading() as fd:
             return entry is None or fd is None or self._open_record(fd, entry).is_in_memory()
@@ -200,9 +199,9 @@ class StateFile:
         self._damaged.add(block_hash)
 
     def iter_records(self, seen: set[BlockHash] | None = None) -> Iterator[bytes]:
-        """Yield every sound record once, parents before children; the others are left out.
+        """Yield every sound record once, parents before children.
 
-        seen: hashes of blocks that are left out too; it gets those of the others.
+        seen: hashes of blocks to leave out; the hashes of the yielded blocks are added.
         Raises MemoryError for a record that does not fit into memory.
         """
         seen = set() if seen is None else seen
@@ -222,7 +221,7 @@ class StateFile:
                 yield block_hash
 
     def _read_sound(self, block_hash: BlockHash, entry: StateEntry) -> bytes | None:
-        """Return the record that a row speaks of, or None where it is not there, is damaged or of another format."""
+        """Return the record of a row, or None where it is missing, damaged or of another format."""
         with self._file.reading() as fd:
             try:
                 data = b"" if fd is None else os.pread(fd, entry.size, entry.offset)
@@ -263,9 +262,9 @@ class StateFile:
 
 
 class _OpenFile:
-    """A descriptor that is closed when it has been given up and the last read has ended.
+    """A descriptor that is closed after `close` and the end of the last read.
 
-    Closed earlier, its number could be another file's by the time that a read begins.
+    Closed earlier, its number could be another file's when a read begins.
     """
 
     def __init__(self, fd: int) -> None:
@@ -276,7 +275,7 @@ class _OpenFile:
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[int | None]:
-        """Give the descriptor for as long as a read lasts; None once the file has been closed."""
+        """Yield the descriptor for as long as a read lasts; None once the file has been closed."""
         with self._lock:
             fd = None if self._is_closed else self._fd
             self._readers += 1
@@ -306,5 +305,5 @@ def _parse(description: bytes, namespace: BlockHash) -> NamespaceDescription:
     except ConfigError as exc:
         raise CorruptBlockError(str(exc)) from exc
     if parsed.digest != namespace:
-        raise CorruptBlockError("it describes another namespace than the one that it is of")
+        raise CorruptBlockError("its description is that of another namespace")
     return parsed

@@ -10,7 +10,7 @@ from tierkv.storage.state_file import StateFile
 __all__ = ["STATE_FILES_LIMIT", "StateFiles"]
 
 STATE_FILES_LIMIT = 64
-"""How many state files may be loaded at once: each is an open file, and is asked at each miss."""
+"""How many state files may be loaded at once: each is an open file, and is searched at each miss."""
 
 
 class StateFiles:
@@ -29,10 +29,10 @@ class StateFiles:
         return len(self.files)
 
     def add(self, state: StateFile) -> StateFile:
-        """Take an open file and return the one to use: the same file, where that is loaded already.
+        """Own an open file and return the file to use: an equal one, where that is loaded already.
 
-        A file that has come to the path of a loaded one takes its place; what was at that path is closed.
-        Raises CapacityError where `limit` files are loaded. `state` is then closed, and also if this is.
+        Another file at the path of a loaded one replaces it, and the loaded one is closed.
+        Raises CapacityError where `limit` files are loaded. `state` is then closed, and also once this is closed.
         """
         with self._lock:
             for known in self.files:
@@ -55,7 +55,7 @@ class StateFiles:
         return state
 
     def close(self) -> None:
-        """Close all files, and those that are added later. Waits for no read; later reads miss."""
+        """Close all files, and files that are added later. Never waits for a read; later reads miss."""
         with self._lock:
             self._is_closed = True
             files = self.files

@@ -102,7 +102,7 @@ class StateHeader:
 
 
 def records_offset(description_bytes: int) -> int:
-    """Return where the first record may begin: behind header and description, on the next border."""
+    """Return where the first record may begin: after header and description, on the next border."""
     return -(-(ALIGN_BYTES + description_bytes) // ALIGN_BYTES) * ALIGN_BYTES
 
 
@@ -130,7 +130,7 @@ class StateIndex:
         raw = np.frombuffer(packed, dtype=np.uint8).reshape(len(self._rows), ROW.itemsize)
         self._keys = _Hashes.of(raw[:, :HASH_BYTES])
         if not self._keys.are_ascending():
-            raise CorruptBlockError("its blocks are not in order, or one is there twice")
+            raise CorruptBlockError("its blocks are not in order, or a block is there twice")
         self._check_records(begin, end, layout)
         parents = _Hashes.of(raw[:, HASH_BYTES : 2 * HASH_BYTES])
         self._by_parent = parents.order()
@@ -218,7 +218,7 @@ class _Hashes:
         return cls(np.ascontiguousarray(halves[:, 0]), np.ascontiguousarray(halves[:, 1]))
 
     def are_ascending(self) -> bool:
-        """Tell whether each is greater than the one before it."""
+        """Return whether each is greater than its predecessor."""
         high, low = self._high, self._low
         return bool(np.all((high[:-1] < high[1:]) | ((high[:-1] == high[1:]) & (low[:-1] < low[1:]))))
 

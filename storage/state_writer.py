@@ -29,7 +29,7 @@ from tierkv.values.namespace import parse_description
 
 __all__ = ["WRITE_WAIT_S", "SavedState", "write_state_file"]
 
-_UNFINISHED_MAGIC = b"TKVSAVE\0"  # where a finished file has MAGIC: of what begins otherwise nothing is removed
+_UNFINISHED_MAGIC = b"TKVSAVE\0"  # where a finished file has MAGIC; files that begin otherwise are never removed
 _UNFINISHED_NAME = re.compile(r"\.tierkv-save-[0-9a-f]{32}")
 _ATTEMPTS = 16
 _SYNC_BYTES = 64 << 20  # so that no call to the system takes as long as the whole file does
@@ -40,7 +40,7 @@ WRITE_WAIT_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class SavedState:
-    """What a save wrote. left_out: records that were damaged, or of another format."""
+    """The result of a save. left_out: records that were damaged, or of another format."""
 
     blocks: int
     file_bytes: int
@@ -57,12 +57,12 @@ def write_state_file(
 ) -> SavedState:
     """Write records into one file, atomically: beside the target, synced, then renamed over it.
 
-    records: each is checked as a reader checks it; a damaged one, one of another format or namespace, and one whose
-    codec does not fit the namespace are left out; so is a block that was there before. calls: the thread that waits for
-    the disk; one of its own if None.
-    Raises StoreError if the file cannot be written, also where the disk does not answer; the target is then what it
-    was. It may be missing or a regular file; anything else, a symbolic link too, is refused. ConfigError for what is no
-    path. What a save that was killed has left in the target's directory goes with the next one.
+    records: each is checked as a reader checks it. Left out are damaged records, those of another format or namespace,
+    those whose codec does not fit the namespace, and repeated blocks. calls: the thread that waits for the disk; by
+    default a new one.
+    Raises StoreError if the file cannot be written, also where the disk does not answer; the target is then unchanged.
+    It may be missing or a regular file; anything else, a symbolic link too, is refused. Raises ConfigError if `path` is
+    no path. A later save removes the unfinished files of saves that were killed.
     """
     path = check_path(path)
     with ExitStack() as stack:
@@ -92,12 +92,14 @@ def _lossy_codec_of(namespace: BlockHash, description: bytes) -> str:
     except ConfigError as exc:
         raise StoreError(f"the namespace {namespace.hex()} cannot be saved: {exc}") from exc
     if parsed.digest != namespace:
-        raise StoreError(f"the namespace {namespace.hex()} cannot be saved: its description is another one's")
+        raise StoreError(
+            f"the namespace {namespace.hex()} cannot be saved: its description is that of another namespace"
+        )
     return parsed.lossy_codec
 
 
 def _check_target(path: Path) -> None:
-    """Raise StoreError unless a path is free or a regular file's: nothing else is replaced."""
+    """Raise StoreError unless a path is free or names a regular file: nothing else is replaced."""
     try:
         mode = os.stat(path, follow_symlinks=False).st_mode
     except FileNotFoundError:
@@ -120,7 +122,7 @@ class _Unfinished:
 
     @classmethod
     def beside(cls, target: Path) -> _Unfinished:
-        """Make one, and remove what killed saves left there. Raises StoreError for a target that is not replaced."""
+        """Make one, and remove those of killed saves. Raises StoreError for a target that must not be replaced."""
         _check_target(target)
         _remove_unfinished(target.parent)
         for _ in range(_ATTEMPTS):
@@ -141,7 +143,7 @@ class _Unfinished:
         raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
 
     def append(self, data: bytes | memoryview) -> None:
-        """Write at the end, and bring to the disk what makes a call of `sync` long."""
+        """Write at the end, and sync now and then, so that `sync` never takes long."""
         self.write_at(data, self.size)
         self.size += len(data)
         if self.size - self._synced > _SYNC_BYTES:
@@ -169,17 +171,17 @@ class _Unfinished:
         os.close(self._fd)
 
     def remove(self) -> None:
-        """Close it, and be rid of it."""
+        """Close and delete it."""
         os.close(self._fd)
         with contextlib.suppress(OSError):
             os.unlink(self._path)
 
 
 def _remove_unfinished(directory: Path) -> None:
-    """Remove what saves left in a directory that were killed. What is not that, or cannot be removed, stays.
+    """Remove the unfinished files of killed saves from a directory. Others, and those that cannot be removed, stay.
 
-    It has a name that saves alone give, is a regular file of this user's with one name, is locked by nobody, and is
-    empty or begins as an unfinished or a finished state file does.
+    An unfinished file has a name that only saves give, is a regular file of this user with one name, is not locked, and
+    is empty or begins as an unfinished or a finished state file does.
     """
     with contextlib.suppress(OSError), os.scandir(directory) as found:
         for each in found:
@@ -210,7 +212,7 @@ def _lock(fd: int) -> None:
 
 
 class _Writer:
-    """One state file that is being written from its begin."""
+    """Writes the parts of a state file in order."""
 
     def __init__(self, file: _Unfinished, namespace: BlockHash, description: bytes, lossy_codec: str) -> None:
         self._file = file

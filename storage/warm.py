@@ -1,7 +1,7 @@
 """The warm tier's bytes: one slab of CPU memory that a GPU can copy from at full speed.
 
 The slab is an anonymous file (memfd) mapped shared, so that its descriptor can be handed to another process,
-and it is touched by several threads at once: the first touch by one thread costs 0.8 s a GiB.
+and several threads touch it at once: the first touch by a single thread costs 0.8 s a GiB.
 Registering it with CUDA is the mover's work (torch's own pinned allocator rounds sizes up to a power of two
 and cannot be shared).
 """
@@ -34,8 +34,8 @@ def slot_stride(block_bytes: int) -> int:
 class Slab:
     """Shared memory of a fixed size: made here, or mapped from another process's descriptor.
 
-    The size is sealed, so that nobody who is handed the descriptor can cut the memory short: to touch what
-    is missing would end every process that has it mapped.
+    The size is sealed (a memfd seal), so that no process that gets the descriptor can cut the memory short: touching
+    the missing part would end every process that has it mapped.
     """
 
     def __init__(self, size_bytes: int, *, num_threads: int = 4) -> None:
@@ -57,7 +57,7 @@ class Slab:
         try:
             if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
                 raise OSError("its size is not sealed")
-            if os.fstat(fd).st_size != size_bytes:  # after the seals: it stays what it is
+            if os.fstat(fd).st_size != size_bytes:  # compared after the seals: it cannot change any more
                 raise OSError(f"it has {os.fstat(fd).st_size} bytes, not {size_bytes}")
             slab._map = mmap.mmap(fd, size_bytes)
         except (OSError, ValueError, OverflowError) as exc:
@@ -74,12 +74,12 @@ class Slab:
         return self.bytes[: num_slots * stride].reshape(num_slots, stride)[:, :block_bytes]
 
     def close(self) -> None:
-        """Give the memory back. May be called twice."""
+        """Free the memory. May be called twice."""
         self.bytes = np.empty(0, dtype=np.uint8)
         try:
             self._map.close()
         except BufferError:
-            pass  # a view is still alive somewhere: the memory goes with the last one
+            pass  # a view is still alive: the memory is freed with the last view
         if self.fd is not None:
             os.close(self.fd)
             self.fd = None
@@ -89,7 +89,7 @@ class WarmPool:
     """`num_slots` places of one block each. `slots` is [num_slots, block_bytes] uint8, page-aligned.
 
     A slot is `block_bytes` rounded up to whole pages apart. Views of `slots` must not outlive `close`.
-    slab: memory to lay the places out on instead of the pool's own; the pool closes it.
+    slab: memory to use instead of the pool's own; the pool closes it.
     """
 
     def __init__(self, block_bytes: int, num_slots: int, *, num_threads: int = 4, slab: Slab | None = None) -> None:
@@ -114,7 +114,7 @@ class WarmPool:
         return int(self.slots.ctypes.data)
 
     def close(self) -> None:
-        """Give the memory back. May be called twice."""
+        """Free the memory. May be called twice."""
         self.slots = np.empty((0, 0), dtype=np.uint8)
         self._slab.close()
 

@@ -38,7 +38,7 @@ __all__ = ["ESCAPE", "HEADER_BYTES", "TILE", "Section", "WindowFormat"]
 TILE = 4096
 ESCAPE = 7
 HEADER_BYTES = 16
-_MAX_ESCAPES = 8  # one value in eight; a block with more does not fit its slot and is not kept compressed
+_MAX_ESCAPES = 8  # one value in eight; a block with more escapes does not fit its slot and is not kept compressed
 _ALIGNMENT_BYTES = 256
 
 
@@ -70,7 +70,7 @@ class Section:
 
 
 class WindowFormat:
-    """The format for one layout and its groups of layers. `slot_bytes`: what a compressed block takes, 0.75 of it raw.
+    """The format for one layout and its groups of layers. slot_bytes: of a compressed block, 0.75 of the raw block's.
 
     Raises ConfigError for a layout that is not of bfloat16.
     """
@@ -89,18 +89,14 @@ class WindowFormat:
         return _aligned(last.offset + last.capacity_bytes)
 
     def section_bytes(self, slot: Bytes, group: int) -> int:
-        """Return how long a section of a compressed block is: what has to be copied."""
+        """Return how many bytes of a compressed block's section have to be copied."""
         section = self.sections[group]
         return section.escapes_at + int(slot[section.offset : section.offset + 4].view("<u4")[0])
-
-    def compressed_bytes(self, slot: Bytes) -> int:
-        """Return the bytes of all sections of a compressed block."""
-        return sum(self.section_bytes(slot, group) for group in range(len(self.sections)))
 
     def compress(self, block: Bytes, slot: Bytes, *, num_tokens: int | None = None) -> bool:
         """Write a block into a slot; return False if it does not fit (the slot's contents are undefined then).
 
-        block: [layout.block_bytes] uint8; of its tokens the first `num_tokens` are kept, the others become anything.
+        block: [layout.block_bytes] uint8; its first `num_tokens` tokens are kept, the others become undefined.
         """
         count = self.layout.block_size if num_tokens is None else num_tokens
         words = block.view(np.uint16)

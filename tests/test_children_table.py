@@ -1,4 +1,4 @@
-"""The table to a block's children: the one with the longest common run is found as a walk over all would find it."""
+"""The children table finds the child with the longest common run, as a walk over all children would find it."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_removing_every_child_leaves_no_link(stored) -> None:
             assert not cursor.first()
 
 
-def test_children_that_share_many_tokens_are_told_apart() -> None:
+def test_children_that_share_many_tokens_are_distinguished() -> None:
     with tree() as children:
         for number in range(300):
             children.insert([9] * 144 + [number])
@@ -123,6 +123,6 @@ def test_a_search_reads_the_tokens_of_one_child_however_many_there_are() -> None
 
 @pytest.mark.parametrize("tokens", [[], [1], [0] * 16, [2**32 - 1] * 16])
 def test_a_key_says_what_was_put_into_it(tokens: list[int]) -> None:
-    link = ChildRow(PARENT, as_bytes(tokens), 3, OTHER)
-    assert ChildRow.unpack(link.key) == link
-    assert len(link.key) == 98
+    row = ChildRow(PARENT, as_bytes(tokens), 3, OTHER)
+    assert ChildRow.unpack(row.key) == row
+    assert len(row.key) == 98

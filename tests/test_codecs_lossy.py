@@ -79,7 +79,7 @@ def decoded(record: EncodedRecord, layout: BlockLayout) -> np.ndarray:
 @names
 @dtypes
 @pytest.mark.parametrize("num_tokens", [5, 23, 24])
-def test_layers_of_different_shapes_and_partial_tails_come_back_nearly(name: str, dtype: str, num_tokens: int) -> None:
+def test_layers_of_different_shapes_and_partial_blocks_come_back_nearly(name: str, dtype: str, num_tokens: int) -> None:
     layout = layout_of(dtype)
     block = normal_block(layout)
     record = coded(block, layout, name, num_tokens)
@@ -155,7 +155,7 @@ def test_runs_of_one_number_zeros_and_subnormals_among_them_come_back(name: str,
 
 @names
 @pytest.mark.parametrize("num_tokens", [1, 2])
-def test_a_tail_too_short_to_save_anything_is_exact_or_near(name: str, num_tokens: int) -> None:
+def test_a_partial_block_too_short_to_save_anything_is_exact_or_near(name: str, num_tokens: int) -> None:
     layout = layout_of("bfloat16")
     block = normal_block(layout)
     record = coded(block, layout, name, num_tokens)
@@ -235,15 +235,15 @@ def test_the_bytes_of_a_lossy_record_never_change(name: str) -> None:
 @settings(max_examples=150, deadline=None)
 @given(
     edits=st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(0, 255)), min_size=1, max_size=6),
-    resealed=st.booleans(),
+    has_new_checksum=st.booleans(),
 )
-def test_a_mutated_lossy_record_is_refused_or_numbers_of_some_kind(name: str, edits, resealed: bool) -> None:
+def test_a_mutated_lossy_record_is_refused_or_numbers_of_some_kind(name: str, edits, has_new_checksum: bool) -> None:
     layout = layout_of("bfloat16")
     record = coded(normal_block(layout), layout, name)
     data = bytearray(record.data)
     for at, value in edits:
         data[at % len(data)] = value
-    if resealed:  # as a writer with another idea of the codec would
+    if has_new_checksum:  # as a writer with another idea of the codec would
         data[8:16] = xxhash.xxh3_64_intdigest(data[16:], seed=int.from_bytes(data[:8], "little")).to_bytes(8, "little")
     out = np.empty(layout.block_bytes, dtype=np.uint8)
     with contextlib.suppress(StoreError):

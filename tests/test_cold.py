@@ -62,7 +62,7 @@ def test_an_unknown_block_is_absent(tmp_path: Path) -> None:
         assert store.stats().misses[MissReason.ABSENT] == 1
 
 
-def test_the_small_record_tells_what_lookups_and_eviction_need(tmp_path: Path) -> None:
+def test_the_entry_has_what_lookups_and_eviction_need(tmp_path: Path) -> None:
     root, child = chain_of(2)
     with open_store(tmp_path) as store:
         store.put([root, child])
@@ -125,7 +125,7 @@ def test_a_block_is_not_stored_behind_another_one_with_its_parents_hash(tmp_path
         store.check()
 
 
-def test_a_first_block_with_a_seal_that_is_not_its_own_is_refused(tmp_path: Path) -> None:
+def test_a_first_block_with_another_content_digest_is_refused(tmp_path: Path) -> None:
     record = encode_record(replace(record_of(1).info, content_digest=bytes(16)), block_bytes(), layout=LAYOUT)
     with open_store(tmp_path) as store:
         assert store.put([record]) == [PutOutcome.NO_PARENT]
@@ -210,7 +210,7 @@ def test_accesses_and_pins_survive_a_restart(tmp_path: Path) -> None:
         assert (entry.access_count, entry.last_access, entry.pinned) == (2, 1005.0, True)
 
 
-def test_many_accesses_are_due_and_those_that_nobody_writes_are_bounded(tmp_path, monkeypatch) -> None:
+def test_many_accesses_are_due_and_unwritten_ones_are_bounded(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(cold_batch, "MAX_PENDING_TOUCHES", 2)
     monkeypatch.setattr(cold_batch, "MAX_KEPT_TOUCHES", 2)
     records = [record_of(number) for number in range(3)]
@@ -266,7 +266,7 @@ def test_the_quota_is_kept_by_evicting_the_least_recently_used(tmp_path: Path) -
         store.check()
 
 
-def test_a_block_touched_since_the_victims_were_ordered_stays_and_the_next_one_goes(tmp_path: Path) -> None:
+def test_a_block_touched_after_the_candidates_were_ordered_stays_and_the_next_is_evicted(tmp_path: Path) -> None:
     clock = FakeClock()
     with open_store(tmp_path, clock) as store:
         blocks = [record_of(number) for number in range(6)]
@@ -332,7 +332,7 @@ def test_a_namespace_or_what_is_old_can_be_evicted(tmp_path: Path) -> None:
         store.check()
 
 
-def test_the_order_of_victims_can_be_given(tmp_path: Path) -> None:
+def test_the_eviction_score_can_be_given(tmp_path: Path) -> None:
     def newest_first(entries, now):
         return -entries["created"]
 

@@ -1,4 +1,4 @@
-"""Stores that another program has prepared: odd files, links in cycles, impossible numbers, odd descriptions."""
+"""Stores that another program has prepared: odd files, children in cycles, impossible numbers, odd descriptions."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_file_of_the_store_that_is_no_regular_file_is_refused_at_once(
 
 
 @pytest.mark.parametrize("name", ["data.mdb", "lock.mdb", "users.lock"])
-def test_a_fifo_is_refused_by_who_reads_only_too(tmp_path: Path, name: str) -> None:
+def test_a_fifo_is_refused_by_a_read_only_store_too(tmp_path: Path, name: str) -> None:
     open_store(tmp_path).close()
     (tmp_path / "cold" / name).unlink()
     os.mkfifo(tmp_path / "cold" / name)
@@ -79,7 +79,7 @@ def test_a_fifo_is_refused_by_who_reads_only_too(tmp_path: Path, name: str) -> N
         open_store(tmp_path, read_only=True)
 
 
-def test_what_lies_where_a_compaction_writes_is_removed_and_no_link_is_followed(tmp_path: Path) -> None:
+def test_a_file_where_a_compaction_writes_is_removed_and_no_symbolic_link_is_followed(tmp_path: Path) -> None:
     kept = tmp_path / "kept"
     kept.mkdir()
     (kept / "file").write_text("the user's")
@@ -98,7 +98,7 @@ def test_a_path_that_no_system_can_have_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o707])
-def test_a_store_that_others_can_write_to_is_told_in_the_log(tmp_path: Path, caplog, mode: int) -> None:
+def test_a_store_that_others_can_write_to_is_logged(tmp_path: Path, caplog, mode: int) -> None:
     open_store(tmp_path).close()
     assert not caplog.records
     (tmp_path / "cold").chmod(mode)
@@ -126,7 +126,7 @@ def test_a_new_store_is_its_users_alone(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "cold").stat().st_mode) == 0o700
 
 
-# -- links ----------------------------------------------------------------------------------------------
+# -- children ----------------------------------------------------------------------------------------------
 
 
 def edit(store: ColdStore, change: Callable[[WriteBatch], None]) -> None:
@@ -160,7 +160,7 @@ def test_a_block_that_is_its_own_child_is_removed_once_and_evicted(tmp_path: Pat
         store.check()
 
 
-def test_a_longer_cycle_and_links_across_namespaces_remove_nobody_elses_blocks(tmp_path: Path) -> None:
+def test_a_longer_cycle_and_rows_across_namespaces_remove_no_other_blocks(tmp_path: Path) -> None:
     chain, hashes = hashes_of(3)
     others, other_hashes = hashes_of(2, first=50, namespace=OTHER)
     with open_store(tmp_path) as store:
@@ -179,14 +179,14 @@ def test_a_longer_cycle_and_links_across_namespaces_remove_nobody_elses_blocks(t
         assert store.evict(to_bytes=0).blocks == 3
 
 
-def test_a_repair_makes_wrong_links_and_depths_right(tmp_path: Path) -> None:
+def test_a_repair_corrects_the_children_table_and_depths(tmp_path: Path) -> None:
     chain, hashes = hashes_of(3)
     with open_store(tmp_path) as store:
         store.put(chain)
 
         def confuse(batch: WriteBatch) -> None:
             put_link(batch, hashes[2], hashes[0])
-            batch.txn.put(hashes[0], b"", db=batch.databases.children)  # a link as short as its parent
+            batch.txn.put(hashes[0], b"", db=batch.databases.children)  # a row as short as its parent
             batch.txn.put(hashes[1] + b"\xff" * 200, b"", db=batch.databases.children)
             entry = batch.entry(hashes[1])
             assert entry is not None
@@ -201,7 +201,7 @@ def test_a_repair_makes_wrong_links_and_depths_right(tmp_path: Path) -> None:
         assert [store.contains(each) for each in hashes] == [True] * 3
 
 
-def test_a_link_that_says_another_number_of_tokens_ends_no_search_and_no_removal(tmp_path: Path) -> None:
+def test_a_child_row_with_another_number_of_tokens_ends_no_search_and_no_removal(tmp_path: Path) -> None:
     """Such a key cannot be made anew from what it says, so to delete what it says left it where it was."""
     chain, hashes = hashes_of(2)
     node = ChildRow(hashes[0], b"", 0, hashes[1]).key[:16]
@@ -212,7 +212,7 @@ def test_a_link_that_says_another_number_of_tokens_ends_no_search_and_no_removal
     with open_store(tmp_path) as store:
         store.put(chain)
         edit(store, lambda batch: batch.txn.put(odd, b"", db=batch.databases.children) or None)
-        damage_record(store, hashes[1], offset=2)  # its tokens cannot be read, so its links are searched for
+        damage_record(store, hashes[1], offset=2)  # its tokens cannot be read, so its rows are searched for
         assert store.delete(hashes[1]) == 1
         assert store.children(hashes[0]) == []
         store.check()

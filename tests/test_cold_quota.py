@@ -39,7 +39,7 @@ def set_elsewhere(path: Path, quota_bytes: int, count: int) -> None:
     subprocess.run(command(script, path, quota_bytes, count), env=ENVIRONMENT, check=True, timeout=60)
 
 
-def test_who_opens_a_store_with_another_quota_evicts_nothing_and_is_told(tmp_path: Path, caplog) -> None:
+def test_opening_a_store_with_another_quota_evicts_nothing_and_is_logged(tmp_path: Path, caplog) -> None:
     with open_store(tmp_path) as store:
         store.put([record_of(number) for number in range(20)])
     with open_store(tmp_path, quota_bytes=2 * SIZE) as store:
@@ -50,7 +50,9 @@ def test_who_opens_a_store_with_another_quota_evicts_nothing_and_is_told(tmp_pat
 
 
 @pytest.mark.parametrize("asked", [None, QUOTA])
-def test_who_says_no_quota_or_the_stores_own_is_told_nothing(tmp_path: Path, caplog, asked: int | None) -> None:
+def test_opening_a_store_without_a_quota_or_with_its_own_logs_nothing(
+    tmp_path: Path, caplog, asked: int | None
+) -> None:
     open_store(tmp_path).close()
     for read_only in (False, True):
         with open_store(tmp_path, quota_bytes=asked, read_only=read_only) as store:
@@ -85,7 +87,7 @@ def test_a_damaged_quota_is_replaced_by_the_one_that_is_asked_for(tmp_path: Path
         assert store.quota_bytes == QUOTA // 2
 
 
-def test_a_smaller_quota_says_what_it_would_evict_and_does_so_only_when_told(tmp_path: Path) -> None:
+def test_a_smaller_quota_names_what_it_would_evict_and_evicts_only_on_request(tmp_path: Path) -> None:
     with open_store(tmp_path) as store:
         store.put([record_of(number) for number in range(10)])
         with pytest.raises(CapacityError, match="would evict 6 blocks"):
@@ -188,6 +190,6 @@ def test_a_store_that_has_blocks_to_evict_has_room(tmp_path: Path, monkeypatch: 
         assert store.stats().blocks == 1
 
 
-def test_a_quota_too_small_for_one_block_is_told_before_anything_is_put(tmp_path: Path) -> None:
+def test_a_quota_too_small_for_one_block_is_refused_before_a_put(tmp_path: Path) -> None:
     with open_store(tmp_path, quota_bytes=100) as store, pytest.raises(CapacityError, match="too small for one block"):
         store.require_room(5000)

@@ -55,7 +55,7 @@ def test_the_damaged_row_of_a_namespace_is_counted_anew_and_no_block_is_lost(tmp
         store.check()
 
 
-def test_a_quota_smaller_than_one_block_keeps_nothing_and_hurts_nobody(tmp_path: Path) -> None:
+def test_a_quota_smaller_than_one_block_keeps_nothing_and_raises_nothing(tmp_path: Path) -> None:
     with open_store(tmp_path, quota_bytes=100) as store:
         assert store.put(chain_of(2)) == [PutOutcome.FULL] * 2
         assert store.stats().live_bytes == 0

@@ -126,7 +126,7 @@ def test_arbitrary_bytes_are_no_state_file(data: bytes) -> None:
 @given(changes=edits, size=sizes)
 def test_a_mutated_index_entry_is_refused(changes, size) -> None:
     record = record_of(1)
-    packed = pack_entry(record.info.block_hash, entry_of(record, value_bytes=1, depth=0, now=1.0))
+    packed = pack_entry(record.info.block_hash, entry_of(record, depth=0, now=1.0))
     data = mutated(packed, changes, size)
     if data != packed:
         with pytest.raises(CorruptBlockError):

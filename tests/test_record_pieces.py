@@ -158,7 +158,7 @@ def test_a_block_left_coded_is_its_payload(tmp_path: Path) -> None:
     assert np.array_equal(out[: coded.payload_bytes], data[header.payload_offset :])
 
 
-def test_another_block_is_told_from_a_damaged_one_by_its_last_byte() -> None:
+def test_another_block_differs_from_a_damaged_block_by_its_last_byte() -> None:
     data = encoded()
     other = replace(INFO, content_digest=bytes(16))
     assert decode(data, expected=other) is MissReason.COLLISION

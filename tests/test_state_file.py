@@ -233,7 +233,7 @@ def test_a_record_is_never_read_further_than_its_layout_allows(tmp_path: Path, m
         StateFile(tmp_path / "state")
 
 
-def test_hashes_that_agree_in_half_their_bytes_are_told_apart(tmp_path: Path) -> None:
+def test_hashes_that_agree_in_half_their_bytes_are_distinguished(tmp_path: Path) -> None:
     same, records = b"\7" * 8, []
     hashes = [BlockHash(same + bytes([last]) + bytes(7)) for last in (3, 0, 255, 16)]
     for number, block_hash in enumerate(hashes):

@@ -49,7 +49,7 @@ def store(tmp_path: Path):
 
 
 @LOSSY
-def test_blocks_of_a_lossy_cache_come_back_nearly_and_the_tail_too(store: ColdStore, codec: str) -> None:
+def test_blocks_of_a_lossy_cache_come_back_nearly_and_the_partial_block_too(store: ColdStore, codec: str) -> None:
     with open_cache(store, codec) as cache:
         engine = PatternEngine(cache)
         engine.start(PROMPT, partial_block=True)

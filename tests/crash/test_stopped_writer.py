@@ -25,7 +25,7 @@ from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.errors import StoreBusyError, StoreError
 from tierkv.storage.cold import ColdStore
-from tierkv.storage.cold_writer import ColdWriter
+from tierkv.storage.cold_batch import WriteBatch
 from tierkv.storage.lmdb_lock import UserLock
 from tierkv.storage.outcomes import MissReason, PutOutcome
 from tierkv.values.namespace import Namespace
@@ -154,7 +154,7 @@ def test_a_reader_never_waits_for_the_lock_and_damage_is_seen_to_later(tmp_path:
         store.check()
 
 
-def test_whoever_writes_waits_for_a_bounded_time(tmp_path: Path) -> None:
+def test_every_writer_waits_for_a_bounded_time(tmp_path: Path) -> None:
     with store_in(tmp_path) as store:
         store.put([record_of(1)])
         with stopped_writer("hold_write_lock", tmp_path):
@@ -245,7 +245,7 @@ def test_a_repair_of_a_busy_store_takes_no_sound_block_for_a_damaged_one(tmp_pat
         with store._writer.batch() as batch:
             batch.txn.put(block_hash, b"x" * 96, db=batch.databases.entries)
         with stopped_writer("hold_write_lock", tmp_path), monkeypatch.context() as patch:
-            patch.setattr(ColdWriter, "remove_subtree", lambda *_: pytest.fail("it was to be removed"))
+            patch.setattr(WriteBatch, "remove_subtree", lambda *_: pytest.fail("it was to be removed"))
             with pytest.raises(StoreBusyError):
                 in_time_or_raise(lambda: store.verify(repair=True))
         assert store.verify(repair=True).removed == 0

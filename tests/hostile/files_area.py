@@ -366,7 +366,7 @@ def _tokens_at(prompt: list[int], at: int, count: int, record: EncodedRecord) ->
 
 
 class Stores(Area):
-    """Directories and databases of a store: opened or refused, mended, and good for new blocks in the end."""
+    """Directories and databases of a store: opened or refused, repaired, and good for new blocks in the end."""
 
     name = "stores"
 
@@ -506,7 +506,7 @@ class Stores(Area):
                 digest = random.choice((NAMESPACE.digest, OTHER.digest, b"", random.randbytes(20)))
                 txn.put(b"namespace" + digest, row, db=databases.meta)
             elif kind == 4:
-                txn.put(self._link(random), random.choice((b"", b"x")), db=databases.children)
+                txn.put(self._child_row(random), random.choice((b"", b"x")), db=databases.children)
             else:
                 value = random.choice((b"", b"3", b"9" * 7, add_checksum(b"4"), random.randbytes(12)))
                 txn.put(random.choice((b"format", b"other")), value, db=databases.meta)
@@ -535,7 +535,7 @@ class Stores(Area):
         numbers = {name: odd_number(random, 63) for name in ("blocks", "raw_bytes", "stored_bytes", "value_bytes")}
         return pack_row(NamespaceRow(description=description, **numbers))
 
-    def _link(self, random: Random) -> bytes:
+    def _child_row(self, random: Random) -> bytes:
         hashes = [record.info.block_hash for record in self._chain]
         parent, child = random.choice((*hashes, NAMESPACE.digest)), random.choice((*hashes, random.randbytes(16)))
         tokens = random.choice(self._chain).info.token_bytes

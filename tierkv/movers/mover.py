@@ -79,17 +79,14 @@ class AllReady:
         self._parts = parts
 
     def wait(self, layer: int | None = None) -> None:
-        """Make the current stream wait for each batch."""
         for part in self._parts:
             part.wait(layer)
 
     def synchronize(self) -> None:
-        """Block the calling thread until all batches are complete."""
         for part in self._parts:
             part.synchronize()
 
     def is_done(self) -> bool:
-        """Return whether all batches are complete."""
         return all(part.is_done() for part in self._parts)
 
 

@@ -68,9 +68,9 @@ test: $(READY)
 test-gpu:
 	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) -m pytest -q $(wildcard tests/gpu tests/cache tests/model tests/kernels) $(ARGS)
 
-# As modules: `python tools/bench_x.py` would put tools/ in front of the standard library.
+# As modules, so that `benchmarks` is a package.
 bench: $(READY)
-	@set -e; for bench in $(CPU_BENCHES); do echo "== $$bench"; $(BIN)/python -m tierkv.tools.$$bench $(ARGS); done
+	@set -e; for bench in $(CPU_BENCHES); do echo "== $$bench"; $(BIN)/python -m benchmarks.$$bench $(ARGS); done
 
 # One table of everything; the parts are commands of their own: python -m benchmarks.ttft and so on.
 bench-gpu:

@@ -56,6 +56,10 @@ class CacheConfig:
         cold_bytes and the codecs are the daemon's business.
     compute_wait_s: how long a request waits for blocks that another process is computing; 0 never waits.
     daemon_timeout_s: after so long a daemon that does not answer counts as gone.
+
+    >>> config = CacheConfig(cold_path="store", block_size=4, hot_bytes=1 << 20, warm_bytes=1 << 20)
+    >>> config.cold_path
+    PosixPath('store')
     """
 
     cold_path: Path | None = None

@@ -18,6 +18,9 @@ class GenerationOptions:
     """stop_ids end a sequence and are its last token; None takes the model's own end-of-sequence tokens.
 
     use_cache=False neither finds nor keeps anything. keep_logits keeps each step's logits, on the CPU.
+
+    >>> GenerationOptions(max_new_tokens=8, sampling=SamplingOptions(temperature=0.7, seed=1)).max_new_tokens
+    8
     """
 
     max_new_tokens: int = 64

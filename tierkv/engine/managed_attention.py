@@ -77,6 +77,11 @@ class ManagedFlashAttention:
     cache: whose blocks are inspected and managed. memory_tracker: told of every tensor that a call makes.
     memory_controller: carries out `manual_cache_management` in the cache's place. Keeps one page-locked buffer for K
     and V that were offloaded, as large as the largest so far, until `close`.
+
+    >>> q, k, v = (torch.randn(1, 16, 2, 8) for _ in range(3))
+    >>> output, stats = ManagedFlashAttention(cache).forward_with_control(q, k, v, memory_budget=1 << 20)
+    >>> output.shape
+    torch.Size([1, 16, 2, 8])
     """
 
     def __init__(

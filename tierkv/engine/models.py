@@ -38,6 +38,9 @@ def load_model(
     device: CUDA where there is one, else the CPU. dtype: bfloat16 on CUDA, the checkpoint's own on a CPU.
     Raises ConfigError, in one line, for an unknown device or dtype and for a model that is unknown or damaged, also
     where its files lack weights: Transformers would fill them with random numbers.
+
+    >>> load_model(None, cache_dir=Path("models")).name
+    'embedded'
     """
     transformers = import_transformers()
     target = _device(device)

@@ -473,6 +473,12 @@ def open_runner(
     a rank's own, save for `cold_bytes`: one store serves all ranks of a machine.
     Raises UnsupportedModelError, with the reason, before anything is opened; ConfigError where ranks do not fit, and
     for a block_size beyond the model's context; CapacityError where the pools hold too few such blocks.
+
+    >>> loaded = load_model(None, cache_dir=Path("models"))
+    >>> with open_runner(loaded, CacheConfig(cold_path="store", block_size=16)) as runner:
+    ...     (answer,) = runner.generate([[1, 2, 3]], GenerationOptions(max_new_tokens=2))
+    ...     len(answer.token_ids)
+    2
     """
     model = loaded.model
     check_supported(model)

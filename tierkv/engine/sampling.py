@@ -21,6 +21,9 @@ class SamplingOptions:
 
     seed: the same one gives the same answers again, whatever else is in the batch; None gives others each time. Equal
     prompts of one batch get different answers in both cases.
+
+    >>> SamplingOptions(temperature=0.7, top_p=0.9, seed=1).seed
+    1
     """
 
     temperature: float = 0.0

@@ -61,6 +61,11 @@ class EvictionPolicy(Protocol):
 
     Any object with the three methods is one. A class that inherits from this one has them already, and is LRU until it
     says otherwise: so it can be about single blocks, and leave the others to `super()`.
+
+    >>> class ShortPromptsFirst(EvictionPolicy):
+    ...     def score_block(self, block: CacheBlock) -> float:
+    ...         return 1 / (1 + block.depth)
+    >>> cache.set_eviction_policy(ShortPromptsFirst())
     """
 
     def score_block(self, block: CacheBlock) -> float:

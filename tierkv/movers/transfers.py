@@ -39,6 +39,9 @@ class TransferOp:
     A target has the source's shape and dtype and is contiguous; page-locked memory of the CPU is copied from and to
     directly. Neither may be changed, nor the target read, until the transfer has ended. Raises ShapeError, and
     ConfigError for a priority that there is not.
+
+    >>> TransferOp.to_cpu(torch.ones(3), priority=Priority.PREFETCH).source.shape
+    torch.Size([3])
     """
 
     source: Tensor
@@ -87,6 +90,11 @@ class MemoryTransferManager:
     pinned_memory_pool_size: bytes of page-locked memory, taken once, half for each direction, by way of which memory
     that is not page-locked is copied; where it is used up, transfers wait. More than the default adds nothing: it is
     what may be in flight. max_waiting_bytes: of each direction and priority; who hands over more waits for room.
+
+    >>> with MemoryTransferManager("cpu") as manager:
+    ...     (handle,) = manager.bulk_transfer([TransferOp.to_cpu(torch.ones(3))])
+    ...     handle.result()
+    tensor([1., 1., 1.])
     """
 
     def __init__(

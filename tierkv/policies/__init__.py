@@ -41,6 +41,8 @@ def make_policy(name: str) -> EvictionPolicy:
     """Return a new policy by its name; underscores may stand for hyphens. `learned:FILE` reads trained weights.
 
     Raises ConfigError that lists the names there are, or says what is wrong with the file.
+
+    >>> cache.set_eviction_policy(make_policy("lru"))
     """
     if not isinstance(name, str):
         raise ConfigError(f"an eviction policy's name must be text, got {name!r}")

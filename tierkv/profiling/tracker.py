@@ -47,6 +47,11 @@ class MemoryTracker:
     history_size: events that are kept; older ones are dropped and counted. sample_every: of so many steps of
     decoding one is recorded, chosen at random and counted that many times, because they are the hot path.
     Thread-safe. Imports no torch.
+
+    >>> tracker = MemoryTracker()
+    >>> key = tracker.register_allocation(torch.ones(256), "activations")
+    >>> tracker.total_allocated
+    1024
     """
 
     def __init__(

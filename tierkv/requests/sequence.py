@@ -26,6 +26,11 @@ class Sequence:
     split: cold blocks that come up while the engine computes those in front of them, until `TierCache.join`.
     cold_load: how the time of its first result counts, see `TierCache.note_loaded`.
     claim: the promise, made to other processes, to compute the rest.
+
+    >>> sequence = cache.acquire(token_ids)
+    >>> sequence.num_tokens, sequence.num_cached_tokens, len(sequence.block_table)
+    (9, 8, 3)
+    >>> cache.release(sequence)
     """
 
     token_bytes: bytearray

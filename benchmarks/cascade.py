@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -18,10 +18,9 @@ from torch import Tensor
 from benchmarks.ttft import machine, random_model
 from tierkv.config import CacheConfig
 from tierkv.engine.attention import AttentionBatch, SequenceStep, build_batch, forward
-from tierkv.engine.attention_cascade import PrefixKernel, attend_cascade, own_pass, prefix_pass, shared_pass
+from tierkv.engine.attention_cascade import attend_cascade, own_pass, shared_pass
 from tierkv.engine.attention_paged import PagedQuery, attend
 from tierkv.engine.cascade import CascadeCost, SharedPrefix, plan_cascade
-from tierkv.engine.cascade_batch import CascadeBatch
 from tierkv.engine.graphs import GraphedModel
 from tierkv.engine.models import LoadedModel
 from tierkv.engine.runner import GenerationOptions, Runner, open_runner
@@ -34,9 +33,6 @@ _HEADS, _KV_HEADS, _DIM, _BLOCK = 32, 8, 128, 256
 _LAYERS = 8  # so that no layer finds its K and V in the L2 cache from the replay before
 _TOKEN_BYTES = 2 * _KV_HEADS * _DIM * 2
 _COST = CascadeCost.of_gpu(heads=_HEADS, kv_heads=_KV_HEADS, head_dim=_DIM, token_bytes=_TOKEN_BYTES)
-_SPLITS = (2, 4, 6, 8, 12, 16, 24, 32)
-_PROGRAMS = ((64, 4, 3), (64, 8, 3), (64, 8, 4), (128, 8, 2), (128, 8, 3))  # keys, warps, stages of our own kernel
-_VARIANTS = ("cascade", "  one stream", *(f"  {splits} splits" for splits in _SPLITS), "  own kernel")
 
 
 @dataclass(slots=True)
@@ -51,7 +47,6 @@ class _Case:
     plan: tuple[SharedPrefix, ...]
     times_us: dict[str, float] = field(default_factory=dict)
     errors: list[float] = field(default_factory=list)
-    kernel: PrefixKernel | None = None
 
 
 def main() -> None:
@@ -60,7 +55,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[8, 16, 64, 128])
     parser.add_argument("--shared", type=int, nargs="+", default=[1024, 8192, 32_768], help="tokens, in whole blocks")
     parser.add_argument("--own", type=int, default=200, help="tokens that each sequence has for itself")
-    parser.add_argument("--tune", action="store_true", help="also try other splits, and our own kernel")
     parser.add_argument("--model", action="store_true", help="also time whole decode steps")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -78,7 +72,7 @@ def main() -> None:
     for shared in arguments.shared:
         for batch in arguments.batch:
             try:
-                cases.append(_measure(batch, shared, arguments.own, device, tune=arguments.tune))
+                cases.append(_measure(batch, shared, arguments.own, device))
             except Exception as exc:  # noqa: BLE001 - a case that fails must not lose the others
                 print(f"batch {batch}, {shared} shared: {type(exc).__name__}: {exc}")
             else:
@@ -160,8 +154,8 @@ def _make_case(batch: int, shared: int, own: int, device: torch.device) -> _Case
     return _Case(batch, shared, own, layers, step, chosen)
 
 
-def _measure(batch: int, shared: int, own: int, device: torch.device, *, tune: bool) -> _Case:
-    """Time the plain path, the cascade, its parts and, if asked, its variants."""
+def _measure(batch: int, shared: int, own: int, device: torch.device) -> _Case:
+    """Time the plain path, the cascade and its parts."""
     case = _make_case(batch, shared, own, device)
     cascade = case.step.cascade
     assert cascade is not None
@@ -169,35 +163,19 @@ def _measure(batch: int, shared: int, own: int, device: torch.device, *, tune: b
     ways: dict[str, Callable[[PagedQuery], object]] = {
         "plain": partial(attend, batch=case.step),
         "cascade": partial(attend_cascade, cascade=cascade, side=side),  # as the graphs of a runner have it
-        "  shared pass": lambda paged: shared_pass(paged, paged.query, cascade, num_splits=0),
+        "  shared pass": lambda paged: shared_pass(paged, paged.query, cascade),
         "  plain with its writes": partial(_write_and_attend, step=case.step),
         "  own pass": lambda paged: own_pass(paged, paged.query, cascade),
         "  one stream": partial(attend_cascade, cascade=cascade),
     }
-    for splits in _SPLITS if tune else ():
-        ways[f"  {splits} splits"] = partial(attend_cascade, cascade=cascade, shared_splits=splits, side=side)
-    kernels = {_kernel_name(kernel): kernel for kernel in _kernels(batch, shared, device) if tune}
-    for name, kernel in kernels.items():
-        ways[name] = partial(attend_cascade, cascade=cascade, kernel=kernel, side=side)
     for name, way in ways.items():
         _time(case, name, way)
-    timed = [name for name in kernels if name in case.times_us]
-    if timed:
-        best = min(timed, key=lambda name: case.times_us[name])
-        case.kernel = kernels[best]
-        _time(case, f"{best}, shared pass alone", partial(_prefix_alone, cascade=cascade, kernel=kernels[best]))
     first = case.layers[0]
     outs = [_write_and_attend(first, case.step), attend_cascade(first, cascade)]
-    if case.kernel:
-        outs.append(attend_cascade(first, cascade, kernel=case.kernel))
     exact = _exact(first, case.step)
     case.errors = [_difference(out, exact) for out in outs]
     case.layers.clear()  # and with them the pool
     return case
-
-
-def _prefix_alone(paged: PagedQuery, cascade: CascadeBatch, kernel: PrefixKernel) -> None:
-    prefix_pass(paged, paged.query, cascade, kernel)
 
 
 def _time(case: _Case, name: str, way: Callable[[PagedQuery], object]) -> None:
@@ -205,26 +183,6 @@ def _time(case: _Case, name: str, way: Callable[[PagedQuery], object]) -> None:
         case.times_us[name] = _replay_us(partial(_all_layers, case.layers, way)) / _LAYERS
     except Exception as exc:  # noqa: BLE001 - a way that fails must not lose the others
         print(f"batch {case.batch}, {case.shared} shared, {name.strip()}: {type(exc).__name__}: {exc}")
-
-
-def _kernels(batch: int, shared: int, device: torch.device) -> Iterator[PrefixKernel]:
-    """Yield the shapes of our own kernel to try: by parts that fill the multiprocessors once or twice."""
-    for keys, warps, stages in _PROGRAMS:
-        for waves in (1, 2):
-            parts = _parts(batch, shared // keys, waves, device)
-            yield PrefixKernel(parts=parts, key_tile=keys, num_warps=warps, num_stages=stages)
-
-
-def _kernel_name(kernel: PrefixKernel) -> str:
-    shape = f"{kernel.key_tile} keys, {kernel.num_warps} warps, {kernel.num_stages} stages"
-    return f"  own kernel, {kernel.parts} parts, {shape}"
-
-
-def _parts(batch: int, key_tiles: int, waves: int, device: torch.device) -> int:
-    """Return in how many parts a prefix fills the multiprocessors so many times."""
-    rows = batch * _HEADS // _KV_HEADS
-    programs = -(-rows // 128) * _KV_HEADS
-    return max(1, min(waves * torch.cuda.get_device_properties(device).multi_processor_count // programs, key_tiles))
 
 
 def _write_and_attend(paged: PagedQuery, step: AttentionBatch) -> Tensor:
@@ -270,11 +228,6 @@ def _print_case(case: _Case, read: float) -> None:
     for name, value in times.items():
         if name.startswith("  "):
             print(f"  {name}: {value:.1f} us")
-    best = min(
-        (n for n in times if n.startswith(_VARIANTS) and "alone" not in n), key=lambda name: times[name], default=None
-    )
-    if best:
-        print(f"  best variant: {best.strip()}, ratio {plain / times[best]:.2f}")
 
 
 def _print_fit(cases: Sequence[_Case]) -> None:

@@ -1,9 +1,9 @@
-"""What it costs to notice that a model has changed, beside the decode steps in which that is done.
+"""The cost of the check that a model has not changed, beside the decode steps that it runs in.
 
-A look is at all modules, torch's counts of writes and a sample of every tensor; on a GPU it overlaps with the pass.
-`stream` looks in every step, since its caller may do anything between two tokens, `generate` once for each block.
-Steps with and without looking alternate within one run, so that a drift of the machine meets both. Without arguments:
-Llama-3.1-8B's shape with random weights on a GPU, a small one on a CPU.
+A check covers all modules, torch's counts of writes and a sample of every tensor; on a GPU it overlaps with the pass.
+`stream` checks in every step, because its caller may do anything between two tokens, `generate` once for each block.
+Steps with and without a check alternate in one run, so that a drift of the machine affects both. Without arguments:
+Llama-3.1-8B's shape with random weights on a GPU, a small model on a CPU.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ import torch
 
 from benchmarks.ttft import machine, random_model
 from tierkv.config import CacheConfig
-from tierkv.engine.fingerprint import weights_digest
-from tierkv.engine.model_check import ModelCheck
+from tierkv.engine.model_identity import ModelCheck, weights_digest
 from tierkv.engine.models import LoadedModel
 from tierkv.engine.runner import GenerationOptions, Runner, open_runner
 
@@ -31,9 +30,9 @@ LIMIT = 0.002
 
 
 class _NoCheck:
-    """Stands in for a ModelCheck and looks at nothing."""
+    """Takes the place of a ModelCheck and checks nothing."""
 
-    def look(self) -> None:
+    def check(self) -> None:
         """Do nothing."""
 
     def mark(self) -> None:
@@ -62,7 +61,7 @@ def main() -> None:
     model = random_model(arguments.shape, device)
     config = CacheConfig(hot_bytes=(4 << 30) if has_gpu else (256 << 20), warm_bytes=256 << 20, write_through=False)
     with open_runner(LoadedModel(model, None, arguments.shape), config) as runner:
-        check = runner._model_check
+        check = runner._commits.model_check
         rows = _parts(model, runner, check, device)
         rows |= _steps(runner, check, arguments.batch, arguments.prompt_tokens, arguments.steps)
     for name, value in rows.items():
@@ -76,7 +75,7 @@ def _parts(model: Any, runner: Runner, check: ModelCheck, device: torch.device) 
     sums = check._checksums
     with torch.inference_mode(), runner._attention:
         times = {
-            "host: modules and counts of writes": _median_s(check.look, device),
+            "host: modules and counts of writes": _median_s(check.check, device),
             "sample, alone, until its result is there": _median_s(lambda: check.start()(), device),
             "host: launching the sample": _median_s(check.start, device, waits=False),
             "check_model(), all bytes": _median_s(check.check_whole, device, repeats=3),
@@ -105,7 +104,7 @@ def _median_s(call: Callable[[], object], device: torch.device, *, repeats: int 
 
 
 def _steps(runner: Runner, check: ModelCheck, batch: int, prompt_tokens: int, num_steps: int) -> dict[str, str]:
-    """Decode with and without looking in turn; each step is compared with the mean of its neighbours."""
+    """Decode with and without a check in turn; each step is compared with the mean of its neighbours."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = runner.loaded.model.config.vocab_size
     prompts = torch.randint(0, vocabulary, (batch, prompt_tokens), generator=generator).tolist()
@@ -114,12 +113,12 @@ def _steps(runner: Runner, check: ModelCheck, batch: int, prompt_tokens: int, nu
         next(stream)
     seconds: list[float] = []
     for step in range(num_steps):
-        runner._model_check = check if step % 2 else _NoCheck()  # type: ignore[assignment]
+        runner._commits.model_check = check if step % 2 else _NoCheck()  # type: ignore[assignment]
         started = time.perf_counter()
         for _ in range(batch):
             next(stream)
         seconds.append(time.perf_counter() - started)
-    runner._model_check = check
+    runner._commits.model_check = check
     stream.close()  # type: ignore[attr-defined]
     plain = statistics.median(seconds[0::2])
     extra = statistics.median(
@@ -128,11 +127,11 @@ def _steps(runner: Runner, check: ModelCheck, batch: int, prompt_tokens: int, nu
     in_stream = extra / plain
     in_generate = in_stream * min(1.0, batch / runner.cache.config.block_size)
     return {
-        f"decode step of {batch}, no look": f"{plain * 1e6:,.1f} us",
-        "the same with a look": f"{statistics.median(seconds[1::2]) * 1e6:,.1f} us",
-        "a look takes": f"{extra * 1e6:,.1f} us",
+        f"decode step of {batch}, no check": f"{plain * 1e6:,.1f} us",
+        "the same with a check": f"{statistics.median(seconds[1::2]) * 1e6:,.1f} us",
+        "a check takes": f"{extra * 1e6:,.1f} us",
         "stream: of a step": f"{in_stream:.3%}",
-        "generate: of a step, a look for each block": f"{in_generate:.4%}",
+        "generate: of a step, a check for each block": f"{in_generate:.4%}",
         f"at most {LIMIT:.1%} of a step (generate, stream)": f"{_verdict(in_generate)}, {_verdict(in_stream)}",
     }
 

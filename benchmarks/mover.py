@@ -21,9 +21,9 @@ from benchmarks.ttft import machine, random_model
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.engine.attention import SequenceStep, use_tierkv_attention
-from tierkv.engine.fingerprint import namespace_of
-from tierkv.engine.gate import probe_layout
 from tierkv.engine.graphs import GraphedModel
+from tierkv.engine.model_identity import namespace_of
+from tierkv.engine.model_support import probe_layout
 from tierkv.kernels.pages import LayerPages, gather_blocks, scatter_blocks
 from tierkv.movers.mover import Move, Mover, Ready
 from tierkv.movers.pages import PageMover

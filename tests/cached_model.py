@@ -11,8 +11,8 @@ from torch import Tensor
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.engine.attention import SequenceStep, build_batch, forward, use_tierkv_attention
-from tierkv.engine.fingerprint import namespace_of
-from tierkv.engine.gate import probe_layout
+from tierkv.engine.model_identity import namespace_of
+from tierkv.engine.model_support import probe_layout
 from tierkv.requests.sequence import Sequence
 
 __all__ = ["CachedModel"]

@@ -27,7 +27,7 @@ def _with_kvcache(
     softmax_scale: float,
     causal: bool,
     softcap: float,
-    num_splits: int,
+    num_splits: int = 0,
     return_softmax_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return (out [n, tokens, heads, dim], contiguous, log-sum-exp [n, heads, tokens]); +inf where nothing is seen."""

@@ -42,9 +42,8 @@ if TYPE_CHECKING:
     from tierkv.movers.transfers import MemoryTransferManager, TransferHandle, TransferOp
     from tierkv.policies import CacheBlock, EvictionPolicy, make_policy
     from tierkv.profiling.controller import MemoryController
-    from tierkv.profiling.memory_report import MemoryReport
+    from tierkv.profiling.memory_report import MemoryReport, MemoryVisualizer
     from tierkv.profiling.metrics import MetricsServer, serve_metrics
-    from tierkv.profiling.plots import MemoryVisualizer
     from tierkv.profiling.profiler import MemoryProfiler
     from tierkv.profiling.tracker import MemoryTracker
     from tierkv.ranks.group import RankGroup
@@ -173,7 +172,7 @@ _HOMES = {
     "MemoryReport": "tierkv.profiling.memory_report",
     "MetricsServer": "tierkv.profiling.metrics",
     "serve_metrics": "tierkv.profiling.metrics",
-    "MemoryVisualizer": "tierkv.profiling.plots",
+    "MemoryVisualizer": "tierkv.profiling.memory_report",
     "MemoryProfiler": "tierkv.profiling.profiler",
     "MemoryTracker": "tierkv.profiling.tracker",
     "RankGroup": "tierkv.ranks.group",

@@ -40,7 +40,7 @@ class CacheConfig:
     compute_or_load: let a runner compute the first cold blocks of a prompt while the last ones load, piece_tokens
         at a time: enough to keep a GPU busy, few enough to meet the loader soon.
     codec: how blocks are coded on disk and in state files: "auto" is the lossless one that suits the dtype best.
-        "lossy-int8" and "lossy-fp8-e4m3" halve the bytes and change them: their blocks are another namespace's.
+        "lossy-int8" halves the bytes and changes them: its blocks are another namespace's.
     eviction_policy: a name that `make_policy` knows; `tierkv replay` compares them on a trace.
     num_io_threads: threads that read, decode and encode cold blocks. One for each core, at most 8: more gain nothing,
         neither from the page cache nor from a disk (measured).

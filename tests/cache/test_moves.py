@@ -140,5 +140,5 @@ def test_a_stream_that_has_failed_is_not_waited_for_in_vain() -> None:
 
     after = FakeStream()
     after.num_queued = 1
-    frames.settle(Broken(), after)  # type: ignore[arg-type]
+    frames.synchronize_streams(Broken(), after)  # type: ignore[arg-type]
     assert_idle(after)

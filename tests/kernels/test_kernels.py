@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -11,10 +10,7 @@ pytest.importorskip("triton", reason="triton has no wheel for this machine")
 
 from tierkv.errors import ShapeError
 from tierkv.kernels.pages import LayerPages, gather_blocks, scatter_blocks
-from tierkv.kernels.planes import merge_planes, split_planes
 from tierkv.kernels.slots import store_slots
-from tierkv.kernels.states import merge_states
-from tierkv.storage import planes as cpu_planes
 
 
 def random(shape: tuple[int, ...], dtype: torch.dtype, device: str, seed: int = 0) -> Tensor:
@@ -75,58 +71,3 @@ def test_storing_another_dtype_is_refused(device: str) -> None:
     new = torch.zeros(1, 1, 8, dtype=torch.bfloat16, device=device)
     with pytest.raises(ShapeError, match="their cache is"):
         store_slots(new, new, pool, pool, torch.zeros(1, dtype=torch.int64, device=device))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_planes_are_those_of_the_cpu_and_merge_to_the_same_bits(device: str, dtype: torch.dtype) -> None:
-    bits = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16)
-    values = bits.view(dtype).to(device)
-    exponent, rest = (torch.empty(values.numel(), dtype=torch.uint8, device=device) for _ in range(2))
-    split_planes(values, exponent, rest)
-    words = bits.numpy().view(np.uint16)
-    want_exponent, want_rest, scratch = (
-        np.empty(words.size, np.uint8),
-        np.empty(words.size, np.uint8),
-        np.empty_like(words),
-    )
-    cpu_planes.take_exponent(words, want_exponent, scratch)
-    cpu_planes.take_rest(words, want_rest, scratch)
-    assert np.array_equal(exponent.cpu().numpy(), want_exponent) and np.array_equal(rest.cpu().numpy(), want_rest)
-    merged = torch.zeros_like(values)
-    merge_planes(exponent, rest, merged)
-    assert torch.equal(merged.view(torch.int16), values.view(torch.int16))
-
-
-def test_planes_of_another_length_are_refused(device: str) -> None:
-    plane = torch.zeros(4, dtype=torch.uint8, device=device)
-    with pytest.raises(ShapeError, match="one length"):
-        merge_planes(plane, plane, torch.zeros(5, dtype=torch.float16, device=device))
-
-
-@pytest.mark.parametrize("dim", [16, 24])
-def test_merged_states_are_attention_over_both_parts(device: str, dim: int) -> None:
-    queries, heads = 5, 3
-    scores = random((queries, heads, 40), torch.float32, device, 3) * 4
-    values = random((heads, 40, dim), torch.float32, device, 4)
-
-    def attend(part: slice) -> tuple[Tensor, Tensor]:
-        weights = scores[..., part].softmax(-1)
-        return torch.einsum("qhk,hkd->qhd", weights, values[:, part]).contiguous(), scores[..., part].logsumexp(
-            -1
-        ).contiguous()
-
-    (left, left_lse), (right, right_lse) = attend(slice(0, 13)), attend(slice(13, 40))
-    out = torch.empty_like(left)
-    merge_states(left, left_lse, right, right_lse, out)
-    torch.testing.assert_close(out, attend(slice(0, 40))[0], rtol=1e-5, atol=1e-5)
-    empty = torch.full_like(right_lse, -torch.inf)
-    merge_states(left, left_lse, right, empty, out)
-    assert torch.equal(out, left)
-    merge_states(left, empty, right, empty, out)
-    assert not out.isnan().any()
-
-
-def test_states_of_another_shape_are_refused(device: str) -> None:
-    out, lse = torch.zeros(2, 1, 8, device=device), torch.zeros(2, 1, device=device)
-    with pytest.raises(ShapeError, match="log-sum-exps must be"):
-        merge_states(out, lse[:1], out, lse, out)

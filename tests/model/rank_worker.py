@@ -20,9 +20,9 @@ from torch import distributed
 from transformers.distributed import DistributedConfig
 
 from tierkv.config import CacheConfig
-from tierkv.engine.fingerprint import weights_digest
-from tierkv.engine.model_check import ModelCheck
-from tierkv.engine.model_state import local_part, read_state
+from tierkv.engine.model_identity import ModelCheck, weights_digest
+from tierkv.engine.model_reader import read_state
+from tierkv.engine.model_state import local_part
 from tierkv.engine.models import LoadedModel, split_model
 from tierkv.engine.runner import GenerationOptions, Runner, open_runner
 from tierkv.ranks.torch_ranks import TorchRanks

@@ -118,9 +118,9 @@ def test_without_a_seed_all_ranks_choose_the_same_tokens(model: Any, monkeypatch
     with opened(model) as runner:
         (want,) = runner.generate([tokens(20)], sampled(77))
         monkeypatch.setattr(runner.cache, "ranks", Ranks())
-        assert runner._agreed(sampled().sampling).seed == 77
-        assert runner._agreed(sampled(5).sampling).seed == 5
-        assert runner._agreed(SamplingOptions()).seed is None
+        assert runner._builder.sampling_of_all_ranks(sampled().sampling).seed == 77
+        assert runner._builder.sampling_of_all_ranks(sampled(5).sampling).seed == 5
+        assert runner._builder.sampling_of_all_ranks(SamplingOptions()).seed is None
     assert len(want.token_ids) == 8
 
 

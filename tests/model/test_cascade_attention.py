@@ -11,10 +11,9 @@ from flash_reference import flash_reference
 from places import Place
 
 from tierkv.engine.attention import AttentionBatch, SequenceStep, build_batch
-from tierkv.engine.attention_cascade import PrefixKernel, attend_cascade, attend_with_flash, can_cascade
+from tierkv.engine.attention_cascade import CascadeBatch, CascadeShape, attend_cascade, attend_with_flash, can_cascade
 from tierkv.engine.attention_paged import PagedQuery, attend
 from tierkv.engine.cascade import SharedPrefix
-from tierkv.engine.cascade_batch import CascadeBatch, CascadeShape
 from tierkv.storage.hot import HotPool
 from tierkv.values.layout import BlockLayout
 
@@ -119,12 +118,6 @@ def test_new_keys_and_values_are_written_where_the_plain_path_writes_them(place:
     assert torch.equal(plain.pool.blocks, cascade.pool.blocks)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 7])
-def test_any_number_of_splits_gives_the_same(place: Place, splits: int) -> None:
-    step = Step(*WHOLE, place, 8)
-    assert_close(attend_cascade(step.paged, step.cascade, shared_splits=splits), step.attend_plainly())
-
-
 def test_layers_with_a_window_attend_plainly(place: Place) -> None:
     assert not can_cascade(Step(*WHOLE, place, 4, window=300).paged, SIZE)
 
@@ -142,19 +135,6 @@ def test_flash_attn_is_called_as_it_wants_to_be(
     place = Place("cpu", torch.float32, SIZE)
     step = Step(*BATCHES[batch], place, heads, softcap=softcap)
     assert_close(attend_with_flash(step.paged, step.cascade), step.attend_plainly())
-
-
-@pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("kernel", [PrefixKernel(parts=1), PrefixKernel(parts=3, key_tile=128, num_stages=2)])
-def test_our_own_kernel_may_attend_to_the_prefix(
-    monkeypatch: pytest.MonkeyPatch, place: Place, batch: str, kernel: PrefixKernel
-) -> None:
-    if place.device == "cpu" and torch.cuda.is_available():
-        pytest.skip("a kernel is interpreted only where there is no GPU")
-    step = Step(*BATCHES[batch], place, 8)
-    if place.device == "cpu":
-        monkeypatch.setitem(sys.modules, "flash_attn", flash_reference())
-    assert_close(attend_with_flash(step.paged, step.cascade, kernel=kernel), step.attend_plainly())
 
 
 @pytest.mark.parametrize("batch", BATCHES)

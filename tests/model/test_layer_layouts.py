@@ -14,7 +14,7 @@ from places import Place
 from tiny_models import VOCABULARY, make_model
 
 from tierkv import CacheConfig, MemoryController
-from tierkv.engine.gate import probe_layout
+from tierkv.engine.model_support import probe_layout
 from tierkv.engine.models import LoadedModel
 from tierkv.engine.runner import GenerationOptions, Runner, open_runner
 from tierkv.values.block import Tier
@@ -83,7 +83,7 @@ def test_defragmentation_during_decoding_leaves_logits_unchanged(open_one: Open,
 
     controller = MemoryController(moving)
     num_moves = num_tables = 0
-    requests = moving._requests(prompts, options())  # as `stream` does, which keeps no logits
+    requests = moving._builder.build(prompts, options())  # as `stream` does, which keeps no logits
     for event in moving._run(requests, options(), is_stream=False):
         if event.prompt:
             continue  # once a step

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from tierkv.config import CacheConfig
 from tierkv.engine import checksums
 from tierkv.engine.attention import forward
-from tierkv.engine.fingerprint import namespace_of
-from tierkv.engine.gate import probe_layout
+from tierkv.engine.model_identity import namespace_of
+from tierkv.engine.model_support import probe_layout
 from tierkv.engine.models import LoadedModel
 from tierkv.engine.runner import GenerationOptions, Runner, open_runner
 from tierkv.errors import ConfigError, TierKVError, UnsupportedModelError

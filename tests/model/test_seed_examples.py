@@ -13,7 +13,7 @@ from places import Place
 from tiny_models import VOCABULARY, make_model
 
 from tierkv import CacheConfig, EvictionPolicy, MemoryController, MemoryProfiler
-from tierkv.engine.gate import probe_layout
+from tierkv.engine.model_support import probe_layout
 from tierkv.engine.models import LoadedModel
 from tierkv.engine.runner import GenerationOptions, Runner, open_runner
 from tierkv.policies import CacheBlock
@@ -126,7 +126,7 @@ def test_example_3_memory_profiling(model: Runner, place: Place, tmp_path: Path)
     dataloader = [prompts[:2], prompts[2:], prompts]
 
     profiler = MemoryProfiler()
-    profiler.watch(model.cache)
+    profiler.observe(model.cache)
 
     # Run workload
     for batch in dataloader:

@@ -16,7 +16,7 @@ from rank_worker import NUM_NEW, block_size_of, dtype_of, prompt_of
 from tiny_models import make_model
 from transformers.distributed import DistributedConfig
 
-from tierkv.engine.gate import check_split
+from tierkv.engine.model_support import check_split
 from tierkv.engine.models import split_model
 from tierkv.errors import ConfigError, UnsupportedModelError
 from tierkv.ranks.group import OneRank

@@ -1,11 +1,9 @@
-"""The attention function that lets any Hugging Face decoder read and write the paged cache.
+"""The attention function through which any Hugging Face decoder reads and writes the paged cache.
 
-It is registered under the name "tierkv" and called by the model's own layers with packed input: every
-sequence's new tokens one behind the other, [1, heads, T, dim], positions restarting. One `AttentionBatch`, passed
-through the model's keyword arguments, says which sequence is where.
-
-No mask function is registered under that name: Transformers then builds no mask at all. Source: the way
-Hugging Face's own continuous batching drives `paged|flash_attention_2`.
+It is registered under the name "tierkv". The model's layers call it with packed input: the new tokens of all sequences
+in a row, [1, heads, T, dim]. An `AttentionBatch` in the model's keyword arguments describes the sequences. No mask
+function is registered under that name, so Transformers builds no mask. Source: `paged|flash_attention_2` of Hugging
+Face's continuous batching.
 """
 
 from __future__ import annotations
@@ -20,10 +18,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from tierkv.engine.attention_cascade import attend_cascade, can_cascade
+from tierkv.engine.attention_cascade import CascadeBatch, CascadeShape, attend_cascade, can_cascade
 from tierkv.engine.attention_paged import PagedQuery, attend
 from tierkv.engine.cascade import SharedPrefix
-from tierkv.engine.cascade_batch import CascadeBatch, CascadeShape
 from tierkv.errors import ConfigError, UnsupportedModelError
 
 __all__ = [
@@ -43,37 +40,38 @@ _current: contextvars.ContextVar[Any] = contextvars.ContextVar("tierkv_batch", d
 
 
 class KVPool(Protocol):
-    """Paged memory: per layer [num_blocks, block_size, kv_heads, dim], strided, one page a whole block apart."""
+    """Paged memory: of each layer [num_blocks, block_size, kv_heads, dim], with the stride of a whole block."""
 
     def key_cache(self, layer: int) -> Tensor: ...
     def value_cache(self, layer: int) -> Tensor: ...
 
 
-class Waits(Protocol):
-    """Something whose cached K and V may still be on their way."""
+class LayerLoads(Protocol):
+    """A load of cached K and V that may still be in flight."""
 
     def wait_layer(self, layer: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceStep:
-    """One sequence's part in a forward pass: `num_new` tokens after `num_past` that have K and V already."""
+    """One sequence's part of a forward pass: `num_new` tokens after `num_past` tokens with K and V."""
 
     block_table: Sequence[int]
     num_past: int
     num_new: int
-    loads: Waits | None = None
+    loads: LayerLoads | None = None
 
 
 @dataclass(slots=True, kw_only=True)
 class AttentionBatch:
-    """What the attention of every layer needs to know of one forward pass.
+    """The metadata of one forward pass, for the attention of every layer.
 
-    query_starts: [sequences + 1] where each one's new tokens begin in the packed input. kv_lengths: tokens of
-    each sequence after this pass; kv_starts_tensor is their running sum. block_table: [sequences, max blocks]
-    int32, on the pool's device. max_new: new tokens of a sequence at most; is_even: all have as many.
+    query_starts: [sequences + 1], where the new tokens of each sequence begin in the packed input.
+    kv_lengths: tokens of each sequence after this pass; kv_starts_tensor is their running sum.
+    block_table: [sequences, max blocks] int32, on the pool's device.
+    max_new: the most new tokens of a sequence; is_even: all sequences have so many.
     block_ids, offsets: [T] int64, where K and V of each new token are written.
-    cascade: the prefixes that sequences of a decode step read together, if any do.
+    cascade: the prefixes that sequences of a decode step read together, if any.
     """
 
     pool: KVPool
@@ -90,12 +88,12 @@ class AttentionBatch:
     block_ids: Tensor
     offsets: Tensor
     position_ids: Tensor
-    loads: list[Waits] = field(default_factory=list)
+    loads: list[LayerLoads] = field(default_factory=list)
     cascade: CascadeBatch | None = None
     seen_layers: set[int] = field(default_factory=set)
 
     def enter_layer(self, layer: int) -> None:
-        """Check that a layer attends once, and wait for its cached bytes."""
+        """Check that a layer attends once, and make the current stream wait for its cached bytes."""
         if layer in self.seen_layers:
             raise UnsupportedModelError(f"attention layer {layer} is called twice in one forward pass")
         self.seen_layers.add(layer)
@@ -113,7 +111,7 @@ def build_batch(
 ) -> AttentionBatch:
     """Return the metadata of one forward pass over several sequences, in the order of the packed input.
 
-    plan: which of them read a prefix together; only where each has one new token.
+    plan: which sequences read a prefix together; only for passes of one new token per sequence.
     """
     query_starts = [0]
     positions: list[int] = []
@@ -163,7 +161,7 @@ def _build_cascade(
 
 @contextmanager
 def use_tierkv_attention(model: Any) -> Iterator[None]:
-    """Let a Hugging Face model attend through tierkv inside the block, and as before after it."""
+    """Make a Hugging Face model attend through tierkv inside the `with` block."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(IMPLEMENTATION, _attention)
@@ -172,15 +170,15 @@ def use_tierkv_attention(model: Any) -> Iterator[None]:
 
 
 class AttentionSwitch:
-    """Lets a Hugging Face model attend through tierkv inside each `with` block, and as before outside of it.
+    """Makes a Hugging Face model attend through tierkv inside each `with` block.
 
-    The same as `use_tierkv_attention`, in a microsecond instead of milliseconds, so that a runner can do it for each
-    pass, and between two passes the model is everybody's: `model.generate` works, and so does a second runner.
+    It does the same as `use_tierkv_attention` in a microsecond instead of milliseconds. So a runner switches for each
+    pass, and between passes the model is free for `model.generate` or another runner.
     """
 
     def __init__(self, model: Any) -> None:
         configs = _configs_of(model)
-        with use_tierkv_attention(model):  # which finds out, and checks, where the name belongs
+        with use_tierkv_attention(model):  # checks the model and sets the name in its configurations
             self._configs = [each for each in configs if each._attn_implementation_internal == IMPLEMENTATION]
         self._before: list[Any] = []
 
@@ -195,21 +193,21 @@ class AttentionSwitch:
 
 
 def _configs_of(model: Any) -> list[Any]:
-    """Return every configuration that a part of the model reads its attention's name from, each once."""
-    waiting = [module.config for module in model.modules() if hasattr(module, "config")]
+    """Return every configuration from which a part of the model reads its attention's name, each once."""
+    pending = [module.config for module in model.modules() if hasattr(module, "config")]
     found: dict[int, Any] = {}
-    while waiting:
-        config = waiting.pop()
+    while pending:
+        config = pending.pop()
         if id(config) in found or not hasattr(config, "_attn_implementation_internal"):
             continue
         found[id(config)] = config
-        waiting += [getattr(config, name, None) for name in getattr(config, "sub_configs", None) or {}]
+        pending += [getattr(config, name, None) for name in getattr(config, "sub_configs", None) or {}]
     return list(found.values())
 
 
 @contextmanager
 def use_attention(model: Any, implementation: str) -> Iterator[None]:
-    """Let a Hugging Face model attend by another implementation inside the block; nothing to do if it does."""
+    """Make a Hugging Face model attend by another implementation inside the `with` block."""
     before = model.config.get_text_config()._attn_implementation
     if before == implementation:
         yield
@@ -224,8 +222,8 @@ def use_attention(model: Any, implementation: str) -> Iterator[None]:
 def forward(model: Any, input_ids: Tensor, batch: Any, *, logits_to_keep: Tensor | None = None) -> Tensor:
     """Run one forward pass over packed tokens. Return logits [kept, vocabulary].
 
-    input_ids: [T] int64. logits_to_keep: [kept] positions in the packed input; all of them without it.
-    The batch also travels in a context variable, for the few models that drop unknown keyword arguments.
+    input_ids: [T] int64. logits_to_keep: [kept] positions in the packed input; None keeps all.
+    A context variable holds the batch too, for the few models that drop unknown keyword arguments.
     """
     options = {} if logits_to_keep is None else {"logits_to_keep": logits_to_keep}
     token = _current.set(batch)
@@ -237,7 +235,7 @@ def forward(model: Any, input_ids: Tensor, batch: Any, *, logits_to_keep: Tensor
         _current.reset(token)
     logits: Tensor = output.logits[0]
     if logits_to_keep is not None and logits.shape[0] != logits_to_keep.shape[0]:
-        logits = logits[logits_to_keep]  # a model that knows no logits_to_keep
+        logits = logits[logits_to_keep]  # the model ignores logits_to_keep
     return logits
 
 
@@ -270,7 +268,7 @@ def _attention(
     batch.enter_layer(layer)
     if not isinstance(batch, AttentionBatch):
         return batch.attend(layer, query, key, value), None
-    # The keyword counts even as None: Exaone4 sets module.sliding_window on full-attention layers too.
+    # The keyword counts even if None: Exaone4 sets module.sliding_window on full-attention layers too.
     window = getattr(module, "sliding_window", None) if sliding_window is _UNSET else sliding_window
     paged = PagedQuery(
         query=query[0].transpose(0, 1),
@@ -291,7 +289,7 @@ def _attention(
 
 
 def _check_call(module: nn.Module, query: Tensor, attention_mask: Tensor | None, options: dict[str, Any]) -> None:
-    """Raise UnsupportedModelError for anything that the paged path would silently get wrong."""
+    """Raise UnsupportedModelError for a call that paged attention would compute wrongly."""
     if attention_mask is not None:
         raise UnsupportedModelError(f"{type(module).__name__} makes an attention mask of its own")
     if not getattr(module, "is_causal", True) or options.get("is_causal") is False:

@@ -1,15 +1,15 @@
-"""Decode attention of sequences that share a prefix: the prefix once for all of them, then what is each one's own.
+"""Cascade attention: the tensors and passes of a decode step whose sequences read a shared prefix together.
 
-Two passes and a merge. The shared pass takes the queries of a group as the tokens of one sequence against the shared
-blocks, without a mask: all of them lie before every query. The own pass is the plain one with the shared blocks left
-out; it also writes K and V of the new tokens. Their outputs are merged by log-sum-exp: exact, up to rounding.
+`cascade` plans which sequences do. The shared pass attends the queries of a group, as the tokens of one sequence, to
+the shared blocks; it needs no mask, because those blocks precede every query. The own pass attends each sequence to its
+other blocks and writes K and V of the new tokens. A merge by log-sum-exp gives the exact result, up to rounding.
 Source: the cascade attention of FlashInfer; Hydragen (Juravsky et al., 2024).
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,41 +18,112 @@ from torch import Tensor
 
 from tierkv.engine.attention_merge import merge_shared
 from tierkv.engine.attention_paged import PagedQuery, attend_cpu, can_use_flash
-from tierkv.engine.cascade_batch import CascadeBatch
-
-_attend_prefix: Callable[..., None] | None
-try:
-    from tierkv.kernels.prefix import attend_prefix
-
-    _attend_prefix = attend_prefix
-except ModuleNotFoundError:  # triton has no wheel for this machine: flash-attn does it
-    _attend_prefix = None
+from tierkv.engine.cascade import SharedPrefix
 
 __all__ = [
-    "PrefixKernel",
+    "CascadeBatch",
+    "CascadeShape",
     "attend_cascade",
     "attend_with_flash",
     "can_cascade",
     "own_pass",
-    "prefix_pass",
     "shared_pass",
 ]
 
-_TILE_ROWS = 64  # queries that one program of flash-attn's split kernel takes, fewer are padded
+_TILE_ROWS = 64  # queries of one program of flash-attn's split kernel; fewer are padded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PrefixKernel:
-    """How the shared pass runs our own kernel: the parts of a prefix, and the shape of a program."""
+class CascadeShape:
+    """The sizes of a cascade's tensors.
 
-    parts: int
-    key_tile: int = 64
-    num_warps: int = 8
-    num_stages: int = 3
+    groups: shared prefixes. members: the most sequences of a group. is_whole: there is one group, whose members are
+    all sequences of the batch in order, so that no query is gathered.
+    """
+
+    sequences: int
+    groups: int
+    members: int
+    shared_blocks: int
+    own_blocks: int
+    is_whole: bool
+
+    @classmethod
+    def of(cls, plan: Sequence[SharedPrefix], kv_lengths: Sequence[int], *, block_size: int) -> CascadeShape:
+        """Return the exact sizes for a plan. kv_lengths: tokens of each sequence, the new token included."""
+        own = [-(-length // block_size) for length in kv_lengths]
+        for group in plan:
+            for row in group.rows:
+                own[row] -= group.num_blocks
+        members = max(len(group.rows) for group in plan)
+        is_whole = len(plan) == 1 and 2 * members >= len(kv_lengths)
+        return cls(
+            sequences=len(kv_lengths),
+            groups=len(plan),
+            members=len(kv_lengths) if is_whole else members,
+            shared_blocks=max(group.num_blocks for group in plan),
+            own_blocks=max(own),
+            is_whole=is_whole,
+        )
+
+
+class CascadeBatch:
+    """The tensors of a decode step's cascade: views of one int32 tensor, so that one copy fills them.
+
+    shared_table: [groups, shared_blocks]; shared_lengths: [groups], in tokens. own_table: [sequences, own_blocks] and
+    own_past: [sequences], tokens before the new one, both without the shared blocks. gather: [groups * members], the
+    sequences of each group, padded with the first; None if is_whole. positions: [sequences], the place of each sequence
+    in `gather`, -1 if it is in no group. side: a stream for the own pass, beside the shared pass.
+    """
+
+    def __init__(
+        self,
+        shape: CascadeShape,
+        *,
+        block_size: int,
+        scratch_block: int,
+        device: torch.device,
+        side: torch.cuda.Stream | None = None,
+    ) -> None:
+        self.shape = shape
+        self.side = side
+        self._block_size = block_size
+        self._scratch = scratch_block
+        n, slots = shape.sequences, shape.groups * shape.members
+        sizes = [shape.groups * shape.shared_blocks, shape.groups, n * shape.own_blocks, n, n, slots]
+        self._flat = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+        shared, self.shared_lengths, own, self.own_past, self.positions, gather = self._flat.split(sizes)
+        self.shared_table = shared.view(shape.groups, shape.shared_blocks)
+        self.own_table = own.view(n, shape.own_blocks)
+        self.gather = None if shape.is_whole else gather
+
+    def fill(self, plan: Sequence[SharedPrefix], tables: Sequence[Sequence[int]], kv_lengths: Sequence[int]) -> None:
+        """Write a plan. Padding sequences use the scratch block; padding groups have no tokens."""
+        shape, size, scratch = self.shape, self._block_size, self._scratch
+        shared, lengths = [scratch] * (shape.groups * shape.shared_blocks), [0] * shape.groups
+        skipped, positions = [0] * shape.sequences, [-1] * shape.sequences
+        gather = [0] * (shape.groups * shape.members)
+        for i, group in enumerate(plan):
+            start = i * shape.shared_blocks
+            shared[start : start + group.num_blocks] = tables[group.rows[0]][: group.num_blocks]
+            lengths[i] = group.num_blocks * size
+            for at, row in enumerate(group.rows):
+                skipped[row] = group.num_blocks
+                positions[row] = row if shape.is_whole else i * shape.members + at
+                gather[i * shape.members + at] = row
+        own: list[int] = []
+        own_past = [0] * shape.sequences
+        for row, (table, length) in enumerate(zip(tables, kv_lengths, strict=True)):
+            mine = table[skipped[row] : skipped[row] + shape.own_blocks]
+            own += [*mine, *[scratch] * (shape.own_blocks - len(mine))]
+            own_past[row] = length - 1 - skipped[row] * size
+        own += [scratch] * (shape.sequences * shape.own_blocks - len(own))
+        values = [*shared, *lengths, *own, *own_past, *positions, *gather]
+        self._flat.copy_(torch.tensor(values, dtype=torch.int32))
 
 
 def can_cascade(paged: PagedQuery, block_size: int) -> bool:
-    """Tell whether a layer can attend in two passes: not through a window, which hides most of a prefix anyway."""
+    """Return whether a layer can attend in two passes. A layer with a window cannot: it sees little of a prefix."""
     if paged.window is not None:
         return False
     if paged.query.is_cuda:
@@ -60,50 +131,28 @@ def can_cascade(paged: PagedQuery, block_size: int) -> bool:
     return not paged.softcap and paged.keys.shape[-1] == paged.values.shape[-1]
 
 
-def attend_cascade(
-    paged: PagedQuery,
-    cascade: CascadeBatch,
-    *,
-    shared_splits: int = 0,
-    kernel: PrefixKernel | None = None,
-    side: torch.cuda.Stream | None = None,
-) -> Tensor:
+def attend_cascade(paged: PagedQuery, cascade: CascadeBatch, *, side: torch.cuda.Stream | None = None) -> Tensor:
     """Write K and V of one new token for each of B sequences, and attend. Return [B, heads, dim], contiguous.
 
-    shared_splits: in how many pieces flash-attn splits the shared K and V; 0 lets it choose. kernel: run the shared
-    pass by our own kernel instead, where scores are not capped. side: a stream on which the own pass runs beside it
-    (3 to 8 microseconds were seen to be gained in a graph).
+    side: a stream on which the own pass runs beside the shared one. In a graph it gained 3 to 8 microseconds.
     """
     if paged.query.is_cuda:
-        return attend_with_flash(paged, cascade, shared_splits=shared_splits, kernel=kernel, side=side)
+        return attend_with_flash(paged, cascade, side=side)
     return _attend_on_cpu(paged, cascade)
 
 
-def attend_with_flash(
-    paged: PagedQuery,
-    cascade: CascadeBatch,
-    *,
-    shared_splits: int = 0,
-    kernel: PrefixKernel | None = None,
-    side: torch.cuda.Stream | None = None,
-) -> Tensor:
-    """Do what `attend_cascade` says by flash-attn and kernels of ours. May be captured in a CUDA graph."""
+def attend_with_flash(paged: PagedQuery, cascade: CascadeBatch, *, side: torch.cuda.Stream | None = None) -> Tensor:
+    """Do what `attend_cascade` says by flash-attn and the merge kernel. A CUDA graph may capture it."""
     query = paged.query.contiguous()
-
-    def attend_shared() -> tuple[Tensor, Tensor]:
-        if kernel is None or _attend_prefix is None or paged.softcap:
-            return shared_pass(paged, query, cascade, num_splits=shared_splits)
-        return prefix_pass(paged, query, cascade, kernel)
-
     if side is None:
-        shared, shared_lse = attend_shared()
+        shared, shared_lse = shared_pass(paged, query, cascade)
         own, own_lse = own_pass(paged, query, cascade)
     else:
         current = torch.cuda.current_stream(query.device)
         side.wait_stream(current)
         with torch.cuda.stream(side):
             own, own_lse = own_pass(paged, query, cascade)
-        shared, shared_lse = attend_shared()
+        shared, shared_lse = shared_pass(paged, query, cascade)
         current.wait_stream(side)
         for tensor in (own, own_lse):
             tensor.record_stream(current)
@@ -113,12 +162,12 @@ def attend_with_flash(
     return out
 
 
-def shared_pass(paged: PagedQuery, query: Tensor, cascade: CascadeBatch, *, num_splits: int) -> tuple[Tensor, Tensor]:
+def shared_pass(paged: PagedQuery, query: Tensor, cascade: CascadeBatch) -> tuple[Tensor, Tensor]:
     """Attend each group's queries, as the tokens of one sequence, to the blocks that the group shares.
 
     query: [B, heads, dim]. Returns views ([1, P, kv, g, dim], [1, groups, members, kv, g]) for `merge_shared`.
-    flash-attn pads the queries of a head to tiles of 64. Where that wastes at least half, the queries of all heads
-    that share one of K and V are packed behind each other, for a small copy.
+    flash-attn pads the queries of a head to tiles of 64. If that wastes at least half, the queries of all heads with
+    the same K and V are packed in a row, at the cost of a small copy.
     """
     shape, (_, heads, dim) = cascade.shape, query.shape
     kv_heads = paged.keys.shape[2]
@@ -134,7 +183,6 @@ def shared_pass(paged: PagedQuery, query: Tensor, cascade: CascadeBatch, *, num_
         by_kv.view(shape.groups, *packed, dim),
         lengths=cascade.shared_lengths,
         table=cascade.shared_table,
-        num_splits=num_splits,
     )
     if is_packed:
         outs = out.view(-1, group, kv_heads, dim).transpose(1, 2)
@@ -145,38 +193,11 @@ def shared_pass(paged: PagedQuery, query: Tensor, cascade: CascadeBatch, *, num_
     return outs[None], lses[None]
 
 
-def prefix_pass(paged: PagedQuery, query: Tensor, cascade: CascadeBatch, kernel: PrefixKernel) -> tuple[Tensor, Tensor]:
-    """Do what `shared_pass` does by our own kernel: ([S, P, kv, g, dim], [S, groups, members, kv, g]), in float32."""
-    assert _attend_prefix is not None
-    shape, (_, heads, dim) = cascade.shape, query.shape
-    kv_heads = paged.keys.shape[2]
-    by_kv = (kv_heads, heads // kv_heads)
-    sizes = (kernel.parts, shape.groups, shape.members, *by_kv)
-    out = torch.empty((*sizes, dim), dtype=torch.float32, device=query.device).flatten(1, 2)
-    lse = torch.empty(sizes, dtype=torch.float32, device=query.device)
-    _attend_prefix(
-        query.unflatten(1, by_kv),
-        paged.keys,
-        paged.values,
-        cascade.shared_table,
-        cascade.shared_lengths,
-        out,
-        lse,
-        members=shape.members,
-        scale=paged.scale,
-        gather=cascade.gather,
-        key_tile=kernel.key_tile,
-        num_warps=kernel.num_warps,
-        num_stages=kernel.num_stages,
-    )
-    return out, lse
-
-
 def own_pass(paged: PagedQuery, query: Tensor, cascade: CascadeBatch) -> tuple[Tensor, Tensor]:
-    """Attend each sequence's query to its own blocks, where the same kernel writes the new token's K and V first.
+    """Write K and V of the new tokens, and attend each sequence's query to its own blocks.
 
-    Returns ([B, kv, g, dim], [B, kv, g]), views. The heads that share one of K and V go in as tokens: flash-attn does
-    that by itself too, but then copies its result back.
+    Returns views ([B, kv, g, dim], [B, kv, g]). Heads with the same K and V are passed as tokens: flash-attn would do
+    that itself, but would copy its result back.
     """
     kv_heads = paged.keys.shape[2]
     by_kv = query.view(query.shape[0], kv_heads, -1, query.shape[-1])
@@ -197,7 +218,6 @@ def _flash_attend(
     lengths: Tensor,
     table: Tensor,
     new: dict[str, Tensor] | None = None,
-    num_splits: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Return flash-attn's (out [n, tokens, heads, dim], log-sum-exp [n, heads, tokens]), without a mask."""
     flash: Any = importlib.import_module("flash_attn")
@@ -211,7 +231,6 @@ def _flash_attend(
         softmax_scale=paged.scale,
         causal=False,
         softcap=paged.softcap or 0.0,
-        num_splits=num_splits,
         return_softmax_lse=True,
     )
     return out, lse
@@ -222,7 +241,7 @@ def _tiles(queries: int) -> int:
 
 
 def _attend_on_cpu(paged: PagedQuery, cascade: CascadeBatch) -> Tensor:
-    """Do the same with torch's own kernel, from the same tensors."""
+    """Compute the same with torch's own kernel, from the same tensors."""
     shape, query = cascade.shape, paged.query
     size, kv_heads = paged.keys.shape[1], paged.keys.shape[2]
     past = cascade.own_past.long()

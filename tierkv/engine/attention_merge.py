@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
-from tierkv.engine.attention_paged import add_sinks
-
-_on_gpu: Callable[..., None] | None
+_gpu_merge: Callable[..., None] | None
 try:
-    from tierkv.kernels.states import merge_shared as _merge_on_gpu
+    from tierkv.kernels.states import merge_shared as _merge_kernel
 
-    _on_gpu = _merge_on_gpu
+    _gpu_merge = _merge_kernel
 except ModuleNotFoundError:  # triton has no wheel for this machine
-    _on_gpu = None
+    _gpu_merge = None
 
-__all__ = ["merge_in_place", "merge_shared", "merge_shared_reference"]
+__all__ = ["add_sinks", "merge_in_place", "merge_parts", "merge_shared", "merge_shared_reference"]
 
 
 def merge_shared(
@@ -30,8 +28,8 @@ def merge_shared(
     positions: Tensor,
     sinks: Tensor | None = None,
 ) -> None:
-    """Merge what sequences share with what is each one's own. Contract: `kernels.states.merge_shared`."""
-    merge = _on_gpu if _on_gpu is not None and own.is_cuda else merge_shared_reference
+    """Merge attention over shared prefixes with that over own blocks, as `kernels.states.merge_shared` does."""
+    merge = _gpu_merge if _gpu_merge is not None and own.is_cuda else merge_shared_reference
     merge(shared, shared_lse, own, own_lse, out, positions=positions, sinks=sinks)
 
 
@@ -45,7 +43,7 @@ def merge_shared_reference(
     positions: Tensor,
     sinks: Tensor | None = None,
 ) -> None:
-    """Do in plain torch what `kernels.states.merge_shared` does, in float32 or the log-sum-exps' own dtype."""
+    """Do in plain torch what `kernels.states.merge_shared` does, in the dtype of the log-sum-exps."""
     places = positions.long().clamp(min=0)
     lses = torch.cat([shared_lse.flatten(1, 2)[:, places], own_lse[None]])
     lses[:-1, positions < 0] = -torch.inf
@@ -57,16 +55,36 @@ def merge_shared_reference(
 
 
 def merge_in_place(total: Tensor, total_lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
-    """Take attention over one more part of K and V into a sum: [n, heads, dim] and [n, heads], in float32 or wider.
+    """Merge attention over one more part of K and V into total [n, heads, dim] and total_lse [n, heads].
 
-    part, part_lse: of the same shapes, any strides before the last dim, not empty for any query.
+    total, total_lse: float32 or wider. part, part_lse: the same shapes, any strides before the last dim; every query
+    sees some key of the part.
     """
-    if total.is_cuda and _on_gpu is not None and total.dtype == torch.float32:
+    if total.is_cuda and _gpu_merge is not None and total.dtype == torch.float32:
         own = total.unsqueeze(2)
-        _on_gpu(part[None, :, :, None], part_lse[None, None, :, :, None], own, total_lse.unsqueeze(2), own)
+        _gpu_merge(part[None, :, :, None], part_lse[None, None, :, :, None], own, total_lse.unsqueeze(2), own)
         torch.logaddexp(total_lse, part_lse, out=total_lse)
         return
     lse = torch.logaddexp(total_lse, part_lse)
     total.mul_((total_lse - lse).exp_().unsqueeze(-1))
     total.addcmul_(part.to(total.dtype), (part_lse - lse).exp().unsqueeze(-1))
     total_lse.copy_(lse)
+
+
+def merge_parts(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Merge outputs and log-sum-exps of disjoint parts (the online softmax of flash attention)."""
+    outs, lses = zip(*parts, strict=True)
+    if len(outs) == 1:
+        return outs[0], lses[0]
+    stacked = torch.stack(lses)
+    lse = stacked.logsumexp(0)
+    weights = (stacked - lse).exp().unsqueeze(-1)
+    return (torch.stack(outs).to(weights.dtype) * weights).sum(0), lse
+
+
+def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
+    """Add each head's sink to the softmax after attention: it changes only the denominator."""
+    if sinks is None:
+        return out
+    share = torch.sigmoid(lse.float() - sinks.float()).unsqueeze(-1)
+    return (out.float() * share).to(out.dtype)

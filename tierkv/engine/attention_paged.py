@@ -1,7 +1,7 @@
 """Attention of packed queries over paged K and V: flash-attn on CUDA, torch's own kernels elsewhere.
 
-Everything here is causal with the queries at the end of their sequence, and exact: what cannot be expressed to
-a fused kernel (soft-capped scores, K and V of different dims on a CPU) is computed in plain torch.
+All attention here is exact and causal, with the queries at the end of their sequence. Plain torch computes what no
+fused kernel supports: soft-capped scores, and K and V of different dims on a CPU.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from tierkv.engine.attention_merge import add_sinks, merge_parts
 from tierkv.values.layout import BlockLayout
 
 __all__ = [
     "MAX_SPLIT_TOKENS",
     "Batch",
     "PagedQuery",
-    "add_sinks",
     "attend",
     "attend_cpu",
     "can_use_flash",
@@ -32,13 +32,13 @@ __all__ = [
     "layout_uses_flash",
 ]
 
-MAX_SPLIT_TOKENS = 64  # above it there is work for every multiprocessor without splitting K and V
+MAX_SPLIT_TOKENS = 64  # above it all multiprocessors are busy even if K and V are not split
 
 _cpu_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 class Batch(Protocol):
-    """Which sequence is where: the part of an AttentionBatch that attending needs."""
+    """The fields of an AttentionBatch that paged attention reads."""
 
     block_size: int
     query_starts: list[int]
@@ -56,8 +56,9 @@ class Batch(Protocol):
 class PagedQuery:
     """One layer's attention. query: [T, heads, dim]; keys, values: [num_blocks, block_size, kv_heads, dim].
 
-    new_keys, new_values: [T, kv_heads, dim], of the new tokens; whether keys and values have them, the callee says.
-    window: each token sees itself and window - 1 before it. softcap: scores are softcap * tanh(score / softcap).
+    new_keys, new_values: [T, kv_heads, dim], of the new tokens; each function says whether keys and values have them.
+    window: each token sees itself and the window - 1 tokens before it.
+    softcap: scores are softcap * tanh(score / softcap).
     sinks: [heads] logits that take part in the softmax and have no value (gpt-oss).
     """
 
@@ -73,7 +74,7 @@ class PagedQuery:
 
 
 def attend(paged: PagedQuery, batch: Batch) -> Tensor:
-    """Return [T, heads, v_dim], contiguous, of the query's dtype. K and V of the new tokens have been written."""
+    """Return [T, heads, v_dim], contiguous, of the query's dtype. keys and values have the new tokens already."""
     if can_use_flash(paged, batch.block_size):
         return _attend_flash(paged, batch)
     out = paged.query.new_empty((*paged.query.shape[:2], paged.values.shape[-1]))
@@ -85,7 +86,7 @@ def attend(paged: PagedQuery, batch: Batch) -> Tensor:
 
 
 def can_use_flash(paged: PagedQuery, block_size: int) -> bool:
-    """Tell whether flash-attn 2 takes this layer: its paged kernels want pages of 256 tokens and half floats."""
+    """Return whether flash-attn 2 supports this layer: pages of 256 tokens and 16-bit floats."""
     return (
         paged.query.is_cuda
         and paged.query.dtype in (torch.bfloat16, torch.float16)
@@ -98,18 +99,18 @@ def can_use_flash(paged: PagedQuery, block_size: int) -> bool:
 def attend_cpu(paged: PagedQuery, query: Tensor, blocks: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Attend query [T, heads, dim] to all `length` tokens of `blocks`, without mask, window, soft cap or sinks.
 
-    Returns ([T, heads, dim], log-sum-exp [T, heads]); of no tokens at all zeros and minus infinity.
+    Returns ([T, heads, dim], log-sum-exp [T, heads]); for no tokens, zeros and minus infinity.
     """
     if not length:
         return torch.zeros_like(query), query.new_full(query.shape[:2], -math.inf, dtype=_lse_dtype(query))
-    if query.shape[0] == 1:  # not copied together where pages are large
-        return _merge(_cpu_parts(paged, query, blocks, length))
+    if query.shape[0] == 1:  # `_cpu_parts` does not gather large pages
+        return merge_parts(_cpu_parts(paged, query, blocks, length))
     keys, values = (_gather(pages, blocks, length) for pages in (paged.keys, paged.values))
     return cpu_attention(query, keys, values, paged.scale)
 
 
 def layout_uses_flash(layout: BlockLayout) -> bool:
-    """Tell whether flash-attn takes every layer of a model on a GPU."""
+    """Return whether flash-attn supports every layer of a layout on a GPU."""
     return (
         layout.dtype in ("bfloat16", "float16")
         and layout.block_size % 256 == 0
@@ -119,18 +120,18 @@ def layout_uses_flash(layout: BlockLayout) -> bool:
 
 @cache
 def flash_head_dims() -> frozenset[int]:
-    """Head dims that flash-attn is known to run with here; empty where it is not installed."""
+    """Return the head dims that flash-attn was tested with here; empty if it is not installed."""
     if importlib.util.find_spec("flash_attn") is None:
         return frozenset()
     return frozenset({64, 128})
 
 
 def _attend_flash(paged: PagedQuery, batch: Batch) -> Tensor:
-    """Run flash-attn, on the strided pages as they are.
+    """Run flash-attn on the strided pages.
 
-    Few new tokens for each sequence, and equally many: `flash_attn_with_kvcache`, which splits long K and V
-    over multiprocessors. Otherwise `flash_attn_varlen_func`, and where nothing is cached on K and V as they come
-    from the layer, which needs no pages at all. The log-sum-exp serves the sinks.
+    For few and equally many new tokens per sequence it is `flash_attn_with_kvcache`, which splits long K and V over
+    multiprocessors. Otherwise it is `flash_attn_varlen_func`; if nothing is cached, on K and V as the layer gives them.
+    The log-sum-exp is needed for sinks.
     """
     flash: Any = importlib.import_module("flash_attn")
     options: dict[str, Any] = {
@@ -168,7 +169,7 @@ def _attend_flash(paged: PagedQuery, batch: Batch) -> Tensor:
 def _attend_one(paged: PagedQuery, query: Tensor, blocks: Tensor, length: int) -> Tensor:
     """Attend one sequence's new tokens, query [T, heads, dim], to its `length` tokens of K and V."""
     if paged.window and length - query.shape[0] >= paged.window:
-        # What lies before the first new token's window is never read: leave its whole blocks out.
+        # Leave out whole blocks before the first new token's window: no token sees them.
         block_size = paged.keys.shape[1]
         skipped = (length - query.shape[0] - paged.window + 1) // block_size
         blocks, length = blocks[skipped:], length - skipped * block_size
@@ -177,7 +178,7 @@ def _attend_one(paged: PagedQuery, query: Tensor, blocks: Tensor, length: int) -
         if paged.softcap or paged.sinks is not None:
             return _attend_eager(paged, query, keys, values)
         return _attend_sdpa(paged, query, keys, values)
-    out, lse = _merge(_cpu_parts(paged, query, blocks, length))
+    out, lse = merge_parts(_cpu_parts(paged, query, blocks, length))
     return add_sinks(out, lse, paged.sinks).to(query.dtype)
 
 
@@ -187,10 +188,9 @@ def _gather(pages: Tensor, blocks: Tensor, length: int) -> Tensor:
 
 
 def _cpu_parts(paged: PagedQuery, query: Tensor, blocks: Tensor, length: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield attention over parts of the sequence that together are all of it: outputs and log-sum-exps.
+    """Yield the outputs and log-sum-exps of attention over parts that together are the whole sequence.
 
-    The past is attended without a mask and the new tokens causally, so no mask of [T, length] is made; a
-    window needs one.
+    The past needs no mask and the new tokens are causal, so no mask of [T, length] is made; only a window needs one.
     """
     num_new, block_size = query.shape[0], paged.keys.shape[1]
     num_past = length - num_new
@@ -199,7 +199,7 @@ def _cpu_parts(paged: PagedQuery, query: Tensor, blocks: Tensor, length: int) ->
         yield cpu_attention(query, keys, values, paged.scale, mask=_mask(num_new, length, paged.window, query))
         return
     if num_new == 1 and block_size >= 256:
-        # Attending page by page beats copying large pages together first (LSE merge is cheap for one query).
+        # For one query, attention page by page is faster than gathering large pages first; the merge is cheap.
         for at, block in enumerate(blocks.tolist()):
             count = min(block_size, length - at * block_size)
             yield cpu_attention(query, paged.keys[block, :count], paged.values[block, :count], paged.scale)
@@ -219,25 +219,14 @@ def cpu_attention(
     is_causal: bool = False,
     mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return ([T, heads, dim], log-sum-exp [T, heads]) of the kernel behind scaled_dot_product_attention."""
+    """Return ([T, heads, dim], log-sum-exp [T, heads]) by the CPU kernel of scaled_dot_product_attention."""
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, keys, values))
     out, lse = _cpu_flash(q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale)
     return out[0].transpose(0, 1), lse[0].transpose(0, 1)
 
 
-def _merge(parts: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Merge attention over disjoint parts by their log-sum-exps (the online softmax of flash attention)."""
-    outs, lses = zip(*parts, strict=True)
-    if len(outs) == 1:
-        return outs[0], lses[0]
-    stacked = torch.stack(lses)
-    lse = stacked.logsumexp(0)
-    weights = (stacked - lse).exp().unsqueeze(-1)
-    return (torch.stack(outs).to(weights.dtype) * weights).sum(0), lse
-
-
 def _attend_sdpa(paged: PagedQuery, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attend by whatever scaled_dot_product_attention picks; keys, values [length, kv_heads, dim]."""
+    """Attend by scaled_dot_product_attention; keys, values: [length, kv_heads, dim]."""
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (query, keys, values))
     mask = _mask(query.shape[0], keys.shape[0], paged.window, query)
     out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=paged.scale, enable_gqa=True)
@@ -259,7 +248,7 @@ def _attend_eager(paged: PagedQuery, query: Tensor, keys: Tensor, values: Tensor
 
 
 def _mask(num_new: int, length: int, window: int | None, like: Tensor) -> Tensor:
-    """Return an additive causal mask [num_new, length], the queries at the end of the sequence."""
+    """Return an additive causal mask [num_new, length] for queries at the end of the sequence."""
     queries = torch.arange(length - num_new, length, device=like.device).unsqueeze(1)
     keys = torch.arange(length, device=like.device).unsqueeze(0)
     hidden = keys > queries
@@ -270,11 +259,3 @@ def _mask(num_new: int, length: int, window: int | None, like: Tensor) -> Tensor
 
 def _lse_dtype(query: Tensor) -> torch.dtype:
     return torch.float64 if query.dtype == torch.float64 else torch.float32
-
-
-def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
-    """Take each head's sink into the softmax after the fact: it adds to the denominator only."""
-    if sinks is None:
-        return out
-    share = torch.sigmoid(lse.float() - sinks.float()).unsqueeze(-1)
-    return (out.float() * share).to(out.dtype)

@@ -1,8 +1,8 @@
-"""Which sequences of a decode batch read a shared prefix once for all of them: decided from block tables alone.
+"""Plans which sequences of a decode batch read a shared prefix together, from their block tables and measured speeds.
 
-Attention over K and V that several sequences share is one matrix product with all their queries, so the bytes are
-read once instead of once a sequence. It costs more launches, and more arithmetic where the queries do not fill a
-tile. So cost decides: a prefix is shared where the time saved is more than that, by a rule of measured speeds.
+Attention of several sequences to a shared prefix is one matrix product with all their queries, so its bytes are read
+once instead of once per sequence. It costs more launches, and more arithmetic if the queries do not fill a tile. So a
+prefix is shared if the saved time is more than that. `attention_cascade` runs the plan.
 Source: the cascade attention of FlashInfer; Hydragen (Juravsky et al., 2024).
 """
 
@@ -26,12 +26,12 @@ class SharedPrefix:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CascadeCost:
-    """What decode attention costs in one layer, plain and shared, in seconds.
+    """The cost of decode attention in one layer, plain and shared, in seconds.
 
-    token_bytes: K and V of one token in one layer. bytes_per_s: how fast the plain path reads them. flops_per_s:
-    what the shared pass computes, counting a multiplication and an addition as two, with queries padded to tiles of
-    `tile_rows`; it is never faster than moving its bytes, `shared_reads` times. overhead_s: the launches that a
-    cascade adds, once a layer, and the merge.
+    token_bytes: K and V of one token in one layer. bytes_per_s: how fast the plain path reads them. flops_per_s: of the
+    shared pass, a multiplication and an addition counted as two, with queries padded to tiles of `tile_rows`. The
+    shared pass also reads its bytes `shared_reads` times. overhead_s: the additional launches of a cascade, and the
+    merge.
     """
 
     heads: int
@@ -55,12 +55,11 @@ class CascadeCost:
 
     @classmethod
     def of_gpu(cls, *, heads: int, kv_heads: int, head_dim: int, token_bytes: int) -> CascadeCost:
-        """Return the cost on an H200 with flash-attn 2.8.3, as seen by benchmarks/cascade.py.
+        """Return the cost on an H200 with flash-attn 2.8.3, as measured by benchmarks/cascade.py.
 
-        Llama-3.1-8B's shape, 200 own tokens: the plain path reads 4.7 TB/s where the prefix is long (much of it from
-        the L2 cache), the shared pass computes 280 TFLOP/s. 16 sequences that share 1,024 tokens gain 2 microseconds a
-        layer, 8 gain nothing; the rule puts the border between them. On a slower GPU both speeds are lower and the
-        launches cost as much, so what is chosen here pays there too.
+        With Llama-3.1-8B's shape and 200 own tokens, the plain path reads 4.7 TB/s of a long prefix (much of it from
+        the L2 cache) and the shared pass computes 280 TFLOP/s. 16 sequences that share 1,024 tokens gain 2 microseconds
+        per layer, 8 gain nothing. A slower GPU has lower speeds and the same launch cost, so a cascade pays there too.
         """
         return cls(
             heads=heads,
@@ -76,8 +75,8 @@ class CascadeCost:
     def of_cpu(cls, *, heads: int, kv_heads: int, head_dim: int, token_bytes: int) -> CascadeCost:
         """Return the cost on two CPU cores with torch's own kernel.
 
-        It pads nothing, but the shared blocks are copied together first: read, written, read again. Seen in float32:
-        8 sequences of 2,048 shared tokens 3.8 times as fast as the plain path, 2 of 1,024 tokens slower, 0.8.
+        It pads nothing, but first gathers the shared blocks: read, written, read again. Measured in float32: 8
+        sequences with 2,048 shared tokens are 3.8 times as fast as the plain path, 2 with 1,024 tokens 0.8 times.
         """
         return cls(
             heads=heads,
@@ -101,11 +100,11 @@ class CascadeCost:
         return max(compute, self.shared_reads * tokens * self.token_bytes / self.bytes_per_s)
 
     def saving_s(self, rows: int, tokens: int) -> float:
-        """Return what sharing saves, the overhead not yet taken off; negative where it costs more."""
+        """Return the time that sharing saves, before the overhead; negative if it costs more."""
         return self.plain_s(rows, tokens) - self.shared_s(rows, tokens)
 
     def padded_queries(self, rows: int) -> int:
-        """Return how many query vectors are computed: the lesser of packing and not packing a KV head's queries."""
+        """Return how many query vectors are computed: the smaller number of packing a KV head's queries and not."""
         tile, group = self.tile_rows, self.heads // self.kv_heads
         return min(-(-rows // tile) * tile * self.heads, -(-rows * group // tile) * tile * self.kv_heads)
 
@@ -113,12 +112,12 @@ class CascadeCost:
 def plan_cascade(
     tables: Sequence[Sequence[int]], num_past: Sequence[int], *, block_size: int, cost: CascadeCost
 ) -> tuple[SharedPrefix, ...]:
-    """Return the groups of sequences that should read a prefix together; empty where the plain path is best.
+    """Return the groups of sequences that should read a prefix together; empty if the plain path is best.
 
-    tables: the block table of each sequence. num_past: its tokens that have K and V already; only whole blocks of
-    them are shared, so no mask is needed and what a sequence writes is its own. A sequence is in one group at most.
-    The tables are seen as a trie: at each branching, the sequences below share what leads there, but for the
-    branches that save more by sharing what is longer among themselves.
+    tables: the block table of each sequence. num_past: its tokens with K and V; only whole blocks of them are shared,
+    so no mask is needed and no sequence writes a shared block. A sequence is in one group at most. The tables form a
+    trie: at each branching, the sequences below share the path to it, except for branches that save more by sharing a
+    longer path among themselves.
     """
     heads = [list(table[: past // block_size]) for table, past in zip(tables, num_past, strict=True)]
     saving, groups = _best(list(range(len(heads))), 0, heads, block_size, cost)
@@ -128,11 +127,11 @@ def plan_cascade(
 def _best(
     rows: list[int], depth: int, tables: list[list[int]], block_size: int, cost: CascadeCost
 ) -> tuple[float, list[SharedPrefix]]:
-    """Return the most that sequences with `depth` equal leading blocks can save, and by which groups."""
+    """Return the most time that sequences with `depth` equal leading blocks can save, and the groups for it."""
     rows = [row for row in rows if tables[row]]
     if len(rows) < 2:
         return 0.0, []
-    # What the least and the greatest table have in common, all have; comparing whole tables is fast in C.
+    # The common prefix of the smallest and the greatest table is common to all; C compares whole tables fast.
     least, greatest = min(tables[row] for row in rows), max(tables[row] for row in rows)
     end = min(len(least), len(greatest))
     while depth < end and least[depth] == greatest[depth]:
@@ -143,7 +142,7 @@ def _best(
             branches.setdefault(tables[row][depth], []).append(row)
     tokens = depth * block_size
     found = [(_best(branch, depth, tables, block_size, cost), branch) for branch in branches.values()]
-    # Those branches leave first that gain most by it: what they save among themselves, less what they read then.
+    # Branches leave the group in the order of their gain: their own saving less the time of their plain reads.
     found.sort(key=lambda each: each[0][0] - cost.plain_s(len(each[1]), tokens), reverse=True)
     best_s, best = cost.saving_s(len(rows), tokens), [SharedPrefix(tuple(rows), depth)]
     apart_s, apart, left = 0.0, list[SharedPrefix](), set(rows)

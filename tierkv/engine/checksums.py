@@ -1,4 +1,4 @@
-"""Checksums: notices that the bytes of a model's tensors are others than before, by samples of all of them."""
+"""Checksums: finds changed bytes in a model's tensors by samples of all of them."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from tierkv.engine.model_state import local_part
 __all__ = ["PHASES", "WHOLE_BYTES", "Checksums"]
 
 PHASES = 2048
-"""A sample is one line of 1 KiB in so many, of each tensor at least one; as many samples in turn are all bytes."""
+"""One sample reads every 2048th line of 1 KiB, and at least one line of each tensor; 2048 samples read all bytes."""
 
 WHOLE_BYTES = 8 << 20
-"""Tensors of so many bytes together, or fewer, are looked at entirely each time."""
+"""Up to this total size, every sample reads all bytes of the tensors."""
 
 _LINE_BYTES = 1024
 
@@ -34,10 +34,10 @@ class _Sampler(Protocol):
 
 
 class Checksums:
-    """The sums of some tensors' bytes as they are now, to be compared with later ones.
+    """Sums of tensors' bytes at construction, compared with later sums. Construction reads all bytes once.
 
-    The tensors must keep their places in memory. Reads all of their bytes once. A run of PHASES lines, 2 MiB, is
-    certain to be noticed by the next sample; a single word by one of the next PHASES; both at once by `is_same`.
+    The tensors must stay at their addresses. The next sample is certain to find a change of 2 MiB in a row (PHASES
+    lines); one of the next PHASES samples finds a single changed word; `is_same` finds both at once.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
@@ -52,10 +52,10 @@ class Checksums:
         self._known = [self._sums(phase) for phase in range(self.phases)]
 
     def start(self, after: torch.cuda.Event | None = None) -> Callable[[], bool]:
-        """Take the next sample. Return a function that waits for it and returns whether its bytes are as they were.
+        """Start the next sample. Return a function that waits for it and returns whether its bytes are unchanged.
 
-        On a GPU the sample follows the work of the current stream. With `after` it follows that event only, on a
-        stream of its own, beside the later work of the current stream.
+        On a GPU the sample follows the work of the current stream. With `after` it follows only that event, on a
+        separate stream, beside the later work of the current stream.
         """
         phase, self._phase = self._phase, (self._phase + 1) % self.phases
         fetches = [sampler.start(phase, after) for sampler in self._samplers]
@@ -63,7 +63,7 @@ class Checksums:
         return lambda: all(np.array_equal(fetch(), old) for fetch, old in zip(fetches, known, strict=True))
 
     def is_same(self) -> bool:
-        """Look at all bytes; return whether they are as they were."""
+        """Read all bytes; return whether they are unchanged."""
         return all(
             np.array_equal(now, old)
             for phase, known in enumerate(self._known)
@@ -75,7 +75,7 @@ class Checksums:
 
 
 def sampler_of(device: torch.device) -> type[_HostSampler | _TorchSampler | _KernelSampler]:
-    """Return what takes samples on a device."""
+    """Return the class that takes samples on a device."""
     if device.type == "cpu":
         return _HostSampler
     has_kernel = device.type == "cuda" and importlib.util.find_spec("triton") is not None
@@ -83,7 +83,7 @@ def sampler_of(device: torch.device) -> type[_HostSampler | _TorchSampler | _Ker
 
 
 class _HostSampler:
-    """Hashes samples in this thread."""
+    """Hashes samples in the calling thread."""
 
     def __init__(self, memory: list[Tensor], phases: int) -> None:
         self._lines: list[tuple[npt.NDArray[np.uint8], int]] = []
@@ -106,7 +106,7 @@ class _HostSampler:
 
 
 class _KernelSampler:
-    """Sums samples by a kernel and brings the sums to page-locked memory."""
+    """Sums samples by a kernel and copies the sums to page-locked memory."""
 
     def __init__(self, memory: list[Tensor], phases: int) -> None:
         from tierkv.kernels import checksums
@@ -121,14 +121,14 @@ class _KernelSampler:
             for first in range(0, -(-num_lines // stride), checksums.LINES_PER_PIECE):
                 by_word.setdefault(word, []).append((each.data_ptr(), size // word, stride, first))
         device = memory[0].device
-        self._memory = memory  # which the addresses keep no hold of
+        self._memory = memory  # keeps the memory at the addresses alive
         self._pieces = [(word, torch.tensor(each, device=device).T.contiguous()) for word, each in by_word.items()]
         self._counts = [pieces.shape[1] for _, pieces in self._pieces]
         self._device = device
         self._beside: torch.cuda.Stream | None = None
 
     def start(self, phase: int, after: torch.cuda.Event | None = None) -> Fetch:
-        if self._device.type != "cuda":  # the kernel is interpreted
+        if self._device.type != "cuda":  # triton interprets the kernel
             return self._sum(phase).numpy
         # Triton launches on the current GPU, which need not be the model's.
         with torch.cuda.device(self._device):
@@ -160,7 +160,7 @@ class _KernelSampler:
 
 
 class _TorchSampler:
-    """Hashes samples that torch has gathered: slow, for devices without a kernel."""
+    """Hashes samples that torch gathers: slow, for devices without the kernel."""
 
     def __init__(self, memory: list[Tensor], phases: int) -> None:
         self._memory = memory
@@ -181,7 +181,7 @@ _digest = xxhash.xxh3_64_intdigest
 
 
 def _by_memory(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Return the memory of tensors as bytes, each part once, however many tensors lie there."""
+    """Return the memory of tensors as bytes, each range once even if several tensors share it."""
     found: dict[tuple[torch.device, int, int], Tensor] = {}
     for tensor in tensors:
         part = local_part(tensor).detach()

@@ -1,8 +1,8 @@
 """The embedded model: small and random, made once and kept under a cache directory.
 
-It says nothing of use, but it is a real checkpoint, loaded as any other, so that every command works offline on a
-laptop. Users may share a cache directory: the files are as readable as the umask allows, and what one user cannot
-read or repair, another makes for himself beside it.
+Its answers are nonsense, but it is a real checkpoint, so that every command works offline on a laptop. Users may share
+a
+cache directory: the umask decides who can read the files, and a user who cannot read or repair them makes a copy there.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["EMBEDDED", "find_embedded_model", "ready_embedded_model", "write_emb
 EMBEDDED = "embedded"
 _VERSION = 1
 _SEED = 20_260
-_MANIFEST = "tierkv-files.json"  # written last: size and checksum of every other file
+_MANIFEST = "tierkv-files.json"  # size and checksum of every other file; written last
 _LIMIT_BYTES = 128 << 20
 _SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 _CHAT_TEMPLATE = (
@@ -38,9 +38,9 @@ _CHAT_TEMPLATE = (
 
 
 def ready_embedded_model(cache_dir: Path) -> Path:
-    """Return the directory of the embedded model; make it if it is missing, and again if it is damaged.
+    """Return the directory of the embedded model; make it if it is missing or damaged.
 
-    Raises ConfigError that names the file which cannot be read or written.
+    Raises ConfigError with the name of the file that cannot be read or written.
     """
     failure: OSError | None = None
     for target in _places(cache_dir):
@@ -58,7 +58,7 @@ def ready_embedded_model(cache_dir: Path) -> Path:
 
 
 def find_embedded_model(cache_dir: Path) -> Path | None:
-    """Return the directory of the embedded model if it is there and sound; make nothing."""
+    """Return the directory of the embedded model, or None if it is missing or damaged."""
     for target in _places(cache_dir):
         with suppress(OSError):
             if _is_sound(target):
@@ -67,7 +67,7 @@ def find_embedded_model(cache_dir: Path) -> Path | None:
 
 
 def write_embedded_model(path: Path) -> None:
-    """Write the embedded model's checkpoint into a directory: seeded, so the same on every machine."""
+    """Write the embedded model's checkpoint into a directory. The seed is fixed, so all machines make the same one."""
     transformers = import_transformers()
     tokenizer = _byte_tokenizer(transformers)
     config = transformers.Qwen3Config(
@@ -97,7 +97,7 @@ def write_embedded_model(path: Path) -> None:
 
 
 def _byte_tokenizer(transformers: Any) -> Any:
-    """Return a tokenizer of one token a byte, with the special tokens and the template of ChatML."""
+    """Return a tokenizer with one token per byte, and the special tokens and chat template of ChatML."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -116,13 +116,13 @@ def _byte_tokenizer(transformers: Any) -> Any:
 
 
 def _places(cache_dir: Path) -> tuple[Path, Path]:
-    """Return where all users of a cache directory look first, and where this one has his own."""
+    """Return the directory that all users share, and this user's own."""
     shared = cache_dir / f"embedded-model-{_VERSION}"
     return shared, shared.with_name(f"{shared.name}-of-{os.geteuid()}")
 
 
 def _is_sound(path: Path) -> bool:
-    """Return whether every file of the model is there as it was written. Raises OSError for what cannot be read."""
+    """Return whether every file of the model is as it was written. Raises OSError for an unreadable file."""
     try:
         files = json.loads(_read(path / _MANIFEST, 1 << 16))
         if sum(size for size, _ in files.values()) > _LIMIT_BYTES or "config.json" not in files:
@@ -140,7 +140,7 @@ def _read(path: Path, limit_bytes: int) -> bytes:
 
 
 def _make(target: Path) -> None:
-    """Write the model beside its place and rename it there. Another process that does the same may come first."""
+    """Write the model into a temporary directory and rename it. Another process may rename its copy first."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary, damaged = (target.with_name(f".{target.name}.{secrets.token_hex(6)}") for _ in range(2))
     temporary.mkdir()
@@ -159,7 +159,7 @@ def _make(target: Path) -> None:
         for path in (temporary, damaged):
             shutil.rmtree(path, ignore_errors=True)
             with suppress(OSError):
-                path.unlink()  # where it was no directory
+                path.unlink()  # if it was no directory
 
 
 def _write_with_manifest(path: Path) -> None:

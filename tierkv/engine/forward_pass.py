@@ -1,4 +1,4 @@
-"""ForwardPass: computes the new tokens of several sequences at once, as a replayed graph or launched anew."""
+"""ForwardPass: computes the new tokens of several sequences, as a replayed CUDA graph or eagerly."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["ForwardPass"]
 
 
 class ForwardPass:
-    """A model over its cache, one pass at a time. The options are `Runner`'s.
+    """Runs a model over its cache, one pass at a time. The options are `Runner`'s.
 
-    cascade_steps: passes in which sequences read a shared prefix together.
+    cascade_steps: the number of passes in which sequences read a shared prefix together.
     """
 
     def __init__(
@@ -51,12 +51,12 @@ class ForwardPass:
         return forward(self._model, ids, batch, logits_to_keep=last)
 
     def wait(self) -> None:
-        """Wait until the device has computed what was launched."""
+        """Block until the device has finished all launched passes."""
         if self._device.type == "cuda":
             torch.cuda.current_stream(self._device).synchronize()
 
     def _plan(self, steps: list[SequenceStep]) -> tuple[SharedPrefix, ...]:
-        """Return which sequences of a decode step read a prefix together; none while one of them prefills."""
+        """Return which sequences of a decode step read a prefix together; none if a sequence prefills."""
         if self._cascade_cost is None or len(steps) < 2 or any(step.num_new != 1 for step in steps):
             return ()
         tables, past = [step.block_table for step in steps], [step.num_past for step in steps]
@@ -64,12 +64,12 @@ class ForwardPass:
 
 
 def _wants_graphs(wish: bool | None, cache: TierCache) -> bool:
-    """Collectives inside a graph depend on NCCL and on every rank capturing it: only on request."""
+    """Return whether to use graphs. A split model needs a request: NCCL and every rank must capture its collectives."""
     return cache.ranks.size == 1 if wish is None else wish
 
 
 def _cascade_cost(loaded: LoadedModel, cache: TierCache) -> CascadeCost | None:
-    """Return what attention costs in a layer of the model; None where its layers cannot share a prefix."""
+    """Return the cost of attention in a layer of the model; None if its layers cannot share a prefix."""
     layers = cache.layout.layers
     if any(layer.k_dim != layer.v_dim for layer in layers):
         return None

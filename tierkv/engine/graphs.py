@@ -1,10 +1,9 @@
-"""Forward passes of few new tokens, captured once as CUDA graphs and replayed.
+"""GraphedModel: forward passes of few new tokens, captured once as CUDA graphs and replayed.
 
-With K and V cached, what is left of a request is small: a GPU does it in less time than Python needs to launch
-it. A replay launches everything at once. Each graph has static inputs for a number of sequences, of new tokens and
-of blocks in the table, each rounded up; what is padding writes into the pool's scratch block and is never read.
-
-Source: the decode graphs of vLLM and nano-vLLM; extended to the short rest of a cached prompt.
+With cached K and V, a GPU computes the few new tokens in less time than Python needs to launch the kernels; a replay
+launches all at once. Each graph has static inputs for a number of sequences, of new tokens and of blocks in the table,
+all rounded up. Padding writes into the pool's scratch block, which nothing reads.
+Source: the decode graphs of vLLM and nano-vLLM; extended to the few uncached tokens of a prompt.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ from torch import Tensor
 
 from tierkv.cache import TierCache
 from tierkv.engine.attention import AttentionBatch, SequenceStep, forward
+from tierkv.engine.attention_cascade import CascadeBatch, CascadeShape
 from tierkv.engine.attention_paged import MAX_SPLIT_TOKENS, layout_uses_flash
 from tierkv.engine.cascade import SharedPrefix
-from tierkv.engine.cascade_batch import CascadeBatch, CascadeShape
 from tierkv.movers.mover import wait_here
 
 __all__ = ["GraphedModel"]
@@ -34,7 +33,7 @@ _MIN_OWN_BLOCKS = 4
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """What a graph was captured for: sequences, new tokens of each, blocks in the table, prefixes read together."""
+    """The shape of a graph: sequences, new tokens of each, blocks in the table, and prefixes read together."""
 
     sequences: int
     new_tokens: int
@@ -50,10 +49,10 @@ class _Graph:
 
 
 class GraphedModel:
-    """Replays what it can of a model over a cache; says None for what must run eagerly.
+    """Replays forward passes of a model over a cache; returns None for passes that must run eagerly.
 
-    A shape is captured at its second use: the first runs eagerly and warms up every kernel. A model that cannot
-    be captured is found out then, and runs eagerly from there on.
+    A shape is captured at its second use; the first runs eagerly and compiles every kernel. If a capture fails, the
+    model runs eagerly from then on.
     """
 
     def __init__(self, model: Any, cache: TierCache) -> None:
@@ -63,19 +62,19 @@ class GraphedModel:
         self._seen: set[_Shape] = set()
         self._is_usable = model.device.type == "cuda" and layout_uses_flash(cache.layout)
         if self._is_usable:
-            self._gate = _LoadGate(cache.layer_groups, model.device)
+            self._load_events = _LoadEvents(cache.layer_groups, model.device)
             self._memory = torch.cuda.graph_pool_handle()
-            # Captured on a stream of the model's GPU: torch's own may lie on another one and would see nothing.
+            # A capture needs a stream of the model's GPU; torch's own capture stream may be of another GPU.
             self._stream = torch.cuda.Stream(model.device)
-            self._side = torch.cuda.Stream(model.device)  # a cascade's own pass, beside the shared one
+            self._side = torch.cuda.Stream(model.device)  # for a cascade's own pass, beside the shared pass
 
     def run(
         self, steps: Sequence[SequenceStep], token_ids: Sequence[int], plan: Sequence[SharedPrefix] = ()
     ) -> Tensor | None:
         """Return logits [sequences, vocabulary] of each sequence's last token, or None to run eagerly.
 
-        token_ids: the new tokens of all steps, packed. plan: which of the steps read a prefix together. The result
-        is overwritten by the next call.
+        token_ids: the new tokens of all steps, packed. plan: which steps read a prefix together. The next call
+        overwrites the result.
         """
         shape = self._shape_of(steps, plan) if self._is_usable else None
         if shape is None:
@@ -88,7 +87,7 @@ class GraphedModel:
                 return None
         found = self._graphs[shape]
         found.inputs.fill(steps, token_ids, plan)
-        self._gate.open([step.loads for step in steps if step.loads is not None])
+        self._load_events.record([step.loads for step in steps if step.loads is not None])
         found.graph.replay()
         return found.logits[: len(steps)]
 
@@ -104,12 +103,12 @@ class GraphedModel:
         return _Shape(_power_of_two(len(steps)), padded, blocks, cascade)
 
     def _capture(self, shape: _Shape) -> bool:
-        inputs = _Inputs(shape, self._cache, self._model.device, self._gate, self._side)
+        inputs = _Inputs(shape, self._cache, self._model.device, self._load_events, self._side)
         graph = torch.cuda.CUDAGraph()
         try:
-            if shape.cascade:  # rounded sizes may want another variant of the merge kernel than the eager run did
+            if shape.cascade:  # rounded sizes may need another variant of the merge kernel than the eager run
                 forward(self._model, inputs.token_ids, inputs.batch, logits_to_keep=inputs.last)
-            # Other threads go on copying blocks meanwhile, which only this mode allows.
+            # Other threads copy blocks meanwhile; only this mode allows that.
             with torch.cuda.graph(graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local"):
                 inputs.batch.seen_layers.clear()
                 logits = forward(self._model, inputs.token_ids, inputs.batch, logits_to_keep=inputs.last)
@@ -122,10 +121,10 @@ class GraphedModel:
 
 
 class _Inputs:
-    """The static tensors of one graph, and how a step is written into them with two copies."""
+    """The static tensors of one graph; two copies fill them for a step."""
 
     def __init__(
-        self, shape: _Shape, cache: TierCache, device: torch.device, gate: _LoadGate, side: torch.cuda.Stream
+        self, shape: _Shape, cache: TierCache, device: torch.device, load_events: _LoadEvents, side: torch.cuda.Stream
     ) -> None:
         self._shape = shape
         self._size = cache.config.block_size
@@ -156,13 +155,13 @@ class _Inputs:
             block_ids=block_ids,
             offsets=offsets,
             position_ids=positions.view(1, tokens),
-            loads=[gate],
+            loads=[load_events],
             cascade=self._cascade,
         )
         self.fill([], [], [])
 
     def fill(self, steps: Sequence[SequenceStep], token_ids: Sequence[int], plan: Sequence[SharedPrefix]) -> None:
-        """Write the steps' inputs; sequences and tokens that are padding point at the scratch block."""
+        """Write the steps' inputs; padding sequences and tokens point at the scratch block."""
         shape, size, scratch = self._shape, self._size, self._scratch
         ids: list[int] = []
         positions: list[int] = []
@@ -192,10 +191,10 @@ class _Inputs:
             self._cascade.fill(plan, tables, [step.num_past + step.num_new for step in steps])
 
 
-class _LoadGate:
-    """Lets a graph wait, layer group by layer group, for whatever is on its way up when it is replayed.
+class _LoadEvents:
+    """Makes a graph wait for loads in flight at its replay, group of layers by group.
 
-    The graph waits for one event a group, outside of it; before a replay those are recorded behind the copies.
+    The graph waits for one external event per group; `record` records them behind the copies before a replay.
     """
 
     def __init__(self, layer_groups: Sequence[int], device: torch.device) -> None:
@@ -206,13 +205,13 @@ class _LoadGate:
             event.record(self._stream)
 
     def wait_layer(self, layer: int) -> None:
-        """Wait, at the first layer of each group, for the group's event."""
+        """Make the current stream wait for a group's event at its first layer."""
         for at, first in enumerate([0, *self._ends[:-1]]):
             if first == layer:
                 wait_here(self._events[at])
 
-    def open(self, loads: Sequence[Any]) -> None:
-        """Record each group's event once everything that the loads bring for it has arrived."""
+    def record(self, loads: Sequence[Any]) -> None:
+        """Record each group's event behind the arrival of its layers in all loads."""
         if not loads:
             return
         with torch.cuda.stream(self._stream):
@@ -225,7 +224,7 @@ class _LoadGate:
 def _cascade_shape(steps: Sequence[SequenceStep], plan: Sequence[SharedPrefix], block_size: int) -> CascadeShape:
     """Return the sizes of a plan's tensors, rounded up so that few graphs serve many batches.
 
-    Shared blocks are rounded up to an eighth only: flash-attn splits the table's width, not the prefix's length.
+    Shared blocks are rounded up by an eighth at most, because flash-attn splits the table's width, not the prefix.
     """
     exact = CascadeShape.of(plan, [step.num_past + step.num_new for step in steps], block_size=block_size)
     sequences = _power_of_two(len(steps))

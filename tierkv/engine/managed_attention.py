@@ -1,4 +1,4 @@
-"""ManagedFlashAttention: attention whose memory one sets, sees and steers."""
+"""ManagedFlashAttention: exact attention under a memory budget, with a view of the cache's blocks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tierkv.engine.attention_paged import flash_head_dims
 from tierkv.engine.attention_pieces import (
     AllocationTracker,
     KVStream,
-    Ledger,
+    MemoryMeter,
     attend_pieces,
     attend_whole,
     iter_resident,
@@ -29,7 +29,7 @@ __all__ = ["CacheInspection", "ManagedFlashAttention", "MemoryStats"]
 
 
 class BlockManager(Protocol):
-    """Who carries out manual cache management instead: a MemoryController."""
+    """Carries out manual cache management in the cache's place, as a MemoryController does."""
 
     def manual_cache_management(
         self,
@@ -41,12 +41,12 @@ class BlockManager(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryStats:
-    """What one forward pass took. Bytes; seconds.
+    """Memory and time of one call. Bytes; seconds.
 
-    kv_bytes: K and V of the call. peak_bytes: most device memory held at a time beside the arguments and the result,
-    by count; measured_peak_bytes: the same by torch's allocator, with profile=True on a GPU. pieces: parts whose
-    attention was merged, of query_tokens against key_tokens at most. seconds: of the call; with profile=True to the end
-    of the work on the device, else to its being queued.
+    kv_bytes: K and V of the call. peak_bytes: the most device memory at a time, counted, without the arguments and the
+    result. measured_peak_bytes: the same by torch's allocator, with profile=True on a GPU.
+    pieces: merged parts, of query_tokens and key_tokens at most.
+    seconds: until the work is queued; with profile=True until it has ended on the device.
     """
 
     budget_bytes: int | None
@@ -63,7 +63,7 @@ class MemoryStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheInspection:
-    """What a cache holds: totals, every block of the hot pool that is in use or cached, free block ids."""
+    """The content of a cache: totals, every used or cached block of the hot pool, the number of free blocks."""
 
     stats: CacheStats
     blocks: tuple[BlockState, ...]
@@ -72,11 +72,14 @@ class CacheInspection:
 
 
 class ManagedFlashAttention:
-    """Exact causal attention under a budget of device memory, and hands on the cache's blocks. Not thread-safe.
+    """Exact causal attention under a budget of device memory, and control of a cache's blocks. Not thread-safe.
 
-    cache: whose blocks are inspected and managed. memory_tracker: told of every tensor that a call makes.
-    memory_controller: carries out `manual_cache_management` in the cache's place. Keeps one page-locked buffer for K
-    and V that were offloaded, as large as the largest so far, until `close`.
+    memory_tracker: is notified of every tensor that a call makes.
+    memory_controller: carries out `manual_cache_management` in the cache's place.
+    Until `close` it keeps one page-locked buffer for offloaded K and V, as large as the largest call.
+
+        with ManagedFlashAttention(cache) as attention:
+            out, stats = attention.forward_with_control(q, k, v, memory_budget=64 << 20)
 
     >>> q, k, v = (torch.randn(1, 16, 2, 8) for _ in range(3))
     >>> output, stats = ManagedFlashAttention(cache).forward_with_control(q, k, v, memory_budget=1 << 20)
@@ -112,26 +115,27 @@ class ManagedFlashAttention:
         cpu_offload: bool = False,
         profile: bool = False,
     ) -> tuple[Tensor, MemoryStats]:
-        """Return causal attention [batch, tokens, heads, dim], of q's dtype and device, and what it took.
+        """Return causal attention [batch, tokens, heads, dim], of q's dtype and device, and its memory and time.
 
-        q: [batch, tokens, heads, dim]; k, v: [batch, key tokens, kv_heads, dim], contiguous, of one dtype, at least as
-        many tokens as q has, whose tokens are the last ones. heads is a multiple of kv_heads (grouped queries).
+        q: [batch, tokens, heads, dim], the last tokens of k. k, v: [batch, key tokens, kv_heads, dim]. All contiguous
+        and of one dtype; heads is a multiple of kv_heads (grouped queries).
 
-        memory_budget: bytes for K and V as far as they are looked at at a time, and for working memory. Below what
-        all at once takes, attention is computed in pieces and merged by log-sum-exp: exact, up to rounding.
-        cpu_offload: K and V are kept in page-locked CPU memory, moved there first if they are not, and streamed
-        through two buffers within the budget. The caller may then drop k and v; while it holds them their memory stays
-        taken. K and V that lie on the CPU beside a q on a GPU are streamed in any case. On a GPU this needs flash-attn,
-        so bfloat16 or float16. Gradients are not computed.
+        memory_budget: bytes for working memory and the K and V of one piece. If it is too small for all at once,
+        attention runs in pieces that are merged by log-sum-exp: exact, up to rounding.
+        cpu_offload: K and V are moved to page-locked CPU memory, if they are not there, and streamed through two
+        buffers within the budget. The caller may delete k and v then to free their memory. K and V on the CPU are
+        always streamed to a q on a GPU. On a GPU this needs flash-attn, so bfloat16 or float16. No gradients are
+        computed.
+        profile: wait for the device, and reset torch's peak memory counter.
 
-        Raises CapacityError if the smallest piece does not fit the budget, ShapeError and ConfigError for arguments
-        that cannot work. profile=True waits for the device, and resets torch's peak memory counter.
+        Raises CapacityError if the smallest piece does not fit the budget, ShapeError and ConfigError for unsuitable
+        arguments.
         """
         shape = _shape_of(q, k, v)
         device = q.device
         is_streamed = cpu_offload or k.device != device
         sizes = plan_pieces(shape, budget_bytes=memory_budget, is_streamed=is_streamed)
-        ledger = Ledger(self.memory_tracker)
+        meter = MemoryMeter(self.memory_tracker)
         is_measured = profile and device.type == "cuda"
         if is_measured:
             torch.cuda.synchronize(device)
@@ -140,15 +144,15 @@ class ManagedFlashAttention:
         started = time.perf_counter()
         with torch.no_grad():
             if is_streamed:
-                run = self._attend_streamed(q, k, v, shape, sizes, ledger, is_bounded=memory_budget is not None)
+                run = self._attend_streamed(q, k, v, shape, sizes, meter, is_bounded=memory_budget is not None)
             else:
-                run = self._attend_resident(q, k, v, shape, sizes, ledger, is_bounded=memory_budget is not None)
+                run = self._attend_resident(q, k, v, shape, sizes, meter, is_bounded=memory_budget is not None)
         if is_measured:
             torch.cuda.synchronize(device)
         stats = MemoryStats(
             budget_bytes=memory_budget,
             kv_bytes=shape.kv_bytes,
-            peak_bytes=ledger.peak_bytes,
+            peak_bytes=meter.peak_bytes,
             pieces=run.pieces,
             query_tokens=sizes.query_tokens,
             key_tokens=sizes.key_tokens,
@@ -162,7 +166,7 @@ class ManagedFlashAttention:
         return run.out, stats
 
     def inspect_cache_state(self) -> CacheInspection:
-        """Return what the cache holds, block by block."""
+        """Return the content of the cache, block by block."""
         stats, blocks = self.cache.stats(), self.cache.blocks.inspect()
         return CacheInspection(
             stats=stats,
@@ -179,14 +183,14 @@ class ManagedFlashAttention:
     ) -> object:
         """Pin, offload and evict blocks of the hot pool by their ids, in this order.
 
-        Returns what became of each, as `BlockControl.manage` says it, or as the memory controller does if there is one.
+        Returns the result of `BlockControl.manage`, or of the memory controller if there is one.
         """
         if self.memory_controller is not None:
             return self.memory_controller.manual_cache_management(evict_blocks, pin_blocks, offload_blocks)
         return self.cache.blocks.manage(evict=evict_blocks or (), pin=pin_blocks or (), offload=offload_blocks or ())
 
     def close(self) -> None:
-        """Wait for copies and give the page-locked buffer back. May be called twice."""
+        """Wait for copies and free the page-locked buffer. May be called twice."""
         if self._stream is not None:
             self._stream.synchronize()
         self._host = None
@@ -198,15 +202,15 @@ class ManagedFlashAttention:
         v: Tensor,
         shape: AttentionShape,
         sizes: PieceSizes,
-        ledger: Ledger,
+        meter: MemoryMeter,
         *,
         is_bounded: bool,
     ) -> _Run:
         scale = q.shape[-1] ** -0.5
         if sizes.is_whole:
-            return _Run(attend_whole(q, k, v, scale, ledger, is_bounded=is_bounded), 1)
+            return _Run(attend_whole(q, k, v, scale, meter, is_bounded=is_bounded), 1)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        return _Run(out, attend_pieces(q, iter_resident(k, v, shape, sizes), shape, sizes, out, scale, ledger))
+        return _Run(out, attend_pieces(q, iter_resident(k, v, shape, sizes), shape, sizes, out, scale, meter))
 
     def _attend_streamed(
         self,
@@ -215,16 +219,16 @@ class ManagedFlashAttention:
         v: Tensor,
         shape: AttentionShape,
         sizes: PieceSizes,
-        ledger: Ledger,
+        meter: MemoryMeter,
         *,
         is_bounded: bool,
     ) -> _Run:
-        """Attend K and V that lie, or come to lie, in CPU memory."""
+        """Attend to K and V in CPU memory; move them there first if they are not."""
         keys, values = self._on_host(k, v, q.device)
         to_cpu = 0 if k.device.type == "cpu" else shape.kv_bytes
         scale = q.shape[-1] ** -0.5
         if sizes.is_whole:
-            copied = ledger.take((2, *k.shape), k.dtype, q.device, "attention stream buffer")
+            copied = meter.allocate((2, *k.shape), k.dtype, q.device, "attention stream buffer")
             stream = self._stream_of(q.device)
             if stream is not None:
                 stream.wait_stream(torch.cuda.current_stream(q.device))
@@ -233,28 +237,28 @@ class ManagedFlashAttention:
                 copied[1].copy_(values, non_blocking=True)
             if stream is not None:
                 torch.cuda.current_stream(q.device).wait_stream(stream)
-            out = attend_whole(q, copied[0], copied[1], scale, ledger, is_bounded=is_bounded)
-            ledger.give(copied)
+            out = attend_whole(q, copied[0], copied[1], scale, meter, is_bounded=is_bounded)
+            meter.remove(copied)
             return _Run(out, 1, to_cpu, shape.kv_bytes)
-        source = KVStream(keys, values, device=q.device, stream=self._stream_of(q.device), ledger=ledger)
+        source = KVStream(keys, values, device=q.device, stream=self._stream_of(q.device), meter=meter)
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
         kv = source.iter_kv(iter_pieces(shape, sizes), sizes)
-        pieces = attend_pieces(q, kv, shape, sizes, out, scale, ledger)
+        pieces = attend_pieces(q, kv, shape, sizes, out, scale, meter)
         return _Run(out, pieces, to_cpu, source.bytes_in)
 
     def _on_host(self, k: Tensor, v: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return K and V in CPU memory that the device can copy from at full speed: moved there if they are not."""
+        """Return K and V in CPU memory from which the device copies at full speed; move them if they are elsewhere."""
         stream = self._stream_of(device)
         if k.device.type == "cpu" and (stream is None or (k.is_pinned() and v.is_pinned())):
             return k, v
         if self._host is None or self._host.nbytes < k.nbytes + v.nbytes:
-            self._host = None  # the old one first: page-locked memory is scarce
+            self._host = None  # free the old buffer first: page-locked memory is scarce
             self._host = torch.empty(k.nbytes + v.nbytes, dtype=torch.uint8, pin_memory=True)
         both = self._host[: k.nbytes + v.nbytes].view(k.dtype)
         keys, values = both[: k.numel()].view(k.shape), both[k.numel() :].view(v.shape)
         assert stream is not None
         if k.device.type == "cpu":
-            stream.synchronize()  # the copies of the call before read from here
+            stream.synchronize()  # copies of the previous call still read this buffer
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             keys.copy_(k, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Loading a model and its tokenizer: any Hugging Face decoder by directory or name, or the embedded one."""
+"""Loads a model and its tokenizer: any Hugging Face decoder by directory or name, or the embedded model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MODEL_SUFFIXES = (".json", ".safetensors", ".bin", ".pt", ".model", ".txt", ".j
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model ready to run, its tokenizer, and the name it was asked for."""
+    """A model ready to run, its tokenizer (None for token ids only), and its name as requested."""
 
     model: Any
     tokenizer: Any
@@ -33,11 +33,17 @@ class LoadedModel:
 def load_model(
     name: str | None, *, cache_dir: Path | None = None, device: str | None = None, dtype: str | None = None
 ) -> LoadedModel:
-    """Load a model for inference; None or "embedded" is the embedded one, which is kept under `cache_dir`.
+    """Load a model for inference, in eval mode.
 
-    device: CUDA where there is one, else the CPU. dtype: bfloat16 on CUDA, the checkpoint's own on a CPU.
-    Raises ConfigError, in one line, for an unknown device or dtype and for a model that is unknown or damaged, also
-    where its files lack weights: Transformers would fill them with random numbers.
+    name: a directory or a name of the Hugging Face hub; None or "embedded" is the embedded model, a small random one.
+    cache_dir: the directory that keeps the embedded model; only it needs this.
+    device: "cpu", "cuda" or "cuda:N"; by default CUDA if there is a device.
+    dtype: "bfloat16", "float16", "float32" or "float64"; by default bfloat16 on CUDA, the checkpoint's on a CPU.
+    Raises ConfigError, in one line, for an unknown device or dtype and for an unknown or damaged model. Missing weights
+    are damage too: Transformers would fill them with random numbers.
+
+        loaded = load_model("path/to/model", device="cpu", dtype="float32")
+        token_ids = loaded.tokenizer.encode("Why was I charged twice?")
 
     >>> load_model(None, cache_dir=Path("models")).name
     'embedded'
@@ -61,7 +67,7 @@ def load_model(
 
 
 def _fault_of(found: dict[str, Any], tokenizer: Any) -> str | None:
-    """Return what is wrong with a model that Transformers has loaded all the same, filling the gaps by itself."""
+    """Return the fault of a model that Transformers has loaded in spite of missing parts; None if it is whole."""
     for kind, what in (("missing_keys", "are not in its files"), ("mismatched_keys", "have not the shape it says")):
         names = sorted(str(key[0]) if isinstance(key, tuple) else str(key) for key in found.get(kind) or ())
         if names:
@@ -72,7 +78,7 @@ def _fault_of(found: dict[str, Any], tokenizer: Any) -> str | None:
 
 
 def load_tokenizer(name: str, *, cache_dir: Path | None) -> Any | None:
-    """Return the tokenizer of a model that is already on this machine, or None if it is not, or cannot be read."""
+    """Return the tokenizer of a model in a local directory; None if it is missing or unreadable."""
     path: Path | None = Path(name)
     if name in ("", EMBEDDED):
         path = find_embedded_model(cache_dir) if cache_dir else None
@@ -80,17 +86,17 @@ def load_tokenizer(name: str, *, cache_dir: Path | None) -> Any | None:
         return None
     try:
         return import_transformers().AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except Exception:  # noqa: BLE001 - as in load_model; the caller can do without
+    except Exception:  # noqa: BLE001 - as in load_model; the tokenizer is optional here
         return None
 
 
 def split_model(model: Any) -> Any:
     """Split a loaded model over the processes of torch.distributed, in place, by its own tensor-parallel plan.
 
-    Every process calls this with the same weights on its own device and goes on with its slice of them. So the whole
-    model must fit a device first: larger ones are loaded in slices, by Transformers' `from_pretrained` with a
-    `distributed_config`. Raises ConfigError without a process group or where the model is on another device than this
-    process', UnsupportedModelError for a model without a plan.
+    Every process calls this function with the same weights on its own device, and keeps its slice. So the whole model
+    must first fit a device; load larger models in slices, by Transformers' `from_pretrained` with a
+    `distributed_config`. Raises ConfigError without a process group and for a model on another process's device,
+    UnsupportedModelError for a model without a plan.
     """
     transformers = import_transformers()
     name = type(model).__name__
@@ -106,7 +112,7 @@ def split_model(model: Any) -> Any:
     config = importlib.import_module("transformers.distributed").DistributedConfig(tp_plan="auto", tp_size=size)
     tied = _untie(model)
     try:
-        config, _, mesh = model.prepare_distribute_model(config)  # what a mesh is changes with the version
+        config, _, mesh = model.prepare_distribute_model(config)  # the type of the mesh differs between versions
         return model.maybe_distribute_model(model, config, mesh)
     except ValueError as exc:
         raise UnsupportedModelError(f"{name} cannot be split over {size} devices: {_first_line(exc)}") from exc
@@ -115,7 +121,7 @@ def split_model(model: Any) -> Any:
 
 
 def _own_device() -> torch.device:
-    """Return where Transformers puts this process' slice: not where the model is, but where torchrun says."""
+    """Return the device of this process's slice: Transformers takes it from torchrun, not from the model."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     if accelerator is None:
         return torch.device("cpu")
@@ -126,9 +132,9 @@ def _own_device() -> torch.device:
 
 
 def _untie(model: Any) -> list[tuple[str, str]]:
-    """Make each further name of a weight a parameter of its own over the same memory; return it with the first name.
+    """Give each further name of a tied weight its own parameter over the same memory; return (name, first name) pairs.
 
-    Transformers splits a model before it ties weights, and 5.23 finds only the first name of one that is tied.
+    Transformers splits a model before it ties weights, and 5.23 finds only the first name of a tied weight.
     """
     first_names: dict[int, str] = {}
     tied = []
@@ -141,7 +147,7 @@ def _untie(model: Any) -> list[tuple[str, str]]:
 
 
 def _tie(model: Any, tied: list[tuple[str, str]]) -> None:
-    """Undo `_untie`, save for weights whose names were split in different ways."""
+    """Undo `_untie`, except for weights whose names were split in different ways."""
     for name, first_name in tied:
         parameter, first = model.get_parameter(name), model.get_parameter(first_name)
         if getattr(parameter, "placements", None) == getattr(first, "placements", None):
@@ -154,7 +160,7 @@ def _set_parameter(model: Any, name: str, parameter: torch.nn.Parameter) -> None
 
 
 def _path_of(name: str | None, cache_dir: Path | None) -> str:
-    """Return what Transformers loads: a directory, or a name of the hub. Raises ConfigError."""
+    """Return the argument for Transformers: a directory or a name of the hub. Raises ConfigError."""
     if name is None or name == EMBEDDED:
         if cache_dir is None:
             raise ConfigError("the embedded model needs a cache_dir to be kept in")
@@ -170,7 +176,7 @@ def _path_of(name: str | None, cache_dir: Path | None) -> str:
             raise ConfigError(f"{name} is no model: it has no config.json")
         for file in files.values():
             if file.endswith(_MODEL_SUFFIXES):
-                os.close(open_regular(file))  # Transformers would wait for a FIFO, and does not always name its file
+                os.close(open_regular(file))  # Transformers would block on a FIFO
     except (FileNotFoundError, NotADirectoryError):
         if path.is_absolute():
             raise ConfigError(f"there is no model at {name}") from None

@@ -1,7 +1,7 @@
-"""Exact attention in pieces under a budget of bytes: which queries meet which keys when, decided before anything runs.
+"""Plans exact attention in pieces under a budget of bytes.
 
-A piece is a run of queries of one sequence and a run of keys. Attention over the pieces of a run of queries is merged
-by log-sum-exp, so the result is exact. Source: flash attention's own loop (Dao et al., 2022), one level up.
+A piece is a run of queries of one sequence and a run of its keys. `attention_pieces` merges the pieces of a run of
+queries by log-sum-exp, so the result is exact. Source: the loop of flash attention (Dao et al., 2022), one level up.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from tierkv.errors import CapacityError
 
 __all__ = ["AttentionShape", "Piece", "PieceSizes", "iter_pieces", "plan_pieces"]
 
-_SMALLEST = 16  # tokens: below it a piece is all launch and no work
-_ENOUGH_KEYS = 512  # tokens: from here on more queries at a time help more than more keys
+_SMALLEST = 16  # tokens; a smaller piece costs little more than its launch
+_ENOUGH_KEYS = 512  # tokens; above it, more queries per piece help more than more keys
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,13 +41,13 @@ class AttentionShape:
 
     @property
     def query_bytes(self) -> int:
-        """Working memory of one query token: its sum so far in float32, a piece's output, both log-sum-exps."""
+        """Working memory of one query token: its sum in float32, a piece's output, both log-sum-exps."""
         return self.heads * (4 * self.head_dim + self.item_bytes * self.head_dim + 8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PieceSizes:
-    """Tokens of a piece at most. is_whole: one piece, the whole batch at once. buffers: copies of K and V at a time."""
+    """The largest tokens of a piece. is_whole: one piece for the whole batch. buffers: copies of K and V at a time."""
 
     query_tokens: int
     key_tokens: int
@@ -70,12 +70,12 @@ class Piece:
 
 
 def plan_pieces(shape: AttentionShape, *, budget_bytes: int | None, is_streamed: bool) -> PieceSizes:
-    """Return how large pieces may be.
+    """Return the sizes of pieces.
 
-    The budget is for K and V as far as they are looked at at a time, and for working memory; queries and the result
-    are the caller's. is_streamed: K and V lie elsewhere and come through two buffers, one filled while the other is
-    read. Every run of queries reads the keys anew, so the budget goes to queries once the keys have enough.
-    Raises CapacityError, with the least that would do, if the smallest piece does not fit.
+    budget_bytes: for K and V of one piece and working memory; queries and the result do not count.
+    is_streamed: K and V come through two buffers; a copy fills one while attention reads the other.
+    Every run of queries reads the keys again, so queries get the budget that is left after enough keys.
+    Raises CapacityError, with the smallest sufficient budget, if the smallest piece does not fit.
     """
     lse_bytes = 4 * shape.batch * shape.query_tokens * shape.heads
     whole = shape.kv_bytes + lse_bytes
@@ -96,7 +96,7 @@ def plan_pieces(shape: AttentionShape, *, budget_bytes: int | None, is_streamed:
             f"a memory budget of {budget_bytes} bytes does not hold the smallest piece of this attention",
             hint=f"at least {least} bytes are needed, {whole} for all at once",
         )
-    # Keys get a quarter, or enough if that is less; queries what they need of the rest; keys what is left over.
+    # Keys get a quarter, at most enough; queries take what they need of the rest; keys get the remainder.
     keys = max(least_keys, min(_ENOUGH_KEYS, shape.key_tokens, budget_bytes // 4 // per_key))
     queries = max(least_queries, min(shape.query_tokens, (budget_bytes - keys * per_key) // per_query))
     queries = _aligned(queries, shape.query_tokens)
@@ -106,7 +106,7 @@ def plan_pieces(shape: AttentionShape, *, budget_bytes: int | None, is_streamed:
 
 
 def iter_pieces(shape: AttentionShape, sizes: PieceSizes) -> Iterator[Piece]:
-    """Yield the pieces of all sequences in order; keys that no query of a piece may see are left out."""
+    """Yield the pieces of all sequences in order, without keys that no query of a piece may see."""
     past = shape.key_tokens - shape.query_tokens
     for item in range(shape.batch):
         for first_query in range(0, shape.query_tokens, sizes.query_tokens):
@@ -126,7 +126,7 @@ def iter_pieces(shape: AttentionShape, sizes: PieceSizes) -> Iterator[Piece]:
 
 
 def _aligned(tokens: int, all_tokens: int) -> int:
-    """Round down to what kernels like, unless it is everything."""
+    """Round down to a multiple that kernels run fast with, except for all tokens."""
     if tokens >= all_tokens:
         return all_tokens
     step = 128 if tokens >= 128 else _SMALLEST

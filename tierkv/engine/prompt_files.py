@@ -1,14 +1,14 @@
-r"""Prompt files: text, or JSON as `tierkv warm` and the batch interfaces of model servers have it.
+r"""Reads prompt files: text, or JSON in the forms of `tierkv warm` and of model servers' batch interfaces.
 
-Text is kept as it is: only a line feed ends a line (\r\n counts as one), and blanks and empty lines at both ends of a
-prompt go. JSON is one object, a list, or one value a line. Each value is a prompt:
+In a text file a line feed or \r\n ends a line; blanks and empty lines at both ends of a prompt are removed. JSON is one
+object, a list, or one value per line. Each value is a prompt:
 
 - {"system": text, "tools": [...], "messages": [{"role": ..., "content": ...}, ...]}: each key may be missing.
-- {"prompt": text} or {"text": text}: as a prompt in a text file; beside system or messages it is the user's last text.
-- {"custom_id": ..., "body": {"messages": [...]}}, a line of OpenAI's batch files: the body counts.
+- {"prompt": text} or {"text": text}: as a prompt in a text file; with system or messages it is the user's last text.
+- {"custom_id": ..., "body": {"messages": [...]}}, a line of OpenAI's batch files: the body is the prompt.
 - a text, or a list of messages.
 
-Content is text, or a list of parts {"type": "text", "text": ...}, which are joined. Other keys are left alone.
+Content is text, or a list of parts {"type": "text", "text": ...}, which are joined. Other keys are ignored.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from tierkv.values.files import read_text
 
 __all__ = ["PromptRequest", "check_unicode", "read_prompts"]
 
-_LIMIT_BYTES = 256 << 20  # of text: more K and V than any store is likely to hold
+_LIMIT_BYTES = 256 << 20  # more text than the K and V of any store
 _LINES_SUFFIXES = (".jsonl", ".ndjson", ".jsonlines")
 _JSON_SUFFIXES = (".json", *_LINES_SUFFIXES)
 _KEYS = ("system", "tools", "messages", "prompt", "text")
 _TEXT_TYPES = ("text", "input_text", "output_text")
 _BLANKS = " \t\n"
-_JSON_BLANKS = " \t\r\ufeff"  # where files were joined, a byte order mark is in their midst
+_JSON_BLANKS = " \t\r\ufeff"  # concatenated files may contain byte order marks
 _SEPARATORS = re.compile(r"[\s,]*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptRequest:
-    """What stands before the user's text: a system prompt, tools, earlier messages."""
+    """A prompt without the user's last text: system prompt, tools and earlier messages."""
 
     system: str = ""
     tools: Sequence[dict[str, Any]] = field(default_factory=tuple)
@@ -46,11 +46,11 @@ class PromptRequest:
 
 
 def read_prompts(path: Path, *, lines: bool = False) -> list[PromptRequest]:
-    """Return the prompts of a file: JSON by its suffix, else text separated by lines of ---, or one a line.
+    """Return the prompts of a file: JSON by its suffix, else text separated by lines of ---.
 
-    The suffix is compared without case. A name without one, for example /dev/stdin, is JSON if its first value is a
-    prompt. A pipe is read to its end. Raises ConfigError, in one line, for a file that cannot be read or holds no
-    prompt; it names the line.
+    lines: each line of a text file is a prompt. The suffix is compared without case. A file without a suffix, such as
+    /dev/stdin, is JSON if its first value is a prompt. A pipe is read to its end. Raises ConfigError, in one line that
+    names the bad line, for an unreadable file and for a file without prompts.
     """
     text = read_text(path, limit_bytes=_LIMIT_BYTES).replace("\r\n", "\n")
     is_json = path.name.lower().endswith(_JSON_SUFFIXES) or (not path.suffix and not lines and _begins_as_json(text))
@@ -73,7 +73,7 @@ def _json_prompts(text: str, path: Path) -> list[PromptRequest]:
 
 
 def check_unicode(text: str, what: str) -> None:
-    """Raise ConfigError for a text with a lone surrogate, which no tokenizer takes."""
+    """Raise ConfigError for a text with a lone surrogate, which no tokenizer accepts."""
     try:
         text.encode()
     except UnicodeEncodeError as exc:
@@ -93,7 +93,7 @@ def _split_at_rules(text: str) -> list[str]:
 
 
 def _begins_as_json(text: str) -> bool:
-    """Return whether the first value of a text is a prompt in JSON; a text that is one by chance is not expected."""
+    """Return whether the first value of a text is a prompt in JSON."""
     if not text.lstrip(_BLANKS).startswith(("{", "[")):
         return False
     try:
@@ -105,9 +105,9 @@ def _begins_as_json(text: str) -> bool:
 
 
 def _iter_values(text: str, *, is_document: bool) -> Iterator[tuple[Any, str]]:
-    """Yield the JSON value of each prompt, and its place as "line 3". Raises ConfigError at the first bad line.
+    """Yield the JSON value of each prompt and its line, as "line 3". Raises ConfigError at the first bad line.
 
-    is_document: the whole text may be one object, or a list of prompts; otherwise each line is a value.
+    is_document: the whole text may be one object or a list of prompts; otherwise each line is a value.
     """
     lines = [(number, line.strip(_JSON_BLANKS)) for number, line in enumerate(text.split("\n"), start=1)]
     lines = [(number, line) for number, line in lines if line]
@@ -125,7 +125,7 @@ def _iter_document(text: str) -> Iterator[tuple[Any, str]]:
     if not isinstance(value, list) or _is_messages(value):
         yield value, f"line {number}"
         return
-    at += 1  # behind the bracket; the items are parsed once more, to know the line of each
+    at += 1  # after the bracket; the items are parsed again, to know the line of each
     for item in value:
         begin = _SEPARATORS.match(text, at).end()  # type: ignore[union-attr]  # it matches anywhere
         number += text.count("\n", at, begin)
@@ -143,7 +143,7 @@ def _is_json(text: str) -> bool:
 
 
 def _parse(text: str, number: int | None) -> Any:
-    """Return the value of a text, which is that line of the file; None: it is the whole file."""
+    """Return the JSON value of line `number`, or of the whole file if that is None. Raises ConfigError."""
     try:
         return _DECODER.decode(text)
     except json.JSONDecodeError as exc:
@@ -173,7 +173,7 @@ def _is_messages(value: Any) -> bool:
 
 
 def _to_request(value: Any, where: str) -> PromptRequest:
-    """Return the prompt that a JSON value stands for. Raises ConfigError."""
+    """Return the prompt of a JSON value. Raises ConfigError."""
     if isinstance(value, str):
         value = {"text": value}
     elif _is_messages(value):

@@ -1,4 +1,4 @@
-"""How a prompt becomes tokens, so that what is warmed is what real requests begin with."""
+"""Turns prompts into tokens, so that a warmed prefix has the tokens with which real requests begin."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from tierkv.errors import ConfigError
 
 __all__ = ["PromptRequest", "Tokenizer", "check_unicode", "prefix_tokens", "read_prompts", "render_tokens"]
 
-# A request's text can begin with anything; where a tokenizer merges characters, the last tokens of the prompt
-# may differ with it. What all of these have in common is safe to keep.
+# A user's text can begin with any character. A tokenizer may merge it with the prompt's last characters, so the last
+# tokens may differ. The common prefix for all these beginnings is safe to keep.
 _PROBES = ("a", "Z", "7", " b", "\n", '"', "é", "?", "你")
 
 
 class Tokenizer(Protocol):
-    """The part of a Hugging Face tokenizer that prompts need."""
+    """The methods of a Hugging Face tokenizer that this module calls."""
 
     chat_template: Any
 
@@ -25,9 +25,9 @@ class Tokenizer(Protocol):
 
 
 def render_tokens(tokenizer: Tokenizer, request: PromptRequest, user_text: str) -> list[int]:
-    """Return the tokens of a whole request, up to where the answer begins.
+    """Return the tokens of a whole request, up to the beginning of the answer.
 
-    By the tokenizer's chat template; plain text, with an empty line between, where it has none.
+    They come from the tokenizer's chat template; without a template, from the texts joined by empty lines.
     """
     if not getattr(tokenizer, "chat_template", None):
         earlier = [str(message.get("content") or "") for message in request.messages]
@@ -39,7 +39,7 @@ def render_tokens(tokenizer: Tokenizer, request: PromptRequest, user_text: str) 
     except ConfigError as exc:
         if not system or "system" not in str(exc.__cause__).lower():
             raise
-    # Some templates know no system role: then it goes before the first user's text, as their users do it.
+    # Some templates have no system role: then the system prompt goes before the first user's text.
     messages = [dict(message) for message in [*request.messages, user]]
     first = next(message for message in messages if message.get("role") == "user")
     first["content"] = f"{request.system}\n\n{first['content']}"
@@ -47,7 +47,7 @@ def render_tokens(tokenizer: Tokenizer, request: PromptRequest, user_text: str) 
 
 
 def prefix_tokens(tokenizer: Tokenizer, request: PromptRequest) -> list[int]:
-    """Return the tokens that every request with this prompt begins with, whatever the user's text."""
+    """Return the common leading tokens of all requests with this prompt, for any user text."""
     common: list[int] | None = None
     for probe in _PROBES:
         tokens = render_tokens(tokenizer, request, probe)
@@ -64,7 +64,7 @@ def _apply(tokenizer: Tokenizer, messages: Sequence[dict[str, Any]], request: Pr
         text = tokenizer.apply_chat_template(
             list(messages), tools=list(request.tools) or None, tokenize=False, add_generation_prompt=True
         )
-    except Exception as exc:  # a template is a program of the model's, and raises what it likes
+    except Exception as exc:  # a template is a program of the model's and may raise anything
         raise ConfigError(f"the chat template refuses the prompt: {exc}") from exc
     return _encode(tokenizer, text, add_special_tokens=False)
 

@@ -1,4 +1,4 @@
-"""How the next token is chosen from logits, the same whatever else is in the batch."""
+"""Sampling: chooses the next token from logits, independently of the rest of the batch."""
 
 from __future__ import annotations
 
@@ -17,10 +17,15 @@ __all__ = ["Sampler", "SamplingOptions"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingOptions:
-    """temperature 0 is greedy. top_k 0 and top_p 1 leave every token in.
+    """How tokens are chosen.
 
-    seed: the same one gives the same answers again, whatever else is in the batch; None gives others each time. Equal
-    prompts of one batch get different answers in both cases.
+    temperature: 0 is greedy. top_k: keep the k most likely tokens; 0 keeps all. top_p: keep the most likely tokens up
+    to this share of the probability, in (0, 1]; 1 keeps all.
+    seed: an integer of 64 bits. The same seed gives the same answers, whatever else is in the batch; None gives new
+    ones each time. Equal prompts of one batch get different answers in both cases.
+    Raises ConfigError for values out of these ranges.
+
+        SamplingOptions(temperature=0.7, top_p=0.9, seed=1)
 
     >>> SamplingOptions(temperature=0.7, top_p=0.9, seed=1).seed
     1
@@ -43,10 +48,10 @@ class SamplingOptions:
 
 
 class Sampler:
-    """Draws one sequence's tokens with a random generator of its own, on the CPU."""
+    """Draws the tokens of one sequence with its own random generator, on the CPU."""
 
     def __init__(self, options: SamplingOptions, *, number: int = 0) -> None:
-        """Begin with the options' seed. number: of equal prompts with one seed, which one this is."""
+        """Start with the options' seed. number: the index of this prompt among equal prompts of the batch."""
         self._options = options
         self._generator = torch.Generator()
         if options.seed is None:
@@ -55,12 +60,12 @@ class Sampler:
             self._generator.manual_seed(_seed_of(options.seed, number))
 
     def fetch(self, logits: Tensor) -> Tensor:
-        """Start to bring what `choose` needs of logits [vocabulary] to the CPU: there once the current stream is."""
+        """Start to copy what `choose` needs of logits [vocabulary] to the CPU, on the current stream."""
         needed = logits.argmax() if self._options.temperature == 0 else logits
         return needed.to("cpu", non_blocking=True)
 
     def choose(self, fetched: Tensor) -> int:
-        """Return a token id from what `fetch` returned. Greedy ties go to the lowest id."""
+        """Return a token id from the result of `fetch`, after its copy. Greedy ties go to the lowest id."""
         options = self._options
         if options.temperature == 0:
             return int(fetched)
@@ -72,14 +77,14 @@ class Sampler:
         probabilities = scores.softmax(-1)
         if options.top_p < 1:
             ordered, order = probabilities.sort(descending=True)
-            before = ordered.cumsum(-1) - ordered  # the token that crosses the mass stays in
+            before = ordered.cumsum(-1) - ordered  # keeps the token that crosses the limit
             probabilities = probabilities.clone()
             probabilities[order[before >= options.top_p]] = 0
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
 
 
 def _seed_of(seed: int, number: int) -> int:
-    """Return the seed of the first of equal prompts as it is, and others for those after it."""
+    """Return the seed itself for the first of equal prompts, and derived seeds for the others."""
     if not number:
         return int(seed)
     return xxhash.xxh3_64_intdigest(f"{seed}|{number}".encode())

@@ -1,8 +1,8 @@
 """Many copies between page-locked and GPU memory in one call.
 
-A copy of its own costs the copy engine 3 us and Python 7: pieces of 2 MiB went at 51.2 GB/s of a link of 55.5, and go
-at 54.7 in a batch. CUDA takes batches since 12.8, and cuda-bindings, which torch's CUDA builds bring along, hands them
-over. Without either, and on a CPU, one copy follows another.
+A single copy costs the copy engine 3 us and Python 7. Pieces of 2 MiB reach 51.2 GB/s one by one and 54.7 GB/s in a
+batch, on a link of 55.5. Batches need CUDA 12.8 and cuda-bindings, which torch's CUDA builds install. Without them, and
+on a CPU, one copy follows another.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor
 __all__ = ["Piece", "copy_pieces"]
 
 _FIRST_VERSION = 12080
-_DEFAULT_STREAM = 0  # takes no batches
+_DEFAULT_STREAM = 0  # does not support batches
 
 
 class Piece(NamedTuple):
-    """Bytes of one row of the source, and where in a row of the target they go."""
+    """A run of bytes in one row of the source, and its place in a row of the target."""
 
     target_row: int
     source_row: int
@@ -31,10 +31,10 @@ class Piece(NamedTuple):
 
 
 def copy_pieces(target: Tensor, source: Tensor, pieces: Sequence[Piece]) -> None:
-    """Copy pieces of rows, in no order, on the current stream; returns before they are there if a GPU takes part.
+    """Copy pieces of rows, in no order, on the current stream; asynchronous if a GPU takes part.
 
-    target, source: [rows, bytes] uint8, each row contiguous; CPU memory is page-locked where the other is a GPU's. No
-    two pieces overlap in the target. Raises RuntimeError; then some may have been copied, or be on their way.
+    target, source: [rows, bytes] uint8, each row contiguous; CPU memory is page-locked if the other is on a GPU. No two
+    pieces overlap in the target. Raises RuntimeError; some pieces may then have been copied, or be in flight.
     """
     device = target.device if target.is_cuda else source.device
     if device.type == "cuda" and len(pieces) > 1 and _copy_batch(target, source, pieces, device):
@@ -44,12 +44,12 @@ def copy_pieces(target: Tensor, source: Tensor, pieces: Sequence[Piece]) -> None
 
 
 def _copy_batch(target: Tensor, source: Tensor, pieces: Sequence[Piece], device: torch.device) -> bool:
-    """Queue all copies in one call. Return False where CUDA does not take them: one by one they can do no harm then."""
+    """Queue all copies in one call. Return False if CUDA refuses the batch; nothing is queued then."""
     runtime = _batches()
     stream = torch.cuda.current_stream(device).cuda_stream
     if runtime is None or stream == _DEFAULT_STREAM:
         return False
-    for piece in pieces:  # torch would notice, an address would not
+    for piece in pieces:  # CUDA does not check addresses
         assert 0 <= piece.target_row < target.shape[0] and 0 <= piece.source_row < source.shape[0]
         assert piece.target_start + piece.length <= target.shape[1]
         assert piece.source_start + piece.length <= source.shape[1]
@@ -68,13 +68,13 @@ def _copy_batch(target: Tensor, source: Tensor, pieces: Sequence[Piece], device:
         stream,
     )
     if int(status):
-        runtime.cudaGetLastError()  # or torch would find it behind its own next call
+        runtime.cudaGetLastError()  # else torch would raise it at its next call
     return not int(status)
 
 
 @lru_cache(maxsize=1)
 def _batches() -> Any:
-    """Return the CUDA runtime's own functions if they take batches, else None."""
+    """Return the CUDA runtime's functions if they support batches, else None."""
     try:
         from cuda.bindings import runtime
     except ImportError:

@@ -1,7 +1,7 @@
-"""Brings cold blocks up as they are stored: their zstd frames cross the link and nvCOMP decodes them on the GPU.
+"""Loads cold blocks as they are stored: their zstd frames cross the link, and nvCOMP decodes them on the GPU.
 
-The CPU compares the checksum and copies; it decodes nothing. That needs the extra `nvcomp` and a GPU. A frame takes a
-GPU milliseconds, thousands of them at once hardly more: so a wave of blocks is decoded in one call.
+The CPU compares the checksum and copies; it decodes nothing. That needs a GPU and the extra `nvcomp`. A GPU decodes one
+frame in milliseconds and thousands at once in little more, so one call decodes a wave of blocks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tierkv.errors import StoreError
 from tierkv.movers.batch_copy import Piece, copy_pieces
-from tierkv.movers.mover import CudaReady, Move, Mover, Ready, recorded, settle
+from tierkv.movers.mover import CudaReady, Move, Mover, Ready, record_event, synchronize_streams
 from tierkv.storage.coded import CodedBlock, CodedLayout, zero_frames
 from tierkv.storage.hot import HotPool
 from tierkv.values.layout import BlockLayout
@@ -29,7 +29,7 @@ _ALIGNMENT_BYTES = 16
 
 
 def can_decode(layout: BlockLayout, device: torch.device) -> bool:
-    """Tell whether blocks of this layout can be decoded here: 16-bit floats, a GPU, nvCOMP and triton."""
+    """Return whether blocks of this layout can be decoded here: 16-bit floats, a GPU, nvCOMP and triton."""
     is_there = all(_find(name) for name in ("nvidia.nvcomp", "triton"))
     return device.type == "cuda" and layout.item_bytes == 2 and is_there
 
@@ -46,7 +46,7 @@ class _Wave:
 
 
 class _HeldReady(CudaReady):
-    """Keeps the memory that the GPU still works on."""
+    """Keeps memory alive that the GPU still uses."""
 
     def __init__(self, events: list[torch.cuda.Event], held: object) -> None:
         super().__init__(events)
@@ -59,7 +59,7 @@ class FrameMover:
     def __init__(self, hot: HotPool, slots: Tensor, mover: Mover) -> None:
         from nvidia import nvcomp
 
-        from tierkv.kernels import planes as kernels  # here: it needs triton, which comes with a GPU
+        from tierkv.kernels import planes as kernels  # needs triton, which is there if there is a GPU
 
         self._nvcomp: Any = nvcomp
         self._kernels = kernels
@@ -75,9 +75,9 @@ class FrameMover:
         self._lock = threading.Lock()
 
     def warm_up(self) -> None:
-        """Decode a block of zeros where nobody reads it, while slot 0 is nobody's. Raises StoreError.
+        """Decode a block of zeros from slot 0 into the scratch block, before either is in use. Raises StoreError.
 
-        What nvCOMP and triton make at their first use took 1.2 seconds: the first request after a restart waited.
+        The first use of nvCOMP and triton takes 1.2 seconds, which the first request must not wait for.
         """
         parts = zero_frames(self._layout)
         payload = torch.frombuffer(bytearray().join(parts), dtype=torch.uint8)
@@ -87,12 +87,12 @@ class FrameMover:
             self.promote([Move(0, self._hot.scratch_block)], [coded]).synchronize()
         except StoreError:
             raise
-        except Exception as exc:  # without a compiler, or for a GPU it does not know, triton raises what it likes
-            settle(self._mover.load_stream, self._stream)
+        except Exception as exc:  # triton raises various errors without a compiler or for an unknown GPU
+            synchronize_streams(self._mover.load_stream, self._stream)
             raise StoreError(f"this GPU cannot decode blocks: {exc}") from exc
 
     def promote(self, moves: Sequence[Move], coded: Sequence[CodedBlock], *, after: Ready | None = None) -> Ready:
-        """Decode the payloads in slots into block ids; waits as `Mover.promote`. Raises StoreError."""
+        """Decode the payloads in slots into block ids; `after` is as in `Mover.promote`. Raises StoreError."""
         with self._lock:
             try:
                 if after is None:
@@ -105,21 +105,21 @@ class FrameMover:
                     self._kernels.merge_frames(
                         planes, wave.payloads, wave.rests, self._tiles, wave.targets, self._hot.blocks
                     )
-                    return _HeldReady([recorded(self._stream)], (wave, planes))
+                    return _HeldReady([record_event(self._stream)], (wave, planes))
             except (RuntimeError, ValueError) as exc:
-                settle(self._mover.load_stream, self._stream)
+                synchronize_streams(self._mover.load_stream, self._stream)
                 raise StoreError(f"decoding {len(moves)} blocks on the GPU failed: {exc}") from exc
 
     def _copy_up(self, moves: Sequence[Move], coded: Sequence[CodedBlock]) -> _Wave:
-        """Copy payloads and their tables; the stream then waits for the copies."""
+        """Copy payloads and their tables to the GPU; the decoding stream waits for the copies."""
         device = self._hot.device
         stride = -(-max(block.payload_bytes for block in coded) // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
         payloads = torch.empty((len(moves), stride), dtype=torch.uint8, device=device)
-        self._mover.load_stream.wait_stream(self._stream)  # the memory may have been something else's until now
+        self._mover.load_stream.wait_stream(self._stream)  # queued work may still use this memory
         with torch.cuda.stream(self._mover.load_stream):
             rows = enumerate(zip(moves, coded, strict=True))
             copy_pieces(payloads, self._slots, [Piece(row, m.source, c.payload_bytes) for row, (m, c) in rows])
-            copied = recorded(self._mover.load_stream)
+            copied = record_event(self._mover.load_stream)
         parts = [self._layout.parts(block.frame_sizes) for block in coded]
         rests = np.stack([rests for _, _, rests in parts])
         frame_offsets = np.concatenate([row * stride + offsets for row, (offsets, _, _) in enumerate(parts)])
@@ -141,7 +141,7 @@ class FrameMover:
         lengths = np.tile(self._layout.plane_bytes, count).tolist()
         is_coded = [size != length for size, length in zip(wave.frame_sizes, lengths, strict=True)]
         flat, flat_planes = wave.payloads.view(-1), planes.view(-1)
-        for i in (i for i, each in enumerate(is_coded) if not each):  # a plane that would not shrink is stored as it is
+        for i in (i for i, each in enumerate(is_coded) if not each):  # an incompressible plane is stored raw
             offset = wave.frame_offsets[i]
             flat_planes[starts[i] : starts[i] + lengths[i]] = flat[offset : offset + lengths[i]]
         if any(is_coded):

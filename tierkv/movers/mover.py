@@ -1,7 +1,7 @@
 """Moves the bytes of whole blocks between the hot and the warm tier; decides nothing.
 
-On a GPU each direction has a stream of its own and one copy moves a whole block, so the copy engines work at
-the link's speed and no multiprocessor is taken from the model. On a CPU the same calls copy at once.
+On a GPU each direction has its own stream and one copy moves a whole block. So the copy engines reach the link's speed
+and the model keeps all multiprocessors. On a CPU the same calls copy at once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,18 @@ from tierkv.storage.hot import HotPool
 from tierkv.storage.warm import WarmPool
 from tierkv.values.layout import BlockLayout
 
-__all__ = ["AllReady", "CudaReady", "Done", "Move", "Mover", "Ready", "layer_groups", "recorded", "settle", "wait_here"]
+__all__ = [
+    "AllReady",
+    "CudaReady",
+    "Done",
+    "Move",
+    "Mover",
+    "Ready",
+    "layer_groups",
+    "record_event",
+    "synchronize_streams",
+    "wait_here",
+]
 
 _MIN_GROUP_BYTES = 2 << 20
 _GROUP_SHARES = (1 / 2, 3 / 4, 7 / 8, 15 / 16)
@@ -28,27 +39,27 @@ _GROUP_SHARES = (1 / 2, 3 / 4, 7 / 8, 15 / 16)
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """One block from a place to a place: block ids in the hot pool, slots in the warm pool."""
+    """One block's source and target: block ids in the hot pool, slots in the warm pool."""
 
     source: int
     target: int
 
 
 class Ready(Protocol):
-    """When the bytes of a batch of moves are where they belong."""
+    """Completion of a batch of moves."""
 
     def wait(self, layer: int | None = None) -> None:
-        """Make the current stream wait for one layer's bytes, or for all; returns at once."""
+        """Make the current stream wait for the bytes of one layer, or of all; return at once."""
 
     def synchronize(self) -> None:
-        """Block this thread until they are."""
+        """Block the calling thread until all bytes have arrived."""
 
     def is_done(self) -> bool:
-        """Tell whether they are, without waiting."""
+        """Return whether all bytes have arrived, without waiting."""
 
 
 class Done:
-    """Ready at once: copies on a CPU have ended when the call returns."""
+    """Completed at once, as copies on a CPU are."""
 
     def wait(self, layer: int | None = None) -> None:
         """Nothing to wait for."""
@@ -62,28 +73,28 @@ class Done:
 
 
 class AllReady:
-    """Ready when all of several are."""
+    """Completion of several batches."""
 
     def __init__(self, parts: Sequence[Ready]) -> None:
         self._parts = parts
 
     def wait(self, layer: int | None = None) -> None:
-        """Make the current stream wait for each."""
+        """Make the current stream wait for each batch."""
         for part in self._parts:
             part.wait(layer)
 
     def synchronize(self) -> None:
-        """Block this thread until all are there."""
+        """Block the calling thread until all batches are complete."""
         for part in self._parts:
             part.synchronize()
 
     def is_done(self) -> bool:
-        """Tell whether all are."""
+        """Return whether all batches are complete."""
         return all(part.is_done() for part in self._parts)
 
 
 class CudaReady:
-    """Copies on a GPU: one event for each group of layers, in order of arrival; `ends` are their last layers + 1."""
+    """Copies on a GPU: one event per group of layers, in order of arrival. ends: the last layer + 1 of each group."""
 
     def __init__(self, events: list[torch.cuda.Event], ends: Sequence[int] = ()) -> None:
         self._events = events
@@ -103,9 +114,8 @@ class CudaReady:
 class Mover:
     """Copies between one hot pool and one warm pool. Close it before the warm pool is closed.
 
-    The warm slab is registered with CUDA for its lifetime. A failed copy raises StoreError and may have
-    written part of the targets: the caller must not use them. Nothing of it is under way any more, so that he may give
-    sources and targets back.
+    The warm slab is registered with CUDA for its lifetime. A failed copy raises StoreError and may have written part of
+    the targets, which the caller must not use. No copy is in flight then: the caller may free sources and targets.
     """
 
     def __init__(self, hot: HotPool, warm: WarmPool) -> None:
@@ -125,24 +135,23 @@ class Mover:
             try:
                 _check_cuda(torch.cuda.cudart().cudaHostRegister(pool.address, pool.slab_bytes, 0))
             except StoreError:
-                with contextlib.suppress(RuntimeError):  # who asks next is told of it, whatever he has done himself
+                with contextlib.suppress(RuntimeError):  # clears CUDA's error, which the next call would raise
                     torch.zeros(1, device=self._device)
                 raise
         return torch.from_numpy(pool.slots)
 
     def unregister(self, slots: torch.Tensor) -> None:
-        """Take `register` back, once nothing is copied any more."""
+        """Undo `register`, after all copies have ended."""
         if self.is_cuda and slots.numel():
             self.load_stream.synchronize()
             self.store_stream.synchronize()
             _check_cuda(torch.cuda.cudart().cudaHostUnregister(slots.data_ptr()))
 
     def promote(self, moves: Sequence[Move], *, after: Ready | None = None) -> Ready:
-        """Copy warm slots to block ids. The targets may be read after `wait`, the sources reused when done.
+        """Copy warm slots to block ids. Targets may be read after `wait`, sources reused after `is_done`.
 
-        The first layers of all blocks arrive first, so that a model can begin while the rest is on its way.
-        Work already queued on the current stream ends before the targets are overwritten; or, where `after` is given,
-        only what that stands for.
+        The first layers of all blocks arrive first, so that a model can begin while the rest is in flight. The targets
+        are overwritten after the work already queued on the current stream; with `after`, only after that.
         """
         if not self.is_cuda:
             return self._run(self._hot, self.slots, moves, after=None)
@@ -157,14 +166,14 @@ class Mover:
                     start, length = self._offsets[first], self._offsets[last] - self._offsets[first]
                     pieces = [Piece(move.target, move.source, length, start, start) for move in moves]
                     copy_pieces(self._hot, self.slots, pieces)
-                    events.append(recorded(self.load_stream))
+                    events.append(record_event(self.load_stream))
         except RuntimeError as exc:
-            settle(self.load_stream)
+            synchronize_streams(self.load_stream)
             raise StoreError(f"promoting {len(moves)} blocks failed: {exc}") from exc
         return CudaReady(events, self.layer_groups)
 
     def demote(self, moves: Sequence[Move], *, after: Ready) -> Ready:
-        """Copy block ids to warm slots once `after` has passed: what `mark` returned when they were written."""
+        """Copy block ids to warm slots after `after`, which `mark` returned when the blocks were written."""
         return self._run(self.slots, self._hot, moves, after=after)
 
     def copy(self, moves: Sequence[Move]) -> Ready:
@@ -175,21 +184,21 @@ class Mover:
             return self.mark()
         except RuntimeError as exc:
             if self.is_cuda:
-                settle(torch.cuda.current_stream(self._device))
+                synchronize_streams(torch.cuda.current_stream(self._device))
             raise StoreError(f"copying {len(moves)} blocks failed: {exc}") from exc
 
     def is_same(self, move: Move) -> bool:
-        """Tell whether two hot blocks have the same bytes, once what is queued on the current stream has ended."""
+        """Return whether two hot blocks have equal bytes, after the work queued on the current stream."""
         return torch.equal(self._hot[move.target], self._hot[move.source])
 
     def drain(self) -> None:
-        """Block until everything that was queued on the device, on whatever stream, has ended."""
+        """Block until all work queued on the device has ended, on every stream."""
         if self.is_cuda:
             torch.cuda.synchronize(self._device)
 
     def mark(self) -> Ready:
-        """Return when everything queued on the current stream so far has passed."""
-        return CudaReady([recorded(torch.cuda.current_stream(self._device))]) if self.is_cuda else Done()
+        """Return the completion of the work queued on the current stream so far."""
+        return CudaReady([record_event(torch.cuda.current_stream(self._device))]) if self.is_cuda else Done()
 
     def close(self) -> None:
         """Wait for all copies and unregister the warm slab. May be called twice."""
@@ -205,19 +214,19 @@ class Mover:
                 if after is not None:
                     after.wait()
                 _copy(target, source, moves)
-            return CudaReady([recorded(self.store_stream)])
+            return CudaReady([record_event(self.store_stream)])
         except RuntimeError as exc:
             if self.is_cuda:
-                settle(self.store_stream)
+                synchronize_streams(self.store_stream)
             raise StoreError(f"copying {len(moves)} blocks failed: {exc}") from exc
 
 
 def layer_groups(layout: BlockLayout) -> list[int]:
-    """Return the ends of the groups of layers that come up together, each about half as large as the one before.
+    """Return the ends of the groups of layers that are loaded together, each about half as large as the one before.
 
-    A model computes a layer in about half the time that a link needs to bring it. So it is through with a group when
-    the next one arrives, and little is left to compute behind the last. Pieces of less than some MiB do not copy at
-    the link's speed, not even in a batch (2 MiB: 0.985 of it, 4: 0.994).
+    A model computes a layer in about half the time of its copy. So it finishes a group when the next one arrives, and
+    little is left to compute after the last. Pieces below some MiB do not reach the link's speed, even in a batch
+    (2 MiB: 0.985 of it, 4: 0.994).
     """
     offsets = _layer_offsets(layout)
     ends: list[int] = []
@@ -235,21 +244,21 @@ def _layer_offsets(layout: BlockLayout) -> list[int]:
 
 
 def wait_here(event: torch.cuda.Event) -> None:
-    """Let the current stream of the event's own device wait: a model may run on another than the current device."""
+    """Make the current stream of the event's device wait; that device need not be the current one."""
     event.wait(torch.cuda.current_stream(event.device))
 
 
-def recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:
-    """Return an event behind what is queued on the stream so far."""
+def record_event(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    """Return an event behind the work queued on the stream so far."""
     event = torch.cuda.Event()
     event.record(stream)
     return event
 
 
-def settle(*streams: torch.cuda.Stream) -> None:
-    """Block until what is queued on streams has ended, or can no longer begin because the device has failed.
+def synchronize_streams(*streams: torch.cuda.Stream) -> None:
+    """Block until the work queued on streams has ended, or cannot begin any more because the device has failed.
 
-    For whoever gives up a batch halfway: what he had queued still reads its sources and writes its targets.
+    For a batch that fails halfway: its queued copies still read their sources and write their targets.
     """
     for stream in streams:
         with contextlib.suppress(RuntimeError):
@@ -257,11 +266,11 @@ def settle(*streams: torch.cuda.Stream) -> None:
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor, moves: Sequence[Move]) -> None:
-    """Copy whole places, neighbours in one go where places touch.
+    """Copy whole slots, and neighbours in one copy if source and target are contiguous.
 
-    Across the link torch hands only what is contiguous on both sides to the copy engine. Anything strided goes by way
-    of contiguous temporaries, of unpinned memory on the CPU's side, and kernels (`copy_requires_temporaries` in its
-    Copy.cu): that would cost far more than a copy for each place.
+    Torch gives the copy engine only copies that are contiguous on both sides. For strided ones it makes contiguous
+    temporaries, unpinned on the CPU, and runs kernels (`copy_requires_temporaries` in its Copy.cu): far slower than one
+    copy per slot.
     """
     if not (target.is_contiguous() and source.is_contiguous()):
         copy_pieces(target, source, [Piece(move.target, move.source, target.shape[1]) for move in moves])

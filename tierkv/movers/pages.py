@@ -1,8 +1,8 @@
-"""Moves blocks between page-locked memory and an engine's layer-major pages, by way of a few blocks on the GPU.
+"""Moves blocks between page-locked memory and an engine's layer-major pages, through a few staging blocks on the GPU.
 
-The copy engine carries whole blocks at the link's speed and a kernel spreads them over the pages, or collects them,
-at the speed of GPU memory. A kernel that reads page-locked memory itself reaches 0.91 of the link and keeps its
-multiprocessors for the whole time; here they are busy for a fiftieth of it.
+For engines that own their KV memory; kept for the block store, nothing in production calls it yet. The copy engine
+moves whole blocks at the link's speed, and a kernel scatters or gathers pages at the speed of GPU memory. A kernel that
+reads page-locked memory itself reaches 0.91 of the link and occupies its multiprocessors 50 times as long.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tierkv.errors import StoreError
-from tierkv.movers.mover import CudaReady, Ready, recorded, settle
+from tierkv.movers.mover import CudaReady, Ready, record_event, synchronize_streams
 
 if TYPE_CHECKING:
     from tierkv.kernels.pages import LayerPages
@@ -25,14 +25,14 @@ __all__ = ["PageMover"]
 
 
 class PageMover:
-    """Loads and stores whole blocks of one engine. Needs a GPU and triton.
+    """Loads and stores whole blocks of one engine's pages. Needs a GPU and triton.
 
     pages: the engine's pools. block_bytes: bytes of a block in page-locked memory. num_staging: blocks on the GPU
     for each direction.
     """
 
     def __init__(self, pages: LayerPages, block_bytes: int, *, num_staging: int = 4) -> None:
-        from tierkv.kernels import pages as kernels  # here: it needs triton, which comes with a GPU
+        from tierkv.kernels import pages as kernels  # needs triton, which is there if there is a GPU
 
         self._kernels = kernels
         self._pages = pages
@@ -40,11 +40,11 @@ class PageMover:
         self._down = _Direction(block_bytes, num_staging, pages.device)
 
     def load(self, blocks: Sequence[Tensor], page_ids: Tensor) -> Ready:
-        """Copy blocks into pages. The pages may be read after `wait`, the blocks reused when done.
+        """Copy blocks into pages. Pages may be read after `wait`, blocks reused after `is_done`.
 
         blocks: n of [block_bytes] uint8, page-locked. page_ids: [n, pages_per_block] int64 on the GPU, no page twice.
-        Work already queued on the current stream ends before the pages are overwritten. Raises StoreError, nothing
-        under way any more.
+        The pages are overwritten after the work already queued on the current stream. Raises StoreError; no copy is in
+        flight then.
         """
         way = self._up
         with way.take_turn("loading"):
@@ -54,15 +54,15 @@ class PageMover:
                 with torch.cuda.stream(way.copy_stream):
                     free.wait()
                     row[0].copy_(block, non_blocking=True)
-                    copied = recorded(way.copy_stream)
+                    copied = record_event(way.copy_stream)
                 with torch.cuda.stream(way.kernel_stream):
                     copied.wait()
                     self._kernels.scatter_blocks(self._pages, page_ids[i : i + 1], row)
                     free.record()
-            return CudaReady([recorded(way.kernel_stream)])
+            return CudaReady([record_event(way.kernel_stream)])
 
     def store(self, page_ids: Tensor, blocks: Sequence[Tensor], *, after: Ready) -> Ready:
-        """Copy pages into blocks once `after` has passed: the inverse of `load`, same shapes and errors."""
+        """Copy pages into blocks after `after`: the inverse of `load`, with the same shapes and errors."""
         way = self._down
         with way.take_turn("storing"):
             with torch.cuda.stream(way.kernel_stream):
@@ -72,16 +72,16 @@ class PageMover:
                 with torch.cuda.stream(way.kernel_stream):
                     free.wait()
                     self._kernels.gather_blocks(self._pages, page_ids[i : i + 1], row)
-                    gathered = recorded(way.kernel_stream)
+                    gathered = record_event(way.kernel_stream)
                 with torch.cuda.stream(way.copy_stream):
                     gathered.wait()
                     block.copy_(row[0], non_blocking=True)
                     free.record()
-            return CudaReady([recorded(way.copy_stream)])
+            return CudaReady([record_event(way.copy_stream)])
 
 
 class _Direction:
-    """Streams of one direction and its blocks on the GPU, used in turn; each event says when its block is free."""
+    """The streams and staging blocks of one direction. Blocks are used in turn; an event says when each is free."""
 
     def __init__(self, block_bytes: int, num_staging: int, device: torch.device) -> None:
         self.copy_stream = torch.cuda.Stream(device)
@@ -93,12 +93,12 @@ class _Direction:
 
     @contextmanager
     def take_turn(self, doing: str) -> Iterator[None]:
-        """Let one caller at a time queue a batch. Where he fails halfway, what he had queued ends first."""
+        """Let one caller at a time queue a batch. If that fails, wait for the queued part, then raise StoreError."""
         with self._lock:
             try:
                 yield
             except RuntimeError as exc:
-                settle(self.copy_stream, self.kernel_stream)
+                synchronize_streams(self.copy_stream, self.kernel_stream)
                 raise StoreError(f"{doing} pages failed: {exc}") from exc
 
     def next(self) -> tuple[Tensor, torch.cuda.Event]:

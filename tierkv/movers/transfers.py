@@ -1,8 +1,7 @@
-"""Moves tensors between CPU and GPU for whoever can wait, by priority, without being in a request's way.
+"""MemoryTransferManager: background copies of tensors between CPU and GPU, by priority.
 
-The cache's own promotions do not come here: a request's copy is queued by the thread that needs it, because to hand it
-to another one costs 50 to 100 us. What has no such haste gets in return: priorities, cancelling, bounded queues, and
-memory that need not be page-locked. The interface is that of the design's `MemoryTransferManager`.
+The cache's own promotions do not use it: a request's thread queues its copy itself, because another thread would add 50
+to 100 us. Transfers that can wait get priorities, cancelling, bounded queues, and memory that need not be page-locked.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from tierkv.background.open_calls import OpenCalls
+from tierkv.background.active_calls import ActiveCalls
 from tierkv.background.work_queue import Priority
 from tierkv.errors import CapacityError, ClosedError, ConfigError, ShapeError
-from tierkv.movers.mover import CudaReady, Done, Ready, recorded
-from tierkv.movers.transfer_lane import Direction, Lane, Part, Run, TransferHandle, open_link
+from tierkv.movers.mover import CudaReady, Done, Ready, record_event
+from tierkv.movers.transfer_queue import Direction, Part, Run, TransferHandle, TransferQueue, open_copy_engine
 from tierkv.values.checks import check_count, check_seconds
 
 __all__ = ["Direction", "MemoryTransferManager", "TransferHandle", "TransferOp"]
@@ -36,9 +35,9 @@ _Planned: TypeAlias = "tuple[TransferOp, Tensor, Tensor, TransferHandle]"
 class TransferOp:
     """Copy `source` to the GPU or to the CPU: into `target`, or into a new tensor if None.
 
-    A target has the source's shape and dtype and is contiguous; page-locked memory of the CPU is copied from and to
-    directly. Neither may be changed, nor the target read, until the transfer has ended. Raises ShapeError, and
-    ConfigError for a priority that there is not.
+    A target has the source's shape and dtype and is contiguous. Page-locked CPU memory is copied directly. Until the
+    transfer has ended, source and target must not be written, nor the target read. Raises ShapeError, and ConfigError
+    for an unknown priority.
 
     >>> TransferOp.to_cpu(torch.ones(3), priority=Priority.PREFETCH).source.shape
     torch.Size([3])
@@ -79,17 +78,17 @@ class TransferOp:
 
 
 class MemoryTransferManager:
-    """Copies between CPU and one GPU behind the caller's back. Context manager; `close` may be called twice.
+    """Copies between CPU and one GPU in the background. Context manager; `close` may be called twice.
 
-    Each direction has a thread and a stream of its own, where a waiting request's transfer goes before a prefetch, and
-    that before a demotion: work goes in pieces of at most 16 MiB, four in flight, and what is more urgent overtakes the
-    rest. One piece in 32 is less urgent: a demotion gets on beside requests that never end. A transfer waits for what
-    was queued on the caller's current stream when it was handed over; those behind it in its direction wait too.
+    Each direction has a thread and a stream of its own. Transfers go in pieces of at most 16 MiB, four in flight, by
+    priority: requests before prefetches before demotions; more urgent pieces overtake. One piece in 32 is of a lower
+    priority, so that demotions progress beside endless requests. A transfer waits for the work on the caller's current
+    stream at the time of the call, and so do later transfers in its direction.
 
-    device: the GPU, by default the current one; without one, or with "cpu", the same calls copy in the CPU's memory.
-    pinned_memory_pool_size: bytes of page-locked memory, taken once, half for each direction, by way of which memory
-    that is not page-locked is copied; where it is used up, transfers wait. More than the default adds nothing: it is
-    what may be in flight. max_waiting_bytes: of each direction and priority; who hands over more waits for room.
+    device: the GPU, by default the current one; without a GPU, or with "cpu", the same calls copy in the CPU's memory.
+    pinned_memory_pool_size: bytes of page-locked memory, allocated once, half for each direction. Pageable memory is
+    copied through it; transfers wait while it is full. A larger pool than the default changes nothing.
+    max_waiting_bytes: of each direction and priority; a call that would exceed it waits for room.
 
     >>> with MemoryTransferManager("cpu") as manager:
     ...     (handle,) = manager.bulk_transfer([TransferOp.to_cpu(torch.ones(3))])
@@ -105,7 +104,7 @@ class MemoryTransferManager:
         max_waiting_bytes: int = 4 << 30,
     ) -> None:
         self.device = _device_of(device)
-        self._calls = OpenCalls("the transfer manager")
+        self._calls = ActiveCalls("the transfer manager")
         pinned_memory_pool_size = check_count("pinned_memory_pool_size", pinned_memory_pool_size)
         max_waiting_bytes = check_count("max_waiting_bytes", max_waiting_bytes, least=1)
         piece_bytes = min(_PIECE_BYTES, pinned_memory_pool_size // (2 * _PIECES_IN_FLIGHT))
@@ -114,12 +113,12 @@ class MemoryTransferManager:
         shape = (2, _PIECES_IN_FLIGHT, piece_bytes)
         is_cuda = self.device.type == "cuda"
         self._staging = torch.empty(shape, dtype=torch.uint8, pin_memory=is_cuda)
-        self._lanes = {
-            each: Lane(each, open_link(self.device), staging, max_waiting_bytes=max_waiting_bytes)
+        self._queues = {
+            each: TransferQueue(each, open_copy_engine(self.device), staging, max_waiting_bytes=max_waiting_bytes)
             for each, staging in zip(Direction, self._staging, strict=True)
         }
-        self._doors: dict[tuple[Direction, Priority], ThreadPoolExecutor] = {
-            (way, priority): ThreadPoolExecutor(1, thread_name_prefix="tierkv-transfer-door")
+        self._waiting: dict[tuple[Direction, Priority], ThreadPoolExecutor] = {
+            (way, priority): ThreadPoolExecutor(1, thread_name_prefix="tierkv-transfer-wait")
             for way in Direction
             for priority in Priority
         }
@@ -131,9 +130,9 @@ class MemoryTransferManager:
         self.close()
 
     async def async_to_cpu(self, tensor: Tensor, priority: Priority | int = Priority.REQUEST) -> TransferHandle:
-        """Begin to copy a tensor of the GPU into new memory of the CPU; await the handle for the tensor.
+        """Start to copy a tensor of the GPU into new CPU memory; await the handle for the tensor.
 
-        Awaits room in the queue, letting the event loop run. Raises ShapeError for a tensor that lies elsewhere.
+        Awaits room in the queue without blocking the event loop. Raises ShapeError for a tensor on another device.
         """
         return await self._hand_over(TransferOp.to_cpu(tensor, priority=priority))
 
@@ -143,7 +142,7 @@ class MemoryTransferManager:
         device: torch.device | str | None = None,
         priority: Priority | int = Priority.REQUEST,
     ) -> TransferHandle:
-        """Begin to copy a tensor of the CPU to the GPU, as `async_to_cpu`. Raises ConfigError for another `device`."""
+        """Start to copy a tensor of the CPU to the GPU, as `async_to_cpu`. Raises ConfigError for another `device`."""
         if device is not None and _device_of(device) != self.device:
             raise ConfigError(f"this manager's device is {self.device}, not {device}")
         return await self._hand_over(TransferOp.to_gpu(cpu_tensor, priority=priority))
@@ -151,11 +150,11 @@ class MemoryTransferManager:
     def bulk_transfer(
         self, operations: Sequence[TransferOp], *, timeout_s: float | None = None
     ) -> list[TransferHandle]:
-        """Begin many transfers; return their handles, in order.
+        """Start many transfers; return their handles, in order.
 
-        Operations in a row whose sources are neighbours in memory, and whose targets are too, are copied as one, and
-        still end and fail each for itself, to the piece. Waits for room in the queues, at most `timeout_s` seconds for
-        each copy: raises CapacityError then, and drops what had not begun. Raises ShapeError before anything begins.
+        Successive operations with adjacent sources and adjacent targets in memory are copied as one; they still end and
+        fail separately, by pieces. Waits for room in the queues, at most `timeout_s` seconds for each copy; then raises
+        CapacityError and cancels transfers that have not begun. Raises ShapeError before anything begins.
         """
         self._calls.require_own_process()
         if timeout_s is not None:
@@ -173,13 +172,13 @@ class MemoryTransferManager:
         return handles
 
     def close(self) -> None:
-        """Carry out what was handed over, then give threads and memory back. Does nothing in a forked process."""
-        if self._calls.is_foreign:
+        """Finish all transfers, then end the threads and free the memory. Does nothing in a forked process."""
+        if self._calls.is_forked:
             return
-        for lane in self._lanes.values():
-            lane.close()
-        for door in self._doors.values():
-            door.shutdown()
+        for queue in self._queues.values():
+            queue.close()
+        for executor in self._waiting.values():
+            executor.shutdown()
         self._staging = torch.empty(0)
 
     async def _hand_over(self, op: TransferOp) -> TransferHandle:
@@ -189,9 +188,9 @@ class MemoryTransferManager:
         try:
             self._put([planned], after, 0)
         except CapacityError:
-            loop, door = asyncio.get_running_loop(), self._doors[op.direction, Priority(op.priority)]
+            loop, executor = asyncio.get_running_loop(), self._waiting[op.direction, Priority(op.priority)]
             try:
-                await loop.run_in_executor(door, self._put, [planned], after, None)
+                await loop.run_in_executor(executor, self._put, [planned], after, None)
             except asyncio.CancelledError:
                 handle.cancel()
                 raise
@@ -208,7 +207,7 @@ class MemoryTransferManager:
         return op, _bytes_of(op.source), target, TransferHandle()
 
     def _put(self, planned: Sequence[_Planned], after: Ready, timeout_s: float | None) -> None:
-        """Queue neighbours as one run; what has no bytes has ended."""
+        """Queue adjacent transfers as one run; transfers without bytes succeed at once."""
         parts: list[Part] = []
         end = 0
         for _, source, target, handle in planned:
@@ -219,17 +218,17 @@ class MemoryTransferManager:
                 part.handle.succeed(part.target)
             return
         op, first, target, _ = planned[0]
-        lane = self._lanes[op.direction]
+        queue = self._queues[op.direction]
         source, target = _stretched(first, end), _stretched(_bytes_of(target), end)
-        is_staged = lane.needs_staging(source if op.direction is Direction.TO_GPU else target)
+        is_staged = queue.needs_staging(source if op.direction is Direction.TO_GPU else target)
         run = Run(parts, source, target, after=after, is_staged=is_staged)
-        lane.put(run, Priority(op.priority), timeout_s=timeout_s)
+        queue.put(run, Priority(op.priority), timeout_s=timeout_s)
 
     def _mark(self) -> Ready:
-        """Return when what is queued on the current stream has passed: new memory was somebody's until then."""
+        """Return the completion of the work on the current stream, which may still use newly allocated memory."""
         if self.device.type != "cuda":
             return Done()
-        return CudaReady([recorded(torch.cuda.current_stream(self.device))])
+        return CudaReady([record_event(torch.cuda.current_stream(self.device))])
 
 
 def _device_of(device: torch.device | str | None) -> torch.device:
@@ -251,17 +250,17 @@ def _priority_of(priority: Priority | int) -> Priority:
 
 
 def _bytes_of(tensor: Tensor) -> Tensor:
-    """Return a tensor as [n] uint8: a view, where it is contiguous."""
+    """Return a tensor as [n] uint8: a view if it is contiguous."""
     return tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
 
 
 def _stretched(first: Tensor, num_bytes: int) -> Tensor:
-    """Return the bytes from a tensor's first one on, into its neighbours."""
+    """Return `num_bytes` bytes from a tensor's first one on, past its end into adjacent tensors."""
     return first.as_strided((num_bytes,), (1,))
 
 
 def _neighbours(planned: Sequence[_Planned]) -> Iterator[Sequence[_Planned]]:
-    """Yield runs of transfers of one kind whose sources follow each other in memory, and their targets too."""
+    """Yield runs of transfers of one direction and priority with adjacent sources and adjacent targets."""
     first = 0
     for i in range(1, len(planned) + 1):
         if i == len(planned) or not _follows(planned[i - 1], planned[i]):

@@ -1,7 +1,8 @@
 """Moves blocks between the hot tier and a warm tier that keeps them compressed.
 
-On a GPU the kernels of kernels/windows.py code and decode on streams of their own, and only compressed bytes cross the
-link: a few buffers on the GPU keep the copy engine busy while another section is coded. On a CPU numpy does both.
+On a GPU the kernels of kernels/windows.py compress and decompress on streams of their own, and only compressed bytes
+cross the link. A few buffers on the GPU keep the copy engine busy while the kernels work on the next section. On a CPU
+numpy does both.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from tierkv.errors import StoreError
 from tierkv.movers.batch_copy import Piece, copy_pieces
-from tierkv.movers.mover import CudaReady, Done, Move, Mover, Ready, layer_groups, recorded, settle
+from tierkv.movers.mover import CudaReady, Done, Move, Mover, Ready, layer_groups, record_event, synchronize_streams
 from tierkv.storage.hot import HotPool
 from tierkv.storage.warm import WarmPool
 from tierkv.storage.windows import Section, WindowFormat
@@ -29,9 +30,9 @@ _CHUNK_BLOCKS = 4
 
 
 def window_format(layout: BlockLayout) -> WindowFormat:
-    """Return how a block is compressed: every second group of layers that comes up ends a section.
+    """Return the compressed format of a block: every second group of layers ends a section.
 
-    Smaller sections keep the link waiting for their kernels: five a block went down at 1.30 of it, three at 1.38.
+    With smaller sections the link waits for kernels: five per block reach 1.30 of its speed, three reach 1.38.
     """
     groups = layer_groups(layout)
     return WindowFormat(layout, [*groups[:-1:2], groups[-1]])
@@ -50,22 +51,22 @@ class WindowMover:
         self._gpu = _GpuWindows(hot, warm, form, mover) if mover.is_cuda else None
 
     def warm_up(self) -> None:
-        """Compress the scratch block into slot 0, while both are nobody's, and expand it again. Raises StoreError.
+        """Compress the scratch block into slot 0 and expand it again, before either is in use. Raises StoreError.
 
-        The first request shall not wait until triton has compiled what does both.
+        Triton compiles its kernels here, so that the first request does not wait for that.
         """
         if self._gpu:
-            scratch, written = self._hot.scratch_block, recorded(torch.cuda.current_stream(self._hot.device))
+            scratch, written = self._hot.scratch_block, record_event(torch.cuda.current_stream(self._hot.device))
             try:
                 self.demote([Move(scratch, 0)], num_tokens=[self._hot.layout.block_size], after=[CudaReady([written])])
                 self.promote([Move(0, scratch)]).synchronize()
             except StoreError:
                 raise
-            except Exception as exc:  # without a compiler, or for a GPU it does not know, triton raises what it likes
+            except Exception as exc:  # triton raises various errors without a compiler or for an unknown GPU
                 raise StoreError(f"this GPU cannot compress blocks: {exc}") from exc
 
     def promote(self, moves: Sequence[Move]) -> Ready:
-        """Expand warm slots into block ids; waits and layers as in `Mover.promote`. Raises StoreError."""
+        """Expand warm slots into block ids; order and completion as in `Mover.promote`. Raises StoreError."""
         if self._gpu:
             return self._gpu.promote(moves)
         for move in moves:
@@ -73,9 +74,9 @@ class WindowMover:
         return Done()
 
     def demote(self, moves: Sequence[Move], *, num_tokens: Sequence[int], after: Sequence[Ready]) -> list[bool]:
-        """Compress block ids into warm slots; return which of them fitted, once the bytes are there.
+        """Compress block ids into warm slots. Return which blocks fit their slots, after all copies have ended.
 
-        num_tokens: how many tokens of each block count. after: when each block has been written. Raises StoreError.
+        num_tokens: valid tokens of each block. after: the completion of the writes to each block. Raises StoreError.
         """
         if self._gpu:
             return self._gpu.demote(moves, num_tokens, after)
@@ -86,7 +87,7 @@ class WindowMover:
         ]
 
     def close(self) -> None:
-        """Wait for what is in flight and unregister the slab. May be called twice."""
+        """Wait for all copies and unregister the slab. May be called twice."""
         if self._gpu:
             self._gpu.close()
         self._gpu = None
@@ -95,7 +96,7 @@ class WindowMover:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Buffer:
-    """Room on the GPU for one section of a chunk of blocks, and the event after which it may be written again."""
+    """GPU memory for one section of a chunk of blocks, and the event after which it may be overwritten."""
 
     bytes: Tensor
     free: torch.cuda.Event
@@ -107,7 +108,7 @@ class _Buffer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Coded:
-    """A section of a chunk that has been coded, or is being: `sizes` [n] int32 in pinned memory: its escapes."""
+    """A section of a chunk, compressed after `done`. sizes: [n] int32, page-locked, the escapes of each block."""
 
     chunk: Sequence[int]
     group: int
@@ -118,7 +119,7 @@ class _Coded:
 
 class _GpuWindows:
     def __init__(self, hot: HotPool, warm: WarmPool, form: WindowFormat, mover: Mover) -> None:
-        from tierkv.kernels import windows as kernels  # here: it needs triton, which comes with a GPU
+        from tierkv.kernels import windows as kernels  # needs triton, which is there if there is a GPU
 
         self._kernels = kernels
         self._pool = hot.blocks
@@ -147,9 +148,9 @@ class _GpuWindows:
                     for chunk in _chunks(len(moves)):
                         self._expand(group, [moves[i] for i in chunk], targets[chunk.start : chunk.stop], turn)
                         turn += 1
-                    events.append(recorded(self._decode_stream))
+                    events.append(record_event(self._decode_stream))
             except RuntimeError as exc:
-                settle(self._mover.load_stream, self._decode_stream)
+                synchronize_streams(self._mover.load_stream, self._decode_stream)
                 raise StoreError(f"promoting {len(moves)} compressed blocks failed: {exc}") from exc
         return CudaReady(events, self._form.layer_groups)
 
@@ -166,13 +167,13 @@ class _GpuWindows:
                 turns = [(c, g) for c in _chunks(len(moves), first=1) for g in range(len(self._form.sections))]
                 for turn, (chunk, group) in enumerate(turns):
                     coded.append(self._code(group, chunk, sources, counts, turn))
-                    if len(coded) == 2:  # one is copied while the next one is coded
+                    if len(coded) == 2:  # one is copied while the next is compressed
                         self._copy_down(coded.pop(0), moves, fits)
                 for each in coded:
                     self._copy_down(each, moves, fits)
                 self._mover.store_stream.synchronize()
             except RuntimeError as exc:
-                settle(self._code_stream, self._mover.store_stream)
+                synchronize_streams(self._code_stream, self._mover.store_stream)
                 raise StoreError(f"compressing {len(moves)} blocks failed: {exc}") from exc
         return fits
 
@@ -184,7 +185,7 @@ class _GpuWindows:
         self._array = np.empty((0, 0), dtype=np.uint8)
 
     def _expand(self, group: int, moves: Sequence[Move], targets: Tensor, turn: int) -> None:
-        """Copy one section of a chunk up and decode it, behind whoever used the buffer before."""
+        """Copy one section of a chunk to the GPU and decode it, after the previous use of its buffer."""
         section = self._form.sections[group]
         buffer = self._up[turn % _NUM_BUFFERS]
         sections = buffer.sections(section, len(moves))
@@ -196,7 +197,7 @@ class _GpuWindows:
                 for row, (move, length) in enumerate(zip(moves, lengths, strict=True))
             ]
             copy_pieces(sections, self._slots, pieces)
-            copied = recorded(self._mover.load_stream)
+            copied = record_event(self._mover.load_stream)
         with torch.cuda.stream(self._decode_stream):
             copied.wait()
             self._kernels.decompress_section(sections, targets, section, self._tiles[group], self._pool)
@@ -213,10 +214,10 @@ class _GpuWindows:
             self._kernels.compress_section(
                 self._pool, sources[span], counts[span], section, self._tiles[group], sections, sizes
             )
-            return _Coded(chunk, group, buffer, sizes, recorded(self._code_stream))
+            return _Coded(chunk, group, buffer, sizes, record_event(self._code_stream))
 
     def _copy_down(self, coded: _Coded, moves: Sequence[Move], fits: list[bool]) -> None:
-        """Copy a coded section into its slots, as far as it goes, once its sizes are known."""
+        """Copy a compressed section into its slots once its sizes are known; clear `fits` of blocks that do not fit."""
         section = self._form.sections[coded.group]
         sections = coded.buffer.sections(section, len(coded.chunk))
         coded.done.synchronize()
@@ -231,7 +232,7 @@ class _GpuWindows:
             coded.buffer.free.record()
 
     def _ids(self, numbers: Sequence[int], stream: torch.cuda.Stream, dtype: torch.dtype = torch.int64) -> Tensor:
-        """Return numbers on the GPU, written on the stream whose kernels read them."""
+        """Return numbers on the GPU, copied on the stream whose kernels read them."""
         with torch.cuda.stream(stream):
             return torch.tensor(numbers, dtype=dtype, pin_memory=True).to(self._device, non_blocking=True)
 
@@ -240,7 +241,7 @@ class _GpuWindows:
 
 
 def _chunks(count: int, *, first: int = _CHUNK_BLOCKS) -> Iterator[range]:
-    """Yield ranges of at most _CHUNK_BLOCKS; a short first one lets the copy engine begin early."""
+    """Yield ranges of at most _CHUNK_BLOCKS; a short first range lets the copy engine begin early."""
     start = 0
     while start < count:
         end = min(start + (_CHUNK_BLOCKS if start else first), count)

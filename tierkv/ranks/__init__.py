@@ -1,1 +1,1 @@
-"""One cache per rank of a model that several GPUs share, all agreeing on what each brought up."""
+"""Ranks of a model that is split over several GPUs: they agree on the cached tokens that all of them loaded."""

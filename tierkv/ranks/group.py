@@ -1,7 +1,7 @@
-"""The ranks of a model that is split over several devices, as far as a cache needs to know them.
+"""The ranks of a model that is split over several devices, as a cache sees them.
 
-Each rank has a cache of its own, for its slice of the heads. A cached token is of use only if every rank has
-it, so before anyone uses what it found the ranks agree on the smallest number.
+Each rank has a cache for its slice of the heads. A cached token is useful only if every rank has it, so the ranks first
+agree on the smallest number of tokens found.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Protocol
 __all__ = ["UNABLE", "Agreement", "OneRank", "RankGroup"]
 
 UNABLE = -1
-"""The vote of a rank that cannot go on: what is asked then happens on no rank."""
+"""The vote of a rank that cannot continue: the operation then happens on no rank."""
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """What all ranks decided. lowest: the smallest vote, 0 if some rank did not vote in time.
+    """The decision of all ranks. lowest: the smallest vote, 0 if some rank did not vote in time.
 
-    is_unanimous: every rank voted the same.
+    is_unanimous: all ranks cast the same vote.
     """
 
     lowest: int
@@ -38,18 +38,18 @@ class RankGroup(Protocol):
         """Return how many ranks there are."""
 
     def agree_min(self, vote: int, *, topic: bytes) -> Agreement:
-        """Return the decision that every rank gets, also one that comes too late to vote. Bounded in time.
+        """Return the decision, the same on every rank, also on a rank that votes too late. Bounded in time.
 
-        topic: what is voted on, such as the prompt. Raises RankError if the ranks vote on different things, and
-        where the decision cannot be known.
+        topic: the subject of the vote, such as the prompt. Raises RankError if the ranks vote on different topics, and
+        if the decision cannot be read.
         """
 
     def gather(self, payload: bytes) -> list[bytes]:
-        """Return every rank's payload, in the order of ranks. Raises RankError if one is missing."""
+        """Return every rank's payload, in the order of ranks. Raises RankError if a payload is missing."""
 
 
 class OneRank:
-    """A model on one device: it always agrees with itself."""
+    """The only rank of a model on one device."""
 
     rank = 0
     size = 1

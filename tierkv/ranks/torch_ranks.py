@@ -1,9 +1,8 @@
 """Ranks that agree through a store of torch.distributed.
 
-Each question is decided by a register that is written once, with compare-and-set: by whoever has seen every
-vote, or, with 0, by the first who gave up waiting. Who comes late reads what was decided. An all-reduce was
-rejected: a rank that gives up cannot take back what it has sent, so the others may go on with a number that it
-never saw.
+Each decision is a register that is written once, by compare-and-set. The first rank that has seen all votes writes the
+smallest one; the first rank whose wait times out writes 0. A late rank reads the decision. An all-reduce was rejected:
+a rank that times out cannot withdraw its vote, so the others may continue with a number that it never saw.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _LOST_STEP = "lost step"
 
 
 class Store(Protocol):
-    """The part of torch.distributed.Store that ranks use. What fails or takes too long is a RuntimeError."""
+    """The methods of torch.distributed.Store that ranks use. Failures and time-outs raise RuntimeError."""
 
     def set(self, key: str, value: str) -> None: ...
     def get(self, key: str) -> bytes: ...
@@ -38,12 +37,12 @@ class Store(Protocol):
 
 
 class TorchRanks:
-    """One rank's way to the others; satisfies `RankGroup`. Thread-safe, but the order of calls is the caller's duty.
+    """One rank of a group that shares a store; satisfies `RankGroup`. Thread-safe; all ranks call in the same order.
 
-    store: one that every rank reaches, such as a TCPStore; nothing else may use the names that begin with "tierkv/".
-    timeout_s: how long to wait for another rank's vote; after it nothing counts as cached. It must cover by how much
-    ranks may be apart, reading cold blocks included. gather_timeout_s: the same for `gather`, called while models load.
-    A decision takes a handful of round trips to the store: 0.1 ms for two ranks and a TCPStore of the same machine.
+    store: reachable by every rank, such as a TCPStore; keys that begin with "tierkv/" are reserved for this class.
+    timeout_s: how long to wait for the other ranks' votes; after it nothing counts as cached. It must cover the delay
+    between ranks, reads of cold blocks included. gather_timeout_s: the same for `gather`, called while models load.
+    A decision takes a few round trips to the store: 0.1 ms for two ranks and a TCPStore on one machine.
     """
 
     def __init__(
@@ -73,7 +72,7 @@ class TorchRanks:
     def of_process_group(cls, *, host: str = "127.0.0.1", timeout_s: float = 30.0) -> TorchRanks:
         """Return this process's rank in torch.distributed's default group; every process of it calls this together.
 
-        Rank 0 serves the store on a free port, which is told through the group. host: where the others reach rank 0.
+        Rank 0 serves the store on a free port and broadcasts the port. host: the address of rank 0 for the others.
         Raises ConfigError if the group is not initialised.
         """
         if not (distributed.is_available() and distributed.is_initialized()):
@@ -87,9 +86,9 @@ class TorchRanks:
         return cls(store, rank=rank, size=size, timeout_s=timeout_s)
 
     def agree_min(self, vote: int, *, topic: bytes) -> Agreement:
-        """Return the smallest vote of all ranks, or 0 if some rank's is not there in time; the same on every rank.
+        """Return the smallest vote of all ranks, or 0 if a vote is missing in time; the same on every rank.
 
-        Raises RankError if the ranks vote on different topics, or where the store cannot be reached.
+        Raises RankError if the ranks vote on different topics, or if the store cannot be reached.
         """
         with self._lock:
             self._num_rounds += 1
@@ -103,7 +102,7 @@ class TorchRanks:
         return Agreement(lowest, bool(is_unanimous))
 
     def gather(self, payload: bytes) -> list[bytes]:
-        """Return every rank's payload. Raises RankError if one is not there in time."""
+        """Return every rank's payload. Raises RankError if a payload is missing in time."""
         with self._lock:
             self._num_gathers += 1
             keys = [f"tierkv/gather/{self._num_gathers}/{rank}" for rank in range(self.size)]
@@ -115,13 +114,13 @@ class TorchRanks:
                 raise RankError(f"rank {self.rank} of {self.size} has not heard of every other: {exc}") from exc
 
     def _decide(self, number: int, vote: str) -> str:
-        """Vote, and return the decision of a round, which this rank makes unless another has."""
+        """Vote, and return the decision of a round; this rank writes it unless another rank has."""
         keys = [_key(number, rank) for rank in range(self.size)]
         self._store.set(keys[self.rank], vote)
         self._kept.append(number)
         try:
             self._store.wait(keys, self._timeout)
-        except RuntimeError:  # a time-out, or the store is gone: then the next line says so
+        except RuntimeError:  # a time-out; if the store is gone, the next line raises
             return self._write_once(number, "0 0")
         decision = self._write_once(number, _counted(text.decode() for text in self._get(keys)))
         self._forget_before(number)
@@ -136,7 +135,7 @@ class TorchRanks:
         return [self._store.get(key) for key in keys]
 
     def _forget_before(self, number: int) -> None:
-        """Delete old rounds. All have voted in this one, so nobody asks for an earlier decision again."""
+        """Delete old rounds. All ranks have voted in this round, so no rank reads an earlier decision again."""
         for old in self._kept[:-1]:
             self._store.delete_key(_key(old, self.rank))
             if self.rank == 0:
@@ -149,7 +148,7 @@ def _key(number: int, name: object) -> str:
 
 
 def _counted(votes: Iterable[str]) -> str:
-    """Return the decision that follows from all votes, each a number and the digest of its topic."""
+    """Return the decision for all votes; each is a number and the digest of its topic."""
     numbers, topics = zip(*(vote.split() for vote in votes), strict=True)
     if len(set(topics)) > 1:
         return _LOST_STEP

@@ -59,7 +59,7 @@ check: $(READY)
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy -p tierkv -p benchmarks
-	$(BIN)/python -m pytest -q tests/test_layers.py
+	$(BIN)/python -m pytest -q tests/test_layers.py tests/test_public_types.py
 
 test: $(READY)
 	$(BIN)/python -m pytest -q --cov --cov-report=term $(ARGS)
@@ -68,9 +68,9 @@ test: $(READY)
 test-gpu:
 	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) -m pytest -q $(wildcard tests/gpu tests/cache tests/model tests/kernels) $(ARGS)
 
-# As modules: `python tools/bench_x.py` would put tools/ in front of the standard library.
+# As modules: `python benchmarks/x.py` would not find the package benchmarks.
 bench: $(READY)
-	@set -e; for bench in $(CPU_BENCHES); do echo "== $$bench"; $(BIN)/python -m tierkv.tools.$$bench $(ARGS); done
+	@set -e; for bench in $(CPU_BENCHES); do echo "== $$bench"; $(BIN)/python -m benchmarks.$$bench $(ARGS); done
 
 # One table of everything; the parts are commands of their own: python -m benchmarks.ttft and so on.
 bench-gpu:

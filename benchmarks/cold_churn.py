@@ -15,9 +15,8 @@ from benchmarks.cold_segments import SegmentStore
 from benchmarks.cold_workloads import Workload, synthetic_workload
 from tierkv.storage.codecs import default_codec
 from tierkv.storage.cold import ColdStore
-from tierkv.storage.cold_batch import padded_bytes
-from tierkv.storage.cold_entry import EntryTable
-from tierkv.storage.cold_links import LINK_BYTES
+from tierkv.storage.cold_children import CHILD_ROW_BYTES
+from tierkv.storage.cold_rows import EntryTable, padded_bytes
 from tierkv.storage.outcomes import PutOutcome
 from tierkv.storage.record import EncodedRecord
 
@@ -45,7 +44,7 @@ def _churn(name: str, workloads: list[Workload], path: Path) -> Iterator[Figure]
 
     rates: list[float] = []
     failed = 0
-    with ColdStore(path, quota_bytes=_QUOTA_BYTES, min_free_bytes=0, victim_order=random_order) as store:
+    with ColdStore(path, quota_bytes=_QUOTA_BYTES, min_free_bytes=0, eviction_score=random_order) as store:
         batches = _batches(workloads)
         for _ in range(1 + _TIMES):
             done_bytes, busy_s = 0, 0.0
@@ -119,7 +118,7 @@ def _make_large_store(path: Path, count: int) -> None:
     hashes = np.sort(np.frombuffer(rng.bytes(16 * count), dtype="S16"))
     keys = [bytes(each).ljust(16, b"\0") for each in hashes]
     nodes = np.sort(np.frombuffer(rng.bytes(16 * count), dtype="S16"))
-    middle = bytes(LINK_BYTES - 32)
+    middle = bytes(CHILD_ROW_BYTES - 32)
     links = [bytes(node).ljust(16, b"\0") + middle + key for node, key in zip(nodes, keys, strict=True)]
     env = lmdb.open(str(path), map_size=10 << 30, max_dbs=8, sync=False, lib_version=0)
     try:

@@ -1,13 +1,12 @@
 """What the daemon costs: round trips at 1, 8 and 32 clients, read bandwidth beside a memcpy, and Redis beside both.
 
-    python -m benchmarks.daemon [OUTPUT.txt]
-
 Every client is a process. Redis is used as users do it today: one value a block, MGET, values copied out of the socket;
 it is skipped where there is no `redis-server`. Ratios are of what the same run measured, so they carry over.
 """
 
 from __future__ import annotations
 
+import argparse
 import io
 import itertools
 import multiprocessing
@@ -16,7 +15,6 @@ import platform
 import shutil
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from array import array
@@ -77,9 +75,12 @@ class _Times:
 
 def main() -> None:
     """Run everything and print it; with a path, write it there too."""
+    parser = argparse.ArgumentParser(prog="benchmarks.daemon", description=__doc__)
+    parser.add_argument("out", type=Path, nargs="?", help="a file for the result as well")
+    out = parser.parse_args().out
     lines = list(_report())
-    if len(sys.argv) > 1:
-        Path(sys.argv[1]).write_text("\n".join(lines) + "\n")
+    if out:
+        out.write_text("\n".join(lines) + "\n")
 
 
 def _report() -> Iterator[str]:

@@ -75,7 +75,7 @@ class IndexTable:
         pool.pin_all(slots)
         missing = len(prompt) // _STEP - len(slots)
         if missing > pool.free_count:
-            index.evict(index.select_victims(Tier.HOT, missing - pool.free_count), Tier.HOT)
+            index.evict(index.select_evictions(Tier.HOT, missing - pool.free_count), Tier.HOT)
         slots += pool.allocate(missing)
         index.touch_all(cached)
         return Request(prompt, slots, cached)

@@ -83,8 +83,9 @@ def hunt(*, num_steps: int, seed: int, warm_codec: str, device: str) -> Found:
             num_io_threads=4,
         )
         with TierCache(config, namespace=Namespace(weights="race hunt", layout=layout), device=device) as cache:
-            for num_tokens in (1, 100 * _BLOCK_SIZE):
-                cache.note_computed(num_tokens, 1e-6 * num_tokens)  # both sides get something to do
+            with cache.acquire([0]) as sequence:
+                for num_tokens in (1, 100 * _BLOCK_SIZE):  # both sides get work
+                    sequence.overlap.record(1e-6 * num_tokens, num_tokens=num_tokens)
             hunters = [_Hunter(cache, found, random.Random(f"{seed} {i}")) for i in range(_NUM_THREADS)]
             threads = [
                 threading.Thread(target=hunter.run, args=(num_steps // _NUM_THREADS,), daemon=True)
@@ -151,28 +152,24 @@ class _Hunter:
 
     def _start(self) -> Sequence:
         dice, cache = self._dice, self._cache
-        sequence = cache.acquire(self._prompt(), may_split=dice.random() < 0.4)
-        num_computed = sequence.num_cached_tokens
-        while sequence.split:
-            is_done = sequence.split.is_done
-            count = sequence.split.next_piece(most=2) * _BLOCK_SIZE
-            if count:
-                self._compute(sequence, num_computed, num_computed + count)
-                num_computed += count
-                cache.commit(sequence, num_computed)
-            elif is_done:
-                num_computed = cache.join(sequence)
+        sequence = cache.acquire(self._prompt(), overlap=dice.random() < 0.4)
+        while True:
+            piece = sequence.overlap.next_piece(wait=False)
+            if piece:
+                self._compute(sequence, piece.start, piece.stop)
+                cache.commit(sequence, piece.stop)
+            elif not sequence.overlap.is_loading:
+                break
             elif dice.random() < 0.1:
                 return sequence  # left to itself, and released later
             else:
                 time.sleep(0)
-        self._compute(sequence, num_computed, sequence.num_tokens)
         self._check(sequence)
         cache.commit(sequence, sequence.num_tokens, partial_block=dice.random() < 0.3)
         return sequence
 
     def _decode(self, sequence: Sequence) -> None:
-        if sequence.split:
+        if sequence.overlap.is_loading:
             return
         first = sequence.num_tokens
         self._cache.append(sequence, [self._dice.randrange(2) for _ in range(self._dice.randrange(1, 20))])
@@ -186,7 +183,7 @@ class _Hunter:
 
     def _check(self, sequence: Sequence) -> None:
         """Compare every token's K and V of every layer with what its tokens say; queued like an attention's reads."""
-        if sequence.split:
+        if sequence.overlap.is_loading:
             return
         for layer in range(self._cache.layout.num_layers):
             sequence.wait_layer(layer)

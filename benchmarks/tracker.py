@@ -1,4 +1,4 @@
-"""What watching costs a decode loop: the same loop with and without observers, step by step in turn.
+"""What observers cost a decode loop: the same loop with and without observers, step by step in turn.
 
 A step's time drifts with the machine, so the modes alternate step by step within one run and each step is compared
 with its neighbours. On a CPU the time is that of the engine's own thread, so that other processes count less. The last
@@ -88,7 +88,7 @@ def _decode(runner: Runner, batch: int, prompt_tokens: int, num_steps: int) -> d
     clock = time.perf_counter if runner.loaded.model.device.type == "cuda" else time.thread_time
     for _ in range(num_steps // len(observers)):
         for name in randomly.sample(sorted(observers), len(observers)):
-            with _watched(runner, observers[name]):
+            with _observed(runner, observers[name]):
                 started = clock()
                 for _ in range(batch):
                     next(events)
@@ -97,8 +97,8 @@ def _decode(runner: Runner, batch: int, prompt_tokens: int, num_steps: int) -> d
     return steps
 
 
-class _Catcher:
-    """Stands where a profiler expects a cache, and notes who would watch it."""
+class _FakeCache:
+    """A cache for a profiler that only keeps its observers."""
 
     def __init__(self) -> None:
         self.observers: list[CacheObserver] = []
@@ -110,22 +110,22 @@ class _Catcher:
         return CacheStats()
 
     def add_observer(self, observer: CacheObserver) -> None:
-        """Note the observer."""
+        """Keep the observer."""
         self.observers.append(observer)
 
     def remove_observer(self, observer: CacheObserver) -> None:
-        """Forget nothing: the profiler is never closed."""
+        """Keep it: the profiler is never closed."""
 
 
 def _observers_of_a_profiler() -> list[CacheObserver]:
     """Return what a profiler adds to a cache."""
-    catcher = _Catcher()
-    MemoryProfiler(catcher)
-    return catcher.observers
+    cache = _FakeCache()
+    MemoryProfiler(cache)
+    return cache.observers
 
 
 @contextmanager
-def _watched(runner: Runner, observers: Sequence[CacheObserver]) -> Iterator[None]:
+def _observed(runner: Runner, observers: Sequence[CacheObserver]) -> Iterator[None]:
     for observer in observers:
         runner.cache.add_observer(observer)
     try:

@@ -1,6 +1,6 @@
-"""Merge decoded exponent planes and raw rests into blocks of 16-bit floats: the cold tier's codec, on a GPU.
+"""Merge exponent planes of 16-bit floats with the rest: the decoder of the cold tier's codec, on a GPU.
 
-The planes are those of storage/planes.py, byte for byte: a GPU merges what a CPU has split.
+The planes are those of storage/planes.py, byte for byte.
 """
 
 from __future__ import annotations

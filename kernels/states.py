@@ -1,4 +1,4 @@
-"""Merge attention over disjoint parts of K and V by their log-sum-exps, in one pass."""
+"""Merge attention over disjoint parts of K and V by their log-sum-exps. Source: FlashInfer's cascade attention."""
 
 from __future__ import annotations
 

@@ -1,24 +1,46 @@
-"""What a codec is: a run of a block (one layer's K or V) into frames and back.
+"""What a codec is: it turns a run of a block (one layer's K or V) into frames, and back.
 
-A coded frame covers at most FRAME_BYTES of the run and never straddles two. Codecs are immutable and may be used
-by many threads; scratch memory is one set per thread.
+A frame is a standard zstd frame with its content size, or the plain bytes where those are shorter. It covers at most
+FRAME_BYTES of one run and is independent of all others: threads, or a GPU, decode frames in any order. No reader
+allocates in proportion to a size that a frame claims and its reader does not expect.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+import numpy as np
+import zstandard
+
+from tierkv.errors import CorruptBlockError
 from tierkv.storage.planes import Bytes
 from tierkv.values.layout import Run
 
-__all__ = ["Codec", "decode_one_by_one", "iter_runs"]
+__all__ = ["FRAME_BYTES", "LEVEL_3", "LITERALS_ONLY", "Codec", "FrameCoder", "decode_one_by_one", "iter_runs"]
+
+FRAME_BYTES = 256 << 10
+"""Bytes of a run per coded frame: smaller costs ratio, larger leaves no work for parallel decoders."""
+
+LEVEL_3 = zstandard.ZstdCompressionParameters.from_level(3)
+LITERALS_ONLY = zstandard.ZstdCompressionParameters(
+    window_log=17,
+    hash_log=6,
+    chain_log=6,
+    search_log=1,
+    min_match=7,
+    target_length=0,
+    strategy=zstandard.STRATEGY_FAST,
+)
+"""A match finder that finds nothing: Huffman coding alone. A larger hash_log, a smaller min_match or a
+target_length of 1 lose ratio and speed (the last turns Huffman off)."""
 
 
 class Codec(Protocol):
-    """Turns one run into frames and back. The record names it by id and version.
+    """Turns one run into frames and back. The record names it by id and version. Immutable; many threads may use it.
 
-    run: where the run lies in a block, and what its values are; the lossless ones care for its length alone.
+    run: where the run lies in a block, and what its values are; the lossless codecs need its length alone.
     The number of tokens follows from the number of bytes.
     """
 
@@ -33,7 +55,7 @@ class Codec(Protocol):
 
     @property
     def is_lossy(self) -> bool:
-        """Whether what comes back is only near what went in."""
+        """Whether the decoded values are only near the encoded ones."""
 
     def num_frames(self, run: Run, num_tokens: int) -> int:
         """Return how many frames so many tokens of a run have."""
@@ -71,3 +93,59 @@ def iter_runs(block: Bytes, runs: Sequence[Run], num_tokens: int) -> Iterator[tu
     """Yield each run and the bytes of its first tokens."""
     for run in runs:
         yield run, block[run.offset_bytes : run.offset_bytes + run.token_bytes * num_tokens]
+
+
+class FrameCoder(threading.local):
+    """One zstd compressor and decompressor per thread: threads must not share them."""
+
+    def __init__(self, parameters: zstandard.ZstdCompressionParameters) -> None:
+        self._compressor = zstandard.ZstdCompressor(compression_params=parameters)
+        self._decompressor = zstandard.ZstdDecompressor()
+
+    def encode(self, plane: Bytes, out: Bytes) -> int:
+        """Write the frame of `plane` at the start of `out`, or the plane where that is shorter; return the size."""
+        frame = np.frombuffer(self._compressor.compress(plane.data), dtype=np.uint8)
+        if frame.size >= plane.size:
+            frame = plane
+        out[: frame.size] = frame
+        return frame.size
+
+    def decode(self, frame: Bytes, plane_bytes: int) -> Bytes:
+        """Return the plane of a frame; it is valid until the next call."""
+        if frame.size == plane_bytes:
+            return frame
+        try:
+            _check_size(frame, plane_bytes)
+            plane = np.frombuffer(self._decompressor.decompress(frame.data), dtype=np.uint8)
+        except zstandard.ZstdError as exc:
+            raise CorruptBlockError(f"a frame that does not decode: {exc}") from exc
+        if plane.size != plane_bytes:
+            raise CorruptBlockError(f"a frame of {plane.size} bytes, expected {plane_bytes}")
+        return plane
+
+    def decode_many(self, frames: Sequence[Bytes], plane_bytes: Sequence[int]) -> list[Bytes]:
+        """Return the planes of many frames; all coded ones are decoded in one call, without the GIL."""
+        planes = list(frames)
+        coded = [i for i, frame in enumerate(frames) if frame.size != plane_bytes[i]]
+        if not coded:
+            return planes
+        try:
+            for i in coded:
+                _check_size(frames[i], plane_bytes[i])
+            sizes = np.array([plane_bytes[i] for i in coded], dtype=np.uint64).tobytes()
+            decoded = self._decompressor.multi_decompress_to_buffer(
+                [frames[i].data for i in coded], decompressed_sizes=sizes
+            )
+        except (zstandard.ZstdError, ValueError) as exc:
+            raise CorruptBlockError(f"a frame that does not decode: {exc}") from exc
+        for at, i in enumerate(coded):
+            planes[i] = np.frombuffer(decoded[at], dtype=np.uint8)  # type: ignore[call-overload]  # it has the buffer protocol
+            if planes[i].size != plane_bytes[i]:
+                raise CorruptBlockError(f"a frame of {planes[i].size} bytes, expected {plane_bytes[i]}")
+        return planes
+
+
+def _check_size(frame: Bytes, plane_bytes: int) -> None:
+    """Raise CorruptBlockError unless a frame claims the expected size: that claim bounds what zstd allocates."""
+    if zstandard.frame_content_size(frame.data) != plane_bytes:
+        raise CorruptBlockError(f"a frame that is not of {plane_bytes} bytes")

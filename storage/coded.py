@@ -11,7 +11,7 @@ import numpy.typing as npt
 import zstandard
 
 from tierkv.errors import CorruptBlockError
-from tierkv.storage.frames import FRAME_BYTES
+from tierkv.storage.codec import FRAME_BYTES
 from tierkv.storage.planes import Bytes
 from tierkv.values.layout import BlockLayout
 

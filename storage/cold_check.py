@@ -1,23 +1,31 @@
-"""Does the cold store agree with itself? `check_store` reads the small records, `verify_store` every byte."""
+"""Checks of the cold store: `check_store` compares the databases with each other, `verify_store` reads every byte."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from tierkv.errors import CorruptBlockError, FormatVersionError, StoreBusyError, StoreError
 from tierkv.storage.codecs import fits_namespace
-from tierkv.storage.cold_batch import OVERFLOW_HEADER_BYTES, Databases, Handles, get_entry, get_value, read_block_info
-from tierkv.storage.cold_entry import ColdEntry, unpack_entry
-from tierkv.storage.cold_links import Link
-from tierkv.storage.cold_namespaces import iter_namespaces, read_lossy_codec
-from tierkv.storage.lmdb_data import CutShortError
+from tierkv.storage.cold_children import ChildRow
+from tierkv.storage.cold_reader import (
+    Databases,
+    get_entry,
+    get_value,
+    iter_namespaces,
+    read_block_info,
+    read_lossy_codec,
+)
+from tierkv.storage.cold_repair import rebuild_tree, restore_entry
+from tierkv.storage.cold_rows import OVERFLOW_HEADER_BYTES, ColdEntry, unpack_entry
+from tierkv.storage.cold_writer import ColdWriter
 from tierkv.storage.lmdb_env import LmdbEnv, ReadTransaction
+from tierkv.storage.lmdb_file import CutShortError
 from tierkv.storage.record import BlockInfo, read_header, verify_checksum
 from tierkv.values.block import TOKEN_BYTES, BlockHash, hash_block
 
-__all__ = ["VerifyReport", "check_store", "verify_block", "verify_store"]
+__all__ = ["VerifyReport", "check_store", "repair_store", "verify_block", "verify_store"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,23 +47,19 @@ class VerifyReport:
         """Whether nothing is wrong."""
         return not self.damaged and self.problem is None
 
-    def after_repair(self, removed: int) -> VerifyReport:
-        """Return the report with the number of blocks that the repair removed."""
-        return replace(self, removed=removed)
-
 
 def check_store(txn: ReadTransaction, databases: Databases) -> None:
-    """Raise StoreError unless all databases tell the same story."""
+    """Raise StoreError unless all databases agree with each other."""
     entries = dict(_iter_index(txn, databases))
     stored = sum(txn.get(block_hash, db=databases.blocks) is not None for block_hash in entries)
     total = txn.stat(databases.blocks)["entries"]
     _require(stored == total == len(entries), "the blocks are not those of the index")
     with txn.cursor(db=databases.children) as cursor:
-        found = [Link.unpack(key) for key in cursor.iternext(keys=True, values=False)]
-    links = {(link.child, link.node) for link in found if link.level == 0}
-    _require({link.child for link in found} <= entries.keys(), "a child is listed that is not stored")
+        rows_found = [ChildRow.unpack(key) for key in cursor.iternext(keys=True, values=False)]
+    children = {(row.child, row.node) for row in rows_found if row.level == 0}
+    _require({row.child for row in rows_found} <= entries.keys(), "a child is listed that is not stored")
     parents = {(block_hash, entry.parent) for block_hash, entry in entries.items()}
-    _require(links == parents, "the children are not those of the index")
+    _require(children == parents, "the children are not those of the index")
     totals: Counter[tuple[BlockHash, str]] = Counter()
     for block_hash, entry in entries.items():
         is_root = entry.parent == entry.namespace
@@ -66,7 +70,7 @@ def check_store(txn: ReadTransaction, databases: Databases) -> None:
         for name in ("raw_bytes", "stored_bytes", "value_bytes"):
             totals[entry.namespace, name] += getattr(entry, name)
         totals[entry.namespace, "blocks"] += 1
-    rows = dict(iter_namespaces(txn, databases.meta))
+    rows = dict(iter_namespaces(txn, databases))
     _require({namespace for namespace, _ in totals} <= rows.keys(), "a namespace has no row")
     for digest, row in rows.items():
         if row is None:
@@ -78,11 +82,11 @@ def check_store(txn: ReadTransaction, databases: Databases) -> None:
             )
 
 
-def verify_store(env: LmdbEnv, handles: Handles, progress: Callable[[int, int], None] | None) -> VerifyReport:
+def verify_store(env: LmdbEnv, progress: Callable[[int, int], None] | None) -> VerifyReport:
     """Read every record. Each in a transaction of its own, so that writers may reuse pages meanwhile."""
     try:
-        env.check_trees()  # LMDB ends the process where a cursor comes to a page of another kind
-        with env.read() as txn, txn.cursor(db=handles.now.index) as cursor:
+        env.check_trees()  # a cursor that comes to a page of another kind would end the process
+        with env.read() as txn, txn.cursor(db=Databases(*env.handles).entries) as cursor:
             hashes = {bytes(key) for key in cursor.iternext(keys=True, values=False)}
     except StoreError as exc:
         return VerifyReport(blocks=0, stored_bytes=0, damaged={}, problem=str(exc))
@@ -95,10 +99,10 @@ def verify_store(env: LmdbEnv, handles: Handles, progress: Callable[[int, int], 
             progress(done, len(hashes))
         try:
             with env.read() as txn:
-                stored_bytes += verify_block(env, txn, handles.now, block_hash)
+                stored_bytes += verify_block(env, txn, Databases(*env.handles), block_hash)
         except FormatVersionError as exc:
             other_formats[block_hash] = str(exc)
-        except (StoreBusyError, CutShortError) as exc:  # so it is for all that are left
+        except (StoreBusyError, CutShortError) as exc:  # the same holds for all that are left
             problem = f"{done} of {len(hashes)} blocks were read: {exc}"
             break
         except StoreError as exc:
@@ -110,7 +114,7 @@ def verify_store(env: LmdbEnv, handles: Handles, progress: Callable[[int, int], 
     if problem is None:
         try:
             with env.read() as txn:
-                check_store(txn, handles.now)
+                check_store(txn, Databases(*env.handles))
         except StoreError as exc:
             problem = str(exc)
     return VerifyReport(
@@ -118,9 +122,37 @@ def verify_store(env: LmdbEnv, handles: Handles, progress: Callable[[int, int], 
     )
 
 
+def repair_store(env: LmdbEnv, writer: ColdWriter, report: VerifyReport) -> int:
+    """Restore damaged entries, remove damaged blocks with all that follow them, and rebuild the tree.
+
+    Return how many blocks were removed. Raises StoreError.
+    """
+    removed = sum(_repair(env, writer, block_hash) for block_hash in report.damaged)
+    with writer.batch() as batch:
+        rebuild_tree(batch)
+    return removed
+
+
+def _repair(env: LmdbEnv, writer: ColdWriter, block_hash: BlockHash) -> int:
+    """Restore the entry of a block if only that is damaged; else remove the block. Return how many were removed."""
+    try:
+        writer.attempt(lambda batch: restore_entry(batch, block_hash))
+        with env.read() as txn:
+            verify_block(env, txn, Databases(*env.handles), block_hash)
+    except FormatVersionError:
+        return 0
+    except StoreError as exc:
+        # Another error, as a busy store's, says nothing about the block.
+        if not isinstance(exc, CorruptBlockError) and not isinstance(exc.__cause__, OSError):
+            raise
+        return writer.attempt(lambda batch: batch.remove_subtree(block_hash))
+    return 0
+
+
 def verify_block(env: LmdbEnv, txn: ReadTransaction, databases: Databases, block_hash: BlockHash) -> int:
-    """Return the length of a sound record, 0 for one that has gone. Raises CorruptBlockError,
-    FormatVersionError for a sound record of another version.
+    """Return the length of a sound record, 0 for a block that is not stored any more.
+
+    Raises CorruptBlockError, FormatVersionError for a sound record of another version.
     """
     entry = get_entry(txn, databases, block_hash)
     value = get_value(env, txn, databases, block_hash)
@@ -141,16 +173,16 @@ def verify_block(env: LmdbEnv, txn: ReadTransaction, databases: Databases, block
         raise CorruptBlockError("its entry describes another record")
     if entry.value_bytes != len(value) + OVERFLOW_HEADER_BYTES:
         raise CorruptBlockError("its entry counts other bytes than it takes")
-    lossy_codec = read_lossy_codec(txn, databases.meta, info.namespace)
+    lossy_codec = read_lossy_codec(txn, databases, info.namespace)
     if lossy_codec is not None and not fits_namespace(header.codec.name, lossy_codec):
-        raise CorruptBlockError(f"it went through {header.codec.name}, and its namespace does not say so")
-    if entry.parent != entry.namespace and txn.get(entry.parent, db=databases.index) is None:
+        raise CorruptBlockError(f"its codec is {header.codec.name}, and its namespace does not say so")
+    if entry.parent != entry.namespace and txn.get(entry.parent, db=databases.entries) is None:
         raise CorruptBlockError("its parent is not stored")
     return header.record_bytes
 
 
 def _is_behind_its_parent(txn: ReadTransaction, databases: Databases, info: BlockInfo) -> bool:
-    """Tell whether a block's digest follows from its parent's. A parent that cannot be read is reported itself."""
+    """Return whether a block's digest follows from its parent's. An unreadable parent is reported for itself."""
     if info.parent == info.namespace:
         return info.follows(None)
     parent = read_block_info(txn, databases, info.parent)
@@ -158,7 +190,7 @@ def _is_behind_its_parent(txn: ReadTransaction, databases: Databases, info: Bloc
 
 
 def _iter_index(txn: ReadTransaction, databases: Databases) -> Iterator[tuple[BlockHash, ColdEntry]]:
-    with txn.cursor(db=databases.index) as cursor:
+    with txn.cursor(db=databases.entries) as cursor:
         for key, value in cursor:
             block_hash = bytes(key)
             yield block_hash, unpack_entry(block_hash, value)

@@ -1,9 +1,9 @@
-"""What can be saved of a data file that LMDB must not see: its blocks, since each record describes itself.
+"""Salvaging a data file that LMDB must not see: each record describes itself, so its sound blocks are saved.
 
 The damaged file is read with plain reads, page by page. A record begins right behind the header of a page, so
 it is found without any tree; its checksum says whether it is whole. Index entries and descriptions of namespaces
-carry checksums too and are taken where a leaf still has them; without its entry a block loses its age, its
-counts and its pin. What was evicted not long ago may come back with the rest: it is as true as it was.
+carry checksums too and are saved where a leaf still has them; a block without its entry loses its age, its
+counts and its pin. Recently evicted blocks may come back with the rest: they are as true as before.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import contextlib
 import logging
 import mmap
 import os
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,40 +20,52 @@ from pathlib import Path
 import numpy as np
 
 from tierkv.errors import CorruptBlockError, FormatVersionError, StoreError
-from tierkv.storage.cold_batch import SPECS, padded_bytes
-from tierkv.storage.cold_entry import ENTRY_BYTES, ColdEntry, unpack_entry
-from tierkv.storage.cold_eviction import VictimQueue
-from tierkv.storage.cold_links import LINK_BYTES
-from tierkv.storage.cold_namespaces import (
+from tierkv.storage.cold_children import CHILD_ROW_BYTES
+from tierkv.storage.cold_eviction import EvictionCandidates
+from tierkv.storage.cold_reader import NAMES
+from tierkv.storage.cold_rows import (
+    ENTRY_BYTES,
     FORMAT_KEY,
     NAMESPACE_PREFIX,
     QUOTA_KEY,
     STORE_VERSION,
+    ColdEntry,
     NamespaceRow,
     add_checksum,
     check_format,
+    padded_bytes,
+    unpack_entry,
     unpack_quota,
     unpack_row,
 )
 from tierkv.storage.cold_stats import Counters
 from tierkv.storage.cold_writer import ColdWriter, map_bytes_of
 from tierkv.storage.lmdb_env import LmdbEnv
-from tierkv.storage.lmdb_file import PAGE_HEADER_BYTES, newest_meta, open_store_file
+from tierkv.storage.lmdb_file import (
+    BIG_FLAG,
+    LEAF_FLAG,
+    NODE_BYTES,
+    PAGE_HEADER_BYTES,
+    LeafValue,
+    find_leaf,
+    newest_meta,
+    open_store_file,
+)
 from tierkv.storage.lmdb_tree import Keys, check_trees
-from tierkv.storage.lmdb_values import LeafValue, find_leaf, iter_leaf_values
 from tierkv.storage.outcomes import PutOutcome
 from tierkv.storage.planes import Bytes
 from tierkv.storage.record import HEADER_BYTES, MAGIC, parse_record, record_bytes_of
 from tierkv.values.block import HASH_BYTES, BlockHash
 from tierkv.values.namespace import DESCRIPTION_LIMIT_BYTES
 
-__all__ = ["ColdKeeper"]
+__all__ = ["ColdSalvager"]
 
 _CHUNK_BYTES = 4 << 20
 _BATCH_BLOCKS = 16
 _MAX_ROW_BYTES = 2 * DESCRIPTION_LIMIT_BYTES  # of a namespace, whose description is nearly all of it
-_MAX_READS = 16  # of the file's length: its records do not overlap, but what a damaged header says may
-_LEVEL_AT = LINK_BYTES - HASH_BYTES - 1
+_MAX_READS = 16  # of the file's length: records do not overlap, but the sizes in damaged headers may
+_NODE = struct.Struct("<IHH")  # of a leaf: length of the value, flags, length of the key
+_LEVEL_AT = CHILD_ROW_BYTES - HASH_BYTES - 1
 
 _logger = logging.getLogger(__name__)
 
@@ -81,11 +94,11 @@ class _Remains:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ColdKeeper:
-    """Tells whether a cold store's data file may be used, and makes a new one out of one that may not.
+class ColdSalvager:
+    """Checks a cold store's data file, and makes a new store from a file that must not be used.
 
-    quota_bytes: at least so much is saved, more where the store's quota was larger. If that is beyond the store's
-    quota, the next put evicts what was not used for longest: what was evicted before may have come back.
+    quota_bytes: up to so much is saved, more where the store's quota was larger. If that is beyond the store's quota,
+    the next put evicts the blocks that were not used for longest.
     """
 
     quota_bytes: int
@@ -93,15 +106,15 @@ class ColdKeeper:
 
     def check(self, fd: int) -> None:
         """Raise CorruptBlockError if LMDB must not see the file, FormatVersionError if it is another version's."""
-        with contextlib.suppress(KeyError):  # it was killed before it wrote its version
+        with contextlib.suppress(KeyError):  # its first process was killed before it wrote the version
             check_format(find_leaf(fd, b"meta", FORMAT_KEY).held)
         keys = check_trees(fd)
-        if not keys.keys() <= {spec.name for spec in SPECS}:
+        if not keys.keys() <= set(NAMES):
             raise CorruptBlockError("it has databases that no cold store has")
-        blocks, index, links = (keys.get(name, np.empty(0, "S1")) for name in (b"blocks", b"index", b"children"))
+        blocks, index, children = (keys.get(name, np.empty(0, "S1")) for name in (b"blocks", b"index", b"children"))
         if not np.array_equal(blocks, index):
             raise CorruptBlockError("its blocks are not those of its index")
-        if _sum_of_children(links) != _sum_of_hashes(index):
+        if _sum_of_children(children) != _sum_of_hashes(index):
             raise CorruptBlockError("its list of children is not that of its blocks")
 
     def rebuild(self, damaged: Path, directory: Path) -> None:
@@ -110,13 +123,13 @@ class ColdKeeper:
         try:
             remains = _scan(fd)
             quota_bytes = max(remains.quota_bytes, self.quota_bytes)
-            with LmdbEnv(directory, map_bytes=map_bytes_of(quota_bytes), specs=SPECS) as env:
+            with contextlib.closing(LmdbEnv(directory, map_bytes=map_bytes_of(quota_bytes), names=NAMES)) as env:
                 writer = ColdWriter(
                     env,
                     quota_bytes=quota_bytes,
                     min_free_bytes=0,
                     clock=self.clock,
-                    victims=VictimQueue(),
+                    candidates=EvictionCandidates(),
                     counters=Counters(),
                 )
                 saved = _write(fd, remains, writer, quota_bytes)
@@ -145,9 +158,24 @@ def _scan(fd: int) -> _Remains:
         begins = (pages[:, PAGE_HEADER_BYTES : PAGE_HEADER_BYTES + len(MAGIC)] == magic).all(axis=1)
         for row in np.flatnonzero(begins).tolist():
             _take_record(fd, offset + row * page_bytes + PAGE_HEADER_BYTES, remains)
-        for leaf in iter_leaf_values(chunk, page_bytes):
+        for leaf in _iter_leaf_values(chunk, page_bytes):
             _take_leaf(fd, leaf, page_bytes, remains)
     return remains
+
+
+def _iter_leaf_values(chunk: Bytes, page_bytes: int) -> Iterator[LeafValue]:
+    """Yield the readable values of the leaves among some pages, which may hold anything."""
+    kinds = chunk.view("<u2").reshape(-1, page_bytes // 2)[:, 5]
+    for row in np.flatnonzero(kinds == LEAF_FLAG).tolist():
+        page = chunk[row * page_bytes : (row + 1) * page_bytes].tobytes()
+        lower = min(int.from_bytes(page[12:14], "little"), page_bytes)
+        for at in np.frombuffer(page[PAGE_HEADER_BYTES : lower & ~1], dtype="<u2").tolist():
+            if at + NODE_BYTES > page_bytes:
+                continue
+            size, flags, key_bytes = _NODE.unpack_from(page, at)
+            start = at + NODE_BYTES + key_bytes
+            held = page[start : start + (8 if flags & BIG_FLAG else size)]
+            yield LeafValue(page[at + NODE_BYTES : start], size, held, bool(flags & BIG_FLAG))
 
 
 def _iter_chunks(fd: int, page_bytes: int) -> Iterator[tuple[int, Bytes]]:
@@ -201,7 +229,7 @@ def _take_leaf(fd: int, leaf: LeafValue, page_bytes: int, remains: _Remains) -> 
 
 
 def _write(fd: int, remains: _Remains, writer: ColdWriter, quota_bytes: int) -> int:
-    """Put what was found, parents before children; return how many blocks there are now."""
+    """Put the blocks that were found, parents before children; return how many were stored."""
     with writer.batch() as batch:
         batch.txn.put(FORMAT_KEY, add_checksum(STORE_VERSION), db=batch.databases.meta)
         if remains.quota_bytes:
@@ -215,7 +243,7 @@ def _write(fd: int, remains: _Remains, writer: ColdWriter, quota_bytes: int) -> 
         group = order[start : start + _BATCH_BLOCKS]
         places = [remains.places[block_hash] for block_hash in group]
         records = []
-        for place in places:  # checked a second time: somebody may write to the file
+        for place in places:  # checked a second time: another program may write to the file
             with contextlib.suppress(StoreError):
                 records.append(parse_record(os.pread(fd, place.size, place.offset)))
         saved += writer.put(records).count(PutOutcome.STORED)
@@ -239,7 +267,7 @@ def _with_history(entry: ColdEntry, old: ColdEntry) -> ColdEntry:
 
 
 def _plan(remains: _Remains, quota_bytes: int) -> list[BlockHash]:
-    """Return the blocks to keep, last used first, each behind its parent; those that no chain reaches are left out.
+    """Return the blocks to keep, last used first, each behind its parent; blocks that no chain reaches are left out.
 
     A parent counts as used when its children were.
     """
@@ -293,13 +321,13 @@ def _raise_parents(first: BlockHash, last: float, remains: _Remains, used: dict[
         at = remains.places[at].parent
 
 
-def _sum_of_children(links: Keys) -> tuple[int, int]:
+def _sum_of_children(children: Keys) -> tuple[int, int]:
     """Return the sum of the hashes of all children, each taken once."""
-    if not len(links):
+    if not len(children):
         return 0, 0
-    if links.dtype.itemsize != LINK_BYTES:
+    if children.dtype.itemsize != CHILD_ROW_BYTES:
         raise CorruptBlockError("its list of children is damaged")
-    rows = links.view(np.uint8).reshape(len(links), LINK_BYTES)
+    rows = children.view(np.uint8).reshape(len(children), CHILD_ROW_BYTES)
     rows = rows[rows[:, _LEVEL_AT] == 0]
     return _sum_of_hashes(np.ascontiguousarray(rows[:, -HASH_BYTES:]).reshape(-1).view(f"S{HASH_BYTES}"))
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tierkv.errors import ConfigError
-from tierkv.storage.cold_namespaces import NO_DESCRIPTION, NamespaceRow
+from tierkv.storage.cold_rows import NO_DESCRIPTION, NamespaceRow
 from tierkv.storage.outcomes import MissReason, PutOutcome
 from tierkv.values.block import BlockHash
 from tierkv.values.namespace import parse_description
@@ -43,7 +43,7 @@ class StoredNamespace:
 
     @classmethod
     def of(cls, digest: BlockHash, row: NamespaceRow) -> StoredNamespace:
-        """Return the public form of what meta keeps. Raises nothing, whatever the description is."""
+        """Return the public form of a row. Raises nothing, whatever the description is."""
         description, problem = _read_description(digest, row.description)
         return cls(
             digest=digest,
@@ -60,9 +60,9 @@ class StoredNamespace:
 
 
 def _read_description(digest: BlockHash, text: bytes) -> tuple[dict[str, Any], str | None]:
-    """Return a description's fields, or what is wrong with it. Another version or another program may have written it.
+    """Return a description's fields, or its problem. Another version or another program may have written it.
 
-    The values can be shown and written as JSON: what a name has that cannot be printed is escaped, NaN is a text.
+    The values can be shown and written as JSON: characters of a name that cannot be printed are escaped, NaN is a text.
     """
     if text == NO_DESCRIPTION:
         return {}, None
@@ -85,15 +85,15 @@ def _read_description(digest: BlockHash, text: bytes) -> tuple[dict[str, Any], s
 
 
 def _printable(character: str) -> str:
-    """Return a character, or what it is written as in Python: a terminal would obey some of them."""
+    """Return a character, or its escape in Python: a terminal would obey some control characters."""
     return character if character.isprintable() else character.encode("unicode_escape").decode()
 
 
 def _is_flat(value: object) -> bool:
-    """Tell whether JSON values are nested no deeper than any function here can follow."""
+    """Return whether JSON values are nested no deeper than every function here can follow."""
     level: list[Any] = [value]
     for _ in range(_MAX_NESTING):
-        level = [each for one in level for each in (one.values() if isinstance(one, dict) else one)]
+        level = [each for parent in level for each in (parent.values() if isinstance(parent, dict) else parent)]
         level = [each for each in level if isinstance(each, dict | list)]
         if not level:
             return True
@@ -104,7 +104,7 @@ def _is_flat(value: object) -> bool:
 class ColdStats:
     """Sizes now, all processes together; counters since this process opened the store.
 
-    live_bytes: values with their padding, what the quota bounds. file_bytes: with LMDB's free pages.
+    live_bytes: values with their padding, which the quota bounds. file_bytes: with LMDB's free pages.
     """
 
     blocks: int
@@ -122,7 +122,7 @@ class ColdStats:
 
 
 class Counters:
-    """What happened since the store was opened. Thread-safe."""
+    """Counts of events since the store was opened, and the latest evicted blocks. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -143,7 +143,7 @@ class Counters:
                 self._misses[reason] += 1
 
     def count_puts(self, outcomes: Iterable[PutOutcome]) -> None:
-        """Count what became of records."""
+        """Count the outcomes of records."""
         with self._lock:
             self._puts.update(outcomes)
 
@@ -163,7 +163,7 @@ class Counters:
             self._damaged_blocks += blocks
 
     def was_evicted(self, block_hash: BlockHash) -> bool:
-        """Tell whether this process evicted the block not long ago."""
+        """Return whether this process evicted the block not long ago."""
         return block_hash in self._evicted
 
     def stats(self, rows: Collection[NamespaceRow], *, file_bytes: int, quota_bytes: int) -> ColdStats:

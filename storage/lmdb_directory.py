@@ -1,4 +1,4 @@
-"""The directory of an environment before LMDB sees it: usable, without remains, and with a data file that is sound."""
+"""The directory of an environment: usable, without temporary files, with a sound data file, and with free space."""
 
 from __future__ import annotations
 
@@ -8,43 +8,58 @@ import os
 import shutil
 import stat
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from tierkv.errors import CorruptBlockError, StoreError
-from tierkv.storage.lmdb_file import DATA_FILE, LOCK_FILE, open_store_file, replace_damaged
+import lmdb
+
+from tierkv.errors import CapacityError, CorruptBlockError, StoreError
+from tierkv.storage.lmdb_file import DATA_FILE, LOCK_FILE, open_store_file
 from tierkv.values.files import check_path
+from tierkv.values.units import format_bytes
 
 __all__ = [
-    "COMPACTED",
-    "Keeper",
+    "Salvager",
+    "VolumeSpace",
     "check_data_file",
     "check_store_files",
     "clear_temporary",
+    "copy_compacted",
     "prepare_directory",
+    "require_free",
     "sync_file",
+    "volume_space",
 ]
 
-COMPACTED = "compact.tmp"
+_COMPACTED = "compact.tmp"
 _REBUILT = "rebuild.tmp"
+_DEFAULT_FREE_BYTES = 1 << 30  # what stays free on a large volume; of a small one, that share
+_DEFAULT_FREE_SHARE = 20
 
 _logger = logging.getLogger(__name__)
 
 
-class Keeper(Protocol):
-    """What the owner of an environment knows of its contents. Called while nobody else has the file open."""
+class VolumeSpace(NamedTuple):
+    """The free bytes of a volume, and how many of them must stay free."""
+
+    free_bytes: int
+    min_free_bytes: int
+
+
+class Salvager(Protocol):
+    """Checks the contents of an environment, and saves what is sound. No other process has the file open meanwhile."""
 
     def check(self, fd: int) -> None:
         """Raise CorruptBlockError if the data file must not be used. Reads it with plain reads."""
 
     def rebuild(self, damaged: Path, directory: Path) -> None:
-        """Make an environment in `directory` from what can be saved of a damaged data file."""
+        """Make an environment in `directory` from the sound contents of a damaged data file."""
 
 
 def prepare_directory(path: Path, *, read_only: bool) -> None:
-    """Make the directory if it is missing. Raises StoreError if it cannot be used, ConfigError for what is no path.
+    """Make the directory if it is missing. Raises StoreError if it cannot be used, ConfigError if `path` is no path.
 
     A store decides what a cache answers, so the directory and the data file must belong to this user or to root,
-    unless they are only read, which their reader decides. (Root may use any user's: containers do.)
+    unless they are opened for reading alone. (Root may use any user's: containers do.)
     """
     path = check_path(path)
     try:
@@ -70,7 +85,7 @@ def _require_writable(path: Path) -> None:
 
 
 def _check_owner(path: Path) -> None:
-    """Raise StoreError for a directory or a data file of another user, warn of one that others can write to."""
+    """Raise StoreError for a directory or a data file of another user; warn where other users can write to it."""
     me = os.geteuid()
     for each in (path, path / DATA_FILE):
         try:
@@ -79,10 +94,12 @@ def _check_owner(path: Path) -> None:
             continue
         if me != 0 and state.st_uid not in (me, 0):
             raise StoreError(
-                f"{each} belongs to another user, who decides what a cache finds in it",
+                f"{each} belongs to another user, and decides what a cache finds",
                 hint="choose another cold_path; read_only reads it, if you trust that user",
             )
-        by_group = state.st_mode & stat.S_IWGRP and state.st_gid != os.getegid()  # which most often has one member
+        by_group = (
+            state.st_mode & stat.S_IWGRP and state.st_gid != os.getegid()
+        )  # a user's own group mostly has one member
         if by_group or state.st_mode & stat.S_IWOTH:
             mode = stat.S_IMODE(state.st_mode)
             _logger.warning(
@@ -91,7 +108,7 @@ def _check_owner(path: Path) -> None:
 
 
 def check_store_files(path: Path) -> None:
-    """Raise StoreError where a file that LMDB is to open is no regular file: LMDB would wait for a FIFO for ever."""
+    """Raise StoreError unless all files that LMDB opens are regular files: LMDB would wait for a FIFO for ever."""
     for name in (DATA_FILE, LOCK_FILE):
         try:
             mode = (path / name).lstat().st_mode
@@ -100,15 +117,17 @@ def check_store_files(path: Path) -> None:
         except OSError as exc:
             raise StoreError(f"cold store {path} cannot be opened: {exc}") from exc
         if not stat.S_ISREG(mode):
-            # It says what it is instead. Not done for every file: to close lock.mdb would drop LMDB's own locks.
+            # Raises an error that names its kind. Not for regular files: closing lock.mdb would drop LMDB's own locks.
             os.close(open_store_file(path / name))
 
 
-def check_data_file(path: Path, keeper: Keeper, *, read_only: bool) -> Path | None:
-    """Replace a data file that must not be mapped by what can be saved of it; return where the damaged one is then.
+def check_data_file(path: Path, salvager: Salvager, *, read_only: bool) -> Path | None:
+    """Replace a data file that must not be mapped by its salvaged blocks; return where the damaged one is then.
 
     Raises StoreError if that fails, CorruptBlockError if nothing may be written.
     """
+    if not read_only:
+        clear_temporary(path)
     data = path / DATA_FILE
     try:
         fd = open_store_file(data)
@@ -118,7 +137,7 @@ def check_data_file(path: Path, keeper: Keeper, *, read_only: bool) -> Path | No
         raise StoreError(f"cold store {path} cannot be opened: {exc}") from exc
     try:
         if os.fstat(fd).st_size:
-            keeper.check(fd)
+            salvager.check(fd)
         return None
     except CorruptBlockError as exc:
         problem = exc
@@ -129,9 +148,9 @@ def check_data_file(path: Path, keeper: Keeper, *, read_only: bool) -> Path | No
     target = path / _REBUILT
     try:
         target.mkdir()
-        keeper.rebuild(data, target)
+        salvager.rebuild(data, target)
         sync_file(target / DATA_FILE)
-        damaged = replace_damaged(path, target / DATA_FILE)
+        damaged = _replace_damaged(path, target / DATA_FILE)
     except OSError as exc:
         raise StoreError(f"cold store {path} is damaged and could not be rebuilt: {exc}") from exc
     finally:
@@ -140,14 +159,65 @@ def check_data_file(path: Path, keeper: Keeper, *, read_only: bool) -> Path | No
     return damaged
 
 
+def _replace_damaged(directory: Path, replacement: Path) -> Path:
+    """Put a new data file in the place of a damaged one, in one step; return where the damaged one lies now.
+
+    Of damaged files only the last is kept: each may be as large as the quota.
+    """
+    target = directory / f"{DATA_FILE}.damaged"
+    target.unlink(missing_ok=True)
+    os.link(directory / DATA_FILE, target)
+    (directory / LOCK_FILE).unlink(missing_ok=True)
+    os.replace(replacement, directory / DATA_FILE)
+    return target
+
+
 def clear_temporary(path: Path) -> None:
-    """Remove what a compaction or a repair has left that did not end."""
-    for name in (COMPACTED, _REBUILT):
+    """Remove the files of a compaction or a repair that did not end."""
+    for name in (_COMPACTED, _REBUILT):
         with contextlib.suppress(OSError):
             if stat.S_ISDIR((path / name).lstat().st_mode):
                 shutil.rmtree(path / name, ignore_errors=True)
-            else:  # which rmtree would open: it would wait for a FIFO for ever
+            else:  # rmtree would open a FIFO, and wait for ever
                 (path / name).unlink()
+
+
+def volume_space(path: Path, min_free_bytes: int | None) -> VolumeSpace:
+    """Return how much room a store's volume has. Raises StoreError.
+
+    min_free_bytes: None keeps 1 GiB free, or a 20th of a volume that is smaller than 20 GiB.
+    """
+    try:
+        usage = shutil.disk_usage(path)
+    except OSError as exc:
+        raise StoreError(f"cold store {path} has lost its directory: {exc}") from exc
+    if min_free_bytes is None:
+        min_free_bytes = min(_DEFAULT_FREE_BYTES, usage.total // _DEFAULT_FREE_SHARE)
+    return VolumeSpace(usage.free, min_free_bytes)
+
+
+def require_free(path: Path, min_free_bytes: int | None, num_bytes: int = 0) -> None:
+    """Raise CapacityError if a volume does not have so many bytes beside those that must stay free, StoreError."""
+    space = volume_space(path, min_free_bytes)
+    if space.free_bytes - num_bytes < space.min_free_bytes:
+        raise CapacityError(
+            f"cold store {path} can keep no block: {format_bytes(space.free_bytes)} are free on its volume, of which "
+            f"{format_bytes(space.min_free_bytes)} must stay free",
+            hint="lower min_free_bytes, or free disk space",
+        )
+
+
+def copy_compacted(env: lmdb.Environment, path: Path) -> Path:
+    """Write the data file of a store without its free pages, synced; return its path, for `clear_temporary` to remove.
+
+    Raises lmdb.Error, OSError.
+    """
+    clear_temporary(path)
+    target = path / _COMPACTED
+    target.mkdir()
+    env.copy(str(target), compact=True)
+    sync_file(target / DATA_FILE)
+    return target / DATA_FILE
 
 
 def sync_file(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Who uses an environment, and who writes: locks among processes, and a gate among the threads of one."""
+"""The locks of an environment: among its users, among its writers, and a gate among the threads of a process."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _SHORTEST_POLL_S = 0.0005
 
 
 class UserLock:
-    """A file lock that every user of a store shares, and that one holds alone who replaces its data file.
+    """A file lock that every user of a store shares. A user that replaces the data file holds it alone.
 
-    It dies with its process. A store that no process has ever opened for writing, as a copied data file, has no such
-    file: a reader of it holds nothing.
+    It ends with its process. A store that no process has ever opened for writing, as a copied data file, has no such
+    file: its readers hold nothing.
     """
 
     def __init__(self, path: Path, *, read_only: bool) -> None:
@@ -40,9 +40,9 @@ class UserLock:
             raise StoreError(f"cold store {self._store} cannot be locked: {exc}") from exc
 
     def enter(self) -> bool:
-        """Take the lock, alone if nobody has it; return whether alone. Waits while somebody else is alone.
+        """Take the lock, alone if it is free; return whether alone. Waits while another user holds it alone.
 
-        Alone is tried first each time: whoever shares came after somebody who was alone and had a look.
+        Alone is tried first each time: the first user checks the data file, and users that share rely on that.
         """
         deadline = time.monotonic() + _WAIT_S
         while True:
@@ -55,7 +55,7 @@ class UserLock:
             time.sleep(_POLL_S)
 
     def share(self) -> None:
-        """Let others in again. Raises StoreBusyError where this process has lost the lock and does not get it back."""
+        """Share the lock again. Raises StoreBusyError where this process has lost it and does not get it again."""
         deadline = time.monotonic() + _WAIT_S
         while not self._try(fcntl.LOCK_SH):  # never needs a second attempt for a lock that is held alone
             if time.monotonic() > deadline:
@@ -70,7 +70,7 @@ class UserLock:
         return self._try(fcntl.LOCK_EX)
 
     def close(self) -> None:
-        """Give the lock up. May be called twice."""
+        """Release the lock. May be called twice."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
@@ -78,7 +78,7 @@ class UserLock:
     def _busy(self) -> StoreBusyError:
         return StoreBusyError(
             f"cold store {self._store} is being compacted or repaired",
-            hint="try again when that is done; a process that was stopped meanwhile keeps the store until it goes on",
+            hint="try again when that is done; a process that was stopped meanwhile keeps the store until it continues",
         )
 
     def _try(self, kind: int) -> bool:
@@ -94,10 +94,10 @@ class UserLock:
 
 
 class WriteLock:
-    """Whose turn it is to write, among threads and processes. Taken before LMDB's own lock, which knows no limit.
+    """The right to write, among threads and processes. Taken before LMDB's own lock, which is waited for without limit.
 
-    It dies with its process, and a forked child does not have it. Closing any descriptor of its file gives it up, so
-    that a process must have one object for it.
+    It ends with its process, and a forked child does not have it. Closing any descriptor of its file releases it:
+    a process must have one object for it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -110,7 +110,7 @@ class WriteLock:
 
     @contextlib.contextmanager
     def held(self, wait_s: float) -> Iterator[None]:
-        """Hold it. Raises StoreBusyError where somebody else still does after `wait_s` seconds."""
+        """Hold the lock. Raises StoreBusyError where another holder still has it after `wait_s` seconds."""
         deadline = time.monotonic() + wait_s
         if not self._threads.acquire(timeout=wait_s):
             raise self._busy(wait_s, "another thread")
@@ -146,15 +146,15 @@ class WriteLock:
     def _busy(self, wait_s: float, holder: str) -> StoreBusyError:
         return StoreBusyError(
             f"cold store {self._store}: {holder} has been writing for more than {wait_s:g} s",
-            hint="a process that was stopped keeps the lock until it goes on or ends",
+            hint="a process that was stopped keeps the lock until it continues or ends",
         )
 
 
 def reserve_lock_file(directory: Path, size: int) -> None:
-    """Give LMDB's lock file its room on the disk, before LMDB makes it: raises OSError where there is none.
+    """Reserve disk space for LMDB's lock file, before LMDB makes it: raises OSError where there is none.
 
-    LMDB leaves it full of holes and writes to it through a map: on a full disk, the first one to need a hole, be it a
-    reader's thread, would die of SIGBUS. Must not be called while this process has the environment open, since
+    LMDB leaves it full of holes and writes to it through a map: on a full disk, the first process to need
+    a hole, also a reader, would end with SIGBUS. Must not be called while this process has the environment open, since
     closing the descriptor drops LMDB's own locks; such a file has its room already and is left alone.
     """
     path = directory / LOCK_FILE
@@ -171,9 +171,9 @@ def reserve_lock_file(directory: Path, size: int) -> None:
 
 
 class Gate:
-    """Many threads may pass together, or one alone: new ones then wait, and those inside finish first.
+    """Many threads may be inside together, or one alone: new ones then wait, and those inside finish first.
 
-    wait_s: how long a thread waits for one that is alone inside.
+    wait_s: how long a thread waits for a thread that is alone inside.
     """
 
     def __init__(self, wait_s: float) -> None:
@@ -184,7 +184,7 @@ class Gate:
 
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
-        """Pass; waits only for a thread that is alone inside. Raises StoreBusyError where that does not leave."""
+        """Be inside; waits only for a thread that is alone inside. Raises StoreBusyError where that does not leave."""
         with self._condition:
             if self._closed and not self._condition.wait_for(lambda: not self._closed, self._wait_s):
                 raise StoreBusyError("the cold store is being compacted or closed by another thread")
@@ -199,7 +199,7 @@ class Gate:
 
     @contextlib.contextmanager
     def exclusive(self, wait_s: float) -> Iterator[bool]:
-        """Pass alone, when all inside have left. Yields whether they have, within `wait_s` seconds."""
+        """Be inside alone, when all others have left. Yields whether they have, within `wait_s` seconds."""
         deadline = time.monotonic() + wait_s
         with self._condition:
             has_turn = self._condition.wait_for(lambda: not self._closed, wait_s)
@@ -208,7 +208,7 @@ class Gate:
         try:
             yield is_alone
         finally:
-            if has_turn:  # else another thread is alone inside, and lets the others in when it leaves
+            if has_turn:  # else another thread is alone inside, and reopens the gate when it leaves
                 with self._condition:
                     self._closed = False
                     self._condition.notify_all()

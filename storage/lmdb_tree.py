@@ -1,10 +1,10 @@
 """The trees of an LMDB 0.9 data file, read without LMDB: whether they are sound.
 
-LMDB trusts its file: a flipped bit in a page of a tree can end the process, or hand one page to two owners.
+LMDB trusts its file: after a flipped bit in a page of a tree it can end the process, or use one page twice.
 So `check_trees` walks every tree with plain reads before LMDB maps the file: each page is what it says and is
 used once, keys ascend, used and free pages together are the whole file, counters agree. It is vectorised, some
-0.5 s for a million blocks. Pages of values are not read; their headers are compared when a value is removed
-(lmdb_env.py), which is when LMDB would believe them.
+0.5 s for a million blocks. Pages of values are not read: their headers are compared when a value is removed
+(lmdb_file.py), which is when LMDB would believe them.
 """
 
 from __future__ import annotations
@@ -18,16 +18,19 @@ import numpy as np
 import numpy.typing as npt
 
 from tierkv.errors import CorruptBlockError
-from tierkv.storage.lmdb_file import PAGE_HEADER, PAGE_HEADER_BYTES, Meta, newest_meta
-from tierkv.storage.lmdb_values import (
+from tierkv.storage.lmdb_file import (
     BIG_FLAG,
     BRANCH_FLAG,
     LEAF_FLAG,
     MAX_DEPTH,
     NODE_BYTES,
     OVERFLOW_FLAG,
+    PAGE_HEADER,
+    PAGE_HEADER_BYTES,
     TREE_BYTES,
+    Meta,
     Tree,
+    newest_meta,
     overflow_pages,
     require,
     translated,

@@ -7,19 +7,20 @@ go through memory once for each step.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import mmap
 import os
 import threading
-from typing import Protocol
+from functools import lru_cache
+from typing import Any, Protocol
 
 import numpy as np
 
-from tierkv.storage.page_cache import is_in_memory
 from tierkv.storage.planes import Bytes
 from tierkv.storage.record_header import TruncatedBlockError
 
-__all__ = ["FileRecord", "RecordBytes", "RecordSource", "ThreadMemory"]
+__all__ = ["FileRecord", "RecordBytes", "RecordSource", "ThreadMemory", "is_in_memory"]
 
 _ALIGNMENT_BYTES = 64
 _STEP_BYTES = 1 << 20
@@ -27,7 +28,7 @@ _FETCHED_BYTES = 2 << 20  # by one read that does not wait: the longer, the furt
 
 
 class RecordSource(Protocol):
-    """The bytes of one record, of which nothing is known yet. One thread reads it."""
+    """The bytes of one record, none of them checked yet. One thread reads it."""
 
     @property
     def size(self) -> int:
@@ -61,7 +62,7 @@ class RecordBytes:
 class FileRecord:
     """A record in a file: `size` bytes from `offset` on, read by plain reads into `memory`, or past it by `copy`.
 
-    Whoever makes one sees to it that those bytes stay what they are; if they do not, the record's checksum tells.
+    The caller keeps those bytes from being overwritten; if they are, the record's checksum does not match.
     """
 
     def __init__(self, fd: int, *, offset: int, size: int, memory: ThreadMemory) -> None:
@@ -82,13 +83,13 @@ class FileRecord:
         self._read_all(start, out.data)
 
     def read_whole(self) -> Bytes:
-        """Return all that is there, less than `size` where the file ends sooner; valid as what `view` returns is."""
+        """Return the whole record, less than `size` where the file ends sooner; valid until this thread's next read."""
         shift = self._offset % _ALIGNMENT_BYTES
         view = self._memory.get(shift + self.size)[shift:]
         return np.frombuffer(view, dtype=np.uint8)[: self._read(0, view)]
 
     def is_in_memory(self) -> bool:
-        """Tell whether reading it takes no disk, by the look of its middle."""
+        """Return whether reading it takes no disk: whether its middle is in the page cache."""
         return is_in_memory(self._fd, self._offset + self.size // 2)
 
     def fetch_ahead(self) -> None:
@@ -103,7 +104,7 @@ class FileRecord:
             os.posix_fadvise(self._fd, self._offset, self.size, os.POSIX_FADV_WILLNEED)
 
     def _start_reading(self) -> bool:
-        """Start to fetch the record; return whether it was not there already, by the look of its middle."""
+        """Start to fetch the record; return False where its middle was in memory already."""
         memory = self._memory.get(_FETCHED_BYTES)
         try:
             os.preadv(self._fd, [memory[:1]], self._offset + self.size // 2, os.RWF_NOWAIT)
@@ -144,7 +145,7 @@ class ThreadMemory(threading.local):
         self._map: mmap.mmap | None = None
 
     def get(self, size: int) -> memoryview:
-        """Return memory of this thread; what it returned before is overwritten by whoever writes there."""
+        """Return memory of this thread; it overwrites the memory that it returned before."""
         if self._map is None or len(self._map) < size:
             num_bytes = -(-size // _STEP_BYTES) * _STEP_BYTES
             private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
@@ -153,3 +154,32 @@ class ThreadMemory(threading.local):
                 with contextlib.suppress(OSError):
                     self._map.madvise(mmap.MADV_HUGEPAGE)
         return memoryview(self._map)[:size]
+
+
+def is_in_memory(fd: int, offset: int) -> bool:
+    """Return whether the page around a byte of a file is in the page cache; True where the system does not say.
+
+    Maps the page and never touches it: a read that must not wait would say it as well, but starts to fetch the page.
+    """
+    mincore = _mincore()
+    if mincore is None:
+        return True
+    start = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+    try:
+        mapped = mmap.mmap(fd, mmap.PAGESIZE, access=mmap.ACCESS_READ, offset=start)
+    except (OSError, ValueError):  # behind the file's end, or in a file that cannot be mapped
+        return True
+    with mapped:
+        view = np.frombuffer(mapped, dtype=np.uint8)
+        found = ctypes.c_ubyte(1)
+        failed = mincore(ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(mmap.PAGESIZE), ctypes.byref(found))
+        del view
+    return bool(failed) or bool(found.value & 1)
+
+
+@lru_cache(maxsize=1)
+def _mincore() -> Any:
+    try:
+        return getattr(ctypes.CDLL(None), "mincore", None)
+    except (OSError, TypeError):  # a system without a C library to ask
+        return None

@@ -38,8 +38,15 @@ from tierkv.storage.record import (
     parse_record,
 )
 from tierkv.storage.record_source import FileRecord, ThreadMemory
-from tierkv.storage.state_format import ALIGN_BYTES, ROW, STATE_VERSION, StateHeader, records_offset
-from tierkv.storage.state_index import StateEntry, StateIndex
+from tierkv.storage.state_format import (
+    ALIGN_BYTES,
+    ROW,
+    STATE_VERSION,
+    StateEntry,
+    StateHeader,
+    StateIndex,
+    records_offset,
+)
 from tierkv.storage.state_writer import WRITE_WAIT_S, SavedState, write_state_file
 from tierkv.values.block import TOKEN_BYTES, BlockHash, common_run
 from tierkv.values.files import check_path, open_regular, own_errors

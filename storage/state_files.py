@@ -14,21 +14,19 @@ STATE_FILES_LIMIT = 64
 
 
 class StateFiles:
-    """Open state files in the order in which they were loaded. Thread-safe; it closes what it is given."""
+    """Open state files in the order in which they were loaded. Thread-safe; it closes what it is given.
+
+    files: as they are now; a tuple that is replaced, never changed.
+    """
 
     def __init__(self, *, limit: int = STATE_FILES_LIMIT) -> None:
         self.limit = limit
-        self._files: tuple[StateFile, ...] = ()
+        self.files: tuple[StateFile, ...] = ()
         self._lock = threading.Lock()
         self._is_closed = False
 
     def __len__(self) -> int:
-        return len(self._files)
-
-    @property
-    def files(self) -> tuple[StateFile, ...]:
-        """The files as they are now."""
-        return self._files
+        return len(self.files)
 
     def add(self, state: StateFile) -> StateFile:
         """Take an open file and return the one to use: the same file, where that is loaded already.
@@ -37,13 +35,13 @@ class StateFiles:
         Raises CapacityError where `limit` files are loaded. `state` is then closed, and also if this is.
         """
         with self._lock:
-            for known in self._files:
+            for known in self.files:
                 if known.identity == state.identity:
                     if known is not state:
                         state.close()
                     return known
-            replaced = [known for known in self._files if known.path == state.path]
-            kept = tuple(known for known in self._files if known.path != state.path)
+            replaced = [known for known in self.files if known.path == state.path]
+            kept = tuple(known for known in self.files if known.path != state.path)
             if self._is_closed or len(kept) >= self.limit:
                 state.close()
             if len(kept) >= self.limit:
@@ -51,7 +49,7 @@ class StateFiles:
                     f"{len(kept)} state files are loaded, the most there may be",
                     hint="save them into one file, or put them into the store with `tierkv load`",
                 )
-            self._files = (*kept, state)
+            self.files = (*kept, state)
         for old in replaced:
             old.close()
         return state
@@ -60,6 +58,6 @@ class StateFiles:
         """Close all files, and those that are added later. Waits for no read; later reads miss."""
         with self._lock:
             self._is_closed = True
-            files = self._files
+            files = self.files
         for state in files:
             state.close()

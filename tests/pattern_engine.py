@@ -22,7 +22,7 @@ from tierkv.requests.sequence import Sequence
 from tierkv.values.layout import BlockLayout
 from tierkv.values.namespace import Namespace
 
-__all__ = ["PatternEngine", "open_tiny", "tiny_layout", "tiny_warm"]
+__all__ = ["PatternEngine", "open_tiny", "record_passes", "tiny_layout", "tiny_warm"]
 
 
 def tiny_warm(num_blocks: int, warm_codec: str) -> tuple[BlockLayout, int]:
@@ -56,6 +56,13 @@ def pattern(token_ids: list[int], num_layers: int, seed: int = 0) -> torch.Tenso
     return torch.from_numpy(lanes.astype(np.float32)).reshape(-1, num_layers, 2)
 
 
+def record_passes(cache: TierCache, seconds: dict[int, float]) -> None:
+    """Record what forward passes took, by their number of new tokens."""
+    assert cache._acquirer._choice
+    for num_tokens, took_s in seconds.items():
+        cache._acquirer._choice.pass_costs.add(num_tokens, took_s)
+
+
 class PatternEngine:
     """Drives a cache as an engine does: prefill what is missing, commit, decode, check what was cached.
 
@@ -67,38 +74,31 @@ class PatternEngine:
         self.seed = seed
         self.size = cache.config.block_size
 
-    def start(self, token_ids: list[int], *, partial_block: bool = False, may_split: bool = False) -> Sequence:
+    def start(self, token_ids: list[int], *, partial_block: bool = False, overlap: bool = False) -> Sequence:
         """Acquire, check every cached token, compute the rest, commit."""
-        if may_split:  # as if a block took a millisecond
-            self.cache.note_computed(1, 1e-3)
-            self.cache.note_computed(self.size * 100, 0.1)
-        sequence = self.cache.acquire(token_ids, may_split=may_split)
+        if overlap:  # as if a block took a millisecond
+            record_passes(self.cache, {1: 1e-3, self.size * 100: 0.1})
+        sequence = self.cache.acquire(token_ids, overlap=overlap)
         num_computed = sequence.num_cached_tokens
         assert num_computed < len(token_ids)
         self.check(sequence, num_computed)
-        if had_split := sequence.split is not None:
+        if was_loading := sequence.overlap.is_loading:
             num_computed = self.meet(sequence)
             self.check(sequence, num_computed)
         self.compute(sequence, num_computed)
-        self.cache.note_loaded(sequence, len(token_ids) / self.size * (0.4e-3 if had_split else 0.8e-3))
+        sequence.overlap.record(len(token_ids) / self.size * (0.4e-3 if was_loading else 0.8e-3))
         self.cache.commit(sequence, sequence.num_tokens, partial_block=partial_block)
         return sequence
 
     def meet(self, sequence: Sequence) -> int:
-        """Compute from the front, a block at a time, until all in front of the loaded ones is there; then join."""
-        num_computed = sequence.num_cached_tokens
-        assert sequence.split
+        """Compute from the front until the load has ended. Return how many tokens have K and V then."""
+        assert sequence.overlap.is_loading
         while True:
-            is_done = sequence.split.is_done
-            count = sequence.split.next_piece(most=1) * self.size
-            if count:
-                self.compute(sequence, num_computed, num_computed + count)
-                num_computed += count
-                self.cache.commit(sequence, num_computed)
-            elif is_done:
-                return self.cache.join(sequence)
-            else:
-                sequence.split.wait()
+            piece = sequence.overlap.next_piece()
+            if not sequence.overlap.is_loading:
+                return piece.start
+            self.compute(sequence, piece.start, piece.stop)
+            self.cache.commit(sequence, piece.stop)
 
     def decode(self, sequence: Sequence, token_ids: list[int], *, partial_block: bool = False) -> None:
         """Append tokens, compute them, commit."""

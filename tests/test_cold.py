@@ -24,10 +24,10 @@ from cold_blocks import (
 )
 
 from tierkv.errors import FormatVersionError, StoreError
-from tierkv.storage import cold_reader, cold_writer
-from tierkv.storage.cold_batch import padded_bytes
+from tierkv.storage import cold_batch, cold_reader, cold_writer
+from tierkv.storage.cold_rows import padded_bytes
 from tierkv.storage.outcomes import MissReason, PutOutcome
-from tierkv.storage.record import EncodedRecord, encode_record
+from tierkv.storage.record import EncodedRecord, encode_record, parse_record
 
 # -- put and read --------------------------------------------------------------------------------------
 
@@ -170,10 +170,10 @@ def test_a_record_can_be_copied_to_another_store(tmp_path: Path) -> None:
         source.put([record])
         copy = source.read_record(record.info.block_hash)
         assert copy == record.data.tobytes()
-        assert target.put_record_bytes(copy, cost_s=2.0) is PutOutcome.STORED
+        assert target.put([parse_record(copy, cost_s=2.0)]) == [PutOutcome.STORED]
         assert np.array_equal(read(target, record.info), block_bytes(9))
         with pytest.raises(StoreError):
-            target.put_record_bytes(copy[:-1])
+            parse_record(copy[:-1])
 
 
 def test_lookups_of_many_blocks_keep_their_order(tmp_path: Path) -> None:
@@ -210,15 +210,15 @@ def test_accesses_and_pins_survive_a_restart(tmp_path: Path) -> None:
 
 
 def test_many_accesses_are_due_and_those_that_nobody_writes_are_bounded(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(cold_writer, "MAX_PENDING_TOUCHES", 2)
-    monkeypatch.setattr(cold_writer, "MAX_KEPT_TOUCHES", 2)
+    monkeypatch.setattr(cold_batch, "MAX_PENDING_TOUCHES", 2)
+    monkeypatch.setattr(cold_batch, "MAX_KEPT_TOUCHES", 2)
     records = [record_of(number) for number in range(3)]
     with open_store(tmp_path) as store:
         store.put(records)
         for number, record in enumerate(records):
             assert store.is_due == (number >= 2)
             store.touch([record.info.block_hash])
-        store.tend()
+        store.maintain()
         found = store.lookup_many([record.info.block_hash for record in records])
         assert [entry and entry.access_count for entry in found] == [0, 1, 1]
         assert not store.is_due
@@ -336,7 +336,7 @@ def test_the_order_of_victims_can_be_given(tmp_path: Path) -> None:
         return -entries["created"]
 
     clock = FakeClock()
-    with open_store(tmp_path, clock, victim_order=newest_first) as store:
+    with open_store(tmp_path, clock, eviction_score=newest_first) as store:
         for number in range(4):
             clock.now += 1
             store.put([record_of(number)])
@@ -378,7 +378,7 @@ def test_a_damaged_block_is_a_miss_and_leaves_with_all_that_follow_it(tmp_path: 
         damage_record(store, chain[1].info.block_hash)
         assert read(store, chain[1].info) is MissReason.CORRUPT
         assert store.is_due and not store.contains(chain[1].info.block_hash)
-        store.tend()
+        store.maintain()
         assert {h for h, _ in store.iter_entries()} == {chain[0].info.block_hash}
         assert store.stats().damaged_blocks == 3
         assert store.put(chain[1:]) == [PutOutcome.STORED] * 3
@@ -560,7 +560,7 @@ def test_random_eviction_over_four_quotas_fails_no_put_and_keeps_the_file_small(
         return random.random(len(entries))
 
     quota = capacity(400)
-    with open_store(tmp_path, quota_bytes=quota, victim_order=any_order) as store:
+    with open_store(tmp_path, quota_bytes=quota, eviction_score=any_order) as store:
         for number in range(0, 5 * 400, 4):
             outcomes = store.put([record_of(number + i) for i in range(4)])
             assert outcomes == [PutOutcome.STORED] * 4

@@ -16,12 +16,19 @@ import pytest
 from cold_blocks import LAYOUT, NAMESPACE, OTHER, QUOTA, chain_of, damage_record, open_store, record_of
 
 from tierkv.errors import ConfigError, CorruptBlockError, StoreError
-from tierkv.storage import cold_entry, lmdb_directory
+from tierkv.storage import cold_rows, lmdb_directory
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_batch import WriteBatch
-from tierkv.storage.cold_entry import pack_entry, unpack_entry
-from tierkv.storage.cold_links import LINK_BYTES, Link
-from tierkv.storage.cold_namespaces import NAMESPACE_PREFIX, NamespaceRow, descriptions_limit, pack_row, unpack_row
+from tierkv.storage.cold_children import CHILD_ROW_BYTES, ChildRow
+from tierkv.storage.cold_rows import (
+    NAMESPACE_PREFIX,
+    NamespaceRow,
+    descriptions_limit,
+    pack_entry,
+    pack_row,
+    unpack_entry,
+    unpack_row,
+)
 from tierkv.storage.outcomes import PutOutcome
 from tierkv.values.namespace import DESCRIPTION_LIMIT_BYTES, Namespace
 
@@ -128,7 +135,7 @@ def edit(store: ColdStore, change: Callable[[WriteBatch], None]) -> None:
 
 
 def put_link(batch: WriteBatch, parent: bytes, child: bytes, tokens: bytes = b"") -> None:
-    key = Link(parent, tokens, 0, child).key
+    key = ChildRow(parent, tokens, 0, child).key
     batch.txn.put(key, b"", db=batch.databases.children)
 
 
@@ -197,11 +204,11 @@ def test_a_repair_makes_wrong_links_and_depths_right(tmp_path: Path) -> None:
 def test_a_link_that_says_another_number_of_tokens_ends_no_search_and_no_removal(tmp_path: Path) -> None:
     """Such a key cannot be made anew from what it says, so to delete what it says left it where it was."""
     chain, hashes = hashes_of(2)
-    node = Link(hashes[0], b"", 0, hashes[1]).key[:16]
+    node = ChildRow(hashes[0], b"", 0, hashes[1]).key[:16]
     odd = node + b"\x01" * 64 + b"\0" + b"\0" + hashes[1]
-    assert len(odd) == LINK_BYTES
+    assert len(odd) == CHILD_ROW_BYTES
     with pytest.raises(CorruptBlockError):
-        Link.unpack(odd)
+        ChildRow.unpack(odd)
     with open_store(tmp_path) as store:
         store.put(chain)
         edit(store, lambda batch: batch.txn.put(odd, b"", db=batch.databases.children) or None)
@@ -234,9 +241,9 @@ def test_an_entry_with_impossible_numbers_is_made_anew_from_its_block(tmp_path: 
         packed = pack_entry(block_hash, replace(entry, **numbers))
         with pytest.raises(CorruptBlockError):
             unpack_entry(block_hash, packed)
-        edit(store, lambda batch: batch.txn.put(block_hash, packed, db=batch.databases.index) or None)
+        edit(store, lambda batch: batch.txn.put(block_hash, packed, db=batch.databases.entries) or None)
         assert store.lookup(block_hash) is None
-        store.tend()
+        store.maintain()
         assert store.lookup(block_hash) is not None
         store.check()
         assert store.evict(to_bytes=0).blocks == 1
@@ -269,7 +276,7 @@ def test_a_cost_that_is_no_number_is_none(tmp_path: Path) -> None:
 
 def test_a_block_longer_than_an_entry_can_say_finds_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tierkv.storage.cold_batch.MAX_VALUE_BYTES", 1000)
-    assert cold_entry.MAX_VALUE_BYTES == (1 << 32) - 1
+    assert cold_rows.MAX_VALUE_BYTES == (1 << 32) - 1
     with open_store(tmp_path) as store:
         assert store.put([record_of(1)]) == [PutOutcome.FULL]
         store.check()
@@ -420,9 +427,9 @@ def test_namespaces_whose_blocks_all_stay_lose_their_descriptions_oldest_first(t
 def test_what_waits_to_be_registered_is_bounded(tmp_path: Path) -> None:
     with open_store(tmp_path) as store:
         for number in range(1000):
-            store._writer.note_namespace(number.to_bytes(16, "big"), b"x")
-        assert len(store._writer._namespaces) == 64
-        store._writer._namespaces.clear()
+            store._writer.notes.note_namespace(number.to_bytes(16, "big"), b"x")
+        assert len(store._writer.notes._rows.namespaces) == 64
+        store._writer.notes._rows.namespaces.clear()
 
 
 # -- errors ---------------------------------------------------------------------------------------------
@@ -447,7 +454,7 @@ CALLS: dict[str, Callable[[ColdStore], object]] = {
     "repair": lambda store: store.verify(repair=True),
     "put": lambda store: store.put([record_of(7)]),
     "touch": lambda store: store.touch([HASH]),
-    "tend": lambda store: store.tend(),
+    "maintain": lambda store: store.maintain(),
     "set_pinned": lambda store: store.set_pinned([HASH], True),
     "delete": lambda store: store.delete(HASH),
     "evict": lambda store: store.evict(to_bytes=0),
@@ -475,7 +482,7 @@ def cut_file(store: ColdStore) -> None:
 
 def close_descriptor(store: ColdStore) -> None:
     """Let every plain read fail, as on a disk that has gone."""
-    fd, store._env._data.fd = store._env._data.fd, 1 << 20
+    fd, store._env.data.fd = store._env.data.fd, 1 << 20
     os.close(fd)
 
 

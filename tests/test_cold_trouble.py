@@ -13,8 +13,8 @@ from cold_blocks import NAMESPACE, OTHER, QUOTA, FakeClock, block_bytes, chain_o
 from tierkv.errors import StoreError
 from tierkv.storage import cold_writer
 from tierkv.storage.cold import ColdStore
-from tierkv.storage.cold_namespaces import NAMESPACE_PREFIX
-from tierkv.storage.lmdb_values import find_leaf
+from tierkv.storage.cold_rows import NAMESPACE_PREFIX
+from tierkv.storage.lmdb_file import find_leaf
 from tierkv.storage.outcomes import MissReason, PutOutcome
 
 
@@ -82,8 +82,8 @@ def test_a_block_whose_page_number_points_behind_every_file_is_a_miss(tmp_path: 
     with open_store(tmp_path) as store:
         record = record_of(1)
         store.put([record])
-        block_hash, fd = record.info.block_hash, store._env._data.fd
-        number = find_leaf(fd, store._databases.blocks_name, block_hash).held
+        block_hash, fd = record.info.block_hash, store._env.data.fd
+        number = find_leaf(fd, b"blocks", block_hash).held
         at = os.pread(fd, 1 << 24, 0).index(block_hash + number) + len(block_hash)
         os.pwrite(fd, b"\x40", at + len(number) - 1)
         store.read_ahead([block_hash])

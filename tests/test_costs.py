@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tierkv.transfer.costs import CostBySize
+from tierkv.transfer.recompute_or_load import CostBySize
 
 
 def test_the_cost_of_a_pass_is_drawn_between_what_was_measured() -> None:

@@ -80,7 +80,7 @@ def test_seals_are_right_in_long_chains_that_come_and_go() -> None:
     for entry in [*reversed(wanted), *wanted]:
         assert index.content_digest_of(entry) == wanted[entry]
     index.check()
-    index.evict(index.select_victims(Tier.HOT, 60), Tier.HOT)
+    index.evict(index.select_evictions(Tier.HOT, 60), Tier.HOT)
     index.check()
     assert all(index.content_digest_of(entry) == content_digest for entry, content_digest in wanted.items()), (
         "also of what has gone"
@@ -117,31 +117,31 @@ def test_children_go_before_their_parents() -> None:
     index = make_index()
     parent = add(index, None, 1)
     child = add(index, parent, 2)
-    assert index.select_victims(Tier.HOT, 1) == [child]
-    assert index.select_victims(Tier.HOT, 2) == [child, parent]
+    assert index.select_evictions(Tier.HOT, 1) == [child]
+    assert index.select_evictions(Tier.HOT, 2) == [child, parent]
 
 
 def test_a_parent_waits_for_all_of_its_children_however_old_it_is() -> None:
     index = make_index()
     parent = add(index, None, 1)
     first, second = add(index, parent, 2), add(index, parent, 3)
-    assert index.select_victims(Tier.HOT, 2) == [first, second]
-    assert index.select_victims(Tier.HOT, 3) == [first, second, parent]
+    assert index.select_evictions(Tier.HOT, 2) == [first, second]
+    assert index.select_evictions(Tier.HOT, 3) == [first, second, parent]
 
 
 def test_selecting_victims_changes_nothing() -> None:
     index = make_index()
     child = add(index, add(index, None, 1), 2)
-    index.select_victims(Tier.HOT, 2)
+    index.select_evictions(Tier.HOT, 2)
     index.check()
-    assert index.select_victims(Tier.HOT, 1) == [child]
+    assert index.select_evictions(Tier.HOT, 1) == [child]
 
 
 def test_the_least_recently_used_leaf_goes_first() -> None:
     index = make_index()
     first, second = add(index, None, 1), add(index, None, 2)
     index.touch(first)
-    assert index.select_victims(Tier.HOT, 1) == [second]
+    assert index.select_evictions(Tier.HOT, 1) == [second]
 
 
 @pytest.mark.parametrize("how", ["pinned", "in use"])
@@ -153,7 +153,7 @@ def test_a_pinned_or_used_block_and_its_ancestors_are_no_victims(how: str) -> No
         index.set_pinned(child, True)
     else:
         index.pin(child, Tier.HOT)
-    assert index.select_victims(Tier.HOT, 2) == []
+    assert index.select_evictions(Tier.HOT, 2) == []
 
 
 def test_an_entry_without_bytes_stays_while_it_has_children() -> None:
@@ -169,13 +169,13 @@ def test_an_entry_without_bytes_stays_while_it_has_children() -> None:
 
 def test_a_policy_may_decline_a_block_but_not_take_its_parent() -> None:
     class DeclineFirst(LRUPolicy):
-        def select_victims(self, count: int, leaves: Iterator[CacheBlock]) -> list[CacheBlock]:
+        def select_evictions(self, count: int, leaves: Iterator[CacheBlock]) -> list[CacheBlock]:
             return list(itertools.islice(leaves, 1, 1 + count))
 
     index = make_index(policy=DeclineFirst())
     parent = add(index, None, 1)
     add(index, parent, 2)
-    assert index.select_victims(Tier.HOT, 1) == []
+    assert index.select_evictions(Tier.HOT, 1) == []
     index.check()
 
 
@@ -265,13 +265,13 @@ def test_evicting_several_leaves_a_parent_whose_child_stays() -> None:
     index.check()
 
 
-def test_offers_made_void_by_use_do_not_pile_up() -> None:
+def test_items_outdated_by_use_do_not_pile_up() -> None:
     index = make_index()
     entry = add(index, None, 1)
     for _ in range(1000):
         index.touch(entry)
-    assert index._victims[Tier.HOT].num_offers < 100
-    assert index.select_victims(Tier.HOT, 1) == [entry]
+    assert index._queues[Tier.HOT].num_pushed < 100
+    assert index.select_evictions(Tier.HOT, 1) == [entry]
 
 
 def test_what_is_used_at_nearly_the_same_time_shares_one_float() -> None:
@@ -321,9 +321,9 @@ def test_an_entry_whose_bytes_are_on_their_way_stays_without_a_place() -> None:
 def test_a_new_policy_ranks_what_was_taken_and_not_evicted() -> None:
     index = make_index()
     first, second = add(index, None, 1), add(index, None, 2)
-    assert index.select_victims(Tier.HOT, 2) == [first, second]
+    assert index.select_evictions(Tier.HOT, 2) == [first, second]
     index.set_policy(LRUPolicy())
-    assert index.select_victims(Tier.HOT, 2) == [first, second]
+    assert index.select_evictions(Tier.HOT, 2) == [first, second]
     index.check()
 
 
@@ -377,14 +377,14 @@ class IndexMachine(RuleBasedStateMachine):
 
     @rule(count=st.integers(1, 6), tier=st.sampled_from([Tier.HOT, Tier.WARM]), which=st.integers(1, 63))
     def evict_some(self, count: int, tier: Tier, which: int) -> None:
-        """Evict some of the victims in one call; what has a child left in the tier must stay."""
-        victims = self.index.select_victims(tier, count)
-        asked = [victim for number, victim in enumerate(victims) if which >> number & 1]
-        for victim in self.index.evict(asked, tier):
-            self.where[tier].remove(victim)
-        for victim in asked:
-            has_child = any(child in self.where[tier] for child in victim.children)
-            assert (victim in self.where[tier]) == has_child
+        """Evict some of the evictions in one call; what has a child left in the tier must stay."""
+        evictions = self.index.select_evictions(tier, count)
+        asked = [evicted for number, evicted in enumerate(evictions) if which >> number & 1]
+        for evicted in self.index.evict(asked, tier):
+            self.where[tier].remove(evicted)
+        for evicted in asked:
+            has_child = any(child in self.where[tier] for child in evicted.children)
+            assert (evicted in self.where[tier]) == has_child
 
     @precondition(lambda self: len(self.index))
     @rule(which=st.integers(0, 30))
@@ -406,11 +406,11 @@ class IndexMachine(RuleBasedStateMachine):
     @rule(count=st.integers(1, 4), tier=st.sampled_from([Tier.HOT, Tier.WARM]))
     def evict(self, count: int, tier: Tier) -> None:
         in_use = {entry for entry, _ in self.held[tier]}
-        for victim in self.index.select_victims(tier, count):
-            assert victim not in in_use and not victim.pinned
-            assert not any(child in self.where[tier] for child in victim.children or ())
-            self.index.detach(victim, tier)
-            self.where[tier].remove(victim)
+        for evicted in self.index.select_evictions(tier, count):
+            assert evicted not in in_use and not evicted.pinned
+            assert not any(child in self.where[tier] for child in evicted.children or ())
+            self.index.detach(evicted, tier)
+            self.where[tier].remove(evicted)
 
     @invariant()
     def everything_holds(self) -> None:

@@ -38,8 +38,8 @@ ROOMS = {
     "cache": "errors values policies background storage ranks config transfer requests",
     "engine": "errors values storage kernels movers ranks config requests cache",
     "profiling": "errors values policies storage config transfer requests cache",
-    "__init__": "errors values policies background movers ranks config cache engine profiling",
-    "tools": "errors values index policies storage daemon config engine profiling __init__",
+    "__init__": "errors values policies background storage movers ranks config requests cache engine profiling",
+    "tools": "errors values policies storage daemon config engine profiling __init__",
     "__main__": "tools",
 }
 
@@ -48,11 +48,9 @@ TORCH_FREE_ROOMS = {"errors", "values", "index", "policies", "background", "stor
 TORCH_MODULES = {"storage.hot"}
 TORCH_FREE_MODULES = {
     *("transfer.lookup", "engine.prompt_files", "engine.prompts", "ranks.group"),
-    *("profiling.ledger", "profiling.step_sampler"),
-    *("profiling.tracker", "profiling.prefixes", "profiling.reuse", "profiling.profile", "profiling.advice"),
+    *("profiling.tracker", "profiling.prefixes", "profiling.measured", "profiling.advice", "profiling.recorder"),
     *("profiling.profiled_run", "profiling.profiler", "profiling.charts", "profiling.drawing"),
-    *("profiling.report_style", "profiling.report_html", "profiling.chrome_trace", "profiling.memory_report"),
-    *("profiling.plots", "profiling.metrics"),
+    *("profiling.report_html", "profiling.chrome_trace", "profiling.memory_report", "profiling.metrics"),
 }
 HEAVY = ("torch", "transformers", "flash_attn", "triton", "typer", "rich")
 

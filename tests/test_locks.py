@@ -128,10 +128,19 @@ def cache(tmp_path: Path) -> Iterator[TierCache]:
 
 def parts_of(cache: TierCache) -> list[Any]:
     """Return a cache's parts that have lock rules."""
-    tiers, demoter = cache._tiers, cache._demoter
-    parts = [tiers, tiers.index, tiers.watch, tiers.stats, demoter, demoter.writer, cache.blocks, cache._prefixes]
-    parts += [cache._registrar, cache._running, cache._admission]
-    return [*parts, cache._admission._tally, cache._admission._promoter, cache._admission._reading]
+    tiers, offloader = cache._tiers, cache._offloader
+    parts = [
+        tiers,
+        tiers.index,
+        tiers.observers,
+        tiers.stats,
+        offloader,
+        offloader.writer,
+        cache.blocks,
+        cache._prefixes,
+    ]
+    parts += [cache.blocks, cache._prefixes, cache._committer, cache._running, cache._acquirer]
+    return [*parts, cache._acquirer._statistics, cache._acquirer._loader, cache._acquirer._reading]
 
 
 def rules_of(part: object) -> Iterator[tuple[str, Callable[..., Any]]]:
@@ -182,9 +191,9 @@ def test_the_lock_of_another_thread_does_not_count(cache: TierCache) -> None:
 
 
 def test_what_must_not_be_called_with_the_lock_refuses_that(cache: TierCache) -> None:
-    promoter = cache._admission._promoter
+    loader = cache._acquirer._loader
     with cache._tiers.changed, pytest.raises(AssertionError) as caught:
-        promoter.promote(None, None, num_blocks=1)  # type: ignore[arg-type]
+        loader.promote(None, None, num_blocks=1)  # type: ignore[arg-type]
     assert "is_owned" in str(caught.traceback[-1].statement)
 
 

@@ -61,7 +61,7 @@ def samples(text: str) -> dict[tuple[str, str], float]:
     return found
 
 
-def test_the_endpoint_tells_the_counters_of_the_cache(server: MetricsServer) -> None:
+def test_the_endpoint_has_the_counters_of_the_cache(server: MetricsServer) -> None:
     found = samples(get(server, "/metrics"))
     assert found["tierkv_requests_total", ""] == 3
     assert found["tierkv_hits_total", "warm"] == 7 and found["tierkv_hits_total", "cold"] == 0
@@ -71,14 +71,14 @@ def test_the_endpoint_tells_the_counters_of_the_cache(server: MetricsServer) -> 
     assert found["tierkv_cache_info", ""] == 1
 
 
-def test_every_counter_of_the_cache_is_told() -> None:
+def test_every_counter_of_the_cache_has_a_metric() -> None:
     sums = {"hits", "hit_tokens", "eviction_count", "tiers", "misses", "skipped_writes"}  # told by tier or by reason
     told = {each.field for each in (*_OF_CACHE, *_BY_REASON)}
     assert {each.name for each in fields(CacheStats)} == told | sums
     assert {each.name for each in fields(TierStats)} == {each.field for each in _OF_TIER}
 
 
-def test_every_reason_is_told_before_it_first_happens(server: MetricsServer) -> None:
+def test_every_reason_has_a_metric_before_it_first_happens(server: MetricsServer) -> None:
     found = samples(get(server, "/metrics"))
     assert {label for name, label in found if name == "tierkv_misses_total"} == {each.value for each in MissReason}
     skips = {label for name, label in found if name == "tierkv_skipped_writes_total"}
@@ -111,7 +111,7 @@ def test_a_port_that_is_taken_is_refused_and_the_cache_left_alone(cache: FakeCac
     assert len(cache.observers) == 1
 
 
-def test_a_closed_server_answers_no_more_and_watches_no_more(cache: FakeCache) -> None:
+def test_a_closed_server_neither_answers_nor_observes(cache: FakeCache) -> None:
     server = serve_metrics(cache, 0)
     server.close()
     server.close()
@@ -164,7 +164,7 @@ def report_of_daemon() -> StatusReport:
     return StatusReport(**{**gauges, **told})  # type: ignore[arg-type]
 
 
-def test_cache_and_daemon_tell_nothing_under_one_name(server: MetricsServer) -> None:
+def test_cache_and_daemon_share_no_metric_name(server: MetricsServer) -> None:
     of_cache, of_daemon = get(server, "/metrics"), exposition(report_of_daemon())
     families = [family.name for family in parser.text_string_to_metric_families(of_cache + of_daemon)]
     assert len(families) == len(set(families))

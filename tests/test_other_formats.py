@@ -55,7 +55,7 @@ def test_a_block_of_another_version_is_a_miss_that_stays(tmp_path: Path, offset:
         before = store.children(middle.parent)
         for _ in range(2):
             assert read(store, middle) is MissReason.FORMAT
-            store.tend()
+            store.maintain()
         assert store.put([chain[1]]) == [PutOutcome.FORMAT]
         assert store.put([record_of(50, middle)]) == [PutOutcome.NO_PARENT]
         store.set_pinned([middle.block_hash], True)
@@ -96,7 +96,7 @@ def test_a_flipped_bit_in_a_version_is_damage(tmp_path: Path, offset: int, value
         store.put([record])
         store_another_format(store, record.info.block_hash, offset, value, is_whole=False)
         assert read(store, record.info) is MissReason.CORRUPT
-        store.tend()
+        store.maintain()
         assert store.lookup(record.info.block_hash) is None
         assert store.put([record]) == [PutOutcome.STORED]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from tierkv.storage.page_cache import is_in_memory
+from tierkv.storage.record_source import is_in_memory
 
 HOLE_BYTES = 4 << 20
 

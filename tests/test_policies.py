@@ -29,9 +29,9 @@ from tierkv.policies import (
     make_policy,
     policy_names,
 )
-from tierkv.policies.basic import FadingPolicy
 from tierkv.policies.hazard import NUM_BUCKETS, bucket_of
 from tierkv.policies.learned import FEATURES, LearnedModel
+from tierkv.policies.scores import DecayingPolicy
 from tierkv.values.block import BlockHash, Tier, as_token_array, hash_block
 from tierkv.values.prefill import PrefillModel
 
@@ -54,7 +54,7 @@ class ThreeMethods:
     def update_on_access(self, block: CacheBlock) -> None:
         pass
 
-    def select_victims(self, count: int, leaves: Iterator[CacheBlock]) -> list[CacheBlock]:
+    def select_evictions(self, count: int, leaves: Iterator[CacheBlock]) -> list[CacheBlock]:
         return list(itertools.islice(leaves, count))
 
 
@@ -113,14 +113,14 @@ class Cache:
                 self.index.unpin(Tier.HOT, slot)
             parent_hash = block_hash
 
-    def victims(self, count: int) -> list[int]:
+    def evictions(self, count: int) -> list[int]:
         """Name the blocks that would go by their token."""
-        chosen = self.index.select_victims(Tier.HOT, count)
+        chosen = self.index.select_evictions(Tier.HOT, count)
         return [int.from_bytes(entry.token_bytes, "little") for entry in chosen]
 
     def evict(self, count: int) -> list[int]:
-        names = self.victims(count)
-        for entry in self.index.select_victims(Tier.HOT, count):
+        names = self.evictions(count)
+        for entry in self.index.select_evictions(Tier.HOT, count):
             self.index.detach(entry, Tier.HOT)
         return names
 
@@ -153,10 +153,10 @@ def test_a_value_of_four_is_kept_two_half_lives_longer() -> None:
 
 
 def test_the_half_life_becomes_the_time_that_a_plain_block_is_kept() -> None:
-    policy = FadingPolicy()
+    policy = DecayingPolicy()
     for now in range(2000):
         policy.score_block(Block(last_access=float(now)))
-        policy.select_victims(1, iter([Block(last_access=now - 50.0)]))
+        policy.select_evictions(1, iter([Block(last_access=now - 50.0)]))
     assert policy.half_life_s == pytest.approx(50.0, rel=0.01)
 
 
@@ -175,7 +175,7 @@ def test_a_prefix_that_many_chains_begin_with_outlives_a_newer_one() -> None:
     for partial_block in (11, 12, 13):
         cache.use(1, partial_block, at=1.0)
     cache.use(2, 21, at=2.0)
-    assert cache.victims(6)[-1] == 1
+    assert cache.evictions(6)[-1] == 1
 
 
 # --- Two segments ----------------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def test_a_block_that_returns_soon_after_its_eviction_is_not_on_probation_again(
     cache.use(0, at=20.0)
     for at in range(21, 30):
         cache.use(at, at=float(at))
-    assert 0 not in cache.victims(15)
+    assert 0 not in cache.evictions(15)
 
 
 def test_a_use_in_the_large_queue_buys_one_more_round() -> None:
@@ -211,9 +211,9 @@ def test_a_use_in_the_large_queue_buys_one_more_round() -> None:
     for at in (0.0, 1.0, 2.0):
         cache.use(1, at=at)
         cache.use(2, at=at)
-    assert cache.victims(2) == [1, 2]  # both promoted, neither used since
+    assert cache.evictions(2) == [1, 2]  # both promoted, neither used since
     cache.use(1, at=3.0)
-    assert cache.victims(1) == [2]
+    assert cache.evictions(1) == [2]
 
 
 def test_what_returns_after_one_use_makes_room_for_new_blocks() -> None:
@@ -226,7 +226,7 @@ def test_what_returns_after_one_use_makes_room_for_new_blocks() -> None:
     assert cache.evict(2) == [10, 11]  # nothing says yet that new blocks are worth anything
     for at in (10, 11):
         cache.use(at, at=at + 10.0)  # they were: the list of new blocks may have two from now on
-    assert cache.victims(1) == [0]
+    assert cache.evictions(1) == [0]
 
 
 # --- Hit density -----------------------------------------------------------------------------------------
@@ -237,7 +237,7 @@ def test_before_it_has_learned_hit_density_is_lru() -> None:
     for token, at in ((1, 1.0), (2, 3.0), (3, 2.0)):
         cache.use(token, at=at)
     cache.use(1, at=64.0)
-    assert cache.victims(3) == [3, 2, 1]
+    assert cache.evictions(3) == [3, 2, 1]
 
 
 def serve_scans_and_returns(cache: Cache, rounds: int) -> None:
@@ -265,11 +265,11 @@ def test_hit_density_remembers_the_uses_of_an_evicted_block() -> None:
     cache = Cache(policy)
     cache.use(1, at=0.0)
     (entry,) = cache.index
-    new_lane = policy.lane_of(entry)
+    new_class = policy.class_of(entry)
     cache.evict(1)
     cache.use(1, at=10.0)
     (entry,) = cache.index
-    assert entry.access_count == 1 and policy.lane_of(entry) != new_lane
+    assert entry.access_count == 1 and policy.class_of(entry) != new_class
 
 
 class IntervalWitness(HitDensityPolicy):
@@ -279,7 +279,7 @@ class IntervalWitness(HitDensityPolicy):
         self.seen_s: list[float] = []
         super().__init__(sample_mask=0)
 
-    def interval_ended(self, lane: int, idle_s: float) -> None:
+    def interval_ended(self, block_class: int, idle_s: float) -> None:
         self.seen_s.append(idle_s)
 
 
@@ -325,8 +325,8 @@ def test_new_blocks_are_told_apart_by_what_they_follow() -> None:
     cache.use(1, 2, 3, 4, at=2.0)
     cache.use(1, 5, at=3.0)
     cache.use(6, at=4.0)
-    lanes = {int.from_bytes(entry.token_bytes, "little"): policy.lane_of(entry) for entry in cache.index}
-    assert len({lanes[4], lanes[5], lanes[6], lanes[3]}) == 4
+    classes = {int.from_bytes(entry.token_bytes, "little"): policy.class_of(entry) for entry in cache.index}
+    assert len({classes[4], classes[5], classes[6], classes[3]}) == 4
 
 
 def test_the_tail_of_a_prompt_goes_before_whole_blocks_once_tails_were_seen_to_be_useless() -> None:
@@ -364,7 +364,7 @@ def test_blocks_that_the_model_thinks_little_of_go_first() -> None:
         cache.use(1, at=at)
     cache.use(2, at=4.0)
     cache.use(3, at=64.0)
-    assert cache.victims(2) == [2, 1]
+    assert cache.evictions(2) == [2, 1]
 
 
 @pytest.mark.parametrize(
@@ -447,7 +447,7 @@ def test_a_policy_that_inherits_and_adds_nothing_is_lru() -> None:
     for cache in (mine, lru):
         for at, chain in enumerate([(1, 2, 3), (4, 5), (1, 2, 6), (7,), (4, 8)]):
             cache.use(*chain, at=1e9 + 1e-3 * at)  # small steps of a large clock are told apart
-    assert mine.victims(8) == lru.victims(8)
+    assert mine.evictions(8) == lru.evictions(8)
 
 
 def test_a_score_below_zero_goes_after_all_that_are_inherited() -> None:
@@ -456,7 +456,7 @@ def test_a_score_below_zero_goes_after_all_that_are_inherited() -> None:
     cache.use(1, 2, 12, at=2.0)
     for chain in range(20, 26):
         cache.use(chain, chain + 10, at=3.0)
-    assert cache.victims(16)[-2:] == [2, 1]
+    assert cache.evictions(16)[-2:] == [2, 1]
 
 
 def test_a_prefix_block_is_one_behind_which_prompts_part() -> None:
@@ -540,17 +540,17 @@ class PolicyMachine(RuleBasedStateMachine):
 
     @rule(count=st.integers(1, 5), tier=st.sampled_from([Tier.HOT, Tier.WARM]), is_done=st.booleans())
     def evict(self, count: int, tier: Tier, is_done: bool) -> None:
-        chosen = [index.select_victims(tier, count) for index in self.twins]
-        names = [[victim.block_hash for victim in victims] for victims in chosen]
-        assert names[0] == names[1], "the same history, other victims"
+        chosen = [index.select_evictions(tier, count) for index in self.twins]
+        names = [[evicted.block_hash for evicted in evictions] for evictions in chosen]
+        assert names[0] == names[1], "the same history, other evictions"
         assert len(set(names[0])) == len(names[0]) <= count
-        for index, victims in zip(self.twins, chosen, strict=True):
+        for index, evictions in zip(self.twins, chosen, strict=True):
             if is_done:
-                for victim in victims:
-                    assert index.is_evictable(victim, tier), "pinned, in use, or with children left"
-                    index.detach(victim, tier)
-            if len(victims) < count:
-                left = [entry for entry in index if index.is_evictable(entry, tier) and entry not in victims]
+                for evicted in evictions:
+                    assert index.is_evictable(evicted, tier), "pinned, in use, or with children left"
+                    index.detach(evicted, tier)
+            if len(evictions) < count:
+                left = [entry for entry in index if index.is_evictable(entry, tier) and entry not in evictions]
                 assert not is_done or not left, "fewer than asked for, and yet some are left"
 
     @invariant()
@@ -564,15 +564,15 @@ TestPolicyMachine.settings = settings(max_examples=150, stateful_step_count=50, 
 
 
 def test_what_the_default_learned_long_ago_counts_for_little() -> None:
-    """Without any argument: a lane whose blocks were used after a second, and then no more, is soon worth nothing."""
+    """Without any argument: a class whose blocks are used after a second, and then no more, is soon worth nothing."""
     policy = HitDensityPolicy()
-    lane, densities = 15, list[float]()
+    block_class, densities = 15, list[float]()
     for is_used in (True, False):
         for _ in range(100_000):
             if is_used:
-                policy.interval_ended(lane, 1.0)
+                policy.interval_ended(block_class, 1.0)
             else:
-                policy.interval_lost(lane, 1.0)
+                policy.interval_lost(block_class, 1.0)
             policy.interval_begun()
-        densities.append(policy.densities[lane][bucket_of(1.0)])
+        densities.append(policy.densities[block_class][bucket_of(1.0)])
     assert densities[1] < 0.1 * densities[0]

@@ -1,4 +1,4 @@
-"""The profiler, told of a run by a cache that holds nothing: what it keeps, and what it makes of it."""
+"""The profiler over a fake cache: what it records, and the report that it makes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import pytest
 from fake_cache import BLOCK_BYTES, FakeCache
 
 from tierkv.errors import ConfigError
-from tierkv.profiling.advice import EvictionSummary, Measured, suggest
-from tierkv.profiling.profile import Eviction, EvictionLog, HeatMap
+from tierkv.profiling.advice import suggest
+from tierkv.profiling.measured import Eviction, EvictionSummary, Measured
+from tierkv.profiling.profiled_run import HeatMap
 from tierkv.profiling.profiler import MemoryProfiler
+from tierkv.profiling.recorder import EvictionRecorder
 from tierkv.values.block import Tier
 from tierkv.values.events import EventKind, Span
 
@@ -63,7 +65,7 @@ def profiled(cache: FakeCache, **options: Any) -> MemoryProfiler:
 
 
 def test_a_profiler_without_a_cache_says_what_it_needs() -> None:
-    with pytest.raises(ConfigError, match="watches no cache"):
+    with pytest.raises(ConfigError, match="observes no cache"):
         MemoryProfiler().generate_report()
 
 
@@ -89,7 +91,7 @@ def test_requests_belong_to_the_iteration_that_is_open() -> None:
     assert (iteration.requests, iteration.hits[Tier.HOT], iteration.misses, iteration.prompt_tokens) == (1, 1, 1, 8)
 
 
-def test_a_closed_profiler_is_told_nothing_and_still_reports() -> None:
+def test_a_closed_profiler_records_nothing_and_still_reports() -> None:
     cache = FakeCache()
     profiler = profiled(cache)
     cache.request((Tier.HOT, 1))
@@ -123,7 +125,7 @@ def test_snapshots_of_a_long_run_thin_out_and_keep_both_ends() -> None:
     assert times[0] < 10 and times[-1] > 2900
 
 
-def test_a_heat_map_joins_its_bins_and_loses_no_use() -> None:
+def test_a_heat_map_merges_its_bins_and_loses_no_use() -> None:
     heat = HeatMap(0.0, bin_s=1.0, max_bins=4)
     for second in range(13):
         heat.add([7], float(second), 1)
@@ -132,26 +134,26 @@ def test_a_heat_map_joins_its_bins_and_loses_no_use() -> None:
 
 
 def test_an_eviction_is_matched_with_the_request_that_wanted_the_block_back() -> None:
-    log = EvictionLog()
-    log.arrive(Tier.HOT, b"a", 1.0)
-    log.ask(b"a", Tier.HOT, 2.0, was_lost=False)
-    log.evict(Tier.HOT, b"a", 5.0, num_tokens=4, num_bytes=64)
-    log.evict(Tier.HOT, b"b", 6.0, num_tokens=4, num_bytes=64)
-    log.ask(b"a", None, 8.0, was_lost=True)
-    log.ask(b"a", None, 9.0, was_lost=True)
+    log = EvictionRecorder()
+    log.record_arrival(Tier.HOT, b"a", 1.0)
+    log.record_request(b"a", Tier.HOT, 2.0, was_lost=False)
+    log.record_eviction(Tier.HOT, b"a", 5.0)
+    log.record_eviction(Tier.HOT, b"b", 6.0)
+    log.record_request(b"a", None, 8.0, was_lost=True)
+    log.record_request(b"a", None, 9.0, was_lost=True)
     first, second = log.evictions
     assert (first.age_s, first.idle_s, first.hits) == (4.0, 3.0, 1)
-    assert (first.asked_after_s, first.asked_after_blocks, first.was_lost) == (3.0, 1, True)
-    assert second.asked_after_s is None
+    assert (first.asked_after_blocks, first.was_lost) == (1, True)
+    assert second.asked_after_blocks is None
 
 
 def test_an_eviction_log_is_bounded_and_says_what_it_dropped() -> None:
-    log = EvictionLog(max_evictions=3)
+    log = EvictionRecorder(max_evictions=3)
     for number in range(5):
-        log.evict(Tier.HOT, bytes([number]), float(number), num_tokens=4, num_bytes=64)
-    log.ask(bytes([0]), None, 9.0, was_lost=True)
+        log.record_eviction(Tier.HOT, bytes([number]), float(number))
+    log.record_request(bytes([0]), None, 9.0, was_lost=True)
     assert log.dropped == 2 and len(log.evictions) == 3
-    assert all(each.asked_after_s is None for each in log.evictions)
+    assert all(each.asked_after_blocks is None for each in log.evictions)
 
 
 # --- Advice -------------------------------------------------------------------------------------------------
@@ -162,7 +164,6 @@ def measured(cache: FakeCache, **changes: Any) -> Measured:
     fields: dict[str, Any] = {
         "config": cache.config,
         "block_bytes": BLOCK_BYTES,
-        "block_size": 4,
         "before": before,
         "after": cache.stats(),
         "largest_request": 1,
@@ -178,8 +179,8 @@ def measured(cache: FakeCache, **changes: Any) -> Measured:
 
 def evicted(number: int, *, after: int | None, lost: bool = False, tier: Tier = Tier.HOT) -> Eviction:
     return Eviction(
-        time=1.0, tier=tier, block_hash=bytes([number]), num_tokens=4, num_bytes=64, age_s=2.0, idle_s=1.0, hits=0,
-        asked_after_s=None if after is None else 1.0, asked_after_blocks=after, was_lost=lost,
+        time=1.0, tier=tier, block_hash=bytes([number]), age_s=2.0, idle_s=1.0, hits=0,
+        asked_after_blocks=after, was_lost=lost,
     )  # fmt: skip
 
 
@@ -190,7 +191,7 @@ def test_evictions_are_too_early_within_one_turnover_of_the_tier() -> None:
     assert summary.room_missed == 4
 
 
-def test_a_cyclic_run_is_told_the_hot_size_that_holds_it() -> None:
+def test_a_cyclic_run_gets_the_hot_size_that_holds_it_suggested() -> None:
     cache = FakeCache(hot=4)
     cache.counters = {"requests": 20, "misses": 20}
     run = measured(cache, distances=[None] * 5 + [5] * 15, evictions=[evicted(1, after=5, lost=True)])
@@ -206,7 +207,9 @@ def test_cold_hits_of_blocks_used_before_ask_for_a_larger_warm_tier() -> None:
     cache = FakeCache(hot=2, warm=2)
     cache.counters = {"requests": 10, "misses": 2}
     cache.hits[Tier.COLD] = 8
-    run = measured(cache, distances=[None] * 2 + [5] * 8, work={"read cold": (4, 1.5), "load behind": (4, 0.5)})
+    run = measured(
+        cache, distances=[None] * 2 + [5] * 8, work={"read cold": (4, 1.5), "load in the background": (4, 0.5)}
+    )
     (suggestion,) = suggest(run)
     assert suggestion.setting == "warm_bytes"
     assert suggestion.evidence.endswith("under LRU: the cache's own policy may need more or less")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tierkv.requests.rearrangement import Shift, count_breaks, plan_places, plan_shifts
+from tierkv.requests.defragment import Shift, count_breaks, plan_places, plan_shifts
 
 
 def carry_out(pool: list[str], shifts: list[Shift]) -> list[str]:

@@ -19,7 +19,7 @@ from tierkv.storage import record as record_module
 from tierkv.storage import record_source
 from tierkv.storage.codecs import CODECS, codec_by_name
 from tierkv.storage.coded import CodedBlock
-from tierkv.storage.lmdb_values import find_leaf
+from tierkv.storage.lmdb_file import find_leaf
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import BlockInfo, TruncatedBlockError, decode_record, encode_record, read_header
 from tierkv.storage.record_source import FileRecord, ThreadMemory
@@ -198,7 +198,7 @@ def test_a_block_that_is_removed_while_it_is_read_still_comes_whole(tmp_path: Pa
     others = [record_of(number, seed=number) for number in range(100, 160)]
     with open_store(tmp_path, quota_bytes=QUOTA) as store:
         store.put([record])
-        fd = store._env._data.fd
+        fd = store._env.data.fd
         leaf = find_leaf(fd, b"blocks", record.info.block_hash)
         offset = int.from_bytes(leaf.held, "little") * 4096
 

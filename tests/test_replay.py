@@ -15,9 +15,9 @@ from synthetic_traces import HABITS, make_requests, write_trace
 
 from tierkv.errors import ConfigError
 from tierkv.policies import HitDensityPolicy, LearnedPolicy, LRUPolicy, make_policy, policy_names
-from tierkv.tools.replay_index import replay_trace
-from tierkv.tools.traces import Request, Trace, belady_hits, read_trace
-from tierkv.tools.train_policy import fit_model
+from tierkv.policies.replay import replay_trace
+from tierkv.policies.traces import Request, Trace, belady_hits, read_trace
+from tierkv.policies.training import fit_model
 from tierkv.values.prefill import MEASURED_PREFILL
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "traces" / "mooncake_conversation.jsonl"

@@ -29,7 +29,7 @@ def test_an_owned_place_survives_its_last_user() -> None:
     pool.own(slot, "entry")
     assert pool.unpin(slot)
     assert pool.free_count == 0
-    pool.disown(slot)
+    pool.disown_all((slot,))
     assert pool.free_count == 1
     pool.check()
 
@@ -38,7 +38,7 @@ def test_a_place_disowned_while_in_use_is_freed_by_its_last_user() -> None:
     pool: SlotPool[str] = SlotPool(1)
     (slot,) = pool.allocate(1)
     pool.own(slot, "entry")
-    pool.disown(slot)
+    pool.disown_all((slot,))
     assert pool.free_count == 0
     pool.unpin(slot)
     assert pool.free_count == 1

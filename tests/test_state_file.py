@@ -227,7 +227,7 @@ def test_a_description_that_is_too_long_is_refused_before_it_is_read() -> None:
 
 def test_a_record_is_never_read_further_than_its_layout_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However long records may be by a layout of an attacker's choice, an index bounds each by its own size."""
-    monkeypatch.setattr("tierkv.storage.state_index._RECORD_LIMIT_BYTES", CHAIN[0].stored_bytes - 1)
+    monkeypatch.setattr("tierkv.storage.state_format._RECORD_LIMIT_BYTES", CHAIN[0].stored_bytes - 1)
     (tmp_path / "state").write_bytes(craft(NAMESPACE.digest, TEXT, BODY, ROWS))
     with pytest.raises(CorruptBlockError, match="of a size"):
         StateFile(tmp_path / "state")

@@ -1,4 +1,4 @@
-"""The memory tracker, told of what a cache would tell it."""
+"""The memory tracker, with the events of a cache."""
 
 from __future__ import annotations
 
@@ -170,8 +170,8 @@ def test_every_use_is_counted_where_nothing_is_sampled() -> None:
 
 
 def test_a_second_cache_needs_a_second_tracker() -> None:
-    with pytest.raises(ConfigError, match="watches a cache already"):
-        tracker_of_a_pool().watch(NoCache())
+    with pytest.raises(ConfigError, match="observes a cache already"):
+        tracker_of_a_pool().observe(NoCache())
 
 
 class NoCache:

@@ -11,16 +11,16 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from tierkv.background.work_queue import Priority, PriorityThreads, QueueEntry, WorkQueue
+from tierkv.background.work_queue import Priority, PriorityThreadPool, QueueEntry, WorkQueue
 from tierkv.errors import CapacityError, ClosedError, ConfigError
 
 MAX_ENTRIES, MAX_BYTES = 4, 100
 
 
 class ModelledQueue(RuleBasedStateMachine):
-    """The model is a list of (priority, order, claim), sorted whenever something is taken."""
+    """The model is a list of (priority, order, entry), sorted before each take."""
 
-    claims = Bundle("claims")
+    entries = Bundle("entries")
     taken = Bundle("taken")
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class ModelledQueue(RuleBasedStateMachine):
         self.returned: set[QueueEntry[int]] = set()
         self.count = 0
 
-    @rule(target=claims, priority=st.sampled_from(Priority), num_bytes=st.integers(0, 150))
+    @rule(target=entries, priority=st.sampled_from(Priority), num_bytes=st.integers(0, 150))
     def put(self, priority: Priority, num_bytes: int) -> QueueEntry[int] | None:
         same = [entry for each, _, entry in self.model if each is priority]
         counted = min(num_bytes, MAX_BYTES)
@@ -62,7 +62,7 @@ class ModelledQueue(RuleBasedStateMachine):
         self.model.append((entry.priority, first - 1, entry))
         assert not self.queue.cancel(entry), "it has been taken once, and may be half done"
 
-    @rule(entry=claims)
+    @rule(entry=entries)
     def cancel(self, entry: QueueEntry[int] | None) -> None:
         waiting = [each for each in self.model if each[2] is entry and entry not in self.returned]
         is_fresh = bool(entry and waiting)
@@ -71,7 +71,7 @@ class ModelledQueue(RuleBasedStateMachine):
             self.model.remove(waiting[0])
 
     @invariant()
-    def tells_what_waits(self) -> None:
+    def has_the_length_of_the_model(self) -> None:
         assert len(self.queue) == len(self.model)
 
 
@@ -102,7 +102,7 @@ def test_a_closed_queue_hands_out_what_waits_and_takes_nothing_more() -> None:
     waiting = threading.Thread(target=put, daemon=True)
     waiting.start()
     deadline = time.monotonic() + 20
-    while not queue._at_the_door[Priority.PREFETCH]:
+    while not queue._waiters[Priority.PREFETCH]:
         assert time.monotonic() < deadline, "it does not wait for room"
     queue.close()
     queue.close()
@@ -151,7 +151,7 @@ def test_a_free_thread_takes_the_most_urgent_job() -> None:
         has_begun.set()
         assert gate.wait(20)
 
-    threads = PriorityThreads(1, name="test")
+    threads = PriorityThreadPool(1, name="test")
     threads.submit(Priority.DEMOTION, block)
     assert has_begun.wait(20)
     jobs = [threads.submit(each, order.append, each.name) for each in reversed(Priority) for _ in range(2)]
@@ -169,7 +169,7 @@ def test_a_free_thread_takes_the_most_urgent_job() -> None:
 
 @pytest.mark.parametrize("priority", [Priority.PREFETCH, Priority.DEMOTION])
 def test_a_less_urgent_job_is_done_beside_urgent_ones_that_never_end(priority: Priority) -> None:
-    threads = PriorityThreads(1, name="test")
+    threads = PriorityThreadPool(1, name="test")
     is_done, is_over, num_urgent = threading.Event(), threading.Event(), 0
 
     def urgent() -> None:
@@ -194,7 +194,7 @@ def test_calls_that_cannot_all_be_queued_have_ended_when_that_is_told(monkeypatc
         assert gate.wait(20)
         ended.set()
 
-    threads = PriorityThreads(1, name="test")
+    threads = PriorityThreadPool(1, name="test")
     submit = threads.submit
 
     def refuse_second(priority: Priority, function: Callable[[int], None], number: int) -> Future[None]:
@@ -222,7 +222,7 @@ def test_a_call_that_raises_is_told_when_the_others_have_ended() -> None:
         ended.set()
         return number
 
-    threads = PriorityThreads(2, name="test")
+    threads = PriorityThreadPool(2, name="test")
     with pytest.raises(ValueError, match="zero"):
         threads.map(Priority.REQUEST, call, range(2))
     assert ended.is_set()

@@ -19,7 +19,7 @@ def test_jobs_that_a_batch_puts_back_come_again_before_all_others() -> None:
         queue.put_back(batch[1:])
 
     queue: WriteBehind[int] = WriteBehind(process, capacity=8, batch_size=3)
-    assert all(queue.offer(job) for job in range(4))
+    assert all(queue.try_put(job) for job in range(4))
     may_begin.set()
     queue.flush()
     queue.close()
@@ -37,7 +37,7 @@ def test_jobs_put_back_by_a_batch_that_stands_still_can_be_dropped() -> None:
 
     queue: WriteBehind[int] = WriteBehind(process, capacity=8, batch_size=3)
     for job in range(3):
-        queue.offer(job)
+        queue.try_put(job)
     assert stuck.wait(HANG_S)
     assert queue.queued() == [1, 2]
     assert queue.drop_oldest(8, lambda job: True) == [1, 2]

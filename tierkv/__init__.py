@@ -1,6 +1,10 @@
-"""tierkv: attention keys and values kept on GPU, in CPU memory and on disk, so that none is computed twice.
+"""tierkv: a persistent, tiered cache for the attention keys and values (KV) of language models.
 
-The names below are loaded on first use: `import tierkv.index.index` costs no torch.
+**What is public.** The names in `__all__` below, the methods and attributes of these classes without a leading
+underscore, and the `tierkv` command. Everything else is private and may change in any release: import from `tierkv`
+itself, not from the modules below it.
+
+Each name is loaded when it is first used: `import tierkv` loads no torch, and no other module of tierkv.
 """
 
 from __future__ import annotations
@@ -9,82 +13,187 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from tierkv.background.handle import Handle
     from tierkv.background.work_queue import Priority
     from tierkv.cache import TierCache, load_cache_state, save_cache_state
     from tierkv.config import CacheConfig
+    from tierkv.engine.generation import Generation, GenerationOptions, TokenEvent
     from tierkv.engine.managed_attention import ManagedFlashAttention
-    from tierkv.errors import TierKVError
+    from tierkv.engine.models import LoadedModel, load_model, split_model
+    from tierkv.engine.runner import Runner, open_runner
+    from tierkv.engine.sampling import SamplingOptions
+    from tierkv.errors import (
+        CapacityError,
+        ClosedError,
+        ConfigError,
+        CorruptBlockError,
+        DaemonError,
+        DaemonGoneError,
+        FormatVersionError,
+        NamespaceMismatchError,
+        RankError,
+        ShapeError,
+        StoreBusyError,
+        StoreError,
+        TierKVError,
+        TransferCancelledError,
+        UnsupportedModelError,
+    )
     from tierkv.movers.transfers import MemoryTransferManager, TransferHandle, TransferOp
-    from tierkv.policies import EvictionPolicy
+    from tierkv.policies import CacheBlock, EvictionPolicy, make_policy
     from tierkv.profiling.controller import MemoryController
-    from tierkv.profiling.memory_report import MemoryReport
-    from tierkv.profiling.metrics import serve_metrics
-    from tierkv.profiling.plots import MemoryVisualizer
+    from tierkv.profiling.memory_report import MemoryReport, MemoryVisualizer
+    from tierkv.profiling.metrics import MetricsServer, serve_metrics
     from tierkv.profiling.profiler import MemoryProfiler
     from tierkv.profiling.tracker import MemoryTracker
     from tierkv.ranks.group import RankGroup
     from tierkv.ranks.torch_ranks import TorchRanks
+    from tierkv.requests.defragment import LayoutReport
+    from tierkv.requests.evict import EvictedEverywhere
+    from tierkv.requests.prefetch import PrefetchHandle
+    from tierkv.requests.prefixes import Match
+    from tierkv.requests.sequence import Sequence
+    from tierkv.storage.cold import ColdStore
+    from tierkv.storage.state_file import SavedState
     from tierkv.values.block import Tier
-    from tierkv.values.events import CacheObserver
+    from tierkv.values.events import BlockEvent, CacheObserver, EventKind, MemoryRegion, RequestEvent, Span
     from tierkv.values.layout import BlockLayout
     from tierkv.values.namespace import Namespace
     from tierkv.values.stats import CacheStats
 
 __all__ = [
+    "BlockEvent",
     "BlockLayout",
+    "CacheBlock",
     "CacheConfig",
     "CacheObserver",
     "CacheStats",
+    "CapacityError",
+    "ClosedError",
+    "ColdStore",
+    "ConfigError",
+    "CorruptBlockError",
+    "DaemonError",
+    "DaemonGoneError",
+    "EventKind",
+    "EvictedEverywhere",
     "EvictionPolicy",
+    "FormatVersionError",
+    "Generation",
+    "GenerationOptions",
+    "Handle",
+    "LayoutReport",
+    "LoadedModel",
     "ManagedFlashAttention",
+    "Match",
     "MemoryController",
     "MemoryProfiler",
+    "MemoryRegion",
     "MemoryReport",
     "MemoryTracker",
     "MemoryTransferManager",
     "MemoryVisualizer",
+    "MetricsServer",
     "Namespace",
+    "NamespaceMismatchError",
+    "PrefetchHandle",
     "Priority",
+    "RankError",
     "RankGroup",
+    "RequestEvent",
+    "Runner",
+    "SamplingOptions",
+    "SavedState",
+    "Sequence",
+    "ShapeError",
+    "Span",
+    "StoreBusyError",
+    "StoreError",
     "Tier",
     "TierCache",
     "TierKVError",
+    "TokenEvent",
     "TorchRanks",
+    "TransferCancelledError",
     "TransferHandle",
     "TransferOp",
+    "UnsupportedModelError",
     "__version__",
     "load_cache_state",
+    "load_model",
+    "make_policy",
+    "open_runner",
     "save_cache_state",
     "serve_metrics",
+    "split_model",
 ]
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "BlockLayout": "tierkv.values.layout",
-    "CacheConfig": "tierkv.config",
-    "CacheObserver": "tierkv.values.events",
-    "CacheStats": "tierkv.values.stats",
-    "EvictionPolicy": "tierkv.policies",
-    "ManagedFlashAttention": "tierkv.engine.managed_attention",
-    "MemoryController": "tierkv.profiling.controller",
-    "MemoryProfiler": "tierkv.profiling.profiler",
-    "MemoryReport": "tierkv.profiling.memory_report",
-    "MemoryTracker": "tierkv.profiling.tracker",
-    "MemoryTransferManager": "tierkv.movers.transfers",
-    "MemoryVisualizer": "tierkv.profiling.plots",
-    "Namespace": "tierkv.values.namespace",
+    "Handle": "tierkv.background.handle",
     "Priority": "tierkv.background.work_queue",
-    "RankGroup": "tierkv.ranks.group",
-    "Tier": "tierkv.values.block",
     "TierCache": "tierkv.cache",
-    "TierKVError": "tierkv.errors",
-    "TorchRanks": "tierkv.ranks.torch_ranks",
-    "TransferHandle": "tierkv.movers.transfers",
-    "TransferOp": "tierkv.movers.transfers",
     "load_cache_state": "tierkv.cache",
     "save_cache_state": "tierkv.cache",
+    "CacheConfig": "tierkv.config",
+    "Generation": "tierkv.engine.generation",
+    "GenerationOptions": "tierkv.engine.generation",
+    "TokenEvent": "tierkv.engine.generation",
+    "ManagedFlashAttention": "tierkv.engine.managed_attention",
+    "LoadedModel": "tierkv.engine.models",
+    "load_model": "tierkv.engine.models",
+    "split_model": "tierkv.engine.models",
+    "Runner": "tierkv.engine.runner",
+    "open_runner": "tierkv.engine.runner",
+    "SamplingOptions": "tierkv.engine.sampling",
+    "CapacityError": "tierkv.errors",
+    "ClosedError": "tierkv.errors",
+    "ConfigError": "tierkv.errors",
+    "CorruptBlockError": "tierkv.errors",
+    "DaemonError": "tierkv.errors",
+    "DaemonGoneError": "tierkv.errors",
+    "FormatVersionError": "tierkv.errors",
+    "NamespaceMismatchError": "tierkv.errors",
+    "RankError": "tierkv.errors",
+    "ShapeError": "tierkv.errors",
+    "StoreBusyError": "tierkv.errors",
+    "StoreError": "tierkv.errors",
+    "TierKVError": "tierkv.errors",
+    "TransferCancelledError": "tierkv.errors",
+    "UnsupportedModelError": "tierkv.errors",
+    "MemoryTransferManager": "tierkv.movers.transfers",
+    "TransferHandle": "tierkv.movers.transfers",
+    "TransferOp": "tierkv.movers.transfers",
+    "CacheBlock": "tierkv.policies",
+    "EvictionPolicy": "tierkv.policies",
+    "make_policy": "tierkv.policies",
+    "MemoryController": "tierkv.profiling.controller",
+    "MemoryReport": "tierkv.profiling.memory_report",
+    "MetricsServer": "tierkv.profiling.metrics",
     "serve_metrics": "tierkv.profiling.metrics",
+    "MemoryVisualizer": "tierkv.profiling.memory_report",
+    "MemoryProfiler": "tierkv.profiling.profiler",
+    "MemoryTracker": "tierkv.profiling.tracker",
+    "RankGroup": "tierkv.ranks.group",
+    "TorchRanks": "tierkv.ranks.torch_ranks",
+    "LayoutReport": "tierkv.requests.defragment",
+    "EvictedEverywhere": "tierkv.requests.evict",
+    "PrefetchHandle": "tierkv.requests.prefetch",
+    "Match": "tierkv.requests.prefixes",
+    "Sequence": "tierkv.requests.sequence",
+    "ColdStore": "tierkv.storage.cold",
+    "SavedState": "tierkv.storage.state_file",
+    "Tier": "tierkv.values.block",
+    "BlockEvent": "tierkv.values.events",
+    "CacheObserver": "tierkv.values.events",
+    "EventKind": "tierkv.values.events",
+    "MemoryRegion": "tierkv.values.events",
+    "RequestEvent": "tierkv.values.events",
+    "Span": "tierkv.values.events",
+    "BlockLayout": "tierkv.values.layout",
+    "Namespace": "tierkv.values.namespace",
+    "CacheStats": "tierkv.values.stats",
 }
 
 
@@ -93,7 +202,7 @@ def __getattr__(name: str) -> object:
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value: object = getattr(import_module(home), name)
-    globals()[name] = value  # found without this function from now on
+    globals()[name] = value  # the next use of the name does not come here
     return value
 
 

@@ -5,39 +5,36 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Collection
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
-from tierkv.background.open_calls import OpenCalls, while_open
+from tierkv.background.active_calls import ActiveCalls, while_open
 from tierkv.config import CacheConfig
-from tierkv.errors import ClosedError, ConfigError
+from tierkv.errors import ConfigError
 from tierkv.policies import EvictionPolicy, make_policy
 from tierkv.ranks.group import OneRank, RankGroup
-from tierkv.requests.acquire import Admission
+from tierkv.requests.acquire import Acquirer
 from tierkv.requests.block_control import BlockControl
-from tierkv.requests.block_users import BlockUsers
-from tierkv.requests.commit import Registrar
-from tierkv.requests.consensus import Accord
+from tierkv.requests.commit import Committer
+from tierkv.requests.consensus import Consensus
 from tierkv.requests.defragment import Defragmenter, LayoutReport
 from tierkv.requests.evict import EvictedEverywhere, EvictionEverywhere
-from tierkv.requests.occupancy import occupancy
 from tierkv.requests.prefetch import Prefetcher, PrefetchHandle
 from tierkv.requests.prefixes import Match, Prefixes
-from tierkv.requests.running import RunningSequences
-from tierkv.requests.sequence import Sequence
-from tierkv.requests.statistics import RequestTally
+from tierkv.requests.sequence import BlockUsers, RunningSequences, Sequence
+from tierkv.requests.statistics import RequestStatistics, occupancy
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.hot import HotPool
 from tierkv.storage.state_file import SavedState
 from tierkv.transfer.cache_state import load_state, open_state, save_state
-from tierkv.transfer.cold_plan import ColdPlanner
 from tierkv.transfer.cold_reading import ColdReading
 from tierkv.transfer.factory import choose_codec, join_daemon, open_store, open_tiers
-from tierkv.transfer.load import Promoter
+from tierkv.transfer.load import Loader
 from tierkv.transfer.observers import pool_regions
-from tierkv.transfer.offload import Demoter
+from tierkv.transfer.offload import Offloader
+from tierkv.transfer.recompute_or_load import RecomputeOrLoad
 from tierkv.values.block import TOKEN_BYTES, HashFunction, Tier, TokenIds, as_token_array, hash_block
 from tierkv.values.checks import check_count, check_seconds
 from tierkv.values.events import CacheObserver, EventKind
@@ -47,7 +44,7 @@ from tierkv.values.stats import CacheStats
 
 __all__ = ["Match", "TierCache", "load_cache_state", "save_cache_state"]
 
-_POLICY_METHODS = ("score_block", "update_on_access", "select_victims")
+_POLICY_METHODS = ("score_block", "update_on_access", "select_evictions")
 _OBSERVER_METHODS = ("on_memory", "on_block", "on_request", "on_use", "on_span")
 _CALLS_WAIT_S = 10.0  # at the end, for calls that wait for the write thread
 
@@ -67,6 +64,13 @@ class TierCache:
     thread. Damage, full disks and failed copies are misses that `stats` counts, never exceptions.
     `blocks` acts on blocks of the hot pool by their ids. Once closed, or being closed, every method raises ClosedError;
     so it does in a process that was forked from this one, where `release` and `close` do nothing.
+
+    >>> with TierCache(config, namespace=namespace) as cache:
+    ...     with cache.acquire([1, 2, 3, 4, 5, 6, 7, 8, 9]) as sequence:
+    ...         # here: compute K and V of the tokens behind sequence.num_cached_tokens
+    ...         new_blocks = cache.commit(sequence, sequence.num_tokens)
+    ...     new_blocks, cache.match([1, 2, 3, 4, 5, 6, 7, 8, 10]).num_cached_tokens
+    (2, 8)
     """
 
     def __init__(
@@ -87,7 +91,7 @@ class TierCache:
         self.layout = self.namespace.layout
         self.device = _device_of(device)
         self._owns_cold = cold is None
-        self.calls = OpenCalls("the cache")
+        self.calls = ActiveCalls("the cache")
         self._must_end = threading.Event()
         with ExitStack() as undo:
             cold = open_store(config, cold)
@@ -104,52 +108,48 @@ class TierCache:
                 cold=cold,
                 policy=policy,
                 clock=clock,
+                hash_function=hash_function,
             )
-            undo.callback(self._tiers.close)
-            self._demoter = Demoter(self._tiers)
-            undo.callback(self._demoter.close)
-            self._daemon = join_daemon(
-                self._tiers, config, namespace=self.namespace, ranks=self.ranks, hash_function=hash_function
-            )
+            undo.callback(self._tiers.memory.close)
+            self._offloader = Offloader(self._tiers)
+            undo.callback(self._offloader.close)
+            self._daemon = join_daemon(self._tiers, config, namespace=self.namespace, ranks=self.ranks)
             if self._daemon:
-                self._daemon.evictions.after_writes = self._demoter.after_writes
+                self._daemon.after_writes = self._offloader.after_writes
             undo.pop_all()
-        self._make_parts(hash_function)
+        self._make_parts()
 
-    def _make_parts(self, hash_function: HashFunction) -> None:
+    def _make_parts(self) -> None:
         """Give each part of a request's life the tiers, and the other parts, that it works with."""
-        config, tiers, demoter, daemon = self.config, self._tiers, self._demoter, self._daemon
-        accord = Accord(self.ranks, tiers, demoter)
-        self.blocks = BlockControl(tiers, demoter, calls=self.calls)
-        self._prefixes = Prefixes(
-            tiers, daemon, min_partial_tokens=config.min_partial_tokens, hash_function=hash_function
-        )
+        config, tiers, offloader, daemon = self.config, self._tiers, self._offloader, self._daemon
+        consensus = Consensus(self.ranks, tiers, offloader) if self.ranks.size > 1 else None
+        self.blocks = BlockControl(tiers, offloader, calls=self.calls)
+        self._prefixes = Prefixes(tiers, daemon)
         self._users = BlockUsers()
-        self._registrar = Registrar(
+        self._committer = Committer(
             tiers,
-            demoter,
+            offloader,
             users=self._users,
             write_through=config.write_through,
-            hash_function=hash_function,
         )
-        self._running = RunningSequences(tiers, demoter, accord, daemon, self._users)
+        self._running = RunningSequences(tiers, offloader, consensus, self._users)
         reading = ColdReading(tiers)
-        promoter = Promoter(tiers, demoter, reading)
-        self._eviction = EvictionEverywhere(tiers, demoter, daemon, hash_function=hash_function)
-        self._prefetcher = Prefetcher(tiers, self._prefixes, reading, daemon)
-        self._admission = Admission(
+        loader = Loader(tiers, offloader, reading)
+        self._eviction = EvictionEverywhere(tiers, offloader, daemon)
+        self._prefetcher = Prefetcher(tiers, reading, daemon)
+        self._acquirer = Acquirer(
             tiers,
-            prefixes=self._prefixes,
-            promoter=promoter,
+            calls=self.calls,
+            loader=loader,
             reading=reading,
-            demoter=demoter,
-            accord=accord,
+            offloader=offloader,
+            consensus=consensus,
             running=self._running,
-            registrar=self._registrar,
-            tally=RequestTally(tiers, hash_function=hash_function),
+            committer=self._committer,
+            statistics=RequestStatistics(tiers),
             daemon=daemon,
-            # Not over ranks: each one's load would meet the engine at another block.
-            planner=ColdPlanner(tiers, piece_tokens=config.piece_tokens)
+            # Not over ranks: each rank's load would end at another block.
+            choice=RecomputeOrLoad(block_size=config.block_size, piece_tokens=config.piece_tokens)
             if self.ranks.size == 1 and daemon is None
             else None,
         )
@@ -163,12 +163,12 @@ class TierCache:
     @property
     def hot(self) -> HotPool:
         """The paged memory that attention reads."""
-        return self._tiers.hot
+        return self._tiers.memory.hot
 
     @property
     def layer_groups(self) -> list[int]:
         """Ends of the groups of layers that are promoted together, lowest first; the last is the layer count."""
-        return self._tiers.mover.layer_groups
+        return self._tiers.memory.mover.layer_groups
 
     @property
     def cold(self) -> ColdStore | None:
@@ -181,56 +181,23 @@ class TierCache:
         return self._prefixes.match(as_token_array(token_ids).tobytes())
 
     @while_open
-    def acquire(self, token_ids: TokenIds, *, reuse: bool = True, may_split: bool = False) -> Sequence:
+    def acquire(self, token_ids: TokenIds, *, reuse: bool = True, overlap: bool = False) -> Sequence:
         """Return a sequence with room for every token, its cached prefix on the way into the hot pool.
 
-        At least one token is always left to compute. `reuse=False` takes room only and finds nothing. With `may_split`
-        many cold blocks come up behind the caller's back, who computes the first of them meanwhile, piece by piece as
-        `sequence.split` says, and then calls `join`.
+        At least one token is always left to compute. `reuse=False` takes room only and finds nothing. overlap: let
+        many cold blocks load in the background while the caller computes the first of them, see `sequence.overlap`.
         Raises ConfigError for an empty prompt, CapacityError where the hot pool has no room beside what is in use.
         """
         token_bytes = as_token_array(token_ids).tobytes()
         num_tokens = len(token_bytes) // TOKEN_BYTES
         if not num_tokens:
             raise ConfigError("a prompt needs at least one token")
-        with self._tiers.watch.span("acquire") as detail:
-            sequence = self._admission.admit(token_bytes, reuse=reuse, may_split=may_split)
+        if not self._tiers.observers.are_there:
+            return self._acquirer.acquire(token_bytes, reuse=reuse, overlap=overlap)
+        with self._tiers.observers.span("acquire") as detail:
+            sequence = self._acquirer.acquire(token_bytes, reuse=reuse, overlap=overlap)
             detail["tokens"], detail["cached tokens"] = num_tokens, sequence.num_cached_tokens
         return sequence
-
-    @while_open
-    def join(self, sequence: Sequence) -> int:
-        """Wait for the blocks of `sequence.split` and make them part of the sequence.
-
-        Call it once `split.next_piece` has returned 0, with everything it had asked for committed. Return how many
-        leading tokens have K and V now, loaded on the way or computed; the engine goes on from there.
-        """
-        self._running.require(sequence)
-        return self._admission.join(sequence)
-
-    @while_open
-    def note_computed(self, num_tokens: int, seconds: float) -> None:
-        """Say how long a forward pass of so many new tokens took, from its launch until its result was there.
-
-        What `acquire(may_split=True)` decides by whether to load cold blocks, to compute them, or both.
-        """
-        num_tokens, seconds = check_count("num_tokens", num_tokens), check_seconds("seconds", seconds)
-        with self._tiers.changed:
-            self._tiers.step_costs.add(num_tokens, seconds)
-
-    @while_open
-    def note_loaded(self, sequence: Sequence, seconds: float) -> None:
-        """Say how long it took from `acquire` until the first pass over the whole prompt had its result.
-
-        Only of a sequence that nothing else was computed beside. Needed as `note_computed` is.
-        """
-        self._running.require(sequence)
-        seconds = check_seconds("seconds", seconds)
-        load, sequence.cold_load = sequence.cold_load, None
-        if load:
-            with self._tiers.changed:
-                rest_s = self._tiers.step_costs.estimate(load.num_rest) or 0.0
-                self._tiers.load_costs[load.kind].add(load.num_blocks, max(0.0, seconds - rest_s))
 
     @while_open
     def append(self, sequence: Sequence, token_ids: TokenIds) -> None:
@@ -250,7 +217,7 @@ class TierCache:
         num_computed_tokens = check_count("num_computed_tokens", num_computed_tokens, least=None)
         if not 0 <= num_computed_tokens <= sequence.num_tokens:
             raise ConfigError(f"{num_computed_tokens} tokens computed of a sequence of {sequence.num_tokens}")
-        return self._registrar.commit(sequence, num_computed_tokens, partial_block=partial_block)
+        return self._committer.commit(sequence, num_computed_tokens, partial_block=partial_block)
 
     @while_open
     def fork(self, sequence: Sequence) -> Sequence:
@@ -260,8 +227,8 @@ class TierCache:
         Raises CapacityError where there is no room for that copy, StoreError where it fails.
         """
         self._running.require(sequence)
-        if sequence.split:
-            raise ConfigError("the sequence's cold blocks are still coming: join them before it is forked")
+        if sequence.overlapped_load:
+            raise ConfigError("the sequence's cold blocks still load: compute what overlap.next_piece gives first")
         return self._running.fork(sequence)
 
     def release(self, sequence: Sequence) -> None:
@@ -269,18 +236,7 @@ class TierCache:
 
         Raises ConfigError for a sequence of another cache.
         """
-        with suppress(ClosedError):  # closing releases all
-            self._release(sequence)
-
-    @while_open
-    def _release(self, sequence: Sequence) -> None:
-        try:
-            self._running.require(sequence)
-        except ConfigError:
-            if getattr(sequence, "is_released", False):  # by now: another thread may have been faster
-                return
-            raise
-        self._running.release(sequence)
+        self._acquirer.release(sequence)
 
     @while_open
     def pin(self, token_ids: TokenIds) -> int:
@@ -343,7 +299,7 @@ class TierCache:
             return self._daemon.evict(count)
         wanted = self._tiers.index.pool(tier).capacity if count is None else count
         if tier is Tier.HOT:
-            return self._demoter.evict_written(wanted)
+            return self._offloader.evict_written(wanted)
         with self._tiers.changed:
             self._tiers.reap()
             return len(self._tiers.evict_warm(wanted))
@@ -361,7 +317,7 @@ class TierCache:
             raise ConfigError(f"running must be sequences: {exc}") from exc
         for sequence in sequences:
             self._running.require(sequence)
-        return Defragmenter(self._tiers, self._demoter, self._users).run(sequences)
+        return Defragmenter(self._tiers, self._offloader, self._users).run(sequences)
 
     @while_open
     def flush(self) -> None:
@@ -369,7 +325,7 @@ class TierCache:
 
         Raises StoreError if the store cannot be written to.
         """
-        self._demoter.flush()
+        self._offloader.flush()
         if self.cold:
             self.cold.flush()
         if self._daemon:
@@ -429,21 +385,21 @@ class TierCache:
         _require_methods("an observer", observer, _OBSERVER_METHODS)
         tiers = self._tiers
         with tiers.changed:
-            staging = tiers.compression.staging if tiers.compression else None
-            for region in pool_regions(self.hot, tiers.warm, staging, reserved=self._demoter.writer.staging):
+            staging = tiers.memory.compression.staging if tiers.memory.compression else None
+            for region in pool_regions(self.hot, tiers.memory.warm, staging, reserved=self._offloader.writer.staging):
                 observer.on_memory(region)
             for entry in sorted(tiers.index, key=lambda each: each.depth):  # parents first
                 for tier in (Tier.HOT, Tier.WARM):
                     slot = entry.place(tier)
                     if slot is not None:
-                        observer.on_block(tiers.watch.event(EventKind.REGISTER, tier, entry, slot=slot))
-            tiers.watch.add(observer)
+                        observer.on_block(tiers.observers.event(EventKind.REGISTER, tier, entry, slot=slot))
+            tiers.observers.add(observer)
 
     @while_open
     def remove_observer(self, observer: CacheObserver) -> None:
         """Tell an observer nothing more."""
         with self._tiers.changed:
-            self._tiers.watch.remove(observer)
+            self._tiers.observers.remove(observer)
 
     @while_open
     def check(self) -> None:
@@ -451,11 +407,11 @@ class TierCache:
 
         Waits for writes and copies in flight, so that every reference can be accounted for.
         """
-        self._demoter.flush()
-        self._running.wait_for_splits()
+        self._offloader.flush()
+        self._running.wait_for_loads()
         with self._tiers.changed:
-            while self._tiers.in_flight:
-                self._tiers.in_flight[0][0].synchronize()
+            while self._tiers.copies.in_flight:
+                self._tiers.copies.in_flight[0][0].synchronize()
                 self._tiers.reap()
             self._tiers.index.check()
             self._running.check()
@@ -476,18 +432,18 @@ class TierCache:
         with tiers.changed:
             tiers.is_closing = True
             tiers.changed.notify_all()
-        self._running.cancel_splits()
+        self._running.cancel_loads()
         self._prefetcher.close()
         self.calls.wait(self.config.write_wait_s + _CALLS_WAIT_S)
         self._must_end.set()
-        is_quiet = self._demoter.close()  # which lets out who has waited for writes
+        is_quiet = self._offloader.close()  # which lets out who has waited for writes
         is_quiet &= self.calls.wait(_CALLS_WAIT_S)
         self._running.release_all()
         tiers.end_copies()
         if self._daemon:
             self._daemon.close()
         if is_quiet:
-            tiers.close()
+            tiers.memory.close()
         tiers.states.close()
         if self.cold and self._owns_cold:
             self.cold.close()
@@ -515,10 +471,19 @@ def _require_methods(what: str, given: object, names: tuple[str, ...]) -> None:
 
 
 def save_cache_state(cache: TierCache, path: str | Path) -> SavedState:
-    """Write everything that a cache holds into one file, atomically. See `TierCache.save_cache_state`."""
+    """Write everything that a cache holds into one file, atomically. See `TierCache.save_cache_state`.
+
+    >>> save_cache_state(cache, "state.tkv").blocks
+    2
+    """
     return cache.save_cache_state(path)
 
 
 def load_cache_state(cache: TierCache, path: str | Path) -> int:
-    """Let a cache find the blocks of a state file; returns at once. See `TierCache.load_cache_state`."""
+    """Let a cache find the blocks of a state file; returns at once. See `TierCache.load_cache_state`.
+
+    >>> saved = save_cache_state(cache, "state.tkv")
+    >>> load_cache_state(cache, "state.tkv")
+    2
+    """
     return cache.load_cache_state(path)

@@ -40,7 +40,7 @@ class CacheConfig:
     compute_or_load: let a runner compute the first cold blocks of a prompt while the last ones load, piece_tokens
         at a time: enough to keep a GPU busy, few enough to meet the loader soon.
     codec: how blocks are coded on disk and in state files: "auto" is the lossless one that suits the dtype best.
-        "lossy-int8" and "lossy-fp8-e4m3" halve the bytes and change them: their blocks are another namespace's.
+        "lossy-int8" halves the bytes and changes them: its blocks are another namespace's.
     eviction_policy: a name that `make_policy` knows; `tierkv replay` compares them on a trace.
     num_io_threads: threads that read, decode and encode cold blocks. One for each core, at most 8: more gain nothing,
         neither from the page cache nor from a disk (measured).
@@ -56,6 +56,10 @@ class CacheConfig:
         cold_bytes and the codecs are the daemon's business.
     compute_wait_s: how long a request waits for blocks that another process is computing; 0 never waits.
     daemon_timeout_s: after so long a daemon that does not answer counts as gone.
+
+    >>> config = CacheConfig(cold_path="store", block_size=4, hot_bytes=1 << 20, warm_bytes=1 << 20)
+    >>> config.cold_path
+    PosixPath('store')
     """
 
     cold_path: Path | None = None

@@ -1,7 +1,7 @@
-"""The command `tierkv`. Its options are in `*_commands`, its work is in the module of its name.
+"""The command `tierkv`: its commands, and how errors end one.
 
-Standard output carries the result (a table, or one JSON object with `--json`), standard error everything
-else. What the user can mend ends in one line and exit code 2.
+Standard output has the result (a table, or one JSON object with `--json`), standard error everything else. An error
+that the user can fix ends in one line and exit code 2.
 """
 
 from __future__ import annotations
@@ -17,8 +17,16 @@ import typer
 
 from tierkv import __version__
 from tierkv.errors import TierKVError
-from tierkv.tools import daemon_commands, model_commands, store_commands, trace_commands
+from tierkv.tools import daemon, store_commands
+from tierkv.tools.evict import evict
+from tierkv.tools.inspect_store import inspect
+from tierkv.tools.replay import replay, train_policy
+from tierkv.tools.report import report
+from tierkv.tools.run import run
+from tierkv.tools.state import load, save
 from tierkv.tools.terminal import OutputError, standard_streams, visible
+from tierkv.tools.top import top
+from tierkv.tools.warm import warm
 
 __all__ = ["app", "main"]
 
@@ -31,12 +39,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-# Typer has click inside or beside itself, by its version: the root of click's errors is found through one of them.
+# Some versions of Typer contain click, others import it: its root of usage errors is found through a subclass.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[2]
 
 _TRACEBACK = "TIERKV_TRACEBACK"
 
-# What the library calls something, and how it is said here.
+# Names of the library's settings in its messages, and the options that set them.
 _OPTIONS = {
     "hot_bytes": "--hot",
     "warm_bytes": "--warm",
@@ -50,26 +58,16 @@ _OPTIONS = {
 }
 
 for _command in (
-    model_commands.warm,
-    model_commands.run,
-    model_commands.report,
-    store_commands.stats,
-    store_commands.inspect,
-    store_commands.save,
-    store_commands.load,
-    store_commands.evict,
-    store_commands.quota,
-    store_commands.compact,
-    store_commands.verify,
-    store_commands.top,
-    trace_commands.replay,
-    trace_commands.train_policy,
+    *(warm, run, report),
+    *(store_commands.stats, inspect, save, load, evict),
+    *(store_commands.quota, store_commands.compact, store_commands.verify, top),
+    *(replay, train_policy),
 ):
     app.command()(_command)
 
 _daemon = typer.Typer(help="One warm cache for every process on the machine.", no_args_is_help=True)
 app.add_typer(_daemon, name="daemon")
-for _action in (daemon_commands.start, daemon_commands.status, daemon_commands.stop, daemon_commands.prefetch):
+for _action in (daemon.start, daemon.status, daemon.stop, daemon.prefetch):
     _daemon.command()(_action)
 
 
@@ -89,7 +87,7 @@ def main() -> None:
 
 
 def _run() -> int:
-    """Run one command and return the exit code. What the user can fix is one line on standard error."""
+    """Run one command and return the exit code. An error that the user can fix is one line on standard error."""
     try:
         code = app(standalone_mode=False)  # a number where a command ended by one, as at Ctrl-C
         sys.stdout.flush()
@@ -99,14 +97,14 @@ def _run() -> int:
         return _fail(_as_options(str(exc)))
     except _UsageError as exc:
         message = exc.format_message()  # type: ignore[attr-defined]
-        return _fail(message) if message.strip() else 2  # without a command the help was printed, and says all
+        return _fail(message) if message.strip() else 2  # without a command, Typer has printed the help
     except typer.Abort:
         return 130
     except MemoryError:
         return _fail("there is not enough memory")
     except OSError as exc:
         return _fail(f"{exc.filename}: {exc.strerror}" if exc.filename and exc.strerror else str(exc))
-    except Exception as exc:  # noqa: BLE001 - a fault of ours: one line, and its place on request
+    except Exception as exc:  # noqa: BLE001 - a bug: one line, and the traceback on request
         if os.environ.get(_TRACEBACK):
             traceback.print_exc()
         return _fail(f"unexpected {type(exc).__name__}: {exc} ({_TRACEBACK}=1 shows where)")
@@ -114,12 +112,12 @@ def _run() -> int:
 
 
 def _as_options(message: str) -> str:
-    """Return a message of the library in the words of the command line."""
+    """Return a message of the library with its settings' names replaced by the command line's options."""
     return re.sub(r"(?<![\w./-])[a-z_]+(?![\w/])", lambda word: _OPTIONS.get(word[0], word[0]), message)
 
 
 def _fail(message: str) -> int:
-    """Say in one line why a command failed; return its exit code."""
+    """Print in one line why a command failed; return its exit code."""
     with suppress(OutputError):
         sys.stdout.flush()
     print(visible("tierkv: " + " ".join(message.split())), file=sys.stderr)

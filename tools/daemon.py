@@ -1,79 +1,108 @@
-"""`tierkv daemon start | status | stop | prefetch`: one warm cache for every process on the machine.
-
-This module loads no torch: `start --detach` runs it as `python -m tierkv.tools.daemon CONFIG`.
-"""
+"""`tierkv daemon start | status | stop | prefetch`: one warm cache for every process on the machine."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import signal
 import socket as socket_module
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 import msgspec
+import typer
 from rich.table import Table
 
 from tierkv.daemon.client import DaemonClient
+from tierkv.daemon.config import DaemonConfig
 from tierkv.daemon.host import check_folder, peer_of, read_lock_file
-from tierkv.daemon.limits import Limits
-from tierkv.daemon.log_file import BoundedHandler, open_log
-from tierkv.daemon.messages import Compact, Done, Status, StatusReport, Stop
-from tierkv.daemon.server import NOT_WRITTEN, DaemonConfig, serve
-from tierkv.errors import DaemonError, DaemonGoneError, TierKVError
-from tierkv.tools.render import format_age, format_bytes, open_console, print_json, visible
+from tierkv.daemon.log_file import open_log
+from tierkv.daemon.messages import Count, Done, Hello, Prefetch, Status, StatusReport, Stop
+from tierkv.daemon.server import NOT_WRITTEN
+from tierkv.engine.prompts import prefix_tokens, read_prompts
+from tierkv.errors import ConfigError, DaemonError, DaemonGoneError
+from tierkv.tools.daemon_process import serve_and_warm, to_json
+from tierkv.tools.engine_options import ModelOptions, identify
+from tierkv.tools.options import (
+    AsJson,
+    ColdSize,
+    DaemonSocket,
+    Lines,
+    MinFree,
+    PromptFile,
+    Store,
+    WarmSize,
+    as_path,
+    default_socket,
+    default_store,
+    parse_optional_size,
+    parse_size,
+    spread,
+)
+from tierkv.tools.stores import require_place
+from tierkv.tools.terminal import format_age, open_console, print_json, visible
+from tierkv.values.block import as_token_array, iter_chain
+from tierkv.values.units import format_bytes
 
-__all__ = ["compact", "evicted_of", "start", "status", "stop", "store_of"]
+__all__ = ["prefetch", "start", "status", "stop"]
 
-_START_S = 120.0  # a large slab takes its time to be touched
+_START_S = 120.0  # the daemon touches every page of its slab first
 _STOP_S = 60.0
 _POLL_S = 0.05
 _ANSWER_S = 5.0
-_MAX_SAID_BYTES = 64 << 10
-_COMPACT_S = 3600.0
+_MAX_LOG_BYTES = 64 << 10  # that are read for the reason why a daemon did not start
 
 
-def start(config: DaemonConfig, *, detach: bool, warm_command: list[str]) -> None:
-    """Serve until stopped; or, with `detach`, return when a process of its own serves.
+@spread(without=["device"])
+def start(
+    model: ModelOptions,
+    detach: Annotated[bool, typer.Option("--detach", help="Return once a process of its own serves.")] = False,
+    warm: WarmSize = "1G",
+    cold: ColdSize = None,
+    min_free: MinFree = None,
+    store: Store = None,
+    no_store: Annotated[bool, typer.Option("--no-store", help="Keep nothing on disk.")] = False,
+    socket: DaemonSocket = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Serve Prometheus metrics on this port of 127.0.0.1.")
+    ] = None,
+    warm_file: Annotated[
+        Path | None,
+        typer.Option(
+            parser=as_path, metavar="FILE", help="Prompts whose blocks are read from the store into the warm tier."
+        ),
+    ] = None,
+) -> None:
+    """Start a daemon. Model, dtype, block size and salt identify the blocks of the prompts in --warm-file."""
+    path = socket or default_socket(os.environ)
+    config = DaemonConfig(
+        socket=path.absolute(),
+        store=None if no_store else (store or default_store(os.environ)).absolute(),
+        warm_bytes=parse_size(warm),
+        cold_bytes=parse_optional_size(cold),
+        min_free_bytes=parse_optional_size(min_free),
+        metrics_port=metrics_port,
+    )
+    if config.store:
+        require_place(config.store, min_free_bytes=config.min_free_bytes)
+    warm_command = _warm_command(warm_file, config.socket, model) if warm_file else []
+    if detach:
+        _start_detached(config, warm_command)
+    else:
+        serve_and_warm(config, warm_command, log_to=logging.StreamHandler(sys.stderr))
 
-    warm_command: what announces the prompts of --warm-file once clients may come; may be empty.
-    """
-    if not detach:
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-        serve(config, started=lambda: _announce(config, warm_command))
-        return
-    log = config.socket.with_name(config.socket.name + ".log")
-    log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    check_folder(log.parent)
-    command = [sys.executable, "-m", "tierkv.tools.daemon", _to_json(config, warm_command)]
-    output = open_log(log)
-    try:
-        begin = os.fstat(output).st_size
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-        )
-        pid = _wait_until_it_serves(process, config.socket, log, lambda: os.pread(output, _MAX_SAID_BYTES, begin))
-    finally:
-        os.close(output)
-    process.returncode = 0  # it lives on and nobody waits for it: without this Python warns of a child left behind
-    print(f"tierkv daemon {pid} serves on {config.socket}; its log is {log}")
 
-
-def status(socket: Path, *, as_json: bool) -> None:
-    """Print what the daemon holds. Raises DaemonGoneError where there is none."""
-    with DaemonClient(socket) as client:
+def status(socket: DaemonSocket = None, as_json: AsJson = False) -> None:
+    """Print what the daemon holds, and for which models and clients."""
+    with DaemonClient(socket or default_socket(os.environ)) as client:
         report = client.call(Status(), StatusReport)
     if as_json:
-        print_json(msgspec.to_builtins(_as_dict(report)))
+        print_json(msgspec.to_builtins({name: getattr(report, name) for name in report.__struct_fields__}))
         return
     console = open_console()
     console.print(_table(report))
@@ -82,14 +111,15 @@ def status(socket: Path, *, as_json: bool) -> None:
     console.print(_limits(report))
 
 
-def stop(socket: Path) -> None:
-    """End the daemon; return when it has gone, and say what it has not written.
+def stop(socket: DaemonSocket = None) -> None:
+    """End the daemon, which first stores the blocks that it has yet to store; print how many it could not.
 
-    A daemon that does not answer gets SIGTERM. It gives up what hangs after a time of its own (`DaemonConfig.stop_s`).
+    A daemon that does not answer gets SIGTERM.
     """
-    pid = _listener_of(socket)
+    path = socket or default_socket(os.environ)
+    pid = _listener_of(path)
     try:
-        with DaemonClient(socket, timeout_s=_ANSWER_S) as client:
+        with DaemonClient(path, timeout_s=_ANSWER_S) as client:
             client.call(Stop(), Done)
     except DaemonGoneError as exc:
         if not _is_running(pid):
@@ -99,8 +129,8 @@ def stop(socket: Path) -> None:
             os.kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + _STOP_S
     while time.monotonic() < deadline:
-        if not _is_running(pid) or not socket.exists():
-            print(f"tierkv daemon {pid} has ended{_what_was_lost(socket, pid)}")
+        if not _is_running(pid) or not path.exists():
+            print(f"tierkv daemon {pid} has ended{_what_was_lost(path, pid)}")
             return
         time.sleep(_POLL_S)
     raise DaemonError(
@@ -109,56 +139,70 @@ def stop(socket: Path) -> None:
     )
 
 
-def compact(socket: Path) -> None:
-    """Have the daemon give its store's free space back to the disk."""
-    with DaemonClient(socket) as client:
-        client.call(Compact(), Done, timeout_s=_COMPACT_S)
+@spread()
+def prefetch(
+    file: PromptFile,
+    model: ModelOptions,
+    lines: Lines = False,
+    socket: DaemonSocket = None,
+    as_json: AsJson = False,
+) -> None:
+    """Have the daemon read the blocks of prompts from its store into the warm tier.
+
+    The model is loaded for its tokenizer and its identity; it computes nothing.
+    """
+    path = socket or default_socket(os.environ)
+    requests = read_prompts(file, lines=lines)
+    loaded, namespace = identify(model)
+    hello = Hello(
+        namespace=namespace.digest,
+        description=namespace.describe(),
+        block_bytes=namespace.layout.block_bytes,
+        client=f"prefetch, process {os.getpid()}",
+    )
+    blocks = 0
+    with DaemonClient(path, hello) as client:
+        for request in requests:
+            tokens = as_token_array(prefix_tokens(loaded.tokenizer, request)).tobytes()
+            chain = iter_chain(namespace.digest, tokens, model.block_size)
+            message = Prefetch(hashes=b"".join(block_hash for block_hash, _ in chain), tokens=tokens)
+            blocks += client.call(message, Count).count
+    if as_json:
+        print_json({"prompts": len(requests), "blocks": blocks})
+    else:
+        print(f"announced {len(requests)} prompts, {blocks} whole blocks")
 
 
-def store_of(socket: Path) -> Path:
-    """Return the directory of the daemon's store. Raises DaemonError if it keeps nothing on disk."""
-    with DaemonClient(socket) as client:
-        if not client.welcome.has_cold:
-            raise DaemonError(f"the daemon at {socket} keeps nothing on disk")
-        return Path(client.welcome.store)
+def _warm_command(file: Path, socket: Path, model: ModelOptions) -> list[str]:
+    """Return the command that announces the prompts of a file to the daemon, once that serves."""
+    if file.exists() and not file.is_file():  # the command reads it again
+        raise ConfigError(f"{file} is not a regular file", hint="write the prompts into one")
+    read_prompts(file)
+    command = [sys.executable, "-m", "tierkv", "daemon", "prefetch", str(file.absolute())]
+    command += ["--socket", str(socket), "--device", "cpu", "--salt", model.salt]
+    command += ["--block-size", str(model.block_size)]
+    command += ["--model", model.model] if model.model else []
+    command += ["--dtype", model.dtype] if model.dtype else []
+    return command
 
 
-def evicted_of(socket: Path) -> int:
-    """Return how many blocks a daemon has evicted from its store since it started. Raises DaemonGoneError."""
-    with DaemonClient(socket) as client:
-        return client.call(Status(), StatusReport).cold.get("evicted_blocks", 0)
-
-
-def _listener_of(path: Path) -> int:
-    """Return the process that listens on a socket, also of one that does not answer. Raises DaemonGoneError."""
-    with socket_module.socket(socket_module.AF_UNIX) as connection:
-        connection.settimeout(_ANSWER_S)
-        try:
-            connection.connect(os.fspath(path))
-        except (OSError, ValueError) as exc:
-            raise DaemonGoneError(
-                f"no daemon answers at {path}: {getattr(exc, 'strerror', None) or exc}",
-                hint="tierkv daemon start --detach starts one",
-            ) from exc
-        pid, uid = peer_of(connection)
-    if uid != os.geteuid():
-        raise DaemonError(f"the daemon at {path} belongs to user {uid}")
-    return pid
-
-
-def _is_running(pid: int) -> bool:
-    """Tell whether a process is there and has not ended; a zombie has."""
+def _start_detached(config: DaemonConfig, warm_command: list[str]) -> None:
+    """Start a process that serves; return when it does. Raises DaemonError with the reason if it does not."""
+    log = config.socket.with_name(config.socket.name + ".log")
+    log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    check_folder(log.parent)
+    command = [sys.executable, "-m", "tierkv.tools.daemon_process", to_json(config, warm_command)]
+    output = open_log(log)
     try:
-        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-def _what_was_lost(socket: Path, pid: int) -> str:
-    """Return what a daemon that has ended says of blocks that it has not written; empty where there are none."""
-    _, lines = read_lock_file(socket.with_name(socket.name + ".lock"))
-    lost = lines[1].removeprefix(NOT_WRITTEN).strip() if len(lines) > 1 and lines[0] == str(pid) else "0"
-    return "" if lost == "0" else f"; {visible(lost)} blocks were not written to the store, its log says why"
+        begin = os.fstat(output).st_size
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
+        pid = _wait_until_it_serves(process, config.socket, log, lambda: os.pread(output, _MAX_LOG_BYTES, begin))
+    finally:
+        os.close(output)
+    process.returncode = 0  # it outlives this process: without this Python warns of a child left behind
+    print(f"tierkv daemon {pid} serves on {config.socket}; its log is {log}")
 
 
 def _wait_until_it_serves(
@@ -180,32 +224,36 @@ def _wait_until_it_serves(
     raise DaemonError(f"the daemon does not answer after {_START_S:.0f} s; its log is {log}")
 
 
-def _announce(config: DaemonConfig, warm_command: list[str]) -> None:
-    logging.getLogger(__name__).info("clients are welcome at %s", config.socket)
-    if warm_command:
-        threading.Thread(target=_run_and_log, args=(warm_command,), daemon=True).start()
+def _listener_of(path: Path) -> int:
+    """Return the process that listens on a socket, also of one that does not answer. Raises DaemonGoneError."""
+    with socket_module.socket(socket_module.AF_UNIX) as connection:
+        connection.settimeout(_ANSWER_S)
+        try:
+            connection.connect(os.fspath(path))
+        except (OSError, ValueError) as exc:
+            raise DaemonGoneError(
+                f"no daemon answers at {path}: {getattr(exc, 'strerror', None) or exc}",
+                hint="tierkv daemon start --detach starts one",
+            ) from exc
+        pid, uid = peer_of(connection)
+    if uid != os.geteuid():
+        raise DaemonError(f"the daemon at {path} belongs to user {uid}")
+    return pid
 
 
-def _run_and_log(command: list[str]) -> None:
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    said = (ended.stderr.strip() or ended.stdout.strip()).splitlines()
-    logging.getLogger(__name__).info("--warm-file: %s", said[-1] if said else f"ended with code {ended.returncode}")
+def _is_running(pid: int) -> bool:
+    """Return whether a process exists and has not ended; a zombie has."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
-def _to_json(config: DaemonConfig, warm_command: list[str]) -> str:
-    return json.dumps({"config": asdict(config), "warm_command": warm_command}, default=str)
-
-
-def _from_json(text: str) -> tuple[DaemonConfig, list[str]]:
-    value = json.loads(text)
-    config: dict[str, Any] = value["config"]
-    paths = {name: Path(config[name]) if config[name] else None for name in ("socket", "store")}
-    limits = Limits(**config["limits"])
-    return DaemonConfig(**{**config, **paths, "limits": limits}), value["warm_command"]
-
-
-def _as_dict(report: StatusReport) -> dict[str, Any]:
-    return {name: getattr(report, name) for name in report.__struct_fields__}
+def _what_was_lost(socket: Path, pid: int) -> str:
+    """Return how many blocks an ended daemon has not written, by its lock file; empty where there are none."""
+    _, lines = read_lock_file(socket.with_name(socket.name + ".lock"))
+    lost = lines[1].removeprefix(NOT_WRITTEN).strip() if len(lines) > 1 and lines[0] == str(pid) else "0"
+    return "" if lost == "0" else f"; {visible(lost)} blocks were not written to the store, its log says why"
 
 
 def _table(report: StatusReport) -> Table:
@@ -221,7 +269,7 @@ def _table(report: StatusReport) -> Table:
         live, quota = format_bytes(report.cold["live_bytes"]), format_bytes(report.cold["quota_bytes"])
         table.add_row("cold tier", f"{live} of {quota}, {report.cold['blocks']:,} blocks")
     table.add_row("clients", f"{report.clients - 1:,}")  # without this command
-    table.add_row("slots lent to read, to write", f"{report.leased_slots:,}, {report.reserved_slots:,}")
+    table.add_row("slots leased to read, to write", f"{report.leased_slots:,}, {report.reserved_slots:,}")
     table.add_row("blocks promised, being stored", f"{report.claims:,}, {report.pending_writes:,}")
     table.add_row("socket, in and out", f"{format_bytes(report.bytes_received)}, {format_bytes(report.bytes_sent)}")
     for name, count in sorted(report.counters.items()):
@@ -250,18 +298,3 @@ def _limits(report: StatusReport) -> Table:
         one = (show(each.largest), show(each.limit_of_one)) if each.limit_of_one else ("", "")
         table.add_row(each.name.removesuffix("_bytes").replace("_", " "), show(each.used), show(each.limit), *one)
     return table
-
-
-def _main() -> None:
-    """Serve as told on the command line; what the user can mend is the log's last line."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", handlers=[BoundedHandler()])
-    try:
-        config, warm_command = _from_json(sys.argv[1])
-        serve(config, started=lambda: _announce(config, warm_command))
-    except TierKVError as exc:
-        print(f"tierkv: {exc}", file=sys.stderr)
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    _main()

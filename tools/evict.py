@@ -2,49 +2,84 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.eviction_log import LOG_NAME, EvictionLog
+from tierkv.daemon.eviction_messages import EvictBlocks, EvictedBlocks, Eviction
 from tierkv.daemon.host import read_lock_file
-from tierkv.daemon.messages import EvictBlocks, EvictedBlocks, Eviction, Status, StatusReport
+from tierkv.daemon.messages import Status, StatusReport
 from tierkv.daemon.server import STORE_LOCK
+from tierkv.engine.prompts import PromptRequest, prefix_tokens, read_prompts
 from tierkv.errors import ConfigError, DaemonError, DaemonGoneError, StoreError
+from tierkv.storage.codecs import CODECS
 from tierkv.storage.cold import ColdStore
-from tierkv.storage.cold_eviction import EvictionReport
-from tierkv.storage.cold_prompt import StoredPrompt
-from tierkv.tools.options import parse_size
-from tierkv.tools.render import format_bytes, print_json, visible
-from tierkv.tools.stores import open_existing
+from tierkv.storage.cold_eviction import EvictionReport, StoredPrompt
+from tierkv.tools.engine_options import ModelOptions, identify
+from tierkv.tools.options import AsJson, parse_optional_size, spread
+from tierkv.tools.stores import StoreOptions, find_digest, open_existing
+from tierkv.tools.terminal import print_json, visible
 from tierkv.values.block import HASH_BYTES, BlockHash, as_token_array, iter_chain
+from tierkv.values.units import format_bytes
 
-__all__ = ["PromptBlocks", "daemon_for", "evict", "parse_age"]
+__all__ = ["daemon_for", "evict", "parse_age", "request_of"]
 
 _UNITS_S = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 _EVICT_S = 600.0
 _MAX_AGE_S = 1e11
 
 
-@dataclass(frozen=True, slots=True)
-class PromptBlocks:
-    """A prompt under one namespace: its token ids as little-endian uint32, and the hashes of its whole blocks."""
+@spread()
+def evict(
+    model: ModelOptions,
+    where: StoreOptions,
+    to: Annotated[str | None, typer.Option(help="Until at most so many bytes are live, as 512M or 0.")] = None,
+    namespace: Annotated[str | None, typer.Option(help="Only this namespace: leading hex digits.")] = None,
+    older_than: Annotated[
+        str | None, typer.Option(help="Only blocks that were not used for so long, as 90s, 12h or 7d.")
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="Only blocks that begin with these prompts: a file as `tierkv warm` takes it, or a text."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Remove blocks from a store, a daemon's memory, and engines that use the daemon. Pinned blocks and the quota stay.
 
-    namespace: BlockHash
-    hashes: list[BlockHash]
-    token_bytes: bytes
-
-    @classmethod
-    def of(cls, namespace: BlockHash, token_ids: Iterable[int], block_size: int) -> PromptBlocks:
-        """Return what a prompt is under a namespace."""
-        token_bytes = as_token_array(list(token_ids)).tobytes()
-        chain = iter_chain(namespace, token_bytes, block_size)
-        return cls(namespace, [block_hash for block_hash, _ in chain], token_bytes)
+    Model, device, dtype, block size and salt identify the blocks of --prompt.
+    """
+    daemon, path = where.daemon, None
+    if daemon is None:
+        path = where.path
+        daemon = daemon_for(path)
+    if to is None and namespace is None and older_than is None and prompt is None:
+        raise ConfigError("nothing to evict: say --to SIZE, --namespace N, --prompt P or --older-than T")
+    size = parse_optional_size(to)
+    to_bytes = -1 if size is None else size
+    older_than_s = -1.0 if older_than is None else parse_age(older_than)
+    if prompt is None:
+        requests = [EvictBlocks(older_than_s=older_than_s, to_bytes=to_bytes)]
+    else:
+        requests = _requests_of(prompt, model, older_than_s)
+        requests += [EvictBlocks(to_bytes=to_bytes)] if to_bytes >= 0 or not requests else []
+    if daemon is not None:
+        result = _evict_through_daemon(daemon, requests, namespace)
+    else:
+        assert path is not None, "a store or a daemon is named"
+        result = _evict_stored(path, requests, namespace)
+    if as_json:
+        print_json(asdict(result))
+    else:
+        _print(result, requests[-1].to_bytes)
 
 
 @dataclass(slots=True)
@@ -60,45 +95,11 @@ class _Result:
     engines: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
-    def stay(self, counts: dict[str, int]) -> None:
-        """Note blocks that stayed; of several evictions the most, since each may meet the same ones."""
+    def record_stayed(self, counts: dict[str, int]) -> None:
+        """Record why blocks stayed: the largest count of any eviction, because several may find the same blocks."""
         for reason, count in counts.items():
             if count:
                 self.stayed[reason] = max(count, self.stayed.get(reason, 0))
-
-
-def evict(
-    store_path: Path | None,
-    *,
-    socket: Path | None,
-    to: str | None,
-    namespace: str | None,
-    older_than: str | None,
-    as_json: bool,
-    prompts: list[PromptBlocks] | None = None,
-) -> None:
-    """Remove unpinned blocks, leaves first: those of a namespace, of prompts and of an age, where given; then the least
-    recently used until at most `to` bytes are live.
-
-    socket: of the daemon that has the store. It evicts from its warm tier too, and its clients drop their hot copies.
-    Raises ConfigError if nothing is given, StoreError, DaemonError.
-    """
-    if to is None and namespace is None and older_than is None and prompts is None:
-        raise ConfigError("nothing to evict: say --to SIZE, --namespace N, --prompt P or --older-than T")
-    wishes = _wishes(
-        to_bytes=-1 if to is None else 0 if to.strip() == "0" else parse_size(to),
-        older_than_s=-1.0 if older_than is None else parse_age(older_than),
-        prompts=prompts,
-    )
-    if socket is not None:
-        result = _evict_through_daemon(socket, wishes, namespace)
-    else:
-        assert store_path is not None, "a store or a daemon is named"
-        result = _evict_stored(store_path, wishes, namespace)
-    if as_json:
-        print_json(asdict(result))
-    else:
-        _print(result, wishes[-1].to_bytes)
 
 
 def daemon_for(store_path: Path) -> Path | None:
@@ -123,6 +124,40 @@ def parse_age(text: str) -> float:
     return min(float(match[1]) * _UNITS_S[match[2]], _MAX_AGE_S)
 
 
+def request_of(
+    namespace: BlockHash, token_ids: Iterable[int], block_size: int, *, older_than_s: float = -1.0
+) -> EvictBlocks:
+    """Return the request that evicts a prompt's blocks under one namespace, if they were not used for so long."""
+    tokens = as_token_array(list(token_ids)).tobytes()
+    hashes = b"".join(block_hash for block_hash, _ in iter_chain(namespace, tokens, block_size))
+    return EvictBlocks(namespace=namespace, hashes=hashes, tokens=tokens, older_than_s=older_than_s)
+
+
+def _requests_of(prompt: str, model: ModelOptions, older_than_s: float) -> list[EvictBlocks]:
+    """Return requests for the prompts of a file, or a text that is one, under the model's namespace and its lossy ones.
+
+    Raises ConfigError for a file that holds no prompt, and for a text without tokens.
+    """
+    prompts = read_prompts(Path(prompt)) if _is_file(prompt) else [PromptRequest(system=prompt.strip())]
+    loaded, namespace = identify(model)
+    lossy = [codec.name for codec in CODECS if codec.is_lossy]
+    digests = [replace(namespace, lossy_codec=name).digest for name in ("", *lossy)]
+    requests = []
+    for each in prompts:
+        tokens = prefix_tokens(loaded.tokenizer, each)
+        if not tokens:
+            raise ConfigError("the prompt has no tokens")
+        requests += [request_of(digest, tokens, model.block_size, older_than_s=older_than_s) for digest in digests]
+    return requests
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return os.path.isfile(text)
+    except ValueError:
+        return False
+
+
 def _owner_of(store_path: Path) -> Path | None:
     """Return the socket of the daemon that has a store, if one has it. Raises DaemonError if its socket is unknown."""
     is_held, lines = read_lock_file(store_path / STORE_LOCK)
@@ -136,64 +171,46 @@ def _owner_of(store_path: Path) -> Path | None:
     return Path(lines[1])
 
 
-def _wishes(*, to_bytes: int, older_than_s: float, prompts: list[PromptBlocks] | None) -> list[EvictBlocks]:
-    """Return one eviction for each prompt, and the size to come down to with the last one."""
-    if prompts is None:
-        return [EvictBlocks(older_than_s=older_than_s, to_bytes=to_bytes)]
-    wishes = [
-        EvictBlocks(
-            namespace=prompt.namespace,
-            hashes=b"".join(prompt.hashes),
-            tokens=prompt.token_bytes,
-            older_than_s=older_than_s,
-        )
-        for prompt in prompts
-    ]
-    if to_bytes >= 0 or not wishes:
-        wishes.append(EvictBlocks(to_bytes=to_bytes))
-    return wishes
-
-
-def _evict_through_daemon(socket: Path, wishes: list[EvictBlocks], namespace: str | None) -> _Result:
+def _evict_through_daemon(socket: Path, requests: list[EvictBlocks], namespace: str | None) -> _Result:
     result = _Result()
     with DaemonClient(socket) as client:
         names = {each.namespace: each.name for each in client.call(Status(), StatusReport).tenants}
         if client.welcome.has_cold:
             with suppress(StoreError), open_existing(Path(client.welcome.store)) as store:
                 names |= {each.digest.hex(): str(each.description.get("name", "")) for each in store.namespaces()}
-        digest = _find(names, namespace)
-        for wish in wishes:
-            if not _can_match(wish, digest, names):
+        digest = bytes.fromhex(find_digest(names, namespace)) if namespace is not None else b""
+        for request in requests:
+            if not _can_match(request, digest, names):
                 continue
-            answer = client.call(_within(wish, digest), EvictedBlocks, timeout_s=_EVICT_S)
+            answer = client.call(_within(request, digest), EvictedBlocks, timeout_s=_EVICT_S)
             result.blocks_evicted += answer.cold
             result.warm_blocks_evicted += answer.warm
             result.bytes_freed += answer.freed_bytes
-            result.stay(answer.stayed)
+            result.record_stayed(answer.stayed)
             result.engines = [{name: getattr(each, name) for name in each.__struct_fields__} for each in answer.engines]
             result.blocks_left, result.bytes_live = answer.left, answer.live_bytes
     result.notes.append(f"through the daemon at {socket}: its warm tier and its clients as well")
     return result
 
 
-def _evict_stored(store_path: Path, wishes: list[EvictBlocks], namespace: str | None) -> _Result:
+def _evict_stored(store_path: Path, requests: list[EvictBlocks], namespace: str | None) -> _Result:
     result = _Result()
     had_daemon = (store_path / STORE_LOCK).exists()
     with open_existing(store_path, read_only=False) as store:
         names = {each.digest.hex(): str(each.description.get("name", "")) for each in store.namespaces()}
-        digest = _find(names, namespace)
+        digest = bytes.fromhex(find_digest(names, namespace)) if namespace is not None else b""
         log = EvictionLog(store_path / LOG_NAME) if had_daemon else None
-        for wish in wishes:
-            if not _can_match(wish, digest, names):
+        for request in requests:
+            if not _can_match(request, digest, names):
                 continue
-            asked = _within(wish, digest)
+            asked = _within(request, digest)
             report = _evict_one(store, asked)
             result.blocks_evicted += report.blocks
             result.bytes_freed += report.freed_bytes
-            result.stay({"stored, pinned": report.num_pinned})
-            result.stay({"stored, continued by others that stay": report.num_continued})
-            if log:  # the next daemon tells the engines that still have copies
-                _note(log, asked, report.hashes)
+            result.record_stayed({"stored, pinned": report.num_pinned})
+            result.record_stayed({"stored, continued by others that stay": report.num_continued})
+            if log:  # the next daemon passes it on to the engines that still have copies
+                _add_to_log(log, asked, report.hashes)
         if log:
             log.save()
         left = store.stats()
@@ -203,52 +220,39 @@ def _evict_stored(store_path: Path, wishes: list[EvictBlocks], namespace: str | 
     return result
 
 
-def _evict_one(store: ColdStore, wish: EvictBlocks) -> EvictionReport:
+def _evict_one(store: ColdStore, request: EvictBlocks) -> EvictionReport:
     prompt = None
-    if wish.tokens:
-        hashes = [wish.hashes[at : at + HASH_BYTES] for at in range(0, len(wish.hashes), HASH_BYTES)]
-        prompt = StoredPrompt(wish.namespace, hashes, wish.tokens)
+    if request.tokens:
+        hashes = [request.hashes[at : at + HASH_BYTES] for at in range(0, len(request.hashes), HASH_BYTES)]
+        prompt = StoredPrompt(request.namespace, hashes, request.tokens)
     return store.evict(
-        to_bytes=wish.to_bytes if wish.to_bytes >= 0 else None,
-        namespace=wish.namespace or None,
-        older_than_s=wish.older_than_s if wish.older_than_s >= 0 else None,
+        to_bytes=request.to_bytes if request.to_bytes >= 0 else None,
+        namespace=request.namespace or None,
+        older_than_s=request.older_than_s if request.older_than_s >= 0 else None,
         prompt=prompt,
     )
 
 
-def _note(log: EvictionLog, wish: EvictBlocks, hashes: Iterable[BlockHash]) -> None:
+def _add_to_log(log: EvictionLog, request: EvictBlocks, hashes: Iterable[BlockHash]) -> None:
     now = time.time()
-    if wish.to_bytes == 0:
+    if request.to_bytes == 0:
         log.add(Eviction(0, now))
         return
-    if wish.namespace or wish.older_than_s >= 0:
-        log.add(Eviction(0, now, wish.namespace, wish.tokens, wish.older_than_s))
-    if wish.to_bytes > 0:
+    if request.namespace or request.older_than_s >= 0:
+        log.add(Eviction(0, now, request.namespace, request.tokens, request.older_than_s))
+    if request.to_bytes > 0:
         log.add(Eviction(0, now, block_hashes=b"".join(hashes)))
 
 
-def _within(wish: EvictBlocks, digest: BlockHash) -> EvictBlocks:
-    """Return a wish within a namespace, if one is named."""
-    namespace = wish.namespace or digest
-    return EvictBlocks(namespace, wish.hashes, wish.tokens, wish.older_than_s, wish.to_bytes)
+def _within(request: EvictBlocks, digest: BlockHash) -> EvictBlocks:
+    """Return the request, limited to a namespace if one is named."""
+    namespace = request.namespace or digest
+    return EvictBlocks(namespace, request.hashes, request.tokens, request.older_than_s, request.to_bytes)
 
 
-def _can_match(wish: EvictBlocks, digest: BlockHash, names: dict[str, str]) -> bool:
-    """Tell whether a wish is of a namespace that there is, and that was not excluded."""
-    return not wish.namespace or (digest in (b"", wish.namespace) and wish.namespace.hex() in names)
-
-
-def _find(names: dict[str, str], prefix: str | None) -> BlockHash:
-    """Return the namespace whose hex digest begins with `prefix`; b"" where none is named. Raises ConfigError."""
-    if prefix is None:
-        return b""
-    fitting = [digest for digest in names if digest.startswith(prefix.lower())]
-    if len(fitting) == 1:
-        return bytes.fromhex(fitting[0])
-    listed = ", ".join(f"{digest[:12]} ({name or 'unnamed'})" for digest, name in names.items())
-    raise ConfigError(
-        f"{len(fitting)} namespaces begin with {prefix}; choose one with --namespace: {listed or 'it is empty'}"
-    )
+def _can_match(request: EvictBlocks, digest: BlockHash, names: dict[str, str]) -> bool:
+    """Return whether the request's namespace exists and was not excluded."""
+    return not request.namespace or (digest in (b"", request.namespace) and request.namespace.hex() in names)
 
 
 def _print(result: _Result, to_bytes: int) -> None:
@@ -256,7 +260,7 @@ def _print(result: _Result, to_bytes: int) -> None:
     print(
         f"evicted {result.blocks_evicted} blocks, {format_bytes(result.bytes_freed)}{warm}; "
         f"{result.blocks_left} blocks, {format_bytes(result.bytes_live)}, are left"
-        + (" (pinned blocks and what they continue stay)" if 0 <= to_bytes < result.bytes_live else "")
+        + (" (pinned blocks and those before them stay)" if 0 <= to_bytes < result.bytes_live else "")
     )
     for reason, count in result.stayed.items():
         print(f"stayed: {count} blocks ({visible(reason)})")

@@ -1,28 +1,31 @@
-"""`tierkv inspect`: what a store holds, by namespace and by prompt prefix, and why namespaces do not mix."""
+"""`tierkv inspect`: what a store holds, by namespace and by prompt prefix, and in what its namespaces differ."""
 
 from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import typer
 from rich import box
 from rich.table import Table
 
 from tierkv.engine.models import load_tokenizer
 from tierkv.errors import ConfigError
 from tierkv.storage.cold import ColdStore
-from tierkv.storage.cold_entry import ColdEntry
+from tierkv.storage.cold_rows import ColdEntry
 from tierkv.storage.cold_stats import StoredNamespace
-from tierkv.tools.options import cache_directory
-from tierkv.tools.render import format_age, format_bytes, open_console, print_json, visible
-from tierkv.tools.stores import find_namespace, open_existing
+from tierkv.tools.options import AsJson, cache_directory, spread
+from tierkv.tools.stores import StoreOptions, find_namespace, iter_chains, open_existing
+from tierkv.tools.terminal import format_age, open_console, print_json, visible
 from tierkv.values.block import BlockHash
 from tierkv.values.namespace import differing_fields
+from tierkv.values.units import format_bytes
 
 __all__ = ["inspect"]
 
@@ -44,17 +47,23 @@ class _Prefix:
     own_ids: list[int]
 
 
-def inspect(store_path: Path, *, namespace: str | None, model: str | None, as_json: bool) -> None:
-    """Print the namespaces and prompt prefixes of a store. Raises StoreError if there is none."""
-    now = time.time()
-    with open_existing(store_path) as store:
+@spread()
+def inspect(
+    where: StoreOptions,
+    namespace: Annotated[str | None, typer.Option(help="Only this namespace: leading hex digits.")] = None,
+    model: Annotated[str | None, typer.Option(help="Show texts with this model's tokenizer.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List what is stored: namespaces and how they differ, prompt prefixes, sizes, ages."""
+    path, now = where.path, time.time()
+    with open_existing(path) as store:
         found = [find_namespace(store, namespace)] if namespace else store.namespaces()
         found.sort(key=lambda n: n.last_used, reverse=True)
         prefixes = [prefix for n in found for prefix in _iter_prefixes(store, n)]
     if as_json:
         texts = _texts(prefixes, found, model, own=False)
         result = {
-            "store": str(store_path),
+            "store": str(path),
             "namespaces": [_describe(n, found[0]) for n in found],
             "prefixes": [_as_dict(p, text, now) for p, text in zip(prefixes, texts, strict=True)],
         }
@@ -75,22 +84,11 @@ def inspect(store_path: Path, *, namespace: str | None, model: str | None, as_js
 
 
 def _iter_prefixes(store: ColdStore, namespace: StoredNamespace) -> Iterator[_Prefix]:
-    """Yield every leaf's chain, depth first. A block is counted as shared where its parent has other children."""
+    """Yield the chain of every leaf. Blocks up to the last one with several children are counted as shared."""
     entries = dict(store.iter_entries(namespace.digest))
-    children: dict[BlockHash, list[BlockHash]] = {}
-    for block_hash, entry in entries.items():
-        children.setdefault(entry.parent, []).append(block_hash)
-    for block_hash in entries:
-        if block_hash not in children:
-            yield _prefix(store, namespace, _chain(entries, block_hash), entries, children)
-
-
-def _chain(entries: dict[BlockHash, ColdEntry], leaf: BlockHash) -> list[BlockHash]:
-    chain = {leaf: None}
-    at = leaf
-    while (at := entries[at].parent) in entries and at not in chain:  # parents of a damaged store may be a cycle
-        chain[at] = None
-    return list(chain)[::-1]
+    num_children = Counter(entry.parent for entry in entries.values())
+    for chain in iter_chains(entries):
+        yield _prefix(store, namespace, chain, entries, num_children)
 
 
 def _prefix(
@@ -98,10 +96,10 @@ def _prefix(
     namespace: StoredNamespace,
     chain: list[BlockHash],
     entries: dict[BlockHash, ColdEntry],
-    children: dict[BlockHash, list[BlockHash]],
+    num_children: Counter[BlockHash],
 ) -> _Prefix:
     own = [entries[block_hash] for block_hash in chain]
-    branches = [i for i, block_hash in enumerate(chain) if len(children.get(block_hash, [])) > 1]
+    branches = [i for i, block_hash in enumerate(chain) if num_children[block_hash] > 1]
     shared_blocks = branches[-1] + 1 if branches else 0
     return _Prefix(
         namespace=namespace.digest.hex(),
@@ -117,13 +115,13 @@ def _prefix(
 
 
 def _first_tokens(store: ColdStore, block_hash: BlockHash) -> list[int]:
-    """Return how a block begins, for a preview."""
+    """Return the first tokens of a block, for a preview."""
     token_ids: list[int] = np.frombuffer(store.read_tokens(block_hash) or b"", dtype="<u4")[:_PREVIEW_TOKENS].tolist()
     return token_ids
 
 
 def _texts(prefixes: list[_Prefix], found: list[StoredNamespace], model: str | None, *, own: bool) -> list[str]:
-    """Return how each prefix, or what it shares with no other, begins: as text where its tokenizer is known."""
+    """Return the beginning of each prefix, or of its unshared part; as text where its tokenizer is known."""
     names = {n.digest.hex(): str(n.description.get("name", "")) for n in found}
     tokenizers: dict[str, Any] = {}
     texts: list[str] = []
@@ -140,7 +138,7 @@ def _texts(prefixes: list[_Prefix], found: list[StoredNamespace], model: str | N
 def _embedded_directory() -> Path | None:
     try:
         return cache_directory(os.environ)
-    except ConfigError:  # no home directory: then the embedded model is not here either
+    except ConfigError:  # no home directory, so no embedded model
         return None
 
 

@@ -1,62 +1,224 @@
-"""What the commands have in common: options, the user's directories, and how an engine is opened."""
+"""The input of the commands: options as Typer reads them, sizes, and places that the environment names."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import MISSING, fields, is_dataclass
 from decimal import Decimal
 from pathlib import Path
+from typing import Annotated, Any, get_type_hints
 
-from tierkv.config import CacheConfig
-from tierkv.engine.models import EMBEDDED, load_model
-from tierkv.engine.runner import Runner, open_runner
+import typer
+
 from tierkv.errors import ConfigError
 from tierkv.values.files import home_directory, user_path
 from tierkv.values.units import format_bytes
 
 __all__ = [
-    "EngineOptions",
+    "AsJson",
+    "BlockSize",
+    "BlockTokens",
+    "CodecName",
+    "ColdSize",
+    "DaemonSocket",
+    "Device",
+    "Dtype",
+    "HotSize",
+    "Lines",
+    "MinFree",
+    "Model",
+    "PromptFile",
+    "ReadOnly",
+    "Salt",
+    "Socket",
+    "StatePath",
+    "Store",
+    "TraceFile",
+    "WarmSize",
+    "as_path",
     "cache_directory",
     "default_socket",
     "default_store",
-    "embedded_directory",
     "named_socket",
-    "open_engine",
+    "parse_optional_size",
     "parse_size",
+    "spread",
 ]
 
 _MAX_BYTES = 1 << 62
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineOptions:
-    """The options of a command that runs a model. Sizes in bytes; None is the configuration's default."""
+def as_path(text: str | Path) -> Path:
+    """Return the path of an option or an argument, ~ expanded. A text that is no path is a usage error."""
+    try:
+        return user_path(text)
+    except ConfigError as exc:
+        raise typer.BadParameter(str(exc)) from exc
 
-    model: str | None
-    store: Path
-    device: str | None
-    dtype: str | None
-    block_size: int
-    salt: str
-    cold_bytes: int | None
-    warm_bytes: int
-    hot_bytes: int | None
-    codec: str = "auto"
-    socket: Path | None = None
-    min_free_bytes: int | None = None
-    read_only: bool = False
+
+Model = Annotated[str | None, typer.Option(help="Directory or hub name; without it the embedded model.")]
+Store = Annotated[
+    Path | None,
+    typer.Option(
+        parser=as_path,
+        metavar="DIRECTORY",
+        help="Directory of the cold store.",
+        show_default="TIERKV_STORE, else ~/.cache/tierkv/store",
+    ),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...", show_default="cuda if there is a GPU")]
+Dtype = Annotated[str | None, typer.Option(help="bfloat16, float16, float32.", show_default="the model's")]
+BlockSize = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--block-size",
+        help="Tokens of a block; flash-attn takes multiples of 256.",
+        metavar="<int>",
+        show_default="256",
+    ),
+]
+Salt = Annotated[str, typer.Option(help="Keeps tenants apart: blocks of another salt are never used.")]
+ColdSize = Annotated[
+    str | None,
+    typer.Option(
+        "--cold",
+        help="Quota of a new store in bytes, as 512M or 64G; tierkv quota changes that of an existing one.",
+        show_default="the store's own, 64G for a new one",
+    ),
+]
+MinFree = Annotated[
+    str | None,
+    typer.Option(
+        "--min-free",
+        help="Bytes of the store's volume that stay free, as 512M or 0.",
+        show_default="1G, or a 20th of a smaller volume",
+    ),
+]
+ReadOnly = Annotated[bool, typer.Option("--read-only", help="Use what is stored, store nothing.")]
+WarmSize = Annotated[str, typer.Option("--warm", help="Bytes of the page-locked pool in CPU memory, as 512M or 8G.")]
+HotSize = Annotated[
+    str | None,
+    typer.Option(
+        "--hot",
+        help="Bytes of the paged pool beside the model, as 512M or 8G.",
+        show_default="half the free GPU memory, or 1G on a CPU",
+    ),
+]
+CodecName = Annotated[
+    str,
+    typer.Option("--codec", help="auto is lossless; lossy-int8 halves the bytes and changes them."),
+]
+Socket = Annotated[
+    Path | None,
+    typer.Option(
+        parser=as_path,
+        metavar="PATH",
+        help="Use the warm and cold tier of the daemon that listens here.",
+        show_default="TIERKV_SOCKET, else no daemon",
+    ),
+]
+DaemonSocket = Annotated[
+    Path | None,
+    typer.Option(
+        "--socket",
+        parser=as_path,
+        metavar="PATH",
+        help="Where the daemon listens.",
+        show_default="TIERKV_SOCKET, else tierkv/daemon.sock in XDG_RUNTIME_DIR or ~/.cache",
+    ),
+]
+StatePath = Annotated[Path, typer.Argument(parser=as_path, metavar="FILE", help="State file.")]
+PromptFile = Annotated[
+    Path,
+    typer.Argument(
+        parser=as_path,
+        metavar="FILE",
+        help="Prompts: text separated by lines of ---, or JSON (.json, .jsonl, .ndjson).",
+    ),
+]
+Lines = Annotated[bool, typer.Option("--lines", help="One prompt per line.")]
+TraceFile = Annotated[
+    Path,
+    typer.Argument(
+        parser=as_path, metavar="FILE", help='Requests, one per line: {"timestamp": ms, "hash_ids": [...]}.'
+    ),
+]
+BlockTokens = Annotated[int, typer.Option(help="Tokens of a block of the trace.", min=2, max=1 << 20)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def spread(*, without: Collection[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Show Typer each field of a command's dataclass parameters as an option of its own.
+
+    The command gets the dataclasses, made of the options. without: fields that keep their defaults and are no options.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(command, include_extras=True)
+        del hints["return"]
+        bundles: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
+
+        @functools.wraps(command)
+        def run(**given: Any) -> None:
+            for name, kind in bundles.items():
+                given[name] = kind(**{each.name: given.pop(each.name) for each in fields(kind) if each.name in given})
+            command(**given)
+
+        parameters = list(_spread_parameters(command, hints, without))
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {each.name: each.annotation for each in parameters}
+        return run
+
+    return decorate
+
+
+def _spread_parameters(
+    command: Callable[..., None], hints: Mapping[str, Any], without: Collection[str]
+) -> Iterator[inspect.Parameter]:
+    for name, kind in hints.items():
+        if not is_dataclass(kind):
+            default = inspect.signature(command).parameters[name].default
+            yield inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+            continue
+        field_hints = get_type_hints(kind, include_extras=True)
+        for field in fields(kind):
+            if field.name not in without:
+                default = inspect.Parameter.empty if field.default is MISSING else field.default
+                annotation = field_hints[field.name]
+                yield inspect.Parameter(
+                    field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+                )
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of a size such as 512M, 8G, 1.5GiB or 4096. Raises ConfigError."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(?:i?b)?\s*", text.lower())
+    if match and Decimal(match[1]) >= _MAX_BYTES // _UNITS[match[2]]:
+        raise ConfigError(f"{text[:40]!r} is too large a size: the largest is {format_bytes(_MAX_BYTES)}")
+    size = int(Decimal(match[1]) * _UNITS[match[2]]) if match else 0
+    if size <= 0:
+        raise ConfigError(f"{text[:40]!r} is not a size: say 512M, 8G or 4096")
+    return size
+
+
+def parse_optional_size(text: str | None) -> int | None:
+    """Return the bytes of a size, which may be 0; None where none is given. Raises ConfigError."""
+    if text is None:
+        return None
+    return 0 if text.strip() == "0" else parse_size(text)
 
 
 def named_socket(environment: Mapping[str, str]) -> Path | None:
-    """Return the daemon's socket that the user has named with TIERKV_SOCKET, if any."""
+    """Return the daemon's socket that TIERKV_SOCKET names, if any."""
     return _named(environment, "TIERKV_SOCKET")
 
 
 def default_socket(environment: Mapping[str, str]) -> Path:
-    """Return where a daemon listens unless told otherwise: TIERKV_SOCKET, or in the user's runtime directory."""
+    """Return where a daemon listens by default: TIERKV_SOCKET, or in the user's runtime directory."""
     if socket := named_socket(environment):
         return socket
     runtime = _named(environment, "XDG_RUNTIME_DIR", must_be_absolute=True)
@@ -64,7 +226,7 @@ def default_socket(environment: Mapping[str, str]) -> Path:
 
 
 def default_store(environment: Mapping[str, str]) -> Path:
-    """Return where the cold store lies unless told otherwise: TIERKV_STORE, or under the user's cache."""
+    """Return where the cold store lies by default: TIERKV_STORE, or under the user's cache directory."""
     return _named(environment, "TIERKV_STORE") or cache_directory(environment) / "store"
 
 
@@ -82,11 +244,6 @@ def cache_directory(environment: Mapping[str, str]) -> Path:
     return root / "tierkv"
 
 
-def embedded_directory(model: str | None, environment: Mapping[str, str]) -> Path | None:
-    """Return where the embedded model is kept; None where another model is asked for, which needs no such place."""
-    return cache_directory(environment) if model in (None, EMBEDDED) else None
-
-
 def _named(environment: Mapping[str, str], name: str, *, must_be_absolute: bool = False) -> Path | None:
     """Return the path in an environment variable; None where it is unset or empty.
 
@@ -100,38 +257,3 @@ def _named(environment: Mapping[str, str], name: str, *, must_be_absolute: bool 
     except ConfigError as exc:
         raise ConfigError(f"{name}: {exc}") from exc
     return path if path.is_absolute() or not must_be_absolute else None
-
-
-def parse_size(text: str) -> int:
-    """Return the bytes of a size such as 512M, 8G, 1.5GiB or 4096. Raises ConfigError."""
-    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(?:i?b)?\s*", text.lower())
-    if match and Decimal(match[1]) >= _MAX_BYTES // _UNITS[match[2]]:
-        raise ConfigError(f"{text[:40]!r} is too large a size: the largest is {format_bytes(_MAX_BYTES)}")
-    size = int(Decimal(match[1]) * _UNITS[match[2]]) if match else 0
-    if size <= 0:
-        raise ConfigError(f"{text[:40]!r} is not a size: say 512M, 8G or 4096")
-    return size
-
-
-@contextmanager
-def open_engine(options: EngineOptions, environment: Mapping[str, str]) -> Iterator[Runner]:
-    """Load the model, open the cache, and close it again behind the command."""
-    loaded = load_model(
-        options.model,
-        device=options.device,
-        dtype=options.dtype,
-        cache_dir=embedded_directory(options.model, environment),
-    )
-    config = CacheConfig(
-        cold_path=options.store,
-        block_size=options.block_size,
-        cold_bytes=options.cold_bytes,
-        warm_bytes=options.warm_bytes,
-        hot_bytes=options.hot_bytes,
-        codec=options.codec,
-        socket=options.socket,
-        min_free_bytes=options.min_free_bytes,
-        read_only=options.read_only,
-    )
-    with open_runner(loaded, config, salt=options.salt) as runner:
-        yield runner

@@ -1,46 +1,53 @@
-"""`tierkv report`: run requests under the profiler, and write what was seen as a page, a trace and plots."""
+"""`tierkv report`: run requests under the profiler, and write a page, a trace and plots."""
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import typer
 from rich.progress import Progress
 from rich.table import Table
 
 from tierkv.engine.prompts import read_prompts, render_tokens
 from tierkv.engine.runner import GenerationOptions, Runner
 from tierkv.errors import ConfigError, StoreError
-from tierkv.profiling.memory_report import MemoryReport
-from tierkv.profiling.plots import MemoryVisualizer
+from tierkv.profiling.memory_report import MemoryReport, MemoryVisualizer
 from tierkv.profiling.profiler import MemoryProfiler
 from tierkv.storage.cold import ColdStore
-from tierkv.tools.options import EngineOptions, open_engine
-from tierkv.tools.render import format_bytes, open_console, print_json, visible
+from tierkv.tools.engine_options import EngineOptions, open_engine
+from tierkv.tools.options import AsJson, Lines, as_path, spread
+from tierkv.tools.stores import iter_chains
+from tierkv.tools.terminal import open_console, print_json, visible
 from tierkv.values.block import BlockHash
+from tierkv.values.units import format_bytes
 
 __all__ = ["ReportRequest", "report"]
 
 _MAX_ROUNDS = 10_000
-_QUESTIONS = ("Where do I begin?", "What should I check first?", "Who can tell me more?")
+_QUESTIONS = ("Where do I begin?", "What should I check first?", "Where can I read more?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportRequest:
-    """What to run. file: prompts; None takes those that the store holds. rounds: how often each is asked for."""
+    """What to run, and where to write what was recorded."""
 
-    file: Path | None
-    lines: bool
-    rounds: int
-    max_new_tokens: int
-    output: Path
-    plots: bool
+    file: Annotated[
+        Path | None,
+        typer.Argument(parser=as_path, metavar="[FILE]", help="Prompts as for warm.", show_default="those stored"),
+    ] = None
+    lines: Lines = False
+    rounds: Annotated[int, typer.Option(help="How often each prompt is asked for.")] = 2
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most, each time.")] = 16
+    output: Annotated[
+        Path, typer.Option(parser=as_path, metavar="DIRECTORY", help="Directory for what is written.")
+    ] = Path("tierkv-report")
+    no_plots: Annotated[bool, typer.Option("--no-plots", help="No PNGs; they need the extra report.")] = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +56,20 @@ class _Prompt:
     token_ids: list[int]
 
 
-def report(request: ReportRequest, options: EngineOptions, *, as_json: bool) -> None:
-    """Run the requests one after another and write memory_profile.html, trace.json and the plots."""
+@spread()
+def report(request: ReportRequest, options: EngineOptions, as_json: AsJson = False) -> None:
+    """Run prompts under the profiler, and write a page, a trace for Perfetto, and plots."""
+    config = options.config()
     if not 1 <= request.rounds <= _MAX_ROUNDS:
         raise ConfigError(f"--rounds must be positive and at most {_MAX_ROUNDS:,}, got {request.rounds}")
     with _writing_to(request.output):
         request.output.mkdir(parents=True, exist_ok=True)  # before anything is computed
-    with open_engine(options, os.environ) as runner:
+    with open_engine(options, config) as runner:
         rounds = _rounds(request, runner)
         with MemoryProfiler(runner.cache, snapshot_every_s=0.0, sample_every=1) as profiler:
             _run(runner, profiler, rounds, request.max_new_tokens)
             profiler.close()
-            made = profiler.generate_report(title="tierkv memory profile", about=_about(request, options, runner))
+            made = profiler.generate_report(title="tierkv memory profile", about=_about(request, options.model, runner))
     written = _write(made, request)
     if as_json:
         print_json(_summary(made, written))
@@ -93,20 +102,14 @@ def _stored_prompts(runner: Runner) -> Iterator[_Prompt]:
         raise ConfigError("a daemon keeps the store", hint="name a file of prompts, or the store with --store")
     root = runner.cache.namespace.digest
     entries = dict(store.iter_entries(root))
-    parents = {entry.parent for entry in entries.values()}
-    for leaf in entries:
-        if leaf in parents:
-            continue
-        chain: list[BlockHash] = [leaf]
-        while entries[chain[-1]].parent in entries and len(chain) <= len(entries):  # a damaged store has cycles
-            chain.append(entries[chain[-1]].parent)
-        token_ids = _tokens_of(store, chain[::-1]) if entries[chain[-1]].parent == root else None
+    for chain in iter_chains(entries):
+        token_ids = _tokens_of(store, chain) if entries[chain[0]].parent == root else None
         if token_ids:
-            yield _Prompt(leaf.hex()[:8], token_ids)
+            yield _Prompt(chain[-1].hex()[:8], token_ids)
 
 
 def _tokens_of(store: ColdStore, chain: Sequence[BlockHash]) -> list[int] | None:
-    """Return the tokens of a chain; None if a block has left meanwhile."""
+    """Return the tokens of a chain; None if a block was evicted meanwhile."""
     pieces = [store.read_tokens(block_hash) for block_hash in chain]
     if any(piece is None for piece in pieces):
         return None
@@ -127,15 +130,15 @@ def _run(runner: Runner, profiler: MemoryProfiler, rounds: list[list[_Prompt]], 
         runner.cache.flush()
 
 
-def _about(request: ReportRequest, options: EngineOptions, runner: Runner) -> dict[str, str]:
+def _about(request: ReportRequest, model: str | None, runner: Runner) -> dict[str, str]:
     layout = runner.cache.layout
     return {
-        "model": options.model or "the embedded one (random weights)",
+        "model": model or "the embedded one (random weights)",
         "device": str(runner.loaded.model.device),
         "block": f"{layout.block_size} tokens, {format_bytes(layout.block_bytes)}, {layout.dtype}",
         "requests": f"{request.file or 'the prompts in the store'}, {request.rounds} rounds, one at a time, up to "
         f"{request.max_new_tokens} new tokens",
-        "store": str(options.store),
+        "store": str(runner.cache.config.cold_path),
     }
 
 
@@ -153,7 +156,7 @@ def _write(made: MemoryReport, request: ReportRequest) -> list[Path]:
             made.save_html(request.output / "memory_profile.html"),
             made.export_trace(request.output / "trace.json"),
         ]
-        plots = _plots(made) if request.plots else None
+        plots = None if request.no_plots else _plots(made)
         if plots:
             written += [
                 plots.plot_allocation_timeline(request.output / "allocation_timeline.png"),
@@ -164,7 +167,7 @@ def _write(made: MemoryReport, request: ReportRequest) -> list[Path]:
 
 
 def _plots(made: MemoryReport) -> MemoryVisualizer | None:
-    """Return what draws plots; None, and a word about it, where that is not installed: the page does without."""
+    """Return the visualizer; without matplotlib print so and return None: the page has no charts then."""
     try:
         return MemoryVisualizer(made)
     except ConfigError as exc:

@@ -6,16 +6,18 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.table import Table
 
 from tierkv.engine.prompts import PromptRequest, check_unicode, read_prompts, render_tokens
 from tierkv.engine.runner import Generation, GenerationOptions, Runner
 from tierkv.engine.sampling import SamplingOptions
 from tierkv.errors import ConfigError
-from tierkv.tools.options import EngineOptions, open_engine
-from tierkv.tools.render import open_console, print_json, visible
+from tierkv.tools.engine_options import EngineOptions, open_engine
+from tierkv.tools.options import AsJson, as_path, spread
+from tierkv.tools.terminal import open_console, print_json, visible
 from tierkv.values.block import Tier
 
 __all__ = ["RunRequest", "run"]
@@ -25,27 +27,31 @@ __all__ = ["RunRequest", "run"]
 class RunRequest:
     """What to answer, and how."""
 
-    prompt: str
-    system: Path | None
-    nth: int
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    seed: int
-    use_cache: bool
-    compare: bool
+    prompt: Annotated[str, typer.Argument(help="The user's text.")]
+    system: Annotated[
+        Path | None, typer.Option(parser=as_path, metavar="FILE", help="File with the system prompt, as for warm.")
+    ] = None
+    nth: Annotated[int, typer.Option(help="Which prompt of a --system file that has several.")] = 1
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64
+    temperature: Annotated[float, typer.Option(help="Of the sampling; 0 is greedy.")] = 0.0
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this mass, 0 to 1.")] = 1.0
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Find nothing and keep nothing.")] = False
+    compare: Annotated[bool, typer.Option("--compare", help="Also compute from scratch, and compare.")] = False
 
 
-def run(request: RunRequest, options: EngineOptions, *, as_json: bool) -> None:
-    """Print the answer; with `compare`, also how it compares with computing everything anew."""
+@spread()
+def run(request: RunRequest, options: EngineOptions, as_json: AsJson = False) -> None:
+    """Answer a prompt, reusing whatever K and V are cached."""
+    config = options.config()
     asked, text = _prompt_request(request), _text_of(request.prompt)
     sampling = SamplingOptions(temperature=request.temperature, top_p=request.top_p, seed=request.seed)
-    with open_engine(options, os.environ) as runner:
+    with open_engine(options, config) as runner:
         tokens = render_tokens(runner.loaded.tokenizer, asked, text)
         chosen = GenerationOptions(
             max_new_tokens=request.max_new_tokens,
             sampling=sampling,
-            use_cache=request.use_cache,
+            use_cache=not request.no_cache,
             store_partial=True,
             keep_logits=request.compare,
         )
@@ -96,9 +102,9 @@ def _summary(runner: Runner, result: Generation) -> dict[str, Any]:
 
 
 def _compare(runner: Runner, tokens: list[int], options: GenerationOptions, result: Generation) -> dict[str, Any]:
-    """Compute everything anew in this process; it profits from whatever the first answer has warmed up.
+    """Compute everything again in this process, and compare. The first answer may have warmed up the device.
 
-    max_logit_diff is over the steps up to the first token that differs: after it, the inputs differ too.
+    max_logit_diff: over the steps up to the first token that differs. After it, the inputs differ too.
     """
     plain = GenerationOptions(
         max_new_tokens=options.max_new_tokens, sampling=options.sampling, use_cache=False, keep_logits=True

@@ -1,22 +1,26 @@
-"""`tierkv save` and `tierkv load`: a store's blocks in one file, and back."""
+"""`tierkv save` and `tierkv load`: a store's blocks written into one file, and put back."""
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from tierkv.errors import StoreError
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.outcomes import PutOutcome
 from tierkv.storage.record import EncodedRecord, parse_record
 from tierkv.storage.state_file import StateFile, write_state_file
-from tierkv.tools.render import format_bytes
-from tierkv.tools.stores import find_namespace, open_existing, require_place
+from tierkv.tools.options import AsJson, ColdSize, MinFree, StatePath, parse_optional_size, spread
+from tierkv.tools.stores import StoreOptions, find_namespace, open_existing, require_place
+from tierkv.tools.terminal import print_json
 from tierkv.values.block import BlockHash
 from tierkv.values.files import own_errors
+from tierkv.values.units import format_bytes
 
 __all__ = ["load", "save"]
 
@@ -25,9 +29,15 @@ _BATCH_BYTES = 64 << 20
 _IN_THE_STORE = {PutOutcome.STORED.value, PutOutcome.EXISTS.value}
 
 
-def save(path: Path, store_path: Path, *, namespace: str | None, as_json: bool) -> None:
-    """Write one namespace of a store into a state file, atomically. Damaged blocks are left out, and told."""
-    with open_existing(store_path) as store:
+@spread()
+def save(
+    file: StatePath,
+    where: StoreOptions,
+    namespace: Annotated[str | None, typer.Option(help="Leading hex digits, where there are several.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a store's blocks of one namespace into one file, atomically. Damaged blocks are left out and counted."""
+    with open_existing(where.path) as store:
         chosen = find_namespace(store, namespace)
         if not chosen.description:
             raise StoreError(
@@ -35,29 +45,37 @@ def save(path: Path, store_path: Path, *, namespace: str | None, as_json: bool) 
                 hint="a command with its model writes the description again",
             )
         saved = write_state_file(
-            path,
+            file,
             namespace=chosen.digest,
             description=chosen.raw_description,
             records=_iter_records(store, chosen.digest),
         )
     left_out = max(0, chosen.blocks - saved.blocks)
     if as_json:
-        print(json.dumps({"blocks": saved.blocks, "bytes_file": saved.file_bytes, "blocks_left_out": left_out}))
+        print_json({"blocks": saved.blocks, "bytes_file": saved.file_bytes, "blocks_left_out": left_out})
     else:
-        print(f"saved {saved.blocks} blocks, {format_bytes(saved.file_bytes)}, to {path}")
+        print(f"saved {saved.blocks} blocks, {format_bytes(saved.file_bytes)}, to {file}")
         if left_out:
-            print(f"{left_out} were left out: damaged, or of another version; `tierkv verify` tells", file=sys.stderr)
+            print(f"{left_out} damaged or of another version were left out: see `tierkv verify`", file=sys.stderr)
 
 
-def load(path: Path, store_path: Path, *, cold_bytes: int | None, min_free_bytes: int | None, as_json: bool) -> None:
-    """Put a state file's sound blocks into a store, made if need be.
+@spread()
+def load(
+    file: StatePath,
+    where: StoreOptions,
+    cold: ColdSize = None,
+    min_free: MinFree = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put the sound blocks of a state file into a store, which is made if need be.
 
-    Raises StoreError for a file that is none, and afterwards, with what is stored, if not all blocks are in the store.
+    Fails, with what is stored kept, if not all blocks of the file are in the store afterwards.
     """
-    with StateFile(path) as state:
-        require_place(store_path, min_free_bytes=min_free_bytes)
-        with ColdStore(store_path, quota_bytes=cold_bytes, min_free_bytes=min_free_bytes) as store:
-            _load(path, state, store, as_json=as_json)
+    path, cold_bytes, min_free_bytes = where.path, parse_optional_size(cold), parse_optional_size(min_free)
+    with StateFile(file) as state:
+        require_place(path, min_free_bytes=min_free_bytes)
+        with ColdStore(path, quota_bytes=cold_bytes, min_free_bytes=min_free_bytes) as store:
+            _load(file, state, store, as_json=as_json)
 
 
 def _load(path: Path, state: StateFile, store: ColdStore, *, as_json: bool) -> None:
@@ -70,14 +88,14 @@ def _load(path: Path, state: StateFile, store: ColdStore, *, as_json: bool) -> N
     evicted = store.stats().evicted_blocks
     if stored + existing < len(state):
         missing = {"damaged": damaged} | {why.value: count for why, count in outcomes.items()}
-        told = ", ".join(f"{count} {why}" for why, count in missing.items() if count and why not in _IN_THE_STORE)
+        reasons = ", ".join(f"{count} {why}" for why, count in missing.items() if count and why not in _IN_THE_STORE)
         raise StoreError(
-            f"{stored + existing} of the {len(state)} blocks of {path} are in the store now; not: {told}"
+            f"{stored + existing} of the {len(state)} blocks of {path} are in the store now; not: {reasons}"
             + (f"; {evicted} blocks were evicted for them" if evicted else "")
         )
     if as_json:
         result = {"blocks": len(state), "blocks_stored": stored, "blocks_existing": existing}
-        print(json.dumps({**result, "blocks_evicted": evicted}))
+        print_json({**result, "blocks_evicted": evicted})
     else:
         print(
             f"loaded {stored} blocks from {path}; {existing} were there already"

@@ -1,170 +1,186 @@
-"""Commands on a store, or on whoever has it open: stats, inspect, save, load, evict, compact, verify, top."""
+"""`tierkv stats`, `quota`, `compact` and `verify`: how much a store holds and may hold, and whether it is sound."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
+from rich.progress import Progress
+from rich.table import Table
 
-from tierkv.tools import compact as compact_command
-from tierkv.tools import evict as evict_command
-from tierkv.tools import inspect_store as inspect_command
-from tierkv.tools import quota as quota_command
-from tierkv.tools import state as state_command
-from tierkv.tools import stats as stats_command
-from tierkv.tools import top as top_command
-from tierkv.tools import verify as verify_command
-from tierkv.tools.cli_options import (
-    AsJson,
-    BlockSize,
-    ColdSize,
-    DaemonSocket,
-    Device,
-    Dtype,
-    MinFree,
-    Model,
-    Salt,
-    Socket,
-    StateFile,
-    Store,
-    as_path,
-    chosen_daemon,
-    chosen_store,
-    engine_options,
-    optional_size,
-)
-from tierkv.tools.evict_prompt import prompt_blocks
-from tierkv.tools.options import default_socket, default_store
+from tierkv.daemon.client import DaemonClient
+from tierkv.daemon.messages import Compact, Done
+from tierkv.errors import CorruptBlockError
+from tierkv.storage.cold import ColdStore
+from tierkv.storage.cold_check import VerifyReport
+from tierkv.storage.cold_eviction import EvictionReport
+from tierkv.tools.options import AsJson, parse_size, spread
+from tierkv.tools.stores import StoreOptions, open_existing
+from tierkv.tools.terminal import open_console, print_json, visible
+from tierkv.values.units import format_bytes
+
+__all__ = ["compact", "quota", "stats", "verify"]
+
+_COMPACT_S = 3600.0
 
 
-def stats(store: Store = None, socket: Socket = None, as_json: AsJson = False) -> None:
-    """Say how much a store holds."""
-    stats_command.stats(chosen_store(store, socket), as_json=as_json)
+@spread()
+def stats(where: StoreOptions, as_json: AsJson = False) -> None:
+    """Print how much a store holds."""
+    path = where.path
+    with open_existing(path) as store:
+        summary = _summary(store)
+    if as_json:
+        print_json(summary)
+        return
+    table = Table(show_header=False)
+    table.add_row("store", visible(str(path)))
+    for name in ("namespaces", "blocks", "tokens"):
+        table.add_row(name, f"{summary[name]:,}")
+    if summary["namespaces_unreadable"]:
+        table.add_row("namespaces with an unreadable description", f"{summary['namespaces_unreadable']:,}")
+    for name in ("bytes_raw", "bytes_stored", "bytes_file", "bytes_quota"):
+        table.add_row(name.replace("_", " "), format_bytes(int(summary[name])))
+    table.add_row("ratio", f"{summary['ratio']:.3f}")
+    open_console().print(table)
 
 
-def inspect(
-    namespace: Annotated[Optional[str], typer.Option(help="Only this namespace: leading hex digits.")] = None,  # noqa: UP045
-    model: Annotated[Optional[str], typer.Option(help="Show texts with this model's tokenizer.")] = None,  # noqa: UP045
-    store: Store = None,
-    socket: Socket = None,
-    as_json: AsJson = False,
-) -> None:
-    """List what is stored: namespaces and how they differ, prompt prefixes, sizes, ages."""
-    inspect_command.inspect(chosen_store(store, socket), namespace=namespace, model=model, as_json=as_json)
-
-
-def save(
-    file: StateFile,
-    namespace: Annotated[Optional[str], typer.Option(help="Leading hex digits, where there are several.")] = None,  # noqa: UP045
-    store: Store = None,
-    socket: Socket = None,
-    as_json: AsJson = False,
-) -> None:
-    """Write a store's blocks of one namespace into one file."""
-    state_command.save(file, chosen_store(store, socket), namespace=namespace, as_json=as_json)
-
-
-def load(
-    file: StateFile,
-    store: Store = None,
-    socket: Socket = None,
-    cold: ColdSize = None,
-    min_free: MinFree = None,
-    as_json: AsJson = False,
-) -> None:
-    """Put the blocks of a state file into a store."""
-    state_command.load(
-        file,
-        chosen_store(store, socket),
-        cold_bytes=optional_size(cold),
-        min_free_bytes=optional_size(min_free),
-        as_json=as_json,
-    )
-
-
-def evict(
-    to: Annotated[Optional[str], typer.Option(help="Until at most so much is live, as 512M or 0.")] = None,  # noqa: UP045
-    namespace: Annotated[Optional[str], typer.Option(help="Only this namespace: leading hex digits.")] = None,  # noqa: UP045
-    older_than: Annotated[Optional[str], typer.Option(help="Only what was not used for 90s, 12h or 7d.")] = None,  # noqa: UP045
-    prompt: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Only what begins with these prompts: a file as `tierkv warm` takes it, or a text."),
-    ] = None,
-    model: Model = None,
-    device: Device = None,
-    dtype: Dtype = None,
-    block_size: BlockSize = None,
-    salt: Salt = "",
-    store: Store = None,
-    socket: Socket = None,
-    as_json: AsJson = False,
-) -> None:
-    """Remove blocks from a store, a daemon's memory, and engines that use the daemon; pinned ones stay, and so does
-    the quota.
-
-    Model, device, dtype, block size and salt say whose prompt --prompt is.
-    """
-    daemon = chosen_daemon(store, socket)
-    path = None if daemon else store or default_store(os.environ)
-    daemon = daemon or (evict_command.daemon_for(path) if path else None)
-    prompts = None
-    if prompt is not None:
-        options = engine_options(model, store, device, dtype, block_size, salt, None, "256M", None, "auto", daemon)
-        prompts = prompt_blocks(prompt, options)
-    evict_command.evict(
-        path, socket=daemon, to=to, namespace=namespace, older_than=older_than, prompts=prompts, as_json=as_json
-    )
-
-
+@spread()
 def quota(
+    where: StoreOptions,
     size: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Argument(help="The new quota, as 512M or 64G.", show_default="show it"),
+        str | None, typer.Argument(help="The new quota, as 512M or 64G.", show_default="print the present one")
     ] = None,
-    evict: Annotated[bool, typer.Option("--evict", help="Push out what is beyond the new quota.")] = False,
-    store: Store = None,
-    socket: Socket = None,
+    evict: Annotated[bool, typer.Option("--evict", help="Evict what exceeds the new quota.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say how large a store may become, or change that for all who use it."""
-    quota_command.quota(chosen_store(store, socket), size=size, evict=evict, as_json=as_json)
+    """Print how large a store may become, or change that for every process that uses it.
+
+    A quota below what the store holds is refused without --evict.
+    """
+    path = where.path
+    quota_bytes = None if size is None else parse_size(size)
+    report = EvictionReport(blocks=0, freed_bytes=0)
+    with open_existing(path, read_only=quota_bytes is None) as store:
+        if quota_bytes is not None:
+            report = store.set_quota(quota_bytes, evict=evict)
+            store.flush()
+        sizes = store.stats()
+    if as_json:
+        result = {"quota_bytes": sizes.quota_bytes, "bytes_live": sizes.live_bytes, "blocks": sizes.blocks}
+        print_json({**result, "blocks_evicted": report.blocks, "bytes_freed": report.freed_bytes})
+        return
+    if report.blocks:
+        print(f"evicted {report.blocks:,} blocks, {format_bytes(report.freed_bytes)}")
+    is_over = sizes.live_bytes > sizes.quota_bytes
+    print(
+        f"quota {format_bytes(sizes.quota_bytes)}, of which {sizes.blocks:,} blocks take "
+        f"{format_bytes(sizes.live_bytes)}" + (" (pinned blocks and those before them stay)" if is_over else "")
+    )
 
 
-def compact(store: Store = None, socket: Socket = None, as_json: AsJson = False) -> None:
-    """Give a store's free space back to the disk."""
-    compact_command.compact(chosen_store(store, socket), daemon=chosen_daemon(store, socket), as_json=as_json)
+@spread()
+def compact(where: StoreOptions, as_json: AsJson = False) -> None:
+    """Return a store's free space to the disk. Needs room for a second copy of its blocks meanwhile."""
+    path, daemon = where.path, where.daemon
+    with open_existing(path, read_only=daemon is not None) as store:
+        before = store.stats().file_bytes
+        if daemon is None:
+            store.compact()
+            after = store.stats().file_bytes
+    if daemon is not None:  # it has its store open, so it compacts the store itself
+        with DaemonClient(daemon) as client:
+            client.call(Compact(), Done, timeout_s=_COMPACT_S)
+        with open_existing(path) as store:
+            after = store.stats().file_bytes
+    if as_json:
+        print_json({"bytes_before": before, "bytes_after": after})
+    else:
+        print(f"{format_bytes(before)} before, {format_bytes(after)} now")
 
 
+@spread()
 def verify(
-    repair: Annotated[bool, typer.Option("--repair", help="Remove what is damaged.")] = False,
-    store: Store = None,
-    socket: Socket = None,
+    where: StoreOptions,
+    repair: Annotated[bool, typer.Option("--repair", help="Remove damaged blocks.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Read every block of a store and say which are damaged; exit code 1 if any is left."""
-    if not verify_command.verify(chosen_store(store, socket), repair=repair, as_json=as_json):
+    """Read every block of a store and print which are damaged; exit code 1 if a damaged block remains.
+
+    With --repair, a data file that cannot be opened is replaced by what can be saved of it.
+    """
+    path = where.path
+    try:
+        with open_existing(path, read_only=not repair) as store:
+            report = _verify_with_progress(store, repair=repair)
+            set_aside = str(store.damaged) if store.damaged else None
+    except CorruptBlockError as exc:
+        if as_json:
+            print_json({"sound": False, "problem": str(exc)})
+        else:
+            print(visible(str(exc)))
+        raise typer.Exit(1) from exc
+    if as_json:
+        print_json(
+            {
+                "sound": report.is_sound,
+                "blocks": report.blocks,
+                "bytes_stored": report.stored_bytes,
+                "damaged": {block_hash.hex(): reason for block_hash, reason in report.damaged.items()},
+                "other_formats": {block_hash.hex(): reason for block_hash, reason in report.other_formats.items()},
+                "problem": report.problem,
+                "repaired": repair,
+                "blocks_removed": report.removed,
+                "set_aside": set_aside,
+            }
+        )
+    else:
+        _print_report(report, set_aside, repair=repair)
+    if not report.is_sound and not repair:
         raise typer.Exit(1)
 
 
-def top(
-    url: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Where a process serves its metrics, as http://localhost:9400."),
-    ] = None,
-    socket: DaemonSocket = None,
-    store: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option(parser=as_path, metavar="DIRECTORY", help="Look at a store on disk."),
-    ] = None,
-    interval: Annotated[float, typer.Option(help="Seconds between two looks.")] = 1.0,
-    once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False,
-    prefixes: Annotated[int, typer.Option(min=0, help="How many of the largest prefixes to list.")] = 10,
-    as_json: AsJson = False,
-) -> None:
-    """Watch a running cache: tiers, hits, bandwidth, misses, largest prefixes."""
-    if url is None and socket is None and store is None:
-        socket = default_socket(os.environ)
-    source = top_command.Source(url=url, socket=socket, store=store)
-    top_command.top(source, interval_s=interval, once=once, prefixes=prefixes, as_json=as_json)
+def _summary(store: ColdStore) -> dict[str, int | float]:
+    sizes = store.stats()
+    namespaces = store.namespaces()
+    return {
+        "namespaces": len(namespaces),
+        "namespaces_unreadable": sum(each.problem is not None for each in namespaces),
+        "blocks": sizes.blocks,
+        "tokens": sum(entry.num_tokens for _, entry in store.iter_entries()),
+        "bytes_raw": sizes.raw_bytes,
+        "bytes_stored": sizes.stored_bytes,
+        "bytes_file": sizes.file_bytes,
+        "bytes_quota": sizes.quota_bytes,
+        "ratio": sizes.raw_bytes / sizes.stored_bytes if sizes.stored_bytes else 1.0,
+    }
+
+
+def _verify_with_progress(store: ColdStore, *, repair: bool) -> VerifyReport:
+    with Progress(console=open_console(stderr=True), transient=True) as progress:
+        task = progress.add_task("verifying", total=None)
+        return store.verify(
+            repair=repair, progress=lambda done, total: progress.update(task, completed=done, total=total)
+        )
+
+
+def _print_report(report: VerifyReport, set_aside: str | None, *, repair: bool) -> None:
+    console = open_console()
+    if report.damaged:
+        table = Table(title="damaged blocks")
+        table.add_column("block", no_wrap=True)
+        table.add_column("what is wrong", overflow="fold")
+        for block_hash, reason in report.damaged.items():
+            table.add_row(block_hash.hex(), reason)
+        console.print(table)
+    if report.problem:
+        console.print(visible(report.problem))
+    if set_aside:
+        console.print(f"the data file was damaged: what could be saved was, the rest is {set_aside}")
+    console.print(f"{report.blocks} blocks, {format_bytes(report.stored_bytes)} sound, {len(report.damaged)} damaged")
+    if report.other_formats:
+        console.print(
+            f"{len(report.other_formats)} blocks were written by another version of tierkv, and stay as they are"
+        )
+    if repair and not report.is_sound:
+        console.print(f"repaired: {report.removed} blocks removed, those that followed a damaged one among them")

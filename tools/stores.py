@@ -1,22 +1,66 @@
-"""Opening a store that must be there, and naming one of its namespaces."""
+"""Which store a command works on, and opening it."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from tierkv.errors import ConfigError, StoreError
+from tierkv.daemon.client import DaemonClient
+from tierkv.errors import ConfigError, DaemonError, StoreError
 from tierkv.storage.cold import ColdStore
+from tierkv.storage.cold_rows import ColdEntry
 from tierkv.storage.cold_stats import StoredNamespace
-from tierkv.storage.cold_writer import require_free
+from tierkv.storage.lmdb_directory import require_free
+from tierkv.tools.options import Socket, Store, default_store, named_socket
+from tierkv.values.block import BlockHash
 
-__all__ = ["find_namespace", "open_existing", "require_place"]
+__all__ = [
+    "StoreOptions",
+    "find_digest",
+    "find_namespace",
+    "iter_chains",
+    "open_existing",
+    "require_place",
+    "store_of",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreOptions:
+    """Options that name a store, by its directory or by its daemon's socket. Raises ConfigError for both."""
+
+    store: Store = None
+    socket: Socket = None
+
+    def __post_init__(self) -> None:
+        if self.store and self.socket:
+            raise ConfigError("name a store or a daemon's socket, not both")
+
+    @property
+    def daemon(self) -> Path | None:
+        """Socket of the daemon whose store is meant; None where none is named."""
+        return self.socket or (None if self.store else named_socket(os.environ))
+
+    @property
+    def path(self) -> Path:
+        """Directory of the store. Raises DaemonError if the daemon has none."""
+        return store_of(self.daemon) if self.daemon else self.store or default_store(os.environ)
+
+
+def store_of(socket: Path) -> Path:
+    """Return the directory of the daemon's store. Raises DaemonError if it keeps nothing on disk."""
+    with DaemonClient(socket) as client:
+        if not client.welcome.has_cold:
+            raise DaemonError(f"the daemon at {socket} keeps nothing on disk")
+        return Path(client.welcome.store)
 
 
 def open_existing(path: Path, *, read_only: bool = True) -> ColdStore:
     """Open a store, which must exist. Raises StoreError."""
     if not _exists(path):
-        raise StoreError(f"there is no store at {path}", hint="tierkv warm FILE makes one")
+        raise StoreError(f"there is no store at {path}", hint="tierkv warm FILE creates it")
     return ColdStore(path, read_only=read_only)
 
 
@@ -37,22 +81,42 @@ def require_place(path: Path, *, min_free_bytes: int | None) -> None:
     require_free(there, min_free_bytes)
 
 
-def _exists(path: Path) -> bool:
-    try:
-        return os.path.lexists(path / "data.mdb")  # a link is refused by whoever opens it
-    except ValueError as exc:  # a NUL in the path
-        raise ConfigError(f"{str(path)!a} is not a path") from exc
-
-
 def find_namespace(store: ColdStore, prefix: str | None) -> StoredNamespace:
     """Return the namespace whose hex digest begins with `prefix`, or the only one there is.
 
     Raises ConfigError that lists them where none or several fit.
     """
-    found = store.namespaces()
-    fitting = [n for n in found if n.digest.hex().startswith((prefix or "").lower())]
+    found = {each.digest.hex(): each for each in store.namespaces()}
+    return found[find_digest({digest: str(each.description.get("name", "")) for digest, each in found.items()}, prefix)]
+
+
+def find_digest(names: Mapping[str, str], prefix: str | None) -> str:
+    """Return the hex digest that begins with `prefix`, or the only one there is. names: of namespaces, by hex digest.
+
+    Raises ConfigError that lists them where none or several fit.
+    """
+    fitting = [digest for digest in names if digest.startswith((prefix or "").lower())]
     if len(fitting) == 1:
         return fitting[0]
-    names = ", ".join(f"{n.digest.hex()[:12]} ({n.description.get('name') or 'unnamed'})" for n in found)
-    which = f"{len(fitting)} namespaces begin with {prefix}" if prefix else f"the store has {len(found)} namespaces"
-    raise ConfigError(f"{which}; choose one with --namespace: {names or 'it is empty'}")
+    which = f"{len(fitting)} namespaces begin with {prefix}" if prefix else f"the store has {len(names)} namespaces"
+    listed = ", ".join(f"{digest[:12]} ({name or 'unnamed'})" for digest, name in names.items())
+    raise ConfigError(f"{which}; choose one with --namespace: {listed or 'it is empty'}")
+
+
+def iter_chains(entries: Mapping[BlockHash, ColdEntry]) -> Iterator[list[BlockHash]]:
+    """Yield the chain of every stored block without children, first block first."""
+    parents = {entry.parent for entry in entries.values()}
+    for leaf in entries:
+        if leaf in parents:
+            continue
+        chain, at = {leaf: None}, leaf
+        while (at := entries[at].parent) in entries and at not in chain:  # parents of a damaged store may be a cycle
+            chain[at] = None
+        yield list(chain)[::-1]
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return os.path.lexists(path / "data.mdb")  # opening the store refuses a symbolic link
+    except ValueError as exc:  # a NUL in the path
+        raise ConfigError(f"{str(path)!a} is not a path") from exc

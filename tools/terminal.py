@@ -1,19 +1,24 @@
-"""Standard input, output and error as a command needs them: open, and able to take every text."""
+"""The standard streams of a command, and how results look on them: tables, one JSON object, ages."""
 
 from __future__ import annotations
 
 import codecs
 import io
+import json
+import math
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any, TextIO
 
+from rich.console import Console
+
 from tierkv.errors import TierKVError
 
-__all__ = ["OutputError", "standard_streams", "visible"]
+__all__ = ["OutputError", "format_age", "open_console", "print_json", "standard_streams", "visible"]
 
+_MIN_WIDTH = 20
 _REPLACE = "tierkv-replace"
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
 
@@ -47,6 +52,26 @@ def standard_streams() -> Iterator[None]:
 def visible(text: str) -> str:
     """Return a text from elsewhere (a prompt, a name, a path) with its control characters escaped, for a terminal."""
     return text.translate(_CONTROLS)
+
+
+def open_console(*, stderr: bool = False) -> Console:
+    """Return a console that shows texts as they are: a prompt with [/b] or :smile: in it is no markup."""
+    console = Console(stderr=stderr, markup=False, emoji=False)
+    console.width = max(console.width, _MIN_WIDTH)  # COLUMNS=0 would print nothing at all
+    return console
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON object in ASCII. JSON has no nan and no infinity: they are null."""
+    print(json.dumps(_finite(value), allow_nan=False))
+
+
+def format_age(seconds: float) -> str:
+    """Return an age in its largest whole unit: 5 s, 3 min, 2 h, 4 d."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
 
 
 class _Output:
@@ -125,3 +150,13 @@ def _replacement(exc: UnicodeError) -> tuple[str | bytes, int]:
     assert isinstance(exc, UnicodeEncodeError)
     code = ord(exc.object[exc.start])
     return (bytes([code - 0xDC00]) if 0xDC80 <= code <= 0xDCFF else "?"), exc.start + 1
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

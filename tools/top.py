@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import time
 import urllib.error
 import urllib.parse
@@ -12,8 +13,9 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich import box
 from rich.console import Group, RenderableType
 from rich.live import Live
@@ -26,24 +28,26 @@ from tierkv.daemon.messages import Status, StatusReport
 from tierkv.errors import ConfigError, TierKVError
 from tierkv.profiling.prefixes import PrefixTable
 from tierkv.storage.cold import ColdStore
-from tierkv.tools.render import format_bytes, open_console, print_json, visible
+from tierkv.tools.options import AsJson, DaemonSocket, as_path, default_socket, spread
 from tierkv.tools.stores import open_existing
+from tierkv.tools.terminal import open_console, print_json, visible
 from tierkv.values.block import Tier
 from tierkv.values.events import BlockEvent, EventKind
+from tierkv.values.units import format_bytes
 
-__all__ = ["Source", "top"]
+__all__ = ["top"]
 
 _TIMEOUT_S = 5.0
 _MAX_INTERVAL_S = 86_400.0
-_LIMIT_BYTES = 16 << 20  # of what a process says
+_LIMIT_BYTES = 16 << 20  # of a process's answer
 _Status = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
 class _View:
-    """One look: what was seen, and how far the counters went up in the `span_s` seconds since the look before.
+    """One look: the status, and how far the counters rose in the `span_s` seconds since the look before.
 
-    At the first look there was none, and span_s is 0.
+    span_s: 0 at the first look.
     """
 
     source: str
@@ -62,26 +66,37 @@ class _View:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
-    """What to look at, one of: a process that serves its metrics, a daemon's socket, the directory of a store."""
+class _Source:
+    """What to look at: a process that serves its metrics, a daemon's socket, or the directory of a store."""
 
-    url: str | None
-    socket: Path | None
-    store: Path | None
+    url: Annotated[str | None, typer.Option(help="Where a process serves its metrics, as http://localhost:9400.")] = (
+        None
+    )
+    socket: DaemonSocket = None
+    store: Annotated[
+        Path | None, typer.Option(parser=as_path, metavar="DIRECTORY", help="Directory of a store on disk.")
+    ] = None
 
     def __str__(self) -> str:
         return self.url or str(self.socket or self.store)
 
 
-def top(source: Source, *, interval_s: float, once: bool, prefixes: int, as_json: bool) -> None:
-    """Show what a source says, again every `interval_s` seconds until interrupted; once if asked to.
-
-    Raises ConfigError for a bad choice; ConfigError, DaemonError or StoreError where the first look fails.
-    """
-    if sum(each is not None for each in (source.url, source.socket, source.store)) != 1:
+@spread()
+def top(
+    source: _Source,
+    interval: Annotated[float, typer.Option(help="Seconds between two looks.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False,
+    prefixes: Annotated[int, typer.Option(min=0, help="How many of the largest prefixes to list.")] = 10,
+    as_json: AsJson = False,
+) -> None:
+    """Show a running cache live: tiers, hits, bandwidth, misses, largest prefixes."""
+    named = [each for each in (source.url, source.socket, source.store) if each is not None]
+    if len(named) > 1:
         raise ConfigError("say what to look at: --url of a process that serves metrics, --socket, or --store")
-    if not 0 < interval_s <= _MAX_INTERVAL_S:
-        raise ConfigError(f"--interval must be positive and at most {_MAX_INTERVAL_S:.0f}, got {interval_s:g}")
+    if not named:
+        source = _Source(socket=default_socket(os.environ))
+    if not 0 < interval <= _MAX_INTERVAL_S:
+        raise ConfigError(f"--interval must be positive and at most {_MAX_INTERVAL_S:.0f}, got {interval:g}")
     look = _looker(source, prefixes)
     first = look()
     if as_json:
@@ -97,19 +112,19 @@ def top(source: Source, *, interval_s: float, once: bool, prefixes: int, as_json
     ):
         before, seen_at = first, time.monotonic()
         while True:
-            time.sleep(interval_s)
+            time.sleep(interval)
             try:
                 status, now = look(), time.monotonic()
                 picture = _picture(source, status, before, now - seen_at)
-            except TierKVError as exc:  # it may be restarting: keep the last picture and say so
+            except TierKVError as exc:  # the process may be restarting: keep the last picture beside the error
                 live.update(Group(picture, Text(visible(str(exc)), style="red")), refresh=True)
                 continue
             before, seen_at = status, now
             live.update(picture, refresh=True)
 
 
-def _picture(source: Source, status: _Status, before: _Status | None = None, span_s: float = 0.0) -> RenderableType:
-    """Return what is shown of a status. Raises ConfigError for one that no cache of ours has written."""
+def _picture(source: _Source, status: _Status, before: _Status | None = None, span_s: float = 0.0) -> RenderableType:
+    """Return what is shown of a status. Raises ConfigError for a status that is not of a tierkv cache."""
     try:
         changes = _changes(before, status) if before else {}
         return _render(_View(str(source), status, span_s, changes))
@@ -117,7 +132,7 @@ def _picture(source: Source, status: _Status, before: _Status | None = None, spa
         raise ConfigError(f"what {source} says is not the status of a tierkv cache") from exc
 
 
-def _looker(source: Source, prefixes: int) -> Callable[[], _Status]:
+def _looker(source: _Source, prefixes: int) -> Callable[[], _Status]:
     socket, store = source.socket, source.store
     if source.url is not None:
         address = _status_address(source.url)
@@ -166,7 +181,7 @@ def _cut(status: _Status, prefixes: int) -> _Status:
 
 
 def _look_at_daemon(socket: Path, prefixes: int) -> _Status:
-    """Return what a daemon says of its warm tier, and what the files of its store do."""
+    """Return a daemon's account of its warm tier, and the sizes of its store's files."""
     with DaemonClient(socket) as client:
         report = client.call(Status(), StatusReport)
     counters = dict(report.counters)
@@ -189,7 +204,7 @@ def _look_at_daemon(socket: Path, prefixes: int) -> _Status:
 
 
 def _look_at_store(path: Path, prefixes: int) -> _Status:
-    """Return what a store's files say: sizes and what was used most; who uses it now, only a process knows."""
+    """Return sizes and the most used prefixes, by the files of a store."""
     with open_existing(path) as store:
         sizes = store.stats()
         return {
@@ -207,7 +222,7 @@ def _look_at_store(path: Path, prefixes: int) -> _Status:
 
 
 def _stored_prefixes(store: ColdStore, count: int) -> list[dict[str, Any]]:
-    """Return the largest runs of stored blocks; their hits are every use that the store was told of."""
+    """Return the largest runs of stored blocks; their hits are all uses that the store has recorded."""
     table = PrefixTable([Tier.COLD])
     for block_hash, entry in sorted(store.iter_entries(), key=lambda item: item[1].depth):  # parents first
         event = BlockEvent(EventKind.REGISTER, Tier.COLD, block_hash, entry.parent, entry.num_tokens, entry.value_bytes)
@@ -217,7 +232,7 @@ def _stored_prefixes(store: ColdStore, count: int) -> list[dict[str, Any]]:
 
 
 def _changes(before: _Status, after: _Status) -> dict[str, dict[str, int]]:
-    """Return how far each tier's numbers went up; a process that was restarted begins at zero again."""
+    """Return how far each tier's numbers rose; 0 where they fell, because the process was restarted."""
     return {
         tier: {name: max(0, value - before["tiers"].get(tier, {}).get(name, 0)) for name, value in numbers.items()}
         for tier, numbers in after["tiers"].items()
@@ -267,8 +282,8 @@ def _tier_table(view: _View) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     for tier, numbers in view.status["tiers"].items():
         capacity = numbers.get("capacity_bytes", 0)
-        filled = numbers["stored_bytes" if tier == "cold" else "used_bytes"]  # a pool's capacity is of blocks as used
-        # A store on disk counts no writes: what it grew by is as good.
+        filled = numbers["stored_bytes" if tier == "cold" else "used_bytes"]  # in a pool, uncompressed as its capacity
+        # A store on disk counts no writes: its growth stands for them.
         written = "bytes_in" if "bytes_in" in numbers else "stored_bytes" if view.span_s else ""
         table.add_row(
             tier,

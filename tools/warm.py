@@ -2,40 +2,44 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from tierkv.daemon.client import DaemonClient
+from tierkv.daemon.messages import Status, StatusReport
 from tierkv.engine.model_support import context_of
 from tierkv.engine.prompts import PromptRequest, prefix_tokens, read_prompts
 from tierkv.engine.runner import Runner
 from tierkv.errors import CapacityError, StoreError
 from tierkv.storage.cold import ColdStore
-from tierkv.tools.daemon import evicted_of, store_of
-from tierkv.tools.options import EngineOptions, open_engine
-from tierkv.tools.render import format_bytes, open_console, print_json, visible
-from tierkv.tools.stores import open_existing, require_place
+from tierkv.tools.engine_options import EngineOptions, open_engine
+from tierkv.tools.options import AsJson, Lines, PromptFile, spread
+from tierkv.tools.stores import open_existing, require_place, store_of
+from tierkv.tools.terminal import open_console, print_json, visible
 from tierkv.values.block import TOKEN_BYTES, BlockHash, as_token_array, hash_block, iter_chain
+from tierkv.values.units import format_bytes
 
 __all__ = ["warm"]
 
 _MAX_NAMED = 5  # prompts that one line of error names
 _NUM_WORDS = 6
-_LARGEST_RATIO = 8  # no codec makes a block smaller by so much: with less room, nothing is stored
+_LARGEST_RATIO = 8  # no codec compresses a block so far: with less room than that, nothing can be stored
 
 
 @dataclass(slots=True)
 class _Summary:
     """What a run did; blocks and bytes are counted once, however many prompts share them.
 
-    prompts, tokens: of those that are warmed now. too_large: numbers of those that are not, from 1. blocks_evicted: by
-    the store meanwhile, to make room.
+    prompts, tokens: of those that are warmed now. too_large: numbers, from 1, of those that are left out.
+    blocks_evicted: by the store meanwhile, to make room.
     """
 
     prompts: int = 0
@@ -49,19 +53,29 @@ class _Summary:
     seconds: float = 0.0
 
 
-def warm(path: Path, options: EngineOptions, *, lines: bool, pin: bool, dry_run: bool, as_json: bool) -> None:
-    """Warm every prompt of a file and print the summary. Raises TierKVError for what the user can mend.
+@spread(without=["read_only"])
+def warm(
+    file: PromptFile,
+    options: EngineOptions,
+    lines: Lines = False,
+    pin: Annotated[bool, typer.Option("--pin", help="Never evict these prompts from the store.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Compute nothing, print what would be computed.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compute the K and V of prompts once and keep them on disk.
 
     A prompt that is too large for the hot pool or the model is left out; the error that names it comes at the end.
     """
-    requests = read_prompts(path, lines=lines)
-    if options.socket:
-        store_of(options.socket)  # without a daemon that stores them, nothing would come of the blocks
+    config = options.config()
+    requests = read_prompts(file, lines=lines)
+    if config.socket:
+        store_of(config.socket)  # a daemon without a store would keep nothing
     elif not dry_run:
-        require_place(options.store, min_free_bytes=options.min_free_bytes)
-    evicted_before = evicted_of(options.socket) if options.socket else 0
+        assert config.cold_path, "a command without a daemon has a store"
+        require_place(config.cold_path, min_free_bytes=config.min_free_bytes)
+    evicted_before = _evicted_by(config.socket) if config.socket else 0
     errors = open_console(stderr=True)
-    with open_engine(options, os.environ) as runner:
+    with open_engine(options, config) as runner:
         started = time.perf_counter()
         if runner.cache.cold and not dry_run:
             runner.cache.cold.require_room(runner.cache.layout.block_bytes // _LARGEST_RATIO)
@@ -83,9 +97,9 @@ def warm(path: Path, options: EngineOptions, *, lines: bool, pin: bool, dry_run:
                 after = _would_be_blocks(runner, prompt) if dry_run else set(runner.cache.match(prompt).block_hashes)
                 reused |= after & before
                 computed |= after - before - reused
-                if pin and not dry_run and runner.cache.cold:  # in memory it would be in the next prompt's way
+                if pin and not dry_run and runner.cache.cold:  # not in memory: the next prompt needs the room
                     runner.cache.cold.set_pinned(after, True)
-        if pin and not dry_run and not runner.cache.cold:  # the daemon's, once nothing more needs room here
+        if pin and not dry_run and not runner.cache.cold:  # in the daemon's tiers, once no prompt needs room here
             for prompt in prompts:
                 runner.cache.pin(prompt)
         summary.blocks_reused = len(reused)
@@ -93,8 +107,8 @@ def warm(path: Path, options: EngineOptions, *, lines: bool, pin: bool, dry_run:
         missing = 0 if dry_run else _add_sizes(summary, runner, reused | computed)
         if runner.cache.cold:
             summary.blocks_evicted = runner.cache.cold.stats().evicted_blocks
-        elif options.socket:
-            summary.blocks_evicted = evicted_of(options.socket) - evicted_before
+        elif config.socket:
+            summary.blocks_evicted = _evicted_by(config.socket) - evicted_before
         summary.seconds = time.perf_counter() - started
     if as_json:
         print_json({**asdict(summary), "seconds": round(summary.seconds, 6)})
@@ -104,20 +118,26 @@ def warm(path: Path, options: EngineOptions, *, lines: bool, pin: bool, dry_run:
         raise _refusal({i + 1: (requests[i], len(all_prompts[i])) for i in too_large}, len(requests), runner)
     if missing:
         raise StoreError(
-            f"{missing} of {len(reused | computed)} blocks found no room in the store, or lost it to later ones",
+            f"{missing} of {len(reused | computed)} blocks found no room in the store, or were evicted for later ones",
             hint="free disk space, lower --min-free, or raise the quota: tierkv quota SIZE",
         )
 
 
+def _evicted_by(socket: Path) -> int:
+    """Return how many blocks a daemon has evicted from its store since it started. Raises DaemonGoneError."""
+    with DaemonClient(socket) as client:
+        return client.call(Status(), StatusReport).cold.get("evicted_blocks", 0)
+
+
 def _most_tokens(runner: Runner) -> int:
-    """Return how many tokens a prompt may have: no more than the hot pool has room for, or the model knows."""
+    """Return how many tokens a prompt may have: what the hot pool and the model's context have room for."""
     pool = runner.cache.hot
     room = pool.num_blocks * pool.layout.block_size
     return min(room, context_of(runner.loaded.model) or room)
 
 
 def _refusal(refused: dict[int, tuple[PromptRequest, int]], num_prompts: int, runner: Runner) -> CapacityError:
-    """Return the error that names prompts, by number, that were left out, and what would let them in."""
+    """Return the error that names the prompts that were left out, by number, with a remedy as its hint."""
     names = [
         f"number {number} ({_first_words(request)}: {num_tokens:,} tokens)"
         for number, (request, num_tokens) in list(refused.items())[:_MAX_NAMED]
@@ -169,7 +189,7 @@ def _add_sizes(summary: _Summary, runner: Runner, block_hashes: set[BlockHash]) 
 
 @contextmanager
 def _store_of(runner: Runner) -> Iterator[ColdStore]:
-    """Yield the store that the blocks went into: this process's own, or the daemon's, read beside it."""
+    """Yield the store that has the blocks: this process's own, or the daemon's, opened for reading."""
     if runner.cache.cold is not None:
         yield runner.cache.cold
         return

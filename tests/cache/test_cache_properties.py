@@ -81,14 +81,14 @@ class CacheMachine(RuleBasedStateMachine):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.cache = TierCache(self.config, namespace=namespace, device=device, hash_function=self.hash_function)
         self.watcher = MemoryTracker(history_size=100_000, sample_every=1)
-        self.watcher.watch(self.cache)
+        self.watcher.observe(self.cache)
         self.engine = PatternEngine(self.cache)
         self.running: list[Sequence] = []
 
-    @rule(prompt=prompts, partial_block=st.booleans(), may_split=st.booleans())
-    def request(self, prompt: list[int], partial_block: bool, may_split: bool) -> None:
+    @rule(prompt=prompts, partial_block=st.booleans(), overlap=st.booleans())
+    def request(self, prompt: list[int], partial_block: bool, overlap: bool) -> None:
         try:
-            self.running.append(self.engine.start(prompt, partial_block=partial_block, may_split=may_split))
+            self.running.append(self.engine.start(prompt, partial_block=partial_block, overlap=overlap))
         except CapacityError:
             assert self.running or self.cache.stats().tiers[Tier.HOT].blocks
 
@@ -224,11 +224,11 @@ class SharedStoreMachine(RuleBasedStateMachine):
             for _ in range(2)
         ]
 
-    @rule(which=st.integers(0, 1), prompt=chains, partial_block=st.booleans(), may_split=st.booleans())
-    def request(self, which: int, prompt: list[int], partial_block: bool, may_split: bool) -> None:
+    @rule(which=st.integers(0, 1), prompt=chains, partial_block=st.booleans(), overlap=st.booleans())
+    def request(self, which: int, prompt: list[int], partial_block: bool, overlap: bool) -> None:
         engine = self.engines[which]
         engine.cache.release(
-            engine.start(prompt, partial_block=partial_block, may_split=may_split)
+            engine.start(prompt, partial_block=partial_block, overlap=overlap)
         )  # checks every byte that was cached
         engine.cache.flush()
 

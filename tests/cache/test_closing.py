@@ -18,7 +18,7 @@ from tierkv.config import CacheConfig
 from tierkv.errors import CapacityError, ClosedError, TierKVError
 from tierkv.requests.block_control import BlockControl
 from tierkv.transfer.block_writer import Batch
-from tierkv.transfer.tiers import Tiers
+from tierkv.transfer.memory import TierMemory
 from tierkv.values.block import Tier
 from tierkv.values.namespace import Namespace
 
@@ -45,13 +45,12 @@ def assert_nothing_pinned(cache: TierCache) -> None:
     with cache._tiers.changed:
         index.check()
     assert index.hot.referenced_count == 0
-    assert index.warm.referenced_count == cache._tiers.reserved_raw
+    assert index.warm.referenced_count == cache._tiers.memory.reserved_raw
 
 
 ARGUMENTS: dict[str, tuple[object, ...]] = {
     "match": (PROMPT,),
     "acquire": (PROMPT,),
-    "note_computed": (1, 0.1),
     "pin": (PROMPT,),
     "unpin": (PROMPT,),
     "prefetch": (PROMPT,),
@@ -62,7 +61,7 @@ ARGUMENTS: dict[str, tuple[object, ...]] = {
     "add_observer": (None,),
     "remove_observer": (None,),
 }
-OF_A_SEQUENCE: dict[str, tuple[object, ...]] = {"join": (), "append": ([1],), "commit": (12,), "fork": ()}
+OF_A_SEQUENCE: dict[str, tuple[object, ...]] = {"append": ([1],), "commit": (12,), "fork": ()}
 ALLOWED = {"close", "release"}  # both may be called twice
 
 
@@ -108,7 +107,7 @@ def test_a_call_that_another_thread_is_inside_of_ends_before_anything_is_closed(
     reading, may_go_on, closed = threading.Event(), threading.Event(), threading.Event()
     too_early: list[bool] = []
     assert cache.cold
-    read_into, close = cache.cold.read_into, Tiers.close
+    read_into, close = cache.cold.read_into, TierMemory.close
 
     def slow(*args: Any, **kwargs: Any) -> object:
         reading.set()
@@ -116,12 +115,12 @@ def test_a_call_that_another_thread_is_inside_of_ends_before_anything_is_closed(
         too_early.append(closed.wait(0.2))  # nobody who waits for this call gets there
         return read_into(*args, **kwargs)
 
-    def note_and_close(self: Tiers) -> None:
+    def note_and_close(self: TierMemory) -> None:
         closed.set()
         close(self)
 
     monkeypatch.setattr(cache.cold, "read_into", slow)
-    monkeypatch.setattr(Tiers, "close", note_and_close)
+    monkeypatch.setattr(TierMemory, "close", note_and_close)
     cache.release(next(iter(cache._running._sequences)))
     cache.evict(Tier.HOT)
     cache.evict(Tier.WARM)
@@ -143,14 +142,14 @@ def test_a_request_that_waits_for_room_ends_with_that_error(tmp_path: Path, monk
     cache = open_cache(tmp_path, write_wait_s=HANG_S)
     engine = PatternEngine(cache)
     stuck, may_go_on = threading.Event(), threading.Event()
-    write = cache._demoter.writer.write
+    write = cache._offloader.writer.write
 
     def slow(batch: Batch) -> None:
         stuck.set()
         assert may_go_on.wait(HANG_S)
         write(batch)
 
-    monkeypatch.setattr(cache._demoter.writer, "write", slow)
+    monkeypatch.setattr(cache._offloader.writer, "write", slow)
     cache.release(engine.start(list(range(64))))
     assert stuck.wait(HANG_S)
     errors: list[Exception] = []
@@ -182,7 +181,7 @@ def test_whatever_runs_while_a_cache_is_closed_ends_well(tmp_path: Path, seed: i
         rng = random.Random(100 * seed + number)
         engine = PatternEngine(cache)
         works: list[Callable[[], object]] = [
-            lambda: cache.release(engine.start(prompt(rng), may_split=rng.random() < 0.5)),
+            lambda: cache.release(engine.start(prompt(rng), overlap=rng.random() < 0.5)),
             lambda: cache.release(engine.start(prompt(rng))),
             cache.defragment,
             lambda: cache.evict(Tier.HOT, 3),

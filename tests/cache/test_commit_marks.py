@@ -48,7 +48,7 @@ def commit(cache: TierCache, monkeypatch: pytest.MonkeyPatch, prompt: list[int])
     """Compute and commit a prompt on a stream that is far behind; return its mark."""
     mark = Written()
     with monkeypatch.context() as patch:
-        patch.setattr(cache._tiers.mover, "mark", lambda: mark)
+        patch.setattr(cache._tiers.memory.mover, "mark", lambda: mark)
         cache.release(PatternEngine(cache).start(prompt))
     return mark
 
@@ -62,7 +62,7 @@ def test_a_hot_hit_waits_for_the_commit_until_it_is_through(cache: TierCache, mo
     late = cache.acquire([*PROMPT, 8])
     assert late.cached_tokens[Tier.HOT] == len(PROMPT)
     assert late.loads == []
-    assert not cache._tiers.arriving, "what is done is forgotten"
+    assert not cache._tiers.copies.arriving, "what is done is forgotten"
     for sequence in (early, late):
         cache.release(sequence)
     cache.check()
@@ -84,10 +84,10 @@ def test_a_block_that_is_copied_from_is_not_written_before_the_copy_is_through(
     cache.release(first)
     mark = Written()
     with monkeypatch.context() as patch:  # as on a GPU, where a copy is only queued when its call returns
-        patch.setattr(cache._tiers.mover, "is_cuda", True)
-        patch.setattr(cache._tiers.mover, "mark", lambda: mark)
+        patch.setattr(cache._tiers.memory.mover, "is_cuda", True)
+        patch.setattr(cache._tiers.memory.mover, "mark", lambda: mark)
         second = cache.acquire(PROMPT[:11])
-        assert cache._tiers.leaving == {source: mark}
+        assert cache._tiers.copies._leaving == {source: mark}
     cache.evict(Tier.HOT)
     cache.flush()
     third = cache.acquire(list(range(100, 100 + 4 * 5)), reuse=False)
@@ -101,7 +101,7 @@ def test_a_block_that_is_copied_from_is_not_written_before_the_copy_is_through(
 def test_a_tail_is_stored_behind_the_copy_that_brought_it(cache: TierCache, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.release(PatternEngine(cache).start(PROMPT))
     sequence, seen = cache.acquire(PROMPT[:11]), list[str]()
-    monkeypatch.setattr(cache._tiers.mover, "mark", lambda: seen.append("mark") or Written())
+    monkeypatch.setattr(cache._tiers.memory.mover, "mark", lambda: seen.append("mark") or Written())
     load = Written()
     monkeypatch.setattr(load, "wait", lambda layer=None: seen.append("wait"))
     sequence.loads.append(load)
@@ -123,8 +123,8 @@ def test_what_a_failing_commit_has_registered_waits_for_it_too(
             raise RuntimeError("an observer of the second block fails")
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache._tiers.mover, "mark", lambda: mark)
-        patch.setattr(cache._tiers.watch, "block", tell)
+        patch.setattr(cache._tiers.memory.mover, "mark", lambda: mark)
+        patch.setattr(cache._tiers.observers, "block", tell)
         with pytest.raises(RuntimeError, match="observer"):
             cache.commit(sequence, len(PROMPT))
     found = cache.acquire([*PROMPT[:4], 7])
@@ -150,13 +150,13 @@ def test_who_computed_the_same_block_waits_for_the_one_that_he_shares(
 def test_a_block_is_written_down_behind_its_commit_whoever_evicts_it(
     cache: TierCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mark, demote, seen = commit(cache, monkeypatch, PROMPT), cache._tiers.mover.demote, list[Ready]()
+    mark, demote, seen = commit(cache, monkeypatch, PROMPT), cache._tiers.memory.mover.demote, list[Ready]()
 
     def note(moves: list[Move], *, after: Ready) -> Ready:
         seen.append(after)
         return demote(moves, after=after)
 
-    monkeypatch.setattr(cache._tiers.mover, "demote", note)
+    monkeypatch.setattr(cache._tiers.memory.mover, "demote", note)
     cache.evict(Tier.HOT)
     cache.flush()
     assert seen == [mark] * 3

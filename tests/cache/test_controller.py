@@ -133,7 +133,7 @@ def test_a_budget_below_one_block_is_refused(open_cache: Open, num_bytes: int) -
 
 
 @pytest.mark.parametrize("write_through", [True, False])
-def test_a_pool_fuller_than_the_threshold_gives_up_a_share_of_what_nobody_uses(
+def test_a_pool_fuller_than_the_threshold_evicts_a_share_of_the_unused_blocks(
     open_cache: Open, write_through: bool
 ) -> None:
     cache = open_cache(write_through=write_through)
@@ -202,9 +202,9 @@ def test_settings_made_before_the_cache_is_known_hold_from_then_on(open_cache: O
     cache.check()
 
 
-def test_a_controller_steers_one_cache(open_cache: Open) -> None:
+def test_a_controller_has_one_cache(open_cache: Open) -> None:
     controller = MemoryController(open_cache())
-    with pytest.raises(ConfigError, match="steers a cache already"):
+    with pytest.raises(ConfigError, match="has a cache already"):
         controller.attach(open_cache())
 
 
@@ -219,7 +219,7 @@ def test_a_controller_steers_one_cache(open_cache: Open) -> None:
     ids=["stats", "manual", "optimize", "profile"],
 )
 def test_without_a_cache_there_is_nothing_to_see_or_to_do(use: Callable[[MemoryController], object]) -> None:
-    with pytest.raises(ConfigError, match="steers no cache"):
+    with pytest.raises(ConfigError, match="has no cache"):
         use(MemoryController())
 
 
@@ -272,7 +272,7 @@ def test_with_a_cache_alone_running_sequences_stay_where_they_are(open_cache: Op
     cache.check()
 
 
-def test_profiling_watches_the_cache_and_lets_go_of_it(open_cache: Open) -> None:
+def test_profiling_observes_the_cache_until_the_block_ends(open_cache: Open) -> None:
     cache = open_cache()
     engine = PatternEngine(cache)
     controller = MemoryController(cache)

@@ -58,14 +58,14 @@ def warm(cache: TierCache) -> TierCache:
 def hold_promotions(cache: TierCache, monkeypatch: pytest.MonkeyPatch) -> list[Copy]:
     """Return the copies up that are begun from here on, none of them through."""
     begun: list[Copy] = []
-    promote = cache._tiers.mover.promote
+    promote = cache._tiers.memory.mover.promote
 
     def held(moves: list[Move], *, after: Ready | None = None) -> Copy:
         promote(moves, after=after)
         begun.append(Copy())
         return begun[-1]
 
-    monkeypatch.setattr(cache._tiers.mover, "promote", held)
+    monkeypatch.setattr(cache._tiers.memory.mover, "promote", held)
     return begun
 
 
@@ -107,16 +107,16 @@ def test_a_block_that_something_newer_writes_is_waited_for_although_the_older_is
         if way == "copy":
             tiers.track(older, [], [3])
         else:
-            tiers.note_computing([3], older)
+            tiers.copies.note_computing([3], older)
         tiers.reap()
-        assert tiers.arriving == {3: older}
+        assert tiers.copies.arriving == {3: older}
         tiers.track(newer, [], [3])
         older.is_through = True
         tiers.reap()
-        assert tiers.arriving == {3: newer}
+        assert tiers.copies.arriving == {3: newer}
         newer.is_through = True
         tiers.reap()
-        assert tiers.arriving == {}
+        assert tiers.copies.arriving == {}
 
 
 def test_a_released_block_is_taken_again_only_behind_its_last_user(
@@ -125,8 +125,8 @@ def test_a_released_block_is_taken_again_only_behind_its_last_user(
     used = Copy()
     sequence = cache.acquire(list(range(16)), reuse=False)
     with monkeypatch.context() as patch:  # as on a GPU, where a stream may be far behind
-        patch.setattr(cache._tiers.mover, "is_cuda", True)
-        patch.setattr(cache._tiers.mover, "mark", lambda: used)
+        patch.setattr(cache._tiers.memory.mover, "is_cuda", True)
+        patch.setattr(cache._tiers.memory.mover, "mark", lambda: used)
         cache.release(sequence)
     assert used.users == 0
     again = cache.acquire(list(range(16)), reuse=False)

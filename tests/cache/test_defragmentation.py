@@ -165,7 +165,7 @@ def test_a_released_sequence_cannot_be_moved(cache: TierCache) -> None:
 def test_observers_follow_a_block_to_its_new_place(cache: TierCache) -> None:
     engine = PatternEngine(cache)
     tracker = MemoryTracker(sample_every=1)
-    tracker.watch(cache)
+    tracker.observe(cache)
     sequences = interleave(engine, 3)
     known = {each.block_hash: each for each in tracker.list_allocations() if each.purpose == "hot block"}
     report = cache.defragment(sequences)
@@ -184,7 +184,7 @@ def test_a_copy_that_differs_ends_it_there_and_what_was_moved_is_in_order(
 ) -> None:
     engine = PatternEngine(cache)
     sequences = interleave(engine, 3)
-    mover, copied = cache._tiers.mover, []
+    mover, copied = cache._tiers.memory.mover, []
 
     def copy_badly(moves: list[Move]) -> object:
         copied.extend(moves)

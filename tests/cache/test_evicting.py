@@ -120,7 +120,7 @@ def test_who_computes_an_evicted_prompt_anew_keeps_it(tmp_path: Path) -> None:
 def test_what_is_queued_to_be_written_is_not_written_any_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_tiny(tmp_path, warm=16) as cache:
         engine = PatternEngine(cache)
-        writer, begin, go_on, is_in = cache._demoter.writer, cache._demoter.writer.begin, threading.Event(), []
+        writer, begin, go_on, is_in = cache._offloader.writer, cache._offloader.writer.begin, threading.Event(), []
 
         def begin_late(jobs: object) -> object:
             is_in.append(True)
@@ -150,9 +150,9 @@ def test_a_write_that_hangs_is_told_and_memory_is_evicted_all_the_same(
 ) -> None:
     with open_tiny(tmp_path, warm=16, write_wait_s=0.2) as cache:
         engine = fill(cache, FIRST)
-        writer, begin, go_on = cache._demoter.writer, cache._demoter.writer.begin, threading.Event()
+        writer, begin, go_on = cache._offloader.writer, cache._offloader.writer.begin, threading.Event()
         monkeypatch.setattr(writer, "begin", lambda jobs: (go_on.wait(10), begin(jobs))[1])
-        before = cache._demoter._queue._jobs
+        before = cache._offloader._queue._jobs
         cache.release(engine.start(OTHER))
         while before:
             pass

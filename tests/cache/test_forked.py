@@ -79,9 +79,8 @@ def calls_of_a_cache(cache: TierCache, sequence: Any, path: Path) -> dict[str, C
     return {
         "match": lambda: cache.match(PROMPT),
         "acquire": lambda: cache.acquire(PROMPT),
-        "join": lambda: cache.join(sequence),
-        "note_computed": lambda: cache.note_computed(1, 1.0),
-        "note_loaded": lambda: cache.note_loaded(sequence, 1.0),
+        "next_piece": sequence.overlap.next_piece,
+        "record": lambda: sequence.overlap.record(1.0),
         "append": lambda: cache.append(sequence, [1] * 64),
         "commit": lambda: cache.commit(sequence, 17),
         "fork": lambda: cache.fork(sequence),
@@ -141,7 +140,7 @@ def test_every_call_in_a_forked_process_ends_at_once_even_if_a_thread_held_the_l
     cache.flush()
     of_cache, of_blocks = calls_of_a_cache(cache, sequence, tmp_path), calls_of_blocks(cache.blocks)
     of_controller = calls_of_a_controller(MemoryController(cache))
-    assert set(of_cache) == public_methods(TierCache)
+    assert set(of_cache) == public_methods(TierCache) | {"next_piece", "record"}  # of a sequence's overlap
     assert set(of_blocks) == public_methods(BlockControl)
     assert set(of_controller) == public_methods(MemoryController) - {"attach"}
 
@@ -219,25 +218,25 @@ def test_a_transfer_manager_is_of_no_use_in_a_forked_process() -> None:
         assert manager.bulk_transfer([op])[0].result().equal(torch.ones(4))
 
 
-def test_a_split_load_is_not_waited_for_in_a_forked_process(tmp_path: Path) -> None:
+def test_an_overlapped_load_is_not_waited_for_in_a_forked_process(tmp_path: Path) -> None:
     with open_tiny(tmp_path, hot=64, piece_tokens=4) as cache:
         cache.release(PatternEngine(cache).start(list(range(65))))
     with open_tiny(tmp_path, hot=64, piece_tokens=4) as cache:
         engine = PatternEngine(cache)
         sequence = None
         for _ in range(4):  # until both ways are measured
-            sequence = engine.cache.acquire(list(range(65)), may_split=True)
-            if sequence.split:
+            sequence = engine.cache.acquire(list(range(65)), overlap=True)
+            if sequence.overlap.is_loading:
                 break
-            cache.note_computed(1, 1e-3)
-            cache.note_computed(64, 0.1)
-            cache.note_loaded(sequence, 0.05)
+            sequence.overlap.record(1e-3, num_tokens=1)
+            sequence.overlap.record(0.1, num_tokens=64)
+            sequence.overlap.record(0.05)
             cache.release(sequence)
             for tier in (Tier.HOT, Tier.WARM):
                 cache.evict(tier)
-        assert sequence and sequence.split
-        split = sequence.split
-        assert in_fork(lambda: outcomes({"wait": split.wait})) == {"wait": "ClosedError"}
+        assert sequence and sequence.overlapped_load
+        load = sequence.overlapped_load
+        assert in_fork(lambda: outcomes({"wait": load.wait})) == {"wait": "ClosedError"}
         cache.release(sequence)
 
 

@@ -22,7 +22,7 @@ from tierkv.values.namespace import Namespace
 LAYOUT = BlockLayout.uniform(num_layers=2, block_size=16, kv_heads=2, head_dim=8, dtype="float32")
 EXACT = Namespace(weights="w", layout=LAYOUT)
 PROMPT = list(range(40))
-LOSSY = pytest.mark.parametrize("codec", ["lossy-int8", "lossy-fp8-e4m3"])
+LOSSY = pytest.mark.parametrize("codec", ["lossy-int8"])
 
 
 class NearEngine(PatternEngine):
@@ -67,13 +67,12 @@ def test_blocks_of_a_lossy_cache_come_back_nearly_and_the_tail_too(store: ColdSt
 
 @LOSSY
 def test_an_exact_cache_finds_nothing_of_a_lossy_one_and_the_other_way_round(store: ColdStore, codec: str) -> None:
-    other = "lossy-int8" if codec != "lossy-int8" else "lossy-fp8-e4m3"
-    for name in (codec, "auto", other):
+    for name in (codec, "auto"):
         with open_cache(store, name) as cache:
             assert cache.match(PROMPT).num_cached_tokens == 0
             cache.release(PatternEngine(cache).start(PROMPT))
             cache.flush()
-    assert len({namespace.digest for namespace in store.namespaces()}) == 3
+    assert len({namespace.digest for namespace in store.namespaces()}) == 2
     with open_cache(store) as cache:
         sequence = PatternEngine(cache).start([*PROMPT, 99])
         assert sequence.cached_tokens[Tier.COLD] == 32

@@ -14,7 +14,7 @@ from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.errors import StoreError
 from tierkv.storage.cold import ColdStore
-from tierkv.storage.cold_entry import ColdEntry
+from tierkv.storage.cold_rows import ColdEntry
 from tierkv.storage.outcomes import MissReason
 from tierkv.values.block import BlockHash, Tier
 from tierkv.values.namespace import Namespace
@@ -105,7 +105,7 @@ def test_a_damaged_block_leaves_the_store_behind_a_request_that_writes_nothing(t
         damage_record(store, hashes[1])
         with open_cache(store) as cache:
             cache.release(cache.acquire([*PROMPT, 99]))
-            cache._demoter.flush()
+            cache._offloader.flush()
             assert store.stats().damaged_blocks == 2 and store.stats().blocks == 1
             assert not store.is_due
 
@@ -136,7 +136,7 @@ def test_a_fork_whose_copy_fails_holds_nothing(tmp_path: Path, monkeypatch: pyte
     with open_store(tmp_path) as store, open_cache(store) as cache:
         sequence = PatternEngine(cache).start([*PROMPT, 99])
         with monkeypatch.context() as patch:
-            patch.setattr(cache._tiers.mover, "copy", _raise(StoreError("the copy failed")))
+            patch.setattr(cache._tiers.memory.mover, "copy", _raise(StoreError("the copy failed")))
             with pytest.raises(StoreError):
                 cache.fork(sequence)
         cache.release(sequence)

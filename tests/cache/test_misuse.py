@@ -98,8 +98,6 @@ OF_A_SEQUENCE: dict[str, Callable[[TierCache, Any], object]] = {
     "append": lambda cache, sequence: cache.append(sequence, [1] * 8),
     "fork": lambda cache, sequence: cache.fork(sequence),
     "release": lambda cache, sequence: cache.release(sequence),
-    "join": lambda cache, sequence: cache.join(sequence),
-    "note_loaded": lambda cache, sequence: cache.note_loaded(sequence, 1.0),
     "defragment": lambda cache, sequence: cache.defragment([sequence]),
 }
 

@@ -90,9 +90,14 @@ def test_tokens_of_any_integer_kind_are_taken(cache: TierCache) -> None:
         assert cache.match(tokens).num_tokens == 2
 
 
+def record(cache: TierCache, seconds: Any, *, num_tokens: Any = None) -> None:
+    with cache.acquire([1, 2]) as sequence:
+        sequence.overlap.record(seconds, num_tokens=num_tokens)
+
+
 TIMES: dict[str, Callable[[TierCache, Any], object]] = {
-    "note_computed": lambda cache, value: cache.note_computed(4, value),
-    "note_loaded": lambda cache, value: cache.note_loaded(cache.acquire([1, 2]), value),
+    "record": lambda cache, value: record(cache, value),
+    "record a pass": lambda cache, value: record(cache, value, num_tokens=4),
     "write_wait_s": lambda cache, value: CacheConfig(write_wait_s=value),
     "compute_wait_s": lambda cache, value: CacheConfig(compute_wait_s=value),
     "daemon_timeout_s": lambda cache, value: CacheConfig(daemon_timeout_s=value),
@@ -120,16 +125,17 @@ def test_a_wait_for_what_is_no_time_is_refused(value: Any) -> None:
 
 
 def test_nonsense_times_leave_what_was_measured_as_it_was(cache: TierCache) -> None:
-    cache.note_computed(4, 0.5)
-    before = cache._tiers.step_costs.estimate(4)
+    overlap, choice = cache.acquire([1, 2]).overlap, cache._acquirer._choice
+    assert choice
+    overlap.record(0.5, num_tokens=4)
     for value in NO_TIMES:
         with pytest.raises(ConfigError):
-            cache.note_computed(4, value)  # type: ignore[arg-type]
-    assert cache._tiers.step_costs.estimate(4) == before
+            overlap.record(value, num_tokens=4)  # type: ignore[arg-type]
+    assert choice.pass_costs.estimate(4) == 0.5
 
 
 COUNTS: dict[str, Callable[[TierCache, Any], object]] = {
-    "note_computed": lambda cache, value: cache.note_computed(value, 1.0),
+    "record": lambda cache, value: record(cache, 1.0, num_tokens=value),
     "commit": lambda cache, value: cache.commit(cache.acquire([1, 2]), value),
     "evict hot": lambda cache, value: cache.evict(Tier.HOT, value),
     "evict warm": lambda cache, value: cache.evict(Tier.WARM, value),

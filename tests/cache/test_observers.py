@@ -14,7 +14,7 @@ from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.profiling.profiler import MemoryProfiler
 from tierkv.profiling.tracker import MemoryTracker
-from tierkv.transfer.costs import LoadKind
+from tierkv.transfer.recompute_or_load import LoadKind
 from tierkv.values.block import Tier
 from tierkv.values.events import EventKind
 from tierkv.values.namespace import Namespace
@@ -48,7 +48,7 @@ def serve(cache: TierCache, rounds: int = 3) -> None:
 
 def test_the_tracker_knows_each_pool_and_counts_its_bytes_once(cache: TierCache) -> None:
     tracker = MemoryTracker()
-    tracker.watch(cache)
+    tracker.observe(cache)
     pools = {each.purpose: each for each in tracker.list_allocations()}
     assert set(pools) == {"hot pool", "scratch block", "warm pool", "write thread's slots"}
     assert pools["hot pool"].tensor_ptr == cache.hot.blocks.data_ptr()
@@ -58,7 +58,7 @@ def test_the_tracker_knows_each_pool_and_counts_its_bytes_once(cache: TierCache)
 
 def test_the_tracker_holds_exactly_the_blocks_that_the_cache_holds(cache: TierCache) -> None:
     tracker = MemoryTracker()
-    tracker.watch(cache)
+    tracker.observe(cache)
     serve(cache)
     by_purpose = tracker.get_allocation_summary()["by_purpose"]
     stats = cache.stats()
@@ -69,7 +69,7 @@ def test_the_tracker_holds_exactly_the_blocks_that_the_cache_holds(cache: TierCa
 
 def test_a_block_lies_where_the_tracker_says(cache: TierCache) -> None:
     tracker = MemoryTracker()
-    tracker.watch(cache)
+    tracker.observe(cache)
     engine = PatternEngine(cache)
     sequence = engine.start([1, 2, 3, 4, 5])
     address = cache.hot.blocks[sequence.block_table[0]].data_ptr()
@@ -79,7 +79,7 @@ def test_a_block_lies_where_the_tracker_says(cache: TierCache) -> None:
 
 def test_events_add_up_to_the_counters_of_the_cache(cache: TierCache) -> None:
     tracker = MemoryTracker(history_size=100_000)
-    tracker.watch(cache)
+    tracker.observe(cache)
     serve(cache)
     kinds = Counter((event.kind, event.tier) for event in tracker.allocation_history)
     stats = cache.stats()
@@ -94,22 +94,22 @@ def test_events_add_up_to_the_counters_of_the_cache(cache: TierCache) -> None:
 def test_a_tracker_that_comes_later_knows_what_is_there_already(cache: TierCache) -> None:
     serve(cache)
     tracker = MemoryTracker()
-    tracker.watch(cache)
+    tracker.observe(cache)
     assert tracker.get_allocation_summary()["by_purpose"]["hot block"]["count"] == cache.stats().tiers[Tier.HOT].blocks
 
 
-def test_a_tracker_that_was_taken_off_is_told_nothing(cache: TierCache) -> None:
+def test_a_tracker_that_stopped_observing_records_nothing(cache: TierCache) -> None:
     tracker = MemoryTracker()
-    tracker.watch(cache)
+    tracker.observe(cache)
     serve(cache, 1)
-    tracker.unwatch(cache)
+    tracker.stop_observing(cache)
     seen = len(tracker.allocation_history)
     serve(cache, 1)
     assert len(tracker.allocation_history) == seen
     assert tracker.list_allocations() == [] and tracker.total_allocated == 0
 
 
-def test_a_profiled_run_is_told_as_it_was(cache: TierCache) -> None:
+def test_a_profile_agrees_with_the_counters_of_the_cache(cache: TierCache) -> None:
     engine = PatternEngine(cache)
     with MemoryProfiler(cache, snapshot_every_s=0.0, sample_every=1) as profiler:
         for _ in range(3):
@@ -183,7 +183,7 @@ def test_spans_that_overlap_are_found() -> None:
         assert_nested([{"ts": 0, "dur": 5}, {"ts": 3, "dur": 5}])
 
 
-def test_a_request_that_computes_while_it_loads_is_told_in_two_parts(tmp_path: Path) -> None:
+def test_a_request_that_computes_while_it_loads_is_recorded_in_two_parts(tmp_path: Path) -> None:
     prompt = [*range(4 * 16), 7]
     config = CacheConfig(
         cold_path=tmp_path / "store",
@@ -199,9 +199,10 @@ def test_a_request_that_computes_while_it_loads_is_told_in_two_parts(tmp_path: P
         first.release(PatternEngine(first).start(prompt))
     with TierCache(config, namespace=namespace) as second, MemoryProfiler(second) as profiler:
         for in_memory in (True, False):
-            second._tiers.load_costs[LoadKind(in_memory)].add(1, 1e-3)  # as long as to compute a block
+            assert second._acquirer._choice
+            second._acquirer._choice.load_costs[LoadKind(in_memory)].add(1, 1e-3)  # as long as to compute a block
         with profiler.iteration():
-            sequence = PatternEngine(second).start(prompt, may_split=True)
+            sequence = PatternEngine(second).start(prompt, overlap=True)
             second.release(sequence)
         stats = second.stats()
     (iteration,) = profiler.iterations
@@ -209,20 +210,20 @@ def test_a_request_that_computes_while_it_loads_is_told_in_two_parts(tmp_path: P
     assert iteration.hits[Tier.COLD] == stats.tiers[Tier.COLD].hits
     assert iteration.misses == stats.misses and iteration.misses + iteration.hits[Tier.COLD] == 17
     run = profiler.generate_report().run
-    assert "load behind" in {span.name for span in run.spans}
+    assert "load in the background" in {span.name for span in run.spans}
     assert list(run.measured.distances) == [None] * 16  # nothing was asked for twice; the last one has no hash
     assert sum(use.hits for use in run.prefixes) == stats.tiers[Tier.COLD].hits
     assert stats.tiers[Tier.COLD].bytes_out == stats.tiers[Tier.COLD].hits * LAYOUT.block_bytes
 
 
-def test_a_compressed_warm_tier_has_its_staging_pool_told() -> None:
+def test_a_compressed_warm_tier_has_its_staging_pool_tracked() -> None:
     layout, warm_bytes = tiny_warm(8, "windows")
     config = CacheConfig(
         block_size=4, hot_bytes=8 * layout.block_bytes, warm_bytes=warm_bytes, warm_codec="windows", min_free_bytes=0
     )
     with TierCache(config, namespace=Namespace(weights="w", layout=layout)) as cache:
         tracker = MemoryTracker()
-        tracker.watch(cache)
+        tracker.observe(cache)
         serve(cache, 1)
         purposes = tracker.get_allocation_summary()["by_purpose"]
         assert purposes["staging pool"]["bytes"] >= 2 * layout.block_bytes

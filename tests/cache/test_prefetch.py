@@ -16,6 +16,7 @@ from tierkv.config import CacheConfig
 from tierkv.errors import ClosedError
 from tierkv.requests.prefetch import PrefetchHandle
 from tierkv.storage.outcomes import MissReason
+from tierkv.transfer.tiers import Tiers
 from tierkv.values.block import Tier
 from tierkv.values.namespace import Namespace
 
@@ -142,14 +143,14 @@ def test_closing_waits_for_no_prefetch_that_has_not_begun(tmp_path: Path, monkey
 def test_a_prompt_that_fails_holds_up_none_behind_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store(tmp_path)
     with open_cache(tmp_path) as cache:
-        find, calls = cache._prefixes.find, iter([True, False])
+        find, calls = Tiers.find, iter([True, False])
 
         def fail_once(*arguments: Any) -> Any:
             if next(calls):
                 raise RuntimeError("a mistake of ours")
             return find(*arguments)
 
-        monkeypatch.setattr(cache._prefixes, "find", fail_once)
+        monkeypatch.setattr(Tiers, "find", fail_once)
         handles = [cache.prefetch(PROMPT) for _ in range(2)]
         assert [handle.result() for handle in handles] == [0, 6]
         assert cache.stats().prefetch_misses == {"io_error": 1}

@@ -48,11 +48,11 @@ def test_a_requests_reads_overtake_encodes_that_were_queued_before(
     with open_cache(stored) as cache, ExitStack() as undo:
         undo.callback(gate.set)  # whatever fails, nothing waits for ever
         assert cache.cold
-        threads, submit, read = cache._tiers.threads, cache._tiers.threads.submit, cache.cold.read_into
+        threads, submit, read = cache._tiers.memory.threads, cache._tiers.memory.threads.submit, cache.cold.read_into
 
         def submit_and_tell(priority: Priority, function: Any, *arguments: Any) -> Any:
             future = submit(priority, function, *arguments)
-            if priority is Priority.REQUEST and len(threads._queue._lanes[priority]) == 3:
+            if priority is Priority.REQUEST and len(threads._queue._queues[priority]) == 3:
                 reads_wait.set()
             return future
 
@@ -68,7 +68,7 @@ def test_a_requests_reads_overtake_encodes_that_were_queued_before(
             is_held.set()
             assert together.wait(20)
 
-        assert cache._demoter.after_writes(hold)
+        assert cache._offloader.after_writes(hold)
         assert is_held.wait(20)
         busy = PatternEngine(cache).start(OTHER)
         together.set()  # now its eight blocks are written down in one batch, and encoded by one thread
@@ -83,7 +83,7 @@ def test_a_requests_reads_overtake_encodes_that_were_queued_before(
         asking = threading.Thread(target=request)
         asking.start()
         assert reads_wait.wait(20)
-        assert len(threads._queue._lanes[Priority.DEMOTION]) == 7
+        assert len(threads._queue._queues[Priority.DEMOTION]) == 7
         gate.set()
         asking.join(20)
         cache.flush()

@@ -113,20 +113,20 @@ def test_a_policy_that_fails_in_the_write_thread_keeps_no_block_taken(
 ) -> None:
     with open_cache(tmp_path) as cache:
         index, called = cache._tiers.index, threading.Event()
-        select = index.select_victims
+        select = index.select_evictions
 
         def fail(tier: Tier, count: int) -> list[Entry]:
             if threading.current_thread().name == "tierkv-write":
                 raise RuntimeError("no victim for you")
             return select(tier, count)
 
-        monkeypatch.setattr(index, "select_victims", fail)
+        monkeypatch.setattr(index, "select_evictions", fail)
         sequence = cache.acquire(PROMPT)
         PatternEngine(cache).compute(sequence, 0)
         with cache._tiers.changed:  # so that the thread takes both in one batch, or the second after the first
             cache.commit(sequence, len(PROMPT))
             cache.release(sequence)
-            assert cache._demoter.after_writes(called.set)
+            assert cache._offloader.after_writes(called.set)
         assert called.wait(20)
         cache.check()
         assert index.hot.referenced_count == 0
@@ -164,14 +164,14 @@ def test_no_queued_write_is_dropped_where_the_request_would_not_fit_all_the_same
     """Eight blocks: one is being written, three wait to be written, four are in use."""
     with open_tiny(tmp_path, hot=8, warm=12, write_wait_s=0.2) as cache:
         engine, gate, begun = PatternEngine(cache), threading.Event(), threading.Event()
-        write = cache._demoter.writer.write
+        write = cache._offloader.writer.write
 
         def held(batch: Batch) -> None:
             begun.set()
             assert gate.wait(20)
             write(batch)
 
-        monkeypatch.setattr(cache._demoter.writer, "write", held)
+        monkeypatch.setattr(cache._offloader.writer, "write", held)
         try:
             cache.release(engine.start(list(range(500, 504))))
             assert begun.wait(20)
@@ -200,14 +200,14 @@ def start_and_demote(engine: PatternEngine, prompt: list[int]) -> None:
     """Compute a prompt, and have its blocks written down if some tier takes them."""
     engine.cache.release(engine.start(prompt))
     with engine.cache._tiers.changed:  # `evict` would go on until the blocks are gone, written or not
-        engine.cache._demoter.evict_hot(len(prompt))
+        engine.cache._offloader.evict_hot(len(prompt))
     engine.cache.flush()
 
 
 def write_down(cache: TierCache, prompt: list[int]) -> None:
     """Have a prompt's only block written down if some tier takes it; it stays hot."""
     with cache._tiers.changed:
-        cache._demoter.write_down(find(cache, prompt), cache._tiers.mover.mark())
+        cache._offloader.write_down(find(cache, prompt), cache._tiers.memory.mover.mark())
     cache.flush()
 
 

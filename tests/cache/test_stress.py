@@ -41,7 +41,7 @@ def failing(call: Callable[..., Any], rate: float, dice: random.Random, reason: 
 def one_request(engine: PatternEngine, dice: random.Random) -> None:
     cache = engine.cache
     prompt = [dice.randrange(2 if dice.random() < 0.3 else 3) for _ in range(dice.randrange(1, 30))]
-    sequence = engine.start(prompt, partial_block=dice.random() < 0.5, may_split=dice.random() < 0.5)
+    sequence = engine.start(prompt, partial_block=dice.random() < 0.5, overlap=dice.random() < 0.5)
     forked = None
     try:
         engine.decode(
@@ -92,7 +92,7 @@ def test_concurrent_requests_see_only_their_own_bytes_and_leak_nothing(
     errors: list[str] = []
     with TierCache(config, namespace=Namespace(weights="w", layout=layout), device=device) as cache:
         if has_failures:
-            dice, mover, cold = random.Random(0), cache._tiers.mover, cache.cold
+            dice, mover, cold = random.Random(0), cache._tiers.memory.mover, cache.cold
             assert cold
             for target, name, rate, reason in (
                 (mover, "promote", 0.03, None),
@@ -103,7 +103,7 @@ def test_concurrent_requests_see_only_their_own_bytes_and_leak_nothing(
                 (cold, "find_longest_run", 0.03, None),
             ):
                 setattr(target, name, failing(getattr(target, name), rate, dice, reason))
-            if compression := cache._tiers.compression:
+            if compression := cache._tiers.memory.compression:
                 windows = compression.mover
                 monkeypatch.setattr(windows, "promote", failing(windows.promote, 0.03, dice))
                 monkeypatch.setattr(windows, "demote", failing(refusing(windows.demote, 0.1, dice), 0.03, dice))

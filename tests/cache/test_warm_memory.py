@@ -21,8 +21,8 @@ from tierkv.movers.mover import Mover
 from tierkv.movers.windows import WindowMover, window_format
 from tierkv.storage.coded import CodedLayout
 from tierkv.storage.hot import HotPool
-from tierkv.transfer import warm_memory
-from tierkv.transfer.warm_memory import open_warm_memory
+from tierkv.transfer import memory as warm_memory
+from tierkv.transfer.memory import open_warm_memory
 from tierkv.values.layout import BlockLayout
 
 

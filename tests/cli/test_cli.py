@@ -17,8 +17,8 @@ import pytest
 from tierkv import __main__
 from tierkv.engine.models import load_model
 from tierkv.storage.cold import ColdStore
-from tierkv.storage.cold_namespaces import FORMAT_KEY
-from tierkv.tools import cli, verify
+from tierkv.storage.cold_rows import FORMAT_KEY
+from tierkv.tools import cli, store_commands
 from tierkv.values.layout import BlockLayout
 from tierkv.values.namespace import Namespace
 
@@ -119,7 +119,7 @@ def test_an_interrupted_command_ends_with_130_and_says_nothing(tierkv: Run, monk
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(verify, "verify", interrupt)
+    monkeypatch.setattr(store_commands, "open_existing", interrupt)
     result = tierkv("verify")
     assert (result.code, result.out, result.err) == (130, "", "")
 

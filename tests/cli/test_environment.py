@@ -16,7 +16,7 @@ import pytest
 from tierkv.errors import ConfigError
 from tierkv.storage.cold import ColdStore
 from tierkv.tools import run as run_command
-from tierkv.tools.options import cache_directory, default_socket, default_store, embedded_directory, parse_size
+from tierkv.tools.options import cache_directory, default_socket, default_store, parse_size
 
 Command = Callable[..., Any]
 
@@ -66,7 +66,6 @@ def test_a_user_without_a_home_is_told_what_to_set(homeless: None) -> None:
             ask({})
     assert default_store({"TIERKV_STORE": "/s"}) == Path("/s")
     assert default_socket({"TIERKV_SOCKET": "/d"}) == Path("/d")
-    assert embedded_directory("some/model", {}) is None
 
 
 def test_commands_that_need_no_home_work_without_one(command: Command, tmp_path: Path, homeless: None) -> None:

@@ -67,9 +67,9 @@ def test_another_process_that_may_keep_copies_is_told(tmp_path: Path, capsys: py
         store.put(chain_of(4))
     with (path / _USER_LOCK_FILE).open("rb") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH)  # as every process does that has the store open
-        tool.evict(path, socket=None, to="0", namespace=None, older_than=None, as_json=False)
+        tool.evict(store=path, to="0")
         assert "another process has this store open" in capsys.readouterr().out
-    tool.evict(path, socket=None, to="0", namespace=None, older_than=None, as_json=False)
+    tool.evict(store=path, to="0")
     assert "another process" not in capsys.readouterr().out
 
 
@@ -78,13 +78,13 @@ def test_what_a_daemon_will_have_to_tell_is_noted_where_one_had_the_store(tmp_pa
     with ColdStore(path, quota_bytes=64 << 20, min_free_bytes=0) as store:
         store.open_namespace(NAMESPACE)
         store.put(chain_of(4))
-    tool.evict(path, socket=None, to="20k", namespace=None, older_than=None, as_json=True)
+    tool.evict(store=path, to="20k", as_json=True)
     assert not (path / "daemon.evictions").exists()
     with exclusive_file(path / "daemon.lock", "it"):
         pass
     assert tool.daemon_for(path) is None
-    tool.evict(path, socket=None, to="8k", namespace=None, older_than=None, as_json=True)
-    tool.evict(path, socket=None, to=None, namespace=NAMESPACE.digest.hex(), older_than="1h", as_json=True)
+    tool.evict(store=path, to="8k", as_json=True)
+    tool.evict(store=path, namespace=NAMESPACE.digest.hex(), older_than="1h", as_json=True)
     log = EvictionLog(path / "daemon.evictions")
     by_size, by_name = log.since(log.log, 0).evictions
     assert by_size.block_hashes and len(by_size.block_hashes) % 16 == 0

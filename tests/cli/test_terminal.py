@@ -15,9 +15,8 @@ from child_process import ENVIRONMENT
 from tierkv.policies.hazard import NUM_BUCKETS
 from tierkv.policies.learned import FEATURES, LearnedModel
 from tierkv.storage.cold import ColdStore
-from tierkv.tools import cli, stats, verify
-from tierkv.tools.render import print_json
-from tierkv.tools.terminal import OutputError, visible
+from tierkv.tools import cli, store_commands
+from tierkv.tools.terminal import OutputError, print_json, visible
 from tierkv.values.layout import BlockLayout
 from tierkv.values.namespace import Namespace
 
@@ -160,7 +159,7 @@ def test_a_command_whose_reader_has_gone_ends_quietly(command: Command, monkeypa
     def refuse(*_: object, **__: object) -> None:
         raise OutputError("Broken pipe", is_reader_gone=True)
 
-    monkeypatch.setattr(stats, "stats", refuse)
+    monkeypatch.setattr(store_commands, "open_existing", refuse)
     done = command("stats")
     assert (done.code, done.out, done.err) == (141, "", "")
 
@@ -218,7 +217,7 @@ def test_no_traceback_reaches_a_terminal_unless_it_is_asked_for(
     def fail(*_: object, **__: object) -> bool:
         raise error
 
-    monkeypatch.setattr(verify, "verify", fail)
+    monkeypatch.setattr(store_commands, "open_existing", fail)
     done = command("verify")
     assert done.code == 2 and done.err.startswith(f"tierkv: {line}") and done.err.count("\n") == 1
     monkeypatch.setenv("TIERKV_TRACEBACK", "1")

@@ -109,7 +109,7 @@ def test_what_is_computed_after_the_stopped_process_has_ended_is_written(tmp_pat
     with store_in(tmp_path, clock) as store, open_cache(store) as cache:
         with stopped_writer("hold_write_lock", tmp_path) as end:
             in_time(lambda: run_prompts(cache, 5))
-            in_time(cache._demoter.flush)
+            in_time(cache._offloader.flush)
             end()
         clock.now += 60.0
         prompt = list(range(5000, 5016))
@@ -137,7 +137,7 @@ def test_a_reader_never_waits_for_the_lock_and_damage_is_seen_to_later(tmp_path:
     with store_in(tmp_path) as store:
         store.put(chain)
         with store._writer.batch() as batch:
-            for database, block_hash in ((batch.databases.index, first), (batch.databases.blocks, third)):
+            for database, block_hash in ((batch.databases.entries, first), (batch.databases.blocks, third)):
                 value = bytearray(batch.txn.get(block_hash, db=database))
                 value[50] ^= 1
                 batch.txn.put(block_hash, bytes(value), db=database)
@@ -147,7 +147,7 @@ def test_a_reader_never_waits_for_the_lock_and_damage_is_seen_to_later(tmp_path:
             assert [entry is not None for entry in found] == [False, True, False]
             in_time(lambda: store.touch(number.to_bytes(16, "big") for number in range(10_000)))
             assert store.is_due
-        store.tend()
+        store.maintain()
         assert [store.contains(block_hash) for block_hash in (first, second, third)] == [True, True, False]
         assert np.array_equal(read(store, chain[0].info), block_bytes(0))
         assert not store.is_due
@@ -163,7 +163,7 @@ def test_whoever_writes_waits_for_a_bounded_time(tmp_path: Path) -> None:
                 store.set_pinned([record_of(1).info.block_hash], True)
             store.open_namespace(NAMESPACE)
             store.open_namespace(OTHER)
-        store.tend()
+        store.maintain()
         assert {NAMESPACE.digest, OTHER.digest} <= {each.digest for each in store.namespaces()}
 
 
@@ -189,7 +189,7 @@ def in_time_or_raise(work: Callable[[], object]) -> None:
 
 
 WRITING = {
-    "tend": lambda store: store.tend(),
+    "maintain": lambda store: store.maintain(),
     "flush": lambda store: store.flush(),
     "evict": lambda store: store.evict(to_bytes=0),
     "evict of a namespace": lambda store: store.evict(namespace=OTHER.digest),
@@ -243,7 +243,7 @@ def test_a_repair_of_a_busy_store_takes_no_sound_block_for_a_damaged_one(tmp_pat
     with store_in(tmp_path) as store:
         store.put([record])
         with store._writer.batch() as batch:
-            batch.txn.put(block_hash, b"x" * 96, db=batch.databases.index)
+            batch.txn.put(block_hash, b"x" * 96, db=batch.databases.entries)
         with stopped_writer("hold_write_lock", tmp_path), monkeypatch.context() as patch:
             patch.setattr(ColdWriter, "remove_subtree", lambda *_: pytest.fail("it was to be removed"))
             with pytest.raises(StoreBusyError):
@@ -294,7 +294,7 @@ def test_a_data_file_that_was_replaced_while_the_lock_was_lost_is_opened_anew(tm
         monkeypatch.setattr(UserLock, "try_alone", lose)
         with pytest.raises(StoreError, match="open in another process"):
             store.compact()
-        assert os.path.samestat(os.fstat(store._env._data.fd), path.stat())
+        assert os.path.samestat(os.fstat(store._env.data.fd), path.stat())
         assert store.put([record_of(2)]) == [PutOutcome.STORED]
     with store_in(tmp_path) as store:
         assert store.stats().blocks == 2

@@ -11,7 +11,7 @@ import numpy as np
 from tierkv.daemon.core import Connection, Core, FetchTask, Write
 from tierkv.daemon.messages import NO_SLOT, Chain, Found, Match, Release, Reserve
 from tierkv.daemon.protocol import split_numbers
-from tierkv.daemon.sealer import Sealer
+from tierkv.daemon.values import BlockIdentifier
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import BlockInfo
 from tierkv.values.block import TOKEN_BYTES, HashFunction, common_run, hash_block, iter_chain
@@ -130,7 +130,7 @@ class Client:
 
     def end_fetch(self, which: int, firsts: dict[int, int]) -> None:
         task, tokens = self.tasks.pop(which)
-        fetched = self.core.end_fetch(self.connection, task)
+        fetched = self.core.loads.end_fetch(self.connection, task)
         if self.connection.is_closed:
             return
         for at, slot in enumerate(split_numbers(fetched.slots), firsts[id(task)]):
@@ -155,7 +155,7 @@ class Client:
             hashes.append(parent)
         chosen = array("I", sorted({offer % len(hashes) for offer in offers}))
         chain = Chain(b"".join(hashes), tokens, chosen.tobytes())
-        (answer,) = self.core.reserve(self.connection, Reserve(chains=[chain])).chains
+        (answer,) = self.core.reservations.reserve(self.connection, Reserve(chains=[chain])).chains
         for at, slot in zip(split_numbers(answer.numbers), split_numbers(answer.slots), strict=True):
             assert at in chosen
             self.reserved.append((slot, self.content(tokens, at)))
@@ -168,7 +168,9 @@ class Client:
 
 
 def finish_write(core: Core, store: DictStore, slab: dict[int, tuple[bytes, bytes]], write: Write) -> None:
-    core.finish_write(write, is_stored=store.put(Sealer().identify(write.tenant, write.entry), slab[write.slot]))
+    core.finish_write(
+        write, is_stored=store.put(BlockIdentifier().identify(write.tenant, write.entry), slab[write.slot])
+    )
 
 
 def finish_load(core: Core, slab: dict[int, tuple[bytes, bytes]], task: FetchTask) -> None:
@@ -176,7 +178,7 @@ def finish_load(core: Core, slab: dict[int, tuple[bytes, bytes]], task: FetchTas
     for load in task.fresh:
         store = load.source
         assert isinstance(store, DictStore)
-        info = Sealer().identify(load.tenant, load.entry)
+        info = BlockIdentifier().identify(load.tenant, load.entry)
         stored = store.lookup(info.block_hash)
         if stored is None:
             core.finish_load(load, MissReason.ABSENT)

@@ -12,18 +12,8 @@ from array import array
 from collections.abc import Callable
 from pathlib import Path
 
-from tierkv.daemon.messages import (
-    Done,
-    Evictions,
-    EvictionsSince,
-    Failure,
-    Found,
-    Hello,
-    Match,
-    Message,
-    Status,
-    Welcome,
-)
+from tierkv.daemon.eviction_messages import Evictions, EvictionsSince
+from tierkv.daemon.messages import Done, Failure, Found, Hello, Match, Message, Status, Welcome
 from tierkv.daemon.protocol import FrameReader, frame, parse_body
 
 __all__ = ["NUM_SLOTS", "FakeDaemon", "found", "numbers", "sealed_memory"]

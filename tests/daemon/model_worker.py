@@ -20,14 +20,15 @@ if __name__ == "__main__":
         options = GenerationOptions(max_new_tokens=3, keep_logits=True, store_partial=True, stop_ids=frozenset())
         result = runner.generate([prompt], options)[0]
         runner.cache.flush()
-        assert runner.cache._daemon is not None
+        assert runner.cache._daemon is not None and runner.cache._daemon.connection is not None
+        client = runner.cache._daemon.connection.client
         torch.save(result.logits, output)
         print(
             json.dumps(
                 {
                     "token_ids": result.token_ids,
                     "cached_tokens": {tier.value: count for tier, count in result.cached_tokens.items()},
-                    "socket_bytes": sum(runner.cache._daemon.keeper.socket_bytes),
+                    "socket_bytes": client.bytes_sent + client.bytes_received,
                     "block_bytes": runner.cache.layout.block_bytes,
                 }
             )

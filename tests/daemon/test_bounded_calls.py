@@ -16,7 +16,8 @@ from raw_client import connect, tokens_of, write_prompt
 from test_ending import HangingDaemon, start_hanging, write_and_hang
 
 from tierkv.cache import TierCache
-from tierkv.daemon.messages import Count, Done, EvictBlocks, EvictedBlocks, Flush, Message, Status, StatusReport
+from tierkv.daemon.eviction_messages import EvictBlocks, EvictedBlocks
+from tierkv.daemon.messages import Count, Done, Flush, Message, Status, StatusReport
 from tierkv.errors import DaemonError, DaemonGoneError
 
 __all__ = ["start_hanging"]  # a fixture

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import socket
+import time
 from array import array
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -26,6 +27,7 @@ from tierkv.daemon.connection import ClientConnection
 from tierkv.daemon.core import Connection, Core, FetchTask
 from tierkv.daemon.host import connections_that_fit
 from tierkv.daemon.limits import Limits
+from tierkv.daemon.loader import Prefetcher
 from tierkv.daemon.messages import (
     Abandon,
     Count,
@@ -47,12 +49,12 @@ from tierkv.daemon.messages import (
     Waited,
 )
 from tierkv.daemon.metrics import exposition
-from tierkv.daemon.prefetcher import Prefetcher
 from tierkv.daemon.protocol import HEADER, MAX_BODY_BYTES, PROTOCOL_VERSION, FrameReader, frame, parse_body
 from tierkv.daemon.requests import Requests
-from tierkv.daemon.usage import limit_status
+from tierkv.daemon.status import limit_status
 from tierkv.errors import DaemonError, DaemonGoneError
 from tierkv.tools import daemon as daemon_tool
+from tierkv.tools.daemon_process import from_json, to_json
 from tierkv.values.block import hash_block
 
 TOKENS = tokens_of(16)
@@ -120,14 +122,14 @@ class FakeHost:
         self.refusals: list[str] = []
         self._answer = answer
 
-    def admit(self, client: ClientConnection, pid: int) -> None:
+    def accept(self, client: ClientConnection, pid: int) -> None:
         assert pid == os.getpid()
         self.clients.add(client)
 
     def leave(self, client: ClientConnection) -> None:
         self.clients.discard(client)
 
-    def end_loads(self, connection: Connection) -> None:
+    def unload_files(self, connection: Connection) -> None:
         assert connection.is_closed
 
     def answer(self, client: ClientConnection, message: Message) -> Any:
@@ -223,13 +225,13 @@ def test_messages_that_are_not_whole_are_bounded_in_time_and_in_bytes() -> None:
         second, second_transport = host.connect()
         second.data_received(ask(Match(hashes=b"", tokens=bytes(3000)))[:2500])
         assert [message for _, message in second_transport.answers()] == [
-            Failure(message="too many messages that are not whole", is_fatal=True)
+            Failure(message="too many incomplete messages", is_fatal=True)
         ]
         assert second_transport.is_closed and host.incomplete_bytes == 2500
         await asyncio.sleep(0.002)
         first.check_alive()
         ((_, failure),) = first_transport.answers()
-        assert isinstance(failure, Failure) and "did not come whole in 0.001 s" in failure.message
+        assert isinstance(failure, Failure) and "was not complete in 0.001 s" in failure.message
         assert first_transport.is_closed and host.incomplete_bytes == 0
 
     asyncio.run(go())
@@ -348,7 +350,7 @@ def test_a_prompt_of_a_namespace_that_was_forgotten_is_not_brought_up() -> None:
     tenant = client.connection.require_tenant()
     core.disconnect(client.connection)
     core.trim()
-    assert list(core.begin_prefetches(tenant, [bytes(16)], as_bytes([1, 2]))) == []
+    assert list(core.loads.begin_prefetches(tenant, [bytes(16)], as_bytes([1, 2]))) == []
 
 
 def test_connections_fit_the_descriptors_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,7 +361,7 @@ def test_connections_fit_the_descriptors_that_there_are(monkeypatch: pytest.Monk
 
 def test_limits_survive_the_way_to_a_detached_daemon() -> None:
     config = DaemonConfig(socket=Path("/s"), store=None, warm_bytes=1, cold_bytes=1, limits=Limits(cursors_of_client=5))
-    assert daemon_tool._from_json(daemon_tool._to_json(config, [])) == (config, [])
+    assert from_json(to_json(config, [])) == (config, [])
 
 
 def test_the_metrics_have_each_limit_and_its_use() -> None:
@@ -390,7 +392,7 @@ def test_a_message_that_is_cut_off_is_refused_soon_and_who_holds_slots_keeps_the
         for client in (holder, other):
             client._socket.sendall(frame(Flush(), number=9, boot=client.boot)[:-1])
             client._socket.settimeout(TIMEOUT_S)
-            assert b"did not come whole" in client._socket.recv(4096)
+            assert b"was not complete" in client._socket.recv(4096)
         assert other._socket.recv(1) == b""
         assert daemon.status().leased_slots == 4
     assert_healthy(daemon.socket)
@@ -456,6 +458,16 @@ def test_a_connection_that_only_asks_and_is_idle_makes_room_for_another(start_da
         client.close()
 
 
+def test_a_connection_that_another_thread_has_closed_is_gone_and_no_other_error(start_daemon: Start) -> None:
+    daemon = start_daemon(store=False)
+    client = connect(daemon.socket)
+    client._socket.close()  # between two steps of a call
+    assert client.has_hung_up()
+    with pytest.raises(DaemonGoneError):
+        client._read_some(time.monotonic() + 1)
+    client.close()
+
+
 def test_waits_end_with_their_connection_and_are_no_more_than_a_client_may_have(start_daemon: Start) -> None:
     daemon = start_daemon(store=False)
     with connect(daemon.socket) as owner, connect(daemon.socket) as waiting:
@@ -483,6 +495,16 @@ def test_refusals_do_not_fill_the_log(start_daemon: Start) -> None:
                 client.call(Release(slots=b"123"), Done)
         assert client.call(Status(), StatusReport).counters["refused_messages"] == 50
     assert daemon.log.count("refused raw") == 5
+
+
+def test_clients_that_end_before_they_are_welcomed_are_no_refusals(start_daemon: Start) -> None:
+    daemon = start_daemon(slots=8)
+    for _ in range(20):
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(daemon.socket))
+            client.sendall(frame(hello(), number=1, boot=0))
+    eventually(lambda: daemon.status().clients == 1)
+    assert daemon.status().counters.get("refused_messages", 0) == 0, daemon.log
 
 
 def test_the_status_has_every_limit(start_daemon: Start) -> None:

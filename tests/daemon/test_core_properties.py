@@ -84,7 +84,7 @@ class CoreMachine(RuleBasedStateMachine):
         cursor = client.connection.cursors[number_of_cursor]
         total = cursor.total + (found.partial_block is not None)
         first = min(first, total - 1)
-        task = self.core.begin_fetch(
+        task = self.core.loads.begin_fetch(
             client.connection, Fetch(cursor=number_of_cursor, first=first, count=min(count, total - first))
         )
         whole = tokens[: cursor.total * 8] + (found.partial_block.tokens if found.partial_block else b"")
@@ -131,7 +131,7 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(number=which)
     def abandon(self, number: int) -> None:
         client = self.client(number)
-        self.core.abandon(client.connection, [slot for slot, _ in client.reserved])
+        self.core.reservations.abandon(client.connection, [slot for slot, _ in client.reserved])
         client.reserved.clear()
 
     @precondition(lambda self: self.writes)
@@ -242,8 +242,8 @@ def test_a_stored_block_behind_another_one_of_the_same_hash_is_a_collision() -> 
     found = client.match(as_bytes([1, 2, 9, 9]))
     assert len(found.slots) == 8
     for first in (0, 1):
-        task = core.begin_fetch(client.connection, Fetch(cursor=found.cursor, first=first, count=1))
+        task = core.loads.begin_fetch(client.connection, Fetch(cursor=found.cursor, first=first, count=1))
         finish_load(core, slab, task)
-        fetched = core.end_fetch(client.connection, task)
+        fetched = core.loads.end_fetch(client.connection, task)
         assert (fetched.slots, fetched.miss) == (b"", "collision")
     core.check()

@@ -56,8 +56,8 @@ class BusyStore:
     def contains(self, block_hash: bytes) -> bool:
         return True
 
-    def tend(self) -> None:
-        self.calls.append("tend")
+    def maintain(self) -> None:
+        self.calls.append("maintain")
         raise StoreBusyError("another process is writing")
 
     def put(self, records: list[EncodedRecord]) -> list[PutOutcome]:
@@ -73,7 +73,7 @@ def test_the_daemons_write_thread_waits_once_for_a_busy_store() -> None:
     async def use() -> None:
         with ThreadPoolExecutor(1) as threads:
             writer = StoreWriter(core, store, None, threads)  # type: ignore[arg-type]
-            for work, calls in (([write], ["put"]), ([write, None], ["put"]), ([None], ["tend", "put"])):
+            for work, calls in (([write], ["put"]), ([write, None], ["put"]), ([None], ["maintain", "put"])):
                 store.calls.clear()
                 writer._write(work)
                 assert store.calls == calls

@@ -137,18 +137,18 @@ def test_a_flush_to_a_store_that_hangs_is_refused_in_time(
 def test_an_end_that_comes_in_time_is_left_alone() -> None:
     stopped, left = threading.Event(), []
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    with Ending(30, last_words=lambda _: None, leave=left.append) as ending:
-        ending.watch(stopped.set)
+    with Ending(30, report_loss=lambda _: None, leave=left.append) as ending:
+        ending.handle_signals(stopped.set)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stopped.wait(5)
         ending.begin()
     assert left == [] and [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
-def test_an_end_whose_last_words_hang_comes_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tierkv.daemon.ending._LAST_WORDS_S", 0.1)
+def test_an_end_whose_report_loss_hang_comes_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tierkv.daemon.ending._REPORT_S", 0.1)
     left: list[int] = []
-    with Ending(0.1, last_words=lambda _: time.sleep(1), leave=left.append) as ending:
-        ending.watch(lambda: None)
+    with Ending(0.1, report_loss=lambda _: time.sleep(1), leave=left.append) as ending:
+        ending.handle_signals(lambda: None)
         ending.begin()
         eventually(lambda: left == [1])

@@ -16,24 +16,15 @@ from test_life_and_death import eventually, is_served
 from tierkv.cache import TierCache
 from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.eviction_log import EvictionLog
-from tierkv.daemon.messages import (
-    Chain,
-    Done,
+from tierkv.daemon.eviction_messages import (
     EvictBlocks,
     EvictedBlocks,
     Eviction,
     EvictionDone,
     Evictions,
     EvictionsSince,
-    Flush,
-    Found,
-    Match,
-    Publish,
-    Published,
-    Release,
-    Reserve,
-    Reserved,
 )
+from tierkv.daemon.messages import Chain, Done, Flush, Found, Match, Publish, Published, Release, Reserve, Reserved
 from tierkv.daemon.protocol import frame
 from tierkv.errors import DaemonError
 from tierkv.storage.cold import ColdStore
@@ -92,7 +83,7 @@ def test_a_prompt_that_is_all_hot_is_not_served_either_though_the_daemon_is_not_
     cache = open_cache()
     assert cache._daemon
     engine = keep(cache, PROMPT)
-    monkeypatch.setattr(cache._daemon.keeper, "tend", lambda: None)  # the thread that looks on its own is late
+    monkeypatch.setattr(cache._daemon, "maintain", lambda: None)  # the thread that looks on its own is late
     answer = evict(daemon, to_bytes=0)
     assert not answer.engines[0].has_answered and hot(cache) == 3
     again = engine.start(PROMPT)
@@ -122,8 +113,8 @@ def test_a_prompt_goes_and_another_stays(start_daemon: Start, open_cache: OpenCa
     daemon = start_daemon()
     cache = open_cache()
     keep(cache, PROMPT, OTHER)
-    prompt = tool.PromptBlocks.of(cache.namespace.digest, PROMPT[:10], 4)
-    answer = evict(daemon, namespace=prompt.namespace, hashes=b"".join(prompt.hashes), tokens=prompt.token_bytes)
+    request = tool.request_of(cache.namespace.digest, PROMPT[:10], 4)
+    answer = evict(daemon, namespace=request.namespace, hashes=request.hashes, tokens=request.tokens)
     assert (answer.warm, answer.cold, answer.left) == (3, 3, 3)
     assert answer.engines[0].blocks == 3
     assert cached(cache, PROMPT) == 0 and cached(cache, OTHER) == 12
@@ -201,22 +192,21 @@ def test_what_is_being_written_is_not_served_when_it_is_published(start_daemon: 
 
 
 def test_an_engine_that_was_away_forgets_when_it_is_back_whatever_daemon_it_finds(
-    start_daemon: Start, open_cache: OpenCache
+    start_daemon: Start, open_cache: OpenCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The daemon was told, then it ended, and the next one tells the engine that missed it."""
     daemon = start_daemon()
     cache = open_cache(daemon_timeout_s=0.5)
     keep(cache, PROMPT, OTHER)
     assert cache._daemon
-    keeper = cache._daemon.keeper
-    tend, keeper.tend = keeper.tend, lambda: None
+    monkeypatch.setattr(cache._daemon, "maintain", lambda: None)
     assert not evict(daemon, namespace=cache.namespace.digest).engines[0].has_answered
     daemon.kill()
     daemon.start()
     assert hot(cache) == 6
     eventually(lambda: is_served(cache, daemon))
     assert cached(cache, PROMPT) == 0 and hot(cache) == 0
-    keeper.tend = tend
+    monkeypatch.undo()
 
 
 def test_a_daemon_that_was_only_started_again_costs_no_engine_its_hot_blocks(
@@ -237,9 +227,9 @@ def test_an_eviction_from_the_store_while_no_daemon_runs_reaches_the_engines_of_
     daemon = start_daemon()
     cache = open_cache(daemon_timeout_s=0.5)
     keep(cache, PROMPT)
-    eventually(lambda: cache._daemon is not None and cache._daemon.evictions._log != 0)
+    eventually(lambda: cache._daemon is not None and cache._daemon._eviction_log != 0)
     daemon.kill()
-    tool.evict(short_path / "store", socket=None, to="0", namespace=None, older_than=None, as_json=True, prompts=None)
+    tool.evict(store=short_path / "store", to="0", as_json=True)
     assert '"blocks_evicted": 3' in capsys.readouterr().out
     daemon.start()
     eventually(lambda: is_served(cache, daemon))

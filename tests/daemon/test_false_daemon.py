@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -19,24 +20,27 @@ from raw_client import LAYOUT, NAMESPACE, chain_of, hello, tokens_of
 from test_life_and_death import eventually
 
 import tierkv.daemon.client
-import tierkv.transfer.daemon_connection
+import tierkv.daemon.host
+import tierkv.transfer.daemon_tiers
 from tierkv.cache import TierCache
 from tierkv.daemon.answers import AnswerCheck, WrongAnswerError
 from tierkv.daemon.client import DaemonClient
-from tierkv.daemon.messages import (
-    NO_SLOT,
-    Chain,
-    ChainAnswer,
-    Count,
-    Done,
+from tierkv.daemon.eviction_messages import (
     EngineEvicted,
-    Evict,
     EvictBlocks,
     EvictedBlocks,
     Eviction,
     EvictionNotice,
     Evictions,
     EvictionsSince,
+)
+from tierkv.daemon.messages import (
+    NO_SLOT,
+    Chain,
+    ChainAnswer,
+    Count,
+    Done,
+    Evict,
     Failure,
     Fetch,
     Fetched,
@@ -203,14 +207,14 @@ def test_a_tail_shorter_than_asked_for_is_refused() -> None:
 
 
 @pytest.fixture
-def fast_keeper(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tierkv.transfer.daemon_connection, "_TICK_S", 0.005)
-    monkeypatch.setattr(tierkv.transfer.daemon_connection, "_RECONNECT_S", 0.01)
+def fast_reconnecting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tierkv.transfer.daemon_tiers, "_TICK_S", 0.005)
+    monkeypatch.setattr(tierkv.transfer.daemon_tiers, "_RECONNECT_S", 0.01)
 
 
-def link_of(cache: TierCache) -> object:
+def connection_of(cache: TierCache) -> object:
     assert cache._daemon
-    return cache._daemon.keeper.link
+    return cache._daemon.connection
 
 
 def lie(answer: Message | bytes) -> Callable[[Message], Message | bytes]:
@@ -245,76 +249,104 @@ FALSE_FRAMES: dict[str, Message | bytes] = {
     ],
     ids=["slots", "one slot", "blocks", "partial_block", "bytes", *FALSE_FRAMES],
 )
-@pytest.mark.usefixtures("fast_keeper")
+@pytest.mark.usefixtures("fast_reconnecting")
 def test_a_lie_is_a_miss_and_the_daemon_is_asked_no_more(
     short_path: Path, open_cache: OpenCache, answer: Message | bytes
 ) -> None:
     with FakeDaemon(short_path / "d.sock", lie(answer)) as daemon:
         cache = open_cache()
-        assert link_of(cache)
+        assert connection_of(cache)
         sequence = cache.acquire(PROMPT)
         assert sequence.num_cached_tokens == 0
         cache.release(sequence)
         before = daemon.num_greeted
         eventually(lambda: daemon.num_greeted > before + 1)  # it is looked for again
-        assert link_of(cache) is None, "what it says is believed again"
+        assert connection_of(cache) is None, "what it says is believed again"
         assert cache.match(PROMPT).num_cached_tokens == 0
         assert sum(isinstance(each, Match) for each in daemon.received) == 1
         daemon.boot, daemon.answer = 78, lie(found())  # another daemon, which does not lie
-        eventually(lambda: link_of(cache) is not None)
+        eventually(lambda: connection_of(cache) is not None)
         cache.check()
 
 
-@pytest.mark.usefixtures("fast_keeper")
+@pytest.mark.usefixtures("fast_reconnecting")
 def test_slots_that_this_process_writes_are_not_lent_nor_the_other_way_round(
     short_path: Path, open_cache: OpenCache
 ) -> None:
-    for first, second in (("begin_writing", "lend"), ("lend", "begin_writing"), ("begin_writing", "begin_writing")):
+    for first, second in (("begin_writing", "lease"), ("lease", "begin_writing"), ("begin_writing", "begin_writing")):
         with FakeDaemon(short_path / "d.sock"):
             cache = open_cache()
-            link: Any = link_of(cache)
-            getattr(link, first)([3, 4])
+            connection: Any = connection_of(cache)
+            getattr(connection, first)([3, 4])
             with pytest.raises(DaemonGoneError, match=r"in use|being written"):
-                getattr(link, second)([5, 4])
-            if first == "lend":
-                link.give_back(3)
-                link.give_back(4)
+                getattr(connection, second)([5, 4])
+            if first == "lease":
+                connection.return_lease(3)
+                connection.return_lease(4)
             else:
-                link.end_writing([3, 4])
-            eventually(lambda cache=cache: link_of(cache) is None)
+                connection.end_writing([3, 4])
+            eventually(lambda cache=cache: connection_of(cache) is None)
             cache.close()
         (short_path / "d.sock").unlink()
 
 
 def test_slots_are_lent_again_once_they_are_written(short_path: Path, open_cache: OpenCache) -> None:
     with FakeDaemon(short_path / "d.sock"):
-        link: Any = link_of(open_cache())
-        link.begin_writing([3])
-        link.end_writing([3])
-        link.lend([3, 3])
-        link.give_back(3)
-        link.give_back(3)
-        link.begin_writing([3])
-        link.end_writing([3])
-        assert not link.client.has_lied
+        connection: Any = connection_of(open_cache())
+        connection.begin_writing([3])
+        connection.end_writing([3])
+        connection.lease([3, 3])
+        connection.return_lease(3)
+        connection.return_lease(3)
+        connection.begin_writing([3])
+        connection.end_writing([3])
+        assert not connection.client.has_answered_wrongly
 
 
-def test_a_slot_is_no_longer_lent_when_the_daemon_may_hear_of_it(short_path: Path, open_cache: OpenCache) -> None:
+def test_a_slot_is_no_longer_leased_when_the_daemon_hears_of_it(short_path: Path, open_cache: OpenCache) -> None:
     """From then on the daemon may give it to be written, to this very process."""
+    seen: list[bool] = []
     with FakeDaemon(short_path / "d.sock"):
-        link: Any = link_of(open_cache())
-        seen: list[bool] = []
-
-        class Watched(deque[int]):
-            def append(self, slot: int) -> None:
-                seen.append(slot in link._lent)
-                super().append(slot)
-
-        link._returned = Watched()
-        link.lend([3])
-        link.give_back(3)
+        connection: Any = connection_of(open_cache())
+        connection.post = lambda message: seen.append(3 in connection._leased)
+        connection.lease([3])
+        connection.return_lease(3)
+        connection.send_returned()
         assert seen == [False]
-        link._returned.clear()
+
+
+def test_every_lease_is_returned_once_though_threads_return_and_send_at_once(
+    short_path: Path, open_cache: OpenCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with FakeDaemon(short_path / "d.sock"):
+        cache = open_cache()
+        connection: Any = connection_of(cache)
+        sent: list[int] = []
+        monkeypatch.setattr(connection, "post", lambda message: sent.extend(split_numbers(message.slots)))
+        connection.lease([slot % 4 for slot in range(4000)])
+        returning = Thread(target=lambda: [connection.return_lease(number % 4) for number in range(4000)])
+        failures: list[BaseException] = []
+
+        def send() -> None:
+            try:
+                while returning.is_alive():
+                    connection.send_returned()
+            except BaseException as exc:  # noqa: BLE001 - reported below
+                failures.append(exc)
+
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            threads = [returning, Thread(target=send), Thread(target=send)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        finally:
+            sys.setswitchinterval(interval)
+        connection.send_returned()
+        assert not failures
+        assert sorted(sent) == sorted(number % 4 for number in range(4000))
 
 
 def test_a_slot_is_no_longer_being_written_when_the_daemon_hears_that_it_is(
@@ -324,13 +356,13 @@ def test_a_slot_is_no_longer_being_written_when_the_daemon_hears_that_it_is(
     written: list[set[int]] = []
 
     def answer(message: Message) -> Message:
-        link: Any = link_of(cache)
+        connection: Any = connection_of(cache)
         if isinstance(message, Reserve):
-            offers = [split_numbers(each.offers) for each in message.chains]
-            assert [list(each) for each in offers] == [[0, 1]]
+            offered = [split_numbers(each.offered) for each in message.chains]
+            assert [list(each) for each in offered] == [[0, 1]]
             return Reserved(chains=[chain(numbers=numbers(0, 1), num_there=0)])
         if isinstance(message, Publish):
-            written.append(set(link._written))
+            written.append(set(connection._written))
             return Published(count=2, lost=b"")
         return Done() if isinstance(message, Flush) else found()
 
@@ -424,14 +456,14 @@ def test_a_greeting_that_cannot_be_is_refused(short_path: Path, kind: str) -> No
 
 def test_a_daemon_of_another_user_is_told_nothing(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test's own process is the daemon, and it is the client that seems to be somebody else."""
-    monkeypatch.setattr(tierkv.daemon.client, "_CREDENTIALS", _Credentials(os.geteuid() + 1))
+    monkeypatch.setattr(tierkv.daemon.host, "_CREDENTIALS", _Credentials(os.geteuid() + 1))
     with FakeDaemon(short_path / "d.sock") as daemon:
         with pytest.raises(DaemonError, match="belongs to user"):
             DaemonClient(short_path / "d.sock", hello())
         time.sleep(0.02)
         assert daemon.received_bytes == 0
         for own in (0, os.geteuid()):  # root, and the same user, are believed
-            monkeypatch.setattr(tierkv.daemon.client, "_CREDENTIALS", _Credentials(own))
+            monkeypatch.setattr(tierkv.daemon.host, "_CREDENTIALS", _Credentials(own))
             DaemonClient(short_path / "d.sock", hello()).close()
 
 
@@ -591,9 +623,9 @@ def test_evictions_that_cannot_be_are_not_believed(short_path: Path, answer: Evi
         FakeDaemon(short_path / "d.sock", evictions=lambda _: answer),
         closing(DaemonClient(short_path / "d.sock", hello())) as client,
     ):
-        with pytest.raises(DaemonGoneError, match="cannot be"):
+        with pytest.raises(DaemonGoneError, match="impossible"):
             client.call(EvictionsSince(log=0, number=0), Evictions)
-        assert client.has_lied
+        assert client.has_answered_wrongly
 
 
 @pytest.mark.parametrize(
@@ -612,9 +644,9 @@ def test_what_a_daemon_claims_to_have_evicted_is_checked(short_path: Path, answe
         FakeDaemon(short_path / "d.sock", lambda _: answer),
         closing(DaemonClient(short_path / "d.sock", hello())) as client,
     ):
-        with pytest.raises(DaemonGoneError, match="cannot be"):
+        with pytest.raises(DaemonGoneError, match="impossible"):
             client.call_long(EvictBlocks(older_than_s=1.0), EvictedBlocks, timeout_s=5)
-        assert client.has_lied
+        assert client.has_answered_wrongly
 
 
 def test_a_daemon_that_tells_of_evictions_that_it_does_not_know_is_not_asked_for_ever(
@@ -625,7 +657,7 @@ def test_a_daemon_that_tells_of_evictions_that_it_does_not_know_is_not_asked_for
         cache.release(cache.acquire(PROMPT))
         tell(daemon, EvictionNotice(number=1 << 61))
         cache.release(cache.acquire(PROMPT))
-        eventually(lambda: link_of(cache) is None)
+        eventually(lambda: connection_of(cache) is None)
         assert len([each for each in daemon.received if isinstance(each, Match)]) == 1
 
 

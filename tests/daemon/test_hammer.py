@@ -56,6 +56,6 @@ def test_clients_hammer_the_daemon_and_leave_nothing_behind(start_daemon: Start)
     eventually(lambda: daemon.status().clients == 1)
     status = daemon.status()
     assert (status.leased_slots, status.reserved_slots, status.claims) == (0, 0, 0)
-    assert status.counters.get("refused_messages", 0) == 0
+    assert status.counters.get("refused_messages", 0) == 0, daemon.log
     assert status.counters["evicted_blocks"] > 0
     assert status.rss_bytes < first_bytes + (16 << 20), "the daemon's memory grows"

@@ -61,8 +61,8 @@ def eventually(is_so: Callable[[], bool]) -> None:
 def is_served(cache: TierCache, daemon: Daemon) -> bool:
     """Tell whether a cache works with the daemon that is running now."""
     with DaemonClient(daemon.socket) as client:
-        keeper = cache._daemon.keeper if cache._daemon else None
-        return keeper is not None and keeper.link is not None and keeper.boot == client.boot
+        tiers = cache._daemon
+        return tiers is not None and tiers.connection is not None and tiers.boot == client.boot
 
 
 def test_a_client_killed_while_reading_gives_its_slots_back(start_daemon: Start) -> None:
@@ -230,18 +230,19 @@ def test_an_answer_of_an_earlier_daemon_says_nothing_of_the_present_one(
 ) -> None:
     daemon = start_daemon(store=False)
     cache = open_cache(daemon_timeout_s=0.5)
-    assert cache._daemon is not None
-    keeper, call_on = cache._daemon.keeper, cache._daemon.keeper.call_on
+    assert cache._daemon is not None and cache._daemon.connection is not None
+    connection = cache._daemon.connection
+    call = connection.call
 
-    def then_restart(link: Any, message: Any, *arguments: Any, **options: Any) -> Any:
-        answer = call_on(link, message, *arguments, **options)
+    def then_restart(message: Any, *arguments: Any, **options: Any) -> Any:
+        answer = call(message, *arguments, **options)
         if isinstance(message, Publish):
             daemon.kill()
             daemon.start()
             eventually(lambda: is_served(cache, daemon))
         return answer
 
-    monkeypatch.setattr(keeper, "call_on", then_restart)
+    monkeypatch.setattr(connection, "call", then_restart)
     cache.release(PatternEngine(cache).start(list(range(4))))
     cache.flush()
     assert not any(entry.in_cold for entry in cache._tiers.index)
@@ -265,18 +266,18 @@ def test_a_copy_from_a_lent_slot_outlives_the_connection(start_daemon: Start, op
     writer.release(PatternEngine(writer).start(list(range(8))))
     writer.flush()
     assert reader._daemon
-    link = reader._daemon.keeper.link
-    assert link is not None
+    connection = reader._daemon.connection
+    assert connection is not None
     pinned: dict[int, object] = {}
     with reader._tiers.changed:
-        found = reader._prefixes.find(b"".join(n.to_bytes(4, "little") for n in range(8)), 8)
-    lookup, _ = reader._daemon.reader.look_further(
+        found = reader._tiers.find(b"".join(n.to_bytes(4, "little") for n in range(8)), 8)
+    lookup, _ = reader._daemon.blocks.look_further(
         found,
         b"".join(n.to_bytes(4, "little") for n in range(8)),
         pinned,  # type: ignore[arg-type]
     )
     assert len(lookup.blocks) == 2 and daemon.status().leased_slots == 2
-    link.retire()
+    connection.retire()
     assert daemon.status().leased_slots == 2, "the connection stays open while a copy may be under way"
     reader._tiers.unpin(pinned.values())  # type: ignore[arg-type]
     eventually(lambda: daemon.status().leased_slots == 0)
@@ -362,7 +363,7 @@ def test_a_client_whose_blocks_have_another_size_than_its_namespace_is_refused(s
     connect(daemon.socket).close()
     forged = hello(Namespace(weights="raw", layout=tiny_layout(block_size=8)))
     forged.namespace = NAMESPACE.digest
-    with pytest.raises(DaemonError, match=f"{NAMESPACE.digest.hex()} is claimed"):
+    with pytest.raises(DaemonError, match=f"{NAMESPACE.digest.hex()} is named"):
         DaemonClient(daemon.socket, forged)
 
 
@@ -430,15 +431,15 @@ def test_closing_ends_the_connection_although_a_copy_is_on_its_way(
     first, second = open_cache(), open_cache()
     first.release(PatternEngine(first).start(list(range(12))))
     first.close()
-    assert second._daemon is not None and second._daemon.keeper.link is not None
-    link, copy = second._daemon.keeper.link, LateReady()
-    promote = link.mover.promote
+    assert second._daemon is not None and second._daemon.connection is not None
+    connection, copy = second._daemon.connection, LateReady()
+    promote = connection.mover.promote
 
     def promote_late(moves: Sequence[Move], *, after: Ready | None = None) -> LateReady:
         promote(moves, after=after).synchronize()
         return copy
 
-    monkeypatch.setattr(link.mover, "promote", promote_late)
+    monkeypatch.setattr(connection.mover, "promote", promote_late)
     found = second.acquire(list(range(13)))
     assert found.cached_tokens[Tier.WARM] == 12
     second.release(found)

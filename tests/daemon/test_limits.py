@@ -22,7 +22,7 @@ from tierkv.daemon.core import Connection, Core
 from tierkv.daemon.limits import Limits
 from tierkv.daemon.messages import Chain, Fetch, Match, Pin, Release, Reserve
 from tierkv.daemon.protocol import ProtocolError, split_numbers
-from tierkv.daemon.usage import usage_of
+from tierkv.daemon.status import usage_of
 from tierkv.errors import CapacityError, ConfigError, DaemonError
 from tierkv.index.chosen_eviction import Choice
 from tierkv.values.block import hash_block
@@ -76,9 +76,9 @@ def test_fetching_the_same_block_again_and_again_takes_no_more_leases_than_a_cli
     client = in_store_only(core, store, [1, 2, 3, 4])
     found = client.match(as_bytes([1, 2, 3, 4]))
     for _ in range(30):
-        task = core.begin_fetch(client.connection, Fetch(cursor=found.cursor, first=0, count=1))
+        task = core.loads.begin_fetch(client.connection, Fetch(cursor=found.cursor, first=0, count=1))
         finish_load(core, client.slab, task)
-        fetched = core.end_fetch(client.connection, task)
+        fetched = core.loads.end_fetch(client.connection, task)
     assert client.connection.num_leases == 8, "half of the slots"
     assert (fetched.slots, fetched.miss) == (b"", "no_room")
     core.check()
@@ -90,11 +90,11 @@ def test_fetches_that_are_in_work_count_as_leases() -> None:
     prompt = list(range(2, 24))
     client = in_store_only(core, store, prompt)
     found = client.match(as_bytes(prompt))
-    tasks = [core.begin_fetch(client.connection, Fetch(cursor=found.cursor, first=0, count=5)) for _ in range(3)]
+    tasks = [core.loads.begin_fetch(client.connection, Fetch(cursor=found.cursor, first=0, count=5)) for _ in range(3)]
     assert [len(task.slots) for task in tasks] == [5, 3, 0]
     finish_load(core, client.slab, tasks[0])
     for task in tasks:
-        core.end_fetch(client.connection, task)
+        core.loads.end_fetch(client.connection, task)
     assert (client.connection.num_leases, client.connection.num_fetching) == (8, 0)
     core.check()
     core.disconnect(client.connection)
@@ -119,12 +119,12 @@ def test_reservations_of_all_clients_leave_slots_to_read() -> None:
     for number in range(6):
         tokens = as_bytes([number] * 40)
         Client(core, {}, NAMESPACE, hash_block).reserve(tokens, list(range(20)))
-    assert core.num_reservations == 24, "three quarters"
+    assert len(core.reservations) == 24, "three quarters"
     assert max(len(each.reservations) for each in core.connections) == 8, "a quarter"
     core.check()
     for connection in list(core.connections):
         core.disconnect(connection)
-    assert core.num_reservations == 0
+    assert len(core.reservations) == 0
     core.check()
 
 
@@ -138,13 +138,13 @@ def test_tickets_are_bounded_for_each_client_and_for_all() -> None:
     first, second = connect(core), connect(core)
     for _ in range(3):
         matched(core, first, 60, wants_claim=True)
-    assert (first.num_promised, len(first.claims)) == (100, 2)
+    assert (first.num_claimed, len(first.claims)) == (100, 2)
     assert matched(core, first, 60, wants_claim=True).claim == 0, "nothing is promised, and nothing refused"
     matched(core, second, 60, wants_claim=True)
-    assert (second.num_promised, core.num_claims) == (50, 150)
+    assert (second.num_claimed, core.claims.num_blocks) == (50, 150)
     core.check()
     core.disconnect(first)
-    assert core.num_claims == 50
+    assert core.claims.num_blocks == 50
     core.check()
 
 
@@ -159,14 +159,14 @@ def test_a_ticket_that_has_expired_is_freed() -> None:
     client.reserve(as_bytes([1, 2]), [0])
     client.publish(1)  # news of the first claim: the other one expires before it
     core.trim()
-    assert core.num_claims == 3
+    assert core.claims.num_blocks == 3
     clock.now = 71
     core.trim()
-    assert (core.num_claims, len(client.connection.claims)) == (1, 1)
+    assert (core.claims.num_blocks, len(client.connection.claims)) == (1, 1)
     core.check()
     clock.now = 111
     core.trim()
-    assert (client.connection.num_promised, core.num_claims, client.connection.claims) == (0, 0, {})
+    assert (client.connection.num_claimed, core.claims.num_blocks, client.connection.claims) == (0, 0, {})
     core.check()
 
 
@@ -196,13 +196,13 @@ def test_cursors_are_bounded_in_number_and_in_bytes() -> None:
     assert next(iter(first.connection.cursors)) == first.cursors[-3][0], "the oldest goes"
     second = cursors_of(core, store, 9, 8)
     assert len(second.connection.cursors) == 2, "three of 704 bytes are too many"
-    assert core.cursor_bytes <= 3000
+    assert core.loads.cursor_bytes <= 3000
     assert first.connection.cursors, "of all, those go whose owner has most"
     core.check()
     core.release(second.connection, Release(cursors=array("I", [1, 2, 3, 4_000_000_000]).tobytes()))
     core.disconnect(second.connection)
     core.disconnect(first.connection)
-    assert core.cursor_bytes == 0
+    assert core.loads.cursor_bytes == 0
     core.check()
 
 
@@ -219,7 +219,7 @@ def test_sizes_of_blocks_that_nobody_uses_are_given_up() -> None:
     for pages in range(1, 40):
         core.disconnect(connect(core, pages=pages, digest=bytes([pages]) * 16))
     core.trim()
-    assert not core.slab.classes and not core.tenants
+    assert not core.slab.classes and not core.tenants.by_digest
     core.check()
 
 
@@ -235,7 +235,11 @@ def test_a_size_in_use_makes_no_room_and_one_with_idle_blocks_does() -> None:
     core.check()
     core.disconnect(idle.connection)
     wanting = connect(core, pages=3, digest=b"w" * 16)
-    assert set(core.tenants) == {held.tenant.digest, wanting.tenant.digest} if held.tenant and wanting.tenant else False
+    assert (
+        set(core.tenants.by_digest) == {held.tenant.digest, wanting.tenant.digest}
+        if held.tenant and wanting.tenant
+        else False
+    )
     assert used(core, "pinned_bytes") == 0
     core.check()
 
@@ -277,7 +281,7 @@ def test_namespaces_are_bounded_in_number_and_in_the_bytes_of_their_descriptions
     for number in range(100):
         core.disconnect(held.pop())
         held.append(connect(core, digest=bytes([100 + number]) * 16))
-    assert len(core.tenants) == 4
+    assert len(core.tenants.by_digest) == 4
     core.check()
 
 
@@ -291,7 +295,7 @@ def test_the_namespace_that_was_left_first_gives_its_blocks_up_first() -> None:
         clock.now += 1
         core.disconnect(client.connection)
     connect(core)
-    assert set(core.tenants) == {b"b" * 16, NAMESPACE}
+    assert set(core.tenants.by_digest) == {b"b" * 16, NAMESPACE}
     core.check()
 
 
@@ -329,7 +333,7 @@ def test_a_block_cannot_take_the_place_of_another_namespaces_root() -> None:
     core = make_core()
     forger = Client(core, {}, b"f" * 16, hash_block)
     chain = Chain(NAMESPACE, as_bytes([1, 2]), array("I", [0]).tobytes())
-    (answer,) = core.reserve(forger.connection, Reserve(chains=[chain])).chains
+    (answer,) = core.reservations.reserve(forger.connection, Reserve(chains=[chain])).chains
     core.publish(forger.connection, answer.slots)
     honest = Client(core, {}, NAMESPACE, hash_block)
     honest.reserve(as_bytes([1, 2, 3, 4]), [0, 1])
@@ -357,7 +361,7 @@ def test_a_refused_chain_leaves_no_root_behind() -> None:
     core = make_core()
     connection = connect(core)
     chain = Chain(bytes(16), as_bytes([1, 2]), array("I", [0]).tobytes())  # the hash that no block can have
-    (answer,) = core.reserve(connection, Reserve(chains=[chain])).chains
+    (answer,) = core.reservations.reserve(connection, Reserve(chains=[chain])).chains
     assert (answer.slots, answer.refusal) == (b"", "collision")
     assert connection.tenant and not list(connection.tenant.size_class.index)
     core.check()
@@ -372,11 +376,11 @@ def test_a_message_names_no_more_blocks_than_the_limits_allow() -> None:
     with pytest.raises(ProtocolError, match="a prompt of 11 blocks"):
         core.pin(connection, Pin(hashes=bytes(16 * 11), tokens=bytes(8 * 11), pinned=True))
     chain = Chain(os.urandom(64), os.urandom(32), b"")
-    core.reserve(connection, Reserve(chains=[chain, chain]))
+    core.reservations.reserve(connection, Reserve(chains=[chain, chain]))
     with pytest.raises(ProtocolError, match="chains of 12 blocks, 10 at most"):
-        core.reserve(connection, Reserve(chains=[chain] * 3))
+        core.reservations.reserve(connection, Reserve(chains=[chain] * 3))
     with pytest.raises(ProtocolError, match="4 chains, 3 at most"):
-        core.reserve(connection, Reserve(chains=[chain] * 4))
+        core.reservations.reserve(connection, Reserve(chains=[chain] * 4))
 
 
 @pytest.mark.parametrize(
@@ -386,12 +390,14 @@ def test_a_message_names_no_more_blocks_than_the_limits_allow() -> None:
         lambda core, it: matched(core, it, 2, min_partial_tokens=-(1 << 63)),
         lambda core, it: matched(core, it, 2, start=3),
         lambda core, it: core.evict(it, -2),
-        lambda core, it: core.begin_fetch(it, Fetch(cursor=0, first=0, count=1)),
-        lambda core, it: core.abandon(it, [0]),
+        lambda core, it: core.loads.begin_fetch(it, Fetch(cursor=0, first=0, count=1)),
+        lambda core, it: core.reservations.abandon(it, [0]),
         lambda core, it: core.publish(it, array("I", [0, 0]).tobytes()),
         lambda core, it: core.release(it, Release(slots=array("I", [0, 0]).tobytes())),
         lambda core, it: core.release(it, Release(cursors=b"123")),
-        lambda core, it: core.reserve(it, Reserve(chains=[Chain(bytes(32), bytes(16), array("I", [1, 1]).tobytes())])),
+        lambda core, it: core.reservations.reserve(
+            it, Reserve(chains=[Chain(bytes(32), bytes(16), array("I", [1, 1]).tobytes())])
+        ),
     ],
 )
 def test_a_number_that_fits_nothing_is_refused_and_changes_nothing(ask: Any) -> None:
@@ -400,7 +406,7 @@ def test_a_number_that_fits_nothing_is_refused_and_changes_nothing(ask: Any) -> 
     with pytest.raises(ProtocolError):
         ask(core, connection)
     core.check()
-    assert core.num_leases == core.num_reservations == core.num_claims == 0
+    assert core.leases.count == len(core.reservations) == core.claims.num_blocks == 0
 
 
 def test_releasing_a_slot_twice_in_one_message_ends_nothing() -> None:
@@ -431,7 +437,7 @@ def test_a_size_of_blocks_stays_as_long_as_an_evicted_block_of_it_is_in_use() ->
     core.evict_chosen(b"", Choice())
     marked = len(size_class.chosen.marked)
     assert marked
-    core.tenants.clear()  # as if nobody had it any more
+    core.tenants.by_digest.clear()  # as if nobody had it any more
     core.trim()
     assert list(core.slab.classes.values()) == [size_class] and len(size_class.chosen.marked) == marked
 
@@ -445,8 +451,8 @@ def test_what_was_evicted_while_leased_goes_with_the_client_and_its_size_of_bloc
     core.evict_chosen(b"", Choice())
     core.trim()
     core.check()
-    assert core.tenants and core.count_marked() == {"warm, leased to clients": 4}
+    assert core.tenants.by_digest and core.count_marked() == {"warm, leased to clients": 4}
     core.disconnect(client.connection)
     core.trim()
     core.check()
-    assert not core.tenants and not core.slab.classes and not core.count_marked()
+    assert not core.tenants.by_digest and not core.slab.classes and not core.count_marked()

@@ -17,10 +17,9 @@ from raw_client import NAMESPACE, chain_of, connect, tokens_of, write_prompt
 from test_life_and_death import eventually
 
 from tierkv.daemon.core import Connection, Core
-from tierkv.daemon.loaded_file import LoadedFile
 from tierkv.daemon.messages import Count, Fetch, Found, LoadState, Match, Saved, SaveState
 from tierkv.daemon.side_threads import SideThreads
-from tierkv.daemon.state_loads import MAX_LOADS_OF_CLIENT, StateLoads
+from tierkv.daemon.state_files import MAX_LOADED_OF_CLIENT, LoadedFile, StateFiles
 from tierkv.errors import CapacityError, DaemonError, StoreError
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.state_file import FileIdentity, StateFile, write_state_file
@@ -84,13 +83,13 @@ def test_one_file_is_open_once_whatever_names_it_and_closed_with_its_last_client
 
 
 class Loads:
-    """StateLoads for one namespace, with files that may hang until they are let go."""
+    """StateFiles for one namespace, with files that may hang until they are let go."""
 
     def __init__(self, **options: Any) -> None:
         self.core = Core(16 * SLOT_BYTES, clock=lambda: 0.0, extent_bytes=SLOT_BYTES)
         self.go_on = threading.Event()
         self.opened: list[StateFile] = []
-        self.loads = StateLoads(open_file=self.open, **options)
+        self.loads = StateFiles(open_file=self.open, **options)
 
     def open(self, path: Path) -> StateFile:
         if path.name.startswith("hang"):
@@ -109,7 +108,7 @@ class Loads:
 
     def disconnect(self, connection: Connection) -> None:
         self.core.disconnect(connection)
-        self.loads.end_loads(connection)
+        self.loads.unload(connection)
 
 
 def test_a_file_that_hangs_is_given_up_in_time_and_hinders_no_other_client(tmp_path: Path) -> None:
@@ -130,7 +129,7 @@ def test_a_file_that_hangs_is_given_up_in_time_and_hinders_no_other_client(tmp_p
         with pytest.raises(DaemonError, match="do not answer"):  # its threads have not come back
             await loads.loads.load(bad, good)
         loads.go_on.set()
-        while loads.loads.num_hanging:
+        while loads.loads._openers.num_pending:
             await asyncio.sleep(0.01)
         await asyncio.sleep(0)
         assert loads.num_open == 1, "what came too late is closed"
@@ -166,20 +165,20 @@ def test_the_number_of_open_files_is_bounded_and_another_namespaces_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loads = Loads()
-    monkeypatch.setattr("tierkv.daemon.state_loads.MAX_LOADS", MAX_LOADS_OF_CLIENT + 1)
+    monkeypatch.setattr("tierkv.daemon.state_files.MAX_LOADED", MAX_LOADED_OF_CLIENT + 1)
 
     async def act() -> None:
         first, second = loads.connection(), loads.connection()
         with pytest.raises(StoreError, match="another model"):
             await loads.loads.load(first, state_file(tmp_path / "other", "other"))
-        for number in range(MAX_LOADS_OF_CLIENT):
+        for number in range(MAX_LOADED_OF_CLIENT):
             await loads.loads.load(first, state_file(tmp_path / str(number)))
         with pytest.raises(CapacityError, match="one client"):
             await loads.loads.load(first, state_file(tmp_path / "more"))
         await loads.loads.load(second, tmp_path / "more")
         with pytest.raises(CapacityError, match="loaded already"):
             await loads.loads.load(second, state_file(tmp_path / "most"))
-        assert loads.num_open == MAX_LOADS_OF_CLIENT + 1
+        assert loads.num_open == MAX_LOADED_OF_CLIENT + 1
         loads.disconnect(first)
         assert loads.num_open == 1
         loads.loads.close()
@@ -196,7 +195,7 @@ def test_a_file_that_has_come_to_the_path_of_a_loaded_one_takes_its_place_for_th
         first, second = loads.connection(), loads.connection()
         await loads.loads.load(first, path)
         await loads.loads.load(second, path)
-        for _ in range(2 * MAX_LOADS_OF_CLIENT):
+        for _ in range(2 * MAX_LOADED_OF_CLIENT):
             await loads.loads.load(first, state_file(path))
         assert loads.num_open == 2, "the second client has the first file still"
         loads.disconnect(second)
@@ -258,9 +257,9 @@ def test_a_slot_that_a_late_read_may_write_is_nobody_elses_until_it_returns() ->
         core.finish_write(write, is_stored=store.put(_identify(write), slab[write.slot]))
     core.evict(client.connection, -1)
     found = client.match(as_bytes([1, 1]))
-    task = core.begin_fetch(client.connection, Fetch(cursor=found.cursor, first=0, count=1))
+    task = core.loads.begin_fetch(client.connection, Fetch(cursor=found.cursor, first=0, count=1))
     (slot,) = task.slots
-    fetched = core.end_fetch(client.connection, task)
+    fetched = core.loads.end_fetch(client.connection, task)
     assert (fetched.slots, fetched.miss) == (b"", MissReason.IO_ERROR.value)
     core.check()
     size_class = next(iter(core.slab.classes.values()))
@@ -273,9 +272,9 @@ def test_a_slot_that_a_late_read_may_write_is_nobody_elses_until_it_returns() ->
 
 
 def _identify(write: Any) -> Any:
-    from tierkv.daemon.sealer import Sealer
+    from tierkv.daemon.values import BlockIdentifier
 
-    return Sealer().identify(write.tenant, write.entry)
+    return BlockIdentifier().identify(write.tenant, write.entry)
 
 
 def test_side_threads_run_no_more_than_they_are_and_leave_out_what_was_cancelled() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from tierkv.daemon.messages import Found, FoundPartial
 from tierkv.errors import DaemonGoneError
 from tierkv.storage.outcomes import MissReason
-from tierkv.transfer.daemon_reader import RemoteReader
+from tierkv.transfer.daemon_blocks import DaemonBlocks
 from tierkv.transfer.lookup import Hit, Lookup
 from tierkv.transfer.tiers import Place
 from tierkv.values.block import HASH_BYTES, Tier, hash_block
@@ -16,21 +16,28 @@ from tierkv.values.locks import OwnedCondition
 
 ROOT = bytes(HASH_BYTES)
 TOKENS = bytes(16)
-TAIL = Hit(b"h" * HASH_BYTES, ROOT, TOKENS, 1, Tier.HOT, None, None)
+PARTIAL = Hit(b"h" * HASH_BYTES, ROOT, TOKENS, 1, Tier.HOT, None, None)
 
 
-def test_a_hot_tail_stays_pinned_if_the_connection_is_closed_before_a_better_one_is_lent() -> None:
-    def lend(count: int) -> None:
+def test_a_hot_partial_block_stays_pinned_if_the_connection_is_closed_before_a_better_one_is_leased() -> None:
+    def lease(count: int) -> None:
         raise DaemonGoneError("the connection to the daemon was closed")
 
     theirs = FoundPartial(b"d" * HASH_BYTES, TOKENS, num_tokens=3, slot=5)
     answer = Found(slots=b"", partial_block=theirs, cursor=0, claim=0, is_computing=False, miss="")
     unpinned: list[Place] = []
     tiers: Any = SimpleNamespace(index=SimpleNamespace(root=ROOT), unpin=unpinned.extend, changed=OwnedCondition())
-    keeper: Any = SimpleNamespace(link=SimpleNamespace(lend=lend))
-    flight: Any = SimpleNamespace(is_on=False, ask=lambda *_: answer)
-    reader = RemoteReader(tiers, keeper, flight, block_size=4, min_partial_tokens=1, hash_function=hash_block)
+    connection: Any = SimpleNamespace(lease=lease, call=lambda *_: answer)
+    blocks = DaemonBlocks(
+        tiers,
+        lambda: connection,
+        block_size=4,
+        hash_function=hash_block,
+        wait_s=0,
+        timeout_s=1,
+        min_partial_tokens=1,
+    )
     pinned = {0: Place(Tier.HOT, 7)}
-    lookup, _ = reader.look_further(Lookup([], [], TAIL, None), TOKENS, pinned)
-    assert (lookup.partial_block, lookup.miss) == (TAIL, MissReason.DAEMON)
+    lookup, _ = blocks.look_further(Lookup([], [], PARTIAL, None), TOKENS, pinned)
+    assert (lookup.partial_block, lookup.miss) == (PARTIAL, MissReason.DAEMON)
     assert pinned == {0: Place(Tier.HOT, 7)} and not unpinned

@@ -228,7 +228,7 @@ def test_an_observer_of_a_cache_over_a_daemon_counts_as_the_cache_does(
     start_daemon(slots=8)
     cache = open_cache(hot=8)
     tracker = MemoryTracker()
-    tracker.watch(cache)
+    tracker.observe(cache)
     engine = PatternEngine(cache)
     for _ in range(2):
         for start in range(0, 400, 100):

@@ -55,7 +55,7 @@ def test_the_second_waits_for_the_blocks_of_the_first(start_daemon: Start, open_
     sequence = first.acquire(PROMPT)
     assert daemon.status().claims == 4
     other = waiting(second)
-    eventually(lambda: second._daemon is not None and second._daemon.flight.num_waits == 1)
+    eventually(lambda: second._daemon is not None and second._daemon.blocks.num_waits == 1)
     engine = PatternEngine(first)
     engine.compute(sequence, 0)
     assert other.is_running
@@ -78,7 +78,7 @@ def test_who_waits_holds_neither_leases_nor_cursors(start_daemon: Start, open_ca
     first.flush()
     sequence = first.acquire(PROMPT)  # and promises the other two
     other = waiting(second)
-    eventually(lambda: second._daemon is not None and second._daemon.flight.num_waits == 1)
+    eventually(lambda: second._daemon is not None and second._daemon.blocks.num_waits == 1)
     eventually(lambda: daemon.status().leased_slots == 0)
     assert other.is_running
     first.release(sequence)
@@ -90,7 +90,7 @@ def test_who_waits_goes_on_when_the_other_gives_up(start_daemon: Start, open_cac
     first, second = open_cache(compute_wait_s=30.0), open_cache(compute_wait_s=30.0)
     sequence = first.acquire(PROMPT)
     other = waiting(second)
-    eventually(lambda: second._daemon is not None and second._daemon.flight.num_waits == 1)
+    eventually(lambda: second._daemon is not None and second._daemon.blocks.num_waits == 1)
     first.release(sequence)
     assert other.join().num_cached_tokens == 0
 

@@ -47,15 +47,15 @@ def delay(stream: torch.cuda.Stream) -> None:
 
 
 def test_warm_slots_stay_until_the_copy_that_reads_them_is_through(warm: TierCache) -> None:
-    """Plant: in `Tiers.reap`, take away `and self.in_flight[0][0].is_done()`."""
-    delay(warm._tiers.mover.load_stream)
+    """Plant: in `Copies.reap`, take away `and self.in_flight[0][0].is_done()`."""
+    delay(warm._tiers.memory.mover.load_stream)
     sequence = warm.acquire([*PROMPT, 9])  # its copy waits behind the delay
     assert sequence.cached_tokens[Tier.WARM] == 8
     assert warm.evict(Tier.WARM) == 0, "a copy still reads them"
     with warm._tiers.changed:
         free = warm._tiers.try_take_warm(4)
         for slot in free:  # what others would write there
-            warm._tiers.warm.slots[slot] = 0xFF
+            warm._tiers.memory.warm.slots[slot] = 0xFF
     PatternEngine(warm).check(sequence, 8)
     torch.cuda.synchronize()
     warm._tiers.unpin_all(Tier.WARM, free)
@@ -65,7 +65,7 @@ def test_warm_slots_stay_until_the_copy_that_reads_them_is_through(warm: TierCac
 
 
 def test_a_released_block_is_written_again_only_behind_its_last_user(cache: TierCache) -> None:
-    """Plant: in `Tiers.leave`, take away the `update`; or in `wait_for_users`, the line with `self.leaving.pop`."""
+    """Plant: in `Copies.leave`, take away the `update`; or in `wait_for_users`, the line with `self._leaving.pop`."""
     engine, side = PatternEngine(cache), torch.cuda.Stream()
     sequence = cache.acquire(list(range(16)), reuse=False)
     block_ids = list(sequence.block_table)
@@ -83,9 +83,9 @@ def test_a_released_block_is_written_again_only_behind_its_last_user(cache: Tier
 
 
 def test_a_block_is_written_again_only_behind_the_copy_that_still_brings_another(warm: TierCache) -> None:
-    """Plant: in `Tiers.wait_for_users`, take away the line with `self.arriving.pop`; or in `Tiers.reap` as above."""
+    """Plant: in `Copies.wait_for_users`, take away the line with `self.arriving.pop`; or in `Copies.reap` as above."""
     engine = PatternEngine(warm)
-    delay(warm._tiers.mover.load_stream)
+    delay(warm._tiers.memory.mover.load_stream)
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         warm.release(warm.acquire([*PROMPT, 9]))  # given up while its copy waits behind the delay
@@ -98,7 +98,7 @@ def test_a_block_is_written_again_only_behind_the_copy_that_still_brings_another
 
 
 def test_a_hot_hit_waits_for_the_commit_of_another_stream(cache: TierCache) -> None:
-    """Plant: in `Tiers.reap`, take away `and self.computing[0][0].is_done()`."""
+    """Plant: in `Copies.reap`, take away `and self._computing[0][0].is_done()`."""
     side = torch.cuda.Stream()
     sequence = cache.acquire([*PROMPT, 9])
     with torch.cuda.stream(side):

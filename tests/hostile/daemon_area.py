@@ -26,6 +26,7 @@ from raw_client import NAMESPACE, chain_of, connect, hello, tokens_of
 
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
+from tierkv.daemon import eviction_messages as e
 from tierkv.daemon import messages as m
 from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.protocol import HEADER, PROTOCOL_VERSION, FrameReader, ProtocolError, frame, parse_body
@@ -255,9 +256,9 @@ class Requests(Area):
                 m.Pin(hashes=hashes, tokens=tokens, pinned=random.random() < 0.5),
                 m.Prefetch(hashes=hashes, tokens=tokens),
                 m.Evict(count=random.choice((-1, 0, 1))),
-                m.EvictBlocks(namespace=_HOSTILE.digest, hashes=hashes, tokens=tokens),
-                m.EvictionsSince(log=random.randrange(2), number=random.randrange(3)),
-                m.EvictionDone(number=odd_number(random), blocks=1, in_use=0, pinned=0),
+                e.EvictBlocks(namespace=_HOSTILE.digest, hashes=hashes, tokens=tokens),
+                e.EvictionsSince(log=random.randrange(2), number=random.randrange(3)),
+                e.EvictionDone(number=odd_number(random), blocks=1, in_use=0, pinned=0),
                 m.Flush(),
                 m.LoadState(path=load),
                 m.SaveState(path=os.fspath(self.directory / "saved.tkv")),
@@ -485,7 +486,7 @@ class Answers(Area):
             m.Pin: m.Count(count=random.randrange(9)),
             m.Prefetch: m.Count(count=1),
             m.Flush: m.Done(),
-            m.EvictionsSince: m.Evictions(1, random.randrange(2), True, [m.Eviction(1, 0.0, older_than_s=1.0)]),
+            e.EvictionsSince: e.Evictions(1, random.randrange(2), True, [e.Eviction(1, 0.0, older_than_s=1.0)]),
             m.Status: _status(),
         }
         answer = answers.get(type(message))

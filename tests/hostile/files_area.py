@@ -33,7 +33,7 @@ from tierkv.config import CacheConfig
 from tierkv.engine.prompts import read_prompts
 from tierkv.storage.codecs import CODECS
 from tierkv.storage.cold import ColdStore
-from tierkv.storage.cold_namespaces import NamespaceRow, add_checksum, pack_row
+from tierkv.storage.cold_rows import NamespaceRow, add_checksum, pack_row
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import BlockInfo, EncodedRecord, decode_record, encode_record, parse_record, read_header
 from tierkv.storage.state_file import StateFile
@@ -434,14 +434,14 @@ class Stores(Area):
             data, is_payload_same = forge_record(random, self._chain[0].data.tobytes(), ())
             if not is_payload_same:
                 forged.add(data[16:32])
-            store.put_record_bytes(data)
+            store.put([parse_record(data)])
 
         return [
             store.check,
             store.verify,
             store.stats,
             store.namespaces,
-            store.tend,
+            store.maintain,
             store.flush,
             store.compact,
             lambda: [store.read_record(key) for key, _ in store.iter_entries(NAMESPACE.digest)],
@@ -497,7 +497,9 @@ class Stores(Area):
                 txn.put(key, data, db=databases.blocks)
             elif kind == 2:
                 txn.put(
-                    key, self._forged_entry(random, key, bytes(txn.get(key, db=databases.index))), db=databases.index
+                    key,
+                    self._forged_entry(random, key, bytes(txn.get(key, db=databases.entries))),
+                    db=databases.entries,
                 )
             elif kind == 3:
                 row = random.choice((self._row(random), add_checksum(random.randbytes(random.randrange(60)))))

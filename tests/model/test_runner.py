@@ -206,11 +206,13 @@ def test_what_a_cold_hit_took_is_learned_from_requests_that_nothing_ran_beside(
     for tier in (Tier.HOT, Tier.WARM):
         runner.cache.evict(tier)
     told: list[float] = []
-    note = runner.cache.note_loaded
-    runner.cache.note_loaded = lambda sequence, seconds: (told.append(seconds), note(sequence, seconds))[-1]
+    choice = runner.cache._acquirer._choice
+    assert choice
+    note = choice.record_load
+    choice.record_load = lambda load, seconds: (told.append(seconds), note(load, seconds))[-1]  # type: ignore[method-assign]
     runner.generate([[*prompt, 7], *[tokens(20, seed=2)] * num_others], greedy(3))
     assert len(told) == (0 if num_others else 1), "once, with the first token"
-    learned = [costs.estimate(3) for costs in runner.cache._tiers.load_costs.values()]
+    learned = [costs.estimate(3) for costs in choice.load_costs.values()]
     assert len([seconds for seconds in learned if seconds is not None]) == len(told)
 
 

@@ -126,7 +126,7 @@ def test_example_3_memory_profiling(model: Runner, place: Place, tmp_path: Path)
     dataloader = [prompts[:2], prompts[2:], prompts]
 
     profiler = MemoryProfiler()
-    profiler.watch(model.cache)
+    profiler.observe(model.cache)
 
     # Run workload
     for batch in dataloader:

@@ -1,1 +1,1 @@
-"""Work beside the request: queues, threads, and handles to wait for them."""
+"""Work in the background: queues, threads, and handles to wait for it."""

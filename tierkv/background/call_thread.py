@@ -1,7 +1,7 @@
-"""A thread for calls of the system that may never return, as reads of a disk that hangs: each is waited for so long.
+"""A thread for system calls that may never return, as a read of a disk that hangs. The caller waits a bounded time.
 
-Python cannot end a call that the kernel does not: the thread stays behind in it, with what it works on, and what is
-left to do is done if it ever returns.
+Python cannot end a call that the kernel does not end: the thread stays in it, with the call's arguments. If the call
+returns later, the thread runs the calls that are still queued.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ __all__ = ["CallThread"]
 
 Result = TypeVar("Result")
 
-_LOOK_S = 0.1  # how often a caller looks whether it must end
+_POLL_S = 0.1  # how often a caller asks whether it must end
 
 
 class CallThread:
     """Runs calls one after another on a thread of its own, for one caller. Context manager.
 
     what: begins the messages. wait_s: how long the caller waits for each call.
-    must_end: tells that the caller shall wait no longer; asked about ten times a second.
+    must_end: returns whether the caller must stop waiting; asked about ten times a second.
     """
 
     def __init__(self, what: str, *, wait_s: float, must_end: Callable[[], bool] = lambda: False) -> None:
@@ -48,7 +48,8 @@ class CallThread:
         """Return what a call returns, or raise what it raises.
 
         undo: called on the thread with a result that comes too late.
-        Raises StoreError if it takes longer than `wait_s`, and for each later call then; ClosedError for `must_end`.
+        Raises StoreError if the call takes longer than `wait_s`, and at each later call then; ClosedError if
+        `must_end` returns True.
         """
         if self._is_stuck:
             raise StoreError(f"{self._what}: an earlier call has not returned")
@@ -56,19 +57,19 @@ class CallThread:
         self._jobs.put(job)
         deadline = time.monotonic() + self._wait_s
         try:
-            while not job.is_done.wait(min(_LOOK_S, max(0.0, deadline - time.monotonic()))):
+            while not job.is_done.wait(min(_POLL_S, max(0.0, deadline - time.monotonic()))):
                 if self._must_end():
                     raise ClosedError(f"{self._what}: the cache is being closed")
                 if time.monotonic() >= deadline:
                     raise StoreError(f"{self._what}: there has been no answer for {self._wait_s:g} s")
         except BaseException:
-            if not job.give_up():
+            if not job.abandon():
                 self._is_stuck = True
                 raise
         return job.result()
 
     def clean_up(self, work: Callable[[], object]) -> None:
-        """Run the last call, whose errors do not matter; where the thread is stuck, not before it returns."""
+        """Run the last call and ignore its errors. If the thread is stuck, the call runs after it returns."""
         if self._is_stuck:
             self._jobs.put(_Job(work, None))
             return
@@ -76,7 +77,7 @@ class CallThread:
             self.call(work)
 
     def close(self) -> None:
-        """Let the thread end after its calls. Waits for nothing."""
+        """Let the thread end after its calls. Returns at once."""
         self._jobs.put(None)
 
     def _run(self) -> None:
@@ -85,14 +86,14 @@ class CallThread:
 
 
 class _Job(Generic[Result]):
-    """One call and what came of it."""
+    """One call and its result."""
 
     def __init__(self, work: Callable[[], Result], undo: Callable[[Result], object] | None) -> None:
         self.is_done = threading.Event()
         self._work = work
         self._undo = undo
         self._lock = threading.Lock()
-        self._is_given_up = False
+        self._is_abandoned = False
         self._result: list[Result] = []
         self._error: BaseException | None = None
 
@@ -103,16 +104,16 @@ class _Job(Generic[Result]):
             self._error = exc
         with self._lock:
             self.is_done.set()
-            is_late = self._is_given_up
+            is_late = self._is_abandoned
         if is_late and self._result and self._undo:
             with contextlib.suppress(Exception):
                 self._undo(self._result[0])
 
-    def give_up(self) -> bool:
-        """Leave the result to `undo`; return whether it was there already."""
+    def abandon(self) -> bool:
+        """Leave the result to `undo`. Return whether the result came before; then the caller has it."""
         with self._lock:
-            self._is_given_up = not self.is_done.is_set()
-            return not self._is_given_up
+            self._is_abandoned = not self.is_done.is_set()
+            return not self._is_abandoned
 
     def result(self) -> Result:
         if self._error is not None:

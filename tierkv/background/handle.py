@@ -1,4 +1,4 @@
-"""Work that somebody else does: to wait for it, to await it, or to take it back."""
+"""A handle of work in the background: wait for it, await it, or cancel it."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Result = TypeVar("Result")
 
 
 class Handle(Generic[Result]):
-    """What somebody who handed work over has of it. Thread-safe.
+    """Work in the background, as its caller sees it. Thread-safe.
 
-    `await handle` is `result()` that lets the event loop run: whoever does the work wakes the loop, and nothing polls.
-    To cancel the task that awaits does not cancel the work.
-    In a forked process every method raises ClosedError: the thread that would end the work is not there.
+    `await handle` is `result()` that does not block the event loop; nothing polls. Cancelling the task that awaits
+    does not cancel the work. In a forked process every method raises ClosedError, because the thread that does the
+    work is not there.
     """
 
     def __init__(self) -> None:
@@ -33,14 +33,14 @@ class Handle(Generic[Result]):
         self._on_cancel: Callable[[], None] | None = None
 
     def done(self) -> bool:
-        """Tell whether the work has ended, well or not; nothing of it is under way then."""
+        """Return whether the work has ended, with a result or an error."""
         self._require_own_process()
         return self._future.done()
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until the work has ended, at most `timeout_s` seconds. Return whether it has.
 
-        Raises ConfigError for a time that is none.
+        Raises ConfigError for a `timeout_s` that is not a time.
         """
         self._require_own_process()
         if timeout_s is not None:
@@ -48,12 +48,12 @@ class Handle(Generic[Result]):
         return bool(wait([self._future], timeout_s).done)
 
     def result(self) -> Result:
-        """Return what came of it, waiting for that. Raises what went wrong."""
+        """Wait for the result and return it, or raise the work's error."""
         self._require_own_process()
         return self._future.result()
 
     def cancel(self) -> None:
-        """Ask for an end: what has not begun is dropped, what is under way ends. Returns at once."""
+        """Request the end: work that has not begun is dropped, other work ends early. Returns at once."""
         self._require_own_process()
         self._is_cancelled.set()
         action = self._on_cancel
@@ -71,7 +71,7 @@ class Handle(Generic[Result]):
                     woken.set_result(None)
 
             def wake_loop(_: Future[Result]) -> None:
-                with contextlib.suppress(RuntimeError):  # the loop is closed: nobody awaits any more
+                with contextlib.suppress(RuntimeError):  # the loop is closed
                     loop.call_soon_threadsafe(wake)
 
             self._future.add_done_callback(wake_loop)
@@ -82,25 +82,25 @@ class Handle(Generic[Result]):
         if os.getpid() != self._pid:
             raise ClosedError("the work belongs to the process that began it, not to one forked from it")
 
-    # -- for whoever does the work -----------------------------------------------------------------------
+    # -- for the thread that does the work ---------------------------------------------------------------
 
     @property
     def is_cancelled(self) -> bool:
-        """Whether somebody asked for an end."""
+        """Whether `cancel` was called."""
         return self._is_cancelled.is_set()
 
     def on_cancel(self, action: Callable[[], None]) -> None:
-        """Have something called, perhaps more than once, when somebody asks for an end before the work has ended."""
+        """Set a function that `cancel` calls, each time, until the work has ended."""
         self._on_cancel = action
         if self._future.done():
-            self._on_cancel = None  # it may hold what was worked on
+            self._on_cancel = None  # it may refer to large arguments of the work
 
     def succeed(self, result: Result) -> None:
         """End the work with a result."""
         self._future.set_result(result)
         self._on_cancel = None
 
-    def fail(self, failure: Exception) -> None:
-        """End the work with what went wrong."""
-        self._future.set_exception(failure)
+    def fail(self, error: Exception) -> None:
+        """End the work with an error."""
+        self._future.set_exception(error)
         self._on_cancel = None

@@ -1,4 +1,4 @@
-"""A bounded queue and one thread: work that must not stand in a request's way."""
+"""A bounded queue and one thread for work that must not delay a request."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ Job = TypeVar("Job")
 
 
 class WriteBehind(Generic[Job]):
-    """Hands jobs to `process` in batches of at most `batch_size`, in order, on a thread of its own.
+    """Calls `process` with batches of at most `batch_size` jobs, in order, on a thread of its own.
 
-    `process` must release whatever its jobs hold, also when it fails; an exception that escapes it is logged
-    and the next batch follows.
+    `process` must release what its jobs hold, also when it fails. Its exceptions are logged; the next batch follows.
     """
 
     def __init__(
@@ -37,10 +36,10 @@ class WriteBehind(Generic[Job]):
         self._process = process
         self._batch_size = batch_size
         self._jobs: deque[Job] = deque()
-        self._in_work = 0
-        self._started_at = 0.0  # when the batch in work was begun
+        self._num_in_work = 0
+        self._started_at = 0.0  # of the batch in work
         self._is_closing = False
-        self._is_given_up = False
+        self._is_abandoned = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
@@ -49,10 +48,10 @@ class WriteBehind(Generic[Job]):
     def pending(self) -> int:
         """Jobs queued or in work."""
         with self._changed:
-            return len(self._jobs) + self._in_work
+            return len(self._jobs) + self._num_in_work
 
-    def offer(self, job: Job) -> bool:
-        """Queue a job. False if the queue is full or closing: the job is not taken."""
+    def try_put(self, job: Job) -> bool:
+        """Queue a job. Return False, without the job, if the queue is full or closing."""
         with self._changed:
             if self._is_closing or len(self._jobs) >= self.capacity:
                 return False
@@ -62,9 +61,9 @@ class WriteBehind(Generic[Job]):
 
     @property
     def stalled_s(self) -> float:
-        """For how long the batch in work has been so; 0 if none is."""
+        """Seconds since the batch in work began; 0 without one."""
         with self._changed:
-            return time.monotonic() - self._started_at if self._in_work else 0.0
+            return time.monotonic() - self._started_at if self._num_in_work else 0.0
 
     def queued(self) -> list[Job]:
         """Return the jobs that are not in work yet, oldest first."""
@@ -72,7 +71,7 @@ class WriteBehind(Generic[Job]):
             return list(self._jobs)
 
     def drop_oldest(self, count: int, may_drop: Callable[[Job], bool]) -> list[Job]:
-        """Take back up to `count` of the oldest jobs still queued; what they hold is the caller's to release."""
+        """Remove up to `count` of the oldest queued jobs; the caller releases what they hold."""
         dropped: list[Job] = []
         with self._changed:
             kept: list[Job] = []
@@ -84,31 +83,31 @@ class WriteBehind(Generic[Job]):
         return dropped
 
     def put_back(self, jobs: Sequence[Job]) -> None:
-        """Queue jobs of the batch in work again, in front of all others: they can be dropped again. For `process`."""
+        """Queue jobs of the batch in work again, in front of all others. Only `process` calls this."""
         with self._changed:
             self._jobs.extendleft(reversed(jobs))
-            self._in_work -= len(jobs)
+            self._num_in_work -= len(jobs)
             self._changed.notify_all()
 
     def flush(self, *, stall_s: float = math.inf) -> bool:
-        """Wait until every job offered so far has been processed, or `close` has given up; then return True.
+        """Wait until all queued jobs have been processed, or `close` has abandoned them; then return True.
 
-        Return False where one batch takes longer than `stall_s`.
+        Return False if one batch takes longer than `stall_s`.
         """
         with self._changed:
             while not self._changed.wait_for(
-                lambda: (not self._jobs and not self._in_work) or self._is_given_up,
+                lambda: (not self._jobs and not self._num_in_work) or self._is_abandoned,
                 timeout=None if stall_s == math.inf else min(stall_s, _POLL_S),
             ):
-                if self._in_work and time.monotonic() - self._started_at > stall_s:
+                if self._num_in_work and time.monotonic() - self._started_at > stall_s:
                     return False
             return True
 
     def close(self, *, stall_s: float = math.inf) -> list[Job]:
-        """Process what is queued, then stop the thread. May be called twice.
+        """Process the queued jobs, then stop the thread. May be called twice.
 
-        If one batch takes longer than `stall_s`, what is queued behind it is not processed but returned, and the thread
-        is left alone with that batch: `is_running` tells.
+        If one batch takes longer than `stall_s`, the jobs after it are returned instead, and the thread stays in that
+        batch: see `is_running`.
         """
         with self._changed:
             self._is_closing = True
@@ -119,14 +118,14 @@ class WriteBehind(Generic[Job]):
                 with self._changed:
                     left = list(self._jobs)
                     self._jobs.clear()
-                    self._is_given_up = True
+                    self._is_abandoned = True
                     self._changed.notify_all()
                 return left
         return []
 
     @property
     def is_running(self) -> bool:
-        """Whether the thread may still touch what its jobs hold."""
+        """Whether the thread may still use what its jobs hold."""
         return self._thread.is_alive()
 
     def _run(self) -> None:
@@ -134,7 +133,7 @@ class WriteBehind(Generic[Job]):
             with self._changed:
                 self._changed.wait_for(lambda: bool(self._jobs) or self._is_closing)
                 batch = [self._jobs.popleft() for _ in range(min(self._batch_size, len(self._jobs)))]
-                self._in_work = len(batch)
+                self._num_in_work = len(batch)
                 self._started_at = time.monotonic()
             if not batch:
                 return
@@ -144,5 +143,5 @@ class WriteBehind(Generic[Job]):
                 _log.exception("writing %d blocks to lower tiers failed", len(batch))
             finally:
                 with self._changed:
-                    self._in_work = 0
+                    self._num_in_work = 0
                     self._changed.notify_all()

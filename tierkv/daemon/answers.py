@@ -1,8 +1,8 @@
-"""What a daemon answers, compared with what it was asked: the one place where its numbers are believed or not.
+"""Checks every answer of the daemon against its request. No other place decides whether to trust the daemon's numbers.
 
-A daemon that is broken, of another build, or no daemon at all may answer anything. What it says ends up as indices
-into memory, as lengths and as token counts; so `DaemonClient.call` returns no answer that has not passed here, and
-whoever takes one needs no check of his own. What it costs to check does not grow with the numbers that are claimed.
+A daemon that is broken, of another build, or no daemon at all may answer anything. Its numbers become indices into
+memory, lengths and token counts. So `DaemonClient.call` returns only answers that have passed here, and its callers
+need no check of their own. The cost of a check does not grow with the numbers in an answer.
 """
 
 from __future__ import annotations
@@ -14,15 +14,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tierkv.daemon.eviction_messages import EvictedBlocks, Evictions, EvictionsSince
 from tierkv.daemon.messages import (
     MOST_COUNT,
     NO_SLOT,
     ChainAnswer,
     Count,
     Evict,
-    EvictedBlocks,
-    Evictions,
-    EvictionsSince,
     Fetch,
     Fetched,
     Found,
@@ -54,14 +52,14 @@ _COLD_FIELDS = ("blocks", "live_bytes", "quota_bytes")
 
 
 class WrongAnswerError(DaemonError):
-    """An answer that cannot be: nothing that this daemon says is believed any more."""
+    """An impossible answer: this daemon is not trusted any more."""
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerCheck:
-    """What the answers on one connection must keep to. num_slots: of the slab, for blocks of this namespace.
+    """What the answers on one connection must obey. num_slots: of the slab, for blocks of this namespace.
 
-    block_size: tokens of a whole block; 0 for a connection that named no namespace that can be read.
+    block_size: tokens of a whole block; 0 if the connection named no valid namespace.
     """
 
     num_slots: int = 0
@@ -69,8 +67,8 @@ class AnswerCheck:
 
     @classmethod
     def of(cls, hello: Hello, welcome: Welcome) -> AnswerCheck:
-        """Return the check for a connection. Raises WrongAnswerError for a welcome that cannot be."""
-        _require(0 <= welcome.pid < MOST_COUNT, "a process number that cannot be")
+        """Return the check for a connection. Raises WrongAnswerError for an impossible welcome."""
+        _require(0 <= welcome.pid < MOST_COUNT, "an impossible process number")
         _require(0 <= welcome.slab_bytes < MOST_COUNT, f"shared memory of {welcome.slab_bytes} bytes")
         if not hello.namespace:
             return cls()
@@ -78,7 +76,7 @@ class AnswerCheck:
         stride = -(-max(hello.block_bytes, 1) // _PAGE_BYTES) * _PAGE_BYTES  # as storage.warm.slot_stride says
         try:
             block_size = parse_description(hello.description).layout.block_size
-        except ConfigError:  # such a hello the daemon refuses; one that does not is believed in nothing
+        except ConfigError:  # a true daemon refuses such a hello
             block_size = 0
         return cls(welcome.slab_bytes // stride, block_size)
 
@@ -89,7 +87,7 @@ class AnswerCheck:
             checked(self, asked, answer)
 
     def _found(self, asked: Match, answer: Found) -> None:
-        """No more blocks than were asked for, in slots that there are; no more tokens of the rest than it has."""
+        """No more blocks than were asked for, in existing slots; no more tokens of the rest than it has."""
         num_asked = len(asked.hashes) // HASH_BYTES - asked.start
         slots = self._slots(answer.slots, most=num_asked)
         end = asked.start + len(slots)
@@ -99,12 +97,12 @@ class AnswerCheck:
         _require(0 <= answer.cursor <= 0xFFFF_FFFF, f"cursor {answer.cursor}")
         _require(answer.cursor > 0 or not asked.lease or NO_SLOT not in slots, "blocks to fetch, and no cursor for it")
         _require(0 <= answer.claim < MOST_COUNT, f"claim {answer.claim}")
-        _require(asked.wants_claim or not (answer.claim or answer.is_computing), "a claim that nobody asked for")
+        _require(asked.wants_claim or not (answer.claim or answer.is_computing), "a claim that was not asked for")
         _require(not (answer.claim and answer.is_computing), "a claim for what another client computes")
         _require(len(answer.miss) <= _MOST_TEXT, "an endless reason")
 
     def _partial(self, asked: Match, partial_block: FoundPartial, end: int) -> int:
-        """Return the slot of a partial block that the rest begins with, as it says. end: whole blocks before it."""
+        """Return the slot of a partial block whose tokens lead the rest of a prompt. end: whole blocks before it."""
         step = self.block_size * TOKEN_BYTES
         rest = asked.tokens[end * step : (end + 1) * step]
         _require(len(partial_block.block_hash) == HASH_BYTES, f"a block hash of {len(partial_block.block_hash)} bytes")
@@ -130,19 +128,19 @@ class AnswerCheck:
         )
         given: list[int] = []
         for chain, part in zip(asked.chains, answer.chains, strict=True):
-            given += self._chain(split_numbers(chain.offers), part)
+            given += self._chain(split_numbers(chain.offered), part)
         self._distinct(given)
 
-    def _chain(self, offers: Sequence[int], answer: ChainAnswer) -> Sequence[int]:
-        """Return the slots for blocks of a chain: only blocks that were offered, each once, in order."""
-        slots = self._slots(answer.slots, most=len(offers))
+    def _chain(self, offered: Sequence[int], answer: ChainAnswer) -> Sequence[int]:
+        """Return the slots that were given for blocks of a chain: only offered blocks, each once, in order."""
+        slots = self._slots(answer.slots, most=len(offered))
         _require(NO_SLOT not in slots, "a block to be written nowhere")
-        numbers = _numbers(answer.numbers, most=len(offers))
+        numbers = _numbers(answer.numbers, most=len(offered))
         _require(len(numbers) == len(slots), f"{len(slots)} slots for {len(numbers)} blocks")
-        _require(set(numbers) <= set(offers), "a block to write that was not offered")
+        _require(set(numbers) <= set(offered), "a block to write that was not offered")
         _require(all(a < b for a, b in itertools.pairwise(numbers)), "blocks to write that are not in order")
         for count in (answer.num_there, answer.num_busy):
-            _require(0 <= count <= len(offers), f"{count} of {len(offers)} offered blocks")
+            _require(0 <= count <= len(offered), f"{count} of {len(offered)} offered blocks")
         _require(len(answer.refusal) <= _MOST_TEXT, "an endless refusal")
         return slots
 
@@ -167,7 +165,7 @@ class AnswerCheck:
         _require(0 <= answer.file_bytes < MOST_COUNT, f"a file of {answer.file_bytes} bytes")
 
     def _status(self, asked: Message, answer: StatusReport) -> None:
-        _require(math.isfinite(answer.uptime_s) and answer.uptime_s >= 0, "a time that cannot be")
+        _require(math.isfinite(answer.uptime_s) and answer.uptime_s >= 0, "an impossible time")
         numbers = [
             *(answer.pid, answer.warm_bytes, answer.warm_free_bytes, answer.rss_bytes, answer.clients),
             *(answer.leased_slots, answer.reserved_slots, answer.claims, answer.pending_writes),
@@ -175,7 +173,7 @@ class AnswerCheck:
         ]
         for tenant in answer.tenants:
             numbers += [tenant.block_bytes, tenant.warm_blocks, tenant.pinned_bytes, tenant.clients]
-        _require(all(0 <= number < MOST_COUNT for number in numbers), "a size that cannot be")
+        _require(all(0 <= number < MOST_COUNT for number in numbers), "an impossible size")
         _require(not answer.cold or all(name in answer.cold for name in _COLD_FIELDS), "a cold tier without sizes")
 
     def _evicted(self, asked: Message, answer: EvictedBlocks) -> None:
@@ -184,7 +182,7 @@ class AnswerCheck:
         for engine in answer.engines:
             numbers += [engine.blocks, engine.in_use, engine.pinned]
             _require(len(engine.client) <= _MOST_TEXT, "an endless name")
-        _require(all(0 <= number < MOST_COUNT for number in numbers), "a size that cannot be")
+        _require(all(0 <= number < MOST_COUNT for number in numbers), "an impossible size")
         _require(all(len(reason) <= _MOST_TEXT for reason in answer.stayed), "an endless reason")
 
     def _evictions(self, asked: EvictionsSince, answer: Evictions) -> None:
@@ -192,7 +190,7 @@ class AnswerCheck:
         _require(0 <= answer.number < MOST_COUNT, f"eviction {answer.number}")
         for each in answer.evictions:
             _require(0 < each.number <= answer.number, f"eviction {each.number} of {answer.number}")
-            _require(math.isfinite(each.at) and math.isfinite(each.older_than_s), "a time that cannot be")
+            _require(math.isfinite(each.at) and math.isfinite(each.older_than_s), "an impossible time")
             _require(len(each.namespace) in (0, HASH_BYTES), f"a namespace of {len(each.namespace)} bytes")
             _require(len(each.tokens) % TOKEN_BYTES == 0, f"{len(each.tokens)} bytes of token ids")
             _require(len(each.block_hashes or b"") % HASH_BYTES == 0, "block hashes that are not whole")
@@ -209,13 +207,13 @@ class AnswerCheck:
         return slot
 
     def _distinct(self, slots: Sequence[int]) -> None:
-        """Two blocks of one answer cannot lie in one place."""
+        """Raise WrongAnswerError if two blocks of one answer have the same slot."""
         given = [slot for slot in slots if slot != NO_SLOT]
         _require(len(set(given)) == len(given), "one slot for two blocks")
 
 
 def plain_text(text: str) -> str:
-    """Return what a daemon says as one short line of printable text: it goes into messages and logs."""
+    """Return a daemon's text as one short line of printable characters, for errors and logs."""
     line = "".join(char if char.isprintable() else " " for char in text[:_MOST_TEXT])
     return line + ("..." if len(text) > _MOST_TEXT else "")
 
@@ -228,7 +226,7 @@ def _numbers(raw: bytes, *, most: int) -> array[int]:
 
 def _require(is_right: bool, what: str) -> None:
     if not is_right:
-        raise WrongAnswerError(f"it answers what cannot be: {what}")
+        raise WrongAnswerError(f"it gives an impossible answer: {what}")
 
 
 _CHECKS: dict[type[Message], Callable[[AnswerCheck, Any, Any], None]] = {

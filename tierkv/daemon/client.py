@@ -1,7 +1,7 @@
 """A blocking connection to the daemon, for any number of threads.
 
-Whoever waits for an answer reads the socket for everybody, one thread at a time: a single thread pays for no
-hand-over, and a request that takes long stands in nobody's way.
+A thread that waits for its answer reads the socket, and takes in the answers of the other threads too. One thread at a
+time reads. So a single thread pays for no hand-over, and a slow request delays no other.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import contextlib
 import os
 import select
 import socket
-import struct
 import threading
 import time
 import weakref
@@ -18,33 +17,33 @@ from pathlib import Path
 from typing import TypeVar
 
 from tierkv.daemon.answers import AnswerCheck, WrongAnswerError, plain_text
-from tierkv.daemon.messages import EvictionNotice, Failure, Hello, Message, Status, StatusReport, Welcome
+from tierkv.daemon.client_socket import CONNECT_TIMEOUT_S, connect, is_readable, reason_of, seconds_left
+from tierkv.daemon.eviction_messages import EvictionNotice
+from tierkv.daemon.messages import Failure, Hello, Message, Status, StatusReport, Welcome
 from tierkv.daemon.protocol import FrameReader, ProtocolError, frame, parse_body
 from tierkv.errors import DaemonError, DaemonGoneError
 from tierkv.values.checks import check_seconds
 
-__all__ = ["CONNECT_TIMEOUT_S", "TIMEOUT_S", "DaemonClient"]
+__all__ = ["TIMEOUT_S", "DaemonClient"]
 
 TIMEOUT_S = 10.0
-CONNECT_TIMEOUT_S = 5.0
 _READ_BYTES = 256 << 10
-_MOST_DESCRIPTORS = 16  # taken from a greeting, to be closed: the slab's is the only one that may come
+_MOST_DESCRIPTORS = 16  # read from a greeting, and closed: the slab's is the only one that may come
 _LONGEST_WAIT_S = 3600.0  # of one system call, which takes milliseconds as an int
-_CREDENTIALS = struct.Struct("iII")
 _SOON_S = 0.05
 
 Answer = TypeVar("Answer", bound=Message)
 
 
 class DaemonClient:
-    """One connection. Everything that the daemon gave to it goes back when it is closed, or its process dies.
+    """One connection. Everything that it holds in the daemon ends when it is closed, or when its process ends.
 
-    hello: names the namespace, or nothing for a client that only asks and steers.
-    welcome: the daemon's answer. descriptor: the slab's, the caller's to close; None without a namespace.
-    last_eviction: the newest that the daemon has told of.
-    Nothing is sent to a daemon of another user than the own one or root, and no answer is returned that cannot be:
-    see `AnswerCheck`. A process that is forked from this one has no use of the connection, and does not keep it open.
-    Raises DaemonGoneError where nobody answers, DaemonError where the daemon refuses, or is another user's.
+    hello: names the namespace, or nothing for a client that only asks for status and the like.
+    welcome: the daemon's answer. descriptor: the slab's, until `take_descriptor`; None without a namespace.
+    failure: why the connection has failed, if it has. last_eviction: the newest eviction that the daemon notified of.
+    Nothing is sent to a daemon of another user than the own one or root. `AnswerCheck` has checked every answer that is
+    returned. A forked process cannot use the connection, and does not keep it open.
+    Raises DaemonGoneError if no daemon answers, DaemonError if the daemon refuses or belongs to another user.
     """
 
     def __init__(self, path: Path, hello: Hello | None = None, *, timeout_s: float = TIMEOUT_S) -> None:
@@ -56,7 +55,7 @@ class DaemonClient:
         self.descriptor: int | None = None
         self._timeout_s = check_seconds("timeout_s", timeout_s, may_be_zero=False)
         self._pid = os.getpid()
-        self._has_lied = False
+        self._has_answered_wrongly = False
         self._reader = FrameReader()
         self._sending = threading.Lock()
         self._changed = threading.Condition()
@@ -64,8 +63,8 @@ class DaemonClient:
         self._waiting: set[int] = set()
         self._answers: dict[int, Message] = {}
         self._last_number = 0
-        self._failure: str | None = None
-        self._socket = _connect(path)
+        self.failure: str | None = None
+        self._socket = connect(path)
         _CLIENTS.add(self)
         try:
             self.welcome = self._greet(hello or Hello())
@@ -82,32 +81,28 @@ class DaemonClient:
 
     @property
     def is_alive(self) -> bool:
-        """False once something has gone wrong: every further call fails."""
-        return self._failure is None
+        """False once the connection has failed: every further call fails."""
+        return self.failure is None
 
     @property
-    def failure(self) -> str | None:
-        """What has gone wrong, if anything has."""
-        return self._failure
-
-    @property
-    def has_lied(self) -> bool:
-        """Whether the daemon has answered what cannot be: it is not worth asking again."""
-        return self._has_lied
+    def has_answered_wrongly(self) -> bool:
+        """Whether the daemon has given an impossible answer: it is not to be used again."""
+        return self._has_answered_wrongly
 
     def has_hung_up(self) -> bool:
-        """Tell, without waiting and without reading, whether the other end is closed."""
+        """Return whether the other end is closed. Does not wait, and reads nothing."""
         self._require_own_process()
-        if self._failure is not None:
+        if self.failure is not None:
             return True
-        poller = select.poll()
-        poller.register(self._socket, select.POLLRDHUP)
-        return bool(poller.poll(0))
+        try:
+            return is_readable(self._socket, 0, events=select.POLLRDHUP)
+        except OSError:  # another thread has closed the socket
+            return True
 
     def call(self, message: Message, expected: type[Answer], *, timeout_s: float | None = None) -> Answer:
         """Send a request and return its answer. Raises DaemonError if it is refused, DaemonGoneError otherwise.
 
-        After a timeout, and after an interrupt, the connection is of no use any more: an answer might still come.
+        After a timeout or an interrupt the connection cannot be used any more: the answer might still come.
         """
         if timeout_s is not None:
             check_seconds("timeout_s", timeout_s)
@@ -124,20 +119,20 @@ class DaemonClient:
                 self._fail(said)
             raise DaemonError(said)
         if not isinstance(answer, expected):
-            raise self.disbelieve(f"{type(answer).__name__} came for {type(message).__name__}")
+            raise self.reject_answer(f"{type(answer).__name__} came for {type(message).__name__}")
         try:
             self._check.check(message, answer)
         except WrongAnswerError as exc:
-            raise self.disbelieve(str(exc)) from exc
+            raise self.reject_answer(str(exc)) from exc
         return answer
 
-    def disbelieve(self, why: str) -> DaemonGoneError:
-        """End the connection to a daemon that has answered what cannot be; return the error to raise."""
-        self._has_lied = True
+    def reject_answer(self, why: str) -> DaemonGoneError:
+        """End the connection to a daemon that has given an impossible answer; return the error to raise."""
+        self._has_answered_wrongly = True
         return self._fail(why)
 
     def call_long(self, message: Message, expected: type[Answer], *, timeout_s: float) -> Answer:
-        """Do as `call`, for what may take long: while no answer comes, ask the daemon whether it is alive.
+        """Do as `call`, for a request that may take long: while no answer comes, ask the daemon for its status.
 
         Raises DaemonGoneError soon after the daemon stops answering, not only after `timeout_s`.
         """
@@ -159,12 +154,12 @@ class DaemonClient:
             self._forget(number)
 
     def read_waiting(self) -> None:
-        """Take in what the daemon has sent unasked, without waiting for more. Raises DaemonGoneError."""
+        """Read what the daemon has sent without being asked. Does not wait for more. Raises DaemonGoneError."""
         self._require_own_process()
-        until = time.monotonic() + _SOON_S  # a daemon that sends without end keeps nobody here
-        while self._failure is None and self._has_input(0) and time.monotonic() < until:
+        until = time.monotonic() + _SOON_S  # a daemon that sends without end keeps no caller here
+        while self.failure is None and self._has_input(0) and time.monotonic() < until:
             with self._changed:
-                if self._is_reading:  # whoever reads takes it in
+                if self._is_reading:  # another thread reads it
                     self._changed.wait(_SOON_S)
                     return
                 self._is_reading = True
@@ -182,12 +177,12 @@ class DaemonClient:
 
     def _has_input(self, timeout_s: float) -> bool:
         try:
-            return _is_readable(self._socket, min(timeout_s, _LONGEST_WAIT_S))
-        except (OSError, ValueError) as exc:  # another thread has closed it
-            raise self._fail(_why(exc)) from exc
+            return is_readable(self._socket, min(timeout_s, _LONGEST_WAIT_S))
+        except OSError as exc:  # another thread has closed the socket
+            raise self._fail(reason_of(exc)) from exc
 
     def _forget(self, number: int) -> None:
-        """Wait for the answer to a request no more."""
+        """Drop the answer to a request, now or when it comes."""
         with self._changed:
             self._waiting.discard(number)
             self._answers.pop(number, None)
@@ -197,11 +192,11 @@ class DaemonClient:
         self._send(message, wants_answer=False)
 
     def close(self) -> None:
-        """End the connection. May be called twice. Does nothing in a forked process, where it is closed already."""
+        """End the connection. May be called twice. Does nothing in a forked process: there it is closed already."""
         if os.getpid() != self._pid:
             return
         with self._changed:
-            self._failure = self._failure or "the connection was closed"
+            self.failure = self.failure or "the connection was closed"
             self._changed.notify_all()
         self._socket.close()
         if self.descriptor is not None:
@@ -209,14 +204,18 @@ class DaemonClient:
             self.descriptor = None
 
     def take_descriptor(self) -> int:
-        """Return the slab's descriptor; whoever takes it closes it."""
-        assert self.descriptor is not None, "the daemon hands it over once, to who named a namespace"
+        """Return the slab's descriptor. The caller closes it."""
+        assert self.descriptor is not None, "the daemon sends it once, to a client that named a namespace"
         descriptor, self.descriptor = self.descriptor, None
         return descriptor
 
     def _greet(self, hello: Hello) -> Welcome:
-        """Say hello; the answer may carry a descriptor."""
-        self._send_bytes(_framed(hello, number=1, boot=0))
+        """Send Hello and return the answer, which may carry a descriptor."""
+        gone: DaemonGoneError | None = None
+        try:
+            self._send_bytes(frame(hello, number=1, boot=0))
+        except DaemonGoneError as exc:  # a daemon that refuses the connection says why before it closes it
+            gone = exc
         deadline = time.monotonic() + max(self._timeout_s, CONNECT_TIMEOUT_S)
         descriptors: list[int] = []
         try:
@@ -224,12 +223,14 @@ class DaemonClient:
             answer = parse_body(body)
             if isinstance(answer, Failure) and number in (0, 1):  # 0: before it has read the greeting
                 raise DaemonError(f"the daemon at {self.path} refused: {plain_text(answer.message)}")
+            if gone is not None:
+                raise gone
             if number != 1:
-                raise self.disbelieve(f"answer {number} came for request 1")
+                raise self.reject_answer(f"answer {number} came for request 1")
             if not isinstance(answer, Welcome):
-                raise self.disbelieve(f"{type(answer).__name__} came for Hello")
+                raise self.reject_answer(f"{type(answer).__name__} came for Hello")
             if len(descriptors) != bool(hello.namespace):
-                raise self.disbelieve(f"{len(descriptors)} descriptors came for Hello")
+                raise self.reject_answer(f"{len(descriptors)} descriptors came for Hello")
             self.descriptor = descriptors.pop() if descriptors else None
             return answer
         finally:
@@ -237,35 +238,35 @@ class DaemonClient:
                 os.close(descriptor)
 
     def _read_greeting(self, deadline: float, descriptors: list[int]) -> tuple[int, int, bytes]:
-        """Return the first frame; `descriptors` gets all that came with it, for the caller to close."""
+        """Return the first frame; add the descriptors that came with it to `descriptors`, for the caller to close."""
         while True:
             try:
-                self._socket.settimeout(min(_left(deadline), _LONGEST_WAIT_S))
+                self._socket.settimeout(min(seconds_left(deadline), _LONGEST_WAIT_S))
                 data, received, flags, _ = socket.recv_fds(
                     self._socket, _READ_BYTES, _MOST_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC
                 )
             except OSError as exc:
-                raise self._fail(_why(exc)) from exc
+                raise self._fail(reason_of(exc)) from exc
             descriptors += received
             if flags & socket.MSG_CTRUNC or len(descriptors) > _MOST_DESCRIPTORS:
-                raise self.disbelieve("more descriptors came than a slab has")
+                raise self.reject_answer("more descriptors came than a slab has")
             if not data:
                 raise self._fail("it closed the connection")
             self.bytes_received += len(data)
             self._reader.feed(data)
-            if (cut := self._cut()) is not None:
+            if (cut := self._next_frame()) is not None:
                 return cut
 
-    def _cut(self) -> tuple[int, int, bytes] | None:
+    def _next_frame(self) -> tuple[int, int, bytes] | None:
         try:
             return self._reader.next()
         except ProtocolError as exc:
-            self.disbelieve(str(exc))
+            self.reject_answer(str(exc))
             raise DaemonError(f"the daemon at {self.path} speaks another protocol: {exc}") from exc
 
     def _send(self, message: Message, *, wants_answer: bool) -> int:
         self._require_own_process()
-        if self._failure is not None:
+        if self.failure is not None:
             raise self._gone()
         number = 0
         if wants_answer:
@@ -276,7 +277,7 @@ class DaemonClient:
                 self._last_number = number
                 self._waiting.add(number)
         try:
-            self._send_bytes(_framed(message, number=number, boot=self.boot))
+            self._send_bytes(frame(message, number=number, boot=self.boot))
         except BaseException:
             with self._changed:
                 self._waiting.discard(number)
@@ -285,19 +286,19 @@ class DaemonClient:
 
     def _send_bytes(self, data: bytearray) -> None:
         with self._sending:
-            if self._failure is not None:  # of the sender before: nobody else waits as long once more
+            if self.failure is not None:  # the sender before has failed: do not wait as long once more
                 raise self._gone()
             try:
                 self._socket.settimeout(min(self._timeout_s, _LONGEST_WAIT_S))
                 self._socket.sendall(data)
                 self.bytes_sent += len(data)
             except OSError as exc:
-                raise self._fail(_why(exc)) from exc
+                raise self._fail(reason_of(exc)) from exc
 
     def _receive(self, number: int, deadline: float, *, may_return: bool = False) -> Message | None:
-        """Wait for one answer; read for everybody while nobody else does.
+        """Wait for one answer. While no other thread reads the socket, read it for all threads.
 
-        may_return: return None when the time is over, with the answer still awaited, instead of failing.
+        may_return: when the time is over, return None instead of failing; the answer is still awaited.
         """
         is_awaited = False
         try:
@@ -306,7 +307,7 @@ class DaemonClient:
                     while True:
                         if number in self._answers:
                             return self._answers.pop(number)
-                        if self._failure is not None:
+                        if self.failure is not None:
                             raise self._gone()
                         if not self._is_reading:
                             break
@@ -330,7 +331,7 @@ class DaemonClient:
                         self._changed.notify_all()
         except (DaemonError, OSError):
             raise
-        except BaseException:  # such as an interrupt: nobody would take the answer, and give back what it lends
+        except BaseException:  # such as an interrupt: no caller would take the answer and return its leases
             self._fail("a call was interrupted")
             raise
         finally:
@@ -341,19 +342,19 @@ class DaemonClient:
         try:
             data = self._wait_readable(deadline)
         except OSError as exc:
-            raise self._fail(_why(exc)) from exc
+            raise self._fail(reason_of(exc)) from exc
         if not data:
             raise self._fail("it closed the connection")
         self.bytes_received += len(data)
         self._reader.feed(data)
-        while (cut := self._cut()) is not None:
+        while (cut := self._next_frame()) is not None:
             number, boot, body = cut
             if boot != self.boot:
-                raise self.disbelieve("another daemon answered")
+                raise self.reject_answer("another daemon answered")
             try:
                 answer = parse_body(body)
             except ProtocolError as exc:
-                raise self.disbelieve(str(exc)) from exc
+                raise self.reject_answer(str(exc)) from exc
             with self._changed:
                 if number in self._waiting:
                     self._answers[number] = answer
@@ -363,8 +364,8 @@ class DaemonClient:
                     raise self._fail(plain_text(answer.message))
 
     def _wait_readable(self, deadline: float) -> bytes:
-        """Return the next bytes. Does not touch the socket's timeout, which belongs to the senders."""
-        while not _is_readable(self._socket, min(_left(deadline), _LONGEST_WAIT_S)):
+        """Return the next bytes. Leaves the socket's timeout alone: it belongs to the senders."""
+        while not is_readable(self._socket, min(seconds_left(deadline), _LONGEST_WAIT_S)):
             pass
         return self._socket.recv(_READ_BYTES, socket.MSG_DONTWAIT)
 
@@ -373,11 +374,11 @@ class DaemonClient:
             raise DaemonGoneError("a connection to the daemon cannot be used in a forked process")
 
     def _gone(self) -> DaemonGoneError:
-        return DaemonGoneError(f"the daemon at {self.path} is gone: {self._failure}")
+        return DaemonGoneError(f"the daemon at {self.path} is gone: {self.failure}")
 
     def _fail(self, why: str) -> DaemonGoneError:
         with self._changed:
-            self._failure = self._failure or why
+            self.failure = self.failure or why
             self._changed.notify_all()
         return self._gone()
 
@@ -386,9 +387,9 @@ _CLIENTS: weakref.WeakSet[DaemonClient] = weakref.WeakSet()
 
 
 def _close_in_forked_process() -> None:
-    """Close the sockets that this process has inherited: what the parent's end held would not go back with it.
+    """Close the sockets that this process has inherited: else the parent's connections would not end with the parent.
 
-    Takes no lock and says nothing to the daemon: the connection is the parent's.
+    Takes no lock and sends nothing: the connection is the parent's.
     """
     for client in list(_CLIENTS):
         with contextlib.suppress(OSError):
@@ -396,61 +397,3 @@ def _close_in_forked_process() -> None:
 
 
 os.register_at_fork(after_in_child=_close_in_forked_process)
-
-
-def _connect(path: Path) -> socket.socket:
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        connection.settimeout(CONNECT_TIMEOUT_S)
-        connection.connect(os.fspath(path))
-    except (OSError, ValueError) as exc:
-        connection.close()
-        raise DaemonGoneError(
-            f"no daemon answers at {path}: {_why(exc)}", hint="tierkv daemon start --detach starts one"
-        ) from exc
-    try:
-        _require_own_user(connection, path)
-        connection.set_inheritable(False)
-    except BaseException:
-        connection.close()
-        raise
-    return connection
-
-
-def _require_own_user(connection: socket.socket, path: Path) -> None:
-    """Raise DaemonError unless the other end is a process of this user or of root: it decides what is computed with."""
-    raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    _, uid, _ = _CREDENTIALS.unpack(raw)
-    if uid not in (0, os.geteuid()):
-        raise DaemonError(
-            f"the daemon at {path} belongs to user {uid}, not to user {os.geteuid()} or to root",
-            hint="choose a socket in a folder that only you can write to",
-        )
-
-
-def _framed(message: Message, *, number: int, boot: int) -> bytearray:
-    """Return a message as it goes over the socket. Raises DaemonError for one that cannot be said."""
-    try:
-        return frame(message, number=number, boot=boot)
-    except (TypeError, ValueError, OverflowError) as exc:  # such as a path that is not Unicode
-        raise DaemonError(f"{type(message).__name__} cannot be sent: {str(exc)!a}") from exc
-
-
-def _left(deadline: float) -> float:
-    """Return the seconds until then. Raises TimeoutError once it is past: for the whole answer, not for each byte."""
-    left = deadline - time.monotonic()
-    if left <= 0:
-        raise TimeoutError
-    return left
-
-
-def _is_readable(connection: socket.socket, timeout_s: float) -> bool:
-    poller = select.poll()
-    poller.register(connection, select.POLLIN)
-    return bool(poller.poll(timeout_s * 1e3))
-
-
-def _why(exc: Exception) -> str:
-    if isinstance(exc, TimeoutError):
-        return "it did not answer in time"
-    return getattr(exc, "strerror", None) or str(exc)

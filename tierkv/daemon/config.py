@@ -1,4 +1,4 @@
-"""DaemonConfig: what a daemon is started with."""
+"""DaemonConfig: the settings of a daemon."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ __all__ = ["DaemonConfig"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DaemonConfig:
-    """What a daemon is started with.
+    """The settings of a daemon.
 
     store: None keeps nothing on disk. cold_bytes, min_free_bytes: as in `CacheConfig`. pin_share: of the slab, that
-    one tenant may pin. metrics_port: of the loopback interface, for Prometheus. hello_s: so long may a client take to
-    say hello. limits: of what clients may hold. stop_s: so long may the end take; then the process exits, and what was
-    not written is lost. stall_s: so long may the store take over one batch before who waits for it is told that the
-    disk does not answer.
+    one tenant may pin. metrics_port: of the loopback interface, for Prometheus. hello_s: time for a client to send
+    Hello. limits: of what clients may hold. stop_s: time for the end of the daemon; then the process exits, and loses
+    what was not written. stall_s: time for the store to write one batch; then requests that wait for it fail.
     """
 
     socket: Path
@@ -41,11 +40,11 @@ class DaemonConfig:
     def __post_init__(self) -> None:
         if min(self.warm_bytes, 1 if self.cold_bytes is None else self.cold_bytes, self.num_io_threads) <= 0:
             raise ConfigError("warm_bytes, cold_bytes and num_io_threads must be positive")
-        make_policy(self.eviction_policy)  # refuses a name that there is not
+        make_policy(self.eviction_policy)  # raises for an unknown name
         for path in (self.socket, self.store):
             try:
                 str(path).encode()
             except UnicodeEncodeError as exc:
-                raise ConfigError(f"{str(path)!a} cannot be told to clients: it is not UTF-8") from exc
+                raise ConfigError(f"{str(path)!a} cannot be sent to clients: it is not UTF-8") from exc
         if not 0 < self.pin_share <= 1:
             raise ConfigError(f"pin_share must lie between 0 and 1, got {self.pin_share}")

@@ -1,7 +1,7 @@
-"""One client of the daemon on its socket: frames, answers, errors, and when the connection is given up.
+"""ClientConnection: one client of the daemon on its socket: frames, answers, errors, and the end of the connection.
 
-A client that breaks the protocol gets an error; if the stream itself is lost, nothing more is read from it. But what
-it has leased stays its own until it closes its end or dies: only then is it certain that it copies nothing any more.
+A client that breaks the protocol gets an error. If its stream makes no sense any more, nothing more is read from it.
+But it keeps its leases until it closes its end or its process ends: only then is it certain that it copies nothing.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from collections.abc import Coroutine
 from typing import Any, Protocol, TypeAlias
 
 from tierkv.daemon.core import Connection, Core
+from tierkv.daemon.eviction_messages import EvictionDone
 from tierkv.daemon.host import peer_of
 from tierkv.daemon.limits import Limits
-from tierkv.daemon.messages import Abandon, Done, EndClaim, EvictionDone, Failure, Hello, Message, Release, Wait
+from tierkv.daemon.messages import Abandon, Done, EndClaim, Failure, Hello, Message, Release, Wait
 from tierkv.daemon.protocol import MAX_BODY_BYTES, FrameReader, ProtocolError, frame, parse_body, printable
 from tierkv.errors import DaemonError, TierKVError
 
@@ -25,16 +26,16 @@ __all__ = ["Answer", "ClientConnection", "Host"]
 
 _log = logging.getLogger(__name__)
 
-_FRAMES_A_TURN = 64  # then the other connections have theirs
+_FRAMES_A_TURN = 64  # then other connections are served
 _MESSAGE_CHARACTERS = 1000
 
 Answer: TypeAlias = Message | None
 
 
 class Host(Protocol):
-    """What a connection needs of the server. hello_s: so long may a client take to say hello.
+    """What a connection needs of the server. hello_s: time for a client to send Hello.
 
-    incomplete_bytes, num_requests: what has come of messages that are not whole, and requests in work, of all clients.
+    incomplete_bytes, num_requests: bytes of incomplete messages, and requests in work, of all clients.
     """
 
     core: Core
@@ -46,27 +47,20 @@ class Host(Protocol):
     incomplete_bytes: int
     num_requests: int
 
-    def admit(self, client: ClientConnection, pid: int) -> None:
-        """Take a connection in. Raises TierKVError if there are too many."""
+    def accept(self, client: ClientConnection, pid: int) -> None:
+        """Accept a connection of a process. Raises TierKVError if there are too many."""
 
     def leave(self, client: ClientConnection) -> None:
-        """Forget a connection, whether it was taken in or not."""
+        """Forget a connection, whether it was accepted or not."""
 
-    def answer(self, client: ClientConnection, message: Message) -> Answer | Coroutine[Any, Any, Answer]:
-        """Return the answer to a message, or what will come up with it."""
-
-    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """Run something beside, and keep it alive."""
-
-    def log_refusal(self, client: str, why: str) -> None:
-        """Write a refusal to the log, unless there have been too many lately."""
-
-    def end_loads(self, connection: Connection) -> None:
-        """Close the state files that this client alone had loaded."""
+    def answer(self, client: ClientConnection, message: Message) -> Answer | Coroutine[Any, Any, Answer]: ...
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]: ...
+    def log_refusal(self, client: str, why: str) -> None: ...
+    def unload_files(self, connection: Connection) -> None: ...
 
 
 class ClientConnection(asyncio.Protocol):
-    """One connection as the loop sees it: frames in, answers out, errors told.
+    """One connection as the loop sees it: frames in, answers and errors out.
 
     slow: taken by each request that needs a thread.
     """
@@ -82,9 +76,9 @@ class ClientConnection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._reader = FrameReader(host.limits.first_message_bytes)
         self._num_incomplete = 0  # bytes, in the host's count
-        self._begun_at: float | None = None  # when the first byte of what is not whole came
+        self._begun_at: float | None = None  # when the first byte of an incomplete message came
         self._unread_since: float | None = None
-        self._is_admitted = False
+        self._is_accepted = False
         self._is_lost = False  # its stream makes no sense any more
         self._has_backlog = False
         self._is_reading = True
@@ -101,8 +95,8 @@ class ClientConnection(asyncio.Protocol):
         try:
             if uid not in (0, os.geteuid()):
                 raise DaemonError(f"user {uid} is not the owner of this daemon")
-            self.host.admit(self, pid)
-            self._is_admitted = True
+            self.host.accept(self, pid)
+            self._is_accepted = True
         except TierKVError as exc:
             self.host.log_refusal(f"process {pid}", str(exc))
             self._send(0, Failure(message=str(exc), is_fatal=True))
@@ -110,7 +104,7 @@ class ClientConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.host.bytes_received += len(data)
-        if self._is_lost or not self._is_admitted:
+        if self._is_lost or not self._is_accepted:
             return
         self.heard_at = time.monotonic()
         self._reader.feed(data)
@@ -131,7 +125,7 @@ class ClientConnection(asyncio.Protocol):
         for task in self._waits:
             task.cancel()
         self.host.core.disconnect(self.connection)
-        self.host.end_loads(self.connection)
+        self.host.unload_files(self.connection)
         self.host.leave(self)
 
     # the server calls these
@@ -143,30 +137,30 @@ class ClientConnection(asyncio.Protocol):
 
     @property
     def holds_slots(self) -> bool:
-        """Whether it may be copying from or to the slab: then only its own end may end it."""
+        """Whether the client may be copying from or to the slab: then the daemon must not end the connection."""
         held = self.connection
         return bool(held.num_leases or held.num_fetching or held.reservations)
 
     @property
     def is_idle(self) -> bool:
-        """Whether it named no namespace and asks nothing."""
+        """Whether the client named no namespace and has no request in work."""
         return self.connection.tenant is None and not self.num_requests and not self._reader.num_bytes
 
-    def hand_over(self, descriptor: int | None) -> None:
+    def attach_descriptor(self, descriptor: int | None) -> None:
         """Send this descriptor with the next answer."""
         self._descriptor = descriptor
 
     def push(self, message: Message) -> None:
-        """Send something that the client has not asked for."""
+        """Send a message that is no answer."""
         self._send(0, message)
 
     def check_alive(self) -> None:
-        """Give up a client that says nothing, that does not end what it began to say, or that reads no answer."""
+        """End a connection that sends no Hello, does not complete its message, or does not read its answers."""
         now, limits = time.monotonic(), self.host.limits
         if not self.is_greeted and now - self._since > self.host.hello_s:
             self.close()
         elif self._begun_at is not None and now - self._begun_at > limits.message_s:
-            self._refuse(0, ProtocolError(f"a message did not come whole in {limits.message_s:g} s", is_fatal=True))
+            self._refuse(0, ProtocolError(f"a message was not complete in {limits.message_s:g} s", is_fatal=True))
         elif (self._is_lost or self.is_unread_for(limits.unread_s)) and not self.holds_slots:
             self.close()
 
@@ -175,30 +169,30 @@ class ClientConnection(asyncio.Protocol):
         return self._unread_since is not None and time.monotonic() - self._unread_since >= seconds
 
     def close(self) -> None:
-        """End the connection; what the client holds is taken back."""
+        """End the connection, and with it everything that the client holds."""
         if self._transport:
             self._transport.abort()
 
-    # parts
+    # messages
 
     def _process(self) -> None:
-        """Take whole messages out of what has come, as many as one turn has, while their answers are read."""
+        """Answer complete messages, as many as fit one turn, while the client reads its answers."""
         self._has_backlog = False
         for _ in range(_FRAMES_A_TURN):
             if self._is_lost or self._unread_since is not None or not self._take_one():
                 break
         else:
             self._has_backlog = True
-            asyncio.get_running_loop().call_soon(self._go_on)
+            asyncio.get_running_loop().call_soon(self._continue)
         self._update_reading()
         self._count_incomplete()
 
-    def _go_on(self) -> None:
+    def _continue(self) -> None:
         if self._has_backlog:
             self._process()
 
     def _take_one(self) -> bool:
-        """Answer the next whole message; False if there is none."""
+        """Answer the next complete message; False if there is none."""
         number = 0
         try:
             if (cut := self._reader.next()) is None:
@@ -208,7 +202,7 @@ class ClientConnection(asyncio.Protocol):
             message = parse_body(body)
             is_hello = isinstance(message, Hello)
             if boot != self.host.boot and not (is_hello and not self.is_greeted):
-                raise ProtocolError("this message is meant for a daemon that has ended", is_fatal=True)
+                raise ProtocolError("this message was sent to a daemon that has ended", is_fatal=True)
             if is_hello is self.is_greeted:
                 raise ProtocolError("the first message, and no other, must be Hello")
             if self.num_requests >= self.host.limits.requests_of_client:
@@ -223,12 +217,12 @@ class ClientConnection(asyncio.Protocol):
                 self._reply(number, message, answer)
             else:
                 self._begin(number, message, answer)
-        except Exception as exc:  # noqa: BLE001 - the outermost place of a request: its sender gets an answer
+        except Exception as exc:  # noqa: BLE001 - the outermost place of a request: the client gets an answer
             self._refuse(number, exc)
         return True
 
     def _begin(self, number: int, message: Message, answer: Coroutine[Any, Any, Answer]) -> None:
-        """Work on a request beside others; what only waits ends with the connection."""
+        """Work on a request as a task. A Wait is cancelled when the connection ends."""
         self.num_requests += 1
         self.host.num_requests += 1
         task = self.host.spawn(self._finish(number, message, answer))
@@ -273,13 +267,16 @@ class ClientConnection(asyncio.Protocol):
         with self._transport.get_extra_info("socket").dup() as peer:
             try:
                 sent = socket.send_fds(peer, [data], [descriptor])
+            except ConnectionError:  # the client has ended since its Hello: no message of it was wrong
+                self.close()
+                return
             except OSError as exc:
-                raise ProtocolError(f"the slab could not be handed over: {exc}", is_fatal=True) from exc
+                raise ProtocolError(f"the slab's descriptor could not be sent: {exc}", is_fatal=True) from exc
         if sent < len(data):
             self._transport.write(data[sent:])
 
     def _refuse(self, number: int, why: Exception) -> None:
-        """Tell a client that its request failed; after a fatal error nothing more is read from it."""
+        """Answer that a request failed. After a fatal error nothing more is read from the client."""
         is_fatal = isinstance(why, ProtocolError) and why.is_fatal
         if not isinstance(why, TierKVError):
             _log.error("a request of %s failed", self.connection.client or "a client", exc_info=why)
@@ -296,10 +293,10 @@ class ClientConnection(asyncio.Protocol):
         if not self.holds_slots and self._transport:
             self._transport.close()
 
-    # what has come and is not answered yet
+    # received bytes that are not answered yet
 
     def _update_reading(self) -> None:
-        """Read nothing while answers are unread, or messages that have come wait for their turn."""
+        """Stop reading while answers are unread or received messages are not answered yet."""
         if self._transport is None or self._transport.is_closing():
             return
         should_read = self._unread_since is None and not self._has_backlog
@@ -308,7 +305,7 @@ class ClientConnection(asyncio.Protocol):
             (self._transport.resume_reading if should_read else self._transport.pause_reading)()
 
     def _count_incomplete(self) -> None:
-        """Count what has come of a message that is not whole, and when it began."""
+        """Count the bytes of an incomplete message, and note when it began."""
         if self._is_lost:
             return
         num_bytes = self._reader.num_bytes
@@ -317,7 +314,7 @@ class ClientConnection(asyncio.Protocol):
         is_waiting = num_bytes and self._is_reading
         self._begun_at = (self._begun_at or time.monotonic()) if is_waiting else None
         if num_bytes and self.host.incomplete_bytes > self.host.limits.incomplete_bytes:
-            self._refuse(0, ProtocolError("too many messages that are not whole", is_fatal=True))
+            self._refuse(0, ProtocolError("too many incomplete messages", is_fatal=True))
 
     def _drop_input(self) -> None:
         self._reader.clear()

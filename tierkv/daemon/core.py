@@ -1,46 +1,83 @@
-"""The daemon's mind: who may read which slot, who writes which, who computes what. No sockets, no bytes, no clock.
+"""The daemon's core: which client may read which slot, writes which slot, computes which block. No sockets, no bytes.
 
-Every rule about shared memory is here, as a state machine over plain values, driven by the server and by tests:
+The server and the tests drive it with plain values. The core owns four small objects, and itself does what concerns
+more than one of them:
 
-- A **lease** pins a slot for one connection; it ends by `release` or with the connection.
-- A **reservation** gives a connection one slot to write one block into. Its entry in the index has no place yet,
-  so that nobody finds it, until `publish` attaches the slot. A second writer of the same block is told that it is
-  busy.
-- A **load** brings a block from a cold source into a slot; whoever wants the block meanwhile joins it.
-- A **claim** says who computes blocks that nobody has. It ends with their publication or with the connection.
+- `leases`: a lease pins a slot for one connection to read. It ends when it is released, or with the connection.
+- `loads`: a load reads a block from a cold source into a slot; other fetches of the block join it.
+- `reservations`: a reservation gives a connection one slot to write one block into. The block's entry gets that slot
+  only when the connection publishes it.
+- `claims`: a claim says which connection computes blocks that no tier has.
 
-Identity: a hash is a key and no proof. A block is found only by following the chain from the namespace's own
-entry, comparing each entry's parent (the object) and token ids. Of a block behind that in a cold source the core
-compares hash, parent and length; who reads it compares its content digest, which covers every token up to its end.
+A hash is a key and no proof. A block is found only by following the chain from the namespace's own entry, comparing
+each entry's parent (the object) and token ids. Of a block that is only in a cold source the core compares hash, parent
+and length; the thread that reads it compares its content digest, which covers every token up to its end.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from tierkv.daemon.fetching import Fetching
-from tierkv.daemon.matching import Matching
-from tierkv.daemon.messages import Match, Pin
-from tierkv.daemon.protocol import ProtocolError
-from tierkv.daemon.values import Connection, FetchTask, Load, Tenant, Write, whole_hashes
-from tierkv.daemon.writing import Writing
-from tierkv.errors import CapacityError, DaemonError
+from tierkv.daemon.claims import Claims
+from tierkv.daemon.leases import Leases
+from tierkv.daemon.limits import Limits
+from tierkv.daemon.loads import Loads
+from tierkv.daemon.messages import NO_SLOT, Found, Match, Pin, Published, Release
+from tierkv.daemon.protocol import ProtocolError, split_numbers
+from tierkv.daemon.reservations import Reservations
+from tierkv.daemon.tenants import Tenants
+from tierkv.daemon.values import BlockSource, Connection, FetchTask, Load, Tenant, Write, whole_hashes
+from tierkv.errors import DaemonError
 from tierkv.index.chosen_eviction import Choice, Evicted
 from tierkv.index.index import Entry
-from tierkv.storage.warm import slot_stride
+from tierkv.policies import EvictionPolicy, LRUPolicy
+from tierkv.storage.outcomes import MissReason
 from tierkv.values.block import BlockHash, Tier
 from tierkv.values.layout import BlockLayout
 
 __all__ = ["Connection", "Core", "FetchTask", "Load", "Tenant", "Write"]
 
 
-class Core(Matching, Fetching, Writing):
-    """All state of the daemon, and what may be done with it. Not thread-safe: the server's one thread calls it.
+class Core:
+    """All state of the daemon's shared memory. Not thread-safe: the thread of the server's loop calls it.
 
-    The tables are in `state`, leases in `matching`, loads in `fetching`, reservations in `writing`.
     store: the cold tier, if there is one. pin_share: of the slab, that one owner (salt) may pin.
     """
+
+    def __init__(
+        self,
+        slab_bytes: int,
+        *,
+        clock: Callable[[], float],
+        store: BlockSource | None = None,
+        make_policy: Callable[[], EvictionPolicy] = LRUPolicy,
+        pin_share: float = 0.25,
+        extent_bytes: int | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        self.limits = limits or Limits()
+        self.store = store
+        self.clock = clock
+        self.tenants = Tenants(
+            slab_bytes,
+            clock=clock,
+            store=store,
+            make_policy=make_policy,
+            extent_bytes=extent_bytes,
+            limits=self.limits,
+        )
+        self.slab = self.tenants.slab
+        self.leases = Leases(self.limits)
+        self.loads = Loads(self.tenants, self.leases)
+        self.reservations = Reservations(self.tenants)
+        self.claims = Claims(self.limits, clock)
+        self.connections: set[Connection] = set()
+        self.counters: Counter[str] = Counter()
+        self.pin_quota_bytes = int(slab_bytes * pin_share)
+        self.pin_quota_of_all_bytes = int(slab_bytes * max(pin_share, self.limits.pinned_share))
+        self._writes: set[Write] = set()
 
     def connect(self) -> Connection:
         """Return a new connection that has no namespace yet."""
@@ -59,67 +96,126 @@ class Core(Matching, Fetching, Writing):
         owner: str = "",
         codec: str = "",
     ) -> Tenant:
-        """Let a connection work on a namespace, made known if need be. The digest is that of the description.
+        """Let a connection use a namespace. The digest is that of the description.
 
-        Raises CapacityError if its blocks fit no slab, or clients use as many namespaces or sizes as there may be.
+        Raises CapacityError if its blocks fit no slab, or clients use as many namespaces or block sizes as they may.
         """
         assert connection.tenant is None and not connection.is_closed
-        tenant = self.tenants.get(digest)
-        if tenant is None:
-            stride_bytes = slot_stride(layout.block_bytes)
-            self._make_room_for_tenant(len(description), stride_bytes)
-            if len(self.tenants) >= self.limits.namespaces or (
-                self.description_bytes + len(description) > self.limits.description_bytes
-            ):
-                raise CapacityError(
-                    f"the daemon serves {len(self.tenants)} namespaces already, all of them in use",
-                    hint="close clients of other models",
-                )
-            size_class = self.slab.class_of(stride_bytes)
-            tenant = Tenant(digest, description, name, owner, layout, size_class, self._root_hash(digest), codec)
-            if self.store is not None:
-                tenant.sources.append(self.store)
-            self.tenants[digest] = tenant
-            self.description_bytes += len(description)
-        assert tenant.layout == layout, "a digest covers the layout"
+        tenant = self.tenants.open(digest, description, layout=layout, name=name, owner=owner, codec=codec)
         connection.tenant = tenant
         tenant.clients += 1
         return tenant
 
     def disconnect(self, connection: Connection) -> None:
-        """Take everything back that a connection held. May be called twice."""
+        """End everything that a connection held. May be called twice."""
         if connection.is_closed:
             return
         connection.is_closed = True
         self.connections.discard(connection)
         for number in list(connection.claims):
-            self.end_claim(connection, number)
+            self.claims.end(connection, number)
         tenant = connection.tenant
         if tenant is None:
             return
         tenant.clients -= 1
-        tenant.left_at = self._clock()
-        tenant.size_class.index.unpin_all(Tier.WARM, list(connection.leases.elements()))
-        connection.leases.clear()
-        self._count_leases(connection, -connection.num_leases)
-        self.abandon(connection, list(connection.reservations))
+        tenant.left_at = self.clock()
+        self.leases.release_all(connection)
+        self.reservations.abandon(connection, list(connection.reservations))
         for number in list(connection.cursors):
-            self._end_cursor(connection, number)
+            self.loads.end_cursor(connection, number)
         tenant.size_class.chosen.retry()
 
+    def match(self, connection: Connection, message: Match) -> Found:
+        """Return how much of a prompt is there; lease what lies in the warm tier if asked to. Raises ProtocolError."""
+        tenant = connection.require_tenant()
+        hashes = whole_hashes(tenant, message.hashes, message.tokens, most=self.limits.blocks_of_message)
+        if message.min_partial_tokens < 1:
+            raise ProtocolError(f"a partial block of {message.min_partial_tokens} tokens")
+        if not 0 <= message.start <= len(hashes):
+            raise ProtocolError(f"block {message.start} of {len(hashes)} to start from")
+        known = self.tenants.walk(tenant, hashes, message.tokens)
+        slots, has_cold, has_failed = self.leases.find_blocks(connection, known, hashes, message)
+        total = message.start + len(slots) if slots is not None else 0
+        partial_block = None
+        if slots is not None:
+            parent = self._parent_entry(tenant, known, total)
+            partial_block, failed = self.leases.find_partial(connection, hashes, total, parent, message)
+            has_failed |= failed
+        cursor = 0
+        if message.lease and (has_cold or (partial_block and partial_block.slot == NO_SLOT)):
+            cursor = self.loads.open_cursor(self.connections, connection, message, total, partial_block)
+        miss = ""
+        if has_failed:
+            miss = MissReason.IO_ERROR.value
+        elif total < len(hashes) and total == len(known) and tenant.size_class.index.peek(hashes[total]):
+            miss = MissReason.COLLISION.value
+        claim, is_computing = 0, False
+        if message.wants_claim and total < len(hashes):
+            claim, is_computing = self.claims.claim(connection, hashes[total:])
+        found = slots if slots is not None else array("I")
+        self.counters["matched_blocks"] += len(found)
+        self.counters["missed_blocks"] += len(hashes) - total
+        return Found(
+            slots=found.tobytes(),
+            partial_block=partial_block,
+            cursor=cursor,
+            claim=claim,
+            is_computing=is_computing,
+            miss=miss,
+        )
+
+    def release(self, connection: Connection, message: Release) -> None:
+        """End leases and cursors. Raises ProtocolError, with nothing ended, for a slot that is not leased."""
+        slots, cursors = split_numbers(message.slots), split_numbers(message.cursors)
+        self.leases.release(connection, slots)
+        for cursor in cursors:
+            self.loads.end_cursor(connection, cursor)
+
+    def finish_load(self, load: Load, reason: MissReason | None) -> None:
+        """End a load. reason: why its slot does not hold the block, or None if it does."""
+        if reason is None:
+            self.claims.fulfil(load.tenant, load.entry.block_hash)
+            self.counters["loaded_blocks"] += 1
+        self.loads.finish(load, reason)
+
+    def publish(self, connection: Connection, slots: bytes) -> tuple[Published, list[Write]]:
+        """Let every client find the blocks in reserved slots. Return the answer and what the store has yet to get.
+
+        Raises ProtocolError, with nothing published, for a slot that this connection has not reserved.
+        """
+        tenant = connection.require_tenant()
+        published, lost = self.reservations.publish(connection, split_numbers(slots))
+        writes: list[Write] = []
+        for entry, slot in published:
+            self.claims.fulfil(tenant, entry.block_hash)
+            if self.store is None:
+                tenant.size_class.index.unpin(Tier.WARM, slot)
+            else:
+                writes.append(Write(tenant, entry, slot))
+        self._writes.update(writes)
+        self.counters["published_blocks"] += len(published)
+        return Published(count=len(published), lost=lost.tobytes()), writes
+
+    def finish_write(self, write: Write, *, is_stored: bool) -> None:
+        """Note that a published block has been written to the store, or could not be."""
+        self._writes.discard(write)
+        write.entry.in_cold = is_stored
+        self.counters["stored_blocks" if is_stored else "skipped_writes"] += 1
+        write.tenant.size_class.index.unpin(Tier.WARM, write.slot)
+
     def pin(self, connection: Connection, message: Pin) -> list[BlockHash]:
-        """Pin or unpin a prompt's blocks; return the hashes of all that are there, for the store to do the same.
+        """Pin or unpin a prompt's blocks. Return the hashes of all that are there, so that the store can do the same.
 
         Raises DaemonError, with nothing changed, if the owner (salt) would have pinned more than its share.
         """
         tenant = connection.require_tenant()
         hashes = whole_hashes(tenant, message.hashes, message.tokens, most=self.limits.blocks_of_message)
-        known = self._walk(tenant, hashes, message.tokens)
+        known = self.tenants.walk(tenant, hashes, message.tokens)
         ask = Match(hashes=message.hashes, tokens=message.tokens)
-        slots, _, _ = self._find_blocks(connection, known, hashes, ask)
+        slots, _, _ = self.leases.find_blocks(connection, known, hashes, ask)
         total = len(slots or ())
         parent = self._parent_entry(tenant, known, total)
-        partial_block, _ = self._find_partial(connection, hashes, total, parent, ask)
+        partial_block, _ = self.leases.find_partial(connection, hashes, total, parent, ask)
         entries = known[:total]
         if (
             partial_block
@@ -129,7 +225,7 @@ class Core(Matching, Fetching, Writing):
             entries.append(entry)
         changing = [entry for entry in entries if entry.warm_slot is not None and entry.pinned is not message.pinned]
         change = len(changing) * tenant.layout.block_bytes * (1 if message.pinned else -1)
-        pinned = sum(each.pinned_bytes for each in self.tenants.values() if each.owner == tenant.owner)
+        pinned = sum(each.pinned_bytes for each in self.tenants.by_digest.values() if each.owner == tenant.owner)
         if change > 0 and pinned + change > self.pin_quota_bytes:
             raise DaemonError(
                 f"pinning {len(changing)} more blocks takes {pinned + change} bytes of the warm tier, "
@@ -144,17 +240,17 @@ class Core(Matching, Fetching, Writing):
         return hashes[:total] + ([partial_block.block_hash] if partial_block else [])
 
     def _make_room_to_pin(self, tenant: Tenant, more_bytes: int) -> None:
-        """Have all tenants together pin no more than they may, by unpinning what clients that have gone have pinned.
+        """Keep what all tenants pin within the limit: unpin the blocks of tenants whose clients have all left.
 
         Raises DaemonError, with nothing pinned, if that is not enough.
         """
         most = self.pin_quota_of_all_bytes - more_bytes
-        for other in sorted(self.tenants.values(), key=lambda each: each.left_at):
-            if sum(each.pinned_bytes for each in self.tenants.values()) <= most:
+        for other in sorted(self.tenants.by_digest.values(), key=lambda each: each.left_at):
+            if sum(each.pinned_bytes for each in self.tenants.by_digest.values()) <= most:
                 return
             if not other.clients and other is not tenant:
-                self._unpin_tenant(other)
-        if sum(each.pinned_bytes for each in self.tenants.values()) > most:
+                self.tenants.unpin(other)
+        if sum(each.pinned_bytes for each in self.tenants.by_digest.values()) > most:
             raise DaemonError(
                 f"all tenants together may pin {self.pin_quota_of_all_bytes} bytes of the warm tier",
                 hint="unpin other prompts, or start the daemon with a larger --warm",
@@ -166,17 +262,18 @@ class Core(Matching, Fetching, Writing):
         if count < -1:
             raise ProtocolError(f"{count} blocks to evict")
         wanted = tenant.size_class.num_slots if count < 0 else count
-        return tenant.size_class.evict(wanted, self._is_of(tenant))
+        return tenant.size_class.evict(wanted, self.tenants.owns(tenant))
 
     def evict_chosen(self, namespace: BlockHash, choice: Choice) -> Evicted:
-        """Evict what is chosen from the warm tier, of one namespace or, where that is empty, of all.
+        """Evict the chosen blocks of one namespace, or of all where `namespace` is empty, from the warm tier.
 
-        What is leased or on its way is marked: it serves nobody any more, and goes with its last user.
+        A block that is leased, loaded or written is marked: no client finds it any more, and it is removed when its
+        last user ends.
         """
         blocks: Counter[Tier] = Counter()
         stayed: Counter[str] = Counter()
-        for tenant in self.tenants.values():
-            root = self._root(tenant)
+        for tenant in self.tenants.by_digest.values():
+            root = self.tenants.root(tenant)
             if root is None or namespace not in (b"", tenant.digest):
                 continue
             found = tenant.size_class.chosen.evict(root, choice, tenant.step)
@@ -185,12 +282,8 @@ class Core(Matching, Fetching, Writing):
         return Evicted(blocks, stayed)
 
     def is_marked(self, write: Write) -> bool:
-        """Tell whether a block that is to be stored was evicted meanwhile. For any thread."""
+        """Return whether a block that is to be stored was evicted meanwhile. Any thread may call it."""
         return write.entry in write.tenant.size_class.chosen.marked
-
-    def now(self) -> float:
-        """Return the time by which accesses are noted."""
-        return self._clock()
 
     def count_marked(self) -> dict[str, int]:
         """Return how many evicted blocks are still in use, by what uses them."""
@@ -212,8 +305,8 @@ class Core(Matching, Fetching, Writing):
         """Return the hashes of the blocks whose eviction leaves at most so many bytes in the warm tier."""
         blocks = [
             (entry.last_access, -entry.depth, tenant.layout.block_bytes, entry.block_hash)
-            for tenant in self.tenants.values()
-            for entry in self._entries_of(tenant)
+            for tenant in self.tenants.by_digest.values()
+            for entry in self.tenants.entries_of(tenant)
             if entry.warm_slot is not None
         ]
         excess = sum(size for _, _, size, _ in blocks) - to_bytes
@@ -226,81 +319,61 @@ class Core(Matching, Fetching, Writing):
         return chosen
 
     def trim(self) -> int:
-        """Evict a little ahead of need where the slab is full, and what was to be evicted and was in use; free what has
-        expired and what nobody uses.
+        """Evict a few blocks ahead of need where the slab is full. End expired claims; forget unused namespaces.
+
+        Marked blocks that are no longer in use are removed too. Return how many blocks were evicted ahead of need.
         """
-        self.end_expired_claims()
-        self.forget_unused()
+        self.claims.end_expired(self.connections)
+        self.tenants.forget_unused()
         return sum(size_class.trim() for size_class in self.slab.classes.values())
 
     def warm_entries(self, tenant: Tenant) -> list[Entry]:
-        """Return a namespace's blocks in the warm tier, parents first, each pinned; `unpin_entries` ends that."""
+        """Return a namespace's blocks in the warm tier, parents first, each pinned until `unpin_entries`."""
         marked = tenant.size_class.chosen.marked
-        found = [each for each in self._entries_of(tenant) if each.warm_slot is not None and each not in marked]
+        found = [each for each in self.tenants.entries_of(tenant) if each.warm_slot is not None and each not in marked]
         for entry in found:
             tenant.size_class.index.pin(entry, Tier.WARM)
         return found
 
     def unpin_entries(self, tenant: Tenant, slots: Sequence[int]) -> None:
-        """End what `warm_entries` pinned."""
+        """Unpin what `warm_entries` pinned."""
         tenant.size_class.index.unpin_all(Tier.WARM, slots)
 
     @property
-    def num_reservations(self) -> int:
-        """Slots that are being written."""
-        return len(self._reserved)
-
-    @property
-    def num_claims(self) -> int:
-        """Blocks that some client has promised to compute."""
-        return self.num_promised
-
-    @property
     def num_writes(self) -> int:
-        """Published blocks that are not yet stored."""
+        """Published blocks that the store has not got yet."""
         return len(self._writes)
 
     def check(self) -> None:
         """Raise AssertionError unless every slot, pin, reservation and claim is accounted for."""
+        connections, tenants = self.connections, self.tenants.by_digest.values()
+        pins = Counter(
+            (size_class, slot)
+            for size_class in self.slab.classes.values()
+            for slot in range(size_class.num_slots)
+            if not size_class.is_usable(slot)
+        )
+        for connection in connections:
+            if connection.tenant:
+                size_class = connection.tenant.size_class
+                for slot, count in connection.leases.items():
+                    pins[size_class, slot] += count
+                pins.update((size_class, slot) for slot in connection.reservations)
+        for tenant, slot, count in self.loads.pins():
+            pins[tenant.size_class, slot] += count
+        pins.update((write.tenant.size_class, write.slot) for write in self._writes)
         for size_class in self.slab.classes.values():
-            pins = Counter(slot for slot in range(size_class.num_slots) if not size_class.is_usable(slot))
-            for connection in self.connections:
-                if connection.tenant and connection.tenant.size_class is size_class:
-                    pins.update(connection.leases)
-                    pins.update(connection.reservations.keys())
-            for task, tenant in self._fetching.items():
-                if tenant.size_class is size_class:
-                    pins.update(task.slots)
-            pins.update(write.slot for write in self._writes if write.tenant.size_class is size_class)
-            for load in self._loads.values():
-                if load.tenant.size_class is size_class:
-                    pins[load.slot] += load.num_left
-            pool = size_class.index.warm
             for slot in range(size_class.num_slots):
-                assert pool.reference_count(slot) == pins[slot], f"slot {slot} has {pool.reference_count(slot)} pins"
-                assert (pool.owners[slot] is not None) == ((size_class, slot) in self._slot_tenants)
-            size_class.index.check()
-        counted = Counter(self._slot_tenants.values())
-        assert all(tenant.warm_blocks == counted[tenant] for tenant in self.tenants.values())
-        held = [res for connection in self.connections for res in connection.reservations.values()]
-        assert {id(each) for each in held} == {id(each) for each in self._reserved.values()}
-        for size_class in self.slab.classes.values():
-            assert size_class.num_reserved == sum(each.tenant.size_class is size_class for each in held)
-        for tenant in self.tenants.values():
-            for block_hash, claim in tenant.claims.items():
-                assert block_hash in claim.hashes and claim.connection.claims.get(claim.number) is claim
-                assert claim.connection in self.connections and claim.connection.tenant is tenant
-        for connection in self.connections:
-            assert connection.num_leases == connection.leases.total()
-            assert connection.cursor_bytes == sum(cursor.num_bytes for cursor in connection.cursors.values())
-            assert connection.num_promised == sum(len(claim.hashes) for claim in connection.claims.values())
-        assert self.num_promised == sum(len(tenant.claims) for tenant in self.tenants.values())
-        for total, own in (
-            (self.num_leases, "num_leases"),
-            (self.cursor_bytes, "cursor_bytes"),
-            (self.num_promised, "num_promised"),
-        ):
-            assert total == sum(getattr(connection, own) for connection in self.connections), own
-        assert self.description_bytes == sum(len(tenant.description) for tenant in self.tenants.values())
-        for tenant in self.tenants.values():
-            assert self.slab.classes.get(tenant.size_class.stride_bytes) is tenant.size_class
+                count = size_class.index.warm.reference_count(slot)
+                assert count == pins[size_class, slot], f"slot {slot} has {count} pins"
+        self.tenants.check()
+        self.leases.check(connections)
+        self.loads.check(tenants, connections)
+        self.reservations.check(self.slab.classes.values(), connections)
+        self.claims.check(tenants, connections)
+
+    def _parent_entry(self, tenant: Tenant, known: list[Entry], total: int) -> Entry | None:
+        """Return the entry that block `total` of a prompt hangs under, where the index has it."""
+        if total > len(known):
+            return None
+        return known[total - 1] if total else self.tenants.root(tenant)

@@ -1,6 +1,6 @@
-"""Ending: takes the signals that stop the daemon, and ends the process where it does not end by itself in time.
+"""Ending: receives the signals that stop the daemon, and ends the process if it does not end by itself in time.
 
-A thread takes the signals: the loop may be inside a call that hangs, on a disk that does not answer for instance.
+A thread receives the signals: the loop may be inside a call that hangs, such as one on a disk that does not answer.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ __all__ = ["Ending"]
 
 _log = logging.getLogger(__name__)
 
-_LAST_WORDS_S = 2.0
+_REPORT_S = 2.0
 
 
 class Ending:
-    """A context around the daemon's life; `begin`, SIGTERM or SIGINT start its end.
+    """A context around the daemon's life. `begin`, SIGTERM or SIGINT start its end.
 
-    deadline_s: so long may the end take. Then `last_words` is called (it says what is lost, and may hang as well), and
-    the process exits with code 1 whatever its threads do. leave: os._exit, but for tests.
+    deadline_s: time for the end. After it `report_loss` is called, which may hang as well, and the process exits with
+    code 1 whatever its threads do. leave: os._exit, but for tests.
     """
 
     def __init__(
-        self, deadline_s: float, *, last_words: Callable[[float], None], leave: Callable[[int], Any] = os._exit
+        self, deadline_s: float, *, report_loss: Callable[[float], None], leave: Callable[[int], Any] = os._exit
     ) -> None:
         self._deadline_s = deadline_s
-        self._last_words = last_words
+        self._report_loss = report_loss
         self._leave = leave
         self._stop: Callable[[], None] = lambda: None
         self._ended = threading.Event()
@@ -56,8 +56,8 @@ class Ending:
         self._wake.close()
         self._woken.close()
 
-    def watch(self, stop: Callable[[], None]) -> None:
-        """Take SIGTERM and SIGINT from now on. stop: called by another thread when the end begins. Main thread only."""
+    def handle_signals(self, stop: Callable[[], None]) -> None:
+        """Handle SIGTERM and SIGINT from now on. Another thread calls `stop` when the end begins. Main thread only."""
         self._stop = stop
         self._thread = threading.Thread(target=self._run, name="tierkv-ending", daemon=True)
         self._thread.start()
@@ -66,7 +66,7 @@ class Ending:
             self._handlers[number] = signal.signal(number, lambda *_: None)
 
     def begin(self) -> None:
-        """Begin the end. For any thread; may be called twice."""
+        """Begin the end. Any thread may call this, and twice."""
         try:
             self._wake.send(b"\0")
         except OSError:
@@ -79,7 +79,7 @@ class Ending:
         self._stop()
         if self._ended.wait(self._deadline_s):
             return
-        speaker = threading.Thread(target=self._last_words, args=(self._deadline_s,), daemon=True)
-        speaker.start()
-        speaker.join(_LAST_WORDS_S)
+        reporter = threading.Thread(target=self._report_loss, args=(self._deadline_s,), daemon=True)
+        reporter.start()
+        reporter.join(_REPORT_S)
         self._leave(1)

@@ -1,7 +1,7 @@
-"""EvictionLog: what was evicted on demand, numbered, so that every engine can drop its own copies of it.
+"""EvictionLog: a numbered log of evictions on demand, so that every engine can drop its own copies.
 
-The log is kept in a small file, so that a daemon that is started again goes on counting where the last one ended. It
-is bounded: who has missed too much is told so, and drops everything.
+A small file keeps the log, so that the next daemon continues its numbers. The log is bounded: an engine that has missed
+more drops all its copies.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from tierkv.daemon.answers import AnswerCheck, WrongAnswerError
-from tierkv.daemon.messages import Eviction, Evictions, EvictionsSince
+from tierkv.daemon.eviction_messages import Eviction, Evictions, EvictionsSince
 from tierkv.errors import StoreError
 from tierkv.values.block import HASH_BYTES
 from tierkv.values.files import open_regular
@@ -29,14 +29,14 @@ LOG_NAME = "daemon.evictions"
 """In the directory of a daemon's store."""
 
 _MAX_EVICTIONS = 64
-_MAX_HASHES = 4096  # of one eviction; more count as everything of the namespace
+_MAX_HASHES = 4096  # of one eviction; with more, all blocks of the namespace count as evicted
 _MAX_TOKEN_BYTES = 4 << 20
-_MAX_KEPT_BYTES = 8 << 20  # of all: who asks for them gets them in one message
+_MAX_KEPT_BYTES = 8 << 20  # of all evictions: they are sent in one message
 _MAX_FILE_BYTES = 64 << 20
 
 
 class _Kept(msgspec.Struct, array_like=True):
-    """What the file holds."""
+    """The content of the file."""
 
     log: int
     number: int
@@ -44,7 +44,7 @@ class _Kept(msgspec.Struct, array_like=True):
 
 
 class EvictionLog:
-    """The newest evictions of one store, or of one socket where there is no store. path: where they are kept."""
+    """The newest evictions of one store, or of one socket without a store. path: of the file."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -54,7 +54,7 @@ class EvictionLog:
             self._read()
 
     def add(self, eviction: Eviction) -> None:
-        """Note an eviction; its number is given here. `save` keeps it for the next daemon."""
+        """Add an eviction and set its number. `save` keeps it for the next daemon."""
         self.number += 1
         eviction.number = self.number
         if len(eviction.block_hashes or b"") > _MAX_HASHES * HASH_BYTES:
@@ -65,7 +65,7 @@ class EvictionLog:
         self._forget_oldest()
 
     def since(self, log: int, number: int) -> Evictions:
-        """Return what was evicted behind a number of a log; nothing to who knows no log yet."""
+        """Return the evictions after a number of a log; none for a client that knows no log yet."""
         if not log:
             return Evictions(self.log, self.number, True, [])
         newer = [each for each in self._evictions if each.number > number]
@@ -73,7 +73,7 @@ class EvictionLog:
         return Evictions(self.log, self.number, is_complete, newer if is_complete else [])
 
     def save(self) -> None:
-        """Write the file anew, atomically. A disk that refuses is logged: then a later daemon starts another log."""
+        """Replace the file atomically. A failure is logged: then the next daemon starts another log."""
         kept = msgspec.msgpack.encode(_Kept(self.log, self.number, list(self._evictions)))
         temporary = self._path.with_name(f".{self._path.name}.{secrets.token_hex(8)}")
         try:
@@ -88,7 +88,7 @@ class EvictionLog:
         except (OSError, StoreError) as exc:
             _log.warning("the log of evictions %s cannot be written: %s", self._path, exc)
             with contextlib.suppress(OSError):
-                self._path.unlink()  # an old one would count anew from an old number
+                self._path.unlink()  # an old file would repeat numbers
 
     def _forget_oldest(self) -> None:
         kept = sum(len(each.tokens) + len(each.block_hashes or b"") for each in self._evictions)
@@ -102,11 +102,11 @@ class EvictionLog:
             with os.fdopen(fd, "rb") as file:
                 kept = msgspec.msgpack.decode(file.read(_MAX_FILE_BYTES), type=_Kept)
             answer = Evictions(kept.log, kept.number, True, kept.evictions)
-            AnswerCheck().check(EvictionsSince(0, 0), answer)  # else clients would not believe the daemon
+            AnswerCheck().check(EvictionsSince(0, 0), answer)  # else clients would reject the answer
         except FileNotFoundError:
             raise
         except (OSError, StoreError, WrongAnswerError, msgspec.MsgspecError, UnicodeDecodeError) as exc:
-            _log.warning("the log of evictions %s cannot be read, another one is begun: %s", self._path, exc)
+            _log.warning("the log of evictions %s cannot be read, a new one is started: %s", self._path, exc)
             return
         self.log, self.number = kept.log, kept.number
         self._evictions.extend(kept.evictions)

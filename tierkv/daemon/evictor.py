@@ -10,21 +10,21 @@ from typing import Protocol
 
 from tierkv.daemon.core import Connection, Core
 from tierkv.daemon.eviction_log import EvictionLog
-from tierkv.daemon.loaded_file import LoadedFile
-from tierkv.daemon.messages import EngineEvicted, EvictBlocks, EvictedBlocks, Eviction, EvictionNotice, Message
+from tierkv.daemon.eviction_messages import EngineEvicted, EvictBlocks, EvictedBlocks, Eviction, EvictionNotice
+from tierkv.daemon.messages import Message
 from tierkv.daemon.protocol import ProtocolError, split_hashes
+from tierkv.daemon.state_files import LoadedFile
 from tierkv.daemon.store_writer import StoreWriter
 from tierkv.errors import DaemonError
 from tierkv.index.chosen_eviction import IN_USE, Choice
 from tierkv.storage.cold import ColdStore
-from tierkv.storage.cold_eviction import EvictionReport
-from tierkv.storage.cold_prompt import StoredPrompt
+from tierkv.storage.cold_eviction import EvictionReport, StoredPrompt
 from tierkv.storage.cold_stats import ColdStats
 from tierkv.values.block import HASH_BYTES, TOKEN_BYTES, BlockHash, Tier
 
 __all__ = ["Engine", "Evictor"]
 
-_ENGINES_S = 2.0  # for all engines together, to say what they have dropped
+_ENGINES_S = 2.0  # for all engines together to report what they have dropped
 _STORE_S = 540.0  # of one eviction from the store, once it has begun; the client waits 600
 _POLL_S = 0.05
 
@@ -35,11 +35,11 @@ class Engine(Protocol):
     connection: Connection
 
     def push(self, message: Message) -> None:
-        """Send something that it has not asked for."""
+        """Send a message that is no answer."""
 
 
 class Evictor:
-    """Used on the loop. engines: those that are connected now. stall_s: for the store to begin."""
+    """Evicts blocks on demand. Used on the loop. engines: those connected now. stall_s: for the store to begin."""
 
     def __init__(
         self,
@@ -59,10 +59,10 @@ class Evictor:
         self._stall_s = stall_s
 
     async def evict(self, asker: Connection, message: EvictBlocks) -> EvictedBlocks:
-        """Evict what matches from every tier; say what went and what stayed.
+        """Evict matching blocks from every tier; return what was evicted and what stayed.
 
-        First memory, so that nothing of it comes back to an engine; then the store, behind what is being written; then
-        the engines. What these have written again meanwhile goes at last.
+        First from the warm tier, so that no engine loads such a block again; then from the store, after what is queued
+        for it; then from the engines; at last what the engines have written again meanwhile.
         """
         _check(message)
         is_all = message.to_bytes == 0
@@ -72,7 +72,7 @@ class Evictor:
         if is_all:
             choice = Choice()
         elif has_filter:
-            now = self._core.now()
+            now = self._core.clock()
             since = now - message.older_than_s if message.older_than_s >= 0 else None
             choice = Choice(tokens=message.tokens, unused_since=since)
         warm = self._core.evict_chosen(namespace, choice).blocks[Tier.WARM] if choice else 0
@@ -87,7 +87,7 @@ class Evictor:
             self.log.add(Eviction(0, now_s, namespace, tokens, older_than_s))
         if by_size:
             self.log.add(Eviction(0, now_s, block_hashes=b"".join(by_size)))
-        engines = await self._tell_engines(asker, namespace)
+        engines = await self._notify_engines(asker, namespace)
         stayed = {}
         cold, freed = report.blocks, report.freed_bytes
         if choice:
@@ -98,9 +98,9 @@ class Evictor:
                 cold, freed = cold + more.blocks, freed + more.freed_bytes
             stayed = {f"warm, {reason}": count for reason, count in again.stayed.items() if reason != IN_USE}
             stayed |= self._core.count_marked()
-        stayed |= _stored_that_stay(report) | self._count_files(namespace)
+        stayed |= _kept_in_store(report) | self._count_files(namespace)
         live = stats.live_bytes if stats else self._core.slab.size_bytes - self._core.slab.free_bytes
-        left = stats.blocks if stats else sum(tenant.warm_blocks for tenant in self._core.tenants.values())
+        left = stats.blocks if stats else sum(tenant.warm_blocks for tenant in self._core.tenants.by_digest.values())
         return EvictedBlocks(warm, cold, freed, left, live, {k: v for k, v in stayed.items() if v}, engines)
 
     async def _evict_stored(self, message: EvictBlocks) -> tuple[EvictionReport, ColdStats | None]:
@@ -135,29 +135,29 @@ class Evictor:
                 )
         return evicting.result()
 
-    async def _tell_engines(self, asker: Connection, namespace: BlockHash) -> list[EngineEvicted]:
-        """Have engines drop their hot copies; return what each says, or that it has not answered in time."""
+    async def _notify_engines(self, asker: Connection, namespace: BlockHash) -> list[EngineEvicted]:
+        """Have engines drop their hot copies; return the report of each, or that it has not answered in time."""
         await asyncio.get_running_loop().run_in_executor(None, self.log.save)
         number = self.log.number
-        told = [
+        notified = [
             engine
             for engine in self._engines()
             if (tenant := engine.connection.tenant)
             and engine.connection is not asker
             and namespace in (b"", tenant.digest)
         ]
-        for engine in told:
+        for engine in notified:
             engine.push(EvictionNotice(number))
-        asking = [engine.connection for engine in told if engine.connection.asks_for_evictions]
+        asking = [engine.connection for engine in notified if engine.connection.asks_for_evictions]
         deadline = time.monotonic() + _ENGINES_S
-        while time.monotonic() < deadline and any(not (c.is_closed or _knows(c, number)) for c in asking):
+        while time.monotonic() < deadline and any(not (c.is_closed or _has_applied(c, number)) for c in asking):
             await asyncio.sleep(_POLL_S / 5)
         found = []
-        for engine in told:
+        for engine in notified:
             connection = engine.connection
             if connection.is_closed:
                 continue
-            if _knows(connection, number) and connection.evicted:
+            if _has_applied(connection, number) and connection.evicted:
                 found.append(connection.evicted)
             else:
                 found.append(EngineEvicted(connection.client, False))
@@ -166,7 +166,7 @@ class Evictor:
     def _count_files(self, namespace: BlockHash) -> dict[str, int]:
         files = {
             source
-            for tenant in self._core.tenants.values()
+            for tenant in self._core.tenants.by_digest.values()
             if namespace in (b"", tenant.digest)
             for source in tenant.sources
             if isinstance(source, LoadedFile)
@@ -174,11 +174,11 @@ class Evictor:
         return {"blocks of state files that clients have loaded": sum(len(file) for file in files)}
 
 
-def _knows(connection: Connection, number: int) -> bool:
+def _has_applied(connection: Connection, number: int) -> bool:
     return connection.evicted_number >= number
 
 
-def _stored_that_stay(report: EvictionReport) -> dict[str, int]:
+def _kept_in_store(report: EvictionReport) -> dict[str, int]:
     return {
         "stored, pinned": report.num_pinned,
         "stored, continued by others that stay": report.num_continued,

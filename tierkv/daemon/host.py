@@ -1,4 +1,4 @@
-"""What the daemon needs of the machine: its socket, its locks, its peers' uids, and how much memory there is."""
+"""The daemon and the machine: socket, lock files, the users and processes at the other ends, memory."""
 
 from __future__ import annotations
 
@@ -33,17 +33,18 @@ _log = logging.getLogger(__name__)
 _MAX_SOCKET_PATH_BYTES = 107
 _BACKLOG = 128
 _OWN_DESCRIPTORS = 256  # of store, state files, slab, and what Python opens
+_CREDENTIALS = struct.Struct("iII")
 GIB = 1 << 30
 
 
 class LockFile:
-    """A lock file that this process holds; the first line is the process id, further lines are notes for others."""
+    """A lock file that this process holds. Its first line is the process id, further lines are notes."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
 
     def note(self, *lines: str) -> None:
-        """Write these lines behind the process id, in place of earlier ones. For any thread."""
+        """Write these lines after the process id, in place of earlier ones. Any thread may call this."""
         data = "".join(f"{line}\n" for line in (str(os.getpid()), *lines)).encode()
         with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
             os.ftruncate(self._fd, 0)
@@ -52,10 +53,9 @@ class LockFile:
 
 @contextlib.contextmanager
 def exclusive_file(path: Path, what: str) -> Iterator[LockFile]:
-    """Hold a lock file alone; the lock ends with the process. Raises DaemonError that names the process that has it.
+    """Hold a lock file until the process ends. Raises DaemonError with the id of another process that holds it.
 
-    The file is a regular file of this user and no symbolic link: in a shared directory another user may have put
-    something else there.
+    The file must be a regular file of this user: in a shared directory another user may have put something else there.
     """
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     fd = _open_locked(path, what)
@@ -68,7 +68,7 @@ def exclusive_file(path: Path, what: str) -> Iterator[LockFile]:
 
 
 def read_lock_file(path: Path) -> tuple[bool, list[str]]:
-    """Return whether a process holds a lock file, and the file's lines. (False, []) where there is no such file."""
+    """Return whether a process holds a lock file, and the file's lines; (False, []) without such a file."""
     try:
         fd = open_regular(path, follow_links=False)
     except (OSError, StoreError, ConfigError):
@@ -85,7 +85,7 @@ def read_lock_file(path: Path) -> tuple[bool, list[str]]:
 
 
 def _open_locked(path: Path, what: str) -> int:
-    """Open and lock a file; again if another process has replaced the file meanwhile."""
+    """Open and lock a file. Try again if another process has replaced it meanwhile."""
     while True:
         try:
             fd = open_regular(path, os.O_RDWR | os.O_CREAT, follow_links=False, own=True)
@@ -110,7 +110,7 @@ def _open_locked(path: Path, what: str) -> int:
 
 
 def _is_at(path: Path, state: os.stat_result) -> bool:
-    """Tell whether a path still names this file."""
+    """Return whether a path still names this file."""
     try:
         return os.path.samestat(os.stat(path, follow_symlinks=False), state)
     except OSError:
@@ -118,7 +118,7 @@ def _is_at(path: Path, state: os.stat_result) -> bool:
 
 
 def check_folder(folder: Path) -> None:
-    """Raise DaemonError if every user may replace files in a directory; warn where another user or a group may."""
+    """Raise DaemonError if every user may replace files in a directory; warn if another user or a group may."""
     at = folder.resolve()
     for each in (at, *at.parents):
         try:
@@ -126,7 +126,7 @@ def check_folder(folder: Path) -> None:
         except OSError as exc:
             raise DaemonError(f"{each} cannot be used for a socket: {exc.strerror}") from exc
         if state.st_uid not in (0, os.geteuid()):
-            _log.warning("user %d owns %s and may replace what lies there", state.st_uid, each)
+            _log.warning("user %d owns %s and may replace files there", state.st_uid, each)
         if state.st_mode & stat.S_ISVTX:
             continue
         if state.st_mode & stat.S_IWOTH and each == at:
@@ -134,15 +134,15 @@ def check_folder(folder: Path) -> None:
                 f"every user may replace files in {each}", hint=f"chmod o-w {each}, or name another place with --socket"
             )
         if state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            _log.warning("other users may replace what lies in %s (mode %o)", each, stat.S_IMODE(state.st_mode))
+            _log.warning("other users may replace files in %s (mode %o)", each, stat.S_IMODE(state.st_mode))
 
 
 @contextlib.contextmanager
 def listening_socket(path: Path) -> Iterator[tuple[socket.socket, LockFile]]:
-    """Listen on a UNIX socket that its owner alone may use; a socket file left by a dead daemon is replaced.
+    """Listen on a UNIX socket that only its owner may use. The socket file of a dead daemon is replaced.
 
-    Raises DaemonError if a living daemon has it, or other users could replace it; ConfigError for a path that no
-    socket can have. The lock file beside the socket is yielded too.
+    Yields the lock file of the socket too. Raises DaemonError if a daemon uses the path or other users could replace
+    the file, ConfigError for a path that no socket can have.
     """
     if len(os.fsencode(path)) > _MAX_SOCKET_PATH_BYTES:
         raise ConfigError(
@@ -156,11 +156,11 @@ def listening_socket(path: Path) -> Iterator[tuple[socket.socket, LockFile]]:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         mine: os.stat_result | None = None
         try:
-            os.fchmod(listener.fileno(), 0o600)  # Linux makes the file with the socket's own mode: never wider
+            os.fchmod(listener.fileno(), 0o600)  # Linux creates the file with the mode of the socket
             listener.bind(os.fspath(path))
             mine = os.stat(path, follow_symlinks=False)
             if stat.S_IMODE(mine.st_mode) != 0o600:
-                os.chmod(path, 0o600)  # before anybody can connect
+                os.chmod(path, 0o600)  # before any client can connect
             listener.listen(_BACKLOG)
             listener.setblocking(False)
             yield listener, lock
@@ -181,7 +181,7 @@ def _remove_stale(path: Path) -> None:
     except OSError as exc:
         raise DaemonError(f"{path} cannot be looked at: {exc.strerror}") from exc
     if not stat.S_ISSOCK(state.st_mode):
-        raise DaemonError(f"{path} is there and is no socket", hint="name another with --socket")
+        raise DaemonError(f"{path} exists and is no socket", hint="name another with --socket")
     if state.st_uid != os.geteuid():
         raise DaemonError(f"{path} is the socket of user {state.st_uid}", hint="name another with --socket")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
@@ -193,18 +193,18 @@ def _remove_stale(path: Path) -> None:
             return
         except OSError:
             pass  # such as a full queue of connections: the listener lives
-    raise DaemonError(f"a living process listens on {path}", hint="stop that one first")
+    raise DaemonError(f"a process listens on {path}", hint="stop that one first")
 
 
 def peer_of(connection: socket.socket) -> tuple[int, int]:
-    """Return (process id, user id) of who is at the other end, as the kernel knows it."""
-    packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    pid, uid, _ = struct.unpack("3i", packed)
+    """Return (process id, user id) of the other end, as the kernel knows them."""
+    packed = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid, uid, _ = _CREDENTIALS.unpack(packed)
     return pid, uid
 
 
 def connections_that_fit() -> int:
-    """Return how many connections may be open: two descriptors each, and some are left for files."""
+    """Return how many connections may be open: each takes two descriptors, and files take some."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return 1 << 20
@@ -212,7 +212,7 @@ def connections_that_fit() -> int:
 
 
 def check_memory(warm_bytes: int) -> None:
-    """Raise CapacityError if a slab of that size does not fit what this machine, or this control group, has left."""
+    """Raise CapacityError if a slab of that size does not fit the memory left on this machine or control group."""
     available = min(_available_bytes())
     if warm_bytes > available:
         raise CapacityError(
@@ -222,7 +222,7 @@ def check_memory(warm_bytes: int) -> None:
 
 
 def memory_of_process() -> int:
-    """Return bytes of memory that are this process's alone, without the slab; 0 where the system does not tell."""
+    """Return the bytes of this process's own memory, without the slab; 0 if they are not known."""
     return _read_kib(Path("/proc/self/status"), "RssAnon")
 
 

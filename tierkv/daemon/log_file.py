@@ -1,4 +1,4 @@
-"""The log of a daemon that runs detached: a file that cannot be another user's, and that does not grow for ever."""
+"""The log file of a detached daemon: it belongs to this user, and its size is bounded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _KEPT_BYTES = 1 << 20  # the newest, when the log is cut
 
 
 def open_log(path: Path) -> int:
-    """Open a log to append to, and to read from; return its descriptor. A log that is too long is cut first.
+    """Open a log to append to and to read from; return its descriptor. A log that is too long is cut first.
 
     Raises DaemonError for a symbolic link, for what is no regular file, and for a file of another user.
     """
@@ -33,7 +33,7 @@ def open_log(path: Path) -> int:
 def trim_log(fd: int, *, max_bytes: int = MAX_LOG_BYTES, kept_bytes: int = _KEPT_BYTES) -> None:
     """Cut a log that is longer than `max_bytes` down to its newest lines. fd: open to read and to append.
 
-    The file stays the same, so every process that writes to it goes on; nothing is renamed in a shared directory.
+    The file stays the same, so processes that write to it continue. Nothing is renamed in a shared directory.
     """
     size = os.fstat(fd).st_size
     if size <= max_bytes:
@@ -45,7 +45,7 @@ def trim_log(fd: int, *, max_bytes: int = MAX_LOG_BYTES, kept_bytes: int = _KEPT
 
 
 class BoundedHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes to standard error, which is a log file of `open_log`, and cuts that file when it is too long."""
+    """Writes to standard error, which is a file of `open_log`, and cuts that file when it is too long."""
 
     def __init__(self, *, max_bytes: int = MAX_LOG_BYTES, kept_bytes: int = _KEPT_BYTES) -> None:
         super().__init__()

@@ -1,12 +1,10 @@
-"""Messages: what the daemon and its clients say to each other, each a small value with a number of its own.
+"""The messages between the daemon and its clients. Each class has a number of its own.
 
-Token ids, block hashes and slots travel as raw little-endian bytes: packing lists of integers would take longer
-than everything else together. Blocks never travel: they lie in the slab, whose descriptor comes with `Welcome`.
+Token ids, block hashes and slots are raw little-endian bytes: packing lists of integers would take longer than
+everything else together. No message carries a block: blocks are in the slab, whose descriptor comes with `Welcome`.
 """
 
 from __future__ import annotations
-
-from typing import TypeAlias
 
 import msgspec
 
@@ -14,22 +12,13 @@ __all__ = [
     "MOST_COUNT",
     "NO_SLOT",
     "Abandon",
-    "AnyMessage",
     "Chain",
     "ChainAnswer",
     "Compact",
     "Count",
     "Done",
     "EndClaim",
-    "EngineEvicted",
     "Evict",
-    "EvictBlocks",
-    "EvictedBlocks",
-    "Eviction",
-    "EvictionDone",
-    "EvictionNotice",
-    "Evictions",
-    "EvictionsSince",
     "Failure",
     "Fetch",
     "Fetched",
@@ -63,18 +52,18 @@ NO_SLOT = 0xFFFF_FFFF
 """In a list of slots: this block is in the cold tier, or was not leased."""
 
 MOST_COUNT = 1 << 62
-"""No size, number or count of a message is as large."""
+"""Every size, number and count of a message is smaller."""
 
 
 class Message(msgspec.Struct, array_like=True, gc=False):
-    """One message; its class is told by a small number in front of its fields."""
+    """One message. The number of its class comes before its fields."""
 
 
 class Hello(Message, tag=1):
-    """First message. namespace: 16 bytes, or none at all for a client that only wants to know or to steer.
+    """The first message. namespace: 16 bytes, or empty for a client that reads and writes no blocks.
 
-    description: what `Namespace.describe` returns. The daemon computes the digest and the size of a block from it, and
-    refuses a client that claims others. client: for humans.
+    description: what `Namespace.describe` returns. The daemon computes the digest and the block size from it, and
+    refuses a client that names others. client: a name for people to read.
     """
 
     namespace: bytes = b""
@@ -84,7 +73,7 @@ class Hello(Message, tag=1):
 
 
 class Welcome(Message, tag=2):
-    """Answer to Hello; the slab's descriptor comes with it when a namespace was named."""
+    """Answer to Hello. The slab's descriptor comes with it if Hello named a namespace."""
 
     pid: int
     slab_bytes: int
@@ -93,11 +82,11 @@ class Welcome(Message, tag=2):
 
 
 class Match(Message, tag=3):
-    """How much of a prompt is there? Asked about the blocks from `start` on; those before need not be.
+    """Ask which blocks of a prompt are there, from block `start` on; those before need not be.
 
-    hashes: of all whole blocks, 16 bytes each. tokens: the prompt as little-endian uint32, the rest behind the
-    whole blocks included. lease: pin what is found in the warm tier for this connection.
-    wants_claim: if whole blocks are missing, be the one who computes them.
+    hashes: of all whole blocks, 16 bytes each. tokens: the whole prompt, as little-endian uint32.
+    lease: pin what is found in the warm tier for this connection.
+    wants_claim: claim whole blocks that are missing: this client will compute them.
     """
 
     hashes: bytes
@@ -109,7 +98,7 @@ class Match(Message, tag=3):
 
 
 class FoundPartial(msgspec.Struct, array_like=True, gc=False):
-    """The block where the prompt parts: `num_tokens` of its tokens lead the rest of the prompt. slot: or NO_SLOT."""
+    """The block where a prompt diverges: its first `num_tokens` tokens lead the prompt's rest. slot: or NO_SLOT."""
 
     block_hash: bytes
     tokens: bytes
@@ -118,10 +107,11 @@ class FoundPartial(msgspec.Struct, array_like=True, gc=False):
 
 
 class Found(Message, tag=4):
-    """Answer to Match. slots: u32 each, of the blocks from `start` on that are there, in order; NO_SLOT: ask Fetch.
+    """Answer to Match. slots: u32 each, of the blocks from `start` on that are there, in order. NO_SLOT: use Fetch.
 
-    cursor: names this prompt in Fetch; 0 where nothing needs it. claim: 0, or yours until the blocks are published.
-    is_computing: another client is at it. miss: why the block behind is none, by the names of MissReason, or "".
+    cursor: names this prompt in Fetch; 0 if no block needs it. claim: its number, or 0.
+    is_computing: another client computes the next block. miss: why the next block was not found, as a value of
+    MissReason, or "".
     """
 
     slots: bytes
@@ -133,9 +123,9 @@ class Found(Message, tag=4):
 
 
 class Fetch(Message, tag=5):
-    """Bring blocks `first` to `first + count` of a cursor into the warm tier and lease them.
+    """Load `count` blocks of a cursor, from block `first` on, into the warm tier and lease them.
 
-    The partial block, if it was found, is the block behind the last one.
+    The partial block, if it was found, is the block after the last whole one.
     """
 
     cursor: int
@@ -144,14 +134,14 @@ class Fetch(Message, tag=5):
 
 
 class Fetched(Message, tag=6):
-    """Answer to Fetch: slots (u32) of the leading blocks that could be had, and why the next could not."""
+    """Answer to Fetch: slots (u32) of the leading blocks that were loaded, and why the next one was not."""
 
     slots: bytes
     miss: str
 
 
 class Release(Message, tag=7):
-    """End leases on slots (u32 each; once for each time leased) and cursors (u32 each).
+    """End leases on slots (u32 each, once for each lease) and cursors (u32 each).
 
     Like Abandon, EndClaim and EvictionDone it is answered, with Done, only if its request number is not 0.
     """
@@ -163,22 +153,22 @@ class Release(Message, tag=7):
 class Chain(msgspec.Struct, array_like=True, gc=False):
     """A prompt from its first block on. hashes: of every block in `tokens`, a partly filled last one included.
 
-    offers: numbers (u32) of the blocks whose bytes the client can bring.
+    offered: numbers (u32) of the blocks whose bytes the client has.
     """
 
     hashes: bytes
     tokens: bytes
-    offers: bytes
+    offered: bytes
 
 
 class Reserve(Message, tag=8):
-    """Ask for slots to write those offered blocks to that the daemon does not have."""
+    """Reserve slots for those offered blocks that the daemon does not have."""
 
     chains: list[Chain]
 
 
 class ChainAnswer(msgspec.Struct, array_like=True, gc=False):
-    """numbers and slots (u32 each): blocks to be written, and where to. num_there: offered blocks that are there.
+    """numbers and slots (u32 each): the blocks to write, and where. num_there: offered blocks that are there.
 
     num_busy: offered blocks that another client is writing. refusal: "", or why the walk ended early.
     """
@@ -197,45 +187,45 @@ class Reserved(Message, tag=9):
 
 
 class Publish(Message, tag=10):
-    """The bytes of these reserved slots (u32 each) are complete: let everybody find them. Parents first."""
+    """Let every client find the blocks in these reserved slots (u32 each): their bytes are complete. Parents first."""
 
     slots: bytes
 
 
 class Published(Message, tag=11):
-    """Answer to Publish. lost: numbers of slots (u32) that somebody else was faster with."""
+    """Answer to Publish. lost: slots (u32) whose blocks another client had published before."""
 
     count: int
     lost: bytes
 
 
 class Abandon(Message, tag=12):
-    """Give reserved slots (u32 each) back unwritten."""
+    """Return reserved slots (u32 each) unwritten."""
 
     slots: bytes
 
 
 class Wait(Message, tag=13):
-    """Answer when this block is published, or nobody computes it any more, or the time is over."""
+    """Ask for an answer when this block is published, when no client computes it any more, or when the time is over."""
 
     block_hash: bytes
     timeout_ms: int
 
 
 class Waited(Message, tag=14):
-    """Answer to Wait. is_over: the time, without news."""
+    """Answer to Wait. is_over: whether the time was over first."""
 
     is_over: bool
 
 
 class EndClaim(Message, tag=15):
-    """Compute a claim's blocks no more."""
+    """End a claim: its blocks are computed no more."""
 
     claim: int
 
 
 class Pin(Message, tag=16):
-    """Keep a prompt's blocks (or let them go again). Answered with Count."""
+    """Pin or unpin a prompt's blocks. Answered with Count."""
 
     hashes: bytes
     tokens: bytes
@@ -243,20 +233,20 @@ class Pin(Message, tag=16):
 
 
 class Prefetch(Message, tag=17):
-    """A request with this prompt will come: bring its blocks into the warm tier. Answered at once, with Count."""
+    """Load a prompt's blocks into the warm tier: a request with it will come. Answered at once, with Count."""
 
     hashes: bytes
     tokens: bytes
 
 
 class Evict(Message, tag=18):
-    """Evict up to `count` blocks of the client's namespace from the warm tier; all of them for -1."""
+    """Evict up to `count` blocks of the client's namespace from the warm tier, all of them for -1."""
 
     count: int
 
 
 class Flush(Message, tag=19):
-    """Answer when everything published so far is on the disk."""
+    """Ask for an answer when everything published so far is on the disk."""
 
 
 class SaveState(Message, tag=20):
@@ -294,10 +284,7 @@ class TenantStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LimitStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """How much is held of what the daemon bounds; largest: what one holder has, whose limit is limit_of_one.
-
-    A limit of 0 says that there is none beside the other one.
-    """
+    """How much of one limit is used. largest: what one holder has, whose own limit is limit_of_one, or 0 for none."""
 
     name: str
     used: int
@@ -330,153 +317,25 @@ class StatusReport(Message, tag=24):
 
 
 class Stop(Message, tag=25):
-    """Write what is pending and end. Answered with Done before."""
+    """End, after writing what is pending. Answered with Done first."""
 
 
 class Compact(Message, tag=26):
-    """Give the store's free space back to the disk."""
+    """Return the store's free space to the disk."""
 
 
 class Done(Message, tag=27):
-    """It is done."""
+    """Answer to a request that has no other answer: it is done."""
 
 
 class Count(Message, tag=28):
-    """How many blocks that were."""
+    """Answer with a number of blocks."""
 
     count: int
 
 
 class Failure(Message, tag=29):
-    """The request was refused. is_fatal: nothing more will be answered on this connection."""
+    """The request was refused. is_fatal: the daemon answers nothing more on this connection."""
 
     message: str
     is_fatal: bool
-
-
-class EvictBlocks(Message, tag=60):
-    """Evict from every tier: warm memory, the store, and the hot copies of engines. Answered with EvictedBlocks.
-
-    Blocks that match every condition that is given go. namespace: 16 bytes, or empty for all. tokens and hashes: a
-    prompt of that namespace, and the hashes of its whole blocks: what begins with it, and of its own blocks those that
-    nothing else continues. older_than_s: not used for so long; below 0: of any age. to_bytes: afterwards the least
-    recently used until so much is live; below 0: no bound.
-    """
-
-    namespace: bytes = b""
-    hashes: bytes = b""
-    tokens: bytes = b""
-    older_than_s: float = -1.0
-    to_bytes: int = -1
-
-
-class EngineEvicted(msgspec.Struct, array_like=True, gc=False):
-    """What one client has dropped of its hot blocks. in_use: those that go when running requests end.
-
-    has_answered: False if nothing is known of it yet.
-    """
-
-    client: str
-    has_answered: bool
-    blocks: int = 0
-    in_use: int = 0
-    pinned: int = 0
-
-
-class EvictedBlocks(Message, tag=61):
-    """Answer to EvictBlocks. warm, cold: blocks that went. left, live_bytes: of the store, or of the warm tier.
-
-    stayed: blocks that were chosen and stay, by the tier and the reason.
-    """
-
-    warm: int
-    cold: int
-    freed_bytes: int
-    left: int
-    live_bytes: int
-    stayed: dict[str, int]
-    engines: list[EngineEvicted]
-
-
-class EvictionNotice(Message, tag=62):
-    """Sent to clients unasked, as request 0: blocks were evicted. number: of the last eviction."""
-
-    number: int
-
-
-class EvictionsSince(Message, tag=63):
-    """What was evicted since? log, number: of the last eviction that this client knows; 0, 0 before any answer."""
-
-    log: int
-    number: int
-
-
-class Eviction(msgspec.Struct, array_like=True, gc=False):
-    """One eviction: the conditions of EvictBlocks. block_hashes: those evicted by size; None where that says nothing.
-
-    at: of the system's clock.
-    """
-
-    number: int
-    at: float
-    namespace: bytes = b""
-    tokens: bytes = b""
-    older_than_s: float = -1.0
-    block_hashes: bytes | None = None
-
-
-class Evictions(Message, tag=64):
-    """Answer to EvictionsSince. is_complete: False if older evictions are forgotten: any block may be meant."""
-
-    log: int
-    number: int
-    is_complete: bool
-    evictions: list[Eviction]
-
-
-class EvictionDone(Message, tag=65):
-    """The client has dropped its hot blocks of all evictions up to this number. Answered as Release."""
-
-    number: int
-    blocks: int
-    in_use: int
-    pinned: int
-
-
-AnyMessage: TypeAlias = (
-    Hello
-    | Welcome
-    | Match
-    | Found
-    | Fetch
-    | Fetched
-    | Release
-    | Reserve
-    | Reserved
-    | Publish
-    | Published
-    | Abandon
-    | Wait
-    | Waited
-    | EndClaim
-    | Pin
-    | Prefetch
-    | Evict
-    | Flush
-    | SaveState
-    | Saved
-    | LoadState
-    | Status
-    | StatusReport
-    | Stop
-    | Compact
-    | Done
-    | Count
-    | Failure
-    | EvictBlocks
-    | EvictedBlocks
-    | EvictionNotice
-    | EvictionsSince
-    | Evictions
-    | EvictionDone
-)

@@ -1,6 +1,6 @@
 """Metrics of the daemon in Prometheus' text format, over HTTP on the loopback interface.
 
-Every name begins with tierkv_daemon_, so that it never means what a cache tells under it: one scraper may read both.
+Every name begins with tierkv_daemon_, so that one scraper may read the metrics of a cache too.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _GAUGES = (
 
 
 def exposition(report: StatusReport) -> str:
-    """Return the figures of a status report as a scraper reads them."""
+    """Return the figures of a status report in Prometheus' format."""
     gauges = {name: getattr(report, name) for name in _GAUGES} | {f"cold_{key}": n for key, n in report.cold.items()}
     for each in report.limits:
         gauges |= {f"held_{each.name}": each.used, f"limit_{each.name}": each.limit}
@@ -43,7 +43,7 @@ def exposition(report: StatusReport) -> str:
 
 
 async def serve_metrics(port: int, report: Callable[[], StatusReport], *, timeout_s: float) -> asyncio.Server:
-    """Answer every request with the metrics. timeout_s: for a client to have asked. Raises DaemonError."""
+    """Answer every request with the metrics. timeout_s: for a request to arrive. Raises DaemonError."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(asyncio.TimeoutError, asyncio.LimitOverrunError, asyncio.IncompleteReadError, OSError):

@@ -1,8 +1,7 @@
-"""Peers: the processes at the other ends of the connections, how many connections each has, and when it ends.
+"""Peers: the processes at the other ends of the connections. The end of a process ends its connections.
 
-A socket stays open as long as any process has it. So a client that has forked and dies leaves its connection to a
-child that knows nothing of it: what ends a connection is the end of the process that opened it, as a process
-descriptor (pidfd) tells.
+A socket stays open as long as any process has it. So a client that has forked leaves its connection to its child, which
+does not use it. The daemon therefore waits for the end of the process that connected, on a process descriptor (pidfd).
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class _Peer(Generic[Client]):
 class Peers(Generic[Client]):
     """Processes with connections. Used on the loop alone.
 
-    ended: called for each client of a process that has ended. most: connections that one process may have.
+    ended: called for each client of a process that has ended. most: connections of one process.
     """
 
     def __init__(self, *, ended: Callable[[Client], None], most: int) -> None:
@@ -46,27 +45,27 @@ class Peers(Generic[Client]):
         self._peers: dict[int, _Peer[Client]] = {}
         self._peer_of: dict[Client, _Peer[Client]] = {}
 
-    def admit(self, client: Client, pid: int) -> None:
-        """Note a connection of a process.
+    def add(self, client: Client, pid: int) -> None:
+        """Add a connection of a process.
 
         Raises CapacityError if the process has too many, DaemonError if it has ended already.
         """
         peer = self._peers.get(pid)
-        if peer is not None and _has_ended(peer.descriptor):  # its number belongs to another process by now
-            self._bury(peer)
+        if peer is not None and _has_ended(peer.descriptor):  # another process has its id by now
+            self._end(peer)
             peer = None
         if peer is None:
             peer = _Peer(pid, _open_process(pid))
             if peer.descriptor is not None:
-                asyncio.get_running_loop().add_reader(peer.descriptor, self._bury, peer)
+                asyncio.get_running_loop().add_reader(peer.descriptor, self._end, peer)
             self._peers[pid] = peer
         elif len(peer.clients) >= self._most:
             raise CapacityError(f"process {pid} has {len(peer.clients)} connections already")
         peer.clients.append(client)
         self._peer_of[client] = peer
 
-    def leave(self, client: Client) -> None:
-        """Forget a connection that has ended. One that was not admitted is no error."""
+    def remove(self, client: Client) -> None:
+        """Remove a connection that has ended. One that was not added is no error."""
         peer = self._peer_of.pop(client, None)
         if peer is None:
             return
@@ -79,12 +78,12 @@ class Peers(Generic[Client]):
         return [len(peer.clients) for peer in self._peers.values()]
 
     def close(self) -> None:
-        """Watch no process any more."""
+        """Forget all processes."""
         for peer in list(self._peers.values()):
             self._forget(peer)
 
-    def _bury(self, peer: _Peer[Client]) -> None:
-        """A process has ended: so have its connections, whoever else has them open."""
+    def _end(self, peer: _Peer[Client]) -> None:
+        """End the connections of a process that has ended, though another process may have them open."""
         self._forget(peer)
         for client in peer.clients:
             self._ended(client)
@@ -100,14 +99,14 @@ class Peers(Generic[Client]):
 
 def _open_process(pid: int) -> int | None:
     """Return a descriptor that becomes readable when a process ends. Raises DaemonError if it has ended."""
-    if pid <= 0:  # it lives where this process cannot see it
+    if pid <= 0:  # a process outside this process's namespace
         return None
     try:
         return os.pidfd_open(pid)
     except ProcessLookupError as exc:
         raise DaemonError(f"process {pid} has ended") from exc
     except (OSError, AttributeError) as exc:
-        _log.warning("the end of process %d will not be noticed while a child of it has its socket: %s", pid, exc)
+        _log.warning("the end of process %d is not noticed while a child of it has the socket: %s", pid, exc)
         return None
 
 

@@ -1,20 +1,23 @@
-"""The protocol: messages cut into frames on a UNIX socket, msgpack inside, no pickle; and its limits.
+"""The protocol: frames on a UNIX socket with msgpack inside, and its limits.
 
 A frame is a header of 16 bytes, little-endian, and a body: body length (u32), protocol version (u16), request
-number (u16, chosen by the client and repeated in the reply; 0 wants no reply), boot id (u64). The boot id is the
-daemon's, drawn anew at each start, and 0 in the first frame of a client, which cannot know it yet. Version and
-boot id lie outside the body, so that a body of another version need not be understood to be refused.
+number (u16, chosen by the client and repeated in the answer; 0 asks for no answer), boot id (u64). The boot id is the
+daemon's, drawn at each start, and 0 in the first frame of a client, which does not know it yet. Version and boot id are
+outside the body, so that a frame of another version can be refused without reading its body.
 """
 
 from __future__ import annotations
 
+import functools
+import operator
 import struct
 from array import array
 from typing import Any
 
 import msgspec
 
-from tierkv.daemon.messages import AnyMessage, Message
+import tierkv.daemon.eviction_messages  # noqa: F401 - its messages belong to the protocol
+from tierkv.daemon.messages import Message
 from tierkv.errors import DaemonError
 from tierkv.values.block import HASH_BYTES
 
@@ -34,7 +37,7 @@ __all__ = [
 
 PROTOCOL_VERSION = 1
 MAX_BODY_BYTES = 16 << 20
-"""Four million token ids; a longer message closes the connection before it is read."""
+"""Four million token ids. A longer message closes the connection before it is read."""
 
 MAX_PATH_BYTES = 4096
 
@@ -42,7 +45,7 @@ HEADER = struct.Struct("<IHHQ")
 
 
 class ProtocolError(DaemonError):
-    """A message that this protocol does not have, or has not here and now. `is_fatal`: the stream is lost."""
+    """A message that is invalid, or is not allowed now. is_fatal: nothing more can be read from the connection."""
 
     def __init__(self, message: str, *, is_fatal: bool = False, hint: str | None = None) -> None:
         self.is_fatal = is_fatal
@@ -50,11 +53,11 @@ class ProtocolError(DaemonError):
 
 
 _ENCODER = msgspec.msgpack.Encoder()
-_DECODER: Any = msgspec.msgpack.Decoder(AnyMessage)
+_DECODER: Any = msgspec.msgpack.Decoder(functools.reduce(operator.or_, Message.__subclasses__()))
 
 
 def frame(message: Message, *, number: int, boot: int) -> bytearray:
-    """Return a message as it goes over the socket. Raises ProtocolError for what no frame can hold."""
+    """Return a message as a frame. Raises ProtocolError for one that no frame can hold."""
     buffer = bytearray(HEADER.size)
     try:
         _ENCODER.encode_into(message, buffer, HEADER.size)
@@ -68,7 +71,7 @@ def frame(message: Message, *, number: int, boot: int) -> bytearray:
 
 
 def parse_body(body: bytes | memoryview) -> Message:
-    """Return the message of a frame's body. Raises ProtocolError for one that is none."""
+    """Return the message of a frame's body. Raises ProtocolError."""
     try:
         message: Message = _DECODER.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
@@ -77,14 +80,14 @@ def parse_body(body: bytes | memoryview) -> Message:
 
 
 def split_hashes(hashes: bytes) -> list[bytes]:
-    """Return the block hashes of a run of them. Raises ProtocolError."""
+    """Split concatenated block hashes. Raises ProtocolError."""
     if len(hashes) % HASH_BYTES:
         raise ProtocolError(f"{len(hashes)} bytes are no block hashes")
     return [hashes[at : at + HASH_BYTES] for at in range(0, len(hashes), HASH_BYTES)]
 
 
 def split_numbers(raw: bytes) -> array[int]:
-    """Return a run of u32 numbers. Raises ProtocolError."""
+    """Split concatenated u32 numbers. Raises ProtocolError."""
     if len(raw) % 4:
         raise ProtocolError(f"{len(raw)} bytes are no list of numbers")
     numbers = array("I")
@@ -93,15 +96,15 @@ def split_numbers(raw: bytes) -> array[int]:
 
 
 def printable(text: str, limit: int) -> str:
-    """Return a text of a client as status and log may show it: one line, valid Unicode, at most `limit` characters."""
+    """Return a client's text for status and log: one line, valid Unicode, at most `limit` characters."""
     text = text[:limit].encode(errors="backslashreplace").decode()
     return "".join(sign if sign.isprintable() else "?" for sign in text)[:limit]
 
 
 class FrameReader:
-    """Cuts a stream of bytes into frames. `feed` bytes, then take `next()` until it returns None.
+    """Splits a stream of bytes into frames. `feed` bytes, then call `next` until it returns None.
 
-    max_body_bytes: a longer message is refused as soon as its header has come; may be changed between two messages.
+    max_body_bytes: a longer message is refused as soon as its header is there. It may change between two messages.
     """
 
     def __init__(self, max_body_bytes: int = MAX_BODY_BYTES) -> None:
@@ -111,16 +114,16 @@ class FrameReader:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes fed and not yet returned in a frame."""
+        """Bytes that were fed and not yet returned."""
         return len(self._buffer) - self._at
 
     def clear(self) -> None:
-        """Drop everything that has been fed."""
+        """Drop all bytes that were fed."""
         self._buffer = bytearray()
         self._at = 0
 
     def feed(self, data: bytes) -> None:
-        """Add bytes as they came."""
+        """Add bytes of the stream."""
         if self._at:
             del self._buffer[: self._at]
             self._at = 0
@@ -131,7 +134,7 @@ class FrameReader:
         start = self._at + HEADER.size
         if len(self._buffer) < start:
             if self._at == len(self._buffer):
-                self.clear()  # a long message leaves no memory behind
+                self.clear()  # frees the memory of a long message
             return None
         size, version, number, boot = HEADER.unpack_from(self._buffer, self._at)
         if version != PROTOCOL_VERSION:

@@ -1,24 +1,23 @@
-"""Requests: what the daemon does at each message of a client.
+"""Requests: the daemon's handler for each message of a client.
 
-Short requests are answered at once, on the loop. What takes time (decoding, waiting, flushing) is a coroutine, answered
-when it is done.
+Short requests are answered at once, on the loop. A handler that takes time (loading, waiting, flushing) is a coroutine.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-import time
-from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Coroutine, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from tierkv.daemon.config import DaemonConfig
 from tierkv.daemon.connection import Answer, ClientConnection
 from tierkv.daemon.core import Core, Write
+from tierkv.daemon.eviction_messages import EngineEvicted, EvictBlocks, EvictionDone, EvictionsSince
 from tierkv.daemon.evictor import Evictor
-from tierkv.daemon.loader import Loader
+from tierkv.daemon.loader import Loader, Prefetcher
 from tierkv.daemon.messages import (
     MOST_COUNT,
     Abandon,
@@ -26,11 +25,7 @@ from tierkv.daemon.messages import (
     Count,
     Done,
     EndClaim,
-    EngineEvicted,
     Evict,
-    EvictBlocks,
-    EvictionDone,
-    EvictionsSince,
     Fetch,
     Flush,
     Hello,
@@ -42,7 +37,6 @@ from tierkv.daemon.messages import (
     Publish,
     Release,
     Reserve,
-    Saved,
     SaveState,
     Status,
     StatusReport,
@@ -51,76 +45,61 @@ from tierkv.daemon.messages import (
     Waited,
     Welcome,
 )
-from tierkv.daemon.prefetcher import Prefetcher
 from tierkv.daemon.protocol import MAX_PATH_BYTES, ProtocolError, printable, split_hashes, split_numbers
-from tierkv.daemon.side_threads import SideThreads
-from tierkv.daemon.state_loads import StateLoads
+from tierkv.daemon.side_threads import SideThreads, result_of
+from tierkv.daemon.state_files import StateFiles
 from tierkv.daemon.store_writer import StoreWriter
 from tierkv.daemon.values import whole_hashes
-from tierkv.daemon.waiters import Waiters
 from tierkv.errors import ConfigError, DaemonError
 from tierkv.storage.codecs import codec_by_name
 from tierkv.storage.cold import ColdStore
-from tierkv.storage.state_file import write_state_file
 from tierkv.storage.warm import Slab
-from tierkv.values.block import HASH_BYTES
+from tierkv.values.block import HASH_BYTES, BlockHash
 from tierkv.values.namespace import NAME_LIMIT, NamespaceDescription, parse_description
 
 __all__ = ["Requests"]
 
 _CLIENT_CHARACTERS = 64
 _NUM_ASIDE = 16
-_NUM_SAVERS = 4
 _PIN_S = 25.0  # the client waits 30
-_SAVE_STALL_S = 60.0  # without a record that was read or written
-_POLL_S = 1.0
+_MAX_WAIT_S = 60.0
 
 
 class Requests:
-    """Answers messages. Used on the loop; `close` also closes the state files that were loaded.
-
-    report: everything that a status says. stop: ends the daemon.
-    """
+    """Answers messages. Used on the loop. report: returns the status. stop: ends the daemon."""
 
     def __init__(
         self,
         core: Core,
         *,
+        config: DaemonConfig,
         store: ColdStore | None,
-        store_path: Path | None,
         slab: Slab,
-        threads: ThreadPoolExecutor,
         loader: Loader,
         writer: StoreWriter,
-        waiters: Waiters,
         prefetcher: Prefetcher,
-        loads: StateLoads,
+        files: StateFiles,
         evictor: Evictor,
-        stall_s: float,
         report: Callable[[], StatusReport],
         stop: Callable[[], None],
     ) -> None:
         self._core = core
         self._store = store
-        self._store_path = store_path
+        self._config = config
         self._slab = slab
-        self._threads = threads
         self._loader = loader
         self._writer = writer
-        self._waiters = waiters
         self._prefetcher = prefetcher
-        self._stall_s = stall_s
         self._report = report
         self._stop = stop
         self._loop = asyncio.get_running_loop()
-        self._loads = loads
+        self._files = files
         self._evictor = evictor
         self._aside = SideThreads(_NUM_ASIDE, name="tierkv-aside")
-        self._savers = SideThreads(_NUM_SAVERS, name="tierkv-save")
-        self._saving: set[ClientConnection] = set()
+        self._waiters: dict[BlockHash, set[asyncio.Future[None]]] = {}
 
     def answer(self, client: ClientConnection, message: Message) -> Answer | Coroutine[Any, Any, Answer]:
-        """Return the answer to a message, or what will come up with it."""
+        """Return the answer to a message, or a coroutine that returns it."""
         handler = _HANDLERS.get(type(message))
         if handler is None:
             raise ProtocolError(f"{type(message).__name__} is no request")
@@ -133,18 +112,29 @@ class Requests:
         return handler(self, client, message)
 
     def close(self) -> None:
-        """Close the state files that clients had loaded. Waits for nothing."""
-        self._loads.close()
+        """Close the loaded state files. Does not wait for their reads."""
+        self._files.close()
         self._aside.shutdown()
-        self._savers.shutdown()
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for a block which another client computes."""
+        return sum(map(len, self._waiters.values()))
+
+    def notify(self, block_hashes: Iterable[BlockHash]) -> None:
+        """Answer the requests that wait for blocks which were published, or which no client computes any more."""
+        for block_hash in block_hashes:
+            for waiter in self._waiters.pop(block_hash, ()):
+                if not waiter.done():
+                    waiter.set_result(None)
 
     def hello(self, client: ClientConnection, message: Hello) -> Answer:
-        """Let a client in, and hand it the slab if it names a namespace."""
+        """Open the client's namespace, if it names one, and send it the slab's descriptor."""
         client.connection.client = printable(message.client, _CLIENT_CHARACTERS)
         welcome = Welcome(
             pid=os.getpid(),
             slab_bytes=self._slab.size_bytes,
-            store=str(self._store_path or ""),
+            store=str(self._config.store or ""),
             has_cold=self._store is not None,
         )
         if not message.namespace:
@@ -160,69 +150,73 @@ class Requests:
             codec=described.lossy_codec,
         )
         self._writer.note_use(tenant)
-        client.hand_over(self._slab.fd)
+        client.attach_descriptor(self._slab.fd)
         return welcome
 
     def match(self, client: ClientConnection, message: Match) -> Answer:
-        """Answer at once; the store hears of the use afterwards."""
+        """Find and lease blocks of a prompt. The store notes their use after the answer."""
         found = self._core.match(client.connection, message)
         if self._store is not None and message.lease and found.slots:
             count = message.start + len(found.slots) // 4
             hashes = message.hashes[: count * HASH_BYTES]
-            self._loop.call_soon(self._touch, hashes)
+            self._loop.call_soon(lambda store: store.touch(split_hashes(hashes)), self._store)
         return found
 
     async def fetch(self, client: ClientConnection, message: Fetch) -> Answer:
-        """Bring blocks into the warm tier; answer when they are there."""
-        task = self._core.begin_fetch(client.connection, message)
+        task = self._core.loads.begin_fetch(client.connection, message)
         await self._loader.load(task)
-        return self._core.end_fetch(client.connection, task)
+        return self._core.loads.end_fetch(client.connection, task)
 
     def release(self, client: ClientConnection, message: Release) -> Answer:
-        """End leases."""
         self._core.release(client.connection, message)
         return None
 
     def reserve(self, client: ClientConnection, message: Reserve) -> Answer:
-        """Give slots to write into."""
-        return self._core.reserve(client.connection, message)
+        return self._core.reservations.reserve(client.connection, message)
 
     def publish(self, client: ClientConnection, message: Publish) -> Answer:
-        """Make blocks findable and queue them for the store."""
         answer, writes = self._core.publish(client.connection, message.slots)
         for write in writes:
             self._writer.offer(write)
         return answer
 
     def abandon(self, client: ClientConnection, message: Abandon) -> Answer:
-        """Take reserved slots back."""
-        self._core.abandon(client.connection, split_numbers(message.slots))
+        self._core.reservations.abandon(client.connection, split_numbers(message.slots))
         return None
 
     async def wait(self, client: ClientConnection, message: Wait) -> Answer:
-        """Answer when there is news of a block, or the time is over."""
+        """Wait until a block is published or no client computes it any more, a minute at most."""
         if len(message.block_hash) != HASH_BYTES:
             raise ProtocolError(f"a block hash has {HASH_BYTES} bytes, not {len(message.block_hash)}")
         if message.timeout_ms < 0:
             raise ProtocolError(f"a wait of {message.timeout_ms} ms")
-        if not self._core.is_computed(client.connection, message.block_hash):
+        if not self._core.claims.is_computing(client.connection, message.block_hash):
             return Waited(is_over=False)
-        return Waited(is_over=not await self._waiters.wait(message.block_hash, message.timeout_ms / 1e3))
+        waiter = self._loop.create_future()
+        waiters = self._waiters.setdefault(message.block_hash, set())
+        waiters.add(waiter)
+        try:
+            await asyncio.wait_for(waiter, min(message.timeout_ms / 1e3, _MAX_WAIT_S))
+            return Waited(is_over=False)
+        except asyncio.TimeoutError:
+            return Waited(is_over=True)
+        finally:
+            waiters.discard(waiter)
+            if not waiters and self._waiters.get(message.block_hash) is waiters:
+                del self._waiters[message.block_hash]
 
     def end_claim(self, client: ClientConnection, message: EndClaim) -> Answer:
-        """Nobody computes these any more."""
-        self._core.end_claim(client.connection, message.claim)
+        self._core.claims.end(client.connection, message.claim)
         return None
 
     async def pin(self, client: ClientConnection, message: Pin) -> Answer:
-        """Pin in the warm tier and in the store."""
         hashes = self._core.pin(client.connection, message)
         if self._store is not None and hashes:
             await self._run_aside(partial(self._store.set_pinned, hashes, message.pinned), _PIN_S, "to pin blocks")
         return Count(count=len(hashes))
 
     def prefetch(self, client: ClientConnection, message: Prefetch) -> Answer:
-        """Queue a prompt; a full queue forgets it."""
+        """Queue a prompt to be loaded, unless the queue is full."""
         tenant = client.connection.require_tenant()
         most = self._core.limits.blocks_of_message
         count = len(whole_hashes(tenant, message.hashes, message.tokens, most=most))
@@ -230,103 +224,74 @@ class Requests:
         return Count(count=count if is_queued else 0)
 
     def evict(self, client: ClientConnection, message: Evict) -> Answer:
-        """Evict the client's own blocks."""
         return Count(count=self._core.evict(client.connection, message.count))
 
     async def evict_blocks(self, client: ClientConnection, message: EvictBlocks) -> Answer:
-        """Evict from memory, from the store, and from the hot tiers of the other clients."""
         return await self._evictor.evict(client.connection, message)
 
     def evictions_since(self, client: ClientConnection, message: EvictionsSince) -> Answer:
-        """Say what was evicted on demand."""
         client.connection.asks_for_evictions = True
         return self._evictor.log.since(message.log, message.number)
 
     def eviction_done(self, client: ClientConnection, message: EvictionDone) -> Answer:
-        """Note what the client has dropped."""
+        """Note which evictions the client has applied."""
         if not all(0 <= each < MOST_COUNT for each in (message.number, message.blocks, message.in_use, message.pinned)):
-            raise ProtocolError("numbers of blocks that cannot be")
+            raise ProtocolError("impossible numbers of blocks")
         connection = client.connection
         connection.evicted_number = message.number
         connection.evicted = EngineEvicted(connection.client, True, message.blocks, message.in_use, message.pinned)
         return None
 
     async def flush(self, client: ClientConnection, message: Flush) -> Answer:
-        """Wait until what is published so far is on the disk."""
-        await self._run_aside(lambda: self._writer.flush(stall_s=self._stall_s), None, "to flush")
+        await self._run_aside(lambda: self._writer.flush(stall_s=self._config.stall_s), None, "to flush")
         return Done()
 
     async def save(self, client: ClientConnection, message: SaveState) -> Answer:
-        """Write a state file of the client's namespace."""
         tenant = client.connection.require_tenant()
         path = _checked_path(message.path)
-        if client in self._saving:
-            raise DaemonError("this client saves a state file already")
         await self.flush(client, Flush())
         entries = self._core.warm_entries(tenant)
-        slots = [entry.warm_slot for entry in entries if entry.warm_slot is not None]
-        blocks = [Write(tenant, entry, slot) for entry, slot in zip(entries, slots, strict=True)]
-        saving = _Saving(self._writer.iter_records(tenant, blocks))
-        self._saving.add(client)
-        call = self._savers.submit(
-            lambda: write_state_file(
-                path, namespace=tenant.digest, description=tenant.description, records=saving.iter_records()
-            )
+        blocks = [Write(tenant, entry, entry.warm_slot) for entry in entries if entry.warm_slot is not None]
+        return await self._files.save(
+            client.connection,
+            path,
+            self._writer.iter_records(tenant, blocks),
+            ended=lambda: self._core.unpin_entries(tenant, [block.slot for block in blocks]),
         )
-        waiting = asyncio.wrap_future(call)
-
-        def end(_: object) -> None:  # the thread reads these slots, perhaps for longer than the client waits
-            self._saving.discard(client)
-            self._core.unpin_entries(tenant, slots)
-
-        waiting.add_done_callback(end)
-        while not waiting.done():
-            await asyncio.wait({waiting}, timeout=_POLL_S)
-            if saving.idle_s > _SAVE_STALL_S and not waiting.done():
-                waiting.add_done_callback(lambda late: late.exception())
-                raise DaemonError(f"{path} was not written: nothing has moved for {_SAVE_STALL_S:g} s")
-        saved = waiting.result()
-        return Saved(blocks=saved.blocks, file_bytes=saved.file_bytes)
 
     async def load(self, client: ClientConnection, message: LoadState) -> Answer:
-        """Take a state file as one more source, as long as this client, or another that loads it, is there."""
-        return Count(count=await self._loads.load(client.connection, _checked_path(message.path)))
+        """Make a state file a source of the client's namespace, until no client that has loaded it is connected."""
+        return Count(count=await self._files.load(client.connection, _checked_path(message.path)))
 
     async def compact(self, client: ClientConnection, message: Compact) -> Answer:
-        """Compact the store."""
         if self._store is None:
             raise DaemonError("this daemon has no store")
         await self._run_aside(self._store.compact, None, "to compact the store")
         return Done()
 
     def stop(self, client: ClientConnection, message: Stop) -> Answer:
-        """End soon."""
         self._loop.call_soon(self._stop)
         return Done()
 
     def status(self, client: ClientConnection, message: Status) -> Answer:
-        """Return everything there is to say."""
         return self._report()
 
     async def _in_turn(self, client: ClientConnection, message: Message, handler: _Handler) -> Answer:
-        """Work on a request that takes a thread once few enough of the same client do: the threads are everybody's."""
+        """Run a request that takes a thread, when few enough of the same client run: all clients share the threads."""
         async with client.slow:
             answer = handler(self, client, message)
             assert answer is not None and not isinstance(answer, Message)
             return await answer
 
     async def _run_aside(self, call: Callable[[], object], timeout_s: float | None, what: str) -> None:
-        """Call something that waits for the store, on a thread. Raises DaemonError where it takes too long."""
-        waiting = asyncio.wrap_future(self._aside.submit(call))
-        done, _ = await asyncio.wait({waiting}, timeout=timeout_s)
-        if not done:
-            waiting.add_done_callback(lambda late: late.cancelled() or late.exception())
-            raise DaemonError(f"it took more than {timeout_s:g} s {what}: the store's disk does not answer")
-        waiting.result()
-
-    def _touch(self, hashes: bytes) -> None:
-        if self._store is not None:
-            self._store.touch(split_hashes(hashes))
+        """Call something that waits for the store, on a thread. Raises DaemonError if it takes too long."""
+        aside = self._aside.submit(call)
+        try:
+            await result_of(aside, timeout_s=timeout_s)
+        except TimeoutError as exc:
+            if aside.done():
+                raise
+            raise DaemonError(f"it took more than {timeout_s:g} s {what}: the store's disk does not answer") from exc
 
 
 _Handler: TypeAlias = Callable[[Requests, ClientConnection, Any], Answer | Coroutine[Any, Any, Answer]]
@@ -356,37 +321,17 @@ _HANDLERS: dict[type[Message], _Handler] = {
 }
 
 
-class _Saving:
-    """The records of a state file that is being written, and when the last one was taken."""
-
-    def __init__(self, records: Iterator[bytes]) -> None:
-        self._records = records
-        self._moved_at = time.monotonic()
-
-    @property
-    def idle_s(self) -> float:
-        """Seconds since something moved."""
-        return time.monotonic() - self._moved_at
-
-    def iter_records(self) -> Iterator[bytes]:
-        """Yield the records."""
-        for record in self._records:
-            self._moved_at = time.monotonic()
-            yield record
-            self._moved_at = time.monotonic()
-
-
 def _checked_description(message: Hello) -> NamespaceDescription:
-    """Return what a client says of its namespace. Raises DaemonError if it claims what does not follow from that."""
+    """Return the description of a client's namespace. Raises DaemonError if digest or block size do not match it."""
     try:
         described = parse_description(message.description)
         if described.lossy_codec and not codec_by_name(described.lossy_codec).is_lossy:
             raise ConfigError(f"the codec {described.lossy_codec} is not lossy")
     except ConfigError as exc:
-        raise ProtocolError(f"the namespace's description cannot be taken: {exc}") from exc
+        raise ProtocolError(f"the namespace's description is invalid: {exc}") from exc
     if described.digest != message.namespace:
         raise ProtocolError(
-            f"the namespace {message.namespace[:HASH_BYTES].hex()} is claimed, {described.digest.hex()} is described",
+            f"the namespace {message.namespace[:HASH_BYTES].hex()} is named, but {described.digest.hex()} is described",
             hint="use the same version of tierkv on both sides",
         )
     block_bytes = described.layout.block_bytes

@@ -1,4 +1,4 @@
-"""Server: one asyncio loop in front of the core, and the parts that work beside it, from start to stop."""
+"""The server: an asyncio loop that serves the clients, and the start and the end of its parts."""
 
 from __future__ import annotations
 
@@ -29,16 +29,14 @@ from tierkv.daemon.host import (
     listening_socket,
     memory_of_process,
 )
-from tierkv.daemon.loader import Loader
-from tierkv.daemon.messages import LimitStatus, Message, StatusReport, TenantStatus
+from tierkv.daemon.loader import Loader, Prefetcher
+from tierkv.daemon.messages import LimitStatus, Message, StatusReport
 from tierkv.daemon.metrics import serve_metrics
 from tierkv.daemon.peers import Peers
-from tierkv.daemon.prefetcher import Prefetcher
 from tierkv.daemon.requests import Requests
-from tierkv.daemon.state_loads import StateLoads
+from tierkv.daemon.state_files import StateFiles
+from tierkv.daemon.status import limit_status, tenant_statuses, usage_of
 from tierkv.daemon.store_writer import QUEUE_BLOCKS, StoreWriter
-from tierkv.daemon.usage import limit_status, usage_of
-from tierkv.daemon.waiters import Waiters
 from tierkv.errors import CapacityError, StoreError
 from tierkv.policies import make_policy
 from tierkv.storage.cold import ColdStore
@@ -61,7 +59,7 @@ _WRITE_WAIT_S = 5.0  # for other processes that write to the store; then blocks 
 
 
 def serve(config: DaemonConfig, *, started: Callable[[], None] = lambda: None) -> None:
-    """Run a daemon until it is stopped by a message, SIGTERM or SIGINT. started: called when clients may come.
+    """Run a daemon until a message, SIGTERM or SIGINT stops it. started: called when clients may connect.
 
     Raises DaemonError if socket or store belong to another daemon, CapacityError if the slab does not fit.
     """
@@ -69,11 +67,11 @@ def serve(config: DaemonConfig, *, started: Callable[[], None] = lambda: None) -
     with contextlib.ExitStack() as stack:
         listener, lock = stack.enter_context(listening_socket(config.socket))
         end = _End(config.socket, lock)
-        ending = stack.enter_context(Ending(config.stop_s, last_words=end.say))
+        ending = stack.enter_context(Ending(config.stop_s, report_loss=end.report_loss))
         store = None
         if config.store is not None:
             owner = stack.enter_context(exclusive_file(config.store / STORE_LOCK, f"the store {config.store}"))
-            owner.note(os.fspath(config.socket))  # who wants the store knows whom to ask
+            owner.note(os.fspath(config.socket))  # other processes that want the store find its daemon here
             store = ColdStore(
                 config.store,
                 quota_bytes=config.cold_bytes,
@@ -91,7 +89,7 @@ def serve(config: DaemonConfig, *, started: Callable[[], None] = lambda: None) -
 
 
 class _End:
-    """What is said of the daemon's end: in its log, and in its lock file for `tierkv daemon stop`."""
+    """Reports the end of the daemon: in its log, and in its lock file for `tierkv daemon stop`."""
 
     def __init__(self, socket_path: Path, lock: LockFile) -> None:
         self.core: Core | None = None
@@ -99,11 +97,11 @@ class _End:
         self._lock = lock
 
     def note_written(self) -> None:
-        """Say how many blocks the store has not got."""
+        """Note how many blocks were not written to the store."""
         self._lock.note(f"{NOT_WRITTEN} {self.core.num_writes if self.core else 0}")
 
-    def say(self, deadline_s: float) -> None:
-        """Say that the daemon ends without what still hangs. Called by a thread of its own, right before the end."""
+    def report_loss(self, deadline_s: float) -> None:
+        """Log that the daemon exits while something hangs. Called by a thread of its own."""
         lost = self.core.num_writes if self.core else 0
         self.note_written()
         self._socket.unlink(missing_ok=True)
@@ -116,13 +114,13 @@ class _End:
 
 
 def _set_soon(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:
-    """Set an event of a loop, by another thread; of one that has ended nobody waits for it."""
+    """Set an event of a loop, from another thread. A loop that has ended is no error."""
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(event.set)
 
 
 class _Server:
-    """One running daemon. Satisfies `Host`: what each connection needs of it."""
+    """One running daemon. Satisfies `Host`."""
 
     def __init__(
         self,
@@ -162,31 +160,27 @@ class _Server:
         self._slab = slab
         self._threads = threads
         self._started_at = time.monotonic()
-        self._waiters = Waiters()
-        self._loads = StateLoads()
+        self._files = StateFiles()
         self._tasks: set[asyncio.Task[Any]] = set()
 
     async def run(self, started: Callable[[], None]) -> bool:
         """Serve until stopped. Return whether no thread may still write into the slab."""
         loop = asyncio.get_running_loop()
         stopping = asyncio.Event()
-        self._ending.watch(partial(_set_soon, loop, stopping))
-        loader = Loader(self.core, self._slab, self._threads, loaded=self.tell_news)
+        self._ending.handle_signals(partial(_set_soon, loop, stopping))
+        loader = Loader(self.core, self._slab, self._threads, loaded=self.notify_waiters)
         self._prefetcher = prefetcher = Prefetcher(self.core, loader)
         writer = StoreWriter(self.core, self._store, self._slab, self._threads)
         self._requests = Requests(
             self.core,
+            config=self.config,
             store=self._store,
-            store_path=self.config.store,
             slab=self._slab,
-            threads=self._threads,
             loader=loader,
             writer=writer,
-            waiters=self._waiters,
             prefetcher=prefetcher,
-            loads=self._loads,
+            files=self._files,
             evictor=self._make_evictor(writer),
-            stall_s=self.config.stall_s,
             report=self._report,
             stop=self._ending.begin,
         )
@@ -210,7 +204,7 @@ class _Server:
             self._requests.close()
             is_quiet = await loader.wait_until_idle(_IDLE_S)
             if not is_quiet:
-                _log.warning("%d reads hang and are left behind", loader.num_running)
+                _log.warning("%d reads hang and are abandoned", loader.num_running)
         return is_quiet
 
     def _make_evictor(self, writer: StoreWriter) -> Evictor:
@@ -218,7 +212,7 @@ class _Server:
         if self.config.store is not None:
             path = self.config.store / LOG_NAME
         log = EvictionLog(path)
-        log.save()  # the next daemon goes on with this log, also if nothing is evicted
+        log.save()  # the next daemon continues this log, also if nothing is evicted
         return Evictor(
             self.core,
             self._store,
@@ -229,31 +223,31 @@ class _Server:
         )
 
     def answer(self, client: ClientConnection, message: Message) -> Answer | Coroutine[Any, Any, Answer]:
-        """Return the answer to a message, or what will come up with it."""
+        """Return the answer to a message, or a coroutine that returns it."""
         try:
             return self._requests.answer(client, message)
         finally:
-            self.tell_news()
+            self.notify_waiters()
 
-    def admit(self, client: ClientConnection, pid: int) -> None:
-        """Take a connection in; one that only asks and is idle makes room for it. Raises TierKVError."""
+    def accept(self, client: ClientConnection, pid: int) -> None:
+        """Accept a connection. If there are too many, an idle one without a namespace is closed. Raises TierKVError."""
         if len(self.clients) >= self._most_connections:
             idle = min((each for each in self.clients if each.is_idle), key=lambda each: each.heard_at, default=None)
             if idle is None:
                 raise CapacityError(f"the daemon has {len(self.clients)} connections already")
             idle.close()
             self.clients.discard(idle)
-        self._peers.admit(client, pid)
+        self._peers.add(client, pid)
         self.clients.add(client)
 
     def leave(self, client: ClientConnection) -> None:
         """Forget a connection that has ended."""
         self.clients.discard(client)
-        self._peers.leave(client)
-        self.tell_news()
+        self._peers.remove(client)
+        self.notify_waiters()
 
     def log_refusal(self, client: str, why: str) -> None:
-        """Write a refusal to the log, unless there have been as many this minute as the log takes."""
+        """Log a refusal, unless this minute had as many as the limit allows."""
         now = time.monotonic()
         if now - self._log_minute >= _MINUTE_S:
             if self._log_lines > self.limits.log_lines_per_minute:
@@ -263,18 +257,18 @@ class _Server:
         if self._log_lines <= self.limits.log_lines_per_minute:
             _log.info("refused %s: %s", client, why)
 
-    def tell_news(self) -> None:
-        """Wake who waits for a block that was published, or that nobody computes any more."""
-        if self.core.news:
-            self._waiters.tell(self.core.news)
-            self.core.news.clear()
+    def notify_waiters(self) -> None:
+        """Answer the requests that wait for blocks which were published, or which no client computes any more."""
+        if self.core.claims.news:
+            self._requests.notify(self.core.claims.news)
+            self.core.claims.news.clear()
 
-    def end_loads(self, connection: Connection) -> None:
+    def unload_files(self, connection: Connection) -> None:
         """Close the state files that this client alone had loaded."""
-        self._loads.end_loads(connection)
+        self._files.unload(connection)
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-        """Run something beside, and keep it alive."""
+        """Run a coroutine as a task, and keep a reference to it."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -286,12 +280,12 @@ class _Server:
             try:
                 self._tick(writer)
             except Exception:  # noqa: BLE001 - the outermost loop of its task: the next tick comes
-                _log.exception("the daemon's upkeep failed")
+                _log.exception("the daemon's maintenance failed")
 
     def _tick(self, writer: StoreWriter) -> None:
         self.core.trim()
-        self.tell_news()
-        writer.tend()
+        self.notify_waiters()
+        writer.maintain()
         for client in list(self.clients):
             client.check_alive()
         unsent = sum(client.num_unsent_bytes for client in self.clients)
@@ -309,19 +303,8 @@ class _Server:
     def _report(self) -> StatusReport:
         core = self.core
         cold = None
-        with contextlib.suppress(StoreError):  # a damaged store is no reason to say nothing
+        with contextlib.suppress(StoreError):  # a damaged store must not hide the rest
             cold = self._store.stats() if self._store is not None else None
-        tenants = [
-            TenantStatus(
-                namespace=tenant.digest.hex(),
-                name=tenant.name,
-                block_bytes=tenant.layout.block_bytes,
-                warm_blocks=tenant.warm_blocks,
-                pinned_bytes=tenant.pinned_bytes,
-                clients=tenant.clients,
-            )
-            for tenant in core.tenants.values()
-        ]
         evictions = sum(size_class.evictions for size_class in core.slab.classes.values())
         return StatusReport(
             pid=os.getpid(),
@@ -332,14 +315,14 @@ class _Server:
             warm_free_bytes=core.slab.free_bytes,
             rss_bytes=memory_of_process(),
             clients=len(self.clients),
-            leased_slots=core.num_leases,
-            reserved_slots=core.num_reservations,
-            claims=core.num_claims,
+            leased_slots=core.leases.count,
+            reserved_slots=len(core.reservations),
+            claims=core.claims.num_blocks,
             pending_writes=core.num_writes,
             bytes_received=self.bytes_received,
             bytes_sent=self.bytes_sent,
             counters={**core.counters, "evicted_blocks": evictions},
-            tenants=tenants,
+            tenants=tenant_statuses(core),
             cold={
                 "blocks": cold.blocks,
                 "live_bytes": cold.live_bytes,
@@ -362,7 +345,7 @@ class _Server:
                 limits.requests_of_client,
                 used=self.num_requests,
             ),
-            limit_status("waiting_requests", limits.requests, [self._waiters.num_waiting]),
+            limit_status("waiting_requests", limits.requests, [self._requests.num_waiting]),
             limit_status("incomplete_bytes", limits.incomplete_bytes, [self.incomplete_bytes]),
             limit_status("unsent_bytes", limits.unsent_bytes, (each.num_unsent_bytes for each in clients)),
             limit_status("pending_writes", QUEUE_BLOCKS, [self.core.num_writes]),

@@ -1,20 +1,31 @@
-"""Threads for calls that may hang, as on a file of a network disk that is gone: no other work waits for them."""
+"""SideThreads: threads for calls that may hang, such as those on a network disk that does not answer."""
 
 from __future__ import annotations
 
+import asyncio
 import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any, TypeVar
 
-__all__ = ["SideThreads"]
+__all__ = ["SideThreads", "result_of"]
 
 Result = TypeVar("Result")
 
 
+async def result_of(call: Future[Result], *, timeout_s: float | None) -> Result:
+    """Wait for a call on the loop and return its result. Raises TimeoutError; then the call continues."""
+    waiting = asyncio.wrap_future(call)
+    await asyncio.wait({waiting}, timeout=timeout_s)
+    if not waiting.done():
+        waiting.add_done_callback(lambda late: late.cancelled() or late.exception())  # else asyncio logs the exception
+        raise TimeoutError
+    return waiting.result()
+
+
 class SideThreads(Executor):
-    """Up to `num_threads` daemon threads, started when they are needed. The process ends without waiting for them.
+    """An executor of up to `num_threads` daemon threads. The process ends without waiting for them.
 
     A future that is cancelled before a thread takes it is never run.
     """
@@ -47,7 +58,7 @@ class SideThreads(Executor):
         return future
 
     def shutdown(self, wait: bool = False, *, cancel_futures: bool = False) -> None:
-        """Let each thread end once it has nothing to do. Waits for none of them, whatever `wait` says."""
+        """Let each thread end after its queued calls. Does not wait for them, whatever `wait` says."""
         with self._lock:
             if self._is_shut:
                 return

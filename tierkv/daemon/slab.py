@@ -1,11 +1,11 @@
-"""How the daemon's one slab is shared out among blocks of different sizes.
+"""SharedSlab: how blocks of different sizes share the daemon's one slab.
 
-The slab is cut into extents. Blocks of one stride form a size class, whose slots are a grid over the whole slab:
-slot k is bytes [k * stride, (k + 1) * stride). A slot can be used as long as every extent that it touches belongs
-to its class; so a slot's number says where it lies, for every class, and a client maps the slab once.
+The slab is cut into extents. Blocks of one stride form a size class. Its slots are a grid over the whole slab: slot k
+is bytes [k * stride, (k + 1) * stride). A slot is usable while every extent that it touches belongs to its class. So a
+slot's number gives its place, for every class, and a client maps the slab once.
 
-An extent is given to the class that needs it, and when all are given, taken from the one that has most, if that
-has more than its share.
+An extent is given to the class that needs it. When all are given, it is taken from another class that has more than its
+share.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["EXTENT_BYTES", "Forgotten", "SharedSlab", "SizeClass"]
 EXTENT_BYTES = 64 << 20
 _MIN_EXTENTS = 16
 _PAGE_BYTES = 4096
-_SPARE_SHARE = 0.05  # evicted ahead of need, so that a writer seldom waits for it
+_SPARE_SHARE = 0.05  # evicted ahead of need, so that a writer seldom waits
 _ROOT: BlockHash = bytes(16)
 
 Forgotten = Callable[[int], None]
@@ -34,8 +34,8 @@ Forgotten = Callable[[int], None]
 class SizeClass:
     """Slots of one stride and the index of the blocks in them.
 
-    One index serves every namespace of that block size: a namespace's digest is an entry without bytes under the
-    root, and its first blocks hang under that. So the eviction policy ranks all of them together.
+    One index serves every namespace of that block size: a namespace has an entry without bytes under the root, which
+    is the parent of its first blocks. So the eviction policy ranks all of them together.
     """
 
     def __init__(
@@ -52,9 +52,9 @@ class SizeClass:
         self.num_slots = slab.slots_of(stride_bytes)
         self.index = Index(root=_ROOT, num_hot=0, num_warm=self.num_slots, policy=policy, clock=clock)
         self.evictions = 0
-        self.num_reserved = 0  # counted by who reserves
+        self.num_reserved = 0  # changed by `Reservations`
         self._forgotten = forgotten
-        self._is_held = bytearray(b"\1" * self.num_slots)  # not ours: an extent of it belongs to nobody or another
+        self._is_unusable = bytearray(b"\1" * self.num_slots)  # an extent of the slot is not of this class
         self.num_usable = 0
         self.index.warm.take(range(self.num_slots))
         self.chosen = ChosenEviction(self.index, (Tier.WARM,), lambda entries, _: self._evict_entries(entries))
@@ -65,8 +65,8 @@ class SizeClass:
         return self.index.warm.free_count
 
     def root_of(self, root_hash: BlockHash) -> Entry:
-        """Return the entry that a namespace's first blocks hang under, made if need be. No client knows its hash."""
-        entry = self.index.insert(root_hash, _ROOT, root_hash)  # where a block has token ids: all must differ
+        """Return the entry of a namespace, made if need be. Its first blocks are its children."""
+        entry = self.index.insert(root_hash, _ROOT, root_hash)  # children of a parent differ in their token ids
         assert entry is not None, "a block has the hash of a namespace's root"
         return entry
 
@@ -80,14 +80,14 @@ class SizeClass:
         return pool.allocate(min(count, pool.free_count))
 
     def evict(self, count: int, is_chosen: Callable[[int], bool] | None = None) -> int:
-        """Evict up to `count` blocks, or only those whose slots are chosen; return how many went."""
+        """Evict up to `count` blocks, only those whose slots are chosen; return how many were evicted."""
         count = min(count, self.num_slots)
         wanted = count if is_chosen is None else self.num_slots
         slots: dict[Entry, int] = {}
-        for victim in self.index.select_victims(Tier.WARM, wanted):
-            slot = victim.warm_slot
+        for entry in self.index.select_evictions(Tier.WARM, wanted):
+            slot = entry.warm_slot
             if slot is not None and len(slots) < count and (is_chosen is None or is_chosen(slot)):
-                slots[victim] = slot
+                slots[entry] = slot
         return self._evict(slots)
 
     def trim(self) -> int:
@@ -97,20 +97,20 @@ class SizeClass:
             return 0
         return self.evict(wanted - self.free_count)
 
-    def give(self, slots: Iterable[int]) -> int:
-        """Make slots usable that were not; return how many those are."""
-        given = 0
+    def add(self, slots: Iterable[int]) -> int:
+        """Make slots usable; return how many of them were not."""
+        added = 0
         for slot in slots:
-            if self._is_held[slot]:
-                self._is_held[slot] = 0
+            if self._is_unusable[slot]:
+                self._is_unusable[slot] = 0
                 self.index.warm.unpin(slot)
-                given += 1
-        self.num_usable += given
-        return given
+                added += 1
+        self.num_usable += added
+        return added
 
     def clear(self, slots: Iterable[int]) -> bool:
-        """Take slots back, evicting what lies in them and the blocks that follow. False if somebody uses one."""
-        ours = [slot for slot in slots if not self._is_held[slot]]
+        """Make slots unusable; evict their blocks with all descendants. False, if one of them is in use."""
+        ours = [slot for slot in slots if not self._is_unusable[slot]]
         pool = self.index.warm
         for slot in ours:
             owner = pool.owners[slot]
@@ -120,16 +120,16 @@ class SizeClass:
             return False
         pool.take(ours)
         for slot in ours:
-            self._is_held[slot] = 1
+            self._is_unusable[slot] = 1
         self.num_usable -= len(ours)
         return True
 
     def is_usable(self, slot: int) -> bool:
-        """Tell whether a slot exists and belongs to this class."""
-        return 0 <= slot < self.num_slots and not self._is_held[slot]
+        """Return whether a slot exists and is usable."""
+        return 0 <= slot < self.num_slots and not self._is_unusable[slot]
 
     def _evict(self, slots: dict[Entry, int]) -> int:
-        """Evict entries, children before parents; one whose child stays, stays too. Return how many went."""
+        """Evict entries, children before parents. A parent stays with its child. Return how many were evicted."""
         evicted = self.index.evict(slots, Tier.WARM)
         for entry in evicted:
             self._forgotten(slots[entry])
@@ -143,18 +143,18 @@ class SizeClass:
     def _evict_subtree(self, entry: Entry) -> bool:
         pending, order = [entry], []
         while pending:
-            one = pending.pop()
-            order.append(one)
-            pending += one.children
-        slots = {one: one.warm_slot for one in reversed(order) if one.warm_slot is not None}
-        if any(one.pinned or self.index.warm.reference_count(slot) for one, slot in slots.items()):
+            each = pending.pop()
+            order.append(each)
+            pending += each.children
+        slots = {each: each.warm_slot for each in reversed(order) if each.warm_slot is not None}
+        if any(each.pinned or self.index.warm.reference_count(slot) for each, slot in slots.items()):
             return False
         self._evict(slots)
         return True
 
 
 class SharedSlab:
-    """Who has which extent of `size_bytes`."""
+    """Assigns the extents of a slab of `size_bytes` to size classes."""
 
     def __init__(
         self,
@@ -178,17 +178,17 @@ class SharedSlab:
 
     @property
     def has_unassigned(self) -> bool:
-        """Whether some extent belongs to nobody yet."""
+        """Whether some extent belongs to no class yet."""
         return None in self.owners
 
     @property
     def free_bytes(self) -> int:
-        """Bytes that nothing lies in: of extents without a class, and of free slots."""
+        """Bytes without a block: extents without a class, and free slots."""
         unassigned = self.owners.count(None) * self.extent_bytes
         return unassigned + sum(each.free_count * each.stride_bytes for each in self.classes.values())
 
     def class_of(self, stride_bytes: int) -> SizeClass:
-        """Return the class of blocks of that stride, made if need be. Raises CapacityError if none fits."""
+        """Return the class of blocks of that stride, made if need be. Raises CapacityError if that is not possible."""
         if stride_bytes > len(self.owners) * self.extent_bytes:
             raise CapacityError(
                 f"a block of {stride_bytes} bytes does not fit the daemon's slab of {self.size_bytes}",
@@ -212,7 +212,7 @@ class SharedSlab:
         return found
 
     def has_room_for_class(self, stride_bytes: int) -> bool:
-        """Tell whether blocks of that stride have a class, or may get one."""
+        """Return whether blocks of that stride have a class, or may get one."""
         if stride_bytes in self.classes:
             return True
         num_slots = self.num_slots + self.slots_of(stride_bytes)
@@ -220,7 +220,7 @@ class SharedSlab:
 
     @property
     def num_slots(self) -> int:
-        """Slots of all classes, usable or not: each has its place in an index."""
+        """Slots of all classes, usable or not: each takes memory in an index."""
         return sum(each.num_slots for each in self.classes.values())
 
     def slots_of(self, stride_bytes: int) -> int:
@@ -228,15 +228,15 @@ class SharedSlab:
         return min(self.size_bytes // stride_bytes, self._limits.slots_of_block_size)
 
     def drop_class(self, size_class: SizeClass) -> None:
-        """Give up a class in which no block lies and that nobody uses; its extents belong to nobody again."""
+        """Remove an unused class without blocks. Its extents belong to no class again."""
         pool = size_class.index.warm
         assert not any(pool.owners) and pool.used_count == size_class.num_slots - size_class.num_usable
         del self.classes[size_class.stride_bytes]
         self.owners = [None if owner is size_class else owner for owner in self.owners]
 
     def grow(self, wanting: SizeClass) -> bool:
-        """Give a class at least one more slot, of extents that nobody has or one that has too many. False if none."""
-        return self._assign(wanting) or (self._take_back(wanting) and self._assign(wanting))
+        """Give a class at least one more slot, of free extents or those of a class with too many. False if none."""
+        return self._assign(wanting) or (self._reclaim(wanting) and self._assign(wanting))
 
     def _assign(self, wanting: SizeClass) -> bool:
         for extent, owner in enumerate(self.owners):
@@ -248,11 +248,11 @@ class SharedSlab:
                     fresh = [each for each in touched if self.owners[each] is None]
                     for each in fresh:
                         self.owners[each] = wanting
-                    return wanting.give(self._usable_in(wanting, fresh)) > 0
+                    return wanting.add(self._usable_in(wanting, fresh)) > 0
         return False
 
-    def _take_back(self, wanting: SizeClass) -> bool:
-        """Free the extents of one slot, of richer classes, for a class that has less than its share."""
+    def _reclaim(self, wanting: SizeClass) -> bool:
+        """Free the extents of one slot, of larger classes, for a class that has less than its share."""
         share = len(self.owners) // len(self.classes)
         mine = self.owners.count(wanting)
         for extent in range(len(self.owners) - 1, -1, -1):
@@ -286,7 +286,7 @@ class SharedSlab:
         return range(start // self.extent_bytes, last + 1) if last < len(self.owners) else range(0)
 
     def _usable_in(self, size_class: SizeClass, extents: Iterable[int]) -> list[int]:
-        """Return the slots that touch these extents and lie in extents of the class altogether."""
+        """Return the slots that touch these extents, and touch only extents of the class."""
         slots = {slot for extent in extents for slot in self._slots_touching(size_class, extent)}
         usable = []
         for slot in sorted(slots):

@@ -1,4 +1,4 @@
-"""StoreWriter: encodes blocks in the slab, and writes published ones into the store behind the clients."""
+"""StoreWriter: encodes published blocks and writes them into the store, in the background."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import TypeAlias, TypeVar
 
 from tierkv.background.write_behind import WriteBehind
 from tierkv.daemon.core import Core, Tenant, Write
-from tierkv.daemon.loaded_file import LoadedFile
-from tierkv.daemon.sealer import Sealer
+from tierkv.daemon.state_files import LoadedFile
+from tierkv.daemon.values import BlockIdentifier
 from tierkv.errors import StoreError
 from tierkv.storage.codecs import codec_by_name, default_codec
 from tierkv.storage.cold import ColdStore
@@ -33,9 +33,9 @@ _BATCH_BLOCKS = 8
 
 
 class StoreWriter:
-    """A queue in front of the store with a thread of its own. Made on the loop that the core runs on.
+    """A queue of blocks with a write thread. Made on the loop that the core runs on.
 
-    The slots of what it is given stay pinned until the core hears, on that loop, that they are written or skipped.
+    The slots of queued blocks stay pinned until the core is notified, on that loop, that they are written or skipped.
     """
 
     def __init__(self, core: Core, store: ColdStore | None, slab: Slab, threads: ThreadPoolExecutor) -> None:
@@ -43,47 +43,47 @@ class StoreWriter:
         self._store = store
         self._slab = slab
         self._threads = threads
-        self._sealer = Sealer()
+        self._identifier = BlockIdentifier()
         self._loop = asyncio.get_running_loop()
         self._queue: WriteBehind[Write | Tenant | Action | None] = WriteBehind(
             self._work_off, capacity=QUEUE_BLOCKS, batch_size=_BATCH_BLOCKS, name="tierkv-daemon-write"
         )
 
     def offer(self, write: Write) -> None:
-        """Queue a published block; a full queue forgets it."""
-        if not self._queue.offer(write):
+        """Queue a published block. If the queue is full, the block is skipped."""
+        if not self._queue.try_put(write):
             self._core.finish_write(write, is_stored=False)
 
     def note_use(self, tenant: Tenant) -> None:
-        """Have the store note, behind the clients, that a namespace is in use; one that it has no block of is left out.
+        """Have the store note, in the background, that a namespace is in use, if it has blocks of it.
 
-        Only blocks make the store keep a description: clients come with as many as they like.
+        The store keeps no description without blocks: a client can send as many as it likes.
         """
         if self._store is not None and not tenant.is_registered:
-            self._queue.offer(tenant)
+            self._queue.try_put(tenant)
 
     def call(self, action: Callable[[ColdStore], Result]) -> Future[Result]:
-        """Have the write thread do something with the store, behind what is queued. Raises StoreError if it cannot."""
+        """Have the write thread call `action` after what is queued. Raises StoreError if the queue is full."""
         future: Future[Result] = Future()
 
         def act() -> None:
             assert self._store is not None
             try:
                 future.set_result(action(self._store))
-            except BaseException as exc:  # noqa: BLE001 - the caller's
+            except BaseException as exc:  # noqa: BLE001 - the caller gets it
                 future.set_exception(exc)
 
-        if not self._queue.offer(act):
-            raise StoreError("too much is waiting to be written to the store")
+        if not self._queue.try_put(act):
+            raise StoreError("too many blocks are queued for the store")
         return future
 
-    def tend(self) -> None:
-        """Have what readers have left to be written written too, if it is time for that and nothing else is."""
+    def maintain(self) -> None:
+        """Have the write thread maintain the store, if that is due and no block is queued: blocks do it too."""
         if self._store is not None and self._store.is_due and not self._queue.pending:
-            self._queue.offer(None)
+            self._queue.try_put(None)
 
     def flush(self, *, stall_s: float) -> None:
-        """Wait until what is queued so far is on the disk. Not for the loop's thread.
+        """Wait until all blocks queued so far are on the disk. The loop's thread must not call this.
 
         Raises StoreError where one batch takes longer than `stall_s`.
         """
@@ -93,13 +93,13 @@ class StoreWriter:
             self._store.flush()
 
     def close(self) -> None:
-        """Write what is queued and stop. Not for the loop's thread."""
+        """Write the queued blocks and stop. The loop's thread must not call this."""
         self._queue.close()
 
     def iter_records(self, tenant: Tenant, blocks: Sequence[Write]) -> Iterator[bytes]:
-        """Yield the record of every block of a namespace, each once: stored ones, warm ones, those of state files.
+        """Yield the record of every block of a namespace once: from the store, the warm tier, and state files.
 
-        blocks: the warm ones, pinned.
+        blocks: those in the warm tier, pinned.
         """
         seen: set[bytes] = set()
         if self._store is not None:
@@ -108,18 +108,18 @@ class StoreWriter:
                 if record is not None:
                     seen.add(block_hash)
                     yield record
-        sealer = Sealer()
+        identifier = BlockIdentifier()
         for block in blocks:
             if block.entry.block_hash not in seen:
                 seen.add(block.entry.block_hash)
-                yield self._encode(block, sealer.identify(tenant, block.entry)).data.tobytes()
+                yield self._encode(block, identifier.identify(tenant, block.entry)).data.tobytes()
         for source in list(tenant.sources):
             if isinstance(source, LoadedFile):
                 with source.held() as state:
                     yield from state.iter_records(seen)
 
     def _work_off(self, work: list[Write | Tenant | Action | None]) -> None:
-        """Do what is queued, in order; runs on the queue's thread. None is a call to tend the store."""
+        """Process a batch, in order, on the write thread. None stands for a call of `maintain`."""
         for is_action, group in itertools.groupby(work, callable):
             if is_action:
                 for action in group:
@@ -129,23 +129,23 @@ class StoreWriter:
                 self._write([each for each in group if each is None or isinstance(each, Write | Tenant)])
 
     def _write(self, work: list[Write | Tenant | None]) -> None:
-        """Encode and store published blocks, but for those evicted meanwhile; tend the store where that is due."""
+        """Encode and store published blocks that were not evicted meanwhile. Maintain the store if that is due."""
         store = self._store
         assert store is not None
         published = [write for write in work if isinstance(write, Write)]
         stored = dict.fromkeys(published, False)
         writes = [write for write in published if not self._core.is_marked(write)]
         try:
-            if store.is_due and not writes:  # else they do it, and would wait once more for a busy store
-                store.tend()
+            if store.is_due and not writes:  # else `put` does it, and would wait twice for a busy store
+                store.maintain()
         except StoreError as exc:
-            _log.warning("what readers have noted is not written yet: %s", exc)
+            _log.warning("damage and uses that readers have noted are not written yet: %s", exc)
         try:
             missing = [write for write in writes if not store.contains(write.entry.block_hash)]
             stored.update((write, True) for write in writes if write not in missing)
             for tenant in {write.tenant: None for write in missing}:
                 self._register(tenant)
-            infos = [self._sealer.identify(write.tenant, write.entry) for write in missing]
+            infos = [self._identifier.identify(write.tenant, write.entry) for write in missing]
             outcomes = store.put(list(self._threads.map(self._encode, missing, infos)))
             for write, outcome in zip(missing, outcomes, strict=True):
                 stored[write] = outcome in (PutOutcome.STORED, PutOutcome.EXISTS)
@@ -153,7 +153,7 @@ class StoreWriter:
         except StoreError as exc:
             _log.warning("%d blocks were not stored: %s", len(writes), exc)
         finally:
-            with contextlib.suppress(RuntimeError):  # the loop has ended: so has everything that pins count for
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and the core with it
                 self._loop.call_soon_threadsafe(self._wrote, stored)
 
     def _note_used(self, tenants: Sequence[Tenant]) -> None:
@@ -168,7 +168,7 @@ class StoreWriter:
             _log.warning("the use of a namespace is not noted yet: %s", exc)
 
     def _register(self, tenant: Tenant) -> None:
-        """Tell the store what a namespace is, once."""
+        """Store the description of a namespace, once."""
         if self._store is not None and not tenant.is_registered:
             self._store.register_namespace(tenant.digest, tenant.description)
             tenant.is_registered = True

@@ -1,4 +1,4 @@
-"""What the daemon's core knows of clients, namespaces, and blocks on their way: plain values."""
+"""The values of the daemon's core: clients, namespaces, and blocks that are being loaded or written."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from tierkv.daemon.messages import EngineEvicted
+from tierkv.daemon.eviction_messages import EngineEvicted
 from tierkv.daemon.protocol import ProtocolError, split_hashes
 from tierkv.daemon.slab import SizeClass
 from tierkv.errors import StoreError
 from tierkv.index.index import Entry
 from tierkv.storage.outcomes import MissReason
-from tierkv.values.block import HASH_BYTES, TOKEN_BYTES, BlockHash
+from tierkv.storage.record import BlockInfo
+from tierkv.values.block import HASH_BYTES, TOKEN_BYTES, BlockHash, ContentDigest, chain_content_digest
 from tierkv.values.layout import BlockLayout
 
 __all__ = [
+    "BlockIdentifier",
     "BlockSource",
     "Claim",
     "Connection",
@@ -37,7 +39,7 @@ _CURSOR_BYTES = 512  # of the objects of one cursor
 
 
 class StoredEntry(Protocol):
-    """What a source says of a block without reading it."""
+    """What a source knows of a block without reading its bytes."""
 
     @property
     def parent(self) -> BlockHash: ...
@@ -46,7 +48,7 @@ class StoredEntry(Protocol):
 
 
 class BlockSource(Protocol):
-    """Something below the warm tier, as far as the core asks it: identity only, no bytes."""
+    """A tier or file below the warm tier. The core asks it for identities, not for bytes."""
 
     def lookup(self, block_hash: BlockHash) -> StoredEntry | None: ...
     def read_tokens(self, block_hash: BlockHash) -> bytes | None: ...
@@ -55,11 +57,11 @@ class BlockSource(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Tenant:
-    """One namespace: its layout, where its blocks may lie, and what it has.
+    """One namespace: its layout, its sources, and its share of the warm tier.
 
-    root_hash: key of its root in the index, which no client knows: no block can take it.
-    codec: the lossy one it asks for, or "". claims: who computes which of its blocks. left_at: when its last client
-    went. is_registered: whether the store has been told of it.
+    root_hash: key of its root in the index. No client knows it, so that no block can take it.
+    codec: the lossy codec of its blocks, or "". claims: by the hashes of the blocks. left_at: when its last client
+    left. num_loading: fetches and loads in work. is_registered: whether the store has its description.
     """
 
     digest: BlockHash
@@ -76,6 +78,7 @@ class Tenant:
     pinned_bytes: int = 0
     clients: int = 0
     left_at: float = 0.0
+    num_loading: int = 0
     is_registered: bool = False
 
     @property
@@ -86,9 +89,9 @@ class Tenant:
 
 @dataclass(slots=True, eq=False)
 class Load:
-    """A block on its way from a source into a slot; each fetch that waits for it has a pin of its own.
+    """A block that is being read from a source into a slot. Each fetch that waits for it has its own pin of the slot.
 
-    num_left: pins of fetches that were answered without it. The slot keeps them until nothing writes into it any more.
+    num_left: pins of fetches that were answered without it. They stay until no thread writes into the slot any more.
     """
 
     tenant: Tenant
@@ -102,7 +105,7 @@ class Load:
 
 @dataclass(slots=True, eq=False)
 class FetchTask:
-    """What one Fetch waits for: slots that it has pinned, and the loads that are to fill some of them."""
+    """One fetch: the slots that it has pinned, and the loads that fill some of them. fresh: those that it started."""
 
     slots: list[int] = field(default_factory=list)
     loads: dict[int, Load] = field(default_factory=dict)
@@ -113,7 +116,7 @@ class FetchTask:
 
 @dataclass(slots=True, eq=False)
 class Write:
-    """A published block that the store lacks; its slot stays pinned until `finish_write`."""
+    """A published block that the store lacks. Its slot stays pinned until `finish_write`."""
 
     tenant: Tenant
     entry: Entry
@@ -122,9 +125,9 @@ class Write:
 
 @dataclass(slots=True, eq=False)
 class Cursor:
-    """A matched prompt, kept so that Fetch can name its blocks by number. partial block: (hash, tokens), block `total`.
+    """A matched prompt, so that Fetch can name its blocks by number. partial_block: (hash, tokens) of block `total`.
 
-    hashes: of those `total` blocks, 16 bytes each: a list of them would take three times as much.
+    hashes: of the `total` whole blocks, 16 bytes each: a list of them would take three times as much memory.
     """
 
     hashes: bytes
@@ -145,7 +148,7 @@ class Cursor:
 
 @dataclass(slots=True, eq=False)
 class Claim:
-    """A connection's promise to compute these blocks."""
+    """The promise of a connection to compute these blocks."""
 
     number: int
     connection: Connection
@@ -165,12 +168,12 @@ class Reservation:
 
 @dataclass(slots=True, eq=False)
 class Connection:
-    """What one client holds. Everything of it goes back when the connection ends.
+    """What one client holds. All of it ends with the connection.
 
     num_leases: the sum of `leases`. num_fetching: slots pinned by its fetches in work, which become leases.
-    claims: by number, those that expire first in front. num_promised: blocks of all its claims.
-    asks_for_evictions: whether it drops its own copies of what is evicted. evicted_number, evicted: the last eviction
-    that it has done, and what it said of that.
+    claims: by number, those that expire first in front. num_claimed: blocks of all its claims.
+    asks_for_evictions: whether it drops its own copies of evicted blocks. evicted_number, evicted: the last eviction
+    that it has applied, and its report of that.
     """
 
     tenant: Tenant | None = None
@@ -182,17 +185,51 @@ class Connection:
     cursors: dict[int, Cursor] = field(default_factory=dict)
     cursor_bytes: int = 0
     claims: dict[int, Claim] = field(default_factory=dict)
-    num_promised: int = 0
+    num_claimed: int = 0
     is_closed: bool = False
     asks_for_evictions: bool = False
     evicted_number: int = 0
     evicted: EngineEvicted | None = None
 
     def require_tenant(self) -> Tenant:
-        """Return the namespace that this connection named. Raises ProtocolError if it named none."""
+        """Return the namespace of this connection. Raises ProtocolError if it named none."""
         if self.tenant is None:
             raise ProtocolError("this connection named no namespace when it said hello")
         return self.tenant
+
+
+class BlockIdentifier:
+    """Computes the identities of blocks in the daemon's index, content digests included. Not thread-safe.
+
+    A block that follows the one asked for before costs one digest; any other block costs one for each block before it.
+    """
+
+    def __init__(self) -> None:
+        self._newest: tuple[Entry, ContentDigest] | None = None
+
+    def identify(self, tenant: Tenant, entry: Entry) -> BlockInfo:
+        """Return the identity of a block of this namespace, for reading or storing it."""
+        return BlockInfo(
+            block_hash=entry.block_hash,
+            parent=entry.parent_hash if entry.depth > 1 else tenant.digest,  # the root's own hash is secret
+            namespace=tenant.digest,
+            content_digest=self._content_digest_of(tenant, entry),
+            token_bytes=entry.token_bytes,
+        )
+
+    def _content_digest_of(self, tenant: Tenant, entry: Entry) -> ContentDigest:
+        newest, digest = self._newest or (None, tenant.digest)
+        chain: list[Entry] = []
+        at = entry
+        while at.depth > 0 and at is not newest:
+            chain.append(at)
+            at = at.parent
+        if at is not newest:
+            digest = tenant.digest
+        for each in reversed(chain):
+            digest = chain_content_digest(digest, each.token_bytes)
+        self._newest = entry, digest
+        return digest
 
 
 def whole_hashes(tenant: Tenant, hashes: bytes, tokens: bytes, *, most: int) -> list[bytes]:
@@ -222,7 +259,7 @@ def is_in_some(
 
 
 def has_hash(source: BlockSource, block_hash: BlockHash) -> bool:
-    """Tell whether a source has some block of that hash."""
+    """Return whether a source has some block of that hash."""
     try:
         return source.lookup(block_hash) is not None
     except StoreError:
@@ -230,7 +267,7 @@ def has_hash(source: BlockSource, block_hash: BlockHash) -> bool:
 
 
 def holds(source: BlockSource, tenant: Tenant, hashes: Sequence[bytes], tokens: bytes, at: int) -> bool:
-    """Tell whether a source's block of that hash is this very block: parent and token ids compared."""
+    """Return whether a source has this very block: hash, parent and token ids are the same."""
     parent = hashes[at - 1] if at else tenant.digest
     try:
         stored = source.lookup(hashes[at])

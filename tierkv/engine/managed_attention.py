@@ -80,6 +80,11 @@ class ManagedFlashAttention:
 
         with ManagedFlashAttention(cache) as attention:
             out, stats = attention.forward_with_control(q, k, v, memory_budget=64 << 20)
+
+    >>> q, k, v = (torch.randn(1, 16, 2, 8) for _ in range(3))
+    >>> output, stats = ManagedFlashAttention(cache).forward_with_control(q, k, v, memory_budget=1 << 20)
+    >>> output.shape
+    torch.Size([1, 16, 2, 8])
     """
 
     def __init__(

@@ -44,6 +44,9 @@ def load_model(
 
         loaded = load_model("path/to/model", device="cpu", dtype="float32")
         token_ids = loaded.tokenizer.encode("Why was I charged twice?")
+
+    >>> load_model(None, cache_dir=Path("models")).name
+    'embedded'
     """
     transformers = import_transformers()
     target = _device(device)

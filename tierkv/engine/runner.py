@@ -203,7 +203,7 @@ class Runner:
             request.admitted_at, request.had_company = time.perf_counter(), False
             try:
                 request.sequence = self.cache.acquire(
-                    request.token_ids, reuse=options.use_cache, may_split=self.compute_or_load
+                    request.token_ids, reuse=options.use_cache, overlap=self.compute_or_load
                 )
             except CapacityError:
                 if not running:
@@ -233,12 +233,12 @@ class Runner:
             if request.first_token_at is None:
                 request.first_token_at = request.last_token_at
                 if request.sequence and not request.had_company:
-                    self.cache.note_loaded(request.sequence, request.last_token_at - request.admitted_at)
+                    request.sequence.overlap.record(request.last_token_at - request.admitted_at)
             request.token_ids.append(token)
             is_last = token in request.stop_ids or len(request.new_ids) == request.max_new_tokens
             events.append(TokenEvent(request.number, token, is_last))
-            if num_tokens:
-                self.cache.note_computed(num_tokens, request.last_token_at - started)
+            if num_tokens and request.sequence:
+                request.sequence.overlap.record(request.last_token_at - started, num_tokens=num_tokens)
             if is_last:
                 ended.append(request)
         if events:
@@ -274,13 +274,13 @@ class Runner:
                 ready.append((request, request.sampler.fetch(logits[row])))
                 if keep_logits:
                     request.logits.append(logits[row].float().cpu())
-        splits = [(r.sequence.split, n) for r, n in steps if r.sequence and r.sequence.split]
+        loading = [r.sequence.overlap for r, _ in steps if r.sequence and r.sequence.overlap.is_loading]
         self._commits.commit()  # the pass before, while the device computes this one
         self._commits.add(steps, finish_check)
-        if ready or splits:
+        if ready or loading:
             self._pass.wait()
-        if splits:  # the next piece is claimed when this one is computed, not when it is launched
-            self.cache.note_computed(sum(count for _, count in steps), time.perf_counter() - started)
+        if loading:  # the next piece is claimed when this one is computed, not when it is launched
+            loading[0].record(time.perf_counter() - started, num_tokens=sum(count for _, count in steps))
             self._commits.commit()
         return ready
 
@@ -297,24 +297,26 @@ class Runner:
             if steps or not running:
                 return steps
             for request in running:
-                if request.sequence and request.sequence.split:
-                    request.sequence.split.wait()
+                if request.sequence and request.sequence.overlap.is_loading:
+                    self._claim_piece(request, wait=True)
                     break
 
     def _num_computable(self, request: Request) -> int:
         """Return how many tokens of a request may be computed now; while its cold blocks load, those of its claim."""
         assert request.sequence is not None
-        split = request.sequence.split
-        if split is None:
-            return len(request.token_ids) - request.num_computed
-        if request.claimed_end == request.num_computed:
-            is_done = split.is_done  # before the question: afterwards nothing more comes back from the loader
-            size = self.cache.config.block_size
-            request.claimed_end += size * split.next_piece(most=max(1, self.cache.config.piece_tokens // size))
-            if request.claimed_end == request.num_computed and is_done:
-                request.num_computed = request.num_verified = self.cache.join(request.sequence)
-                return len(request.token_ids) - request.num_computed
-        return request.claimed_end - request.num_computed
+        if request.sequence.overlap.is_loading and request.claimed_end == request.num_computed:
+            self._claim_piece(request, wait=False)
+        if request.sequence.overlap.is_loading:
+            return request.claimed_end - request.num_computed
+        return len(request.token_ids) - request.num_computed
+
+    def _claim_piece(self, request: Request, *, wait: bool) -> None:
+        """Take the next piece of a request whose cold blocks load; all that it has claimed is computed."""
+        assert request.sequence is not None
+        piece = request.sequence.overlap.next_piece(wait=wait)
+        if piece.start != request.num_computed:  # loaded blocks lie between
+            request.num_computed = request.num_verified = piece.start
+        request.claimed_end = piece.stop
 
     def _grow(self, waiting: deque[Request], running: list[Request], options: GenerationOptions) -> None:
         """Take room for the tokens just chosen; if there is none, the youngest requests wait again."""
@@ -369,6 +371,12 @@ def open_runner(
         with open_runner(loaded, CacheConfig(cold_path=Path("store"), hot_bytes=256 << 20)) as runner:
             (answer,) = runner.generate([[1, 2, 3]], GenerationOptions(max_new_tokens=4))
             print(answer.token_ids, answer.cached_tokens, answer.ttft_s)
+
+    >>> loaded = load_model(None, cache_dir=Path("models"))
+    >>> with open_runner(loaded, CacheConfig(cold_path="store", block_size=16)) as runner:
+    ...     (answer,) = runner.generate([[1, 2, 3]], GenerationOptions(max_new_tokens=2))
+    ...     len(answer.token_ids)
+    2
     """
     model = loaded.model
     check_supported(model)
@@ -392,6 +400,7 @@ def open_runner(
 
 def _tokens_of_one(running: Items[Request]) -> int:
     """Return how many tokens the next pass computes if it is of one request and waits for no copy; else 0."""
-    if len(running) != 1 or running[0].sequence is None or running[0].sequence.loads or running[0].sequence.split:
+    sequence = running[0].sequence if len(running) == 1 else None
+    if sequence is None or sequence.loads or sequence.overlap.is_loading:
         return 0
     return len(running[0].token_ids) - running[0].num_computed

@@ -26,6 +26,9 @@ class SamplingOptions:
     Raises ConfigError for values out of these ranges.
 
         SamplingOptions(temperature=0.7, top_p=0.9, seed=1)
+
+    >>> SamplingOptions(temperature=0.7, top_p=0.9, seed=1).seed
+    1
     """
 
     temperature: float = 0.0

@@ -1,1 +1,1 @@
-"""Which blocks this process holds, under which parent, and in which order blocks are evicted."""
+"""The index of the blocks in memory: the tree, the places, and the eviction order."""

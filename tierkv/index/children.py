@@ -1,4 +1,4 @@
-"""The children of one block, in the order of their token ids: so the one most like a prompt is found by bisection."""
+"""The children of one block, sorted by token ids: bisection finds the child that has most in common with a prompt."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from itertools import chain
 from operator import attrgetter
 from typing import Generic, Protocol, TypeVar
 
-__all__ = ["Siblings"]
+__all__ = ["Children"]
 
 _RUN_LENGTH = 256
 
 
 class HasTokens(Protocol):
-    """What is sorted: anything with token ids that do not change."""
+    """An item of the collection; its token ids do not change."""
 
     @property
     def token_bytes(self) -> bytes: ...
@@ -24,12 +24,12 @@ Child = TypeVar("Child", bound=HasTokens)
 _token_bytes = attrgetter("token_bytes")
 
 
-class Siblings(Generic[Child]):
-    """A sorted collection, by token ids as bytes, which no two siblings have in common.
+class Children(Generic[Child]):
+    """A collection sorted by token ids as bytes; no two children have the same.
 
-    The first blocks of all prompts are siblings, so there may be a hundred thousand: they are kept in sorted runs
-    of at most 512, so that to add or to remove one costs microseconds. Source: the sorted lists of lists of
-    sortedcontainers (Jenks). num_warm: how many of them have bytes in the warm tier, counted by the index.
+    The first blocks of all prompts are children of the root, so there may be 100,000. Sorted runs of at most 512 keep
+    an addition or a removal at microseconds. Source: the lists of lists of sortedcontainers (Jenks).
+    num_warm: children with bytes in the warm tier, counted by the index.
     """
 
     __slots__ = ("_runs", "num_warm")
@@ -48,7 +48,7 @@ class Siblings(Generic[Child]):
         return chain.from_iterable(self._runs)
 
     def add(self, child: Child) -> None:
-        """Add a child that is not there yet."""
+        """Add a child that is not in the collection."""
         if not self._runs:
             self._runs.append([child])
             return
@@ -60,11 +60,11 @@ class Siblings(Generic[Child]):
             del run[_RUN_LENGTH:]
 
     def remove(self, child: Child) -> None:
-        """Remove a child that is there."""
+        """Remove a child that is in the collection."""
         at = self._run_of(child.token_bytes)
         run = self._runs[at]
         position = bisect_left(run, child.token_bytes, key=_token_bytes)
-        assert run[position] is child, "a child is not where it belongs"
+        assert run[position] is child, "a child is out of order"
         del run[position]
         if not run:
             del self._runs[at]
@@ -83,8 +83,8 @@ class Siblings(Generic[Child]):
         """Return the child if there is exactly one."""
         return self._runs[0][0] if len(self._runs) == 1 and len(self._runs[0]) == 1 else None
 
-    def upwards(self, token_bytes: bytes) -> Iterator[Child]:
-        """Yield the children whose token ids do not sort before these: what they have in common shrinks or stays."""
+    def ascending_from(self, token_bytes: bytes) -> Iterator[Child]:
+        """Yield the children from these token ids on, in order. The common prefix never grows from one to the next."""
         if not self._runs:
             return
         at = self._run_of(token_bytes)
@@ -92,8 +92,8 @@ class Siblings(Generic[Child]):
         for run in self._runs[at + 1 :]:
             yield from run
 
-    def downwards(self, token_bytes: bytes) -> Iterator[Child]:
-        """Yield those that sort before these, nearest first."""
+    def descending_before(self, token_bytes: bytes) -> Iterator[Child]:
+        """Yield the children before these token ids, nearest first. The common prefix never grows either."""
         if not self._runs:
             return
         at = self._run_of(token_bytes)

@@ -1,7 +1,7 @@
-"""Evicting chosen blocks: a prompt's, those of a certain age, or all; and at once, or when their last user has gone.
+"""Evict chosen blocks: those of a prompt, those of a certain age, or all.
 
-What is in use when it is chosen is marked. It serves no further request, is not written down, and goes when its last
-reference has gone.
+A chosen block that is in use is marked. A marked block serves no request and is not written to a lower tier; it is
+evicted after its last user has unpinned it.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ CONTINUED = "continued by others that stay"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """Which blocks: those that match every condition that is given; all where none is.
+    """The blocks that match every given condition; all blocks without a condition.
 
-    tokens: those that begin with this prompt, and of the prompt's own blocks those that nothing else continues.
-    hashes: these. unused_since: those that were last used before, by the clock of the index.
+    tokens: blocks that begin with this prompt, and of the prompt's own blocks those that no other block continues.
+    hashes: blocks with these hashes. unused_since: blocks last used before that time of the index's clock.
     """
 
     tokens: bytes = b""
@@ -35,7 +35,7 @@ class Choice:
     unused_since: float | None = None
 
     def has(self, entry: Entry) -> bool:
-        """Tell whether hash and age of an entry match."""
+        """Return whether hash and age of an entry match."""
         return (self.hashes is None or entry.block_hash in self.hashes) and (
             self.unused_since is None or entry.last_access < self.unused_since
         )
@@ -43,14 +43,14 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Evicted:
-    """How many blocks went, of each tier, and how many stayed, by the reason."""
+    """How many blocks were evicted, by tier, and how many stayed, by reason."""
 
     blocks: Counter[Tier]
     stayed: Counter[str]
 
 
 def chosen_entries(root: Entry, choice: Choice, step: int) -> tuple[list[Entry], list[Entry]]:
-    """Return the entries below `root` that are chosen, and a prompt's own blocks in front of them: children first.
+    """Return the chosen entries below `root`, and the chosen blocks of the prompt itself: children first.
 
     step: bytes of the token ids of a whole block.
     """
@@ -67,7 +67,7 @@ def chosen_entries(root: Entry, choice: Choice, step: int) -> tuple[list[Entry],
         order = [path.pop()]
     else:
         order = [child for child in at.children if child.token_bytes.startswith(tokens)]
-    for entry in order:  # grows while it is walked
+    for entry in order:  # the list grows in the loop
         order += entry.children
     return [entry for entry in reversed(order) if choice.has(entry)], [each for each in path[::-1] if choice.has(each)]
 
@@ -75,9 +75,9 @@ def chosen_entries(root: Entry, choice: Choice, step: int) -> tuple[list[Entry],
 class ChosenEviction:
     """Evicts chosen entries of one index.
 
-    lock: guards the index where threads share it. The caller of every method holds the lock. evict: makes a tier forget
-    entries, children before parents, and returns those that went. `marked` are entries that serve no request any more;
-    they go, or are gone, at a later `retry`.
+    lock: guards the index where threads share it. The caller of every method holds the lock.
+    evict: makes a tier forget entries, children before parents, and returns the evicted ones.
+    marked: entries that were in use when chosen; `retry` evicts them.
     """
 
     def __init__(
@@ -95,11 +95,11 @@ class ChosenEviction:
 
     @property
     def is_pending(self) -> bool:
-        """Whether something is to go that was in use. Needs no lock."""
+        """Whether entries are marked. Needs no lock."""
         return bool(self.marked)
 
     def evict(self, root: Entry, choice: Choice, step: int) -> Evicted:
-        """Evict what is chosen below an entry, and mark what is in use."""
+        """Evict the chosen entries below `root`; mark those in use."""
         assert self._lock.is_owned()
         wanted, path = chosen_entries(root, choice, step)
         blocks: Counter[Tier] = Counter()
@@ -118,13 +118,13 @@ class ChosenEviction:
         return Evicted(blocks, stayed)
 
     def retry(self) -> Counter[Tier]:
-        """Evict what was in use and is no longer so; return how many blocks went of each tier."""
+        """Evict the marked entries that are no longer in use; return how many blocks were evicted, by tier."""
         assert self._lock.is_owned()
         blocks: Counter[Tier] = Counter()
         if not self.is_pending:
             return blocks
         pending = list(self.marked)
-        for entry in pending:  # what was computed behind a marked block cannot be found: it goes too
+        for entry in pending:  # no request can find a child of a marked block: mark it too
             for child in entry.children:
                 if child not in self.marked and not child.pinned:
                     self.marked[child] = None
@@ -135,12 +135,12 @@ class ChosenEviction:
         return blocks
 
     def spare(self, entry: Entry) -> None:
-        """Keep a block after all: it was computed anew."""
+        """Unmark an entry: its block was computed again."""
         assert self._lock.is_owned()
         self.marked.pop(entry, None)
 
     def _evict_one(self, entry: Entry, blocks: Counter[Tier]) -> str | None:
-        """Evict a block from every tier. Return why it is still in one, or None."""
+        """Evict an entry from every tier. Return why one of them still has it, or None."""
         if entry.pinned:
             return PINNED
         reason = IN_USE if entry.awaited else None

@@ -1,27 +1,30 @@
-"""One block that this process knows: an object without a dictionary, for there may be a million."""
+"""One block that this process knows. There may be a million, so an entry has slots and no dictionary."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from tierkv.index.children import Siblings
+from tierkv.index.children import Children
 from tierkv.values.block import TOKEN_BYTES, BlockHash, Tier
 
 __all__ = ["AWAITED", "PINNED", "Entry"]
 
-PINNED, _IN_COLD, AWAITED = 1, 2, 4  # bits of `flags`; the properties say what they mean
+PINNED, _IN_COLD, AWAITED = 1, 2, 4  # bits of `flags`
 
 
 class Entry:
-    """One block that this process knows. Satisfies `CacheBlock`; changed by the index alone."""
+    """One block that this process knows. Satisfies `CacheBlock`; only the index changes it.
 
-    __slots__ = (  # one more, and an entry has 144 bytes instead of 128: so flags share one
+    child_or_children: None, the only child, or a collection: most entries have one child and need no collection.
+    """
+
+    __slots__ = (  # 128 bytes; one slot more makes 144, so three flags share one
         "access_count",
         "block_hash",
         "block_id",
+        "child_or_children",
         "created_at",
         "depth",
-        "family",
         "flags",
         "hot_children",
         "last_access",
@@ -38,7 +41,7 @@ class Entry:
         self.block_id: int | None = None
         self.warm_slot: int | None = None
         self.flags = 0
-        self.family: Entry | Siblings[Entry] | None = None  # most entries have one child: it needs no collection
+        self.child_or_children: Entry | Children[Entry] | None = None
         self.hot_children = 0
         self.created_at = now
         self.last_access = now
@@ -52,23 +55,23 @@ class Entry:
     @property
     def children(self) -> Iterable[Entry]:
         """The entries that continue this one, in the order of their token ids."""
-        family = self.family
-        if family is None:
+        below = self.child_or_children
+        if below is None:
             return ()
-        return (family,) if isinstance(family, Entry) else family
+        return (below,) if isinstance(below, Entry) else below
 
     @property
     def is_prefix_block(self) -> bool:
-        """Whether prompts part behind it: two or more known blocks continue it."""
-        return isinstance(self.family, Siblings)
+        """Whether two or more known blocks continue it."""
+        return isinstance(self.child_or_children, Children)
 
     @property
     def warm_children(self) -> int:
-        """How many children have bytes in the warm tier; unlike hot ones counted only where there are several."""
-        family = self.family
-        if family is None:
+        """How many children have bytes in the warm tier. Only a collection counts them."""
+        below = self.child_or_children
+        if below is None:
             return 0
-        return int(family.warm_slot is not None) if isinstance(family, Entry) else family.num_warm
+        return int(below.warm_slot is not None) if isinstance(below, Entry) else below.num_warm
 
     @property
     def pinned(self) -> bool:
@@ -90,7 +93,7 @@ class Entry:
 
     @property
     def awaited(self) -> bool:
-        """Whether its bytes are on their way: it stays without place and children."""
+        """Whether a load of its bytes is in flight. The entry stays in the index even without place and children."""
         return bool(self.flags & AWAITED)
 
     @awaited.setter
@@ -111,5 +114,5 @@ class Entry:
         return self.hot_children if tier is Tier.HOT else self.warm_children
 
     def is_same_block(self, parent_hash: BlockHash, token_bytes: bytes) -> bool:
-        """Tell a true hit from a hash collision."""
+        """Return whether this is that block; False on a hash collision."""
         return self.parent.block_hash == parent_hash and self.token_bytes == token_bytes

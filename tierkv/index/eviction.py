@@ -1,7 +1,7 @@
-"""What the index asks of an eviction policy, and the order in which it offers blocks to it.
+"""What the index asks of an eviction policy.
 
-Three methods make a policy (`EvictionPolicy`). One that learns from what is inserted has a fourth
-(`ObservingPolicy`); one whose order is more than one number a block brings its own queue (`QueueingPolicy`).
+A policy has three methods (`EvictionPolicy`). It may have a fourth, to learn of inserted blocks (`ObservingPolicy`),
+and it may bring an order that is more than one number a block (`OrderingPolicy`).
 """
 
 from __future__ import annotations
@@ -10,22 +10,22 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Generic, Protocol, TypeVar, runtime_checkable
 
-from tierkv.index.eviction_heap import Offers
+from tierkv.index.eviction_heap import EvictionHeap
 from tierkv.values.block import BlockHash
 
 __all__ = [
     "CacheBlock",
+    "EvictionOrder",
     "EvictionPolicy",
     "ObservingPolicy",
-    "QueueingPolicy",
-    "ScoreQueue",
-    "VictimQueue",
-    "new_queue",
+    "OrderingPolicy",
+    "ScoreOrder",
+    "new_order",
 ]
 
 
 _FAR_AWAY_S = float(1 << 36)
-"""Two thousand years: beyond what any clock says, and floats this large still tell 20 us apart."""
+"""2,000 years: above every clock's time; floats of this size still differ by 20 us."""
 
 
 class CacheBlock(Protocol):
@@ -47,138 +47,136 @@ class CacheBlock(Protocol):
     def access_count(self) -> int: ...
     @property
     def is_prefix_block(self) -> bool:
-        """Whether prompts part behind it: two or more known blocks continue it.
-
-        Children go before parents, so who keeps this block keeps the whole prefix that ends with it.
-        """
+        """Whether two or more known blocks continue it. A policy that keeps it keeps the whole prefix before it."""
 
 
 class EvictionPolicy(Protocol):
-    """Ranks blocks for eviction. The index keeps it safe: it offers only leaves that nobody uses or pinned.
+    """Ranks blocks for eviction. Subclass it, or write any object with these methods; the defaults are LRU.
 
-    A score is read when a block becomes evictable and after each access, not in between: it must depend on
-    the block and on the policy's own state, not on the time that has passed since.
+    The index asks only about leaves that are not in use and not pinned, so no policy can evict a block that is needed.
+    The index reads a score when a block becomes evictable and after each use, not in between. So a score depends on
+    the block and on the policy's own state, never on the time since.
 
-    Any object with the three methods is one. A class that inherits from this one has them already, and is LRU until it
-    says otherwise: so it can be about single blocks, and leave the others to `super()`.
+    >>> class ShortPromptsFirst(EvictionPolicy):
+    ...     def score_block(self, block: CacheBlock) -> float:
+    ...         return 1 / (1 + block.depth)
+    >>> cache.set_eviction_policy(ShortPromptsFirst())
     """
 
     def score_block(self, block: CacheBlock) -> float:
-        """Return how gladly the block is given up: the highest score goes first.
+        """Return the score: the block with the highest one goes first.
 
-        Here: the time since its last use, but for a constant, since scores must not change while time passes.
-        It is always above zero: a block with a score below that goes after all others.
+        Default: a constant minus the time of the last use. It is above zero, so a negative score goes last.
         """
         return _FAR_AWAY_S - block.last_access
 
     def update_on_access(self, block: CacheBlock) -> None:
-        """Learn that the block was just used; its fields are already up to date. Here: nothing to learn."""
+        """Learn that the block was just used; its fields are up to date. Default: nothing."""
         return
 
-    def select_victims(self, count: int, leaves: Iterator[CacheBlock]) -> list[CacheBlock]:
-        """Take up to `count` blocks from `leaves`, which yields the highest score first.
+    def select_evictions(self, count: int, leaves: Iterator[CacheBlock]) -> list[CacheBlock]:
+        """Take up to `count` blocks from `leaves`, which yields the highest score first. Default: the first `count`.
 
-        Once a block has been yielded its parent may follow, so children always go before parents.
-        What is yielded and not returned stays cached. Here: the first `count`.
+        A parent may follow once its children were yielded, so children always come before parents.
+        A block that is yielded and not returned stays cached.
         """
         return list(islice(leaves, count))
 
 
 @runtime_checkable
 class ObservingPolicy(Protocol):
-    """A policy that is also told of blocks that are new to the index, or that come back to it."""
+    """A policy that also learns of inserted blocks."""
 
     def update_on_insert(self, block: CacheBlock, parent: CacheBlock | None) -> None:
-        """Learn that the block was just inserted under a parent; None at the beginning of a chain."""
+        """Learn that the block was inserted, for the first time or again. parent: None at the start of a chain."""
 
 
 Block = TypeVar("Block", bound=CacheBlock)
 
 
-class VictimQueue(Protocol[Block]):
+class EvictionOrder(Protocol[Block]):
     """The evictable blocks of one tier, in the order of a policy.
 
-    The index may push a block several times and never takes one out: it throws away what `pop` returns
-    under an old stamp, or while it is not evictable. Memory and order are the queue's own affair.
+    The index may push a block several times and never takes it out. It skips what `pop` returns with an old stamp, or
+    while the block is not evictable.
     """
 
     def add(self, block: Block) -> None:
-        """Learn that the tier holds the block from now on."""
+        """Learn that the tier now holds the block."""
 
     def remove_all(self, blocks: Sequence[Block]) -> None:
-        """Learn that the tier has forgotten some blocks."""
+        """Learn that the tier has forgotten these blocks."""
 
     def push(self, block: Block, stamp: int) -> None:
-        """Offer a block, which the tier holds, for eviction. Its stamp changes with each use."""
+        """Add a block that the tier holds to the order. Its stamp changes with each use."""
 
     def pop(self) -> tuple[Block, int] | None:
-        """Take the block that should go next, with the stamp it was pushed under. None if none is left."""
+        """Take the block that goes next, with the stamp of its push; None if the order is empty."""
 
     def goes_first(self, block: Block) -> bool:
-        """Tell whether a block that is not in the queue would be the next to go, all along a chain for instance.
+        """Return whether a block that is not in the order would be popped next. Called only right after a `pop`.
 
-        Asked only after a `pop`, before anything else happened. If so, the block need not be pushed to be taken; False
-        may also mean that this is not known without pushing it.
+        True saves a push and a pop: a parent often follows its child. False may also mean "unknown".
         """
 
     def clear(self) -> None:
-        """Forget everything pushed, not what was added: it is pushed anew."""
+        """Forget every push, but not what was added: the index pushes again."""
 
     def __iter__(self) -> Iterator[tuple[Block, int]]:
-        """Yield what has been pushed, in any order."""
+        """Yield every push, in any order."""
 
     def __len__(self) -> int:
-        """Return how much has been pushed, what is out of date included."""
+        """Return the number of pushes, outdated ones included."""
 
 
 @runtime_checkable
-class QueueingPolicy(Protocol):
-    """A policy that keeps the order of a tier's blocks itself, and is not asked for scores."""
+class OrderingPolicy(Protocol):
+    """A policy with an order of its own; the index does not ask it for scores."""
 
-    def new_queue(self) -> VictimQueue[CacheBlock]:
-        """Return an empty queue for one tier."""
+    def new_order(self) -> EvictionOrder[CacheBlock]:
+        """Return an empty order for one tier."""
 
 
-class ScoreQueue(Generic[Block]):
-    """Highest score first, of equals the deepest block."""
+class ScoreOrder(Generic[Block]):
+    """The order of a policy's scores: the highest first, of equals the deepest block."""
 
     def __init__(self, policy: EvictionPolicy) -> None:
         self._policy = policy
-        self._offers: Offers[Block] = Offers()
+        self._heap: EvictionHeap[Block] = EvictionHeap()
 
     def add(self, block: Block) -> None:
-        """Nothing to note: the score says it all."""
+        """Do nothing: the score is read at the push."""
 
     def remove_all(self, blocks: Sequence[Block]) -> None:
-        """Nothing to note."""
+        """Do nothing."""
 
     def score(self, block: Block) -> float:
-        """Return what the block is ranked by."""
+        """Return the block's score of now."""
         return self._policy.score_block(block)
 
     def push(self, block: Block, stamp: int) -> None:
-        """Offer a block under its score of now."""
-        self._offers.push(-self.score(block), block, stamp)
+        """Add a block with its score of now."""
+        self._heap.push(-self.score(block), block, stamp)
 
     def goes_first(self, block: Block) -> bool:
-        """Tell whether all that was pushed has lower scores."""
-        return self._offers.is_before_all(-self.score(block))
+        """Return whether all pushed scores are lower."""
+        return self._heap.is_before_all(-self.score(block))
 
     def pop(self) -> tuple[Block, int] | None:
         """Take the block with the highest score."""
-        return self._offers.pop()
+        return self._heap.pop()
 
     def clear(self) -> None:
-        """Forget everything pushed."""
-        self._offers.clear()
+        """Forget every push."""
+        self._heap.clear()
 
     def __iter__(self) -> Iterator[tuple[Block, int]]:
-        return iter(self._offers)
+        return iter(self._heap)
 
     def __len__(self) -> int:
-        return len(self._offers)
+        return len(self._heap)
 
 
-def new_queue(policy: EvictionPolicy) -> VictimQueue[CacheBlock]:
-    """Return a queue in the order of a policy: its own if it brings one, else by its scores."""
-    return policy.new_queue() if isinstance(policy, QueueingPolicy) else ScoreQueue(policy)
+def new_order(policy: EvictionPolicy) -> EvictionOrder[CacheBlock]:
+    """Return an empty order of a policy: its own if it has one, else by its scores."""
+    return policy.new_order() if isinstance(policy, OrderingPolicy) else ScoreOrder(policy)

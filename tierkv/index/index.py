@@ -1,21 +1,18 @@
-"""Which blocks this process holds, where, and who uses them: the control plane's one table.
+"""The index: which blocks this process holds, in which places, and how many users each place has.
 
-It moves no bytes and knows no torch. The facade calls `attach` after bytes arrived and `detach` before a place
-is used again; the cold tier's own table is the LMDB store, of which `in_cold` is only a reminder.
-
-There may be a million entries, and a request uses hundreds. So an entry is one object without a dictionary, an only
-child needs no collection, and what a request does to all of its blocks has a method that does it in one loop.
+The index moves no bytes and needs no torch. Its caller calls `attach` after bytes arrived, and `detach` before a place
+is used again. The cold tier's table is the LMDB store; `in_cold` only remembers what it said.
+There may be a million entries and a request uses hundreds, so what a request does to all its blocks is one call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from tierkv.index.children import Siblings
+from tierkv.index.children import Children
 from tierkv.index.entry import Entry
 from tierkv.index.eviction import EvictionPolicy, ObservingPolicy
-from tierkv.index.eviction_queue import Victims
-from tierkv.index.index_check import check_places, check_tree
+from tierkv.index.eviction_queue import EvictionQueue
 from tierkv.index.slots import SlotPool
 from tierkv.index.tree import BlockTree
 from tierkv.values.block import BlockHash, Tier
@@ -25,7 +22,7 @@ __all__ = ["Entry", "Index"]
 
 
 class Index(BlockTree):
-    """Entries of the hot and the warm tier, their places, and the eviction order of both.
+    """Entries of the hot and the warm tier, their places, and the eviction queues of both.
 
     root: the namespace digest, parent of every first block.
     lock: guards the index where threads share it. The caller of every method holds the lock.
@@ -42,18 +39,18 @@ class Index(BlockTree):
         lock: Owned = NO_LOCK,
     ) -> None:
         super().__init__(root, clock, lock)
-        numbers = list(range(max(num_hot, num_warm)))  # an int of its own for each place of each entry takes more
+        numbers = list(range(max(num_hot, num_warm)))  # shared: an int for each place of each entry takes memory
         self.hot: SlotPool[Entry] = SlotPool(num_hot, numbers)
         self.warm: SlotPool[Entry] = SlotPool(num_warm, numbers)
-        self._victims = {tier: Victims(tier, self.pool(tier), policy) for tier in (Tier.HOT, Tier.WARM)}
-        self._watch_insertions(policy)
+        self._queues = {tier: EvictionQueue(tier, self.pool(tier), policy) for tier in (Tier.HOT, Tier.WARM)}
+        self._set_policy(policy)
 
     def pool(self, tier: Tier) -> SlotPool[Entry]:
         """Return the places of the hot or the warm tier; needs no lock."""
         return self.hot if tier is Tier.HOT else self.warm
 
     def attach(self, entry: Entry, tier: Tier, slot: int) -> None:
-        """Record that `slot` holds the entry's bytes from now on. The entry must not have a place there."""
+        """Record that `slot` now holds the entry's bytes. The entry must not have a place in that tier."""
         assert self._lock.is_owned()
         assert entry.place(tier) is None, "an entry has one place in a tier"
         if tier is Tier.HOT:
@@ -63,18 +60,18 @@ class Index(BlockTree):
         else:
             self.warm.own(slot, entry)
             entry.warm_slot = slot
-            if isinstance(family := entry.parent.family, Siblings):
-                family.num_warm += 1
-        self._victims[tier].add(entry)
+            if isinstance(below := entry.parent.child_or_children, Children):
+                below.num_warm += 1
+        self._queues[tier].add(entry)
 
     def detach(self, entry: Entry, tier: Tier) -> None:
-        """Record that the tier forgot the entry; an entry without place and children leaves the index."""
+        """Record that the tier forgot the entry. An entry without place and children leaves the index."""
         assert self._lock.is_owned()
         self._detach_all((entry,), tier is Tier.HOT, only_leaves=False)
-        self._victims[tier].offer(entry.parent)
+        self._queues[tier].push(entry.parent)
 
     def rearrange_hot(self, places: Mapping[int, int]) -> None:
-        """Record that the bytes of block ids, whoever uses them, now lie in others: old -> new."""
+        """Record that the bytes of hot blocks have moved, with their users: old block id -> new."""
         assert self._lock.is_owned()
         self.hot.rearrange(places)
         for block_id in places.values():
@@ -82,23 +79,23 @@ class Index(BlockTree):
             if entry:
                 entry.block_id = block_id
 
-    def evict(self, victims: Iterable[Entry], tier: Tier) -> list[Entry]:
-        """Detach several entries, children before parents, and return them; one that has children there stays."""
+    def evict(self, entries: Iterable[Entry], tier: Tier) -> list[Entry]:
+        """Detach entries, children before parents, and return those; an entry with children in the tier stays."""
         assert self._lock.is_owned()
         is_hot = tier is Tier.HOT
-        evicted = self._detach_all(victims, is_hot, only_leaves=True)
-        order = self._victims[tier]
+        evicted = self._detach_all(entries, is_hot, only_leaves=True)
+        queue = self._queues[tier]
         if is_hot:  # most parents went too
             parents = {parent: None for entry in evicted if (parent := entry.parent).block_id is not None}
         else:
             parents = {parent: None for entry in evicted if (parent := entry.parent).warm_slot is not None}
         for parent in parents:
-            order.offer(parent)
-        order.put_back()
+            queue.push(parent)
+        queue.put_back()
         return evicted
 
     def forget(self, entry: Entry) -> None:
-        """Drop an entry's places and the entry itself unless children still hang on it."""
+        """Drop an entry's places, and the entry itself unless it has children."""
         assert self._lock.is_owned()
         for tier in (Tier.HOT, Tier.WARM):
             if entry.place(tier) is not None:
@@ -109,11 +106,11 @@ class Index(BlockTree):
         """Raise the reference count of the entry's place in that tier."""
         assert self._lock.is_owned()
         slot = entry.place(tier)
-        assert slot is not None, "only bytes that are there can be pinned"
+        assert slot is not None, "only a block with a place can be pinned"
         self.pool(tier).pin(slot)
 
     def unpin(self, tier: Tier, slot: int) -> None:
-        """Lower the reference count of a place; its owner, if any, may be evictable again."""
+        """Lower the reference count of a place; its owner may become evictable."""
         assert self._lock.is_owned()
         self.unpin_all(tier, (slot,))
 
@@ -122,18 +119,18 @@ class Index(BlockTree):
         assert self._lock.is_owned()
         idle: list[Entry] = []
         self.pool(tier).unpin_all(slots, idle)
-        if tier is Tier.HOT:  # of a whole chain only the last may be evicted: say so without a call for each
+        if tier is Tier.HOT:  # of a chain only the last block is a leaf: skip the calls for the others
             idle = [entry for entry in idle if not entry.hot_children]
-        order = self._victims[tier]
+        queue = self._queues[tier]
         for entry in idle:
-            order.offer(entry)
+            queue.push(entry)
 
     def set_pinned(self, entry: Entry, pinned: bool) -> None:
-        """Keep the entry in whichever tiers hold it until it is unpinned again."""
+        """Pin an entry in all tiers that hold it, or unpin it."""
         assert self._lock.is_owned()
         entry.pinned = pinned
-        for order in self._victims.values():
-            order.offer(entry)
+        for queue in self._queues.values():
+            queue.push(entry)
 
     def touch(self, entry: Entry) -> None:
         """Record a use of the entry now."""
@@ -145,54 +142,54 @@ class Index(BlockTree):
         assert self._lock.is_owned()
         now = self._time()
         learn = self.policy.update_on_access
-        hot, warm = self._victims[Tier.HOT], self._victims[Tier.WARM]
+        hot, warm = self._queues[Tier.HOT], self._queues[Tier.WARM]
         for entry in entries:
             entry.last_access = now
             entry.access_count += 1
             learn(entry)
             if not entry.hot_children and entry.block_id is not None:
-                hot.offer(entry)
+                hot.push(entry)
             if entry.warm_slot is not None and not entry.warm_children:
-                warm.offer(entry)
+                warm.push(entry)
 
     def set_policy(self, policy: EvictionPolicy) -> None:
-        """Rank everything evictable by another policy from now on."""
+        """Order all evictable entries by another policy."""
         assert self._lock.is_owned()
-        self._watch_insertions(policy)
-        for order in self._victims.values():
-            order.set_policy(policy)
+        self._set_policy(policy)
+        for queue in self._queues.values():
+            queue.set_policy(policy)
 
     def is_evictable(self, entry: Entry, tier: Tier) -> bool:
-        """True for a leaf of that tier that nobody uses and nobody pinned."""
+        """Return whether an entry is a leaf of the tier, not in use and not pinned."""
         assert self._lock.is_owned()
-        return self._victims[tier].is_evictable(entry)
+        return self._queues[tier].is_evictable(entry)
 
-    def select_victims(self, tier: Tier, count: int) -> list[Entry]:
-        """Return up to `count` entries to evict from a tier, children before parents, chosen by the policy.
+    def select_evictions(self, tier: Tier, count: int) -> list[Entry]:
+        """Return up to `count` entries of a tier, children before parents, chosen by the policy.
 
-        Nothing changes yet: the caller detaches each, in this order.
+        Nothing changes yet: the caller evicts them, in this order.
         """
         assert self._lock.is_owned()
-        return self._victims[tier].select(count)
+        return self._queues[tier].select(count)
 
     def check(self) -> None:
         """Raise AssertionError unless every invariant holds; linear in the number of entries."""
         assert self._lock.is_owned()
-        for tier, order in self._victims.items():
-            check_places(tier, self.pool(tier), self._entries)
-            order.check(self)
-        check_tree(self._trunk, self._entries)
+        for tier, queue in self._queues.items():
+            _check_places(tier, self.pool(tier), self._entries)
+            queue.check(self)
+        _check_tree(self.root_entry, self._entries)
         self._content_digests.check()
 
-    def _watch_insertions(self, policy: EvictionPolicy) -> None:
+    def _set_policy(self, policy: EvictionPolicy) -> None:
         self.policy = policy
         self._observe = policy.update_on_insert if isinstance(policy, ObservingPolicy) else None
         if self._observe:
-            for entry in self:  # parents came before their children
-                self._observe(entry, None if entry.parent is self._trunk else entry.parent)
+            for entry in self:  # in the order of insertion: parents first
+                self._observe(entry, None if entry.parent is self.root_entry else entry.parent)
 
     def _detach_all(self, entries: Iterable[Entry], is_hot: bool, *, only_leaves: bool) -> list[Entry]:
-        """Record that a tier forgot entries, and return them. only_leaves: but for those with children there."""
+        """Record that a tier forgot entries, and return them. only_leaves: skip those with children in the tier."""
         detached: list[Entry] = []
         slots: list[int | None] = []
         bare: list[Entry] = []
@@ -208,13 +205,45 @@ class Index(BlockTree):
                     continue
                 slots.append(entry.warm_slot)
                 entry.warm_slot = None
-                if isinstance(family := entry.parent.family, Siblings):
-                    family.num_warm -= 1
+                if isinstance(below := entry.parent.child_or_children, Children):
+                    below.num_warm -= 1
             detached.append(entry)
-            if entry.family is None:
+            if entry.child_or_children is None:
                 bare.append(entry)
         (self.hot if is_hot else self.warm).disown_all(slots)
-        self._victims[Tier.HOT if is_hot else Tier.WARM].remove_all(detached)
+        self._queues[Tier.HOT if is_hot else Tier.WARM].remove_all(detached)
         for entry in bare:
             self._prune(entry)
         return detached
+
+
+def _check_places(tier: Tier, pool: SlotPool[Entry], entries: Mapping[BlockHash, Entry]) -> None:
+    """Raise AssertionError unless the places of a tier and the entries agree."""
+    pool.check()
+    for slot, owner in enumerate(pool.owners):
+        assert owner is None or (owner.place(tier) == slot and entries.get(owner.block_hash) is owner), (
+            f"{tier} slot {slot} has a stale owner"
+        )
+    for entry in entries.values():
+        place = entry.place(tier)
+        assert place is None or pool.owners[place] is entry, "an entry does not own its place"
+
+
+def _check_tree(root_entry: Entry, entries: Mapping[BlockHash, Entry]) -> None:
+    """Raise AssertionError unless the entries are one tree, counted by their parents, none of them without purpose."""
+    num_children = 0
+    for parent in (root_entry, *entries.values()):
+        children = list(parent.children)
+        num_children += len(children)
+        tokens = [child.token_bytes for child in children]
+        assert tokens == sorted(set(tokens)), "children are out of order"
+        for child in children:
+            assert child.parent is parent and child.depth == parent.depth + 1
+            assert entries.get(child.block_hash) is child, "a child is not in the table"
+        for tier in (Tier.HOT, Tier.WARM):
+            held = sum(child.place(tier) is not None for child in children)
+            assert parent.tier_children(tier) == held, "child count is off"
+        has_bytes = parent.block_id is not None or parent.warm_slot is not None
+        has_purpose = has_bytes or children or parent.awaited or parent is root_entry
+        assert has_purpose, "an entry without bytes and children stayed"
+    assert num_children == len(entries), "an entry is not its parent's child"

@@ -1,4 +1,4 @@
-"""A fixed set of numbered places for blocks: the hot pool's block ids, the warm pool's slots."""
+"""A fixed set of numbered places for blocks: the block ids of the hot pool, the slots of the warm pool."""
 
 from __future__ import annotations
 
@@ -15,19 +15,15 @@ Owner = TypeVar("Owner")
 
 
 class SlotPool(Generic[Owner]):
-    """Free list and reference counts of `capacity` places; knows nothing of bytes.
+    """Free list, reference counts and owners of `capacity` places; it holds no bytes.
 
-    A place is free, or in use with a reference count above zero, or cached: count zero and owned by an
-    index entry, so that it may be evicted. The lowest free ids go first, so that what is allocated together
-    tends to lie together and copies of neighbours coalesce.
+    A place is free, in use (its reference count is above zero), or cached (count zero, and an owner: it may be
+    evicted). The lowest free places are allocated first, so that blocks of one request tend to lie side by side and
+    their copies coalesce. Places from `_unused` on were never used: they are counted, not listed.
 
-    Places that were never used are not listed, only counted: all from `_unused` on. So a pool costs 12 bytes a
-    place, and allocating from an empty one costs no heap operations.
-
-    numbers: the ints to name places by, at least `capacity`, so that pools whose places are remembered can share them.
-    owners, pins: by place, who owns it and its reference count. Only the pool changes them.
-    limit: how many places may be in use or cached, at most `capacity`; `set_limit` changes it. peak_count: the most
-    that ever were.
+    numbers: ints to name the places by, at least `capacity`; two pools can share them to save memory.
+    owners, pins: owner and reference count by place. Only the pool changes them.
+    limit: how many places may be in use or cached; `set_limit` changes it. peak_count: the most that ever were.
     """
 
     def __init__(self, capacity: int, numbers: Sequence[int] | None = None) -> None:
@@ -43,17 +39,17 @@ class SlotPool(Generic[Owner]):
 
     @property
     def free_count(self) -> int:
-        """Places that can be allocated without evicting: none while more than the limit are taken."""
+        """Places that can be allocated without an eviction; 0 above the limit."""
         return max(0, self.limit - self.used_count)
 
     @property
     def excess_count(self) -> int:
-        """Places that have to be evicted until no more than the limit are taken."""
+        """Places above the limit, to be evicted."""
         return max(0, self.used_count - self.limit)
 
     @property
     def idle_count(self) -> int:
-        """Places that are cached and that nobody uses."""
+        """Places that are cached and not in use."""
         return self.used_count - self.referenced_count
 
     @property
@@ -67,18 +63,18 @@ class SlotPool(Generic[Owner]):
         return self._referenced
 
     def set_limit(self, limit: int) -> None:
-        """Allow so many places from now on. What is taken beyond that stays until it is evicted or freed."""
+        """Change the limit. Places above it stay until they are evicted or freed."""
         assert 0 <= limit <= self.capacity, f"a limit of {limit} in a pool of {self.capacity}"
         self.limit = limit
 
     def allocate(self, count: int) -> list[int]:
         """Return `count` places, each with a reference count of one. Raises CapacityError, taking none."""
         if count > self.free_count:
-            raise CapacityError(f"{count} blocks asked for, {self.free_count} of {self.limit} are free")
+            raise CapacityError(f"{count} blocks requested, {self.free_count} of {self.limit} are free")
         freed = self._freed
         if count < len(freed) // 8:
             slots = [heapq.heappop(freed) for _ in range(count)]
-        else:  # cheaper for many at once; what is sorted is a heap
+        else:  # cheaper for many at once; a sorted list is a heap
             freed.sort()
             slots = freed[:count]
             del freed[:count]
@@ -93,7 +89,7 @@ class SlotPool(Generic[Owner]):
         return slots
 
     def take(self, slots: Iterable[int]) -> None:
-        """Take these places, which must be free, as `allocate` would; linear in the number of free ones."""
+        """Allocate these places, which must be free; linear in the number of free places."""
         chosen = set(slots)
         assert all(self._is_free(slot) for slot in chosen), "only free places can be taken"
         end = max(self._unused, max(chosen, default=-1) + 1)
@@ -106,7 +102,7 @@ class SlotPool(Generic[Owner]):
         self._referenced += len(chosen)
 
     def rearrange(self, places: Mapping[int, int]) -> None:
-        """Give owners and references of places to others, old place -> new: each new one is free, or moves itself.
+        """Move owners and reference counts: old place -> new. Each new place is free or moves too.
 
         Linear in the number of places.
         """
@@ -121,10 +117,10 @@ class SlotPool(Generic[Owner]):
         self._unused = self.capacity
         used = self.used()
         self._unused = used[-1] + 1 if used else 0
-        self._freed = sorted(set(range(self._unused)).difference(used))  # what is sorted is a heap
+        self._freed = sorted(set(range(self._unused)).difference(used))  # a sorted list is a heap
 
     def pin(self, slot: int) -> None:
-        """Raise the reference count: one more live user."""
+        """Raise the reference count of a place."""
         self.pin_all((slot,))
 
     def pin_all(self, slots: Iterable[int]) -> None:
@@ -138,13 +134,13 @@ class SlotPool(Generic[Owner]):
             pins[slot] = count + 1
 
     def unpin(self, slot: int) -> bool:
-        """Lower the reference count; a place without owner is freed at zero. Return whether it reached zero."""
+        """Lower the reference count, as `unpin_all` does. Return whether it reached zero."""
         return self.unpin_all((slot,)) == 1
 
     def unpin_all(self, slots: Sequence[int], idle: list[Owner] | None = None) -> int:
         """Lower the reference count of several places. Return how many reached zero.
 
-        idle: filled with the owners of those; the places among them that have no owner are freed.
+        A place without owner is freed at zero. idle: filled with the owners of the others that reached zero.
         """
         pins, owners = self.pins, self.owners
         num_idle = 0
@@ -168,16 +164,12 @@ class SlotPool(Generic[Owner]):
         return self.pins[slot]
 
     def own(self, slot: int, owner: Owner) -> None:
-        """Say whose cached bytes lie there; the place survives a reference count of zero."""
+        """Set the owner of a place in use; with an owner it stays cached at a reference count of zero."""
         assert self.pins[slot] and self.owners[slot] is None, f"slot {slot} cannot be owned"
         self.owners[slot] = owner
 
-    def disown(self, slot: int) -> None:
-        """Forget the owner; the place is freed now, or when its last user unpins it."""
-        self.disown_all((slot,))
-
     def disown_all(self, slots: Iterable[int | None]) -> None:
-        """Forget the owners of several places, none of which may be None."""
+        """Forget the owners of places, none of them None. A place in use is freed when its last user unpins it."""
         owners, pins = self.owners, self.pins
         freed: list[int] = []
         for slot in slots:
@@ -187,13 +179,13 @@ class SlotPool(Generic[Owner]):
                 freed.append(slot)
         if len(freed) > len(self._freed) // 8:
             self._freed += freed
-            self._freed.sort()  # cheaper for many at once; what is sorted is a heap
+            self._freed.sort()  # cheaper for many at once; a sorted list is a heap
         else:
             for slot in freed:
                 heapq.heappush(self._freed, slot)
 
     def free_runs(self) -> list[int]:
-        """Return the lengths of the runs of neighbouring free places, in order of position."""
+        """Return the lengths of the runs of neighbouring free places, in order."""
         runs: list[int] = []
         expected = -1
         for slot in sorted(self._freed):
@@ -210,7 +202,7 @@ class SlotPool(Generic[Owner]):
         return runs
 
     def fragmentation(self) -> float:
-        """Return 0 where the free places are one run, towards 1 where they are scattered."""
+        """Return 0 if the free places are one run, and up to 1 the more they are scattered."""
         runs = self.free_runs()
         return 1 - max(runs) / sum(runs) if runs else 0.0
 
@@ -219,7 +211,7 @@ class SlotPool(Generic[Owner]):
         return [slot for slot in range(self._unused) if not self._is_free(slot)]
 
     def check(self) -> None:
-        """Raise AssertionError unless every place is exactly one of free, in use, cached."""
+        """Raise AssertionError unless every place is either free, in use or cached."""
         free = [*sorted(self._freed), *range(self._unused, self.capacity)]
         assert free == [slot for slot in range(self.capacity) if self._is_free(slot)], "a slot is leaked or used twice"
         assert all(count >= 0 for count in self.pins)

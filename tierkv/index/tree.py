@@ -1,9 +1,8 @@
-"""The tree of known blocks: an entry hangs under that of its parent block, and is found by following token ids.
+"""The tree of known blocks: each entry lies below the entry of its parent block, and a walk compares token ids.
 
-An entry stays as long as it has children, even when its own bytes lie only in the cold store: so a chain is followed
-from verified entry to verified entry, and a block stored later under a colliding hash can never adopt another's
-children. What comes from outside the tree (a block read from a store, one written down behind the request) is known
-by its content digest.
+An entry stays as long as it has children, even when only the cold store has its bytes. So a walk goes from verified
+entry to verified entry, and a block with a colliding hash never gets another block's children. A block that comes from
+outside the tree, from a store for example, is compared by its content digest.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
-from tierkv.index.children import Siblings
+from tierkv.index.children import Children
 from tierkv.index.content_digests import KEPT_EVERY, ContentDigests
 from tierkv.index.entry import AWAITED, Entry
 from tierkv.values.block import TOKEN_BYTES, BlockHash, ContentDigest, Tier, chain_content_digest, common_run
@@ -24,9 +23,10 @@ _SAME_TIME_S = 1e-4
 
 
 class BlockTree:
-    """Entries by hash and by what they follow. root: the namespace digest, parent of every first block.
+    """The entries by hash, and below their parents.
 
-    lock: guards the tree where threads share it. The caller of every method holds the lock.
+    root: the namespace digest, parent of every first block. root_entry: its entry, which is in no tier and not in the
+    table, and never changes. lock: guards the tree where threads share it. The caller of every method holds the lock.
     """
 
     def __init__(self, root: BlockHash, clock: Callable[[], float], lock: Owned = NO_LOCK) -> None:
@@ -35,17 +35,12 @@ class BlockTree:
         self._clock = clock
         self._now = clock()
         self._entries: dict[BlockHash, Entry] = {}
-        self._trunk = Entry(root, None, b"", self._now)  # stands for the root, and is not in the table
-        self._content_digests = ContentDigests(self._trunk, root, self._entries)
-        self._observe: Callable[[Entry, Entry | None], None] | None = None  # told of an insertion, and its parent
-
-    @property
-    def root_entry(self) -> Entry:
-        """What the first blocks of all chains hang under; it is in no tier, stays the same, and needs no lock."""
-        return self._trunk
+        self.root_entry = Entry(root, None, b"", self._now)
+        self._content_digests = ContentDigests(self.root_entry, root, self._entries)
+        self._observe: Callable[[Entry, Entry | None], None] | None = None  # called with entry, parent
 
     def now(self) -> float:
-        """Return the time by which accesses are noted; needs no lock."""
+        """Return the time of the clock that accesses are recorded by; needs no lock."""
         return self._clock()
 
     def __len__(self) -> int:
@@ -62,7 +57,7 @@ class BlockTree:
         *,
         content_digest: ContentDigest | None = None,
     ) -> Entry | None:
-        """Return the entry of exactly this block. None if it is unknown, and on a hash collision."""
+        """Return the entry of exactly this block; None if it is unknown, and on a hash collision."""
         assert self._lock.is_owned()
         entry = self._entries.get(block_hash)
         if entry is None or not entry.is_same_block(parent_hash, token_bytes):
@@ -70,41 +65,41 @@ class BlockTree:
         return entry if content_digest is None or content_digest == self.content_digest_of(entry) else None
 
     def content_digest_of(self, entry: Entry) -> ContentDigest:
-        """Return what proves an entry, computed if it is not kept; also of one that has just gone."""
+        """Return the content digest of an entry, also of one that has just left the tree."""
         assert self._lock.is_owned()
         return self._content_digests.of(entry)
 
     def content_digest_after(self, parent_hash: BlockHash, token_bytes: bytes) -> ContentDigest:
-        """Return the digest of a block, perhaps a partial one, behind an entry (or the root) that the caller holds."""
+        """Return the digest of a whole or partial block after an entry (or the root) that is in the tree."""
         assert self._lock.is_owned()
         parent = self._parent(parent_hash)
-        assert parent is not None, "the parent of what is to be sealed has gone"
+        assert parent is not None, "the parent has left the tree"
         return chain_content_digest(self.content_digest_of(parent), token_bytes)
 
     def peek(self, block_hash: BlockHash) -> Entry | None:
-        """Return whatever entry has this hash: the caller compares its identity."""
+        """Return the entry with this hash, whatever block it is: the caller compares its identity."""
         assert self._lock.is_owned()
         return self._entries.get(block_hash)
 
     def walk(self, token_bytes: bytes, block_size: int) -> list[Entry]:
         """Return the entries of the leading whole blocks of a sequence, up to the first that is unknown.
 
-        token_bytes: the sequence as little-endian uint32. The tree is followed by token ids, so nothing is hashed
-        and no collision can lead astray.
+        token_bytes: the sequence as little-endian uint32. The walk compares token ids: it hashes nothing, and a
+        collision cannot mislead it.
         """
         assert self._lock.is_owned()
         step = block_size * TOKEN_BYTES
-        parent = self._trunk
+        parent = self.root_entry
         found: list[Entry] = []
         for start in range(0, len(token_bytes) - step + 1, step):
-            family = parent.family
-            if family is None:
+            below = parent.child_or_children
+            if below is None:
                 break
             tokens = token_bytes[start : start + step]
-            if isinstance(family, Siblings):
-                child = family.find(tokens)
+            if isinstance(below, Children):
+                child = below.find(tokens)
             else:
-                child = family if family.token_bytes == tokens else None
+                child = below if below.token_bytes == tokens else None
             if child is None:
                 break
             found.append(child)
@@ -112,7 +107,7 @@ class BlockTree:
         return found
 
     def collides(self, block_hash: BlockHash, parent_hash: BlockHash, token_bytes: bytes) -> bool:
-        """Tell whether another block has taken this hash, so that this one cannot be cached."""
+        """Return whether another block has this hash, so that this block cannot be cached."""
         assert self._lock.is_owned()
         entry = self._entries.get(block_hash)
         if entry:
@@ -120,36 +115,36 @@ class BlockTree:
         return block_hash == self.root
 
     def children(self, parent_hash: BlockHash) -> list[Entry]:
-        """Return the entries that continue the block (or, for the root, begin a chain)."""
+        """Return the entries that continue the block, or begin a chain if it is the root."""
         assert self._lock.is_owned()
         parent = self._parent(parent_hash)
         return list(parent.children) if parent else []
 
     def nearest_child(self, parent_hash: BlockHash, token_bytes: bytes) -> tuple[Entry, Tier, int] | None:
-        """Return the child whose token ids have most in common with these, its tier, and how many they have.
+        """Return the child that has most leading tokens in common with these, its tier, and their number.
 
-        Only children with bytes in the hot or the warm tier, and one token or more in common. Of equals a hot one,
-        if there is one among the 32 nearest on either side: there may be a hundred thousand.
+        The child has bytes in the hot or the warm tier, and at least one token in common. Of equals a hot one is
+        taken, if the 32 nearest on either side have one: there may be 100,000 children.
         """
         assert self._lock.is_owned()
         parent = self._parent(parent_hash)
-        family = parent.family if parent else None
-        if family is None:
+        below = parent.child_or_children if parent else None
+        if below is None:
             return None
-        if isinstance(family, Entry):
-            family = Siblings(family)
+        if isinstance(below, Entry):
+            below = Children(below)
         best: tuple[Entry, Tier, int] | None = None
-        for side in (family.upwards(token_bytes), family.downwards(token_bytes)):
+        for side in (below.ascending_from(token_bytes), below.descending_before(token_bytes)):
             best = _nearest(islice(side, _NEAREST), token_bytes, best)
         return best
 
     def find_child(self, parent: Entry, token_bytes: bytes) -> Entry | None:
-        """Return the child of an entry with exactly these token ids, whatever its hash."""
+        """Return the child of an entry with exactly these token ids, whatever its hash is."""
         assert self._lock.is_owned()
-        family = parent.family
-        if isinstance(family, Siblings):
-            return family.find(token_bytes)
-        return family if family and family.token_bytes == token_bytes else None
+        below = parent.child_or_children
+        if isinstance(below, Children):
+            return below.find(token_bytes)
+        return below if below and below.token_bytes == token_bytes else None
 
     def insert(
         self,
@@ -159,12 +154,11 @@ class BlockTree:
         *,
         content_digest: ContentDigest | None = None,
     ) -> Entry | None:
-        """Return the entry of the block, made if need be. None if its hash is taken or its parent unknown.
+        """Return the entry of the block, inserted if it is new; None if its hash is taken or its parent unknown.
 
-        A new entry has no place yet: attach one, or call `forget`.
-        content_digest: of a block whose parent the caller does not hold, and so knows by the hash alone: another block
-        may
-        have that hash by now. Then that is an unknown parent too.
+        A new entry has no place yet: the caller attaches one, or calls `forget`.
+        content_digest: given if the caller knows the parent by its hash only. A parent with another digest counts as
+        unknown, because another block may have taken its hash.
         """
         assert self._lock.is_owned()
         entry = self._entries.get(block_hash)
@@ -182,50 +176,55 @@ class BlockTree:
         self._entries[block_hash] = entry
         if content_digest is not None:
             self._content_digests.keep(entry, content_digest)
-        family = parent.family
-        if family is None:
-            parent.family = entry
-        elif isinstance(family, Entry):
-            parent.family = Siblings(family, entry, num_warm=parent.warm_children)
+        below = parent.child_or_children
+        if below is None:
+            parent.child_or_children = entry
+        elif isinstance(below, Entry):
+            parent.child_or_children = Children(below, entry, num_warm=parent.warm_children)
         else:
-            family.add(entry)
+            below.add(entry)
         if self._observe:
-            self._observe(entry, None if parent is self._trunk else parent)
+            self._observe(entry, None if parent is self.root_entry else parent)
         return entry
 
     def depth_first(self) -> Iterator[Entry]:
-        """Yield every entry, parents first, and what continues a block right behind it, as far as it does not part."""
+        """Yield every entry, parents first, and each chain without interruption."""
         assert self._lock.is_owned()
-        stack = [self._trunk]
+        stack = [self.root_entry]
         while stack:
             entry = stack.pop()
-            if entry is not self._trunk:
+            if entry is not self.root_entry:
                 yield entry
             stack.extend(reversed(list(entry.children)))
 
     def _time(self) -> float:
-        """Return the time, the same float for a while: a float of its own would cost every entry 32 bytes."""
+        """Return the time, the same float for 0.1 ms: one float for each entry would take 32 bytes."""
         now = self._clock()
         if not 0 <= now - self._now < _SAME_TIME_S:
             self._now = now
         return self._now
 
     def _parent(self, parent_hash: BlockHash) -> Entry | None:
-        return self._trunk if parent_hash == self.root else self._entries.get(parent_hash)
+        return self.root_entry if parent_hash == self.root else self._entries.get(parent_hash)
 
     def _prune(self, entry: Entry) -> None:
-        """Drop an entry without place and children, and those above it that are left without."""
+        """Drop an entry without place and children, then each parent that has neither."""
         entries = self._entries
-        while entry.block_id is None and entry.warm_slot is None and entry.family is None and not entry.flags & AWAITED:
+        while (
+            entry.block_id is None
+            and entry.warm_slot is None
+            and entry.child_or_children is None
+            and not entry.flags & AWAITED
+        ):
             parent = entry.parent
-            family = parent.family
-            if family is entry:
-                parent.family = None
-            elif isinstance(family, Siblings) and family.find(entry.token_bytes) is entry:
-                family.remove(entry)
-                parent.family = family.only() or family
+            below = parent.child_or_children
+            if below is entry:
+                parent.child_or_children = None
+            elif isinstance(below, Children) and below.find(entry.token_bytes) is entry:
+                below.remove(entry)
+                parent.child_or_children = below.only() or below
             else:
-                return  # it had been dropped before, or is the trunk
+                return  # dropped before, or the root entry
             del entries[entry.block_hash]
             if entry.depth % KEPT_EVERY == KEPT_EVERY - 1:
                 self._content_digests.forget(entry)
@@ -235,7 +234,7 @@ class BlockTree:
 def _nearest(
     children: Iterable[Entry], token_bytes: bytes, best: tuple[Entry, Tier, int] | None
 ) -> tuple[Entry, Tier, int] | None:
-    """Return the best of `best` and some children, of which each has at most as much in common as the one before."""
+    """Return the best of `best` and some children; their common prefixes with the tokens never grow in this order."""
     has_warm = False
     for child in children:
         if best and not child.token_bytes.startswith(token_bytes[: best[2] * TOKEN_BYTES]):

@@ -15,7 +15,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from tierkv.background.open_calls import OpenCalls
+from tierkv.background.active_calls import ActiveCalls
 from tierkv.background.work_queue import Priority
 from tierkv.errors import CapacityError, ClosedError, ConfigError, ShapeError
 from tierkv.movers.mover import CudaReady, Done, Ready, record_event
@@ -38,6 +38,9 @@ class TransferOp:
     A target has the source's shape and dtype and is contiguous. Page-locked CPU memory is copied directly. Until the
     transfer has ended, source and target must not be written, nor the target read. Raises ShapeError, and ConfigError
     for an unknown priority.
+
+    >>> TransferOp.to_cpu(torch.ones(3), priority=Priority.PREFETCH).source.shape
+    torch.Size([3])
     """
 
     source: Tensor
@@ -86,6 +89,11 @@ class MemoryTransferManager:
     pinned_memory_pool_size: bytes of page-locked memory, allocated once, half for each direction. Pageable memory is
     copied through it; transfers wait while it is full. A larger pool than the default changes nothing.
     max_waiting_bytes: of each direction and priority; a call that would exceed it waits for room.
+
+    >>> with MemoryTransferManager("cpu") as manager:
+    ...     (handle,) = manager.bulk_transfer([TransferOp.to_cpu(torch.ones(3))])
+    ...     handle.result()
+    tensor([1., 1., 1.])
     """
 
     def __init__(
@@ -96,7 +104,7 @@ class MemoryTransferManager:
         max_waiting_bytes: int = 4 << 30,
     ) -> None:
         self.device = _device_of(device)
-        self._calls = OpenCalls("the transfer manager")
+        self._calls = ActiveCalls("the transfer manager")
         pinned_memory_pool_size = check_count("pinned_memory_pool_size", pinned_memory_pool_size)
         max_waiting_bytes = check_count("max_waiting_bytes", max_waiting_bytes, least=1)
         piece_bytes = min(_PIECE_BYTES, pinned_memory_pool_size // (2 * _PIECES_IN_FLIGHT))
@@ -165,7 +173,7 @@ class MemoryTransferManager:
 
     def close(self) -> None:
         """Finish all transfers, then end the threads and free the memory. Does nothing in a forked process."""
-        if self._calls.is_foreign:
+        if self._calls.is_forked:
             return
         for queue in self._queues.values():
             queue.close()

@@ -1,4 +1,4 @@
-"""The eviction policies by name. Policies see plain values and never touch bytes."""
+"""The eviction policies by name. A policy sees plain values, never bytes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 from tierkv.errors import ConfigError
 from tierkv.index.eviction import CacheBlock, EvictionPolicy
-from tierkv.policies.basic import CostAwarePolicy, LFUPolicy, LRUPolicy, PrefixAwarePolicy
 from tierkv.policies.density import HitDensityPolicy
 from tierkv.policies.learned import LearnedPolicy
+from tierkv.policies.scores import CostAwarePolicy, LFUPolicy, LRUPolicy, PrefixAwarePolicy
 from tierkv.policies.segmented import AdaptiveLRUPolicy, S3FIFOPolicy
 
 __all__ = [
@@ -33,14 +33,16 @@ _LEARNED = "learned:"
 
 
 def policy_names() -> list[str]:
-    """Return the names of the policies that need no file, the default first."""
+    """Return the names of the policies, except learned:FILE; the default first."""
     return list(_makers())
 
 
 def make_policy(name: str) -> EvictionPolicy:
-    """Return a new policy by its name; underscores may stand for hyphens. `learned:FILE` reads trained weights.
+    """Return a new policy by its name; underscores may replace hyphens. `learned:FILE` reads trained weights.
 
-    Raises ConfigError that lists the names there are, or says what is wrong with the file.
+    Raises ConfigError for an unknown name, with a list of the names, and for an unusable file.
+
+    >>> cache.set_eviction_policy(make_policy("lru"))
     """
     if not isinstance(name, str):
         raise ConfigError(f"an eviction policy's name must be text, got {name!r}")

@@ -1,8 +1,7 @@
-"""How likely a block is to be used again, by how long it has been idle, and what that is worth.
+"""How likely an idle block is to be used again, and how many hits a second of keeping it yields.
 
-Idle times fall into buckets of half an octave. For each kind of block the chance to be used within a bucket, given
-that it was not before, is counted (`hazards`), and from these follows how much a second of keeping it yields
-(`hit_densities`).
+Idle times fall into buckets of half an octave. `hazards` estimates for each kind of block the chance of a use within a
+bucket, if there was none before it. `hit_densities` computes hits per second from these.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ __all__ = ["NUM_BUCKETS", "bucket_of", "buckets_of", "hazards", "hit_densities"]
 
 Floats = npt.NDArray[np.float64]
 
-NUM_BUCKETS = 48  # up to 6 days; the last has what is longer
-_SHORTEST_LOG2 = -4  # below 1/16 s everything is one bucket
+NUM_BUCKETS = 48  # up to 6 days; the last bucket has all longer times
+_SHORTEST_LOG2 = -4  # all times below 1/16 s are in the first bucket
 _SQRT_HALF = 0.5**0.5
 _EDGES = np.concatenate([[0.0], 2.0 ** (_SHORTEST_LOG2 + np.arange(NUM_BUCKETS) / 2)])
 _WIDTHS = np.diff(_EDGES)
@@ -38,12 +37,11 @@ def buckets_of(idle_s: Floats) -> npt.NDArray[np.int64]:
 
 
 def hazards(used: Floats, unused: Floats, *, weight: float, default: float) -> Floats:
-    """Return the chance to be used within each bucket of those that reach it, [kinds, NUM_BUCKETS].
+    """Return for each bucket the chance that a block that reaches it is used in it, [kinds, NUM_BUCKETS].
 
-    used: how many were used again after an idle time in the bucket. unused: how many were last seen idle for so
-    long, or are still idle: for them nothing is known of later buckets, and half is known of this one (Kaplan
-    and Meier's estimate). Both [kinds, NUM_BUCKETS]. A kind with little evidence is drawn to all kinds together,
-    and these to `default`, each as though by `weight` more blocks.
+    used: blocks that were used after an idle time in the bucket. unused: blocks whose idle time is known up to this
+    bucket only; they count half in it (Kaplan and Meier's estimate). Both are [kinds, NUM_BUCKETS].
+    The estimate of a kind is drawn to that of all kinds as by `weight` more blocks, and that of all kinds to `default`.
     """
     reached = (used + unused)[:, ::-1].cumsum(axis=1)[:, ::-1] - unused / 2
     overall = (used.sum(axis=0) + weight * default) / (reached.sum(axis=0) + weight)
@@ -51,18 +49,18 @@ def hazards(used: Floats, unused: Floats, *, weight: float, default: float) -> F
 
 
 def hit_densities(chances: Floats) -> Floats:
-    """Return the hits that a second of keeping a block yields, [kinds, NUM_BUCKETS], idle since each bucket's start.
+    """Return the hits that a second of keeping an idle block yields, from each bucket's start, [kinds, NUM_BUCKETS].
 
-    Whoever keeps a block may stop at any later bucket: of all stops the best counts, hits divided by the seconds
-    spent until a hit or the stop. Keeping what has the highest density is optimal where blocks are independent
-    (Gittins' index); hit density as a rank is LHD's (Beckmann, Chen and Cidon, NSDI 2018).
+    The cache may keep a block until any later bucket. The density is that of the best such end: hits divided by the
+    seconds until a hit or the end. To keep the blocks of highest density is optimal if blocks are independent (Gittins'
+    index). Hit density as a rank is LHD's (Beckmann, Chen and Cidon, NSDI 2018).
     """
     densities = np.empty_like(chances)
     for start in range(NUM_BUCKETS):
-        tail = chances[:, start:]
-        survival = np.cumprod(1 - tail, axis=1)
-        before = np.concatenate([np.ones((len(tail), 1)), survival[:, :-1]], axis=1)
-        seconds = np.cumsum(before * (1 - tail / 2) * _WIDTHS[start:], axis=1)
+        later = chances[:, start:]
+        survival = np.cumprod(1 - later, axis=1)
+        before = np.concatenate([np.ones((len(later), 1)), survival[:, :-1]], axis=1)
+        seconds = np.cumsum(before * (1 - later / 2) * _WIDTHS[start:], axis=1)
         densities[:, start] = ((1 - survival) / seconds).max(axis=1)
-    densities[:, 0] = densities[:, :2].max(axis=1)  # it is wider than the next, which says nothing against it
+    densities[:, 0] = densities[:, :2].max(axis=1)  # the first bucket is wider: that must not lower it
     return densities

@@ -1,4 +1,4 @@
-"""A policy trained beforehand: a logistic model guesses which blocks are used again, and how soon follows from that."""
+"""A policy trained from a trace: a logistic model predicts which blocks are used again, and so their class."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 
 from tierkv.errors import ConfigError, StoreError
 from tierkv.index.eviction import CacheBlock
+from tierkv.policies.block_classes import BlockClassPolicy
 from tierkv.policies.hazard import NUM_BUCKETS, hit_densities
-from tierkv.policies.lanes import LanePolicy
 from tierkv.values.files import open_regular, write_whole
 
 __all__ = ["FEATURES", "LearnedModel", "LearnedPolicy", "features_of"]
@@ -29,14 +29,15 @@ FEATURES = (
     "log2 of the last gap in seconds",
 )
 _FORMAT = 1
-_MOST_BYTES = 16 << 20  # 256 lanes of chances take a fraction of that
+_MOST_BYTES = 16 << 20  # 256 classes take a fraction of it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnedModel:
-    """What training found. chances of a lane: to be used within each bucket of idle time (see `hazards`).
+    """The result of training.
 
-    weights and bias: of the logistic model, over `FEATURES`. edges: its values between neighbouring lanes.
+    weights, bias: of the logistic model over `FEATURES`. edges: its values between neighbouring classes.
+    chances: for each class, those of a use within each bucket of idle time (see `hazards`).
     """
 
     weights: tuple[float, ...]
@@ -46,9 +47,9 @@ class LearnedModel:
 
     def __post_init__(self) -> None:
         if len(self.weights) != len(FEATURES) or len(self.chances) != len(self.edges) + 1 or len(self.chances) > 256:
-            raise ConfigError("the model's weights or lanes are too few or too many")
+            raise ConfigError("the model's weights or classes are too few or too many")
         if any(len(row) != NUM_BUCKETS or not all(0 < chance < 1 for chance in row) for row in self.chances):
-            raise ConfigError(f"a lane's chances must be {NUM_BUCKETS} numbers between 0 and 1")
+            raise ConfigError(f"a class's chances must be {NUM_BUCKETS} numbers between 0 and 1")
         if not np.all(np.isfinite([*self.weights, self.bias, *self.edges])) or list(self.edges) != sorted(self.edges):
             raise ConfigError("the model's numbers must be finite and its edges in order")
 
@@ -62,7 +63,7 @@ class LearnedModel:
 
     @staticmethod
     def load(path: Path) -> LearnedModel:
-        """Read a model. Raises ConfigError for a file that is none, or of another format."""
+        """Read a model. Raises ConfigError for a file that holds none, or one of another format."""
         try:
             fields: Any = json.loads(_read(path))
             if fields["format"] != _FORMAT or tuple(fields["features"]) != FEATURES:
@@ -79,15 +80,14 @@ class LearnedModel:
             raise ConfigError(f"{path} is not a trained policy: {type(exc).__name__}: {exc}") from exc
 
 
-class LearnedPolicy(LanePolicy):
-    """Evicts the block with the fewest hits to be expected from a second of keeping it, by a trained model.
+class LearnedPolicy(BlockClassPolicy):
+    """Evicts the block with the fewest expected hits a second of keeping it, as a trained model predicts.
 
-    The same ranking as the default's, but what it knows of a trace's habits was learned before, from features
-    that it weighs together, and does not change.
+    The ranking is that of `HitDensityPolicy`, but its classes and densities were learned from a trace and are fixed.
     """
 
     def __init__(self, model: LearnedModel, *, num_rows: int = 1 << 17) -> None:
-        super().__init__(num_lanes=len(model.chances), num_rows=num_rows)
+        super().__init__(num_classes=len(model.chances), num_rows=num_rows)
         self.model = model
         self.densities = hit_densities(np.array(model.chances)).tolist()
         self._edges = list(model.edges)
@@ -97,15 +97,15 @@ class LearnedPolicy(LanePolicy):
         """Return a policy with the model of a file. Raises ConfigError."""
         return LearnedPolicy(LearnedModel.load(path))
 
-    def choose_lane(self, block: CacheBlock, count: int, away_s: float, fork: int) -> int:
-        """Return how many edges the model's value for the block reaches."""
+    def classify(self, block: CacheBlock, count: int, away_s: float, fork: int) -> int:
+        """Return the number of edges that the model's value for the block reaches."""
         values = features_of(block, count=count, away_s=away_s, fork=fork, is_partial=self.is_partial(block))
         value = self.model.bias + sum(w * v for w, v in zip(self.model.weights, values, strict=True))
         return bisect_right(self._edges, value)
 
 
 def _read(path: Path) -> str:
-    """Return a regular file's text. Never waits; raises StoreError, OSError, and ValueError for a file too large."""
+    """Return the text of a regular file. Raises StoreError, OSError, and ValueError for a file that is too large."""
     with open(open_regular(path), "rb") as file:
         text = file.read(_MOST_BYTES + 1)
     if len(text) > _MOST_BYTES:
@@ -116,7 +116,7 @@ def _read(path: Path) -> str:
 def features_of(
     block: CacheBlock, *, count: int, away_s: float, fork: int, is_partial: bool
 ) -> tuple[float, float, float, float, float, float, float]:
-    """Return what the model is told of a block that was just used, in the order of `FEATURES`."""
+    """Return the features of a block that was just used, in the order of `FEATURES`."""
     is_new = count <= 1
     gap_s = _mean_gap_s(block) if block.access_count > 1 else away_s
     return (
@@ -131,5 +131,5 @@ def features_of(
 
 
 def _mean_gap_s(block: CacheBlock) -> float:
-    """Return the mean time between uses since the block was inserted; it has been used again."""
+    """Return the mean time between the uses of a block used at least twice."""
     return max(block.last_access - block.created_at, 0.0) / (block.access_count - 1)

@@ -1,7 +1,7 @@
-"""Policies of two segments, new blocks on probation beside proven ones, which remember what they evicted.
+"""Policies of two segments, new blocks and proven ones, that remember the hashes of evicted blocks.
 
-Both keep their own queue for each tier. A queue knows which blocks its tier holds (`add`, `remove_all`) and orders
-those that may be evicted; how often a block was used since it knows from the block itself.
+Each tier has an order of its own. It learns which blocks the tier holds (`add`, `remove_all`) and orders those that
+may be evicted. It reads from the block how often it was used since.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from tierkv.index.eviction import CacheBlock, VictimQueue
-from tierkv.policies.basic import LRUPolicy
+from tierkv.index.eviction import CacheBlock, EvictionOrder
+from tierkv.policies.scores import LRUPolicy
 from tierkv.values.block import BlockHash
 
 __all__ = ["AdaptiveLRUPolicy", "S3FIFOPolicy"]
@@ -23,36 +23,36 @@ _NEW, _PROVEN = 0, 1
 
 @dataclass(slots=True)
 class _Member:
-    """A block that the tier holds. count: its uses already taken into account; offer: its latest push."""
+    """A block that the tier holds. count: its uses already counted. pushed: the serial of its last push."""
 
     segment: int
     serial: int
     count: int
-    offer: int = 0
+    pushed: int = 0
 
 
-_Offer: TypeAlias = tuple[float, int, int, CacheBlock, int]
+_Item: TypeAlias = tuple[float, int, int, CacheBlock, int]  # key, negated depth, serial, block, stamp
 
 
-class _SegmentedQueue:
-    """What both have in common: members, two heaps of offers, and ghosts of what was evicted."""
+class _SegmentedOrder:
+    """Base of both: the members, a heap for each segment, and the hashes of evicted blocks (ghosts)."""
 
     def __init__(self) -> None:
         self._members: dict[BlockHash, _Member] = {}
         self._sizes = [0, 0]
-        self._heaps: tuple[list[_Offer], list[_Offer]] = ([], [])
+        self._heaps: tuple[list[_Item], list[_Item]] = ([], [])
         self._ghosts: tuple[OrderedDict[BlockHash, None], OrderedDict[BlockHash, None]] = (OrderedDict(), OrderedDict())
         self._serial = 0
 
     def add(self, block: CacheBlock) -> None:
-        """Put a new block on probation, and one that is remembered among the proven."""
+        """Add a block to the segment that `_segment_of_new` chooses."""
         segment = self._segment_of_new(block)
         self._serial += 1
         self._members[block.block_hash] = _Member(segment, self._serial, block.access_count)
         self._sizes[segment] += 1
 
     def remove_all(self, blocks: Sequence[CacheBlock]) -> None:
-        """Remember blocks that left, each for as long as it takes as many others to leave as there are members."""
+        """Remember evicted blocks; a segment has at most as many ghosts as the tier has blocks."""
         for block in blocks:
             member = self._members.pop(block.block_hash)
             self._sizes[member.segment] -= 1
@@ -62,29 +62,29 @@ class _SegmentedQueue:
                 ghosts.popitem(last=False)
 
     def push(self, block: CacheBlock, stamp: int) -> None:
-        """Offer a block in its segment; an earlier offer of it is void from now on."""
+        """Push a block in its segment; its earlier push is outdated."""
         member = self._members[block.block_hash]
         self._note_uses(block, member)
         self._serial += 1
-        member.offer = self._serial
-        offer = (self._key(block, member), -block.depth, self._serial, block, stamp)
-        heapq.heappush(self._heaps[member.segment], offer)
+        member.pushed = self._serial
+        item = (self._key(block, member), -block.depth, self._serial, block, stamp)
+        heapq.heappush(self._heaps[member.segment], item)
 
     def pop(self) -> tuple[CacheBlock, int] | None:
         """Take the block that goes next."""
         raise NotImplementedError
 
     def goes_first(self, block: CacheBlock) -> bool:
-        """Not known before it is pushed: what is taken may move others."""
+        """Return False: a pop may move other blocks, so this is unknown before the push."""
         return False
 
     def clear(self) -> None:
-        """Forget the offers; members and ghosts stay."""
+        """Forget every push; members and ghosts stay."""
         for heap in self._heaps:
             heap.clear()
 
     def __iter__(self) -> Iterator[tuple[CacheBlock, int]]:
-        return (offer[3:] for heap in self._heaps for offer in heap if self._is_valid(offer))
+        return (item[3:] for heap in self._heaps for item in heap if self._is_valid(item))
 
     def __len__(self) -> int:
         return len(self._heaps[_NEW]) + len(self._heaps[_PROVEN])
@@ -93,25 +93,25 @@ class _SegmentedQueue:
         raise NotImplementedError
 
     def _note_uses(self, block: CacheBlock, member: _Member) -> None:
-        """Take into account how often the block was used since."""
+        """Count the block's uses since the last push."""
 
     def _key(self, block: CacheBlock, member: _Member) -> float:
-        """Return the block's place in its segment: the lowest goes first."""
+        """Return the block's key in its segment: the lowest goes first."""
         raise NotImplementedError
 
-    def _is_valid(self, offer: _Offer) -> bool:
-        member = self._members.get(offer[3].block_hash)
-        return member is not None and member.offer == offer[2]
+    def _is_valid(self, item: _Item) -> bool:
+        member = self._members.get(item[3].block_hash)
+        return member is not None and member.pushed == item[2]
 
-    def _head(self, segment: int) -> _Offer | None:
-        """Return the first valid offer of a segment, void ones before it thrown away."""
+    def _first(self, segment: int) -> _Item | None:
+        """Drop the outdated items at the head of a segment, and return its first valid one."""
         heap = self._heaps[segment]
         while heap and not self._is_valid(heap[0]):
             heapq.heappop(heap)
         return heap[0] if heap else None
 
     def _take(self, segment: int) -> tuple[CacheBlock, int] | None:
-        return heapq.heappop(self._heaps[segment])[3:] if self._head(segment) else None
+        return heapq.heappop(self._heaps[segment])[3:] if self._first(segment) else None
 
     def _move(self, member: _Member, segment: int) -> None:
         self._sizes[member.segment] -= 1
@@ -120,26 +120,26 @@ class _SegmentedQueue:
 
 
 class S3FIFOPolicy(LRUPolicy):
-    """New blocks pass a small queue first, and only those used there meet the large one, where uses buy rounds.
+    """New blocks enter a small queue; blocks used there move to the large queue, where each use buys a round.
 
-    Source: S3-FIFO (Yang et al., SOSP 2023), with its constants: a tenth for the small queue, two uses to be
-    promoted, at most three rounds. Leaf first: a block with children holds its place and is passed over.
+    Source: S3-FIFO (Yang et al., SOSP 2023), with its constants: a tenth for the small queue, two uses for a
+    promotion, at most three rounds. Leaf first: a block with children keeps its place and is passed over.
     """
 
     SMALL_SHARE = 0.1
     PROMOTION_USES = 2
     MOST_ROUNDS = 3
 
-    def new_queue(self) -> VictimQueue[CacheBlock]:
+    def new_order(self) -> EvictionOrder[CacheBlock]:
         """Return the two queues of a tier."""
-        return _S3FIFOQueue()
+        return _S3FIFOOrder()
 
 
-class _S3FIFOQueue(_SegmentedQueue):
+class _S3FIFOOrder(_SegmentedOrder):
     def pop(self) -> tuple[CacheBlock, int] | None:
-        """Take the next block; those that have earned it are promoted or given another round on the way."""
-        while offer := self._next():
-            block, stamp = offer[3:]
+        """Take the next block; blocks with enough uses are promoted or get another round first."""
+        while item := self._next():
+            block, stamp = item[3:]
             member = self._members[block.block_hash]
             uses = min(block.access_count - member.count, S3FIFOPolicy.MOST_ROUNDS)
             heapq.heappop(self._heaps[member.segment])
@@ -153,8 +153,8 @@ class _S3FIFOQueue(_SegmentedQueue):
             self.push(block, stamp)
         return None
 
-    def _next(self) -> _Offer | None:
-        small, large = self._head(_NEW), self._head(_PROVEN)
+    def _next(self) -> _Item | None:
+        small, large = self._first(_NEW), self._first(_PROVEN)
         is_small_full = self._sizes[_NEW] > S3FIFOPolicy.SMALL_SHARE * len(self._members)
         return small if small and (is_small_full or not large) else large
 
@@ -166,24 +166,24 @@ class _S3FIFOQueue(_SegmentedQueue):
 
 
 class AdaptiveLRUPolicy(LRUPolicy):
-    """Two LRU lists, blocks used once and blocks used again; how large the first may be follows the misses.
+    """Two LRU lists, blocks used once and blocks used again; misses decide how long the first may be.
 
-    A block that returns soon after it was evicted from one list shows that this list was too small.
+    A block that returns soon after its eviction from a list shows that the list was too short.
     Source: ARC (Megiddo and Modha, FAST 2003), leaf first: a block with children is passed over.
     """
 
-    def new_queue(self) -> VictimQueue[CacheBlock]:
+    def new_order(self) -> EvictionOrder[CacheBlock]:
         """Return the two lists of a tier."""
-        return _AdaptiveQueue()
+        return _AdaptiveOrder()
 
 
-class _AdaptiveQueue(_SegmentedQueue):
+class _AdaptiveOrder(_SegmentedOrder):
     def __init__(self) -> None:
         super().__init__()
         self._target = 0.0  # how many blocks used once are worth keeping
 
     def pop(self) -> tuple[CacheBlock, int] | None:
-        """Take the oldest block of whichever list is above its size."""
+        """Take the oldest block of the list that is above its size."""
         first = _NEW if self._sizes[_NEW] > self._target else _PROVEN
         return self._take(first) or self._take(1 - first)
 

@@ -1,1 +1,1 @@
-"""What watches the memory of a cache and tells of it: tracker, profiler, reports, metrics."""
+"""Observability of a cache's memory, and its control: tracker, profiler, reports, metrics, controller."""

@@ -1,4 +1,4 @@
-"""The charts of a profiled run: each is drawn on matplotlib's axes, for the page and for the PNG files alike."""
+"""The charts of a profiled run, drawn on matplotlib's axes for the page and for the PNG files."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ _MAX_ROWS = 48
 _NUM_BINS = 32
 _UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("B", 1))
 
-Axes: TypeAlias = Any  # matplotlib's; it is optional and loaded only where something is drawn
+Axes: TypeAlias = Any  # matplotlib's, which is optional
 
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """A chart. label: what it shows, for readers that cannot see it; caption: the sentence below it.
+    """A chart. label: its alternative text. caption: the sentence below it.
 
-    draw: draws it on axes; None where there is nothing to show, and the caption says so.
+    draw: draws it on axes; None where there is nothing to show, as the caption says.
     """
 
     label: str
@@ -47,7 +47,7 @@ class Chart:
 
 
 def token_chart(run: ProfiledRun) -> Chart:
-    """Prompt tokens by where they came from, an iteration a bar."""
+    """Prompt tokens by the tier that had them, a bar per iteration."""
     shares = run.token_shares()
     if not shares:
         return Chart("", "No request was made.", None)
@@ -57,7 +57,7 @@ def token_chart(run: ProfiledRun) -> Chart:
         parts = {tier.value: [100 * each.tokens.get(tier, 0) / each.total for each in shares] for tier in Tier}
         parts["computed"] = [100 * each.computed / each.total for each in shares]
         _stack(axes, np.arange(len(shares)), parts, width=0.85)
-        ends = sorted({0, len(shares) - 1})  # names may be long: only the ends show theirs
+        ends = sorted({0, len(shares) - 1})  # labels may be long: only the first and the last are shown
         axes.set_xticks(ends, labels=[shares[at].name for at in ends])
         axes.set_xlabel(what)
         axes.set_ylim(0, 100)
@@ -68,7 +68,7 @@ def token_chart(run: ProfiledRun) -> Chart:
 
 
 def memory_chart(run: ProfiledRun) -> Chart:
-    """The bytes that each tier holds, over time."""
+    """Bytes that each tier holds, over time."""
 
     def draw(axes: Axes) -> None:
         most = max(each.stored_bytes for snapshot in run.snapshots for each in snapshot.stats.tiers.values())
@@ -88,7 +88,7 @@ def memory_chart(run: ProfiledRun) -> Chart:
 
 
 def heat_chart(run: ProfiledRun) -> Chart:
-    """Uses by block and time. Neighbouring blocks are joined where there are more than fit."""
+    """Uses by block and time. Neighbouring blocks share a row where there are more than fit."""
     cells = run.heat.cells
     if not cells:
         return Chart("", "No hot block was used.", None)
@@ -118,7 +118,7 @@ def heat_chart(run: ProfiledRun) -> Chart:
 
 
 def hit_curve_chart(run: ProfiledRun) -> Chart:
-    """What LRU caches of other sizes would have answered of this run."""
+    """Hits that LRU caches of other sizes would have had in this run."""
     measured = run.measured
     curve = measured.curve()
     if not curve.largest:
@@ -146,7 +146,7 @@ def hit_curve_chart(run: ProfiledRun) -> Chart:
 
 
 def fragmentation_chart(run: ProfiledRun) -> Chart:
-    """How scattered the free blocks are, over time."""
+    """Fragmentation of the free hot blocks, over time."""
 
     def draw(axes: Axes) -> None:
         ratios = [100 * each.fragmentation_ratio for each in run.snapshots]
@@ -160,7 +160,7 @@ def fragmentation_chart(run: ProfiledRun) -> Chart:
 
 
 def free_blocks_chart(run: ProfiledRun) -> Chart:
-    """How many hot blocks are free, over time."""
+    """Free hot blocks, over time."""
 
     def draw(axes: Axes) -> None:
         hot = [each.stats.of(Tier.HOT) for each in run.snapshots]

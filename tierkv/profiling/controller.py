@@ -1,4 +1,4 @@
-"""MemoryController: one place from which to see and steer the memory of a cache while it works."""
+"""MemoryController: reads and changes the memory settings of a cache while it works."""
 
 from __future__ import annotations
 
@@ -21,19 +21,23 @@ __all__ = ["MemoryController"]
 
 
 class Engine(Protocol):
-    """What runs a model over a cache and can be held between two steps; Runner can."""
+    """Runs a model over a cache, and can be paused between two steps. Runner satisfies it."""
 
     @property
     def cache(self) -> TierCache: ...
     def between_steps(self) -> AbstractContextManager[list[RunningSequence]]:
-        """Hold generation, and yield the sequences whose block tables may be rewritten."""
+        """Pause generation, and yield the sequences whose block tables may be rewritten."""
 
 
 class MemoryController:
-    """Steers the memory of one cache, that of a runner or one by itself. Thread-safe.
+    """Controls the memory of one cache, a runner's or one by itself. Thread-safe.
 
-    over: a runner or a cache; without one, settings are kept until `attach` names it. What acts or tells at once
-    raises ConfigError before that.
+    over: a runner or a cache. Without it, settings are kept until `attach` names it, and the other methods raise
+    ConfigError.
+
+    >>> controller = MemoryController(cache)
+    >>> controller.set_memory_budget(64 * cache.layout.block_bytes)  # blocks over the budget that are still in use
+    0
     """
 
     def __init__(self, over: Engine | TierCache | None = None) -> None:
@@ -46,9 +50,9 @@ class MemoryController:
             self.attach(over)
 
     def attach(self, over: Engine | TierCache) -> None:
-        """Steer this runner or cache from now on, by the settings made so far. One cache to a controller."""
+        """Control this runner or cache from now on, by the settings made so far. One cache to a controller."""
         if self._cache is not None:
-            raise ConfigError("this controller steers a cache already", hint="use one controller for each cache")
+            raise ConfigError("this controller has a cache already", hint="use one controller for each cache")
         self._engine = None if isinstance(over, TierCache) else over
         self._cache = over if isinstance(over, TierCache) else over.cache
         if self._policy is not None:
@@ -60,17 +64,17 @@ class MemoryController:
 
     @property
     def cache(self) -> TierCache:
-        """The cache that is steered. Raises ConfigError while there is none."""
+        """The cache that is controlled. Raises ConfigError while there is none."""
         if self._cache is None:
-            raise ConfigError("the controller steers no cache", hint="MemoryController(runner), or attach(runner)")
+            raise ConfigError("the controller has no cache", hint="MemoryController(runner), or attach(runner)")
         return self._cache
 
     def set_memory_budget(self, num_bytes: int) -> int:
         """Let hot blocks take at most so many bytes from now on, in whole blocks, and no more than the pool has.
 
-        What is over it is demoted or evicted before this returns. Return how many blocks are over it all the same:
-        running sequences use them or they are pinned, and they go as soon as they may. The pool's memory stays the
-        pool's. Raises ConfigError for less than one block, where the cache is known, or none.
+        Blocks beyond the budget are demoted or evicted before this returns. Return how many remain beyond it because
+        sequences use them or they are pinned; those are evicted as soon as they are not. The pool keeps its memory.
+        Raises ConfigError for a budget below one block (below one byte while there is no cache).
         """
         num_bytes = check_count("a memory budget", num_bytes, least=1, hint="in bytes, as 8 << 30")
         excess = self._apply_budget(self._cache, num_bytes) if self._cache else 0
@@ -78,16 +82,17 @@ class MemoryController:
         return excess
 
     def set_eviction_policy(self, policy: str | EvictionPolicy) -> None:
-        """Choose what is evicted by another policy: a name that `make_policy` knows, or an object of one's own."""
+        """Choose the blocks to evict by another policy: a name that `make_policy` knows, or an object."""
         chosen = make_policy(policy) if isinstance(policy, str) else policy
         if self._cache:
             self._cache.set_eviction_policy(chosen)
         self._policy = chosen
 
     def enable_cpu_offloading(self, offload_threshold: float = 0.9, offload_ratio: float = 0.2) -> None:
-        """Demote ahead of need: whenever more than this share of the budget is taken, this share of what nobody uses.
+        """Demote ahead of need: when more than `offload_threshold` of the budget is used, demote part of the cache.
 
-        That happens behind requests, on the thread that writes, and what no lower tier could take stays hot.
+        offload_ratio: share of the cached blocks that no sequence uses. The write thread demotes them in the
+        background; a block that no lower tier can take stays hot.
         """
         self._offloading = Offloading(threshold=offload_threshold, ratio=offload_ratio)
         if self._cache:
@@ -100,11 +105,11 @@ class MemoryController:
             self._cache.blocks.set_offloading(None)
 
     def get_memory_stats(self) -> dict[str, Any]:
-        """Return what the cache holds and how well that serves, as plain values by name.
+        """Return the cache's sizes and hit rates, as plain values by name.
 
-        Shares lie between 0 and 1. fragmentation: 0 where the free hot blocks are one run. budget_bytes: what hot
-        blocks may take; over_budget_bytes: what they take beyond that, because it is in use or pinned. peak_bytes: the
-        most that hot blocks took at a time. tiers: by name, each with hits, hit_rate (of all blocks asked for), blocks,
+        Shares lie between 0 and 1. fragmentation: 0 where the free hot blocks are one run. budget_bytes: for hot
+        blocks; over_budget_bytes: of hot blocks beyond it, because they are in use or pinned. peak_bytes: the most
+        that hot blocks took at a time. tiers: by name, each with hits, hit_rate (of all blocks asked for), blocks,
         used_bytes, stored_bytes, capacity_bytes, evictions, bytes_in and bytes_out.
         """
         stats, blocks, size = self.cache.stats(), self.cache.blocks, self.cache.layout.block_bytes
@@ -153,19 +158,19 @@ class MemoryController:
         pin_blocks: Sequence[int] | None = None,
         offload_blocks: Sequence[int] | None = None,
     ) -> BlockReport:
-        """Pin, offload and evict blocks of the hot pool by their ids; say what became of each.
+        """Pin, offload and evict blocks of the hot pool by their ids; return what became of each.
 
-        `cache.blocks.inspect()` tells which block is which, `cache.blocks.unpin` takes pins back. What cannot be done,
-        because a block is in use, say, is in the report; an id that no block can have raises ConfigError.
+        `cache.blocks.inspect()` lists the blocks; `cache.blocks.unpin` removes pins. A refused block, in use for
+        example, is in the report; an id outside the pool raises ConfigError.
         """
         return self.cache.blocks.manage(evict=evict_blocks or (), pin=pin_blocks or (), offload=offload_blocks or ())
 
     def optimize_memory_layout(self) -> LayoutReport:
-        """Defragment the hot pool: chains lie in contiguous runs, what is free is one. Return what was moved.
+        """Defragment the hot pool: chains lie in contiguous runs, free blocks in one. Return what was moved.
 
-        A runner is held between two steps meanwhile, and its running sequences move too. With a cache alone nobody
-        knows when those are at rest: their blocks stay; `cache.defragment(running)` moves them for who does know.
-        Block ids that were read before name other blocks afterwards. Raises StoreError if a copy fails.
+        A runner is paused between two steps meanwhile, and its running sequences move too. With a cache alone, blocks
+        of running sequences stay, because a step may be using them; `cache.defragment(running)` moves them. Block ids
+        that were read before name other blocks afterwards. Raises StoreError if a copy fails.
         """
         if self._engine is None:
             return self.cache.defragment()
@@ -174,7 +179,7 @@ class MemoryController:
 
     @contextmanager
     def profile(self) -> Iterator[MemoryProfiler]:
-        """Watch the cache within a with-statement; the profiler's report can be made inside or afterwards."""
+        """Observe the cache within a with-statement; the profiler's report can be made inside or afterwards."""
         with MemoryProfiler(self.cache) as profiler:
             yield profiler
 

@@ -1,4 +1,4 @@
-"""Draws charts with matplotlib, of the extra `report`: as SVG text for the page, as PNG files."""
+"""Draws charts with matplotlib, which the extra `report` brings: as SVG for the page, as PNG files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def require_matplotlib() -> None:
 
 
 def can_draw() -> bool:
-    """Tell whether matplotlib can be loaded."""
+    """Return whether matplotlib can be imported."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
@@ -56,7 +56,7 @@ def svg_of(chart: Chart) -> str:
 
 
 def save_png(path: Path, title: str, charts: Sequence[Chart], *, heights: Sequence[int] = (1,)) -> None:
-    """Write charts one below the other, without a display and without pyplot's state."""
+    """Write charts below each other. Needs no display and no state of pyplot. Raises ConfigError where it cannot."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5), dpi=110, layout="constrained")
@@ -66,7 +66,10 @@ def save_png(path: Path, title: str, charts: Sequence[Chart], *, heights: Sequen
         _draw(axes, chart)
     image = io.BytesIO()
     figure.savefig(image, format="png")
-    write_whole(path, image.getvalue())
+    try:
+        write_whole(path, image.getvalue())
+    except OSError as exc:
+        raise ConfigError(f"cannot write {path}: {exc.strerror}") from exc
 
 
 def _draw(axes: Any, chart: Chart) -> None:

@@ -1,4 +1,4 @@
-"""What a running cache does, over HTTP: /metrics for Prometheus, /status for `tierkv top` and for people.
+"""Serves a running cache's counters over HTTP: /metrics for Prometheus, /status as JSON for `tierkv top`.
 
 Needs prometheus-client, of the extra `metrics`; it is imported when a server or a collector is made. Only counts,
 sizes and block hashes leave the process: no token and no text.
@@ -28,7 +28,7 @@ __all__ = ["CacheCollector", "MetricsServer", "ServedCache", "serve_metrics", "s
 
 
 class ServedCache(Protocol):
-    """What the server needs of a cache; TierCache has it."""
+    """What the server needs of a cache; TierCache satisfies it."""
 
     @property
     def config(self) -> CacheConfig: ...
@@ -103,7 +103,7 @@ class CacheCollector:
         for metric in _BY_REASON:
             counts = getattr(stats, metric.field)
             known = _SKIP_REASONS if metric.field == "skip_reasons" else _MISS_REASONS
-            reasons = dict.fromkeys([*known, *counts])  # each is told before it first happens
+            reasons = dict.fromkeys([*known, *counts])  # Prometheus wants each reason before it first happens
             yield self._family(metric, ("reason",), [((reason,), counts.get(reason, 0)) for reason in reasons])
 
     def _family(
@@ -134,12 +134,12 @@ class MetricsServer:
 
     @property
     def port(self) -> int:
-        """The port it listens on; of interest where 0 was asked for."""
+        """The port that it listens on, also where 0 was given."""
         return int(self._server.server_port)
 
     @property
     def url(self) -> str:
-        """Where to find it, for `tierkv top --url`."""
+        """The address, for `tierkv top --url`."""
         return f"http://{self._server.server_address[0]!s}:{self.port}"
 
     def close(self) -> None:
@@ -157,8 +157,8 @@ def serve_metrics(
 ) -> MetricsServer:
     """Answer /metrics and /status until closed; close it before the cache. host: an IPv4 address or name.
 
-    Whoever can reach the port can read: the default is this machine alone. prefixes: how many of the largest
-    /status lists. Raises ConfigError without prometheus-client, and for an address that cannot be taken.
+    Every process that reaches the port can read; by default only those of this machine. prefixes: how many of the
+    largest /status lists. Raises ConfigError without prometheus-client, and for an address that cannot be bound.
     """
     registry = _prometheus().CollectorRegistry()
     registry.register(CacheCollector(cache))
@@ -177,7 +177,7 @@ def serve_metrics(
 
 
 def status_of(cache: ServedCache, table: PrefixTable, *, count: int, uptime_s: float) -> dict[str, Any]:
-    """Return what /status answers: plain values, counters since the cache was opened."""
+    """Return the content of /status: plain values, counters since the cache was opened."""
     stats = cache.stats()
     return {
         **_about(cache),
@@ -225,16 +225,16 @@ def _application(metrics: Any, status: Callable[[], Mapping[str, Any]]) -> Any:
 
 
 class _Server(ThreadingMixIn, WSGIServer):
-    """A slow reader must not keep others waiting, nor the process from ending."""
+    """Serves each request on a daemon thread, so that a slow client blocks neither others nor the process's end."""
 
     daemon_threads = True
 
 
 class _Handler(WSGIRequestHandler):
-    """A scrape every few seconds is not worth a line each."""
+    """Logs no requests: Prometheus makes one every few seconds."""
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class names it
-        """Say nothing."""
+        """Log nothing."""
 
 
 def _prometheus() -> Any:

@@ -1,4 +1,4 @@
-"""Which prefixes fill a cache: the tree of its blocks, summed up by runs that have one continuation."""
+"""Which prefixes fill a cache: the tree of its blocks, summed up by runs of blocks without a branch."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _ARRIVALS = (EventKind.REGISTER, EventKind.PROMOTE, EventKind.DEMOTE)
 
 @dataclass(frozen=True, slots=True)
 class PrefixUse:
-    """A run of blocks with one continuation: what prompts share up to where they part, or one prompt's own rest.
+    """A run of blocks without a branch: a prefix that prompts share until they differ, or the rest of one prompt.
 
-    block_hash: of its last block. first_token: tokens before the run. hits: answers by blocks of the run.
-    num_bytes: of its blocks in the tiers that the table follows; a block that lies in two counts in both.
+    block_hash: of its last block. first_token: tokens before the run. hits: of blocks of the run.
+    num_bytes: of its blocks in the tiers of the table; a block in two tiers counts twice.
     """
 
     block_hash: BlockHash
@@ -57,7 +57,7 @@ class _Node:
 
 
 class PrefixTable:
-    """Follows which blocks some tiers hold: by default those in memory. Satisfies `CacheObserver`; thread-safe."""
+    """The blocks that some tiers hold, by default the tiers in memory. Satisfies `CacheObserver`; thread-safe."""
 
     def __init__(self, tiers: Collection[Tier] = (Tier.HOT, Tier.WARM)) -> None:
         self._tiers = tiers
@@ -65,35 +65,37 @@ class PrefixTable:
         self._lock = threading.Lock()
 
     def largest(self, count: int) -> list[PrefixUse]:
-        """Return up to `count` runs, most bytes first; linear in the number of blocks."""
+        """Return up to `count` runs, most bytes first. Linear in the number of blocks."""
         with self._lock:
             heads = [node for node in self._nodes.values() if _begins_a_run(node)]
             uses = [_use_of(head, self._tiers) for head in heads]
         return sorted(uses, key=lambda use: (-use.num_bytes, -use.hits))[:count]
 
     def count_hits(self, block_hash: BlockHash, count: int) -> None:
-        """Add hits that a block had before; none if the table does not hold it."""
+        """Add earlier hits of a block, if the table has it."""
         with self._lock:
             if node := self._nodes.get(block_hash):
                 node.hits += count
 
     def on_memory(self, region: MemoryRegion) -> None:
-        """Nothing to learn."""
+        """Ignore it."""
 
     def on_use(self, block_ids: Sequence[int]) -> None:
-        """Nothing to learn."""
+        """Ignore it."""
 
     def on_span(self, span: Span) -> None:
-        """Nothing to learn."""
+        """Ignore it."""
 
     def on_block(self, event: BlockEvent) -> None:
-        """Learn that a block came or went."""
+        """Add or remove a block."""
         if event.tier not in self._tiers:
             return
         assert event.tier
         with self._lock:
             node = self._nodes.get(event.block_hash)
-            if event.kind in _ARRIVALS and (event.slot is not None or event.tier is Tier.COLD):  # else it is not ours
+            if event.kind in _ARRIVALS and (
+                event.slot is not None or event.tier is Tier.COLD
+            ):  # else a daemon holds it
                 (node or self._add(event)).tiers.add(event.tier)
             elif event.kind is EventKind.EVICT and node:
                 node.tiers.discard(event.tier)
@@ -116,7 +118,7 @@ class PrefixTable:
         return node
 
     def _prune(self, node: _Node | None) -> None:
-        """Forget nodes that no tier holds and nothing hangs on, from a leaf up."""
+        """Remove nodes that no tier holds and that have no children, from a leaf up."""
         while node and not node.tiers and not node.children:
             del self._nodes[node.block_hash]
             if node.parent:

@@ -16,7 +16,6 @@ from tierkv.profiling.charts import (
 )
 from tierkv.profiling.drawing import can_draw, svg_of
 from tierkv.profiling.profiled_run import ProfiledRun
-from tierkv.profiling.report_style import STYLE
 from tierkv.values.block import Tier
 from tierkv.values.units import format_bytes, format_seconds
 
@@ -29,7 +28,7 @@ def render_page(run: ProfiledRun) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{STYLE}</style></head><body><main>"
+        f"<title>{title}</title><style>{_STYLE}</style></head><body><main>"
         f"<h1>{title}</h1>{_summary(run)}{_tiles(run)}"
         f"{_section('What to change', _advice(run))}"
         f'<div class="grid2">{"".join(_charts(run))}</div>'
@@ -41,7 +40,7 @@ def render_page(run: ProfiledRun) -> str:
 def _summary(run: ProfiledRun) -> str:
     measured = run.measured
     if not measured.requests:
-        return "<p>No request was made while the cache was watched.</p>"
+        return "<p>No request was made while the cache was observed.</p>"
     found = ", ".join(f"{count:,} in the {tier.value} tier" for tier, count in measured.tokens.items() if count)
     computed = measured.prompt_tokens - measured.hit_tokens
     text = (
@@ -104,7 +103,7 @@ def _tables(run: ProfiledRun) -> Iterator[str]:
 
 def _advice(run: ProfiledRun) -> str:
     if not run.suggestions:
-        return "<p>Nothing in this run speaks for another setting.</p>"
+        return "<p>This run gives no reason to change a setting.</p>"
     return "".join(
         f'<div class="advice"><p><code>{escape(each.setting)}</code>: {escape(each.now)} → '
         f"<b>{escape(each.proposed)}</b></p><p>{escape(each.effect[0].upper() + each.effect[1:])}.</p>"
@@ -192,8 +191,8 @@ def _span_table(run: ProfiledRun) -> str:
         for name, (count, seconds, blocks) in sorted(totals.items(), key=lambda item: -item[1][1])
     ]
     return _table(["work", "times", "total", "mean", "blocks", "a block"], rows) + (
-        "<p class='soft'>promote and read cold are inside acquire; load behind, demote and store cold run behind the "
-        "requests, on threads of their own. On a GPU promote is only the time to queue the copies.</p>"
+        "<p class='soft'>promote and read cold are inside acquire; load in the background, demote and store cold run "
+        "on threads of their own. On a GPU promote is only the time to queue the copies.</p>"
     )
 
 
@@ -210,8 +209,8 @@ def _prefix_table(run: ProfiledRun) -> str:
         for each in run.prefixes
     ]
     return _table(["last block", "tokens", "hot blocks", "warm blocks", "bytes", "hits"], rows) + (
-        "<p class='soft'>A row is a run of blocks with one continuation: a prefix up to where prompts part, or "
-        "what one of them has alone.</p>"
+        "<p class='soft'>A row is a run of blocks without a branch: a prefix that prompts share until they "
+        "differ, or the rest of one prompt.</p>"
     )
 
 
@@ -252,3 +251,35 @@ def _percent(part: int, whole: int) -> str:
 
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+# For a desk and a phone, light and dark.
+_STYLE = """
+:root { color-scheme: light dark; --paper: #fbfaf8; --card: #fff; --ink: #1d2126; --soft: #5f6872; --rule: #dfe2e6;
+  --hot: #c8501e; --warm: #d99a00; --cold: #1f6fb2; --computed: #a3a9b0; --good: #2d7d46; }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #15181c; --card: #1d2126; --ink: #e9ebee; --soft: #a2abb5; --rule: #343a42;
+    --hot: #ff8552; --warm: #f2bd42; --cold: #62b0ee; --computed: #737b85; --good: #6fcf8d; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
+main { max-width: 1080px; margin: 0 auto; padding: 20px 16px 48px; }
+h1 { font-size: 1.6rem; margin: 0 0 4px; } h2 { font-size: 1.1rem; margin: 0 0 4px; }
+p { margin: 0 0 10px; max-width: 72ch; } .soft, figcaption { color: var(--soft); font-size: .9rem; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 18px 0; }
+.tile, section { background: var(--card); border: 1px solid var(--rule); border-radius: 8px; padding: 14px 16px; }
+.tile b { display: block; font-size: 1.45rem; font-variant-numeric: tabular-nums; line-height: 1.25; }
+.grid2 { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 16px; }
+section { margin: 0; min-width: 0; } section + .grid2, .stack > section { margin-top: 16px; }
+svg { display: block; width: 100%; height: auto; } figure { margin: 0; }
+svg text { font-family: system-ui, sans-serif !important; fill: var(--soft); }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .9rem; }
+th, td { text-align: right; padding: 5px 8px; border-bottom: 1px solid var(--rule); font-variant-numeric: tabular-nums;
+  white-space: nowrap; }
+th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child { text-align: left; }
+.advice { border-left: 4px solid var(--good); padding-left: 12px; margin: 10px 0; } code { font-size: .92em; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 14px; margin: 8px 0 0; font-size: .9rem; }
+dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
+@media (max-width: 720px) { .grid2 { grid-template-columns: minmax(0, 1fr); } main { padding: 14px 12px 32px; }
+  .tile, section { padding: 12px; } td:first-child { white-space: normal; min-width: 7em; }
+  .tiles { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
+"""

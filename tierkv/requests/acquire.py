@@ -1,79 +1,82 @@
-"""Admission: gives a request its hot blocks, its cached prefix on the way into them."""
+"""Acquirer: gives a request its hot blocks, and loads its cached prefix into them."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 
+from tierkv.background.active_calls import ActiveCalls, while_open
+from tierkv.errors import ClosedError, ConfigError
 from tierkv.index.index import Entry
-from tierkv.requests.commit import Registrar
-from tierkv.requests.consensus import Accord
-from tierkv.requests.prefixes import Prefixes, count_by_tier
-from tierkv.requests.running import RunningSequences
-from tierkv.requests.sequence import Sequence
-from tierkv.requests.statistics import RequestTally
-from tierkv.transfer.cold_plan import ColdPlan, ColdPlanner
+from tierkv.requests.commit import Committer
+from tierkv.requests.consensus import Consensus
+from tierkv.requests.sequence import RunningSequences, Sequence
+from tierkv.requests.statistics import RequestStatistics
 from tierkv.transfer.cold_reading import ColdReading
+from tierkv.transfer.daemon_blocks import Claim
 from tierkv.transfer.daemon_tiers import DaemonTiers
-from tierkv.transfer.load import Pinned, Promoted, Promoter
-from tierkv.transfer.lookup import Hit, Lookup
-from tierkv.transfer.offload import Demoter
-from tierkv.transfer.single_flight import Claim
+from tierkv.transfer.load import Loader, Pinned, Promoted
+from tierkv.transfer.lookup import Hit, Lookup, count_by_tier
+from tierkv.transfer.offload import Offloader
+from tierkv.transfer.overlapped_load import OverlappedLoad
+from tierkv.transfer.recompute_or_load import ColdPlan, RecomputeOrLoad
 from tierkv.transfer.tiers import Tiers
 from tierkv.values.block import TOKEN_BYTES, BlockHash, Tier
+from tierkv.values.checks import check_count, check_seconds
 
-__all__ = ["Admission"]
+__all__ = ["Acquirer"]
 
 
-class Admission:
-    """Admits requests: finds their cached prefixes, takes their blocks, starts what has to come up.
+class Acquirer:
+    """Starts requests: finds their cached prefixes, takes their blocks, starts the loads. Owns their sequences.
 
-    daemon: who has the lower tiers instead of this cache, if anybody. planner: says whether cold blocks are loaded,
-    computed, or both; without one all are loaded.
+    daemon: has the lower tiers instead of this cache, if there is one. choice: decides whether cold blocks are loaded,
+    computed, or both; without it all are loaded. calls: of the cache, for the methods that sequences call.
     """
 
     def __init__(
         self,
         tiers: Tiers,
         *,
-        prefixes: Prefixes,
-        promoter: Promoter,
+        calls: ActiveCalls,
+        loader: Loader,
         reading: ColdReading,
-        demoter: Demoter,
-        accord: Accord,
+        offloader: Offloader,
+        consensus: Consensus | None,
         running: RunningSequences,
-        registrar: Registrar,
-        tally: RequestTally,
+        committer: Committer,
+        statistics: RequestStatistics,
         daemon: DaemonTiers | None,
-        planner: ColdPlanner | None,
+        choice: RecomputeOrLoad | None,
     ) -> None:
+        self.calls = calls
         self._tiers = tiers
-        self._prefixes = prefixes
-        self._promoter = promoter
+        self._loader = loader
         self._reading = reading
-        self._demoter = demoter
-        self._accord = accord
+        self._offloader = offloader
+        self._consensus = consensus
         self._running = running
-        self._registrar = registrar
-        self._tally = tally
+        self._committer = committer
+        self._statistics = statistics
         self._daemon = daemon
-        self._planner = planner
+        self._choice = choice
         self._block_size = tiers.layout.block_size
 
-    def admit(self, token_bytes: bytes, *, reuse: bool, may_split: bool) -> Sequence:
+    def acquire(self, token_bytes: bytes, *, reuse: bool, overlap: bool) -> Sequence:
         """Return a running sequence with a pinned block for every token; see `TierCache.acquire`."""
         num_tokens = len(token_bytes) // TOKEN_BYTES
         if self._daemon and reuse:
-            self._daemon.evictions.catch_up()
+            self._daemon.catch_up()
         with self._tiers.changed:
-            found = self._prefixes.find(token_bytes, num_tokens - 1) if reuse else Lookup()
-            pinned = self._promoter.pin(found)
+            found = self._tiers.find(token_bytes, num_tokens - 1) if reuse else Lookup()
+            pinned = self._loader.pin(found)
         claim: Claim | None = None
         plan = ColdPlan()
         try:
             if self._daemon and reuse:
-                found, claim = self._daemon.reader.look_further(found, token_bytes[:-TOKEN_BYTES], pinned.rest)
-            elif self._planner:
-                plan = self._planner.plan(found, num_tokens, may_split=may_split)
+                found, claim = self._daemon.blocks.look_further(found, token_bytes[:-TOKEN_BYTES], pinned.rest)
+            elif self._choice and found.blocks:
+                plan = self._choice.plan(found, num_tokens, overlap=overlap)
         except BaseException:  # such as an interrupt: this may wait for another process, or look at a file
             self._tiers.unpin_all(Tier.HOT, pinned.hot)
             self._tiers.unpin(pinned.rest.values())
@@ -86,12 +89,15 @@ class Admission:
         if later and later[0].parent_hash != (chain[-1] if chain else self._tiers.index.root):
             later = []  # what lies between has not come up: they would be taken for the blocks that follow
         blocks, tokens = count_by_tier(len(promoted.hot), self._block_size, promoted.hits)
+        num_cached_tokens = sum(tokens.values())
         sequence = Sequence(
+            owner=self,
             token_bytes=bytearray(token_bytes),
             block_table=promoted.block_table,
-            num_cached_tokens=sum(tokens.values()),
+            num_cached_tokens=num_cached_tokens,
             cached_tokens=tokens,
             chain=chain,
+            piece_end=num_cached_tokens,
             loads=promoted.loads,
             claim=claim,
             is_cacheable=reuse,
@@ -99,61 +105,131 @@ class Admission:
         )
         try:
             if later and plan.load:
-                self._start_split(sequence, later, in_memory=plan.load.kind.in_memory)
+                self._start_load(sequence, later, in_memory=plan.load.kind.in_memory)
             with self._tiers.changed:
                 self._running.add(sequence)
-                self._tally.add_request(sequence, found, promoted, blocks=blocks, later=later, dropped=dropped)
+                self._statistics.add_request(sequence, found, promoted, blocks=blocks, later=later, dropped=dropped)
                 self._touch(promoted.hot, promoted.hits)
             if cold := self._tiers.cold:
                 used = promoted.hits[len(sequence.chain) - len(promoted.hot) :]
                 cold.touch([*sequence.chain, *(hit.block_hash for hit in used)])
-                self._demoter.tend()
+                self._offloader.maintain()
         except BaseException:
             self._running.release(sequence)
             raise
         return sequence
 
-    def join(self, sequence: Sequence) -> int:
-        """Wait for a sequence's split, if it has one; see `TierCache.join`."""
-        split, size = sequence.split, self._block_size
-        if split is None:
-            return sequence.num_cached_tokens
-        split.wait()
-        sequence.split = None
-        sequence.loads += split.loads
-        meeting = split.meeting
-        if meeting.num_computed < meeting.first_loaded:  # what the engine was to wait for did not come: a gap
-            meeting.lose_loaded()
-        loaded = split.hits[meeting.first_loaded :]
+    def release(self, sequence: Sequence) -> None:
+        """End a sequence; see `TierCache.release`. Once the cache is closed there is nothing to do."""
+        with suppress(ClosedError):
+            self._release(sequence)
+
+    @while_open
+    def _release(self, sequence: Sequence) -> None:
+        try:
+            self._running.require(sequence)
+        except ConfigError:
+            if getattr(sequence, "is_released", False):  # by now: another thread may have been faster
+                return
+            raise
+        self._running.release(sequence)
+
+    @while_open
+    def next_piece(self, sequence: Sequence, *, wait: bool) -> range:
+        """Return the tokens that the engine should compute next; see `Overlap.next_piece`."""
+        self._running.require(sequence)
+        start = sequence.piece_end
+        if load := sequence.overlapped_load:
+            while True:
+                is_done = load.is_done  # read before the question: a load that is done returns no block to the engine
+                if count := load.next_piece():
+                    sequence.piece_end += count * self._block_size
+                    return range(start, sequence.piece_end)
+                if is_done:
+                    break
+                if not wait:
+                    return range(start, start)
+                load.wait()
+            start = self._end_load(sequence, load)
+        sequence.piece_end = sequence.num_tokens
+        return range(start, sequence.piece_end)
+
+    @while_open
+    def record(self, sequence: Sequence, seconds: float, *, num_tokens: int | None) -> None:
+        """Record what a step of a sequence took; see `Overlap.record`."""
+        self._running.require(sequence)
+        seconds = check_seconds("seconds", seconds)
+        if num_tokens is not None:
+            num_tokens = check_count("num_tokens", num_tokens)
+        load = sequence.cold_load
+        if num_tokens is None:
+            sequence.cold_load = None
+        if self._choice is None:
+            return
+        with self._tiers.changed:
+            if num_tokens is not None:
+                self._choice.pass_costs.add(num_tokens, seconds)
+            elif load:
+                self._choice.record_load(load, seconds)
+
+    def _start_load(self, sequence: Sequence, later: list[Hit], *, in_memory: bool) -> None:
+        """Begin to load cold blocks into a sequence's own while the engine computes the first of them."""
+        assert self._choice
+        start = len(sequence.chain)
+        sequence.overlapped_load = OverlappedLoad(
+            self._tiers,
+            self._choice,
+            later,
+            sequence.block_table[start : start + len(later)],
+            num_before=sequence.num_cached_tokens,
+            in_memory=in_memory,
+            read=self._reading.read_one,
+            after=self._tiers.memory.mover.mark(),
+        )
+
+    def _end_load(self, sequence: Sequence, load: OverlappedLoad) -> int:
+        """Wait for a sequence's load, and make its blocks part of the sequence. Return how many tokens have K and V.
+
+        All blocks that the load left to the engine are computed and committed.
+        """
+        size, division = self._block_size, load.division
+        load.wait()
+        sequence.overlapped_load = None
+        sequence.loads += load.copies
+        if division.num_computed < division.first_loaded:  # blocks that the engine was to wait for did not come: a gap
+            division.discard_loaded()
+        loaded = load.hits[division.first_loaded :]
         sequence.num_cached_tokens += len(loaded) * size
         sequence.cached_tokens[Tier.COLD] += len(loaded) * size
         with self._tiers.changed:
-            reasons = self._tally.count_split(split)
-            self._registrar.register_loaded(sequence, loaded)
-            self._tally.tell_split(split, loaded, reasons)
-        if split.failure:
+            reasons = self._statistics.count_overlap(load)
+            self._committer.register_loaded(sequence, loaded)
+            self._statistics.record_overlap(load, loaded, reasons)
+        if load.failure:
             sequence.cold_load = None  # that many blocks were not loaded
-        if split.failed:
-            self._reading.give_up(*split.failed)
-        self._promoter.keep_warm(loaded)
+        if load.failed:
+            self._reading.give_up(*load.failed)
+        self._loader.keep_warm(loaded)
         if self._tiers.cold:
             self._tiers.cold.touch([hit.block_hash for hit in loaded])
-            self._demoter.tend()
-        return split.num_before + (meeting.num_computed + len(loaded)) * size
+            self._offloader.maintain()
+        return load.num_before + (division.num_computed + len(loaded)) * size
 
     def _promote(self, found: Lookup, pinned: Pinned, token_bytes: bytes, claim: Claim | None) -> Promoted:
         """Bring up what was found, cut to what all ranks have. Whatever it raises, no promise to compute is left."""
         num_blocks = -(-len(token_bytes) // (self._block_size * TOKEN_BYTES))
         try:
-            return self._accord.promote(
-                lambda: self._promoter.promote(found, pinned, num_blocks=num_blocks), topic=token_bytes
+            if self._consensus is None:
+                return self._loader.promote(found, pinned, num_blocks=num_blocks)
+            return self._consensus.promote(
+                lambda: self._loader.promote(found, pinned, num_blocks=num_blocks), topic=token_bytes
             )
         except BaseException:
             self._running.end_claim(claim)
             raise
         finally:
             if self._daemon:
-                self._daemon.reader.end_lookup(found)
+                self._daemon.blocks.end_lookup(found)
 
     def _chain_of(self, promoted: Promoted, found: Lookup) -> list[BlockHash]:
         """Return the hashes of the whole blocks that came up; a block of which a part is of use is not of the chain."""
@@ -162,13 +238,6 @@ class Admission:
         chain = [entry.block_hash for entry in promoted.hot]
         chain += (hit.block_hash for hit in promoted.hits[:num_whole])
         return chain
-
-    def _start_split(self, sequence: Sequence, later: list[Hit], *, in_memory: bool) -> None:
-        start = len(sequence.chain)
-        targets = sequence.block_table[start : start + len(later)]
-        sequence.split = self._promoter.split(
-            later, targets, num_before=sequence.num_cached_tokens, in_memory=in_memory
-        )
 
     def _touch(self, hot: list[Entry], hits: list[Hit]) -> None:
         """Record the use of what was hot, and of hits that were promoted. The caller holds the lock."""

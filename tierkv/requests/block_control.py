@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from tierkv.background.open_calls import OpenCalls, while_open
+from tierkv.background.active_calls import ActiveCalls, while_open
 from tierkv.errors import ConfigError
 from tierkv.index.index import Entry
-from tierkv.transfer.offload import Demoter, Offloading
+from tierkv.transfer.offload import Offloader, Offloading
 from tierkv.transfer.tiers import Tiers
 from tierkv.values.block import BlockHash, Tier
 from tierkv.values.checks import check_count
@@ -51,10 +51,10 @@ class BlockControl:
     calls: of the cache, which is not closed while somebody is inside here.
     """
 
-    def __init__(self, tiers: Tiers, demoter: Demoter, *, calls: OpenCalls) -> None:
+    def __init__(self, tiers: Tiers, offloader: Offloader, *, calls: ActiveCalls) -> None:
         self.calls = calls
         self._tiers = tiers
-        self._demoter = demoter
+        self._offloader = offloader
 
     @while_open
     def inspect(self) -> tuple[BlockState, ...]:
@@ -105,14 +105,14 @@ class BlockControl:
         with self._tiers.changed:
             pool.set_limit(min(num_blocks, pool.capacity))
             self._tiers.changed.notify_all()
-        return self._demoter.shrink()
+        return self._offloader.shrink()
 
     @while_open
     def set_offloading(self, offloading: Offloading | None) -> None:
         """Demote a share of what nobody uses whenever the hot pool is too full, behind the request; None ends it."""
         if offloading is not None and not isinstance(offloading, Offloading):
             raise ConfigError(f"an Offloading is wanted, or None, got {offloading!r}")
-        self._demoter.set_offloading(offloading)
+        self._offloader.set_offloading(offloading)
 
     @while_open
     def unpin(self, block_ids: Iterable[int]) -> None:
@@ -150,13 +150,13 @@ class BlockControl:
     def _offload(self, block_ids: list[int], refused: dict[int, str]) -> list[int]:
         """Write down what no lower tier has yet, then evict what one has."""
         tiers = self._tiers
-        self._demoter.flush()  # what is queued to be written is in use until it is
+        self._offloader.flush()  # what is queued to be written is in use until it is
         with tiers.changed:
             for block_id in block_ids:
                 entry = tiers.index.hot.owners[block_id]
                 if entry and not _lower_tiers(entry) and not tiers.index.hot.reference_count(block_id):
-                    self._demoter.write_down(entry, tiers.written(entry))
-        self._demoter.flush()
+                    self._offloader.write_down(entry, tiers.copies.written(entry))
+        self._offloader.flush()
         with tiers.changed:
             kept = {i for i in block_ids if (entry := tiers.index.hot.owners[i]) and _lower_tiers(entry)}
             cached = {i for i in block_ids if tiers.index.hot.owners[i]}
@@ -165,7 +165,7 @@ class BlockControl:
 
     def _evict(self, block_ids: list[int], refused: dict[int, str]) -> list[int]:
         tiers = self._tiers
-        self._demoter.flush()
+        self._offloader.flush()
         evicted: set[int] = set()
         with tiers.changed:
             tiers.reap()
@@ -177,7 +177,7 @@ class BlockControl:
                 if entry is None or reason:
                     refused[block_id] = reason
                     continue
-                self._demoter.evict([entry])
+                self._offloader.evict([entry])
                 evicted.add(block_id)
             tiers.changed.notify_all()
         return [block_id for block_id in block_ids if block_id in evicted]

@@ -1,20 +1,19 @@
-"""Registrar: makes the blocks that a sequence has computed, or loaded behind its back, findable by others."""
+"""Committer: makes the blocks that a sequence has computed, or loaded behind its back, findable by others."""
 
 from __future__ import annotations
 
 from tierkv.movers.mover import Ready
-from tierkv.requests.block_users import BlockUsers
-from tierkv.requests.sequence import Sequence
+from tierkv.requests.sequence import BlockUsers, Sequence
 from tierkv.transfer.lookup import Hit, find_partial
-from tierkv.transfer.offload import Demoter
+from tierkv.transfer.offload import Offloader
 from tierkv.transfer.tiers import Tiers
-from tierkv.values.block import TOKEN_BYTES, BlockHash, HashFunction, Tier
+from tierkv.values.block import TOKEN_BYTES, BlockHash, Tier
 from tierkv.values.events import EventKind
 
-__all__ = ["Registrar"]
+__all__ = ["Committer"]
 
 
-class Registrar:
+class Committer:
     """Enters blocks into the index, shares those that another sequence has computed too, queues new ones to be written.
 
     write_through: whether each new block is written down at once. users: of the blocks of running sequences.
@@ -23,17 +22,15 @@ class Registrar:
     def __init__(
         self,
         tiers: Tiers,
-        demoter: Demoter,
+        offloader: Offloader,
         *,
         users: BlockUsers,
         write_through: bool,
-        hash_function: HashFunction,
     ) -> None:
         self._tiers = tiers
-        self._demoter = demoter
+        self._offloader = offloader
         self._users = users
         self._write_through = write_through
-        self._hash = hash_function
 
     def commit(self, sequence: Sequence, num_computed_tokens: int, *, partial_block: bool) -> int:
         """Register whole blocks of the tokens computed, and with `partial_block` the rest. Return how many were new."""
@@ -42,7 +39,7 @@ class Registrar:
         with self._tiers.changed:
             if partial_block:
                 sequence.wait_all()  # the partial block may have come up itself, and no pass have waited for it
-            written = self._tiers.mover.mark()
+            written = self._tiers.memory.mover.mark()
             first = len(sequence.chain)
             before = sequence.block_table[first:]
             try:
@@ -51,11 +48,12 @@ class Registrar:
             finally:  # what others can find by now they wait for
                 after = sequence.block_table[first : len(sequence.chain)]
                 own = [mine for mine, now in zip(before, after, strict=False) if mine == now]  # not those shared now
-                self._tiers.note_computing(own, written)
+                self._tiers.copies.note_computing(own, written)
             num_partial = num_computed_tokens - len(sequence.chain) * size
             if partial_block and sequence.is_cacheable and num_partial > 0:
                 num_new += self._register(sequence, len(sequence.chain), num_partial, written)
-        self._tiers.watch.use(sequence.block_table)
+        if self._tiers.observers.are_there:
+            self._tiers.observers.use(sequence.block_table)
         return num_new
 
     def register_loaded(self, sequence: Sequence, loaded: list[Hit]) -> None:
@@ -65,7 +63,7 @@ class Registrar:
         """
         assert self._tiers.changed.is_owned()
         size, index = self._tiers.layout.block_size, self._tiers.index
-        written = self._tiers.mover.mark()
+        written = self._tiers.memory.mover.mark()
         for hit in loaded:
             if not sequence.is_cacheable or hit.parent_hash != self._last_hash(sequence):
                 break
@@ -97,7 +95,7 @@ class Registrar:
         parent = sequence.chain[at - 1] if at else index.root
         start = at * self._tiers.layout.block_size * TOKEN_BYTES
         tokens = bytes(sequence.token_bytes[start : start + num_tokens * TOKEN_BYTES])
-        block_hash = self._hash(parent, tokens)
+        block_hash = self._tiers.hash_function(parent, tokens)
         if index.collides(block_hash, parent, tokens):
             tiers.stats.collisions += 1
             sequence.is_cacheable = False
@@ -105,7 +103,7 @@ class Registrar:
         if num_tokens < self._tiers.layout.block_size:
             if find_partial(index, tiers.sources, parent, tokens, num_tokens):
                 return 0
-            self._demoter.write_partial(block_hash, parent, tokens, sequence.block_table[at], written)
+            self._offloader.write_partial(block_hash, parent, tokens, sequence.block_table[at], written)
             return 1
         entry = index.insert(block_hash, parent, tokens)
         if entry is None:
@@ -120,7 +118,7 @@ class Registrar:
         is_new = entry.warm_slot is None and not entry.in_cold
         tiers.attach(entry, Tier.HOT, sequence.block_table[at], kind)
         if is_new and self._write_through:
-            self._demoter.write_down(entry, written)
+            self._offloader.write_down(entry, written)
         return int(is_new)
 
     def _share(self, sequence: Sequence, at: int, block_id: int) -> None:
@@ -130,7 +128,7 @@ class Registrar:
         if own == block_id:
             return
         self._tiers.index.hot.pin(block_id)
-        if arriving := self._tiers.arriving.get(block_id):
+        if arriving := self._tiers.copies.arriving.get(block_id):
             sequence.loads.append(arriving)
         sequence.block_table[at] = block_id
         self._users.replace(own, block_id)

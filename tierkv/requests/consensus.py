@@ -14,23 +14,23 @@ from tierkv.movers.mover import Move
 from tierkv.ranks.group import UNABLE, RankGroup
 from tierkv.transfer.load import Promoted
 from tierkv.transfer.lookup import Hit
-from tierkv.transfer.offload import Demoter
+from tierkv.transfer.offload import Offloader
 from tierkv.transfer.tiers import Tiers
 from tierkv.values.block import Tier
 
-__all__ = ["Accord"]
+__all__ = ["Consensus"]
 
 _HAS_ROOM = 1
 _MAX_ROUNDS = 4  # differ, a copy failed, a time-out, unanimous
 
 
-class Accord:
-    """Makes one rank's hits, and its lack of room, those of all ranks. With one rank it costs nothing."""
+class Consensus:
+    """Makes one rank's hits, and its lack of room, those of all ranks."""
 
-    def __init__(self, ranks: RankGroup, tiers: Tiers, demoter: Demoter) -> None:
+    def __init__(self, ranks: RankGroup, tiers: Tiers, offloader: Offloader) -> None:
         self._ranks = ranks
         self._tiers = tiers
-        self._demoter = demoter
+        self._offloader = offloader
 
     def promote(self, promote: Callable[[], Promoted], *, topic: bytes) -> Promoted:
         """Return what `promote` brought up, cut to the tokens that every rank brought up.
@@ -38,8 +38,6 @@ class Accord:
         Raises CapacityError on every rank if one has no room, RankError if no agreement is reached; nothing is
         kept then.
         """
-        if self._ranks.size == 1:
-            return promote()
         try:
             promoted = promote()
         except BaseException:  # whatever it is, the others must not go on without this rank
@@ -54,10 +52,8 @@ class Accord:
 
     def take_hot(self, count: int, *, topic: bytes) -> list[int]:
         """Return `count` block ids, each pinned once. Raises CapacityError on every rank if one has no room."""
-        if self._ranks.size == 1 or count == 0:
-            return self._demoter.take_hot(count)
         try:
-            block_ids = self._demoter.take_hot(count)
+            block_ids = self._offloader.take_hot(count)
         except BaseException:
             self._vote(UNABLE, topic)
             raise
@@ -113,7 +109,7 @@ class Accord:
         source = surplus[:1] if rest else []  # stays pinned until it is copied
         self._unpin(surplus[len(source) :])
         try:
-            fresh = self._demoter.take_hot(len(surplus))
+            fresh = self._offloader.take_hot(len(surplus))
             table[num_whole:num_whole] = fresh
             if rest and (not source or self._copy(source[0], fresh[0], promoted)):
                 hits.append(rest)
@@ -124,16 +120,16 @@ class Accord:
     def _copy(self, source: int, target: int, promoted: Promoted) -> bool:
         """Copy a registered block, of which a part is of use, into the sequence's own. False if that fails."""
         tiers = self._tiers
-        if arriving := tiers.arriving.get(source):
+        if arriving := tiers.copies.arriving.get(source):
             arriving.wait()
         try:
-            promoted.loads.append(tiers.mover.copy([Move(source, target)]))
+            promoted.loads.append(tiers.memory.mover.copy([Move(source, target)]))
         except StoreError:
             return False
         return True
 
     def _unpin(self, block_ids: list[int]) -> None:
-        self._tiers.leave(block_ids)  # a copy of this thread's may still read or write them
+        self._tiers.copies.leave(block_ids)  # a copy of this thread's may still read or write them
         self._tiers.unpin_all(Tier.HOT, block_ids)
 
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import NamedTuple
 
 from tierkv.errors import CapacityError, StoreError
 from tierkv.movers.mover import Move
-from tierkv.requests.block_users import BlockUsers
-from tierkv.requests.rearrangement import Shift, count_breaks, plan_places, plan_shifts
-from tierkv.requests.sequence import Sequence
-from tierkv.transfer.offload import Demoter
+from tierkv.requests.sequence import BlockUsers, Sequence
+from tierkv.transfer.offload import Offloader
 from tierkv.transfer.tiers import Tiers
 from tierkv.values.block import Tier
 from tierkv.values.events import EventKind
 
-__all__ = ["Defragmenter", "LayoutReport"]
+__all__ = ["Defragmenter", "LayoutReport", "Shift", "count_breaks", "plan_places", "plan_shifts"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,9 +40,9 @@ class LayoutReport:
 class Defragmenter:
     """Moves blocks inside the hot pool while nobody looks; each copy is compared with its source before that goes."""
 
-    def __init__(self, tiers: Tiers, demoter: Demoter, users: BlockUsers) -> None:
+    def __init__(self, tiers: Tiers, offloader: Offloader, users: BlockUsers) -> None:
         self._tiers = tiers
-        self._demoter = demoter
+        self._offloader = offloader
         self._users = users
 
     def run(self, sequences: Collection[Sequence]) -> LayoutReport:
@@ -53,11 +54,11 @@ class Defragmenter:
         moved before that is in order.
         """
         tiers, pool = self._tiers, self._tiers.index.hot
-        self._demoter.flush()  # what is queued to be written could not be moved
+        self._offloader.flush()  # what is queued to be written could not be moved
         with tiers.changed:
             if pool.used_count == pool.capacity:
                 self._free_one()
-            tiers.mover.drain()
+            tiers.memory.mover.drain()
             tiers.reap()
             fragmentation = pool.fragmentation()
             users = Counter(block_id for sequence in sequences for block_id in sequence.block_table)
@@ -73,7 +74,7 @@ class Defragmenter:
                 for sequence in sequences:
                     sequence.block_table[:] = [moved.get(block_id, block_id) for block_id in sequence.block_table]
                 self._users.rename(moved)
-                tiers.mover.drain()
+                tiers.memory.mover.drain()
                 tiers.changed.notify_all()
             return LayoutReport(
                 moved=moved,
@@ -92,14 +93,14 @@ class Defragmenter:
         """
         assert self._tiers.changed.is_owned()
         try:
-            self._tiers.index.unpin_all(Tier.HOT, self._demoter.take_hot(1))
+            self._tiers.index.unpin_all(Tier.HOT, self._offloader.take_hot(1))
         except CapacityError:
             return
 
     def _is_fixed(self, block_id: int, users: Counter[int]) -> bool:
         """Tell whether somebody has a hold on a block whom we cannot tell that it moves. The caller holds the lock."""
         assert self._tiers.changed.is_owned()
-        return self._tiers.index.hot.pins[block_id] != users[block_id] or block_id in self._tiers.arriving
+        return self._tiers.index.hot.pins[block_id] != users[block_id] or block_id in self._tiers.copies.arriving
 
     def _iter_order(self, sequences: Collection[Sequence]) -> Iterator[int]:
         """Yield hot blocks chain by chain; one that only a sequence knows, behind the block that it follows there.
@@ -129,16 +130,16 @@ class Defragmenter:
         final = {places.get(block_id, block_id) for block_id in pool.used()}
         spare = next((place for place in range(pool.capacity) if place not in final), None)
         owners = {block_id: pool.owners[block_id] for block_id in places}
-        with tiers.watch.span("defragment") as detail:
+        with tiers.observers.span("defragment") as detail:
             for shift in plan_shifts(places, spare):
                 move = Move(shift.source, shift.target)
-                tiers.mover.copy([move])
-                if not tiers.mover.is_same(move):
+                tiers.memory.mover.copy([move])
+                if not tiers.memory.mover.is_same(move):
                     raise StoreError(f"block {shift.source} changed on its way to {shift.target}")
                 done.append(shift)
                 owners[shift.target] = owner = owners.pop(shift.source)
                 if owner:
-                    tiers.watch.block(EventKind.MOVE, Tier.HOT, owner, slot=shift.target, moved_from=shift.source)
+                    tiers.observers.block(EventKind.MOVE, Tier.HOT, owner, slot=shift.target, moved_from=shift.source)
             detail["blocks"] = len(done)
 
 
@@ -148,3 +149,49 @@ def _ends(shifts: Collection[Shift]) -> dict[int, int]:
     for shift in shifts:
         began[shift.target] = began.pop(shift.source, shift.source)
     return {old: new for new, old in began.items() if old != new}
+
+
+class Shift(NamedTuple):
+    """One block on its way: `target` is free when its turn comes."""
+
+    source: int
+    target: int
+
+
+def plan_places(order: Several[int], fixed: Collection[int], capacity: int) -> dict[int, int]:
+    """Return where blocks go, old place -> new, that they lie in this order from place 0 on; without those that stay.
+
+    fixed: taken places that are not to be touched: the others step over them.
+    """
+    taken = set(fixed)
+    targets = (place for place in range(capacity) if place not in taken)
+    return {old: new for old, new in zip(order, targets, strict=False) if old != new}
+
+
+def plan_shifts(places: Mapping[int, int], spare: int | None) -> Iterator[Shift]:
+    """Yield shifts that bring every block from its old place to its new one, none over another.
+
+    spare: a place that is free once all is done, by way of which blocks change places in a circle; without one such
+    blocks stay where they are.
+    """
+    comes_from = {new: old for old, new in places.items()}
+    for end in sorted(comes_from):
+        if end in places:
+            continue
+        at = end
+        while (source := comes_from.pop(at, None)) is not None:
+            yield Shift(source, at)
+            at = source
+    while comes_from and spare is not None:  # circles are all that is left
+        first = at = next(iter(comes_from))
+        yield Shift(first, spare)
+        while (source := comes_from.pop(at)) != first:
+            yield Shift(source, at)
+            at = source
+        yield Shift(spare, at)
+
+
+def count_breaks(order: Several[int], moved: Mapping[int, int] | None = None) -> int:
+    """Return how many blocks do not lie right behind the one before them in this order, after a move if given."""
+    places = [moved.get(block, block) for block in order] if moved else list(order)
+    return sum(behind != before + 1 for before, behind in pairwise(places))

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 from tierkv.errors import StoreError
 from tierkv.index.chosen_eviction import IN_USE, Choice, Evicted
-from tierkv.storage.cold_prompt import StoredPrompt
+from tierkv.storage.cold_eviction import StoredPrompt
 from tierkv.transfer.daemon_tiers import DaemonTiers
-from tierkv.transfer.offload import Demoter
+from tierkv.transfer.offload import Offloader
 from tierkv.transfer.tiers import Tiers
-from tierkv.values.block import TOKEN_BYTES, HashFunction, Tier, iter_chain
+from tierkv.values.block import TOKEN_BYTES, Tier, iter_chain
 
 __all__ = ["EvictedEverywhere", "EvictionEverywhere"]
 
@@ -35,20 +35,17 @@ class EvictedEverywhere:
 class EvictionEverywhere:
     """Evicts from memory first, so that nothing comes back from there; then from below; then what was in use."""
 
-    def __init__(
-        self, tiers: Tiers, demoter: Demoter, daemon: DaemonTiers | None, *, hash_function: HashFunction
-    ) -> None:
+    def __init__(self, tiers: Tiers, offloader: Offloader, daemon: DaemonTiers | None) -> None:
         self._tiers = tiers
-        self._demoter = demoter
+        self._offloader = offloader
         self._daemon = daemon
-        self._hash = hash_function
 
     def evict(self, token_bytes: bytes, older_than_s: float | None) -> EvictedEverywhere:
         """Evict what begins with a prompt, or everything where that is empty. Raises StoreError, DaemonError."""
         since = None if older_than_s is None else self._tiers.index.now() - older_than_s
         choice = Choice(tokens=token_bytes, unused_since=since)
         blocks = self._evict_memory(choice).blocks
-        if not self._demoter.wait_for_writes():
+        if not self._offloader.wait_for_writes():
             raise StoreError("blocks were evicted from memory alone: a write to the lower tiers does not end")
         stayed: Counter[str] = Counter()
         if self._daemon:
@@ -83,5 +80,6 @@ class EvictionEverywhere:
         return found
 
     def _stored(self, token_bytes: bytes) -> StoredPrompt:
-        chain = iter_chain(self._tiers.namespace, token_bytes, self._tiers.layout.block_size, self._hash)
+        tiers = self._tiers
+        chain = iter_chain(tiers.namespace, token_bytes, tiers.layout.block_size, tiers.hash_function)
         return StoredPrompt(self._tiers.namespace, [block_hash for block_hash, _ in chain], token_bytes)

@@ -11,7 +11,6 @@ from typing import NamedTuple
 from tierkv.background.handle import Handle
 from tierkv.background.work_queue import Priority, QueueEntry, WorkQueue
 from tierkv.errors import CapacityError
-from tierkv.requests.prefixes import Prefixes
 from tierkv.storage.outcomes import MissReason
 from tierkv.transfer.cold_reading import ColdReading
 from tierkv.transfer.daemon_tiers import DaemonTiers
@@ -32,6 +31,9 @@ class PrefetchHandle(Handle[int]):
     """One announced prompt. `result()` is how many blocks were brought into the warm tier; it raises nothing.
 
     With a daemon: how many blocks it will look for, known at once. To cancel it drops what no thread reads yet.
+
+    >>> cache.prefetch(token_ids).result()  # nothing to do: the blocks are in memory
+    0
     """
 
 
@@ -46,9 +48,8 @@ class Prefetcher:
     Blocks are read by the cache's own threads, at a priority below that of requests, a few at a time.
     """
 
-    def __init__(self, tiers: Tiers, prefixes: Prefixes, reading: ColdReading, daemon: DaemonTiers | None) -> None:
+    def __init__(self, tiers: Tiers, reading: ColdReading, daemon: DaemonTiers | None) -> None:
         self._tiers = tiers
-        self._prefixes = prefixes
         self._reading = reading
         self._daemon = daemon
         self._queue: WorkQueue[_Prompt] = WorkQueue(max_entries=_MAX_PROMPTS)
@@ -92,7 +93,7 @@ class Prefetcher:
             prompt = entry.item
             num_blocks = 0
             try:
-                with self._tiers.watch.span("prefetch") as detail:
+                with self._tiers.observers.span("prefetch") as detail:
                     detail["blocks"] = num_blocks = self._bring(prompt)
             except Exception:  # noqa: BLE001 - the outermost loop of its thread
                 _log.exception("a prompt was not prefetched")
@@ -104,12 +105,12 @@ class Prefetcher:
         """Bring a prompt's cold blocks up, wave by wave, until one cannot be had. Return how many came."""
         tiers = self._tiers
         with tiers.changed:
-            found = self._prefixes.find(prompt.token_bytes, len(prompt.token_bytes) // TOKEN_BYTES)
+            found = tiers.find(prompt.token_bytes, len(prompt.token_bytes) // TOKEN_BYTES)
         most = tiers.index.warm.capacity // 2  # more would push out what came first
         hits = [hit for hit in found.rest() if hit.tier is Tier.COLD][:most]
         if found.miss is MissReason.IO_ERROR:
             self._count(found.miss)
-        size = max(1, min(tiers.num_threads, len(tiers.raw_slots) // _SHARE))
+        size = max(1, min(tiers.memory.num_threads, len(tiers.memory.raw.slots) // _SHARE))
         num_blocks = 0
         for start in range(0, len(hits), size):
             if prompt.handle.is_cancelled or self._is_closing.is_set():
@@ -128,10 +129,10 @@ class Prefetcher:
         held = list(places)
         try:
             slots = [place.slot for place in places]
-            if tiers.compression:
+            if tiers.memory.compression:
                 slots = tiers.try_take_warm(len(places))
                 held += [Place(Tier.WARM, slot) for slot in slots]
-            outcomes = tiers.threads.map(Priority.PREFETCH, self._read, wave, places, slots)
+            outcomes = tiers.memory.threads.map(Priority.PREFETCH, self._read, wave, places, slots)
             for num_good, (hit, slot, reason) in enumerate(zip(wave, slots, outcomes, strict=False)):
                 reason = reason or self._enter(hit, slot)
                 if reason:
@@ -150,11 +151,11 @@ class Prefetcher:
         if isinstance(outcome, MissReason):
             self._reading.give_up(hit, outcome)
             return outcome
-        if not tiers.compression:
+        if not tiers.memory.compression:
             return None
         num_tokens = len(hit.token_bytes) // TOKEN_BYTES
-        block, target = tiers.raw_slots[place.slot], tiers.warm.slots[slot]
-        fits = tiers.compression.form.compress(block, target, num_tokens=num_tokens)
+        block, target = tiers.memory.raw.slots[place.slot], tiers.memory.warm.slots[slot]
+        fits = tiers.memory.compression.form.compress(block, target, num_tokens=num_tokens)
         return None if fits else MissReason.NO_ROOM
 
     def _enter(self, hit: Hit, slot: int) -> MissReason | None:

@@ -1,4 +1,4 @@
-"""RequestTally: counts what each request found and missed, and tells observers of it."""
+"""RequestStatistics: counts what each request found and missed, and tells observers of it."""
 
 from __future__ import annotations
 
@@ -6,23 +6,24 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Several
 
 from tierkv.requests.sequence import Sequence
+from tierkv.storage.cold_stats import ColdStats
 from tierkv.storage.outcomes import MissReason
 from tierkv.transfer.load import Promoted
 from tierkv.transfer.lookup import Hit, Lookup
-from tierkv.transfer.split_load import SplitLoad
+from tierkv.transfer.overlapped_load import OverlappedLoad
 from tierkv.transfer.tiers import Tiers
-from tierkv.values.block import TOKEN_BYTES, BlockHash, HashFunction, Tier, iter_chain
+from tierkv.values.block import TOKEN_BYTES, BlockHash, Tier, iter_chain
 from tierkv.values.events import BlockName
+from tierkv.values.stats import TierStats
 
-__all__ = ["RequestTally"]
+__all__ = ["RequestStatistics", "occupancy"]
 
 
-class RequestTally:
+class RequestStatistics:
     """Counts requests, hits by tier, and each miss with its reason. The caller of every method holds the lock."""
 
-    def __init__(self, tiers: Tiers, *, hash_function: HashFunction) -> None:
+    def __init__(self, tiers: Tiers) -> None:
         self._tiers = tiers
-        self._hash = hash_function
         self._block_size = tiers.layout.block_size
 
     def add_request(
@@ -41,17 +42,17 @@ class RequestTally:
         computed instead.
         """
         assert self._tiers.changed.is_owned()
-        stats, watch = self._tiers.stats, self._tiers.watch
+        stats, observers = self._tiers.stats, self._tiers.observers
         num_blocks = -(-sequence.num_tokens // self._block_size)
         num_found = sum(blocks.values()) + len(later) + len(dropped)
         stats.misses += len(dropped)
         stats.miss_reasons[MissReason.RECOMPUTED.value] += len(dropped)
         miss = promoted.failure or found.miss
         missed = self._count(sequence, num_blocks - num_found, num_found, miss, num_surplus=promoted.num_surplus)
-        if watch:
+        if observers.are_there:
             reasons = [MissReason.RECOMPUTED] * len(dropped) + missed
             names = [*map(BlockName.of, dropped), *self._names(sequence, num_found)]
-            watch.request(
+            observers.request(
                 sequence.num_tokens,
                 sequence.cached_tokens,
                 promoted.hot,
@@ -63,31 +64,32 @@ class RequestTally:
         stats.hits.update(blocks)
         stats.hit_tokens.update(sequence.cached_tokens)
 
-    def count_split(self, split: SplitLoad) -> list[MissReason]:
+    def count_overlap(self, load: OverlappedLoad) -> list[MissReason]:
         """Count what became of a request's cold blocks. Return why each was computed that was."""
         assert self._tiers.changed.is_owned()
         stats = self._tiers.stats
-        num_computed = split.meeting.first_loaded
-        num_loaded = len(split.hits) - num_computed
+        num_computed = load.division.first_loaded
+        num_loaded = len(load.hits) - num_computed
         stats.hits[Tier.COLD] += num_loaded
         stats.hit_tokens[Tier.COLD] += num_loaded * self._block_size
         for tier in (Tier.COLD, Tier.WARM):  # they come by way of a warm slot, as all cold blocks do
             stats.bytes_out[tier] += num_loaded * self._tiers.layout.block_bytes
         stats.misses += num_computed
-        stats.miss_reasons[MissReason.RECOMPUTED.value] += num_computed - (split.failure is not None)
-        if split.failure:
-            stats.miss_reasons[split.failure.value] += 1
+        stats.miss_reasons[MissReason.RECOMPUTED.value] += num_computed - (load.failure is not None)
+        if load.failure:
+            stats.miss_reasons[load.failure.value] += 1
         reasons = [MissReason.RECOMPUTED] * num_computed
-        return [*reasons[:-1], split.failure] if split.failure and reasons else reasons
+        return [*reasons[:-1], load.failure] if load.failure and reasons else reasons
 
-    def tell_split(self, split: SplitLoad, loaded: Several[Hit], computed: Several[MissReason]) -> None:
+    def record_overlap(self, load: OverlappedLoad, loaded: Several[Hit], computed: Several[MissReason]) -> None:
         """Tell what became of a request's cold blocks: those loaded, and of the others why they were computed."""
         assert self._tiers.changed.is_owned()
-        if watch := self._tiers.watch:
-            watch.rest_of_request(
+        observers = self._tiers.observers
+        if observers.are_there:
+            observers.rest_of_request(
                 {Tier.COLD: len(loaded) * self._block_size},
                 loaded,
-                zip(map(BlockName.of, split.hits), computed, strict=False),
+                zip(map(BlockName.of, load.hits), computed, strict=False),
                 hot_blocks=self._tiers.index.hot.used_count,
             )
 
@@ -120,7 +122,7 @@ class RequestTally:
         size = self._block_size
         parent = self._last_hash(sequence)
         rest = bytes(sequence.token_bytes[len(sequence.chain) * size * TOKEN_BYTES :])
-        hashes = [block_hash for block_hash, _ in iter_chain(parent, rest, size, self._hash)]
+        hashes = [block_hash for block_hash, _ in iter_chain(parent, rest, size, self._tiers.hash_function)]
         evicted = map(self._tiers.cold.was_evicted, hashes[num_hits - len(sequence.chain) :])
         return [MissReason.EVICTED if each else MissReason.ABSENT for each in evicted]
 
@@ -132,7 +134,7 @@ class RequestTally:
         parent = self._last_hash(sequence)
         named: list[BlockName] = []
         if sequence.is_cacheable:
-            for block_hash, tokens in iter_chain(parent, rest, self._block_size, self._hash):
+            for block_hash, tokens in iter_chain(parent, rest, self._block_size, self._tiers.hash_function):
                 named.append(BlockName(block_hash, parent, tokens))
                 parent = block_hash
         unnamed = range(len(named) * step, len(rest), step)
@@ -142,3 +144,33 @@ class RequestTally:
     def _last_hash(self, sequence: Sequence) -> BlockHash:
         assert self._tiers.changed.is_owned()
         return sequence.chain[-1] if sequence.chain else self._tiers.index.root
+
+
+def occupancy(tiers: Tiers, cold: ColdStats | None) -> dict[Tier, TierStats]:
+    """Return the sizes of the tiers, counters left at 0; the caller holds the lock.
+
+    cold: what the store says of itself, asked without the lock.
+    """
+    assert tiers.changed.is_owned()
+    block_bytes = tiers.layout.block_bytes
+    sizes = {
+        tier: TierStats(
+            blocks=pool.used_count,
+            used_bytes=pool.used_count * block_bytes,
+            stored_bytes=pool.used_count * slot_bytes,
+            capacity_bytes=pool.capacity * block_bytes,
+        )
+        for tier, pool, slot_bytes in (
+            (Tier.HOT, tiers.index.hot, block_bytes),
+            (Tier.WARM, tiers.index.warm, tiers.memory.warm.stride_bytes),
+        )
+    }
+    if cold:
+        sizes[Tier.COLD] = TierStats(
+            blocks=cold.blocks,
+            used_bytes=cold.raw_bytes,
+            stored_bytes=cold.live_bytes,
+            capacity_bytes=cold.quota_bytes,
+            evictions=cold.evicted_blocks,
+        )
+    return sizes

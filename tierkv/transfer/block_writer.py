@@ -13,7 +13,8 @@ from tierkv.movers.mover import Move
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.outcomes import PutOutcome
 from tierkv.storage.record import BlockInfo, EncodedRecord, encode_record
-from tierkv.transfer.tiers import Compression, Job, Place, Tiers
+from tierkv.transfer.memory import Compression
+from tierkv.transfer.tiers import Job, Place, Tiers
 from tierkv.values.block import TOKEN_BYTES, BlockHash, Tier
 from tierkv.values.events import EventKind
 
@@ -40,9 +41,9 @@ class BlockWriter:
 
     def __init__(self, tiers: Tiers, *, most_blocks: int) -> None:
         self._tiers = tiers
-        pool = tiers.compression.slots if tiers.compression else tiers.index.warm
-        self.staging = pool.allocate(max(1, min(most_blocks, pool.capacity // 2)) if tiers.compression else 1)
-        tiers.reserved_raw += len(self.staging)
+        pool = tiers.memory.compression.slots if tiers.memory.compression else tiers.index.warm
+        self.staging = pool.allocate(max(1, min(most_blocks, pool.capacity // 2)) if tiers.memory.compression else 1)
+        tiers.memory.reserved_raw += len(self.staging)
         self._failed: set[BlockHash] = set()
 
     def begin(self, jobs: Sequence[Job]) -> Batch:
@@ -50,7 +51,7 @@ class BlockWriter:
         if self._tiers.lower:
             return Batch(jobs)
         slots: list[int] = []
-        if not self._tiers.compression:
+        if not self._tiers.memory.compression:
             try:
                 slots = self._tiers.try_take_warm(len(jobs))
             except Exception:  # noqa: BLE001 - a policy of the user's: they go by the slot that is always there
@@ -105,13 +106,13 @@ class BlockWriter:
         tiers = self._tiers
         held = [Place(Tier.HOT, job.block_id) for job in jobs]
         try:
-            with tiers.watch.span("demote") as detail:
+            with tiers.observers.span("demote") as detail:
                 detail["blocks"] = len(jobs)
-                if tiers.compression:
-                    self._write_compressed(jobs, tiers.compression)
+                if tiers.memory.compression:
+                    self._write_compressed(jobs, tiers.memory.compression)
                 raw = list(zip(jobs if is_kept else self._missing(jobs), slots, strict=False))
                 for job, slot in raw:
-                    copied = tiers.mover.demote([Move(job.block_id, slot)], after=job.written)
+                    copied = tiers.memory.mover.demote([Move(job.block_id, slot)], after=job.written)
                 if raw:
                     copied.synchronize()
             with tiers.changed:
@@ -120,7 +121,7 @@ class BlockWriter:
                         self._attach_warm(job, slot)
             tiers.unpin(held)
             held = []
-            with tiers.watch.span("store cold") as detail:
+            with tiers.observers.span("store cold") as detail:
                 detail["blocks"] = self._store(raw)
         finally:
             self._note_failed(jobs)
@@ -193,13 +194,13 @@ class BlockWriter:
             return 0
         slots = {job.block_hash: slot for job, slot in raw}
         missing = [(job, slots[job.block_hash]) for job in self._missing([job for job, _ in raw])]
-        outcomes = cold.put(tiers.threads.map(Priority.DEMOTION, self._encode, missing))
+        outcomes = cold.put(tiers.memory.threads.map(Priority.DEMOTION, self._encode, missing))
         with tiers.changed:
             for (job, _), outcome in zip(missing, outcomes, strict=True):
                 if outcome not in (PutOutcome.STORED, PutOutcome.EXISTS):
                     self._tiers.skip(job, outcome.value)
                     continue
-                tiers.watch.block(EventKind.DEMOTE, Tier.COLD, job)
+                tiers.observers.block(EventKind.DEMOTE, Tier.COLD, job)
                 tiers.stats.bytes_in[Tier.COLD] += tiers.layout.packed_bytes(len(job.token_bytes) // TOKEN_BYTES)
                 entry = self._entry_of(job)
                 if entry:
@@ -215,4 +216,5 @@ class BlockWriter:
             content_digest=job.content_digest,
             token_bytes=job.token_bytes,
         )
-        return encode_record(info, self._tiers.raw_slots[slot], layout=self._tiers.layout, codec=self._tiers.codec)
+        memory = self._tiers.memory
+        return encode_record(info, memory.raw.slots[slot], layout=memory.layout, codec=memory.codec)

@@ -102,11 +102,11 @@ def _copy_of(tiers: Tiers, entry: Entry) -> npt.NDArray[np.uint8] | None:
     """Return a copy of an entry's bytes from the warm or the hot tier, or None if it has left both."""
     with tiers.changed:
         if entry.warm_slot is not None:
-            return tiers.copy_warm(entry.warm_slot)
+            return tiers.memory.copy_warm(entry.warm_slot)
         if entry.block_id is not None:
             copied: npt.NDArray[np.uint8] = np.empty(tiers.layout.block_bytes, dtype=np.uint8)
-            tiers.written(entry).wait()
-            torch.from_numpy(copied).copy_(tiers.hot.bytes_view[entry.block_id])
+            tiers.copies.written(entry).wait()
+            torch.from_numpy(copied).copy_(tiers.memory.hot.bytes_view[entry.block_id])
             return copied
         return None
 
@@ -121,4 +121,4 @@ def _encode(tiers: Tiers, entry: Entry, block: npt.NDArray[np.uint8]) -> bytes:
         content_digest=content_digest,
         token_bytes=entry.token_bytes,
     )
-    return encode_record(info, block, layout=tiers.layout, codec=tiers.codec).data.tobytes()
+    return encode_record(info, block, layout=tiers.layout, codec=tiers.memory.codec).data.tobytes()

@@ -72,9 +72,9 @@ class ColdReading:
             token_bytes=hit.token_bytes,
         )
         coded = CodedBlock()
-        wanted = {"coded": coded} if tiers.frames and may_stay_coded else {}
+        wanted = {"coded": coded} if tiers.memory.frames and may_stay_coded else {}
         try:
-            reason = hit.source.read_into(info, tiers.raw_slots[place.slot], layout=tiers.layout, **wanted)
+            reason = hit.source.read_into(info, tiers.memory.raw.slots[place.slot], layout=tiers.layout, **wanted)
         except StoreError:
             return MissReason.IO_ERROR
         return coded if reason is None else reason
@@ -97,8 +97,8 @@ class ColdReading:
         ahead = [*wave[_AHEAD_BLOCKS:], *[None] * _AHEAD_BLOCKS]
         coded: list[CodedBlock] = []
         failure: MissReason | None = None
-        with tiers.watch.span("read cold") as detail:
-            read = tiers.threads.map(Priority.REQUEST, self.read_one, wave, places, ahead)
+        with tiers.observers.span("read cold") as detail:
+            read = tiers.memory.threads.map(Priority.REQUEST, self.read_one, wave, places, ahead)
             detail["blocks"] = len(places)
         for block in read:
             if isinstance(block, MissReason):

@@ -1,170 +1,152 @@
-"""LinkKeeper: keeps a link to the daemon, and looks for the daemon again where there is none."""
+"""DaemonConnection: one connection to the daemon, and its slab, mapped: a cache copies from and to it."""
 
 from __future__ import annotations
 
-import logging
-import os
 import threading
-import time
-from collections.abc import Callable
-from pathlib import Path
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from tierkv.daemon.client import Answer, DaemonClient
-from tierkv.daemon.messages import Hello, Message
-from tierkv.daemon.protocol import printable
-from tierkv.errors import DaemonError, DaemonGoneError, StoreError
-from tierkv.transfer.daemon_link import Link
+from tierkv.daemon.messages import Message, Release
+from tierkv.errors import DaemonGoneError
+from tierkv.movers.mover import Mover
+from tierkv.storage.warm import Slab, WarmPool, slot_stride
 from tierkv.transfer.tiers import Tiers
-from tierkv.values.namespace import NAME_LIMIT, Namespace
 
-__all__ = ["LinkKeeper"]
-
-_log = logging.getLogger(__name__)
-
-_RECONNECT_S = 1.0
-_TICK_S = 0.1
+__all__ = ["DaemonConnection"]
 
 
-class LinkKeeper:
-    """The present link, if there is one, and the thread that sees to it. Thread-safe.
+class DaemonConnection:
+    """One connection, the slab mapped through it, and the slots in use over it. Thread-safe; satisfies `PlaceOwner`.
 
-    timeout_s: of short calls. Raises DaemonError if the daemon refuses this namespace or speaks another version; one
-    that cannot be reached is no error.
+    A slot is leased to be read, by any number of requests, or this process writes it, never both. An answer that says
+    otherwise is refused, because the copy would change a block that is being read.
+    lost: called with this connection when a call has found that the daemon is gone.
     """
 
-    def __init__(self, tiers: Tiers, *, path: Path, namespace: Namespace, timeout_s: float) -> None:
-        self.path = path
-        self.timeout_s = timeout_s
-        self.link: Link | None = None
-        self.boot = 0
-        self.has_cold = False  # of the daemon that is there, or was
-        self._lying_boot: int | None = None  # of a daemon that has answered what cannot be
-        self.tend: Callable[[], None] = lambda: None  # called again and again by the thread
-        self._tiers = tiers
-        self._namespace = namespace
-        self._is_closing = threading.Event()
+    def __init__(
+        self, client: DaemonClient, tiers: Tiers, *, lost: Callable[[DaemonConnection, DaemonGoneError], None]
+    ) -> None:
+        """Map the slab. Raises StoreError; then the caller closes the client."""
+        self.client = client
+        self.is_retired = False
+        self._lost = lost
+        self._lock = threading.Lock()
+        self._leased: Counter[int] = Counter()
+        self._written: set[int] = set()
+        self._is_closed = False
+        self._returned = array("I")
+        self._cursors = array("I")
+        slab = Slab.attach(client.take_descriptor(), client.welcome.slab_bytes)
         try:
-            self._connect()
-        except (DaemonGoneError, StoreError) as exc:
-            _log.warning("working without the daemon until it is there: %s", exc)
-        self._thread = threading.Thread(target=self._keep, name="tierkv-daemon-link", daemon=True)
-        self._thread.start()
-
-    @property
-    def socket_bytes(self) -> tuple[int, int]:
-        """Bytes (sent, received) over the present link."""
-        link = self.link
-        return (link.client.bytes_sent, link.client.bytes_received) if link else (0, 0)
+            block_bytes = tiers.layout.block_bytes
+            self._warm = WarmPool(block_bytes, slab.size_bytes // slot_stride(block_bytes), slab=slab)
+        except BaseException:
+            slab.close()
+            raise
+        try:
+            self.mover = Mover(tiers.memory.hot, self._warm)
+        except BaseException:
+            self._warm.close()
+            raise
 
     def call(self, message: Message, expected: type[Answer], *, timeout_s: float | None = None) -> Answer:
-        """Ask the daemon over the present link. Raises DaemonError; DaemonGoneError where there is none."""
-        link = self.link
-        if link is None:
-            raise DaemonGoneError(f"no daemon answers at {self.path}")
-        return self.call_on(link, message, expected, timeout_s=timeout_s)
-
-    def call_on(
-        self, link: Link, message: Message, expected: type[Answer], *, timeout_s: float | None = None
-    ) -> Answer:
-        """Ask the daemon over one link: that which slots or cursors are named of. Raises DaemonError."""
-        try:
-            return link.client.call(message, expected, timeout_s=self.timeout_s if timeout_s is None else timeout_s)
-        except DaemonGoneError as exc:
-            self._lose(link, exc)
-            raise
+        """Send a request and return its answer. Raises DaemonError."""
+        with self._losing():
+            return self.client.call(message, expected, timeout_s=timeout_s)
 
     def call_long(self, message: Message, expected: type[Answer], *, timeout_s: float) -> Answer:
-        """Ask for what may take long, as long as the daemon is alive. Raises DaemonError."""
-        link = self.link
-        if link is None:
-            raise DaemonGoneError(f"no daemon answers at {self.path}")
+        """Do as `call`, for what may take long: it fails soon after the daemon has stopped. Raises DaemonError."""
+        with self._losing():
+            return self.client.call_long(message, expected, timeout_s=timeout_s)
+
+    def post(self, message: Message) -> None:
+        """Send a message that has no answer. A daemon that is gone is no error: it needs none."""
         try:
-            return link.client.call_long(message, expected, timeout_s=timeout_s)
+            self.client.post(message)
         except DaemonGoneError as exc:
-            self._lose(link, exc)
+            self._lost(self, exc)
+
+    def read_waiting(self) -> None:
+        """Read what the daemon has sent without being asked. A daemon that is gone is no error."""
+        try:
+            self.client.read_waiting()
+        except DaemonGoneError as exc:
+            self._lost(self, exc)
+
+    def lease(self, slots: Sequence[int]) -> None:
+        """Note slots that the daemon has leased, once for each lease.
+
+        Raises DaemonGoneError, with nothing noted, if the connection was closed meanwhile or this process is writing
+        one of the slots.
+        """
+        with self._lock:
+            self._require_open()
+            if not self._written.isdisjoint(slots):
+                raise self.client.reject_answer("it leases a slot that is still being written")
+            self._leased.update(slots)
+
+    def return_lease(self, slot: int) -> None:
+        """End a lease. The next `send_returned` notifies the daemon."""
+        with self._lock:
+            self._leased[slot] -= 1
+            if not self._leased[slot]:
+                del self._leased[slot]
+            self._returned.append(slot)
+        self._close_if_unused()
+
+    def begin_writing(self, slots: Sequence[int]) -> None:
+        """Note slots that the daemon gave to be written. Raises DaemonGoneError as `lease` does."""
+        with self._lock:
+            self._require_open()
+            if any(slot in self._leased or slot in self._written for slot in slots):
+                raise self.client.reject_answer("it gives a slot to be written that is in use")
+            self._written.update(slots)
+
+    def end_writing(self, slots: Sequence[int]) -> None:
+        """Forget slots. Call it before the daemon is notified that they are written: from then on it may lease them."""
+        with self._lock:
+            self._written.difference_update(slots)
+        self._close_if_unused()
+
+    def end_cursor(self, cursor: int) -> None:
+        """End a cursor. The next `send_returned` notifies the daemon."""
+        if cursor:
+            with self._lock:
+                self._cursors.append(cursor)
+
+    def send_returned(self) -> None:
+        """Notify the daemon which leases and cursors have ended."""
+        with self._lock:  # several threads call this
+            slots, cursors = self._returned, self._cursors
+            self._returned, self._cursors = array("I"), array("I")
+        if (slots or cursors) and not self.is_retired:
+            self.post(Release(slots=slots.tobytes(), cursors=cursors.tobytes()))
+
+    def retire(self) -> None:
+        """Use this connection no more. It is closed when the last copy from or to its slots has ended."""
+        self.is_retired = True
+        self._close_if_unused()
+
+    @contextmanager
+    def _losing(self) -> Iterator[None]:
+        try:
+            yield
+        except DaemonGoneError as exc:
+            self._lost(self, exc)
             raise
 
-    def read_waiting(self, link: Link) -> None:
-        """Take in what the daemon has sent unasked."""
-        try:
-            link.client.read_waiting()
-        except DaemonGoneError as exc:
-            self._lose(link, exc)
+    def _close_if_unused(self) -> None:
+        with self._lock:
+            if not self.is_retired or self._leased or self._written or self._is_closed:
+                return
+            self._is_closed = True
+        self.mover.close()
+        self._warm.close()
+        self.client.close()
 
-    def post(self, link: Link, message: Message) -> None:
-        """Send what has no answer; a daemon that has gone knows without."""
-        try:
-            link.client.post(message)
-        except DaemonGoneError as exc:
-            self._lose(link, exc)
-
-    def settle(self) -> None:
-        """Tell the daemon what has been given back. The caller does not hold the lock."""
-        assert not self._tiers.changed.is_owned()
-        link = self.link
-        if link:
-            try:
-                link.settle()
-            except DaemonGoneError as exc:
-                self._lose(link, exc)
-
-    def close(self) -> None:
-        """End the link when copies in flight have ended. May be called twice."""
-        self._is_closing.set()
-        self._thread.join()
-        link, self.link = self.link, None
-        if link:
-            link.retire()
-
-    def _lose(self, link: Link, why: DaemonError) -> None:
-        """Work without this link from now on; for good, until another daemon is there, if what it said was false."""
-        with self._tiers.changed:
-            if link.client.has_lied:
-                self._lying_boot = link.client.boot
-            if self.link is link:
-                self.link = None
-                _log.warning("working without the daemon until it is back: %s", why)
-        link.retire()
-
-    def _connect(self) -> None:
-        hello = Hello(
-            namespace=self._namespace.digest,
-            description=self._namespace.describe(),
-            block_bytes=self._tiers.layout.block_bytes,
-            client=f"{printable(self._namespace.name, NAME_LIMIT) or 'model'}, process {os.getpid()}",
-        )
-        client = DaemonClient(self.path, hello, timeout_s=self.timeout_s)
-        try:
-            if client.boot == self._lying_boot:
-                raise DaemonError(f"the daemon at {self.path} has answered what cannot be", hint="restart it")
-            link = Link(client, self._tiers)
-        except BaseException:
-            client.close()
-            raise
-        with self._tiers.changed:
-            if client.boot != self.boot:  # it may have forgotten everything
-                for entry in self._tiers.index:
-                    entry.in_cold = False
-            self.boot = client.boot
-            self.has_cold = client.welcome.has_cold
-            self.link = link
-
-    def _keep(self) -> None:
-        """Give back what copies on a GPU have ended with, and look for a daemon that is not there."""
-        next_try = 0.0
-        while not self._is_closing.wait(_TICK_S):
-            with self._tiers.changed:
-                self._tiers.reap()
-            self.settle()
-            self.tend()
-            link = self.link
-            if link and link.client.has_hung_up():
-                self._lose(link, DaemonGoneError(link.client.failure or f"the daemon at {self.path} has ended"))
-            if self.link is not None or time.monotonic() < next_try:
-                continue
-            try:
-                self._connect()
-                _log.info("the daemon at %s is there", self.path)
-            except (DaemonError, StoreError) as exc:
-                _log.debug("still without the daemon: %s", exc)
-                next_try = time.monotonic() + _RECONNECT_S
+    def _require_open(self) -> None:
+        if self._is_closed:
+            raise DaemonGoneError("the connection to the daemon was closed")

@@ -8,20 +8,20 @@ from dataclasses import replace
 
 import torch
 
-from tierkv.background.work_queue import PriorityThreads
+from tierkv.background.work_queue import PriorityThreadPool
 from tierkv.config import CacheConfig
 from tierkv.errors import ConfigError
 from tierkv.index.index import Index
 from tierkv.policies import EvictionPolicy
 from tierkv.ranks.group import RankGroup
 from tierkv.storage.codecs import Codec, codec_by_name, default_codec
+from tierkv.storage.codecs_lossy import float_format
 from tierkv.storage.cold import ColdStore
-from tierkv.storage.float_words import float_format
 from tierkv.storage.hot import HotPool, hot_pool_blocks
 from tierkv.transfer.daemon_tiers import DaemonTiers
-from tierkv.transfer.observers import Watch
+from tierkv.transfer.memory import TierMemory, no_warm_memory, open_warm_memory
+from tierkv.transfer.observers import Observers
 from tierkv.transfer.tiers import Tiers
-from tierkv.transfer.warm_memory import no_warm_memory, open_warm_memory
 from tierkv.values.block import HashFunction
 from tierkv.values.locks import OwnedCondition
 from tierkv.values.namespace import Namespace
@@ -71,59 +71,65 @@ def open_tiers(
     cold: ColdStore | None,
     policy: EvictionPolicy,
     clock: Callable[[], float],
+    hash_function: HashFunction,
 ) -> Tiers:
     """Take the memory of the hot and the warm tier, start the threads that read, and join them with an open store."""
     layout = namespace.layout
     num_hot = hot_pool_blocks(layout, device, hot_bytes=config.hot_bytes, hot_fraction=config.hot_fraction)
     hot = HotPool(layout, num_hot, device)
-    memory = open_warm_memory(hot, config) if config.socket is None else no_warm_memory(hot)
+    warm = open_warm_memory(hot, config) if config.socket is None else no_warm_memory(hot)
     changed = OwnedCondition()
     index = Index(
         root=namespace.digest,
         num_hot=num_hot,
-        num_warm=memory.warm.num_slots,
+        num_warm=warm.warm.num_slots,
         policy=policy,
         clock=clock,
         lock=changed,
     )
+    memory = TierMemory(
+        layout=layout,
+        codec=codec,
+        hot=hot,
+        warm=warm.warm,
+        mover=warm.mover,
+        compression=warm.compression,
+        frames=warm.frames,
+        threads=PriorityThreadPool(config.num_io_threads, name="tierkv-io"),
+        num_threads=config.num_io_threads,
+        loaders=ThreadPoolExecutor(_NUM_LOADERS, thread_name_prefix="tierkv-load"),
+    )
     return Tiers(
         layout=layout,
         namespace=namespace.digest,
-        codec=codec,
-        index=index,
-        hot=hot,
-        warm=memory.warm,
-        mover=memory.mover,
-        compression=memory.compression,
-        frames=memory.frames,
-        cold=cold,
-        threads=PriorityThreads(config.num_io_threads, name="tierkv-io"),
-        num_threads=config.num_io_threads,
-        loaders=ThreadPoolExecutor(_NUM_LOADERS, thread_name_prefix="tierkv-load"),
-        watch=Watch(layout, changed),
         changed=changed,
+        index=index,
         stats=StatsRecorder(changed),
+        observers=Observers(layout, changed),
+        hash_function=hash_function,
+        min_partial_tokens=config.min_partial_tokens,
+        memory=memory,
+        cold=cold,
         write_wait_s=config.write_wait_s,
     )
 
 
-def join_daemon(
-    tiers: Tiers, config: CacheConfig, *, namespace: Namespace, ranks: RankGroup, hash_function: HashFunction
-) -> DaemonTiers | None:
+def join_daemon(tiers: Tiers, config: CacheConfig, *, namespace: Namespace, ranks: RankGroup) -> DaemonTiers | None:
     """Let the daemon have the lower tiers if the config names its socket. Raises DaemonError if it refuses."""
     if config.socket is None:
         return None
-    tiers.lower = daemon = DaemonTiers(
+    daemon = DaemonTiers(
         tiers,
         path=config.socket,
         namespace=namespace,
         block_size=config.block_size,
-        hash_function=hash_function,
+        hash_function=tiers.hash_function,
         # Ranks of two copies of a model would wait for each other, crosswise: they compute for themselves.
         wait_s=config.compute_wait_s if ranks.size == 1 else 0.0,
         timeout_s=config.daemon_timeout_s,
         min_partial_tokens=config.min_partial_tokens,
     )
+    tiers.lower = daemon.blocks
     return daemon
 
 

@@ -14,13 +14,12 @@ from tierkv.storage.coded import CodedBlock
 from tierkv.storage.outcomes import MissReason
 from tierkv.transfer.cold_reading import ColdReading
 from tierkv.transfer.lookup import Hit, Lookup
-from tierkv.transfer.offload import Demoter
-from tierkv.transfer.split_load import SplitLoad
+from tierkv.transfer.offload import Offloader
 from tierkv.transfer.tiers import Place, Tiers
 from tierkv.values.block import Tier
 from tierkv.values.events import EventKind
 
-__all__ = ["Pinned", "Promoted", "Promoter"]
+__all__ = ["Loader", "Pinned", "Promoted"]
 
 _WAVE_BLOCKS = 16
 
@@ -54,7 +53,7 @@ class Promoted:
 
 @dataclass(frozen=True, slots=True)
 class Pinned:
-    """What `Promoter.pin` holds.
+    """What `Loader.pin` holds.
 
     hot: block ids of the leading hot blocks; their pins become the sequence's own. arriving: copies and
     computations that those still wait for. rest: places of what was found behind them, by position in `Lookup.rest`.
@@ -65,12 +64,12 @@ class Pinned:
     rest: dict[int, Place] = field(default_factory=dict)
 
 
-class Promoter:
+class Loader:
     """Turns hits into hot blocks. A block that cannot be had ends the hit there: failure is a miss."""
 
-    def __init__(self, tiers: Tiers, demoter: Demoter, reading: ColdReading) -> None:
+    def __init__(self, tiers: Tiers, offloader: Offloader, reading: ColdReading) -> None:
         self._tiers = tiers
-        self._demoter = demoter
+        self._offloader = offloader
         self._reading = reading
 
     def promote(self, lookup: Lookup, pinned: Pinned, *, num_blocks: int) -> Promoted:
@@ -109,7 +108,7 @@ class Promoter:
             result.block_table.extend(fresh)
             return result
         except BaseException:
-            self._tiers.leave(result.owned)
+            self._tiers.copies.leave(result.owned)
             self._tiers.unpin_all(Tier.HOT, result.owned)
             raise
         finally:
@@ -126,9 +125,9 @@ class Promoter:
         pinned = Pinned([entry.block_id for entry in lookup.hot if entry.block_id is not None])
         assert len(pinned.hot) == len(lookup.hot), "the lock was given up between the lookup and the pin"
         index.hot.pin_all(pinned.hot)
-        if tiers.arriving:
+        if tiers.copies.arriving:
             tiers.reap()
-            arriving = (tiers.arriving[slot] for slot in pinned.hot if slot in tiers.arriving)
+            arriving = (tiers.copies.arriving[slot] for slot in pinned.hot if slot in tiers.copies.arriving)
             pinned.arriving.extend(dict.fromkeys(arriving))  # many blocks come in one batch, or of one commit
         for position, hit in enumerate(lookup.rest()):
             slot = hit.entry.place(hit.tier) if hit.entry and hit.tier is not Tier.COLD else None
@@ -136,19 +135,6 @@ class Promoter:
                 index.pin(hit.entry, hit.tier)
                 pinned.rest[position] = Place(hit.tier, slot)
         return pinned
-
-    def split(self, hits: Sequence[Hit], targets: Sequence[int], *, num_before: int, in_memory: bool) -> SplitLoad:
-        """Begin to load cold blocks, last one first, into the caller's block ids while he computes the first ones."""
-        after = self._tiers.mover.mark()
-        return SplitLoad(
-            self._tiers,
-            hits,
-            targets,
-            num_before=num_before,
-            in_memory=in_memory,
-            read=self._reading.read_one,
-            after=after,
-        )
 
     def _promote_blocks(
         self, hits: Sequence[Hit], pinned: dict[int, Place], fresh: deque[int], result: Promoted
@@ -182,7 +168,7 @@ class Promoter:
                 return
 
     def _take(self, count: int, result: Promoted) -> list[int]:
-        block_ids = self._demoter.take_hot(count)
+        block_ids = self._offloader.take_hot(count)
         result.owned += block_ids
         return block_ids
 
@@ -197,7 +183,7 @@ class Promoter:
         assert self._tiers.changed.is_owned()
         self._tiers.index.hot.pin(block_id)
         result.owned.append(block_id)
-        if arriving := self._tiers.arriving.get(block_id):
+        if arriving := self._tiers.copies.arriving.get(block_id):
             result.loads.append(arriving)
 
     def _promote_warm(
@@ -214,7 +200,7 @@ class Promoter:
         """
         tiers = self._tiers
         try:
-            ready = tiers.bring_up(places, targets, coded=coded)
+            ready = tiers.load(places, targets, coded=coded)
         except StoreError:
             tiers.unpin(places)
             result.failure = MissReason.IO_ERROR
@@ -275,8 +261,8 @@ class Promoter:
             for hit in hits:
                 entry = index.get(hit.block_hash, hit.parent_hash, hit.token_bytes, content_digest=hit.content_digest)
                 if entry and entry.block_id is not None and entry.warm_slot is None:
-                    written = self._tiers.written(entry)
-                    self._demoter.write_down(entry, written)
+                    written = self._tiers.copies.written(entry)
+                    self._offloader.write_down(entry, written)
 
     def _read(
         self, wave: Sequence[Hit], pinned: dict[int, Place], result: Promoted
@@ -297,14 +283,14 @@ class Promoter:
         coded: list[CodedBlock] = []
         if hit.tier is Tier.HOT:
             assert hit.entry and hit.entry.block_id is not None
-            if arriving := tiers.arriving.get(hit.entry.block_id):
+            if arriving := tiers.copies.arriving.get(hit.entry.block_id):
                 arriving.wait()
             try:
-                result.loads.append(tiers.mover.copy([Move(hit.entry.block_id, target)]))
+                result.loads.append(tiers.memory.mover.copy([Move(hit.entry.block_id, target)]))
             except StoreError:
                 result.failure = MissReason.IO_ERROR
                 return False
-            tiers.leave([hit.entry.block_id])  # the copy is only queued when others may evict what it reads
+            tiers.copies.leave([hit.entry.block_id])  # the copy is only queued when others may evict what it reads
             return True
         if hit.tier is Tier.WARM and hit.entry is None:  # lent: nothing here knows it
             places = [pinned.pop(max(pinned))]
@@ -318,7 +304,7 @@ class Promoter:
         if not places:
             return False
         try:
-            ready = tiers.bring_up(places, [target], coded=coded)
+            ready = tiers.load(places, [target], coded=coded)
         except StoreError:
             tiers.unpin(places)
             result.failure = MissReason.IO_ERROR

@@ -7,8 +7,8 @@ stored partial block, still serve the tokens that they have in common.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 from tierkv.errors import StoreError
@@ -28,7 +28,7 @@ from tierkv.values.block import (
 )
 from tierkv.values.layout import BlockLayout
 
-__all__ = ["ColdSource", "Hit", "Lookup", "are_in_memory", "find_partial", "look_up"]
+__all__ = ["ColdSource", "Hit", "Lookup", "are_in_memory", "count_by_tier", "find_partial", "look_up"]
 
 _logger = logging.getLogger(__name__)
 
@@ -103,6 +103,28 @@ class Lookup:
         yield from self.blocks
         if self.partial_block:
             yield self.partial_block
+
+    def before(self, marked: Collection[Entry]) -> Lookup:
+        """Return the lookup up to the first of these blocks."""
+        for at, entry in enumerate(self.hot):
+            if entry in marked:
+                return Lookup(self.hot[:at])
+        for at, hit in enumerate(self.blocks):
+            if hit.entry in marked:
+                return Lookup(self.hot, self.blocks[:at])
+        return replace(self, partial_block=None) if self.partial_block and self.partial_block.entry in marked else self
+
+
+def count_by_tier(num_hot: int, block_size: int, hits: Iterable[Hit]) -> tuple[dict[Tier, int], dict[Tier, int]]:
+    """Return blocks and tokens of `num_hot` hot blocks and of hits, by tier."""
+    blocks = dict.fromkeys(Tier, 0)
+    tokens = dict.fromkeys(Tier, 0)
+    blocks[Tier.HOT] = num_hot
+    tokens[Tier.HOT] = num_hot * block_size
+    for hit in hits:
+        blocks[hit.tier] += 1
+        tokens[hit.tier] += hit.num_tokens
+    return blocks, tokens
 
 
 def are_in_memory(hits: Sequence[Hit]) -> bool:

@@ -26,32 +26,33 @@ from tierkv.values.events import (
 from tierkv.values.layout import BlockLayout
 from tierkv.values.locks import Owned
 
-__all__ = ["Watch", "pool_regions"]
+__all__ = ["Observers", "pool_regions"]
 
 
-class Watch:
+class Observers:
     """The observers of one cache. Without any, each call returns at once and builds nothing.
 
-    Observers are kept in a tuple that is replaced, never changed: whoever is telling them goes on undisturbed.
+    are_there: whether there are any, for callers in a hurry. The observers lie in a tuple that is replaced, never
+    changed: a thread that notifies them goes on undisturbed.
     """
 
     def __init__(self, layout: BlockLayout, lock: Owned) -> None:
         self._lock = lock
         self._layout = layout
         self._observers: tuple[CacheObserver, ...] = ()
-
-    def __bool__(self) -> bool:
-        return bool(self._observers)
+        self.are_there = False
 
     def add(self, observer: CacheObserver) -> None:
         """Tell this one too from now on; the caller holds the cache's lock."""
         assert self._lock.is_owned()
         self._observers = (*self._observers, observer)
+        self.are_there = True
 
     def remove(self, observer: CacheObserver) -> None:
         """Tell it no more; the caller holds the cache's lock. No error if it was not there."""
         assert self._lock.is_owned()
         self._observers = tuple(each for each in self._observers if each is not observer)
+        self.are_there = bool(self._observers)
 
     def memory(self, region: MemoryRegion) -> None:
         """Tell of memory that is held from now on; the caller holds the cache's lock."""
@@ -122,7 +123,7 @@ class Watch:
         lost = self._misses(missed)
         asked = (*(each.block_hash for each in found), *(hit.block_hash for hit in later))
         asked += tuple(each.block_hash for each in lost)
-        self._tell(RequestEvent(num_tokens, hit_tokens, (*found, *lost), asked, hot_blocks))
+        self._notify(RequestEvent(num_tokens, hit_tokens, (*found, *lost), asked, hot_blocks))
 
     def rest_of_request(
         self,
@@ -135,14 +136,14 @@ class Watch:
         """Tell what became of the blocks that came up behind a request; the caller holds the cache's lock."""
         assert self._lock.is_owned()
         found = [self.event(EventKind.HIT, hit.tier, hit, slot=_slot_of(hit)) for hit in hits]
-        self._tell(RequestEvent(0, hit_tokens, (*self._misses(missed), *found), (), hot_blocks))
+        self._notify(RequestEvent(0, hit_tokens, (*self._misses(missed), *found), (), hot_blocks))
 
     def _misses(self, missed: Iterable[tuple[BlockName, MissReason]]) -> list[BlockEvent]:
         """Return an event for each miss; the caller holds the cache's lock."""
         assert self._lock.is_owned()
         return [self.event(EventKind.MISS, None, block, reason=reason.value) for block, reason in missed]
 
-    def _tell(self, event: RequestEvent) -> None:
+    def _notify(self, event: RequestEvent) -> None:
         """Tell of a request; the caller holds the cache's lock."""
         assert self._lock.is_owned()
         for observer in self._observers:

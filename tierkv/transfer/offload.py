@@ -22,7 +22,7 @@ from tierkv.transfer.tiers import Job, Tiers
 from tierkv.values.block import BlockHash, Tier
 from tierkv.values.checks import check_share
 
-__all__ = ["AfterWrites", "Demoter", "Offloading"]
+__all__ = ["AfterWrites", "Offloader", "Offloading"]
 
 _log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Offloading:
             check_share(f"offload_{name}", getattr(self, name))
 
 
-class Demoter:
+class Offloader:
     """Has blocks written down, by one thread, and makes room in the hot pool. `writer` is what that thread does."""
 
     def __init__(self, tiers: Tiers) -> None:
@@ -91,13 +91,13 @@ class Demoter:
         """Pin a job's block and queue it, or drop it if the queue is full; the caller holds the lock."""
         assert self._tiers.changed.is_owned()
         self._tiers.index.hot.pin(job.block_id)
-        if not self._queue.offer(job):
+        if not self._queue.try_put(job):
             self._tiers.index.unpin(Tier.HOT, job.block_id)
             self._tiers.skip(job, "queue_full")
 
     def after_writes(self, action: AfterWrites) -> bool:
         """Call something when everything queued so far has been written. False if the queue is full."""
-        return self._queue.offer(action)
+        return self._queue.try_put(action)
 
     def take_hot(self, count: int) -> list[int]:
         """Return `count` block ids, each pinned once, evicting and demoting as needed and as is of use.
@@ -112,20 +112,20 @@ class Demoter:
         with tiers.changed:
             while True:
                 tiers.reap()
-                was_idle = not self._queue.pending and not tiers.in_flight
                 short = count + pool.used_count - pool.limit
+                was_idle = short > 0 and not self._queue.pending and not tiers.copies.in_flight
                 if short > 0 and count <= pool.limit - pool.referenced_count:  # else it would be in vain
                     self.evict_hot(short)
                 if pool.free_count < count and self._is_too_late(deadline):
                     self._drop_writes(count)
                 if pool.free_count >= count:
                     block_ids = pool.allocate(count)
-                    tiers.wait_for_users(block_ids)
+                    tiers.copies.wait_for_users(block_ids)
                     self._offload_soon()
                     return block_ids
                 is_idle = was_idle and not self._queue.pending
                 # Twice as late: what the batch in work holds may still be what is needed.
-                if is_idle or (time.monotonic() >= deadline + tiers.write_wait_s and not tiers.in_flight):
+                if is_idle or (time.monotonic() >= deadline + tiers.write_wait_s and not tiers.copies.in_flight):
                     raise CapacityError(
                         f"the hot pool has no room for {count} more blocks: {pool.referenced_count} of "
                         f"{pool.limit} are in use, and what is left is too little or pinned",
@@ -174,13 +174,13 @@ class Demoter:
         assert self._tiers.changed.is_owned()
         tiers = self._tiers
         ready: list[Entry] = []
-        for victim in tiers.index.select_victims(Tier.HOT, count):
+        for victim in tiers.index.select_evictions(Tier.HOT, count):
             if not self._must_write_first(victim):
                 ready.append(victim)
             elif write_first:
-                self.write_down(victim, tiers.written(victim))
+                self.write_down(victim, tiers.copies.written(victim))
             else:
-                tiers.skip(tiers.job_of(victim, tiers.mover.mark()), _STALLED)
+                tiers.skip(tiers.job_of(victim, tiers.memory.mover.mark()), _STALLED)
                 ready.append(victim)
         return self.evict(ready)  # not one whose child is still to be written
 
@@ -271,11 +271,11 @@ class Demoter:
             tiers.changed.notify_all()
         return kept
 
-    def tend(self) -> None:
+    def maintain(self) -> None:
         """Have the write thread write what reads have left to be written in the store, if it is time for that."""
         cold = self._tiers.cold
         if cold and cold.is_due and not self._is_tending:
-            self._is_tending = self._queue.offer(self._tend)
+            self._is_tending = self._queue.try_put(self._tend)
 
     def close(self) -> bool:
         """Write what is queued and stop; what could not be written is logged. May be called twice.
@@ -306,7 +306,7 @@ class Demoter:
         cold = self._tiers.cold
         try:
             if cold:
-                cold.tend()
+                cold.maintain()
         except StoreError as exc:
             _log.warning("what readers have noted is not written yet: %s", exc)
 
@@ -327,7 +327,7 @@ class Demoter:
         """
         assert self._tiers.changed.is_owned()
         if not self._is_offloading and self._num_to_offload():
-            self._is_offloading = self._queue.offer(self._offload)
+            self._is_offloading = self._queue.try_put(self._offload)
 
     def _num_to_offload(self) -> int:
         """Return how many blocks are to be offloaded now; the caller holds the lock."""
@@ -342,11 +342,11 @@ class Demoter:
         tiers = self._tiers
         with tiers.changed:
             count = self._num_to_offload()
-            victims = tiers.index.select_victims(Tier.HOT, count) if count else []
+            victims = tiers.index.select_evictions(Tier.HOT, count) if count else []
             for entry in victims:
                 if entry.warm_slot is None and not (tiers.lower and entry.in_cold):
-                    self.write_down(entry, tiers.written(entry))
-            self._is_offloading = bool(victims) and self._queue.offer(partial(self._evict_offloaded, victims))
+                    self.write_down(entry, tiers.copies.written(entry))
+            self._is_offloading = bool(victims) and self._queue.try_put(partial(self._evict_offloaded, victims))
 
     def _evict_offloaded(self, victims: Sequence[Entry]) -> None:
         """Evict what a lower tier has by now, children before parents, if still nobody uses it."""

@@ -42,6 +42,11 @@ class Namespace:
     tp_rank, tp_size: the tensor-parallel slice of heads that the blocks hold.
     lossy_codec: what the bytes have gone through if it changed them, "" if they are as they were computed.
     name: for humans, not part of the identity.
+
+    >>> layout = BlockLayout.uniform(num_layers=2, block_size=4, kv_heads=1, head_dim=8, dtype="float32")
+    >>> one, other = (Namespace(weights="a digest", layout=layout, salt=tenant) for tenant in ("one", "other"))
+    >>> one.digest == other.digest  # so neither tenant finds the blocks of the other
+    False
     """
 
     weights: str

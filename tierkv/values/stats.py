@@ -38,6 +38,11 @@ class CacheStats:
     prefetched_blocks: brought into the warm tier before anybody asked for them. prefetch_misses: why some were not.
     skipped_writes: blocks that were not written to a lower tier; skip_reasons says why each of them.
     state_files: loaded and open; a daemon's are its own.
+
+    >>> cache.release(cache.acquire(token_ids))
+    >>> stats = cache.stats()
+    >>> stats.requests, stats.of(Tier.HOT).hits
+    (2, 2)
     """
 
     requests: int = 0

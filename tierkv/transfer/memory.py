@@ -1,0 +1,212 @@
+"""The memory of the hot and the warm tier, raw or compressed, and what moves blocks between them."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from tierkv.background.work_queue import PriorityThreadPool
+from tierkv.config import CacheConfig
+from tierkv.errors import CapacityError, ConfigError, StoreError
+from tierkv.index.slots import SlotPool
+from tierkv.movers.frames import FrameMover, can_decode
+from tierkv.movers.mover import Mover
+from tierkv.movers.windows import WindowMover, window_format
+from tierkv.storage.codecs import Codec
+from tierkv.storage.hot import HotPool
+from tierkv.storage.planes import Bytes
+from tierkv.storage.warm import WarmPool
+from tierkv.storage.windows import WindowFormat
+from tierkv.values.layout import BlockLayout
+
+__all__ = ["Compression", "TierMemory", "WarmMemory", "no_warm_memory", "open_warm_memory"]
+
+_logger = logging.getLogger(__name__)
+
+_MIN_BLOCKS = 4
+_MAX_STAGING_BLOCKS = 24
+_STAGING_SHARE = 8  # a compressed warm tier gives at most one byte in eight to raw blocks in work
+
+
+@dataclass(slots=True, kw_only=True)
+class Compression:
+    """What a compressed warm tier has beside it.
+
+    staging: raw blocks between the cold store and the hot tier, each for as long as a thread works on it.
+    """
+
+    form: WindowFormat
+    mover: WindowMover
+    staging: WarmPool
+    slots: SlotPool[None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WarmMemory:
+    """The warm tier's memory and its movers. compression is None where blocks lie there as they are."""
+
+    warm: WarmPool
+    mover: Mover
+    compression: Compression | None
+    frames: FrameMover | None
+
+
+@dataclass(slots=True, kw_only=True)
+class TierMemory:
+    """What moves the blocks of one cache: memory, movers, and the threads that read, decode and encode.
+
+    raw: blocks as they are, beside the hot tier: the warm tier's own places, or the staging slots.
+    frames: decodes cold blocks on the GPU, where that is possible. threads: num_threads of them, a request's work
+    first. loaders: a thread for each request that loads while it computes. reserved_raw: places in `raw` that the write
+    thread holds for ever.
+    """
+
+    layout: BlockLayout
+    codec: Codec
+    hot: HotPool
+    warm: WarmPool
+    mover: Mover
+    compression: Compression | None
+    frames: FrameMover | None
+    threads: PriorityThreadPool
+    num_threads: int
+    loaders: ThreadPoolExecutor
+    raw: WarmPool = field(init=False)
+    reserved_raw: int = 0
+
+    def __post_init__(self) -> None:
+        self.raw = self.compression.staging if self.compression else self.warm
+
+    def copy_warm(self, slot: int) -> Bytes:
+        """Return a copy of the block in a warm slot, decompressed. The caller makes sure that it stays there."""
+        if self.compression is None:
+            return np.array(self.warm.slots[slot])
+        block = np.empty(self.layout.block_bytes, dtype=np.uint8)
+        self.compression.form.decompress(self.warm.slots[slot], block)
+        return block
+
+    def close(self) -> None:
+        """Free threads and memory, once everything in flight has ended. May be called twice."""
+        self.loaders.shutdown()
+        self.threads.shutdown()
+        if self.compression:
+            self.compression.mover.close()
+        self.mover.close()
+        self.warm.close()
+        if self.compression:
+            self.compression.staging.close()
+
+
+def open_warm_memory(hot: HotPool, config: CacheConfig) -> WarmMemory:
+    """Take `config.warm_bytes` of memory. Raises CapacityError if that is under four blocks, or not there.
+
+    Raises StoreError where CUDA does not register it, or the GPU cannot compress although that is asked for. Whatever
+    it raises, all memory is given back.
+    """
+    form = _form(hot, config)
+    _check_memory(config.warm_bytes)
+    if form is not None:
+        try:
+            return _open_compressed(hot, config, form)
+        except StoreError as exc:
+            if config.warm_codec != "auto":
+                raise
+            _logger.warning("%s; the warm tier keeps blocks as they are instead", exc)
+    return _open_raw(hot, config)
+
+
+def _open_raw(hot: HotPool, config: CacheConfig) -> WarmMemory:
+    block_bytes = hot.layout.block_bytes
+    num_slots = config.warm_bytes // block_bytes
+    _check_room(num_slots, config, block_bytes)
+    with ExitStack() as undo:
+        warm = WarmPool(block_bytes, num_slots, num_threads=config.num_io_threads)
+        undo.callback(warm.close)
+        mover = Mover(hot, warm)
+        undo.callback(mover.close)
+        memory = WarmMemory(warm=warm, mover=mover, compression=None, frames=_frames(hot, mover, config))
+        undo.pop_all()
+    return memory
+
+
+def _open_compressed(hot: HotPool, config: CacheConfig, form: WindowFormat) -> WarmMemory:
+    block_bytes, threads = hot.layout.block_bytes, config.num_io_threads
+    num_staging = max(2, min(_MAX_STAGING_BLOCKS, config.warm_bytes // _STAGING_SHARE // block_bytes))
+    num_slots = (config.warm_bytes - num_staging * block_bytes) // form.slot_bytes
+    _check_room(num_slots, config, form.slot_bytes)
+    with ExitStack() as undo:
+        staging = WarmPool(block_bytes, num_staging, num_threads=threads)
+        undo.callback(staging.close)
+        warm = WarmPool(form.slot_bytes, num_slots, num_threads=threads)
+        undo.callback(warm.close)
+        mover = Mover(hot, staging)
+        undo.callback(mover.close)
+        windows = WindowMover(hot, warm, form, mover)
+        undo.callback(windows.close)
+        windows.warm_up()
+        compression = Compression(form=form, mover=windows, staging=staging, slots=SlotPool(num_staging))
+        memory = WarmMemory(warm=warm, mover=mover, compression=compression, frames=_frames(hot, mover, config))
+        undo.pop_all()
+    return memory
+
+
+def no_warm_memory(hot: HotPool) -> WarmMemory:
+    """Return what a cache has whose lower tiers are another's: one page, which the write thread holds for ever."""
+    warm = WarmPool(1, 1, num_threads=1)
+    return WarmMemory(warm=warm, mover=Mover(hot, warm), compression=None, frames=None)
+
+
+def _form(hot: HotPool, config: CacheConfig) -> WindowFormat | None:
+    """Return the format to compress with, or None: not asked for, or not to be had here."""
+    if config.warm_codec == "raw":
+        return None
+    is_possible = hot.layout.dtype == "bfloat16" and (hot.device.type != "cuda" or _has_triton())
+    if config.warm_codec == "auto":
+        return window_format(hot.layout) if is_possible and hot.device.type == "cuda" else None
+    if not is_possible:
+        raise ConfigError(
+            f"a compressed warm tier needs bfloat16, and triton on a GPU; this is {hot.layout.dtype} on {hot.device}",
+            hint='warm_codec="auto" compresses where that is possible',
+        )
+    return window_format(hot.layout)
+
+
+def _frames(hot: HotPool, mover: Mover, config: CacheConfig) -> FrameMover | None:
+    """Return what decodes cold blocks on the GPU, or None where that is not wanted or not to be had."""
+    if not config.gpu_decode or not can_decode(hot.layout, hot.device):
+        return None
+    frames = FrameMover(hot, mover.slots, mover)
+    try:
+        frames.warm_up()
+    except StoreError as exc:
+        _logger.warning("%s; the CPU decodes cold blocks instead", exc)
+        return None
+    return frames
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _check_room(num_slots: int, config: CacheConfig, slot_bytes: int) -> None:
+    if num_slots < _MIN_BLOCKS:
+        raise CapacityError(
+            f"warm_bytes {config.warm_bytes} holds {num_slots} blocks of {slot_bytes} bytes",
+            hint=f"at least {_MIN_BLOCKS} are needed: raise warm_bytes, or lower block_size",
+        )
+
+
+def _check_memory(warm_bytes: int) -> None:
+    """Raise CapacityError for more memory than the machine has: to touch it would end the process, or another."""
+    machine_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if warm_bytes > machine_bytes:
+        raise CapacityError(
+            f"warm_bytes {warm_bytes} is more than the {machine_bytes} bytes of memory of this machine",
+            hint="lower warm_bytes",
+        )

@@ -1,0 +1,157 @@
+"""Recompute or load: decides what becomes of a prompt's cold blocks, from what each way took in earlier requests.
+
+Bandwidths predict neither way: decoding, copies and a forward pass slow each other down. A cost is no line through the
+origin either: a pass of few tokens takes as long as its launch, and a few blocks are read side by side.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict, deque
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import NamedTuple
+
+from tierkv.transfer.lookup import Hit, Lookup, are_in_memory
+from tierkv.values.block import Tier
+
+__all__ = ["ColdLoad", "ColdPlan", "CostBySize", "LoadKind", "RecomputeOrLoad"]
+
+_MEMORY = 5
+_FORGOTTEN = 0.98
+
+
+class LoadKind(NamedTuple):
+    """in_memory: the blocks lie in the page cache. overlaps: the engine computes the first of them meanwhile."""
+
+    in_memory: bool
+    overlaps: bool = False
+
+
+class ColdLoad(NamedTuple):
+    """Cold blocks that a request loads, and how many tokens the pass that waits for them computes."""
+
+    kind: LoadKind
+    num_blocks: int
+    num_rest: int
+
+
+@dataclass(frozen=True, slots=True)
+class ColdPlan:
+    """later: blocks to load while the engine computes those before them. dropped: blocks not to load at all.
+
+    At most one of the two has blocks; if neither has, all blocks are loaded first. load: how the load is recorded.
+    """
+
+    later: list[Hit] = field(default_factory=list)
+    dropped: list[Hit] = field(default_factory=list)
+    load: ColdLoad | None = None
+
+
+class CostBySize:
+    """Medians of the last works of about each size (a power of two); in between, straight lines. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._works: dict[int, deque[tuple[int, float]]] = {}
+        self._beliefs: dict[int, float] = {}
+        self._points: list[tuple[float, float]] | None = None
+
+    def add(self, size: int, seconds: float) -> None:
+        """Record a work of that size, such as a pass of so many new tokens."""
+        if size > 0:
+            self._works.setdefault(size.bit_length(), deque(maxlen=_MEMORY)).append((size, seconds))
+            self._beliefs.pop(size.bit_length(), None)
+            self._points = None
+
+    def estimate(self, size: int) -> float | None:
+        """Return the seconds that a work of that size takes, as far as believed; None before anything is measured.
+
+        Below the smallest size measured it costs what that costs; above the largest, in proportion.
+        """
+        seconds = self._interpolate(size)
+        return None if seconds is None else seconds * self._beliefs.get(size.bit_length(), 1.0)
+
+    def forget(self, size: int) -> None:
+        """Lower the estimate of that size a little, until a work of it is measured again: it may be faster now.
+
+        Works of other sizes do not restore it: they may be frequent and say nothing about this size.
+        """
+        self._beliefs[size.bit_length()] = _FORGOTTEN * self._beliefs.get(size.bit_length(), 1.0)
+
+    def _interpolate(self, size: int) -> float | None:
+        points = self._points
+        if points is None:
+            works_by_size = [list(works) for works in list(self._works.values())]  # other threads may be adding
+            points = self._points = sorted(
+                (statistics.median(n for n, _ in works), statistics.median(s for _, s in works))
+                for works in works_by_size
+            )
+        if not points:
+            return None
+        if size >= points[-1][0]:
+            return points[-1][1] * size / points[-1][0]
+        before = points[0]
+        for at, seconds in points:
+            if size <= at:
+                span = at - before[0]
+                share = (size - before[0]) / span if span > 0 else 1.0
+                return before[1] + max(share, 0.0) * (seconds - before[1])
+            before = (at, seconds)
+        raise AssertionError("the largest size was compared first")
+
+
+class RecomputeOrLoad:
+    """What loading and computing took in one cache, and the choice that follows from it.
+
+    Until both are measured all blocks are loaded; then an overlap of both is tried. The estimate of a way that is not
+    chosen falls a little each time, until that way is tried again. Blocks of up to `piece_tokens` tokens never overlap.
+    pass_costs: seconds of a forward pass, by new tokens. load_costs: seconds that loads add to a request, by blocks.
+    """
+
+    def __init__(self, *, block_size: int, piece_tokens: int) -> None:
+        self.pass_costs = CostBySize()
+        self.load_costs: defaultdict[LoadKind, CostBySize] = defaultdict(CostBySize)
+        self.piece_blocks = max(1, piece_tokens // block_size)
+        self._piece_tokens = piece_tokens
+        self._block_size = block_size
+
+    def record_load(self, load: ColdLoad, seconds: float) -> None:
+        """Record how long it took from `acquire` to the first token of a request with that load."""
+        rest_s = self.pass_costs.estimate(load.num_rest) or 0.0
+        self.load_costs[load.kind].add(load.num_blocks, max(0.0, seconds - rest_s))
+
+    def pass_s(self, num_blocks: int) -> float | None:
+        """Return the seconds that so many blocks take in one forward pass; None if unknown."""
+        return self.pass_costs.estimate(num_blocks * self._block_size)
+
+    def plan(self, found: Lookup, num_tokens: int, *, overlap: bool) -> ColdPlan:
+        """Return what to do with the cold blocks at the end of a lookup for a prompt of so many tokens.
+
+        overlap: whether the caller can compute blocks while others load.
+        """
+        cold = list(takewhile(lambda hit: hit.tier is Tier.COLD, reversed(found.blocks)))[::-1]
+        if not cold:
+            return ColdPlan()
+        num_rest = num_tokens - found.num_tokens
+        alone = LoadKind(are_in_memory(cold))
+        to_load = ColdPlan(load=ColdLoad(alone, len(cold), num_rest))
+        if not overlap:
+            return to_load
+        num_cold = len(cold) * self._block_size
+        computing, rest = self.pass_costs.estimate(num_cold + num_rest), self.pass_costs.estimate(num_rest)
+        loading = self.load_costs[alone].estimate(len(cold))
+        if loading is None or computing is None or rest is None:
+            return to_load
+        plans = [(loading + rest, to_load), (computing, ColdPlan(dropped=cold))]
+        if num_cold > self._piece_tokens and not (found.partial_block and found.partial_block.tier is not Tier.COLD):
+            both = LoadKind(alone.in_memory, overlaps=True)
+            overlapping = self.load_costs[both].estimate(len(cold))
+            to_overlap = ColdPlan(later=cold, load=ColdLoad(both, len(cold), num_rest))
+            if overlapping is None:
+                return to_overlap  # a trial is not always measured, so it lowers no estimate
+            plans.append((overlapping + rest, to_overlap))
+        chosen = min(plans, key=lambda each: each[0])[1]
+        for _, plan in plans:
+            if plan is not chosen and plan.load:
+                self.load_costs[plan.load.kind].forget(len(cold))
+        return chosen

@@ -78,9 +78,6 @@ class ManagedFlashAttention:
     memory_controller: carries out `manual_cache_management` in the cache's place.
     Until `close` it keeps one page-locked buffer for offloaded K and V, as large as the largest call.
 
-        with ManagedFlashAttention(cache) as attention:
-            out, stats = attention.forward_with_control(q, k, v, memory_budget=64 << 20)
-
     >>> q, k, v = (torch.randn(1, 16, 2, 8) for _ in range(3))
     >>> output, stats = ManagedFlashAttention(cache).forward_with_control(q, k, v, memory_budget=1 << 20)
     >>> output.shape

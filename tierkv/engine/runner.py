@@ -306,9 +306,8 @@ class Runner:
         assert request.sequence is not None
         if request.sequence.overlap.is_loading and request.claimed_end == request.num_computed:
             self._claim_piece(request, wait=False)
-        if request.sequence.overlap.is_loading:
-            return request.claimed_end - request.num_computed
-        return len(request.token_ids) - request.num_computed
+        end = request.claimed_end if request.sequence.overlap.is_loading else len(request.token_ids)
+        return end - request.num_computed
 
     def _claim_piece(self, request: Request, *, wait: bool) -> None:
         """Take the next piece of a request whose cold blocks load; all that it has claimed is computed."""
@@ -366,11 +365,6 @@ def open_runner(
     are of one rank, except `cold_bytes`: one store serves all ranks of a machine. The other options are `Runner`'s.
     Raises UnsupportedModelError, with the reason, before anything is opened. Raises ConfigError for other ranks than
     the model's and for a block_size beyond its context, CapacityError for pools that hold too few blocks.
-
-        loaded = load_model(None, cache_dir=Path("models"))
-        with open_runner(loaded, CacheConfig(cold_path=Path("store"), hot_bytes=256 << 20)) as runner:
-            (answer,) = runner.generate([[1, 2, 3]], GenerationOptions(max_new_tokens=4))
-            print(answer.token_ids, answer.cached_tokens, answer.ttft_s)
 
     >>> loaded = load_model(None, cache_dir=Path("models"))
     >>> with open_runner(loaded, CacheConfig(cold_path="store", block_size=16)) as runner:

@@ -59,7 +59,7 @@ check: $(READY)
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m mypy -p tierkv -p benchmarks
-	$(BIN)/python -m pytest -q tests/test_layers.py
+	$(BIN)/python -m pytest -q tests/test_layers.py tests/test_public_types.py
 
 test: $(READY)
 	$(BIN)/python -m pytest -q --cov --cov-report=term $(ARGS)

@@ -1,4 +1,4 @@
-"""What it gains to read a shared prefix once for all sequences of a decode batch.
+"""The gain of reading a shared prefix once for all sequences of a decode batch.
 
 One layer of Llama-3.1-8B's shape; every figure is the time of CUDA graph replays. Beside each case the limit: the bytes
 that must be read, over the memory's bandwidth in the same run. With --model, whole decode steps of such a model too.
@@ -30,14 +30,14 @@ from tierkv.values.layout import BlockLayout
 __all__ = ["compare", "main"]
 
 _HEADS, _KV_HEADS, _DIM, _BLOCK = 32, 8, 128, 256
-_LAYERS = 8  # so that no layer finds its K and V in the L2 cache from the replay before
+_LAYERS = 8  # so many that no layer's K and V stay in the L2 cache until the next replay
 _TOKEN_BYTES = 2 * _KV_HEADS * _DIM * 2
 _COST = CascadeCost.of_gpu(heads=_HEADS, kv_heads=_KV_HEADS, head_dim=_DIM, token_bytes=_TOKEN_BYTES)
 
 
 @dataclass(slots=True)
 class _Case:
-    """One batch, its layers' attention, and the microseconds a layer that each way of computing it took."""
+    """One batch, its layers' attention, and the microseconds per layer of each way to compute it."""
 
     batch: int
     shared: int
@@ -73,7 +73,7 @@ def main() -> None:
         for batch in arguments.batch:
             try:
                 cases.append(_measure(batch, shared, arguments.own, device))
-            except Exception as exc:  # noqa: BLE001 - a case that fails must not lose the others
+            except Exception as exc:  # noqa: BLE001 - a failed case must not lose the others
                 print(f"batch {batch}, {shared} shared: {type(exc).__name__}: {exc}")
             else:
                 _print_case(cases[-1], read)
@@ -83,13 +83,13 @@ def main() -> None:
 
 
 def compare(batch: int, shared: int, *, own: int = 200) -> tuple[float, float]:
-    """Return the microseconds that a layer's decode attention takes in the plain way, and as a cascade."""
+    """Return the microseconds of a layer's decode attention, plain and as a cascade."""
     case = _make_case(batch, shared, own, torch.device("cuda"))
     cascade = case.step.cascade
     assert cascade is not None
     ways: list[Callable[[PagedQuery], object]] = [
         partial(attend, batch=case.step),
-        partial(attend_cascade, cascade=cascade, side=torch.cuda.Stream()),  # as the graphs of a runner have it
+        partial(attend_cascade, cascade=cascade, side=torch.cuda.Stream()),  # as in a runner's graphs
     ]
     plain, together = (_replay_us(partial(_all_layers, case.layers, way)) / _LAYERS for way in ways)
     case.layers.clear()
@@ -97,7 +97,7 @@ def compare(batch: int, shared: int, *, own: int = 200) -> tuple[float, float]:
 
 
 def _bandwidth(device: torch.device) -> float:
-    """Return how many bytes a second a large sum reads."""
+    """Return the bytes per second that a large sum reads."""
     values = torch.ones(1 << 30, device=device)
     return values.numel() * 4 / (_replay_us(values.sum) / 1e6)
 
@@ -125,7 +125,7 @@ def _replay_us(work: Callable[[], object], *, repeats: int = 30) -> float:
 
 
 def _make_case(batch: int, shared: int, own: int, device: torch.device) -> _Case:
-    """Return random queries, K and V; the blocks of each sequence lie scattered in a block-major pool."""
+    """Return random queries, K and V; the blocks of each sequence are scattered in a block-major pool."""
     num_shared, num_own = shared // _BLOCK, -(-(own + 1) // _BLOCK)
     layout = BlockLayout.uniform(
         num_layers=_LAYERS, block_size=_BLOCK, kv_heads=_KV_HEADS, head_dim=_DIM, dtype="bfloat16"
@@ -162,7 +162,7 @@ def _measure(batch: int, shared: int, own: int, device: torch.device) -> _Case:
     side = torch.cuda.Stream(device)
     ways: dict[str, Callable[[PagedQuery], object]] = {
         "plain": partial(attend, batch=case.step),
-        "cascade": partial(attend_cascade, cascade=cascade, side=side),  # as the graphs of a runner have it
+        "cascade": partial(attend_cascade, cascade=cascade, side=side),  # as in a runner's graphs
         "  shared pass": lambda paged: shared_pass(paged, paged.query, cascade),
         "  plain with its writes": partial(_write_and_attend, step=case.step),
         "  own pass": lambda paged: own_pass(paged, paged.query, cascade),
@@ -174,19 +174,19 @@ def _measure(batch: int, shared: int, own: int, device: torch.device) -> _Case:
     outs = [_write_and_attend(first, case.step), attend_cascade(first, cascade)]
     exact = _exact(first, case.step)
     case.errors = [_difference(out, exact) for out in outs]
-    case.layers.clear()  # and with them the pool
+    case.layers.clear()  # frees the pool
     return case
 
 
 def _time(case: _Case, name: str, way: Callable[[PagedQuery], object]) -> None:
     try:
         case.times_us[name] = _replay_us(partial(_all_layers, case.layers, way)) / _LAYERS
-    except Exception as exc:  # noqa: BLE001 - a way that fails must not lose the others
+    except Exception as exc:  # noqa: BLE001 - a failed way must not lose the others
         print(f"batch {case.batch}, {case.shared} shared, {name.strip()}: {type(exc).__name__}: {exc}")
 
 
 def _write_and_attend(paged: PagedQuery, step: AttentionBatch) -> Tensor:
-    """Do what the plain path of a model does: the cascade's own pass writes too."""
+    """Write and attend as the plain path does; the cascade's own pass writes too."""
     paged.keys[step.block_ids, step.offsets] = paged.new_keys
     paged.values[step.block_ids, step.offsets] = paged.new_values
     return attend(paged, step)
@@ -210,7 +210,7 @@ def _exact(paged: PagedQuery, step: AttentionBatch) -> Tensor:
 
 
 def _difference(got: Tensor, want: Tensor) -> float:
-    """Return the root mean square of the difference, relative."""
+    """Return the root mean square of the difference, relative to that of `want`."""
     return float((got.double() - want.double()).square().mean().sqrt() / want.double().square().mean().sqrt())
 
 
@@ -231,7 +231,7 @@ def _print_case(case: _Case, read: float) -> None:
 
 
 def _print_fit(cases: Sequence[_Case]) -> None:
-    """Print the speeds that `CascadeCost.of_gpu` should have, from what was measured."""
+    """Print the measured speeds for `CascadeCost.of_gpu`."""
     whole = [case for case in cases if {"plain", "cascade", "  shared pass", "  own pass"} <= set(case.times_us)]
     if not whole:
         return

@@ -1,4 +1,4 @@
-"""Every figure of the GPU path in one table, each beside the limit that was measured in the same run."""
+"""All figures of the GPU path in one table, each beside a limit measured in the same run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["Row", "main"]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line: what was measured, the limit or baseline beside it, their ratio, and what it is to be at least."""
+    """One line: a measurement, the limit or baseline beside it, their ratio, and the aim for the ratio."""
 
     what: str
     measured: str
@@ -36,7 +36,7 @@ class Row:
 
     @property
     def verdict(self) -> str:
-        """Say whether the aim is met; nothing where there is none."""
+        """Return whether the aim is met, as a word; empty without an aim."""
         if self.ratio is None or (self.at_least is None and self.at_most is None):
             return ""
         is_met = self.ratio >= self.at_least if self.at_least is not None else self.ratio <= (self.at_most or 0)
@@ -44,7 +44,7 @@ class Row:
 
 
 def main() -> None:
-    """Run everything on one GPU; `--json FILE` keeps the table."""
+    """Run all sections on one GPU; `--json FILE` keeps the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", choices=sorted(_SECTIONS), default=list(_SECTIONS))
     parser.add_argument("--json", type=Path)
@@ -61,7 +61,7 @@ def main() -> None:
             for row in _SECTIONS[name]():
                 rows.append(row)
                 _print(row)
-        except Exception as exc:  # noqa: BLE001 - one section must not lose the others
+        except Exception as exc:  # noqa: BLE001 - a failed section must not lose the others
             print(f"{name} failed: {type(exc).__name__}: {exc}", flush=True)
         torch.cuda.empty_cache()
     if arguments.json:
@@ -82,7 +82,7 @@ def _versions() -> dict[str, str]:
 
 
 def _moves() -> Iterator[Row]:
-    link_in, link_out = mover.link(to_gpu=True), mover.link(to_gpu=False)
+    link_in, link_out = mover.link_gb_s(to_gpu=True), mover.link_gb_s(to_gpu=False)
     aims = {"raw": 0.98, "compressed": 1.35, "pages": 0.92}
     for figure in mover.block_moves():
         link = link_in if figure.is_up else link_out
@@ -97,7 +97,7 @@ def _decode() -> Iterator[Row]:
 
 
 def _ttft() -> Iterator[Row]:
-    """Time to first token, as a ratio to recompute in the same run."""
+    """Measure the time to the first token, as a ratio to recompute in the same run."""
     device = torch.device("cuda")
     loaded = LoadedModel(random_model("8b", device), None, "8b")
     for warm_codec in ("raw", "windows"):
@@ -155,11 +155,9 @@ def _sanitizer() -> Iterator[Row]:
         yield Row("compute-sanitizer memcheck of the kernels' tests", "not run", type(exc).__name__)
         return
     summary = next((line for line in done.stdout.splitlines() if "ERROR SUMMARY" in line), "no summary")
-    partial_block = next(
-        (line for line in reversed(done.stdout.splitlines()) if " passed" in line), "tests did not run"
-    )
+    outcome = next((line for line in reversed(done.stdout.splitlines()) if " passed" in line), "tests did not run")
     errors = 0.0 if "ERROR SUMMARY: 0 errors" in summary and done.returncode == 0 else 1.0
-    beside = partial_block.strip("= ")[:34]
+    beside = outcome.strip("= ")[:34]
     yield Row(
         "compute-sanitizer memcheck of the kernels' tests", summary.split(":")[-1].strip(), beside, errors, at_most=0
     )

@@ -1,4 +1,4 @@
-"""How fast blocks move between the hot and the warm tier, and what a running batch notices of it.
+"""The speed of moves between the hot and the warm tier, and their effect on a running batch.
 
 Every figure stands beside the link's own speed, measured in the same run, or beside the batch alone.
 """
@@ -33,7 +33,7 @@ from tierkv.storage.hot import HotPool
 from tierkv.storage.warm import WarmPool
 from tierkv.values.layout import BlockLayout
 
-__all__ = ["MoveFigure", "block_moves", "decode_beside_moves", "link", "main"]
+__all__ = ["MoveFigure", "block_moves", "decode_beside_moves", "link_gb_s", "main"]
 
 _DEVICE = torch.device("cuda")
 _LAYOUT = BlockLayout.uniform(num_layers=32, block_size=256, kv_heads=8, head_dim=128, dtype="bfloat16")
@@ -44,7 +44,7 @@ _NUM_BYTES = _NUM_BLOCKS * _LAYOUT.block_bytes
 
 @dataclass(frozen=True, slots=True)
 class MoveFigure:
-    """What was moved, how (raw, bulk, compressed, pages, or a kernel for comparison), which way, and how fast."""
+    """One move: its name, its kind (raw, bulk, compressed, pages, or a kernel for comparison), direction and speed."""
 
     what: str
     kind: str
@@ -56,7 +56,7 @@ def main() -> None:
     """Run the benchmark on one GPU and print its table."""
     argparse.ArgumentParser(description=__doc__).parse_args()
     print("  ".join(f"{name}: {value}" for name, value in machine(_DEVICE).items()))
-    link_in, link_out = link(to_gpu=True), link(to_gpu=False)
+    link_in, link_out = link_gb_s(to_gpu=True), link_gb_s(to_gpu=False)
     print(f"link, one large copy: {link_in:.1f} GB/s in, {link_out:.1f} GB/s out")
     for figure in block_moves():
         ratio = figure.gb_s / (link_in if figure.is_up else link_out)
@@ -65,7 +65,7 @@ def main() -> None:
         print(f"{what}: {step_ms:.2f} ms, {step_ms / alone_ms - 1:+.1%}")
 
 
-def link(*, to_gpu: bool) -> float:
+def link_gb_s(*, to_gpu: bool) -> float:
     """Return the speed of one large copy between page-locked memory and the GPU, in GB/s."""
     host = torch.empty(2 << 30, dtype=torch.uint8, pin_memory=True)
     gpu = torch.empty(2 << 30, dtype=torch.uint8, device=_DEVICE)
@@ -74,7 +74,7 @@ def link(*, to_gpu: bool) -> float:
 
 
 def block_moves() -> Iterator[MoveFigure]:
-    """Measure moves of 64 scattered blocks of 32 MiB: as they are, compressed, and by an engine's pages."""
+    """Measure moves of 64 scattered blocks of 32 MiB: raw, compressed, and as an engine's pages."""
     hot = HotPool(_LAYOUT, 2 * _NUM_BLOCKS, _DEVICE)
     _fill(hot)
     warm = WarmPool(_LAYOUT.block_bytes, _NUM_BLOCKS, num_threads=_NUM_THREADS)
@@ -94,7 +94,7 @@ def block_moves() -> Iterator[MoveFigure]:
 
 
 def _fill(hot: HotPool) -> None:
-    """Write normal values with a scale for each channel: what K and V look like to a codec."""
+    """Write normal values with a scale for each channel, like K and V."""
     runs, tokens, channels = 2 * _LAYOUT.num_layers, _LAYOUT.block_size, 8 * 128
     scales = torch.exp(torch.randn(runs, 1, channels, device=_DEVICE) * 0.3)
     for block in range(hot.num_blocks):
@@ -114,7 +114,7 @@ def _gb_s(move: Callable[[], object], num_bytes: int) -> float:
 
 
 def _scattered_moves() -> tuple[list[Move], list[Move]]:
-    """Return moves up and down in random order: no two neighbours stay neighbours."""
+    """Return moves in both directions, in random order: no two moves are adjacent."""
     generator = torch.Generator().manual_seed(0)
     blocks = torch.randperm(2 * _NUM_BLOCKS, generator=generator)[:_NUM_BLOCKS].tolist()
     slots = torch.randperm(_NUM_BLOCKS, generator=generator).tolist()
@@ -151,7 +151,7 @@ def _compressed_moves(hot: HotPool, mover: Mover) -> Iterator[MoveFigure]:
 
 
 def _bulk_transfers(hot: HotPool, mover: Mover) -> Iterator[MoveFigure]:
-    """Measure transfers of the same blocks from and to page-locked memory, and by way of staging."""
+    """Measure transfers of the same blocks from and to page-locked memory, and through staging."""
     up, down = _scattered_moves()
     for name, slots in (("page-locked", mover.slots), ("pageable", torch.empty_like(mover.slots).fill_(1))):
         loads = [TransferOp.to_gpu(slots[move.source], hot.bytes_view[move.target]) for move in up]
@@ -168,7 +168,7 @@ def _transfer_all(manager: MemoryTransferManager, ops: Sequence[TransferOp]) -> 
 
 
 def _page_moves(mover: Mover, warm: WarmPool, page_size: int) -> Iterator[MoveFigure]:
-    """Measure loads and stores of an engine's layer-major pages, by way of staging and by a kernel alone."""
+    """Measure loads and stores of an engine's layer-major pages, through staging and by a kernel alone."""
     pages_per_block = _LAYOUT.block_size // page_size
     num_pages = 2 * _NUM_BLOCKS * pages_per_block
     pages = LayerPages(
@@ -227,13 +227,13 @@ def decode_beside_moves() -> Iterator[tuple[str, float, float, float | None]]:
 def _background(
     mover: Mover, windows: WindowMover, warm: WarmPool
 ) -> list[tuple[str, list[Callable[[], Ready]], float | None]]:
-    """Return what is repeated beside the batch, and the limits."""
+    """Return the moves to repeat beside the batch, and the limits."""
     up, down = _scattered_moves()
     side = torch.cuda.Stream(_DEVICE)
     layers = [torch.zeros(2 * _NUM_BLOCKS, 256, 8, 128, dtype=torch.bfloat16, device=_DEVICE) for _ in range(64)]
     pages, slab = LayerPages(layers), torch.from_numpy(warm.slots)
     page_ids = torch.tensor([move.target for move in up], device=_DEVICE).view(-1, 1)
-    idle = mover.mark()  # what is promoted and demoted here is nobody's: it waits for nothing of the batch
+    idle = mover.mark()  # the batch does not use these blocks, so moves wait for none of its work
     whole = [_LAYOUT.block_size] * len(down)
     windows.demote(down, num_tokens=whole, after=[idle] * len(down))
 
@@ -267,7 +267,7 @@ def _background(
 
 
 def _decoder(model: Any, cache: TierCache) -> Callable[[], None]:
-    """Return one decode step of 16 sequences, captured."""
+    """Return a captured decode step of 16 sequences."""
     sequences = [cache.acquire([i] * 1000) for i in range(16)]
     steps = [SequenceStep(block_table=s.block_table, num_past=999, num_new=1) for s in sequences]
     graphs = GraphedModel(model, cache)
@@ -282,7 +282,7 @@ def _decoder(model: Any, cache: TierCache) -> Callable[[], None]:
 
 
 def _step_ms(step: Callable[[], None], moves: Sequence[Callable[[], Ready]]) -> float:
-    """Return the mean milliseconds of a decode step while `moves` are repeated by threads of their own."""
+    """Return the mean milliseconds of a decode step while a thread for each of `moves` repeats it."""
     stop = threading.Event()
 
     def repeat(move: Callable[[], Ready]) -> None:

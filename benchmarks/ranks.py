@@ -1,4 +1,4 @@
-"""A model split over several GPUs, one process and one cache each: what agreeing costs and what caching saves.
+"""A model split over several GPUs, with a process and a cache for each: the cost of agreeing, the gain of caching.
 
 Starts the processes itself. A Llama of the shape chosen, with random weights, is split by its own tensor-parallel
 plan. Printed: the time of one agreement, the time to first token by where the prompt's cached part lies, and what
@@ -32,7 +32,7 @@ __all__ = ["main"]
 
 _GIB = 1 << 30
 
-# What is evicted before each request, and whether the request may use the cache at all.
+# What is evicted before each request, and whether the request may use the cache.
 _WAYS: dict[str, tuple[tuple[Tier, ...], bool]] = {
     "recompute": ((), False),
     "hot": ((), True),
@@ -74,7 +74,11 @@ def main() -> None:
 
 def _start(size: int, timeout_s: float) -> int:
     """Run this command once for each rank, with the same options."""
-    environment = {**os.environ, "NCCL_NVLS_ENABLE": "0", "OMP_NUM_THREADS": "1"}  # no multicast: a GPU may be shared
+    environment = {
+        **os.environ,
+        "NCCL_NVLS_ENABLE": "0",
+        "OMP_NUM_THREADS": "1",
+    }  # a GPU may be shared
     if torch.cuda.device_count() < size:
         environment["CUDA_VISIBLE_DEVICES"] = ""  # Transformers splits over the GPUs that it sees
     with tempfile.TemporaryDirectory() as directory:
@@ -109,10 +113,10 @@ def _run_rank(rank: int, size: int, directory: Path, options: _Options) -> None:
         torch.cuda.set_device(device)
     else:
         torch.set_num_threads(1)
-    meeting = f"file://{directory}/meeting"
+    rendezvous = f"file://{directory}/rendezvous"
     distributed.init_process_group(
         "nccl" if has_gpus else "gloo",
-        init_method=meeting,
+        init_method=rendezvous,
         rank=rank,
         world_size=size,
         timeout=timedelta(seconds=120),
@@ -170,13 +174,13 @@ def _agreement_us(ranks: TorchRanks) -> float:
 def _measure(
     runner: Runner, prefix: list[int], name: str, options: _Options, want: Tensor | None
 ) -> tuple[float, dict[str, int], Tensor]:
-    """Return the median seconds to the first token, where the tokens were found, and the last logits.
+    """Return the median seconds to the first token, the cached tokens of each tier, and the last logits.
 
     want: the logits of a computed answer to the same prompt; those found may differ from it by rounding only.
     """
     evicted, use_cache = _WAYS[name]
     times: list[float] = []
-    for repeat in range(options.repeats + 2):  # the first warms up, at the second a graph may be captured
+    for repeat in range(options.repeats + 2):  # the first warms up, the second may capture a graph
         suffix = _tokens(runner, options.new_tokens, seed=100 + repeat)
         for tier in evicted:
             runner.cache.evict(tier)
@@ -202,7 +206,7 @@ def _decode_line(runner: Runner, prefix: list[int], options: _Options) -> str:
 
 
 def _loss_line(runner: Runner, prefix: list[int], options: _Options) -> str:
-    """Take a block from the middle of the prompt out of the last rank; return what all found of the prompt then."""
+    """Remove a block in the middle of the prompt from the last rank; return a line with the tokens found after that."""
     cache = runner.cache
     size = cache.config.block_size
     at = len(prefix) // size // 2
@@ -241,7 +245,7 @@ def _tokens(runner: Runner, count: int, *, seed: int) -> list[int]:
 
 
 def _say_nothing(*_: object, flush: bool = False) -> None:
-    """Stand in for `print` on all ranks but the first."""
+    """Take the place of `print` on all ranks but the first."""
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Time to first token from each tier, as a ratio to computing the prompt anew.
+"""The time to the first token from each tier, as a ratio to computing the whole prompt.
 
 A model of Llama-3.1-8B's shape with random weights; prompts of 1k, 8k and 32k cached tokens and a few new ones.
 Beside it the same prefill by plain Transformers, and the link's own speed in the same run.
@@ -62,7 +62,7 @@ _SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds to the first token of prompts with so many cached tokens, and tokens found in each tier, by way."""
+    """Seconds to the first token of prompts with `tokens` cached tokens, and tokens found in each tier, by way."""
 
     tokens: int
     times_s: dict[str, float]
@@ -71,7 +71,7 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class _Way:
-    """What is evicted before each request, and how the request goes about it."""
+    """What is evicted before each request, and the options of the request."""
 
     evicted: tuple[Tier, ...] = ()
     use_cache: bool = True
@@ -138,7 +138,7 @@ def random_model(shape: str, device: torch.device) -> Any:
 
 
 def measure(runner: Runner, num_cached: int, num_new: int, repeats: int, names: Sequence[str] = tuple(WAYS)) -> Timing:
-    """Return the median seconds to the first token by where the prompt's cached part lies."""
+    """Return the median seconds to the first token, by the tier of the prompt's cached part."""
     generator = torch.Generator().manual_seed(num_cached)
     vocabulary = runner.loaded.model.config.vocab_size
     prefix = torch.randint(0, vocabulary, (num_cached,), generator=generator).tolist()
@@ -153,14 +153,14 @@ def measure(runner: Runner, num_cached: int, num_new: int, repeats: int, names: 
         runner.compute_or_load = way.compute_or_load
         for repeat in range(repeats + 2):
             suffix = torch.randint(0, vocabulary, (num_new,), generator=generator).tolist()
-            cache.flush()  # what the last request wrote behind itself is not this one's burden
+            cache.flush()  # the previous request's background writes must not slow this one
             for tier in way.evicted:
                 cache.evict(tier)
             if way.from_disk:
                 _drop_page_cache()
             options = GenerationOptions(max_new_tokens=1, stop_ids=frozenset(), use_cache=way.use_cache)
             (result,) = runner.generate([prefix + suffix], options)
-            if repeat > 1:  # the first one warms up, at the second a graph is captured
+            if repeat > 1:  # the first request warms up, the second captures a graph
                 measured.append(result.ttft_s)
             cached[name] = {tier.value: count for tier, count in result.cached_tokens.items() if count}
         times[name] = statistics.median(measured)
@@ -193,7 +193,7 @@ def _link_gb_s(runner: Runner) -> float:
 
 
 def _drop_page_cache() -> None:
-    """Make the next read of a block come from the disk; needs root, and says so where it may not.
+    """Make the next read of a block come from the disk; needs root, and prints a line without it.
 
     What stays are the pages of LMDB's trees that this process has mapped: opening a store has read them all, and a
     process that runs keeps them. Blocks are read with `pread`, so none of their pages is among them.
@@ -206,7 +206,7 @@ def _drop_page_cache() -> None:
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """Return what a benchmark's figures depend on: the device and the versions."""
+    """Return the device and the versions, on which a benchmark's figures depend."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU",
         "python": platform.python_version(),

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Two terminals' worth of output: one daemon, two processes that share nothing but its socket.
+# One daemon and two processes that share only its socket, shown as in two terminals.
 set -eu
 
 folder=$(mktemp -d)

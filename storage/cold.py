@@ -64,6 +64,10 @@ class ColdStore(ColdReader):
         raised, or is an outcome. Readers, and callers of `touch`, never wait for them.
     Raises StoreError if the path cannot be used, FormatVersionError if another version wrote it.
     A data file that cannot be used is set aside (`damaged`) and a fresh one begun.
+
+    >>> with ColdStore(Path("shared")) as cold, TierCache(config, namespace=namespace, cold=cold) as cache:
+    ...     cold.quota_bytes >> 30
+    64
     """
 
     def __init__(

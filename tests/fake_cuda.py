@@ -1,4 +1,4 @@
-"""Streams and events as CUDA has them, in plain Python: work is done when somebody waits for it, not before."""
+"""Streams and events as CUDA has them, in plain Python: work is done when the program waits for it, not before."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["FailingCopies", "FakeCuda", "FakeEvent", "FakeStream"]
 
 
 class FakeStream:
-    """Counts what is queued, and is idle once somebody has waited for it."""
+    """Counts queued work, and is idle after a wait for it."""
 
     def __init__(self, device: object = None) -> None:
         self.num_queued = 0

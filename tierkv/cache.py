@@ -60,6 +60,13 @@ class TierCache:
     Calls are thread-safe; a sequence belongs to one thread. Damage, full disks and failed copies are misses that
     `stats` counts, never exceptions. Once the cache closes, every method raises ClosedError; so it does in a process
     that was forked from this one, where `release` and `close` do nothing.
+
+    >>> with TierCache(config, namespace=namespace) as cache:
+    ...     with cache.acquire([1, 2, 3, 4, 5, 6, 7, 8, 9]) as sequence:
+    ...         # here: compute K and V of the tokens behind sequence.num_cached_tokens
+    ...         new_blocks = cache.commit(sequence, sequence.num_tokens)
+    ...     new_blocks, cache.match([1, 2, 3, 4, 5, 6, 7, 8, 10]).num_cached_tokens
+    (2, 8)
     """
 
     def __init__(
@@ -389,10 +396,19 @@ class TierCache:
 
 
 def save_cache_state(cache: TierCache, path: str | Path) -> SavedState:
-    """Write everything that a cache holds into one file, atomically. See `TierCache.save_cache_state`."""
+    """Write everything that a cache holds into one file, atomically. See `TierCache.save_cache_state`.
+
+    >>> save_cache_state(cache, "state.tkv").blocks
+    2
+    """
     return cache.save_cache_state(path)
 
 
 def load_cache_state(cache: TierCache, path: str | Path) -> int:
-    """Let a cache find the blocks of a state file; returns at once. See `TierCache.load_cache_state`."""
+    """Let a cache find the blocks of a state file; returns at once. See `TierCache.load_cache_state`.
+
+    >>> saved = save_cache_state(cache, "state.tkv")
+    >>> load_cache_state(cache, "state.tkv")
+    2
+    """
     return cache.load_cache_state(path)

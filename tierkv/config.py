@@ -57,6 +57,10 @@ class CacheConfig:
         cold_path, cold_bytes and the codecs.
     compute_wait_s: how long a request waits for blocks that another process is computing; 0 never waits.
     daemon_timeout_s: how long to wait for an answer of the daemon before it counts as gone.
+
+    >>> config = CacheConfig(cold_path="store", block_size=4, hot_bytes=1 << 20, warm_bytes=1 << 20)
+    >>> config.cold_path
+    PosixPath('store')
     """
 
     cold_path: Path | None = None

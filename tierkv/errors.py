@@ -39,7 +39,14 @@ __all__ = [
 
 
 class TierKVError(Exception):
-    """Root of the tree. hint: what the reader can do, part of the message."""
+    """Root of the tree. hint: what the reader can do, part of the message.
+
+    >>> try:
+    ...     CacheConfig(block_size=0)
+    ... except TierKVError as error:
+    ...     print(type(error).__name__)
+    ConfigError
+    """
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         self.hint = hint

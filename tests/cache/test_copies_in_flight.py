@@ -1,4 +1,4 @@
-"""What a copy in flight reads or writes is nobody else's before the copy is through: `leave`, `track` and `reap`.
+"""Memory of a copy in flight is not reused before the copy has ended: `leave`, `track` and `reap`.
 
 The same on a GPU, with its streams: tests/gpu/test_copies_in_flight_gpu.py.
 """
@@ -133,7 +133,7 @@ def test_a_released_block_is_taken_again_only_behind_its_last_user(
     assert used.users == 1, "the stream that takes the blocks waits, once for all of them"
     cache.release(again)
     cache.release(cache.acquire(list(range(16)), reuse=False))
-    assert used.users == 1, "and nobody later"
+    assert used.users == 1, "and no later user"
 
 
 def test_a_block_is_taken_again_only_behind_the_copy_that_still_writes_it(

@@ -1,4 +1,4 @@
-"""Ranks that vote through a store: one decision for all, also for those who come late or not at all."""
+"""Ranks that vote through a store: one decision for all, also for ranks that vote late or not at all."""
 
 from __future__ import annotations
 

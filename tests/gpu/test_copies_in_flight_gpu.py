@@ -1,4 +1,4 @@
-"""What a copy or a kernel in flight reads or writes is nobody else's before it is through: on streams of a GPU.
+"""Memory of a copy or a kernel in flight is not reused before it has ended: on streams of a GPU.
 
 The same without a GPU: tests/cache/test_copies_in_flight.py.
 """

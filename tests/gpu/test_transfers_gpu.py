@@ -1,4 +1,4 @@
-"""Transfers over a real link: every byte arrives, whatever is urgent, cancelled or short of staging."""
+"""Transfers to and from a real GPU: every byte arrives, with priorities, cancelling and little staging memory."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_random_priorities_and_cancels_leave_every_byte_in_its_place(pool_bytes:
                 priority=rng.choice(list(Priority)),
             )
             (handle,) = manager.bulk_transfer([op])
-            del op, target  # nobody but the manager holds them: their memory must not be another's yet
+            del op, target  # only the manager holds them: their memory must not be reused yet
             begun.append((handle, source))
             if not rng.randrange(5):
                 handle.cancel()

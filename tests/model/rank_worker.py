@@ -64,7 +64,7 @@ class Worker:
         self.hashes: list[bytes] = []
 
     def use(self, family: str) -> None:
-        """Go on with the model of a family."""
+        """Switch to the model of a family."""
         self.family = family
         if family not in self.models:
             self.models[family] = split_model(make_model(family, device=self.place, **self.options))
@@ -73,7 +73,7 @@ class Worker:
     def load_in_slices(self) -> dict[str, Any]:
         """Go on with the same weights, of which Transformers loads only this rank's slice."""
         checkpoint = self.store.with_name(f"checkpoint-{self.family}")
-        make_model(self.family, **self.options).save_pretrained(checkpoint)  # the first rank writes, whoever calls
+        make_model(self.family, **self.options).save_pretrained(checkpoint)  # only the first rank writes
         distributed.barrier()
         self.model = type(self.model).from_pretrained(
             checkpoint,
@@ -130,7 +130,7 @@ class Worker:
             computed = []
             for _ in range(2):
                 computed.append(runner.prefill(prompt_of(self.device)))
-                runner.cache.flush()  # the partial block is written behind the request
+                runner.cache.flush()  # the partial block is written in the background
             return {"computed": computed, "weights": runner.cache.namespace.weights}
 
     def change_the_last_rank(self) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def main(rank: int, size: int, directory: Path, run: str, device: str, actions: 
         torch.cuda.set_device(rank)
     distributed.init_process_group(
         "nccl" if device == "cuda" else "gloo",
-        init_method=f"file://{directory / run}/meeting",
+        init_method=f"file://{directory / run}/rendezvous",
         rank=rank,
         world_size=size,
         timeout=timedelta(seconds=TIMEOUT_S),

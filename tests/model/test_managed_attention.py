@@ -131,7 +131,7 @@ def test_tensors_that_do_not_fit_each_other_are_refused(place: Place, attention:
 
 
 class Tracker:
-    """Keeps what it was told."""
+    """Records its calls."""
 
     def __init__(self) -> None:
         self.live: dict[str, int] = {}

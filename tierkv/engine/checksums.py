@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterable
 from math import gcd
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -27,10 +27,6 @@ _LINE_BYTES = 1024
 
 Fetch: TypeAlias = Callable[[], "npt.NDArray[np.int64]"]
 """Waits for a sample's sums, and returns them."""
-
-
-class _Sampler(Protocol):
-    def start(self, phase: int, after: torch.cuda.Event | None = None) -> Fetch: ...
 
 
 class Checksums:

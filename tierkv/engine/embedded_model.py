@@ -1,8 +1,7 @@
 """The embedded model: small and random, made once and kept under a cache directory.
 
 Its answers are nonsense, but it is a real checkpoint, so that every command works offline on a laptop. Users may share
-a
-cache directory: the umask decides who can read the files, and a user who cannot read or repair them makes a copy there.
+a cache directory: the files are as readable as the umask allows, and a user without access to them makes a copy there.
 """
 
 from __future__ import annotations

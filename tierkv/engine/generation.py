@@ -29,7 +29,8 @@ class GenerationOptions:
     keep_logits: keep the float32 logits of every new token, on the CPU.
     Raises ConfigError for a max_new_tokens that is not a positive integer.
 
-        options = GenerationOptions(max_new_tokens=32, sampling=SamplingOptions(temperature=0.7, seed=1))
+    >>> GenerationOptions(max_new_tokens=8, sampling=SamplingOptions(temperature=0.7, seed=1)).max_new_tokens
+    8
     """
 
     max_new_tokens: int = 64

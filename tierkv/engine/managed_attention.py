@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -20,7 +20,7 @@ from tierkv.engine.attention_pieces import (
     attend_whole,
     iter_resident,
 )
-from tierkv.engine.pieces import AttentionShape, PieceSizes, iter_pieces, plan_pieces
+from tierkv.engine.pieces import AttentionShape, Piece, PieceSizes, iter_pieces, plan_pieces
 from tierkv.errors import ConfigError, ShapeError
 from tierkv.requests.block_control import BlockState
 from tierkv.values.stats import CacheStats
@@ -78,8 +78,10 @@ class ManagedFlashAttention:
     memory_controller: carries out `manual_cache_management` in the cache's place.
     Until `close` it keeps one page-locked buffer for offloaded K and V, as large as the largest call.
 
-        with ManagedFlashAttention(cache) as attention:
-            out, stats = attention.forward_with_control(q, k, v, memory_budget=64 << 20)
+    >>> q, k, v = (torch.randn(1, 16, 2, 8) for _ in range(3))
+    >>> output, stats = ManagedFlashAttention(cache).forward_with_control(q, k, v, memory_budget=1 << 20)
+    >>> output.shape
+    torch.Size([1, 16, 2, 8])
     """
 
     def __init__(
@@ -131,6 +133,7 @@ class ManagedFlashAttention:
         is_streamed = cpu_offload or k.device != device
         sizes = plan_pieces(shape, budget_bytes=memory_budget, is_streamed=is_streamed)
         meter = MemoryMeter(self.memory_tracker)
+        call = _Call(q=q, k=k, v=v, shape=shape, sizes=sizes, meter=meter, is_bounded=memory_budget is not None)
         is_measured = profile and device.type == "cuda"
         if is_measured:
             torch.cuda.synchronize(device)
@@ -138,10 +141,7 @@ class ManagedFlashAttention:
         before = torch.cuda.memory_allocated(device) if is_measured else 0
         started = time.perf_counter()
         with torch.no_grad():
-            if is_streamed:
-                run = self._attend_streamed(q, k, v, shape, sizes, meter, is_bounded=memory_budget is not None)
-            else:
-                run = self._attend_resident(q, k, v, shape, sizes, meter, is_bounded=memory_budget is not None)
+            run = self._attend_streamed(call) if is_streamed else self._attend_resident(call)
         if is_measured:
             torch.cuda.synchronize(device)
         stats = MemoryStats(
@@ -189,41 +189,20 @@ class ManagedFlashAttention:
             self._stream.synchronize()
         self._host = None
 
-    def _attend_resident(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        shape: AttentionShape,
-        sizes: PieceSizes,
-        meter: MemoryMeter,
-        *,
-        is_bounded: bool,
-    ) -> _Run:
-        scale = q.shape[-1] ** -0.5
-        if sizes.is_whole:
-            return _Run(attend_whole(q, k, v, scale, meter, is_bounded=is_bounded), 1)
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        return _Run(out, attend_pieces(q, iter_resident(k, v, shape, sizes), shape, sizes, out, scale, meter))
+    def _attend_resident(self, call: _Call) -> _Run:
+        q, k, v = call.q, call.k, call.v
+        if call.sizes.is_whole:
+            return _Run(attend_whole(q, k, v, call.scale, call.meter, is_bounded=call.is_bounded), 1)
+        return call.run_pieces(iter_resident(k, v, call.shape, call.sizes))
 
-    def _attend_streamed(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        shape: AttentionShape,
-        sizes: PieceSizes,
-        meter: MemoryMeter,
-        *,
-        is_bounded: bool,
-    ) -> _Run:
+    def _attend_streamed(self, call: _Call) -> _Run:
         """Attend to K and V in CPU memory; move them there first if they are not."""
-        keys, values = self._on_host(k, v, q.device)
-        to_cpu = 0 if k.device.type == "cpu" else shape.kv_bytes
-        scale = q.shape[-1] ** -0.5
-        if sizes.is_whole:
-            copied = meter.allocate((2, *k.shape), k.dtype, q.device, "attention stream buffer")
-            stream = self._stream_of(q.device)
+        q, k = call.q, call.k
+        keys, values = self._on_host(k, call.v, q.device)
+        to_cpu = 0 if k.device.type == "cpu" else call.shape.kv_bytes
+        stream = self._stream_of(q.device)
+        if call.sizes.is_whole:
+            copied = call.meter.allocate((2, *k.shape), k.dtype, q.device, "attention stream buffer")
             if stream is not None:
                 stream.wait_stream(torch.cuda.current_stream(q.device))
             with torch.cuda.stream(stream):
@@ -231,14 +210,12 @@ class ManagedFlashAttention:
                 copied[1].copy_(values, non_blocking=True)
             if stream is not None:
                 torch.cuda.current_stream(q.device).wait_stream(stream)
-            out = attend_whole(q, copied[0], copied[1], scale, meter, is_bounded=is_bounded)
-            meter.remove(copied)
-            return _Run(out, 1, to_cpu, shape.kv_bytes)
-        source = KVStream(keys, values, device=q.device, stream=self._stream_of(q.device), meter=meter)
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-        kv = source.iter_kv(iter_pieces(shape, sizes), sizes)
-        pieces = attend_pieces(q, kv, shape, sizes, out, scale, meter)
-        return _Run(out, pieces, to_cpu, source.bytes_in)
+            out = attend_whole(q, copied[0], copied[1], call.scale, call.meter, is_bounded=call.is_bounded)
+            call.meter.remove(copied)
+            return _Run(out, 1, to_cpu, call.shape.kv_bytes)
+        source = KVStream(keys, values, device=q.device, stream=stream, meter=call.meter)
+        run = call.run_pieces(source.iter_kv(iter_pieces(call.shape, call.sizes), call.sizes))
+        return replace(run, bytes_to_cpu=to_cpu, bytes_to_device=source.bytes_in)
 
     def _on_host(self, k: Tensor, v: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return K and V in CPU memory from which the device copies at full speed; move them if they are elsewhere."""
@@ -268,7 +245,30 @@ class ManagedFlashAttention:
         return self._stream
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Call:
+    """The arguments of one call, checked, and its plan."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    shape: AttentionShape
+    sizes: PieceSizes
+    meter: MemoryMeter
+    is_bounded: bool
+
+    @property
+    def scale(self) -> float:
+        """The factor of the scores."""
+        return float(self.q.shape[-1] ** -0.5)
+
+    def run_pieces(self, kv: Iterable[tuple[Piece, Tensor, Tensor]]) -> _Run:
+        """Attend piece by piece."""
+        out = torch.empty_like(self.q, memory_format=torch.contiguous_format)
+        return _Run(out, attend_pieces(self.q, kv, self.shape, self.sizes, out, self.scale, self.meter))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _Run:
     out: Tensor
     pieces: int

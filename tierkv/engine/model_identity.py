@@ -19,7 +19,7 @@ from tierkv.ranks.group import OneRank, RankGroup
 from tierkv.values.layout import BlockLayout
 from tierkv.values.namespace import Namespace
 
-__all__ = ["ModelCheck", "namespace_of", "settings_digest", "weights_digest"]
+__all__ = ["ModelCheck", "namespace_of", "weights_digest"]
 
 _PIECE_BYTES = 64 << 20
 _HINT = "open it anew"
@@ -52,7 +52,7 @@ def namespace_of(
     config = model.config.get_text_config().to_dict()
     architecture = {"class": type(model).__name__}
     architecture |= {key: value for key, value in config.items() if key not in VOLATILE_FIELDS}
-    architecture["modules"] = _joint_digest(settings_digest(state), group)
+    architecture["modules"] = _joint_digest(_settings_digest(state), group)
     if torch.get_default_dtype() != torch.float32:  # tensors that a model makes in its forward pass may have it
         architecture["default_dtype"] = str(torch.get_default_dtype())
     return Namespace(
@@ -90,7 +90,7 @@ def weights_digest(model: torch.nn.Module, state: ModelState | None = None) -> s
     return digest.hexdigest()
 
 
-def settings_digest(state: ModelState) -> str:
+def _settings_digest(state: ModelState) -> str:
     """Return xxh3-128, in hex, over the classes of a model's modules and their values that are not tensors.
 
     Such values are scales, windows, epsilons, active adapters, and what `state_dict` says of packed weights.

@@ -42,8 +42,8 @@ def load_model(
     Raises ConfigError, in one line, for an unknown device or dtype and for an unknown or damaged model. Missing weights
     are damage too: Transformers would fill them with random numbers.
 
-        loaded = load_model("path/to/model", device="cpu", dtype="float32")
-        token_ids = loaded.tokenizer.encode("Why was I charged twice?")
+    >>> load_model(None, cache_dir=Path("models")).name
+    'embedded'
     """
     transformers = import_transformers()
     target = _device(device)

@@ -8,7 +8,7 @@ object, a list, or one value per line. Each value is a prompt:
 - {"custom_id": ..., "body": {"messages": [...]}}, a line of OpenAI's batch files: the body is the prompt.
 - a text, or a list of messages.
 
-Content is text, or a list of parts {"type": "text", "text": ...}, which are joined. Other keys are ignored.
+Content is text, or a list of parts {"type": "text", "text": ...}, which are concatenated. Other keys are ignored.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ def _to_message(message: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _to_text(content: Any, where: str) -> str:
-    """Return a text, or the joined texts of a list of parts; "" for null. Raises ConfigError for anything else."""
+    """Return a text, or the concatenated texts of a list of parts; "" for null. Raises ConfigError for others."""
     if content is None or isinstance(content, str):
         return content or ""
     if not isinstance(content, list):

@@ -27,7 +27,7 @@ class Tokenizer(Protocol):
 def render_tokens(tokenizer: Tokenizer, request: PromptRequest, user_text: str) -> list[int]:
     """Return the tokens of a whole request, up to the beginning of the answer.
 
-    They come from the tokenizer's chat template; without a template, from the texts joined by empty lines.
+    They come from the tokenizer's chat template; without a template, from the texts with empty lines between them.
     """
     if not getattr(tokenizer, "chat_template", None):
         earlier = [str(message.get("content") or "") for message in request.messages]

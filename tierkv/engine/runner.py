@@ -37,6 +37,7 @@ from tierkv.errors import CapacityError, ConfigError
 from tierkv.ranks.group import OneRank, RankGroup
 from tierkv.requests.sequence import Sequence
 from tierkv.storage.cold import ColdStore
+from tierkv.values.checks import check_count
 
 __all__ = ["Generation", "GenerationOptions", "Runner", "TokenEvent", "open_runner"]
 
@@ -69,13 +70,11 @@ class Runner:
         use_graphs: bool | None = None,
         state: ModelState | None = None,
     ) -> None:
-        if max_step_tokens < 1:
-            raise ConfigError(f"max_step_tokens must be positive, got {max_step_tokens}")
         if cascade not in ("auto", "off"):
             raise ConfigError(f'cascade must be "auto" or "off", got {cascade!r}')
         self.loaded = loaded
         self.cache = cache
-        self.max_step_tokens = max_step_tokens
+        self.max_step_tokens = check_count("max_step_tokens", max_step_tokens, least=1)
         self.compute_or_load = cache.config.compute_or_load
         self._pass = ForwardPass(loaded, cache, cascade=cascade, cascade_cost=cascade_cost, use_graphs=use_graphs)
         self._attention = AttentionSwitch(loaded.model)
@@ -261,15 +260,13 @@ class Runner:
         steps = self._plan_step(running)
         started = time.perf_counter()
         ids = [request.token_ids[request.num_computed : request.num_computed + count] for request, count in steps]
-        is_committed = self._commits.needs_commit(steps)
-        is_check_due = is_committed or not self._commits.is_model_known
-        before = self._commits.model_check.mark() if is_check_due and not is_committed else None
+        start_check = self._commits.plan_check(steps)
         try:
             logits = self._pass.run([request.step(count) for request, count in steps], list(chain.from_iterable(ids)))
         except BaseException:
             self._commits.model_check.check()  # a changed model may fail anyhow: then the change is the better error
             raise
-        finish_check = self._commits.start_check(before) if is_check_due else None
+        finish_check = start_check() if start_check else None
         ready: list[tuple[Request, Tensor]] = []
         for row, (request, count) in enumerate(steps):
             request.num_computed += count
@@ -309,9 +306,8 @@ class Runner:
         assert request.sequence is not None
         if request.sequence.overlap.is_loading and request.claimed_end == request.num_computed:
             self._claim_piece(request, wait=False)
-        if request.sequence.overlap.is_loading:
-            return request.claimed_end - request.num_computed
-        return len(request.token_ids) - request.num_computed
+        end = request.claimed_end if request.sequence.overlap.is_loading else len(request.token_ids)
+        return end - request.num_computed
 
     def _claim_piece(self, request: Request, *, wait: bool) -> None:
         """Take the next piece of a request whose cold blocks load; all that it has claimed is computed."""
@@ -370,10 +366,11 @@ def open_runner(
     Raises UnsupportedModelError, with the reason, before anything is opened. Raises ConfigError for other ranks than
     the model's and for a block_size beyond its context, CapacityError for pools that hold too few blocks.
 
-        loaded = load_model(None, cache_dir=Path("models"))
-        with open_runner(loaded, CacheConfig(cold_path=Path("store"), hot_bytes=256 << 20)) as runner:
-            (answer,) = runner.generate([[1, 2, 3]], GenerationOptions(max_new_tokens=4))
-            print(answer.token_ids, answer.cached_tokens, answer.ttft_s)
+    >>> loaded = load_model(None, cache_dir=Path("models"))
+    >>> with open_runner(loaded, CacheConfig(cold_path="store", block_size=16)) as runner:
+    ...     (answer,) = runner.generate([[1, 2, 3]], GenerationOptions(max_new_tokens=2))
+    ...     len(answer.token_ids)
+    2
     """
     model = loaded.model
     check_supported(model)

@@ -25,7 +25,8 @@ class SamplingOptions:
     ones each time. Equal prompts of one batch get different answers in both cases.
     Raises ConfigError for values out of these ranges.
 
-        SamplingOptions(temperature=0.7, top_p=0.9, seed=1)
+    >>> SamplingOptions(temperature=0.7, top_p=0.9, seed=1).seed
+    1
     """
 
     temperature: float = 0.0

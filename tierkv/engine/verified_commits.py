@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -28,31 +29,20 @@ class VerifiedCommits:
         self._cache = cache
         self._pending: _Pass | None = None
 
-    def needs_commit(self, steps: list[tuple[Request, int]]) -> bool:
-        """Return whether a pass completes a block, which is then committed, or is a request's last one.
+    def plan_check(self, steps: list[tuple[Request, int]]) -> Callable[[], Callable[[], None]] | None:
+        """Return a function that starts the check of a pass, to be called after the launch; None if it needs no check.
 
-        The model is checked after such a pass, and beside the first pass after the caller had control. The next check
-        covers all other passes.
+        A pass needs a check behind it if it completes a block, which is then committed, or if it is a request's last.
+        The first pass after the caller had control gets a check beside it. The next check covers all other passes.
+        The function returns another one, which waits for the check and raises ConfigError if the model has changed.
         """
-        size = self._cache.config.block_size
-        return any(
-            (request.num_computed + count) // size > request.num_verified // size
-            or request.num_computed + count == request.prompt_tokens + request.max_new_tokens - 1
-            for request, count in steps
-        )
-
-    def start_check(self, before: torch.cuda.Event | None = None) -> Callable[[], None]:
-        """Check the model while the device computes; sample its tensors after the pass, or beside it from `before` on.
-
-        Return a function that waits for the sample and raises ConfigError if bytes have changed.
-        """
-        finish_check = self.model_check.start(before)
-        self.model_check.check()
-        self.is_model_known = True
-        return finish_check
+        is_committed = self._completes_a_block(steps)
+        if not is_committed and self.is_model_known:
+            return None
+        return partial(self._start_check, None if is_committed else self.model_check.mark())
 
     def add(self, steps: list[tuple[Request, int]], finish_check: Callable[[], None] | None) -> None:
-        """Record a launched pass for `commit`. finish_check: from `start_check`; None for a pass without a check."""
+        """Record a launched pass for `commit`. finish_check: waits for its check; None for a pass without a check."""
         self._pending = _Pass(finish_check, [(r, r.sequence, r.num_computed) for r, _ in steps if r.sequence])
 
     def commit(self) -> None:
@@ -72,9 +62,25 @@ class VerifiedCommits:
 
     def verify(self, running: Items[Request]) -> None:
         """Check the model now, and mark everything as verified that these requests have computed."""
-        self.start_check()()
+        self._start_check()()
         for request in running:
             request.num_verified = request.num_computed
+
+    def _start_check(self, before: torch.cuda.Event | None = None) -> Callable[[], None]:
+        """Check the model while the device computes; sample its tensors after the pass, or from `before` on."""
+        finish_check = self.model_check.start(before)
+        self.model_check.check()
+        self.is_model_known = True
+        return finish_check
+
+    def _completes_a_block(self, steps: list[tuple[Request, int]]) -> bool:
+        """Return whether a pass completes a block, or is a request's last pass."""
+        size = self._cache.config.block_size
+        return any(
+            (request.num_computed + count) // size > request.num_verified // size
+            or request.num_computed + count == request.prompt_tokens + request.max_new_tokens - 1
+            for request, count in steps
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,11 @@ class EvictionPolicy(Protocol):
     The index asks only about leaves that are not in use and not pinned, so no policy can evict a block that is needed.
     The index reads a score when a block becomes evictable and after each use, not in between. So a score depends on
     the block and on the policy's own state, never on the time since.
+
+    >>> class ShortPromptsFirst(EvictionPolicy):
+    ...     def score_block(self, block: CacheBlock) -> float:
+    ...         return 1 / (1 + block.depth)
+    >>> cache.set_eviction_policy(ShortPromptsFirst())
     """
 
     def score_block(self, block: CacheBlock) -> float:

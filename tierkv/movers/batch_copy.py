@@ -1,7 +1,7 @@
 """Many copies between page-locked and GPU memory in one call.
 
 A single copy costs the copy engine 3 us and Python 7. Pieces of 2 MiB reach 51.2 GB/s one by one and 54.7 GB/s in a
-batch, on a link of 55.5. Batches need CUDA 12.8 and cuda-bindings, which torch's CUDA builds install. Without them, and
+batch, on a bus of 55.5. Batches need CUDA 12.8 and cuda-bindings, which torch's CUDA builds install. Without them, and
 on a CPU, one copy follows another.
 """
 

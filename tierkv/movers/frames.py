@@ -1,4 +1,4 @@
-"""Loads cold blocks as they are stored: their zstd frames cross the link, and nvCOMP decodes them on the GPU.
+"""Loads cold blocks as they are stored: their zstd frames cross the bus, and nvCOMP decodes them on the GPU.
 
 The CPU compares the checksum and copies; it decodes nothing. That needs a GPU and the extra `nvcomp`. A GPU decodes one
 frame in milliseconds and thousands at once in little more, so one call decodes a wave of blocks.

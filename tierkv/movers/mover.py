@@ -1,6 +1,6 @@
 """Moves the bytes of whole blocks between the hot and the warm tier; decides nothing.
 
-On a GPU each direction has its own stream and one copy moves a whole block. So the copy engines reach the link's speed
+On a GPU each direction has its own stream and one copy moves a whole block. So the copy engines reach the bus's speed
 and the model keeps all multiprocessors. On a CPU the same calls copy at once.
 """
 
@@ -79,17 +79,14 @@ class AllReady:
         self._parts = parts
 
     def wait(self, layer: int | None = None) -> None:
-        """Make the current stream wait for each batch."""
         for part in self._parts:
             part.wait(layer)
 
     def synchronize(self) -> None:
-        """Block the calling thread until all batches are complete."""
         for part in self._parts:
             part.synchronize()
 
     def is_done(self) -> bool:
-        """Return whether all batches are complete."""
         return all(part.is_done() for part in self._parts)
 
 
@@ -225,7 +222,7 @@ def layer_groups(layout: BlockLayout) -> list[int]:
     """Return the ends of the groups of layers that are loaded together, each about half as large as the one before.
 
     A model computes a layer in about half the time of its copy. So it finishes a group when the next one arrives, and
-    little is left to compute after the last. Pieces below some MiB do not reach the link's speed, even in a batch
+    little is left to compute after the last. Pieces below some MiB do not reach the bus's speed, even in a batch
     (2 MiB: 0.985 of it, 4: 0.994).
     """
     offsets = _layer_offsets(layout)

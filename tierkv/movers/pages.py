@@ -1,8 +1,8 @@
 """Moves blocks between page-locked memory and an engine's layer-major pages, through a few staging blocks on the GPU.
 
 For engines that own their KV memory; kept for the block store, nothing in production calls it yet. The copy engine
-moves whole blocks at the link's speed, and a kernel scatters or gathers pages at the speed of GPU memory. A kernel that
-reads page-locked memory itself reaches 0.91 of the link and occupies its multiprocessors 50 times as long.
+moves whole blocks at the bus's speed, and a kernel scatters or gathers pages at the speed of GPU memory. A kernel that
+reads page-locked memory itself reaches 0.91 of the bus and occupies its multiprocessors 50 times as long.
 """
 
 from __future__ import annotations

@@ -38,6 +38,9 @@ class TransferOp:
     A target has the source's shape and dtype and is contiguous. Page-locked CPU memory is copied directly. Until the
     transfer has ended, source and target must not be written, nor the target read. Raises ShapeError, and ConfigError
     for an unknown priority.
+
+    >>> TransferOp.to_cpu(torch.ones(3), priority=Priority.PREFETCH).source.shape
+    torch.Size([3])
     """
 
     source: Tensor
@@ -86,6 +89,11 @@ class MemoryTransferManager:
     pinned_memory_pool_size: bytes of page-locked memory, allocated once, half for each direction. Pageable memory is
     copied through it; transfers wait while it is full. A larger pool than the default changes nothing.
     max_waiting_bytes: of each direction and priority; a call that would exceed it waits for room.
+
+    >>> with MemoryTransferManager("cpu") as manager:
+    ...     (handle,) = manager.bulk_transfer([TransferOp.to_cpu(torch.ones(3))])
+    ...     handle.result()
+    tensor([1., 1., 1.])
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Moves blocks between the hot tier and a warm tier that keeps them compressed.
 
 On a GPU the kernels of kernels/windows.py compress and decompress on streams of their own, and only compressed bytes
-cross the link. A few buffers on the GPU keep the copy engine busy while the kernels work on the next section. On a CPU
+cross the bus. A few buffers on the GPU keep the copy engine busy while the kernels work on the next section. On a CPU
 numpy does both.
 """
 
@@ -32,7 +32,7 @@ _CHUNK_BLOCKS = 4
 def window_format(layout: BlockLayout) -> WindowFormat:
     """Return the compressed format of a block: every second group of layers ends a section.
 
-    With smaller sections the link waits for kernels: five per block reach 1.30 of its speed, three reach 1.38.
+    With smaller sections the bus waits for kernels: five per block reach 1.30 of its speed, three reach 1.38.
     """
     groups = layer_groups(layout)
     return WindowFormat(layout, [*groups[:-1:2], groups[-1]])

@@ -41,6 +41,8 @@ def make_policy(name: str) -> EvictionPolicy:
     """Return a new policy by its name; underscores may replace hyphens. `learned:FILE` reads trained weights.
 
     Raises ConfigError for an unknown name, with a list of the names, and for an unusable file.
+
+    >>> cache.set_eviction_policy(make_policy("lru"))
     """
     if not isinstance(name, str):
         raise ConfigError(f"an eviction policy's name must be text, got {name!r}")

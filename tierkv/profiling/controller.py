@@ -34,6 +34,10 @@ class MemoryController:
 
     over: a runner or a cache. Without it, settings are kept until `attach` names it, and the other methods raise
     ConfigError.
+
+    >>> controller = MemoryController(cache)
+    >>> controller.set_memory_budget(64 * cache.layout.block_bytes)  # blocks over the budget that are still in use
+    0
     """
 
     def __init__(self, over: Engine | TierCache | None = None) -> None:

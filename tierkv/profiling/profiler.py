@@ -46,6 +46,10 @@ class MemoryProfiler:
     `start_iteration` and `end_iteration` mark the passes of the caller's loop; each ends with a snapshot unless the
     last one is younger than `snapshot_every_s`. sample_every: of so many decoding steps one goes into the heat map.
     Memory is bounded; the report's notes say what had to be dropped. clock: must be the one that spans use.
+
+    >>> with MemoryProfiler(cache) as profiler, profiler.iteration("one request"):
+    ...     cache.release(cache.acquire(token_ids))
+    >>> report = profiler.generate_report()
     """
 
     def __init__(

@@ -98,6 +98,11 @@ class MemoryTracker:
     allocations: what is allocated now, by id. allocation_history: the latest `history_size` events, oldest first.
     sample_every: of so many decoding steps one is recorded, chosen at random and counted that many times, because
     decoding is the hot path. Thread-safe. Imports no torch.
+
+    >>> tracker = MemoryTracker()
+    >>> key = tracker.register_allocation(torch.ones(256), "activations")
+    >>> tracker.total_allocated
+    1024
     """
 
     def __init__(

@@ -31,6 +31,9 @@ class PrefetchHandle(Handle[int]):
     """One announced prompt. `result()` is how many blocks were read into the warm tier; it raises nothing.
 
     With a daemon: how many blocks it will look for, known at once. To cancel it drops what no thread reads yet.
+
+    >>> cache.prefetch(token_ids).result()  # nothing to do: the blocks are in memory
+    0
     """
 
 

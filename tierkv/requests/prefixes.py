@@ -15,7 +15,12 @@ __all__ = ["Match", "Prefixes"]
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """What a prompt would find: blocks and tokens by the tier that has them. Cold token ids are not yet compared."""
+    """What a prompt would find: blocks and tokens by the tier that has them. Cold token ids are not yet compared.
+
+    >>> match = cache.match(token_ids)
+    >>> match.num_tokens, match.num_cached_tokens
+    (9, 8)
+    """
 
     num_tokens: int
     blocks: dict[Tier, int]

@@ -46,6 +46,10 @@ class Sequence:
     cold_load: how `Overlap.record` counts the time of the first token.
     piece_end: tokens that `Overlap.next_piece` has given out, or that needed no computing.
     claim: announced to other processes: this one computes the rest.
+
+    >>> with cache.acquire(token_ids) as sequence:
+    ...     sequence.num_tokens, sequence.num_cached_tokens, len(sequence.block_table)
+    (9, 8, 3)
     """
 
     owner: SequenceOwner

@@ -57,7 +57,13 @@ TokenIds: TypeAlias = "Sequence[int] | npt.NDArray[np.integer]"
 
 
 class Tier(Enum):
-    """The tiers, from fast to slow."""
+    """The tiers, from fast to slow.
+
+    >>> cache.evict(Tier.HOT)  # each block is written to the warm tier first
+    2
+    >>> cache.match(token_ids).tokens[Tier.WARM]
+    8
+    """
 
     HOT = "hot"
     WARM = "warm"

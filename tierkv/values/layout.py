@@ -58,7 +58,12 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockLayout:
-    """Shape and dtype of a block. Equal layouts hold interchangeable bytes."""
+    """Shape and dtype of a block. Equal layouts hold interchangeable bytes.
+
+    >>> layout = BlockLayout.uniform(num_layers=2, block_size=4, kv_heads=1, head_dim=8, dtype="float32")
+    >>> layout.block_bytes  # 2 layers, K and V, 4 tokens, 1 head, 8 numbers of 4 bytes
+    512
+    """
 
     block_size: int
     dtype: str

@@ -46,6 +46,11 @@ class Namespace:
     lossy_codec: the codec that changed the bytes, "" for bytes as they were computed.
     name: for humans, not part of the identity.
     Raises ConfigError for fields that make no namespace.
+
+    >>> layout = BlockLayout.uniform(num_layers=2, block_size=4, kv_heads=1, head_dim=8, dtype="float32")
+    >>> one, other = (Namespace(weights="a digest", layout=layout, salt=tenant) for tenant in ("one", "other"))
+    >>> one.digest == other.digest  # so neither tenant finds the blocks of the other
+    False
     """
 
     weights: str

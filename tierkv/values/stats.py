@@ -38,6 +38,11 @@ class CacheStats:
     prefetched_blocks: loaded into the warm tier before a request. prefetch_misses: reasons of the others.
     skipped_writes: blocks that were not written to a lower tier; skip_reasons counts them by reason.
     state_files: loaded and open, without those of a daemon.
+
+    >>> cache.release(cache.acquire(token_ids))
+    >>> stats = cache.stats()
+    >>> stats.requests, stats.of(Tier.HOT).hits
+    (2, 2)
     """
 
     requests: int = 0

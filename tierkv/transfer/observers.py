@@ -40,7 +40,7 @@ class Observers:
         self._lock = lock
         self._layout = layout
         self._observers: tuple[CacheObserver, ...] = ()
-        self.are_there = False
+        self.are_there: bool = False
 
     def add(self, observer: CacheObserver) -> None:
         """Tell this one too from now on; the caller holds the cache's lock."""

@@ -18,7 +18,7 @@ import hashlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -71,7 +71,8 @@ class Tier(Enum):
     WARM = "warm"
     COLD = "cold"
 
-    __hash__ = object.__hash__  # members are singletons; Enum's own hash is Python, and tiers are keys in every loop
+    if not TYPE_CHECKING:  # members are singletons; Enum's own hash is Python, and tiers are keys in every loop
+        __hash__ = object.__hash__
 
 
 def hash_block(parent: BlockHash, token_bytes: bytes) -> BlockHash:

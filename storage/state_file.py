@@ -49,7 +49,7 @@ from tierkv.storage.state_format import (
 )
 from tierkv.storage.state_writer import WRITE_WAIT_S, SavedState, write_state_file
 from tierkv.values.block import TOKEN_BYTES, BlockHash, common_run
-from tierkv.values.files import check_path, open_regular, own_errors
+from tierkv.values.files import check_path, open_regular, translated_errors
 from tierkv.values.layout import BlockLayout
 from tierkv.values.namespace import NamespaceDescription, parse_description
 
@@ -77,8 +77,8 @@ class StateFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path: Path = check_path(path)
-        with own_errors(f"cannot read the state file {self.path}"):
+        self.path = check_path(path)
+        with translated_errors(f"cannot read the state file {self.path}"):
             self.path = self.path.absolute()
             self._file = _OpenFile(open_regular(self.path))
             try:
@@ -252,16 +252,14 @@ class StateFile:
             checksum.update(index)
             if checksum.intdigest() != header.checksum:
                 raise CorruptBlockError("its index is damaged")
-            self.description: NamespaceDescription = _parse(description, header.namespace)
+            self.description = _parse(description, header.namespace)
             begin = records_offset(header.description_bytes)
             self._index = StateIndex(index, begin=begin, end=header.index_offset, layout=self.description.layout)
         except StoreError as exc:
             raise type(exc)(f"the state file {self.path} cannot be used: {exc}") from exc
         self.namespace: BlockHash = header.namespace
         self.raw_description = description
-        self.identity: FileIdentity = FileIdentity(
-            status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, header.checksum
-        )
+        self.identity = FileIdentity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, header.checksum)
 
 
 class _OpenFile:

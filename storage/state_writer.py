@@ -24,7 +24,7 @@ from tierkv.storage.lmdb_directory import sync_file
 from tierkv.storage.record import parse_record
 from tierkv.storage.state_format import ALIGN_BYTES, MAGIC, ROW, ROW_LIMIT, StateHeader
 from tierkv.values.block import BlockHash
-from tierkv.values.files import check_path, open_regular, own_errors
+from tierkv.values.files import check_path, open_regular, translated_errors
 from tierkv.values.namespace import parse_description
 
 __all__ = ["WRITE_WAIT_S", "SavedState", "write_state_file"]
@@ -66,7 +66,7 @@ def write_state_file(
     """
     path = check_path(path)
     with ExitStack() as stack:
-        stack.enter_context(own_errors(f"cannot write {path}"))
+        stack.enter_context(translated_errors(f"cannot write {path}"))
         lossy_codec = _lossy_codec_of(namespace, description)
         path = path.absolute()
         calls = calls or stack.enter_context(CallThread(f"cannot write {path}", wait_s=WRITE_WAIT_S))

@@ -22,6 +22,7 @@ from cold_blocks import (
     read,
     record_of,
 )
+from pattern_layout import iter_packed
 
 from tierkv.errors import FormatVersionError, StoreError
 from tierkv.storage import cold_batch, cold_reader, cold_writer
@@ -47,7 +48,7 @@ def test_a_partial_block_comes_back(tmp_path: Path) -> None:
     with open_store(tmp_path) as store:
         store.put([record])
         out = read(store, record.info)
-        for offset, _, length in LAYOUT.iter_packed(3):
+        for offset, _, length in iter_packed(LAYOUT, 3):
             assert np.array_equal(out[offset : offset + length], block_bytes(1)[offset : offset + length])
         assert store.read_tokens(record.info.block_hash) == record.info.token_bytes
 

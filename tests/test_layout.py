@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from pattern_layout import iter_packed
 
 from tierkv.errors import ConfigError
 from tierkv.values.layout import BlockLayout, LayerLayout
@@ -31,7 +32,7 @@ def test_equal_layers_make_the_five_dimensional_block() -> None:
 
 def test_a_partial_block_packs_the_leading_tokens_of_every_run() -> None:
     layout = uneven()
-    pieces = list(layout.iter_packed(3))
+    pieces = list(iter_packed(layout, 3))
     assert [offset for offset, _, _ in pieces] == [run.offset_bytes for run in layout.runs]
     assert sum(length for _, _, length in pieces) == layout.packed_bytes(3)
 

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import copy
 import json
+import operator
+import pickle
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +39,60 @@ def test_whatever_decides_the_bytes_changes_the_digest(change: dict[str, Any]) -
 
 def test_a_name_is_not_part_of_the_identity() -> None:
     assert replace(BASE, name="another").digest == BASE.digest
+
+
+def test_equal_namespaces_are_one_key() -> None:
+    again = Namespace(weights="w", architecture={"rope": {"theta": 1e4}}, layout=LAYOUT, name="model")
+    assert {BASE: 1, again: 2} == {BASE: 2}
+    assert len({BASE, replace(BASE, architecture={"rope": {"theta": 1e6}}), replace(BASE, salt="tenant")}) == 3
+    for copied in (pickle.loads(pickle.dumps(BASE)), copy.deepcopy(BASE)):
+        assert copied == BASE
+        assert hash(copied) == hash(BASE)
+
+
+def test_a_namespace_does_not_follow_the_values_that_it_was_made_from() -> None:
+    given: dict[str, Any] = {"rope": {"theta": 1e4}, "layers": [1, [2]]}
+    namespace = replace(BASE, architecture=given)
+    digest = namespace.digest
+    given["rope"]["theta"] = 1e6
+    given["layers"][1].append(3)
+    given["more"] = 1
+    assert namespace.digest == digest
+    assert namespace.identity()["architecture"] == {"rope": {"theta": 1e4}, "layers": [1, [2]]}
+    namespace.identity()["architecture"]["rope"]["theta"] = 1e6
+    assert namespace.digest == digest
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "weights": lambda namespace: setattr(namespace, "weights", "x"),
+    "architecture": lambda namespace: namespace.architecture.update(rope=None),
+    "item": lambda namespace: operator.setitem(namespace.architecture, "rope", None),
+    "deleted item": lambda namespace: operator.delitem(namespace.architecture, "rope"),
+    "or": lambda namespace: operator.ior(namespace.architecture, {"rope": None}),
+    "nested item": lambda namespace: operator.setitem(namespace.architecture["rope"], "theta", 1e6),
+    "element": lambda namespace: operator.setitem(namespace.architecture["layers"], 0, 9),
+    "popped": lambda namespace: namespace.architecture.pop("rope"),
+    "cleared": lambda namespace: namespace.architecture["rope"].clear(),
+    "layer": lambda namespace: operator.setitem(namespace.layout.layers, 0, None),
+    "layer's heads": lambda namespace: setattr(namespace.layout.layers[0], "kv_heads", 4),
+    "block size": lambda namespace: setattr(namespace.layout, "block_size", 4),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_a_namespace_and_all_its_fields_refuse_changes(change: Callable[[Any], object]) -> None:
+    layout = BlockLayout(block_size=16, dtype="float32", layers=list(LAYOUT.layers))  # type: ignore[arg-type]
+    namespace = replace(BASE, architecture={"rope": {"theta": 1e4}, "layers": [1, [2]]}, layout=layout)
+    digest, number = namespace.digest, hash(namespace)
+    with pytest.raises((TypeError, AttributeError)):
+        change(namespace)
+    assert (namespace.digest, hash(namespace)) == (digest, number)
+
+
+def test_an_architecture_of_other_than_json_values_is_refused() -> None:
+    for wrong in ({"x": {1, 2}}, {"x": [b"bytes"]}, json.loads('{"x":' * 900 + "1" + "}" * 900)):
+        with pytest.raises(ConfigError):
+            replace(BASE, architecture=wrong).describe()
 
 
 def test_the_description_does_not_hold_the_salt() -> None:

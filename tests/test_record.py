@@ -10,6 +10,7 @@ import pytest
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pattern_layout import iter_packed
 
 from tierkv.errors import CorruptBlockError, FormatVersionError, ShapeError, StoreError
 from tierkv.storage.codecs import CODECS, RAW, codec_by_name
@@ -67,7 +68,7 @@ def test_the_tokens_of_a_block_come_back_and_nothing_else_is_written(codec, num_
     record = encode_record(info, block, layout=LAYOUT, codec=codec)
     out = decoded(record.data, info)
     untouched = np.ones(LAYOUT.block_bytes, dtype=bool)
-    for offset, _, length in LAYOUT.iter_packed(num_tokens):
+    for offset, _, length in iter_packed(LAYOUT, num_tokens):
         assert np.array_equal(out[offset : offset + length], block[offset : offset + length])
         untouched[offset : offset + length] = False
     assert (out[untouched] == 0xEE).all()

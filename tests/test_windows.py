@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from pattern_layout import iter_packed
 
 from tierkv.errors import ConfigError
 from tierkv.storage.planes import Bytes
@@ -65,7 +66,7 @@ def test_of_a_partial_block_the_tokens_that_count_come_back() -> None:
     block = normal_block(UNEVEN)
     back = np.zeros_like(block)
     form.decompress(compressed(form, block, num_tokens=5), back)
-    for offset, _, length in UNEVEN.iter_packed(5):
+    for offset, _, length in iter_packed(UNEVEN, 5):
         assert np.array_equal(back[offset : offset + length], block[offset : offset + length])
 
 

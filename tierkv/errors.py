@@ -1,7 +1,7 @@
 """Every error that tierkv raises on purpose.
 
 TierKVError
-├── ConfigError (ValueError)     an option or an argument that cannot work
+├── ConfigError (ValueError)     an invalid option or argument
 ├── ShapeError (ValueError)      a tensor or buffer of the wrong shape, dtype or device
 ├── CapacityError                a tier has no room and nothing may be evicted
 ├── ClosedError                  the cache has been closed, or is being closed
@@ -10,8 +10,8 @@ TierKVError
 │   ├── FormatVersionError       written by another version of the format
 │   ├── NamespaceMismatchError   written for another model, dtype, layout or salt
 │   ├── CorruptBlockError        bytes that do not match their checksum or header
-│   └── StoreBusyError           somebody else has been writing to the store for too long
-├── TransferCancelledError       somebody cancelled it before all was copied
+│   └── StoreBusyError           another process has held the store's write lock for too long
+├── TransferCancelledError       the transfer was cancelled before its end
 ├── RankError                    the ranks of a model cannot agree
 └── DaemonError                  the daemon refused a request, or cannot be started
     └── DaemonGoneError          the daemon cannot be reached, does not answer, or has died
@@ -39,7 +39,7 @@ __all__ = [
 
 
 class TierKVError(Exception):
-    """Root of the tree. `hint` says what the reader can do; it is part of the message.
+    """Root of the tree. hint: what the reader can do, part of the message.
 
     >>> try:
     ...     CacheConfig(block_size=0)
@@ -54,7 +54,7 @@ class TierKVError(Exception):
 
 
 class ConfigError(TierKVError, ValueError):
-    """An option or an argument that cannot work."""
+    """An invalid option or argument."""
 
 
 class ShapeError(TierKVError, ValueError):
@@ -66,7 +66,7 @@ class CapacityError(TierKVError):
 
 
 class ClosedError(TierKVError):
-    """The cache has been closed, or is being closed: it does nothing more."""
+    """The cache is closed, or is being closed."""
 
 
 class UnsupportedModelError(TierKVError):
@@ -90,7 +90,7 @@ class CorruptBlockError(StoreError):
 
 
 class StoreBusyError(StoreError):
-    """Somebody else, perhaps a process that was stopped, keeps the store's write lock. Nothing was written."""
+    """Another process, perhaps a stopped one, holds the store's write lock. Nothing was written."""
 
 
 class TransferCancelledError(TierKVError):
@@ -98,7 +98,7 @@ class TransferCancelledError(TierKVError):
 
 
 class RankError(TierKVError):
-    """The ranks of a model lost step, do not fit together, or cannot reach each other."""
+    """The ranks of a model differ in their steps or settings, or cannot reach each other."""
 
 
 class DaemonError(TierKVError):

@@ -19,7 +19,7 @@ from tierkv.tools.options import AsJson, ColdSize, MinFree, StatePath, parse_opt
 from tierkv.tools.stores import StoreOptions, find_namespace, open_existing, require_place
 from tierkv.tools.terminal import print_json
 from tierkv.values.block import BlockHash
-from tierkv.values.files import own_errors
+from tierkv.values.files import translated_errors
 from tierkv.values.units import format_bytes
 
 __all__ = ["load", "save"]
@@ -80,7 +80,7 @@ def load(
 
 def _load(path: Path, state: StateFile, store: ColdStore, *, as_json: bool) -> None:
     store.register_namespace(state.namespace, state.raw_description)
-    with own_errors(f"cannot load {path}"):
+    with translated_errors(f"cannot load {path}"):
         outcomes = Counter(_put_all(state, store))
     store.flush()
     stored, existing = outcomes[PutOutcome.STORED], outcomes[PutOutcome.EXISTS]

@@ -9,7 +9,7 @@ import zstandard
 
 pytest.importorskip("triton", reason="triton has no wheel for this machine")
 
-from pattern_layout import tiny_layout
+from pattern_layout import iter_packed, tiny_layout
 from test_windows import normal_block
 
 from tierkv.errors import CorruptBlockError, ShapeError
@@ -84,7 +84,7 @@ def test_a_partial_block_and_another_codec_are_decoded_at_once() -> None:
     record = encode_record(short, block, layout=LAYOUT).data
     assert decode_record(record, out, expected=short, layout=LAYOUT, coded=coded) is None
     assert not coded.frame_sizes
-    for offset, _, length in LAYOUT.iter_packed(9):
+    for offset, _, length in iter_packed(LAYOUT, 9):
         assert np.array_equal(out[offset : offset + length], block[offset : offset + length])
 
 

@@ -1,7 +1,7 @@
 """What the index asks of an eviction policy.
 
-A policy has three methods (`EvictionPolicy`). It may have a fourth, to learn of inserted blocks (`ObservingPolicy`),
-and it may bring an order that is more than one number a block (`OrderingPolicy`).
+A policy has three methods (`EvictionPolicy`). A fourth lets it learn of inserted blocks (`ObservingPolicy`). A policy
+whose order is more than one number a block brings its own (`OrderingPolicy`).
 """
 
 from __future__ import annotations

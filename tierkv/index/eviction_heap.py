@@ -32,7 +32,7 @@ _HeapItem: TypeAlias = "tuple[float, int, int, Block, int]"  # key, negated dept
 class EvictionHeap(Generic[Block]):
     """A priority queue of (block, stamp) by key. Items that are equal in key and depth come in any order.
 
-    Only the first item can be taken out. A caller that pushes a block again tells the items apart by their stamps.
+    Only the first item can be taken out. Stamps distinguish the items of a block that was pushed again.
     """
 
     __slots__ = ("_blocks", "_heap", "_keys", "_serial", "_stamps", "_start")

@@ -114,12 +114,6 @@ class BlockTree:
             return not entry.is_same_block(parent_hash, token_bytes)
         return block_hash == self.root
 
-    def children(self, parent_hash: BlockHash) -> list[Entry]:
-        """Return the entries that continue the block, or begin a chain if it is the root."""
-        assert self._lock.is_owned()
-        parent = self._parent(parent_hash)
-        return list(parent.children) if parent else []
-
     def nearest_child(self, parent_hash: BlockHash, token_bytes: bytes) -> tuple[Entry, Tier, int] | None:
         """Return the child that has most leading tokens in common with these, its tier, and their number.
 

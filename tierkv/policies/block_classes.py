@@ -18,12 +18,12 @@ _SAME_USE_S = 0.05
 class BlockClassPolicy(EvictionPolicy):
     """Base of the class policies: a history of uses, and an order for each tier.
 
-    A subclass gives a block its class (`classify`) and sets `densities[class][bucket]`, the worth of keeping a block of
-    the class that has been idle for a bucket's time. `revision` goes up with each change of them. `now` is the time of
-    the last use.
+    A subclass gives a block its class (`classify`) and sets `densities`. `densities[class][bucket]` is the worth of
+    keeping a block that has been idle for the bucket's time. `revision` goes up with each change of them. `now` is the
+    time of the last use.
 
-    A use costs little: the class is found when the block may be evicted, and statistics are kept of a sample, one
-    block in `sample_mask` + 1 by its hash. All blocks that leave are remembered.
+    A use costs little: the class is computed only when the block may be evicted. Statistics are kept of a sample, one
+    block in `sample_mask` + 1 by its hash. All evicted blocks are remembered.
     """
 
     def __init__(self, *, num_classes: int, num_rows: int, sample_mask: int = 7) -> None:

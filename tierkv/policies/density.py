@@ -19,13 +19,13 @@ class HitDensityPolicy(BlockClassPolicy):
     """Evicts the block with the fewest expected hits a second of keeping it; LRU until it has learned.
 
     For each class it counts after which idle times blocks are used again, cached or evicted, and how many never are.
-    New blocks are classified by what they follow (no cached prefix, a first block, a longer shared prefix) and how far
-    they are from it, used blocks by uses and depth; partial blocks have classes of their own. What was learned
+    New blocks are classified by the prefix they follow (none, a first block, a longer shared one) and the distance
+    from it. Used blocks are classified by uses and depth; partial blocks have classes of their own. What was learned
     halves in weight with every `half_life` uses of sampled blocks.
 
     Source: LHD (Beckmann, Chen and Cidon, NSDI 2018) for density as a rank, learned online by class and age. LHD
-    samples the blocks to evict; here the oldest block of each class is compared, and a history of evicted blocks gives
-    unbiased counts, and a block that comes back its uses.
+    samples the blocks to evict; here the oldest block of each class is compared. A history of evicted blocks keeps the
+    counts unbiased, and gives a block that comes back its uses.
 
     num_rows: blocks remembered; a power of two. weight, prior: see `hazards`. An equal prior chance for each half
     octave of idle time makes density fall with idle time, which is LRU.

@@ -25,9 +25,9 @@ class LRUPolicy(EvictionPolicy):
 class DecayingPolicy(EvictionPolicy):
     """The least valuable block goes first. A value halves with each `half_life_s` without a use.
 
-    value * 2 ** -(idle / half_life) has the same order as last_access + half_life * log2(value), which stays the same
-    while a block is idle: so the score needs no update. Equal values make LRU. The half life is learned: it is how
-    long a block of value 1 stays in the cache.
+    value * 2 ** -(idle / half_life) has the same order as last_access + half_life * log2(value). The latter does not
+    change while a block is idle, so the score needs no update. Equal values make LRU. The half life is learned: it is
+    how long a block of value 1 stays in the cache.
     """
 
     def __init__(self) -> None:

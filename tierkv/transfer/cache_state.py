@@ -17,7 +17,7 @@ from tierkv.index.index import Entry
 from tierkv.storage.record import BlockInfo, encode_record
 from tierkv.storage.state_file import WRITE_WAIT_S, SavedState, StateFile, write_state_file
 from tierkv.transfer.tiers import Tiers
-from tierkv.values.files import check_path, own_errors
+from tierkv.values.files import check_path, translated_errors
 from tierkv.values.namespace import Namespace, differing_fields
 
 __all__ = ["FILE_WAIT_S", "load_state", "open_state", "save_state"]
@@ -35,7 +35,10 @@ def save_state(tiers: Tiers, path: str | Path, namespace: Namespace, *, must_end
     """
     path = check_path(path)
     what = f"cannot write {path}"
-    with own_errors(what, lmdb.Error, RuntimeError), CallThread(what, wait_s=FILE_WAIT_S, must_end=must_end) as calls:
+    with (
+        translated_errors(what, lmdb.Error, RuntimeError),
+        CallThread(what, wait_s=FILE_WAIT_S, must_end=must_end) as calls,
+    ):
         return write_state_file(
             path,
             namespace=namespace.digest,

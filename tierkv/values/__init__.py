@@ -1,1 +1,1 @@
-"""Values and small helpers that every room may use; nothing here imports another room."""
+"""Values and small helpers that every room may import."""

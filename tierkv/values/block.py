@@ -1,14 +1,12 @@
-"""The block: `block_size` tokens of K and V of every layer, and the hash that names it.
+"""The block: `block_size` tokens of K and V of every layer, its hash and its content digest.
 
-A block hash is chained: xxh3-128 of the parent's block hash and the block's token ids as
-little-endian uint32. The parent of a first block is the namespace digest, so equal tokens of another
-model never meet. xxh3 is fast and not collision-proof: other token ids with the hash of given ones are found in
-minutes. So whoever finds an entry by its hash also compares the token ids, and those of the blocks before it: in
-the index by following the entries themselves, elsewhere by the block's *content digest*. That is chained as the hash
-is, but
-of sha256: two blocks with one content digest are the same tokens behind the same tokens, of the same namespace.
+A block hash is chained: xxh3-128 of the parent's block hash and the block's token ids as little-endian uint32. The
+parent of a first block is the namespace digest, so equal tokens of two models have different hashes.
+xxh3 is fast but can be forged in minutes. So a block found by its hash is also compared by its tokens and those
+before it: the index walks its entries, and all others compare the block's *content digest*. That is chained sha256:
+equal content digests mean equal tokens after equal tokens in the same namespace.
 
-Source: hash chaining of vLLM's prefix caching; comparing the tokens as nano-vLLM does.
+Source: hash chaining as in vLLM's prefix caching; comparing tokens as in nano-vLLM.
 """
 
 from __future__ import annotations
@@ -50,16 +48,16 @@ BlockHash: TypeAlias = bytes
 """16 bytes: the chained hash of a block, or the namespace digest at the root of a chain."""
 
 ContentDigest: TypeAlias = bytes
-"""16 bytes: what tells a block and all that precedes it from every other one; of a namespace its digest."""
+"""16 bytes that identify a block and all blocks before it; of a namespace, its digest."""
 
 HashFunction: TypeAlias = Callable[[BlockHash, bytes], BlockHash]
-"""(parent's block hash, token ids as little-endian uint32) -> block hash. Injected by tests."""
+"""(parent's block hash, token ids as little-endian uint32) -> block hash. Tests inject weaker ones."""
 
 TokenIds: TypeAlias = "Sequence[int] | npt.NDArray[np.integer]"
 
 
 class Tier(Enum):
-    """Where a block's bytes lie. Ordered from fast to slow.
+    """The tiers, from fast to slow.
 
     >>> cache.evict(Tier.HOT)  # each block is written to the warm tier first
     2
@@ -71,7 +69,7 @@ class Tier(Enum):
     WARM = "warm"
     COLD = "cold"
 
-    if not TYPE_CHECKING:  # members are singletons; Enum's own hash is Python, and tiers are keys in every loop
+    if not TYPE_CHECKING:  # Enum's own hash is Python code, and tiers are keys in hot loops
         __hash__ = object.__hash__
 
 
@@ -81,29 +79,28 @@ def hash_block(parent: BlockHash, token_bytes: bytes) -> BlockHash:
 
 
 def chain_content_digest(parent: ContentDigest, token_bytes: bytes) -> ContentDigest:
-    """Return the chained content digest of one block, whole or partial: 16 bytes that nobody can forge.
+    """Return the chained content digest of one block, whole or partial: 16 bytes that cannot be forged.
 
-
-    parent: the content digest of the block before it, or the namespace digest. 1 to 3 us for 256 token ids, 20 times
-    what the hash takes: so only blocks on their way to or from where they cannot be followed have one.
+    parent: the content digest of the block before it, or the namespace digest. It takes 1 to 3 us for 256 token ids,
+    20 times the hash: so a block gets one only when it leaves or enters the index.
     """
     return hashlib.sha256(parent + token_bytes).digest()[:CONTENT_DIGEST_BYTES]
 
 
 def as_token_array(token_ids: TokenIds) -> npt.NDArray[np.uint32]:
-    """Return token ids as a contiguous little-endian uint32 array (no copy if it is one).
+    """Return token ids as a contiguous little-endian uint32 array (no copy if they are one).
 
-    A list goes through `array`, which takes a quarter of numpy's time: 0.12 ms for 32,768 token ids.
+    `array` converts a list in a quarter of numpy's time: 0.12 ms for 32,768 token ids.
     Raises ConfigError for anything but a flat sequence of integers in [0, 2**32).
     """
     if isinstance(token_ids, list) and token_ids:
-        with contextlib.suppress(TypeError, OverflowError):  # refused below, by name
+        with contextlib.suppress(TypeError, OverflowError):  # refused below, with a better message
             found = np.frombuffer(array("I", token_ids), dtype=np.uint32).astype("<u4", copy=False)
             _refuse_booleans(token_ids, found)
             return found
     try:
         ids = np.asarray(token_ids)
-    except (ValueError, TypeError, OverflowError, RuntimeError) as exc:  # a tensor of a GPU is a TypeError
+    except (ValueError, TypeError, OverflowError, RuntimeError) as exc:  # a GPU tensor raises TypeError
         raise ConfigError(f"token ids must be a flat sequence of integers: {exc}") from exc
     if ids.size == 0:
         return np.empty(0, dtype="<u4")
@@ -119,7 +116,7 @@ def as_token_array(token_ids: TokenIds) -> npt.NDArray[np.uint32]:
 
 
 def _refuse_booleans(token_ids: Sequence[object], found: npt.NDArray[np.integer]) -> None:
-    """Raise ConfigError if a number was True or False. Only zeros and ones are looked at: most prompts have few."""
+    """Raise ConfigError if a number was True or False. Checks zeros and ones only: most prompts have few."""
     for position in np.flatnonzero(found <= 1):
         if isinstance(token_ids[int(position)], bool | np.bool_):
             raise ConfigError(f"token ids must be integers, number {position} is {token_ids[int(position)]!r}")
@@ -130,7 +127,7 @@ def iter_chain(
 ) -> Iterator[tuple[BlockHash, bytes]]:
     """Yield (block hash, token bytes) of every whole block of a sequence, first to last.
 
-    token_bytes: the whole sequence as little-endian uint32. A partial block shorter than a block is not hashed.
+    token_bytes: the whole sequence as little-endian uint32. A partial block at its end is left out.
     """
     step = block_size * TOKEN_BYTES
     parent = root

@@ -1,4 +1,4 @@
-"""Checks of numbers that a caller gives: what makes no sense is refused where it is given, by name."""
+"""Checks of a caller's arguments, with errors that name the argument."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["check_count", "check_flag", "check_seconds", "check_share"]
 
 _MOST_NUMBER = 1 << 62
 _MOST_SECONDS = 1e9
-"""30 years: more than anybody waits, and less than the system's calls can take."""
+"""30 years; the system's calls accept more."""
 
 
 def check_seconds(name: str, value: object, *, may_be_zero: bool = True) -> float:
@@ -27,12 +27,12 @@ def check_seconds(name: str, value: object, *, may_be_zero: bool = True) -> floa
 
 
 def check_count(name: str, value: object, *, least: int | None = 0, hint: str | None = None) -> int:
-    """Return a whole number. Raises ConfigError for anything else, a bool included, and for one out of bounds.
+    """Return a whole number. Raises ConfigError for any other value, a bool included, and for one out of bounds.
 
-    least: None lets the caller say what is too little. No number may have more than 62 bits.
+    least: the smallest number allowed; None for no bound. A number may have at most 62 bits.
     """
     if type(value) is int and -_MOST_NUMBER < value < _MOST_NUMBER and (least is None or value >= least):
-        return value  # what nearly all are, once a step and sequence
+        return value  # the fast path: called once a step and sequence
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise ConfigError(f"{name} must be a whole number, got {value!r}", hint=hint)
     number = int(value)
@@ -45,7 +45,7 @@ def check_count(name: str, value: object, *, least: int | None = 0, hint: str | 
 
 
 def check_share(name: str, value: object, *, may_be_one: bool = True) -> float:
-    """Return a share above 0, up to 1. Raises ConfigError for anything else, nan and a bool included."""
+    """Return a share above 0, up to 1. Raises ConfigError for any other value, nan and a bool included."""
     is_number = isinstance(value, Real) and not isinstance(value, bool)
     if not is_number or not (0 < value <= 1 if may_be_one else 0 < value < 1):  # type: ignore[operator]
         rule = "lie above 0 and be at most 1" if may_be_one else "lie between 0 and 1"
@@ -54,7 +54,7 @@ def check_share(name: str, value: object, *, may_be_one: bool = True) -> float:
 
 
 def check_flag(name: str, value: object) -> bool:
-    """Return a bool. Raises ConfigError for anything else: "no" would be true."""
+    """Return a bool. Raises ConfigError for any other value: the text "no" is true in Python."""
     if not isinstance(value, bool):
         raise ConfigError(f"{name} must be True or False, got {value!r}")
     return value

@@ -1,7 +1,4 @@
-"""What a cache tells those who watch it: values, and the Protocol of a watcher.
-
-The facade owns this seam. A cache without observers builds none of these values.
-"""
+"""Events of a cache, as values, and the Protocol of an observer. A cache without observers builds no event."""
 
 from __future__ import annotations
 
@@ -25,22 +22,22 @@ __all__ = [
 
 
 class EventKind(Enum):
-    """What happened. The first two are of memory, the others of one block in one tier."""
+    """What happened: the first two to memory, the others to one block in one tier."""
 
     ALLOCATE = "allocate"
     FREE = "free"
-    REGISTER = "register"  # computed, and found there from now on
-    PROMOTE = "promote"  # copied up into the tier
-    DEMOTE = "demote"  # copied down into the tier
-    MOVE = "move"  # copied from `moved_from` to another place of the tier, which was free
+    REGISTER = "register"  # computed; requests find it from now on
+    PROMOTE = "promote"  # copied up to the tier
+    DEMOTE = "demote"  # copied down to the tier
+    MOVE = "move"  # copied from `moved_from` to a free place of the tier
     EVICT = "evict"  # the tier forgot it
     HIT = "hit"  # the tier answered a request
-    MISS = "miss"  # no tier did; `reason` says why
-    SKIP = "skip"  # it was not written to a lower tier; `reason` says why
+    MISS = "miss"  # no tier answered; see `reason`
+    SKIP = "skip"  # not written to a lower tier; see `reason`
 
 
 class NamedBlock(Protocol):
-    """Anything that says which block it is: an entry, a hit, a job."""
+    """Anything that names a block: an entry, a hit, a job."""
 
     @property
     def block_hash(self) -> BlockHash: ...
@@ -51,7 +48,7 @@ class NamedBlock(Protocol):
 
 
 class BlockName(NamedTuple):
-    """A block that no tier has, as its hash, its parent's, and its token ids."""
+    """A block that no tier has: its hash, its parent's hash, and its token ids."""
 
     block_hash: BlockHash
     parent_hash: BlockHash
@@ -65,10 +62,10 @@ class BlockName(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class BlockEvent:
-    """One thing that happened to one block.
+    """One event of one block.
 
-    tier: where; None for a miss. slot: its block id or warm slot, where it has one. num_bytes: of its tokens.
-    A miss that is shorter than a block has no hash that anybody could find: its block_hash is empty.
+    tier: None for a miss. slot: its block id or warm slot, if it has one. num_bytes: of its tokens.
+    block_hash: empty for the miss of a partial block, which has no hash to look up.
     """
 
     kind: EventKind
@@ -84,12 +81,12 @@ class BlockEvent:
 
 @dataclass(frozen=True, slots=True)
 class RequestEvent:
-    """What one request asked for, and a HIT or a MISS of each block, first to last.
+    """One request, with a HIT or a MISS of each of its blocks, first to last.
 
-    hit_tokens: leading tokens that were found, by the tier that answered. What comes up behind a request while it
-    computes is told when it has ended, in a second event: of that num_tokens is 0, and it asks for nothing new.
-    asked: the hash of every block, first to last; empty for one that nobody could find.
-    hot_blocks: hot blocks that are cached or in use, now that the request has its room.
+    hit_tokens: leading tokens found, by the tier that answered. Blocks that load while the request computes are
+    reported in a second event after the load; its num_tokens is 0, and it asks for nothing new.
+    asked: the hash of every block, first to last; empty for a partial block.
+    hot_blocks: hot blocks cached or in use after the request got its blocks.
     """
 
     num_tokens: int
@@ -103,7 +100,7 @@ class RequestEvent:
 class MemoryRegion:
     """Memory that a cache holds for its lifetime. `address` is a pointer on `device`.
 
-    tier: whose blocks lie there, one each `slot_bytes`. part_of: purpose of the region that contains this one.
+    tier: of its blocks, each of `slot_bytes`. part_of: purpose of the region that contains this one.
     """
 
     purpose: str
@@ -119,7 +116,7 @@ class MemoryRegion:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Work with a beginning and an end on one thread; seconds of time.monotonic. `detail` is for humans."""
+    """A piece of work on one thread, from `started` to `ended` by time.monotonic. `detail` is for humans."""
 
     name: str
     started: float
@@ -129,15 +126,14 @@ class Span:
 
     @property
     def seconds(self) -> float:
-        """How long it took."""
+        """The duration."""
         return self.ended - self.started
 
 
 class CacheObserver(Protocol):
-    """Somebody who watches a cache. Called by whichever thread does the work, so it must be quick.
+    """An observer of a cache. The thread that does the work calls it, so it must be quick and must not raise.
 
-    `on_memory`, `on_block` and `on_request` come under the cache's lock: an observer never calls the cache from
-    them. It never raises.
+    `on_memory`, `on_block` and `on_request` run under the cache's lock, so they must not call the cache.
     """
 
     def on_memory(self, region: MemoryRegion) -> None:
@@ -147,10 +143,10 @@ class CacheObserver(Protocol):
         """Learn what happened to a block."""
 
     def on_request(self, event: RequestEvent) -> None:
-        """Learn what a request asked for and what answered it."""
+        """Learn of a request and what each tier answered."""
 
     def on_use(self, block_ids: Sequence[int]) -> None:
-        """Learn that one step of one sequence read these hot blocks: the hot path of decoding."""
+        """Learn that a step of one sequence read these hot blocks. Called in every decode step."""
 
     def on_span(self, span: Span) -> None:
-        """Learn that some work is done."""
+        """Learn of finished work."""

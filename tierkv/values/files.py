@@ -1,7 +1,7 @@
-"""Files at paths that another program may have prepared: opened without waiting, and only if they are what they seem.
+"""Open files safely at paths that another program may have prepared.
 
-A path in a shared directory may name a FIFO (opening it waits for ever), a device, a directory or another user's
-symlink. Everything that tierkv opens by a path of its user goes through here.
+A path in a shared directory may name a device, a directory or another user's symbolic link. It may name a FIFO, and to
+open a FIFO may wait for ever. tierkv opens every path that it gets from its user by these functions.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ __all__ = [
     "check_path",
     "home_directory",
     "open_regular",
-    "own_errors",
     "read_text",
     "read_whole",
+    "translated_errors",
     "user_path",
     "write_whole",
 ]
@@ -43,7 +43,7 @@ _FOREIGN: tuple[type[Exception], ...] = (ValueError, ArithmeticError, BufferErro
 
 
 def check_path(path: str | os.PathLike[str]) -> Path:
-    """Return a path that the system can take. Raises ConfigError for a NUL or a text that the system cannot write."""
+    """Return a valid path. Raises ConfigError for an empty one, a NUL byte, or text that the system cannot encode."""
     try:
         encoded = os.fsencode(path)
     except (UnicodeError, TypeError) as exc:
@@ -54,22 +54,21 @@ def check_path(path: str | os.PathLike[str]) -> Path:
 
 
 def home_directory(environment: Mapping[str, str] = os.environ) -> Path | None:
-    """Return the user's home: HOME if it is an absolute path, else that of the password file; None without both."""
+    """Return the user's home: HOME if it is absolute, else that of the password file; None if there is neither."""
     named = environment.get("HOME", "")
     if os.path.isabs(named):
         return Path(named)
     try:
         known = pwd.getpwuid(os.getuid()).pw_dir
-    except KeyError:  # as in a container that runs as some number
+    except KeyError:  # a container may run as an unknown user id
         return None
     return Path(known) if os.path.isabs(known) else None
 
 
 def user_path(path: str | os.PathLike[str], environment: Mapping[str, str] = os.environ) -> Path:
-    """Return a path as a user has written it, with a leading ~ or ~name expanded.
+    """Return a path of an option or environment variable, with a leading ~ or ~name expanded.
 
-    Every path of an option and of an environment variable goes through here once, where it is read.
-    Raises ConfigError for what is no path, a ~ without a home directory, and a name that no user has.
+    Raises ConfigError for an invalid path, a ~ without a home directory, and an unknown user name.
     """
     check_path(path)
     text = os.fspath(path)
@@ -77,7 +76,7 @@ def user_path(path: str | os.PathLike[str], environment: Mapping[str, str] = os.
     if text.startswith("~"):
         name, _, rest = text[1:].partition("/")
         result = _home_of(name, text, environment) / rest.lstrip("/")
-    if str(result).startswith("~"):  # from ./~: whoever expands it once more must not find a home in it
+    if str(result).startswith("~"):  # from ./~: a second expansion must not change it
         result = Path(os.getcwd()) / result
     return result
 
@@ -95,10 +94,10 @@ def _home_of(name: str, text: str, environment: Mapping[str, str]) -> Path:
 
 
 def read_whole(path: str | os.PathLike[str], *, limit_bytes: int) -> bytes:
-    """Return all bytes of a file, a pipe or a device, for example of /dev/stdin or of a shell's <(command).
+    """Return all bytes of a file, a pipe or a device, for example of /dev/stdin or a shell's <(command).
 
-    Waits for the writer of a pipe as long as one has the pipe open. A FIFO without a writer is empty at once.
-    Raises OSError, and ConfigError for what is no path or has more than limit_bytes.
+    Waits while a writer has the pipe open. A FIFO without a writer is empty.
+    Raises OSError, and ConfigError for an invalid path or more than limit_bytes.
     """
     return b"".join(_read_pieces(path, limit_bytes))
 
@@ -126,10 +125,10 @@ def _read_pieces(path: str | os.PathLike[str], limit_bytes: int) -> Iterator[byt
 
 
 def read_text(path: str | os.PathLike[str], *, limit_bytes: int) -> str:
-    """Return a UTF-8 text as `read_whole` reads it, without a byte order mark. Only the caller splits lines.
+    """Return a UTF-8 text without its byte order mark; it is read as by `read_whole`.
 
-    Raises ConfigError, in one line, for what cannot be read and for what is no text; it names the line. A binary file
-    is refused at its first zero byte, however long it is.
+    Raises ConfigError, in one line, for a file that cannot be read, and for one that is not text, with its line number.
+    A binary file is refused at its first zero byte, however long it is.
     """
     pieces: list[bytes] = []
     try:
@@ -151,9 +150,9 @@ def read_text(path: str | os.PathLike[str], *, limit_bytes: int) -> str:
 
 
 def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file, or to a pipe or a device. A FIFO that no program reads is refused instead of waited for.
+    """Write a file, or to a pipe or a device. A FIFO without a reader is refused at once.
 
-    Raises OSError, and ConfigError for what is no path.
+    Raises OSError, and ConfigError for an invalid path.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
     fd = os.open(check_path(path), flags, 0o666)
@@ -170,13 +169,12 @@ def open_regular(
     follow_links: bool = True,
     own: bool = False,
 ) -> int:
-    """Open a regular file and return its descriptor, not inheritable. Never waits: a FIFO is refused at once.
+    """Open a regular file and return its descriptor, not inheritable. A FIFO is refused at once.
 
-    flags: of os.open; O_TRUNC is carried out only after the checks. mode: of a file that O_CREAT makes.
-    follow_links: False refuses a symbolic link as the last part of the path: for directories that others write to.
-    own: refuses a file of another user, or with more than one name (a hard link to somebody's file).
-    Raises StoreError where the file is not what it should be, OSError where it cannot be opened, ConfigError for
-    what is no path.
+    flags: of os.open; O_TRUNC takes effect only after the checks. mode: of a file that O_CREAT makes.
+    follow_links: False refuses a symbolic link as the last part of the path, where others can write.
+    own: refuses a file of another user, and one with more than one name (a hard link to another user's file).
+    Raises StoreError for a file that is refused, OSError if it cannot be opened, ConfigError for an invalid path.
     """
     path = check_path(path)
     truncate = flags & os.O_TRUNC
@@ -206,10 +204,10 @@ def open_regular(
 
 
 @contextlib.contextmanager
-def own_errors(what: str, *others: type[Exception]) -> Iterator[None]:
-    """Raise a StoreError that begins with `what` in place of an error of the system, of numpy or of Python's memory.
+def translated_errors(what: str, *others: type[Exception]) -> Iterator[None]:
+    """Translate errors of the system, of numpy and of Python's memory to a StoreError that begins with `what`.
 
-    others: kinds of errors of other libraries that are to be translated too. What is tierkv's own passes as it is.
+    others: errors of other libraries, translated too. Errors of tierkv pass unchanged.
     """
     try:
         yield

@@ -1,13 +1,12 @@
-"""How the bytes of one block are laid out: the same in the hot, the warm and the cold tier.
+"""The layout of a block's bytes, the same in every tier.
 
-A block is, layer after layer, K `[block_size, kv_heads, k_dim]` then V `[block_size, kv_heads, v_dim]`,
-contiguous: for equal layers that is `[layers, 2, block_size, kv_heads, head_dim]`. Layers may differ in
-heads and dims, and K from V; the offsets say where each lies.
+A block is contiguous: layer after layer, K `[block_size, kv_heads, k_dim]`, then V `[block_size, kv_heads, v_dim]`.
+For equal layers that is `[layers, 2, block_size, kv_heads, head_dim]`. Layers may differ in heads and dims, and K from
+V; the offsets say where each begins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -46,7 +45,7 @@ class LayerLayout:
 class Run:
     """One layer's K or V inside a block: `block_size` tokens of `token_bytes` bytes from `offset_bytes`.
 
-    A token's values are `heads` times `dim` numbers of `dtype`; is_key: whether they are keys.
+    A token has `heads` times `dim` numbers of `dtype`. is_key: K, not V.
     """
 
     offset_bytes: int
@@ -71,6 +70,7 @@ class BlockLayout:
     layers: tuple[LayerLayout, ...]
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers))
         if not _is_size(self.block_size):
             raise ConfigError(f"block_size must be a whole number from 1 to {_SIZE_LIMIT}")
         if self.dtype not in DTYPE_BYTES:
@@ -82,13 +82,13 @@ class BlockLayout:
 
     @classmethod
     def uniform(cls, *, num_layers: int, block_size: int, kv_heads: int, head_dim: int, dtype: str) -> BlockLayout:
-        """Return the layout of a model whose layers are all alike and whose K and V have one dim."""
+        """Return the layout of a model with equal layers, whose K and V have the same dim."""
         layer = LayerLayout(kv_heads=kv_heads, k_dim=head_dim, v_dim=head_dim)
         return cls(block_size=block_size, dtype=dtype, layers=(layer,) * num_layers)
 
     @property
     def num_layers(self) -> int:
-        """How many attention layers a block covers."""
+        """The number of attention layers."""
         return len(self.layers)
 
     @property
@@ -119,19 +119,11 @@ class BlockLayout:
         return self.token_bytes * self.block_size
 
     def packed_bytes(self, num_tokens: int) -> int:
-        """Bytes of the first `num_tokens` tokens of a block, every layer, without the gaps between."""
+        """Bytes of the first `num_tokens` tokens of a block, all layers, without gaps."""
         return self.token_bytes * num_tokens
 
-    def iter_packed(self, num_tokens: int) -> Iterator[tuple[int, int, int]]:
-        """Yield (offset in the block, offset in the packed bytes, length) for each run of a partial block."""
-        packed = 0
-        for run in self.runs:
-            length = run.token_bytes * num_tokens
-            yield run.offset_bytes, packed, length
-            packed += length
-
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values, for the namespace and for humans."""
+        """Return JSON values, for the namespace and for humans."""
         return {
             "block_size": self.block_size,
             "dtype": self.dtype,
@@ -140,7 +132,7 @@ class BlockLayout:
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> BlockLayout:
-        """Return the layout that `to_dict` described. Raises ConfigError if it is none."""
+        """Return the layout that `to_dict` described. Raises ConfigError for an invalid one."""
         try:
             layers = tuple(LayerLayout(kv_heads=h, k_dim=k, v_dim=v) for h, k, v in value["layers"])
             return cls(block_size=value["block_size"], dtype=value["dtype"], layers=layers)

@@ -1,6 +1,6 @@
-"""Locks that know their owner, so that "the caller holds the lock" is an assertion and not only a sentence.
+"""Locks that know their owner, so that "the caller holds the lock" can be asserted.
 
-A method whose docstring says so begins with `assert lock.is_owned()`. It costs one call into C, some 30 ns.
+A method whose docstring says so begins with `assert lock.is_owned()`: one call into C, about 30 ns.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = ["NO_LOCK", "Owned", "OwnedCondition", "OwnedLock"]
 
 
 class Owned(Protocol):
-    """A lock, as those see it who only check that they hold it."""
+    """A lock that can only be asked for its owner."""
 
     @property
     def is_owned(self) -> Callable[[], bool]:
@@ -22,13 +22,13 @@ class Owned(Protocol):
 
 
 class OwnedLock(_thread.RLock):  # type: ignore[misc]  # final in typeshed only
-    """A re-entrant lock; `is_owned` tells whether the calling thread holds it."""
+    """A re-entrant lock; `is_owned` returns whether the calling thread holds it."""
 
     is_owned: Callable[[], bool] = _thread.RLock._is_owned  # type: ignore[attr-defined]
 
 
 class OwnedCondition(threading.Condition):
-    """A condition with such a lock of its own."""
+    """A condition with an `OwnedLock` of its own."""
 
     def __init__(self) -> None:
         lock = OwnedLock()
@@ -41,4 +41,4 @@ class _NoLock:
 
 
 NO_LOCK: Owned = _NoLock()
-"""In the place of a lock, for an object that one thread alone uses: always held."""
+"""Stands for a lock that is always held, for an object that only one thread uses."""

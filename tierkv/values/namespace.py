@@ -1,11 +1,12 @@
-"""What must match for a block's bytes to be reusable; its digest is the root of every chain."""
+"""The namespace: all that must match for a block's bytes to be reusable. Its digest is the root of every chain."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from tierkv.errors import ConfigError
 from tierkv.values.block import HASH_BYTES, BlockHash
@@ -25,23 +26,26 @@ FORMAT_VERSION = 1
 """Version of the bytes of a block and of what the digest covers."""
 
 DESCRIPTION_LIMIT_BYTES = 1 << 16
-"""How long a namespace's description may be: what a store and a daemon keep of each is bounded."""
+"""Bounds what a store and a daemon keep of each namespace."""
 
 NAME_LIMIT = 128
 """Characters of a namespace's name that are kept."""
 
+_DEPTH_LIMIT = 100
+
 
 @dataclass(frozen=True, kw_only=True)
 class Namespace:
-    """Identity of a model's keys and values.
+    """Identity of a model's keys and values. Hashable, and neither it nor its fields can change.
 
     weights: digest of the weights that computed them, not a name or a path.
-    architecture: class and configuration that decide K and V, rope parameters among them; JSON values.
+    architecture: class and configuration that decide K and V, rope parameters included, as JSON values; copied.
     adapter: digest of a LoRA or other adapter's content, "" for none.
-    salt: keeps tenants apart; only its sha256 is stored, so it never lies on disk in the clear.
+    salt: separates tenants; only its sha256 is stored, never the salt itself.
     tp_rank, tp_size: the tensor-parallel slice of heads that the blocks hold.
-    lossy_codec: what the bytes have gone through if it changed them, "" if they are as they were computed.
+    lossy_codec: the codec that changed the bytes, "" for bytes as they were computed.
     name: for humans, not part of the identity.
+    Raises ConfigError for fields that make no namespace.
 
     >>> layout = BlockLayout.uniform(num_layers=2, block_size=4, kv_heads=1, head_dim=8, dtype="float32")
     >>> one, other = (Namespace(weights="a digest", layout=layout, salt=tenant) for tenant in ("one", "other"))
@@ -50,7 +54,7 @@ class Namespace:
     """
 
     weights: str
-    architecture: dict[str, Any] = field(default_factory=dict)
+    architecture: Mapping[str, Any] = field(default_factory=dict)
     layout: BlockLayout
     adapter: str = ""
     salt: str = ""
@@ -64,30 +68,32 @@ class Namespace:
             raise ConfigError("a namespace needs the digest of the model's weights")
         if not 0 <= self.tp_rank < self.tp_size:
             raise ConfigError(f"tp_rank {self.tp_rank} is not in [0, {self.tp_size})")
+        object.__setattr__(self, "architecture", _frozen(self.architecture))
 
     def identity(self) -> dict[str, Any]:
-        """Return every field that decides the digest, as JSON values; the salt only as its own digest."""
+        """Return the fields that decide the digest, as JSON values; of the salt only its sha256."""
         return {
             "format_version": FORMAT_VERSION,
             "weights": self.weights,
-            "architecture": self.architecture,
+            "architecture": _as_json_value(self.architecture),
             **self.layout.to_dict(),
             "adapter": self.adapter,
             "salt": hashlib.sha256(self.salt.encode(errors="surrogatepass")).hexdigest() if self.salt else "",
             "tp_rank": self.tp_rank,
             "tp_size": self.tp_size,
-            **({"lossy_codec": self.lossy_codec} if self.lossy_codec else {}),  # so exact ones keep their digests
+            # Left out for exact bytes, so that namespaces from before lossy codecs keep their digests.
+            **({"lossy_codec": self.lossy_codec} if self.lossy_codec else {}),
         }
 
     @property
     def digest(self) -> BlockHash:
-        """16 bytes: the parent of every chain's first block. sha256, so it cannot be forged."""
+        """16 bytes of sha256, so it cannot be forged: the parent of every chain's first block."""
         return _digest(self.identity())
 
     def describe(self) -> bytes:
-        """Return the JSON whose `parse_description` has this digest. A store keeps it, a daemon checks it.
+        """Return JSON from which `parse_description` computes the digest, for a store or a daemon.
 
-        Raises ConfigError where it is longer than DESCRIPTION_LIMIT_BYTES.
+        Raises ConfigError if it is longer than DESCRIPTION_LIMIT_BYTES.
         """
         name = self.name.encode(errors="backslashreplace").decode()[:NAME_LIMIT]
         text = _canonical({"name": name, **self.identity()})
@@ -96,11 +102,46 @@ class Namespace:
         return text
 
 
+class _FrozenDict(dict[Any, Any]):
+    """A dictionary that is hashable and refuses changes. Its values are frozen too."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _FrozenDict, (dict(self),)
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError("a namespace cannot change: make another one with dataclasses.replace")
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
+
+
+def _frozen(value: Any, depth: int = 0) -> Any:
+    """Copy a JSON value into one that is hashable and cannot change. Raises ConfigError for another value."""
+    if depth > _DEPTH_LIMIT:
+        raise ConfigError(f"a namespace has more than {_DEPTH_LIMIT} levels of nested values")
+    if isinstance(value, Mapping):
+        return _FrozenDict({key: _frozen(each, depth + 1) for key, each in value.items()})
+    if isinstance(value, list | tuple):
+        return tuple(_frozen(each, depth + 1) for each in value)
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise ConfigError(f"a namespace must be JSON values, got {type(value).__name__}")
+
+
+def _as_json_value(value: Any) -> Any:
+    """Copy a frozen value into plain dictionaries and lists."""
+    if isinstance(value, dict):
+        return {key: _as_json_value(each) for key, each in value.items()}
+    return list(map(_as_json_value, value)) if isinstance(value, tuple) else value
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NamespaceDescription:
-    """What a description says of a namespace, checked; `digest` is computed from it, never believed.
+    """A checked description of a namespace. `digest` is computed from the fields, not read.
 
-    fields: all of it as JSON values, for humans. salt_digest: hex, "" without a salt.
+    fields: the whole description as JSON values, for humans. salt_digest: hex, "" without a salt.
     """
 
     digest: BlockHash
@@ -112,7 +153,7 @@ class NamespaceDescription:
 
 
 def parse_description(text: bytes) -> NamespaceDescription:
-    """Read what `Namespace.describe` wrote, from a source that may lie: a client, a store, a state file.
+    """Read the text of `Namespace.describe` from an untrusted client, store or state file.
 
     Raises ConfigError unless it is JSON of at most DESCRIPTION_LIMIT_BYTES with exactly the known fields.
     """
@@ -167,9 +208,9 @@ _FIELDS = {
 
 
 def _canonical(value: dict[str, Any]) -> bytes:
-    """Return the one JSON text of a value: the same before and after it was parsed again."""
+    """Return the canonical JSON of a value: the same for the value and for its parsed JSON."""
     try:
-        as_parsed = json.loads(json.dumps(value))  # keys that are no strings become some, and only then are sorted
+        as_parsed = json.loads(json.dumps(value))  # turns all keys into strings before the sort
         text = json.dumps(as_parsed, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
     except (TypeError, ValueError, RecursionError) as exc:
         raise ConfigError(f"a namespace must be JSON values and Unicode text: {str(exc)!a}") from exc
@@ -181,7 +222,7 @@ def _digest(identity: dict[str, Any]) -> BlockHash:
 
 
 def differing_fields(left: dict[str, Any], right: dict[str, Any], prefix: str = "") -> list[str]:
-    """Return the dotted names of the fields in which two described namespaces differ, name aside."""
+    """Return the dotted names of the fields, except the name, in which two descriptions differ."""
     names: list[str] = []
     for key in sorted(left.keys() | right.keys()):
         if not prefix and key == "name":

@@ -1,4 +1,4 @@
-"""What it costs to compute a block again: seconds of prefill, by how deep in its prompt the block lies."""
+"""The cost of computing a block again: seconds of prefill, by its depth in the prompt."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ __all__ = ["MEASURED_PREFILL", "PrefillModel"]
 class PrefillModel:
     """Seconds of prefill as a polynomial of the prompt's length.
 
-    Linear layers cost the same for each token; attention costs in proportion to the tokens before it, so its
-    sum is quadratic. token_s: seconds of a token alone. context_s: seconds more for each token before it.
+    Linear layers cost the same for each token. Attention costs in proportion to the tokens before it, so the sum is
+    quadratic. token_s: seconds of a token alone. context_s: seconds more for each token before it.
     """
 
     token_s: float
@@ -28,14 +28,14 @@ class PrefillModel:
             raise ConfigError("a token takes time: token_s must be positive and context_s not negative")
 
     def seconds(self, first: int, count: int) -> float:
-        """Return the seconds that `count` tokens take after the `first` ones are there."""
+        """Return the seconds of `count` tokens after the `first` ones."""
         return count * (self.token_s + self.context_s * (first + (count - 1) / 2))
 
     @staticmethod
     def fit(lengths: Sequence[int], seconds: Sequence[float]) -> PrefillModel:
-        """Return the model nearest to measured prefills of whole prompts, in relative error.
+        """Return the model with the least relative error for measured prefills of whole prompts.
 
-        Raises ConfigError where the measurements say that tokens cost nothing.
+        Raises ConfigError for fewer than two measurements, and for one without time.
         """
         n = np.asarray(lengths, dtype=np.float64)
         y = np.asarray(seconds, dtype=np.float64)
@@ -49,5 +49,5 @@ class PrefillModel:
 
 
 # `fit` of results/bench_ttft_h200.json: recomputing 1,024, 8,192 and 32,768 tokens of Llama-3.1-8B's shape on an
-# H200 took 0.0350, 0.2781 and 1.6643 s. Only ratios matter to a policy, so it serves for other models as well.
+# H200 took 0.0350, 0.2781 and 1.6643 s. A policy needs only ratios, so it serves other models too.
 MEASURED_PREFILL = PrefillModel(token_s=3.18e-5, context_s=1.09e-9)

@@ -1,9 +1,9 @@
-"""What a cache did, as frozen values to read and to print."""
+"""Statistics of a cache, as frozen values."""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tierkv.values.block import Tier
 from tierkv.values.locks import NO_LOCK, Owned
@@ -13,7 +13,7 @@ __all__ = ["CacheStats", "StatsRecorder", "TierStats"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierStats:
-    """One tier. hits: blocks it answered. Bytes are of blocks; `stored_bytes` differ where they lie compressed."""
+    """One tier. hits: blocks it answered. `stored_bytes` differ from `used_bytes` if blocks are compressed."""
 
     hits: int = 0
     hit_tokens: int = 0
@@ -30,14 +30,14 @@ class TierStats:
 class CacheStats:
     """A snapshot.
 
-    hit_rate: share of the blocks asked for that some tier answered, in whole or in part.
+    hit_rate: share of the requested blocks that a tier answered, in whole or in part.
     token_hit_rate: share of the prompts' tokens that needed no prefill.
-    avg_shared_blocks: mean number of blocks that a live sequence shares with another live one.
-    fragmentation_ratio: 0 where the hot pool's free blocks are one run, towards 1 where they are scattered.
-    misses: blocks that no tier answered; miss_reasons says why each of them, by the names of MissReason.
-    prefetched_blocks: brought into the warm tier before anybody asked for them. prefetch_misses: why some were not.
-    skipped_writes: blocks that were not written to a lower tier; skip_reasons says why each of them.
-    state_files: loaded and open; a daemon's are its own.
+    avg_shared_blocks: mean number of blocks that a live sequence shares with other live ones.
+    fragmentation_ratio: 0 if the hot pool's free blocks are one run, and up to 1 the more they are scattered.
+    misses: blocks that no tier answered; miss_reasons counts them by the names of MissReason.
+    prefetched_blocks: loaded into the warm tier before a request. prefetch_misses: reasons of the others.
+    skipped_writes: blocks that were not written to a lower tier; skip_reasons counts them by reason.
+    state_files: loaded and open, without those of a daemon.
 
     >>> cache.release(cache.acquire(token_ids))
     >>> stats = cache.stats()
@@ -63,23 +63,23 @@ class CacheStats:
     tiers: dict[Tier, TierStats] = field(default_factory=dict)
 
     def of(self, tier: Tier) -> TierStats:
-        """Return one tier's numbers: all 0 for a tier that is not there now, as when a daemon has gone."""
+        """Return one tier's numbers: all 0 for an absent tier, as after a daemon has died."""
         return self.tiers.get(tier) or TierStats()
 
     @property
     def hit_rate(self) -> float:
-        """Hits per block asked for; 0 before the first request."""
+        """Hits per requested block; 0 before the first request."""
         asked = self.hits + self.misses
         return self.hits / asked if asked else 0.0
 
     @property
     def token_hit_rate(self) -> float:
-        """Tokens found per token asked for; 0 before the first request."""
+        """Tokens found per requested token; 0 before the first request."""
         return self.hit_tokens / self.prompt_tokens if self.prompt_tokens else 0.0
 
 
 class StatsRecorder:
-    """The counters behind CacheStats. Each count changes under the cache's lock."""
+    """The counters of CacheStats. Each changes under the cache's lock only."""
 
     def __init__(self, lock: Owned = NO_LOCK) -> None:
         self._lock = lock
@@ -110,24 +110,21 @@ class StatsRecorder:
         fragmentation_ratio: float,
         state_files: int = 0,
     ) -> CacheStats:
-        """Return the counters so far. `tiers` brings the sizes, which the recorder does not know.
+        """Return the counters so far. tiers: sizes of the tiers, which the recorder does not know.
 
         The caller holds the lock.
         """
         assert self._lock.is_owned()
         counted = {
-            tier: TierStats(
+            tier: replace(
+                sizes,
                 hits=self.hits[tier],
                 hit_tokens=self.hit_tokens[tier],
-                evictions=self.evictions[tier] + size.evictions,
+                evictions=self.evictions[tier] + sizes.evictions,
                 bytes_in=self.bytes_in[tier],
                 bytes_out=self.bytes_out[tier],
-                blocks=size.blocks,
-                used_bytes=size.used_bytes,
-                stored_bytes=size.stored_bytes,
-                capacity_bytes=size.capacity_bytes,
             )
-            for tier, size in tiers.items()
+            for tier, sizes in tiers.items()
         }
         return CacheStats(
             requests=self.requests,

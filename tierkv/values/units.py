@@ -1,4 +1,4 @@
-"""How numbers look to people."""
+"""Numbers with units, for people to read."""
 
 from __future__ import annotations
 

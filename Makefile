@@ -31,7 +31,7 @@ help:
 	@echo "make setup      the virtual environment in $(VENV); the others do it themselves where they need it"
 	@echo "make warm       warm examples/system_prompts.txt with the embedded model"
 	@echo "make demo-daemon  two processes share one warm cache: the second computes nothing that the first has"
-	@echo "make check      formatting, linter, types, layers"
+	@echo "make check      formatting, linter, types, completeness of the public types, layers"
 	@echo "make test       every test that needs no GPU, and the coverage gate"
 	@echo "make test-gpu   the tests of the GPU path and of whole models, on a machine with a GPU"
 	@echo "make bench      the benchmarks that need no GPU:" $(CPU_BENCHES)

@@ -40,13 +40,13 @@ class LayerPages:
         require(len({t.device for t in layers}) == 1, "layers lie on several devices")
         page_bytes = [t[0].numel() * t.element_size() for t in layers]
         require(all(size % _WORD_BYTES == 0 for size in page_bytes), "a page's bytes must be a multiple of 8")
-        self.layers = tuple(layers)
-        self.device = layers[0].device
-        self.bytes_per_page = sum(page_bytes)
-        self.chunks = -(-max(page_bytes) // (_WORD_BYTES * _CHUNK_WORDS))
+        self.layers: tuple[torch.Tensor, ...] = tuple(layers)
+        self.device: torch.device = layers[0].device
+        self.bytes_per_page: int = sum(page_bytes)
+        self.chunks: int = -(-max(page_bytes) // (_WORD_BYTES * _CHUNK_WORDS))
         words = [size // _WORD_BYTES for size in page_bytes]
         starts = [0, *accumulate(words)][:-1]
-        self.table = torch.tensor([[t.data_ptr() for t in layers], starts, words], device=self.device)
+        self.table: Tensor = torch.tensor([[t.data_ptr() for t in layers], starts, words], device=self.device)
 
 
 def gather_blocks(pages: LayerPages, page_ids: Tensor, blocks: Tensor, *, num_programs: int = 128) -> None:

@@ -51,9 +51,9 @@ class CodedLayout:
             planes += [run.offset_bytes // 2 + start for start in starts]
             plane_bytes += [min(FRAME_BYTES // 2, count - start) for start in starts]
             is_rest += [False] * len(starts) + [True]
-        self.is_rest = np.array(is_rest)
-        self.planes = np.array(planes, dtype=np.int64)
-        self.plane_bytes = np.array(plane_bytes, dtype=np.int64)
+        self.is_rest: npt.NDArray[np.bool_] = np.array(is_rest)
+        self.planes: npt.NDArray[np.int64] = np.array(planes, dtype=np.int64)
+        self.plane_bytes: npt.NDArray[np.int64] = np.array(plane_bytes, dtype=np.int64)
 
     @cached_property
     def tiles(self) -> npt.NDArray[np.int32]:

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 from tierkv.errors import CorruptBlockError, FormatVersionError, StoreError
@@ -79,7 +80,7 @@ class ColdReader:
     """Reads an open environment of the cold store. Thread-safe; raises StoreError once that is closed or unreadable."""
 
     def __init__(self, env: LmdbEnv) -> None:
-        self.path = env.path
+        self.path: Path = env.path
         self._env = env
         self._lossy_codecs: dict[BlockHash, str] = {}  # of namespaces whose descriptions have been checked
         self._look_again: dict[BlockHash, float] = {}  # when, at namespaces that have no description yet

@@ -76,14 +76,14 @@ class ColdWriter:
         write_wait_s: float = 30.0,
     ) -> None:
         self._env = env
-        self.quota_bytes = quota_bytes
+        self.quota_bytes: int = quota_bytes
         self._min_free_bytes = min_free_bytes
         self._clock = clock
         self._candidates = candidates
         self._counters = counters
         self._write_wait_s = write_wait_s
         self._lock = OwnedLock()
-        self.notes = PendingNotes(clock)
+        self.notes: PendingNotes = PendingNotes(clock)
         self._refused_until = float("-inf")
         self._refusal = PutOutcome.FULL
         self._readers_checked = clock()

@@ -36,13 +36,13 @@ class HotPool:
         elements = layout.block_bytes // layout.item_bytes
         self.scratch_block = num_blocks
         try:
-            self.blocks = torch.zeros((num_blocks + 1, elements), dtype=self.dtype, device=device)
+            self.blocks: Tensor = torch.zeros((num_blocks + 1, elements), dtype=self.dtype, device=device)
         except RuntimeError as exc:  # out of memory, by torch's own name on a GPU
             raise CapacityError(
                 f"there is no memory for a hot pool of {num_blocks} blocks of {layout.block_bytes} bytes",
                 hint="lower hot_bytes or block_size",
             ) from exc
-        self.bytes_view = self.blocks.view(torch.uint8)
+        self.bytes_view: Tensor = self.blocks.view(torch.uint8)
         self._views = [self._view(run) for run in range(2 * layout.num_layers)]
 
     def key_cache(self, layer: int) -> Tensor:

@@ -161,7 +161,7 @@ class DataFile:
     def __init__(self, path: Path, *, read_only: bool) -> None:
         self.path = path
         # Not the lock file: closing any descriptor of that would drop LMDB's own locks.
-        self.fd = open_store_file(path, os.O_RDONLY if read_only else os.O_RDWR)
+        self.fd: int = open_store_file(path, os.O_RDONLY if read_only else os.O_RDWR)
         self._memory = ThreadMemory()
         try:
             meta = newest_meta(self.fd)

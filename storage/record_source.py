@@ -46,7 +46,7 @@ class RecordBytes:
 
     def __init__(self, data: Bytes) -> None:
         self._data = data
-        self.size = data.size
+        self.size: int = data.size
 
     def view(self, start: int, end: int) -> Bytes:
         """Return a slice."""

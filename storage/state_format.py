@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -52,7 +53,7 @@ _Integers = npt.NDArray[np.uint64]
 class StateHeader:
     """The header of a state file. checksum: of its description and index."""
 
-    size = _HEADER.size  # not a field: the same for all
+    size: ClassVar[int] = _HEADER.size  # not a field: the same for all
 
     file_bytes: int
     description_bytes: int

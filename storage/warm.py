@@ -98,9 +98,9 @@ class WarmPool:
                 f"the warm pool holds no block: one block takes {block_bytes} bytes", hint="raise warm_bytes"
             )
         self.num_slots = num_slots
-        self.stride_bytes = slot_stride(block_bytes)
+        self.stride_bytes: int = slot_stride(block_bytes)
         self._slab = slab or Slab(self.stride_bytes * num_slots, num_threads=num_threads)
-        self.slab_bytes = self._slab.size_bytes
+        self.slab_bytes: int = self._slab.size_bytes
         self.slots: npt.NDArray[np.uint8] = self._slab.slots(block_bytes)[:num_slots]
 
     @property

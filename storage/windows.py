@@ -79,8 +79,8 @@ class WindowFormat:
         if layout.dtype != "bfloat16":
             raise ConfigError(f"only blocks of bfloat16 can be kept compressed in the warm tier, not {layout.dtype}")
         self.layout = layout
-        self.layer_groups = tuple(layer_groups)
-        self.sections = tuple(self._make_sections())
+        self.layer_groups: tuple[int, ...] = tuple(layer_groups)
+        self.sections: tuple[Section, ...] = tuple(self._make_sections())
 
     @cached_property
     def slot_bytes(self) -> int:

@@ -37,6 +37,7 @@ from tierkv.values.block import TOKEN_BYTES, HashFunction, Tier, TokenIds, as_to
 from tierkv.values.checks import check_count, check_seconds
 from tierkv.values.events import CacheObserver
 from tierkv.values.files import check_path
+from tierkv.values.layout import BlockLayout
 from tierkv.values.namespace import Namespace
 from tierkv.values.stats import CacheStats
 
@@ -83,11 +84,12 @@ class TierCache:
     ) -> None:
         self.ranks: RankGroup = ranks or OneRank()
         self.config = config
+        self.namespace: Namespace
         codec, self.namespace = choose_codec(config, namespace, self.ranks)
-        self.layout = self.namespace.layout
-        self.device = device_of(device)
+        self.layout: BlockLayout = self.namespace.layout
+        self.device: torch.device = device_of(device)
         self._owns_cold = cold is None
-        self.calls = ActiveCalls("the cache")
+        self.calls: ActiveCalls = ActiveCalls("the cache")
         self._must_end = threading.Event()
         self._tiers, self._offloader, self._daemon = open_tiers(
             config,
@@ -106,7 +108,7 @@ class TierCache:
         """Make the parts of the cache, each from the tiers and the other parts that it uses."""
         config, tiers, offloader, daemon = self.config, self._tiers, self._offloader, self._daemon
         consensus = Consensus(self.ranks, tiers, offloader) if self.ranks.size > 1 else None
-        self.blocks = BlockControl(tiers, offloader, calls=self.calls)
+        self.blocks: BlockControl = BlockControl(tiers, offloader, calls=self.calls)
         self._prefixes = Prefixes(tiers, daemon)
         self._users = BlockUsers()
         self._committer = Committer(tiers, offloader, users=self._users, write_through=config.write_through)

@@ -21,7 +21,7 @@ _WHOLE_NUMBERS = {  # and how large each must be
     **dict.fromkeys(("min_partial_tokens", "piece_tokens"), 1),
     "min_free_bytes": 0,
 }
-CODEC_NAMES = ("auto", *(codec.name for codec in CODECS))
+CODEC_NAMES: tuple[str, ...] = ("auto", *(codec.name for codec in CODECS))
 WARM_CODECS = ("raw", "windows", "auto")
 
 

@@ -30,7 +30,7 @@ from tierkv.tools.warm import warm
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(
+app: typer.Typer = typer.Typer(
     name="tierkv",
     help="A persistent, tiered cache of attention keys and values.",
     no_args_is_help=True,

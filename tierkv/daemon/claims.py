@@ -21,7 +21,7 @@ class Claims:
 
     def __init__(self, limits: Limits, clock: Callable[[], float]) -> None:
         self.news: list[BlockHash] = []
-        self.num_blocks = 0
+        self.num_blocks: int = 0
         self._limits = limits
         self._clock = clock
         self._numbers = itertools.count(1)

@@ -48,10 +48,10 @@ class DaemonClient:
 
     def __init__(self, path: Path, hello: Hello | None = None, *, timeout_s: float = TIMEOUT_S) -> None:
         self.path = path
-        self.boot = 0
-        self.bytes_sent = 0
-        self.bytes_received = 0
-        self.last_eviction = 0
+        self.boot: int = 0
+        self.bytes_sent: int = 0
+        self.bytes_received: int = 0
+        self.last_eviction: int = 0
         self.descriptor: int | None = None
         self._timeout_s = check_seconds("timeout_s", timeout_s, may_be_zero=False)
         self._pid = os.getpid()
@@ -67,7 +67,7 @@ class DaemonClient:
         self._socket = connect(path)
         _CLIENTS.add(self)
         try:
-            self.welcome = self._greet(hello or Hello())
+            self.welcome: Welcome = self._greet(hello or Hello())
             self._check = AnswerCheck.of(hello or Hello(), self.welcome)
         except BaseException:
             self.close()

@@ -69,10 +69,10 @@ class ClientConnection(asyncio.Protocol):
     def __init__(self, host: Host) -> None:
         self.host = host
         self.connection: Connection = host.core.connect()
-        self.is_greeted = False
-        self.num_requests = 0  # in work
-        self.slow = asyncio.Semaphore(host.limits.slow_requests_of_client)
-        self.heard_at = time.monotonic()
+        self.is_greeted: bool = False
+        self.num_requests: int = 0  # in work
+        self.slow: asyncio.Semaphore = asyncio.Semaphore(host.limits.slow_requests_of_client)
+        self.heard_at: float = time.monotonic()
         self._since = self.heard_at
         self._transport: asyncio.Transport | None = None
         self._reader = FrameReader(host.limits.first_message_bytes)

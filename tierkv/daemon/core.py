@@ -27,6 +27,7 @@ from tierkv.daemon.loads import Loads
 from tierkv.daemon.messages import NO_SLOT, Found, Match, Pin, Published, Release
 from tierkv.daemon.protocol import ProtocolError, split_numbers
 from tierkv.daemon.reservations import Reservations
+from tierkv.daemon.slab import SharedSlab
 from tierkv.daemon.tenants import Tenants
 from tierkv.daemon.values import BlockSource, Connection, Load, Tenant, Write, whole_hashes
 from tierkv.errors import DaemonError
@@ -57,10 +58,10 @@ class Core:
         extent_bytes: int | None = None,
         limits: Limits | None = None,
     ) -> None:
-        self.limits = limits or Limits()
+        self.limits: Limits = limits or Limits()
         self.store = store
         self.clock = clock
-        self.tenants = Tenants(
+        self.tenants: Tenants = Tenants(
             slab_bytes,
             clock=clock,
             store=store,
@@ -68,15 +69,15 @@ class Core:
             extent_bytes=extent_bytes,
             limits=self.limits,
         )
-        self.slab = self.tenants.slab
-        self.leases = Leases(self.limits)
-        self.loads = Loads(self.tenants, self.leases)
-        self.reservations = Reservations(self.tenants)
-        self.claims = Claims(self.limits, clock)
+        self.slab: SharedSlab = self.tenants.slab
+        self.leases: Leases = Leases(self.limits)
+        self.loads: Loads = Loads(self.tenants, self.leases)
+        self.reservations: Reservations = Reservations(self.tenants)
+        self.claims: Claims = Claims(self.limits, clock)
         self.connections: set[Connection] = set()
         self.counters: Counter[str] = Counter()
-        self.pin_quota_bytes = int(slab_bytes * pin_share)
-        self.pin_quota_of_all_bytes = int(slab_bytes * max(pin_share, self.limits.pinned_share))
+        self.pin_quota_bytes: int = int(slab_bytes * pin_share)
+        self.pin_quota_of_all_bytes: int = int(slab_bytes * max(pin_share, self.limits.pinned_share))
         self._writes: set[Write] = set()
 
     def connect(self) -> Connection:

@@ -48,6 +48,8 @@ class EvictionLog:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self.log: int
+        self.number: int
         self.log, self.number = secrets.randbits(62) | 1, 0
         self._evictions: deque[Eviction] = deque(maxlen=_MAX_EVICTIONS)
         with contextlib.suppress(FileNotFoundError):

@@ -24,7 +24,7 @@ class Leases:
     """
 
     def __init__(self, limits: Limits) -> None:
-        self.count = 0
+        self.count: int = 0
         self._limits = limits
 
     def room(self, connection: Connection) -> int:

@@ -28,7 +28,7 @@ class Loads:
     """
 
     def __init__(self, tenants: Tenants, leases: Leases) -> None:
-        self.cursor_bytes = 0
+        self.cursor_bytes: int = 0
         self._tenants = tenants
         self._leases = leases
         self._limits = tenants.limits

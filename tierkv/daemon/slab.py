@@ -49,15 +49,17 @@ class SizeClass:
     ) -> None:
         self.slab = slab
         self.stride_bytes = stride_bytes
-        self.num_slots = slab.slots_of(stride_bytes)
-        self.index = Index(root=_ROOT, num_hot=0, num_warm=self.num_slots, policy=policy, clock=clock)
-        self.evictions = 0
+        self.num_slots: int = slab.slots_of(stride_bytes)
+        self.index: Index = Index(root=_ROOT, num_hot=0, num_warm=self.num_slots, policy=policy, clock=clock)
+        self.evictions: int = 0
         self.num_reserved = 0  # changed by `Reservations`
         self._forgotten = forgotten
         self._is_unusable = bytearray(b"\1" * self.num_slots)  # an extent of the slot is not of this class
-        self.num_usable = 0
+        self.num_usable: int = 0
         self.index.warm.take(range(self.num_slots))
-        self.chosen = ChosenEviction(self.index, (Tier.WARM,), lambda entries, _: self._evict_entries(entries))
+        self.chosen: ChosenEviction = ChosenEviction(
+            self.index, (Tier.WARM,), lambda entries, _: self._evict_entries(entries)
+        )
 
     @property
     def free_count(self) -> int:
@@ -169,7 +171,7 @@ class SharedSlab:
         self.size_bytes = size_bytes
         self._limits = limits
         small = max(_PAGE_BYTES, size_bytes // _MIN_EXTENTS // _PAGE_BYTES * _PAGE_BYTES)
-        self.extent_bytes = extent_bytes or min(EXTENT_BYTES, small)
+        self.extent_bytes: int = extent_bytes or min(EXTENT_BYTES, small)
         self.owners: list[SizeClass | None] = [None] * (size_bytes // self.extent_bytes)
         self.classes: dict[int, SizeClass] = {}
         self._make_policy = make_policy

@@ -49,8 +49,8 @@ class LoadedFile:
     """
 
     def __init__(self, state: StateFile) -> None:
-        self.identity = state.identity
-        self.path = state.path
+        self.identity: FileIdentity = state.identity
+        self.path: Path = state.path
         self._state = state
         self._threads = SideThreads(_NUM_READERS, name="tierkv-state-file")
         self._lock = threading.Lock()

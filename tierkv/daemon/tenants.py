@@ -39,7 +39,7 @@ class Tenants:
         self.limits = limits
         self.clock = clock
         self.store = store
-        self.slab = SharedSlab(
+        self.slab: SharedSlab = SharedSlab(
             slab_bytes,
             make_policy=make_policy,
             clock=clock,
@@ -48,7 +48,7 @@ class Tenants:
             limits=limits,
         )
         self.by_digest: dict[BlockHash, Tenant] = {}
-        self.description_bytes = 0
+        self.description_bytes: int = 0
         self._secret = os.urandom(HASH_BYTES)
         self._slot_tenants: dict[tuple[SizeClass, int], Tenant] = {}
 

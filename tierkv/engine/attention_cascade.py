@@ -92,10 +92,13 @@ class CascadeBatch:
         n, slots = shape.sequences, shape.groups * shape.members
         sizes = [shape.groups * shape.shared_blocks, shape.groups, n * shape.own_blocks, n, n, slots]
         self._flat = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+        self.shared_lengths: Tensor
+        self.own_past: Tensor
+        self.positions: Tensor
         shared, self.shared_lengths, own, self.own_past, self.positions, gather = self._flat.split(sizes)
-        self.shared_table = shared.view(shape.groups, shape.shared_blocks)
-        self.own_table = own.view(n, shape.own_blocks)
-        self.gather = None if shape.is_whole else gather
+        self.shared_table: Tensor = shared.view(shape.groups, shape.shared_blocks)
+        self.own_table: Tensor = own.view(n, shape.own_blocks)
+        self.gather: Tensor | None = None if shape.is_whole else gather
 
     def fill(self, plan: Sequence[SharedPrefix], tables: Sequence[Sequence[int]], kv_lengths: Sequence[int]) -> None:
         """Write a plan. Padding sequences use the scratch block; padding groups have no tokens."""

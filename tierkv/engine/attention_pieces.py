@@ -75,7 +75,7 @@ class KVStream:
         self._device = device
         self._stream = stream
         self._meter = meter
-        self.bytes_in = 0
+        self.bytes_in: int = 0
 
     def iter_kv(self, pieces: Iterable[Piece], sizes: PieceSizes) -> Iterator[tuple[Piece, Tensor, Tensor]]:
         """Yield each piece with its K and V [tokens, kv_heads, dim], valid until the next piece is requested."""

@@ -38,7 +38,7 @@ class Checksums:
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         memory = _by_memory(tensors)
-        self.num_bytes = sum(each.numel() for each in memory)
+        self.num_bytes: int = sum(each.numel() for each in memory)
         self.phases = 1 if self.num_bytes <= WHOLE_BYTES else PHASES
         self._samplers = [
             sampler_of(device)([each for each in memory if each.device == device], self.phases)

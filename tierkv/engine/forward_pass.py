@@ -30,7 +30,7 @@ class ForwardPass:
         cascade_cost: CascadeCost | None,
         use_graphs: bool | None,
     ) -> None:
-        self.cascade_steps = 0
+        self.cascade_steps: int = 0
         self._model = loaded.model
         self._cache = cache
         self._cascade_cost = (cascade_cost or _cascade_cost(loaded, cache)) if cascade == "auto" else None

@@ -75,7 +75,7 @@ class Runner:
         self.loaded = loaded
         self.cache = cache
         self.max_step_tokens = check_count("max_step_tokens", max_step_tokens, least=1)
-        self.compute_or_load = cache.config.compute_or_load
+        self.compute_or_load: bool = cache.config.compute_or_load
         self._pass = ForwardPass(loaded, cache, cascade=cascade, cascade_cost=cascade_cost, use_graphs=use_graphs)
         self._attention = AttentionSwitch(loaded.model)
         state = state or read_stable_state(loaded.model)

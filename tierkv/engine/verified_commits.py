@@ -25,7 +25,7 @@ class VerifiedCommits:
 
     def __init__(self, cache: TierCache, model_check: ModelCheck) -> None:
         self.model_check = model_check
-        self.is_model_known = False
+        self.is_model_known: bool = False
         self._cache = cache
         self._pending: _Pass | None = None
 

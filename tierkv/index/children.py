@@ -35,7 +35,7 @@ class Children(Generic[Child]):
     __slots__ = ("_runs", "num_warm")
 
     def __init__(self, *children: Child, num_warm: int = 0) -> None:
-        self.num_warm = num_warm
+        self.num_warm: int = num_warm
         self._runs: list[list[Child]] = [sorted(children, key=_token_bytes)] if children else []
 
     def __len__(self) -> int:

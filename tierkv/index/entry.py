@@ -34,18 +34,18 @@ class Entry:
     )
 
     def __init__(self, block_hash: BlockHash, parent: Entry | None, token_bytes: bytes, now: float) -> None:
-        self.block_hash = block_hash
+        self.block_hash: BlockHash = block_hash
         self.parent: Entry = parent or self
-        self.token_bytes = token_bytes
+        self.token_bytes: bytes = token_bytes
         self.depth: int = parent.depth + 1 if parent else -1
         self.block_id: int | None = None
         self.warm_slot: int | None = None
-        self.flags = 0
+        self.flags: int = 0
         self.child_or_children: Entry | Children[Entry] | None = None
-        self.hot_children = 0
-        self.created_at = now
-        self.last_access = now
-        self.access_count = 1
+        self.hot_children: int = 0
+        self.created_at: float = now
+        self.last_access: float = now
+        self.access_count: int = 1
 
     @property
     def parent_hash(self) -> BlockHash:

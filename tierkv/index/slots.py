@@ -29,10 +29,10 @@ class SlotPool(Generic[Owner]):
     def __init__(self, capacity: int, numbers: Sequence[int] | None = None) -> None:
         self.capacity = capacity
         self._numbers = range(capacity) if numbers is None else numbers
-        self.limit = capacity
-        self.peak_count = 0
+        self.limit: int = capacity
+        self.peak_count: int = 0
         self.owners: list[Owner | None] = [None] * capacity
-        self.pins = array("i", bytes(4 * capacity))
+        self.pins: array[int] = array("i", bytes(4 * capacity))
         self._freed: list[int] = []
         self._unused = 0
         self._referenced = 0

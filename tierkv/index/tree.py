@@ -35,7 +35,7 @@ class BlockTree:
         self._clock = clock
         self._now = clock()
         self._entries: dict[BlockHash, Entry] = {}
-        self.root_entry = Entry(root, None, b"", self._now)
+        self.root_entry: Entry = Entry(root, None, b"", self._now)
         self._content_digests = ContentDigests(self.root_entry, root, self._entries)
         self._observe: Callable[[Entry, Entry | None], None] | None = None  # called with entry, parent
 

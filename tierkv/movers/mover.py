@@ -118,13 +118,13 @@ class Mover:
     def __init__(self, hot: HotPool, warm: WarmPool) -> None:
         self._hot = hot.bytes_view
         self._offsets = _layer_offsets(hot.layout)
-        self.layer_groups = layer_groups(hot.layout)
-        self.is_cuda = hot.device.type == "cuda"
+        self.layer_groups: list[int] = layer_groups(hot.layout)
+        self.is_cuda: bool = hot.device.type == "cuda"
         if self.is_cuda:
             self._device = hot.device
-            self.load_stream = torch.cuda.Stream(hot.device)
-            self.store_stream = torch.cuda.Stream(hot.device)
-        self.slots = self.register(warm)
+            self.load_stream: torch.cuda.Stream = torch.cuda.Stream(hot.device)
+            self.store_stream: torch.cuda.Stream = torch.cuda.Stream(hot.device)
+        self.slots: torch.Tensor = self.register(warm)
 
     def register(self, pool: WarmPool) -> torch.Tensor:
         """Return the slots of a pool as a tensor that a GPU copies to and from at full speed. Raises StoreError."""

@@ -103,7 +103,7 @@ class MemoryTransferManager:
         pinned_memory_pool_size: int = _POOL_BYTES,
         max_waiting_bytes: int = 4 << 30,
     ) -> None:
-        self.device = _device_of(device)
+        self.device: torch.device = _device_of(device)
         self._calls = ActiveCalls("the transfer manager")
         pinned_memory_pool_size = check_count("pinned_memory_pool_size", pinned_memory_pool_size)
         max_waiting_bytes = check_count("max_waiting_bytes", max_waiting_bytes, least=1)

@@ -28,13 +28,13 @@ class BlockClassPolicy(EvictionPolicy):
 
     def __init__(self, *, num_classes: int, num_rows: int, sample_mask: int = 7) -> None:
         self.num_classes = num_classes
-        self.history = UseHistory(num_rows)
+        self.history: UseHistory = UseHistory(num_rows)
         self._mask, self._tags, self._classes = self.history.mask, self.history.tags, self.history.classes
         self.sample_mask = sample_mask
         self.densities: list[list[float]] = []
         self.revision = 0
-        self.now = float("-inf")
-        self.block_tokens = 0
+        self.now: float = float("-inf")
+        self.block_tokens: int = 0
 
     def classify(self, block: CacheBlock, count: int, away_s: float, fork: int) -> int:
         """Return the class of a block used `count` times.

@@ -79,7 +79,7 @@ class HitDensityPolicy(BlockClassPolicy):
         """Compute the densities anew, blocks that are still idle included: a few milliseconds."""
         used, lost = np.array(self._used), np.array(self._lost)
         chances = hazards(used, lost + self._count_idle(), weight=self._weight, default=self._prior)
-        self.densities = hit_densities(chances).tolist()
+        self.densities: list[list[float]] = hit_densities(chances).tolist()
         self.revision += 1
         decay = 0.5 ** ((self._num_uses - self._learned_at) / self._half_life)
         self._used, self._lost = (used * decay).tolist(), (lost * decay).tolist()

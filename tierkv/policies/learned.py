@@ -89,7 +89,7 @@ class LearnedPolicy(BlockClassPolicy):
     def __init__(self, model: LearnedModel, *, num_rows: int = 1 << 17) -> None:
         super().__init__(num_classes=len(model.chances), num_rows=num_rows)
         self.model = model
-        self.densities = hit_densities(np.array(model.chances)).tolist()
+        self.densities: list[list[float]] = hit_densities(np.array(model.chances)).tolist()
         self._edges = list(model.edges)
 
     @staticmethod

@@ -31,7 +31,7 @@ class DecayingPolicy(EvictionPolicy):
     """
 
     def __init__(self) -> None:
-        self.half_life_s = 0.0
+        self.half_life_s: float = 0.0
         self._newest = float("-inf")
 
     def value(self, block: CacheBlock) -> float:

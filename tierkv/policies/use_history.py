@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from struct import Struct
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +15,7 @@ __all__ = ["UseHistory", "split_hash"]
 _ROW_BYTES, _LINE_BYTES = 32, 64
 
 _pack_row = Struct("=QdfIIH").pack_into  # all fields but the class
-split_hash = Struct("<QI").unpack_from
+split_hash: Callable[[bytes], tuple[Any, ...]] = Struct("<QI").unpack_from
 """(tag, row before the mask) of a block hash."""
 
 
@@ -32,17 +34,17 @@ class UseHistory:
 
     def __init__(self, num_rows: int) -> None:
         assert num_rows & (num_rows - 1) == 0, "a power of two"
-        self.mask = num_rows - 1
+        self.mask: int = num_rows - 1
         self._memory = bytearray(_ROW_BYTES * num_rows + _LINE_BYTES)
         self._start = start = -np.frombuffer(self._memory, dtype=np.uint8).ctypes.data % _LINE_BYTES
         rows = memoryview(self._memory)[start : start + _ROW_BYTES * num_rows]
-        self.tags = rows.cast("Q")[0::4]  # 0: free
-        self.times = rows.cast("d")[1::4]
-        self.gaps = rows.cast("f")[4::8]
-        self.earlier = rows.cast("I")[5::8]
-        self.totals = rows.cast("I")[6::8]
-        self.forks = rows.cast("H")[14::16]
-        self.classes = rows.cast("B")[30::32]
+        self.tags: memoryview = rows.cast("Q")[0::4]  # 0: free
+        self.times: memoryview[float] = rows.cast("d")[1::4]
+        self.gaps: memoryview[float] = rows.cast("f")[4::8]
+        self.earlier: memoryview = rows.cast("I")[5::8]
+        self.totals: memoryview = rows.cast("I")[6::8]
+        self.forks: memoryview = rows.cast("H")[14::16]
+        self.classes: memoryview = rows.cast("B")[30::32]
 
     def __len__(self) -> int:
         return len(self.tags)

@@ -67,7 +67,7 @@ class HeatMap:
 
     def __init__(self, started: float, *, bin_s: float = 0.01, max_bins: int = 96) -> None:
         self.started = started
-        self.bin_s = bin_s
+        self.bin_s: float = bin_s
         self.cells: dict[tuple[int, int], int] = {}
         self._max_bins = max_bins
 

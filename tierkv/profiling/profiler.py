@@ -64,8 +64,8 @@ class MemoryProfiler:
         sample_every = check_count("sample_every", sample_every, least=1)
         self.snapshots: list[MemorySnapshot] = []
         self.iterations: deque[Iteration] = deque(maxlen=_MAX_ITERATIONS)
-        self.tracker = MemoryTracker(sample_every=sample_every, clock=clock)
-        self.prefixes = PrefixTable()
+        self.tracker: MemoryTracker = MemoryTracker(sample_every=sample_every, clock=clock)
+        self.prefixes: PrefixTable = PrefixTable()
         self._cache: ProfiledCache | None = None
         self._clock = clock
         self._snapshot_every_s = snapshot_every_s

@@ -31,10 +31,10 @@ class Recorder:
 
     def __init__(self, clock: Callable[[], float], sample_every: int) -> None:
         self.spans: deque[Span] = deque(maxlen=_MAX_SPANS)
-        self.dropped_spans = 0
-        self.evictions = EvictionRecorder()
-        self.reuse = ReuseRecorder()
-        self.heat = HeatMap(clock())
+        self.dropped_spans: int = 0
+        self.evictions: EvictionRecorder = EvictionRecorder()
+        self.reuse: ReuseRecorder = ReuseRecorder()
+        self.heat: HeatMap = HeatMap(clock())
         self._clock = clock
         self._sample_every = sample_every
         self._sampler = StepSampler(sample_every, seed=1)
@@ -133,7 +133,7 @@ class EvictionRecorder:
 
     def __init__(self, *, max_evictions: int = 20_000) -> None:
         self.evictions: deque[Eviction] = deque()
-        self.dropped = 0
+        self.dropped: int = 0
         self._max_evictions = max_evictions
         self._residences: dict[tuple[Tier, BlockHash], _Residence] = {}
         self._gone: OrderedDict[tuple[Tier, BlockHash], tuple[Eviction, int]] = OrderedDict()
@@ -208,7 +208,7 @@ class ReuseRecorder:
     """
 
     def __init__(self, *, max_uses: int = 1_000_000) -> None:
-        self.dropped_requests = 0
+        self.dropped_requests: int = 0
         self._max_uses = max_uses
         self._numbers: dict[BlockHash, int] = {}
         self._uses: list[tuple[tuple[int, ...], bool]] = []

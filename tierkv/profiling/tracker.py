@@ -116,9 +116,9 @@ class MemoryTracker:
         if history_size < 1 or sample_every < 1:
             raise ConfigError(f"history_size {history_size} and sample_every {sample_every} must be positive")
         self.sample_every = sample_every
-        self.total_allocated = 0  # bytes now, without parts
-        self.peak_allocated = 0
-        self.dropped_events = 0  # that the history has no room for any more
+        self.total_allocated: int = 0  # bytes now, without parts
+        self.peak_allocated: int = 0
+        self.dropped_events: int = 0  # that the history has no room for any more
         self.allocations: dict[str, MemoryAllocation] = {}
         self.allocation_history: deque[AllocationEvent] = deque(maxlen=history_size)
         self._events: Counter[EventKind] = Counter()

@@ -317,7 +317,7 @@ class BlockUsers:
     """
 
     def __init__(self) -> None:
-        self.num_shared = 0
+        self.num_shared: int = 0
         self._users: dict[int, int] = {}
 
     def add(self, block_ids: Iterable[int]) -> None:

@@ -42,7 +42,9 @@ class BlockWriter:
     def __init__(self, tiers: Tiers, *, most_blocks: int) -> None:
         self._tiers = tiers
         pool = tiers.memory.compression.slots if tiers.memory.compression else tiers.index.warm
-        self.staging = pool.allocate(max(1, min(most_blocks, pool.capacity // 2)) if tiers.memory.compression else 1)
+        self.staging: list[int] = pool.allocate(
+            max(1, min(most_blocks, pool.capacity // 2)) if tiers.memory.compression else 1
+        )
         tiers.memory.reserved_raw += len(self.staging)
         self._failed: set[BlockHash] = set()
 

@@ -106,7 +106,7 @@ class DaemonBlocks:
         timeout_s: float,
         min_partial_tokens: int,
     ) -> None:
-        self.num_waits = 0
+        self.num_waits: int = 0
         self._tiers = tiers
         self._connected = connected
         self._step = block_size * TOKEN_BYTES

@@ -30,7 +30,7 @@ class DaemonConnection:
     ) -> None:
         """Map the slab. Raises StoreError; then the caller closes the client."""
         self.client = client
-        self.is_retired = False
+        self.is_retired: bool = False
         self._lost = lost
         self._lock = threading.Lock()
         self._leased: Counter[int] = Counter()
@@ -46,7 +46,7 @@ class DaemonConnection:
             slab.close()
             raise
         try:
-            self.mover = Mover(tiers.memory.hot, self._warm)
+            self.mover: Mover = Mover(tiers.memory.hot, self._warm)
         except BaseException:
             self._warm.close()
             raise

@@ -88,7 +88,7 @@ class DaemonTiers:
     ) -> None:
         self.path = path
         self.connection: DaemonConnection | None = None
-        self.boot = 0
+        self.boot: int = 0
         self.after_writes: Callable[[Callable[[], None]], bool] = lambda _: False
         self._tiers = tiers
         self._namespace = namespace
@@ -102,7 +102,7 @@ class DaemonTiers:
         self._eviction_log = 0
         self._eviction_number = 0
         self._is_closing = threading.Event()
-        self.blocks = DaemonBlocks(
+        self.blocks: DaemonBlocks = DaemonBlocks(
             tiers,
             lambda: self.connection,
             block_size=block_size,

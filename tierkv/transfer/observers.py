@@ -38,7 +38,7 @@ class Observers:
         self._lock = lock
         self._layout = layout
         self._observers: tuple[CacheObserver, ...] = ()
-        self.are_there = False
+        self.are_there: bool = False
 
     def add(self, observer: CacheObserver, regions: Iterable[MemoryRegion], entries: Iterable[Entry]) -> None:
         """Notify an observer of the memory and the blocks that are there, and from now on of all that happens.

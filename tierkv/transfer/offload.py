@@ -56,7 +56,7 @@ class Offloader:
 
     def __init__(self, tiers: Tiers) -> None:
         self._tiers = tiers
-        self.writer = BlockWriter(tiers, most_blocks=_BATCH_BLOCKS)
+        self.writer: BlockWriter = BlockWriter(tiers, most_blocks=_BATCH_BLOCKS)
         tiers.chosen = ChosenEviction(tiers.index, (Tier.HOT, Tier.WARM), self._evict_chosen, tiers.changed)
         self._offloading: Offloading | None = None
         self._is_offloading = False

@@ -132,9 +132,9 @@ class OverlappedLoad:
         read: ReadBlock,
         after: Ready,
     ) -> None:
-        self.hits = list(hits)
+        self.hits: list[Hit] = list(hits)
         self.num_before = num_before
-        self.division = BlockDivision(len(hits))
+        self.division: BlockDivision = BlockDivision(len(hits))
         self.copies: list[Ready] = []
         self.failure: MissReason | None = None
         self.failed: tuple[Hit, MissReason] | None = None

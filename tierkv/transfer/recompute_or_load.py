@@ -109,9 +109,9 @@ class RecomputeOrLoad:
     """
 
     def __init__(self, *, block_size: int, piece_tokens: int) -> None:
-        self.pass_costs = CostBySize()
+        self.pass_costs: CostBySize = CostBySize()
         self.load_costs: defaultdict[LoadKind, CostBySize] = defaultdict(CostBySize)
-        self.piece_blocks = max(1, piece_tokens // block_size)
+        self.piece_blocks: int = max(1, piece_tokens // block_size)
         self._piece_tokens = piece_tokens
         self._block_size = block_size
 

@@ -16,7 +16,7 @@ import hashlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from enum import Enum
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -69,7 +69,8 @@ class Tier(Enum):
     WARM = "warm"
     COLD = "cold"
 
-    __hash__ = object.__hash__  # Enum's own hash is Python code, and tiers are keys in hot loops
+    if not TYPE_CHECKING:  # Enum's own hash is Python code, and tiers are keys in hot loops
+        __hash__ = object.__hash__
 
 
 def hash_block(parent: BlockHash, token_bytes: bytes) -> BlockHash:

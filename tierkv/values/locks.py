@@ -24,7 +24,7 @@ class Owned(Protocol):
 class OwnedLock(_thread.RLock):  # type: ignore[misc]  # final in typeshed only
     """A re-entrant lock; `is_owned` returns whether the calling thread holds it."""
 
-    is_owned = _thread.RLock._is_owned  # type: ignore[attr-defined]
+    is_owned: Callable[[], bool] = _thread.RLock._is_owned  # type: ignore[attr-defined]
 
 
 class OwnedCondition(threading.Condition):

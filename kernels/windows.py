@@ -1,7 +1,7 @@
 """Compress blocks of bfloat16 in the hot pool into the warm tier's format and back, on the GPU.
 
 The format is defined in storage/windows.py, in numpy; these kernels read and write the same bytes. Decoding a block
-costs a GPU about a tenth of the time that its copy over the link takes, and coding it about a fifth.
+costs a GPU about a tenth of the time that its copy over PCIe takes, and coding it about a fifth.
 """
 
 from __future__ import annotations

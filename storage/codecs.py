@@ -20,8 +20,8 @@ from tierkv.storage.codecs_lossy import Int8Codec
 from tierkv.storage.planes import (
     Bytes,
     Words,
-    join_planes,
     merge_planes,
+    put_exponents,
     take_exponent,
     take_rest,
     widen_exponent,
@@ -175,7 +175,7 @@ class ExponentCodec(Codec):
                     plane = next(planes)
                     widen_exponent(plane, exponents[begin : begin + plane.size])
                     begin += plane.size
-            join_planes(exponents, words)
+            put_exponents(exponents, words)
 
     def _take_apart(
         self, payload: Bytes, frame_sizes: Sequence[int], spans: Sequence[_Span]

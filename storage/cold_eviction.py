@@ -2,7 +2,7 @@
 
 Leaves go before their parents, pinned blocks never. Reading a million entries takes a moment, so candidates are queued:
 one scan orders the leaves, later evictions take from the queue. Each candidate is checked again, since it may have been
-touched, pinned or given children. A parent joins the queue when its last child is removed.
+touched, pinned or given children. A parent enters the queue when its last child is removed.
 """
 
 from __future__ import annotations

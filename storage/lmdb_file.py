@@ -77,7 +77,7 @@ _CHILD = struct.Struct("<HHHH")  # a child's page in three parts, or length and 
 _TREE = struct.Struct("<IHHQQQQQ")  # pad, flags, depth | branch, leaf and overflow pages | entries, root
 TREE_BYTES = _TREE.size
 _MAX_FILE_BYTES = (1 << 63) - 1  # a damaged page number may point beyond every file
-_COMPARED_BYTES = 64  # of a value, to tell whether a page is the one that its header says
+_COMPARED_BYTES = 64  # of a value, to check whether a page is the one that its header says
 
 _logger = logging.getLogger(__name__)
 

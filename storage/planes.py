@@ -20,8 +20,8 @@ import numpy.typing as npt
 __all__ = [
     "Bytes",
     "Words",
-    "join_planes",
     "merge_planes",
+    "put_exponents",
     "take_exponent",
     "take_rest",
     "widen_exponent",
@@ -60,11 +60,11 @@ def merge_planes(exponent: Bytes, rest: Bytes, values: Words, scratch: Words) ->
     """Write `values` [n] from both planes. `scratch` is [n] and is overwritten."""
     widen_rest(rest, values)
     widen_exponent(exponent, scratch)
-    join_planes(scratch, values)
+    put_exponents(scratch, values)
 
 
 def widen_rest(rest: Bytes, values: Words) -> None:
-    """Write each byte of `rest` [n] where `join_planes` wants it in `values` [n]."""
+    """Write each byte of `rest` [n] where `put_exponents` wants it in `values` [n]."""
     np.copyto(values.view(np.int16), rest.view(np.int8))
 
 
@@ -73,7 +73,7 @@ def widen_exponent(exponent: Bytes, words: Words) -> None:
     np.multiply(exponent, _EXPONENT_UNIT, out=words, dtype=np.uint16)  # faster than to widen, then to shift
 
 
-def join_planes(exponent: Words, values: Words) -> None:
+def put_exponents(exponent: Words, values: Words) -> None:
     """Finish `values` [n], widened rests, with their widened exponents."""
     np.bitwise_and(values, _REST_MASK, out=values)
     np.bitwise_or(values, exponent, out=values)

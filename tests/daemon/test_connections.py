@@ -329,9 +329,9 @@ def test_a_prompt_that_fails_does_not_end_the_prefetcher() -> None:
         client, loader = Client(core, {}, b"n" * 16, hash_block), Loader()
         tenant = client.connection.require_tenant()
         prefetcher = Prefetcher(core, loader)  # type: ignore[arg-type]
-        assert not prefetcher.offer(tenant, bytes(16), bytes(1000)), "of one namespace that is too much"
+        assert not prefetcher.submit(tenant, bytes(16), bytes(1000)), "of one namespace that is too much"
         for is_taken in (True, True, False):
-            assert prefetcher.offer(tenant, bytes(16), as_bytes([1, 2])) is is_taken
+            assert prefetcher.submit(tenant, bytes(16), as_bytes([1, 2])) is is_taken
         assert [each.used for each in prefetcher.usage()] == [2, 2 * (512 + 24)]
         running = asyncio.get_running_loop().create_task(prefetcher.run())
         await settled()

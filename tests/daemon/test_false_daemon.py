@@ -358,7 +358,7 @@ def test_a_slot_is_no_longer_being_written_when_the_daemon_hears_that_it_is(
     def answer(message: Message) -> Message:
         connection: Any = connection_of(cache)
         if isinstance(message, Reserve):
-            offered = [split_numbers(each.offered) for each in message.chains]
+            offered = [split_numbers(each.proposed) for each in message.chains]
             assert [list(each) for each in offered] == [[0, 1]]
             return Reserved(chains=[chain(numbers=numbers(0, 1), num_there=0)])
         if isinstance(message, Publish):

@@ -128,19 +128,19 @@ class AnswerCheck:
         )
         given: list[int] = []
         for chain, part in zip(asked.chains, answer.chains, strict=True):
-            given += self._chain(split_numbers(chain.offered), part)
+            given += self._chain(split_numbers(chain.proposed), part)
         self._distinct(given)
 
-    def _chain(self, offered: Sequence[int], answer: ChainAnswer) -> Sequence[int]:
-        """Return the slots that were given for blocks of a chain: only offered blocks, each once, in order."""
-        slots = self._slots(answer.slots, most=len(offered))
+    def _chain(self, proposed: Sequence[int], answer: ChainAnswer) -> Sequence[int]:
+        """Return the slots that were given for blocks of a chain: only proposed blocks, each once, in order."""
+        slots = self._slots(answer.slots, most=len(proposed))
         _require(NO_SLOT not in slots, "a block to be written nowhere")
-        numbers = _numbers(answer.numbers, most=len(offered))
+        numbers = _numbers(answer.numbers, most=len(proposed))
         _require(len(numbers) == len(slots), f"{len(slots)} slots for {len(numbers)} blocks")
-        _require(set(numbers) <= set(offered), "a block to write that was not offered")
+        _require(set(numbers) <= set(proposed), "a block to write that was not proposed")
         _require(all(a < b for a, b in itertools.pairwise(numbers)), "blocks to write that are not in order")
         for count in (answer.num_there, answer.num_busy):
-            _require(0 <= count <= len(offered), f"{count} of {len(offered)} offered blocks")
+            _require(0 <= count <= len(proposed), f"{count} of {len(proposed)} proposed blocks")
         _require(len(answer.refusal) <= _MOST_TEXT, "an endless refusal")
         return slots
 

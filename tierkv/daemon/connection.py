@@ -166,7 +166,7 @@ class ClientConnection(asyncio.Protocol):
             self.close()
 
     def is_unread_for(self, seconds: float) -> bool:
-        """Tell whether the client has left answers unread for so long."""
+        """Return whether the client has left answers unread for so long."""
         return self._unread_since is not None and time.monotonic() - self._unread_since >= seconds
 
     def close(self) -> None:

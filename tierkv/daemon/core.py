@@ -4,7 +4,7 @@ The server and the tests drive it with plain values. The core owns four small ob
 more than one of them:
 
 - `leases`: a lease pins a slot for one connection to read. It ends when it is released, or with the connection.
-- `loads`: a load reads a block from a cold source into a slot; other fetches of the block join it.
+- `loads`: a load reads a block from a cold source into a slot; other fetches of the block wait for it.
 - `reservations`: a reservation gives a connection one slot to write one block into. The block's entry gets that slot
   only when the connection publishes it.
 - `claims`: a claim says which connection computes blocks that no tier has.

@@ -149,7 +149,7 @@ class Prefetcher:
         self._bytes: Counter[BlockHash] = Counter()  # queued, by namespace
         self._has_work = asyncio.Event()
 
-    def offer(self, tenant: Tenant, hashes: bytes, tokens: bytes) -> bool:
+    def submit(self, tenant: Tenant, hashes: bytes, tokens: bytes) -> bool:
         """Queue a prompt: the hashes of its whole blocks, and its token ids. False if the queue is full."""
         prompt, limits = _Prompt(tenant, hashes, tokens), self._core.limits
         size = prompt.num_bytes

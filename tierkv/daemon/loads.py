@@ -21,7 +21,7 @@ __all__ = ["Loads"]
 
 
 class Loads:
-    """A load reads one block from a source into a slot. Every fetch that asks for the block meanwhile joins it.
+    """A load reads one block from a source into a slot. Every other fetch of the block waits for it.
 
     A cursor names the blocks of one matched prompt, so that a fetch can ask for them by number.
     cursor_bytes: memory of all cursors.

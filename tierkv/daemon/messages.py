@@ -153,24 +153,24 @@ class Release(Message, tag=7):
 class Chain(msgspec.Struct, array_like=True, gc=False):
     """A prompt from its first block on. hashes: of every block in `tokens`, a partly filled last one included.
 
-    offered: numbers (u32) of the blocks whose bytes the client has.
+    proposed: numbers (u32) of the blocks whose bytes the client has.
     """
 
     hashes: bytes
     tokens: bytes
-    offered: bytes
+    proposed: bytes
 
 
 class Reserve(Message, tag=8):
-    """Reserve slots for those offered blocks that the daemon does not have."""
+    """Reserve slots for those proposed blocks that the daemon does not have."""
 
     chains: list[Chain]
 
 
 class ChainAnswer(msgspec.Struct, array_like=True, gc=False):
-    """numbers and slots (u32 each): the blocks to write, and where. num_there: offered blocks that are there.
+    """numbers and slots (u32 each): the blocks to write, and where. num_there: proposed blocks that are there.
 
-    num_busy: offered blocks that another client is writing. refusal: "", or why the walk ended early.
+    num_busy: proposed blocks that another client is writing. refusal: "", or why the walk ended early.
     """
 
     numbers: bytes

@@ -177,7 +177,7 @@ class Requests:
     def publish(self, client: ClientConnection, message: Publish) -> Answer:
         answer, writes = self._core.publish(client.connection, message.slots)
         for write in writes:
-            self._writer.offer(write)
+            self._writer.submit(write)
         return answer
 
     def abandon(self, client: ClientConnection, message: Abandon) -> Answer:
@@ -220,7 +220,7 @@ class Requests:
         tenant = client.connection.require_tenant()
         most = self._core.limits.blocks_of_message
         count = len(whole_hashes(tenant, message.hashes, message.tokens, most=most))
-        is_queued = self._prefetcher.offer(tenant, message.hashes, message.tokens)
+        is_queued = self._prefetcher.submit(tenant, message.hashes, message.tokens)
         return Count(count=count if is_queued else 0)
 
     def evict(self, client: ClientConnection, message: Evict) -> Answer:

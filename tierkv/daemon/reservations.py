@@ -20,7 +20,7 @@ __all__ = ["Reservations"]
 class Reservations:
     """A reservation gives a connection one slot to write one block into. Clients find the block once it is published.
 
-    A second connection that offered the block is told that it is busy.
+    A second connection that proposes the block gets the answer that it is busy.
     """
 
     def __init__(self, tenants: Tenants) -> None:
@@ -33,7 +33,7 @@ class Reservations:
         return len(self._reserved)
 
     def reserve(self, connection: Connection, message: Reserve) -> Reserved:
-        """Reserve slots for those offered blocks that no tier has and no other client writes. Raises ProtocolError."""
+        """Reserve slots for those proposed blocks that no tier has and no other client writes. Raises ProtocolError."""
         tenant = connection.require_tenant()
         _check_chains(tenant, message.chains, self._limits)
         return Reserved(chains=[self._reserve_chain(connection, tenant, chain) for chain in message.chains])
@@ -68,9 +68,9 @@ class Reservations:
 
     def _reserve_chain(self, connection: Connection, tenant: Tenant, chain: Chain) -> ChainAnswer:
         hashes = split_hashes(chain.hashes)
-        offered = set(split_numbers(chain.offered))
+        proposed = set(split_numbers(chain.proposed))
         room = self._reservation_room(connection, tenant)
-        wanted, num_there, num_busy, refusal = self._plan_writes(tenant, hashes, chain.tokens, offered, room)
+        wanted, num_there, num_busy, refusal = self._plan_writes(tenant, hashes, chain.tokens, proposed, room)
         slots = self._take_beside(tenant, hashes, chain.tokens, len(wanted))
         if len(slots) < len(wanted):
             refusal = "no_room"
@@ -113,11 +113,11 @@ class Reservations:
         return slots
 
     def _plan_writes(
-        self, tenant: Tenant, hashes: list[bytes], tokens: bytes, offered: set[int], room: int
+        self, tenant: Tenant, hashes: list[bytes], tokens: bytes, proposed: set[int], room: int
     ) -> tuple[list[int], int, int, str]:
-        """Return which blocks of a chain are to be written, how many offered ones are there and busy, and the refusal.
+        """Return which blocks of a chain are to be written, how many proposed ones are there and busy, and the refusal.
 
-        The walk ends at the first block that no tier has and the client does not offer, and after `room` blocks to be
+        The walk ends at the first block that no tier has and the client does not propose, and after `room` blocks to be
         written: no client could find the blocks after it.
         """
         known = self._tenants.walk(tenant, hashes, tokens)
@@ -126,14 +126,14 @@ class Reservations:
         for at in range(len(hashes)):
             entry = known[at] if at < len(known) else None
             if entry and entry in self._reserved:
-                num_busy += at in offered
+                num_busy += at in proposed
             elif self._is_there(tenant, hashes, tokens, at, entry):
-                num_there += at in offered
+                num_there += at in proposed
             elif self._is_taken(tenant, hashes[at], entry):
                 return wanted, num_there, num_busy, "collision"
-            elif at in offered and len(wanted) >= room:
+            elif at in proposed and len(wanted) >= room:
                 return wanted, num_there, num_busy, "no_room"
-            elif at in offered:
+            elif at in proposed:
                 wanted.append(at)
             else:
                 return wanted, num_there, num_busy, "no_parent"
@@ -180,10 +180,10 @@ def _check_chains(tenant: Tenant, chains: Sequence[Chain], limits: Limits) -> No
         if len(chain.tokens) % TOKEN_BYTES or not count or len(chain.hashes) != count * HASH_BYTES:
             raise ProtocolError(f"{len(chain.hashes)} bytes of block hashes for {len(chain.tokens)} of token ids")
         num_blocks += count
-        offered = split_numbers(chain.offered)
-        if any(number >= count for number in offered):
-            raise ProtocolError("a block was offered that is not part of its chain")
-        if len(set(offered)) != len(offered):
-            raise ProtocolError("a block was offered twice")
+        proposed = split_numbers(chain.proposed)
+        if any(number >= count for number in proposed):
+            raise ProtocolError("a block was proposed that is not part of its chain")
+        if len(set(proposed)) != len(proposed):
+            raise ProtocolError("a block was proposed twice")
     if num_blocks > limits.blocks_of_message:
         raise ProtocolError(f"chains of {num_blocks} blocks, {limits.blocks_of_message} at most")

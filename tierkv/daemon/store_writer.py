@@ -49,7 +49,7 @@ class StoreWriter:
             self._work_off, capacity=QUEUE_BLOCKS, batch_size=_BATCH_BLOCKS, name="tierkv-daemon-write"
         )
 
-    def offer(self, write: Write) -> None:
+    def submit(self, write: Write) -> None:
         """Queue a published block. If the queue is full, the block is skipped."""
         if not self._queue.try_put(write):
             self._core.finish_write(write, is_stored=False)

@@ -273,20 +273,20 @@ class DaemonBlocks:
         held: list[Place] = []
         try:
             with self._tiers.changed:
-                offered = [self._offer(path, held) for path in paths]
-            chains = [_chain_of(path, offer) for path, offer in zip(paths, offered, strict=True)]
+                proposed = [self._propose(path, held) for path in paths]
+            chains = [_chain_of(path, proposal) for path, proposal in zip(paths, proposed, strict=True)]
             answer = connection.call(Reserve(chains=chains), Reserved)
             unused = list(answer.chains)
             try:
-                for path, offer in zip(paths, offered, strict=True):
-                    self._fill_and_publish(connection, path, offer, unused.pop(0))
+                for path, proposal in zip(paths, proposed, strict=True):
+                    self._fill_and_publish(connection, path, proposal, unused.pop(0))
             finally:
                 for given in unused:  # after a failure
                     connection.post(Abandon(slots=given.slots))
         finally:
             self._tiers.unpin(held)
 
-    def _offer(self, path: list[Job | Entry], held: list[Place]) -> dict[int, Job]:
+    def _propose(self, path: list[Job | Entry], held: list[Place]) -> dict[int, Job]:
         """Return the blocks of a path that this process has: the jobs, and other hot blocks, which are pinned.
 
         The caller holds the lock.
@@ -294,26 +294,26 @@ class DaemonBlocks:
         assert self._tiers.changed.is_owned()
         index, marked = self._tiers.index, self._tiers.chosen.marked
         written = next(each.written for each in reversed(path) if isinstance(each, Job))
-        offered: dict[int, Job] = {}
+        proposed: dict[int, Job] = {}
         for at, each in enumerate(path):
             if isinstance(each, Job):
-                offered[at] = each
+                proposed[at] = each
             elif each in marked:
                 continue
             elif each.block_id is not None and index.peek(each.block_hash) is each:
                 index.hot.pin(each.block_id)
                 held.append(Place(Tier.HOT, each.block_id))
                 ready = self._tiers.copies.arriving.get(each.block_id, written)
-                offered[at] = self._tiers.job_of(each, ready)
-        return offered
+                proposed[at] = self._tiers.job_of(each, ready)
+        return proposed
 
     def _fill_and_publish(
-        self, connection: DaemonConnection, path: list[Job | Entry], offered: dict[int, Job], given: ChainAnswer
+        self, connection: DaemonConnection, path: list[Job | Entry], proposed: dict[int, Job], given: ChainAnswer
     ) -> None:
         """Copy blocks into the slots that were given for them, then publish them."""
         slots = split_numbers(given.slots)
         connection.begin_writing(slots)
-        copied = [(offered[at], slot) for at, slot in zip(split_numbers(given.numbers), slots, strict=True)]
+        copied = [(proposed[at], slot) for at, slot in zip(split_numbers(given.numbers), slots, strict=True)]
         done: Ready | None = None
         try:
             try:
@@ -384,11 +384,11 @@ def _paths(jobs: Sequence[Job]) -> list[list[Job | Entry]]:
     return paths[::-1]
 
 
-def _chain_of(path: Sequence[Job | Entry], offered: dict[int, Job]) -> Chain:
+def _chain_of(path: Sequence[Job | Entry], proposed: dict[int, Job]) -> Chain:
     return Chain(
         b"".join(each.block_hash for each in path),
         b"".join(each.token_bytes for each in path),
-        array("I", sorted(offered)).tobytes(),
+        array("I", sorted(proposed)).tobytes(),
     )
 
 

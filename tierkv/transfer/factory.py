@@ -100,7 +100,7 @@ def open_tiers(
         undo.callback(tiers.memory.close)
         offloader = Offloader(tiers)
         undo.callback(offloader.close)
-        daemon = _join_daemon(tiers, config, namespace=namespace, ranks=ranks)
+        daemon = _open_daemon(tiers, config, namespace=namespace, ranks=ranks)
         if daemon:
             daemon.after_writes = offloader.after_writes
         undo.pop_all()
@@ -118,7 +118,7 @@ def _make_tiers(
     clock: Callable[[], float],
     hash_function: HashFunction,
 ) -> Tiers:
-    """Take the memory of the hot and the warm tier, start the threads that read, and join them with an open store."""
+    """Take the memory of the hot and the warm tier, start the threads that read, and use an open store."""
     layout = namespace.layout
     num_hot = hot_pool_blocks(layout, device, hot_bytes=config.hot_bytes, hot_fraction=config.hot_fraction)
     hot = HotPool(layout, num_hot, device)
@@ -159,7 +159,7 @@ def _make_tiers(
     )
 
 
-def _join_daemon(tiers: Tiers, config: CacheConfig, *, namespace: Namespace, ranks: RankGroup) -> DaemonTiers | None:
+def _open_daemon(tiers: Tiers, config: CacheConfig, *, namespace: Namespace, ranks: RankGroup) -> DaemonTiers | None:
     """Use the daemon's lower tiers if the config names its socket. Raises DaemonError if it refuses."""
     if config.socket is None:
         return None

@@ -72,7 +72,7 @@ ALLOWED = (
     Allowed("*", r"(symbolic|hard) links?", "the file system's terms"),
     Allowed("*", r"\btend to\b", "English: usually do"),
     Allowed(
-        "storage/warm.py", r"\bseals?\b|\bsealing\b|\bsealed\b", "the kernel's term for a memfd that keeps its size"
+        "storage/warm.py", r"\bseal(s|ing|ed)?\b", "the kernel's term for a memfd that keeps its size"
     ),
     Allowed("storage/lmdb_directory.py", r"\bos\.link\(", "the system call for a hard link"),
     Allowed("tierkv/profiling/metrics.py", r"\bfamily\b", "Prometheus' term for a metric with its labels"),

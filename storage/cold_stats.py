@@ -67,7 +67,7 @@ def _read_description(digest: BlockHash, text: bytes) -> tuple[dict[str, Any], s
     if text == NO_DESCRIPTION:
         return {}, None
     try:
-        with contextlib.suppress(ValueError, RecursionError, AttributeError, TypeError):
+        with contextlib.suppress(ValueError, RecursionError, AttributeError, TypeError, KeyError):
             fields = json.loads(text)
             name = fields["name"].encode(errors="backslashreplace").decode()
             if name != fields["name"]:

@@ -334,7 +334,18 @@ def test_a_damaged_file_full_of_headers_that_claim_all_of_it_is_salvaged_in_boun
 
 # -- descriptions ---------------------------------------------------------------------------------------
 
-ODD = [b"[]", b"1", b"\xff", b"", b"{}", b'{"name": "x"}', b"[" * 60_000, b"{" + b'"a":{' * 5000, b"NaN"]
+ODD = [
+    b"[]",
+    b"1",
+    b"\xff",
+    b"",
+    b"{}",
+    b'{"name": "x"}',
+    b'{"salt": 1}',
+    b"[" * 60_000,
+    b"{" + b'"a":{' * 5000,
+    b"NaN",
+]
 
 
 @pytest.mark.parametrize("text", ODD, ids=range(len(ODD)))

@@ -339,9 +339,9 @@ class States(Area):
         if kind == 0:
             row[1] = random.choice((row[0], other[0], other[1], bytes(16), NAMESPACE.digest))
         elif kind == 1:
-            row[2] = random.choice((odd_number(random), other[2], row[2] + 1))
+            row[2] = random.choice((odd_number(random), other[2], (row[2] + 1) % (1 << 64)))
         elif kind == 2:
-            row[3] = random.choice((odd_number(random), other[3], 0, 127, 128, row[3] - 1))
+            row[3] = random.choice((odd_number(random), other[3], 0, 127, 128, max(row[3] - 1, 0)))
         elif kind == 3:
             row[4] = odd_number(random, 32)
         elif kind == 4:

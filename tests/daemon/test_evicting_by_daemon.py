@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from array import array
 from pathlib import Path
@@ -207,6 +208,50 @@ def test_an_engine_that_was_away_forgets_when_it_is_back_whatever_daemon_it_find
     eventually(lambda: is_served(cache, daemon))
     assert cached(cache, PROMPT) == 0 and hot(cache) == 0
     monkeypatch.undo()
+
+
+def test_an_eviction_that_a_busy_daemon_does_not_name_at_once_is_asked_for_again(
+    start_daemon: Start, open_cache: OpenCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon = start_daemon()
+    cache = open_cache()
+    keep(cache, PROMPT)
+    assert cache._daemon and cache._daemon.connection
+    connection, refusals = cache._daemon.connection, []
+
+    def refuse(message: object, *_: object, **__: object) -> object:
+        refusals.append(message)
+        raise DaemonError("more requests at once than this daemon takes")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(connection, "call", refuse)
+        assert not evict(daemon, to_bytes=0).engines[0].has_answered
+        num_asked = len(refusals)
+        for _ in range(5):
+            cache._daemon.catch_up()
+        assert num_asked and len(refusals) - num_asked <= 1, "a busy daemon is not asked at each request"
+        assert hot(cache) == 3
+    eventually(lambda: hot(cache) == 0)
+
+
+def test_the_thread_that_maintains_the_connection_outlives_an_unexpected_error(
+    start_daemon: Start, open_cache: OpenCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon = start_daemon()
+    cache = open_cache(daemon_timeout_s=0.5)
+    assert cache._daemon
+    with monkeypatch.context() as patch:
+        failed = threading.Event()
+
+        def fail() -> None:
+            failed.set()
+            raise IndexError("unexpected")
+
+        patch.setattr(cache._daemon, "maintain", fail)
+        assert failed.wait(10)
+    daemon.kill()
+    daemon.start()
+    eventually(lambda: is_served(cache, daemon))
 
 
 def test_a_daemon_that_was_only_started_again_costs_no_engine_its_hot_blocks(

@@ -98,6 +98,8 @@ class DaemonTiers:
         self._has_cold = False
         self._rejected_boot: int | None = None  # of a daemon that has given an impossible answer
         self._evictions_lock = threading.Lock()
+        self._ask_evictions_at = 0.0
+        self._connect_at = 0.0
         self._evictions_client: DaemonClient | None = None  # the client that was asked last for evictions
         self._eviction_log = 0
         self._eviction_number = 0
@@ -206,7 +208,7 @@ class DaemonTiers:
         if self._knows_evictions(client):
             return
         with self._evictions_lock:
-            if self._knows_evictions(client):
+            if self._knows_evictions(client) or time.monotonic() < self._ask_evictions_at:
                 return
             notified = client.last_eviction
             ask = EvictionsSince(log=self._eviction_log, number=self._eviction_number)
@@ -216,8 +218,7 @@ class DaemonTiers:
                     raise client.reject_answer(f"it knows of eviction {answer.number} only, and notified of {notified}")
             except DaemonError as exc:
                 _log.debug("what was evicted is not known: %s", exc)
-                if client.is_alive:
-                    self._evictions_client, self._eviction_number = client, client.last_eviction
+                self._ask_evictions_at = time.monotonic() + _RECONNECT_S  # a busy daemon: not again at each request
                 return
             done = self._drop_evicted(answer)
             self._evictions_client = client
@@ -314,22 +315,28 @@ class DaemonTiers:
 
     def _maintain(self) -> None:
         """Return leases whose copies have ended, follow evictions, and look for a daemon that is not there."""
-        next_try = 0.0
         while not self._is_closing.wait(_TICK_S):
-            with self._tiers.changed:
-                self._tiers.reap()
-            if connection := self.connection:
-                connection.send_returned()
-            self.maintain()
-            connection = self.connection
-            if connection and connection.client.has_hung_up():
-                why = connection.client.failure or f"the daemon at {self.path} has ended"
-                self._lose(connection, DaemonGoneError(why))
-            if self.connection is not None or time.monotonic() < next_try:
-                continue
             try:
-                self._connect()
-                _log.info("the daemon at %s is there", self.path)
-            except (DaemonError, StoreError) as exc:
-                _log.debug("still without the daemon: %s", exc)
-                next_try = time.monotonic() + _RECONNECT_S
+                self._maintain_once()
+            except Exception:  # noqa: BLE001 - without this thread the cache never finds a daemon again
+                _log.exception("maintaining the connection to the daemon failed; next try in %g s", _RECONNECT_S)
+                self._is_closing.wait(_RECONNECT_S)
+
+    def _maintain_once(self) -> None:
+        with self._tiers.changed:
+            self._tiers.reap()
+        if connection := self.connection:
+            connection.send_returned()
+        self.maintain()
+        connection = self.connection
+        if connection and connection.client.has_hung_up():
+            why = connection.client.failure or f"the daemon at {self.path} has ended"
+            self._lose(connection, DaemonGoneError(why))
+        if self.connection is not None or time.monotonic() < self._connect_at:
+            return
+        try:
+            self._connect()
+            _log.info("the daemon at %s is there", self.path)
+        except (DaemonError, StoreError) as exc:
+            _log.debug("still without the daemon: %s", exc)
+            self._connect_at = time.monotonic() + _RECONNECT_S

@@ -7,6 +7,7 @@ exception at one place count as one, so that a run goes on and finds the next.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import gc
 import logging
@@ -174,7 +175,7 @@ def run_cases(
         warm_up, kept_bytes, num_fds = max(len(numbers) // 4, 1), 0, 0
         for done, number in enumerate(numbers):
             if done == warm_up or len(numbers) == 1:
-                gc.collect()
+                _free_unused_memory()
                 kept_bytes, num_fds = resident_bytes(), len(os.listdir("/proc/self/fd"))
             if progress is not None:
                 progress[:8] = number.to_bytes(8, "little")
@@ -192,7 +193,7 @@ def run_cases(
                 note(number, f"memory at once: {peak_bytes() - most >> 20} MiB in one case", area.name, "")
             if len(found) >= MOST_FAULTS:
                 break
-        gc.collect()
+        _free_unused_memory()
         report.grown_bytes = max(resident_bytes() - kept_bytes, 0)
         if report.grown_bytes > growth_bytes:
             note(numbers[-1], f"memory kept: {report.grown_bytes >> 20} MiB after all cases", area.name, "")
@@ -222,6 +223,13 @@ def _is_ours(name: str) -> bool:
 
 def _short(name: str) -> str:
     return name.removeprefix(f"{_ROOT}{os.sep}")
+
+
+def _free_unused_memory() -> None:
+    """Have the allocator give the system what is free: it keeps tens of MiB, and not always equally many."""
+    gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc has it
+        trim(0)
 
 
 def resident_bytes() -> int:

@@ -190,7 +190,7 @@ class TierCache:
         """Register the blocks whose K and V are now computed, so that others find them. Return how many were new.
 
         num_computed_tokens: leading tokens of the sequence, cached ones included, whose K and V have been
-        written (or queued to be, on the current stream). partial block: also store the partly filled block at the end.
+        written (or queued to be, on the current stream). partial_block: also store the partly filled last block.
         A block whose hash another block has taken stays private, and so do those that follow it.
         """
         self._running.require(sequence)

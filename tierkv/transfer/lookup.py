@@ -77,7 +77,7 @@ class Hit(NamedTuple):
 class Lookup:
     """hot: the entries of the whole blocks that lead the prompt and are hot, which need nothing but a pin.
 
-    blocks: the whole blocks after them. partial block: a block to copy for its common tokens, if any.
+    blocks: the whole blocks after them. partial_block: a block to copy for its common tokens, if any.
     miss: why the block after the last hit is no hit, if another reason than absent is known.
     """
 

@@ -162,7 +162,7 @@ class CoreMachine(RuleBasedStateMachine):
 
     @rule(number=which, tokens=st.one_of(st.just(b""), prompts), is_everybodys=st.booleans())
     def evict_chosen(self, number: int, tokens: bytes, is_everybodys: bool) -> None:
-        """What begins with the prompt is found by nobody from then on, but what was in use is as it was. What is pinned
+        """No client finds blocks behind the prompt from then on, but blocks in use stay as they were. What is pinned
         stays, with what is before it.
         """
         client = self.client(number)

@@ -128,7 +128,7 @@ WRONG: dict[str, tuple[Message, Message]] = {
     "cold blocks without a cursor": (MATCH, found(numbers(5, NO_SLOT))),
     "a cursor that is no number of 32 bits": (MATCH, found(numbers(NO_SLOT), cursor=1 << 32)),
     "a cursor below zero": (MATCH, found(THREE, cursor=-1)),
-    "a claim that nobody asked for": (MATCH, found(claim=3)),
+    "a claim that the client did not ask for": (MATCH, found(claim=3)),
     "computing, where nobody asked": (MATCH, found(is_computing=True)),
     "an endless reason": (MATCH, found(miss="x" * 100_000)),
     "a partial block of a million tokens": (MATCH, found(THREE, partial_block=partial_block(num_tokens=10**6))),

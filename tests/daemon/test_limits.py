@@ -438,7 +438,7 @@ def test_a_size_of_blocks_stays_as_long_as_an_evicted_block_of_it_is_in_use() ->
     core.evict_chosen(b"", Choice())
     marked = len(size_class.chosen.marked)
     assert marked
-    core.tenants.by_digest.clear()  # as if nobody had it any more
+    core.tenants.by_digest.clear()  # as if no client had it any more
     core.trim()
     assert list(core.slab.classes.values()) == [size_class] and len(size_class.chosen.marked) == marked
 

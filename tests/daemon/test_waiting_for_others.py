@@ -121,7 +121,7 @@ def test_every_combination_ends_with_few_messages_in_time(
             assert not connection.me.connection.claims, f"{case}: others would wait for blocks that are never computed"
         is_awaited = num_found < NUM_BLOCKS and num_found in computes
         if not publishes and not is_awaited:
-            assert connection.num_long_waits == 0, f"{case}: waited for a block that nobody computes"
+            assert connection.num_long_waits == 0, f"{case}: waited for a block that no process computes"
         connection.core.check()
 
 

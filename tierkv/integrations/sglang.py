@@ -207,7 +207,7 @@ class TierkvHiCache(HiCacheStorage):  # type: ignore[misc]
     def _usable(self) -> DigestRows | None:
         """Return the rows, unless the weights may have changed since the first call.
 
-        SGLang tells a backend nothing of new weights. But it flushes its cache then, and the pool begins anew, or it
+        SGLang does not notify a backend of new weights. But it flushes its cache then, and the pool begins anew, or it
         counts the version of the weights.
         """
         rows = self._rows

@@ -144,7 +144,7 @@ class TierkvTier(SecondaryTierManager):  # type: ignore[misc]
 
     def get_finished_jobs(self) -> Iterable[Any]:
         """Return the results of the jobs that have ended since the last call."""
-        results = []
+        results: list[Any] = []
         while True:
             try:
                 result, failed = self._finished.get_nowait()

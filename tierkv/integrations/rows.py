@@ -55,6 +55,8 @@ def store_config(options: Mapping[str, Any], *, row_bytes: int) -> BlockStoreCon
     if unknown:
         known = ", ".join(sorted({"path", *_STORE_OPTIONS}))
         raise ConfigError(f"unknown options: {', '.join(sorted(unknown))}", hint=f"the store's options are {known}")
+    if str(options.get("codec", "")).startswith("lossy"):
+        raise ConfigError("a lossy codec rounds numbers of K and V, and a row is bytes of an unknown order")
     warm_bytes = options.pop("warm_bytes", 256 << 20)
     if isinstance(warm_bytes, int) and not isinstance(warm_bytes, bool):
         warm_bytes = max(warm_bytes, _LEAST_ROWS * row_bytes)

@@ -153,6 +153,7 @@ def storage_config(folder: Path, *, interface_v1: int = 1, model_name: str = "ti
         "path": str(folder),
         "weights": "weights-a",
         "engine": "random pages",
+        "warm_bytes": 1 << 20,
         "min_free_bytes": 0,
         **changes,
     }

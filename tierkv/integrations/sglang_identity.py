@@ -26,10 +26,15 @@ _IGNORED = {
     *("skip_tokenizer_init", "startup_weight_load_mode", "model_checksum", "delete_ckpt_after_loading"),
     *("weight_cache_mode", "weight_cache_socket", "weight_cache_timeout", "engine_info_bootstrap_port"),
     *("quantization_param_path", "rl_quant_profile"),  # digests of the files stand for them
+    *("decrypted_config_file", "decrypted_draft_config_file"),
 }
 _IGNORED_PREFIXES = ("weight_loader_", "remote_instance_weight_loader_", "modelexpress_", "modelopt_export")
-_ALSO = ("attention_backend", "prefill_attention_backend", "decode_attention_backend", "torchao_config")
-_ALSO_PATHS = ("quantization_param_path", "rl_quant_profile")
+_ALSO = (
+    *("attention_backend", "prefill_attention_backend", "decode_attention_backend", "torchao_config"),
+    *("speculative_algorithm", "enable_page_major_kv_layout"),
+)
+_FILES = ("quantization_param_path", "rl_quant_profile", "decrypted_config_file", "decrypted_draft_config_file")
+_OTHER_WEIGHTS = ("checkpoint_engine_wait_weights_before_ready", "modelopt_checkpoint_restore_path")
 _SAME_FILES = ("auto", "safetensors", "fastsafetensors", "instanttensor", "mistral", "runai_streamer", "layered")
 _RANKS = ("pp_rank", "pp_size", "attn_cp_rank", "attn_cp_size", "dcp_rank", "dcp_size")
 _WEIGHTS_HINT = "give the option weights=: a digest or revision that changes whenever the weights do"
@@ -49,8 +54,9 @@ def server_fields(
         raise ConfigError(
             f"with load_format {load_format!r} the weights are not the model folder's files", hint=_WEIGHTS_HINT
         )
-    if settings.get("checkpoint_engine_wait_weights_before_ready") and not weights:
-        raise ConfigError("the weights come from a checkpoint engine, not from the model's folder", hint=_WEIGHTS_HINT)
+    for name in _OTHER_WEIGHTS:
+        if settings.get(name) and not weights:
+            raise ConfigError(f"with {name} the weights are not the model folder's files", hint=_WEIGHTS_HINT)
     if (settings.get("enable_lora") or settings.get("lora_paths")) and not adapters:
         raise ConfigError(
             "LoRA is enabled, and SGLang names an adapter by its name and path, not by its content",
@@ -58,7 +64,7 @@ def server_fields(
         )
     names = [name for name in model_fields if name not in _IGNORED and not name.startswith(_IGNORED_PREFIXES)]
     found = {name: _plain(settings.get(name), name) for name in sorted({*names, *_ALSO})}
-    for name in _ALSO_PATHS:
+    for name in _FILES:
         if settings.get(name):
             found[name] = _file_digest(str(settings[name]))
     try:

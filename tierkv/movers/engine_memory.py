@@ -6,6 +6,7 @@ and a model can begin with its first layers while the rest is in flight.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple, TypeAlias
@@ -18,6 +19,7 @@ from torch import Tensor
 from tierkv.errors import ShapeError, StoreError
 from tierkv.movers.batch_copy import copy_addresses
 from tierkv.movers.mover import CudaReady, layer_groups, page_lock, page_unlock, record_event, synchronize_streams
+from tierkv.movers.pages import PageMover, page_mover
 from tierkv.movers.ready import AllReady, Done, Ready
 from tierkv.storage.warm import WarmPool
 from tierkv.values.layout import BlockLayout
@@ -25,6 +27,8 @@ from tierkv.values.layout import BlockLayout
 __all__ = ["LEFT_OUT", "EngineMemory"]
 
 _Numbers: TypeAlias = "npt.NDArray[np.int64]"
+
+_SMALL_BYTES = 256 << 10
 
 LEFT_OUT = -1
 """Stands for a page that a load leaves as it is, because the engine has it already."""
@@ -71,15 +75,18 @@ class EngineMemory:
         rows = [_rows_of(tensor) for tensor in flat]
         offsets = [0, *accumulate(row.shape[1] * pages_per_block for row in rows)]
         self._tensors = [_Tensor(row, offset) for row, offset in zip(rows, offsets, strict=False)]
+        self._largest_page = max(row.shape[1] for row in rows)
         self._is_dense = all(row.stride(0) == row.shape[1] for row in rows)  # then neighbouring pages are one copy
         self._ends = list(accumulate(len(layer) for layer in layers))
         _check_layout([offsets[end] for end in self._ends], layout)
         self.layer_groups: list[int] = layer_groups(layout)
         self._warm = warm
         self._slots = page_lock(warm, self.device)
+        self._page_mover: PageMover | None = None
         if self.is_cuda:
             self.load_stream: torch.cuda.Stream = torch.cuda.Stream(self.device)
             self.save_stream: torch.cuda.Stream = torch.cuda.Stream(self.device)
+            self._page_mover = page_mover(rows, layout.block_bytes)
 
     def mark(self) -> Ready:
         """Return the completion of the work queued on the current stream so far."""
@@ -97,6 +104,9 @@ class EngineMemory:
             AllReady(after).synchronize()
             self._copy_one_by_one(found, 0, len(self._ends), to_pages=True)
             return Done()
+        if self._page_mover and self._is_scattered(found):
+            ids = self._on_device(pages)
+            return self._page_mover.load([self._slots[slot] for slot in slots], ids, after=self._now(after))
         events: list[torch.cuda.Event] = []
         first = 0
         try:
@@ -120,6 +130,9 @@ class EngineMemory:
             AllReady(after).synchronize()
             self._copy_one_by_one(found, 0, len(self._ends), to_pages=False)
             return Done()
+        if self._page_mover and self._is_scattered(found):
+            ids = self._on_device(pages)
+            return self._page_mover.store(ids, [self._slots[slot] for slot in slots], after=self._now(after))
         try:
             with torch.cuda.stream(self.save_stream):
                 AllReady(after).wait()
@@ -134,7 +147,8 @@ class EngineMemory:
     def close(self) -> None:
         """Wait for all copies and unregister the slots. May be called twice."""
         if self.is_cuda and self._slots.numel():
-            synchronize_streams(self.load_stream, self.save_stream)
+            with contextlib.suppress(RuntimeError):  # of a device that has failed: nothing is copied any more
+                torch.cuda.synchronize(self.device)
         page_unlock(self._slots, self.device)
         self._slots = torch.empty(0)
         self._tensors = []
@@ -158,6 +172,17 @@ class EngineMemory:
         is_first[1:] = ~follows
         firsts = np.flatnonzero(is_first)
         return _Pages(numbers[firsts], owners[firsts], places[firsts], np.diff(firsts, append=numbers.size))
+
+    def _on_device(self, pages: Sequence[Sequence[int]]) -> Tensor:
+        return torch.tensor(pages, dtype=torch.int64).pin_memory().to(self.device, non_blocking=True)
+
+    def _now(self, after: Sequence[Ready]) -> Ready:
+        """Return the completion of `after` and of the work queued on the current stream."""
+        return AllReady([*after, self.mark()])
+
+    def _is_scattered(self, found: _Pages) -> bool:
+        """Return whether the copies would be so small, and so many, that a kernel does better."""
+        return bool(found.pages.size) and float(found.lengths.mean()) * self._largest_page < _SMALL_BYTES
 
     def _tensors_of(self, first_layer: int, end_layer: int) -> list[_Tensor]:
         return self._tensors[self._ends[first_layer - 1] if first_layer else 0 : self._ends[end_layer - 1]]

@@ -181,7 +181,7 @@ def test_a_closed_store_is_all_misses(tmp_path: Path) -> None:
     with Life(tmp_path) as life:
         life.store(KEYS[:4], PAYLOADS[:4])
         life.tier._rows.close()
-        life.manager.reset_cache()  # empties the CPU tier too
+        life.reset()  # empties the CPU tier too
         assert hits(life) == [False] * 5
         life.store(KEYS, PAYLOADS)
 
@@ -213,14 +213,14 @@ def test_a_job_that_raises_has_a_result(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_reset_ends_the_use_of_the_store_unless_the_weights_are_fixed(tmp_path: Path) -> None:
     with Life(tmp_path) as life:
         life.store(KEYS, PAYLOADS)
-        life.manager.reset_cache()
+        life.reset()
         assert hits(life) == [False] * 5
         life.store(KEYS, [payload_of(50 + i) for i in range(5)])  # of other weights
-        life.manager.reset_cache()
+        life.reset()
         assert hits(life) == [False] * 5
     with Life(tmp_path, weights_are_fixed=True) as life:
         assert hits(life) == [True] * 5
-        life.manager.reset_cache()
+        life.reset()
         assert hits(life) == [True] * 5
         request = life.begin()
         assert life.read(KEYS, request) == PAYLOADS

@@ -95,6 +95,13 @@ class Life:
         with self.lock:
             self.manager.on_schedule_end(ScheduleEndContext(new_req_ids=set(), preempted_req_ids=set()))
 
+    def reset(self) -> None:
+        """Reset vLLM's cache, as for new weights."""
+        with self.lock:
+            self.manager.reset_cache()
+            if hasattr(self.manager, "on_reset_flushed"):  # since 0.33
+                self.manager.on_reset_flushed()
+
     def rest(self) -> None:
         """Step until no job is under way."""
         for _ in range(2000):

@@ -36,7 +36,7 @@ from tierkv.values.checks import check_flag
 
 __all__ = ["TierkvOffloadingConnector", "TierkvTier", "TierkvTieringSpec"]
 
-_log = logging.getLogger(__name__)
+_log = logging.getLogger("vllm.tierkv")  # below vLLM's own logger, which shows its messages
 
 _NAME = "TierkvTier"
 _GROUP_BYTES = 4

@@ -30,13 +30,15 @@ SETTINGS = {
     "DO_NOT_TRACK": "1",
     "HF_HUB_OFFLINE": "1",
     "GLOO_SOCKET_IFNAME": "lo",
-    "PYTHONPATH": str(Path(__file__).parent.parent.parent),
+    "PYTHONPATH": f"{Path(__file__).parent.parent.parent}:{Path(__file__).parent}",
 }
 
 
-def live(folder: Path, mode: str, num_random: int = NUM_RANDOM) -> list[dict[str, Any]]:
-    command = [sys.executable, str(SCRIPT), str(folder), mode, str(num_random)]
-    environment = {**os.environ, **SETTINGS}
+def live(
+    folder: Path, mode: str, num_random: int = NUM_RANDOM, ranks: int = 1, **settings: str
+) -> list[dict[str, Any]]:
+    command = [sys.executable, str(SCRIPT), str(folder), mode, str(num_random), str(ranks)]
+    environment = {**os.environ, **SETTINGS, **settings}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     assert done.returncode == 0, done.stderr[-5000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -70,7 +72,14 @@ def test_an_engine_over_the_tier_answers_as_plain_vllm_does(tmp_path: Path) -> N
     assert num_damaged and damaged["not_loaded"] and damaged["saved"] >= damaged["not_loaded"]
     repaired = check(live(tmp_path, "tier"))
     assert repaired["cached"] == [288, 320, 384] and not repaired["not_loaded"]
-    other = check(
-        live(tmp_path, '{"weights": "other"}', 0) if not NUM_RANDOM else live(tmp_path, '{"weights": "other"}')
-    )
+    other = check(live(tmp_path, '{"weights": "other"}'))
     assert other["cached"][0] == 0
+
+
+def test_ranks_and_a_scheduler_in_its_own_process_find_what_was_stored(tmp_path: Path) -> None:
+    apart = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    expected = [line["ids"] for line in live(tmp_path, "plain", 0)]
+    for ranks, life, cached in ((1, {}, 0), (1, apart, 288), (2, apart, 0), (2, apart, 288)):
+        answers = live(tmp_path, "tier", 0, ranks, **life)[:3]
+        assert [line["ids"] for line in answers] == expected
+        assert answers[0]["cached"] == cached, (ranks, life)

@@ -1,7 +1,7 @@
 """One life of the real vLLM engine on a CPU over its own offloading and tierkv's tier; prints JSON lines.
 
-usage: vllm_tier_engine.py FOLDER MODE [HUNT]     MODE: plain, tier, or a JSON object of options of the tier
-HUNT: so many random requests follow, in a GPU cache and a CPU tier that hold few of them.
+usage: vllm_tier_engine.py FOLDER MODE [RANDOM] [RANKS]     MODE: plain, tier, or a JSON object of options of the tier
+RANDOM: so many random requests follow, in a GPU cache and a CPU tier that hold few of them. RANKS: tensor-parallel.
 vLLM's workers copy to the CPU tier on GPUs only, so a worker for CPU tensors stands in for that copy; scheduler,
 manager and connector are vLLM's own. The environment has the settings of test_vllm_tier_engine.py.
 """
@@ -106,7 +106,7 @@ def make_model(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def main(folder: Path, mode: str, num_random: int) -> None:
+def main(folder: Path, mode: str, num_random: int = 0, num_ranks: int = 1) -> None:
     from vllm import LLM, SamplingParams
 
     options: dict[str, Any] = {}
@@ -121,7 +121,7 @@ def main(folder: Path, mode: str, num_random: int) -> None:
             "kv_connector_extra_config": {
                 "spec_name": "CpuTieringSpec",
                 "spec_module_path": "vllm_tier_engine",
-                "cpu_bytes_to_use": 2 << 20,
+                "cpu_bytes_to_use": (2 << 20) * num_ranks,
                 "secondary_tiers": [tier],
             },
         }
@@ -135,6 +135,7 @@ def main(folder: Path, mode: str, num_random: int) -> None:
         enforce_eager=True,
         enable_prefix_caching=True,
         num_gpu_blocks_override=64,
+        tensor_parallel_size=num_ranks,
         **options,
     )
     greedy = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
@@ -158,7 +159,7 @@ def main(folder: Path, mode: str, num_random: int) -> None:
         prompt += [own.randrange(5, VOCABULARY) for _ in range(own.randrange(1, 60))]
         answer = llm.generate([{"prompt_token_ids": prompt}], greedy, use_tqdm=False)[0]
         print(json.dumps({"request": number, "ids": list(answer.outputs[0].token_ids)}), flush=True)
-    if mode != "plain":
+    if mode != "plain" and hasattr(llm.llm_engine.engine_core, "engine_core"):  # in this process
         connector = llm.llm_engine.engine_core.engine_core.scheduler.connector
         (tier,) = connector.connector_scheduler.manager.secondary_tiers
         wait(tier._snapshot())
@@ -171,4 +172,4 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent))
     where = Path(sys.argv[1])
     make_model(where / "model")
-    main(where, sys.argv[2], int(sys.argv[3]) if len(sys.argv) > 3 else 0)
+    main(where, sys.argv[2], *map(int, sys.argv[3:]))

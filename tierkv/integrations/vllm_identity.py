@@ -39,7 +39,7 @@ _IGNORED = {
         *("kv_cache_memory_bytes", "kv_cache_size_tokens", "kv_cache_max_concurrency", "enable_prefix_caching"),
         *("prefix_cache_retention_interval", "kv_offloading_size", "kv_offloading_backend", "cpu_kvcache_space_bytes"),
         *("user_specified_block_size", "user_specified_mamba_block_size", "_block_size_resolved"),
-        *("cache_hit_alignment_tokens", "effective_attention_block_size", "cpu_offload_gb"),
+        *("cache_hit_alignment_tokens", "effective_attention_block_size", "cpu_offload_gb", "hash_block_size"),
     },
 }
 _SAME_FILES = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "mistral", "runai_streamer")

@@ -8,17 +8,21 @@ Source: vLLM's SecondaryTierManager and its own FileSystemTierManager.
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import fields
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+import torch
 from vllm import __version__ as vllm_version
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+from vllm.platforms import current_platform
 from vllm.v1.kv_offload import base as offload_base
 from vllm.v1.kv_offload.base import LookupResult, RequestOffloadingContext
 from vllm.v1.kv_offload.tiering.async_lookup import AsyncLookupManager
@@ -39,6 +43,8 @@ __all__ = ["TierkvOffloadingConnector", "TierkvTier", "TierkvTieringSpec"]
 _log = logging.getLogger("vllm.tierkv")  # below vLLM's own logger, which shows its messages
 
 _NAME = "TierkvTier"
+_ATTENTION_PACKAGES = ("flashinfer-python", "flash-attn")
+_LAYOUT_SETTINGS = ("VLLM_KV_CACHE_LAYOUT", "VLLM_ATTENTION_BACKEND")
 _GROUP_BYTES = 4
 _LOAD_THREADS = 2
 _MOST_LOST = 1 << 16
@@ -290,11 +296,29 @@ class TierkvOffloadingConnector(OffloadingConnector):  # type: ignore[misc]
 def _complete(options: dict[str, Any], vllm_config: Any) -> None:
     """Add the model's identity to the options of a tier."""
     weights, adapters = options.get("weights"), options.get("adapters", "")
-    options["engine"] = engine_fields(vllm_config, weights=weights, adapters=adapters)
+    options["engine"] = {
+        **engine_fields(vllm_config, weights=weights, adapters=adapters),
+        "device": _device(),
+        "packages": {name: _package_version(name) for name in _ATTENTION_PACKAGES},
+    }
     if not weights:
         started = time.monotonic()
         options["weights"] = folder_weights(vllm_config)
         _log.info("tierkv has hashed the weights in %.1f s: %s", time.monotonic() - started, options["weights"])
+
+
+def _device() -> list[str]:
+    """Return what vLLM chooses attention backends and their layouts by, beside its configuration and packages."""
+    capability = torch.backends.cpu.get_cpu_capability() if current_platform.is_cpu() else ""
+    chosen = [os.environ.get(name, "") for name in _LAYOUT_SETTINGS]
+    return [str(current_platform.device_type), str(current_platform.get_device_name()), capability, *chosen]
+
+
+def _package_version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
 
 
 def _key_of(rows: DigestRows, key: Any) -> BlockKey | None:

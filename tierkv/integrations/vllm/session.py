@@ -1,0 +1,81 @@
+"""The block store of one engine in one process: the worker side opens it, a scheduler side of the same process uses it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from tierkv.block_store.load_or_compute import LoadOrCompute
+from tierkv.block_store.reservation import Reservation
+from tierkv.block_store.store import BlockStore
+from tierkv.integrations.vllm.options import Options
+from tierkv.values.namespace import Namespace
+
+if TYPE_CHECKING:
+    from tierkv.integrations.vllm.worker_side import WorkerSide
+
+__all__ = ["Reserved", "Session", "close_session", "find_session", "open_session"]
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """A reservation on its way to the worker side. read_s: how long its cold blocks took; in_memory: it had none."""
+
+    reservation: Reservation
+    read_s: float
+    in_memory: bool
+
+
+class Session:
+    """One engine's block store and what both sides of the connector share where they are in one process.
+
+    reserved: blocks of requests whose hit was announced, until the worker side loads them.
+    worker: the worker side, whose `run_now` saves the blocks of a request that has ended: no further step may come.
+    """
+
+    def __init__(self, options: Options, namespace: Namespace) -> None:
+        self.options = options
+        self.store: BlockStore = BlockStore(options.store_config(), namespace=namespace)
+        self.costs: LoadOrCompute = LoadOrCompute(block_size=namespace.layout.block_size)
+        self.reserved: dict[str, Reserved] = {}
+        self.worker: WorkerSide | None = None
+
+    def take(self, request_id: str) -> Reserved | None:
+        """Return what is reserved for a request; the caller owns it from now on."""
+        return self.reserved.pop(request_id, None)
+
+    def close(self) -> None:
+        """Write what is pending, then close the store."""
+        for reserved in self.reserved.values():
+            reserved.reservation.release()
+        self.reserved.clear()
+        self.store.flush()
+        self.store.close()
+
+
+_sessions: dict[str, Session] = {}  # by engine id: vLLM builds both sides, and gives them nothing else in common
+_lock = threading.Lock()
+
+
+def open_session(engine_id: str, make: Callable[[], Session]) -> Session:
+    """Open the session of an engine in this process."""
+    session = make()
+    with _lock:
+        _sessions[engine_id] = session
+    return session
+
+
+def find_session(engine_id: str) -> Session | None:
+    """Return the session that the worker side of this process has opened; None if the worker is another process."""
+    with _lock:
+        return _sessions.get(engine_id)
+
+
+def close_session(engine_id: str) -> None:
+    """Close the session of an engine, if it is open."""
+    with _lock:
+        session = _sessions.pop(engine_id, None)
+    if session:
+        session.close()

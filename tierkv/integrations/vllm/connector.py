@@ -145,7 +145,7 @@ class TierkvConnector(KVConnectorBase_V1):  # type: ignore[misc]
             engine_block_size=self._spec.block_size,
             loads=transfer.is_kv_consumer,
             saves=transfer.is_kv_producer,
-            save_now=session.worker.run_now if session and session.worker else None,
+            save_now=session.run_now if session else None,
             times=StepTimes(session.costs) if session else None,
         )
 

@@ -1,4 +1,4 @@
-"""How the scheduler side finds blocks: in the worker's own store, or in the store on disk that it shares with workers."""
+"""How the scheduler side finds blocks: in the worker's own store, or in the store that it shares with workers."""
 
 from __future__ import annotations
 
@@ -71,7 +71,9 @@ class LocalFinder:
     Async are only blocks that do not fit into the half of the warm memory that one reservation may hold.
     """
 
-    def __init__(self, session: Session, statistics: Statistics, *, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, session: Session, statistics: Statistics, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._session = session
         self._statistics = statistics
         self._clock = clock

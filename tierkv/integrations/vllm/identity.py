@@ -29,9 +29,9 @@ _VOLATILE = {"_name_or_path", "name_or_path", "transformers_version", "torch_dty
 class Identity:
     """Every field that decides K and V, or where they lie in a page. Each is a part of the namespace.
 
-    weights: digest of the files. settings: digest of the configuration files and of the model's own code. config: vLLM's
-    resolved configuration, its overrides included. max_model_len: where the rope frequencies hang on it, else None.
-    attention: backends of the layers. device: its type, and of a CPU what its packed layouts hang on.
+    weights: digest of the files. settings: digest of the configuration files and of the model's own code. config: the
+    configuration as vLLM has resolved it, its overrides included. max_model_len: where the rope
+    frequencies depend on it, else None. attention: backends of the layers. device: its type, and of a CPU what its packed layouts depend on.
     pages: shapes and orders of the dims. scales: of an fp8 cache, a pair for each layer.
     """
 
@@ -67,7 +67,14 @@ class Identity:
 
 
 def identity_of(
-    vllm_config: Any, *, version: str, pages: Mapping[str, Any], layout: BlockLayout, device: str, tp_rank: int, weights: str
+    vllm_config: Any,
+    *,
+    version: str,
+    pages: Mapping[str, Any],
+    layout: BlockLayout,
+    device: str,
+    tp_rank: int,
+    weights: str,
 ) -> Identity:
     """Read the identity from vLLM's configuration; it reads the model's files unless `weights` is their digest.
 
@@ -99,7 +106,7 @@ def identity_of(
 
 
 def refuse_unsupported(vllm_config: Any, kv_cache_config: Any, weights: str) -> None:
-    """Raise UnsupportedModelError or ConfigError, with the reason, for a configuration whose KV is not cached rightly."""
+    """Raise UnsupportedModelError or ConfigError, with the reason, for what cannot be cached rightly."""
     transfer, parallel = vllm_config.kv_transfer_config, vllm_config.parallel_config
     if transfer.kv_load_failure_policy != "recompute":
         raise ConfigError(

@@ -36,14 +36,16 @@ class TierkvPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
     """Counters named vllm:tierkv_*, one for each engine; those with reasons have the label `reason`."""
 
     def __init__(
-        self, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: dict[int, list[object]]
+        self,
+        vllm_config: Any,
+        metric_types: Any,
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         counter = metric_types[Counter]
         self._counters = {
-            name: counter(
-                name=f"vllm:tierkv_{name}", documentation=text, labelnames=[*labelnames, *_own_labels(name)]
-            )
+            name: counter(name=f"vllm:tierkv_{name}", documentation=text, labelnames=[*labelnames, *_own_labels(name)])
             for name, text in COUNTERS.items()
         }
 

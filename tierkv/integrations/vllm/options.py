@@ -44,7 +44,7 @@ class Options:
 
     @classmethod
     def parse(cls, extra_config: Mapping[str, Any]) -> Options:
-        """Read the options. Raises ConfigError for an unknown key, which it names, and for a value that makes no sense."""
+        """Read the options. Raises ConfigError for an unknown key, which it names, and for an invalid value."""
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(extra_config) - known)
         if unknown:

@@ -119,4 +119,5 @@ def _layer(tensor: torch.Tensor, page_tokens: int) -> LayerLayout:
 def _order(tensor: torch.Tensor) -> list[int]:
     """Return the dims of a page from the outermost to the innermost in memory; dims of one item do not matter."""
     dims = [dim for dim in range(1, tensor.dim()) if tensor.shape[dim] > 1]
-    return sorted(dims, key=lambda dim: -tensor.stride(dim))
+    strides = tensor.stride()
+    return sorted(dims, key=lambda dim: -strides[dim])

@@ -1,4 +1,4 @@
-"""What the connector's scheduler side orders for one step, and what its worker side reports. Plain, picklable values."""
+"""What the connector's scheduler side orders for one step, and what its worker side reports. Picklable values."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class LoadOrder:
 class SaveOrder:
     """Save blocks [first, end) of a request after this step, or before it for a request that has ended.
 
-    table: the engine's blocks from the request's beginning to block `end`. A worker saves nothing if one of them was not
-    loaded: the request has computed over its garbage.
+    table: the engine's blocks from the request's beginning to block `end`. A worker saves nothing if one of them
+    was not loaded: the request has computed over its garbage.
     """
 
     key: int

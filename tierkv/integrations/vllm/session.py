@@ -1,20 +1,16 @@
-"""The block store of one engine in one process: the worker side opens it, a scheduler side of the same process uses it."""
+"""The block store of one engine. The worker side opens it; a scheduler side in the same process uses it, too."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
 from tierkv.block_store.load_or_compute import LoadOrCompute
 from tierkv.block_store.reservation import Reservation
 from tierkv.block_store.store import BlockStore
 from tierkv.integrations.vllm.options import Options
+from tierkv.integrations.vllm.plan import StepPlan
 from tierkv.values.namespace import Namespace
-
-if TYPE_CHECKING:
-    from tierkv.integrations.vllm.worker_side import WorkerSide
 
 __all__ = ["Reserved", "Session", "close_session", "find_session", "open_session"]
 
@@ -32,7 +28,7 @@ class Session:
     """One engine's block store and what both sides of the connector share where they are in one process.
 
     reserved: blocks of requests whose hit was announced, until the worker side loads them.
-    worker: the worker side, whose `run_now` saves the blocks of a request that has ended: no further step may come.
+    run_now: carries out a plan of the worker side between two steps: after a request's end no further step may come.
     """
 
     def __init__(self, options: Options, namespace: Namespace) -> None:
@@ -40,7 +36,7 @@ class Session:
         self.store: BlockStore = BlockStore(options.store_config(), namespace=namespace)
         self.costs: LoadOrCompute = LoadOrCompute(block_size=namespace.layout.block_size)
         self.reserved: dict[str, Reserved] = {}
-        self.worker: WorkerSide | None = None
+        self.run_now: Callable[[StepPlan], None] | None = None
 
     def take(self, request_id: str) -> Reserved | None:
         """Return what is reserved for a request; the caller owns it from now on."""

@@ -1,8 +1,8 @@
 """Notices when the weights of a running vLLM worker change, and when its memory is about to be unmapped.
 
-vLLM has no hook for either, so the worker's own methods are wrapped. Weights that are written by a function of one's own
-(`collective_rpc` with a callable, a worker extension) are not noticed here; `reset_prefix_cache(reset_connector=True)`,
-which vLLM calls when it is paused or put to sleep, stops the connector too.
+vLLM has no hook for either, so the worker's own methods are wrapped. Weights that a user's own function
+writes (`collective_rpc` with a callable, a worker extension) are not noticed here;
+`reset_prefix_cache(reset_connector=True)`, which vLLM calls when it is paused or put to sleep, stops the connector too.
 """
 
 from __future__ import annotations
@@ -14,15 +14,20 @@ from typing import Any
 __all__ = ["CHANGES_WEIGHTS", "UNMAPS_MEMORY", "observe_worker"]
 
 CHANGES_WEIGHTS = (
-    *("reload_weights", "update_weights", "start_weight_update", "finish_weight_update", "update_config", "reset_weights"),
+    *(
+        "reload_weights",
+        "update_weights",
+        "start_weight_update",
+        "finish_weight_update",
+        "update_config",
+        "reset_weights",
+    ),
 )
 UNMAPS_MEMORY = ("sleep", "discard", "checkpoint_prepare")
 _MARK = "_tierkv_observed"
 
 
-def observe_worker(
-    worker_class: type, *, changed: Callable[[str], None], before_unmapping: Callable[[], None]
-) -> None:
+def observe_worker(worker_class: type, *, changed: Callable[[str], None], before_unmapping: Callable[[], None]) -> None:
     """Call `changed` with a method's name before it changes weights, and `before_unmapping` before memory goes.
 
     Wraps the methods of the class once; the callbacks find the connector of their process themselves.

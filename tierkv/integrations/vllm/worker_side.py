@@ -1,4 +1,4 @@
-"""The side of the connector that lives in a worker of vLLM: it copies blocks between the engine's memory and the store."""
+"""The side of the connector in a worker of vLLM: it copies blocks between the engine's memory and the store."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class WorkerSide:
         self._plan = StepPlan()
         self._stop_reason = ""
         self._hooks = _LayerHooks(len(pages.tensors), pages.layer_of)
-        session.worker = self
+        session.run_now = self.run_now
 
     # --- one step, in the order of vLLM's calls
 

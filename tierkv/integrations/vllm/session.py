@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+
 from tierkv.block_store.load_or_compute import LoadOrCompute
 from tierkv.block_store.reservation import Reservation
 from tierkv.block_store.store import BlockStore

@@ -30,8 +30,8 @@ class Identity:
     """Every field that decides K and V, or where they lie in a page. Each is a part of the namespace.
 
     weights: digest of the files. settings: digest of the configuration files and of the model's own code. config: the
-    configuration as vLLM has resolved it, its overrides included. max_model_len: where the rope
-    frequencies depend on it, else None. attention: backends of the layers. device: its type, and of a CPU what its packed layouts depend on.
+    configuration as vLLM has resolved it, its overrides included. max_model_len: where the rope frequencies depend on
+    it, else None. attention: backends of the layers. device: its type, and of a CPU what its packed layouts depend on.
     pages: shapes and orders of the dims. scales: of an fp8 cache, a pair for each layer.
     """
 

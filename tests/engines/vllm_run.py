@@ -1,4 +1,4 @@
-"""One life of a vLLM engine on a CPU: `python vllm_run.py SPEC`, where SPEC is JSON; it prints one JSON line at the end.
+"""One life of a vLLM engine on a CPU: `python vllm_run.py SPEC`, where SPEC is JSON; it prints one JSON line.
 
 The tests start it in a process of its own, with the interpreter that has vLLM. Fields of the spec are those of `Spec`.
 """
@@ -31,8 +31,8 @@ class Spec:
     """store: folder of the blocks, "" for plain vLLM. options: of the connector. engine: further arguments of LLM.
 
     actions: ["ask", prompts, new tokens], a prompt being [seed, length] pairs whose tokens follow each other, or
-    ["last"], which is an answer of the ask before with its prompt; ["reset"]; ["reset_connector"]; ["fail", share]: from
-    now on that share of the blocks of each load does not come.
+    ["last"], which is an answer of the ask before with its prompt; ["reset"]; ["reset_connector"]; ["fail", share]:
+    from now on that share of the blocks of each load does not come.
     """
 
     model: str
@@ -124,10 +124,7 @@ def run(spec: Spec) -> dict[str, Any]:
             sampling = SamplingParams(max_tokens=arguments[1], temperature=0, ignore_eos=True)
             outputs = llm.generate([{"prompt_token_ids": each} for each in prompts], sampling, use_tqdm=False)
             answers.append(
-                [
-                    {"cached": output.num_cached_tokens, "ids": list(output.outputs[0].token_ids)}
-                    for output in outputs
-                ]
+                [{"cached": output.num_cached_tokens, "ids": list(output.outputs[0].token_ids)} for output in outputs]
             )
             last = [each + list(out.outputs[0].token_ids) for each, out in zip(prompts, outputs, strict=True)]
         elif action == "reset":
@@ -160,8 +157,8 @@ def counts_of(llm: Any) -> dict[str, int]:
 
 def fail_loads(share: float) -> None:
     """Let only the first blocks of every load come, as if the rest had been damaged meanwhile."""
-    from tierkv.block_store.store import BlockStore
     from tierkv.block_store.placement import Strided
+    from tierkv.block_store.store import BlockStore
 
     load = BlockStore.load
 

@@ -117,7 +117,7 @@ class TierkvConnector(KVConnectorBase_V1):  # type: ignore[misc]
         return self._side.report()
 
     def stop_caching(self, reason: str) -> None:
-        """Load and save nothing any more: the weights of this worker have changed."""
+        """Load and save nothing until the cache is reset: the weights of this worker have changed."""
         self._side.stop(reason)
 
     def synchronize(self) -> None:
@@ -169,8 +169,8 @@ class TierkvConnector(KVConnectorBase_V1):  # type: ignore[misc]
         return False, None
 
     def reset_cache(self) -> bool | None:
-        """Stop caching: vLLM asks for this when weights may change, and does not say whether they have."""
-        self._orders.stop("the connector's cache was reset, as before a change of weights")
+        """Find nothing from before any more: vLLM asks for this where weights may change."""
+        self._orders.renew()
         return True
 
     @property

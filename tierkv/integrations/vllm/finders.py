@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from tierkv.block_store.keys import BlockKeys
@@ -14,6 +14,7 @@ from tierkv.block_store.store import BlockStore
 from tierkv.integrations.vllm.options import Options
 from tierkv.integrations.vllm.session import Reserved, Session
 from tierkv.integrations.vllm.statistics import Statistics
+from tierkv.storage.cold import ColdStore
 from tierkv.values.namespace import Namespace
 
 __all__ = ["Finder", "Found", "LocalFinder", "SharedFinder"]
@@ -49,6 +50,9 @@ class Finder(Protocol):
 
     def forget(self, request_id: str) -> None:
         """Forget a request that has ended."""
+
+    def renew(self, salt: str) -> None:
+        """Find blocks of the namespace with this salt from now on."""
 
     def close(self) -> None:
         """Release everything."""
@@ -143,6 +147,11 @@ class LocalFinder:
         if reserved:
             reserved.reservation.release()
 
+    def renew(self, salt: str) -> None:
+        self.close()
+        if self._session.renew_now:
+            self._session.renew_now(salt)
+
     def close(self) -> None:
         for request_id in list(self._held):
             self.drop(request_id)
@@ -152,14 +161,18 @@ class LocalFinder:
 class SharedFinder:
     """Finds blocks that every worker has on disk. Nothing is held: the workers reserve them, and load them async.
 
-    namespaces: of the workers' blocks, one for each rank. Raises what `BlockStore` raises.
+    namespaces: of the workers' blocks, one for each rank. cold: the store on disk, if this process has it open.
+    Raises what `BlockStore` raises.
     """
 
-    def __init__(self, options: Options, namespaces: Sequence[Namespace]) -> None:
+    def __init__(self, options: Options, namespaces: Sequence[Namespace], *, cold: ColdStore | None = None) -> None:
+        self._options = options
+        self._namespaces = namespaces
+        self._cold = cold
         self._stack = ExitStack()
-        config = options.store_config(lookup_only=True)
-        self._stores = [self._stack.enter_context(BlockStore(config, namespace=each)) for each in namespaces]
+        self._stores: list[BlockStore] = []
         self._keys: dict[str, list[BlockKeys]] = {}
+        self.renew("")
         self.block_size: int = self._stores[0].block_size
 
     def find(self, request_id: str, tokens: Sequence[int], first: int, end: int) -> Found | None:
@@ -181,6 +194,16 @@ class SharedFinder:
     def forget(self, request_id: str) -> None:
         self._keys.pop(request_id, None)
 
+    def renew(self, salt: str) -> None:
+        self.close()
+        config, cold = self._options.store_config(lookup_only=True), self._cold
+        for namespace in self._namespaces:
+            salted = replace(namespace, salt=salt)
+            store = self._stack.enter_context(BlockStore(config, namespace=salted, cold=cold))
+            self._stores.append(store)
+            cold = store.cold  # a process opens a store once
+
     def close(self) -> None:
         self._keys.clear()
+        self._stores.clear()
         self._stack.close()

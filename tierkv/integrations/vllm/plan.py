@@ -55,10 +55,12 @@ class StepPlan:
 
     fresh: engine's blocks that this step may overwrite. ended: requests whose keys the worker may forget.
     failures_seen: how many reports of failed loads the scheduler side has acted on.
-    is_stopped: nothing is cached any more. step: its number.
+    is_stopped: nothing is cached until further notice. salt: of the namespace; another one than before begins a new
+    namespace. step: its number.
     """
 
     step: int = 0
+    salt: str = ""
     updates: dict[int, TokenUpdate] = field(default_factory=dict)
     last_saves: list[SaveOrder] = field(default_factory=list)
     loads: list[LoadOrder] = field(default_factory=list)

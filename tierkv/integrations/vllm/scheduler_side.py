@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from secrets import token_hex
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,7 @@ class SchedulerSide:
         self._plan = StepPlan()
         self._numbers = count()
         self._step = 0
+        self._salt = ""
         self._failures_seen = 0
 
     # --- vLLM asks
@@ -161,7 +163,7 @@ class SchedulerSide:
         if self._times:
             self._times.start(plan.step, scheduler_output.total_num_scheduled_tokens, is_pure=not plan.loads)
         plan.failures_seen = self._failures_seen
-        plan.is_stopped = bool(self.stop_reason)
+        plan.is_stopped, plan.salt = bool(self.stop_reason), self._salt
         self._plan = StepPlan()
         return plan
 
@@ -202,10 +204,27 @@ class SchedulerSide:
             self._save_now(now)
 
     def stop(self, reason: str) -> None:
-        """Cache nothing any more: the weights are not known to be those of the files."""
+        """Cache nothing until `renew`: the weights are not known to be those of the files."""
         if not self.stop_reason:
-            _log.warning("tierkv caches nothing from now on: %s; restart the engine to cache again", reason)
+            _log.warning("tierkv caches nothing until reset_prefix_cache(reset_connector=True): %s", reason)
         self.stop_reason = self.stop_reason or reason
+
+    def renew(self) -> None:
+        """Begin a namespace of this process alone: nothing from before is found in it, nor its blocks by others.
+
+        vLLM asks for it where weights may change, and does not say whether they have. Requests that are there already
+        are not cached any more: their K and V may be of both weights.
+        """
+        for request_id, known in self._requests.items():
+            self._finder.forget(request_id)
+            self._plan.ended.append(known.key)
+            self._uncached.add(request_id)
+        self._requests.clear()
+        self._plan = StepPlan(ended=self._plan.ended)
+        self._salt = token_hex(16)
+        self._finder.renew(self._salt)
+        self.stop_reason = ""
+        _log.warning("tierkv: the cache was reset; blocks from before are found again after a restart of the engine")
 
     # --- one request
 

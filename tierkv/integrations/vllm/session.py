@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tierkv.block_store.load_or_compute import LoadOrCompute
 from tierkv.block_store.reservation import Reservation
@@ -30,18 +30,26 @@ class Session:
 
     reserved: blocks of requests whose hit was announced, until the worker side loads them.
     run_now: carries out a plan of the worker side between two steps: after a request's end no further step may come.
+    renew_now: lets the worker side begin a namespace with another salt.
     """
 
     def __init__(self, options: Options, namespace: Namespace) -> None:
         self.options = options
+        self.namespace = namespace
         self.store: BlockStore = BlockStore(options.store_config(), namespace=namespace)
         self.costs: LoadOrCompute = LoadOrCompute(block_size=namespace.layout.block_size)
         self.reserved: dict[str, Reserved] = {}
         self.run_now: Callable[[StepPlan], None] | None = None
+        self.renew_now: Callable[[str], None] | None = None
 
     def take(self, request_id: str) -> Reserved | None:
         """Return what is reserved for a request; the caller owns it from now on."""
         return self.reserved.pop(request_id, None)
+
+    def reopen(self, salt: str) -> None:
+        """Close the store and open it for another namespace, which has no blocks. The caller ends copies first."""
+        self.close()
+        self.store = BlockStore(self.options.store_config(), namespace=replace(self.namespace, salt=salt))
 
     def close(self) -> None:
         """Write what is pending, then close the store."""

@@ -2,7 +2,7 @@
 
 vLLM has no hook for either, so the worker's own methods are wrapped. Weights that a user's own function
 writes (`collective_rpc` with a callable, a worker extension) are not noticed here;
-`reset_prefix_cache(reset_connector=True)`, which vLLM calls when it is paused or put to sleep, stops the connector too.
+`reset_prefix_cache(reset_connector=True)`, which vLLM calls when it is paused or put to sleep, begins a new namespace.
 """
 
 from __future__ import annotations

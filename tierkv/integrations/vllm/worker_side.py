@@ -15,6 +15,7 @@ from tierkv.integrations.vllm.pages import LEFT_OUT, EnginePages
 from tierkv.integrations.vllm.plan import LoadOrder, SaveOrder, StepPlan, WorkerReport
 from tierkv.integrations.vllm.session import Reserved, Session
 from tierkv.integrations.vllm.statistics import Statistics
+from tierkv.movers.engine_memory import EngineMemory
 
 __all__ = ["WorkerSide"]
 
@@ -56,11 +57,10 @@ class WorkerSide:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._session = session
-        self._store = session.store
         self._pages = pages
         self._statistics = statistics
         self._clock = clock
-        self._memory = session.store.register([[t] for t in pages.tensors], pages_per_block=pages.pages_per_block)
+        self._memory = self._register()
         self._keys: dict[int, BlockKeys] = {}
         self._loading: list[_Loading] = []  # async ones
         self._loads_now: list[_Loading] = []  # the forward pass of this step reads them
@@ -71,19 +71,24 @@ class WorkerSide:
         self._plan = StepPlan()
         self._stop_reason = ""
         self._hooks = _LayerHooks(len(pages.tensors), pages.layer_of)
+        self._salt = ""
+        self._saved: dict[int, int] = {}  # blocks of a request that are saved, or were known
         session.run_now = self.run_now
+        session.renew_now = self.renew
 
     # --- one step, in the order of vLLM's calls
 
     def begin_step(self, plan: StepPlan) -> None:
         """Save the last blocks of requests that have ended, then let this step overwrite only what has been copied."""
+        if plan.salt != self._salt:
+            self.renew(plan.salt)
         self._plan = plan
         if plan.is_stopped:
             self._stop_reason = self._stop_reason or "the scheduler side has stopped"
         for key, update in plan.updates.items():
             keys = self._keys.get(key)
             if keys is None:
-                keys = self._keys[key] = self._store.keys()
+                keys = self._keys[key] = self._session.store.keys()
             assert keys.num_tokens == update.start, "the scheduler side sends every token once"
             keys.extend(update.tokens)
         for failure in [number for number in self._garbage if number <= plan.failures_seen]:
@@ -92,6 +97,7 @@ class WorkerSide:
             self._save(order)
         for key in plan.ended:
             self._keys.pop(key, None)
+            self._saved.pop(key, None)
         self._hooks.begin()
         if self._saving:
             fresh = set(plan.fresh)
@@ -162,8 +168,20 @@ class WorkerSide:
     # --- outside of steps
 
     def stop(self, reason: str) -> None:
-        """Load and save nothing any more: the weights are not known to be those of the files."""
+        """Load and save nothing until `renew`: the weights are not known to be those of the files."""
         self._stop_reason = self._stop_reason or reason
+
+    def renew(self, salt: str) -> None:
+        """Begin the namespace with this salt. Loads in progress fail: what they bring is of the namespace before."""
+        self.synchronize()
+        for loading in self._loading:
+            loading.load = None
+        self._keys.clear()
+        self._saved.clear()
+        self._saving.clear()
+        self._session.reopen(salt)
+        self._memory = self._register()
+        self._salt, self._stop_reason = salt, ""
 
     def synchronize(self) -> None:
         """Wait until no copy reads or writes the engine's memory."""
@@ -172,6 +190,10 @@ class WorkerSide:
                 loading.load.synchronize()
         for saving in self._saving:
             saving.save.synchronize()
+
+    def _register(self) -> EngineMemory:
+        tensors = [[tensor] for tensor in self._pages.tensors]
+        return self._session.store.register(tensors, pages_per_block=self._pages.pages_per_block)
 
     # --- loads
 
@@ -186,7 +208,7 @@ class WorkerSide:
         started = self._clock()
         targets = Strided(self._memory, self._pages.pages_of(order.pages))
         try:
-            load = self._store.load(reserved.reservation, targets)
+            load = self._session.store.load(reserved.reservation, targets)
         except TierKVError as exc:
             _log.warning("a load failed, the engine computes instead: %s", exc)
             return _Loading(order)
@@ -198,7 +220,7 @@ class WorkerSide:
         end = order.first + len(order.pages)
         if keys is None or len(keys) < end or not order.is_async:
             return None
-        reservation = self._store.reserve(keys[:end], order.first)
+        reservation = self._session.store.reserve(keys[:end], order.first)
         return Reserved(reservation, 0.0, reservation.is_ready)
 
     def _end_sync(self, loading: _Loading) -> None:
@@ -236,23 +258,26 @@ class WorkerSide:
     # --- saves
 
     def _save(self, order: SaveOrder) -> None:
-        """Save blocks, unless the request has computed over garbage that the scheduler side has not seen yet."""
+        """Save blocks, unless the request has computed over garbage that the scheduler side has not seen yet.
+
+        Blocks for which there was no room before are tried again: without them their children are of no use.
+        """
         keys = self._keys.get(order.key)
-        num_blocks = order.end - order.first
         if self._stop_reason or keys is None:
             return
         if self._is_garbage(order.table):
-            self._statistics.add("unsaved_blocks", num_blocks)
+            self._statistics.add("unsaved_blocks", order.end - order.first)
             return
+        first = min(order.first, self._saved.get(order.key, order.first))
         per_block = len(order.table) // order.end
-        blocks = [order.table[at * per_block : (at + 1) * per_block] for at in range(order.first, order.end)]
+        blocks = [order.table[at * per_block : (at + 1) * per_block] for at in range(first, order.end)]
+        sources = Strided(self._memory, self._pages.pages_of(blocks))
         try:
-            save = self._store.save(
-                keys[: order.end], Strided(self._memory, self._pages.pages_of(blocks)), start=order.first
-            )
+            save = self._session.store.save(keys[: order.end], sources, start=first)
         except TierKVError as exc:
             _log.warning("a save failed: %s", exc)
             return
+        self._saved[order.key] = order.end - save.num_skipped
         self._statistics.add("saved_blocks", save.num_saved)
         if not save.is_done():
             self._saving.append(_Saving(save, frozenset(block for ids in blocks for block in ids)))

@@ -41,7 +41,7 @@ ROOMS = {
     "profiling": "errors values policies storage config transfer requests cache",
     "__init__": "errors values policies background storage movers ranks config block_store requests cache engine "
     "profiling",
-    "integrations": "errors values block_store",
+    "integrations": "errors values storage movers block_store",
     "tools": "errors values policies storage daemon config engine profiling __init__",
     "__main__": "tools",
 }

@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from tierkv.index.entry import Entry
 from tierkv.index.index import Index
+from tierkv.index.tree import Entry
 from tierkv.values.block import BlockHash, Tier
 from tierkv.values.locks import NO_LOCK, Owned
 

@@ -13,9 +13,9 @@ import numpy as np
 import xxhash
 
 from tierkv.errors import ConfigError, CorruptBlockError, FormatVersionError, ShapeError, StoreError
+from tierkv.storage.codec import Bytes
 from tierkv.storage.codecs import Codec, codec_by_id
 from tierkv.storage.outcomes import MissReason
-from tierkv.storage.planes import Bytes
 from tierkv.values.block import (
     CONTENT_DIGEST_BYTES,
     HASH_BYTES,
@@ -244,7 +244,7 @@ def write_header(buffer: Bytes, info: BlockInfo, layout: BlockLayout, codec: Cod
         codec.codec_id,
         codec.version,
         len(frame_sizes),
-        layout.packed_bytes(info.num_tokens),
+        layout.token_bytes * info.num_tokens,
         payload_bytes,
         payload_offset + payload_bytes,
         payload_offset,

@@ -464,7 +464,7 @@ CALLS: dict[str, Callable[[ColdStore], object]] = {
     "verify": lambda store: store.verify(),
     "repair": lambda store: store.verify(repair=True),
     "put": lambda store: store.put([record_of(7)]),
-    "touch": lambda store: store.touch([HASH]),
+    "touch": lambda store: store.notes.touch([HASH]),
     "maintain": lambda store: store.maintain(),
     "set_pinned": lambda store: store.set_pinned([HASH], True),
     "delete": lambda store: store.delete(HASH),

@@ -194,7 +194,8 @@ class TierCache:
         A block whose hash another block has taken stays private, and so do those that follow it.
         """
         self._running.require(sequence)
-        num_computed_tokens = check_count("num_computed_tokens", num_computed_tokens, least=None)
+        if type(num_computed_tokens) is not int:  # once a step and sequence: no call in the usual case
+            num_computed_tokens = check_count("num_computed_tokens", num_computed_tokens, least=None)
         if not 0 <= num_computed_tokens <= sequence.num_tokens:
             raise ConfigError(f"{num_computed_tokens} tokens computed of a sequence of {sequence.num_tokens}")
         return self._committer.commit(sequence, num_computed_tokens, partial_block=partial_block)

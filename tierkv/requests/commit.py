@@ -110,7 +110,7 @@ class Committer:
             sequence.is_cacheable = False
             return 0
         sequence.chain.append(block_hash)
-        if kind is EventKind.REGISTER:
+        if tiers.chosen.marked and kind is EventKind.REGISTER:
             tiers.chosen.spare(entry)  # evicted, and computed anew
         if entry.block_id is not None:
             self._share(sequence, at, entry.block_id)

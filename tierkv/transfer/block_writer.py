@@ -108,7 +108,7 @@ class BlockWriter:
         tiers = self._tiers
         held = [Place(Tier.HOT, job.block_id) for job in jobs]
         try:
-            with tiers.observers.span("demote") as detail:
+            with tiers.span("demote") as detail:
                 detail["blocks"] = len(jobs)
                 if tiers.memory.compression:
                     self._write_compressed(jobs, tiers.memory.compression)
@@ -123,7 +123,7 @@ class BlockWriter:
                         self._attach_warm(job, slot)
             tiers.unpin(held)
             held = []
-            with tiers.observers.span("store cold") as detail:
+            with tiers.span("store cold") as detail:
                 detail["blocks"] = self._store(raw)
         finally:
             self._note_failed(jobs)
@@ -164,7 +164,7 @@ class BlockWriter:
         entry = self._tiers.insert(job)
         if entry and entry.warm_slot is None:
             self._tiers.attach(entry, Tier.WARM, slot, EventKind.DEMOTE)
-            self._tiers.stats.bytes_in[Tier.WARM] += self._tiers.layout.packed_bytes(entry.num_tokens)
+            self._tiers.stats.bytes_in[Tier.WARM] += self._tiers.layout.token_bytes * entry.num_tokens
 
     def _missing(self, jobs: Sequence[Job]) -> list[Job]:
         """Return the jobs whose block the store lacks; none without a store that may be written to."""
@@ -193,8 +193,9 @@ class BlockWriter:
                 if outcome not in (PutOutcome.STORED, PutOutcome.EXISTS):
                     self._tiers.skip(job, outcome.value)
                     continue
-                tiers.observers.block(EventKind.DEMOTE, Tier.COLD, job)
-                tiers.stats.bytes_in[Tier.COLD] += tiers.layout.packed_bytes(len(job.token_bytes) // TOKEN_BYTES)
+                if tiers.observers.are_there:
+                    tiers.observers.block(EventKind.DEMOTE, Tier.COLD, job)
+                tiers.stats.bytes_in[Tier.COLD] += tiers.layout.token_bytes * (len(job.token_bytes) // TOKEN_BYTES)
                 entry = self._tiers.entry_of(job)
                 if entry:
                     entry.in_cold = True

@@ -95,7 +95,7 @@ class ColdReading:
         ahead = [*wave[_AHEAD_BLOCKS:], *[None] * _AHEAD_BLOCKS]
         coded: list[CodedBlock] = []
         failure: MissReason | None = None
-        with tiers.observers.span("read cold") as detail:
+        with tiers.span("read cold") as detail:
             read = tiers.memory.threads.map(Priority.REQUEST, self.read_one, wave, places, ahead)
             detail["blocks"] = len(places)
         for block in read:
@@ -114,7 +114,7 @@ class ColdReading:
         """Enter a block that has been read: into the warm tier, if that is where it lies. The caller holds the lock."""
         assert self._tiers.changed.is_owned()
         tiers = self._tiers
-        tiers.stats.bytes_out[Tier.COLD] += tiers.layout.packed_bytes(len(hit.token_bytes) // TOKEN_BYTES)
+        tiers.stats.bytes_out[Tier.COLD] += tiers.layout.token_bytes * (len(hit.token_bytes) // TOKEN_BYTES)
         if place.tier is None or coded.frame_sizes:
             entry = tiers.entry_of(hit)
         else:

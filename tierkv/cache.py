@@ -34,7 +34,6 @@ from tierkv.transfer.load import Loader
 from tierkv.transfer.memory import pool_regions
 from tierkv.transfer.recompute_or_load import RecomputeOrLoad
 from tierkv.values.block import HashFunction, Tier, TokenIds, as_token_array, hash_block
-from tierkv.values.checks import check_count
 from tierkv.values.events import CacheObserver
 from tierkv.values.files import check_path
 from tierkv.values.layout import BlockLayout
@@ -192,10 +191,6 @@ class TierCache:
         A block whose hash another block has taken stays private, and so do those that follow it.
         """
         self._running.require(sequence)
-        if type(num_computed_tokens) is not int:  # once a step and sequence: no call in the usual case
-            num_computed_tokens = check_count("num_computed_tokens", num_computed_tokens, least=None)
-        if not 0 <= num_computed_tokens <= sequence.num_tokens:
-            raise ConfigError(f"{num_computed_tokens} tokens computed of a sequence of {sequence.num_tokens}")
         return self._committer.commit(sequence, num_computed_tokens, partial_block=partial_block)
 
     @while_open

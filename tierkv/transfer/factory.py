@@ -109,7 +109,7 @@ def open_tiers(
 
 
 def close_tiers(tiers: Tiers, daemon: DaemonTiers | None, *, is_quiet: bool, owns_cold: bool) -> None:
-    """Close what `open_tiers` opened. is_quiet: no thread still uses the memory. owns_cold: the store was not shared."""
+    """Close what `open_tiers` opened. is_quiet: no thread uses the memory any more. owns_cold: no other cache does."""
     tiers.end_copies()
     if daemon:
         daemon.close()

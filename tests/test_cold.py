@@ -25,7 +25,7 @@ from cold_blocks import (
 from pattern_layout import iter_packed
 
 from tierkv.errors import FormatVersionError, StoreError
-from tierkv.storage import cold_batch, cold_reader, cold_writer
+from tierkv.storage import cold_notes, cold_reader, cold_rows
 from tierkv.storage.cold_rows import padded_bytes
 from tierkv.storage.outcomes import MissReason, PutOutcome
 from tierkv.storage.record import EncodedRecord, encode_record, parse_record
@@ -211,8 +211,8 @@ def test_accesses_and_pins_survive_a_restart(tmp_path: Path) -> None:
 
 
 def test_many_accesses_are_due_and_unwritten_ones_are_bounded(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(cold_batch, "MAX_PENDING_TOUCHES", 2)
-    monkeypatch.setattr(cold_batch, "MAX_KEPT_TOUCHES", 2)
+    monkeypatch.setattr(cold_notes, "MAX_PENDING_TOUCHES", 2)
+    monkeypatch.setattr(cold_notes, "MAX_KEPT_TOUCHES", 2)
     records = [record_of(number) for number in range(3)]
     with open_store(tmp_path) as store:
         store.put(records)
@@ -354,7 +354,7 @@ def test_a_disk_with_too_little_room_stops_growth_but_not_writing(tmp_path: Path
 
 
 def test_a_map_that_is_full_in_spite_of_evicting_pauses_writing(tmp_path, monkeypatch, caplog) -> None:
-    monkeypatch.setattr(cold_writer, "_SPARE_MAP_BYTES", -QUOTA // 4 - QUOTA + (2 << 20))  # a map of 2 MiB
+    monkeypatch.setattr(cold_rows, "_SPARE_MAP_BYTES", -QUOTA // 4 - QUOTA + (2 << 20))  # a map of 2 MiB
     clock = FakeClock()
     with open_store(tmp_path, clock) as store:
         outcomes = [store.put([record_of(n)])[0] for n in range(200)]

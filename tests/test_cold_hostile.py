@@ -18,12 +18,11 @@ from cold_blocks import LAYOUT, NAMESPACE, OTHER, QUOTA, chain_of, damage_record
 from tierkv.errors import ConfigError, CorruptBlockError, StoreError
 from tierkv.storage import cold_rows, lmdb_directory
 from tierkv.storage.cold import ColdStore
-from tierkv.storage.cold_batch import WriteBatch
+from tierkv.storage.cold_batch import WriteBatch, descriptions_limit
 from tierkv.storage.cold_children import CHILD_ROW_BYTES, ChildRow
 from tierkv.storage.cold_rows import (
     NAMESPACE_PREFIX,
     NamespaceRow,
-    descriptions_limit,
     pack_entry,
     pack_row,
     unpack_entry,

@@ -148,7 +148,7 @@ def test_a_request_that_is_interrupted_holds_nothing(tmp_path: Path, monkeypatch
         cache.release(PatternEngine(cache).start(PROMPT))
         cache.flush()
         with monkeypatch.context() as patch:
-            patch.setattr(store, "touch", _raise(KeyboardInterrupt()))
+            patch.setattr(store.notes, "touch", _raise(KeyboardInterrupt()))
             with pytest.raises(KeyboardInterrupt):
                 cache.acquire([*PROMPT, 99])
         cache.evict(Tier.HOT)

@@ -244,5 +244,6 @@ class Acquirer:
         assert self._tiers.changed.is_owned()
         index = self._tiers.index
         index.touch_all(hot)  # pinned since the lookup, so still the same blocks
-        found = (self._tiers.entry_of(hit) for hit in hits)
-        index.touch_all(entry for entry in found if entry)
+        if hits:
+            found = (self._tiers.entry_of(hit) for hit in hits)
+            index.touch_all(entry for entry in found if entry)

@@ -169,7 +169,10 @@ class BlockWriter:
     def _missing(self, jobs: Sequence[Job]) -> list[Job]:
         """Return the jobs whose block the store lacks; none without a store that may be written to."""
         cold = self._writable_store
-        return [job for job in jobs if not cold.contains(job.block_hash)] if cold else []
+        if not cold or not jobs:
+            return []
+        found = cold.lookup_many([job.block_hash for job in jobs])
+        return [job for job, entry in zip(jobs, found, strict=True) if entry is None]
 
     @property
     def _writable_store(self) -> ColdStore | None:
@@ -203,12 +206,6 @@ class BlockWriter:
 
     def _encode(self, job_and_slot: tuple[Job, int]) -> EncodedRecord:
         job, slot = job_and_slot
-        info = BlockInfo(
-            block_hash=job.block_hash,
-            parent=job.parent_hash,
-            namespace=self._tiers.namespace,
-            content_digest=job.content_digest,
-            token_bytes=job.token_bytes,
-        )
+        info = BlockInfo.of(job, namespace=self._tiers.namespace, content_digest=job.content_digest)
         memory = self._tiers.memory
         return encode_record(info, memory.raw.slots[slot], layout=memory.layout, codec=memory.codec)

@@ -64,13 +64,7 @@ class ColdReading:
         tiers = self._tiers
         if ahead and ahead.source:
             ahead.source.read_ahead([ahead.block_hash])
-        info = BlockInfo(
-            block_hash=hit.block_hash,
-            parent=hit.parent_hash,
-            namespace=tiers.namespace,
-            content_digest=hit.content_digest,
-            token_bytes=hit.token_bytes,
-        )
+        info = BlockInfo.of(hit, namespace=tiers.namespace, content_digest=hit.content_digest)
         coded = CodedBlock()
         wanted = {"coded": coded} if tiers.memory.frames and may_stay_coded else {}
         try:

@@ -166,15 +166,19 @@ def test_scheduler_and_worker_in_two_processes(lives: Lives, store: Path) -> Non
 
 
 def test_preemption_in_a_pool_that_is_too_small_with_chunked_prefill(lives: Lives, tmp_path: Path) -> None:
-    small = {"num_gpu_blocks_override": 30, "max_num_batched_tokens": 128, "enable_chunked_prefill": True}
+    small = {
+        "max_model_len": 512,
+        "num_gpu_blocks_override": 30,
+        "max_num_batched_tokens": 128,
+        "enable_chunked_prefill": True,
+    }
     store = str(tmp_path / "store")
     once = [["ask", CROWD, 60]]
     for engine in (small, {**small, "async_scheduling": True}):
         result = lives.live([*once, *once, ["reset"], *once], store=store, engine=engine)
         for answers in result["answers"]:
             assert [answer["ids"] for answer in answers] == lives.crowd
-        assert result["counted"]["saved_blocks"] + result["counted"].get("loaded_blocks", 0) > 0
-    assert result["counted"]["loaded_blocks"] > 10
+        assert result["counted"]["loaded_blocks"] > 10
 
 
 def test_after_a_reset_of_the_connector_nothing_is_cached(lives: Lives, store: Path) -> None:

@@ -388,7 +388,7 @@ def test_a_scheduler_in_another_process_finds_what_all_ranks_have_on_disk(tmp_pa
     namespace = engine.session.store.namespace
     other_rank = Namespace(weights="w", layout=namespace.layout, tp_rank=1, tp_size=2)
     for ranks, hit in (([namespace], (44, True)), ([namespace, other_rank], (0, False))):
-        finder = SharedFinder(engine.options, ranks, cold=engine.session.store.cold)
+        finder = SharedFinder(engine.options, ranks, engine.statistics, cold=engine.session.store.cold)
         scheduler = engine.make_scheduler(finder)
         assert scheduler.get_num_new_matched_tokens(FakeRequest("b", ids), 0) == hit
         finder.close()
@@ -397,9 +397,12 @@ def test_a_scheduler_in_another_process_finds_what_all_ranks_have_on_disk(tmp_pa
 
 def test_an_async_load_of_blocks_that_have_gone_is_reported_with_its_blocks(tmp_path: Path) -> None:
     engine = Engine(tmp_path / "store")
-    finder = SharedFinder(engine.options, [engine.session.store.namespace], cold=engine.session.store.cold)
+    finder = SharedFinder(
+        *(engine.options, [engine.session.store.namespace], engine.statistics), cold=engine.session.store.cold
+    )
     engine.scheduler = engine.make_scheduler(finder)
     finder.find = lambda *_: SimpleNamespace(num_blocks=3, is_async=True)  # type: ignore[method-assign]
+    finder.keep = lambda *_: None  # type: ignore[method-assign]
     request, table = FakeRequest("b", tokens(1, 50)), list(range(13))
     assert engine.scheduler.get_num_new_matched_tokens(request, 0) == (48, True)
     engine.scheduler.update_state_after_alloc(request, table, 48)

@@ -15,6 +15,7 @@ import vllm
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
+from tierkv.block_store.load_or_compute import LoadOrCompute
 from tierkv.errors import ConfigError
 from tierkv.integrations.vllm.finders import LocalFinder, SharedFinder
 from tierkv.integrations.vllm.identity import identity_of, refuse_unsupported
@@ -39,6 +40,7 @@ class TierkvConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
+        _log_as_vllm()
         transfer = vllm_config.kv_transfer_config
         self._options = Options.parse(transfer.kv_connector_extra_config)
         refuse_unsupported(vllm_config, kv_cache_config, self._options.weights)
@@ -52,7 +54,7 @@ class TierkvConnector(KVConnectorBase_V1):  # type: ignore[misc]
         if role == KVConnectorRole.SCHEDULER:
             self._session = find_session(self._engine_id)
             if self._session:
-                self._start_scheduler(LocalFinder(self._session, self._statistics))
+                self._start_scheduler(LocalFinder(self._session, self._statistics), self._session.costs)
             elif self._options.path is None:
                 raise ConfigError(
                     "the scheduler and the workers are different processes, which share blocks on disk only",
@@ -134,9 +136,10 @@ class TierkvConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def set_xfer_handshake_metadata(self, metadata: dict[int, Any]) -> None:
         if self._scheduler is None:
             ranks = [metadata[rank].namespace for rank in sorted(metadata)]
-            self._start_scheduler(SharedFinder(self._options, ranks))
+            finder = SharedFinder(self._options, ranks, self._statistics)
+            self._start_scheduler(finder, finder.costs)
 
-    def _start_scheduler(self, finder: LocalFinder | SharedFinder) -> None:
+    def _start_scheduler(self, finder: LocalFinder | SharedFinder, costs: LoadOrCompute) -> None:
         transfer, session = self._kv_transfer_config, self._session
         self._finder = finder
         self._scheduler = SchedulerSide(
@@ -146,7 +149,7 @@ class TierkvConnector(KVConnectorBase_V1):  # type: ignore[misc]
             loads=transfer.is_kv_consumer,
             saves=transfer.is_kv_producer,
             save_now=session.run_now if session else None,
-            times=StepTimes(session.costs) if session else None,
+            times=StepTimes(costs),
         )
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
@@ -161,7 +164,8 @@ class TierkvConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def update_connector_output(self, connector_output: Any) -> None:
         report = connector_output.kv_connector_worker_meta
         assert report is None or isinstance(report, WorkerReport)
-        self._orders.update_from_output(connector_output.invalid_block_ids, report)
+        loaded = connector_output.finished_recving or ()
+        self._orders.update_from_output(connector_output.invalid_block_ids, report, loaded)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Free the blocks at once: a later step that overwrites them waits for the copies that still read them."""
@@ -209,6 +213,15 @@ class TierkvConnector(KVConnectorBase_V1):  # type: ignore[misc]
         if self._worker:
             self._worker.synchronize()
             close_session(self._engine_id)
+
+
+def _log_as_vllm() -> None:
+    """Let tierkv's messages go where vLLM's go, unless the application has its own handlers for them."""
+    ours, theirs = logging.getLogger("tierkv"), logging.getLogger("vllm")
+    if theirs.handlers and not ours.handlers:
+        ours.handlers = list(theirs.handlers)
+        ours.setLevel(theirs.level)
+        ours.propagate = False
 
 
 def _plan(metadata: Any) -> StepPlan:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from tierkv.block_store.keys import BlockKeys
+from tierkv.block_store.load_or_compute import LoadOrCompute
 from tierkv.block_store.reservation import Reservation
 from tierkv.block_store.store import BlockStore
 from tierkv.integrations.vllm.options import Options
@@ -47,6 +48,9 @@ class Finder(Protocol):
 
     def drop(self, request_id: str) -> None:
         """Hold nothing for a request that is not loaded."""
+
+    def loaded(self, request_id: str) -> None:
+        """Note that the async load of a request has ended."""
 
     def forget(self, request_id: str) -> None:
         """Forget a request that has ended."""
@@ -140,6 +144,9 @@ class LocalFinder:
         if held:
             held.reservation.release()
 
+    def loaded(self, request_id: str) -> None:
+        pass  # the worker side measures it
+
     def forget(self, request_id: str) -> None:
         self.drop(request_id)
         self._keys.pop(request_id, None)
@@ -162,10 +169,23 @@ class SharedFinder:
     """Finds blocks that every worker has on disk. Nothing is held: the workers reserve them, and load them async.
 
     namespaces: of the workers' blocks, one for each rank. cold: the store on disk, if this process has it open.
-    Raises what `BlockStore` raises.
+    costs: of loading, as the scheduler sees it, and of computing. Raises what `BlockStore` raises.
     """
 
-    def __init__(self, options: Options, namespaces: Sequence[Namespace], *, cold: ColdStore | None = None) -> None:
+    def __init__(
+        self,
+        options: Options,
+        namespaces: Sequence[Namespace],
+        statistics: Statistics,
+        *,
+        cold: ColdStore | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.costs: LoadOrCompute = LoadOrCompute(block_size=namespaces[0].layout.block_size)
+        self._statistics = statistics
+        self._clock = clock
+        self._found: dict[str, int] = {}  # blocks of waiting requests
+        self._loading: dict[str, tuple[int, float]] = {}  # blocks, and when the load began
         self._options = options
         self._namespaces = namespaces
         self._cold = cold
@@ -183,15 +203,28 @@ class SharedFinder:
         for store, keys in zip(self._stores, found, strict=True):
             keys.extend(tokens[keys.num_tokens : end * self.block_size])
             num_blocks = store.contains(keys[first : first + num_blocks]) if num_blocks else 0
+        if num_blocks and self._options.compute_or_load and self._found.get(request_id) != num_blocks:
+            rest = max(1, len(tokens) - (first + num_blocks) * self.block_size)
+            worth = self.costs.worth_loading(num_blocks, in_memory=False, num_rest_tokens=rest)
+            self._statistics.add("computed_instead_tokens", (num_blocks - worth) * self.block_size)
+            num_blocks = worth
+        self._found[request_id] = num_blocks
         return Found(num_blocks, is_async=num_blocks > 0)
 
     def keep(self, request_id: str) -> None:
-        pass
+        self._loading[request_id] = (self._found.pop(request_id), self._clock())
 
     def drop(self, request_id: str) -> None:
-        pass
+        self._found.pop(request_id, None)
+
+    def loaded(self, request_id: str) -> None:
+        num_blocks, started = self._loading.pop(request_id, (0, 0.0))
+        if num_blocks:
+            self.costs.record_load(num_blocks, in_memory=False, seconds=self._clock() - started)
 
     def forget(self, request_id: str) -> None:
+        self.drop(request_id)
+        self._loading.pop(request_id, None)
         self._keys.pop(request_id, None)
 
     def renew(self, salt: str) -> None:
@@ -205,5 +238,7 @@ class SharedFinder:
 
     def close(self) -> None:
         self._keys.clear()
+        self._found.clear()
+        self._loading.clear()
         self._stores.clear()
         self._stack.close()

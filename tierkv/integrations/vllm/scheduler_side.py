@@ -167,9 +167,16 @@ class SchedulerSide:
         self._plan = StepPlan()
         return plan
 
-    def update_from_output(self, failed_block_ids: Iterable[int], report: WorkerReport | None) -> None:
-        """Act on what the workers report: order blocks anew from the first that was computed over garbage."""
+    def update_from_output(
+        self, failed_block_ids: Iterable[int], report: WorkerReport | None, loaded: Iterable[str] = ()
+    ) -> None:
+        """Act on what the workers report: order blocks anew from the first that was computed over garbage.
+
+        loaded: requests whose async loads have ended.
+        """
         failed = set(failed_block_ids)
+        for request_id in loaded:
+            self._finder.loaded(request_id)
         if report is not None:
             if self._times:
                 self._times.end(report.step)
@@ -259,7 +266,10 @@ class SchedulerSide:
         if known is None:
             return
         known.load = None
-        known.table = [*block_ids] if is_whole else [*known.table, *block_ids]
+        if is_whole:
+            known.table = list(block_ids)
+        else:
+            known.table += block_ids
         num_computed += scheduler_output.num_scheduled_tokens[request_id]
         # With asynchronous scheduling the last sampled tokens are not known yet: their block is saved a step later.
         self._order_save(known, min(num_computed, known.request.num_tokens), plan.saves)

@@ -258,6 +258,7 @@ def _device_of(tensor: torch.Tensor) -> str:
 
 def _observe_this_worker() -> None:
     """Wrap the methods of vLLM's worker classes that change weights or unmap memory, once in a process."""
+    from vllm.platforms import current_platform
     from vllm.v1.worker.gpu_worker import Worker
 
     def connector() -> TierkvConnector | None:
@@ -275,11 +276,9 @@ def _observe_this_worker() -> None:
             found.synchronize()
 
     classes = [Worker]
-    try:
+    if current_platform.is_cpu():  # on a GPU the import would replace torch.cuda's streams
         from vllm.v1.worker.cpu_worker import CPUWorker
-    except ImportError:
-        pass
-    else:
+
         classes.append(CPUWorker)
     for worker_class in classes:
         observe_worker(worker_class, changed=changed, before_unmapping=before_unmapping)

@@ -22,6 +22,7 @@ __all__ = ["Finder", "Found", "LocalFinder", "SharedFinder"]
 
 _MOST_READING = 4
 _MOST_WAIT_S = 30.0
+_IDLE_WAIT_S = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +41,14 @@ class Finder(Protocol):
 
     block_size: int
 
-    def find(self, request_id: str, tokens: Sequence[int], first: int, end: int) -> Found | None:
-        """Return which of the blocks [first, end) of a request there are; None: ask again in the next step."""
+    def find(
+        self, request_id: str, tokens: Sequence[int], first: int, end: int, *, is_idle: bool = False
+    ) -> Found | None:
+        """Return which of the blocks [first, end) of a request there are; None: ask again in the next step.
+
+        is_idle: the engine has nothing else to do; then this may wait a moment. An engine that asks again at once would
+        keep Python from the threads that read.
+        """
 
     def keep(self, request_id: str) -> None:
         """Hold what was found until the worker loads it."""
@@ -64,12 +71,16 @@ class Finder(Protocol):
 
 @dataclass(slots=True)
 class _Held:
-    """A reservation of blocks from `first` on. read_s: how long reading took; None while it is going on."""
+    """A reservation of blocks from `first` on. num_warm: leading blocks that needed no reading.
+
+    read_s: how long reading took; None while it is going on.
+    """
 
     reservation: Reservation
     first: int
     since: float
     in_memory: bool
+    num_warm: int
     read_s: float | None = None
 
 
@@ -89,7 +100,9 @@ class LocalFinder:
         self._held: dict[str, _Held] = {}
         self.block_size: int = session.store.block_size
 
-    def find(self, request_id: str, tokens: Sequence[int], first: int, end: int) -> Found | None:
+    def find(
+        self, request_id: str, tokens: Sequence[int], first: int, end: int, *, is_idle: bool = False
+    ) -> Found | None:
         held = self._held.get(request_id)
         if held and (held.first != first or held.first + held.reservation.num_blocks > end):
             self.drop(request_id)
@@ -101,8 +114,10 @@ class LocalFinder:
         if not held:
             return _NOTHING
         reservation = held.reservation
+        if is_idle:
+            reservation.wait(_IDLE_WAIT_S)
         if reservation.is_reading:
-            if self._clock() - held.since < _MOST_WAIT_S:
+            if self._is_worth_waiting(held):
                 return None
             reservation.cut(reservation.num_ready)
         if held.read_s is None:
@@ -112,6 +127,25 @@ class LocalFinder:
             return _NOTHING
         return Found(reservation.num_blocks, is_async=not reservation.is_ready)
 
+    def _is_worth_waiting(self, held: _Held) -> bool:
+        """Return whether the blocks that are still being read come sooner than the engine could compute them.
+
+        If not, what the wait would have taken is recorded.
+        """
+        waited_s, costs = self._clock() - held.since, self._session.costs
+        num_ready, num_blocks = held.reservation.num_ready, held.reservation.num_blocks
+        num_read = num_ready - held.num_warm
+        if waited_s >= _MOST_WAIT_S:
+            return False
+        if not self._session.options.compute_or_load:
+            return True
+        if costs.worth_waiting(num_blocks - num_ready, num_read=num_read, waited_s=waited_s):
+            return True
+        num_cold = num_blocks - held.num_warm
+        costs.record_load(num_cold, in_memory=False, seconds=waited_s * num_cold / max(num_read, 0.5))
+        self._statistics.add("computed_instead_tokens", (num_blocks - num_ready) * self.block_size)
+        return False
+
     def _reserve(self, request_id: str, tokens: Sequence[int], first: int, end: int) -> _Held | None:
         keys = self._keys.get(request_id)
         if keys is None:
@@ -119,7 +153,7 @@ class LocalFinder:
         keys.extend(tokens[keys.num_tokens : end * self.block_size])
         since = self._clock()
         reservation = self._session.store.reserve(keys[:end], first)
-        in_memory = reservation.is_ready
+        in_memory, num_warm = reservation.is_ready, reservation.num_ready
         if reservation.num_blocks and self._session.options.compute_or_load:
             num_blocks = reservation.num_blocks
             worth = self._session.costs.worth_loading(
@@ -132,7 +166,7 @@ class LocalFinder:
         if not reservation.num_blocks:
             reservation.release()
             return None
-        held = self._held[request_id] = _Held(reservation, first, since, in_memory)
+        held = self._held[request_id] = _Held(reservation, first, since, in_memory, num_warm)
         return held
 
     def keep(self, request_id: str) -> None:
@@ -195,7 +229,9 @@ class SharedFinder:
         self.renew("")
         self.block_size: int = self._stores[0].block_size
 
-    def find(self, request_id: str, tokens: Sequence[int], first: int, end: int) -> Found | None:
+    def find(
+        self, request_id: str, tokens: Sequence[int], first: int, end: int, *, is_idle: bool = False
+    ) -> Found | None:
         found = self._keys.get(request_id)
         if found is None:
             found = self._keys[request_id] = [store.keys() for store in self._stores]

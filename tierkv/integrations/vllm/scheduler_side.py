@@ -83,6 +83,7 @@ class SchedulerSide:
         self._plan = StepPlan()
         self._numbers = count()
         self._step = 0
+        self._is_idle = False
         self._salt = ""
         self._failures_seen = 0
 
@@ -105,7 +106,7 @@ class SchedulerSide:
         at, until = known.miss
         if at == first and self._clock() < until:
             return 0, False
-        found = self._finder.find(request.request_id, request.all_token_ids, first, end)
+        found = self._finder.find(request.request_id, request.all_token_ids, first, end, is_idle=self._is_idle)
         if found is None:
             return None, False
         last = min((first + found.num_blocks) * self._block, limit)
@@ -160,6 +161,7 @@ class SchedulerSide:
             self._schedule(request_id, new_ids, num_computed, scheduler_output, is_whole=is_whole)
         self._step += 1
         plan.step = self._step
+        self._is_idle = not scheduler_output.total_num_scheduled_tokens
         if self._times:
             self._times.start(plan.step, scheduler_output.total_num_scheduled_tokens, is_pure=not plan.loads)
         plan.failures_seen = self._failures_seen

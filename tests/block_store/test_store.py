@@ -169,6 +169,14 @@ def test_damage_found_while_loading_fails_the_rest_by_name(tmp_path: Path, monke
         assert load(store, keys) == (25, keys[25:])
 
 
+def test_a_reservation_finds_warm_blocks_behind_those_that_it_can_hold() -> None:
+    with BlockStore(config_of(None, blocks=16), namespace=NAMESPACE) as store:
+        keys = store.keys(TOKENS)[:12]
+        save(store, keys)
+        assert store.reserve(keys).num_blocks == store.contains(keys) == 12
+        assert load(store, keys) == (12, [])
+
+
 def test_another_namespace_finds_nothing(tmp_path: Path) -> None:
     with BlockStore(config_of(tmp_path), namespace=NAMESPACE) as store:
         save(store, store.keys(TOKENS)[:])

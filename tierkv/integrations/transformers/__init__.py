@@ -1,9 +1,9 @@
 """Transformers: a persistent prefix cache for `model.generate`.
 
-    from tierkv.integrations.transformers import persistent_cache
+from tierkv.integrations.transformers import persistent_cache
 
-    with persistent_cache(model, "store"):
-        model.generate(**inputs)
+with persistent_cache(model, "store"):
+    model.generate(**inputs)
 """
 
 from __future__ import annotations

@@ -14,8 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tierkv.block_store import BlockKey, BlockKeys, BlockStore, LoadOrCompute, Strided
+from tierkv.block_store.keys import BlockKey, BlockKeys
+from tierkv.block_store.load_or_compute import LoadOrCompute
+from tierkv.block_store.placement import Strided
 from tierkv.block_store.reservation import Reservation
+from tierkv.block_store.store import BlockStore
 from tierkv.integrations.transformers.rows import Row
 from tierkv.movers.ready import Done, Ready
 from tierkv.values.locks import OwnedLock
@@ -31,7 +34,7 @@ KeysAndValues = Callable[[int, int, int], tuple[Tensor, Tensor]]
 
 @dataclass(slots=True)
 class Prefix:
-    """K and V of the first slots of some rows: for each layer K and V, [rows, kv_heads, slots, dim]; zeros as padding."""
+    """K and V of the first slots of some rows, for each layer: [rows, kv_heads, slots, dim] each, zeros as padding."""
 
     num_slots: int
     layers: list[tuple[Tensor, Tensor]]
@@ -63,15 +66,16 @@ class _Plan:
 class BlockCopier:
     """Copies blocks of one store for one model. Thread-safe.
 
-    choice: what loading and computing took so far. device: of the model.
+    choice: what loading and computing took so far. device: of the model. compute_or_load: False always loads.
     """
 
-    def __init__(self, store: BlockStore, device: torch.device) -> None:
+    def __init__(self, store: BlockStore, device: torch.device, *, compute_or_load: bool = True) -> None:
         self._store = store
         self._device = device
         self._size = store.block_size
         self._lock = OwnedLock()
-        self.choice = LoadOrCompute(block_size=self._size)
+        self.choice: LoadOrCompute = LoadOrCompute(block_size=self._size)
+        self._compute_or_load = compute_or_load
         layout = store.layout
         self._num_pages = min(_MOST_PAGES, max(1, _STAGING_BYTES // layout.block_bytes))
         dtype = getattr(torch, layout.dtype)
@@ -110,7 +114,9 @@ class BlockCopier:
             waves = [self._reserve(plan, held) for plan in plans]
             in_memory = all(each.reservation.is_ready for parts in waves for each in parts)
             num_rest = sum(num_prompt_slots - max(plan.row.pad, num_slots) for plan in plans)
-            if not self.choice.worth_loading(num_blocks, in_memory=in_memory, num_rest_tokens=num_rest):
+            if self._compute_or_load and not self.choice.worth_loading(
+                num_blocks, in_memory=in_memory, num_rest_tokens=num_rest
+            ):
                 raise ComputingIsFaster
             prefix = self._allocate(len(rows), num_slots)
             for at, plan in enumerate(plans):
@@ -207,7 +213,6 @@ class BlockCopier:
                     tokens = page[:count].flatten(0, 1)[: stop - start]  # [tokens, kv_heads, dim]
                     target[at, :, start:stop] = tokens.transpose(0, 1)
             self._pages_are_read = self._memory.mark()
-            load.synchronize()
             plan.num_arrived += count
         if plan.num_arrived < plan.num_blocks:
             plan.row.num_known = min(plan.row.num_known, plan.num_arrived)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tierkv.values.layout import BlockLayout
+
 __all__ = ["Recorder", "is_windowed"]
 
 
@@ -67,14 +69,24 @@ class Recorder:
         """Slots that are recorded."""
         return sum(each.shape[1] for each in self._tokens)
 
-    def is_complete(self) -> bool:
-        """Return whether every layer of the cache has exactly the recorded slots."""
-        slots = self.num_slots
-        if any(held.get_seq_length() != slots for held in self.cache.layers):
+    @property
+    def has_windows(self) -> bool:
+        """Whether the cache drops old K and V of some layers."""
+        return bool(self._windows)
+
+    def is_complete(self, layout: BlockLayout) -> bool:
+        """Return whether every layer has exactly the recorded slots, in the layout's shape and dtype."""
+        slots, dtype = self.num_slots, f"torch.{layout.dtype}"
+        if len(self.cache.layers) != layout.num_layers:
             return False
-        return all(
-            [keys.shape[-2] for keys, _ in chunks] == self._widths() for chunks in self._windows.values()
-        )
+        for held, want in zip(self.cache.layers, layout.layers, strict=True):
+            for tensor, dim in ((held.keys, want.k_dim), (held.values, want.v_dim)):
+                if str(tensor.dtype) != dtype or (tensor.shape[1], tensor.shape[3]) != (want.kv_heads, dim):
+                    return False
+            if held.get_seq_length() != slots:
+                return False
+        widths = self._widths()
+        return all([keys.shape[-2] for keys, _ in parts] == widths for parts in self._windows.values())
 
     def tokens(self) -> Tensor:
         """Return the tokens of all slots, [rows, slots], on the CPU."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from tierkv.block_store import BlockKeys
+from tierkv.block_store.keys import BlockKeys
 
 __all__ = ["Row", "Uncached", "check_request", "fault_of_cache", "rows_of"]
 
@@ -20,7 +20,9 @@ _MODES = frozenset({"greedy_search", "sample", "beam_search", "beam_sample"})
 _BEAM_MODES = frozenset({"beam_search", "beam_sample"})
 _CACHE_NAMES = ("cache", "past_key_values")
 # Arguments of the forward pass that change neither K nor V.
-_KNOWN_ARGUMENTS = frozenset({"attention_mask", "position_ids", "logits_to_keep", "use_cache", "return_dict", *_CACHE_NAMES})
+_KNOWN_ARGUMENTS = frozenset(
+    {"attention_mask", "position_ids", "logits_to_keep", "use_cache", "return_dict", *_CACHE_NAMES}
+)
 
 
 class Uncached(Exception):  # noqa: N818 - not an error: the call runs as plain `generate`
@@ -84,7 +86,9 @@ def fault_of_cache(cache: Any) -> str | None:
     return None
 
 
-def rows_of(input_ids: Tensor, mask: Tensor | None, position_ids: Tensor | None) -> list[tuple[list[int], int, npt.NDArray[np.int64]]]:
+def rows_of(
+    input_ids: Tensor, mask: Tensor | None, position_ids: Tensor | None
+) -> list[tuple[list[int], int, npt.NDArray[np.int64]]]:
     """Return the different rows of a batch: their indices, padding and own tokens.
 
     input_ids: [rows, slots]; mask: the same, or None for no padding; position_ids: the same, or one row for all.

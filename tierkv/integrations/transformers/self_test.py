@@ -1,4 +1,4 @@
-"""The self-test of a model for `generate`: are K and V of a prefix those of every longer prompt, padded or not?"""
+"""The self-test of a model for `generate`: K and V of a prefix must be those of every longer prompt, padded or not."""
 
 from __future__ import annotations
 
@@ -54,7 +54,10 @@ def check_reuse(model: Any, layout: BlockLayout) -> bool:
     positions = torch.arange(split, length, device=model.device)[None]
     logits = run_model(model, ids[:, split:], cache, position_ids=positions)
 
-    error = max(_error(prefix, [(k[:, :, :split], v[:, :, :split]) for k, v in want]), relative_error(logits, want_logits[:, split:]))
+    error = max(
+        _error(prefix, [(k[:, :, :split], v[:, :, :split]) for k, v in want]),
+        relative_error(logits, want_logits[:, split:]),
+    )
     tolerance = TOLERANCE.get(layout.dtype, 0.1)
     if error > tolerance:  # a deep model may round so much: then a change of a last bit has the same effect
         with nudged_embeddings(model, layout.dtype):
@@ -88,7 +91,12 @@ def _record(model: Any, ids: Tensor, **options: Any) -> tuple[list[tuple[Tensor,
     recorder.add_pass(ids, positions)
     logits = run_model(model, ids, cache, position_ids=positions, **options)
     found = [
-        tuple(torch.stack(each) for each in zip(*(recorder.keys_and_values(layer, row, 0, ids.shape[1]) for row in range(len(ids))), strict=True))
+        tuple(
+            torch.stack(each)
+            for each in zip(
+                *(recorder.keys_and_values(layer, row, 0, ids.shape[1]) for row in range(len(ids))), strict=True
+            )
+        )
         for layer in range(len(cache.layers))
     ]
     return [(keys, values) for keys, values in found], logits
@@ -96,5 +104,7 @@ def _record(model: Any, ids: Tensor, **options: Any) -> tuple[list[tuple[Tensor,
 
 def _error(got: list[tuple[Tensor, Tensor]], want: list[tuple[Tensor, Tensor]]) -> float:
     """Return the largest relative error of a layer's K or V; infinite if one is not a number."""
-    errors = [relative_error(a, b) for one, other in zip(got, want, strict=True) for a, b in zip(one, other, strict=True)]
+    errors = [
+        relative_error(a, b) for one, other in zip(got, want, strict=True) for a, b in zip(one, other, strict=True)
+    ]
     return max(error if error == error else float("inf") for error in errors)

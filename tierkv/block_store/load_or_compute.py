@@ -45,6 +45,16 @@ class LoadOrCompute:
         with self._lock:
             self._loading[in_memory].add(num_blocks, seconds)
 
+    def compute_s(self, num_tokens: int) -> float | None:
+        """Return the seconds that so many new tokens take; None before anything was measured."""
+        with self._lock:
+            return self._computing.estimate(num_tokens)
+
+    def load_s(self, num_blocks: int, *, in_memory: bool) -> float | None:
+        """Return the seconds that so many blocks take to load; None before anything was measured."""
+        with self._lock:
+            return self._loading[in_memory].estimate(num_blocks)
+
     def worth_loading(self, num_blocks: int, *, in_memory: bool, num_rest_tokens: int) -> int:
         """Return how many of so many leading blocks are worth loading: all of them, or none.
 

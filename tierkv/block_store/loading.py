@@ -6,8 +6,8 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 
 from tierkv.background.work_queue import Priority
@@ -181,7 +181,7 @@ class BlockLoader:
         load = Load(keys, ended=partial(self._end, reservation))
         try:
             after = targets.mark()
-            if len(slots) == len(keys) and not reservation.is_reading:
+            if len(slots) == len(keys):
                 self._copy(load, targets, slots, after)
             else:
                 load.start_working(self._submit(self._load_slowly, load, reservation, targets, after))
@@ -284,14 +284,14 @@ class BlockLoader:
             held = self._hold(wave)
         try:
             missing = [(key, spare) for key, spare, slot in zip(wave, memory.spare, held, strict=False) if slot is None]
-            reasons = iter(self._read_all(missing))
             slots: list[int] = []
             failure: MissReason | None = None
-            for slot, spare in zip(held, memory.spare, strict=False):
-                failure = next(reasons) if slot is None else None
-                if failure:
-                    break
-                slots.append(spare if slot is None else slot)
+            with contextlib.closing(self._read_all(missing)) as reasons:
+                for slot, spare in zip(held, memory.spare, strict=False):
+                    failure = next(reasons) if slot is None else None
+                    if failure:
+                        break
+                    slots.append(spare if slot is None else slot)
             if slots and not self._copy(load, targets, slots, after):
                 return False
             load.synchronize_parts()
@@ -331,15 +331,17 @@ class BlockLoader:
         kept = 0
         failure: MissReason | None = None
         try:
-            for failure in self._read_all([(key, slot) for (_, key), slot in zip(wanted, slots, strict=True)]):
-                if failure:
-                    break
-                at, key = wanted[kept]
-                with self._changed:
-                    held = self._enter(key, slots[kept])
-                    kept += 1
-                    if not reservation.put(at, key, held):
-                        memory.unpin([held])
+            reads = self._read_all([(key, slot) for (_, key), slot in zip(wanted, slots, strict=True)])
+            with contextlib.closing(reads):
+                for failure in reads:
+                    if failure:
+                        break
+                    at, key = wanted[kept]
+                    with self._changed:
+                        held = self._enter(key, slots[kept])
+                        kept += 1
+                        if not reservation.put(at, key, held):
+                            memory.unpin([held])
         finally:
             with self._changed:
                 memory.unpin(slots[kept:])
@@ -362,15 +364,26 @@ class BlockLoader:
             index.add(key, slot, Done())
         return slot
 
-    def _read_all(self, wanted: Sequence[tuple[BlockKey, int]]) -> list[MissReason | None]:
-        """Read blocks into slots, several at a time. Return for each why it could not be read, or None."""
-        keys = [key for key, _ in wanted]
-        ahead = [*keys[_AHEAD_BLOCKS:], *[None] * _AHEAD_BLOCKS]
-        return self._memory.threads.map(Priority.REQUEST, self._read_one, wanted, ahead)
+    def _read_all(self, wanted: Sequence[tuple[BlockKey, int]]) -> Generator[MissReason | None, None, None]:
+        """Read blocks into slots, several at a time. Yield for each, in order, why it could not be read, or None.
 
-    def _read_one(self, wanted: tuple[BlockKey, int], ahead: BlockKey | None) -> MissReason | None:
+        Closing the generator ends the reads that nothing waits for any more.
+        """
+        ahead = [*(key for key, _ in wanted[_AHEAD_BLOCKS:]), *[None] * _AHEAD_BLOCKS]
+        reads = [
+            self._memory.threads.submit(Priority.REQUEST, self._read_one, key, slot, after)
+            for (key, slot), after in zip(wanted, ahead, strict=False)
+        ]
+        try:
+            for read in reads:
+                yield read.result()
+        finally:
+            for read in reads:
+                read.cancel()
+            wait(reads)
+
+    def _read_one(self, key: BlockKey, slot: int, ahead: BlockKey | None) -> MissReason | None:
         assert self._cold is not None, "only cold blocks are read"
-        key, slot = wanted
         if ahead is not None:
             self._cold.read_ahead([ahead.block_hash])
         try:

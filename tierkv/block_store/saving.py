@@ -71,23 +71,24 @@ class BlockSaver:
         missing = self._missing(wanted)
         with self._changed:
             slots = self._memory.take(len(missing))
-            self._stats.skip_reasons["no_room"] += len(missing) - len(slots)
+        if num_skipped := len(missing) - len(slots):
+            self._count_skips("no_room", num_skipped)
         missing = missing[: len(slots)]
         if not missing:
-            return Save()
+            return Save(num_skipped=num_skipped)
         try:
             copied = sources.save(missing, slots, self._memory.slots, after=[sources.mark()])
         except StoreError as exc:
             _log.warning("%d blocks were not saved: %s", len(slots), exc)
             with self._changed:
                 self._memory.unpin(slots)
-                self._stats.skip_reasons["io_error"] += len(slots)
-            return Save()
+            self._count_skips("io_error", len(slots))
+            return Save(num_skipped=len(slots) + num_skipped)
         except BaseException:
             with self._changed:
                 self._memory.unpin(slots)
             raise
-        return Save(self._enter([wanted[at] for at in missing], slots, copied), copied)
+        return Save(self._enter([wanted[at] for at in missing], slots, copied), num_skipped, copied)
 
     def flush(self) -> None:
         """Wait until all that was saved has been written. Raises StoreError if one write takes too long."""
@@ -116,7 +117,8 @@ class BlockSaver:
             index.touch(wanted)
             unknown = [at for at, key in enumerate(wanted) if index.get(key) is None]
             collide = {at for at in unknown if index.collides(wanted[at])}
-            self._stats.skip_reasons["collision"] += len(collide)
+            if collide:
+                self._stats.skip_reasons["collision"] += len(collide)
         unknown = [at for at in unknown if at not in collide]
         if self._cold is None or not unknown:
             return unknown
@@ -187,6 +189,10 @@ class BlockSaver:
                 self._stats.bytes_in[Tier.COLD] += self._memory.layout.block_bytes
             elif outcome is not PutOutcome.EXISTS:
                 self._stats.skip_reasons[outcome.value] += 1
+
+    def _count_skips(self, reason: str, count: int) -> None:
+        with self._changed:
+            self._stats.skip_reasons[reason] += count
 
     def _encode(self, pair: tuple[BlockKey, int]) -> EncodedRecord:
         key, slot = pair

@@ -92,11 +92,12 @@ class Load:
 class Save:
     """Blocks on their way out of the engine's memory. Satisfies `Ready`.
 
-    num_saved: blocks that were taken over; the others were known, or were skipped, which the statistics count. They are
-    written to the disk in the background afterwards.
+    num_saved: blocks that were taken over; they are written to the disk in the background afterwards. num_skipped: the
+    last blocks that there was no room for. The others were known.
     """
 
     num_saved: int = 0
+    num_skipped: int = 0
     copied: Ready = field(default_factory=Done)
 
     def is_done(self) -> bool:

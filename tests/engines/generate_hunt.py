@@ -12,12 +12,17 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from generate_models import EOS, FAMILIES, VOCABULARY, make_generator
 from torch import Tensor
+from transformers import DynamicCache
 
 from tierkv.block_store.config import BlockStoreConfig
+from tierkv.block_store.placement import Buffers
 from tierkv.integrations.transformers import PersistentCache, persistent_cache
+from tierkv.integrations.transformers.recorder import Recorder
+from tierkv.integrations.transformers.self_test import run_model
 
 __all__ = ["hunt", "small_store"]
 
@@ -70,9 +75,35 @@ def _compare(cache: PersistentCache, draw: random.Random, bases: list[list[int]]
     got = model.generate(**inputs, **options)
     assert torch.equal(got, want), f"{name}: {options}\n{inputs}\n{got}\n{want}"
     counts["new tokens"] += got.shape[1] - inputs["input_ids"].shape[1]
+    if draw.random() < 0.3:
+        row = draw.randrange(len(got))
+        pad = int((inputs["attention_mask"][row * len(inputs["input_ids"]) // len(got)] == 0).sum())
+        _check_stored(cache, got[row, pad:], counts)
     if draw.random() < 0.3:  # the next turn of a conversation
         answer = [int(token) for token in got[draw.randrange(len(got))] if token not in (0, EOS)]
         bases[draw.randrange(len(bases))] = (answer + bases[0])[:160]
+
+
+def _check_stored(cache: PersistentCache, sequence: Tensor, counts: Counter[str]) -> None:
+    """Compare the stored blocks of a sequence with K and V of a plain pass over it."""
+    keys = cache.store.keys(sequence.numpy())
+    buffers = [np.zeros(cache.store.layout.block_bytes, dtype=np.uint8) for _ in range(cache.store.contains(keys))]
+    load = cache.store.load(cache.store.reserve(keys[: len(buffers)]), Buffers(buffers))
+    load.synchronize()
+    recorder = Recorder(DynamicCache(config=cache.model.config))
+    recorder.attach()
+    recorder.add_pass(sequence[None], torch.arange(len(sequence))[None])
+    with torch.no_grad():
+        run_model(cache.model, sequence[None], recorder.cache)
+    size = cache.store.block_size
+    for at in range(load.num_loaded):
+        numbers = torch.from_numpy(buffers[at]).view(torch.float32)
+        for layer in range(cache.store.layout.num_layers):
+            for tensor in recorder.keys_and_values(layer, 0, at * size, (at + 1) * size):
+                want = tensor.transpose(0, 1)
+                got, numbers = numbers[: want.numel()].view(want.shape), numbers[want.numel() :]
+                assert torch.allclose(got, want, atol=1e-3, rtol=1e-3), f"block {at} of {sequence.tolist()}"
+    counts["compared blocks"] += load.num_loaded
 
 
 def _request(draw: random.Random, bases: list[list[int]]) -> tuple[dict[str, Tensor], dict[str, Any]]:

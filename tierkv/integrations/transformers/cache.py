@@ -153,14 +153,14 @@ class PersistentCache:
         call = GenerateCall(self._cached, _fault_of_arguments(kwargs))
         self._stats.add(num_calls=1)
         self._calls.call = call
-        result = None
         try:
             result = original(*args, **kwargs)
         finally:
             self._calls.call = None
-            call.finish(result)
-            if call.fault and not self._is_closed:
-                self._stats.add_uncached(call.fault)
+            call.detach()
+        call.finish(result)
+        if call.fault and not self._is_closed:
+            self._stats.add_uncached(call.fault)
         return result
 
     def _prefill(self, original: Any, input_ids: Any, generation_config: Any, model_kwargs: Any, **options: Any) -> Any:

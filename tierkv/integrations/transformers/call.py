@@ -83,15 +83,16 @@ class GenerateCall:
             return
         recorder.add_pass(ids, positions)
 
+    def detach(self) -> None:
+        """End the recording. Nothing is saved of a call that raises."""
+        if self._recorder is not None:
+            self._recorder.detach()
+
     def finish(self, result: Any) -> None:
-        """Save what is new. result: what `generate` returns; None if it raised, then nothing is saved."""
+        """Save what is new. result: what `generate` returned."""
         recorder, self._recorder = self._recorder, None
-        if recorder is None:
-            if self.fault is None:
-                self.fault = "no prefill that tierkv knows"
-            return
-        recorder.detach()
-        if result is None or not self._is_prefilled:
+        if recorder is None or not self._is_prefilled:
+            self.fault = self.fault or "no prefill that tierkv knows"
             return
         sequences = result if isinstance(result, Tensor) else result.sequences
         with self._saving():
@@ -111,28 +112,24 @@ class GenerateCall:
             raise Uncached("padding: K and V of this model depend on it")
         if fault := cached.guard.fault():
             raise Uncached(fault)
-        cache, prefix = arguments[name], None
+        cache, before = arguments[name], dict(arguments)
+        self._config = config
+        self._recorder = recorder = Recorder(cache)
         try:
             self._rows = [Row(indices, pad, tokens, cached.store.keys(tokens)) for indices, pad, tokens in found]
             prefix = self._load(slots)
+            recorder.attach()
+            if prefix:
+                self._fill(recorder, prefix, input_ids)
         except (TierKVError, torch.OutOfMemoryError) as exc:
+            self._start_anew(arguments, before, name)
             raise Uncached(f"{type(exc).__name__}: {exc}") from exc
-        self._config = config
-        self._recorder = recorder = Recorder(cache)
-        recorder.attach()
-        if prefix:
-            self._fill(recorder, prefix, input_ids)
         self._prompt = input_ids
-        before = dict(arguments)
         start = time.perf_counter()
         try:
             outputs = original(input_ids, config, arguments, **options)
         except _UnknownPrefill:
-            recorder.detach()
-            self._recorder = None
-            before[name] = type(cache)(config=cached.model.config.get_text_config(decoder=True))
-            arguments.clear()
-            arguments.update(before)
+            self._start_anew(arguments, before, name)
             raise Uncached("a prefill that tierkv does not know") from None
         finally:
             self._prompt = None
@@ -141,6 +138,14 @@ class GenerateCall:
         if self._recorder is recorder and recorder.has_windows:  # later they no longer have the whole prompt
             self._save_prompt(recorder)
         return outputs
+
+    def _start_anew(self, arguments: dict[str, Any], before: dict[str, Any], name: str) -> None:
+        """End the recording, and make the arguments of the prefill what they were, with an empty cache."""
+        self.detach()
+        self._recorder = None
+        cache = type(before[name])(config=self._cached.model.config.get_text_config(decoder=True))
+        arguments.clear()
+        arguments.update({**before, name: cache})
 
     def _load(self, num_slots: int) -> Prefix | None:
         """Return K and V of the slots that are in the store and worth loading."""

@@ -64,7 +64,9 @@ def hunt(folder: Path, num_requests: int, *, seed: int = 0) -> Counter[str]:
     return counts
 
 
-def _compare(cache: PersistentCache, draw: random.Random, bases: list[list[int]], name: str, counts: Counter[str]) -> None:
+def _compare(
+    cache: PersistentCache, draw: random.Random, bases: list[list[int]], name: str, counts: Counter[str]
+) -> None:
     """Compare one random request with plain `generate`, and sometimes append the answer to a base."""
     model = cache.model
     inputs, options = _request(draw, bases)

@@ -14,6 +14,7 @@ from tierkv.integrations.transformers.blocks import BlockCopier
 from tierkv.integrations.transformers.call import CachedModel, GenerateCall
 from tierkv.integrations.transformers.identity import identify
 from tierkv.integrations.transformers.statistics import GenerateStats, StatsRecorder
+from tierkv.storage.cold import ColdStore
 from tierkv.values.namespace import Namespace
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def persistent_cache(
     name: str = "",
     compute_or_load: bool = True,
     config: BlockStoreConfig | None = None,
+    cold: ColdStore | None = None,
 ) -> PersistentCache:
     """Give `model.generate` a prefix cache that survives a restart, until the returned object is closed.
 
@@ -40,7 +42,7 @@ def persistent_cache(
     block_size: tokens of a block; only whole blocks are kept.
     adapter: a digest of an unmerged adapter's content and scale. salt: separates tenants. name: for humans.
     compute_or_load: load a prefix only where that was measured to be faster than computing it; False always loads.
-    config: more options of the store, in place of `path`.
+    config: more options of the store, in place of `path`. cold: an open store, which a process opens only once.
     Raises UnsupportedModelError, with the reason, for a model whose K and V cannot be reused by prefix. Raises
     ConfigError in train mode, for a model with a persistent cache, and for a block_size beyond its context.
 
@@ -64,6 +66,7 @@ def persistent_cache(
         salt=salt,
         name=name,
         compute_or_load=compute_or_load,
+        cold=cold,
     )
 
 
@@ -85,13 +88,14 @@ class PersistentCache:
         salt: str = "",
         name: str = "",
         compute_or_load: bool = True,
+        cold: ColdStore | None = None,
     ) -> None:
         if any(isinstance(held, Seam) for held in vars(model).values()):
             raise ConfigError(f"{type(model).__name__} has a persistent cache already", hint="close it first")
         identity = identify(model, block_size=block_size, adapter=adapter, salt=salt, name=name)
         self.model: Any = model
         self.namespace: Namespace = identity.namespace
-        self.store: BlockStore = BlockStore(config, namespace=identity.namespace)
+        self.store: BlockStore = BlockStore(config, namespace=identity.namespace, cold=cold)
         self._stats = StatsRecorder()
         self._calls = threading.local()
         self._seams: dict[str, tuple[Seam, Any]] = {}

@@ -239,7 +239,7 @@ class GenerateCall:
             raise Uncached("the cache has not what the passes wrote")
         if not has_plain_positions(recorder.positions().numpy(), pads):
             raise Uncached("positions that do not count from 0")
-        if fault := self._cached.guard.start()():
+        if fault := self._cached.guard.fault():
             raise Uncached(fault)
 
     @contextmanager

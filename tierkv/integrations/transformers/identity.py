@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,35 +72,28 @@ class ModelGuard:
         self._attention = attention
         self._lock = OwnedLock()
         self._check = ModelCheck(model, state)
+        self._changed_bytes: str | None = None
 
     def fault(self) -> str | None:
-        """Return why the model may not be cached now; None if it is as it was. In some microseconds per module."""
+        """Return why the model may not be cached now; None if it is as it was.
+
+        Compares all settings, hooks and functions, torch's counts of writes, and a sample of the weights' bytes. The
+        sample follows the work on the device's current stream, and is waited for.
+        """
         if _Attention.of(self._model) != self._attention:
             return "the attention implementation has changed since the cache was opened"
-        for module in self._model.modules():
-            hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-            if any(str(getattr(hook, "__module__", "")).startswith("peft") or _is_of_peft(hook) for hook in hooks):
-                return "rows of the batch may have adapters of their own (hooks of PEFT)"
-        try:
-            with self._lock:
-                self._check.check()
-        except (ConfigError, UnsupportedModelError) as exc:
-            return str(exc)
-        return None
-
-    def start(self) -> Callable[[], str | None]:
-        """Start a sample of the weights' bytes. Return a function that waits for it and returns what has changed."""
+        if any(_is_of_peft(hook) for module in self._model.modules() for hook in module._forward_pre_hooks.values()):
+            return "rows of the batch may have adapters of their own (hooks of PEFT)"
         with self._lock:
-            finish = self._check.start()
-
-        def fault() -> str | None:
             try:
-                finish()
-            except ConfigError as exc:
+                self._check.check()
+            except (ConfigError, UnsupportedModelError) as exc:
                 return str(exc)
-            return self.fault()
-
-        return fault
+            try:
+                self._check.start()()
+            except ConfigError as exc:
+                self._changed_bytes = str(exc)  # the next sample is of other bytes
+            return self._changed_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from generate_models import EOS, FAMILIES, VOCABULARY, make_generator
 from torch import Tensor
 
 from tierkv.integrations.transformers import PersistentCache, persistent_cache
+from tierkv.integrations.transformers.rows import Uncached, check_request
 from tierkv.storage.cold import ColdStore
 
 SIZE = 8
@@ -82,7 +83,6 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "padding": {**padded(LONG, SHORT, prompt(41, seed=2)), "do_sample": False},
     "padding and beams": {**padded(LONG, SHORT), "do_sample": False, "num_beams": 2, "num_return_sequences": 2},
     "an end": {**padded(LONG, SHORT), "do_sample": True, "eos_token_id": [EOS, *range(20, 40)], "pad_token_id": 0},
-    "a prefill in parts": {**padded(LONG, SHORT), "do_sample": False, "prefill_chunk_size": 7},
 }
 
 
@@ -109,6 +109,15 @@ def test_generate_is_plain_generate_first_again_restarted_and_damaged(family: st
             assert now.num_loaded_tokens
     with opened(model, tmp_path / "store") as cache:
         assert cache.store.contains(keys) == len(keys)  # the damaged block was saved anew
+
+
+def test_a_prefill_in_parts_goes_on_after_the_prefix(model: Any, tmp_path: Path) -> None:
+    options = {**padded(LONG, SHORT), "prefill_chunk_size": 7}
+    with opened(model, tmp_path / "store") as cache:
+        for _ in range(2):
+            assert torch.equal(cached(model, **options), plain(model, **options))
+        # Older versions of Transformers prefill all parts, the cached ones too: then the call is plain.
+        assert cache.stats().num_hit_calls == 1 or cache.stats().uncached == {"a prefill that tierkv does not know": 1}
 
 
 def test_a_damaged_block_costs_its_tokens_and_no_answer(model: Any, tmp_path: Path) -> None:
@@ -273,6 +282,16 @@ def test_what_is_not_supported_is_plain_generate_and_counted(name: str, model: A
     assert (after.num_loaded_tokens, after.num_saved_blocks) == (before.num_loaded_tokens, before.num_saved_blocks)
 
 
+@pytest.mark.parametrize("name", ["pixel_values", "token_type_ids", "mm_token_type_ids", "input_features"])
+def test_inputs_beside_tokens_are_not_cached(name: str, model: Any) -> None:
+    from transformers import DynamicCache, GenerationConfig
+
+    arguments = {"cache": DynamicCache(config=model.config), "use_cache": True, "logits_to_keep": 1}
+    assert check_request(model, GenerationConfig(), arguments) == "cache"
+    with pytest.raises(Uncached, match=f"the argument {name}"):
+        check_request(model, GenerationConfig(), {**arguments, name: torch.zeros(1, 60)})
+
+
 def test_a_custom_generate_is_plain(model: Any, tmp_path: Path) -> None:
     def generate(model: Any, input_ids: Tensor, **_: Any) -> Tensor:
         return input_ids
@@ -336,5 +355,5 @@ def test_the_memory_alone_is_a_cache_too(model: Any) -> None:
 
 
 def test_random_requests_get_the_answers_of_plain_generate(tmp_path: Path) -> None:
-    counts = hunt(tmp_path, 300)
-    assert counts["hit calls"] > 200 and counts["compared blocks"] > 300
+    counts = hunt(tmp_path, 200)
+    assert counts["hit calls"] > 130 and counts["compared blocks"] > 200

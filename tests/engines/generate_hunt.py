@@ -92,7 +92,7 @@ def _check_stored(cache: PersistentCache, sequence: Tensor, counts: Counter[str]
     buffers = [np.zeros(cache.store.layout.block_bytes, dtype=np.uint8) for _ in range(cache.store.contains(keys))]
     load = cache.store.load(cache.store.reserve(keys[: len(buffers)]), Buffers(buffers))
     load.synchronize()
-    recorder = Recorder(DynamicCache(config=cache.model.config))
+    recorder = Recorder(DynamicCache(config=cache.model.config), cache.model.device)
     recorder.attach()
     recorder.add_pass(sequence[None], torch.arange(len(sequence))[None])
     with torch.no_grad():

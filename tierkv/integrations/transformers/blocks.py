@@ -143,8 +143,7 @@ class BlockCopier:
                 self._wait_for_pages()
                 for layer, pages in enumerate(self._pages):
                     for page, each in zip(pages, keys_and_values(layer, first * size, end * size), strict=True):
-                        heads, _, dim = each.shape
-                        page[:count].copy_(each.transpose(0, 1).reshape(count, size, heads, dim))
+                        page[:count].flatten(0, 1).copy_(each.transpose(0, 1))
                 places = Strided(self._memory, [[page] for page in range(count)])
                 saved = self._store.save(keys[:end], places, start=first)
                 self._pages_are_read = saved

@@ -114,7 +114,7 @@ class GenerateCall:
             raise Uncached(fault)
         cache, before = arguments[name], dict(arguments)
         self._config = config
-        self._recorder = recorder = Recorder(cache)
+        self._recorder = recorder = Recorder(cache, cached.model.device)
         try:
             self._rows = [Row(indices, pad, tokens, cached.store.keys(tokens)) for indices, pad, tokens in found]
             prefix = self._load(slots)

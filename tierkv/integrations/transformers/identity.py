@@ -133,8 +133,8 @@ def _check_generate(model: Any) -> None:
         raise UnsupportedModelError(
             f"generate of Transformers {transformers.__version__} is not known to tierkv", hint="5.17 to 5.24 are"
         )
-    if cache_argument(model) is None:
-        raise UnsupportedModelError(f"{kind} takes no cache")
+    if cache_argument(model) is None or "position_ids" not in inspect.signature(model.forward).parameters:
+        raise UnsupportedModelError(f"{kind} takes no cache, or no positions")
 
 
 @torch.no_grad()

@@ -23,8 +23,10 @@ class Recorder:
     `attach` puts functions of the recorder into the cache and its windowed layers, `detach` removes them.
     """
 
-    def __init__(self, cache: Any) -> None:
+    def __init__(self, cache: Any, device: torch.device) -> None:
+        """device: of the model, which may not be the prompt's."""
         self.cache = cache
+        self._device = device
         self._tokens: list[Tensor] = []  # of each pass: [rows, new slots]
         self._positions: list[Tensor] = []
         self._orders: list[Tensor | None] = []  # the reordering that followed each pass
@@ -59,8 +61,8 @@ class Recorder:
 
     def add_pass(self, tokens: Tensor, positions: Tensor) -> None:
         """Record the tokens of a pass that follows: [rows, new slots]. positions: the same, or one row for all."""
-        self._tokens.append(tokens)
-        self._positions.append(positions.expand(len(tokens), -1))
+        self._tokens.append(tokens.to(self._device))
+        self._positions.append(positions.to(self._device).expand(len(tokens), -1))
         self._orders.append(None)
         self._merged.clear()
 

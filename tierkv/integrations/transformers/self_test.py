@@ -85,7 +85,7 @@ def _padded_error(model: Any, ids: Tensor, want: list[tuple[Tensor, Tensor]]) ->
 def _record(model: Any, ids: Tensor, **options: Any) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
     """Return K and V of every layer and all slots, [rows, kv_heads, slots, dim] each, and the logits."""
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-    recorder = Recorder(cache)
+    recorder = Recorder(cache, ids.device)
     recorder.attach()
     positions = options.pop("position_ids", torch.arange(ids.shape[1], device=ids.device)[None])
     recorder.add_pass(ids, positions)

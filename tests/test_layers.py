@@ -39,9 +39,9 @@ ROOMS = {
     "cache": "errors values policies background storage ranks config transfer requests",
     "engine": "errors values storage kernels movers ranks config requests cache",
     "profiling": "errors values policies storage config transfer requests cache",
+    "integrations": "errors values storage movers ranks block_store engine",
     "__init__": "errors values policies background storage movers ranks config block_store requests cache engine "
     "profiling",
-    "integrations": "errors values storage movers block_store",
     "tools": "errors values policies storage daemon config engine profiling __init__",
     "__main__": "tools",
 }

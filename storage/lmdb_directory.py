@@ -1,4 +1,4 @@
-"""The directory of an environment: usable, without temporary files, with a sound data file, and with free space."""
+"""The directory of an environment: usable, without temporary files, with a sound data file; and how LMDB opens it."""
 
 from __future__ import annotations
 
@@ -8,41 +8,30 @@ import os
 import shutil
 import stat
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import lmdb
 
-from tierkv.errors import CapacityError, CorruptBlockError, StoreError
-from tierkv.storage.lmdb_file import DATA_FILE, LOCK_FILE, open_store_file
+from tierkv.errors import CorruptBlockError, StoreError
+from tierkv.storage.lmdb_file import DATA_FILE, LOCK_FILE, DataFile, open_store_file, sync_file
 from tierkv.values.files import check_path
-from tierkv.values.units import format_bytes
 
 __all__ = [
     "Salvager",
-    "VolumeSpace",
     "check_data_file",
     "check_store_files",
     "clear_temporary",
     "copy_compacted",
+    "open_environment",
     "prepare_directory",
-    "require_free",
-    "sync_file",
-    "volume_space",
 ]
 
 _COMPACTED = "compact.tmp"
 _REBUILT = "rebuild.tmp"
-_DEFAULT_FREE_BYTES = 1 << 30  # free space to keep on a large volume; of a small volume, that share
-_DEFAULT_FREE_SHARE = 20
+_MAX_READERS = 1024
+_LOCK_FILE_BYTES = 64 * _MAX_READERS + 4096  # a cache line for each reader, and LMDB's header
 
 _logger = logging.getLogger(__name__)
-
-
-class VolumeSpace(NamedTuple):
-    """The free bytes of a volume, and how many of them must stay free."""
-
-    free_bytes: int
-    min_free_bytes: int
 
 
 class Salvager(Protocol):
@@ -180,31 +169,6 @@ def clear_temporary(path: Path) -> None:
                 (path / name).unlink()
 
 
-def volume_space(path: Path, min_free_bytes: int | None) -> VolumeSpace:
-    """Return how much room a store's volume has. Raises StoreError.
-
-    min_free_bytes: None keeps 1 GiB free, or a 20th of a volume that is smaller than 20 GiB.
-    """
-    try:
-        usage = shutil.disk_usage(path)
-    except OSError as exc:
-        raise StoreError(f"cold store {path} has lost its directory: {exc}") from exc
-    if min_free_bytes is None:
-        min_free_bytes = min(_DEFAULT_FREE_BYTES, usage.total // _DEFAULT_FREE_SHARE)
-    return VolumeSpace(usage.free, min_free_bytes)
-
-
-def require_free(path: Path, min_free_bytes: int | None, num_bytes: int = 0) -> None:
-    """Raise CapacityError if a volume does not have so many bytes beside those that must stay free, StoreError."""
-    space = volume_space(path, min_free_bytes)
-    if space.free_bytes - num_bytes < space.min_free_bytes:
-        raise CapacityError(
-            f"cold store {path} can keep no block: {format_bytes(space.free_bytes)} are free on its volume, of which "
-            f"{format_bytes(space.min_free_bytes)} must stay free",
-            hint="lower min_free_bytes, or free disk space",
-        )
-
-
 def copy_compacted(env: lmdb.Environment, path: Path) -> Path:
     """Write the data file of a store without its free pages, synced; return its path, for `clear_temporary` to remove.
 
@@ -218,10 +182,44 @@ def copy_compacted(env: lmdb.Environment, path: Path) -> Path:
     return target / DATA_FILE
 
 
-def sync_file(path: Path) -> None:
-    """Return when a file, or a directory's list of files, is on the disk. Raises OSError, StoreError for a FIFO."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if path.is_dir() else open_store_file(path)
+def open_environment(path: Path, *, map_bytes: int, read_only: bool, is_first: bool) -> lmdb.Environment:
+    """Have LMDB map the data file. is_first: no other process has it open; else another process has found it sound.
+
+    Raises lmdb.Error, CorruptBlockError, OSError.
+    """
+    if not is_first:  # shorter than it says: LMDB's map of it would end this process
+        DataFile(path / DATA_FILE, read_only=True).close()
+    if not read_only:
+        _reserve_lock_file(path)
+    return lmdb.open(
+        str(path),
+        map_size=map_bytes,
+        readonly=read_only,
+        create=not read_only,
+        sync=False,
+        metasync=False,
+        mode=0o600,
+        max_readers=_MAX_READERS,
+        max_dbs=8,
+        lib_version=0,
+    )
+
+
+def _reserve_lock_file(directory: Path) -> None:
+    """Reserve disk space for LMDB's lock file, before LMDB makes it: raises OSError where there is none.
+
+    LMDB leaves it full of holes and writes to it through a map: on a full disk, the first process to need
+    a hole, also a reader, would end with SIGBUS. Must not be called while this process has the environment open, since
+    closing the descriptor drops LMDB's own locks; such a file has its room already and is left alone.
+    """
+    path = directory / LOCK_FILE
+    with contextlib.suppress(FileNotFoundError):
+        state = path.lstat()
+        if stat.S_ISREG(state.st_mode) and state.st_blocks * 512 >= _LOCK_FILE_BYTES:
+            return
+    fd = open_store_file(path, os.O_RDWR | os.O_CREAT)
     try:
-        os.fsync(fd)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(fd, 0, _LOCK_FILE_BYTES)
     finally:
         os.close(fd)

@@ -25,7 +25,7 @@ from typing import TypeVar
 import numpy as np
 
 from tierkv.errors import CorruptBlockError, StoreError
-from tierkv.storage.planes import Bytes
+from tierkv.storage.codec import Bytes
 from tierkv.storage.record_source import FileRecord, ThreadMemory
 from tierkv.values.files import open_regular
 
@@ -51,6 +51,7 @@ __all__ = [
     "open_store_file",
     "overflow_pages",
     "require",
+    "sync_file",
     "translated",
 ]
 
@@ -156,7 +157,10 @@ class LeafValue:
 
 
 class DataFile:
-    """An open data file. Thread-safe. Raises CorruptBlockError if it is shorter than it says, OSError."""
+    """An open data file. Thread-safe. Raises CorruptBlockError if it is shorter than it says, OSError.
+
+    opened_bytes: how long it was when it was opened.
+    """
 
     def __init__(self, path: Path, *, read_only: bool) -> None:
         self.path = path
@@ -166,8 +170,8 @@ class DataFile:
         try:
             meta = newest_meta(self.fd)
             self._page_bytes = meta.page_bytes
-            self._known_bytes = os.fstat(self.fd).st_size
-            if (meta.last_page + 1) * meta.page_bytes > self._known_bytes:
+            self.opened_bytes: int = os.fstat(self.fd).st_size
+            if (meta.last_page + 1) * meta.page_bytes > self.opened_bytes:
                 raise CorruptBlockError("it is cut short")
         except BaseException:
             self.close()
@@ -179,18 +183,6 @@ class DataFile:
         if fd >= 0:
             with contextlib.suppress(OSError):  # of a disk that has gone: the descriptor is closed all the same
                 os.close(fd)
-
-    def require_whole(self) -> None:
-        """Raise CutShortError if the file is shorter than it has been: LMDB never makes it so."""
-        known = self._known_bytes  # read first: another thread may see the file grow
-        size = os.fstat(self.fd).st_size
-        if size < known:
-            raise CutShortError(
-                f"{self.path} was cut from {known} to {size} bytes while it was open",
-                hint="close the store everywhere; opening it again saves the sound blocks",
-            )
-        if size > known:
-            self._known_bytes = size
 
     def require_sound_end(self) -> None:
         """Raise CorruptBlockError if the file says that it is longer than it is: then it must not be mapped anew."""
@@ -277,6 +269,15 @@ def open_store_file(path: Path, flags: int = os.O_RDONLY) -> int:
     Raises StoreError for a FIFO, a socket, a device, a directory or a symbolic link, OSError.
     """
     return open_regular(path, flags, follow_links=False)
+
+
+def sync_file(path: Path) -> None:
+    """Return when a file, or a directory's list of files, is on the disk. Raises OSError, StoreError for a FIFO."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if path.is_dir() else open_store_file(path)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def newest_meta(fd: int) -> Meta:

@@ -39,9 +39,9 @@ ROOMS = {
     "cache": "errors values policies background storage ranks config transfer requests",
     "engine": "errors values storage kernels movers ranks config requests cache",
     "profiling": "errors values policies storage config transfer requests cache",
+    "integrations": "errors values storage movers ranks block_store engine",
     "__init__": "errors values policies background storage movers ranks config block_store requests cache engine "
     "profiling",
-    "integrations": "errors values block_store",
     "tools": "errors values policies storage daemon config engine profiling __init__",
     "__main__": "tools",
 }
@@ -55,6 +55,7 @@ TORCH_FREE_MODULES = {
     *("profiling.tracker", "profiling.prefixes", "profiling.measured", "profiling.advice", "profiling.recorder"),
     *("profiling.profiled_run", "profiling.profiler", "profiling.charts", "profiling.drawing"),
     *("profiling.report_html", "profiling.chrome_trace", "profiling.memory_report", "profiling.metrics"),
+    *("integrations", "integrations.weights", "integrations.vllm"),
     *("integrations", "integrations.weights", "integrations.rows"),
     *("integrations.vllm_identity", "integrations.sglang_identity"),
 }

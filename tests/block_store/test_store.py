@@ -25,6 +25,7 @@ from tierkv import (
     Tier,
     digest_namespace,
 )
+from tierkv.block_store import saving
 from tierkv.storage.outcomes import MissReason
 
 LAYOUT = BlockLayout.uniform(num_layers=2, block_size=4, kv_heads=1, head_dim=8, dtype="float32")
@@ -341,3 +342,22 @@ def test_a_store_that_cannot_hold_four_blocks_is_refused() -> None:
         BlockStore(config_of(None, blocks=3), namespace=NAMESPACE)
     with pytest.raises(ConfigError, match="cold_path"):
         BlockStoreConfig(warm_bytes=0)
+
+
+@pytest.mark.parametrize("is_awaited", [True, False])
+def test_beside_an_engine_one_thread_encodes_and_all_of_them_when_it_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_awaited: bool
+) -> None:
+    names: set[str] = set()
+    encode = saving.encode_record
+
+    def noted(*args: object, **kwargs: object) -> object:
+        names.add(threading.current_thread().name)
+        return encode(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(saving, "encode_record", noted)
+    with BlockStore(config_of(tmp_path), namespace=NAMESPACE) as store:
+        store._saver._is_awaited = is_awaited
+        save(store, store.keys(TOKENS)[:16])
+        store._saver._queue.flush()
+    assert all(name.startswith("tierkv-io" if is_awaited else "tierkv-write") for name in names), names

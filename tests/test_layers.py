@@ -39,6 +39,7 @@ ROOMS = {
     "engine": "errors values storage kernels movers ranks config requests cache",
     "profiling": "errors values policies storage config transfer requests cache",
     "__init__": "errors values policies background storage movers ranks config requests cache engine profiling",
+    "integrations": "errors",
     "tools": "errors values policies storage daemon config engine profiling __init__",
     "__main__": "tools",
 }
@@ -51,6 +52,7 @@ TORCH_FREE_MODULES = {
     *("profiling.tracker", "profiling.prefixes", "profiling.measured", "profiling.advice", "profiling.recorder"),
     *("profiling.profiled_run", "profiling.profiler", "profiling.charts", "profiling.drawing"),
     *("profiling.report_html", "profiling.chrome_trace", "profiling.memory_report", "profiling.metrics"),
+    *("integrations", "integrations.weights"),
 }
 HEAVY = ("torch", "transformers", "flash_attn", "triton", "typer", "rich")
 

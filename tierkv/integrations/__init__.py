@@ -1,1 +1,1 @@
-"""Engines that use tierkv as it is used from their own code: one module or package for each, which imports the engine."""
+"""Adapters that let other engines keep their KV in tierkv. Each module imports its engine only when it is used."""

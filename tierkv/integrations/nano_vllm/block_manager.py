@@ -11,8 +11,8 @@ from nanovllm.engine.block_manager import BlockManager
 from nanovllm.engine.scheduler import Scheduler
 
 from tierkv.block_store.transfers import Load
-from tierkv.integrations.nano_vllm.loading import BlockLoader
-from tierkv.integrations.nano_vllm.saving import BlockSaver
+from tierkv.integrations.nano_vllm.load_planner import LoadPlanner
+from tierkv.integrations.nano_vllm.save_queue import SaveQueue
 
 __all__ = ["BlockCounts", "TieredBlockManager", "TieredScheduler"]
 
@@ -42,29 +42,29 @@ class TieredBlockManager(BlockManager):  # type: ignore[misc]
     """
 
     def __init__(
-        self, num_blocks: int, block_size: int, *, loader: BlockLoader, saver: BlockSaver, is_busy: Callable[[], bool]
+        self, num_blocks: int, block_size: int, *, planner: LoadPlanner, saves: SaveQueue, is_busy: Callable[[], bool]
     ) -> None:
         super().__init__(num_blocks, block_size)
         self.counts = BlockCounts()
         self.loads: list[_StepLoad] = []
         self.on_load: Callable[[Load], None] = lambda load: None
-        self._loader = loader
-        self._saver = saver
+        self._planner = planner
+        self._saves = saves
         self._is_busy = is_busy
         self._num_own: dict[int, int] = {}
         self._compute_only: WeakSet[Any] = WeakSet()
 
     def can_allocate(self, seq: Any) -> int:
-        if self._is_busy() and self._loader.is_reading(seq):
+        if self._is_busy() and self._planner.is_reading(seq):
             return -1
         num_own: int = super().can_allocate(seq)
         if num_own < 0:
             return num_own
         self._num_own[seq.seq_id] = num_own
         if num_own >= seq.num_blocks - 1 or seq in self._compute_only:
-            self._loader.forget(seq)
+            self._planner.forget(seq)
             return num_own
-        promised = self._loader.promise(seq, num_own, may_wait=not self._is_busy())
+        promised = self._planner.promise(seq, num_own, may_wait=not self._is_busy())
         return -1 if promised is None else promised
 
     def allocate(self, seq: Any, num_cached_blocks: int) -> None:
@@ -74,9 +74,9 @@ class TieredBlockManager(BlockManager):  # type: ignore[misc]
         self.counts.loaded += num_cached_blocks - num_own
         self.counts.computed += seq.num_tokens // self.block_size - num_cached_blocks
         if num_own:
-            self._saver.add_used(seq, num_own)
+            self._saves.add_used(seq, num_own)
         if num_cached_blocks > num_own:
-            load = self._loader.load(seq, num_own, num_cached_blocks)
+            load = self._planner.load(seq, num_own, num_cached_blocks)
             self.loads.append(_StepLoad(seq, load, seq.block_table[num_own:num_cached_blocks]))
             self._set_hashes(seq, num_own, num_cached_blocks)
             self.on_load(load)
@@ -88,7 +88,7 @@ class TieredBlockManager(BlockManager):  # type: ignore[misc]
         if first == end:
             return
         super().hash_blocks(seq)
-        self._saver.add(seq, first, seq.block_table[first:end])
+        self._saves.add(seq, first, seq.block_table[first:end])
 
     def take_failed(self) -> set[int]:
         """Return the blocks that this step's loads did not fill, and forget these loads.
@@ -123,7 +123,7 @@ class TieredBlockManager(BlockManager):  # type: ignore[misc]
 
     def _allocate_block(self) -> int:
         block_id: int = super()._allocate_block()
-        self._saver.release(block_id)
+        self._saves.release(block_id)
         return block_id
 
 

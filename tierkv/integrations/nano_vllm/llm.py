@@ -20,8 +20,8 @@ from tierkv.errors import UnsupportedModelError
 from tierkv.integrations.nano_vllm.block_manager import BlockCounts, TieredBlockManager, TieredScheduler
 from tierkv.integrations.nano_vllm.identity import namespace_of
 from tierkv.integrations.nano_vllm.keys import SequenceKeys
-from tierkv.integrations.nano_vllm.loading import BlockLoader
-from tierkv.integrations.nano_vllm.saving import BlockSaver
+from tierkv.integrations.nano_vllm.load_planner import LoadPlanner
+from tierkv.integrations.nano_vllm.save_queue import SaveQueue
 
 __all__ = ["LLM", "BlockCounts"]
 
@@ -91,14 +91,14 @@ class LLM(nanovllm.LLM):  # type: ignore[misc]
         finally:
             self._end_loads()
         if num_tokens > 0 and not has_loaded:
-            self._loader.record_compute(num_tokens, time.perf_counter() - started_s)
-        if self._saver.num_pending and self.is_finished():
-            self._saver.save(self._saver.num_pending)
+            self._planner.record_compute(num_tokens, time.perf_counter() - started_s)
+        if self._saves.num_pending and self.is_finished():
+            self._saves.save(self._saves.num_pending)
         return outputs, num_tokens
 
     def flush(self) -> None:
         """Wait until all blocks computed so far are on disk."""
-        self._saver.save(self._saver.num_pending)
+        self._saves.save(self._saves.num_pending)
         self.store.flush()
 
     def exit(self) -> None:
@@ -109,7 +109,7 @@ class LLM(nanovllm.LLM):  # type: ignore[misc]
         atexit.unregister(self.exit)
         try:
             if self._store is not None:
-                self._loader.close()
+                self._planner.close()
                 self.flush()
                 self._store.close()
         finally:
@@ -122,16 +122,16 @@ class LLM(nanovllm.LLM):  # type: ignore[misc]
         memory = store.register([list(layer) for layer in zip(*runner.kv_cache, strict=True)])
         keys = SequenceKeys(store)
         self._is_cuda = runner.kv_cache.is_cuda
-        self._saver = BlockSaver(store, memory, keys, save_stream=self._stream_without_work)
-        self._loader = BlockLoader(store, memory, keys)
+        self._saves = SaveQueue(store, memory, keys, save_stream=self._stream_without_work)
+        self._planner = LoadPlanner(store, memory, keys)
         for num_tokens, seconds in trials:
-            self._loader.record_compute(num_tokens, seconds)
+            self._planner.record_compute(num_tokens, seconds)
         scheduler = TieredScheduler(runner.config)
         manager = scheduler.block_manager = TieredBlockManager(
             runner.config.num_kvcache_blocks,
             runner.block_size,
-            loader=self._loader,
-            saver=self._saver,
+            planner=self._planner,
+            saves=self._saves,
             is_busy=lambda: bool(scheduler.running),
         )
         manager.on_load = self._wait_by_layer
@@ -162,8 +162,8 @@ class LLM(nanovllm.LLM):  # type: ignore[misc]
 
     def _save_beside_step(self, *_: Any) -> None:
         """Save blocks of earlier steps. Called when a step is queued on the GPU, and has yet to be waited for."""
-        num_blocks = self._saver.num_pending if get_context().is_prefill else self._blocks_per_step
-        self._saver.save(num_blocks)
+        num_blocks = self._saves.num_pending if get_context().is_prefill else self._blocks_per_step
+        self._saves.save(num_blocks)
 
     def _wait_by_layer(self, load: Load) -> None:
         """Have each attention layer of this step wait for its own part of a load."""

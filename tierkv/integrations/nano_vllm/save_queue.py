@@ -13,10 +13,10 @@ from tierkv.block_store.transfers import Save
 from tierkv.integrations.nano_vllm.keys import SequenceKeys
 from tierkv.movers.engine_memory import EngineMemory
 
-__all__ = ["BlockSaver"]
+__all__ = ["SaveQueue"]
 
 
-class BlockSaver:
+class SaveQueue:
     """The blocks that the engine has computed and the store does not have yet. Used by the engine's thread only.
 
     A step of the engine ends with a wait for the GPU, so the bytes of a finished block are complete. `save_stream`

@@ -16,7 +16,7 @@ from tierkv.integrations.nano_vllm.keys import SequenceKeys
 from tierkv.movers.engine_memory import LEFT_OUT, EngineMemory
 from tierkv.transfer.recompute_or_load import CostBySize
 
-__all__ = ["BlockLoader"]
+__all__ = ["LoadPlanner"]
 
 _POLL_S = 0.002
 
@@ -32,7 +32,7 @@ class _Plan:
     is_recorded: bool = False
 
 
-class BlockLoader:
+class LoadPlanner:
     """Decides for each waiting sequence how many blocks are loaded, and loads them. Used by the engine's thread only.
 
     Blocks in warm memory are always loaded. Cold ones are loaded if that took less time than computing in earlier

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +198,7 @@ def ask(llm: Any, prompt: list[int], num_new: int) -> dict[str, Any]:
         llm.step()
         if seq.num_completion_tokens > before:
             times.append(time.perf_counter())
-    rest = [after - before for before, after in zip(times[1:], times[2:], strict=False)]
+    rest = [after - before for before, after in pairwise(times[1:])]
     return {"first_s": times[1] - times[0], "token_s": sum(rest) / max(1, len(rest)), "ids": seq.completion_token_ids}
 
 

@@ -31,6 +31,8 @@ NEED_TORCH = {
     *("MemoryTransferManager", "TransferHandle", "TransferOp"),
 }
 WITHOUT_TORCH = {
+    *("BlockStore", "BlockStoreConfig", "BlockKey", "BlockKeys", "Reservation", "Buffers", "Strided"),
+    *("LoadOrCompute", "digest_namespace"),
     *("__version__", "CacheConfig", "CacheStats", "Namespace", "BlockLayout", "Tier", "ColdStore", "SavedState"),
     *("TierKVError", "CapacityError", "ClosedError", "ConfigError", "CorruptBlockError", "DaemonError"),
     *("DaemonGoneError", "FormatVersionError", "NamespaceMismatchError", "RankError", "ShapeError", "StoreBusyError"),

@@ -34,26 +34,30 @@ ROOMS = {
     "ranks": "errors",
     "config": "errors values policies storage",
     "transfer": "errors values index policies background storage movers daemon ranks config",
+    "block_store": "errors values index background storage movers config transfer",
     "requests": "errors values index background storage movers ranks transfer",
     "cache": "errors values policies background storage ranks config transfer requests",
     "engine": "errors values storage kernels movers ranks config requests cache",
     "profiling": "errors values policies storage config transfer requests cache",
-    "__init__": "errors values policies background storage movers ranks config requests cache engine profiling",
-    "integrations": "errors",
+    "__init__": "errors values policies background storage movers ranks config block_store requests cache engine "
+    "profiling",
+    "integrations": "errors values movers transfer block_store engine",
     "tools": "errors values policies storage daemon config engine profiling __init__",
     "__main__": "tools",
 }
 
 # Rooms and modules that never load torch; one module of them does.
-TORCH_FREE_ROOMS = {"errors", "values", "index", "policies", "background", "storage", "daemon", "config"}
+TORCH_FREE_ROOMS = {"errors", "values", "index", "policies", "background", "storage", "daemon", "config", "block_store"}
 TORCH_MODULES = {"storage.hot"}
 TORCH_FREE_MODULES = {
-    *("transfer.lookup", "engine.prompt_files", "engine.prompts", "ranks.group"),
+    *("movers.ready", "transfer.codec_choice", "transfer.recompute_or_load", "transfer.lookup"),
+    *("engine.prompt_files", "engine.prompts", "ranks.group"),
     *("profiling.tracker", "profiling.prefixes", "profiling.measured", "profiling.advice", "profiling.recorder"),
     *("profiling.profiled_run", "profiling.profiler", "profiling.charts", "profiling.drawing"),
     *("profiling.report_html", "profiling.chrome_trace", "profiling.memory_report", "profiling.metrics"),
     *("integrations", "integrations.weights"),
 }
+LATE_MODULES = {"tierkv.movers.engine_memory"}  # imported where an engine hands over tensors: it loads torch
 HEAVY = ("torch", "transformers", "flash_attn", "triton", "typer", "rich")
 
 
@@ -128,7 +132,8 @@ def why_not(module: str, arrow: Arrow) -> str | None:
     if target is None:
         return f"imports {arrow.target}, which is in no room: add the room to the table of {TABLE}"
     # Kernels need triton, which only the extra `gpu` brings: modules that use kernels import them when there is a GPU.
-    if arrow.in_function and source not in ("tools", "__main__") and target != "kernels":
+    is_late = target == "kernels" or arrow.target in LATE_MODULES
+    if arrow.in_function and source not in ("tools", "__main__") and not is_late:
         return f"imports {arrow.target} inside a function: import at the top, or move down what both need"
     if source == target or target in ROOMS[source].split():
         return None

@@ -15,6 +15,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tierkv.background.handle import Handle
     from tierkv.background.work_queue import Priority
+    from tierkv.block_store.config import BlockStoreConfig
+    from tierkv.block_store.keys import BlockKey, BlockKeys, digest_namespace
+    from tierkv.block_store.load_or_compute import LoadOrCompute
+    from tierkv.block_store.placement import Buffers, Strided
+    from tierkv.block_store.reservation import Reservation
+    from tierkv.block_store.store import BlockStore
     from tierkv.cache import TierCache, load_cache_state, save_cache_state
     from tierkv.config import CacheConfig
     from tierkv.engine.generation import Generation, GenerationOptions, TokenEvent
@@ -63,7 +69,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BlockEvent",
+    "BlockKey",
+    "BlockKeys",
     "BlockLayout",
+    "BlockStore",
+    "BlockStoreConfig",
+    "Buffers",
     "CacheBlock",
     "CacheConfig",
     "CacheObserver",
@@ -83,6 +94,7 @@ __all__ = [
     "GenerationOptions",
     "Handle",
     "LayoutReport",
+    "LoadOrCompute",
     "LoadedModel",
     "ManagedFlashAttention",
     "Match",
@@ -101,6 +113,7 @@ __all__ = [
     "RankError",
     "RankGroup",
     "RequestEvent",
+    "Reservation",
     "Runner",
     "SamplingOptions",
     "SavedState",
@@ -109,6 +122,7 @@ __all__ = [
     "Span",
     "StoreBusyError",
     "StoreError",
+    "Strided",
     "Tier",
     "TierCache",
     "TierKVError",
@@ -119,6 +133,7 @@ __all__ = [
     "TransferOp",
     "UnsupportedModelError",
     "__version__",
+    "digest_namespace",
     "load_cache_state",
     "load_model",
     "make_policy",
@@ -133,6 +148,15 @@ __version__ = "0.1.0"
 _HOMES = {
     "Handle": "tierkv.background.handle",
     "Priority": "tierkv.background.work_queue",
+    "BlockStoreConfig": "tierkv.block_store.config",
+    "digest_namespace": "tierkv.block_store.keys",
+    "BlockKeys": "tierkv.block_store.keys",
+    "BlockKey": "tierkv.block_store.keys",
+    "LoadOrCompute": "tierkv.block_store.load_or_compute",
+    "Strided": "tierkv.block_store.placement",
+    "Buffers": "tierkv.block_store.placement",
+    "Reservation": "tierkv.block_store.reservation",
+    "BlockStore": "tierkv.block_store.store",
     "TierCache": "tierkv.cache",
     "load_cache_state": "tierkv.cache",
     "save_cache_state": "tierkv.cache",
@@ -170,9 +194,9 @@ _HOMES = {
     "make_policy": "tierkv.policies",
     "MemoryController": "tierkv.profiling.controller",
     "MemoryReport": "tierkv.profiling.memory_report",
+    "MemoryVisualizer": "tierkv.profiling.memory_report",
     "MetricsServer": "tierkv.profiling.metrics",
     "serve_metrics": "tierkv.profiling.metrics",
-    "MemoryVisualizer": "tierkv.profiling.memory_report",
     "MemoryProfiler": "tierkv.profiling.profiler",
     "MemoryTracker": "tierkv.profiling.tracker",
     "RankGroup": "tierkv.ranks.group",

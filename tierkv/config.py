@@ -12,7 +12,7 @@ from tierkv.storage.codecs import CODECS
 from tierkv.values.checks import check_count, check_flag, check_seconds, check_share
 from tierkv.values.files import check_path
 
-__all__ = ["CacheConfig"]
+__all__ = ["CODEC_NAMES", "CacheConfig", "expanded_path"]
 
 GIB = 1 << 30
 _MOST_THREADS = 1024
@@ -89,7 +89,7 @@ class CacheConfig:
         for name in ("cold_path", "socket"):
             value = getattr(self, name)
             if value is not None:
-                object.__setattr__(self, name, _expanded(name, value))
+                object.__setattr__(self, name, expanded_path(name, value))
         for name, least in _WHOLE_NUMBERS.items():
             value = getattr(self, name)
             if value is not None or name not in ("hot_bytes", "cold_bytes", "min_free_bytes"):
@@ -116,7 +116,7 @@ class CacheConfig:
             raise ConfigError("read_only is for a store of this process's own, and socket names a daemon, which writes")
 
 
-def _expanded(name: str, value: object) -> Path:
+def expanded_path(name: str, value: object) -> Path:
     """Return a path with ~ expanded. Raises ConfigError for what is no path, and where there is no home."""
     if not isinstance(value, str | os.PathLike):
         raise ConfigError(f"{name} must be a path, got {value!r}")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Piece", "copy_pieces"]
+__all__ = ["Piece", "copy_addresses", "copy_pieces"]
 
 _FIRST_VERSION = 12080
 _DEFAULT_STREAM = 0  # does not support batches
@@ -45,9 +45,8 @@ def copy_pieces(target: Tensor, source: Tensor, pieces: Sequence[Piece]) -> None
 
 def _copy_batch(target: Tensor, source: Tensor, pieces: Sequence[Piece], device: torch.device) -> bool:
     """Queue all copies in one call. Return False if CUDA refuses the batch; nothing is queued then."""
-    runtime = _batches()
     stream = torch.cuda.current_stream(device).cuda_stream
-    if runtime is None or stream == _DEFAULT_STREAM:
+    if _batches() is None or stream == _DEFAULT_STREAM:
         return False
     for piece in pieces:  # CUDA does not check addresses
         assert 0 <= piece.target_row < target.shape[0] and 0 <= piece.source_row < source.shape[0]
@@ -55,18 +54,26 @@ def _copy_batch(target: Tensor, source: Tensor, pieces: Sequence[Piece], device:
         assert piece.source_start + piece.length <= source.shape[1]
     to, to_row = target.data_ptr(), target.stride(0)
     of, of_row = source.data_ptr(), source.stride(0)
-    attributes = runtime.cudaMemcpyAttributes()
-    attributes.srcAccessOrder = runtime.cudaMemcpySrcAccessOrder.cudaMemcpySrcAccessOrderStream
-    status, *_ = runtime.cudaMemcpyBatchAsync(
+    return copy_addresses(
         [to + piece.target_row * to_row + piece.target_start for piece in pieces],
         [of + piece.source_row * of_row + piece.source_start for piece in pieces],
         [piece.length for piece in pieces],
-        len(pieces),
-        [attributes],
-        [0],
-        1,
         stream,
     )
+
+
+def copy_addresses(to: list[int], of: list[int], sizes: list[int], stream: int) -> bool:
+    """Copy runs of bytes between addresses of a GPU and of page-locked memory, in no order, in one call on a stream.
+
+    The caller makes sure that the addresses exist: CUDA does not check them. Return False where batches are not
+    supported, or refused; nothing is queued then.
+    """
+    runtime = _batches()
+    if runtime is None or stream == _DEFAULT_STREAM:
+        return False
+    attributes = runtime.cudaMemcpyAttributes()
+    attributes.srcAccessOrder = runtime.cudaMemcpySrcAccessOrder.cudaMemcpySrcAccessOrderStream
+    status, *_ = runtime.cudaMemcpyBatchAsync(to, of, sizes, len(sizes), [attributes], [0], 1, stream)
     if int(status):
         runtime.cudaGetLastError()  # else torch would raise it at its next call
     return not int(status)

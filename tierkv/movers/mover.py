@@ -10,12 +10,12 @@ import contextlib
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from tierkv.errors import StoreError
 from tierkv.movers.batch_copy import Piece, copy_pieces
+from tierkv.movers.ready import AllReady, Done, Ready
 from tierkv.storage.hot import HotPool
 from tierkv.storage.warm import WarmPool
 from tierkv.values.layout import BlockLayout
@@ -28,6 +28,8 @@ __all__ = [
     "Mover",
     "Ready",
     "layer_groups",
+    "page_lock",
+    "page_unlock",
     "record_event",
     "synchronize_streams",
     "wait_here",
@@ -43,51 +45,6 @@ class Move:
 
     source: int
     target: int
-
-
-class Ready(Protocol):
-    """Completion of a batch of moves."""
-
-    def wait(self, layer: int | None = None) -> None:
-        """Make the current stream wait for the bytes of one layer, or of all; return at once."""
-
-    def synchronize(self) -> None:
-        """Block the calling thread until all bytes have arrived."""
-
-    def is_done(self) -> bool:
-        """Return whether all bytes have arrived, without waiting."""
-
-
-class Done:
-    """Completed at once, as copies on a CPU are."""
-
-    def wait(self, layer: int | None = None) -> None:
-        """Nothing to wait for."""
-
-    def synchronize(self) -> None:
-        """Nothing to wait for."""
-
-    def is_done(self) -> bool:
-        """Return True."""
-        return True
-
-
-class AllReady:
-    """Completion of several batches."""
-
-    def __init__(self, parts: Sequence[Ready]) -> None:
-        self._parts = parts
-
-    def wait(self, layer: int | None = None) -> None:
-        for part in self._parts:
-            part.wait(layer)
-
-    def synchronize(self) -> None:
-        for part in self._parts:
-            part.synchronize()
-
-    def is_done(self) -> bool:
-        return all(part.is_done() for part in self._parts)
 
 
 class CudaReady:
@@ -120,29 +77,22 @@ class Mover:
         self._offsets = _layer_offsets(hot.layout)
         self.layer_groups: list[int] = layer_groups(hot.layout)
         self.is_cuda: bool = hot.device.type == "cuda"
+        self._device = hot.device
         if self.is_cuda:
-            self._device = hot.device
             self.load_stream: torch.cuda.Stream = torch.cuda.Stream(hot.device)
             self.store_stream: torch.cuda.Stream = torch.cuda.Stream(hot.device)
         self.slots: torch.Tensor = self.register(warm)
 
     def register(self, pool: WarmPool) -> torch.Tensor:
         """Return the slots of a pool as a tensor that a GPU copies to and from at full speed. Raises StoreError."""
-        if self.is_cuda:
-            try:
-                _check_cuda(torch.cuda.cudart().cudaHostRegister(pool.address, pool.slab_bytes, 0))
-            except StoreError:
-                with contextlib.suppress(RuntimeError):  # clears CUDA's error, which the next call would raise
-                    torch.zeros(1, device=self._device)
-                raise
-        return torch.from_numpy(pool.slots)
+        return page_lock(pool, self._device)
 
     def unregister(self, slots: torch.Tensor) -> None:
         """Undo `register`, after all copies have ended."""
         if self.is_cuda and slots.numel():
             self.load_stream.synchronize()
             self.store_stream.synchronize()
-            _check_cuda(torch.cuda.cudart().cudaHostUnregister(slots.data_ptr()))
+        page_unlock(slots, self._device)
 
     def promote(self, moves: Sequence[Move], *, after: Ready | None = None) -> Ready:
         """Copy warm slots to block ids. Targets may be read after `wait`, sources reused after `is_done`.
@@ -216,6 +166,24 @@ class Mover:
             if self.is_cuda:
                 synchronize_streams(self.store_stream)
             raise StoreError(f"copying {len(moves)} blocks failed: {exc}") from exc
+
+
+def page_lock(pool: WarmPool, device: torch.device) -> torch.Tensor:
+    """Return the slots of a pool as a tensor that a GPU copies to and from at full speed. Raises StoreError."""
+    if device.type == "cuda":
+        try:
+            _check_cuda(torch.cuda.cudart().cudaHostRegister(pool.address, pool.slab_bytes, 0))
+        except StoreError:
+            with contextlib.suppress(RuntimeError):  # clears CUDA's error, which the next call would raise
+                torch.zeros(1, device=device)
+            raise
+    return torch.from_numpy(pool.slots)
+
+
+def page_unlock(slots: torch.Tensor, device: torch.device) -> None:
+    """Undo `page_lock`, after all copies have ended. Does nothing for slots that were undone before."""
+    if device.type == "cuda" and slots.numel():
+        _check_cuda(torch.cuda.cudart().cudaHostUnregister(slots.data_ptr()))
 
 
 def layer_groups(layout: BlockLayout) -> list[int]:

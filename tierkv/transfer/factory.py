@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import replace
 
 import torch
 
@@ -15,10 +14,10 @@ from tierkv.errors import ConfigError
 from tierkv.index.index import Index
 from tierkv.policies import EvictionPolicy, make_policy
 from tierkv.ranks.group import RankGroup
-from tierkv.storage.codecs import Codec, codec_by_name, default_codec
-from tierkv.storage.codecs_lossy import float_format
+from tierkv.storage.codecs import Codec
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.hot import HotPool, hot_pool_blocks
+from tierkv.transfer.codec_choice import codec_of, namespace_of
 from tierkv.transfer.daemon_tiers import DaemonTiers
 from tierkv.transfer.memory import TierMemory, no_warm_memory, open_warm_memory
 from tierkv.transfer.observers import Observers
@@ -42,10 +41,10 @@ def choose_codec(config: CacheConfig, namespace: Namespace, ranks: RankGroup) ->
     for a namespace that is another rank's slice.
     """
     _check_slice(namespace, ranks)
-    codec = _codec_of(config, namespace)
+    codec = codec_of(config.codec, namespace)
     if namespace.layout.block_size != config.block_size:
         raise ConfigError(f"block_size is {config.block_size}, but the layout's is {namespace.layout.block_size}")
-    return codec, replace(namespace, lossy_codec=codec.name if codec.is_lossy else "")
+    return codec, namespace_of(namespace, codec)
 
 
 def _open_store(config: CacheConfig, shared: ColdStore | None) -> ColdStore | None:
@@ -208,17 +207,3 @@ def _check_slice(namespace: Namespace, ranks: RankGroup) -> None:
             f"the namespace is slice {namespace.tp_rank} of {namespace.tp_size}, "
             f"but this is rank {ranks.rank} of {ranks.size}"
         )
-
-
-def _codec_of(config: CacheConfig, namespace: Namespace) -> Codec:
-    """Return the codec to use. Raises ConfigError for a codec that does not fit dtype or namespace."""
-    dtype = namespace.layout.dtype
-    codec = default_codec(dtype) if config.codec == "auto" else codec_by_name(config.codec)
-    if codec.is_lossy:
-        float_format(dtype)
-    if namespace.lossy_codec not in ("", codec.name):
-        raise ConfigError(
-            f"the namespace is of blocks that went through {namespace.lossy_codec}, the codec is {codec.name}",
-            hint="leave lossy_codec to the cache",
-        )
-    return codec

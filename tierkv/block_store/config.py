@@ -1,0 +1,58 @@
+"""What a block store is opened with."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tierkv.config import CODEC_NAMES, expanded_path
+from tierkv.errors import ConfigError
+from tierkv.values.checks import check_count, check_flag, check_seconds
+
+__all__ = ["BlockStoreConfig"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockStoreConfig:
+    """Sizes and places of the warm and the cold tier of one engine. Units are in the names.
+
+    cold_path: directory of the LMDB store; None keeps nothing on disk. Several processes may have it open.
+    warm_bytes: page-locked memory, taken once at opening. With 0 the store only looks up: `contains` works, blocks are
+        neither read nor kept, and torch is not loaded. A scheduler in a process of its own needs no more.
+    cold_bytes: quota of a new store, 64 GiB if None; an existing one keeps its quota.
+    min_free_bytes: so much of the store's volume stays free; see `CacheConfig`.
+    codec: how blocks are coded on disk; "auto" is the best lossless codec for the dtype.
+    read_only: only read the store. New blocks stay in memory.
+    num_io_threads: threads that read, decode and encode.
+    write_wait_s: how long the write thread waits for the store's write lock, and a load for room in the warm memory.
+
+    >>> BlockStoreConfig(cold_path="store", warm_bytes=1 << 20).cold_path
+    PosixPath('store')
+    """
+
+    cold_path: Path | None = None
+    warm_bytes: int = 1 << 30
+    cold_bytes: int | None = None
+    min_free_bytes: int | None = None
+    codec: str = "auto"
+    read_only: bool = False
+    num_io_threads: int = field(default_factory=lambda: min(8, os.cpu_count() or 1))
+    write_wait_s: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.cold_path is not None:
+            object.__setattr__(self, "cold_path", expanded_path("cold_path", self.cold_path))
+        hint = "in bytes, as 8 << 30"
+        check_count("warm_bytes", self.warm_bytes, hint=hint)
+        check_count("num_io_threads", self.num_io_threads, least=1)
+        if self.cold_bytes is not None:
+            check_count("cold_bytes", self.cold_bytes, least=1, hint=hint)
+        if self.min_free_bytes is not None:
+            check_count("min_free_bytes", self.min_free_bytes, hint=hint)
+        check_flag("read_only", self.read_only)
+        check_seconds("write_wait_s", self.write_wait_s)
+        if self.codec not in CODEC_NAMES:
+            raise ConfigError(f"codec must be one of {', '.join(CODEC_NAMES)}, got {self.codec!r}")
+        if self.cold_path is None and (self.read_only or not self.warm_bytes):
+            raise ConfigError("a block store without cold_path needs warm_bytes, and cannot be read_only")

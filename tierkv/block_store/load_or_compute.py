@@ -1,0 +1,75 @@
+"""Load or compute: decides from what both took in earlier requests, before anything is promised to the engine."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from tierkv.transfer.recompute_or_load import CostBySize
+from tierkv.values.checks import check_count, check_seconds
+from tierkv.values.locks import OwnedLock
+
+__all__ = ["LoadOrCompute"]
+
+
+class LoadOrCompute:
+    """What loading and computing blocks took in one engine, and the choice that follows. Thread-safe.
+
+    Until both are measured, blocks are loaded. The estimate of the way that is not chosen falls a little each time,
+    until that way is tried again: a disk may be faster today. block_size: tokens of a block.
+
+    >>> choice = LoadOrCompute(block_size=256)
+    >>> choice.record_compute(8192, seconds=0.1)
+    >>> choice.record_load(32, in_memory=False, seconds=0.4)
+    >>> choice.worth_loading(32, in_memory=False, num_rest_tokens=32)
+    0
+    """
+
+    def __init__(self, *, block_size: int) -> None:
+        self._block_size = check_count("block_size", block_size, least=1)
+        self._lock = OwnedLock()
+        self._computing = CostBySize()
+        self._loading: defaultdict[bool, CostBySize] = defaultdict(CostBySize)
+
+    def record_compute(self, num_tokens: int, seconds: float) -> None:
+        """Record how long the engine took for so many new tokens, none of them loaded."""
+        num_tokens, seconds = check_count("num_tokens", num_tokens), check_seconds("seconds", seconds)
+        with self._lock:
+            self._computing.add(num_tokens, seconds)
+
+    def record_load(self, num_blocks: int, *, in_memory: bool, seconds: float) -> None:
+        """Record how long so many blocks took from the request until they lay in the engine's memory.
+
+        in_memory: none of them came from the disk.
+        """
+        num_blocks, seconds = check_count("num_blocks", num_blocks), check_seconds("seconds", seconds)
+        with self._lock:
+            self._loading[in_memory].add(num_blocks, seconds)
+
+    def compute_s(self, num_tokens: int) -> float | None:
+        """Return the seconds that so many new tokens take; None before anything was measured."""
+        with self._lock:
+            return self._computing.estimate(num_tokens)
+
+    def load_s(self, num_blocks: int, *, in_memory: bool) -> float | None:
+        """Return the seconds that so many blocks take to load; None before anything was measured."""
+        with self._lock:
+            return self._loading[in_memory].estimate(num_blocks)
+
+    def worth_loading(self, num_blocks: int, *, in_memory: bool, num_rest_tokens: int) -> int:
+        """Return how many of so many leading blocks are worth loading: all of them, or none.
+
+        num_rest_tokens: tokens behind them that are computed in any case.
+        """
+        if num_blocks <= 0:
+            return 0
+        with self._lock:
+            loads = self._loading[in_memory]
+            rest_s = self._computing.estimate(num_rest_tokens)
+            computing_s = self._computing.estimate(num_blocks * self._block_size + num_rest_tokens)
+            loading_s = loads.estimate(num_blocks)
+            if rest_s is None or computing_s is None or loading_s is None:
+                return num_blocks
+            if loading_s + rest_s <= computing_s:
+                return num_blocks
+            loads.forget(num_blocks)
+            return 0

@@ -1,0 +1,284 @@
+"""BlockStore: immutable blocks of one namespace in warm memory and on disk, for an engine that owns its KV tensors."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from tierkv.background.active_calls import ActiveCalls, while_open
+from tierkv.block_store.config import BlockStoreConfig
+from tierkv.block_store.keys import BlockKey, BlockKeys, digest_key, is_digest_namespace
+from tierkv.block_store.loading import BlockLoader, count_cold
+from tierkv.block_store.placement import Placement
+from tierkv.block_store.reservation import Reservation
+from tierkv.block_store.saving import BlockSaver
+from tierkv.block_store.transfers import Load, Save
+from tierkv.block_store.warm_memory import WarmMemory
+from tierkv.errors import ConfigError
+from tierkv.storage.cold import ColdStore
+from tierkv.transfer.codec_choice import codec_of, namespace_of
+from tierkv.values.block import HashFunction, Tier, TokenIds, hash_block
+from tierkv.values.checks import check_seconds
+from tierkv.values.layout import BlockLayout
+from tierkv.values.locks import OwnedCondition
+from tierkv.values.namespace import Namespace
+from tierkv.values.stats import CacheStats, StatsRecorder, TierStats
+
+if TYPE_CHECKING:
+    import torch
+
+    from tierkv.movers.engine_memory import EngineMemory
+
+__all__ = ["BlockStore"]
+
+_log = logging.getLogger(__name__)
+_CALLS_WAIT_S = 10.0
+_STALL_S = 30.0  # at the end, how long one read or write may take
+
+
+class BlockStore:
+    """Blocks below an engine's own memory. Context manager; thread-safe; `close` may be called twice.
+
+    namespace: identity of the model and the layout of its blocks. With `digest_namespace` the engine names rows by
+    digests, with any other it names blocks by their tokens. A lossy codec adds its name: see `store.namespace`.
+    cold: an open store to share; otherwise the block store opens and closes `config.cold_path`.
+
+    A parent need not be loaded to save or load its child. Damage, a full or hanging disk, and other processes are
+    misses that `stats` counts, never exceptions; bytes that were not verified never reach the engine. Once the store
+    closes, every method raises ClosedError, and so it does in a forked process.
+
+    >>> with BlockStore(BlockStoreConfig(warm_bytes=1 << 20), namespace=namespace) as store:
+    ...     keys = store.keys([1, 2, 3, 4, 5, 6, 7, 8, 9])
+    ...     saved = store.save(keys, Buffers([bytes(store.layout.block_bytes) for _ in keys]))
+    ...     out = [bytearray(store.layout.block_bytes) for _ in keys]
+    ...     load = store.load(store.reserve(keys), Buffers(out))
+    ...     saved.num_saved, store.contains(keys), load.num_loaded
+    (2, 2, 2)
+    """
+
+    def __init__(
+        self,
+        config: BlockStoreConfig,
+        *,
+        namespace: Namespace,
+        cold: ColdStore | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        hash_function: HashFunction = hash_block,
+    ) -> None:
+        codec = codec_of(config.codec, namespace)
+        self.config = config
+        self.namespace: Namespace = namespace_of(namespace, codec)
+        self.layout: BlockLayout = namespace.layout
+        self.calls: ActiveCalls = ActiveCalls("the block store")
+        self._root = self.namespace.digest
+        self._hash = hash_function
+        self._clock = clock
+        self._is_digest = is_digest_namespace(namespace)
+        self._owns_cold = cold is None
+        self._changed = OwnedCondition()
+        self._stats = StatsRecorder(self._changed)
+        self._cold = cold or _open_cold(config)
+        try:
+            if self._cold:
+                self._cold.open_namespace(self.namespace)
+            self._memory = WarmMemory(config, self.layout, clock, self._changed) if config.warm_bytes else None
+        except BaseException:
+            self._close_cold()
+            raise
+        if self._memory:
+            self._loader = BlockLoader(self._memory, self._cold, self._root, self._stats, self._changed)
+            self._saver = BlockSaver(self._memory, self._cold, self._root, codec, self._stats, self._changed)
+
+    def __enter__(self) -> BlockStore:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block. Rows that are named by digests have no tokens: it says nothing about them."""
+        return self.layout.block_size
+
+    @property
+    def cold(self) -> ColdStore | None:
+        """The store on disk, if there is one."""
+        return self._cold
+
+    def keys(self, token_ids: TokenIds = ()) -> BlockKeys:
+        """Return the keys of a token sequence's whole blocks. The engine keeps them, and extends them.
+
+        Raises ConfigError in a namespace of digests.
+        """
+        if self._is_digest:
+            raise ConfigError("this namespace names its rows by digests: use key_of_digest")
+        keys = BlockKeys(self._root, self.block_size, hash_function=self._hash)
+        keys.extend(token_ids)
+        return keys
+
+    def key_of_digest(self, digest: bytes, group: int = 0) -> BlockKey:
+        """Return the key of a row that the engine names by a digest; see `digest_key`.
+
+        Raises ConfigError in a namespace of tokens.
+        """
+        if not self._is_digest:
+            raise ConfigError("this namespace names its blocks by tokens", hint="make it with digest_namespace")
+        return digest_key(self._root, digest, group)
+
+    def register(self, layers: Sequence[Sequence[torch.Tensor]], *, pages_per_block: int = 1) -> EngineMemory:
+        """Return the engine's tensors as memory that blocks are copied to and from; see `EngineMemory`.
+
+        The store closes it. Raises ShapeError for tensors that do not fit the layout, StoreError where CUDA refuses.
+        """
+        return self._require_memory().register(layers, self.layout, pages_per_block=pages_per_block)
+
+    @while_open
+    def contains(self, keys: Sequence[BlockKey]) -> int:
+        """Return how many leading blocks are there, in the warm memory or on disk. Reads none of them."""
+        if self._memory is None:
+            assert self._cold is not None, "a store without memory looks up in the cold one"
+            return count_cold(self._cold, keys)
+        return self._loader.contains(keys)
+
+    @while_open
+    def reserve(self, keys: Sequence[BlockKey], start: int = 0) -> Reservation:
+        """Hold the blocks of `keys` from `start` on, up to the first that is not there; begin to read the cold ones.
+
+        The blocks before `start` need not be there: the engine has them. Returns at once; see `Reservation`.
+        """
+        self._require_memory()
+        return self._loader.reserve(keys, start)
+
+    @while_open
+    def load(self, reservation: Reservation, targets: Placement) -> Load:
+        """Copy reserved blocks into the engine's memory. Returns at once unless the targets are `Buffers`.
+
+        targets: places for the leading blocks of the reservation, which this call takes over; blocks without a place
+        are released. What the engine has queued on the current stream is done before a place is overwritten. Blocks
+        that cannot be had are `failed_keys`. Raises ShapeError for places that do not fit.
+        """
+        self._require_memory()
+        return self._loader.load(reservation, targets)
+
+    @while_open
+    def save(self, keys: Sequence[BlockKey], sources: Placement, *, start: int = 0) -> Save:
+        """Take over the blocks of `keys` from `start` on, and write them to the disk in the background.
+
+        sources: a place for each of them; what the engine has queued on the current stream is done before it is read.
+        The blocks before `start` are not touched. Known blocks are not copied. A block for which there is no room
+        is skipped with those after it, and counted. Raises ShapeError for places that do not fit.
+        """
+        self._require_memory()
+        return self._saver.save(keys, sources, start)
+
+    @while_open
+    def touch(self, keys: Sequence[BlockKey]) -> None:
+        """Record a use of blocks, so that they are evicted later."""
+        if self._memory:
+            with self._changed:
+                self._memory.index.touch(keys)
+        if self._cold:
+            self._cold.touch([key.block_hash for key in keys])
+
+    @while_open
+    def pin(self, keys: Sequence[BlockKey], ttl_s: float | None = None) -> int:
+        """Keep blocks in the warm memory for `ttl_s` seconds; without a time also on disk, and for good.
+
+        Return how many of them were there.
+        """
+        until = math.inf if ttl_s is None else self._clock() + check_seconds("ttl_s", ttl_s)
+        return self._set_pinned(keys, until, on_disk=True if ttl_s is None else None)
+
+    @while_open
+    def unpin(self, keys: Sequence[BlockKey]) -> int:
+        """Let blocks be evicted again. Return how many of them were there."""
+        return self._set_pinned(keys, -math.inf, on_disk=False)
+
+    @while_open
+    def clear(self) -> int:
+        """Evict all blocks of this namespace, but pinned ones on disk. Return how many went, the copies counted once.
+
+        Raises StoreError where the disk does not answer.
+        """
+        num_warm = 0
+        if self._memory:
+            self._saver.flush()
+            with self._changed:
+                num_warm = self._memory.index.clear()
+        if self._cold is None or self._cold.read_only:
+            return num_warm
+        return max(num_warm, self._cold.evict(namespace=self._root).blocks)
+
+    @while_open
+    def stats(self) -> CacheStats:
+        """Return the counters so far. A request is a reservation; the hot tier is the engine's, and not counted."""
+        tiers: dict[Tier, TierStats] = {}
+        if self._cold:
+            cold = self._cold.stats()
+            tiers[Tier.COLD] = TierStats(
+                blocks=cold.blocks, stored_bytes=cold.live_bytes, capacity_bytes=cold.quota_bytes
+            )
+        with self._changed:
+            if self._memory:
+                tiers[Tier.WARM] = self._memory.tier_stats()
+            return self._stats.snapshot(tiers, avg_shared_blocks=0.0, fragmentation_ratio=0.0)
+
+    @while_open
+    def flush(self) -> None:
+        """Wait until every saved block lies on the disk, synced. Raises StoreError where that cannot be."""
+        if self._memory:
+            self._saver.flush()
+        if self._cold and not self._cold.read_only:
+            self._cold.flush()
+
+    def close(self) -> None:
+        """Write what was saved, end all copies, free the memory. What cannot be written is logged."""
+        if not self.calls.close():
+            return
+        self.calls.wait(_CALLS_WAIT_S)
+        is_idle = True
+        if self._memory:
+            is_idle = self._loader.close(stall_s=_STALL_S)
+            is_idle = self._saver.close(stall_s=self.config.write_wait_s + _STALL_S) and is_idle
+            if is_idle:
+                self._memory.close()
+        if is_idle:
+            self._close_cold()
+        else:
+            _log.warning("the disk hangs: the memory and the store of the block store stay open")
+
+    def _set_pinned(self, keys: Sequence[BlockKey], until: float, *, on_disk: bool | None) -> int:
+        num_found = self.contains(keys)
+        found = list(keys[:num_found])
+        if self._memory:
+            with self._changed:
+                self._memory.index.set_pinned(found, until)
+        if on_disk is not None and self._cold and not self._cold.read_only:
+            if self._memory:
+                self._saver.flush()
+            self._cold.set_pinned([key.block_hash for key in found], on_disk)
+        return num_found
+
+    def _require_memory(self) -> WarmMemory:
+        if self._memory is None:
+            raise ConfigError("this block store only looks up", hint="open it with warm_bytes")
+        return self._memory
+
+    def _close_cold(self) -> None:
+        if self._cold and self._owns_cold:
+            self._cold.close()
+
+
+def _open_cold(config: BlockStoreConfig) -> ColdStore | None:
+    if config.cold_path is None:
+        return None
+    return ColdStore(
+        config.cold_path,
+        quota_bytes=config.cold_bytes,
+        min_free_bytes=config.min_free_bytes,
+        write_wait_s=config.write_wait_s,
+        read_only=config.read_only,
+    )

@@ -1,0 +1,121 @@
+"""The warm memory of a block store: slots, what lies in them, and the copies in flight."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from tierkv.background.work_queue import PriorityThreadPool
+from tierkv.block_store.config import BlockStoreConfig
+from tierkv.block_store.warm_index import WarmIndex
+from tierkv.errors import CapacityError
+from tierkv.movers.ready import Ready
+from tierkv.storage.planes import Bytes
+from tierkv.storage.warm import WarmPool
+from tierkv.values.layout import BlockLayout
+from tierkv.values.locks import OwnedCondition
+from tierkv.values.stats import TierStats
+
+if TYPE_CHECKING:
+    import torch
+
+    from tierkv.movers.engine_memory import EngineMemory
+
+__all__ = ["WarmMemory"]
+
+_MIN_BLOCKS = 4
+_MOST_SPARE = 16
+_SPARE_SHARE = 8
+
+
+class WarmMemory:
+    """Slots of one block each. index: which blocks lie in them. spare: slots that only unread blocks pass through, so
+    that a load of more blocks than there is room for never waits for another one's. threads: read, decode, encode.
+    """
+
+    def __init__(
+        self, config: BlockStoreConfig, layout: BlockLayout, clock: Callable[[], float], changed: OwnedCondition
+    ) -> None:
+        """Raises CapacityError for memory that holds fewer than four blocks, or that the machine does not have."""
+        num_slots = config.warm_bytes // layout.block_bytes
+        if num_slots < _MIN_BLOCKS:
+            raise CapacityError(
+                f"warm_bytes {config.warm_bytes} holds {num_slots} blocks of {layout.block_bytes} bytes",
+                hint=f"at least {_MIN_BLOCKS} are needed: raise warm_bytes, or lower the block size",
+            )
+        machine_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if config.warm_bytes > machine_bytes:
+            raise CapacityError(
+                f"warm_bytes {config.warm_bytes} is more than the {machine_bytes} bytes of memory of this machine",
+                hint="lower warm_bytes",
+            )
+        self.layout = layout
+        self._changed = changed
+        self._pool = WarmPool(layout.block_bytes, num_slots, num_threads=config.num_io_threads)
+        self.slots: Bytes = self._pool.slots
+        self.index: WarmIndex = WarmIndex(num_slots, clock, changed)
+        with changed:
+            self.spare: list[int] = self.index.take(max(1, min(_MOST_SPARE, num_slots // _SPARE_SHARE)))
+        self.most_held: int = max(1, (num_slots - len(self.spare)) // 2)
+        self.threads: PriorityThreadPool = PriorityThreadPool(config.num_io_threads, name="tierkv-io")
+        self._engines: list[EngineMemory] = []
+        self._in_flight: deque[tuple[Ready, list[int]]] = deque()
+
+    def register(
+        self, layers: Sequence[Sequence[torch.Tensor]], layout: BlockLayout, *, pages_per_block: int
+    ) -> EngineMemory:
+        """Return an engine's tensors as memory to copy to and from; see `BlockStore.register`."""
+        from tierkv.movers.engine_memory import EngineMemory  # needs torch
+
+        memory = EngineMemory(layers, layout, self._pool, pages_per_block=pages_per_block)
+        self._engines.append(memory)
+        return memory
+
+    def take(self, count: int) -> list[int]:
+        """Return up to `count` slots, each pinned once, evicting if need be; the caller holds the lock."""
+        assert self._changed.is_owned()
+        self.reap()
+        return self.index.take(count)
+
+    def unpin(self, slots: Iterable[int]) -> None:
+        """Lower the reference counts of slots, and wake threads that wait for room. The caller holds the lock."""
+        assert self._changed.is_owned()
+        self.index.unpin(slots)
+        self._changed.notify_all()
+
+    def unpin_after(self, copied: Ready, slots: Sequence[int]) -> None:
+        """Lower the reference counts of slots once a copy has ended; the caller holds the lock."""
+        assert self._changed.is_owned()
+        if copied.is_done():
+            self.unpin(slots)
+        else:
+            self._in_flight.append((copied, list(slots)))
+
+    def reap(self) -> None:
+        """Unpin the slots of copies that have ended; the caller holds the lock."""
+        assert self._changed.is_owned()
+        while self._in_flight and self._in_flight[0][0].is_done():
+            self.unpin(self._in_flight.popleft()[1])
+
+    def tier_stats(self) -> TierStats:
+        """Return the numbers of the warm tier; the caller holds the lock."""
+        assert self._changed.is_owned()
+        blocks, size = len(self.index), self.layout.block_bytes
+        return TierStats(
+            blocks=blocks,
+            used_bytes=blocks * size,
+            stored_bytes=blocks * size,
+            capacity_bytes=len(self.slots) * size,
+            evictions=self.index.num_evicted,
+        )
+
+    def close(self) -> None:
+        """End copies and threads, and free the memory."""
+        self.threads.shutdown()
+        for engine in self._engines:
+            engine.close()
+        with self._changed:
+            self._in_flight.clear()
+        self._pool.close()

@@ -1,0 +1,197 @@
+"""The KV tensors of an engine that owns them: blocks are copied between its pages and warm slots, page by page.
+
+On a GPU the copy engines do it, in one call for a group of layers, so that no multiprocessor is taken from the model,
+and a model can begin with its first layers while the rest is in flight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tierkv.errors import ShapeError, StoreError
+from tierkv.movers.batch_copy import copy_addresses
+from tierkv.movers.mover import CudaReady, layer_groups, page_lock, page_unlock, record_event, synchronize_streams
+from tierkv.movers.ready import AllReady, Done, Ready
+from tierkv.storage.warm import WarmPool
+from tierkv.values.layout import BlockLayout
+
+__all__ = ["LEFT_OUT", "EngineMemory"]
+
+LEFT_OUT = -1
+"""Stands for a page that a load leaves as it is, because the engine has it already."""
+
+
+class _Tensor(NamedTuple):
+    """One tensor as [pages, page bytes] uint8, and where a block's pages of it begin in a slot."""
+
+    rows: Tensor
+    offset: int
+
+
+class _Piece(NamedTuple):
+    """One page to copy: its number, the slot of its block, and its place among the block's pages."""
+
+    page: int
+    slot: int
+    at: int
+
+
+class EngineMemory:
+    """The pages of one engine on one device. They must stay where they are until `close`.
+
+    layers: for each layer its tensors, one with K and V together or two, each [pages, ...]: dim 0 counts pages, and a
+    page is dense, its other dims in any order. A block is `pages_per_block` pages, the same in all tensors; in a slot
+    it lies layer after layer, tensor after tensor, page after page, the bytes of a page in the order of its memory.
+    Raises ShapeError for tensors that do not fit the layout, StoreError where CUDA does not register the slots.
+    """
+
+    def __init__(
+        self, layers: Sequence[Sequence[Tensor]], layout: BlockLayout, warm: WarmPool, *, pages_per_block: int = 1
+    ) -> None:
+        flat = [tensor for layer in layers for tensor in layer]
+        if not flat or len({tensor.device for tensor in flat}) != 1:
+            raise ShapeError("an engine's memory has tensors, all on one device")
+        self.device: torch.device = flat[0].device
+        self.pages_per_block = pages_per_block
+        self.num_pages: int = min(tensor.shape[0] for tensor in flat)
+        self.is_cuda: bool = self.device.type == "cuda"
+        rows = [_rows_of(tensor) for tensor in flat]
+        offsets = [0, *accumulate(row.shape[1] * pages_per_block for row in rows)]
+        self._tensors = [_Tensor(row, offset) for row, offset in zip(rows, offsets, strict=False)]
+        self._ends = list(accumulate(len(layer) for layer in layers))
+        _check_layout([offsets[end] for end in self._ends], layout)
+        self.layer_groups: list[int] = layer_groups(layout)
+        self._warm = warm
+        self._slots = page_lock(warm, self.device)
+        if self.is_cuda:
+            self.load_stream: torch.cuda.Stream = torch.cuda.Stream(self.device)
+            self.save_stream: torch.cuda.Stream = torch.cuda.Stream(self.device)
+
+    def mark(self) -> Ready:
+        """Return the completion of the work queued on the current stream so far."""
+        return CudaReady([record_event(torch.cuda.current_stream(self.device))]) if self.is_cuda else Done()
+
+    def load(self, slots: Sequence[int], pages: Sequence[Sequence[int]], *, after: Sequence[Ready]) -> Ready:
+        """Copy slots into pages, the first layers of all blocks first; the pages of one block for each slot.
+
+        The pages are overwritten after `after` only, such as what `mark` returned. They may be read after `wait`, slots
+        reused after `is_done`. Raises ShapeError for pages that do not exist, StoreError for a failed copy: some pages
+        may have been written then, and no copy is in flight.
+        """
+        kept = self._pieces(slots, pages, may_leave_out=True)
+        if not self.is_cuda:
+            AllReady(after).synchronize()
+            self._copy_one_by_one(kept, 0, len(self._ends), to_pages=True)
+            return Done()
+        events: list[torch.cuda.Event] = []
+        first = 0
+        try:
+            with torch.cuda.stream(self.load_stream):
+                AllReady(after).wait()
+                for end in self.layer_groups:
+                    theirs, ours, sizes = self._addresses(kept, first, end)
+                    if not copy_addresses(theirs, ours, sizes, self.load_stream.cuda_stream):
+                        self._copy_one_by_one(kept, first, end, to_pages=True)
+                    events.append(record_event(self.load_stream))
+                    first = end
+        except RuntimeError as exc:
+            synchronize_streams(self.load_stream)
+            raise StoreError(f"loading {len(slots)} blocks failed: {exc}") from exc
+        return CudaReady(events, self.layer_groups)
+
+    def save(self, pages: Sequence[Sequence[int]], slots: Sequence[int], *, after: Sequence[Ready]) -> Ready:
+        """Copy pages into slots: the inverse of `load`; no page may be left out."""
+        kept = self._pieces(slots, pages, may_leave_out=False)
+        if not self.is_cuda:
+            AllReady(after).synchronize()
+            self._copy_one_by_one(kept, 0, len(self._ends), to_pages=False)
+            return Done()
+        try:
+            with torch.cuda.stream(self.save_stream):
+                AllReady(after).wait()
+                theirs, ours, sizes = self._addresses(kept, 0, len(self._ends))
+                if not copy_addresses(ours, theirs, sizes, self.save_stream.cuda_stream):
+                    self._copy_one_by_one(kept, 0, len(self._ends), to_pages=False)
+            return CudaReady([record_event(self.save_stream)])
+        except RuntimeError as exc:
+            synchronize_streams(self.save_stream)
+            raise StoreError(f"saving {len(slots)} blocks failed: {exc}") from exc
+
+    def close(self) -> None:
+        """Wait for all copies and unregister the slots. May be called twice."""
+        if self.is_cuda and self._slots.numel():
+            synchronize_streams(self.load_stream, self.save_stream)
+        page_unlock(self._slots, self.device)
+        self._slots = torch.empty(0)
+        self._tensors = []
+
+    def _pieces(self, slots: Sequence[int], pages: Sequence[Sequence[int]], *, may_leave_out: bool) -> list[_Piece]:
+        """Return the pages to copy and their places in the slots. Raises ShapeError for pages that do not exist."""
+        least = LEFT_OUT if may_leave_out else 0
+        if len(slots) != len(pages) or any(len(ids) != self.pages_per_block for ids in pages):
+            raise ShapeError(f"each of the {len(slots)} blocks has {self.pages_per_block} pages")
+        if any(not least <= page < self.num_pages for ids in pages for page in ids):
+            raise ShapeError(f"an engine's page lies in [0, {self.num_pages})")
+        return [
+            _Piece(page, slot, at)
+            for slot, ids in zip(slots, pages, strict=True)
+            for at, page in enumerate(ids)
+            if page != LEFT_OUT
+        ]
+
+    def _tensors_of(self, first_layer: int, end_layer: int) -> list[_Tensor]:
+        return self._tensors[self._ends[first_layer - 1] if first_layer else 0 : self._ends[end_layer - 1]]
+
+    def _copy_one_by_one(self, pieces: Sequence[_Piece], first_layer: int, end_layer: int, *, to_pages: bool) -> None:
+        for rows, offset in self._tensors_of(first_layer, end_layer):
+            size = rows.shape[1]
+            for page, slot, at in pieces:
+                start = offset + at * size
+                theirs, ours = rows[page], self._slots[slot, start : start + size]
+                to, of = (theirs, ours) if to_pages else (ours, theirs)
+                to.copy_(of, non_blocking=True)
+
+    def _addresses(
+        self, pieces: Sequence[_Piece], first_layer: int, end_layer: int
+    ) -> tuple[list[int], list[int], list[int]]:
+        """Return addresses of pages, of their places in the slots, and sizes, tensor after tensor."""
+        slot_base, slot_stride = self._slots.data_ptr(), self._slots.stride(0)
+        theirs: list[int] = []
+        ours: list[int] = []
+        sizes: list[int] = []
+        for rows, offset in self._tensors_of(first_layer, end_layer):
+            base, stride, size = rows.data_ptr(), rows.stride(0), rows.shape[1]
+            start = slot_base + offset
+            theirs += [base + page * stride for page, _, _ in pieces]
+            ours += [start + slot * slot_stride + at * size for _, slot, at in pieces]
+            sizes += [size] * len(pieces)
+        return theirs, ours, sizes
+
+
+def _rows_of(tensor: Tensor) -> Tensor:
+    """Return a view of a tensor as [pages, page bytes] uint8. Raises ShapeError unless each page is dense."""
+    if tensor.dim() < 2 or not tensor.shape[0]:
+        raise ShapeError(f"an engine's tensor is [pages, ...], got {tuple(tensor.shape)}")
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride()[1:], tensor.shape[1:], strict=True)):
+        if size != 1 and stride != expected:
+            raise ShapeError(f"a page is not dense: shape {tuple(tensor.shape)}, strides {tensor.stride()}")
+        expected *= size
+    if tensor.shape[0] > 1 and tensor.stride(0) < expected:
+        raise ShapeError(f"pages overlap: shape {tuple(tensor.shape)}, strides {tensor.stride()}")
+    flat = tensor.detach().as_strided((tensor.shape[0], expected), (max(tensor.stride(0), expected), 1))
+    return flat.view(torch.uint8)
+
+
+def _check_layout(ends: Sequence[int], layout: BlockLayout) -> None:
+    """Raise ShapeError unless the layers end where the layout's end."""
+    expected = [run.offset_bytes for run in layout.runs[2::2]] + [layout.block_bytes]
+    if list(ends) != expected:
+        raise ShapeError(
+            f"the engine's layers end at bytes {list(ends)[-3:]} of a block, the layout's at {expected[-3:]}"
+        )

@@ -115,7 +115,7 @@ def flip_bytes(store: Path, every: int) -> int:
     """Flip one byte in `every` of the store's largest file; return how many."""
     (path,) = sorted(store.rglob("*.mdb"), key=lambda each: each.stat().st_size)[-1:]
     data = bytearray(path.read_bytes())
-    places = range(1 << 20, len(data), every)
+    places = range(100_000, len(data), every)
     for place in places:
         data[place] ^= 0xFF
     path.write_bytes(data)

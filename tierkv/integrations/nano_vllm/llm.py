@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import logging
 import time
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -16,7 +17,7 @@ from nanovllm.utils.context import get_context
 from tierkv.block_store.config import BlockStoreConfig
 from tierkv.block_store.store import BlockStore
 from tierkv.block_store.transfers import Load
-from tierkv.errors import UnsupportedModelError
+from tierkv.errors import StoreError, UnsupportedModelError
 from tierkv.integrations.nano_vllm.block_manager import BlockCounts, TieredBlockManager, TieredScheduler
 from tierkv.integrations.nano_vllm.identity import namespace_of
 from tierkv.integrations.nano_vllm.keys import SequenceKeys
@@ -24,6 +25,8 @@ from tierkv.integrations.nano_vllm.load_planner import LoadPlanner
 from tierkv.integrations.nano_vllm.save_queue import SaveQueue
 
 __all__ = ["LLM", "BlockCounts"]
+
+_log = logging.getLogger(__name__)
 
 _SAVE_BYTES_PER_STEP = 64 << 20
 """Bytes copied to memory beside one decode step: 1.3 ms of the bus, less than a step of a small model."""
@@ -97,9 +100,12 @@ class LLM(nanovllm.LLM):  # type: ignore[misc]
         return outputs, num_tokens
 
     def flush(self) -> None:
-        """Wait until all blocks computed so far are on disk."""
-        self._saves.save(self._saves.num_pending)
-        self.store.flush()
+        """Wait until all blocks computed so far are on disk. Raises StoreError where that cannot be."""
+        num_pending = -1
+        while self._saves.num_pending not in (0, num_pending):  # what is written makes room for the others
+            num_pending = self._saves.num_pending
+            self._saves.save(num_pending)
+            self.store.flush()
 
     def exit(self) -> None:
         """Write what is not on disk yet, and end the engine. May be called twice."""
@@ -110,22 +116,34 @@ class LLM(nanovllm.LLM):  # type: ignore[misc]
         try:
             if self._store is not None:
                 self._planner.close()
-                self.flush()
-                self._store.close()
+                with self._store:
+                    self.flush()
+        except StoreError as exc:
+            _log.warning("the last blocks are not on disk: %s", exc)
         finally:
+            self._attention = []  # it would keep the GPU memory
             super().exit()
 
     def _open(self, config: BlockStoreConfig, salt: str) -> None:
-        runner = self.model_runner
         trials = self._time_prefills()
-        store = self._store = BlockStore(config, namespace=namespace_of(runner, salt=salt))
+        store = BlockStore(config, namespace=namespace_of(self.model_runner, salt=salt))
+        try:
+            self._put_below(store)
+        except BaseException:
+            store.close()
+            raise
+        self._store = store
+        for num_tokens, seconds in trials:
+            self._planner.record_compute(num_tokens, seconds)
+
+    def _put_below(self, store: BlockStore) -> None:
+        """Connect the engine, which has run nothing that must be kept, with the store."""
+        runner = self.model_runner
         memory = store.register([list(layer) for layer in zip(*runner.kv_cache, strict=True)])
         keys = SequenceKeys(store)
         self._is_cuda = runner.kv_cache.is_cuda
         self._saves = SaveQueue(store, memory, keys, save_stream=self._stream_without_work)
         self._planner = LoadPlanner(store, memory, keys)
-        for num_tokens, seconds in trials:
-            self._planner.record_compute(num_tokens, seconds)
         scheduler = TieredScheduler(runner.config)
         manager = scheduler.block_manager = TieredBlockManager(
             runner.config.num_kvcache_blocks,
@@ -144,7 +162,11 @@ class LLM(nanovllm.LLM):  # type: ignore[misc]
     def _time_prefills(self) -> list[tuple[int, float]]:
         """Return tokens and seconds of prefills of about two sizes. The engine forgets what it computed here."""
         config = self.model_runner.config
-        most = min(config.max_model_len - 1, config.max_num_batched_tokens, config.num_kvcache_blocks * 256 - 1)
+        most = min(
+            config.max_model_len - 1,
+            config.max_num_batched_tokens,
+            config.num_kvcache_blocks * config.kvcache_block_size - 1,
+        )
         sampling = nanovllm.SamplingParams(max_tokens=1, ignore_eos=True)
         found: list[tuple[int, float]] = []
         with torch.random.fork_rng(device_type="cuda", enabled=self.model_runner.kv_cache.is_cuda):

@@ -14,7 +14,6 @@ from tierkv.block_store.store import BlockStore
 from tierkv.block_store.transfers import Load
 from tierkv.integrations.nano_vllm.keys import SequenceKeys
 from tierkv.movers.engine_memory import LEFT_OUT, EngineMemory
-from tierkv.transfer.recompute_or_load import CostBySize
 
 __all__ = ["LoadPlanner"]
 
@@ -53,7 +52,6 @@ class LoadPlanner:
         self._clock = clock
         self._block_size = store.block_size
         self._choice = LoadOrCompute(block_size=store.block_size)
-        self._computing = CostBySize()
         self._plans: dict[int, _Plan] = {}
         self._has_waited = False
 
@@ -63,7 +61,6 @@ class LoadPlanner:
         if has_waited:
             return
         self._choice.record_compute(num_tokens, seconds)
-        self._computing.add(num_tokens, seconds)
 
     def is_reading(self, seq: Any) -> bool:
         """Return whether blocks of a sequence are being read from the disk, and are still worth waiting for."""
@@ -134,7 +131,7 @@ class LoadPlanner:
             return False
         num_ready = reservation.num_ready
         num_left = reservation.num_blocks - num_ready
-        computing_s = self._computing.estimate(num_left * self._block_size)
+        computing_s = self._choice.compute_s(num_left * self._block_size)
         if computing_s is None:
             return True
         waited_s = self._clock() - plan.started_s

@@ -54,7 +54,7 @@ class SaveQueue:
         self._used.append((seq, num_blocks))
 
     def save(self, max_blocks: int) -> None:
-        """Give up to `max_blocks` blocks to the store. Returns before they are copied."""
+        """Give up to `max_blocks` blocks to the store, as far as it has room. Returns before they are copied."""
         for seq, num_blocks in self._used:
             self._store.touch(self._keys.of(seq, num_blocks))
         self._used.clear()
@@ -62,19 +62,24 @@ class SaveQueue:
             return
         self._saves = {block_id: save for block_id, save in self._saves.items() if not save.is_done()}
         with self._save_stream():
-            while self._pending and max_blocks > 0:
-                max_blocks -= self._save_run(max_blocks)
+            while self._pending and max_blocks > 0 and (num_taken := self._save_run(max_blocks)):
+                max_blocks -= num_taken
 
     def release(self, block_id: int) -> None:
         """Prepare a block for being overwritten by work on the current stream."""
         if block_id in self._pending:
             self.save(len(self._pending))
+            self._pending.pop(block_id, None)  # there was no room for it
         save = self._saves.pop(block_id, None)
         if save is not None and not save.is_done():
             save.wait()
 
     def _save_run(self, max_blocks: int) -> int:
-        """Save the oldest pending blocks that follow each other in one sequence; return how many."""
+        """Save the oldest pending blocks that follow each other in one sequence.
+
+        Return how many the store took over or has. If it has no room for all, the others stay pending, because blocks
+        after a gap would never be found.
+        """
         seq, first = next(iter(self._pending.values()))
         block_ids: list[int] = []
         for block_id, (owner, index) in self._pending.items():
@@ -83,6 +88,8 @@ class SaveQueue:
             block_ids.append(block_id)
         keys: list[BlockKey] = self._keys.of(seq, first + len(block_ids))
         save = self._store.save(keys, Strided(self._memory, [[each] for each in block_ids]), start=first)
+        if save.num_skipped:
+            del block_ids[save.num_saved :]
         for block_id in block_ids:
             del self._pending[block_id]
             self._saves[block_id] = save

@@ -8,6 +8,8 @@ with the stand-ins of tests/engines, to see that this script works; its figures 
 from __future__ import annotations
 
 import argparse
+import atexit
+import importlib
 import json
 import os
 import statistics
@@ -150,10 +152,9 @@ def live(options: argparse.Namespace) -> dict[str, Any]:
     """Start an engine, ask all prompts, end it; return seconds and ids."""
     if options.cpu:
         sys.path.insert(0, str(ROOT / "tests" / "engines"))
-        import nano_vllm_cpu
-
-        nano_vllm_cpu.install()
-        nano_vllm_cpu.Memory.num_bytes = 256 << 20
+        stand_ins = importlib.import_module("nano_vllm_cpu")
+        stand_ins.install()
+        stand_ins.Memory.num_bytes = 256 << 20
     import nanovllm
 
     room = {"max_model_len": options.prefix + 1024, "max_num_batched_tokens": 16_384, "max_num_seqs": options.batch}
@@ -161,6 +162,7 @@ def live(options: argparse.Namespace) -> dict[str, Any]:
     started = time.perf_counter()
     if options.life == "plain":
         llm = nanovllm.LLM(str(options.folder / "model"), **room)
+        atexit.unregister(llm.exit)  # it fails if it is called twice
     else:
         from tierkv.integrations.nano_vllm import LLM
 

@@ -41,7 +41,7 @@ ROOMS = {
     "profiling": "errors values policies storage config transfer requests cache",
     "__init__": "errors values policies background storage movers ranks config block_store requests cache engine "
     "profiling",
-    "integrations": "errors values movers transfer block_store engine",
+    "integrations": "errors values movers block_store engine",
     "tools": "errors values policies storage daemon config engine profiling __init__",
     "__main__": "tools",
 }

@@ -298,7 +298,8 @@ def test_nothing_in_the_store_promises_the_engines_own(planner: LoadPlanner, sto
 
 
 class Saved:
-    def __init__(self) -> None:
+    def __init__(self, num_saved: int = 0, num_skipped: int = 0) -> None:
+        self.num_saved, self.num_skipped = num_saved, num_skipped
         self.waits = 0
         self.done = False
 
@@ -311,14 +312,18 @@ class Saved:
 
 class SavingStore(Store):
     def __init__(self) -> None:
+        self.room = 100
         self.saved: list[tuple[int, list[int]]] = []
         self.saves: list[Saved] = []
         self.touched: list[int] = []
 
     def save(self, keys: Any, sources: Any, *, start: int) -> Saved:
         assert len(keys) == start + len(sources.pages)
-        self.saved.append((start, [page for (page,) in sources.pages]))
-        self.saves.append(Saved())
+        pages = [page for (page,) in sources.pages]
+        num_saved = min(len(pages), self.room)
+        self.room -= num_saved
+        self.saved.append((start, pages[:num_saved]))
+        self.saves.append(Saved(num_saved, len(pages) - num_saved))
         return self.saves[-1]
 
     def touch(self, keys: Any) -> None:
@@ -344,6 +349,18 @@ def test_new_blocks_are_saved_a_few_at_a_time_and_in_order(queue: SaveQueue, sav
     assert queue.num_pending == 2
     queue.save(2)
     assert saving.saved[1:] == [(4, [54]), (0, [60])]
+
+
+def test_blocks_without_room_stay_pending_so_that_no_gap_arises(queue: SaveQueue, saving: SavingStore) -> None:
+    saving.room = 2
+    queue.add(Sequence(), 0, [50, 51, 52])
+    queue.add(Sequence(), 0, [60])
+    queue.save(4)
+    assert saving.saved == [(0, [50, 51]), (2, [])]
+    assert queue.num_pending == 2
+    saving.room = 9
+    queue.save(4)
+    assert saving.saved[2:] == [(2, [52]), (0, [60])]
 
 
 def test_a_block_is_saved_before_it_is_overwritten_and_its_copy_is_waited_for(

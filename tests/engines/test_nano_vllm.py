@@ -168,7 +168,7 @@ def test_a_prompt_larger_than_the_warm_memory_is_loaded(model: Path, plain: dict
     assert restarted["loaded"] > 0
 
 
-def test_other_blocks_other_dtype_and_another_salt_find_nothing(model: Path, tmp_path: Path) -> None:
+def test_another_block_size_and_another_salt_find_nothing(model: Path, tmp_path: Path) -> None:
     store, rounds = str(tmp_path / "store"), requests()[:1]
     changed = [{"kvcache_block_size": 512}, {"salt": "other"}]
     first, *others, same = live(

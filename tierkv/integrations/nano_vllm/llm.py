@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -45,7 +46,8 @@ class LLM(nanovllm.LLM):  # type: ignore[misc]
     """
 
     _has_exited = False
-    _store: BlockStore | None = None
+    _store: BlockStore | None = None  # the engine may exit before it has one
+    _attention: Sequence[Any] = ()
 
     def __init__(
         self,
@@ -121,7 +123,7 @@ class LLM(nanovllm.LLM):  # type: ignore[misc]
         except StoreError as exc:
             _log.warning("the last blocks are not on disk: %s", exc)
         finally:
-            self._attention = []  # it would keep the GPU memory
+            self._attention = ()  # it would keep the GPU memory
             super().exit()
 
     def _open(self, config: BlockStoreConfig, salt: str) -> None:

@@ -54,7 +54,7 @@ class SaveQueue:
         self._used.append((seq, num_blocks))
 
     def save(self, max_blocks: int) -> None:
-        """Give up to `max_blocks` blocks to the store, as far as it has room. Returns before they are copied."""
+        """Save at most `max_blocks` blocks, as far as the store has room. Returns before they are copied."""
         for seq, num_blocks in self._used:
             self._store.touch(self._keys.of(seq, num_blocks))
         self._used.clear()

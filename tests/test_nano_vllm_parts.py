@@ -337,7 +337,7 @@ def saving() -> SavingStore:
 
 @pytest.fixture
 def queue(saving: Any) -> SaveQueue:
-    return SaveQueue(saving, memory=None, keys=SequenceKeys(saving), save_stream=nullcontext)  # type: ignore[arg-type]
+    return SaveQueue(saving, memory=None, keys=SequenceKeys(saving), idle_stream=nullcontext)  # type: ignore[arg-type]
 
 
 def test_new_blocks_are_saved_a_few_at_a_time_and_in_order(queue: SaveQueue, saving: SavingStore) -> None:

@@ -23,12 +23,13 @@ __all__ = ["check_parameters", "engine_digest", "namespace_of"]
 _SOURCES = ("models/*.py", "layers/*.py", "utils/*.py", "engine/model_runner.py")
 
 
-def namespace_of(runner: Any, *, salt: str = "") -> Namespace:
+def namespace_of(runner: Any, *, salt: str = "", weights: str | None = None) -> Namespace:
     """Return the namespace of the blocks of a `ModelRunner` that has allocated its cache.
 
     It covers the digest of the weight files, the model's configuration, the rope tables as the model computed them,
     nano-vLLM's sources that compute K and V, dtype, heads, dim and block size of its cache, and the parallel rank.
-    salt: separates tenants. Raises UnsupportedModelError for a model with parameters that its files do not contain.
+    salt: separates tenants. weights: digest of the weight files, if it is known already.
+    Raises UnsupportedModelError for a model with parameters that its files do not contain.
     """
     config = runner.config
     cache = runner.kv_cache  # [K and V, layers, blocks, block size, heads, dim]
@@ -49,7 +50,7 @@ def namespace_of(runner: Any, *, salt: str = "") -> Namespace:
         dtype=str(cache.dtype).removeprefix("torch."),
     )
     return Namespace(
-        weights=weights_digest(Path(config.model)),
+        weights=weights or weights_digest(config.model),
         architecture=architecture,
         layout=layout,
         salt=salt,

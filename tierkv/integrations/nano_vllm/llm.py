@@ -6,7 +6,7 @@ import atexit
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,8 @@ class LLM(nanovllm.LLM):  # type: ignore[misc]
 
     model and all other arguments: of nano-vLLM's `LLM`. path: directory of the store, which several processes may have
     open; None keeps blocks in memory only. warm_bytes: page-locked memory; one prompt loads at most half of it at
-    once. cold_bytes: quota of a new store. salt: separates tenants.
+    once. cold_bytes: quota of a new store. salt: separates tenants. weights: what `python -m
+    tierkv.integrations.weights MODEL` prints; None reads all weight files for it.
     Raises UnsupportedModelError for more than one GPU and for a model whose files do not contain all its parameters,
     ConfigError and StoreError for a store that cannot be used.
     """
@@ -57,6 +58,7 @@ class LLM(nanovllm.LLM):  # type: ignore[misc]
         warm_bytes: int = 8 << 30,
         cold_bytes: int | None = None,
         salt: str = "",
+        weights: str | None = None,
         **options: Any,
     ) -> None:
         if options.get("tensor_parallel_size", 1) != 1:
@@ -70,7 +72,7 @@ class LLM(nanovllm.LLM):  # type: ignore[misc]
         )
         super().__init__(str(model), **options)
         try:
-            self._open(config, salt)
+            self._open(config, salt, weights)
         except BaseException:
             self.exit()  # the process group, its port and the GPU memory would stay
             raise
@@ -103,10 +105,10 @@ class LLM(nanovllm.LLM):  # type: ignore[misc]
 
     def flush(self) -> None:
         """Wait until all blocks computed so far are on disk. Raises StoreError where that cannot be."""
-        num_pending = -1
-        while self._saves.num_pending not in (0, num_pending):  # what is written makes room for the others
-            num_pending = self._saves.num_pending
-            self._saves.save(num_pending)
+        num_before = -1
+        while num_before not in (self._saves.num_pending, 0):  # what is written makes room for what is pending
+            num_before = self._saves.num_pending
+            self._saves.save(num_before)
             self.store.flush()
 
     def exit(self) -> None:
@@ -126,9 +128,9 @@ class LLM(nanovllm.LLM):  # type: ignore[misc]
             self._attention = ()  # it would keep the GPU memory
             super().exit()
 
-    def _open(self, config: BlockStoreConfig, salt: str) -> None:
+    def _open(self, config: BlockStoreConfig, salt: str, weights: str | None) -> None:
         trials = self._time_prefills()
-        store = BlockStore(config, namespace=namespace_of(self.model_runner, salt=salt))
+        store = BlockStore(config, namespace=namespace_of(self.model_runner, salt=salt, weights=weights))
         try:
             self._put_below(store)
         except BaseException:
@@ -143,8 +145,10 @@ class LLM(nanovllm.LLM):  # type: ignore[misc]
         runner = self.model_runner
         memory = store.register([list(layer) for layer in zip(*runner.kv_cache, strict=True)])
         keys = SequenceKeys(store)
-        self._is_cuda = runner.kv_cache.is_cuda
-        self._saves = SaveQueue(store, memory, keys, save_stream=self._stream_without_work)
+        idle = torch.cuda.Stream() if runner.kv_cache.is_cuda else None
+        self._saves = SaveQueue(
+            store, memory, keys, idle_stream=lambda: torch.cuda.stream(idle) if idle else nullcontext()
+        )
         self._planner = LoadPlanner(store, memory, keys)
         scheduler = TieredScheduler(runner.config)
         manager = scheduler.block_manager = TieredBlockManager(
@@ -171,7 +175,8 @@ class LLM(nanovllm.LLM):  # type: ignore[misc]
         )
         sampling = nanovllm.SamplingParams(max_tokens=1, ignore_eos=True)
         found: list[tuple[int, float]] = []
-        with torch.random.fork_rng(device_type="cuda", enabled=self.model_runner.kv_cache.is_cuda):
+        cache = self.model_runner.kv_cache
+        with torch.random.fork_rng([cache.device] if cache.is_cuda else []):
             for num_tokens in _TRIAL_TOKENS:
                 tokens = [len(found)] * max(1, min(num_tokens, most))  # other ones each time, so nothing is a hit
                 self.add_request(tokens, sampling)
@@ -180,9 +185,6 @@ class LLM(nanovllm.LLM):  # type: ignore[misc]
                     super().step()
                 found.append((len(tokens), time.perf_counter() - started_s))
         return found[1::2]
-
-    def _stream_without_work(self) -> AbstractContextManager[Any]:
-        return torch.cuda.stream(torch.cuda.Stream()) if self._is_cuda else nullcontext()
 
     def _save_beside_step(self, *_: Any) -> None:
         """Save blocks of earlier steps. Called when a step is queued on the GPU, and has yet to be waited for."""

@@ -19,8 +19,8 @@ __all__ = ["SaveQueue"]
 class SaveQueue:
     """The blocks that the engine has computed and the store does not have yet. Used by the engine's thread only.
 
-    A step of the engine ends with a wait for the GPU, so the bytes of a finished block are complete. `save_stream`
-    returns a context in which the current stream has no work: the copies then start at once, beside the running step.
+    A step of the engine ends with a wait for the GPU, so the bytes of a finished block are complete. `idle_stream`
+    returns a context in which the current stream has no work: copies start at once, beside the running step.
     """
 
     def __init__(
@@ -29,12 +29,12 @@ class SaveQueue:
         memory: EngineMemory,
         keys: SequenceKeys,
         *,
-        save_stream: Callable[[], AbstractContextManager[Any]],
+        idle_stream: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         self._store = store
         self._memory = memory
         self._keys = keys
-        self._save_stream = save_stream
+        self._idle_stream = idle_stream
         self._pending: dict[int, tuple[Any, int]] = {}  # by the engine's block id: the sequence and the position in it
         self._used: list[tuple[Any, int]] = []
         self._saves: dict[int, Save] = {}
@@ -61,7 +61,7 @@ class SaveQueue:
         if not self._pending:
             return
         self._saves = {block_id: save for block_id, save in self._saves.items() if not save.is_done()}
-        with self._save_stream():
+        with self._idle_stream():
             while self._pending and max_blocks > 0 and (num_taken := self._save_run(max_blocks)):
                 max_blocks -= num_taken
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import os
+import socket
 import sys
 import types
 from typing import Any
@@ -69,8 +70,9 @@ def replace_cuda() -> None:
     set_default_device = torch.set_default_device
     tensor = torch.tensor
     module: Any = torch
-    module.distributed.init_process_group = lambda backend, *args, **options: init_process_group(
-        "gloo", *args, **options
+    # nano-vLLM always takes port 2333; tests may run side by side.
+    module.distributed.init_process_group = lambda _, __, **options: init_process_group(
+        "gloo", f"tcp://localhost:{free_port()}", **options
     )
     module.set_default_device = lambda device: set_default_device("cpu" if device == "cuda" else device)
     module.tensor = lambda *args, pin_memory=False, **options: tensor(*args, **options)
@@ -79,6 +81,12 @@ def replace_cuda() -> None:
         setattr(module.cuda, name, lambda *args: None)
     module.cuda.mem_get_info = lambda: (Memory.num_bytes, Memory.num_bytes)
     module.cuda.memory_stats = lambda: {"allocated_bytes.all.peak": 0, "allocated_bytes.all.current": 0}
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return int(listener.getsockname()[1])
 
 
 def attend(query: Any, key: Any, value: Any, scale: float) -> Any:

@@ -227,7 +227,7 @@ def test_blocks_behind_the_engines_own_are_loaded_into_its_table(
     seq = Sequence()
     assert planner.promise(seq, 3, may_wait=True) == 9
     assert store.start == 3
-    assert planner.load(seq, 3, 9) == [[53], [54], [55], [56], [57], [58]]
+    assert planner.load(seq, 3, 9) == ([[53], [54], [55], [56], [57], [58]], [53, 54, 55, 56, 57, 58])
 
 
 def test_blocks_that_the_engine_has_got_meanwhile_are_left_out(
@@ -237,7 +237,7 @@ def test_blocks_that_the_engine_has_got_meanwhile_are_left_out(
     seq = Sequence()
     assert planner.promise(seq, 3, may_wait=True) == 9
     assert planner.promise(seq, 5, may_wait=True) == 9
-    assert planner.load(seq, 5, 9) == [[-1], [-1], [55], [56], [57], [58]]
+    assert planner.load(seq, 5, 9)[1] == [-1, -1, 55, 56, 57, 58]
 
 
 def test_blocks_that_the_engine_has_lost_meanwhile_are_reserved_anew(

@@ -13,6 +13,7 @@ from nanovllm.engine.scheduler import Scheduler
 from tierkv.block_store.transfers import Load
 from tierkv.integrations.nano_vllm.load_planner import LoadPlanner
 from tierkv.integrations.nano_vllm.save_queue import SaveQueue
+from tierkv.movers.engine_memory import LEFT_OUT
 
 __all__ = ["BlockCounts", "TieredBlockManager", "TieredScheduler"]
 
@@ -28,7 +29,7 @@ class BlockCounts:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _StepLoad:
-    """A load that this step waits for. block_ids: the engine's, for the last keys of the load."""
+    """A load that this step waits for. block_ids: of the engine, one for each block promised; LEFT_OUT if it has it."""
 
     seq: Any
     load: Load
@@ -76,8 +77,8 @@ class TieredBlockManager(BlockManager):  # type: ignore[misc]
         if num_own:
             self._saves.add_used(seq, num_own)
         if num_cached_blocks > num_own:
-            load = self._planner.load(seq, num_own, num_cached_blocks)
-            self.loads.append(_StepLoad(seq, load, seq.block_table[num_own:num_cached_blocks]))
+            load, block_ids = self._planner.load(seq, num_own, num_cached_blocks)
+            self.loads.append(_StepLoad(seq, load, block_ids))
             self._set_hashes(seq, num_own, num_cached_blocks)
             self.on_load(load)
         seq.num_cached_tokens = num_cached_blocks * self.block_size
@@ -97,12 +98,14 @@ class TieredBlockManager(BlockManager):  # type: ignore[misc]
         """
         failed: set[int] = set()
         for each in list(self.loads):
-            count = len(each.load.failed_keys)
-            if count:
+            has_failed = bool(each.load.failed_keys)  # waits for reads that go on
+            missing = each.block_ids[each.load.num_loaded :]
+            if has_failed or missing:
                 each.load.synchronize()  # what did come is used without waiting from now on
-                failed.update(each.block_ids[max(0, len(each.block_ids) - count) :])
+                failed.update(missing)
                 self._compute_only.add(each.seq)
                 self.loads.remove(each)
+        failed.discard(LEFT_OUT)
         for block_id in failed:
             block = self.blocks[block_id]
             if self.hash_to_block_id.get(block.hash) == block_id:

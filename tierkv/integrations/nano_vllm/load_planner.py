@@ -94,12 +94,15 @@ class LoadPlanner:
             self.forget(seq)
         return promised
 
-    def load(self, seq: Any, num_own: int, promised: int) -> Load:
-        """Start to copy what was promised into the sequence's blocks, after the work on the current stream."""
+    def load(self, seq: Any, num_own: int, promised: int) -> tuple[Load, list[int]]:
+        """Start to copy what was promised into the sequence's blocks, after the work on the current stream.
+
+        Return the load and the engine's blocks in its order, LEFT_OUT for those that the engine has.
+        """
         plan = self._plans.pop(seq.seq_id)
         block_ids = [LEFT_OUT] * (num_own - plan.first) + seq.block_table[num_own:promised]
         plan.reservation.cut(len(block_ids))
-        return self._store.load(plan.reservation, Strided(self._memory, [[each] for each in block_ids]))
+        return self._store.load(plan.reservation, Strided(self._memory, [[each] for each in block_ids])), block_ids
 
     def forget(self, seq: Any) -> None:
         """Release what is held for a sequence."""

@@ -7,6 +7,7 @@ of requests that run together, each {"tokens", "new"}), "fail_loads" (loads that
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ BLOCK_BYTES = 2 * 2 * 256 * 2 * 16 * 4  # of the tests' tiny model: K and V, lay
 
 
 def main() -> None:
+    faulthandler.dump_traceback_later(250)  # the tests' patience ends at 300
     torch.set_num_threads(1)
     spec = json.loads(Path(sys.argv[1]).read_text())
     for life in spec["lives"]:

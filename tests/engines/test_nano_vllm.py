@@ -34,7 +34,7 @@ pytestmark = [
 TIMEOUT_S = 300
 TIE = 1e-3
 HUNTED_REQUESTS = int(os.environ.get("TIERKV_HUNTED_REQUESTS", "120"))
-REQUESTS_PER_LIFE = min(60, HUNTED_REQUESTS) if HUNTED_REQUESTS < 1000 else 200
+REQUESTS_PER_LIFE = 60
 
 
 @pytest.fixture(scope="session")

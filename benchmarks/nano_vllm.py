@@ -29,6 +29,7 @@ __all__ = ["main"]
 ROOT = Path(__file__).resolve().parent.parent
 LIVES = ("plain", "tierkv", "restarted, page cache", "restarted, disk")
 NUM_PREFIXES = 3
+STAGES = ((32, "computed or loaded"), (33, "hot"), (34, "hot, all written"))
 
 SHAPES: dict[str, dict[str, int]] = {
     "8b": {
@@ -110,7 +111,8 @@ def start(options: argparse.Namespace, *what: str) -> str:
     arguments = ["--shape", options.shape, "--prefix", str(options.prefix), "--new", str(options.new)]
     arguments += ["--batch", str(options.batch), "--warm-gib", str(options.warm_gib), "--folder", str(options.folder)]
     arguments += ["--cpu"] * options.cpu
-    paths = [str(ROOT), os.environ.get("TIERKV_NANO_VLLM", ""), os.environ.get("PYTHONPATH", "")]
+    checkout = Path(os.environ.get("TIERKV_NANO_VLLM", ".")).resolve()
+    paths = [str(ROOT), str(checkout), os.environ.get("PYTHONPATH", "")]
     process = subprocess.run(
         [sys.executable, "-m", "benchmarks.nano_vllm", *arguments, *what],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
@@ -173,7 +175,9 @@ def live(options: argparse.Namespace) -> dict[str, Any]:
     first, *prefixes = [list(tokens(seed, options.prefix)) for seed in range(NUM_PREFIXES + 1)]
     found["very first"] = ask(llm, first + list(tokens(1032, 32)), options.new)
     found["very first, hot"] = ask(llm, first + list(tokens(1033, 33)), options.new)  # also warms up this shape
-    for rest, name in ((32, "computed or loaded"), (33, "hot")):
+    for rest, name in STAGES:
+        if rest == 34 and options.life != "plain":
+            llm.flush()
         prompts = [prefix + list(tokens(1000 + rest, rest)) for prefix in prefixes]
         found[name] = [ask(llm, prompt, options.new) for prompt in prompts]
     started = time.perf_counter()
@@ -228,36 +232,41 @@ def print_table(options: argparse.Namespace, found: dict[str, dict[str, Any]]) -
     device = "CPU" if options.cpu else torch.cuda.get_device_name()
     print(f"device: {device}  torch: {torch.__version__}  shape: {options.shape}  prefix: {options.prefix}")
     print(f"medians of {NUM_PREFIXES} prefixes; milliseconds to the first token, and a token after it")
-    columns = ("very first", "+32", "a token", "+33, hot", "a token", f"{options.batch} together", "start", "exit")
-    print(f"{'':<24}" + "".join(f"{column:>13}" for column in columns) + "  blocks loaded")
+    columns = (
+        "very first",
+        "+32",
+        "a token",
+        "+33, hot",
+        "a token",
+        "+34, written",
+        "a token",
+        f"{options.batch} together",
+        "start",
+        "exit",
+    )
+    print(f"{'':<24}" + "".join(f"{column:>14}" for column in columns) + "  blocks loaded")
     for life, each in found.items():
         figures = [
             f"{1e3 * each['very first']['first_s']:.1f}",
-            *(
-                f"{median_ms(life, which, key):.2f}"
-                for which in ("computed or loaded", "hot")
-                for key in ("first_s", "token_s")
-            ),
+            *(f"{median_ms(life, which, key):.2f}" for _, which in STAGES for key in ("first_s", "token_s")),
             *(f"{each[key]:.2f} s" for key in ("batch_s", "engine_s", "exit_s")),
         ]
-        print(f"{life:<24}" + "".join(f"{figure:>13}" for figure in figures) + f"  {each.get('loaded', '')}")
+        print(f"{life:<24}" + "".join(f"{figure:>14}" for figure in figures) + f"  {each.get('loaded', '')}")
     if "plain" not in found:
         return
     for life in [each for each in found if each != "plain"]:
-        computed, loaded = (median_ms(each, "computed or loaded", "first_s") for each in ("plain", life))
-        hot = median_ms(life, "hot", "first_s") - median_ms("plain", "hot", "first_s")
-        token = [
-            median_ms(life, each, "token_s") / median_ms("plain", each, "token_s")
-            for each in ("computed or loaded", "hot")
-        ]
+        computed, loaded = (median_ms(each, STAGES[0][1], "first_s") for each in ("plain", life))
+        hot = [median_ms(life, which, "first_s") - median_ms("plain", which, "first_s") for _, which in STAGES[1:]]
+        token = [median_ms(life, which, "token_s") / median_ms("plain", which, "token_s") for _, which in STAGES]
         same = sum(
             one["ids"] == other["ids"]
-            for which in ("computed or loaded", "hot")
+            for _, which in STAGES
             for one, other in zip(found["plain"][which], found[life][which], strict=True)
         )
+        tokens_text = ", ".join(f"{each:.3f}" for each in token)
         print(
-            f"{life}: first token {loaded / computed:.3f} of computing it; hot {hot:+.1f} ms; a token {token[0]:.3f}"
-            f" and {token[1]:.3f} of plain; all ids equal in {same} of {2 * NUM_PREFIXES} answers"
+            f"{life}: first token {loaded / computed:.3f} of computing it; hot {hot[0]:+.1f} and {hot[1]:+.1f} ms; "
+            f"a token {tokens_text} of plain; {same} of {len(STAGES) * NUM_PREFIXES} answers equal"
         )
 
 

@@ -2,7 +2,8 @@
 
 usage: nano_vllm_life.py SPEC    a JSON file: {"model": folder, "lives": [...]}; prints one JSON line for each life.
 A life: "path" (without it plain nano-vLLM; "" is tierkv without a store), "pool_blocks", "warm_bytes", "rounds" (lists
-of requests that run together, each {"tokens", "new"}), "fail_loads" (loads that are told to have failed), "options".
+of requests that run together, each {"tokens", "new"}), "fail_loads" (loads that are told to have failed), "options",
+"may_compute" (whether blocks that are there may be computed where that takes less time).
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ nano_vllm_cpu.install()
 import nanovllm  # noqa: E402
 import torch  # noqa: E402
 from nanovllm import SamplingParams  # noqa: E402
+
+from tierkv.block_store.load_or_compute import LoadOrCompute  # noqa: E402
 
 BLOCK_BYTES = 2 * 2 * 256 * 2 * 16 * 4  # of the tests' tiny model: K and V, layers, tokens, heads, dim, float32
 
@@ -42,6 +45,8 @@ def run(model: str, life: dict[str, Any]) -> dict[str, Any]:
 
         tiers = {"path": life["path"] or None, "warm_bytes": life.get("warm_bytes", 16 << 20), "cold_bytes": 1 << 30}
         llm = LLM(model, enforce_eager=True, **tiers, **sizes)
+        if not life.get("may_compute"):
+            load_always(llm)
     preempted = count_preemptions(llm)
     if life.get("fail_loads"):
         fail_loads(llm, life["fail_loads"])
@@ -68,6 +73,12 @@ def run(model: str, life: dict[str, Any]) -> dict[str, Any]:
     assert all(manager.blocks[block_id].hash == block_hash for block_hash, block_id in manager.hash_to_block_id.items())
     llm.exit()
     return found
+
+
+def load_always(llm: Any) -> None:
+    """Have the engine believe that it has never measured how long computing takes."""
+    llm._planner._choice = LoadOrCompute(block_size=llm.store.block_size)
+    llm._planner.record_compute = lambda num_tokens, seconds: None
 
 
 def count_preemptions(llm: Any) -> list[int]:

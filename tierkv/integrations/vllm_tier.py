@@ -88,6 +88,8 @@ class TierkvTier(SecondaryTierManager):  # type: ignore[misc]
             )
         assert primary_kv_view.strides
         self._row_bytes: int = primary_kv_view.strides[0]
+        self._weights_are_fixed = check_flag("weights_are_fixed", weights_are_fixed)
+        store = store_config(options, row_bytes=self._row_bytes)  # before the weights are read, which takes seconds
         config = offloading_spec.config
         namespace = chunk_namespace(
             config,
@@ -97,9 +99,8 @@ class TierkvTier(SecondaryTierManager):  # type: ignore[misc]
             version=vllm_version,
             adapters=adapters,
         )
-        self._weights_are_fixed = check_flag("weights_are_fixed", weights_are_fixed)
         self._is_off = False
-        self._rows = DigestRows(store_config(options, row_bytes=self._row_bytes), namespace)
+        self._rows = DigestRows(store, namespace)
         self._memory = primary_kv_view.cast("B")
         self._lookups = _Lookups(self._rows, tier_type)
         # Loads never queue behind stores: a request waits for a load.

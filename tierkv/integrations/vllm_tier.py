@@ -57,8 +57,9 @@ class TierkvTier(SecondaryTierManager):  # type: ignore[misc]
     path, and the other options of the store: see docs/vllm-tier.md. weights: a digest of the model's weights; by
     default computed from its folder. engine: what decides K and V besides, from TierkvOffloadingConnector; with vLLM's
     own OffloadingConnector, which does not pass it on, a text that the user keeps true. adapters: a digest of all LoRA
-    adapters. weights_are_fixed: whether the weights stay the same while the engine runs; if not, the first reset of
-    vLLM's cache ends the use of the store, because a reset is how new weights show.
+    adapters. locality: LOCAL or REMOTE, for vLLM's filters. weights_are_fixed: whether the weights stay the same while
+    the engine runs; if not, the first reset of vLLM's cache ends the use of the store, because a reset is how new
+    weights show.
     Raises ConfigError for an engine whose chunks cannot be named.
     """
 
@@ -75,12 +76,15 @@ class TierkvTier(SecondaryTierManager):  # type: ignore[misc]
         engine: Mapping[str, Any] | str | None = None,
         adapters: str = "",
         weights_are_fixed: bool = False,
+        locality: str | None = None,
         backpressure_detector: Any = None,
         module_path: str | None = None,
         **options: Any,
     ) -> None:
         detector = {} if backpressure_detector is None else {"backpressure_detector": backpressure_detector}
         super().__init__(offloading_spec, primary_kv_view, tier_type, **detector)
+        if locality is not None:
+            self.locality = offload_base.Locality(locality)
         if not engine:
             raise ConfigError(
                 "vLLM's OffloadingConnector does not pass on what decides K and V",

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+import uuid
 from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,7 @@ def main(folder: Path, mode: str, num_random: int = 0, num_ranks: int = 1) -> No
     from vllm import LLM, SamplingParams
 
     options: dict[str, Any] = {}
+    engine_id = uuid.uuid4().hex
     if mode != "plain":
         tier = {"type": "TierkvTier", "module_path": "tierkv.integrations.vllm_tier", "path": str(folder / "store")}
         tier |= {"warm_bytes": 16 << 20, **(json.loads(mode) if mode.startswith("{") else {})}
@@ -117,6 +119,7 @@ def main(folder: Path, mode: str, num_random: int = 0, num_ranks: int = 1) -> No
             "kv_connector": "TierkvOffloadingConnector",
             "kv_connector_module_path": "tierkv.integrations.vllm_tier",
             "kv_role": "kv_both",
+            "engine_id": engine_id,
             "kv_load_failure_policy": "recompute",
             "kv_connector_extra_config": {
                 "spec_name": "CpuTieringSpec",
@@ -166,6 +169,8 @@ def main(folder: Path, mode: str, num_random: int = 0, num_ranks: int = 1) -> No
         counts = tier._rows.counts
         print(json.dumps({"loaded": counts.loaded, "not_loaded": counts.not_loaded, "saved": counts.saved}), flush=True)
     llm.llm_engine.engine_core.shutdown()
+    for region in Path("/dev/shm").glob(f"vllm_offload_{engine_id}*"):  # the worker for CPU tensors leaves it there
+        region.unlink()
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ class Engine:
             compute_or_load=False,
             block_tokens=BLOCK,
         )
+        self.evicted: set[int] = set()
         self.session = Session(self.options, namespace)
         self.statistics = Statistics()
         self.worker = WorkerSide(self.session, self.pages, self.statistics)
@@ -72,7 +73,13 @@ class Engine:
         self.scheduler = self.make_scheduler(self.finder)
 
     def make_scheduler(self, finder: Any) -> SchedulerSide:
-        return SchedulerSide(finder, self.statistics, engine_block_size=ENGINE_BLOCK, save_now=self.session.run_now)
+        return SchedulerSide(
+            finder,
+            self.statistics,
+            engine_block_size=ENGINE_BLOCK,
+            save_now=self.session.run_now,
+            evict=self.evicted.update,
+        )
 
     def compute(self, tokens: list[int], table: list[int], first: int = 0, garbage: float = 0.0) -> None:
         """Write the K and V of tokens from `first` on: numbers that depend on the token and all before it."""
@@ -249,7 +256,7 @@ def fail_after(store: BlockStore, num_blocks: int, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(BlockStore, "load", load_less)
 
 
-def test_no_request_that_computed_over_a_failed_block_is_saved_until_it_is_computed_anew(
+def test_no_request_that_computed_over_a_failed_block_is_saved_and_its_blocks_leave_the_prefix_cache(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = tokens(1, 64)
@@ -275,15 +282,17 @@ def test_no_request_that_computed_over_a_failed_block_is_saved_until_it_is_compu
     assert store.contains(store.keys(other.all_token_ids)) == 3
     assert counters(engine)["unsaved_blocks"] == 8
 
+    assert engine.evicted == set(table[4:]) | set(its_table[4:])
+
     engine.worker.begin_step(engine.order_more(request, [], 16, 48))
     engine.compute(ids, table, 16)
     engine.finish_step()
-    assert store.contains(store.keys(ids)) == 4
     request.num_computed_tokens = 64
     engine.scheduler.request_finished(request)
+    assert store.contains(store.keys(ids)) == 3  # vLLM may have read the garbage meanwhile
     monkeypatch.undo()
     again, place = FakeRequest("d", [*ids, 1]), list(range(44, 61))
-    assert engine.run(again, place) == 64
+    assert engine.run(again, place) == 48
     assert engine.has(again.all_token_ids, place, 64)
 
 

@@ -180,7 +180,7 @@ def _page_moves(mover: Mover, warm: WarmPool, page_size: int) -> Iterator[MoveFi
     rows = list(blocks)
     staged = PageMover(pages, _LAYOUT.block_bytes)
     for name, is_up, kind, move in (
-        ("load pages of {}, through staging", True, "pages", lambda: staged.load(rows, page_ids)),
+        ("load pages of {}, through staging", True, "pages", lambda: staged.load(rows, page_ids, after=mover.mark())),
         (
             "store pages of {}, through staging",
             False,

@@ -30,8 +30,8 @@ _CHUNK_WORDS = 2048  # 16 KiB a step: 128-bit loads for 4 warps, several in flig
 class LayerPages:
     """The pools of an engine, checked and listed once for the kernels.
 
-    layers: K of layer 0, V of layer 0, K of layer 1, ...: each [num_pages, page_size, heads, dim], contiguous, on one
-    device. They must stay where they are. Raises ShapeError.
+    layers: K of layer 0, V of layer 0, K of layer 1, ...: each [num_pages, ...], contiguous, on one device. They must
+    stay where they are. Raises ShapeError.
     """
 
     def __init__(self, layers: Sequence[Tensor]) -> None:
@@ -60,7 +60,10 @@ def gather_blocks(pages: LayerPages, page_ids: Tensor, blocks: Tensor, *, num_pr
 
 
 def scatter_blocks(pages: LayerPages, page_ids: Tensor, blocks: Tensor, *, num_programs: int = 128) -> None:
-    """Copy blocks into pages: the inverse of `gather_blocks`, same arguments. No page may be named twice."""
+    """Copy blocks into pages: the inverse of `gather_blocks`, same arguments.
+
+    No page may be named twice; -1 stands for a page that stays as it is.
+    """
     _move(pages, page_ids, blocks, num_programs, to_blocks=False)
 
 
@@ -114,7 +117,7 @@ def _move_pages(
         page_words = tl.load(table + 2 * num_layers + layer)
         page_id = tl.load(page_ids + block * pages_per_block + page)
         word = chunk * CHUNK + tl.arange(0, CHUNK)
-        inside = word < page_words
+        inside = word < tl.where(page_id >= 0, page_words, 0)  # none of a page that is left out
         ours = blocks + block * block_words + start + page * page_words + word
         theirs = base + page_id * page_words + word
         if TO_BLOCKS:

@@ -154,14 +154,12 @@ def decode_record(
     check_codec(header.codec.name, lossy_codec)
     pieces = _pieces_of(header, layout)
     if coded is not None and header.codec.codec_id == CODED_ID and header.info.num_tokens == layout.block_size:
-        payload = target[: header.record_bytes - header.payload_offset]
-        for start, end in _iter_steps(header):
-            step = payload[start - header.payload_offset : end - header.payload_offset]
-            source.copy(start, step)
-            checksum.update(step.data)
-        _require_checksum(checksum, header)
+        payload = _copy_payload(source, header, checksum, target)
         check_frames(payload, header.frame_sizes, CodedLayout(layout))
         coded.frame_sizes = header.frame_sizes
+        return None
+    if header.codec is RAW and header.info.num_tokens == layout.block_size:  # the payload is the block
+        _copy_payload(source, header, checksum, target)
         return None
     with np.errstate(all="ignore"):  # damaged numbers may overflow before the checksum is compared
         for piece in pieces:
@@ -233,6 +231,17 @@ def _read_head(source: RecordSource) -> tuple[RecordHeader, xxhash.xxh3_64]:
 def _require_checksum(checksum: xxhash.xxh3_64, header: RecordHeader) -> None:
     if checksum.intdigest() != header.checksum:
         raise CorruptBlockError("the record's bytes do not match its checksum")
+
+
+def _copy_payload(source: RecordSource, header: RecordHeader, checksum: xxhash.xxh3_64, out: Bytes) -> Bytes:
+    """Write the payload as it is to the start of `out`, and return it there. Raises CorruptBlockError."""
+    payload = out[: header.record_bytes - header.payload_offset]
+    for start, end in _iter_steps(header):
+        step = payload[start - header.payload_offset : end - header.payload_offset]
+        source.copy(start, step)
+        checksum.update(step.data)
+    _require_checksum(checksum, header)
+    return payload
 
 
 def _iter_steps(header: RecordHeader) -> Iterator[tuple[int, int]]:

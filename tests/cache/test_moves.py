@@ -127,7 +127,7 @@ def test_a_page_mover_waits_for_what_it_had_queued(cuda: FakeCuda, monkeypatch: 
     blocks, ids = [torch.zeros(64, dtype=torch.uint8) for _ in range(3)], torch.zeros((3, 1), dtype=torch.int64)
     FailingCopies(monkeypatch, cuda, fail_at=2)
     with pytest.raises(StoreError, match="had enough"):
-        mover.load(blocks, ids) if way == "load" else mover.store(ids, blocks, after=Done())
+        mover.load(blocks, ids, after=Done()) if way == "load" else mover.store(ids, blocks, after=Done())
     for each in (mover._up, mover._down):
         assert_idle(each.copy_stream, each.kernel_stream)
         assert not each._lock.locked(), "the turn was not given up"

@@ -20,17 +20,22 @@ def tensors() -> list[list[torch.Tensor]]:
     return [[torch.randn(PAGES, HEADS, TOKENS, 2 * DIM, device="cuda").bfloat16()] for _ in range(LAYERS)]
 
 
-def pages_from(first: int) -> list[list[int]]:
+def pages_from(first: int, *, scattered: bool = False) -> list[list[int]]:
+    if scattered:  # as in an engine that has run for a while
+        order = torch.randperm(NUM_BLOCKS * PER_BLOCK, generator=torch.Generator().manual_seed(7)) + first
+        return order.view(NUM_BLOCKS, PER_BLOCK).tolist()
     return [[first + block * PER_BLOCK + at for at in range(PER_BLOCK)] for block in range(NUM_BLOCKS)]
 
 
 @pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("scattered", [True, False])
 @pytest.mark.parametrize("batches", [True, False])
 def test_blocks_come_back_in_front_of_the_work_that_waits_for_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restart: bool, batches: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restart: bool, batches: bool, scattered: bool
 ) -> None:
     if not batches:
         monkeypatch.setattr("tierkv.movers.engine_memory.copy_addresses", lambda *_: False)
+        monkeypatch.setattr("tierkv.movers.engine_memory.page_mover", lambda *_: None)
     config = BlockStoreConfig(cold_path=tmp_path, warm_bytes=80 * LAYOUT.block_bytes)
     namespace = Namespace(weights="w", layout=LAYOUT)
     layers = tensors()
@@ -40,12 +45,13 @@ def test_blocks_come_back_in_front_of_the_work_that_waits_for_them(
     for (tensor,) in layers:  # long work, queued before the save: the save must see its result
         for _ in range(20):
             tensor.add_(1.0)
-    save = store.save(keys, Strided(memory, pages_from(0)))
+    sources = pages_from(0, scattered=scattered)
+    save = store.save(keys, Strided(memory, sources))
     assert save.num_saved == NUM_BLOCKS
     save.wait()  # the next work on this stream overwrites the pages
     expected = []
     for (tensor,) in layers:
-        expected.append(tensor[: NUM_BLOCKS * PER_BLOCK].clone())
+        expected.append(tensor[[page for block in sources for page in block]].clone())
         tensor.zero_()
     if restart:
         store.close()
@@ -53,10 +59,14 @@ def test_blocks_come_back_in_front_of_the_work_that_waits_for_them(
         memory = store.register(layers, pages_per_block=PER_BLOCK)
     first = PAGES - NUM_BLOCKS * PER_BLOCK
     reservation = store.reserve(keys)
-    load = store.load(reservation, Strided(memory, pages_from(first)))
+    targets = pages_from(first, scattered=scattered)
+    targets[0][3] = -1
+    load = store.load(reservation, Strided(memory, targets))
+    places = [page for block in targets for page in block]
     for layer, (tensor,) in enumerate(layers):
         load.wait(layer)
-        got = tensor[first:].clone()
+        got = tensor[places].clone()  # -1 is the last page, which is another block's
+        got[3] = expected[layer][3]
         assert torch.equal(got, expected[layer]), f"layer {layer} was read before it had arrived"
     load.synchronize()
     assert load.num_loaded == NUM_BLOCKS and load.is_done()

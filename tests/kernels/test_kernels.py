@@ -42,6 +42,16 @@ def test_blocks_gathered_from_pages_and_scattered_again(
         assert not after[untouched].any()
 
 
+def test_a_page_that_is_left_out_stays_as_it_is(device: str) -> None:
+    layers = [random((6, 2, 1, 4), torch.bfloat16, device, seed) for seed in range(2)]
+    before = [layer.clone() for layer in layers]
+    blocks = torch.zeros(2, 2 * layers[0][0].numel() * 2 * 2, dtype=torch.uint8, device=device)
+    scatter_blocks(LayerPages(layers), torch.tensor([[3, -1], [-1, 0]], device=device), blocks)
+    for layer, old in zip(layers, before, strict=True):
+        assert not layer[[0, 3]].any()
+        assert torch.equal(layer[[1, 2, 4, 5]], old[[1, 2, 4, 5]])
+
+
 def test_gathering_into_blocks_of_another_size_is_refused(device: str) -> None:
     layers = [random((4, 2, 1, 4), torch.bfloat16, device)] * 2
     page_ids = torch.zeros(1, 1, dtype=torch.int64, device=device)

@@ -6,21 +6,29 @@ and a model can begin with its first layers while the rest is in flight.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from tierkv.errors import ShapeError, StoreError
 from tierkv.movers.batch_copy import copy_addresses
 from tierkv.movers.mover import CudaReady, layer_groups, page_lock, page_unlock, record_event, synchronize_streams
+from tierkv.movers.pages import PageMover, page_mover
 from tierkv.movers.ready import AllReady, Done, Ready
 from tierkv.storage.warm import WarmPool
 from tierkv.values.layout import BlockLayout
 
 __all__ = ["LEFT_OUT", "EngineMemory"]
+
+_Numbers: TypeAlias = "npt.NDArray[np.int64]"
+
+_SMALL_BYTES = 256 << 10
 
 LEFT_OUT = -1
 """Stands for a page that a load leaves as it is, because the engine has it already."""
@@ -33,12 +41,16 @@ class _Tensor(NamedTuple):
     offset: int
 
 
-class _Piece(NamedTuple):
-    """One page to copy: its number, the slot of its block, and its place among the block's pages."""
+class _Pages(NamedTuple):
+    """Pages to copy, [n] each: their numbers, the slots of their blocks, and their places among the block's pages.
 
-    page: int
-    slot: int
-    at: int
+    lengths: how many pages follow each other in both memories, from that one on.
+    """
+
+    pages: _Numbers
+    slots: _Numbers
+    places: _Numbers
+    lengths: _Numbers
 
 
 class EngineMemory:
@@ -63,14 +75,18 @@ class EngineMemory:
         rows = [_rows_of(tensor) for tensor in flat]
         offsets = [0, *accumulate(row.shape[1] * pages_per_block for row in rows)]
         self._tensors = [_Tensor(row, offset) for row, offset in zip(rows, offsets, strict=False)]
+        self._largest_page = max(row.shape[1] for row in rows)
+        self._is_dense = all(row.stride(0) == row.shape[1] for row in rows)  # then neighbouring pages are one copy
         self._ends = list(accumulate(len(layer) for layer in layers))
         _check_layout([offsets[end] for end in self._ends], layout)
         self.layer_groups: list[int] = layer_groups(layout)
         self._warm = warm
         self._slots = page_lock(warm, self.device)
+        self._page_mover: PageMover | None = None
         if self.is_cuda:
             self.load_stream: torch.cuda.Stream = torch.cuda.Stream(self.device)
             self.save_stream: torch.cuda.Stream = torch.cuda.Stream(self.device)
+            self._page_mover = page_mover(rows, layout.block_bytes)
 
     def mark(self) -> Ready:
         """Return the completion of the work queued on the current stream so far."""
@@ -83,20 +99,23 @@ class EngineMemory:
         reused after `is_done`. Raises ShapeError for pages that do not exist, StoreError for a failed copy: some pages
         may have been written then, and no copy is in flight.
         """
-        kept = self._pieces(slots, pages, may_leave_out=True)
+        found = self._pages_of(slots, pages, may_leave_out=True)
         if not self.is_cuda:
             AllReady(after).synchronize()
-            self._copy_one_by_one(kept, 0, len(self._ends), to_pages=True)
+            self._copy_one_by_one(found, 0, len(self._ends), to_pages=True)
             return Done()
+        if self._page_mover and self._is_scattered(found):
+            ids = self._on_device(pages)
+            return self._page_mover.load([self._slots[slot] for slot in slots], ids, after=self._now(after))
         events: list[torch.cuda.Event] = []
         first = 0
         try:
             with torch.cuda.stream(self.load_stream):
                 AllReady(after).wait()
                 for end in self.layer_groups:
-                    theirs, ours, sizes = self._addresses(kept, first, end)
+                    theirs, ours, sizes = self._addresses(found, first, end)
                     if not copy_addresses(theirs, ours, sizes, self.load_stream.cuda_stream):
-                        self._copy_one_by_one(kept, first, end, to_pages=True)
+                        self._copy_one_by_one(found, first, end, to_pages=True)
                     events.append(record_event(self.load_stream))
                     first = end
         except RuntimeError as exc:
@@ -106,17 +125,20 @@ class EngineMemory:
 
     def save(self, pages: Sequence[Sequence[int]], slots: Sequence[int], *, after: Sequence[Ready]) -> Ready:
         """Copy pages into slots: the inverse of `load`; no page may be left out."""
-        kept = self._pieces(slots, pages, may_leave_out=False)
+        found = self._pages_of(slots, pages, may_leave_out=False)
         if not self.is_cuda:
             AllReady(after).synchronize()
-            self._copy_one_by_one(kept, 0, len(self._ends), to_pages=False)
+            self._copy_one_by_one(found, 0, len(self._ends), to_pages=False)
             return Done()
+        if self._page_mover and self._is_scattered(found):
+            ids = self._on_device(pages)
+            return self._page_mover.store(ids, [self._slots[slot] for slot in slots], after=self._now(after))
         try:
             with torch.cuda.stream(self.save_stream):
                 AllReady(after).wait()
-                theirs, ours, sizes = self._addresses(kept, 0, len(self._ends))
+                theirs, ours, sizes = self._addresses(found, 0, len(self._ends))
                 if not copy_addresses(ours, theirs, sizes, self.save_stream.cuda_stream):
-                    self._copy_one_by_one(kept, 0, len(self._ends), to_pages=False)
+                    self._copy_one_by_one(found, 0, len(self._ends), to_pages=False)
             return CudaReady([record_event(self.save_stream)])
         except RuntimeError as exc:
             synchronize_streams(self.save_stream)
@@ -125,51 +147,68 @@ class EngineMemory:
     def close(self) -> None:
         """Wait for all copies and unregister the slots. May be called twice."""
         if self.is_cuda and self._slots.numel():
-            synchronize_streams(self.load_stream, self.save_stream)
+            with contextlib.suppress(RuntimeError):  # of a device that has failed: nothing is copied any more
+                torch.cuda.synchronize(self.device)
         page_unlock(self._slots, self.device)
         self._slots = torch.empty(0)
         self._tensors = []
 
-    def _pieces(self, slots: Sequence[int], pages: Sequence[Sequence[int]], *, may_leave_out: bool) -> list[_Piece]:
-        """Return the pages to copy and their places in the slots. Raises ShapeError for pages that do not exist."""
-        least = LEFT_OUT if may_leave_out else 0
+    def _pages_of(self, slots: Sequence[int], pages: Sequence[Sequence[int]], *, may_leave_out: bool) -> _Pages:
+        """Return the pages to copy, neighbours together. Raises ShapeError for pages that do not exist."""
         if len(slots) != len(pages) or any(len(ids) != self.pages_per_block for ids in pages):
             raise ShapeError(f"each of the {len(slots)} blocks has {self.pages_per_block} pages")
-        if any(not least <= page < self.num_pages for ids in pages for page in ids):
+        numbers = np.array(pages, dtype=np.int64).reshape(-1)
+        least = LEFT_OUT if may_leave_out else 0
+        if numbers.size and not least <= numbers.min() <= numbers.max() < self.num_pages:
             raise ShapeError(f"an engine's page lies in [0, {self.num_pages})")
-        return [
-            _Piece(page, slot, at)
-            for slot, ids in zip(slots, pages, strict=True)
-            for at, page in enumerate(ids)
-            if page != LEFT_OUT
-        ]
+        owners = np.repeat(np.array(slots, dtype=np.int64), self.pages_per_block)
+        places = np.tile(np.arange(self.pages_per_block), len(slots))
+        is_kept = numbers != LEFT_OUT
+        numbers, owners, places = numbers[is_kept], owners[is_kept], places[is_kept]
+        if not self._is_dense:
+            return _Pages(numbers, owners, places, np.ones_like(numbers))
+        is_first = np.ones(numbers.size, dtype=bool)
+        follows = (np.diff(numbers) == 1) & (np.diff(owners) == 0) & (np.diff(places) == 1)
+        is_first[1:] = ~follows
+        firsts = np.flatnonzero(is_first)
+        return _Pages(numbers[firsts], owners[firsts], places[firsts], np.diff(firsts, append=numbers.size))
+
+    def _on_device(self, pages: Sequence[Sequence[int]]) -> Tensor:
+        return torch.tensor(pages, dtype=torch.int64).pin_memory().to(self.device, non_blocking=True)
+
+    def _now(self, after: Sequence[Ready]) -> Ready:
+        """Return the completion of `after` and of the work queued on the current stream."""
+        return AllReady([*after, self.mark()])
+
+    def _is_scattered(self, found: _Pages) -> bool:
+        """Return whether the copies would be so small, and so many, that a kernel does better."""
+        return bool(found.pages.size) and float(found.lengths.mean()) * self._largest_page < _SMALL_BYTES
 
     def _tensors_of(self, first_layer: int, end_layer: int) -> list[_Tensor]:
         return self._tensors[self._ends[first_layer - 1] if first_layer else 0 : self._ends[end_layer - 1]]
 
-    def _copy_one_by_one(self, pieces: Sequence[_Piece], first_layer: int, end_layer: int, *, to_pages: bool) -> None:
+    def _copy_one_by_one(self, found: _Pages, first_layer: int, end_layer: int, *, to_pages: bool) -> None:
+        rows_of = [each.tolist() for each in found]
         for rows, offset in self._tensors_of(first_layer, end_layer):
             size = rows.shape[1]
-            for page, slot, at in pieces:
-                start = offset + at * size
-                theirs, ours = rows[page], self._slots[slot, start : start + size]
+            for page, slot, place, length in zip(*rows_of, strict=True):
+                start = offset + place * size
+                theirs = rows[page : page + length]
+                ours = self._slots[slot, start : start + length * size].view(length, size)
                 to, of = (theirs, ours) if to_pages else (ours, theirs)
                 to.copy_(of, non_blocking=True)
 
-    def _addresses(
-        self, pieces: Sequence[_Piece], first_layer: int, end_layer: int
-    ) -> tuple[list[int], list[int], list[int]]:
+    def _addresses(self, found: _Pages, first_layer: int, end_layer: int) -> tuple[list[int], list[int], list[int]]:
         """Return addresses of pages, of their places in the slots, and sizes, tensor after tensor."""
-        slot_base, slot_stride = self._slots.data_ptr(), self._slots.stride(0)
+        slot_starts = self._slots.data_ptr() + found.slots * self._slots.stride(0)
         theirs: list[int] = []
         ours: list[int] = []
         sizes: list[int] = []
         for rows, offset in self._tensors_of(first_layer, end_layer):
-            base, stride, size = rows.data_ptr(), rows.stride(0), rows.shape[1]
-            start = slot_base + offset
-            theirs += [base + page * stride for page, _, _ in pieces]
-            ours += [start + slot * slot_stride + at * size for _, slot, at in pieces]
-            sizes += [size] * len(pieces)
+            size = rows.shape[1]
+            theirs += (rows.data_ptr() + found.pages * rows.stride(0)).tolist()
+            ours += (slot_starts + (offset + found.places * size)).tolist()
+            sizes += (found.lengths * size).tolist()
         return theirs, ours, sizes
 
 

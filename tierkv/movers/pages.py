@@ -1,12 +1,13 @@
 """Moves blocks between page-locked memory and an engine's layer-major pages, through a few staging blocks on the GPU.
 
-For engines that own their KV memory; kept for the block store, nothing in production calls it yet. The copy engine
+For engines with small pages that lie scattered: as single copies they would cost the CPU 2 us each. The copy engine
 moves whole blocks at the bus's speed, and a kernel scatters or gathers pages at the speed of GPU memory. A kernel that
 reads page-locked memory itself reaches 0.91 of the bus and occupies its multiprocessors 50 times as long.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,13 +16,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from tierkv.errors import StoreError
+from tierkv.errors import ShapeError, StoreError
 from tierkv.movers.mover import CudaReady, Ready, record_event, synchronize_streams
 
 if TYPE_CHECKING:
     from tierkv.kernels.pages import LayerPages
 
-__all__ = ["PageMover"]
+__all__ = ["PageMover", "page_mover"]
 
 
 class PageMover:
@@ -31,7 +32,7 @@ class PageMover:
     for each direction.
     """
 
-    def __init__(self, pages: LayerPages, block_bytes: int, *, num_staging: int = 4) -> None:
+    def __init__(self, pages: LayerPages, block_bytes: int, *, num_staging: int = 2) -> None:
         from tierkv.kernels import pages as kernels  # needs triton, which is there if there is a GPU
 
         self._kernels = kernels
@@ -39,16 +40,19 @@ class PageMover:
         self._up = _Direction(block_bytes, num_staging, pages.device)
         self._down = _Direction(block_bytes, num_staging, pages.device)
 
-    def load(self, blocks: Sequence[Tensor], page_ids: Tensor) -> Ready:
+    def load(self, blocks: Sequence[Tensor], page_ids: Tensor, *, after: Ready) -> Ready:
         """Copy blocks into pages. Pages may be read after `wait`, blocks reused after `is_done`.
 
-        blocks: n of [block_bytes] uint8, page-locked. page_ids: [n, pages_per_block] int64 on the GPU, no page twice.
-        The pages are overwritten after the work already queued on the current stream. Raises StoreError; no copy is in
+        blocks: n of [block_bytes] uint8, page-locked. page_ids: [n, pages_per_block] int64 on the GPU, no page twice;
+        -1 leaves a page as it is. Blocks are read and pages overwritten after `after`. Raises StoreError; no copy is in
         flight then.
         """
         way = self._up
         with way.take_turn("loading"):
-            way.kernel_stream.wait_stream(torch.cuda.current_stream(self._pages.device))
+            _keep_for(page_ids, way.kernel_stream)
+            for stream in (way.copy_stream, way.kernel_stream):
+                with torch.cuda.stream(stream):
+                    after.wait()
             for i, block in enumerate(blocks):
                 row, free = way.next()
                 with torch.cuda.stream(way.copy_stream):
@@ -65,6 +69,7 @@ class PageMover:
         """Copy pages into blocks after `after`: the inverse of `load`, with the same shapes and errors."""
         way = self._down
         with way.take_turn("storing"):
+            _keep_for(page_ids, way.kernel_stream)
             with torch.cuda.stream(way.kernel_stream):
                 after.wait()
             for i, block in enumerate(blocks):
@@ -78,6 +83,27 @@ class PageMover:
                     block.copy_(row[0], non_blocking=True)
                     free.record()
             return CudaReady([record_event(way.copy_stream)])
+
+
+def page_mover(rows: Sequence[Tensor], block_bytes: int) -> PageMover | None:
+    """Return a mover of an engine's pages, or None where there is no triton, or the pages are nothing for the kernels.
+
+    rows: [pages, page bytes] uint8 of each tensor, in the order in which they lie in a block.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from tierkv.kernels import pages as kernels
+
+    try:
+        return PageMover(kernels.LayerPages(rows), block_bytes)
+    except (ShapeError, RuntimeError):  # RuntimeError: an engine that left no memory for the staging blocks
+        return None
+
+
+def _keep_for(tensor: Tensor, stream: torch.cuda.Stream) -> None:
+    """Let no other stream get a tensor's memory before the work on this one has ended."""
+    if tensor.is_cuda:
+        tensor.record_stream(stream)
 
 
 class _Direction:

@@ -154,7 +154,10 @@ def test_blocks_that_do_not_come_are_computed_and_their_garbage_is_not_kept(
 
 
 def test_scheduler_and_worker_in_two_processes(lives: Lives, store: Path) -> None:
-    actions = [["ask", [SECOND], 8], ["ask", [LONG, FIRST], 8], ["ask", CROWD[:2], 60], ["reset"], ["ask", [FIRST], 8]]
+    actions = [
+        *(["ask", [SECOND], 8], ["abort", LONG, 1], ["ask", [LONG, FIRST], 8], ["ask", CROWD[:2], 60]),
+        *(["abort", CROWD[2], 9], ["reset"], ["ask", [FIRST], 8]),
+    ]
     result = lives.live(actions, store=str(store), engine={"distributed_executor_backend": "mp"})
     (second,), (longer, first), crowd, (again,) = result["answers"]
     assert [each["ids"] for each in (second, longer, first, again)] == [
@@ -181,11 +184,29 @@ def test_preemption_in_a_pool_that_is_too_small_with_chunked_prefill(lives: Live
         assert result["counted"]["loaded_blocks"] > 10
 
 
-def test_after_a_reset_of_the_connector_nothing_is_cached(lives: Lives, store: Path) -> None:
-    actions = [["reset_connector"], ["ask", [FIRST], 8]]
+def test_two_ranks_of_a_split_model(lives: Lives, tmp_path: Path) -> None:
+    engine = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    for cached in (0, 704):
+        result = lives.live([["ask", [FIRST], 8]], store=str(tmp_path / "store"), engine=engine)
+        ((first,),) = result["answers"]
+        assert (first["ids"], first["cached"]) == (lives.first, cached)
+
+
+def test_a_change_of_weights_stops_the_cache_and_a_reset_begins_a_new_one(lives: Lives, store: Path) -> None:
+    actions = [
+        *(["reload"], ["reset"], ["ask", [FIRST], 8]),  # stopped
+        *(["reset_connector"], ["ask", [FIRST], 8]),  # nothing from before
+        *(["reset"], ["ask", [FIRST], 8]),  # what this engine has saved since then
+    ]
     result = lives.live(actions, store=str(store))
-    ((first,),) = result["answers"]
-    assert (first["ids"], first["cached"]) == (lives.first, 0)
+    assert [answer["ids"] for (answer,) in result["answers"]] == [lives.first] * 3
+    assert [answer["cached"] for (answer,) in result["answers"]] == [0, 0, 704]
+
+
+def test_aborted_requests_leave_nothing_behind(lives: Lives, store: Path) -> None:
+    actions = [["abort", FIRST, 0], ["abort", LONG, 1], ["abort", STORY, 70], ["reset"], ["ask", [LONG], 8]]
+    result = lives.live([*actions, ["ask", [STORY], 100]], store=str(store))
+    assert [answer["ids"] for (answer,) in result["answers"]] == [lives.long, lives.story]
 
 
 def test_another_policy_for_failed_loads_is_refused_with_the_reason(lives: Lives, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ SETTINGS = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "GLOO_SOCKET_IFNAME": "lo",
 }
 
@@ -32,7 +33,7 @@ class Spec:
 
     actions: ["ask", prompts, new tokens], a prompt being [seed, length] pairs whose tokens follow each other, or
     ["last"], which is an answer of the ask before with its prompt; ["reset"]; ["reset_connector"]; ["fail", share]:
-    from now on that share of the blocks of each load does not come.
+    from now on that share of the blocks of each load does not come; ["abort", prompt, steps]; ["reload"] the weights.
     """
 
     model: str
@@ -131,6 +132,10 @@ def run(spec: Spec) -> dict[str, Any]:
             assert llm.reset_prefix_cache()
         elif action == "reset_connector":
             assert llm.reset_prefix_cache(reset_connector=True)
+        elif action == "abort":
+            abort(llm.llm_engine, tokens_of(arguments[0], last), arguments[1])
+        elif action == "reload":
+            llm.collective_rpc("reload_weights")
         elif action == "fail":
             fail_loads(arguments[0])
         else:
@@ -138,6 +143,19 @@ def run(spec: Spec) -> dict[str, Any]:
     counted = counts_of(llm)
     llm.llm_engine.engine_core.shutdown()
     return {"answers": answers, "counted": counted}
+
+
+def abort(engine: Any, prompt: list[int], num_steps: int) -> None:
+    """Begin a request and abort it after some steps."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)
+    request_id = engine.add_request("aborted", {"prompt_token_ids": prompt}, sampling)
+    for _ in range(num_steps):
+        engine.step()
+    engine.abort_request([request_id or "aborted"])
+    while engine.has_unfinished_requests():
+        engine.step()
 
 
 def counts_of(llm: Any) -> dict[str, int]:

@@ -155,10 +155,13 @@ class SchedulerSide:
         plan = self._plan
         for new in scheduler_output.scheduled_new_reqs:
             self._schedule(new.req_id, new.block_ids[0], new.num_computed_tokens, scheduler_output, is_whole=True)
-        cached = scheduler_output.scheduled_cached_reqs
+        cached, scheduled = scheduler_output.scheduled_cached_reqs, scheduler_output.num_scheduled_tokens
         for request_id, block_ids, num_computed in zip(
             cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
         ):
+            known = self._requests.get(request_id)
+            if not block_ids and known and num_computed + scheduled[request_id] < (known.next_save + 1) * self._block:
+                continue  # most requests in most steps: no new block, none complete
             is_whole = request_id in cached.resumed_req_ids
             new_ids = block_ids[0] if block_ids else []
             self._schedule(request_id, new_ids, num_computed, scheduler_output, is_whole=is_whole)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm_run import HUNT_BATCH
 
 pytestmark = [
     pytest.mark.slow,
@@ -19,7 +21,7 @@ pytestmark = [
 
 RUN = Path(__file__).parent / "vllm_run.py"
 ROOT = RUN.parent.parent.parent
-LIFE_S = 600
+LIFE_S = 3600
 
 PREFIX = [1, 700]
 FIRST, SECOND, LONG = [PREFIX, [2, 7]], [PREFIX, [3, 30]], [PREFIX, [4, 130]]
@@ -66,8 +68,6 @@ class Lives:
 
 
 def _environment() -> dict[str, str]:
-    import os
-
     return {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
 
 
@@ -207,6 +207,22 @@ def test_aborted_requests_leave_nothing_behind(lives: Lives, store: Path) -> Non
     actions = [["abort", FIRST, 0], ["abort", LONG, 1], ["abort", STORY, 70], ["reset"], ["ask", [LONG], 8]]
     result = lives.live([*actions, ["ask", [STORY], 100]], store=str(store))
     assert [answer["ids"] for (answer,) in result["answers"]] == [lives.long, lives.story]
+
+
+@pytest.mark.parametrize("executor", ["uni", "mp"])
+def test_random_requests_get_the_tokens_of_plain_vllm_over_two_lives(
+    lives: Lives, tmp_path: Path, executor: str
+) -> None:
+    """TIERKV_HUNT names the number of requests."""
+    count = int(os.environ.get("TIERKV_HUNT", "160")) // HUNT_BATCH * HUNT_BATCH
+    half = count // HUNT_BATCH // 2 * HUNT_BATCH
+    plain = lives.live([["hunt", 1, 0, count]])["answers"]
+    small = {"max_model_len": 512, "num_gpu_blocks_override": 60, "max_num_batched_tokens": 512}
+    engine = {**small, "distributed_executor_backend": executor}
+    store, found = str(tmp_path / "store"), []
+    for first, end in ((0, half), (half, count)):
+        found += lives.live([["hunt", 1, first, end]], store=store, engine=engine)["answers"]
+    assert [[each["ids"] for each in batch] for batch in found] == [[each["ids"] for each in b] for b in plain]
 
 
 def test_another_policy_for_failed_loads_is_refused_with_the_reason(lives: Lives, tmp_path: Path) -> None:

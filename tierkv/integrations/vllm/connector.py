@@ -119,6 +119,10 @@ class TierkvConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def build_connector_worker_meta(self) -> Any:
         return self._side.report()
 
+    def unregister_kv_caches(self) -> None:
+        """Wait for all copies, before vLLM 0.33 and later unmap the KV caches to sleep."""
+        self._side.synchronize()
+
     def stop_caching(self, reason: str) -> None:
         """Load and save nothing until the cache is reset: the weights of this worker have changed."""
         self._side.stop(reason)

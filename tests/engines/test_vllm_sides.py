@@ -392,6 +392,25 @@ def test_while_cold_blocks_are_read_the_scheduler_asks_again(tmp_path: Path, mon
     engine.close()
 
 
+def test_while_many_requests_read_one_without_a_hit_does_not_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(tmp_path / "store")
+    for seed in range(5):
+        engine.run(FakeRequest(f"a{seed}", tokens(seed + 1, 32)), list(range(8)))
+    engine.close()
+    engine = Engine(tmp_path / "store")
+    with monkeypatch.context() as patch:
+        patch.setattr("tierkv.block_store.reservation.Reservation.is_reading", property(lambda self: True))
+        for seed in range(5):
+            request = FakeRequest(f"b{seed}", tokens(seed + 1, 32))
+            assert engine.scheduler.get_num_new_matched_tokens(request, 0) == (None, False)
+        assert len(engine.finder._held) == 4
+        unknown = FakeRequest("c", tokens(99, 32))
+        assert engine.scheduler.get_num_new_matched_tokens(unknown, 0) == (0, False)
+    engine.close()
+
+
 def test_a_scheduler_in_another_process_finds_what_all_ranks_have_on_disk(tmp_path: Path) -> None:
     ids = tokens(1, 48)
     engine = Engine(tmp_path / "store")

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from tierkv.block_store.keys import BlockKeys
+from tierkv.block_store.keys import BlockKey, BlockKeys
 from tierkv.block_store.load_or_compute import LoadOrCompute
 from tierkv.block_store.reservation import Reservation
 from tierkv.block_store.store import BlockStore
@@ -108,9 +108,10 @@ class LocalFinder:
             self.drop(request_id)
             held = None
         if not held:
+            keys = self._keys_of(request_id, tokens, end)
             if sum(each.reservation.is_reading for each in self._held.values()) >= _MOST_READING:
-                return None
-            held = self._reserve(request_id, tokens, first, end)
+                return None if self._session.store.contains(keys[first : first + 1]) else _NOTHING
+            held = self._reserve(request_id, keys[:end], first, len(tokens))
         if not held:
             return _NOTHING
         reservation = held.reservation
@@ -127,6 +128,7 @@ class LocalFinder:
             return _NOTHING
         return Found(reservation.num_blocks, is_async=not reservation.is_ready)
 
+<<<<<<< HEAD
     def _is_worth_waiting(self, held: _Held) -> bool:
         """Return whether the blocks that are still being read come sooner than the engine could compute them.
 
@@ -147,19 +149,30 @@ class LocalFinder:
         return False
 
     def _reserve(self, request_id: str, tokens: Sequence[int], first: int, end: int) -> _Held | None:
+=======
+    def _keys_of(self, request_id: str, tokens: Sequence[int], end: int) -> BlockKeys:
+>>>>>>> vllm
         keys = self._keys.get(request_id)
         if keys is None:
             keys = self._keys[request_id] = self._session.store.keys()
         keys.extend(tokens[keys.num_tokens : end * self.block_size])
+        return keys
+
+    def _reserve(self, request_id: str, keys: Sequence[BlockKey], first: int, num_tokens: int) -> _Held | None:
         since = self._clock()
+<<<<<<< HEAD
         reservation = self._session.store.reserve(keys[:end], first)
         in_memory, num_warm = reservation.is_ready, reservation.num_ready
+=======
+        reservation = self._session.store.reserve(keys, first)
+        in_memory = reservation.is_ready
+>>>>>>> vllm
         if reservation.num_blocks and self._session.options.compute_or_load:
             num_blocks = reservation.num_blocks
             worth = self._session.costs.worth_loading(
                 num_blocks,
                 in_memory=in_memory,
-                num_rest_tokens=max(1, len(tokens) - (first + num_blocks) * self.block_size),
+                num_rest_tokens=max(1, num_tokens - (first + num_blocks) * self.block_size),
             )
             self._statistics.add("computed_instead_tokens", (num_blocks - worth) * self.block_size)
             reservation.cut(worth)

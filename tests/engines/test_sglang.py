@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -197,6 +200,40 @@ def test_each_rank_has_its_own_pages(tmp_path: Path) -> None:
         assert backend.batch_get_v1(KEYS, OTHER) == [i < expected for i in range(5)]
         assert page_of(target, 8) == page_of(pools[rank], 0)
         backend.close()
+
+
+RANK = """
+import sys
+from pathlib import Path
+import torch
+from sglang_on_cpu import PAGE, mha_pool, open_backend, page_keys, page_of
+folder, rank, life = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+keys, pool, target = page_keys(range(16 * PAGE)), mha_pool("page_first", seed=rank), mha_pool("page_first", seed=9)
+backend = open_backend(folder, pool if life == "first" else target, tp_rank=rank, tp_size=2)
+if life == "first":
+    assert backend.batch_exists(keys) == 0
+    for at in range(0, 16, 2):
+        assert backend.batch_set_v1(keys[at : at + 2], torch.arange(at * PAGE, (at + 2) * PAGE)) == [True] * 2
+else:
+    assert backend.batch_exists(keys) == 16
+    assert backend.batch_get_v1(keys, torch.arange(16 * PAGE, 32 * PAGE)) == [True] * 16
+    assert [page_of(target, 16 + i) for i in range(16)] == [page_of(pool, i) for i in range(16)]
+backend.close()
+"""
+
+
+def test_ranks_in_processes_of_their_own_share_a_store(tmp_path: Path) -> None:
+    here = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent.parent), *sys.path])}
+    for life in ("first", "second"):
+        command = [sys.executable, "-W", "ignore", "-c", RANK, str(tmp_path / "store")]
+        ranks = [
+            subprocess.Popen([*command, str(rank), life], env=environment, stderr=subprocess.PIPE, text=True)
+            for rank in range(2)
+        ]
+        for rank in ranks:
+            _, errors = rank.communicate(timeout=300)
+            assert rank.returncode == 0, errors[-3000:]
 
 
 def test_ranks_of_multi_latent_attention_share_what_one_of_them_writes(tmp_path: Path) -> None:

@@ -267,6 +267,16 @@ def test_a_tier_that_cannot_name_its_chunks_is_refused(tmp_path: Path, options: 
         Life(tmp_path, **options)
 
 
+@pytest.mark.skipif(not REPORTS_KEYS, reason="this vLLM has no localities and no detectors of back-pressure")
+def test_vllms_own_options_of_a_tier_are_taken(tmp_path: Path) -> None:
+    pressure = {"backpressure_cls": "EMABackpressureDetector"}
+    with Life(tmp_path, locality="LOCAL", backpressure=pressure) as life:
+        assert life.tier.locality.name == "LOCAL" and life.tier.bp_detector is not None
+        life.store(KEYS, PAYLOADS)
+    with Life(tmp_path) as life:
+        assert hits(life) == [True] * 5
+
+
 def test_vllm_finds_the_tier_by_its_name(tmp_path: Path) -> None:
     from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
 

@@ -57,8 +57,9 @@ class TierkvTier(SecondaryTierManager):  # type: ignore[misc]
     path, and the other options of the store: see docs/vllm-tier.md. weights: a digest of the model's weights; by
     default computed from its folder. engine: what decides K and V besides, from TierkvOffloadingConnector; with vLLM's
     own OffloadingConnector, which does not pass it on, a text that the user keeps true. adapters: a digest of all LoRA
-    adapters. weights_are_fixed: whether the weights stay the same while the engine runs; if not, the first reset of
-    vLLM's cache ends the use of the store, because a reset is how new weights show.
+    adapters. locality: LOCAL or REMOTE, for vLLM's filters. weights_are_fixed: whether the weights stay the same while
+    the engine runs; if not, the first reset of vLLM's cache ends the use of the store, because a reset is how new
+    weights show.
     Raises ConfigError for an engine whose chunks cannot be named.
     """
 
@@ -75,12 +76,15 @@ class TierkvTier(SecondaryTierManager):  # type: ignore[misc]
         engine: Mapping[str, Any] | str | None = None,
         adapters: str = "",
         weights_are_fixed: bool = False,
+        locality: str | None = None,
         backpressure_detector: Any = None,
         module_path: str | None = None,
         **options: Any,
     ) -> None:
         detector = {} if backpressure_detector is None else {"backpressure_detector": backpressure_detector}
         super().__init__(offloading_spec, primary_kv_view, tier_type, **detector)
+        if locality is not None:
+            self.locality = offload_base.Locality(locality)
         if not engine:
             raise ConfigError(
                 "vLLM's OffloadingConnector does not pass on what decides K and V",
@@ -88,6 +92,8 @@ class TierkvTier(SecondaryTierManager):  # type: ignore[misc]
             )
         assert primary_kv_view.strides
         self._row_bytes: int = primary_kv_view.strides[0]
+        self._weights_are_fixed = check_flag("weights_are_fixed", weights_are_fixed)
+        store = store_config(options, row_bytes=self._row_bytes)  # before the weights are read, which takes seconds
         config = offloading_spec.config
         namespace = chunk_namespace(
             config,
@@ -97,9 +103,8 @@ class TierkvTier(SecondaryTierManager):  # type: ignore[misc]
             version=vllm_version,
             adapters=adapters,
         )
-        self._weights_are_fixed = check_flag("weights_are_fixed", weights_are_fixed)
         self._is_off = False
-        self._rows = DigestRows(store_config(options, row_bytes=self._row_bytes), namespace)
+        self._rows = DigestRows(store, namespace)
         self._memory = primary_kv_view.cast("B")
         self._lookups = _Lookups(self._rows, tier_type)
         # Loads never queue behind stores: a request waits for a load.

@@ -29,8 +29,7 @@ def weights_digest(folder: str | Path) -> str:
     """Return sha256, in hex, over the names and bytes of the safetensors files in a model's folder.
 
     The folder's path, times and other files do not matter, nor does a file that is a symbolic link. Reads all weights
-    once, four files at a time: 16 GB take 5 to 15 seconds. Raises ConfigError if there are none or a file cannot be
-    read.
+    once, several files at a time. Raises ConfigError if there are none or a file cannot be read.
     """
     path = Path(folder)
     files = _matching(path, _WEIGHTS)

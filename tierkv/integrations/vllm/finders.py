@@ -15,6 +15,7 @@ from tierkv.block_store.store import BlockStore
 from tierkv.integrations.vllm.options import Options
 from tierkv.integrations.vllm.session import Reserved, Session
 from tierkv.integrations.vllm.statistics import Statistics
+from tierkv.integrations.vllm.step_times import SyncLoad
 from tierkv.storage.cold import ColdStore
 from tierkv.values.namespace import Namespace
 
@@ -50,8 +51,8 @@ class Finder(Protocol):
         keep Python from the threads that read.
         """
 
-    def keep(self, request_id: str) -> None:
-        """Hold what was found until the worker loads it."""
+    def keep(self, request_id: str) -> SyncLoad | None:
+        """Hold what was found until the worker loads it. Return what it costs so far, where this process loads it."""
 
     def drop(self, request_id: str) -> None:
         """Hold nothing for a request that is not loaded."""
@@ -128,7 +129,6 @@ class LocalFinder:
             return _NOTHING
         return Found(reservation.num_blocks, is_async=not reservation.is_ready)
 
-<<<<<<< HEAD
     def _is_worth_waiting(self, held: _Held) -> bool:
         """Return whether the blocks that are still being read come sooner than the engine could compute them.
 
@@ -148,10 +148,7 @@ class LocalFinder:
         self._statistics.add("computed_instead_tokens", (num_blocks - num_ready) * self.block_size)
         return False
 
-    def _reserve(self, request_id: str, tokens: Sequence[int], first: int, end: int) -> _Held | None:
-=======
     def _keys_of(self, request_id: str, tokens: Sequence[int], end: int) -> BlockKeys:
->>>>>>> vllm
         keys = self._keys.get(request_id)
         if keys is None:
             keys = self._keys[request_id] = self._session.store.keys()
@@ -160,13 +157,8 @@ class LocalFinder:
 
     def _reserve(self, request_id: str, keys: Sequence[BlockKey], first: int, num_tokens: int) -> _Held | None:
         since = self._clock()
-<<<<<<< HEAD
-        reservation = self._session.store.reserve(keys[:end], first)
-        in_memory, num_warm = reservation.is_ready, reservation.num_ready
-=======
         reservation = self._session.store.reserve(keys, first)
-        in_memory = reservation.is_ready
->>>>>>> vllm
+        in_memory, num_warm = reservation.is_ready, reservation.num_ready
         if reservation.num_blocks and self._session.options.compute_or_load:
             num_blocks = reservation.num_blocks
             worth = self._session.costs.worth_loading(
@@ -182,9 +174,11 @@ class LocalFinder:
         held = self._held[request_id] = _Held(reservation, first, since, in_memory, num_warm)
         return held
 
-    def keep(self, request_id: str) -> None:
+    def keep(self, request_id: str) -> SyncLoad | None:
         held = self._held.pop(request_id)
-        self._session.reserved[request_id] = Reserved(held.reservation, held.read_s or 0.0, held.in_memory)
+        read_s = held.read_s or 0.0
+        self._session.reserved[request_id] = Reserved(held.reservation, read_s, held.in_memory)
+        return SyncLoad(held.reservation.num_blocks, held.in_memory, read_s)
 
     def drop(self, request_id: str) -> None:
         held = self._held.pop(request_id, None)
@@ -260,8 +254,9 @@ class SharedFinder:
         self._found[request_id] = num_blocks
         return Found(num_blocks, is_async=num_blocks > 0)
 
-    def keep(self, request_id: str) -> None:
+    def keep(self, request_id: str) -> SyncLoad | None:
         self._loading[request_id] = (self._found.pop(request_id), self._clock())
+        return None
 
     def drop(self, request_id: str) -> None:
         self._found.pop(request_id, None)

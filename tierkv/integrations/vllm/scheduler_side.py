@@ -19,7 +19,7 @@ from tierkv.integrations.vllm.finders import Finder
 from tierkv.integrations.vllm.pages import LEFT_OUT
 from tierkv.integrations.vllm.plan import LoadOrder, SaveOrder, StepPlan, TokenUpdate, WorkerReport
 from tierkv.integrations.vllm.statistics import Statistics
-from tierkv.integrations.vllm.step_times import StepTimes
+from tierkv.integrations.vllm.step_times import StepTimes, SyncLoad
 
 __all__ = ["SchedulerSide"]
 
@@ -88,6 +88,7 @@ class SchedulerSide:
         self._numbers = count()
         self._step = 0
         self._is_idle = False
+        self._loads_now: list[SyncLoad] = []
         self._salt = ""
         self._failures_seen = 0
 
@@ -145,7 +146,9 @@ class SchedulerSide:
             for block in range(first, end)
         ]
         known.load = LoadOrder(known.key, request.request_id, first, pages, known.is_async)
-        self._finder.keep(request.request_id)
+        kept = self._finder.keep(request.request_id)
+        if kept and not known.is_async:
+            self._loads_now.append(kept)
         self._statistics.add("hit_tokens", num_external_tokens)
         self._plan.loads.append(known.load)
         self._send_tokens(known, min(end * self._block, request.num_tokens))
@@ -170,7 +173,9 @@ class SchedulerSide:
         plan.step = self._step
         self._is_idle = not scheduler_output.total_num_scheduled_tokens
         if self._times:
-            self._times.start(plan.step, scheduler_output.total_num_scheduled_tokens, is_pure=not plan.loads)
+            num_tokens = scheduler_output.total_num_scheduled_tokens
+            self._times.start(plan.step, num_tokens, loads=self._loads_now, is_pure=not plan.loads)
+        self._loads_now = []
         plan.failures_seen = self._failures_seen
         plan.is_stopped, plan.salt = bool(self.stop_reason), self._salt
         self._plan = StepPlan()

@@ -131,7 +131,7 @@ def test_an_async_load_of_blocks_that_have_gone_is_reported_with_its_blocks(tmp_
         *(engine.options, [engine.session.store.namespace], engine.statistics), cold=engine.session.store.cold
     )
     engine.scheduler = engine.make_scheduler(finder)
-    finder.find = lambda *_: SimpleNamespace(num_blocks=3, is_async=True)  # type: ignore[method-assign]
+    finder.find = lambda *_, **__: SimpleNamespace(num_blocks=3, is_async=True)  # type: ignore[method-assign]
     finder.keep = lambda *_: None  # type: ignore[method-assign]
     request, table = FakeRequest("b", tokens(1, 50)), list(range(13))
     assert engine.scheduler.get_num_new_matched_tokens(request, 0) == (48, True)

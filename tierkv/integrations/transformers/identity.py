@@ -48,6 +48,8 @@ def identify(model: Any, *, block_size: int, adapter: str = "", salt: str = "", 
     kind = type(model).__name__
     _check_generate(model)
     check_supported(model)
+    if cache_argument(model) is None or "position_ids" not in inspect.signature(model.forward).parameters:
+        raise UnsupportedModelError(f"{kind} takes no cache, or no positions")
     check_split(model, OneRank())
     check_block_size(model, block_size)
     devices = {str(tensor.device) for tensor in [*model.parameters(), *model.buffers()]}
@@ -133,8 +135,6 @@ def _check_generate(model: Any) -> None:
         raise UnsupportedModelError(
             f"generate of Transformers {transformers.__version__} is not known to tierkv", hint="5.17 to 5.24 are"
         )
-    if cache_argument(model) is None or "position_ids" not in inspect.signature(model.forward).parameters:
-        raise UnsupportedModelError(f"{kind} takes no cache, or no positions")
 
 
 @torch.no_grad()

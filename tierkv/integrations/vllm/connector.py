@@ -51,6 +51,7 @@ class TierkvConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._session: Session | None = None
         self._scheduler: SchedulerSide | None = None
         self._finder: LocalFinder | SharedFinder | None = None
+        self._block_pool: Any = None
         if role == KVConnectorRole.SCHEDULER:
             self._session = find_session(self._engine_id)
             if self._session:
@@ -118,6 +119,10 @@ class TierkvConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def build_connector_worker_meta(self) -> Any:
         return self._side.report()
 
+    def unregister_kv_caches(self) -> None:
+        """Wait for all copies, before vLLM 0.33 and later unmap the KV caches to sleep."""
+        self._side.synchronize()
+
     def stop_caching(self, reason: str) -> None:
         """Load and save nothing until the cache is reset: the weights of this worker have changed."""
         self._side.stop(reason)
@@ -149,8 +154,16 @@ class TierkvConnector(KVConnectorBase_V1):  # type: ignore[misc]
             loads=transfer.is_kv_consumer,
             saves=transfer.is_kv_producer,
             save_now=session.run_now if session else None,
+            evict=self._evict,
             times=StepTimes(costs),
         )
+
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        self._block_pool = gpu_block_pool
+
+    def _evict(self, block_ids: set[int]) -> None:
+        if self._block_pool is not None:
+            self._block_pool.evict_blocks(block_ids)
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         return self._orders.get_num_new_matched_tokens(request, num_computed_tokens)

@@ -8,13 +8,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from tierkv.block_store.keys import BlockKeys
+from tierkv.block_store.keys import BlockKey, BlockKeys
 from tierkv.block_store.load_or_compute import LoadOrCompute
 from tierkv.block_store.reservation import Reservation
 from tierkv.block_store.store import BlockStore
 from tierkv.integrations.vllm.options import Options
 from tierkv.integrations.vllm.session import Reserved, Session
 from tierkv.integrations.vllm.statistics import Statistics
+from tierkv.integrations.vllm.step_times import SyncLoad
 from tierkv.storage.cold import ColdStore
 from tierkv.values.namespace import Namespace
 
@@ -50,8 +51,8 @@ class Finder(Protocol):
         keep Python from the threads that read.
         """
 
-    def keep(self, request_id: str) -> None:
-        """Hold what was found until the worker loads it."""
+    def keep(self, request_id: str) -> SyncLoad | None:
+        """Hold what was found until the worker loads it. Return what it costs so far, where this process loads it."""
 
     def drop(self, request_id: str) -> None:
         """Hold nothing for a request that is not loaded."""
@@ -108,9 +109,10 @@ class LocalFinder:
             self.drop(request_id)
             held = None
         if not held:
+            keys = self._keys_of(request_id, tokens, end)
             if sum(each.reservation.is_reading for each in self._held.values()) >= _MOST_READING:
-                return None
-            held = self._reserve(request_id, tokens, first, end)
+                return None if self._session.store.contains(keys[first : first + 1]) else _NOTHING
+            held = self._reserve(request_id, keys[:end], first, len(tokens))
         if not held:
             return _NOTHING
         reservation = held.reservation
@@ -146,20 +148,23 @@ class LocalFinder:
         self._statistics.add("computed_instead_tokens", (num_blocks - num_ready) * self.block_size)
         return False
 
-    def _reserve(self, request_id: str, tokens: Sequence[int], first: int, end: int) -> _Held | None:
+    def _keys_of(self, request_id: str, tokens: Sequence[int], end: int) -> BlockKeys:
         keys = self._keys.get(request_id)
         if keys is None:
             keys = self._keys[request_id] = self._session.store.keys()
         keys.extend(tokens[keys.num_tokens : end * self.block_size])
+        return keys
+
+    def _reserve(self, request_id: str, keys: Sequence[BlockKey], first: int, num_tokens: int) -> _Held | None:
         since = self._clock()
-        reservation = self._session.store.reserve(keys[:end], first)
+        reservation = self._session.store.reserve(keys, first)
         in_memory, num_warm = reservation.is_ready, reservation.num_ready
         if reservation.num_blocks and self._session.options.compute_or_load:
             num_blocks = reservation.num_blocks
             worth = self._session.costs.worth_loading(
                 num_blocks,
                 in_memory=in_memory,
-                num_rest_tokens=max(1, len(tokens) - (first + num_blocks) * self.block_size),
+                num_rest_tokens=max(1, num_tokens - (first + num_blocks) * self.block_size),
             )
             self._statistics.add("computed_instead_tokens", (num_blocks - worth) * self.block_size)
             reservation.cut(worth)
@@ -169,9 +174,11 @@ class LocalFinder:
         held = self._held[request_id] = _Held(reservation, first, since, in_memory, num_warm)
         return held
 
-    def keep(self, request_id: str) -> None:
+    def keep(self, request_id: str) -> SyncLoad | None:
         held = self._held.pop(request_id)
-        self._session.reserved[request_id] = Reserved(held.reservation, held.read_s or 0.0, held.in_memory)
+        read_s = held.read_s or 0.0
+        self._session.reserved[request_id] = Reserved(held.reservation, read_s, held.in_memory)
+        return SyncLoad(held.reservation.num_blocks, held.in_memory, read_s)
 
     def drop(self, request_id: str) -> None:
         held = self._held.pop(request_id, None)
@@ -247,8 +254,9 @@ class SharedFinder:
         self._found[request_id] = num_blocks
         return Found(num_blocks, is_async=num_blocks > 0)
 
-    def keep(self, request_id: str) -> None:
+    def keep(self, request_id: str) -> SyncLoad | None:
         self._loading[request_id] = (self._found.pop(request_id), self._clock())
+        return None
 
     def drop(self, request_id: str) -> None:
         self._found.pop(request_id, None)

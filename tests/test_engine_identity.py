@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 
 from tierkv import Buffers, ConfigError, Namespace
-from tierkv.integrations import sglang_identity, vllm_identity
 from tierkv.integrations.rows import DigestRows, store_config
+from tierkv.integrations.sglang import identity as sglang_identity
+from tierkv.integrations.vllm import tier_identity as vllm_identity
 
 ROW = 64 * 64
 DIGESTS = [sha256(bytes([i])).digest() for i in range(4)]

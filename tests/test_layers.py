@@ -55,9 +55,8 @@ TORCH_FREE_MODULES = {
     *("profiling.tracker", "profiling.prefixes", "profiling.measured", "profiling.advice", "profiling.recorder"),
     *("profiling.profiled_run", "profiling.profiler", "profiling.charts", "profiling.drawing"),
     *("profiling.report_html", "profiling.chrome_trace", "profiling.memory_report", "profiling.metrics"),
-    *("integrations", "integrations.weights", "integrations.vllm"),
-    *("integrations", "integrations.weights", "integrations.rows"),
-    *("integrations.vllm_identity", "integrations.sglang_identity"),
+    *("integrations", "integrations.weights", "integrations.rows", "integrations.vllm", "integrations.sglang"),
+    *("integrations.vllm.tier_identity", "integrations.sglang.identity"),
 }
 LATE_MODULES = {"tierkv.movers.engine_memory"}  # imported where an engine hands over tensors: it loads torch
 HEAVY = ("torch", "transformers", "flash_attn", "triton", "typer", "rich")

@@ -23,7 +23,7 @@ except ImportError as exc:
 
 from vllm.v1.kv_offload.tiering.base import JobResult
 
-from tierkv.integrations import vllm_tier
+from tierkv.integrations.vllm import tier as vllm_tier
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

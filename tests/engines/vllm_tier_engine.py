@@ -113,11 +113,11 @@ def main(folder: Path, mode: str, num_random: int = 0, num_ranks: int = 1) -> No
     options: dict[str, Any] = {}
     engine_id = uuid.uuid4().hex
     if mode != "plain":
-        tier = {"type": "TierkvTier", "module_path": "tierkv.integrations.vllm_tier", "path": str(folder / "store")}
+        tier = {"type": "TierkvTier", "module_path": "tierkv.integrations.vllm.tier", "path": str(folder / "store")}
         tier |= {"warm_bytes": 16 << 20, **(json.loads(mode) if mode.startswith("{") else {})}
         options["kv_transfer_config"] = {
             "kv_connector": "TierkvOffloadingConnector",
-            "kv_connector_module_path": "tierkv.integrations.vllm_tier",
+            "kv_connector_module_path": "tierkv.integrations.vllm.tier",
             "kv_role": "kv_both",
             "engine_id": engine_id,
             "kv_load_failure_policy": "recompute",

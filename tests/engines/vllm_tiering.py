@@ -15,7 +15,7 @@ from vllm.v1.kv_offload import config as offload_config
 from vllm.v1.kv_offload.base import ReqContext, ScheduleEndContext, make_offload_key
 from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 
-from tierkv.integrations.vllm_tier import TierkvTier
+from tierkv.integrations.vllm.tier import TierkvTier
 
 CHUNK = 64 * 1024
 STEP_S = 0.005
@@ -52,7 +52,7 @@ def offloading_config(tier: dict[str, Any], *, num_chunks: int = 8, **changes: A
 def tier_options(folder: Path, **options: Any) -> dict[str, Any]:
     return {
         "type": "TierkvTier",
-        "module_path": "tierkv.integrations.vllm_tier",
+        "module_path": "tierkv.integrations.vllm.tier",
         "path": str(folder),
         "weights": "weights-a",
         "engine": "random rows",

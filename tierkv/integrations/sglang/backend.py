@@ -21,8 +21,8 @@ from tierkv.block_store.keys import BlockKey
 from tierkv.block_store.placement import Buffers, Strided
 from tierkv.errors import ConfigError, TierKVError
 from tierkv.integrations.rows import DigestRows, store_config
-from tierkv.integrations.sglang_identity import folder_weights, page_namespace, server_fields
-from tierkv.integrations.sglang_pages import kv_pool_of, page_bytes, page_numbers, page_tensors
+from tierkv.integrations.sglang.identity import folder_weights, page_namespace, server_fields
+from tierkv.integrations.sglang.pages import kv_pool_of, page_bytes, page_numbers, page_tensors
 from tierkv.values.checks import check_flag
 
 __all__ = ["TierkvHiCache"]

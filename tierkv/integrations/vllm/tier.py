@@ -34,7 +34,7 @@ from tierkv.block_store.keys import BlockKey
 from tierkv.block_store.placement import Buffers
 from tierkv.errors import ConfigError
 from tierkv.integrations.rows import DigestRows, store_config
-from tierkv.integrations.vllm_identity import chunk_namespace, engine_fields, folder_weights
+from tierkv.integrations.vllm.tier_identity import chunk_namespace, engine_fields, folder_weights
 from tierkv.integrations.weights import weights_digest
 from tierkv.values.checks import check_flag
 

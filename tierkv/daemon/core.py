@@ -96,13 +96,16 @@ class Core:
         name: str = "",
         owner: str = "",
         codec: str = "",
+        has_rows: bool = False,
     ) -> Tenant:
-        """Let a connection use a namespace. The digest is that of the description.
+        """Let a connection use a namespace. The digest is that of the description; has_rows is what it says.
 
         Raises CapacityError if its blocks fit no slab, or clients use as many namespaces or block sizes as they may.
         """
         assert connection.tenant is None and not connection.is_closed
-        tenant = self.tenants.open(digest, description, layout=layout, name=name, owner=owner, codec=codec)
+        tenant = self.tenants.open(
+            digest, description, layout=layout, name=name, owner=owner, codec=codec, has_rows=has_rows
+        )
         connection.tenant = tenant
         tenant.clients += 1
         return tenant
@@ -148,12 +151,14 @@ class Core:
         miss = ""
         if has_failed:
             miss = MissReason.IO_ERROR.value
-        elif total < len(hashes) and total == len(known) and tenant.size_class.index.peek(hashes[total]):
+        elif total < len(hashes) and _is_unknown(known, total) and tenant.size_class.index.peek(hashes[total]):
             miss = MissReason.COLLISION.value
         claim, is_computing = 0, False
         if message.wants_claim and total < len(hashes):
             claim, is_computing = self.claims.claim(connection, hashes[total:])
         found = slots if slots is not None else array("I")
+        if message.is_use:
+            tenant.size_class.index.touch_all([entry for entry in known[message.start : total] if entry])
         self.counters["matched_blocks"] += len(found)
         self.counters["missed_blocks"] += len(hashes) - total
         return Found(
@@ -217,7 +222,7 @@ class Core:
         total = len(slots or ())
         parent = self._parent_entry(tenant, known, total)
         partial_block, _ = self.leases.find_partial(connection, hashes, total, parent, ask)
-        entries = known[:total]
+        entries = [entry for entry in known[:total] if entry]
         if (
             partial_block
             and (entry := tenant.size_class.index.peek(partial_block.block_hash))
@@ -373,8 +378,13 @@ class Core:
         self.reservations.check(self.slab.classes.values(), connections)
         self.claims.check(tenants, connections)
 
-    def _parent_entry(self, tenant: Tenant, known: list[Entry], total: int) -> Entry | None:
+    def _parent_entry(self, tenant: Tenant, known: Sequence[Entry | None], total: int) -> Entry | None:
         """Return the entry that block `total` of a prompt hangs under, where the index has it."""
         if total > len(known):
             return None
         return known[total - 1] if total else self.tenants.root(tenant)
+
+
+def _is_unknown(known: Sequence[Entry | None], at: int) -> bool:
+    """Return whether the walk of a prompt ended at this block, or found no such row."""
+    return known[at] is None if at < len(known) else at == len(known)

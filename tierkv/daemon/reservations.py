@@ -75,21 +75,21 @@ class Reservations:
         if len(slots) < len(wanted):
             refusal = "no_room"
         numbers, given = array("I"), array("I")
-        entries = self._tenants.insert(tenant, hashes[: wanted[len(slots) - 1] + 1], chain.tokens) if slots else []
+        entries = self._tenants.insert(tenant, hashes, chain.tokens, wanted[: len(slots)]) if slots else {}
         for at, slot in zip(wanted, slots, strict=False):
-            if at >= len(entries) or entries[at].awaited or entries[at].warm_slot is not None:
+            entry = entries.get(at)
+            if entry is None or entry.awaited or entry.warm_slot is not None:
                 refusal = refusal or "collision"
                 tenant.size_class.index.unpin(Tier.WARM, slot)
                 continue
-            reservation = Reservation(connection, tenant, entries[at], slot)
-            entries[at].awaited = True
-            self._reserved[entries[at]] = reservation
+            reservation = Reservation(connection, tenant, entry, slot)
+            entry.awaited = True
+            self._reserved[entry] = reservation
             tenant.size_class.num_reserved += 1
             connection.reservations[slot] = reservation
             numbers.append(at)
             given.append(slot)
-        if entries:
-            self._tenants.prune(tenant, entries[-1])
+        self._tenants.prune_all(tenant, entries)
         return ChainAnswer(numbers.tobytes(), given.tobytes(), num_there, num_busy, refusal)
 
     def _reservation_room(self, connection: Connection, tenant: Tenant) -> int:
@@ -104,7 +104,8 @@ class Reservations:
         if not count:
             return []
         index = tenant.size_class.index
-        kept = [entry.warm_slot for entry in self._tenants.walk(tenant, hashes, tokens) if entry.warm_slot is not None]
+        known = self._tenants.walk(tenant, hashes, tokens)
+        kept = [entry.warm_slot for entry in known if entry and entry.warm_slot is not None]
         for slot in kept:
             index.warm.pin(slot)
         slots = tenant.size_class.take(count)
@@ -118,10 +119,12 @@ class Reservations:
         """Return which blocks of a chain are to be written, how many proposed ones are there and busy, and the refusal.
 
         The walk ends at the first block that no tier has and the client does not propose, and after `room` blocks to be
-        written: no client could find the blocks after it.
+        written: no client could find the blocks after it. Rows follow no other block: the walk goes on behind one
+        that is not proposed, or cannot be written.
         """
         known = self._tenants.walk(tenant, hashes, tokens)
         wanted: list[int] = []
+        refusal = ""
         num_there = num_busy = 0
         for at in range(len(hashes)):
             entry = known[at] if at < len(known) else None
@@ -130,14 +133,18 @@ class Reservations:
             elif self._is_there(tenant, hashes, tokens, at, entry):
                 num_there += at in proposed
             elif self._is_taken(tenant, hashes[at], entry):
-                return wanted, num_there, num_busy, "collision"
+                refusal = "collision"
+                if not tenant.has_rows:
+                    break
             elif at in proposed and len(wanted) >= room:
-                return wanted, num_there, num_busy, "no_room"
+                refusal = "no_room"
+                break
             elif at in proposed:
                 wanted.append(at)
-            else:
-                return wanted, num_there, num_busy, "no_parent"
-        return wanted, num_there, num_busy, ""
+            elif not tenant.has_rows:
+                refusal = "no_parent"
+                break
+        return wanted, num_there, num_busy, refusal
 
     def _is_there(self, tenant: Tenant, hashes: list[bytes], tokens: bytes, at: int, entry: Entry | None) -> bool:
         """Return whether a block need not be written: it lies in the warm tier, is being loaded, or is in the store."""

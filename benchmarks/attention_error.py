@@ -12,10 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from tierkv.errors import ShapeError
-from tierkv.storage.codec import iter_runs
+from tierkv.storage.codec import Bytes, iter_runs
 from tierkv.storage.codecs import Codec
 from tierkv.storage.codecs_lossy import Floats, float_format
-from tierkv.storage.planes import Bytes
 from tierkv.storage.record import BlockInfo, Buffer, decode_record, encode_record
 from tierkv.storage.record_header import as_bytes
 from tierkv.values.layout import BlockLayout, Run

@@ -13,9 +13,9 @@ import numpy as np
 from benchmarks.attention_error import codec_error
 from benchmarks.cold_rows import Row, wall_s
 from benchmarks.cold_workloads import Bytes, Floats, Workload
+from tierkv.storage.codec import take_exponent
 from tierkv.storage.codecs import CODECS, Codec, codec_by_name
 from tierkv.storage.cold_rows import padded_bytes
-from tierkv.storage.planes import take_exponent
 from tierkv.storage.record import EncodedRecord, decode_record, encode_record
 from tierkv.values.layout import BlockLayout
 

@@ -15,10 +15,13 @@ import numpy as np
 import zstandard
 
 from tierkv.errors import ConfigError, CorruptBlockError
-from tierkv.storage.codec import FRAME_BYTES, LEVEL_3, LITERALS_ONLY, Codec, FrameCoder
-from tierkv.storage.codecs_lossy import Int8Codec
-from tierkv.storage.planes import (
+from tierkv.storage.codec import (
+    FRAME_BYTES,
+    LEVEL_3,
+    LITERALS_ONLY,
     Bytes,
+    Codec,
+    FrameCoder,
     Words,
     merge_planes,
     put_exponents,
@@ -27,6 +30,7 @@ from tierkv.storage.planes import (
     widen_exponent,
     widen_rest,
 )
+from tierkv.storage.codecs_lossy import Int8Codec
 from tierkv.values.layout import Run
 
 __all__ = [

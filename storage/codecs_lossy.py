@@ -22,8 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tierkv.errors import ConfigError, CorruptBlockError
-from tierkv.storage.codec import FRAME_BYTES, LITERALS_ONLY, Codec, FrameCoder
-from tierkv.storage.planes import Bytes
+from tierkv.storage.codec import FRAME_BYTES, LITERALS_ONLY, Bytes, Codec, FrameCoder
 from tierkv.values.layout import Run
 
 __all__ = ["FloatFormat", "Floats", "Int8Codec", "float_format"]

@@ -11,8 +11,7 @@ import numpy.typing as npt
 import zstandard
 
 from tierkv.errors import CorruptBlockError
-from tierkv.storage.codec import FRAME_BYTES
-from tierkv.storage.planes import Bytes
+from tierkv.storage.codec import FRAME_BYTES, Bytes
 from tierkv.values.layout import BlockLayout
 
 __all__ = ["CODED_ID", "CodedBlock", "CodedLayout", "check_frames", "zero_frames"]

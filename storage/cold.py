@@ -25,19 +25,25 @@ from tierkv.storage.cold_eviction import (
     StoredPrompt,
     least_recently_used,
 )
-from tierkv.storage.cold_reader import BLOCKS, NAMES, ColdReader, get_entry, namespace_rows
+from tierkv.storage.cold_notes import ColdStats, Counters, PendingNotes
+from tierkv.storage.cold_reader import ColdReader
 from tierkv.storage.cold_rows import (
+    BLOCKS,
     FORMAT_KEY,
+    NAMES,
     QUOTA_KEY,
     STORE_VERSION,
     ColdEntry,
+    Databases,
     add_checksum,
     check_format,
+    get_entry,
+    map_bytes_of,
+    namespace_rows,
     unpack_quota,
 )
 from tierkv.storage.cold_salvage import ColdSalvager
-from tierkv.storage.cold_stats import ColdStats, Counters
-from tierkv.storage.cold_writer import ColdWriter, map_bytes_of
+from tierkv.storage.cold_writer import ColdWriter
 from tierkv.storage.lmdb_env import LmdbEnv
 from tierkv.storage.outcomes import MissReason, PutOutcome
 from tierkv.storage.record import BlockInfo, Buffer, EncodedRecord
@@ -61,7 +67,8 @@ class ColdStore(ColdReader):
     min_free_bytes: with less free disk the store stops growing and evicts instead; None leaves 1 GiB free, or a 20th
         of a volume that is smaller than 20 GiB. Not stored: each process has its own.
     write_wait_s: how long a writer waits for other writers, here or in another process; then StoreBusyError is
-        raised, or is an outcome. Readers, and callers of `touch`, never wait for them.
+        raised, or is an outcome. Readers never wait for them.
+    notes: what reads leave for the next write, such as `notes.touch`; `maintain` writes them when `notes.are_due`.
     Raises StoreError if the path cannot be used, FormatVersionError if another version wrote it.
     A data file that cannot be used is set aside (`damaged`) and a fresh one begun.
 
@@ -104,6 +111,7 @@ class ColdStore(ColdReader):
             counters=self._counters,
             write_wait_s=write_wait_s,
         )
+        self.notes: PendingNotes = self._writer.notes
         try:
             self._adopt_format_and_quota(quota_bytes)
             if not self.read_only:
@@ -167,9 +175,9 @@ class ColdStore(ColdReader):
         The next write makes a damaged record anew from its block.
         """
         found: list[ColdEntry | None] = []
-        notes = self._writer.notes
+        notes = self.notes
         with self._env.read() as txn:
-            databases = self._databases
+            databases = Databases(*self._env.handles)
             for block_hash in block_hashes:
                 entry = None
                 try:
@@ -233,7 +241,7 @@ class ColdStore(ColdReader):
             raise ConfigError(f"the description of namespace {digest.hex()} is that of another namespace")
         self._require_writable()
         self._note_namespace(digest, description)
-        self._writer.notes.note_namespace(digest, description)
+        self.notes.note_namespace(digest, description)
         try:
             self._writer.maintain()
         except StoreError as exc:
@@ -248,23 +256,12 @@ class ColdStore(ColdReader):
         self._require_writable()
         return self._writer.put(records)
 
-    def touch(self, block_hashes: Iterable[BlockHash]) -> None:
-        """Record accesses, in memory until the next put, eviction, flush or close. Never waits for writers."""
-        if not self.read_only:
-            self._writer.notes.touch(block_hashes)
-
     def note_damaged(self, block_hash: BlockHash) -> None:
         """Let the next write repair a block, or remove it with all that follow it; it is absent until then.
 
         Never waits for writers. A block that turns out to be sound stays.
         """
-        if not self.read_only:
-            self._writer.notes.note_damaged(block_hash)
-
-    @property
-    def is_due(self) -> bool:
-        """Whether so much has been noted for the next write that `maintain` should be called."""
-        return self._writer.notes.are_due
+        self.notes.note_damaged(block_hash)
 
     def maintain(self) -> None:
         """Write the notes of reads and touches. Raises StoreError; they are then kept for later."""
@@ -312,18 +309,15 @@ class ColdStore(ColdReader):
         if quota_bytes <= 0:
             raise ConfigError(f"a quota must be positive, got {quota_bytes}")
         self._require_writable()
-        if not evict:
-            report = self._writer.would_evict(quota_bytes)
-            if report.blocks:
-                raise CapacityError(
-                    f"a quota of {format_bytes(quota_bytes)} would evict {report.blocks:,} blocks, "
-                    f"{format_bytes(report.freed_bytes)}, from cold store {self.path}",
-                    hint="with evict=True, or --evict, it does",
-                )
+        report = None if evict else self._writer.would_evict(quota_bytes)
+        if report and report.blocks:
+            raise CapacityError(
+                f"a quota of {format_bytes(quota_bytes)} would evict {report.blocks:,} blocks, "
+                f"{format_bytes(report.freed_bytes)}, from cold store {self.path}",
+                hint="with evict=True, or --evict, it does",
+            )
         self._writer.set_quota(quota_bytes)
-        if not evict:
-            return EvictionReport(blocks=0, freed_bytes=0)
-        return self._writer.evict(to_bytes=quota_bytes, namespace=None, older_than_s=None)
+        return report or self._writer.evict(to_bytes=quota_bytes, namespace=None, older_than_s=None)
 
     def flush(self, *, sync: bool = True) -> None:
         """Write pending accesses; with `sync`, return when all is on the disk. Raises StoreError."""
@@ -374,14 +368,14 @@ class ColdStore(ColdReader):
         A store that an older version made has no quota: it gets the wanted one, or its live bytes where those are more.
         """
         with self._env.read() as txn:
-            packed = txn.get(FORMAT_KEY, db=self._databases.meta)
-            version = None if packed is None else bytes(packed)
+            version = txn.get(FORMAT_KEY, db=self._databases.meta)
+            is_new = version is None
+            if version is not None:
+                check_format(bytes(version))
             quota_bytes = unpack_quota(txn.get(QUOTA_KEY, db=self._databases.meta))
-        if version is not None:
-            check_format(version)
-        if not self.read_only and (version is None or quota_bytes is None):
+        if not self.read_only and (is_new or quota_bytes is None):
             with self._writer.batch() as batch:
-                if version is None:
+                if is_new:
                     batch.txn.put(FORMAT_KEY, add_checksum(STORE_VERSION), db=batch.databases.meta)
                 if quota_bytes is None:
                     quota_bytes = max(self._writer.quota_bytes, batch.live_bytes)

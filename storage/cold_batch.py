@@ -3,55 +3,53 @@
 Two rules keep a forged hash harmless. A block is stored only after the parent that its content digest was made of. A
 block never stays when its parent is removed. A chain is followed by hash: a forged block in a parent's place would
 change what its children mean. (A reader of a block compares its content digest once more.)
-
-A reader never waits for the write lock: it leaves `PendingNotes`, which the next transaction writes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import lmdb
 import numpy as np
 
 from tierkv.errors import CorruptBlockError, FormatVersionError, StoreError
+from tierkv.storage.codec import Bytes
 from tierkv.storage.codecs import fits_namespace
 from tierkv.storage.cold_children import ChildrenTable
-from tierkv.storage.cold_reader import BLOCKS, Databases, get_entry, load_rows, read_block_info, read_block_tokens
+from tierkv.storage.cold_notes import NotedRows
 from tierkv.storage.cold_rows import (
-    MAX_UNUSED,
+    BLOCKS,
     MAX_VALUE_BYTES,
     NAMESPACE_PREFIX,
     NO_DESCRIPTION,
     OVERFLOW_HEADER_BYTES,
     QUOTA_KEY,
     ColdEntry,
+    Databases,
     NamespaceRow,
-    descriptions_limit,
     entry_of,
+    get_entry,
+    load_rows,
     lossy_codec_in,
     pack_entry,
     pack_quota,
     pack_row,
     padded_bytes,
+    read_block_info,
+    read_block_tokens,
     unpack_quota,
 )
 from tierkv.storage.lmdb_env import LmdbEnv, WriteTransaction
 from tierkv.storage.outcomes import PutOutcome
-from tierkv.storage.planes import Bytes
 from tierkv.storage.record import BlockInfo, EncodedRecord, mismatch, parse_record, read_header
 from tierkv.values.block import BlockHash
 
-__all__ = ["DamagedPagesError", "PendingNotes", "WriteBatch"]
+__all__ = ["DamagedPagesError", "WriteBatch", "descriptions_limit", "groups_of"]
 
-MAX_PENDING_TOUCHES = 4096  # then maintenance is due
-MAX_KEPT_TOUCHES = 16 * MAX_PENDING_TOUCHES  # beyond that the oldest are forgotten
-MAX_PENDING_NAMESPACES = 64  # noted and not written yet; the oldest are forgotten
+MAX_UNUSED = 1024  # namespaces without a block that are remembered
 
 
 class DamagedPagesError(StoreError):
@@ -155,6 +153,13 @@ class WriteBatch:
         self.count(entry, 1)
         return PutOutcome.STORED
 
+    def insert_within(self, record: EncodedRecord, limit: int) -> PutOutcome:
+        """Do as `insert` if the live bytes then stay within a limit."""
+        if self.live_bytes + padded_bytes(record.stored_bytes) <= limit:
+            return self.insert(record)
+        known = self.entry(record.info.block_hash) is not None
+        return PutOutcome.EXISTS if known else PutOutcome.FULL
+
     def new_entry(self, record: EncodedRecord) -> ColdEntry | None:
         """Return the entry of a record that is stored now, or None if its parent is not stored."""
         info = record.info
@@ -205,6 +210,11 @@ class WriteBatch:
             return False
         return self._remove(block_hash)
 
+    def remove_leaves(self, block_hashes: Sequence[BlockHash]) -> None:
+        """Remove those of some blocks, in this order, that no stored block follows."""
+        for block_hash in block_hashes:
+            self.remove_leaf(block_hash)
+
     def remove_subtree(self, block_hash: BlockHash) -> int:
         """Remove a block and all that follow it; return how many there were. Visits each block once, and no block that
         only a wrong row of the children table leads to.
@@ -217,6 +227,13 @@ class WriteBatch:
                     order[child] = None
                     pending.append(child)
         return sum(self._remove(each) for each in reversed(order))
+
+    def write_notes(self, noted: NotedRows) -> None:
+        """Write what readers have noted."""
+        for digest, description in noted.namespaces.items():
+            self.register(digest, description)
+        for block_hash, (count, at) in noted.touches.items():
+            self.touch(block_hash, count=count, at=at)
 
     def namespace(self, digest: BlockHash) -> NamespaceRow:
         """Return the row of a namespace, to be changed in place; created where it is missing."""
@@ -301,6 +318,11 @@ class WriteBatch:
         return had_block or had_entry
 
 
+def descriptions_limit(quota_bytes: int) -> int:
+    """Return how many bytes all descriptions may have together: a share of the quota, 4 MiB at most."""
+    return min(4 << 20, max(64 << 10, quota_bytes // 16))
+
+
 def _padded(record: EncodedRecord) -> Bytes:
     """Return the record's bytes followed by zeros up to its size class, in its own buffer if that is free."""
     size = padded_bytes(record.stored_bytes) - OVERFLOW_HEADER_BYTES
@@ -312,89 +334,15 @@ def _padded(record: EncodedRecord) -> Bytes:
     return buffer[:size]
 
 
-@dataclass(frozen=True, slots=True)
-class NotedRows:
-    """Accesses of blocks, (how often, when last), and descriptions of namespaces in use."""
-
-    touches: dict[BlockHash, tuple[int, float]]
-    namespaces: dict[BlockHash, bytes]
-
-    def write(self, batch: WriteBatch) -> None:
-        """Write them within a transaction."""
-        for digest, description in self.namespaces.items():
-            batch.register(digest, description)
-        for block_hash, (count, at) in self.touches.items():
-            batch.touch(block_hash, count=count, at=at)
-
-
-class PendingNotes:
-    """Notes of readers for the next write: accesses, namespaces in use, blocks found damaged. Thread-safe."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._rows = NotedRows({}, {})
-        self._damaged: dict[BlockHash, None] = {}
-
-    def touch(self, block_hashes: Iterable[BlockHash]) -> None:
-        """Note accesses of blocks now."""
-        now = self._clock()
-        with self._lock:
-            touches = self._rows.touches
-            for block_hash in block_hashes:
-                count, _ = touches.pop(block_hash, (0, now))
-                touches[block_hash] = (count + 1, now)
-            _forget_oldest(touches, MAX_KEPT_TOUCHES)
-
-    def note_namespace(self, digest: BlockHash, description: bytes) -> None:
-        """Note that a namespace is in use, and its description."""
-        with self._lock:
-            self._rows.namespaces.pop(digest, None)
-            self._rows.namespaces[digest] = description
-            _forget_oldest(self._rows.namespaces, MAX_PENDING_NAMESPACES)
-
-    def note_damaged(self, block_hash: BlockHash) -> None:
-        """Note a block that a reader found damaged, to be repaired or removed."""
-        with self._lock:
-            self._damaged[block_hash] = None
-
-    def is_damaged(self, block_hash: BlockHash) -> bool:
-        """Return whether a block has been noted as damaged and is not repaired yet."""
-        return block_hash in self._damaged
-
-    def next_damaged(self) -> BlockHash | None:
-        """Return the block that was noted as damaged first, or None."""
-        with self._lock:
-            return next(iter(self._damaged), None)
-
-    def forget_damaged(self, block_hash: BlockHash) -> None:
-        """Forget a damaged block: it has been repaired, or the next reader notes it again."""
-        with self._lock:
-            self._damaged.pop(block_hash, None)
-
-    @property
-    def are_due(self) -> bool:
-        """Whether it is time to write them."""
-        return bool(self._damaged) or len(self._rows.touches) >= MAX_PENDING_TOUCHES
-
-    @property
-    def have_rows(self) -> bool:
-        """Whether there are accesses or namespaces to write."""
-        return bool(self._rows.touches or self._rows.namespaces)
-
-    def take_rows(self) -> NotedRows:
-        """Return the accesses and namespaces, for a transaction that writes them."""
-        with self._lock:
-            rows, self._rows = self._rows, NotedRows({}, {})
-        return rows
-
-    def put_back(self, rows: NotedRows) -> None:
-        """Keep the rows of a transaction that was aborted, beside the rows noted meanwhile."""
-        with self._lock:
-            self._rows = NotedRows(rows.touches | self._rows.touches, rows.namespaces | self._rows.namespaces)
-            _forget_oldest(self._rows.touches, MAX_KEPT_TOUCHES)
-
-
-def _forget_oldest(notes: dict[BlockHash, Any], limit: int) -> None:
-    while len(notes) > limit:
-        del notes[next(iter(notes))]
+def groups_of(records: Sequence[EncodedRecord], max_bytes: int) -> Iterator[list[EncodedRecord]]:
+    """Yield the records in order, in groups of at most so many bytes, or of one record."""
+    group: list[EncodedRecord] = []
+    size = 0
+    for record in records:
+        if group and size + record.stored_bytes > max_bytes:
+            yield group
+            group, size = [], 0
+        group.append(record)
+        size += record.stored_bytes
+    if group:
+        yield group

@@ -9,16 +9,18 @@ from dataclasses import dataclass, field
 from tierkv.errors import CorruptBlockError, FormatVersionError, StoreBusyError, StoreError
 from tierkv.storage.codecs import fits_namespace
 from tierkv.storage.cold_children import ChildRow
-from tierkv.storage.cold_reader import (
+from tierkv.storage.cold_reader import get_value
+from tierkv.storage.cold_repair import rebuild_tree, restore_entry
+from tierkv.storage.cold_rows import (
+    OVERFLOW_HEADER_BYTES,
+    ColdEntry,
     Databases,
     get_entry,
-    get_value,
     iter_namespaces,
     read_block_info,
     read_lossy_codec,
+    unpack_entry,
 )
-from tierkv.storage.cold_repair import rebuild_tree, restore_entry
-from tierkv.storage.cold_rows import OVERFLOW_HEADER_BYTES, ColdEntry, unpack_entry
 from tierkv.storage.cold_writer import ColdWriter
 from tierkv.storage.lmdb_env import LmdbEnv, ReadTransaction
 from tierkv.storage.lmdb_file import CutShortError

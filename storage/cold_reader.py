@@ -1,32 +1,38 @@
-"""Reading the cold store: its databases within one transaction, and `ColdReader` over an open environment."""
+"""The reading half of the cold store: blocks, entries and namespaces, as they are stored now."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-from tierkv.errors import CorruptBlockError, FormatVersionError, StoreError
+from tierkv.errors import ConfigError, CorruptBlockError, FormatVersionError, StoreError
+from tierkv.storage.codec import Bytes
 from tierkv.storage.codecs import check_codec
 from tierkv.storage.coded import CodedBlock
 from tierkv.storage.cold_children import ChildrenTable
 from tierkv.storage.cold_rows import (
-    NAMESPACE_PREFIX,
+    BLOCKS,
+    NO_DESCRIPTION,
     ColdEntry,
+    Databases,
     NamespaceRow,
+    get_entry,
     lossy_codec_in,
+    namespace_rows,
+    read_block_tokens,
+    read_lossy_codec,
     unpack_entry,
-    unpack_row,
 )
-from tierkv.storage.cold_stats import StoredNamespace
-from tierkv.storage.lmdb_env import Database, LmdbEnv, ReadTransaction
+from tierkv.storage.lmdb_env import LmdbEnv, ReadTransaction
 from tierkv.storage.lmdb_file import CutShortError
 from tierkv.storage.outcomes import MissReason
-from tierkv.storage.planes import Bytes
 from tierkv.storage.record import (
     BlockInfo,
     Buffer,
@@ -38,42 +44,15 @@ from tierkv.storage.record import (
 )
 from tierkv.values.block import HASH_BYTES, BlockHash
 from tierkv.values.layout import BlockLayout
+from tierkv.values.namespace import parse_description
 
-__all__ = [
-    "BLOCKS",
-    "NAMES",
-    "ColdReader",
-    "Databases",
-    "get_entry",
-    "get_value",
-    "iter_namespaces",
-    "load_rows",
-    "namespace_rows",
-    "read_block_info",
-    "read_block_tokens",
-    "read_lossy_codec",
-]
-
-BLOCKS = b"blocks"
-NAMES = (b"meta", BLOCKS, b"index", b"children")
+__all__ = ["ColdReader", "StoredNamespace", "get_value"]
 
 _ENTRIES_PER_SNAPSHOT = 1024
+_MAX_NESTING = 100
 _LOOK_AGAIN_S = 1.0  # another process may describe a namespace; each look goes through LMDB's map
 
 _logger = logging.getLogger(__name__)
-
-
-class Databases(NamedTuple):
-    """Handles of the four databases, in the order of NAMES. Valid within the transaction that they were taken in.
-
-    meta: version, quota, and a row of each namespace. blocks: block hash -> record, padded to a size class.
-    entries (`index` on the disk): block hash -> ColdEntry. children: the children table (cold_children.py).
-    """
-
-    meta: Database
-    blocks: Database
-    entries: Database
-    children: Database
 
 
 class ColdReader:
@@ -209,12 +188,6 @@ class ColdReader:
         return last, found
 
 
-def get_entry(txn: ReadTransaction, databases: Databases, block_hash: BlockHash) -> ColdEntry | None:
-    """Return a block's entry, or None if it is not stored. Raises CorruptBlockError if it is damaged."""
-    packed = txn.get(block_hash, db=databases.entries)
-    return None if packed is None else unpack_entry(block_hash, packed)
-
-
 def get_value(
     env: LmdbEnv, txn: ReadTransaction, databases: Databases, block_hash: BlockHash
 ) -> Bytes | memoryview | None:
@@ -230,65 +203,79 @@ def get_value(
     return txn.get(block_hash, db=databases.blocks) if value is None else value
 
 
-def read_block_info(txn: ReadTransaction, databases: Databases, block_hash: BlockHash) -> BlockInfo | None:
-    """Return a stored block's identity, or None if it is absent or its header unreadable. Compares no checksum."""
-    value = txn.get(block_hash, db=databases.blocks)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredNamespace:
+    """A namespace as the store knows it.
+
+    description: its fields; empty if only its blocks are known, or if it is unreadable, and `problem` says why then.
+    raw_description: the bytes that are stored.
+    """
+
+    digest: BlockHash
+    description: dict[str, Any]
+    raw_description: bytes
+    problem: str | None
+    created: float
+    last_used: float
+    blocks: int
+    raw_bytes: int
+    stored_bytes: int
+    value_bytes: int
+
+    @classmethod
+    def of(cls, digest: BlockHash, row: NamespaceRow) -> StoredNamespace:
+        """Return the public form of a row. Raises nothing, whatever the description is."""
+        description, problem = _read_description(digest, row.description)
+        return cls(
+            digest=digest,
+            description=description,
+            raw_description=row.description,
+            problem=problem,
+            created=row.created,
+            last_used=row.last_used,
+            blocks=row.blocks,
+            raw_bytes=row.raw_bytes,
+            stored_bytes=row.stored_bytes,
+            value_bytes=row.value_bytes,
+        )
+
+
+def _read_description(digest: BlockHash, text: bytes) -> tuple[dict[str, Any], str | None]:
+    """Return a description's fields, or its problem. Another version or another program may have written it.
+
+    The values can be shown and written as JSON: characters of a name that cannot be printed are escaped, NaN is a text.
+    """
+    if text == NO_DESCRIPTION:
+        return {}, None
     try:
-        return None if value is None else read_header(value).info
-    except StoreError:
-        return None
+        with contextlib.suppress(ValueError, RecursionError, AttributeError, TypeError, KeyError):
+            fields = json.loads(text)
+            name = fields["name"].encode(errors="backslashreplace").decode()
+            if name != fields["name"]:
+                text = json.dumps({**fields, "name": name}).encode()
+        description = parse_description(text)
+        if description.digest != digest:
+            return {}, "its description is that of another namespace"
+        if not _is_flat(description.fields):
+            return {}, "its description is unreadable: it is nested too deeply"
+        shown: dict[str, Any] = json.loads(text, parse_constant=str)
+        shown["name"] = "".join(map(_printable, description.name))
+    except ConfigError as exc:
+        return {}, f"its description is unreadable: {exc}"
+    return shown, None
 
 
-def read_block_tokens(txn: ReadTransaction, databases: Databases, block_hash: BlockHash) -> bytes | None:
-    """Return a stored block's token ids, or None if it is absent or its header unreadable."""
-    info = read_block_info(txn, databases, block_hash)
-    return info.token_bytes if info else None
+def _printable(character: str) -> str:
+    """Return a character, or its escape in Python: a terminal would obey some control characters."""
+    return character if character.isprintable() else character.encode("unicode_escape").decode()
 
 
-def iter_namespaces(txn: ReadTransaction, databases: Databases) -> Iterator[tuple[BlockHash, NamespaceRow | None]]:
-    """Yield every namespace that was ever opened here, with None for a row that is damaged."""
-    with txn.cursor(db=databases.meta) as cursor:
-        found = cursor.set_range(NAMESPACE_PREFIX)
-        while found and (key := bytes(cursor.key())).startswith(NAMESPACE_PREFIX):
-            if len(key) == len(NAMESPACE_PREFIX) + HASH_BYTES:
-                row = None
-                with contextlib.suppress(CorruptBlockError):
-                    row = unpack_row(cursor.value())
-                yield key[len(NAMESPACE_PREFIX) :], row
-            found = cursor.next()
-
-
-def namespace_rows(txn: ReadTransaction, databases: Databases) -> dict[BlockHash, NamespaceRow]:
-    """Return the rows of all namespaces. A damaged row gets its totals from the entries; its description is lost."""
-    rows, damaged = load_rows(txn, databases)
-    return rows | damaged
-
-
-def load_rows(
-    txn: ReadTransaction, databases: Databases
-) -> tuple[dict[BlockHash, NamespaceRow], dict[BlockHash, NamespaceRow]]:
-    """Return the sound rows, and new rows with the right totals for the damaged ones."""
-    rows: dict[BlockHash, NamespaceRow] = {}
-    damaged: dict[BlockHash, NamespaceRow] = {}
-    for digest, row in iter_namespaces(txn, databases):
-        if row is None:
-            damaged[digest] = NamespaceRow()
-        else:
-            rows[digest] = row
-    if damaged:
-        with txn.cursor(db=databases.entries) as cursor:
-            for key, packed in cursor:
-                with contextlib.suppress(CorruptBlockError):
-                    entry = unpack_entry(bytes(key), packed)
-                    if entry.namespace in damaged:
-                        damaged[entry.namespace].add(entry, 1)
-    return rows, damaged
-
-
-def read_lossy_codec(txn: ReadTransaction, databases: Databases, digest: BlockHash) -> str | None:
-    """Return the lossy codec of a stored namespace as `lossy_codec_in` does; None also where it is not stored."""
-    packed = txn.get(NAMESPACE_PREFIX + digest, db=databases.meta)
-    try:
-        return None if packed is None else lossy_codec_in(unpack_row(packed).description, digest)
-    except CorruptBlockError:
-        return None
+def _is_flat(value: object) -> bool:
+    """Return whether JSON values are nested no deeper than every function here can follow."""
+    level: list[Any] = [value]
+    for _ in range(_MAX_NESTING):
+        level = [each for parent in level for each in (parent.values() if isinstance(parent, dict) else parent)]
+        level = [each for each in level if isinstance(each, dict | list)]
+        if not level:
+            return True
+    return False

@@ -1,5 +1,5 @@
 """The small values of the cold store, packed and checked: the entry of each block, the row of each namespace, the
-version and the quota.
+version and the quota; and how they are read within a transaction.
 
 All carry a checksum: a flipped bit there is damage, not another version or another size. An entry is 96 bytes: all that
 lookups and eviction need. A million of them are read as one numpy array.
@@ -7,61 +7,75 @@ lookups and eviction need. A million of them are read as one numpy array.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from tierkv.errors import ConfigError, CorruptBlockError, FormatVersionError
+from tierkv.errors import ConfigError, CorruptBlockError, FormatVersionError, StoreError
 from tierkv.storage.codecs import codec_by_id, codec_by_name
-from tierkv.storage.record import EncodedRecord
-from tierkv.values.block import BlockHash
+from tierkv.storage.lmdb_env import Database, ReadTransaction
+from tierkv.storage.record import BlockInfo, EncodedRecord, read_header
+from tierkv.values.block import HASH_BYTES, BlockHash
 from tierkv.values.namespace import parse_description
 
 __all__ = [
+    "BLOCKS",
     "ENTRY_BYTES",
     "ENTRY_DTYPE",
     "FORMAT_KEY",
-    "MAX_UNUSED",
     "MAX_VALUE_BYTES",
+    "NAMES",
     "NAMESPACE_PREFIX",
     "NO_DESCRIPTION",
     "OVERFLOW_HEADER_BYTES",
     "QUOTA_KEY",
     "STORE_VERSION",
     "ColdEntry",
+    "Databases",
     "EntryTable",
     "NamespaceRow",
     "add_checksum",
     "check_format",
-    "descriptions_limit",
     "entry_of",
+    "get_entry",
+    "iter_namespaces",
+    "load_rows",
     "lossy_codec_in",
+    "map_bytes_of",
+    "namespace_rows",
     "pack_entry",
     "pack_quota",
     "pack_row",
     "padded_bytes",
+    "read_block_info",
+    "read_block_tokens",
+    "read_lossy_codec",
     "unpack_entry",
     "unpack_quota",
     "unpack_row",
 ]
 
 STORE_VERSION = b"3"
+BLOCKS = b"blocks"
+NAMES = (b"meta", BLOCKS, b"index", b"children")
 FORMAT_KEY = b"format"
 QUOTA_KEY = b"quota"
 NAMESPACE_PREFIX = b"namespace"
 NO_DESCRIPTION = b"{}"
-MAX_UNUSED = 1024  # namespaces without a block that are remembered
 OVERFLOW_HEADER_BYTES = 16  # LMDB's, in front of a value that has pages of its own
 _PAGE_BYTES = 4096
 _MAX_CLASS_BYTES = 256 << 10
 _CHECKSUM_BYTES = 8
+_SPARE_MAP_BYTES = 64 << 20
 _MAX_TOTAL = 1 << 62
 
 EntryTable: TypeAlias = "npt.NDArray[np.void]"
@@ -134,6 +148,19 @@ class NamespaceRow(msgspec.Struct, array_like=True):
         self.value_bytes += sign * entry.value_bytes
 
 
+class Databases(NamedTuple):
+    """Handles of the four databases, in the order of NAMES. Valid within the transaction that they were taken in.
+
+    meta: version, quota, and a row of each namespace. blocks: block hash -> record, padded to a size class.
+    entries (`index` on the disk): block hash -> ColdEntry. children: the children table (cold_children.py).
+    """
+
+    meta: Database
+    blocks: Database
+    entries: Database
+    children: Database
+
+
 def padded_bytes(record_bytes: int) -> int:
     """Return the size class of a record: the bytes its value and LMDB's page header take on the disk.
 
@@ -144,6 +171,12 @@ def padded_bytes(record_bytes: int) -> int:
     step = 1 << max(size // 24, 1).bit_length() - 1
     step = min(max(step, _PAGE_BYTES), _MAX_CLASS_BYTES)
     return -(-size // step) * step
+
+
+def map_bytes_of(quota_bytes: int) -> int:
+    """Return the address space of a map. With less than a quarter over the quota LMDB fragments until puts fail."""
+    size = quota_bytes + quota_bytes // 4 + _SPARE_MAP_BYTES
+    return -(-size // (1 << 20)) * (1 << 20)
 
 
 def entry_of(record: EncodedRecord, *, depth: int, now: float) -> ColdEntry:
@@ -253,11 +286,6 @@ def lossy_codec_in(description: bytes, digest: BlockHash) -> str | None:
     return parsed.lossy_codec if parsed.digest == digest else None
 
 
-def descriptions_limit(quota_bytes: int) -> int:
-    """Return how many bytes all descriptions may have together: a share of the quota, 4 MiB at most."""
-    return min(4 << 20, max(64 << 10, quota_bytes // 16))
-
-
 def pack_quota(quota_bytes: int) -> bytes:
     """Return a store's quota as it is stored."""
     return add_checksum(quota_bytes.to_bytes(8, "little"))
@@ -297,3 +325,73 @@ def _without_checksum(packed: bytes) -> bytes:
 
 def _entry_checksum(block_hash: BlockHash, checked: bytes) -> bytes:
     return xxhash.xxh3_64_intdigest(block_hash + checked).to_bytes(_CHECKSUM_BYTES, "little")
+
+
+def get_entry(txn: ReadTransaction, databases: Databases, block_hash: BlockHash) -> ColdEntry | None:
+    """Return a block's entry, or None if it is not stored. Raises CorruptBlockError if it is damaged."""
+    packed = txn.get(block_hash, db=databases.entries)
+    return None if packed is None else unpack_entry(block_hash, packed)
+
+
+def read_block_info(txn: ReadTransaction, databases: Databases, block_hash: BlockHash) -> BlockInfo | None:
+    """Return a stored block's identity, or None if it is absent or its header unreadable. Compares no checksum."""
+    value = txn.get(block_hash, db=databases.blocks)
+    try:
+        return None if value is None else read_header(value).info
+    except StoreError:
+        return None
+
+
+def read_block_tokens(txn: ReadTransaction, databases: Databases, block_hash: BlockHash) -> bytes | None:
+    """Return a stored block's token ids, or None if it is absent or its header unreadable."""
+    info = read_block_info(txn, databases, block_hash)
+    return info.token_bytes if info else None
+
+
+def iter_namespaces(txn: ReadTransaction, databases: Databases) -> Iterator[tuple[BlockHash, NamespaceRow | None]]:
+    """Yield every namespace that was ever opened here, with None for a row that is damaged."""
+    with txn.cursor(db=databases.meta) as cursor:
+        found = cursor.set_range(NAMESPACE_PREFIX)
+        while found and (key := bytes(cursor.key())).startswith(NAMESPACE_PREFIX):
+            if len(key) == len(NAMESPACE_PREFIX) + HASH_BYTES:
+                row = None
+                with contextlib.suppress(CorruptBlockError):
+                    row = unpack_row(cursor.value())
+                yield key[len(NAMESPACE_PREFIX) :], row
+            found = cursor.next()
+
+
+def namespace_rows(txn: ReadTransaction, databases: Databases) -> dict[BlockHash, NamespaceRow]:
+    """Return the rows of all namespaces. A damaged row gets its totals from the entries; its description is lost."""
+    rows, damaged = load_rows(txn, databases)
+    return rows | damaged
+
+
+def load_rows(
+    txn: ReadTransaction, databases: Databases
+) -> tuple[dict[BlockHash, NamespaceRow], dict[BlockHash, NamespaceRow]]:
+    """Return the sound rows, and new rows with the right totals for the damaged ones."""
+    rows: dict[BlockHash, NamespaceRow] = {}
+    damaged: dict[BlockHash, NamespaceRow] = {}
+    for digest, row in iter_namespaces(txn, databases):
+        if row is None:
+            damaged[digest] = NamespaceRow()
+        else:
+            rows[digest] = row
+    if damaged:
+        with txn.cursor(db=databases.entries) as cursor:
+            for key, packed in cursor:
+                with contextlib.suppress(CorruptBlockError):
+                    entry = unpack_entry(bytes(key), packed)
+                    if entry.namespace in damaged:
+                        damaged[entry.namespace].add(entry, 1)
+    return rows, damaged
+
+
+def read_lossy_codec(txn: ReadTransaction, databases: Databases, digest: BlockHash) -> str | None:
+    """Return the lossy codec of a stored namespace as `lossy_codec_in` does; None also where it is not stored."""
+    packed = txn.get(NAMESPACE_PREFIX + digest, db=databases.meta)
+    try:
+        return None if packed is None else lossy_codec_in(unpack_row(packed).description, digest)
+    except CorruptBlockError:
+        return None

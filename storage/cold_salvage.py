@@ -20,12 +20,14 @@ from pathlib import Path
 import numpy as np
 
 from tierkv.errors import CorruptBlockError, FormatVersionError, StoreError
+from tierkv.storage.codec import Bytes
 from tierkv.storage.cold_children import CHILD_ROW_BYTES
 from tierkv.storage.cold_eviction import EvictionCandidates
-from tierkv.storage.cold_reader import NAMES
+from tierkv.storage.cold_notes import Counters
 from tierkv.storage.cold_rows import (
     ENTRY_BYTES,
     FORMAT_KEY,
+    NAMES,
     NAMESPACE_PREFIX,
     QUOTA_KEY,
     STORE_VERSION,
@@ -33,13 +35,13 @@ from tierkv.storage.cold_rows import (
     NamespaceRow,
     add_checksum,
     check_format,
+    map_bytes_of,
     padded_bytes,
     unpack_entry,
     unpack_quota,
     unpack_row,
 )
-from tierkv.storage.cold_stats import Counters
-from tierkv.storage.cold_writer import ColdWriter, map_bytes_of
+from tierkv.storage.cold_writer import ColdWriter
 from tierkv.storage.lmdb_env import LmdbEnv
 from tierkv.storage.lmdb_file import (
     BIG_FLAG,
@@ -53,7 +55,6 @@ from tierkv.storage.lmdb_file import (
 )
 from tierkv.storage.lmdb_tree import Keys, check_trees
 from tierkv.storage.outcomes import PutOutcome
-from tierkv.storage.planes import Bytes
 from tierkv.storage.record import HEADER_BYTES, MAGIC, parse_record, record_bytes_of
 from tierkv.values.block import HASH_BYTES, BlockHash
 from tierkv.values.namespace import DESCRIPTION_LIMIT_BYTES

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import lmdb
 
 from tierkv.errors import CapacityError, StoreBusyError, StoreError
-from tierkv.storage.cold_batch import DamagedPagesError, PendingNotes, WriteBatch
+from tierkv.storage.cold_batch import DamagedPagesError, WriteBatch, groups_of
 from tierkv.storage.cold_eviction import (
     Chosen,
     EvictionCandidates,
@@ -20,11 +22,9 @@ from tierkv.storage.cold_eviction import (
     choose_blocks,
     choose_prompt,
 )
-from tierkv.storage.cold_reader import Databases, namespace_rows
+from tierkv.storage.cold_notes import Counters, PendingNotes
 from tierkv.storage.cold_repair import repair_block
-from tierkv.storage.cold_rows import padded_bytes
-from tierkv.storage.cold_stats import Counters
-from tierkv.storage.lmdb_directory import require_free, volume_space
+from tierkv.storage.cold_rows import Databases, map_bytes_of, namespace_rows, padded_bytes
 from tierkv.storage.lmdb_env import LmdbEnv
 from tierkv.storage.outcomes import PutOutcome
 from tierkv.storage.record import EncodedRecord
@@ -32,14 +32,15 @@ from tierkv.values.block import BlockHash
 from tierkv.values.locks import OwnedLock
 from tierkv.values.units import format_bytes
 
-__all__ = ["ColdWriter", "map_bytes_of"]
+__all__ = ["ColdWriter", "require_free"]
 
 MAX_BATCH_BYTES = 64 << 20  # of one write transaction, whose dirty pages are held in memory
 MAX_BATCH_REMOVALS = 1024
 MAX_REPAIRS = 64  # of damaged pages that one transaction may come across
 PAUSE_S = 10.0  # after a put failed for a full disk or a busy store, all puts are refused for so long
 READER_CHECK_S = 60.0
-_SPARE_MAP_BYTES = 64 << 20
+_DEFAULT_FREE_BYTES = 1 << 30  # free space to keep on a large volume; of a small volume, that share
+_DEFAULT_FREE_SHARE = 20
 
 _logger = logging.getLogger(__name__)
 
@@ -50,18 +51,12 @@ class _DryRunError(Exception):
     """Aborts a transaction that only finds out what it would change."""
 
 
-def map_bytes_of(quota_bytes: int) -> int:
-    """Address space of the map. With less than a quarter over the quota LMDB fragments until puts fail."""
-    size = quota_bytes + quota_bytes // 4 + _SPARE_MAP_BYTES
-    return -(-size // (1 << 20)) * (1 << 20)
-
-
 class ColdWriter:
     """Puts, removes and evicts. Thread-safe; one batch at a time among all threads and processes.
 
     A writer waits for other writers for `write_wait_s` at most; then StoreBusyError is raised, or is an outcome.
     Readers never wait: they leave `notes`, which are written with the next put, flush or `maintain`.
-    quota_bytes: holds until a batch has read the stored quota. min_free_bytes: as for `volume_space`.
+    quota_bytes: holds until a batch has read the stored quota. min_free_bytes: as for `require_free`.
     """
 
     def __init__(
@@ -83,7 +78,7 @@ class ColdWriter:
         self._counters = counters
         self._write_wait_s = write_wait_s
         self._lock = OwnedLock()
-        self.notes: PendingNotes = PendingNotes(clock)
+        self.notes: PendingNotes = PendingNotes(clock, read_only=env.read_only)
         self._refused_until = float("-inf")
         self._refusal = PutOutcome.FULL
         self._readers_checked = clock()
@@ -115,7 +110,7 @@ class ColdWriter:
                 except StoreBusyError as exc:  # else the records would wait as long once more
                     self._refuse(PutOutcome.BUSY, exc)
                 # Only later batches may use what a batch frees: small batches keep the file of a small quota small.
-                for group in _groups(records, min(MAX_BATCH_BYTES, self.quota_bytes // 128)):
+                for group in groups_of(records, min(MAX_BATCH_BYTES, self.quota_bytes // 128)):
                     outcomes += self._put_group(group)
         except StoreBusyError:
             outcomes += [PutOutcome.BUSY] * (len(records) - len(outcomes))
@@ -138,7 +133,7 @@ class ColdWriter:
                 chosen, num_pinned = self._choose(namespace, older_than_s, prompt)
                 for start in range(0, len(chosen), MAX_BATCH_REMOVALS):
                     group = chosen[start : start + MAX_BATCH_REMOVALS]
-                    report = self._evict(partial(_remove_leaves, block_hashes=group))
+                    report = self._evict(partial(WriteBatch.remove_leaves, block_hashes=group))
                     removed += report.hashes
                     freed_bytes += report.freed_bytes
                 num_continued = len(chosen) - len(removed)
@@ -248,7 +243,7 @@ class ColdWriter:
             with self._env.write() as txn:
                 batch = WriteBatch(self._env, txn, self._clock())
                 quota_bytes = batch.quota_bytes or self.quota_bytes
-                rows.write(batch)
+                batch.write_notes(rows)
                 yield batch
                 batch.finish()
         except BaseException:
@@ -297,7 +292,7 @@ class ColdWriter:
         if isinstance(failure.__cause__, lmdb.MapFullError):
             return PutOutcome.FULL
         with contextlib.suppress(StoreError):
-            if volume_space(self._env.path, self._min_free_bytes).free_bytes < needed:
+            if _free_space(self._env.path, self._min_free_bytes)[0] < needed:
                 return PutOutcome.FULL
         return PutOutcome.IO_ERROR
 
@@ -309,11 +304,13 @@ class ColdWriter:
         def work(batch: WriteBatch) -> list[PutOutcome]:
             nonlocal evicted
             limit = self._limit(batch, needed)
-            self._candidates.make_room(batch, to_bytes=max(limit - needed, 0), keep=keep)
+            to_bytes = max(limit - needed, 0)
+            if batch.live_bytes > to_bytes:
+                keep = frozenset(each for record in records for each in (record.info.parent, record.info.block_hash))
+                self._candidates.make_room(batch, to_bytes=to_bytes, keep=keep)
             evicted = list(batch.removed), batch.removed_bytes
-            return [_insert_within(batch, record, limit) for record in records]
+            return [batch.insert_within(record, limit) for record in records]
 
-        keep = frozenset(each for record in records for each in (record.info.parent, record.info.block_hash))
         outcomes = self._attempt(work)
         self._counters.count_evicted(*evicted)
         return outcomes
@@ -357,8 +354,8 @@ class ColdWriter:
     def _limit(self, batch: WriteBatch, needed: int) -> int:
         """Return how many bytes may be live: the quota, or no more than now where the disk has no more room."""
         quota_bytes = batch.quota_bytes or self.quota_bytes
-        space = volume_space(self._env.path, self._min_free_bytes)
-        if space.free_bytes - needed >= space.min_free_bytes:
+        free_bytes, min_free_bytes = _free_space(self._env.path, self._min_free_bytes)
+        if free_bytes - needed >= min_free_bytes:
             return quota_bytes
         return min(quota_bytes, batch.live_bytes)
 
@@ -373,28 +370,26 @@ class ColdWriter:
             self._env.clear_dead_readers()
 
 
-def _remove_leaves(batch: WriteBatch, block_hashes: Sequence[BlockHash]) -> None:
-    for block_hash in block_hashes:
-        batch.remove_leaf(block_hash)
+def require_free(path: Path, min_free_bytes: int | None, num_bytes: int = 0) -> None:
+    """Raise CapacityError if a volume does not have so many bytes beside those that must stay free, StoreError."""
+    free_bytes, min_free_bytes = _free_space(path, min_free_bytes)
+    if free_bytes - num_bytes < min_free_bytes:
+        raise CapacityError(
+            f"cold store {path} can keep no block: {format_bytes(free_bytes)} are free on its volume, of which "
+            f"{format_bytes(min_free_bytes)} must stay free",
+            hint="lower min_free_bytes, or free disk space",
+        )
 
 
-def _insert_within(batch: WriteBatch, record: EncodedRecord, limit: int) -> PutOutcome:
-    """Insert a record if the live bytes then stay within a limit."""
-    if batch.live_bytes + padded_bytes(record.stored_bytes) <= limit:
-        return batch.insert(record)
-    known = batch.entry(record.info.block_hash) is not None
-    return PutOutcome.EXISTS if known else PutOutcome.FULL
+def _free_space(path: Path, min_free_bytes: int | None) -> tuple[int, int]:
+    """Return the free bytes of a store's volume, and how many of them must stay free. Raises StoreError.
 
-
-def _groups(records: Sequence[EncodedRecord], max_bytes: int) -> Iterator[list[EncodedRecord]]:
-    """Yield the records in order, in groups of at most so many bytes, or of one record."""
-    group: list[EncodedRecord] = []
-    size = 0
-    for record in records:
-        if group and size + record.stored_bytes > max_bytes:
-            yield group
-            group, size = [], 0
-        group.append(record)
-        size += record.stored_bytes
-    if group:
-        yield group
+    min_free_bytes: None keeps 1 GiB free, or a 20th of a volume that is smaller than 20 GiB.
+    """
+    try:
+        usage = shutil.disk_usage(path)
+    except OSError as exc:
+        raise StoreError(f"cold store {path} has lost its directory: {exc}") from exc
+    if min_free_bytes is None:
+        min_free_bytes = min(_DEFAULT_FREE_BYTES, usage.total // _DEFAULT_FREE_SHARE)
+    return usage.free, min_free_bytes

@@ -1,4 +1,4 @@
-"""The directory of an environment: usable, without temporary files, with a sound data file, and with free space."""
+"""The directory of an environment: usable, without temporary files, and with a sound data file."""
 
 from __future__ import annotations
 
@@ -8,41 +8,27 @@ import os
 import shutil
 import stat
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import lmdb
 
-from tierkv.errors import CapacityError, CorruptBlockError, StoreError
-from tierkv.storage.lmdb_file import DATA_FILE, LOCK_FILE, open_store_file
+from tierkv.errors import CorruptBlockError, StoreError
+from tierkv.storage.lmdb_file import DATA_FILE, LOCK_FILE, open_store_file, sync_file
 from tierkv.values.files import check_path
-from tierkv.values.units import format_bytes
 
 __all__ = [
     "Salvager",
-    "VolumeSpace",
     "check_data_file",
     "check_store_files",
     "clear_temporary",
     "copy_compacted",
     "prepare_directory",
-    "require_free",
-    "sync_file",
-    "volume_space",
 ]
 
 _COMPACTED = "compact.tmp"
 _REBUILT = "rebuild.tmp"
-_DEFAULT_FREE_BYTES = 1 << 30  # free space to keep on a large volume; of a small volume, that share
-_DEFAULT_FREE_SHARE = 20
 
 _logger = logging.getLogger(__name__)
-
-
-class VolumeSpace(NamedTuple):
-    """The free bytes of a volume, and how many of them must stay free."""
-
-    free_bytes: int
-    min_free_bytes: int
 
 
 class Salvager(Protocol):
@@ -180,31 +166,6 @@ def clear_temporary(path: Path) -> None:
                 (path / name).unlink()
 
 
-def volume_space(path: Path, min_free_bytes: int | None) -> VolumeSpace:
-    """Return how much room a store's volume has. Raises StoreError.
-
-    min_free_bytes: None keeps 1 GiB free, or a 20th of a volume that is smaller than 20 GiB.
-    """
-    try:
-        usage = shutil.disk_usage(path)
-    except OSError as exc:
-        raise StoreError(f"cold store {path} has lost its directory: {exc}") from exc
-    if min_free_bytes is None:
-        min_free_bytes = min(_DEFAULT_FREE_BYTES, usage.total // _DEFAULT_FREE_SHARE)
-    return VolumeSpace(usage.free, min_free_bytes)
-
-
-def require_free(path: Path, min_free_bytes: int | None, num_bytes: int = 0) -> None:
-    """Raise CapacityError if a volume does not have so many bytes beside those that must stay free, StoreError."""
-    space = volume_space(path, min_free_bytes)
-    if space.free_bytes - num_bytes < space.min_free_bytes:
-        raise CapacityError(
-            f"cold store {path} can keep no block: {format_bytes(space.free_bytes)} are free on its volume, of which "
-            f"{format_bytes(space.min_free_bytes)} must stay free",
-            hint="lower min_free_bytes, or free disk space",
-        )
-
-
 def copy_compacted(env: lmdb.Environment, path: Path) -> Path:
     """Write the data file of a store without its free pages, synced; return its path, for `clear_temporary` to remove.
 
@@ -216,12 +177,3 @@ def copy_compacted(env: lmdb.Environment, path: Path) -> Path:
     env.copy(str(target), compact=True)
     sync_file(target / DATA_FILE)
     return target / DATA_FILE
-
-
-def sync_file(path: Path) -> None:
-    """Return when a file, or a directory's list of files, is on the disk. Raises OSError, StoreError for a FIFO."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if path.is_dir() else open_store_file(path)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

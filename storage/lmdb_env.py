@@ -34,9 +34,8 @@ from tierkv.storage.lmdb_directory import (
     clear_temporary,
     copy_compacted,
     prepare_directory,
-    sync_file,
 )
-from tierkv.storage.lmdb_file import DATA_FILE, DataFile
+from tierkv.storage.lmdb_file import DATA_FILE, DataFile, sync_file
 from tierkv.storage.lmdb_lock import Gate, UserLock, WriteLock, reserve_lock_file
 from tierkv.storage.lmdb_tree import check_trees
 

@@ -25,7 +25,7 @@ from typing import TypeVar
 import numpy as np
 
 from tierkv.errors import CorruptBlockError, StoreError
-from tierkv.storage.planes import Bytes
+from tierkv.storage.codec import Bytes
 from tierkv.storage.record_source import FileRecord, ThreadMemory
 from tierkv.values.files import open_regular
 
@@ -51,6 +51,7 @@ __all__ = [
     "open_store_file",
     "overflow_pages",
     "require",
+    "sync_file",
     "translated",
 ]
 
@@ -277,6 +278,15 @@ def open_store_file(path: Path, flags: int = os.O_RDONLY) -> int:
     Raises StoreError for a FIFO, a socket, a device, a directory or a symbolic link, OSError.
     """
     return open_regular(path, flags, follow_links=False)
+
+
+def sync_file(path: Path) -> None:
+    """Return when a file, or a directory's list of files, is on the disk. Raises OSError, StoreError for a FIFO."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC) if path.is_dir() else open_store_file(path)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def newest_meta(fd: int) -> Meta:

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tierkv.errors import CorruptBlockError
+from tierkv.storage.codec import Bytes
 from tierkv.storage.lmdb_file import (
     BIG_FLAG,
     BRANCH_FLAG,
@@ -35,7 +36,6 @@ from tierkv.storage.lmdb_file import (
     require,
     translated,
 )
-from tierkv.storage.planes import Bytes
 
 __all__ = ["Keys", "check_trees"]
 

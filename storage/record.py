@@ -12,11 +12,10 @@ import numpy as np
 import xxhash
 
 from tierkv.errors import CorruptBlockError, FormatVersionError, ShapeError
-from tierkv.storage.codec import iter_runs
+from tierkv.storage.codec import Bytes, iter_runs
 from tierkv.storage.codecs import RAW, Codec, check_codec, default_codec
 from tierkv.storage.coded import CODED_ID, CodedBlock, CodedLayout, check_frames
 from tierkv.storage.outcomes import MissReason
-from tierkv.storage.planes import Bytes
 from tierkv.storage.record_header import (
     HEADER_BYTES,
     MAGIC,
@@ -98,7 +97,7 @@ def encode_record(
     """
     source = as_bytes(block)
     _check_shape(source, info, layout)
-    raw_bytes = layout.packed_bytes(info.num_tokens)
+    raw_bytes = layout.token_bytes * info.num_tokens
     chosen = codec or default_codec(layout.dtype)
     num_frames = max(_num_frames(codec, layout, info.num_tokens) for codec in (chosen, RAW))
     buffer = np.empty(payload_offset_of(info.num_tokens, num_frames) + raw_bytes, dtype=np.uint8)
@@ -260,7 +259,7 @@ def _pieces_of(header: RecordHeader, layout: BlockLayout) -> list[_Piece]:
         layout.block_size,
         len(layout.runs),
         _num_frames(header.codec, layout, num_tokens),
-        layout.packed_bytes(num_tokens),
+        layout.token_bytes * num_tokens,
     ):
         raise CorruptBlockError("the record's sizes are not those of the layout")
     pieces: list[_Piece] = []

@@ -13,9 +13,9 @@ import numpy as np
 import xxhash
 
 from tierkv.errors import ConfigError, CorruptBlockError, FormatVersionError, ShapeError, StoreError
+from tierkv.storage.codec import Bytes
 from tierkv.storage.codecs import Codec, codec_by_id
 from tierkv.storage.outcomes import MissReason
-from tierkv.storage.planes import Bytes
 from tierkv.values.block import (
     CONTENT_DIGEST_BYTES,
     HASH_BYTES,
@@ -26,6 +26,7 @@ from tierkv.values.block import (
     chain_content_digest,
     hash_block,
 )
+from tierkv.values.events import NamedBlock
 from tierkv.values.layout import BlockLayout
 
 __all__ = [
@@ -82,7 +83,7 @@ class BlockInfo:
     token_bytes: bytes
 
     def __post_init__(self) -> None:
-        if any(len(value) != HASH_BYTES for value in (self.block_hash, self.parent, self.namespace)):
+        if not len(self.block_hash) == len(self.parent) == len(self.namespace) == HASH_BYTES:
             raise ConfigError(f"block hash, parent and namespace are {HASH_BYTES} bytes each")
         if len(self.content_digest) != CONTENT_DIGEST_BYTES:
             raise ConfigError(f"a content digest is {CONTENT_DIGEST_BYTES} bytes")
@@ -93,6 +94,17 @@ class BlockInfo:
     def num_tokens(self) -> int:
         """How many tokens the block holds."""
         return len(self.token_bytes) // TOKEN_BYTES
+
+    @classmethod
+    def of(cls, block: NamedBlock, *, namespace: BlockHash, content_digest: ContentDigest) -> BlockInfo:
+        """Return the identity of a block that a cache knows."""
+        return cls(
+            block_hash=block.block_hash,
+            parent=block.parent_hash,
+            namespace=namespace,
+            content_digest=content_digest,
+            token_bytes=block.token_bytes,
+        )
 
     @classmethod
     def first(cls, token_bytes: bytes, *, namespace: BlockHash, hash_function: HashFunction = hash_block) -> BlockInfo:
@@ -244,7 +256,7 @@ def write_header(buffer: Bytes, info: BlockInfo, layout: BlockLayout, codec: Cod
         codec.codec_id,
         codec.version,
         len(frame_sizes),
-        layout.packed_bytes(info.num_tokens),
+        layout.token_bytes * info.num_tokens,
         payload_bytes,
         payload_offset + payload_bytes,
         payload_offset,

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tierkv.storage.planes import Bytes
+from tierkv.storage.codec import Bytes
 from tierkv.storage.record_header import TruncatedBlockError
 
 __all__ = ["FileRecord", "RecordBytes", "RecordSource", "ThreadMemory", "is_in_memory"]

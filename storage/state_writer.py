@@ -20,7 +20,7 @@ import xxhash
 
 from tierkv.background.call_thread import CallThread
 from tierkv.errors import ConfigError, StoreError
-from tierkv.storage.lmdb_directory import sync_file
+from tierkv.storage.lmdb_file import sync_file
 from tierkv.storage.record import parse_record
 from tierkv.storage.state_format import ALIGN_BYTES, MAGIC, ROW, ROW_LIMIT, StateHeader
 from tierkv.values.block import BlockHash

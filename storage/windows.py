@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tierkv.errors import ConfigError
-from tierkv.storage.planes import Bytes, merge_planes, take_exponent, take_rest
+from tierkv.storage.codec import Bytes, merge_planes, take_exponent, take_rest
 from tierkv.values.layout import BlockLayout
 
 __all__ = ["ESCAPE", "HEADER_BYTES", "TILE", "Section", "WindowFormat"]

@@ -22,7 +22,7 @@ from tierkv.requests.sequence import Sequence
 from tierkv.values.layout import BlockLayout
 from tierkv.values.namespace import Namespace
 
-__all__ = ["PatternEngine", "open_tiny", "record_passes", "tiny_layout", "tiny_warm"]
+__all__ = ["PatternEngine", "open_tiny", "record_passes", "store_prompt", "tiny_layout", "tiny_warm"]
 
 
 def tiny_warm(num_blocks: int, warm_codec: str) -> tuple[BlockLayout, int]:
@@ -61,6 +61,13 @@ def record_passes(cache: TierCache, seconds: dict[int, float]) -> None:
     assert cache._acquirer._choice
     for num_tokens, took_s in seconds.items():
         cache._acquirer._choice.pass_costs.add(num_tokens, took_s)
+
+
+def store_prompt(path: Path, token_ids: list[int]) -> Path:
+    """Store a prompt's whole blocks in that folder, and return the folder: the cache that computed them is closed."""
+    with open_tiny(path) as cache:
+        cache.release(PatternEngine(cache).start([*token_ids, 99]))
+    return path
 
 
 class PatternEngine:

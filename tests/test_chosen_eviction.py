@@ -97,14 +97,14 @@ def test_a_parent_stays_as_long_as_a_younger_child_does() -> None:
     tree.add("abcd", at=5)
     tree.add("zz", at=2)
     assert tree.evict(unused_since=4.0) == ({Tier.HOT: 1}, {CONTINUED: 1})
-    assert tree.left == {"ab", "abcd"} and not tree.chosen.is_pending
+    assert tree.left == {"ab", "abcd"} and not tree.chosen.marked
 
 
 def test_a_pinned_block_stays_with_what_it_continues() -> None:
     tree = make_tree()
     tree.index.set_pinned(tree.entries["abcd"], True)
     assert tree.evict() == ({Tier.HOT: 4}, {PINNED: 1, CONTINUED: 1})
-    assert tree.left == {"ab", "abcd"} and not tree.chosen.is_pending
+    assert tree.left == {"ab", "abcd"} and not tree.chosen.marked
 
 
 def test_only_listed_hashes_go() -> None:
@@ -125,7 +125,7 @@ def test_what_is_in_use_is_marked_and_goes_with_its_last_user_and_what_was_compu
     assert used.block_id is not None
     tree.index.unpin(Tier.HOT, used.block_id)
     assert tree.chosen.retry() == Counter({Tier.HOT: 2})
-    assert tree.left == {"zz"} and not tree.chosen.is_pending
+    assert tree.left == {"zz"} and not tree.chosen.marked
 
 
 def test_a_prompts_own_blocks_go_with_the_last_user_of_what_follows() -> None:
@@ -176,7 +176,7 @@ def test_a_marked_block_that_went_otherwise_is_forgotten() -> None:
     assert used.block_id is not None
     tree.index.unpin(Tier.HOT, used.block_id)
     tree.index.evict([used], Tier.HOT)
-    assert not tree.chosen.retry() and not tree.chosen.is_pending
+    assert not tree.chosen.retry() and not tree.chosen.marked
 
 
 def test_the_chosen_come_children_first() -> None:

@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tierkv.errors import ConfigError, CorruptBlockError
-from tierkv.storage.codec import FRAME_BYTES
+from tierkv.storage.codec import FRAME_BYTES, merge_planes, take_exponent, take_rest
 from tierkv.storage.codecs import CODECS, RAW, Codec, codec_by_id, codec_by_name, default_codec
-from tierkv.storage.planes import merge_planes, take_exponent, take_rest
 from tierkv.values.layout import DTYPE_BYTES, Run
 
 RUN = Run(offset_bytes=0, token_bytes=4, heads=1, dim=2, dtype="bfloat16", is_key=True)

@@ -25,7 +25,7 @@ from cold_blocks import (
 from pattern_layout import iter_packed
 
 from tierkv.errors import FormatVersionError, StoreError
-from tierkv.storage import cold_batch, cold_reader, cold_writer
+from tierkv.storage import cold_notes, cold_reader, cold_rows
 from tierkv.storage.cold_rows import padded_bytes
 from tierkv.storage.outcomes import MissReason, PutOutcome
 from tierkv.storage.record import EncodedRecord, encode_record, parse_record
@@ -202,7 +202,7 @@ def test_accesses_and_pins_survive_a_restart(tmp_path: Path) -> None:
     with open_store(tmp_path, clock) as store:
         store.put([record])
         clock.now += 5
-        store.touch([record.info.block_hash, record.info.block_hash])
+        store.notes.touch([record.info.block_hash, record.info.block_hash])
         store.set_pinned([record.info.block_hash], True)
     with open_store(tmp_path) as store:
         entry = store.lookup(record.info.block_hash)
@@ -211,18 +211,18 @@ def test_accesses_and_pins_survive_a_restart(tmp_path: Path) -> None:
 
 
 def test_many_accesses_are_due_and_unwritten_ones_are_bounded(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(cold_batch, "MAX_PENDING_TOUCHES", 2)
-    monkeypatch.setattr(cold_batch, "MAX_KEPT_TOUCHES", 2)
+    monkeypatch.setattr(cold_notes, "MAX_PENDING_TOUCHES", 2)
+    monkeypatch.setattr(cold_notes, "MAX_KEPT_TOUCHES", 2)
     records = [record_of(number) for number in range(3)]
     with open_store(tmp_path) as store:
         store.put(records)
         for number, record in enumerate(records):
-            assert store.is_due == (number >= 2)
-            store.touch([record.info.block_hash])
+            assert store.notes.are_due == (number >= 2)
+            store.notes.touch([record.info.block_hash])
         store.maintain()
         found = store.lookup_many([record.info.block_hash for record in records])
         assert [entry and entry.access_count for entry in found] == [0, 1, 1]
-        assert not store.is_due
+        assert not store.notes.are_due
 
 
 def test_namespaces_are_described_and_counted(tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_the_quota_is_kept_by_evicting_the_least_recently_used(tmp_path: Path) -
         for number in range(10):
             clock.now += 1
             if number == 4:
-                store.touch([record_of(0).info.block_hash])
+                store.notes.touch([record_of(0).info.block_hash])
             assert store.put([record_of(number)]) == [PutOutcome.STORED]
             assert store.stats().live_bytes <= capacity(4)
         kept = {h for h, _ in store.iter_entries()}
@@ -276,7 +276,7 @@ def test_a_block_touched_after_the_candidates_were_ordered_stays_and_the_next_is
         size = store.stats().live_bytes // 6
         assert store.evict(to_bytes=5 * size).blocks == 1  # all leaves are ordered now; block 0 went
         clock.now += 1
-        store.touch([blocks[1].info.block_hash])
+        store.notes.touch([blocks[1].info.block_hash])
         assert store.evict(to_bytes=4 * size).blocks == 1
         assert [store.contains(record.info.block_hash) for record in blocks] == [False, True, False, True, True, True]
         assert store.evict(to_bytes=size).blocks == 3
@@ -354,7 +354,7 @@ def test_a_disk_with_too_little_room_stops_growth_but_not_writing(tmp_path: Path
 
 
 def test_a_map_that_is_full_in_spite_of_evicting_pauses_writing(tmp_path, monkeypatch, caplog) -> None:
-    monkeypatch.setattr(cold_writer, "_SPARE_MAP_BYTES", -QUOTA // 4 - QUOTA + (2 << 20))  # a map of 2 MiB
+    monkeypatch.setattr(cold_rows, "_SPARE_MAP_BYTES", -QUOTA // 4 - QUOTA + (2 << 20))  # a map of 2 MiB
     clock = FakeClock()
     with open_store(tmp_path, clock) as store:
         outcomes = [store.put([record_of(n)])[0] for n in range(200)]
@@ -378,7 +378,7 @@ def test_a_damaged_block_is_a_miss_and_leaves_with_all_that_follow_it(tmp_path: 
         store.put(chain)
         damage_record(store, chain[1].info.block_hash)
         assert read(store, chain[1].info) is MissReason.CORRUPT
-        assert store.is_due and not store.contains(chain[1].info.block_hash)
+        assert store.notes.are_due and not store.contains(chain[1].info.block_hash)
         store.maintain()
         assert {h for h, _ in store.iter_entries()} == {chain[0].info.block_hash}
         assert store.stats().damaged_blocks == 3
@@ -467,7 +467,7 @@ def test_a_read_only_store_reads_and_does_not_write(tmp_path: Path) -> None:
         store.put([record_of(1)])
     with open_store(tmp_path, read_only=True) as store:
         assert np.array_equal(read(store, record_of(1).info), block_bytes())
-        store.touch([record_of(1).info.block_hash])
+        store.notes.touch([record_of(1).info.block_hash])
         store.open_namespace(NAMESPACE)
         for write in (lambda: store.put([]), lambda: store.delete(bytes(16)), store.compact):
             with pytest.raises(StoreError, match="read-only"):

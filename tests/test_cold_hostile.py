@@ -18,12 +18,11 @@ from cold_blocks import LAYOUT, NAMESPACE, OTHER, QUOTA, chain_of, damage_record
 from tierkv.errors import ConfigError, CorruptBlockError, StoreError
 from tierkv.storage import cold_rows, lmdb_directory
 from tierkv.storage.cold import ColdStore
-from tierkv.storage.cold_batch import WriteBatch
+from tierkv.storage.cold_batch import WriteBatch, descriptions_limit
 from tierkv.storage.cold_children import CHILD_ROW_BYTES, ChildRow
 from tierkv.storage.cold_rows import (
     NAMESPACE_PREFIX,
     NamespaceRow,
-    descriptions_limit,
     pack_entry,
     pack_row,
     unpack_entry,
@@ -464,7 +463,7 @@ CALLS: dict[str, Callable[[ColdStore], object]] = {
     "verify": lambda store: store.verify(),
     "repair": lambda store: store.verify(repair=True),
     "put": lambda store: store.put([record_of(7)]),
-    "touch": lambda store: store.touch([HASH]),
+    "touch": lambda store: store.notes.touch([HASH]),
     "maintain": lambda store: store.maintain(),
     "set_pinned": lambda store: store.set_pinned([HASH], True),
     "delete": lambda store: store.delete(HASH),

@@ -12,8 +12,8 @@ from child_process import ENVIRONMENT, command
 from cold_blocks import QUOTA, FakeClock, block_bytes, open_store, read, record_of
 
 from tierkv.errors import CapacityError, ConfigError, StoreError
-from tierkv.storage import cold_writer, lmdb_directory
-from tierkv.storage.cold_rows import QUOTA_KEY, padded_bytes
+from tierkv.storage import cold_writer
+from tierkv.storage.cold_rows import QUOTA_KEY, map_bytes_of, padded_bytes
 from tierkv.storage.outcomes import PutOutcome
 
 SIZE = padded_bytes(record_of(0).stored_bytes)
@@ -125,7 +125,7 @@ def test_a_larger_quota_that_another_process_sets_holds_here_at_once(tmp_path: P
         assert store.stats().blocks == 803 and store.stats().quota_bytes == 2000 * SIZE
         assert store.put([record_of(number) for number in range(5000, 5020)]) == [PutOutcome.STORED] * 20
         assert store.quota_bytes == 2000 * SIZE and store.stats().evicted_blocks == 0
-        assert store._env._map_bytes == cold_writer.map_bytes_of(2000 * SIZE)
+        assert store._env._map_bytes == map_bytes_of(2000 * SIZE)
         store.check()
         assert store.verify().is_sound
 
@@ -170,7 +170,7 @@ def test_what_is_salvaged_of_a_damaged_store_has_its_quota(tmp_path: Path) -> No
 def test_a_20th_of_a_small_volume_stays_free_and_a_gibibyte_of_a_large_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog, total: int, free: int, is_room: bool
 ) -> None:
-    monkeypatch.setattr(lmdb_directory.shutil, "disk_usage", lambda path: Usage(total, total - free, free))
+    monkeypatch.setattr(cold_writer.shutil, "disk_usage", lambda path: Usage(total, total - free, free))
     with open_store(tmp_path, min_free_bytes=None) as store:
         assert store.put([record_of(1)]) == [PutOutcome.STORED if is_room else PutOutcome.FULL]
         assert ("must stay free" in caplog.text) != is_room
@@ -183,7 +183,7 @@ def test_a_store_that_has_blocks_to_evict_has_room(tmp_path: Path, monkeypatch: 
     clock = FakeClock()
     with open_store(tmp_path, clock) as store:
         store.put([record_of(1)])
-    monkeypatch.setattr(lmdb_directory.shutil, "disk_usage", lambda path: Usage(1 << 40, 1 << 40, 0))
+    monkeypatch.setattr(cold_writer.shutil, "disk_usage", lambda path: Usage(1 << 40, 1 << 40, 0))
     with open_store(tmp_path, clock, min_free_bytes=None) as store:
         store.require_room(SIZE // 2)
         assert store.put([record_of(2)]) == [PutOutcome.STORED]

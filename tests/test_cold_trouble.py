@@ -71,7 +71,7 @@ def test_a_clock_that_is_set_back_does_not_keep_a_store_from_taking_blocks(tmp_p
         assert store.put([record_of(1)]) == [PutOutcome.IO_ERROR]  # for some seconds nothing is tried
         clock.now -= 500.0
         assert store.put([record_of(1)]) == [PutOutcome.STORED]
-        store.touch([record_of(1).info.block_hash])
+        store.notes.touch([record_of(1).info.block_hash])
         clock.now -= 100.0
         assert store.put([record_of(2)]) == [PutOutcome.STORED]
         assert store.evict(older_than_s=50.0).blocks == 0

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tierkv.errors import ConfigError
-from tierkv.policies.hazard import NUM_BUCKETS, bucket_of, buckets_of, hazards, hit_densities
-from tierkv.policies.use_history import UseHistory
+from tierkv.policies.block_classes import NUM_BUCKETS, UseHistory, bucket_of, buckets_of
+from tierkv.policies.density import hazards, hit_densities
 from tierkv.values.prefill import MEASURED_PREFILL, PrefillModel
 
 

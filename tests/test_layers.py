@@ -41,6 +41,7 @@ ROOMS = {
     "profiling": "errors values policies storage config transfer requests cache",
     "__init__": "errors values policies background storage movers ranks config block_store requests cache engine "
     "profiling",
+    "integrations": "errors values storage movers block_store",
     "tools": "errors values policies storage daemon config engine profiling __init__",
     "__main__": "tools",
 }
@@ -54,6 +55,7 @@ TORCH_FREE_MODULES = {
     *("profiling.tracker", "profiling.prefixes", "profiling.measured", "profiling.advice", "profiling.recorder"),
     *("profiling.profiled_run", "profiling.profiler", "profiling.charts", "profiling.drawing"),
     *("profiling.report_html", "profiling.chrome_trace", "profiling.memory_report", "profiling.metrics"),
+    *("integrations", "integrations.weights", "integrations.vllm"),
 }
 LATE_MODULES = {"tierkv.movers.engine_memory"}  # imported where an engine hands over tensors: it loads torch
 HEAVY = ("torch", "transformers", "flash_attn", "triton", "typer", "rich")

@@ -34,7 +34,7 @@ def test_a_partial_block_packs_the_leading_tokens_of_every_run() -> None:
     layout = uneven()
     pieces = list(iter_packed(layout, 3))
     assert [offset for offset, _, _ in pieces] == [run.offset_bytes for run in layout.runs]
-    assert sum(length for _, _, length in pieces) == layout.packed_bytes(3)
+    assert sum(length for _, _, length in pieces) == layout.token_bytes * 3
 
 
 def test_a_layout_survives_its_description() -> None:

@@ -59,7 +59,7 @@ def test_a_block_of_another_version_is_a_miss_that_stays(tmp_path: Path, offset:
         assert store.put([chain[1]]) == [PutOutcome.FORMAT]
         assert store.put([record_of(50, middle)]) == [PutOutcome.NO_PARENT]
         store.set_pinned([middle.block_hash], True)
-        store.touch([middle.block_hash])
+        store.notes.touch([middle.block_hash])
         store.flush()
         entry = store.lookup(middle.block_hash)
         assert entry is not None and entry.pinned and entry.access_count == 1

@@ -72,7 +72,7 @@ def test_the_tokens_of_a_block_come_back_and_nothing_else_is_written(codec, num_
         assert np.array_equal(out[offset : offset + length], block[offset : offset + length])
         untouched[offset : offset + length] = False
     assert (out[untouched] == 0xEE).all()
-    assert record.raw_bytes == LAYOUT.packed_bytes(num_tokens)
+    assert record.raw_bytes == LAYOUT.token_bytes * num_tokens
 
 
 def test_layers_of_different_shapes_come_back() -> None:

@@ -7,7 +7,7 @@ import pytest
 from pattern_layout import iter_packed
 
 from tierkv.errors import ConfigError
-from tierkv.storage.planes import Bytes
+from tierkv.storage.codec import Bytes
 from tierkv.storage.windows import WindowFormat
 from tierkv.values.layout import BlockLayout, LayerLayout
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from tierkv.background.write_behind import WriteBehind
+from tierkv.background.work_queue import WriteBehind
 
 HANG_S = 20.0
 

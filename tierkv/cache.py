@@ -29,12 +29,11 @@ from tierkv.storage.hot import HotPool
 from tierkv.storage.state_file import SavedState
 from tierkv.transfer.cache_state import load_state, open_state, save_state
 from tierkv.transfer.cold_reading import ColdReading
-from tierkv.transfer.factory import choose_codec, device_of, open_tiers, policy_of, require_methods
+from tierkv.transfer.factory import choose_codec, close_tiers, device_of, open_tiers, policy_of, require_observer
 from tierkv.transfer.load import Loader
 from tierkv.transfer.memory import pool_regions
 from tierkv.transfer.recompute_or_load import RecomputeOrLoad
-from tierkv.values.block import TOKEN_BYTES, HashFunction, Tier, TokenIds, as_token_array, hash_block
-from tierkv.values.checks import check_count, check_seconds
+from tierkv.values.block import HashFunction, Tier, TokenIds, as_token_array, hash_block
 from tierkv.values.events import CacheObserver
 from tierkv.values.files import check_path
 from tierkv.values.layout import BlockLayout
@@ -43,7 +42,6 @@ from tierkv.values.stats import CacheStats
 
 __all__ = ["Match", "TierCache", "load_cache_state", "save_cache_state"]
 
-_OBSERVER_METHODS = ("on_memory", "on_block", "on_request", "on_use", "on_span")
 _CALLS_WAIT_S = 10.0  # at the end, for calls that wait for the write thread
 
 
@@ -169,14 +167,13 @@ class TierCache:
         Raises ConfigError for an empty prompt, CapacityError where the hot pool has no room beside what is in use.
         """
         token_bytes = as_token_array(token_ids).tobytes()
-        num_tokens = len(token_bytes) // TOKEN_BYTES
-        if not num_tokens:
+        if not token_bytes:
             raise ConfigError("a prompt needs at least one token")
         if not self._tiers.observers.are_there:
             return self._acquirer.acquire(token_bytes, reuse=reuse, overlap=overlap)
         with self._tiers.observers.span("acquire") as detail:
             sequence = self._acquirer.acquire(token_bytes, reuse=reuse, overlap=overlap)
-            detail["tokens"], detail["cached tokens"] = num_tokens, sequence.num_cached_tokens
+            detail["tokens"], detail["cached tokens"] = sequence.num_tokens, sequence.num_cached_tokens
         return sequence
 
     @while_open
@@ -194,9 +191,6 @@ class TierCache:
         A block whose hash another block has taken stays private, and so do those that follow it.
         """
         self._running.require(sequence)
-        num_computed_tokens = check_count("num_computed_tokens", num_computed_tokens, least=None)
-        if not 0 <= num_computed_tokens <= sequence.num_tokens:
-            raise ConfigError(f"{num_computed_tokens} tokens computed of a sequence of {sequence.num_tokens}")
         return self._committer.commit(sequence, num_computed_tokens, partial_block=partial_block)
 
     @while_open
@@ -251,12 +245,7 @@ class TierCache:
         older_than_s: only blocks that were not used for so long. Blocks of running sequences serve no further request
         and go when these end. Where a lower tier does not answer, StoreError or DaemonError follows the rest.
         """
-        if older_than_s is not None:
-            older_than_s = check_seconds("older_than_s", older_than_s)
-        token_bytes = b"" if token_ids is None else as_token_array(token_ids).tobytes()
-        if token_ids is not None and not token_bytes:
-            raise ConfigError("a prompt needs at least one token")
-        return self._evictor.evict_everywhere(token_bytes, older_than_s)
+        return self._evictor.evict_everywhere(token_ids, older_than_s)
 
     @while_open
     def evict(self, tier: Tier, count: int | None = None) -> int:
@@ -339,7 +328,7 @@ class TierCache:
     @while_open
     def add_observer(self, observer: CacheObserver) -> None:
         """Notify an observer of the memory and the blocks that are there, and of all that happens from now on."""
-        require_methods("an observer", observer, _OBSERVER_METHODS)
+        require_observer(observer)
         regions = pool_regions(self._tiers.memory, reserved=self._offloader.writer.staging)
         with self._tiers.changed:
             self._tiers.observers.add(observer, regions, self._tiers.index)
@@ -387,14 +376,7 @@ class TierCache:
         is_quiet = self._offloader.close()  # this ends the calls that wait for writes
         is_quiet &= self.calls.wait(_CALLS_WAIT_S)
         self._running.release_all()
-        tiers.end_copies()
-        if self._daemon:
-            self._daemon.close()
-        if is_quiet:
-            tiers.memory.close()
-        tiers.states.close()
-        if self.cold and self._owns_cold:
-            self.cold.close()
+        close_tiers(tiers, self._daemon, is_quiet=is_quiet, owns_cold=self._owns_cold)
 
 
 def save_cache_state(cache: TierCache, path: str | Path) -> SavedState:

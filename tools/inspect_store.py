@@ -18,8 +18,8 @@ from rich.table import Table
 from tierkv.engine.models import load_tokenizer
 from tierkv.errors import ConfigError
 from tierkv.storage.cold import ColdStore
+from tierkv.storage.cold_reader import StoredNamespace
 from tierkv.storage.cold_rows import ColdEntry
-from tierkv.storage.cold_stats import StoredNamespace
 from tierkv.tools.options import AsJson, cache_directory, spread
 from tierkv.tools.stores import StoreOptions, find_namespace, iter_chains, open_existing
 from tierkv.tools.terminal import format_age, open_console, print_json, visible

@@ -9,7 +9,7 @@ from pattern_engine import PatternEngine, tiny_layout
 
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
-from tierkv.index.entry import Entry
+from tierkv.index.tree import Entry
 from tierkv.movers.mover import Move, Ready
 from tierkv.values.block import Tier
 from tierkv.values.namespace import Namespace

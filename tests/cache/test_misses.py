@@ -9,7 +9,7 @@ import pytest
 from cold_blocks import damage_record
 from pattern_engine import PatternEngine, tiny_layout
 
-from tierkv.background.write_behind import WriteBehind
+from tierkv.background.work_queue import WriteBehind
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.errors import StoreError
@@ -107,7 +107,7 @@ def test_a_damaged_block_leaves_the_store_behind_a_request_that_writes_nothing(t
             cache.release(cache.acquire([*PROMPT, 99]))
             cache._offloader.flush()
             assert store.stats().damaged_blocks == 2 and store.stats().blocks == 1
-            assert not store.is_due
+            assert not store.notes.are_due
 
 
 def test_a_run_too_short_to_be_worth_loading_is_counted_as_such(tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_request_that_is_interrupted_holds_nothing(tmp_path: Path, monkeypatch
         cache.release(PatternEngine(cache).start(PROMPT))
         cache.flush()
         with monkeypatch.context() as patch:
-            patch.setattr(store, "touch", _raise(KeyboardInterrupt()))
+            patch.setattr(store.notes, "touch", _raise(KeyboardInterrupt()))
             with pytest.raises(KeyboardInterrupt):
                 cache.acquire([*PROMPT, 99])
         cache.evict(Tier.HOT)

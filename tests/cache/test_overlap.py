@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from pattern_engine import PatternEngine, open_tiny, record_passes
+from pattern_engine import PatternEngine, open_tiny, record_passes, store_prompt
 
 from tierkv.cache import TierCache
 from tierkv.storage.outcomes import MissReason
@@ -31,9 +31,7 @@ def open_cache(path: Path) -> TierCache:
 @pytest.fixture
 def stored(tmp_path: Path) -> Path:
     """Return a folder whose store has the prompt's ten blocks."""
-    with open_cache(tmp_path) as cache:
-        cache.release(PatternEngine(cache).start([*PROMPT, 99]))
-    return tmp_path
+    return store_prompt(tmp_path, PROMPT)
 
 
 def say_rates(cache: TierCache, *, block_s: float, load_s: float) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pattern_engine import PatternEngine, open_tiny
+from pattern_engine import PatternEngine, open_tiny, store_prompt
 
 from tierkv.background.work_queue import Priority
 from tierkv.cache import TierCache
@@ -26,9 +26,7 @@ def open_cache(path: Path) -> TierCache:
 @pytest.fixture
 def stored(tmp_path: Path) -> Path:
     """Return a folder whose store has the prompt's three blocks."""
-    with open_cache(tmp_path) as cache:
-        cache.release(PatternEngine(cache).start([*PROMPT, 99]))
-    return tmp_path
+    return store_prompt(tmp_path, PROMPT)
 
 
 def test_a_requests_reads_overtake_encodes_that_were_queued_before(

@@ -12,7 +12,7 @@ from pattern_engine import PatternEngine, open_tiny, tiny_layout
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.errors import CapacityError
-from tierkv.index.entry import Entry
+from tierkv.index.tree import Entry
 from tierkv.requests.sequence import Sequence
 from tierkv.storage.outcomes import MissReason
 from tierkv.transfer.block_writer import Batch

@@ -69,7 +69,7 @@ def change(store: ColdStore, history: History, number: int, rng: random.Random) 
     elif kind == 1:
         store.evict(to_bytes=rng.randrange(QUOTA // 2, QUOTA))
     elif kind == 2:
-        store.touch(rng.sample(stored, min(len(stored), 10)))
+        store.notes.touch(rng.sample(stored, min(len(stored), 10)))
     put_chain(store, history, number, rng)
 
 

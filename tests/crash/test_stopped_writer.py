@@ -145,12 +145,12 @@ def test_a_reader_never_waits_for_the_lock_and_damage_is_seen_to_later(tmp_path:
             assert in_time(lambda: read(store, chain[2].info)) is MissReason.CORRUPT
             found = in_time(lambda: store.lookup_many([first, second, third]))
             assert [entry is not None for entry in found] == [False, True, False]
-            in_time(lambda: store.touch(number.to_bytes(16, "big") for number in range(10_000)))
-            assert store.is_due
+            in_time(lambda: store.notes.touch(number.to_bytes(16, "big") for number in range(10_000)))
+            assert store.notes.are_due
         store.maintain()
         assert [store.contains(block_hash) for block_hash in (first, second, third)] == [True, True, False]
         assert np.array_equal(read(store, chain[0].info), block_bytes(0))
-        assert not store.is_due
+        assert not store.notes.are_due
         store.check()
 
 
@@ -208,7 +208,7 @@ def test_every_call_on_a_store_whose_lock_is_held_ends_in_time(tmp_path: Path) -
         damage_record(store, records[2].info.block_hash)
         with stopped_writer("hold_write_lock", tmp_path):
             for name, call in WRITING.items():
-                store.touch([records[0].info.block_hash])
+                store.notes.touch([records[0].info.block_hash])
                 started = time.monotonic()
                 with pytest.raises(StoreBusyError):
                     in_time_or_raise(lambda call=call: call(store))
@@ -229,7 +229,7 @@ def test_a_put_waits_once_for_a_busy_store_however_much_has_been_noted(tmp_path:
         store.put(records)
         with stopped_writer("hold_write_lock", tmp_path):
             store.note_damaged(records[0].info.block_hash)
-            store.touch([records[1].info.block_hash])
+            store.notes.touch([records[1].info.block_hash])
             started = time.monotonic()
             assert store.put([record_of(number) for number in range(10, 13)]) == [PutOutcome.BUSY] * 3
             assert store.put([record_of(20)]) == [PutOutcome.BUSY]  # for some seconds nothing is tried

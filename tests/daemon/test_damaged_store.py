@@ -48,7 +48,7 @@ def test_a_damaged_block_leaves_the_store_although_nobody_writes(
 class BusyStore:
     """A store that somebody else keeps: each call that writes would wait."""
 
-    is_due = True
+    notes = SimpleNamespace(are_due=True)
 
     def __init__(self) -> None:
         self.calls: list[str] = []

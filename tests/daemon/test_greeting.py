@@ -23,7 +23,7 @@ from tierkv.daemon.messages import Flush, Hello, Status, StatusReport
 from tierkv.daemon.protocol import printable
 from tierkv.errors import ConfigError, DaemonError, DaemonGoneError
 from tierkv.storage.cold import ColdStore
-from tierkv.storage.cold_stats import StoredNamespace
+from tierkv.storage.cold_reader import StoredNamespace
 from tierkv.values.namespace import DESCRIPTION_LIMIT_BYTES, Namespace, parse_description
 
 

@@ -449,7 +449,7 @@ class Stores(Area):
             lambda: store.set_pinned([victim], random.random() < 0.5),
             lambda: store.evict(to_bytes=random.choice((0, 40_000, 1 << 40))),
             lambda: store.evict(older_than_s=random.choice((0.0, 1e9))),
-            lambda: store.touch([victim]),
+            lambda: store.notes.touch([victim]),
             put_forged,
             lambda: store.register_namespace(OTHER.digest, OTHER.describe()),
         ]

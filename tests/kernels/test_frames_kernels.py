@@ -16,9 +16,9 @@ from tierkv.errors import CorruptBlockError, ShapeError
 from tierkv.kernels.planes import merge_frames
 from tierkv.movers.frames import FrameMover, can_decode
 from tierkv.movers.mover import Move, Mover
+from tierkv.storage.codec import Bytes
 from tierkv.storage.coded import CodedBlock, CodedLayout, check_frames, zero_frames
 from tierkv.storage.hot import HotPool
-from tierkv.storage.planes import Bytes
 from tierkv.storage.record import BlockInfo, decode_record, encode_record
 from tierkv.storage.warm import WarmPool
 from tierkv.values.layout import BlockLayout, LayerLayout

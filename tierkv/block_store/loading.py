@@ -131,7 +131,7 @@ class BlockLoader:
             memory.index.touch(keys[: start + num_found])
             self._count(wanted, slots, num_found)
         if self._cold and (start + num_found):
-            self._cold.touch([key.block_hash for key in keys[: start + num_found]])
+            self._cold.notes.touch([key.block_hash for key in keys[: start + num_found]])
         found = Reservation(wanted[:num_found], slots, changed=self._changed, unpin=memory.unpin)
         if None in slots[: memory.most_held]:
             found.start_reading(self._submit(self._read, found))

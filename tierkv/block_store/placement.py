@@ -10,7 +10,7 @@ import numpy as np
 
 from tierkv.errors import ShapeError
 from tierkv.movers.ready import AllReady, Done, Ready
-from tierkv.storage.planes import Bytes
+from tierkv.storage.codec import Bytes
 from tierkv.storage.record_header import as_bytes
 
 if TYPE_CHECKING:

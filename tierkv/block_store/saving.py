@@ -6,8 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tierkv.background.work_queue import Priority
-from tierkv.background.write_behind import WriteBehind
+from tierkv.background.work_queue import Priority, WriteBehind
 from tierkv.block_store.keys import BlockKey
 from tierkv.block_store.loading import info_of
 from tierkv.block_store.placement import Placement
@@ -133,7 +132,7 @@ class BlockSaver:
             if entry is None or entry.parent != key.parent_hash or key.parent_hash in lost:
                 missing.append(at)
                 lost.add(key.block_hash)
-        self._cold.touch([wanted[at].block_hash for at in unknown if wanted[at].block_hash not in lost])
+        self._cold.notes.touch([wanted[at].block_hash for at in unknown if wanted[at].block_hash not in lost])
         return missing
 
     def _enter(self, keys: Sequence[BlockKey], slots: Sequence[int], copied: Ready) -> int:
@@ -176,7 +175,7 @@ class BlockSaver:
                     self._memory.unpin(job.slots)
                     self._count(outcomes)
         try:
-            if self._cold.is_due:
+            if self._cold.notes.are_due:
                 self._cold.maintain()
         except StoreError as exc:
             _log.warning("what readers have noted is not written yet: %s", exc)

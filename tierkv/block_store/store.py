@@ -181,7 +181,7 @@ class BlockStore:
             with self._changed:
                 self._memory.index.touch(keys)
         if self._cold:
-            self._cold.touch([key.block_hash for key in keys])
+            self._cold.notes.touch([key.block_hash for key in keys])
 
     @while_open
     def pin(self, keys: Sequence[BlockKey], ttl_s: float | None = None) -> int:

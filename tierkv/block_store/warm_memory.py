@@ -12,7 +12,7 @@ from tierkv.block_store.config import BlockStoreConfig
 from tierkv.block_store.warm_index import WarmIndex
 from tierkv.errors import CapacityError
 from tierkv.movers.ready import Ready
-from tierkv.storage.planes import Bytes
+from tierkv.storage.codec import Bytes
 from tierkv.storage.warm import WarmPool
 from tierkv.values.layout import BlockLayout
 from tierkv.values.locks import OwnedCondition

@@ -20,7 +20,7 @@ from tierkv.errors import DaemonError
 from tierkv.index.chosen_eviction import IN_USE, Choice
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_eviction import EvictionReport, StoredPrompt
-from tierkv.storage.cold_stats import ColdStats
+from tierkv.storage.cold_notes import ColdStats
 from tierkv.values.block import HASH_BYTES, TOKEN_BYTES, BlockHash, Tier
 
 __all__ = ["Engine", "Evictor"]

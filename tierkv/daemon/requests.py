@@ -160,7 +160,7 @@ class Requests:
         if self._store is not None and (message.lease or message.is_use) and found.slots:
             count = message.start + len(found.slots) // 4
             hashes = message.hashes[: count * HASH_BYTES]
-            self._loop.call_soon(lambda store: store.touch(split_hashes(hashes)), self._store)
+            self._loop.call_soon(lambda store: store.notes.touch(split_hashes(hashes)), self._store)
         return found
 
     async def fetch(self, client: ClientConnection, message: Fetch) -> Answer:

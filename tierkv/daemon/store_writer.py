@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeAlias, TypeVar
 
-from tierkv.background.write_behind import WriteBehind
+from tierkv.background.work_queue import WriteBehind
 from tierkv.daemon.core import Core
 from tierkv.daemon.state_files import LoadedFile
 from tierkv.daemon.values import BlockIdentifier, Tenant, Write
@@ -79,7 +79,7 @@ class StoreWriter:
 
     def maintain(self) -> None:
         """Have the write thread maintain the store, if that is due and no block is queued: blocks do it too."""
-        if self._store is not None and self._store.is_due and not self._queue.pending:
+        if self._store is not None and self._store.notes.are_due and not self._queue.pending:
             self._queue.try_put(None)
 
     def flush(self, *, stall_s: float) -> None:
@@ -136,7 +136,7 @@ class StoreWriter:
         stored = dict.fromkeys(published, False)
         writes = [write for write in published if not self._core.is_marked(write)]
         try:
-            if store.is_due and not writes:  # else `put` does it, and would wait twice for a busy store
+            if store.notes.are_due and not writes:  # else `put` does it, and would wait twice for a busy store
                 store.maintain()
         except StoreError as exc:
             _log.warning("damage and uses that readers have noted are not written yet: %s", exc)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterator
-from itertools import chain
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from operator import attrgetter
 from typing import Generic, Protocol, TypeVar
 
-__all__ = ["Children"]
+from tierkv.values.block import TOKEN_BYTES, Tier, common_run
+
+__all__ = ["Children", "nearest_in_memory"]
 
 _RUN_LENGTH = 256
+_NEAREST = 32
 
 
 class HasTokens(Protocol):
@@ -20,7 +23,17 @@ class HasTokens(Protocol):
     def token_bytes(self) -> bytes: ...
 
 
+class HasPlaces(HasTokens, Protocol):
+    """An item that may have bytes in the hot tier, in the warm tier, or in both."""
+
+    @property
+    def block_id(self) -> int | None: ...
+    @property
+    def warm_slot(self) -> int | None: ...
+
+
 Child = TypeVar("Child", bound=HasTokens)
+Placed = TypeVar("Placed", bound=HasPlaces)
 _token_bytes = attrgetter("token_bytes")
 
 
@@ -108,3 +121,37 @@ class Children(Generic[Child]):
 
 def _first_tokens(run: list[Child]) -> bytes:
     return run[0].token_bytes
+
+
+def nearest_in_memory(children: Children[Placed], token_bytes: bytes) -> tuple[Placed, Tier, int] | None:
+    """Return the child that has most leading tokens in common with these, its tier, and their number.
+
+    The child has bytes in the hot or the warm tier, and at least one token in common. Of equals a hot one is taken, if
+    the 32 nearest on either side have one: there may be 100,000 children.
+    """
+    best: tuple[Placed, Tier, int] | None = None
+    for side in (children.ascending_from(token_bytes), children.descending_before(token_bytes)):
+        best = _nearest(islice(side, _NEAREST), token_bytes, best)
+    return best
+
+
+def _nearest(
+    children: Iterable[Placed], token_bytes: bytes, best: tuple[Placed, Tier, int] | None
+) -> tuple[Placed, Tier, int] | None:
+    """Return the best of `best` and some children; their common prefixes with the tokens never grow in this order."""
+    has_warm = False
+    for child in children:
+        if best and not child.token_bytes.startswith(token_bytes[: best[2] * TOKEN_BYTES]):
+            break
+        if child.block_id is None and (has_warm or child.warm_slot is None):
+            continue
+        if child.token_bytes[:TOKEN_BYTES] != token_bytes[:TOKEN_BYTES]:
+            break
+        run = common_run(child.token_bytes, token_bytes)
+        tier = Tier.WARM if child.block_id is None else Tier.HOT
+        if best is None or run > best[2] or (tier is Tier.HOT and best[1] is Tier.WARM):
+            best = (child, tier, run)
+        if best[1] is Tier.HOT:
+            break
+        has_warm = True
+    return best

@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
-from tierkv.index.entry import Entry
 from tierkv.index.index import Index
+from tierkv.index.tree import Entry
 from tierkv.values.block import BlockHash, Tier
 from tierkv.values.locks import NO_LOCK, Owned
 
@@ -93,11 +93,6 @@ class ChosenEviction:
         self._tiers = tiers
         self._evict = evict
 
-    @property
-    def is_pending(self) -> bool:
-        """Whether entries are marked. Needs no lock."""
-        return bool(self.marked)
-
     def evict(self, root: Entry, choice: Choice, step: int) -> Evicted:
         """Evict the chosen entries below `root`; mark those in use."""
         assert self._lock.is_owned()
@@ -121,7 +116,7 @@ class ChosenEviction:
         """Evict the marked entries that are no longer in use; return how many blocks were evicted, by tier."""
         assert self._lock.is_owned()
         blocks: Counter[Tier] = Counter()
-        if not self.is_pending:
+        if not self.marked:
             return blocks
         pending = list(self.marked)
         for entry in pending:  # no request can find a child of a marked block: mark it too

@@ -10,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from tierkv.index.children import Children
-from tierkv.index.entry import Entry
-from tierkv.index.eviction import EvictionPolicy, ObservingPolicy
-from tierkv.index.eviction_queue import EvictionQueue
+from tierkv.index.eviction import EvictionPolicy, EvictionQueue, ObservingPolicy
 from tierkv.index.slots import SlotPool
-from tierkv.index.tree import BlockTree
+from tierkv.index.tree import BlockTree, Entry
 from tierkv.values.block import BlockHash, Tier
 from tierkv.values.locks import NO_LOCK, Owned
 

@@ -155,7 +155,8 @@ class Mover:
     def _run(self, target: torch.Tensor, source: torch.Tensor, moves: Sequence[Move], *, after: Ready | None) -> Ready:
         try:
             if not self.is_cuda:
-                _copy(target, source, moves)
+                for move in moves:
+                    target[move.target].copy_(source[move.source])
                 return Done()
             with torch.cuda.stream(self.store_stream):
                 if after is not None:

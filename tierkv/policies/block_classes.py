@@ -1,18 +1,39 @@
-"""Policies that sort blocks into classes: LRU within a class, and the least promising class first."""
+"""Policies that sort blocks into classes: LRU within a class, and the least promising class first.
+
+What a class promises depends on how long its first block has been idle. Idle times fall into buckets of half an octave.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import heapq
+from collections.abc import Callable, Iterator, Sequence
+from math import frexp
+from struct import Struct
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from tierkv.index.eviction import CacheBlock, EvictionOrder, EvictionPolicy
-from tierkv.policies.class_order import ClassOrder
-from tierkv.policies.hazard import bucket_of
-from tierkv.policies.use_history import UseHistory, split_hash
+from tierkv.index.eviction_heap import EvictionHeap
+from tierkv.values.block import BlockHash
 
-__all__ = ["BlockClassPolicy"]
+__all__ = ["BUCKET_EDGES", "NUM_BUCKETS", "BlockClassPolicy", "Floats", "UseHistory", "bucket_of", "buckets_of"]
+
+Floats = npt.NDArray[np.float64]
 
 NO_FORK, MOST_FORK = 0, 0xFFFF
 _SAME_USE_S = 0.05
+
+NUM_BUCKETS = 48  # up to 6 days; the last bucket has all longer times
+_SHORTEST_LOG2 = -4  # all times below 1/16 s are in the first bucket
+_SQRT_HALF = 0.5**0.5
+BUCKET_EDGES: Floats = np.concatenate([[0.0], 2.0 ** (_SHORTEST_LOG2 + np.arange(NUM_BUCKETS) / 2)])
+
+_ROW_BYTES, _LINE_BYTES = 32, 64
+_pack_row = Struct("=QdfIIH").pack_into  # all fields but the class
+_split_hash: Callable[[bytes], tuple[Any, ...]] = Struct("<QI").unpack_from
+"""(tag, row before the mask) of a block hash."""
 
 
 class BlockClassPolicy(EvictionPolicy):
@@ -83,7 +104,7 @@ class BlockClassPolicy(EvictionPolicy):
         mask, sample_mask = history.mask, self.sample_mask
         tags, times, earlier, totals = history.tags, history.times, history.earlier, history.totals
         for block in blocks:
-            tag, low = split_hash(block.block_hash)
+            tag, low = _split_hash(block.block_hash)
             row, tag = low & mask, tag or 1
             if tags[row] == tag:
                 times[row] = block.last_access
@@ -98,7 +119,7 @@ class BlockClassPolicy(EvictionPolicy):
     def class_of(self, block: CacheBlock) -> int:
         """Return the block's class since its last use."""
         count = block.access_count
-        tag, low = split_hash(block.block_hash)
+        tag, low = _split_hash(block.block_hash)
         row = low & self._mask
         if self._tags[row] != (tag or 1):
             return self.classify(block, count, 0.0, NO_FORK)
@@ -162,3 +183,167 @@ class BlockClassPolicy(EvictionPolicy):
         if parent.access_count == 1 and not self.history.earlier[row]:
             return self.history.forks[row]
         return min(parent.depth + 1, MOST_FORK)
+
+
+class ClassOrder:
+    """The blocks of each class by time of last use, and a heap of the classes by the density of their first blocks.
+
+    Densities change with time, but only the first blocks' matter. They are read once for each moment of eviction, and
+    again when a class has a new first block. A pop is O(classes + log n).
+    """
+
+    def __init__(self, policy: BlockClassPolicy) -> None:
+        self._policy = policy
+        self._class_of = policy.class_of
+        self._heaps: list[EvictionHeap[CacheBlock]] = [EvictionHeap() for _ in range(policy.num_classes)]
+        self._ranks: list[tuple[float, float, int, int]] = []
+        self._size = 0
+        self._now = float("-inf")  # the moment of the ranks
+        self._revision = -1
+        self._densities: list[list[float]] = []
+        self._last_access = float("-inf")  # the last argument of _find_bucket: blocks of a chain have the same time
+        self._bucket = 0
+
+    def add(self, block: CacheBlock) -> None:
+        """Do nothing: the policy has seen the insertion."""
+
+    def remove_all(self, blocks: Sequence[CacheBlock]) -> None:
+        """Let the policy remember the blocks."""
+        self._policy.remember_removed(blocks)
+
+    def push(self, block: CacheBlock, stamp: int) -> None:
+        """Add a block to its class."""
+        policy, last_access = self._policy, block.last_access
+        block_class = policy.class_of(block)
+        if last_access > policy.now:
+            policy.now = last_access
+        heap = self._heaps[block_class]
+        heap.push(last_access, block, stamp)
+        self._size += 1
+        if self._is_current() and heap.first() == (last_access, -block.depth):
+            rank = self._rank(block_class)
+            assert rank, "the heap has a first block after a push"
+            heapq.heappush(self._ranks, rank)
+
+    def pop(self) -> tuple[CacheBlock, int] | None:
+        """Take the least promising block."""
+        if not self._is_current():
+            self._rank_all()
+        while self._ranks:
+            rank = heapq.heappop(self._ranks)
+            block_class = rank[3]
+            if rank != self._rank(block_class):
+                continue  # outdated: the class has another first block, with a rank of its own
+            item = self._heaps[block_class].pop()
+            self._size -= 1
+            if following := self._rank(block_class):
+                heapq.heappush(self._ranks, following)
+            return item
+        return None
+
+    def goes_first(self, block: CacheBlock) -> bool:
+        """Return whether the block is less promising than all that were pushed."""
+        block_class, last_access = self._class_of(block), block.last_access
+        if last_access != self._last_access:
+            self._find_bucket(last_access)
+        density = self._densities[block_class][self._bucket]
+        ranks = self._ranks
+        # An outdated rank is never lower than a real one.
+        return not ranks or density < ranks[0][0] or (density, last_access, -block.depth, block_class) <= ranks[0]
+
+    def clear(self) -> None:
+        """Forget every push."""
+        for heap in self._heaps:
+            heap.clear()
+        self._ranks.clear()
+        self._size = 0
+
+    def __iter__(self) -> Iterator[tuple[CacheBlock, int]]:
+        return (item for heap in self._heaps for item in heap)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def _is_current(self) -> bool:
+        return self._now == self._policy.now and self._revision == self._policy.revision
+
+    def _rank_all(self) -> None:
+        """Rank all classes at the policy's time."""
+        self._now, self._revision = self._policy.now, self._policy.revision
+        self._densities = self._policy.densities
+        self._last_access = float("nan")
+        self._ranks = [rank for number in range(len(self._heaps)) if (rank := self._rank(number))]
+        heapq.heapify(self._ranks)
+
+    def _rank(self, block_class: int) -> tuple[float, float, int, int] | None:
+        """Rank a class by its first block: density, then the longest idle, then the deepest."""
+        first = self._heaps[block_class].first()
+        if first is None:
+            return None
+        last_access, depth = first
+        if last_access != self._last_access:
+            self._find_bucket(last_access)
+        return self._densities[block_class][self._bucket], last_access, depth, block_class
+
+    def _find_bucket(self, last_access: float) -> None:
+        self._last_access, self._bucket = last_access, bucket_of(self._now - last_access)
+
+
+class UseHistory:
+    """One row for each block used lately, read by columns.
+
+    Direct-mapped: a block's hash selects its row, and a later block takes the row over. So memory is fixed (32 bytes a
+    row), every operation is O(1), and old blocks leave at random, which keeps the statistics unbiased. A row's tag is
+    64 bits of the hash: a collision costs a wrong prediction only. A row lies in one cache line, because access is
+    random.
+
+    times: last recorded use. earlier: uses before the last insertion. totals: all uses, up to date once the block is
+    evicted. gaps: seconds from its eviction to its insertion, 0 if never evicted. forks: see
+    `BlockClassPolicy.classify`. num_rows: a power of two, best several times the cache's blocks.
+    """
+
+    def __init__(self, num_rows: int) -> None:
+        assert num_rows & (num_rows - 1) == 0, "a power of two"
+        self.mask: int = num_rows - 1
+        self._memory = bytearray(_ROW_BYTES * num_rows + _LINE_BYTES)
+        self._start = start = -np.frombuffer(self._memory, dtype=np.uint8).ctypes.data % _LINE_BYTES
+        rows = memoryview(self._memory)[start : start + _ROW_BYTES * num_rows]
+        self.tags: memoryview = rows.cast("Q")[0::4]  # 0: free
+        self.times: memoryview[float] = rows.cast("d")[1::4]
+        self.gaps: memoryview[float] = rows.cast("f")[4::8]
+        self.earlier: memoryview = rows.cast("I")[5::8]
+        self.totals: memoryview = rows.cast("I")[6::8]
+        self.forks: memoryview = rows.cast("H")[14::16]
+        self.classes: memoryview = rows.cast("B")[30::32]
+
+    def __len__(self) -> int:
+        return len(self.tags)
+
+    def row_of(self, block_hash: BlockHash) -> tuple[int, int]:
+        """Return a block's row, and its tag: the row is the block's if it has that tag."""
+        tag, low = _split_hash(block_hash)
+        return low & self.mask, tag or 1
+
+    def take_over(self, row: int, tag: int, time: float, total: int) -> None:
+        """Give a row to a new block; the class stays that of the block before."""
+        _pack_row(self._memory, self._start + row * _ROW_BYTES, tag, time, 0.0, 0, total, 0)
+
+    def find(self, block_hash: BlockHash) -> int | None:
+        """Return the row of a block, or None if the table has none of it."""
+        tag, low = _split_hash(block_hash)
+        row: int = low & self.mask
+        return row if self.tags[row] == (tag or 1) else None
+
+
+def bucket_of(idle_s: float) -> int:
+    """Return the bucket of an idle time in seconds."""
+    fraction, exponent = frexp(idle_s)  # idle = fraction * 2**exponent, half <= fraction < 1
+    bucket = 2 * (exponent - 1 - _SHORTEST_LOG2) + (fraction >= _SQRT_HALF) + 1
+    if bucket <= 0 or idle_s <= 0:
+        return 0
+    return bucket if bucket < NUM_BUCKETS else NUM_BUCKETS - 1
+
+
+def buckets_of(idle_s: Floats) -> npt.NDArray[np.int64]:
+    """Return the buckets of many idle times."""
+    return np.clip(np.searchsorted(BUCKET_EDGES, idle_s, side="right") - 1, 0, NUM_BUCKETS - 1)

@@ -1,14 +1,26 @@
-"""The default policy: it learns online which blocks are worth keeping."""
+"""The default policy: it learns online which blocks are worth keeping.
+
+`hazards` estimates for each class the chance of a use within a bucket of idle time, if there was none before it.
+`hit_densities` computes hits a second of keeping a block from these.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
 from tierkv.index.eviction import CacheBlock
-from tierkv.policies.block_classes import BlockClassPolicy
-from tierkv.policies.hazard import NUM_BUCKETS, bucket_of, buckets_of, hazards, hit_densities
+from tierkv.policies.block_classes import (
+    BUCKET_EDGES,
+    NUM_BUCKETS,
+    BlockClassPolicy,
+    Floats,
+    bucket_of,
+    buckets_of,
+)
 
-__all__ = ["HitDensityPolicy"]
+__all__ = ["HitDensityPolicy", "hazards", "hit_densities"]
+
+_WIDTHS = np.diff(BUCKET_EDGES)
 
 _NUM_CLASSES = 42
 _DEPTH_CLASSES = bytes(min(4, ((blocks + 1).bit_length() - 1) // 2) for blocks in range(255))
@@ -85,7 +97,7 @@ class HitDensityPolicy(BlockClassPolicy):
         self._used, self._lost = (used * decay).tolist(), (lost * decay).tolist()
         self._learned_at = self._num_uses
 
-    def _count_idle(self) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+    def _count_idle(self) -> Floats:
         """Count the blocks of the sample by class and idle time, [classes, NUM_BUCKETS]."""
         tags = np.asarray(self.history.tags)
         rows = np.flatnonzero((tags != 0) & (tags & np.uint64(self.sample_mask) == 0))
@@ -95,3 +107,33 @@ class HitDensityPolicy(BlockClassPolicy):
         classes = np.asarray(self.history.classes)[rows].astype(np.int64)
         counts = np.bincount(classes * NUM_BUCKETS + buckets_of(idle_s), minlength=_NUM_CLASSES * NUM_BUCKETS)
         return counts.astype(np.float64).reshape(_NUM_CLASSES, NUM_BUCKETS)
+
+
+def hazards(used: Floats, unused: Floats, *, weight: float, default: float) -> Floats:
+    """Return for each bucket the chance that a block that reaches it is used in it, [kinds, NUM_BUCKETS].
+
+    used: blocks that were used after an idle time in the bucket. unused: blocks whose idle time is known up to this
+    bucket only; they count half in it (Kaplan and Meier's estimate). Both are [kinds, NUM_BUCKETS].
+    The estimate of a kind is drawn to that of all kinds as by `weight` more blocks, and that of all kinds to `default`.
+    """
+    reached = (used + unused)[:, ::-1].cumsum(axis=1)[:, ::-1] - unused / 2
+    overall = (used.sum(axis=0) + weight * default) / (reached.sum(axis=0) + weight)
+    return np.asarray((used + weight * overall) / (reached + weight))
+
+
+def hit_densities(chances: Floats) -> Floats:
+    """Return the hits that a second of keeping an idle block yields, from each bucket's start, [kinds, NUM_BUCKETS].
+
+    The cache may keep a block until any later bucket. The density is that of the best such end: hits divided by the
+    seconds until a hit or the end. To keep the blocks of highest density is optimal if blocks are independent (Gittins'
+    index). Hit density as a rank is LHD's (Beckmann, Chen and Cidon, NSDI 2018).
+    """
+    densities = np.empty_like(chances)
+    for start in range(NUM_BUCKETS):
+        later = chances[:, start:]
+        survival = np.cumprod(1 - later, axis=1)
+        before = np.concatenate([np.ones((len(later), 1)), survival[:, :-1]], axis=1)
+        seconds = np.cumsum(before * (1 - later / 2) * _WIDTHS[start:], axis=1)
+        densities[:, start] = ((1 - survival) / seconds).max(axis=1)
+    densities[:, 0] = densities[:, :2].max(axis=1)  # the first bucket is wider: that must not lower it
+    return densities

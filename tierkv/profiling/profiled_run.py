@@ -157,9 +157,8 @@ class ProfiledRun:
     def _shares_of_iterations(self) -> Iterator[TokenShare]:
         for each in self.iterations:
             if each.requests:
-                found = sum(each.hit_tokens.values())
-                name = each.label or f"{each.number + 1}"
-                yield TokenShare(name=name, tokens=each.hit_tokens, computed=each.prompt_tokens - found)
+                computed = each.prompt_tokens - sum(each.hit_tokens.values())
+                yield TokenShare(name=each.label or f"{each.number + 1}", tokens=each.hit_tokens, computed=computed)
 
     def _shares_of_snapshots(self) -> Iterator[TokenShare]:
         for before, after in zip(self.snapshots, self.snapshots[1:], strict=False):

@@ -142,9 +142,8 @@ class MemoryTracker:
         cache.remove_observer(self)
         with self._lock:
             pools = {region.purpose for region in self._regions.values()}
-            mine = [key for key, each in self.allocations.items() if each.part_of in pools or key in pools]
-            for allocation_id in mine:
-                self._drop(allocation_id)
+            for key in [key for key, each in self.allocations.items() if each.part_of in pools or key in pools]:
+                self._drop(key)
             self._regions.clear()
             self._hot_blocks.clear()
 
@@ -270,8 +269,7 @@ class MemoryTracker:
         with self._lock:
             now, hot = self._clock(), self._hot_blocks
             for block_id in block_ids:
-                allocation = hot.get(block_id)
-                if allocation:
+                if allocation := hot.get(block_id):
                     allocation.access_count += self.sample_every
                     allocation.last_accessed = now
 
@@ -303,8 +301,7 @@ class MemoryTracker:
         """Keep a block's allocation under its new place. The caller holds the lock."""
         assert self._lock.is_owned()
         assert event.tier is Tier.HOT and event.slot is not None and event.moved_from is not None
-        moved = self.allocations.pop(_block_id(event.tier, event.moved_from), None)
-        if moved is None:
+        if (moved := self.allocations.pop(_block_id(event.tier, event.moved_from), None)) is None:
             return
         self._hot_blocks.pop(event.moved_from, None)
         moved.allocation_id = _block_id(event.tier, event.slot)
@@ -332,8 +329,7 @@ class MemoryTracker:
     def _free(self, allocation_id: str, kind: EventKind, event: BlockEvent | None = None) -> None:
         """Remove an allocation, if it is there, and record that. The caller holds the lock."""
         assert self._lock.is_owned()
-        freed = self._drop(allocation_id)
-        if freed:
+        if freed := self._drop(allocation_id):
             self._record(freed, kind, event)
 
     def _drop(self, allocation_id: str) -> MemoryAllocation | None:

@@ -112,7 +112,7 @@ class Acquirer:
                 self._touch(promoted.hot, promoted.hits)
             if cold := self._tiers.cold:
                 used = promoted.hits[len(sequence.chain) - len(promoted.hot) :]
-                cold.touch([*sequence.chain, *(hit.block_hash for hit in used)])
+                cold.notes.touch([*sequence.chain, *(hit.block_hash for hit in used)])
                 self._offloader.maintain_store()
         except BaseException:
             self._running.release(sequence)
@@ -211,7 +211,7 @@ class Acquirer:
             self._reading.fail(*load.failed)
         self._loader.keep_warm(loaded)
         if self._tiers.cold:
-            self._tiers.cold.touch([hit.block_hash for hit in loaded])
+            self._tiers.cold.notes.touch([hit.block_hash for hit in loaded])
             self._offloader.maintain_store()
         return load.num_before + (division.num_computed + len(loaded)) * size
 
@@ -244,5 +244,6 @@ class Acquirer:
         assert self._tiers.changed.is_owned()
         index = self._tiers.index
         index.touch_all(hot)  # pinned since the lookup, so still the same blocks
-        found = (self._tiers.entry_of(hit) for hit in hits)
-        index.touch_all(entry for entry in found if entry)
+        if hits:
+            found = (self._tiers.entry_of(hit) for hit in hits)
+            index.touch_all(entry for entry in found if entry)

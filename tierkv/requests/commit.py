@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from tierkv.errors import ConfigError
 from tierkv.movers.mover import Ready
 from tierkv.requests.sequence import BlockUsers, Sequence
 from tierkv.transfer.lookup import Hit, find_partial
 from tierkv.transfer.offload import Offloader
 from tierkv.transfer.tiers import Tiers
 from tierkv.values.block import TOKEN_BYTES, BlockHash, Tier
+from tierkv.values.checks import check_count
 from tierkv.values.events import EventKind
 
 __all__ = ["Committer"]
@@ -34,6 +36,10 @@ class Committer:
 
     def commit(self, sequence: Sequence, num_computed_tokens: int, *, partial_block: bool) -> int:
         """Register whole blocks of the tokens computed, and with `partial_block` the rest. Return how many were new."""
+        if type(num_computed_tokens) is not int:  # once a step and sequence: no call in the usual case
+            num_computed_tokens = check_count("num_computed_tokens", num_computed_tokens, least=None)
+        if not 0 <= num_computed_tokens <= sequence.num_tokens:
+            raise ConfigError(f"{num_computed_tokens} tokens computed of a sequence of {sequence.num_tokens}")
         size = self._tiers.layout.block_size
         num_new = 0
         with self._tiers.changed:
@@ -110,7 +116,7 @@ class Committer:
             sequence.is_cacheable = False
             return 0
         sequence.chain.append(block_hash)
-        if kind is EventKind.REGISTER:
+        if tiers.chosen.marked and kind is EventKind.REGISTER:
             tiers.chosen.spare(entry)  # evicted, and computed anew
         if entry.block_id is not None:
             self._share(sequence, at, entry.block_id)

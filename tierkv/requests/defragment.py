@@ -129,7 +129,7 @@ class Defragmenter:
         final = {places.get(block_id, block_id) for block_id in pool.used()}
         spare = next((place for place in range(pool.capacity) if place not in final), None)
         owners = {block_id: pool.owners[block_id] for block_id in places}
-        with tiers.observers.span("defragment") as detail:
+        with tiers.span("defragment") as detail:
             for shift in plan_shifts(places, spare):
                 move = Move(shift.source, shift.target)
                 tiers.memory.mover.copy([move])

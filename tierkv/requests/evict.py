@@ -11,8 +11,8 @@ from tierkv.storage.cold_eviction import StoredPrompt
 from tierkv.transfer.daemon_tiers import DaemonTiers
 from tierkv.transfer.offload import Offloader
 from tierkv.transfer.tiers import Tiers
-from tierkv.values.block import TOKEN_BYTES, Tier, iter_chain
-from tierkv.values.checks import check_count
+from tierkv.values.block import TOKEN_BYTES, Tier, TokenIds, as_token_array, iter_chain
+from tierkv.values.checks import check_count, check_seconds
 
 __all__ = ["EvictedEverywhere", "Evictor"]
 
@@ -60,12 +60,16 @@ class Evictor:
             self._tiers.reap()
             return len(self._tiers.evict_warm(wanted))
 
-    def evict_everywhere(self, token_bytes: bytes, older_than_s: float | None) -> EvictedEverywhere:
-        """Evict what begins with a prompt, or everything where that is empty, from all tiers.
+    def evict_everywhere(self, token_ids: TokenIds | None, older_than_s: float | None) -> EvictedEverywhere:
+        """Evict what begins with a prompt, or everything without one, from all tiers; see `TierCache.evict_everywhere`.
 
         Memory comes first, so that nothing is written down again; then the lower tiers; then what was in use meanwhile.
-        Raises StoreError, DaemonError.
         """
+        if older_than_s is not None:
+            older_than_s = check_seconds("older_than_s", older_than_s)
+        token_bytes = b"" if token_ids is None else as_token_array(token_ids).tobytes()
+        if token_ids is not None and not token_bytes:
+            raise ConfigError("a prompt needs at least one token")
         since = None if older_than_s is None else self._tiers.index.now() - older_than_s
         choice = Choice(tokens=token_bytes, unused_since=since)
         blocks = self._evict_memory(choice).blocks

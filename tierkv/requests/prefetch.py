@@ -93,7 +93,7 @@ class Prefetcher:
             prompt = entry.item
             num_blocks = 0
             try:
-                with self._tiers.observers.span("prefetch") as detail:
+                with self._tiers.span("prefetch") as detail:
                     detail["blocks"] = num_blocks = self._load(prompt)
             except Exception:  # noqa: BLE001 - the outermost loop of its thread
                 _log.exception("a prompt was not prefetched")
@@ -166,7 +166,7 @@ class Prefetcher:
             if entry is None:  # its hash is taken by now, or its parent has been evicted
                 return MissReason.COLLISION
             entry.in_cold = True
-            tiers.stats.bytes_out[Tier.COLD] += tiers.layout.packed_bytes(len(hit.token_bytes) // TOKEN_BYTES)
+            tiers.stats.bytes_out[Tier.COLD] += tiers.layout.token_bytes * (len(hit.token_bytes) // TOKEN_BYTES)
             if entry.warm_slot is None:
                 tiers.attach(entry, Tier.WARM, slot, EventKind.PROMOTE)
                 tiers.stats.prefetched_blocks += 1

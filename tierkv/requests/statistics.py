@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Several
 
 from tierkv.requests.sequence import Sequence
-from tierkv.storage.cold_stats import ColdStats
+from tierkv.storage.cold_notes import ColdStats
 from tierkv.storage.outcomes import MissReason
 from tierkv.transfer.load import Promoted
 from tierkv.transfer.lookup import Hit, Lookup

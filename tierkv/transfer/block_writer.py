@@ -108,7 +108,7 @@ class BlockWriter:
         tiers = self._tiers
         held = [Place(Tier.HOT, job.block_id) for job in jobs]
         try:
-            with tiers.observers.span("demote") as detail:
+            with tiers.span("demote") as detail:
                 detail["blocks"] = len(jobs)
                 if tiers.memory.compression:
                     self._write_compressed(jobs, tiers.memory.compression)
@@ -123,7 +123,7 @@ class BlockWriter:
                         self._attach_warm(job, slot)
             tiers.unpin(held)
             held = []
-            with tiers.observers.span("store cold") as detail:
+            with tiers.span("store cold") as detail:
                 detail["blocks"] = self._store(raw)
         finally:
             self._note_failed(jobs)
@@ -164,12 +164,15 @@ class BlockWriter:
         entry = self._tiers.insert(job)
         if entry and entry.warm_slot is None:
             self._tiers.attach(entry, Tier.WARM, slot, EventKind.DEMOTE)
-            self._tiers.stats.bytes_in[Tier.WARM] += self._tiers.layout.packed_bytes(entry.num_tokens)
+            self._tiers.stats.bytes_in[Tier.WARM] += self._tiers.layout.token_bytes * entry.num_tokens
 
     def _missing(self, jobs: Sequence[Job]) -> list[Job]:
         """Return the jobs whose block the store lacks; none without a store that may be written to."""
         cold = self._writable_store
-        return [job for job in jobs if not cold.contains(job.block_hash)] if cold else []
+        if not cold or not jobs:
+            return []
+        found = cold.lookup_many([job.block_hash for job in jobs])
+        return [job for job, entry in zip(jobs, found, strict=True) if entry is None]
 
     @property
     def _writable_store(self) -> ColdStore | None:
@@ -193,8 +196,9 @@ class BlockWriter:
                 if outcome not in (PutOutcome.STORED, PutOutcome.EXISTS):
                     self._tiers.skip(job, outcome.value)
                     continue
-                tiers.observers.block(EventKind.DEMOTE, Tier.COLD, job)
-                tiers.stats.bytes_in[Tier.COLD] += tiers.layout.packed_bytes(len(job.token_bytes) // TOKEN_BYTES)
+                if tiers.observers.are_there:
+                    tiers.observers.block(EventKind.DEMOTE, Tier.COLD, job)
+                tiers.stats.bytes_in[Tier.COLD] += tiers.layout.token_bytes * (len(job.token_bytes) // TOKEN_BYTES)
                 entry = self._tiers.entry_of(job)
                 if entry:
                     entry.in_cold = True
@@ -202,12 +206,6 @@ class BlockWriter:
 
     def _encode(self, job_and_slot: tuple[Job, int]) -> EncodedRecord:
         job, slot = job_and_slot
-        info = BlockInfo(
-            block_hash=job.block_hash,
-            parent=job.parent_hash,
-            namespace=self._tiers.namespace,
-            content_digest=job.content_digest,
-            token_bytes=job.token_bytes,
-        )
+        info = BlockInfo.of(job, namespace=self._tiers.namespace, content_digest=job.content_digest)
         memory = self._tiers.memory
         return encode_record(info, memory.raw.slots[slot], layout=memory.layout, codec=memory.codec)

@@ -117,11 +117,5 @@ def _copy_of(tiers: Tiers, entry: Entry) -> npt.NDArray[np.uint8] | None:
 def _encode(tiers: Tiers, entry: Entry, block: npt.NDArray[np.uint8]) -> bytes:
     with tiers.changed:
         content_digest = tiers.index.content_digest_of(entry)
-    info = BlockInfo(
-        block_hash=entry.block_hash,
-        parent=entry.parent_hash,
-        namespace=tiers.namespace,
-        content_digest=content_digest,
-        token_bytes=entry.token_bytes,
-    )
+    info = BlockInfo.of(entry, namespace=tiers.namespace, content_digest=content_digest)
     return encode_record(info, block, layout=tiers.layout, codec=tiers.memory.codec).data.tobytes()

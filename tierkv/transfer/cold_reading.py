@@ -64,13 +64,7 @@ class ColdReading:
         tiers = self._tiers
         if ahead and ahead.source:
             ahead.source.read_ahead([ahead.block_hash])
-        info = BlockInfo(
-            block_hash=hit.block_hash,
-            parent=hit.parent_hash,
-            namespace=tiers.namespace,
-            content_digest=hit.content_digest,
-            token_bytes=hit.token_bytes,
-        )
+        info = BlockInfo.of(hit, namespace=tiers.namespace, content_digest=hit.content_digest)
         coded = CodedBlock()
         wanted = {"coded": coded} if tiers.memory.frames and may_stay_coded else {}
         try:
@@ -95,7 +89,7 @@ class ColdReading:
         ahead = [*wave[_AHEAD_BLOCKS:], *[None] * _AHEAD_BLOCKS]
         coded: list[CodedBlock] = []
         failure: MissReason | None = None
-        with tiers.observers.span("read cold") as detail:
+        with tiers.span("read cold") as detail:
             read = tiers.memory.threads.map(Priority.REQUEST, self.read_one, wave, places, ahead)
             detail["blocks"] = len(places)
         for block in read:
@@ -114,7 +108,7 @@ class ColdReading:
         """Enter a block that has been read: into the warm tier, if that is where it lies. The caller holds the lock."""
         assert self._tiers.changed.is_owned()
         tiers = self._tiers
-        tiers.stats.bytes_out[Tier.COLD] += tiers.layout.packed_bytes(len(hit.token_bytes) // TOKEN_BYTES)
+        tiers.stats.bytes_out[Tier.COLD] += tiers.layout.token_bytes * (len(hit.token_bytes) // TOKEN_BYTES)
         if place.tier is None or coded.frame_sizes:
             entry = tiers.entry_of(hit)
         else:

@@ -30,9 +30,9 @@ from tierkv.daemon.protocol import split_numbers
 from tierkv.errors import DaemonError, StoreError
 from tierkv.index.index import Entry
 from tierkv.movers.mover import Move, Ready
+from tierkv.storage.codec import Bytes
 from tierkv.storage.coded import CodedBlock
 from tierkv.storage.outcomes import MissReason
-from tierkv.storage.planes import Bytes
 from tierkv.storage.record import BlockInfo
 from tierkv.transfer.daemon_connection import DaemonConnection
 from tierkv.transfer.lookup import Hit, Lookup
@@ -206,7 +206,7 @@ class DaemonBlocks:
         with self._tiers.changed:
             for hit, _ in zip(hits, slots, strict=False):
                 num_tokens = len(hit.token_bytes) // TOKEN_BYTES
-                self._tiers.stats.bytes_out[Tier.COLD] += self._tiers.layout.packed_bytes(num_tokens)
+                self._tiers.stats.bytes_out[Tier.COLD] += self._tiers.layout.token_bytes * num_tokens
         return [Place(Tier.WARM, slot, connection) for slot in slots], _reason(answer.miss)
 
     def write(self, jobs: Sequence[Job]) -> None:
@@ -342,7 +342,7 @@ class DaemonBlocks:
         certain = {job.block_hash for job, _ in copied} | ({job.block_hash for job in jobs} if is_all_there else set())
         with tiers.changed:
             for job, _ in copied:
-                tiers.stats.bytes_in[Tier.WARM] += tiers.layout.packed_bytes(len(job.token_bytes) // TOKEN_BYTES)
+                tiers.stats.bytes_in[Tier.WARM] += tiers.layout.token_bytes * (len(job.token_bytes) // TOKEN_BYTES)
                 tiers.observers.block(EventKind.DEMOTE, Tier.WARM, job)
             is_present = self._connected() is connection  # else it may be another daemon by now
             for job in [*jobs, *(job for job, _ in copied)]:

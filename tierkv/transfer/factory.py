@@ -28,10 +28,11 @@ from tierkv.values.locks import OwnedCondition
 from tierkv.values.namespace import Namespace
 from tierkv.values.stats import StatsRecorder
 
-__all__ = ["choose_codec", "device_of", "open_tiers", "policy_of", "require_methods"]
+__all__ = ["choose_codec", "close_tiers", "device_of", "open_tiers", "policy_of", "require_observer"]
 
 _NUM_LOADERS = 4
 _POLICY_METHODS = ("score_block", "update_on_access", "select_evictions")
+_OBSERVER_METHODS = ("on_memory", "on_block", "on_request", "on_use", "on_span")
 
 
 def choose_codec(config: CacheConfig, namespace: Namespace, ranks: RankGroup) -> tuple[Codec, Namespace]:
@@ -104,6 +105,18 @@ def open_tiers(
             daemon.after_writes = offloader.after_writes
         undo.pop_all()
     return tiers, offloader, daemon
+
+
+def close_tiers(tiers: Tiers, daemon: DaemonTiers | None, *, is_quiet: bool, owns_cold: bool) -> None:
+    """Close what `open_tiers` opened. is_quiet: no thread uses the memory any more. owns_cold: no other cache does."""
+    tiers.end_copies()
+    if daemon:
+        daemon.close()
+    if is_quiet:
+        tiers.memory.close()
+    tiers.states.close()
+    if tiers.cold and owns_cold:
+        tiers.cold.close()
 
 
 def _make_tiers(
@@ -189,11 +202,16 @@ def policy_of(policy: str | EvictionPolicy) -> EvictionPolicy:
     """Return a policy: an object that is one, or that of a name. Raises ConfigError."""
     if isinstance(policy, str):
         return make_policy(policy)
-    require_methods("an eviction policy", policy, _POLICY_METHODS)
+    _require_methods("an eviction policy", policy, _POLICY_METHODS)
     return policy
 
 
-def require_methods(what: str, given: object, names: tuple[str, ...]) -> None:
+def require_observer(observer: object) -> None:
+    """Raise ConfigError unless an object has the methods of `CacheObserver`."""
+    _require_methods("an observer", observer, _OBSERVER_METHODS)
+
+
+def _require_methods(what: str, given: object, names: tuple[str, ...]) -> None:
     """Raise ConfigError unless an object has methods of these names; a class is none."""
     missing = [name for name in names if not callable(getattr(given, name, None))]
     if missing or isinstance(given, type):

@@ -168,7 +168,7 @@ class Loader:
                 return
 
     def _take(self, count: int, result: Promoted) -> list[int]:
-        block_ids = self._offloader.take_hot(count)
+        block_ids = self._offloader.take_hot(count) if count else []
         result.owned += block_ids
         return block_ids
 

@@ -13,9 +13,9 @@ from typing import NamedTuple, Protocol
 
 from tierkv.errors import StoreError
 from tierkv.index.index import Entry, Index
+from tierkv.storage.codec import Bytes
 from tierkv.storage.coded import CodedBlock
 from tierkv.storage.outcomes import MissReason
-from tierkv.storage.planes import Bytes
 from tierkv.storage.record import BlockInfo
 from tierkv.values.block import (
     TOKEN_BYTES,

@@ -19,9 +19,9 @@ from tierkv.index.slots import SlotPool
 from tierkv.movers.frames import FrameMover, can_decode
 from tierkv.movers.mover import Mover
 from tierkv.movers.windows import WindowMover, window_format
+from tierkv.storage.codec import Bytes
 from tierkv.storage.codecs import Codec
 from tierkv.storage.hot import HotPool
-from tierkv.storage.planes import Bytes
 from tierkv.storage.warm import WarmPool
 from tierkv.storage.windows import WindowFormat
 from tierkv.values.block import Tier

@@ -12,7 +12,7 @@ from itertools import takewhile
 from math import ceil
 from typing import TypeAlias
 
-from tierkv.background.write_behind import WriteBehind
+from tierkv.background.work_queue import WriteBehind
 from tierkv.errors import CapacityError, StoreError
 from tierkv.index.chosen_eviction import ChosenEviction
 from tierkv.index.index import Entry
@@ -234,7 +234,7 @@ class Offloader:
     def keep_room(self) -> None:
         """Evict and offload what is due, now that blocks may have come out of use."""
         pool, chosen = self._tiers.index.hot, self._tiers.chosen
-        if chosen.is_pending:
+        if chosen.marked:
             with self._tiers.changed:
                 chosen.retry()
                 self._tiers.changed.notify_all()
@@ -274,7 +274,7 @@ class Offloader:
     def maintain_store(self) -> None:
         """Have the write thread write the touches and damage that reads have noted, if it is time for that."""
         cold = self._tiers.cold
-        if cold and cold.is_due and not self._is_maintaining:
+        if cold and cold.notes.are_due and not self._is_maintaining:
             self._is_maintaining = self._queue.try_put(self._maintain)
 
     def close(self) -> bool:

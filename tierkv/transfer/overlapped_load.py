@@ -188,7 +188,7 @@ class OverlappedLoad:
         return None if seconds is None else seconds / num_loaded
 
     def _run_in_span(self) -> None:
-        with self._tiers.observers.span("load in the background") as detail:
+        with self._tiers.span("load in the background") as detail:
             self._run()
             detail["blocks"] = len(self.copies)
 

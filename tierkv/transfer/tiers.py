@@ -243,7 +243,7 @@ class Tiers:
         """
         moves = [Move(place.slot, to) for place, to in zip(places, targets, strict=True)]
         try:
-            with self.observers.span("promote") as detail:
+            with self.span("promote") as detail:
                 detail["blocks"] = len(moves)
                 return self._load(moves, places[0], coded, after)
         except StoreError:
@@ -316,6 +316,10 @@ class Tiers:
         self.index.attach(entry, tier, slot)
         if self.observers.are_there:
             self.observers.block(kind, tier, entry, slot=slot)
+
+    def span(self, name: str) -> contextlib.AbstractContextManager[dict[str, int | float | str]]:
+        """Time the work inside for observers, if there are any; the caller may add detail to what is yielded."""
+        return self.observers.span(name) if self.observers.are_there else contextlib.nullcontext({})
 
     def skip(self, job: Job, reason: str) -> None:
         """Count a block that was not written down; the caller holds the lock."""

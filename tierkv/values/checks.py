@@ -32,7 +32,7 @@ def check_count(name: str, value: object, *, least: int | None = 0, hint: str | 
     least: the smallest number allowed; None for no bound. A number may have at most 62 bits.
     """
     if type(value) is int and -_MOST_NUMBER < value < _MOST_NUMBER and (least is None or value >= least):
-        return value  # the fast path: called once a step and sequence
+        return value  # the fast path
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise ConfigError(f"{name} must be a whole number, got {value!r}", hint=hint)
     number = int(value)

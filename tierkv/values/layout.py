@@ -110,17 +110,13 @@ class BlockLayout:
 
     @cached_property
     def token_bytes(self) -> int:
-        """Bytes of K and V of one token, all layers."""
+        """Bytes of K and V of one token, all layers: packed without gaps, n tokens take n times as many."""
         return sum(run.token_bytes for run in self.runs)
 
     @cached_property
     def block_bytes(self) -> int:
         """Bytes of one whole block."""
         return self.token_bytes * self.block_size
-
-    def packed_bytes(self, num_tokens: int) -> int:
-        """Bytes of the first `num_tokens` tokens of a block, all layers, without gaps."""
-        return self.token_bytes * num_tokens
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values, for the namespace and for humans."""

@@ -1,0 +1,240 @@
+"""vLLM over tierkv beside vLLM's own tiers, on one GPU: the first token after a long prefix, and decoding beside saves.
+
+One process is one life of an engine; lives of a mode share a store, so the second is a restart. The model has random
+weights and Llama-3.1-8B's shape. Each mode runs in the same minutes on the same machine: compare within one table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+__all__ = ["main"]
+
+_SETTINGS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process, so that a life ends with it
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
+    "VLLM_USE_DEEP_GEMM": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONHASHSEED": "0",  # without it vLLM's fs tier has other keys in every process
+}
+_LIVES = {"none": 1, "tierkv": 2, "tierkv-raw": 2, "fs": 2, "cpu": 1}
+_VOCABULARY = 32000
+_NUM_DECODING = 32
+
+
+def main() -> None:
+    """Run all modes and print a table; with `--life MODE` only one life, as JSON lines."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--modes", nargs="+", choices=list(_LIVES), default=list(_LIVES))
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--prefix", type=int, default=8192)
+    parser.add_argument("--block-size", type=int, default=16, help="of the engine; 16 is vLLM's default")
+    parser.add_argument("--model", type=Path, default=Path("/dev/shm/tierkv-llama"))
+    parser.add_argument("--folder", type=Path, help="of the stores; by default a temporary one")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--life", choices=list(_LIVES))
+    parser.add_argument("--number", type=int, default=0)
+    arguments = parser.parse_args()
+    if arguments.life:
+        _run_life(arguments)
+        return
+    with tempfile.TemporaryDirectory(prefix="tierkv-vllm-") as folder:
+        rows = [
+            row
+            for mode in arguments.modes
+            for number in range(_LIVES[mode])
+            for row in _life(arguments, mode, number, arguments.folder or Path(folder))
+        ]
+    _print(rows)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1))
+
+
+def _life(arguments: argparse.Namespace, mode: str, number: int, folder: Path) -> list[dict[str, Any]]:
+    """Run one life in a process of its own, and return what it measured."""
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.vllm",
+        "--life",
+        mode,
+        "--number",
+        str(number),
+        "--folder",
+        str(folder),
+    ]
+    for name in ("layers", "prefix", "block_size", "model"):
+        command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"mode"')]
+    if done.returncode or not rows:
+        print(f"{mode}, life {number} failed:\n{done.stderr[-3000:]}", file=sys.stderr, flush=True)
+    for row in rows:
+        print(json.dumps(row), flush=True)
+    return rows
+
+
+def _run_life(arguments: argparse.Namespace) -> None:
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    import torch
+
+    mode, number = arguments.life, arguments.number
+    _make_model(arguments.model, arguments.layers)
+    started = time.perf_counter()
+    from vllm import LLM, SamplingParams
+
+    store = arguments.folder / mode
+    transfer = {} if mode == "none" else {"kv_transfer_config": _transfer_config(mode, store)}
+    llm = LLM(
+        str(arguments.model),
+        dtype="bfloat16",
+        max_model_len=arguments.prefix + 2048,
+        max_num_batched_tokens=16384,
+        max_num_seqs=64,
+        block_size=arguments.block_size,
+        gpu_memory_utilization=0.6,
+        enforce_eager=True,
+        enable_prefix_caching=True,
+        attention_backend="FLASH_ATTN",
+        **transfer,
+    )
+
+    def report(what: str, value: float, **more: Any) -> None:
+        print(json.dumps({"mode": mode, "life": number, "what": what, "value": round(value, 2), **more}), flush=True)
+
+    report("seconds to start", time.perf_counter() - started)
+
+    def ask(prompts: list[list[int]], new_tokens: int) -> tuple[float, list[list[int]]]:
+        parameters = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True)
+        torch.cuda.synchronize()
+        begun = time.perf_counter()
+        answers = llm.generate([{"prompt_token_ids": each} for each in prompts], parameters, use_tqdm=False)
+        return time.perf_counter() - begun, [list(answer.outputs[0].token_ids) for answer in answers]
+
+    def first_token(what: str, seed: int, tail: int = 32) -> None:
+        seconds, ids = ask([_tokens(seed, arguments.prefix) + _tokens(1000 + tail, tail)], 1)
+        report(what, 1e3 * seconds, ids=ids[0])
+
+    ask([_tokens(90 + number, arguments.prefix + 32)], 1)  # what is compiled at its first use
+    ask([_tokens(95, 40)], 8)
+    if number == 0:
+        for seed in (1, 2, 3):
+            first_token("computed", seed)
+        first_token("engine's own hit", 3, tail=33)
+        if mode != "none":
+            time.sleep(4)  # what is stored behind the requests
+            for seed in (1, 2, 3):
+                assert llm.reset_prefix_cache()
+                first_token("cache emptied", seed)
+        prompts = [_tokens(200 + at, 512) for at in range(_NUM_DECODING)]
+        ask([_tokens(300 + at, 512) for at in range(_NUM_DECODING)], 2)
+        for _ in range(2):
+            assert llm.reset_prefix_cache()
+            seconds, _ = ask(prompts, 256)
+            report(f"decoding {_NUM_DECODING} sequences, tokens a second", _NUM_DECODING * 256 / seconds)
+            prompts = [_tokens(400 + at, 512) for at in range(_NUM_DECODING)]
+    else:
+        first_token("restarted, page cache", 1)
+        first_token("restarted, page cache", 2)
+        _forget_pages(store)
+        first_token("restarted, disk", 3)
+    time.sleep(1)
+    llm.llm_engine.engine_core.shutdown()
+
+
+def _transfer_config(mode: str, store: Path) -> dict[str, Any]:
+    common = {"kv_role": "kv_both", "kv_load_failure_policy": "recompute"}
+    if mode.startswith("tierkv"):
+        extra: dict[str, Any] = {"path": str(store), "warm_bytes": 12 << 30}
+        extra |= {"codec": "raw"} if mode == "tierkv-raw" else {}
+        module = "tierkv.integrations.vllm"
+        return common | {
+            "kv_connector": "TierkvConnector",
+            "kv_connector_module_path": module,
+            "kv_connector_extra_config": extra,
+        }
+    extra = {"cpu_bytes_to_use": 12 << 30}
+    if mode == "fs":
+        extra |= {
+            "spec_name": "TieringOffloadingSpec",
+            "secondary_tiers": [{"type": "fs", "root_dir": str(store)}],
+        }
+    return common | {"kv_connector": "OffloadingConnector", "kv_connector_extra_config": extra}
+
+
+def _make_model(folder: Path, num_layers: int) -> None:
+    """Write a random Llama of 8B's width, once."""
+    if (folder / "config.json").exists():
+        return
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=_VOCABULARY,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=num_layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=65536,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=False,
+    )
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    model.save_pretrained(folder)
+    del model
+    torch.cuda.empty_cache()
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(_VOCABULARY)}, unk_token="t0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="t0", bos_token="t1", eos_token="t2", pad_token="t0"
+    ).save_pretrained(folder)
+
+
+def _tokens(seed: int, count: int) -> list[int]:
+    words = random.Random(seed)
+    return [words.randrange(5, _VOCABULARY) for _ in range(count)]
+
+
+def _forget_pages(folder: Path) -> None:
+    """Have the system drop a store's files from its page cache."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            fd = os.open(path, os.O_RDONLY)
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+    print(f"{'':<44}" + "".join(f"{mode:>13}" for mode in modes))
+    for what in dict.fromkeys(row["what"] for row in rows):
+        values = {mode: [row["value"] for row in rows if (row["mode"], row["what"]) == (mode, what)] for mode in modes}
+        print(f"{what:<44}" + "".join(f"{min(found) if found else '':>13}" for found in values.values()))
+    ids = {(row["mode"], json.dumps(row["ids"])) for row in rows if "ids" in row}
+    print(f"different first tokens of the same prompts over all modes: {len({each for _, each in ids})} kinds")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,189 @@
+"""The vLLM connector under vLLM's real engine on a CPU, in fp32: the same tokens as without it, whatever happens."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: run make test-engines"),
+]
+
+RUN = Path(__file__).parent / "vllm_run.py"
+ROOT = RUN.parent.parent.parent
+LIFE_S = 600
+
+PREFIX = [1, 700]
+FIRST, SECOND, LONG = [PREFIX, [2, 7]], [PREFIX, [3, 30]], [PREFIX, [4, 130]]
+STORY = [[5, 200], [6, 7]]
+CROWD = [[[seed, 150 + 20 * seed]] for seed in range(10, 16)]  # together more than the small pool below
+
+
+class Lives:
+    """Lives of engines over one model. Each is a process; `plain` is what vLLM answers without the connector."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.model = folder / "model"
+        code = "import sys, pathlib, vllm_run; vllm_run.make_model(pathlib.Path(sys.argv[1]))"
+        self._start(["-c", code, str(self.model)])
+        self.plain = self.live(
+            [
+                *(["ask", [prompt], 8] for prompt in (FIRST, SECOND, LONG)),
+                ["ask", [STORY], 100],
+                ["ask", [["last", [7, 3]]], 8],
+                *(["ask", [prompt], 60] for prompt in CROWD),
+            ]
+        )
+        answers = [answer["ids"] for (answer,) in self.plain["answers"]]
+        self.first, self.second, self.long, self.story, self.follow_up = answers[:5]
+        self.crowd = answers[5:]
+
+    def live(self, actions: list[Any], **fields: Any) -> dict[str, Any]:
+        """Run one engine; return its answers and counters."""
+        spec = {"model": str(self.model), "actions": actions, **fields}
+        return json.loads(self._start([str(RUN), json.dumps(spec)]).splitlines()[-1])
+
+    def _start(self, arguments: list[str]) -> str:
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            capture_output=True,
+            text=True,
+            timeout=LIFE_S,
+            cwd=RUN.parent,
+            env={**_environment(), "PYTHONPATH": f"{ROOT}:{RUN.parent}"},
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        return done.stdout
+
+
+def _environment() -> dict[str, str]:
+    import os
+
+    return {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
+
+
+@pytest.fixture(scope="module")
+def lives(tmp_path_factory: pytest.TempPathFactory) -> Lives:
+    return Lives(tmp_path_factory.mktemp("vllm"))
+
+
+@pytest.fixture(scope="module")
+def store(lives: Lives) -> Path:
+    """A store in which an engine has left FIRST, SECOND and STORY with its answer."""
+    path = lives.folder / "store"
+    result = lives.live(
+        [
+            ["ask", [FIRST], 8],
+            ["reset"],
+            ["ask", [SECOND], 8],
+            ["ask", [STORY], 100],
+            ["reset"],
+            ["ask", [["last", [7, 3]]], 8],
+        ],
+        store=str(path),
+    )
+    (first,), (second,), (story,), (follow_up,) = result["answers"]
+    assert [each["ids"] for each in (first, second, story, follow_up)] == [
+        lives.first,
+        lives.second,
+        lives.story,
+        lives.follow_up,
+    ]
+    assert first["cached"] == 0
+    assert second["cached"] == 640  # the ten whole blocks of the prefix
+    assert follow_up["cached"] == 256  # what was generated is kept
+    return path
+
+
+def test_what_was_generated_is_kept_and_tokens_are_equal_in_the_first_life(store: Path) -> None:
+    assert store.is_dir()
+
+
+def test_a_restarted_engine_finds_the_prefix_on_disk(lives: Lives, store: Path) -> None:
+    result = lives.live([["ask", [FIRST], 8], ["ask", [LONG], 8], ["reset"], ["ask", [FIRST], 8]], store=str(store))
+    (first,), (longer,), (again,) = result["answers"]
+    assert [first["ids"], longer["ids"], again["ids"]] == [lives.first, lives.long, lives.first]
+    assert first["cached"] == 704
+    assert result["counted"]["loaded_blocks"] >= 11
+    assert not result["counted"].get("failed_blocks")
+
+
+def test_a_damaged_store_costs_computations_only(lives: Lives, store: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "store"
+    damaged.mkdir()
+    for file in store.iterdir():
+        if file.is_file():
+            (damaged / file.name).write_bytes(file.read_bytes())
+    data = bytearray((damaged / "data.mdb").read_bytes())
+    dice = random.Random(0)
+    for start in range(len(data) // 3, len(data), 1 << 14):
+        data[min(len(data) - 1, start + dice.randrange(1 << 14))] ^= 0xFF
+    (damaged / "data.mdb").write_bytes(data)
+    result = lives.live([["ask", [FIRST], 8], ["ask", [LONG], 8], ["ask", [STORY], 100]], store=str(damaged))
+    assert [answer["ids"] for (answer,) in result["answers"]] == [lives.first, lives.long, lives.story]
+
+
+@pytest.mark.parametrize("engine", [{}, {"distributed_executor_backend": "mp"}], ids=["one process", "two processes"])
+def test_blocks_that_do_not_come_are_computed_and_their_garbage_is_not_kept(
+    lives: Lives, store: Path, tmp_path: Path, engine: dict[str, Any]
+) -> None:
+    copy = tmp_path / "store"
+    copy.mkdir()
+    for file in store.iterdir():
+        if file.is_file():
+            (copy / file.name).write_bytes(file.read_bytes())
+    failing = [["fail", 1 / 3], ["ask", [FIRST, LONG, SECOND], 8], ["reset"], ["ask", [LONG], 8], ["ask", [STORY], 100]]
+    result = lives.live(failing, store=str(copy), engine=engine)
+    first, longer, second = (answer["ids"] for answer in result["answers"][0])
+    assert [first, longer, second] == [lives.first, lives.long, lives.second]
+    assert [answer["ids"] for (answer,) in result["answers"][1:]] == [lives.long, lives.story]
+    if not engine:
+        assert result["counted"]["failed_blocks"] > 3
+    after = lives.live([["ask", [LONG], 8], ["ask", [FIRST], 8]], store=str(copy))
+    assert [answer["ids"] for (answer,) in after["answers"]] == [lives.long, lives.first]
+    assert after["answers"][0][0]["cached"] >= 640
+
+
+def test_scheduler_and_worker_in_two_processes(lives: Lives, store: Path) -> None:
+    actions = [["ask", [SECOND], 8], ["ask", [LONG, FIRST], 8], ["ask", CROWD[:2], 60], ["reset"], ["ask", [FIRST], 8]]
+    result = lives.live(actions, store=str(store), engine={"distributed_executor_backend": "mp"})
+    (second,), (longer, first), crowd, (again,) = result["answers"]
+    assert [each["ids"] for each in (second, longer, first, again)] == [
+        *(lives.second, lives.long, lives.first, lives.first)
+    ]
+    assert [each["ids"] for each in crowd] == lives.crowd[:2]
+    assert second["cached"] >= 640
+    assert again["cached"] == 704
+
+
+def test_preemption_in_a_pool_that_is_too_small_with_chunked_prefill(lives: Lives, tmp_path: Path) -> None:
+    small = {"num_gpu_blocks_override": 30, "max_num_batched_tokens": 128, "enable_chunked_prefill": True}
+    store = str(tmp_path / "store")
+    once = [["ask", CROWD, 60]]
+    for engine in (small, {**small, "async_scheduling": True}):
+        result = lives.live([*once, *once, ["reset"], *once], store=store, engine=engine)
+        for answers in result["answers"]:
+            assert [answer["ids"] for answer in answers] == lives.crowd
+        assert result["counted"]["saved_blocks"] + result["counted"].get("loaded_blocks", 0) > 0
+    assert result["counted"]["loaded_blocks"] > 10
+
+
+def test_after_a_reset_of_the_connector_nothing_is_cached(lives: Lives, store: Path) -> None:
+    actions = [["reset_connector"], ["ask", [FIRST], 8]]
+    result = lives.live(actions, store=str(store))
+    ((first,),) = result["answers"]
+    assert (first["ids"], first["cached"]) == (lives.first, 0)
+
+
+def test_another_policy_for_failed_loads_is_refused_with_the_reason(lives: Lives, tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="kv_load_failure_policy"):
+        lives.live([], store=str(tmp_path), policy="fail")

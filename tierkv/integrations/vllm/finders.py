@@ -1,0 +1,209 @@
+"""How the scheduler side finds blocks: in the worker's own store, or in the store that it shares with workers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from tierkv.block_store.keys import BlockKeys
+from tierkv.block_store.reservation import Reservation
+from tierkv.block_store.store import BlockStore
+from tierkv.integrations.vllm.options import Options
+from tierkv.integrations.vllm.session import Reserved, Session
+from tierkv.integrations.vllm.statistics import Statistics
+from tierkv.storage.cold import ColdStore
+from tierkv.values.namespace import Namespace
+
+__all__ = ["Finder", "Found", "LocalFinder", "SharedFinder"]
+
+_MOST_READING = 4
+_MOST_WAIT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Blocks that can be loaded, from the asked one on. is_async: they load while the request waits."""
+
+    num_blocks: int
+    is_async: bool
+
+
+_NOTHING = Found(0, False)
+
+
+class Finder(Protocol):
+    """Finds the blocks of waiting requests."""
+
+    block_size: int
+
+    def find(self, request_id: str, tokens: Sequence[int], first: int, end: int) -> Found | None:
+        """Return which of the blocks [first, end) of a request there are; None: ask again in the next step."""
+
+    def keep(self, request_id: str) -> None:
+        """Hold what was found until the worker loads it."""
+
+    def drop(self, request_id: str) -> None:
+        """Hold nothing for a request that is not loaded."""
+
+    def forget(self, request_id: str) -> None:
+        """Forget a request that has ended."""
+
+    def renew(self, salt: str) -> None:
+        """Find blocks of the namespace with this salt from now on."""
+
+    def close(self) -> None:
+        """Release everything."""
+
+
+@dataclass(slots=True)
+class _Held:
+    """A reservation of blocks from `first` on. read_s: how long reading took; None while it is going on."""
+
+    reservation: Reservation
+    first: int
+    since: float
+    in_memory: bool
+    read_s: float | None = None
+
+
+class LocalFinder:
+    """Finds blocks in the session's store and reserves them: what is announced is certain, unless it is async.
+
+    Async are only blocks that do not fit into the half of the warm memory that one reservation may hold.
+    """
+
+    def __init__(
+        self, session: Session, statistics: Statistics, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._session = session
+        self._statistics = statistics
+        self._clock = clock
+        self._keys: dict[str, BlockKeys] = {}
+        self._held: dict[str, _Held] = {}
+        self.block_size: int = session.store.block_size
+
+    def find(self, request_id: str, tokens: Sequence[int], first: int, end: int) -> Found | None:
+        held = self._held.get(request_id)
+        if held and (held.first != first or held.first + held.reservation.num_blocks > end):
+            self.drop(request_id)
+            held = None
+        if not held:
+            if sum(each.reservation.is_reading for each in self._held.values()) >= _MOST_READING:
+                return None
+            held = self._reserve(request_id, tokens, first, end)
+        if not held:
+            return _NOTHING
+        reservation = held.reservation
+        if reservation.is_reading:
+            if self._clock() - held.since < _MOST_WAIT_S:
+                return None
+            reservation.cut(reservation.num_ready)
+        if held.read_s is None:
+            held.read_s = 0.0 if held.in_memory else self._clock() - held.since
+        if not reservation.num_blocks:
+            self.drop(request_id)
+            return _NOTHING
+        return Found(reservation.num_blocks, is_async=not reservation.is_ready)
+
+    def _reserve(self, request_id: str, tokens: Sequence[int], first: int, end: int) -> _Held | None:
+        keys = self._keys.get(request_id)
+        if keys is None:
+            keys = self._keys[request_id] = self._session.store.keys()
+        keys.extend(tokens[keys.num_tokens : end * self.block_size])
+        since = self._clock()
+        reservation = self._session.store.reserve(keys[:end], first)
+        in_memory = reservation.is_ready
+        if reservation.num_blocks and self._session.options.compute_or_load:
+            num_blocks = reservation.num_blocks
+            worth = self._session.costs.worth_loading(
+                num_blocks,
+                in_memory=in_memory,
+                num_rest_tokens=max(1, len(tokens) - (first + num_blocks) * self.block_size),
+            )
+            self._statistics.add("computed_instead_tokens", (num_blocks - worth) * self.block_size)
+            reservation.cut(worth)
+        if not reservation.num_blocks:
+            reservation.release()
+            return None
+        held = self._held[request_id] = _Held(reservation, first, since, in_memory)
+        return held
+
+    def keep(self, request_id: str) -> None:
+        held = self._held.pop(request_id)
+        self._session.reserved[request_id] = Reserved(held.reservation, held.read_s or 0.0, held.in_memory)
+
+    def drop(self, request_id: str) -> None:
+        held = self._held.pop(request_id, None)
+        if held:
+            held.reservation.release()
+
+    def forget(self, request_id: str) -> None:
+        self.drop(request_id)
+        self._keys.pop(request_id, None)
+        reserved = self._session.take(request_id)
+        if reserved:
+            reserved.reservation.release()
+
+    def renew(self, salt: str) -> None:
+        self.close()
+        if self._session.renew_now:
+            self._session.renew_now(salt)
+
+    def close(self) -> None:
+        for request_id in list(self._held):
+            self.drop(request_id)
+        self._keys.clear()
+
+
+class SharedFinder:
+    """Finds blocks that every worker has on disk. Nothing is held: the workers reserve them, and load them async.
+
+    namespaces: of the workers' blocks, one for each rank. cold: the store on disk, if this process has it open.
+    Raises what `BlockStore` raises.
+    """
+
+    def __init__(self, options: Options, namespaces: Sequence[Namespace], *, cold: ColdStore | None = None) -> None:
+        self._options = options
+        self._namespaces = namespaces
+        self._cold = cold
+        self._stack = ExitStack()
+        self._stores: list[BlockStore] = []
+        self._keys: dict[str, list[BlockKeys]] = {}
+        self.renew("")
+        self.block_size: int = self._stores[0].block_size
+
+    def find(self, request_id: str, tokens: Sequence[int], first: int, end: int) -> Found | None:
+        found = self._keys.get(request_id)
+        if found is None:
+            found = self._keys[request_id] = [store.keys() for store in self._stores]
+        num_blocks = end - first
+        for store, keys in zip(self._stores, found, strict=True):
+            keys.extend(tokens[keys.num_tokens : end * self.block_size])
+            num_blocks = store.contains(keys[first : first + num_blocks]) if num_blocks else 0
+        return Found(num_blocks, is_async=num_blocks > 0)
+
+    def keep(self, request_id: str) -> None:
+        pass
+
+    def drop(self, request_id: str) -> None:
+        pass
+
+    def forget(self, request_id: str) -> None:
+        self._keys.pop(request_id, None)
+
+    def renew(self, salt: str) -> None:
+        self.close()
+        config, cold = self._options.store_config(lookup_only=True), self._cold
+        for namespace in self._namespaces:
+            salted = replace(namespace, salt=salt)
+            store = self._stack.enter_context(BlockStore(config, namespace=salted, cold=cold))
+            self._stores.append(store)
+            cold = store.cold  # a process opens a store once
+
+    def close(self) -> None:
+        self._keys.clear()
+        self._stores.clear()
+        self._stack.close()

@@ -29,7 +29,7 @@ from tierkv.daemon.messages import (
 from tierkv.daemon.protocol import split_numbers
 from tierkv.errors import DaemonError, StoreError
 from tierkv.index.index import Entry
-from tierkv.movers.mover import Move, Ready
+from tierkv.movers.mover import Move, Mover, Ready
 from tierkv.storage.codec import Bytes
 from tierkv.storage.coded import CodedBlock
 from tierkv.storage.outcomes import MissReason
@@ -54,7 +54,7 @@ _MOST_VAIN_WAITS = 3
 class Claim:
     """The promise of this process to compute blocks that no tier has. Other processes wait for them."""
 
-    connection: DaemonConnection
+    connection: DaemonConnection[Mover]
     number: int
 
     def end(self) -> None:
@@ -67,7 +67,7 @@ class Claim:
 class _DaemonBlock:
     """The number of a block in a cursor of the daemon. Satisfies `ColdSource`: the daemon alone looks and reads."""
 
-    connection: DaemonConnection
+    connection: DaemonConnection[Mover]
     cursor: int
     position: int
 
@@ -98,7 +98,7 @@ class DaemonBlocks:
     def __init__(
         self,
         tiers: Tiers,
-        connected: Callable[[], DaemonConnection | None],
+        connected: Callable[[], DaemonConnection[Mover] | None],
         *,
         block_size: int,
         hash_function: HashFunction,
@@ -152,7 +152,7 @@ class DaemonBlocks:
             return replace(found, miss=MissReason.DAEMON), None
         return lookup, Claim(connection, answer.claim) if answer.claim else None
 
-    def match(self, connection: DaemonConnection, ask: Match, hashes: Sequence[BlockHash]) -> Found:
+    def match(self, connection: DaemonConnection[Mover], ask: Match, hashes: Sequence[BlockHash]) -> Found:
         """Match a prompt; while another process computes what is missing, wait and match again. Raises DaemonError.
 
         hashes: those of `ask`. The blocks before `ask.start` are hot here. The daemon may have lost them, and another
@@ -227,7 +227,7 @@ class DaemonBlocks:
 
     def _extended(
         self,
-        connection: DaemonConnection,
+        connection: DaemonConnection[Mover],
         found: Lookup,
         answer: Found,
         hashes: list[BlockHash],
@@ -268,7 +268,7 @@ class DaemonBlocks:
         miss = _reason(answer.miss) or (None if answer.slots else found.miss)
         return Lookup(found.hot, blocks, partial_block, miss)
 
-    def _write(self, connection: DaemonConnection, jobs: Sequence[Job]) -> None:
+    def _write(self, connection: DaemonConnection[Mover], jobs: Sequence[Job]) -> None:
         paths = _paths(jobs)
         held: list[Place] = []
         try:
@@ -308,7 +308,7 @@ class DaemonBlocks:
         return proposed
 
     def _fill_and_publish(
-        self, connection: DaemonConnection, path: list[Job | Entry], proposed: dict[int, Job], given: ChainAnswer
+        self, connection: DaemonConnection[Mover], path: list[Job | Entry], proposed: dict[int, Job], given: ChainAnswer
     ) -> None:
         """Copy blocks into the slots that were given for them, then publish them."""
         slots = split_numbers(given.slots)
@@ -333,7 +333,11 @@ class DaemonBlocks:
         self._note_written(connection, path, copied, given)
 
     def _note_written(
-        self, connection: DaemonConnection, path: list[Job | Entry], copied: list[tuple[Job, int]], given: ChainAnswer
+        self,
+        connection: DaemonConnection[Mover],
+        path: list[Job | Entry],
+        copied: list[tuple[Job, int]],
+        given: ChainAnswer,
     ) -> None:
         """Note which blocks the daemon has now. Where another process writes some, only copied blocks are certain."""
         tiers = self._tiers
@@ -359,7 +363,7 @@ class DaemonBlocks:
                 self._tiers.skip(job, "daemon")
 
 
-def _return_all(connection: DaemonConnection, answer: Found) -> None:
+def _return_all(connection: DaemonConnection[Mover], answer: Found) -> None:
     """Return what an answer has leased: hold nothing while waiting."""
     slots = array("I", (slot for slot in split_numbers(answer.slots) if slot != NO_SLOT))
     if answer.partial_block and answer.partial_block.slot != NO_SLOT:

@@ -34,7 +34,7 @@ ROOMS = {
     "ranks": "errors",
     "config": "errors values policies storage",
     "transfer": "errors values index policies background storage movers daemon ranks config",
-    "block_store": "errors values index background storage movers config transfer",
+    "block_store": "errors values index background storage movers daemon config transfer",
     "requests": "errors values index background storage movers ranks transfer",
     "cache": "errors values policies background storage ranks config transfer requests",
     "engine": "errors values storage kernels movers ranks config requests cache",

@@ -260,7 +260,9 @@ def test_a_reservation_is_loaded_once_and_released_as_often_as_one_likes(store: 
         store.save(keys, Buffers([bytes(SIZE)]))
     store.flush()
     with store._changed:
-        assert store._memory.index.slots.referenced_count == len(store._memory.spare), "a slot is still held"
+        assert store._tiers.memory.index.slots.referenced_count == len(store._tiers.memory.spare), (
+            "a slot is still held"
+        )
 
 
 def test_many_threads_save_and_load(tmp_path: Path) -> None:
@@ -287,8 +289,8 @@ def test_many_threads_save_and_load(tmp_path: Path) -> None:
         assert not failures and not any(thread.is_alive() for thread in threads)
         store.flush()
         with store._changed:
-            assert store._memory.index.slots.referenced_count == len(store._memory.spare)
-            store._memory.index.slots.check()
+            assert store._tiers.memory.index.slots.referenced_count == len(store._tiers.memory.spare)
+            store._tiers.memory.index.slots.check()
 
 
 def test_digests_name_opaque_rows(tmp_path: Path) -> None:

@@ -131,6 +131,8 @@ class DaemonConnection(Generic[SlabMover]):
     def return_leases(self, slots: Iterable[int]) -> None:
         """End leases, once for each time that a slot is named."""
         with self._lock:
+            if self._is_closed:
+                return
             for slot in slots:
                 self._leased[slot] -= 1
                 if not self._leased[slot]:
@@ -166,9 +168,16 @@ class DaemonConnection(Generic[SlabMover]):
         if (slots or cursors) and not self.is_retired:
             self.post(Release(slots=slots.tobytes(), cursors=cursors.tobytes()))
 
-    def retire(self) -> None:
-        """Use this connection no more. It is closed when the last copy from or to its slots has ended."""
+    def retire(self, *, is_idle: bool = False) -> None:
+        """Use this connection no more. It is closed when the last copy from or to its slots has ended.
+
+        is_idle: none is in flight, though slots may be leased.
+        """
         self.is_retired = True
+        if is_idle:
+            with self._lock:
+                self._leased.clear()
+                self._written.clear()
         self._close_if_unused()
 
     def _close_if_unused(self) -> None:

@@ -80,14 +80,17 @@ class DaemonConnector(Generic[SlabMover]):
             _log.warning("working without the daemon until it is there: %s", exc)
         self._thread.start()
 
-    def close(self) -> None:
-        """End the connection when copies in flight have ended. May be called twice."""
+    def close(self, *, is_idle: bool = False) -> None:
+        """End the connection when the last slot is returned, or now if `is_idle`: no copy is in flight.
+
+        May be called twice.
+        """
         self._is_closing.set()
         if self._thread.is_alive():
             self._thread.join()
         connection, self.connection = self.connection, None
         if connection:
-            connection.retire()
+            connection.retire(is_idle=is_idle)
 
     def call(self, message: Message, expected: type[Answer], *, timeout_s: float | None = None) -> Answer:
         """Send a request and return its answer. Raises DaemonError."""

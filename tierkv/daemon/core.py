@@ -198,9 +198,25 @@ class Core:
                 tenant.size_class.index.unpin(Tier.WARM, slot)
             else:
                 writes.append(Write(tenant, entry, slot))
+        if writes:
+            writes += self._write_followers(tenant, {write.entry for write in writes})
         self._writes.update(writes)
         self.counters["published_blocks"] += len(published)
         return Published(count=len(published), lost=lost.tobytes()), writes
+
+    def _write_followers(self, tenant: Tenant, published: set[Entry]) -> list[Write]:
+        """Return writes of warm blocks that follow published ones; their slots are pinned.
+
+        There are such blocks only where the one before was damaged. The store removes them with the damaged one.
+        """
+        pending = [child for entry in published for child in entry.children if child not in published]
+        writes: list[Write] = []
+        for entry in pending:  # the list grows in the loop
+            pending += (child for child in entry.children if child not in published)
+            if entry.warm_slot is not None:
+                tenant.size_class.index.pin(entry, Tier.WARM)
+                writes.append(Write(tenant, entry, entry.warm_slot))
+        return writes
 
     def finish_write(self, write: Write, *, is_stored: bool) -> None:
         """Note that a published block has been written to the store, or could not be."""

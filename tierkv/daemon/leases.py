@@ -98,6 +98,7 @@ class Leases:
             if at >= message.start:
                 slots.append(NO_SLOT)
                 has_cold = True
+                room -= 1  # for its fetch: blocks that follow it are of no use without it
         else:
             return slots, has_cold, has_failed
         return (slots, has_cold, has_failed) if at >= message.start else (None, False, has_failed)

@@ -100,17 +100,24 @@ class Reservations:
         return max(0, min(own, left))
 
     def _take_beside(self, tenant: Tenant, hashes: list[bytes], tokens: bytes, count: int) -> list[int]:
-        """Take slots, and evict for them no block of this chain."""
+        """Take slots, and evict for them no block of this chain, unless the store has it.
+
+        Else a prompt that is longer than the warm tier would not be stored.
+        """
         if not count:
             return []
         index = tenant.size_class.index
         known = self._tenants.walk(tenant, hashes, tokens)
-        kept = [entry.warm_slot for entry in known if entry and entry.warm_slot is not None]
-        for slot in kept:
+        chain = [(entry.warm_slot, entry.in_cold) for entry in known if entry and entry.warm_slot is not None]
+        for slot, _ in chain:
             index.warm.pin(slot)
         slots = tenant.size_class.take(count)
-        for slot in kept:
-            index.unpin(Tier.WARM, slot)
+        for are_stored in (True, False):
+            for slot, in_cold in chain:
+                if (in_cold and self._store is not None) is are_stored:
+                    index.unpin(Tier.WARM, slot)
+            if are_stored and len(slots) < count:
+                slots += tenant.size_class.take(count - len(slots))
         return slots
 
     def _plan_writes(
@@ -130,8 +137,13 @@ class Reservations:
             entry = known[at] if at < len(known) else None
             if entry and entry in self._reserved:
                 num_busy += at in proposed
-            elif self._is_there(tenant, hashes, tokens, at, entry):
+            elif entry and (entry.warm_slot is not None or entry.awaited):
                 num_there += at in proposed
+            elif self._store is not None and holds(self._store, tenant, hashes, tokens, at):
+                if wanted and at in proposed and len(wanted) < room and not tenant.has_rows:
+                    wanted.append(at)  # the store removes it with the damaged block that it follows
+                else:
+                    num_there += at in proposed
             elif self._is_taken(tenant, hashes[at], entry):
                 refusal = "collision"
                 if not tenant.has_rows:
@@ -145,12 +157,6 @@ class Reservations:
                 refusal = "no_parent"
                 break
         return wanted, num_there, num_busy, refusal
-
-    def _is_there(self, tenant: Tenant, hashes: list[bytes], tokens: bytes, at: int, entry: Entry | None) -> bool:
-        """Return whether a block need not be written: it lies in the warm tier, is being loaded, or is in the store."""
-        if entry and (entry.warm_slot is not None or entry.awaited):
-            return True
-        return self._store is not None and holds(self._store, tenant, hashes, tokens, at)
 
     def _is_taken(self, tenant: Tenant, block_hash: BlockHash, entry: Entry | None) -> bool:
         """Return whether another block has this hash, here or in the store."""

@@ -31,6 +31,7 @@ from tierkv import (
     Tier,
     digest_namespace,
 )
+from tierkv.block_store.engines import Engines
 from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.eviction_messages import EvictBlocks, EvictedBlocks, EvictionDone, EvictionNotice
 from tierkv.daemon.messages import (
@@ -49,9 +50,11 @@ from tierkv.daemon.messages import (
     Reserved,
 )
 from tierkv.daemon.protocol import frame
+from tierkv.movers.engine_memory import EngineMemory
 from tierkv.movers.ready import Ready
 from tierkv.storage.codec import Bytes
 from tierkv.storage.outcomes import MissReason
+from tierkv.storage.warm import WarmPool
 
 OpenStore = Callable[..., BlockStore]
 STORE_WORKER = Path(__file__).with_name("store_worker.py")
@@ -626,3 +629,98 @@ def test_a_store_of_its_own_and_a_daemons_exclude_each_other(short_path: Path) -
     with pytest.raises(ConfigError, match="daemon_timeout_s"):
         BlockStoreConfig(socket=short_path / "d.sock", daemon_timeout_s=0)
     assert BlockStoreConfig(socket="~/d.sock", warm_bytes=0).socket == Path.home() / "d.sock"  # type: ignore[arg-type]
+
+
+# --- Ends ---------------------------------------------------------------------------------------------------
+
+
+def test_closing_a_store_returns_what_its_user_still_reserves(start_daemon: Start, open_store: OpenStore) -> None:
+    daemon = start_daemon()
+    store = open_store()
+    keys = store.keys(TOKENS)[:4]
+    save(store, keys)
+    reservation = store.reserve(keys)
+    assert store.pin(keys, ttl_s=100) == 4
+    store.close()
+    eventually(lambda: held(daemon) == (0, 0) and daemon.status().clients == 1)
+    reservation.release()
+    reservation.release()
+
+
+def test_a_pool_of_an_earlier_connection_is_unbound_with_its_last_slot(
+    start_daemon: Start, open_store: OpenStore
+) -> None:
+    daemon = start_daemon()
+    store = open_store()
+    memory = store.register([[torch.zeros(8, 2, 4, 8)] for _ in range(2)])
+    keys = store.keys(TOKENS)[:2]
+    save(store, keys)
+    reservation = store.reserve(keys)
+    assert store.pin(keys[:1], ttl_s=100) == 1
+    daemon.kill()
+    daemon.start()
+    eventually(lambda: is_connected_to(store, daemon))
+    assert len(memory._slots) == 2
+    reservation.release()
+    eventually(lambda: len(memory._slots) == 1)
+    store.close()
+    assert not memory._slots
+
+
+def test_a_memory_that_is_registered_while_a_pool_opens_is_bound_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    engines = Engines(LAYOUT)
+    engines.open(WarmPool(SIZE, 4))
+    is_binding, bind = threading.Event(), EngineMemory.bind
+
+    def bind_slowly(self: EngineMemory, address: int, slots: torch.Tensor) -> None:
+        is_binding.set()
+        time.sleep(0.2)
+        bind(self, address, slots)
+
+    monkeypatch.setattr(EngineMemory, "bind", bind_slowly)
+    memories: list[EngineMemory] = []
+
+    def register() -> None:
+        layers = [[torch.zeros(8, 2, 4, 8)] for _ in range(2)]
+        memories.append(engines.register(layers, pages_per_block=1))
+
+    thread = threading.Thread(target=register)
+    thread.start()
+    assert is_binding.wait(TIMEOUT_S)
+    engines.open(WarmPool(SIZE, 4))
+    thread.join(TIMEOUT_S)
+    assert len(memories[0]._slots) == 2
+
+
+def test_a_message_without_a_number_is_not_answered(start_daemon: Start, open_store: OpenStore) -> None:
+    start_daemon()
+    store = open_store()
+    keys = store.keys(TOKENS)[:4]
+    save(store, keys)
+    client = connection_of(store).client
+    time.sleep(0.2)
+    store.contains(keys)
+    before = client.bytes_received
+    store.touch(keys)
+    store.contains(keys)
+    once = client.bytes_received - before
+    store.contains(keys)
+    assert client.bytes_received - before == 2 * once, "the use was answered"
+
+
+def test_a_pool_is_page_locked_once_for_all_engines_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr("tierkv.movers.engine_memory.page_lock", lambda *_: calls.append("lock") or torch.zeros(1))
+    monkeypatch.setattr("tierkv.movers.engine_memory.page_unlock", lambda *_: calls.append("unlock"))
+    engines = Engines(LAYOUT)
+    pool = engines.open(WarmPool(SIZE, 4))
+    for _ in range(2):
+        engines.register([[torch.zeros(8, 2, 4, 8)] for _ in range(2)], pages_per_block=1)
+    second = engines.open(WarmPool(SIZE, 4))
+    assert calls == ["lock", "lock"], "CUDA refuses to lock memory twice"
+    pool.close()
+    pool.close()
+    assert calls == ["lock", "lock", "unlock"]
+    engines.close()
+    second.close()
+    assert calls == ["lock", "lock", "unlock", "unlock"]

@@ -99,6 +99,23 @@ def test_a_damaged_block_ends_the_load_and_is_replaced(stores: Stores, at: int) 
     assert load(stores.open(), keys) == (10, []), "the disk has it again"
 
 
+def test_all_that_follows_a_damaged_block_is_replaced(stores: Stores) -> None:
+    store = stores.open()
+    keys = store.keys(TOKENS)[:]
+    for start in range(0, 40, 10):
+        assert save(store, keys[: start + 10], start=start) == 10
+        store.flush()
+    stores.close()
+    stores.damage(keys[3])
+    store = stores.open()
+    assert load(store, keys)[0] == 3
+    for _ in range(3):
+        save(store, keys)
+        store.flush()
+    stores.close()
+    assert load(stores.open(), keys) == (40, [])
+
+
 def test_damage_found_while_loading_fails_the_rest_by_name(stores: Stores) -> None:
     stores.blocks = 16
     store = stores.open()
@@ -209,6 +226,7 @@ def test_digests_name_opaque_rows(stores: Stores) -> None:
         store.keys(TOKENS)
     stores.close()
     store = stores.open(DIGESTS)
+    assert load(store, [store.key_of_digest(b"\7" * 32), *keys[8:]], start=1) == (2, [])
     assert store.contains(keys) == 10 and load(store, keys[3:]) == (7, [])
     assert load(store, keys) == (10, []), "the first ones are cold, the others warm"
     assert load(store, keys[::-1]) == (10, []), "the order does not matter"

@@ -120,21 +120,22 @@ class LateBuffers(Buffers):
 
     def __init__(self, buffers: Sequence[Any]) -> None:
         super().__init__(buffers)
-        object.__setattr__(self, "copy", Copy())
+        object.__setattr__(self, "copies", [])
         object.__setattr__(self, "calls", [])
 
     def load(self, first: int, slots: Sequence[int], memory: Bytes, *, after: Sequence[Ready]) -> Ready:
         self.calls.append(lambda: Buffers.load(self, first, slots, memory, after=after))
-        return self.copy
+        self.copies.append(Copy())
+        return self.copies[-1]
 
     def save(self, places: Sequence[int], slots: Sequence[int], memory: Bytes, *, after: Sequence[Ready]) -> Ready:
         self.calls.append(lambda: Buffers.save(self, places, slots, memory, after=after))
-        return self.copy
+        self.copies.append(Copy())
+        return self.copies[-1]
 
-    def finish(self) -> None:
-        for call in self.calls:
-            call()
-        self.copy.ended.set()
+    def finish(self, number: int = 0) -> None:
+        self.calls[number]()
+        self.copies[number].ended.set()
 
 
 # --- Clients share, and die ---------------------------------------------------------------------------------
@@ -231,6 +232,69 @@ def test_a_scheduler_that_looks_up_needs_no_torch_and_no_memory(start_daemon: St
     assert (done.stdout, done.returncode) == ("7 not mapped ['numpy']\n", 0), done.stderr
 
 
+def test_waves_of_a_long_load_hold_their_slots_until_they_are_copied(
+    start_daemon: Start, open_store: OpenStore
+) -> None:
+    daemon = start_daemon(slots=16)
+    store = open_store()
+    keys = store.keys(TOKENS)[:]
+    for start in range(0, 40, 4):
+        assert save(store, keys[: start + 4], start=start) == 4
+        store.flush()
+    targets = LateBuffers([bytearray(SIZE) for _ in keys])
+    found = store.load(store.reserve(keys), targets)
+    number = 0
+    while not found.is_done():
+        eventually(lambda number=number: len(targets.calls) > number or found.is_done())
+        if found.is_done():
+            break
+        time.sleep(0.2)
+        assert len(targets.calls) == number + 1 and 0 < held(daemon)[0] <= 8
+        targets.finish(number)
+        number += 1
+    assert found.num_loaded == 40 and number > 4
+    assert [bytes(each) for each in targets.buffers] == [payload(key) for key in keys]
+
+
+def test_blocks_that_are_fetched_for_a_reservation_that_was_released_are_returned(
+    start_daemon: Start, open_store: OpenStore
+) -> None:
+    daemon = start_daemon()
+    store = open_store()
+    keys = store.keys(TOKENS)[:6]
+    save(store, keys)
+    store.flush()
+    daemon.kill()
+    daemon.start()
+    eventually(lambda: is_connected_to(store, daemon))
+    connection, is_released = connection_of(store), threading.Event()
+    fetch = connection.call_long
+
+    def fetch_late(*arguments: Any, **options: Any) -> Any:
+        answer = fetch(*arguments, **options)
+        assert is_released.wait(TIMEOUT_S)
+        return answer
+
+    connection.call_long = fetch_late
+    reservation = store.reserve(keys)
+    eventually(lambda: held(daemon) == (6, 0))
+    reservation.cut(2)
+    is_released.set()
+    assert reservation.wait(TIMEOUT_S) and reservation.num_ready == 2
+    eventually(lambda: held(daemon) == (2, 0))
+    reservation.release()
+    eventually(lambda: held(daemon) == (0, 0))
+
+
+def test_a_block_that_begins_as_another_one_is_not_held(start_daemon: Start, open_store: OpenStore) -> None:
+    daemon = start_daemon()
+    store = open_store()
+    save(store, store.keys(TOKENS[:8])[:])
+    with store.reserve(store.keys([*TOKENS[:6], 1, 2])) as reservation:
+        assert reservation.num_blocks == 1 and held(daemon) == (1, 0)
+    eventually(lambda: held(daemon) == (0, 0))
+
+
 # --- Pins -------------------------------------------------------------------------------------------------
 
 
@@ -263,13 +327,17 @@ def test_a_pin_that_is_refused_is_none(start_daemon: Start, open_store: OpenStor
     assert store.pin(keys) == 0 and store.pin(keys[:3]) == 3
 
 
-def test_a_touched_chain_is_evicted_later(start_daemon: Start, open_store: OpenStore) -> None:
+@pytest.mark.parametrize("is_saved_again", [False, True])
+def test_a_touched_chain_is_evicted_later(start_daemon: Start, open_store: OpenStore, is_saved_again: bool) -> None:
     start_daemon(slots=16, store=False, eviction_policy="lru")
     store = open_store()
     chains = [store.keys([seed, *TOKENS])[:4] for seed in range(5)]
     for chain in chains[:4]:
         save(store, chain)
-    store.touch(chains[0])
+    if is_saved_again:
+        assert save(store, chains[0]) == 0
+    else:
+        store.touch(chains[0])
     save(store, chains[4])
     assert store.contains(chains[0]) == 4 and store.contains(chains[1]) == 0
 
@@ -333,24 +401,35 @@ def test_a_save_whose_daemon_ends_before_its_copies_is_skipped(start_daemon: Sta
     assert save(store, keys) == 4
 
 
+@pytest.mark.parametrize("are_cold", [False, True])
+@pytest.mark.parametrize("is_saved_last", [False, True])
 def test_the_slots_of_a_connection_that_was_lost_stay_until_the_copies_have_ended(
-    start_daemon: Start, open_store: OpenStore
+    start_daemon: Start, open_store: OpenStore, are_cold: bool, is_saved_last: bool
 ) -> None:
     """The daemon may be there still: another client must not get the slots meanwhile."""
     daemon = start_daemon()
     store = open_store()
     keys = store.keys(TOKENS)[:4]
     save(store, keys)
+    if are_cold:
+        store.flush()
+        daemon.kill()
+        daemon.start()
+        eventually(lambda: is_connected_to(store, daemon))
     targets = LateBuffers([bytearray(SIZE) for _ in keys])
-    found = store.load(store.reserve(keys), targets)
+    reservation = store.reserve(keys)
+    assert reservation.wait(TIMEOUT_S)
+    found = store.load(reservation, targets)
     sources = LateBuffers([payload(key) for key in keys])
     saved = store.save(store.keys(TOKENS[1:])[:4], sources)
     connection_of(store).retire()
     time.sleep(0.3)
     assert held(daemon) == (4, 4)
-    sources.finish()
-    time.sleep(0.1)
-    targets.finish()
+    (targets if is_saved_last else sources).finish()
+    time.sleep(0.3)
+    assert found.is_done() is is_saved_last and saved.is_done() is not is_saved_last
+    assert held(daemon)[is_saved_last] == 4, "the other copies go on"
+    (sources if is_saved_last else targets).finish()
     assert found.is_done() and saved.is_done()
     eventually(lambda: held(daemon) == (0, 0))
 
@@ -474,7 +553,10 @@ LIES: dict[str, tuple[str, dict[str, Message | bytes]]] = {
         "reserve",
         {"Match": found(numbers(NO_SLOT), cursor=1), "Fetch": Fetched(slots=numbers(1, 2), miss="")},
     ),
-    "a slot to write that is leased": ("save", {"Reserve": chain(numbers=numbers(0), slots=numbers(9))}),
+    "a slot to write that is leased": (
+        "save",
+        {"Reserve": chain(numbers=numbers(0), slots=numbers(9)), "Publish": Published(count=1, lost=b"")},
+    ),
     "a slot to write beyond the memory": ("save", {"Reserve": chain(numbers=numbers(0), slots=numbers(64))}),
     "a block to write that is not proposed": ("save", {"Reserve": chain(numbers=numbers(7), slots=numbers(1))}),
     "more published than written": (
@@ -673,6 +755,7 @@ def test_a_memory_that_is_registered_while_a_pool_opens_is_bound_to_it(monkeypat
     is_binding, bind = threading.Event(), EngineMemory.bind
 
     def bind_slowly(self: EngineMemory, address: int, slots: torch.Tensor) -> None:
+        assert engines._lock.locked(), "another pool may open meanwhile"
         is_binding.set()
         time.sleep(0.2)
         bind(self, address, slots)

@@ -19,13 +19,10 @@ Connection: TypeAlias = DaemonConnection[EnginePool]
 
 
 class DaemonChains:
-    """Makes messages for one namespace. The daemon finds a block only behind all blocks that it follows.
-
-    has_rows: whether the keys are digests, each of a row that follows no other.
-    """
+    """Makes messages for one namespace. The daemon finds a block only behind all blocks that it follows."""
 
     def __init__(self, namespace: Namespace) -> None:
-        self.has_rows: bool = has_rows(namespace.architecture)
+        self._has_rows = has_rows(namespace.architecture)
         self._root = namespace.digest
         self._no_partial = namespace.layout.block_size + 1
 
@@ -37,7 +34,7 @@ class DaemonChains:
         for at, key in enumerate(found):
             if key.parent_hash != parent or key.block_hash in seen:
                 return found[:at]
-            if self.has_rows:
+            if self._has_rows:
                 seen.add(key.block_hash)
             else:
                 parent = key.block_hash

@@ -77,11 +77,8 @@ class DaemonSaver:
             return Save()
         if connection is None or start >= len(chain):
             return self._skipped("no_parent" if connection else "daemon", num_wanted)
-        first = start
-        if self._chains.has_rows:  # which follow none
-            chain, first = chain[start:], 0
         try:
-            given = self._reserve(connection, chain, first)
+            given = self._reserve(connection, chain, start)
         except DaemonError as exc:
             _log.debug("%d blocks were not saved: %s", num_wanted, exc)
             return self._skipped("daemon", num_wanted)
@@ -91,7 +88,7 @@ class DaemonSaver:
             self._count_skips(given.refusal if given.refusal in _REFUSALS else "refused", num_skipped)
         if given.num_there:
             with contextlib.suppress(DaemonError):
-                connection.post(self._chains.match(chain, first, is_use=True))
+                connection.post(self._chains.match(chain, start, is_use=True))
         if not slots:
             return Save(num_skipped=num_skipped)
 
@@ -99,7 +96,7 @@ class DaemonSaver:
             connection.end_writing(slots)
             connection.post(Abandon(slots=given.slots))
 
-        places = [number - first for number in split_numbers(given.numbers)]
+        places = [number - start for number in split_numbers(given.numbers)]
         copied = copy_sources(sources, places, slots, connection.slots, abandon=abandon)
         if copied is None:
             self._count_skips("io_error", len(slots))
@@ -125,10 +122,10 @@ class DaemonSaver:
         self._count_skips("stalled", sum(job.num_blocks for job in left))
         return not (left or self._queue.is_running)
 
-    def _reserve(self, connection: Connection, chain: Sequence[BlockKey], first: int) -> ChainAnswer:
-        """Have slots reserved for the blocks from `first` on that the daemon lacks. Raises DaemonError."""
+    def _reserve(self, connection: Connection, chain: Sequence[BlockKey], start: int) -> ChainAnswer:
+        """Have slots reserved for the blocks from `start` on that the daemon lacks. Raises DaemonError."""
         connection.send_returned()  # those slots may be needed
-        (given,) = connection.call(Reserve(chains=[self._chains.chain(chain, first)]), Reserved).chains
+        (given,) = connection.call(Reserve(chains=[self._chains.chain(chain, start)]), Reserved).chains
         connection.begin_writing(split_numbers(given.slots))
         return given
 
@@ -149,8 +146,6 @@ class DaemonSaver:
             return False
         connection.end_writing(slots)
         try:
-            if connection.is_retired:
-                raise DaemonError("the connection to the daemon was lost")
             connection.call(Publish(slots=job.slots), Published)
         except DaemonError as exc:
             _log.debug("%d blocks were not published: %s", job.num_blocks, exc)

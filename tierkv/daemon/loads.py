@@ -199,7 +199,8 @@ class Loads:
                 task.slots[at - first] = slot
             else:
                 index.unpin(Tier.WARM, slot)
-        self._tenants.prune_all(tenant, entries)
+        if entries:
+            self._tenants.prune(tenant, entries[max(entries)])
         fresh = {at - first for at, _ in wanted}
         if NO_SLOT in task.slots:
             end = task.slots.index(NO_SLOT)

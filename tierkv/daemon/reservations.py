@@ -89,7 +89,8 @@ class Reservations:
             connection.reservations[slot] = reservation
             numbers.append(at)
             given.append(slot)
-        self._tenants.prune_all(tenant, entries)
+        if entries:
+            self._tenants.prune(tenant, entries[max(entries)])
         return ChainAnswer(numbers.tobytes(), given.tobytes(), num_there, num_busy, refusal)
 
     def _reservation_room(self, connection: Connection, tenant: Tenant) -> int:

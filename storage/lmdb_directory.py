@@ -1,4 +1,4 @@
-"""The directory of an environment: usable, without temporary files, and with a sound data file."""
+"""The directory of an environment: usable, without temporary files, with a sound data file; and how LMDB opens it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Protocol
 import lmdb
 
 from tierkv.errors import CorruptBlockError, StoreError
-from tierkv.storage.lmdb_file import DATA_FILE, LOCK_FILE, open_store_file, sync_file
+from tierkv.storage.lmdb_file import DATA_FILE, LOCK_FILE, DataFile, open_store_file, sync_file
 from tierkv.values.files import check_path
 
 __all__ = [
@@ -22,11 +22,14 @@ __all__ = [
     "check_store_files",
     "clear_temporary",
     "copy_compacted",
+    "open_environment",
     "prepare_directory",
 ]
 
 _COMPACTED = "compact.tmp"
 _REBUILT = "rebuild.tmp"
+_MAX_READERS = 1024
+_LOCK_FILE_BYTES = 64 * _MAX_READERS + 4096  # a cache line for each reader, and LMDB's header
 
 _logger = logging.getLogger(__name__)
 
@@ -177,3 +180,46 @@ def copy_compacted(env: lmdb.Environment, path: Path) -> Path:
     env.copy(str(target), compact=True)
     sync_file(target / DATA_FILE)
     return target / DATA_FILE
+
+
+def open_environment(path: Path, *, map_bytes: int, read_only: bool, is_first: bool) -> lmdb.Environment:
+    """Have LMDB map the data file. is_first: no other process has it open; else another process has found it sound.
+
+    Raises lmdb.Error, CorruptBlockError, OSError.
+    """
+    if not is_first:  # shorter than it says: LMDB's map of it would end this process
+        DataFile(path / DATA_FILE, read_only=True).close()
+    if not read_only:
+        _reserve_lock_file(path)
+    return lmdb.open(
+        str(path),
+        map_size=map_bytes,
+        readonly=read_only,
+        create=not read_only,
+        sync=False,
+        metasync=False,
+        mode=0o600,
+        max_readers=_MAX_READERS,
+        max_dbs=8,
+        lib_version=0,
+    )
+
+
+def _reserve_lock_file(directory: Path) -> None:
+    """Reserve disk space for LMDB's lock file, before LMDB makes it: raises OSError where there is none.
+
+    LMDB leaves it full of holes and writes to it through a map: on a full disk, the first process to need
+    a hole, also a reader, would end with SIGBUS. Must not be called while this process has the environment open, since
+    closing the descriptor drops LMDB's own locks; such a file has its room already and is left alone.
+    """
+    path = directory / LOCK_FILE
+    with contextlib.suppress(FileNotFoundError):
+        state = path.lstat()
+        if stat.S_ISREG(state.st_mode) and state.st_blocks * 512 >= _LOCK_FILE_BYTES:
+            return
+    fd = open_store_file(path, os.O_RDWR | os.O_CREAT)
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(fd, 0, _LOCK_FILE_BYTES)
+    finally:
+        os.close(fd)

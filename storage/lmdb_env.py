@@ -33,10 +33,11 @@ from tierkv.storage.lmdb_directory import (
     check_store_files,
     clear_temporary,
     copy_compacted,
+    open_environment,
     prepare_directory,
 )
-from tierkv.storage.lmdb_file import DATA_FILE, DataFile, sync_file
-from tierkv.storage.lmdb_lock import Gate, UserLock, WriteLock, reserve_lock_file
+from tierkv.storage.lmdb_file import DATA_FILE, CutShortError, DataFile, sync_file
+from tierkv.storage.lmdb_lock import Gate, UserLock, WriteLock
 from tierkv.storage.lmdb_tree import check_trees
 
 __all__ = ["Database", "LmdbEnv", "ReadTransaction", "WriteTransaction"]
@@ -47,8 +48,6 @@ WriteTransaction: TypeAlias = "lmdb.Transaction[memoryview]"
 
 _USER_LOCK_FILE, _WRITE_LOCK_FILE = "users.lock", "write.lock"
 _CLOSE_WAIT_S = 10.0  # for transactions in flight, beyond the wait for the write lock
-_MAX_READERS = 1024
-_LOCK_FILE_BYTES = 64 * _MAX_READERS + 4096  # a cache line for each reader, and LMDB's header
 _MAX_GROWTHS = 8  # of the map in other processes while one transaction begins
 _logger = logging.getLogger(__name__)
 
@@ -103,6 +102,7 @@ class LmdbEnv:
         self._is_abandoned = False  # closed, but a transaction in it never ended
         self._is_suspect = False  # LMDB has come across a page that cannot be right
         self._problem: str | None = None
+        self._known_bytes = 0  # the longest that the data file has been
         prepare_directory(path, read_only=read_only)
         self._users = UserLock(path / _USER_LOCK_FILE, read_only=read_only)
         try:
@@ -206,7 +206,7 @@ class LmdbEnv:
             self._map_bytes = map_bytes
             env = self._live()
             with self._translated("be mapped"):
-                self.data.require_whole()
+                self._require_whole()
                 env.set_mapsize(map_bytes)
 
     def grow_map(self, map_bytes: int = 0) -> None:
@@ -222,7 +222,7 @@ class LmdbEnv:
         """Return when all that was committed is on the disk. Raises StoreError."""
         with self._gate.shared(), self._translated("be synced"):
             env = self._live()
-            self.data.require_whole()
+            self._require_whole()
             env.sync(True)
             if not self._is_named:
                 sync_file(self.path)  # a file that is on the disk, and in no directory there, is lost
@@ -284,7 +284,7 @@ class LmdbEnv:
         """Map the file as far as it and this process want; no other thread may use the environment."""
         env = self._live()
         with self._translated("be mapped"):
-            self.data.require_whole()
+            self._require_whole()
             try:
                 self.data.require_sound_end()
             except CorruptBlockError:
@@ -341,12 +341,24 @@ class LmdbEnv:
 
     def _begin(self, *, write: bool) -> lmdb.Transaction[memoryview]:
         env = self._live()
-        self.data.require_whole()
+        self._require_whole()
         try:
             return env.begin(write=write, buffers=True)
         except lmdb.ReadersFullError:
             env.reader_check()
             return env.begin(write=write, buffers=True)
+
+    def _require_whole(self) -> None:
+        """Raise CutShortError if the data file is shorter than it has been: LMDB never makes it so."""
+        known = self._known_bytes  # read first: another thread may see the file grow
+        size = os.fstat(self.data.fd).st_size
+        if size < known:
+            raise CutShortError(
+                f"{self.data.path} was cut from {known} to {size} bytes while it was open",
+                hint="close the store everywhere; opening it again saves the sound blocks",
+            )
+        if size > known:
+            self._known_bytes = size
 
     def _live(self) -> lmdb.Environment:
         if self._env is None or self._is_abandoned:
@@ -364,24 +376,7 @@ class LmdbEnv:
     def _open(self, *, is_first: bool) -> None:
         """Open the data file. is_first: no other process has it open; else another process has found it sound."""
         try:
-            if not is_first:
-                DataFile(
-                    self.path / DATA_FILE, read_only=True
-                ).close()  # shorter than it says: LMDB's map of it would end this process
-            if not self.read_only:
-                reserve_lock_file(self.path, _LOCK_FILE_BYTES)
-            env = lmdb.open(
-                str(self.path),
-                map_size=self._map_bytes,
-                readonly=self.read_only,
-                create=not self.read_only,
-                sync=False,
-                metasync=False,
-                mode=0o600,
-                max_readers=_MAX_READERS,
-                max_dbs=8,
-                lib_version=0,
-            )
+            env = open_environment(self.path, map_bytes=self._map_bytes, read_only=self.read_only, is_first=is_first)
             try:
                 env.reader_check()
                 if not self.read_only and self._write_lock is None:
@@ -390,6 +385,7 @@ class LmdbEnv:
                 with lock:  # LMDB opens databases within a write transaction
                     self.handles = tuple(env.open_db(name, create=not self.read_only) for name in self._names)
                 self.data = DataFile(self.path / DATA_FILE, read_only=self.read_only)
+                self._known_bytes = self.data.opened_bytes
             except BaseException:
                 env.close()
                 raise

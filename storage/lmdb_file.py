@@ -157,7 +157,10 @@ class LeafValue:
 
 
 class DataFile:
-    """An open data file. Thread-safe. Raises CorruptBlockError if it is shorter than it says, OSError."""
+    """An open data file. Thread-safe. Raises CorruptBlockError if it is shorter than it says, OSError.
+
+    opened_bytes: how long it was when it was opened.
+    """
 
     def __init__(self, path: Path, *, read_only: bool) -> None:
         self.path = path
@@ -167,8 +170,8 @@ class DataFile:
         try:
             meta = newest_meta(self.fd)
             self._page_bytes = meta.page_bytes
-            self._known_bytes = os.fstat(self.fd).st_size
-            if (meta.last_page + 1) * meta.page_bytes > self._known_bytes:
+            self.opened_bytes: int = os.fstat(self.fd).st_size
+            if (meta.last_page + 1) * meta.page_bytes > self.opened_bytes:
                 raise CorruptBlockError("it is cut short")
         except BaseException:
             self.close()
@@ -180,18 +183,6 @@ class DataFile:
         if fd >= 0:
             with contextlib.suppress(OSError):  # of a disk that has gone: the descriptor is closed all the same
                 os.close(fd)
-
-    def require_whole(self) -> None:
-        """Raise CutShortError if the file is shorter than it has been: LMDB never makes it so."""
-        known = self._known_bytes  # read first: another thread may see the file grow
-        size = os.fstat(self.fd).st_size
-        if size < known:
-            raise CutShortError(
-                f"{self.path} was cut from {known} to {size} bytes while it was open",
-                hint="close the store everywhere; opening it again saves the sound blocks",
-            )
-        if size > known:
-            self._known_bytes = size
 
     def require_sound_end(self) -> None:
         """Raise CorruptBlockError if the file says that it is longer than it is: then it must not be mapped anew."""

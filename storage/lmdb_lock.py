@@ -5,16 +5,15 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import stat
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from tierkv.errors import StoreBusyError, StoreError
-from tierkv.storage.lmdb_file import DATA_FILE, LOCK_FILE, open_store_file
+from tierkv.storage.lmdb_file import DATA_FILE, open_store_file
 
-__all__ = ["Gate", "UserLock", "WriteLock", "reserve_lock_file"]
+__all__ = ["Gate", "UserLock", "WriteLock"]
 
 _WAIT_S = 10.0  # for another process that checks, repairs or compacts
 _POLL_S = 0.01
@@ -148,26 +147,6 @@ class WriteLock:
             f"cold store {self._store}: {holder} has been writing for more than {wait_s:g} s",
             hint="a process that was stopped keeps the lock until it continues or ends",
         )
-
-
-def reserve_lock_file(directory: Path, size: int) -> None:
-    """Reserve disk space for LMDB's lock file, before LMDB makes it: raises OSError where there is none.
-
-    LMDB leaves it full of holes and writes to it through a map: on a full disk, the first process to need
-    a hole, also a reader, would end with SIGBUS. Must not be called while this process has the environment open, since
-    closing the descriptor drops LMDB's own locks; such a file has its room already and is left alone.
-    """
-    path = directory / LOCK_FILE
-    with contextlib.suppress(FileNotFoundError):
-        state = path.lstat()
-        if stat.S_ISREG(state.st_mode) and state.st_blocks * 512 >= size:
-            return
-    fd = open_store_file(path, os.O_RDWR | os.O_CREAT)
-    try:
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(fd, 0, size)
-    finally:
-        os.close(fd)
 
 
 class Gate:

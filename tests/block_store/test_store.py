@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from tierkv import (
     ShapeError,
     Tier,
 )
+from tierkv.block_store import saving
 
 
 @pytest.fixture
@@ -59,6 +61,14 @@ def counted(method: Callable[..., object], reads: list[bytes]) -> Callable[..., 
         return method(self, expected, *args, **kwargs)
 
     return read_into
+
+
+def test_a_reservation_finds_warm_blocks_behind_those_that_it_can_hold() -> None:
+    with BlockStore(config_of(None, blocks=16), namespace=NAMESPACE) as store:
+        keys = store.keys(TOKENS)[:12]
+        save(store, keys)
+        assert store.reserve(keys).num_blocks == store.contains(keys) == 12
+        assert load(store, keys) == (12, [])
 
 
 def test_memory_alone_keeps_the_most_recently_used_chain_from_its_beginning() -> None:
@@ -144,3 +154,22 @@ def test_a_store_that_cannot_hold_four_blocks_is_refused() -> None:
         BlockStore(config_of(None, blocks=3), namespace=NAMESPACE)
     with pytest.raises(ConfigError, match="cold_path"):
         BlockStoreConfig(warm_bytes=0)
+
+
+@pytest.mark.parametrize("is_awaited", [True, False])
+def test_beside_an_engine_one_thread_encodes_and_all_of_them_when_it_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_awaited: bool
+) -> None:
+    names: set[str] = set()
+    encode = saving.encode_record
+
+    def noted(*args: object, **kwargs: object) -> object:
+        names.add(threading.current_thread().name)
+        return encode(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(saving, "encode_record", noted)
+    with BlockStore(config_of(tmp_path), namespace=NAMESPACE) as store:
+        store._tiers._saver._is_awaited = is_awaited
+        save(store, store.keys(TOKENS)[:16])
+        store._tiers._saver._queue.flush()
+    assert all(name.startswith("tierkv-io" if is_awaited else "tierkv-write") for name in names), names

@@ -57,7 +57,7 @@ from tierkv.storage.outcomes import MissReason
 from tierkv.storage.warm import WarmPool
 
 OpenStore = Callable[..., BlockStore]
-STORE_WORKER = Path(__file__).with_name("store_worker.py")
+STORE_WORKER = Path(__file__).with_name("block_store_worker.py")
 LOOKUP_WORKER = Path(__file__).with_name("lookup_worker.py")
 DIGESTS = digest_namespace(weights="weights", row_bytes=SIZE, dtype="bfloat16")
 BOUND_S = 10.0

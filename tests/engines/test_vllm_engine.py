@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm_run import HUNT_BATCH
 
 pytestmark = [
     pytest.mark.slow,
@@ -19,7 +21,7 @@ pytestmark = [
 
 RUN = Path(__file__).parent / "vllm_run.py"
 ROOT = RUN.parent.parent.parent
-LIFE_S = 600
+LIFE_S = 3600
 
 PREFIX = [1, 700]
 FIRST, SECOND, LONG = [PREFIX, [2, 7]], [PREFIX, [3, 30]], [PREFIX, [4, 130]]
@@ -66,8 +68,6 @@ class Lives:
 
 
 def _environment() -> dict[str, str]:
-    import os
-
     return {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
 
 
@@ -154,7 +154,10 @@ def test_blocks_that_do_not_come_are_computed_and_their_garbage_is_not_kept(
 
 
 def test_scheduler_and_worker_in_two_processes(lives: Lives, store: Path) -> None:
-    actions = [["ask", [SECOND], 8], ["ask", [LONG, FIRST], 8], ["ask", CROWD[:2], 60], ["reset"], ["ask", [FIRST], 8]]
+    actions = [
+        *(["ask", [SECOND], 8], ["abort", LONG, 1], ["ask", [LONG, FIRST], 8], ["ask", CROWD[:2], 60]),
+        *(["abort", CROWD[2], 9], ["reset"], ["ask", [FIRST], 8]),
+    ]
     result = lives.live(actions, store=str(store), engine={"distributed_executor_backend": "mp"})
     (second,), (longer, first), crowd, (again,) = result["answers"]
     assert [each["ids"] for each in (second, longer, first, again)] == [
@@ -166,22 +169,60 @@ def test_scheduler_and_worker_in_two_processes(lives: Lives, store: Path) -> Non
 
 
 def test_preemption_in_a_pool_that_is_too_small_with_chunked_prefill(lives: Lives, tmp_path: Path) -> None:
-    small = {"num_gpu_blocks_override": 30, "max_num_batched_tokens": 128, "enable_chunked_prefill": True}
+    small = {
+        "max_model_len": 512,
+        "num_gpu_blocks_override": 30,
+        "max_num_batched_tokens": 128,
+        "enable_chunked_prefill": True,
+    }
     store = str(tmp_path / "store")
     once = [["ask", CROWD, 60]]
     for engine in (small, {**small, "async_scheduling": True}):
         result = lives.live([*once, *once, ["reset"], *once], store=store, engine=engine)
         for answers in result["answers"]:
             assert [answer["ids"] for answer in answers] == lives.crowd
-        assert result["counted"]["saved_blocks"] + result["counted"].get("loaded_blocks", 0) > 0
-    assert result["counted"]["loaded_blocks"] > 10
+        assert result["counted"]["loaded_blocks"] > 10
 
 
-def test_after_a_reset_of_the_connector_nothing_is_cached(lives: Lives, store: Path) -> None:
-    actions = [["reset_connector"], ["ask", [FIRST], 8]]
+def test_two_ranks_of_a_split_model(lives: Lives, tmp_path: Path) -> None:
+    engine = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    for cached in (0, 704):
+        result = lives.live([["ask", [FIRST], 8]], store=str(tmp_path / "store"), engine=engine)
+        ((first,),) = result["answers"]
+        assert (first["ids"], first["cached"]) == (lives.first, cached)
+
+
+def test_a_change_of_weights_stops_the_cache_and_a_reset_begins_a_new_one(lives: Lives, store: Path) -> None:
+    actions = [
+        *(["reload"], ["reset"], ["ask", [FIRST], 8]),  # stopped
+        *(["reset_connector"], ["ask", [FIRST], 8]),  # nothing from before
+        *(["reset"], ["ask", [FIRST], 8]),  # what this engine has saved since then
+    ]
     result = lives.live(actions, store=str(store))
-    ((first,),) = result["answers"]
-    assert (first["ids"], first["cached"]) == (lives.first, 0)
+    assert [answer["ids"] for (answer,) in result["answers"]] == [lives.first] * 3
+    assert [answer["cached"] for (answer,) in result["answers"]] == [0, 0, 704]
+
+
+def test_aborted_requests_leave_nothing_behind(lives: Lives, store: Path) -> None:
+    actions = [["abort", FIRST, 0], ["abort", LONG, 1], ["abort", STORY, 70], ["reset"], ["ask", [LONG], 8]]
+    result = lives.live([*actions, ["ask", [STORY], 100]], store=str(store))
+    assert [answer["ids"] for (answer,) in result["answers"]] == [lives.long, lives.story]
+
+
+@pytest.mark.parametrize("executor", ["uni", "mp"])
+def test_random_requests_get_the_tokens_of_plain_vllm_over_two_lives(
+    lives: Lives, tmp_path: Path, executor: str
+) -> None:
+    """TIERKV_HUNT names the number of requests."""
+    count = int(os.environ.get("TIERKV_HUNT", "160")) // HUNT_BATCH * HUNT_BATCH
+    half = count // HUNT_BATCH // 2 * HUNT_BATCH
+    plain = lives.live([["hunt", 1, 0, count]])["answers"]
+    small = {"max_model_len": 512, "num_gpu_blocks_override": 60, "max_num_batched_tokens": 512}
+    engine = {**small, "distributed_executor_backend": executor}
+    store, found = str(tmp_path / "store"), []
+    for first, end in ((0, half), (half, count)):
+        found += lives.live([["hunt", 1, first, end]], store=store, engine=engine)["answers"]
+    assert [[each["ids"] for each in batch] for batch in found] == [[each["ids"] for each in b] for b in plain]
 
 
 def test_another_policy_for_failed_loads_is_refused_with_the_reason(lives: Lives, tmp_path: Path) -> None:

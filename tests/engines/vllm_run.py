@@ -15,6 +15,7 @@ from typing import Any
 
 BLOCK = 32  # the CPU backend wants a multiple of 32
 VOCABULARY = 1000
+HUNT_BATCH = 16
 SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the scheduler in this process
@@ -22,6 +23,7 @@ SETTINGS = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "GLOO_SOCKET_IFNAME": "lo",
 }
 
@@ -32,7 +34,8 @@ class Spec:
 
     actions: ["ask", prompts, new tokens], a prompt being [seed, length] pairs whose tokens follow each other, or
     ["last"], which is an answer of the ask before with its prompt; ["reset"]; ["reset_connector"]; ["fail", share]:
-    from now on that share of the blocks of each load does not come.
+    from now on that share of the blocks of each load does not come; ["abort", prompt, steps]; ["reload"] the weights;
+    ["hunt", seed, first, end]: random requests of that seed, from one number to another.
     """
 
     model: str
@@ -131,6 +134,12 @@ def run(spec: Spec) -> dict[str, Any]:
             assert llm.reset_prefix_cache()
         elif action == "reset_connector":
             assert llm.reset_prefix_cache(reset_connector=True)
+        elif action == "abort":
+            abort(llm.llm_engine, tokens_of(arguments[0], last), arguments[1])
+        elif action == "hunt":
+            answers += hunt(llm, *arguments)
+        elif action == "reload":
+            llm.collective_rpc("reload_weights")
         elif action == "fail":
             fail_loads(arguments[0])
         else:
@@ -138,6 +147,41 @@ def run(spec: Spec) -> dict[str, Any]:
     counted = counts_of(llm)
     llm.llm_engine.engine_core.shutdown()
     return {"answers": answers, "counted": counted}
+
+
+def hunt(llm: Any, seed: int, first: int, end: int) -> list[list[dict[str, Any]]]:
+    """Ask random requests over a few stems, several at a time; empty the engine's cache now and then."""
+    from vllm import SamplingParams
+
+    answers = []
+    for start in range(0, end, HUNT_BATCH):
+        dice = random.Random(seed * 1_000_003 + start)
+        prompts, samplings = [], []
+        for _ in range(HUNT_BATCH):
+            stem = [[dice.randrange(6), dice.randrange(1, 360)]]
+            prompts.append(tokens_of([*stem, [dice.randrange(1 << 30), dice.randrange(1, 60)]], []))
+            samplings.append(SamplingParams(max_tokens=dice.randrange(1, 24), temperature=0, ignore_eos=True))
+        is_reset = dice.random() < 0.3
+        if start < first:
+            continue
+        outputs = llm.generate([{"prompt_token_ids": each} for each in prompts], samplings, use_tqdm=False)
+        answers.append([{"cached": out.num_cached_tokens, "ids": list(out.outputs[0].token_ids)} for out in outputs])
+        if is_reset:
+            llm.reset_prefix_cache()
+    return answers
+
+
+def abort(engine: Any, prompt: list[int], num_steps: int) -> None:
+    """Begin a request and abort it after some steps."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)
+    request_id = engine.add_request("aborted", {"prompt_token_ids": prompt}, sampling)
+    for _ in range(num_steps):
+        engine.step()
+    engine.abort_request([request_id or "aborted"])
+    while engine.has_unfinished_requests():
+        engine.step()
 
 
 def counts_of(llm: Any) -> dict[str, int]:

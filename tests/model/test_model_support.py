@@ -86,7 +86,7 @@ def test_more_rounding_than_usual_is_told_from_a_model_that_cannot_be_split(
 ) -> None:
     torch.manual_seed(0)
     model = kind(LlamaConfig(**SMALL)).eval().to(torch.bfloat16)
-    monkeypatch.setitem(model_support._TOLERANCE, "bfloat16", 1e-5)  # as if 32 layers had rounded
+    monkeypatch.setitem(model_support.TOLERANCE, "bfloat16", 1e-5)  # as if 32 layers had rounded
     with pytest.raises(UnsupportedModelError, match="fails the self-test") if is_refused else nullcontext():
         self_test(model, probe_layout(model, block_size=16))
     assert not model.get_input_embeddings()._forward_hooks

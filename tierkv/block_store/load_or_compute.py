@@ -28,6 +28,7 @@ class LoadOrCompute:
         self._block_size = check_count("block_size", block_size, least=1)
         self._lock = OwnedLock()
         self._computing = CostBySize()
+        self._least_tokens = 1 << 62  # of what was measured
         self._loading: defaultdict[bool, CostBySize] = defaultdict(CostBySize)
 
     def record_compute(self, num_tokens: int, seconds: float) -> None:
@@ -35,6 +36,7 @@ class LoadOrCompute:
         num_tokens, seconds = check_count("num_tokens", num_tokens), check_seconds("seconds", seconds)
         with self._lock:
             self._computing.add(num_tokens, seconds)
+            self._least_tokens = min(num_tokens or self._least_tokens, self._least_tokens)
 
     def record_load(self, num_blocks: int, *, in_memory: bool, seconds: float) -> None:
         """Record how long so many blocks took from the request until they lay in the engine's memory.
@@ -48,7 +50,7 @@ class LoadOrCompute:
     def compute_s(self, num_tokens: int) -> float | None:
         """Return the seconds that so many new tokens take; None before anything was measured."""
         with self._lock:
-            return self._computing.estimate(num_tokens)
+            return self._estimate(num_tokens)
 
     def load_s(self, num_blocks: int, *, in_memory: bool) -> float | None:
         """Return the seconds that so many blocks take to load; None before anything was measured."""
@@ -64,8 +66,8 @@ class LoadOrCompute:
             return 0
         with self._lock:
             loads = self._loading[in_memory]
-            rest_s = self._computing.estimate(num_rest_tokens)
-            computing_s = self._computing.estimate(num_blocks * self._block_size + num_rest_tokens)
+            rest_s = self._estimate(num_rest_tokens)
+            computing_s = self._estimate(num_blocks * self._block_size + num_rest_tokens)
             loading_s = loads.estimate(num_blocks)
             if rest_s is None or computing_s is None or loading_s is None:
                 return num_blocks
@@ -73,3 +75,23 @@ class LoadOrCompute:
                 return num_blocks
             loads.forget(num_blocks)
             return 0
+
+    def worth_waiting(self, num_left: int, *, num_read: int, waited_s: float) -> bool:
+        """Return whether blocks that are being read are worth waiting for, rather than computing them.
+
+        num_left: blocks that are not there yet. num_read: those that were read in `waited_s` seconds. The rest is
+        expected to come at the same pace; without any yet, after half the time that computing takes.
+        """
+        computing_s = self.compute_s(num_left * self._block_size)
+        if computing_s is None:
+            return True
+        return waited_s / num_read * num_left < computing_s if num_read else waited_s < computing_s / 2
+
+    def _estimate(self, num_tokens: int) -> float | None:
+        """Return the seconds of a pass. One that is smaller than all measured ones costs less than they, in proportion:
+        else an engine that has computed long prompts only would never load.
+        """
+        seconds = self._computing.estimate(num_tokens)
+        if seconds is None or num_tokens >= self._least_tokens:
+            return seconds
+        return seconds * num_tokens / self._least_tokens

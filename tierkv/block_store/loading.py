@@ -103,14 +103,11 @@ class BlockLoader(Loader):
         memory = self._memory
         with self.changed:
             self.reap()
-            slots: list[int | None] = []
-            for key in wanted[: memory.most_held]:
-                entry = memory.index.get(key)
-                if entry:
-                    memory.index.slots.pin(entry.slot)
-                slots.append(entry.slot if entry else None)
+            entries = [memory.index.get(key) for key in wanted]
+            slots: list[int | None] = [entry.slot if entry else None for entry in entries[: memory.most_held]]
+            memory.index.slots.pin_all(slot for slot in slots if slot is not None)
         try:
-            num_found = self._count_found(wanted, slots)
+            num_found = self._count_found(wanted, [entry is not None for entry in entries])
         except BaseException:
             with self.changed:
                 memory.unpin(slot for slot in slots if slot is not None)
@@ -128,14 +125,14 @@ class BlockLoader(Loader):
             found.start_reading(self.submit(self._read, found))
         return found
 
-    def _count_found(self, wanted: Sequence[BlockKey], slots: Sequence[int | None]) -> int:
-        """Return how many leading blocks are held or cold. slots: of the leading blocks, None if not held."""
+    def _count_found(self, wanted: Sequence[BlockKey], is_warm: Sequence[bool]) -> int:
+        """Return how many leading blocks are warm or cold. A warm block beyond those held may not be on disk yet."""
         found = 0
         while found < len(wanted):
-            if found < len(slots) and slots[found] is not None:
+            if is_warm[found]:
                 found += 1
                 continue
-            end = next((at for at in range(found, len(slots)) if slots[at] is not None), len(wanted))
+            end = next((at for at in range(found, len(wanted)) if is_warm[at]), len(wanted))
             num_cold = count_cold(self._cold, wanted[found:end]) if self._cold else 0
             found += num_cold
             if found < end:

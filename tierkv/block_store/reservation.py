@@ -79,7 +79,7 @@ class Reservation:
     @property
     def is_ready(self) -> bool:
         """Whether all blocks lie in the warm memory, verified."""
-        return not self.is_reading and self.num_ready == self.num_blocks
+        return self.num_ready == self.num_blocks
 
     @property
     def is_released(self) -> bool:

@@ -84,6 +84,7 @@ class BlockSaver:
         self._codec = codec
         self._stats = stats
         self._changed = changed
+        self._is_awaited = False
         self._queue: WriteBehind[_Job] = WriteBehind(self._write, capacity=_QUEUE_JOBS, batch_size=1)
 
     def save(self, keys: Sequence[BlockKey], sources: Placement, start: int) -> Save:
@@ -110,11 +111,17 @@ class BlockSaver:
 
     def flush(self) -> None:
         """Wait until all that was saved has been written. Raises StoreError if one write takes too long."""
-        if not self._queue.flush(stall_s=_FLUSH_STALL_S):
+        self._is_awaited = True
+        try:
+            is_written = self._queue.flush(stall_s=_FLUSH_STALL_S)
+        finally:
+            self._is_awaited = False
+        if not is_written:
             raise StoreError(f"a write to the store has taken longer than {_FLUSH_STALL_S:g} s")
 
     def close(self, *, stall_s: float) -> bool:
         """Write what is queued and stop. Return whether the write thread has ended; it hangs in a write if not."""
+        self._is_awaited = True
         left = self._queue.close(stall_s=stall_s)
         with self._changed:
             for job in left:
@@ -185,8 +192,7 @@ class BlockSaver:
             outcomes: Sequence[PutOutcome] = [PutOutcome.IO_ERROR] * len(job.keys)
             try:
                 job.copied.synchronize()
-                pairs = zip(job.keys, job.slots, strict=True)
-                outcomes = self._cold.put(self._memory.threads.map(Priority.DEMOTION, self._encode, pairs))
+                outcomes = self._cold.put(self._encode_all(list(zip(job.keys, job.slots, strict=True))))
             except (StoreError, RuntimeError) as exc:
                 _log.warning("%d blocks were not written to the disk: %s", len(job.keys), exc)
             finally:
@@ -211,6 +217,12 @@ class BlockSaver:
     def _count_skips(self, reason: str, count: int) -> None:
         with self._changed:
             self._stats.skip_reasons[reason] += count
+
+    def _encode_all(self, pairs: Sequence[tuple[BlockKey, int]]) -> list[EncodedRecord]:
+        """Encode blocks: one after another beside a running engine, whose own Python code more threads would delay."""
+        if self._is_awaited:
+            return self._memory.threads.map(Priority.DEMOTION, self._encode, pairs)
+        return [self._encode(pair) for pair in pairs]
 
     def _encode(self, pair: tuple[BlockKey, int]) -> EncodedRecord:
         key, slot = pair

@@ -198,8 +198,8 @@ class Core:
                 tenant.size_class.index.unpin(Tier.WARM, slot)
             else:
                 writes.append(Write(tenant, entry, slot))
-        if writes:
-            writes += self._write_followers(tenant, {write.entry for write in writes})
+        if followers := self._write_followers(tenant, {write.entry for write in writes}):
+            writes = sorted(writes + followers, key=lambda write: write.entry.depth)  # parents first
         self._writes.update(writes)
         self.counters["published_blocks"] += len(published)
         return Published(count=len(published), lost=lost.tobytes()), writes

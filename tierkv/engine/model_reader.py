@@ -16,6 +16,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from tierkv.engine.model_seam import Seam
 from tierkv.engine.model_state import VOLATILE_FIELDS, ModelState
 
 __all__ = ["read_state"]
@@ -117,7 +118,7 @@ class _Reader:
         has_adapters = hasattr(module, "adapter_layer_names")
         keeps_books = type(module).__module__.split(".")[0] in ("torch", "transformers")
         for name, value in list(inner.items()):
-            if name in _OWN_OF_TORCH or name in _IGNORED:
+            if name in _OWN_OF_TORCH or name in _IGNORED or isinstance(value, Seam):
                 continue
             if name == "forward" and not _is_of_known_package(value):
                 self.state.forwards[f"{place}.{name}"] = value

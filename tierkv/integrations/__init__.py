@@ -1,1 +1,1 @@
-"""Adapters that let other engines keep their KV in tierkv. Each module imports its engine only when it is used."""
+"""Engines that keep K and V in memory of their own, each with tierkv below it. Each imports its engine when used."""

@@ -29,8 +29,7 @@ def weights_digest(folder: str | Path) -> str:
     """Return sha256, in hex, over the names and bytes of the safetensors files in a model's folder.
 
     The folder's path, times and other files do not matter, nor does a file that is a symbolic link. Reads all weights
-    once, four files at a time: 16 GB take 5 to 15 seconds. Raises ConfigError if there are none or a file cannot be
-    read.
+    once, several files at a time. Raises ConfigError if there are none or a file cannot be read.
     """
     path = Path(folder)
     files = _matching(path, _WEIGHTS)
@@ -51,18 +50,18 @@ def settings_digest(folder: str | Path) -> str:
     return _digest(files)
 
 
-def model_folder(name: str | Path, revision: str | None = None) -> Path:
+def model_folder(name: str | Path, revision: str | None = None, *, cache: str | Path | None = None) -> Path:
     """Return the folder of a model that is named by a path or by its name on the Hugging Face Hub.
 
-    A name is looked up in the local cache of the Hub only; nothing is downloaded. Raises ConfigError if there is no
-    such folder.
+    A name is looked up in the local cache of the Hub only; nothing is downloaded. cache: the folder of that cache, if
+    it is not the usual one. Raises ConfigError if there is no such folder.
     """
     if Path(name).is_dir():
         return Path(name)
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(str(name), revision=revision, local_files_only=True))
+        return Path(snapshot_download(str(name), revision=revision, cache_dir=cache, local_files_only=True))
     except (ImportError, OSError, ValueError) as exc:  # the Hub's own errors are OSError and ValueError
         raise ConfigError(f"the folder of the model {name} is not known", hint=_HINT) from exc
 

@@ -15,6 +15,7 @@ import vllm
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
+from tierkv.block_store.load_or_compute import LoadOrCompute
 from tierkv.errors import ConfigError
 from tierkv.integrations.vllm.finders import LocalFinder, SharedFinder
 from tierkv.integrations.vllm.identity import identity_of, refuse_unsupported
@@ -39,6 +40,7 @@ class TierkvConnector(KVConnectorBase_V1):  # type: ignore[misc]
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
+        _log_as_vllm()
         transfer = vllm_config.kv_transfer_config
         self._options = Options.parse(transfer.kv_connector_extra_config)
         refuse_unsupported(vllm_config, kv_cache_config, self._options.weights)
@@ -49,10 +51,11 @@ class TierkvConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._session: Session | None = None
         self._scheduler: SchedulerSide | None = None
         self._finder: LocalFinder | SharedFinder | None = None
+        self._block_pool: Any = None
         if role == KVConnectorRole.SCHEDULER:
             self._session = find_session(self._engine_id)
             if self._session:
-                self._start_scheduler(LocalFinder(self._session, self._statistics))
+                self._start_scheduler(LocalFinder(self._session, self._statistics), self._session.costs)
             elif self._options.path is None:
                 raise ConfigError(
                     "the scheduler and the workers are different processes, which share blocks on disk only",
@@ -116,6 +119,10 @@ class TierkvConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def build_connector_worker_meta(self) -> Any:
         return self._side.report()
 
+    def unregister_kv_caches(self) -> None:
+        """Wait for all copies, before vLLM 0.33 and later unmap the KV caches to sleep."""
+        self._side.synchronize()
+
     def stop_caching(self, reason: str) -> None:
         """Load and save nothing until the cache is reset: the weights of this worker have changed."""
         self._side.stop(reason)
@@ -134,9 +141,10 @@ class TierkvConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def set_xfer_handshake_metadata(self, metadata: dict[int, Any]) -> None:
         if self._scheduler is None:
             ranks = [metadata[rank].namespace for rank in sorted(metadata)]
-            self._start_scheduler(SharedFinder(self._options, ranks))
+            finder = SharedFinder(self._options, ranks, self._statistics)
+            self._start_scheduler(finder, finder.costs)
 
-    def _start_scheduler(self, finder: LocalFinder | SharedFinder) -> None:
+    def _start_scheduler(self, finder: LocalFinder | SharedFinder, costs: LoadOrCompute) -> None:
         transfer, session = self._kv_transfer_config, self._session
         self._finder = finder
         self._scheduler = SchedulerSide(
@@ -146,8 +154,16 @@ class TierkvConnector(KVConnectorBase_V1):  # type: ignore[misc]
             loads=transfer.is_kv_consumer,
             saves=transfer.is_kv_producer,
             save_now=session.run_now if session else None,
-            times=StepTimes(session.costs) if session else None,
+            evict=self._evict,
+            times=StepTimes(costs),
         )
+
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        self._block_pool = gpu_block_pool
+
+    def _evict(self, block_ids: set[int]) -> None:
+        if self._block_pool is not None:
+            self._block_pool.evict_blocks(block_ids)
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         return self._orders.get_num_new_matched_tokens(request, num_computed_tokens)
@@ -161,7 +177,8 @@ class TierkvConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def update_connector_output(self, connector_output: Any) -> None:
         report = connector_output.kv_connector_worker_meta
         assert report is None or isinstance(report, WorkerReport)
-        self._orders.update_from_output(connector_output.invalid_block_ids, report)
+        loaded = connector_output.finished_recving or ()
+        self._orders.update_from_output(connector_output.invalid_block_ids, report, loaded)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Free the blocks at once: a later step that overwrites them waits for the copies that still read them."""
@@ -211,6 +228,15 @@ class TierkvConnector(KVConnectorBase_V1):  # type: ignore[misc]
             close_session(self._engine_id)
 
 
+def _log_as_vllm() -> None:
+    """Let tierkv's messages go where vLLM's go, unless the application has its own handlers for them."""
+    ours, theirs = logging.getLogger("tierkv"), logging.getLogger("vllm")
+    if theirs.handlers and not ours.handlers:
+        ours.handlers = list(theirs.handlers)
+        ours.setLevel(theirs.level)
+        ours.propagate = False
+
+
 def _plan(metadata: Any) -> StepPlan:
     assert isinstance(metadata, StepPlan)
     return metadata
@@ -245,6 +271,7 @@ def _device_of(tensor: torch.Tensor) -> str:
 
 def _observe_this_worker() -> None:
     """Wrap the methods of vLLM's worker classes that change weights or unmap memory, once in a process."""
+    from vllm.platforms import current_platform
     from vllm.v1.worker.gpu_worker import Worker
 
     def connector() -> TierkvConnector | None:
@@ -262,11 +289,9 @@ def _observe_this_worker() -> None:
             found.synchronize()
 
     classes = [Worker]
-    try:
+    if current_platform.is_cpu():  # on a GPU the import would replace torch.cuda's streams
         from vllm.v1.worker.cpu_worker import CPUWorker
-    except ImportError:
-        pass
-    else:
+
         classes.append(CPUWorker)
     for worker_class in classes:
         observe_worker(worker_class, changed=changed, before_unmapping=before_unmapping)

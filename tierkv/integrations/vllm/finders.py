@@ -8,12 +8,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from tierkv.block_store.keys import BlockKeys
+from tierkv.block_store.keys import BlockKey, BlockKeys
+from tierkv.block_store.load_or_compute import LoadOrCompute
 from tierkv.block_store.reservation import Reservation
 from tierkv.block_store.store import BlockStore
 from tierkv.integrations.vllm.options import Options
 from tierkv.integrations.vllm.session import Reserved, Session
 from tierkv.integrations.vllm.statistics import Statistics
+from tierkv.integrations.vllm.step_times import SyncLoad
 from tierkv.storage.cold import ColdStore
 from tierkv.values.namespace import Namespace
 
@@ -21,6 +23,7 @@ __all__ = ["Finder", "Found", "LocalFinder", "SharedFinder"]
 
 _MOST_READING = 4
 _MOST_WAIT_S = 30.0
+_IDLE_WAIT_S = 0.01
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +42,23 @@ class Finder(Protocol):
 
     block_size: int
 
-    def find(self, request_id: str, tokens: Sequence[int], first: int, end: int) -> Found | None:
-        """Return which of the blocks [first, end) of a request there are; None: ask again in the next step."""
+    def find(
+        self, request_id: str, tokens: Sequence[int], first: int, end: int, *, is_idle: bool = False
+    ) -> Found | None:
+        """Return which of the blocks [first, end) of a request there are; None: ask again in the next step.
 
-    def keep(self, request_id: str) -> None:
-        """Hold what was found until the worker loads it."""
+        is_idle: the engine has nothing else to do; then this may wait a moment. An engine that asks again at once would
+        keep Python from the threads that read.
+        """
+
+    def keep(self, request_id: str) -> SyncLoad | None:
+        """Hold what was found until the worker loads it. Return what it costs so far, where this process loads it."""
 
     def drop(self, request_id: str) -> None:
         """Hold nothing for a request that is not loaded."""
+
+    def loaded(self, request_id: str) -> None:
+        """Note that the async load of a request has ended."""
 
     def forget(self, request_id: str) -> None:
         """Forget a request that has ended."""
@@ -60,12 +72,16 @@ class Finder(Protocol):
 
 @dataclass(slots=True)
 class _Held:
-    """A reservation of blocks from `first` on. read_s: how long reading took; None while it is going on."""
+    """A reservation of blocks from `first` on. num_warm: leading blocks that needed no reading.
+
+    read_s: how long reading took; None while it is going on.
+    """
 
     reservation: Reservation
     first: int
     since: float
     in_memory: bool
+    num_warm: int
     read_s: float | None = None
 
 
@@ -85,20 +101,25 @@ class LocalFinder:
         self._held: dict[str, _Held] = {}
         self.block_size: int = session.store.block_size
 
-    def find(self, request_id: str, tokens: Sequence[int], first: int, end: int) -> Found | None:
+    def find(
+        self, request_id: str, tokens: Sequence[int], first: int, end: int, *, is_idle: bool = False
+    ) -> Found | None:
         held = self._held.get(request_id)
         if held and (held.first != first or held.first + held.reservation.num_blocks > end):
             self.drop(request_id)
             held = None
         if not held:
+            keys = self._keys_of(request_id, tokens, end)
             if sum(each.reservation.is_reading for each in self._held.values()) >= _MOST_READING:
-                return None
-            held = self._reserve(request_id, tokens, first, end)
+                return None if self._session.store.contains(keys[first : first + 1]) else _NOTHING
+            held = self._reserve(request_id, keys[:end], first, len(tokens))
         if not held:
             return _NOTHING
         reservation = held.reservation
+        if is_idle:
+            reservation.wait(_IDLE_WAIT_S)
         if reservation.is_reading:
-            if self._clock() - held.since < _MOST_WAIT_S:
+            if self._is_worth_waiting(held):
                 return None
             reservation.cut(reservation.num_ready)
         if held.read_s is None:
@@ -108,37 +129,64 @@ class LocalFinder:
             return _NOTHING
         return Found(reservation.num_blocks, is_async=not reservation.is_ready)
 
-    def _reserve(self, request_id: str, tokens: Sequence[int], first: int, end: int) -> _Held | None:
+    def _is_worth_waiting(self, held: _Held) -> bool:
+        """Return whether the blocks that are still being read come sooner than the engine could compute them.
+
+        If not, what the wait would have taken is recorded.
+        """
+        waited_s, costs = self._clock() - held.since, self._session.costs
+        num_ready, num_blocks = held.reservation.num_ready, held.reservation.num_blocks
+        num_read = num_ready - held.num_warm
+        if waited_s >= _MOST_WAIT_S:
+            return False
+        if not self._session.options.compute_or_load:
+            return True
+        if costs.worth_waiting(num_blocks - num_ready, num_read=num_read, waited_s=waited_s):
+            return True
+        num_cold = num_blocks - held.num_warm
+        costs.record_load(num_cold, in_memory=False, seconds=waited_s * num_cold / max(num_read, 0.5))
+        self._statistics.add("computed_instead_tokens", (num_blocks - num_ready) * self.block_size)
+        return False
+
+    def _keys_of(self, request_id: str, tokens: Sequence[int], end: int) -> BlockKeys:
         keys = self._keys.get(request_id)
         if keys is None:
             keys = self._keys[request_id] = self._session.store.keys()
         keys.extend(tokens[keys.num_tokens : end * self.block_size])
+        return keys
+
+    def _reserve(self, request_id: str, keys: Sequence[BlockKey], first: int, num_tokens: int) -> _Held | None:
         since = self._clock()
-        reservation = self._session.store.reserve(keys[:end], first)
-        in_memory = reservation.is_ready
+        reservation = self._session.store.reserve(keys, first)
+        in_memory, num_warm = reservation.is_ready, reservation.num_ready
         if reservation.num_blocks and self._session.options.compute_or_load:
             num_blocks = reservation.num_blocks
             worth = self._session.costs.worth_loading(
                 num_blocks,
                 in_memory=in_memory,
-                num_rest_tokens=max(1, len(tokens) - (first + num_blocks) * self.block_size),
+                num_rest_tokens=max(1, num_tokens - (first + num_blocks) * self.block_size),
             )
             self._statistics.add("computed_instead_tokens", (num_blocks - worth) * self.block_size)
             reservation.cut(worth)
         if not reservation.num_blocks:
             reservation.release()
             return None
-        held = self._held[request_id] = _Held(reservation, first, since, in_memory)
+        held = self._held[request_id] = _Held(reservation, first, since, in_memory, num_warm)
         return held
 
-    def keep(self, request_id: str) -> None:
+    def keep(self, request_id: str) -> SyncLoad | None:
         held = self._held.pop(request_id)
-        self._session.reserved[request_id] = Reserved(held.reservation, held.read_s or 0.0, held.in_memory)
+        read_s = held.read_s or 0.0
+        self._session.reserved[request_id] = Reserved(held.reservation, read_s, held.in_memory)
+        return SyncLoad(held.reservation.num_blocks, held.in_memory, read_s)
 
     def drop(self, request_id: str) -> None:
         held = self._held.pop(request_id, None)
         if held:
             held.reservation.release()
+
+    def loaded(self, request_id: str) -> None:
+        pass  # the worker side measures it
 
     def forget(self, request_id: str) -> None:
         self.drop(request_id)
@@ -162,10 +210,23 @@ class SharedFinder:
     """Finds blocks that every worker has on disk. Nothing is held: the workers reserve them, and load them async.
 
     namespaces: of the workers' blocks, one for each rank. cold: the store on disk, if this process has it open.
-    Raises what `BlockStore` raises.
+    costs: of loading, as the scheduler sees it, and of computing. Raises what `BlockStore` raises.
     """
 
-    def __init__(self, options: Options, namespaces: Sequence[Namespace], *, cold: ColdStore | None = None) -> None:
+    def __init__(
+        self,
+        options: Options,
+        namespaces: Sequence[Namespace],
+        statistics: Statistics,
+        *,
+        cold: ColdStore | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.costs: LoadOrCompute = LoadOrCompute(block_size=namespaces[0].layout.block_size)
+        self._statistics = statistics
+        self._clock = clock
+        self._found: dict[str, int] = {}  # blocks of waiting requests
+        self._loading: dict[str, tuple[int, float]] = {}  # blocks, and when the load began
         self._options = options
         self._namespaces = namespaces
         self._cold = cold
@@ -175,7 +236,9 @@ class SharedFinder:
         self.renew("")
         self.block_size: int = self._stores[0].block_size
 
-    def find(self, request_id: str, tokens: Sequence[int], first: int, end: int) -> Found | None:
+    def find(
+        self, request_id: str, tokens: Sequence[int], first: int, end: int, *, is_idle: bool = False
+    ) -> Found | None:
         found = self._keys.get(request_id)
         if found is None:
             found = self._keys[request_id] = [store.keys() for store in self._stores]
@@ -183,15 +246,29 @@ class SharedFinder:
         for store, keys in zip(self._stores, found, strict=True):
             keys.extend(tokens[keys.num_tokens : end * self.block_size])
             num_blocks = store.contains(keys[first : first + num_blocks]) if num_blocks else 0
+        if num_blocks and self._options.compute_or_load and self._found.get(request_id) != num_blocks:
+            rest = max(1, len(tokens) - (first + num_blocks) * self.block_size)
+            worth = self.costs.worth_loading(num_blocks, in_memory=False, num_rest_tokens=rest)
+            self._statistics.add("computed_instead_tokens", (num_blocks - worth) * self.block_size)
+            num_blocks = worth
+        self._found[request_id] = num_blocks
         return Found(num_blocks, is_async=num_blocks > 0)
 
-    def keep(self, request_id: str) -> None:
-        pass
+    def keep(self, request_id: str) -> SyncLoad | None:
+        self._loading[request_id] = (self._found.pop(request_id), self._clock())
+        return None
 
     def drop(self, request_id: str) -> None:
-        pass
+        self._found.pop(request_id, None)
+
+    def loaded(self, request_id: str) -> None:
+        num_blocks, started = self._loading.pop(request_id, (0, 0.0))
+        if num_blocks:
+            self.costs.record_load(num_blocks, in_memory=False, seconds=self._clock() - started)
 
     def forget(self, request_id: str) -> None:
+        self.drop(request_id)
+        self._loading.pop(request_id, None)
         self._keys.pop(request_id, None)
 
     def renew(self, salt: str) -> None:
@@ -205,5 +282,7 @@ class SharedFinder:
 
     def close(self) -> None:
         self._keys.clear()
+        self._found.clear()
+        self._loading.clear()
         self._stores.clear()
         self._stack.close()

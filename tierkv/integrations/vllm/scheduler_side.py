@@ -19,7 +19,7 @@ from tierkv.integrations.vllm.finders import Finder
 from tierkv.integrations.vllm.pages import LEFT_OUT
 from tierkv.integrations.vllm.plan import LoadOrder, SaveOrder, StepPlan, TokenUpdate, WorkerReport
 from tierkv.integrations.vllm.statistics import Statistics
-from tierkv.integrations.vllm.step_times import StepTimes
+from tierkv.integrations.vllm.step_times import StepTimes, SyncLoad
 
 __all__ = ["SchedulerSide"]
 
@@ -33,7 +33,8 @@ class _Request:
     """What the scheduler side knows of one cached request. key: its number, never used twice.
 
     table: the engine's blocks. num_sent: tokens that the workers have. next_save: the first block not ordered to be
-    saved. first_token, is_async: of an announced hit. miss: where nothing was found, and until when that holds.
+    saved. is_tainted: it ran over blocks that were not loaded, and is not saved any more. first_token, is_async: of an
+    announced hit. miss: where nothing was found, and until when that holds.
     """
 
     key: int
@@ -45,6 +46,7 @@ class _Request:
     is_async: bool = False
     miss: tuple[int, float] = (-1, 0.0)
     has_failed: bool = False
+    is_tainted: bool = False
     load: LoadOrder | None = None
 
 
@@ -52,7 +54,7 @@ class SchedulerSide:
     """Requests of one engine. engine_block_size: tokens of one of the engine's blocks.
 
     loads, saves: what the role of this engine allows. save_now: saves a request that ends, if the worker lives in this
-    process. times: measures steps, for compute or load.
+    process. evict: makes the engine's prefix cache forget blocks. times: measures steps, for compute or load.
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class SchedulerSide:
         loads: bool = True,
         saves: bool = True,
         save_now: Callable[[StepPlan], None] | None = None,
+        evict: Callable[[set[int]], None] = lambda blocks: None,
         times: StepTimes | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -76,6 +79,7 @@ class SchedulerSide:
         self._loads = loads
         self._saves = saves
         self._save_now = save_now
+        self._evict = evict
         self._times = times
         self._clock = clock
         self._requests: dict[str, _Request] = {}
@@ -83,6 +87,8 @@ class SchedulerSide:
         self._plan = StepPlan()
         self._numbers = count()
         self._step = 0
+        self._is_idle = False
+        self._loads_now: list[SyncLoad] = []
         self._salt = ""
         self._failures_seen = 0
 
@@ -105,7 +111,7 @@ class SchedulerSide:
         at, until = known.miss
         if at == first and self._clock() < until:
             return 0, False
-        found = self._finder.find(request.request_id, request.all_token_ids, first, end)
+        found = self._finder.find(request.request_id, request.all_token_ids, first, end, is_idle=self._is_idle)
         if found is None:
             return None, False
         last = min((first + found.num_blocks) * self._block, limit)
@@ -140,7 +146,9 @@ class SchedulerSide:
             for block in range(first, end)
         ]
         known.load = LoadOrder(known.key, request.request_id, first, pages, known.is_async)
-        self._finder.keep(request.request_id)
+        kept = self._finder.keep(request.request_id)
+        if kept and not known.is_async:
+            self._loads_now.append(kept)
         self._statistics.add("hit_tokens", num_external_tokens)
         self._plan.loads.append(known.load)
         self._send_tokens(known, min(end * self._block, request.num_tokens))
@@ -151,38 +159,62 @@ class SchedulerSide:
         plan = self._plan
         for new in scheduler_output.scheduled_new_reqs:
             self._schedule(new.req_id, new.block_ids[0], new.num_computed_tokens, scheduler_output, is_whole=True)
-        cached = scheduler_output.scheduled_cached_reqs
+        cached, scheduled = scheduler_output.scheduled_cached_reqs, scheduler_output.num_scheduled_tokens
         for request_id, block_ids, num_computed in zip(
             cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
         ):
+            known = self._requests.get(request_id)
+            if not block_ids and known and num_computed + scheduled[request_id] < (known.next_save + 1) * self._block:
+                continue  # most requests in most steps: no new block, none complete
             is_whole = request_id in cached.resumed_req_ids
             new_ids = block_ids[0] if block_ids else []
             self._schedule(request_id, new_ids, num_computed, scheduler_output, is_whole=is_whole)
         self._step += 1
         plan.step = self._step
+        self._is_idle = not scheduler_output.total_num_scheduled_tokens
         if self._times:
-            self._times.start(plan.step, scheduler_output.total_num_scheduled_tokens, is_pure=not plan.loads)
+            num_tokens = scheduler_output.total_num_scheduled_tokens
+            self._times.start(plan.step, num_tokens, loads=self._loads_now, is_pure=not plan.loads)
+        self._loads_now = []
         plan.failures_seen = self._failures_seen
         plan.is_stopped, plan.salt = bool(self.stop_reason), self._salt
         self._plan = StepPlan()
         return plan
 
-    def update_from_output(self, failed_block_ids: Iterable[int], report: WorkerReport | None) -> None:
-        """Act on what the workers report: order blocks anew from the first that was computed over garbage."""
+    def update_from_output(
+        self, failed_block_ids: Iterable[int], report: WorkerReport | None, loaded: Iterable[str] = ()
+    ) -> None:
+        """Act on what the workers report: save nothing that was computed over blocks that were not loaded.
+
+        loaded: requests whose async loads have ended.
+        """
         failed = set(failed_block_ids)
+        for request_id in loaded:
+            self._finder.loaded(request_id)
         if report is not None:
             if self._times:
                 self._times.end(report.step)
             self._failures_seen = max(self._failures_seen, report.failures)
             if report.stop_reason:
                 self.stop(report.stop_reason)
-        if not failed:
-            return
-        for known in self._requests.values():
+        garbage: set[int] = set()
+        for known in self._requests.values() if failed else ():
             bad = next((at for at, block in enumerate(known.table) if block in failed), None)
-            if bad is not None:
+            if bad is None:
+                continue
+            known.has_failed = True
+            if known.load is not None:  # it has waited for the load: nothing was computed over the blocks
                 known.next_save = min(known.next_save, bad // self._pages)
-                known.has_failed = True
+                continue
+            # The request has run over them, and vLLM keeps its blocks in the prefix cache while it computes them anew.
+            # If it is preempted meanwhile, or another request reads them, garbage is taken for true.
+            known.is_tainted = True
+            garbage.update(known.table[bad:])
+        if garbage:
+            _log.warning(
+                "a load that was certain has failed: %d of the engine's blocks are computed anew", len(garbage)
+            )
+            self._evict(garbage)
 
     def request_finished(self, request: Any) -> None:
         """Order the last whole blocks of a request that has ended, and forget it."""
@@ -259,7 +291,10 @@ class SchedulerSide:
         if known is None:
             return
         known.load = None
-        known.table = [*block_ids] if is_whole else [*known.table, *block_ids]
+        if is_whole:
+            known.table = list(block_ids)
+        else:
+            known.table += block_ids
         num_computed += scheduler_output.num_scheduled_tokens[request_id]
         # With asynchronous scheduling the last sampled tokens are not known yet: their block is saved a step later.
         self._order_save(known, min(num_computed, known.request.num_tokens), plan.saves)
@@ -267,7 +302,7 @@ class SchedulerSide:
     def _order_save(self, known: _Request, num_tokens: int, orders: list[SaveOrder]) -> None:
         """Order the whole blocks of the first tokens of a request that are not ordered yet."""
         end = min(num_tokens // self._block, len(known.table) // self._pages)
-        if not self._saves or self.stop_reason or end <= known.next_save:
+        if not self._saves or self.stop_reason or known.is_tainted or end <= known.next_save:
             return
         table = known.table[: end * self._pages]
         orders.append(SaveOrder(known.key, known.next_save, end, table))

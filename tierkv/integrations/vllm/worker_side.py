@@ -249,7 +249,7 @@ class WorkerSide:
         assert loading.load is not None
         if not loading.load.is_done():
             return False
-        if loading.load.num_loaded and not loading.is_recorded:
+        if loading.order.is_async and loading.load.num_loaded and not loading.is_recorded:  # else its step measures it
             seconds = loading.read_s + self._clock() - loading.started
             self._session.costs.record_load(loading.load.num_loaded, in_memory=loading.in_memory, seconds=seconds)
             loading.is_recorded = True

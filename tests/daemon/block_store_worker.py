@@ -1,4 +1,4 @@
-"""A block store in a process of its own: run as `python block_store_worker.py ACTION SOCKET`; prints "ready", then sleeps."""
+"""A block store in a process of its own: `python block_store_worker.py ACTION SOCKET` prints "ready", then sleeps."""
 
 from __future__ import annotations
 

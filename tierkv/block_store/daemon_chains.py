@@ -9,11 +9,10 @@ from typing import TypeAlias
 from tierkv.block_store.engines import EnginePool
 from tierkv.block_store.keys import BlockKey
 from tierkv.daemon.messages import Chain, Match, Pin
-from tierkv.storage.outcomes import MissReason
 from tierkv.transfer.daemon_connection import DaemonConnection
 from tierkv.values.namespace import Namespace, has_rows
 
-__all__ = ["Connection", "DaemonChains", "reason_of"]
+__all__ = ["Connection", "DaemonChains"]
 
 Connection: TypeAlias = DaemonConnection[EnginePool]
 
@@ -56,14 +55,6 @@ class DaemonChains:
         """Return the proposal to write the blocks from `start` on."""
         hashes, tokens = _packed(chain)
         return Chain(hashes, tokens, array("I", range(start, len(chain))).tobytes())
-
-
-def reason_of(miss: str) -> MissReason:
-    """Return why the daemon has not found a block; it need not say."""
-    try:
-        return MissReason(miss or MissReason.ABSENT.value)
-    except ValueError:
-        return MissReason.DAEMON
 
 
 def _packed(chain: Sequence[BlockKey]) -> tuple[bytes, bytes]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from tierkv.block_store.daemon_chains import Connection, DaemonChains, reason_of
+from tierkv.block_store.daemon_chains import Connection, DaemonChains
 from tierkv.block_store.keys import BlockKey
 from tierkv.block_store.loader import Loader
 from tierkv.block_store.placement import Placement
@@ -19,6 +19,7 @@ from tierkv.daemon.protocol import split_numbers
 from tierkv.errors import DaemonError
 from tierkv.movers.ready import Ready
 from tierkv.storage.outcomes import MissReason
+from tierkv.transfer.daemon_connection import miss_reason
 from tierkv.values.block import Tier
 from tierkv.values.layout import BlockLayout
 from tierkv.values.locks import OwnedCondition
@@ -139,7 +140,7 @@ class DaemonLoader(Loader):
         if None not in slots:
             with self.changed:
                 found.end_cursor()
-        return found, reason_of(answer.miss)
+        return found, miss_reason(answer.miss) or MissReason.ABSENT
 
     def load_slowly(self, load: Load, reservation: Reservation, targets: Placement, after: Ready) -> None:
         """Load blocks of which some are still being read, or are not read yet, on a thread of its own.
@@ -222,7 +223,9 @@ class DaemonLoader(Loader):
             return (), MissReason.DAEMON
         with self.changed:
             self.stats.bytes_out[Tier.COLD] += len(slots) * self.layout.block_bytes
-        return slots, reason_of(answer.miss) if len(slots) < count else None
+        if len(slots) == count:
+            return slots, None
+        return slots, miss_reason(answer.miss) or MissReason.ABSENT
 
 
 def _first_run(wanted: Sequence[tuple[int, BlockKey]]) -> Sequence[tuple[int, BlockKey]]:

@@ -29,7 +29,7 @@ from tierkv.daemon.protocol import ProtocolError, split_numbers
 from tierkv.daemon.reservations import Reservations
 from tierkv.daemon.slab import SharedSlab
 from tierkv.daemon.tenants import Tenants
-from tierkv.daemon.values import BlockSource, Connection, Load, Tenant, Write, whole_hashes
+from tierkv.daemon.values import BlockSource, Connection, Load, Tenant, Write, is_unknown, whole_hashes
 from tierkv.errors import DaemonError
 from tierkv.index.chosen_eviction import Choice, Evicted
 from tierkv.index.index import Entry
@@ -151,7 +151,7 @@ class Core:
         miss = ""
         if has_failed:
             miss = MissReason.IO_ERROR.value
-        elif total < len(hashes) and _is_unknown(known, total) and tenant.size_class.index.peek(hashes[total]):
+        elif total < len(hashes) and is_unknown(known, total) and tenant.size_class.index.peek(hashes[total]):
             miss = MissReason.COLLISION.value
         claim, is_computing = 0, False
         if message.wants_claim and total < len(hashes):
@@ -205,10 +205,7 @@ class Core:
         return Published(count=len(published), lost=lost.tobytes()), writes
 
     def _write_followers(self, tenant: Tenant, published: set[Entry]) -> list[Write]:
-        """Return writes of warm blocks that follow published ones; their slots are pinned.
-
-        There are such blocks only where the one before was damaged. The store removes them with the damaged one.
-        """
+        """Return writes of warm blocks that follow published ones. The store removes them with a damaged one."""
         pending = [child for entry in published for child in entry.children if child not in published]
         writes: list[Write] = []
         for entry in pending:  # the list grows in the loop
@@ -399,8 +396,3 @@ class Core:
         if total > len(known):
             return None
         return known[total - 1] if total else self.tenants.root(tenant)
-
-
-def _is_unknown(known: Sequence[Entry | None], at: int) -> bool:
-    """Return whether the walk of a prompt ended at this block, or found no such row."""
-    return known[at] is None if at < len(known) else at == len(known)

@@ -31,6 +31,7 @@ __all__ = [
     "has_hash",
     "holds",
     "is_in_some",
+    "is_unknown",
     "parent_hash",
     "whole_hashes",
 ]
@@ -248,6 +249,11 @@ def whole_hashes(tenant: Tenant, hashes: bytes, tokens: bytes, *, most: int) -> 
 def parent_hash(tenant: Tenant, hashes: Sequence[bytes], at: int) -> BlockHash:
     """Return the hash that block `at` of a prompt follows, as sources and clients know it."""
     return hashes[at - 1] if at and not tenant.has_rows else tenant.digest
+
+
+def is_unknown(known: Sequence[Entry | None], at: int) -> bool:
+    """Return whether the walk of a prompt ended at this block, or found no such row."""
+    return known[at] is None if at < len(known) else at == len(known)
 
 
 def is_in_some(

@@ -13,9 +13,10 @@ from tierkv.daemon.client import Answer, DaemonClient
 from tierkv.daemon.messages import Message, Release
 from tierkv.errors import DaemonGoneError
 from tierkv.storage.codec import Bytes
+from tierkv.storage.outcomes import MissReason
 from tierkv.storage.warm import Slab, WarmPool, slot_stride
 
-__all__ = ["DaemonConnection", "SlabMover"]
+__all__ = ["DaemonConnection", "SlabMover", "miss_reason"]
 
 
 class _Closable(Protocol):
@@ -24,6 +25,14 @@ class _Closable(Protocol):
 
 
 SlabMover = TypeVar("SlabMover", bound=_Closable)
+
+
+def miss_reason(miss: str) -> MissReason | None:
+    """Return why the daemon has not found a block; None if it does not say."""
+    try:
+        return MissReason(miss) if miss else None
+    except ValueError:
+        return MissReason.DAEMON
 
 
 class DaemonConnection(Generic[SlabMover]):

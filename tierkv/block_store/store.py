@@ -204,9 +204,9 @@ class BlockStore:
     def pin(self, keys: Sequence[BlockKey], ttl_s: float | None = None) -> int:
         """Keep blocks in the warm memory for `ttl_s` seconds; without a time also on disk, and for good.
 
-        Return how many of them were there. Over a daemon a pin with a time is a lease: it ends with this process, counts
-        to the half of the memory that a client may lease, and another pin of the block replaces it. The daemon refuses
-        a pin for good beyond its share: then 0 are pinned.
+        Return how many of them were there. Over a daemon a pin with a time is a lease: it ends with this process,
+        counts to the half of the memory that a client may lease, and another pin of the block replaces it. The daemon
+        refuses a pin for good beyond its share: then 0 are pinned.
         """
         return self._tiers.pin(keys, None if ttl_s is None else check_seconds("ttl_s", ttl_s))
 

@@ -10,7 +10,6 @@ pytest.importorskip("triton", reason="triton has no wheel for this machine")
 
 from tierkv.errors import ShapeError
 from tierkv.kernels.pages import LayerPages, gather_blocks, scatter_blocks
-from tierkv.kernels.slots import store_slots
 
 
 def random(shape: tuple[int, ...], dtype: torch.dtype, device: str, seed: int = 0) -> Tensor:
@@ -59,25 +58,3 @@ def test_gathering_into_blocks_of_another_size_is_refused(device: str) -> None:
         gather_blocks(LayerPages(layers), page_ids, torch.zeros(1, 24, dtype=torch.uint8, device=device))
     with pytest.raises(ShapeError, match="page_ids"):
         gather_blocks(LayerPages(layers), page_ids.int(), torch.zeros(1, 32, dtype=torch.uint8, device=device))
-
-
-@pytest.mark.parametrize("dim", [8, 12])
-def test_tokens_are_stored_in_their_slots_of_a_strided_pool(device: str, dim: int) -> None:
-    num_blocks, block_size, heads = 4, 4, 3
-    pool = torch.zeros(num_blocks, 2, block_size, heads, dim, device=device)
-    keys, values = random((5, heads, dim), torch.float32, device, 1), random((5, heads, dim), torch.float32, device, 2)
-    slots = torch.tensor([3, 15, -1, 0, 9], device=device)
-    store_slots(keys, values, pool[:, 0], pool[:, 1], slots)
-    want = torch.zeros_like(pool)
-    for token, slot in enumerate(slots.tolist()):
-        if slot >= 0:
-            want[slot // block_size, 0, slot % block_size] = keys[token]
-            want[slot // block_size, 1, slot % block_size] = values[token]
-    assert torch.equal(pool, want)
-
-
-def test_storing_another_dtype_is_refused(device: str) -> None:
-    pool = torch.zeros(1, 4, 1, 8, device=device)
-    new = torch.zeros(1, 1, 8, dtype=torch.bfloat16, device=device)
-    with pytest.raises(ShapeError, match="their cache is"):
-        store_slots(new, new, pool, pool, torch.zeros(1, dtype=torch.int64, device=device))

@@ -34,7 +34,7 @@ ROOMS = {
     "ranks": "errors",
     "config": "errors values policies storage",
     "transfer": "errors values index policies background storage movers daemon ranks config",
-    "block_store": "errors values index background storage movers config transfer",
+    "block_store": "errors values index background storage movers daemon config transfer",
     "requests": "errors values index background storage movers ranks transfer",
     "cache": "errors values policies background storage ranks config transfer requests",
     "engine": "errors values storage kernels movers ranks config requests cache",
@@ -51,6 +51,7 @@ TORCH_FREE_ROOMS = {"errors", "values", "index", "policies", "background", "stor
 TORCH_MODULES = {"storage.hot"}
 TORCH_FREE_MODULES = {
     *("movers.ready", "transfer.codec_choice", "transfer.recompute_or_load", "transfer.lookup"),
+    *("transfer.daemon_connection", "transfer.daemon_connector"),
     *("engine.prompt_files", "engine.prompts", "ranks.group"),
     *("profiling.tracker", "profiling.prefixes", "profiling.measured", "profiling.advice", "profiling.recorder"),
     *("profiling.profiled_run", "profiling.profiler", "profiling.charts", "profiling.drawing"),

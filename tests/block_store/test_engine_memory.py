@@ -83,4 +83,6 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
             with pytest.raises(ShapeError):
                 store.save(keys, Strided(memory, pages))
         with store._changed:
-            assert store._memory.index.slots.referenced_count == len(store._memory.spare), "a slot is still held"
+            assert store._tiers.memory.index.slots.referenced_count == len(store._tiers.memory.spare), (
+                "a slot is still held"
+            )

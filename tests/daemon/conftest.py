@@ -2,44 +2,23 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from daemon_process import BLOCK_BYTES, Daemon, OpenCache, Start
+from daemon_fixtures import short_path, start_daemon
+from daemon_process import BLOCK_BYTES, OpenCache
 from pattern_engine import tiny_layout
 
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.values.namespace import Namespace
 
+__all__ = ["short_path", "start_daemon"]
+
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
-
-
-@pytest.fixture
-def short_path() -> Iterator[Path]:
-    """Return a folder whose path is short enough for a socket."""
-    with tempfile.TemporaryDirectory(prefix="tkd") as path:
-        yield Path(path)
-
-
-@pytest.fixture
-def start_daemon(short_path: Path) -> Iterator[Start]:
-    """Return a function that starts a daemon of so many slots on one socket and one store."""
-    started: list[Daemon] = []
-
-    def start(*, slots: int = 64, store: bool = True, socket: str = "d.sock", **options: Any) -> Daemon:
-        daemon = Daemon(short_path / socket, short_path / "store" if store else None, slots, options)
-        started.append(daemon)
-        return daemon.start()
-
-    yield start
-    for daemon in started:
-        daemon.kill()
-        assert "Traceback" not in daemon.log, daemon.log
 
 
 @pytest.fixture(params=DEVICES)

@@ -87,6 +87,7 @@ class Client:
     slab: dict[int, tuple[bytes, bytes]]
     namespace: bytes
     hash_function: HashFunction
+    has_rows: bool = False
     connection: Connection = field(init=False)
     borrowed: list[tuple[int, tuple[bytes, bytes]]] = field(default_factory=list)
     reserved: list[tuple[int, tuple[bytes, bytes]]] = field(default_factory=list)
@@ -95,16 +96,27 @@ class Client:
 
     def __post_init__(self) -> None:
         self.connection = self.core.connect()
-        self.core.open_tenant(self.connection, self.namespace, b"", layout=layout())
+        self.core.open_tenant(self.connection, self.namespace, b"", layout=layout(), has_rows=self.has_rows)
+
+    def prompt(self, tokens: bytes) -> bytes:
+        """Return what this client can ask for: of rows, whole ones that differ."""
+        if not self.has_rows:
+            return tokens
+        return b"".join(dict.fromkeys(tokens[at : at + STEP] for at in range(0, len(tokens) - STEP + 1, STEP)))
 
     def chain(self, tokens: bytes) -> list[bytes]:
+        if self.has_rows:
+            return [self.hash_function(self.namespace, tokens[at : at + STEP]) for at in range(0, len(tokens), STEP)]
         return [h for h, _ in iter_chain(self.namespace, tokens, BLOCK_SIZE, self.hash_function)]
 
     def content(self, tokens: bytes, at: int) -> tuple[bytes, bytes]:
-        """What block `at` of a prompt must hold: it depends on every token up to its end."""
+        """What block `at` of a prompt must hold: it depends on every token up to its end, a row on its own."""
+        if self.has_rows:
+            return self.namespace, tokens[at * STEP : (at + 1) * STEP]
         return self.namespace, tokens[: (at + 1) * STEP]
 
     def match(self, tokens: bytes, start: int = 0) -> Found:
+        tokens = self.prompt(tokens)
         hashes = self.chain(tokens)
         start = min(start, len(hashes))
         found = self.core.match(
@@ -148,10 +160,13 @@ class Client:
         self.core.release(self.connection, Release(slots=array("I", [slot for slot, _ in given]).tobytes()))
 
     def reserve(self, tokens: bytes, offers: list[int]) -> None:
+        tokens = self.prompt(tokens)
+        if not tokens:
+            return
         hashes: list[bytes] = []
         parent = self.namespace
         for at in range(0, len(tokens), STEP):
-            parent = self.hash_function(parent, tokens[at : at + STEP])
+            parent = self.hash_function(self.namespace if self.has_rows else parent, tokens[at : at + STEP])
             hashes.append(parent)
         chosen = array("I", sorted({offer % len(hashes) for offer in offers}))
         chain = Chain(b"".join(hashes), tokens, chosen.tobytes())

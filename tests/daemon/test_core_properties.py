@@ -22,8 +22,9 @@ which = st.integers(0, 9)
 class CoreMachine(RuleBasedStateMachine):
     """Clients come, borrow, write, die; loads and writes end late; the store loses blocks; the slab is too small."""
 
-    @initialize(num_slots=st.integers(6, 20), has_store=st.booleans(), is_weak=st.booleans())
-    def start(self, num_slots: int, has_store: bool, is_weak: bool) -> None:
+    @initialize(num_slots=st.integers(6, 20), has_store=st.booleans(), is_weak=st.booleans(), has_rows=st.booleans())
+    def start(self, num_slots: int, has_store: bool, is_weak: bool, has_rows: bool) -> None:
+        self.has_rows = has_rows
         self.store = DictStore() if has_store else None
         self.now = 0.0
         self.core = Core(
@@ -38,7 +39,7 @@ class CoreMachine(RuleBasedStateMachine):
     def client(self, number: int) -> Client:
         if not self.clients or (number == 9 and len(self.clients) < 4):
             namespace = bytes([200 + len(self.clients) % 2]) * 16
-            self.clients.append(Client(self.core, self.slab, namespace, self.hash_function))
+            self.clients.append(Client(self.core, self.slab, namespace, self.hash_function, self.has_rows))
         return self.clients[number % len(self.clients)]
 
     @rule(number=which, tokens=prompts, start=st.integers(0, 2))
@@ -150,6 +151,7 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(number=which, tokens=prompts, pinned=st.booleans())
     def pin(self, number: int, tokens: bytes, pinned: bool) -> None:
         client = self.client(number)
+        tokens = client.prompt(tokens)
         message = Pin(hashes=b"".join(client.chain(tokens)), tokens=tokens, pinned=pinned)
         try:
             self.core.pin(client.connection, message)
@@ -168,7 +170,7 @@ class CoreMachine(RuleBasedStateMachine):
         client = self.client(number)
         namespace = b"" if is_everybodys else client.namespace
         self.core.evict_chosen(namespace, Choice(tokens=tokens))
-        if self.store is None and tokens and not client.connection.require_tenant().pinned_bytes:
+        if self.store is None and tokens and not self.has_rows and not client.connection.require_tenant().pinned_bytes:
             found = client.match(tokens)
             whole = len(tokens) // STEP
             assert len(found.slots) < 4 * whole or len(tokens) % STEP, "the prompt's last block is gone"

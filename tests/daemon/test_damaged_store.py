@@ -68,7 +68,7 @@ class BusyStore:
 def test_the_daemons_write_thread_waits_once_for_a_busy_store() -> None:
     store = BusyStore()
     core = SimpleNamespace(finish_write=lambda *_, **__: None, is_marked=lambda _: False)
-    write = Write(SimpleNamespace(), SimpleNamespace(block_hash=b"h" * 16), 0)  # type: ignore[arg-type]
+    write = Write(SimpleNamespace(), SimpleNamespace(block_hash=b"h" * 16, parent=None), 0)  # type: ignore[arg-type]
 
     async def use() -> None:
         with ThreadPoolExecutor(1) as threads:

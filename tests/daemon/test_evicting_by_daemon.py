@@ -84,7 +84,7 @@ def test_a_prompt_that_is_all_hot_is_not_served_either_though_the_daemon_is_not_
     cache = open_cache()
     assert cache._daemon
     engine = keep(cache, PROMPT)
-    monkeypatch.setattr(cache._daemon, "maintain", lambda: None)  # the thread that looks on its own is late
+    monkeypatch.setattr(cache._daemon._connector, "_maintain", lambda: None)  # the thread that looks on its own is late
     answer = evict(daemon, to_bytes=0)
     assert not answer.engines[0].has_answered and hot(cache) == 3
     again = engine.start(PROMPT)
@@ -200,7 +200,7 @@ def test_an_engine_that_was_away_forgets_when_it_is_back_whatever_daemon_it_find
     cache = open_cache(daemon_timeout_s=0.5)
     keep(cache, PROMPT, OTHER)
     assert cache._daemon
-    monkeypatch.setattr(cache._daemon, "maintain", lambda: None)
+    monkeypatch.setattr(cache._daemon._connector, "_maintain", lambda: None)
     assert not evict(daemon, namespace=cache.namespace.digest).engines[0].has_answered
     daemon.kill()
     daemon.start()
@@ -247,7 +247,7 @@ def test_the_thread_that_maintains_the_connection_outlives_an_unexpected_error(
             failed.set()
             raise IndexError("unexpected")
 
-        patch.setattr(cache._daemon, "maintain", fail)
+        patch.setattr(cache._daemon._connector, "_maintain", fail)
         assert failed.wait(10)
     daemon.kill()
     daemon.start()

@@ -21,7 +21,7 @@ from test_life_and_death import eventually
 
 import tierkv.daemon.client
 import tierkv.daemon.host
-import tierkv.transfer.daemon_tiers
+import tierkv.transfer.daemon_connector
 from tierkv.cache import TierCache
 from tierkv.daemon.answers import AnswerCheck, WrongAnswerError
 from tierkv.daemon.client import DaemonClient
@@ -208,8 +208,8 @@ def test_a_partial_block_shorter_than_asked_for_is_refused() -> None:
 
 @pytest.fixture
 def fast_reconnecting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tierkv.transfer.daemon_tiers, "_TICK_S", 0.005)
-    monkeypatch.setattr(tierkv.transfer.daemon_tiers, "_RECONNECT_S", 0.01)
+    monkeypatch.setattr(tierkv.transfer.daemon_connector, "_TICK_S", 0.005)
+    monkeypatch.setattr(tierkv.transfer.daemon_connector, "RECONNECT_S", 0.01)
 
 
 def connection_of(cache: TierCache) -> object:

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from child_process import ENVIRONMENT, command
 from daemon_process import TIMEOUT_S, Daemon, OpenCache, Start
+from daemon_process import WORKER as DAEMON_WORKER
 from pattern_engine import PatternEngine, tiny_layout
 from raw_client import NAMESPACE, chain_of, connect, hello, tokens_of, write_prompt
 
@@ -284,7 +285,7 @@ def test_a_copy_from_a_leased_slot_outlives_the_connection(start_daemon: Start, 
 
 
 def run_worker(options: str) -> subprocess.CompletedProcess[str]:
-    worker = Path(__file__).with_name("daemon_worker.py")
+    worker = DAEMON_WORKER
     return subprocess.run(
         command(worker, options), env=ENVIRONMENT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
     )

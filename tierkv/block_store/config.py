@@ -15,7 +15,7 @@ __all__ = ["BlockStoreConfig"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlockStoreConfig:
-    """Sizes and places of the warm and the cold tier of one engine. Units are in the names.
+    """Sizes and places of the warm and the cold tier of one engine, or the daemon's. Units are in the names.
 
     cold_path: directory of the LMDB store; None keeps nothing on disk. Several processes may have it open.
     warm_bytes: page-locked memory, taken once at opening. With 0 the store only looks up: `contains` works, blocks are
@@ -26,6 +26,10 @@ class BlockStoreConfig:
     read_only: only read the store. New blocks stay in memory.
     num_io_threads: threads that read, decode and encode.
     write_wait_s: how long the write thread waits for the store's write lock, and a load for room in the warm memory.
+    socket: of the daemon, whose warm and cold tiers are used then. This process has none: it uses neither cold_path,
+        cold_bytes, min_free_bytes nor codec, and of warm_bytes only whether it is 0: then it maps no memory and only
+        looks up.
+    daemon_timeout_s: how long to wait for an answer of the daemon before it counts as gone.
 
     >>> BlockStoreConfig(cold_path="store", warm_bytes=1 << 20).cold_path
     PosixPath('store')
@@ -39,10 +43,14 @@ class BlockStoreConfig:
     read_only: bool = False
     num_io_threads: int = field(default_factory=lambda: min(8, os.cpu_count() or 1))
     write_wait_s: float = 5.0
+    socket: Path | None = None
+    daemon_timeout_s: float = 2.0
 
     def __post_init__(self) -> None:
-        if self.cold_path is not None:
-            object.__setattr__(self, "cold_path", expanded_path("cold_path", self.cold_path))
+        for name in ("cold_path", "socket"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, expanded_path(name, value))
         hint = "in bytes, as 8 << 30"
         check_count("warm_bytes", self.warm_bytes, hint=hint)
         check_count("num_io_threads", self.num_io_threads, least=1)
@@ -52,7 +60,11 @@ class BlockStoreConfig:
             check_count("min_free_bytes", self.min_free_bytes, hint=hint)
         check_flag("read_only", self.read_only)
         check_seconds("write_wait_s", self.write_wait_s)
+        check_seconds("daemon_timeout_s", self.daemon_timeout_s, may_be_zero=False)
         if self.codec not in CODEC_NAMES:
             raise ConfigError(f"codec must be one of {', '.join(CODEC_NAMES)}, got {self.codec!r}")
-        if self.cold_path is None and (self.read_only or not self.warm_bytes):
+        if self.socket is not None:
+            if self.read_only:
+                raise ConfigError("read_only is for a store of this process's own, and socket names a daemon")
+        elif self.cold_path is None and (self.read_only or not self.warm_bytes):
             raise ConfigError("a block store without cold_path needs warm_bytes, and cannot be read_only")

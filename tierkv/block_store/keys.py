@@ -22,7 +22,7 @@ from tierkv.values.block import (
 )
 from tierkv.values.checks import check_count
 from tierkv.values.layout import DTYPE_BYTES, BlockLayout, LayerLayout
-from tierkv.values.namespace import Namespace
+from tierkv.values.namespace import DIGEST_IDENTITY, IDENTITY, Namespace, has_rows
 
 __all__ = ["BlockKey", "BlockKeys", "digest_key", "digest_namespace", "is_digest_namespace"]
 
@@ -31,8 +31,6 @@ _ROW_ITEMS = 2 * _DIGEST_TOKENS
 _LEAST_DIGEST_BYTES = 32
 _MOST_DIGEST_BYTES = (_DIGEST_TOKENS - 1) * TOKEN_BYTES
 _MOST_GROUP = 1 << 24
-_IDENTITY = "identity"
-_DIGEST = "digest"
 
 
 class BlockKey(NamedTuple):
@@ -120,13 +118,13 @@ def digest_namespace(
     dim = items // _ROW_ITEMS
     layer = LayerLayout(kv_heads=1, k_dim=dim, v_dim=dim)
     layout = BlockLayout(block_size=_DIGEST_TOKENS, dtype=dtype, layers=(layer,))
-    described = {**(architecture or {}), _IDENTITY: _DIGEST}
+    described = {**(architecture or {}), IDENTITY: DIGEST_IDENTITY}
     return Namespace(weights=weights, architecture=described, layout=layout, **fields)
 
 
 def is_digest_namespace(namespace: Namespace) -> bool:
     """Return whether a namespace's blocks are named by digests, not by tokens."""
-    return namespace.architecture.get(_IDENTITY) == _DIGEST
+    return has_rows(namespace.architecture)
 
 
 def digest_key(root: BlockHash, digest: bytes, group: int = 0) -> BlockKey:

@@ -5,18 +5,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-import time
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
-from functools import partial
+from collections.abc import Generator, Sequence
+from concurrent.futures import wait
 
 from tierkv.background.work_queue import Priority
 from tierkv.block_store.keys import BlockKey
+from tierkv.block_store.loader import Loader
 from tierkv.block_store.placement import Placement
 from tierkv.block_store.reservation import Reservation
 from tierkv.block_store.transfers import Load
 from tierkv.block_store.warm_memory import WarmMemory
-from tierkv.errors import ClosedError, ConfigError, StoreError
+from tierkv.errors import StoreError
 from tierkv.movers.ready import Done, Ready
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.outcomes import MissReason
@@ -29,11 +28,9 @@ __all__ = ["BlockLoader", "count_cold", "info_of"]
 
 _log = logging.getLogger(__name__)
 
-_NUM_LOADERS = 4
 _WAVE_BLOCKS = 16
 _AHEAD_BLOCKS = 4
 _LOOKUP_BLOCKS = 64
-_POLL_S = 0.1
 
 
 def info_of(key: BlockKey, root: BlockHash) -> BlockInfo:
@@ -66,8 +63,8 @@ def count_cold(cold: ColdStore, keys: Sequence[BlockKey]) -> int:
     return found
 
 
-class BlockLoader:
-    """What `BlockStore` does to find and load blocks. Reads go on in threads of its own, one for each request."""
+class BlockLoader(Loader):
+    """Finds and loads blocks of the own warm memory and store."""
 
     def __init__(
         self,
@@ -77,22 +74,17 @@ class BlockLoader:
         stats: StatsRecorder,
         changed: OwnedCondition,
     ) -> None:
+        super().__init__(memory.layout, stats, changed)
         self._memory = memory
         self._cold = cold
         self._root = root
-        self._stats = stats
-        self._changed = changed
-        self._is_closing = False
-        self._num_working = 0
-        self._in_progress: list[Load] = []
         self._spare_lock = threading.Lock()
-        self._loaders = ThreadPoolExecutor(_NUM_LOADERS, thread_name_prefix="tierkv-load")
 
     def contains(self, keys: Sequence[BlockKey]) -> int:
         """Return how many leading blocks are warm or cold."""
         found = 0
         while found < len(keys):
-            with self._changed:
+            with self.changed:
                 while found < len(keys) and self._memory.index.get(keys[found]):
                     found += 1
                 end = found
@@ -107,31 +99,30 @@ class BlockLoader:
 
     def reserve(self, keys: Sequence[BlockKey], start: int) -> Reservation:
         """Hold blocks; see `BlockStore.reserve`."""
-        if start < 0:
-            raise ConfigError(f"start must not be negative, got {start}")
         wanted = list(keys[start:])
         memory = self._memory
-        with self._changed:
-            self._reap()
+        with self.changed:
+            self.reap()
             entries = [memory.index.get(key) for key in wanted]
             slots: list[int | None] = [entry.slot if entry else None for entry in entries[: memory.most_held]]
             memory.index.slots.pin_all(slot for slot in slots if slot is not None)
         try:
             num_found = self._count_found(wanted, [entry is not None for entry in entries])
         except BaseException:
-            with self._changed:
+            with self.changed:
                 memory.unpin(slot for slot in slots if slot is not None)
             raise
-        with self._changed:
+        with self.changed:
             memory.unpin(slot for slot in slots[num_found:] if slot is not None)
             slots = [*slots[:num_found], *[None] * (num_found - len(slots))]
             memory.index.touch(keys[: start + num_found])
-            self._count(wanted, slots, num_found)
+            num_warm = sum(slot is not None for slot in slots)
+            self.count_request(len(wanted), num_warm, num_found, self._reason(wanted, num_found))
         if self._cold and (start + num_found):
             self._cold.notes.touch([key.block_hash for key in keys[: start + num_found]])
-        found = Reservation(wanted[:num_found], slots, changed=self._changed, unpin=memory.unpin)
+        found = Reservation(wanted[:num_found], slots, memory.slots, changed=self.changed, unpin=memory.unpin)
         if None in slots[: memory.most_held]:
-            found.start_reading(self._submit(self._read, found))
+            found.start_reading(self.submit(self._read, found))
         return found
 
     def _count_found(self, wanted: Sequence[BlockKey], is_warm: Sequence[bool]) -> int:
@@ -148,136 +139,46 @@ class BlockLoader:
                 break
         return found
 
-    def _count(self, wanted: Sequence[BlockKey], slots: Sequence[int | None], num_found: int) -> None:
-        """Count a request; the caller holds the lock."""
-        assert self._changed.is_owned()
-        stats = self._stats
-        num_warm = sum(slot is not None for slot in slots)
-        stats.requests += 1
-        stats.misses += len(wanted) - num_found
-        for tier, count in ((Tier.WARM, num_warm), (Tier.COLD, num_found - num_warm)):
-            stats.hits[tier] += count
-            stats.hit_tokens[tier] += count * self._memory.layout.block_size
-        stats.prompt_tokens += len(wanted) * self._memory.layout.block_size
-        if num_found < len(wanted):
-            key = wanted[num_found]
-            is_evicted = self._cold is not None and self._cold.was_evicted(key.block_hash)
-            collides = self._memory.index.collides(key)
-            reason = MissReason.EVICTED if is_evicted else MissReason.COLLISION if collides else MissReason.ABSENT
-            stats.miss_reasons[reason.value] += 1
+    def _reason(self, wanted: Sequence[BlockKey], num_found: int) -> MissReason | None:
+        """Return why the first block that was not found is missing; the caller holds the lock."""
+        assert self.changed.is_owned()
+        if num_found == len(wanted):
+            return None
+        key = wanted[num_found]
+        if self._cold is not None and self._cold.was_evicted(key.block_hash):
+            return MissReason.EVICTED
+        return MissReason.COLLISION if self._memory.index.collides(key) else MissReason.ABSENT
 
-    def load(self, reservation: Reservation, targets: Placement) -> Load:
-        """Copy reserved blocks to the engine; see `BlockStore.load`."""
-        with self._changed:
-            self._reap()
-            if reservation.is_released:
-                raise ConfigError("the reservation was released, or loaded before")
-            reservation.drop(len(targets))
-            reservation.take_over()
-            keys, slots = list(reservation.keys), reservation.ready_slots()
-        load = Load(keys, ended=partial(self._end, reservation))
-        try:
-            after = targets.mark()
-            if len(slots) == len(keys):
-                self._copy(load, targets, slots, after)
-            else:
-                load.start_working(self._submit(self._load_slowly, load, reservation, targets, after))
-        except BaseException:
-            self._end(reservation)
-            raise
-        if not load.is_done():
-            with self._changed:
-                self._in_progress.append(load)
-        return load
+    def being_written(self, slots: Sequence[int]) -> list[Ready]:
+        """Return when the bytes of these slots are there; the caller holds the lock."""
+        assert self.changed.is_owned()
+        owners = (self._memory.index.slots.owners[slot] for slot in slots)
+        return [owner.written for owner in owners if owner and not owner.written.is_done()]
 
-    def close(self, *, stall_s: float) -> bool:
-        """Refuse further work and wait for what is in progress, at most `stall_s` seconds. Return whether it ended."""
-        self._is_closing = True
-        deadline = time.monotonic() + stall_s
-        self._loaders.shutdown(wait=False)
-        while time.monotonic() < deadline:
-            with self._changed:
-                self._reap()
-                if not self._num_working:
-                    break
-                self._changed.wait(_POLL_S)
-        with self._changed:
-            in_progress, self._in_progress = self._in_progress, []
-            if self._num_working:
-                return False
-        for load in in_progress:
-            with contextlib.suppress(RuntimeError):  # of a device that has failed: nothing is copied any more
-                load.synchronize()
-        return True
-
-    def _submit(self, function: Callable[..., None], *arguments: object) -> Future[None]:
-        """Start work on a thread of its own; `close` waits for it."""
-        with self._changed:
-            self._num_working += 1
-        try:
-            return self._loaders.submit(self._work, function, arguments)
-        except RuntimeError as exc:
-            self._end_work()
-            raise ClosedError("the block store is being closed") from exc
-
-    def _work(self, function: Callable[..., None], arguments: Sequence[object]) -> None:
-        try:
-            function(*arguments)
-        except Exception:  # noqa: BLE001 - the outermost call of its thread; what it did not load has failed
-            if not self._is_closing:
-                _log.exception("loading blocks failed")
-        finally:
-            self._end_work()
-
-    def _end_work(self) -> None:
-        with self._changed:
-            self._num_working -= 1
-            self._changed.notify_all()
-
-    def _reap(self) -> None:
-        """Release what loads that have ended still hold; the caller holds the lock."""
-        assert self._changed.is_owned()
+    def reap(self) -> None:
+        """Release what copies that have ended still hold; the caller holds the lock."""
         self._memory.reap()
-        self._in_progress = [load for load in self._in_progress if not load.is_done()]
+        super().reap()
 
-    def _end(self, reservation: Reservation) -> None:
-        with self._changed:
-            reservation.drop(0)
-
-    def _copy(self, load: Load, targets: Placement, slots: Sequence[int], after: Ready) -> bool:
-        """Begin to copy the next blocks of a load from pinned slots. Return False, with nothing loaded, if it fails."""
-        memory, first = self._memory, load.num_loaded
-        with self._changed:
-            owners = (memory.index.slots.owners[slot] for slot in slots)
-            written = [owner.written for owner in owners if owner and not owner.written.is_done()]
-        try:
-            copied = targets.load(first, slots, memory.slots, after=[after, *written])
-        except StoreError as exc:
-            _log.warning("%d blocks are misses: %s", len(slots), exc)
-            self._count_miss(MissReason.IO_ERROR)
-            return False
-        load.add(copied, len(slots))
-        with self._changed:
-            self._stats.bytes_out[Tier.WARM] += len(slots) * memory.layout.block_bytes
-        return True
-
-    def _load_slowly(self, load: Load, reservation: Reservation, targets: Placement, after: Ready) -> None:
+    def load_slowly(self, load: Load, reservation: Reservation, targets: Placement, after: Ready) -> None:
         """Load blocks of which some are still being read, or are not read yet, on a thread of its own."""
         reservation.wait()
-        with self._changed:
+        with self.changed:
             keys, slots = list(reservation.keys), reservation.ready_slots()
-        if slots and not self._copy(load, targets, slots, after):
+        if slots and not self.copy(load, reservation, targets, slots, after):
             return
         with self._spare_lock:
-            while load.num_loaded < len(keys) and not self._is_closing:
-                if not self._load_through_spare(load, keys[load.num_loaded :], targets, after):
+            while load.num_loaded < len(keys) and not self.is_closing:
+                if not self._load_through_spare(load, reservation, keys[load.num_loaded :], targets, after):
                     return
 
-    def _load_through_spare(self, load: Load, keys: Sequence[BlockKey], targets: Placement, after: Ready) -> bool:
+    def _load_through_spare(
+        self, load: Load, reservation: Reservation, keys: Sequence[BlockKey], targets: Placement, after: Ready
+    ) -> bool:
         """Load the next few unread blocks through the spare slots. Return False if one of them cannot be had."""
         memory = self._memory
         wave = keys[: len(memory.spare)]
-        with self._changed:
+        with self.changed:
             held = self._hold(wave)
         try:
             missing = [(key, spare) for key, spare, slot in zip(wave, memory.spare, held, strict=False) if slot is None]
@@ -289,19 +190,19 @@ class BlockLoader:
                     if failure:
                         break
                     slots.append(spare if slot is None else slot)
-            if slots and not self._copy(load, targets, slots, after):
+            if slots and not self.copy(load, reservation, targets, slots, after):
                 return False
             load.synchronize_parts()
         finally:
-            with self._changed:
+            with self.changed:
                 memory.unpin(slot for slot in held if slot is not None)
         if failure:
-            self._count_miss(failure)
+            self.count_miss(failure)
         return failure is None
 
     def _hold(self, keys: Sequence[BlockKey]) -> list[int | None]:
         """Return the warm slots of blocks, each pinned; None where a block is not warm. The caller holds the lock."""
-        assert self._changed.is_owned()
+        assert self.changed.is_owned()
         index = self._memory.index
         entries = [index.get(key) for key in keys]
         index.slots.pin_all(entry.slot for entry in entries if entry)
@@ -309,13 +210,13 @@ class BlockLoader:
 
     def _read(self, reservation: Reservation) -> None:
         """Read the cold blocks of a reservation into warm memory, as far as there is room, on a thread of its own."""
-        while not self._is_closing and self._read_wave(reservation):
+        while not self.is_closing and self._read_wave(reservation):
             pass
 
     def _read_wave(self, reservation: Reservation) -> bool:
         """Read a few blocks. Return whether to go on: not after a failure, and not without room."""
         memory = self._memory
-        with self._changed:
+        with self.changed:
             wanted = [each for each in reservation.wanted() if each[0] < memory.most_held][:_WAVE_BLOCKS]
             for (at, key), slot in zip(wanted, self._hold([key for _, key in wanted]), strict=True):
                 if slot is not None:  # another request has read it meanwhile
@@ -334,25 +235,25 @@ class BlockLoader:
                     if failure:
                         break
                     at, key = wanted[kept]
-                    with self._changed:
+                    with self.changed:
                         held = self._enter(key, slots[kept])
                         kept += 1
                         if not reservation.put(at, key, held):
                             memory.unpin([held])
         finally:
-            with self._changed:
+            with self.changed:
                 memory.unpin(slots[kept:])
                 if kept < len(wanted):
                     reservation.drop(wanted[kept][0])
         if failure:
-            self._count_miss(failure)
+            self.count_miss(failure)
         return failure is None
 
     def _enter(self, key: BlockKey, slot: int) -> int:
         """Enter a block that was read into a slot. Return the slot to hold, pinned. The caller holds the lock."""
-        assert self._changed.is_owned()
+        assert self.changed.is_owned()
         index = self._memory.index
-        self._stats.bytes_out[Tier.COLD] += self._memory.layout.block_bytes
+        self.stats.bytes_out[Tier.COLD] += self._memory.layout.block_bytes
         if (entry := index.get(key)) is not None:  # another request was faster
             index.slots.pin(entry.slot)
             self._memory.unpin([slot])
@@ -388,8 +289,3 @@ class BlockLoader:
             return self._cold.read_into(info_of(key, self._root), out, layout=self._memory.layout)
         except StoreError:
             return MissReason.IO_ERROR
-
-    def _count_miss(self, reason: MissReason) -> None:
-        with self._changed:
-            self._stats.misses += 1
-            self._stats.miss_reasons[reason.value] += 1

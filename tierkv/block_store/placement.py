@@ -55,11 +55,11 @@ class Strided:
 
     def load(self, first: int, slots: Sequence[int], memory: Bytes, *, after: Sequence[Ready]) -> Ready:
         """Copy warm slots to the pages of blocks; see `EngineMemory.load`."""
-        return self.memory.load(slots, self.pages[first : first + len(slots)], after=after)
+        return self.memory.load(slots, self.pages[first : first + len(slots)], memory, after=after)
 
     def save(self, places: Sequence[int], slots: Sequence[int], memory: Bytes, *, after: Sequence[Ready]) -> Ready:
         """Copy the pages of blocks to warm slots; see `EngineMemory.save`."""
-        return self.memory.save([self.pages[place] for place in places], slots, after=after)
+        return self.memory.save([self.pages[place] for place in places], slots, memory, after=after)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -7,6 +7,7 @@ from concurrent.futures import Future, wait
 from itertools import takewhile
 
 from tierkv.block_store.keys import BlockKey
+from tierkv.storage.codec import Bytes
 from tierkv.values.locks import OwnedCondition
 
 __all__ = ["Reservation"]
@@ -24,11 +25,16 @@ class Reservation:
         self,
         keys: Iterable[BlockKey],
         slots: Sequence[int | None],
+        memory: Bytes,
         *,
         changed: OwnedCondition,
         unpin: Callable[[Iterable[int]], None],
     ) -> None:
-        """slots: the pinned warm slot of each key; None for one that is not there yet. unpin: lowers their counts."""
+        """slots: the held warm slot of each key; None for one that is not there yet. unpin: holds slots no more.
+
+        memory: where the slots lie, [slots, block bytes].
+        """
+        self.memory = memory
         self._keys = list(keys)
         self._slots = list(slots)
         self._changed = changed
@@ -58,6 +64,12 @@ class Reservation:
         """How many leading blocks lie in the warm memory, verified: a promise until the reservation is released."""
         with self._changed:
             return next((at for at, slot in enumerate(self._slots) if slot is None), len(self._slots))
+
+    @property
+    def num_held(self) -> int:
+        """How many blocks lie in the warm memory, wherever in `keys` they are."""
+        with self._changed:
+            return sum(slot is not None for slot in self._slots)
 
     @property
     def is_reading(self) -> bool:
@@ -109,6 +121,14 @@ class Reservation:
         dropped = [slot for slot in self._slots[num_blocks:] if slot is not None]
         del self._keys[num_blocks:], self._slots[num_blocks:]
         self._unpin(dropped)
+        self._changed.notify_all()
+
+    def release_slots(self) -> None:
+        """Hold no slot any more; the keys stay, unread. The caller holds the lock."""
+        assert self._changed.is_owned()
+        held = [slot for slot in self._slots if slot is not None]
+        self._slots = [None] * len(self._slots)
+        self._unpin(held)
         self._changed.notify_all()
 
     def wanted(self) -> list[tuple[int, BlockKey]]:

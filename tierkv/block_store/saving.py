@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tierkv.background.work_queue import Priority, WriteBehind
@@ -14,6 +14,7 @@ from tierkv.block_store.transfers import Save
 from tierkv.block_store.warm_memory import WarmMemory
 from tierkv.errors import ConfigError, ShapeError, StoreError
 from tierkv.movers.ready import Ready
+from tierkv.storage.codec import Bytes
 from tierkv.storage.codecs import Codec
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.outcomes import PutOutcome
@@ -22,13 +23,38 @@ from tierkv.values.block import BlockHash, Tier
 from tierkv.values.locks import OwnedCondition
 from tierkv.values.stats import StatsRecorder
 
-__all__ = ["BlockSaver"]
+__all__ = ["BlockSaver", "copy_sources", "wanted_blocks"]
 
 _log = logging.getLogger(__name__)
 
 _JOB_BLOCKS = 8
 _QUEUE_JOBS = 4096
 _FLUSH_STALL_S = 30.0
+
+
+def wanted_blocks(keys: Sequence[BlockKey], sources: Placement, start: int) -> list[BlockKey]:
+    """Return the blocks that are to be saved. Raises ConfigError or ShapeError unless each has a place."""
+    if not 0 <= start <= len(keys):
+        raise ConfigError(f"start is {start}, of {len(keys)} blocks")
+    wanted = list(keys[start:])
+    if len(sources) != len(wanted):
+        raise ShapeError(f"{len(wanted)} blocks are to be saved, there are {len(sources)} places")
+    return wanted
+
+
+def copy_sources(
+    sources: Placement, places: Sequence[int], slots: Sequence[int], memory: Bytes, *, abandon: Callable[[], None]
+) -> Ready | None:
+    """Begin to copy places into slots. If that fails, abandon the slots and return None, or raise ShapeError."""
+    try:
+        return sources.save(places, slots, memory, after=[sources.mark()])
+    except StoreError as exc:
+        _log.warning("%d blocks were not saved: %s", len(slots), exc)
+        abandon()
+        return None
+    except BaseException:
+        abandon()
+        raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +89,7 @@ class BlockSaver:
 
     def save(self, keys: Sequence[BlockKey], sources: Placement, start: int) -> Save:
         """Take blocks over; see `BlockStore.save`."""
-        if not 0 <= start <= len(keys):
-            raise ConfigError(f"start is {start}, of {len(keys)} blocks")
-        wanted = list(keys[start:])
-        if len(sources) != len(wanted):
-            raise ShapeError(f"{len(wanted)} blocks are to be saved, there are {len(sources)} places")
+        wanted = wanted_blocks(keys, sources, start)
         missing = self._missing(wanted)
         with self._changed:
             slots = self._memory.take(len(missing))
@@ -76,18 +98,15 @@ class BlockSaver:
         missing = missing[: len(slots)]
         if not missing:
             return Save(num_skipped=num_skipped)
-        try:
-            copied = sources.save(missing, slots, self._memory.slots, after=[sources.mark()])
-        except StoreError as exc:
-            _log.warning("%d blocks were not saved: %s", len(slots), exc)
+
+        def abandon() -> None:
             with self._changed:
                 self._memory.unpin(slots)
+
+        copied = copy_sources(sources, missing, slots, self._memory.slots, abandon=abandon)
+        if copied is None:
             self._count_skips("io_error", len(slots))
             return Save(num_skipped=len(slots) + num_skipped)
-        except BaseException:
-            with self._changed:
-                self._memory.unpin(slots)
-            raise
         return Save(self._enter([wanted[at] for at in missing], slots, copied), num_skipped, copied)
 
     def flush(self) -> None:

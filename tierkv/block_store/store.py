@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from tierkv.background.active_calls import ActiveCalls, while_open
 from tierkv.block_store.config import BlockStoreConfig
+from tierkv.block_store.daemon_tiers import DaemonBlockTiers
 from tierkv.block_store.keys import BlockKey, BlockKeys, digest_key, is_digest_namespace
-from tierkv.block_store.loading import BlockLoader, count_cold
+from tierkv.block_store.own_tiers import OwnTiers
 from tierkv.block_store.placement import Placement
 from tierkv.block_store.reservation import Reservation
-from tierkv.block_store.saving import BlockSaver
 from tierkv.block_store.transfers import Load, Save
-from tierkv.block_store.warm_memory import WarmMemory
 from tierkv.errors import ConfigError
 from tierkv.storage.cold import ColdStore
 from tierkv.transfer.codec_choice import codec_of, namespace_of
@@ -36,7 +34,26 @@ __all__ = ["BlockStore"]
 
 _log = logging.getLogger(__name__)
 _CALLS_WAIT_S = 10.0
-_STALL_S = 30.0  # at the end, how long one read or write may take
+
+
+class BlockTiers(Protocol):
+    """The tiers below an engine. `BlockStore` documents the methods."""
+
+    @property
+    def cold(self) -> ColdStore | None: ...
+    def register(self, layers: Sequence[Sequence[torch.Tensor]], *, pages_per_block: int) -> EngineMemory: ...
+    def contains(self, keys: Sequence[BlockKey]) -> int: ...
+    def reserve(self, keys: Sequence[BlockKey], start: int) -> Reservation: ...
+    def load(self, reservation: Reservation, targets: Placement) -> Load: ...
+    def save(self, keys: Sequence[BlockKey], sources: Placement, start: int) -> Save: ...
+    def touch(self, keys: Sequence[BlockKey]) -> None: ...
+    def pin(self, keys: Sequence[BlockKey], ttl_s: float | None) -> int: ...
+    def unpin(self, keys: Sequence[BlockKey]) -> int: ...
+    def clear(self) -> int: ...
+    def sizes(self) -> dict[Tier, TierStats]: ...
+    def flush(self) -> None: ...
+    def close(self) -> bool:
+        """End everything. Return whether something hangs and was left open."""
 
 
 class BlockStore:
@@ -45,6 +62,11 @@ class BlockStore:
     namespace: identity of the model and the layout of its blocks. With `digest_namespace` the engine names rows by
     digests, with any other it names blocks by their tokens. A lossy codec adds its name: see `store.namespace`.
     cold: an open store to share; otherwise the block store opens and closes `config.cold_path`.
+
+    With `config.socket` the blocks are the daemon's, and shared by its clients. Without the daemon nothing raises:
+    every block is a miss, every save is skipped and counted, and a thread looks for the daemon again; `clear` and
+    `flush` log that they did nothing. Keys begin with the first block of their sequence there, or are digests that
+    differ. Raises DaemonError if the daemon refuses the namespace or speaks another version.
 
     A parent need not be loaded to save or load its child. Damage, a full or hanging disk, and other processes are
     misses that `stats` counts, never exceptions; bytes that were not verified never reach the engine. Once the store
@@ -68,29 +90,28 @@ class BlockStore:
         clock: Callable[[], float] = time.monotonic,
         hash_function: HashFunction = hash_block,
     ) -> None:
-        codec = codec_of(config.codec, namespace)
         self.config = config
-        self.namespace: Namespace = namespace_of(namespace, codec)
         self.layout: BlockLayout = namespace.layout
         self.calls: ActiveCalls = ActiveCalls("the block store")
-        self._root = self.namespace.digest
         self._hash = hash_function
-        self._clock = clock
         self._is_digest = is_digest_namespace(namespace)
-        self._owns_cold = cold is None
         self._changed = OwnedCondition()
         self._stats = StatsRecorder(self._changed)
-        self._cold = cold or _open_cold(config)
-        try:
-            if self._cold:
-                self._cold.open_namespace(self.namespace)
-            self._memory = WarmMemory(config, self.layout, clock, self._changed) if config.warm_bytes else None
-        except BaseException:
-            self._close_cold()
-            raise
-        if self._memory:
-            self._loader = BlockLoader(self._memory, self._cold, self._root, self._stats, self._changed)
-            self._saver = BlockSaver(self._memory, self._cold, self._root, codec, self._stats, self._changed)
+        self._tiers: BlockTiers
+        if config.socket is not None:
+            if cold is not None:
+                raise ConfigError("a block store uses a store of this process, or the daemon's, not both")
+            self.namespace: Namespace = namespace
+            self._tiers = DaemonBlockTiers(
+                config, config.socket, namespace, stats=self._stats, changed=self._changed, clock=clock
+            )
+        else:
+            codec = codec_of(config.codec, namespace)
+            self.namespace = namespace_of(namespace, codec)
+            self._tiers = OwnTiers(
+                config, self.namespace, codec, cold=cold, stats=self._stats, changed=self._changed, clock=clock
+            )
+        self._root = self.namespace.digest
 
     def __enter__(self) -> BlockStore:
         return self
@@ -105,8 +126,8 @@ class BlockStore:
 
     @property
     def cold(self) -> ColdStore | None:
-        """The store on disk, if there is one."""
-        return self._cold
+        """The store on disk that this process has open, if there is one."""
+        return self._tiers.cold
 
     def keys(self, token_ids: TokenIds = ()) -> BlockKeys:
         """Return the keys of a token sequence's whole blocks. The engine keeps them, and extends them.
@@ -133,15 +154,13 @@ class BlockStore:
 
         The store closes it. Raises ShapeError for tensors that do not fit the layout, StoreError where CUDA refuses.
         """
-        return self._require_memory().register(layers, self.layout, pages_per_block=pages_per_block)
+        self._require_memory()
+        return self._tiers.register(layers, pages_per_block=pages_per_block)
 
     @while_open
     def contains(self, keys: Sequence[BlockKey]) -> int:
         """Return how many leading blocks are there, in the warm memory or on disk. Reads none of them."""
-        if self._memory is None:
-            assert self._cold is not None, "a store without memory looks up in the cold one"
-            return count_cold(self._cold, keys)
-        return self._loader.contains(keys)
+        return self._tiers.contains(keys)
 
     @while_open
     def reserve(self, keys: Sequence[BlockKey], start: int = 0) -> Reservation:
@@ -150,7 +169,9 @@ class BlockStore:
         The blocks before `start` need not be there: the engine has them. Returns at once; see `Reservation`.
         """
         self._require_memory()
-        return self._loader.reserve(keys, start)
+        if start < 0:
+            raise ConfigError(f"start must not be negative, got {start}")
+        return self._tiers.reserve(keys, start)
 
     @while_open
     def load(self, reservation: Reservation, targets: Placement) -> Load:
@@ -161,7 +182,7 @@ class BlockStore:
         that cannot be had are `failed_keys`. Raises ShapeError for places that do not fit.
         """
         self._require_memory()
-        return self._loader.load(reservation, targets)
+        return self._tiers.load(reservation, targets)
 
     @while_open
     def save(self, keys: Sequence[BlockKey], sources: Placement, *, start: int = 0) -> Save:
@@ -172,30 +193,27 @@ class BlockStore:
         is skipped with those after it, and counted. Raises ShapeError for places that do not fit.
         """
         self._require_memory()
-        return self._saver.save(keys, sources, start)
+        return self._tiers.save(keys, sources, start)
 
     @while_open
     def touch(self, keys: Sequence[BlockKey]) -> None:
         """Record a use of blocks, so that they are evicted later."""
-        if self._memory:
-            with self._changed:
-                self._memory.index.touch(keys)
-        if self._cold:
-            self._cold.notes.touch([key.block_hash for key in keys])
+        self._tiers.touch(keys)
 
     @while_open
     def pin(self, keys: Sequence[BlockKey], ttl_s: float | None = None) -> int:
         """Keep blocks in the warm memory for `ttl_s` seconds; without a time also on disk, and for good.
 
-        Return how many of them were there.
+        Return how many of them were there. Over a daemon a pin with a time is a lease: it ends with this process,
+        counts to the half of the memory that a client may lease, and another pin of the block replaces it. The daemon
+        refuses a pin for good beyond its share: then 0 are pinned.
         """
-        until = math.inf if ttl_s is None else self._clock() + check_seconds("ttl_s", ttl_s)
-        return self._set_pinned(keys, until, on_disk=True if ttl_s is None else None)
+        return self._tiers.pin(keys, None if ttl_s is None else check_seconds("ttl_s", ttl_s))
 
     @while_open
     def unpin(self, keys: Sequence[BlockKey]) -> int:
         """Let blocks be evicted again. Return how many of them were there."""
-        return self._set_pinned(keys, -math.inf, on_disk=False)
+        return self._tiers.unpin(keys)
 
     @while_open
     def clear(self) -> int:
@@ -203,82 +221,28 @@ class BlockStore:
 
         Raises StoreError where the disk does not answer.
         """
-        num_warm = 0
-        if self._memory:
-            self._saver.flush()
-            with self._changed:
-                num_warm = self._memory.index.clear()
-        if self._cold is None or self._cold.read_only:
-            return num_warm
-        return max(num_warm, self._cold.evict(namespace=self._root).blocks)
+        return self._tiers.clear()
 
     @while_open
     def stats(self) -> CacheStats:
         """Return the counters so far. A request is a reservation; the hot tier is the engine's, and not counted."""
-        tiers: dict[Tier, TierStats] = {}
-        if self._cold:
-            cold = self._cold.stats()
-            tiers[Tier.COLD] = TierStats(
-                blocks=cold.blocks, stored_bytes=cold.live_bytes, capacity_bytes=cold.quota_bytes
-            )
+        tiers = self._tiers.sizes()
         with self._changed:
-            if self._memory:
-                tiers[Tier.WARM] = self._memory.tier_stats()
             return self._stats.snapshot(tiers, avg_shared_blocks=0.0, fragmentation_ratio=0.0)
 
     @while_open
     def flush(self) -> None:
         """Wait until every saved block lies on the disk, synced. Raises StoreError where that cannot be."""
-        if self._memory:
-            self._saver.flush()
-        if self._cold and not self._cold.read_only:
-            self._cold.flush()
+        self._tiers.flush()
 
     def close(self) -> None:
         """Write what was saved, end all copies, free the memory. What cannot be written is logged."""
         if not self.calls.close():
             return
         self.calls.wait(_CALLS_WAIT_S)
-        is_idle = True
-        if self._memory:
-            is_idle = self._loader.close(stall_s=_STALL_S)
-            is_idle = self._saver.close(stall_s=self.config.write_wait_s + _STALL_S) and is_idle
-            if is_idle:
-                self._memory.close()
-        if is_idle:
-            self._close_cold()
-        else:
+        if self._tiers.close():
             _log.warning("the disk hangs: the memory and the store of the block store stay open")
 
-    def _set_pinned(self, keys: Sequence[BlockKey], until: float, *, on_disk: bool | None) -> int:
-        num_found = self.contains(keys)
-        found = list(keys[:num_found])
-        if self._memory:
-            with self._changed:
-                self._memory.index.set_pinned(found, until)
-        if on_disk is not None and self._cold and not self._cold.read_only:
-            if self._memory:
-                self._saver.flush()
-            self._cold.set_pinned([key.block_hash for key in found], on_disk)
-        return num_found
-
-    def _require_memory(self) -> WarmMemory:
-        if self._memory is None:
+    def _require_memory(self) -> None:
+        if not self.config.warm_bytes:
             raise ConfigError("this block store only looks up", hint="open it with warm_bytes")
-        return self._memory
-
-    def _close_cold(self) -> None:
-        if self._cold and self._owns_cold:
-            self._cold.close()
-
-
-def _open_cold(config: BlockStoreConfig) -> ColdStore | None:
-    if config.cold_path is None:
-        return None
-    return ColdStore(
-        config.cold_path,
-        quota_bytes=config.cold_bytes,
-        min_free_bytes=config.min_free_bytes,
-        write_wait_s=config.write_wait_s,
-        read_only=config.read_only,
-    )

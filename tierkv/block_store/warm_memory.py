@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from tierkv.background.work_queue import PriorityThreadPool
 from tierkv.block_store.config import BlockStoreConfig
+from tierkv.block_store.engines import Engines
 from tierkv.block_store.warm_index import WarmIndex
 from tierkv.errors import CapacityError
 from tierkv.movers.ready import Ready
@@ -17,11 +17,6 @@ from tierkv.storage.warm import WarmPool
 from tierkv.values.layout import BlockLayout
 from tierkv.values.locks import OwnedCondition
 from tierkv.values.stats import TierStats
-
-if TYPE_CHECKING:
-    import torch
-
-    from tierkv.movers.engine_memory import EngineMemory
 
 __all__ = ["WarmMemory"]
 
@@ -60,18 +55,9 @@ class WarmMemory:
             self.spare: list[int] = self.index.take(max(1, min(_MOST_SPARE, num_slots // _SPARE_SHARE)))
         self.most_held: int = max(1, (num_slots - len(self.spare)) // 2)
         self.threads: PriorityThreadPool = PriorityThreadPool(config.num_io_threads, name="tierkv-io")
-        self._engines: list[EngineMemory] = []
+        self.engines: Engines = Engines(layout)
+        self.engines.open(self._pool)
         self._in_flight: deque[tuple[Ready, list[int]]] = deque()
-
-    def register(
-        self, layers: Sequence[Sequence[torch.Tensor]], layout: BlockLayout, *, pages_per_block: int
-    ) -> EngineMemory:
-        """Return an engine's tensors as memory to copy to and from; see `BlockStore.register`."""
-        from tierkv.movers.engine_memory import EngineMemory  # needs torch
-
-        memory = EngineMemory(layers, layout, self._pool, pages_per_block=pages_per_block)
-        self._engines.append(memory)
-        return memory
 
     def take(self, count: int) -> list[int]:
         """Return up to `count` slots, each pinned once, evicting if need be; the caller holds the lock."""
@@ -114,8 +100,7 @@ class WarmMemory:
     def close(self) -> None:
         """End copies and threads, and free the memory."""
         self.threads.shutdown()
-        for engine in self._engines:
-            engine.close()
+        self.engines.close()
         with self._changed:
             self._in_flight.clear()
         self._pool.close()

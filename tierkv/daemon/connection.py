@@ -245,7 +245,7 @@ class ClientConnection(asyncio.Protocol):
             self._refuse(number, exc)
 
     def _reply(self, number: int, message: Message, answer: Answer) -> None:
-        if answer is not None:
+        if answer is not None and number:
             self._send(number, answer)
         elif number and isinstance(message, Release | Abandon | EndClaim | EvictionDone):
             self._send(number, Done())

@@ -29,7 +29,7 @@ from tierkv.daemon.protocol import ProtocolError, split_numbers
 from tierkv.daemon.reservations import Reservations
 from tierkv.daemon.slab import SharedSlab
 from tierkv.daemon.tenants import Tenants
-from tierkv.daemon.values import BlockSource, Connection, Load, Tenant, Write, whole_hashes
+from tierkv.daemon.values import BlockSource, Connection, Load, Tenant, Write, is_unknown, whole_hashes
 from tierkv.errors import DaemonError
 from tierkv.index.chosen_eviction import Choice, Evicted
 from tierkv.index.index import Entry
@@ -96,13 +96,16 @@ class Core:
         name: str = "",
         owner: str = "",
         codec: str = "",
+        has_rows: bool = False,
     ) -> Tenant:
-        """Let a connection use a namespace. The digest is that of the description.
+        """Let a connection use a namespace. The digest is that of the description; has_rows is what it says.
 
         Raises CapacityError if its blocks fit no slab, or clients use as many namespaces or block sizes as they may.
         """
         assert connection.tenant is None and not connection.is_closed
-        tenant = self.tenants.open(digest, description, layout=layout, name=name, owner=owner, codec=codec)
+        tenant = self.tenants.open(
+            digest, description, layout=layout, name=name, owner=owner, codec=codec, has_rows=has_rows
+        )
         connection.tenant = tenant
         tenant.clients += 1
         return tenant
@@ -148,12 +151,14 @@ class Core:
         miss = ""
         if has_failed:
             miss = MissReason.IO_ERROR.value
-        elif total < len(hashes) and total == len(known) and tenant.size_class.index.peek(hashes[total]):
+        elif total < len(hashes) and is_unknown(known, total) and tenant.size_class.index.peek(hashes[total]):
             miss = MissReason.COLLISION.value
         claim, is_computing = 0, False
         if message.wants_claim and total < len(hashes):
             claim, is_computing = self.claims.claim(connection, hashes[total:])
         found = slots if slots is not None else array("I")
+        if message.is_use:
+            tenant.size_class.index.touch_all([entry for entry in known[message.start : total] if entry])
         self.counters["matched_blocks"] += len(found)
         self.counters["missed_blocks"] += len(hashes) - total
         return Found(
@@ -193,9 +198,22 @@ class Core:
                 tenant.size_class.index.unpin(Tier.WARM, slot)
             else:
                 writes.append(Write(tenant, entry, slot))
+        if followers := self._write_followers(tenant, {write.entry for write in writes}):
+            writes = sorted(writes + followers, key=lambda write: write.entry.depth)  # parents first
         self._writes.update(writes)
         self.counters["published_blocks"] += len(published)
         return Published(count=len(published), lost=lost.tobytes()), writes
+
+    def _write_followers(self, tenant: Tenant, published: set[Entry]) -> list[Write]:
+        """Return writes of warm blocks that follow published ones. The store removes them with a damaged one."""
+        pending = [child for entry in published for child in entry.children if child not in published]
+        writes: list[Write] = []
+        for entry in pending:  # the list grows in the loop
+            pending += (child for child in entry.children if child not in published)
+            if entry.warm_slot is not None:
+                tenant.size_class.index.pin(entry, Tier.WARM)
+                writes.append(Write(tenant, entry, entry.warm_slot))
+        return writes
 
     def finish_write(self, write: Write, *, is_stored: bool) -> None:
         """Note that a published block has been written to the store, or could not be."""
@@ -217,7 +235,7 @@ class Core:
         total = len(slots or ())
         parent = self._parent_entry(tenant, known, total)
         partial_block, _ = self.leases.find_partial(connection, hashes, total, parent, ask)
-        entries = known[:total]
+        entries = [entry for entry in known[:total] if entry]
         if (
             partial_block
             and (entry := tenant.size_class.index.peek(partial_block.block_hash))
@@ -373,7 +391,7 @@ class Core:
         self.reservations.check(self.slab.classes.values(), connections)
         self.claims.check(tenants, connections)
 
-    def _parent_entry(self, tenant: Tenant, known: list[Entry], total: int) -> Entry | None:
+    def _parent_entry(self, tenant: Tenant, known: Sequence[Entry | None], total: int) -> Entry | None:
         """Return the entry that block `total` of a prompt hangs under, where the index has it."""
         if total > len(known):
             return None

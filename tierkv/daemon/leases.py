@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from tierkv.daemon.limits import Limits
 from tierkv.daemon.messages import NO_SLOT, FoundPartial, Match
 from tierkv.daemon.protocol import ProtocolError
-from tierkv.daemon.values import Connection, is_in_some
+from tierkv.daemon.values import Connection, is_in_some, parent_hash
 from tierkv.errors import StoreError
 from tierkv.index.index import Entry
 from tierkv.values.block import TOKEN_BYTES, Tier
@@ -63,12 +63,12 @@ class Leases:
         self._change(connection, -connection.num_leases)
 
     def find_blocks(
-        self, connection: Connection, known: list[Entry], hashes: list[bytes], message: Match
+        self, connection: Connection, known: Sequence[Entry | None], hashes: list[bytes], message: Match
     ) -> tuple[array[int] | None, bool, bool]:
         """Return the slots of the blocks from `start` on, whether some are cold, and whether a source failed.
 
         known: the entries that the index has of this chain. The slots are None where some block before `start` is in
-        no tier.
+        no tier; rows follow no such blocks.
         """
         tenant = connection.require_tenant()
         index, sources = tenant.size_class.index, tenant.sources
@@ -77,8 +77,10 @@ class Leases:
         room -= len(slots)
         has_cold = has_failed = False
         at = message.start
-        for at in range(min(message.start, len(known)) + len(slots), len(hashes)):
-            slot = known[at].warm_slot if at < len(known) else None
+        first = message.start if tenant.has_rows else min(message.start, len(known))
+        for at in range(first + len(slots), len(hashes)):
+            entry = known[at] if at < len(known) else None
+            slot = entry.warm_slot if entry else None
             if slot is not None:
                 if room > 0:
                     index.warm.pin(slot)
@@ -88,7 +90,7 @@ class Leases:
                     slot, has_cold = NO_SLOT, True
                 slots.append(slot)
                 continue
-            parent = hashes[at - 1] if at else tenant.digest
+            parent = parent_hash(tenant, hashes, at)
             is_stored, failed = is_in_some(sources, hashes[at], parent, tenant.layout.block_size)
             has_failed |= failed
             if not is_stored:
@@ -96,6 +98,7 @@ class Leases:
             if at >= message.start:
                 slots.append(NO_SLOT)
                 has_cold = True
+                room -= 1  # for its fetch: blocks that follow it are of no use without it
         else:
             return slots, has_cold, has_failed
         return (slots, has_cold, has_failed) if at >= message.start else (None, False, has_failed)
@@ -111,7 +114,7 @@ class Leases:
         rest = message.tokens[total * tenant.step : (total + 1) * tenant.step]
         best: FoundPartial | None = None
         longest = message.min_partial_tokens - 1
-        if not rest:
+        if longest * TOKEN_BYTES >= len(rest) or tenant.has_rows:
             return None, False
         nearest = tenant.size_class.index.nearest_child(parent.block_hash, rest) if parent else None
         if nearest and nearest[2] > longest and nearest[0] not in tenant.size_class.chosen.marked:
@@ -144,11 +147,11 @@ class Leases:
             assert connection.num_leases == connection.leases.total()
         assert self.count == sum(connection.num_leases for connection in connections)
 
-    def _lease_run(self, connection: Connection, entries: list[Entry], room: int) -> array[int]:
+    def _lease_run(self, connection: Connection, entries: Sequence[Entry | None], room: int) -> array[int]:
         """Lease the leading entries that lie in the warm tier, all at once: most requests find only such."""
         slots = array("I")
         for entry in entries[:room]:
-            if entry.warm_slot is None:
+            if entry is None or entry.warm_slot is None:
                 break
             slots.append(entry.warm_slot)
         connection.require_tenant().size_class.index.warm.pin_all(slots)

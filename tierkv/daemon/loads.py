@@ -11,7 +11,7 @@ from tierkv.daemon.leases import Leases
 from tierkv.daemon.messages import NO_SLOT, Fetch, Fetched, FoundPartial, Match
 from tierkv.daemon.protocol import ProtocolError, split_hashes
 from tierkv.daemon.tenants import Tenants
-from tierkv.daemon.values import BlockSource, Connection, Cursor, FetchTask, Load, Tenant, is_in_some
+from tierkv.daemon.values import BlockSource, Connection, Cursor, FetchTask, Load, Tenant, is_in_some, parent_hash
 from tierkv.errors import StoreError
 from tierkv.index.index import Entry
 from tierkv.storage.outcomes import MissReason
@@ -186,10 +186,12 @@ class Loads:
         """Take slots for the wanted blocks and make their entries. The task ends at the first block without a slot."""
         index = tenant.size_class.index
         slots = tenant.size_class.take(len(wanted)) if wanted else []
-        entries = self._tenants.insert(tenant, hashes[: wanted[len(slots) - 1][0] + 1], tokens) if slots else []
+        numbers = [at for at, _ in wanted[: len(slots)]]
+        entries = self._tenants.insert(tenant, hashes, tokens, numbers) if slots else {}
         for (at, source), slot in zip(wanted, slots, strict=False):
-            if at < len(entries) and not entries[at].awaited and entries[at].warm_slot is None:
-                load = Load(tenant, entries[at], slot, source)
+            entry = entries.get(at)
+            if entry and not entry.awaited and entry.warm_slot is None:
+                load = Load(tenant, entry, slot, source)
                 load.entry.awaited = True
                 self._loads[load.entry] = load
                 tenant.num_loading += 1
@@ -198,7 +200,7 @@ class Loads:
             else:
                 index.unpin(Tier.WARM, slot)
         if entries:
-            self._tenants.prune(tenant, entries[-1])
+            self._tenants.prune(tenant, entries[max(entries)])
         fresh = {at - first for at, _ in wanted}
         if NO_SLOT in task.slots:
             end = task.slots.index(NO_SLOT)
@@ -230,7 +232,7 @@ class Loads:
         """
         step = tenant.step
         num_tokens = len(tokens[at * step : (at + 1) * step]) // TOKEN_BYTES
-        parent = hashes[at - 1] if at else tenant.digest
+        parent = parent_hash(tenant, hashes, at)
         miss = MissReason.ABSENT
         for source in tenant.sources:
             is_stored, has_failed = is_in_some([source], hashes[at], parent, num_tokens)

@@ -84,9 +84,11 @@ class Welcome(Message, tag=2):
 class Match(Message, tag=3):
     """Ask which blocks of a prompt are there, from block `start` on; those before need not be.
 
-    hashes: of all whole blocks, 16 bytes each. tokens: the whole prompt, as little-endian uint32.
+    hashes: of all whole blocks, 16 bytes each. tokens: the whole prompt, as little-endian uint32. In a namespace of
+    rows these are rows, all different, and their digests; so they are in every message that names a prompt.
     lease: pin what is found in the warm tier for this connection.
     wants_claim: claim whole blocks that are missing: this client will compute them.
+    is_use: note that the blocks were used, as a lease does when it ends.
     """
 
     hashes: bytes
@@ -95,6 +97,7 @@ class Match(Message, tag=3):
     min_partial_tokens: int = 1
     lease: bool = False
     wants_claim: bool = False
+    is_use: bool = False
 
 
 class FoundPartial(msgspec.Struct, array_like=True, gc=False):

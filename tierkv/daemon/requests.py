@@ -55,7 +55,7 @@ from tierkv.storage.codecs import codec_by_name
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.warm import Slab
 from tierkv.values.block import HASH_BYTES, BlockHash
-from tierkv.values.namespace import NAME_LIMIT, NamespaceDescription, parse_description
+from tierkv.values.namespace import NAME_LIMIT, NamespaceDescription, has_rows, parse_description
 
 __all__ = ["Requests"]
 
@@ -148,6 +148,7 @@ class Requests:
             name=printable(described.name, NAME_LIMIT),
             owner=described.salt_digest,
             codec=described.lossy_codec,
+            has_rows=has_rows(described.fields["architecture"]),
         )
         self._writer.note_use(tenant)
         client.attach_descriptor(self._slab.fd)
@@ -156,7 +157,7 @@ class Requests:
     def match(self, client: ClientConnection, message: Match) -> Answer:
         """Find and lease blocks of a prompt. The store notes their use after the answer."""
         found = self._core.match(client.connection, message)
-        if self._store is not None and message.lease and found.slots:
+        if self._store is not None and (message.lease or message.is_use) and found.slots:
             count = message.start + len(found.slots) // 4
             hashes = message.hashes[: count * HASH_BYTES]
             self._loop.call_soon(lambda store: store.notes.touch(split_hashes(hashes)), self._store)
@@ -238,6 +239,7 @@ class Requests:
         if not all(0 <= each < MOST_COUNT for each in (message.number, message.blocks, message.in_use, message.pinned)):
             raise ProtocolError("impossible numbers of blocks")
         connection = client.connection
+        connection.asks_for_evictions = True
         connection.evicted_number = message.number
         connection.evicted = EngineEvicted(connection.client, True, message.blocks, message.in_use, message.pinned)
         return None

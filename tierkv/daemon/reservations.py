@@ -75,21 +75,22 @@ class Reservations:
         if len(slots) < len(wanted):
             refusal = "no_room"
         numbers, given = array("I"), array("I")
-        entries = self._tenants.insert(tenant, hashes[: wanted[len(slots) - 1] + 1], chain.tokens) if slots else []
+        entries = self._tenants.insert(tenant, hashes, chain.tokens, wanted[: len(slots)]) if slots else {}
         for at, slot in zip(wanted, slots, strict=False):
-            if at >= len(entries) or entries[at].awaited or entries[at].warm_slot is not None:
+            entry = entries.get(at)
+            if entry is None or entry.awaited or entry.warm_slot is not None:
                 refusal = refusal or "collision"
                 tenant.size_class.index.unpin(Tier.WARM, slot)
                 continue
-            reservation = Reservation(connection, tenant, entries[at], slot)
-            entries[at].awaited = True
-            self._reserved[entries[at]] = reservation
+            reservation = Reservation(connection, tenant, entry, slot)
+            entry.awaited = True
+            self._reserved[entry] = reservation
             tenant.size_class.num_reserved += 1
             connection.reservations[slot] = reservation
             numbers.append(at)
             given.append(slot)
         if entries:
-            self._tenants.prune(tenant, entries[-1])
+            self._tenants.prune(tenant, entries[max(entries)])
         return ChainAnswer(numbers.tobytes(), given.tobytes(), num_there, num_busy, refusal)
 
     def _reservation_room(self, connection: Connection, tenant: Tenant) -> int:
@@ -100,16 +101,24 @@ class Reservations:
         return max(0, min(own, left))
 
     def _take_beside(self, tenant: Tenant, hashes: list[bytes], tokens: bytes, count: int) -> list[int]:
-        """Take slots, and evict for them no block of this chain."""
+        """Take slots, and evict for them no block of this chain, unless the store has it.
+
+        Else a prompt that is longer than the warm tier would not be stored.
+        """
         if not count:
             return []
         index = tenant.size_class.index
-        kept = [entry.warm_slot for entry in self._tenants.walk(tenant, hashes, tokens) if entry.warm_slot is not None]
-        for slot in kept:
+        known = self._tenants.walk(tenant, hashes, tokens)
+        chain = [(entry.warm_slot, entry.in_cold) for entry in known if entry and entry.warm_slot is not None]
+        for slot, _ in chain:
             index.warm.pin(slot)
         slots = tenant.size_class.take(count)
-        for slot in kept:
-            index.unpin(Tier.WARM, slot)
+        for are_stored in (True, False):
+            for slot, in_cold in chain:
+                if (in_cold and self._store is not None) is are_stored:
+                    index.unpin(Tier.WARM, slot)
+            if are_stored and len(slots) < count:
+                slots += tenant.size_class.take(count - len(slots))
         return slots
 
     def _plan_writes(
@@ -118,32 +127,37 @@ class Reservations:
         """Return which blocks of a chain are to be written, how many proposed ones are there and busy, and the refusal.
 
         The walk ends at the first block that no tier has and the client does not propose, and after `room` blocks to be
-        written: no client could find the blocks after it.
+        written: no client could find the blocks after it. Rows follow no other block: the walk goes on behind one
+        that is not proposed, or cannot be written.
         """
         known = self._tenants.walk(tenant, hashes, tokens)
         wanted: list[int] = []
+        refusal = ""
         num_there = num_busy = 0
         for at in range(len(hashes)):
             entry = known[at] if at < len(known) else None
             if entry and entry in self._reserved:
                 num_busy += at in proposed
-            elif self._is_there(tenant, hashes, tokens, at, entry):
+            elif entry and (entry.warm_slot is not None or entry.awaited):
                 num_there += at in proposed
+            elif self._store is not None and holds(self._store, tenant, hashes, tokens, at):
+                if wanted and at in proposed and len(wanted) < room and not tenant.has_rows:
+                    wanted.append(at)  # the store removes it with the damaged block that it follows
+                else:
+                    num_there += at in proposed
             elif self._is_taken(tenant, hashes[at], entry):
-                return wanted, num_there, num_busy, "collision"
+                refusal = "collision"
+                if not tenant.has_rows:
+                    break
             elif at in proposed and len(wanted) >= room:
-                return wanted, num_there, num_busy, "no_room"
+                refusal = "no_room"
+                break
             elif at in proposed:
                 wanted.append(at)
-            else:
-                return wanted, num_there, num_busy, "no_parent"
-        return wanted, num_there, num_busy, ""
-
-    def _is_there(self, tenant: Tenant, hashes: list[bytes], tokens: bytes, at: int, entry: Entry | None) -> bool:
-        """Return whether a block need not be written: it lies in the warm tier, is being loaded, or is in the store."""
-        if entry and (entry.warm_slot is not None or entry.awaited):
-            return True
-        return self._store is not None and holds(self._store, tenant, hashes, tokens, at)
+            elif not tenant.has_rows:
+                refusal = "no_parent"
+                break
+        return wanted, num_there, num_busy, refusal
 
     def _is_taken(self, tenant: Tenant, block_hash: BlockHash, entry: Entry | None) -> bool:
         """Return whether another block has this hash, here or in the store."""

@@ -15,6 +15,7 @@ from tierkv.daemon.core import Core
 from tierkv.daemon.state_files import LoadedFile
 from tierkv.daemon.values import BlockIdentifier, Tenant, Write
 from tierkv.errors import StoreError
+from tierkv.index.index import Entry
 from tierkv.storage.codecs import codec_by_name, default_codec
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.outcomes import PutOutcome
@@ -141,8 +142,14 @@ class StoreWriter:
         except StoreError as exc:
             _log.warning("damage and uses that readers have noted are not written yet: %s", exc)
         try:
-            missing = [write for write in writes if not store.contains(write.entry.block_hash)]
-            stored.update((write, True) for write in writes if write not in missing)
+            missing: list[Write] = []
+            lost: set[Entry] = set()  # the store removes what follows a damaged block when it is written again
+            for write in writes:
+                if write.entry.parent in lost or not store.contains(write.entry.block_hash):
+                    missing.append(write)
+                    lost.add(write.entry)
+                else:
+                    stored[write] = True
             for tenant in {write.tenant: None for write in missing}:
                 self._register(tenant)
             infos = [self._identifier.identify(write.tenant, write.entry) for write in missing]

@@ -53,7 +53,15 @@ class Tenants:
         self._slot_tenants: dict[tuple[SizeClass, int], Tenant] = {}
 
     def open(
-        self, digest: BlockHash, description: bytes, *, layout: BlockLayout, name: str, owner: str, codec: str
+        self,
+        digest: BlockHash,
+        description: bytes,
+        *,
+        layout: BlockLayout,
+        name: str,
+        owner: str,
+        codec: str,
+        has_rows: bool,
     ) -> Tenant:
         """Return the tenant of a namespace; add it if it is new. Raises CapacityError, as `Core.open_tenant` does."""
         tenant = self.by_digest.get(digest)
@@ -66,21 +74,27 @@ class Tenants:
                     hint="close clients of other models",
                 )
             size_class = self.slab.class_of(stride_bytes)
-            tenant = Tenant(digest, description, name, owner, layout, size_class, self._root_hash(digest), codec)
+            root_hash = self._root_hash(digest)
+            tenant = Tenant(digest, description, name, owner, layout, size_class, root_hash, codec, has_rows)
             if self.store is not None:
                 tenant.sources.append(self.store)
             self.by_digest[digest] = tenant
             self.description_bytes += len(description)
-        assert tenant.layout == layout, "a digest covers the layout"
+        assert (tenant.layout, tenant.has_rows) == (layout, has_rows), "a digest covers both"
         return tenant
 
-    def walk(self, tenant: Tenant, hashes: Sequence[bytes], tokens: bytes) -> list[Entry]:
-        """Return the entries of a chain, from its first block to the last one that the index has."""
+    def walk(self, tenant: Tenant, hashes: Sequence[bytes], tokens: bytes) -> Sequence[Entry | None]:
+        """Return the entries of a chain, from its first block to the last one that the index has.
+
+        Of rows, return an entry for each, or None.
+        """
         index, step = tenant.size_class.index, tenant.step
         parent = self.root(tenant)
         known: list[Entry] = []
         if parent is None:
             return known
+        if tenant.has_rows:
+            return [self._find_row(tenant, parent, row, tokens[at * step :][:step]) for at, row in enumerate(hashes)]
         peek = index.peek
         marked = tenant.size_class.chosen.marked
         start = 0
@@ -99,23 +113,24 @@ class Tenants:
         """Return the root entry of a namespace, if it has any block."""
         return tenant.size_class.index.peek(tenant.root_hash)
 
-    def insert(self, tenant: Tenant, hashes: Sequence[bytes], tokens: bytes) -> list[Entry]:
-        """Return the entries of a chain, and make those that are missing. The list ends early at a collision."""
-        index, step = tenant.size_class.index, tenant.step
-        parent = tenant.size_class.root_of(tenant.root_hash)
-        entries: list[Entry] = []
-        for at, block_hash in enumerate(hashes):
-            token_bytes = tokens[at * step : (at + 1) * step]
-            other = index.find_child(parent, token_bytes)
-            if other and other.block_hash != block_hash:
-                break  # one of the two hashes is forged
-            entry = index.insert(block_hash, parent.block_hash, token_bytes)
-            if entry is None or entry.parent is not parent:
+    def insert(self, tenant: Tenant, hashes: Sequence[bytes], tokens: bytes, wanted: Sequence[int]) -> dict[int, Entry]:
+        """Return the entries of the wanted blocks and of those that they follow, by number; make the missing ones.
+
+        wanted: numbers, in order. A block is left out at a collision, and those that follow it.
+        """
+        step = tenant.step
+        root = parent = tenant.size_class.root_of(tenant.root_hash)
+        entries: dict[int, Entry] = {}
+        for at in wanted if tenant.has_rows else range(wanted[-1] + 1):
+            entry = self._insert_child(tenant, parent, hashes[at], tokens[at * step : (at + 1) * step])
+            if entry is not None:
+                entries[at] = entry
+            elif not tenant.has_rows:
                 break
-            entries.append(entry)
-            parent = entry
+            if entry is not None and not tenant.has_rows:
+                parent = entry
         if not entries:
-            self.prune(tenant, parent)  # the root, if it has no child
+            self.prune(tenant, root)
         return entries
 
     def prune(self, tenant: Tenant, entry: Entry) -> None:
@@ -176,10 +191,28 @@ class Tenants:
             size_class.index.check()
         counted = Counter(self._slot_tenants.values())
         tenants = self.by_digest.values()
+        for tenant in tenants:
+            for entry in self.entries_of(tenant):
+                assert entry.warm_slot is not None or entry.awaited or entry.children, "an entry that nothing uses"
         assert all(tenant.warm_blocks == counted[tenant] for tenant in tenants)
         assert self.description_bytes == sum(len(tenant.description) for tenant in tenants)
         for tenant in tenants:
             assert self.slab.classes.get(tenant.size_class.stride_bytes) is tenant.size_class
+
+    def _find_row(self, tenant: Tenant, root: Entry, block_hash: BlockHash, token_bytes: bytes) -> Entry | None:
+        entry = tenant.size_class.index.peek(block_hash)
+        if entry is None or entry.parent is not root or entry.token_bytes != token_bytes:
+            return None
+        return None if entry in tenant.size_class.chosen.marked else entry
+
+    def _insert_child(self, tenant: Tenant, parent: Entry, block_hash: BlockHash, token_bytes: bytes) -> Entry | None:
+        """Return the entry of a block that follows another one; None at a collision."""
+        index = tenant.size_class.index
+        other = index.find_child(parent, token_bytes)
+        if other and other.block_hash != block_hash:
+            return None  # one of the two hashes is forged
+        entry = index.insert(block_hash, parent.block_hash, token_bytes)
+        return entry if entry is not None and entry.parent is parent else None
 
     def _forget_slot(self, size_class: SizeClass, slot: int) -> None:
         self._slot_tenants.pop((size_class, slot)).warm_blocks -= 1

@@ -31,6 +31,8 @@ __all__ = [
     "has_hash",
     "holds",
     "is_in_some",
+    "is_unknown",
+    "parent_hash",
     "whole_hashes",
 ]
 
@@ -62,6 +64,7 @@ class Tenant:
     root_hash: key of its root in the index. No client knows it, so that no block can take it.
     codec: the lossy codec of its blocks, or "". claims: by the hashes of the blocks. left_at: when its last client
     left. num_loading: fetches and loads in work. is_registered: whether the store has its description.
+    has_rows: its blocks are all children of the root.
     """
 
     digest: BlockHash
@@ -72,6 +75,7 @@ class Tenant:
     size_class: SizeClass
     root_hash: BlockHash
     codec: str = ""
+    has_rows: bool = False
     sources: list[BlockSource] = field(default_factory=list)
     claims: dict[BlockHash, Claim] = field(default_factory=dict)
     warm_blocks: int = 0
@@ -242,6 +246,16 @@ def whole_hashes(tenant: Tenant, hashes: bytes, tokens: bytes, *, most: int) -> 
     return split_hashes(hashes)
 
 
+def parent_hash(tenant: Tenant, hashes: Sequence[bytes], at: int) -> BlockHash:
+    """Return the hash that block `at` of a prompt follows, as sources and clients know it."""
+    return hashes[at - 1] if at and not tenant.has_rows else tenant.digest
+
+
+def is_unknown(known: Sequence[Entry | None], at: int) -> bool:
+    """Return whether the walk of a prompt ended at this block, or found no such row."""
+    return known[at] is None if at < len(known) else at == len(known)
+
+
 def is_in_some(
     sources: Sequence[BlockSource], block_hash: BlockHash, parent: BlockHash, num_tokens: int
 ) -> tuple[bool, bool]:
@@ -268,7 +282,7 @@ def has_hash(source: BlockSource, block_hash: BlockHash) -> bool:
 
 def holds(source: BlockSource, tenant: Tenant, hashes: Sequence[bytes], tokens: bytes, at: int) -> bool:
     """Return whether a source has this very block: hash, parent and token ids are the same."""
-    parent = hashes[at - 1] if at else tenant.digest
+    parent = parent_hash(tenant, hashes, at)
     try:
         stored = source.lookup(hashes[at])
         return (

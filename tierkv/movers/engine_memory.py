@@ -21,10 +21,11 @@ from tierkv.movers.batch_copy import copy_addresses
 from tierkv.movers.mover import CudaReady, layer_groups, page_lock, page_unlock, record_event, synchronize_streams
 from tierkv.movers.pages import PageMover, page_mover
 from tierkv.movers.ready import AllReady, Done, Ready
+from tierkv.storage.codec import Bytes
 from tierkv.storage.warm import WarmPool
 from tierkv.values.layout import BlockLayout
 
-__all__ = ["LEFT_OUT", "EngineMemory"]
+__all__ = ["LEFT_OUT", "EngineMemory", "LockedSlots"]
 
 _Numbers: TypeAlias = "npt.NDArray[np.int64]"
 
@@ -59,12 +60,11 @@ class EngineMemory:
     layers: for each layer its tensors, one with K and V together or two, each [pages, ...]: dim 0 counts pages, and a
     page is dense, its other dims in any order. A block is `pages_per_block` pages, the same in all tensors; in a slot
     it lies layer after layer, tensor after tensor, page after page, the bytes of a page in the order of its memory.
-    Raises ShapeError for tensors that do not fit the layout, StoreError where CUDA does not register the slots.
+    It is bound to pools of slots: `load` and `save` say which of them they mean, by its memory.
+    Raises ShapeError for tensors that do not fit the layout.
     """
 
-    def __init__(
-        self, layers: Sequence[Sequence[Tensor]], layout: BlockLayout, warm: WarmPool, *, pages_per_block: int = 1
-    ) -> None:
+    def __init__(self, layers: Sequence[Sequence[Tensor]], layout: BlockLayout, *, pages_per_block: int = 1) -> None:
         flat = [tensor for layer in layers for tensor in layer]
         if not flat or len({tensor.device for tensor in flat}) != 1:
             raise ShapeError("an engine's memory has tensors, all on one device")
@@ -80,42 +80,55 @@ class EngineMemory:
         self._ends = list(accumulate(len(layer) for layer in layers))
         _check_layout([offsets[end] for end in self._ends], layout)
         self.layer_groups: list[int] = layer_groups(layout)
-        self._warm = warm
-        self._slots = page_lock(warm, self.device)
+        self._slots: dict[int, Tensor] = {}  # of each bound pool, by the address of its memory
         self._page_mover: PageMover | None = None
         if self.is_cuda:
             self.load_stream: torch.cuda.Stream = torch.cuda.Stream(self.device)
             self.save_stream: torch.cuda.Stream = torch.cuda.Stream(self.device)
             self._page_mover = page_mover(rows, layout.block_bytes)
 
+    def bind(self, address: int, slots: Tensor) -> None:
+        """Copy to and from a pool of slots too. address: of its first byte; it names the pool."""
+        self._slots[address] = slots
+
+    def unbind(self, address: int) -> None:
+        """Forget a pool from which, and to which, no copy is in flight. Does nothing for one that is not bound."""
+        if self._slots.pop(address, None) is not None and self.is_cuda:
+            with contextlib.suppress(RuntimeError):  # of a device that has failed: nothing is copied any more
+                torch.cuda.synchronize(self.device)
+
     def mark(self) -> Ready:
         """Return the completion of the work queued on the current stream so far."""
         return CudaReady([record_event(torch.cuda.current_stream(self.device))]) if self.is_cuda else Done()
 
-    def load(self, slots: Sequence[int], pages: Sequence[Sequence[int]], *, after: Sequence[Ready]) -> Ready:
+    def load(
+        self, slots: Sequence[int], pages: Sequence[Sequence[int]], memory: Bytes, *, after: Sequence[Ready]
+    ) -> Ready:
         """Copy slots into pages, the first layers of all blocks first; the pages of one block for each slot.
 
+        memory: the pool of the slots, [slots, block bytes]; the caller holds the slots until the copies have ended.
         The pages are overwritten after `after` only, such as what `mark` returned. They may be read after `wait`, slots
         reused after `is_done`. Raises ShapeError for pages that do not exist, StoreError for a failed copy: some pages
-        may have been written then, and no copy is in flight.
+        may have been written then, and no copy is in flight. StoreError also for a pool that is not bound.
         """
+        warm = self._bound(memory)
         found = self._pages_of(slots, pages, may_leave_out=True)
         if not self.is_cuda:
             AllReady(after).synchronize()
-            self._copy_one_by_one(found, 0, len(self._ends), to_pages=True)
+            self._copy_one_by_one(found, warm, 0, len(self._ends), to_pages=True)
             return Done()
         if self._page_mover and self._is_scattered(found):
             ids = self._on_device(pages)
-            return self._page_mover.load([self._slots[slot] for slot in slots], ids, after=self._now(after))
+            return self._page_mover.load([warm[slot] for slot in slots], ids, after=self._now(after))
         events: list[torch.cuda.Event] = []
         first = 0
         try:
             with torch.cuda.stream(self.load_stream):
                 AllReady(after).wait()
                 for end in self.layer_groups:
-                    theirs, ours, sizes = self._addresses(found, first, end)
+                    theirs, ours, sizes = self._addresses(found, warm, first, end)
                     if not copy_addresses(theirs, ours, sizes, self.load_stream.cuda_stream):
-                        self._copy_one_by_one(found, first, end, to_pages=True)
+                        self._copy_one_by_one(found, warm, first, end, to_pages=True)
                     events.append(record_event(self.load_stream))
                     first = end
         except RuntimeError as exc:
@@ -123,35 +136,42 @@ class EngineMemory:
             raise StoreError(f"loading {len(slots)} blocks failed: {exc}") from exc
         return CudaReady(events, self.layer_groups)
 
-    def save(self, pages: Sequence[Sequence[int]], slots: Sequence[int], *, after: Sequence[Ready]) -> Ready:
+    def save(
+        self, pages: Sequence[Sequence[int]], slots: Sequence[int], memory: Bytes, *, after: Sequence[Ready]
+    ) -> Ready:
         """Copy pages into slots: the inverse of `load`; no page may be left out."""
+        warm = self._bound(memory)
         found = self._pages_of(slots, pages, may_leave_out=False)
         if not self.is_cuda:
             AllReady(after).synchronize()
-            self._copy_one_by_one(found, 0, len(self._ends), to_pages=False)
+            self._copy_one_by_one(found, warm, 0, len(self._ends), to_pages=False)
             return Done()
         if self._page_mover and self._is_scattered(found):
             ids = self._on_device(pages)
-            return self._page_mover.store(ids, [self._slots[slot] for slot in slots], after=self._now(after))
+            return self._page_mover.store(ids, [warm[slot] for slot in slots], after=self._now(after))
         try:
             with torch.cuda.stream(self.save_stream):
                 AllReady(after).wait()
-                theirs, ours, sizes = self._addresses(found, 0, len(self._ends))
+                theirs, ours, sizes = self._addresses(found, warm, 0, len(self._ends))
                 if not copy_addresses(ours, theirs, sizes, self.save_stream.cuda_stream):
-                    self._copy_one_by_one(found, 0, len(self._ends), to_pages=False)
+                    self._copy_one_by_one(found, warm, 0, len(self._ends), to_pages=False)
             return CudaReady([record_event(self.save_stream)])
         except RuntimeError as exc:
             synchronize_streams(self.save_stream)
             raise StoreError(f"saving {len(slots)} blocks failed: {exc}") from exc
 
     def close(self) -> None:
-        """Wait for all copies and unregister the slots. May be called twice."""
-        if self.is_cuda and self._slots.numel():
-            with contextlib.suppress(RuntimeError):  # of a device that has failed: nothing is copied any more
-                torch.cuda.synchronize(self.device)
-        page_unlock(self._slots, self.device)
-        self._slots = torch.empty(0)
+        """Forget all pools and the engine's tensors, after all copies have ended. May be called twice."""
+        for address in list(self._slots):
+            self.unbind(address)
         self._tensors = []
+
+    def _bound(self, memory: Bytes) -> Tensor:
+        """Return the slots of a pool as a tensor. Raises StoreError for a pool that is not bound."""
+        slots = self._slots.get(memory.ctypes.data)
+        if slots is None:
+            raise StoreError("the engine's memory is not bound to these slots any more")
+        return slots
 
     def _pages_of(self, slots: Sequence[int], pages: Sequence[Sequence[int]], *, may_leave_out: bool) -> _Pages:
         """Return the pages to copy, neighbours together. Raises ShapeError for pages that do not exist."""
@@ -187,20 +207,24 @@ class EngineMemory:
     def _tensors_of(self, first_layer: int, end_layer: int) -> list[_Tensor]:
         return self._tensors[self._ends[first_layer - 1] if first_layer else 0 : self._ends[end_layer - 1]]
 
-    def _copy_one_by_one(self, found: _Pages, first_layer: int, end_layer: int, *, to_pages: bool) -> None:
+    def _copy_one_by_one(
+        self, found: _Pages, warm: Tensor, first_layer: int, end_layer: int, *, to_pages: bool
+    ) -> None:
         rows_of = [each.tolist() for each in found]
         for rows, offset in self._tensors_of(first_layer, end_layer):
             size = rows.shape[1]
             for page, slot, place, length in zip(*rows_of, strict=True):
                 start = offset + place * size
                 theirs = rows[page : page + length]
-                ours = self._slots[slot, start : start + length * size].view(length, size)
+                ours = warm[slot, start : start + length * size].view(length, size)
                 to, of = (theirs, ours) if to_pages else (ours, theirs)
                 to.copy_(of, non_blocking=True)
 
-    def _addresses(self, found: _Pages, first_layer: int, end_layer: int) -> tuple[list[int], list[int], list[int]]:
+    def _addresses(
+        self, found: _Pages, warm: Tensor, first_layer: int, end_layer: int
+    ) -> tuple[list[int], list[int], list[int]]:
         """Return addresses of pages, of their places in the slots, and sizes, tensor after tensor."""
-        slot_starts = self._slots.data_ptr() + found.slots * self._slots.stride(0)
+        slot_starts = warm.data_ptr() + found.slots * warm.stride(0)
         theirs: list[int] = []
         ours: list[int] = []
         sizes: list[int] = []
@@ -210,6 +234,26 @@ class EngineMemory:
             ours += (slot_starts + (offset + found.places * size)).tolist()
             sizes += (found.lengths * size).tolist()
         return theirs, ours, sizes
+
+
+class LockedSlots:
+    """The slots of one pool as a tensor for each kind of device, page-locked once for all that is on GPUs."""
+
+    def __init__(self, warm: WarmPool) -> None:
+        self._warm = warm
+        self._slots: dict[str, tuple[torch.device, Tensor]] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        """Return the slots, [slots, block bytes], for copies to and from a device. Raises StoreError."""
+        if device.type not in self._slots:
+            self._slots[device.type] = device, page_lock(self._warm, device)
+        return self._slots[device.type][1]
+
+    def close(self) -> None:
+        """Undo the page lock, after all copies have ended. May be called twice. Raises StoreError."""
+        locked, self._slots = self._slots, {}
+        for device, slots in locked.values():
+            page_unlock(slots, device)
 
 
 def _rows_of(tensor: Tensor) -> Tensor:

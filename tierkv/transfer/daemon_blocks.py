@@ -7,6 +7,7 @@ import time
 from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from tierkv.daemon.messages import (
     NO_SLOT,
@@ -29,12 +30,12 @@ from tierkv.daemon.messages import (
 from tierkv.daemon.protocol import split_numbers
 from tierkv.errors import DaemonError, StoreError
 from tierkv.index.index import Entry
-from tierkv.movers.mover import Move, Ready
+from tierkv.movers.mover import Move, Mover, Ready
 from tierkv.storage.codec import Bytes
 from tierkv.storage.coded import CodedBlock
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import BlockInfo
-from tierkv.transfer.daemon_connection import DaemonConnection
+from tierkv.transfer.daemon_connection import DaemonConnection, miss_reason
 from tierkv.transfer.lookup import Hit, Lookup
 from tierkv.transfer.tiers import Job, Place, Tiers
 from tierkv.values.block import TOKEN_BYTES, BlockHash, HashFunction, Tier, iter_chain
@@ -42,6 +43,8 @@ from tierkv.values.events import EventKind
 from tierkv.values.layout import BlockLayout
 
 __all__ = ["Claim", "DaemonBlocks"]
+
+Connection: TypeAlias = DaemonConnection[Mover]
 
 _log = logging.getLogger(__name__)
 
@@ -54,7 +57,7 @@ _MOST_VAIN_WAITS = 3
 class Claim:
     """The promise of this process to compute blocks that no tier has. Other processes wait for them."""
 
-    connection: DaemonConnection
+    connection: Connection
     number: int
 
     def end(self) -> None:
@@ -67,7 +70,7 @@ class Claim:
 class _DaemonBlock:
     """The number of a block in a cursor of the daemon. Satisfies `ColdSource`: the daemon alone looks and reads."""
 
-    connection: DaemonConnection
+    connection: Connection
     cursor: int
     position: int
 
@@ -98,7 +101,7 @@ class DaemonBlocks:
     def __init__(
         self,
         tiers: Tiers,
-        connected: Callable[[], DaemonConnection | None],
+        connected: Callable[[], Connection | None],
         *,
         block_size: int,
         hash_function: HashFunction,
@@ -152,7 +155,7 @@ class DaemonBlocks:
             return replace(found, miss=MissReason.DAEMON), None
         return lookup, Claim(connection, answer.claim) if answer.claim else None
 
-    def match(self, connection: DaemonConnection, ask: Match, hashes: Sequence[BlockHash]) -> Found:
+    def match(self, connection: Connection, ask: Match, hashes: Sequence[BlockHash]) -> Found:
         """Match a prompt; while another process computes what is missing, wait and match again. Raises DaemonError.
 
         hashes: those of `ask`. The blocks before `ask.start` are hot here. The daemon may have lost them, and another
@@ -207,7 +210,7 @@ class DaemonBlocks:
             for hit, _ in zip(hits, slots, strict=False):
                 num_tokens = len(hit.token_bytes) // TOKEN_BYTES
                 self._tiers.stats.bytes_out[Tier.COLD] += self._tiers.layout.token_bytes * num_tokens
-        return [Place(Tier.WARM, slot, connection) for slot in slots], _reason(answer.miss)
+        return [Place(Tier.WARM, slot, connection) for slot in slots], miss_reason(answer.miss)
 
     def write(self, jobs: Sequence[Job]) -> None:
         """Reserve slots for the blocks that the daemon lacks, fill and publish them.
@@ -227,7 +230,7 @@ class DaemonBlocks:
 
     def _extended(
         self,
-        connection: DaemonConnection,
+        connection: Connection,
         found: Lookup,
         answer: Found,
         hashes: list[BlockHash],
@@ -265,10 +268,10 @@ class DaemonBlocks:
                 self._tiers.unpin(pinned.values())  # of the partial block that is not used
                 pinned.clear()
             pinned.update(leased)
-        miss = _reason(answer.miss) or (None if answer.slots else found.miss)
+        miss = miss_reason(answer.miss) or (None if answer.slots else found.miss)
         return Lookup(found.hot, blocks, partial_block, miss)
 
-    def _write(self, connection: DaemonConnection, jobs: Sequence[Job]) -> None:
+    def _write(self, connection: Connection, jobs: Sequence[Job]) -> None:
         paths = _paths(jobs)
         held: list[Place] = []
         try:
@@ -308,7 +311,7 @@ class DaemonBlocks:
         return proposed
 
     def _fill_and_publish(
-        self, connection: DaemonConnection, path: list[Job | Entry], proposed: dict[int, Job], given: ChainAnswer
+        self, connection: Connection, path: list[Job | Entry], proposed: dict[int, Job], given: ChainAnswer
     ) -> None:
         """Copy blocks into the slots that were given for them, then publish them."""
         slots = split_numbers(given.slots)
@@ -333,7 +336,7 @@ class DaemonBlocks:
         self._note_written(connection, path, copied, given)
 
     def _note_written(
-        self, connection: DaemonConnection, path: list[Job | Entry], copied: list[tuple[Job, int]], given: ChainAnswer
+        self, connection: Connection, path: list[Job | Entry], copied: list[tuple[Job, int]], given: ChainAnswer
     ) -> None:
         """Note which blocks the daemon has now. Where another process writes some, only copied blocks are certain."""
         tiers = self._tiers
@@ -359,7 +362,7 @@ class DaemonBlocks:
                 self._tiers.skip(job, "daemon")
 
 
-def _return_all(connection: DaemonConnection, answer: Found) -> None:
+def _return_all(connection: Connection, answer: Found) -> None:
     """Return what an answer has leased: hold nothing while waiting."""
     slots = array("I", (slot for slot in split_numbers(answer.slots) if slot != NO_SLOT))
     if answer.partial_block and answer.partial_block.slot != NO_SLOT:
@@ -390,10 +393,3 @@ def _chain_of(path: Sequence[Job | Entry], proposed: dict[int, Job]) -> Chain:
         b"".join(each.token_bytes for each in path),
         array("I", sorted(proposed)).tobytes(),
     )
-
-
-def _reason(miss: str) -> MissReason | None:
-    try:
-        return MissReason(miss) if miss else None
-    except ValueError:
-        return MissReason.DAEMON

@@ -1,32 +1,56 @@
-"""DaemonConnection: one connection to the daemon, and its slab, mapped: a cache copies from and to it."""
+"""DaemonConnection: one connection to the daemon, and its slab, mapped: its user copies from and to it."""
 
 from __future__ import annotations
 
+import os
 import threading
 from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Generic, Protocol, TypeVar
 
 from tierkv.daemon.client import Answer, DaemonClient
 from tierkv.daemon.messages import Message, Release
 from tierkv.errors import DaemonGoneError
-from tierkv.movers.mover import Mover
+from tierkv.storage.codec import Bytes
+from tierkv.storage.outcomes import MissReason
 from tierkv.storage.warm import Slab, WarmPool, slot_stride
-from tierkv.transfer.tiers import Tiers
 
-__all__ = ["DaemonConnection"]
+__all__ = ["DaemonConnection", "SlabMover", "miss_reason"]
 
 
-class DaemonConnection:
+class _Closable(Protocol):
+    def close(self) -> None:
+        """Wait for all copies, and use the slab no more."""
+
+
+SlabMover = TypeVar("SlabMover", bound=_Closable)
+
+
+def miss_reason(miss: str) -> MissReason | None:
+    """Return why the daemon has not found a block; None if it does not say."""
+    try:
+        return MissReason(miss) if miss else None
+    except ValueError:
+        return MissReason.DAEMON
+
+
+class DaemonConnection(Generic[SlabMover]):
     """One connection, the slab mapped through it, and the slots in use over it. Thread-safe; satisfies `PlaceOwner`.
 
     A slot is leased to be read, by any number of requests, or this process writes it, never both. An answer that says
     otherwise is refused, because the copy would change a block that is being read.
+    open_mover: returns what copies from and to the slab; None for a user that only looks up, and maps no slab.
     lost: called with this connection when a call has found that the daemon is gone.
     """
 
     def __init__(
-        self, client: DaemonClient, tiers: Tiers, *, lost: Callable[[DaemonConnection, DaemonGoneError], None]
+        self,
+        client: DaemonClient,
+        block_bytes: int,
+        *,
+        open_mover: Callable[[WarmPool], SlabMover] | None,
+        lost: Callable[[DaemonConnection[SlabMover], DaemonGoneError], None],
     ) -> None:
         """Map the slab. Raises StoreError; then the caller closes the client."""
         self.client = client
@@ -38,18 +62,34 @@ class DaemonConnection:
         self._is_closed = False
         self._returned = array("I")
         self._cursors = array("I")
+        self._warm: WarmPool | None = None
+        self._mover: SlabMover | None = None
+        if open_mover is None:
+            os.close(client.take_descriptor())  # it would keep the memory of a daemon that has ended
+            return
         slab = Slab.attach(client.take_descriptor(), client.welcome.slab_bytes)
         try:
-            block_bytes = tiers.layout.block_bytes
             self._warm = WarmPool(block_bytes, slab.size_bytes // slot_stride(block_bytes), slab=slab)
         except BaseException:
             slab.close()
             raise
         try:
-            self.mover: Mover = Mover(tiers.memory.hot, self._warm)
+            self._mover = open_mover(self._warm)
         except BaseException:
             self._warm.close()
             raise
+
+    @property
+    def mover(self) -> SlabMover:
+        """What copies from and to the slab."""
+        assert self._mover is not None, "a connection that only looks up maps no slab"
+        return self._mover
+
+    @property
+    def slots(self) -> Bytes:
+        """The slab as [slots, block bytes]. A caller that keeps it while it holds slots keeps the memory too."""
+        assert self._warm is not None, "a connection that only looks up maps no slab"
+        return self._warm.slots
 
     def call(self, message: Message, expected: type[Answer], *, timeout_s: float | None = None) -> Answer:
         """Send a request and return its answer. Raises DaemonError."""
@@ -95,11 +135,18 @@ class DaemonConnection:
 
     def return_lease(self, slot: int) -> None:
         """End a lease. The next `send_returned` notifies the daemon."""
+        self.return_leases((slot,))
+
+    def return_leases(self, slots: Iterable[int]) -> None:
+        """End leases, once for each time that a slot is named."""
         with self._lock:
-            self._leased[slot] -= 1
-            if not self._leased[slot]:
-                del self._leased[slot]
-            self._returned.append(slot)
+            if self._is_closed:
+                return
+            for slot in slots:
+                self._leased[slot] -= 1
+                if not self._leased[slot]:
+                    del self._leased[slot]
+                self._returned.append(slot)
         self._close_if_unused()
 
     def begin_writing(self, slots: Sequence[int]) -> None:
@@ -130,9 +177,16 @@ class DaemonConnection:
         if (slots or cursors) and not self.is_retired:
             self.post(Release(slots=slots.tobytes(), cursors=cursors.tobytes()))
 
-    def retire(self) -> None:
-        """Use this connection no more. It is closed when the last copy from or to its slots has ended."""
+    def retire(self, *, is_idle: bool = False) -> None:
+        """Use this connection no more. It is closed when the last copy from or to its slots has ended.
+
+        is_idle: none is in flight, though slots may be leased.
+        """
         self.is_retired = True
+        if is_idle:
+            with self._lock:
+                self._leased.clear()
+                self._written.clear()
         self._close_if_unused()
 
     def _close_if_unused(self) -> None:
@@ -140,8 +194,9 @@ class DaemonConnection:
             if not self.is_retired or self._leased or self._written or self._is_closed:
                 return
             self._is_closed = True
-        self.mover.close()
-        self._warm.close()
+        if self._mover is not None and self._warm is not None:
+            self._mover.close()
+            self._warm.close()
         self.client.close()
 
     def _require_open(self) -> None:

@@ -14,11 +14,14 @@ from tierkv.values.layout import BlockLayout
 
 __all__ = [
     "DESCRIPTION_LIMIT_BYTES",
+    "DIGEST_IDENTITY",
     "FORMAT_VERSION",
+    "IDENTITY",
     "NAME_LIMIT",
     "Namespace",
     "NamespaceDescription",
     "differing_fields",
+    "has_rows",
     "parse_description",
 ]
 
@@ -30,6 +33,10 @@ DESCRIPTION_LIMIT_BYTES = 1 << 16
 
 NAME_LIMIT = 128
 """Characters of a namespace's name that are kept."""
+
+IDENTITY = "identity"
+DIGEST_IDENTITY = "digest"
+"""The architecture's field that says what blocks are named by, and its value for digests."""
 
 _DEPTH_LIMIT = 100
 
@@ -100,6 +107,14 @@ class Namespace:
         if len(text) > DESCRIPTION_LIMIT_BYTES:
             raise ConfigError(f"the namespace's description has {len(text)} bytes, {DESCRIPTION_LIMIT_BYTES} at most")
         return text
+
+
+def has_rows(architecture: Mapping[str, Any]) -> bool:
+    """Return whether a namespace's blocks are rows, which an engine names by digests; others are named by tokens.
+
+    A row has no parent but the namespace, and none of its own follow it.
+    """
+    return architecture.get(IDENTITY) == DIGEST_IDENTITY
 
 
 class _FrozenDict(dict[Any, Any]):

@@ -1,0 +1,180 @@
+"""OwnTiers: the warm memory and the store on disk of a block store that needs no daemon."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from tierkv.block_store.config import BlockStoreConfig
+from tierkv.block_store.keys import BlockKey
+from tierkv.block_store.loading import BlockLoader, count_cold
+from tierkv.block_store.placement import Placement
+from tierkv.block_store.reservation import Reservation
+from tierkv.block_store.saving import BlockSaver
+from tierkv.block_store.transfers import Load, Save
+from tierkv.block_store.warm_memory import WarmMemory
+from tierkv.storage.codecs import Codec
+from tierkv.storage.cold import ColdStore
+from tierkv.values.block import Tier
+from tierkv.values.locks import OwnedCondition
+from tierkv.values.namespace import Namespace
+from tierkv.values.stats import StatsRecorder, TierStats
+
+if TYPE_CHECKING:
+    import torch
+
+    from tierkv.movers.engine_memory import EngineMemory
+
+__all__ = ["OwnTiers"]
+
+_STALL_S = 30.0  # at the end, how long one read or write may take
+
+
+class OwnTiers:
+    """Satisfies `BlockTiers`. cold: an open store to share, or None to open and close that of `config`.
+
+    memory: None for a store that only looks up.
+    """
+
+    def __init__(
+        self,
+        config: BlockStoreConfig,
+        namespace: Namespace,
+        codec: Codec,
+        *,
+        cold: ColdStore | None,
+        stats: StatsRecorder,
+        changed: OwnedCondition,
+        clock: Callable[[], float],
+    ) -> None:
+        self._config = config
+        self._root = namespace.digest
+        self._changed = changed
+        self._clock = clock
+        self._owns_cold = cold is None
+        self.cold: ColdStore | None = cold or _open_cold(config)
+        try:
+            if self.cold:
+                self.cold.open_namespace(namespace)
+            self.memory: WarmMemory | None = None
+            if config.warm_bytes:
+                self.memory = WarmMemory(config, namespace.layout, clock, changed)
+        except BaseException:
+            self._close_cold()
+            raise
+        if self.memory:
+            self._loader = BlockLoader(self.memory, self.cold, self._root, stats, changed)
+            self._saver = BlockSaver(self.memory, self.cold, self._root, codec, stats, changed)
+
+    def register(self, layers: Sequence[Sequence[torch.Tensor]], *, pages_per_block: int) -> EngineMemory:
+        """Return an engine's tensors as memory to copy to and from."""
+        assert self.memory is not None
+        return self.memory.engines.register(layers, pages_per_block=pages_per_block)
+
+    def contains(self, keys: Sequence[BlockKey]) -> int:
+        """Return how many leading blocks are warm or cold."""
+        if self.memory is None:
+            assert self.cold is not None, "a store without memory looks up in the cold one"
+            return count_cold(self.cold, keys)
+        return self._loader.contains(keys)
+
+    def reserve(self, keys: Sequence[BlockKey], start: int) -> Reservation:
+        """Hold blocks."""
+        return self._loader.reserve(keys, start)
+
+    def load(self, reservation: Reservation, targets: Placement) -> Load:
+        """Copy reserved blocks to the engine."""
+        return self._loader.load(reservation, targets)
+
+    def save(self, keys: Sequence[BlockKey], sources: Placement, start: int) -> Save:
+        """Take blocks over."""
+        return self._saver.save(keys, sources, start)
+
+    def touch(self, keys: Sequence[BlockKey]) -> None:
+        """Record a use of blocks."""
+        if self.memory:
+            with self._changed:
+                self.memory.index.touch(keys)
+        if self.cold:
+            self.cold.notes.touch([key.block_hash for key in keys])
+
+    def pin(self, keys: Sequence[BlockKey], ttl_s: float | None) -> int:
+        """Keep blocks in the warm memory for a time; without one on disk too."""
+        until = math.inf if ttl_s is None else self._clock() + ttl_s
+        return self._set_pinned(keys, until, on_disk=True if ttl_s is None else None)
+
+    def unpin(self, keys: Sequence[BlockKey]) -> int:
+        """Let blocks be evicted again."""
+        return self._set_pinned(keys, -math.inf, on_disk=False)
+
+    def clear(self) -> int:
+        """Evict all blocks of the namespace. Raises StoreError where the disk does not answer."""
+        num_warm = 0
+        if self.memory:
+            self._saver.flush()
+            with self._changed:
+                num_warm = self.memory.index.clear()
+        if self.cold is None or self.cold.read_only:
+            return num_warm
+        return max(num_warm, self.cold.evict(namespace=self._root).blocks)
+
+    def sizes(self) -> dict[Tier, TierStats]:
+        """Return the sizes of the tiers."""
+        tiers: dict[Tier, TierStats] = {}
+        if self.cold:
+            cold = self.cold.stats()
+            tiers[Tier.COLD] = TierStats(
+                blocks=cold.blocks, stored_bytes=cold.live_bytes, capacity_bytes=cold.quota_bytes
+            )
+        if self.memory:
+            with self._changed:
+                tiers[Tier.WARM] = self.memory.tier_stats()
+        return tiers
+
+    def flush(self) -> None:
+        """Wait until every saved block lies on the disk. Raises StoreError where that cannot be."""
+        if self.memory:
+            self._saver.flush()
+        if self.cold and not self.cold.read_only:
+            self.cold.flush()
+
+    def close(self) -> bool:
+        """Write what was saved, end all copies, free the memory. Return whether a hanging disk kept them open."""
+        is_idle = True
+        if self.memory:
+            is_idle = self._loader.close(stall_s=_STALL_S)
+            is_idle = self._saver.close(stall_s=self._config.write_wait_s + _STALL_S) and is_idle
+            if is_idle:
+                self.memory.close()
+        if is_idle:
+            self._close_cold()
+        return not is_idle
+
+    def _set_pinned(self, keys: Sequence[BlockKey], until: float, *, on_disk: bool | None) -> int:
+        num_found = self.contains(keys)
+        found = list(keys[:num_found])
+        if self.memory:
+            with self._changed:
+                self.memory.index.set_pinned(found, until)
+        if on_disk is not None and self.cold and not self.cold.read_only:
+            if self.memory:
+                self._saver.flush()
+            self.cold.set_pinned([key.block_hash for key in found], on_disk)
+        return num_found
+
+    def _close_cold(self) -> None:
+        if self.cold and self._owns_cold:
+            self.cold.close()
+
+
+def _open_cold(config: BlockStoreConfig) -> ColdStore | None:
+    if config.cold_path is None:
+        return None
+    return ColdStore(
+        config.cold_path,
+        quota_bytes=config.cold_bytes,
+        min_free_bytes=config.min_free_bytes,
+        write_wait_s=config.write_wait_s,
+        read_only=config.read_only,
+    )

@@ -57,12 +57,14 @@ class DaemonReservation(Reservation):
 
     def drop(self, num_blocks: int) -> None:
         """Hold only so many leading blocks from now on, and without any no cursor. The caller holds the lock."""
+        assert self._changed.is_owned()
         super().drop(num_blocks)
         if not self.num_blocks:
             self.end_cursor()
 
     def end_cursor(self) -> None:
         """Have nothing fetched any more. The caller holds the lock."""
+        assert self._changed.is_owned()
         self.connection.end_cursor(self.cursor)
         self.cursor = 0
 

@@ -157,6 +157,7 @@ class BlockLoader(Loader):
 
     def reap(self) -> None:
         """Release what copies that have ended still hold; the caller holds the lock."""
+        assert self.changed.is_owned()
         self._memory.reap()
         super().reap()
 

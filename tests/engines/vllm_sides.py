@@ -51,7 +51,7 @@ class FakeRequest:
 class Engine:
     """One worker's memory, a session, and both sides. `step` runs one request's step as vLLM would."""
 
-    def __init__(self, path: Path | None, *, warm_blocks: int = 32) -> None:
+    def __init__(self, path: Path | None, *, socket: Path | None = None, warm_blocks: int = 32) -> None:
         self.kv = {f"layer{i}": torch.zeros(NUM_ENGINE_BLOCKS, 1, ENGINE_BLOCK, 16) for i in range(2)}
         self.pages = EnginePages.of(
             self.kv, num_engine_blocks=NUM_ENGINE_BLOCKS, engine_block_size=ENGINE_BLOCK, block_tokens=BLOCK
@@ -59,6 +59,7 @@ class Engine:
         namespace = Namespace(weights="w", layout=self.pages.layout)
         self.options = Options(
             path=path,
+            socket=socket,
             warm_bytes=warm_blocks * self.pages.layout.block_bytes,
             cold_bytes=1 << 26,
             compute_or_load=False,

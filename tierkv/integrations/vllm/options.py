@@ -20,6 +20,8 @@ class Options:
 
     path: directory of the store on disk; None keeps blocks in memory only, which needs one process for the scheduler
         and the worker. Several engines and ranks may share one path.
+    socket: of a daemon, whose warm and cold tiers are used then, by all engines and ranks of the machine. Of the other
+        options only block_tokens, compute_or_load and weights count beside it.
     warm_bytes: page-locked CPU memory of each worker. cold_bytes: quota of a new store.
     block_tokens: tokens of one stored block, rounded up to a multiple of the engine's block size.
     codec: how blocks are coded on disk. compute_or_load: compute a prefix where that was measured to be faster.
@@ -27,6 +29,7 @@ class Options:
     """
 
     path: Path | None = None
+    socket: Path | None = None
     warm_bytes: int = 1 << 30
     cold_bytes: int | None = None
     block_tokens: int = 256
@@ -62,6 +65,7 @@ class Options:
         """Return what the block store is opened with. lookup_only: for a scheduler without the worker's memory."""
         return BlockStoreConfig(
             cold_path=self.path,
+            socket=self.socket,
             warm_bytes=0 if lookup_only else self.warm_bytes,
             cold_bytes=self.cold_bytes,
             codec=self.codec,

@@ -28,7 +28,7 @@ PYTHON_IS_NEW := import sys; sys.exit(sys.version_info < (3, 10) and "tierkv nee
 CPU_BENCHES := cold daemon index tracker
 GPU_BENCHES := gpu ttft mover cascade ranks identity  # `gpu` makes one table of them all
 
-.PHONY: help setup check test test-gpu test-engines bench bench-gpu warm demo-daemon format clean
+.PHONY: help setup check test test-gpu engines test-engines bench bench-gpu warm demo-daemon format clean
 
 help:
 	@echo "make setup      the virtual environment in $(VENV); the others do it themselves where they need it"
@@ -83,7 +83,9 @@ $(VLLM_VENV)/sglang/.ready: tests/engines/sglang_cpu_requirements.txt $(VLLM_VEN
 	@$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps $(PIP_OPTIONS) --upgrade --target $(@D) --requirement $<
 	@touch $@
 
-test-engines: $(VLLM_VENV)/.ready $(VLLM_VENV)/sglang/.ready
+engines: $(VLLM_VENV)/.ready $(VLLM_VENV)/sglang/.ready
+
+test-engines: engines
 	PYTHONPATH=.$${PYTHONPATH:+:$$PYTHONPATH} $(VLLM_VENV)/bin/python -m pytest -q $(wildcard tests/engines/test_vllm_*.py) $(ARGS)
 	PYTHONPATH=.:$(VLLM_VENV)/sglang$${PYTHONPATH:+:$$PYTHONPATH} $(VLLM_VENV)/bin/python -m pytest -q tests/engines/test_sglang.py $(ARGS)
 

@@ -333,6 +333,7 @@ def test_backup_and_prefetch_threads_never_get_another_pages_bytes(tmp_path: Pat
     def back_up() -> None:
         while not stop.is_set():
             assert all(backend.batch_set_v1(keys, torch.arange(16 * PAGE)))
+            stop.wait(0.01)  # else the readers might find nothing, however often they look
             backend.clear()
 
     def prefetch(first: int) -> int:

@@ -109,19 +109,9 @@ def test_pinned_blocks_stay_until_their_time_is_over() -> None:
         assert save(store, second, start=6) == 5 and store.contains(first) == 0
 
 
-def test_a_reservation_is_loaded_once_and_released_as_often_as_one_likes(store: BlockStore) -> None:
+def test_places_that_do_not_fit_are_refused_and_hold_no_slot(store: BlockStore) -> None:
     keys = store.keys(TOKENS)[:4]
     save(store, keys)
-    reservation = store.reserve(keys)
-    reservation.cut(3)
-    assert reservation.num_blocks == 3
-    with pytest.raises(ShapeError, match="has 3 bytes"):
-        store.load(reservation, Buffers([bytearray(3)]))
-    with pytest.raises(ConfigError, match="released, or loaded"):
-        store.load(reservation, Buffers([]))
-    reservation.release()
-    reservation.release()
-    assert store.load(store.reserve(keys), Buffers([bytearray(SIZE)] * 2)).num_loaded == 2
     for bad in ([bytes(SIZE)], [memoryview(bytearray(2 * SIZE))[::2]], [3]):
         with pytest.raises(ShapeError):
             store.load(store.reserve(keys[:1]), Buffers(bad))  # type: ignore[arg-type]

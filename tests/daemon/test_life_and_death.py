@@ -96,7 +96,7 @@ def test_a_client_killed_while_writing_leaves_nothing_visible_and_no_slot(start_
     tokens = tokens_of(16)
     with client_process("write", daemon.socket) as process, connect(daemon.socket) as client:
         assert daemon.status().reserved_slots == 4
-        assert write_prompt(client, tokens) == 0, "the blocks are somebody else's to write"
+        assert write_prompt(client, tokens) == 0, "the blocks are another client's to write"
         assert client.call(Match(hashes=chain_of(tokens), tokens=tokens), Found).slots == b""
         process.kill()
         eventually(lambda: daemon.status().reserved_slots == 0)

@@ -165,7 +165,7 @@ def test_what_another_client_writes_is_found_once_it_is_written(start_daemon: St
     time.sleep(0.05)
     assert held(daemon) == (0, 4)
     assert second.contains(keys) == first.contains(keys) == 0, "half of a block may be there"
-    assert save(second, keys) == 0 and not second.stats().skip_reasons, "they are somebody else's to write"
+    assert save(second, keys) == 0 and not second.stats().skip_reasons, "they are another client's to write"
     sources.finish()
     eventually(lambda: second.contains(keys) == 4)
     assert load(second, keys) == (4, [])
@@ -539,7 +539,7 @@ LIES: dict[str, tuple[str, dict[str, Message | bytes]]] = {
     "one slot for two blocks": ("reserve", {"Match": found(numbers(1, 1))}),
     "more blocks than asked for": ("contains", {"Match": found(numbers(1, 2, 3, 4, 5))}),
     "cold blocks without a cursor": ("reserve", {"Match": found(numbers(NO_SLOT))}),
-    "a partial block, which nobody asked for": (
+    "a partial block, which the client did not ask for": (
         "contains",
         {"Match": found(partial_block=FoundPartial(bytes(16), bytes(16), 1, 3))},
     ),

@@ -134,12 +134,8 @@ class LoadPlanner:
             return False
         num_ready = reservation.num_ready
         num_left = reservation.num_blocks - num_ready
-        computing_s = self._choice.compute_s(num_left * self._block_size)
-        if computing_s is None:
-            return True
-        waited_s = self._clock() - plan.started_s
         num_read = num_ready - plan.num_warm
-        return waited_s / num_read * num_left < computing_s if num_read else waited_s < computing_s / 2
+        return self._choice.worth_waiting(num_left, num_read=num_read, waited_s=self._clock() - plan.started_s)
 
     def _record_load(self, plan: _Plan) -> None:
         """Record how long the cold blocks took; of a load that was cut short, how long it would have taken."""

@@ -158,7 +158,7 @@ def _attend_flash(paged: PagedQuery, batch: Batch) -> Tensor:
         keys, values, max_length = paged.keys, paged.values, max(batch.kv_lengths)
         options["block_table"] = batch.block_table
     else:
-        keys, values, max_length = paged.new_keys.contiguous(), paged.new_values.contiguous(), batch.max_new
+        keys, values, max_length = paged.new_keys, paged.new_values, batch.max_new
     starts = (batch.query_starts_tensor, batch.kv_starts_tensor)
     out, lse, _ = flash.flash_attn_varlen_func(
         query, keys, values, *starts, batch.max_new, max_length, return_attn_probs=True, **options

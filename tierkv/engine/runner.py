@@ -17,6 +17,7 @@ from tierkv.config import CacheConfig
 from tierkv.engine.attention import AttentionSwitch
 from tierkv.engine.cascade import CascadeCost
 from tierkv.engine.forward_pass import ForwardPass
+from tierkv.engine.fused_model import fuse_model, test_fused
 from tierkv.engine.generation import Generation, GenerationOptions, Request, TokenEvent
 from tierkv.engine.model_identity import ModelCheck, namespace_of
 from tierkv.engine.model_state import ModelState
@@ -26,7 +27,6 @@ from tierkv.engine.model_support import (
     check_supported,
     probe_layout,
     read_stable_state,
-    self_test,
 )
 from tierkv.engine.models import LoadedModel
 from tierkv.engine.request_builder import RequestBuilder
@@ -52,6 +52,8 @@ class Runner:
     cascade: "auto" lets sequences that decode together read a shared prefix once where that is faster; "off" never.
     cascade_cost: the speeds for that decision; None takes those measured on an H200 or a CPU.
     use_graphs: replay CUDA graphs; None does unless the model is split.
+    fuse: "auto" merges projections and fuses element-wise kernels on CUDA where the model is known, "off" never, "on"
+    on any device. It moves weights: a runner that was opened without it on the same model must be opened anew.
     state: the model's state when the cache's namespace was made; None reads it now.
 
         runner.prefill(system_ids)  # later requests with this prefix find it in the cache
@@ -67,6 +69,7 @@ class Runner:
         cascade: str = "auto",
         cascade_cost: CascadeCost | None = None,
         use_graphs: bool | None = None,
+        fuse: str = "auto",
         state: ModelState | None = None,
     ) -> None:
         if cascade not in ("auto", "off"):
@@ -75,7 +78,14 @@ class Runner:
         self.cache = cache
         self.max_step_tokens = check_count("max_step_tokens", max_step_tokens, least=1)
         self.compute_or_load: bool = cache.config.compute_or_load
-        self._pass = ForwardPass(loaded, cache, cascade=cascade, cascade_cost=cascade_cost, use_graphs=use_graphs)
+        self._pass = ForwardPass(
+            loaded,
+            cache,
+            cascade=cascade,
+            cascade_cost=cascade_cost,
+            use_graphs=use_graphs,
+            compute=fuse_model(loaded.model, fuse, cache.ranks),
+        )
         self._attention = AttentionSwitch(loaded.model)
         state = state or read_stable_state(loaded.model)
         with self._attention:
@@ -359,6 +369,7 @@ def open_runner(
     cascade: str = "auto",
     cascade_cost: CascadeCost | None = None,
     use_graphs: bool | None = None,
+    fuse: str = "auto",
 ) -> Iterator[Runner]:
     """Check that a model can be cached, open a cache for it, yield a `Runner`, and close the cache.
 
@@ -382,7 +393,7 @@ def open_runner(
     check_block_size(model, config.block_size)
     state = read_stable_state(model)
     layout = probe_layout(model, block_size=config.block_size)
-    self_test(model, layout)
+    fuse = test_fused(model, layout, fuse, ranks or OneRank())
     namespace = namespace_of(model, layout, adapter=adapter, salt=salt, name=loaded.name, ranks=ranks, state=state)
     with TierCache(config, namespace=namespace, device=model.device, cold=cold, ranks=ranks) as cache:
         yield Runner(
@@ -392,6 +403,7 @@ def open_runner(
             cascade=cascade,
             cascade_cost=cascade_cost,
             use_graphs=use_graphs,
+            fuse=fuse,
             state=state,
         )
 

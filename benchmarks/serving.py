@@ -1,0 +1,411 @@
+"""tierkv's engine beside nano-vLLM: many prompts, shared prompts, one sequence, a cached prompt, a request that joins.
+
+Each engine runs in a process of its own, with one shape (Qwen3-8B's) and random weights. Needs a checkout of nano-vLLM:
+TIERKV_NANO_VLLM names it. `--cpu` runs a tiny shape with the stand-ins of tests/engines, to see that this script works;
+its figures then mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from benchmarks.nano_vllm import ROOT, SHAPES, tokens
+
+__all__ = ["main"]
+
+PARTS = ("many", "shared", "one", "hot", "join")
+
+
+def main() -> None:
+    """Run both engines and print a table; `--json FILE` keeps the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="8b")
+    parser.add_argument("--engines", nargs="+", default=["nano", "tierkv"], choices=["nano", "tierkv"])
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--prompts", type=int, default=128)
+    parser.add_argument("--new", type=int, default=128, help="tokens to generate for each prompt")
+    parser.add_argument("--shared", type=int, default=4096, help="tokens that the prompts of one part share")
+    parser.add_argument("--hot", type=int, default=8192, help="tokens of the cached prompt")
+    parser.add_argument("--temperature", type=float, default=0.6, help="for both engines; nano-vLLM knows no greedy")
+    parser.add_argument("--step-tokens", type=int, default=16_384, help="new tokens of a pass at most, for both")
+    parser.add_argument("--hot-gib", type=float, default=48.0, help="tierkv's memory for K and V on the GPU")
+    parser.add_argument("--warm-gib", type=float, default=8.0)
+    parser.add_argument("--fuse", default="auto", choices=["auto", "on", "off"])
+    parser.add_argument(
+        "--profile", action="store_true", help="also print where tierkv's decode steps spend their time"
+    )
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--engine", choices=["nano", "tierkv"], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.engine:
+        print("FOUND " + json.dumps(measure(options)), flush=True)
+        return
+    found: dict[str, dict[str, Any]] = {}
+    for engine in options.engines:
+        started = time.perf_counter()
+        found[engine] = start(engine)
+        print(f"{engine}: {time.perf_counter() - started:.0f} s", flush=True)
+    print_table(options, found)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1))
+
+
+def start(engine: str) -> dict[str, Any]:
+    """Measure one engine in a process of its own, with this process's arguments."""
+    checkout = Path(os.environ.get("TIERKV_NANO_VLLM", ".")).resolve()
+    paths = [str(ROOT), str(checkout), os.environ.get("PYTHONPATH", "")]
+    process = subprocess.run(
+        [sys.executable, "-m", "benchmarks.serving", *sys.argv[1:], "--engine", engine],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    found: dict[str, Any] = {}
+    for line in process.stdout.splitlines():
+        if line.startswith("FOUND "):
+            found = json.loads(line[6:])
+        else:
+            print(line, flush=True)
+    return found
+
+
+class Engine(Protocol):
+    """What is measured. `generate` returns seconds; `ask` the time of each token of one prompt after the call."""
+
+    def generate(self, prompts: Sequence[list[int]], num_new: int) -> float: ...
+    def ask(self, prompt: list[int], num_new: int) -> list[float]: ...
+    def join(self, prompts: Sequence[list[int]], num_new: int, late: list[int]) -> dict[str, float]: ...
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Start one engine, measure every part, end it."""
+    if options.cpu:
+        options.shape = "tiny"
+    with tempfile.TemporaryDirectory() as folder:
+        config = config_of(options)
+        started = time.perf_counter()
+        if options.engine == "nano":
+            return measure_parts(options, NanoEngine(options, config, Path(folder)), time.perf_counter() - started)
+        return measure_tierkv(options, config, started)
+
+
+def measure_tierkv(options: argparse.Namespace, config: Any, started: float) -> dict[str, Any]:
+    from tierkv import CacheConfig, LoadedModel, open_runner
+
+    model = random_model(config, "cpu" if options.cpu else "cuda")
+    hot, warm = (int(gib * (1 << 30)) for gib in (options.hot_gib, options.warm_gib))
+    if options.cpu:
+        hot, warm = 256 << 20, 64 << 20
+    loaded, cache = LoadedModel(model, None, "random"), CacheConfig(block_size=256, hot_bytes=hot, warm_bytes=warm)
+    with open_runner(loaded, cache, max_step_tokens=options.step_tokens, fuse=options.fuse) as runner:
+        engine = TierkvEngine(runner, options)
+        found = measure_parts(options, engine, time.perf_counter() - started)
+        if options.profile:
+            engine.profile(1)
+            engine.profile(options.prompts)
+    return found
+
+
+def measure_parts(options: argparse.Namespace, engine: Engine, start_s: float) -> dict[str, Any]:
+    """Return the figures of one engine. Each part first warms up with prompts of its sizes."""
+    found: dict[str, Any] = {"start_s": start_s}
+    num_new, count = options.new, options.prompts
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "many": lambda: measure_many(engine, count, num_new),
+        "shared": lambda: measure_shared(engine, count // 2, options.shared, num_new),
+        "one": lambda: measure_one(engine, num_new),
+        "hot": lambda: measure_hot(engine, options.hot),
+        "join": lambda: measure_join(engine, count // 2, num_new),
+    }
+    for name in options.parts:
+        gc.collect()
+        started = time.perf_counter()
+        found[name] = parts[name]()
+        print(f"{options.engine} {name}: {time.perf_counter() - started:.1f} s {json.dumps(found[name])}", flush=True)
+    return found
+
+
+def measure_many(engine: Engine, count: int, num_new: int) -> dict[str, Any]:
+    """Return new tokens a second of prompts of 100 to 1,024 tokens, and again when all are cached."""
+
+    def prompts_of(first: int) -> list[list[int]]:
+        sizes = torch.randint(100, 1025, (count,), generator=torch.Generator().manual_seed(first)).tolist()
+        return [list(tokens(first + i, size)) for i, size in enumerate(sizes)]
+
+    engine.generate(prompts_of(1_000_000), num_new)
+    engine.generate(prompts_of(1_100_000), num_new)
+    fresh = []
+    for first in (1_200_000, 1_300_000):
+        prompts = prompts_of(first)
+        fresh.append(count * num_new / engine.generate(prompts, num_new))
+    return {"fresh": fresh, "again": count * num_new / engine.generate(prompts, num_new)}
+
+
+def measure_shared(engine: Engine, count: int, num_shared: int, num_new: int) -> dict[str, Any]:
+    """Return new tokens a second of prompts with one prefix: nobody has computed it, and then all of it is cached."""
+
+    def prompts_of(prefix: int, first: int) -> list[list[int]]:
+        shared = list(tokens(prefix, num_shared))
+        return [shared + list(tokens(first + i, 100)) for i in range(count)]
+
+    for first in (2_000_000, 2_100_000):
+        engine.generate(prompts_of(100, first), num_new)
+    fresh, cached = [], []
+    for prefix in (101, 102):
+        fresh.append(count * num_new / engine.generate(prompts_of(prefix, 2_200_000), num_new))
+        cached.append(count * num_new / engine.generate(prompts_of(prefix, 2_300_000), num_new))
+    return {"fresh": fresh, "cached": cached}
+
+
+def measure_one(engine: Engine, num_new: int) -> dict[str, Any]:
+    """Return the milliseconds of each token after the first of one sequence, the median of several sequences."""
+    found = []
+    for i in range(4):
+        times = engine.ask(list(tokens(3_000_000 + i, 512)), num_new)
+        found.append(1e3 * (times[-1] - times[0]) / (len(times) - 1))
+    return {"token_ms": statistics.median(found[1:])}
+
+
+def measure_hot(engine: Engine, num_cached: int) -> dict[str, Any]:
+    """Return the milliseconds to the first token of a prompt that is cached but for its last 32 tokens."""
+    shared = list(tokens(200, num_cached))
+    for i in range(4):
+        engine.ask([*shared, *tokens(4_000_000 + i, 32)], 4)
+    found = [1e3 * engine.ask([*shared, *tokens(4_100_000 + i, 32)], 4)[0] for i in range(7)]
+    return {"first_ms": statistics.median(found), "all_ms": found}
+
+
+def measure_join(engine: Engine, count: int, num_new: int) -> dict[str, Any]:
+    """Return how a request of 512 tokens fares that joins decoding ones, and what those lose."""
+    rounds = []
+    for i in range(3):
+        prompts = [list(tokens(5_000_000 + 1000 * i + j, 300)) for j in range(count)]
+        alone = engine.ask(list(tokens(5_500_000 + i, 512)), 2)[0]
+        rounds.append({"alone_s": alone, **engine.join(prompts, num_new, list(tokens(5_600_000 + i, 512)))})
+    return {key: statistics.median(each[key] for each in rounds[1:]) for key in rounds[0]}
+
+
+class TierkvEngine:
+    """A runner of ours."""
+
+    def __init__(self, runner: Any, options: argparse.Namespace) -> None:
+        self._runner = runner
+        self._temperature = options.temperature
+
+    def options(self, num_new: int) -> Any:
+        """Return the options of a call: no stop ids, sampled."""
+        from tierkv import GenerationOptions, SamplingOptions
+
+        sampling = SamplingOptions(temperature=self._temperature)
+        return GenerationOptions(max_new_tokens=num_new, stop_ids=frozenset(), sampling=sampling)
+
+    def generate(self, prompts: Sequence[list[int]], num_new: int) -> float:
+        started = time.perf_counter()
+        self._runner.generate(prompts, self.options(num_new))
+        return time.perf_counter() - started
+
+    def ask(self, prompt: list[int], num_new: int) -> list[float]:
+        started = time.perf_counter()
+        return [time.perf_counter() - started for _ in self._runner.stream([prompt], self.options(num_new))]
+
+    def join(self, prompts: Sequence[list[int]], num_new: int, late: list[int]) -> dict[str, float]:
+        raise NotImplementedError
+
+    def profile(self, count: int) -> None:
+        """Print the GPU time of decode steps of `count` sequences by kernel, and how much of a step the GPU is idle."""
+        from torch.profiler import ProfilerActivity, profile
+
+        stream = self._runner.stream([list(tokens(6_000_000 + i, 500)) for i in range(count)], self.options(64))
+        for _ in range(40 * count):
+            next(stream)
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(8 * count):
+            next(stream)
+        step_ms = 1e3 * (time.perf_counter() - started) / 8
+        with profile(activities=[ProfilerActivity.CUDA]) as found:
+            for _ in range(8 * count):
+                next(stream)
+            torch.cuda.synchronize()
+        stream.close()
+        rows = sorted(found.key_averages(), key=lambda row: row.self_device_time_total, reverse=True)
+        busy_ms = sum(row.self_device_time_total for row in rows) / 8e3
+        print(f"{count} sequences: a step takes {step_ms:.3f} ms, the GPU is busy for {busy_ms:.3f} ms of it")
+        for row in rows[:16]:
+            print(f"  {row.self_device_time_total / 8e3:8.3f} ms {row.count / 8:7.1f} x {row.key[:90]}")
+
+
+class NanoEngine:
+    """The real nano-vLLM."""
+
+    def __init__(self, options: argparse.Namespace, config: Any, folder: Path) -> None:
+        if options.cpu:
+            sys.path.insert(0, str(ROOT / "tests" / "engines"))
+            stand_ins = importlib.import_module("nano_vllm_cpu")
+            stand_ins.install()
+            stand_ins.Memory.num_bytes = 256 << 20
+        import nanovllm
+
+        save_model(config, folder, with_weights=options.cpu)
+        length = max(options.hot, options.shared) + 1024
+        room = {"max_model_len": length, "max_num_batched_tokens": max(length, options.step_tokens)}
+        self._llm = nanovllm.LLM(str(folder), **room, max_num_seqs=256, enforce_eager=options.cpu)
+        with torch.no_grad():
+            for parameter in self._llm.model_runner.model.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(0, 0.02)
+                else:
+                    parameter.fill_(1)
+        self._temperature = options.temperature
+
+    def sampling(self, num_new: int) -> Any:
+        """Return the options of a request: no stop ids, sampled."""
+        import nanovllm
+
+        return nanovllm.SamplingParams(self._temperature, num_new, ignore_eos=True)
+
+    def generate(self, prompts: Sequence[list[int]], num_new: int) -> float:
+        started = time.perf_counter()
+        self._llm.generate(list(prompts), self.sampling(num_new), use_tqdm=False)
+        return time.perf_counter() - started
+
+    def ask(self, prompt: list[int], num_new: int) -> list[float]:
+        started = time.perf_counter()
+        self._llm.add_request(prompt, self.sampling(num_new))
+        sequence = self._llm.scheduler.waiting[-1]
+        times: list[float] = []
+        while not sequence.is_finished:  # a step ends with a wait for the GPU
+            self._llm.step()
+            if sequence.num_completion_tokens > len(times):
+                times.append(time.perf_counter() - started)
+        return times
+
+    def join(self, prompts: Sequence[list[int]], num_new: int, late: list[int]) -> dict[str, float]:
+        """Let a request join when the others decode; return its time and theirs, in seconds."""
+        for prompt in prompts:
+            self._llm.add_request(prompt, self.sampling(num_new))
+        others = list(self._llm.scheduler.waiting)
+        while not all(each.num_completion_tokens > num_new // 4 for each in others):
+            self._llm.step()
+        before = self._steps_s(16)
+        started = time.perf_counter()
+        self._llm.add_request(late, self.sampling(2))
+        sequence = self._llm.scheduler.waiting[-1]
+        counted, first_s = others[0].num_completion_tokens, 0.0
+        while not sequence.is_finished or others[0].num_completion_tokens < counted + 16:
+            self._llm.step()
+            if sequence.num_completion_tokens and not first_s:
+                first_s = time.perf_counter() - started
+        during = (time.perf_counter() - started) / (others[0].num_completion_tokens - counted)
+        while not self._llm.is_finished():
+            self._llm.step()
+        return {"joined_s": first_s, "before_s": before, "during_s": during}
+
+    def _steps_s(self, count: int) -> float:
+        started = time.perf_counter()
+        for _ in range(count):
+            self._llm.step()
+        return (time.perf_counter() - started) / count
+
+
+def config_of(options: argparse.Namespace) -> Any:
+    import transformers
+
+    return transformers.Qwen3Config(
+        **SHAPES[options.shape],
+        max_position_embeddings=40_960,
+        rms_norm_eps=1e-6,
+        attention_bias=False,
+        tie_word_embeddings=False,
+        initializer_range=0.02,
+        eos_token_id=None,
+        bos_token_id=None,
+        dtype=torch.float32 if options.cpu else torch.bfloat16,
+    )
+
+
+def random_model(config: Any, device: str) -> Any:
+    import transformers
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(config.dtype)
+    try:
+        with torch.device(device):
+            return transformers.Qwen3ForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def save_model(config: Any, folder: Path, *, with_weights: bool) -> None:
+    """Save a configuration and a tokenizer for nano-vLLM, which loads weights only if there are some."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    if with_weights:
+        random_model(config, "cpu").save_pretrained(folder)
+    config.save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(2000)}, unk_token="t0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0", eos_token="t2").save_pretrained(folder)
+
+
+def print_table(options: argparse.Namespace, found: dict[str, dict[str, Any]]) -> None:
+    """Print a line for each figure, with the ratio of tierkv's to nano-vLLM's."""
+    device = "CPU" if options.cpu else torch.cuda.get_device_name()
+    print(f"device: {device}  torch: {torch.__version__}  shape: {options.shape}  temperature: {options.temperature}")
+    half = options.prompts // 2
+
+    def best(*path: str) -> Callable[[dict[str, Any]], float]:
+        def read(figures: dict[str, Any]) -> float:
+            value: Any = figures
+            for key in path:
+                value = value[key]
+            return float(statistics.median(value)) if isinstance(value, list) else float(value)
+
+        return read
+
+    lines: list[tuple[str, str, Callable[[dict[str, Any]], float]]] = [
+        ("many", f"{options.prompts} prompts of 100 to 1,024 tokens, new tokens/s", best("many", "fresh")),
+        ("many", "  the same prompts again", best("many", "again")),
+        ("shared", f"{half} prompts that share {options.shared} tokens, new tokens/s", best("shared", "fresh")),
+        ("shared", "  the prefix cached", best("shared", "cached")),
+        ("one", "one sequence, ms a token", best("one", "token_ms")),
+        ("hot", f"{options.hot} cached tokens and 32 new, ms to the first token", best("hot", "first_ms")),
+        ("join", f"512 tokens join {half} decoding sequences: first token, times alone", joined),
+        ("join", "  a token of the others meanwhile, times before", lost),
+    ]
+    print(f"{'':<66}" + "".join(f"{engine:>10}" for engine in found) + f"{'ratio':>8}")
+    for part, name, read in lines:
+        if part not in options.parts:
+            continue
+        values = [read(figures) for figures in found.values()]
+        ratio = f"{values[1] / values[0]:8.3f}" if len(values) > 1 else ""
+        print(f"{name:<66}" + "".join(f"{value:>10.2f}" for value in values) + ratio)
+
+
+def joined(figures: dict[str, Any]) -> float:
+    return float(figures["join"]["joined_s"]) / float(figures["join"]["alone_s"])
+
+
+def lost(figures: dict[str, Any]) -> float:
+    return float(figures["join"]["during_s"]) / float(figures["join"]["before_s"])
+
+
+if __name__ == "__main__":
+    main()

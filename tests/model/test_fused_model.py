@@ -193,7 +193,19 @@ def replace_forward(model: Any) -> None:
     model.model.layers[0].mlp.forward = torch.nn.functional.relu
 
 
+def replace_forward_of_class(model: Any) -> None:
+    class LlamaMLP(type(model.model.layers[0].mlp)):  # type: ignore[misc]
+        pass
+
+    LlamaMLP.__module__ = type(model).__module__
+    LlamaMLP.__qualname__ = "LlamaMLP"
+    LlamaMLP.forward = torch.nn.Identity.forward
+    for layer in model.model.layers:
+        layer.mlp.__class__ = LlamaMLP
+
+
 CHANGES = [
+    replace_forward_of_class,
     change_class,
     add_hook,
     tie,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -108,6 +109,29 @@ def test_the_metadata_of_an_eager_pass_is_that_of_each_token(seed: int) -> None:
     assert batch.max_new == max(step.num_new for step in steps)
     assert batch.is_even == (len({step.num_new for step in steps}) == 1)
     assert batch.has_past == any(step.num_past for step in steps)
+
+
+@pytest.mark.parametrize("singles", [1, 3])
+@pytest.mark.parametrize("has_past", [True, False])
+def test_a_mixed_pass_attends_its_decoding_sequences_apart(singles: int, has_past: bool) -> None:
+    dice = random.Random(singles)
+    steps = steps_of(dice, singles, 1)
+    steps += [replace(each, num_past=each.num_past * has_past) for each in steps_of(dice, 2, 30, least_new=2)]
+    pool: Any = None
+    whole = build_batch(pool, steps, block_size=SIZE, device=CPU)
+    one, rest = (build_batch(pool, each, block_size=SIZE, device=CPU) for each in (steps[:singles], steps[singles:]))
+    assert not (one.parts or rest.parts)
+    assert [part.tokens for part in whole.parts] == [slice(singles), slice(singles, whole.query_starts[-1])]
+    for part, want in zip(whole.parts, (one, rest), strict=True):
+        for name in ("query_starts", "kv_lengths", "max_new", "is_even"):
+            assert getattr(part, name) == getattr(want, name), name
+        for name in ("query_starts_tensor", "kv_starts_tensor", "kv_lengths_tensor"):
+            assert getattr(part, name).tolist() == getattr(want, name).tolist(), name
+        width = want.block_table.shape[1]
+        assert torch.equal(part.block_table[:, :width], want.block_table)
+    assert whole.parts[1].has_past == has_past
+    backwards = build_batch(pool, steps[::-1], block_size=SIZE, device=CPU)
+    assert not backwards.parts
 
 
 def test_a_cascades_lengths_grow_while_its_plan_stays() -> None:

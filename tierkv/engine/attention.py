@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tierkv.engine.attention_cascade import CascadeBatch, CascadeShape, attend_cascade, can_cascade
-from tierkv.engine.attention_paged import PagedQuery, attend
+from tierkv.engine.attention_paged import BatchPart, PagedQuery, attend
 from tierkv.engine.cascade import SharedPrefix
 from tierkv.errors import ConfigError, UnsupportedModelError
 
@@ -56,7 +56,7 @@ class LayerLoads(Protocol):
     def wait_layer(self, layer: int) -> None: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # not frozen: that triples the time to make one, for each sequence and step
 class SequenceStep:
     """One sequence's part of a forward pass: `num_new` tokens after `num_past` tokens with K and V."""
 
@@ -76,6 +76,7 @@ class AttentionBatch:
     max_new: the most new tokens of a sequence; is_even: all sequences have so many.
     block_ids, offsets: [T] int64, where K and V of each new token are written.
     cascade: the prefixes that sequences of a decode step read together, if any.
+    parts: the decoding sequences and the others, if a batch has both and the decoding ones come first.
     """
 
     pool: KVPool
@@ -94,6 +95,7 @@ class AttentionBatch:
     position_ids: Tensor
     loads: list[LayerLoads] = field(default_factory=list)
     cascade: CascadeBatch | None = None
+    parts: tuple[BatchPart, ...] = ()
     seen_layers: set[int] = field(default_factory=set)
 
     def enter_layer(self, layer: int) -> None:
@@ -130,17 +132,20 @@ def build_batch(
     block_ids, offsets, position_ids = to_device(
         [tables[rows, positions // block_size].astype(np.int64), positions % block_size, positions], device
     )
-    narrow = [tables.reshape(-1), starts, np.concatenate(([0], lengths.cumsum())), lengths]
-    table, query_starts, kv_starts, kv_lengths = to_device([each.astype(np.int32) for each in narrow], device)
-    return AttentionBatch(
+    kv_starts = np.concatenate(([0], lengths.cumsum()))
+    num_single = int((counts != 1).argmax())  # 0 if all have one new token, and if the first has more
+    narrow = [tables.reshape(-1), starts, kv_starts, lengths]
+    narrow += [starts[num_single:] - num_single, kv_starts[num_single:] - kv_starts[num_single]]
+    table, *narrow_tensors = to_device([each.astype(np.int32) for each in narrow], device)
+    batch = AttentionBatch(
         pool=pool,
         block_size=block_size,
         query_starts=starts.tolist(),
         kv_lengths=lengths.tolist(),
         block_table=table.view(len(steps), width),
-        query_starts_tensor=query_starts,
-        kv_starts_tensor=kv_starts,
-        kv_lengths_tensor=kv_lengths,
+        query_starts_tensor=narrow_tensors[0],
+        kv_starts_tensor=narrow_tensors[1],
+        kv_lengths_tensor=narrow_tensors[2],
         max_new=int(counts.max()),
         is_even=bool((counts == counts[0]).all()),
         has_past=bool(past.any()),
@@ -150,6 +155,47 @@ def build_batch(
         loads=[step.loads for step in steps if step.loads is not None],
         cascade=_build_cascade(plan, steps, lengths.tolist(), block_size, device) if plan else None,
     )
+    if num_single:
+        batch.parts = _parts_of(batch, num_single, (narrow_tensors[3], narrow_tensors[4]), past)
+    return batch
+
+
+def _parts_of(
+    batch: AttentionBatch, num_single: int, rest_starts: tuple[Tensor, Tensor], past: npt.NDArray[np.int64]
+) -> tuple[BatchPart, ...]:
+    """Return the leading sequences with one new token each, and the rest, of a batch.
+
+    rest_starts: where new tokens, and K and V, of the rest begin, counted from its own first ones.
+    """
+    counts = np.diff(batch.query_starts)[num_single:]
+    split, ends = batch.query_starts[num_single], batch.query_starts[num_single:]
+    singles = BatchPart(
+        tokens=slice(split),
+        block_size=batch.block_size,
+        query_starts=batch.query_starts[: num_single + 1],
+        kv_lengths=batch.kv_lengths[:num_single],
+        block_table=batch.block_table[:num_single],
+        query_starts_tensor=batch.query_starts_tensor[: num_single + 1],
+        kv_starts_tensor=batch.kv_starts_tensor[: num_single + 1],
+        kv_lengths_tensor=batch.kv_lengths_tensor[:num_single],
+        max_new=1,
+        is_even=True,
+        has_past=True,
+    )
+    rest = BatchPart(
+        tokens=slice(split, batch.query_starts[-1]),
+        block_size=batch.block_size,
+        query_starts=[end - split for end in ends],
+        kv_lengths=batch.kv_lengths[num_single:],
+        block_table=batch.block_table[num_single:],
+        query_starts_tensor=rest_starts[0],
+        kv_starts_tensor=rest_starts[1],
+        kv_lengths_tensor=batch.kv_lengths_tensor[num_single:],
+        max_new=batch.max_new,
+        is_even=bool((counts == counts[0]).all()),
+        has_past=bool(past[num_single:].any()),
+    )
+    return singles, rest
 
 
 def to_device(arrays: Sequence[npt.NDArray[Any]], device: torch.device) -> tuple[Tensor, ...]:

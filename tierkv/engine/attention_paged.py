@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from tierkv.values.layout import BlockLayout
 __all__ = [
     "MAX_SPLIT_TOKENS",
     "Batch",
+    "BatchPart",
     "PagedQuery",
     "attend",
     "attend_cpu",
@@ -50,6 +51,25 @@ class Batch(Protocol):
     max_new: int
     is_even: bool
     has_past: bool
+    parts: tuple[BatchPart, ...]
+
+
+@dataclass(slots=True, kw_only=True)
+class BatchPart:
+    """Some sequences of a batch, with the fields of a batch. tokens: their new tokens in the packed input."""
+
+    tokens: slice
+    block_size: int
+    query_starts: list[int]
+    kv_lengths: list[int]
+    block_table: Tensor
+    query_starts_tensor: Tensor
+    kv_starts_tensor: Tensor
+    kv_lengths_tensor: Tensor
+    max_new: int
+    is_even: bool
+    has_past: bool
+    parts: tuple[BatchPart, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +94,17 @@ class PagedQuery:
 
 
 def attend(paged: PagedQuery, batch: Batch) -> Tensor:
-    """Return [T, heads, v_dim], contiguous, of the query's dtype. keys and values have the new tokens already."""
+    """Return [T, heads, v_dim], contiguous, of the query's dtype. keys and values have the new tokens already.
+
+    The parts of a batch are attended apart: each kernel is fast for its own kind of sequence.
+    """
+    if batch.parts:
+        found = paged.query.new_empty((*paged.query.shape[:2], paged.values.shape[-1]))
+        for part in batch.parts:
+            tokens = part.tokens
+            new = (paged.query[tokens], paged.new_keys[tokens], paged.new_values[tokens])
+            found[tokens] = attend(replace(paged, query=new[0], new_keys=new[1], new_values=new[2]), part)
+        return found
     if can_use_flash(paged, batch.block_size):
         return _attend_flash(paged, batch)
     out = paged.query.new_empty((*paged.query.shape[:2], paged.values.shape[-1]))

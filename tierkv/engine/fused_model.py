@@ -200,10 +200,13 @@ def _patches(model: nn.Module) -> Iterator[str]:
 
 
 def _is_of(module: Any, architecture: str, kind: str) -> bool:
-    """Return whether a module is exactly of a architecture's class in Transformers."""
+    """Return whether a module is exactly of an architecture's class in Transformers, with the forward of that class."""
     cls = type(module)
     home = f"transformers.models.{architecture.lower()}.modeling_{architecture.lower()}"
-    return cls.__name__ == f"{architecture}{kind}" and cls.__module__ == home
+    own, found = f"{architecture}{kind}", [cls, cls.forward]
+    return [each.__qualname__ for each in found] == [own, f"{own}.forward"] and {each.__module__ for each in found} == {
+        home
+    }
 
 
 def _layer_of(layer: Any, config: Any) -> _Layer:

@@ -101,6 +101,8 @@ class GraphedModel:
 
     def capture_decoding(self, *, max_sequences: int, max_tokens: int) -> int:
         """Capture the decode steps of up to so many sequences of up to so many tokens each. Return how many graphs."""
+        if not self._is_usable:
+            return 0
         counts = {_sequences_of(count) for count in range(1, min(max_sequences, MAX_GRAPH_ROWS) + 1)}
         blocks = _blocks_of(max_tokens, self._cache.config.block_size)
         captured = 0

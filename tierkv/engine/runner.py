@@ -161,6 +161,16 @@ class Runner:
         with self._stepping, torch.inference_mode(), self._attention:
             self._commits.model_check.check_whole()
 
+    def capture_graphs(self, *, max_sequences: int = 256, max_tokens: int = 4096) -> int:
+        """Capture the CUDA graphs of decode steps now, which are else captured at their second use.
+
+        For up to so many sequences of up to so many tokens each. Return how many graphs; 0 where none are used.
+        """
+        if self._pass.graphs is None:
+            return 0
+        with self._stepping, torch.inference_mode(), self._attention:
+            return self._pass.graphs.capture_decoding(max_sequences=max_sequences, max_tokens=max_tokens)
+
     @contextmanager
     def between_steps(self) -> Iterator[list[Sequence]]:
         """Hold generation between two forward passes and yield the running sequences.

@@ -95,7 +95,7 @@ def _life(arguments: argparse.Namespace, mode: str, number: int, folder: Path) -
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"mode"')]
     if done.returncode or not rows:
         print(f"{mode}, life {number} failed:\n{done.stderr[-3000:]}", file=sys.stderr, flush=True)
-        if mode == "tierkv":
+        if mode in ("none", "tierkv"):
             sys.exit(1)
     for row in rows:
         print(json.dumps(row), flush=True)

@@ -33,7 +33,7 @@ from tierkv.transfer.factory import choose_codec, close_tiers, device_of, open_t
 from tierkv.transfer.load import Loader
 from tierkv.transfer.memory import pool_regions
 from tierkv.transfer.recompute_or_load import RecomputeOrLoad
-from tierkv.values.block import HashFunction, Tier, TokenIds, as_token_array, hash_block
+from tierkv.values.block import HashFunction, Tier, TokenIds, as_token_array, as_token_bytes, hash_block
 from tierkv.values.events import CacheObserver
 from tierkv.values.files import check_path
 from tierkv.values.layout import BlockLayout
@@ -180,7 +180,7 @@ class TierCache:
     def append(self, sequence: Sequence, token_ids: TokenIds) -> None:
         """Add tokens to a sequence and take the blocks that they need. Raises CapacityError, nothing added."""
         self._running.require(sequence)
-        self._running.append(sequence, as_token_array(token_ids).tobytes())
+        self._running.append(sequence, as_token_bytes(token_ids))
 
     @while_open
     def commit(self, sequence: Sequence, num_computed_tokens: int, *, partial_block: bool = False) -> int:

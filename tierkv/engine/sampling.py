@@ -170,15 +170,15 @@ class BatchSampler:
             ids, logprobs = draws.most_likely(_rows_of(logits, listed), min(max(wanted), vocabulary))
             parts += [ids.to(torch.int32).flatten(), logprobs.view(torch.int32).flatten()]
         packed = parts[0] if len(parts) == 1 else torch.cat([part.to(chosen.device) for part in parts])
-        for sampler in samplers:
+        done = None
+        if packed.is_cuda:
+            fetched = torch.empty(packed.shape, dtype=torch.int32, pin_memory=True)
+            packed = fetched.copy_(packed, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record(torch.cuda.current_stream(logits.device))
+        for sampler in samplers:  # the last act: a choice that fails can be made again
             sampler.num_drawn += 1
-        if not packed.is_cuda:
-            return Sampling(packed, samplers, listed, None)
-        fetched = torch.empty(packed.shape, dtype=torch.int32, pin_memory=True)
-        fetched.copy_(packed, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record(torch.cuda.current_stream(packed.device))
-        return Sampling(fetched, samplers, listed, done)
+        return Sampling(packed, samplers, listed, done)
 
 
 def _choose(logits: Tensor, settings: Tensor | None, samplers: Sequence[Sampler]) -> Tensor:

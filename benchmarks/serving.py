@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from benchmarks.nano_vllm import ROOT, SHAPES, tokens
 
 __all__ = ["main"]
 
+WINDOW = 16  # tokens over which the pace of decoding sequences is taken
 PARTS = ("many", "shared", "one", "hot", "join")
 
 
@@ -86,11 +88,17 @@ def start(engine: str) -> dict[str, Any]:
 
 
 class Engine(Protocol):
-    """What is measured. `generate` returns seconds; `ask` the time of each token of one prompt after the call."""
+    """What is measured. `generate` returns seconds; `ask` the time of each token of one prompt after the call.
+
+    `join` lets the request `late` join when `prompts` decode. It returns the seconds to the first token of `alone`
+    without others, and of `late`; and seconds a token of the others before, and during the WINDOW tokens after.
+    """
 
     def generate(self, prompts: Sequence[list[int]], num_new: int) -> float: ...
     def ask(self, prompt: list[int], num_new: int) -> list[float]: ...
-    def join(self, prompts: Sequence[list[int]], num_new: int, late: list[int]) -> dict[str, float]: ...
+    def join(
+        self, prompts: Sequence[list[int]], num_new: int, alone: list[int], late: list[int]
+    ) -> dict[str, float]: ...
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -192,12 +200,12 @@ def measure_hot(engine: Engine, num_cached: int) -> dict[str, Any]:
 
 
 def measure_join(engine: Engine, count: int, num_new: int) -> dict[str, Any]:
-    """Return how a request of 512 tokens fares that joins decoding ones, and what those lose."""
+    """Return how a request of 512 tokens fares that joins decoding ones, and what those lose: seconds."""
     rounds = []
-    for i in range(3):
+    for i in range(4):
         prompts = [list(tokens(5_000_000 + 1000 * i + j, 300)) for j in range(count)]
-        alone = engine.ask(list(tokens(5_500_000 + i, 512)), 2)[0]
-        rounds.append({"alone_s": alone, **engine.join(prompts, num_new, list(tokens(5_600_000 + i, 512)))})
+        alone, late = (list(tokens(first + i, 512)) for first in (5_500_000, 5_600_000))
+        rounds.append(engine.join(prompts, num_new, alone, late))
     return {key: statistics.median(each[key] for each in rounds[1:]) for key in rounds[0]}
 
 
@@ -224,8 +232,42 @@ class TierkvEngine:
         started = time.perf_counter()
         return [time.perf_counter() - started for _ in self._runner.stream([prompt], self.options(num_new))]
 
-    def join(self, prompts: Sequence[list[int]], num_new: int, late: list[int]) -> dict[str, float]:
-        raise NotImplementedError
+    def join(self, prompts: Sequence[list[int]], num_new: int, alone: list[int], late: list[int]) -> dict[str, float]:
+        from tierkv import Engine as ServingEngine
+
+        found: dict[str, float] = {}
+
+        def time_first(stream: Any, started: float, name: str) -> None:
+            next(iter(stream))
+            found[name] = time.perf_counter() - started
+
+        with ServingEngine(self._runner) as engine:
+            started = time.perf_counter()
+            stream = engine.submit(alone, self.options(2))
+            time_first(stream, started, "alone_s")
+            stream.result()
+            streams = [engine.submit(prompt, self.options(num_new)) for prompt in prompts]
+            events = iter(streams[-1])
+            for _ in range(num_new // 4):
+                next(events)
+            found["before_s"] = self._tokens_s(events)
+            started = time.perf_counter()
+            stream = engine.submit(late, self.options(WINDOW))
+            reader = threading.Thread(target=time_first, args=(stream, started, "joined_s"))
+            reader.start()
+            found["during_s"] = self._tokens_s(events)
+            reader.join()
+            for stream in streams:
+                stream.cancel()
+        return found
+
+    @staticmethod
+    def _tokens_s(events: Any) -> float:
+        """Return the seconds a token over the next WINDOW tokens of a stream."""
+        started = time.perf_counter()
+        for _ in range(WINDOW):
+            next(events)
+        return (time.perf_counter() - started) / WINDOW
 
     def profile(self, count: int) -> None:
         """Print the GPU time of decode steps of `count` sequences by kernel, and how much of a step the GPU is idle."""
@@ -296,32 +338,31 @@ class NanoEngine:
                 times.append(time.perf_counter() - started)
         return times
 
-    def join(self, prompts: Sequence[list[int]], num_new: int, late: list[int]) -> dict[str, float]:
-        """Let a request join when the others decode; return its time and theirs, in seconds."""
+    def join(self, prompts: Sequence[list[int]], num_new: int, alone: list[int], late: list[int]) -> dict[str, float]:
+        found = {"alone_s": self.ask(alone, 2)[0]}
         for prompt in prompts:
             self._llm.add_request(prompt, self.sampling(num_new))
-        others = list(self._llm.scheduler.waiting)
-        while not all(each.num_completion_tokens > num_new // 4 for each in others):
+        last = list(self._llm.scheduler.waiting)[-1]
+        while last.num_completion_tokens < num_new // 4:
             self._llm.step()
-        before = self._steps_s(16)
+        found["before_s"] = self._tokens_s(last)
         started = time.perf_counter()
-        self._llm.add_request(late, self.sampling(2))
-        sequence = self._llm.scheduler.waiting[-1]
-        counted, first_s = others[0].num_completion_tokens, 0.0
-        while not sequence.is_finished or others[0].num_completion_tokens < counted + 16:
-            self._llm.step()
-            if sequence.num_completion_tokens and not first_s:
-                first_s = time.perf_counter() - started
-        during = (time.perf_counter() - started) / (others[0].num_completion_tokens - counted)
+        self._llm.add_request(late, self.sampling(WINDOW))
+        joining = self._llm.scheduler.waiting[-1]
+        found["during_s"] = self._tokens_s(last, joining, found)
+        found["joined_s"] -= started
         while not self._llm.is_finished():
             self._llm.step()
-        return {"joined_s": first_s, "before_s": before, "during_s": during}
+        return found
 
-    def _steps_s(self, count: int) -> float:
-        started = time.perf_counter()
-        for _ in range(count):
+    def _tokens_s(self, sequence: Any, joining: Any = None, found: dict[str, float] | None = None) -> float:
+        """Return the seconds a token over the next WINDOW tokens of a sequence; note when another gets its first."""
+        started, end = time.perf_counter(), sequence.num_completion_tokens + WINDOW
+        while sequence.num_completion_tokens < end:
             self._llm.step()
-        return (time.perf_counter() - started) / count
+            if joining is not None and joining.num_completion_tokens and found is not None:
+                found.setdefault("joined_s", time.perf_counter())
+        return (time.perf_counter() - started) / WINDOW
 
 
 def config_of(options: argparse.Namespace) -> Any:
@@ -388,7 +429,7 @@ def print_table(options: argparse.Namespace, found: dict[str, dict[str, Any]]) -
         ("one", "one sequence, ms a token", best("one", "token_ms")),
         ("hot", f"{options.hot} cached tokens and 32 new, ms to the first token", best("hot", "first_ms")),
         ("join", f"512 tokens join {half} decoding sequences: first token, times alone", joined),
-        ("join", "  a token of the others meanwhile, times before", lost),
+        ("join", f"  the others' next {WINDOW} tokens, times before", lost),
     ]
     print(f"{'':<66}" + "".join(f"{engine:>10}" for engine in found) + f"{'ratio':>8}")
     for part, name, read in lines:

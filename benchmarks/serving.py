@@ -12,12 +12,14 @@ import gc
 import importlib
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -90,15 +92,13 @@ def start(engine: str) -> dict[str, Any]:
 class Engine(Protocol):
     """What is measured. `generate` returns seconds; `ask` the time of each token of one prompt after the call.
 
-    `join` lets the request `late` join when `prompts` decode. It returns the seconds to the first token of `alone`
-    without others, and of `late`; and seconds a token of the others before, and during the WINDOW tokens after.
+    `join` lets requests join one after the other while `prompts` decode. For each it returns the seconds to its first
+    token, and the seconds a token of the others: before, and over the WINDOW tokens after it was sent.
     """
 
     def generate(self, prompts: Sequence[list[int]], num_new: int) -> float: ...
     def ask(self, prompt: list[int], num_new: int) -> list[float]: ...
-    def join(
-        self, prompts: Sequence[list[int]], num_new: int, alone: list[int], late: list[int]
-    ) -> dict[str, float]: ...
+    def join(self, prompts: Sequence[list[int]], late: Sequence[list[int]]) -> list[dict[str, float]]: ...
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -139,12 +139,16 @@ def measure_parts(options: argparse.Namespace, engine: Engine, start_s: float) -
         "shared": lambda: measure_shared(engine, count // 2, options.shared, num_new),
         "one": lambda: measure_one(engine, num_new),
         "hot": lambda: measure_hot(engine, options.hot),
-        "join": lambda: measure_join(engine, count // 2, num_new),
+        "join": lambda: measure_join(engine, count // 2),
     }
     for name in options.parts:
         gc.collect()
         started = time.perf_counter()
-        found[name] = parts[name]()
+        try:
+            found[name] = parts[name]()
+        except Exception:  # noqa: BLE001 - the other parts are still worth their time
+            traceback.print_exc()
+            continue
         print(f"{options.engine} {name}: {time.perf_counter() - started:.1f} s {json.dumps(found[name])}", flush=True)
     return found
 
@@ -199,14 +203,14 @@ def measure_hot(engine: Engine, num_cached: int) -> dict[str, Any]:
     return {"first_ms": statistics.median(found), "all_ms": found}
 
 
-def measure_join(engine: Engine, count: int, num_new: int) -> dict[str, Any]:
-    """Return how a request of 512 tokens fares that joins decoding ones, and what those lose: seconds."""
-    rounds = []
-    for i in range(4):
-        prompts = [list(tokens(5_000_000 + 1000 * i + j, 300)) for j in range(count)]
-        alone, late = (list(tokens(first + i, 512)) for first in (5_500_000, 5_600_000))
-        rounds.append(engine.join(prompts, num_new, alone, late))
-    return {key: statistics.median(each[key] for each in rounds[1:]) for key in rounds[0]}
+def measure_join(engine: Engine, count: int) -> dict[str, Any]:
+    """Return how requests of 512 tokens fare that join decoding ones, and what those lose: medians, in seconds."""
+    prompts = [list(tokens(5_000_000 + j, 300)) for j in range(count)]
+    late = [list(tokens(5_600_000 + j, 512)) for j in range(8)]
+    alone = [engine.ask(list(tokens(5_500_000 + j, 512)), 2)[0] for j in range(5)]
+    rounds = engine.join(prompts, late)[1:]
+    found = {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
+    return {"alone_s": statistics.median(alone[1:]), **found, "rounds": rounds}
 
 
 class TierkvEngine:
@@ -232,34 +236,36 @@ class TierkvEngine:
         started = time.perf_counter()
         return [time.perf_counter() - started for _ in self._runner.stream([prompt], self.options(num_new))]
 
-    def join(self, prompts: Sequence[list[int]], num_new: int, alone: list[int], late: list[int]) -> dict[str, float]:
+    def join(self, prompts: Sequence[list[int]], late: Sequence[list[int]]) -> list[dict[str, float]]:
+        """Send each late request at a random moment of a step."""
         from tierkv import Engine as ServingEngine
 
-        found: dict[str, float] = {}
-
-        def time_first(stream: Any, started: float, name: str) -> None:
-            next(iter(stream))
-            found[name] = time.perf_counter() - started
-
+        rounds: list[dict[str, float]] = []
+        dice = random.Random(0)
         with ServingEngine(self._runner) as engine:
-            started = time.perf_counter()
-            stream = engine.submit(alone, self.options(2))
-            time_first(stream, started, "alone_s")
-            stream.result()
-            streams = [engine.submit(prompt, self.options(num_new)) for prompt in prompts]
+            streams = [engine.submit(prompt, self.options(3 * WINDOW * (len(late) + 1))) for prompt in prompts]
             events = iter(streams[-1])
-            for _ in range(num_new // 4):
+            for _ in range(WINDOW):
                 next(events)
-            found["before_s"] = self._tokens_s(events)
-            started = time.perf_counter()
-            stream = engine.submit(late, self.options(WINDOW))
-            reader = threading.Thread(target=time_first, args=(stream, started, "joined_s"))
-            reader.start()
-            found["during_s"] = self._tokens_s(events)
-            reader.join()
+            for prompt in late:
+                found = {"before_s": self._tokens_s(events)}
+                time.sleep(dice.random() * found["before_s"])
+                started = time.perf_counter()
+                stream = engine.submit(prompt, self.options(WINDOW))
+                reader = threading.Thread(target=self._time_first, args=(stream, started, found))
+                reader.start()
+                found["during_s"] = self._tokens_s(events)
+                reader.join()
+                self._tokens_s(events)
+                rounds.append(found)
             for stream in streams:
                 stream.cancel()
-        return found
+        return rounds
+
+    @staticmethod
+    def _time_first(stream: Any, started: float, found: dict[str, float]) -> None:
+        next(iter(stream))
+        found["joined_s"] = time.perf_counter() - started
 
     @staticmethod
     def _tokens_s(events: Any) -> float:
@@ -338,22 +344,25 @@ class NanoEngine:
                 times.append(time.perf_counter() - started)
         return times
 
-    def join(self, prompts: Sequence[list[int]], num_new: int, alone: list[int], late: list[int]) -> dict[str, float]:
-        found = {"alone_s": self.ask(alone, 2)[0]}
+    def join(self, prompts: Sequence[list[int]], late: Sequence[list[int]]) -> list[dict[str, float]]:
+        """Send each late request between two steps: the loop is the caller's, so there is no other moment."""
         for prompt in prompts:
-            self._llm.add_request(prompt, self.sampling(num_new))
+            self._llm.add_request(prompt, self.sampling(3 * WINDOW * (len(late) + 1)))
         last = list(self._llm.scheduler.waiting)[-1]
-        while last.num_completion_tokens < num_new // 4:
+        while last.num_completion_tokens < WINDOW:
             self._llm.step()
-        found["before_s"] = self._tokens_s(last)
-        started = time.perf_counter()
-        self._llm.add_request(late, self.sampling(WINDOW))
-        joining = self._llm.scheduler.waiting[-1]
-        found["during_s"] = self._tokens_s(last, joining, found)
-        found["joined_s"] -= started
+        rounds = []
+        for prompt in late:
+            found = {"before_s": self._tokens_s(last)}
+            started = time.perf_counter()
+            self._llm.add_request(prompt, self.sampling(WINDOW))
+            found["during_s"] = self._tokens_s(last, self._llm.scheduler.waiting[-1], found)
+            found["joined_s"] -= started
+            self._tokens_s(last)
+            rounds.append(found)
         while not self._llm.is_finished():
             self._llm.step()
-        return found
+        return rounds
 
     def _tokens_s(self, sequence: Any, joining: Any = None, found: dict[str, float] | None = None) -> float:
         """Return the seconds a token over the next WINDOW tokens of a sequence; note when another gets its first."""
@@ -428,16 +437,16 @@ def print_table(options: argparse.Namespace, found: dict[str, dict[str, Any]]) -
         ("shared", "  the prefix cached", best("shared", "cached")),
         ("one", "one sequence, ms a token", best("one", "token_ms")),
         ("hot", f"{options.hot} cached tokens and 32 new, ms to the first token", best("hot", "first_ms")),
-        ("join", f"512 tokens join {half} decoding sequences: first token, times alone", joined),
+        ("join", "512 tokens alone, ms to the first token", lambda each: 1e3 * float(each["join"]["alone_s"])),
+        ("join", f"512 tokens join {half} decoding ones: first token, times alone", joined),
         ("join", f"  the others' next {WINDOW} tokens, times before", lost),
     ]
     print(f"{'':<66}" + "".join(f"{engine:>10}" for engine in found) + f"{'ratio':>8}")
     for part, name, read in lines:
-        if part not in options.parts:
-            continue
-        values = [read(figures) for figures in found.values()]
-        ratio = f"{values[1] / values[0]:8.3f}" if len(values) > 1 else ""
-        print(f"{name:<66}" + "".join(f"{value:>10.2f}" for value in values) + ratio)
+        values = {engine: read(figures) for engine, figures in found.items() if part in figures}
+        shown = "".join(f"{values[engine]:>10.2f}" if engine in values else f"{'-':>10}" for engine in found)
+        ratio = f"{values['tierkv'] / values['nano']:8.3f}" if len(values) == 2 else ""
+        print(f"{name:<66}{shown}{ratio}")
 
 
 def joined(figures: dict[str, Any]) -> float:

@@ -2,6 +2,7 @@
 
 They round where Transformers' modules round (the residual sum, the normalised numbers, SiLU's result), so their results
 are the plain model's up to the order of sums and the last bit of a rotation.
+The launchers' checks make no text and no set unless they fail: an eager pass launches 150 of these kernels.
 Source: the fused kernels of vLLM and liger-kernel.
 """
 
@@ -9,18 +10,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tierkv.kernels.launch import require, require_contiguous
+from tierkv.errors import ShapeError
+from tierkv.kernels.launch import require_contiguous
 
 __all__ = ["HeadNorms", "PageSlots", "add_rms_norm", "rotate_heads", "silu_and_multiply"]
 
 _GATE_BLOCK = 1024
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class HeadNorms:
     """RMSNorm of each head of queries and keys: two weights [head_dim], and the epsilon of both."""
 
@@ -29,7 +32,7 @@ class HeadNorms:
     epsilon: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class PageSlots:
     """Where K and V of T tokens are written.
 
@@ -48,16 +51,23 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: fl
     x, normed: [T, hidden]; residual: the same, updated in place, or None if x is the whole sum. weight: [hidden].
     All contiguous, of one dtype and device. Asynchronous on the current stream. Raises ShapeError before a launch.
     """
-    require(x.dim() == 2 and normed.shape == x.shape, "x and normed must be [T, hidden]")
-    require(weight.shape == x.shape[1:], f"a weight of shape {tuple(weight.shape)} does not fit {tuple(x.shape)}")
-    require(residual is None or residual.shape == x.shape, "the residual must have the shape of x")
     sums = x if residual is None else residual
+    shape, dtype, device = x.shape, x.dtype, x.device
+    if not (
+        len(shape) == 2
+        and normed.shape == shape
+        and sums.shape == shape
+        and weight.shape == shape[1:]
+        and normed.dtype == sums.dtype == weight.dtype == dtype
+        and normed.device == sums.device == weight.device == device
+    ):
+        named = {"x": x, "residual": sums, "weight": weight, "normed": normed}
+        raise ShapeError(f"a norm of {_describe(named)} does not fit")
     require_contiguous(x=x, residual=sums, normed=normed, weight=weight)
-    require(len({(each.dtype, each.device) for each in (x, sums, weight, normed)}) == 1, "dtypes or devices differ")
-    count, hidden = x.shape
+    count, hidden = shape
     if not count:
         return
-    block = triton.next_power_of_2(hidden)
+    block = _power_of_two(hidden)
     _add_rms_norm[(count,)](
         x,
         sums,
@@ -89,24 +99,36 @@ def rotate_heads(
     """
     count, heads, dim = query.shape
     kv_heads = key.shape[1]
-    require(key.shape == (count, kv_heads, dim), "query and key do not fit")
-    require(qkv.shape == (count, (heads + 2 * kv_heads) * dim), f"qkv of shape {tuple(qkv.shape)} does not fit")
-    require(cos.shape == sin.shape == (count, dim) and dim % 2 == 0, "cos and sin must be [T, head_dim]")
+    dtype, device = qkv.dtype, qkv.device
+    if not (
+        key.shape == (count, kv_heads, dim)
+        and qkv.shape == (count, (heads + 2 * kv_heads) * dim)
+        and cos.shape == sin.shape == (count, dim)
+        and dim % 2 == 0
+        and query.dtype == key.dtype == cos.dtype == sin.dtype == dtype
+        and query.device == key.device == cos.device == sin.device == device
+    ):
+        named = {"qkv": qkv, "query": query, "key": key, "cos": cos, "sin": sin}
+        raise ShapeError(f"heads of {_describe(named)} do not fit")
     require_contiguous(qkv=qkv, cos=cos, sin=sin, query=query, key=key)
-    same = [qkv, cos, sin, query, key]
     if norms is not None:
-        require(norms.query.shape == norms.key.shape == (dim,), "the norms' weights must be [head_dim]")
+        weights = (norms.query, norms.key)
+        if not all(each.shape == (dim,) and each.dtype == dtype and each.device == device for each in weights):
+            raise ShapeError(f"norms of {_describe({'query': norms.query, 'key': norms.key})} do not fit")
         require_contiguous(query_norm=norms.query, key_norm=norms.key)
-        same += [norms.query, norms.key]
     if slots is not None:
-        shape = (kv_heads, dim)
-        require(slots.keys.shape[2:] == slots.values.shape[2:] == shape, "pages have other heads")
-        require(slots.keys.stride() == slots.values.stride(), "pages of K and V have different strides")
-        require(slots.keys.stride(3) == 1, "pages' last dim must be contiguous")
-        require(slots.block_ids.shape == slots.offsets.shape == (count,), "block_ids and offsets must be [T]")
+        keys, values, places = slots.keys, slots.values, (slots.block_ids, slots.offsets)
+        if not (
+            keys.shape[2:] == values.shape[2:] == (kv_heads, dim)
+            and keys.stride() == values.stride()
+            and keys.stride(3) == 1
+            and keys.dtype == values.dtype == dtype
+            and keys.device == values.device == device
+            and all(each.shape == (count,) and each.dtype == torch.int64 for each in places)
+        ):
+            named = {"keys": keys, "values": values, "block_ids": slots.block_ids, "offsets": slots.offsets}
+            raise ShapeError(f"pages of {_describe(named)} do not fit {kv_heads} heads of {dim}")
         require_contiguous(block_ids=slots.block_ids, offsets=slots.offsets)
-        same += [slots.keys, slots.values]
-    require(len({(each.dtype, each.device) for each in same}) == 1, "dtypes or devices differ")
     if not count:
         return
     per_program = next(size for size in (8, 4, 2, 1) if heads % size == 0 and kv_heads % size == 0)
@@ -129,7 +151,7 @@ def rotate_heads(
         HEADS=heads,
         KV_HEADS=kv_heads,
         DIM=dim,
-        HALF_BLOCK=triton.next_power_of_2(dim // 2),
+        HALF_BLOCK=_power_of_two(dim // 2),
         PER_PROGRAM=per_program,
         HAS_NORMS=norms is not None,
         HAS_PAGES=slots is not None,
@@ -144,12 +166,21 @@ def silu_and_multiply(gate_up: Tensor, out: Tensor) -> None:
     current stream. Raises ShapeError before a launch.
     """
     count, width = out.shape
-    require(gate_up.shape == (count, 2 * width), f"gate_up of shape {tuple(gate_up.shape)} does not fit")
+    same = gate_up.dtype == out.dtype and gate_up.device == out.device
+    if gate_up.shape != (count, 2 * width) or not same:
+        raise ShapeError(f"a gate of {_describe({'gate_up': gate_up, 'out': out})} does not fit")
     require_contiguous(gate_up=gate_up, out=out)
-    require(gate_up.dtype == out.dtype and gate_up.device == out.device, "dtypes or devices differ")
-    if not out.numel():
+    if not count or not width:
         return
-    _silu_and_multiply[(count, triton.cdiv(width, _GATE_BLOCK))](gate_up, out, width, BLOCK=_GATE_BLOCK, num_warps=4)
+    _silu_and_multiply[(count, -(-width // _GATE_BLOCK))](gate_up, out, width, BLOCK=_GATE_BLOCK, num_warps=4)
+
+
+def _describe(named: dict[str, Tensor]) -> str:
+    return ", ".join(f"{name} {tuple(each.shape)} {each.dtype} on {each.device}" for name, each in named.items())
+
+
+def _power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length()
 
 
 @triton.jit

@@ -55,7 +55,9 @@ def assert_filled(inputs: GraphInputs, shape: GraphShape, steps: list[SequenceSt
         at += step.num_new
 
 
-@pytest.mark.parametrize("shape", [GraphShape(8, 1, 16), GraphShape(1, 16, 16), GraphShape(4, 32, 16)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [GraphShape(8, 1, 16), GraphShape(1, 16, 16), GraphShape(4, 32, 16), GraphShape(1, 128, 16)], ids=str
+)
 def test_inputs_are_those_of_the_present_step_whatever_was_filled_before(shape: GraphShape) -> None:
     dice, inputs = random.Random(1), inputs_of(shape)
     steps: list[SequenceStep] = []
@@ -170,7 +172,10 @@ def test_graphs_round_a_batch_up_by_little() -> None:
 
 @pytest.mark.parametrize(
     ("count", "new", "want"),
-    [(1, 2, (1, 16)), (1, 17, (1, 32)), (1, 64, (1, 64)), (3, 20, (4, 32)), (4, 64, (4, 64)), (16, 9, (16, 16))],
+    [
+        *[(1, 2, (1, 16)), (1, 17, (1, 32)), (1, 64, (1, 64)), (1, 65, (1, 128)), (1, 512, (1, 512))],
+        *[(3, 20, (4, 32)), (4, 64, (4, 64)), (16, 9, (16, 16)), (2, 100, (2, 128))],
+    ],
 )
 def test_a_few_new_tokens_of_several_sequences_have_graphs_too(count: int, new: int, want: tuple[int, int]) -> None:
     shape = graph_shape([*decoding(count - 1), *decoding(1, new=new)], (), block_size=SIZE)
@@ -178,7 +183,7 @@ def test_a_few_new_tokens_of_several_sequences_have_graphs_too(count: int, new: 
     assert (shape.sequences, shape.new_tokens) == want
 
 
-@pytest.mark.parametrize(("count", "new"), [(1, 65), (5, 33), (17, 2), (257, 1)])
+@pytest.mark.parametrize(("count", "new"), [(1, 513), (5, 33), (17, 2), (2, 129), (257, 1)])
 def test_passes_of_many_tokens_run_eagerly(count: int, new: int) -> None:
     assert graph_shape(decoding(count, new=new), (), block_size=SIZE) is None
 

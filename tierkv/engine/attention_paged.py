@@ -21,6 +21,7 @@ from tierkv.engine.attention_merge import add_sinks, merge_parts
 from tierkv.values.layout import BlockLayout
 
 __all__ = [
+    "MAX_SHORT_TOKENS",
     "MAX_SPLIT_TOKENS",
     "Batch",
     "BatchPart",
@@ -33,7 +34,13 @@ __all__ = [
     "layout_uses_flash",
 ]
 
-MAX_SPLIT_TOKENS = 64  # above it all multiprocessors are busy even if K and V are not split
+MAX_SPLIT_TOKENS = 64
+"""New tokens of each of any number of sequences that `flash_attn_with_kvcache` gets: above it all multiprocessors are
+busy even if K and V are not split."""
+
+MAX_SHORT_TOKENS = 512
+"""New tokens of all sequences together that it gets too: the other function's call takes longer in Python than these
+tokens on the GPU, and it cannot be in a graph."""
 
 _cpu_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -72,7 +79,7 @@ class BatchPart:
     parts: tuple[BatchPart, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)  # not frozen: each layer of each pass makes one
 class PagedQuery:
     """One layer's attention. query: [T, heads, dim]; keys, values: [num_blocks, block_size, kv_heads, dim].
 
@@ -159,7 +166,7 @@ def flash_head_dims() -> frozenset[int]:
 def _attend_flash(paged: PagedQuery, batch: Batch) -> Tensor:
     """Run flash-attn on the strided pages.
 
-    For few and equally many new tokens per sequence it is `flash_attn_with_kvcache`, which splits long K and V over
+    For few new tokens, equally many per sequence, it is `flash_attn_with_kvcache`, which splits long K and V over
     multiprocessors. Otherwise it is `flash_attn_varlen_func`; if nothing is cached, on K and V as the layer gives them.
     The log-sum-exp is needed for sinks.
     """
@@ -171,7 +178,8 @@ def _attend_flash(paged: PagedQuery, batch: Batch) -> Tensor:
         "softcap": paged.softcap or 0.0,
     }
     query = paged.query.contiguous()
-    if batch.is_even and batch.max_new <= MAX_SPLIT_TOKENS:
+    is_short = batch.max_new <= MAX_SPLIT_TOKENS or query.shape[0] <= MAX_SHORT_TOKENS
+    if batch.is_even and is_short:
         out, lse = flash.flash_attn_with_kvcache(
             query.view(-1, batch.max_new, *query.shape[1:]),
             paged.keys,

@@ -28,7 +28,7 @@ class Norm:
     epsilon: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Places:
     """Where K and V of new tokens are written: pages of one layer, and of each token the block id and the offset."""
 
@@ -67,8 +67,7 @@ def heads_of(
     """
     heads, kv_heads, dim = shape
     count = qkv.shape[0]
-    query, key, value = qkv.split((heads * dim, kv_heads * dim, kv_heads * dim), dim=-1)
-    value = value.unflatten(1, (kv_heads, dim))
+    value = qkv[:, (heads + kv_heads) * dim :].view(count, kv_heads, dim)
     if qkv.is_cuda and _kernels is not None:
         new_query, new_key = qkv.new_empty(count, heads, dim), qkv.new_empty(count, kv_heads, dim)
         _kernels.rotate_heads(
@@ -80,7 +79,8 @@ def heads_of(
             slots=_kernels.PageSlots(places.keys, places.values, places.block_ids, places.offsets) if places else None,
         )
         return new_query, new_key, value
-    query, key = query.unflatten(1, (heads, dim)), key.unflatten(1, (kv_heads, dim))
+    query = qkv[:, : heads * dim].view(count, heads, dim)
+    key = qkv[:, heads * dim : (heads + kv_heads) * dim].view(count, kv_heads, dim)
     if norms:
         query, key = _rms_norm(query, norms[0]), _rms_norm(key, norms[1])
     cos, sin = (each.unsqueeze(1) for each in rotary)

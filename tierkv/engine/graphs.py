@@ -20,7 +20,7 @@ from torch import Tensor
 from tierkv.cache import TierCache
 from tierkv.engine.attention import AttentionBatch, PlainModel, SequenceStep
 from tierkv.engine.attention_cascade import CascadeShape
-from tierkv.engine.attention_paged import MAX_SPLIT_TOKENS, layout_uses_flash
+from tierkv.engine.attention_paged import MAX_SHORT_TOKENS, layout_uses_flash
 from tierkv.engine.cascade import SharedPrefix
 from tierkv.engine.graph_inputs import GraphInputs, GraphShape, LoadEvents
 
@@ -137,15 +137,16 @@ class GraphedModel:
 def graph_shape(steps: Sequence[SequenceStep], plan: Sequence[SharedPrefix], *, block_size: int) -> GraphShape | None:
     """Return the shape of the graph that serves a pass; None if the pass runs eagerly.
 
-    Sequences are rounded up to 1, 2, 4 or a multiple of 8, new tokens to 1, 16, 32 or 64.
+    Sequences are rounded up to 1, 2, 4 or a multiple of 8; new tokens to 1, 16, 32 or, of one sequence up to 512 of
+    them, a multiple of 64: Python needs longer to launch such a pass than the GPU to compute it.
     """
     longest = max(step.num_past + step.num_new for step in steps)
     num_new = max(step.num_new for step in steps)
-    if num_new > MAX_SPLIT_TOKENS or len(steps) > MAX_GRAPH_ROWS:
+    if num_new > MAX_SHORT_TOKENS or len(steps) > MAX_GRAPH_ROWS:
         return None
-    padded = 1 if num_new == 1 else max(16, _power_of_two(num_new))
+    padded = _new_tokens_of(num_new)
     count = _sequences_of(len(steps)) if padded == 1 else _power_of_two(len(steps))
-    if count * padded > MAX_GRAPH_ROWS:
+    if count > 1 and count * padded > MAX_GRAPH_ROWS:
         return None
     cascade = _cascade_shape(steps, plan, count, block_size) if plan else None
     return GraphShape(count, padded, _blocks_of(longest + padded, block_size), cascade)
@@ -157,6 +158,13 @@ def _sequences_of(count: int) -> int:
         return _power_of_two(count)
     step = 8 if count <= 128 else 16
     return -(-count // step) * step
+
+
+def _new_tokens_of(count: int) -> int:
+    """Round the new tokens of each sequence up."""
+    if count == 1:
+        return 1
+    return max(16, _power_of_two(count)) if count <= 64 else -(-count // 64) * 64
 
 
 def _blocks_of(tokens: int, block_size: int) -> int:

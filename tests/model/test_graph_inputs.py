@@ -9,12 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import VOCABULARY, make_model
 
-from tierkv.engine.attention import SequenceStep, build_batch
+from tierkv.engine.attention import AttentionSwitch, PlainModel, SequenceStep, build_batch
 from tierkv.engine.attention_cascade import CascadeBatch, CascadeShape
 from tierkv.engine.cascade import SharedPrefix
+from tierkv.engine.fused_model import fuse_model
 from tierkv.engine.graph_inputs import GraphInputs, GraphShape
 from tierkv.engine.graphs import MAX_GRAPH_ROWS, graph_shape
+from tierkv.engine.model_support import probe_layout
+from tierkv.ranks.group import OneRank
+from tierkv.storage.hot import HotPool
 
 SIZE, SCRATCH = 16, 999
 CPU = torch.device("cpu")
@@ -35,11 +40,17 @@ def steps_of(dice: random.Random, count: int, most_new: int, *, least_new: int =
 
 
 def assert_filled(inputs: GraphInputs, shape: GraphShape, steps: list[SequenceStep], ids: list[int]) -> None:
-    at, batch = 0, inputs.batch
-    for row in range(shape.sequences):
-        step = steps[row] if row < len(steps) else SequenceStep(block_table=[], num_past=0, num_new=0)
-        first = row * shape.new_tokens
-        for new in range(shape.new_tokens):
+    at, batch, first = 0, inputs.batch, 0
+    rows = list(range(len(steps)))
+    if shape.rest_tokens and steps:
+        rows[-1] = shape.sequences
+    for row in range(shape.rows):
+        step = SequenceStep(block_table=[], num_past=0, num_new=0)
+        width = shape.rest_tokens if row == shape.sequences else shape.new_tokens
+        if row in rows:
+            step = steps[rows.index(row)]
+            assert int(inputs.last[rows.index(row)]) == first + step.num_new - 1
+        for new in range(width):
             position, place = step.num_past + new, first + new
             assert int(batch.position_ids[0, place]) == position
             assert int(batch.offsets[place]) == position % SIZE
@@ -48,16 +59,18 @@ def assert_filled(inputs: GraphInputs, shape: GraphShape, steps: list[SequenceSt
                 assert int(batch.block_ids[place]) == step.block_table[position // SIZE]
             else:
                 assert int(batch.block_ids[place]) == SCRATCH, "padding writes where nothing reads"
-        assert int(inputs.last[row]) == first + max(step.num_new - 1, 0)
-        assert int(batch.kv_lengths_tensor[row]) == step.num_past + shape.new_tokens
+        assert int(batch.kv_lengths_tensor[row]) == step.num_past + width
         padded = [*step.block_table, *[SCRATCH] * shape.blocks][: shape.blocks]
         assert batch.block_table[row].tolist() == padded
-        at += step.num_new
+        at, first = at + step.num_new, first + width
+    assert bool((inputs.last[len(steps) :] == 0).all())
 
 
-@pytest.mark.parametrize(
-    "shape", [GraphShape(8, 1, 16), GraphShape(1, 16, 16), GraphShape(4, 32, 16), GraphShape(1, 128, 16)], ids=str
-)
+SHAPES = [GraphShape(8, 1, 16), GraphShape(1, 16, 16), GraphShape(4, 32, 16), GraphShape(1, 128, 16)]
+SHAPES += [GraphShape(8, 1, 16, rest_tokens=64), GraphShape(1, 1, 16, rest_tokens=64)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_inputs_are_those_of_the_present_step_whatever_was_filled_before(shape: GraphShape) -> None:
     dice, inputs = random.Random(1), inputs_of(shape)
     steps: list[SequenceStep] = []
@@ -72,12 +85,51 @@ def test_inputs_are_those_of_the_present_step_whatever_was_filled_before(shape: 
                 for step in steps[dice.randrange(2) :]
                 if len(step.block_table) * SIZE > step.num_past + step.num_new
             ]
-            steps = steps or steps_of(dice, 1, shape.new_tokens)
+            steps = steps[: shape.sequences] or steps_of(dice, 1, shape.new_tokens)
         else:
             steps = steps_of(dice, dice.randint(1, shape.sequences), shape.new_tokens)
+        if shape.rest_tokens:
+            steps = [*steps, *steps_of(dice, 1, shape.rest_tokens, least_new=2)]
         ids = [dice.randrange(1000) for _ in range(sum(step.num_new for step in steps))]
         inputs.fill(steps, ids, ())
         assert_filled(inputs, shape, steps, ids)
+
+
+@pytest.mark.parametrize("is_fused", [True, False])
+@pytest.mark.parametrize("news", [[1, 1, 1], [20, 3], [100], [1, 1, 1, 40], [1, 200]], ids=str)
+def test_a_padded_pass_has_the_logits_of_the_eager_one(news: list[int], is_fused: bool) -> None:
+    model = make_model("qwen3", block_size=SIZE)
+    pool = HotPool(probe_layout(model, block_size=SIZE), 60, CPU)
+    compute: Any = fuse_model(model, "on", OneRank()) if is_fused else PlainModel(model)
+    generator, dice = torch.Generator().manual_seed(3), random.Random(4)
+    blocks = dice.sample(range(60), 60)
+    tables = [[blocks.pop() for _ in range(17 if new > 1 else 3)] for new in news]
+    pasts = [dice.randrange(1, 30) for _ in news]
+
+    def tokens(counts: list[int]) -> torch.Tensor:
+        return torch.randint(0, VOCABULARY, (sum(counts),), generator=generator)
+
+    def steps_after(past: list[int], new: list[int]) -> list[SequenceStep]:
+        rows = zip(tables, past, new, strict=True)
+        return [SequenceStep(block_table=table, num_past=p, num_new=n) for table, p, n in rows]
+
+    with torch.inference_mode(), AttentionSwitch(model):
+        before = build_batch(pool, steps_after([0] * len(news), pasts), block_size=SIZE, device=CPU)
+        compute(tokens(pasts), before)
+        steps, ids = steps_after(pasts, news), tokens(news)
+        batch = build_batch(pool, steps, block_size=SIZE, device=CPU)
+        want = compute(ids, batch, torch.tensor(batch.query_starts[1:]) - 1).clone()
+        shape = graph_shape(steps, (), block_size=SIZE)
+        assert shape is not None
+        cache: Any = SimpleNamespace(config=SimpleNamespace(block_size=SIZE), hot=pool)
+        inputs = GraphInputs(shape, cache, CPU)
+        inputs.fill(steps, ids.tolist(), ())
+        for part in (inputs.batch, *inputs.batch.parts):  # which a CPU reads as lists
+            part.kv_lengths = part.kv_lengths_tensor.tolist()
+        out = torch.empty(shape.rows, VOCABULARY)
+        got = compute(inputs.token_ids, inputs.batch, inputs.last, out)
+    assert got.data_ptr() == out.data_ptr()
+    torch.testing.assert_close(got[: len(news)], want, atol=1e-4, rtol=1e-4)
 
 
 def test_a_block_table_that_is_rewritten_in_place_is_copied_again() -> None:
@@ -178,9 +230,25 @@ def test_graphs_round_a_batch_up_by_little() -> None:
     ],
 )
 def test_a_few_new_tokens_of_several_sequences_have_graphs_too(count: int, new: int, want: tuple[int, int]) -> None:
-    shape = graph_shape([*decoding(count - 1), *decoding(1, new=new)], (), block_size=SIZE)
+    shape = graph_shape(decoding(count, new=new), (), block_size=SIZE)
     assert shape is not None
-    assert (shape.sequences, shape.new_tokens) == want
+    assert (shape.sequences, shape.new_tokens, shape.rest_tokens) == (*want, 0)
+
+
+@pytest.mark.parametrize(
+    ("count", "new", "want"),
+    [(1, 2, (1, 64)), (3, 65, (4, 128)), (64, 512, (64, 512)), (65, 300, (96, 512)), (255, 9, (256, 64))],
+)
+def test_a_sequence_that_prefills_beside_decoding_ones_has_graphs_too(
+    count: int, new: int, want: tuple[int, int]
+) -> None:
+    steps = [*decoding(count), *decoding(1, past=500, new=new)]
+    shape = graph_shape(steps, (), block_size=SIZE)
+    assert shape is not None
+    assert (shape.sequences, shape.rest_tokens, shape.new_tokens) == (*want, 1)
+    assert shape.blocks * SIZE >= 500 + shape.rest_tokens
+    other = graph_shape(steps[::-1], (), block_size=SIZE)
+    assert other is None or not other.rest_tokens, "only if the decoding ones come first"
 
 
 @pytest.mark.parametrize(("count", "new"), [(1, 513), (5, 33), (17, 2), (2, 129), (257, 1)])

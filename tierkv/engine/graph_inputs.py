@@ -13,6 +13,7 @@ from torch import Tensor
 from tierkv.cache import TierCache
 from tierkv.engine.attention import AttentionBatch, SequenceStep
 from tierkv.engine.attention_cascade import CascadeBatch, CascadeShape
+from tierkv.engine.attention_paged import BatchPart
 from tierkv.engine.cascade import SharedPrefix
 from tierkv.movers.mover import wait_here
 
@@ -21,18 +22,32 @@ __all__ = ["GraphInputs", "GraphShape", "LoadEvents"]
 
 @dataclass(frozen=True, slots=True)
 class GraphShape:
-    """The shape of a graph: sequences, new tokens of each, blocks in the table, and prefixes read together."""
+    """The shape of a graph: sequences, new tokens of each, blocks in the table, and prefixes read together.
+
+    rest_tokens: new tokens of one more sequence behind them, which prefills while the others decode; 0: there is none.
+    """
 
     sequences: int
     new_tokens: int
     blocks: int
     cascade: CascadeShape | None = None
+    rest_tokens: int = 0
+
+    @property
+    def rows(self) -> int:
+        """All sequences."""
+        return self.sequences + (self.rest_tokens > 0)
+
+    @property
+    def tokens(self) -> int:
+        """All new tokens."""
+        return self.sequences * self.new_tokens + self.rest_tokens
 
 
 class GraphInputs:
     """The static tensors of one graph.
 
-    token_ids: [sequences * new_tokens] int64. last: [sequences] int64, the place of each sequence's last new token.
+    token_ids: [tokens] int64. last: [rows] int64, the place of each step's last new token.
     """
 
     def __init__(
@@ -46,8 +61,8 @@ class GraphInputs:
         self._shape = shape
         self._size = cache.config.block_size
         self._scratch = cache.hot.scratch_block
-        count, tokens, is_cuda = shape.sequences, shape.sequences * shape.new_tokens, device.type == "cuda"
-        wide, narrow = [tokens] * 4 + [count], [count, count * shape.blocks]
+        rows, tokens, is_cuda = shape.rows, shape.tokens, device.type == "cuda"
+        wide, narrow = [tokens] * 4 + [rows], [rows, rows * shape.blocks]
         self._wide = torch.zeros(sum(wide), dtype=torch.int64, device=device)
         self._narrow = torch.zeros(sum(narrow), dtype=torch.int32, device=device)
         self.token_ids: Tensor
@@ -57,33 +72,34 @@ class GraphInputs:
         self._host_wide = torch.zeros(sum(wide), dtype=torch.int64, pin_memory=is_cuda)
         self._host_narrow = torch.zeros(sum(narrow), dtype=torch.int32, pin_memory=is_cuda)
         self._copied = torch.cuda.Event() if is_cuda else None
-        self._ids, self._positions, self._blocks, self._offsets = (
-            each.numpy().reshape(count, shape.new_tokens) for each in self._host_wide[: 4 * tokens].split(tokens)
+        self._ids, self._positions, self._blocks, self._offsets, self._last = (
+            each.numpy() for each in self._host_wide.split(wide)
         )
-        self._last = self._host_wide[4 * tokens :].numpy()
-        self._lengths = self._host_narrow[:count].numpy()
-        self._table = self._host_narrow[count:].numpy().reshape(count, shape.blocks)
+        self._lengths = self._host_narrow[:rows].numpy()
+        self._table = self._host_narrow[rows:].numpy().reshape(rows, shape.blocks)
         self._table[:] = self._scratch
-        self._known: list[list[int]] = [[] for _ in range(count)]  # the block table in each row of the table
-        self._firsts = np.arange(count) * shape.new_tokens
-        self._steps = np.arange(shape.new_tokens)
+        self._known: list[list[int]] = [[] for _ in range(rows)]  # the block table in each row of the table
+        self._widths = np.array([shape.new_tokens] * shape.sequences + [shape.rest_tokens] * (shape.rest_tokens > 0))
+        starts = [0, *np.cumsum(self._widths).tolist()]
+        self._firsts = np.array(starts[:-1])
+        self._row_of_token = np.repeat(np.arange(rows), self._widths)
+        self._place_in_row = np.arange(tokens) - self._firsts[self._row_of_token]
         self._cascade = (
             CascadeBatch(shape.cascade, block_size=self._size, scratch_block=self._scratch, device=device, side=side)
             if shape.cascade
             else None
         )
-        starts = list(range(0, tokens + 1, shape.new_tokens))
         self.batch = AttentionBatch(
             pool=cache.hot,
             block_size=self._size,
             query_starts=starts,
             kv_lengths=[],
-            block_table=table.view(count, shape.blocks),
+            block_table=table.view(rows, shape.blocks),
             query_starts_tensor=torch.tensor(starts, dtype=torch.int32, device=device),
             kv_starts_tensor=torch.empty(0, dtype=torch.int32, device=device),
             kv_lengths_tensor=lengths,
-            max_new=shape.new_tokens,
-            is_even=True,
+            max_new=max(shape.new_tokens, shape.rest_tokens),
+            is_even=not shape.rest_tokens,
             has_past=True,
             block_ids=block_ids,
             offsets=offsets,
@@ -91,7 +107,30 @@ class GraphInputs:
             loads=[load_events] if load_events else [],
             cascade=self._cascade,
         )
+        if shape.rest_tokens:
+            self.batch.parts = (
+                self._part(shape.sequences, range(shape.sequences)),
+                self._part(shape.rest_tokens, range(shape.sequences, rows)),
+            )
         self.fill([], [], [])
+
+    def _part(self, num_tokens: int, rows: range) -> BatchPart:
+        """Return the part of the batch that has these rows, all with equally many new tokens."""
+        batch, first = self.batch, int(self._firsts[rows.start])
+        new = num_tokens // len(rows)
+        return BatchPart(
+            tokens=slice(first, first + num_tokens),
+            block_size=batch.block_size,
+            query_starts=list(range(0, num_tokens + 1, new)),
+            kv_lengths=[],
+            block_table=batch.block_table[rows.start : rows.stop],
+            query_starts_tensor=batch.kv_starts_tensor,
+            kv_starts_tensor=batch.kv_starts_tensor,
+            kv_lengths_tensor=batch.kv_lengths_tensor[rows.start : rows.stop],
+            max_new=new,
+            is_even=True,
+            has_past=True,
+        )
 
     def fill(self, steps: Sequence[SequenceStep], token_ids: Sequence[int], plan: Sequence[SharedPrefix]) -> None:
         """Write the steps' inputs; padding sequences and tokens point at the scratch block.
@@ -99,22 +138,27 @@ class GraphInputs:
         The cost in Python is a comparison of each block table with the one that its row has; only changed rows are
         written.
         """
-        shape, count = self._shape, self._shape.sequences
+        shape, count = self._shape, len(steps)
         if self._copied is not None:
             self._copied.synchronize()  # of the step before: without it, its copy might read this step's numbers
-        self._write_tables(steps)
-        past, new = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64)
-        past[: len(steps)] = [step.num_past for step in steps]
-        new[: len(steps)] = [step.num_new for step in steps]
-        is_token = self._steps < new[:, None]
+        places = np.arange(count)  # the row of each step
+        if shape.rest_tokens and count:
+            places[-1] = shape.sequences
+        self._write_tables(dict(zip(places.tolist(), steps, strict=True)))
+        past, new = np.zeros(shape.rows, dtype=np.int64), np.zeros(shape.rows, dtype=np.int64)
+        past[places] = [step.num_past for step in steps]
+        new[places] = [step.num_new for step in steps]
+        rows = self._row_of_token
+        is_token = self._place_in_row < new[rows]
         self._ids[:] = 0
         self._ids[is_token] = token_ids
-        np.add(past[:, None], self._steps, out=self._positions)
+        np.add(past[rows], self._place_in_row, out=self._positions)
         np.remainder(self._positions, self._size, out=self._offsets)
-        places = np.minimum(self._positions // self._size, shape.blocks - 1)
-        self._blocks[:] = np.where(is_token, np.take_along_axis(self._table, places, axis=1), self._scratch)
-        self._last[:] = self._firsts + np.maximum(new - 1, 0)
-        self._lengths[:] = past + shape.new_tokens
+        at = np.minimum(self._positions // self._size, shape.blocks - 1)
+        self._blocks[:] = np.where(is_token, self._table[rows, at], self._scratch)
+        self._last[:] = 0
+        self._last[:count] = self._firsts[places] + new[places] - 1
+        self._lengths[:] = past + self._widths
         self._wide.copy_(self._host_wide, non_blocking=True)
         self._narrow.copy_(self._host_narrow, non_blocking=True)
         if self._copied is not None:
@@ -123,9 +167,11 @@ class GraphInputs:
             tables = [step.block_table for step in steps]
             self._cascade.fill(plan, tables, [step.num_past + step.num_new for step in steps])
 
-    def _write_tables(self, steps: Sequence[SequenceStep]) -> None:
+    def _write_tables(self, steps: dict[int, SequenceStep]) -> None:
+        """Write the block tables that differ from those of the step before. steps: by their row."""
         for row, known in enumerate(self._known):
-            table = steps[row].block_table if row < len(steps) else []
+            step = steps.get(row)
+            table = step.block_table if step is not None else []
             if known != table:
                 self._known[row] = list(table)
                 used = min(len(table), self._shape.blocks)

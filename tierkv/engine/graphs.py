@@ -54,7 +54,7 @@ class GraphedModel:
     """Replays forward passes of a model over a cache; returns None for passes that must run eagerly.
 
     compute: the model's forward pass; None for that of its own modules. A shape is captured at its second use, or by
-    `capture_decoding`. If a capture fails, the model runs eagerly from then on.
+    `capture_decoding`. If a capture fails, such passes run eagerly from then on.
     """
 
     def __init__(self, model: Any, cache: TierCache, compute: Compute | None = None) -> None:
@@ -64,6 +64,7 @@ class GraphedModel:
         self._graphs: dict[GraphShape, _Graph] = {}
         self._seen: set[GraphShape] = set()
         self._is_usable = model.device.type == "cuda" and layout_uses_flash(cache.layout)
+        self._is_mixed_usable = True
         self._logits: Tensor | None = None
         if self._is_usable:
             self._load_events = LoadEvents(cache.layer_groups, model.device)
@@ -86,6 +87,8 @@ class GraphedModel:
             return None
         shape = graph_shape(steps, plan, block_size=self._cache.config.block_size)
         if shape is None:
+            return None
+        if shape.rest_tokens and not self._is_mixed_usable:
             return None
         if shape not in self._graphs:
             if shape not in self._seen:
@@ -120,14 +123,17 @@ class GraphedModel:
             # Rounded sizes may need other variants of the kernels than the eager passes: no capture may compile them.
             found = self._compute(inputs.token_ids, inputs.batch, inputs.last)
             if self._logits is None:
-                self._logits = found.new_empty(MAX_GRAPH_ROWS, found.shape[-1])
-            out = self._logits[: shape.sequences]
+                self._logits = found.new_empty(MAX_GRAPH_ROWS + 1, found.shape[-1])
+            out = self._logits[: shape.rows]
             # Other threads copy blocks meanwhile; only this mode allows that.
             with torch.cuda.graph(graph, pool=self._memory, stream=self._stream, capture_error_mode="thread_local"):
                 inputs.batch.seen_layers.clear()
                 self._compute(inputs.token_ids, inputs.batch, inputs.last, out)
         except RuntimeError as exc:
-            self._is_usable = False
+            if shape.rest_tokens:
+                self._is_mixed_usable = False
+            else:
+                self._is_usable = False
             _log.info("%s cannot be captured as a CUDA graph and runs eagerly: %s", type(self._model).__name__, exc)
             return False
         self._graphs[shape] = _Graph(graph, inputs, out)
@@ -138,12 +144,17 @@ def graph_shape(steps: Sequence[SequenceStep], plan: Sequence[SharedPrefix], *, 
     """Return the shape of the graph that serves a pass; None if the pass runs eagerly.
 
     Sequences are rounded up to 1, 2, 4 or a multiple of 8; new tokens to 1, 16, 32 or, of one sequence up to 512 of
-    them, a multiple of 64: Python needs longer to launch such a pass than the GPU to compute it.
+    them, a multiple of 64: Python needs longer to launch such a pass than the GPU to compute it. One sequence that
+    prefills beside decoding ones has graphs of its own: of 64, 128, 256 or 512 tokens, the others in steps of 32.
     """
     longest = max(step.num_past + step.num_new for step in steps)
     num_new = max(step.num_new for step in steps)
     if num_new > MAX_SHORT_TOKENS or len(steps) > MAX_GRAPH_ROWS:
         return None
+    if len(steps) > 1 and steps[-1].num_new > 1 and all(step.num_new == 1 for step in steps[:-1]):
+        rest = max(64, _power_of_two(num_new))
+        count = _mixed_sequences_of(len(steps) - 1)
+        return GraphShape(count, 1, _blocks_of(longest + rest, block_size), rest_tokens=rest)
     padded = _new_tokens_of(num_new)
     count = _sequences_of(len(steps)) if padded == 1 else _power_of_two(len(steps))
     if count > 1 and count * padded > MAX_GRAPH_ROWS:
@@ -158,6 +169,11 @@ def _sequences_of(count: int) -> int:
         return _power_of_two(count)
     step = 8 if count <= 128 else 16
     return -(-count // step) * step
+
+
+def _mixed_sequences_of(count: int) -> int:
+    """Round a number of decoding sequences up by more: their rows cost little beside a prompt's tokens."""
+    return _power_of_two(count) if count <= 8 else -(-count // 32) * 32
 
 
 def _new_tokens_of(count: int) -> int:

@@ -122,6 +122,7 @@ def measure_tierkv(options: argparse.Namespace, config: Any, started: float) -> 
         hot, warm = 256 << 20, 64 << 20
     loaded, cache = LoadedModel(model, None, "random"), CacheConfig(block_size=256, hot_bytes=hot, warm_bytes=warm)
     with open_runner(loaded, cache, max_step_tokens=options.step_tokens, fuse=options.fuse) as runner:
+        runner.capture_graphs(max_sequences=options.prompts)  # nano-vLLM does so too
         engine = TierkvEngine(runner, options)
         found = measure_parts(options, engine, time.perf_counter() - started)
         if options.profile:

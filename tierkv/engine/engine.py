@@ -204,7 +204,7 @@ class Engine:
             self._loop.fail_all(error, owner=self)
 
     def _is_over(self) -> bool:
-        """Return whether the thread ends now. End the requests whose time is over."""
+        """Return whether the thread ends now. Ends the requests whose time is over."""
         if self._ends_at is None:
             return False
         is_late = time.perf_counter() >= self._ends_at
@@ -213,4 +213,4 @@ class Engine:
                 if is_late or (request.state is not RequestState.RUNNING and not request.num_preemptions):
                     self._loop.finish(request, "shutdown")
             self._loop.outbox.deliver()
-        return not self._loop.has_work
+        return is_late or not self._loop.open_requests(self)

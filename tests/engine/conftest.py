@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_models import make_model
 
 from tierkv.config import CacheConfig
@@ -17,6 +18,15 @@ from tierkv.engine.runner import Runner, open_runner
 BLOCK = 16
 
 OpenRunner = Callable[..., Runner]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Let torch use one thread: for a tiny model more of them only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -209,6 +209,18 @@ def test_an_urgent_request_takes_the_room_of_less_urgent_ones(make: Make) -> Non
     driver.check_idle()
 
 
+def test_blocks_that_a_running_request_uses_need_no_more_room(make: Make) -> None:
+    driver = make(hot=10)
+    shared = prompt(6 * SIZE, 1)
+    requests = [driver.submit([*shared, i], new=3) for i in range(3)]
+    for _ in range(2):
+        driver.step()
+    assert len(driver.scheduler.running) == 2, "seven blocks of the first, one of the second, one for each to grow"
+    driver.run()
+    assert driver.ended == requests and driver.scheduler.num_preempted == 0
+    driver.check_idle()
+
+
 def test_nothing_is_preempted_in_vain(make: Make) -> None:
     driver = make(hot=10)
     pinned = driver.cache.acquire(prompt(4 * SIZE, 50))  # the caller's own

@@ -185,8 +185,9 @@ def test_an_event_loop_that_is_gone_ends_the_requests_of_its_readers(open_one: O
         loop = asyncio.new_event_loop()
         main = loop.create_task(start())
         loop.run_forever()
-        streams[0]._events._future = loop, loop.create_future()  # as of a reader that wants its next token
-        streams[0]._events._wants_end = False
+        wakeup = streams[0]._progress.wakeup
+        wakeup._future = loop, loop.create_future()  # as of a reader that wants its next token
+        streams[0]._progress._skips_tokens = False
         loop.close()
         until(lambda: engine.stats().cancelled == 1)
         for task in (main, *asyncio.all_tasks(loop)):
@@ -234,7 +235,7 @@ def test_a_request_whose_reader_fails_ends_alone(open_one: Open) -> None:
     runner = open_one(hot=300)
     with Engine(runner) as engine:
         bad = engine.submit(tokens(9), greedy(LONG))
-        bad._events.put = _fail  # type: ignore[method-assign, assignment]
+        bad._progress.put = _fail  # type: ignore[method-assign, assignment]
         good = engine.submit(tokens(9, seed=2), greedy(30))
         assert len(good.result().token_ids) == 30
         assert bad.result().finish_reason == "cancelled"
@@ -463,7 +464,7 @@ def test_a_stream_has_one_reader_at_a_time(open_one: Open, monkeypatch: pytest.M
         stream = engine.submit(tokens(9), greedy(2))
         reader = threading.Thread(target=stream.result)
         reader.start()
-        until(lambda: stream._events._is_reading)
+        until(lambda: stream._progress.wakeup._is_reading)
         with pytest.raises(ConfigError, match="one reader"):
             next(stream)
         held.go.set()

@@ -113,12 +113,25 @@ def test_requests_that_wait_for_a_prefix_start_together_once_it_is_there(make: M
 @pytest.mark.parametrize("new", [1, 9], ids=["it has just ended", "it still runs"])
 def test_the_partly_filled_end_of_a_common_prefix_is_copied(make: Make, new: int) -> None:
     driver = make()
-    shared = prompt(4 * SIZE + 3, 1)
-    requests = [driver.submit([*shared, 500 + i, 600 + i], new=new) for i in range(4)]
+    shared = prompt(4 * SIZE + 2, 1)
+    requests = [driver.submit([*shared, 500 + i], new=new) for i in range(4)]  # none of them fills the block
     requests.append(driver.submit(list(shared), new=new))  # all of it but the last token
     driver.run()
-    assert driver.computed == len(shared) + 4 * 2 + 1 + 5 * (new - 1)
+    assert driver.computed == len(shared) + 4 + 1 + 5 * (new - 1)
     assert requests[1].cached_tokens is not None and sum(requests[1].cached_tokens.values()) == len(shared)
+    driver.check_idle()
+
+
+def test_a_partly_filled_end_is_there_as_soon_as_it_is_computed(make: Make) -> None:
+    driver = make(max_step_tokens=8)
+    shared = prompt(2 * SIZE + 1, 1)
+    driver.submit(shared, new=30)
+    follower = driver.submit([*shared, 500], new=2)
+    while driver.scheduler.num_following or follower.state is RequestState.WAITING:
+        driver.step()
+    assert len(driver.plans) == 3, "a piece, the rest, and then both"
+    assert follower.cached_tokens is not None and sum(follower.cached_tokens.values()) == len(shared)
+    driver.run()
     driver.check_idle()
 
 

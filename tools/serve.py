@@ -79,7 +79,7 @@ def serve(
     place: Place,
     limits: Limits,
     options: EngineOptions,
-    model: Annotated[
+    model_name: Annotated[
         str | None, typer.Argument(help="Directory or hub name; without it the embedded model.", metavar="[MODEL]")
     ] = None,
 ) -> None:
@@ -88,7 +88,7 @@ def serve(
     Prompts and answers are found again after a restart: only what is new is computed.
     """
     serving = _import_serving()
-    options = replace(options, model=model)
+    options = replace(options, model=model_name)
     config = options.config()
     prompts = read_prompts(place.warm_file, lines=place.lines) if place.warm_file else []
     chosen = _limits_of(limits, serving.ServeLimits)
@@ -100,7 +100,7 @@ def serve(
         _warn_of_date(options, runner)
         _warm(runner, options, prompts)
         with Engine(runner, max_running=chosen.max_running, max_waiting=chosen.max_waiting) as engine:
-            name = place.served_name or model or EMBEDDED
+            name = place.served_name or model_name or EMBEDDED
             asyncio.run(_serve(serving, runner, engine, name, chosen, options, key, bound))
         print("tierkv: stopped", file=sys.stderr)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from datetime import date
@@ -31,6 +32,9 @@ The real day would change the first tokens of every prompt at midnight, and noth
 # A user's text can begin with any character. A tokenizer may merge it with the prompt's last characters, so the last
 # tokens may differ. The common prefix for all these beginnings is safe to keep.
 _PROBES = ("a", "Z", "7", " b", "\n", '"', "é", "?", "你")
+
+# Names that the tokenizer, Transformers or this module give a value themselves.
+_RESERVED = ("messages", "strftime_now", "raise_exception", "bos_token", "eos_token", "pad_token", "unk_token")
 
 
 class Tokenizer(Protocol):
@@ -63,13 +67,15 @@ def render_chat(
 
     They come from the tokenizer's chat template; without a template, from the texts with empty lines between them.
     messages: each with a role and a text as content. day: what the template writes as today; None is the real one.
-    variables: more variables of the template. Raises ConfigError if the template refuses.
+    variables: more variables of the template, for values that are none of the tokenizer's own options: a client must
+    not bring a template of its own. Raises ConfigError for such a name, and if the template refuses.
     """
     template = chat_template_of(tokenizer, tools=tools)
     if not template:
         texts = [str(message.get("content") or "") for message in messages]
         return _encode(tokenizer, "\n\n".join(text for text in texts if text))
     plain = [_plain_message(message, template) for message in messages]
+    _check_variables(tokenizer, variables or {})
     options = {**(variables or {}), **_day_options(template, day)}
     try:
         return _apply(tokenizer, plain, tools, options)
@@ -104,6 +110,14 @@ def prefix_tokens(tokenizer: Tokenizer, request: PromptRequest, *, day: date | N
         common = common[: min(len(common), len(tokens)) if length is None else length]
     assert common is not None
     return common
+
+
+def _check_variables(tokenizer: Tokenizer, variables: Mapping[str, Any]) -> None:
+    options = {*inspect.signature(tokenizer.apply_chat_template).parameters, *_RESERVED}
+    if taken := sorted(
+        name for name in variables if name in options or name.startswith("_") or not name.isidentifier()
+    ):
+        raise ConfigError(f"a chat template gets no variable of the name {taken[0][:40]!a}")
 
 
 def _plain_message(message: Mapping[str, Any], template: str) -> dict[str, Any]:

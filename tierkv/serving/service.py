@@ -222,6 +222,12 @@ class Service:
         Each answer of one prompt has a seed of its own, which follows from the request's.
         """
         most = min(self.limits.max_new_tokens, self.room - len(prompt) + 1)  # the last token is not computed
+        if (plan.max_new_tokens or 0) > self.room - len(prompt) + 1:
+            reason = (
+                f"the prompt's {len(prompt):,} tokens and {plan.max_new_tokens:,} new ones are more than the "
+                f"{self.room:,} that there is room for"
+            )
+            raise ApiError(400, reason, code="context_length_exceeded", param="max_tokens")
         sampling = plan.sampling
         if number and sampling.seed is not None:
             seed = xxhash.xxh3_64_intdigest(f"{sampling.seed}|{number}".encode())

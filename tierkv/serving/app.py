@@ -142,7 +142,11 @@ def _status(service: Service, table: PrefixTable) -> Callable[[Request], Awaitab
         status = await anyio.to_thread.run_sync(
             lambda: status_of(service.cache, table, count=_PREFIXES, uptime_s=uptime_s)
         )
-        serving = {**service.monitor.status(), "active": service.num_active, **asdict(service.engine.stats())}
+        serving = {
+            **service.monitor.status(),
+            "active": service.num_active,
+            "engine": asdict(service.engine.stats()),
+        }
         return JSONResponse({**status, "serving": serving}, headers={"Cache-Control": "no-store"})
 
     return respond

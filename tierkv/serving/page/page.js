@@ -38,7 +38,7 @@ function showStatus(status) {
   element("hit-rate").textContent = serving.prompt_tokens
     ? `${(100 * serving.cached_tokens / serving.prompt_tokens).toFixed(1)} %` : "–";
   element("saved").textContent = serving.saved_s < 10 ? serving.saved_s.toFixed(2) : number(Math.round(serving.saved_s));
-  element("load").textContent = `${number(serving.running)}, ${number(serving.waiting)}`;
+  element("load").textContent = `${number(serving.engine.running)}, ${number(serving.engine.waiting)}`;
 }
 
 async function look() {

@@ -37,7 +37,8 @@ ROOMS = {
     "block_store": "errors values index background storage movers daemon config transfer",
     "requests": "errors values index background storage movers ranks transfer",
     "cache": "errors values policies background storage ranks config transfer requests",
-    "engine": "errors values storage kernels movers ranks config requests cache",
+    "scheduling": "errors values requests cache",
+    "engine": "errors values background storage kernels movers ranks config requests cache scheduling",
     "profiling": "errors values policies storage config transfer requests cache",
     "integrations": "errors values storage movers ranks block_store engine",
     "__init__": "errors values policies background storage movers ranks config block_store requests cache engine "

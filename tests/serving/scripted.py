@@ -44,19 +44,25 @@ class ScriptedEngine:
     fault: Exception | None = None
     fault_after: int = 0
     gate: threading.Event | None = None
-    submitted: list[tuple[list[int], GenerationOptions, int, float | None]] = field(default_factory=list)
+    submitted: list[tuple[list[int], GenerationOptions, int, float | None, int]] = field(default_factory=list)
     closed: int = 0
 
     def submit(
-        self, token_ids: Sequence[int], options: GenerationOptions, *, priority: int, deadline_s: float | None
+        self,
+        token_ids: Sequence[int],
+        options: GenerationOptions,
+        *,
+        priority: int,
+        deadline_s: float | None,
+        number: int,
     ) -> _Stream:
         if self.refusal:
             raise self.refusal
-        self.submitted.append((list(token_ids), options, priority, deadline_s))
+        self.submitted.append((list(token_ids), options, priority, deadline_s, number))
         return _Stream(self, list(token_ids), options)
 
     def stats(self) -> EngineStats:
-        return EngineStats()
+        return EngineStats(**dict.fromkeys(EngineStats.__dataclass_fields__, 0))
 
     def close(self, *, wait_s: float = 5.0) -> None:
         pass
@@ -73,6 +79,8 @@ class _Stream:
     async def __aiter__(self) -> AsyncIterator[TokenEvent]:
         script = self._engine.ids[: self._options.max_new_tokens]
         for at, token_id in enumerate(script):
+            if self._reason == "cancelled":
+                return
             if self._engine.fault and at == self._engine.fault_after:
                 raise self._engine.fault
             while at and self._engine.gate and not self._engine.gate.is_set():

@@ -202,9 +202,9 @@ def test_fields_reach_the_engine(serve: Serve, ids: Callable[[str], list[int]]) 
     extra = {"priority": -3, "deadline_s": 2.5, "top_k": 7, "stop_token_ids": [3]}
     answer = ask(client, temperature=0.5, top_p=0.25, seed=9, n=2, extra_body=extra)
     assert [choice.message.content for choice in answer.choices] == ["abcde"] * 2
-    (_, first, priority, deadline_s), (_, second, _, _) = engine.submitted
+    (_, first, priority, deadline_s, _), (_, second, _, _, number) = engine.submitted
     assert (first.sampling.temperature, first.sampling.top_p, first.sampling.top_k) == (0.5, 0.25, 7)
-    assert first.sampling.seed == 9 and second.sampling.seed not in (9, None)
+    assert (first.sampling.seed, second.sampling.seed, number) == (9, 9, 1)
     assert (priority, deadline_s, first.max_new_tokens, first.store_partial) == (-3, 2.5, 5, True)
     assert first.stop_ids is not None and 3 in first.stop_ids and len(first.stop_ids) == 2
     ask(client, extra_body={"deadline_s": 100, "ignore_eos": True})

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
-from tierkv.engine.engine import TokenStream
 from tierkv.engine.generation import Generation, TokenEvent
+from tierkv.engine.token_stream import TokenStream
 from tierkv.serving.text import Detokenizer, StopFinder
 from tierkv.values.block import Tier
 
@@ -63,19 +63,15 @@ async def pieces_of(
     that the request named. The engine's errors are raised from here. The caller closes the stream.
     """
     text = _AnswerText(detokenizer, finder)
-    async for event in stream:
-        if event.finish_reason not in (None, "length"):
-            break  # a token that ended it, or none at all
+    async for event in stream:  # to its end: leaving it early would cancel the request
+        if text.is_over or event.finish_reason == "stop":
+            continue
         if piece := text.push(event):
             yield piece
         if finder.found is not None:
+            text.is_over = True
             stream.cancel()
-            break
     result = await stream.wait()
-    if result.finish_reason in ("deadline", "shutdown", "cancelled") and finder.found is None:
-        for token_id in result.token_ids[text.num_tokens :]:
-            if piece := text.push_id(token_id):
-                yield piece
     rest = text.finish()
     yield Piece(text=rest.text, tokens=rest.tokens, ending=_ending(result, text, finder, own_stop_ids))
 
@@ -112,18 +108,15 @@ class _AnswerText:
         self._num_characters = 0
         self._num_out = 0
         self.num_tokens = 0
+        self.is_over = False
 
     def push(self, event: TokenEvent) -> Piece | None:
         """Return what one more token makes certain; None for nothing."""
         if event.logprob is not None:
-            token = TokenLogprob(event.token_id, event.logprob, tuple(event.top_logprobs or ()))
+            token = TokenLogprob(event.token_id, event.logprob, event.top_logprobs)
             self._pending.append((self._num_characters, token))
-        return self.push_id(event.token_id)
-
-    def push_id(self, token_id: int) -> Piece | None:
-        """As `push`, without a log-probability."""
         self.num_tokens += 1
-        text = self._detokenizer.push(token_id)
+        text = self._detokenizer.push(event.token_id)
         self._num_characters += len(text)
         return self._piece(self._finder.push(text))
 

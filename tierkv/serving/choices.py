@@ -8,7 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from tierkv.engine.engine import TokenStream
+from tierkv.engine.token_stream import TokenStream
 from tierkv.serving.answers import Ending, Piece, TokenLogprob, pieces_of
 from tierkv.serving.api_errors import shutting_down
 from tierkv.serving.responses import end_tasks

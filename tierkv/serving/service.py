@@ -8,18 +8,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import date
 from typing import Any, TypeVar
 
-import xxhash
-
-from tierkv.engine.engine import Engine, TokenStream
+from tierkv.engine.engine import Engine
 from tierkv.engine.generation import GenerationOptions
 from tierkv.engine.model_support import context_of
 from tierkv.engine.prompts import TEMPLATE_DAY, chat_template_of, check_unicode, render_chat
 from tierkv.engine.runner import Runner
 from tierkv.engine.sampling import SamplingOptions
+from tierkv.engine.token_stream import TokenStream
 from tierkv.errors import ConfigError, TierKVError
 from tierkv.serving.api_errors import ApiError, refused, shutting_down, too_busy
 from tierkv.serving.fields import ChatFields, CompletionFields
@@ -217,10 +216,7 @@ class Service:
         )
 
     def submit(self, prompt: Sequence[int], plan: GenerationPlan, number: int) -> TokenStream:
-        """Hand a prompt to the engine. number: of the answer, among those of one prompt. Raises ApiError.
-
-        Each answer of one prompt has a seed of its own, which follows from the request's.
-        """
+        """Hand a prompt to the engine. number: of the answer, among those of one prompt. Raises ApiError."""
         most = min(self.limits.max_new_tokens, self.room - len(prompt) + 1)  # the last token is not computed
         if (plan.max_new_tokens or 0) > self.room - len(prompt) + 1:
             reason = (
@@ -228,18 +224,16 @@ class Service:
                 f"{self.room:,} that there is room for"
             )
             raise ApiError(400, reason, code="context_length_exceeded", param="max_tokens")
-        sampling = plan.sampling
-        if number and sampling.seed is not None:
-            seed = xxhash.xxh3_64_intdigest(f"{sampling.seed}|{number}".encode())
-            sampling = replace(sampling, seed=seed)
         options = GenerationOptions(
             max_new_tokens=plan.max_new_tokens or most,
-            sampling=sampling,
+            sampling=plan.sampling,
             stop_ids=plan.stop_ids,
             store_partial=True,  # the conversation's next request finds all that is computed
         )
         try:
-            return self.engine.submit(prompt, options, priority=plan.priority, deadline_s=plan.deadline_s)
+            return self.engine.submit(
+                prompt, options, priority=plan.priority, deadline_s=plan.deadline_s, number=number
+            )
         except TierKVError as exc:
             raise refused(exc) from exc
 

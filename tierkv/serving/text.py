@@ -86,11 +86,11 @@ class StopFinder:
         if self.found is not None:
             return ""
         for at, character in enumerate(text):
-            if self._step(character):
-                assert self.found is not None
+            if stop := self._step(character):
+                self.found = stop
                 whole = self._held + text[: at + 1]
                 self._held = ""
-                return whole[: len(whole) - len(self.found)]
+                return whole[: len(whole) - len(stop)]
         whole = self._held + text
         keep = max(self._matched)
         self._held = whole[len(whole) - keep :]
@@ -101,8 +101,8 @@ class StopFinder:
         held, self._held = self._held, ""
         return held
 
-    def _step(self, character: str) -> bool:
-        """Follow one character in every stop string. Return whether one of them is complete: the longest is found."""
+    def _step(self, character: str) -> str | None:
+        """Follow one character in every stop string. Return the longest that is complete now."""
         complete = []
         for number, (stop, failures) in enumerate(self._stops):
             count = self._matched[number]
@@ -113,8 +113,7 @@ class StopFinder:
                 complete.append(stop)
                 count = failures[count - 1]
             self._matched[number] = count
-        self.found = max(complete, key=len, default=None)
-        return self.found is not None
+        return max(complete, key=len, default=None)
 
 
 def _num_held(text: str) -> int:

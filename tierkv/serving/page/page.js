@@ -22,6 +22,12 @@ function bytes(count) {
 
 const number = (value) => value.toLocaleString("en");
 
+function showModel(name) {
+  const isPath = /^[./~]/.test(name);
+  element("model").textContent = isPath ? name.split("/").filter(Boolean).pop() : name;
+  element("model").title = name;
+}
+
 function showTier(name, tier) {
   const text = element(`${name}-text`);
   const bar = element(`${name}-bar`);
@@ -33,7 +39,7 @@ function showTier(name, tier) {
 
 function showStatus(status) {
   const serving = status.serving;
-  element("model").textContent = model || status.model;
+  showModel(model || status.model);
   for (const name of ["hot", "warm", "cold"]) showTier(name, status.tiers[name]);
   element("hit-rate").textContent = serving.prompt_tokens
     ? `${(100 * serving.cached_tokens / serving.prompt_tokens).toFixed(1)} %` : "–";
@@ -51,7 +57,7 @@ async function look() {
     if (answer.ok && model === null) {
       const models = await (await fetch("/v1/models", { headers: headers() })).json();
       model = models.data[0].id;
-      element("model").textContent = model;
+      showModel(model);
     }
   } catch {
     state = "no connection";
@@ -121,7 +127,7 @@ function showUsage(box, last) {
   element("last-prompt").textContent = `of ${number(last.usage.prompt_tokens)}`;
   const first = last.tierkv.ttft_s < 1
     ? `${Math.round(1000 * last.tierkv.ttft_s)} ms` : `${last.tierkv.ttft_s.toFixed(1)} s`;
-  addNote(box, `${number(cached)} of ${number(last.usage.prompt_tokens)} tokens cached, first token after ${first}`);
+  addNote(box, `${number(cached)} of ${number(last.usage.prompt_tokens)} tokens cached, first token in ${first}`);
 }
 
 async function receive(shown) {

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ServerProcess  # of this folder
+from serve_process import ServerProcess
 
 from tierkv.config import CacheConfig
 from tierkv.engine.models import LoadedModel, load_model

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scripted import ScriptedEngine, scripted_server
+from scripted_server import ScriptedEngine, scripted_server
 
 from tierkv.serving.limits import ServeLimits
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import running_server
-from scripted import ScriptedEngine, scripted_server
+from scripted_server import ScriptedEngine, scripted_server
+from serve_process import running_server
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="of the extra dev")
 CHROMIUM = next(

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from child_process import ENVIRONMENT
-from conftest import Start, running_server
+from serve_process import Start, running_server
 
 openai = pytest.importorskip("openai")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Start, descriptors_of, resident_bytes, threads_of
+from serve_process import Start, descriptors_of, resident_bytes, threads_of
 
 from tierkv.config import CacheConfig
 from tierkv.engine.models import load_model

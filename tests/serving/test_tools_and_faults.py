@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted import ScriptedEngine, scripted_server
+from scripted_server import ScriptedEngine, scripted_server
 from transformers import AutoTokenizer
 
 from tierkv.errors import CapacityError, ClosedError, ConfigError, QueueFullError, StoreError

@@ -179,24 +179,24 @@ def serve_metrics(
 def metrics_text(cache: ServedCache, more: Callable[[Any], Iterator[Any]]) -> tuple[bytes, str]:
     """Return a cache's metrics as Prometheus reads them, and their media type.
 
-    more: is called with prometheus_client.core, and yields further metric families. Raises ConfigError without
+    more: is called with prometheus_client.core, and yields further metrics. Raises ConfigError without
     prometheus-client.
     """
     client = _prometheus()
     registry = client.CollectorRegistry()
     registry.register(CacheCollector(cache))
-    registry.register(_Families(lambda: more(client.core)))
+    registry.register(_MoreMetrics(lambda: more(client.core)))
     return client.generate_latest(registry), client.CONTENT_TYPE_LATEST
 
 
-class _Families:
+class _MoreMetrics:
     """A collector of what a function yields."""
 
-    def __init__(self, families: Callable[[], Iterator[Any]]) -> None:
-        self._families = families
+    def __init__(self, metrics: Callable[[], Iterator[Any]]) -> None:
+        self._metrics = metrics
 
     def collect(self) -> Iterator[Any]:
-        return self._families()
+        return self._metrics()
 
 
 def status_of(cache: ServedCache, table: PrefixTable, *, count: int, uptime_s: float) -> dict[str, Any]:

@@ -157,7 +157,7 @@ def _metrics(service: Service) -> Callable[[Request], Awaitable[Response]]:
         engine = asdict(service.engine.stats())
         try:
             text, kind = await anyio.to_thread.run_sync(
-                lambda: metrics_text(service.cache, lambda core: service.monitor.families(core, engine))
+                lambda: metrics_text(service.cache, lambda core: service.monitor.metrics(core, engine))
             )
         except ConfigError as exc:  # without prometheus-client
             return error_response(ApiError(501, str(exc), code="not_installed"))

@@ -66,7 +66,7 @@ class Monitor:
             "saved_s": round(self.saved_s, 6),
         }
 
-    def families(self, core: Any, engine: Mapping[str, int]) -> Iterator[Any]:
+    def metrics(self, core: Any, engine: Mapping[str, int]) -> Iterator[Any]:
         """Yield the metrics for Prometheus. core: prometheus_client.core. engine: the engine's counts by name."""
         for name, value, text in (
             ("prompt_tokens", self.prompt_tokens, "Tokens of the prompts of finished answers."),

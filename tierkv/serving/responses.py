@@ -106,17 +106,20 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         events: asyncio.Queue[bytes] = asyncio.Queue(1)  # the engine's stream holds what the client does not read yet
         writing = asyncio.create_task(self._write_events(events))
+        taking: asyncio.Task[bytes] | None = None
         try:
             while True:
-                try:
-                    event = await asyncio.wait_for(events.get(), _PING_S)
-                except asyncio.TimeoutError:
-                    event = b": the answer is not ready\n\n"
+                taking = taking or asyncio.create_task(events.get())
+                # Not wait_for: before Python 3.12 it swallows a cancellation that comes together with the event.
+                done, _ = await asyncio.wait({taking}, timeout=_PING_S)
+                event = b": the answer is not ready\n\n"
+                if done:
+                    event, taking = taking.result(), None
                 await send({"type": "http.response.body", "body": event, "more_body": bool(event)})
                 if not event:
                     return
         finally:
-            await end_tasks(writing)
+            await end_tasks(writing, *([taking] if taking else []))
 
     async def _write_events(self, events: asyncio.Queue[bytes]) -> None:
         """Put every event into a queue, and an empty one behind the last."""

@@ -33,10 +33,10 @@ _LOG = logging.getLogger(__name__)
 
 def bind(host: str, port: int) -> socket.socket:
     """Return a bound socket that does not listen yet. Raises OSError."""
-    (family, kind, protocol, _, address), *_ = socket.getaddrinfo(
+    (domain, kind, protocol, _, address), *_ = socket.getaddrinfo(
         host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )
-    bound = socket.socket(family, kind, protocol)
+    bound = socket.socket(domain, kind, protocol)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)

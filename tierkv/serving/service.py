@@ -1,4 +1,4 @@
-"""What all requests of a server share: the engine, the tokenizer, the limits, and who may still come in."""
+"""What all requests of a server share: the engine, the tokenizer, the limits, and whether more may come in."""
 
 from __future__ import annotations
 

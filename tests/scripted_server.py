@@ -176,6 +176,7 @@ def scripted_server(
             timeout_graceful_shutdown=1,
         )
         server = uvicorn.Server(config)
+        service.loop = asyncio.get_running_loop()  # type: ignore[attr-defined]  # for tests that count tasks
         made.extend([service, server])
         ready.set()
         await server.serve(sockets=[bound])

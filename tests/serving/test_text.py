@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tierkv.serving.text import Detokenizer, StopFinder
@@ -69,6 +69,14 @@ def test_words_keep_their_blanks_and_bytes_become_characters(groups: list[list[i
     assert pushed(Detokenizer(sentence_pieces()), ids) == sentence_pieces().decode(ids)
 
 
+def test_a_long_text_of_characters_in_bytes_stays_whole() -> None:
+    """Tokens are forgotten between two characters only: bytes from the middle of one would spoil all that follow."""
+    ids = [5, 6, 7] * 60
+    detokenizer = Detokenizer(sentence_pieces())
+    pieces = [detokenizer.push(each) for each in ids]
+    assert "".join(pieces) == "你" * 60
+
+
 def test_skipped_tokens_have_no_text() -> None:
     assert pushed(Detokenizer(ByteTokens(), skipped={66}), [65, 66, 67]) == "AC"
 
@@ -85,7 +93,9 @@ def test_an_endless_row_of_invalid_bytes_costs_no_more_per_token() -> None:
     assert Counting.most <= 32
 
 
-@given(st.lists(st.text("ab", min_size=1, max_size=5), min_size=1, max_size=4), st.lists(st.text("abc", max_size=4)))
+@settings(max_examples=500)
+@given(st.lists(st.text("ab", min_size=1, max_size=5), min_size=1, max_size=4), st.lists(st.text("ab", max_size=4)))
+@example(["aab"], ["aa", "ab"])
 def test_what_comes_is_the_text_before_the_first_stop_string(stops: list[str], pieces: list[str]) -> None:
     finder = StopFinder(stops)
     out = ""

@@ -8,7 +8,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tierkv.engine.event_queue import EventQueue
 from tierkv.engine.generation import GenerationOptions
 from tierkv.engine.runner import Runner
 from tierkv.engine.token_stream import TokenStream
@@ -120,8 +119,6 @@ class Engine:
         deadline = None if deadline_s is None else time.perf_counter() + check_seconds("deadline_s", deadline_s)
         request = self._loop.builder.build_one(token_ids, chosen, number=number)
         request.priority, request.deadline, request.owner = priority, deadline, self
-        events = EventQueue(1, calls=self.runner.cache.calls)
-        request.reader = events
         with self._closing:  # after `close` has begun, no request would be ended
             if self._ends_at is not None:
                 raise ClosedError("the engine is closed")
@@ -130,8 +127,9 @@ class Engine:
                 raise QueueFullError(
                     f"{self._max_waiting} requests wait already", hint="try again later, or raise max_waiting"
                 )
+            stream = TokenStream(request, self._loop, self.runner.cache.calls)
             self._loop.submit([request])
-        return TokenStream(request, events, self._loop)
+        return stream
 
     def stats(self) -> EngineStats:
         """Return what the engine does now, and what it has done so far."""
@@ -204,7 +202,7 @@ class Engine:
             self._loop.fail_all(error, owner=self)
 
     def _is_over(self) -> bool:
-        """Return whether the thread ends now. End the requests whose time is over."""
+        """Return whether the thread ends now. Ends the requests whose time is over."""
         if self._ends_at is None:
             return False
         is_late = time.perf_counter() >= self._ends_at
@@ -213,4 +211,4 @@ class Engine:
                 if is_late or (request.state is not RequestState.RUNNING and not request.num_preemptions):
                     self._loop.finish(request, "shutdown")
             self._loop.outbox.deliver()
-        return not self._loop.has_work
+        return is_late or not self._loop.open_requests(self)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tierkv.engine.attention import SequenceStep
-from tierkv.engine.sampling import Sampler, SamplingOptions
+from tierkv.engine.sampling import Choice, Sampler, SamplingOptions
 from tierkv.scheduling.request import Request
 from tierkv.values.block import Tier
 from tierkv.values.checks import check_count
@@ -90,13 +90,16 @@ Wake: TypeAlias = "Callable[..., object]"
 class Reader(Protocol):
     """Gets a request's tokens and its end. Its methods must not block; what they raise ends that request alone.
 
-    wants_events: whether it wants each token, or the end only. put, end: return None, or an event loop's wake and what
+    wants_events: whether it wants each token, or the end only. put: reason: why the request ends with this token; None
+    if it goes on. put, end: return None, or an event loop's wake and what
     to call there.
     """
 
     @property
     def wants_events(self) -> bool: ...
-    def put(self, event: TokenEvent) -> tuple[Wake, Callable[[], None]] | None: ...
+    def put(
+        self, request: ModelRequest, choice: Choice, reason: str | None
+    ) -> tuple[Wake, Callable[[], None]] | None: ...
     def end(self, request: ModelRequest) -> tuple[Wake, Callable[[], None]] | None: ...
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from tierkv.engine.generation import ModelRequest, TokenEvent, Wake
+from tierkv.engine.generation import ModelRequest, Wake
 from tierkv.engine.sampling import Choice
 
 __all__ = ["Outbox"]
@@ -49,19 +49,7 @@ class Outbox:
             reader = request.reader
             assert reader is not None
             try:
-                if choice is None:
-                    woken = reader.end(request)
-                else:
-                    woken = reader.put(
-                        TokenEvent(
-                            prompt=request.number,
-                            token_id=choice.token_id,
-                            is_last=reason is not None,
-                            logprob=choice.logprob,
-                            top_logprobs=choice.top,
-                            finish_reason=reason,
-                        )
-                    )
+                woken = reader.end(request) if choice is None else reader.put(request, choice, reason)
             except Exception:  # noqa: BLE001 - the reader's own code; the others go on
                 _log.warning("the reader of a request failed: the request is cancelled", exc_info=True)
                 self._cancel(request)

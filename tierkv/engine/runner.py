@@ -183,7 +183,7 @@ class Runner:
         """Step once, unless an engine does; then wait for it."""
         self.cache.calls.require_own_process()
         if self.step_loop.is_attached:
-            events.wait(timeout_s=_ENGINE_WAIT_S)  # not for ever: the engine may end, and leave the rest to this thread
+            events.wait(_ENGINE_WAIT_S)  # not for ever: the engine may end, and leave the rest to this thread
         elif not self.step_loop.step():
             time.sleep(_POLL_S)
 

@@ -187,11 +187,13 @@ class StepLoop:
                     self.counters.steps += 1
             except BaseException:
                 self.commits.drop()
-                self.scheduler.reset()
                 self._must_check = True
+                for request in self.open_requests():
+                    request.sampler.num_drawn = request.num_new  # a token may be drawn and not added
+                self.scheduler.reset()
                 raise
             finally:
-                if not (deliver_late and steps and self.scheduler.has_work):
+                if not (deliver_late and steps and len(self.scheduler.running)):
                     self.outbox.deliver()
             return bool(steps)
 

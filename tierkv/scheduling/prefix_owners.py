@@ -55,7 +55,6 @@ class PrefixOwners:
         """Let a request wait until its owner has computed `num_tokens` tokens, or leaves."""
         insort(owner.followers.setdefault(num_tokens, []), request, key=_by_order)
         self.num_followers += 1
-        owner.check_at = min(owner.check_at, max(num_tokens, owner.num_computed + 1))
         request.source, request.source_tokens = owner, num_tokens
         owner.num_sharing += 1
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 
 from tierkv.cache import TierCache
 from tierkv.errors import CapacityError, ClosedError, RankError
@@ -93,22 +94,26 @@ class Scheduler:
         for each in self._others.ask_again(self._advance):
             self._waiting.push(each)  # its followers go on when it starts or ends
         count, num_looks = 0, 0
-        while num_looks < _MOST_LOOKS and (request := self._waiting.first()) is not None:
-            if found := self._owners.find(request):
-                self._waiting.pop()
-                self._follow(request, *found)
-                num_looks += 1
-            elif not self._may_start(request):
-                break
-            elif self._others.must_wait(request):
-                self._waiting.pop()
-                self._owners.add(request)
-                num_looks += 1
-            else:
-                self._waiting.pop()
-                if not self._start(request):
+        while num_looks < _MOST_LOOKS and (request := self._waiting.take()) is not None:
+            try:
+                if found := self._owners.find(request):
+                    self._follow(request, *found)
+                    num_looks += 1
+                elif not self._may_start(request):
+                    self._waiting.push(request)
                     break
-                count += request.state is RequestState.RUNNING
+                elif self._others.must_wait(request):
+                    self._owners.add(request)
+                    num_looks += 1
+                elif not self._start(request):
+                    self._waiting.push(request)
+                    break
+                else:
+                    count += request.state is RequestState.RUNNING
+            except BaseException:
+                if request.state is RequestState.WAITING:
+                    self._waiting.push(request)
+                raise
         self.release_lingering()
         if count and len(self.running) > 1:
             for request in self.running:
@@ -141,8 +146,9 @@ class Scheduler:
 
     def reset(self) -> None:
         """Let all running requests wait again after an error: nothing more of what they computed is committed."""
-        for request in list(self.running):
-            self._return_to_queue(request)
+        with ExitStack() as ending:  # calls every callback, even if one raises
+            for request in self.running:
+                ending.callback(self._return_to_queue, request)
 
     def finish(self, request: Request) -> None:
         """End a request in order: commit its partial block if it keeps it, and release its blocks."""
@@ -228,14 +234,12 @@ class Scheduler:
                 request.token_ids, reuse=request.use_cache, overlap=request.overlap, wait=False
             )
             self._share(request, request.sequence)
-        except (Exception, KeyboardInterrupt) as exc:
+        except BaseException as exc:
             self._release(request)
             if isinstance(exc, CapacityError) and len(self.running):
-                self._waiting.push(request)
                 self._blocked = request, self._num_steps + _RETRY_STEPS
                 return False
             if not isinstance(exc, Exception) or isinstance(exc, ClosedError | RankError):
-                self._waiting.push(request)
                 raise
             self.failed.append((request, exc))  # this request alone: the others go on
             return True

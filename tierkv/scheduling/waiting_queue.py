@@ -35,34 +35,26 @@ class WaitingQueue:
             run.reverse()
             heapq.heappush(self._heap, (run[-1].order, run))
 
-    def first(self) -> Request | None:
-        """Return the first request that waits; None if there is none."""
+    def take(self) -> Request | None:
+        """Remove the first request that waits, and return it; None if there is none."""
         while self._heap:
-            request = self._heap[0][1][-1]
+            run = self._heap[0][1]
+            request = run.pop()
+            self._size -= 1
+            if run:
+                heapq.heapreplace(self._heap, (run[-1].order, run))
+            else:
+                heapq.heappop(self._heap)
             if request.state is RequestState.WAITING:
                 return request
-            self._drop_first()
-            self._num_ended -= 1
+            self._num_ended = max(0, self._num_ended - 1)
         return None
-
-    def pop(self) -> None:
-        """Remove the request that `first` has just returned."""
-        self._drop_first()
 
     def note_end(self) -> None:
         """Note that a request which may be in the queue has ended."""
         self._num_ended += 1
         if self._num_ended > _FEW + self._size // 2:
             self._drop_ended()
-
-    def _drop_first(self) -> None:
-        run = self._heap[0][1]
-        run.pop()
-        self._size -= 1
-        if run:
-            heapq.heapreplace(self._heap, (run[-1].order, run))
-        else:
-            heapq.heappop(self._heap)
 
     def _drop_ended(self) -> None:
         runs = [[each for each in run if each.state is RequestState.WAITING] for _, run in self._heap]

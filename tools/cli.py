@@ -23,6 +23,7 @@ from tierkv.tools.inspect_store import inspect
 from tierkv.tools.replay import replay, train_policy
 from tierkv.tools.report import report
 from tierkv.tools.run import run
+from tierkv.tools.serve import serve
 from tierkv.tools.state import load, save
 from tierkv.tools.terminal import OutputError, standard_streams, visible
 from tierkv.tools.top import top
@@ -55,10 +56,15 @@ _OPTIONS = {
     "block_size": "--block-size",
     "max_new_tokens": "--max-new-tokens",
     "top_p": "--top-p",
+    **{name: f"--{name.replace('_', '-')}" for name in ("max_prompt_tokens", "max_choices", "max_requests")},
+    **{name: f"--{name.replace('_', '-')}" for name in ("max_connections", "max_running", "max_waiting")},
+    "max_body_bytes": "--max-body",
+    "max_seconds": "--max-seconds",
+    "stop_s": "--stop-seconds",
 }
 
 for _command in (
-    *(warm, run, report),
+    *(warm, run, serve, report),
     *(store_commands.stats, inspect, save, load, evict),
     *(store_commands.quota, store_commands.compact, store_commands.verify, top),
     *(replay, train_policy),

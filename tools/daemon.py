@@ -163,7 +163,7 @@ def prefetch(
     blocks = 0
     with DaemonClient(path, hello) as client:
         for request in requests:
-            tokens = as_token_array(prefix_tokens(loaded.tokenizer, request)).tobytes()
+            tokens = as_token_array(prefix_tokens(loaded.tokenizer, request, day=model.day)).tobytes()
             chain = iter_chain(namespace.digest, tokens, model.block_size)
             message = Prefetch(hashes=b"".join(block_hash for block_hash, _ in chain), tokens=tokens)
             blocks += client.call(message, Count).count
@@ -180,7 +180,7 @@ def _warm_command(file: Path, socket: Path, model: ModelOptions) -> list[str]:
     read_prompts(file)
     command = [sys.executable, "-m", "tierkv", "daemon", "prefetch", str(file.absolute())]
     command += ["--socket", str(socket), "--device", "cpu", "--salt", model.salt]
-    command += ["--block-size", str(model.block_size)]
+    command += ["--block-size", str(model.block_size), "--date", model.date]
     command += ["--model", model.model] if model.model else []
     command += ["--dtype", model.dtype] if model.dtype else []
     return command

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from tierkv.engine.models import EMBEDDED, LoadedModel, load_model
 from tierkv.engine.runner import Runner, open_runner
 from tierkv.errors import ConfigError
 from tierkv.tools.options import (
+    DEFAULT_DAY,
     BlockSize,
     CodecName,
     ColdSize,
@@ -26,10 +28,12 @@ from tierkv.tools.options import (
     Salt,
     Socket,
     Store,
+    TemplateDay,
     WarmSize,
     cache_directory,
     default_store,
     named_socket,
+    parse_day,
     parse_optional_size,
     parse_size,
 )
@@ -47,15 +51,22 @@ class ModelOptions:
     dtype: Dtype = None
     block_sizes: BlockSize = None
     salt: Salt = ""
+    date: TemplateDay = DEFAULT_DAY
 
     def __post_init__(self) -> None:
         if len(set(self.block_sizes or ())) > 1:
             raise ConfigError(f"one command has one block size, got {' and '.join(map(str, self.block_sizes or ()))}")
+        parse_day(self.date)  # before a model is loaded
 
     @property
     def block_size(self) -> int:
         """Tokens of a block."""
         return self.block_sizes[0] if self.block_sizes else 256
+
+    @property
+    def day(self) -> datetime.date | None:
+        """What chat templates write as today's date; None is the real one."""
+        return parse_day(self.date)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -144,7 +144,7 @@ def _requests_of(prompt: str, model: ModelOptions, older_than_s: float) -> list[
     digests = [replace(namespace, lossy_codec=name).digest for name in ("", *lossy)]
     requests = []
     for each in prompts:
-        tokens = prefix_tokens(loaded.tokenizer, each)
+        tokens = prefix_tokens(loaded.tokenizer, each, day=model.day)
         if not tokens:
             raise ConfigError("the prompt has no tokens")
         requests += [request_of(digest, tokens, model.block_size, older_than_s=older_than_s) for digest in digests]

@@ -47,7 +47,7 @@ def run(request: RunRequest, options: EngineOptions, as_json: AsJson = False) ->
     asked, text = _prompt_request(request), _text_of(request.prompt)
     sampling = SamplingOptions(temperature=request.temperature, top_p=request.top_p, seed=request.seed)
     with open_engine(options, config) as runner:
-        tokens = render_tokens(runner.loaded.tokenizer, asked, text)
+        tokens = render_tokens(runner.loaded.tokenizer, asked, text, day=options.day)
         chosen = GenerationOptions(
             max_new_tokens=request.max_new_tokens,
             sampling=sampling,

@@ -79,7 +79,7 @@ def warm(
         started = time.perf_counter()
         if runner.cache.cold and not dry_run:
             runner.cache.cold.require_room(runner.cache.layout.block_bytes // _LARGEST_RATIO)
-        all_prompts = [prefix_tokens(runner.loaded.tokenizer, request) for request in requests]
+        all_prompts = [prefix_tokens(runner.loaded.tokenizer, request, day=options.day) for request in requests]
         too_large = [i for i, prompt in enumerate(all_prompts) if len(prompt) > _most_tokens(runner)]
         prompts = [prompt for prompt in all_prompts if len(prompt) <= _most_tokens(runner)]
         summary = _Summary(

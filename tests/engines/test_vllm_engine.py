@@ -55,10 +55,10 @@ class Lives:
         found: list[list[dict[str, Any]]] = self.live([["hunt", 1, 0, HUNTED]])["answers"]
         return found
 
-    def live(self, actions: list[Any], **fields: Any) -> dict[str, Any]:
+    def live(self, actions: list[Any], *, is_forked: bool = True, **fields: Any) -> dict[str, Any]:
         """Run one engine; return its answers and counters."""
         spec = {"model": str(self.model), "actions": actions, **fields}
-        return json.loads(start("vllm_run.py", json.dumps(spec))[-1])
+        return json.loads(start("vllm_run.py", json.dumps(spec), is_forked=is_forked)[-1])
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,8 @@ def test_what_was_generated_is_kept_and_tokens_are_equal_in_the_first_life(store
 
 
 def test_a_restarted_engine_finds_the_prefix_on_disk(lives: Lives, store: Path) -> None:
-    result = lives.live([["ask", [FIRST], 8], ["ask", [LONG], 8], ["reset"], ["ask", [FIRST], 8]], store=str(store))
+    actions = [["ask", [FIRST], 8], ["ask", [LONG], 8], ["reset"], ["ask", [FIRST], 8]]
+    result = lives.live(actions, store=str(store), is_forked=False)
     (first,), (longer,), (again,) = result["answers"]
     assert [first["ids"], longer["ids"], again["ids"]] == [lives.first, lives.long, lives.first]
     assert first["cached"] == 704

@@ -25,10 +25,9 @@ HUNTED = int(os.environ.get("TIERKV_HUNT", "80"))
 """
 
 
-def live(
-    folder: Path, mode: str, first: int = 0, end: int = 0, ranks: int = 1, **settings: str
-) -> list[dict[str, Any]]:
-    lines = start("vllm_tier_engine.py", str(folder), mode, *map(str, (first, end, ranks)), **settings)
+def live(folder: Path, mode: str, first: int = 0, end: int = 0, ranks: int = 1, **how: Any) -> list[dict[str, Any]]:
+    """Run one engine; return what it printed. how: as `start` takes it."""
+    lines = start("vllm_tier_engine.py", str(folder), mode, *map(str, (first, end, ranks)), **how)
     return [json.loads(line) for line in lines if line.startswith("{")]
 
 
@@ -49,8 +48,8 @@ def test_an_engine_over_the_tier_answers_as_plain_vllm_does(tmp_path: Path) -> N
     plain = live(tmp_path, "plain", 0, 4 * quarter)
     assert is_answer(model, plain[-1]["prompt"], plain[-1]["ids"]), "the judge is another model"
 
-    def check(mode: str, first: int = 0, end: int = 0) -> dict[str, Any]:
-        *answers, counts = live(tmp_path, mode, first, end)
+    def check(mode: str, first: int = 0, end: int = 0, **how: Any) -> dict[str, Any]:
+        *answers, counts = live(tmp_path, mode, first, end, **how)
         expected = plain[:NUM_ASKED] + plain[NUM_ASKED + first : NUM_ASKED + end]
         for one, other in zip(expected, answers, strict=True):
             assert one["prompt"] == other["prompt"]
@@ -60,7 +59,7 @@ def test_an_engine_over_the_tier_answers_as_plain_vllm_does(tmp_path: Path) -> N
 
     first = check("tier", 0, quarter)
     assert first["cached"][0] == 0 and first["saved"] > 13
-    again = check("tier", quarter, 2 * quarter)
+    again = check("tier", quarter, 2 * quarter, is_forked=False)
     assert again["cached"] == [288, 320, 384] and again["loaded"] > 13 and not again["not_loaded"]
     num_damaged = damage_every_third(tmp_path / "store")
     damaged = check("tier", 2 * quarter, 3 * quarter)

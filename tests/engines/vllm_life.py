@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import subprocess
+import runpy
 import sys
+import tempfile
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
-__all__ = ["BLOCK", "open_engine", "start"]
+import pytest
+
+__all__ = ["BLOCK", "SETTINGS", "open_engine", "start"]
 
 BLOCK = 32  # the CPU backend wants a multiple of 32
 HERE = Path(__file__).parent
@@ -26,23 +31,48 @@ SETTINGS = {
 }
 
 
-def start(script: str, *arguments: str, **settings: str) -> list[str]:
-    """Run a script of this folder with the interpreter that runs the tests; return the lines that it printed.
+def start(script: str, *arguments: str, is_forked: bool = True, **settings: str) -> list[str]:
+    """Run a script of this folder in a process of its own; return the lines that it printed.
 
-    settings: of the environment, beside SETTINGS. Raises AssertionError, with what it wrote, if it fails.
+    settings: of the environment, beside SETTINGS. is_forked: from a process that has imported vLLM, which would take
+    most of a short life. Such lives share the seed of Python's hashes, so some that find what others have stored should
+    be new interpreters. Raises AssertionError, with what the script wrote, if it fails.
     """
+    if is_forked:
+        _start_server()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
-    done = subprocess.run(
-        [sys.executable, str(HERE / script), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=LIFE_S,
-        cwd=HERE,
-        env={**environment, **SETTINGS, **settings},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-    return done.stdout.splitlines()
+    context: Any = multiprocessing.get_context("forkserver" if is_forked else "spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        out, errors = Path(folder, "out"), Path(folder, "errors")
+        arguments = (script, *arguments)
+        life = context.Process(target=_run, args=(arguments, {**environment, **SETTINGS, **settings}, out, errors))
+        life.start()
+        life.join(LIFE_S)
+        if life.exitcode is None:
+            life.kill()
+            life.join()
+        assert life.exitcode == 0, errors.read_text()[-5000:]
+        return out.read_text().splitlines()
+
+
+def _start_server() -> None:
+    """Start the process from which lives are forked, unless it runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", SETTINGS["PYTHONPATH"])  # the server passes over a module that it does not find
+        multiprocessing.set_forkserver_preload(["vllm_preloaded"])
+        forkserver.ensure_running()
+
+
+def _run(arguments: tuple[str, ...], environment: dict[str, str], out: Path, errors: Path) -> None:
+    """Be the script."""
+    for number, path in ((1, out), (2, errors)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(HERE)
+    sys.path[:0] = SETTINGS["PYTHONPATH"].split(":")
+    sys.argv = [str(HERE / arguments[0]), *arguments[1:]]
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def open_engine(model: str, **options: Any) -> Any:

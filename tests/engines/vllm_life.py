@@ -26,6 +26,7 @@ SETTINGS = {
     "DO_NOT_TRACK": "1",
     "HF_HUB_OFFLINE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",  # threads that wait for each other are slow where other processes compute too
     "GLOO_SOCKET_IFNAME": "lo",
     "PYTHONPATH": f"{HERE.parent.parent}:{HERE}",
 }

@@ -1,11 +1,12 @@
-"""Random models, saved as engines read them, and the judge of their answers."""
+"""A random model, and the judge of what engines answer with it."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-__all__ = ["VOCABULARY", "is_answer", "is_tie", "save_llama", "save_model"]
+from benchmarks.random_models import save_model
+
+__all__ = ["VOCABULARY", "is_answer", "is_tie", "save_llama"]
 
 VOCABULARY = 1000
 
@@ -29,22 +30,6 @@ def save_llama(folder: Path, *, seed: int = 0) -> None:
         tie_word_embeddings=False,
     )
     save_model(folder, config, seed=seed)
-
-
-def save_model(folder: Path, config: Any, *, seed: int = 0) -> None:
-    """Save a model of a configuration, in its dtype, and a tokenizer with a word for each token."""
-    import tokenizers
-    import torch
-    import transformers
-
-    torch.manual_seed(seed)
-    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    vocabulary = {f"t{i}": i for i in range(config.vocab_size)}
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="t0"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="t0", bos_token="t1", eos_token="t2", pad_token="t0"
-    ).save_pretrained(folder)
 
 
 def is_answer(folder: Path, prompt: list[int], answer: list[int], *, most: float = 1e-4) -> bool:

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from random_models import is_answer, is_tie, save_model
+from random_models import is_answer, is_tie
+
+from benchmarks.random_models import save_model
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

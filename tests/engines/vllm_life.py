@@ -33,7 +33,7 @@ SETTINGS = {
 
 
 def start(script: str, *arguments: str, is_forked: bool = True, **settings: str) -> list[str]:
-    """Run a script of this folder in a process of its own; return the lines that it printed.
+    """Run a script, of this folder or an absolute path, in a process of its own; return the lines that it printed.
 
     settings: of the environment, beside SETTINGS. is_forked: from a process that has imported vLLM, which would take
     most of a short life. Such lives share the seed of Python's hashes, so some that find what others have stored should
@@ -52,7 +52,7 @@ def start(script: str, *arguments: str, is_forked: bool = True, **settings: str)
         if life.exitcode is None:
             life.kill()
             life.join()
-        assert life.exitcode == 0, errors.read_text()[-5000:]
+        assert life.exitcode == 0, f"{errors.read_text()[-5000:]}\n{out.read_text()[-2000:]}"
         return out.read_text().splitlines()
 
 

@@ -49,6 +49,7 @@ _SLACK = {
     "descriptors": 2,
     "threads": 2,
     "objects": 1000,  # as many as there are warm blocks, which a reset empties
+    "known": 0,
     "pinned_slots": 0,
     "store_mib": 8.0,
 }
@@ -59,7 +60,8 @@ class Sample:
     """What is measured at rest.
 
     memory_mib: resident memory of the process's own. mapped_mib: of files, such as the store's, and the warm memory.
-    objects: of tierkv's classes. store_mib: of its files on disk.
+    objects: of tierkv's classes. known: what the connector knows of requests, none of which there is any more.
+    store_mib: of the store's files on disk.
     """
 
     minute: float
@@ -69,6 +71,7 @@ class Sample:
     descriptors: int
     threads: int
     objects: int
+    known: int
     warm_blocks: int
     pinned_slots: int
     store_mib: float
@@ -178,6 +181,12 @@ class _Traffic:
                 found[name] = found.get(name, 0) + count
         return found
 
+    def count_known(self) -> int:
+        """Return how many entries the containers of both sides have."""
+        sides = [side for each in self._connectors() for side in (each._scheduler, each._finder, each._worker) if side]
+        values = [value for side in {id(each): each for each in sides}.values() for value in vars(side).values()]
+        return sum(len(value) for value in values if isinstance(value, dict | list | set))
+
     def session(self) -> Any:
         """Return the connector's session; None without a connector."""
         return next((side._session for side in self._connectors() if side._session), None)
@@ -232,6 +241,7 @@ def _measure(traffic: _Traffic, store: Path, minute: float) -> Sample:
         descriptors=len(os.listdir("/proc/self/fd")),
         threads=threading.active_count(),
         objects=sum(type(each).__module__.startswith("tierkv") for each in gc.get_objects()),
+        known=traffic.count_known(),
         warm_blocks=warm_blocks,
         pinned_slots=pinned,
         store_mib=round(sum(file.stat().st_blocks * 512 for file in store.rglob("*")) / (1 << 20), 1),

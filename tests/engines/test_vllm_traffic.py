@@ -22,6 +22,7 @@ AT_REST = traffic.Sample(
     descriptors=60,
     threads=6,
     objects=1000,
+    known=0,
     warm_blocks=240,
     pinned_slots=0,
     store_mib=8.0,

@@ -49,7 +49,7 @@ _SLACK = {
     "descriptors": 2,
     "threads": 2,
     "objects": 1000,  # as many as there are warm blocks, which a reset empties
-    "known": 0,
+    "known": 8,
     "pinned_slots": 0,
     "store_mib": 8.0,
 }
@@ -152,7 +152,7 @@ class _Traffic:
 
     def __init__(self, engine: Any, dice: random.Random, *, most_tokens: int) -> None:
         self.engine, self.dice, self.most_tokens = engine, dice, most_tokens
-        self.num_requests = 0
+        self.num_requests = self.num_aborted = 0
         self._stems = [self._tokens(most_tokens // 2) for _ in range(6)]
         self._prompts: dict[str, list[int]] = {}
 
@@ -164,17 +164,18 @@ class _Traffic:
                 self._add()
             for output in self.engine.step():
                 if output.finished:
-                    prompt = self._prompts.pop(output.request_id, None)
-                    if prompt is not None and self.dice.random() < 0.3:  # the next turn of a conversation
+                    prompt = self._prompts.pop(output.request_id)
+                    if self.dice.random() < 0.3:  # the next turn of a conversation
                         self._remember(prompt + list(output.outputs[0].token_ids))
-            if self._prompts and self.dice.random() < 0.02:
+            if self._prompts and self.dice.random() < 0.01:
                 aborted = self.dice.choice(list(self._prompts))
                 del self._prompts[aborted]
                 self.engine.abort_request([aborted])
+                self.num_aborted += 1
 
     def counts(self) -> dict[str, int]:
         """Return the connector's counters of both sides."""
-        found: dict[str, int] = {"requests": self.num_requests}
+        found: dict[str, int] = {"requests": self.num_requests, "aborted": self.num_aborted}
         for side in self._connectors():
             side._statistics.drain()
             for name, count in side._statistics.total.items():
@@ -208,10 +209,9 @@ class _Traffic:
         if dice.random() < 0.02:
             self._remember(self._tokens(self.most_tokens // 2))
         sampling = SamplingParams(max_tokens=dice.randrange(1, 64), temperature=0, ignore_eos=True)
-        # An engine may give a request an id of its own, which its outputs and an abort name.
         name = f"request {self.num_requests}"
-        request_id = self.engine.add_request(name, {"prompt_token_ids": prompt}, sampling) or name
-        self._prompts[request_id] = prompt
+        self.engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
+        self._prompts[name] = prompt
 
     def _remember(self, tokens: list[int]) -> None:
         self._stems[self.dice.randrange(len(self._stems))] = tokens[: self.most_tokens]

@@ -100,7 +100,7 @@ def run(spec: Spec) -> dict[str, Any]:
 
 
 def hunted(seed: int, start: int) -> tuple[list[list[int]], list[int], bool]:
-    """Return HUNT_BATCH random prompts over a few stems, their new tokens, and whether a reset follows."""
+    """Return random prompts over a few stems, HUNT_BATCH of them, their new tokens, and whether a reset follows."""
     dice = random.Random(seed * 1_000_003 + start)
     prompts, new_tokens = [], []
     for _ in range(HUNT_BATCH):
@@ -111,12 +111,14 @@ def hunted(seed: int, start: int) -> tuple[list[list[int]], list[int], bool]:
 
 
 def hunt(llm: Any, seed: int, first: int, end: int) -> list[list[dict[str, Any]]]:
-    """Ask random requests, several at a time; empty the engine's cache now and then."""
+    """Ask random requests, several at a time; now and then abort one first, or empty the engine's cache."""
     from vllm import SamplingParams
 
     answers = []
     for start in range(first, end, HUNT_BATCH):
         prompts, new_tokens, is_reset = hunted(seed, start)
+        if start % (3 * HUNT_BATCH) == 0:
+            abort(llm.llm_engine, prompts[0] + prompts[1], len(prompts[0]) % 4)
         samplings = [SamplingParams(max_tokens=count, temperature=0, ignore_eos=True) for count in new_tokens]
         outputs = llm.generate([{"prompt_token_ids": each} for each in prompts], samplings, use_tqdm=False)
         answers.append([{"cached": out.num_cached_tokens, "ids": list(out.outputs[0].token_ids)} for out in outputs])
@@ -130,12 +132,12 @@ def abort(engine: Any, prompt: list[int], num_steps: int) -> None:
     from vllm import SamplingParams
 
     sampling = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)
-    request_id = engine.add_request("aborted", {"prompt_token_ids": prompt}, sampling)
+    engine.add_request("aborted", {"prompt_token_ids": prompt}, sampling)
     for _ in range(num_steps):
         engine.step()
-    engine.abort_request([request_id or "aborted"])
-    while engine.has_unfinished_requests():
-        engine.step()
+    assert engine.has_unfinished_requests()
+    engine.abort_request(["aborted"])  # by the name that was given, not the one that add_request returns
+    assert not engine.has_unfinished_requests()
 
 
 def counts_of(llm: Any) -> dict[str, int]:

@@ -14,10 +14,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from benchmarks.random_models import save_model
+from tierkv.integrations.weights import weights_digest
 
 __all__ = ["main"]
 
@@ -31,9 +35,12 @@ _SETTINGS = {
     "HF_HUB_OFFLINE": "1",
     "PYTHONHASHSEED": "0",  # without it vLLM's fs tier has other keys in every process
 }
-_LIVES = {"none": 1, "tierkv": 2, "tierkv-raw": 2, "fs": 2, "cpu": 1}
+_LIVES = {"none": 1, "tierkv": 2, "tierkv-raw": 2, "tierkv-socket": 2, "fs": 2, "cpu": 1}
+_DECODES = ("none", "tierkv", "tierkv-raw", "tierkv-socket")
 _VOCABULARY = 32000
 _NUM_DECODING = 32
+_DECODE_ROUNDS = 5
+_GRAPH_SIZES = [1, 2, 4, 8, 16, 32, 64]  # fewer than vLLM captures of itself: a life starts sooner
 
 
 def main() -> None:
@@ -44,21 +51,26 @@ def main() -> None:
     parser.add_argument("--prefix", type=int, default=8192)
     parser.add_argument("--block-size", type=int, default=16, help="of the engine; 16 is vLLM's default")
     parser.add_argument("--model", type=Path, default=Path("/dev/shm/tierkv-llama"))
-    parser.add_argument("--folder", type=Path, help="of the stores; by default a temporary one")
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--decode", action="store_true", help="decode beside saves; nothing else")
+    parser.add_argument("--eager", action="store_true", help="without torch.compile and CUDA graphs")
     parser.add_argument("--life", choices=list(_LIVES))
     parser.add_argument("--number", type=int, default=0)
+    parser.add_argument("--weights", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.life:
         _run_life(arguments)
         return
-    with tempfile.TemporaryDirectory(prefix="tierkv-vllm-") as folder:
-        rows = [
-            row
-            for mode in arguments.modes
-            for number in range(_LIVES[mode])
-            for row in _life(arguments, mode, number, arguments.folder or Path(folder))
-        ]
+    _make_model(arguments.model, arguments.layers)
+    arguments.weights = weights_digest(arguments.model)
+    rows: list[dict[str, Any]] = []
+    for mode in [mode for mode in arguments.modes if not arguments.decode or mode in _DECODES]:
+        with tempfile.TemporaryDirectory(prefix="tierkv-vllm-") as folder, ExitStack() as ending:
+            if mode == "tierkv-socket":
+                ending.enter_context(_daemon(Path(folder)))
+            for number in range(1 if arguments.decode else _LIVES[mode]):
+                rows += _life(arguments, mode, number, Path(folder))
     _print(rows)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1))
@@ -77,13 +89,14 @@ def _life(arguments: argparse.Namespace, mode: str, number: int, folder: Path) -
         "--folder",
         str(folder),
     ]
-    for name in ("layers", "prefix", "block_size", "model"):
+    for name in ("layers", "prefix", "block_size", "model", "weights"):
         command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
+    command += [f"--{name}" for name in ("decode", "eager") if getattr(arguments, name)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"mode"')]
     if done.returncode or not rows:
         print(f"{mode}, life {number} failed:\n{done.stderr[-3000:]}", file=sys.stderr, flush=True)
-        if mode == "tierkv":
+        if mode in ("none", "tierkv"):
             sys.exit(1)
     for row in rows:
         print(json.dumps(row), flush=True)
@@ -96,12 +109,15 @@ def _run_life(arguments: argparse.Namespace) -> None:
     import torch
 
     mode, number = arguments.life, arguments.number
-    _make_model(arguments.model, arguments.layers)
     started = time.perf_counter()
     from vllm import LLM, SamplingParams
 
     store = arguments.folder / mode
-    transfer = {} if mode == "none" else {"kv_transfer_config": _transfer_config(mode, store)}
+    options: dict[str, Any] = {}
+    if mode != "none":
+        options["kv_transfer_config"] = _transfer_config(mode, store, arguments.weights)
+    if not arguments.eager:
+        options["compilation_config"] = {"cudagraph_capture_sizes": _GRAPH_SIZES}
     llm = LLM(
         str(arguments.model),
         dtype="bfloat16",
@@ -110,10 +126,10 @@ def _run_life(arguments: argparse.Namespace) -> None:
         max_num_seqs=64,
         block_size=arguments.block_size,
         gpu_memory_utilization=0.6,
-        enforce_eager=True,
+        enforce_eager=arguments.eager,
         enable_prefix_caching=True,
         attention_backend="FLASH_ATTN",
-        **transfer,
+        **options,
     )
 
     def report(what: str, value: float, **more: Any) -> None:
@@ -134,7 +150,12 @@ def _run_life(arguments: argparse.Namespace) -> None:
 
     ask([_tokens(90 + number, arguments.prefix + 32)], 1)  # what is compiled at its first use
     ask([_tokens(95, 40)], 8)
-    if number == 0:
+    if arguments.decode:
+        for at in range(_DECODE_ROUNDS + 1):
+            seconds, _ = ask([_tokens(300 + 100 * at + row, 512) for row in range(_NUM_DECODING)], 256)
+            if at:
+                report(f"decoding {_NUM_DECODING} sequences, tokens a second", _NUM_DECODING * 256 / seconds)
+    elif number == 0:
         for seed in (1, 2, 3):
             first_token("computed", seed)
         first_token("engine's own hit", 3, tail=33)
@@ -143,26 +164,38 @@ def _run_life(arguments: argparse.Namespace) -> None:
             for seed in (1, 2, 3):
                 assert llm.reset_prefix_cache()
                 first_token("cache emptied", seed)
-        if mode in ("none", "tierkv"):
-            prompts = [_tokens(200 + at, 512) for at in range(_NUM_DECODING)]
-            ask([_tokens(300 + at, 512) for at in range(_NUM_DECODING)], 2)
-            for _ in range(2):
-                assert llm.reset_prefix_cache()
-                seconds, _ = ask(prompts, 256)
-                report(f"decoding {_NUM_DECODING} sequences, tokens a second", _NUM_DECODING * 256 / seconds)
-                prompts = [_tokens(400 + at, 512) for at in range(_NUM_DECODING)]
     else:
         first_token("restarted, page cache", 1)
         first_token("restarted, page cache", 2)
-        _forget_pages(store)
+        _forget_pages(arguments.folder)
         first_token("restarted, disk", 3)
     llm.llm_engine.engine_core.shutdown()
 
 
-def _transfer_config(mode: str, store: Path) -> dict[str, Any]:
+@contextmanager
+def _daemon(folder: Path) -> Iterator[None]:
+    """Run a daemon with a store and a socket in a folder."""
+    command = [sys.executable, "-m", "tierkv", "daemon", "start", "--store", str(folder / "store"), "--warm", "8G"]
+    daemon = subprocess.Popen([*command, "--socket", str(folder / "socket")], stdout=subprocess.DEVNULL)
+    try:
+        while not (folder / "socket").exists():
+            if daemon.poll() is not None:
+                sys.exit("the daemon has ended")
+            time.sleep(0.1)
+        yield
+    finally:
+        daemon.terminate()
+        daemon.wait()
+
+
+def _transfer_config(mode: str, store: Path, weights: str) -> dict[str, Any]:
     common = {"kv_role": "kv_both", "kv_load_failure_policy": "recompute"}
     if mode.startswith("tierkv"):
-        extra: dict[str, Any] = {"path": str(store), "warm_bytes": 8 << 30}
+        extra: dict[str, Any] = {"weights": weights}
+        if mode == "tierkv-socket":
+            extra |= {"socket": str(store.parent / "socket")}
+        else:
+            extra |= {"path": str(store), "warm_bytes": 8 << 30}
         extra |= {"codec": "raw"} if mode == "tierkv-raw" else {}
         module = "tierkv.integrations.vllm"
         return common | {
@@ -224,7 +257,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
     print(f"{'':<44}" + "".join(f"{mode:>13}" for mode in modes))
     for what in dict.fromkeys(row["what"] for row in rows):
         values = {mode: [row["value"] for row in rows if (row["mode"], row["what"]) == (mode, what)] for mode in modes}
-        print(f"{what:<44}" + "".join(f"{min(found) if found else '':>13}" for found in values.values()))
+        print(f"{what:<44}" + "".join(f"{median(found) if found else '':>13}" for found in values.values()))
     ids = {(row["mode"], json.dumps(row["ids"])) for row in rows if "ids" in row}
     print(f"different first tokens of the same prompts over all modes: {len({each for _, each in ids})} kinds")
 

@@ -32,7 +32,7 @@ NEED_TORCH = {
 }
 WITHOUT_TORCH = {
     *("BlockStore", "BlockStoreConfig", "BlockKey", "BlockKeys", "Reservation", "Buffers", "Strided"),
-    *("LoadOrCompute", "digest_namespace"),
+    *("LoadOrCompute", "Origin", "digest_namespace"),
     *("__version__", "CacheConfig", "CacheStats", "Namespace", "BlockLayout", "Tier", "ColdStore", "SavedState"),
     *("TierKVError", "CapacityError", "ClosedError", "ConfigError", "CorruptBlockError", "DaemonError"),
     *("DaemonGoneError", "FormatVersionError", "NamespaceMismatchError", "RankError", "ShapeError", "StoreBusyError"),

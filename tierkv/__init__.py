@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tierkv.background.work_queue import Priority
     from tierkv.block_store.config import BlockStoreConfig
     from tierkv.block_store.keys import BlockKey, BlockKeys, digest_namespace
-    from tierkv.block_store.load_or_compute import LoadOrCompute
+    from tierkv.block_store.load_or_compute import LoadOrCompute, Origin
     from tierkv.block_store.placement import Buffers, Strided
     from tierkv.block_store.reservation import Reservation
     from tierkv.block_store.store import BlockStore
@@ -108,6 +108,7 @@ __all__ = [
     "MetricsServer",
     "Namespace",
     "NamespaceMismatchError",
+    "Origin",
     "PrefetchHandle",
     "Priority",
     "RankError",
@@ -153,6 +154,7 @@ _HOMES = {
     "BlockKeys": "tierkv.block_store.keys",
     "BlockKey": "tierkv.block_store.keys",
     "LoadOrCompute": "tierkv.block_store.load_or_compute",
+    "Origin": "tierkv.block_store.load_or_compute",
     "Strided": "tierkv.block_store.placement",
     "Buffers": "tierkv.block_store.placement",
     "Reservation": "tierkv.block_store.reservation",

@@ -15,6 +15,7 @@ from generate_models import EOS, FAMILIES, VOCABULARY, make_generator
 from small_caches import SIZE, one_thread, opened
 from torch import Tensor
 
+from tierkv.block_store.load_or_compute import Origin
 from tierkv.integrations.transformers.rows import Uncached, check_request
 from tierkv.storage.cold import ColdStore
 
@@ -171,7 +172,7 @@ def test_a_prefix_is_computed_where_that_was_faster(model: Any, tmp_path: Path) 
         choice = cache._cached.blocks.choice
         for tokens in (8, 16, 32, 64):
             choice.record_compute(tokens, 1e-6 * tokens)
-            choice.record_load(tokens // SIZE, in_memory=True, seconds=10.0)
+            choice.record_load(tokens // SIZE, origin=Origin.WARM, seconds=10.0)
         assert torch.equal(cached(model, input_ids=LONG, max_new_tokens=4), want)
         stats = cache.stats()
         assert (stats.num_computed_by_choice, stats.num_hit_calls) == (1, 0)

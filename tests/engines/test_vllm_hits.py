@@ -12,7 +12,7 @@ import pytest
 from fake_vllm import Request
 from vllm_sides import BLOCK, Engine, counters, tokens
 
-from tierkv.block_store.load_or_compute import LoadOrCompute
+from tierkv.block_store.load_or_compute import LoadOrCompute, Origin
 from tierkv.integrations.vllm.finders import SharedFinder
 from tierkv.integrations.vllm.step_times import StepTimes
 from tierkv.values.namespace import Namespace
@@ -203,7 +203,7 @@ def test_a_prefix_that_is_faster_computed_is_not_announced(engine: Engine) -> No
     engine.run(Request("a", ids), list(range(12)))
     engine.session.options = dataclasses.replace(engine.options, compute_or_load=True)
     engine.session.costs.record_compute(48, seconds=0.001)
-    engine.session.costs.record_load(3, in_memory=True, seconds=1.0)
+    engine.session.costs.record_load(3, origin=Origin.WARM, seconds=1.0)
     assert engine.run(Request("b", ids), list(range(20, 32))) == 0
     assert counters(engine)["computed_instead_tokens"] == 48
     engine.session.costs.record_compute(48, seconds=1000.0)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tierkv import BlockLayout, BlockStoreConfig, Buffers, LoadOrCompute, Namespace
+from tierkv.block_store.load_or_compute import Origin
 from tierkv.block_store.store import BlockStore
 from tierkv.integrations.vllm.finders import LocalFinder
 from tierkv.integrations.vllm.options import Options
@@ -35,26 +36,26 @@ def test_a_load_costs_what_its_step_takes_longer() -> None:
         clock.now += seconds
         times.end(number)
     assert costs.compute_s(1024) == pytest.approx(0.1)
-    times.start(2, 32, loads=[SyncLoad(64, in_memory=True, read_s=0.0)], is_pure=False)
+    times.start(2, 32, loads=[SyncLoad(64, origin=Origin.WARM, read_s=0.0)], is_pure=False)
     clock.now += 0.03
     times.end(2)
-    assert costs.load_s(64, in_memory=True) == pytest.approx(0.01), "0.02 of it the pass takes without a load"
+    assert costs.load_s(64, origin=Origin.WARM) == pytest.approx(0.01), "0.02 of it the pass takes without a load"
     assert costs.compute_s(32) == pytest.approx(0.02), "a step with a load is no measure of computing"
-    times.start(3, 32, loads=[SyncLoad(64, in_memory=False, read_s=0.3)], is_pure=False)
+    times.start(3, 32, loads=[SyncLoad(64, origin=Origin.DISK, read_s=0.3)], is_pure=False)
     clock.now += 0.03
     times.end(3)
-    assert costs.load_s(64, in_memory=False) == pytest.approx(0.31)
+    assert costs.load_s(64, origin=Origin.DISK) == pytest.approx(0.31)
 
 
 def test_a_step_with_two_loads_or_an_async_one_measures_nothing() -> None:
     costs, clock = LoadOrCompute(block_size=16), Clock()
     times = StepTimes(costs, clock=clock)
-    load = SyncLoad(4, in_memory=True, read_s=0.0)
+    load = SyncLoad(4, origin=Origin.WARM, read_s=0.0)
     for number, loads in enumerate([[load, load], []]):
         times.start(number, 64, loads=loads, is_pure=False)
         clock.now += 1.0
         times.end(number)
-    assert costs.compute_s(64) is None and costs.load_s(4, in_memory=True) is None
+    assert costs.compute_s(64) is None and costs.load_s(4, origin=Origin.WARM) is None
 
 
 def slow_session(path: Path, monkeypatch: pytest.MonkeyPatch, *, seconds: float) -> Session:
@@ -104,6 +105,8 @@ def test_reads_that_take_longer_than_computing_are_cut(tmp_path: Path, monkeypat
         found = finder.find("slow", list(range(65)), 0, 4, is_idle=True)
     assert found is not None and found.num_blocks == 0
     assert statistics.drain()["computed_instead_tokens"] == 64
-    assert session.costs.worth_loading(4, in_memory=False, num_rest_tokens=1) == 0, "what it would have taken counts"
+    assert session.costs.worth_loading(4, origin=Origin.PAGE_CACHE, num_rest_tokens=1) == 0, (
+        "what it would have taken counts"
+    )
     finder.close()
     session.close()

@@ -10,6 +10,7 @@ import numpy as np
 
 from tierkv.block_store.daemon_chains import Connection, DaemonChains
 from tierkv.block_store.keys import BlockKey
+from tierkv.block_store.load_or_compute import Origin
 from tierkv.block_store.loader import Loader
 from tierkv.block_store.placement import Placement
 from tierkv.block_store.reservation import Reservation
@@ -139,6 +140,7 @@ class DaemonLoader(Loader):
             raise
         keys = chain[start : start + len(slots)]
         found = DaemonReservation(keys, slots, connection, cursor=answer.cursor, first=start, changed=self.changed)
+        found.origin = Origin.DISK if None in slots else Origin.WARM  # the daemon's page cache is not asked
         if None not in slots:
             with self.changed:
                 found.end_cursor()

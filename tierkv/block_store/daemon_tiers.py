@@ -18,6 +18,7 @@ from tierkv.block_store.daemon_loading import DaemonLoader
 from tierkv.block_store.daemon_saving import DaemonSaver
 from tierkv.block_store.engines import EnginePool, Engines
 from tierkv.block_store.keys import BlockKey
+from tierkv.block_store.load_or_compute import Origin
 from tierkv.block_store.placement import Placement
 from tierkv.block_store.reservation import Reservation
 from tierkv.block_store.transfers import Load, Save
@@ -106,6 +107,10 @@ class DaemonBlockTiers:
     def contains(self, keys: Sequence[BlockKey]) -> int:
         """Return how many leading blocks the daemon has."""
         return self._loader.contains(keys)
+
+    def origin(self, keys: Sequence[BlockKey]) -> Origin:
+        """Return DISK: only the daemon knows."""
+        return Origin.DISK
 
     def reserve(self, keys: Sequence[BlockKey], start: int) -> Reservation:
         """Lease blocks."""

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from enum import IntEnum
+from typing import Any
 
+from tierkv.errors import ConfigError
 from tierkv.transfer.recompute_or_load import CostBySize
 from tierkv.values.checks import check_count, check_seconds
 from tierkv.values.locks import OwnedLock
 
-__all__ = ["LoadOrCompute"]
+__all__ = ["LoadOrCompute", "Origin"]
+
+
+class Origin(IntEnum):
+    """Where the blocks of a load lie: in the warm memory, in the system's page cache, on a disk. The slowest counts."""
+
+    WARM = 0
+    PAGE_CACHE = 1
+    DISK = 2
 
 
 class LoadOrCompute:
@@ -19,8 +30,8 @@ class LoadOrCompute:
 
     >>> choice = LoadOrCompute(block_size=256)
     >>> choice.record_compute(8192, seconds=0.1)
-    >>> choice.record_load(32, in_memory=False, seconds=0.4)
-    >>> choice.worth_loading(32, in_memory=False, num_rest_tokens=32)
+    >>> choice.record_load(32, origin=Origin.DISK, seconds=0.4)
+    >>> choice.worth_loading(32, origin=Origin.DISK, num_rest_tokens=32)
     0
     """
 
@@ -29,7 +40,7 @@ class LoadOrCompute:
         self._lock = OwnedLock()
         self._computing = CostBySize()
         self._least_tokens = 1 << 62  # of what was measured
-        self._loading: defaultdict[bool, CostBySize] = defaultdict(CostBySize)
+        self._loading: defaultdict[Origin, CostBySize] = defaultdict(CostBySize)
 
     def record_compute(self, num_tokens: int, seconds: float) -> None:
         """Record how long the engine took for so many new tokens, none of them loaded."""
@@ -38,26 +49,46 @@ class LoadOrCompute:
             self._computing.add(num_tokens, seconds)
             self._least_tokens = min(num_tokens or self._least_tokens, self._least_tokens)
 
-    def record_load(self, num_blocks: int, *, in_memory: bool, seconds: float) -> None:
-        """Record how long so many blocks took from the request until they lay in the engine's memory.
-
-        in_memory: none of them came from the disk.
-        """
+    def record_load(self, num_blocks: int, *, origin: Origin, seconds: float) -> None:
+        """Record how long so many blocks took from the request until they lay in the engine's memory."""
         num_blocks, seconds = check_count("num_blocks", num_blocks), check_seconds("seconds", seconds)
         with self._lock:
-            self._loading[in_memory].add(num_blocks, seconds)
+            self._loading[origin].add(num_blocks, seconds)
+
+    def measured(self) -> dict[str, list[tuple[int, float]]]:
+        """Return what was measured, for `restore` in another process: (size, seconds) of each kind of work."""
+        with self._lock:
+            kinds = {"compute": self._computing, **{origin.name: costs for origin, costs in self._loading.items()}}
+            return {kind: costs.points() for kind, costs in kinds.items()}
+
+    def restore(self, measured: Any) -> None:
+        """Record what another process measured. Raises ConfigError, nothing recorded, for what `measured` is not."""
+        names = {"compute", *Origin.__members__}
+        if not isinstance(measured, dict) or not measured.keys() <= names:
+            raise ConfigError("costs are lists of works by their kind")
+        works: list[tuple[str, int, float]] = []
+        for kind, points in measured.items():
+            for point in points if isinstance(points, list) else [None]:
+                if not isinstance(point, list | tuple) or len(point) != 2:
+                    raise ConfigError("a cost is a size and its seconds")
+                works.append((kind, check_count("size", point[0], least=1), check_seconds("seconds", point[1])))
+        for kind, size, seconds in works:
+            if kind == "compute":
+                self.record_compute(size, seconds)
+            else:
+                self.record_load(size, origin=Origin[kind], seconds=seconds)
 
     def compute_s(self, num_tokens: int) -> float | None:
         """Return the seconds that so many new tokens take; None before anything was measured."""
         with self._lock:
             return self._estimate(num_tokens)
 
-    def load_s(self, num_blocks: int, *, in_memory: bool) -> float | None:
+    def load_s(self, num_blocks: int, *, origin: Origin) -> float | None:
         """Return the seconds that so many blocks take to load; None before anything was measured."""
         with self._lock:
-            return self._loading[in_memory].estimate(num_blocks)
+            return self._load_s(num_blocks, origin)
 
-    def worth_loading(self, num_blocks: int, *, in_memory: bool, num_rest_tokens: int) -> int:
+    def worth_loading(self, num_blocks: int, *, origin: Origin, num_rest_tokens: int) -> int:
         """Return how many of so many leading blocks are worth loading: all of them, or none.
 
         num_rest_tokens: tokens behind them that are computed in any case.
@@ -65,10 +96,10 @@ class LoadOrCompute:
         if num_blocks <= 0:
             return 0
         with self._lock:
-            loads = self._loading[in_memory]
+            loads = self._loading[origin]
             rest_s = self._estimate(num_rest_tokens)
             computing_s = self._estimate(num_blocks * self._block_size + num_rest_tokens)
-            loading_s = loads.estimate(num_blocks)
+            loading_s = self._load_s(num_blocks, origin)
             if rest_s is None or computing_s is None or loading_s is None:
                 return num_blocks
             if loading_s + rest_s <= computing_s:
@@ -86,6 +117,13 @@ class LoadOrCompute:
         if computing_s is None:
             return True
         return waited_s / num_read * num_left < computing_s if num_read else waited_s < computing_s / 2
+
+    def _load_s(self, num_blocks: int, origin: Origin) -> float | None:
+        """Return the seconds of a load. A disk that was not measured is no faster than the page cache."""
+        seconds = self._loading[origin].estimate(num_blocks)
+        if seconds is None and origin is Origin.DISK:
+            seconds = self._loading[Origin.PAGE_CACHE].estimate(num_blocks)
+        return seconds
 
     def _estimate(self, num_tokens: int) -> float | None:
         """Return the seconds of a pass. One that is smaller than all measured ones costs less than they, in proportion:

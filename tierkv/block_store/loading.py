@@ -10,6 +10,7 @@ from concurrent.futures import wait
 
 from tierkv.background.work_queue import Priority
 from tierkv.block_store.keys import BlockKey
+from tierkv.block_store.load_or_compute import Origin
 from tierkv.block_store.loader import Loader
 from tierkv.block_store.placement import Placement
 from tierkv.block_store.reservation import Reservation
@@ -24,11 +25,11 @@ from tierkv.values.block import TOKEN_BYTES, BlockHash, Tier
 from tierkv.values.locks import OwnedCondition
 from tierkv.values.stats import StatsRecorder
 
-__all__ = ["BlockLoader", "count_cold", "info_of"]
+__all__ = ["BlockLoader", "count_cold", "info_of", "origin_of"]
 
 _log = logging.getLogger(__name__)
 
-_WAVE_BLOCKS = 16
+_WAVE_BLOCKS = 64
 _AHEAD_BLOCKS = 4
 _LOOKUP_BLOCKS = 64
 
@@ -61,6 +62,15 @@ def count_cold(cold: ColdStore, keys: Sequence[BlockKey]) -> int:
                 return found
             found += 1
     return found
+
+
+def origin_of(cold: ColdStore | None, keys: Sequence[BlockKey]) -> Origin:
+    """Return where blocks lie that are not warm, judged by the first, the middle and the last; WARM for none."""
+    if not keys or cold is None:
+        return Origin.WARM
+    looked_at = [keys[at] for at in {0, len(keys) // 2, len(keys) - 1}]
+    is_cached = all(cold.is_in_memory(key.block_hash) for key in looked_at)
+    return Origin.PAGE_CACHE if is_cached else Origin.DISK
 
 
 class BlockLoader(Loader):
@@ -120,7 +130,15 @@ class BlockLoader(Loader):
             self.count_request(len(wanted), num_warm, num_found, self._reason(wanted, num_found))
         if self._cold and (start + num_found):
             self._cold.notes.touch([key.block_hash for key in keys[: start + num_found]])
-        found = Reservation(wanted[:num_found], slots, memory.slots, changed=self.changed, unpin=memory.unpin)
+        missing = [key for key, slot in zip(wanted, slots, strict=False) if slot is None]
+        found = Reservation(
+            wanted[:num_found],
+            slots,
+            memory.slots,
+            changed=self.changed,
+            unpin=memory.unpin,
+            origin=origin_of(self._cold, missing),
+        )
         if None in slots[: memory.most_held]:
             found.start_reading(self.submit(self._read, found))
         return found
@@ -239,8 +257,11 @@ class BlockLoader(Loader):
                     with self.changed:
                         held = self._enter(key, slots[kept])
                         kept += 1
-                        if not reservation.put(at, key, held):
+                        is_wanted = reservation.put(at, key, held)
+                        if not is_wanted:
                             memory.unpin([held])
+                    if not is_wanted:  # nor any block behind it
+                        break
         finally:
             with self.changed:
                 memory.unpin(slots[kept:])

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from tierkv.block_store.config import BlockStoreConfig
 from tierkv.block_store.keys import BlockKey
-from tierkv.block_store.loading import BlockLoader, count_cold
+from tierkv.block_store.load_or_compute import Origin
+from tierkv.block_store.loading import BlockLoader, count_cold, origin_of
 from tierkv.block_store.placement import Placement
 from tierkv.block_store.reservation import Reservation
 from tierkv.block_store.saving import BlockSaver
@@ -78,6 +79,14 @@ class OwnTiers:
             assert self.cold is not None, "a store without memory looks up in the cold one"
             return count_cold(self.cold, keys)
         return self._loader.contains(keys)
+
+    def origin(self, keys: Sequence[BlockKey]) -> Origin:
+        """Return where the slowest of some blocks lies."""
+        missing = keys
+        if self.memory:
+            with self._changed:
+                missing = [key for key in keys if not self.memory.index.get(key)]
+        return origin_of(self.cold, missing)
 
     def reserve(self, keys: Sequence[BlockKey], start: int) -> Reservation:
         """Hold blocks."""

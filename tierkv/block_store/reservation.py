@@ -7,6 +7,7 @@ from concurrent.futures import Future, wait
 from itertools import takewhile
 
 from tierkv.block_store.keys import BlockKey
+from tierkv.block_store.load_or_compute import Origin
 from tierkv.storage.codec import Bytes
 from tierkv.values.locks import OwnedCondition
 
@@ -29,12 +30,14 @@ class Reservation:
         *,
         changed: OwnedCondition,
         unpin: Callable[[Iterable[int]], None],
+        origin: Origin = Origin.WARM,
     ) -> None:
         """slots: the held warm slot of each key; None for one that is not there yet. unpin: holds slots no more.
 
-        memory: where the slots lie, [slots, block bytes].
+        memory: where the slots lie, [slots, block bytes]. origin: where the blocks were when they were found.
         """
         self.memory = memory
+        self.origin = origin
         self._keys = list(keys)
         self._slots = list(slots)
         self._changed = changed

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Protocol
 
 from tierkv.background.active_calls import ActiveCalls, while_open
 from tierkv.block_store.config import BlockStoreConfig
+from tierkv.block_store.cost_file import CostFile
 from tierkv.block_store.daemon_tiers import DaemonBlockTiers
 from tierkv.block_store.keys import BlockKey, BlockKeys, digest_key, is_digest_namespace
+from tierkv.block_store.load_or_compute import LoadOrCompute, Origin
 from tierkv.block_store.own_tiers import OwnTiers
 from tierkv.block_store.placement import Placement
 from tierkv.block_store.reservation import Reservation
@@ -43,6 +45,7 @@ class BlockTiers(Protocol):
     def cold(self) -> ColdStore | None: ...
     def register(self, layers: Sequence[Sequence[torch.Tensor]], *, pages_per_block: int) -> EngineMemory: ...
     def contains(self, keys: Sequence[BlockKey]) -> int: ...
+    def origin(self, keys: Sequence[BlockKey]) -> Origin: ...
     def reserve(self, keys: Sequence[BlockKey], start: int) -> Reservation: ...
     def load(self, reservation: Reservation, targets: Placement) -> Load: ...
     def save(self, keys: Sequence[BlockKey], sources: Placement, start: int) -> Save: ...
@@ -112,6 +115,7 @@ class BlockStore:
                 config, self.namespace, codec, cold=cold, stats=self._stats, changed=self._changed, clock=clock
             )
         self._root = self.namespace.digest
+        self._costs: CostFile | None = None
 
     def __enter__(self) -> BlockStore:
         return self
@@ -163,6 +167,11 @@ class BlockStore:
         return self._tiers.contains(keys)
 
     @while_open
+    def origin(self, keys: Sequence[BlockKey]) -> Origin:
+        """Return where blocks that are there would come from, for `LoadOrCompute`. Reads none of them."""
+        return self._tiers.origin(keys)
+
+    @while_open
     def reserve(self, keys: Sequence[BlockKey], start: int = 0) -> Reservation:
         """Hold the blocks of `keys` from `start` on, up to the first that is not there; begin to read the cold ones.
 
@@ -194,6 +203,19 @@ class BlockStore:
         """
         self._require_memory()
         return self._tiers.save(keys, sources, start)
+
+    @while_open
+    def keep_costs(self, costs: LoadOrCompute) -> None:
+        """Restore what earlier processes measured with this namespace; keep beside the store what is measured from now.
+
+        Does nothing without a `cold_path`: a daemon keeps no costs. May be called once.
+        """
+        if self.config.cold_path is None or self.config.socket is not None:
+            return
+        if self._costs is not None:
+            raise ConfigError("this block store keeps costs already")
+        name, is_kept = self._root.hex(), not self.config.read_only
+        self._costs = CostFile(self.config.cold_path, name, costs, is_kept=is_kept)
 
     @while_open
     def touch(self, keys: Sequence[BlockKey]) -> None:
@@ -240,6 +262,8 @@ class BlockStore:
         if not self.calls.close():
             return
         self.calls.wait(_CALLS_WAIT_S)
+        if self._costs:
+            self._costs.close()
         if self._tiers.close():
             _log.warning("the disk hangs: the memory and the store of the block store stay open")
 

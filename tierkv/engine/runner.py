@@ -11,7 +11,6 @@ from itertools import chain, islice
 from threading import RLock
 
 import torch
-from torch import Tensor
 
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
@@ -31,7 +30,7 @@ from tierkv.engine.model_support import (
 )
 from tierkv.engine.models import LoadedModel
 from tierkv.engine.request_builder import RequestBuilder
-from tierkv.engine.sampling import Sampler, SamplingOptions
+from tierkv.engine.sampling import BatchSampler, Choice, Sampler, SamplingOptions
 from tierkv.engine.verified_commits import VerifiedCommits
 from tierkv.errors import CapacityError, ConfigError
 from tierkv.ranks.group import OneRank, RankGroup
@@ -82,6 +81,7 @@ class Runner:
         with self._attention:
             self._commits = VerifiedCommits(cache, ModelCheck(loaded.model, state))
         self._builder = RequestBuilder(loaded.model, cache)
+        self._sampler = BatchSampler()
         self._stepping = RLock()
         self._batches: list[list[Request]] = []
 
@@ -227,8 +227,8 @@ class Runner:
         for request in running:
             request.had_company |= len(running) > 1
         ended: list[Request] = []
-        for request, fetched in self._step(running, keep_logits=options.keep_logits):
-            token = request.sampler.choose(fetched)
+        for request, choice in self._step(running, keep_logits=options.keep_logits):
+            token = choice.token_id
             request.last_token_at = time.perf_counter()
             if request.first_token_at is None:
                 request.first_token_at = request.last_token_at
@@ -251,11 +251,11 @@ class Runner:
         self._grow(waiting, running, options)
         return events
 
-    def _step(self, running: Items[Request], *, keep_logits: bool = False) -> list[tuple[Request, Tensor]]:
+    def _step(self, running: Items[Request], *, keep_logits: bool = False) -> list[tuple[Request, Choice]]:
         """Compute up to `max_step_tokens` tokens, and commit the pass before.
 
-        Return what the samplers have fetched for requests that are up to date. That leaves the device before committed
-        blocks do: else a token would wait behind a gigabyte of blocks.
+        Return the tokens of requests that are up to date. They leave the device before committed blocks do: else they
+        would wait behind a gigabyte of blocks.
         """
         steps = self._plan_step(running)
         started = time.perf_counter()
@@ -267,22 +267,26 @@ class Runner:
             self._commits.model_check.check()  # a changed model may fail anyhow: then the change is the better error
             raise
         finish_check = start_check() if start_check else None
-        ready: list[tuple[Request, Tensor]] = []
+        ready: list[int] = []
         for row, (request, count) in enumerate(steps):
             request.num_computed += count
             if request.num_computed == len(request.token_ids):
-                ready.append((request, request.sampler.fetch(logits[row])))
-                if keep_logits:
-                    request.logits.append(logits[row].float().cpu())
+                ready.append(row)
+        requests = [steps[row][0] for row in ready]
+        sampling = self._sampler.start(logits, [each.sampler for each in requests], rows=ready) if ready else None
+        if keep_logits:
+            for row, request in zip(ready, requests, strict=True):
+                request.logits.append(logits[row].float().cpu())
         loading = [r.sequence.overlap for r, _ in steps if r.sequence and r.sequence.overlap.is_loading]
         self._commits.commit()  # the pass before, while the device computes this one
         self._commits.add(steps, finish_check)
-        if ready or loading:
+        choices = sampling.wait() if sampling else []
+        if loading and not choices:
             self._pass.wait()
         if loading:  # the next piece is claimed when this one is computed, not when it is launched
             loading[0].record(time.perf_counter() - started, num_tokens=sum(count for _, count in steps))
             self._commits.commit()
-        return ready
+        return list(zip(requests, choices, strict=True))
 
     def _plan_step(self, running: Items[Request]) -> list[tuple[Request, int]]:
         """Return how many tokens each request computes next, decoding requests first; wait while all of them load."""

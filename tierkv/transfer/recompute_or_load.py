@@ -54,7 +54,7 @@ class CostBySize:
     def __init__(self) -> None:
         self._works: dict[int, deque[tuple[int, float]]] = {}
         self._beliefs: dict[int, float] = {}
-        self._points: list[tuple[float, float]] | None = None
+        self._points: list[tuple[int, float]] | None = None
 
     def add(self, size: int, seconds: float) -> None:
         """Record a work of that size, such as a pass of so many new tokens."""
@@ -78,14 +78,18 @@ class CostBySize:
         """
         self._beliefs[size.bit_length()] = _FORGOTTEN * self._beliefs.get(size.bit_length(), 1.0)
 
+    def points(self) -> list[tuple[int, float]]:
+        """Return (size, seconds) of the median work of about each size."""
+        works_by_size = [list(works) for works in list(self._works.values())]  # other threads may be adding
+        return sorted(
+            (statistics.median_low([n for n, _ in works]), statistics.median(s for _, s in works))
+            for works in works_by_size
+        )
+
     def _interpolate(self, size: int) -> float | None:
         points = self._points
         if points is None:
-            works_by_size = [list(works) for works in list(self._works.values())]  # other threads may be adding
-            points = self._points = sorted(
-                (statistics.median(n for n, _ in works), statistics.median(s for _, s in works))
-                for works in works_by_size
-            )
+            points = self._points = self.points()
         if not points:
             return None
         if size >= points[-1][0]:

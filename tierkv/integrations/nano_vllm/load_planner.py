@@ -52,6 +52,7 @@ class LoadPlanner:
         self._clock = clock
         self._block_size = store.block_size
         self._choice = LoadOrCompute(block_size=store.block_size)
+        store.keep_costs(self._choice)
         self._plans: dict[int, _Plan] = {}
         self._has_waited = False
 
@@ -123,7 +124,7 @@ class LoadPlanner:
         num_warm = reservation.num_ready
         num_cold = reservation.num_blocks - num_warm
         num_rest = seq.num_tokens - (num_own + reservation.num_blocks) * self._block_size
-        if num_cold and not self._choice.worth_loading(num_cold, in_memory=False, num_rest_tokens=num_rest):
+        if num_cold and not self._choice.worth_loading(num_cold, origin=reservation.origin, num_rest_tokens=num_rest):
             reservation.cut(num_warm)
         plan = self._plans[seq.seq_id] = _Plan(num_own, reservation, num_warm, started_s)
         return plan
@@ -145,4 +146,5 @@ class LoadPlanner:
         plan.is_recorded = True
         num_read = plan.reservation.num_ready - plan.num_warm
         waited_s = self._clock() - plan.started_s
-        self._choice.record_load(num_cold, in_memory=False, seconds=waited_s * num_cold / max(num_read, 0.5))
+        seconds = waited_s * num_cold / max(num_read, 0.5)
+        self._choice.record_load(num_cold, origin=plan.reservation.origin, seconds=seconds)

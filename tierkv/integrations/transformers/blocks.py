@@ -75,6 +75,7 @@ class BlockCopier:
         self._size = store.block_size
         self._lock = OwnedLock()
         self.choice: LoadOrCompute = LoadOrCompute(block_size=self._size)
+        store.keep_costs(self.choice)
         self._compute_or_load = compute_or_load
         layout = store.layout
         self._num_pages = min(_MOST_PAGES, max(1, _STAGING_BYTES // layout.block_bytes))
@@ -112,10 +113,10 @@ class BlockCopier:
         with self._lock, torch.no_grad(), ExitStack() as held:
             start = time.perf_counter()
             waves = [self._reserve(plan, held) for plan in plans]
-            in_memory = all(each.reservation.is_ready for parts in waves for each in parts)
+            origin = max(each.reservation.origin for parts in waves for each in parts)
             num_rest = sum(num_prompt_slots - max(plan.row.pad, num_slots) for plan in plans)
             if self._compute_or_load and not self.choice.worth_loading(
-                num_blocks, in_memory=in_memory, num_rest_tokens=num_rest
+                num_blocks, origin=origin, num_rest_tokens=num_rest
             ):
                 raise ComputingIsFaster
             prefix = self._allocate(len(rows), num_slots)
@@ -126,7 +127,7 @@ class BlockCopier:
             prefix.cut(min(num_slots, *(plan.row.pad + plan.num_arrived * self._size for plan in plans)))
             if self._device.type == "cuda":
                 torch.cuda.current_stream(self._device).synchronize()
-            self.choice.record_load(num_blocks, in_memory=in_memory, seconds=time.perf_counter() - start)
+            self.choice.record_load(num_blocks, origin=origin, seconds=time.perf_counter() - start)
         return prefix if prefix.num_slots > min(row.pad for row in rows) else None
 
     def save(self, keys: BlockKeys, start: int, stop: int, keys_and_values: KeysAndValues) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from tierkv.block_store.keys import BlockKey, BlockKeys
-from tierkv.block_store.load_or_compute import LoadOrCompute
+from tierkv.block_store.load_or_compute import LoadOrCompute, Origin
 from tierkv.block_store.reservation import Reservation
 from tierkv.block_store.store import BlockStore
 from tierkv.integrations.vllm.options import Options
@@ -80,7 +80,6 @@ class _Held:
     reservation: Reservation
     first: int
     since: float
-    in_memory: bool
     num_warm: int
     read_s: float | None = None
 
@@ -100,6 +99,7 @@ class LocalFinder:
         self._keys: dict[str, BlockKeys] = {}
         self._held: dict[str, _Held] = {}
         self.block_size: int = session.store.block_size
+        session.store.keep_costs(session.costs)
 
     def find(
         self, request_id: str, tokens: Sequence[int], first: int, end: int, *, is_idle: bool = False
@@ -123,7 +123,7 @@ class LocalFinder:
                 return None
             reservation.cut(reservation.num_ready)
         if held.read_s is None:
-            held.read_s = 0.0 if held.in_memory else self._clock() - held.since
+            held.read_s = 0.0 if reservation.origin is Origin.WARM else self._clock() - held.since
         if not reservation.num_blocks:
             self.drop(request_id)
             return _NOTHING
@@ -144,7 +144,8 @@ class LocalFinder:
         if costs.worth_waiting(num_blocks - num_ready, num_read=num_read, waited_s=waited_s):
             return True
         num_cold = num_blocks - held.num_warm
-        costs.record_load(num_cold, in_memory=False, seconds=waited_s * num_cold / max(num_read, 0.5))
+        seconds = waited_s * num_cold / max(num_read, 0.5)
+        costs.record_load(num_cold, origin=held.reservation.origin, seconds=seconds)
         self._statistics.add("computed_instead_tokens", (num_blocks - num_ready) * self.block_size)
         return False
 
@@ -158,12 +159,12 @@ class LocalFinder:
     def _reserve(self, request_id: str, keys: Sequence[BlockKey], first: int, num_tokens: int) -> _Held | None:
         since = self._clock()
         reservation = self._session.store.reserve(keys, first)
-        in_memory, num_warm = reservation.is_ready, reservation.num_ready
+        num_warm = reservation.num_ready
         if reservation.num_blocks and self._session.options.compute_or_load:
             num_blocks = reservation.num_blocks
             worth = self._session.costs.worth_loading(
                 num_blocks,
-                in_memory=in_memory,
+                origin=reservation.origin,
                 num_rest_tokens=max(1, num_tokens - (first + num_blocks) * self.block_size),
             )
             self._statistics.add("computed_instead_tokens", (num_blocks - worth) * self.block_size)
@@ -171,14 +172,14 @@ class LocalFinder:
         if not reservation.num_blocks:
             reservation.release()
             return None
-        held = self._held[request_id] = _Held(reservation, first, since, in_memory, num_warm)
+        held = self._held[request_id] = _Held(reservation, first, since, num_warm)
         return held
 
     def keep(self, request_id: str) -> SyncLoad | None:
         held = self._held.pop(request_id)
         read_s = held.read_s or 0.0
-        self._session.reserved[request_id] = Reserved(held.reservation, read_s, held.in_memory)
-        return SyncLoad(held.reservation.num_blocks, held.in_memory, read_s)
+        self._session.reserved[request_id] = Reserved(held.reservation, read_s, held.reservation.origin)
+        return SyncLoad(held.reservation.num_blocks, held.reservation.origin, read_s)
 
     def drop(self, request_id: str) -> None:
         held = self._held.pop(request_id, None)
@@ -225,8 +226,8 @@ class SharedFinder:
         self.costs: LoadOrCompute = LoadOrCompute(block_size=namespaces[0].layout.block_size)
         self._statistics = statistics
         self._clock = clock
-        self._found: dict[str, int] = {}  # blocks of waiting requests
-        self._loading: dict[str, tuple[int, float]] = {}  # blocks, and when the load began
+        self._found: dict[str, tuple[int, Origin]] = {}  # blocks of waiting requests
+        self._loading: dict[str, tuple[int, Origin, float]] = {}  # and when their loads began
         self._options = options
         self._namespaces = namespaces
         self._cold = cold
@@ -235,6 +236,7 @@ class SharedFinder:
         self._keys: dict[str, list[BlockKeys]] = {}
         self.renew("")
         self.block_size: int = self._stores[0].block_size
+        self._stores[0].keep_costs(self.costs)
 
     def find(
         self, request_id: str, tokens: Sequence[int], first: int, end: int, *, is_idle: bool = False
@@ -242,29 +244,30 @@ class SharedFinder:
         found = self._keys.get(request_id)
         if found is None:
             found = self._keys[request_id] = [store.keys() for store in self._stores]
-        num_blocks = end - first
+        num_blocks, origin = end - first, Origin.WARM
         for store, keys in zip(self._stores, found, strict=True):
             keys.extend(tokens[keys.num_tokens : end * self.block_size])
             num_blocks = store.contains(keys[first : first + num_blocks]) if num_blocks else 0
-        if num_blocks and self._options.compute_or_load and self._found.get(request_id) != num_blocks:
+            origin = max(origin, store.origin(keys[first : first + num_blocks]))
+        if num_blocks and self._options.compute_or_load and self._found.get(request_id, (0, origin))[0] != num_blocks:
             rest = max(1, len(tokens) - (first + num_blocks) * self.block_size)
-            worth = self.costs.worth_loading(num_blocks, in_memory=False, num_rest_tokens=rest)
+            worth = self.costs.worth_loading(num_blocks, origin=origin, num_rest_tokens=rest)
             self._statistics.add("computed_instead_tokens", (num_blocks - worth) * self.block_size)
             num_blocks = worth
-        self._found[request_id] = num_blocks
+        self._found[request_id] = num_blocks, origin
         return Found(num_blocks, is_async=num_blocks > 0)
 
     def keep(self, request_id: str) -> SyncLoad | None:
-        self._loading[request_id] = (self._found.pop(request_id), self._clock())
+        self._loading[request_id] = (*self._found.pop(request_id), self._clock())
         return None
 
     def drop(self, request_id: str) -> None:
         self._found.pop(request_id, None)
 
     def loaded(self, request_id: str) -> None:
-        num_blocks, started = self._loading.pop(request_id, (0, 0.0))
+        num_blocks, origin, started = self._loading.pop(request_id, (0, Origin.DISK, 0.0))
         if num_blocks:
-            self.costs.record_load(num_blocks, in_memory=False, seconds=self._clock() - started)
+            self.costs.record_load(num_blocks, origin=origin, seconds=self._clock() - started)
 
     def forget(self, request_id: str) -> None:
         self.drop(request_id)

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from tierkv.block_store.load_or_compute import LoadOrCompute
+from tierkv.block_store.load_or_compute import LoadOrCompute, Origin
 from tierkv.block_store.reservation import Reservation
 from tierkv.block_store.store import BlockStore
 from tierkv.integrations.vllm.options import Options
@@ -18,11 +18,11 @@ __all__ = ["Reserved", "Session", "close_session", "find_session", "open_session
 
 @dataclass(frozen=True, slots=True)
 class Reserved:
-    """A reservation on its way to the worker side. read_s: how long its cold blocks took; in_memory: it had none."""
+    """A reservation on its way to the worker side. read_s: how long its cold blocks took."""
 
     reservation: Reservation
     read_s: float
-    in_memory: bool
+    origin: Origin
 
 
 class Session:

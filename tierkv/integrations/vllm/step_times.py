@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from tierkv.block_store.load_or_compute import LoadOrCompute
+from tierkv.block_store.load_or_compute import LoadOrCompute, Origin
 
 __all__ = ["StepTimes", "SyncLoad"]
 
@@ -19,7 +19,7 @@ class SyncLoad:
     """A load that the forward pass of its step waits for. read_s: how long its cold blocks took before the step."""
 
     num_blocks: int
-    in_memory: bool
+    origin: Origin
     read_s: float
 
 
@@ -66,4 +66,4 @@ class StepTimes:
             if computing_s is not None:
                 (load,) = step.loads
                 added_s = load.read_s + max(0.0, seconds - computing_s)
-                self._costs.record_load(load.num_blocks, in_memory=load.in_memory, seconds=added_s)
+                self._costs.record_load(load.num_blocks, origin=load.origin, seconds=added_s)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from tierkv.block_store.keys import BlockKeys
+from tierkv.block_store.load_or_compute import Origin
 from tierkv.block_store.placement import Strided
 from tierkv.block_store.transfers import Load, Save
 from tierkv.errors import TierKVError
@@ -24,13 +25,13 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class _Loading:
-    """A load in progress. load: None if it never began. read_s: what reading took before; in_memory: there was none."""
+    """A load in progress. load: None if it never began. read_s: what reading took before."""
 
     order: LoadOrder
     load: Load | None = None
     started: float = 0.0
     read_s: float = 0.0
-    in_memory: bool = False
+    origin: Origin = Origin.WARM
     is_recorded: bool = False
 
 
@@ -212,7 +213,7 @@ class WorkerSide:
         except TierKVError as exc:
             _log.warning("a load failed, the engine computes instead: %s", exc)
             return _Loading(order)
-        return _Loading(order, load, started, reserved.read_s, reserved.in_memory)
+        return _Loading(order, load, started, reserved.read_s, reserved.origin)
 
     def _reserve(self, order: LoadOrder) -> Reserved | None:
         """Reserve blocks that a scheduler side in another process has found on disk."""
@@ -221,7 +222,7 @@ class WorkerSide:
         if keys is None or len(keys) < end or not order.is_async:
             return None
         reservation = self._session.store.reserve(keys[:end], order.first)
-        return Reserved(reservation, 0.0, reservation.is_ready)
+        return Reserved(reservation, 0.0, reservation.origin)
 
     def _end_sync(self, loading: _Loading) -> None:
         """Take up a load that this step's forward pass reads. All its blocks are certain, or it fails here and now."""
@@ -251,7 +252,7 @@ class WorkerSide:
             return False
         if loading.order.is_async and loading.load.num_loaded and not loading.is_recorded:  # else its step measures it
             seconds = loading.read_s + self._clock() - loading.started
-            self._session.costs.record_load(loading.load.num_loaded, in_memory=loading.in_memory, seconds=seconds)
+            self._session.costs.record_load(loading.load.num_loaded, origin=loading.origin, seconds=seconds)
             loading.is_recorded = True
         return True
 

@@ -118,7 +118,7 @@ def hunt(llm: Any, seed: int, first: int, end: int) -> list[list[dict[str, Any]]
     for start in range(first, end, HUNT_BATCH):
         prompts, new_tokens, is_reset = hunted(seed, start)
         if start % (3 * HUNT_BATCH) == 0:
-            abort(llm.llm_engine, prompts[0] + prompts[1], len(prompts[0]) % 4)
+            abort(llm.llm_engine, (prompts[0] + prompts[1])[:300], len(prompts[0]) % 4)
         samplings = [SamplingParams(max_tokens=count, temperature=0, ignore_eos=True) for count in new_tokens]
         outputs = llm.generate([{"prompt_token_ids": each} for each in prompts], samplings, use_tqdm=False)
         answers.append([{"cached": out.num_cached_tokens, "ids": list(out.outputs[0].token_ids)} for out in outputs])

@@ -59,7 +59,7 @@ TORCH_FREE_MODULES = {
     *("profiling.profiled_run", "profiling.profiler", "profiling.charts", "profiling.drawing"),
     *("profiling.report_html", "profiling.chrome_trace", "profiling.memory_report", "profiling.metrics"),
     *("integrations", "integrations.weights", "integrations.rows", "integrations.vllm", "integrations.sglang"),
-    *("integrations.vllm.tier_identity", "integrations.sglang.identity"),
+    *("integrations.vllm.configuration", "integrations.vllm.tier_identity", "integrations.sglang.identity"),
 }
 LATE_MODULES = {"tierkv.movers.engine_memory"}  # imported where an engine hands over tensors: it loads torch
 HEAVY = ("torch", "transformers", "flash_attn", "triton", "typer", "rich")

@@ -6,17 +6,18 @@ import inspect
 import logging
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
-from conftest import Command
 
 from tierkv import __version__
 from tierkv.tools import cli, terminal
 
+Command = Callable[..., Any]
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -20,7 +20,7 @@ class HotPool:
 
     `blocks` is [num_blocks + 1, block_bytes / item_bytes] of the layout's dtype. Each layer's K and V are strided
     views of it, made once: [num_blocks + 1, block_size, kv_heads, dim], with a page stride of a whole block. No
-    sequence owns the scratch block: padded tokens write there. The pool owns the memory for its lifetime.
+    sequence owns the scratch block: padded tokens write there.
     """
 
     def __init__(self, layout: BlockLayout, num_blocks: int, device: torch.device) -> None:
@@ -52,6 +52,15 @@ class HotPool:
     def value_cache(self, layer: int) -> Tensor:
         """Return V of one layer: [num_blocks + 1, block_size, kv_heads, v_dim], strided, sharing memory."""
         return self._views[2 * layer + 1]
+
+    def close(self) -> None:
+        """Free the memory, which nothing reads or writes any more. May be called twice.
+
+        Whoever still holds the pool, such as a runner until Python collects it, holds no memory then.
+        """
+        self.blocks = self.blocks.new_empty((0, self.blocks.shape[1]))
+        self.bytes_view = self.blocks.view(torch.uint8)
+        self._views.clear()
 
     def _view(self, run: int) -> Tensor:
         layer = self.layout.layers[run // 2]

@@ -20,14 +20,12 @@ from rich.table import Table
 
 from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.config import DaemonConfig
-from tierkv.daemon.host import check_folder, peer_of, read_lock_file
+from tierkv.daemon.host import NOT_WRITTEN, check_folder, peer_of, read_lock_file
 from tierkv.daemon.log_file import open_log
 from tierkv.daemon.messages import Count, Done, Hello, Prefetch, Status, StatusReport, Stop
-from tierkv.daemon.server import NOT_WRITTEN
 from tierkv.engine.prompts import prefix_tokens, read_prompts
 from tierkv.errors import ConfigError, DaemonError, DaemonGoneError
-from tierkv.tools.daemon_process import serve_and_warm, to_json
-from tierkv.tools.engine_options import ModelOptions, identify
+from tierkv.tools.engine_options import ModelOptions
 from tierkv.tools.options import (
     AsJson,
     ColdSize,
@@ -49,7 +47,7 @@ from tierkv.tools.terminal import format_age, open_console, print_json, visible
 from tierkv.values.block import as_token_array, iter_chain
 from tierkv.values.units import format_bytes
 
-__all__ = ["prefetch", "start", "status", "stop"]
+__all__ = ["group"]
 
 _START_S = 120.0  # the daemon touches every page of its slab first
 _STOP_S = 60.0
@@ -94,6 +92,8 @@ def start(
     if detach:
         _start_detached(config, warm_command)
     else:
+        from tierkv.tools.daemon_process import serve_and_warm  # the server, which the other commands do without
+
         serve_and_warm(config, warm_command, log_to=logging.StreamHandler(sys.stderr))
 
 
@@ -153,6 +153,8 @@ def prefetch(
     """
     path = socket or default_socket(os.environ)
     requests = read_prompts(file, lines=lines)
+    from tierkv.tools.engines import identify  # loads torch
+
     loaded, namespace = identify(model)
     hello = Hello(
         namespace=namespace.digest,
@@ -188,6 +190,8 @@ def _warm_command(file: Path, socket: Path, model: ModelOptions) -> list[str]:
 
 def _start_detached(config: DaemonConfig, warm_command: list[str]) -> None:
     """Start a process that serves; return when it does. Raises DaemonError with the reason if it does not."""
+    from tierkv.tools.daemon_process import to_json
+
     log = config.socket.with_name(config.socket.name + ".log")
     log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     check_folder(log.parent)
@@ -298,3 +302,16 @@ def _limits(report: StatusReport) -> Table:
         one = (show(each.largest), show(each.limit_of_one)) if each.limit_of_one else ("", "")
         table.add_row(each.name.removesuffix("_bytes").replace("_", " "), show(each.used), show(each.limit), *one)
     return table
+
+
+group: typer.Typer = typer.Typer(help="One warm cache for every process on the machine.", add_completion=False)
+
+
+@group.callback(invoke_without_command=True)
+def _print_help(ctx: typer.Context) -> None:
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
+
+
+for _action in (start, status, stop, prefetch):
+    group.command()(_action)

@@ -21,7 +21,8 @@ from tierkv.errors import ConfigError, StoreError
 from tierkv.profiling.memory_report import MemoryReport, MemoryVisualizer
 from tierkv.profiling.profiler import MemoryProfiler
 from tierkv.storage.cold import ColdStore
-from tierkv.tools.engine_options import EngineOptions, open_engine
+from tierkv.tools.engine_options import EngineOptions
+from tierkv.tools.engines import open_engine
 from tierkv.tools.options import AsJson, Lines, as_path, spread
 from tierkv.tools.stores import iter_chains
 from tierkv.tools.terminal import open_console, print_json, visible

@@ -15,7 +15,8 @@ from tierkv.engine.prompts import PromptRequest, check_unicode, read_prompts, re
 from tierkv.engine.runner import Generation, GenerationOptions, Runner
 from tierkv.engine.sampling import SamplingOptions
 from tierkv.errors import ConfigError
-from tierkv.tools.engine_options import EngineOptions, open_engine
+from tierkv.tools.engine_options import EngineOptions
+from tierkv.tools.engines import open_engine
 from tierkv.tools.options import AsJson, as_path, spread
 from tierkv.tools.terminal import open_console, print_json, visible
 from tierkv.values.block import Tier

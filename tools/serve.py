@@ -21,7 +21,8 @@ from tierkv.engine.models import EMBEDDED
 from tierkv.engine.prompts import prefix_tokens, read_prompts
 from tierkv.engine.runner import Runner
 from tierkv.errors import ConfigError
-from tierkv.tools.engine_options import EngineOptions, open_engine
+from tierkv.tools.engine_options import EngineOptions
+from tierkv.tools.engines import open_engine
 from tierkv.tools.options import Lines, as_path, parse_size, spread
 from tierkv.tools.terminal import visible
 
@@ -83,9 +84,9 @@ def serve(
         str | None, typer.Argument(help="Directory or hub name; without it the embedded model.", metavar="[MODEL]")
     ] = None,
 ) -> None:
-    """Serve a model: /v1/chat/completions, /v1/completions, /v1/models, /health, /metrics, and a page at /.
+    """Serve a model by OpenAI's API, with a page at / that shows the cache.
 
-    Prompts and answers are found again after a restart: only what is new is computed.
+    Paths: /v1/chat/completions, /v1/completions, /v1/models, /health and /metrics. Prompts and answers are found again after a restart: only what is new is computed.
     """
     serving = _import_serving()
     options = replace(options, model=model_name)

@@ -20,7 +20,8 @@ from tierkv.engine.prompts import PromptRequest, prefix_tokens, read_prompts
 from tierkv.engine.runner import Runner
 from tierkv.errors import CapacityError, StoreError
 from tierkv.storage.cold import ColdStore
-from tierkv.tools.engine_options import EngineOptions, open_engine
+from tierkv.tools.engine_options import EngineOptions
+from tierkv.tools.engines import open_engine
 from tierkv.tools.options import AsJson, Lines, PromptFile, spread
 from tierkv.tools.stores import open_existing, require_place, store_of
 from tierkv.tools.terminal import open_console, print_json, visible

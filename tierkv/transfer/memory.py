@@ -102,6 +102,7 @@ class TierMemory:
             self.compression.mover.close()
         self.mover.close()
         self.warm.close()
+        self.hot.close()
         if self.compression:
             self.compression.staging.close()
 

@@ -56,7 +56,7 @@ class HotPool:
     def close(self) -> None:
         """Free the memory, which nothing reads or writes any more. May be called twice.
 
-        Whoever still holds the pool, such as a runner until Python collects it, holds no memory then.
+        An object that still holds the pool, such as a runner until Python collects it, holds no memory then.
         """
         self.blocks = self.blocks.new_empty((0, self.blocks.shape[1]))
         self.bytes_view = self.blocks.view(torch.uint8)

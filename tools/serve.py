@@ -86,7 +86,8 @@ def serve(
 ) -> None:
     """Serve a model by OpenAI's API, with a page at / that shows the cache.
 
-    Paths: /v1/chat/completions, /v1/completions, /v1/models, /health and /metrics. Prompts and answers are found again after a restart: only what is new is computed.
+    Paths: /v1/chat/completions, /v1/completions, /v1/models, /health and /metrics. Prompts and answers are found
+    again after a restart: only what is new is computed.
     """
     serving = _import_serving()
     options = replace(options, model=model_name)

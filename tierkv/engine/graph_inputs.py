@@ -89,7 +89,7 @@ class GraphInputs:
             if shape.cascade
             else None
         )
-        self.batch = AttentionBatch(
+        self.batch: AttentionBatch = AttentionBatch(
             pool=cache.hot,
             block_size=self._size,
             query_starts=starts,

@@ -20,8 +20,8 @@ class MergedLinear:
     __slots__ = ("bias", "weight")
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.weight = weight
-        self.bias = bias
+        self.weight: Tensor = weight
+        self.bias: Tensor | None = bias
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return [T, sum of outputs] of x [T, inputs]."""

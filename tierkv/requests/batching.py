@@ -21,7 +21,7 @@ class Batching:
     def __init__(
         self, tiers: Tiers, running: RunningSequences, daemon: DaemonTiers | None, *, calls: ActiveCalls
     ) -> None:
-        self.calls = calls
+        self.calls: ActiveCalls = calls
         self._tiers = tiers
         self._running = running
         self._daemon = daemon

@@ -40,7 +40,7 @@ ROOMS = {
     "scheduling": "errors values requests cache",
     "engine": "errors values background storage kernels movers ranks config requests cache scheduling",
     "profiling": "errors values policies storage config transfer requests cache",
-    "serving": "errors values engine profiling",
+    "serving": "errors values cache engine profiling",
     "integrations": "errors values storage movers ranks block_store engine",
     "__init__": "errors values policies background storage movers ranks config block_store requests cache engine "
     "profiling",

@@ -29,7 +29,7 @@ class ApiError(Exception):
         self.status = status
         self.code = code
         self.param = param
-        self.headers = dict(headers or {})
+        self.headers: dict[str, str] = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
         """Return the JSON object."""

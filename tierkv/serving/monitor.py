@@ -22,12 +22,12 @@ class Monitor:
     def __init__(self) -> None:
         self.outcomes: Counter[str] = Counter()
         self.statuses: Counter[int] = Counter()
-        self.prompt_tokens = 0
-        self.cached_tokens = 0
-        self.new_tokens = 0
-        self.last_cached_tokens = 0
-        self.last_prompt_tokens = 0
-        self.saved_s = 0.0
+        self.prompt_tokens: int = 0
+        self.cached_tokens: int = 0
+        self.new_tokens: int = 0
+        self.last_cached_tokens: int = 0
+        self.last_prompt_tokens: int = 0
+        self.saved_s: float = 0.0
         self._token_s: float | None = None  # the least time that computing a token has taken
         self._first_token_buckets = [0] * (len(_BUCKETS_S) + 1)
         self._first_token_sum_s = 0.0

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import date
 from typing import Any, TypeVar
 
+from tierkv.cache import TierCache
 from tierkv.engine.engine import Engine
 from tierkv.engine.generation import GenerationOptions
 from tierkv.engine.model_support import context_of
@@ -60,25 +61,25 @@ class Service:
     def __init__(
         self, runner: Runner, engine: Engine, *, name: str, limits: ServeLimits, day: date | None = TEMPLATE_DAY
     ) -> None:
-        self.engine = engine
-        self.cache = runner.cache
+        self.engine: Engine = engine
+        self.cache: TierCache = runner.cache
         self.name = name
         self.limits = limits
         self.day = day
-        self.monitor = Monitor()
-        self.is_stopping = False
-        self.started = time.monotonic()
-        self.created = int(time.time())
+        self.monitor: Monitor = Monitor()
+        self.is_stopping: bool = False
+        self.started: float = time.monotonic()
+        self.created: int = int(time.time())
         self._tokenizer = runner.loaded.tokenizer
         if self._tokenizer is None:
             raise ConfigError("a server needs the model's tokenizer")
         # Rust's tokenizers refuse a call while another thread is inside: one thread encodes, another copy decodes.
         self._decoder = copy.deepcopy(self._tokenizer)
         self._encoding = ThreadPoolExecutor(1, thread_name_prefix="tierkv-encode")
-        self.token_texts = TokenTexts(self._decoder)
-        self.room = _room_of(runner)
-        self.max_prompt_tokens = min(limits.max_prompt_tokens or self.room, self.room)
-        self.max_body_bytes = limits.body_bytes(self.max_prompt_tokens)
+        self.token_texts: TokenTexts = TokenTexts(self._decoder)
+        self.room: int = _room_of(runner)
+        self.max_prompt_tokens: int = min(limits.max_prompt_tokens or self.room, self.room)
+        self.max_body_bytes: int = limits.body_bytes(self.max_prompt_tokens)
         self._end_ids = _end_ids(runner)
         self._num_ids = runner.loaded.model.get_input_embeddings().num_embeddings
         self._special_ids = frozenset(self._decoder.all_special_ids)

@@ -350,12 +350,12 @@ def test_a_request_that_waits_for_another_process_can_be_dropped(make: Make, mon
 
 
 def count_calls(call: Callable[[], object]) -> int:
-    """Return how many functions a call calls, Python's and C's."""
+    """Return how many functions the scheduler's own code calls in a call, Python's and C's."""
     count = 0
 
     def profile(frame: Any, event: str, argument: Any) -> None:
         nonlocal count
-        count += event in ("call", "c_call")
+        count += event in ("call", "c_call") and "scheduling" in frame.f_code.co_filename
 
     sys.setprofile(profile)
     try:
@@ -381,7 +381,7 @@ def most_calls_of_a_step(driver: PatternScheduler, kind: str, num_waiting: int) 
 @pytest.mark.parametrize("kind", ["equal prompts", "one prefix", "unlike prompts"])
 def test_a_step_costs_no_more_if_more_requests_wait(make: Make, kind: str) -> None:
     few, many = (most_calls_of_a_step(make(hot=200, max_running=4, max_step_tokens=8), kind, n) for n in (128, 4096))
-    assert many < 1.2 * few + 200
+    assert many < 1.1 * few + 50
 
 
 def test_ended_requests_leave_the_queue_although_none_starts(make: Make) -> None:

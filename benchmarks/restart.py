@@ -1,8 +1,8 @@
 """From the start of a process to the first token of a long prompt, with and without the store.
 
 A child process loads a model of Llama-3.1-8B's shape with random weights from a checkpoint, opens its cache, and
-answers one prompt whose K and V an earlier process has stored. Its time is shown in parts: the process and its
-imports, the model, the cache with its checks of the model, and the first token.
+answers one prompt whose K and V an earlier process has stored. Its time is shown in parts: the process and its imports,
+the model, the cache with its checks of the model, and the first token.
 """
 
 from __future__ import annotations

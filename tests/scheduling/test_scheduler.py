@@ -387,6 +387,7 @@ def test_a_step_costs_no_more_if_more_requests_wait(make: Make, kind: str) -> No
 def test_ended_requests_leave_the_queue_although_none_starts(make: Make) -> None:
     driver = make(max_running=1)
     driver.submit(prompt(5, 1), new=200)
+    driver.submit(prompt(5, 2), new=1)  # the first of the queue: those behind it are not looked at
     driver.step()
     for i in range(5000):
         driver.scheduler.drop(driver.submit(prompt(5, i)))

@@ -135,7 +135,7 @@ class TokenStream:
 class _Progress:
     """Satisfies `Reader`: how many tokens of a request may be read. The tokens themselves are the request's.
 
-    So a step makes no object for a token, and a stream that nobody reads costs little.
+    So a step makes no object for a token, and a stream without a reader costs little.
     """
 
     wants_events: bool = True

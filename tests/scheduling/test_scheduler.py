@@ -276,7 +276,7 @@ def test_decoding_sequences_get_a_token_in_every_step_beside_a_long_prompt(make:
 
 @pytest.mark.parametrize("size", [1, 30])
 def test_a_burst_of_requests_does_not_start_at_once_beside_decoding_sequences(make: Make, size: int) -> None:
-    driver = make(hot=400, max_step_tokens=256)
+    driver = make(hot=1000, max_step_tokens=256)
     driver.scheduler.running.decode_step_tokens = 40
     decoding = driver.submit(prompt(5, 999), new=200)
     driver.step()

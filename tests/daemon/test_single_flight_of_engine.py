@@ -72,6 +72,7 @@ def test_the_wait_for_another_process_has_its_limit(start_daemon: Start, open_ca
     driver.run()
     assert time.monotonic() - started < 10
     assert driver.computed == len(PROMPT)
+    assert second._daemon is not None and second._daemon.blocks.num_waits == 0, "no step has waited in a call"
     first.release(sequence)
 
 

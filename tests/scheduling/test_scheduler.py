@@ -274,6 +274,30 @@ def test_decoding_sequences_get_a_token_in_every_step_beside_a_long_prompt(make:
     driver.check_idle()
 
 
+@pytest.mark.parametrize("size", [1, 30])
+def test_a_burst_of_requests_does_not_start_at_once_beside_decoding_sequences(make: Make, size: int) -> None:
+    driver = make(hot=1000, max_step_tokens=256)
+    driver.scheduler.running.decode_step_tokens = 40
+    decoding = driver.submit(prompt(5, 999), new=200)
+    driver.step()
+    for seed in range(100):
+        driver.submit(prompt(size, seed), new=2)
+    starts = []
+    while driver.scheduler.num_waiting:
+        before = driver.scheduler.num_waiting
+        driver.step()
+        starts.append(before - driver.scheduler.num_waiting)
+    assert max(starts) == (16 if size == 1 else 2), "what fills a pass, and few at once"
+    assert decoding.num_new > len(starts)
+    driver.run()
+    for seed in range(100):
+        driver.submit(prompt(size, 1000 + seed))
+    driver.step()
+    assert not driver.scheduler.num_waiting, "without decoding sequences all start at once"
+    driver.run()
+    driver.check_idle()
+
+
 def test_more_decoding_sequences_than_a_step_takes_have_their_turns(make: Make) -> None:
     driver = make(max_step_tokens=3)
     requests = [driver.submit(prompt(2, seed), new=10) for seed in range(7)]
@@ -367,6 +391,8 @@ def count_calls(call: Callable[[], object]) -> int:
 
 def most_calls_of_a_step(driver: PatternScheduler, kind: str, num_waiting: int) -> int:
     shared = prompt(64, 1)
+    driver.submit(prompt(5, 9999), new=400)
+    driver.step()
     for i in range(num_waiting):
         own = {"equal prompts": shared, "one prefix": [*shared, i, i + 1], "unlike prompts": prompt(66, i)}
         driver.submit(own[kind], new=20)
@@ -387,6 +413,7 @@ def test_a_step_costs_no_more_if_more_requests_wait(make: Make, kind: str) -> No
 def test_ended_requests_leave_the_queue_although_none_starts(make: Make) -> None:
     driver = make(max_running=1)
     driver.submit(prompt(5, 1), new=200)
+    driver.submit(prompt(5, 2), new=1)  # the first of the queue: those behind it are not looked at
     driver.step()
     for i in range(5000):
         driver.scheduler.drop(driver.submit(prompt(5, i)))

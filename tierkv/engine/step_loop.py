@@ -28,7 +28,7 @@ from tierkv.scheduling.scheduler import Scheduler
 __all__ = ["Counters", "StepLoop"]
 
 _MOST_ARRIVALS = 256
-"""New requests that one step takes into the queue; more would delay the decoding ones."""
+"""New requests that one step takes into the queue beside decoding sequences; more would delay their next tokens."""
 
 
 @dataclass(slots=True)
@@ -242,7 +242,8 @@ class StepLoop:
 
     def _take_news(self) -> None:
         """Take new requests into the queue, and end those that are cancelled or expired."""
-        for _ in range(min(len(self._arrivals), _MOST_ARRIVALS)):
+        most = _MOST_ARRIVALS if self.scheduler.running.is_decoding else len(self._arrivals)
+        for _ in range(min(len(self._arrivals), most)):
             request = self._arrivals.popleft()
             if request.state is not RequestState.ENDED:
                 self.counters.submitted += 1

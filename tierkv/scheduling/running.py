@@ -38,6 +38,20 @@ class RunningRequests:
     def __iter__(self) -> Iterator[Request]:
         return iter(self._decoding + self._prefilling)
 
+    @property
+    def is_decoding(self) -> bool:
+        """Whether a request decodes."""
+        return bool(self._decoding)
+
+    def fills_a_pass(self) -> bool:
+        """Return whether the prompts that are computed fill the next pass beside the decoding requests."""
+        room = self.decode_step_tokens
+        for request in self._prefilling:
+            room -= len(request.token_ids) - request.num_computed
+            if room <= 0:
+                return True
+        return False
+
     def add(self, request: Request, sequence: Sequence) -> None:
         """Add a request that has just got its sequence."""
         request.sequence = sequence

@@ -21,7 +21,8 @@ AGING = 256
 """A level of priority is worth so many places in the queue: at most so many later requests of the next more urgent
 level are started first. So the order of two requests never changes, and every request has its turn."""
 
-_MOST_LOOKS = 32  # waiting requests that one step lets follow another one; more would delay the decoding ones
+_MOST_LOOKS = 32  # beside decoding sequences: waiting requests that one step lets follow another one,
+_MOST_STARTS = 16  # and that it starts; more would delay the next tokens
 _RETRY_STEPS = 8  # a request without room is tried again after so many steps, or when blocks were released
 
 
@@ -88,13 +89,14 @@ class Scheduler:
     def admit(self) -> int:
         """Start waiting requests while there is room. Return how many.
 
+        While sequences decode, it starts no more than fill the next pass, so that they do not wait for it.
         A request that can never start is put into `failed`. Raises ClosedError if the cache is closed.
         """
         self._num_steps += 1
         for each in self._others.ask_again(self._advance):
             self._waiting.push(each)  # its followers go on when it starts or ends
         count, num_looks = 0, 0
-        while num_looks < _MOST_LOOKS and (request := self._waiting.take()) is not None:
+        while not self._is_enough(count, num_looks) and (request := self._waiting.take()) is not None:
             try:
                 if found := self._owners.find(request):
                     self._follow(request, *found)
@@ -194,6 +196,13 @@ class Scheduler:
         assert all(each.state is RequestState.RUNNING for each in self.running)
         assert all(each.state is RequestState.ENDED for each in self._lingering)
         self._owners.check()
+
+    def _is_enough(self, num_starts: int, num_looks: int) -> bool:
+        """Return whether a step that has started so many requests goes on, because sequences decode."""
+        running = self.running
+        if not running.is_decoding:
+            return False
+        return num_looks >= _MOST_LOOKS or num_starts >= _MOST_STARTS or running.fills_a_pass()
 
     def _may_start(self, request: Request) -> bool:
         """Return whether there is a place and room for a request; preempt less urgent ones for it."""

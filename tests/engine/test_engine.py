@@ -357,9 +357,12 @@ def test_a_step_beside_decoding_sequences_has_a_bounded_part_of_prompts(
         assert all(batch[:3] == [1, 1, 1] and sum(batch) <= 13 for batch in beside)
         for stream in decoding:
             stream.close()
+    stream = runner.stream([tokens(5)], greedy(30))
+    next(stream)
     held.batches.clear()
     runner.generate([tokens(100, seed=10)], greedy(1))
-    assert held.batches == [[64], [36]], "alone, and after the engine: as much as a step takes"
+    assert held.batches == [[1, 63], [1, 37]], "after the engine: as much as a step takes"
+    stream.close()
 
 
 def test_a_prefix_that_an_engine_computes_is_not_computed_by_the_runner(open_one: Open) -> None:

@@ -21,6 +21,7 @@ from tierkv.engine.forward_pass import ForwardPass
 from tierkv.engine.generation import GenerationOptions
 from tierkv.engine.runner import Runner
 from tierkv.engine.sampling import BatchSampler
+from tierkv.engine.token_stream import TokenStream
 from tierkv.errors import CapacityError, ClosedError, ConfigError, QueueFullError
 
 Open = Callable[..., Runner]
@@ -128,7 +129,8 @@ def test_a_reader_that_leaves_ends_its_request(open_one: Open, how: str) -> None
     runner = open_one(hot=300)
     with Engine(runner) as engine:
         if how in ("drop async", "break", "cancelled task"):
-            asyncio.run(_leave_async(engine, how))
+            kept = asyncio.run(_leave_async(engine, how))
+            assert (kept is None) == (how == "drop async")
         else:
             stream = engine.submit(tokens(9), greedy(LONG))
             next(stream)
@@ -145,15 +147,17 @@ def test_a_reader_that_leaves_ends_its_request(open_one: Open, how: str) -> None
         assert engine.stats().new_tokens < LONG
 
 
-async def _leave_async(engine: Engine, how: str) -> None:
-    stream = engine.submit(tokens(9), greedy(LONG))
+async def _leave_async(engine: Engine, how: str) -> TokenStream | None:
+    """Leave the iteration; the stream itself is returned and so kept, unless it is dropped too."""
+    stream: TokenStream | None = engine.submit(tokens(9), greedy(LONG))
+    assert stream is not None
     if how == "break":
         async for _ in stream:
             break
     elif how == "drop async":
         events = stream.__aiter__()
         await events.__anext__()
-        del stream, events
+        stream = events = None  # type: ignore[assignment]
     else:
 
         async def read() -> None:
@@ -165,7 +169,9 @@ async def _leave_async(engine: Engine, how: str) -> None:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+        del read, task
     await asyncio.sleep(0.05)
+    return stream
 
 
 def test_an_event_loop_that_is_gone_ends_the_requests_of_its_readers(open_one: Open) -> None:

@@ -21,7 +21,7 @@ from tierkv import __version__
 from tierkv.errors import TierKVError
 from tierkv.tools.terminal import OutputError, set_verbosity, standard_streams, visible
 
-__all__ = ["COMMANDS", "app", "main"]
+__all__ = ["COMMANDS", "app", "load_command", "main"]
 
 
 class _Place(NamedTuple):
@@ -87,11 +87,11 @@ class _LateCommands(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         """Return the name of the called command, the command, and its arguments."""
         name, command, rest = super().resolve_command(ctx, args)
-        return name, _loaded(name) if name in COMMANDS else command, rest
+        return name, load_command(name) if name in COMMANDS else command, rest
 
 
-def _loaded(name: str) -> Any:
-    """Import a command or a group of commands."""
+def load_command(name: str) -> Any:
+    """Import a command or a group of commands; return it as Typer's own object."""
     place = COMMANDS[name]
     found = getattr(importlib.import_module(f"tierkv.tools.{place.module}"), place.name)
     if isinstance(found, typer.Typer):

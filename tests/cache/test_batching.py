@@ -62,6 +62,18 @@ def test_nothing_else_is_copied(cache: TierCache, other: list[int], num_tokens: 
     cache.check()
 
 
+def test_equal_tokens_behind_other_blocks_are_not_copied(cache: TierCache) -> None:
+    engine = PatternEngine(cache)
+    other = [5, *PROMPT[1:8]]
+    cache.release(engine.start([*other, 3]))
+    source, target = engine.start(PROMPT), cache.acquire([*other, *PROMPT[8:], 7])
+    assert target.num_cached_tokens == 8 and target.token_bytes[32:40] == source.token_bytes[32:40]
+    assert cache.batching.share_partial(source, target, 10) == 0
+    for sequence in (source, target):
+        cache.release(sequence)
+    cache.check()
+
+
 def test_room_is_what_no_sequence_uses(cache: TierCache) -> None:
     has_room = cache.batching.has_room
     assert has_room(range(48), reuse=True) and not has_room(range(49), reuse=True)

@@ -60,6 +60,7 @@ GENERATED = re.findall(r"^GenerateStats.*$", (ROOT / "docs/transformers.md").rea
 OF_ENGINES = {"--distributed-executor-backend", "--enable-metrics", "--page-size"}  # options of vLLM and SGLang
 
 EXPECTED = {  # by a name that the example contains: the last line that each of two runs prints
+    "Engine(runner)": [" 32 more tokens; 2 requests"] * 2,
     "open_runner": ["0.0", "0.875"],  # 7 whole blocks of 8; the last is partly filled and was not stored
     "store.register": ["0 0", "4 0"],
     "persistent_cache": GENERATED,  # as docs/transformers.md shows it

@@ -433,11 +433,12 @@ def test_closing_ends_requests_within_its_bound_and_takes_no_more(open_one: Open
 
 def test_closing_lets_what_has_started_end(open_one: Open) -> None:
     runner = open_one()
-    engine = Engine(runner)
-    stream = engine.submit(tokens(9), greedy(20))
+    engine = Engine(runner, max_running=1)
+    stream, waiting = engine.submit(tokens(9), greedy(20)), engine.submit(tokens(9, seed=2), greedy(20))
     next(stream)
     engine.close(wait_s=60)
     assert len(stream.result().token_ids) == 20 and stream.finish_reason == "length"
+    assert waiting.result().finish_reason == "shutdown" and waiting.result().token_ids == []
 
 
 def test_a_step_that_hangs_does_not_hold_the_readers(open_one: Open, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -483,12 +483,17 @@ def test_an_answer_that_a_stop_token_ends_is_checked_and_then_stored(model: Any)
         assert runner.cache.match([*prompt, *answer.token_ids, 7]).num_cached_tokens == len(prompt) + 3
 
 
-def test_a_change_amid_a_call_is_told_when_a_stop_token_ends_it(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("store_partial", [True, False])
+def test_a_change_amid_a_call_is_told_when_a_stop_token_ends_it(
+    model: Any, monkeypatch: pytest.MonkeyPatch, store_partial: bool
+) -> None:
     prompt = tokens(3)
     with opened(model) as runner:
         (free,) = runner.generate([prompt], greedy(6, use_cache=False))
         assert free.token_ids[3] not in free.token_ids[:3]
-        stopped = GenerationOptions(max_new_tokens=6, stop_ids=frozenset(free.token_ids[3:4]), store_partial=True)
+        stopped = GenerationOptions(
+            max_new_tokens=6, stop_ids=frozenset(free.token_ids[3:4]), store_partial=store_partial
+        )
         passes = 0
 
         def forward_and_write(*given: Any, **options: Any) -> Tensor:
@@ -503,6 +508,15 @@ def test_a_change_amid_a_call_is_told_when_a_stop_token_ends_it(model: Any, monk
         with pytest.raises(ConfigError, match="weights have changed"):
             runner.generate([prompt], stopped)
         assert passes == 4
+        runner.cache.check()
+
+
+def test_a_change_between_two_calls_gives_no_token_although_no_block_is_completed(model: Any) -> None:
+    with opened(model) as runner:
+        runner.generate([tokens(20)], greedy())
+        write_one_number(model)
+        with pytest.raises(ConfigError, match="weights have changed"):
+            next(runner.stream([tokens(3, seed=9)], greedy(6)))
         runner.cache.check()
 
 

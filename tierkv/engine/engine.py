@@ -61,7 +61,8 @@ class Engine:
     decode_step_tokens: tokens of prompts in a pass beside decoding sequences at most.
     Raises ConfigError if the runner has an engine, or is one of several ranks.
 
-    >>> with Engine(runner) as engine:
+    >>> loaded = load_model(None, cache_dir=Path("models"))
+    >>> with open_runner(loaded, CacheConfig(block_size=16)) as runner, Engine(runner) as engine:
     ...     streams = [engine.submit([1, 2, n], GenerationOptions(max_new_tokens=3)) for n in range(4)]
     ...     [len(stream.result().token_ids) for stream in streams]
     [3, 3, 3, 3]

@@ -22,7 +22,8 @@ class TokenStream:
     `finish_reason` says why.
     A context manager: leaving it cancels what is left. So does dropping the stream, and leaving an `async for` early.
 
-    >>> with Engine(runner) as engine:
+    >>> loaded = load_model(None, cache_dir=Path("models"))
+    >>> with open_runner(loaded, CacheConfig(block_size=16)) as runner, Engine(runner) as engine:
     ...     with engine.submit([1, 2, 3], GenerationOptions(max_new_tokens=2)) as stream:
     ...         tokens = [event.token_id for event in stream]
     ...     len(tokens), stream.finish_reason

@@ -37,6 +37,7 @@ class Readers:
         self.num_whole = self.num_left = 0
         self.faults: list[str] = []
         self.open_tasks: set[Any] = set()
+        self.early_bytes: int | None = None
 
     def submit(self, random_: random.Random) -> tuple[int, Any]:
         number = random_.randrange(len(self.prompts))
@@ -87,7 +88,11 @@ class Readers:
             self.note(number, got, stream.finish_reason, is_whole=is_whole)
 
     async def all_tasks(self) -> None:
-        await asyncio.gather(*(self.in_task(seed) for seed in range(NUM_TASKS)))
+        tasks = [asyncio.create_task(self.in_task(seed)) for seed in range(NUM_TASKS)]
+        if SECONDS >= 60:
+            await asyncio.sleep(SECONDS / 3)
+            self.early_bytes = resident_bytes()
+        await asyncio.gather(*tasks)
         self.open_tasks = asyncio.all_tasks() - {asyncio.current_task()}
 
 
@@ -96,13 +101,18 @@ def options_of(number: int) -> GenerationOptions:
     return greedy(count) if number % 2 else sampled(count, seed=number)
 
 
+def resident_bytes() -> int:
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def open_files() -> int:
     gc.collect()
     return len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").is_dir() else 0
 
 
 def test_nothing_is_left_of_readers_that_come_and_go(open_one: Open) -> None:
-    runner = open_one(hot=60, warm=80)
+    runner = open_one(hot=20, warm=80)
     shared = tokens(40)
     prompts = [[*shared[: i % 3 * 20], *tokens(i % 9 + 1, seed=i)] for i in range(24)]
     answers = {
@@ -124,6 +134,8 @@ def test_nothing_is_left_of_readers_that_come_and_go(open_one: Open) -> None:
     assert readers.num_whole > 50 and readers.num_left > 50
     assert stats.cancelled and stats.finished and stats.preempted
     assert not readers.open_tasks
+    if readers.early_bytes is not None:
+        assert resident_bytes() < readers.early_bytes + (32 << 20)
     del readers, threads
     gc.collect()
     assert threading.active_count() == threads_before

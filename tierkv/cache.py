@@ -372,8 +372,8 @@ class TierCache:
         self._must_end.set()
         is_quiet = self._offloader.close()  # this ends the calls that wait for writes
         is_quiet &= self.calls.wait(_CALLS_WAIT_S)
-        self._running.release_all()
-        close_tiers(tiers, self._daemon, is_quiet=is_quiet, owns_cold=self._owns_cold)
+        is_idle = self._running.release_all()
+        close_tiers(tiers, self._daemon, is_quiet=is_quiet, is_idle=is_idle, owns_cold=self._owns_cold)
 
 
 def save_cache_state(cache: TierCache, path: str | Path) -> SavedState:

@@ -102,7 +102,6 @@ class TierMemory:
             self.compression.mover.close()
         self.mover.close()
         self.warm.close()
-        self.hot.close()
         if self.compression:
             self.compression.staging.close()
 

@@ -463,7 +463,7 @@ def test_a_pass_after_which_the_model_is_another_is_not_committed(model: Any, mo
         return logits
 
     with opened(model, max_step_tokens=BLOCK) as runner:
-        monkeypatch.setattr("tierkv.engine.forward_pass.forward", forward_and_write)
+        monkeypatch.setattr("tierkv.engine.attention.forward", forward_and_write)
         with pytest.raises(ConfigError, match="weights have changed"):
             runner.prefill(prompt)
         assert passes == 4, "the third is checked while the fourth is computed"
@@ -504,7 +504,7 @@ def test_a_change_amid_a_call_is_told_when_a_stop_token_ends_it(
                 write_one_number(model)
             return logits
 
-        monkeypatch.setattr("tierkv.engine.forward_pass.forward", forward_and_write)
+        monkeypatch.setattr("tierkv.engine.attention.forward", forward_and_write)
         with pytest.raises(ConfigError, match="weights have changed"):
             runner.generate([prompt], stopped)
         assert passes == 4

@@ -129,9 +129,8 @@ class TierCache:
             committer=self._committer,
             statistics=RequestStatistics(tiers),
             daemon=daemon,
-            # Not over ranks: each rank's load would end at another block.
             choice=RecomputeOrLoad(block_size=config.block_size, piece_tokens=config.piece_tokens)
-            if self.ranks.size == 1 and daemon is None
+            if daemon is None
             else None,
         )
 

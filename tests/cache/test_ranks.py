@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Votes
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +20,7 @@ from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.errors import CapacityError, ConfigError, RankError, StoreError
 from tierkv.movers.mover import Mover
-from tierkv.ranks.group import Agreement
+from tierkv.ranks.group import Vote
 from tierkv.ranks.torch_ranks import TorchRanks
 from tierkv.requests.sequence import Sequence
 from tierkv.storage.cold import ColdStore
@@ -317,8 +318,8 @@ class Impatient(TorchRanks):
         self.gave_up = threading.Event()
         self._timeout = timedelta(seconds=0.01)
 
-    def agree_min(self, vote: int, *, topic: bytes) -> Agreement:
-        agreed = super().agree_min(vote, topic=topic)
+    def agree(self, vote: Votes[int], *, topic: bytes) -> list[Vote] | None:
+        agreed = super().agree(vote, topic=topic)
         self._timeout = timedelta(seconds=60)
         self.gave_up.set()
         return agreed

@@ -20,6 +20,7 @@ from torch import distributed
 from transformers.distributed import DistributedConfig
 
 from tierkv.config import CacheConfig
+from tierkv.engine.fused_model import FusedDecoder
 from tierkv.engine.model_identity import ModelCheck, weights_digest
 from tierkv.engine.model_reader import read_state
 from tierkv.engine.model_state import local_part
@@ -89,7 +90,7 @@ class Worker:
         return sum(part.nbytes for part in map(local_part, self.model.parameters()))
 
     @contextmanager
-    def runner(self) -> Iterator[Runner]:
+    def runner(self, *, fuse: str = "auto") -> Iterator[Runner]:
         layer_bytes = 2 * 2 * 64 * dtype_of(self.device).itemsize  # both heads: more than a rank has
         block_bytes = 3 * layer_bytes * block_size_of(self.device)
         config = CacheConfig(
@@ -100,12 +101,17 @@ class Worker:
             cold_bytes=64 << 20,
             min_free_bytes=0,
         )
-        with open_runner(LoadedModel(self.model, None, "tiny"), config, ranks=self.ranks) as runner:
+        with open_runner(LoadedModel(self.model, None, "tiny"), config, ranks=self.ranks, fuse=fuse) as runner:
             yield runner
 
-    def generate(self) -> dict[str, Any]:
+    def generate_fused(self) -> dict[str, Any]:
+        """Do as `generate`, by fused passes."""
+        return self.generate(fuse="on")
+
+    def generate(self, *, fuse: str = "auto") -> dict[str, Any]:
         """Answer the prompt in a cache that has just been opened."""
-        with self.runner() as runner:
+        with self.runner(fuse=fuse) as runner:
+            assert fuse != "on" or isinstance(runner._pass._compute, FusedDecoder)
             options = GenerationOptions(
                 max_new_tokens=NUM_NEW, stop_ids=frozenset(), store_partial=True, keep_logits=True
             )

@@ -30,7 +30,7 @@ from tierkv.engine.models import LoadedModel
 from tierkv.engine.request_builder import RequestBuilder
 from tierkv.engine.step_loop import StepLoop
 from tierkv.errors import ConfigError
-from tierkv.ranks.group import OneRank, RankGroup
+from tierkv.ranks.group import OneRank, RankGroup, agree_min
 from tierkv.requests.sequence import Sequence
 from tierkv.storage.cold import ColdStore
 from tierkv.values.checks import check_count
@@ -48,7 +48,7 @@ class Runner:
     max_step_tokens: new tokens of one forward pass at most; longer prompts are computed in pieces.
     cascade: "auto" lets sequences that decode together read a shared prefix once where that is faster; "off" never.
     cascade_cost: the speeds for that decision; None takes those measured on an H200 or a CPU.
-    use_graphs: replay CUDA graphs; None does unless the model is split.
+    use_graphs: replay CUDA graphs; None does, of a split model only if its collective library can be captured.
     fuse: "auto" merges projections and fuses element-wise kernels on CUDA where the model is known, "off" never, "on"
     on any device. It moves weights: a runner that was opened without it on the same model must be opened anew.
     state: the model's state when the cache's namespace was made; None reads it now.
@@ -139,7 +139,7 @@ class Runner:
         with self.step_loop.lock, self._attention:
             self._commits.model_check.check()
         num_cached = self.cache.match(request.token_ids).num_cached_tokens
-        if self.cache.ranks.agree_min(num_cached, topic=b"prefill").lowest == request.prompt_tokens:
+        if agree_min(self.cache.ranks, num_cached, topic=b"prefill").lowest == request.prompt_tokens:
             return 0
         for _ in self._run([request], is_stream=False):
             pass

@@ -1,14 +1,15 @@
 """Ranks that agree through a store of torch.distributed.
 
-Each decision is a register that is written once, by compare-and-set. The first rank that has seen all votes writes the
-smallest one; the first rank whose wait times out writes 0. A late rank reads the decision. An all-reduce was rejected:
-a rank that times out cannot withdraw its vote, so the others may continue with a number that it never saw.
+Each decision is a register that is written once, by compare-and-set. The first rank that has seen all votes writes
+them; the first rank whose wait times out writes that there is no decision. A late rank reads what was written. An
+all-reduce was rejected: a rank that times out cannot withdraw its vote, so the others may continue with a number that
+it never saw.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -16,12 +17,13 @@ import xxhash
 from torch import distributed
 
 from tierkv.errors import ConfigError, RankError
-from tierkv.ranks.group import Agreement
+from tierkv.ranks.group import Vote
 
 __all__ = ["Store", "TorchRanks"]
 
 _DECISION = "decision"
 _LOST_STEP = "lost step"
+_NONE = "none"
 
 
 class Store(Protocol):
@@ -85,21 +87,23 @@ class TorchRanks:
         store = server or tcp_store(host, ports[0], is_master=False)
         return cls(store, rank=rank, size=size, timeout_s=timeout_s)
 
-    def agree_min(self, vote: int, *, topic: bytes) -> Agreement:
-        """Return the smallest vote of all ranks, or 0 if a vote is missing in time; the same on every rank.
+    def agree(self, vote: Sequence[int], *, topic: bytes) -> list[Vote] | None:
+        """Return the votes of all ranks, or None if one is missing in time; the same on every rank.
 
         Raises RankError if the ranks vote on different topics, or if the store cannot be reached.
         """
+        text = f"{','.join(map(str, vote))} {xxhash.xxh3_64_hexdigest(topic)}"
         with self._lock:
             self._num_rounds += 1
             try:
-                decision = self._decide(self._num_rounds, f"{vote} {xxhash.xxh3_64_hexdigest(topic)}")
+                decision = self._decide(self._num_rounds, text)
             except RuntimeError as exc:
                 raise RankError(f"rank {self.rank} cannot know what the others decided: {exc}") from exc
         if decision == _LOST_STEP:
             raise RankError("the ranks have lost step: they ask for different things at the same time")
-        lowest, is_unanimous = map(int, decision.split())
-        return Agreement(lowest, bool(is_unanimous))
+        if decision == _NONE:
+            return None
+        return [tuple(map(int, each.split(","))) for each in decision.split()]
 
     def gather(self, payload: bytes) -> list[bytes]:
         """Return every rank's payload. Raises RankError if a payload is missing in time."""
@@ -121,8 +125,8 @@ class TorchRanks:
         try:
             self._store.wait(keys, self._timeout)
         except RuntimeError:  # a time-out; if the store is gone, the next line raises
-            return self._write_once(number, "0 0")
-        decision = self._write_once(number, _counted(text.decode() for text in self._get(keys)))
+            return self._write_once(number, _NONE)
+        decision = self._write_once(number, _joined([text.decode() for text in self._get(keys)]))
         self._forget_before(number)
         return decision
 
@@ -147,9 +151,7 @@ def _key(number: int, name: object) -> str:
     return f"tierkv/{number}/{name}"
 
 
-def _counted(votes: Iterable[str]) -> str:
-    """Return the decision for all votes; each is a number and the digest of its topic."""
+def _joined(votes: list[str]) -> str:
+    """Return the decision for all votes; each is numbers and the digest of its topic."""
     numbers, topics = zip(*(vote.split() for vote in votes), strict=True)
-    if len(set(topics)) > 1:
-        return _LOST_STEP
-    return f"{min(map(int, numbers))} {int(len(set(numbers)) == 1)}"
+    return _LOST_STEP if len(set(topics)) > 1 else " ".join(numbers)

@@ -21,6 +21,10 @@ _ONE_SHOT_BYTES_OF_MANY = 1 << 18
 """Sums of at most so many bytes are read in one shot, by ranks: every rank reads the parts of all others."""
 
 
+# Torch has renamed it.
+_gather: Any = getattr(distributed, "all_gather_single", None) or getattr(distributed, "all_gather_into_tensor", None)
+
+
 class RankSums:
     """Collective operations over a process group; all ranks make the same calls in the same order, on one stream.
 
@@ -59,7 +63,7 @@ class RankSums:
         """Return [T, size * n] of all ranks' parts [T, n], side by side in the order of ranks; in `out` if given."""
         rows, columns = part.shape
         gathered = part.new_empty(self.size * rows, columns)
-        distributed.all_gather_into_tensor(gathered, part.contiguous(), group=self._group)
+        _gather(gathered, part.contiguous(), group=self._group)
         side_by_side = gathered.view(self.size, rows, columns).transpose(0, 1)
         if out is None:
             return side_by_side.reshape(rows, self.size * columns)

@@ -25,9 +25,8 @@ RANKS = [2, 4, 8]
 @contextmanager
 def stored(path: Path, num_ranks: int) -> Iterator[Crew]:
     """Open ranks of which each has the prompt's blocks in its cold tier only."""
-    crew = Crew(
-        path / "store", "cpu", hot=(16,) * num_ranks, warm=NUM_BLOCKS, timeout_s=60, piece_tokens=SIZE, **options
-    )
+    hot, warm = (16,) * num_ranks, 2 * NUM_BLOCKS
+    crew = Crew(path / "store", "cpu", hot=hot, warm=warm, timeout_s=60, piece_tokens=SIZE)
     try:
         crew.compute(PROMPT)
         crew.forget()

@@ -113,7 +113,7 @@ class TierCache:
         self._users = BlockUsers()
         self._committer = Committer(tiers, offloader, users=self._users, write_through=config.write_through)
         self._running = RunningSequences(tiers, offloader, consensus, self._users)
-        self.batching: Batching = Batching(tiers, self._running, daemon, calls=self.calls)
+        self.batching: Batching = Batching(tiers, self._running, daemon, calls=self.calls, consensus=consensus)
         reading = ColdReading(tiers)
         loader = Loader(tiers, offloader, reading)
         self._evictor = Evictor(tiers, offloader, daemon)

@@ -138,9 +138,10 @@ class Runner:
         request = self._builder.build_prefill(token_ids)
         with self.step_loop.lock, self._attention:
             self._commits.model_check.check()
-        num_cached = self.cache.match(request.token_ids).num_cached_tokens
-        if agree_min(self.cache.ranks, num_cached, topic=b"prefill").lowest == request.prompt_tokens:
-            return 0
+        if not self.step_loop.is_joint:  # then the other ranks make this call too
+            num_cached = self.cache.match(request.token_ids).num_cached_tokens
+            if agree_min(self.cache.ranks, num_cached, topic=b"prefill").lowest == request.prompt_tokens:
+                return 0
         for _ in self._run([request], is_stream=False):
             pass
         return request.prompt_tokens - sum(request.result().cached_tokens.values())
@@ -159,7 +160,10 @@ class Runner:
         """Capture the CUDA graphs of decode steps now, which are else captured at their second use.
 
         For up to so many sequences of up to so many tokens each. Return how many graphs; 0 where none are used.
+        All ranks of a split model call this together, before they have an engine: ConfigError after that.
         """
+        if self.step_loop.is_joint:
+            raise ConfigError("the ranks' engine runs", hint="capture graphs before you open it")
         if self._pass.graphs is None:
             return 0
         with self.step_loop.lock, torch.inference_mode(), self._attention:

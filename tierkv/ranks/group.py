@@ -52,6 +52,12 @@ class RankGroup(Protocol):
     def gather(self, payload: bytes) -> list[bytes]:
         """Return every rank's payload, in the order of ranks. Raises RankError if a payload is missing."""
 
+    def send(self, message: bytes) -> None:
+        """Send a message from the first rank to all others. Raises RankError if one of them has read none for long."""
+
+    def receive(self, *, timeout_s: float) -> bytes | None:
+        """Return the next message of the first rank; None if none comes in time. Raises RankError if it has gone."""
+
 
 class OneRank:
     """The only rank of a model on one device."""
@@ -66,6 +72,13 @@ class OneRank:
     def gather(self, payload: bytes) -> list[bytes]:
         """Return the payload."""
         return [payload]
+
+    def send(self, message: bytes) -> None:
+        """Send to nobody."""
+
+    def receive(self, *, timeout_s: float) -> bytes | None:
+        """Return None: there is no other rank."""
+        return None
 
 
 def agree_min(ranks: RankGroup, vote: int, *, topic: bytes) -> Agreement:

@@ -24,6 +24,8 @@ __all__ = ["Store", "TorchRanks"]
 _DECISION = "decision"
 _LOST_STEP = "lost step"
 _NONE = "none"
+_MESSAGES_AT_ONCE = 64
+"""Messages that the first rank sends before the others must have read as many: then they are deleted."""
 
 
 class Store(Protocol):
@@ -68,6 +70,7 @@ class TorchRanks:
         self._lock = threading.Lock()
         self._num_rounds = 0
         self._num_gathers = 0
+        self._num_messages = 0
         self._kept: list[int] = []
 
     @classmethod
@@ -117,6 +120,59 @@ class TorchRanks:
             except RuntimeError as exc:
                 raise RankError(f"rank {self.rank} of {self.size} has not heard of every other: {exc}") from exc
 
+    def send(self, message: bytes) -> None:
+        """Send a message from the first rank to all others, in order. Costs one round trip to the store.
+
+        Raises RankError if another rank has not read the messages before the last 64 ones within `timeout_s`.
+        """
+        with self._lock:
+            number = self._num_messages
+            self._num_messages += 1
+            try:
+                if number % _MESSAGES_AT_ONCE == 0 and number:
+                    self._delete_read(number)
+                self._store.set(_message_key(number), message.hex())
+            except RuntimeError as exc:
+                raise RankError(f"another rank does not read what the first one sends: {exc}") from exc
+
+    def receive(self, *, timeout_s: float) -> bytes | None:
+        """Return the next message of the first rank; None if none comes in time.
+
+        Raises RankError if the store cannot be reached: the first rank has gone.
+        """
+        key = _message_key(self._num_messages)
+        try:
+            self._store.wait([key], timedelta(seconds=timeout_s))
+        except RuntimeError as exc:
+            self._require_store(exc)
+            return None
+        try:
+            message = bytes.fromhex(self._store.get(key).decode())
+            self._num_messages += 1
+            if self._num_messages % _MESSAGES_AT_ONCE == 0:
+                self._store.set(_read_key(self._num_messages, self.rank), "1")
+        except RuntimeError as exc:
+            raise RankError(f"the first rank has gone: {exc}") from exc
+        return message
+
+    def _delete_read(self, number: int) -> None:
+        """Wait until every other rank has read all messages before the last ones, and delete those."""
+        read = number - _MESSAGES_AT_ONCE
+        if not read:
+            return
+        keys = [_read_key(read, rank) for rank in range(1, self.size)]
+        if keys:
+            self._store.wait(keys, self._timeout)
+        for key in [*keys, *map(_message_key, range(read - _MESSAGES_AT_ONCE, read))]:
+            self._store.delete_key(key)
+
+    def _require_store(self, exc: RuntimeError) -> None:
+        """Raise RankError if the store cannot be reached: a wait that timed out raises the same error."""
+        try:
+            self._store.set(f"tierkv/alive/{self.rank}", "1")
+        except RuntimeError:
+            raise RankError(f"the first rank has gone: {exc}") from exc
+
     def _decide(self, number: int, vote: str) -> str:
         """Vote, and return the decision of a round; this rank writes it unless another rank has."""
         keys = [_key(number, rank) for rank in range(self.size)]
@@ -145,6 +201,14 @@ class TorchRanks:
             if self.rank == 0:
                 self._store.delete_key(_key(old, _DECISION))
         self._kept = [number]
+
+
+def _message_key(number: int) -> str:
+    return f"tierkv/message/{number}"
+
+
+def _read_key(number: int, rank: int) -> str:
+    return f"tierkv/read/{number}/{rank}"
 
 
 def _key(number: int, name: object) -> str:

@@ -132,6 +132,10 @@ class Consensus:
             return AgreedPiece(count, load.claim_agreed(count) if count else [], is_over)
         raise RankError("a rank did not say in time how much of a prompt it has loaded")
 
+    def can_all(self, can: bool, *, topic: bytes) -> bool:
+        """Return whether all ranks can, the same on every rank; False if one does not say so in time."""
+        return agree_min(self._ranks, 1 if can else UNABLE, topic=topic).lowest == 1
+
     def _agree_on_cold(self, costs: ColdCosts, decide: Decide, topic: bytes) -> Decision | None:
         """Return what becomes of cold blocks, the same on every rank; None if a rank did not vote in time."""
         votes = self._ranks.agree((_HAS_COLD, *costs), topic=topic)

@@ -26,13 +26,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, distributed
 
+from benchmarks.rank_passes import passes_line
 from benchmarks.ttft import SHAPES, drop_page_cache, machine, random_model
 from tierkv.config import CacheConfig
-from tierkv.engine.fused_model import FusedDecoder
 from tierkv.engine.models import LoadedModel, split_model
 from tierkv.engine.runner import GenerationOptions, Runner, open_runner
 from tierkv.ranks.group import RankGroup, agree_min
-from tierkv.ranks.rank_sums import RankSums
 from tierkv.ranks.torch_ranks import TorchRanks
 from tierkv.values.block import Tier
 
@@ -174,7 +173,7 @@ def _bench(device: torch.device, directory: Path, options: _Options) -> None:
         layout = runner.cache.layout
         say(f"block of a rank: {layout.block_bytes / 2**20:.1f} MiB, {layout.layers[0].kv_heads} heads of K and V")
         say(f"one agreement: {_agreement_us(ranks):.0f} us")
-        say(_passes_line(runner), flush=True)
+        say(passes_line(runner), flush=True)
         prefix = _tokens(runner, options.tokens, seed=1)
         runner.prefill(prefix)
         runner.cache.flush()
@@ -265,51 +264,6 @@ def _agreement_us(ranks: TorchRanks) -> float:
         agree_min(ranks, 1, topic=b"bench")
         times.append(time.perf_counter() - started)
     return statistics.median(times) * 1e6
-
-
-def _passes_line(runner: Runner) -> str:
-    """Say how passes run: fused or not, from graphs or not, and what one sum of a token's vector takes."""
-    compute, graphs = runner._pass._compute, runner._pass.graphs
-    sums = compute.sums if isinstance(compute, FusedDecoder) else None
-    line = f"passes: {type(compute).__name__}, graphs: {graphs is not None and graphs._is_usable}"
-    if sums is None:
-        return line
-    width = runner.loaded.model.config.hidden_size
-    line += f", one sum of a token over the ranks: {_sum_us(sums, width, runner):.1f} us"
-    if sums.has_one_shot:
-        buffer, sums._buffer = sums._buffer, None
-        line += f" in one shot, {_sum_us(sums, width, runner):.1f} us by NCCL"
-        sums._buffer = buffer
-    return line
-
-
-def _sum_us(sums: RankSums, width: int, runner: Runner) -> float:
-    """Return the time of a sum and a matrix product of 16 columns, out of a graph of 200 of them on a GPU."""
-    device, dtype = runner.cache.device, runner.loaded.model.dtype
-    x = torch.ones(1, 16, device=device, dtype=dtype)
-    weight = torch.ones(width, 16, device=device, dtype=dtype)
-    with torch.inference_mode():
-        for _ in range(3):
-            sums.linear(x, weight)
-        if device.type != "cuda":
-            started = time.perf_counter()
-            for _ in range(200):
-                sums.linear(x, weight)
-            return (time.perf_counter() - started) / 200 * 1e6
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize(device)
-        with torch.cuda.graph(graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
-            for _ in range(200):
-                sums.linear(x, weight)
-        times: list[float] = []
-        for _ in range(5):
-            torch.cuda.synchronize(device)
-            distributed.barrier()
-            started = time.perf_counter()
-            graph.replay()
-            torch.cuda.synchronize(device)
-            times.append(time.perf_counter() - started)
-    return statistics.median(times) / 200 * 1e6
 
 
 def _measure(

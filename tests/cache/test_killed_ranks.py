@@ -63,7 +63,10 @@ def run(size: int, dies_at: int | None) -> tuple[list[list[list[Vote] | None]], 
     started = time.monotonic()
     timeout_s = 60 if dies_at is None else TIMEOUT_S
     with ThreadPoolExecutor(size) as threads:
-        futures = [threads.submit(rounds_of, dying if rank == size - 1 else shared, rank, size) for rank in range(size)]
+        futures = [
+            threads.submit(rounds_of, dying if rank == size - 1 else shared, rank, size, timeout_s)
+            for rank in range(size)
+        ]
         decided = [future.result(60) for future in futures]
     return decided, dying, time.monotonic() - started
 

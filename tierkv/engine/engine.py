@@ -61,7 +61,7 @@ class Engine:
 
     While the engine is open, `Runner.generate` and `Runner.stream` are requests of it.
     Each rank of a split model has an engine; all are made together, with the same options. The first rank's takes
-    requests, and tells the others before each step what has come; those follow until it is closed. A step that fails
+    requests, and sends the others before each step what has come; those follow until it is closed. A step that fails
     then ends all engines.
     max_running: requests that are computed together at most. max_waiting: others in the queue at most.
     decode_step_tokens: tokens of prompts in a pass beside decoding sequences at most.
@@ -253,7 +253,7 @@ class Engine:
             self._loop.fail_all(error, owner=self)
 
     def _end_leading(self) -> None:
-        """Tell the other ranks that no more steps follow, and end the requests that they no more compute."""
+        """Send the other ranks that no more steps follow, and end the requests that they no more compute."""
         if self._leading is None:
             return
         try:

@@ -1,4 +1,4 @@
-"""What the first rank of a split model decides before a step, and tells the others in one message.
+"""What the first rank of a split model decides before a step, and sends the others in one message.
 
 Requests come, are cancelled and expire on the first rank alone. Every rank then takes the same news into the same
 queue, so all of them admit, preempt and compute the same requests in the same passes.
@@ -52,22 +52,22 @@ class LeadingNews:
     def __init__(self, ranks: RankGroup) -> None:
         self._ranks = ranks
         self._numbers: dict[ModelRequest, int] = {}
-        self._num_told = 0
+        self._num_sent = 0
 
     def exchange(self, arrivals: list[ModelRequest], ends: list[tuple[ModelRequest, str]]) -> News:
         """Send what has come, and return it. Raises RankError if the others do not read."""
         known = self._numbers
         if arrivals:
             known = {request: number for request, number in known.items() if request.finish_reason is None}
-            known |= {request: number for number, request in enumerate(arrivals, self._num_told)}
+            known |= {request: number for number, request in enumerate(arrivals, self._num_sent)}
             self._numbers = known
-            self._num_told += len(arrivals)
-        told_ends = [(known[request], reason) for request, reason in ends if request in known]
-        self._ranks.send(json.dumps([[_fields_of(each, known[each]) for each in arrivals], told_ends]).encode())
+            self._num_sent += len(arrivals)
+        sent_ends = [(known[request], reason) for request, reason in ends if request in known]
+        self._ranks.send(json.dumps([[_fields_of(each, known[each]) for each in arrivals], sent_ends]).encode())
         return News(arrivals, ends)
 
     def send_end(self) -> None:
-        """Tell the other ranks that no more steps follow."""
+        """Let the other ranks know that no more steps follow."""
         self._ranks.send(_END)
 
 
@@ -95,11 +95,11 @@ class FollowedNews:
             raise RankError("requests come to the first rank only")
         assert self._message is not None, "a step follows a message"
         message, self._message = self._message, None
-        told, told_ends = json.loads(message)
-        new = {fields["id"]: _request_of(fields, self._builder) for fields in told}
+        sent, sent_ends = json.loads(message)
+        new = {fields["id"]: _request_of(fields, self._builder) for fields in sent}
         if new:
             self._requests = {n: each for n, each in self._requests.items() if each.finish_reason is None} | new
-        return News(list(new.values()), [(self._requests[n], reason) for n, reason in told_ends if n in self._requests])
+        return News(list(new.values()), [(self._requests[n], reason) for n, reason in sent_ends if n in self._requests])
 
 
 def _fields_of(request: ModelRequest, number: int) -> dict[str, Any]:
@@ -119,9 +119,9 @@ def _fields_of(request: ModelRequest, number: int) -> dict[str, Any]:
 
 
 def _request_of(fields: dict[str, Any], builder: RequestBuilder) -> ModelRequest:
-    """Return the request of another rank. Its caller and its deadline are there; nobody reads its tokens here."""
+    """Return the request of another rank. Its caller and its deadline are there; no caller reads its tokens here."""
     sampler = Sampler(SamplingOptions(**fields["sampling"]), state=fields["state"])
-    request = builder.build_told(
+    request = builder.build_received(
         np.frombuffer(base64.b64decode(fields["token_ids"]), dtype="<u4"),
         sampler,
         max_new_tokens=fields["max_new_tokens"],

@@ -63,7 +63,7 @@ class RequestBuilder:
         request.max_new_tokens = 0
         return request
 
-    def build_told(
+    def build_received(
         self,
         token_ids: npt.NDArray[np.uint32],
         sampler: Sampler,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -233,7 +236,8 @@ def open_runner(
     adapter, salt: more of the cache's namespace: a digest of an unmerged adapter; what separates tenants.
     cold: an open store to use in place of `config.cold_path`.
     ranks: of a model that is split over several processes; all of them call this function together. Sizes in `config`
-    are of one rank, except `cold_bytes`: one store serves all ranks of a machine. The other options are `Runner`'s.
+    are of one rank, except `cold_bytes`: one store serves all ranks of a machine. They share its cores: together they
+    have no more of `num_io_threads` than cores. The other options are `Runner`'s.
     Raises UnsupportedModelError, with the reason, before anything is opened. Raises ConfigError for other ranks than
     the model's and for a block_size beyond its context, CapacityError for pools that hold too few blocks.
 
@@ -247,6 +251,7 @@ def open_runner(
     check_supported(model)
     check_split(model, ranks or OneRank())
     check_block_size(model, config.block_size)
+    config = _share_cores(config, ranks or OneRank())
     state = read_stable_state(model)
     layout = probe_layout(model, block_size=config.block_size)
     fuse = test_fused(model, layout, fuse, ranks or OneRank())
@@ -262,3 +267,12 @@ def open_runner(
             fuse=fuse,
             state=state,
         )
+
+
+def _share_cores(config: CacheConfig, ranks: RankGroup) -> CacheConfig:
+    """Return the config with so few I/O threads that all ranks of this machine have one core for each."""
+    if ranks.size == 1:
+        return config
+    hosts = ranks.gather(platform.node().encode())
+    cores = (os.cpu_count() or 1) // hosts.count(hosts[ranks.rank])
+    return replace(config, num_io_threads=max(1, min(config.num_io_threads, cores)))

@@ -74,7 +74,7 @@ class OneRank:
         return [payload]
 
     def send(self, message: bytes) -> None:
-        """Send to nobody."""
+        """Do nothing: there is no other rank."""
 
     def receive(self, *, timeout_s: float) -> bytes | None:
         """Return None: there is no other rank."""

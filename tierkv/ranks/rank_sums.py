@@ -75,7 +75,7 @@ class RankSums:
         buffer: Tensor | None = None
         try:
             buffer = self._shared_memory(width, dtype, device)
-        except Exception as exc:  # noqa: BLE001 - an interface of torch that may change, and links that may be missing
+        except Exception as exc:  # noqa: BLE001 - an interface of torch that may change, and GPUs that may not be connected
             _log.info("ranks cannot read each other's memory, NCCL sums all tensors: %s", exc)
         is_good = torch.tensor([float(buffer is not None)], device=device)
         distributed.all_reduce(is_good, op=distributed.ReduceOp.MIN, group=self._group)

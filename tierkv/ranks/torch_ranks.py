@@ -182,7 +182,7 @@ class TorchRanks:
             self._store.wait(keys, self._timeout)
         except RuntimeError:  # a time-out; if the store is gone, the next line raises
             return self._write_once(number, _NONE)
-        decision = self._write_once(number, _joined([text.decode() for text in self._get(keys)]))
+        decision = self._write_once(number, _decision_of([text.decode() for text in self._get(keys)]))
         self._forget_before(number)
         return decision
 
@@ -215,7 +215,7 @@ def _key(number: int, name: object) -> str:
     return f"tierkv/{number}/{name}"
 
 
-def _joined(votes: list[str]) -> str:
+def _decision_of(votes: list[str]) -> str:
     """Return the decision for all votes; each is numbers and the digest of its topic."""
     numbers, topics = zip(*(vote.split() for vote in votes), strict=True)
     return _LOST_STEP if len(set(topics)) > 1 else " ".join(numbers)

@@ -10,6 +10,7 @@ GPUs the same runs on the CPU, for the shape "tiny".
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import statistics
@@ -31,6 +32,7 @@ from benchmarks.ttft import SHAPES, drop_page_cache, machine, random_model
 from tierkv.config import CacheConfig
 from tierkv.engine.models import LoadedModel, split_model
 from tierkv.engine.runner import GenerationOptions, Runner, open_runner
+from tierkv.ranks import rank_sums
 from tierkv.ranks.group import RankGroup, agree_min
 from tierkv.ranks.torch_ranks import TorchRanks
 from tierkv.values.block import Tier
@@ -86,6 +88,7 @@ def main() -> None:
     parser.add_argument("--decode", type=int, default=128, help="tokens to decode, for the time of one")
     parser.add_argument("--no-graphs", dest="graphs", action="store_false", default=None, help="launch every kernel")
     parser.add_argument("--fuse", choices=["auto", "on", "off"], default="auto", help="fused kernels or modules' own")
+    parser.add_argument("--nccl", action="store_true", help="sum by NCCL alone, not by reading other GPUs' memory")
     parser.add_argument("--timeout-s", type=float, default=330, help="after which every process is killed")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
@@ -93,6 +96,10 @@ def main() -> None:
     options = _Options(**{name: getattr(arguments, name) for name in _Options.__slots__})
     if arguments.rank is None:
         sys.exit(_start(arguments.ranks, arguments.timeout_s))
+    if arguments.timeout_s > 60:
+        faulthandler.dump_traceback_later(arguments.timeout_s - 30, exit=False)
+    if arguments.nccl:
+        rank_sums.ONE_SHOT_BYTES.clear()
     if arguments.rank < 0:
         _run_alone(arguments.ranks, arguments.directory, options)
     else:

@@ -195,6 +195,29 @@ def test_a_sequence_that_cannot_grow_on_one_rank_grows_on_none(open_crew: Open) 
     crew.release(found)
 
 
+def test_sequences_grow_without_a_vote_while_all_ranks_are_known_to_have_room(open_crew: Open) -> None:
+    crew = open_crew(hot=(16, 12))
+    found = crew.start(ids(3))
+    ranks = [engine.cache.ranks for engine in crew.engines]
+
+    def grow(engine: PatternEngine) -> list[int]:
+        group = ranks[engine.seed]
+        assert isinstance(group, TorchRanks)
+        votes = []
+        for number in range(11):
+            before = group._num_rounds
+            engine.decode(found[engine.seed], ids(SIZE, start=100 + SIZE * number))
+            votes.append(group._num_rounds - before)
+        before = group._num_rounds
+        with pytest.raises(CapacityError):
+            engine.cache.append(found[engine.seed], ids(SIZE, start=90))
+        return [*votes, group._num_rounds - before]
+
+    assert crew.each(grow) == [[1] + [0] * 10 + [1]] * 2
+    assert [len(sequence.block_table) for sequence in found] == [12, 12]
+    crew.release(found)
+
+
 def test_a_fork_without_room_on_one_rank_is_refused_on_all(open_crew: Open) -> None:
     crew = open_crew(hot=(16, 4))
     found = crew.start(ids(15))

@@ -13,13 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-__all__ = ["RankSums", "can_capture"]
+__all__ = ["ONE_SHOT_BYTES", "RankSums", "can_capture"]
 
 _log = logging.getLogger(__name__)
-_ONE_SHOT_BYTES = {2: 1 << 20, 3: 1 << 19, 4: 1 << 19}
-_ONE_SHOT_BYTES_OF_MANY = 1 << 18
+ONE_SHOT_BYTES = {2: 1 << 20, 3: 1 << 19, 4: 1 << 19, **dict.fromkeys(range(5, 9), 1 << 18)}
 """Sums of at most so many bytes are read in one shot, by ranks: every rank reads the parts of all others."""
-
 
 # Torch has renamed it.
 _gather: Any = getattr(distributed, "all_gather_single", None) or getattr(distributed, "all_gather_into_tensor", None)
@@ -91,7 +89,7 @@ class RankSums:
     def _shared_memory(self, width: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         from torch.distributed import _symmetric_memory as symmetric_memory
 
-        max_bytes = _ONE_SHOT_BYTES.get(self.size, _ONE_SHOT_BYTES_OF_MANY)
+        max_bytes = ONE_SHOT_BYTES.get(self.size, 0)
         rows = max_bytes // (width * dtype.itemsize)
         if not rows or width * dtype.itemsize % 16:
             return None

@@ -141,11 +141,11 @@ class Worker:
         """Serve requests on the first rank: more than there is room for, of two priorities, some cancelled or late."""
         generator = torch.Generator().manual_seed(2)
         shared = prompt_of(self.device)[: 2 * block_size_of(self.device)]
-        lengths = torch.randint(1, 40, (7,), generator=generator).tolist()
+        lengths = torch.randint(1, 40, (14,), generator=generator).tolist()
         prompts = [
             [*shared[: (n % 3) * block_size_of(self.device)], *range(n, n + length)] for n, length in enumerate(lengths)
         ]
-        plain = GenerationOptions(max_new_tokens=20, stop_ids=frozenset())
+        plain = GenerationOptions(max_new_tokens=25, stop_ids=frozenset())
         drawn = replace(plain, sampling=SamplingOptions(temperature=0.8, seed=3))
         with self.runner() as runner:
             want = [runner.generate([each], replace(plain, use_cache=False))[0].token_ids for each in prompts]

@@ -22,7 +22,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tierkv.errors import ConfigError
-from tierkv.profiling.metrics import metrics_text, status_of
+from tierkv.metrics.exposition import exposition
+from tierkv.profiling.metrics import metrics_of, status_of
 from tierkv.profiling.prefixes import PrefixTable
 from tierkv.serving.api_errors import ApiError, failed
 from tierkv.serving.chat import chat
@@ -154,11 +155,9 @@ def _status(service: Service, table: PrefixTable) -> Callable[[Request], Awaitab
 
 def _metrics(service: Service) -> Callable[[Request], Awaitable[Response]]:
     async def respond(request: Request) -> Response:
-        engine = asdict(service.engine.stats())
+        counted = list(service.monitor.metrics(asdict(service.engine.stats())))
         try:
-            text, kind = await anyio.to_thread.run_sync(
-                lambda: metrics_text(service.cache, lambda core: service.monitor.metrics(core, engine))
-            )
+            text, kind = await anyio.to_thread.run_sync(lambda: exposition((*metrics_of(service.cache), *counted)))
         except ConfigError as exc:  # without prometheus-client
             return error_response(ApiError(501, str(exc), code="not_installed"))
         return Response(text, media_type=kind)

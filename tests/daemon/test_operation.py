@@ -15,13 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from child_process import ENVIRONMENT
+from child_process import ENVIRONMENT, TESTS
 from daemon_process import TIMEOUT_S
 from raw_client import connect, tokens_of, write_prompt
 from test_life_and_death import eventually
 
 from tierkv.daemon.log_lines import EVICTION_LINE_S, LogLines, reason_of
-from tierkv.daemon.messages import Done, Release, Status, StatusReport, Stop
+from tierkv.daemon.messages import Done, Flush, Release, Status, StatusReport, Stop
 from tierkv.daemon.protocol import ProtocolError
 from tierkv.daemon.service_manager import ServiceManager
 from tierkv.errors import CapacityError, ConfigError, DaemonError, StoreError
@@ -380,3 +380,34 @@ def test_the_slab_is_sized_from_what_is_left(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("tierkv.tools.service.memory_room", lambda: MemoryRoom(MIB, "memory.max of it"))
     with pytest.raises(ConfigError, match=r"memory\.max of it leaves 1\.0 MiB"):
         size_of_slab("50%")
+
+
+EVICTING = """
+import runpy, sys
+import tierkv.daemon.log_lines as log_lines
+
+log_lines.EVICTION_LINE_S = 0.2
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_daemon_logs_what_its_tiers_evict(short_path: Path) -> None:
+    options = {"socket": str(short_path / "d.sock"), "store": str(short_path / "store"), "warm_bytes": 16 * 4096}
+    options |= {"cold_bytes": 64 << 10, "min_free_bytes": 0}
+    line = [sys.executable, "-c", EVICTING, str(TESTS / "daemon_worker.py"), json.dumps(options)]
+    with (short_path / "log").open("w") as log:
+        process = subprocess.Popen(line, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=log)
+    try:
+        assert process.stdout and process.stdout.readline() == b"up\n", log_of(short_path)
+        with connect(short_path / "d.sock") as client:
+            for start in range(0, 400, 20):
+                write_prompt(client, tokens_of(16, start))
+                client.call(Flush(), Done)
+        eventually(lambda: "evicted tier=warm blocks=" in log_of(short_path))
+        eventually(lambda: "evicted tier=cold blocks=" in log_of(short_path))
+    finally:
+        process.kill()
+        process.wait(TIMEOUT_S)
+        if process.stdout:
+            process.stdout.close()

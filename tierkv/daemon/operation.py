@@ -32,8 +32,8 @@ class Operation:
         """What a thread calls at SIGHUP; None if that signal is not handled."""
         return self._reload_and_say if self._reload else None
 
-    def note_start(self, config: DaemonConfig) -> None:
-        """Say that clients may connect."""
+    def note_start(self, config: DaemonConfig, *, metrics_port: int | None) -> None:
+        """Say that clients may connect. metrics_port: where the metrics are, also if any free port was asked for."""
         self._status = f"serving on {config.socket}"
         _log.info(
             LogEvent(
@@ -43,7 +43,7 @@ class Operation:
                 socket=config.socket,
                 store=config.store or "",
                 warm_bytes=config.warm_bytes,
-                metrics_port="" if config.metrics_port is None else config.metrics_port,
+                metrics_port="" if metrics_port is None else metrics_port,
             )
         )
         self.manager.ready(self._status)

@@ -203,7 +203,8 @@ class _Server:
         metrics = await self._serve_metrics()
         background = [self.spawn(prefetcher.run()), self.spawn(self._tick_forever(writer))]
         started()
-        self._operation.note_start(self.config)
+        port = metrics.sockets[0].getsockname()[1] if metrics else None
+        self._operation.note_start(self.config, metrics_port=port)
         try:
             await stopping.wait()
         finally:

@@ -80,6 +80,7 @@ class _Gate:
             self._check(scope)
         except ApiError as exc:
             app = error_response(exc)
+            self._service.refusals.add(exc, scope["path"], (scope.get("client") or ("",))[0])
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -118,6 +119,7 @@ def _generation(service: Service, answer: _Answer) -> Callable[[Request], Awaita
                 body = await read_body(request, max_bytes=service.max_body_bytes, timeout_s=service.limits.body_s)
                 return await answer(service, request, body, resources)
             except ApiError as exc:
+                service.refusals.add(exc, request.url.path, request.client.host if request.client else "")
                 return error_response(exc)
             except ClientGoneError:
                 return Response(status_code=499)  # it is not sent: the connection is closed

@@ -35,7 +35,7 @@ def examples(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the files that come with tierkv; print one, or write them into a directory.
+    """List, print or write the files that come with tierkv.
 
     Example: tierkv examples --write examples && tierkv warm examples/system_prompts.txt
     """

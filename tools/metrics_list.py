@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from tierkv.integrations.vllm.statistics import metrics_of_connector
 from tierkv.metrics.catalogue import groups
@@ -29,7 +29,7 @@ def metrics(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List every metric: its name in Prometheus, type, labels and meaning.
+    """List every metric for Prometheus: name, type, labels, meaning.
 
     Units are in the names: _bytes, _seconds. A counter ends in _total. Example: tierkv metrics daemon
     """
@@ -40,12 +40,13 @@ def metrics(
     if as_json:
         print_json({part: [_plain(each) for each in some] for part, some in chosen.items()})
         return
-    console = open_console()
+    width = open_console().width
     for part, some in chosen.items():
-        table = Table("name", "type", "labels", "meaning", title=f"{part}: {_WHERE[part]}", title_justify="left")
+        print(f"{part}: {_WHERE[part]}")
         for each in some:
-            table.add_row(each.exposed_name, each.kind.value, " ".join(each.labels), each.help)
-        console.print(table)
+            labels = "{" + ", ".join(each.labels) + "}" if each.labels else ""
+            print(f"  {each.exposed_name}{labels}, {each.kind.value}")
+            print(textwrap.fill(each.help, width, initial_indent="    ", subsequent_indent="    "))
 
 
 def _plain(metric: Metric) -> dict[str, object]:

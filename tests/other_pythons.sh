@@ -32,10 +32,10 @@ for version in "$@"; do
   tried=$((tried + 1))
   environment="$(mkdir -p "$folder" && cd "$folder" && pwd)/python$version"
   "$python" -m venv "$environment"
-  "$environment/bin/python" -m pip install --quiet --disable-pip-version-check ${PIP_OPTIONS:-} "${packages[@]}"
+  "$environment/bin/python" -m pip install -qq --disable-pip-version-check ${PIP_OPTIONS:-} "${packages[@]}"
   installed="$environment/installed"  # apart: a test installs tierkv in its own way
   rm -rf "$installed" "$environment/examples"
-  "$environment/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+  "$environment/bin/python" -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation \
     --target "$installed" .
   (
     cd "$environment"

@@ -60,7 +60,13 @@ TORCH_FREE_MODULES = {
     *("engine.prompt_files", "engine.prompts", "ranks.group"),
     *("profiling.tracker", "profiling.prefixes", "profiling.measured", "profiling.advice", "profiling.recorder"),
     *("profiling.profiled_run", "profiling.profiler", "profiling.charts", "profiling.drawing"),
-    *("profiling.report_html", "profiling.chrome_trace", "profiling.memory_report", "profiling.metrics"),
+    *(
+        "profiling.first_tokens",
+        "profiling.report_html",
+        "profiling.chrome_trace",
+        "profiling.memory_report",
+        "profiling.metrics",
+    ),
     *("integrations", "integrations.weights", "integrations.rows", "integrations.vllm", "integrations.sglang"),
     *("integrations.vllm.configuration", "integrations.vllm.tier_identity", "integrations.sglang.identity"),
 }

@@ -77,6 +77,8 @@ COMMANDS: dict[str, _Place] = {
     "train-policy": _Place(
         "replay", "train_policy", "Fit the learned eviction policy to a request trace, and print its weights."
     ),
+    "metrics": _Place("metrics_list", "metrics", "List every metric for Prometheus: name, type, labels, meaning."),
+    "examples": _Place("example_files", "examples", "List, print or write the files that come with tierkv."),
     "daemon": _Place("daemon", "group", "One warm cache for every process on the machine."),
 }
 

@@ -1,4 +1,4 @@
-"""`tierkv daemon start | status | stop | prefetch`: one warm cache for every process on the machine."""
+"""`tierkv daemon start | status | stop | prefetch | unit`: one warm cache for every process on the machine."""
 
 from __future__ import annotations
 
@@ -23,9 +23,11 @@ from tierkv.daemon.config import DaemonConfig
 from tierkv.daemon.host import NOT_WRITTEN, check_folder, peer_of, read_lock_file
 from tierkv.daemon.log_file import open_log
 from tierkv.daemon.messages import Count, Done, Hello, Prefetch, Status, StatusReport, Stop
+from tierkv.daemon.service_manager import ServiceManager
 from tierkv.engine.prompts import prefix_tokens, read_prompts
 from tierkv.errors import ConfigError, DaemonError, DaemonGoneError
 from tierkv.tools.engine_options import ModelOptions
+from tierkv.tools.logs import FormatOption, LogFormat
 from tierkv.tools.options import (
     AsJson,
     ColdSize,
@@ -34,14 +36,13 @@ from tierkv.tools.options import (
     MinFree,
     PromptFile,
     Store,
-    WarmSize,
     as_path,
     default_socket,
     default_store,
     parse_optional_size,
-    parse_size,
     spread,
 )
+from tierkv.tools.service import size_of_slab, unit
 from tierkv.tools.stores import require_place
 from tierkv.tools.terminal import format_age, open_console, print_json, visible
 from tierkv.values.block import as_token_array, iter_chain
@@ -60,7 +61,13 @@ _MAX_LOG_BYTES = 64 << 10  # that are read for the reason why a daemon did not s
 def start(
     model: ModelOptions,
     detach: Annotated[bool, typer.Option("--detach", help="Return once a process of its own serves.")] = False,
-    warm: WarmSize = "1G",
+    warm: Annotated[
+        str | None,
+        typer.Option(
+            help="Bytes of the shared memory, as 8G, or a share of the memory that is left, as 50%.",
+            show_default="1G, or half of what is left if that is less",
+        ),
+    ] = None,
     cold: ColdSize = None,
     min_free: MinFree = None,
     store: Store = None,
@@ -75,13 +82,14 @@ def start(
             parser=as_path, metavar="FILE", help="Prompts whose blocks are read from the store into the warm tier."
         ),
     ] = None,
+    log_format: FormatOption = LogFormat.TEXT,
 ) -> None:
     """Start a daemon. Model, dtype, block size and salt identify the blocks of the prompts in --warm-file."""
     path = socket or default_socket(os.environ)
     config = DaemonConfig(
         socket=path.absolute(),
         store=None if no_store else (store or default_store(os.environ)).absolute(),
-        warm_bytes=parse_size(warm),
+        warm_bytes=size_of_slab(warm),
         cold_bytes=parse_optional_size(cold),
         min_free_bytes=parse_optional_size(min_free),
         metrics_port=metrics_port,
@@ -90,11 +98,19 @@ def start(
         require_place(config.store, min_free_bytes=config.min_free_bytes)
     warm_command = _warm_command(warm_file, config.socket, model) if warm_file else []
     if detach:
-        _start_detached(config, warm_command)
+        _start_detached(config, warm_command, log_format)
     else:
         from tierkv.tools.daemon_process import serve_and_warm  # the server, which the other commands do without
 
-        serve_and_warm(config, warm_command, log_to=logging.StreamHandler(sys.stderr))
+        # A service reloads at SIGHUP; in a terminal, which sends it when it closes, the signal ends the daemon.
+        serve_and_warm(
+            config,
+            warm_command,
+            log_to=logging.StreamHandler(sys.stderr),
+            log_format=log_format,
+            reload=None if sys.stderr.isatty() else (lambda: None),
+            manager=ServiceManager.of_environment(os.environ),
+        )
 
 
 def status(socket: DaemonSocket = None, as_json: AsJson = False) -> None:
@@ -188,14 +204,14 @@ def _warm_command(file: Path, socket: Path, model: ModelOptions) -> list[str]:
     return command
 
 
-def _start_detached(config: DaemonConfig, warm_command: list[str]) -> None:
+def _start_detached(config: DaemonConfig, warm_command: list[str], log_format: LogFormat) -> None:
     """Start a process that serves; return when it does. Raises DaemonError with the reason if it does not."""
-    from tierkv.tools.daemon_process import to_json
+    from tierkv.tools.daemon_process import log_of, to_json
 
-    log = config.socket.with_name(config.socket.name + ".log")
+    log = log_of(config.socket)
     log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     check_folder(log.parent)
-    command = [sys.executable, "-m", "tierkv.tools.daemon_process", to_json(config, warm_command)]
+    command = [sys.executable, "-m", "tierkv.tools.daemon_process", to_json(config, warm_command, log_format)]
     output = open_log(log)
     try:
         begin = os.fstat(output).st_size
@@ -313,5 +329,5 @@ def _print_help(ctx: typer.Context) -> None:
         print(ctx.get_help())
 
 
-for _action in (start, status, stop, prefetch):
+for _action in (start, status, stop, prefetch, unit):
     group.command()(_action)

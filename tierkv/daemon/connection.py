@@ -18,6 +18,7 @@ from tierkv.daemon.core import Core
 from tierkv.daemon.eviction_messages import EvictionDone
 from tierkv.daemon.host import peer_of
 from tierkv.daemon.limits import Limits
+from tierkv.daemon.log_lines import LogLines, reason_of
 from tierkv.daemon.messages import Abandon, Done, EndClaim, Failure, Hello, Message, Release, Wait
 from tierkv.daemon.protocol import MAX_BODY_BYTES, FrameReader, ProtocolError, frame, parse_body, printable
 from tierkv.daemon.values import Connection
@@ -56,7 +57,8 @@ class Host(Protocol):
 
     def answer(self, client: ClientConnection, message: Message) -> Answer | Coroutine[Any, Any, Answer]: ...
     def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]: ...
-    def log_refusal(self, client: str, why: str) -> None: ...
+    @property
+    def log_lines(self) -> LogLines: ...
     def unload_files(self, connection: Connection) -> None: ...
 
 
@@ -99,7 +101,7 @@ class ClientConnection(asyncio.Protocol):
             self.host.accept(self, pid)
             self._is_accepted = True
         except TierKVError as exc:
-            self.host.log_refusal(f"process {pid}", str(exc))
+            self._count_refusal(f"process {pid}", str(exc), reason_of(exc))
             self._send(0, Failure(message=str(exc), is_fatal=True))
             transport.close()
 
@@ -279,12 +281,12 @@ class ClientConnection(asyncio.Protocol):
     def _refuse(self, number: int, why: Exception) -> None:
         """Answer that a request failed. After a fatal error nothing more is read from the client."""
         is_fatal = isinstance(why, ProtocolError) and why.is_fatal
+        reason = reason_of(why)
         if not isinstance(why, TierKVError):
             _log.error("a request of %s failed", self.connection.client or "a client", exc_info=why)
             why = DaemonError(f"the daemon failed at this request: {type(why).__name__}")
-        self.host.core.counters["refused_messages"] += 1
         said = printable(str(why), _MESSAGE_CHARACTERS)
-        self.host.log_refusal(self.connection.client or "a client", said)
+        self._count_refusal(self.connection.client or "a client", said, reason)
         self._descriptor = None
         self._send(number, Failure(message=said, is_fatal=is_fatal))
         if not is_fatal:
@@ -293,6 +295,10 @@ class ClientConnection(asyncio.Protocol):
         self._drop_input()
         if not self.holds_slots and self._transport:
             self._transport.close()
+
+    def _count_refusal(self, client: str, why: str, reason: str) -> None:
+        self.host.core.counters.add("refused_messages", reason=reason)
+        self.host.log_lines.refused(client, why, reason=reason)
 
     # received bytes that are not answered yet
 

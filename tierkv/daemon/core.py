@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from tierkv.daemon.claims import Claims
+from tierkv.daemon.counters import EventCounter
 from tierkv.daemon.leases import Leases
 from tierkv.daemon.limits import Limits
 from tierkv.daemon.loads import Loads
@@ -34,7 +35,7 @@ from tierkv.errors import DaemonError
 from tierkv.index.chosen_eviction import Choice, Evicted
 from tierkv.index.index import Entry
 from tierkv.policies import EvictionPolicy, LRUPolicy
-from tierkv.storage.outcomes import MissReason
+from tierkv.storage.outcomes import MissReason, PutOutcome
 from tierkv.values.block import BlockHash, Tier
 from tierkv.values.layout import BlockLayout
 
@@ -75,7 +76,7 @@ class Core:
         self.reservations: Reservations = Reservations(self.tenants)
         self.claims: Claims = Claims(self.limits, clock)
         self.connections: set[Connection] = set()
-        self.counters: Counter[str] = Counter()
+        self.counters: EventCounter = EventCounter()
         self.pin_quota_bytes: int = int(slab_bytes * pin_share)
         self.pin_quota_of_all_bytes: int = int(slab_bytes * max(pin_share, self.limits.pinned_share))
         self._writes: set[Write] = set()
@@ -160,7 +161,7 @@ class Core:
         if message.is_use:
             tenant.size_class.index.touch_all([entry for entry in known[message.start : total] if entry])
         self.counters["matched_blocks"] += len(found)
-        self.counters["missed_blocks"] += len(hashes) - total
+        self.counters.add("missed_blocks", len(hashes) - total, reason=miss or MissReason.ABSENT.value)
         return Found(
             slots=found.tobytes(),
             partial_block=partial_block,
@@ -215,11 +216,12 @@ class Core:
                 writes.append(Write(tenant, entry, entry.warm_slot))
         return writes
 
-    def finish_write(self, write: Write, *, is_stored: bool) -> None:
-        """Note that a published block has been written to the store, or could not be."""
+    def finish_write(self, write: Write, *, is_stored: bool, reason: str = "") -> None:
+        """Note that a published block has been written to the store, or could not be. reason: why it was not."""
         self._writes.discard(write)
         write.entry.in_cold = is_stored
-        self.counters["stored_blocks" if is_stored else "skipped_writes"] += 1
+        self.counters["stored_blocks"] += is_stored
+        self.counters.add("skipped_writes", not is_stored, reason=reason or PutOutcome.IO_ERROR.value)
         write.tenant.size_class.index.unpin(Tier.WARM, write.slot)
 
     def pin(self, connection: Connection, message: Pin) -> list[BlockHash]:

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from tierkv.errors import CapacityError, ConfigError, DaemonError, StoreError
 from tierkv.values.files import open_regular
+from tierkv.values.free_memory import memory_room
+from tierkv.values.units import format_bytes
 
 __all__ = [
     "NOT_WRITTEN",
@@ -42,7 +44,6 @@ _MAX_SOCKET_PATH_BYTES = 107
 _BACKLOG = 128
 _OWN_DESCRIPTORS = 256  # of store, state files, slab, and what Python opens
 _CREDENTIALS = struct.Struct("iII")
-GIB = 1 << 30
 
 
 class LockFile:
@@ -221,25 +222,18 @@ def connections_that_fit() -> int:
 
 def check_memory(warm_bytes: int) -> None:
     """Raise CapacityError if a slab of that size does not fit the memory left on this machine or control group."""
-    available = min(_available_bytes())
-    if warm_bytes > available:
+    room = memory_room()
+    if warm_bytes > room.free_bytes:
         raise CapacityError(
-            f"a warm tier of {warm_bytes / GIB:.1f} GiB does not fit: {available / GIB:.1f} GiB of memory are left",
-            hint="lower --warm",
+            f"a warm tier of {format_bytes(warm_bytes)} does not fit: {room.limited_by} leaves "
+            f"{format_bytes(room.free_bytes)} of memory",
+            hint="lower --warm; --warm 50% takes half of what is left",
         )
 
 
 def memory_of_process() -> int:
     """Return the bytes of this process's own memory, without the slab; 0 if they are not known."""
     return _read_kib(Path("/proc/self/status"), "RssAnon")
-
-
-def _available_bytes() -> list[int]:
-    found = [_read_kib(Path("/proc/meminfo"), "MemAvailable") or 1 << 62]
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    with contextlib.suppress(OSError, ValueError):
-        found.append(int(limit.read_text()) - int(used.read_text()))
-    return found
 
 
 def _read_kib(path: Path, field: str) -> int:

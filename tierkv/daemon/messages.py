@@ -276,7 +276,7 @@ class Status(Message, tag=23):
 
 
 class TenantStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One namespace in the warm tier."""
+    """One namespace in the warm tier. owner: the hexadecimal digest of its salt, "" without one."""
 
     namespace: str
     name: str
@@ -284,6 +284,7 @@ class TenantStatus(msgspec.Struct, frozen=True, kw_only=True):
     warm_blocks: int
     pinned_bytes: int
     clients: int
+    owner: str = ""
 
 
 class LimitStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -297,7 +298,10 @@ class LimitStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StatusReport(Message, tag=24):
-    """Everything that `tierkv daemon status` shows; bytes_received and bytes_sent are those of the socket."""
+    """Everything that `tierkv daemon status` shows; bytes_received and bytes_sent are those of the socket.
+
+    reasons: of some counters, how often each reason was counted.
+    """
 
     pid: int
     uptime_s: float
@@ -317,6 +321,8 @@ class StatusReport(Message, tag=24):
     tenants: list[TenantStatus]
     cold: dict[str, int]
     limits: list[LimitStatus] = []
+    reasons: dict[str, dict[str, int]] = {}
+    version: str = ""
 
 
 class Stop(Message, tag=25):

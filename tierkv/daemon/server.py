@@ -32,35 +32,50 @@ from tierkv.daemon.host import (
     memory_of_process,
 )
 from tierkv.daemon.loader import Loader, Prefetcher
+from tierkv.daemon.log_lines import LogLines
 from tierkv.daemon.messages import LimitStatus, Message, StatusReport
 from tierkv.daemon.metrics import serve_metrics
+from tierkv.daemon.operation import NO_MANAGER, Operation
 from tierkv.daemon.peers import Peers
 from tierkv.daemon.requests import Requests
+from tierkv.daemon.service_manager import ServiceManager
 from tierkv.daemon.state_files import StateFiles
 from tierkv.daemon.status import limit_status, tenant_statuses, usage_of
 from tierkv.daemon.store_writer import QUEUE_BLOCKS, StoreWriter
 from tierkv.daemon.values import Connection
 from tierkv.errors import CapacityError, StoreError
+from tierkv.metrics.exposition import load_prometheus
 from tierkv.policies import make_policy
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.warm import Slab
+from tierkv.values.log_event import LogEvent
 
 __all__ = ["serve"]
 
 _log = logging.getLogger(__name__)
 
 _TICK_S = 0.5
-_MINUTE_S = 60.0
 _IDLE_S = 2.0  # at the end, for reads in work
 _WRITE_WAIT_S = 5.0  # for other processes that write to the store; then blocks are skipped
 
 
-def serve(config: DaemonConfig, *, started: Callable[[], None] = lambda: None) -> None:
+def serve(
+    config: DaemonConfig,
+    *,
+    started: Callable[[], None] = lambda: None,
+    reload: Callable[[], None] | None = None,
+    manager: ServiceManager = NO_MANAGER,
+    version: str = "",
+) -> None:
     """Run a daemon until a message, SIGTERM or SIGINT stops it. started: called when clients may connect.
 
-    Raises DaemonError if socket or store belong to another daemon, CapacityError if the slab does not fit.
+    reload: called at SIGHUP; without it, that signal ends the process. manager: gets the states of the daemon.
+    version: for the metrics. Raises DaemonError if socket or store belong to another daemon, CapacityError if the slab
+    does not fit, ConfigError for a metrics port without prometheus-client.
     """
     check_memory(config.warm_bytes)
+    if config.metrics_port is not None:
+        load_prometheus()
     with contextlib.ExitStack() as stack:
         listener, lock = stack.enter_context(listening_socket(config.socket))
         end = _End(config.socket, lock)
@@ -78,11 +93,12 @@ def serve(config: DaemonConfig, *, started: Callable[[], None] = lambda: None) -
             stack.callback(store.close)
         slab = Slab(config.warm_bytes, num_threads=config.num_io_threads)
         threads = stack.enter_context(ThreadPoolExecutor(config.num_io_threads, thread_name_prefix="tierkv-io"))
-        server = _Server(config, listener, store, slab, threads, ending)
+        server = _Server(config, listener, store, slab, threads, ending, Operation(reload, manager, version))
         end.core = server.core
         if asyncio.run(server.run(started)):
             slab.close()  # else a thread may still write into it: it is unmapped with the process
         end.note_written()
+        _log.info(LogEvent("stopped", not_written=server.core.num_writes))
 
 
 class _End:
@@ -127,8 +143,11 @@ class _Server:
         slab: Slab,
         threads: ThreadPoolExecutor,
         ending: Ending,
+        operation: Operation,
     ) -> None:
         self._ending = ending
+        self._operation = operation
+        self.log_lines = LogLines(refusals_per_minute=config.limits.log_lines_per_minute, clock=time.monotonic)
         self.config = config
         self.limits = config.limits
         self.hello_s = config.hello_s
@@ -150,8 +169,6 @@ class _Server:
         self._peers: Peers[ClientConnection] = Peers(
             ended=ClientConnection.close, most=config.limits.connections_of_process
         )
-        self._log_lines = 0
-        self._log_minute = 0.0
         self._listener = listener
         self._store = store
         self._slab = slab
@@ -159,12 +176,13 @@ class _Server:
         self._started_at = time.monotonic()
         self._files = StateFiles()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._counting: asyncio.Task[Any] | None = None  # asks the store, which may hang, what it has evicted
 
     async def run(self, started: Callable[[], None]) -> bool:
         """Serve until stopped. Return whether no thread may still write into the slab."""
         loop = asyncio.get_running_loop()
         stopping = asyncio.Event()
-        self._ending.handle_signals(partial(_set_soon, loop, stopping))
+        self._ending.handle_signals(partial(_set_soon, loop, stopping), reload=self._operation.reload_at_signal)
         loader = Loader(self.core, self._slab, self._threads, loaded=self.notify_waiters)
         self._prefetcher = prefetcher = Prefetcher(self.core, loader)
         writer = StoreWriter(self.core, self._store, self._slab, self._threads)
@@ -185,10 +203,12 @@ class _Server:
         metrics = await self._serve_metrics()
         background = [self.spawn(prefetcher.run()), self.spawn(self._tick_forever(writer))]
         started()
-        _log.info("serving on %s, slab of %d bytes", self.config.socket, self._slab.size_bytes)
+        port = metrics.sockets[0].getsockname()[1] if metrics else None
+        self._operation.note_start(self.config, metrics_port=port)
         try:
             await stopping.wait()
         finally:
+            self._operation.note_stop(self._ending.reason, uptime_s=time.monotonic() - self._started_at)
             server.close()
             if metrics:
                 metrics.close()
@@ -243,17 +263,6 @@ class _Server:
         self._peers.remove(client)
         self.notify_waiters()
 
-    def log_refusal(self, client: str, why: str) -> None:
-        """Log a refusal, unless this minute had as many as the limit allows."""
-        now = time.monotonic()
-        if now - self._log_minute >= _MINUTE_S:
-            if self._log_lines > self.limits.log_lines_per_minute:
-                _log.info("refused %d more messages", self._log_lines - self.limits.log_lines_per_minute)
-            self._log_lines, self._log_minute = 0, now
-        self._log_lines += 1
-        if self._log_lines <= self.limits.log_lines_per_minute:
-            _log.info("refused %s: %s", client, why)
-
     def notify_waiters(self) -> None:
         """Answer the requests that wait for blocks which were published, or which no client computes any more."""
         if self.core.claims.news:
@@ -280,7 +289,10 @@ class _Server:
                 _log.exception("the daemon's maintenance failed")
 
     def _tick(self, writer: StoreWriter) -> None:
+        self._operation.manager.alive()
         self.core.trim()
+        if self.log_lines.are_evictions_due and (self._counting is None or self._counting.done()):
+            self._counting = self.spawn(self._log_evictions())
         self.notify_waiters()
         writer.maintain()
         for client in list(self.clients):
@@ -293,6 +305,14 @@ class _Server:
                 unsent -= client.num_unsent_bytes
                 client.close()
 
+    async def _log_evictions(self) -> None:
+        totals = {"warm": self.core.slab.evictions}
+        if self._store is not None:
+            with contextlib.suppress(StoreError):
+                stats = await asyncio.get_running_loop().run_in_executor(None, self._store.stats)
+                totals["cold"] = stats.evicted_blocks
+        self.log_lines.evicted(totals)
+
     async def _serve_metrics(self) -> asyncio.Server | None:
         port = self.config.metrics_port
         return None if port is None else await serve_metrics(port, self._report, timeout_s=self.config.hello_s)
@@ -302,7 +322,6 @@ class _Server:
         cold = None
         with contextlib.suppress(StoreError):  # a damaged store must not hide the rest
             cold = self._store.stats() if self._store is not None else None
-        evictions = sum(size_class.evictions for size_class in core.slab.classes.values())
         return StatusReport(
             pid=os.getpid(),
             uptime_s=time.monotonic() - self._started_at,
@@ -318,7 +337,7 @@ class _Server:
             pending_writes=core.num_writes,
             bytes_received=self.bytes_received,
             bytes_sent=self.bytes_sent,
-            counters={**core.counters, "evicted_blocks": evictions},
+            counters={**core.counters, "evicted_blocks": core.slab.evictions},
             tenants=tenant_statuses(core),
             cold={
                 "blocks": cold.blocks,
@@ -329,6 +348,8 @@ class _Server:
             if cold
             else {},
             limits=self._usage(),
+            reasons={name: dict(counts) for name, counts in core.counters.reasons.items()},
+            version=self._operation.version,
         )
 
     def _usage(self) -> list[LimitStatus]:

@@ -170,6 +170,7 @@ class SharedSlab:
     ) -> None:
         self.size_bytes = size_bytes
         self._limits = limits
+        self._dropped_evictions = 0
         small = max(_PAGE_BYTES, size_bytes // _MIN_EXTENTS // _PAGE_BYTES * _PAGE_BYTES)
         self.extent_bytes: int = extent_bytes or min(EXTENT_BYTES, small)
         self.owners: list[SizeClass | None] = [None] * (size_bytes // self.extent_bytes)
@@ -221,6 +222,11 @@ class SharedSlab:
         return len(self.classes) < self._limits.block_sizes and num_slots <= self._limits.slots
 
     @property
+    def evictions(self) -> int:
+        """Blocks that were evicted so far, those of classes that were dropped too."""
+        return self._dropped_evictions + sum(each.evictions for each in self.classes.values())
+
+    @property
     def num_slots(self) -> int:
         """Slots of all classes, usable or not: each takes memory in an index."""
         return sum(each.num_slots for each in self.classes.values())
@@ -234,6 +240,7 @@ class SharedSlab:
         pool = size_class.index.warm
         assert not any(pool.owners) and pool.used_count == size_class.num_slots - size_class.num_usable
         del self.classes[size_class.stride_bytes]
+        self._dropped_evictions += size_class.evictions
         self.owners = [None if owner is size_class else owner for owner in self.owners]
 
     def grow(self, wanting: SizeClass) -> bool:

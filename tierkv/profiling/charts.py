@@ -29,6 +29,8 @@ COLORS = {"hot": "#c8501e", "warm": "#d99a00", "cold": "#1f6fb2", "computed": "#
 
 _MAX_ROWS = 48
 _NUM_BINS = 32
+_LEAST_SHARE = 0.01  # that can be seen in a chart of 0 to 100 %
+_LEGEND = {"borderpad": 0, "columnspacing": 0.9, "handlelength": 1.2, "handletextpad": 0.4}
 _UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("B", 1))
 
 Axes: TypeAlias = Any  # matplotlib's, which is optional
@@ -56,14 +58,14 @@ def token_chart(run: ProfiledRun) -> Chart:
     def draw(axes: Axes) -> None:
         parts = {tier.value: [100 * each.tokens.get(tier, 0) / each.total for each in shares] for tier in Tier}
         parts["computed"] = [100 * each.computed / each.total for each in shares]
-        _stack(axes, np.arange(len(shares)), parts, width=0.85)
-        ends = sorted({0, len(shares) - 1})  # labels may be long: only the first and the last are shown
-        axes.set_xticks(ends, labels=[shares[at].name for at in ends])
+        _stack(axes, np.arange(1, len(shares) + 1), parts, width=0.85)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel(what)
         axes.set_ylim(0, 100)
         _percent(axes)
 
-    caption = f"Share of the prompt tokens of each {what} that each tier answered."
+    names = f"{shares[0].name} to {shares[-1].name}" if len(shares) > 1 else shares[0].name
+    caption = f"Share of the prompt tokens of each {what} that each tier answered: {names}."
     return Chart(f"Share of prompt tokens by tier, for each {what}", caption, draw)
 
 
@@ -147,6 +149,9 @@ def hit_curve_chart(run: ProfiledRun) -> Chart:
 
 def fragmentation_chart(run: ProfiledRun) -> Chart:
     """Fragmentation of the free hot blocks, over time."""
+    most = max(each.fragmentation_ratio for each in run.snapshots)
+    if most < _LEAST_SHARE:
+        return Chart("", f"At most {100 * most:.2g} % of the free hot blocks lay outside the longest run.", None)
 
     def draw(axes: Axes) -> None:
         ratios = [100 * each.fragmentation_ratio for each in run.snapshots]
@@ -205,7 +210,7 @@ def _stack(axes: Axes, places: Any, parts: Mapping[str, Any], *, width: float) -
 
 def _legend(axes: Axes) -> None:
     """Put the legend above the axes, where it covers nothing."""
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, borderpad=0, columnspacing=1)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, **_LEGEND)
 
 
 def _percent(axes: Axes) -> None:

@@ -17,6 +17,7 @@ from tierkv.storage.codec import Bytes
 from tierkv.storage.codecs import check_codec
 from tierkv.storage.coded import CodedBlock
 from tierkv.storage.cold_children import ChildrenTable
+from tierkv.storage.cold_descriptions import lossy_codec_in, read_lossy_codec
 from tierkv.storage.cold_rows import (
     BLOCKS,
     NO_DESCRIPTION,
@@ -24,10 +25,8 @@ from tierkv.storage.cold_rows import (
     Databases,
     NamespaceRow,
     get_entry,
-    lossy_codec_in,
     namespace_rows,
     read_block_tokens,
-    read_lossy_codec,
     unpack_entry,
 )
 from tierkv.storage.lmdb_env import LmdbEnv, ReadTransaction

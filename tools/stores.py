@@ -12,7 +12,7 @@ from tierkv.errors import ConfigError, DaemonError, StoreError
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_reader import StoredNamespace
 from tierkv.storage.cold_rows import ColdEntry
-from tierkv.storage.cold_writer import require_free
+from tierkv.storage.free_space import require_free
 from tierkv.tools.options import Socket, Store, default_store, named_socket
 from tierkv.values.block import BlockHash
 

@@ -28,6 +28,7 @@ from tierkv.storage.cold_eviction import (
 )
 from tierkv.storage.cold_notes import ColdStats, Counters, PendingNotes
 from tierkv.storage.cold_opening import adopt_format_and_quota
+from tierkv.storage.cold_pins import iter_pin_ends
 from tierkv.storage.cold_rows import (
     BLOCKS,
     NAMES,
@@ -273,6 +274,11 @@ class ColdStore(cold_reader.ColdReader):  # by the module's name: pyright's repo
             until = None if ttl_s is None else batch.now + ttl_s
             for block_hash in block_hashes:
                 batch.set_pinned(block_hash, pinned, until=until)
+
+    def pin_ends(self) -> dict[BlockHash, float]:
+        """Return when the pins of blocks end, of those that do, in seconds of the store's clock."""
+        with self._env.read() as txn:
+            return dict(iter_pin_ends(txn, self._databases))
 
     def tenants(self) -> dict[str, TenantSettings]:
         """Return the settings of each tenant that has any, by the hex sha256 of its salt, "" without one."""

@@ -11,6 +11,7 @@ from cold_blocks import NAMESPACE, FakeClock, chain_of, open_store, record_of
 
 from tierkv.errors import CapacityError, ConfigError, CorruptBlockError
 from tierkv.storage.cold import ColdStore
+from tierkv.storage.cold_pins import PIN_PREFIX, UNPIN_PREFIX
 from tierkv.storage.cold_rows import NO_DESCRIPTION, add_checksum, padded_bytes
 from tierkv.storage.cold_tenants import TenantSettings, pack_tenant, unpack_tenant
 from tierkv.storage.outcomes import PutOutcome
@@ -80,7 +81,7 @@ def test_a_limit_holds_for_a_chain_and_refuses_what_does_not_fit(tmp_path: Path)
     with open_with(tmp_path, clock, A) as store:
         limit(store, A, cold_limit=3 * SIZE)
         outcomes = store.put(chain_of(5, namespace=A))
-        assert outcomes == [PutOutcome.STORED] * 3 + [PutOutcome.TENANT_LIMIT, PutOutcome.NO_PARENT]
+        assert outcomes == [PutOutcome.STORED] * 3 + [PutOutcome.TENANT_LIMIT] * 2
         assert store.put(chain_of(3, namespace=A)) == [PutOutcome.EXISTS] * 3
         limit_of_none = TenantSettings(name="a", cold_limit=0)
         with pytest.raises(CapacityError, match="more than its new limit"):
@@ -209,3 +210,20 @@ def test_a_pin_for_good_and_an_unpin_replace_one_that_ends_and_survive_a_restart
         entry = store.lookup(first)
         assert entry and entry.pinned
         store.check()
+
+
+def test_a_row_of_time_alone_ends_no_pin_and_a_new_pin_leaves_no_row_of_the_old_one(tmp_path: Path) -> None:
+    clock = FakeClock()
+    with open_with(tmp_path, clock, A) as store:
+        put(store, clock, A, 2)
+        first, second = (record_of(number, namespace=A).info.block_hash for number in range(2))
+        for ttl_s in (10, 20, 30):
+            store.set_pinned([first], True, ttl_s=ttl_s)
+        store.set_pinned([second], True)
+        with store._writer.batch() as batch:
+            batch.txn.put(UNPIN_PREFIX + bytes(8) + second, b"", db=batch.databases.meta)
+            with batch.txn.cursor(db=batch.databases.meta) as cursor:
+                keys = [bytes(key) for key, _ in cursor]
+        assert sum(key.startswith((PIN_PREFIX, UNPIN_PREFIX)) for key in keys) == 3
+        assert store.evict(to_bytes=0).blocks == 0
+        assert dict(store.pin_ends()) == {first: pytest.approx(clock.now + 30)}

@@ -228,11 +228,12 @@ class EndClaim(Message, tag=15):
 
 
 class Pin(Message, tag=16):
-    """Pin or unpin a prompt's blocks. Answered with Count."""
+    """Pin or unpin a prompt's blocks. Answered with Count. ttl_s: how long the pin holds; below 0: for good."""
 
     hashes: bytes
     tokens: bytes
     pinned: bool
+    ttl_s: float = -1.0
 
 
 class Prefetch(Message, tag=17):

@@ -213,7 +213,9 @@ class Requests:
     async def pin(self, client: ClientConnection, message: Pin) -> Answer:
         hashes = self._core.pin(client.connection, message)
         if self._store is not None and hashes:
-            await self._run_aside(partial(self._store.set_pinned, hashes, message.pinned), _PIN_S, "to pin blocks")
+            ttl_s = message.ttl_s if message.ttl_s >= 0 else None
+            pin = partial(self._store.set_pinned, hashes, message.pinned, ttl_s=ttl_s)
+            await self._run_aside(pin, _PIN_S, "to pin blocks")
         return Count(count=len(hashes))
 
     def prefetch(self, client: ClientConnection, message: Prefetch) -> Answer:

@@ -66,7 +66,7 @@ def usage_of(core: Core) -> list[LimitStatus]:
         limit_status("description_bytes", limits.description_bytes, (len(each.description) for each in tenants)),
         limit_status("block_sizes", limits.block_sizes, (1 for _ in sizes)),
         limit_status("slots", limits.slots, sizes, limits.slots_of_block_size),
-        limit_status("pinned_bytes", core.pin_quota_of_all_bytes, pinned.values(), core.pin_quota_bytes),
+        limit_status("pinned_bytes", core.pins.quota_of_all_bytes, pinned.values(), core.pins.quota_bytes),
     ]
 
 

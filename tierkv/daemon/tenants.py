@@ -113,6 +113,12 @@ class Tenants:
         """Return the root entry of a namespace, if it has any block."""
         return tenant.size_class.index.peek(tenant.root_hash)
 
+    def parent_entry(self, tenant: Tenant, known: Sequence[Entry | None], total: int) -> Entry | None:
+        """Return the entry that block `total` of a prompt follows, where the index has it. known: as `walk` returns."""
+        if total > len(known):
+            return None
+        return known[total - 1] if total else self.root(tenant)
+
     def insert(self, tenant: Tenant, hashes: Sequence[bytes], tokens: bytes, wanted: Sequence[int]) -> dict[int, Entry]:
         """Return the entries of the wanted blocks and of those that they follow, by number; make the missing ones.
 

@@ -17,7 +17,7 @@ from tierkv.storage.codec import Bytes
 from tierkv.storage.codecs import check_codec
 from tierkv.storage.coded import CodedBlock
 from tierkv.storage.cold_children import ChildrenTable
-from tierkv.storage.cold_descriptions import lossy_codec_in, read_lossy_codec
+from tierkv.storage.cold_descriptions import lossy_codec_in, read_lossy_codec, tenant_of_row
 from tierkv.storage.cold_rows import (
     BLOCKS,
     NO_DESCRIPTION,
@@ -207,7 +207,7 @@ class StoredNamespace:
     """A namespace as the store knows it.
 
     description: its fields; empty if only its blocks are known, or if it is unreadable, and `problem` says why then.
-    raw_description: the bytes that are stored.
+    raw_description: the bytes that are stored. tenant: hex sha256 of its salt, "" without one; None if that is lost.
     """
 
     digest: BlockHash
@@ -220,6 +220,7 @@ class StoredNamespace:
     raw_bytes: int
     stored_bytes: int
     value_bytes: int
+    tenant: str | None
 
     @classmethod
     def of(cls, digest: BlockHash, row: NamespaceRow) -> StoredNamespace:
@@ -236,6 +237,7 @@ class StoredNamespace:
             raw_bytes=row.raw_bytes,
             stored_bytes=row.stored_bytes,
             value_bytes=row.value_bytes,
+            tenant=tenant_of_row(row, digest),
         )
 
 

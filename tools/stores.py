@@ -82,7 +82,7 @@ def require_place(path: Path, *, min_free_bytes: int | None) -> None:
 
 
 def find_namespace(store: ColdStore, prefix: str | None) -> StoredNamespace:
-    """Return the namespace whose hex digest begins with `prefix`, or the only one there is.
+    """Return the namespace whose hex digest begins with `prefix`, or whose name it is, or the only one there is.
 
     Raises ConfigError that lists them where none or several fit.
     """
@@ -91,14 +91,21 @@ def find_namespace(store: ColdStore, prefix: str | None) -> StoredNamespace:
 
 
 def find_digest(names: Mapping[str, str], prefix: str | None) -> str:
-    """Return the hex digest that begins with `prefix`, or the only one there is. names: of namespaces, by hex digest.
+    """Return the hex digest that begins with `prefix`, or whose namespace has that name, or the only one there is.
+
+    names: of namespaces, by hex digest.
 
     Raises ConfigError that lists them where none or several fit.
     """
     fitting = [digest for digest in names if digest.startswith((prefix or "").lower())]
+    fitting = fitting or [digest for digest, name in names.items() if name == prefix]
     if len(fitting) == 1:
         return fitting[0]
-    which = f"{len(fitting)} namespaces begin with {prefix}" if prefix else f"the store has {len(names)} namespaces"
+    which = (
+        f"{len(fitting)} namespaces begin with {prefix}, or have that name"
+        if prefix
+        else f"the store has {len(names)} namespaces"
+    )
     listed = ", ".join(f"{digest[:12]} ({name or 'unnamed'})" for digest, name in names.items())
     raise ConfigError(f"{which}; choose one with --namespace: {listed or 'it is empty'}")
 

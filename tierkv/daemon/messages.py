@@ -277,7 +277,7 @@ class Status(Message, tag=23):
 
 
 class TenantStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One namespace in the warm tier."""
+    """One namespace in the warm tier. tenant: hex sha256 of its salt, or ""; tenant_name: its name in the store."""
 
     namespace: str
     name: str
@@ -285,6 +285,8 @@ class TenantStatus(msgspec.Struct, frozen=True, kw_only=True):
     warm_blocks: int
     pinned_bytes: int
     clients: int
+    tenant: str = ""
+    tenant_name: str = ""
 
 
 class LimitStatus(msgspec.Struct, frozen=True, kw_only=True):

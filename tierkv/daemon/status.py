@@ -21,6 +21,7 @@ def tenant_statuses(core: Core) -> list[TenantStatus]:
             warm_blocks=tenant.warm_blocks,
             pinned_bytes=tenant.pinned_bytes,
             clients=tenant.clients,
+            tenant=tenant.owner,
         )
         for tenant in core.tenants.by_digest.values()
     ]

@@ -39,6 +39,7 @@ from tierkv.storage.cold_rows import (
     map_bytes_of,
     namespace_rows,
     unpack_quota,
+    with_history,
 )
 from tierkv.storage.cold_salvage import ColdSalvager
 from tierkv.storage.cold_tenants import TenantSettings, load_tenants
@@ -274,6 +275,16 @@ class ColdStore(cold_reader.ColdReader):  # by the module's name: pyright's repo
             until = None if ttl_s is None else batch.now + ttl_s
             for block_hash in block_hashes:
                 batch.set_pinned(block_hash, pinned, until=until)
+
+    def set_history(self, blocks: Mapping[BlockHash, tuple[ColdEntry, float | None]]) -> None:
+        """Give stored blocks the times, counts and pins of entries elsewhere, and the ends of these pins."""
+        self._require_writable()
+        with self._writer.batch() as batch:
+            for block_hash, (old, pin_end) in blocks.items():
+                entry = batch.entry(block_hash)
+                if entry is not None:
+                    batch.write_entry(block_hash, with_history(entry, old))
+                    batch.set_pinned(block_hash, old.pinned, until=pin_end)
 
     def pin_ends(self) -> dict[BlockHash, float]:
         """Return when the pins of blocks end, of those that do, in seconds of the store's clock."""

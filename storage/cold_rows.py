@@ -11,7 +11,7 @@ import contextlib
 import math
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeAlias
 
 import msgspec
@@ -59,6 +59,7 @@ __all__ = [
     "unpack_entry",
     "unpack_quota",
     "unpack_row",
+    "with_history",
 ]
 
 STORE_VERSION = b"3"
@@ -196,6 +197,18 @@ def entry_of(record: EncodedRecord, *, depth: int, now: float) -> ColdEntry:
         cost_s=record.cost_s if math.isfinite(record.cost_s) else 0.0,
         depth=depth,
         pinned=False,
+    )
+
+
+def with_history(entry: ColdEntry, old: ColdEntry) -> ColdEntry:
+    """Return the entry of a block that is stored again, with the times, counts and pin that it had."""
+    return replace(
+        entry,
+        created=old.created,
+        last_access=old.last_access,
+        access_count=old.access_count,
+        cost_s=old.cost_s,
+        pinned=old.pinned,
     )
 
 

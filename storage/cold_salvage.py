@@ -14,7 +14,7 @@ import mmap
 import os
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,7 @@ from tierkv.storage.cold_rows import (
     unpack_entry,
     unpack_quota,
     unpack_row,
+    with_history,
 )
 from tierkv.storage.cold_tenants import TENANT_PREFIX, TenantSettings, unpack_tenant, write_tenants
 from tierkv.storage.cold_writer import ColdWriter
@@ -262,19 +263,8 @@ def _write(fd: int, remains: _Remains, writer: ColdWriter, quota_bytes: int) -> 
             for block_hash in group:
                 entry, old_entry = batch.entry(block_hash), remains.entries.get(block_hash)
                 if entry and old_entry:
-                    batch.write_entry(block_hash, _with_history(entry, old_entry))
+                    batch.write_entry(block_hash, with_history(entry, old_entry))
     return saved
-
-
-def _with_history(entry: ColdEntry, old: ColdEntry) -> ColdEntry:
-    return replace(
-        entry,
-        created=old.created,
-        last_access=old.last_access,
-        access_count=old.access_count,
-        cost_s=old.cost_s,
-        pinned=old.pinned,
-    )
 
 
 def _plan(remains: _Remains, quota_bytes: int) -> list[BlockHash]:

@@ -113,7 +113,7 @@ class BackupFile:
         self.damaged: int = 0
         with translated_errors(f"cannot read the backup {self.path}"):
             self._file: BinaryIO = os.fdopen(open_regular(self.path.absolute()), "rb")
-            self._size = os.fstat(self._file.fileno()).st_size
+            self._num_left = os.fstat(self._file.fileno()).st_size - _HEADER.size
             self._checksums = xxhash.xxh3_64()
             self._frames = 0
             try:
@@ -180,9 +180,10 @@ class BackupFile:
             header = self._file.read(_FRAME.size)
             self._require(len(header) == _FRAME.size, "it is cut short")
             kind, _, size, checksum = _FRAME.unpack(header)
-            limit = min(_LIMITS.get(kind, 0), self._size - self._file.tell())
+            limit = min(_LIMITS.get(kind, 0), self._num_left - _FRAME.size)
             self._require(kind in _LIMITS and size <= limit, "it is cut short, or a frame is damaged")
             payload = self._file.read(size)
+            self._num_left -= _FRAME.size + size
         self._require(len(payload) == size, "it is cut short")
         self._require(kind == _BLOCK or _checksum(kind, payload) == checksum, "a frame is damaged")
         self._checksum_before = self._checksums.intdigest()

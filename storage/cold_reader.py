@@ -67,6 +67,10 @@ class ColdReader:
     def _databases(self) -> Databases:
         return Databases(*self._env.handles)
 
+    def unshared(self) -> contextlib.AbstractContextManager[None]:
+        """Keep other processes from opening the store meanwhile. Raises StoreError if one has it open."""
+        return self._env.unshared()
+
     def children(self, parent: BlockHash) -> list[BlockHash]:
         """Return the hashes of the blocks that follow `parent`; the namespace digest has the first ones."""
         with self._env.read() as txn:

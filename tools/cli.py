@@ -63,6 +63,7 @@ COMMANDS: dict[str, _Place] = {
         "store_commands", "quota", "Print how large a store may become, or change that for every process that uses it."
     ),
     "tenant": _Place("tenants", "group", "Name the tenants of a store; their shares and limits."),
+    "move": _Place("move", "move", "Move a store to another directory or disk."),
     "compact": _Place(
         "store_commands",
         "compact",

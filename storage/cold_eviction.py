@@ -12,14 +12,14 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from tierkv.storage.cold_batch import WriteBatch
-from tierkv.storage.cold_rows import ENTRY_BYTES, ENTRY_DTYPE, EntryTable, pack_entry
+from tierkv.storage.cold_rows import ENTRY_BYTES, ENTRY_DTYPE, EntryTable, pack_entry, padded_bytes
+from tierkv.storage.record import EncodedRecord
 from tierkv.values.block import HASH_BYTES, BlockHash
 
 __all__ = [
@@ -87,31 +87,52 @@ class EvictionCandidates:
         self._heaps: dict[str | None, list[_Candidate]] = {}
         self._tenants: frozenset[str] = frozenset()
 
-    def make_room(
-        self,
-        batch: WriteBatch,
-        *,
-        to_bytes: int,
-        keep: frozenset[BlockHash],
-        incoming: Mapping[str | None, int] = MappingProxyType({}),
-    ) -> bool:
+    def make_room_for(self, batch: WriteBatch, records: Sequence[EncodedRecord], *, limit: int) -> list[int]:
+        """Make room for records within `limit` live bytes. Return up to how many live bytes each may be inserted.
+
+        A tenant at its limit loses blocks of its own. Then tenants with more than their share lose blocks. If that is
+        not enough (blocks are pinned, or all shares together exceed a smaller quota), tenants that stay within their
+        own share get room at the cost of others, and tenants that would exceed theirs get none.
+        """
+        keep = frozenset(each for record in records for each in (record.info.parent, record.info.block_hash))
+        usage, incoming = batch.usage, batch.incoming(records)
+        for tenant, more_bytes in incoming.items():
+            if tenant is not None and usage.room(tenant) < more_bytes:
+                to_bytes = max(usage.live_bytes(tenant) + usage.room(tenant) - more_bytes, 0)
+                self.make_room_of_tenant(batch, tenant, to_bytes=to_bytes, keep=keep)
+        needed = sum(padded_bytes(record.stored_bytes) for record in records)
+        within_share: set[str | None] = set()
+        reserved = 0
+        if incoming or not usage.settings:
+            is_made = self._make_room(batch, max(limit - needed, 0), keep, incoming)
+            if not is_made and incoming:
+                within_share = {
+                    each for each, more_bytes in incoming.items() if usage.is_within_share(each, more_bytes)
+                }
+                reserved = sum(incoming[each] for each in within_share)
+            if reserved:
+                self._evict_until(batch, keep, lambda: batch.live_bytes <= max(limit - reserved, 0), _any)
+        tenants = [usage.tenant_of(record.info.namespace) for record in records]
+        return [limit if tenant in within_share else limit - reserved for tenant in tenants]
+
+    def make_room(self, batch: WriteBatch, *, to_bytes: int) -> bool:
         """Remove blocks until at most `to_bytes` are live. Return whether that was reached.
 
-        A tenant keeps its share while another one has more than its own. If that is not enough (the shares exceed a
-        smaller quota, or other blocks are pinned), shares do not count.
-        keep: blocks that must stay, as the parents of the next blocks to be stored. incoming: bytes that tenants will
-        store: they count as theirs already, so that a tenant does not grow beyond its share at the cost of another's.
+        Blocks within the shares of tenants go last.
         """
+        return self._make_room(batch, to_bytes, frozenset(), {}) or self._evict_until(
+            batch, frozenset(), lambda: batch.live_bytes <= to_bytes, _any
+        )
 
-        def is_done() -> bool:
-            return batch.live_bytes <= to_bytes
+    def _make_room(
+        self, batch: WriteBatch, to_bytes: int, keep: frozenset[BlockHash], incoming: Mapping[str | None, int]
+    ) -> bool:
+        """Remove blocks of tenants that have more than their share, with what comes, until `to_bytes` are live."""
 
         def is_above_share(tenant: str | None, candidate: _Candidate) -> bool:
             return batch.usage.keeps_share(tenant, candidate.value_bytes - incoming.get(tenant, 0))
 
-        return self._evict_until(batch, keep, is_done, is_above_share) or self._evict_until(
-            batch, keep, is_done, lambda tenant, candidate: True
-        )
+        return self._evict_until(batch, keep, lambda: batch.live_bytes <= to_bytes, is_above_share)
 
     def make_room_of_tenant(self, batch: WriteBatch, tenant: str, *, to_bytes: int, keep: frozenset[BlockHash]) -> bool:
         """Remove blocks of one tenant until it has at most `to_bytes`. Return whether that was reached."""
@@ -187,6 +208,10 @@ class EvictionCandidates:
                 _Candidate(float(scores[i]), -int(depths[i]), hashes[rows[i]], float(times[i]), int(sizes[i]))
                 for i in best[:_MAX_QUEUE]
             ]
+
+
+def _any(tenant: str | None, candidate: _Candidate) -> bool:
+    return True
 
 
 def _by_tenant(

@@ -118,6 +118,10 @@ class TenantUsage:
         limit = None if tenant is None else self.settings[tenant].cold_limit
         return _MAX_BYTES if limit is None or tenant is None else limit - self._live[tenant]
 
+    def is_within_share(self, tenant: str | None, more_bytes: int) -> bool:
+        """Return whether a tenant would have at most its share with so many bytes more."""
+        return tenant is not None and self._live[tenant] + more_bytes <= self.settings[tenant].cold_share
+
     def keeps_share(self, tenant: str | None, without: int) -> bool:
         """Return whether a tenant has at least its share after it has lost so many bytes."""
         return tenant is None or self._live[tenant] - without >= self.settings[tenant].cold_share

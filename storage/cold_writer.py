@@ -136,7 +136,7 @@ class ColdWriter:
                     freed_bytes += report.freed_bytes
                 num_continued = len(chosen) - len(removed)
             if to_bytes is not None:
-                report = self._evict(partial(self._candidates.make_room, to_bytes=to_bytes, keep=frozenset()))
+                report = self._evict(partial(self._candidates.make_room, to_bytes=to_bytes))
                 removed += report.hashes
                 freed_bytes += report.freed_bytes
         return EvictionReport(
@@ -173,7 +173,7 @@ class ColdWriter:
 
         def work(batch: WriteBatch) -> None:
             nonlocal report
-            self._candidates.make_room(batch, to_bytes=to_bytes, keep=frozenset())
+            self._candidates.make_room(batch, to_bytes=to_bytes)
             report = EvictionReport(blocks=len(batch.removed), freed_bytes=batch.removed_bytes)
             raise _DryRunError
 
@@ -322,19 +322,9 @@ class ColdWriter:
 
         def work(batch: WriteBatch) -> list[PutOutcome]:
             nonlocal evicted
-            limit = self._limit(batch, needed)
-            to_bytes = max(limit - needed, 0)
-            keep = frozenset(each for record in records for each in (record.info.parent, record.info.block_hash))
-            incoming = batch.incoming(records)
-            for tenant, more_bytes in incoming.items():
-                room = batch.usage.room(tenant)
-                if tenant is not None and room < more_bytes:
-                    to = max(batch.usage.live_bytes(tenant) + room - more_bytes, 0)
-                    self._candidates.make_room_of_tenant(batch, tenant, to_bytes=to, keep=keep)
-            if batch.live_bytes > to_bytes:
-                self._candidates.make_room(batch, to_bytes=to_bytes, keep=keep, incoming=incoming)
+            limits = self._candidates.make_room_for(batch, records, limit=self._limit(batch, needed))
             evicted = list(batch.removed), batch.removed_bytes
-            return [batch.insert_within(record, limit) for record in records]
+            return [batch.insert_within(record, limit) for record, limit in zip(records, limits, strict=True)]
 
         outcomes = self._attempt(work)
         self._counters.count_evicted(*evicted)
@@ -349,7 +339,7 @@ class ColdWriter:
 
         def work(batch: WriteBatch) -> None:
             to_bytes = batch.live_bytes - max(batch.live_bytes // 16, spare_bytes)
-            self._candidates.make_room(batch, to_bytes=max(to_bytes, 0), keep=frozenset())
+            self._candidates.make_room(batch, to_bytes=max(to_bytes, 0))
 
         self._evict(work)
 

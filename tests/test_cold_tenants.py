@@ -15,6 +15,7 @@ from tierkv.storage.cold_pins import PIN_PREFIX, UNPIN_PREFIX
 from tierkv.storage.cold_rows import NO_DESCRIPTION, add_checksum, padded_bytes
 from tierkv.storage.cold_tenants import TenantSettings, pack_tenant, unpack_tenant
 from tierkv.storage.outcomes import PutOutcome
+from tierkv.storage.record import EncodedRecord
 from tierkv.values.namespace import Namespace
 
 SIZE = padded_bytes(record_of(0).stored_bytes)
@@ -121,6 +122,38 @@ def test_a_tenant_does_not_grow_beyond_its_share_at_the_cost_of_anothers(tmp_pat
         put(store, clock, A, 10)
         assert (blocks_of(store, A), blocks_of(store, B)) == (10, 10)
         store.check()
+
+
+def test_a_tenant_without_a_share_takes_nothing_from_the_shares_of_others(tmp_path: Path) -> None:
+    clock = FakeClock()
+    with open_with(tmp_path, clock, A, B, C) as store:
+        store.set_tenants({id_of(each): TenantSettings(name=each.salt, cold_share=10 * SIZE) for each in (A, B)})
+        put(store, clock, A, 10)
+        put(store, clock, B, 10)
+        assert put(store, clock, C, 2) == [PutOutcome.FULL] * 2
+        assert (blocks_of(store, A), blocks_of(store, B)) == (10, 10)
+        store.check()
+
+
+def test_a_tenant_within_its_share_gets_room_where_pins_and_a_smaller_quota_leave_too_little(tmp_path: Path) -> None:
+    clock = FakeClock()
+    with open_with(tmp_path, clock, A, B, C) as store:
+        store.set_tenants({id_of(each): TenantSettings(name=each.salt, cold_share=10 * SIZE) for each in (A, B)})
+        put(store, clock, A, 10)
+        put(store, clock, C, 10)
+        store.set_pinned([each for each, _ in store.iter_entries(C.digest)], True)
+        assert put(store, clock, B, 3) == [PutOutcome.STORED] * 3
+        assert (blocks_of(store, A), blocks_of(store, B), blocks_of(store, C)) == (7, 3, 10)
+        mixed = [record_of(77, namespace=C, seed=77), record_of(77, namespace=B, seed=77)]
+        assert put_together(store, mixed) == [PutOutcome.FULL, PutOutcome.STORED]
+        assert (blocks_of(store, A), blocks_of(store, B), blocks_of(store, C)) == (6, 4, 10)
+        store.check()
+
+
+def put_together(store: ColdStore, records: list[EncodedRecord]) -> list[PutOutcome]:
+    """Put records in one transaction, however small the quota is."""
+    with store._writer._exclusive():
+        return store._writer._put_group(records)
 
 
 def test_a_limit_holds_while_the_description_of_its_namespace_is_lost(tmp_path: Path) -> None:

@@ -153,6 +153,16 @@ class ColdReader:
             rows = namespace_rows(txn, self._databases)
         return [StoredNamespace.of(digest, row) for digest, row in rows.items()]
 
+    def tenant_bytes(self) -> dict[str | None, int]:
+        """Return the live bytes of each tenant, by the hex sha256 of its salt; None has those of lost descriptions."""
+        with self._env.read() as txn:
+            rows = namespace_rows(txn, self._databases)
+        found: dict[str | None, int] = {}
+        for digest, row in rows.items():
+            tenant = tenant_of_row(row, digest)
+            found[tenant] = found.get(tenant, 0) + row.value_bytes
+        return found
+
     def _note_namespace(self, digest: BlockHash, description: bytes) -> None:
         """Remember the codec that a namespace's description names, if the digest was computed of that description."""
         lossy_codec = lossy_codec_in(description, digest)

@@ -108,6 +108,8 @@ def status(socket: DaemonSocket = None, as_json: AsJson = False) -> None:
     console.print(_table(report))
     if report.tenants:
         console.print(_tenants(report))
+    if report.shares:
+        console.print(_shares(report))
     console.print(_limits(report))
 
 
@@ -282,15 +284,30 @@ def _table(report: StatusReport) -> Table:
 
 
 def _tenants(report: StatusReport) -> Table:
-    table = Table("namespace", "model", "clients", "warm", "pinned")
+    table = Table("namespace", "model", "tenant", "clients", "warm", "pinned")
+    names = {each.owner: each.name for each in report.shares}
     for tenant in report.tenants:
         table.add_row(
             tenant.namespace[:12],
             visible(tenant.name or "unnamed"),
+            visible(names.get(tenant.owner, tenant.owner[:8])),
             f"{tenant.clients:,}",
             format_bytes(tenant.warm_blocks * tenant.block_bytes),
             format_bytes(tenant.pinned_bytes),
         )
+    return table
+
+
+def _shares(report: StatusReport) -> Table:
+    """Return what each tenant has of the tiers, and may have."""
+    table = Table("tenant", "warm", "share", "limit", "cold", "share", "limit")
+
+    def shown(share: int, limit: int) -> tuple[str, str]:
+        return format_bytes(share) if share else "none", "none" if limit < 0 else format_bytes(limit)
+
+    for each in report.shares:
+        warm, cold = shown(each.warm_share, each.warm_limit), shown(each.cold_share, each.cold_limit)
+        table.add_row(visible(each.name), format_bytes(each.warm_bytes), *warm, format_bytes(each.cold_bytes), *cold)
     return table
 
 

@@ -184,7 +184,7 @@ def _evict_through_daemon(
     with DaemonClient(socket) as client:
         found = _Namespaces()
         for each in client.call(Status(), StatusReport).tenants:
-            found.add(each.namespace, each.name, each.tenant)
+            found.add(each.namespace, each.name, each.owner)
         if client.welcome.has_cold:
             with suppress(StoreError), open_existing(Path(client.welcome.store)) as store:
                 found.add_stored(store)

@@ -301,7 +301,7 @@ class Core:
         self.claims.end_expired(self.connections)
         self.pins.end_expired()
         self.tenants.forget_unused()
-        return sum(size_class.trim() for size_class in self.slab.classes.values())
+        return self.tenants.shares.trim(self.slab.classes.values())
 
     def warm_entries(self, tenant: Tenant) -> list[Entry]:
         """Return a namespace's blocks in the warm tier, parents first, each pinned until `unpin_entries`."""

@@ -39,6 +39,7 @@ __all__ = [
     "Reserved",
     "SaveState",
     "Saved",
+    "ShareStatus",
     "Status",
     "StatusReport",
     "Stop",
@@ -277,7 +278,7 @@ class Status(Message, tag=23):
 
 
 class TenantStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One namespace in the warm tier. tenant: hex sha256 of its salt, or ""; tenant_name: its name in the store."""
+    """One namespace in the warm tier. owner: the hexadecimal digest of its salt, "" without one."""
 
     namespace: str
     name: str
@@ -285,8 +286,23 @@ class TenantStatus(msgspec.Struct, frozen=True, kw_only=True):
     warm_blocks: int
     pinned_bytes: int
     clients: int
-    tenant: str = ""
-    tenant_name: str = ""
+    owner: str = ""
+
+
+class ShareStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One tenant: what it has of the warm and the cold tier, its shares and its limits. owner: as in TenantStatus.
+
+    name: in the store, or the first digits of its id. limit: -1 for none. cold_bytes: 0 without a store.
+    """
+
+    owner: str
+    name: str
+    warm_bytes: int
+    warm_share: int
+    warm_limit: int
+    cold_bytes: int
+    cold_share: int
+    cold_limit: int
 
 
 class LimitStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -320,6 +336,7 @@ class StatusReport(Message, tag=24):
     tenants: list[TenantStatus]
     cold: dict[str, int]
     limits: list[LimitStatus] = []
+    shares: list[ShareStatus] = []
 
 
 class Stop(Message, tag=25):

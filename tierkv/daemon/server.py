@@ -37,7 +37,7 @@ from tierkv.daemon.metrics import serve_metrics
 from tierkv.daemon.peers import Peers
 from tierkv.daemon.requests import Requests
 from tierkv.daemon.state_files import StateFiles
-from tierkv.daemon.status import limit_status, tenant_statuses, usage_of
+from tierkv.daemon.status import limit_status, share_statuses, tenant_statuses, usage_of
 from tierkv.daemon.store_writer import QUEUE_BLOCKS, StoreWriter
 from tierkv.daemon.values import Connection
 from tierkv.errors import CapacityError, StoreError
@@ -183,6 +183,7 @@ class _Server:
         )
         server = await loop.create_unix_server(lambda: ClientConnection(self), sock=self._listener)
         metrics = await self._serve_metrics()
+        self._read_tenants()
         background = [self.spawn(prefetcher.run()), self.spawn(self._tick_forever(writer))]
         started()
         _log.info("serving on %s, slab of %d bytes", self.config.socket, self._slab.size_bytes)
@@ -279,7 +280,16 @@ class _Server:
             except Exception:  # noqa: BLE001 - the outermost loop of its task: the next tick comes
                 _log.exception("the daemon's maintenance failed")
 
+    def _read_tenants(self) -> None:
+        """Read the shares and limits of tenants from the store: another process may have changed them."""
+        if self._store is not None:
+            try:
+                self.core.tenants.shares.settings = self._store.tenants()
+            except StoreError as exc:
+                _log.debug("the shares of tenants stay as they are: %s", exc)
+
     def _tick(self, writer: StoreWriter) -> None:
+        self._read_tenants()
         self.core.trim()
         self.notify_waiters()
         writer.maintain()
@@ -300,8 +310,11 @@ class _Server:
     def _report(self) -> StatusReport:
         core = self.core
         cold = None
-        with contextlib.suppress(StoreError):  # a damaged store must not hide the rest
-            cold = self._store.stats() if self._store is not None else None
+        tenant_bytes: dict[str | None, int] = {}
+        if self._store is not None:
+            with contextlib.suppress(StoreError):  # a damaged store must not hide the rest
+                cold = self._store.stats()
+                tenant_bytes = self._store.tenant_bytes()
         evictions = sum(size_class.evictions for size_class in core.slab.classes.values())
         return StatusReport(
             pid=os.getpid(),
@@ -329,6 +342,7 @@ class _Server:
             if cold
             else {},
             limits=self._usage(),
+            shares=share_statuses(core, tenant_bytes),
         )
 
     def _usage(self) -> list[LimitStatus]:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from tierkv.daemon.limits import Limits
+from tierkv.daemon.shares import WarmShares
 from tierkv.daemon.slab import SharedSlab, SizeClass
 from tierkv.daemon.values import BlockSource, Tenant
 from tierkv.errors import CapacityError
@@ -48,6 +49,10 @@ class Tenants:
             limits=limits,
         )
         self.by_digest: dict[BlockHash, Tenant] = {}
+        self.shares: WarmShares = WarmShares(
+            self.by_digest.values, lambda size_class, slot: self._slot_tenants.get((size_class, slot))
+        )
+        self.slab.may_lose = self.shares.may_lose
         self.description_bytes: int = 0
         self._secret = os.urandom(HASH_BYTES)
         self._slot_tenants: dict[tuple[SizeClass, int], Tenant] = {}
@@ -198,6 +203,8 @@ class Tenants:
         counted = Counter(self._slot_tenants.values())
         tenants = self.by_digest.values()
         for tenant in tenants:
+            awaited = [entry for entry in self.entries_of(tenant) if entry.awaited and entry.warm_slot is None]
+            assert tenant.num_awaited == len(awaited), "slots that are being filled are not counted"
             for entry in self.entries_of(tenant):
                 assert entry.warm_slot is not None or entry.awaited or entry.children, "an entry that nothing uses"
         assert all(tenant.warm_blocks == counted[tenant] for tenant in tenants)

@@ -13,7 +13,6 @@ from typing import Annotated, Any
 
 import typer
 
-from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.eviction_log import LOG_NAME, EvictionLog
 from tierkv.daemon.eviction_messages import EvictBlocks, EvictedBlocks, Eviction
 from tierkv.daemon.host import STORE_LOCK, read_lock_file
@@ -24,6 +23,7 @@ from tierkv.storage.codecs import CODECS
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_eviction import EvictionReport, StoredPrompt
 from tierkv.storage.cold_tenants import TenantSettings
+from tierkv.tools.daemon_client import open_client
 from tierkv.tools.engine_options import ModelOptions
 from tierkv.tools.options import AsJson, parse_optional_size, spread
 from tierkv.tools.stores import StoreOptions, find_digest, open_existing
@@ -111,7 +111,7 @@ def daemon_for(store_path: Path) -> Path | None:
     socket = _owner_of(store_path)
     if socket is not None:
         try:
-            DaemonClient(socket).close()
+            open_client(socket).close()
         except DaemonGoneError as exc:
             raise DaemonError(
                 f"the store {store_path} belongs to a daemon that does not answer at {socket}",
@@ -181,7 +181,7 @@ def _evict_through_daemon(
     socket: Path, requests: list[EvictBlocks], namespace: str | None, tenant: str | None
 ) -> _Result:
     result = _Result()
-    with DaemonClient(socket) as client:
+    with open_client(socket) as client:
         found = _Namespaces()
         for each in client.call(Status(), StatusReport).tenants:
             found.add(each.namespace, each.name, each.owner)

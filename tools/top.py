@@ -23,11 +23,11 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.messages import Status, StatusReport
 from tierkv.errors import ConfigError, TierKVError
 from tierkv.profiling.prefixes import PrefixTable
 from tierkv.storage.cold import ColdStore
+from tierkv.tools.daemon_client import open_client
 from tierkv.tools.options import AsJson, DaemonSocket, as_path, default_socket, spread
 from tierkv.tools.stores import open_existing
 from tierkv.tools.tenants import TenantNames
@@ -184,7 +184,7 @@ def _cut(status: _Status, prefixes: int) -> _Status:
 
 def _look_at_daemon(socket: Path, prefixes: int) -> _Status:
     """Return a daemon's account of its warm tier, and the sizes of its store's files."""
-    with DaemonClient(socket) as client:
+    with open_client(socket) as client:
         report = client.call(Status(), StatusReport)
     counters = dict(report.counters)
     used = report.warm_bytes - report.warm_free_bytes

@@ -13,13 +13,13 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.messages import Status, StatusReport
 from tierkv.engine.model_support import context_of
 from tierkv.engine.prompts import PromptRequest, prefix_tokens, read_prompts
 from tierkv.engine.runner import Runner
 from tierkv.errors import CapacityError, ConfigError, StoreError
 from tierkv.storage.cold import ColdStore
+from tierkv.tools.daemon_client import open_client
 from tierkv.tools.engine_options import EngineOptions
 from tierkv.tools.engines import open_engine
 from tierkv.tools.evict import parse_age
@@ -134,7 +134,7 @@ def warm(
 
 def _evicted_by(socket: Path) -> int:
     """Return how many blocks a daemon has evicted from its store since it started. Raises DaemonGoneError."""
-    with DaemonClient(socket) as client:
+    with open_client(socket) as client:
         return client.call(Status(), StatusReport).cold.get("evicted_blocks", 0)
 
 

@@ -102,14 +102,24 @@ class Core:
         owner: str = "",
         codec: str = "",
         has_rows: bool = False,
+        is_member: bool = False,
     ) -> Tenant:
         """Let a connection use a namespace. The digest is that of the description; has_rows is what it says.
+
+        is_member: the connection belongs to another user, and its name of the namespace is not shown.
 
         Raises CapacityError if its blocks fit no slab, or clients use as many namespaces or block sizes as they may.
         """
         assert connection.tenant is None and not connection.is_closed
         tenant = self.tenants.open(
-            digest, description, layout=layout, name=name, owner=owner, codec=codec, has_rows=has_rows
+            digest,
+            description,
+            layout=layout,
+            name=name,
+            owner=owner,
+            codec=codec,
+            has_rows=has_rows,
+            is_member=is_member,
         )
         connection.tenant = tenant
         tenant.clients += 1

@@ -74,12 +74,16 @@ class Hello(Message, tag=1):
 
 
 class Welcome(Message, tag=2):
-    """Answer to Hello. The slab's descriptor comes with it if Hello named a namespace."""
+    """Answer to Hello. The slab's descriptor comes with it if Hello named a namespace.
+
+    is_member: the client belongs to another user than the daemon: it may read blocks, and write none.
+    """
 
     pid: int
     slab_bytes: int
     store: str
     has_cold: bool
+    is_member: bool = False
 
 
 class Match(Message, tag=3):

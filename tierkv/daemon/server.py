@@ -32,6 +32,7 @@ from tierkv.daemon.host import (
     memory_of_process,
 )
 from tierkv.daemon.loader import Loader, Prefetcher
+from tierkv.daemon.members import read_only_descriptor
 from tierkv.daemon.messages import LimitStatus, Message, StatusReport
 from tierkv.daemon.metrics import serve_metrics
 from tierkv.daemon.peers import Peers
@@ -40,10 +41,11 @@ from tierkv.daemon.state_files import StateFiles
 from tierkv.daemon.status import limit_status, share_statuses, tenant_statuses, usage_of
 from tierkv.daemon.store_writer import QUEUE_BLOCKS, StoreWriter
 from tierkv.daemon.values import Connection
-from tierkv.errors import CapacityError, StoreError
+from tierkv.errors import CapacityError, DaemonError, StoreError
 from tierkv.policies import make_policy
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.warm import Slab
+from tierkv.values.users import group_name
 
 __all__ = ["serve"]
 
@@ -62,7 +64,7 @@ def serve(config: DaemonConfig, *, started: Callable[[], None] = lambda: None) -
     """
     check_memory(config.warm_bytes)
     with contextlib.ExitStack() as stack:
-        listener, lock = stack.enter_context(listening_socket(config.socket))
+        listener, lock = stack.enter_context(listening_socket(config.socket, group=config.group))
         end = _End(config.socket, lock)
         ending = stack.enter_context(Ending(config.stop_s, report_loss=end.report_loss))
         store = None
@@ -132,6 +134,7 @@ class _Server:
         self.config = config
         self.limits = config.limits
         self.hello_s = config.hello_s
+        self.group = config.group
         self.boot = secrets.randbits(63) | 1
         self.core = Core(
             slab.size_bytes,
@@ -178,6 +181,7 @@ class _Server:
             prefetcher=prefetcher,
             files=self._files,
             evictor=self._make_evictor(writer),
+            members_descriptor=self._descriptor_of_members(),
             report=self._report,
             stop=self._ending.begin,
         )
@@ -186,6 +190,8 @@ class _Server:
         self._read_tenants()
         background = [self.spawn(prefetcher.run()), self.spawn(self._tick_forever(writer))]
         started()
+        if self.group is not None:
+            _log.info("members of group %s may read", group_name(self.group))
         _log.info("serving on %s, slab of %d bytes", self.config.socket, self._slab.size_bytes)
         try:
             await stopping.wait()
@@ -204,6 +210,15 @@ class _Server:
             if not is_quiet:
                 _log.warning("%d reads hang and are abandoned", loader.num_running)
         return is_quiet
+
+    def _descriptor_of_members(self) -> int | None:
+        """Return a descriptor of the slab for members of the group; None where there is no group."""
+        if self.group is None or self._slab.fd is None:
+            return None
+        try:
+            return read_only_descriptor(self._slab.fd)
+        except OSError as exc:
+            raise DaemonError(f"the warm tier cannot be shared with a group: {exc.strerror}") from exc
 
     def _make_evictor(self, writer: StoreWriter) -> Evictor:
         path = self.config.socket.with_name(self.config.socket.name + ".evictions")

@@ -67,9 +67,13 @@ class Tenants:
         owner: str,
         codec: str,
         has_rows: bool,
+        is_member: bool,
     ) -> Tenant:
         """Return the tenant of a namespace; add it if it is new. Raises CapacityError, as `Core.open_tenant` does."""
         tenant = self.by_digest.get(digest)
+        if tenant is not None and tenant.is_of_member and not is_member:  # the name is not covered by the digest
+            self.description_bytes += len(description) - len(tenant.description)
+            tenant.description, tenant.name, tenant.is_of_member = description, name, False
         if tenant is None:
             stride_bytes = slot_stride(layout.block_bytes)
             self._make_room(len(description), stride_bytes)
@@ -80,7 +84,9 @@ class Tenants:
                 )
             size_class = self.slab.class_of(stride_bytes)
             root_hash = self._root_hash(digest)
+            name = "" if is_member else name
             tenant = Tenant(digest, description, name, owner, layout, size_class, root_hash, codec, has_rows)
+            tenant.is_of_member = is_member
             if self.store is not None:
                 tenant.sources.append(self.store)
             self.by_digest[digest] = tenant

@@ -67,7 +67,14 @@ _BY_REASON = (
 )
 _MISS_REASONS = tuple(reason.value for reason in MissReason)
 _PUT = (PutOutcome.STORED, PutOutcome.EXISTS)
-_SKIP_REASONS = (*(each.value for each in PutOutcome if each not in _PUT), "queue_full", "stalled", "refused", "daemon")
+_SKIP_REASONS = (
+    *(each.value for each in PutOutcome if each not in _PUT),
+    "queue_full",
+    "stalled",
+    "refused",
+    "daemon",
+    "read_only",
+)
 _OF_TIER = (
     _Metric("hits", "hits", True, "Blocks that the tier answered."),
     _Metric("hit_tokens", "hit_tokens", True, "Prompt tokens that the tier answered."),

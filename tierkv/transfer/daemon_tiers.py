@@ -69,6 +69,7 @@ class DaemonTiers:
         tiers: Tiers,
         *,
         path: Path,
+        daemon_user: int | None,
         namespace: Namespace,
         block_size: int,
         hash_function: HashFunction,
@@ -94,6 +95,7 @@ class DaemonTiers:
             connected=self._note_connected,
             maintain=self.maintain,
             timeout_s=timeout_s,
+            daemon_user=daemon_user,
         )
         self.blocks: DaemonBlocks = DaemonBlocks(
             tiers,

@@ -78,6 +78,21 @@ def storing(socket: str, daemon_user: int | None = None) -> dict[str, Any]:
         return {"saved": saved, "loaded": loaded, "failed": len(failed), "skips": dict(store.stats().skip_reasons)}
 
 
+def caching(socket: str, daemon_user: int | None = None) -> dict[str, Any]:
+    """Answer a prompt through a TierCache; return what was cached. PatternEngine compares every cached number."""
+    from pattern_engine import PatternEngine, tiny_layout
+
+    from tierkv import CacheConfig, TierCache
+
+    config = CacheConfig(block_size=4, hot_bytes=1 << 20, socket=Path(socket), daemon_user=daemon_user)
+    with TierCache(config, namespace=Namespace(weights="w", layout=tiny_layout()), device="cpu") as cache:
+        sequence = PatternEngine(cache).start(list(range(41)))
+        cached = sequence.num_cached_tokens
+        cache.release(sequence)
+        cache.flush()
+        return {"cached": cached, "skips": dict(cache.stats().skip_reasons)}
+
+
 def greeting(socket: str, daemon_user: int | None = None, name: str = "") -> dict[str, Any]:
     """Open a namespace under a name; return what the daemon shows of it."""
     namespace = Namespace(weights="named", layout=NAMESPACE.layout, name=name)
@@ -155,12 +170,12 @@ def _protect(fd: int, size: int) -> None:
         raise OSError(ctypes.get_errno(), "mprotect")
 
 
-ROLES = {"serve": serving, "store": storing, "greet": greeting, "ask": asking, "write": writing}
+ROLES = {"serve": serving, "store": storing, "cache": caching, "greet": greeting, "ask": asking, "write": writing}
 
 if __name__ == "__main__":
     uid, gids, role, options = int(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4])
-    if role == "store":
-        importlib.import_module("tierkv.movers.engine_memory")  # loads torch, later otherwise
+    for name in {"store": ["tierkv.movers.engine_memory"], "cache": ["pattern_engine", "tierkv.cache"]}.get(role, []):
+        importlib.import_module(name)  # loads torch
     os.umask(0o022)
     os.setgroups(gids[1:])
     os.setgid(gids[0])

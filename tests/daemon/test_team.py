@@ -79,6 +79,14 @@ def test_a_member_reads_what_the_owner_wrote_and_writes_nothing(start_team: Call
     assert (after["saved"], after["loaded"], after["failed"]) == (0, COUNT, 0)
 
 
+def test_a_members_cache_computes_with_what_the_owner_stored(start_team: Callable[..., Path]) -> None:
+    socket = start_team()
+    assert run(OWNER, [OWN_GROUP], "cache", socket=str(socket))["cached"] == 0
+    said = run(MEMBER, [MEMBER, GROUP], "cache", socket=str(socket), daemon_user=OWNER)
+    assert said == {"cached": 40, "skips": {}}
+    assert run(MEMBER, [MEMBER, GROUP], "cache", socket=str(socket), daemon_user=OWNER) == said
+
+
 def test_a_member_by_its_first_group_alone_is_one(start_team: Callable[..., Path]) -> None:
     socket = start_team()
     assert run(MEMBER, [GROUP], "greet", socket=str(socket), daemon_user=OWNER)["is_member"]

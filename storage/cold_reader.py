@@ -17,6 +17,7 @@ from tierkv.storage.codec import Bytes
 from tierkv.storage.codecs import check_codec
 from tierkv.storage.coded import CodedBlock
 from tierkv.storage.cold_children import ChildrenTable
+from tierkv.storage.cold_descriptions import lossy_codec_in, read_lossy_codec, tenant_of_row
 from tierkv.storage.cold_rows import (
     BLOCKS,
     NO_DESCRIPTION,
@@ -24,10 +25,8 @@ from tierkv.storage.cold_rows import (
     Databases,
     NamespaceRow,
     get_entry,
-    lossy_codec_in,
     namespace_rows,
     read_block_tokens,
-    read_lossy_codec,
     unpack_entry,
 )
 from tierkv.storage.lmdb_env import LmdbEnv, ReadTransaction
@@ -67,6 +66,10 @@ class ColdReader:
     @property
     def _databases(self) -> Databases:
         return Databases(*self._env.handles)
+
+    def unshared(self) -> contextlib.AbstractContextManager[None]:
+        """Keep other processes from opening the store meanwhile. Raises StoreError if one has it open."""
+        return self._env.unshared()
 
     def children(self, parent: BlockHash) -> list[BlockHash]:
         """Return the hashes of the blocks that follow `parent`; the namespace digest has the first ones."""
@@ -150,6 +153,16 @@ class ColdReader:
             rows = namespace_rows(txn, self._databases)
         return [StoredNamespace.of(digest, row) for digest, row in rows.items()]
 
+    def tenant_bytes(self) -> dict[str | None, int]:
+        """Return the live bytes of each tenant, by the hex sha256 of its salt; None has those of lost descriptions."""
+        with self._env.read() as txn:
+            rows = namespace_rows(txn, self._databases)
+        found: dict[str | None, int] = {}
+        for digest, row in rows.items():
+            tenant = tenant_of_row(row, digest)
+            found[tenant] = found.get(tenant, 0) + row.value_bytes
+        return found
+
     def _note_namespace(self, digest: BlockHash, description: bytes) -> None:
         """Remember the codec that a namespace's description names, if the digest was computed of that description."""
         lossy_codec = lossy_codec_in(description, digest)
@@ -208,7 +221,7 @@ class StoredNamespace:
     """A namespace as the store knows it.
 
     description: its fields; empty if only its blocks are known, or if it is unreadable, and `problem` says why then.
-    raw_description: the bytes that are stored.
+    raw_description: the bytes that are stored. tenant: hex sha256 of its salt, "" without one; None if that is lost.
     """
 
     digest: BlockHash
@@ -221,6 +234,7 @@ class StoredNamespace:
     raw_bytes: int
     stored_bytes: int
     value_bytes: int
+    tenant: str | None
 
     @classmethod
     def of(cls, digest: BlockHash, row: NamespaceRow) -> StoredNamespace:
@@ -237,6 +251,7 @@ class StoredNamespace:
             raw_bytes=row.raw_bytes,
             stored_bytes=row.stored_bytes,
             value_bytes=row.value_bytes,
+            tenant=tenant_of_row(row, digest),
         )
 
 

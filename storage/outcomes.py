@@ -34,5 +34,6 @@ class PutOutcome(Enum):
     NO_PARENT = "no_parent"  # its parent is not in the store, though another with its hash may be
     FORMAT = "format"  # its hash belongs to a block that another version wrote; that block stays
     FULL = "full"  # no room even after evicting
+    TENANT_LIMIT = "tenant_limit"  # its tenant has as much as it may, and none of that may be evicted
     BUSY = "busy"  # another process has kept the store's write lock for too long
     IO_ERROR = "io_error"

@@ -49,9 +49,11 @@ COMMANDS: dict[str, _Place] = {
     "save": _Place(
         "state",
         "save",
-        "Write a store's blocks of one namespace into one file, atomically.",
+        "Write a store's blocks into one file, atomically: of one namespace, or with --all of the whole store.",
     ),
-    "load": _Place("state", "load", "Put the sound blocks of a state file into a store, which is made if need be."),
+    "load": _Place(
+        "state", "load", "Put the sound blocks of a file of tierkv save into a store, which is made if need be."
+    ),
     "evict": _Place(
         "evict",
         "evict",
@@ -60,6 +62,8 @@ COMMANDS: dict[str, _Place] = {
     "quota": _Place(
         "store_commands", "quota", "Print how large a store may become, or change that for every process that uses it."
     ),
+    "tenant": _Place("tenants", "group", "Name the tenants of a store; their shares and limits."),
+    "move": _Place("move", "move", "Move a store to another directory or disk."),
     "compact": _Place(
         "store_commands",
         "compact",

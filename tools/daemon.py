@@ -18,7 +18,6 @@ import msgspec
 import typer
 from rich.table import Table
 
-from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.config import DaemonConfig
 from tierkv.daemon.host import NOT_WRITTEN, check_folder, peer_of, read_lock_file
 from tierkv.daemon.log_file import open_log
@@ -26,6 +25,7 @@ from tierkv.daemon.messages import Count, Done, Hello, Prefetch, Status, StatusR
 from tierkv.daemon.service_manager import ServiceManager
 from tierkv.engine.prompts import prefix_tokens, read_prompts
 from tierkv.errors import ConfigError, DaemonError, DaemonGoneError
+from tierkv.tools.daemon_client import open_client
 from tierkv.tools.engine_options import ModelOptions
 from tierkv.tools.logs import FormatOption, LogFormat
 from tierkv.tools.options import (
@@ -47,6 +47,7 @@ from tierkv.tools.stores import require_place
 from tierkv.tools.terminal import format_age, open_console, print_json, visible
 from tierkv.values.block import as_token_array, iter_chain
 from tierkv.values.units import format_bytes
+from tierkv.values.users import group_id, user_name
 
 __all__ = ["group"]
 
@@ -76,6 +77,10 @@ def start(
     metrics_port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="Serve Prometheus metrics on this port of 127.0.0.1.")
     ] = None,
+    group: Annotated[
+        str | None,
+        typer.Option(help="Let this group connect and read: its name or number. Its members write nothing."),
+    ] = None,
     warm_file: Annotated[
         Path | None,
         typer.Option(
@@ -93,6 +98,7 @@ def start(
         cold_bytes=parse_optional_size(cold),
         min_free_bytes=parse_optional_size(min_free),
         metrics_port=metrics_port,
+        group=None if group is None else group_id(group),
     )
     if config.store:
         require_place(config.store, min_free_bytes=config.min_free_bytes)
@@ -115,7 +121,7 @@ def start(
 
 def status(socket: DaemonSocket = None, as_json: AsJson = False) -> None:
     """Print what the daemon holds, and for which models and clients."""
-    with DaemonClient(socket or default_socket(os.environ)) as client:
+    with open_client(socket or default_socket(os.environ)) as client:
         report = client.call(Status(), StatusReport)
     if as_json:
         print_json(msgspec.to_builtins({name: getattr(report, name) for name in report.__struct_fields__}))
@@ -124,6 +130,8 @@ def status(socket: DaemonSocket = None, as_json: AsJson = False) -> None:
     console.print(_table(report))
     if report.tenants:
         console.print(_tenants(report))
+    if report.shares:
+        console.print(_shares(report))
     console.print(_limits(report))
 
 
@@ -135,7 +143,7 @@ def stop(socket: DaemonSocket = None) -> None:
     path = socket or default_socket(os.environ)
     pid = _listener_of(path)
     try:
-        with DaemonClient(path, timeout_s=_ANSWER_S) as client:
+        with open_client(path, timeout_s=_ANSWER_S) as client:
             client.call(Stop(), Done)
     except DaemonGoneError as exc:
         if not _is_running(pid):
@@ -179,7 +187,7 @@ def prefetch(
         client=f"prefetch, process {os.getpid()}",
     )
     blocks = 0
-    with DaemonClient(path, hello) as client:
+    with open_client(path, hello) as client:
         for request in requests:
             tokens = as_token_array(prefix_tokens(loaded.tokenizer, request, day=model.day)).tobytes()
             chain = iter_chain(namespace.digest, tokens, model.block_size)
@@ -235,7 +243,7 @@ def _wait_until_it_serves(
             why = lines[-1].removeprefix("tierkv: ") if lines else f"it ended with code {process.returncode}"
             raise DaemonError(why)
         try:
-            with DaemonClient(socket) as client:
+            with open_client(socket) as client:
                 if client.welcome.pid == process.pid:
                     return process.pid
         except DaemonGoneError:
@@ -257,7 +265,7 @@ def _listener_of(path: Path) -> int:
             ) from exc
         pid, uid = peer_of(connection)
     if uid != os.geteuid():
-        raise DaemonError(f"the daemon at {path} belongs to user {uid}")
+        raise DaemonError(f"the daemon at {path} belongs to user {user_name(uid)}: only that user stops it")
     return pid
 
 
@@ -298,15 +306,30 @@ def _table(report: StatusReport) -> Table:
 
 
 def _tenants(report: StatusReport) -> Table:
-    table = Table("namespace", "model", "clients", "warm", "pinned")
+    table = Table("namespace", "model", "tenant", "clients", "warm", "pinned")
+    names = {each.owner: each.name for each in report.shares}
     for tenant in report.tenants:
         table.add_row(
             tenant.namespace[:12],
             visible(tenant.name or "unnamed"),
+            visible(names.get(tenant.owner, tenant.owner[:8])),
             f"{tenant.clients:,}",
             format_bytes(tenant.warm_blocks * tenant.block_bytes),
             format_bytes(tenant.pinned_bytes),
         )
+    return table
+
+
+def _shares(report: StatusReport) -> Table:
+    """Return what each tenant has of the tiers, and may have."""
+    table = Table("tenant", "warm", "share", "limit", "cold", "share", "limit")
+
+    def shown(share: int, limit: int) -> tuple[str, str]:
+        return format_bytes(share) if share else "none", "none" if limit < 0 else format_bytes(limit)
+
+    for each in report.shares:
+        warm, cold = shown(each.warm_share, each.warm_limit), shown(each.cold_share, each.cold_limit)
+        table.add_row(visible(each.name), format_bytes(each.warm_bytes), *warm, format_bytes(each.cold_bytes), *cold)
     return table
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from tierkv.config import CacheConfig
 from tierkv.errors import ConfigError
+from tierkv.tools.daemon_client import named_daemon_user
 from tierkv.tools.options import (
     DEFAULT_DAY,
     BlockSize,
@@ -85,5 +86,6 @@ class EngineOptions(ModelOptions):
             warm_bytes=parse_size(self.warm),
             hot_bytes=parse_size(self.hot) if self.hot else None,
             codec=self.codec,
+            daemon_user=named_daemon_user(os.environ),
             socket=self.socket or (None if self.read_only else named_socket(os.environ)),
         )

@@ -13,7 +13,6 @@ from typing import Annotated, Any
 
 import typer
 
-from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.eviction_log import LOG_NAME, EvictionLog
 from tierkv.daemon.eviction_messages import EvictBlocks, EvictedBlocks, Eviction
 from tierkv.daemon.host import STORE_LOCK, read_lock_file
@@ -23,9 +22,12 @@ from tierkv.errors import ConfigError, DaemonError, DaemonGoneError, StoreError
 from tierkv.storage.codecs import CODECS
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_eviction import EvictionReport, StoredPrompt
+from tierkv.storage.cold_tenants import TenantSettings
+from tierkv.tools.daemon_client import open_client
 from tierkv.tools.engine_options import ModelOptions
 from tierkv.tools.options import AsJson, parse_optional_size, spread
 from tierkv.tools.stores import StoreOptions, find_digest, open_existing
+from tierkv.tools.tenants import TenantNames
 from tierkv.tools.terminal import print_json, visible
 from tierkv.values.block import HASH_BYTES, BlockHash, as_token_array, iter_chain
 from tierkv.values.units import format_bytes
@@ -42,7 +44,10 @@ def evict(
     model: ModelOptions,
     where: StoreOptions,
     to: Annotated[str | None, typer.Option(help="Until at most so many bytes are live, as 512M or 0.")] = None,
-    namespace: Annotated[str | None, typer.Option(help="Only this namespace: leading hex digits.")] = None,
+    namespace: Annotated[str | None, typer.Option(help="Only this namespace: leading hex digits, or its name.")] = None,
+    tenant: Annotated[
+        str | None, typer.Option(help="Only this tenant: its name, leading digits of its id, or its salt.")
+    ] = None,
     older_than: Annotated[
         str | None, typer.Option(help="Only blocks that were not used for so long, as 90s, 12h or 7d.")
     ] = None,
@@ -60,8 +65,8 @@ def evict(
     if daemon is None:
         path = where.path
         daemon = daemon_for(path)
-    if to is None and namespace is None and older_than is None and prompt is None:
-        raise ConfigError("nothing to evict: say --to SIZE, --namespace N, --prompt P or --older-than T")
+    if to is None and namespace is None and tenant is None and older_than is None and prompt is None:
+        raise ConfigError("nothing to evict: say --to SIZE, --namespace N, --tenant T, --prompt P or --older-than T")
     size = parse_optional_size(to)
     to_bytes = -1 if size is None else size
     older_than_s = -1.0 if older_than is None else parse_age(older_than)
@@ -71,14 +76,14 @@ def evict(
         requests = _requests_of(prompt, model, older_than_s)
         requests += [EvictBlocks(to_bytes=to_bytes)] if to_bytes >= 0 or not requests else []
     if daemon is not None:
-        result = _evict_through_daemon(daemon, requests, namespace)
+        result = _evict_through_daemon(daemon, requests, namespace, tenant)
     else:
         assert path is not None, "a store or a daemon is named"
-        result = _evict_stored(path, requests, namespace)
+        result = _evict_stored(path, requests, namespace, tenant)
     if as_json:
         print_json(asdict(result))
     else:
-        _print(result, requests[-1].to_bytes)
+        _print(result, to_bytes)
 
 
 @dataclass(slots=True)
@@ -106,7 +111,7 @@ def daemon_for(store_path: Path) -> Path | None:
     socket = _owner_of(store_path)
     if socket is not None:
         try:
-            DaemonClient(socket).close()
+            open_client(socket).close()
         except DaemonGoneError as exc:
             raise DaemonError(
                 f"the store {store_path} belongs to a daemon that does not answer at {socket}",
@@ -172,18 +177,19 @@ def _owner_of(store_path: Path) -> Path | None:
     return Path(lines[1])
 
 
-def _evict_through_daemon(socket: Path, requests: list[EvictBlocks], namespace: str | None) -> _Result:
+def _evict_through_daemon(
+    socket: Path, requests: list[EvictBlocks], namespace: str | None, tenant: str | None
+) -> _Result:
     result = _Result()
-    with DaemonClient(socket) as client:
-        names = {each.namespace: each.name for each in client.call(Status(), StatusReport).tenants}
+    with open_client(socket) as client:
+        found = _Namespaces()
+        for each in client.call(Status(), StatusReport).tenants:
+            found.add(each.namespace, each.name, each.owner)
         if client.welcome.has_cold:
             with suppress(StoreError), open_existing(Path(client.welcome.store)) as store:
-                names |= {each.digest.hex(): str(each.description.get("name", "")) for each in store.namespaces()}
-        digest = bytes.fromhex(find_digest(names, namespace)) if namespace is not None else b""
-        for request in requests:
-            if not _can_match(request, digest, names):
-                continue
-            answer = client.call(_within(request, digest), EvictedBlocks, timeout_s=_EVICT_S)
+                found.add_stored(store)
+        for request in found.within(requests, namespace, tenant):
+            answer = client.call(request, EvictedBlocks, timeout_s=_EVICT_S)
             result.blocks_evicted += answer.cold
             result.warm_blocks_evicted += answer.warm
             result.bytes_freed += answer.freed_bytes
@@ -194,17 +200,14 @@ def _evict_through_daemon(socket: Path, requests: list[EvictBlocks], namespace: 
     return result
 
 
-def _evict_stored(store_path: Path, requests: list[EvictBlocks], namespace: str | None) -> _Result:
+def _evict_stored(store_path: Path, requests: list[EvictBlocks], namespace: str | None, tenant: str | None) -> _Result:
     result = _Result()
     had_daemon = (store_path / STORE_LOCK).exists()
     with open_existing(store_path, read_only=False) as store:
-        names = {each.digest.hex(): str(each.description.get("name", "")) for each in store.namespaces()}
-        digest = bytes.fromhex(find_digest(names, namespace)) if namespace is not None else b""
+        found = _Namespaces()
+        found.add_stored(store)
         log = EvictionLog(store_path / LOG_NAME) if had_daemon else None
-        for request in requests:
-            if not _can_match(request, digest, names):
-                continue
-            asked = _within(request, digest)
+        for asked in found.within(requests, namespace, tenant):
             report = _evict_one(store, asked)
             result.blocks_evicted += report.blocks
             result.bytes_freed += report.freed_bytes
@@ -245,15 +248,46 @@ def _add_to_log(log: EvictionLog, request: EvictBlocks, hashes: Iterable[BlockHa
         log.add(Eviction(0, now, block_hashes=b"".join(hashes)))
 
 
-def _within(request: EvictBlocks, digest: BlockHash) -> EvictBlocks:
-    """Return the request, limited to a namespace if one is named."""
-    namespace = request.namespace or digest
-    return EvictBlocks(namespace, request.hashes, request.tokens, request.older_than_s, request.to_bytes)
+@dataclass(slots=True)
+class _Namespaces:
+    """Namespaces of a store and of a daemon: names and tenants by hex digest."""
 
+    names: dict[str, str] = field(default_factory=dict)
+    tenants: dict[str, str | None] = field(default_factory=dict)
+    settings: dict[str, TenantSettings] = field(default_factory=dict)
 
-def _can_match(request: EvictBlocks, digest: BlockHash, names: dict[str, str]) -> bool:
-    """Return whether the request's namespace exists and was not excluded."""
-    return not request.namespace or (digest in (b"", request.namespace) and request.namespace.hex() in names)
+    def add(self, digest: str, name: str, tenant: str | None) -> None:
+        """Add one namespace."""
+        self.names[digest] = name
+        self.tenants[digest] = tenant
+
+    def add_stored(self, store: ColdStore) -> None:
+        """Add all namespaces of a store, and the names of its tenants."""
+        self.settings.update(store.tenants())
+        for each in store.namespaces():
+            self.add(each.digest.hex(), str(each.description.get("name", "")), each.tenant)
+
+    def within(self, requests: list[EvictBlocks], namespace: str | None, tenant: str | None) -> list[EvictBlocks]:
+        """Return the requests, limited to a namespace and a tenant where these are named. Raises ConfigError."""
+        if namespace is None and tenant is None:
+            return [each for each in requests if not each.namespace or each.namespace.hex() in self.names]
+        allowed = set(self.names) if namespace is None else {find_digest(self.names, namespace)}
+        if tenant is not None:
+            ids = frozenset(each for each in self.tenants.values() if each is not None)
+            wanted = TenantNames(self.settings, ids | self.settings.keys()).find(tenant)
+            allowed = {digest for digest in allowed if self.tenants[digest] == wanted}
+        limited: list[EvictBlocks] = []
+        has_prompts = any(request.namespace for request in requests)
+        for request in requests:
+            if request.namespace:
+                limited += [request] if request.namespace.hex() in allowed else []
+                continue
+            if not has_prompts:
+                limited += [
+                    EvictBlocks(namespace=bytes.fromhex(each), older_than_s=request.older_than_s) for each in allowed
+                ]
+            limited += [EvictBlocks(to_bytes=request.to_bytes)] if request.to_bytes >= 0 else []
+        return limited
 
 
 def _print(result: _Result, to_bytes: int) -> None:

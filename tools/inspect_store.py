@@ -22,6 +22,7 @@ from tierkv.storage.cold_reader import StoredNamespace
 from tierkv.storage.cold_rows import ColdEntry
 from tierkv.tools.options import AsJson, cache_directory, spread
 from tierkv.tools.stores import StoreOptions, find_namespace, iter_chains, open_existing
+from tierkv.tools.tenants import TenantNames
 from tierkv.tools.terminal import format_age, open_console, print_json, visible
 from tierkv.values.block import BlockHash
 from tierkv.values.namespace import differing_fields
@@ -50,7 +51,10 @@ class _Prefix:
 @spread()
 def inspect(
     where: StoreOptions,
-    namespace: Annotated[str | None, typer.Option(help="Only this namespace: leading hex digits.")] = None,
+    namespace: Annotated[str | None, typer.Option(help="Only this namespace: leading hex digits, or its name.")] = None,
+    tenant: Annotated[
+        str | None, typer.Option(help="Only this tenant: its name, leading digits of its id, or its salt.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Show texts with this model's tokenizer.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -58,20 +62,24 @@ def inspect(
     path, now = where.path, time.time()
     with open_existing(path) as store:
         found = [find_namespace(store, namespace)] if namespace else store.namespaces()
+        names = TenantNames.of(store)
+        if tenant is not None:
+            wanted = names.find(tenant)
+            found = [n for n in found if n.tenant == wanted]
         found.sort(key=lambda n: n.last_used, reverse=True)
         prefixes = [prefix for n in found for prefix in _iter_prefixes(store, n)]
     if as_json:
         texts = _texts(prefixes, found, model, own=False)
         result = {
             "store": str(path),
-            "namespaces": [_describe(n, found[0]) for n in found],
+            "namespaces": [_describe(n, found[0], names) for n in found],
             "prefixes": [_as_dict(p, text, now) for p, text in zip(prefixes, texts, strict=True)],
         }
         print_json(result)
         return
     console = open_console()
     texts = _texts(prefixes, found, model, own=True)
-    console.print(_namespace_table(found, now))
+    console.print(_namespace_table(found, names, now))
     console.print(_prefix_table(prefixes, texts, now))
     for n in found:
         if n.problem:
@@ -153,11 +161,12 @@ def _numbers(token_ids: list[int]) -> str:
     return " ".join(map(str, token_ids))
 
 
-def _describe(namespace: StoredNamespace, base: StoredNamespace) -> dict[str, Any]:
+def _describe(namespace: StoredNamespace, base: StoredNamespace, names: TenantNames) -> dict[str, Any]:
     return {
         "digest": namespace.digest.hex(),
         **namespace.description,
         "problem": namespace.problem,
+        "tenant": names.name_of(namespace.tenant),
         "blocks": namespace.blocks,
         "bytes_raw": namespace.raw_bytes,
         "bytes_stored": namespace.stored_bytes,
@@ -181,14 +190,15 @@ def _as_dict(prefix: _Prefix, text: str, now: float) -> dict[str, Any]:
     }
 
 
-def _namespace_table(found: list[StoredNamespace], now: float) -> Table:
+def _namespace_table(found: list[StoredNamespace], names: TenantNames, now: float) -> Table:
     table = Table(title="namespaces", box=box.SIMPLE_HEAD)
-    for column in ("namespace", "model", "dtype", "size", "blocks", "stored", "used"):
+    for column in ("namespace", "model", "tenant", "dtype", "size", "blocks", "stored", "used"):
         table.add_column(column, no_wrap=True)
     for n in found:
         table.add_row(
             n.digest.hex()[:8],
             "unreadable" if n.problem else visible(_model_name(n.description)),
+            visible(names.name_of(n.tenant)),
             visible(str(n.description.get("dtype", ""))),
             visible(str(n.description.get("block_size", ""))),
             str(n.blocks),

@@ -8,12 +8,12 @@ import typer
 from rich.progress import Progress
 from rich.table import Table
 
-from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.messages import Compact, Done
 from tierkv.errors import CorruptBlockError
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_check import VerifyReport
 from tierkv.storage.cold_eviction import EvictionReport
+from tierkv.tools.daemon_client import open_client
 from tierkv.tools.options import AsJson, parse_size, spread
 from tierkv.tools.stores import StoreOptions, open_existing
 from tierkv.tools.terminal import open_console, print_json, visible
@@ -89,7 +89,7 @@ def compact(where: StoreOptions, as_json: AsJson = False) -> None:
             store.compact()
             after = store.stats().file_bytes
     if daemon is not None:  # it has its store open, so it compacts the store itself
-        with DaemonClient(daemon) as client:
+        with open_client(daemon) as client:
             client.call(Compact(), Done, timeout_s=_COMPACT_S)
         with open_existing(path) as store:
             after = store.stats().file_bytes

@@ -23,13 +23,14 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.messages import Status, StatusReport
 from tierkv.errors import ConfigError, TierKVError
 from tierkv.profiling.prefixes import PrefixTable
 from tierkv.storage.cold import ColdStore
+from tierkv.tools.daemon_client import open_client
 from tierkv.tools.options import AsJson, DaemonSocket, as_path, default_socket, spread
 from tierkv.tools.stores import open_existing
+from tierkv.tools.tenants import TenantNames
 from tierkv.tools.terminal import open_console, print_json, visible
 from tierkv.values.block import Tier
 from tierkv.values.events import BlockEvent, EventKind
@@ -39,6 +40,7 @@ __all__ = ["top"]
 
 _TIMEOUT_S = 5.0
 _MAX_INTERVAL_S = 86_400.0
+_MAX_TENANTS = 10
 _LIMIT_BYTES = 16 << 20  # of a process's answer
 _Status = dict[str, Any]
 
@@ -182,7 +184,7 @@ def _cut(status: _Status, prefixes: int) -> _Status:
 
 def _look_at_daemon(socket: Path, prefixes: int) -> _Status:
     """Return a daemon's account of its warm tier, and the sizes of its store's files."""
-    with DaemonClient(socket) as client:
+    with open_client(socket) as client:
         report = client.call(Status(), StatusReport)
     counters = dict(report.counters)
     used = report.warm_bytes - report.warm_free_bytes
@@ -198,6 +200,9 @@ def _look_at_daemon(socket: Path, prefixes: int) -> _Status:
         "model": ", ".join(sorted({tenant.name or tenant.namespace[:8] for tenant in report.tenants})),
         "clients": report.clients - 1,  # without this one
         "counters": counters,
+        "tenants": [
+            {"name": each.name, "warm_bytes": each.warm_bytes, "cold_bytes": each.cold_bytes} for each in report.shares
+        ],
         "tiers": {"warm": warm, **stored["tiers"]},
         "prefixes": stored["prefixes"],
     }
@@ -207,7 +212,11 @@ def _look_at_store(path: Path, prefixes: int) -> _Status:
     """Return sizes and the most used prefixes, by the files of a store."""
     with open_existing(path) as store:
         sizes = store.stats()
+        names = TenantNames.of(store)
         return {
+            "tenants": [
+                {"name": names.name_of(tenant), "cold_bytes": size} for tenant, size in store.tenant_bytes().items()
+            ],
             "model": ", ".join(str(n.description.get("name") or n.digest.hex()[:8]) for n in store.namespaces()),
             "tiers": {
                 "cold": {
@@ -248,6 +257,8 @@ def _render(view: _View) -> RenderableType:
         parts.append(Text(f"misses: {why or 'none'}"))
     if status.get("skipped_writes"):
         parts.append(Text(f"writes that were dropped: {status['skipped_writes']:,}", style="yellow"))
+    if len(status.get("tenants", ())) > 1:
+        parts.append(_tenant_table(status["tenants"]))
     parts.append(_prefix_table(status))
     return Group(*parts)
 
@@ -295,6 +306,21 @@ def _tier_table(view: _View) -> Table:
             view.show(tier, written, format_bytes),
             view.show(tier, "evictions", "{:,.1f}".format),
         )
+    return table
+
+
+def _tenant_table(tenants: list[dict[str, Any]]) -> Table:
+    """Return what each tenant has in the tiers, the largest first."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("tenant")
+    for column in ("warm", "cold"):
+        table.add_column(column, justify="right", no_wrap=True)
+    rows = sorted(tenants, key=lambda each: -(each.get("warm_bytes", 0) + each["cold_bytes"]))
+    for each in rows[:_MAX_TENANTS]:
+        warm = format_bytes(each["warm_bytes"]) if "warm_bytes" in each else ""
+        table.add_row(visible(each["name"]), warm, format_bytes(each["cold_bytes"]))
+    if len(rows) > _MAX_TENANTS:
+        table.add_row(f"and {len(rows) - _MAX_TENANTS} more", "", "")
     return table
 
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     import torch
 
     from tierkv.movers.engine_memory import EngineMemory
+from tierkv.values.users import user_id
 
 __all__ = ["DaemonBlockTiers"]
 
@@ -85,6 +86,7 @@ class DaemonBlockTiers:
             connected=lambda _: None,
             maintain=self._maintain,
             timeout_s=config.daemon_timeout_s,
+            daemon_user=None if config.daemon_user is None else user_id(config.daemon_user),
         )
         arguments = lambda: self._connector.connection, self._chains, namespace.layout, stats, changed
         self._loader = DaemonLoader(*arguments, room_wait_s=config.write_wait_s)

@@ -173,6 +173,9 @@ class AnswerCheck:
         ]
         for tenant in answer.tenants:
             numbers += [tenant.block_bytes, tenant.warm_blocks, tenant.pinned_bytes, tenant.clients]
+        for share in answer.shares:
+            numbers += [share.warm_bytes, share.warm_share, share.cold_bytes, share.cold_share]
+            _require(min(share.warm_limit, share.cold_limit) >= -1, "an impossible limit")
         _require(all(0 <= number < MOST_COUNT for number in numbers), "an impossible size")
         _require(not answer.cold or all(name in answer.cold for name in _COLD_FIELDS), "a cold tier without sizes")
 

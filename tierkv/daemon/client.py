@@ -31,22 +31,23 @@ _READ_BYTES = 256 << 10
 _MOST_DESCRIPTORS = 16  # read from a greeting, and closed: the slab's is the only one that may come
 _LONGEST_WAIT_S = 3600.0  # of one system call, which takes milliseconds as an int
 _SOON_S = 0.05
-
 Answer = TypeVar("Answer", bound=Message)
 
 
 class DaemonClient:
     """One connection. Everything that it holds in the daemon ends when it is closed, or when its process ends.
 
-    hello: names the namespace, or nothing for a client that only asks for status and the like.
-    welcome: the daemon's answer. descriptor: the slab's, until `take_descriptor`; None without a namespace.
-    failure: why the connection has failed, if it has. last_eviction: the newest eviction that the daemon notified of.
-    Nothing is sent to a daemon of another user than the own one or root. `AnswerCheck` has checked every answer that is
-    returned. A forked process cannot use the connection, and does not keep it open.
-    Raises DaemonGoneError if no daemon answers, DaemonError if the daemon refuses or belongs to another user.
+    hello: names the namespace, or nothing for a client that asks for status and the like. welcome: the daemon's answer.
+    descriptor: the slab's, until `take_descriptor`; None without a namespace. failure: why the connection has failed,
+    if it has. last_eviction: the newest eviction that the daemon notified of.
+    daemon_user: id of a user whose daemon is trusted, beside the own user's and root's. Nothing is sent to others.
+    `AnswerCheck` has checked every answer that is returned. A forked process cannot use the connection. Raises
+    DaemonGoneError if no daemon answers, DaemonError if the daemon refuses or belongs to another user.
     """
 
-    def __init__(self, path: Path, hello: Hello | None = None, *, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(
+        self, path: Path, hello: Hello | None = None, *, timeout_s: float = TIMEOUT_S, daemon_user: int | None = None
+    ) -> None:
         self.path = path
         self.boot: int = 0
         self.bytes_sent: int = 0
@@ -64,7 +65,7 @@ class DaemonClient:
         self._answers: dict[int, Message] = {}
         self._last_number = 0
         self.failure: str | None = None
-        self._socket = connect(path)
+        self._socket = connect(path, daemon_user=daemon_user)
         _CLIENTS.add(self)
         try:
             self.welcome: Welcome = self._greet(hello or Hello())

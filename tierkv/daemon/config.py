@@ -19,7 +19,8 @@ class DaemonConfig:
 
     store: None keeps nothing on disk. cold_bytes, min_free_bytes: as in `CacheConfig`. pin_share: of the slab, that
     one tenant may pin. metrics_port: of the loopback interface, for Prometheus. hello_s: time for a client to send
-    Hello. limits: of what clients may hold. stop_s: time for the end of the daemon; then the process exits, and loses
+    Hello. group: id of a group whose members may read; None lets only the daemon's user and root in. limits: of what
+    clients may hold. stop_s: time for the end of the daemon; then the process exits, and loses
     what was not written. stall_s: time for the store to write one batch; then requests that wait for it fail.
     """
 
@@ -34,6 +35,7 @@ class DaemonConfig:
     metrics_port: int | None = None
     hello_s: float = 5.0
     limits: Limits = field(default_factory=Limits)
+    group: int | None = None
     stop_s: float = 30.0
     stall_s: float = 15.0
 

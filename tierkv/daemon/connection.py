@@ -19,10 +19,12 @@ from tierkv.daemon.eviction_messages import EvictionDone
 from tierkv.daemon.host import peer_of
 from tierkv.daemon.limits import Limits
 from tierkv.daemon.log_lines import LogLines, reason_of
+from tierkv.daemon.members import groups_of_peer
 from tierkv.daemon.messages import Abandon, Done, EndClaim, Failure, Hello, Message, Release, Wait
 from tierkv.daemon.protocol import MAX_BODY_BYTES, FrameReader, ProtocolError, frame, parse_body, printable
 from tierkv.daemon.values import Connection
 from tierkv.errors import DaemonError, TierKVError
+from tierkv.values.users import group_name, user_name
 
 __all__ = ["Answer", "ClientConnection", "Host"]
 
@@ -35,7 +37,7 @@ Answer: TypeAlias = Message | None
 
 
 class Host(Protocol):
-    """What a connection needs of the server. hello_s: time for a client to send Hello.
+    """What a connection needs of the server. hello_s: time for a client to send Hello. group: whose members may read.
 
     incomplete_bytes, num_requests: bytes of incomplete messages, and requests in work, of all clients.
     """
@@ -44,6 +46,7 @@ class Host(Protocol):
     limits: Limits
     boot: int
     hello_s: float
+    group: int | None
     bytes_received: int
     bytes_sent: int
     incomplete_bytes: int
@@ -65,7 +68,7 @@ class Host(Protocol):
 class ClientConnection(asyncio.Protocol):
     """One connection as the loop sees it: frames in, answers and errors out.
 
-    slow: taken by each request that needs a thread.
+    slow: taken by each request that needs a thread. is_member: it belongs to another user, of the daemon's group.
     """
 
     def __init__(self, host: Host) -> None:
@@ -87,6 +90,7 @@ class ClientConnection(asyncio.Protocol):
         self._is_reading = True
         self._waits: set[asyncio.Task[Any]] = set()
         self._descriptor: int | None = None
+        self.is_member: bool = True  # until its user is known
 
     # asyncio calls these
 
@@ -95,15 +99,24 @@ class ClientConnection(asyncio.Protocol):
         self._transport = transport
         with transport.get_extra_info("socket").dup() as peer:
             pid, uid = peer_of(peer)
+            groups = groups_of_peer(peer)
         try:
-            if uid not in (0, os.geteuid()):
-                raise DaemonError(f"user {uid} is not the owner of this daemon")
+            self.is_member = uid not in (0, os.geteuid())
+            if self.is_member and self.host.group not in groups:
+                raise DaemonError(self._why_not(uid))
             self.host.accept(self, pid)
             self._is_accepted = True
         except TierKVError as exc:
             self._count_refusal(f"process {pid}", str(exc), reason_of(exc))
             self._send(0, Failure(message=str(exc), is_fatal=True))
             transport.close()
+
+    def _why_not(self, uid: int) -> str:
+        """Return why a user may not connect."""
+        owner, group = user_name(os.geteuid()), self.host.group
+        if group is None:
+            return f"the daemon belongs to user {owner}, and lets no other user in, such as {user_name(uid)}"
+        return f"the daemon belongs to user {owner}, and user {user_name(uid)} is not in its group {group_name(group)}"
 
     def data_received(self, data: bytes) -> None:
         self.host.bytes_received += len(data)

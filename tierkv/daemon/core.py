@@ -26,12 +26,12 @@ from tierkv.daemon.leases import Leases
 from tierkv.daemon.limits import Limits
 from tierkv.daemon.loads import Loads
 from tierkv.daemon.messages import NO_SLOT, Found, Match, Pin, Published, Release
+from tierkv.daemon.pins import Pins
 from tierkv.daemon.protocol import ProtocolError, split_numbers
 from tierkv.daemon.reservations import Reservations
 from tierkv.daemon.slab import SharedSlab
 from tierkv.daemon.tenants import Tenants
 from tierkv.daemon.values import BlockSource, Connection, Load, Tenant, Write, is_unknown, whole_hashes
-from tierkv.errors import DaemonError
 from tierkv.index.chosen_eviction import Choice, Evicted
 from tierkv.index.index import Entry
 from tierkv.policies import EvictionPolicy, LRUPolicy
@@ -77,8 +77,13 @@ class Core:
         self.claims: Claims = Claims(self.limits, clock)
         self.connections: set[Connection] = set()
         self.counters: EventCounter = EventCounter()
-        self.pin_quota_bytes: int = int(slab_bytes * pin_share)
-        self.pin_quota_of_all_bytes: int = int(slab_bytes * max(pin_share, self.limits.pinned_share))
+        self.pins: Pins = Pins(
+            self.tenants,
+            self.leases,
+            clock=clock,
+            quota_bytes=int(slab_bytes * pin_share),
+            quota_of_all_bytes=int(slab_bytes * max(pin_share, self.limits.pinned_share)),
+        )
         self._writes: set[Write] = set()
 
     def connect(self) -> Connection:
@@ -98,14 +103,24 @@ class Core:
         owner: str = "",
         codec: str = "",
         has_rows: bool = False,
+        is_member: bool = False,
     ) -> Tenant:
         """Let a connection use a namespace. The digest is that of the description; has_rows is what it says.
+
+        is_member: the connection belongs to another user, and its name of the namespace is not shown.
 
         Raises CapacityError if its blocks fit no slab, or clients use as many namespaces or block sizes as they may.
         """
         assert connection.tenant is None and not connection.is_closed
         tenant = self.tenants.open(
-            digest, description, layout=layout, name=name, owner=owner, codec=codec, has_rows=has_rows
+            digest,
+            description,
+            layout=layout,
+            name=name,
+            owner=owner,
+            codec=codec,
+            has_rows=has_rows,
+            is_member=is_member,
         )
         connection.tenant = tenant
         tenant.clients += 1
@@ -143,7 +158,7 @@ class Core:
         total = message.start + len(slots) if slots is not None else 0
         partial_block = None
         if slots is not None:
-            parent = self._parent_entry(tenant, known, total)
+            parent = self.tenants.parent_entry(tenant, known, total)
             partial_block, failed = self.leases.find_partial(connection, hashes, total, parent, message)
             has_failed |= failed
         cursor = 0
@@ -225,57 +240,8 @@ class Core:
         write.tenant.size_class.index.unpin(Tier.WARM, write.slot)
 
     def pin(self, connection: Connection, message: Pin) -> list[BlockHash]:
-        """Pin or unpin a prompt's blocks. Return the hashes of all that are there, so that the store can do the same.
-
-        Raises DaemonError, with nothing changed, if the owner (salt) would have pinned more than its share.
-        """
-        tenant = connection.require_tenant()
-        hashes = whole_hashes(tenant, message.hashes, message.tokens, most=self.limits.blocks_of_message)
-        known = self.tenants.walk(tenant, hashes, message.tokens)
-        ask = Match(hashes=message.hashes, tokens=message.tokens)
-        slots, _, _ = self.leases.find_blocks(connection, known, hashes, ask)
-        total = len(slots or ())
-        parent = self._parent_entry(tenant, known, total)
-        partial_block, _ = self.leases.find_partial(connection, hashes, total, parent, ask)
-        entries = [entry for entry in known[:total] if entry]
-        if (
-            partial_block
-            and (entry := tenant.size_class.index.peek(partial_block.block_hash))
-            and entry.parent is parent
-        ):
-            entries.append(entry)
-        changing = [entry for entry in entries if entry.warm_slot is not None and entry.pinned is not message.pinned]
-        change = len(changing) * tenant.layout.block_bytes * (1 if message.pinned else -1)
-        pinned = sum(each.pinned_bytes for each in self.tenants.by_digest.values() if each.owner == tenant.owner)
-        if change > 0 and pinned + change > self.pin_quota_bytes:
-            raise DaemonError(
-                f"pinning {len(changing)} more blocks takes {pinned + change} bytes of the warm tier, "
-                f"and one tenant may pin {self.pin_quota_bytes}",
-                hint="unpin other prompts, or start the daemon with a larger --warm",
-            )
-        if change > 0:
-            self._make_room_to_pin(tenant, change)
-        for entry in changing:
-            tenant.size_class.index.set_pinned(entry, message.pinned)
-        tenant.pinned_bytes += change
-        return hashes[:total] + ([partial_block.block_hash] if partial_block else [])
-
-    def _make_room_to_pin(self, tenant: Tenant, more_bytes: int) -> None:
-        """Keep what all tenants pin within the limit: unpin the blocks of tenants whose clients have all left.
-
-        Raises DaemonError, with nothing pinned, if that is not enough.
-        """
-        most = self.pin_quota_of_all_bytes - more_bytes
-        for other in sorted(self.tenants.by_digest.values(), key=lambda each: each.left_at):
-            if sum(each.pinned_bytes for each in self.tenants.by_digest.values()) <= most:
-                return
-            if not other.clients and other is not tenant:
-                self.tenants.unpin(other)
-        if sum(each.pinned_bytes for each in self.tenants.by_digest.values()) > most:
-            raise DaemonError(
-                f"all tenants together may pin {self.pin_quota_of_all_bytes} bytes of the warm tier",
-                hint="unpin other prompts, or start the daemon with a larger --warm",
-            )
+        """Pin or unpin a prompt's blocks, as `Pins.pin` does."""
+        return self.pins.pin(connection, message)
 
     def evict(self, connection: Connection, count: int) -> int:
         """Evict blocks of the connection's namespace from the warm tier, all for -1; return how many went."""
@@ -345,8 +311,9 @@ class Core:
         Marked blocks that are no longer in use are removed too. Return how many blocks were evicted ahead of need.
         """
         self.claims.end_expired(self.connections)
+        self.pins.end_expired()
         self.tenants.forget_unused()
-        return sum(size_class.trim() for size_class in self.slab.classes.values())
+        return self.tenants.shares.trim(self.slab.classes.values())
 
     def warm_entries(self, tenant: Tenant) -> list[Entry]:
         """Return a namespace's blocks in the warm tier, parents first, each pinned until `unpin_entries`."""
@@ -392,9 +359,3 @@ class Core:
         self.loads.check(tenants, connections)
         self.reservations.check(self.slab.classes.values(), connections)
         self.claims.check(tenants, connections)
-
-    def _parent_entry(self, tenant: Tenant, known: Sequence[Entry | None], total: int) -> Entry | None:
-        """Return the entry that block `total` of a prompt hangs under, where the index has it."""
-        if total > len(known):
-            return None
-        return known[total - 1] if total else self.tenants.root(tenant)

@@ -13,6 +13,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+from tierkv.daemon.members import check_reachable
 from tierkv.errors import CapacityError, ConfigError, DaemonError, StoreError
 from tierkv.values.files import open_regular
 from tierkv.values.free_memory import memory_room
@@ -147,8 +148,8 @@ def check_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def listening_socket(path: Path) -> Iterator[tuple[socket.socket, LockFile]]:
-    """Listen on a UNIX socket that only its owner may use. The socket file of a dead daemon is replaced.
+def listening_socket(path: Path, *, group: int | None = None) -> Iterator[tuple[socket.socket, LockFile]]:
+    """Listen on a UNIX socket that only its owner may use, or a group too. The socket of a dead daemon is replaced.
 
     Yields the lock file of the socket too. Raises DaemonError if a daemon uses the path or other users could replace
     the file, ConfigError for a path that no socket can have.
@@ -160,6 +161,9 @@ def listening_socket(path: Path) -> Iterator[tuple[socket.socket, LockFile]]:
         )
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     check_folder(path.parent)
+    mode = 0o600 if group is None else 0o660
+    if group is not None:
+        check_reachable(path.parent, group)
     with exclusive_file(path.with_name(path.name + ".lock"), f"the socket {path}") as lock:
         _remove_stale(path)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -168,8 +172,11 @@ def listening_socket(path: Path) -> Iterator[tuple[socket.socket, LockFile]]:
             os.fchmod(listener.fileno(), 0o600)  # Linux creates the file with the mode of the socket
             listener.bind(os.fspath(path))
             mine = os.stat(path, follow_symlinks=False)
-            if stat.S_IMODE(mine.st_mode) != 0o600:
-                os.chmod(path, 0o600)  # before any client can connect
+            if group is not None:
+                os.chown(path, -1, group, follow_symlinks=False)
+            if stat.S_IMODE(mine.st_mode) != mode:
+                os.chmod(path, mode)  # before any client can connect
+            mine = os.stat(path, follow_symlinks=False)
             listener.listen(_BACKLOG)
             listener.setblocking(False)
             yield listener, lock

@@ -39,6 +39,7 @@ __all__ = [
     "Reserved",
     "SaveState",
     "Saved",
+    "ShareStatus",
     "Status",
     "StatusReport",
     "Stop",
@@ -73,12 +74,16 @@ class Hello(Message, tag=1):
 
 
 class Welcome(Message, tag=2):
-    """Answer to Hello. The slab's descriptor comes with it if Hello named a namespace."""
+    """Answer to Hello. The slab's descriptor comes with it if Hello named a namespace.
+
+    is_member: the client belongs to another user than the daemon: it may read blocks, and write none.
+    """
 
     pid: int
     slab_bytes: int
     store: str
     has_cold: bool
+    is_member: bool = False
 
 
 class Match(Message, tag=3):
@@ -228,11 +233,12 @@ class EndClaim(Message, tag=15):
 
 
 class Pin(Message, tag=16):
-    """Pin or unpin a prompt's blocks. Answered with Count."""
+    """Pin or unpin a prompt's blocks. Answered with Count. ttl_s: how long the pin holds; below 0: for good."""
 
     hashes: bytes
     tokens: bytes
     pinned: bool
+    ttl_s: float = -1.0
 
 
 class Prefetch(Message, tag=17):
@@ -287,6 +293,22 @@ class TenantStatus(msgspec.Struct, frozen=True, kw_only=True):
     owner: str = ""
 
 
+class ShareStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One tenant: what it has of the warm and the cold tier, its shares and its limits. owner: as in TenantStatus.
+
+    name: in the store, or the first digits of its id. limit: -1 for none. cold_bytes: 0 without a store.
+    """
+
+    owner: str
+    name: str
+    warm_bytes: int
+    warm_share: int
+    warm_limit: int
+    cold_bytes: int
+    cold_share: int
+    cold_limit: int
+
+
 class LimitStatus(msgspec.Struct, frozen=True, kw_only=True):
     """How much of one limit is used. largest: what one holder has, whose own limit is limit_of_one, or 0 for none."""
 
@@ -323,6 +345,7 @@ class StatusReport(Message, tag=24):
     limits: list[LimitStatus] = []
     reasons: dict[str, dict[str, int]] = {}
     version: str = ""
+    shares: list[ShareStatus] = []
 
 
 class Stop(Message, tag=25):

@@ -18,6 +18,7 @@ from tierkv.daemon.core import Core
 from tierkv.daemon.eviction_messages import EngineEvicted, EvictBlocks, EvictionDone, EvictionsSince
 from tierkv.daemon.evictor import Evictor
 from tierkv.daemon.loader import Loader, Prefetcher
+from tierkv.daemon.members import is_for_members
 from tierkv.daemon.messages import (
     MOST_COUNT,
     Abandon,
@@ -56,6 +57,7 @@ from tierkv.storage.cold import ColdStore
 from tierkv.storage.warm import Slab
 from tierkv.values.block import HASH_BYTES, BlockHash
 from tierkv.values.namespace import NAME_LIMIT, NamespaceDescription, has_rows, parse_description
+from tierkv.values.users import user_name
 
 __all__ = ["Requests"]
 
@@ -66,7 +68,10 @@ _MAX_WAIT_S = 60.0
 
 
 class Requests:
-    """Answers messages. Used on the loop. report: returns the status. stop: ends the daemon."""
+    """Answers messages. Used on the loop.
+
+    members_descriptor: of the slab, to read only. report: returns the status. stop: ends the daemon.
+    """
 
     def __init__(
         self,
@@ -80,6 +85,7 @@ class Requests:
         prefetcher: Prefetcher,
         files: StateFiles,
         evictor: Evictor,
+        members_descriptor: int | None,
         report: Callable[[], StatusReport],
         stop: Callable[[], None],
     ) -> None:
@@ -87,6 +93,7 @@ class Requests:
         self._store = store
         self._config = config
         self._slab = slab
+        self._members_descriptor = members_descriptor
         self._loader = loader
         self._writer = writer
         self._prefetcher = prefetcher
@@ -103,6 +110,10 @@ class Requests:
         handler = _HANDLERS.get(type(message))
         if handler is None:
             raise ProtocolError(f"{type(message).__name__} is no request")
+        if client.is_member and not is_for_members(message):
+            raise DaemonError(
+                f"{type(message).__name__} is for the daemon's user, {user_name(os.geteuid())}; its group may only read"
+            )
         if client.connection.tenant is None and not isinstance(
             message, Status | Stop | Compact | Flush | Hello | EvictBlocks
         ):
@@ -114,6 +125,9 @@ class Requests:
     def close(self) -> None:
         """Close the loaded state files. Does not wait for their reads."""
         self._files.close()
+        if self._members_descriptor is not None:
+            os.close(self._members_descriptor)
+            self._members_descriptor = None
         self._aside.shutdown()
 
     @property
@@ -136,6 +150,7 @@ class Requests:
             slab_bytes=self._slab.size_bytes,
             store=str(self._config.store or ""),
             has_cold=self._store is not None,
+            is_member=client.is_member,
         )
         if not message.namespace:
             return welcome
@@ -149,13 +164,17 @@ class Requests:
             owner=described.salt_digest,
             codec=described.lossy_codec,
             has_rows=has_rows(described.fields["architecture"]),
+            is_member=client.is_member,
         )
-        self._writer.note_use(tenant)
-        client.attach_descriptor(self._slab.fd)
+        if not client.is_member:  # a member could register a false name
+            self._writer.note_use(tenant)
+        client.attach_descriptor(self._members_descriptor if client.is_member else self._slab.fd)
         return welcome
 
     def match(self, client: ClientConnection, message: Match) -> Answer:
         """Find and lease blocks of a prompt. The store notes their use after the answer."""
+        if client.is_member:
+            message.wants_claim = False  # it cannot publish what it computes
         found = self._core.match(client.connection, message)
         if self._store is not None and (message.lease or message.is_use) and found.slots:
             count = message.start + len(found.slots) // 4
@@ -213,7 +232,9 @@ class Requests:
     async def pin(self, client: ClientConnection, message: Pin) -> Answer:
         hashes = self._core.pin(client.connection, message)
         if self._store is not None and hashes:
-            await self._run_aside(partial(self._store.set_pinned, hashes, message.pinned), _PIN_S, "to pin blocks")
+            ttl_s = message.ttl_s if message.ttl_s >= 0 else None
+            pin = partial(self._store.set_pinned, hashes, message.pinned, ttl_s=ttl_s)
+            await self._run_aside(pin, _PIN_S, "to pin blocks")
         return Count(count=len(hashes))
 
     def prefetch(self, client: ClientConnection, message: Prefetch) -> Answer:

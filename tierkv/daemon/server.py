@@ -33,6 +33,7 @@ from tierkv.daemon.host import (
 )
 from tierkv.daemon.loader import Loader, Prefetcher
 from tierkv.daemon.log_lines import LogLines
+from tierkv.daemon.members import read_only_descriptor
 from tierkv.daemon.messages import LimitStatus, Message, StatusReport
 from tierkv.daemon.metrics import serve_metrics
 from tierkv.daemon.operation import NO_MANAGER, Operation
@@ -40,15 +41,16 @@ from tierkv.daemon.peers import Peers
 from tierkv.daemon.requests import Requests
 from tierkv.daemon.service_manager import ServiceManager
 from tierkv.daemon.state_files import StateFiles
-from tierkv.daemon.status import limit_status, tenant_statuses, usage_of
+from tierkv.daemon.status import limit_status, share_statuses, tenant_statuses, usage_of
 from tierkv.daemon.store_writer import QUEUE_BLOCKS, StoreWriter
 from tierkv.daemon.values import Connection
-from tierkv.errors import CapacityError, StoreError
+from tierkv.errors import CapacityError, DaemonError, StoreError
 from tierkv.metrics.exposition import load_prometheus
 from tierkv.policies import make_policy
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.warm import Slab
 from tierkv.values.log_event import LogEvent
+from tierkv.values.users import group_name
 
 __all__ = ["serve"]
 
@@ -77,7 +79,7 @@ def serve(
     if config.metrics_port is not None:
         load_prometheus()
     with contextlib.ExitStack() as stack:
-        listener, lock = stack.enter_context(listening_socket(config.socket))
+        listener, lock = stack.enter_context(listening_socket(config.socket, group=config.group))
         end = _End(config.socket, lock)
         ending = stack.enter_context(Ending(config.stop_s, report_loss=end.report_loss))
         store = None
@@ -151,6 +153,7 @@ class _Server:
         self.config = config
         self.limits = config.limits
         self.hello_s = config.hello_s
+        self.group = config.group
         self.boot = secrets.randbits(63) | 1
         self.core = Core(
             slab.size_bytes,
@@ -196,13 +199,17 @@ class _Server:
             prefetcher=prefetcher,
             files=self._files,
             evictor=self._make_evictor(writer),
+            members_descriptor=self._descriptor_of_members(),
             report=self._report,
             stop=self._ending.begin,
         )
         server = await loop.create_unix_server(lambda: ClientConnection(self), sock=self._listener)
         metrics = await self._serve_metrics()
+        self._read_tenants()
         background = [self.spawn(prefetcher.run()), self.spawn(self._tick_forever(writer))]
         started()
+        if self.group is not None:
+            _log.info("members of group %s may read", group_name(self.group))
         port = metrics.sockets[0].getsockname()[1] if metrics else None
         self._operation.note_start(self.config, metrics_port=port)
         try:
@@ -223,6 +230,15 @@ class _Server:
             if not is_quiet:
                 _log.warning("%d reads hang and are abandoned", loader.num_running)
         return is_quiet
+
+    def _descriptor_of_members(self) -> int | None:
+        """Return a descriptor of the slab for members of the group; None where there is no group."""
+        if self.group is None or self._slab.fd is None:
+            return None
+        try:
+            return read_only_descriptor(self._slab.fd)
+        except OSError as exc:
+            raise DaemonError(f"the warm tier cannot be shared with a group: {exc.strerror}") from exc
 
     def _make_evictor(self, writer: StoreWriter) -> Evictor:
         path = self.config.socket.with_name(self.config.socket.name + ".evictions")
@@ -288,8 +304,17 @@ class _Server:
             except Exception:  # noqa: BLE001 - the outermost loop of its task: the next tick comes
                 _log.exception("the daemon's maintenance failed")
 
+    def _read_tenants(self) -> None:
+        """Read the shares and limits of tenants from the store: another process may have changed them."""
+        if self._store is not None:
+            try:
+                self.core.tenants.shares.settings = self._store.tenants()
+            except StoreError as exc:
+                _log.debug("the shares of tenants stay as they are: %s", exc)
+
     def _tick(self, writer: StoreWriter) -> None:
         self._operation.manager.alive()
+        self._read_tenants()
         self.core.trim()
         if self.log_lines.are_evictions_due and (self._counting is None or self._counting.done()):
             self._counting = self.spawn(self._log_evictions())
@@ -320,8 +345,11 @@ class _Server:
     def _report(self) -> StatusReport:
         core = self.core
         cold = None
-        with contextlib.suppress(StoreError):  # a damaged store must not hide the rest
-            cold = self._store.stats() if self._store is not None else None
+        tenant_bytes: dict[str | None, int] = {}
+        if self._store is not None:
+            with contextlib.suppress(StoreError):  # a damaged store must not hide the rest
+                cold = self._store.stats()
+                tenant_bytes = self._store.tenant_bytes()
         return StatusReport(
             pid=os.getpid(),
             uptime_s=time.monotonic() - self._started_at,
@@ -350,6 +378,7 @@ class _Server:
             limits=self._usage(),
             reasons={name: dict(counts) for name, counts in core.counters.reasons.items()},
             version=self._operation.version,
+            shares=share_statuses(core, tenant_bytes),
         )
 
     def _usage(self) -> list[LimitStatus]:

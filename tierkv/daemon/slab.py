@@ -19,7 +19,7 @@ from tierkv.index.index import Entry, Index
 from tierkv.policies import EvictionPolicy
 from tierkv.values.block import BlockHash, Tier
 
-__all__ = ["EXTENT_BYTES", "Forgotten", "SharedSlab", "SizeClass"]
+__all__ = ["EXTENT_BYTES", "Chooser", "Forgotten", "SharedSlab", "SizeClass"]
 
 EXTENT_BYTES = 64 << 20
 _MIN_EXTENTS = 16
@@ -29,6 +29,10 @@ _ROOT: BlockHash = bytes(16)
 
 Forgotten = Callable[[int], None]
 """Called with each slot whose block was evicted."""
+
+
+Chooser = Callable[[], Callable[[int], bool]]
+"""Returns a new function that says whether the block in a slot may be evicted."""
 
 
 class SizeClass:
@@ -72,13 +76,16 @@ class SizeClass:
         assert entry is not None, "a block has the hash of a namespace's root"
         return entry
 
-    def take(self, count: int) -> list[int]:
-        """Return up to `count` slots, each pinned once: free ones, then new ones, then evicted ones."""
+    def take(self, count: int, chooser: Chooser | None = None) -> list[int]:
+        """Return up to `count` slots, each pinned once: free ones, then new ones, then evicted ones.
+
+        chooser: as for `evict_some`; None for any block.
+        """
         pool = self.index.warm
         while pool.free_count < count and self.slab.grow(self):
             pass
         if pool.free_count < count:
-            self.evict(count - pool.free_count)
+            self.evict_some(count - pool.free_count, chooser)
         return pool.allocate(min(count, pool.free_count))
 
     def evict(self, count: int, is_chosen: Callable[[int], bool] | None = None) -> int:
@@ -92,12 +99,31 @@ class SizeClass:
                 slots[entry] = slot
         return self._evict(slots)
 
-    def trim(self) -> int:
+    def evict_some(self, count: int, chooser: Chooser | None) -> int:
+        """Evict up to `count` blocks, the first in the policy's order that are chosen; return how many were evicted.
+
+        chooser: returns a function that is asked for slots in that order, and may remember what it chose.
+        """
+        if chooser is None:
+            return self.evict(count)
+        wanted = count = min(count, self.num_slots)
+        while True:
+            is_chosen, slots = chooser(), dict[Entry, int]()
+            entries = self.index.select_evictions(Tier.WARM, wanted)
+            for entry in entries:
+                slot = entry.warm_slot
+                if slot is not None and len(slots) < count and is_chosen(slot):
+                    slots[entry] = slot
+            if len(slots) >= count or len(entries) < wanted or wanted >= self.num_slots:
+                return self._evict(slots)
+            wanted = min(4 * wanted, self.num_slots)
+
+    def trim(self, chooser: Chooser | None = None) -> int:
         """Keep a small share of the slots free where the slab is full; return how many blocks were evicted."""
         wanted = int(self.num_usable * _SPARE_SHARE)
         if self.slab.has_unassigned or self.free_count >= wanted:
             return 0
-        return self.evict(wanted - self.free_count)
+        return self.evict_some(wanted - self.free_count, chooser)
 
     def add(self, slots: Iterable[int]) -> int:
         """Make slots usable; return how many of them were not."""
@@ -151,12 +177,17 @@ class SizeClass:
         slots = {each: each.warm_slot for each in reversed(order) if each.warm_slot is not None}
         if any(each.pinned or self.index.warm.reference_count(slot) for each, slot in slots.items()):
             return False
+        if not self.slab.may_lose(self, list(slots.values())):
+            return False
         self._evict(slots)
         return True
 
 
 class SharedSlab:
-    """Assigns the extents of a slab of `size_bytes` to size classes."""
+    """Assigns the extents of a slab of `size_bytes` to size classes.
+
+    may_lose: returns whether a class may lose the blocks in these slots to another class.
+    """
 
     def __init__(
         self,
@@ -178,6 +209,7 @@ class SharedSlab:
         self._make_policy = make_policy
         self._clock = clock
         self._forgotten = forgotten
+        self.may_lose: Callable[[SizeClass, Sequence[int]], bool] = lambda size_class, slots: True
 
     @property
     def has_unassigned(self) -> bool:

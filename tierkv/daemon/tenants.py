@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from tierkv.daemon.limits import Limits
+from tierkv.daemon.shares import WarmShares
 from tierkv.daemon.slab import SharedSlab, SizeClass
 from tierkv.daemon.values import BlockSource, Tenant
 from tierkv.errors import CapacityError
@@ -48,6 +49,10 @@ class Tenants:
             limits=limits,
         )
         self.by_digest: dict[BlockHash, Tenant] = {}
+        self.shares: WarmShares = WarmShares(
+            self.by_digest.values, lambda size_class, slot: self._slot_tenants.get((size_class, slot))
+        )
+        self.slab.may_lose = self.shares.may_lose
         self.description_bytes: int = 0
         self._secret = os.urandom(HASH_BYTES)
         self._slot_tenants: dict[tuple[SizeClass, int], Tenant] = {}
@@ -62,9 +67,13 @@ class Tenants:
         owner: str,
         codec: str,
         has_rows: bool,
+        is_member: bool,
     ) -> Tenant:
         """Return the tenant of a namespace; add it if it is new. Raises CapacityError, as `Core.open_tenant` does."""
         tenant = self.by_digest.get(digest)
+        if tenant is not None and tenant.is_of_member and not is_member:  # the name is not covered by the digest
+            self.description_bytes += len(description) - len(tenant.description)
+            tenant.description, tenant.name, tenant.is_of_member = description, name, False
         if tenant is None:
             stride_bytes = slot_stride(layout.block_bytes)
             self._make_room(len(description), stride_bytes)
@@ -75,7 +84,9 @@ class Tenants:
                 )
             size_class = self.slab.class_of(stride_bytes)
             root_hash = self._root_hash(digest)
+            name = "" if is_member else name
             tenant = Tenant(digest, description, name, owner, layout, size_class, root_hash, codec, has_rows)
+            tenant.is_of_member = is_member
             if self.store is not None:
                 tenant.sources.append(self.store)
             self.by_digest[digest] = tenant
@@ -112,6 +123,12 @@ class Tenants:
     def root(self, tenant: Tenant) -> Entry | None:
         """Return the root entry of a namespace, if it has any block."""
         return tenant.size_class.index.peek(tenant.root_hash)
+
+    def parent_entry(self, tenant: Tenant, known: Sequence[Entry | None], total: int) -> Entry | None:
+        """Return the entry that block `total` of a prompt follows, where the index has it. known: as `walk` returns."""
+        if total > len(known):
+            return None
+        return known[total - 1] if total else self.root(tenant)
 
     def insert(self, tenant: Tenant, hashes: Sequence[bytes], tokens: bytes, wanted: Sequence[int]) -> dict[int, Entry]:
         """Return the entries of the wanted blocks and of those that they follow, by number; make the missing ones.
@@ -192,6 +209,8 @@ class Tenants:
         counted = Counter(self._slot_tenants.values())
         tenants = self.by_digest.values()
         for tenant in tenants:
+            awaited = [entry for entry in self.entries_of(tenant) if entry.awaited and entry.warm_slot is None]
+            assert tenant.num_awaited == len(awaited), "slots that are being filled are not counted"
             for entry in self.entries_of(tenant):
                 assert entry.warm_slot is not None or entry.awaited or entry.children, "an entry that nothing uses"
         assert all(tenant.warm_blocks == counted[tenant] for tenant in tenants)

@@ -63,7 +63,8 @@ class Tenant:
 
     root_hash: key of its root in the index. No client knows it, so that no block can take it.
     codec: the lossy codec of its blocks, or "". claims: by the hashes of the blocks. left_at: when its last client
-    left. num_loading: fetches and loads in work. is_registered: whether the store has its description.
+    left. num_loading: fetches and loads in work. num_awaited: slots that loads and clients are filling.
+    is_registered: whether the store has its description. is_of_member: no client of the daemon's user has described it.
     has_rows: its blocks are all children of the root.
     """
 
@@ -83,7 +84,9 @@ class Tenant:
     clients: int = 0
     left_at: float = 0.0
     num_loading: int = 0
+    num_awaited: int = 0
     is_registered: bool = False
+    is_of_member: bool = False
 
     @property
     def step(self) -> int:

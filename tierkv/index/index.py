@@ -7,6 +7,7 @@ There may be a million entries and a request uses hundreds, so what a request do
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from tierkv.index.children import Children
@@ -41,6 +42,8 @@ class Index(BlockTree):
         self.hot: SlotPool[Entry] = SlotPool(num_hot, numbers)
         self.warm: SlotPool[Entry] = SlotPool(num_warm, numbers)
         self._queues = {tier: EvictionQueue(tier, self.pool(tier), policy) for tier in (Tier.HOT, Tier.WARM)}
+        self._pin_ends: dict[Entry, float] = {}
+        self._next_pin_end = math.inf
         self._set_policy(policy)
 
     def pool(self, tier: Tier) -> SlotPool[Entry]:
@@ -123,12 +126,27 @@ class Index(BlockTree):
         for entry in idle:
             queue.push(entry)
 
-    def set_pinned(self, entry: Entry, pinned: bool) -> None:
-        """Pin an entry in all tiers that hold it, or unpin it."""
+    def set_pinned(self, entry: Entry, pinned: bool, *, ttl_s: float | None = None) -> None:
+        """Pin an entry in all tiers that hold it, or unpin it. ttl_s: `end_pins` unpins it after so long."""
         assert self._lock.is_owned()
+        self._pin_ends.pop(entry, None)
+        if pinned and ttl_s is not None:
+            self._pin_ends[entry] = self._time() + ttl_s
+            self._next_pin_end = min(self._next_pin_end, self._pin_ends[entry])
         entry.pinned = pinned
         for queue in self._queues.values():
             queue.push(entry)
+
+    def end_pins(self) -> None:
+        """Unpin the entries whose pins have ended."""
+        assert self._lock.is_owned()
+        if not self._pin_ends or (now := self._time()) < self._next_pin_end:
+            return
+        for entry in [each for each, until in self._pin_ends.items() if until <= now]:
+            if self.peek(entry.block_hash) is entry:
+                self.set_pinned(entry, False)
+            self._pin_ends.pop(entry, None)
+        self._next_pin_end = min(self._pin_ends.values(), default=math.inf)
 
     def touch(self, entry: Entry) -> None:
         """Record a use of the entry now."""

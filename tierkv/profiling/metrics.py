@@ -46,7 +46,14 @@ class ServedCache(Protocol):
 
 _MISS_REASONS = tuple(reason.value for reason in MissReason)
 _PUT = (PutOutcome.STORED, PutOutcome.EXISTS)
-_SKIP_REASONS = (*(each.value for each in PutOutcome if each not in _PUT), "queue_full", "stalled", "refused", "daemon")
+_SKIP_REASONS = (
+    *(each.value for each in PutOutcome if each not in _PUT),
+    "queue_full",
+    "stalled",
+    "refused",
+    "daemon",
+    "read_only",
+)
 
 
 def metrics_of(cache: ServedCache) -> Iterator[MetricSamples]:

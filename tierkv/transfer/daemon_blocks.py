@@ -243,8 +243,8 @@ class DaemonBlocks:
         The daemon also gets those ancestors of the blocks that it lacks and that are hot here.
         """
         connection = self._connected()
-        if connection is None:
-            self._skip(jobs)
+        if connection is None or connection.is_reader:
+            self._skip(jobs, "daemon" if connection is None else "read_only")
             return
         try:
             self._write(connection, jobs)
@@ -381,10 +381,10 @@ class DaemonBlocks:
                 if job.block_hash not in certain:
                     tiers.skip(job, "refused")
 
-    def _skip(self, jobs: Iterable[Job]) -> None:
+    def _skip(self, jobs: Iterable[Job], reason: str = "daemon") -> None:
         with self._tiers.changed:
             for job in jobs:
-                self._tiers.skip(job, "daemon")
+                self._tiers.skip(job, reason)
 
 
 def _return_all(connection: Connection, answer: Found) -> None:

@@ -67,7 +67,7 @@ class DaemonConnection(Generic[SlabMover]):
         if open_mover is None:
             os.close(client.take_descriptor())  # it would keep the memory of a daemon that has ended
             return
-        slab = Slab.attach(client.take_descriptor(), client.welcome.slab_bytes)
+        slab = Slab.attach(client.take_descriptor(), client.welcome.slab_bytes, read_only=client.welcome.is_member)
         try:
             self._warm = WarmPool(block_bytes, slab.size_bytes // slot_stride(block_bytes), slab=slab)
         except BaseException:
@@ -78,6 +78,11 @@ class DaemonConnection(Generic[SlabMover]):
         except BaseException:
             self._warm.close()
             raise
+
+    @property
+    def is_reader(self) -> bool:
+        """Whether blocks can be read over this connection, and none be written."""
+        return self.client.welcome.is_member
 
     @property
     def mover(self) -> SlabMover:
@@ -153,6 +158,8 @@ class DaemonConnection(Generic[SlabMover]):
         """Note slots that the daemon gave to be written. Raises DaemonGoneError as `lease` does."""
         with self._lock:
             self._require_open()
+            if self.client.welcome.is_member:
+                raise self.client.reject_answer("it gives a member a slot to be written")
             if any(slot in self._leased or slot in self._written for slot in slots):
                 raise self.client.reject_answer("it gives a slot to be written that is in use")
             self._written.update(slots)

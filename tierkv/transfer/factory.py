@@ -27,6 +27,7 @@ from tierkv.values.block import HashFunction
 from tierkv.values.locks import OwnedCondition
 from tierkv.values.namespace import Namespace
 from tierkv.values.stats import StatsRecorder
+from tierkv.values.users import user_id
 
 __all__ = ["choose_codec", "close_tiers", "device_of", "open_tiers", "policy_of", "require_observer"]
 
@@ -184,6 +185,7 @@ def _open_daemon(tiers: Tiers, config: CacheConfig, *, namespace: Namespace, ran
     daemon = DaemonTiers(
         tiers,
         path=config.socket,
+        daemon_user=None if config.daemon_user is None else user_id(config.daemon_user),
         namespace=namespace,
         block_size=config.block_size,
         hash_function=tiers.hash_function,

@@ -284,8 +284,9 @@ class Tiers:
             self.reap()
 
     def reap(self) -> None:
-        """Unpin the sources of copies that are done; the caller holds the lock."""
+        """Unpin the sources of copies that are done, and blocks whose pins have ended; the caller holds the lock."""
         assert self.changed.is_owned()
+        self.index.end_pins()
         if places := self.copies.reap():
             self.unpin(places)
 

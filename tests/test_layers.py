@@ -28,6 +28,7 @@ ROOMS = {
     "policies": "errors values index",
     "background": "errors values",
     "storage": "errors values background",
+    "remote_tiers": "errors values background storage",
     "kernels": "errors storage",
     "movers": "errors values background storage kernels",
     "daemon": "errors values index policies background storage",
@@ -47,7 +48,10 @@ ROOMS = {
 }
 
 # Rooms and modules that never load torch; one module of them does.
-TORCH_FREE_ROOMS = {"errors", "values", "index", "policies", "background", "storage", "daemon", "config", "block_store"}
+TORCH_FREE_ROOMS = {
+    *("errors", "values", "index", "policies", "background", "storage", "remote_tiers", "daemon", "config"),
+    "block_store",
+}
 TORCH_MODULES = {"storage.hot"}
 TORCH_FREE_MODULES = {
     *("movers.ready", "transfer.codec_choice", "transfer.recompute_or_load", "transfer.lookup"),

@@ -1,0 +1,179 @@
+"""RemoteSource: the records of one namespace in remote tiers, as a source below the store and the state files."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+from tierkv.errors import FormatVersionError, StoreError
+from tierkv.remote_tiers.guard import GuardedRemote
+from tierkv.remote_tiers.local_copies import LocalCopies
+from tierkv.remote_tiers.protocol import RemoteKey
+from tierkv.storage.codec import Bytes
+from tierkv.storage.coded import CodedBlock
+from tierkv.storage.outcomes import MissReason
+from tierkv.storage.record import BlockInfo, EncodedRecord, TruncatedBlockError, decode_record, max_record_bytes
+from tierkv.values.block import TOKEN_BYTES, BlockHash
+from tierkv.values.layout import BlockLayout
+from tierkv.values.namespace import parse_description
+
+__all__ = ["ChainBlock", "RemoteSource"]
+
+_MOST_FOUND = 1 << 16
+
+
+class ChainBlock(Protocol):
+    """A whole block of a prompt, as far as a remote tier needs to know it."""
+
+    @property
+    def block_hash(self) -> BlockHash: ...
+    @property
+    def parent_hash(self) -> BlockHash: ...
+    @property
+    def token_bytes(self) -> bytes: ...
+
+
+class _Found(NamedTuple):
+    """A block that a remote tier had when it was last asked."""
+
+    parent: BlockHash
+    num_tokens: int
+    remote: GuardedRemote
+    position: int
+
+
+class RemoteSource:
+    """What remote tiers have of one namespace. Satisfies `ColdSource`. Thread-safe.
+
+    `find` asks the remote tiers, in their order, which leading blocks of a chain they have; the caller holds no lock
+    then. What they had is remembered, so that `lookup` answers without a call. A block may be gone when it is read: a
+    miss. Partial blocks stay local.
+
+    description: of the namespace; it has the lossy codec, and lies beside the records where the engine has folders.
+    copies: keeps what was read in the store on this machine, if there is one.
+    """
+
+    is_remote = True
+
+    def __init__(
+        self, remotes: Sequence[GuardedRemote], description: bytes, *, copies: LocalCopies | None = None
+    ) -> None:
+        described = parse_description(description)
+        self._remotes = tuple(remotes)
+        self._namespace = described.digest
+        self._lossy_codec = described.lossy_codec
+        self._description = description
+        self._copies = copies
+        self._lock = threading.Lock()
+        self._found: OrderedDict[BlockHash, _Found] = OrderedDict()
+
+    def may_answer(self, num_blocks: int) -> bool:
+        """Return whether it is worth asking for so many blocks: whether a remote tier is up that they are enough for.
+
+        Costs a microsecond; the blocks that the local tiers lack need not be hashed where it returns False.
+        """
+        return any(remote.is_up and num_blocks >= remote.least_blocks for remote in self._remotes)
+
+    def find(self, chain: Sequence[ChainBlock], *, first: int = 0) -> int:
+        """Ask which leading blocks of a chain the remote tiers have; return how many. first: position of the first."""
+        keys = [RemoteKey(self._namespace, block.block_hash) for block in chain]
+        at = 0
+        for remote in self._remotes:
+            if len(keys) - at < remote.least_blocks:
+                continue
+            count = remote.prefix(keys[at:])
+            with self._lock:
+                for number in range(at, at + count):
+                    block = chain[number]
+                    num_tokens = len(block.token_bytes) // TOKEN_BYTES
+                    self._found[block.block_hash] = _Found(block.parent_hash, num_tokens, remote, first + number)
+                    self._found.move_to_end(block.block_hash)
+            at += count
+        with self._lock:
+            for block in chain[at:]:
+                self._found.pop(block.block_hash, None)
+            while len(self._found) > _MOST_FOUND:
+                self._found.popitem(last=False)
+        return at
+
+    def lookup(self, block_hash: BlockHash) -> _Found | None:
+        """Return what is known of a block, without a call."""
+        found = self._found.get(block_hash)
+        return found if found and found.remote.is_up else None
+
+    def find_longest_run(self, parent: BlockHash, token_bytes: bytes) -> tuple[BlockHash, bytes, int] | None:
+        """Return None: a remote tier cannot be asked for children."""
+
+    def read_tokens(self, block_hash: BlockHash) -> bytes | None:
+        """Return None: no part of a remote record is of use before all of it is checked."""
+
+    def read_ahead(self, block_hashes: Sequence[BlockHash]) -> None:
+        """Do nothing: the threads that read have a connection each, so several records are on their way at a time."""
+
+    def is_in_memory(self, block_hash: BlockHash) -> bool:
+        """Return False."""
+        return False
+
+    def read_into(
+        self, expected: BlockInfo, out: Bytes, *, layout: BlockLayout, coded: CodedBlock | None = None
+    ) -> MissReason | None:
+        """Decode a block into `out`, one block of `layout`. Return None, or why it is a miss. coded: as ColdStore's.
+
+        A record that is not the expected one is damage, whatever it is: its key names format, namespace and block.
+        """
+        found = self._found.get(expected.block_hash)
+        if found is None:
+            return MissReason.ABSENT
+        remote, key = found.remote, RemoteKey(self._namespace, expected.block_hash)
+        record = remote.read(key, most_bytes=max_record_bytes(layout))
+        if isinstance(record, MissReason):
+            return self._miss(remote, expected.block_hash, record)
+        reason = self._decode(record, expected, out, layout, coded)
+        if reason is not None:
+            remote.note_damaged(key)
+            return self._miss(remote, expected.block_hash, reason)
+        remote.count("read_hits")
+        if self._copies:
+            self._copies.keep(record, position=found.position)
+        return None
+
+    def note_damaged(self, block_hash: BlockHash) -> None:
+        """Forget a block; `read_into` has noted the damage."""
+        with self._lock:
+            self._found.pop(block_hash, None)
+
+    def write(self, record: EncodedRecord) -> None:
+        """Queue a whole block's record for all remote tiers; parents come first. Returns at once."""
+        info = record.info
+        key = RemoteKey(self._namespace, info.block_hash)
+        parent = None if info.parent == self._namespace else RemoteKey(self._namespace, info.parent)
+        for remote in self._remotes:
+            remote.describe_later(self._namespace, self._description)
+            remote.write_later(key, parent, record.data, held_bytes=record.buffer.size)
+
+    def touch(self, block_hashes: Iterable[BlockHash]) -> None:
+        """Queue a touch of a chain's blocks. Returns at once."""
+        keys = [RemoteKey(self._namespace, block_hash) for block_hash in block_hashes]
+        for remote in self._remotes:
+            remote.touch_later(keys)
+
+    def _decode(
+        self, record: Bytes, expected: BlockInfo, out: Bytes, layout: BlockLayout, coded: CodedBlock | None
+    ) -> MissReason | None:
+        try:
+            return decode_record(
+                record, out, expected=expected, layout=layout, lossy_codec=self._lossy_codec, coded=coded
+            )
+        except TruncatedBlockError:
+            return MissReason.TRUNCATED
+        except FormatVersionError:
+            return MissReason.FORMAT
+        except StoreError:
+            return MissReason.CORRUPT
+
+    def _miss(self, remote: GuardedRemote, block_hash: BlockHash, reason: MissReason) -> MissReason:
+        remote.count(f"miss_{reason.value}")
+        self.note_damaged(block_hash)
+        return reason

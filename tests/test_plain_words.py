@@ -74,6 +74,7 @@ ALLOWED = (
     Allowed("storage/warm.py", r"\bseal(s|ing|ed)?\b", "the kernel's term for a memfd that keeps its size"),
     Allowed("storage/lmdb_directory.py", r"\bos\.link\(", "the system call for a hard link"),
     Allowed("tierkv/profiling/metrics.py", r"\bfamily\b", "Prometheus' term for a metric with its labels"),
+    Allowed("tierkv/profiling/remote_metrics.py", r"\bfamily\b", "Prometheus' term for a metric with its labels"),
     Allowed("tierkv/profiling/report_html.py", r"\bfont-family\b", "CSS"),
     Allowed("tierkv/*/*.py", r"\bfollow links\b", "whether a symbolic link is followed"),
     Allowed("storage/*.py", r"\bfollow links\b", "whether a symbolic link is followed"),

@@ -154,9 +154,9 @@ def test_a_remote_that_is_down_at_the_start_costs_no_call() -> None:
     remote.close()
 
 
-def test_a_full_remote_still_answers_reads() -> None:
-    client = FakeClient()
-    remote = guarded(client)
+def test_a_full_remote_still_answers_reads_and_is_written_to_again_later() -> None:
+    client, clock = FakeClient(), Clock()
+    remote = guarded(client, clock=clock)
     write(remote, 0)
     remote.flush(timeout_s=10)
     client.write_failure = RemoteRefusedError("full", code="OOM")
@@ -164,8 +164,14 @@ def test_a_full_remote_still_answers_reads() -> None:
         write(remote, 1, 0)
     remote.flush(timeout_s=10)
     assert remote.is_up and remote.prefix(KEYS) == 1
-    assert remote.stats().counters["failed_oom"] == 5
-    assert remote.stats().counters["dropped_write_failed"] == 5
+    counters = remote.stats().counters
+    assert counters["failed_oom"] == 1 and counters["dropped_write_failed"] == 1
+    assert counters["dropped_write_full"] == 4, "it is not asked again at once"
+    client.write_failure = None
+    clock.now += 6
+    write(remote, 1, 0)
+    remote.flush(timeout_s=10)
+    assert remote.prefix(KEYS) == 2
     remote.close()
 
 
@@ -234,12 +240,25 @@ def test_a_value_that_is_too_long_is_damage_and_no_failure_of_the_remote() -> No
     remote.close()
 
 
+def test_a_touch_writes_what_the_remote_lacks_and_this_machine_has() -> None:
+    client = FakeClient()
+    remote = guarded(client)
+    write(remote, 0)
+    stored = {at: (KEYS[at - 1], record(at + 1)) for at in (1, 2, 4)}
+    remote.touch_later(KEYS[:5], stored.get)
+    assert remote.flush(timeout_s=10)
+    assert client.touched == KEYS[:5]
+    assert set(client.values) == set(KEYS[:3]), "a block after a gap is of no use"
+    assert remote.stats().counters["published"] == 2
+    remote.close()
+
+
 def test_a_read_only_remote_gets_no_write() -> None:
     client = FakeClient()
     remote = guarded(client, "redis://host?read_only=true")
     asked = client.num_calls
     write(remote, 0)
-    remote.touch_later(KEYS)
+    remote.touch_later(KEYS, lambda _: None)
     remote.describe_later(bytes(16), b"{}")
     assert remote.flush(timeout_s=10) and client.num_calls == asked
     remote.close()

@@ -21,7 +21,7 @@ from tierkv.remote_tiers.urls import RemoteUrl
 from tierkv.storage.codecs import codec_by_name
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.outcomes import MissReason
-from tierkv.storage.record import EncodedRecord, encode_record
+from tierkv.storage.record import BlockInfo, EncodedRecord, encode_record
 from tierkv.values.block import BlockHash
 
 
@@ -46,7 +46,8 @@ class Remote:
         self.client = FakeClient()
         self.guard = GuardedRemote(self.client, RemoteUrl.parse(url))
         self.guard.flush(timeout_s=10)
-        self.source = RemoteSource([self.guard], NAMESPACE.describe(), copies=copies)
+        self.now = 100.0
+        self.source = RemoteSource([self.guard], NAMESPACE.describe(), copies=copies, clock=lambda: self.now)
 
     def put(self, records: list[EncodedRecord]) -> None:
         for record in records:
@@ -121,6 +122,7 @@ def test_a_value_that_is_not_the_record_is_a_miss_and_is_replaced(remote: Remote
     assert remote.guard.stats().counters[f"miss_{reason.value}"] == 1
     assert remote.source.find(BLOCKS) == 0, "it is not asked for again"
     remote.put(CHAIN[:1])
+    remote.now += 2
     assert remote.client.values[key_of(CHAIN[0])] == GOOD
     assert remote.source.find(BLOCKS) == 1 and remote.read(0) is None
 
@@ -133,10 +135,55 @@ def test_a_block_that_is_evicted_after_the_lookup_is_a_miss(remote: Remote) -> N
     assert remote.source.lookup(CHAIN[1].info.block_hash) is None
 
 
+def test_what_a_remote_had_is_believed_for_some_seconds_only(remote: Remote) -> None:
+    now = [100.0]
+    source = RemoteSource([remote.guard], NAMESPACE.describe(), clock=lambda: now[0])
+    remote.put(CHAIN[:1])
+    assert source.find(BLOCKS) == 1 and source.lookup(CHAIN[0].info.block_hash)
+    now[0] += 11
+    assert source.lookup(CHAIN[0].info.block_hash) is None
+    assert source.find(BLOCKS) == 1 and source.lookup(CHAIN[0].info.block_hash)
+
+
+def test_a_missing_block_is_not_asked_for_at_each_step_of_an_engine(remote: Remote) -> None:
+    remote.put(CHAIN[:2])
+    asked = remote.client.num_calls
+    for _ in range(5):
+        assert remote.source.find(BLOCKS) == 2
+    assert remote.client.num_calls == asked + 1
+    remote.put(CHAIN[2:3])
+    remote.now += 1.1
+    assert remote.source.find(BLOCKS) == 3
+
+
+def test_a_use_publishes_what_the_store_has_once_in_a_while(store: ColdStore) -> None:
+    store.put(CHAIN[:4])
+    remote, now = Remote(), [100.0]
+    source = RemoteSource([remote.guard], NAMESPACE.describe(), read_record=store.read_record, clock=lambda: now[0])
+    chain = [each.info.block_hash for each in CHAIN]
+    for _ in range(3):
+        source.touch(chain)
+        assert remote.guard.flush(timeout_s=10)
+    assert len(remote.client.touched) == 6
+    assert set(remote.client.values) == {key_of(each) for each in CHAIN[:4]}
+    now[0] += 31
+    source.touch(chain)
+    assert remote.guard.flush(timeout_s=10) and len(remote.client.touched) == 12
+    remote.guard.close()
+
+
+def test_a_partial_block_stays_local(remote: Remote) -> None:
+    info = BlockInfo.first(CHAIN[0].info.token_bytes[:20], namespace=NAMESPACE.digest)
+    remote.put([encode_record(info, block_bytes(0), layout=LAYOUT)])
+    assert not remote.client.values
+
+
 def test_a_block_that_a_later_lookup_misses_is_forgotten(remote: Remote) -> None:
     remote.put(CHAIN[:3])
     assert remote.source.find(BLOCKS) == 3
     del remote.client.values[key_of(CHAIN[1])]
+    assert remote.source.find(BLOCKS) == 3, "believed for some seconds"
+    remote.now += 11
     assert remote.source.find(BLOCKS) == 1
     assert remote.source.lookup(CHAIN[2].info.block_hash) is None
 
@@ -146,6 +193,7 @@ def test_nothing_is_known_of_a_remote_that_is_down(remote: Remote) -> None:
     assert remote.source.find(BLOCKS) == 3 and remote.source.may_answer(1)
     remote.client.failure = RemoteError("gone")
     for _ in range(3):
+        remote.now += 2
         remote.source.find(BLOCKS[3:])
     assert remote.source.lookup(CHAIN[0].info.block_hash) is None
     assert not remote.source.may_answer(100)

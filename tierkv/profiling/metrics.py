@@ -18,6 +18,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from tierkv.config import CacheConfig
 from tierkv.errors import ConfigError
 from tierkv.profiling.prefixes import PrefixTable
+from tierkv.profiling.remote_metrics import remote_samples, remote_status
 from tierkv.storage.outcomes import MissReason, PutOutcome
 from tierkv.values.events import CacheObserver
 from tierkv.values.layout import BlockLayout
@@ -105,6 +106,7 @@ class CacheCollector:
             known = _SKIP_REASONS if metric.field == "skip_reasons" else _MISS_REASONS
             reasons = dict.fromkeys([*known, *counts])  # Prometheus wants each reason before it first happens
             yield self._family(metric, ("reason",), [((reason,), counts.get(reason, 0)) for reason in reasons])
+        yield from remote_samples(core, stats.remotes)
 
     def _family(
         self, metric: _Metric, labels: tuple[str, ...], samples: Iterable[tuple[tuple[str, ...], float]]
@@ -184,8 +186,11 @@ def status_of(cache: ServedCache, table: PrefixTable, *, count: int, uptime_s: f
         "uptime_s": round(uptime_s, 3),
         "hit_rate": stats.hit_rate,
         "token_hit_rate": stats.token_hit_rate,
-        **{each.name: getattr(stats, each.name) for each in fields(CacheStats) if each.name != "tiers"},
+        **{
+            each.name: getattr(stats, each.name) for each in fields(CacheStats) if each.name not in ("tiers", "remotes")
+        },
         "tiers": {tier.value: _plain(each) for tier, each in stats.tiers.items()},
+        "remotes": [remote_status(each) for each in stats.remotes],
         "prefixes": [use.to_dict() for use in table.largest(count)],
     }
 

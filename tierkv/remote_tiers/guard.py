@@ -11,18 +11,19 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from tierkv.errors import RemoteError, RemoteRefusedError
 from tierkv.remote_tiers.breaker import Breaker
-from tierkv.remote_tiers.protocol import Deadline, RemoteClient, RemoteDamageError, RemoteKey, WriteOutcome
-from tierkv.remote_tiers.statistics import RemoteRecorder, RemoteStats
+from tierkv.remote_tiers.protocol import CallTime, Deadline, RemoteClient, RemoteDamageError, RemoteKey, WriteOutcome
+from tierkv.remote_tiers.recorder import RemoteRecorder
 from tierkv.remote_tiers.urls import RemoteUrl
 from tierkv.storage.codec import Bytes
 from tierkv.storage.outcomes import MissReason
 from tierkv.values.block import BlockHash
 from tierkv.values.locks import OwnedCondition
+from tierkv.values.remote_stats import RemoteStats
 
 __all__ = ["QUEUE_BYTES", "GuardedRemote"]
 
@@ -34,6 +35,8 @@ QUEUE_BYTES = 256 << 20
 """Memory of the records that wait to be written to one remote tier."""
 _QUEUE_JOBS = 4096
 _MOST_DAMAGED = 4096  # keys that are remembered, so that a good record replaces the damaged one
+_BACKGROUND_S = 2.0  # for the first answer to calls that no request waits for
+_FULL_S = 5.0
 _CLOSE_S = 10.0
 
 
@@ -61,6 +64,7 @@ class GuardedRemote:
         self.least_blocks: int = int(url.number("min_blocks", 4 if url.scheme in ("s3", "gs", "az") else 1))
         self._client = client
         self._times = url.call_time()
+        self._long_times = replace(self._times, base_s=max(self._times.base_s, _BACKGROUND_S))
         self._is_read_only = url.flag("read_only")
         self._breaker = Breaker(clock=clock)
         self._clock = clock
@@ -71,6 +75,7 @@ class GuardedRemote:
         self._num_bytes = 0  # of the jobs, the one in work included
         self._is_working = False
         self._is_closing = False
+        self._full_until = 0.0
         self._damaged: OrderedDict[RemoteKey, None] = OrderedDict()
         self._described: set[BlockHash] = set()
         self._put(_Job("probe", self._probe))
@@ -133,11 +138,16 @@ class GuardedRemote:
             return
         self._put(_Job("write", lambda: self._write(key, parent, record), held_bytes))
 
-    def touch_later(self, keys: Sequence[RemoteKey]) -> None:
-        """Queue a touch of values."""
+    def touch_later(
+        self, keys: Sequence[RemoteKey], stored: Callable[[int], tuple[RemoteKey | None, Bytes] | None]
+    ) -> None:
+        """Queue a touch of a chain's values, and a write of those that are missing.
+
+        stored: returns the parent's key and the record of a missing value, or None where this machine has none.
+        """
         if self._is_read_only or not keys:
             return
-        self._put(_Job("touch", lambda: self._background("touch", lambda d: self._client.touch(keys, d))))
+        self._put(_Job("touch", lambda: self._touch(keys, stored)))
 
     def describe_later(self, namespace: BlockHash, description: bytes) -> None:
         """Queue the description of a namespace, once."""
@@ -186,11 +196,12 @@ class GuardedRemote:
         otherwise: Result,
         num_bytes: int = 0,
         is_probe: bool = False,
+        times: CallTime | None = None,
     ) -> Result:
         """Make one call and record how it went. Raises RemoteDamageError; `read` also gets _FailedError."""
         begin = self._clock()
         try:
-            result = work(Deadline(self._times, num_bytes=num_bytes, clock=self._clock))
+            result = work(Deadline(times or self._times, num_bytes=num_bytes, clock=self._clock))
         except RemoteDamageError:
             self._breaker.note_success()
             raise
@@ -199,6 +210,7 @@ class GuardedRemote:
             # A full server that takes no writes still answers reads; one that wants a password answers nothing.
             if kind == "write":
                 self._breaker.note_success()
+                self._full_until = self._clock() + _FULL_S
             else:
                 self._note_failure(exc, is_probe=is_probe)
             if kind in ("read", "write"):
@@ -281,7 +293,7 @@ class GuardedRemote:
 
     def _probe(self) -> None:
         """Ask something small: this opens the first connection, and closes the breaker of a tier that is back."""
-        self._call("probe", self._client.ping, otherwise=None, is_probe=True)
+        self._call("probe", self._client.ping, otherwise=None, is_probe=True, times=self._long_times)
 
     def _background(self, kind: str, work: Callable[[Deadline], None]) -> bool:
         """Make a call whose failure is only counted; return whether it succeeded."""
@@ -290,10 +302,34 @@ class GuardedRemote:
             work(deadline)
             return True
 
-        return self._call(kind, succeed, otherwise=False)
+        return self._call(kind, succeed, otherwise=False, times=self._long_times)
 
-    def _write(self, key: RemoteKey, parent: RemoteKey | None, record: Bytes) -> None:
-        """Write a record, if the engine lacks it and has its parent: a block without its parent is never found."""
+    def _touch(self, keys: Sequence[RemoteKey], stored: Callable[[int], tuple[RemoteKey | None, Bytes] | None]) -> None:
+        """Touch the leading values, and write the others as far as the remote tier takes them."""
+        if not self._background("touch", lambda deadline: self._client.touch(keys, deadline)):
+            return
+        found = self._call(
+            "prefix",
+            lambda deadline: self._client.prefix(keys, deadline),
+            otherwise=len(keys),
+            times=self._long_times,
+        )
+        for at in range(found, len(keys)):
+            if self._is_closing or not self._breaker.is_closed or (record := stored(at)) is None:
+                return
+            self._recorder.count("published")
+            if not self._write(keys[at], *record):
+                return
+
+    def _write(self, key: RemoteKey, parent: RemoteKey | None, record: Bytes) -> bool:
+        """Write a record, if the engine lacks it and has its parent: a block without its parent is never found.
+
+        Return whether the engine has it then. An engine that is full gets no record for some seconds: it would refuse
+        each one only after all of it was sent.
+        """
+        if self._clock() < self._full_until:
+            self._recorder.count("dropped_write_full")
+            return False
         with self._changed:
             is_damaged = key in self._damaged
         try:
@@ -302,10 +338,11 @@ class GuardedRemote:
                 lambda deadline: self._write_missing(key, parent, record, deadline, replace=is_damaged),
                 otherwise=WriteOutcome.EXISTS,
                 num_bytes=record.size,
+                times=self._long_times,
             )
         except (_FailedError, RemoteDamageError):
             self._recorder.count("dropped_write_failed")
-            return
+            return False
         if outcome is WriteOutcome.STORED:
             self._recorder.count("written")
             self._recorder.count("written_bytes", record.size)
@@ -313,6 +350,7 @@ class GuardedRemote:
                 self._damaged.pop(key, None)
         else:
             self._recorder.count(f"dropped_write_{outcome.value}")
+        return outcome is not WriteOutcome.NO_PARENT
 
     def _write_missing(
         self, key: RemoteKey, parent: RemoteKey | None, record: Bytes, deadline: Deadline, *, replace: bool

@@ -11,9 +11,9 @@ from tierkv.remote_tiers.objects import ObjectsClient
 from tierkv.remote_tiers.protocol import RemoteClient
 from tierkv.remote_tiers.redis_client import RedisClient
 from tierkv.remote_tiers.source import RemoteSource
-from tierkv.remote_tiers.statistics import RemoteStats
 from tierkv.remote_tiers.urls import RemoteUrl
 from tierkv.storage.cold import ColdStore
+from tierkv.values.remote_stats import RemoteStats
 
 __all__ = ["Remotes", "open_client"]
 
@@ -40,6 +40,7 @@ class Remotes:
 
     def __init__(self, urls: Sequence[RemoteUrl], *, store: ColdStore | None = None) -> None:
         self._remotes: list[GuardedRemote] = []
+        self._store = store
         self.copies: LocalCopies | None = None
         try:
             for url in urls:
@@ -58,11 +59,14 @@ class Remotes:
 
     def source(self, description: bytes) -> RemoteSource:
         """Return the records of one namespace. Raises ConfigError for what is no description."""
-        return RemoteSource(self._remotes, description, copies=self.copies)
+        store = self._store
+        if store is None:
+            return RemoteSource(self._remotes, description)
+        return RemoteSource(self._remotes, description, copies=self.copies, read_record=store.read_record)
 
-    def stats(self) -> list[RemoteStats]:
+    def stats(self) -> tuple[RemoteStats, ...]:
         """Return the counters of each remote tier."""
-        return [remote.stats() for remote in self._remotes]
+        return tuple(remote.stats() for remote in self._remotes)
 
     def flush(self, *, timeout_s: float) -> bool:
         """Wait until all that is queued was written or dropped; return False where that takes too long."""

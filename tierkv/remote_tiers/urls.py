@@ -6,12 +6,13 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from tierkv.errors import ConfigError
 from tierkv.remote_tiers.protocol import CallTime
 
-__all__ = ["RemoteUrl", "remote_urls"]
+__all__ = ["RemoteOption", "RemoteUrl", "remote_urls"]
 
 _COMMON = ("base_s", "mb_per_s", "read_only", "min_blocks")
 _REDIS = ("ttl_s", "ca", "cert", "key", "cluster", "sentinel")
@@ -140,6 +141,10 @@ class RemoteUrl:
             )
         elif self.scheme.startswith("redis") and self.path and not self.path.isdigit():
             raise ConfigError("the path of a Redis URL is the number of a database", hint=_HINT)
+
+
+RemoteOption: TypeAlias = "str | RemoteUrl | Sequence[str | RemoteUrl] | None"
+"""How an option names remote tiers; see `remote_urls`."""
 
 
 def remote_urls(value: object) -> tuple[RemoteUrl, ...]:

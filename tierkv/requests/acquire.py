@@ -19,7 +19,8 @@ from tierkv.transfer.load import Loader, Pinned, Promoted
 from tierkv.transfer.lookup import Hit, Lookup, count_by_tier
 from tierkv.transfer.offload import Offloader
 from tierkv.transfer.overlapped_load import OverlappedLoad
-from tierkv.transfer.recompute_or_load import ColdPlan, RecomputeOrLoad
+from tierkv.transfer.recompute_or_load import ColdPlan, LoadKind, RecomputeOrLoad
+from tierkv.transfer.remote_lookup import look_remotely
 from tierkv.transfer.tiers import Tiers
 from tierkv.values.block import TOKEN_BYTES, BlockHash, Tier
 from tierkv.values.checks import check_count, check_seconds
@@ -70,6 +71,8 @@ class Acquirer:
         with self._tiers.changed:
             found = self._tiers.find(token_bytes, num_tokens - 1) if reuse else Lookup()
             pinned = self._loader.pin(found)
+        if reuse and self._tiers.remote:
+            found, pinned = self._look_remotely(found, pinned, token_bytes)
         claim: Claim | None = None
         plan = ColdPlan()
         try:
@@ -78,8 +81,7 @@ class Acquirer:
             elif self._choice and found.blocks:
                 plan = self._choice.plan(found, num_tokens, overlap=overlap)
         except BaseException:  # such as an interrupt: this may wait for another process, or look at a file
-            self._tiers.unpin_all(Tier.HOT, pinned.hot)
-            self._tiers.unpin(pinned.rest.values())
+            self._unpin(pinned)
             raise
         later, dropped = plan.later, plan.dropped
         if later or dropped:
@@ -105,7 +107,7 @@ class Acquirer:
         )
         try:
             if later and plan.load:
-                self._start_load(sequence, later, in_memory=plan.load.kind.in_memory)
+                self._start_load(sequence, later, plan.load.kind)
             with self._tiers.changed:
                 self._running.add(sequence)
                 self._statistics.add_request(sequence, found, promoted, blocks=blocks, later=later, dropped=dropped)
@@ -114,10 +116,32 @@ class Acquirer:
                 used = promoted.hits[len(sequence.chain) - len(promoted.hot) :]
                 cold.notes.touch([*sequence.chain, *(hit.block_hash for hit in used)])
                 self._offloader.maintain_store()
+            if remote := self._tiers.remote:
+                remote.touch(sequence.chain)
         except BaseException:
             self._running.release(sequence)
             raise
         return sequence
+
+    def _look_remotely(self, found: Lookup, pinned: Pinned, token_bytes: bytes) -> tuple[Lookup, Pinned]:
+        """Ask the remote tiers for what was not found. Return what there is now, pinned."""
+        max_tokens = len(token_bytes) // TOKEN_BYTES - 1
+        before = pinned
+        try:
+            if not look_remotely(self._tiers, found, token_bytes, max_tokens):
+                return found, pinned
+            with self._tiers.changed:
+                found = self._tiers.find(token_bytes, max_tokens)
+                pinned = self._loader.pin(found)
+        except BaseException:
+            self._unpin(before)
+            raise
+        self._unpin(before)
+        return found, pinned
+
+    def _unpin(self, pinned: Pinned) -> None:
+        self._tiers.unpin_all(Tier.HOT, pinned.hot)
+        self._tiers.unpin(pinned.rest.values())
 
     def release(self, sequence: Sequence) -> None:
         """End a sequence; see `TierCache.release`. Once the cache is closed there is nothing to do."""
@@ -172,7 +196,7 @@ class Acquirer:
             elif load:
                 self._choice.record_load(load, seconds)
 
-    def _start_load(self, sequence: Sequence, later: list[Hit], *, in_memory: bool) -> None:
+    def _start_load(self, sequence: Sequence, later: list[Hit], kind: LoadKind) -> None:
         """Begin to load cold blocks into a sequence's own while the engine computes the first of them."""
         assert self._choice
         start = len(sequence.chain)
@@ -182,7 +206,7 @@ class Acquirer:
             later,
             sequence.block_table[start : start + len(later)],
             num_before=sequence.num_cached_tokens,
-            in_memory=in_memory,
+            kind=kind,
             read=self._reading.read_one,
             after=self._tiers.memory.mover.mark(),
         )

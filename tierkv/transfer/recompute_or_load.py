@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import NamedTuple
 
-from tierkv.transfer.lookup import Hit, Lookup, are_in_memory
+from tierkv.transfer.lookup import Hit, Lookup, are_in_memory, are_remote
 from tierkv.values.block import Tier
 
 __all__ = ["ColdLoad", "ColdPlan", "CostBySize", "LoadKind", "RecomputeOrLoad"]
@@ -22,10 +22,14 @@ _FORGOTTEN = 0.98
 
 
 class LoadKind(NamedTuple):
-    """in_memory: the blocks lie in the page cache. overlaps: the engine computes the first of them meanwhile."""
+    """in_memory: the blocks lie in the page cache. overlaps: the engine computes the first of them meanwhile.
+
+    is_remote: some of the blocks lie in a remote tier.
+    """
 
     in_memory: bool
     overlaps: bool = False
+    is_remote: bool = False
 
 
 class ColdLoad(NamedTuple):
@@ -137,7 +141,7 @@ class RecomputeOrLoad:
         if not cold:
             return ColdPlan()
         num_rest = num_tokens - found.num_tokens
-        alone = LoadKind(are_in_memory(cold))
+        alone = LoadKind(are_in_memory(cold), is_remote=are_remote(cold))
         to_load = ColdPlan(load=ColdLoad(alone, len(cold), num_rest))
         if not overlap:
             return to_load
@@ -148,7 +152,7 @@ class RecomputeOrLoad:
             return to_load
         plans = [(loading + rest, to_load), (computing, ColdPlan(dropped=cold))]
         if num_cold > self._piece_tokens and not (found.partial_block and found.partial_block.tier is not Tier.COLD):
-            both = LoadKind(alone.in_memory, overlaps=True)
+            both = alone._replace(overlaps=True)
             overlapping = self.load_costs[both].estimate(len(cold))
             to_overlap = ColdPlan(later=cold, load=ColdLoad(both, len(cold), num_rest))
             if overlapping is None:

@@ -43,7 +43,7 @@ ROOMS = {
     "integrations": "errors values storage remote_tiers movers ranks block_store engine",
     "__init__": "errors values policies background storage movers ranks config block_store requests cache engine "
     "profiling",
-    "tools": "errors values policies storage daemon config engine profiling __init__",
+    "tools": "errors values policies storage remote_tiers daemon config engine profiling __init__",
     "__main__": "tools",
 }
 

@@ -17,7 +17,7 @@ import typer
 
 from tierkv import __version__
 from tierkv.errors import TierKVError
-from tierkv.tools import daemon, store_commands
+from tierkv.tools import daemon, remote, store_commands
 from tierkv.tools.evict import evict
 from tierkv.tools.inspect_store import inspect
 from tierkv.tools.replay import replay, train_policy
@@ -52,6 +52,7 @@ _OPTIONS = {
     "cold_path": "--store",
     "min_free_bytes": "--min-free",
     "read_only": "--read-only",
+    "remote": "--remote",
     "block_size": "--block-size",
     "max_new_tokens": "--max-new-tokens",
     "top_p": "--top-p",
@@ -69,6 +70,11 @@ _daemon = typer.Typer(help="One warm cache for every process on the machine.", n
 app.add_typer(_daemon, name="daemon")
 for _action in (daemon.start, daemon.status, daemon.stop, daemon.prefetch):
     _daemon.command()(_action)
+
+_remote = typer.Typer(help="Blocks shared between machines.", no_args_is_help=True)
+app.add_typer(_remote, name="remote")
+_remote.callback()(lambda: None)  # else Typer makes the only command the group itself
+_remote.command()(remote.check)
 
 
 @app.callback(invoke_without_command=True)

@@ -26,7 +26,7 @@ from tierkv.daemon.messages import Count, Done, Hello, Prefetch, Status, StatusR
 from tierkv.daemon.server import NOT_WRITTEN
 from tierkv.engine.prompts import prefix_tokens, read_prompts
 from tierkv.errors import ConfigError, DaemonError, DaemonGoneError
-from tierkv.tools.daemon_process import serve_and_warm, to_json
+from tierkv.tools.daemon_process import environment_of, serve_and_warm, to_json
 from tierkv.tools.engine_options import ModelOptions, identify
 from tierkv.tools.options import (
     AsJson,
@@ -35,11 +35,13 @@ from tierkv.tools.options import (
     Lines,
     MinFree,
     PromptFile,
+    Remote,
     Store,
     WarmSize,
     as_path,
     default_socket,
     default_store,
+    named_remotes,
     parse_optional_size,
     parse_size,
     spread,
@@ -71,6 +73,7 @@ def start(
     metrics_port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="Serve Prometheus metrics on this port of 127.0.0.1.")
     ] = None,
+    remote: Remote = None,
     warm_file: Annotated[
         Path | None,
         typer.Option(
@@ -87,6 +90,7 @@ def start(
         cold_bytes=parse_optional_size(cold),
         min_free_bytes=parse_optional_size(min_free),
         metrics_port=metrics_port,
+        remote=named_remotes(remote, os.environ),
     )
     if config.store:
         require_place(config.store, min_free_bytes=config.min_free_bytes)
@@ -196,7 +200,12 @@ def _start_detached(config: DaemonConfig, warm_command: list[str]) -> None:
     try:
         begin = os.fstat(output).st_size
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            env=environment_of(config),
         )
         pid = _wait_until_it_serves(process, config.socket, log, lambda: os.pread(output, _MAX_LOG_BYTES, begin))
     finally:

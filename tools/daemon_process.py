@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -16,6 +17,8 @@ from tierkv.daemon.limits import Limits
 from tierkv.daemon.log_file import BoundedHandler
 from tierkv.daemon.server import serve
 from tierkv.errors import TierKVError
+from tierkv.remote_tiers.urls import remote_urls
+from tierkv.tools.options import named_remotes
 
 __all__ = ["from_json", "serve_and_warm", "to_json"]
 
@@ -32,17 +35,24 @@ def serve_and_warm(config: DaemonConfig, warm_command: list[str], *, log_to: log
 
 
 def to_json(config: DaemonConfig, warm_command: list[str]) -> str:
-    """Return the command line argument of this module."""
-    return json.dumps({"config": asdict(config), "warm_command": warm_command}, default=str)
+    """Return the command line argument of this module; remote tiers, which may have passwords, are not in it."""
+    fields = {name: value for name, value in asdict(config).items() if name != "remote"}
+    return json.dumps({"config": fields, "warm_command": warm_command}, default=str)
+
+
+def environment_of(config: DaemonConfig) -> dict[str, str]:
+    """Return the environment of the process that serves: other users cannot read it, as they can a command line."""
+    return {**os.environ, "TIERKV_REMOTE": " ".join(url.text for url in remote_urls(config.remote))}
 
 
 def from_json(text: str) -> tuple[DaemonConfig, list[str]]:
-    """Return what `to_json` was given."""
+    """Return what `to_json` was given, and the remote tiers of the environment."""
     value = json.loads(text)
     config: dict[str, Any] = value["config"]
     paths = {name: Path(config[name]) if config[name] else None for name in ("socket", "store")}
     limits = Limits(**config["limits"])
-    return DaemonConfig(**{**config, **paths, "limits": limits}), value["warm_command"]
+    remote = named_remotes(None, os.environ)
+    return DaemonConfig(**{**config, **paths, "limits": limits, "remote": remote}), value["warm_command"]
 
 
 def _announce(config: DaemonConfig, warm_command: list[str]) -> None:

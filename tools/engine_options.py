@@ -23,12 +23,14 @@ from tierkv.tools.options import (
     MinFree,
     Model,
     ReadOnly,
+    Remote,
     Salt,
     Socket,
     Store,
     WarmSize,
     cache_directory,
     default_store,
+    named_remotes,
     named_socket,
     parse_optional_size,
     parse_size,
@@ -70,6 +72,7 @@ class EngineOptions(ModelOptions):
     hot: HotSize = None
     codec: CodecName = "auto"
     socket: Socket = None
+    remote: Remote = None
 
     def config(self) -> CacheConfig:
         """Return the cache's configuration; what no option names comes from the environment."""
@@ -83,6 +86,7 @@ class EngineOptions(ModelOptions):
             hot_bytes=parse_size(self.hot) if self.hot else None,
             codec=self.codec,
             socket=self.socket or (None if self.read_only else named_socket(os.environ)),
+            remote=named_remotes(self.remote, os.environ),
         )
 
 

@@ -33,6 +33,7 @@ from tierkv.daemon.loader import Loader, Prefetcher
 from tierkv.daemon.messages import LimitStatus, Message, StatusReport
 from tierkv.daemon.metrics import serve_metrics
 from tierkv.daemon.peers import Peers
+from tierkv.daemon.remote_blocks import RemoteBlocks
 from tierkv.daemon.requests import Requests
 from tierkv.daemon.state_files import StateFiles
 from tierkv.daemon.status import limit_status, tenant_statuses, usage_of
@@ -40,6 +41,8 @@ from tierkv.daemon.store_writer import QUEUE_BLOCKS, StoreWriter
 from tierkv.daemon.values import Connection
 from tierkv.errors import CapacityError, StoreError
 from tierkv.policies import make_policy
+from tierkv.remote_tiers.remotes import Remotes
+from tierkv.remote_tiers.urls import remote_urls
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.warm import Slab
 
@@ -80,9 +83,12 @@ def serve(config: DaemonConfig, *, started: Callable[[], None] = lambda: None) -
                 write_wait_s=_WRITE_WAIT_S,
             )
             stack.callback(store.close)
+        remotes = None
+        if urls := remote_urls(config.remote):
+            remotes = stack.enter_context(Remotes(urls, store=store))
         slab = Slab(config.warm_bytes, num_threads=config.num_io_threads)
         threads = stack.enter_context(ThreadPoolExecutor(config.num_io_threads, thread_name_prefix="tierkv-io"))
-        server = _Server(config, listener, store, slab, threads, ending)
+        server = _Server(config, listener, store, slab, threads, ending, remotes)
         end.core = server.core
         if asyncio.run(server.run(started)):
             slab.close()  # else a thread may still write into it: it is unmapped with the process
@@ -131,6 +137,7 @@ class _Server:
         slab: Slab,
         threads: ThreadPoolExecutor,
         ending: Ending,
+        remotes: Remotes | None,
     ) -> None:
         self._ending = ending
         self.config = config
@@ -145,6 +152,8 @@ class _Server:
             pin_share=config.pin_share,
             limits=config.limits,
         )
+        self.core.tenants.remotes = remotes
+        self._remote = RemoteBlocks(self.core, remotes) if remotes else None
         self.clients: set[ClientConnection] = set()
         self.bytes_received = 0
         self.bytes_sent = 0
@@ -169,8 +178,8 @@ class _Server:
         loop = asyncio.get_running_loop()
         stopping = asyncio.Event()
         self._ending.handle_signals(partial(_set_soon, loop, stopping))
-        loader = Loader(self.core, self._slab, self._threads, loaded=self.notify_waiters)
-        self._prefetcher = prefetcher = Prefetcher(self.core, loader)
+        loader = Loader(self.core, self._slab, self._threads, loaded=self.notify_waiters, remote=self._remote)
+        self._prefetcher = prefetcher = Prefetcher(self.core, loader, self._remote)
         writer = StoreWriter(self.core, self._store, self._slab, self._threads)
         self._requests = Requests(
             self.core,
@@ -182,6 +191,7 @@ class _Server:
             prefetcher=prefetcher,
             files=self._files,
             evictor=self._make_evictor(writer),
+            remote=self._remote,
             report=self._report,
             stop=self._ending.begin,
         )
@@ -203,6 +213,8 @@ class _Server:
                 client.close()
             await loop.run_in_executor(None, writer.close)
             self._requests.close()
+            if self._remote:
+                self._remote.close()
             is_quiet = await loader.wait_until_idle(_IDLE_S)
             if not is_quiet:
                 _log.warning("%d reads hang and are abandoned", loader.num_running)
@@ -322,7 +334,11 @@ class _Server:
             pending_writes=core.num_writes,
             bytes_received=self.bytes_received,
             bytes_sent=self.bytes_sent,
-            counters={**core.counters, "evicted_blocks": evictions},
+            counters={
+                **core.counters,
+                "evicted_blocks": evictions,
+                **(self._remote.counters() if self._remote else {}),
+            },
             tenants=tenant_statuses(core),
             cold={
                 "blocks": cold.blocks,

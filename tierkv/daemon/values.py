@@ -12,6 +12,7 @@ from tierkv.daemon.protocol import ProtocolError, split_hashes
 from tierkv.daemon.slab import SizeClass
 from tierkv.errors import StoreError
 from tierkv.index.index import Entry
+from tierkv.remote_tiers.source import RemoteSource
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import BlockInfo
 from tierkv.values.block import HASH_BYTES, TOKEN_BYTES, BlockHash, ContentDigest, chain_content_digest
@@ -64,7 +65,7 @@ class Tenant:
     root_hash: key of its root in the index. No client knows it, so that no block can take it.
     codec: the lossy codec of its blocks, or "". claims: by the hashes of the blocks. left_at: when its last client
     left. num_loading: fetches and loads in work. is_registered: whether the store has its description.
-    has_rows: its blocks are all children of the root.
+    has_rows: its blocks are all children of the root. remote: its blocks in remote tiers, the last of the sources.
     """
 
     digest: BlockHash
@@ -84,6 +85,7 @@ class Tenant:
     left_at: float = 0.0
     num_loading: int = 0
     is_registered: bool = False
+    remote: RemoteSource | None = None
 
     @property
     def step(self) -> int:

@@ -17,12 +17,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
-
 from tierkv.errors import RemoteError, RemoteRefusedError
 from tierkv.remote_tiers.call_threads import CallThreads
 from tierkv.remote_tiers.directory_sweep import TEMPORARY, Sweeper
 from tierkv.remote_tiers.protocol import Deadline, RemoteDamageError, RemoteKey, namespace_folder
+from tierkv.remote_tiers.record_memory import RecordMemory
 from tierkv.remote_tiers.urls import RemoteUrl
 from tierkv.storage.codec import Bytes
 from tierkv.values.block import BlockHash
@@ -48,6 +47,7 @@ class DirectoryClient:
         self._threads = CallThreads(_MOST_THREADS, name="tierkv-remote-dir")
         self._names = (f"{socket.gethostname()}-{os.getpid()}-{number}" for number in itertools.count())
         most_bytes = int(url.number("max_bytes", 0))
+        self._memory = RecordMemory()
         self._sweeper = Sweeper(self._root, most_bytes=most_bytes) if most_bytes else None
 
     def ping(self, deadline: Deadline) -> None:
@@ -65,7 +65,7 @@ class DirectoryClient:
         return self._call(lambda: _num_present(paths), deadline) if paths else 0
 
     def read(self, key: RemoteKey, deadline: Deadline, *, most_bytes: int) -> Bytes | None:
-        """Read a file into new memory."""
+        """Read a file into memory of its own. A late read keeps that memory until it ends."""
         path = self._root / key.path()
         size = self._call(lambda: _size_of(path), deadline)
         if size is None:
@@ -73,7 +73,8 @@ class DirectoryClient:
         if size > most_bytes:
             raise RemoteDamageError(f"a file of {size} bytes is longer than any record of this layout")
         deadline.allow_bytes(size)
-        return self._call(lambda: _read(path, size), deadline)
+        memory = self._memory.take(size)
+        return self._call(lambda: _read(path, memory), deadline)
 
     def write(self, key: RemoteKey, record: Bytes, deadline: Deadline, *, replace: bool) -> bool:
         """Write a file beside its place and rename it. Two writers of one key write the same record."""
@@ -173,9 +174,9 @@ def _size_of(path: Path) -> int | None:
     return status.st_size
 
 
-def _read(path: Path, size: int) -> Bytes | None:
-    """Return the file's first `size` bytes, less where it ends sooner."""
-    memory = np.empty(size, dtype=np.uint8)
+def _read(path: Path, memory: Bytes) -> Bytes | None:
+    """Return the file's first bytes in `memory`, less than it takes where the file ends sooner."""
+    size = memory.size
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:

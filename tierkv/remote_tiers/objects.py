@@ -14,6 +14,7 @@ import numpy as np
 from tierkv.errors import ConfigError, RemoteError, RemoteRefusedError
 from tierkv.remote_tiers.call_threads import CallThreads
 from tierkv.remote_tiers.protocol import Deadline, RemoteDamageError, RemoteKey, namespace_folder
+from tierkv.remote_tiers.record_memory import RecordMemory
 from tierkv.remote_tiers.urls import RemoteUrl
 from tierkv.storage.codec import Bytes
 from tierkv.values.block import BlockHash
@@ -40,6 +41,7 @@ class ObjectsClient:
         self._errors: Any = self._obstore.exceptions
         self._store = self._open(url)
         self._folder = f"{url.path}/" if url.path else ""
+        self._memory = RecordMemory()
         self._threads = CallThreads(_MOST_THREADS, name="tierkv-remote-objects")
 
     def ping(self, deadline: Deadline) -> None:
@@ -152,9 +154,9 @@ class ObjectsClient:
         if not 0 < size <= most_bytes:
             raise RemoteDamageError(f"an object of {size} bytes is no record of this layout")
         wanted = min(size, _PART_BYTES)
-        memory = np.empty(wanted, dtype=np.uint8)
+        memory = self._memory.take(wanted)
         end = 0
-        for part in found.stream(min_chunk_size=1 << 20):
+        for part in found.stream(min_chunk_size=1):
             piece = np.frombuffer(part, dtype=np.uint8)
             if end + piece.size > wanted:
                 raise RemoteDamageError("the object store sends more than it has announced")
@@ -165,7 +167,7 @@ class ObjectsClient:
         return size, memory
 
     async def _other_parts(self, path: str, size: int, head: Bytes) -> Bytes:
-        memory = np.empty(size, dtype=np.uint8)
+        memory = self._memory.take(size)
         memory[: head.size] = head
 
         async def read(start: int) -> None:

@@ -38,9 +38,10 @@ class RedisClient:
         self.prefix([RemoteKey(bytes(16), bytes(16))], deadline)
 
     def prefix(self, keys: Sequence[RemoteKey], deadline: Deadline) -> int:
-        """Count all values with one EXISTS; where some are missing, ask for each, in one more round trip.
+        """Count all values with one EXISTS. Where some are missing, they are the last ones, as a second one shows.
 
-        A script would find the gap in one round trip, but needs rights that many servers do not grant.
+        Where a parent was evicted before its children, ask for each key. A script would find the gap in one round trip,
+        but needs rights that many servers do not grant.
         """
         names = [key.text().encode() for key in keys]
         if not names:
@@ -48,12 +49,10 @@ class RedisClient:
         if self._servers.is_cluster:
             return self._first_gap(names, deadline)
 
-        def count(wire: RedisWire) -> int:
-            wire.send([(b"EXISTS", *names)], deadline)
-            return wire.number(deadline, most=len(names))
-
-        found = self._on_server(names[0], count, deadline)
-        return found if found in (0, len(names)) else self._first_gap(names[: found + 1], deadline)
+        found = self._count(names, deadline)
+        if found in (0, len(names)) or self._count(names[:found], deadline) == found:
+            return found
+        return self._first_gap(names[:found], deadline)
 
     def read(self, key: RemoteKey, deadline: Deadline, *, most_bytes: int) -> Bytes | None:
         """Receive a value into new memory."""
@@ -98,6 +97,13 @@ class RedisClient:
     def close(self) -> None:
         """Close all connections."""
         self._servers.close()
+
+    def _count(self, names: Sequence[bytes], deadline: Deadline) -> int:
+        def count(wire: RedisWire) -> int:
+            wire.send([(b"EXISTS", *names)], deadline)
+            return wire.number(deadline, most=len(names))
+
+        return self._on_server(names[0], count, deadline)
 
     def _first_gap(self, names: Sequence[bytes], deadline: Deadline) -> int:
         found = self._ask_each(names, [(b"EXISTS", name) for name in names], deadline)

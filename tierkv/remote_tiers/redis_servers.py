@@ -15,6 +15,7 @@ from typing import Any
 from tierkv.errors import ConfigError, RemoteError, RemoteRefusedError
 from tierkv.remote_tiers.call_threads import CallThreads
 from tierkv.remote_tiers.protocol import Deadline, RemoteDamageError
+from tierkv.remote_tiers.record_memory import RecordMemory
 from tierkv.remote_tiers.redis_wire import RedisWire, refusal
 from tierkv.remote_tiers.urls import RemoteUrl
 
@@ -44,6 +45,7 @@ class RedisServers:
         self._map: list[Address] | None = None  # by slot
         self._master: Address | None = None
         self._is_closed = False
+        self._memory = RecordMemory()
 
     def address_of(self, key: bytes, deadline: Deadline) -> Address:
         """Return the server that has a key."""
@@ -120,7 +122,7 @@ class RedisServers:
 
         def connect() -> RedisWire:
             connection = self._open(address, timeout_s=left_s, options=self._options())
-            return RedisWire(_socket_of(connection))
+            return RedisWire(_socket_of(connection), self._memory)
 
         return self._threads.call(connect, timeout_s=left_s, undo=RedisWire.close)
 

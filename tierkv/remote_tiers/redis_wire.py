@@ -7,18 +7,22 @@ redis-py connects: name, TLS, password. It is not used for values: it copies eac
 from __future__ import annotations
 
 import socket
+import struct
+import sys
 from collections.abc import Sequence
 
 import numpy as np
 
 from tierkv.errors import RemoteError, RemoteRefusedError
 from tierkv.remote_tiers.protocol import Deadline, RemoteDamageError
+from tierkv.remote_tiers.record_memory import RecordMemory
 from tierkv.storage.codec import Bytes
 
 __all__ = ["RedisWire"]
 
 _HEAD_BYTES = 4096  # received at once where an answer begins; of a value so many bytes are copied once more
 _LINE_BYTES = 512  # no answer that is asked for here has a longer line
+_WAIT_BYTES = 2 << 20
 _MOST_DIGITS = 19
 _LONG_BYTES = 16 << 10  # of a value that is sent from its own memory
 
@@ -26,8 +30,10 @@ _LONG_BYTES = 16 << 10  # of a value that is sent from its own memory
 class RedisWire:
     """One connection, used by one thread at a time. After an error, other than a refusal, it must be closed."""
 
-    def __init__(self, connected: socket.socket) -> None:
+    def __init__(self, connected: socket.socket, memory: RecordMemory) -> None:
         self._socket = connected
+        self._memory = memory
+        self._may_wait_for_all = sys.platform == "linux" and type(connected) is socket.socket  # TLS cannot
         self._unread = b""
         self._num_pending = 0  # answers that have not begun to come
 
@@ -86,7 +92,7 @@ class RedisWire:
         return text
 
     def value(self, deadline: Deadline, *, most_bytes: int) -> Bytes | None:
-        """Receive a value into new memory, or None for a null. Raises RemoteError, RemoteDamageError."""
+        """Receive a value into memory of its own, or None for a null. Raises RemoteError, RemoteDamageError."""
         kind, text = self._line(deadline)
         if kind == b"$" and text == b"-1":
             return None
@@ -96,7 +102,7 @@ class RedisWire:
         if size > most_bytes:
             raise RemoteDamageError(f"a value of {size} bytes is longer than any record of this layout")
         deadline.allow_bytes(size)
-        memory = np.empty(size + 2, dtype=np.uint8)  # and the end of the line
+        memory = self._memory.take(size + 2)  # and the end of the line
         known = self._unread[: size + 2]
         self._unread = self._unread[size + 2 :]
         memory[: len(known)] = np.frombuffer(known, dtype=np.uint8)
@@ -128,11 +134,19 @@ class RedisWire:
         return found
 
     def _receive_into(self, memory: memoryview, deadline: Deadline) -> None:
+        """Fill memory. The kernel waits for all of it where it can: few calls are needed then, each with a limit."""
         found = 0
         try:
             while found < len(memory):
-                self._socket.settimeout(deadline.left_s())
-                count = self._socket.recv_into(memory[found:])
+                left_s = deadline.left_s()
+                if self._may_wait_for_all:
+                    self._socket.settimeout(None)
+                    limit = struct.pack("ll", int(left_s), int(left_s % 1 * 1e6) or 1)
+                    self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
+                    count = self._socket.recv_into(memory[found : found + _WAIT_BYTES], 0, socket.MSG_WAITALL)
+                else:
+                    self._socket.settimeout(left_s)
+                    count = self._socket.recv_into(memory[found:])
                 if not count:
                     raise RemoteError("the remote tier has closed the connection within a value")
                 found += count
@@ -158,7 +172,7 @@ def refusal(text: str) -> RemoteRefusedError:
 
 
 def _lost(failure: OSError) -> RemoteError:
-    if isinstance(failure, TimeoutError):
+    if isinstance(failure, TimeoutError | BlockingIOError):
         return RemoteError("the remote tier did not answer in time")
     return RemoteError(f"the connection to the remote tier is lost: {failure.strerror or type(failure).__name__}")
 

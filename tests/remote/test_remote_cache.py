@@ -134,6 +134,7 @@ def test_a_longer_prompt_is_found_in_both_places(machines: Machines) -> None:
     run(second, PROMPT[:20])
     assert run(second, [*PROMPT, *range(200, 240), *range(500, 520)]) == 80
     assert settled(second).counters["read_hits"] == 20, "five blocks at the first prompt, the rest at the second"
+    second.check()  # what was pinned before the remote tier was asked is unpinned
 
 
 def test_a_store_that_is_older_than_the_remote_tier_is_published_when_it_is_used(machines: Machines) -> None:

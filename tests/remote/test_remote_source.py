@@ -135,6 +135,16 @@ def test_a_block_that_is_evicted_after_the_lookup_is_a_miss(remote: Remote) -> N
     assert remote.source.lookup(CHAIN[1].info.block_hash) is None
 
 
+def test_what_follows_a_gap_is_forgotten(remote: Remote) -> None:
+    remote.put(CHAIN[:3])
+    assert remote.source.find(BLOCKS) == 3
+    del remote.client.values[key_of(CHAIN[1])]
+    assert remote.read(1) is MissReason.ABSENT
+    remote.now += 2
+    assert remote.source.find(BLOCKS) == 1
+    assert remote.source.lookup(CHAIN[2].info.block_hash) is None
+
+
 def test_what_a_remote_had_is_believed_for_some_seconds_only(remote: Remote) -> None:
     now = [100.0]
     source = RemoteSource([remote.guard], NAMESPACE.describe(), clock=lambda: now[0])

@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.random_models import save_model
 from tierkv.integrations.weights import weights_digest
 
 __all__ = ["main"]
@@ -216,10 +217,8 @@ def _make_model(folder: Path, num_layers: int) -> None:
     if (folder / "config.json").exists():
         return
     import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig
 
-    torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=_VOCABULARY,
         hidden_size=4096,
@@ -232,19 +231,10 @@ def _make_model(folder: Path, num_layers: int) -> None:
         bos_token_id=1,
         eos_token_id=2,
         tie_word_embeddings=False,
+        dtype=torch.bfloat16,
     )
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        model = LlamaForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    model.save_pretrained(folder)
-    del model
+    save_model(folder, config, device="cuda")
     torch.cuda.empty_cache()
-    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(_VOCABULARY)}, unk_token="t0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="t0", bos_token="t1", eos_token="t2", pad_token="t0"
-    ).save_pretrained(folder)
 
 
 def _tokens(seed: int, count: int) -> list[int]:

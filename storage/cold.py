@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tierkv.errors import CapacityError, ConfigError, CorruptBlockError, StoreError
+from tierkv.storage import cold_reader
 from tierkv.storage.coded import CodedBlock
 from tierkv.storage.cold_check import VerifyReport, check_store, repair_store, verify_store
 from tierkv.storage.cold_eviction import (
@@ -26,7 +27,6 @@ from tierkv.storage.cold_eviction import (
     least_recently_used,
 )
 from tierkv.storage.cold_notes import ColdStats, Counters, PendingNotes
-from tierkv.storage.cold_reader import ColdReader
 from tierkv.storage.cold_rows import (
     BLOCKS,
     FORMAT_KEY,
@@ -58,7 +58,7 @@ DEFAULT_QUOTA_BYTES = 64 << 30
 _logger = logging.getLogger(__name__)
 
 
-class ColdStore(ColdReader):
+class ColdStore(cold_reader.ColdReader):  # by the module's name: pyright's report of known types finds it so only
     """An open cold store. Thread-safe; a context manager; `close()` may be called twice.
 
     quota_bytes: of a new store, 64 GiB if None: a bound on the live bytes, padding included; the file may be a tenth

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tierkv.errors import CapacityError, ConfigError
+from tierkv.errors import CapacityError, ClosedError, ConfigError
 from tierkv.values.layout import BlockLayout
 
 __all__ = ["HotPool", "hot_pool_blocks"]
@@ -20,7 +20,7 @@ class HotPool:
 
     `blocks` is [num_blocks + 1, block_bytes / item_bytes] of the layout's dtype. Each layer's K and V are strided
     views of it, made once: [num_blocks + 1, block_size, kv_heads, dim], with a page stride of a whole block. No
-    sequence owns the scratch block: padded tokens write there. The pool owns the memory for its lifetime.
+    sequence owns the scratch block: padded tokens write there.
     """
 
     def __init__(self, layout: BlockLayout, num_blocks: int, device: torch.device) -> None:
@@ -47,11 +47,31 @@ class HotPool:
 
     def key_cache(self, layer: int) -> Tensor:
         """Return K of one layer: [num_blocks + 1, block_size, kv_heads, k_dim], strided, sharing memory."""
-        return self._views[2 * layer]
+        return self._view_of(2 * layer)
 
     def value_cache(self, layer: int) -> Tensor:
         """Return V of one layer: [num_blocks + 1, block_size, kv_heads, v_dim], strided, sharing memory."""
-        return self._views[2 * layer + 1]
+        return self._view_of(2 * layer + 1)
+
+    def close(self) -> None:
+        """Free the memory, which nothing reads or writes any more. May be called twice.
+
+        An object that still holds the pool, such as a runner until Python collects it, holds no memory then. A CUDA
+        graph would still write to it: close only a pool that no sequence uses.
+        """
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.blocks = self.blocks.new_empty((0, self.blocks.shape[1]))
+        self.bytes_view = self.blocks.view(torch.uint8)
+        self._views.clear()
+
+    def _view_of(self, run: int) -> Tensor:
+        try:
+            return self._views[run]
+        except IndexError as exc:
+            if self._views:
+                raise
+            raise ClosedError("the cache is closed") from exc
 
     def _view(self, run: int) -> Tensor:
         layer = self.layout.layers[run // 2]

@@ -57,7 +57,6 @@ __all__ = [
 ]
 
 PIECE_BYTES = 2 << 20  # stored bytes that are read, checked and decoded together: they stay in the cache
-_COPIED_BYTES = 8 << 20  # that are read and checked together where nothing is decoded: each step takes the GIL twice
 _HEAD_BYTES = 4096  # read before anything else: of most records all that precedes the payload
 MIN_SAVING = 0.05  # below this share a codec is not worth its time, and the block is stored raw
 
@@ -246,8 +245,8 @@ def _copy_payload(source: RecordSource, header: RecordHeader, checksum: xxhash.x
 
 def _iter_steps(header: RecordHeader) -> Iterator[tuple[int, int]]:
     """Yield where parts of the payload begin and end in the record, frames or not."""
-    for start in range(header.payload_offset, header.record_bytes, _COPIED_BYTES):
-        yield start, min(start + _COPIED_BYTES, header.record_bytes)
+    for start in range(header.payload_offset, header.record_bytes, PIECE_BYTES):
+        yield start, min(start + PIECE_BYTES, header.record_bytes)
 
 
 def _pieces_of(header: RecordHeader, layout: BlockLayout) -> list[_Piece]:

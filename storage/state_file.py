@@ -78,7 +78,7 @@ class StateFile:
     is_remote = False
 
     def __init__(self, path: Path) -> None:
-        self.path = check_path(path)
+        self.path: Path = check_path(path)
         with translated_errors(f"cannot read the state file {self.path}"):
             self.path = self.path.absolute()
             self._file = _OpenFile(open_regular(self.path))
@@ -253,14 +253,16 @@ class StateFile:
             checksum.update(index)
             if checksum.intdigest() != header.checksum:
                 raise CorruptBlockError("its index is damaged")
-            self.description = _parse(description, header.namespace)
+            self.description: NamespaceDescription = _parse(description, header.namespace)
             begin = records_offset(header.description_bytes)
             self._index = StateIndex(index, begin=begin, end=header.index_offset, layout=self.description.layout)
         except StoreError as exc:
             raise type(exc)(f"the state file {self.path} cannot be used: {exc}") from exc
         self.namespace: BlockHash = header.namespace
         self.raw_description = description
-        self.identity = FileIdentity(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, header.checksum)
+        self.identity: FileIdentity = FileIdentity(
+            status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, header.checksum
+        )
 
 
 class _OpenFile:

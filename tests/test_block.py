@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tierkv.errors import ConfigError
-from tierkv.values.block import as_token_array, chain_content_digest, common_run, hash_block, iter_chain
+from tierkv.values.block import (
+    as_token_array,
+    as_token_bytes,
+    chain_content_digest,
+    common_run,
+    hash_block,
+    iter_chain,
+)
 
 ROOT = b"r" * 16
 tokens = st.lists(st.integers(0, 2**32 - 1), max_size=40)
@@ -81,3 +88,16 @@ def test_booleans_are_no_token_ids() -> None:
 def test_an_array_of_the_right_kind_is_not_copied() -> None:
     ids = np.arange(4, dtype="<u4")
     assert as_token_array(ids) is ids
+
+
+@given(tokens)
+def test_token_bytes_are_those_of_the_array(ids: list[int]) -> None:
+    assert as_token_bytes(ids) == as_token_array(ids).tobytes()
+    assert as_token_bytes(ids[:1]) == as_token_array(ids[:1]).tobytes()
+
+
+@pytest.mark.parametrize("bad", [[True], [-1], [1 << 32], [1.0], [None], [np.True_]])
+def test_a_single_token_is_checked_like_many(bad: list[object]) -> None:
+    with pytest.raises(ConfigError):
+        as_token_bytes(bad)  # type: ignore[arg-type]
+    assert as_token_bytes([(1 << 32) - 1]) == b"\xff" * 4

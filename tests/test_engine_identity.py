@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace as Values
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -186,34 +186,6 @@ VLLM_SAME = {
 }
 
 
-@pytest.mark.parametrize("name", VLLM_FIELDS)
-def test_each_field_of_vllms_identity_changed_alone_finds_nothing(tmp_path: Path, name: str) -> None:
-    values = vllm_values(make_model(tmp_path / "model"))
-    assert hits(tmp_path / "store", vllm_namespace(values), save=True) == 4
-    other = deepcopy(values)
-    VLLM_FIELDS[name](other)
-    assert hits(tmp_path / "store", vllm_namespace(other)) == 0
-    assert hits(tmp_path / "store", vllm_namespace(values)) == 4
-
-
-@pytest.mark.parametrize("name", VLLM_SAME)
-def test_what_does_not_change_k_and_v_in_vllm_changes_no_identity(tmp_path: Path, name: str) -> None:
-    values = vllm_values(make_model(tmp_path / "model"))
-    other = deepcopy(values)
-    VLLM_SAME[name](other)
-    assert vllm_namespace(other).digest == vllm_namespace(values).digest
-
-
-def test_vllms_identity_follows_the_files_of_the_model_not_their_path(tmp_path: Path) -> None:
-    values = vllm_values(make_model(tmp_path / "model"))
-    assert hits(tmp_path / "store", vllm_namespace(values), save=True) == 4
-    moved = vllm_values(make_model(tmp_path / "moved"))
-    assert hits(tmp_path / "store", vllm_namespace(moved)) == 4
-    for number, content in enumerate(({"weights": b"others"}, {"config": b'{"a": 1}'})):
-        other = vllm_values(make_model(tmp_path / str(number), **content))
-        assert hits(tmp_path / "store", vllm_namespace(other)) == 0
-
-
 def test_a_draft_models_files_are_part_of_vllms_identity(tmp_path: Path) -> None:
     digests = set()
     for number, weights in enumerate((b"one", b"two", b"one")):
@@ -362,33 +334,6 @@ SGLANG_SAME = {
 }
 
 
-@pytest.mark.parametrize("name", SGLANG_FIELDS)
-def test_each_field_of_sglangs_identity_changed_alone_finds_nothing(tmp_path: Path, name: str) -> None:
-    values = sglang_values(make_model(tmp_path / "model"))
-    assert hits(tmp_path / "store", sglang_namespace(values), save=True) == 4
-    other = deepcopy(values)
-    SGLANG_FIELDS[name](other)
-    assert hits(tmp_path / "store", sglang_namespace(other)) == 0
-    assert hits(tmp_path / "store", sglang_namespace(values)) == 4
-
-
-@pytest.mark.parametrize("name", SGLANG_SAME)
-def test_what_does_not_change_k_and_v_in_sglang_changes_no_identity(tmp_path: Path, name: str) -> None:
-    values = sglang_values(make_model(tmp_path / "model"))
-    other = deepcopy(values)
-    SGLANG_SAME[name](other)
-    assert sglang_namespace(other).digest == sglang_namespace(values).digest
-
-
-def test_sglangs_identity_follows_files_not_their_paths(tmp_path: Path) -> None:
-    values = sglang_values(make_model(tmp_path / "model"))
-    assert hits(tmp_path / "store", sglang_namespace(values), save=True) == 4
-    assert hits(tmp_path / "store", sglang_namespace(sglang_values(make_model(tmp_path / "moved")))) == 4
-    for number, content in enumerate(({"weights": b"others"}, {"config": b'{"a": 1}'})):
-        other = sglang_values(make_model(tmp_path / str(number), **content))
-        assert hits(tmp_path / "store", sglang_namespace(other)) == 0
-
-
 def test_the_scales_of_a_quantised_kv_are_part_of_sglangs_identity(tmp_path: Path) -> None:
     digests = set()
     for number, content in enumerate((None, "1.0", "2.0", "1.0")):
@@ -431,3 +376,66 @@ def test_a_server_whose_pages_cannot_be_named_is_refused(tmp_path: Path, apply: 
     apply(values)
     with pytest.raises(ConfigError, match=message):
         sglang_namespace(values)
+
+
+# --- both ------------------------------------------------------------------------------------------------
+
+
+class Kind(NamedTuple):
+    """values: all that an identity is made of, for a model's folder. fields: changes that count; same: that do not."""
+
+    values: Callable[[Path], Any]
+    namespace: Callable[[Any], Namespace]
+    fields: dict[str, Callable[[Any], None]]
+    same: dict[str, Callable[[Any], None]]
+
+
+KINDS = {
+    "vLLM": Kind(vllm_values, vllm_namespace, VLLM_FIELDS, VLLM_SAME),
+    "SGLang": Kind(sglang_values, sglang_namespace, SGLANG_FIELDS, SGLANG_SAME),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "apply"),
+    [
+        pytest.param(kind, kind.fields[each], id=f"{name}: {each}")
+        for name, kind in KINDS.items()
+        for each in kind.fields
+    ],
+)
+def test_each_field_changed_alone_finds_nothing(tmp_path: Path, kind: Kind, apply: Callable[[Any], None]) -> None:
+    values = kind.values(make_model(tmp_path / "model"))
+    assert hits(tmp_path / "store", kind.namespace(values), save=True) == 4
+    other = deepcopy(values)
+    apply(other)
+    assert hits(tmp_path / "store", kind.namespace(other)) == 0
+    assert hits(tmp_path / "store", kind.namespace(values)) == 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "apply"),
+    [
+        pytest.param(kind, apply, id=f"{name}: {field}")
+        for name, kind in KINDS.items()
+        for field, apply in kind.same.items()
+    ],
+)
+def test_what_does_not_change_k_and_v_changes_no_identity(
+    tmp_path: Path, kind: Kind, apply: Callable[[Any], None]
+) -> None:
+    values = kind.values(make_model(tmp_path / "model"))
+    other = deepcopy(values)
+    apply(other)
+    assert kind.namespace(other).digest == kind.namespace(values).digest
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+def test_the_identity_follows_the_files_of_the_model_not_their_path(tmp_path: Path, kind: Kind) -> None:
+    def found(folder: Path, *, save: bool = False) -> int:
+        return hits(tmp_path / "store", kind.namespace(kind.values(folder)), save=save)
+
+    assert found(make_model(tmp_path / "model"), save=True) == 4
+    assert found(make_model(tmp_path / "moved")) == 4
+    assert found(make_model(tmp_path / "trained", weights=b"others")) == 0
+    assert found(make_model(tmp_path / "configured", config=b'{"a": 1}')) == 0

@@ -15,7 +15,7 @@ import tierkv
 from tierkv import BlockLayout, CacheConfig, Namespace, TierCache
 
 NAMES = [name for name in tierkv.__all__ if ">>>" in (inspect.getdoc(getattr(tierkv, name)) or "")]
-NEED_A_MODEL = {"load_model", "open_runner"}
+NEED_A_MODEL = {"load_model", "open_runner", "Engine", "TokenStream"}
 
 LAYOUT = BlockLayout.uniform(num_layers=2, block_size=4, kv_heads=1, head_dim=8, dtype="float32")
 NAMESPACE = Namespace(weights="a digest", layout=LAYOUT)

@@ -27,7 +27,7 @@ NEED_TORCH = {
     *("TierCache", "load_cache_state", "save_cache_state", "Sequence", "Match", "PrefetchHandle"),
     *("EvictedEverywhere", "LayoutReport", "ManagedFlashAttention", "MemoryController", "TorchRanks"),
     *("open_runner", "Runner", "Generation", "GenerationOptions", "SamplingOptions", "TokenEvent"),
-    *("load_model", "split_model", "LoadedModel"),
+    *("load_model", "split_model", "LoadedModel", "Engine", "EngineStats", "TokenStream"),
     *("MemoryTransferManager", "TransferHandle", "TransferOp"),
 }
 WITHOUT_TORCH = {
@@ -35,7 +35,15 @@ WITHOUT_TORCH = {
     *("LoadOrCompute", "Origin", "digest_namespace"),
     *("__version__", "CacheConfig", "CacheStats", "Namespace", "BlockLayout", "Tier", "ColdStore", "SavedState"),
     *("TierKVError", "CapacityError", "ClosedError", "ConfigError", "CorruptBlockError", "DaemonError"),
-    *("DaemonGoneError", "FormatVersionError", "NamespaceMismatchError", "RankError", "ShapeError", "StoreBusyError"),
+    *(
+        "DaemonGoneError",
+        "FormatVersionError",
+        "NamespaceMismatchError",
+        "QueueFullError",
+        "RankError",
+        "ShapeError",
+        "StoreBusyError",
+    ),
     *("StoreError", "TransferCancelledError", "UnsupportedModelError"),
     *("CacheBlock", "EvictionPolicy", "make_policy", "Handle", "Priority", "RankGroup"),
     *("CacheObserver", "BlockEvent", "EventKind", "MemoryRegion", "RequestEvent", "Span"),

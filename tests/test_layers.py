@@ -38,12 +38,14 @@ ROOMS = {
     "block_store": "errors values index background storage remote_tiers movers daemon config transfer",
     "requests": "errors values index background storage movers ranks transfer",
     "cache": "errors values policies background storage ranks config transfer requests",
-    "engine": "errors values storage kernels movers ranks config requests cache",
+    "scheduling": "errors values requests cache",
+    "engine": "errors values background storage kernels movers ranks config requests cache scheduling",
     "profiling": "errors values policies storage config transfer requests cache",
+    "serving": "errors values cache engine profiling",
     "integrations": "errors values storage remote_tiers movers ranks block_store engine",
     "__init__": "errors values policies background storage movers ranks config block_store requests cache engine "
     "profiling",
-    "tools": "errors values policies storage remote_tiers daemon config engine profiling __init__",
+    "tools": "errors values policies storage remote_tiers daemon config engine profiling serving __init__",
     "__main__": "tools",
 }
 
@@ -62,7 +64,7 @@ TORCH_FREE_MODULES = {
     *("profiling.report_html", "profiling.chrome_trace", "profiling.memory_report", "profiling.metrics"),
     "profiling.remote_metrics",
     *("integrations", "integrations.weights", "integrations.rows", "integrations.vllm", "integrations.sglang"),
-    *("integrations.vllm.tier_identity", "integrations.sglang.identity"),
+    *("integrations.vllm.configuration", "integrations.vllm.tier_identity", "integrations.sglang.identity"),
 }
 LATE_MODULES = {"tierkv.movers.engine_memory"}  # imported where an engine hands over tensors: it loads torch
 HEAVY = ("torch", "transformers", "flash_attn", "triton", "typer", "rich")

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from tierkv.block_store.config import BlockStoreConfig
+from tierkv.block_store.load_or_compute import Origin
 from tierkv.block_store.placement import Buffers
 from tierkv.block_store.store import BlockStore
 from tierkv.errors import UnsupportedModelError
@@ -145,6 +146,8 @@ class Clock:
 class Reserved:
     """A reservation of which one block is read in `block_s` seconds of the clock."""
 
+    origin = Origin.DISK
+
     def __init__(self, clock: Clock, num_blocks: int, *, num_warm: int = 0, block_s: float = 0.0) -> None:
         self.clock, self.num_blocks, self.num_warm, self.block_s = clock, num_blocks, num_warm, block_s
         self.started, self.released = clock.now, False
@@ -177,6 +180,9 @@ class Store:
 
     def keys(self) -> Any:
         return SequenceOfKeys()
+
+    def keep_costs(self, costs: Any) -> None:
+        """This store has no place for them."""
 
     def reserve(self, keys: Any, start: int) -> Reserved:
         assert self.reserved is not None

@@ -72,7 +72,8 @@ def only(found: object) -> Path:
 
 def files_expected(root: Path) -> set[str]:
     """Name the files that a wheel of this tree must hold, metadata apart."""
-    names = {"tierkv/py.typed"}
+    page = root / "tierkv" / "serving" / "page"
+    names = {"tierkv/py.typed", *(path.relative_to(root).as_posix() for path in page.iterdir())}
     for folder in [root / "tierkv", *(root / name for name in FOLDERS)]:
         for path in folder.rglob("*.py"):
             inside = path.relative_to(root).as_posix()

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import json
 import os
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tierkv.engine import prompt_files
-from tierkv.engine.prompts import PromptRequest, prefix_tokens, read_prompts, render_tokens
+from tierkv.engine.prompts import TEMPLATE_DAY, PromptRequest, prefix_tokens, read_prompts, render_chat, render_tokens
 from tierkv.errors import ConfigError
 
 
@@ -249,3 +250,52 @@ def test_a_text_that_is_no_unicode_is_refused_before_a_tokenizer_sees_it(tokeniz
 def test_a_message_without_content_adds_no_text(tmp_path: Path) -> None:
     request = PromptRequest(messages=[{"role": "assistant", "content": None}])
     assert render_tokens(MergingTokenizer(), request, "hi") == MergingTokenizer().encode("hi")
+
+
+class JinjaTokenizer(MergingTokenizer):
+    """Renders its template with the clock that Transformers gives templates."""
+
+    def __init__(self, template: str) -> None:
+        self.chat_template = template
+
+    def encode(self, text: str, **_: Any) -> list[int]:
+        return list(text.encode())
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> str:
+        chat_template_utils = pytest.importorskip("transformers.utils.chat_template_utils")
+        template = options.pop("chat_template", self.chat_template)
+        del options["tokenize"]
+        (text,), _ = chat_template_utils.render_jinja_template([conversation], chat_template=template, **options)
+        return str(text)
+
+
+@pytest.mark.parametrize(("day", "text"), [(TEMPLATE_DAY, "26 Jul 2024"), (date(2031, 2, 3), "03 Feb 2031")])
+@pytest.mark.parametrize("begin", ["", "\n", " \n  ", "{%- if true %}\n{% endif %}", "x"])
+def test_a_template_writes_the_day_that_it_is_given(day: date, text: str, begin: str) -> None:
+    """And nothing else changes: not even the blanks before its first line."""
+    tokenizer = JinjaTokenizer(begin + "{{ strftime_now('%d %b %Y') if strftime_now is defined else '?' }}.\n")
+    with_clock = render_chat(tokenizer, [{"role": "user", "content": "x"}], day=None)
+    written = bytes(with_clock).decode().replace(f"{date.today():%d %b %Y}", text)
+    assert bytes(render_chat(tokenizer, [{"role": "user", "content": "x"}], day=day)).decode() == written
+
+
+def test_without_a_day_a_template_writes_the_real_one() -> None:
+    tokenizer = JinjaTokenizer("{{ strftime_now('%Y') }}")
+    year = bytes(render_chat(tokenizer, [{"role": "user", "content": "x"}], day=None)).decode()
+    assert int(year) >= 2025
+
+
+def test_arguments_of_calls_reach_the_template_as_objects() -> None:
+    tokenizer = JinjaTokenizer("{{ messages[0].tool_calls[0].function.arguments | tojson }}")
+    calls = [{"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}]
+    messages = [{"role": "assistant", "content": "", "tool_calls": calls}]
+    assert bytes(render_chat(tokenizer, messages)).decode() == '{"a": 1}'
+    calls[0]["function"]["arguments"] = "no json"  # type: ignore[index]
+    assert bytes(render_chat(tokenizer, messages)).decode() == '"no json"'
+
+
+def test_a_developer_is_the_system_where_the_template_knows_none() -> None:
+    messages = [{"role": "developer", "content": "x"}]
+    assert bytes(render_chat(JinjaTokenizer("{{ messages[0].role }}"), messages)) == b"system"
+    knows = JinjaTokenizer("{{ messages[0].role }}{# developer #}")
+    assert bytes(render_chat(knows, messages)) == b"developer"

@@ -23,11 +23,13 @@ if TYPE_CHECKING:
     from tierkv.block_store.store import BlockStore
     from tierkv.cache import TierCache, load_cache_state, save_cache_state
     from tierkv.config import CacheConfig
+    from tierkv.engine.engine import Engine, EngineStats
     from tierkv.engine.generation import Generation, GenerationOptions, TokenEvent
     from tierkv.engine.managed_attention import ManagedFlashAttention
     from tierkv.engine.models import LoadedModel, load_model, split_model
     from tierkv.engine.runner import Runner, open_runner
     from tierkv.engine.sampling import SamplingOptions
+    from tierkv.engine.token_stream import TokenStream
     from tierkv.errors import (
         CapacityError,
         ClosedError,
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
         DaemonGoneError,
         FormatVersionError,
         NamespaceMismatchError,
+        QueueFullError,
         RankError,
         ShapeError,
         StoreBusyError,
@@ -86,6 +89,8 @@ __all__ = [
     "CorruptBlockError",
     "DaemonError",
     "DaemonGoneError",
+    "Engine",
+    "EngineStats",
     "EventKind",
     "EvictedEverywhere",
     "EvictionPolicy",
@@ -111,6 +116,7 @@ __all__ = [
     "Origin",
     "PrefetchHandle",
     "Priority",
+    "QueueFullError",
     "RankError",
     "RankGroup",
     "RequestEvent",
@@ -128,6 +134,7 @@ __all__ = [
     "TierCache",
     "TierKVError",
     "TokenEvent",
+    "TokenStream",
     "TorchRanks",
     "TransferCancelledError",
     "TransferHandle",
@@ -163,6 +170,8 @@ _HOMES = {
     "load_cache_state": "tierkv.cache",
     "save_cache_state": "tierkv.cache",
     "CacheConfig": "tierkv.config",
+    "Engine": "tierkv.engine.engine",
+    "EngineStats": "tierkv.engine.engine",
     "Generation": "tierkv.engine.generation",
     "GenerationOptions": "tierkv.engine.generation",
     "TokenEvent": "tierkv.engine.generation",
@@ -173,6 +182,7 @@ _HOMES = {
     "Runner": "tierkv.engine.runner",
     "open_runner": "tierkv.engine.runner",
     "SamplingOptions": "tierkv.engine.sampling",
+    "TokenStream": "tierkv.engine.token_stream",
     "CapacityError": "tierkv.errors",
     "ClosedError": "tierkv.errors",
     "ConfigError": "tierkv.errors",
@@ -181,6 +191,7 @@ _HOMES = {
     "DaemonGoneError": "tierkv.errors",
     "FormatVersionError": "tierkv.errors",
     "NamespaceMismatchError": "tierkv.errors",
+    "QueueFullError": "tierkv.errors",
     "RankError": "tierkv.errors",
     "ShapeError": "tierkv.errors",
     "StoreBusyError": "tierkv.errors",

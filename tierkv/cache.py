@@ -15,6 +15,7 @@ from tierkv.errors import ConfigError
 from tierkv.policies import EvictionPolicy
 from tierkv.ranks.group import OneRank, RankGroup
 from tierkv.requests.acquire import Acquirer
+from tierkv.requests.batching import Batching
 from tierkv.requests.block_control import BlockControl
 from tierkv.requests.commit import Committer
 from tierkv.requests.consensus import Consensus
@@ -33,7 +34,7 @@ from tierkv.transfer.factory import choose_codec, close_tiers, device_of, open_t
 from tierkv.transfer.load import Loader
 from tierkv.transfer.memory import pool_regions
 from tierkv.transfer.recompute_or_load import RecomputeOrLoad
-from tierkv.values.block import HashFunction, Tier, TokenIds, as_token_array, hash_block
+from tierkv.values.block import HashFunction, Tier, TokenIds, as_token_array, as_token_bytes, hash_block
 from tierkv.values.events import CacheObserver
 from tierkv.values.files import check_path
 from tierkv.values.layout import BlockLayout
@@ -55,7 +56,8 @@ class TierCache:
     have the same cold_path.
 
     Life of a request: `acquire` (or `match` to look first), compute the tokens that were not cached, `commit`
-    them, `append` and `commit` while decoding, `release`. `blocks` acts on blocks of the hot pool by their ids.
+    them, `append` and `commit` while decoding, `release`. `blocks` acts on blocks of the hot pool by their ids;
+    `batching` is for an engine that runs many sequences in one loop.
     Calls are thread-safe; a sequence belongs to one thread. Damage, full disks and failed copies are misses that
     `stats` counts, never exceptions. Once the cache closes, every method raises ClosedError; so it does in a process
     that was forked from this one, where `release` and `close` do nothing.
@@ -111,6 +113,7 @@ class TierCache:
         self._users = BlockUsers()
         self._committer = Committer(tiers, offloader, users=self._users, write_through=config.write_through)
         self._running = RunningSequences(tiers, offloader, consensus, self._users)
+        self.batching: Batching = Batching(tiers, self._running, daemon, calls=self.calls)
         reading = ColdReading(tiers)
         loader = Loader(tiers, offloader, reading)
         self._evictor = Evictor(tiers, offloader, daemon)
@@ -159,28 +162,22 @@ class TierCache:
         return self._prefixes.match(as_token_array(token_ids).tobytes())
 
     @while_open
-    def acquire(self, token_ids: TokenIds, *, reuse: bool = True, overlap: bool = False) -> Sequence:
+    def acquire(self, token_ids: TokenIds, *, reuse: bool = True, overlap: bool = False, wait: bool = True) -> Sequence:
         """Return a sequence with room for every token; its cached prefix is being loaded into the hot pool.
 
         At least one token is always left to compute. `reuse=False` takes room only and finds nothing. overlap: let
         many cold blocks load in the background while the caller computes the first of them, see `sequence.overlap`.
+        wait: wait for blocks that another process computes, for `compute_wait_s` at most.
         Raises ConfigError for an empty prompt, CapacityError where the hot pool has no room beside what is in use.
         """
         token_bytes = as_token_array(token_ids).tobytes()
-        if not token_bytes:
-            raise ConfigError("a prompt needs at least one token")
-        if not self._tiers.observers.are_there:
-            return self._acquirer.acquire(token_bytes, reuse=reuse, overlap=overlap)
-        with self._tiers.observers.span("acquire") as detail:
-            sequence = self._acquirer.acquire(token_bytes, reuse=reuse, overlap=overlap)
-            detail["tokens"], detail["cached tokens"] = sequence.num_tokens, sequence.num_cached_tokens
-        return sequence
+        return self._acquirer.acquire(token_bytes, reuse=reuse, overlap=overlap, wait=wait)
 
     @while_open
     def append(self, sequence: Sequence, token_ids: TokenIds) -> None:
         """Add tokens to a sequence and take the blocks that they need. Raises CapacityError, nothing added."""
         self._running.require(sequence)
-        self._running.append(sequence, as_token_array(token_ids).tobytes())
+        self._running.append(sequence, as_token_bytes(token_ids))
 
     @while_open
     def commit(self, sequence: Sequence, num_computed_tokens: int, *, partial_block: bool = False) -> int:
@@ -376,8 +373,8 @@ class TierCache:
         self._must_end.set()
         is_quiet = self._offloader.close()  # this ends the calls that wait for writes
         is_quiet &= self.calls.wait(_CALLS_WAIT_S)
-        self._running.release_all()
-        close_tiers(tiers, self._daemon, is_quiet=is_quiet, owns_cold=self._owns_cold)
+        is_idle = self._running.release_all()
+        close_tiers(tiers, self._daemon, is_quiet=is_quiet, is_idle=is_idle, owns_cold=self._owns_cold)
 
 
 def save_cache_state(cache: TierCache, path: str | Path) -> SavedState:

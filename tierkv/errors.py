@@ -4,6 +4,7 @@ TierKVError
 ├── ConfigError (ValueError)     an invalid option or argument
 ├── ShapeError (ValueError)      a tensor or buffer of the wrong shape, dtype or device
 ├── CapacityError                a tier has no room and nothing may be evicted
+│   └── QueueFullError           an engine has as many waiting requests as it may have
 ├── ClosedError                  the cache has been closed, or is being closed
 ├── UnsupportedModelError        a model whose K and V cannot be reused by prefix
 ├── StoreError                   the cold store or a state file cannot be used
@@ -30,6 +31,7 @@ __all__ = [
     "DaemonGoneError",
     "FormatVersionError",
     "NamespaceMismatchError",
+    "QueueFullError",
     "RankError",
     "RemoteError",
     "RemoteRefusedError",
@@ -67,6 +69,10 @@ class ShapeError(TierKVError, ValueError):
 
 class CapacityError(TierKVError):
     """A tier has no room and nothing in it may be evicted."""
+
+
+class QueueFullError(CapacityError):
+    """An engine has as many waiting requests as it may have: try again later."""
 
 
 class ClosedError(TierKVError):

@@ -6,37 +6,112 @@ that the user can fix ends in one line and exit code 2.
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import sys
 import traceback
 from contextlib import suppress
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
 import typer
+from typer.core import TyperGroup
 
 from tierkv import __version__
 from tierkv.errors import TierKVError
-from tierkv.tools import daemon, remote, store_commands
-from tierkv.tools.evict import evict
-from tierkv.tools.inspect_store import inspect
-from tierkv.tools.replay import replay, train_policy
-from tierkv.tools.report import report
-from tierkv.tools.run import run
-from tierkv.tools.state import load, save
-from tierkv.tools.terminal import OutputError, standard_streams, visible
-from tierkv.tools.top import top
-from tierkv.tools.warm import warm
+from tierkv.tools.terminal import OutputError, set_verbosity, standard_streams, visible
 
-__all__ = ["app", "main"]
+__all__ = ["COMMANDS", "app", "load_command", "main"]
 
+
+class _Place(NamedTuple):
+    """Where a command is: module and function, or module and a group of commands. summary: how its help begins.
+
+    A module is imported when its command runs: most load torch, which takes seconds.
+    """
+
+    module: str
+    name: str
+    summary: str
+
+
+COMMANDS: dict[str, _Place] = {
+    "warm": _Place("warm", "warm", "Compute the K and V of prompts once and keep them on disk."),
+    "run": _Place("run", "run", "Answer a prompt, reusing whatever K and V are cached."),
+    "serve": _Place("serve", "serve", "Serve a model by OpenAI's API, with a page at / that shows the cache."),
+    "report": _Place(
+        "report", "report", "Run prompts under the profiler, and write a page, a trace for Perfetto, and plots."
+    ),
+    "stats": _Place("store_commands", "stats", "Print how much a store holds."),
+    "inspect": _Place(
+        "inspect_store", "inspect", "List what is stored: namespaces and how they differ, prompt prefixes, sizes, ages."
+    ),
+    "save": _Place(
+        "state",
+        "save",
+        "Write a store's blocks of one namespace into one file, atomically.",
+    ),
+    "load": _Place("state", "load", "Put the sound blocks of a state file into a store, which is made if need be."),
+    "evict": _Place(
+        "evict",
+        "evict",
+        "Remove blocks from a store, a daemon's memory, and engines that use the daemon.",
+    ),
+    "quota": _Place(
+        "store_commands", "quota", "Print how large a store may become, or change that for every process that uses it."
+    ),
+    "compact": _Place(
+        "store_commands",
+        "compact",
+        "Return a store's free space to the disk.",
+    ),
+    "verify": _Place(
+        "store_commands",
+        "verify",
+        "Read every block of a store and print which are damaged; exit code 1 if a damaged block remains.",
+    ),
+    "top": _Place("top", "top", "Show a running cache live: tiers, hits, bandwidth, misses, largest prefixes."),
+    "replay": _Place(
+        "replay", "replay", "Compare eviction policies on a request trace, beside the best that is possible."
+    ),
+    "train-policy": _Place(
+        "replay", "train_policy", "Fit the learned eviction policy to a request trace, and print its weights."
+    ),
+    "remote": _Place("remote", "group", "Blocks shared between machines."),
+    "daemon": _Place("daemon", "group", "One warm cache for every process on the machine."),
+}
+
+
+class _LateCommands(TyperGroup):
+    """Lists the commands by their summaries, and loads the one that is called."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """Return the name of the called command, the command, and its arguments."""
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, load_command(name) if name in COMMANDS else command, rest
+
+
+def load_command(name: str) -> Any:
+    """Import a command or a group of commands; return it as Typer's own object."""
+    place = COMMANDS[name]
+    found = getattr(importlib.import_module(f"tierkv.tools.{place.module}"), place.name)
+    if isinstance(found, typer.Typer):
+        return typer.main.get_command(found)
+    alone = typer.Typer(**_SETTINGS)
+    alone.command(name)(found)
+    return typer.main.get_command(alone)
+
+
+_SETTINGS: dict[str, Any] = {
+    "add_completion": False,
+    "pretty_exceptions_enable": False,
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+}
 app: typer.Typer = typer.Typer(
     name="tierkv",
     help="A persistent, tiered cache of attention keys and values.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    cls=_LateCommands,
+    **_SETTINGS | {"add_completion": True},
 )
 
 # Some versions of Typer contain click, others import it: its root of usage errors is found through a subclass.
@@ -56,34 +131,30 @@ _OPTIONS = {
     "block_size": "--block-size",
     "max_new_tokens": "--max-new-tokens",
     "top_p": "--top-p",
+    **{name: f"--{name.replace('_', '-')}" for name in ("max_prompt_tokens", "max_choices", "max_requests")},
+    **{name: f"--{name.replace('_', '-')}" for name in ("max_connections", "max_running", "max_waiting")},
+    "max_body_bytes": "--max-body",
+    "max_seconds": "--max-seconds",
+    "stop_s": "--stop-seconds",
 }
 
-for _command in (
-    *(warm, run, report),
-    *(store_commands.stats, inspect, save, load, evict),
-    *(store_commands.quota, store_commands.compact, store_commands.verify, top),
-    *(replay, train_policy),
-):
-    app.command()(_command)
-
-_daemon = typer.Typer(help="One warm cache for every process on the machine.", no_args_is_help=True)
-app.add_typer(_daemon, name="daemon")
-for _action in (daemon.start, daemon.status, daemon.stop, daemon.prefetch):
-    _daemon.command()(_action)
-
-_remote = typer.Typer(help="Blocks shared between machines.", no_args_is_help=True)
-app.add_typer(_remote, name="remote")
-_remote.callback()(lambda: None)  # else Typer makes the only command the group itself
-_remote.command()(remote.check)
+for _name, _place in COMMANDS.items():
+    app.command(_name, help=_place.summary)(lambda: None)
 
 
 @app.callback(invoke_without_command=True)
-def _version(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+def _start(
+    ctx: typer.Context,
+    version: Annotated[bool, typer.Option("--version", "-V", help="Print the version.")] = False,
+    verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, help="Log what happens; -vv in detail.")] = 0,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")] = False,
 ) -> None:
+    set_verbosity(-1 if quiet else verbose)
     if version:
         print(__version__)
         raise typer.Exit
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
 
 
 def main() -> None:

@@ -20,14 +20,12 @@ from rich.table import Table
 
 from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.config import DaemonConfig
-from tierkv.daemon.host import check_folder, peer_of, read_lock_file
+from tierkv.daemon.host import NOT_WRITTEN, check_folder, peer_of, read_lock_file
 from tierkv.daemon.log_file import open_log
 from tierkv.daemon.messages import Count, Done, Hello, Prefetch, Status, StatusReport, Stop
-from tierkv.daemon.server import NOT_WRITTEN
 from tierkv.engine.prompts import prefix_tokens, read_prompts
 from tierkv.errors import ConfigError, DaemonError, DaemonGoneError
-from tierkv.tools.daemon_process import environment_of, serve_and_warm, to_json
-from tierkv.tools.engine_options import ModelOptions, identify
+from tierkv.tools.engine_options import ModelOptions
 from tierkv.tools.options import (
     AsJson,
     ColdSize,
@@ -51,7 +49,7 @@ from tierkv.tools.terminal import format_age, open_console, print_json, visible
 from tierkv.values.block import as_token_array, iter_chain
 from tierkv.values.units import format_bytes
 
-__all__ = ["prefetch", "start", "status", "stop"]
+__all__ = ["group"]
 
 _START_S = 120.0  # the daemon touches every page of its slab first
 _STOP_S = 60.0
@@ -98,6 +96,8 @@ def start(
     if detach:
         _start_detached(config, warm_command)
     else:
+        from tierkv.tools.daemon_process import serve_and_warm  # the server, which the other commands do without
+
         serve_and_warm(config, warm_command, log_to=logging.StreamHandler(sys.stderr))
 
 
@@ -157,6 +157,8 @@ def prefetch(
     """
     path = socket or default_socket(os.environ)
     requests = read_prompts(file, lines=lines)
+    from tierkv.tools.engines import identify  # loads torch
+
     loaded, namespace = identify(model)
     hello = Hello(
         namespace=namespace.digest,
@@ -167,7 +169,7 @@ def prefetch(
     blocks = 0
     with DaemonClient(path, hello) as client:
         for request in requests:
-            tokens = as_token_array(prefix_tokens(loaded.tokenizer, request)).tobytes()
+            tokens = as_token_array(prefix_tokens(loaded.tokenizer, request, day=model.day)).tobytes()
             chain = iter_chain(namespace.digest, tokens, model.block_size)
             message = Prefetch(hashes=b"".join(block_hash for block_hash, _ in chain), tokens=tokens)
             blocks += client.call(message, Count).count
@@ -184,7 +186,7 @@ def _warm_command(file: Path, socket: Path, model: ModelOptions) -> list[str]:
     read_prompts(file)
     command = [sys.executable, "-m", "tierkv", "daemon", "prefetch", str(file.absolute())]
     command += ["--socket", str(socket), "--device", "cpu", "--salt", model.salt]
-    command += ["--block-size", str(model.block_size)]
+    command += ["--block-size", str(model.block_size), "--date", model.date]
     command += ["--model", model.model] if model.model else []
     command += ["--dtype", model.dtype] if model.dtype else []
     return command
@@ -192,6 +194,8 @@ def _warm_command(file: Path, socket: Path, model: ModelOptions) -> list[str]:
 
 def _start_detached(config: DaemonConfig, warm_command: list[str]) -> None:
     """Start a process that serves; return when it does. Raises DaemonError with the reason if it does not."""
+    from tierkv.tools.daemon_process import environment_of, to_json
+
     log = config.socket.with_name(config.socket.name + ".log")
     log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     check_folder(log.parent)
@@ -307,3 +311,16 @@ def _limits(report: StatusReport) -> Table:
         one = (show(each.largest), show(each.limit_of_one)) if each.limit_of_one else ("", "")
         table.add_row(each.name.removesuffix("_bytes").replace("_", " "), show(each.used), show(each.limit), *one)
     return table
+
+
+group: typer.Typer = typer.Typer(help="One warm cache for every process on the machine.", add_completion=False)
+
+
+@group.callback(invoke_without_command=True)
+def _print_help(ctx: typer.Context) -> None:
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
+
+
+for _action in (start, status, stop, prefetch):
+    group.command()(_action)

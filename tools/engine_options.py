@@ -1,19 +1,15 @@
-"""The options of commands that load a model, and how such a command opens the model and its cache."""
+"""The options of commands that load a model. Needs no torch; engines.py opens the model."""
 
 from __future__ import annotations
 
+import datetime
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 from tierkv.config import CacheConfig
-from tierkv.engine.model_identity import namespace_of
-from tierkv.engine.model_support import check_supported, probe_layout
-from tierkv.engine.models import EMBEDDED, LoadedModel, load_model
-from tierkv.engine.runner import Runner, open_runner
 from tierkv.errors import ConfigError
 from tierkv.tools.options import (
+    DEFAULT_DAY,
     BlockSize,
     CodecName,
     ColdSize,
@@ -27,17 +23,17 @@ from tierkv.tools.options import (
     Salt,
     Socket,
     Store,
+    TemplateDay,
     WarmSize,
-    cache_directory,
     default_store,
     named_remotes,
     named_socket,
+    parse_day,
     parse_optional_size,
     parse_size,
 )
-from tierkv.values.namespace import Namespace
 
-__all__ = ["EngineOptions", "ModelOptions", "identify", "open_engine"]
+__all__ = ["EngineOptions", "ModelOptions"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,15 +45,22 @@ class ModelOptions:
     dtype: Dtype = None
     block_sizes: BlockSize = None
     salt: Salt = ""
+    date: TemplateDay = DEFAULT_DAY
 
     def __post_init__(self) -> None:
         if len(set(self.block_sizes or ())) > 1:
             raise ConfigError(f"one command has one block size, got {' and '.join(map(str, self.block_sizes or ()))}")
+        parse_day(self.date)  # before a model is loaded
 
     @property
     def block_size(self) -> int:
         """Tokens of a block."""
         return self.block_sizes[0] if self.block_sizes else 256
+
+    @property
+    def day(self) -> datetime.date | None:
+        """What chat templates write as today's date; None is the real one."""
+        return parse_day(self.date)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,24 +91,3 @@ class EngineOptions(ModelOptions):
             socket=self.socket or (None if self.read_only else named_socket(os.environ)),
             remote=named_remotes(self.remote, os.environ),
         )
-
-
-@contextmanager
-def open_engine(options: ModelOptions, config: CacheConfig) -> Iterator[Runner]:
-    """Load the model, open the cache, and close it after the command."""
-    with open_runner(_load(options), config, salt=options.salt) as runner:
-        yield runner
-
-
-def identify(options: ModelOptions) -> tuple[LoadedModel, Namespace]:
-    """Load the model for its tokenizer, and return the namespace of its blocks. Computes nothing."""
-    loaded = _load(options)
-    check_supported(loaded.model)
-    layout = probe_layout(loaded.model, block_size=options.block_size)
-    return loaded, namespace_of(loaded.model, layout, salt=options.salt, name=loaded.name)
-
-
-def _load(options: ModelOptions) -> LoadedModel:
-    is_embedded = options.model in (None, EMBEDDED)  # another model needs no place of ours
-    cache_dir = cache_directory(os.environ) if is_embedded else None
-    return load_model(options.model, device=options.device, dtype=options.dtype, cache_dir=cache_dir)

@@ -16,15 +16,14 @@ import typer
 from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.eviction_log import LOG_NAME, EvictionLog
 from tierkv.daemon.eviction_messages import EvictBlocks, EvictedBlocks, Eviction
-from tierkv.daemon.host import read_lock_file
+from tierkv.daemon.host import STORE_LOCK, read_lock_file
 from tierkv.daemon.messages import Status, StatusReport
-from tierkv.daemon.server import STORE_LOCK
 from tierkv.engine.prompts import PromptRequest, prefix_tokens, read_prompts
 from tierkv.errors import ConfigError, DaemonError, DaemonGoneError, StoreError
 from tierkv.storage.codecs import CODECS
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_eviction import EvictionReport, StoredPrompt
-from tierkv.tools.engine_options import ModelOptions, identify
+from tierkv.tools.engine_options import ModelOptions
 from tierkv.tools.options import AsJson, parse_optional_size, spread
 from tierkv.tools.stores import StoreOptions, find_digest, open_existing
 from tierkv.tools.terminal import print_json, visible
@@ -139,12 +138,14 @@ def _requests_of(prompt: str, model: ModelOptions, older_than_s: float) -> list[
     Raises ConfigError for a file that holds no prompt, and for a text without tokens.
     """
     prompts = read_prompts(Path(prompt)) if _is_file(prompt) else [PromptRequest(system=prompt.strip())]
+    from tierkv.tools.engines import identify  # loads torch
+
     loaded, namespace = identify(model)
     lossy = [codec.name for codec in CODECS if codec.is_lossy]
     digests = [replace(namespace, lossy_codec=name).digest for name in ("", *lossy)]
     requests = []
     for each in prompts:
-        tokens = prefix_tokens(loaded.tokenizer, each)
+        tokens = prefix_tokens(loaded.tokenizer, each, day=model.day)
         if not tokens:
             raise ConfigError("the prompt has no tokens")
         requests += [request_of(digest, tokens, model.block_size, older_than_s=older_than_s) for digest in digests]

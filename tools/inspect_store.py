@@ -15,7 +15,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from tierkv.engine.models import load_tokenizer
+from tierkv.engine.token_texts import load_tokenizer
 from tierkv.errors import ConfigError
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_reader import StoredNamespace
@@ -144,7 +144,7 @@ def _embedded_directory() -> Path | None:
 
 def _decoded(tokenizer: Any, token_ids: list[int]) -> str:
     try:
-        return str(tokenizer.decode(token_ids))
+        return str(tokenizer.decode(token_ids, skip_special_tokens=False))
     except Exception:  # noqa: BLE001 - ids that this tokenizer does not have: each kind has an error of its own
         return _numbers(token_ids)
 

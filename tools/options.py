@@ -7,18 +7,21 @@ import inspect
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
+from datetime import date
 from decimal import Decimal
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from tierkv.engine.prompts import TEMPLATE_DAY
 from tierkv.errors import ConfigError
 from tierkv.remote_tiers.urls import RemoteUrl, remote_urls
 from tierkv.values.files import home_directory, user_path
 from tierkv.values.units import format_bytes
 
 __all__ = [
+    "DEFAULT_DAY",
     "AsJson",
     "BlockSize",
     "BlockTokens",
@@ -38,6 +41,7 @@ __all__ = [
     "Socket",
     "StatePath",
     "Store",
+    "TemplateDay",
     "TraceFile",
     "WarmSize",
     "as_path",
@@ -46,10 +50,13 @@ __all__ = [
     "default_store",
     "named_remotes",
     "named_socket",
+    "parse_day",
     "parse_optional_size",
     "parse_size",
     "spread",
 ]
+
+DEFAULT_DAY = TEMPLATE_DAY.isoformat()
 
 _MAX_BYTES = 1 << 62
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -85,6 +92,14 @@ BlockSize = Annotated[
     ),
 ]
 Salt = Annotated[str, typer.Option(help="Keeps tenants apart: blocks of another salt are never used.")]
+TemplateDay = Annotated[
+    str,
+    typer.Option(
+        "--date",
+        metavar="YYYY-MM-DD",
+        help="What chat templates write as today's date; today is the real one, and changes those prompts daily.",
+    ),
+]
 ColdSize = Annotated[
     str | None,
     typer.Option(
@@ -222,6 +237,16 @@ def parse_optional_size(text: str | None) -> int | None:
     if text is None:
         return None
     return 0 if text.strip() == "0" else parse_size(text)
+
+
+def parse_day(text: str) -> date | None:
+    """Return the day of --date; None for the real one. Raises ConfigError."""
+    if text == "today":
+        return None
+    try:
+        return date.fromisoformat(text)
+    except ValueError as exc:
+        raise ConfigError(f"{text[:40]!r} is not a date such as {TEMPLATE_DAY.isoformat()}, and not today") from exc
 
 
 def named_socket(environment: Mapping[str, str]) -> Path | None:

@@ -20,7 +20,7 @@ from tierkv.storage.codec import Bytes
 from tierkv.tools.options import AsJson, parse_size
 from tierkv.tools.terminal import open_console, print_json
 
-__all__ = ["check"]
+__all__ = ["group"]
 
 _NAMESPACE = hashlib.sha256(b"tierkv remote check").digest()[:16]
 _NUM_VALUES = 4
@@ -107,3 +107,15 @@ def _timed(work: Callable[[], object]) -> float:
     begin = time.perf_counter()
     work()
     return time.perf_counter() - begin
+
+
+group: typer.Typer = typer.Typer(help="Blocks shared between machines.", add_completion=False)
+
+
+@group.callback(invoke_without_command=True)
+def _print_help(ctx: typer.Context) -> None:
+    if ctx.invoked_subcommand is None:
+        print(ctx.get_help())
+
+
+group.command()(check)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,8 @@ from tierkv.errors import ConfigError, StoreError
 from tierkv.profiling.memory_report import MemoryReport, MemoryVisualizer
 from tierkv.profiling.profiler import MemoryProfiler
 from tierkv.storage.cold import ColdStore
-from tierkv.tools.engine_options import EngineOptions, open_engine
+from tierkv.tools.engine_options import EngineOptions
+from tierkv.tools.engines import open_engine
 from tierkv.tools.options import AsJson, Lines, as_path, spread
 from tierkv.tools.stores import iter_chains
 from tierkv.tools.terminal import open_console, print_json, visible
@@ -65,7 +67,7 @@ def report(request: ReportRequest, options: EngineOptions, as_json: AsJson = Fal
     with _writing_to(request.output):
         request.output.mkdir(parents=True, exist_ok=True)  # before anything is computed
     with open_engine(options, config) as runner:
-        rounds = _rounds(request, runner)
+        rounds = _rounds(request, runner, options.day)
         with MemoryProfiler(runner.cache, snapshot_every_s=0.0, sample_every=1) as profiler:
             _run(runner, profiler, rounds, request.max_new_tokens)
             profiler.close()
@@ -77,7 +79,7 @@ def report(request: ReportRequest, options: EngineOptions, as_json: AsJson = Fal
         open_console().print(_table(made, written))
 
 
-def _rounds(request: ReportRequest, runner: Runner) -> list[list[_Prompt]]:
+def _rounds(request: ReportRequest, runner: Runner, day: date | None) -> list[list[_Prompt]]:
     """Return the prompts of each round; those of a file get another question in each."""
     if request.file is None:
         stored = list(_stored_prompts(runner))
@@ -88,7 +90,7 @@ def _rounds(request: ReportRequest, runner: Runner) -> list[list[_Prompt]]:
     tokenizer = runner.loaded.tokenizer
     return [
         [
-            _Prompt(f"prompt {number}", render_tokens(tokenizer, prompt, _QUESTIONS[at % len(_QUESTIONS)]))
+            _Prompt(f"prompt {number}", render_tokens(tokenizer, prompt, _QUESTIONS[at % len(_QUESTIONS)], day=day))
             for number, prompt in enumerate(prompts, start=1)
         ]
         for at in range(request.rounds)

@@ -15,7 +15,8 @@ from tierkv.engine.prompts import PromptRequest, check_unicode, read_prompts, re
 from tierkv.engine.runner import Generation, GenerationOptions, Runner
 from tierkv.engine.sampling import SamplingOptions
 from tierkv.errors import ConfigError
-from tierkv.tools.engine_options import EngineOptions, open_engine
+from tierkv.tools.engine_options import EngineOptions
+from tierkv.tools.engines import open_engine
 from tierkv.tools.options import AsJson, as_path, spread
 from tierkv.tools.terminal import open_console, print_json, visible
 from tierkv.values.block import Tier
@@ -47,7 +48,7 @@ def run(request: RunRequest, options: EngineOptions, as_json: AsJson = False) ->
     asked, text = _prompt_request(request), _text_of(request.prompt)
     sampling = SamplingOptions(temperature=request.temperature, top_p=request.top_p, seed=request.seed)
     with open_engine(options, config) as runner:
-        tokens = render_tokens(runner.loaded.tokenizer, asked, text)
+        tokens = render_tokens(runner.loaded.tokenizer, asked, text, day=options.day)
         chosen = GenerationOptions(
             max_new_tokens=request.max_new_tokens,
             sampling=sampling,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import io
 import json
+import logging
 import math
 import os
 import sys
@@ -16,9 +17,18 @@ from rich.console import Console
 
 from tierkv.errors import TierKVError
 
-__all__ = ["OutputError", "format_age", "open_console", "print_json", "standard_streams", "visible"]
+__all__ = [
+    "OutputError",
+    "format_age",
+    "open_console",
+    "print_json",
+    "set_verbosity",
+    "standard_streams",
+    "visible",
+]
 
 _MIN_WIDTH = 20
+_verbosity = 0
 _REPLACE = "tierkv-replace"
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n"}
 
@@ -54,9 +64,24 @@ def visible(text: str) -> str:
     return text.translate(_CONTROLS)
 
 
+def set_verbosity(level: int) -> None:
+    """Show less or more on standard error: -1 errors alone, 0 progress too, 1 what the library logs, 2 its details."""
+    global _verbosity
+    _verbosity = level
+    if level > 0:
+        handler = logging.StreamHandler()  # onto the standard error of now
+        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+        logger = logging.getLogger("tierkv")
+        logger.handlers = [handler]
+        logger.setLevel(logging.INFO if level == 1 else logging.DEBUG)
+
+
 def open_console(*, stderr: bool = False) -> Console:
-    """Return a console that shows texts as they are: a prompt with [/b] or :smile: in it is no markup."""
-    console = Console(stderr=stderr, markup=False, emoji=False)
+    """Return a console that shows texts as they are: a prompt with [/b] or :smile: in it is no markup.
+
+    stderr: for what is no result; it shows nothing where the user wants results and errors only.
+    """
+    console = Console(stderr=stderr, markup=False, emoji=False, quiet=stderr and _verbosity < 0)
     console.width = max(console.width, _MIN_WIDTH)  # COLUMNS=0 would print nothing at all
     return console
 

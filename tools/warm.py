@@ -20,7 +20,8 @@ from tierkv.engine.prompts import PromptRequest, prefix_tokens, read_prompts
 from tierkv.engine.runner import Runner
 from tierkv.errors import CapacityError, StoreError
 from tierkv.storage.cold import ColdStore
-from tierkv.tools.engine_options import EngineOptions, open_engine
+from tierkv.tools.engine_options import EngineOptions
+from tierkv.tools.engines import open_engine
 from tierkv.tools.options import AsJson, Lines, PromptFile, spread
 from tierkv.tools.stores import open_existing, require_place, store_of
 from tierkv.tools.terminal import open_console, print_json, visible
@@ -79,7 +80,7 @@ def warm(
         started = time.perf_counter()
         if runner.cache.cold and not dry_run:
             runner.cache.cold.require_room(runner.cache.layout.block_bytes // _LARGEST_RATIO)
-        all_prompts = [prefix_tokens(runner.loaded.tokenizer, request) for request in requests]
+        all_prompts = [prefix_tokens(runner.loaded.tokenizer, request, day=options.day) for request in requests]
         too_large = [i for i, prompt in enumerate(all_prompts) if len(prompt) > _most_tokens(runner)]
         prompts = [prompt for prompt in all_prompts if len(prompt) <= _most_tokens(runner)]
         summary = _Summary(

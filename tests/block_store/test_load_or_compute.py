@@ -35,15 +35,6 @@ def test_the_page_cache_says_nothing_about_the_disk() -> None:
     assert choice.worth_loading(32, origin=Origin.DISK, num_rest_tokens=32) == 0
 
 
-def test_a_disk_that_was_not_measured_is_no_faster_than_the_page_cache() -> None:
-    choice = LoadOrCompute(block_size=256)
-    choice.record_compute(8192, 0.2)
-    choice.record_load(32, origin=Origin.PAGE_CACHE, seconds=0.3)
-    assert choice.worth_loading(32, origin=Origin.DISK, num_rest_tokens=32) == 0
-    choice.record_load(32, origin=Origin.DISK, seconds=0.1)
-    assert choice.worth_loading(32, origin=Origin.DISK, num_rest_tokens=32) == 32, "it is measured now"
-
-
 def test_the_way_that_is_not_chosen_is_tried_again() -> None:
     choice = LoadOrCompute(block_size=256)
     choice.record_compute(8192, 0.2)

@@ -6,6 +6,7 @@ import inspect
 import random
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,27 @@ def test_closing_releases_the_running_sequences(tmp_path: Path) -> None:
     assert sequence.is_released
     cache.release(sequence)
     assert_nothing_pinned(cache)
+
+
+def test_closing_frees_the_hot_pool_whoever_still_holds_the_cache(tmp_path: Path) -> None:
+    cache = open_cache(tmp_path)
+    pool = cache.hot
+    views = [weakref.ref(each) for each in (pool.blocks, pool.bytes_view, pool.key_cache(0))]
+    cache.close()
+    assert not pool.blocks.numel() and not pool.bytes_view.numel()
+    assert not any(view() is not None for view in views), "a view would keep the memory"
+    cache.close()
+    with pytest.raises(ClosedError):
+        pool.key_cache(0)
+
+
+def test_an_engine_that_computes_while_its_cache_closes_keeps_its_memory(tmp_path: Path) -> None:
+    cache = open_cache(tmp_path)
+    sequence = cache.acquire(PROMPT)
+    pool = cache.hot
+    cache.close()
+    assert sequence.is_released
+    pool.key_cache(0)[sequence.block_table[0]] = 1  # a CUDA graph would write there, whatever lies there by then
 
 
 def test_a_call_that_another_thread_is_inside_of_ends_before_anything_is_closed(

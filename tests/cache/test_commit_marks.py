@@ -161,3 +161,19 @@ def test_a_block_is_written_down_behind_its_commit_whoever_evicts_it(
     cache.evict(Tier.HOT)
     cache.flush()
     assert seen == [mark] * 3
+
+
+def test_a_decode_step_that_completes_no_block_leaves_no_mark(
+    cache: TierCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = PatternEngine(cache)
+    sequence = engine.start(PROMPT)
+    marks: list[Written] = []
+    monkeypatch.setattr(cache._tiers.memory.mover, "mark", lambda: marks.append(Written()) or marks[-1])
+    for token in range(4):
+        cache.append(sequence, [token])
+        cache.commit(sequence, len(PROMPT) + token)
+    assert not marks
+    assert cache.commit(sequence, len(PROMPT) + 4) == 1
+    assert len(marks) == 1
+    cache.release(sequence)

@@ -131,7 +131,7 @@ def test_where_too_little_is_free_that_is_said_before_anything_is_computed(
     (tmp_path / "prompts.txt").write_text("You are kind.")
     fill(tmp_path / "store", 2)
     tierkv("save", tmp_path / "state.tkv")
-    monkeypatch.setattr("tierkv.tools.engine_options.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("tierkv.tools.engines.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     for command in (["warm", tmp_path / "prompts.txt"], ["load", tmp_path / "state.tkv"]):
         line = refused(tierkv(*command, "--store", volume / "s", "--min-free", "1G"))
         assert "must stay free" in line and "--min-free" in line
@@ -153,7 +153,7 @@ def test_a_store_on_a_read_only_file_system_can_be_looked_at_and_not_written(
     for command in (["stats"], ["inspect"], ["verify"], ["quota"], ["save", tmp_path / "state.tkv"]):
         code, _, err = tierkv(*command)
         assert code == 0, f"{command}: {err}"
-    monkeypatch.setattr("tierkv.tools.engine_options.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("tierkv.tools.engines.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     assert "nothing can be stored" in refused(tierkv("warm", tmp_path / "prompts.txt"))
     assert "nothing can be stored" in refused(tierkv("load", tmp_path / "state.tkv"))
     for command in (["evict", "--to", "0"], ["compact"], ["verify", "--repair"], ["quota", "1G"]):

@@ -173,6 +173,7 @@ def test_without_a_command_the_help_is_all_that_is_printed(command: Command, wor
 ALONE = [
     "warm",
     "run",
+    "serve",
     "report",
     "stats",
     "inspect",
@@ -195,8 +196,7 @@ COMMANDS = [
 
 
 def test_the_short_option_shows_the_help_of_every_command(command: Command) -> None:
-    named = {each.name or each.callback.__name__.replace("_", "-") for each in cli.app.registered_commands}
-    assert named == set(ALONE)
+    assert set(cli.COMMANDS) - {"daemon", "remote"} == set(ALONE)
     for words in COMMANDS:
         short, long = command(*words, "-h"), command(*words, "--help")
         assert short.code == 0 and "--help" in short.out and short == long, words

@@ -23,11 +23,14 @@ VOCABULARY = 997
 
 @dataclass(eq=False)
 class Request:
-    """One request. table: its engine's blocks. remote: it waits for an async load."""
+    """One request as vLLM's, as far as the connector looks at it.
+
+    num_new: tokens to generate. table: its engine's blocks. remote: it waits for an async load, which came.
+    """
 
     request_id: str
     all_token_ids: list[int]
-    num_new: int
+    num_new: int = 0
     num_computed_tokens: int = 0
     table: list[int] = field(default_factory=list)
     remote: bool = False
@@ -40,13 +43,10 @@ class Request:
     prompt_embeds: Any = None
     pooling_params: Any = None
     resumable: bool = False
+    prompt_token_ids: list[int] | None = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.num_prompt = len(self.all_token_ids)
-
-    @property
-    def prompt_token_ids(self) -> list[int]:
-        return self.all_token_ids[: self.num_prompt]
 
     @property
     def num_tokens(self) -> int:

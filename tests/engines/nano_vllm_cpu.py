@@ -46,9 +46,11 @@ def install() -> None:
 
     replace_cuda()
     import nanovllm.layers.attention
+    from nanovllm.layers.layernorm import RMSNorm
     from nanovllm.layers.sampler import Sampler
 
     nanovllm.layers.attention.store_kvcache = store_slots
+    RMSNorm.forward = normalize
     Sampler.forward = torch.inference_mode()(
         Sampler.forward
     )  # compiled, it may write into the logits; plain torch refuses
@@ -81,6 +83,13 @@ def replace_cuda() -> None:
         setattr(module.cuda, name, lambda *args: None)
     module.cuda.mem_get_info = lambda: (Memory.num_bytes, Memory.num_bytes)
     module.cuda.memory_stats = lambda: {"allocated_bytes.all.peak": 0, "allocated_bytes.all.current": 0}
+
+
+def normalize(self: Any, x: Any, residual: Any = None) -> Any:
+    """Compute nano-vLLM's RMSNorm. Its own writes into a copy in float32, which is no copy if the input is float32."""
+    if residual is None:
+        return x * torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True) + self.eps) * self.weight
+    return normalize(self, x + residual), x + residual
 
 
 def free_port() -> int:

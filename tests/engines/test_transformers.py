@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 import torch
 from cold_blocks import damage_record
-from generate_hunt import hunt, small_store
+from generate_hunt import hunt
 from generate_models import EOS, FAMILIES, VOCABULARY, make_generator
+from small_caches import SIZE, one_thread, opened
 from torch import Tensor
 
 from tierkv.block_store.load_or_compute import Origin
-from tierkv.integrations.transformers import PersistentCache, persistent_cache
 from tierkv.integrations.transformers.rows import Uncached, check_request
 from tierkv.storage.cold import ColdStore
 
-SIZE = 8
+__all__ = ["one_thread"]
 
 
 def prompt(length: int, *, seed: int = 0) -> Tensor:
@@ -52,21 +52,6 @@ def with_mask(arguments: dict[str, Any]) -> dict[str, Any]:
     ids = arguments.get("input_ids")
     mask = {} if ids is None else {"attention_mask": torch.ones_like(ids)}
     return {"max_new_tokens": 12, **mask, **arguments}
-
-
-def opened(model: Any, path: Path | None, **options: Any) -> PersistentCache:
-    return persistent_cache(
-        model, config=small_store(path), **{"block_size": SIZE, "compute_or_load": False, **options}
-    )
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Compute tiny models with one thread: several take longer where other processes compute too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 from generate_hunt import small_store
 from generate_models import VOCABULARY, make_generator
+from small_caches import SIZE, one_thread, opened
 from torch import Tensor
 from transformers import (
     AttentionInterface,
@@ -24,17 +25,12 @@ from transformers import (
 )
 
 from tierkv.errors import ConfigError, UnsupportedModelError
-from tierkv.integrations.transformers import PersistentCache, identity, persistent_cache
+from tierkv.integrations.transformers import identity, persistent_cache
 
-SIZE = 8
+__all__ = ["one_thread"]
+
 IDS = torch.randint(6, VOCABULARY, (1, 50), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(IDS)
-
-
-def opened(model: Any, path: Path | None, **options: Any) -> PersistentCache:
-    return persistent_cache(
-        model, config=small_store(path), **{"block_size": SIZE, "compute_or_load": False, **options}
-    )
 
 
 def ask(model: Any, **options: Any) -> Any:
@@ -44,14 +40,6 @@ def ask(model: Any, **options: Any) -> Any:
 def plain(model: Any) -> Tensor:
     found: Tensor = type(model).generate(model, IDS, attention_mask=MASK, max_new_tokens=6, do_sample=False)
     return found
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

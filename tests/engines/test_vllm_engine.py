@@ -5,23 +5,24 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
-import sys
+from functools import cached_property
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm_run import HUNT_BATCH
+from random_models import is_answer, is_tie, save_llama
+from vllm_life import start
+from vllm_run import HUNT_BATCH, hunted
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: run make test-engines"),
 ]
 
-RUN = Path(__file__).parent / "vllm_run.py"
-ROOT = RUN.parent.parent.parent
-LIFE_S = 3600
+HUNTED = int(os.environ.get("TIERKV_HUNT", "160")) // HUNT_BATCH * HUNT_BATCH  # requests
+HUNTED_IN_A_LIFE = 2500
 
 PREFIX = [1, 700]
 FIRST, SECOND, LONG = [PREFIX, [2, 7]], [PREFIX, [3, 30]], [PREFIX, [4, 130]]
@@ -35,8 +36,7 @@ class Lives:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.model = folder / "model"
-        code = "import sys, pathlib, vllm_run; vllm_run.make_model(pathlib.Path(sys.argv[1]))"
-        self._start(["-c", code, str(self.model)])
+        save_llama(self.model)
         self.plain = self.live(
             [
                 *(["ask", [prompt], 8] for prompt in (FIRST, SECOND, LONG)),
@@ -49,26 +49,16 @@ class Lives:
         self.first, self.second, self.long, self.story, self.follow_up = answers[:5]
         self.crowd = answers[5:]
 
-    def live(self, actions: list[Any], **fields: Any) -> dict[str, Any]:
+    @cached_property
+    def plain_hunt(self) -> list[list[dict[str, Any]]]:
+        """The answers of plain vLLM to all random requests."""
+        found: list[list[dict[str, Any]]] = self.live([["hunt", 1, 0, HUNTED]])["answers"]
+        return found
+
+    def live(self, actions: list[Any], *, is_forked: bool = True, **fields: Any) -> dict[str, Any]:
         """Run one engine; return its answers and counters."""
         spec = {"model": str(self.model), "actions": actions, **fields}
-        return json.loads(self._start([str(RUN), json.dumps(spec)]).splitlines()[-1])
-
-    def _start(self, arguments: list[str]) -> str:
-        done = subprocess.run(
-            [sys.executable, *arguments],
-            capture_output=True,
-            text=True,
-            timeout=LIFE_S,
-            cwd=RUN.parent,
-            env={**_environment(), "PYTHONPATH": f"{ROOT}:{RUN.parent}"},
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        return done.stdout
-
-
-def _environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
+        return json.loads(start("vllm_run.py", json.dumps(spec), is_forked=is_forked)[-1])
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +99,8 @@ def test_what_was_generated_is_kept_and_tokens_are_equal_in_the_first_life(store
 
 
 def test_a_restarted_engine_finds_the_prefix_on_disk(lives: Lives, store: Path) -> None:
-    result = lives.live([["ask", [FIRST], 8], ["ask", [LONG], 8], ["reset"], ["ask", [FIRST], 8]], store=str(store))
+    actions = [["ask", [FIRST], 8], ["ask", [LONG], 8], ["reset"], ["ask", [FIRST], 8]]
+    result = lives.live(actions, store=str(store), is_forked=False)
     (first,), (longer,), (again,) = result["answers"]
     assert [first["ids"], longer["ids"], again["ids"]] == [lives.first, lives.long, lives.first]
     assert first["cached"] == 704
@@ -125,8 +116,8 @@ def test_a_damaged_store_costs_computations_only(lives: Lives, store: Path, tmp_
             (damaged / file.name).write_bytes(file.read_bytes())
     data = bytearray((damaged / "data.mdb").read_bytes())
     dice = random.Random(0)
-    for start in range(len(data) // 3, len(data), 1 << 14):
-        data[min(len(data) - 1, start + dice.randrange(1 << 14))] ^= 0xFF
+    for at in range(len(data) // 3, len(data), 1 << 14):
+        data[min(len(data) - 1, at + dice.randrange(1 << 14))] ^= 0xFF
     (damaged / "data.mdb").write_bytes(data)
     result = lives.live([["ask", [FIRST], 8], ["ask", [LONG], 8], ["ask", [STORY], 100]], store=str(damaged))
     assert [answer["ids"] for (answer,) in result["answers"]] == [lives.first, lives.long, lives.story]
@@ -214,15 +205,24 @@ def test_random_requests_get_the_tokens_of_plain_vllm_over_two_lives(
     lives: Lives, tmp_path: Path, executor: str
 ) -> None:
     """TIERKV_HUNT names the number of requests."""
-    count = int(os.environ.get("TIERKV_HUNT", "160")) // HUNT_BATCH * HUNT_BATCH
-    half = count // HUNT_BATCH // 2 * HUNT_BATCH
-    plain = lives.live([["hunt", 1, 0, count]])["answers"]
+    plain = lives.plain_hunt
     small = {"max_model_len": 512, "num_gpu_blocks_override": 60, "max_num_batched_tokens": 512}
     engine = {**small, "distributed_executor_backend": executor}
     store, found = str(tmp_path / "store"), []
-    for first, end in ((0, half), (half, count)):
-        found += lives.live([["hunt", 1, first, end]], store=store, engine=engine)["answers"]
-    assert [[each["ids"] for each in batch] for batch in found] == [[each["ids"] for each in b] for b in plain]
+    num_lives = max(2, HUNTED // HUNTED_IN_A_LIFE)
+    ends = [HUNTED * i // num_lives // HUNT_BATCH * HUNT_BATCH for i in range(num_lives + 1)]
+    for first, end in pairwise(ends):
+        life = lives.live([["hunt", 1, first, end]], store=store, engine=engine)
+        found += life["answers"]
+        print(f"requests {first} to {end}: {life['counted']}")
+    first_prompt, first_answer = hunted(1, 0)[0][0], plain[0][0]["ids"]
+    assert is_answer(lives.model, first_prompt, first_answer), "the judge is another model"
+    num_tokens = 0
+    for number, expected, answers in zip(range(0, HUNTED, HUNT_BATCH), plain, found, strict=True):
+        for prompt, one, other in zip(hunted(1, number)[0], expected, answers, strict=True):
+            num_tokens += len(one["ids"])
+            assert one["ids"] == other["ids"] or is_tie(lives.model, prompt, one["ids"], other["ids"]), number
+    print(f"{HUNTED} requests, {num_tokens} tokens compared")
 
 
 def test_another_policy_for_failed_loads_is_refused_with_the_reason(lives: Lives, tmp_path: Path) -> None:

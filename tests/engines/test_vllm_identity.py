@@ -193,6 +193,28 @@ def test_each_part_of_vllms_configuration_counts(folder: Path, change: dict[str,
     assert read(config_of(folder, **change)) != read(config_of(folder))
 
 
+def test_a_model_of_the_hub_is_looked_up_where_vllm_has_downloaded_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def download(name: str, **options: Any) -> str:
+        asked.append((name, options["revision"], options["cache_dir"]))
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    here = config_of(folder)
+    named = config_of(folder, model_config__model="org/tiny", model_config__revision="v1")
+    named.load_config.download_dir = "/data/models"
+    assert read(named) == read(here)
+    assert asked == [("org/tiny", "v1", "/data/models")]
+
+
+def test_a_configuration_that_no_two_processes_write_alike_is_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"hf_config\.plugin cannot be written down"):
+        read(config_of(folder, model_config__hf_config=FakeHfConfig(plugin=object())))
+
+
 def test_scales_of_an_fp8_cache_count(folder: Path) -> None:
     config = config_of(folder, cache_config__cache_dtype="fp8")
     before = read(config)

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from vllm_sides import Engine, FakeRequest, counters, fail_after, tokens
+from fake_vllm import Request
+from vllm_sides import Engine, counters, fail_after, tokens
 
 from tierkv.block_store.store import BlockStore
 
@@ -22,20 +23,20 @@ def engine(tmp_path: Path) -> Iterator[Engine]:
 
 def test_a_prompt_is_saved_and_found_again_up_to_its_last_token(engine: Engine) -> None:
     ids = tokens(1, 48)
-    assert engine.run(FakeRequest("a", ids), list(range(12))) == 0
+    assert engine.run(Request("a", ids), list(range(12))) == 0
     table = list(range(20, 32))
-    assert engine.run(FakeRequest("b", ids), table) == 44  # one token is left, and engine's blocks are loaded whole
+    assert engine.run(Request("b", ids), table) == 44  # one token is left, and engine's blocks are loaded whole
     assert engine.has(ids, table, 48)
     assert counters(engine)["saved_blocks"] == 3
 
 
 def test_blocks_that_the_engine_has_are_left_alone(engine: Engine) -> None:
     ids = tokens(1, 50)
-    engine.run(FakeRequest("a", ids), list(range(13)))
+    engine.run(Request("a", ids), list(range(13)))
     table = list(range(20, 33))
     for tensor in engine.kv.values():
         tensor[table[:6]] = -1.0
-    request = FakeRequest("b", ids)
+    request = Request("b", ids)
     assert engine.run(request, table, local=24) == 24
     assert engine.has(ids, table, 48, first=24)
     assert all(bool((tensor[table[:6]] == -1.0).all()) for tensor in engine.kv.values())
@@ -43,7 +44,7 @@ def test_blocks_that_the_engine_has_are_left_alone(engine: Engine) -> None:
 
 def test_generated_tokens_and_chunks_are_kept(engine: Engine) -> None:
     ids = tokens(1, 20)
-    request = FakeRequest("a", ids)
+    request = Request("a", ids)
     table = list(range(5))
     assert engine.scheduler.get_num_new_matched_tokens(request, 0) == (0, False)
     engine.scheduler.update_state_after_alloc(request, table[:3], 0)
@@ -65,7 +66,7 @@ def test_generated_tokens_and_chunks_are_kept(engine: Engine) -> None:
 
 def test_with_asynchronous_scheduling_a_block_waits_until_its_tokens_are_known(engine: Engine) -> None:
     ids = tokens(1, 15)
-    request = FakeRequest("a", ids)
+    request = Request("a", ids)
     table = list(range(8))
     engine.scheduler.get_num_new_matched_tokens(request, 0)
     engine.scheduler.update_state_after_alloc(request, table, 0)
@@ -79,7 +80,7 @@ def test_with_asynchronous_scheduling_a_block_waits_until_its_tokens_are_known(e
 
 def test_a_request_that_ends_saves_its_last_block_at_once(engine: Engine) -> None:
     ids = tokens(1, 16)
-    request = FakeRequest("a", ids[:15])
+    request = Request("a", ids[:15])
     table = list(range(4))
     engine.scheduler.get_num_new_matched_tokens(request, 0)
     engine.scheduler.update_state_after_alloc(request, table, 0)
@@ -96,14 +97,14 @@ def test_no_request_that_computed_over_a_failed_block_is_saved_and_its_blocks_le
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = tokens(1, 64)
-    engine.run(FakeRequest("a", ids[:48]), list(range(12)))
+    engine.run(Request("a", ids[:48]), list(range(12)))
     fail_after(engine.session.store, 1, monkeypatch)
-    request, table = FakeRequest("b", ids), list(range(20, 36))
+    request, table = Request("b", ids), list(range(20, 36))
     external, _ = engine.scheduler.get_num_new_matched_tokens(request, 0)
     assert external == 48
     engine.scheduler.update_state_after_alloc(request, table, external)
     # Another request shares the blocks that are just being loaded: vLLM counts them as cached already.
-    other, its_table = FakeRequest("c", ids[:48] + tokens(3, 16)), [*table[:12], *range(40, 44)]
+    other, its_table = Request("c", ids[:48] + tokens(3, 16)), [*table[:12], *range(40, 44)]
     assert engine.scheduler.get_num_new_matched_tokens(other, 48) == (0, False)
     engine.scheduler.update_state_after_alloc(other, its_table, 0)
     plan = engine.order((request, table, 48, 16), (other, its_table, 48, 16))
@@ -127,7 +128,7 @@ def test_no_request_that_computed_over_a_failed_block_is_saved_and_its_blocks_le
     engine.scheduler.request_finished(request)
     assert store.contains(store.keys(ids)) == 3  # vLLM may have read the garbage meanwhile
     monkeypatch.undo()
-    again, place = FakeRequest("d", [*ids, 1]), list(range(44, 61))
+    again, place = Request("d", [*ids, 1]), list(range(44, 61))
     assert engine.run(again, place) == 48
     assert engine.has(again.all_token_ids, place, 64)
 
@@ -136,9 +137,9 @@ def test_orders_that_were_built_before_the_failure_was_known_are_not_carried_out
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = tokens(1, 63)
-    engine.run(FakeRequest("a", ids[:48]), list(range(12)))
+    engine.run(Request("a", ids[:48]), list(range(12)))
     fail_after(engine.session.store, 0, monkeypatch)
-    request, table = FakeRequest("b", ids), list(range(20, 36))
+    request, table = Request("b", ids), list(range(20, 36))
     external, _ = engine.scheduler.get_num_new_matched_tokens(request, 0)
     engine.scheduler.update_state_after_alloc(request, table, external or 0)
     first = engine.order((request, table, 48, 15))
@@ -178,17 +179,17 @@ def test_a_step_waits_only_for_saves_whose_blocks_it_overwrites(engine: Engine) 
 
     engine.session.store.save = save  # type: ignore[method-assign, assignment]
     for name, first in (("a", 0), ("b", 10)):
-        request = FakeRequest(name, tokens(first + 1, 16))
+        request = Request(name, tokens(first + 1, 16))
         engine.run(request, list(range(first, first + 4)))
         request.num_computed_tokens = 16
         engine.scheduler.request_finished(request)
-    engine.run(FakeRequest("c", tokens(9, 8)), [11, 30])
+    engine.run(Request("c", tokens(9, 8)), [11, 30])
     assert [each.waited for each in saves] == [False, True]
 
 
 def test_a_block_that_found_no_room_is_saved_with_its_child(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = tokens(1, 32)
-    request, table = FakeRequest("a", ids), list(range(8))
+    request, table = Request("a", ids), list(range(8))
     engine.scheduler.get_num_new_matched_tokens(request, 0)
     engine.scheduler.update_state_after_alloc(request, table, 0)
     with monkeypatch.context() as patch:
@@ -206,11 +207,11 @@ def test_a_block_that_found_no_room_is_saved_with_its_child(engine: Engine, monk
 def test_layers_are_waited_for_one_by_one_once_all_of_them_were_seen_to_call(engine: Engine) -> None:
     waits: list[int | None] = []
     ids = tokens(1, 48)
-    engine.run(FakeRequest("a", ids), list(range(12)))
+    engine.run(Request("a", ids), list(range(12)))
 
     def run(name: str, hooks: str | None) -> list[int | None]:
         waits.clear()
-        request, table = FakeRequest(name, ids), list(range(20, 32))
+        request, table = Request(name, ids), list(range(20, 32))
         external, _ = engine.scheduler.get_num_new_matched_tokens(request, 0)
         engine.scheduler.update_state_after_alloc(request, table, external or 0)
         engine.worker.begin_step(engine.order((request, table, 44, 4)))

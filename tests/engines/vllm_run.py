@@ -1,31 +1,20 @@
 """One life of a vLLM engine on a CPU: `python vllm_run.py SPEC`, where SPEC is JSON; it prints one JSON line.
 
-The tests start it in a process of its own, with the interpreter that has vLLM. Fields of the spec are those of `Spec`.
+The tests start it by `vllm_life.start`. Fields of the spec are those of `Spec`.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-BLOCK = 32  # the CPU backend wants a multiple of 32
-VOCABULARY = 1000
+from random_models import VOCABULARY
+from vllm_life import open_engine
+
 HUNT_BATCH = 16
-SETTINGS = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the scheduler in this process
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "GLOO_SOCKET_IFNAME": "lo",
-}
 
 
 @dataclass
@@ -46,34 +35,6 @@ class Spec:
     policy: str = "recompute"
 
 
-def make_model(folder: Path, seed: int = 0) -> None:
-    """Write a random Llama of two layers."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=4096,
-        initializer_range=0.1,
-        bos_token_id=1,
-        eos_token_id=2,
-        tie_word_embeddings=False,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = {"unk_token": "t0", "bos_token": "t1", "eos_token": "t2", "pad_token": "t0"}
-    PreTrainedTokenizerFast(tokenizer_object=words, **special).save_pretrained(folder)
-
-
 def tokens_of(parts: list[Any], last: list[list[int]]) -> list[int]:
     """Return a prompt's tokens."""
     found: list[int] = []
@@ -89,20 +50,9 @@ def tokens_of(parts: list[Any], last: list[list[int]]) -> list[int]:
 
 def run(spec: Spec) -> dict[str, Any]:
     """Run one engine; return what it answered and counted."""
-    os.environ.update({name: os.environ.get(name, value) for name, value in SETTINGS.items()})
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
 
-    engine: dict[str, Any] = {
-        "dtype": "float32",
-        "max_model_len": 2048,
-        "max_num_batched_tokens": 2048,
-        "max_num_seqs": 8,
-        "block_size": BLOCK,
-        "enforce_eager": True,
-        "enable_prefix_caching": True,
-        "seed": 0,
-        **spec.engine,
-    }
+    engine = dict(spec.engine)
     if spec.store or spec.options:
         engine["kv_transfer_config"] = {
             "kv_connector": "TierkvConnector",
@@ -118,7 +68,7 @@ def run(spec: Spec) -> dict[str, Any]:
                 **spec.options,
             },
         }
-    llm = LLM(spec.model, **engine)
+    llm = open_engine(spec.model, **engine)
     answers: list[list[dict[str, Any]]] = []
     last: list[list[int]] = []
     for action, *arguments in spec.actions:
@@ -149,21 +99,27 @@ def run(spec: Spec) -> dict[str, Any]:
     return {"answers": answers, "counted": counted}
 
 
+def hunted(seed: int, start: int) -> tuple[list[list[int]], list[int], bool]:
+    """Return random prompts over a few stems, HUNT_BATCH of them, their new tokens, and whether a reset follows."""
+    dice = random.Random(seed * 1_000_003 + start)
+    prompts, new_tokens = [], []
+    for _ in range(HUNT_BATCH):
+        stem = [[dice.randrange(6), dice.randrange(1, 360)]]
+        prompts.append(tokens_of([*stem, [dice.randrange(1 << 30), dice.randrange(1, 60)]], []))
+        new_tokens.append(dice.randrange(1, 24))
+    return prompts, new_tokens, dice.random() < 0.3
+
+
 def hunt(llm: Any, seed: int, first: int, end: int) -> list[list[dict[str, Any]]]:
-    """Ask random requests over a few stems, several at a time; empty the engine's cache now and then."""
+    """Ask random requests, several at a time; now and then abort one first, or empty the engine's cache."""
     from vllm import SamplingParams
 
     answers = []
-    for start in range(0, end, HUNT_BATCH):
-        dice = random.Random(seed * 1_000_003 + start)
-        prompts, samplings = [], []
-        for _ in range(HUNT_BATCH):
-            stem = [[dice.randrange(6), dice.randrange(1, 360)]]
-            prompts.append(tokens_of([*stem, [dice.randrange(1 << 30), dice.randrange(1, 60)]], []))
-            samplings.append(SamplingParams(max_tokens=dice.randrange(1, 24), temperature=0, ignore_eos=True))
-        is_reset = dice.random() < 0.3
-        if start < first:
-            continue
+    for start in range(first, end, HUNT_BATCH):
+        prompts, new_tokens, is_reset = hunted(seed, start)
+        if start % (3 * HUNT_BATCH) == 0:
+            abort(llm.llm_engine, (prompts[0] + prompts[1])[:300], len(prompts[0]) % 4)
+        samplings = [SamplingParams(max_tokens=count, temperature=0, ignore_eos=True) for count in new_tokens]
         outputs = llm.generate([{"prompt_token_ids": each} for each in prompts], samplings, use_tqdm=False)
         answers.append([{"cached": out.num_cached_tokens, "ids": list(out.outputs[0].token_ids)} for out in outputs])
         if is_reset:
@@ -176,12 +132,12 @@ def abort(engine: Any, prompt: list[int], num_steps: int) -> None:
     from vllm import SamplingParams
 
     sampling = SamplingParams(max_tokens=200, temperature=0, ignore_eos=True)
-    request_id = engine.add_request("aborted", {"prompt_token_ids": prompt}, sampling)
+    engine.add_request("aborted", {"prompt_token_ids": prompt}, sampling)
     for _ in range(num_steps):
         engine.step()
-    engine.abort_request([request_id or "aborted"])
-    while engine.has_unfinished_requests():
-        engine.step()
+    assert engine.has_unfinished_requests()
+    engine.abort_request(["aborted"])  # by the name that was given, not the one that add_request returns
+    assert not engine.has_unfinished_requests()
 
 
 def counts_of(llm: Any) -> dict[str, int]:

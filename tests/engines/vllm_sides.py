@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from fake_vllm import Request
 
 from tierkv.block_store.placement import Strided
 from tierkv.block_store.store import BlockStore
@@ -25,27 +25,6 @@ from tierkv.values.namespace import Namespace
 ENGINE_BLOCK = 4
 BLOCK = 16
 NUM_ENGINE_BLOCKS = 64
-
-
-@dataclass
-class FakeRequest:
-    """A request as vLLM's, as far as the connector looks at it."""
-
-    request_id: str
-    all_token_ids: list[int]
-    num_computed_tokens: int = 0
-    skip_reading_prefix_cache: bool = False
-    lora_request: Any = None
-    cache_salt: str | None = None
-    mm_features: list[Any] = field(default_factory=list)
-    prompt_embeds: Any = None
-    pooling_params: Any = None
-    resumable: bool = False
-    prompt_token_ids: list[int] = field(default_factory=list)
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.all_token_ids)
 
 
 class Engine:
@@ -96,7 +75,7 @@ class Engine:
             for tensor in self.kv.values()
         )
 
-    def order(self, *steps: tuple[FakeRequest, list[int], int, int]) -> StepPlan:
+    def order(self, *steps: tuple[Request, list[int], int, int]) -> StepPlan:
         """Schedule requests that are new: (request, table, computed tokens, scheduled tokens)."""
         output = SimpleNamespace(
             scheduled_new_reqs=[
@@ -109,7 +88,7 @@ class Engine:
         )
         return self.scheduler.build_plan(output)
 
-    def order_more(self, request: FakeRequest, new_blocks: list[int], computed: int, scheduled: int) -> StepPlan:
+    def order_more(self, request: Request, new_blocks: list[int], computed: int, scheduled: int) -> StepPlan:
         """Schedule a request that ran before."""
         output = SimpleNamespace(
             scheduled_new_reqs=[],
@@ -126,7 +105,7 @@ class Engine:
         self.scheduler.update_from_output(failed, self.worker.report())
         return failed
 
-    def run(self, request: FakeRequest, table: list[int], local: int = 0) -> int:
+    def run(self, request: Request, table: list[int], local: int = 0) -> int:
         """Prefill a request in one step; return how many tokens were loaded."""
         external, is_async = self.scheduler.get_num_new_matched_tokens(request, local)
         assert external is not None

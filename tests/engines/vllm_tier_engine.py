@@ -1,9 +1,10 @@
 """One life of the real vLLM engine on a CPU over its own offloading and tierkv's tier; prints JSON lines.
 
-usage: vllm_tier_engine.py FOLDER MODE [RANDOM] [RANKS]     MODE: plain, tier, or a JSON object of options of the tier
-RANDOM: so many random requests follow, in a GPU cache and a CPU tier that hold few of them. RANKS: tensor-parallel.
+usage: vllm_tier_engine.py FOLDER MODE [FIRST END] [RANKS]  MODE: plain, tier, or a JSON object of options of the tier
+FOLDER has the model. FIRST, END: numbers of the random requests that follow, in a GPU cache and a CPU tier that hold
+few of them. RANKS: tensor-parallel.
 vLLM's workers copy to the CPU tier on GPUs only, so a worker for CPU tensors stands in for that copy; scheduler,
-manager and connector are vLLM's own. The environment has the settings of test_vllm_tier_engine.py.
+manager and connector are vLLM's own. The tests start it by `vllm_life.start`.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from random_models import VOCABULARY
 from vllm.v1.kv_offload.base import OffloadingWorker, TransferResult
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
+from vllm_life import open_engine
 
-BLOCK, VOCABULARY, PREFIX = 32, 1000, 300
+PREFIX = 300
+TOGETHER = 4
 
 
 class CpuWorker(OffloadingWorker):
@@ -80,35 +84,16 @@ class CpuTieringSpec(TieringOffloadingSpec):
         return self._worker
 
 
-def make_model(folder: Path, seed: int = 0) -> Path:
-    """Save a random Llama of two layers and a tokenizer for it."""
-    if (folder / "config.json").exists():
-        return folder
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=2048,
-        initializer_range=0.2,
-        tie_word_embeddings=False,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t0"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0", pad_token="t0").save_pretrained(folder)
-    return folder
+def random_prompt(number: int) -> list[int]:
+    """Return the prompt of a random request: a part of one of twelve, and tokens of its own."""
+    own = random.Random(f"request {number}")
+    shared = random.Random(own.randrange(12))
+    prompt = [shared.randrange(5, VOCABULARY) for _ in range(600)][: own.randrange(20, 600)]
+    return prompt + [own.randrange(5, VOCABULARY) for _ in range(own.randrange(1, 60))]
 
 
-def main(folder: Path, mode: str, num_random: int = 0, num_ranks: int = 1) -> None:
-    from vllm import LLM, SamplingParams
+def main(folder: Path, mode: str, first: int = 0, end: int = 0, num_ranks: int = 1) -> None:
+    from vllm import SamplingParams
 
     options: dict[str, Any] = {}
     engine_id = uuid.uuid4().hex
@@ -128,15 +113,11 @@ def main(folder: Path, mode: str, num_random: int = 0, num_ranks: int = 1) -> No
                 "secondary_tiers": [tier],
             },
         }
-    llm = LLM(
+    llm = open_engine(
         str(folder / "model"),
-        dtype="float32",
         max_model_len=1024,
         max_num_batched_tokens=1024,
-        max_num_seqs=4,
-        block_size=BLOCK,
-        enforce_eager=True,
-        enable_prefix_caching=True,
+        max_num_seqs=TOGETHER,
         num_gpu_blocks_override=64,
         tensor_parallel_size=num_ranks,
         **options,
@@ -150,18 +131,16 @@ def main(folder: Path, mode: str, num_random: int = 0, num_ranks: int = 1) -> No
         prompt = prefix + [own.randrange(5, VOCABULARY) for _ in range(tail)]
         answer = llm.generate([{"prompt_token_ids": prompt}], greedy, use_tqdm=False)[0]
         ids = list(answer.outputs[0].token_ids)
-        print(json.dumps({"tail": tail, "ids": ids, "cached": answer.num_cached_tokens}), flush=True)
+        print(json.dumps({"prompt": prompt, "ids": ids, "cached": answer.num_cached_tokens}), flush=True)
 
     ask(7)
     ask(40)
     ask(90)
-    for number in range(num_random):
-        own = random.Random(f"request {number}")
-        shared = random.Random(own.randrange(12))
-        prompt = [shared.randrange(5, VOCABULARY) for _ in range(600)][: own.randrange(20, 600)]
-        prompt += [own.randrange(5, VOCABULARY) for _ in range(own.randrange(1, 60))]
-        answer = llm.generate([{"prompt_token_ids": prompt}], greedy, use_tqdm=False)[0]
-        print(json.dumps({"request": number, "ids": list(answer.outputs[0].token_ids)}), flush=True)
+    for start in range(first, end, TOGETHER):
+        prompts = [random_prompt(number) for number in range(start, min(end, start + TOGETHER))]
+        asked: list[Any] = [{"prompt_token_ids": each} for each in prompts]
+        for prompt, answer in zip(prompts, llm.generate(asked, greedy, use_tqdm=False), strict=True):
+            print(json.dumps({"prompt": prompt, "ids": list(answer.outputs[0].token_ids)}), flush=True)
     if mode != "plain" and hasattr(llm.llm_engine.engine_core, "engine_core"):  # in this process
         connector = llm.llm_engine.engine_core.engine_core.scheduler.connector
         (tier,) = connector.connector_scheduler.manager.secondary_tiers
@@ -174,7 +153,4 @@ def main(folder: Path, mode: str, num_random: int = 0, num_ranks: int = 1) -> No
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
-    where = Path(sys.argv[1])
-    make_model(where / "model")
-    main(where, sys.argv[2], *map(int, sys.argv[3:]))
+    main(Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:]))

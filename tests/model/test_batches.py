@@ -17,6 +17,7 @@ from tierkv.engine.models import LoadedModel
 from tierkv.engine.runner import GenerationOptions, Runner, open_runner
 from tierkv.engine.sampling import SamplingOptions
 from tierkv.errors import CapacityError, ConfigError
+from tierkv.scheduling.prefix_owners import PrefixOwners
 
 BLOCK = 16
 BLOCKS = 20
@@ -164,6 +165,6 @@ def test_a_prefix_that_prompts_of_a_batch_share_is_computed_once(
 
 
 def test_a_batch_that_uses_no_cache_waits_for_no_prefix(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Runner, "_waits_for_a_prefix", lambda *_: pytest.fail("it looked"))
+    monkeypatch.setattr(PrefixOwners, "follow", lambda *_: pytest.fail("it waits"))
     with opened(model) as runner:
         runner.generate([tokens(40), tokens(40)], greedy(use_cache=False))

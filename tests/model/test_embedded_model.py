@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from tierkv.engine import embedded_model
-from tierkv.engine.embedded_model import find_embedded_model, ready_embedded_model
-from tierkv.engine.models import load_model, load_tokenizer
+from tierkv.engine.embedded_files import find_embedded_model
+from tierkv.engine.embedded_model import ready_embedded_model
+from tierkv.engine.models import load_model
+from tierkv.engine.token_texts import load_tokenizer
 from tierkv.errors import ConfigError
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tierkv-files.json")

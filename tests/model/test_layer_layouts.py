@@ -84,7 +84,7 @@ def test_defragmentation_during_decoding_leaves_logits_unchanged(open_one: Open,
     controller = MemoryController(moving)
     num_moves = num_tables = 0
     requests = moving._builder.build(prompts, options())  # as `stream` does, which keeps no logits
-    for event in moving._run(requests, options(), is_stream=False):
+    for event in moving._run(requests, is_stream=True):
         if event.prompt:
             continue  # once a step
         with moving.between_steps() as running:

@@ -463,7 +463,7 @@ def test_a_pass_after_which_the_model_is_another_is_not_committed(model: Any, mo
         return logits
 
     with opened(model, max_step_tokens=BLOCK) as runner:
-        monkeypatch.setattr("tierkv.engine.forward_pass.forward", forward_and_write)
+        monkeypatch.setattr("tierkv.engine.attention.forward", forward_and_write)
         with pytest.raises(ConfigError, match="weights have changed"):
             runner.prefill(prompt)
         assert passes == 4, "the third is checked while the fourth is computed"
@@ -483,12 +483,17 @@ def test_an_answer_that_a_stop_token_ends_is_checked_and_then_stored(model: Any)
         assert runner.cache.match([*prompt, *answer.token_ids, 7]).num_cached_tokens == len(prompt) + 3
 
 
-def test_a_change_amid_a_call_is_told_when_a_stop_token_ends_it(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("store_partial", [True, False])
+def test_a_change_amid_a_call_is_told_when_a_stop_token_ends_it(
+    model: Any, monkeypatch: pytest.MonkeyPatch, store_partial: bool
+) -> None:
     prompt = tokens(3)
     with opened(model) as runner:
         (free,) = runner.generate([prompt], greedy(6, use_cache=False))
         assert free.token_ids[3] not in free.token_ids[:3]
-        stopped = GenerationOptions(max_new_tokens=6, stop_ids=frozenset(free.token_ids[3:4]), store_partial=True)
+        stopped = GenerationOptions(
+            max_new_tokens=6, stop_ids=frozenset(free.token_ids[3:4]), store_partial=store_partial
+        )
         passes = 0
 
         def forward_and_write(*given: Any, **options: Any) -> Tensor:
@@ -499,10 +504,19 @@ def test_a_change_amid_a_call_is_told_when_a_stop_token_ends_it(model: Any, monk
                 write_one_number(model)
             return logits
 
-        monkeypatch.setattr("tierkv.engine.forward_pass.forward", forward_and_write)
+        monkeypatch.setattr("tierkv.engine.attention.forward", forward_and_write)
         with pytest.raises(ConfigError, match="weights have changed"):
             runner.generate([prompt], stopped)
         assert passes == 4
+        runner.cache.check()
+
+
+def test_a_change_between_two_calls_gives_no_token_although_no_block_is_completed(model: Any) -> None:
+    with opened(model) as runner:
+        runner.generate([tokens(20)], greedy())
+        write_one_number(model)
+        with pytest.raises(ConfigError, match="weights have changed"):
+            next(runner.stream([tokens(3, seed=9)], greedy(6)))
         runner.cache.check()
 
 

@@ -4,7 +4,6 @@ import os
 import select
 import signal
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -298,15 +297,21 @@ def test_token_ids_that_the_model_has_not_are_refused(open_one: Open, bad: list[
 
 
 def test_a_request_interrupted_as_it_begins_holds_nothing(open_one: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Interrupted(deque[Any]):
-        def remove(self, value: Any, /) -> None:
-            raise KeyboardInterrupt
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
 
     runner = open_one()
-    monkeypatch.setattr("tierkv.engine.runner.deque", Interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        runner.generate([tokens(20, seed=1)])
-    assert runner.cache.stats().tiers[Tier.HOT].blocks == 0
+    other = runner.stream([tokens(20, seed=2)], greedy(3))
+    first = next(other)
+    with monkeypatch.context() as patch:
+        patch.setattr(runner.step_loop.scheduler, "_share", interrupt)  # it has its blocks by then
+        with pytest.raises(KeyboardInterrupt):
+            runner.generate([tokens(20, seed=1)])
+    runner.cache.check()
+    assert not runner.step_loop.scheduler.sequences()
+    rest = [event.token_id for event in other]  # it starts anew where it was
+    (want,) = runner.generate([tokens(20, seed=2)], greedy(3, use_cache=False))
+    assert [first.token_id, *rest] == want.token_ids
     runner.cache.check()
 
 

@@ -52,9 +52,9 @@ class DaemonReservation(Reservation):
         changed: OwnedCondition,
     ) -> None:
         super().__init__(keys, slots, connection.slots, changed=changed, unpin=connection.return_leases)
-        self.connection = connection
-        self.cursor = cursor
-        self.first = first
+        self.connection: Connection = connection
+        self.cursor: int = cursor
+        self.first: int = first
 
     def drop(self, num_blocks: int) -> None:
         """Hold only so many leading blocks from now on, and without any no cursor. The caller holds the lock."""

@@ -90,7 +90,7 @@ class LoadOrCompute:
     def load_s(self, num_blocks: int, *, origin: Origin) -> float | None:
         """Return the seconds that so many blocks take to load; None before anything was measured."""
         with self._lock:
-            return self._load_s(num_blocks, origin)
+            return self._loading[origin].estimate(num_blocks)
 
     def worth_loading(self, num_blocks: int, *, origin: Origin, num_rest_tokens: int) -> int:
         """Return how many of so many leading blocks are worth loading: all of them, or none.
@@ -103,7 +103,7 @@ class LoadOrCompute:
             loads = self._loading[origin]
             rest_s = self._estimate(num_rest_tokens)
             computing_s = self._estimate(num_blocks * self._block_size + num_rest_tokens)
-            loading_s = self._load_s(num_blocks, origin)
+            loading_s = loads.estimate(num_blocks)
             if rest_s is None or computing_s is None or loading_s is None:
                 return num_blocks
             if loading_s + rest_s <= computing_s:
@@ -121,13 +121,6 @@ class LoadOrCompute:
         if computing_s is None:
             return True
         return waited_s / num_read * num_left < computing_s if num_read else waited_s < computing_s / 2
-
-    def _load_s(self, num_blocks: int, origin: Origin) -> float | None:
-        """Return the seconds of a load. A disk that was not measured is no faster than the page cache."""
-        seconds = self._loading[origin].estimate(num_blocks)
-        if seconds is None and origin is Origin.DISK:
-            seconds = self._loading[Origin.PAGE_CACHE].estimate(num_blocks)
-        return seconds
 
     def _estimate(self, num_tokens: int) -> float | None:
         """Return the seconds of a pass. One that is smaller than all measured ones costs less than they, in proportion:

@@ -21,10 +21,10 @@ class WarmEntry:
     __slots__ = ("key", "pinned_until", "slot", "written")
 
     def __init__(self, key: BlockKey, slot: int, written: Ready) -> None:
-        self.key = key
-        self.slot = slot
-        self.written = written
-        self.pinned_until = -math.inf
+        self.key: BlockKey = key
+        self.slot: int = slot
+        self.written: Ready = written
+        self.pinned_until: float = -math.inf
 
 
 class WarmIndex:

@@ -17,6 +17,8 @@ from tierkv.errors import CapacityError, ConfigError, DaemonError, StoreError
 from tierkv.values.files import open_regular
 
 __all__ = [
+    "NOT_WRITTEN",
+    "STORE_LOCK",
     "LockFile",
     "check_folder",
     "check_memory",
@@ -27,6 +29,12 @@ __all__ = [
     "peer_of",
     "read_lock_file",
 ]
+
+STORE_LOCK = "daemon.lock"
+"""In a store's directory: held by the daemon that has the store; names its process and its socket."""
+
+NOT_WRITTEN = "not written:"
+"""Before a number of blocks, in the lock file of a daemon that has ended."""
 
 _log = logging.getLogger(__name__)
 

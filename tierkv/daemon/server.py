@@ -22,6 +22,8 @@ from tierkv.daemon.ending import Ending
 from tierkv.daemon.eviction_log import LOG_NAME, EvictionLog
 from tierkv.daemon.evictor import Evictor
 from tierkv.daemon.host import (
+    NOT_WRITTEN,
+    STORE_LOCK,
     LockFile,
     check_memory,
     connections_that_fit,
@@ -46,13 +48,7 @@ from tierkv.remote_tiers.urls import remote_urls
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.warm import Slab
 
-__all__ = ["NOT_WRITTEN", "STORE_LOCK", "serve"]
-
-STORE_LOCK = "daemon.lock"
-"""In a store's directory: held by the daemon that has the store; names its process and its socket."""
-
-NOT_WRITTEN = "not written:"
-"""Before a number of blocks, in the lock file of a daemon that has ended."""
+__all__ = ["serve"]
 
 _log = logging.getLogger(__name__)
 

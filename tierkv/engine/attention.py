@@ -12,14 +12,15 @@ import contextvars
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from tierkv.engine.attention_cascade import CascadeBatch, CascadeShape, attend_cascade, can_cascade
-from tierkv.engine.attention_paged import PagedQuery, attend
+from tierkv.engine.attention_paged import BatchPart, PagedQuery, attend
 from tierkv.engine.cascade import SharedPrefix
 from tierkv.errors import ConfigError, UnsupportedModelError
 
@@ -27,9 +28,12 @@ __all__ = [
     "AttentionBatch",
     "AttentionSwitch",
     "KVPool",
+    "PlainModel",
     "SequenceStep",
+    "attend_batch",
     "build_batch",
     "forward",
+    "to_device",
     "use_attention",
     "use_tierkv_attention",
 ]
@@ -52,9 +56,12 @@ class LayerLoads(Protocol):
     def wait_layer(self, layer: int) -> None: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class SequenceStep:
-    """One sequence's part of a forward pass: `num_new` tokens after `num_past` tokens with K and V."""
+    """One sequence's part of a forward pass: `num_new` tokens after `num_past` tokens with K and V.
+
+    The engine changes it from pass to pass: 128 new objects would cost a decode step 0.1 ms.
+    """
 
     block_table: Sequence[int]
     num_past: int
@@ -72,6 +79,7 @@ class AttentionBatch:
     max_new: the most new tokens of a sequence; is_even: all sequences have so many.
     block_ids, offsets: [T] int64, where K and V of each new token are written.
     cascade: the prefixes that sequences of a decode step read together, if any.
+    parts: the decoding sequences and the others, if a batch has both and the decoding ones come first.
     """
 
     pool: KVPool
@@ -90,6 +98,7 @@ class AttentionBatch:
     position_ids: Tensor
     loads: list[LayerLoads] = field(default_factory=list)
     cascade: CascadeBatch | None = None
+    parts: tuple[BatchPart, ...] = ()
     seen_layers: set[int] = field(default_factory=set)
 
     def enter_layer(self, layer: int) -> None:
@@ -113,37 +122,92 @@ def build_batch(
 
     plan: which sequences read a prefix together; only for passes of one new token per sequence.
     """
-    query_starts = [0]
-    positions: list[int] = []
-    block_ids: list[int] = []
-    offsets: list[int] = []
-    for step in steps:
-        span = range(step.num_past, step.num_past + step.num_new)
-        query_starts.append(query_starts[-1] + step.num_new)
-        positions += span
-        block_ids += [step.block_table[position // block_size] for position in span]
-        offsets += [position % block_size for position in span]
-    kv_lengths = [step.num_past + step.num_new for step in steps]
-    width = -(-max(kv_lengths) // block_size)
-    padded = [[*step.block_table[:width], *[0] * (width - len(step.block_table))] for step in steps]
-    return AttentionBatch(
+    counts = np.array([step.num_new for step in steps], dtype=np.int64)
+    past = np.array([step.num_past for step in steps], dtype=np.int64)
+    starts, lengths = np.concatenate(([0], counts.cumsum())), past + counts
+    width = -(-int(lengths.max()) // block_size)
+    tables = np.zeros((len(steps), width), dtype=np.int32)
+    for row, step in enumerate(steps):
+        used = step.block_table[:width]
+        tables[row, : len(used)] = used
+    rows = np.repeat(np.arange(len(steps)), counts)
+    positions = np.arange(starts[-1]) + (past - starts[:-1])[rows]
+    block_ids, offsets, position_ids = to_device(
+        [tables[rows, positions // block_size].astype(np.int64), positions % block_size, positions], device
+    )
+    kv_starts = np.concatenate(([0], lengths.cumsum()))
+    num_single = int((counts != 1).argmax())  # 0 if all have one new token, and if the first has more
+    narrow = [tables.reshape(-1), starts, kv_starts, lengths]
+    narrow += [starts[num_single:] - num_single, kv_starts[num_single:] - kv_starts[num_single]]
+    table, *narrow_tensors = to_device([each.astype(np.int32) for each in narrow], device)
+    batch = AttentionBatch(
         pool=pool,
         block_size=block_size,
-        query_starts=query_starts,
-        kv_lengths=kv_lengths,
-        block_table=torch.tensor(padded, dtype=torch.int32, device=device),
-        query_starts_tensor=torch.tensor(query_starts, dtype=torch.int32, device=device),
-        kv_starts_tensor=torch.tensor([0, *accumulate(kv_lengths)], dtype=torch.int32, device=device),
-        max_new=max(step.num_new for step in steps),
-        is_even=len({step.num_new for step in steps}) == 1,
-        has_past=any(step.num_past for step in steps),
-        kv_lengths_tensor=torch.tensor(kv_lengths, dtype=torch.int32, device=device),
-        block_ids=torch.tensor(block_ids, dtype=torch.int64, device=device),
-        offsets=torch.tensor(offsets, dtype=torch.int64, device=device),
-        position_ids=torch.tensor([positions], dtype=torch.int64, device=device),
+        query_starts=starts.tolist(),
+        kv_lengths=lengths.tolist(),
+        block_table=table.view(len(steps), width),
+        query_starts_tensor=narrow_tensors[0],
+        kv_starts_tensor=narrow_tensors[1],
+        kv_lengths_tensor=narrow_tensors[2],
+        max_new=int(counts.max()),
+        is_even=bool((counts == counts[0]).all()),
+        has_past=bool(past.any()),
+        block_ids=block_ids,
+        offsets=offsets,
+        position_ids=position_ids[None],
         loads=[step.loads for step in steps if step.loads is not None],
-        cascade=_build_cascade(plan, steps, kv_lengths, block_size, device) if plan else None,
+        cascade=_build_cascade(plan, steps, lengths.tolist(), block_size, device) if plan else None,
     )
+    if num_single:
+        batch.parts = _parts_of(batch, num_single, (narrow_tensors[3], narrow_tensors[4]), past)
+    return batch
+
+
+def _parts_of(
+    batch: AttentionBatch, num_single: int, rest_starts: tuple[Tensor, Tensor], past: npt.NDArray[np.int64]
+) -> tuple[BatchPart, ...]:
+    """Return the leading sequences with one new token each, and the rest, of a batch.
+
+    rest_starts: where new tokens, and K and V, of the rest begin, counted from its own first ones.
+    """
+    counts = np.diff(batch.query_starts)[num_single:]
+    split, ends = batch.query_starts[num_single], batch.query_starts[num_single:]
+    singles = BatchPart(
+        tokens=slice(split),
+        block_size=batch.block_size,
+        query_starts=batch.query_starts[: num_single + 1],
+        kv_lengths=batch.kv_lengths[:num_single],
+        block_table=batch.block_table[:num_single],
+        query_starts_tensor=batch.query_starts_tensor[: num_single + 1],
+        kv_starts_tensor=batch.kv_starts_tensor[: num_single + 1],
+        kv_lengths_tensor=batch.kv_lengths_tensor[:num_single],
+        max_new=1,
+        is_even=True,
+        has_past=True,
+    )
+    rest = BatchPart(
+        tokens=slice(split, batch.query_starts[-1]),
+        block_size=batch.block_size,
+        query_starts=[end - split for end in ends],
+        kv_lengths=batch.kv_lengths[num_single:],
+        block_table=batch.block_table[num_single:],
+        query_starts_tensor=rest_starts[0],
+        kv_starts_tensor=rest_starts[1],
+        kv_lengths_tensor=batch.kv_lengths_tensor[num_single:],
+        max_new=batch.max_new,
+        is_even=bool((counts == counts[0]).all()),
+        has_past=bool(past[num_single:].any()),
+    )
+    return singles, rest
+
+
+def to_device(arrays: Sequence[npt.NDArray[Any]], device: torch.device) -> tuple[Tensor, ...]:
+    """Return flat arrays of one dtype as tensors on a device, by one copy that the caller does not wait for."""
+    whole = torch.from_numpy(np.concatenate(arrays))
+    if device.type == "cuda":
+        whole = whole.pin_memory().to(device, non_blocking=True)
+    parts: tuple[Tensor, ...] = whole.to(device).split([len(each) for each in arrays])
+    return parts
 
 
 def _build_cascade(
@@ -239,6 +303,20 @@ def forward(model: Any, input_ids: Tensor, batch: Any, *, logits_to_keep: Tensor
     return logits
 
 
+class PlainModel:
+    """Runs a model's own modules; it must attend through tierkv meanwhile."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __call__(
+        self, input_ids: Tensor, batch: AttentionBatch, logits_to_keep: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """Return logits [kept, vocabulary], in `out` if that is given."""
+        logits = forward(self._model, input_ids, batch, logits_to_keep=logits_to_keep)
+        return logits if out is None else out.copy_(logits)
+
+
 def _attention(
     module: nn.Module,
     query: Tensor,
@@ -281,11 +359,17 @@ def _attention(
         softcap=float(softcap) if softcap else None,
         sinks=s_aux,
     )
+    return attend_batch(paged, batch).unsqueeze(0), None
+
+
+def attend_batch(paged: PagedQuery, batch: AttentionBatch, *, is_written: bool = False) -> Tensor:
+    """Write K and V of the new tokens, unless they are written, and attend. Return [T, heads, v_dim], contiguous."""
     if batch.cascade is not None and can_cascade(paged, batch.block_size):
-        return attend_cascade(paged, batch.cascade, side=batch.cascade.side).unsqueeze(0), None
-    paged.keys[batch.block_ids, batch.offsets] = paged.new_keys
-    paged.values[batch.block_ids, batch.offsets] = paged.new_values
-    return attend(paged, batch).unsqueeze(0), None
+        return attend_cascade(paged, batch.cascade, side=batch.cascade.side)
+    if not is_written:
+        paged.keys[batch.block_ids, batch.offsets] = paged.new_keys
+        paged.values[batch.block_ids, batch.offsets] = paged.new_values
+    return attend(paged, batch)
 
 
 def _check_call(module: nn.Module, query: Tensor, attention_mask: Tensor | None, options: dict[str, Any]) -> None:

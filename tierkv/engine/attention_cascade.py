@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -92,6 +93,12 @@ class CascadeBatch:
         n, slots = shape.sequences, shape.groups * shape.members
         sizes = [shape.groups * shape.shared_blocks, shape.groups, n * shape.own_blocks, n, n, slots]
         self._flat = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+        is_cuda = device.type == "cuda"
+        self._host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=is_cuda)
+        self._host_past = self._host.split(sizes)[3].numpy()
+        self._copied = torch.cuda.Event() if is_cuda else None
+        self._filled: object = None  # the plan and the tables that the tensors hold
+        self._skipped = np.zeros(n, dtype=np.int64)  # tokens of each sequence that it shares
         self.shared_lengths: Tensor
         self.own_past: Tensor
         self.positions: Tensor
@@ -101,7 +108,23 @@ class CascadeBatch:
         self.gather: Tensor | None = None if shape.is_whole else gather
 
     def fill(self, plan: Sequence[SharedPrefix], tables: Sequence[Sequence[int]], kv_lengths: Sequence[int]) -> None:
-        """Write a plan. Padding sequences use the scratch block; padding groups have no tokens."""
+        """Write a plan. Padding sequences use the scratch block; padding groups have no tokens.
+
+        Of a plan and tables that it has already, only the lengths are written.
+        """
+        if self._copied is not None:
+            self._copied.synchronize()  # of the step before: its copy must not read this step's numbers
+        if (plan, tables) != self._filled:
+            self._filled = (plan, [list(table) for table in tables])
+            self._write_plan(plan, tables)
+        used = len(kv_lengths)
+        self._host_past[:used] = np.array(kv_lengths, dtype=np.int64) - 1 - self._skipped[:used]
+        self._host_past[used:] = 0
+        self._flat.copy_(self._host, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record(torch.cuda.current_stream(self._flat.device))
+
+    def _write_plan(self, plan: Sequence[SharedPrefix], tables: Sequence[Sequence[int]]) -> None:
         shape, size, scratch = self.shape, self._block_size, self._scratch
         shared, lengths = [scratch] * (shape.groups * shape.shared_blocks), [0] * shape.groups
         skipped, positions = [0] * shape.sequences, [-1] * shape.sequences
@@ -115,14 +138,13 @@ class CascadeBatch:
                 positions[row] = row if shape.is_whole else i * shape.members + at
                 gather[i * shape.members + at] = row
         own: list[int] = []
-        own_past = [0] * shape.sequences
-        for row, (table, length) in enumerate(zip(tables, kv_lengths, strict=True)):
+        for row, table in enumerate(tables):
             mine = table[skipped[row] : skipped[row] + shape.own_blocks]
             own += [*mine, *[scratch] * (shape.own_blocks - len(mine))]
-            own_past[row] = length - 1 - skipped[row] * size
         own += [scratch] * (shape.sequences * shape.own_blocks - len(own))
-        values = [*shared, *lengths, *own, *own_past, *positions, *gather]
-        self._flat.copy_(torch.tensor(values, dtype=torch.int32))
+        values = [*shared, *lengths, *own, *[0] * shape.sequences, *positions, *gather]
+        self._host.numpy()[:] = values
+        self._skipped[:] = np.array(skipped) * size
 
 
 def can_cascade(paged: PagedQuery, block_size: int) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Protocol
 
@@ -21,8 +21,10 @@ from tierkv.engine.attention_merge import add_sinks, merge_parts
 from tierkv.values.layout import BlockLayout
 
 __all__ = [
+    "MAX_SHORT_TOKENS",
     "MAX_SPLIT_TOKENS",
     "Batch",
+    "BatchPart",
     "PagedQuery",
     "attend",
     "attend_cpu",
@@ -32,7 +34,13 @@ __all__ = [
     "layout_uses_flash",
 ]
 
-MAX_SPLIT_TOKENS = 64  # above it all multiprocessors are busy even if K and V are not split
+MAX_SPLIT_TOKENS = 64
+"""New tokens of each of any number of sequences that `flash_attn_with_kvcache` gets: above it all multiprocessors are
+busy even if K and V are not split."""
+
+MAX_SHORT_TOKENS = 512
+"""New tokens of all sequences together that it gets too: the other function's call takes longer in Python than these
+tokens on the GPU, and it cannot be in a graph."""
 
 _cpu_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -50,9 +58,28 @@ class Batch(Protocol):
     max_new: int
     is_even: bool
     has_past: bool
+    parts: tuple[BatchPart, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
+class BatchPart:
+    """Some sequences of a batch, with the fields of a batch. tokens: their new tokens in the packed input."""
+
+    tokens: slice
+    block_size: int
+    query_starts: list[int]
+    kv_lengths: list[int]
+    block_table: Tensor
+    query_starts_tensor: Tensor
+    kv_starts_tensor: Tensor
+    kv_lengths_tensor: Tensor
+    max_new: int
+    is_even: bool
+    has_past: bool
+    parts: tuple[BatchPart, ...] = ()
+
+
+@dataclass(slots=True, kw_only=True)  # not frozen: each layer of each pass makes one
 class PagedQuery:
     """One layer's attention. query: [T, heads, dim]; keys, values: [num_blocks, block_size, kv_heads, dim].
 
@@ -74,7 +101,17 @@ class PagedQuery:
 
 
 def attend(paged: PagedQuery, batch: Batch) -> Tensor:
-    """Return [T, heads, v_dim], contiguous, of the query's dtype. keys and values have the new tokens already."""
+    """Return [T, heads, v_dim], contiguous, of the query's dtype. keys and values have the new tokens already.
+
+    The parts of a batch are attended apart: each kernel is fast for its own kind of sequence.
+    """
+    if batch.parts:
+        found = paged.query.new_empty((*paged.query.shape[:2], paged.values.shape[-1]))
+        for part in batch.parts:
+            tokens = part.tokens
+            new = (paged.query[tokens], paged.new_keys[tokens], paged.new_values[tokens])
+            found[tokens] = attend(replace(paged, query=new[0], new_keys=new[1], new_values=new[2]), part)
+        return found
     if can_use_flash(paged, batch.block_size):
         return _attend_flash(paged, batch)
     out = paged.query.new_empty((*paged.query.shape[:2], paged.values.shape[-1]))
@@ -129,7 +166,7 @@ def flash_head_dims() -> frozenset[int]:
 def _attend_flash(paged: PagedQuery, batch: Batch) -> Tensor:
     """Run flash-attn on the strided pages.
 
-    For few and equally many new tokens per sequence it is `flash_attn_with_kvcache`, which splits long K and V over
+    For few new tokens, equally many per sequence, it is `flash_attn_with_kvcache`, which splits long K and V over
     multiprocessors. Otherwise it is `flash_attn_varlen_func`; if nothing is cached, on K and V as the layer gives them.
     The log-sum-exp is needed for sinks.
     """
@@ -141,7 +178,8 @@ def _attend_flash(paged: PagedQuery, batch: Batch) -> Tensor:
         "softcap": paged.softcap or 0.0,
     }
     query = paged.query.contiguous()
-    if batch.is_even and batch.max_new <= MAX_SPLIT_TOKENS:
+    is_short = batch.max_new <= MAX_SPLIT_TOKENS or query.shape[0] <= MAX_SHORT_TOKENS
+    if batch.is_even and is_short:
         out, lse = flash.flash_attn_with_kvcache(
             query.view(-1, batch.max_new, *query.shape[1:]),
             paged.keys,
@@ -158,7 +196,7 @@ def _attend_flash(paged: PagedQuery, batch: Batch) -> Tensor:
         keys, values, max_length = paged.keys, paged.values, max(batch.kv_lengths)
         options["block_table"] = batch.block_table
     else:
-        keys, values, max_length = paged.new_keys.contiguous(), paged.new_values.contiguous(), batch.max_new
+        keys, values, max_length = paged.new_keys, paged.new_values, batch.max_new
     starts = (batch.query_starts_tensor, batch.kv_starts_tensor)
     out, lse, _ = flash.flash_attn_varlen_func(
         query, keys, values, *starts, batch.max_new, max_length, return_attn_probs=True, **options

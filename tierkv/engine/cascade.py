@@ -119,6 +119,9 @@ def plan_cascade(
     trie: at each branching, the sequences below share the path to it, except for branches that save more by sharing a
     longer path among themselves.
     """
+    firsts = [table[0] for table, past in zip(tables, num_past, strict=True) if past >= block_size]
+    if len(set(firsts)) == len(firsts):  # most batches share nothing, and this is asked before every pass
+        return ()
     heads = [list(table[: past // block_size]) for table, past in zip(tables, num_past, strict=True)]
     saving, groups = _best(list(range(len(heads))), 0, heads, block_size, cost)
     return tuple(sorted(groups, key=lambda group: group.rows)) if saving > cost.overhead_s else ()

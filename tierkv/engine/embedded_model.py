@@ -18,17 +18,13 @@ from typing import Any
 import torch
 import xxhash
 
+from tierkv.engine.embedded_files import MANIFEST, is_sound, places_of
 from tierkv.engine.transformers_import import import_transformers
-from tierkv.errors import ConfigError, StoreError
-from tierkv.values.files import open_regular
+from tierkv.errors import ConfigError
 
-__all__ = ["EMBEDDED", "find_embedded_model", "ready_embedded_model", "write_embedded_model"]
+__all__ = ["ready_embedded_model", "write_embedded_model"]
 
-EMBEDDED = "embedded"
-_VERSION = 1
 _SEED = 20_260
-_MANIFEST = "tierkv-files.json"  # size and checksum of every other file; written last
-_LIMIT_BYTES = 128 << 20
 _SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 _CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -42,9 +38,9 @@ def ready_embedded_model(cache_dir: Path) -> Path:
     Raises ConfigError with the name of the file that cannot be read or written.
     """
     failure: OSError | None = None
-    for target in _places(cache_dir):
+    for target in places_of(cache_dir):
         try:
-            if not _is_sound(target):
+            if not is_sound(target):
                 _make(target)
             return target
         except OSError as exc:
@@ -54,15 +50,6 @@ def ready_embedded_model(cache_dir: Path) -> Path:
         f"the embedded model can be neither read nor made: {failure.filename or cache_dir}: {failure.strerror}",
         hint="set XDG_CACHE_HOME to a directory of your own, or name a model with --model",
     ) from failure
-
-
-def find_embedded_model(cache_dir: Path) -> Path | None:
-    """Return the directory of the embedded model, or None if it is missing or damaged."""
-    for target in _places(cache_dir):
-        with suppress(OSError):
-            if _is_sound(target):
-                return target
-    return None
 
 
 def write_embedded_model(path: Path) -> None:
@@ -114,30 +101,6 @@ def _byte_tokenizer(transformers: Any) -> Any:
     return wrapped
 
 
-def _places(cache_dir: Path) -> tuple[Path, Path]:
-    """Return the directory that all users share, and this user's own."""
-    shared = cache_dir / f"embedded-model-{_VERSION}"
-    return shared, shared.with_name(f"{shared.name}-of-{os.geteuid()}")
-
-
-def _is_sound(path: Path) -> bool:
-    """Return whether every file of the model is as it was written. Raises OSError for an unreadable file."""
-    try:
-        files = json.loads(_read(path / _MANIFEST, 1 << 16))
-        if sum(size for size, _ in files.values()) > _LIMIT_BYTES or "config.json" not in files:
-            return False
-        return all(
-            xxhash.xxh3_128_hexdigest(_read(path / name, size)) == digest for name, (size, digest) in files.items()
-        )
-    except (FileNotFoundError, NotADirectoryError, StoreError, ValueError, TypeError, AttributeError, RecursionError):
-        return False
-
-
-def _read(path: Path, limit_bytes: int) -> bytes:
-    with os.fdopen(open_regular(path), "rb") as file:
-        return file.read(limit_bytes + 1)
-
-
 def _make(target: Path) -> None:
     """Write the model into a temporary directory and rename it. Another process may rename its copy first."""
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -145,14 +108,14 @@ def _make(target: Path) -> None:
     temporary.mkdir()
     try:
         _write_with_manifest(temporary)
-        if _is_sound(target):
+        if is_sound(target):
             return
         with suppress(FileNotFoundError):
             os.rename(target, damaged)
         try:
             os.rename(temporary, target)
         except OSError:
-            if not _is_sound(target):
+            if not is_sound(target):
                 raise
     finally:
         for path in (temporary, damaged):
@@ -171,7 +134,7 @@ def _write_with_manifest(path: Path) -> None:
     names = sorted(os.listdir(path))
     contents = {name: (path / name).read_bytes() for name in names}
     manifest = {name: (len(data), xxhash.xxh3_128_hexdigest(data)) for name, data in contents.items()}
-    (path / _MANIFEST).write_text(json.dumps(manifest) + "\n", "utf-8")
-    mode = (path / _MANIFEST).stat().st_mode & 0o777  # by the umask; some libraries make their files private
+    (path / MANIFEST).write_text(json.dumps(manifest) + "\n", "utf-8")
+    mode = (path / MANIFEST).stat().st_mode & 0o777  # by the umask; some libraries make their files private
     for name in names:
         (path / name).chmod(mode)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tierkv.cache import TierCache
-from tierkv.engine.attention import SequenceStep, build_batch, forward
+from tierkv.engine.attention import PlainModel, SequenceStep, build_batch, to_device
 from tierkv.engine.attention_paged import layout_uses_flash
 from tierkv.engine.cascade import CascadeCost, SharedPrefix, plan_cascade
-from tierkv.engine.graphs import GraphedModel
+from tierkv.engine.graphs import Compute, GraphedModel
 from tierkv.engine.models import LoadedModel
 
 __all__ = ["ForwardPass"]
@@ -18,6 +19,7 @@ __all__ = ["ForwardPass"]
 class ForwardPass:
     """Runs a model over its cache, one pass at a time. The options are `Runner`'s.
 
+    compute: the model's forward pass, fused or plain. graphs: None if every pass runs eagerly.
     cascade_steps: the number of passes in which sequences read a shared prefix together.
     """
 
@@ -29,26 +31,31 @@ class ForwardPass:
         cascade: str,
         cascade_cost: CascadeCost | None,
         use_graphs: bool | None,
+        compute: Compute | None = None,
     ) -> None:
         self.cascade_steps: int = 0
-        self._model = loaded.model
+        self._compute: Compute = compute or PlainModel(loaded.model)
         self._cache = cache
         self._cascade_cost = (cascade_cost or _cascade_cost(loaded, cache)) if cascade == "auto" else None
         self._device = torch.device(loaded.model.device)
-        self._graphs = GraphedModel(loaded.model, cache) if _wants_graphs(use_graphs, cache) else None
+        self.graphs: GraphedModel | None = None
+        if _wants_graphs(use_graphs, cache):
+            self.graphs = GraphedModel(loaded.model, cache, self._compute)
+        self._planned: tuple[list[int], list[list[int]]] = ([], [])  # whole blocks and tables of the last plan
+        self._last_plan: tuple[SharedPrefix, ...] = ()
 
     def run(self, steps: list[SequenceStep], token_ids: list[int]) -> Tensor:
         """Return logits [sequences, vocabulary] of each sequence's last new token."""
         plan = self._plan(steps)
         self.cascade_steps += bool(plan)
-        replayed = self._graphs.run(steps, token_ids, plan) if self._graphs else None
+        replayed = self.graphs.run(steps, token_ids, plan) if self.graphs else None
         if replayed is not None:
             return replayed
         size, device = self._cache.config.block_size, self._device
         batch = build_batch(self._cache.hot, steps, block_size=size, device=device, plan=plan)
-        ids = torch.tensor(token_ids, dtype=torch.int64, device=device)
-        last = torch.tensor([end - 1 for end in batch.query_starts[1:]], dtype=torch.int64, device=device)
-        return forward(self._model, ids, batch, logits_to_keep=last)
+        ends = np.array(batch.query_starts[1:], dtype=np.int64) - 1
+        ids, last = to_device([np.array(token_ids, dtype=np.int64), ends], device)
+        return self._compute(ids, batch, last)
 
     def wait(self) -> None:
         """Block until the device has finished all launched passes."""
@@ -59,8 +66,13 @@ class ForwardPass:
         """Return which sequences of a decode step read a prefix together; none if a sequence prefills."""
         if self._cascade_cost is None or len(steps) < 2 or any(step.num_new != 1 for step in steps):
             return ()
+        size = self._cache.config.block_size
         tables, past = [step.block_table for step in steps], [step.num_past for step in steps]
-        return plan_cascade(tables, past, block_size=self._cache.config.block_size, cost=self._cascade_cost)
+        whole = [count // size for count in past]
+        if (whole, tables) != self._planned:  # most steps complete no block
+            self._planned = (whole, [list(table) for table in tables])
+            self._last_plan = plan_cascade(tables, past, block_size=size, cost=self._cascade_cost)
+        return self._last_plan
 
 
 def _wants_graphs(wish: bool | None, cache: TierCache) -> bool:

@@ -8,9 +8,10 @@ self-test finds the rest before a wrong byte is stored.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -187,9 +188,10 @@ def probe_layout(model: Any, *, block_size: int) -> BlockLayout:
     )
 
 
-def self_test(model: Any, layout: BlockLayout) -> float:
+def self_test(model: Any, layout: BlockLayout, compute: Callable[..., Tensor] | None = None) -> float:
     """Compare one pass over a prompt, by the model's own attention, with passes over its blocks through tierkv.
 
+    compute: the forward pass that will run in place of the model's own modules, if another does.
     Returns the relative error of the logits. Raises UnsupportedModelError if it is more than rounding, and if two equal
     passes differ, because a random difference looks like rounding. Costs three passes over 2 blocks and 3 tokens (at
     most about 2,000 tokens), and a fourth if the error is larger than a shallow model's rounding.
@@ -208,7 +210,7 @@ def self_test(model: Any, layout: BlockLayout) -> float:
             raise UnsupportedModelError(
                 f"{type(model).__name__} fails the self-test: two equal passes differ, so its K and V are random"
             )
-        got = _split_logits(model, ids, layout)
+        got = _split_logits(model, ids, layout, compute or partial(forward, model))
     error, tolerance = relative_error(got, want), TOLERANCE.get(layout.dtype, 0.1)
     if error > tolerance:  # a deep model may round so much: then a change of a last bit has the same effect
         with torch.inference_mode(), nudged_embeddings(model, layout.dtype):
@@ -332,7 +334,7 @@ def nudged_embeddings(model: Any, dtype: str) -> Iterator[None]:
         hook.remove()
 
 
-def _split_logits(model: Any, ids: Tensor, layout: BlockLayout) -> Tensor:
+def _split_logits(model: Any, ids: Tensor, layout: BlockLayout, compute: Callable[..., Tensor]) -> Tensor:
     """Return the logits of one pass per block, through a new pool whose blocks are used in reverse order."""
     size, length = layout.block_size, len(ids)
     pool = HotPool(layout, -(-length // size), model.device)
@@ -343,5 +345,5 @@ def _split_logits(model: Any, ids: Tensor, layout: BlockLayout) -> Tensor:
             stop = min(start + size, length)
             step = SequenceStep(block_table=table, num_past=start, num_new=stop - start)
             batch = build_batch(pool, [step], block_size=size, device=model.device)
-            parts.append(forward(model, ids[start:stop], batch))
+            parts.append(compute(ids[start:stop], batch))
     return torch.cat(parts)

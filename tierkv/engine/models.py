@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from tierkv.engine.embedded_model import EMBEDDED, find_embedded_model, ready_embedded_model
+from tierkv.engine.embedded_files import EMBEDDED
+from tierkv.engine.embedded_model import ready_embedded_model
 from tierkv.engine.transformers_import import import_transformers
 from tierkv.errors import ConfigError, StoreError, UnsupportedModelError
 from tierkv.values.files import open_regular, user_path
 
-__all__ = ["EMBEDDED", "LoadedModel", "load_model", "load_tokenizer", "split_model"]
+__all__ = ["EMBEDDED", "LoadedModel", "load_model", "split_model"]
 
 _MODEL_SUFFIXES = (".json", ".safetensors", ".bin", ".pt", ".model", ".txt", ".jinja", ".gguf")
 
@@ -72,19 +73,6 @@ def _fault_of(found: dict[str, Any], tokenizer: Any) -> str | None:
     if not tokenizer.encode("a word", add_special_tokens=False):
         return "its tokenizer knows no token (is tokenizer.json missing?)"
     return None
-
-
-def load_tokenizer(name: str, *, cache_dir: Path | None) -> Any | None:
-    """Return the tokenizer of a model in a local directory; None if it is missing or unreadable."""
-    path: Path | None = Path(name)
-    if name in ("", EMBEDDED):
-        path = find_embedded_model(cache_dir) if cache_dir else None
-    if path is None or not os.path.isdir(path):
-        return None
-    try:
-        return import_transformers().AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except Exception:  # noqa: BLE001 - as in load_model; the tokenizer is optional here
-        return None
 
 
 def split_model(model: Any) -> Any:

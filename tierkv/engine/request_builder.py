@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import time
-from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from tierkv.cache import TierCache
-from tierkv.engine.generation import GenerationOptions, Request
+from tierkv.engine.generation import GenerationOptions, ModelRequest
 from tierkv.engine.model_support import context_of
 from tierkv.engine.sampling import Sampler, SamplingOptions
 from tierkv.errors import CapacityError, ConfigError
-from tierkv.values.block import as_token_array
+from tierkv.values.block import as_token_array, iter_chain
 
 __all__ = ["RequestBuilder"]
 
@@ -30,29 +31,57 @@ class RequestBuilder:
         self._num_ids = model.get_input_embeddings().num_embeddings
         self._context = context_of(model)
 
-    def build(self, prompts: Sequence[Sequence[int]], options: GenerationOptions) -> list[Request]:
+    def build(self, prompts: Sequence[Sequence[int]], options: GenerationOptions) -> list[ModelRequest]:
         """Return a request for each prompt. Raises as `check_prompt`, with the index of the prompt in the message."""
-        now = time.perf_counter()
-        stop_ids = self._model_stop_ids() if options.stop_ids is None else options.stop_ids
         sampling = self.sampling_of_all_ranks(options.sampling)
         equal: Counter[bytes] = Counter()  # prompts so far, by their token ids
-        requests: list[Request] = []
+        requests: list[ModelRequest] = []
         for number, prompt in enumerate(prompts):
             try:
                 token_ids = self.check_prompt(prompt, options.max_new_tokens)
             except (ConfigError, CapacityError) as exc:
                 raise type(exc)(f"prompt {number} of the batch: {exc}") from exc
-            key = array("I", token_ids).tobytes() if sampling.temperature else b""
+            key = token_ids.tobytes() if sampling.temperature else b""
             sampler = Sampler(sampling, number=equal[key])
             equal[key] += 1
-            requests.append(
-                Request(
-                    number, token_ids, len(token_ids), sampler, stop_ids, now, max_new_tokens=options.max_new_tokens
-                )
-            )
+            requests.append(self._request(token_ids, options, sampler, number=number))
         return requests
 
-    def check_prompt(self, prompt: Sequence[int], num_new: int = 1) -> list[int]:
+    def build_one(self, prompt: Sequence[int], options: GenerationOptions, *, number: int) -> ModelRequest:
+        """Return a request for one prompt. number: its index among equal prompts. Raises as `check_prompt`."""
+        token_ids = self.check_prompt(prompt, options.max_new_tokens)
+        return self._request(token_ids, options, Sampler(options.sampling, number=number))
+
+    def build_prefill(self, prompt: Sequence[int]) -> ModelRequest:
+        """Return a request that computes a prompt, stores it, and chooses no token. Raises as `check_prompt`."""
+        options = GenerationOptions(stop_ids=frozenset(), store_partial=True)
+        request = self._request(self.check_prompt(prompt), options, Sampler(SamplingOptions()))
+        request.max_new_tokens = 0
+        return request
+
+    def _request(
+        self, token_ids: npt.NDArray[np.uint32], options: GenerationOptions, sampler: Sampler, *, number: int = 0
+    ) -> ModelRequest:
+        hashes: tuple[bytes, ...] = ()
+        if options.use_cache:
+            size = self._cache.config.block_size
+            chain = iter_chain(self._cache.namespace.digest, token_ids.tobytes(), size)
+            hashes = tuple(block_hash for block_hash, _ in chain)
+        return ModelRequest(
+            token_ids=token_ids.tolist(),
+            prompt_tokens=len(token_ids),
+            max_new_tokens=options.max_new_tokens,
+            hashes=hashes,
+            use_cache=options.use_cache,
+            keeps_partial=options.store_partial and options.use_cache,
+            number=number,
+            sampler=sampler,
+            stop_ids=self._model_stop_ids() if options.stop_ids is None else options.stop_ids,
+            started=time.perf_counter(),
+            keep_logits=options.keep_logits,
+        )
+
+    def check_prompt(self, prompt: Sequence[int], num_new: int = 1) -> npt.NDArray[np.uint32]:
         """Return a prompt's token ids.
 
         Raises ConfigError for an empty prompt, for unknown token ids, and for more tokens, `num_new` new ones included,
@@ -78,8 +107,7 @@ class RequestBuilder:
                 f"{num_blocks} blocks of {size}",
                 hint="raise hot_bytes" if num_tokens > size * num_blocks else "raise hot_bytes or lower max_new_tokens",
             )
-        as_list: list[int] = token_ids.tolist()
-        return as_list
+        return token_ids
 
     def sampling_of_all_ranks(self, sampling: SamplingOptions) -> SamplingOptions:
         """Return sampling with the first rank's seed: without one, each rank would choose other tokens."""

@@ -32,7 +32,6 @@ except ModuleNotFoundError:  # triton has no wheel for this machine
 
 __all__ = ["BatchSampler", "Choice", "Sampler", "Sampling", "SamplingOptions"]
 
-_ROW = struct.Struct("<fifQi")
 _LEAST = 1e-30  # the smallest temperature and top_p: smaller ones change no choice, and float32 would round them to 0
 
 
@@ -82,7 +81,9 @@ class Sampler:
         self.options = options
         self.num_drawn: int = 0
         seed = options.seed
-        self._seed = int.from_bytes(os.urandom(8), "little") if seed is None else _seed_of(seed, number)
+        self._seed = int.from_bytes(os.urandom(8), "little") if seed is None else _seed_of(seed, number) % (1 << 64)
+        self._row_start = (b"", 0)  # of `settings`: what stays the same, and for which vocabulary
+        self._row_end = struct.pack("<i", options.top_logprobs is not None)
 
     @property
     def is_plain(self) -> bool:
@@ -91,18 +92,16 @@ class Sampler:
 
     def settings(self, vocabulary: int) -> bytes:
         """Return the settings of the next token's row: `draws.COLUMNS` numbers of 32 bits."""
-        options = self.options
-        key = xxhash.xxh3_64_intdigest(self.num_drawn.to_bytes(8, "little"), self._seed % (1 << 64))
-        return _ROW.pack(
-            max(options.temperature, _LEAST) if options.temperature else 0.0,
-            min(options.top_k, vocabulary),
-            max(options.top_p, _LEAST),
-            key,
-            options.top_logprobs is not None,
-        )
+        if self._row_start[1] != vocabulary:
+            options = self.options
+            temperature = max(options.temperature, _LEAST) if options.temperature else 0.0
+            numbers = (temperature, min(options.top_k, vocabulary), max(options.top_p, _LEAST))
+            self._row_start = (struct.pack("<fif", *numbers), vocabulary)
+        key = xxhash.xxh3_64_intdigest(self.num_drawn.to_bytes(8, "little"), self._seed)
+        return self._row_start[0] + key.to_bytes(8, "little") + self._row_end
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that triples the time to make one, for each new token
 class Choice:
     """A chosen token. With `top_logprobs`: its log-probability, and (token id, log-probability) of the most likely."""
 
@@ -171,15 +170,15 @@ class BatchSampler:
             ids, logprobs = draws.most_likely(_rows_of(logits, listed), min(max(wanted), vocabulary))
             parts += [ids.to(torch.int32).flatten(), logprobs.view(torch.int32).flatten()]
         packed = parts[0] if len(parts) == 1 else torch.cat([part.to(chosen.device) for part in parts])
-        for sampler in samplers:
+        done = None
+        if packed.is_cuda:
+            fetched = torch.empty(packed.shape, dtype=torch.int32, pin_memory=True)
+            packed = fetched.copy_(packed, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record(torch.cuda.current_stream(logits.device))
+        for sampler in samplers:  # the last act: a choice that fails can be made again
             sampler.num_drawn += 1
-        if not packed.is_cuda:
-            return Sampling(packed, samplers, listed, None)
-        fetched = torch.empty(packed.shape, dtype=torch.int32, pin_memory=True)
-        fetched.copy_(packed, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record(torch.cuda.current_stream(packed.device))
-        return Sampling(fetched, samplers, listed, done)
+        return Sampling(packed, samplers, listed, done)
 
 
 def _choose(logits: Tensor, settings: Tensor | None, samplers: Sequence[Sampler]) -> Tensor:

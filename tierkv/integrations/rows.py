@@ -72,7 +72,7 @@ class DigestRows:
     def __init__(self, config: BlockStoreConfig, namespace: Namespace) -> None:
         self.store: BlockStore = BlockStore(config, namespace=namespace)
         self.row_bytes: int = self.store.layout.block_bytes
-        self.counts = RowCounts()
+        self.counts: RowCounts = RowCounts()
         self._lock = threading.Lock()
 
     def key(self, digest: bytes, group: int = 0) -> BlockKey | None:

@@ -151,6 +151,7 @@ class Mover:
         """Wait for all copies and unregister the warm slab. May be called twice."""
         self.unregister(self.slots)
         self.slots = torch.empty(0)
+        self._hot = torch.empty(0)
 
     def _run(self, target: torch.Tensor, source: torch.Tensor, moves: Sequence[Move], *, after: Ready | None) -> Ready:
         try:

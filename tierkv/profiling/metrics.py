@@ -25,7 +25,7 @@ from tierkv.values.layout import BlockLayout
 from tierkv.values.namespace import Namespace
 from tierkv.values.stats import CacheStats, TierStats
 
-__all__ = ["CacheCollector", "MetricsServer", "ServedCache", "serve_metrics", "status_of"]
+__all__ = ["CacheCollector", "MetricsServer", "ServedCache", "metrics_text", "serve_metrics", "status_of"]
 
 
 class ServedCache(Protocol):
@@ -176,6 +176,29 @@ def serve_metrics(
         raise ConfigError(f"metrics cannot be served at {host}:{port}: {exc}") from exc
     cache.add_observer(table)
     return MetricsServer(server, lambda: cache.remove_observer(table))
+
+
+def metrics_text(cache: ServedCache, more: Callable[[Any], Iterator[Any]]) -> tuple[bytes, str]:
+    """Return a cache's metrics as Prometheus reads them, and their media type.
+
+    more: is called with prometheus_client.core, and yields further metrics. Raises ConfigError without
+    prometheus-client.
+    """
+    client = _prometheus()
+    registry = client.CollectorRegistry()
+    registry.register(CacheCollector(cache))
+    registry.register(_MoreMetrics(lambda: more(client.core)))
+    return client.generate_latest(registry), client.CONTENT_TYPE_LATEST
+
+
+class _MoreMetrics:
+    """A collector of what a function yields."""
+
+    def __init__(self, metrics: Callable[[], Iterator[Any]]) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterator[Any]:
+        return self._metrics()
 
 
 def status_of(cache: ServedCache, table: PrefixTable, *, count: int, uptime_s: float) -> dict[str, Any]:

@@ -63,8 +63,18 @@ class Acquirer:
         self._choice = choice
         self._block_size = tiers.layout.block_size
 
-    def acquire(self, token_bytes: bytes, *, reuse: bool, overlap: bool) -> Sequence:
+    def acquire(self, token_bytes: bytes, *, reuse: bool, overlap: bool, wait: bool = True) -> Sequence:
         """Return a running sequence with a pinned block for every token; see `TierCache.acquire`."""
+        if not token_bytes:
+            raise ConfigError("a prompt needs at least one token")
+        if not self._tiers.observers.are_there:
+            return self._acquire(token_bytes, reuse=reuse, overlap=overlap, wait=wait)
+        with self._tiers.observers.span("acquire") as detail:
+            sequence = self._acquire(token_bytes, reuse=reuse, overlap=overlap, wait=wait)
+            detail["tokens"], detail["cached tokens"] = sequence.num_tokens, sequence.num_cached_tokens
+        return sequence
+
+    def _acquire(self, token_bytes: bytes, *, reuse: bool, overlap: bool, wait: bool) -> Sequence:
         num_tokens = len(token_bytes) // TOKEN_BYTES
         if self._daemon and reuse:
             self._daemon.catch_up()
@@ -77,7 +87,8 @@ class Acquirer:
         plan = ColdPlan()
         try:
             if self._daemon and reuse:
-                found, claim = self._daemon.blocks.look_further(found, token_bytes[:-TOKEN_BYTES], pinned.rest)
+                rest = token_bytes[:-TOKEN_BYTES]
+                found, claim = self._daemon.blocks.look_further(found, rest, pinned.rest, wait=wait)
             elif self._choice and found.blocks:
                 plan = self._choice.plan(found, num_tokens, overlap=overlap)
         except BaseException:  # such as an interrupt: this may wait for another process, or look at a file

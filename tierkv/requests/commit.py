@@ -42,6 +42,10 @@ class Committer:
             raise ConfigError(f"{num_computed_tokens} tokens computed of a sequence of {sequence.num_tokens}")
         size = self._tiers.layout.block_size
         num_new = 0
+        if num_computed_tokens // size <= len(sequence.chain) and not (
+            partial_block or self._tiers.observers.are_there
+        ):
+            return 0  # most decode steps: no lock, and no event on the GPU
         with self._tiers.changed:
             if partial_block:
                 sequence.wait_all()  # the partial block may be loading, and no pass has waited for it

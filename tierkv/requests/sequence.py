@@ -280,12 +280,13 @@ class RunningSequences:
     def _overlapped_loads(self) -> list[OverlappedLoad]:
         return [sequence.overlapped_load for sequence in self._sequences if sequence.overlapped_load]
 
-    def release_all(self) -> None:
-        """End every sequence. No other thread uses them any more."""
+    def release_all(self) -> bool:
+        """End every sequence. Return whether there was none: an engine may still compute with what there was."""
         with self._tiers.changed:
             running = list(self._sequences)
         for sequence in running:
             self.release(sequence)
+        return not running
 
     def avg_shared_blocks(self) -> float:
         """Return how many of its blocks a sequence shares with others, on average; the caller holds the lock."""

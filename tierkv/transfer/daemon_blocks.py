@@ -12,7 +12,6 @@ from typing import TypeAlias
 from tierkv.daemon.messages import (
     NO_SLOT,
     Abandon,
-    Chain,
     ChainAnswer,
     EndClaim,
     Fetch,
@@ -36,6 +35,7 @@ from tierkv.storage.coded import CodedBlock
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import BlockInfo
 from tierkv.transfer.daemon_connection import DaemonConnection, miss_reason
+from tierkv.transfer.daemon_paths import chain_of, paths_of
 from tierkv.transfer.lookup import Hit, Lookup
 from tierkv.transfer.tiers import Job, Place, Tiers
 from tierkv.values.block import TOKEN_BYTES, BlockHash, HashFunction, Tier, iter_chain
@@ -115,54 +115,42 @@ class DaemonBlocks:
         self._connected = connected
         self._step = block_size * TOKEN_BYTES
         self._hash = hash_function
-        self._wait_s = wait_s
+        self.wait_s = wait_s
         self._timeout_s = timeout_s
         self._min_partial_tokens = min_partial_tokens
 
     def look_further(
-        self, found: Lookup, token_bytes: bytes, pinned: dict[int, Place] | None
+        self, found: Lookup, token_bytes: bytes, pinned: dict[int, Place] | None, *, wait: bool = True
     ) -> tuple[Lookup, Claim | None]:
         """Return a lookup in the hot tier with what the daemon has of the rest of the prompt.
 
         token_bytes: the part of the prompt that may be found. pinned: places by position in `Lookup.rest`; those of
         warm hits, which are leased, are added. None: lease and claim nothing. The claim, if there is one, is for the
         caller to end.
-        The caller does not hold the lock. Waits while another process computes what is missing.
+        The caller does not hold the lock. With `wait` it waits while another process computes what is missing.
         """
         assert not self._tiers.changed.is_owned()
         if found.num_tokens * TOKEN_BYTES >= len(token_bytes):
             return found, None
-        hashes = [entry.block_hash for entry in found.hot]
-        start = len(hashes)
-        parent = hashes[-1] if hashes else self._tiers.index.root
-        rest = token_bytes[start * self._step :]
-        hashes += [block_hash for block_hash, _ in iter_chain(parent, rest, self._step // TOKEN_BYTES, self._hash)]
-        ask = Match(
-            hashes=b"".join(hashes),
-            tokens=token_bytes,
-            start=start,
-            min_partial_tokens=self._min_partial_tokens,
-            lease=pinned is not None,
-            wants_claim=pinned is not None and self._wait_s > 0,
-        )
+        ask, hashes = self._question(found, token_bytes, lease=pinned is not None)
         connection = self._connected()
         if connection is None:
             return replace(found, miss=MissReason.DAEMON), None
         try:
-            answer = self.match(connection, ask, hashes)
+            answer = self.match(connection, ask, hashes, wait=wait)
             lookup = self._extended(connection, found, answer, hashes, token_bytes, pinned)
         except DaemonError as exc:
             _log.debug("the daemon's blocks are misses: %s", exc)
             return replace(found, miss=MissReason.DAEMON), None
         return lookup, Claim(connection, answer.claim) if answer.claim else None
 
-    def match(self, connection: Connection, ask: Match, hashes: Sequence[BlockHash]) -> Found:
+    def match(self, connection: Connection, ask: Match, hashes: Sequence[BlockHash], *, wait: bool = True) -> Found:
         """Match a prompt; while another process computes what is missing, wait and match again. Raises DaemonError.
 
         hashes: those of `ask`. The blocks before `ask.start` are hot here. The daemon may have lost them, and another
         process may compute them: the wait for such a block ends at once. Hence the bound on waits without a new block.
         """
-        deadline = time.monotonic() + self._wait_s
+        deadline = time.monotonic() + (self.wait_s if wait else 0)
         most_found, num_vain = -1, 0
         while True:
             answer = connection.call(ask, Found)
@@ -179,8 +167,45 @@ class DaemonBlocks:
                 return answer
             _return_all(connection, answer)
             self.num_waits += 1
-            wait = Wait(block_hash=hashes[num_found], timeout_ms=int(left * 1e3) + 1)
-            connection.call(wait, Waited, timeout_s=left + self._timeout_s)
+            question = Wait(block_hash=hashes[num_found], timeout_ms=int(left * 1e3) + 1)
+            connection.call(question, Waited, timeout_s=left + self._timeout_s)
+
+    def computed_elsewhere(self, found: Lookup, token_bytes: bytes) -> int | None:
+        """Return how many leading tokens there are, here or there, if another process computes the block after them.
+
+        found, token_bytes: as for `look_further`. None if no other process computes it, and if the daemon is gone. A
+        process that itself has claims gets the answer too: its caller does not block, so no two processes wait for
+        each other.
+        """
+        ask, hashes = self._question(found, token_bytes, lease=False)
+        connection = self._connected()
+        if connection is None or ask.start >= len(hashes):
+            return None
+        try:
+            num_found = ask.start + len(connection.call(ask, Found).slots) // 4
+            if num_found >= len(hashes):
+                return None
+            waited = connection.call(Wait(block_hash=hashes[num_found], timeout_ms=0), Waited)
+        except DaemonError:
+            return None
+        return num_found * (self._step // TOKEN_BYTES) if waited.is_over else None
+
+    def _question(self, found: Lookup, token_bytes: bytes, *, lease: bool) -> tuple[Match, list[BlockHash]]:
+        """Return the question what the daemon has after the hot blocks, and the hashes of the prompt's whole blocks."""
+        hashes = [entry.block_hash for entry in found.hot]
+        start = len(hashes)
+        parent = hashes[-1] if hashes else self._tiers.index.root
+        rest = token_bytes[start * self._step :]
+        hashes += [block_hash for block_hash, _ in iter_chain(parent, rest, self._step // TOKEN_BYTES, self._hash)]
+        ask = Match(
+            hashes=b"".join(hashes),
+            tokens=token_bytes,
+            start=start,
+            min_partial_tokens=self._min_partial_tokens,
+            lease=lease,
+            wants_claim=lease and self.wait_s > 0,
+        )
+        return ask, hashes
 
     def end_lookup(self, lookup: Lookup) -> None:
         """Notify the daemon which cursor and leases of a lookup have ended.
@@ -273,12 +298,12 @@ class DaemonBlocks:
         return Lookup(found.hot, blocks, partial_block, miss)
 
     def _write(self, connection: Connection, jobs: Sequence[Job]) -> None:
-        paths = _paths(jobs)
+        paths = paths_of(jobs)
         held: list[Place] = []
         try:
             with self._tiers.changed:
                 proposed = [self._propose(path, held) for path in paths]
-            chains = [_chain_of(path, proposal) for path, proposal in zip(paths, proposed, strict=True)]
+            chains = [chain_of(path, proposal) for path, proposal in zip(paths, proposed, strict=True)]
             answer = connection.call(Reserve(chains=chains), Reserved)
             unused = list(answer.chains)
             try:
@@ -370,27 +395,3 @@ def _return_all(connection: Connection, answer: Found) -> None:
         slots.append(answer.partial_block.slot)
     cursors = array("I", [answer.cursor] if answer.cursor else [])
     connection.post(Release(slots=slots.tobytes(), cursors=cursors.tobytes()))
-
-
-def _paths(jobs: Sequence[Job]) -> list[list[Job | Entry]]:
-    """Return chains, from their first blocks on, that hold all jobs: jobs that follow each other share a chain."""
-    pending = {job.block_hash: job for job in jobs}
-    paths: list[list[Job | Entry]] = []
-    for job in reversed(jobs):
-        if pending.pop(job.block_hash, None) is None:
-            continue
-        path: list[Job | Entry] = [job]
-        entry = job.parent
-        while entry and entry.parent is not entry:  # the root's parent is itself
-            path.append(pending.pop(entry.block_hash, entry))
-            entry = entry.parent
-        paths.append(path[::-1])
-    return paths[::-1]
-
-
-def _chain_of(path: Sequence[Job | Entry], proposed: dict[int, Job]) -> Chain:
-    return Chain(
-        b"".join(each.block_hash for each in path),
-        b"".join(each.token_bytes for each in path),
-        array("I", sorted(proposed)).tobytes(),
-    )

@@ -113,13 +113,19 @@ def open_tiers(
     return tiers, offloader, daemon
 
 
-def close_tiers(tiers: Tiers, daemon: DaemonTiers | None, *, is_quiet: bool, owns_cold: bool) -> None:
-    """Close what `open_tiers` opened. is_quiet: no thread uses the memory any more. owns_cold: no other cache does."""
+def close_tiers(tiers: Tiers, daemon: DaemonTiers | None, *, is_quiet: bool, is_idle: bool, owns_cold: bool) -> None:
+    """Close what `open_tiers` opened.
+
+    is_quiet: no thread of the cache uses the memory any more. is_idle: nor does an engine compute with the hot pool;
+    otherwise that stays until Python collects it. owns_cold: no other cache uses the store.
+    """
     tiers.end_copies()
     if daemon:
         daemon.close()
     if is_quiet:
         tiers.memory.close()
+        if is_idle:
+            tiers.memory.hot.close()
     tiers.states.close()
     is_unused = tiers.remotes is None or tiers.remotes.close()  # by a thread that keeps what came from a remote tier
     if tiers.cold and owns_cold and is_unused:

@@ -46,7 +46,7 @@ class TieredBlockManager(BlockManager):  # type: ignore[misc]
         self, num_blocks: int, block_size: int, *, planner: LoadPlanner, saves: SaveQueue, is_busy: Callable[[], bool]
     ) -> None:
         super().__init__(num_blocks, block_size)
-        self.counts = BlockCounts()
+        self.counts: BlockCounts = BlockCounts()
         self.loads: list[_StepLoad] = []
         self.on_load: Callable[[Load], None] = lambda load: None
         self._planner = planner

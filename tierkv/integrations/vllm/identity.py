@@ -11,7 +11,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from tierkv.errors import ConfigError, UnsupportedModelError
-from tierkv.integrations.weights import model_folder, settings_digest, weights_digest
+from tierkv.integrations.vllm.configuration import folder_of, load_format_of, plain_values, scales_change
+from tierkv.integrations.weights import settings_digest, weights_digest
 from tierkv.values.layout import BlockLayout
 from tierkv.values.namespace import Namespace
 
@@ -19,10 +20,8 @@ __all__ = ["Identity", "identity_of", "refuse_unsupported"]
 
 _WHOLE_PREFIX_SPECS = {"FullAttentionSpec", "MLAAttentionSpec"}
 _KNOWN_CACHE_DTYPES = {"auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2"}
-_DIGESTED_FORMATS = {"auto", "safetensors", "hf", "mistral"}
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope", "su", "yarn_dynamic"}
 _PLAIN_SPECULATION = {"ngram", "suffix"}
-_VOLATILE = {"_name_or_path", "name_or_path", "transformers_version", "torch_dtype"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,14 +80,14 @@ def identity_of(
     Raises ConfigError for a model whose files are not known.
     """
     model = vllm_config.model_config
-    config = {key: value for key, value in model.hf_config.to_dict().items() if key not in _VOLATILE}
+    config = plain_values(model.hf_config, "hf_config")
     layers = [vllm_config.compilation_config.static_forward_context[name] for name in pages["layers"]]
-    folder = None if weights else model_folder(model.model, model.revision)
+    folder = None if weights else folder_of(vllm_config, model)
     cache_dtype = str(vllm_config.cache_config.cache_dtype)
     return Identity(
         weights=weights or weights_digest(folder),  # type: ignore[arg-type]
         settings=settings_digest(folder) if folder else "",
-        config=json.loads(json.dumps(config, default=str)),
+        config=config,
         engine_version=version,
         model_dtype=str(model.dtype),
         quantization=str(model.quantization),
@@ -119,19 +118,14 @@ def refuse_unsupported(vllm_config: Any, kv_cache_config: Any, weights: str) -> 
     cache_dtype = str(vllm_config.cache_config.cache_dtype)
     if cache_dtype not in _KNOWN_CACHE_DTYPES:
         raise UnsupportedModelError(f"kv_cache_dtype {cache_dtype}: its scales may change while the engine runs")
-    if getattr(vllm_config.cache_config, "calculate_kv_scales", False):
+    if scales_change(vllm_config):
         raise UnsupportedModelError("calculate_kv_scales: the scales of the KV cache change while the engine runs")
     speculative = getattr(vllm_config, "speculative_config", None)
     if speculative is not None and speculative.method not in _PLAIN_SPECULATION:
         raise UnsupportedModelError(
             f"speculative decoding by {speculative.method}: the draft model's KV of a token depends on later tokens"
         )
-    load_format = str(getattr(vllm_config.load_config.load_format, "value", vllm_config.load_config.load_format))
-    if load_format not in _DIGESTED_FORMATS and not weights:
-        raise ConfigError(
-            f"weights of load_format {load_format} have no digest",
-            hint="give the option weights=: a digest or revision that changes whenever the weights do",
-        )
+    load_format_of(vllm_config, weights)
     _refuse_groups(kv_cache_config.kv_cache_groups)
 
 

@@ -6,15 +6,13 @@ all that goes into the namespace here, or is refused with the reason.
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Collection, Mapping
-from dataclasses import fields, is_dataclass
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from tierkv.block_store.keys import digest_namespace
 from tierkv.errors import ConfigError
-from tierkv.integrations.weights import model_folder, settings_digest, weights_digest
+from tierkv.integrations.vllm.configuration import folder_of, load_format_of, plain_values, scales_change
+from tierkv.integrations.weights import settings_digest, weights_digest
 from tierkv.values.layout import DTYPE_BYTES
 from tierkv.values.namespace import Namespace
 
@@ -42,8 +40,6 @@ _IGNORED = {
         *("cache_hit_alignment_tokens", "effective_attention_block_size", "cpu_offload_gb", "hash_block_size"),
     },
 }
-_SAME_FILES = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "mistral", "runai_streamer")
-_VOLATILE = ("_name_or_path", "name_or_path", "transformers_version", "_commit_hash")
 _KV_DTYPES = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2", "half": "float16"}
 
 
@@ -54,30 +50,25 @@ def engine_fields(vllm_config: Any, *, weights: str | None = None, adapters: str
     Raises ConfigError for an engine whose chunks cannot be named: the message says why, and what helps.
     """
     model, cache = vllm_config.model_config, vllm_config.cache_config
-    load_format = str(getattr(vllm_config.load_config, "load_format", "auto"))
-    if load_format not in _SAME_FILES and not weights:
-        raise ConfigError(
-            f"with load_format {load_format!r} the weights are not the model folder's files",
-            hint="give the option weights=: a digest or revision that changes whenever the weights do",
-        )
+    load_format = load_format_of(vllm_config, weights)
     if getattr(vllm_config, "lora_config", None) is not None and not adapters:
         raise ConfigError(
             "LoRA is enabled, and vLLM names an adapter by its name and path, not by its content",
             hint="give the option adapters=: a digest of the content of every adapter that may be used",
         )
-    if getattr(cache, "calculate_kv_scales", False):
+    if scales_change(vllm_config):
         raise ConfigError("calculate_kv_scales takes the scales of K and V from the first prompt: they differ each run")
     algorithm = str(getattr(cache, "prefix_caching_hash_algo", "sha256"))
     if not algorithm.startswith("sha256"):
         raise ConfigError(f"prefix_caching_hash_algo {algorithm!r} can be forged", hint="use sha256 or sha256_cbor")
     found: dict[str, Any] = {"load_format": load_format}
     for name, config in (("model_config", model), ("cache_config", cache)):
-        found[name] = _plain(config, name, ignored=_IGNORED[name])
+        found[name] = plain_values(config, name, ignored=_IGNORED[name])
     for name in ("attention_config", "mamba_config", "additional_config", "diffusion_config"):
-        found[name] = _plain(getattr(vllm_config, name, None), name)
+        found[name] = plain_values(getattr(vllm_config, name, None), name)
     found["speculative"] = _speculative_fields(vllm_config)
     try:
-        found["settings"] = settings_digest(_folder_of(vllm_config, model))
+        found["settings"] = settings_digest(folder_of(vllm_config, model))
     except ConfigError:  # the folder is not on this machine: its digest is part of what the user vouches for
         if not weights:
             raise
@@ -86,7 +77,7 @@ def engine_fields(vllm_config: Any, *, weights: str | None = None, adapters: str
 
 def folder_weights(vllm_config: Any) -> str:
     """Return the digest of the weights in the model's folder. Raises ConfigError if it cannot be had."""
-    return weights_digest(_folder_of(vllm_config, vllm_config.model_config))
+    return weights_digest(folder_of(vllm_config, vllm_config.model_config))
 
 
 def chunk_namespace(
@@ -123,12 +114,6 @@ def chunk_namespace(
     )
 
 
-def _folder_of(vllm_config: Any, model: Any) -> Path:
-    """Return the folder that vLLM reads a model from."""
-    cache = getattr(vllm_config.load_config, "download_dir", None)
-    return model_folder(model.model, getattr(model, "revision", None), cache=cache)
-
-
 def _speculative_fields(vllm_config: Any) -> Any:
     """Return what a draft model adds: its layers may lie in the chunks too."""
     config = getattr(vllm_config, "speculative_config", None)
@@ -137,31 +122,6 @@ def _speculative_fields(vllm_config: Any) -> Any:
     draft, target = getattr(config, "draft_model_config", None), vllm_config.model_config
     found: dict[str, Any] = {"method": str(getattr(config, "method", None))}
     if draft is not None and draft.model != target.model:
-        folder = _folder_of(vllm_config, draft)
+        folder = folder_of(vllm_config, draft)
         found |= {"weights": weights_digest(folder), "settings": settings_digest(folder)}
     return found
-
-
-def _plain(value: Any, name: str, ignored: Collection[str] = ()) -> Any:
-    """Return a configuration as JSON values that are the same in every process. Raises ConfigError where none are."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, enum.Enum):
-        return _plain(value.value, name)
-    if isinstance(value, type):
-        return f"{value.__module__}.{value.__qualname__}"
-    if hasattr(value, "to_dict"):  # a model's configuration
-        value = value.to_dict()
-    elif is_dataclass(value):
-        value = {field.name: getattr(value, field.name, None) for field in fields(value)}
-    if isinstance(value, Mapping):
-        kept = {str(key): each for key, each in value.items() if key not in ignored and key not in _VOLATILE}
-        return {key: _plain(each, f"{name}.{key}") for key, each in sorted(kept.items())}
-    if isinstance(value, set | frozenset):
-        return sorted(str(_plain(each, name)) for each in value)
-    if isinstance(value, list | tuple):
-        return [_plain(each, name) for each in value]
-    text = str(value)
-    if callable(value) or " at 0x" in text:
-        raise ConfigError(f"vLLM's {name} cannot be written down: {type(value).__name__}")
-    return text

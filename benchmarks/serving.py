@@ -1,0 +1,462 @@
+"""tierkv's engine beside nano-vLLM: many prompts, shared prompts, one sequence, a cached prompt, a request that joins.
+
+Each engine runs in a process of its own, with one shape (Qwen3-8B's) and random weights. Needs a checkout of nano-vLLM:
+TIERKV_NANO_VLLM names it. `--cpu` runs a tiny shape with the stand-ins of tests/engines, to see that this script works;
+its figures then mean nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from benchmarks.nano_vllm import ROOT, SHAPES, tokens
+
+__all__ = ["main"]
+
+WINDOW = 16  # tokens over which the pace of decoding sequences is taken
+PARTS = ("many", "shared", "one", "hot", "join")
+
+
+def main() -> None:
+    """Run both engines and print a table; `--json FILE` keeps the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="8b")
+    parser.add_argument("--engines", nargs="+", default=["nano", "tierkv"], choices=["nano", "tierkv"])
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--prompts", type=int, default=128)
+    parser.add_argument("--new", type=int, default=128, help="tokens to generate for each prompt")
+    parser.add_argument("--shared", type=int, default=4096, help="tokens that the prompts of one part share")
+    parser.add_argument("--hot", type=int, default=8192, help="tokens of the cached prompt")
+    parser.add_argument("--temperature", type=float, default=0.6, help="for both engines; nano-vLLM knows no greedy")
+    parser.add_argument("--step-tokens", type=int, default=16_384, help="new tokens of a pass at most, for both")
+    parser.add_argument("--hot-gib", type=float, default=48.0, help="tierkv's memory for K and V on the GPU")
+    parser.add_argument("--warm-gib", type=float, default=8.0)
+    parser.add_argument("--fuse", default="auto", choices=["auto", "on", "off"])
+    parser.add_argument(
+        "--profile", action="store_true", help="also print where tierkv's decode steps spend their time"
+    )
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--engine", choices=["nano", "tierkv"], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.engine:
+        print("FOUND " + json.dumps(measure(options)), flush=True)
+        return
+    found: dict[str, dict[str, Any]] = {}
+    for engine in options.engines:
+        started = time.perf_counter()
+        found[engine] = start(engine)
+        print(f"{engine}: {time.perf_counter() - started:.0f} s", flush=True)
+    print_table(options, found)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1))
+
+
+def start(engine: str) -> dict[str, Any]:
+    """Measure one engine in a process of its own, with this process's arguments."""
+    checkout = Path(os.environ.get("TIERKV_NANO_VLLM", ".")).resolve()
+    paths = [str(ROOT), str(checkout), os.environ.get("PYTHONPATH", "")]
+    process = subprocess.run(
+        [sys.executable, "-m", "benchmarks.serving", *sys.argv[1:], "--engine", engine],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    found: dict[str, Any] = {}
+    for line in process.stdout.splitlines():
+        if line.startswith("FOUND "):
+            found = json.loads(line[6:])
+        else:
+            print(line, flush=True)
+    return found
+
+
+class Engine(Protocol):
+    """What is measured. `generate` returns seconds; `ask` the time of each token of one prompt after the call.
+
+    `join` lets requests join one after the other while `prompts` decode. For each it returns the seconds to its first
+    token, and the seconds a token of the others: before, and over the WINDOW tokens after it was sent.
+    """
+
+    def generate(self, prompts: Sequence[list[int]], num_new: int) -> float: ...
+    def ask(self, prompt: list[int], num_new: int) -> list[float]: ...
+    def join(self, prompts: Sequence[list[int]], late: Sequence[list[int]]) -> list[dict[str, float]]: ...
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Start one engine, measure every part, end it."""
+    if options.cpu:
+        options.shape = "tiny"
+    with tempfile.TemporaryDirectory() as folder:
+        config = config_of(options)
+        started = time.perf_counter()
+        if options.engine == "nano":
+            return measure_parts(options, NanoEngine(options, config, Path(folder)), time.perf_counter() - started)
+        return measure_tierkv(options, config, started)
+
+
+def measure_tierkv(options: argparse.Namespace, config: Any, started: float) -> dict[str, Any]:
+    from tierkv import CacheConfig, LoadedModel, open_runner
+
+    model = random_model(config, "cpu" if options.cpu else "cuda")
+    hot, warm = (int(gib * (1 << 30)) for gib in (options.hot_gib, options.warm_gib))
+    if options.cpu:
+        hot, warm = 256 << 20, 64 << 20
+    loaded, cache = LoadedModel(model, None, "random"), CacheConfig(block_size=256, hot_bytes=hot, warm_bytes=warm)
+    with open_runner(loaded, cache, max_step_tokens=options.step_tokens, fuse=options.fuse) as runner:
+        runner.capture_graphs(max_sequences=options.prompts)  # nano-vLLM does so too
+        engine = TierkvEngine(runner, options)
+        found = measure_parts(options, engine, time.perf_counter() - started)
+        if options.profile:
+            engine.profile(1)
+            engine.profile(options.prompts)
+    return found
+
+
+def measure_parts(options: argparse.Namespace, engine: Engine, start_s: float) -> dict[str, Any]:
+    """Return the figures of one engine. Each part first warms up with prompts of its sizes."""
+    found: dict[str, Any] = {"start_s": start_s}
+    num_new, count = options.new, options.prompts
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "many": lambda: measure_many(engine, count, num_new),
+        "shared": lambda: measure_shared(engine, count // 2, options.shared, num_new),
+        "one": lambda: measure_one(engine, num_new),
+        "hot": lambda: measure_hot(engine, options.hot),
+        "join": lambda: measure_join(engine, count // 2),
+    }
+    for name in options.parts:
+        gc.collect()
+        started = time.perf_counter()
+        try:
+            found[name] = parts[name]()
+        except Exception:  # noqa: BLE001 - the other parts are still worth their time
+            traceback.print_exc()
+            continue
+        print(f"{options.engine} {name}: {time.perf_counter() - started:.1f} s {json.dumps(found[name])}", flush=True)
+    return found
+
+
+def measure_many(engine: Engine, count: int, num_new: int) -> dict[str, Any]:
+    """Return new tokens a second of prompts of 100 to 1,024 tokens, and again when all are cached."""
+
+    def prompts_of(first: int) -> list[list[int]]:
+        sizes = torch.randint(100, 1025, (count,), generator=torch.Generator().manual_seed(first)).tolist()
+        return [list(tokens(first + i, size)) for i, size in enumerate(sizes)]
+
+    engine.generate(prompts_of(1_000_000), num_new)
+    engine.generate(prompts_of(1_100_000), num_new)
+    fresh = []
+    for first in (1_200_000, 1_300_000):
+        prompts = prompts_of(first)
+        fresh.append(count * num_new / engine.generate(prompts, num_new))
+    return {"fresh": fresh, "again": count * num_new / engine.generate(prompts, num_new)}
+
+
+def measure_shared(engine: Engine, count: int, num_shared: int, num_new: int) -> dict[str, Any]:
+    """Return new tokens a second of prompts with one prefix: nobody has computed it, and then all of it is cached."""
+
+    def prompts_of(prefix: int, first: int) -> list[list[int]]:
+        shared = list(tokens(prefix, num_shared))
+        return [shared + list(tokens(first + i, 100)) for i in range(count)]
+
+    for first in (2_000_000, 2_100_000):
+        engine.generate(prompts_of(100, first), num_new)
+    fresh, cached = [], []
+    for prefix in (101, 102):
+        fresh.append(count * num_new / engine.generate(prompts_of(prefix, 2_200_000), num_new))
+        cached.append(count * num_new / engine.generate(prompts_of(prefix, 2_300_000), num_new))
+    return {"fresh": fresh, "cached": cached}
+
+
+def measure_one(engine: Engine, num_new: int) -> dict[str, Any]:
+    """Return the milliseconds of each token after the first of one sequence, the median of several sequences."""
+    found = []
+    for i in range(4):
+        times = engine.ask(list(tokens(3_000_000 + i, 512)), num_new)
+        found.append(1e3 * (times[-1] - times[0]) / (len(times) - 1))
+    return {"token_ms": statistics.median(found[1:])}
+
+
+def measure_hot(engine: Engine, num_cached: int) -> dict[str, Any]:
+    """Return the milliseconds to the first token of a prompt that is cached but for its last 32 tokens."""
+    shared = list(tokens(200, num_cached))
+    for i in range(4):
+        engine.ask([*shared, *tokens(4_000_000 + i, 32)], 4)
+    found = [1e3 * engine.ask([*shared, *tokens(4_100_000 + i, 32)], 4)[0] for i in range(7)]
+    return {"first_ms": statistics.median(found), "all_ms": found}
+
+
+def measure_join(engine: Engine, count: int) -> dict[str, Any]:
+    """Return how requests of 512 tokens fare that join decoding ones, and what those lose: medians, in seconds."""
+    prompts = [list(tokens(5_000_000 + j, 300)) for j in range(count)]
+    late = [list(tokens(5_600_000 + j, 512)) for j in range(8)]
+    alone = [engine.ask(list(tokens(5_500_000 + j, 512)), 2)[0] for j in range(5)]
+    rounds = engine.join(prompts, late)[1:]
+    found = {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
+    return {"alone_s": statistics.median(alone[1:]), **found, "rounds": rounds}
+
+
+class TierkvEngine:
+    """A runner of ours."""
+
+    def __init__(self, runner: Any, options: argparse.Namespace) -> None:
+        self._runner = runner
+        self._temperature = options.temperature
+
+    def options(self, num_new: int) -> Any:
+        """Return the options of a call: no stop ids, sampled."""
+        from tierkv import GenerationOptions, SamplingOptions
+
+        sampling = SamplingOptions(temperature=self._temperature)
+        return GenerationOptions(max_new_tokens=num_new, stop_ids=frozenset(), sampling=sampling)
+
+    def generate(self, prompts: Sequence[list[int]], num_new: int) -> float:
+        started = time.perf_counter()
+        self._runner.generate(prompts, self.options(num_new))
+        return time.perf_counter() - started
+
+    def ask(self, prompt: list[int], num_new: int) -> list[float]:
+        started = time.perf_counter()
+        return [time.perf_counter() - started for _ in self._runner.stream([prompt], self.options(num_new))]
+
+    def join(self, prompts: Sequence[list[int]], late: Sequence[list[int]]) -> list[dict[str, float]]:
+        """Send each late request at a random moment of a step."""
+        from tierkv import Engine as ServingEngine
+
+        rounds: list[dict[str, float]] = []
+        dice = random.Random(0)
+        with ServingEngine(self._runner) as engine:
+            streams = [engine.submit(prompt, self.options(3 * WINDOW * (len(late) + 1))) for prompt in prompts]
+            events = iter(streams[-1])
+            for _ in range(WINDOW):
+                next(events)
+            for prompt in late:
+                found = {"before_s": self._tokens_s(events)}
+                time.sleep(dice.random() * found["before_s"])
+                started = time.perf_counter()
+                stream = engine.submit(prompt, self.options(WINDOW))
+                reader = threading.Thread(target=self._time_first, args=(stream, started, found))
+                reader.start()
+                found["during_s"] = self._tokens_s(events)
+                reader.join()
+                self._tokens_s(events)
+                rounds.append(found)
+            for stream in streams:
+                stream.cancel()
+        return rounds
+
+    @staticmethod
+    def _time_first(stream: Any, started: float, found: dict[str, float]) -> None:
+        next(iter(stream))
+        found["joined_s"] = time.perf_counter() - started
+
+    @staticmethod
+    def _tokens_s(events: Any) -> float:
+        """Return the seconds a token over the next WINDOW tokens of a stream."""
+        started = time.perf_counter()
+        for _ in range(WINDOW):
+            next(events)
+        return (time.perf_counter() - started) / WINDOW
+
+    def profile(self, count: int) -> None:
+        """Print the GPU time of decode steps of `count` sequences by kernel, and how much of a step the GPU is idle."""
+        from torch.profiler import ProfilerActivity, profile
+
+        stream = self._runner.stream([list(tokens(6_000_000 + i, 500)) for i in range(count)], self.options(64))
+        for _ in range(40 * count):
+            next(stream)
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for _ in range(8 * count):
+            next(stream)
+        step_ms = 1e3 * (time.perf_counter() - started) / 8
+        with profile(activities=[ProfilerActivity.CUDA]) as found:
+            for _ in range(8 * count):
+                next(stream)
+            torch.cuda.synchronize()
+        stream.close()
+        rows = sorted(found.key_averages(), key=lambda row: row.self_device_time_total, reverse=True)
+        busy_ms = sum(row.self_device_time_total for row in rows) / 8e3
+        print(f"{count} sequences: a step takes {step_ms:.3f} ms, the GPU is busy for {busy_ms:.3f} ms of it")
+        for row in rows[:16]:
+            print(f"  {row.self_device_time_total / 8e3:8.3f} ms {row.count / 8:7.1f} x {row.key[:90]}")
+
+
+class NanoEngine:
+    """The real nano-vLLM."""
+
+    def __init__(self, options: argparse.Namespace, config: Any, folder: Path) -> None:
+        if options.cpu:
+            sys.path.insert(0, str(ROOT / "tests" / "engines"))
+            stand_ins = importlib.import_module("nano_vllm_cpu")
+            stand_ins.install()
+            stand_ins.Memory.num_bytes = 256 << 20
+        import nanovllm
+
+        save_model(config, folder, with_weights=options.cpu)
+        length = max(options.hot, options.shared) + 1024
+        room = {"max_model_len": length, "max_num_batched_tokens": max(length, options.step_tokens)}
+        self._llm = nanovllm.LLM(str(folder), **room, max_num_seqs=256, enforce_eager=options.cpu)
+        with torch.no_grad():
+            for parameter in self._llm.model_runner.model.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(0, 0.02)
+                else:
+                    parameter.fill_(1)
+        self._temperature = options.temperature
+
+    def sampling(self, num_new: int) -> Any:
+        """Return the options of a request: no stop ids, sampled."""
+        import nanovllm
+
+        return nanovllm.SamplingParams(self._temperature, num_new, ignore_eos=True)
+
+    def generate(self, prompts: Sequence[list[int]], num_new: int) -> float:
+        started = time.perf_counter()
+        self._llm.generate(list(prompts), self.sampling(num_new), use_tqdm=False)
+        return time.perf_counter() - started
+
+    def ask(self, prompt: list[int], num_new: int) -> list[float]:
+        started = time.perf_counter()
+        self._llm.add_request(prompt, self.sampling(num_new))
+        sequence = self._llm.scheduler.waiting[-1]
+        times: list[float] = []
+        while not sequence.is_finished:  # a step ends with a wait for the GPU
+            self._llm.step()
+            if sequence.num_completion_tokens > len(times):
+                times.append(time.perf_counter() - started)
+        return times
+
+    def join(self, prompts: Sequence[list[int]], late: Sequence[list[int]]) -> list[dict[str, float]]:
+        """Send each late request between two steps: the loop is the caller's, so there is no other moment."""
+        for prompt in prompts:
+            self._llm.add_request(prompt, self.sampling(3 * WINDOW * (len(late) + 1)))
+        last = list(self._llm.scheduler.waiting)[-1]
+        while last.num_completion_tokens < WINDOW:
+            self._llm.step()
+        rounds = []
+        for prompt in late:
+            found = {"before_s": self._tokens_s(last)}
+            started = time.perf_counter()
+            self._llm.add_request(prompt, self.sampling(WINDOW))
+            found["during_s"] = self._tokens_s(last, self._llm.scheduler.waiting[-1], found)
+            found["joined_s"] -= started
+            self._tokens_s(last)
+            rounds.append(found)
+        while not self._llm.is_finished():
+            self._llm.step()
+        return rounds
+
+    def _tokens_s(self, sequence: Any, joining: Any = None, found: dict[str, float] | None = None) -> float:
+        """Return the seconds a token over the next WINDOW tokens of a sequence; note when another gets its first."""
+        started, end = time.perf_counter(), sequence.num_completion_tokens + WINDOW
+        while sequence.num_completion_tokens < end:
+            self._llm.step()
+            if joining is not None and joining.num_completion_tokens and found is not None:
+                found.setdefault("joined_s", time.perf_counter())
+        return (time.perf_counter() - started) / WINDOW
+
+
+def config_of(options: argparse.Namespace) -> Any:
+    import transformers
+
+    return transformers.Qwen3Config(
+        **SHAPES[options.shape],
+        max_position_embeddings=40_960,
+        rms_norm_eps=1e-6,
+        attention_bias=False,
+        tie_word_embeddings=False,
+        initializer_range=0.02,
+        eos_token_id=None,
+        bos_token_id=None,
+        dtype=torch.float32 if options.cpu else torch.bfloat16,
+    )
+
+
+def random_model(config: Any, device: str) -> Any:
+    import transformers
+
+    torch.manual_seed(0)
+    torch.set_default_dtype(config.dtype)
+    try:
+        with torch.device(device):
+            return transformers.Qwen3ForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def save_model(config: Any, folder: Path, *, with_weights: bool) -> None:
+    """Save a configuration and a tokenizer for nano-vLLM, which loads weights only if there are some."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    if with_weights:
+        random_model(config, "cpu").save_pretrained(folder)
+    config.save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(2000)}, unk_token="t0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t0", eos_token="t2").save_pretrained(folder)
+
+
+def print_table(options: argparse.Namespace, found: dict[str, dict[str, Any]]) -> None:
+    """Print a line for each figure, with the ratio of tierkv's to nano-vLLM's."""
+    device = "CPU" if options.cpu else torch.cuda.get_device_name()
+    print(f"device: {device}  torch: {torch.__version__}  shape: {options.shape}  temperature: {options.temperature}")
+    half = options.prompts // 2
+
+    def best(*path: str) -> Callable[[dict[str, Any]], float]:
+        def read(figures: dict[str, Any]) -> float:
+            value: Any = figures
+            for key in path:
+                value = value[key]
+            return float(statistics.median(value)) if isinstance(value, list) else float(value)
+
+        return read
+
+    lines: list[tuple[str, str, Callable[[dict[str, Any]], float]]] = [
+        ("many", f"{options.prompts} prompts of 100 to 1,024 tokens, new tokens/s", best("many", "fresh")),
+        ("many", "  the same prompts again", best("many", "again")),
+        ("shared", f"{half} prompts that share {options.shared} tokens, new tokens/s", best("shared", "fresh")),
+        ("shared", "  the prefix cached", best("shared", "cached")),
+        ("one", "one sequence, ms a token", best("one", "token_ms")),
+        ("hot", f"{options.hot} cached tokens and 32 new, ms to the first token", best("hot", "first_ms")),
+        ("join", "512 tokens alone, ms to the first token", lambda each: 1e3 * float(each["join"]["alone_s"])),
+        ("join", f"512 tokens join {half} decoding ones: first token, times alone", joined),
+        ("join", f"  the others' next {WINDOW} tokens, times before", lost),
+    ]
+    print(f"{'':<66}" + "".join(f"{engine:>10}" for engine in found) + f"{'ratio':>8}")
+    for part, name, read in lines:
+        values = {engine: read(figures) for engine, figures in found.items() if part in figures}
+        shown = "".join(f"{values[engine]:>10.2f}" if engine in values else f"{'-':>10}" for engine in found)
+        ratio = f"{values['tierkv'] / values['nano']:8.3f}" if len(values) == 2 else ""
+        print(f"{name:<66}{shown}{ratio}")
+
+
+def joined(figures: dict[str, Any]) -> float:
+    return float(figures["join"]["joined_s"]) / float(figures["join"]["alone_s"])
+
+
+def lost(figures: dict[str, Any]) -> float:
+    return float(figures["join"]["during_s"]) / float(figures["join"]["before_s"])
+
+
+if __name__ == "__main__":
+    main()

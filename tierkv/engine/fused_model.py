@@ -1,0 +1,247 @@
+"""FusedDecoder: the forward pass of common decoders with merged projections and fused element-wise kernels.
+
+It computes what the modules of Transformers compute, from their own weights; the model itself stays as it is, apart
+from where its weights lie. Which models: those whose classes are known here by name, with plain modules inside. The
+self-test at opening compares its logits with the model's own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tierkv.engine.attention import AttentionBatch, attend_batch
+from tierkv.engine.attention_paged import PagedQuery
+from tierkv.engine.fused_ops import Norm, Places, add_norm, gate, has_kernels, heads_of
+from tierkv.engine.merged_weights import MergedLinear, WeightUsers, merge_linears, why_not
+from tierkv.engine.model_support import self_test
+from tierkv.errors import ConfigError, UnsupportedModelError
+from tierkv.ranks.group import RankGroup
+from tierkv.values.layout import BlockLayout
+
+__all__ = ["FusedDecoder", "fuse_model", "test_fused"]
+
+_log = logging.getLogger(__name__)
+
+_ARCHITECTURES = ("Llama", "Mistral", "Qwen2", "Qwen3")
+"""Architectures whose modules compute the same, as read in Transformers 5.17 to 5.24."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Layer:
+    """One decoder layer. shape: heads, kv_heads, head_dim."""
+
+    index: int
+    shape: tuple[int, int, int]
+    scale: float
+    window: int | None
+    before_attention: Norm
+    qkv: MergedLinear
+    head_norms: tuple[Norm, Norm] | None
+    output: nn.Module
+    before_mlp: Norm
+    gate_up: MergedLinear
+    down: nn.Module
+
+
+def fuse_model(model: Any, wish: str, ranks: RankGroup) -> FusedDecoder | None:
+    """Return the fused decoder of a model, and merge its weights; None for the plain one.
+
+    wish: "auto" fuses on CUDA what can be fused and logs what cannot, "off" never, "on" on any device.
+    Raises ConfigError for another wish, UnsupportedModelError where "on" cannot be.
+    """
+    if wish not in ("auto", "off", "on"):
+        raise ConfigError(f'fuse must be "auto", "off" or "on", got {wish!r}')
+    if wish == "off" or (wish == "auto" and model.device.type != "cuda"):
+        return None
+    reason = next(_reasons(model, ranks), None)
+    if reason is None:
+        return FusedDecoder(model)
+    if wish == "on":
+        raise UnsupportedModelError(f"{type(model).__name__} cannot be fused: {reason}")
+    _log.info("%s runs without fused kernels: %s", type(model).__name__, reason)
+    return None
+
+
+def test_fused(model: Any, layout: BlockLayout, wish: str, ranks: RankGroup) -> str:
+    """Run the self-test on the passes that a runner will compute. Return "off" if only the plain ones pass it.
+
+    Raises as `fuse_model` and `self_test` do; a fused model that fails raises if the wish is "on".
+    """
+    fused = fuse_model(model, wish, ranks)
+    if fused is not None:
+        try:
+            self_test(model, layout, fused)
+            return wish
+        except UnsupportedModelError as exc:
+            if wish == "on":
+                raise
+            _log.warning("fused kernels are off: %s", exc)
+    self_test(model, layout)
+    return "off"
+
+
+class FusedDecoder:
+    """Computes a model's forward passes; made by `fuse_model`. Merges weights at construction."""
+
+    def __init__(self, model: Any) -> None:
+        decoder = model.model
+        self._embed = decoder.embed_tokens
+        self._rotary = decoder.rotary_emb
+        self._norm = _norm_of(decoder.norm)
+        self._head = model.lm_head
+        is_plain = type(model.lm_head) is nn.Linear and len(list(model.lm_head.parameters())) == 1
+        self._head_weight: Tensor | None = model.lm_head.weight.t() if is_plain else None
+        self._layers = [_layer_of(layer, model.config) for layer in decoder.layers]
+
+    def __call__(
+        self, input_ids: Tensor, batch: AttentionBatch, logits_to_keep: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """Run one forward pass over packed tokens, as `attention.forward` does. Return logits [kept, vocabulary].
+
+        out: [kept, vocabulary], where they are written; None makes a new tensor.
+        """
+        hidden: Tensor = self._embed(input_ids)
+        residual: Tensor | None = None
+        cos, sin = self._rotary(hidden[None], batch.position_ids)
+        rotary = (cos[0].contiguous(), sin[0].contiguous())
+        for layer in self._layers:
+            hidden, residual = self._run_layer(layer, hidden, residual, rotary, batch)
+        assert residual is not None
+        if logits_to_keep is not None:
+            hidden, residual = hidden[logits_to_keep], residual[logits_to_keep]
+        normed, _ = add_norm(hidden, residual, self._norm)
+        if out is None:
+            logits: Tensor = self._head(normed)
+            return logits
+        if self._head_weight is not None:
+            return torch.mm(normed, self._head_weight, out=out)
+        return out.copy_(self._head(normed))
+
+    @staticmethod
+    def _run_layer(
+        layer: _Layer, hidden: Tensor, residual: Tensor | None, rotary: tuple[Tensor, Tensor], batch: AttentionBatch
+    ) -> tuple[Tensor, Tensor]:
+        """Return what the layer adds to the residual, and the residual before that."""
+        normed, residual = add_norm(hidden, residual, layer.before_attention)
+        qkv = layer.qkv(normed)
+        batch.enter_layer(layer.index)
+        keys, values = batch.pool.key_cache(layer.index), batch.pool.value_cache(layer.index)
+        # A cascade's own pass writes K and V itself.
+        places = Places(keys, values, batch.block_ids, batch.offsets) if batch.cascade is None else None
+        query, new_keys, new_values = heads_of(qkv, rotary, layer.shape, layer.head_norms, places)
+        paged = PagedQuery(
+            query=query,
+            new_keys=new_keys,
+            new_values=new_values,
+            keys=keys,
+            values=values,
+            scale=layer.scale,
+            window=layer.window,
+        )
+        attended = attend_batch(paged, batch, is_written=places is not None)
+        normed, residual = add_norm(layer.output(attended.flatten(1)), residual, layer.before_mlp)
+        return layer.down(gate(layer.gate_up(normed))), residual
+
+
+def _reasons(model: Any, ranks: RankGroup) -> Iterator[str]:
+    """Yield why a model cannot be fused."""
+    architecture = next((each for each in _ARCHITECTURES if _is_of(model, each, "ForCausalLM")), None)
+    if architecture is None:
+        yield f"its class is not that of {', '.join(_ARCHITECTURES)} in Transformers"
+        return
+    if ranks.size > 1:
+        yield "it is split over several ranks"
+    if model.device.type == "cuda" and not has_kernels():
+        yield "triton is not installed"
+    decoder, config = model.model, model.config
+    if not _is_of(decoder, architecture, "Model") or not _is_of(decoder.rotary_emb, architecture, "RotaryEmbedding"):
+        yield "its modules are not its class's own"
+        return
+    if len(decoder.layers) != config.num_hidden_layers:
+        yield "it does not run all of its layers"
+    if any(parameter.dtype != model.dtype for parameter in decoder.parameters()):
+        yield "its weights have several dtypes"
+    yield from _patches(model)
+    users = WeightUsers(model)
+    for layer in decoder.layers:
+        yield from _layer_reasons(layer, architecture, users)
+    if not _is_of(decoder.norm, architecture, "RMSNorm"):
+        yield "its norm is not its class's own"
+
+
+def _layer_reasons(layer: Any, architecture: str, users: WeightUsers) -> Iterator[str]:
+    attention, mlp = layer.self_attn, layer.mlp
+    norms = [layer.input_layernorm, layer.post_attention_layernorm, *_head_norms_of(attention)]
+    kinds = [(layer, "DecoderLayer"), (attention, "Attention"), (mlp, "MLP"), *((norm, "RMSNorm") for norm in norms)]
+    for module, kind in kinds:
+        if not _is_of(module, architecture, kind):
+            yield f"it has a {type(module).__name__} where {architecture}{kind} is expected"
+            return
+    if not isinstance(mlp.act_fn, nn.SiLU) and type(mlp.act_fn).__name__ != "SiLUActivation":
+        yield f"its activation is {type(mlp.act_fn).__name__}"
+    for modules in ([attention.q_proj, attention.k_proj, attention.v_proj], [mlp.gate_proj, mlp.up_proj]):
+        reason = why_not(modules, users)
+        if reason:
+            yield reason
+
+
+def _patches(model: nn.Module) -> Iterator[str]:
+    """Yield a module whose call does more than its class says: hooks, or a forward of its own."""
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+            yield f"{name or 'it'} has hooks or a forward of its own"
+            return
+
+
+def _is_of(module: Any, architecture: str, kind: str) -> bool:
+    """Return whether a module is exactly of an architecture's class in Transformers, with the forward of that class."""
+    cls = type(module)
+    home = f"transformers.models.{architecture.lower()}.modeling_{architecture.lower()}"
+    own, found = f"{architecture}{kind}", [cls, cls.forward]
+    return [each.__qualname__ for each in found] == [own, f"{own}.forward"] and {each.__module__ for each in found} == {
+        home
+    }
+
+
+def _layer_of(layer: Any, config: Any) -> _Layer:
+    attention, mlp = layer.self_attn, layer.mlp
+    dim = attention.head_dim
+    qkv = merge_linears([attention.q_proj, attention.k_proj, attention.v_proj])
+    gate_up = merge_linears([mlp.gate_proj, mlp.up_proj])
+    if qkv.weight.is_cuda:
+        torch.cuda.empty_cache()  # else the memory of the parts stays reserved
+    norms = [_norm_of(each) for each in _head_norms_of(attention)]
+    return _Layer(
+        index=int(attention.layer_idx),
+        shape=(attention.q_proj.out_features // dim, attention.k_proj.out_features // dim, dim),
+        scale=float(attention.scaling),
+        window=_window_of(attention, config),
+        before_attention=_norm_of(layer.input_layernorm),
+        qkv=qkv,
+        head_norms=(norms[0], norms[1]) if norms else None,
+        output=attention.o_proj,
+        before_mlp=_norm_of(layer.post_attention_layernorm),
+        gate_up=gate_up,
+        down=mlp.down_proj,
+    )
+
+
+def _window_of(attention: Any, config: Any) -> int | None:
+    """Return a layer's window in tokens: Mistral has it in its configuration, Qwen's layers each have their own."""
+    if type(attention).__name__ == "MistralAttention":
+        return getattr(config, "sliding_window", None) or None
+    return getattr(attention, "sliding_window", None) or None
+
+
+def _head_norms_of(attention: Any) -> Sequence[Any]:
+    return [attention.q_norm, attention.k_norm] if hasattr(attention, "q_norm") else []
+
+
+def _norm_of(module: Any) -> Norm:
+    return Norm(module.weight, float(module.variance_epsilon))

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible server over an engine. Needs starlette and uvicorn, of the extra `serve`."""

@@ -1,0 +1,40 @@
+"""How a command loads a model and opens its cache. Loads torch, so commands that need no model import it late."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tierkv.config import CacheConfig
+from tierkv.engine.embedded_files import EMBEDDED
+from tierkv.engine.model_identity import namespace_of
+from tierkv.engine.model_support import check_supported, probe_layout
+from tierkv.engine.models import LoadedModel, load_model
+from tierkv.engine.runner import Runner, open_runner
+from tierkv.tools.engine_options import ModelOptions
+from tierkv.tools.options import cache_directory
+from tierkv.values.namespace import Namespace
+
+__all__ = ["identify", "open_engine"]
+
+
+@contextmanager
+def open_engine(options: ModelOptions, config: CacheConfig) -> Iterator[Runner]:
+    """Load the model, open the cache, and close it after the command."""
+    with open_runner(_load(options), config, salt=options.salt) as runner:
+        yield runner
+
+
+def identify(options: ModelOptions) -> tuple[LoadedModel, Namespace]:
+    """Load the model for its tokenizer, and return the namespace of its blocks. Computes nothing."""
+    loaded = _load(options)
+    check_supported(loaded.model)
+    layout = probe_layout(loaded.model, block_size=options.block_size)
+    return loaded, namespace_of(loaded.model, layout, salt=options.salt, name=loaded.name)
+
+
+def _load(options: ModelOptions) -> LoadedModel:
+    is_embedded = options.model in (None, EMBEDDED)  # another model needs no place of ours
+    cache_dir = cache_directory(os.environ) if is_embedded else None
+    return load_model(options.model, device=options.device, dtype=options.dtype, cache_dir=cache_dir)

@@ -1,0 +1,201 @@
+"""`tierkv serve`: an OpenAI-compatible server on this machine, whose cache survives restarts."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from tierkv.engine.engine import Engine
+from tierkv.engine.model_support import context_of
+from tierkv.engine.models import EMBEDDED
+from tierkv.engine.prompts import prefix_tokens, read_prompts
+from tierkv.engine.runner import Runner
+from tierkv.errors import ConfigError
+from tierkv.tools.engine_options import EngineOptions
+from tierkv.tools.engines import open_engine
+from tierkv.tools.options import Lines, as_path, parse_size, spread
+from tierkv.tools.terminal import visible
+
+if TYPE_CHECKING:
+    from tierkv.serving.limits import ServeLimits
+
+__all__ = ["Limits", "Place", "serve"]
+
+_API_KEY = "TIERKV_API_KEY"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where the server listens, under which name, and for which clients."""
+
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of this machine.")] = "127.0.0.1"
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000
+    served_name: Annotated[
+        str | None, typer.Option(help="Name of the model in requests.", show_default="MODEL as it is given")
+    ] = None
+    api_key: Annotated[
+        str | None,
+        typer.Option(help="Key that requests must carry.", show_default=f"{_API_KEY}, else none"),
+    ] = None
+    warm_file: Annotated[
+        Path | None,
+        typer.Option(parser=as_path, metavar="FILE", help="Prompts to compute before the first request, as for warm."),
+    ] = None
+    lines: Lines = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one client may ask for, and for how long."""
+
+    max_body: Annotated[
+        str | None,
+        typer.Option(help="Bytes of a request, as 4M.", show_default="1M and 16 for each token of the longest prompt"),
+    ] = None
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of a prompt.", show_default="what the model and the hot pool hold")
+    ] = None
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 4096
+    max_choices: Annotated[int, typer.Option(min=1, help="Answers of one request: its prompts times n.")] = 32
+    max_requests: Annotated[int, typer.Option(min=1, help="Requests at the same time; more get 429.")] = 512
+    max_connections: Annotated[int, typer.Option(min=1, help="Open connections; more are closed.")] = 1024
+    max_running: Annotated[int, typer.Option(min=1, help="Answers that are computed together.")] = 256
+    max_waiting: Annotated[int, typer.Option(min=1, help="Answers that wait for their turn; more get 429.")] = 1024
+    max_seconds: Annotated[float, typer.Option(min=0.01, help="For one request; its answer then ends.")] = 600.0
+    stop_seconds: Annotated[float, typer.Option(min=0.1, help="From SIGTERM to the end of the process.")] = 5.0
+
+
+@spread(without=["model"])
+def serve(
+    place: Place,
+    limits: Limits,
+    options: EngineOptions,
+    model_name: Annotated[
+        str | None, typer.Argument(help="Directory or hub name; without it the embedded model.", metavar="[MODEL]")
+    ] = None,
+) -> None:
+    """Serve a model by OpenAI's API, with a page at / that shows the cache.
+
+    Paths: /v1/chat/completions, /v1/completions, /v1/models, /health and /metrics. Prompts and answers are found
+    again after a restart: only what is new is computed.
+    """
+    serving = _import_serving()
+    options = replace(options, model=model_name)
+    config = options.config()
+    prompts = read_prompts(place.warm_file, lines=place.lines) if place.warm_file else []
+    chosen = _limits_of(limits, serving.ServeLimits)
+    key = place.api_key if place.api_key is not None else os.environ.get(_API_KEY) or None
+    if key is not None and (not key or not key.isascii() or not key.isprintable() or key != key.strip()):
+        raise ConfigError("an API key is a word of printable ASCII characters")
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="tierkv: %(message)s")
+    with _bound(place, serving) as bound, open_engine(options, config) as runner:
+        _warn_of_date(options, runner)
+        _warm(runner, options, prompts)
+        with Engine(runner, max_running=chosen.max_running, max_waiting=chosen.max_waiting) as engine:
+            name = place.served_name or model_name or EMBEDDED
+            asyncio.run(_serve(serving, runner, engine, name, chosen, options, key, bound))
+    print("tierkv: stopped", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # all is closed: what the interpreter does at its end would only take time, and there is a limit
+
+
+async def _serve(
+    serving: Any,
+    runner: Runner,
+    engine: Engine,
+    name: str,
+    limits: ServeLimits,
+    options: EngineOptions,
+    key: str | None,
+    bound: socket.socket,
+) -> None:
+    service = serving.Service(runner, engine, name=name, limits=limits, day=options.day)
+    try:
+        host, port = bound.getsockname()[:2]
+        is_open_to_all = key is None and not _is_loopback(host)
+        app = serving.make_app(service, api_key=key, needs_local_host=key is None and not is_open_to_all)
+        address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        if is_open_to_all:
+            print("tierkv: every client that reaches this machine may ask: there is no --api-key", file=sys.stderr)
+        print(f"tierkv serves {visible(name)} at {address}", flush=True)
+        await serving.serve(app, service, bound)
+    finally:
+        service.close()
+
+
+def _import_serving() -> Any:
+    """Return the names of the serving room. Raises ConfigError where its extra is not installed."""
+    try:
+        import tierkv.serving.command as serving
+    except ModuleNotFoundError as exc:
+        if (exc.name or "").split(".")[0] == "tierkv":
+            raise
+        raise ConfigError(f"serving needs {exc.name}", hint="pip install 'tierkv[serve]'") from exc
+    return serving
+
+
+def _limits_of(limits: Limits, kind: type[ServeLimits]) -> ServeLimits:
+    given = {each.name: getattr(limits, each.name) for each in fields(limits)}
+    body, stop_s = given.pop("max_body"), given.pop("stop_seconds")
+    return kind(max_body_bytes=parse_size(body) if body else None, stop_s=stop_s, **given)
+
+
+@contextmanager
+def _bound(place: Place, serving: Any) -> Iterator[socket.socket]:
+    """Yield a socket that is bound to the address, before a model is loaded. Raises ConfigError."""
+    try:
+        bound = serving.bind(place.host, place.port)
+    except (OSError, UnicodeError) as exc:
+        reason = getattr(exc, "strerror", None) or exc
+        raise ConfigError(f"cannot listen at {place.host}:{place.port}: {reason}") from exc
+    with bound:
+        yield bound
+
+
+def _is_loopback(host: str) -> bool:
+    return host == "::1" or host.startswith("127.")
+
+
+def _warn_of_date(options: EngineOptions, runner: Runner) -> None:
+    """Print which date the model is given, if its chat template writes one."""
+    template = str(getattr(runner.loaded.tokenizer, "chat_template", None) or "")
+    if "strftime_now" not in template:
+        return
+    if options.day is None:
+        text = "today's date: prompts that are cached today are not found tomorrow (--date YYYY-MM-DD keeps one)"
+    else:
+        text = f"{options.day.isoformat()} as today's date (--date today: the real one, and each day computes anew)"
+    print(f"tierkv: the chat template writes {text}", file=sys.stderr)
+
+
+def _warm(runner: Runner, options: EngineOptions, requests: list[Any]) -> None:
+    """Compute what is not cached of the prompts of the warm file."""
+    if not requests:
+        return
+    pool = runner.cache.hot
+    room = pool.num_blocks * pool.layout.block_size
+    room = min(room, context_of(runner.loaded.model) or room)
+    tokens = computed = too_large = 0
+    for request in requests:
+        prompt = prefix_tokens(runner.loaded.tokenizer, request, day=options.day)
+        if not prompt or len(prompt) > room:
+            too_large += 1
+            continue
+        tokens += len(prompt)
+        computed += runner.prefill(prompt)
+    left_out = f"; {too_large} were too large, and were left out" if too_large else ""
+    print(
+        f"tierkv: warmed {len(requests) - too_large:,} prompts of {tokens:,} tokens, {computed:,} computed{left_out}",
+        file=sys.stderr,
+    )

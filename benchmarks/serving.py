@@ -171,7 +171,7 @@ def measure_many(engine: Engine, count: int, num_new: int) -> dict[str, Any]:
 
 
 def measure_shared(engine: Engine, count: int, num_shared: int, num_new: int) -> dict[str, Any]:
-    """Return new tokens a second of prompts with one prefix: nobody has computed it, and then all of it is cached."""
+    """Return new tokens a second of prompts with one prefix: first with an empty cache, then with all of it cached."""
 
     def prompts_of(prefix: int, first: int) -> list[list[int]]:
         shared = list(tokens(prefix, num_shared))

@@ -99,7 +99,7 @@ def test_every_request_ends_with_its_own_tokens_and_leaves_nothing(
             apply(driver, event, requests)
             driver.scheduler.check()
             assert max_running is None or len(driver.scheduler.running) <= max_running
-        driver.run(most_steps=60 * len(requests) + 200)  # nobody starves
+        driver.run(most_steps=60 * len(requests) + 200)  # every request has its turn
         assert not driver.failed, "each of them fits alone"
         for request in requests:
             assert request.state is RequestState.ENDED and request.sequence is None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import binascii
+import socket
 import subprocess
 import threading
 import time
-import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -277,56 +278,69 @@ def test_a_key_of_another_type_is_damage_that_a_write_replaces(redis_server: Red
     client.close()
 
 
-def endless(_: list[bytes]) -> Iterator[bytes]:
-    yield b"$1000\r\n"
-    while True:
-        yield bytes(1 << 16)
-
-
-LIES = {
-    "another kind": lambda _: b":1\r\n",
-    "an array": lambda _: b"*1\r\n$1\r\na\r\n",
-    "a negative length": lambda _: b"$-2\r\n",
-    "no number": lambda _: b"$abc\r\n",
-    "a huge number": lambda _: b"$" + b"9" * 400 + b"\r\n",
-    "a line without end": lambda _: b"$" + b"1" * 100_000,
-    "longer than announced": lambda _: b"$5\r\n" + bytes(50) + b"\r\n",
-    "shorter than announced": lambda _: b"$50\r\n" + bytes(5) + b"\r\n",
-    "no end": endless,
-    "nothing": lambda _: b"",
-    "noise": lambda _: bytes(range(256)) * 20,
-    "more than any record": lambda _: b"$1000000000000\r\n" + bytes(1000),
-    "an error with a secret": lambda _: b"-ERR " + SECRET.encode() + b"\r\n",
-}
-
-
-@pytest.mark.parametrize("lie", LIES)
-def test_a_lying_server_costs_an_error_within_the_deadline_and_no_memory(lie: str) -> None:
+def test_a_gap_is_found_in_one_round_trip() -> None:
+    """The server answers nothing before all keys have been asked for."""
     pytest.importorskip("redis")
-    server = HostileServer({b"GET": LIES[lie], b"EXISTS": lambda _: b":1\r\n"})
+    asked: list[bytes] = []
+
+    def exists(words: list[bytes]) -> bytes:
+        asked.append(words[1])
+        return b"" if len(asked) < len(KEYS) else b":1\r\n" * 20 + b":0\r\n" + b":1\r\n" * (len(KEYS) - 21)
+
+    server = HostileServer({b"EXISTS": exists})
     client = client_of(server.url)
-    client.ping(deadline())
-    tracemalloc.start()
-    begin = time.monotonic()
-    with pytest.raises(RemoteError) as caught:
-        client.read(KEYS[0], deadline(0.3), most_bytes=2000)
-    assert time.monotonic() - begin < 3.0
-    assert tracemalloc.get_traced_memory()[1] < 4 << 20
-    tracemalloc.stop()
-    assert SECRET not in str(caught.value)
+    assert client.prefix(KEYS, deadline(5.0)) == 20
+    assert asked == [key.text().encode() for key in KEYS]
     client.close()
     server.close()
 
 
-@pytest.mark.parametrize("answer", [b":2\r\n", b":-1\r\n", b"+OK\r\n", b"$1\r\n1\r\n", b":1 \r\n", b"\r\n"])
-def test_a_count_that_cannot_be_is_an_error(answer: bytes) -> None:
+def test_all_servers_of_a_cluster_are_asked_before_the_first_answers() -> None:
     pytest.importorskip("redis")
-    server = HostileServer({b"EXISTS": lambda _: answer})
-    client = client_of(server.url)
-    with pytest.raises(RemoteError):
-        client.prefix(KEYS[:1], deadline(0.5))
+    servers: list[HostileServer] = []
+    asked: list[list[bytes]] = [[], []]
+    all_asked = threading.Event()
+
+    def exists_on(number: int) -> Callable[[list[bytes]], Iterator[bytes]]:
+        def exists(words: list[bytes]) -> Iterator[bytes]:
+            asked[number].append(words[1])
+            if sum(map(len, asked)) == len(KEYS):
+                all_asked.set()
+            yield from ()
+            if asked[number][-1] == last[number]:
+                assert all_asked.wait(5)
+                yield b":1\r\n" * len(asked[number])
+
+        return exists
+
+    def slots(_: list[bytes]) -> bytes:
+        nodes = [b"*2\r\n$9\r\n127.0.0.1\r\n:%d\r\n" % server.port for server in servers]
+        return b"*2\r\n*3\r\n:0\r\n:8191\r\n%s*3\r\n:8192\r\n:16383\r\n%s" % tuple(nodes)
+
+    names = [key.text().encode() for key in KEYS]
+    halves = [[name for name in names if binascii.crc_hqx(name, 0) % 16384 // 8192 == half] for half in (0, 1)]
+    last = [half[-1] for half in halves]
+    for number in (0, 1):
+        servers.append(HostileServer({b"CLUSTER": slots, b"EXISTS": exists_on(number)}))
+    client = client_of(f"redis://127.0.0.1:{servers[0].port}?cluster=true")
+    assert client.prefix(KEYS, deadline(5.0)) == len(KEYS)
+    assert asked == halves
     client.close()
-    server.close()
+    for server in servers:
+        server.close()
+
+
+def test_a_stopped_sentinel_leaves_time_for_the_next_one(own_redis: Redis) -> None:
+    host = b"127.0.0.1"
+    port = str(own_redis.port).encode()
+    there = HostileServer(
+        {b"SENTINEL": lambda _: b"*2\r\n$%d\r\n%s\r\n$%d\r\n%s\r\n" % (len(host), host, len(port), port)}
+    )
+    with socket.create_server(("127.0.0.1", 0)) as stopped:  # takes connections and answers nothing
+        client = client_of(f"redis://127.0.0.1:{stopped.getsockname()[1]},127.0.0.1:{there.port}?sentinel=cache")
+        client.ping(deadline(3.0))
+        client.close()
+    there.close()
 
 
 def test_answers_of_a_call_that_failed_never_reach_the_next_call(redis_server: Redis) -> None:

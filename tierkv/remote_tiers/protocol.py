@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import NamedTuple, Protocol
 
@@ -68,6 +68,11 @@ class Deadline:
     def allow_bytes(self, num_bytes: int) -> None:
         """Move the end back by the time that so many bytes take."""
         self._ends_at += num_bytes / self._times.bytes_per_s
+
+    def part(self, count: int) -> Deadline:
+        """Return a deadline that ends after a `count`th of the time left. Raises RemoteError where there is none."""
+        times = replace(self._times, base_s=self.left_s() / count)
+        return Deadline(times, clock=self._clock)
 
     def left_s(self) -> float:
         """Return the seconds left. Raises RemoteError where there are none."""

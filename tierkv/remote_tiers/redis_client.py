@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -19,6 +20,7 @@ Result = TypeVar("Result")
 
 _MOVED = ("MOVED", "ASK", "READONLY", "CLUSTERDOWN", "TRYAGAIN")  # another server has the key, or will soon
 _MOST_COMMANDS = 512  # sent before the first answer is received: all their answers fit a socket's buffers
+_PING_KEYS = 256
 
 
 class RedisClient:
@@ -34,25 +36,18 @@ class RedisClient:
         self._life = (b"PX", b"%d" % max(1, int(ttl_s * 1000))) if ttl_s else ()
 
     def ping(self, deadline: Deadline) -> None:
-        """Ask one server for a key that does not exist: PING says nothing about rights."""
-        self.prefix([RemoteKey(bytes(16), bytes(16))], deadline)
+        """Ask for keys that do not exist: PING says nothing about rights. All servers of a cluster are asked."""
+        count = _PING_KEYS if self._servers.is_cluster else 1
+        self.prefix([RemoteKey(bytes(16), number.to_bytes(16, "little")) for number in range(count)], deadline)
 
     def prefix(self, keys: Sequence[RemoteKey], deadline: Deadline) -> int:
-        """Count all values with one EXISTS. Where some are missing, they are the last ones, as a second one shows.
+        """Ask for each key, all at once: one round trip, also where a parent was evicted before its children.
 
-        Where a parent was evicted before its children, ask for each key. A script would find the gap in one round trip,
-        but needs rights that many servers do not grant.
+        One EXISTS of all keys would take 30 us less for 128, but says only how many there are. A script that finds the
+        gap takes longer, and needs rights that many servers do not grant.
         """
-        names = [key.text().encode() for key in keys]
-        if not names:
-            return 0
-        if self._servers.is_cluster:
-            return self._first_gap(names, deadline)
-
-        found = self._count(names, deadline)
-        if found in (0, len(names)) or self._count(names[:found], deadline) == found:
-            return found
-        return self._first_gap(names[:found], deadline)
+        found = self._ask_each(b"EXISTS", [key.text().encode() for key in keys], (), deadline)
+        return len(found) if (gap := found.find(b"0")) < 0 else gap
 
     def read(self, key: RemoteKey, deadline: Deadline, *, most_bytes: int) -> Bytes | None:
         """Receive a value into new memory."""
@@ -60,7 +55,7 @@ class RedisClient:
         command = (b"GETEX", name, *self._life) if self._life else (b"GET", name)
 
         def get(wire: RedisWire) -> Bytes | None:
-            wire.send([command], deadline)
+            wire.send(command, deadline)
             return wire.value(deadline, most_bytes=most_bytes)
 
         try:
@@ -76,7 +71,7 @@ class RedisClient:
         command = (b"SET", name, record, *self._life, *(() if replace else (b"NX",)))
 
         def put(wire: RedisWire) -> bool:
-            wire.send([command], deadline)
+            wire.send(command, deadline)
             return wire.status(deadline) is not None
 
         return self._on_server(name, put, deadline)
@@ -84,12 +79,10 @@ class RedisClient:
     def touch(self, keys: Sequence[RemoteKey], deadline: Deadline) -> None:
         """Refresh the life of values, or their place in the order of eviction; the last first, so parents go last."""
         names = [key.text().encode() for key in reversed(keys)]
-        commands: list[tuple[bytes, ...]]
         if self._life:
-            commands = [(b"PEXPIRE", name, self._life[1]) for name in names]
+            self._ask_each(b"PEXPIRE", names, self._life[1:], deadline)
         else:
-            commands = [(b"TOUCH", name) for name in names]
-        self._ask_each(names, commands, deadline)
+            self._ask_each(b"TOUCH", names, (), deadline)
 
     def describe(self, namespace: BlockHash, description: bytes, deadline: Deadline) -> None:
         """Keep nothing: a key of Redis that is not a block could be evicted at any time."""
@@ -98,33 +91,26 @@ class RedisClient:
         """Close all connections."""
         self._servers.close()
 
-    def _count(self, names: Sequence[bytes], deadline: Deadline) -> int:
-        def count(wire: RedisWire) -> int:
-            wire.send([(b"EXISTS", *names)], deadline)
-            return wire.number(deadline, most=len(names))
+    def _ask_each(
+        self, command: bytes, names: Sequence[bytes], arguments: Sequence[bytes], deadline: Deadline
+    ) -> bytes:
+        """Send a command for each key, to all servers before the first answer; return the answers, digits 0 or 1."""
 
-        return self._on_server(names[0], count, deadline)
-
-    def _first_gap(self, names: Sequence[bytes], deadline: Deadline) -> int:
-        found = self._ask_each(names, [(b"EXISTS", name) for name in names], deadline)
-        return next((at for at, exists in enumerate(found) if not exists), len(names))
-
-    def _ask_each(self, names: Sequence[bytes], commands: Sequence[tuple[bytes, ...]], deadline: Deadline) -> list[int]:
-        """Send a command for each key, all of one server at once; return the answers, each 0 or 1."""
-
-        def ask_all() -> list[int]:
-            answers = [0] * len(names)
+        def ask_all() -> bytes:
+            answers = bytearray(len(names))
             by_server: dict[Address, list[int]] = {}
             for at, name in enumerate(names):
                 by_server.setdefault(self._servers.address_of(name, deadline), []).append(at)
-            for address, places in by_server.items():
-                for first in range(0, len(places), _MOST_COMMANDS):
-                    part = places[first : first + _MOST_COMMANDS]
-                    with self._servers.connection(address, deadline) as wire:
-                        wire.send([commands[at] for at in part], deadline)
-                        for at in part:
-                            answers[at] = wire.number(deadline, most=1)
-            return answers
+            with contextlib.ExitStack() as opened:
+                wires = [opened.enter_context(self._servers.connection(each, deadline)) for each in by_server]
+                for first in range(0, len(names), _MOST_COMMANDS):
+                    parts = [places[first : first + _MOST_COMMANDS] for places in by_server.values()]
+                    for wire, part in zip(wires, parts, strict=True):
+                        wire.send_each(command, [names[at] for at in part], arguments, deadline)
+                    for wire, part in zip(wires, parts, strict=True):
+                        for at, digit in zip(part, wire.flags(len(part), deadline), strict=True):
+                            answers[at] = digit
+            return bytes(answers)
 
         return self._following(ask_all)
 

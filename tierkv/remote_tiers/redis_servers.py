@@ -1,27 +1,28 @@
 """RedisServers: which server has a key, and connections to it: one server, a cluster, or one that sentinels name.
 
-redis-py (the extra `redis`) connects, and reads the map of a cluster. Its retries are off: they turn a stopped server
-into seconds.
+redis-py (the extra `redis`) connects. Its retries are off: they turn a stopped server into seconds.
 """
 
 from __future__ import annotations
 
 import binascii
 import contextlib
+import functools
 import threading
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from tierkv.errors import ConfigError, RemoteError, RemoteRefusedError
 from tierkv.remote_tiers.call_threads import CallThreads
 from tierkv.remote_tiers.protocol import Deadline, RemoteDamageError
 from tierkv.remote_tiers.record_memory import RecordMemory
-from tierkv.remote_tiers.redis_wire import RedisWire, refusal
+from tierkv.remote_tiers.redis_wire import RedisWire
 from tierkv.remote_tiers.urls import RemoteUrl
 
 __all__ = ["Address", "RedisServers"]
 
 Address = tuple[str, int]
+Result = TypeVar("Result")
 
 _PORT = 6379
 _SENTINEL_PORT = 26379
@@ -118,24 +119,34 @@ class RedisServers:
 
     def _connect(self, address: Address, deadline: Deadline) -> RedisWire:
         """Connect on another thread: the system may look for a name longer than the deadline."""
-        left_s = deadline.left_s()
+        return self._threads.call(
+            lambda: self._log_in(address, deadline), timeout_s=deadline.left_s(), undo=RedisWire.close
+        )
 
-        def connect() -> RedisWire:
-            connection = self._open(address, timeout_s=left_s, options=self._options())
-            return RedisWire(_socket_of(connection), self._memory)
+    def _log_in(self, address: Address, deadline: Deadline) -> RedisWire:
+        """Return a connection that has authenticated. Raises RemoteError, RemoteRefusedError."""
+        commands: list[tuple[bytes, ...]] = []
+        if self._user:
+            commands.append((b"AUTH", self._user.encode(), (self._password or "").encode()))
+        elif self._password:
+            commands.append((b"AUTH", self._password.encode()))
+        if database := int(self._url.path or 0):
+            commands.append((b"SELECT", b"%d" % database))
+        wire = self._open(address, deadline)
+        try:
+            for command in commands:
+                wire.send(command, deadline)
+                wire.status(deadline)
+        except BaseException:
+            wire.close()
+            raise
+        return wire
 
-        return self._threads.call(connect, timeout_s=left_s, undo=RedisWire.close)
-
-    def _options(self) -> dict[str, Any]:
-        database = int(self._url.path or 0)
-        return {"username": self._user, "password": self._password, "db": database}
-
-    def _open(self, address: Address, *, timeout_s: float, options: dict[str, Any]) -> Any:
-        """Return a connection of redis-py that has authenticated. Raises RemoteError, RemoteRefusedError."""
+    def _open(self, address: Address, deadline: Deadline) -> RedisWire:
+        """Return a connection on which nothing was sent. Raises RemoteError."""
         redis, url = self._redis, self._url
-        retry = redis.retry.Retry(redis.backoff.NoBackoff(), 0)
-        options = {"retry": retry, "protocol": 2, "driver_info": None, **options}
         kind: Any = redis.Connection
+        options: dict[str, Any] = {}
         if url.scheme == "rediss":
             kind = redis.SSLConnection
             options["ssl_ca_certs"] = url.option("ca")
@@ -144,40 +155,29 @@ class RedisServers:
         host, port = address
         try:
             connection = kind(
-                host=host, port=port, socket_connect_timeout=timeout_s, socket_timeout=timeout_s, **options
+                host=host,
+                port=port,
+                socket_connect_timeout=deadline.left_s(),
+                retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0),
+                redis_connect_func=lambda _: None,  # it says nothing to the server: see RedisWire
+                **options,
             )
             connection.connect()
-        except (redis.exceptions.AuthenticationError, redis.exceptions.ResponseError) as exc:
-            raise refusal(_code_of(exc)) from None  # its text may hold what was sent
         except (redis.exceptions.RedisError, OSError, ValueError) as exc:
             raise RemoteError(f"{self._url} cannot be reached: {type(exc).__name__}") from None
-        return connection
+        return RedisWire(_socket_of(connection), self._memory)
 
     def _read_map(self, deadline: Deadline) -> list[Address]:
         """Ask the first server that answers which server has which slots."""
-        failure: RemoteError | None = None
-        for host, port in [*self._known_nodes(), *self._url.hosts]:
-            left_s = deadline.left_s()
-            address = (host, port or _PORT)
+        known = [*self._known_nodes(), *((host, port or _PORT) for host, port in self._url.hosts)]
 
-            def ask(address: Address = address, left_s: float = left_s) -> list[Address]:
-                connection = self._open(address, timeout_s=left_s, options=self._options())
-                try:
-                    connection.send_command("CLUSTER", "SLOTS")
-                    return _slots_of(connection.read_response(), address[0])
-                except self._redis.exceptions.ResponseError as exc:
-                    raise refusal(_code_of(exc)) from None
-                except (self._redis.exceptions.RedisError, OSError) as exc:
-                    raise RemoteError(f"{self._url} cannot be asked for its map: {type(exc).__name__}") from None
-                finally:
-                    connection.disconnect()
+        def read(address: Address, deadline: Deadline) -> list[Address]:
+            with contextlib.closing(self._log_in(address, deadline)) as wire:
+                wire.send((b"CLUSTER", b"SLOTS"), deadline)
+                return _slots_of(wire.reply(deadline, most_bytes=_MAP_BYTES), address[0])
 
-            try:
-                self._map = found = self._threads.call(ask, timeout_s=left_s)
-                return found
-            except RemoteError as exc:
-                failure = exc
-        raise failure or RemoteError(f"{self._url} names no server")
+        self._map = found = self._ask_first(known, read, deadline)
+        return found
 
     def _known_nodes(self) -> list[Address]:
         with self._lock:
@@ -185,36 +185,35 @@ class RedisServers:
 
     def _ask_sentinels(self, deadline: Deadline) -> Address:
         """Ask the first sentinel that answers which server takes writes now."""
-        name = self._url.option("sentinel") or ""
+        name = (self._url.option("sentinel") or "").encode()
+
+        def ask(address: Address, deadline: Deadline) -> Address:
+            with contextlib.closing(self._open(address, deadline)) as wire:
+                wire.send((b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME", name), deadline)
+                return _address_of(wire.reply(deadline, most_bytes=_MAP_BYTES))
+
+        sentinels = [(host, port or _SENTINEL_PORT) for host, port in self._url.hosts]
+        self._master = found = self._ask_first(sentinels, ask, deadline)
+        return found
+
+    def _ask_first(
+        self, addresses: Sequence[Address], ask: Callable[[Address, Deadline], Result], deadline: Deadline
+    ) -> Result:
+        """Return what the first server answers that answers; each has its share of the time."""
         failure: RemoteError | None = None
-        for host, port in self._url.hosts:
-            left_s = deadline.left_s()
-            address = (host, port or _SENTINEL_PORT)
-
-            def ask(address: Address = address, left_s: float = left_s) -> Address:
-                connection = self._open(address, timeout_s=left_s, options={})
-                try:
-                    connection.send_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", name)
-                    return _address_of(connection.read_response())
-                except self._redis.exceptions.ResponseError as exc:
-                    raise refusal(_code_of(exc)) from None
-                except (self._redis.exceptions.RedisError, OSError) as exc:
-                    raise RemoteError(f"{self._url} cannot be asked: {type(exc).__name__}") from None
-                finally:
-                    connection.disconnect()
-
+        for number, address in enumerate(addresses):
+            share = deadline.part(len(addresses) - number)
             try:
-                self._master = found = self._threads.call(ask, timeout_s=left_s)
-                return found
+                return self._threads.call(functools.partial(ask, address, share), timeout_s=share.left_s())
             except RemoteError as exc:
                 failure = exc
-        raise failure or RemoteError(f"{self._url} names no sentinel")
+        raise failure or RemoteError(f"{self._url} names no server")
 
 
 def _socket_of(connection: Any) -> Any:
     """Take the socket out of a connection of redis-py, which has none then and closes none.
 
-    redis-py has no public name for it. Its parser has read the answers to what it sent itself, and nothing more came.
+    redis-py has no public name for it. Its parser has read nothing: nothing was sent.
     """
     connected, connection._sock = connection._sock, None
     return connected
@@ -225,7 +224,7 @@ def _slots_of(answer: Any, host: str) -> list[Address]:
     found: list[Address | None] = [None] * _SLOTS
     try:
         for first, last, node, *_ in answer:
-            name = node[0].decode() or host
+            name = (node[0] or b"").decode() or host
             if not 0 <= int(first) <= int(last) < _SLOTS:
                 raise ValueError("no such slot")
             found[int(first) : int(last) + 1] = [(name, int(node[1]))] * (int(last) - int(first) + 1)
@@ -243,13 +242,6 @@ def _address_of(answer: Any) -> Address:
         return host.decode(), int(port)
     except (TypeError, ValueError, AttributeError) as exc:
         raise RemoteError("the sentinels do not know that name") from exc
-
-
-def _code_of(failure: Exception) -> str:
-    """Return the code of an answer. redis-py keeps it in the name of the error's class where it cuts it off."""
-    first = str(failure).split(" ", 1)[0]
-    known = {"AuthenticationError": "WRONGPASS", "NoPermissionError": "NOPERM", "BusyLoadingError": "LOADING"}
-    return first if first.isupper() else known.get(type(failure).__name__, "ERR")
 
 
 def _import_redis() -> Any:

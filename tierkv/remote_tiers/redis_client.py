@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from tierkv.errors import RemoteRefusedError
 from tierkv.remote_tiers.protocol import Deadline, RemoteDamageError, RemoteKey
-from tierkv.remote_tiers.redis_servers import Address, RedisServers
+from tierkv.remote_tiers.redis_servers import RedisServers
 from tierkv.remote_tiers.redis_wire import RedisWire
 from tierkv.remote_tiers.urls import RemoteUrl
 from tierkv.storage.codec import Bytes
@@ -98,9 +98,7 @@ class RedisClient:
 
         def ask_all() -> bytes:
             answers = bytearray(len(names))
-            by_server: dict[Address, list[int]] = {}
-            for at, name in enumerate(names):
-                by_server.setdefault(self._servers.address_of(name, deadline), []).append(at)
+            by_server = self._servers.split(names, deadline)
             with contextlib.ExitStack() as opened:
                 wires = [opened.enter_context(self._servers.connection(each, deadline)) for each in by_server]
                 for first in range(0, len(names), _MOST_COMMANDS):

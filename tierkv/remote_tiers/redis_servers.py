@@ -58,6 +58,17 @@ class RedisServers:
         host, port = self._url.hosts[0]
         return (host, port or _PORT)
 
+    def split(self, keys: Sequence[bytes], deadline: Deadline) -> dict[Address, Sequence[int]]:
+        """Return which of the keys each server has, by their places in `keys`."""
+        if not keys:
+            return {}
+        if not self.is_cluster:
+            return {self.address_of(keys[0], deadline): range(len(keys))}
+        found: dict[Address, list[int]] = {}
+        for at, key in enumerate(keys):
+            found.setdefault(self.address_of(key, deadline), []).append(at)
+        return dict(found)
+
     def forget_map(self) -> None:
         """Ask again which server has which key, before the next call: a key has moved, or a server has failed."""
         self._map = self._master = None

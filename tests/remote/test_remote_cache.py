@@ -181,6 +181,29 @@ def test_loads_from_a_remote_tier_are_measured_apart(machines: Machines) -> None
     assert run(second) == 40
 
 
+def test_a_remote_tier_that_is_slower_than_computing_is_not_asked_until_that_was_long_ago(machines: Machines) -> None:
+    first = machines.open("first")
+    run(first)
+    settled(first)
+    second = machines.open("second", piece_tokens=8)
+    choice = second._acquirer._choice
+    assert choice
+    record_passes(second, {4: 1e-3, 40: 1e-2})
+
+    def asked() -> int:
+        prefix = settled(second).latencies.get("prefix")
+        return prefix.count if prefix else 0
+
+    for overlaps in (False, True):
+        choice.load_costs[LoadKind(in_memory=False, overlaps=overlaps, is_remote=True)].add(10, 0.02)
+    before = asked()
+    second.release(second.acquire([*PROMPT, 99], overlap=True))
+    assert asked() == before
+    for _ in range(60):
+        second.release(second.acquire([*PROMPT, 99], overlap=True))
+    assert asked() > before, "it may be faster now"
+
+
 def test_overlapping_loads_and_computing_compares_equal(machines: Machines) -> None:
     first = machines.open("first")
     run(first)

@@ -19,15 +19,7 @@ from remote_servers import free_port, need, wait_until
 
 FIRST, SECOND = "tkvfirst", "tkvsecond"
 ADDRESS = "10.231.77.1"
-PROXY = """
-import sys, threading
-sys.path.insert(0, sys.argv[1])
-from remote_servers import SlowProxy
-target, delay_s, host, port = int(sys.argv[2]), float(sys.argv[3]), sys.argv[4], int(sys.argv[5])
-proxy = SlowProxy(target, delay_s=delay_s, bytes_per_s=125e6, host=host, port=port)
-print("up", flush=True)
-threading.Event().wait()
-"""
+ROOT = Path(__file__).parents[2]
 
 
 class Network:
@@ -56,10 +48,19 @@ class Network:
         self.has_netem = self._shape(delay_ms)
         self.url_first = f"redis://127.0.0.1:{port}?base_s=2"
         if not self.has_netem:
-            proxy = [sys.executable, "-c", PROXY, str(Path(__file__).parent.parent), str(port), str(delay_ms / 1e3)]
-            started = self._start(FIRST, [*proxy, ADDRESS, str(port + 1)])
-            assert started.stdout is not None and started.stdout.readline() == "up\n"
-            port += 1
+            proxy = [
+                sys.executable,
+                "-m",
+                "benchmarks.slow_proxy",
+                str(port),
+                str(delay_ms / 1e3),
+                "125e6",
+                ADDRESS,
+                "0",
+            ]
+            started = self._start(FIRST, proxy)
+            assert started.stdout is not None
+            port = int(started.stdout.readline())
         self.url_second = f"redis://{ADDRESS}:{port}?base_s=2"
 
     def tierkv(self, machine: str, url: str, *arguments: str) -> dict[str, Any]:
@@ -88,7 +89,11 @@ class Network:
 
     def _start(self, machine: str, line: list[str]) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            ["ip", "netns", "exec", machine, *line], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            ["ip", "netns", "exec", machine, *line],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            cwd=ROOT,
         )
         self._processes.append(process)
         return process

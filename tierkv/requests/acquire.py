@@ -82,7 +82,7 @@ class Acquirer:
             found = self._tiers.find(token_bytes, num_tokens - 1) if reuse else Lookup()
             pinned = self._loader.pin(found)
         if reuse and self._tiers.remote:
-            found, pinned = self._look_remotely(found, pinned, token_bytes)
+            found, pinned = self._look_remotely(found, pinned, token_bytes, overlap=overlap)
         claim: Claim | None = None
         plan = ColdPlan()
         try:
@@ -134,9 +134,17 @@ class Acquirer:
             raise
         return sequence
 
-    def _look_remotely(self, found: Lookup, pinned: Pinned, token_bytes: bytes) -> tuple[Lookup, Pinned]:
+    def _look_remotely(
+        self, found: Lookup, pinned: Pinned, token_bytes: bytes, *, overlap: bool
+    ) -> tuple[Lookup, Pinned]:
         """Ask the remote tiers for what was not found. Return what there is now, pinned."""
         max_tokens = len(token_bytes) // TOKEN_BYTES - 1
+        if overlap and self._choice:
+            num_blocks = max_tokens // self._block_size
+            num_missing = num_blocks - len(found.hot) - len(found.blocks)
+            num_rest = max_tokens + 1 - num_blocks * self._block_size
+            if num_missing > 0 and not self._choice.is_worth_asking(num_missing, num_rest):
+                return found, pinned
         before = pinned
         try:
             if not look_remotely(self._tiers, found, token_bytes, max_tokens):

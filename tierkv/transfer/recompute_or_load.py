@@ -132,6 +132,25 @@ class RecomputeOrLoad:
         """Return the seconds that so many blocks take in one forward pass; None if unknown."""
         return self.pass_costs.estimate(num_blocks * self._block_size)
 
+    def is_worth_asking(self, num_blocks: int, num_rest: int) -> bool:
+        """Return whether remote tiers may give blocks sooner than they are computed; True until both are measured.
+
+        num_blocks: as many as they may have. num_rest: tokens behind those. To ask costs a round trip.
+        """
+        alone = LoadKind(in_memory=False, is_remote=True)
+        num_tokens = num_blocks * self._block_size
+        kinds = [alone, alone._replace(overlaps=True)] if num_tokens > self._piece_tokens else [alone]
+        computing, rest = self.pass_costs.estimate(num_tokens + num_rest), self.pass_costs.estimate(num_rest)
+        if computing is None or rest is None:
+            return True
+        for kind in kinds:
+            loading = self.load_costs[kind].estimate(num_blocks)
+            if loading is None or loading + rest < computing:
+                return True
+        for kind in kinds:
+            self.load_costs[kind].forget(num_blocks)
+        return False
+
     def plan(self, found: Lookup, num_tokens: int, *, overlap: bool) -> ColdPlan:
         """Return what to do with the cold blocks at the end of a lookup for a prompt of so many tokens.
 

@@ -97,6 +97,8 @@ def _measure(loaded: LoadedModel, url: str, prompts: dict[str, list[list[int]]],
         with open_runner(loaded, _config(url), max_step_tokens=65_536) as runner:
             runner.compute_or_load = compute_or_load
             time.sleep(0.5)  # it connects
+            short = GenerationOptions(max_new_tokens=1, stop_ids=frozenset(), use_cache=False)
+            runner.generate([prompts[way][0][-_NUM_NEW:]], short)  # what a pass over the last tokens alone takes
             for number, prompt in enumerate(prompts[way]):
                 tokens = []
                 for use_cache in (False, True):

@@ -145,7 +145,7 @@ class RecomputeOrLoad:
             return True
         for kind in kinds:
             loading = self.load_costs[kind].estimate(num_blocks)
-            if loading is None or loading + rest < computing:
+            if loading is None or loading + rest <= computing:
                 return True
         for kind in kinds:
             self.load_costs[kind].forget(num_blocks)

@@ -12,6 +12,7 @@ import pytest
 from remote_servers import Redis, answers, free_port, need, wait_until
 
 from tierkv.errors import RemoteError
+from tierkv.remote_tiers.objects import ObjectsClient, ObstoreTransfer
 from tierkv.remote_tiers.protocol import CallTime, Deadline, RemoteClient, RemoteDamageError, RemoteKey
 from tierkv.remote_tiers.remotes import open_client
 from tierkv.remote_tiers.urls import RemoteUrl
@@ -64,16 +65,20 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         process.wait(10)
 
 
-@pytest.fixture(params=["redis", "redis-ttl", "dir", "s3"])
+@pytest.fixture(params=["redis", "redis-ttl", "dir", "s3", "s3 by obstore"])
 def client(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RemoteClient]:
+    """A client of each kind; Google's and Azure's objects go through obstore alone."""
     if request.param == "dir":
         url = f"dir://{tmp_path}"
-    elif request.param == "s3":
+    elif request.param.startswith("s3"):
         url = request.getfixturevalue("bucket").replace("/folder", f"/{tmp_path.name}")
     else:
         server: Redis = request.getfixturevalue("redis_server")
         url = server.url + ("?ttl_s=600" if request.param == "redis-ttl" else "")
     opened = open_client(RemoteUrl.parse(url))
+    if request.param == "s3 by obstore":
+        assert isinstance(opened, ObjectsClient)
+        opened._transfer = ObstoreTransfer(opened._obstore, opened._store)
     yield opened
     opened.close()
 

@@ -310,14 +310,30 @@ def test_a_call_that_hangs_is_left_behind_and_its_late_result_is_undone() -> Non
     calls: list[Callable[[], str]] = [hang, hang]
     for call in calls:
         with pytest.raises(RemoteError, match="in time"):
-            threads.call(call, timeout_s=0.01, undo=undone.append)
+            threads.call(call, left_s=Deadline(CallTime(base_s=0.01)).left_s, undo=undone.append)
     with pytest.raises(RemoteError, match="have not returned"):
-        threads.call(lambda: "never", timeout_s=5)
+        threads.call(lambda: "never", left_s=lambda: 5.0)
     gate.set()
     wait_until(lambda: undone == ["late", "late"])
-    assert threads.call(lambda: "now", timeout_s=5) == "now"
+    assert threads.call(lambda: "now", left_s=lambda: 5.0) == "now"
     with pytest.raises(ZeroDivisionError):
-        threads.call(lambda: str(1 // 0), timeout_s=5)
+        threads.call(lambda: str(1 // 0), left_s=lambda: 5.0)
+    with pytest.raises(ZeroDivisionError):
+        threads.call_all([lambda: "now", lambda: str(1 // 0)], left_s=lambda: 5.0)
+    assert threads.call_all([lambda: "one", lambda: "two"], left_s=lambda: 5.0) == ["one", "two"]
     threads.close()
     with pytest.raises(RemoteError, match="closed"):
-        threads.call(lambda: "never", timeout_s=5)
+        threads.call(lambda: "never", left_s=lambda: 5.0)
+
+
+def test_a_call_has_the_time_that_it_allows_itself_while_the_caller_waits() -> None:
+    threads = CallThreads(1, name="test")
+    deadline = Deadline(CallTime(base_s=0.1, bytes_per_s=1e6))
+
+    def read() -> str:
+        deadline.allow_bytes(10_000_000)
+        threading.Event().wait(0.3)
+        return "read"
+
+    assert threads.call(read, left_s=deadline.left_s) == "read"
+    threads.close()

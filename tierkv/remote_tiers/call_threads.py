@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -38,26 +38,24 @@ class CallThreads:
         return self._num_busy
 
     def call(
-        self, work: Callable[[], Result], *, timeout_s: float, undo: Callable[[Result], object] | None = None
+        self,
+        work: Callable[[], Result],
+        *,
+        left_s: Callable[[], float],
+        undo: Callable[[Result], object] | None = None,
     ) -> Result:
         """Return what a call returns, or raise what it raises.
 
-        undo: called with a result that comes too late. Raises RemoteError if the call takes longer than `timeout_s`,
-        and at once where all threads are busy.
+        left_s: returns how long to wait, also while the call waits, and raises RemoteError once that is over. undo:
+        called with a result that comes too late. Raises RemoteError at once where all threads are busy.
         """
-        job = _Job(work, undo)
-        with self._lock:
-            if self._is_closed or self._num_busy >= self._most:
-                raise RemoteError("the remote tier is closed" if self._is_closed else "earlier calls have not returned")
-            self._num_busy += 1
-            if self._num_busy > self._num_threads:
-                self._num_threads += 1
-                threading.Thread(target=self._run, name=self._name, daemon=True).start()
-        self._jobs.put(job)
-        if not job.is_done.wait(timeout_s) and job.abandon():
-            raise RemoteError("the remote tier did not answer in time")
-        result: Result = job.result.result()
+        result: Result = _wait(self._start(work, undo), left_s)
         return result
+
+    def call_all(self, works: Sequence[Callable[[], Result]], *, left_s: Callable[[], float]) -> list[Result]:
+        """Return what several calls return that run at the same time. Raises as `call`, for the first that fails."""
+        jobs = [self._start(work, None) for work in works]
+        return [_wait(job, left_s) for job in jobs]
 
     def close(self) -> None:
         """Let all threads end, those that hang when their calls return. Returns at once; may be called twice."""
@@ -67,6 +65,18 @@ class CallThreads:
                 self._jobs.put(None)
             self._num_threads = 0
 
+    def _start(self, work: Callable[[], Result], undo: Callable[[Result], object] | None) -> _Job:
+        job = _Job(work, undo)
+        with self._lock:
+            if self._is_closed or self._num_busy >= self._most:
+                raise RemoteError("the remote tier is closed" if self._is_closed else "earlier calls have not returned")
+            self._num_busy += 1
+            if self._num_busy > self._num_threads:
+                self._num_threads += 1
+                threading.Thread(target=self._run, name=self._name, daemon=True).start()
+        self._jobs.put(job)
+        return job
+
     def _run(self) -> None:
         while job := self._jobs.get():
             job.run(self._end_call)
@@ -75,6 +85,17 @@ class CallThreads:
     def _end_call(self) -> None:
         with self._lock:
             self._num_busy -= 1
+
+
+def _wait(job: _Job, left_s: Callable[[], float]) -> Any:
+    """Return a call's result, or leave it to `undo`."""
+    try:
+        while not job.is_done.wait(left_s()):
+            pass
+    except RemoteError:
+        if job.abandon():
+            raise
+    return job.result.result()
 
 
 class _Job:

@@ -142,7 +142,7 @@ class DirectoryClient:
     def _call(self, work: Callable[[], Result], deadline: Deadline) -> Result:
         """Run file operations on a thread, for as long as the deadline allows."""
         try:
-            return self._threads.call(work, timeout_s=deadline.left_s())
+            return self._threads.call(work, left_s=deadline.left_s)
         except OSError as exc:
             if exc.errno in _FULL:
                 raise RemoteRefusedError("the shared directory is full", code="FULL") from exc

@@ -6,8 +6,9 @@ Every call runs on a thread of its own: obstore has no deadline for each call. I
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -15,11 +16,12 @@ from tierkv.errors import ConfigError, RemoteError, RemoteRefusedError
 from tierkv.remote_tiers.call_threads import CallThreads
 from tierkv.remote_tiers.protocol import Deadline, RemoteDamageError, RemoteKey, namespace_folder
 from tierkv.remote_tiers.record_memory import RecordMemory
+from tierkv.remote_tiers.signed_objects import SignedObjects
 from tierkv.remote_tiers.urls import RemoteUrl
 from tierkv.storage.codec import Bytes
 from tierkv.values.block import BlockHash
 
-__all__ = ["ObjectsClient"]
+__all__ = ["ObjectTransfer", "ObjectsClient", "ObstoreTransfer"]
 
 Result = TypeVar("Result")
 
@@ -27,6 +29,25 @@ _MOST_THREADS = 32
 _AT_ONCE = 7  # questions that divide what is not known yet into eight parts
 _PART_BYTES = 16 << 20  # of a record that is read by several requests at once
 _LATE_S = 60  # a call that nothing waits for any more ends after that
+
+
+class ObjectTransfer(Protocol):
+    """Gets and puts objects by their whole paths. Thread-safe. Raises RemoteError, or what obstore raises."""
+
+    def get(
+        self, path: str, *, start: int, num_bytes: int, most_bytes: int, deadline: Deadline
+    ) -> tuple[int, Bytes] | None:
+        """Return an object's size and its bytes from `start` on, `num_bytes` or what there is; None where it is absent.
+
+        Takes no memory before the size was compared with `most_bytes`. Where `start` is 0, the deadline allows for the
+        bytes of the whole object from then on. Raises RemoteDamageError.
+        """
+
+    def put(self, path: str, record: Bytes, *, replace: bool, deadline: Deadline) -> bool:
+        """Create an object. Return False where there is one, and change nothing then, unless `replace`."""
+
+    def close(self) -> None:
+        """Close all connections. May be called twice."""
 
 
 class ObjectsClient:
@@ -41,6 +62,9 @@ class ObjectsClient:
         self._errors: Any = self._obstore.exceptions
         self._store = self._open(url)
         self._folder = f"{url.path}/" if url.path else ""
+        is_s3 = url.scheme == "s3"  # obstore signs for the others only with some kinds of credentials
+        transfer = SignedObjects if is_s3 else ObstoreTransfer
+        self._transfer: ObjectTransfer = transfer(self._obstore, self._store)
         self._memory = RecordMemory()
         self._threads = CallThreads(_MOST_THREADS, name="tierkv-remote-objects")
 
@@ -51,33 +75,37 @@ class ObjectsClient:
     def prefix(self, keys: Sequence[RemoteKey], deadline: Deadline) -> int:
         """Find the last object by bisection, several questions at a time: parents are written first."""
         paths = [self._path(key) for key in keys]
-        return self._call(lambda: asyncio.run(self._num_present(paths)), deadline) if paths else 0
+        return self._call([lambda: asyncio.run(self._num_present(paths))], deadline)[0] if paths else 0
 
     def read(self, key: RemoteKey, deadline: Deadline, *, most_bytes: int) -> Bytes | None:
         """Read an object, a long one by several requests at once."""
         path = self._path(key)
-        first = self._call(lambda: self._first_part(path, most_bytes), deadline)
+
+        def get(start: int) -> Callable[[], tuple[int, Bytes] | None]:
+            return lambda: self._transfer.get(
+                path, start=start, num_bytes=_PART_BYTES, most_bytes=most_bytes, deadline=deadline
+            )
+
+        (first,) = self._call([get(0)], deadline)
         if first is None:
             return None
         size, head = first
-        deadline.allow_bytes(size)
-        if len(head) == size:
+        if head.size == size:
             return head
-        return self._call(lambda: asyncio.run(self._other_parts(path, size, head)), deadline)
+        memory = self._memory.take(size)
+        memory[: head.size] = head
+        starts = range(head.size, size, _PART_BYTES)
+        for start, part in zip(starts, self._call([get(start) for start in starts], deadline), strict=True):
+            if part is None or part[0] != size:
+                raise RemoteDamageError("an object changes while it is read")
+            memory[start : start + part[1].size] = part[1]
+        return memory
 
     def write(self, key: RemoteKey, record: Bytes, deadline: Deadline, *, replace: bool) -> bool:
         """Put an object, with If-None-Match unless `replace`."""
         path = self._path(key)
-        mode = "overwrite" if replace else "create"
-
-        def put() -> bool:
-            try:
-                self._obstore.put(self._store, path, record.data, mode=mode, use_multipart=False)
-            except (self._errors.AlreadyExistsError, self._errors.PreconditionError):
-                return False
-            return True
-
-        return self._call(put, deadline)
+        put = functools.partial(self._transfer.put, path, record, replace=replace, deadline=deadline)
+        return self._call([put], deadline)[0]
 
     def touch(self, keys: Sequence[RemoteKey], deadline: Deadline) -> None:
         """Do nothing: objects have no time of their last use. A rule of the bucket may remove old ones."""
@@ -85,17 +113,12 @@ class ObjectsClient:
     def describe(self, namespace: BlockHash, description: bytes, deadline: Deadline) -> None:
         """Put namespace.json beside the namespace's records."""
         path = f"{self._folder}{namespace_folder(namespace)}/namespace.json"
-
-        def put() -> None:
-            try:
-                self._obstore.put(self._store, path, description, mode="create", use_multipart=False)
-            except (self._errors.AlreadyExistsError, self._errors.PreconditionError):
-                return
-
-        self._call(put, deadline)
+        text = np.frombuffer(description, dtype=np.uint8)
+        self._call([functools.partial(self._transfer.put, path, text, replace=False, deadline=deadline)], deadline)
 
     def close(self) -> None:
-        """Let all threads end."""
+        """Close all connections, and let all threads end."""
+        self._transfer.close()
         self._threads.close()
 
     def _open(self, url: RemoteUrl) -> Any:
@@ -144,16 +167,42 @@ class ObjectsClient:
             return False
         return True
 
-    def _first_part(self, path: str, most_bytes: int) -> tuple[int, Bytes] | None:
-        """Return an object's size and its first bytes; None where there is none."""
+    def _call(self, works: Sequence[Callable[[], Result]], deadline: Deadline) -> list[Result]:
+        """Run requests at the same time, each on a thread, for as long as the deadline allows."""
+        errors = self._errors
         try:
-            found = self._obstore.get(self._store, path, options={"range": (0, _PART_BYTES)})
+            return self._threads.call_all(works, left_s=deadline.left_s)
+        except (errors.PermissionDeniedError, errors.UnauthenticatedError) as exc:
+            raise RemoteRefusedError("the object store does not allow that", code=type(exc).__name__[:-5]) from None
+        except (errors.BaseError, OSError, ValueError) as exc:  # the text may name keys of the account
+            raise RemoteError(f"the object store does not answer: {type(exc).__name__}") from None
+
+
+class ObstoreTransfer:
+    """Satisfies `ObjectTransfer`, for providers for which obstore does not sign with all kinds of credentials.
+
+    The provider is trusted in one thing: obstore receives the body of a refusal whole, however long it is.
+    """
+
+    def __init__(self, obstore: Any, store: Any) -> None:
+        self._obstore = obstore
+        self._errors: Any = obstore.exceptions
+        self._store = store
+        self._memory = RecordMemory()
+
+    def get(
+        self, path: str, *, start: int, num_bytes: int, most_bytes: int, deadline: Deadline
+    ) -> tuple[int, Bytes] | None:
+        try:
+            found = self._obstore.get(self._store, path, options={"range": (start, start + num_bytes)})
         except (self._errors.NotFoundError, FileNotFoundError):
             return None
         size = int(found.meta["size"])
-        if not 0 < size <= most_bytes:
+        if not start < size <= most_bytes:
             raise RemoteDamageError(f"an object of {size} bytes is no record of this layout")
-        wanted = min(size, _PART_BYTES)
+        if not start:
+            deadline.allow_bytes(size)
+        wanted = min(size - start, num_bytes)
         memory = self._memory.take(wanted)
         end = 0
         for part in found.stream(min_chunk_size=1):
@@ -166,30 +215,16 @@ class ObjectsClient:
             raise RemoteError("the object store has closed the connection within an object")
         return size, memory
 
-    async def _other_parts(self, path: str, size: int, head: Bytes) -> Bytes:
-        memory = self._memory.take(size)
-        memory[: head.size] = head
-
-        async def read(start: int) -> None:
-            end = min(start + _PART_BYTES, size)
-            part = await self._obstore.get_range_async(self._store, path, start=start, end=end)
-            piece = np.frombuffer(part, dtype=np.uint8)
-            if piece.size != end - start:
-                raise RemoteDamageError("the object store sends another length than it has announced")
-            memory[start:end] = piece
-
-        await asyncio.gather(*(read(start) for start in range(head.size, size, _PART_BYTES)))
-        return memory
-
-    def _call(self, work: Callable[[], Result], deadline: Deadline) -> Result:
-        """Run requests on a thread, for as long as the deadline allows."""
-        errors = self._errors
+    def put(self, path: str, record: Bytes, *, replace: bool, deadline: Deadline) -> bool:
+        mode = "overwrite" if replace else "create"
         try:
-            return self._threads.call(work, timeout_s=deadline.left_s())
-        except (errors.PermissionDeniedError, errors.UnauthenticatedError) as exc:
-            raise RemoteRefusedError("the object store does not allow that", code=type(exc).__name__[:-5]) from None
-        except (errors.BaseError, OSError, ValueError) as exc:  # the text may name keys of the account
-            raise RemoteError(f"the object store does not answer: {type(exc).__name__}") from None
+            self._obstore.put(self._store, path, record.data, mode=mode, use_multipart=False)
+        except (self._errors.AlreadyExistsError, self._errors.PreconditionError):
+            return False
+        return True
+
+    def close(self) -> None:
+        """Do nothing: obstore closes its connections itself."""
 
 
 def _import_obstore() -> Any:

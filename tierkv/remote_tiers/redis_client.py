@@ -55,7 +55,7 @@ class RedisClient:
         command = (b"GETEX", name, *self._life) if self._life else (b"GET", name)
 
         def get(wire: RedisWire) -> Bytes | None:
-            wire.send(command, deadline)
+            wire.send_command(command, deadline)
             return wire.value(deadline, most_bytes=most_bytes)
 
         try:
@@ -71,7 +71,7 @@ class RedisClient:
         command = (b"SET", name, record, *self._life, *(() if replace else (b"NX",)))
 
         def put(wire: RedisWire) -> bool:
-            wire.send(command, deadline)
+            wire.send_command(command, deadline)
             return wire.status(deadline) is not None
 
         return self._on_server(name, put, deadline)

@@ -130,9 +130,7 @@ class RedisServers:
 
     def _connect(self, address: Address, deadline: Deadline) -> RedisWire:
         """Connect on another thread: the system may look for a name longer than the deadline."""
-        return self._threads.call(
-            lambda: self._log_in(address, deadline), timeout_s=deadline.left_s(), undo=RedisWire.close
-        )
+        return self._threads.call(lambda: self._log_in(address, deadline), left_s=deadline.left_s, undo=RedisWire.close)
 
     def _log_in(self, address: Address, deadline: Deadline) -> RedisWire:
         """Return a connection that has authenticated. Raises RemoteError, RemoteRefusedError."""
@@ -146,7 +144,7 @@ class RedisServers:
         wire = self._open(address, deadline)
         try:
             for command in commands:
-                wire.send(command, deadline)
+                wire.send_command(command, deadline)
                 wire.status(deadline)
         except BaseException:
             wire.close()
@@ -184,7 +182,7 @@ class RedisServers:
 
         def read(address: Address, deadline: Deadline) -> list[Address]:
             with contextlib.closing(self._log_in(address, deadline)) as wire:
-                wire.send((b"CLUSTER", b"SLOTS"), deadline)
+                wire.send_command((b"CLUSTER", b"SLOTS"), deadline)
                 return _slots_of(wire.reply(deadline, most_bytes=_MAP_BYTES), address[0])
 
         self._map = found = self._ask_first(known, read, deadline)
@@ -200,7 +198,7 @@ class RedisServers:
 
         def ask(address: Address, deadline: Deadline) -> Address:
             with contextlib.closing(self._open(address, deadline)) as wire:
-                wire.send((b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME", name), deadline)
+                wire.send_command((b"SENTINEL", b"GET-MASTER-ADDR-BY-NAME", name), deadline)
                 return _address_of(wire.reply(deadline, most_bytes=_MAP_BYTES))
 
         sentinels = [(host, port or _SENTINEL_PORT) for host, port in self._url.hosts]
@@ -215,7 +213,7 @@ class RedisServers:
         for number, address in enumerate(addresses):
             share = deadline.part(len(addresses) - number)
             try:
-                return self._threads.call(functools.partial(ask, address, share), timeout_s=share.left_s())
+                return self._threads.call(functools.partial(ask, address, share), left_s=share.left_s)
             except RemoteError as exc:
                 failure = exc
         raise failure or RemoteError(f"{self._url} names no server")

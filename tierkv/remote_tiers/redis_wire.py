@@ -8,16 +8,13 @@ either: it takes as much memory for them as the server sends.
 from __future__ import annotations
 
 import socket
-import struct
-import sys
 from collections.abc import Sequence
 from typing import TypeAlias
-
-import numpy as np
 
 from tierkv.errors import RemoteError, RemoteRefusedError
 from tierkv.remote_tiers.protocol import Deadline, RemoteDamageError
 from tierkv.remote_tiers.record_memory import RecordMemory
+from tierkv.remote_tiers.wire import Wire
 from tierkv.storage.codec import Bytes
 
 __all__ = ["RedisWire", "Reply"]
@@ -25,9 +22,7 @@ __all__ = ["RedisWire", "Reply"]
 Reply: TypeAlias = "int | bytes | list[Reply] | None"
 """An answer of any kind."""
 
-_HEAD_BYTES = 4096  # received at once where an answer begins; of a value so many bytes are copied once more
 _LINE_BYTES = 512  # no answer that is asked for here has a longer line
-_WAIT_BYTES = 2 << 20
 _MOST_DIGITS = 19
 _LONG_BYTES = 16 << 10  # of a value that is sent from its own memory
 _FLAG_BYTES = 4  # of an answer that is 0 or 1
@@ -35,37 +30,20 @@ _ITEM_BYTES = 64  # of memory that an item of a list takes, beside its text
 _MOST_DEPTH = 5
 
 
-class RedisWire:
+class RedisWire(Wire):
     """One connection, used by one thread at a time. After an error, other than a refusal, it must be closed."""
 
     def __init__(self, connected: socket.socket, memory: RecordMemory) -> None:
-        self._socket = connected
+        super().__init__(connected)
         self._memory = memory
-        self._may_wait_for_all = sys.platform == "linux" and type(connected) is socket.socket  # TLS cannot
-        self._unread = b""
         self._num_pending = 0  # answers that have not begun to come
 
     @property
     def is_in_step(self) -> bool:
         """Whether all answers have been received: then the connection can be used again, also after a refusal."""
-        return not self._num_pending and not self._unread
+        return not self._num_pending and not self.unread
 
-    def close(self) -> None:
-        """Close the socket. May be called twice."""
-        self._socket.close()
-
-    def is_stale(self) -> bool:
-        """Return whether the server has closed the connection, or has sent what nothing asked for."""
-        self._socket.settimeout(0)
-        try:
-            self._socket.recv(1)
-        except (BlockingIOError, TimeoutError):
-            return False
-        except OSError as exc:  # TLS has an error of its own for "nothing there"
-            return type(exc).__name__ != "SSLWantReadError"
-        return True
-
-    def send(self, command: Sequence[bytes | Bytes], deadline: Deadline) -> None:
+    def send_command(self, command: Sequence[bytes | Bytes], deadline: Deadline) -> None:
         """Send a command, its name and its arguments. Long arguments are sent from their own memory."""
         self._num_pending += 1
         parts = [b"*%d\r\n" % len(command)]
@@ -76,27 +54,27 @@ class RedisWire:
                 parts.append(b"$%d\r\n%s\r\n" % (argument.size, argument.tobytes()))
             else:
                 parts.append(b"$%d\r\n" % argument.size)
-                self._send(b"".join(parts), deadline)
-                self._send(argument.data, deadline)
+                self.send(b"".join(parts), deadline)
+                self.send(argument.data, deadline)
                 parts = [b"\r\n"]
-        self._send(b"".join(parts), deadline)
+        self.send(b"".join(parts), deadline)
 
     def send_each(self, name: bytes, keys: Sequence[bytes], arguments: Sequence[bytes], deadline: Deadline) -> None:
         """Send one command for each key, all at once. `flags` receives the answers."""
         self._num_pending += len(keys)
         head = b"*%d\r\n$%d\r\n%s\r\n" % (2 + len(arguments), len(name), name)
         end = b"".join(b"$%d\r\n%s\r\n" % (len(argument), argument) for argument in arguments)
-        self._send(b"".join([b"%s$%d\r\n%s\r\n%s" % (head, len(key), key, end) for key in keys]), deadline)
+        self.send(b"".join([b"%s$%d\r\n%s\r\n%s" % (head, len(key), key, end) for key in keys]), deadline)
 
     def flags(self, count: int, deadline: Deadline) -> bytes:
         """Receive so many numbers, each 0 or 1; return their digits. Raises RemoteError, RemoteRefusedError."""
         size = _FLAG_BYTES * count
-        while len(self._unread) < size and self._unread[:1] in (b"", b":"):
-            self._unread += self._receive(deadline)
-        answers = self._unread[:size]
+        while len(self.unread) < size and self.unread[:1] in (b"", b":"):
+            self.receive_more(deadline)
+        answers = self.unread[:size]
         digits = answers[1::_FLAG_BYTES]
         if answers == b"".join([b":%c\r\n" % digit for digit in digits]) and not digits.strip(b"01"):
-            self._unread = self._unread[size:]
+            self.unread = self.unread[size:]
             self._num_pending -= count
             return digits
         return b"".join([b"%d" % self.number(deadline, most=1) for _ in range(count)])  # raises what is wrong
@@ -129,10 +107,7 @@ class RedisWire:
             raise RemoteDamageError(f"a value of {size} bytes is longer than any record of this layout")
         deadline.allow_bytes(size)
         memory = self._memory.take(size + 2)  # and the end of the line
-        known = self._unread[: size + 2]
-        self._unread = self._unread[size + 2 :]
-        memory[: len(known)] = np.frombuffer(known, dtype=np.uint8)
-        self._receive_into(memory[len(known) :].data, deadline)
+        self.receive_into(memory.data, deadline)
         if memory[size:].tobytes() != b"\r\n":
             raise RemoteError("the remote tier does not speak Redis' protocol: a value has another length")
         return memory[:size]
@@ -159,9 +134,9 @@ class RedisWire:
         if left < 0 or depth > _MOST_DEPTH:
             raise RemoteError("the remote tier sends an answer that is too long")
         if kind == b"$":
-            while len(self._unread) < size + 2:
-                self._unread += self._receive(deadline)
-            found, self._unread = self._unread[:size], self._unread[size + 2 :]
+            while len(self.unread) < size + 2:
+                self.receive_more(deadline)
+            found, self.unread = self.unread[:size], self.unread[size + 2 :]
             return found, left
         items: list[Reply] = []
         for _ in range(size):
@@ -179,51 +154,8 @@ class RedisWire:
 
     def _any_line(self, deadline: Deadline) -> tuple[bytes, bytes]:
         """Receive a line; return its first character and the rest."""
-        while (end := self._unread.find(b"\r\n", 0, _LINE_BYTES)) < 0:
-            if len(self._unread) >= _LINE_BYTES:
-                raise RemoteError("the remote tier does not speak Redis' protocol: a line does not end")
-            self._unread += self._receive(deadline)
-        line, self._unread = self._unread[:end], self._unread[end + 2 :]
+        line = self.receive_line(b"\r\n", deadline, most_bytes=_LINE_BYTES)
         return line[:1], line[1:]
-
-    def _receive(self, deadline: Deadline) -> bytes:
-        self._socket.settimeout(deadline.left_s())
-        try:
-            found = self._socket.recv(_HEAD_BYTES)
-        except OSError as exc:
-            raise _lost(exc) from exc
-        if not found:
-            raise RemoteError("the remote tier has closed the connection")
-        return found
-
-    def _receive_into(self, memory: memoryview, deadline: Deadline) -> None:
-        """Fill memory. The kernel waits for all of it where it can: few calls are needed then, each with a limit."""
-        found = 0
-        try:
-            while found < len(memory):
-                left_s = deadline.left_s()
-                if self._may_wait_for_all:
-                    self._socket.settimeout(None)
-                    limit = struct.pack("ll", int(left_s), int(left_s % 1 * 1e6) or 1)
-                    self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
-                    count = self._socket.recv_into(memory[found : found + _WAIT_BYTES], 0, socket.MSG_WAITALL)
-                else:
-                    self._socket.settimeout(left_s)
-                    count = self._socket.recv_into(memory[found:])
-                if not count:
-                    raise RemoteError("the remote tier has closed the connection within a value")
-                found += count
-        except OSError as exc:
-            raise _lost(exc) from exc
-
-    def _send(self, data: bytes | memoryview, deadline: Deadline) -> None:
-        view = memoryview(data)
-        try:
-            while view:
-                self._socket.settimeout(deadline.left_s())
-                view = view[self._socket.send(view) :]
-        except OSError as exc:
-            raise _lost(exc) from exc
 
 
 def refusal(text: str) -> RemoteRefusedError:
@@ -232,12 +164,6 @@ def refusal(text: str) -> RemoteRefusedError:
     if not (code.isalpha() and code.isupper() and len(code) <= 16):
         code = "ERR"
     return RemoteRefusedError(f"the remote tier refuses: {code}", code=code)
-
-
-def _lost(failure: OSError) -> RemoteError:
-    if isinstance(failure, TimeoutError | BlockingIOError):
-        return RemoteError("the remote tier did not answer in time")
-    return RemoteError(f"the connection to the remote tier is lost: {failure.strerror or type(failure).__name__}")
 
 
 def _unexpected(kind: bytes, text: bytes) -> RemoteError:

@@ -1,7 +1,8 @@
-"""`tierkv remote check`: whether a remote tier can be used, how fast it is, and what a first token gains by it."""
+"""`tierkv remote`: whether a remote tier can be used, how fast it is, and which models it has blocks of."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import statistics
 import time
@@ -12,13 +13,14 @@ import numpy as np
 import typer
 from rich.table import Table
 
-from tierkv.errors import RemoteError
+from tierkv.errors import ConfigError, RemoteError
 from tierkv.remote_tiers.protocol import CallTime, Deadline, RemoteClient, RemoteKey
 from tierkv.remote_tiers.remotes import open_client
 from tierkv.remote_tiers.urls import RemoteUrl
 from tierkv.storage.codec import Bytes
 from tierkv.tools.options import AsJson, parse_size
-from tierkv.tools.terminal import open_console, print_json
+from tierkv.tools.terminal import open_console, print_json, visible
+from tierkv.values.namespace import parse_description
 
 __all__ = ["group"]
 
@@ -64,6 +66,37 @@ def check(
     )
     if found["answer_ms_p50"] > 1e3 * parsed.call_time().base_s / 2:
         console.print("Answers take more than half of base_s: raise it in the URL, as ?base_s=1")
+
+
+def inspect(
+    url: Annotated[str, typer.Argument(metavar="URL", help="The remote tier, as --remote names it.")],
+    as_json: AsJson = False,
+) -> None:
+    """List the models that a directory or an object store has blocks of. Redis does not keep their names."""
+    parsed = RemoteUrl.parse(url)
+    with contextlib.closing(open_client(parsed)) as client:
+        client.ping(Deadline(_CALL))
+        texts = client.descriptions(Deadline(_CALL))
+    found, num_unreadable = [], 0
+    for text in texts:
+        try:
+            found.append(parse_description(text))
+        except ConfigError:
+            num_unreadable += 1
+    if as_json:
+        namespaces = [{"namespace": each.digest.hex(), **each.fields} for each in found]
+        print_json({"url": str(parsed), "namespaces": namespaces, "unreadable": num_unreadable})
+        return
+    table = Table(title=str(parsed))
+    for column in ("namespace", "model", "dtype", "size"):
+        table.add_column(column, no_wrap=True)
+    for each in found:
+        dtype, size = visible(str(each.fields["dtype"])), str(each.layout.block_size)
+        table.add_row(each.digest.hex()[:8], visible(each.name), dtype, size)
+    console = open_console()
+    console.print(table)
+    if num_unreadable:
+        console.print(f"{num_unreadable} descriptions cannot be read")
 
 
 def _measure(client: RemoteClient, num_bytes: int) -> dict[str, float]:
@@ -119,3 +152,4 @@ def _print_help(ctx: typer.Context) -> None:
 
 
 group.command()(check)
+group.command()(inspect)

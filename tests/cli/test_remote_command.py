@@ -57,6 +57,22 @@ def test_a_second_machine_computes_nothing(
     assert results[0]["blocks_computed"] > 0 and results[0]["blocks_reused"] == 0
     assert results[1]["blocks_reused"] >= results[0]["blocks_computed"] - 1, "all but the partial block"
     assert results[1]["blocks_computed"] <= 1
+    if by == "option":
+        printed = command("remote", "inspect", url, "--json")
+        assert printed.code == 0, printed.err
+        (namespace,) = json.loads(printed.out)["namespaces"]
+        assert namespace["name"] and namespace["dtype"] == "float32"
+        printed = command("remote", "inspect", url)
+        assert printed.code == 0 and namespace["namespace"][:8] in printed.out and "float32" in printed.out
+
+
+def test_inspect_counts_descriptions_that_cannot_be_read(command: Command, shared: Path) -> None:
+    for number, text in enumerate((b"[1", bytes(1 << 20), b"{}")):
+        folder = shared / "tkv2" / (f"{number}" * 32)
+        folder.mkdir(parents=True)
+        (folder / "namespace.json").write_bytes(text)
+    printed = command("remote", "inspect", f"dir://{shared}")
+    assert printed.code == 0 and "3 descriptions cannot be read" in printed.out
 
 
 def test_a_remote_tier_of_a_daemon_is_not_on_its_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

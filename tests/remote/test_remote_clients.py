@@ -14,6 +14,7 @@ from remote_servers import Redis, answers, free_port, need, wait_until
 from tierkv.errors import RemoteError
 from tierkv.remote_tiers.objects import ObjectsClient, ObstoreTransfer
 from tierkv.remote_tiers.protocol import CallTime, Deadline, RemoteClient, RemoteDamageError, RemoteKey
+from tierkv.remote_tiers.redis_client import RedisClient
 from tierkv.remote_tiers.remotes import open_client
 from tierkv.remote_tiers.urls import RemoteUrl
 from tierkv.storage.codec import Bytes
@@ -135,6 +136,9 @@ def test_touches_and_descriptions_are_taken(client: RemoteClient) -> None:
     client.describe(NAMESPACE, b'{"name": "model"}', deadline())
     client.describe(NAMESPACE, b'{"name": "model"}', deadline())
     assert client.prefix(KEYS, deadline()) == 3
+    assert client.descriptions(deadline()) in ([], [b'{"name": "model"}'])
+    if not isinstance(client, RedisClient):
+        assert client.descriptions(deadline())
 
 
 def test_a_deadline_that_is_over_ends_every_call(client: RemoteClient) -> None:

@@ -17,14 +17,25 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+
 from tierkv.errors import RemoteError, RemoteRefusedError
 from tierkv.remote_tiers.call_threads import CallThreads
 from tierkv.remote_tiers.directory_sweep import TEMPORARY, Sweeper
-from tierkv.remote_tiers.protocol import Deadline, RemoteDamageError, RemoteKey, namespace_folder
+from tierkv.remote_tiers.protocol import (
+    DESCRIPTION_FILE,
+    FORMAT_FOLDER,
+    MOST_NAMESPACES,
+    Deadline,
+    RemoteDamageError,
+    RemoteKey,
+    namespace_folder,
+)
 from tierkv.remote_tiers.record_memory import RecordMemory
 from tierkv.remote_tiers.urls import RemoteUrl
 from tierkv.storage.codec import Bytes
 from tierkv.values.block import BlockHash
+from tierkv.values.namespace import DESCRIPTION_LIMIT_BYTES
 
 __all__ = ["DirectoryClient"]
 
@@ -124,14 +135,29 @@ class DirectoryClient:
         temporary = folder / f"{TEMPORARY}{next(self._names)}"
 
         def put() -> None:
-            if (folder / "namespace.json").exists():
+            if (folder / DESCRIPTION_FILE).exists():
                 return
             folder.parent.mkdir(exist_ok=True)
             folder.mkdir(exist_ok=True)
             temporary.write_bytes(description)
-            os.replace(temporary, folder / "namespace.json")
+            os.replace(temporary, folder / DESCRIPTION_FILE)
 
         self._call(put, deadline)
+
+    def descriptions(self, deadline: Deadline) -> list[bytes]:
+        """Read namespace.json of each namespace."""
+
+        def read() -> list[bytes]:
+            found = []
+            for path in itertools.islice(
+                sorted((self._root / FORMAT_FOLDER).glob("*/" + DESCRIPTION_FILE)), MOST_NAMESPACES
+            ):
+                memory = np.empty(DESCRIPTION_LIMIT_BYTES, dtype=np.uint8)
+                text = _read(path, memory) if _size_of(path) else None
+                found += [] if text is None else [text.tobytes()]
+            return found
+
+        return self._call(read, deadline)
 
     def close(self) -> None:
         """Let all threads end."""

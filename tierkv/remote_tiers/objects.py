@@ -14,12 +14,21 @@ import numpy as np
 
 from tierkv.errors import ConfigError, RemoteError, RemoteRefusedError
 from tierkv.remote_tiers.call_threads import CallThreads
-from tierkv.remote_tiers.protocol import Deadline, RemoteDamageError, RemoteKey, namespace_folder
+from tierkv.remote_tiers.protocol import (
+    DESCRIPTION_FILE,
+    FORMAT_FOLDER,
+    MOST_NAMESPACES,
+    Deadline,
+    RemoteDamageError,
+    RemoteKey,
+    namespace_folder,
+)
 from tierkv.remote_tiers.record_memory import RecordMemory
 from tierkv.remote_tiers.signed_objects import SignedObjects
 from tierkv.remote_tiers.urls import RemoteUrl
 from tierkv.storage.codec import Bytes
 from tierkv.values.block import BlockHash
+from tierkv.values.namespace import DESCRIPTION_LIMIT_BYTES
 
 __all__ = ["ObjectTransfer", "ObjectsClient", "ObstoreTransfer"]
 
@@ -112,9 +121,25 @@ class ObjectsClient:
 
     def describe(self, namespace: BlockHash, description: bytes, deadline: Deadline) -> None:
         """Put namespace.json beside the namespace's records."""
-        path = f"{self._folder}{namespace_folder(namespace)}/namespace.json"
+        path = f"{self._folder}{namespace_folder(namespace)}/{DESCRIPTION_FILE}"
         text = np.frombuffer(description, dtype=np.uint8)
         self._call([functools.partial(self._transfer.put, path, text, replace=False, deadline=deadline)], deadline)
+
+    def descriptions(self, deadline: Deadline) -> list[bytes]:
+        """Read namespace.json of each namespace. obstore receives the list of folders whole."""
+
+        def find() -> list[str]:
+            found = self._obstore.list_with_delimiter(self._store, prefix=self._folder + FORMAT_FOLDER)
+            return [str(folder) for folder in found["common_prefixes"]]
+
+        def get(folder: str) -> tuple[int, Bytes] | None:
+            size = DESCRIPTION_LIMIT_BYTES
+            path = f"{folder}/{DESCRIPTION_FILE}"
+            return self._transfer.get(path, start=0, num_bytes=size, most_bytes=size, deadline=deadline)
+
+        (folders,) = self._call([find], deadline)
+        texts = [self._call([functools.partial(get, folder)], deadline)[0] for folder in folders[:MOST_NAMESPACES]]
+        return [text[1].tobytes() for text in texts if text]
 
     def close(self) -> None:
         """Close all connections, and let all threads end."""

@@ -13,7 +13,21 @@ from tierkv.storage.codec import Bytes
 from tierkv.storage.record import RECORD_VERSION
 from tierkv.values.block import BlockHash
 
-__all__ = ["CallTime", "Deadline", "RemoteClient", "RemoteDamageError", "RemoteKey", "WriteOutcome"]
+__all__ = [
+    "DESCRIPTION_FILE",
+    "FORMAT_FOLDER",
+    "MOST_NAMESPACES",
+    "CallTime",
+    "Deadline",
+    "RemoteClient",
+    "RemoteDamageError",
+    "RemoteKey",
+    "WriteOutcome",
+    "namespace_folder",
+]
+
+
+MOST_NAMESPACES = 1000
 
 
 class RemoteKey(NamedTuple):
@@ -32,9 +46,15 @@ class RemoteKey(NamedTuple):
         return f"{namespace_folder(self.namespace)}/{name[:2]}/{name}"
 
 
+FORMAT_FOLDER = f"tkv{RECORD_VERSION}"
+"""The folder of all records of this format, for engines with folders."""
+DESCRIPTION_FILE = "namespace.json"
+"""The description of a namespace, in its folder."""
+
+
 def namespace_folder(namespace: BlockHash) -> str:
     """Return the folder of a namespace's records, for engines with folders."""
-    return f"tkv{RECORD_VERSION}/{namespace.hex()}"
+    return f"{FORMAT_FOLDER}/{namespace.hex()}"
 
 
 class RemoteDamageError(RemoteError):
@@ -109,6 +129,9 @@ class RemoteClient(Protocol):
 
     def describe(self, namespace: BlockHash, description: bytes, deadline: Deadline) -> None:
         """Keep the description of a namespace beside its records, where the engine has room for one."""
+
+    def descriptions(self, deadline: Deadline) -> list[bytes]:
+        """Return the descriptions of namespaces, MOST_NAMESPACES at most; none where the engine keeps none."""
 
     def close(self) -> None:
         """Close all connections. May be called twice."""

@@ -87,6 +87,10 @@ class RedisClient:
     def describe(self, namespace: BlockHash, description: bytes, deadline: Deadline) -> None:
         """Keep nothing: a key of Redis that is not a block could be evicted at any time."""
 
+    def descriptions(self, deadline: Deadline) -> list[bytes]:
+        """Return none."""
+        return []
+
     def close(self) -> None:
         """Close all connections."""
         self._servers.close()

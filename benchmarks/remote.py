@@ -54,6 +54,7 @@ def main() -> None:
         if arguments.peer:
             environment = {**os.environ, "PYTHONHASHSEED": "0", "TIERKV_PORT": str(port), "TIERKV_PID": str(pid)}
             subprocess.run([arguments.peer, str(Path(__file__).with_name("remote_lmcache.py"))], env=environment)
+    measure_directory(values)
     if arguments.s3:
         measure_s3(values)
 
@@ -107,6 +108,32 @@ def measure_redis(port: int, pid: int, values: list[Bytes]) -> None:
     client.close()
 
 
+def measure_directory(values: list[Bytes]) -> None:
+    """Compare reads of files with plain reads into one place. All bytes are in the page cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        client = open_client(RemoteUrl.parse(f"dir://{folder}"))
+        write_all(client, values)
+        paths = [Path(folder) / key.path() for key in KEYS]
+        target = memoryview(bytearray(SIZE))
+
+        def alone() -> None:
+            for path in paths:
+                with open(path, "rb", buffering=0) as file:
+                    file.readinto(target)
+
+        report(
+            [
+                ("plain reads", alone),
+                ("tierkv get, one thread", lambda: deque((read(client, at).size for at in range(COUNT)), maxlen=0)),
+                ("tierkv put", lambda: write_all(client, values)),
+            ],
+            None,
+        )
+        all_us = fastest_us(lambda: client.prefix(KEYS, Deadline(TIMES)))
+        print(f"directory: existence of {COUNT} files {all_us:.0f} us")
+        client.close()
+
+
 def measure_s3(values: list[Bytes]) -> None:
     """Compare reads of objects with obstore alone."""
     import obstore
@@ -144,6 +171,7 @@ def measure_s3(values: list[Bytes]) -> None:
                             "tierkv get, four threads",
                             lambda: list(pool.map(lambda at: read(client, at).size, range(COUNT))),
                         ),
+                        ("tierkv put", lambda: write_all(client, values)),
                     ],
                     process.pid,
                 )
@@ -167,8 +195,11 @@ def make_bucket(endpoint: str) -> None:
             return
 
 
-def report(rows: list[tuple[str, Callable[[], object]]], pid: int) -> None:
-    """Run all rows in turn, several rounds; print each row's mean CPU seconds a GB, and its best speed."""
+def report(rows: list[tuple[str, Callable[[], object]]], pid: int | None) -> None:
+    """Run all rows in turn, several rounds; print each row's mean CPU seconds a GB, and its best speed.
+
+    pid: of the server, if there is one.
+    """
     sums = {name: [0.0, 0.0, float("inf")] for name, _ in rows}
     gigabytes = SIZE * COUNT / 1e9
     for _ in range(ROUNDS):
@@ -242,8 +273,10 @@ def fastest_us(work: Callable[[], Any]) -> float:
     return 1e6 * statistics.median(sorted(times)[:10])
 
 
-def cpu_of(pid: int) -> float:
-    """Return the CPU seconds that a process has used."""
+def cpu_of(pid: int | None) -> float:
+    """Return the CPU seconds that a process has used; 0 for none."""
+    if pid is None:
+        return 0.0
     parts = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(parts[11]) + int(parts[12])) / TICKS
 

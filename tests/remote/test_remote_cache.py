@@ -19,7 +19,7 @@ from remote_servers import Redis, SlowProxy, start_redis, wait_until
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.errors import ConfigError
-from tierkv.transfer.recompute_or_load import LoadKind
+from tierkv.transfer.recompute_or_load import LoadKind, RecomputeOrLoad
 from tierkv.values.block import Tier
 from tierkv.values.remote_stats import RemoteStats
 
@@ -164,13 +164,19 @@ def test_partial_blocks_stay_local(machines: Machines) -> None:
     assert machines.open("second").match(PROMPT[:10]).num_cached_tokens == 8
 
 
-def test_loads_from_a_remote_tier_are_measured_apart(machines: Machines) -> None:
+def second_machine(machines: Machines) -> tuple[TierCache, RecomputeOrLoad]:
+    """Have one machine compute the prompt; open the cache of another, and return it with its choice."""
     first = machines.open("first")
     run(first)
     settled(first)
     second = machines.open("second", piece_tokens=8)
     choice = second._acquirer._choice
     assert choice
+    return second, choice
+
+
+def test_loads_from_a_remote_tier_are_measured_apart(machines: Machines) -> None:
+    second, choice = second_machine(machines)
     record_passes(second, {4: 1e-6, 40: 1e-5})
     choice.load_costs[LoadKind(in_memory=False, is_remote=True)].add(10, 100.0)
     choice.load_costs[LoadKind(in_memory=False, overlaps=True, is_remote=True)].add(10, 100.0)
@@ -182,12 +188,7 @@ def test_loads_from_a_remote_tier_are_measured_apart(machines: Machines) -> None
 
 
 def test_a_remote_tier_that_is_slower_than_computing_is_not_asked_until_that_was_long_ago(machines: Machines) -> None:
-    first = machines.open("first")
-    run(first)
-    settled(first)
-    second = machines.open("second", piece_tokens=8)
-    choice = second._acquirer._choice
-    assert choice
+    second, choice = second_machine(machines)
     record_passes(second, {4: 1e-3, 40: 1e-2})
 
     def asked() -> int:
@@ -205,12 +206,7 @@ def test_a_remote_tier_that_is_slower_than_computing_is_not_asked_until_that_was
 
 
 def test_overlapping_loads_and_computing_compares_equal(machines: Machines) -> None:
-    first = machines.open("first")
-    run(first)
-    settled(first)
-    second = machines.open("second", piece_tokens=8)
-    choice = second._acquirer._choice
-    assert choice
+    second, choice = second_machine(machines)
     choice.load_costs[LoadKind(in_memory=False, is_remote=True)].add(10, 5.0)
     sequence = PatternEngine(second).start([*PROMPT, 99], overlap=True)
     assert choice.load_costs[LoadKind(in_memory=False, overlaps=True, is_remote=True)].points()

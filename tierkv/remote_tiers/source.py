@@ -6,7 +6,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from tierkv.errors import FormatVersionError, StoreError
 from tierkv.remote_tiers.guard import GuardedRemote
@@ -24,27 +24,17 @@ from tierkv.storage.record import (
     parse_record,
 )
 from tierkv.values.block import TOKEN_BYTES, BlockHash
+from tierkv.values.events import NamedBlock
 from tierkv.values.layout import BlockLayout
 from tierkv.values.namespace import parse_description
 
-__all__ = ["ChainBlock", "RemoteSource"]
+__all__ = ["RemoteSource"]
 
 _MOST_FOUND = 1 << 16
 _FRESH_S = 10.0  # so long it is believed that a remote tier still has a block
 _ABSENT_S = 1.0  # and so long that it has none: an engine may ask for a waiting request at each step
 _MOST_TOUCHED = 4096
 _TOUCH_AGAIN_S = 30.0
-
-
-class ChainBlock(Protocol):
-    """A whole block of a prompt, as far as a remote tier needs to know it."""
-
-    @property
-    def block_hash(self) -> BlockHash: ...
-    @property
-    def parent_hash(self) -> BlockHash: ...
-    @property
-    def token_bytes(self) -> bytes: ...
 
 
 class _Found(NamedTuple):
@@ -101,7 +91,7 @@ class RemoteSource:
         """
         return any(remote.is_up and num_blocks >= remote.least_blocks for remote in self._remotes)
 
-    def find(self, chain: Sequence[ChainBlock], *, first: int = 0) -> int:
+    def find(self, chain: Sequence[NamedBlock], *, first: int = 0) -> int:
         """Return how many leading blocks of a chain the remote tiers have; ask for those that nothing is known of.
 
         first: position of the first block in the prompt.
@@ -200,7 +190,7 @@ class RemoteSource:
         for remote in self._remotes:
             remote.touch_later(keys, lambda at: self._stored(chain[at]))
 
-    def _note_found(self, blocks: Sequence[ChainBlock], remote: GuardedRemote, first: int, now: float) -> None:
+    def _note_found(self, blocks: Sequence[NamedBlock], remote: GuardedRemote, first: int, now: float) -> None:
         with self._lock:
             for position, block in enumerate(blocks, first):
                 num_tokens = len(block.token_bytes) // TOKEN_BYTES
@@ -209,7 +199,7 @@ class RemoteSource:
             while len(self._found) > _MOST_FOUND:
                 self._found.popitem(last=False)
 
-    def _note_absent(self, blocks: Sequence[ChainBlock], now: float) -> None:
+    def _note_absent(self, blocks: Sequence[NamedBlock], now: float) -> None:
         """Forget blocks behind the end of a prefix, and remember the first of them."""
         with self._lock:
             for block in blocks:

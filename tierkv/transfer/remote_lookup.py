@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from tierkv.transfer.lookup import Lookup
 from tierkv.transfer.tiers import Tiers
-from tierkv.values.block import TOKEN_BYTES, BlockHash, iter_chain
+from tierkv.values.block import TOKEN_BYTES, iter_chain
+from tierkv.values.events import BlockName
 
 __all__ = ["find_everywhere", "look_remotely"]
-
-
-class _Block(NamedTuple):
-    block_hash: BlockHash
-    parent_hash: BlockHash
-    token_bytes: bytes
 
 
 def look_remotely(tiers: Tiers, found: Lookup, token_bytes: bytes, max_tokens: int) -> bool:
@@ -37,9 +30,9 @@ def look_remotely(tiers: Tiers, found: Lookup, token_bytes: bytes, max_tokens: i
     elif found.hot:
         parent = found.hot[-1].block_hash
     rest = token_bytes[num_found * step : whole_bytes]
-    chain: list[_Block] = []
+    chain: list[BlockName] = []
     for block_hash, tokens in iter_chain(parent, rest, tiers.layout.block_size, tiers.hash_function):
-        chain.append(_Block(block_hash, parent, tokens))
+        chain.append(BlockName(block_hash, parent, tokens))
         parent = block_hash
     with tiers.span("look remotely") as detail:
         detail["blocks"] = num_more = tiers.remote.find(chain, first=num_found)

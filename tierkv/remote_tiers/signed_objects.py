@@ -138,7 +138,7 @@ class SignedObjects:
 
 
 def _sizes(answer: Answer, start: int) -> tuple[int, int]:
-    """Return the size of an object, and of the part of it that follows. Raises RemoteError where the answer lacks them."""
+    """Return the size of an object, and of the part that follows. Raises RemoteError where the answer lacks them."""
     length, part = answer.num_bytes, answer.range
     if length is None:
         raise RemoteError("the object store does not say how long an object is")

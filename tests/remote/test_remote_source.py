@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -246,28 +247,33 @@ def test_what_was_read_is_kept_in_the_store_in_any_order_of_the_reads(store: Col
     assert copies.flush(stall_s=10)
     out = np.zeros(LAYOUT.block_bytes, dtype=np.uint8)
     assert [store.read_into(each.info, out, layout=LAYOUT) for each in CHAIN] == [None] * 6
-    assert copies.counters["stored"] == 6
+    assert remote.guard.stats().counters["kept_stored"] == 6
     assert copies.close(stall_s=10)
     remote.guard.close()
 
 
 def test_a_copy_whose_parent_never_comes_is_counted_at_the_end(store: ColdStore) -> None:
-    copies = LocalCopies(store)
-    copies.keep(CHAIN[3].data, position=3)
+    copies, counters = LocalCopies(store), Counter[str]()
+    copies.keep(CHAIN[3].data, position=3, count=lambda name: counters.update([name]))
     assert copies.flush(stall_s=10)
     assert store.lookup(CHAIN[3].info.block_hash) is None
     assert copies.close(stall_s=10)
-    assert +copies.counters == {"no_parent": 1}
+    assert counters == {"kept_no_parent": 1}
+    assert copies.close(stall_s=10) and counters == {"kept_no_parent": 1}
 
 
 def test_copies_that_wait_for_a_parent_take_bounded_memory(store: ColdStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local_copies, "_PARENTLESS_BYTES", CHAIN[3].data.size + CHAIN[4].data.size)
-    copies = LocalCopies(store)
+    copies, counters = LocalCopies(store), Counter[str]()
+
+    def keep(at: int) -> None:
+        copies.keep(CHAIN[at].data, position=at, count=lambda name: counters.update([name]))
+
     for at in (1, 2, 3, 4):
-        copies.keep(CHAIN[at].data, position=at)
+        keep(at)
         assert copies.flush(stall_s=10)
-    assert copies.counters["no_parent"] == 2
+    assert counters["kept_no_parent"] == 2
     assert store.put(CHAIN[:3])
-    copies.keep(CHAIN[5].data, position=5)
-    assert copies.flush(stall_s=10) and copies.counters["stored"] == 3
+    keep(5)
+    assert copies.flush(stall_s=10) and counters["kept_stored"] == 3
     assert copies.close(stall_s=10)

@@ -8,25 +8,18 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple
 
 from tierkv.daemon.core import Core
 from tierkv.daemon.messages import Match
 from tierkv.daemon.values import Connection, Tenant, is_in_some, parent_hash, whole_hashes
 from tierkv.remote_tiers.remotes import Remotes
 from tierkv.remote_tiers.source import RemoteSource
-from tierkv.values.block import BlockHash
+from tierkv.values.events import BlockName
 
 __all__ = ["RemoteBlocks"]
 
 _NUM_THREADS = 8
 _LOOK_S = 1.0  # a client waits two seconds for an answer
-
-
-class _Block(NamedTuple):
-    block_hash: BlockHash
-    parent_hash: BlockHash
-    token_bytes: bytes
 
 
 class RemoteBlocks:
@@ -70,7 +63,7 @@ class RemoteBlocks:
         if not remote.may_answer(len(hashes) - first):
             return
         chain = [
-            _Block(hashes[at], parent_hash(tenant, hashes, at), whole[at * step : (at + 1) * step])
+            BlockName(hashes[at], parent_hash(tenant, hashes, at), whole[at * step : (at + 1) * step])
             for at in range(first, len(hashes))
         ]
         await self._find(remote, chain, first)
@@ -92,7 +85,7 @@ class RemoteBlocks:
         """Let the threads end. Their calls have deadlines."""
         self.threads.shutdown(wait=False, cancel_futures=True)
 
-    async def _find(self, remote: RemoteSource, chain: Sequence[_Block], first: int) -> None:
+    async def _find(self, remote: RemoteSource, chain: Sequence[BlockName], first: int) -> None:
         loop = asyncio.get_running_loop()
         finding = loop.run_in_executor(self.threads, partial(remote.find, chain, first=first))
         with contextlib.suppress(asyncio.TimeoutError):

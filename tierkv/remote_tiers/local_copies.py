@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from tierkv.background.work_queue import WriteBehind
@@ -27,10 +26,11 @@ _BATCH = 8
 
 @dataclass(frozen=True, slots=True)
 class _Copy:
-    """One record. position: of its block in the prompt; parents have lower ones."""
+    """One record. position: of its block in the prompt; parents have lower ones. count: raises a counter."""
 
     record: Bytes
     position: int
+    count: Callable[[str], None]
 
 
 class LocalCopies:
@@ -41,7 +41,6 @@ class LocalCopies:
     """
 
     def __init__(self, store: ColdStore) -> None:
-        self.counters: Counter[str] = Counter()
         self._store = store
         self._lock = threading.Lock()
         self._num_bytes = 0
@@ -50,14 +49,17 @@ class LocalCopies:
             self._write, capacity=_QUEUE_JOBS, batch_size=_BATCH, name="tierkv-remote-keep"
         )
 
-    def keep(self, record: Bytes, *, position: int) -> None:
-        """Queue a checked record. Returns at once."""
-        copy = _Copy(record, position)
+    def keep(self, record: Bytes, *, position: int, count: Callable[[str], None]) -> None:
+        """Queue a checked record. Returns at once.
+
+        count: called once for each record, perhaps on another thread: "kept_stored", or "kept_" and why it was not.
+        """
+        copy = _Copy(record, position, count)
         with self._lock:
             has_room = self._num_bytes + record.size <= _QUEUE_BYTES
             self._num_bytes += record.size if has_room else 0
         if not has_room or not self._queue.try_put(copy):
-            self.counters["queue_full"] += 1
+            count("kept_queue_full")
             if has_room:
                 self._free([copy])
 
@@ -71,8 +73,11 @@ class LocalCopies:
     def close(self, *, stall_s: float) -> bool:
         """Store what is queued and stop. Return whether the thread has ended."""
         left = self._queue.close(stall_s=stall_s)
-        self.counters["stalled"] += len(left)
-        self.counters[PutOutcome.NO_PARENT.value] += len(self._parentless)
+        for copy in left:
+            copy.count("kept_stalled")
+        if not self._queue.is_running:
+            _count(self._parentless, PutOutcome.NO_PARENT)
+            self._parentless = []
         return not self._queue.is_running
 
     def _write(self, copies: list[_Copy]) -> None:
@@ -83,7 +88,7 @@ class LocalCopies:
             kept_bytes += copy.record.size
             if kept_bytes > _PARENTLESS_BYTES:
                 dropped = waiting[: len(waiting) - number]
-                self.counters[PutOutcome.NO_PARENT.value] += len(dropped)
+                _count(dropped, PutOutcome.NO_PARENT)
                 self._free(dropped)
                 waiting = waiting[len(dropped) :]
                 break
@@ -97,8 +102,11 @@ class LocalCopies:
         except StoreError as exc:
             _log.warning("%d records of a remote tier were not stored: %s", len(copies), exc)
             outcomes = [PutOutcome.IO_ERROR] * len(copies)
-        done = [copy for copy, outcome in zip(in_order, outcomes, strict=True) if outcome is not PutOutcome.NO_PARENT]
-        self.counters.update(outcome.value for outcome in outcomes if outcome is not PutOutcome.NO_PARENT)
+        done = []
+        for copy, outcome in zip(in_order, outcomes, strict=True):
+            if outcome is not PutOutcome.NO_PARENT:
+                _count([copy], outcome)
+                done.append(copy)
         self._free(done)
         ended = {id(copy) for copy in done}
         return [copy for copy in copies if id(copy) not in ended]
@@ -106,3 +114,8 @@ class LocalCopies:
     def _free(self, copies: Iterable[_Copy]) -> None:
         with self._lock:
             self._num_bytes -= sum(copy.record.size for copy in copies)
+
+
+def _count(copies: Iterable[_Copy], outcome: PutOutcome) -> None:
+    for copy in copies:
+        copy.count(f"kept_{outcome.value}")

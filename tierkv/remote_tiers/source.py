@@ -153,7 +153,7 @@ class RemoteSource:
             return self._miss(remote, expected.block_hash, reason)
         remote.count("read_hits")
         if self._copies:
-            self._copies.keep(record, position=found.position)
+            self._copies.keep(record, position=found.position, count=remote.count)
         return None
 
     def note_damaged(self, block_hash: BlockHash) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class Options:
     cold_bytes: int | None = None
     block_tokens: int = 256
     codec: str = "auto"
-    remote: RemoteOption = ()
+    remote: RemoteOption = field(default=(), repr=False)  # it may have a password
     compute_or_load: bool = True
     weights: str = ""
 

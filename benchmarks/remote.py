@@ -29,9 +29,11 @@ from typing import Any
 import numpy as np
 
 from tierkv.remote_tiers.protocol import CallTime, Deadline, RemoteClient, RemoteKey
-from tierkv.remote_tiers.remotes import open_client
+from tierkv.remote_tiers.remotes import Remotes, open_client
 from tierkv.remote_tiers.urls import RemoteUrl
 from tierkv.storage.codec import Bytes
+from tierkv.values.layout import BlockLayout
+from tierkv.values.namespace import Namespace
 
 SIZE = 4 << 20
 COUNT = 24
@@ -54,6 +56,7 @@ def main() -> None:
         if arguments.peer:
             environment = {**os.environ, "PYTHONHASHSEED": "0", "TIERKV_PORT": str(port), "TIERKV_PID": str(pid)}
             subprocess.run([arguments.peer, str(Path(__file__).with_name("remote_lmcache.py"))], env=environment)
+    measure_down()
     measure_directory(values)
     if arguments.s3:
         measure_s3(values)
@@ -106,6 +109,19 @@ def measure_redis(port: int, pid: int, values: list[Bytes]) -> None:
             f"one evicted between them {gap_us:.0f} us; one question {ping_us:.0f} us"
         )
     client.close()
+
+
+def measure_down() -> None:
+    """Print what a lookup costs while the remote tier is down: this, and no more, comes on top of a local lookup."""
+    layout = BlockLayout.uniform(num_layers=32, block_size=256, kv_heads=8, head_dim=128, dtype="bfloat16")
+    with Remotes([RemoteUrl.parse("redis://127.0.0.1:1")]) as remotes:
+        source = remotes.source(Namespace(weights="w", layout=layout).describe())
+        for _ in range(100):
+            if not remotes.stats()[0].is_up:
+                break
+            time.sleep(0.05)
+        assert not source.may_answer(128)
+        print(f"a lookup while the remote tier is down: {fastest_us(lambda: source.may_answer(128)):.1f} us")
 
 
 def measure_directory(values: list[Bytes]) -> None:

@@ -127,7 +127,6 @@ _OPTIONS = {
     "cold_path": "--store",
     "min_free_bytes": "--min-free",
     "read_only": "--read-only",
-    "remote": "--remote",
     "block_size": "--block-size",
     "max_new_tokens": "--max-new-tokens",
     "top_p": "--top-p",

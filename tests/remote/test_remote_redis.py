@@ -172,6 +172,19 @@ def test_a_cluster_spreads_the_blocks_of_one_prompt_and_a_moved_slot_is_followed
     client.close()
 
 
+def test_a_cluster_answers_no_probe_while_one_of_its_servers_is_stopped(cluster: list[Redis]) -> None:
+    """Else the breaker would close, and each request would wait for that server again."""
+    client = client_of(f"redis://127.0.0.1:{cluster[0].port}?cluster=true")
+    roundtrip(client, 8)
+    cluster[2].pause()
+    with pytest.raises(RemoteError):
+        client.ping(deadline(0.5))
+    cluster[2].resume()
+    wait_until(lambda: _answers(client))
+    roundtrip(client, 8)
+    client.close()
+
+
 def _owns(server: Redis, key: RemoteKey) -> bool:
     keys = server.command("KEYS", "*")
     assert isinstance(keys, list)

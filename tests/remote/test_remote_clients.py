@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import urllib.request
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from remote_servers import Redis, answers, free_port, need, wait_until
 
-from tierkv.errors import RemoteError
+from tierkv.errors import RemoteError, RemoteRefusedError
 from tierkv.remote_tiers.objects import ObjectsClient, ObstoreTransfer
 from tierkv.remote_tiers.protocol import CallTime, Deadline, RemoteClient, RemoteDamageError, RemoteKey
 from tierkv.remote_tiers.redis_client import RedisClient
@@ -30,7 +31,7 @@ def deadline() -> Deadline:
 
 @pytest.fixture(scope="session")
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a bucket on a SeaweedFS of this session."""
+    """The URL of a bucket on a SeaweedFS of this session, which checks signatures."""
     obstore = pytest.importorskip("obstore")
     stores, errors = pytest.importorskip("obstore.store"), pytest.importorskip("obstore.exceptions")
     folder = tmp_path_factory.mktemp("weed")
@@ -38,6 +39,10 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     command = [need("weed"), "server", f"-dir={folder}", "-ip=127.0.0.1", "-filer", "-s3", "-volume.max=4"]
     command += [f"-{name}={port}" for name, port in ports.items()]
     command += [f"-{name.split('.')[0]}.port.grpc={free_port()}" for name in ports]
+    credentials = [{"accessKey": "any", "secretKey": "key"}]
+    identity = {"name": "tests", "credentials": credentials, "actions": ["Admin", "Read", "Write", "List"]}
+    (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+    command.append(f"-s3.config={folder / 's3.json'}")
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder)
     endpoint = f"http://127.0.0.1:{ports['s3.port']}"
     url = f"s3://tests/folder?endpoint={endpoint}&allow_http=true&region=us-east-1"
@@ -51,8 +56,8 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
         def put() -> bool:
             try:
-                request = urllib.request.Request(f"{endpoint}/tests", method="PUT")
-                urllib.request.urlopen(request, timeout=5).close()
+                where = f"http://127.0.0.1:{ports['filer.port']}/buckets/tests/"
+                urllib.request.urlopen(urllib.request.Request(where, method="POST"), timeout=5).close()
                 obstore.put(stores.S3Store("tests", retry_config={"max_retries": 0}, **options), "probe", b"x")
             except (errors.BaseError, OSError):
                 return False
@@ -154,6 +159,24 @@ def test_a_deadline_that_is_over_ends_every_call(client: RemoteClient) -> None:
     ):
         with pytest.raises(RemoteError, match="in time"):
             call()
+
+
+@pytest.mark.parametrize("by_obstore", [False, True])
+def test_an_object_store_refuses_a_wrong_secret(bucket: str, monkeypatch: pytest.MonkeyPatch, by_obstore: bool) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong-secret")
+    client = open_client(RemoteUrl.parse(bucket))
+    assert isinstance(client, ObjectsClient)
+    if by_obstore:
+        client._transfer = ObstoreTransfer(client._obstore, client._store)
+    for call in (
+        lambda: client.prefix(KEYS, deadline()),
+        lambda: client.read(KEYS[0], deadline(), most_bytes=1000),
+        lambda: client.write(KEYS[1], value(10), deadline(), replace=False),
+    ):
+        with pytest.raises(RemoteRefusedError) as caught:
+            call()
+        assert caught.value.code == "PermissionDenied" and "wrong-secret" not in str(caught.value)
+    client.close()
 
 
 def test_closing_twice_is_no_error(client: RemoteClient) -> None:

@@ -57,6 +57,8 @@ _logger = logging.getLogger(__name__)
 class ColdReader:
     """Reads an open environment of the cold store. Thread-safe; raises StoreError once that is closed or unreadable."""
 
+    is_remote = False
+
     def __init__(self, env: LmdbEnv) -> None:
         self.path: Path = env.path
         self._env = env

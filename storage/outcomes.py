@@ -23,6 +23,7 @@ class MissReason(Enum):
     IO_ERROR = "io_error"
     OTHER_RANK = "other_rank"  # this rank has it, but another rank of the model does not
     DAEMON = "daemon"  # the daemon that has the lower tiers could not be reached
+    REMOTE = "remote"  # the remote tier that has it did not answer in time, or refused
 
 
 class PutOutcome(Enum):

@@ -23,6 +23,7 @@ from tierkv.metrics.catalogue import CACHE_BY_REASON, CACHE_BY_TIER, CACHE_TOTAL
 from tierkv.metrics.exposition import exposition
 from tierkv.metrics.metric import Kind
 from tierkv.profiling.metrics import MetricsServer, metrics_of, serve_metrics
+from tierkv.remote_tiers.recorder import RemoteRecorder
 from tierkv.serving.monitor import Monitor
 from tierkv.storage.outcomes import MissReason
 from tierkv.values.block import Tier
@@ -75,9 +76,28 @@ def test_the_endpoint_has_the_counters_of_the_cache(server: MetricsServer) -> No
 
 def test_every_counter_of_the_cache_has_a_metric() -> None:
     sums = {"hits", "hit_tokens", "eviction_count", "tiers", "misses", "skipped_writes"}  # told by tier or by reason
-    told = {each.source for each in (*CACHE_TOTALS, *CACHE_BY_REASON)}
+    told = {each.source for each in (*CACHE_TOTALS, *CACHE_BY_REASON)} | {"remotes"}
     assert {each.name for each in fields(CacheStats)} == told | sums
     assert {each.name for each in fields(TierStats)} == {each.source for each in CACHE_BY_TIER}
+
+
+def test_a_remote_tier_has_its_counters_and_times_under_its_safe_url(cache: FakeCache, server: MetricsServer) -> None:
+    recorder = RemoteRecorder()
+    recorder.count("read_hits", 5)
+    for seconds in (10e-6, 100e-6, 100e-6):
+        recorder.time("prefix", seconds)
+    cache.counters["remotes"] = (recorder.snapshot("redis://host", is_up=True),)
+    families = {each.name: each for each in parser.text_string_to_metric_families(get(server, "/metrics"))}
+    (up,) = families["tierkv_remote_up"].samples
+    assert up.labels == {"remote": "redis://host"} and up.value == 1
+    (hits,) = families["tierkv_remote_events"].samples
+    assert hits.labels["event"] == "read_hits" and hits.value == 5
+    counted = {
+        each.labels["le"]: each.value for each in families["tierkv_remote_call_seconds"].samples if "le" in each.labels
+    }
+    assert counted["1.6e-05"] == 1 and counted["0.000128"] == 3 and counted["+Inf"] == 3
+    (remote,) = json.loads(get(server, "/status"))["remotes"]
+    assert remote["counters"] == {"read_hits": 5} and remote["calls"]["prefix"]["us_p50"] == 128
 
 
 def test_every_reason_has_a_metric_before_it_first_happens(server: MetricsServer) -> None:

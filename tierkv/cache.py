@@ -315,6 +315,7 @@ class TierCache:
                 avg_shared_blocks=self._running.avg_shared_blocks(),
                 fragmentation_ratio=self._tiers.index.hot.fragmentation(),
                 state_files=len(self._tiers.states),
+                remotes=self._tiers.remotes.stats() if self._tiers.remotes else (),
             )
 
     @while_open

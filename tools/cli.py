@@ -83,6 +83,7 @@ COMMANDS: dict[str, _Place] = {
     ),
     "metrics": _Place("metrics_list", "metrics", "List every metric for Prometheus: name, type, labels, meaning."),
     "examples": _Place("example_files", "examples", "List, print or write the files that come with tierkv."),
+    "remote": _Place("remote", "group", "Blocks shared between machines."),
     "daemon": _Place("daemon", "group", "One warm cache for every process on the machine."),
 }
 

@@ -35,10 +35,12 @@ from tierkv.tools.options import (
     Lines,
     MinFree,
     PromptFile,
+    Remote,
     Store,
     as_path,
     default_socket,
     default_store,
+    named_remotes,
     parse_optional_size,
     spread,
 )
@@ -81,6 +83,7 @@ def start(
         str | None,
         typer.Option(help="Let this group connect and read: its name or number. Its members write nothing."),
     ] = None,
+    remote: Remote = None,
     warm_file: Annotated[
         Path | None,
         typer.Option(
@@ -99,6 +102,7 @@ def start(
         min_free_bytes=parse_optional_size(min_free),
         metrics_port=metrics_port,
         group=None if group is None else group_id(group),
+        remote=named_remotes(remote, os.environ),
     )
     if config.store:
         require_place(config.store, min_free_bytes=config.min_free_bytes)
@@ -214,7 +218,7 @@ def _warm_command(file: Path, socket: Path, model: ModelOptions) -> list[str]:
 
 def _start_detached(config: DaemonConfig, warm_command: list[str], log_format: LogFormat) -> None:
     """Start a process that serves; return when it does. Raises DaemonError with the reason if it does not."""
-    from tierkv.tools.daemon_process import log_of, to_json
+    from tierkv.tools.daemon_process import environment_of, log_of, to_json
 
     log = log_of(config.socket)
     log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -224,7 +228,12 @@ def _start_detached(config: DaemonConfig, warm_command: list[str], log_format: L
     try:
         begin = os.fstat(output).st_size
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            env=environment_of(config),
         )
         pid = _wait_until_it_serves(process, config.socket, log, lambda: os.pread(output, _MAX_LOG_BYTES, begin))
     finally:

@@ -21,7 +21,9 @@ from tierkv.daemon.operation import NO_MANAGER
 from tierkv.daemon.server import serve
 from tierkv.daemon.service_manager import ServiceManager
 from tierkv.errors import TierKVError
+from tierkv.remote_tiers.urls import remote_urls
 from tierkv.tools.logs import LogFormat, configure_logs
+from tierkv.tools.options import named_remotes
 from tierkv.values.log_event import LogEvent
 
 __all__ = ["from_json", "log_of", "serve_and_warm", "to_json"]
@@ -47,18 +49,24 @@ def serve_and_warm(
 
 
 def to_json(config: DaemonConfig, warm_command: list[str], log_format: LogFormat) -> str:
-    """Return the command line argument of this module."""
-    value = {"config": asdict(config), "warm_command": warm_command, "log_format": log_format.value}
+    """Return the command line argument of this module; remote tiers, which may have passwords, are not in it."""
+    fields = {name: value for name, value in asdict(config).items() if name != "remote"}
+    value = {"config": fields, "warm_command": warm_command, "log_format": log_format.value}
     return json.dumps(value, default=str)
 
 
+def environment_of(config: DaemonConfig) -> dict[str, str]:
+    """Return the environment of the process that serves: other users cannot read it, as they can a command line."""
+    return {**os.environ, "TIERKV_REMOTE": " ".join(url.text for url in remote_urls(config.remote))}
+
+
 def from_json(text: str) -> tuple[DaemonConfig, list[str], LogFormat]:
-    """Return what `to_json` was given."""
+    """Return what `to_json` was given, and the remote tiers of the environment."""
     value = json.loads(text)
     config: dict[str, Any] = value["config"]
     paths = {name: Path(config[name]) if config[name] else None for name in ("socket", "store")}
     limits = Limits(**config["limits"])
-    config = {**config, **paths, "limits": limits}
+    config = {**config, **paths, "limits": limits, "remote": named_remotes(None, os.environ)}
     return DaemonConfig(**config), value["warm_command"], LogFormat(value["log_format"])
 
 

@@ -20,12 +20,14 @@ from tierkv.tools.options import (
     MinFree,
     Model,
     ReadOnly,
+    Remote,
     Salt,
     Socket,
     Store,
     TemplateDay,
     WarmSize,
     default_store,
+    named_remotes,
     named_socket,
     parse_day,
     parse_optional_size,
@@ -74,6 +76,7 @@ class EngineOptions(ModelOptions):
     hot: HotSize = None
     codec: CodecName = "auto"
     socket: Socket = None
+    remote: Remote = None
 
     def config(self) -> CacheConfig:
         """Return the cache's configuration; what no option names comes from the environment."""
@@ -88,4 +91,5 @@ class EngineOptions(ModelOptions):
             codec=self.codec,
             daemon_user=named_daemon_user(os.environ),
             socket=self.socket or (None if self.read_only else named_socket(os.environ)),
+            remote=named_remotes(self.remote, os.environ),
         )

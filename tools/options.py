@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from datetime import date
 from decimal import Decimal
@@ -16,6 +16,7 @@ import typer
 
 from tierkv.engine.prompts import TEMPLATE_DAY
 from tierkv.errors import ConfigError
+from tierkv.remote_tiers.urls import RemoteUrl, remote_urls
 from tierkv.values.files import home_directory, user_path
 from tierkv.values.units import format_bytes
 
@@ -35,6 +36,7 @@ __all__ = [
     "Model",
     "PromptFile",
     "ReadOnly",
+    "Remote",
     "Salt",
     "Socket",
     "StatePath",
@@ -46,6 +48,7 @@ __all__ = [
     "cache_directory",
     "default_socket",
     "default_store",
+    "named_remotes",
     "named_socket",
     "parse_day",
     "parse_optional_size",
@@ -134,6 +137,15 @@ Socket = Annotated[
         metavar="PATH",
         help="Use the warm and cold tier of the daemon that listens here.",
         show_default="TIERKV_SOCKET, else no daemon",
+    ),
+]
+Remote = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--remote",
+        metavar="URL",
+        help="Share blocks with other machines, as redis://host; may be repeated. ${NAME} stands for a password.",
+        show_default="TIERKV_REMOTE, else none",
     ),
 ]
 DaemonSocket = Annotated[
@@ -240,6 +252,11 @@ def parse_day(text: str) -> date | None:
 def named_socket(environment: Mapping[str, str]) -> Path | None:
     """Return the daemon's socket that TIERKV_SOCKET names, if any."""
     return _named(environment, "TIERKV_SOCKET")
+
+
+def named_remotes(given: Sequence[str] | None, environment: Mapping[str, str]) -> tuple[RemoteUrl, ...]:
+    """Return the remote tiers that options name, or else TIERKV_REMOTE. Raises ConfigError, without the URL."""
+    return remote_urls(given if given is not None else environment.get("TIERKV_REMOTE"))
 
 
 def default_socket(environment: Mapping[str, str]) -> Path:

@@ -192,7 +192,7 @@ def test_ranks_that_have_some_blocks_in_memory_overlap_those_that_none_has(tmp_p
 
 
 def costs(first: int = 0, end: int = 10, may: int = 1, load: int = 5, compute: int = 20, both: int = 3) -> ColdCosts:
-    return ColdCosts(first, end, 1, may, load, compute, both, 1)
+    return ColdCosts(first, end, 1, 0, may, load, compute, both, 1)
 
 
 @pytest.mark.parametrize(

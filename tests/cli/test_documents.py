@@ -64,6 +64,7 @@ EXPECTED = {  # by a name that the example contains: the last line that each of 
     "open_runner": ["0.0", "0.875"],  # 7 whole blocks of 8; the last is partly filled and was not stored
     "store.register": ["0 0", "4 0"],
     "persistent_cache": GENERATED,  # as docs/transformers.md shows it
+    "print(*config.remote)": ["redis://cache.example:6379?ttl_s=86400"] * 2,
     "BlockLayout": ["0", "768"],
     "MemoryTransferManager": ["True True", "True True"],
 }

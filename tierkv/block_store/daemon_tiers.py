@@ -31,6 +31,7 @@ from tierkv.transfer.daemon_connector import DaemonConnector
 from tierkv.values.block import BlockHash, Tier
 from tierkv.values.locks import OwnedCondition
 from tierkv.values.namespace import Namespace
+from tierkv.values.remote_stats import RemoteStats
 from tierkv.values.stats import StatsRecorder, TierStats
 
 if TYPE_CHECKING:
@@ -178,6 +179,10 @@ class DaemonBlockTiers:
     def sizes(self) -> dict[Tier, TierStats]:
         """Return the sizes of the daemon's tiers."""
         return self._connector.sizes()
+
+    def remote_stats(self) -> tuple[RemoteStats, ...]:
+        """Return nothing: the daemon has the remote tiers."""
+        return ()
 
     def flush(self) -> None:
         """Wait until the daemon has put all saved blocks on the disk, or warn that it cannot."""

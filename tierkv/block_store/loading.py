@@ -18,14 +18,17 @@ from tierkv.block_store.transfers import Load
 from tierkv.block_store.warm_memory import WarmMemory
 from tierkv.errors import StoreError
 from tierkv.movers.ready import Done, Ready
+from tierkv.remote_tiers.source import RemoteSource
+from tierkv.storage.codec import Bytes
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import BlockInfo
 from tierkv.values.block import TOKEN_BYTES, BlockHash, Tier
+from tierkv.values.layout import BlockLayout
 from tierkv.values.locks import OwnedCondition
 from tierkv.values.stats import StatsRecorder
 
-__all__ = ["BlockLoader", "count_cold", "info_of", "origin_of"]
+__all__ = ["BlockLoader", "StoredBlocks", "info_of"]
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +48,69 @@ def info_of(key: BlockKey, root: BlockHash) -> BlockInfo:
     )
 
 
-def count_cold(cold: ColdStore, keys: Sequence[BlockKey]) -> int:
+class StoredBlocks:
+    """The blocks below the warm memory: in a store on disk, then in remote tiers. Each of them may be missing."""
+
+    def __init__(self, cold: ColdStore | None, remote: RemoteSource | None) -> None:
+        self.cold = cold
+        self.remote = remote
+
+    def count(self, keys: Sequence[BlockKey]) -> int:
+        """Return how many leading blocks are there. Waits for the network if the store lacks some of them."""
+        found = 0
+        while found < len(keys):
+            before = found
+            found += _count_cold(self.cold, keys[found:]) if self.cold else 0
+            if found < len(keys) and self.remote and self.remote.may_answer(len(keys) - found):
+                found += self.remote.find(keys[found:], first=found)
+            if found == before or not (self.cold and self.remote):
+                break
+        return found
+
+    def origin(self, keys: Sequence[BlockKey]) -> Origin:
+        """Return where blocks lie that are not warm, judged by the first, the middle and the last; WARM for none."""
+        if not keys or (self.cold is None and self.remote is None):
+            return Origin.WARM
+        looked_at = [keys[at] for at in {0, len(keys) // 2, len(keys) - 1}]
+        if self.remote and any(self.is_remote(key) for key in looked_at):
+            return Origin.REMOTE
+        is_cached = self.cold is not None and all(self.cold.is_in_memory(key.block_hash) for key in looked_at)
+        return Origin.PAGE_CACHE if is_cached else Origin.DISK
+
+    def is_remote(self, key: BlockKey) -> bool:
+        """Return whether a remote tier has a block, as far as is known, and the store does not."""
+        if self.remote is None or self.remote.lookup(key.block_hash) is None:
+            return False
+        return self.cold is None or not _count_cold(self.cold, [key])
+
+    def read_into(self, key: BlockKey, root: BlockHash, out: Bytes, *, layout: BlockLayout) -> MissReason | None:
+        """Read a block from the store, or from a remote tier. Return None, or why it could not be read."""
+        expected = info_of(key, root)
+        reason: MissReason | None = MissReason.ABSENT
+        try:
+            if self.cold:
+                reason = self.cold.read_into(expected, out, layout=layout)
+            if reason and self.remote and self.remote.lookup(key.block_hash):
+                reason = self.remote.read_into(expected, out, layout=layout)
+        except StoreError:
+            return MissReason.IO_ERROR
+        return reason
+
+    def read_ahead(self, key: BlockKey) -> None:
+        """Begin to fetch a block from the disk."""
+        if self.cold:
+            self.cold.read_ahead([key.block_hash])
+
+    def touch(self, keys: Sequence[BlockKey]) -> None:
+        """Record a use of a prompt's leading blocks."""
+        hashes = [key.block_hash for key in keys]
+        if self.cold:
+            self.cold.notes.touch(hashes)
+        if self.remote:
+            self.remote.touch(hashes)
+
+
+def _count_cold(cold: ColdStore, keys: Sequence[BlockKey]) -> int:
     """Return how many leading blocks a store has, judged by its small records. A store that fails has none."""
     found = 0
     for start in range(0, len(keys), _LOOKUP_BLOCKS):
@@ -64,34 +129,25 @@ def count_cold(cold: ColdStore, keys: Sequence[BlockKey]) -> int:
     return found
 
 
-def origin_of(cold: ColdStore | None, keys: Sequence[BlockKey]) -> Origin:
-    """Return where blocks lie that are not warm, judged by the first, the middle and the last; WARM for none."""
-    if not keys or cold is None:
-        return Origin.WARM
-    looked_at = [keys[at] for at in {0, len(keys) // 2, len(keys) - 1}]
-    is_cached = all(cold.is_in_memory(key.block_hash) for key in looked_at)
-    return Origin.PAGE_CACHE if is_cached else Origin.DISK
-
-
 class BlockLoader(Loader):
     """Finds and loads blocks of the own warm memory and store."""
 
     def __init__(
         self,
         memory: WarmMemory,
-        cold: ColdStore | None,
+        stored: StoredBlocks,
         root: BlockHash,
         stats: StatsRecorder,
         changed: OwnedCondition,
     ) -> None:
         super().__init__(memory.layout, stats, changed)
         self._memory = memory
-        self._cold = cold
+        self._stored = stored
         self._root = root
         self._spare_lock = threading.Lock()
 
     def contains(self, keys: Sequence[BlockKey]) -> int:
-        """Return how many leading blocks are warm or cold."""
+        """Return how many leading blocks are warm, cold or remote."""
         found = 0
         while found < len(keys):
             with self.changed:
@@ -101,7 +157,7 @@ class BlockLoader(Loader):
                 while end < len(keys) and not self._memory.index.get(keys[end]):
                     end += 1
             missing = keys[found:end]
-            num_cold = count_cold(self._cold, missing) if self._cold else 0
+            num_cold = self._stored.count(missing)
             found += num_cold
             if num_cold < len(missing):
                 break
@@ -128,8 +184,8 @@ class BlockLoader(Loader):
             memory.index.touch(keys[: start + num_found])
             num_warm = sum(slot is not None for slot in slots)
             self.count_request(len(wanted), num_warm, num_found, self._reason(wanted, num_found))
-        if self._cold and (start + num_found):
-            self._cold.notes.touch([key.block_hash for key in keys[: start + num_found]])
+        if start + num_found:
+            self._stored.touch(keys[: start + num_found])
         missing = [key for key, slot in zip(wanted, slots, strict=False) if slot is None]
         found = Reservation(
             wanted[:num_found],
@@ -137,7 +193,7 @@ class BlockLoader(Loader):
             memory.slots,
             changed=self.changed,
             unpin=memory.unpin,
-            origin=origin_of(self._cold, missing),
+            origin=self._stored.origin(missing),
         )
         if None in slots[: memory.most_held]:
             found.start_reading(self.submit(self._read, found))
@@ -151,7 +207,7 @@ class BlockLoader(Loader):
                 found += 1
                 continue
             end = next((at for at in range(found, len(wanted)) if is_warm[at]), len(wanted))
-            num_cold = count_cold(self._cold, wanted[found:end]) if self._cold else 0
+            num_cold = self._stored.count(wanted[found:end])
             found += num_cold
             if found < end:
                 break
@@ -163,7 +219,8 @@ class BlockLoader(Loader):
         if num_found == len(wanted):
             return None
         key = wanted[num_found]
-        if self._cold is not None and self._cold.was_evicted(key.block_hash):
+        cold = self._stored.cold
+        if cold is not None and cold.was_evicted(key.block_hash):
             return MissReason.EVICTED
         return MissReason.COLLISION if self._memory.index.collides(key) else MissReason.ABSENT
 
@@ -303,11 +360,6 @@ class BlockLoader(Loader):
             wait(reads)
 
     def _read_one(self, key: BlockKey, slot: int, ahead: BlockKey | None) -> MissReason | None:
-        assert self._cold is not None, "only cold blocks are read"
         if ahead is not None:
-            self._cold.read_ahead([ahead.block_hash])
-        try:
-            out = self._memory.slots[slot]
-            return self._cold.read_into(info_of(key, self._root), out, layout=self._memory.layout)
-        except StoreError:
-            return MissReason.IO_ERROR
+            self._stored.read_ahead(ahead)
+        return self._stored.read_into(key, self._root, self._memory.slots[slot], layout=self._memory.layout)

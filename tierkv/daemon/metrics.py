@@ -17,6 +17,8 @@ from tierkv.metrics.catalogue import (
     DAEMON_INFO,
     DAEMON_LIMITS,
     DAEMON_NAMESPACES,
+    DAEMON_REMOTE_EVENTS,
+    DAEMON_TENANTS,
     DAEMON_TOTALS,
 )
 from tierkv.metrics.exposition import exposition
@@ -53,6 +55,19 @@ def metrics_of(report: StatusReport) -> Iterator[MetricSamples]:
     for metric in DAEMON_NAMESPACES:
         figure = metric.source.removeprefix("daemon_namespace_")
         yield MetricSamples(metric, {_labels_of(each): _figures_of(each)[figure] for each in report.tenants})
+    for metric in DAEMON_TENANTS:
+        yield MetricSamples(
+            metric,
+            {
+                (each.name, tier): getattr(each, f"{tier}_{metric.source}")
+                for each in report.shares
+                for tier in ("warm", "cold")
+            },
+        )
+    events = {name: count for name, count in report.counters.items() if name.startswith("remote_")}
+    yield MetricSamples.of_label(
+        DAEMON_REMOTE_EVENTS, {name.removeprefix("remote_"): count for name, count in events.items()}
+    )
     for metric in DAEMON_LIMITS:
         yield MetricSamples.of_label(metric, {each.name: getattr(each, metric.source) for each in report.limits})
 

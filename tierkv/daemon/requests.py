@@ -47,6 +47,7 @@ from tierkv.daemon.messages import (
     Welcome,
 )
 from tierkv.daemon.protocol import MAX_PATH_BYTES, ProtocolError, printable, split_hashes, split_numbers
+from tierkv.daemon.remote_blocks import RemoteBlocks
 from tierkv.daemon.side_threads import SideThreads, result_of
 from tierkv.daemon.state_files import StateFiles
 from tierkv.daemon.store_writer import StoreWriter
@@ -86,6 +87,7 @@ class Requests:
         files: StateFiles,
         evictor: Evictor,
         members_descriptor: int | None,
+        remote: RemoteBlocks | None,
         report: Callable[[], StatusReport],
         stop: Callable[[], None],
     ) -> None:
@@ -102,6 +104,7 @@ class Requests:
         self._loop = asyncio.get_running_loop()
         self._files = files
         self._evictor = evictor
+        self._remote = remote
         self._aside = SideThreads(_NUM_ASIDE, name="tierkv-aside")
         self._waiters: dict[BlockHash, set[asyncio.Future[None]]] = {}
 
@@ -171,15 +174,31 @@ class Requests:
         client.attach_descriptor(self._members_descriptor if client.is_member else self._slab.fd)
         return welcome
 
-    def match(self, client: ClientConnection, message: Match) -> Answer:
-        """Find and lease blocks of a prompt. The store notes their use after the answer."""
+    def match(self, client: ClientConnection, message: Match) -> Answer | Coroutine[Any, Any, Answer]:
+        """Find and lease blocks of a prompt, after a look into remote tiers for what is missing here, if there are any.
+
+        The store notes their use after the answer.
+        """
         if client.is_member:
             message.wants_claim = False  # it cannot publish what it computes
+            return self._match(client, message)  # nor does it make the daemon fetch
+        return self._match(client, message) if self._remote is None else self._match_remotely(client, message)
+
+    async def _match_remotely(self, client: ClientConnection, message: Match) -> Answer:
+        assert self._remote is not None
+        await self._remote.look_before(client.connection, message)
+        if client.connection.is_closed:
+            return None
+        return self._match(client, message)
+
+    def _match(self, client: ClientConnection, message: Match) -> Answer:
         found = self._core.match(client.connection, message)
         if self._store is not None and (message.lease or message.is_use) and found.slots:
             count = message.start + len(found.slots) // 4
             hashes = message.hashes[: count * HASH_BYTES]
             self._loop.call_soon(lambda store: store.notes.touch(split_hashes(hashes)), self._store)
+            if self._remote is not None:
+                self._remote.touch(client.connection.require_tenant(), split_hashes(hashes))
         return found
 
     async def fetch(self, client: ClientConnection, message: Fetch) -> Answer:

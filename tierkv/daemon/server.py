@@ -38,6 +38,7 @@ from tierkv.daemon.messages import LimitStatus, Message, StatusReport
 from tierkv.daemon.metrics import serve_metrics
 from tierkv.daemon.operation import NO_MANAGER, Operation
 from tierkv.daemon.peers import Peers
+from tierkv.daemon.remote_blocks import RemoteBlocks
 from tierkv.daemon.requests import Requests
 from tierkv.daemon.service_manager import ServiceManager
 from tierkv.daemon.state_files import StateFiles
@@ -47,6 +48,8 @@ from tierkv.daemon.values import Connection
 from tierkv.errors import CapacityError, DaemonError, StoreError
 from tierkv.metrics.exposition import load_prometheus
 from tierkv.policies import make_policy
+from tierkv.remote_tiers.remotes import Remotes
+from tierkv.remote_tiers.urls import remote_urls
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.warm import Slab
 from tierkv.values.log_event import LogEvent
@@ -93,9 +96,13 @@ def serve(
                 write_wait_s=_WRITE_WAIT_S,
             )
             stack.callback(store.close)
+        remotes = None
+        if urls := remote_urls(config.remote):
+            remotes = stack.enter_context(Remotes(urls, store=store))
         slab = Slab(config.warm_bytes, num_threads=config.num_io_threads)
         threads = stack.enter_context(ThreadPoolExecutor(config.num_io_threads, thread_name_prefix="tierkv-io"))
-        server = _Server(config, listener, store, slab, threads, ending, Operation(reload, manager, version))
+        operation = Operation(reload, manager, version)
+        server = _Server(config, listener, store, slab, threads, ending, operation, remotes)
         end.core = server.core
         if asyncio.run(server.run(started)):
             slab.close()  # else a thread may still write into it: it is unmapped with the process
@@ -146,6 +153,7 @@ class _Server:
         threads: ThreadPoolExecutor,
         ending: Ending,
         operation: Operation,
+        remotes: Remotes | None,
     ) -> None:
         self._ending = ending
         self._operation = operation
@@ -163,6 +171,8 @@ class _Server:
             pin_share=config.pin_share,
             limits=config.limits,
         )
+        self.core.tenants.remotes = remotes
+        self._remote = RemoteBlocks(self.core, remotes) if remotes else None
         self.clients: set[ClientConnection] = set()
         self.bytes_received = 0
         self.bytes_sent = 0
@@ -186,8 +196,8 @@ class _Server:
         loop = asyncio.get_running_loop()
         stopping = asyncio.Event()
         self._ending.handle_signals(partial(_set_soon, loop, stopping), reload=self._operation.reload_at_signal)
-        loader = Loader(self.core, self._slab, self._threads, loaded=self.notify_waiters)
-        self._prefetcher = prefetcher = Prefetcher(self.core, loader)
+        loader = Loader(self.core, self._slab, self._threads, loaded=self.notify_waiters, remote=self._remote)
+        self._prefetcher = prefetcher = Prefetcher(self.core, loader, self._remote)
         writer = StoreWriter(self.core, self._store, self._slab, self._threads)
         self._requests = Requests(
             self.core,
@@ -200,6 +210,7 @@ class _Server:
             files=self._files,
             evictor=self._make_evictor(writer),
             members_descriptor=self._descriptor_of_members(),
+            remote=self._remote,
             report=self._report,
             stop=self._ending.begin,
         )
@@ -226,6 +237,8 @@ class _Server:
                 client.close()
             await loop.run_in_executor(None, writer.close)
             self._requests.close()
+            if self._remote:
+                self._remote.close()
             is_quiet = await loader.wait_until_idle(_IDLE_S)
             if not is_quiet:
                 _log.warning("%d reads hang and are abandoned", loader.num_running)
@@ -365,7 +378,11 @@ class _Server:
             pending_writes=core.num_writes,
             bytes_received=self.bytes_received,
             bytes_sent=self.bytes_sent,
-            counters={**core.counters, "evicted_blocks": core.slab.evictions},
+            counters={
+                **core.counters,
+                "evicted_blocks": core.slab.evictions,
+                **(self._remote.counters() if self._remote else {}),
+            },
             tenants=tenant_statuses(core),
             cold={
                 "blocks": cold.blocks,

@@ -154,7 +154,11 @@ class StoreWriter:
             for tenant in {write.tenant: None for write in missing}:
                 self._register(tenant)
             infos = [self._identifier.identify(write.tenant, write.entry) for write in missing]
-            outcomes = store.put(list(self._threads.map(self._encode, missing, infos)))
+            records = list(self._threads.map(self._encode, missing, infos))
+            for write, record in zip(missing, records, strict=True):
+                if write.tenant.remote:
+                    write.tenant.remote.write(record)
+            outcomes = store.put(records)
             for write, outcome in zip(missing, outcomes, strict=True):
                 skipped[write] = "" if outcome in (PutOutcome.STORED, PutOutcome.EXISTS) else outcome.value
             self._note_used([tenant for tenant in work if isinstance(tenant, Tenant)])

@@ -14,6 +14,7 @@ from tierkv.daemon.values import BlockSource, Tenant
 from tierkv.errors import CapacityError
 from tierkv.index.index import Entry
 from tierkv.policies import EvictionPolicy
+from tierkv.remote_tiers.remotes import Remotes
 from tierkv.storage.warm import slot_stride
 from tierkv.values.block import HASH_BYTES, BlockHash, Tier
 from tierkv.values.layout import BlockLayout
@@ -40,6 +41,7 @@ class Tenants:
         self.limits = limits
         self.clock = clock
         self.store = store
+        self.remotes: Remotes | None = None
         self.slab: SharedSlab = SharedSlab(
             slab_bytes,
             make_policy=make_policy,
@@ -89,6 +91,9 @@ class Tenants:
             tenant.is_of_member = is_member
             if self.store is not None:
                 tenant.sources.append(self.store)
+            if self.remotes is not None:
+                tenant.remote = self.remotes.source(description)
+                tenant.sources.append(tenant.remote)
             self.by_digest[digest] = tenant
             self.description_bytes += len(description)
         assert (tenant.layout, tenant.has_rows) == (layout, has_rows), "a digest covers both"
@@ -189,7 +194,7 @@ class Tenants:
         """Remove namespaces without a client, a block, a load or a state file, and size classes without a namespace."""
         for size_class in self.slab.classes.values():
             size_class.chosen.retry()
-        num_own = int(self.store is not None)
+        num_own = int(self.store is not None) + int(self.remotes is not None)
         for tenant in list(self.by_digest.values()):
             if not (tenant.clients or tenant.warm_blocks or tenant.num_loading or len(tenant.sources) > num_own):
                 del self.by_digest[tenant.digest]

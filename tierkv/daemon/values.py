@@ -12,6 +12,7 @@ from tierkv.daemon.protocol import ProtocolError, split_hashes
 from tierkv.daemon.slab import SizeClass
 from tierkv.errors import StoreError
 from tierkv.index.index import Entry
+from tierkv.remote_tiers.source import RemoteSource
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import BlockInfo
 from tierkv.values.block import HASH_BYTES, TOKEN_BYTES, BlockHash, ContentDigest, chain_content_digest
@@ -65,7 +66,7 @@ class Tenant:
     codec: the lossy codec of its blocks, or "". claims: by the hashes of the blocks. left_at: when its last client
     left. num_loading: fetches and loads in work. num_awaited: slots that loads and clients are filling.
     is_registered: whether the store has its description. is_of_member: no client of the daemon's user has described it.
-    has_rows: its blocks are all children of the root.
+    has_rows: its blocks are all children of the root. remote: its blocks in remote tiers, the last of the sources.
     """
 
     digest: BlockHash
@@ -87,6 +88,7 @@ class Tenant:
     num_awaited: int = 0
     is_registered: bool = False
     is_of_member: bool = False
+    remote: RemoteSource | None = None
 
     @property
     def step(self) -> int:

@@ -14,7 +14,12 @@ __all__ = [
     "DAEMON_INFO",
     "DAEMON_LIMITS",
     "DAEMON_NAMESPACES",
+    "DAEMON_REMOTE_EVENTS",
+    "DAEMON_TENANTS",
     "DAEMON_TOTALS",
+    "REMOTE_CALL_SECONDS",
+    "REMOTE_EVENTS",
+    "REMOTE_UP",
     "SERVER_BY_LABEL",
     "SERVER_FIRST_TOKEN",
     "SERVER_TOTALS",
@@ -69,6 +74,16 @@ CACHE_BY_TIER = (
     _gauge("tierkv_capacity_bytes", "Bytes that the tier may take.", "tier"),
 )
 
+REMOTE_UP = _gauge("tierkv_remote_up", "1 if the remote tier is asked, 0 while it has failed.", "remote")
+REMOTE_EVENTS = _counter(
+    "tierkv_remote_events",
+    "What happened: hits, bytes, and each reason of a miss, a failure or a dropped write.",
+    *("remote", "event"),
+)
+REMOTE_CALL_SECONDS = Metric(
+    "tierkv_remote_call_seconds", Kind.HISTOGRAM, "Seconds of the calls, by kind.", ("remote", "call")
+)
+
 # --- `tierkv serve`. source: an attribute of Monitor, if it has one ---------------------------------------
 
 SERVER_TOTALS = (
@@ -102,6 +117,7 @@ DAEMON_TOTALS = (
     _counter("tierkv_daemon_stored_blocks", "Published blocks that are in the store."),
     _counter("tierkv_daemon_loaded_blocks", "Blocks read from the store or a state file into the warm tier."),
     _counter("tierkv_daemon_prefetched_blocks", "Those of them that were read before a request."),
+    _gauge("tierkv_daemon_remotes_up", "Remote tiers that are asked."),
 )
 DAEMON_BY_REASON = (
     _counter("tierkv_daemon_missed_blocks", "Blocks that clients asked for and that were not there.", "reason"),
@@ -121,6 +137,17 @@ DAEMON_NAMESPACES = (
     _gauge("tierkv_daemon_namespace_pinned_bytes", "Bytes of those of them that are pinned.", *_NAMESPACE),
     _gauge("tierkv_daemon_namespace_clients", "Clients that use the namespace.", *_NAMESPACE),
 )
+_TENANT = ("tenant", "tier")
+DAEMON_TENANTS = (
+    _gauge("tierkv_daemon_tenant_bytes", "Bytes of a tenant's blocks in the tier.", *_TENANT, source="bytes"),
+    _gauge("tierkv_daemon_tenant_share_bytes", "Bytes that others cannot take from it.", *_TENANT, source="share"),
+    _gauge("tierkv_daemon_tenant_limit_bytes", "Bytes that it may have; -1 for any.", *_TENANT, source="limit"),
+)
+DAEMON_REMOTE_EVENTS = _counter(
+    "tierkv_daemon_remote_events",
+    "What happened in all remote tiers: hits, bytes, and each reason of a miss, a failure or a dropped write.",
+    "event",
+)
 DAEMON_LIMITS = (
     _gauge("tierkv_daemon_limit_used", "What clients hold of something that is bounded.", "resource", source="used"),
     _gauge("tierkv_daemon_limit", "How much of it all clients together may hold.", "resource", source="limit"),
@@ -130,7 +157,15 @@ DAEMON_LIMITS = (
 def groups() -> dict[str, tuple[Metric, ...]]:
     """Return all metrics by what shows them."""
     return {
-        "cache": (CACHE_INFO, *CACHE_TOTALS, *CACHE_BY_TIER, *CACHE_BY_REASON),
+        "cache": (
+            CACHE_INFO,
+            *CACHE_TOTALS,
+            *CACHE_BY_TIER,
+            *CACHE_BY_REASON,
+            REMOTE_UP,
+            REMOTE_EVENTS,
+            REMOTE_CALL_SECONDS,
+        ),
         "serve": (*SERVER_TOTALS, *SERVER_BY_LABEL, SERVER_FIRST_TOKEN),
         "daemon": (
             DAEMON_INFO,
@@ -138,6 +173,8 @@ def groups() -> dict[str, tuple[Metric, ...]]:
             *DAEMON_BY_TIER,
             *DAEMON_BY_REASON,
             *DAEMON_NAMESPACES,
+            *DAEMON_TENANTS,
+            DAEMON_REMOTE_EVENTS,
             *DAEMON_LIMITS,
         ),
     }

@@ -43,9 +43,10 @@ class _Collector:
 def _as_prometheus(core: Any, shown: MetricSamples) -> Any:
     metric = shown.metric
     if shown.buckets is not None:
-        return core.HistogramMetricFamily(
-            metric.name, metric.help, buckets=list(shown.buckets.counts), sum_value=shown.buckets.total
-        )
+        found = core.HistogramMetricFamily(metric.name, metric.help, labels=metric.labels)
+        for values, buckets in shown.buckets.items():
+            found.add_metric(values, list(buckets.counts), buckets.total)
+        return found
     if metric.kind is Kind.INFO:
         found = core.InfoMetricFamily(metric.name, metric.help)
         for values in shown.samples:

@@ -54,14 +54,14 @@ Samples = Mapping[tuple[str, ...], float]
 
 @dataclass(frozen=True, slots=True)
 class MetricSamples:
-    """One metric with its samples. buckets: of a histogram, which has no labels here."""
+    """One metric with its samples. buckets: of a histogram, by the values of its labels."""
 
     metric: Metric
     samples: Samples
-    buckets: Buckets | None = None
+    buckets: Mapping[tuple[str, ...], Buckets] | None = None
 
     def __post_init__(self) -> None:
-        lengths = {len(values) for values in self.samples}
+        lengths = {len(values) for values in (*self.samples, *(self.buckets or ()))}
         assert lengths <= {len(self.metric.labels)}, f"{self.metric.name}: a value for each label"
         assert (self.buckets is not None) == (self.metric.kind is Kind.HISTOGRAM)
 

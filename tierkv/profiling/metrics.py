@@ -21,6 +21,7 @@ from tierkv.metrics.catalogue import CACHE_BY_REASON, CACHE_BY_TIER, CACHE_INFO,
 from tierkv.metrics.exposition import exposition, load_prometheus
 from tierkv.metrics.metric import TENANT_CHARACTERS, MetricSamples
 from tierkv.profiling.prefixes import PrefixTable
+from tierkv.profiling.remote_metrics import metrics_of_remotes, remote_status
 from tierkv.storage.outcomes import MissReason, PutOutcome
 from tierkv.values.events import CacheObserver
 from tierkv.values.layout import BlockLayout
@@ -70,6 +71,7 @@ def metrics_of(cache: ServedCache) -> Iterator[MetricSamples]:
     for metric in CACHE_BY_REASON:
         known = _SKIP_REASONS if metric.source == "skip_reasons" else _MISS_REASONS
         yield MetricSamples.of_label(metric, getattr(stats, metric.source), known)  # each reason before it happens
+    yield from metrics_of_remotes(stats.remotes)
 
 
 class MetricsServer:
@@ -139,8 +141,11 @@ def status_of(cache: ServedCache, table: PrefixTable, *, count: int, uptime_s: f
         "uptime_s": round(uptime_s, 3),
         "hit_rate": stats.hit_rate,
         "token_hit_rate": stats.token_hit_rate,
-        **{each.name: getattr(stats, each.name) for each in fields(CacheStats) if each.name != "tiers"},
+        **{
+            each.name: getattr(stats, each.name) for each in fields(CacheStats) if each.name not in ("tiers", "remotes")
+        },
         "tiers": {tier.value: _plain(each) for tier, each in stats.tiers.items()},
+        "remotes": [remote_status(each) for each in stats.remotes],
         "prefixes": [use.to_dict() for use in table.largest(count)],
     }
 

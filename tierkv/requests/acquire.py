@@ -21,7 +21,8 @@ from tierkv.transfer.load import Loader, Pinned, Promoted
 from tierkv.transfer.lookup import Hit, Lookup, count_by_tier
 from tierkv.transfer.offload import Offloader
 from tierkv.transfer.overlapped_load import OverlappedLoad
-from tierkv.transfer.recompute_or_load import ColdCosts, ColdPlan, Decision, RecomputeOrLoad
+from tierkv.transfer.recompute_or_load import ColdCosts, ColdPlan, Decision, LoadKind, RecomputeOrLoad
+from tierkv.transfer.remote_lookup import look_remotely
 from tierkv.transfer.tiers import Tiers
 from tierkv.values.block import TOKEN_BYTES, BlockHash, Tier
 from tierkv.values.checks import check_count, check_seconds
@@ -95,6 +96,8 @@ class Acquirer:
         with self._tiers.changed:
             found = self._tiers.find(token_bytes, num_tokens - 1) if reuse else Lookup()
             pinned = self._loader.pin(found)
+        if reuse and self._tiers.remote:
+            found, pinned = self._look_remotely(found, pinned, token_bytes, overlap=overlap)
         claim: Claim | None = None
         wanted = _Wanted(found, num_tokens)
         try:
@@ -130,7 +133,7 @@ class Acquirer:
         )
         try:
             if later and plan.load:
-                self._start_load(sequence, later, in_memory=plan.load.kind.in_memory)
+                self._start_load(sequence, later, plan.load.kind)
             with self._tiers.changed:
                 self._running.add(sequence)
                 self._statistics.add_request(sequence, found, promoted, blocks=blocks, later=later, dropped=dropped)
@@ -139,10 +142,40 @@ class Acquirer:
                 used = promoted.hits[len(sequence.chain) - len(promoted.hot) :]
                 cold.notes.touch([*sequence.chain, *(hit.block_hash for hit in used)])
                 self._offloader.maintain_store()
+            if remote := self._tiers.remote:
+                remote.touch(sequence.chain)
         except BaseException:
             self._running.release(sequence)
             raise
         return sequence
+
+    def _look_remotely(
+        self, found: Lookup, pinned: Pinned, token_bytes: bytes, *, overlap: bool
+    ) -> tuple[Lookup, Pinned]:
+        """Ask the remote tiers for what was not found. Return what there is now, pinned."""
+        max_tokens = len(token_bytes) // TOKEN_BYTES - 1
+        if overlap and self._choice:
+            num_blocks = max_tokens // self._block_size
+            num_missing = num_blocks - len(found.hot) - len(found.blocks)
+            num_rest = max_tokens + 1 - num_blocks * self._block_size
+            if num_missing > 0 and not self._choice.is_worth_asking(num_missing, num_rest):
+                return found, pinned
+        before = pinned
+        try:
+            if not look_remotely(self._tiers, found, token_bytes, max_tokens):
+                return found, pinned
+            with self._tiers.changed:
+                found = self._tiers.find(token_bytes, max_tokens)
+                pinned = self._loader.pin(found)
+        except BaseException:
+            self._unpin(before)
+            raise
+        self._unpin(before)
+        return found, pinned
+
+    def _unpin(self, pinned: Pinned) -> None:
+        self._tiers.unpin_all(Tier.HOT, pinned.hot)
+        self._tiers.unpin(pinned.rest.values())
 
     def release(self, sequence: Sequence) -> None:
         """End a sequence; see `TierCache.release`. Once the cache is closed there is nothing to do."""
@@ -206,7 +239,7 @@ class Acquirer:
         is_done = load.is_done  # read before the question: a load that is done returns no block to the engine
         return load.next_piece(), is_done
 
-    def _start_load(self, sequence: Sequence, later: list[Hit], *, in_memory: bool) -> None:
+    def _start_load(self, sequence: Sequence, later: list[Hit], kind: LoadKind) -> None:
         """Begin to load cold blocks into a sequence's own while the engine computes the first of them."""
         assert self._choice
         start = len(sequence.chain)
@@ -216,7 +249,7 @@ class Acquirer:
             later,
             sequence.block_table[start : start + len(later)],
             num_before=sequence.num_cached_tokens,
-            in_memory=in_memory,
+            kind=kind,
             read=self._reading.read_one,
             after=self._tiers.memory.mover.mark(),
         )
@@ -289,10 +322,6 @@ class Acquirer:
         plan = wanted.plan = self._choice.plan(found, wanted.num_tokens, wanted.costs, decision)
         if plan.num_kept is not None:
             wanted.found = replace(found, blocks=found.blocks[: plan.num_kept], partial_block=None)
-
-    def _unpin(self, pinned: Pinned) -> None:
-        self._tiers.unpin_all(Tier.HOT, pinned.hot)
-        self._tiers.unpin(pinned.rest.values())
 
     def _chain_of(self, promoted: Promoted, found: Lookup) -> list[BlockHash]:
         """Return the hashes of the whole blocks that were loaded; a block used in part is not in the chain."""

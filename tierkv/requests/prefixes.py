@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from tierkv.index.index import Entry
 from tierkv.transfer.daemon_tiers import DaemonTiers
 from tierkv.transfer.lookup import Lookup, count_by_tier
+from tierkv.transfer.remote_lookup import find_everywhere
 from tierkv.transfer.tiers import Tiers
 from tierkv.values.block import TOKEN_BYTES, BlockHash, Tier
 
@@ -44,12 +45,11 @@ class Prefixes:
         self._daemon = daemon
 
     def match(self, token_bytes: bytes) -> Match:
-        """Return how many leading tokens are cached, and where. Changes and reads nothing."""
+        """Return how many leading tokens are cached, and where. Changes nothing, and reads no block."""
         num_tokens = len(token_bytes) // TOKEN_BYTES
         if self._daemon:
             self._daemon.catch_up()
-        with self._tiers.changed:
-            found = self._tiers.find(token_bytes, num_tokens)
+        found = find_everywhere(self._tiers, token_bytes, num_tokens)
         if self._daemon:
             found, _ = self._daemon.blocks.look_further(found, token_bytes, None)
         blocks, tokens = count_by_tier(len(found.hot), self._tiers.layout.block_size, found.rest())

@@ -80,7 +80,7 @@ class Monitor:
         counts = {"outcomes": self.outcomes, "statuses": {str(code): n for code, n in self.statuses.items()}}
         for metric, known in zip(SERVER_BY_LABEL, (_OUTCOMES, _STATUSES), strict=True):
             yield MetricSamples.of_label(metric, counts[metric.source], known)
-        yield MetricSamples(SERVER_FIRST_TOKEN, {}, Buckets(self._cumulative(), self._first_token_sum_s))
+        yield MetricSamples(SERVER_FIRST_TOKEN, {}, {(): Buckets(self._cumulative(), self._first_token_sum_s)})
 
     def _cumulative(self) -> tuple[tuple[str, int], ...]:
         total, buckets = 0, list[tuple[str, int]]()

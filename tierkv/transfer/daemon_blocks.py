@@ -73,6 +73,7 @@ class _DaemonBlock:
     connection: Connection
     cursor: int
     position: int
+    is_remote = False  # only the daemon knows what it must fetch, also from beyond this machine
 
     def lookup(self, block_hash: BlockHash) -> None: ...
     def find_longest_run(self, parent: BlockHash, token_bytes: bytes) -> None: ...
@@ -80,7 +81,7 @@ class _DaemonBlock:
     def note_damaged(self, block_hash: BlockHash) -> None: ...
 
     def is_in_memory(self, block_hash: BlockHash) -> bool:
-        """Return True: only the daemon knows what it must fetch."""
+        """Return True: only the daemon knows."""
         return True
 
     def read_into(

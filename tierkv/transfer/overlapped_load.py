@@ -130,7 +130,7 @@ class BlockDivision:
 class OverlappedLoad:
     """One request's cold blocks on their way into block ids that it holds, the last one first.
 
-    hits: the cold blocks in order, behind num_before tokens; in_memory: whether the page cache has them. targets: their
+    hits: the cold blocks in order, behind num_before tokens; kind: where they lie. targets: their
     block ids, of which the load keeps a reference of its own until it has ended. after: when the targets may be
     written. The load registers nothing: `commit` does that once the blocks before them are registered. Runs on
     the loader threads; `read` decodes one block on the threads that read.
@@ -144,7 +144,7 @@ class OverlappedLoad:
         targets: Sequence[int],
         *,
         num_before: int,
-        in_memory: bool,
+        kind: LoadKind,
         read: ReadBlock,
         after: Ready,
     ) -> None:
@@ -160,7 +160,7 @@ class OverlappedLoad:
         self._targets = list(targets)
         self._read = read
         self._after = after
-        self._kind = LoadKind(in_memory)
+        self._kind = kind._replace(overlaps=False)
         self._loaded: tuple[int, float | None] = (0, None)  # blocks, and the seconds that they took
         self._is_cancelled = threading.Event()
         self._copying = threading.Lock()  # held from the note that blocks are loaded until their copy is queued

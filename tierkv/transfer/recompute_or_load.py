@@ -15,7 +15,7 @@ from enum import Enum
 from itertools import takewhile
 from typing import NamedTuple
 
-from tierkv.transfer.lookup import Hit, Lookup, are_in_memory
+from tierkv.transfer.lookup import Hit, Lookup, are_in_memory, are_remote
 from tierkv.values.block import Tier
 
 __all__ = [
@@ -36,10 +36,14 @@ _UNKNOWN = -1
 
 
 class LoadKind(NamedTuple):
-    """in_memory: the blocks lie in the page cache. overlaps: the engine computes the first of them meanwhile."""
+    """in_memory: the blocks lie in the page cache. overlaps: the engine computes the first of them meanwhile.
+
+    is_remote: some of the blocks lie in a remote tier.
+    """
 
     in_memory: bool
     overlaps: bool = False
+    is_remote: bool = False
 
 
 class ColdLoad(NamedTuple):
@@ -61,8 +65,8 @@ class Way(Enum):
 class ColdCosts(NamedTuple):
     """What one rank knows of the cold blocks at the end of a lookup, as whole numbers, so that ranks can exchange it.
 
-    first, end: the blocks of the prompt that are cold. in_memory: 1 if the page cache has them. may_overlap: 1 if the
-    caller can compute some while others load.
+    first, end: the blocks of the prompt that are cold. in_memory: 1 if the page cache has them. is_remote: 1 if some lie
+    in a remote tier. may_overlap: 1 if the caller can compute some while others load.
     Times are microseconds to the first token, -1 where not measured: of loading, of computing, of both side by side,
     and of the pass that follows a load.
     """
@@ -70,6 +74,7 @@ class ColdCosts(NamedTuple):
     first: int
     end: int
     in_memory: int
+    is_remote: int
     may_overlap: int
     loading_us: int = _UNKNOWN
     computing_us: int = _UNKNOWN
@@ -182,6 +187,25 @@ class RecomputeOrLoad:
         """Return the seconds that so many blocks take in one forward pass; None if unknown."""
         return self.pass_costs.estimate(num_blocks * self._block_size)
 
+    def is_worth_asking(self, num_blocks: int, num_rest: int) -> bool:
+        """Return whether remote tiers may give blocks sooner than they are computed; True until both are measured.
+
+        num_blocks: as many as they may have. num_rest: tokens behind those. To ask costs a round trip.
+        """
+        alone = LoadKind(in_memory=False, is_remote=True)
+        num_tokens = num_blocks * self._block_size
+        kinds = [alone, alone._replace(overlaps=True)] if num_tokens > self._piece_tokens else [alone]
+        computing, rest = self.pass_costs.estimate(num_tokens + num_rest), self.pass_costs.estimate(num_rest)
+        if computing is None or rest is None:
+            return True
+        for kind in kinds:
+            loading = self.load_costs[kind].estimate(num_blocks)
+            if loading is None or loading + rest <= computing:
+                return True
+        for kind in kinds:
+            self.load_costs[kind].forget(num_blocks)
+        return False
+
     def costs(self, found: Lookup, num_tokens: int, *, overlap: bool) -> ColdCosts | None:
         """Return the costs of the cold blocks at the end of a lookup for a prompt of so many tokens; None without any.
 
@@ -192,16 +216,17 @@ class RecomputeOrLoad:
             return None
         end = len(found.hot) + len(found.blocks)
         first, num_rest = end - len(cold), num_tokens - found.num_tokens
-        in_memory = are_in_memory(cold)
+        alone = LoadKind(are_in_memory(cold), is_remote=are_remote(cold))
         if not overlap:
-            return ColdCosts(first, end, int(in_memory), 0)
-        both = self.load_costs[LoadKind(in_memory, overlaps=True)].estimate(len(cold))
+            return ColdCosts(first, end, int(alone.in_memory), int(alone.is_remote), 0)
+        both = self.load_costs[alone._replace(overlaps=True)].estimate(len(cold))
         return ColdCosts(
             first,
             end,
-            int(in_memory),
+            int(alone.in_memory),
+            int(alone.is_remote),
             int(not (found.partial_block and found.partial_block.tier is not Tier.COLD)),
-            loading_us=_us(self.load_costs[LoadKind(in_memory)].estimate(len(cold))),
+            loading_us=_us(self.load_costs[alone].estimate(len(cold))),
             computing_us=_us(self.pass_costs.estimate(len(cold) * self._block_size + num_rest)),
             overlapping_us=_us(both),
             rest_us=_us(self.pass_costs.estimate(num_rest)),
@@ -217,8 +242,8 @@ class RecomputeOrLoad:
         own: the costs of this lookup. decision: for them, and for those of other ranks.
         """
         cold, num_rest = _cold_of(found), num_tokens - found.num_tokens
-        alone = LoadKind(bool(own.in_memory))
-        both = LoadKind(alone.in_memory, overlaps=True)
+        alone = LoadKind(bool(own.in_memory), is_remote=bool(own.is_remote))
+        both = alone._replace(overlaps=True)
         chosen = {Way.LOAD: alone, Way.OVERLAP: both}.get(decision.way)
         for kind in (alone, both):
             if kind is not chosen and not decision.is_trial:  # a trial is not always measured: it lowers no estimate

@@ -14,6 +14,8 @@ from tierkv.index.chosen_eviction import ChosenEviction
 from tierkv.index.index import Entry, Index
 from tierkv.index.slots import SlotPool
 from tierkv.movers.mover import AllReady, Move, Mover, Ready
+from tierkv.remote_tiers.remotes import Remotes
+from tierkv.remote_tiers.source import RemoteSource
 from tierkv.storage.coded import CodedBlock
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.outcomes import MissReason
@@ -164,6 +166,8 @@ class Tiers:
     is_closing: bool = False
     lower: LowerTiers | None = None
     states: StateFiles = field(default_factory=StateFiles)
+    remotes: Remotes | None = None
+    remote: RemoteSource | None = None  # of this namespace in `remotes`
     copies: Copies = field(init=False)
     chosen: ChosenEviction = field(init=False)
 
@@ -172,8 +176,8 @@ class Tiers:
 
     @property
     def sources(self) -> list[ColdSource]:
-        """Where a block may lie below the warm tier: the store first, then state files."""
-        return [*([self.cold] if self.cold else []), *self.states.files]
+        """Where a block may lie below the warm tier: the store first, then state files, then remote tiers."""
+        return [*filter(None, [self.cold]), *self.states.files, *filter(None, [self.remote])]
 
     def find(self, token_bytes: bytes, max_tokens: int) -> Lookup:
         """Return what this cache's own tiers have of a prompt's first `max_tokens` tokens; the caller holds the lock.

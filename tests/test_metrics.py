@@ -15,7 +15,7 @@ import msgspec
 import pytest
 from fake_cache import FakeCache
 
-from tierkv.daemon.messages import LimitStatus, StatusReport, TenantStatus
+from tierkv.daemon.messages import LimitStatus, ShareStatus, StatusReport, TenantStatus
 from tierkv.daemon.metrics import metrics_of as metrics_of_daemon
 from tierkv.daemon.metrics import serve_metrics as serve_metrics_of_daemon
 from tierkv.errors import ConfigError
@@ -159,7 +159,25 @@ def report_of_daemon() -> StatusReport:
                 owner="cd" * 32,
             )
         ],
-        "counters": {"skipped_writes": 3, "published_blocks": 4, "evicted_blocks": 6},
+        "shares": [
+            ShareStatus(
+                owner="",
+                name="shop",
+                warm_bytes=30,
+                warm_share=10,
+                warm_limit=40,
+                cold_bytes=50,
+                cold_share=0,
+                cold_limit=-1,
+            )
+        ],
+        "counters": {
+            "skipped_writes": 3,
+            "published_blocks": 4,
+            "evicted_blocks": 6,
+            "remotes_up": 1,
+            "remote_read_hits": 8,
+        },
         "reasons": {"skipped_writes": {"full": 2, "of another version": 1}},
         "cold": {"blocks": 5, "live_bytes": 50, "quota_bytes": 90, "evicted_blocks": 1},
         "limits": [LimitStatus(name="leases", used=3, limit=9)],
@@ -205,6 +223,11 @@ def test_the_daemon_shows_tiers_tenants_and_reasons() -> None:
     name = 'a "model"\nababababababcdcdcdcdcdcd'  # its labels in the order of their names
     assert found["tierkv_daemon_namespace_bytes", name] == 30
     assert found["tierkv_daemon_info", "1.2"] == 1
+    assert (
+        found["tierkv_daemon_tenant_bytes", "shopwarm"] == 30 and found["tierkv_daemon_tenant_bytes", "shopcold"] == 50
+    )
+    assert found["tierkv_daemon_tenant_limit_bytes", "shopcold"] == -1
+    assert found["tierkv_daemon_remote_events_total", "read_hits"] == 8 and found["tierkv_daemon_remotes_up", ""] == 1
 
 
 def test_a_daemon_without_a_store_shows_no_cold_tier() -> None:
@@ -237,7 +260,7 @@ def test_names_have_units_and_labels_that_prometheus_asks_for() -> None:
         assert not metric.name.endswith(("_s", "_ms", "_total")), "seconds, and no suffix twice"
         assert set(metric.labels) <= {
             *("tier", "tenant", "reason", "namespace", "model", "outcome", "status", "resource", "version"),
-            *("dtype", "block_size", "block_bytes"),
+            *("dtype", "block_size", "block_bytes", "remote", "event", "call"),
         }
 
 

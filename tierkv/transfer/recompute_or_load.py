@@ -65,8 +65,8 @@ class Way(Enum):
 class ColdCosts(NamedTuple):
     """What one rank knows of the cold blocks at the end of a lookup, as whole numbers, so that ranks can exchange it.
 
-    first, end: the blocks of the prompt that are cold. in_memory: 1 if the page cache has them. is_remote: 1 if some lie
-    in a remote tier. may_overlap: 1 if the caller can compute some while others load.
+    first, end: the blocks of the prompt that are cold. in_memory: 1 if the page cache has them. is_remote: 1 if some
+    lie in a remote tier. may_overlap: 1 if the caller can compute some while others load.
     Times are microseconds to the first token, -1 where not measured: of loading, of computing, of both side by side,
     and of the pass that follows a load.
     """

@@ -88,4 +88,5 @@ def test_charts_that_show_nothing_are_folded(page: Any, tmp_path: Path) -> None:
     assert "Fragmentation of the hot pool" in folded.locator("summary").inner_text()
     assert not folded.locator("dl").is_visible()
     folded.locator("summary").click()
-    assert "outside the longest run" in folded.locator("dd").first.inner_text()
+    assert "No tier held a block" in folded.locator("dl").inner_text()
+    assert "outside the longest run" in folded.locator("dl").inner_text()

@@ -20,9 +20,10 @@ _ASSUMED = "sizes by replaying the run's requests under LRU: the cache's own pol
 _MIN_GAIN = 0.005  # of the blocks asked for: less is noise
 
 
-def suggest(measured: Measured, *, least_requests: int = LEAST_REQUESTS) -> Iterator[Suggestion]:
+def suggest(measured: Measured, *, least_requests: int | None = None) -> Iterator[Suggestion]:
     """Yield the suggestions, those with the largest effect first; none without a measured reason or enough requests."""
-    if measured.requests >= least_requests and measured.requests:
+    least = LEAST_REQUESTS if least_requests is None else least_requests
+    if measured.requests >= least and measured.requests:
         for each in _suggest(measured):
             yield replace(each, evidence=f"{each.evidence}; from {measured.requests:,} requests")
 

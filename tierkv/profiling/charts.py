@@ -71,9 +71,11 @@ def token_chart(run: ProfiledRun) -> Chart:
 
 def memory_chart(run: ProfiledRun) -> Chart:
     """Bytes that each tier holds, over time."""
+    most = max(each.stored_bytes for snapshot in run.snapshots for each in snapshot.stats.tiers.values())
+    if not most:
+        return Chart("", "No tier held a block at a snapshot.", None)
 
     def draw(axes: Axes) -> None:
-        most = max(each.stored_bytes for snapshot in run.snapshots for each in snapshot.stats.tiers.values())
         unit, unit_bytes = next((name, size) for name, size in _UNITS if most >= size or size == 1)
         for tier in run.snapshots[-1].stats.tiers:
             sizes = [each.stats.of(tier).stored_bytes / unit_bytes for each in run.snapshots]
@@ -101,13 +103,14 @@ def heat_chart(run: ProfiledRun) -> Chart:
         uses[block // step, at] += count
 
     def draw(axes: Axes) -> None:
-        from matplotlib.colors import LinearSegmentedColormap
+        from matplotlib.colors import LinearSegmentedColormap, to_rgba
 
-        shades = LinearSegmentedColormap.from_list("uses", [(COLORS["hot"], 0.2), (COLORS["hot"], 1.0)])
+        shades = LinearSegmentedColormap.from_list("uses", [to_rgba(COLORS["hot"], alpha) for alpha in (0.2, 1.0)])
         edges = np.arange(uses.shape[1] + 1) * run.heat.bin_s
         rows = np.arange(uses.shape[0] + 1) * step
         shown = np.ma.masked_equal(np.log1p(uses), 0)  # by the logarithm, so that rare uses stay visible
         axes.pcolormesh(edges, rows, shown, cmap=shades, vmin=0)
+        axes.yaxis.get_major_locator().set_params(integer=True)
         axes.invert_yaxis()
         axes.grid(False)
         axes.set_ylabel("block id")

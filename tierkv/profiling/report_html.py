@@ -80,7 +80,7 @@ def _time_tiles(first: FirstTokens) -> Iterator[tuple[str, str]]:
     if first.saved_s is not None:
         yield (
             format_seconds(first.saved_s),
-            "saved: what computing the cached tokens would have taken longer",
+            "saved, compared with computing the cached tokens",
         )
     if first.median_s is not None:
         computed = first.computed_median_s

@@ -6,6 +6,7 @@ import hashlib
 import time
 from pathlib import Path
 
+import pytest
 from core_model import SLOT_BYTES, Client, DictStore, Stored, as_bytes, finish_load, layout
 from daemon_process import Start
 from hypothesis import given, settings
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 
 from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.core import Core
-from tierkv.daemon.messages import Fetch, Status, StatusReport
+from tierkv.daemon.messages import Fetch, ShareStatus, Status, StatusReport
+from tierkv.daemon.tenant_metrics import tenant_lines
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_tenants import TenantSettings
 from tierkv.values.block import hash_block
@@ -211,3 +213,22 @@ def test_a_daemon_reads_the_settings_of_its_store(start_daemon: Start, short_pat
                 break
             time.sleep(0.05)
     assert share is not None and (share.name, share.warm_limit, share.cold_limit) == ("team", 1 << 20, 1 << 30)
+
+
+def test_the_metrics_name_tenants_and_leave_out_limits_that_there_are_not() -> None:
+    parser = pytest.importorskip("prometheus_client.parser")
+    numbers = {"warm_bytes": 1, "warm_share": 2, "warm_limit": 3, "cold_bytes": 4, "cold_share": 5, "cold_limit": -1}
+    lines = "\n".join(tenant_lines([ShareStatus(owner="", name='a "b\\', **numbers)])) + "\n"
+    found = {
+        (sample.name.removeprefix("tierkv_daemon_tenant_"), sample.labels["tier"]): sample.value
+        for family in parser.text_string_to_metric_families(lines)
+        for sample in family.samples
+        if sample.labels["tenant"] == 'a "b\\'
+    }
+    assert found == {
+        ("bytes", "warm"): 1,
+        ("share_bytes", "warm"): 2,
+        ("limit_bytes", "warm"): 3,
+        ("bytes", "cold"): 4,
+        ("share_bytes", "cold"): 5,
+    }

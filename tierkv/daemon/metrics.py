@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Callable
 
 from tierkv.daemon.messages import StatusReport
+from tierkv.daemon.tenant_metrics import tenant_lines
 from tierkv.errors import DaemonError
 
 __all__ = ["exposition", "serve_metrics"]
@@ -39,6 +40,7 @@ def exposition(report: StatusReport) -> str:
     for kind, samples in (("gauge", gauges), ("counter", counters)):
         for key, value in samples.items():
             lines += [f"# TYPE tierkv_daemon_{key} {kind}", f"tierkv_daemon_{key} {value}"]
+    lines += tenant_lines(report.shares)
     return "\n".join(lines) + "\n"
 
 

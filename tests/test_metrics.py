@@ -226,7 +226,8 @@ def test_the_daemon_shows_tiers_tenants_and_reasons() -> None:
     assert (
         found["tierkv_daemon_tenant_bytes", "shopwarm"] == 30 and found["tierkv_daemon_tenant_bytes", "shopcold"] == 50
     )
-    assert found["tierkv_daemon_tenant_limit_bytes", "shopcold"] == -1
+    assert found["tierkv_daemon_tenant_limit_bytes", "shopwarm"] == 40
+    assert ("tierkv_daemon_tenant_limit_bytes", "shopcold") not in found, "it has none"
     assert found["tierkv_daemon_remote_events_total", "read_hits"] == 8 and found["tierkv_daemon_remotes_up", ""] == 1
 
 

@@ -67,6 +67,7 @@ from tierkv.daemon.messages import (
 from tierkv.daemon.protocol import HEADER, PROTOCOL_VERSION, frame, split_numbers
 from tierkv.errors import DaemonError, DaemonGoneError, StoreError
 from tierkv.storage.warm import Slab
+from tierkv.values.users import user_name
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # as Python says of threads
 
@@ -492,7 +493,7 @@ def test_a_cache_refuses_a_socket_that_another_user_has_made(short_path: Path, o
         os._exit(0)
     try:
         os.waitpid(child, os.WUNTRACED)
-        with pytest.raises(DaemonError, match="user 65534"):
+        with pytest.raises(DaemonError, match=f"belongs to user {user_name(65534)}"):
             open_cache()
     finally:
         os.kill(child, 9)
@@ -509,7 +510,7 @@ def test_a_refusal_is_read_although_the_daemon_has_closed_the_connection(
         server.bind(str(path))
         server.listen()
 
-        def connect_late(path: Path) -> socket.socket:
+        def connect_late(path: Path, *, daemon_user: int | None) -> socket.socket:
             connection = connect(path)
             with server.accept()[0] as peer:
                 peer.sendall(frame(Failure(message="3 connections already", is_fatal=True), number=0, boot=77))

@@ -56,14 +56,12 @@ def metrics_of(report: StatusReport) -> Iterator[MetricSamples]:
         figure = metric.source.removeprefix("daemon_namespace_")
         yield MetricSamples(metric, {_labels_of(each): _figures_of(each)[figure] for each in report.tenants})
     for metric in DAEMON_TENANTS:
-        yield MetricSamples(
-            metric,
-            {
-                (each.name, tier): getattr(each, f"{tier}_{metric.source}")
-                for each in report.shares
-                for tier in ("warm", "cold")
-            },
-        )
+        figures = {
+            (each.name, tier): getattr(each, f"{tier}_{metric.source}")
+            for each in report.shares
+            for tier in ("warm", "cold")
+        }
+        yield MetricSamples(metric, {labels: figure for labels, figure in figures.items() if figure >= 0})
     events = {name: count for name, count in report.counters.items() if name.startswith("remote_")}
     yield MetricSamples.of_label(
         DAEMON_REMOTE_EVENTS, {name.removeprefix("remote_"): count for name, count in events.items()}

@@ -141,7 +141,12 @@ _TENANT = ("tenant", "tier")
 DAEMON_TENANTS = (
     _gauge("tierkv_daemon_tenant_bytes", "Bytes of a tenant's blocks in the tier.", *_TENANT, source="bytes"),
     _gauge("tierkv_daemon_tenant_share_bytes", "Bytes that others cannot take from it.", *_TENANT, source="share"),
-    _gauge("tierkv_daemon_tenant_limit_bytes", "Bytes that it may have; -1 for any.", *_TENANT, source="limit"),
+    _gauge(
+        "tierkv_daemon_tenant_limit_bytes",
+        "Bytes that it never exceeds; absent without a limit.",
+        *_TENANT,
+        source="limit",
+    ),
 )
 DAEMON_REMOTE_EVENTS = _counter(
     "tierkv_daemon_remote_events",

@@ -160,6 +160,7 @@ def report_of_daemon() -> StatusReport:
         "counters": {"skipped_writes": 3},
         "cold": {"blocks": 5},
         "limits": [LimitStatus(name="leases", used=3, limit=9)],
+        "shares": [],
     }
     return StatusReport(**{**gauges, **told})  # type: ignore[arg-type]
 

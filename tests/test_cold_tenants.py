@@ -13,6 +13,7 @@ from tierkv.errors import CapacityError, ConfigError, CorruptBlockError
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_pins import PIN_PREFIX, UNPIN_PREFIX
 from tierkv.storage.cold_rows import NO_DESCRIPTION, add_checksum, padded_bytes
+from tierkv.storage.cold_salvage import ColdSalvager
 from tierkv.storage.cold_tenants import TenantSettings, pack_tenant, unpack_tenant
 from tierkv.storage.outcomes import PutOutcome
 from tierkv.storage.record import EncodedRecord
@@ -260,3 +261,19 @@ def test_a_row_of_time_alone_ends_no_pin_and_a_new_pin_leaves_no_row_of_the_old_
         assert sum(key.startswith((PIN_PREFIX, UNPIN_PREFIX)) for key in keys) == 3
         assert store.evict(to_bytes=0).blocks == 0
         assert dict(store.pin_ends()) == {first: pytest.approx(clock.now + 30)}
+
+
+def test_settings_are_saved_from_a_damaged_file(tmp_path: Path) -> None:
+    clock = FakeClock()
+    settings = TenantSettings(name="a", cold_share=SIZE, cold_limit=2 * SIZE)
+    with open_with(tmp_path, clock, A) as store:
+        store.set_tenants({id_of(A): settings})
+        put(store, clock, A, 2)
+    target = tmp_path / "rebuilt" / "cold"
+    target.mkdir(parents=True)
+    ColdSalvager(quota_bytes=20 * SIZE, clock=clock).rebuild(tmp_path / "cold" / "data.mdb", target)
+    with open_store(tmp_path / "rebuilt", clock, quota_bytes=20 * SIZE) as store:
+        assert store.tenants() == {id_of(A): settings} and blocks_of(store, A) == 2
+        put(store, clock, A, 5, first=10)
+        assert blocks_of(store, A) == 2
+        store.check()

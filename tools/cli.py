@@ -37,8 +37,13 @@ class _Place(NamedTuple):
 
 COMMANDS: dict[str, _Place] = {
     "warm": _Place("warm", "warm", "Compute the K and V of prompts once and keep them on disk."),
-    "run": _Place("run", "run", "Answer a prompt, reusing whatever K and V are cached."),
+    "run": _Place("run", "run", "Answer prompts, reusing whatever K and V are cached."),
     "serve": _Place("serve", "serve", "Serve a model by OpenAI's API, with a page at / that shows the cache."),
+    "explain": _Place(
+        "explain",
+        "explain",
+        "Show how far prompts are stored, the texts where they part, or which field of the namespace differs.",
+    ),
     "report": _Place(
         "report", "report", "Run prompts under the profiler, and write a page, a trace for Perfetto, and plots."
     ),

@@ -21,6 +21,7 @@ from tierkv.values.units import format_bytes
 
 __all__ = [
     "DEFAULT_DAY",
+    "STANDARD_INPUT",
     "AsJson",
     "BlockSize",
     "BlockTokens",
@@ -43,6 +44,7 @@ __all__ = [
     "TraceFile",
     "WarmSize",
     "as_path",
+    "as_prompt_path",
     "cache_directory",
     "default_socket",
     "default_store",
@@ -65,6 +67,15 @@ def as_path(text: str | Path) -> Path:
         return user_path(text)
     except ConfigError as exc:
         raise typer.BadParameter(str(exc)) from exc
+
+
+STANDARD_INPUT = Path("/dev/stdin")
+"""What the name - stands for, where a command takes a file of prompts."""
+
+
+def as_prompt_path(text: str | Path) -> Path:
+    """Return the path of a file of prompts, as `as_path`; - is standard input."""
+    return STANDARD_INPUT if str(text) == "-" else as_path(text)
 
 
 Model = Annotated[str | None, typer.Option(help="Directory or hub name; without it the embedded model.")]
@@ -150,9 +161,9 @@ StatePath = Annotated[Path, typer.Argument(parser=as_path, metavar="FILE", help=
 PromptFile = Annotated[
     Path,
     typer.Argument(
-        parser=as_path,
+        parser=as_prompt_path,
         metavar="FILE",
-        help="Prompts: text separated by lines of ---, or JSON (.json, .jsonl, .ndjson).",
+        help="Prompts: text separated by lines of ---, or JSON (.json, .jsonl, .ndjson). - is standard input.",
     ),
 ]
 Lines = Annotated[bool, typer.Option("--lines", help="One prompt per line.")]

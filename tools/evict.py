@@ -56,7 +56,7 @@ def evict(
 
     Model, device, dtype, block size and salt identify the blocks of --prompt.
     """
-    daemon, path = where.daemon, None
+    daemon, path = where.find_daemon(), None
     if daemon is None:
         path = where.path
         daemon = daemon_for(path)

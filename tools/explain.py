@@ -94,7 +94,7 @@ def explain(
 
 
 def _open_place(where: StoreOptions, stack: ExitStack) -> _Place:
-    daemon = where.daemon
+    daemon = where.find_daemon()
     if daemon is not None:
         with DaemonClient(daemon) as client:
             if not client.welcome.has_cold:

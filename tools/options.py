@@ -34,6 +34,7 @@ __all__ = [
     "Lines",
     "MinFree",
     "Model",
+    "NoDaemon",
     "PromptFile",
     "ReadOnly",
     "Salt",
@@ -144,9 +145,10 @@ Socket = Annotated[
         parser=as_path,
         metavar="PATH",
         help="Use the warm and cold tier of the daemon that listens here.",
-        show_default="TIERKV_SOCKET, else no daemon",
+        show_default="TIERKV_SOCKET, else your daemon if one answers at the default place",
     ),
 ]
+NoDaemon = Annotated[bool, typer.Option("--no-daemon", help="Use no daemon, not even one that answers.")]
 DaemonSocket = Annotated[
     Path | None,
     typer.Option(

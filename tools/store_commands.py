@@ -82,7 +82,7 @@ def quota(
 @spread()
 def compact(where: StoreOptions, as_json: AsJson = False) -> None:
     """Return a store's free space to the disk. Needs room for a second copy of its blocks meanwhile."""
-    path, daemon = where.path, where.daemon
+    path, daemon = where.path, where.find_daemon()
     with open_existing(path, read_only=daemon is not None) as store:
         before = store.stats().file_bytes
         if daemon is None:

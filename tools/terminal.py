@@ -20,6 +20,7 @@ from tierkv.errors import TierKVError
 __all__ = [
     "OutputError",
     "format_age",
+    "note",
     "open_console",
     "print_json",
     "set_verbosity",
@@ -84,6 +85,12 @@ def open_console(*, stderr: bool = False) -> Console:
     console = Console(stderr=stderr, markup=False, emoji=False, quiet=stderr and _verbosity < 0)
     console.width = max(console.width, _MIN_WIDTH)  # COLUMNS=0 would print nothing at all
     return console
+
+
+def note(text: str) -> None:
+    """Print one line that is no result on standard error, unless the user wants results and errors only."""
+    if _verbosity >= 0:
+        print(visible(f"tierkv: {' '.join(text.split())}"), file=sys.stderr)
 
 
 def print_json(value: Any) -> None:

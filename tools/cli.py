@@ -11,7 +11,8 @@ import os
 import re
 import sys
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Annotated, Any, NamedTuple
 
 import typer
@@ -19,6 +20,7 @@ from typer.core import TyperGroup
 
 from tierkv import __version__
 from tierkv.errors import TierKVError
+from tierkv.tools.help_examples import add_examples
 from tierkv.tools.terminal import OutputError, set_verbosity, standard_streams, visible
 
 __all__ = ["COMMANDS", "app", "load_command", "main"]
@@ -98,12 +100,25 @@ class _LateCommands(TyperGroup):
 def load_command(name: str) -> Any:
     """Import a command or a group of commands; return it as Typer's own object."""
     place = COMMANDS[name]
-    found = getattr(importlib.import_module(f"tierkv.tools.{place.module}"), place.name)
+    with _one_blas_thread() if name not in _COMPUTING else nullcontext():
+        found = getattr(importlib.import_module(f"tierkv.tools.{place.module}"), place.name)
     if isinstance(found, typer.Typer):
-        return typer.main.get_command(found)
+        return add_examples(typer.main.get_command(found), name)
     alone = typer.Typer(**_SETTINGS)
     alone.command(name)(found)
-    return typer.main.get_command(alone)
+    return add_examples(typer.main.get_command(alone), name)
+
+
+@contextmanager
+def _one_blas_thread() -> Iterator[None]:
+    """Let numpy, if it is imported now, start no threads: they take a quarter of the time in which a command starts."""
+    before = os.environ.get(_BLAS_THREADS)
+    os.environ.setdefault(_BLAS_THREADS, "1")
+    try:
+        yield
+    finally:  # another process that this one starts may compute
+        if before is None:
+            del os.environ[_BLAS_THREADS]
 
 
 _SETTINGS: dict[str, Any] = {
@@ -122,6 +137,8 @@ app: typer.Typer = typer.Typer(
 _UsageError: type[Exception] = typer.BadParameter.__mro__[2]
 
 _TRACEBACK = "TIERKV_TRACEBACK"
+_BLAS_THREADS = "OPENBLAS_NUM_THREADS"
+_COMPUTING = {"warm", "run", "serve", "report", "replay", "train-policy"}
 
 # Names of the library's settings in its messages, and the options that set them.
 _OPTIONS = {

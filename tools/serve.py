@@ -71,8 +71,8 @@ class Limits:
     max_connections: Annotated[int, typer.Option(min=1, help="Open connections; more are closed.")] = 1024
     max_running: Annotated[int, typer.Option(min=1, help="Answers that are computed together.")] = 256
     max_waiting: Annotated[int, typer.Option(min=1, help="Answers that wait for their turn; more get 429.")] = 1024
-    max_seconds: Annotated[float, typer.Option(min=0.01, help="For one request; its answer then ends.")] = 600.0
-    stop_seconds: Annotated[float, typer.Option(min=0.1, help="From SIGTERM to the end of the process.")] = 5.0
+    max_seconds: Annotated[float, typer.Option(min=0.01, help="Seconds for one request; its answer then ends.")] = 600.0
+    stop_seconds: Annotated[float, typer.Option(min=0.1, help="Seconds from SIGTERM to the end of the process.")] = 5.0
 
 
 @spread(without=["model"])

@@ -10,7 +10,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich import box
 from rich.table import Table
 
 from tierkv.daemon.client import DaemonClient
@@ -24,7 +23,7 @@ from tierkv.tools.options import AsJson, CodecName, cache_directory, spread
 from tierkv.tools.prompt_choice import PromptChoice, tokens_of
 from tierkv.tools.stored_match import StoredMatch, match_in_daemon, match_in_store
 from tierkv.tools.stores import StoreOptions, open_existing
-from tierkv.tools.terminal import open_console, print_json, visible
+from tierkv.tools.terminal import fact_table, open_console, print_json, visible
 from tierkv.values.block import TOKEN_BYTES, Tier, as_token_array
 from tierkv.values.namespace import has_rows
 
@@ -211,9 +210,7 @@ def _text(tokenizer: Any, token_ids: list[int]) -> str:
 
 
 def _table(result: dict[str, Any]) -> Table:
-    table = Table(show_header=False, box=box.SQUARE)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
+    table = fact_table()
     table.add_row("model", visible(result["model"]))
     if result["namespace"]:
         table.add_row("namespace", result["namespace"][:8])

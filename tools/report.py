@@ -25,7 +25,7 @@ from tierkv.tools.engine_options import EngineOptions
 from tierkv.tools.engines import open_engine
 from tierkv.tools.options import AsJson, Lines, as_path, spread
 from tierkv.tools.stores import iter_chains
-from tierkv.tools.terminal import open_console, print_json, visible
+from tierkv.tools.terminal import fact_table, open_console, print_json, visible
 from tierkv.values.block import BlockHash
 from tierkv.values.units import format_bytes
 
@@ -199,7 +199,7 @@ def _summary(made: MemoryReport, written: list[Path]) -> dict[str, Any]:
 
 def _table(made: MemoryReport, written: list[Path]) -> Table:
     measured = made.run.measured
-    table = Table(title=made.run.title, show_header=False)
+    table = fact_table(made.run.title)
     table.add_row("requests", f"{measured.requests:,}")
     table.add_row("prompt tokens", f"{measured.prompt_tokens:,}")
     for tier, tokens in measured.tokens.items():

@@ -16,7 +16,7 @@ from tierkv.tools.engine_options import EngineOptions
 from tierkv.tools.engines import open_engine
 from tierkv.tools.options import AsJson, spread
 from tierkv.tools.prompt_choice import PromptChoice, tokens_of
-from tierkv.tools.terminal import open_console, print_json, visible
+from tierkv.tools.terminal import fact_table, open_console, print_json, visible
 from tierkv.values.block import Tier
 
 __all__ = ["RunRequest", "run"]
@@ -111,7 +111,7 @@ def _compare(runner: Runner, tokens: list[int], options: GenerationOptions, resu
 
 
 def _table(summary: dict[str, Any]) -> Table:
-    table = Table(show_header=False)
+    table = fact_table()
     table.add_row("model", visible(summary["model"]) + (", random weights" if summary["model"] == EMBEDDED else ""))
     table.add_row("prompt tokens", f"{summary['prompt_tokens']:,}")
     for tier, count in summary["cached_tokens"].items():

@@ -17,7 +17,7 @@ from tierkv.storage.cold_eviction import EvictionReport
 from tierkv.tools.confirm import DryRun, Yes, confirm, must_ask
 from tierkv.tools.options import AsJson, parse_size, spread
 from tierkv.tools.stores import StoreOptions, open_existing
-from tierkv.tools.terminal import open_console, print_json, visible
+from tierkv.tools.terminal import fact_table, open_console, print_json, visible
 from tierkv.values.units import format_bytes
 
 __all__ = ["compact", "quota", "stats", "verify"]
@@ -34,7 +34,7 @@ def stats(where: StoreOptions, as_json: AsJson = False) -> None:
     if as_json:
         print_json(summary)
         return
-    table = Table(show_header=False)
+    table = fact_table()
     table.add_row("store", visible(str(path)))
     for name in ("namespaces", "blocks", "tokens"):
         table.add_row(name, f"{summary[name]:,}")

@@ -24,7 +24,7 @@ from tierkv.tools.engine_options import EngineOptions
 from tierkv.tools.engines import open_engine
 from tierkv.tools.options import AsJson, Lines, PromptFile, spread
 from tierkv.tools.stores import open_existing, require_place, store_of
-from tierkv.tools.terminal import open_console, print_json, visible
+from tierkv.tools.terminal import fact_table, open_console, print_json, visible
 from tierkv.values.block import TOKEN_BYTES, BlockHash, as_token_array, hash_block, iter_chain
 from tierkv.values.units import format_bytes
 
@@ -200,7 +200,7 @@ def _store_of(runner: Runner) -> Iterator[ColdStore]:
 
 
 def _table(summary: _Summary, dry_run: bool) -> Table:
-    table = Table(title="would be warmed" if dry_run else "warmed", show_header=False)
+    table = fact_table("would be warmed" if dry_run else "warmed")
     table.add_row("prompts", f"{summary.prompts:,}")
     table.add_row("tokens", f"{summary.tokens:,}")
     if summary.too_large:

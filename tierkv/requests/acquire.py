@@ -119,8 +119,11 @@ class Acquirer:
                 self._start_load(sequence, later, in_memory=plan.load.kind.in_memory)
             with self._tiers.changed:
                 self._running.add(sequence)
-                self._statistics.add_request(sequence, found, promoted, blocks=blocks, later=later, dropped=dropped)
+                misses = self._statistics.add_request(
+                    sequence, found, promoted, blocks=blocks, later=later, dropped=dropped
+                )
                 self._touch(promoted.hot, promoted.hits)
+            self._statistics.log(sequence, misses, len(later))
             if cold := self._tiers.cold:
                 used = promoted.hits[len(sequence.chain) - len(promoted.hot) :]
                 cold.notes.touch([*sequence.chain, *(hit.block_hash for hit in used)])
@@ -216,6 +219,7 @@ class Acquirer:
             reasons = self._statistics.count_overlap(load)
             self._committer.register_loaded(sequence, loaded)
             self._statistics.record_overlap(load, loaded, reasons)
+        self._statistics.log(sequence, reasons, 0)
         if load.failure:
             sequence.cold_load = None  # that many blocks were not loaded
         if load.failed:

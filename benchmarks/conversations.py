@@ -33,8 +33,8 @@ class Measured:
     """Of all turns of all conversations of one run.
 
     turn_s: seconds of a turn, from the call to its last token. first_token_s: median, of the turns behind the first.
-    computed_tokens: of the prompts of these turns. flush_s: until all was on disk, after the last turn.
-    stored_bytes: on disk then. written_blocks: that left the hot pool.
+    computed_tokens: of the prompts of these turns. flush_s: mean time after a turn until all was on disk.
+    written_bytes: that left the hot pool. stored_bytes: on disk at the end.
     """
 
     turn_s: float
@@ -99,6 +99,7 @@ def _converse(runner: Runner, count: int, arguments: argparse.Namespace, *, stor
     runner.generate([system], GenerationOptions(max_new_tokens=1, stop_ids=frozenset(), store_partial=False))
     turn_s: list[float] = []
     first_token_s: list[float] = []
+    flush_s: list[float] = []
     computed = 0
     for turn in range(arguments.turns):
         for each in said:
@@ -111,15 +112,15 @@ def _converse(runner: Runner, count: int, arguments: argparse.Namespace, *, stor
                 first_token_s.append(answer.ttft_s)
                 computed += answer.prompt_tokens - sum(answer.cached_tokens.values())
             each += answer.token_ids
-    started = time.perf_counter()
-    runner.cache.flush()
-    flush_s = time.perf_counter() - started
+        started = time.perf_counter()
+        runner.cache.flush()  # users read the answer meanwhile
+        flush_s.append(time.perf_counter() - started)
     stats = runner.cache.stats()
     return Measured(
         turn_s=statistics.mean(turn_s),
         first_token_s=statistics.median(first_token_s),
         computed_tokens=computed,
-        flush_s=flush_s,
+        flush_s=statistics.mean(flush_s),
         stored_bytes=stats.of(Tier.COLD).stored_bytes,
         written_bytes=stats.of(Tier.WARM).bytes_in,
     )

@@ -185,7 +185,9 @@ def _measure(
         for tier in evicted:
             runner.cache.evict(tier)
         distributed.barrier()
-        chosen = GenerationOptions(max_new_tokens=1, stop_ids=frozenset(), use_cache=use_cache, keep_logits=True)
+        chosen = GenerationOptions(
+            max_new_tokens=1, stop_ids=frozenset(), store_partial=False, use_cache=use_cache, keep_logits=True
+        )
         (answer,) = runner.generate([prefix + suffix], chosen)
         runner.cache.flush()
         times.append(answer.ttft_s)
@@ -198,7 +200,7 @@ def _measure(
 
 
 def _decode_line(runner: Runner, prefix: list[int], options: _Options) -> str:
-    chosen = GenerationOptions(max_new_tokens=options.decode, stop_ids=frozenset())
+    chosen = GenerationOptions(max_new_tokens=options.decode, stop_ids=frozenset(), store_partial=False)
     for _ in range(3):
         (answer,) = runner.generate([[*prefix, 5]], chosen)
     _assert_same(runner, str(answer.token_ids))
@@ -217,7 +219,7 @@ def _loss_line(runner: Runner, prefix: list[int], options: _Options) -> str:
         assert cache.cold is not None
         assert cache.cold.delete(cache.match(prefix).block_hashes[at])
     distributed.barrier()
-    chosen = GenerationOptions(max_new_tokens=1, stop_ids=frozenset())
+    chosen = GenerationOptions(max_new_tokens=1, stop_ids=frozenset(), store_partial=False)
     found: list[int] = []
     for _ in range(2):
         (answer,) = runner.generate([[*prefix, 7]], chosen)

@@ -25,6 +25,7 @@ from tierkv.tools.engine_options import EngineOptions
 from tierkv.tools.engines import open_engine
 from tierkv.tools.options import Lines, as_path, parse_size, spread
 from tierkv.tools.terminal import visible
+from tierkv.tools.warm_warnings import warn_of_date
 
 if TYPE_CHECKING:
     from tierkv.serving.limits import ServeLimits
@@ -99,7 +100,7 @@ def serve(
         raise ConfigError("an API key is a word of printable ASCII characters")
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="tierkv: %(message)s")
     with _bound(place, serving) as bound, open_engine(options, config) as runner:
-        _warn_of_date(options, runner)
+        warn_of_date(runner.loaded.tokenizer, options.day)
         _warm(runner, options, prompts)
         with Engine(runner, max_running=chosen.max_running, max_waiting=chosen.max_waiting) as engine:
             name = place.served_name or model_name or EMBEDDED
@@ -165,18 +166,6 @@ def _bound(place: Place, serving: Any) -> Iterator[socket.socket]:
 
 def _is_loopback(host: str) -> bool:
     return host == "::1" or host.startswith("127.")
-
-
-def _warn_of_date(options: EngineOptions, runner: Runner) -> None:
-    """Print which date the model is given, if its chat template writes one."""
-    template = str(getattr(runner.loaded.tokenizer, "chat_template", None) or "")
-    if "strftime_now" not in template:
-        return
-    if options.day is None:
-        text = "today's date: prompts that are cached today are not found tomorrow (--date YYYY-MM-DD keeps one)"
-    else:
-        text = f"{options.day.isoformat()} as today's date (--date today: the real one, and each day computes anew)"
-    print(f"tierkv: the chat template writes {text}", file=sys.stderr)
 
 
 def _warm(runner: Runner, options: EngineOptions, requests: list[Any]) -> None:

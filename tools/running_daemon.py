@@ -1,4 +1,4 @@
-"""The user's daemon, if one runs at the default place: commands use it without being told to."""
+"""The user's daemon, if one runs at the default place: commands use it without an option."""
 
 from __future__ import annotations
 

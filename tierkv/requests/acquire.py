@@ -11,7 +11,7 @@ from tierkv.index.index import Entry
 from tierkv.requests.commit import Committer
 from tierkv.requests.consensus import Consensus
 from tierkv.requests.sequence import RunningSequences, Sequence
-from tierkv.requests.statistics import RequestStatistics
+from tierkv.requests.statistics import RequestStatistics, log_misses
 from tierkv.transfer.cold_reading import ColdReading
 from tierkv.transfer.daemon_blocks import Claim
 from tierkv.transfer.daemon_tiers import DaemonTiers
@@ -123,7 +123,7 @@ class Acquirer:
                     sequence, found, promoted, blocks=blocks, later=later, dropped=dropped
                 )
                 self._touch(promoted.hot, promoted.hits)
-            self._statistics.log(sequence, misses, len(later))
+            log_misses(sequence, misses, len(later))
             if cold := self._tiers.cold:
                 used = promoted.hits[len(sequence.chain) - len(promoted.hot) :]
                 cold.notes.touch([*sequence.chain, *(hit.block_hash for hit in used)])
@@ -219,7 +219,7 @@ class Acquirer:
             reasons = self._statistics.count_overlap(load)
             self._committer.register_loaded(sequence, loaded)
             self._statistics.record_overlap(load, loaded, reasons)
-        self._statistics.log(sequence, reasons, 0)
+        log_misses(sequence, reasons, 0)
         if load.failure:
             sequence.cold_load = None  # that many blocks were not loaded
         if load.failed:

@@ -292,7 +292,9 @@ def _measure(
         if way.from_disk and cache.ranks.rank == 0:
             drop_page_cache()
         distributed.barrier()
-        chosen = GenerationOptions(max_new_tokens=1, stop_ids=frozenset(), use_cache=way.use_cache, keep_logits=True)
+        chosen = GenerationOptions(
+            max_new_tokens=1, stop_ids=frozenset(), store_partial=False, use_cache=way.use_cache, keep_logits=True
+        )
         (answer,) = runner.generate([prefix + suffix], chosen)
         times.append(answer.ttft_s)
     assert answer.logits is not None
@@ -308,7 +310,7 @@ def _measure(
 
 def _decode_s(runner: Runner, prefix: list[int], options: _Options) -> float:
     """Return the median seconds of a decode step of one sequence, over the last of four answers."""
-    chosen = GenerationOptions(max_new_tokens=options.decode, stop_ids=frozenset())
+    chosen = GenerationOptions(max_new_tokens=options.decode, stop_ids=frozenset(), store_partial=False)
     steps: list[float] = []
     token_ids: list[int] = []
     for _ in range(4):
@@ -333,7 +335,7 @@ def _loss_line(runner: Runner, prefix: list[int], options: _Options) -> str:
         assert cache.cold is not None
         assert cache.cold.delete(cache.match(prefix).block_hashes[at])
     distributed.barrier()
-    chosen = GenerationOptions(max_new_tokens=1, stop_ids=frozenset())
+    chosen = GenerationOptions(max_new_tokens=1, stop_ids=frozenset(), store_partial=False)
     found: list[int] = []
     for _ in range(2):
         (answer,) = runner.generate([[*prefix, 7]], chosen)

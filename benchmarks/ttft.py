@@ -159,7 +159,9 @@ def measure(runner: Runner, num_cached: int, num_new: int, repeats: int, names: 
                 cache.evict(tier)
             if way.from_disk:
                 drop_page_cache()
-            options = GenerationOptions(max_new_tokens=1, stop_ids=frozenset(), use_cache=way.use_cache)
+            options = GenerationOptions(
+                max_new_tokens=1, stop_ids=frozenset(), store_partial=False, use_cache=way.use_cache
+            )
             (result,) = runner.generate([prefix + suffix], options)
             if repeat > 1:  # the first request warms up, the second captures a graph
                 measured.append(result.ttft_s)

@@ -317,14 +317,16 @@ class ColdStore(cold_reader.ColdReader):  # by the module's name: pyright's repo
         namespace: BlockHash | None = None,
         older_than_s: float | None = None,
         prompt: StoredPrompt | None = None,
+        dry_run: bool = False,
     ) -> EvictionReport:
         """Remove unpinned blocks, leaf first: those that match namespace, prompt and age, where given; then more, until
         at most `to_bytes` are live. A parent stays as long as a child does.
 
         prompt: the blocks that begin with it are removed, and those of its own blocks that no other block continues.
+        dry_run: change nothing, and return what would be removed.
         """
         self._require_writable()
-        return self._writer.evict(to_bytes=to_bytes, namespace=namespace, older_than_s=older_than_s, prompt=prompt)
+        return self._writer.evict(to_bytes, namespace, older_than_s, prompt, dry_run=dry_run)
 
     def require_room(self, num_bytes: int = 0) -> None:
         """Raise CapacityError if blocks of so many bytes would find no room, evicting included."""
@@ -339,7 +341,7 @@ class ColdStore(cold_reader.ColdReader):  # by the module's name: pyright's repo
         if quota_bytes <= 0:
             raise ConfigError(f"a quota must be positive, got {quota_bytes}")
         self._require_writable()
-        report = None if evict else self._writer.would_evict(quota_bytes)
+        report = None if evict else self.evict(to_bytes=quota_bytes, dry_run=True)
         if report and report.blocks:
             raise CapacityError(
                 f"a quota of {format_bytes(quota_bytes)} would evict {report.blocks:,} blocks, "
@@ -347,7 +349,7 @@ class ColdStore(cold_reader.ColdReader):  # by the module's name: pyright's repo
                 hint="with evict=True, or --evict, it does",
             )
         self._writer.set_quota(quota_bytes)
-        return report or self._writer.evict(to_bytes=quota_bytes, namespace=None, older_than_s=None)
+        return report or self._writer.evict(quota_bytes)
 
     def flush(self, *, sync: bool = True) -> None:
         """Write pending accesses; with `sync`, return when all is on the disk. Raises StoreError."""

@@ -30,6 +30,7 @@ __all__ = [
     "StoredPrompt",
     "choose_blocks",
     "choose_prompt",
+    "evict_in_batch",
     "least_recently_used",
 ]
 
@@ -237,6 +238,35 @@ class _Candidate(NamedTuple):
     block_hash: BlockHash
     last_access: float
     value_bytes: int
+
+
+def evict_in_batch(
+    to_bytes: int | None,
+    namespace: BlockHash | None,
+    older_than_s: float | None,
+    prompt: StoredPrompt | None,
+    batch: WriteBatch,
+    candidates: EvictionCandidates,
+) -> EvictionReport:
+    """Do in one batch what `ColdStore.evict` does in several, for a dry run."""
+    num_pinned = num_continued = 0
+    if namespace is not None or older_than_s is not None or prompt is not None:
+        chosen, num_pinned = (
+            choose_blocks(batch, namespace, older_than_s)
+            if prompt is None
+            else choose_prompt(batch, prompt, older_than_s)
+        )
+        batch.remove_leaves(chosen)
+        num_continued = len(chosen) - len(batch.removed)
+    if to_bytes is not None:
+        candidates.make_room(batch, to_bytes=to_bytes)
+    return EvictionReport(
+        blocks=len(batch.removed),
+        freed_bytes=batch.removed_bytes,
+        hashes=tuple(batch.removed),
+        num_pinned=num_pinned,
+        num_continued=num_continued,
+    )
 
 
 def choose_blocks(batch: WriteBatch, namespace: BlockHash | None, older_than_s: float | None) -> Chosen:

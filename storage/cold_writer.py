@@ -19,6 +19,7 @@ from tierkv.storage.cold_eviction import (
     StoredPrompt,
     choose_blocks,
     choose_prompt,
+    evict_in_batch,
 )
 from tierkv.storage.cold_notes import Counters, PendingNotes
 from tierkv.storage.cold_repair import repair_block
@@ -117,13 +118,16 @@ class ColdWriter:
 
     def evict(
         self,
-        *,
         to_bytes: int | None,
-        namespace: BlockHash | None,
-        older_than_s: float | None,
+        namespace: BlockHash | None = None,
+        older_than_s: float | None = None,
         prompt: StoredPrompt | None = None,
+        *,
+        dry_run: bool = False,
     ) -> EvictionReport:
         """Remove the unpinned blocks that match all filters, if there is a filter, then more down to a size."""
+        if dry_run:
+            return self._would_evict(partial(evict_in_batch, to_bytes, namespace, older_than_s, prompt))
         removed: list[BlockHash] = []
         freed_bytes = num_continued = num_pinned = 0
         with self._exclusive():
@@ -167,14 +171,13 @@ class ColdWriter:
         with self._exclusive():
             return self._evict(work)
 
-    def would_evict(self, to_bytes: int) -> EvictionReport:
-        """Return the report of an eviction down to a size. Changes nothing. Raises StoreError."""
+    def _would_evict(self, evict: Callable[[WriteBatch, EvictionCandidates], EvictionReport]) -> EvictionReport:
+        """Return the report of an eviction, and undo it. Raises StoreError."""
         report = EvictionReport(blocks=0, freed_bytes=0)
 
         def work(batch: WriteBatch) -> None:
             nonlocal report
-            self._candidates.make_room(batch, to_bytes=to_bytes)
-            report = EvictionReport(blocks=len(batch.removed), freed_bytes=batch.removed_bytes)
+            report = evict(batch, self._candidates)
             raise _DryRunError
 
         with self._exclusive(), contextlib.suppress(_DryRunError):

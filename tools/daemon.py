@@ -46,7 +46,7 @@ from tierkv.tools.options import (
 )
 from tierkv.tools.service import size_of_slab, unit
 from tierkv.tools.stores import require_place
-from tierkv.tools.terminal import format_age, open_console, print_json, visible
+from tierkv.tools.terminal import fact_table, format_age, open_console, print_json, visible
 from tierkv.values.block import as_token_array, iter_chain
 from tierkv.values.units import format_bytes
 from tierkv.values.users import group_id, user_name
@@ -294,7 +294,7 @@ def _what_was_lost(socket: Path, pid: int) -> str:
 
 
 def _table(report: StatusReport) -> Table:
-    table = Table(title="tierkv daemon", show_header=False)
+    table = fact_table("tierkv daemon")
     used = report.warm_bytes - report.warm_free_bytes
     table.add_row(
         "process", f"{report.pid}, up {format_age(report.uptime_s)}, {format_bytes(report.rss_bytes)} of its own"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from tierkv.config import CacheConfig
 from tierkv.errors import ConfigError
@@ -19,6 +20,7 @@ from tierkv.tools.options import (
     HotSize,
     MinFree,
     Model,
+    NoDaemon,
     ReadOnly,
     Remote,
     Salt,
@@ -33,8 +35,12 @@ from tierkv.tools.options import (
     parse_optional_size,
     parse_size,
 )
+from tierkv.tools.running_daemon import require_one, running_daemon
 
 __all__ = ["EngineOptions", "ModelOptions"]
+
+_WARM = "256M"
+_CODEC = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,16 +78,25 @@ class EngineOptions(ModelOptions):
     cold: ColdSize = None
     min_free: MinFree = None
     read_only: ReadOnly = False
-    warm: WarmSize = "256M"
+    warm: WarmSize = _WARM
     hot: HotSize = None
-    codec: CodecName = "auto"
+    codec: CodecName = _CODEC
     socket: Socket = None
     remote: Remote = None
+    no_daemon: NoDaemon = False
+
+    def __post_init__(self) -> None:
+        ModelOptions.__post_init__(self)
+        require_one(self.socket, no_daemon=self.no_daemon)
 
     def config(self) -> CacheConfig:
-        """Return the cache's configuration; what no option names comes from the environment."""
+        """Return the cache's configuration; what no option names comes from the environment.
+
+        Looks for the user's daemon, and notes on standard error whether it is used.
+        """
+        store = self.store or default_store(os.environ)
         return CacheConfig(
-            cold_path=self.store or default_store(os.environ),
+            cold_path=store,
             block_size=self.block_size,
             cold_bytes=parse_optional_size(self.cold),
             min_free_bytes=parse_optional_size(self.min_free),
@@ -90,6 +105,18 @@ class EngineOptions(ModelOptions):
             hot_bytes=parse_size(self.hot) if self.hot else None,
             codec=self.codec,
             daemon_user=named_daemon_user(os.environ),
-            socket=self.socket or (None if self.read_only else named_socket(os.environ)),
+            socket=self._daemon(store),
             remote=named_remotes(self.remote, os.environ),
         )
+
+    def _daemon(self, store: Path) -> Path | None:
+        if self.socket or self.read_only or self.no_daemon:
+            return self.socket
+        is_own = {
+            "--cold": self.cold is not None,
+            "--min-free": self.min_free is not None,
+            "--warm": self.warm != _WARM,
+            "--codec": self.codec != _CODEC,
+        }
+        unless = [name for name, is_set in is_own.items() if is_set]
+        return named_socket(os.environ) or running_daemon(store, unless=unless)

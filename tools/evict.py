@@ -23,10 +23,11 @@ from tierkv.storage.codecs import CODECS
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_eviction import EvictionReport, StoredPrompt
 from tierkv.storage.cold_tenants import TenantSettings
+from tierkv.tools.confirm import DryRun, Yes, confirm, must_ask
 from tierkv.tools.daemon_client import open_client
 from tierkv.tools.engine_options import ModelOptions
 from tierkv.tools.options import AsJson, parse_optional_size, spread
-from tierkv.tools.stores import StoreOptions, find_digest, open_existing
+from tierkv.tools.stores import StoreOptions, find_digest, open_existing, store_of
 from tierkv.tools.tenants import TenantNames
 from tierkv.tools.terminal import print_json, visible
 from tierkv.values.block import HASH_BYTES, BlockHash, as_token_array, iter_chain
@@ -55,13 +56,15 @@ def evict(
         str | None,
         typer.Option(help="Only blocks that begin with these prompts: a file as `tierkv warm` takes it, or a text."),
     ] = None,
+    dry_run: DryRun = False,
+    yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
     """Remove blocks from a store, a daemon's memory, and engines that use the daemon. Pinned blocks and the quota stay.
 
     Model, device, dtype, block size and salt identify the blocks of --prompt.
     """
-    daemon, path = where.daemon, None
+    daemon, path = where.find_daemon(), None
     if daemon is None:
         path = where.path
         daemon = daemon_for(path)
@@ -75,15 +78,34 @@ def evict(
     else:
         requests = _requests_of(prompt, model, older_than_s)
         requests += [EvictBlocks(to_bytes=to_bytes)] if to_bytes >= 0 or not requests else []
+    if dry_run or must_ask(yes=yes):
+        result = _evict_stored(_store_for(daemon, path), requests, namespace, tenant, dry_run=True)
+        if dry_run:
+            _show(result, requests[-1].to_bytes, as_json=as_json, dry_run=True)
+            return
+        freed = format_bytes(result.bytes_freed)
+        confirm(f"evict {result.blocks_evicted:,} blocks, {freed}, and their copies in memory?")
     if daemon is not None:
         result = _evict_through_daemon(daemon, requests, namespace, tenant)
     else:
         assert path is not None, "a store or a daemon is named"
         result = _evict_stored(path, requests, namespace, tenant)
+    _show(result, requests[-1].to_bytes, as_json=as_json)
+
+
+def _show(result: _Result, to_bytes: int, *, as_json: bool, dry_run: bool = False) -> None:
     if as_json:
-        print_json(asdict(result))
+        print_json(asdict(result) | ({"dry_run": True} if dry_run else {}))
     else:
-        _print(result, to_bytes)
+        _print(result, to_bytes, "would evict" if dry_run else "evicted")
+
+
+def _store_for(daemon: Path | None, path: Path | None) -> Path:
+    """Return the store whose blocks would be evicted. Raises DaemonError for a daemon that has none."""
+    if daemon is not None:
+        return store_of(daemon)
+    assert path is not None, "a store or a daemon is named"
+    return path
 
 
 @dataclass(slots=True)
@@ -200,15 +222,25 @@ def _evict_through_daemon(
     return result
 
 
-def _evict_stored(store_path: Path, requests: list[EvictBlocks], namespace: str | None, tenant: str | None) -> _Result:
+def _evict_stored(
+    store_path: Path,
+    requests: list[EvictBlocks],
+    namespace: str | None,
+    tenant: str | None,
+    *,
+    dry_run: bool = False,
+) -> _Result:
+    """Evict from a store. dry_run: change nothing, and look at each request alone: several may free a little more."""
     result = _Result()
+    would_go: set[BlockHash] = set()
     had_daemon = (store_path / STORE_LOCK).exists()
     with open_existing(store_path, read_only=False) as store:
         found = _Namespaces()
         found.add_stored(store)
-        log = EvictionLog(store_path / LOG_NAME) if had_daemon else None
+        log = EvictionLog(store_path / LOG_NAME) if had_daemon and not dry_run else None
         for asked in found.within(requests, namespace, tenant):
-            report = _evict_one(store, asked)
+            report = _evict_one(store, asked, dry_run=dry_run)
+            would_go.update(report.hashes if dry_run else ())
             result.blocks_evicted += report.blocks
             result.bytes_freed += report.freed_bytes
             result.record_stayed({"stored, pinned": report.num_pinned})
@@ -219,12 +251,17 @@ def _evict_stored(store_path: Path, requests: list[EvictBlocks], namespace: str 
             log.save()
         left = store.stats()
         result.blocks_left, result.bytes_live = left.blocks, left.live_bytes
-        if store.is_shared():
+        if dry_run:
+            result.blocks_evicted = len(would_go)
+            result.bytes_freed = sum(entry.value_bytes for entry in store.lookup_many(would_go) if entry)
+            result.blocks_left -= result.blocks_evicted
+            result.bytes_live -= result.bytes_freed
+        elif store.is_shared():
             result.notes.append("another process has this store open: copies in its own memory stay until it ends")
     return result
 
 
-def _evict_one(store: ColdStore, request: EvictBlocks) -> EvictionReport:
+def _evict_one(store: ColdStore, request: EvictBlocks, *, dry_run: bool) -> EvictionReport:
     prompt = None
     if request.tokens:
         hashes = [request.hashes[at : at + HASH_BYTES] for at in range(0, len(request.hashes), HASH_BYTES)]
@@ -234,6 +271,7 @@ def _evict_one(store: ColdStore, request: EvictBlocks) -> EvictionReport:
         namespace=request.namespace or None,
         older_than_s=request.older_than_s if request.older_than_s >= 0 else None,
         prompt=prompt,
+        dry_run=dry_run,
     )
 
 
@@ -290,10 +328,10 @@ class _Namespaces:
         return limited
 
 
-def _print(result: _Result, to_bytes: int) -> None:
+def _print(result: _Result, to_bytes: int, done: str) -> None:
     warm = f", and {result.warm_blocks_evicted} from the warm tier" if result.warm_blocks_evicted else ""
     print(
-        f"evicted {result.blocks_evicted} blocks, {format_bytes(result.bytes_freed)}{warm}; "
+        f"{done} {result.blocks_evicted} blocks, {format_bytes(result.bytes_freed)}{warm}; "
         f"{result.blocks_left} blocks, {format_bytes(result.bytes_live)}, are left"
         + (" (pinned blocks and those before them stay)" if 0 <= to_bytes < result.bytes_live else "")
     )

@@ -23,7 +23,7 @@ from tierkv.storage.cold_rows import ColdEntry
 from tierkv.tools.options import AsJson, cache_directory, spread
 from tierkv.tools.stores import StoreOptions, find_namespace, iter_chains, open_existing
 from tierkv.tools.tenants import TenantNames
-from tierkv.tools.terminal import format_age, open_console, print_json, visible
+from tierkv.tools.terminal import cut_text, format_age, open_console, print_json, visible
 from tierkv.values.block import BlockHash
 from tierkv.values.namespace import differing_fields
 from tierkv.values.units import format_bytes
@@ -31,6 +31,7 @@ from tierkv.values.units import format_bytes
 __all__ = ["inspect"]
 
 _PREVIEW_TOKENS = 48
+_LEAST_TEXT = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,14 +192,14 @@ def _as_dict(prefix: _Prefix, text: str, now: float) -> dict[str, Any]:
 
 
 def _namespace_table(found: list[StoredNamespace], names: TenantNames, now: float) -> Table:
-    table = Table(title="namespaces", box=box.SIMPLE_HEAD)
+    table = Table(title="namespaces", box=box.SIMPLE_HEAD, padding=0)
     for column in ("namespace", "model", "tenant", "dtype", "size", "blocks", "stored", "used"):
-        table.add_column(column, no_wrap=True)
+        table.add_column(column, no_wrap=column not in ("model", "tenant"))
     for n in found:
         table.add_row(
             n.digest.hex()[:8],
-            "unreadable" if n.problem else visible(_model_name(n.description)),
-            visible(names.name_of(n.tenant)),
+            "unreadable" if n.problem else cut_text(_model_name(n.description)),
+            cut_text(names.name_of(n.tenant)),
             visible(str(n.description.get("dtype", ""))),
             visible(str(n.description.get("block_size", ""))),
             str(n.blocks),
@@ -215,17 +216,18 @@ def _model_name(description: dict[str, Any]) -> str:
 
 
 def _prefix_table(prefixes: list[_Prefix], texts: list[str], now: float) -> Table:
-    table = Table(title="prompt prefixes", box=box.SIMPLE_HEAD)
-    for column in ("namespace", "tokens", "blocks", "stored", "age"):
+    table = Table(title="prompt prefixes", box=box.SIMPLE_HEAD, padding=0)
+    for column in ("namespace", "tokens", "blocks", "shared", "stored", "age"):
         table.add_column(column, no_wrap=True)
-    table.add_column("from where it is its own", overflow="ellipsis", no_wrap=True, max_width=18)
+    table.add_column("own text", min_width=_LEAST_TEXT)
     for prefix, text in zip(prefixes, texts, strict=True):
         table.add_row(
             prefix.namespace[:8],
             str(prefix.tokens),
-            f"{prefix.blocks}, {prefix.shared_blocks} shared" if prefix.shared_blocks else str(prefix.blocks),
+            str(prefix.blocks),
+            str(prefix.shared_blocks or ""),
             format_bytes(prefix.stored_bytes),
-            format_age(now - prefix.last_access) + (", pinned" if prefix.pinned else ""),
-            visible(" ".join(text.split())),
+            format_age(now - prefix.last_access),
+            cut_text(("pinned: " if prefix.pinned else "") + text),
         )
     return table

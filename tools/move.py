@@ -33,7 +33,7 @@ def move(
 
     Nothing else may use the store meanwhile: stop its daemon and its engines first.
     """
-    if where.daemon is not None:
+    if where.find_daemon() is not None:
         raise DaemonError("a daemon's store cannot be moved while it runs", hint="tierkv daemon stop ends it")
     path = where.path.absolute()
     target = target.absolute()

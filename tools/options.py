@@ -22,6 +22,7 @@ from tierkv.values.units import format_bytes
 
 __all__ = [
     "DEFAULT_DAY",
+    "STANDARD_INPUT",
     "AsJson",
     "BlockSize",
     "BlockTokens",
@@ -34,6 +35,7 @@ __all__ = [
     "Lines",
     "MinFree",
     "Model",
+    "NoDaemon",
     "PromptFile",
     "ReadOnly",
     "Remote",
@@ -45,6 +47,7 @@ __all__ = [
     "TraceFile",
     "WarmSize",
     "as_path",
+    "as_prompt_path",
     "cache_directory",
     "default_socket",
     "default_store",
@@ -68,6 +71,15 @@ def as_path(text: str | Path) -> Path:
         return user_path(text)
     except ConfigError as exc:
         raise typer.BadParameter(str(exc)) from exc
+
+
+STANDARD_INPUT = Path("/dev/stdin")
+"""What the name - stands for, where a command takes a file of prompts."""
+
+
+def as_prompt_path(text: str | Path) -> Path:
+    """Return the path of a file of prompts, as `as_path`; - is standard input."""
+    return STANDARD_INPUT if str(text) == "-" else as_path(text)
 
 
 Model = Annotated[str | None, typer.Option(help="Directory or hub name; without it the embedded model.")]
@@ -136,7 +148,7 @@ Socket = Annotated[
         parser=as_path,
         metavar="PATH",
         help="Use the warm and cold tier of the daemon that listens here.",
-        show_default="TIERKV_SOCKET, else no daemon",
+        show_default="TIERKV_SOCKET, else your daemon if one answers at the default place",
     ),
 ]
 Remote = Annotated[
@@ -148,6 +160,7 @@ Remote = Annotated[
         show_default="TIERKV_REMOTE, else none",
     ),
 ]
+NoDaemon = Annotated[bool, typer.Option("--no-daemon", help="Use no daemon, not even one that answers.")]
 DaemonSocket = Annotated[
     Path | None,
     typer.Option(
@@ -162,9 +175,9 @@ StatePath = Annotated[Path, typer.Argument(parser=as_path, metavar="FILE", help=
 PromptFile = Annotated[
     Path,
     typer.Argument(
-        parser=as_path,
+        parser=as_prompt_path,
         metavar="FILE",
-        help="Prompts: text separated by lines of ---, or JSON (.json, .jsonl, .ndjson).",
+        help="Prompts: text separated by lines of ---, or JSON (.json, .jsonl, .ndjson). - is standard input.",
     ),
 ]
 Lines = Annotated[bool, typer.Option("--lines", help="One prompt per line.")]

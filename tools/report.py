@@ -25,7 +25,7 @@ from tierkv.tools.engine_options import EngineOptions
 from tierkv.tools.engines import open_engine
 from tierkv.tools.options import AsJson, Lines, as_path, spread
 from tierkv.tools.stores import iter_chains
-from tierkv.tools.terminal import open_console, print_json, visible
+from tierkv.tools.terminal import fact_table, open_console, print_json, visible
 from tierkv.values.block import BlockHash
 from tierkv.values.units import format_bytes, format_seconds
 
@@ -208,7 +208,7 @@ def _summary(made: MemoryReport, written: list[Path]) -> dict[str, Any]:
 def _table(made: MemoryReport, written: list[Path]) -> Table:
     measured = made.run.measured
     first = made.run.first_tokens
-    table = Table(title=made.run.title, show_header=False)
+    table = fact_table(made.run.title)
     if first.saved_s is not None:
         table.add_row("seconds saved", format_seconds(first.saved_s))
     if first.median_s is not None:

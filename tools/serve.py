@@ -29,6 +29,7 @@ from tierkv.tools.engines import open_engine
 from tierkv.tools.logs import FormatOption, LogFormat, configure_logs
 from tierkv.tools.options import Lines, as_path, parse_size, spread
 from tierkv.tools.terminal import visible
+from tierkv.tools.warm_warnings import warn_of_date
 from tierkv.values.log_event import LogEvent
 
 if TYPE_CHECKING:
@@ -78,8 +79,8 @@ class Limits:
     max_connections: Annotated[int, typer.Option(min=1, help="Open connections; more are closed.")] = 1024
     max_running: Annotated[int, typer.Option(min=1, help="Answers that are computed together.")] = 256
     max_waiting: Annotated[int, typer.Option(min=1, help="Answers that wait for their turn; more get 429.")] = 1024
-    max_seconds: Annotated[float, typer.Option(min=0.01, help="For one request; its answer then ends.")] = 600.0
-    stop_seconds: Annotated[float, typer.Option(min=0.1, help="From SIGTERM to the end of the process.")] = 5.0
+    max_seconds: Annotated[float, typer.Option(min=0.01, help="Seconds for one request; its answer then ends.")] = 600.0
+    stop_seconds: Annotated[float, typer.Option(min=0.1, help="Seconds from SIGTERM to the end of the process.")] = 5.0
 
 
 @spread(without=["model"])
@@ -106,7 +107,7 @@ def serve(
         raise ConfigError("an API key is a word of printable ASCII characters")
     configure_logs(place.log_format, logging.StreamHandler(sys.stderr))
     with _bound(place, serving) as bound, open_engine(options, config) as runner:
-        _warn_of_date(options, runner)
+        warn_of_date(runner.loaded.tokenizer, options.day)
         _warm(runner, options, prompts)
         with Engine(runner, max_running=chosen.max_running, max_waiting=chosen.max_waiting) as engine:
             name = place.served_name or model_name or EMBEDDED
@@ -177,18 +178,6 @@ def _bound(place: Place, serving: Any) -> Iterator[socket.socket]:
 
 def _is_loopback(host: str) -> bool:
     return host == "::1" or host.startswith("127.")
-
-
-def _warn_of_date(options: EngineOptions, runner: Runner) -> None:
-    """Print which date the model is given, if its chat template writes one."""
-    template = str(getattr(runner.loaded.tokenizer, "chat_template", None) or "")
-    if "strftime_now" not in template:
-        return
-    if options.day is None:
-        text = "today's date: prompts that are cached today are not found tomorrow (--date YYYY-MM-DD keeps one)"
-    else:
-        text = f"{options.day.isoformat()} as today's date (--date today: the real one, and each day computes anew)"
-    _LOG.info("the chat template writes %s", text)
 
 
 def _warm(runner: Runner, options: EngineOptions, requests: list[Any]) -> None:

@@ -13,7 +13,8 @@ from tierkv.storage.cold_reader import StoredNamespace
 from tierkv.storage.cold_rows import ColdEntry
 from tierkv.storage.free_space import require_free
 from tierkv.tools.daemon_client import open_client
-from tierkv.tools.options import Socket, Store, default_store, named_socket
+from tierkv.tools.options import NoDaemon, Socket, Store, default_store, named_socket
+from tierkv.tools.running_daemon import require_one, running_daemon
 from tierkv.values.block import BlockHash
 from tierkv.values.users import user_name
 
@@ -34,20 +35,32 @@ class StoreOptions:
 
     store: Store = None
     socket: Socket = None
+    no_daemon: NoDaemon = False
 
     def __post_init__(self) -> None:
         if self.store and self.socket:
             raise ConfigError("name a store or a daemon's socket, not both")
-
-    @property
-    def daemon(self) -> Path | None:
-        """Socket of the daemon whose store is meant; None where none is named."""
-        return self.socket or (None if self.store else named_socket(os.environ))
+        require_one(self.socket, no_daemon=self.no_daemon)
 
     @property
     def path(self) -> Path:
-        """Directory of the store. Raises DaemonError if the daemon has none."""
-        return store_of(self.daemon) if self.daemon else self.store or default_store(os.environ)
+        """Directory of the store. Raises DaemonError if the daemon that is named has none."""
+        named = self._named_daemon()
+        return store_of(named) if named else self.store or default_store(os.environ)
+
+    def find_daemon(self) -> Path | None:
+        """Return the socket of the daemon whose store is meant; None where none is named, and none runs for the store.
+
+        Notes on standard error whether a daemon that runs is used.
+        """
+        if named := self._named_daemon():
+            return named
+        return None if self.store or self.no_daemon else running_daemon(default_store(os.environ))
+
+    def _named_daemon(self) -> Path | None:
+        if self.store or self.no_daemon:
+            return None
+        return self.socket or named_socket(os.environ)
 
 
 def store_of(socket: Path) -> Path:

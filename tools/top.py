@@ -28,6 +28,7 @@ from tierkv.errors import ConfigError, TierKVError
 from tierkv.profiling.prefixes import PrefixTable
 from tierkv.storage.cold import ColdStore
 from tierkv.tools.daemon_client import open_client
+from tierkv.tools.keys import Keys, single_keys
 from tierkv.tools.options import AsJson, DaemonSocket, as_path, default_socket, spread
 from tierkv.tools.stores import open_existing
 from tierkv.tools.tenants import TenantNames
@@ -110,19 +111,25 @@ def top(
         return
     with (
         suppress(KeyboardInterrupt),
-        Live(picture, console=open_console(), screen=True, auto_refresh=False) as live,
+        single_keys() as keys,
+        Live(_with_keys(picture, keys), console=open_console(), screen=True, auto_refresh=False) as live,
     ):
         before, seen_at = first, time.monotonic()
-        while True:
-            time.sleep(interval)
+        while "q" not in keys.wait(interval).lower():
             try:
                 status, now = look(), time.monotonic()
                 picture = _picture(source, status, before, now - seen_at)
             except TierKVError as exc:  # the process may be restarting: keep the last picture beside the error
-                live.update(Group(picture, Text(visible(str(exc)), style="red")), refresh=True)
+                live.update(Group(_with_keys(picture, keys), Text(visible(str(exc)), style="red")), refresh=True)
                 continue
             before, seen_at = status, now
-            live.update(picture, refresh=True)
+            live.update(_with_keys(picture, keys), refresh=True)
+
+
+def _with_keys(picture: RenderableType, keys: Keys) -> RenderableType:
+    """Return a picture with a line that names the keys, on top: a screen that is too low shows it all the same."""
+    line = "q ends, any other key looks at once" if keys.descriptor is not None else "Ctrl-C ends"
+    return Group(Text(line, style="dim"), picture)
 
 
 def _picture(source: _Source, status: _Status, before: _Status | None = None, span_s: float = 0.0) -> RenderableType:
@@ -286,9 +293,9 @@ def _headline(view: _View) -> Text:
 def _tier_table(view: _View) -> Table:
     """Return a row for each tier. Rates need two looks: at the first there are totals."""
     unit = "/s" if view.span_s else ""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("tier")
-    table.add_column("full", min_width=10)
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    table.add_column("tier", no_wrap=True)
+    table.add_column("full")  # the only one that gives way on a narrow terminal
     for column in ("blocks", "holds", f"hits{unit}", f"read{unit}", f"written{unit}", f"evicted{unit}"):
         table.add_column(column, justify="right", no_wrap=True)
     for tier, numbers in view.status["tiers"].items():
@@ -298,7 +305,7 @@ def _tier_table(view: _View) -> Table:
         written = "bytes_in" if "bytes_in" in numbers else "stored_bytes" if view.span_s else ""
         table.add_row(
             tier,
-            ProgressBar(total=capacity, completed=filled, width=10) if capacity else "",
+            ProgressBar(total=capacity, completed=filled, width=8) if capacity else "",
             f"{numbers['blocks']:,}",
             format_bytes(numbers["stored_bytes"]),
             view.show(tier, "hits", "{:,.1f}".format),

@@ -25,7 +25,8 @@ from tierkv.tools.engines import open_engine
 from tierkv.tools.evict import parse_age
 from tierkv.tools.options import AsJson, Lines, PromptFile, spread
 from tierkv.tools.stores import open_existing, require_place, store_of
-from tierkv.tools.terminal import open_console, print_json, visible
+from tierkv.tools.terminal import fact_table, open_console, print_json, visible
+from tierkv.tools.warm_warnings import warn_of_date, warn_of_short
 from tierkv.values.block import TOKEN_BYTES, BlockHash, as_token_array, hash_block, iter_chain
 from tierkv.values.units import format_bytes
 
@@ -89,8 +90,10 @@ def warm(
         if runner.cache.cold and not dry_run:
             runner.cache.cold.require_room(runner.cache.layout.block_bytes // _LARGEST_RATIO)
         all_prompts = [prefix_tokens(runner.loaded.tokenizer, request, day=options.day) for request in requests]
+        warn_of_date(runner.loaded.tokenizer, options.day)
+        warn_of_short([len(prompt) for prompt in all_prompts], options.block_size)
         too_large = [i for i, prompt in enumerate(all_prompts) if len(prompt) > _most_tokens(runner)]
-        prompts = [prompt for prompt in all_prompts if len(prompt) <= _most_tokens(runner)]
+        prompts = [prompt for prompt in all_prompts if 0 < len(prompt) <= _most_tokens(runner)]
         summary = _Summary(
             prompts=len(prompts), tokens=sum(map(len, prompts)), too_large=[number + 1 for number in too_large]
         )
@@ -208,7 +211,7 @@ def _store_of(runner: Runner) -> Iterator[ColdStore]:
 
 
 def _table(summary: _Summary, dry_run: bool) -> Table:
-    table = Table(title="would be warmed" if dry_run else "warmed", show_header=False)
+    table = fact_table("would be warmed" if dry_run else "warmed")
     table.add_row("prompts", f"{summary.prompts:,}")
     table.add_row("tokens", f"{summary.tokens:,}")
     if summary.too_large:

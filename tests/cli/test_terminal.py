@@ -174,6 +174,7 @@ ALONE = [
     "warm",
     "run",
     "serve",
+    "explain",
     "report",
     "stats",
     "inspect",

@@ -68,7 +68,10 @@ def opened(model: Any, **options: Any) -> Iterator[Runner]:
 
 
 def greedy(count: int = 6, **options: Any) -> GenerationOptions:
-    return GenerationOptions(max_new_tokens=count, stop_ids=frozenset(), keep_logits=True, **options)
+    """Whole blocks only, unless the test says else: so the blocks and steps can be counted."""
+    return GenerationOptions(
+        max_new_tokens=count, stop_ids=frozenset(), keep_logits=True, **{"store_partial": False, **options}
+    )
 
 
 @pytest.mark.parametrize("family", FUSED)

@@ -12,6 +12,7 @@ from tierkv.background.work_queue import Priority
 from tierkv.block_store.keys import BlockKey
 from tierkv.block_store.load_or_compute import Origin
 from tierkv.block_store.loader import Loader
+from tierkv.block_store.misses import are_logged, log_misses
 from tierkv.block_store.placement import Placement
 from tierkv.block_store.reservation import Reservation
 from tierkv.block_store.transfers import Load
@@ -161,6 +162,10 @@ class BlockLoader(Loader):
             found += num_cold
             if num_cold < len(missing):
                 break
+        if are_logged() and found < len(keys):
+            with self.changed:
+                reason = self._reason(keys, found)
+            log_misses(len(keys), found, reason)
         return found
 
     def reserve(self, keys: Sequence[BlockKey], start: int) -> Reservation:
@@ -183,7 +188,9 @@ class BlockLoader(Loader):
             slots = [*slots[:num_found], *[None] * (num_found - len(slots))]
             memory.index.touch(keys[: start + num_found])
             num_warm = sum(slot is not None for slot in slots)
-            self.count_request(len(wanted), num_warm, num_found, self._reason(wanted, num_found))
+            reason = self._reason(wanted, num_found)
+            self.count_request(len(wanted), num_warm, num_found, reason)
+        log_misses(len(wanted), num_found, reason)
         if start + num_found:
             self._stored.touch(keys[: start + num_found])
         missing = [key for key, slot in zip(wanted, slots, strict=False) if slot is None]

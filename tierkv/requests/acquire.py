@@ -12,7 +12,7 @@ from tierkv.index.index import Entry
 from tierkv.requests.commit import Committer
 from tierkv.requests.consensus import Consensus
 from tierkv.requests.sequence import RunningSequences, Sequence
-from tierkv.requests.statistics import RequestStatistics
+from tierkv.requests.statistics import RequestStatistics, log_misses
 from tierkv.storage.outcomes import MissReason
 from tierkv.transfer.cold_reading import ColdReading
 from tierkv.transfer.daemon_blocks import Claim
@@ -136,8 +136,11 @@ class Acquirer:
                 self._start_load(sequence, later, plan.load.kind)
             with self._tiers.changed:
                 self._running.add(sequence)
-                self._statistics.add_request(sequence, found, promoted, blocks=blocks, later=later, dropped=dropped)
+                misses = self._statistics.add_request(
+                    sequence, found, promoted, blocks=blocks, later=later, dropped=dropped
+                )
                 self._touch(promoted.hot, promoted.hits)
+            log_misses(sequence, misses, len(later))
             if cold := self._tiers.cold:
                 used = promoted.hits[len(sequence.chain) - len(promoted.hot) :]
                 cold.notes.touch([*sequence.chain, *(hit.block_hash for hit in used)])
@@ -272,6 +275,7 @@ class Acquirer:
             reasons = self._statistics.count_overlap(load)
             self._committer.register_loaded(sequence, loaded)
             self._statistics.record_overlap(load, loaded, reasons)
+        log_misses(sequence, reasons, 0)
         if load.failure:
             sequence.cold_load = None  # that many blocks were not loaded
         if load.failed:

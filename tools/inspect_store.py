@@ -193,13 +193,14 @@ def _as_dict(prefix: _Prefix, text: str, now: float) -> dict[str, Any]:
 
 def _namespace_table(found: list[StoredNamespace], names: TenantNames, now: float) -> Table:
     table = Table(title="namespaces", box=box.SIMPLE_HEAD, padding=0)
-    for column in ("namespace", "model", "tenant", "dtype", "size", "blocks", "stored", "used"):
+    has_tenants = any(n.tenant for n in found)
+    for column in ("namespace", "model", *["tenant"] * has_tenants, "dtype", "size", "blocks", "stored", "used"):
         table.add_column(column, no_wrap=column not in ("model", "tenant"))
     for n in found:
         table.add_row(
             n.digest.hex()[:8],
             "unreadable" if n.problem else cut_text(_model_name(n.description)),
-            cut_text(names.name_of(n.tenant)),
+            *[cut_text(names.name_of(n.tenant))] * has_tenants,
             visible(str(n.description.get("dtype", ""))),
             visible(str(n.description.get("block_size", ""))),
             str(n.blocks),

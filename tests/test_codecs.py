@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tierkv.errors import ConfigError, CorruptBlockError
-from tierkv.storage.codec import FRAME_BYTES, merge_planes, take_exponent, take_rest
+from tierkv.storage.codec import FRAME_BYTES, LITERALS_ONLY, FrameCoder, merge_planes, take_exponent, take_rest
 from tierkv.storage.codecs import CODECS, RAW, Codec, codec_by_id, codec_by_name, default_codec
 from tierkv.storage.record import BlockInfo, encode_record
 from tierkv.values.layout import DTYPE_BYTES, BlockLayout, Run
@@ -139,6 +140,41 @@ def test_every_dtype_has_a_default_and_every_codec_is_found_by_name_and_id() -> 
     assert codec_by_name("raw") is RAW
     with pytest.raises(ConfigError, match="exponent16"):
         codec_by_name("gzip")
+
+
+def test_planes_of_the_wrong_size_are_refused_before_and_after_they_are_decoded() -> None:
+    coder = FrameCoder(LITERALS_ONLY)
+    plane = np.zeros(5000, dtype=np.uint8)
+    out = np.empty(5000, dtype=np.uint8)
+    frame = out[: coder.encode(plane, out)].data
+    assert [each.size for each in coder.decode_many([frame, plane[:7].data], [5000, 7])] == [5000, 7]
+    with pytest.raises(CorruptBlockError, match="not of the size"):
+        coder.decode_many([frame], [1 << 40])
+    with pytest.raises(CorruptBlockError, match="not of the size"):
+        coder.decode_many([frame, frame], [5000, 4999])
+    with pytest.raises(CorruptBlockError, match="does not decode"):
+        coder.decode_many([memoryview(b"no frame")], [5000])
+    decompressor = SimpleNamespace(multi_decompress_to_buffer=lambda *_, **__: [b"short"])
+    coder._decompressor = decompressor  # type: ignore[assignment]
+    with pytest.raises(CorruptBlockError, match="to the size"):
+        coder.decode_many([frame], [5000])
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_rest_of_another_length_than_the_run_is_refused(change: int) -> None:
+    layout = BlockLayout.uniform(num_layers=1, block_size=64, kv_heads=8, head_dim=64, dtype="bfloat16")
+    codec, block = codec_by_name("exponent16"), np.zeros(layout.block_bytes, dtype=np.uint8)
+    payload = np.zeros(2 * layout.block_bytes, dtype=np.uint8)
+    sizes: list[int] = []
+    for run in layout.runs:
+        values = block[run.offset_bytes : run.offset_bytes + run.token_bytes * 64]
+        found = codec.encode_run(values, run, payload[sum(sizes) :][: values.size])
+        assert found
+        sizes += found
+    codec.decode_runs(payload, sizes, block, layout.runs, 64)
+    sizes[1] += change
+    with pytest.raises(CorruptBlockError, match="a rest of"):
+        codec.decode_runs(payload, sizes, block, layout.runs, 64)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="page faults as Linux counts them")

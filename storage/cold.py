@@ -197,13 +197,28 @@ class ColdStore(cold_reader.ColdReader):  # by the module's name: pyright's repo
         wrong shape and for a closed store. Many threads may read at once; the heavy parts release the GIL.
         coded: take frames that a GPU decodes as they are; see `decode_record`.
         """
-        reason = self.decode_block(expected, out, layout=layout, coded=coded)
-        if reason in (MissReason.CORRUPT, MissReason.TRUNCATED):
-            self.note_damaged(expected.block_hash)
-        if reason is MissReason.ABSENT and self.was_evicted(expected.block_hash):
-            reason = MissReason.EVICTED
-        self._counters.count_read(reason)
-        return reason
+        return self.read_many_into([expected], [out], layout=layout, coded=[coded])[0]
+
+    def read_many_into(
+        self,
+        expected: Sequence[BlockInfo],
+        outs: Sequence[Buffer],
+        *,
+        layout: BlockLayout,
+        coded: Sequence[CodedBlock | None] | None = None,
+    ) -> list[MissReason | None]:
+        """Decode blocks of one namespace, one after another, as `read_into` does; all are found in one snapshot.
+
+        Many small blocks cost a thread less so. The snapshot keeps their pages from being used again meanwhile.
+        """
+        reasons = self.decode_blocks(expected, outs, layout=layout, coded=coded)
+        for at, (info, reason) in enumerate(zip(expected, reasons, strict=True)):
+            if reason in (MissReason.CORRUPT, MissReason.TRUNCATED):
+                self.note_damaged(info.block_hash)
+            elif reason is MissReason.ABSENT and self.was_evicted(info.block_hash):
+                reasons[at] = MissReason.EVICTED
+        self._counters.count_reads(reasons)
+        return reasons
 
     def read_ahead(self, block_hashes: Sequence[BlockHash]) -> None:
         """Ask the system to fetch blocks that will be read soon; returns without them. Raises nothing."""

@@ -45,16 +45,9 @@ from tierkv.storage.cold_rows import (
 from tierkv.storage.cold_tenants import TENANT_PREFIX, TenantSettings, unpack_tenant, write_tenants
 from tierkv.storage.cold_writer import ColdWriter
 from tierkv.storage.lmdb_env import LmdbEnv
-from tierkv.storage.lmdb_file import (
-    BIG_FLAG,
-    LEAF_FLAG,
-    NODE_BYTES,
-    PAGE_HEADER_BYTES,
-    LeafValue,
-    find_leaf,
-    newest_meta,
-    open_store_file,
-)
+from tierkv.storage.lmdb_file import open_store_file
+from tierkv.storage.lmdb_format import BIG_FLAG, LEAF_FLAG, NODE_BYTES, PAGE_HEADER_BYTES, newest_meta
+from tierkv.storage.lmdb_search import LeafValue, find_leaf
 from tierkv.storage.lmdb_tree import Keys, check_trees
 from tierkv.storage.outcomes import PutOutcome
 from tierkv.storage.record import HEADER_BYTES, MAGIC, parse_record, record_bytes_of

@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Generator, Sequence
 from concurrent.futures import wait
+from itertools import chain
 
 from tierkv.background.work_queue import Priority
 from tierkv.block_store.keys import BlockKey
@@ -33,8 +34,10 @@ __all__ = ["BlockLoader", "StoredBlocks", "info_of"]
 
 _log = logging.getLogger(__name__)
 
-_WAVE_BLOCKS = 64
+_WAVE_BLOCKS, _WAVE_BYTES = 64, 1 << 30  # the greater number of blocks: threads idle at the end of a wave
+_GROUP_BLOCKS, _GROUP_BYTES = 16, 8 << 20  # the lesser number of blocks, which one thread reads at a time
 _AHEAD_BLOCKS = 4
+_COPY_BYTES = 128 << 20  # that are copied to the engine at a time while others are being read
 _LOOKUP_BLOCKS = 64
 
 
@@ -84,23 +87,27 @@ class StoredBlocks:
             return False
         return self.cold is None or not _count_cold(self.cold, [key])
 
-    def read_into(self, key: BlockKey, root: BlockHash, out: Bytes, *, layout: BlockLayout) -> MissReason | None:
-        """Read a block from the store, or from a remote tier. Return None, or why it could not be read."""
-        expected = info_of(key, root)
-        reason: MissReason | None = MissReason.ABSENT
+    def read_many_into(
+        self, keys: Sequence[BlockKey], root: BlockHash, outs: Sequence[Bytes], *, layout: BlockLayout
+    ) -> list[MissReason | None]:
+        """Read blocks from the store, and what it lacks from remote tiers. Return None for each, or why not."""
+        infos = [info_of(key, root) for key in keys]
+        reasons: list[MissReason | None] = [MissReason.ABSENT] * len(keys)
         try:
             if self.cold:
-                reason = self.cold.read_into(expected, out, layout=layout)
-            if reason and self.remote and self.remote.lookup(key.block_hash):
-                reason = self.remote.read_into(expected, out, layout=layout)
+                reasons = self.cold.read_many_into(infos, outs, layout=layout)
+            if self.remote:
+                for at, reason in enumerate(reasons):
+                    if reason and self.remote.lookup(keys[at].block_hash):
+                        reasons[at] = self.remote.read_into(infos[at], outs[at], layout=layout)
         except StoreError:
-            return MissReason.IO_ERROR
-        return reason
+            return [MissReason.IO_ERROR] * len(keys)
+        return reasons
 
-    def read_ahead(self, key: BlockKey) -> None:
-        """Begin to fetch a block from the disk."""
-        if self.cold:
-            self.cold.read_ahead([key.block_hash])
+    def read_ahead(self, keys: Sequence[BlockKey]) -> None:
+        """Begin to fetch blocks from the disk."""
+        if self.cold and keys:
+            self.cold.read_ahead([key.block_hash for key in keys])
 
     def touch(self, keys: Sequence[BlockKey]) -> None:
         """Record a use of a prompt's leading blocks."""
@@ -245,11 +252,14 @@ class BlockLoader(Loader):
 
     def load_slowly(self, load: Load, reservation: Reservation, targets: Placement, after: Ready) -> None:
         """Load blocks of which some are still being read, or are not read yet, on a thread of its own."""
-        reservation.wait()
+        least = max(1, _COPY_BYTES // self.layout.block_bytes)
+        is_reading = True
+        while is_reading:
+            is_reading, slots = reservation.wait_for_more(load.num_loaded, least)
+            if slots and not self.copy(load, reservation, targets, slots, after):
+                return
         with self.changed:
-            keys, slots = list(reservation.keys), reservation.ready_slots()
-        if slots and not self.copy(load, reservation, targets, slots, after):
-            return
+            keys = list(reservation.keys)
         with self._spare_lock:
             while load.num_loaded < len(keys) and not self.is_closing:
                 if not self._load_through_spare(load, reservation, keys[load.num_loaded :], targets, after):
@@ -267,7 +277,8 @@ class BlockLoader(Loader):
             missing = [(key, spare) for key, spare, slot in zip(wave, memory.spare, held, strict=False) if slot is None]
             slots: list[int] = []
             failure: MissReason | None = None
-            with contextlib.closing(self._read_all(missing)) as reasons:
+            with contextlib.closing(self._read_all(missing)) as groups:
+                reasons = chain.from_iterable(groups)
                 for slot, spare in zip(held, memory.spare, strict=False):
                     failure = next(reasons) if slot is None else None
                     if failure:
@@ -293,18 +304,23 @@ class BlockLoader(Loader):
 
     def _read(self, reservation: Reservation) -> None:
         """Read the cold blocks of a reservation into warm memory, as far as there is room, on a thread of its own."""
-        while not self.is_closing and self._read_wave(reservation):
-            pass
+        try:
+            while not self.is_closing and self._read_wave(reservation):
+                pass
+        finally:
+            with self.changed:
+                reservation.end_reading()
 
     def _read_wave(self, reservation: Reservation) -> bool:
         """Read a few blocks. Return whether to go on: not after a failure, and not without room."""
         memory = self._memory
+        most = max(_WAVE_BLOCKS, _WAVE_BYTES // self.layout.block_bytes)
         with self.changed:
-            wanted = [each for each in reservation.wanted() if each[0] < memory.most_held][:_WAVE_BLOCKS]
+            wanted = [each for each in reservation.wanted() if each[0] < memory.most_held][:most]
             for (at, key), slot in zip(wanted, self._hold([key for _, key in wanted]), strict=True):
                 if slot is not None:  # another request has read it meanwhile
                     reservation.put(at, key, slot)
-            wanted = [each for each in reservation.wanted() if each[0] < memory.most_held][:_WAVE_BLOCKS]
+            wanted = [each for each in reservation.wanted() if each[0] < memory.most_held][:most]
             slots = memory.take(len(wanted))
         wanted = wanted[: len(slots)]
         if not slots:
@@ -314,17 +330,17 @@ class BlockLoader(Loader):
         try:
             reads = self._read_all([(key, slot) for (_, key), slot in zip(wanted, slots, strict=True)])
             with contextlib.closing(reads):
-                for failure in reads:
-                    if failure:
-                        break
-                    at, key = wanted[kept]
+                for reasons in reads:
+                    num_good, failure = _leading_good(reasons)
                     with self.changed:
-                        held = self._enter(key, slots[kept])
-                        kept += 1
-                        is_wanted = reservation.put(at, key, held)
-                        if not is_wanted:
-                            memory.unpin([held])
-                    if not is_wanted:  # nor any block behind it
+                        for (at, key), slot in zip(wanted[kept:], slots[kept : kept + num_good], strict=False):
+                            held = self._enter(key, slot)
+                            kept += 1
+                            is_wanted = reservation.put(at, key, held)
+                            if not is_wanted:  # nor any block behind it
+                                memory.unpin([held])
+                                return False
+                    if failure or self.is_closing:
                         break
         finally:
             with self.changed:
@@ -348,15 +364,21 @@ class BlockLoader(Loader):
             index.add(key, slot, Done())
         return slot
 
-    def _read_all(self, wanted: Sequence[tuple[BlockKey, int]]) -> Generator[MissReason | None, None, None]:
+    def _read_all(self, wanted: Sequence[tuple[BlockKey, int]]) -> Generator[list[MissReason | None], None, None]:
         """Read blocks into slots, several at a time. Yield for each, in order, why it could not be read, or None.
 
-        Closing the generator ends the reads that nothing waits for any more.
+        They come in groups. Closing the generator ends the reads that nothing waits for any more.
         """
-        ahead = [*(key for key, _ in wanted[_AHEAD_BLOCKS:]), *[None] * _AHEAD_BLOCKS]
+        threads = self._memory.threads
+        size = max(1, min(_GROUP_BLOCKS, _GROUP_BYTES // self.layout.block_bytes, len(wanted) // threads.num_threads))
         reads = [
-            self._memory.threads.submit(Priority.REQUEST, self._read_one, key, slot, after)
-            for (key, slot), after in zip(wanted, ahead, strict=False)
+            threads.submit(
+                Priority.REQUEST,
+                self._read_group,
+                wanted[start : start + size],
+                wanted[start + _AHEAD_BLOCKS : start + _AHEAD_BLOCKS + size],
+            )
+            for start in range(0, len(wanted), size)
         ]
         try:
             for read in reads:
@@ -366,7 +388,15 @@ class BlockLoader(Loader):
                 read.cancel()
             wait(reads)
 
-    def _read_one(self, key: BlockKey, slot: int, ahead: BlockKey | None) -> MissReason | None:
-        if ahead is not None:
-            self._stored.read_ahead(ahead)
-        return self._stored.read_into(key, self._root, self._memory.slots[slot], layout=self._memory.layout)
+    def _read_group(
+        self, group: Sequence[tuple[BlockKey, int]], ahead: Sequence[tuple[BlockKey, int]]
+    ) -> list[MissReason | None]:
+        """Read a few blocks one after another, while the disk fetches those `ahead`."""
+        self._stored.read_ahead([key for key, _ in ahead])
+        outs = [self._memory.slots[slot] for _, slot in group]
+        return self._stored.read_many_into([key for key, _ in group], self._root, outs, layout=self.layout)
+
+
+def _leading_good(reasons: Sequence[MissReason | None]) -> tuple[int, MissReason | None]:
+    """Return how many leading blocks were read, and why the next one was not."""
+    return next(((at, reason) for at, reason in enumerate(reasons) if reason), (len(reasons), None))

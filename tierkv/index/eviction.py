@@ -17,6 +17,7 @@ from tierkv.values.block import BlockHash, Tier
 
 __all__ = [
     "CacheBlock",
+    "ChainOrder",
     "ChainObservingPolicy",
     "EvictionOrder",
     "EvictionPolicy",
@@ -30,6 +31,7 @@ _FAR_AWAY_S = float(1 << 36)
 """2,000 years: above every clock's time; floats of this size still differ by 20 us."""
 
 _MIN_PUSHED = 64
+_LONGEST_RUN = 64
 
 
 class CacheBlock(Protocol):
@@ -160,6 +162,14 @@ class EvictionOrder(Protocol[Block]):
 
 
 @runtime_checkable
+class ChainOrder(Protocol):
+    """An order that answers `goes_first` for a chain in one call."""
+
+    def count_first(self, blocks: Sequence[CacheBlock]) -> int:
+        """Return how many leading blocks would be popped next, one after the other; see `EvictionOrder.goes_first`."""
+
+
+@runtime_checkable
 class OrderingPolicy(Protocol):
     """A policy with an order of its own; the index does not ask it for scores."""
 
@@ -231,6 +241,8 @@ class EvictionQueue:
         self._order: EvictionOrder[CacheBlock] = (
             policy.new_order() if isinstance(policy, OrderingPolicy) else ScoreOrder(policy)
         )
+        self._count_first = self._order.count_first if isinstance(self._order, ChainOrder) else self._count_each
+        self._takes_in_order = type(policy).select_evictions is EvictionPolicy.select_evictions
         self._taken: list[Entry] = []  # by the last selection
         for owner in self._pool.owners:
             if owner is not None:
@@ -281,7 +293,14 @@ class EvictionQueue:
         """Return up to `count` entries, children before parents, chosen by the policy. Nothing changes yet."""
         self.put_back()
         yielded: list[Entry] = []
-        chosen = self._policy.select_evictions(count, self._iter_leaves(yielded))[:count]
+        if self._takes_in_order:
+            for run in self._iter_runs(count):
+                yielded += run
+                if len(yielded) >= count:
+                    break
+            chosen: list[CacheBlock] = list(yielded)
+        else:
+            chosen = self._policy.select_evictions(count, self._iter_leaves(yielded, count))[:count]
         if self.num_pushed > self._most_pushed:
             self._drop_outdated()
         if chosen == yielded:  # the policy took all leaves in order, so each child comes before its parent
@@ -314,26 +333,40 @@ class EvictionQueue:
                 order.push(entry, entry.access_count)
         self._most_pushed = 2 * len(order) + _MIN_PUSHED
 
-    def _iter_leaves(self, yielded: list[Entry]) -> Iterator[CacheBlock]:
-        """Yield evictable entries in order, as if each yielded entry were already evicted.
+    def _iter_leaves(self, yielded: list[Entry], count: int) -> Iterator[CacheBlock]:
+        """Yield evictable entries in order, as if each yielded entry were already evicted."""
+        for run in self._iter_runs(count):
+            for entry in run:
+                yielded.append(entry)
+                yield entry
 
-        Popped entries go to `_taken`. The caller will evict most of them, so only the next call puts the rest back.
-        A parent that becomes a leaf is pushed at once; `_is_leaf` skips it later if its children stay.
+    def _iter_runs(self, count: int) -> Iterator[list[Entry]]:
+        """Yield runs of evictable entries in order, `count` in all or a few more, each as if those before were evicted.
+
+        A run is a leaf and the parents above it that would be popped next. Popped entries go to `_taken`. The caller
+        will evict most of them, so only the next call puts the rest back. A parent that becomes a leaf is pushed at
+        once; the next selection skips it if its children stay.
         """
-        order, is_hot, pins = self._order, self._is_hot, self._pool.pins
+        order, is_hot, pins, taken = self._order, self._is_hot, self._pool.pins, self._taken
         gone: set[Entry] = set()
         freed: set[Entry] = set()
         gone_children: dict[Entry, int] = {}
+        num_yielded = 0
         while item := order.pop():
             entry, stamp = item
             assert isinstance(entry, Entry), "an order returns what was pushed"
-            if not self._is_leaf(entry, stamp, gone, freed):
+            if stamp != entry.access_count or entry in gone:  # outdated, or pushed twice
                 continue
-            while True:  # up the chain, as long as the parent would be popped next
-                gone.add(entry)
-                yielded.append(entry)
-                yield entry
-                parent = entry.parent
+            if entry not in freed:
+                if not self.is_evictable(entry):
+                    continue
+                taken.append(entry)
+            run = [entry]
+            while True:
+                gone.update(run)
+                num_yielded += len(run)
+                yield run
+                parent = run[-1].parent
                 num_children = parent.hot_children if is_hot else parent.warm_children
                 if num_children > 1:
                     gone_children[parent] = num_gone = gone_children.get(parent, 0) + 1
@@ -346,15 +379,25 @@ class EvictionQueue:
                     order.push(parent, parent.access_count)
                     freed.add(parent)
                     break
-                entry = parent
+                run = self._run_from(parent, min(count - num_yielded, _LONGEST_RUN))
 
-    def _is_leaf(self, entry: Entry, stamp: int, gone: set[Entry], freed: set[Entry]) -> bool:
-        """Return whether a popped item is up to date and a leaf; add a leaf of the tier to `_taken`."""
-        if stamp != entry.access_count or entry in gone:
-            return False
-        if entry in freed:
-            return True
-        if not self.is_evictable(entry):
-            return False
-        self._taken.append(entry)
-        return True
+    def _run_from(self, entry: Entry, count: int) -> list[Entry]:
+        """Return an entry that goes next, and up to `count` - 1 ancestors that follow it: each is its only child's."""
+        is_hot, pins = self._is_hot, self._pool.pins
+        run = [entry]
+        while len(run) < count and (entry.parent.hot_children if is_hot else entry.parent.warm_children) == 1:
+            entry = entry.parent
+            slot = entry.block_id if is_hot else entry.warm_slot
+            if slot is None or entry.flags & PINNED or pins[slot]:
+                break
+            run.append(entry)
+        if len(run) > 1:
+            del run[1 + self._count_first(run[1:]) :]
+        return run
+
+    def _count_each(self, blocks: Sequence[CacheBlock]) -> int:
+        """Return how many leading blocks go first, one after the other."""
+        for number, block in enumerate(blocks):
+            if not self._order.goes_first(block):
+                return number
+        return len(blocks)

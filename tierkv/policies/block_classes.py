@@ -42,7 +42,6 @@ _ROW = np.dtype(
         "itemsize": _ROW_BYTES,
     }
 )
-_NAME = np.dtype([("tag", "<u8"), ("low", "<u4"), ("rest", "<u4")])
 _pack_row = Struct("=QdfIIH").pack_into  # all fields but the class
 _split_hash: Callable[[bytes], tuple[Any, ...]] = Struct("<QI").unpack_from
 """(tag, row before the mask) of a block hash."""
@@ -128,7 +127,7 @@ class BlockClassPolicy(EvictionPolicy):
         history, sample_mask = self.history, self.sample_mask
         for row in history.sampled_rows(rows, sample_mask):
             self.interval_lost(history.classes[row], now - history.times[row])
-        history.take_over_all(blocks, rows, [self.classify(block, 1, 0.0, fork) for block in blocks], fork)
+        history.take_over_all(blocks, rows, self.classes_of_new(blocks, fork), fork)
         for _ in history.sampled_rows(rows, sample_mask):
             self.interval_begun()
 
@@ -158,6 +157,10 @@ class BlockClassPolicy(EvictionPolicy):
         if self._tags[row] != (tag or 1):
             return self.classify(block, count, 0.0, NO_FORK)
         return self._classes[row] if count == 1 else self._class_in(row, block)
+
+    def classes_of_new(self, blocks: Sequence[CacheBlock], fork: int) -> list[int]:
+        """Return the classes of the blocks of a chain that are used for the first time; see `classify` on `fork`."""
+        return [self.classify(block, 1, 0.0, fork) for block in blocks]
 
     def is_partial(self, block: CacheBlock) -> bool:
         """Return whether the block has fewer tokens than others, as the last block of a prompt."""
@@ -263,15 +266,19 @@ class ClassOrder:
         """Take the least promising block."""
         if not self._is_current():
             self._rank_all()
-        while self._ranks:
-            rank = heapq.heappop(self._ranks)
-            block_class = rank[3]
-            if rank != self._rank(block_class):
-                continue  # outdated: the class has another first block, with a rank of its own
-            item = self._heaps[block_class].pop()
+        ranks = self._ranks
+        while ranks:
+            _, last_access, depth, block_class = ranks[0]
+            heap = self._heaps[block_class]
+            if heap.first() != (last_access, depth):
+                heapq.heappop(ranks)  # outdated: the class has another first block, with a rank of its own
+                continue
+            item = heap.pop()
             self._size -= 1
             if following := self._rank(block_class):
-                heapq.heappush(self._ranks, following)
+                heapq.heapreplace(ranks, following)
+            else:
+                heapq.heappop(ranks)
             return item
         return None
 
@@ -284,6 +291,27 @@ class ClassOrder:
         ranks = self._ranks
         # An outdated rank is never lower than a real one.
         return not ranks or density < ranks[0][0] or (density, last_access, -block.depth, block_class) <= ranks[0]
+
+    def count_first(self, blocks: Sequence[CacheBlock]) -> int:
+        """Return how many leading blocks are less promising than all that were pushed."""
+        if not self._ranks:
+            return len(blocks)
+        first = self._ranks[0]
+        lowest = first[0]
+        history, class_of, densities = self._policy.history, self._class_of, self._densities
+        tags, classes, mask, last_access, bucket = history.tags, history.classes, history.mask, float("nan"), 0
+        for number, block in enumerate(blocks):
+            if block.last_access != last_access:
+                last_access = block.last_access
+                self._find_bucket(last_access)
+                bucket = self._bucket
+            tag, low = _split_hash(block.block_hash)
+            row = low & mask
+            block_class = classes[row] if tags[row] == tag and block.access_count == 1 else class_of(block)
+            density = densities[block_class][bucket]
+            if density >= lowest and (density, last_access, -block.depth, block_class) > first:
+                return number
+        return len(blocks)
 
     def clear(self) -> None:
         """Forget every push."""
@@ -341,7 +369,10 @@ class UseHistory:
         self.mask: int = num_rows - 1
         self._memory = bytearray(_ROW_BYTES * num_rows + _LINE_BYTES)
         self._start = start = -np.frombuffer(self._memory, dtype=np.uint8).ctypes.data % _LINE_BYTES
-        self._rows = np.frombuffer(self._memory, dtype=_ROW, count=num_rows, offset=start)
+        table = np.frombuffer(self._memory, dtype=_ROW, count=num_rows, offset=start)
+        self._tags, self._times, self._gaps = table["tag"], table["time"], table["gap"]  # the same rows, for numpy
+        self._earlier, self._totals = table["earlier"], table["total"]
+        self._forks, self._classes = table["fork"], table["class"]
         rows = memoryview(self._memory)[start : start + _ROW_BYTES * num_rows]
         self.tags: memoryview = rows.cast("Q")[0::4]  # 0: free
         self.times: memoryview[float] = rows.cast("d")[1::4]
@@ -365,42 +396,41 @@ class UseHistory:
 
     def rows_of_new(self, blocks: Sequence[CacheBlock]) -> npt.NDArray[np.int64] | None:
         """Return the rows of blocks; None if the table knows one of them, or two of them have the same row."""
-        names = _names_of(blocks)
-        rows = (names["low"] & self.mask).astype(np.int64)
-        is_known = bool((self._rows["tag"][rows] == names["tag"]).any())
+        tags, rows = self._find_all(blocks)
+        is_known = (self._tags[rows] == tags).any()
         return None if is_known or len(set(rows.tolist())) < len(rows) else rows
 
     def take_over_all(
         self, blocks: Sequence[CacheBlock], rows: npt.NDArray[np.int64], classes: Sequence[int], fork: int
     ) -> None:
         """Give rows to new blocks, which were used once."""
-        table = self._rows
-        table["tag"][rows] = _names_of(blocks)["tag"]
-        table["time"][rows] = blocks[0].last_access
-        table["gap"][rows] = 0.0
-        table["earlier"][rows] = 0
-        table["total"][rows] = 1
-        table["fork"][rows] = fork
-        table["class"][rows] = classes
+        self._tags[rows] = self._find_all(blocks)[0]
+        self._times[rows] = blocks[0].last_access
+        self._gaps[rows] = 0.0
+        self._earlier[rows] = 0
+        self._totals[rows] = 1
+        self._forks[rows] = fork
+        self._classes[rows] = classes
 
     def sampled_rows(self, rows: npt.NDArray[np.int64], sample_mask: int) -> list[int]:
         """Return those of the rows that belong to a block of the sample."""
-        tags = self._rows["tag"][rows]
+        tags = self._tags[rows]
         sampled: list[int] = rows[(tags != 0) & (tags & np.uint64(sample_mask) == 0)].tolist()
         return sampled
+
+    def _find_all(self, blocks: Sequence[CacheBlock]) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
+        """Return tags and rows of blocks, as `row_of`."""
+        halves = np.frombuffer(bytearray().join([block.block_hash for block in blocks]), dtype="<u8")
+        tags = halves[::2]
+        if not tags.all():
+            tags[tags == 0] = 1
+        return tags, (halves[1::2] & np.uint64(self.mask)).astype(np.int64)
 
     def find(self, block_hash: BlockHash) -> int | None:
         """Return the row of a block, or None if the table has none of it."""
         tag, low = _split_hash(block_hash)
         row: int = low & self.mask
         return row if self.tags[row] == (tag or 1) else None
-
-
-def _names_of(blocks: Sequence[CacheBlock]) -> npt.NDArray[np.void]:
-    """Return tag and row, before the mask, of each block's hash, as `_split_hash` does."""
-    names = np.frombuffer(bytearray().join([block.block_hash for block in blocks]), dtype=_NAME)
-    names["tag"][names["tag"] == 0] = 1
-    return names
 
 
 def bucket_of(idle_s: float) -> int:

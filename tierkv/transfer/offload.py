@@ -169,7 +169,7 @@ class Offloader:
         tiers = self._tiers
         ready: list[Entry] = []
         for entry in tiers.index.select_evictions(Tier.HOT, count):
-            if not self._must_write_first(entry):
+            if entry.warm_slot is not None or not self._must_write_first(entry):
                 ready.append(entry)
             elif write_first:
                 self.write_down(entry, tiers.copies.written(entry))

@@ -17,8 +17,8 @@ from tierkv.values.block import BlockHash, Tier
 
 __all__ = [
     "CacheBlock",
-    "ChainOrder",
     "ChainObservingPolicy",
+    "ChainOrder",
     "EvictionOrder",
     "EvictionPolicy",
     "EvictionQueue",

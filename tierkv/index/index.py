@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from tierkv.index.children import Children
+from tierkv.index.entry_table import EntryTable
 from tierkv.index.eviction import EvictionPolicy, EvictionQueue, insert_observer
 from tierkv.index.slots import SlotPool
 from tierkv.index.tree import BlockTree, Entry
 from tierkv.values.block import BlockHash, Tier
 from tierkv.values.locks import NO_LOCK, Owned
+from tierkv.values.untracked import untrack
 
 __all__ = ["Entry", "Index"]
 
@@ -36,8 +38,9 @@ class Index(BlockTree):
         clock: Callable[[], float],
         lock: Owned = NO_LOCK,
     ) -> None:
-        super().__init__(root, clock, lock)
         numbers = list(range(max(num_hot, num_warm)))  # shared: an int for each place of each entry takes memory
+        untrack(numbers)
+        super().__init__(root, clock, lock, numbers)
         self.hot: SlotPool[Entry] = SlotPool(num_hot, numbers)
         self.warm: SlotPool[Entry] = SlotPool(num_warm, numbers)
         self._queues = {tier: EvictionQueue(tier, self.pool(tier), policy) for tier in (Tier.HOT, Tier.WARM)}
@@ -83,7 +86,7 @@ class Index(BlockTree):
             entry = Entry(block_hash, parent, token_bytes, now)
             self.hot.own(block_id, entry)
             entry.block_id = block_id
-            entries[block_hash] = entry
+            entries.add(entry)
             if parent.child_or_children is None:
                 parent.child_or_children = entry
             else:
@@ -250,22 +253,22 @@ class Index(BlockTree):
         return detached
 
 
-def _check_places(tier: Tier, pool: SlotPool[Entry], entries: Mapping[BlockHash, Entry]) -> None:
+def _check_places(tier: Tier, pool: SlotPool[Entry], entries: EntryTable) -> None:
     """Raise AssertionError unless the places of a tier and the entries agree."""
     pool.check()
     for slot, owner in enumerate(pool.owners):
         assert owner is None or (owner.place(tier) == slot and entries.get(owner.block_hash) is owner), (
             f"{tier} slot {slot} has a stale owner"
         )
-    for entry in entries.values():
+    for entry in entries:
         place = entry.place(tier)
         assert place is None or pool.owners[place] is entry, "an entry does not own its place"
 
 
-def _check_tree(root_entry: Entry, entries: Mapping[BlockHash, Entry]) -> None:
+def _check_tree(root_entry: Entry, entries: EntryTable) -> None:
     """Raise AssertionError unless the entries are one tree, counted by their parents, none of them without purpose."""
     num_children = 0
-    for parent in (root_entry, *entries.values()):
+    for parent in (root_entry, *entries):
         children = list(parent.children)
         num_children += len(children)
         tokens = [child.token_bytes for child in children]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from tierkv.index.children import Children, nearest_in_memory
 from tierkv.index.content_digests import ContentDigests
 from tierkv.index.entry import AWAITED, PINNED, Entry
+from tierkv.index.entry_table import EntryTable
 from tierkv.values.block import TOKEN_BYTES, BlockHash, ContentDigest, Tier, chain_content_digest
 from tierkv.values.locks import NO_LOCK, Owned
 
@@ -24,18 +25,24 @@ class BlockTree:
     """The entries by hash, and below their parents.
 
     root: the namespace digest, parent of every first block. root_entry: its entry, which is in no tier and not in the
-    table, and never changes. lock: guards the tree where threads share it. The caller of every method holds the lock.
+    table, and never changes. numbers: see `EntryTable`. lock: guards the tree where threads share it. The caller of every method holds the lock.
     """
 
-    def __init__(self, root: BlockHash, clock: Callable[[], float], lock: Owned = NO_LOCK) -> None:
+    def __init__(
+        self, root: BlockHash, clock: Callable[[], float], lock: Owned = NO_LOCK, numbers: Sequence[int] = ()
+    ) -> None:
         self._lock = lock
         self.root = root
         self._clock = clock
         self._now = clock()
-        self._entries: dict[BlockHash, Entry] = {}
+        self._entries = EntryTable(numbers)
         self.root_entry: Entry = Entry(root, None, b"", self._now)
         self._content_digests = ContentDigests(self.root_entry, root, self._entries)
         self._observe: Callable[[Sequence[Entry], Entry | None], None] | None = None  # called with a chain, its parent
+
+    def __del__(self) -> None:
+        self._entries.clear()
+        self.root_entry.child_or_children = None
 
     def now(self) -> float:
         """Return the time of the clock that accesses are recorded by; needs no lock."""
@@ -45,7 +52,7 @@ class BlockTree:
         return len(self._entries)
 
     def __iter__(self) -> Iterator[Entry]:
-        return iter(self._entries.values())
+        return iter(self._entries)
 
     def get(
         self,
@@ -158,7 +165,7 @@ class BlockTree:
         ):
             return None
         entry = Entry(block_hash, parent, token_bytes, self._time())
-        self._entries[block_hash] = entry
+        self._entries.add(entry)
         if content_digest is not None:
             self._content_digests.keep(entry, content_digest)
         if parent.child_or_children is None:
@@ -216,6 +223,6 @@ class BlockTree:
                 parent.child_or_children = below.only() or below
             else:
                 return  # dropped before, or the root entry
-            del entries[entry.block_hash]
+            entries.remove(entry)
             self._content_digests.forget(entry)
             entry = parent

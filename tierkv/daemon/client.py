@@ -6,13 +6,11 @@ time reads. So a single thread pays for no hand-over, and a slow request delays 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import socket
 import threading
 import time
-import weakref
 from pathlib import Path
 from typing import TypeVar
 
@@ -40,6 +38,7 @@ class DaemonClient:
 
     hello: names the namespace, or nothing for a client that only asks for status and the like.
     welcome: the daemon's answer. descriptor: the slab's, until `take_descriptor`; None without a namespace.
+    flag_descriptors: of the generations and the lease flags, if the daemon has any for this connection.
     failure: why the connection has failed, if it has. last_eviction: the newest eviction that the daemon notified of.
     Nothing is sent to a daemon of another user than the own one or root. `AnswerCheck` has checked every answer that is
     returned. A forked process cannot use the connection, and does not keep it open.
@@ -48,11 +47,13 @@ class DaemonClient:
 
     def __init__(self, path: Path, hello: Hello | None = None, *, timeout_s: float = TIMEOUT_S) -> None:
         self.path = path
+        self.namespace: bytes = hello.namespace if hello else b""
         self.boot: int = 0
         self.bytes_sent: int = 0
         self.bytes_received: int = 0
         self.last_eviction: int = 0
         self.descriptor: int | None = None
+        self.flag_descriptors: list[int] = []
         self._timeout_s = check_seconds("timeout_s", timeout_s, may_be_zero=False)
         self._pid = os.getpid()
         self._has_answered_wrongly = False
@@ -65,7 +66,6 @@ class DaemonClient:
         self._last_number = 0
         self.failure: str | None = None
         self._socket = connect(path)
-        _CLIENTS.add(self)
         try:
             self.welcome: Welcome = self._greet(hello or Hello())
             self._check = AnswerCheck.of(hello or Hello(), self.welcome)
@@ -83,6 +83,11 @@ class DaemonClient:
     def is_alive(self) -> bool:
         """False once the connection has failed: every further call fails."""
         return self.failure is None
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a whole block; 0 without a namespace."""
+        return self._check.block_size
 
     @property
     def has_answered_wrongly(self) -> bool:
@@ -199,9 +204,12 @@ class DaemonClient:
             self.failure = self.failure or "the connection was closed"
             self._changed.notify_all()
         self._socket.close()
+        descriptors, self.flag_descriptors = self.flag_descriptors, []
         if self.descriptor is not None:
-            os.close(self.descriptor)
+            descriptors.append(self.descriptor)
             self.descriptor = None
+        for descriptor in descriptors:
+            os.close(descriptor)
 
     def take_descriptor(self) -> int:
         """Return the slab's descriptor. The caller closes it."""
@@ -229,9 +237,11 @@ class DaemonClient:
                 raise self.reject_answer(f"answer {number} came for request 1")
             if not isinstance(answer, Welcome):
                 raise self.reject_answer(f"{type(answer).__name__} came for Hello")
-            if len(descriptors) != bool(hello.namespace):
+            if len(descriptors) != (1 + 2 * bool(answer.flag_slots) if hello.namespace else 0):
                 raise self.reject_answer(f"{len(descriptors)} descriptors came for Hello")
-            self.descriptor = descriptors.pop() if descriptors else None
+            if descriptors:
+                self.descriptor, *self.flag_descriptors = descriptors
+                descriptors = []
             return answer
         finally:
             for descriptor in descriptors:
@@ -381,19 +391,3 @@ class DaemonClient:
             self.failure = self.failure or why
             self._changed.notify_all()
         return self._gone()
-
-
-_CLIENTS: weakref.WeakSet[DaemonClient] = weakref.WeakSet()
-
-
-def _close_in_forked_process() -> None:
-    """Close the sockets that this process has inherited: else the parent's connections would not end with the parent.
-
-    Takes no lock and sends nothing: the connection is the parent's.
-    """
-    for client in list(_CLIENTS):
-        with contextlib.suppress(OSError):
-            client._socket.close()
-
-
-os.register_at_fork(after_in_child=_close_in_forked_process)

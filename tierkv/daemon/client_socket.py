@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import select
 import socket
 import time
+import weakref
 from pathlib import Path
 
 from tierkv.daemon.host import peer_of
@@ -34,6 +36,7 @@ def connect(path: Path) -> socket.socket:
     try:
         _require_own_user(connection, path)
         connection.set_inheritable(False)
+        _SOCKETS.add(connection)
     except BaseException:
         connection.close()
         raise
@@ -75,3 +78,19 @@ def _require_own_user(connection: socket.socket, path: Path) -> None:
             f"the daemon at {path} belongs to user {uid}, not to user {os.geteuid()} or to root",
             hint="choose a socket in a folder that only you can write to",
         )
+
+
+_SOCKETS: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+
+
+def _close_in_forked_process() -> None:
+    """Close the sockets that this process has inherited: else the parent's connections would not end with the parent.
+
+    Takes no lock and sends nothing: the connection is the parent's.
+    """
+    for connection in list(_SOCKETS):
+        with contextlib.suppress(OSError):
+            connection.close()
+
+
+os.register_at_fork(after_in_child=_close_in_forked_process)

@@ -66,7 +66,7 @@ class EntryTable:
         self._free.append(number)
 
     def clear(self) -> None:
-        """Remove all entries, and break their cycles. Parents stay known to whoever still holds an entry."""
+        """Remove all entries, and break their cycles. An entry that is still referred to keeps its parent."""
         for entry in self._by_number:
             if entry is not None:
                 entry.child_or_children = None

@@ -108,7 +108,7 @@ class ChainObservingPolicy(Protocol):
 def insert_observer(
     policy: EvictionPolicy,
 ) -> Callable[[Sequence[CacheBlock], CacheBlock | None], None] | None:
-    """Return what tells a policy of an inserted chain and of its parent; None if it does not want to know."""
+    """Return what notifies a policy of an inserted chain and of its parent; None if it does not learn of them."""
     if isinstance(policy, ChainObservingPolicy):
         return policy.update_on_insert_all
     if not isinstance(policy, ObservingPolicy):
@@ -242,7 +242,6 @@ class EvictionQueue:
             policy.new_order() if isinstance(policy, OrderingPolicy) else ScoreOrder(policy)
         )
         self._count_first = self._order.count_first if isinstance(self._order, ChainOrder) else self._count_each
-        self._takes_in_order = type(policy).select_evictions is EvictionPolicy.select_evictions
         self._taken: list[Entry] = []  # by the last selection
         for owner in self._pool.owners:
             if owner is not None:
@@ -293,14 +292,7 @@ class EvictionQueue:
         """Return up to `count` entries, children before parents, chosen by the policy. Nothing changes yet."""
         self.put_back()
         yielded: list[Entry] = []
-        if self._takes_in_order:
-            for run in self._iter_runs(count):
-                yielded += run
-                if len(yielded) >= count:
-                    break
-            chosen: list[CacheBlock] = list(yielded)
-        else:
-            chosen = self._policy.select_evictions(count, self._iter_leaves(yielded, count))[:count]
+        chosen = self._policy.select_evictions(count, self._iter_leaves(yielded, count))[:count]
         if self.num_pushed > self._most_pushed:
             self._drop_outdated()
         if chosen == yielded:  # the policy took all leaves in order, so each child comes before its parent

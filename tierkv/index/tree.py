@@ -25,7 +25,8 @@ class BlockTree:
     """The entries by hash, and below their parents.
 
     root: the namespace digest, parent of every first block. root_entry: its entry, which is in no tier and not in the
-    table, and never changes. numbers: see `EntryTable`. lock: guards the tree where threads share it. The caller of every method holds the lock.
+    table, and never changes. numbers: see `EntryTable`.
+    lock: guards the tree where threads share it. The caller of every method holds the lock.
     """
 
     def __init__(
@@ -175,6 +176,11 @@ class BlockTree:
         if self._observe:
             self._observe((entry,), None if parent is self.root_entry else parent)
         return entry
+
+    def prune(self, entry: Entry) -> None:
+        """Drop an entry that has no place, is not awaited and has no children, then each such parent."""
+        assert self._lock.is_owned()
+        self._prune(entry)
 
     def depth_first(self) -> Iterator[Entry]:
         """Yield every entry, parents first, and each chain without interruption."""

@@ -71,6 +71,9 @@ ALLOWED = (
     Allowed("*.py", r"\.join\(", "str.join, os.path.join, Thread.join"),
     Allowed("*", r"(symbolic|hard) links?", "the file system's terms"),
     Allowed("*", r"\btend to\b", "English: usually do"),
+    Allowed(
+        "tierkv/daemon/lease_flags.py", r"\bseal(s|ing|ed)?\b", "the kernel's term for a memfd that keeps its size"
+    ),
     Allowed("storage/warm.py", r"\bseal(s|ing|ed)?\b", "the kernel's term for a memfd that keeps its size"),
     Allowed("storage/lmdb_directory.py", r"\bos\.link\(", "the system call for a hard link"),
     Allowed("tierkv/metrics/exposition.py", r"\bmetric family\b", "Prometheus' term, in prometheus_client's names"),

@@ -358,7 +358,7 @@ def test_a_prompt_of_a_namespace_that_was_forgotten_is_not_brought_up() -> None:
 
 
 def test_connections_fit_the_descriptors_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    for soft, most in ((1024, 384), (64, 16), (4, 1), (-1, 1 << 20)):
+    for soft, most in ((1024, 256), (64, 10), (4, 1), (-1, 1 << 20)):
         monkeypatch.setattr("resource.getrlimit", lambda _, soft=soft: (soft, soft))
         assert connections_that_fit() == most
 

@@ -282,6 +282,15 @@ class WriteBehind(Generic[Job]):
             self._changed.notify_all()
             return True
 
+    def try_put_all(self, jobs: Sequence[Job]) -> int:
+        """Queue the first jobs, as many as there is room for, and return how many; none if the queue is closing."""
+        with self._changed:
+            count = 0 if self._is_closing else min(len(jobs), self.capacity - len(self._jobs))
+            if count > 0:
+                self._jobs.extend(jobs[:count])
+                self._changed.notify_all()
+            return max(count, 0)
+
     @property
     def stalled_s(self) -> float:
         """Seconds since the batch in work began; 0 without one."""

@@ -16,7 +16,7 @@ from tierkv.block_store.misses import log_misses
 from tierkv.block_store.placement import Placement
 from tierkv.block_store.reservation import Reservation
 from tierkv.block_store.transfers import Load
-from tierkv.daemon.messages import NO_SLOT, Fetch, Fetched, Found
+from tierkv.daemon.messages import NO_SLOT, Fetch, Fetched
 from tierkv.daemon.protocol import split_numbers
 from tierkv.errors import DaemonError
 from tierkv.movers.ready import Ready
@@ -100,7 +100,7 @@ class DaemonLoader(Loader):
         if connection is None or not chain:
             return 0
         try:
-            answer = connection.call(self._chains.match(chain), Found)
+            answer = connection.match(self._chains.match(chain))
         except DaemonError as exc:
             _log.debug("a lookup is a miss: %s", exc)
             return 0
@@ -136,7 +136,7 @@ class DaemonLoader(Loader):
     def _lease(self, connection: Connection, chain: Sequence[BlockKey], start: int) -> tuple[Reservation, MissReason]:
         """Ask for blocks, and lease what is warm. Return them, and why the next one is missing. Raises DaemonError."""
         connection.send_returned()
-        answer = connection.call(self._chains.match(chain, start, lease=True), Found)
+        answer = connection.match(self._chains.match(chain, start, lease=True))
         slots = [None if slot == NO_SLOT else slot for slot in split_numbers(answer.slots)]
         try:
             connection.lease([slot for slot in slots if slot is not None])

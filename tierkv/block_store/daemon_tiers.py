@@ -23,7 +23,7 @@ from tierkv.block_store.placement import Placement
 from tierkv.block_store.reservation import Reservation
 from tierkv.block_store.transfers import Load, Save
 from tierkv.daemon.eviction_messages import EvictBlocks, EvictedBlocks, EvictionDone
-from tierkv.daemon.messages import NO_SLOT, Count, Done, Flush, Found
+from tierkv.daemon.messages import NO_SLOT, Count, Done, Flush
 from tierkv.daemon.protocol import split_numbers
 from tierkv.errors import DaemonError
 from tierkv.storage.cold import ColdStore
@@ -146,7 +146,7 @@ class DaemonBlockTiers:
         if connection is None or not chain:
             return 0
         try:
-            answer = connection.call(self._chains.match(chain, lease=True), Found)
+            answer = connection.match(self._chains.match(chain, lease=True))
             connection.end_cursor(answer.cursor)
             slots = split_numbers(answer.slots)
             connection.lease([slot for slot in slots if slot != NO_SLOT])

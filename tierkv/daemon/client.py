@@ -43,6 +43,7 @@ class DaemonClient:
     hello: names the namespace, or nothing for a client that asks for status and the like.
     connect_s: how long to wait for the connection, 5 s by default; the greeting has so long, or `timeout_s` if longer.
     welcome: the daemon's answer. descriptor: the slab's, until `take_descriptor`; None without a namespace.
+    flag_descriptors: of the generations and the lease flags, if the daemon has any for this connection.
     failure: why the connection has failed, if it has. last_eviction: the newest eviction that the daemon notified of.
     daemon_user: id of a user whose daemon is trusted, beside the own user's and root's. Nothing is sent to others.
     `AnswerCheck` has checked every answer that is returned. A forked process cannot use the connection, and does not
@@ -60,11 +61,13 @@ class DaemonClient:
         daemon_user: int | None = None,
     ) -> None:
         self.path = path
+        self.namespace: bytes = hello.namespace if hello else b""
         self.boot: int = 0
         self.bytes_sent: int = 0
         self.bytes_received: int = 0
         self.last_eviction: int = 0
         self.descriptor: int | None = None
+        self.flag_descriptors: list[int] = []
         self._timeout_s = check_seconds("timeout_s", timeout_s, may_be_zero=False)
         self._pid = os.getpid()
         self._has_answered_wrongly = False
@@ -95,6 +98,11 @@ class DaemonClient:
     def is_alive(self) -> bool:
         """False once the connection has failed: every further call fails."""
         return self.failure is None
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a whole block; 0 without a namespace."""
+        return self._check.block_size
 
     @property
     def has_answered_wrongly(self) -> bool:
@@ -211,9 +219,12 @@ class DaemonClient:
             self.failure = self.failure or "the connection was closed"
             self._changed.notify_all()
         self._socket.close()
+        descriptors, self.flag_descriptors = self.flag_descriptors, []
         if self.descriptor is not None:
-            os.close(self.descriptor)
+            descriptors.append(self.descriptor)
             self.descriptor = None
+        for descriptor in descriptors:
+            os.close(descriptor)
 
     def take_descriptor(self) -> int:
         """Return the slab's descriptor. The caller closes it."""
@@ -241,9 +252,11 @@ class DaemonClient:
                 raise self.reject_answer(f"answer {number} came for request 1")
             if not isinstance(answer, Welcome):
                 raise self.reject_answer(f"{type(answer).__name__} came for Hello")
-            if len(descriptors) != bool(hello.namespace):
+            if len(descriptors) != (1 + 2 * bool(answer.flag_slots) if hello.namespace else 0):
                 raise self.reject_answer(f"{len(descriptors)} descriptors came for Hello")
-            self.descriptor = descriptors.pop() if descriptors else None
+            if descriptors:
+                self.descriptor, *self.flag_descriptors = descriptors
+                descriptors = []
             return answer
         finally:
             for descriptor in descriptors:

@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Any, Protocol, TypeAlias
 
 from tierkv.daemon.core import Core
@@ -89,7 +89,8 @@ class ClientConnection(asyncio.Protocol):
         self._has_backlog = False
         self._is_reading = True
         self._waits: set[asyncio.Task[Any]] = set()
-        self._descriptor: int | None = None
+        self._descriptors: Sequence[int] = ()
+        self._own_descriptors: Sequence[int] = ()
         self.is_member: bool = True  # until its user is known
 
     # asyncio calls these
@@ -138,6 +139,7 @@ class ClientConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._is_lost = True
         self._drop_input()
+        self._drop_descriptors()
         for task in self._waits:
             task.cancel()
         self.host.core.disconnect(self.connection)
@@ -162,9 +164,9 @@ class ClientConnection(asyncio.Protocol):
         """Whether the client named no namespace and has no request in work."""
         return self.connection.tenant is None and not self.num_requests and not self._reader.num_bytes
 
-    def attach_descriptor(self, descriptor: int | None) -> None:
-        """Send this descriptor with the next answer."""
-        self._descriptor = descriptor
+    def attach_descriptors(self, descriptors: Sequence[int], *, own: Sequence[int] = ()) -> None:
+        """Send these descriptors with the next answer. own: those of them that are closed then."""
+        self._descriptors, self._own_descriptors = descriptors, own
 
     def push(self, message: Message) -> None:
         """Send a message that is no answer."""
@@ -188,6 +190,11 @@ class ClientConnection(asyncio.Protocol):
         """End the connection, and with it everything that the client holds."""
         if self._transport:
             self._transport.abort()
+
+    def refuse_and_close(self, why: str, *, reason: str) -> None:
+        """Log and count what the client does wrong, and end the connection."""
+        self._count_refusal(self.connection.client or "a client", why, reason)
+        self.close()
 
     # messages
 
@@ -270,19 +277,21 @@ class ClientConnection(asyncio.Protocol):
             return
         data = frame(message, number=number, boot=self.host.boot)
         self.host.bytes_sent += len(data)
-        if self._descriptor is not None:
-            descriptor, self._descriptor = self._descriptor, None
-            self._send_with_descriptor(data, descriptor)
+        if self._descriptors:
+            try:
+                self._send_with_descriptors(data, self._descriptors)
+            finally:
+                self._drop_descriptors()
         else:
             self._transport.write(data)
 
-    def _send_with_descriptor(self, data: bytearray, descriptor: int) -> None:
+    def _send_with_descriptors(self, data: bytearray, descriptors: Sequence[int]) -> None:
         assert self._transport is not None
         if self._transport.get_write_buffer_size():
             raise ProtocolError("the answer to Hello must come first", is_fatal=True)
         with self._transport.get_extra_info("socket").dup() as peer:
             try:
-                sent = socket.send_fds(peer, [data], [descriptor])
+                sent = socket.send_fds(peer, [data], descriptors)
             except ConnectionError:  # the client has ended since its Hello: no message of it was wrong
                 self.close()
                 return
@@ -290,6 +299,11 @@ class ClientConnection(asyncio.Protocol):
                 raise ProtocolError(f"the slab's descriptor could not be sent: {exc}", is_fatal=True) from exc
         if sent < len(data):
             self._transport.write(data[sent:])
+
+    def _drop_descriptors(self) -> None:
+        for descriptor in self._own_descriptors:
+            os.close(descriptor)
+        self._descriptors = self._own_descriptors = ()
 
     def _refuse(self, number: int, why: Exception) -> None:
         """Answer that a request failed. After a fatal error nothing more is read from the client."""
@@ -300,7 +314,7 @@ class ClientConnection(asyncio.Protocol):
             why = DaemonError(f"the daemon failed at this request: {type(why).__name__}")
         said = printable(str(why), _MESSAGE_CHARACTERS)
         self._count_refusal(self.connection.client or "a client", said, reason)
-        self._descriptor = None
+        self._drop_descriptors()
         self._send(number, Failure(message=said, is_fatal=is_fatal))
         if not is_fatal:
             return

@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 
 from tierkv.daemon.claims import Claims
 from tierkv.daemon.counters import EventCounter
+from tierkv.daemon.flag_leases import FlagLeases
 from tierkv.daemon.leases import Leases
 from tierkv.daemon.limits import Limits
 from tierkv.daemon.loads import Loads
@@ -74,6 +75,7 @@ class Core:
         self.leases: Leases = Leases(self.limits)
         self.loads: Loads = Loads(self.tenants, self.leases)
         self.reservations: Reservations = Reservations(self.tenants)
+        self.flag_leases: FlagLeases = FlagLeases(self.tenants, self.limits)
         self.claims: Claims = Claims(self.limits, clock)
         self.connections: set[Connection] = set()
         self.counters: EventCounter = EventCounter()
@@ -139,6 +141,7 @@ class Core:
             return
         tenant.clients -= 1
         tenant.left_at = self.clock()
+        self.flag_leases.disconnect(connection)
         self.leases.release_all(connection)
         self.reservations.abandon(connection, list(connection.reservations))
         for number in list(connection.cursors):
@@ -177,7 +180,9 @@ class Core:
             tenant.size_class.index.touch_all([entry for entry in known[message.start : total] if entry])
         self.counters["matched_blocks"] += len(found)
         self.counters.add("missed_blocks", len(hashes) - total, reason=miss or MissReason.ABSENT.value)
+        flags = tenant.size_class.flags
         return Found(
+            generations=flags.generations(found) if flags and connection.has_flags and message.lease else b"",
             slots=found.tobytes(),
             partial_block=partial_block,
             cursor=cursor,
@@ -288,23 +293,6 @@ class Core:
         )
         return dict(counts)
 
-    def least_recent(self, to_bytes: int) -> set[BlockHash]:
-        """Return the hashes of the blocks whose eviction leaves at most so many bytes in the warm tier."""
-        blocks = [
-            (entry.last_access, -entry.depth, tenant.layout.block_bytes, entry.block_hash)
-            for tenant in self.tenants.by_digest.values()
-            for entry in self.tenants.entries_of(tenant)
-            if entry.warm_slot is not None
-        ]
-        excess = sum(size for _, _, size, _ in blocks) - to_bytes
-        chosen: set[BlockHash] = set()
-        for _, _, size, block_hash in sorted(blocks):
-            if excess <= 0:
-                break
-            chosen.add(block_hash)
-            excess -= size
-        return chosen
-
     def trim(self) -> int:
         """Evict a few blocks ahead of need where the slab is full. End expired claims; forget unused namespaces.
 
@@ -351,6 +339,7 @@ class Core:
             pins[tenant.size_class, slot] += count
         pins.update((write.tenant.size_class, write.slot) for write in self._writes)
         for size_class in self.slab.classes.values():
+            pins.update((size_class, slot) for slot in size_class.flagged)
             for slot in range(size_class.num_slots):
                 count = size_class.index.warm.reference_count(slot)
                 assert count == pins[size_class, slot], f"slot {slot} has {count} pins"

@@ -84,7 +84,7 @@ class Evictor:
         report, stats = await self._evict_stored(message)
         by_size: Sequence[BlockHash] = ()
         if message.to_bytes > 0:
-            by_size = report.hashes if self._store else list(self._core.least_recent(message.to_bytes))
+            by_size = report.hashes if self._store else list(self._core.tenants.least_recent(message.to_bytes))
             warm += self._core.evict_chosen(b"", Choice(hashes=frozenset(by_size))).blocks[Tier.WARM]
         now_s = time.time()
         if choice:

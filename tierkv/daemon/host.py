@@ -220,11 +220,11 @@ def peer_of(connection: socket.socket) -> tuple[int, int]:
 
 
 def connections_that_fit() -> int:
-    """Return how many connections may be open: each takes two descriptors, and files take some."""
+    """Return how many connections may be open: each takes three descriptors, and files take some."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return 1 << 20
-    return max(1, (soft - min(_OWN_DESCRIPTORS, soft // 2)) // 2)
+    return max(1, (soft - min(_OWN_DESCRIPTORS, soft // 2)) // 3)
 
 
 def check_memory(warm_bytes: int) -> None:

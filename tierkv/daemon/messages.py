@@ -44,6 +44,7 @@ __all__ = [
     "StatusReport",
     "Stop",
     "TenantStatus",
+    "Used",
     "Wait",
     "Waited",
     "Welcome",
@@ -77,6 +78,8 @@ class Welcome(Message, tag=2):
     """Answer to Hello. The slab's descriptor comes with it if Hello named a namespace.
 
     is_member: the client belongs to another user than the daemon: it may read blocks, and write none.
+    flag_slots: how many slots the generations and the lease flags have, whose descriptors come then too; 0: there are
+    none (see `lease_flags`). most_flags: how many flags this client may set at once.
     """
 
     pid: int
@@ -84,6 +87,8 @@ class Welcome(Message, tag=2):
     store: str
     has_cold: bool
     is_member: bool = False
+    flag_slots: int = 0
+    most_flags: int = 0
 
 
 class Match(Message, tag=3):
@@ -119,7 +124,7 @@ class Found(Message, tag=4):
 
     cursor: names this prompt in Fetch; 0 if no block needs it. claim: its number, or 0.
     is_computing: another client computes the next block. miss: why the next block was not found, as a value of
-    MissReason, or "".
+    MissReason, or "". generations: u64 each, of the slots, if they were leased and the client has lease flags.
     """
 
     slots: bytes
@@ -128,6 +133,7 @@ class Found(Message, tag=4):
     claim: int
     is_computing: bool
     miss: str
+    generations: bytes = b""
 
 
 class Fetch(Message, tag=5):
@@ -167,6 +173,12 @@ class Chain(msgspec.Struct, array_like=True, gc=False):
     hashes: bytes
     tokens: bytes
     proposed: bytes
+
+
+class Used(Message, tag=66):
+    """Say which slots (u32) this client has leased by its flags and used, lately. It has no answer."""
+
+    slots: bytes
 
 
 class Reserve(Message, tag=8):

@@ -42,6 +42,7 @@ from tierkv.daemon.messages import (
     Status,
     StatusReport,
     Stop,
+    Used,
     Wait,
     Waited,
     Welcome,
@@ -169,9 +170,14 @@ class Requests:
             has_rows=has_rows(described.fields["architecture"]),
             is_member=client.is_member,
         )
-        if not client.is_member:  # a member could register a false name
-            self._writer.note_use(tenant)
-        client.attach_descriptor(self._members_descriptor if client.is_member else self._slab.fd)
+        if client.is_member:  # it could register a false name, and keep blocks by lease flags
+            if self._members_descriptor is not None:
+                client.attach_descriptors((self._members_descriptor,))
+            return welcome
+        self._writer.note_use(tenant)
+        if self._slab.fd is not None:
+            more, welcome.flag_slots, welcome.most_flags = self._core.flag_leases.connect(client.connection)
+            client.attach_descriptors((self._slab.fd, *more), own=more[1:])
         return welcome
 
     def match(self, client: ClientConnection, message: Match) -> Answer | Coroutine[Any, Any, Answer]:
@@ -208,6 +214,12 @@ class Requests:
 
     def release(self, client: ClientConnection, message: Release) -> Answer:
         self._core.release(client.connection, message)
+        return None
+
+    def used(self, client: ClientConnection, message: Used) -> Answer:
+        used = self._core.flag_leases.note_used(client.connection, message)
+        if self._store is not None and used:
+            self._store.notes.touch([entry.block_hash for entry in used])
         return None
 
     def reserve(self, client: ClientConnection, message: Reserve) -> Answer:
@@ -343,6 +355,7 @@ _HANDLERS: dict[type[Message], _Handler] = {
     Match: Requests.match,
     Fetch: Requests.fetch,
     Release: Requests.release,
+    Used: Requests.used,
     Reserve: Requests.reserve,
     Publish: Requests.publish,
     Abandon: Requests.abandon,

@@ -335,6 +335,8 @@ class _Server:
         writer.maintain()
         for client in list(self.clients):
             client.check_alive()
+            if self.core.flag_leases.is_exceeded(client.connection):
+                client.refuse_and_close("it sets more lease flags than it may", reason="capacity")
         unsent = sum(client.num_unsent_bytes for client in self.clients)
         for client in sorted(self.clients, key=lambda each: -each.num_unsent_bytes):
             if unsent <= self.limits.unsent_bytes:
@@ -372,7 +374,7 @@ class _Server:
             warm_free_bytes=core.slab.free_bytes,
             rss_bytes=memory_of_process(),
             clients=len(self.clients),
-            leased_slots=core.leases.count,
+            leased_slots=core.leases.count + sum(map(core.flag_leases.count, core.connections)),
             reserved_slots=len(core.reservations),
             claims=core.claims.num_blocks,
             pending_writes=core.num_writes,

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+from tierkv.daemon.lease_flags import LeaseFlags
 from tierkv.daemon.limits import Limits
 from tierkv.errors import CapacityError
 from tierkv.index.chosen_eviction import ChosenEviction
@@ -62,8 +63,10 @@ class SizeClass:
         self.num_usable: int = 0
         self.index.warm.take(range(self.num_slots))
         self.chosen: ChosenEviction = ChosenEviction(
-            self.index, (Tier.WARM,), lambda entries, _: self._evict_entries(entries)
+            self.index, (Tier.WARM,), lambda entries, _: self._evict_entries(entries), on_mark=self._renew
         )
+        self.flags: LeaseFlags | None = None
+        self.flagged: set[int] = set()  # slots that a client has leased by its flag, pinned for that
 
     @property
     def free_count(self) -> int:
@@ -92,12 +95,19 @@ class SizeClass:
         """Evict up to `count` blocks, only those whose slots are chosen; return how many were evicted."""
         count = min(count, self.num_slots)
         wanted = count if is_chosen is None else self.num_slots
-        slots: dict[Entry, int] = {}
-        for entry in self.index.select_evictions(Tier.WARM, wanted):
-            slot = entry.warm_slot
-            if slot is not None and len(slots) < count and (is_chosen is None or is_chosen(slot)):
-                slots[entry] = slot
-        return self._evict(slots)
+        self.unpin_unflagged()
+        num_evicted = 0
+        while num_evicted < count:
+            slots: dict[Entry, int] = {}
+            for entry in self.index.select_evictions(Tier.WARM, wanted - num_evicted):
+                slot = entry.warm_slot
+                if slot is not None and len(slots) < count - num_evicted and (is_chosen is None or is_chosen(slot)):
+                    slots[entry] = slot
+            num_flagged = len(self.flagged)
+            num_evicted += self._evict(slots)
+            if len(self.flagged) == num_flagged:  # else other blocks may go in place of those that turned out leased
+                break
+        return num_evicted
 
     def evict_some(self, count: int, chooser: Chooser | None) -> int:
         """Evict up to `count` blocks, the first in the policy's order that are chosen; return how many were evicted.
@@ -120,6 +130,7 @@ class SizeClass:
 
     def trim(self, chooser: Chooser | None = None) -> int:
         """Keep a small share of the slots free where the slab is full; return how many blocks were evicted."""
+        self.unpin_unflagged()
         wanted = int(self.num_usable * _SPARE_SHARE)
         if self.slab.has_unassigned or self.free_count >= wanted:
             return 0
@@ -138,6 +149,7 @@ class SizeClass:
 
     def clear(self, slots: Iterable[int]) -> bool:
         """Make slots unusable; evict their blocks with all descendants. False, if one of them is in use."""
+        self.unpin_unflagged()
         ours = [slot for slot in slots if not self._is_unusable[slot]]
         pool = self.index.warm
         for slot in ours:
@@ -152,12 +164,41 @@ class SizeClass:
         self.num_usable -= len(ours)
         return True
 
+    def open_flags(self) -> LeaseFlags | None:
+        """Return the lease flags of the slots, made at the first call; None where the system has no way to use them."""
+        if self.flags is None:
+            self.flags = LeaseFlags.open(self.num_slots)
+        return self.flags
+
+    def unpin_unflagged(self) -> None:
+        """Unpin the slots whose flags the clients have cleared since an eviction found them."""
+        if self.flags and self.flagged:
+            ended = self.flagged - self.flags.flagged_of(list(self.flagged))
+            self.flagged -= ended
+            self.index.unpin_all(Tier.WARM, list(ended))
+
+    def _renew(self, entry: Entry) -> None:
+        """Keep clients from leasing a block by their flags that may not be found any more, and those that follow it."""
+        pending = [entry]
+        for each in pending:  # the list grows in the loop
+            pending += each.children
+        if self.flags:
+            self.flags.renew([each.warm_slot for each in pending if each.warm_slot is not None])
+
     def is_usable(self, slot: int) -> bool:
         """Return whether a slot exists and is usable."""
         return 0 <= slot < self.num_slots and not self._is_unusable[slot]
 
     def _evict(self, slots: dict[Entry, int]) -> int:
-        """Evict entries, children before parents. A parent stays with its child. Return how many were evicted."""
+        """Evict entries, children before parents. A parent stays with its child. Return how many were evicted.
+
+        Blocks that a client has leased by its flag stay, and are pinned until it clears that.
+        """
+        if self.flags and (leased := self.flags.try_end(slots.values())):
+            for slot in leased - self.flagged:
+                self.index.warm.pin(slot)
+            self.flagged |= leased
+            slots = {entry: slot for entry, slot in slots.items() if slot not in leased}
         evicted = self.index.evict(slots, Tier.WARM)
         for entry in evicted:
             self._forgotten(slots[entry])
@@ -273,6 +314,9 @@ class SharedSlab:
         assert not any(pool.owners) and pool.used_count == size_class.num_slots - size_class.num_usable
         del self.classes[size_class.stride_bytes]
         self._dropped_evictions += size_class.evictions
+        if size_class.flags:
+            size_class.flags.close()
+            size_class.flags = None
         self.owners = [None if owner is size_class else owner for owner in self.owners]
 
     def grow(self, wanting: SizeClass) -> bool:

@@ -177,6 +177,23 @@ class Tenants:
             found.append(entry)
         return found
 
+    def least_recent(self, to_bytes: int) -> set[BlockHash]:
+        """Return the hashes of the blocks whose eviction leaves at most so many bytes in the warm tier."""
+        blocks = [
+            (entry.last_access, -entry.depth, tenant.layout.block_bytes, entry.block_hash)
+            for tenant in self.by_digest.values()
+            for entry in self.entries_of(tenant)
+            if entry.warm_slot is not None
+        ]
+        excess = sum(size for _, _, size, _ in blocks) - to_bytes
+        chosen: set[BlockHash] = set()
+        for _, _, size, block_hash in sorted(blocks):
+            if excess <= 0:
+                break
+            chosen.add(block_hash)
+            excess -= size
+        return chosen
+
     def owns(self, tenant: Tenant) -> Callable[[int], bool]:
         """Return a function that says whether a slot holds a block of this namespace."""
         size_class, tenants = tenant.size_class, self._slot_tenants
@@ -193,6 +210,7 @@ class Tenants:
     def forget_unused(self) -> None:
         """Remove namespaces without a client, a block, a load or a state file, and size classes without a namespace."""
         for size_class in self.slab.classes.values():
+            size_class.unpin_unflagged()
             size_class.chosen.retry()
         num_own = int(self.store is not None) + int(self.remotes is not None)
         for tenant in list(self.by_digest.values()):

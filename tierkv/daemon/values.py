@@ -182,11 +182,12 @@ class Connection:
     num_leases: the sum of `leases`. num_fetching: slots pinned by its fetches in work, which become leases.
     claims: by number, those that expire first in front. num_claimed: blocks of all its claims.
     asks_for_evictions: whether it drops its own copies of evicted blocks. evicted_number, evicted: the last eviction
-    that it has applied, and its report of that.
+    that it has applied, and its report of that. has_flags: whether it leases known blocks by flags.
     """
 
     tenant: Tenant | None = None
     client: str = ""
+    has_flags: bool = False
     leases: Counter[int] = field(default_factory=Counter)
     num_leases: int = 0
     num_fetching: int = 0

@@ -6,17 +6,15 @@ What a class promises depends on how long its first block has been idle. Idle ti
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from math import frexp
-from struct import Struct
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from tierkv.index.eviction import CacheBlock, EvictionOrder, EvictionPolicy
 from tierkv.index.eviction_heap import EvictionHeap
-from tierkv.values.block import BlockHash
+from tierkv.policies.use_history import UseHistory, split_hash
 
 __all__ = ["BUCKET_EDGES", "NUM_BUCKETS", "BlockClassPolicy", "Floats", "UseHistory", "bucket_of", "buckets_of"]
 
@@ -29,11 +27,8 @@ NUM_BUCKETS = 48  # up to 6 days; the last bucket has all longer times
 _SHORTEST_LOG2 = -4  # all times below 1/16 s are in the first bucket
 _SQRT_HALF = 0.5**0.5
 BUCKET_EDGES: Floats = np.concatenate([[0.0], 2.0 ** (_SHORTEST_LOG2 + np.arange(NUM_BUCKETS) / 2)])
-
-_ROW_BYTES, _LINE_BYTES = 32, 64
-_pack_row = Struct("=QdfIIH").pack_into  # all fields but the class
-_split_hash: Callable[[bytes], tuple[Any, ...]] = Struct("<QI").unpack_from
-"""(tag, row before the mask) of a block hash."""
+_LEAST_CHAIN = 12
+"""From so many blocks on numpy is faster than a loop."""
 
 
 class BlockClassPolicy(EvictionPolicy):
@@ -98,13 +93,35 @@ class BlockClassPolicy(EvictionPolicy):
                 history.forks[row] = self._fork_below(parent)
         self._begin_interval(row, tag, block)
 
+    def update_on_insert_all(self, blocks: Sequence[CacheBlock], parent: CacheBlock | None) -> None:
+        """Do as `update_on_insert` for blocks of one size that were inserted at one time, as a chain below `parent`.
+
+        If the history knows none of them, which is usual, they take their rows over in one pass.
+        """
+        rows = None
+        if len(blocks) >= _LEAST_CHAIN and type(self).update_on_insert is BlockClassPolicy.update_on_insert:
+            rows = self.history.rows_of_new(blocks)
+        if rows is None:
+            for block in blocks:
+                self.update_on_insert(block, parent)
+                parent = block
+            return
+        now = self._advance(blocks[0])
+        fork = NO_FORK if parent is None else self._fork_below(parent)
+        history, sample_mask = self.history, self.sample_mask
+        for row in history.sampled_rows(rows, sample_mask):
+            self.interval_lost(history.classes[row], now - history.times[row])
+        history.take_over_all(blocks, rows, self.classes_of_new(blocks, fork), fork)
+        for _ in history.sampled_rows(rows, sample_mask):
+            self.interval_begun()
+
     def remember_removed(self, blocks: Sequence[CacheBlock]) -> None:
         """Remember blocks that a tier forgets."""
         history = self.history
         mask, sample_mask = history.mask, self.sample_mask
         tags, times, earlier, totals = history.tags, history.times, history.earlier, history.totals
         for block in blocks:
-            tag, low = _split_hash(block.block_hash)
+            tag, low = split_hash(block.block_hash)
             row, tag = low & mask, tag or 1
             if tags[row] == tag:
                 times[row] = block.last_access
@@ -119,11 +136,15 @@ class BlockClassPolicy(EvictionPolicy):
     def class_of(self, block: CacheBlock) -> int:
         """Return the block's class since its last use."""
         count = block.access_count
-        tag, low = _split_hash(block.block_hash)
+        tag, low = split_hash(block.block_hash)
         row = low & self._mask
         if self._tags[row] != (tag or 1):
             return self.classify(block, count, 0.0, NO_FORK)
         return self._classes[row] if count == 1 else self._class_in(row, block)
+
+    def classes_of_new(self, blocks: Sequence[CacheBlock], fork: int) -> list[int]:
+        """Return the classes of the blocks of a chain that are used for the first time; see `classify` on `fork`."""
+        return [self.classify(block, 1, 0.0, fork) for block in blocks]
 
     def is_partial(self, block: CacheBlock) -> bool:
         """Return whether the block has fewer tokens than others, as the last block of a prompt."""
@@ -229,15 +250,19 @@ class ClassOrder:
         """Take the least promising block."""
         if not self._is_current():
             self._rank_all()
-        while self._ranks:
-            rank = heapq.heappop(self._ranks)
-            block_class = rank[3]
-            if rank != self._rank(block_class):
-                continue  # outdated: the class has another first block, with a rank of its own
-            item = self._heaps[block_class].pop()
+        ranks = self._ranks
+        while ranks:
+            _, last_access, depth, block_class = ranks[0]
+            heap = self._heaps[block_class]
+            if heap.first() != (last_access, depth):
+                heapq.heappop(ranks)  # outdated: the class has another first block, with a rank of its own
+                continue
+            item = heap.pop()
             self._size -= 1
             if following := self._rank(block_class):
-                heapq.heappush(self._ranks, following)
+                heapq.heapreplace(ranks, following)
+            else:
+                heapq.heappop(ranks)
             return item
         return None
 
@@ -250,6 +275,27 @@ class ClassOrder:
         ranks = self._ranks
         # An outdated rank is never lower than a real one.
         return not ranks or density < ranks[0][0] or (density, last_access, -block.depth, block_class) <= ranks[0]
+
+    def count_first(self, blocks: Sequence[CacheBlock]) -> int:
+        """Return how many leading blocks are less promising than all that were pushed."""
+        if not self._ranks:
+            return len(blocks)
+        first = self._ranks[0]
+        lowest = first[0]
+        history, class_of, densities = self._policy.history, self._class_of, self._densities
+        tags, classes, mask, last_access, bucket = history.tags, history.classes, history.mask, float("nan"), 0
+        for number, block in enumerate(blocks):
+            if block.last_access != last_access:
+                last_access = block.last_access
+                self._find_bucket(last_access)
+                bucket = self._bucket
+            tag, low = split_hash(block.block_hash)
+            row = low & mask
+            block_class = classes[row] if tags[row] == tag and block.access_count == 1 else class_of(block)
+            density = densities[block_class][bucket]
+            if density >= lowest and (density, last_access, -block.depth, block_class) > first:
+                return number
+        return len(blocks)
 
     def clear(self) -> None:
         """Forget every push."""
@@ -287,52 +333,6 @@ class ClassOrder:
 
     def _find_bucket(self, last_access: float) -> None:
         self._last_access, self._bucket = last_access, bucket_of(self._now - last_access)
-
-
-class UseHistory:
-    """One row for each block used lately, read by columns.
-
-    Direct-mapped: a block's hash selects its row, and a later block takes the row over. So memory is fixed (32 bytes a
-    row), every operation is O(1), and old blocks leave at random, which keeps the statistics unbiased. A row's tag is
-    64 bits of the hash: a collision costs a wrong prediction only. A row lies in one cache line, because access is
-    random.
-
-    times: last recorded use. earlier: uses before the last insertion. totals: all uses, up to date once the block is
-    evicted. gaps: seconds from its eviction to its insertion, 0 if never evicted. forks: see
-    `BlockClassPolicy.classify`. num_rows: a power of two, best several times the cache's blocks.
-    """
-
-    def __init__(self, num_rows: int) -> None:
-        assert num_rows & (num_rows - 1) == 0, "a power of two"
-        self.mask: int = num_rows - 1
-        self._memory = bytearray(_ROW_BYTES * num_rows + _LINE_BYTES)
-        self._start = start = -np.frombuffer(self._memory, dtype=np.uint8).ctypes.data % _LINE_BYTES
-        rows = memoryview(self._memory)[start : start + _ROW_BYTES * num_rows]
-        self.tags: memoryview = rows.cast("Q")[0::4]  # 0: free
-        self.times: memoryview[float] = rows.cast("d")[1::4]
-        self.gaps: memoryview[float] = rows.cast("f")[4::8]
-        self.earlier: memoryview = rows.cast("I")[5::8]
-        self.totals: memoryview = rows.cast("I")[6::8]
-        self.forks: memoryview = rows.cast("H")[14::16]
-        self.classes: memoryview = rows.cast("B")[30::32]
-
-    def __len__(self) -> int:
-        return len(self.tags)
-
-    def row_of(self, block_hash: BlockHash) -> tuple[int, int]:
-        """Return a block's row, and its tag: the row is the block's if it has that tag."""
-        tag, low = _split_hash(block_hash)
-        return low & self.mask, tag or 1
-
-    def take_over(self, row: int, tag: int, time: float, total: int) -> None:
-        """Give a row to a new block; the class stays that of the block before."""
-        _pack_row(self._memory, self._start + row * _ROW_BYTES, tag, time, 0.0, 0, total, 0)
-
-    def find(self, block_hash: BlockHash) -> int | None:
-        """Return the row of a block, or None if the table has none of it."""
-        tag, low = _split_hash(block_hash)
-        row: int = low & self.mask
-        return row if self.tags[row] == (tag or 1) else None
 
 
 def bucket_of(idle_s: float) -> int:

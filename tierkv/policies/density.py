@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from tierkv.index.eviction import CacheBlock
@@ -72,6 +74,15 @@ class HitDensityPolicy(BlockClassPolicy):
         depth = block.depth
         often = min(count - 2 if count < 4 else count.bit_length() - 1, 4)
         return 15 + 5 * often + (_DEPTH_CLASSES[depth] if depth < 255 else 4)
+
+    def classes_of_new(self, blocks: Sequence[CacheBlock], fork: int) -> list[int]:
+        """Return the classes of the new blocks of a chain, which differ in their depths only."""
+        if type(self).classify is not HitDensityPolicy.classify or blocks[0].num_tokens < self.block_tokens:
+            return super().classes_of_new(blocks, fork)
+        first = blocks[0].depth - fork
+        kinds = _DEPTH_CLASSES[first : first + len(blocks)]
+        base = 5 * fork if fork < 2 else 10
+        return [base + kind for kind in kinds] + [base + 4] * (len(blocks) - len(kinds))
 
     def interval_ended(self, block_class: int, idle_s: float) -> None:
         """Count a use after an idle time."""

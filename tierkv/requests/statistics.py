@@ -115,9 +115,10 @@ class RequestStatistics:
         reasons = self._miss_reasons(sequence, num_found) if sequence.is_cacheable else []
         known = [MissReason.OTHER_RANK] * num_surplus + ([miss] if miss else [])
         reasons = [*known, *reasons[len(known) :]][:num_missing]
-        reasons += [MissReason.ABSENT] * (num_missing - len(reasons))
         stats.miss_reasons.update(reason.value for reason in reasons)
-        return reasons
+        if num_absent := num_missing - len(reasons):  # usually all of them
+            stats.miss_reasons[MissReason.ABSENT.value] += num_absent
+        return reasons + [MissReason.ABSENT] * num_absent
 
     def _miss_reasons(self, sequence: Sequence, num_hits: int) -> list[MissReason]:
         """Return for each whole block after the hits whether the store has evicted it or never had it."""

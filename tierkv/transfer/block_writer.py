@@ -212,6 +212,7 @@ class BlockWriter:
 
     def _encode(self, job_and_slot: tuple[Job, int]) -> EncodedRecord:
         job, slot = job_and_slot
+        assert job.content_digest, "the write thread computes the digest before it writes"
         info = BlockInfo.of(job, namespace=self._tiers.namespace, content_digest=job.content_digest)
         memory = self._tiers.memory
         return encode_record(info, memory.raw.slots[slot], layout=memory.layout, codec=memory.codec)

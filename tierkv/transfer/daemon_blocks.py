@@ -153,7 +153,7 @@ class DaemonBlocks:
         deadline = time.monotonic() + (self.wait_s if wait else 0)
         most_found, num_vain = -1, 0
         while True:
-            answer = connection.call(ask, Found)
+            answer = connection.match(ask)
             num_found = ask.start + len(answer.slots) // 4
             num_vain = 0 if num_found > most_found else num_vain + 1
             most_found = max(most_found, num_found)
@@ -182,7 +182,7 @@ class DaemonBlocks:
         if connection is None or ask.start >= len(hashes):
             return None
         try:
-            num_found = ask.start + len(connection.call(ask, Found).slots) // 4
+            num_found = ask.start + len(connection.match(ask).slots) // 4
             if num_found >= len(hashes):
                 return None
             waited = connection.call(Wait(block_hash=hashes[num_found], timeout_ms=0), Waited)

@@ -176,7 +176,7 @@ class FrameCoder(threading.local):
 def _keep_freed_memory() -> None:
     """Have the C library keep memory that is freed, for the next allocation.
 
-    zstd's planes are allocated anew for each piece. glibc gave them back to the system each time, and the page faults
+    zstd's planes are allocated anew for each piece. glibc returned them to the system each time, and the page faults
     of the next ones took a third of the time of decoding. Once a block of some MiB has been freed, glibc keeps what is
     freed at the end of its memory, up to twice as many bytes (mallopt(3), M_MMAP_THRESHOLD).
     """

@@ -201,7 +201,7 @@ class ExponentCodec(Codec):
                 begin = end
                 left -= most
                 number += 1
-            if frame_sizes[number] != rest_bytes:
+            if frame_sizes[number] != rest_bytes or length % self._item_bytes:  # else a last byte would have no value
                 raise CorruptBlockError(f"a rest of {frame_sizes[number]} bytes in a run of {length}")
             rests.append(begin)
             begin += rest_bytes

@@ -31,7 +31,7 @@ def deadline() -> Deadline:
 
 @pytest.fixture(scope="session")
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a bucket on a SeaweedFS of this session, which checks signatures."""
+    """The URL of a bucket on a SeaweedFS of this test run, which checks signatures."""
     obstore = pytest.importorskip("obstore")
     stores, errors = pytest.importorskip("obstore.store"), pytest.importorskip("obstore.exceptions")
     folder = tmp_path_factory.mktemp("weed")

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from math import frexp
 from struct import Struct
 from typing import Any
+from weakref import ReferenceType, ref
 
 import numpy as np
 import numpy.typing as npt
@@ -30,8 +31,12 @@ _SHORTEST_LOG2 = -4  # all times below 1/16 s are in the first bucket
 _SQRT_HALF = 0.5**0.5
 BUCKET_EDGES: Floats = np.concatenate([[0.0], 2.0 ** (_SHORTEST_LOG2 + np.arange(NUM_BUCKETS) / 2)])
 
+SAMPLED_BLOCKS = 4096
+"""Uses of this many cached blocks say enough of all."""
+
 _ROW_BYTES, _LINE_BYTES = 32, 64
 _pack_row = Struct("=QdfIIH").pack_into  # all fields but the class
+_pack_whole_row = Struct("=QdfIIHB").pack_into
 _split_hash: Callable[[bytes], tuple[Any, ...]] = Struct("<QI").unpack_from
 """(tag, row before the mask) of a block hash."""
 
@@ -44,14 +49,19 @@ class BlockClassPolicy(EvictionPolicy):
     time of the last use.
 
     A use costs little: the class is computed only when the block may be evicted. Statistics are kept of a sample, one
-    block in `sample_mask` + 1 by its hash. All evicted blocks are remembered.
+    block in `sample_mask` + 1 by its hash: of all blocks if a tier has few, of some thousands if it has many. All
+    evicted blocks are remembered.
+
+    sampled_blocks: the sample is halved as long as a tier holds more blocks of it than this.
     """
 
-    def __init__(self, *, num_classes: int, num_rows: int, sample_mask: int = 7) -> None:
+    def __init__(self, *, num_classes: int, num_rows: int, sampled_blocks: int = SAMPLED_BLOCKS) -> None:
         self.num_classes = num_classes
         self.history: UseHistory = UseHistory(num_rows)
         self._mask, self._tags, self._classes = self.history.mask, self.history.tags, self.history.classes
-        self.sample_mask = sample_mask
+        self.sample_mask = 0
+        self._sampled_blocks = sampled_blocks
+        self._orders: list[ReferenceType[ClassOrder]] = []
         self.densities: list[list[float]] = []
         self.revision = 0
         self.now: float = float("-inf")
@@ -85,8 +95,12 @@ class BlockClassPolicy(EvictionPolicy):
 
     def update_on_insert(self, block: CacheBlock, parent: CacheBlock | None) -> None:
         """Record the first use of a block, or that an evicted block is back."""
+        tag, low = _split_hash(block.block_hash)
+        row, tag = low & self._mask, tag or 1
+        if self._tags[row] != tag and tag & self.sample_mask:
+            self._insert_new(row, tag, block, parent)
+            return
         history, now = self.history, self._advance(block)
-        row, tag = history.row_of(block.block_hash)
         if history.tags[row] == tag:
             gap_s = now - history.times[row]
             if gap_s < _SAME_USE_S:
@@ -104,6 +118,8 @@ class BlockClassPolicy(EvictionPolicy):
         mask, sample_mask = history.mask, self.sample_mask
         tags, times, earlier, totals = history.tags, history.times, history.earlier, history.totals
         for block in blocks:
+            if block.access_count == 1:
+                continue  # its row still has what was written at the insertion
             tag, low = _split_hash(block.block_hash)
             row, tag = low & mask, tag or 1
             if tags[row] == tag:
@@ -114,7 +130,9 @@ class BlockClassPolicy(EvictionPolicy):
 
     def new_order(self) -> EvictionOrder[CacheBlock]:
         """Return the order of one tier."""
-        return ClassOrder(self)
+        order = ClassOrder(self)
+        self._orders = [known for known in self._orders if known() is not None] + [ref(order)]
+        return order
 
     def class_of(self, block: CacheBlock) -> int:
         """Return the block's class since its last use."""
@@ -128,6 +146,24 @@ class BlockClassPolicy(EvictionPolicy):
     def is_partial(self, block: CacheBlock) -> bool:
         """Return whether the block has fewer tokens than others, as the last block of a prompt."""
         return block.num_tokens < self.block_tokens
+
+    def halve_sample(self) -> bool:
+        """Keep statistics of half as many blocks from now on, if a tier holds too many of the sample."""
+        num_held = max((order.num_held for known in self._orders if (order := known()) is not None), default=0)
+        if num_held <= self._sampled_blocks * (self.sample_mask + 1):
+            return False
+        self.sample_mask = 2 * self.sample_mask + 1
+        return True
+
+    def _insert_new(self, row: int, tag: int, block: CacheBlock, parent: CacheBlock | None) -> None:
+        """Write the row of a block that is neither known nor in the sample."""
+        history, now = self.history, self._advance(block)
+        known = self._tags[row]
+        if known and not known & self.sample_mask:
+            self.interval_lost(self._classes[row], self.now - history.times[row])
+        fork = NO_FORK if parent is None else self._fork_below(parent)
+        block_class = self.classify(block, block.access_count, 0.0, fork)
+        history.write(row, tag, now, block.access_count, fork, block_class)
 
     def _record_use(self, block: CacheBlock) -> None:
         history, now = self.history, self._advance(block)
@@ -177,8 +213,9 @@ class BlockClassPolicy(EvictionPolicy):
 
     def _fork_below(self, parent: CacheBlock) -> int:
         """Return how many blocks of a new child's chain were used before, if the history knows the parent."""
-        row = self.history.find(parent.block_hash)
-        if row is None:
+        tag, low = _split_hash(parent.block_hash)
+        row = low & self._mask
+        if self._tags[row] != (tag or 1):
             return NO_FORK
         if parent.access_count == 1 and not self.history.earlier[row]:
             return self.history.forks[row]
@@ -198,6 +235,7 @@ class ClassOrder:
         self._heaps: list[EvictionHeap[CacheBlock]] = [EvictionHeap() for _ in range(policy.num_classes)]
         self._ranks: list[tuple[float, float, int, int]] = []
         self._size = 0
+        self.num_held = 0  # blocks that the tier holds, evictable or not
         self._now = float("-inf")  # the moment of the ranks
         self._revision = -1
         self._densities: list[list[float]] = []
@@ -205,10 +243,12 @@ class ClassOrder:
         self._bucket = 0
 
     def add(self, block: CacheBlock) -> None:
-        """Do nothing: the policy has seen the insertion."""
+        """Count the block; the policy has seen the insertion."""
+        self.num_held += 1
 
     def remove_all(self, blocks: Sequence[CacheBlock]) -> None:
         """Let the policy remember the blocks."""
+        self.num_held -= len(blocks)
         self._policy.remember_removed(blocks)
 
     def push(self, block: CacheBlock, stamp: int) -> None:
@@ -327,6 +367,10 @@ class UseHistory:
     def take_over(self, row: int, tag: int, time: float, total: int) -> None:
         """Give a row to a new block; the class stays that of the block before."""
         _pack_row(self._memory, self._start + row * _ROW_BYTES, tag, time, 0.0, 0, total, 0)
+
+    def write(self, row: int, tag: int, time: float, total: int, fork: int, block_class: int) -> None:
+        """Give a row to a block that was never evicted."""
+        _pack_whole_row(self._memory, self._start + row * _ROW_BYTES, tag, time, 0.0, 0, total, fork, block_class)
 
     def find(self, block_hash: BlockHash) -> int | None:
         """Return the row of a block, or None if the table has none of it."""

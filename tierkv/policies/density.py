@@ -12,6 +12,7 @@ from tierkv.index.eviction import CacheBlock
 from tierkv.policies.block_classes import (
     BUCKET_EDGES,
     NUM_BUCKETS,
+    SAMPLED_BLOCKS,
     BlockClassPolicy,
     Floats,
     bucket_of,
@@ -23,6 +24,12 @@ __all__ = ["HitDensityPolicy", "hazards", "hit_densities"]
 _WIDTHS = np.diff(BUCKET_EDGES)
 
 _NUM_CLASSES = 42
+_BELIEF: Floats = np.repeat([0.3, 1.0, 2.0, 3.0, 5.0, 8.0, 0.15, 1.0], [15, 5, 5, 5, 5, 5, 1, 1])[:, None]
+"""How often a class is used again beside others, before anything is known: frequent use promises further use."""
+
+_HIGHEST_CHANCE = 0.999
+_MOST_COUNTED = 1 << 14
+_MOST_BETWEEN = 1 << 11
 _DEPTH_CLASSES = bytes(min(4, ((blocks + 1).bit_length() - 1) // 2) for blocks in range(255))
 """The range of a number of blocks: up to 2, 14, 62, 254, or above."""
 
@@ -50,9 +57,9 @@ class HitDensityPolicy(BlockClassPolicy):
         weight: float = 12.0,
         prior: float = 0.04,
         half_life: int = 1 << 14,
-        sample_mask: int = 7,
+        sampled_blocks: int = SAMPLED_BLOCKS,
     ) -> None:
-        super().__init__(num_classes=_NUM_CLASSES, num_rows=num_rows, sample_mask=sample_mask)
+        super().__init__(num_classes=_NUM_CLASSES, num_rows=num_rows, sampled_blocks=sampled_blocks)
         self._weight = weight
         self._prior = prior
         self._half_life = half_life
@@ -82,18 +89,20 @@ class HitDensityPolicy(BlockClassPolicy):
         self._lost[block_class][bucket_of(idle_s)] += 1
 
     def interval_begun(self) -> None:
-        """Learn after 32 uses, whenever their number has doubled up to 512, then after every 512."""
+        """Learn after 32 uses, whenever their number has grown by half, and after every 2,048 at the latest."""
         self._num_uses += 1
-        if self._num_uses - self._learned_at >= min(512, max(32, self._learned_at)):
+        if self._num_uses - self._learned_at >= min(_MOST_BETWEEN, max(32, self._learned_at // 2)):
             self._learn()
 
     def _learn(self) -> None:
         """Compute the densities anew, blocks that are still idle included: a few milliseconds."""
         used, lost = np.array(self._used), np.array(self._lost)
-        chances = hazards(used, lost + self._count_idle(), weight=self._weight, default=self._prior)
+        chances = hazards(used, lost + self._count_idle(), weight=self._weight, default=self._prior, belief=_BELIEF)
         self.densities: list[list[float]] = hit_densities(chances).tolist()
         self.revision += 1
         decay = 0.5 ** ((self._num_uses - self._learned_at) / self._half_life)
+        if self.halve_sample():
+            decay /= 2  # the counts of before are those of twice as many blocks
         self._used, self._lost = (used * decay).tolist(), (lost * decay).tolist()
         self._learned_at = self._num_uses
 
@@ -101,24 +110,27 @@ class HitDensityPolicy(BlockClassPolicy):
         """Count the blocks of the sample by class and idle time, [classes, NUM_BUCKETS]."""
         tags = np.asarray(self.history.tags)
         rows = np.flatnonzero((tags != 0) & (tags & np.uint64(self.sample_mask) == 0))
-        if not len(rows):
-            return np.zeros((_NUM_CLASSES, NUM_BUCKETS))
+        step = max(1, len(rows) // _MOST_COUNTED)
+        rows = rows[self._num_uses % step :: step]
         idle_s = self.now - np.asarray(self.history.times)[rows]
         classes = np.asarray(self.history.classes)[rows].astype(np.int64)
         counts = np.bincount(classes * NUM_BUCKETS + buckets_of(idle_s), minlength=_NUM_CLASSES * NUM_BUCKETS)
-        return counts.astype(np.float64).reshape(_NUM_CLASSES, NUM_BUCKETS)
+        return step * counts.astype(np.float64).reshape(_NUM_CLASSES, NUM_BUCKETS)
 
 
-def hazards(used: Floats, unused: Floats, *, weight: float, default: float) -> Floats:
+def hazards(
+    used: Floats, unused: Floats, *, weight: float, default: float, belief: Floats | float = 1.0
+) -> Floats:
     """Return for each bucket the chance that a block that reaches it is used in it, [kinds, NUM_BUCKETS].
 
     used: blocks that were used after an idle time in the bucket. unused: blocks whose idle time is known up to this
     bucket only; they count half in it (Kaplan and Meier's estimate). Both are [kinds, NUM_BUCKETS].
     The estimate of a kind is drawn to that of all kinds as by `weight` more blocks, and that of all kinds to `default`.
+    belief: how much larger a kind's chances are than others' if nothing is known, [kinds, 1].
     """
     reached = (used + unused)[:, ::-1].cumsum(axis=1)[:, ::-1] - unused / 2
-    overall = (used.sum(axis=0) + weight * default) / (reached.sum(axis=0) + weight)
-    return np.asarray((used + weight * overall) / (reached + weight))
+    overall = (used.sum(axis=0) + weight * default) / ((belief * reached).sum(axis=0) + weight)
+    return np.minimum((used + weight * belief * overall) / (reached + weight), _HIGHEST_CHANCE)
 
 
 def hit_densities(chances: Floats) -> Floats:

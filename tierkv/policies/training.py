@@ -89,7 +89,7 @@ class _Recorder(BlockClassPolicy):
     """Sees uses as the policy will, and writes down the features of each."""
 
     def __init__(self, num_blocks: int) -> None:
-        super().__init__(num_classes=1, num_rows=1 << max(17, num_blocks.bit_length() + 1), sample_mask=0)
+        super().__init__(num_classes=1, num_rows=1 << max(17, num_blocks.bit_length() + 1))
         self.rows: list[tuple[float, ...]] = []
 
     def classify(self, block: CacheBlock, count: int, away_s: float, fork: int) -> int:

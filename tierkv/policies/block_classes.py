@@ -6,10 +6,8 @@ What a class promises depends on how long its first block has been idle. Idle ti
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from math import frexp
-from struct import Struct
-from typing import Any
 from weakref import ReferenceType, ref
 
 import numpy as np
@@ -17,9 +15,9 @@ import numpy.typing as npt
 
 from tierkv.index.eviction import CacheBlock, EvictionOrder, EvictionPolicy
 from tierkv.index.eviction_heap import EvictionHeap
-from tierkv.values.block import BlockHash
+from tierkv.policies.use_history import UseHistory, gap_with_stay, smoothed_gap, split_hash
 
-__all__ = ["BUCKET_EDGES", "NUM_BUCKETS", "BlockClassPolicy", "Floats", "UseHistory", "bucket_of", "buckets_of"]
+__all__ = ["BUCKET_EDGES", "NUM_BUCKETS", "BlockClassPolicy", "Floats", "bucket_of", "buckets_of"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -31,14 +29,10 @@ _SHORTEST_LOG2 = -4  # all times below 1/16 s are in the first bucket
 _SQRT_HALF = 0.5**0.5
 BUCKET_EDGES: Floats = np.concatenate([[0.0], 2.0 ** (_SHORTEST_LOG2 + np.arange(NUM_BUCKETS) / 2)])
 
-SAMPLED_BLOCKS = 4096
+SAMPLED_BLOCKS = 8192
 """Uses of this many cached blocks say enough of all."""
 
-_ROW_BYTES, _LINE_BYTES = 32, 64
-_pack_row = Struct("=QdfIIH").pack_into  # all fields but the class
-_pack_whole_row = Struct("=QdfIIHB").pack_into
-_split_hash: Callable[[bytes], tuple[Any, ...]] = Struct("<QI").unpack_from
-"""(tag, row before the mask) of a block hash."""
+_HIGHEST_MASK = 0xFF  # a hash's first byte decides
 
 
 class BlockClassPolicy(EvictionPolicy):
@@ -59,6 +53,7 @@ class BlockClassPolicy(EvictionPolicy):
         self.num_classes = num_classes
         self.history: UseHistory = UseHistory(num_rows)
         self._mask, self._tags, self._classes = self.history.mask, self.history.tags, self.history.classes
+        self._earlier, self._forks = self.history.earlier, self.history.forks
         self.sample_mask = 0
         self._sampled_blocks = sampled_blocks
         self._orders: list[ReferenceType[ClassOrder]] = []
@@ -67,10 +62,10 @@ class BlockClassPolicy(EvictionPolicy):
         self.now: float = float("-inf")
         self.block_tokens: int = 0
 
-    def classify(self, block: CacheBlock, count: int, away_s: float, fork: int) -> int:
+    def classify(self, block: CacheBlock, count: int, gap_s: float, fork: int) -> int:
         """Return the class of a block used `count` times.
 
-        away_s: seconds from its eviction to its last insertion; 0 if it was never evicted or this is unknown.
+        gap_s: seconds between its uses, cached or evicted: an average in which later ones count more; 0 if unknown.
         fork: blocks of its chain that had been used before its first insertion; 0 if none or unknown.
         """
         raise NotImplementedError
@@ -95,7 +90,7 @@ class BlockClassPolicy(EvictionPolicy):
 
     def update_on_insert(self, block: CacheBlock, parent: CacheBlock | None) -> None:
         """Record the first use of a block, or that an evicted block is back."""
-        tag, low = _split_hash(block.block_hash)
+        tag, low = split_hash(block.block_hash)
         row, tag = low & self._mask, tag or 1
         if self._tags[row] != tag and tag & self.sample_mask:
             self._insert_new(row, tag, block, parent)
@@ -105,7 +100,10 @@ class BlockClassPolicy(EvictionPolicy):
             gap_s = now - history.times[row]
             if gap_s < _SAME_USE_S:
                 return  # the same request used it before or after its insertion
-            history.earlier[row], history.gaps[row] = history.totals[row], gap_s
+            if not tag & self.sample_mask:
+                self.interval_ended(history.classes[row], gap_s)
+            history.earlier[row] = history.totals[row]
+            history.gaps[row] = smoothed_gap(history.gaps[row], gap_s, 1)
         else:
             self._take_over(row, tag, now, 0)
             if parent is not None:
@@ -116,14 +114,16 @@ class BlockClassPolicy(EvictionPolicy):
         """Remember blocks that a tier forgets."""
         history = self.history
         mask, sample_mask = history.mask, self.sample_mask
-        tags, times, earlier, totals = history.tags, history.times, history.earlier, history.totals
+        tags, times, gaps = history.tags, history.times, history.gaps
+        earlier, totals = history.earlier, history.totals
         for block in blocks:
             if block.access_count == 1:
                 continue  # its row still has what was written at the insertion
-            tag, low = _split_hash(block.block_hash)
+            tag, low = split_hash(block.block_hash)
             row, tag = low & mask, tag or 1
             if tags[row] == tag:
                 times[row] = block.last_access
+                gaps[row] = gap_with_stay(gaps[row], block)
                 totals[row] = earlier[row] + block.access_count
             elif tag & sample_mask:  # a block of the sample would lack the statistics of its earlier uses
                 self._take_over(row, tag, block.last_access, block.access_count)
@@ -137,10 +137,10 @@ class BlockClassPolicy(EvictionPolicy):
     def class_of(self, block: CacheBlock) -> int:
         """Return the block's class since its last use."""
         count = block.access_count
-        tag, low = _split_hash(block.block_hash)
+        tag, low = split_hash(block.block_hash)
         row = low & self._mask
         if self._tags[row] != (tag or 1):
-            return self.classify(block, count, 0.0, NO_FORK)
+            return self.classify(block, count, 0.0 if count == 1 else gap_with_stay(0.0, block), NO_FORK)
         return self._classes[row] if count == 1 else self._class_in(row, block)
 
     def is_partial(self, block: CacheBlock) -> bool:
@@ -150,20 +150,28 @@ class BlockClassPolicy(EvictionPolicy):
     def halve_sample(self) -> bool:
         """Keep statistics of half as many blocks from now on, if a tier holds too many of the sample."""
         num_held = max((order.num_held for known in self._orders if (order := known()) is not None), default=0)
-        if num_held <= self._sampled_blocks * (self.sample_mask + 1):
+        if num_held <= self._sampled_blocks * (self.sample_mask + 1) or self.sample_mask == _HIGHEST_MASK:
             return False
         self.sample_mask = 2 * self.sample_mask + 1
         return True
 
     def _insert_new(self, row: int, tag: int, block: CacheBlock, parent: CacheBlock | None) -> None:
         """Write the row of a block that is neither known nor in the sample."""
-        history, now = self.history, self._advance(block)
+        now = block.last_access
+        if now > self.now:
+            self.now = now
         known = self._tags[row]
         if known and not known & self.sample_mask:
-            self.interval_lost(self._classes[row], self.now - history.times[row])
-        fork = NO_FORK if parent is None else self._fork_below(parent)
+            self.interval_lost(self._classes[row], self.now - self.history.times[row])
+        fork = NO_FORK
+        if parent is not None:  # as in _fork_below, but of one piece: most blocks come this way
+            parent_tag, low = split_hash(parent.block_hash)
+            at = low & self._mask
+            if self._tags[at] == (parent_tag or 1):
+                is_new = parent.access_count == 1 and not self._earlier[at]
+                fork = self._forks[at] if is_new else min(parent.depth + 1, MOST_FORK)
         block_class = self.classify(block, block.access_count, 0.0, fork)
-        history.write(row, tag, now, block.access_count, fork, block_class)
+        self.history.write(row, tag, now, block.access_count, fork, block_class)
 
     def _record_use(self, block: CacheBlock) -> None:
         history, now = self.history, self._advance(block)
@@ -187,19 +195,16 @@ class BlockClassPolicy(EvictionPolicy):
 
     def _begin_interval(self, row: int, tag: int, block: CacheBlock) -> None:
         history = self.history
-        is_sampled = not tag & self.sample_mask
-        if is_sampled and block.access_count == 1 and history.earlier[row]:
-            self.interval_ended(history.classes[row], history.gaps[row])
         history.times[row] = block.last_access
         history.totals[row] = history.earlier[row] + block.access_count
         history.classes[row] = self._class_in(row, block)
-        if is_sampled:
+        if not tag & self.sample_mask:
             self.interval_begun()
 
     def _class_in(self, row: int, block: CacheBlock) -> int:
         history = self.history
         count = history.earlier[row] + block.access_count
-        return self.classify(block, count, history.gaps[row], history.forks[row])
+        return self.classify(block, count, gap_with_stay(history.gaps[row], block), history.forks[row])
 
     def _advance(self, block: CacheBlock) -> float:
         """Move `now` to the block's last use, unless it is later already; return the last use."""
@@ -213,7 +218,7 @@ class BlockClassPolicy(EvictionPolicy):
 
     def _fork_below(self, parent: CacheBlock) -> int:
         """Return how many blocks of a new child's chain were used before, if the history knows the parent."""
-        tag, low = _split_hash(parent.block_hash)
+        tag, low = split_hash(parent.block_hash)
         row = low & self._mask
         if self._tags[row] != (tag or 1):
             return NO_FORK
@@ -283,13 +288,15 @@ class ClassOrder:
 
     def goes_first(self, block: CacheBlock) -> bool:
         """Return whether the block is less promising than all that were pushed."""
+        ranks = self._ranks
+        if not ranks:
+            return True
         block_class, last_access = self._class_of(block), block.last_access
         if last_access != self._last_access:
             self._find_bucket(last_access)
         density = self._densities[block_class][self._bucket]
-        ranks = self._ranks
         # An outdated rank is never lower than a real one.
-        return not ranks or density < ranks[0][0] or (density, last_access, -block.depth, block_class) <= ranks[0]
+        return density < ranks[0][0] or (density, last_access, -block.depth, block_class) <= ranks[0]
 
     def clear(self) -> None:
         """Forget every push."""
@@ -312,7 +319,7 @@ class ClassOrder:
         self._now, self._revision = self._policy.now, self._policy.revision
         self._densities = self._policy.densities
         self._last_access = float("nan")
-        self._ranks = [rank for number in range(len(self._heaps)) if (rank := self._rank(number))]
+        self._ranks = [rank for number, heap in enumerate(self._heaps) if len(heap) and (rank := self._rank(number))]
         heapq.heapify(self._ranks)
 
     def _rank(self, block_class: int) -> tuple[float, float, int, int] | None:
@@ -327,56 +334,6 @@ class ClassOrder:
 
     def _find_bucket(self, last_access: float) -> None:
         self._last_access, self._bucket = last_access, bucket_of(self._now - last_access)
-
-
-class UseHistory:
-    """One row for each block used lately, read by columns.
-
-    Direct-mapped: a block's hash selects its row, and a later block takes the row over. So memory is fixed (32 bytes a
-    row), every operation is O(1), and old blocks leave at random, which keeps the statistics unbiased. A row's tag is
-    64 bits of the hash: a collision costs a wrong prediction only. A row lies in one cache line, because access is
-    random.
-
-    times: last recorded use. earlier: uses before the last insertion. totals: all uses, up to date once the block is
-    evicted. gaps: seconds from its eviction to its insertion, 0 if never evicted. forks: see
-    `BlockClassPolicy.classify`. num_rows: a power of two, best several times the cache's blocks.
-    """
-
-    def __init__(self, num_rows: int) -> None:
-        assert num_rows & (num_rows - 1) == 0, "a power of two"
-        self.mask: int = num_rows - 1
-        self._memory = bytearray(_ROW_BYTES * num_rows + _LINE_BYTES)
-        self._start = start = -np.frombuffer(self._memory, dtype=np.uint8).ctypes.data % _LINE_BYTES
-        rows = memoryview(self._memory)[start : start + _ROW_BYTES * num_rows]
-        self.tags: memoryview = rows.cast("Q")[0::4]  # 0: free
-        self.times: memoryview[float] = rows.cast("d")[1::4]
-        self.gaps: memoryview[float] = rows.cast("f")[4::8]
-        self.earlier: memoryview = rows.cast("I")[5::8]
-        self.totals: memoryview = rows.cast("I")[6::8]
-        self.forks: memoryview = rows.cast("H")[14::16]
-        self.classes: memoryview = rows.cast("B")[30::32]
-
-    def __len__(self) -> int:
-        return len(self.tags)
-
-    def row_of(self, block_hash: BlockHash) -> tuple[int, int]:
-        """Return a block's row, and its tag: the row is the block's if it has that tag."""
-        tag, low = _split_hash(block_hash)
-        return low & self.mask, tag or 1
-
-    def take_over(self, row: int, tag: int, time: float, total: int) -> None:
-        """Give a row to a new block; the class stays that of the block before."""
-        _pack_row(self._memory, self._start + row * _ROW_BYTES, tag, time, 0.0, 0, total, 0)
-
-    def write(self, row: int, tag: int, time: float, total: int, fork: int, block_class: int) -> None:
-        """Give a row to a block that was never evicted."""
-        _pack_whole_row(self._memory, self._start + row * _ROW_BYTES, tag, time, 0.0, 0, total, fork, block_class)
-
-    def find(self, block_hash: BlockHash) -> int | None:
-        """Return the row of a block, or None if the table has none of it."""
-        tag, low = _split_hash(block_hash)
-        row: int = low & self.mask
-        return row if self.tags[row] == (tag or 1) else None
 
 
 def bucket_of(idle_s: float) -> int:

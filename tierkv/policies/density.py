@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from math import frexp
+
 import numpy as np
 
 from tierkv.index.eviction import CacheBlock
@@ -23,9 +25,13 @@ __all__ = ["HitDensityPolicy", "hazards", "hit_densities"]
 
 _WIDTHS = np.diff(BUCKET_EDGES)
 
-_NUM_CLASSES = 42
-_BELIEF: Floats = np.repeat([0.3, 1.0, 2.0, 3.0, 5.0, 8.0, 0.15, 1.0], [15, 5, 5, 5, 5, 5, 1, 1])[:, None]
-"""How often a class is used again beside others, before anything is known: frequent use promises further use."""
+_NUM_NEW, _NUM_GAPS, _NUM_OFTEN = 15, 10, 3
+_PARTIAL = _NUM_NEW + _NUM_GAPS * _NUM_OFTEN
+_NUM_CLASSES = _PARTIAL + 2
+_USED_BELIEF = np.outer(2.0 ** (_NUM_GAPS / 8 - np.arange(_NUM_GAPS) / 4), [1.0, 2.0, 5.0])
+_BELIEF: Floats = np.concatenate([[0.3] * _NUM_NEW, _USED_BELIEF.ravel(), [0.15, 1.0]])[:, None]
+"""How much more often than others a class is used again, before anything is known: used blocks more than new ones, and
+the more the more often and the sooner they were used."""
 
 _HIGHEST_CHANCE = 0.999
 _MOST_COUNTED = 1 << 14
@@ -39,8 +45,9 @@ class HitDensityPolicy(BlockClassPolicy):
 
     For each class it counts after which idle times blocks are used again, cached or evicted, and how many never are.
     New blocks are classified by the prefix they follow (none, a first block, a longer shared one) and the distance
-    from it. Used blocks are classified by uses and depth; partial blocks have classes of their own. What was learned
-    halves in weight with every `half_life` uses of sampled blocks.
+    from it. Used blocks are classified by the average time between uses and by their number, earlier stays in the cache
+    included. Partial blocks have classes of their own. What was learned halves in weight with every `half_life` uses of
+    sampled blocks.
 
     Source: LHD (Beckmann, Chen and Cidon, NSDI 2018) for density as a rank, learned online by class and age. LHD
     samples the blocks to evict; here the oldest block of each class is compared. A history of evicted blocks keeps the
@@ -54,7 +61,7 @@ class HitDensityPolicy(BlockClassPolicy):
         self,
         *,
         num_rows: int = 1 << 17,
-        weight: float = 12.0,
+        weight: float = 30.0,
         prior: float = 0.04,
         half_life: int = 1 << 14,
         sampled_blocks: int = SAMPLED_BLOCKS,
@@ -69,16 +76,16 @@ class HitDensityPolicy(BlockClassPolicy):
         self._learned_at = 0
         self._learn()
 
-    def classify(self, block: CacheBlock, count: int, away_s: float, fork: int) -> int:
-        """Return 0 to 14 for a new block, 15 to 39 for a used one, 40 or 41 for the partial block of a prompt."""
+    def classify(self, block: CacheBlock, count: int, gap_s: float, fork: int) -> int:
+        """Return 0 to 14 for a new block, 15 to 44 for a used one, 45 or 46 for the partial block of a prompt."""
         if block.num_tokens < self.block_tokens:
-            return 40 + (count > 1)
+            return _PARTIAL + (count > 1)
         if count <= 1:
             ahead = block.depth - fork
             return (5 * fork if fork < 2 else 10) + (_DEPTH_CLASSES[ahead] if ahead < 255 else 4)
-        depth = block.depth
-        often = min(count - 2 if count < 4 else count.bit_length() - 1, 4)
-        return 15 + 5 * often + (_DEPTH_CLASSES[depth] if depth < 255 else 4)
+        gap = (frexp(gap_s)[1] + 1) // 2  # a factor of four each, from half a second to 18 hours
+        often = 0 if count == 2 else 1 if count < 6 else 2
+        return _NUM_NEW + _NUM_OFTEN * (0 if gap < 0 else gap if gap < _NUM_GAPS else _NUM_GAPS - 1) + often
 
     def interval_ended(self, block_class: int, idle_s: float) -> None:
         """Count a use after an idle time."""
@@ -118,9 +125,7 @@ class HitDensityPolicy(BlockClassPolicy):
         return step * counts.astype(np.float64).reshape(_NUM_CLASSES, NUM_BUCKETS)
 
 
-def hazards(
-    used: Floats, unused: Floats, *, weight: float, default: float, belief: Floats | float = 1.0
-) -> Floats:
+def hazards(used: Floats, unused: Floats, *, weight: float, default: float, belief: Floats | float = 1.0) -> Floats:
     """Return for each bucket the chance that a block that reaches it is used in it, [kinds, NUM_BUCKETS].
 
     used: blocks that were used after an idle time in the bucket. unused: blocks whose idle time is known up to this

@@ -18,7 +18,7 @@ __all__ = ["fit_model"]
 Floats = npt.NDArray[np.float64]
 
 _NUM_CLASSES = 16
-_WEIGHT, _PRIOR = 100.0, 0.04  # as in HitDensityPolicy
+_WEIGHT, _PRIOR = 100.0, 0.04
 _RIDGE = 1.0
 _STEPS = 30
 
@@ -92,8 +92,8 @@ class _Recorder(BlockClassPolicy):
         super().__init__(num_classes=1, num_rows=1 << max(17, num_blocks.bit_length() + 1))
         self.rows: list[tuple[float, ...]] = []
 
-    def classify(self, block: CacheBlock, count: int, away_s: float, fork: int) -> int:
-        self.rows.append(features_of(block, count=count, away_s=away_s, fork=fork, is_partial=self.is_partial(block)))
+    def classify(self, block: CacheBlock, count: int, gap_s: float, fork: int) -> int:
+        self.rows.append(features_of(block, count=count, gap_s=gap_s, fork=fork, is_partial=self.is_partial(block)))
         return 0
 
 

@@ -1,0 +1,86 @@
+"""What the class policies remember of blocks, cached and evicted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from struct import Struct
+from typing import Any
+
+import numpy as np
+
+from tierkv.index.eviction import CacheBlock
+from tierkv.values.block import BlockHash
+
+__all__ = ["UseHistory", "gap_with_stay", "smoothed_gap", "split_hash"]
+
+_ROW_BYTES, _LINE_BYTES = 32, 64
+_SHARE_OF_NEWER = tuple(1 - 0.7**number for number in range(16))
+
+_pack_row = Struct("=QdfIIH").pack_into  # all fields but the class
+_pack_whole_row = Struct("=QdfIIHB").pack_into
+split_hash: Callable[[bytes], tuple[Any, ...]] = Struct("<QI").unpack_from
+"""(tag, row before the mask) of a block hash."""
+
+
+class UseHistory:
+    """One row for each block used lately, read by columns.
+
+    Direct-mapped: a block's hash selects its row, and a later block takes the row over. So memory is fixed (32 bytes a
+    row), every operation is O(1), and old blocks leave at random, which keeps the statistics unbiased. A row's tag is
+    64 bits of the hash: a collision costs a wrong prediction only. A row lies in one cache line, because access is
+    random.
+
+    times: last recorded use. earlier: uses before the last insertion. totals: all uses, up to date once the block is
+    evicted. gaps: average time between uses up to the last insertion or eviction, 0 if unknown. forks: see
+    `BlockClassPolicy.classify`. num_rows: a power of two, best several times the cache's blocks.
+    """
+
+    def __init__(self, num_rows: int) -> None:
+        assert num_rows & (num_rows - 1) == 0, "a power of two"
+        self.mask: int = num_rows - 1
+        self._memory = bytearray(_ROW_BYTES * num_rows + _LINE_BYTES)
+        self._start = start = -np.frombuffer(self._memory, dtype=np.uint8).ctypes.data % _LINE_BYTES
+        rows = memoryview(self._memory)[start : start + _ROW_BYTES * num_rows]
+        self.tags: memoryview = rows.cast("Q")[0::4]  # 0: free
+        self.times: memoryview[float] = rows.cast("d")[1::4]
+        self.gaps: memoryview[float] = rows.cast("f")[4::8]
+        self.earlier: memoryview = rows.cast("I")[5::8]
+        self.totals: memoryview = rows.cast("I")[6::8]
+        self.forks: memoryview = rows.cast("H")[14::16]
+        self.classes: memoryview = rows.cast("B")[30::32]
+
+    def __len__(self) -> int:
+        return len(self.tags)
+
+    def row_of(self, block_hash: BlockHash) -> tuple[int, int]:
+        """Return a block's row, and its tag: the row is the block's if it has that tag."""
+        tag, low = split_hash(block_hash)
+        return low & self.mask, tag or 1
+
+    def take_over(self, row: int, tag: int, time: float, total: int) -> None:
+        """Give a row to a new block; the class stays that of the block before."""
+        _pack_row(self._memory, self._start + row * _ROW_BYTES, tag, time, 0.0, 0, total, 0)
+
+    def write(self, row: int, tag: int, time: float, total: int, fork: int, block_class: int) -> None:
+        """Give a row to a block that was never evicted."""
+        _pack_whole_row(self._memory, self._start + row * _ROW_BYTES, tag, time, 0.0, 0, total, fork, block_class)
+
+    def find(self, block_hash: BlockHash) -> int | None:
+        """Return the row of a block, or None if the table has none of it."""
+        tag, low = split_hash(block_hash)
+        row: int = low & self.mask
+        return row if self.tags[row] == (tag or 1) else None
+
+
+def smoothed_gap(gap_s: float, newer_s: float, number: int) -> float:
+    """Return a block's smoothed time between uses after `number` more uses, each `newer_s` after the one before."""
+    return gap_s + (newer_s - gap_s) * _SHARE_OF_NEWER[number if number < 16 else 15] if gap_s else newer_s
+
+
+def gap_with_stay(gap_s: float, block: CacheBlock) -> float:
+    """Return a block's smoothed time between uses, those since its last insertion included.
+
+    A stay that ends in two tiers, one after the other, counts twice.
+    """
+    number = block.access_count - 1
+    return smoothed_gap(gap_s, (block.last_access - block.created_at) / number, number) if number else gap_s

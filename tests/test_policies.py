@@ -319,6 +319,15 @@ def test_all_blocks_of_a_small_cache_are_sampled_and_of_a_large_one_a_bounded_nu
     assert not policy.halve_sample()
 
 
+def test_evicted_blocks_are_not_counted_as_held() -> None:
+    policy = HitDensityPolicy(sampled_blocks=100)
+    order = policy.new_order()
+    for at in range(500):
+        order.add(insert_new(policy, at))
+        order.remove_all([Block(0.0)])
+    assert not policy.halve_sample()
+
+
 def test_the_sample_is_never_less_than_what_a_byte_of_the_hash_can_choose() -> None:
     policy = HitDensityPolicy(sampled_blocks=0)
     order = policy.new_order()
@@ -391,6 +400,37 @@ def test_pauses_of_earlier_stays_in_the_cache_count() -> None:
             cache.evict(1)
     quick, slow = classes[:3], classes[3:]
     assert quick[0] == slow[0] and quick[2] != slow[2]
+
+
+def test_short_pauses_within_a_stay_still_count_after_a_long_absence() -> None:
+    classes = []
+    for times in ((0.0, 1.0, 2.0, 3.0), (0.0, 5000.0, 10_000.0, 15_000.0)):
+        policy = HitDensityPolicy()
+        cache = Cache(policy)
+        for at in times:
+            cache.use(1, at=at)
+        cache.evict(1)
+        cache.use(1, at=times[-1] + 5000.0)
+        (entry,) = cache.index
+        classes.append(policy.class_of(entry))
+    assert classes[0] != classes[1]
+
+
+def test_what_a_sample_of_all_taught_counts_half_beside_a_sample_of_half() -> None:
+    """Of 400 blocks that wait, half are counted after the sample was halved: so must the uses of before."""
+    learned = []
+    for sampled_blocks in (10_000, 399):
+        policy = HitDensityPolicy(sampled_blocks=sampled_blocks, half_life=1 << 40)
+        order = policy.new_order()
+        for at in range(400):
+            order.add(insert_new(policy, at))
+        for _ in range(600):
+            policy.interval_ended(0, 1.0)
+        for _ in range(4000):  # it learns from time to time, and halves the sample then
+            policy.interval_begun()
+        learned.append((policy.sample_mask, policy.densities[0][bucket_of(1.0)]))
+    assert [mask for mask, _ in learned] == [0, 1]
+    assert learned[1][1] == pytest.approx(learned[0][1], rel=0.15)
 
 
 def test_new_blocks_are_told_apart_by_what_they_follow() -> None:

@@ -222,8 +222,9 @@ class BlockClassPolicy(EvictionPolicy):
         row = low & self._mask
         if self._tags[row] != (tag or 1):
             return NO_FORK
-        if parent.access_count == 1 and not self.history.earlier[row]:
-            return self.history.forks[row]
+        if parent.access_count == 1 and not self._earlier[row]:
+            fork: int = self._forks[row]
+            return fork
         return min(parent.depth + 1, MOST_FORK)
 
 

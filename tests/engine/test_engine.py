@@ -66,6 +66,35 @@ def test_answers_are_those_of_the_runner_whatever_else_runs(open_one: Open) -> N
         assert stats.cached_tokens > 10 * 32
 
 
+def test_a_first_token_is_delivered_before_the_next_pass_is_launched(
+    open_one: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = open_one(hot=300)
+    held = Held(monkeypatch)
+    held.go.set()
+    with Engine(runner) as engine:
+        first = engine.submit(tokens(9), greedy(LONG))
+        next(first)
+        run = ForwardPass.run
+
+        def hold_the_next(pass_: ForwardPass, steps: list[Any], ids: list[int]) -> Any:
+            logits = run(pass_, steps, ids)
+            if any(step.num_new > 1 for step in steps):
+                held.go.clear()  # of the pass after this one, which decodes
+            return logits
+
+        monkeypatch.setattr(ForwardPass, "run", hold_the_next)
+        second = engine.submit(tokens(9, seed=2), greedy(4))
+        got: list[Any] = []
+        reader = threading.Thread(target=lambda: got.append(next(second)))
+        reader.start()
+        reader.join(10)
+        held.go.set()
+        assert got, "its reader waits for a pass that it does not need"
+        reader.join()
+        first.cancel()
+
+
 def test_a_request_runs_beside_those_that_came_before_it(open_one: Open) -> None:
     runner = open_one(hot=300)
     with Engine(runner) as engine:

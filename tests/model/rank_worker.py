@@ -20,11 +20,12 @@ from torch import distributed
 from transformers.distributed import DistributedConfig
 
 from tierkv.config import CacheConfig
-from tierkv.engine.model_identity import ModelCheck, weights_digest
+from tierkv.engine.model_identity import ModelCheck
 from tierkv.engine.model_reader import read_state
 from tierkv.engine.model_state import local_part
 from tierkv.engine.models import LoadedModel, split_model
 from tierkv.engine.runner import GenerationOptions, Runner, open_runner
+from tierkv.engine.weights_digest import weights_digest
 from tierkv.ranks.torch_ranks import TorchRanks
 from tierkv.storage.cold import ColdStore
 from tierkv.values.block import Tier

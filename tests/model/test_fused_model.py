@@ -15,9 +15,9 @@ from tiny_models import _COMMON, VOCABULARY, make_model
 
 from tierkv.config import CacheConfig
 from tierkv.engine.fused_model import FusedDecoder, fuse_model
-from tierkv.engine.model_identity import weights_digest
 from tierkv.engine.models import LoadedModel
 from tierkv.engine.runner import GenerationOptions, Runner, open_runner
+from tierkv.engine.weights_digest import weights_digest
 from tierkv.errors import ConfigError, UnsupportedModelError
 from tierkv.ranks.group import OneRank
 

@@ -8,9 +8,10 @@ from tiny_models import make_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tierkv.engine.embedded_model import write_embedded_model
-from tierkv.engine.model_identity import namespace_of, weights_digest
+from tierkv.engine.model_identity import namespace_of
 from tierkv.engine.model_support import probe_layout
 from tierkv.engine.models import load_model
+from tierkv.engine.weights_digest import weights_digest
 from tierkv.errors import ConfigError, UnsupportedModelError
 from tierkv.values.namespace import differing_fields
 
@@ -21,6 +22,22 @@ def test_equal_weights_have_equal_digests_and_one_changed_bit_another() -> None:
     with torch.no_grad():
         again.model.layers[2].mlp.up_proj.weight[3, 5] += 1e-3
     assert weights_digest(model) != weights_digest(again)
+
+
+def test_a_change_in_any_piece_of_a_large_tensor_makes_another_digest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tierkv.engine.weights_digest._PIECE_BYTES", 64)
+    model = torch.nn.Linear(16, 16)
+    found = {weights_digest(model)}
+    for row in range(16):
+        with torch.no_grad():
+            model.weight[row, 3] += 1
+        found.add(weights_digest(model))
+    with torch.no_grad():
+        model.weight.copy_(model.weight[[1, 0, *range(2, 16)]])  # the same pieces in another order
+    found.add(weights_digest(model))
+    assert len(found) == 18
+    monkeypatch.setattr("tierkv.engine.weights_digest._MAX_THREADS", 1)
+    assert weights_digest(model) in found, "threads finish in any order"
 
 
 def test_a_buffer_that_is_not_saved_counts_too() -> None:

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import xxhash
-from torch import Tensor
 
 from tierkv.engine.checksums import Checksums
 from tierkv.engine.model_reader import read_state
 from tierkv.engine.model_state import VOLATILE_FIELDS, ModelState, changed_paths, local_part
 from tierkv.engine.model_support import check_call, check_state, read_stable_state
+from tierkv.engine.weights_digest import weights_digest
 from tierkv.errors import ConfigError, UnsupportedModelError
 from tierkv.ranks.group import OneRank, RankGroup
 from tierkv.values.layout import BlockLayout
 from tierkv.values.namespace import Namespace
 
-__all__ = ["ModelCheck", "namespace_of", "weights_digest"]
+__all__ = ["ModelCheck", "namespace_of"]
 
-_PIECE_BYTES = 64 << 20
 _HINT = "open it anew"
 
 
@@ -65,29 +64,6 @@ def namespace_of(
         tp_size=group.size,
         name=name,
     )
-
-
-def weights_digest(model: torch.nn.Module, state: ModelState | None = None) -> str:
-    """Return xxh3-128, in hex, over name, dtype, shape and bytes of every tensor that a model holds.
-
-    These are parameters, all buffers (rope frequencies among them) and tensors in plain attributes. So weights that
-    were quantised, merged with an adapter or changed in memory make another model. Reads all weights once, in pieces:
-    about a second for 16 GB. state: the model's, if the caller has read it already.
-    Raises UnsupportedModelError if weights are not in memory.
-    """
-    state = state or read_state(model)
-    digest = xxhash.xxh3_128()
-    for name, tensor in sorted(state.tensors.items()):
-        if name in state.volatile:
-            continue
-        if tensor.device.type == "meta":
-            raise UnsupportedModelError(f"{type(model).__name__} is not all in memory: {name} is not")
-        split = f"{tensor.placements}|" if hasattr(tensor, "placements") else ""
-        local = local_part(tensor)
-        digest.update(f"{name}|{tensor.dtype}|{tuple(local.shape)}|{split}".encode())
-        for piece in _iter_bytes(local.detach()):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _settings_digest(state: ModelState) -> str:
@@ -192,12 +168,3 @@ def _joint_digest(digest: str, ranks: RankGroup) -> str:
     if ranks.size == 1:
         return digest
     return xxhash.xxh3_128_hexdigest(b"|".join(ranks.gather(digest.encode())))
-
-
-def _iter_bytes(tensor: Tensor) -> Iterator[memoryview]:
-    """Yield a tensor's bytes in pieces of bounded size, on the CPU."""
-    if tensor.numel() == 0:
-        return
-    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-    for start in range(0, flat.numel(), _PIECE_BYTES):
-        yield flat[start : start + _PIECE_BYTES].cpu().numpy().data

@@ -12,6 +12,9 @@ __all__ = ["Outbox"]
 
 _log = logging.getLogger(__name__)
 
+_News = tuple[ModelRequest, Choice | None, str | None]
+"""A request, its new token and why it ends with it; without a token: that it has ended."""
+
 
 class Outbox:
     """Keeps what a step has chosen until `deliver`, which may run while the device computes the next step.
@@ -22,17 +25,18 @@ class Outbox:
 
     def __init__(self, cancel: Callable[[ModelRequest], None]) -> None:
         self._cancel = cancel
-        self._pending: list[tuple[ModelRequest, Choice | None, str | None]] = []
+        self._first: list[_News] = []  # tokens of requests that had none yet
+        self._pending: list[_News] = []
 
     @property
     def is_pending(self) -> bool:
         """Whether something is to be delivered."""
-        return bool(self._pending)
+        return bool(self._first or self._pending)
 
     def add(self, request: ModelRequest, choice: Choice, reason: str | None) -> None:
         """Add a new token. reason: why the request ends with it; None if it goes on."""
         if request.reader is not None and request.reader.wants_events:
-            self._pending.append((request, choice, reason))
+            (self._first if request.num_new == 1 else self._pending).append((request, choice, reason))
 
     def end(self, request: ModelRequest) -> None:
         """Add the end of a request, behind all of its tokens."""
@@ -41,9 +45,16 @@ class Outbox:
 
     def deliver(self) -> None:
         """Hand everything to the readers."""
-        if not self._pending:
-            return
+        self.deliver_first()
         pending, self._pending = self._pending, []
+        self._hand(pending)
+
+    def deliver_first(self) -> None:
+        """Hand over the first tokens of requests only: their readers wait longest, and they are few in a step."""
+        first, self._first = self._first, []
+        self._hand(first)
+
+    def _hand(self, pending: list[_News]) -> None:
         sleepers: dict[Wake, list[Callable[[], None]]] = {}
         for request, choice, reason in pending:
             reader = request.reader

@@ -84,7 +84,6 @@ class StepLoop:
         self._arrivals: deque[ModelRequest] = deque()
         self._cancelled: deque[tuple[ModelRequest, str]] = deque()
         self._deadlines = Deadlines()
-        self._must_check = False
         self._open: set[ModelRequest] = set()
         self._wake: Callable[[], None] | None = None
 
@@ -166,7 +165,7 @@ class StepLoop:
     def step(self, *, deliver_late: bool = False) -> bool:
         """Compute one pass. Return whether one was computed; if not, all requests wait for other processes.
 
-        deliver_late: keep its tokens in the outbox until the next step has launched its pass.
+        deliver_late: keep its tokens, but for first ones, in the outbox until the next step has launched its pass.
         Raises what the model raises, ConfigError if it has changed, and ClosedError. Then nothing of the pass is
         committed, and every request that ran waits to be computed again.
         """
@@ -176,24 +175,23 @@ class StepLoop:
             try:
                 self._take_news()
                 if self.scheduler.has_work:
-                    self._must_check |= self.scheduler.admit() > 0
+                    if self.scheduler.admit():
+                        self.commits.is_model_known = False  # so this pass is checked while the device computes it
                     self._end_failed()
-                if self._must_check:  # later checks run while the device computes
-                    self.commits.model_check.check()
-                    self.commits.is_model_known = self._must_check = False
                 steps = self.scheduler.running.plan()  # type: ignore[assignment]
                 if steps:
                     self._compute(steps)
                     self.counters.steps += 1
             except BaseException:
                 self.commits.drop()
-                self._must_check = True
                 for request in self.open_requests():
                     request.sampler.num_drawn = request.num_new  # a token may be drawn and not added
                 self.scheduler.reset()
                 raise
             finally:
-                if not (deliver_late and steps and len(self.scheduler.running)):
+                if deliver_late and steps and len(self.scheduler.running):
+                    self.outbox.deliver_first()
+                else:
                     self.outbox.deliver()
             return bool(steps)
 

@@ -67,8 +67,9 @@ class VerifiedCommits:
                 self._commit_request(request, num_computed)
 
     def drop(self) -> None:
-        """Forget the recorded pass: nothing of it is committed."""
+        """Forget the recorded pass: nothing of it is committed. The next pass is checked."""
         self._pending = None
+        self.is_model_known = False
 
     def verify(self, requests: Iterable[Request]) -> None:
         """Check the model now, if these requests have computed anything since the last check that covers them.

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NoReturn
 
 from tierkv.errors import ConfigError
@@ -92,7 +93,7 @@ class Namespace:
             **({"lossy_codec": self.lossy_codec} if self.lossy_codec else {}),
         }
 
-    @property
+    @cached_property
     def digest(self) -> BlockHash:
         """16 bytes of sha256, so it cannot be forged: the parent of every chain's first block."""
         return _digest(self.identity())

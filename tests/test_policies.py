@@ -377,13 +377,13 @@ def test_a_block_outside_the_sample_is_remembered_as_one_of_the_sample_is() -> N
     assert [row for row in rows[1] if row[0] > 1.0] == rows[0] and len(rows[0]) == 3
 
 
-def test_before_anything_is_known_a_used_block_is_believed_to_be_worth_more_than_a_new_one() -> None:
-    for used, new in ((1, 2), (2, 1)):
-        cache = Cache(HitDensityPolicy())
-        for at in (0.0, 10.0):
-            cache.use(used, at=at)
-        cache.use(new, at=10.0)
-        assert cache.evictions(2) == [new, used]
+def test_before_anything_is_known_a_used_block_is_believed_to_be_worth_more_than_a_somewhat_newer_one() -> None:
+    cache = Cache(HitDensityPolicy())
+    for at in (0.0, 40.0):
+        cache.use(1, at=at)
+    cache.use(2, at=50.0)
+    cache.use(3, at=90.0)
+    assert cache.evictions(2) == [2, 1]
 
 
 def test_of_blocks_used_equally_often_the_one_with_longer_pauses_goes_first() -> None:

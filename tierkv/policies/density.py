@@ -41,7 +41,7 @@ _DEPTH_CLASSES = bytes(min(4, ((blocks + 1).bit_length() - 1) // 2) for blocks i
 
 
 class HitDensityPolicy(BlockClassPolicy):
-    """Evicts the block with the fewest expected hits a second of keeping it; LRU until it has learned.
+    """Evicts the block with the fewest expected hits a second of keeping it.
 
     For each class it counts after which idle times blocks are used again, cached or evicted, and how many never are.
     New blocks are classified by the prefix they follow (none, a first block, a longer shared one) and the distance
@@ -54,7 +54,8 @@ class HitDensityPolicy(BlockClassPolicy):
     counts unbiased, and gives a block that comes back its uses.
 
     num_rows: blocks remembered; a power of two. weight, prior: see `hazards`. An equal prior chance for each half
-    octave of idle time makes density fall with idle time, which is LRU.
+    octave of idle time makes density fall with idle time. Until it has learned, a class is LRU, and used blocks are
+    believed to be worth more than new ones.
     """
 
     def __init__(

@@ -7,12 +7,14 @@
 #                the small CPU-only build lies in PyTorch's own CPU wheel index, which is used when it is named
 #                here with --extra-index-url (or in pip's configuration)
 #   ENGINE_PYTHON  Python 3.11 for test-engines, whose environment lies in .venv-vllm
+#   PYTHONS        versions for test-pythons; those that are not on this machine are named and left out
 #   ARGS         more arguments for pytest, `tierkv warm` or the benchmarks
 
 PYTHON ?= python3
 TORCH ?=
 PIP_OPTIONS ?=
 ENGINE_PYTHON ?= python3.11
+PYTHONS ?= 3.10 3.12 3.13 3.14
 ARGS ?=
 
 VENV := .venv
@@ -28,7 +30,7 @@ PYTHON_IS_NEW := import sys; sys.exit(sys.version_info < (3, 10) and "tierkv nee
 CPU_BENCHES := cold daemon index policies tracker
 GPU_BENCHES := gpu ttft mover cascade ranks identity  # `gpu` makes one table of them all
 
-.PHONY: help setup check test test-gpu engines test-engines bench bench-gpu warm demo-daemon format clean
+.PHONY: help setup check test test-pythons test-gpu engines test-engines bench bench-gpu warm demo-daemon format clean
 
 help:
 	@echo "make setup      the virtual environment in $(VENV); the others do it themselves where they need it"
@@ -36,6 +38,7 @@ help:
 	@echo "make demo-daemon  two processes share one warm cache: the second computes nothing that the first has"
 	@echo "make check      formatting, linter, types, completeness of the public types, layers"
 	@echo "make test       every test that needs no GPU, and the coverage gate"
+	@echo "make test-pythons  the tests that need no torch, under the other Pythons of this machine: $(PYTHONS)"
 	@echo "make test-gpu   the tests of the GPU path and of whole models, on a machine with a GPU"
 	@echo "make test-engines  tierkv under vLLM's and SGLang's own code on a CPU: 3.1 GB in $(VLLM_VENV), some minutes"
 	@echo "make bench      the benchmarks that need no GPU:" $(CPU_BENCHES)
@@ -67,6 +70,9 @@ check: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -q --cov --cov-report=term $(ARGS)
+
+test-pythons:
+	PIP_OPTIONS='$(PIP_OPTIONS)' bash tests/other_pythons.sh .venv-pythons $(PYTHONS)
 
 # No set-up: on a machine with a GPU, torch and flash-attn are the system's own.
 test-gpu:

@@ -255,7 +255,7 @@ def _bench_model(device: torch.device, *, batch: int = 64, shared: int = 8192) -
     generator = torch.Generator().manual_seed(0)
     prefix = torch.randint(0, 100_000, (shared,), generator=generator).tolist()
     prompts = [prefix + torch.randint(0, 100_000, (64,), generator=generator).tolist() for _ in range(batch)]
-    options = GenerationOptions(max_new_tokens=100, stop_ids=frozenset())
+    options = GenerationOptions(max_new_tokens=100, stop_ids=frozenset(), store_partial=False)
     config = CacheConfig(hot_bytes=16 << 30, warm_bytes=1 << 30, write_through=False)
     for choice in ("off", "auto"):
         with open_runner(loaded, config, cascade=choice) as runner:

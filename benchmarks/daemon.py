@@ -26,7 +26,7 @@ from functools import cache, partial
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from queue import Queue
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -35,12 +35,10 @@ from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.config import DaemonConfig
 from tierkv.daemon.messages import (
     Chain,
-    Found,
     Hello,
     Match,
     Publish,
     Published,
-    Release,
     Reserve,
     Reserved,
     Status,
@@ -50,6 +48,7 @@ from tierkv.daemon.protocol import split_numbers
 from tierkv.daemon.server import serve
 from tierkv.errors import DaemonGoneError
 from tierkv.storage.warm import Slab
+from tierkv.transfer.daemon_connection import DaemonConnection
 from tierkv.values.block import BlockHash, iter_chain
 from tierkv.values.layout import BlockLayout
 from tierkv.values.namespace import Namespace
@@ -64,6 +63,7 @@ _CLIENTS = (1, 8, 32)
 _TOKENS = np.arange(_PREFIX_BLOCKS * _BLOCK_TOKENS, dtype="<u4").tobytes()
 
 Block = npt.NDArray[np.uint8]
+_Connection: TypeAlias = "DaemonConnection[_NoCopies]"
 
 
 @dataclass(slots=True)
@@ -104,18 +104,19 @@ def _machine() -> Iterator[str]:
 def _daemon_part() -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="tkb") as folder, _daemon(Path(folder) / "d.sock", _LAYOUT) as path:
         yield ""
-        yield "tierkv daemon: match and lease, round trip in us (hashing, packing, answer; released each time)"
+        yield "tierkv daemon: match and lease, in us (with hashing; released each time; the first asks the daemon)"
         for count in _CLIENTS:
             yield _latency_line(count, _times(count, _match_forever, path))
         yield ""
+        with _connection(path, _LAYOUT) as connection:
+            yield from _bandwidth_lines("tierkv daemon", _read_times(connection, _LAYOUT), _LAYOUT)
         with _connect(path, _LAYOUT) as client:
-            yield from _bandwidth_lines("tierkv daemon", _read_times(client, _LAYOUT), _LAYOUT)
             report = client.call(Status(), StatusReport)
         yield f"{'bytes on the socket, all of the above':>44}: {report.bytes_received >> 20} MiB in, none of a block"
     with tempfile.TemporaryDirectory(prefix="tkb") as folder, _daemon(Path(folder) / "d.sock", _LARGE_LAYOUT) as path:
         yield f"the same with blocks of {_LARGE_LAYOUT.block_bytes >> 20} MiB: a prefix costs its round trip once"
-        with _connect(path, _LARGE_LAYOUT) as client:
-            yield from _bandwidth_lines("tierkv daemon", _read_times(client, _LARGE_LAYOUT), _LARGE_LAYOUT)
+        with _connection(path, _LARGE_LAYOUT) as connection:
+            yield from _bandwidth_lines("tierkv daemon", _read_times(connection, _LARGE_LAYOUT), _LARGE_LAYOUT)
 
 
 @contextmanager
@@ -165,34 +166,64 @@ def _fill(client: DaemonClient, layout: BlockLayout) -> None:
 
 def _match_forever(path: Path, rounds: int) -> list[float]:
     times: list[float] = []
-    with _connect(path, _LAYOUT) as client:
+    with _connection(path, _LAYOUT) as connection:
         for _ in range(rounds):
             start = time.perf_counter()
-            found = client.call(Match(hashes=_hashes(_LAYOUT), tokens=_TOKENS, lease=True), Found)
+            slots = _lease_prefix(connection, _LAYOUT)
             times.append(time.perf_counter() - start)
-            assert len(found.slots) == 4 * _PREFIX_BLOCKS
-            client.post(Release(slots=found.slots))
+            _return(connection, slots)
             _let_it_work()
     return times
 
 
-def _read_times(client: DaemonClient, layout: BlockLayout) -> _Times:
+@contextmanager
+def _connection(path: Path, layout: BlockLayout) -> Iterator[_Connection]:
+    """Connect as a cache does, and map the slab."""
+    connection = DaemonConnection(
+        _connect(path, layout), layout.block_bytes, open_mover=lambda _: _NoCopies(), lost=lambda *_: None
+    )
+    try:
+        yield connection
+    finally:
+        connection.retire(is_idle=True)
+
+
+class _NoCopies:
+    """Stands for what copies to a GPU."""
+
+    def close(self) -> None:
+        """Nothing to wait for."""
+
+
+def _lease_prefix(connection: _Connection, layout: BlockLayout) -> array[int]:
+    found = connection.match(Match(hashes=_hashes(layout), tokens=_TOKENS, lease=True))
+    slots = split_numbers(found.slots)
+    connection.lease(slots)
+    assert len(slots) == _PREFIX_BLOCKS
+    return slots
+
+
+def _return(connection: _Connection, slots: array[int]) -> None:
+    connection.return_leases(slots)
+    connection.send_returned()
+
+
+def _read_times(connection: _Connection, layout: BlockLayout) -> _Times:
     """Return how long it takes to bring the prefix into this process's own memory."""
-    slots = Slab.attach(client.take_descriptor(), client.welcome.slab_bytes).slots(layout.block_bytes)
-    found = client.call(Match(hashes=_hashes(layout), tokens=_TOKENS, lease=True), Found)
-    places = list(split_numbers(found.slots))
-    assert places == list(range(places[0], places[0] + _PREFIX_BLOCKS)), (
+    places = _lease_prefix(connection, layout)
+    assert list(places) == list(range(places[0], places[0] + _PREFIX_BLOCKS)), (
         "a memcpy of the same bytes needs them in a row"
     )
-    same = slots[places[0] : places[0] + _PREFIX_BLOCKS]
-    return _alternate(partial(_read_prefix, client, layout, slots), layout, {"the same bytes": same})
+    same = connection.slots[places[0] : places[0] + _PREFIX_BLOCKS]
+    _return(connection, places)
+    return _alternate(partial(_read_prefix, connection, layout), layout, {"the same bytes": same})
 
 
-def _read_prefix(client: DaemonClient, layout: BlockLayout, slots: Block, target: Block) -> None:
-    found = client.call(Match(hashes=_hashes(layout), tokens=_TOKENS, lease=True), Found)
-    for number, slot in enumerate(split_numbers(found.slots)):
+def _read_prefix(connection: _Connection, layout: BlockLayout, target: Block) -> None:
+    places, slots = _lease_prefix(connection, layout), connection.slots
+    for number, slot in enumerate(places):
         target[number] = slots[slot]
-    client.post(Release(slots=found.slots))
+    _return(connection, places)
 
 
 # -- Redis -----------------------------------------------------------------------------------------------

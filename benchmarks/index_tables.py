@@ -83,12 +83,9 @@ class IndexTable:
     def commit(self, request: Request) -> None:
         parent = request.cached[-1].block_hash if request.cached else ROOT
         at = len(request.cached)
-        for block_hash, tokens in iter_chain(parent, request.prompt[at * _STEP :], BLOCK_SIZE):
-            entry = self.index.insert(block_hash, parent, tokens)
-            assert entry
-            self.index.attach(entry, Tier.HOT, request.slots[at])
-            parent = block_hash
-            at += 1
+        named = list(iter_chain(parent, request.prompt[at * _STEP :], BLOCK_SIZE))
+        added = self.index.extend(parent, named, request.slots[at:])
+        assert len(added) == len(named)
 
     def release(self, request: Request) -> None:
         self.index.unpin_all(Tier.HOT, request.slots)

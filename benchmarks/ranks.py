@@ -1,19 +1,25 @@
-"""A model split over several GPUs, with a process and a cache for each: the cost of agreeing, the gain of caching.
+"""A model split over several GPUs, with a process and a cache for each, beside one GPU with half of the weights.
 
-Starts the processes itself. A Llama of the shape chosen, with random weights, is split by its own tensor-parallel
-plan. Printed: the time of one agreement, the time to first token by where the prompt's cached part lies, and what
-happens when one rank loses a block. Without GPUs the same runs on the CPU, for the shape "tiny".
+Starts the processes itself: one for each rank, then one for the other model. A Llama of the shape chosen, with random
+weights, is split by its own tensor-parallel plan. Printed: the time of one agreement and of one sum, the time to first
+token by where the prompt's cached part lies, the time of a decode step on the ranks and on one GPU with as many weights
+as a rank has, and what happens when one rank loses a block. Then the same as a table of goals, with yes or NO. Without
+GPUs the same runs on the CPU, for the shape "tiny".
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
+import json
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,10 +27,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, distributed
 
-from benchmarks.ttft import machine, random_model
+from benchmarks.rank_passes import passes_line
+from benchmarks.ttft import SHAPES, drop_page_cache, machine, random_model
 from tierkv.config import CacheConfig
 from tierkv.engine.models import LoadedModel, split_model
 from tierkv.engine.runner import GenerationOptions, Runner, open_runner
+from tierkv.ranks import rank_sums
+from tierkv.ranks.group import RankGroup, agree_min
 from tierkv.ranks.torch_ranks import TorchRanks
 from tierkv.values.block import Tier
 
@@ -32,12 +41,27 @@ __all__ = ["main"]
 
 _GIB = 1 << 30
 
-# What is evicted before each request, and whether the request may use the cache.
-_WAYS: dict[str, tuple[tuple[Tier, ...], bool]] = {
-    "recompute": ((), False),
-    "hot": ((), True),
-    "warm": ((Tier.HOT,), True),
-    "cold, page cache": ((Tier.HOT, Tier.WARM), True),
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Way:
+    """What is evicted before each request, and the options of the request. unmeasured: requests before the times."""
+
+    evicted: tuple[Tier, ...] = ()
+    use_cache: bool = True
+    compute_or_load: bool = True
+    from_disk: bool = False
+    unmeasured: int = 2  # the first warms up, the second may capture a graph
+
+
+_BELOW = (Tier.HOT, Tier.WARM)
+_WAYS: dict[str, _Way] = {
+    "recompute": _Way(use_cache=False),
+    "hot": _Way(),
+    "warm": _Way(evicted=(Tier.HOT,)),
+    "cold, page cache, all loaded": _Way(evicted=_BELOW, compute_or_load=False),
+    "cold, page cache": _Way(evicted=_BELOW, unmeasured=4),  # until it has measured loading, and both side by side
+    "cold, disk, all loaded": _Way(evicted=_BELOW, compute_or_load=False, from_disk=True),
+    "cold, disk": _Way(evicted=_BELOW, from_disk=True, unmeasured=4),
 }
 
 
@@ -48,11 +72,12 @@ class _Options:
     new_tokens: int
     repeats: int
     decode: int
-    graphs: bool
+    graphs: bool | None
+    fuse: str
 
 
 def main() -> None:
-    """Start the ranks, wait for them, and end with 1 if one of them failed or took too long."""
+    """Start the ranks, then the one GPU; print the goals. End with 1 if a process failed or took too long."""
     gpus = torch.cuda.device_count()
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ranks", type=int, default=gpus if gpus > 1 else 2)
@@ -60,46 +85,64 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192 if gpus > 1 else 1024, help="cached tokens of the prompt")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens of the prompt that are not cached")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--decode", type=int, default=16, help="tokens to decode, for the time of one")
-    parser.add_argument("--graphs", action="store_true", help="replay CUDA graphs, collectives included")
-    parser.add_argument("--timeout-s", type=float, default=240, help="after which every rank is killed")
+    parser.add_argument("--decode", type=int, default=128, help="tokens to decode, for the time of one")
+    parser.add_argument("--no-graphs", dest="graphs", action="store_false", default=None, help="launch every kernel")
+    parser.add_argument("--fuse", choices=["auto", "on", "off"], default="auto", help="fused kernels or modules' own")
+    parser.add_argument("--nccl", action="store_true", help="sum by NCCL alone, not by reading other GPUs' memory")
+    parser.add_argument("--timeout-s", type=float, default=330, help="after which every process is killed")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    options = _Options(**{name: getattr(arguments, name) for name in _Options.__slots__})
     if arguments.rank is None:
         sys.exit(_start(arguments.ranks, arguments.timeout_s))
-    options = _Options(**{name: getattr(arguments, name) for name in _Options.__slots__})
-    _run_rank(arguments.rank, arguments.ranks, arguments.directory, options)
+    if arguments.timeout_s > 60:
+        faulthandler.dump_traceback_later(arguments.timeout_s - 30, exit=False)
+    if arguments.nccl:
+        rank_sums.ONE_SHOT_BYTES.clear()
+    if arguments.rank < 0:
+        _run_alone(arguments.ranks, arguments.directory, options)
+    else:
+        _run_rank(arguments.rank, arguments.ranks, arguments.directory, options)
 
 
 def _start(size: int, timeout_s: float) -> int:
-    """Run this command once for each rank, with the same options."""
+    """Run this command once for each rank, then for one GPU, with the same options."""
     environment = {
         **os.environ,
-        "NCCL_NVLS_ENABLE": "0",
+        "NCCL_NVLS_ENABLE": "0",  # a GPU may be shared
+        "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
         "OMP_NUM_THREADS": "1",
-    }  # a GPU may be shared
+    }
     if torch.cuda.device_count() < size:
         environment["CUDA_VISIBLE_DEVICES"] = ""  # Transformers splits over the GPUs that it sees
+    until = time.monotonic() + timeout_s
     with tempfile.TemporaryDirectory() as directory:
         command = [sys.executable, "-m", "benchmarks.ranks", *sys.argv[1:], "--directory", directory]
-        ranks = [
-            subprocess.Popen(
-                [*command, "--ranks", str(size), "--rank", str(rank)], env={**environment, "LOCAL_RANK": str(rank)}
-            )
-            for rank in range(size)
-        ]
-        until = time.monotonic() + timeout_s
-        try:
-            while any(rank.poll() is None for rank in ranks):
-                if time.monotonic() > until or any(rank.poll() for rank in ranks):
-                    break
-                time.sleep(0.1)
-        finally:
-            late = [number for number, rank in enumerate(ranks) if rank.poll() is None]
-            for rank in ranks:
-                rank.kill()
-                rank.wait()
+        for numbers in (range(size), [-1]):
+            code = _run_together([*command, "--ranks", str(size)], numbers, environment, until)
+            if code:
+                return code
+        _print_goals(Path(directory))
+    return 0
+
+
+def _run_together(command: list[str], numbers: Iterable[int], environment: dict[str, str], until: float) -> int:
+    """Run a command once for each rank's number. Return 1 if one failed; then all are ended."""
+    ranks = [
+        subprocess.Popen([*command, "--rank", str(number)], env={**environment, "LOCAL_RANK": str(max(0, number))})
+        for number in numbers
+    ]
+    try:
+        while any(rank.poll() is None for rank in ranks):
+            if time.monotonic() > until or any(rank.poll() for rank in ranks):
+                break
+            time.sleep(0.1)
+    finally:
+        late = [number for number, rank in enumerate(ranks) if rank.poll() is None]
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
     if any(rank.returncode for rank in ranks):
         print(f"failed: exit codes {[rank.returncode for rank in ranks]}, ranks {late} were ended")
         return 1
@@ -131,78 +174,153 @@ def _run_rank(rank: int, size: int, directory: Path, options: _Options) -> None:
 def _bench(device: torch.device, directory: Path, options: _Options) -> None:
     ranks = TorchRanks.of_process_group()
     loaded = LoadedModel(split_model(random_model(options.shape, device)), None, options.shape)
+    say = print if ranks.rank == 0 else _say_nothing
+    say("  ".join(f"{name}: {value}" for name, value in machine(device).items()), f" ranks: {ranks.size}", flush=True)
+    with _opened(loaded, directory / "store", options, ranks=ranks) as runner:
+        layout = runner.cache.layout
+        say(f"block of a rank: {layout.block_bytes / 2**20:.1f} MiB, {layout.layers[0].kv_heads} heads of K and V")
+        say(f"one agreement: {_agreement_us(ranks):.0f} us")
+        say(passes_line(runner), flush=True)
+        prefix = _tokens(runner, options.tokens, seed=1)
+        runner.prefill(prefix)
+        runner.cache.flush()
+        say(f"{options.tokens} cached tokens and {options.new_tokens} new ones:")
+        want: Tensor | None = None
+        times_s: dict[str, float] = {}
+        for name in _WAYS:
+            times_s[name], spread, found, want = _measure(runner, prefix, name, options, want)
+            gain = times_s["recompute"] / times_s[name]
+            say(
+                f"{name:>30}: {times_s[name] * 1e3:8.1f} ms to the first token ({gain:.1f}x), {spread}, {found}",
+                flush=True,
+            )
+        decode_s = _decode_s(runner, prefix, options)
+        say(f"{'decode':>30}: {decode_s * 1e3:8.2f} ms a token", flush=True)
+        say(_loss_line(runner, prefix, options), flush=True)
+        if ranks.rank == 0:
+            (directory / "ranks.json").write_text(json.dumps({**times_s, "decode": decode_s}))
+
+
+def _run_alone(size: int, directory: Path, options: _Options) -> None:
+    """Measure a decode step on one device, of a model that has as many weights and heads as one of `size` ranks."""
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    shape = dict(SHAPES[options.shape])
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size"):
+        shape[name] //= size
+    loaded = LoadedModel(random_model(shape, device), None, options.shape)
+    with _opened(loaded, directory / "store of one", options) as runner:
+        prefix = _tokens(runner, options.tokens, seed=1)
+        runner.prefill(prefix)
+        decode_s = _decode_s(runner, prefix, options)
+        weights = sum(parameter.numel() for parameter in loaded.model.parameters()) / 1e9
+    print(
+        f"one device, 1/{size} of the heads, the MLPs and the vocabulary ({weights:.2f} billion weights): "
+        f"{decode_s * 1e3:.2f} ms a token",
+        flush=True,
+    )
+    (directory / "alone.json").write_text(json.dumps(decode_s))
+
+
+def _opened(
+    loaded: LoadedModel, store: Path, options: _Options, *, ranks: RankGroup | None = None
+) -> AbstractContextManager[Runner]:
     is_small = options.shape == "tiny"
     config = CacheConfig(
-        cold_path=directory / "store",
+        cold_path=store,
         hot_bytes=_GIB // 4 if is_small else 4 * _GIB,
         warm_bytes=_GIB // 4 if is_small else 4 * _GIB,
         cold_bytes=2 * _GIB if is_small else 16 * _GIB,
         min_free_bytes=0,
     )
-    say = print if ranks.rank == 0 else _say_nothing
-    say("  ".join(f"{name}: {value}" for name, value in machine(device).items()), f" ranks: {ranks.size}", flush=True)
-    with open_runner(loaded, config, ranks=ranks, max_step_tokens=65_536, use_graphs=options.graphs or None) as runner:
-        layout = runner.cache.layout
-        say(f"block of a rank: {layout.block_bytes / 2**20:.1f} MiB, {layout.layers[0].kv_heads} heads of K and V")
-        say(f"one agreement: {_agreement_us(ranks):.0f} us", flush=True)
-        prefix = _tokens(runner, options.tokens, seed=1)
-        runner.prefill(prefix)
-        runner.cache.flush()
-        say(f"{options.tokens} cached tokens and {options.new_tokens} new ones, graphs {options.graphs}:")
-        want: Tensor | None = None
-        base = 0.0
-        for name in _WAYS:
-            ttft_s, found, want = _measure(runner, prefix, name, options, want)
-            base = base or ttft_s
-            say(
-                f"{name:>18}: {ttft_s * 1e3:8.1f} ms to the first token ({base / ttft_s:.1f}x), found {found}",
-                flush=True,
-            )
-        say(_decode_line(runner, prefix, options), flush=True)
-        say(_loss_line(runner, prefix, options), flush=True)
+    return open_runner(
+        loaded, config, ranks=ranks, max_step_tokens=65_536, use_graphs=options.graphs, fuse=options.fuse
+    )
+
+
+def _print_goals(directory: Path) -> None:
+    """Print what is to be reached on two H200, for the 8B shape and 8,192 cached tokens, and what was measured."""
+    ranks, alone_s = (
+        json.loads((directory / "ranks.json").read_text()),
+        json.loads((directory / "alone.json").read_text()),
+    )
+    computing = ranks["recompute"]
+    goals = [
+        ("decode step, times one device's with as many weights", ranks["decode"] / alone_s, "at most", 1.15),
+        ("hot, ms to the first token", ranks["hot"] * 1e3, "at most", 14.0),
+        ("warm, times faster than computing", computing / ranks["warm"], "at least", 10.0),
+        (
+            "cold from the page cache, times faster than computing",
+            computing / ranks["cold, page cache"],
+            "at least",
+            1.5,
+        ),
+        ("cold from the disk, times faster than computing", computing / ranks["cold, disk"], "at least", 1.0),
+    ]
+    print("goal")
+    for what, got, side, bound in goals:
+        is_met = got <= bound if side == "at most" else got >= bound
+        print(f"  {what:<56}{got:8.2f}   {side} {bound:<6g} {'yes' if is_met else 'NO'}")
 
 
 def _agreement_us(ranks: TorchRanks) -> float:
     times: list[float] = []
     for _ in range(500):
         started = time.perf_counter()
-        ranks.agree_min(1, topic=b"bench")
+        agree_min(ranks, 1, topic=b"bench")
         times.append(time.perf_counter() - started)
     return statistics.median(times) * 1e6
 
 
 def _measure(
     runner: Runner, prefix: list[int], name: str, options: _Options, want: Tensor | None
-) -> tuple[float, dict[str, int], Tensor]:
-    """Return the median seconds to the first token, the cached tokens of each tier, and the last logits.
+) -> tuple[float, str, str, Tensor]:
+    """Return the median seconds to the first token, their spread, what was found, and the last logits.
 
     want: the logits of a computed answer to the same prompt; those found may differ from it by rounding only.
     """
-    evicted, use_cache = _WAYS[name]
+    way, cache = _WAYS[name], runner.cache
     times: list[float] = []
-    for repeat in range(options.repeats + 2):  # the first warms up, the second may capture a graph
-        suffix = _tokens(runner, options.new_tokens, seed=100 + repeat)
-        for tier in evicted:
-            runner.cache.evict(tier)
+    runner.compute_or_load = way.compute_or_load
+    for repeat in range(way.unmeasured + options.repeats):
+        suffix = _tokens(runner, options.new_tokens, seed=100 + way.unmeasured + options.repeats - repeat)
+        cache.flush()  # the previous request's background writes must not slow this one
+        for tier in way.evicted:
+            cache.evict(tier)
         distributed.barrier()
-        chosen = GenerationOptions(max_new_tokens=1, stop_ids=frozenset(), use_cache=use_cache, keep_logits=True)
+        if way.from_disk and cache.ranks.rank == 0:
+            drop_page_cache()
+        distributed.barrier()
+        chosen = GenerationOptions(
+            max_new_tokens=1, stop_ids=frozenset(), store_partial=False, use_cache=way.use_cache, keep_logits=True
+        )
         (answer,) = runner.generate([prefix + suffix], chosen)
-        runner.cache.flush()
         times.append(answer.ttft_s)
     assert answer.logits is not None
     if want is not None:
         _assert_close(answer.logits, want)
-    found = {tier.value: count for tier, count in answer.cached_tokens.items() if count}
-    _assert_same(runner, str(found))
-    return statistics.median(times[2:]), found, answer.logits if want is None else want
+    found = " ".join(f"{count} {tier.value}" for tier, count in answer.cached_tokens.items() if count) or "nothing"
+    _assert_same(runner, found)
+    slowest = max(cache.ranks.gather(str(statistics.median(times[way.unmeasured :])).encode()), key=float)
+    measured = sorted(times[way.unmeasured :])
+    spread = f"{measured[0] * 1e3:.1f} to {measured[-1] * 1e3:.1f}"
+    return float(slowest), spread, f"found {found}", answer.logits if want is None else want
 
 
-def _decode_line(runner: Runner, prefix: list[int], options: _Options) -> str:
-    chosen = GenerationOptions(max_new_tokens=options.decode, stop_ids=frozenset())
-    for _ in range(3):
-        (answer,) = runner.generate([[*prefix, 5]], chosen)
-    _assert_same(runner, str(answer.token_ids))
-    return f"{'decode':>18}: {1e3 / answer.tokens_per_s:8.1f} ms a token"
+def _decode_s(runner: Runner, prefix: list[int], options: _Options) -> float:
+    """Return the median seconds of a decode step of one sequence, over the last of four answers."""
+    chosen = GenerationOptions(max_new_tokens=options.decode, stop_ids=frozenset(), store_partial=False)
+    steps: list[float] = []
+    token_ids: list[int] = []
+    for _ in range(4):
+        steps, token_ids, last = [], [], time.perf_counter()
+        for event in runner.stream([[*prefix, 5]], chosen):
+            token_ids.append(event.token_id)
+            steps.append(time.perf_counter() - last)
+            last = time.perf_counter()
+    _assert_same(runner, str(token_ids))
+    return statistics.median(steps[1:])
 
 
 def _loss_line(runner: Runner, prefix: list[int], options: _Options) -> str:
@@ -217,7 +335,7 @@ def _loss_line(runner: Runner, prefix: list[int], options: _Options) -> str:
         assert cache.cold is not None
         assert cache.cold.delete(cache.match(prefix).block_hashes[at])
     distributed.barrier()
-    chosen = GenerationOptions(max_new_tokens=1, stop_ids=frozenset())
+    chosen = GenerationOptions(max_new_tokens=1, stop_ids=frozenset(), store_partial=False)
     found: list[int] = []
     for _ in range(2):
         (answer,) = runner.generate([[*prefix, 7]], chosen)

@@ -226,7 +226,7 @@ class TierkvEngine:
         from tierkv import GenerationOptions, SamplingOptions
 
         sampling = SamplingOptions(temperature=self._temperature)
-        return GenerationOptions(max_new_tokens=num_new, stop_ids=frozenset(), sampling=sampling)
+        return GenerationOptions(max_new_tokens=num_new, stop_ids=frozenset(), store_partial=False, sampling=sampling)
 
     def generate(self, prompts: Sequence[list[int]], num_new: int) -> float:
         started = time.perf_counter()

@@ -81,7 +81,9 @@ def _decode(runner: Runner, batch: int, prompt_tokens: int, num_steps: int) -> d
         "tracker": [MemoryTracker()],
         "profiler": _observers_of_a_profiler(),
     }
-    events = runner.stream(prompts, GenerationOptions(max_new_tokens=num_steps + 10, stop_ids=frozenset()))
+    events = runner.stream(
+        prompts, GenerationOptions(max_new_tokens=num_steps + 10, stop_ids=frozenset(), store_partial=False)
+    )
     for _ in range(9 * batch):  # prefill, and steps to warm up
         next(events)
     steps: dict[str, list[float]] = {name: [] for name in observers}

@@ -27,9 +27,9 @@ from tierkv.engine.models import LoadedModel
 from tierkv.engine.runner import GenerationOptions, Runner, open_runner
 from tierkv.values.block import Tier
 
-__all__ = ["Timing", "machine", "main", "measure", "random_model"]
+__all__ = ["SHAPES", "Timing", "drop_page_cache", "machine", "main", "measure", "random_model"]
 
-_SHAPES: dict[str, dict[str, Any]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "8b": {
         "vocab_size": 128_256,
         "hidden_size": 4096,
@@ -93,7 +93,7 @@ WAYS: dict[str, _Way] = {
 def main() -> None:
     """Run the benchmark and print its table; `--json FILE` keeps it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", choices=sorted(_SHAPES), default="8b" if torch.cuda.is_available() else "tiny")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="8b" if torch.cuda.is_available() else "tiny")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 8192, 32_768])
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens of the prompt that are not cached")
     parser.add_argument("--repeats", type=int, default=5)
@@ -122,9 +122,10 @@ def main() -> None:
         arguments.json.write_text(json.dumps(result, indent=1))
 
 
-def random_model(shape: str, device: torch.device) -> Any:
-    """Return a Llama of that shape with small random weights, made on the device."""
-    config = transformers.LlamaConfig(**_SHAPES[shape], max_position_embeddings=131_072, eos_token_id=None)
+def random_model(shape: str | dict[str, Any], device: torch.device) -> Any:
+    """Return a Llama of that shape, a name or what its configuration says, with random weights made on the device."""
+    sizes = SHAPES[shape] if isinstance(shape, str) else shape
+    config = transformers.LlamaConfig(**sizes, max_position_embeddings=131_072, eos_token_id=None)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
     with torch.device(device):
@@ -157,8 +158,10 @@ def measure(runner: Runner, num_cached: int, num_new: int, repeats: int, names: 
             for tier in way.evicted:
                 cache.evict(tier)
             if way.from_disk:
-                _drop_page_cache()
-            options = GenerationOptions(max_new_tokens=1, stop_ids=frozenset(), use_cache=way.use_cache)
+                drop_page_cache()
+            options = GenerationOptions(
+                max_new_tokens=1, stop_ids=frozenset(), store_partial=False, use_cache=way.use_cache
+            )
             (result,) = runner.generate([prefix + suffix], options)
             if repeat > 1:  # the first request warms up, the second captures a graph
                 measured.append(result.ttft_s)
@@ -192,7 +195,7 @@ def _link_gb_s(runner: Runner) -> float:
     return max(speeds)
 
 
-def _drop_page_cache() -> None:
+def drop_page_cache() -> None:
     """Make the next read of a block come from the disk; needs root, and prints a line without it.
 
     What stays are the pages of LMDB's trees that this process has mapped: opening a store has read them all, and a

@@ -28,7 +28,6 @@ for question in ("Why was I charged twice?", "And how do I get it back?"):
     for chunk in stream:
         if chunk.choices:
             answer += chunk.choices[0].delta.content or ""
-        elif chunk.usage and chunk.usage.prompt_tokens_details:
-            usage = chunk.usage
-            print(f"{usage.prompt_tokens} tokens, of which {usage.prompt_tokens_details.cached_tokens} were cached")
+        elif (usage := chunk.usage) and (details := usage.prompt_tokens_details):
+            print(f"{usage.prompt_tokens} tokens, of which {details.cached_tokens} were cached")
     messages.append({"role": "assistant", "content": answer})

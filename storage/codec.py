@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,7 @@ __all__ = [
     "iter_runs",
     "merge_planes",
     "put_exponents",
+    "shift_exponents",
     "take_exponent",
     "take_rest",
     "widen_exponent",
@@ -56,6 +57,8 @@ _EIGHT = np.uint16(8)
 
 FRAME_BYTES = 256 << 10
 """Bytes of a run per coded frame: smaller costs ratio, larger leaves no work for parallel decoders."""
+
+_KEPT_BYTES = 24 << 20  # glibc regards no longer one than 32 MiB
 
 LEVEL_3 = zstandard.ZstdCompressionParameters.from_level(3)
 LITERALS_ONLY = zstandard.ZstdCompressionParameters(
@@ -119,6 +122,7 @@ class FrameCoder(threading.local):
     """One zstd compressor and decompressor per thread: threads must not share them."""
 
     def __init__(self, parameters: zstandard.ZstdCompressionParameters) -> None:
+        _keep_freed_memory()
         self._compressor = zstandard.ZstdCompressor(compression_params=parameters)
         self._decompressor = zstandard.ZstdDecompressor()
 
@@ -143,26 +147,40 @@ class FrameCoder(threading.local):
             raise CorruptBlockError(f"a frame of {plane.size} bytes, expected {plane_bytes}")
         return plane
 
-    def decode_many(self, frames: Sequence[Bytes], plane_bytes: Sequence[int]) -> list[Bytes]:
+    def decode_many(self, frames: Sequence[memoryview], plane_bytes: Sequence[int]) -> list[Bytes]:
         """Return the planes of many frames; all coded ones are decoded in one call, without the GIL."""
-        planes = list(frames)
-        coded = [i for i, frame in enumerate(frames) if frame.size != plane_bytes[i]]
-        if not coded:
-            return planes
+        coded: list[bytes | bytearray | memoryview] = [
+            frame for frame, size in zip(frames, plane_bytes, strict=True) if len(frame) != size
+        ]
+        sizes = [size for frame, size in zip(frames, plane_bytes, strict=True) if len(frame) != size]
+        decoded: Any = ()
         try:
-            for i in coded:
-                _check_size(frames[i], plane_bytes[i])
-            sizes = np.array([plane_bytes[i] for i in coded], dtype=np.uint64).tobytes()
-            decoded = self._decompressor.multi_decompress_to_buffer(
-                [frames[i].data for i in coded], decompressed_sizes=sizes
-            )
+            claimed = list(map(zstandard.frame_content_size, coded))
+            if claimed != sizes:  # that claim bounds what zstd allocates
+                raise CorruptBlockError("a frame that is not of the size of its plane")
+            if coded:
+                packed = np.array(sizes, dtype=np.uint64).tobytes()
+                decoded = self._decompressor.multi_decompress_to_buffer(coded, decompressed_sizes=packed)
         except (zstandard.ZstdError, ValueError) as exc:
             raise CorruptBlockError(f"a frame that does not decode: {exc}") from exc
-        for at, i in enumerate(coded):
-            planes[i] = np.frombuffer(decoded[at], dtype=np.uint8)  # type: ignore[call-overload]  # it has the buffer protocol
-            if planes[i].size != plane_bytes[i]:
-                raise CorruptBlockError(f"a frame of {planes[i].size} bytes, expected {plane_bytes[i]}")
-        return planes
+        planes = iter(decoded)
+        found = [
+            np.frombuffer(frame if len(frame) == size else next(planes), dtype=np.uint8)
+            for frame, size in zip(frames, plane_bytes, strict=True)
+        ]
+        if [plane.size for plane in found] != list(plane_bytes):
+            raise CorruptBlockError("a frame that does not decode to the size of its plane")
+        return found
+
+
+def _keep_freed_memory() -> None:
+    """Have the C library keep memory that is freed, for the next allocation.
+
+    zstd's planes are allocated anew for each piece. glibc returned them to the system each time, and the page faults
+    of the next ones took a third of the time of decoding. Once a block of some MiB has been freed, glibc keeps what is
+    freed at the end of its memory, up to twice as many bytes (mallopt(3), M_MMAP_THRESHOLD).
+    """
+    np.empty(_KEPT_BYTES, dtype=np.uint8)
 
 
 def _check_size(frame: Bytes, plane_bytes: int) -> None:
@@ -203,6 +221,11 @@ def widen_rest(rest: Bytes, values: Words) -> None:
 def widen_exponent(exponent: Bytes, words: Words) -> None:
     """Write each byte of `exponent` [n] where it belongs in a value: bits 7..14 of `words` [n]."""
     np.multiply(exponent, _EXPONENT_UNIT, out=words, dtype=np.uint16)  # faster than to widen, then to shift
+
+
+def shift_exponents(words: Words) -> None:
+    """Move exponents that were copied to `words` [n] as they are to where `widen_exponent` writes them."""
+    np.left_shift(words, _SEVEN, out=words)
 
 
 def put_exponents(exponent: Words, values: Words) -> None:

@@ -25,10 +25,9 @@ from tierkv.storage.codec import (
     Words,
     merge_planes,
     put_exponents,
+    shift_exponents,
     take_exponent,
     take_rest,
-    widen_exponent,
-    widen_rest,
 )
 from tierkv.storage.codecs_lossy import Int8Codec
 from tierkv.values.layout import Run
@@ -164,44 +163,49 @@ class ExponentCodec(Codec):
             super().decode_runs(payload, frame_sizes, block, runs, num_tokens)
             return
         spans = [(run.offset_bytes, run.token_bytes * num_tokens) for run in runs]
-        frames, plane_bytes, rests = self._take_apart(payload, frame_sizes, spans)
+        frames, plane_bytes, rests = self._take_apart(payload.data, frame_sizes, spans)
         planes = iter(self._frames.decode_many(frames, plane_bytes))
+        signed = payload.view(np.int8)
         for group in _adjacent(spans, 2 * _MERGE_COUNT):
             start, end = spans[group.start][0], sum(spans[group.stop - 1])
             words = block[start:end].view(np.uint16)
-            exponents = self._scratch.words[: words.size]
+            target, exponents = words.view(np.int16), self._scratch.words[: words.size]
             done = 0
-            for rest in rests[group.start : group.stop]:
-                widen_rest(rest, words[done : done + rest.size])
-                begin = done
-                done += rest.size
-                while begin < done:
+            for begin, (_, length) in zip(rests[group], spans[group], strict=True):
+                count = length // 2
+                np.copyto(target[done : done + count], signed[begin : begin + count])  # as `widen_rest`
+                run_end = done + count
+                while done < run_end:
                     plane = next(planes)
-                    widen_exponent(plane, exponents[begin : begin + plane.size])
-                    begin += plane.size
+                    np.copyto(exponents[done : done + plane.size], plane)
+                    done += plane.size
+            shift_exponents(exponents)  # once for all: a call for each plane costs more than the bytes do
             put_exponents(exponents, words)
 
     def _take_apart(
-        self, payload: Bytes, frame_sizes: Sequence[int], spans: Sequence[_Span]
-    ) -> tuple[list[Bytes], list[int], list[Bytes]]:
-        """Return the coded frames of all runs, the lengths of their planes, and the raw rest of each run."""
-        frames: list[Bytes] = []
+        self, payload: memoryview, frame_sizes: Sequence[int], spans: Sequence[_Span]
+    ) -> tuple[list[memoryview], list[int], list[int]]:
+        """Return the coded frames of all runs, the lengths of their planes, and where each run's raw rest begins."""
+        frames: list[memoryview] = []
         plane_bytes: list[int] = []
-        rests: list[Bytes] = []
-        sizes = iter(frame_sizes)
-        begin = 0
+        rests: list[int] = []
+        most = self._frame_count
+        begin = number = 0
         for _, length in spans:
-            count = length // self._item_bytes
-            for first in range(0, count, self._frame_count):
-                size = next(sizes)
-                frames.append(payload[begin : begin + size])
-                plane_bytes.append(min(self._frame_count, count - first))
-                begin += size
-            size = next(sizes)
-            if size != length - count:
-                raise CorruptBlockError(f"a rest of {size} bytes for {count} values")
-            rests.append(payload[begin : begin + size])
-            begin += size
+            left = length // self._item_bytes
+            rest_bytes = length - left
+            while left > 0:
+                end = begin + frame_sizes[number]
+                frames.append(payload[begin:end])
+                plane_bytes.append(min(most, left))
+                begin = end
+                left -= most
+                number += 1
+            if frame_sizes[number] != rest_bytes or length % self._item_bytes:  # else a last byte would have no value
+                raise CorruptBlockError(f"a rest of {frame_sizes[number]} bytes in a run of {length}")
+            rests.append(begin)
+            begin += rest_bytes
+            number += 1
         return frames, plane_bytes, rests
 
     def _iter_words(self, values: Bytes) -> Iterator[tuple[Words, int]]:

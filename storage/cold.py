@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,22 +27,22 @@ from tierkv.storage.cold_eviction import (
     least_recently_used,
 )
 from tierkv.storage.cold_notes import ColdStats, Counters, PendingNotes
+from tierkv.storage.cold_opening import adopt_format_and_quota
+from tierkv.storage.cold_pins import iter_pin_ends
 from tierkv.storage.cold_rows import (
     BLOCKS,
-    FORMAT_KEY,
     NAMES,
     QUOTA_KEY,
-    STORE_VERSION,
     ColdEntry,
     Databases,
-    add_checksum,
-    check_format,
     get_entry,
     map_bytes_of,
     namespace_rows,
     unpack_quota,
+    with_history,
 )
 from tierkv.storage.cold_salvage import ColdSalvager
+from tierkv.storage.cold_tenants import TenantSettings, load_tenants
 from tierkv.storage.cold_writer import ColdWriter
 from tierkv.storage.lmdb_env import LmdbEnv
 from tierkv.storage.outcomes import MissReason, PutOutcome
@@ -113,7 +113,7 @@ class ColdStore(cold_reader.ColdReader):  # by the module's name: pyright's repo
         )
         self.notes: PendingNotes = self._writer.notes
         try:
-            self._adopt_format_and_quota(quota_bytes)
+            adopt_format_and_quota(self._env, self._writer, quota_bytes)
             if not self.read_only:
                 try:
                     self._writer.require_room(0)
@@ -197,13 +197,28 @@ class ColdStore(cold_reader.ColdReader):  # by the module's name: pyright's repo
         wrong shape and for a closed store. Many threads may read at once; the heavy parts release the GIL.
         coded: take frames that a GPU decodes as they are; see `decode_record`.
         """
-        reason = self.decode_block(expected, out, layout=layout, coded=coded)
-        if reason in (MissReason.CORRUPT, MissReason.TRUNCATED):
-            self.note_damaged(expected.block_hash)
-        if reason is MissReason.ABSENT and self.was_evicted(expected.block_hash):
-            reason = MissReason.EVICTED
-        self._counters.count_read(reason)
-        return reason
+        return self.read_many_into([expected], [out], layout=layout, coded=[coded])[0]
+
+    def read_many_into(
+        self,
+        expected: Sequence[BlockInfo],
+        outs: Sequence[Buffer],
+        *,
+        layout: BlockLayout,
+        coded: Sequence[CodedBlock | None] | None = None,
+    ) -> list[MissReason | None]:
+        """Decode blocks of one namespace, one after another, as `read_into` does; all are found in one snapshot.
+
+        Many small blocks cost a thread less so. The snapshot keeps their pages from being used again meanwhile.
+        """
+        reasons = self.decode_blocks(expected, outs, layout=layout, coded=coded)
+        for at, (info, reason) in enumerate(zip(expected, reasons, strict=True)):
+            if reason in (MissReason.CORRUPT, MissReason.TRUNCATED):
+                self.note_damaged(info.block_hash)
+            elif reason is MissReason.ABSENT and self.was_evicted(info.block_hash):
+                reasons[at] = MissReason.EVICTED
+        self._counters.count_reads(reasons)
+        return reasons
 
     def read_ahead(self, block_hashes: Sequence[BlockHash]) -> None:
         """Ask the system to fetch blocks that will be read soon; returns without them. Raises nothing."""
@@ -268,12 +283,42 @@ class ColdStore(cold_reader.ColdReader):  # by the module's name: pyright's repo
         self._require_writable()
         self._writer.maintain()
 
-    def set_pinned(self, block_hashes: Iterable[BlockHash], pinned: bool) -> None:
-        """Pin or unpin blocks for good: no process evicts a pinned block."""
+    def set_pinned(self, block_hashes: Iterable[BlockHash], pinned: bool, *, ttl_s: float | None = None) -> None:
+        """Pin or unpin blocks: no process evicts a pinned block. ttl_s: how long the pin holds; None for good."""
         self._require_writable()
         with self._writer.batch() as batch:
+            until = None if ttl_s is None else batch.now + ttl_s
             for block_hash in block_hashes:
-                batch.set_pinned(block_hash, pinned)
+                batch.set_pinned(block_hash, pinned, until=until)
+
+    def set_history(self, blocks: Mapping[BlockHash, tuple[ColdEntry, float | None]]) -> None:
+        """Give stored blocks the times, counts and pins of entries elsewhere, and the ends of these pins."""
+        self._require_writable()
+        with self._writer.batch() as batch:
+            for block_hash, (old, pin_end) in blocks.items():
+                entry = batch.entry(block_hash)
+                if entry is not None:
+                    batch.write_entry(block_hash, with_history(entry, old))
+                    batch.set_pinned(block_hash, old.pinned, until=pin_end)
+
+    def pin_ends(self) -> dict[BlockHash, float]:
+        """Return when the pins of blocks end, of those that do, in seconds of the store's clock."""
+        with self._env.read() as txn:
+            return dict(iter_pin_ends(txn, self._databases))
+
+    def tenants(self) -> dict[str, TenantSettings]:
+        """Return the settings of each tenant that has any, by the hex sha256 of its salt, "" without one."""
+        with self._env.read() as txn:
+            return load_tenants(txn, self._databases)
+
+    def set_tenants(self, changes: Mapping[str, TenantSettings | None], *, evict: bool = False) -> EvictionReport:
+        """Store settings of tenants for all processes that use the store, and remove those that are None.
+
+        Where a tenant has more than its new limit, raises CapacityError unless `evict`. Raises ConfigError for settings
+        that do not agree, CapacityError if all cold shares together exceed the quota.
+        """
+        self._require_writable()
+        return self._writer.set_tenants(changes, evict=evict)
 
     def delete(self, block_hash: BlockHash) -> int:
         """Remove a block and all that follow it, pinned or not; return how many were removed."""
@@ -287,14 +332,16 @@ class ColdStore(cold_reader.ColdReader):  # by the module's name: pyright's repo
         namespace: BlockHash | None = None,
         older_than_s: float | None = None,
         prompt: StoredPrompt | None = None,
+        dry_run: bool = False,
     ) -> EvictionReport:
         """Remove unpinned blocks, leaf first: those that match namespace, prompt and age, where given; then more, until
         at most `to_bytes` are live. A parent stays as long as a child does.
 
         prompt: the blocks that begin with it are removed, and those of its own blocks that no other block continues.
+        dry_run: change nothing, and return what would be removed.
         """
         self._require_writable()
-        return self._writer.evict(to_bytes=to_bytes, namespace=namespace, older_than_s=older_than_s, prompt=prompt)
+        return self._writer.evict(to_bytes, namespace, older_than_s, prompt, dry_run=dry_run)
 
     def require_room(self, num_bytes: int = 0) -> None:
         """Raise CapacityError if blocks of so many bytes would find no room, evicting included."""
@@ -309,7 +356,7 @@ class ColdStore(cold_reader.ColdReader):  # by the module's name: pyright's repo
         if quota_bytes <= 0:
             raise ConfigError(f"a quota must be positive, got {quota_bytes}")
         self._require_writable()
-        report = None if evict else self._writer.would_evict(quota_bytes)
+        report = None if evict else self.evict(to_bytes=quota_bytes, dry_run=True)
         if report and report.blocks:
             raise CapacityError(
                 f"a quota of {format_bytes(quota_bytes)} would evict {report.blocks:,} blocks, "
@@ -317,7 +364,7 @@ class ColdStore(cold_reader.ColdReader):  # by the module's name: pyright's repo
                 hint="with evict=True, or --evict, it does",
             )
         self._writer.set_quota(quota_bytes)
-        return report or self._writer.evict(to_bytes=quota_bytes, namespace=None, older_than_s=None)
+        return report or self._writer.evict(quota_bytes)
 
     def flush(self, *, sync: bool = True) -> None:
         """Write pending accesses; with `sync`, return when all is on the disk. Raises StoreError."""
@@ -361,35 +408,6 @@ class ColdStore(cold_reader.ColdReader):  # by the module's name: pyright's repo
         self._require_writable()
         self.flush(sync=False)
         self._writer.compact()
-
-    def _adopt_format_and_quota(self, wanted: int | None) -> None:
-        """Refuse the store of another version, and use the stored quota; write both into a new store.
-
-        A store that an older version made has no quota: it gets the wanted one, or its live bytes where those are more.
-        """
-        with self._env.read() as txn:
-            version = txn.get(FORMAT_KEY, db=self._databases.meta)
-            is_new = version is None
-            if version is not None:
-                check_format(bytes(version))
-            quota_bytes = unpack_quota(txn.get(QUOTA_KEY, db=self._databases.meta))
-        if not self.read_only and (is_new or quota_bytes is None):
-            with self._writer.batch() as batch:
-                if is_new:
-                    batch.txn.put(FORMAT_KEY, add_checksum(STORE_VERSION), db=batch.databases.meta)
-                if quota_bytes is None:
-                    quota_bytes = max(self._writer.quota_bytes, batch.live_bytes)
-                    batch.set_quota(quota_bytes)
-        elif quota_bytes is not None and wanted not in (None, quota_bytes):
-            _logger.warning(
-                "cold store %s has a quota of %s, which stays: %s were asked for (tierkv quota SIZE sets another)",
-                self.path,
-                format_bytes(quota_bytes),
-                format_bytes(wanted or 0),
-            )
-        if quota_bytes is not None:
-            self._writer.quota_bytes = quota_bytes
-            self._env.set_map(map_bytes_of(quota_bytes))
 
     def _require_writable(self) -> None:
         if self.read_only:

@@ -19,7 +19,9 @@ from tierkv.errors import CorruptBlockError, FormatVersionError, StoreError
 from tierkv.storage.codec import Bytes
 from tierkv.storage.codecs import fits_namespace
 from tierkv.storage.cold_children import ChildrenTable
+from tierkv.storage.cold_descriptions import lossy_codec_in, salt_digest_in
 from tierkv.storage.cold_notes import NotedRows
+from tierkv.storage.cold_pins import expired_pins, set_pin_end
 from tierkv.storage.cold_rows import (
     BLOCKS,
     MAX_VALUE_BYTES,
@@ -33,7 +35,6 @@ from tierkv.storage.cold_rows import (
     entry_of,
     get_entry,
     load_rows,
-    lossy_codec_in,
     pack_entry,
     pack_quota,
     pack_row,
@@ -42,6 +43,7 @@ from tierkv.storage.cold_rows import (
     read_block_tokens,
     unpack_quota,
 )
+from tierkv.storage.cold_tenants import TenantUsage, load_tenants
 from tierkv.storage.lmdb_env import LmdbEnv, WriteTransaction
 from tierkv.storage.outcomes import PutOutcome
 from tierkv.storage.record import BlockInfo, EncodedRecord, mismatch, parse_record, read_header
@@ -60,7 +62,8 @@ class DamagedPagesError(StoreError):
 class WriteBatch:
     """Changes within one write transaction. The counters are valid only once it has committed.
 
-    children: the children table. rows: of all namespaces, changed in place and written by `finish`.
+    children: the children table. rows: of all namespaces, changed in place and written by `finish`. usage: what tenants
+    have, and may have.
     removed, removed_bytes: the blocks that this batch has removed, and the bytes of their values.
     """
 
@@ -70,6 +73,7 @@ class WriteBatch:
     databases: Databases = field(init=False)
     children: ChildrenTable = field(init=False)
     rows: dict[BlockHash, NamespaceRow] = field(init=False)
+    usage: TenantUsage = field(init=False)
     removed: list[BlockHash] = field(default_factory=list)
     removed_bytes: int = 0
     _new: set[BlockHash] = field(default_factory=set)
@@ -81,7 +85,12 @@ class WriteBatch:
         self.children = ChildrenTable(self.txn, self.databases.children)
         sound, damaged = load_rows(self.txn, self.databases)
         self.rows = sound | damaged
+        self.read_tenants()
         self._rows_before = {digest: copy.copy(row) for digest, row in sound.items()}
+
+    def read_tenants(self) -> None:
+        """Read the settings of tenants, and count what the tenants have."""
+        self.usage = TenantUsage(load_tenants(self.txn, self.databases), self.rows)
 
     @property
     def quota_bytes(self) -> int | None:
@@ -154,11 +163,30 @@ class WriteBatch:
         return PutOutcome.STORED
 
     def insert_within(self, record: EncodedRecord, limit: int) -> PutOutcome:
-        """Do as `insert` if the live bytes then stay within a limit."""
-        if self.live_bytes + padded_bytes(record.stored_bytes) <= limit:
+        """Do as `insert` if the live bytes then stay within a limit, and those of the tenant within the tenant's."""
+        size = padded_bytes(record.stored_bytes)
+        is_within_limit = size <= self.usage.room(self.usage.tenant_of(record.info.namespace))
+        if is_within_limit and self.live_bytes + size <= limit:
             return self.insert(record)
         known = self.entry(record.info.block_hash) is not None
-        return PutOutcome.EXISTS if known else PutOutcome.FULL
+        return PutOutcome.EXISTS if known else PutOutcome.FULL if is_within_limit else PutOutcome.TENANT_LIMIT
+
+    def incoming(self, records: Sequence[EncodedRecord]) -> dict[str | None, int]:
+        """Return how many bytes each tenant with settings, and None for the others, has of records to be stored.
+
+        Those that are stored already count not, nor those whose parents are neither stored nor among them.
+        """
+        found: dict[str | None, int] = {}
+        parents: set[BlockHash] = set()
+        for record in records if self.usage.settings else ():
+            info = record.info
+            is_stored = self.entry(info.block_hash) is not None
+            if info.parent == info.namespace or info.parent in parents or self.entry(info.parent) is not None:
+                parents.add(info.block_hash)
+                if not is_stored:
+                    tenant = self.usage.tenant_of(info.namespace)
+                    found[tenant] = found.get(tenant, 0) + padded_bytes(record.stored_bytes)
+        return found
 
     def new_entry(self, record: EncodedRecord) -> ColdEntry | None:
         """Return the entry of a record that is stored now, or None if its parent is not stored."""
@@ -198,11 +226,19 @@ class WriteBatch:
             at = max(at, entry.last_access)
             self.write_entry(block_hash, replace(entry, access_count=entry.access_count + count, last_access=at))
 
-    def set_pinned(self, block_hash: BlockHash, pinned: bool) -> None:
-        """Mark a block as never to be evicted, or no longer so."""
+    def set_pinned(self, block_hash: BlockHash, pinned: bool, *, until: float | None = None) -> None:
+        """Mark a block as never to be evicted, or no longer so. until: when the pin ends; None for never."""
         entry = self.entry(block_hash)
-        if entry is not None and entry.pinned != pinned:
+        if entry is None:
+            return
+        set_pin_end(self.txn, self.databases, block_hash, until if pinned else None)
+        if entry.pinned != pinned:
             self.write_entry(block_hash, replace(entry, pinned=pinned))
+
+    def end_pins(self) -> None:
+        """Unpin the blocks whose pins have ended."""
+        for block_hash in expired_pins(self.txn, self.databases, self.now):
+            self.set_pinned(block_hash, False)
 
     def remove_leaf(self, block_hash: BlockHash) -> bool:
         """Remove a block that no stored block follows. Return False, and do nothing, for any other."""
@@ -244,6 +280,8 @@ class WriteBatch:
         row = self.namespace(digest)
         row.description = description
         row.last_used = self.now
+        row.tenant = salt_digest_in(description, digest)
+        self.usage.note(digest, row)
         self._registered.add(digest)
 
     def count(self, entry: ColdEntry, sign: int) -> None:
@@ -251,6 +289,7 @@ class WriteBatch:
         row = self.namespace(entry.namespace)
         row.add(entry, sign)
         row.last_used = max(row.last_used, self.now)
+        self.usage.count(entry.namespace, sign * entry.value_bytes)
 
     def finish(self) -> None:
         """Write the namespaces' rows that have changed. To be called last."""

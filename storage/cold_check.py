@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from tierkv.errors import CorruptBlockError, FormatVersionError, StoreBusyError, StoreError
 from tierkv.storage.codecs import fits_namespace
 from tierkv.storage.cold_children import ChildRow
+from tierkv.storage.cold_descriptions import read_lossy_codec
 from tierkv.storage.cold_reader import get_value
 from tierkv.storage.cold_repair import rebuild_tree, restore_entry
 from tierkv.storage.cold_rows import (
@@ -18,7 +19,6 @@ from tierkv.storage.cold_rows import (
     get_entry,
     iter_namespaces,
     read_block_info,
-    read_lossy_codec,
     unpack_entry,
 )
 from tierkv.storage.cold_writer import ColdWriter

@@ -3,12 +3,14 @@
 Leaves go before their parents, pinned blocks never. Reading a million entries takes a moment, so candidates are queued:
 one scan orders the leaves, later evictions take from the queue. Each candidate is checked again, since it may have been
 touched, pinned or given children. A parent enters the queue when its last child is removed.
+
+Each tenant with settings has a queue of its own. Blocks of tenants with more than their share go first.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -16,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tierkv.storage.cold_batch import WriteBatch
-from tierkv.storage.cold_rows import ENTRY_BYTES, ENTRY_DTYPE, EntryTable, pack_entry
+from tierkv.storage.cold_rows import ENTRY_BYTES, ENTRY_DTYPE, EntryTable, pack_entry, padded_bytes
+from tierkv.storage.record import EncodedRecord
 from tierkv.values.block import HASH_BYTES, BlockHash
 
 __all__ = [
@@ -27,6 +30,7 @@ __all__ = [
     "StoredPrompt",
     "choose_blocks",
     "choose_prompt",
+    "evict_in_batch",
     "least_recently_used",
 ]
 
@@ -81,45 +85,113 @@ class EvictionCandidates:
 
     def __init__(self, score: EvictionScore = least_recently_used) -> None:
         self._score = score
-        self._heap: list[_Candidate] = []
+        self._heaps: dict[str | None, list[_Candidate]] = {}
+        self._tenants: frozenset[str] = frozenset()
 
-    def make_room(self, batch: WriteBatch, *, to_bytes: int, keep: frozenset[BlockHash]) -> bool:
+    def make_room_for(self, batch: WriteBatch, records: Sequence[EncodedRecord], *, limit: int) -> list[int]:
+        """Make room for records within `limit` live bytes. Return up to how many live bytes each may be inserted.
+
+        A tenant at its limit loses blocks of its own. Then tenants with more than their share lose blocks. If that is
+        not enough (blocks are pinned, or all shares together exceed a smaller quota), tenants that stay within their
+        own share get room at the cost of others, and tenants that would exceed theirs get none.
+        """
+        keep = frozenset(each for record in records for each in (record.info.parent, record.info.block_hash))
+        usage, incoming = batch.usage, batch.incoming(records)
+        for tenant, more_bytes in incoming.items():
+            if tenant is not None and usage.room(tenant) < more_bytes:
+                to_bytes = max(usage.live_bytes(tenant) + usage.room(tenant) - more_bytes, 0)
+                self.make_room_of_tenant(batch, tenant, to_bytes=to_bytes, keep=keep)
+        needed = sum(padded_bytes(record.stored_bytes) for record in records)
+        within_share: set[str | None] = set()
+        reserved = 0
+        if incoming or not usage.settings:
+            is_made = self._make_room(batch, max(limit - needed, 0), keep, incoming)
+            if not is_made and incoming:
+                within_share = {
+                    each for each, more_bytes in incoming.items() if usage.is_within_share(each, more_bytes)
+                }
+                reserved = sum(incoming[each] for each in within_share)
+            if reserved:
+                self._evict_until(batch, keep, lambda: batch.live_bytes <= max(limit - reserved, 0), _any)
+        tenants = [usage.tenant_of(record.info.namespace) for record in records]
+        return [limit if tenant in within_share else limit - reserved for tenant in tenants]
+
+    def make_room(self, batch: WriteBatch, *, to_bytes: int) -> bool:
         """Remove blocks until at most `to_bytes` are live. Return whether that was reached.
 
-        keep: blocks that must stay, as the parents of the next blocks to be stored.
+        Blocks within the shares of tenants go last.
         """
-        removed_at_scan = -1
-        while batch.live_bytes > to_bytes:
-            if not self._heap:
-                if len(batch.removed) == removed_at_scan:
-                    return False  # a whole scan found no block that may be removed
-                removed_at_scan = len(batch.removed)
-                self._scan(batch)
-            if self._heap:
-                self._try_next(batch, keep)
-        return True
+        return self._make_room(batch, to_bytes, frozenset(), {}) or self._evict_until(
+            batch, frozenset(), lambda: batch.live_bytes <= to_bytes, _any
+        )
+
+    def _make_room(
+        self, batch: WriteBatch, to_bytes: int, keep: frozenset[BlockHash], incoming: Mapping[str | None, int]
+    ) -> bool:
+        """Remove blocks of tenants that have more than their share, with what comes, until `to_bytes` are live."""
+
+        def is_above_share(tenant: str | None, candidate: _Candidate) -> bool:
+            return batch.usage.keeps_share(tenant, candidate.value_bytes - incoming.get(tenant, 0))
+
+        return self._evict_until(batch, keep, lambda: batch.live_bytes <= to_bytes, is_above_share)
+
+    def make_room_of_tenant(self, batch: WriteBatch, tenant: str, *, to_bytes: int, keep: frozenset[BlockHash]) -> bool:
+        """Remove blocks of one tenant until it has at most `to_bytes`. Return whether that was reached."""
+        return self._evict_until(
+            batch,
+            keep,
+            lambda: batch.usage.live_bytes(tenant) <= to_bytes,
+            lambda owner, candidate: owner == tenant,
+        )
 
     def forget(self) -> None:
-        """Drop the queue: after an abort, blocks that it counted as removed are stored again."""
-        self._heap.clear()
+        """Drop the queues: after an abort, blocks that they counted as removed are stored again."""
+        self._heaps.clear()
 
-    def _try_next(self, batch: WriteBatch, keep: frozenset[BlockHash]) -> None:
-        candidate = heapq.heappop(self._heap)
+    def _evict_until(
+        self,
+        batch: WriteBatch,
+        keep: frozenset[BlockHash],
+        is_done: Callable[[], bool],
+        may_evict: Callable[[str | None, _Candidate], bool],
+    ) -> bool:
+        """Remove the first candidates of queues whose first candidate may go. Return whether it is done."""
+        if self._tenants != batch.usage.settings.keys():
+            self.forget()
+        removed_at_scan = -1
+        while not is_done():
+            heap = self._best(may_evict)
+            if heap is not None:
+                self._try_next(batch, heap, keep)
+            elif len(batch.removed) == removed_at_scan:
+                return False  # a whole scan found no block that may be removed
+            else:
+                removed_at_scan = len(batch.removed)
+                self._scan(batch)
+        return True
+
+    def _best(self, may_evict: Callable[[str | None, _Candidate], bool]) -> list[_Candidate] | None:
+        """Return the queue with the lowest score among those whose first candidate may go."""
+        heaps = (heap for tenant, heap in self._heaps.items() if heap and may_evict(tenant, heap[0]))
+        return min(heaps, key=lambda heap: heap[0], default=None)
+
+    def _try_next(self, batch: WriteBatch, heap: list[_Candidate], keep: frozenset[BlockHash]) -> None:
+        candidate = heapq.heappop(heap)
         entry = batch.entry(candidate.block_hash)
         if entry is None or entry.pinned or candidate.block_hash in keep:
             return
         if entry.last_access != candidate.last_access or not batch.remove_leaf(candidate.block_hash):
             return
         if not batch.has_children(entry.parent):
-            self._push_parent(batch, entry.parent)
+            self._push_parent(batch, heap, entry.parent)
 
-    def _push_parent(self, batch: WriteBatch, block_hash: BlockHash) -> None:
+    def _push_parent(self, batch: WriteBatch, heap: list[_Candidate], block_hash: BlockHash) -> None:
         entry = batch.entry(block_hash)
         if entry is None:  # it is the namespace digest: the whole chain is removed
             return
         row = np.frombuffer(pack_entry(block_hash, entry), dtype=ENTRY_DTYPE)
         score = float(self._score(row, batch.now)[0])
-        heapq.heappush(self._heap, _Candidate(score, -entry.depth, block_hash, entry.last_access))
+        heapq.heappush(heap, _Candidate(score, -entry.depth, block_hash, entry.last_access, entry.value_bytes))
 
     def _scan(self, batch: WriteBatch) -> None:
         hashes, entries = _load_entries(batch)
@@ -128,9 +200,34 @@ class EvictionCandidates:
         rows = np.flatnonzero(leaves & (entries["pinned"] == 0))
         scores = self._score(entries[rows], batch.now)
         depths = entries["depth"][rows].astype(np.int64)
-        best = np.lexsort((-depths, scores))[:_MAX_QUEUE]
-        times = entries["last_access"][rows]
-        self._heap = [_Candidate(float(scores[i]), -int(depths[i]), hashes[rows[i]], float(times[i])) for i in best]
+        order = np.lexsort((-depths, scores))
+        times, sizes = entries["last_access"][rows], entries["value_bytes"][rows]
+        self._tenants = frozenset(batch.usage.settings)
+        self._heaps = {}
+        for tenant, best in _by_tenant(batch, entries[rows], order).items():
+            self._heaps[tenant] = [
+                _Candidate(float(scores[i]), -int(depths[i]), hashes[rows[i]], float(times[i]), int(sizes[i]))
+                for i in best[:_MAX_QUEUE]
+            ]
+
+
+def _any(tenant: str | None, candidate: _Candidate) -> bool:
+    return True
+
+
+def _by_tenant(
+    batch: WriteBatch, entries: EntryTable, order: npt.NDArray[np.int64]
+) -> dict[str | None, npt.NDArray[np.int64]]:
+    """Divide numbers of rows among the tenants with settings, and None for all others; their order stays."""
+    if not batch.usage.settings:
+        return {None: order}
+    namespaces, numbers = np.unique(
+        np.ascontiguousarray(entries["namespace"]).view(f"S{HASH_BYTES}"), return_inverse=True
+    )
+    tenants = [batch.usage.tenant_of(bytes(each).ljust(HASH_BYTES, b"\0")) for each in namespaces]
+    names = list(dict.fromkeys(tenants))
+    owners = np.array([names.index(each) for each in tenants], dtype=np.int64)[numbers[order]]
+    return {name: order[owners == number] for number, name in enumerate(names)}
 
 
 class _Candidate(NamedTuple):
@@ -140,6 +237,36 @@ class _Candidate(NamedTuple):
     minus_depth: int
     block_hash: BlockHash
     last_access: float
+    value_bytes: int
+
+
+def evict_in_batch(
+    to_bytes: int | None,
+    namespace: BlockHash | None,
+    older_than_s: float | None,
+    prompt: StoredPrompt | None,
+    batch: WriteBatch,
+    candidates: EvictionCandidates,
+) -> EvictionReport:
+    """Do in one batch what `ColdStore.evict` does in several, for a dry run."""
+    num_pinned = num_continued = 0
+    if namespace is not None or older_than_s is not None or prompt is not None:
+        chosen, num_pinned = (
+            choose_blocks(batch, namespace, older_than_s)
+            if prompt is None
+            else choose_prompt(batch, prompt, older_than_s)
+        )
+        batch.remove_leaves(chosen)
+        num_continued = len(chosen) - len(batch.removed)
+    if to_bytes is not None:
+        candidates.make_room(batch, to_bytes=to_bytes)
+    return EvictionReport(
+        blocks=len(batch.removed),
+        freed_bytes=batch.removed_bytes,
+        hashes=tuple(batch.removed),
+        num_pinned=num_pinned,
+        num_continued=num_continued,
+    )
 
 
 def choose_blocks(batch: WriteBatch, namespace: BlockHash | None, older_than_s: float | None) -> Chosen:

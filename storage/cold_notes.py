@@ -54,13 +54,14 @@ class Counters:
         self._damaged_blocks = 0
         self._evicted: OrderedDict[BlockHash, None] = OrderedDict()
 
-    def count_read(self, reason: MissReason | None) -> None:
-        """Count a hit (None) or a miss."""
+    def count_reads(self, reasons: Iterable[MissReason | None]) -> None:
+        """Count hits (None) and misses."""
         with self._lock:
-            if reason is None:
-                self._hits += 1
-            else:
-                self._misses[reason] += 1
+            for reason in reasons:
+                if reason is None:
+                    self._hits += 1
+                else:
+                    self._misses[reason] += 1
 
     def count_puts(self, outcomes: Iterable[PutOutcome]) -> None:
         """Count the outcomes of records."""

@@ -6,9 +6,8 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from tierkv.storage.codec import Bytes
 from tierkv.storage.codecs import check_codec
 from tierkv.storage.coded import CodedBlock
 from tierkv.storage.cold_children import ChildrenTable
+from tierkv.storage.cold_descriptions import lossy_codec_in, read_lossy_codec, tenant_of_row
 from tierkv.storage.cold_rows import (
     BLOCKS,
     NO_DESCRIPTION,
@@ -24,10 +24,8 @@ from tierkv.storage.cold_rows import (
     Databases,
     NamespaceRow,
     get_entry,
-    lossy_codec_in,
     namespace_rows,
     read_block_tokens,
-    read_lossy_codec,
     unpack_entry,
 )
 from tierkv.storage.lmdb_env import LmdbEnv, ReadTransaction
@@ -58,6 +56,8 @@ _logger = logging.getLogger(__name__)
 class ColdReader:
     """Reads an open environment of the cold store. Thread-safe; raises StoreError once that is closed or unreadable."""
 
+    is_remote = False
+
     def __init__(self, env: LmdbEnv) -> None:
         self.path: Path = env.path
         self._env = env
@@ -67,6 +67,10 @@ class ColdReader:
     @property
     def _databases(self) -> Databases:
         return Databases(*self._env.handles)
+
+    def unshared(self) -> contextlib.AbstractContextManager[None]:
+        """Keep other processes from opening the store meanwhile. Raises StoreError if one has it open."""
+        return self._env.unshared()
 
     def children(self, parent: BlockHash) -> list[BlockHash]:
         """Return the hashes of the blocks that follow `parent`; the namespace digest has the first ones."""
@@ -86,37 +90,72 @@ class ColdReader:
         with self._env.read() as txn:
             return read_block_tokens(txn, self._databases, block_hash)
 
-    def decode_block(
-        self, expected: BlockInfo, out: Buffer, *, layout: BlockLayout, coded: CodedBlock | None = None
-    ) -> MissReason | None:
-        """Decode a block into `out`; return None, or why it is a miss. Counts and changes nothing.
+    def decode_blocks(
+        self,
+        expected: Sequence[BlockInfo],
+        outs: Sequence[Buffer],
+        *,
+        layout: BlockLayout,
+        coded: Sequence[CodedBlock | None] | None = None,
+    ) -> list[MissReason | None]:
+        """Decode blocks of one namespace, each into its own of `outs`. Counts and changes nothing.
 
-        Uses the record that plain reads find if it is right; else reads it once more through LMDB.
+        Return for each None, or why it is a miss. Uses the records that plain reads find in one snapshot; one that is
+        not right is read once more through LMDB.
         """
-        decode = partial(decode_record, out=out, expected=expected, layout=layout, coded=coded)
+        coded = coded or [None] * len(expected)
+        reasons: list[MissReason | None] = []
+        again: list[int] = []
         try:
-            with self._env.read() as txn, contextlib.suppress(CorruptBlockError, FormatVersionError):
-                record = self._env.data.open_value(BLOCKS, expected.block_hash, max_bytes=max_record_bytes(layout))
-                if record is not None:
-                    reason = decode(record, lossy_codec=self._lossy_codec_of(txn, expected.namespace))
-                    if reason is None:
-                        return None
+            with self._env.read() as txn:
+                lossy_codec = self._lossy_codec_of(txn, expected[0].namespace) if expected else ""
+                keys = [info.block_hash for info in expected]
+                records = self._env.data.open_values(BLOCKS, keys, max_bytes=max_record_bytes(layout))
+                for record, info, out, frames in zip(records, expected, outs, coded, strict=True):
+                    reason = None
+                    try:
+                        is_right = record is not None and None is decode_record(
+                            record, out, expected=info, layout=layout, lossy_codec=lossy_codec, coded=frames
+                        )
+                    except (CorruptBlockError, FormatVersionError):
+                        is_right = False
+                    except OSError as exc:
+                        is_right, reason = True, self._reason_of(exc, info)
+                    if not is_right:
+                        again.append(len(reasons))
+                    reasons.append(reason)
+        except (StoreError, OSError) as exc:
+            reasons += [self._reason_of(exc, info) for info in expected[len(reasons) :]]
+        for at in again:
+            reasons[at] = self._decode_mapped(expected[at], outs[at], layout=layout, coded=coded[at])
+        return reasons
+
+    def _decode_mapped(
+        self, expected: BlockInfo, out: Buffer, *, layout: BlockLayout, coded: CodedBlock | None
+    ) -> MissReason | None:
+        """Decode a block through LMDB's map. Return None, or why it is a miss."""
+        try:
             with self._env.read() as txn:
                 value = txn.get(expected.block_hash, db=self._databases.blocks)
                 if value is None:
                     return MissReason.ABSENT
-                return decode(value, lossy_codec=self._lossy_codec_of(txn, expected.namespace))
-        except (TruncatedBlockError, CutShortError):
-            return MissReason.TRUNCATED
-        except FormatVersionError:
-            return MissReason.FORMAT
-        except CorruptBlockError:
-            return MissReason.CORRUPT
+                lossy_codec = self._lossy_codec_of(txn, expected.namespace)
+                return decode_record(value, out, expected=expected, layout=layout, lossy_codec=lossy_codec, coded=coded)
         except (StoreError, OSError) as exc:
-            if not self._env.is_open:
-                raise
-            _logger.warning("cold store %s: block %s not read: %s", self.path, expected.block_hash.hex(), exc)
-            return MissReason.IO_ERROR
+            return self._reason_of(exc, expected)
+
+    def _reason_of(self, exc: StoreError | OSError, block: BlockInfo) -> MissReason:
+        """Return what kind of miss an error is. Raises it again where the store is closed."""
+        if isinstance(exc, TruncatedBlockError | CutShortError):
+            return MissReason.TRUNCATED
+        if isinstance(exc, FormatVersionError):
+            return MissReason.FORMAT
+        if isinstance(exc, CorruptBlockError):
+            return MissReason.CORRUPT
+        if not self._env.is_open:
+            raise exc
+        _logger.warning("cold store %s: block %s not read: %s", self.path, block.block_hash.hex(), exc)
+        return MissReason.IO_ERROR
 
     def read_record(self, block_hash: BlockHash) -> bytes | None:
         """Return a copy of a block's record, or None if it is absent, damaged or of another format.
@@ -149,6 +188,16 @@ class ColdReader:
         with self._env.read() as txn:
             rows = namespace_rows(txn, self._databases)
         return [StoredNamespace.of(digest, row) for digest, row in rows.items()]
+
+    def tenant_bytes(self) -> dict[str | None, int]:
+        """Return the live bytes of each tenant, by the hex sha256 of its salt; None has those of lost descriptions."""
+        with self._env.read() as txn:
+            rows = namespace_rows(txn, self._databases)
+        found: dict[str | None, int] = {}
+        for digest, row in rows.items():
+            tenant = tenant_of_row(row, digest)
+            found[tenant] = found.get(tenant, 0) + row.value_bytes
+        return found
 
     def _note_namespace(self, digest: BlockHash, description: bytes) -> None:
         """Remember the codec that a namespace's description names, if the digest was computed of that description."""
@@ -208,7 +257,7 @@ class StoredNamespace:
     """A namespace as the store knows it.
 
     description: its fields; empty if only its blocks are known, or if it is unreadable, and `problem` says why then.
-    raw_description: the bytes that are stored.
+    raw_description: the bytes that are stored. tenant: hex sha256 of its salt, "" without one; None if that is lost.
     """
 
     digest: BlockHash
@@ -221,6 +270,7 @@ class StoredNamespace:
     raw_bytes: int
     stored_bytes: int
     value_bytes: int
+    tenant: str | None
 
     @classmethod
     def of(cls, digest: BlockHash, row: NamespaceRow) -> StoredNamespace:
@@ -237,6 +287,7 @@ class StoredNamespace:
             raw_bytes=row.raw_bytes,
             stored_bytes=row.stored_bytes,
             value_bytes=row.value_bytes,
+            tenant=tenant_of_row(row, digest),
         )
 
 

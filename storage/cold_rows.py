@@ -11,8 +11,7 @@ import contextlib
 import math
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeAlias
 
 import msgspec
@@ -20,12 +19,11 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from tierkv.errors import ConfigError, CorruptBlockError, FormatVersionError, StoreError
+from tierkv.errors import CorruptBlockError, FormatVersionError, StoreError
 from tierkv.storage.codecs import codec_by_id, codec_by_name
 from tierkv.storage.lmdb_env import Database, ReadTransaction
 from tierkv.storage.record import BlockInfo, EncodedRecord, read_header
 from tierkv.values.block import HASH_BYTES, BlockHash
-from tierkv.values.namespace import parse_description
 
 __all__ = [
     "BLOCKS",
@@ -45,11 +43,11 @@ __all__ = [
     "NamespaceRow",
     "add_checksum",
     "check_format",
+    "checked_value",
     "entry_of",
     "get_entry",
     "iter_namespaces",
     "load_rows",
-    "lossy_codec_in",
     "map_bytes_of",
     "namespace_rows",
     "pack_entry",
@@ -58,10 +56,10 @@ __all__ = [
     "padded_bytes",
     "read_block_info",
     "read_block_tokens",
-    "read_lossy_codec",
     "unpack_entry",
     "unpack_quota",
     "unpack_row",
+    "with_history",
 ]
 
 STORE_VERSION = b"3"
@@ -130,7 +128,10 @@ class ColdEntry:
 
 
 class NamespaceRow(msgspec.Struct, array_like=True):
-    """Description, times and totals of a namespace. value_bytes: with padding; the quota bounds their sum."""
+    """Description, times and totals of a namespace. value_bytes: with padding; the quota bounds their sum.
+
+    tenant: hex digest of the salt; None where an older version wrote the row. It stays when the description is dropped.
+    """
 
     description: bytes = NO_DESCRIPTION
     created: float = 0.0
@@ -139,6 +140,7 @@ class NamespaceRow(msgspec.Struct, array_like=True):
     raw_bytes: int = 0
     stored_bytes: int = 0
     value_bytes: int = 0
+    tenant: str | None = None
 
     def add(self, entry: ColdEntry, sign: int) -> None:
         """Add a block's entry to the totals (1), or subtract it (-1)."""
@@ -195,6 +197,18 @@ def entry_of(record: EncodedRecord, *, depth: int, now: float) -> ColdEntry:
         cost_s=record.cost_s if math.isfinite(record.cost_s) else 0.0,
         depth=depth,
         pinned=False,
+    )
+
+
+def with_history(entry: ColdEntry, old: ColdEntry) -> ColdEntry:
+    """Return the entry of a block that is stored again, with the times, counts and pin that it had."""
+    return replace(
+        entry,
+        created=old.created,
+        last_access=old.last_access,
+        access_count=old.access_count,
+        cost_s=old.cost_s,
+        pinned=old.pinned,
     )
 
 
@@ -264,26 +278,13 @@ def pack_row(row: NamespaceRow) -> bytes:
 def unpack_row(packed: bytes | memoryview) -> NamespaceRow:
     """Return a namespace's row. Raises CorruptBlockError."""
     try:
-        row = msgspec.msgpack.decode(_without_checksum(bytes(packed)), type=NamespaceRow)
+        row = msgspec.msgpack.decode(checked_value(packed), type=NamespaceRow)
     except (msgspec.MsgspecError, RecursionError) as exc:
         raise CorruptBlockError(f"the row of a namespace is damaged: {exc}") from exc
     totals = (row.blocks, row.raw_bytes, row.stored_bytes, row.value_bytes)
     if not math.isfinite(row.created + row.last_used) or min(totals) < 0 or max(totals) > _MAX_TOTAL:
         raise CorruptBlockError("the row of a namespace has impossible numbers")
     return row
-
-
-@lru_cache(maxsize=64)
-def lossy_codec_in(description: bytes, digest: BlockHash) -> str | None:
-    """Return the lossy codec that a namespace's description names, "" for an exact namespace.
-
-    None where it is unknown: the description is lost, or the digest was computed of another description.
-    """
-    try:
-        parsed = parse_description(description)
-    except ConfigError:
-        return None
-    return parsed.lossy_codec if parsed.digest == digest else None
 
 
 def pack_quota(quota_bytes: int) -> bytes:
@@ -294,7 +295,7 @@ def pack_quota(quota_bytes: int) -> bytes:
 def unpack_quota(packed: bytes | memoryview | None) -> int | None:
     """Return a stored quota; None where none is stored, or a damaged one."""
     try:
-        quota_bytes = 0 if packed is None else int.from_bytes(_without_checksum(bytes(packed)), "little")
+        quota_bytes = 0 if packed is None else int.from_bytes(checked_value(packed), "little")
     except CorruptBlockError:
         return None
     return quota_bytes if 0 < quota_bytes <= _MAX_TOTAL else None
@@ -303,7 +304,7 @@ def unpack_quota(packed: bytes | memoryview | None) -> int | None:
 def check_format(packed: bytes) -> None:
     """Accept the version of this code's stores. Raises FormatVersionError, CorruptBlockError."""
     has_checksum = not packed.isdigit() or len(packed) >= _CHECKSUM_BYTES  # version 1 had none
-    version = _without_checksum(packed) if has_checksum else packed
+    version = checked_value(packed) if has_checksum else packed
     if version != STORE_VERSION:
         raise FormatVersionError(
             f"the cold store has format {version.decode(errors='replace')}, this tierkv reads {STORE_VERSION.decode()}",
@@ -316,7 +317,9 @@ def add_checksum(value: bytes) -> bytes:
     return value + xxhash.xxh3_64_digest(value)
 
 
-def _without_checksum(packed: bytes) -> bytes:
+def checked_value(packed: bytes | memoryview) -> bytes:
+    """Return a value without its checksum. Raises CorruptBlockError if that is another one's."""
+    packed = bytes(packed)
     value, checksum = packed[:-_CHECKSUM_BYTES], packed[-_CHECKSUM_BYTES:]
     if xxhash.xxh3_64_digest(value) != checksum:
         raise CorruptBlockError("a row of the store's description is damaged")
@@ -386,12 +389,3 @@ def load_rows(
                     if entry.namespace in damaged:
                         damaged[entry.namespace].add(entry, 1)
     return rows, damaged
-
-
-def read_lossy_codec(txn: ReadTransaction, databases: Databases, digest: BlockHash) -> str | None:
-    """Return the lossy codec of a stored namespace as `lossy_codec_in` does; None also where it is not stored."""
-    packed = txn.get(NAMESPACE_PREFIX + digest, db=databases.meta)
-    try:
-        return None if packed is None else lossy_codec_in(unpack_row(packed).description, digest)
-    except CorruptBlockError:
-        return None

@@ -14,12 +14,12 @@ import mmap
 import os
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from tierkv.errors import CorruptBlockError, FormatVersionError, StoreError
+from tierkv.errors import CapacityError, ConfigError, CorruptBlockError, FormatVersionError, StoreError
 from tierkv.storage.codec import Bytes
 from tierkv.storage.cold_children import CHILD_ROW_BYTES
 from tierkv.storage.cold_eviction import EvictionCandidates
@@ -40,19 +40,14 @@ from tierkv.storage.cold_rows import (
     unpack_entry,
     unpack_quota,
     unpack_row,
+    with_history,
 )
+from tierkv.storage.cold_tenants import TENANT_PREFIX, TenantSettings, unpack_tenant, write_tenants
 from tierkv.storage.cold_writer import ColdWriter
 from tierkv.storage.lmdb_env import LmdbEnv
-from tierkv.storage.lmdb_file import (
-    BIG_FLAG,
-    LEAF_FLAG,
-    NODE_BYTES,
-    PAGE_HEADER_BYTES,
-    LeafValue,
-    find_leaf,
-    newest_meta,
-    open_store_file,
-)
+from tierkv.storage.lmdb_file import open_store_file
+from tierkv.storage.lmdb_format import BIG_FLAG, LEAF_FLAG, NODE_BYTES, PAGE_HEADER_BYTES, newest_meta
+from tierkv.storage.lmdb_search import LeafValue, find_leaf
 from tierkv.storage.lmdb_tree import Keys, check_trees
 from tierkv.storage.outcomes import PutOutcome
 from tierkv.storage.record import HEADER_BYTES, MAGIC, parse_record, record_bytes_of
@@ -88,6 +83,7 @@ class _Remains:
     places: dict[BlockHash, _Place] = field(default_factory=dict)
     entries: dict[BlockHash, ColdEntry] = field(default_factory=dict)
     rows: dict[BlockHash, NamespaceRow] = field(default_factory=dict)
+    tenants: dict[str, TenantSettings] = field(default_factory=dict)
     quota_bytes: int = 0
     read_bytes: int = 0
     damaged: int = 0
@@ -219,6 +215,11 @@ def _take_leaf(fd: int, leaf: LeafValue, page_bytes: int, remains: _Remains) -> 
         elif leaf.key == QUOTA_KEY and not leaf.is_big:  # of several, the largest evicts nothing
             remains.quota_bytes = max(remains.quota_bytes, unpack_quota(leaf.held) or 0)
         elif (
+            leaf.key.startswith(TENANT_PREFIX) and not leaf.is_big
+        ):  # the newest leaf is not known: the first one stays
+            tenant = leaf.key[len(TENANT_PREFIX) :].decode("ascii", "replace")
+            remains.tenants.setdefault(tenant, unpack_tenant(tenant, leaf.held))
+        elif (
             leaf.size <= _MAX_ROW_BYTES
             and leaf.key.startswith(NAMESPACE_PREFIX)
             and len(leaf.key) == len(NAMESPACE_PREFIX) + HASH_BYTES
@@ -238,6 +239,9 @@ def _write(fd: int, remains: _Remains, writer: ColdWriter, quota_bytes: int) -> 
         for digest, old in remains.rows.items():
             row = batch.namespace(digest)
             row.description, row.created, row.last_used = old.description, old.created, old.last_used
+            row.tenant = old.tenant
+        with contextlib.suppress(ConfigError, CapacityError):  # older rows that contradict each other
+            write_tenants(batch.txn, batch.databases, remains.tenants, quota_bytes)
     order = _plan(remains, quota_bytes)
     saved = 0
     for start in range(0, len(order), _BATCH_BLOCKS):
@@ -252,19 +256,8 @@ def _write(fd: int, remains: _Remains, writer: ColdWriter, quota_bytes: int) -> 
             for block_hash in group:
                 entry, old_entry = batch.entry(block_hash), remains.entries.get(block_hash)
                 if entry and old_entry:
-                    batch.write_entry(block_hash, _with_history(entry, old_entry))
+                    batch.write_entry(block_hash, with_history(entry, old_entry))
     return saved
-
-
-def _with_history(entry: ColdEntry, old: ColdEntry) -> ColdEntry:
-    return replace(
-        entry,
-        created=old.created,
-        last_access=old.last_access,
-        access_count=old.access_count,
-        cost_s=old.cost_s,
-        pinned=old.pinned,
-    )
 
 
 def _plan(remains: _Remains, quota_bytes: int) -> list[BlockHash]:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 import lmdb
@@ -21,10 +19,13 @@ from tierkv.storage.cold_eviction import (
     StoredPrompt,
     choose_blocks,
     choose_prompt,
+    evict_in_batch,
 )
 from tierkv.storage.cold_notes import Counters, PendingNotes
 from tierkv.storage.cold_repair import repair_block
 from tierkv.storage.cold_rows import Databases, map_bytes_of, namespace_rows, padded_bytes
+from tierkv.storage.cold_tenants import TenantSettings, write_tenants
+from tierkv.storage.free_space import free_space, require_free
 from tierkv.storage.lmdb_env import LmdbEnv
 from tierkv.storage.outcomes import PutOutcome
 from tierkv.storage.record import EncodedRecord
@@ -32,15 +33,13 @@ from tierkv.values.block import BlockHash
 from tierkv.values.locks import OwnedLock
 from tierkv.values.units import format_bytes
 
-__all__ = ["ColdWriter", "require_free"]
+__all__ = ["ColdWriter"]
 
 MAX_BATCH_BYTES = 64 << 20  # of one write transaction, whose dirty pages are held in memory
 MAX_BATCH_REMOVALS = 1024
 MAX_REPAIRS = 64  # of damaged pages that one transaction may come across
 PAUSE_S = 10.0  # after a put failed for a full disk or a busy store, all puts are refused for so long
 READER_CHECK_S = 60.0
-_DEFAULT_FREE_BYTES = 1 << 30  # free space to keep on a large volume; of a small volume, that share
-_DEFAULT_FREE_SHARE = 20
 
 _logger = logging.getLogger(__name__)
 
@@ -119,13 +118,16 @@ class ColdWriter:
 
     def evict(
         self,
-        *,
         to_bytes: int | None,
-        namespace: BlockHash | None,
-        older_than_s: float | None,
+        namespace: BlockHash | None = None,
+        older_than_s: float | None = None,
         prompt: StoredPrompt | None = None,
+        *,
+        dry_run: bool = False,
     ) -> EvictionReport:
         """Remove the unpinned blocks that match all filters, if there is a filter, then more down to a size."""
+        if dry_run:
+            return self._would_evict(partial(evict_in_batch, to_bytes, namespace, older_than_s, prompt))
         removed: list[BlockHash] = []
         freed_bytes = num_continued = num_pinned = 0
         with self._exclusive():
@@ -138,7 +140,7 @@ class ColdWriter:
                     freed_bytes += report.freed_bytes
                 num_continued = len(chosen) - len(removed)
             if to_bytes is not None:
-                report = self._evict(partial(self._candidates.make_room, to_bytes=to_bytes, keep=frozenset()))
+                report = self._evict(partial(self._candidates.make_room, to_bytes=to_bytes))
                 removed += report.hashes
                 freed_bytes += report.freed_bytes
         return EvictionReport(
@@ -149,14 +151,33 @@ class ColdWriter:
             num_continued=num_continued,
         )
 
-    def would_evict(self, to_bytes: int) -> EvictionReport:
-        """Return the report of an eviction down to a size. Changes nothing. Raises StoreError."""
+    def set_tenants(self, changes: Mapping[str, TenantSettings | None], *, evict: bool) -> EvictionReport:
+        """Store settings of tenants. Raises CapacityError if a tenant has more than its new limit, unless `evict`."""
+
+        def work(batch: WriteBatch) -> None:
+            write_tenants(batch.txn, batch.databases, changes, batch.quota_bytes or self.quota_bytes)
+            batch.read_tenants()
+            for tenant in batch.usage.settings.keys() & changes.keys():
+                over = -batch.usage.room(tenant)
+                if over > 0 and not evict:
+                    raise CapacityError(
+                        f"{batch.usage.settings[tenant].name} has {format_bytes(over)} more than its new limit",
+                        hint="with evict=True, or --evict, these are evicted",
+                    )
+                if over > 0:
+                    limit = batch.usage.live_bytes(tenant) - over
+                    self._candidates.make_room_of_tenant(batch, tenant, to_bytes=limit, keep=frozenset())
+
+        with self._exclusive():
+            return self._evict(work)
+
+    def _would_evict(self, evict: Callable[[WriteBatch, EvictionCandidates], EvictionReport]) -> EvictionReport:
+        """Return the report of an eviction, and undo it. Raises StoreError."""
         report = EvictionReport(blocks=0, freed_bytes=0)
 
         def work(batch: WriteBatch) -> None:
             nonlocal report
-            self._candidates.make_room(batch, to_bytes=to_bytes, keep=frozenset())
-            report = EvictionReport(blocks=len(batch.removed), freed_bytes=batch.removed_bytes)
+            report = evict(batch, self._candidates)
             raise _DryRunError
 
         with self._exclusive(), contextlib.suppress(_DryRunError):
@@ -244,6 +265,7 @@ class ColdWriter:
                 batch = WriteBatch(self._env, txn, self._clock())
                 quota_bytes = batch.quota_bytes or self.quota_bytes
                 batch.write_notes(rows)
+                batch.end_pins()
                 yield batch
                 batch.finish()
         except BaseException:
@@ -292,7 +314,7 @@ class ColdWriter:
         if isinstance(failure.__cause__, lmdb.MapFullError):
             return PutOutcome.FULL
         with contextlib.suppress(StoreError):
-            if _free_space(self._env.path, self._min_free_bytes)[0] < needed:
+            if free_space(self._env.path, self._min_free_bytes)[0] < needed:
                 return PutOutcome.FULL
         return PutOutcome.IO_ERROR
 
@@ -303,13 +325,9 @@ class ColdWriter:
 
         def work(batch: WriteBatch) -> list[PutOutcome]:
             nonlocal evicted
-            limit = self._limit(batch, needed)
-            to_bytes = max(limit - needed, 0)
-            if batch.live_bytes > to_bytes:
-                keep = frozenset(each for record in records for each in (record.info.parent, record.info.block_hash))
-                self._candidates.make_room(batch, to_bytes=to_bytes, keep=keep)
+            limits = self._candidates.make_room_for(batch, records, limit=self._limit(batch, needed))
             evicted = list(batch.removed), batch.removed_bytes
-            return [batch.insert_within(record, limit) for record in records]
+            return [batch.insert_within(record, limit) for record, limit in zip(records, limits, strict=True)]
 
         outcomes = self._attempt(work)
         self._counters.count_evicted(*evicted)
@@ -324,7 +342,7 @@ class ColdWriter:
 
         def work(batch: WriteBatch) -> None:
             to_bytes = batch.live_bytes - max(batch.live_bytes // 16, spare_bytes)
-            self._candidates.make_room(batch, to_bytes=max(to_bytes, 0), keep=frozenset())
+            self._candidates.make_room(batch, to_bytes=max(to_bytes, 0))
 
         self._evict(work)
 
@@ -354,7 +372,7 @@ class ColdWriter:
     def _limit(self, batch: WriteBatch, needed: int) -> int:
         """Return how many bytes may be live: the quota, or no more than now where the disk has no more room."""
         quota_bytes = batch.quota_bytes or self.quota_bytes
-        free_bytes, min_free_bytes = _free_space(self._env.path, self._min_free_bytes)
+        free_bytes, min_free_bytes = free_space(self._env.path, self._min_free_bytes)
         if free_bytes - needed >= min_free_bytes:
             return quota_bytes
         return min(quota_bytes, batch.live_bytes)
@@ -368,28 +386,3 @@ class ColdWriter:
         if abs(now - self._readers_checked) >= READER_CHECK_S:  # the clock may have been set back
             self._readers_checked = now
             self._env.clear_dead_readers()
-
-
-def require_free(path: Path, min_free_bytes: int | None, num_bytes: int = 0) -> None:
-    """Raise CapacityError if a volume does not have so many bytes beside those that must stay free, StoreError."""
-    free_bytes, min_free_bytes = _free_space(path, min_free_bytes)
-    if free_bytes - num_bytes < min_free_bytes:
-        raise CapacityError(
-            f"cold store {path} can keep no block: {format_bytes(free_bytes)} are free on its volume, of which "
-            f"{format_bytes(min_free_bytes)} must stay free",
-            hint="lower min_free_bytes, or free disk space",
-        )
-
-
-def _free_space(path: Path, min_free_bytes: int | None) -> tuple[int, int]:
-    """Return the free bytes of a store's volume, and how many of them must stay free. Raises StoreError.
-
-    min_free_bytes: None keeps 1 GiB free, or a 20th of a volume that is smaller than 20 GiB.
-    """
-    try:
-        usage = shutil.disk_usage(path)
-    except OSError as exc:
-        raise StoreError(f"cold store {path} has lost its directory: {exc}") from exc
-    if min_free_bytes is None:
-        min_free_bytes = min(_DEFAULT_FREE_BYTES, usage.total // _DEFAULT_FREE_SHARE)
-    return usage.free, min_free_bytes

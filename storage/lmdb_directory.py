@@ -17,6 +17,7 @@ from tierkv.storage.lmdb_file import DATA_FILE, LOCK_FILE, DataFile, open_store_
 from tierkv.values.files import check_path
 
 __all__ = [
+    "WRONG_PAGES",
     "Salvager",
     "check_data_file",
     "check_store_files",
@@ -32,6 +33,21 @@ _MAX_READERS = 1024
 _LOCK_FILE_BYTES = 64 * _MAX_READERS + 4096  # a cache line for each reader, and LMDB's header
 
 _logger = logging.getLogger(__name__)
+
+
+WRONG_PAGES = (
+    lmdb.BadDbiError,
+    lmdb.BadTxnError,
+    lmdb.BadValsizeError,
+    lmdb.CorruptedError,
+    lmdb.CursorFullError,
+    lmdb.IncompatibleError,
+    lmdb.InvalidError,
+    lmdb.PageFullError,
+    lmdb.PageNotFoundError,
+    lmdb.PanicError,
+)
+"""Errors of LMDB where a page of its trees, or the header of a value's pages, is damaged."""
 
 
 class Salvager(Protocol):

@@ -28,6 +28,7 @@ import lmdb
 
 from tierkv.errors import CorruptBlockError, StoreBusyError, StoreError
 from tierkv.storage.lmdb_directory import (
+    WRONG_PAGES,
     Salvager,
     check_data_file,
     check_store_files,
@@ -50,20 +51,6 @@ _USER_LOCK_FILE, _WRITE_LOCK_FILE = "users.lock", "write.lock"
 _CLOSE_WAIT_S = 10.0  # for transactions in flight, beyond the wait for the write lock
 _MAX_GROWTHS = 8  # of the map in other processes while one transaction begins
 _logger = logging.getLogger(__name__)
-
-_WRONG_PAGES = (
-    lmdb.BadDbiError,
-    lmdb.BadTxnError,
-    lmdb.BadValsizeError,
-    lmdb.CorruptedError,
-    lmdb.CursorFullError,
-    lmdb.IncompatibleError,
-    lmdb.InvalidError,
-    lmdb.PageFullError,
-    lmdb.PageNotFoundError,
-    lmdb.PanicError,
-)
-"""Errors of LMDB where a page of its trees, or the header of a value's pages, is damaged."""
 
 
 class LmdbEnv:
@@ -167,7 +154,7 @@ class LmdbEnv:
                     return
                 except lmdb.MapResizedError:  # raised by `_begin` alone: nothing has been yielded yet
                     pass
-                except _WRONG_PAGES as exc:
+                except WRONG_PAGES as exc:
                     self._is_suspect = True
                     raise CorruptBlockError(f"cold store {self.path} has damaged pages: {exc}") from exc
                 except (lmdb.Error, OSError) as exc:
@@ -195,7 +182,7 @@ class LmdbEnv:
                     except lmdb.MapResizedError:  # raised by `_begin` alone: nothing has been yielded yet
                         pass
                     except (lmdb.Error, OSError) as exc:
-                        self._is_suspect |= isinstance(exc, _WRONG_PAGES)
+                        self._is_suspect |= isinstance(exc, WRONG_PAGES)
                         raise StoreError(f"cold store {self.path} cannot be written: {exc}") from exc
             self.grow_map()
         raise self._outgrown()
@@ -243,9 +230,7 @@ class LmdbEnv:
             env = self._live()
             self._remap()
             self._require_sound_trees()
-            if not self._users.try_alone():
-                self._share_again()
-                raise StoreError(f"cold store {self.path} is open in another process", hint="close it there first")
+            self._require_unshared()
             try:
                 with self._translated("be compacted"):
                     compacted = copy_compacted(env, self.path)
@@ -310,6 +295,22 @@ class LmdbEnv:
         except (lmdb.Error, OSError) as exc:
             raise StoreError(f"cold store {self.path} cannot {what}: {exc}") from exc
 
+    @contextlib.contextmanager
+    def unshared(self) -> Iterator[None]:
+        """Keep other processes from opening the store meanwhile. Raises StoreError if one has it open."""
+        with self._alone("it cannot be moved"):
+            self._live()
+            self._require_unshared()
+        try:
+            yield
+        finally:
+            self._users.share()
+
+    def _require_unshared(self) -> None:
+        if not self._users.try_alone():
+            self._share_again()
+            raise StoreError(f"cold store {self.path} is open in another process", hint="close it there first")
+
     def _share_again(self) -> None:
         """Share the users' lock again after it was lost; the data file may have been replaced meanwhile."""
         try:
@@ -329,7 +330,7 @@ class LmdbEnv:
                 self._is_suspect = False
             except lmdb.MapResizedError:
                 raise
-            except (CorruptBlockError, *_WRONG_PAGES) as exc:
+            except (CorruptBlockError, *WRONG_PAGES) as exc:
                 self._problem = str(exc)
             except (lmdb.Error, OSError) as exc:
                 raise StoreError(f"cold store {self.path} cannot be read: {exc}") from exc

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from tierkv.errors import CorruptBlockError
 from tierkv.storage.codec import Bytes
-from tierkv.storage.lmdb_file import (
+from tierkv.storage.lmdb_format import (
     BIG_FLAG,
     BRANCH_FLAG,
     LEAF_FLAG,

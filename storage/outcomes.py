@@ -23,6 +23,7 @@ class MissReason(Enum):
     IO_ERROR = "io_error"
     OTHER_RANK = "other_rank"  # this rank has it, but another rank of the model does not
     DAEMON = "daemon"  # the daemon that has the lower tiers could not be reached
+    REMOTE = "remote"  # the remote tier that has it did not answer in time, or refused
 
 
 class PutOutcome(Enum):
@@ -34,5 +35,6 @@ class PutOutcome(Enum):
     NO_PARENT = "no_parent"  # its parent is not in the store, though another with its hash may be
     FORMAT = "format"  # its hash belongs to a block that another version wrote; that block stays
     FULL = "full"  # no room even after evicting
+    TENANT_LIMIT = "tenant_limit"  # its tenant has as much as it may, and none of that may be evicted
     BUSY = "busy"  # another process has kept the store's write lock for too long
     IO_ERROR = "io_error"

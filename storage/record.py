@@ -26,7 +26,10 @@ from tierkv.storage.record_header import (
     TruncatedBlockError,
     as_bytes,
     begin_checksum,
+    checksum_in,
+    differs_in_checksum_alone,
     mismatch,
+    pack_head,
     payload_offset_in,
     payload_offset_of,
     read_header,
@@ -57,6 +60,7 @@ __all__ = [
 ]
 
 PIECE_BYTES = 2 << 20  # stored bytes that are read, checked and decoded together: they stay in the cache
+_MOST_PADDING_BYTES = 4096  # of a small record; a large one has less than a codec must save
 _HEAD_BYTES = 4096  # read before anything else: of most records all that precedes the payload
 MIN_SAVING = 0.05  # below this share a codec is not worth its time, and the block is stored raw
 
@@ -142,6 +146,8 @@ def decode_record(
     """
     target = as_bytes(out)
     _check_shape(target, expected, layout)
+    if isinstance(record, FileRecord) and _read_raw_block(record, target, expected, layout, lossy_codec):
+        return None
     source = record if isinstance(record, FileRecord) else RecordBytes(as_bytes(record))
     header, checksum = _read_head(source)
     reason = mismatch(header.info, expected)
@@ -230,6 +236,27 @@ def _read_head(source: RecordSource) -> tuple[RecordHeader, xxhash.xxh3_64]:
 def _require_checksum(checksum: xxhash.xxh3_64, header: RecordHeader) -> None:
     if checksum.intdigest() != header.checksum:
         raise CorruptBlockError("the record's bytes do not match its checksum")
+
+
+def _read_raw_block(record: FileRecord, out: Bytes, expected: BlockInfo, layout: BlockLayout, lossy_codec: str) -> bool:
+    """Read the record of a whole block that is stored raw, in one step. Return False, unless it is that: all but the
+    payload is known beforehand then, and is compared as it is. Raises CorruptBlockError.
+    """
+    if expected.num_tokens != layout.block_size or record.size < layout.block_bytes + HEADER_BYTES:
+        return False
+    wanted = pack_head(expected, layout, RAW, [run.token_bytes * layout.block_size for run in layout.runs])
+    spare_bytes = record.size - len(wanted) - out.size
+    if not 0 <= spare_bytes <= MIN_SAVING * out.size + _MOST_PADDING_BYTES:
+        return False
+    head = record.read_split(len(wanted), out)
+    if head is None or not differs_in_checksum_alone(head, wanted):
+        return False
+    check_codec(RAW.name, lossy_codec)
+    checksum = begin_checksum(head)
+    checksum.update(out.data)
+    if checksum.intdigest() != checksum_in(head):
+        raise CorruptBlockError("the record's bytes do not match its checksum")
+    return True
 
 
 def _copy_payload(source: RecordSource, header: RecordHeader, checksum: xxhash.xxh3_64, out: Bytes) -> Bytes:

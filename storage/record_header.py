@@ -6,6 +6,7 @@ A reader uses no field before the checksum has matched, save for sizes that agre
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -39,7 +40,10 @@ __all__ = [
     "TruncatedBlockError",
     "as_bytes",
     "begin_checksum",
+    "checksum_in",
+    "differs_in_checksum_alone",
     "mismatch",
+    "pack_head",
     "payload_offset_in",
     "payload_offset_of",
     "read_header",
@@ -58,6 +62,7 @@ Buffer: TypeAlias = "memoryview | bytes | bytearray | Bytes"
 # magic, version, flags, checksum | hash, parent, namespace | tokens, block size, codec, codec version,
 # frames | raw, payload and record bytes | payload offset, runs | content digest
 _HEADER = struct.Struct("<4sHHQ16s16s16sIIHHIQQQII16s")
+_CHECKSUM_AT = 8
 _PROLOGUE_BYTES = 16  # magic to checksum; the checksum covers the rest and is seeded with the first 8
 assert _HEADER.size == HEADER_BYTES
 
@@ -238,12 +243,19 @@ def mismatch(info: BlockInfo, expected: BlockInfo) -> MissReason | None:
 
 def write_header(buffer: Bytes, info: BlockInfo, layout: BlockLayout, codec: Codec, frame_sizes: list[int]) -> int:
     """Write everything before the payload; return the record's length."""
+    head = pack_head(info, layout, codec, frame_sizes)
+    view = buffer.data
+    view[: len(head)] = head
+    record_bytes = len(head) + sum(frame_sizes)
+    struct.pack_into("<Q", view, _CHECKSUM_AT, _checksum(view, record_bytes))
+    return record_bytes
+
+
+def pack_head(info: BlockInfo, layout: BlockLayout, codec: Codec, frame_sizes: Sequence[int]) -> bytes:
+    """Return everything before the payload of a block's record, with a checksum of 0."""
     payload_offset = payload_offset_of(info.num_tokens, len(frame_sizes))
     payload_bytes = sum(frame_sizes)
-    view = buffer.data
-    _HEADER.pack_into(
-        view,
-        0,
+    header = _HEADER.pack(
         MAGIC,
         RECORD_VERSION,
         0,
@@ -263,13 +275,19 @@ def write_header(buffer: Bytes, info: BlockInfo, layout: BlockLayout, codec: Cod
         len(layout.runs),
         info.content_digest,
     )
-    frames_at = HEADER_BYTES + len(info.token_bytes)
-    view[HEADER_BYTES:frames_at] = info.token_bytes
-    struct.pack_into(f"<{len(frame_sizes)}I", view, frames_at, *frame_sizes)
-    buffer[frames_at + 4 * len(frame_sizes) : payload_offset] = 0
-    record_bytes = payload_offset + payload_bytes
-    struct.pack_into("<Q", view, 8, _checksum(view, record_bytes))
-    return record_bytes
+    frames = struct.pack(f"<{len(frame_sizes)}I", *frame_sizes)
+    return b"".join((header, info.token_bytes, frames)).ljust(payload_offset, b"\0")
+
+
+def differs_in_checksum_alone(head: Bytes, expected: bytes) -> bool:
+    """Return whether what precedes a payload is `expected`, which `pack_head` has made, but for the checksum."""
+    found = head.tobytes()
+    return found[:_CHECKSUM_AT] == expected[:_CHECKSUM_AT] and found[_PROLOGUE_BYTES:] == expected[_PROLOGUE_BYTES:]
+
+
+def checksum_in(head: Bytes) -> int:
+    """Return the checksum that a header holds."""
+    return int.from_bytes(head[_CHECKSUM_AT:_PROLOGUE_BYTES].tobytes(), "little")
 
 
 def payload_offset_of(num_tokens: int, num_frames: int) -> int:

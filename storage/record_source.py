@@ -67,13 +67,13 @@ class FileRecord:
 
     def __init__(self, fd: int, *, offset: int, size: int, memory: ThreadMemory) -> None:
         self.size = size
+        self.offset = offset
         self._fd = fd
-        self._offset = offset
         self._memory = memory
 
     def view(self, start: int, end: int) -> Bytes:
         """Read bytes into this thread's memory, where their distance from a cache line is that in the file."""
-        shift = (self._offset + start) % _ALIGNMENT_BYTES
+        shift = (self.offset + start) % _ALIGNMENT_BYTES
         piece = self._memory.get(shift + end - start)[shift:]
         self._read_all(start, piece)
         return np.frombuffer(piece, dtype=np.uint8)
@@ -84,35 +84,48 @@ class FileRecord:
 
     def read_whole(self) -> Bytes:
         """Return the whole record, less than `size` where the file ends sooner; valid until this thread's next read."""
-        shift = self._offset % _ALIGNMENT_BYTES
+        shift = self.offset % _ALIGNMENT_BYTES
         view = self._memory.get(shift + self.size)[shift:]
         return np.frombuffer(view, dtype=np.uint8)[: self._read(0, view)]
 
+    def read_split(self, head_bytes: int, out: Bytes) -> Bytes | None:
+        """Read the beginning, which is returned and valid until this thread's next read, and what follows into `out`.
+
+        One call of the system does both. Return None where it did not read all.
+        """
+        head = self._memory.get(head_bytes)
+        if os.preadv(self._fd, [head, out.data], self.offset) < head_bytes + out.size:
+            return None
+        return np.frombuffer(head, dtype=np.uint8)
+
     def is_in_memory(self) -> bool:
         """Return whether reading it takes no disk: whether its middle is in the page cache."""
-        return is_in_memory(self._fd, self._offset + self.size // 2)
+        return is_in_memory(self._fd, self.offset + self.size // 2)
 
-    def fetch_ahead(self) -> None:
+    def fetch_ahead(self) -> bool:
         """Ask the system to fetch the record into its cache; return without it. Raises OSError.
+
+        Return whether it was asked: not for a record that is in memory already.
 
         Reads that must not wait start the system's own read-ahead, which fills the cache with large folios: they cost
         less to fetch and to read than POSIX_FADV_WILLNEED's single pages, which fetch the rest.
         """
         if hasattr(os, "RWF_NOWAIT") and not self._start_reading():
-            return
+            return False
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._fd, self._offset, self.size, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(self._fd, self.offset, self.size, os.POSIX_FADV_WILLNEED)
+        return True
 
     def _start_reading(self) -> bool:
         """Start to fetch the record; return False where its middle was in memory already."""
         memory = self._memory.get(_FETCHED_BYTES)
         try:
-            os.preadv(self._fd, [memory[:1]], self._offset + self.size // 2, os.RWF_NOWAIT)
+            os.preadv(self._fd, [memory[:1]], self.offset + self.size // 2, os.RWF_NOWAIT)
         except BlockingIOError:
             for start in range(0, self.size, _FETCHED_BYTES):
                 step = memory[: min(_FETCHED_BYTES, self.size - start)]
                 with contextlib.suppress(BlockingIOError):
-                    if not os.preadv(self._fd, [step], self._offset + start, os.RWF_NOWAIT):
+                    if not os.preadv(self._fd, [step], self.offset + start, os.RWF_NOWAIT):
                         break  # the file ends here
         except OSError as exc:
             if exc.errno != errno.EOPNOTSUPP:  # a file system without such reads
@@ -131,7 +144,7 @@ class FileRecord:
     def _read(self, start: int, view: memoryview) -> int:
         found = 0
         while found < len(view):
-            more = os.preadv(self._fd, [view[found:]], self._offset + start + found)
+            more = os.preadv(self._fd, [view[found:]], self.offset + start + found)
             if not more:
                 break
             found += more

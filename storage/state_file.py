@@ -75,6 +75,8 @@ class StateFile:
     FormatVersionError where another version wrote it, ConfigError if `path` is no path.
     """
 
+    is_remote = False
+
     def __init__(self, path: Path) -> None:
         self.path: Path = check_path(path)
         with translated_errors(f"cannot read the state file {self.path}"):

@@ -13,6 +13,7 @@ import xxhash
 
 from tierkv.errors import CorruptBlockError, FormatVersionError
 from tierkv.storage.record import HEADER_BYTES, max_record_bytes
+from tierkv.storage.unfinished_file import STATE_MAGIC
 from tierkv.values.block import HASH_BYTES, BlockHash
 from tierkv.values.layout import BlockLayout
 from tierkv.values.namespace import DESCRIPTION_LIMIT_BYTES
@@ -39,7 +40,7 @@ ROW = np.dtype(
 ROW_LIMIT = 1 << 22
 """How many blocks a state file may have: opening one takes bounded time and memory, whatever its header says."""
 
-MAGIC = b"TKVSTATE"
+MAGIC = STATE_MAGIC
 # magic, version, row bytes | file, description, index offset, rows | namespace, checksum of both, checksum of this
 _HEADER = struct.Struct("<8sIIQQQQ16sQQ")
 

@@ -9,10 +9,12 @@ and cannot be shared).
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import mmap
 import os
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +42,7 @@ class Slab:
 
     def __init__(self, size_bytes: int, *, num_threads: int = 4) -> None:
         self.size_bytes = size_bytes
+        self.is_read_only: bool = False
         self.fd: int | None = _open_memory(size_bytes)
         self._map = mmap.mmap(-1 if self.fd is None else self.fd, size_bytes)
         _ask_for_huge_pages(self._map)
@@ -47,24 +50,26 @@ class Slab:
         _touch(self.bytes, num_threads)
 
     @classmethod
-    def attach(cls, fd: int, size_bytes: int) -> Slab:
+    def attach(cls, fd: int, size_bytes: int, *, read_only: bool = False) -> Slab:
         """Map another process's slab; the descriptor is this object's from now on.
 
+        read_only: the descriptor is for reading alone; a write through `bytes` ends this process.
         Raises StoreError for memory of another size, and for memory whose size is not sealed.
         """
         slab = cls.__new__(cls)
-        slab.size_bytes, slab.fd = size_bytes, fd
+        slab.size_bytes, slab.fd, slab.is_read_only = size_bytes, fd, read_only
         try:
             if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
                 raise OSError("its size is not sealed")
             if os.fstat(fd).st_size != size_bytes:  # compared after the seals: it cannot change any more
                 raise OSError(f"it has {os.fstat(fd).st_size} bytes, not {size_bytes}")
-            slab._map = mmap.mmap(fd, size_bytes)
+            # Never a private map: a copy of a page would not see what the daemon writes later.
+            slab._map = mmap.mmap(fd, size_bytes, prot=mmap.PROT_READ | (0 if read_only else mmap.PROT_WRITE))
         except (OSError, ValueError, OverflowError) as exc:
             os.close(fd)
             raise StoreError(f"the shared slab cannot be mapped: {exc}") from exc
         _ask_for_huge_pages(slab._map)
-        slab.bytes = np.frombuffer(slab._map, dtype=np.uint8)
+        slab.bytes = _unguarded(slab._map) if read_only else np.frombuffer(slab._map, dtype=np.uint8)
         return slab
 
     def slots(self, block_bytes: int) -> npt.NDArray[np.uint8]:
@@ -101,6 +106,7 @@ class WarmPool:
         self.stride_bytes: int = slot_stride(block_bytes)
         self._slab = slab or Slab(self.stride_bytes * num_slots, num_threads=num_threads)
         self.slab_bytes: int = self._slab.size_bytes
+        self.is_read_only: bool = self._slab.is_read_only
         self.slots: npt.NDArray[np.uint8] = self._slab.slots(block_bytes)[:num_slots]
 
     @property
@@ -117,6 +123,15 @@ class WarmPool:
         """Free the memory. May be called twice."""
         self.slots = np.empty((0, 0), dtype=np.uint8)
         self._slab.close()
+
+
+def _unguarded(memory: mmap.mmap) -> npt.NDArray[np.uint8]:
+    """Return the bytes of a map for reading as an array that calls itself writable: torch takes no other one."""
+    view = np.frombuffer(memory, dtype=np.uint8)
+    bare: Any = (ctypes.c_uint8 * len(view)).from_address(view.ctypes.data)
+    bare.memory = view  # keeps the map for as long as an array of it lives
+    found: npt.NDArray[np.uint8] = np.frombuffer(bare, dtype=np.uint8)
+    return found
 
 
 def _open_memory(size_bytes: int) -> int | None:

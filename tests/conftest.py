@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +22,24 @@ except ModuleNotFoundError:  # the machines with GPUs need not have it
 else:
     settings.register_profile("tierkv", deadline=None, print_blob=True)
     settings.load_profile("tierkv")
+
+
+ROOT = Path(__file__).resolve().parent.parent
+for _folder in ("storage", "kernels", "tools", "examples"):  # a source archive has no symbolic links
+    if not (ROOT / "tierkv" / _folder).exists() and (ROOT / _folder).is_dir():
+        (ROOT / "tierkv" / _folder).symlink_to(f"../{_folder}")
+
+
+class _NoTorch:
+    """Skips what imports torch where there is none: the control plane and the commands work without it."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> None:
+        if name == "torch":
+            pytest.skip("needs torch", allow_module_level=True)
+
+
+if importlib.util.find_spec("torch") is None:
+    sys.meta_path.insert(0, _NoTorch())  # type: ignore[arg-type]
 
 GPU_FOLDER = Path(__file__).parent / "gpu"
 

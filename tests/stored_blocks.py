@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,13 @@ def load(store: BlockStore, keys: list[BlockKey], start: int = 0) -> tuple[int, 
     for got in out[found.num_loaded :]:
         assert not any(got), "a block that did not come was written to"
     return found.num_loaded, found.failed_keys
+
+
+def eventually(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
 
 
 class Stores:

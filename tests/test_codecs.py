@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tierkv.errors import ConfigError, CorruptBlockError
-from tierkv.storage.codec import FRAME_BYTES, merge_planes, take_exponent, take_rest
+from tierkv.storage.codec import FRAME_BYTES, LITERALS_ONLY, FrameCoder, merge_planes, take_exponent, take_rest
 from tierkv.storage.codecs import CODECS, RAW, Codec, codec_by_id, codec_by_name, default_codec
-from tierkv.values.layout import DTYPE_BYTES, Run
+from tierkv.storage.record import BlockInfo, encode_record
+from tierkv.values.layout import DTYPE_BYTES, BlockLayout, Run
 
 RUN = Run(offset_bytes=0, token_bytes=4, heads=1, dim=2, dtype="bfloat16", is_key=True)
 names = pytest.mark.parametrize("codec", [c for c in CODECS if not c.is_lossy], ids=lambda codec: codec.name)
@@ -135,3 +140,66 @@ def test_every_dtype_has_a_default_and_every_codec_is_found_by_name_and_id() -> 
     assert codec_by_name("raw") is RAW
     with pytest.raises(ConfigError, match="exponent16"):
         codec_by_name("gzip")
+
+
+def test_planes_of_the_wrong_size_are_refused_before_and_after_they_are_decoded() -> None:
+    coder = FrameCoder(LITERALS_ONLY)
+    plane = np.zeros(5000, dtype=np.uint8)
+    out = np.empty(5000, dtype=np.uint8)
+    frame = out[: coder.encode(plane, out)].data
+    assert [each.size for each in coder.decode_many([frame, plane[:7].data], [5000, 7])] == [5000, 7]
+    with pytest.raises(CorruptBlockError, match="not of the size"):
+        coder.decode_many([frame], [1 << 40])
+    with pytest.raises(CorruptBlockError, match="not of the size"):
+        coder.decode_many([frame, frame], [5000, 4999])
+    with pytest.raises(CorruptBlockError, match="does not decode"):
+        coder.decode_many([memoryview(b"no frame")], [5000])
+    decompressor = SimpleNamespace(multi_decompress_to_buffer=lambda *_, **__: [b"short"])
+    coder._decompressor = decompressor  # type: ignore[assignment]
+    with pytest.raises(CorruptBlockError, match="to the size"):
+        coder.decode_many([frame], [5000])
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_a_rest_of_another_length_than_the_run_is_refused(change: int) -> None:
+    layout = BlockLayout.uniform(num_layers=1, block_size=64, kv_heads=8, head_dim=64, dtype="bfloat16")
+    codec, block = codec_by_name("exponent16"), np.zeros(layout.block_bytes, dtype=np.uint8)
+    payload = np.zeros(2 * layout.block_bytes, dtype=np.uint8)
+    sizes: list[int] = []
+    for run in layout.runs:
+        values = block[run.offset_bytes : run.offset_bytes + run.token_bytes * 64]
+        found = codec.encode_run(values, run, payload[sum(sizes) :][: values.size])
+        assert found
+        sizes += found
+    codec.decode_runs(payload, sizes, block, layout.runs, 64)
+    sizes[1] += change
+    with pytest.raises(CorruptBlockError, match="a rest of"):
+        codec.decode_runs(payload, sizes, block, layout.runs, 64)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="page faults as Linux counts them")
+def test_decoding_in_a_fresh_process_takes_no_new_memory_for_each_block(tmp_path: Path) -> None:
+    layout = BlockLayout.uniform(num_layers=16, block_size=64, kv_heads=8, head_dim=256, dtype="bfloat16")
+    info = BlockInfo.first(np.arange(64, dtype="<u4").tobytes(), namespace=bytes(16))
+    numbers = np.random.default_rng(0).standard_normal(layout.block_bytes // 2, dtype=np.float32)
+    block = (numbers.view(np.uint32) >> 16).astype("<u2").view(np.uint8)
+    encode_record(info, block, layout=layout).data.tofile(tmp_path / "record")
+    command = [sys.executable, "-c", _COUNT_FAULTS, str(tmp_path / "record")]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(found.stdout) < 100, "each block's planes alone are 1,024 pages"
+
+
+_COUNT_FAULTS = """
+import resource, sys
+import numpy as np
+from tierkv.storage.record import decode_record, read_header
+from tierkv.values.layout import BlockLayout
+layout = BlockLayout.uniform(num_layers=16, block_size=64, kv_heads=8, head_dim=256, dtype="bfloat16")
+record = np.fromfile(sys.argv[1], dtype=np.uint8)  # nothing large is freed before it is decoded
+block = np.empty(layout.block_bytes, dtype=np.uint8)
+info = read_header(record).info
+for number in range(4):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    assert decode_record(record, block, expected=info, layout=layout) is None
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""

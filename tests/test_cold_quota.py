@@ -12,7 +12,7 @@ from child_process import ENVIRONMENT, command
 from cold_blocks import QUOTA, FakeClock, block_bytes, open_store, read, record_of
 
 from tierkv.errors import CapacityError, ConfigError, StoreError
-from tierkv.storage import cold_writer
+from tierkv.storage import free_space
 from tierkv.storage.cold_rows import QUOTA_KEY, map_bytes_of, padded_bytes
 from tierkv.storage.outcomes import PutOutcome
 
@@ -170,7 +170,7 @@ def test_what_is_salvaged_of_a_damaged_store_has_its_quota(tmp_path: Path) -> No
 def test_a_20th_of_a_small_volume_stays_free_and_a_gibibyte_of_a_large_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog, total: int, free: int, is_room: bool
 ) -> None:
-    monkeypatch.setattr(cold_writer.shutil, "disk_usage", lambda path: Usage(total, total - free, free))
+    monkeypatch.setattr(free_space.shutil, "disk_usage", lambda path: Usage(total, total - free, free))
     with open_store(tmp_path, min_free_bytes=None) as store:
         assert store.put([record_of(1)]) == [PutOutcome.STORED if is_room else PutOutcome.FULL]
         assert ("must stay free" in caplog.text) != is_room
@@ -183,7 +183,7 @@ def test_a_store_that_has_blocks_to_evict_has_room(tmp_path: Path, monkeypatch: 
     clock = FakeClock()
     with open_store(tmp_path, clock) as store:
         store.put([record_of(1)])
-    monkeypatch.setattr(cold_writer.shutil, "disk_usage", lambda path: Usage(1 << 40, 1 << 40, 0))
+    monkeypatch.setattr(free_space.shutil, "disk_usage", lambda path: Usage(1 << 40, 1 << 40, 0))
     with open_store(tmp_path, clock, min_free_bytes=None) as store:
         store.require_room(SIZE // 2)
         assert store.put([record_of(2)]) == [PutOutcome.STORED]

@@ -14,7 +14,7 @@ from tierkv.errors import StoreError
 from tierkv.storage import cold_writer
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_rows import NAMESPACE_PREFIX
-from tierkv.storage.lmdb_file import find_leaf
+from tierkv.storage.lmdb_search import find_leaf
 from tierkv.storage.outcomes import MissReason, PutOutcome
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tierkv.transfer.recompute_or_load import CostBySize
+from tierkv.transfer.recompute_or_load import CostBySize, LoadKind, RecomputeOrLoad
 
 
 def test_the_cost_of_a_pass_is_drawn_between_what_was_measured() -> None:
@@ -49,3 +49,21 @@ def test_what_was_measured_long_ago_is_forgotten() -> None:
         for _ in range(num_works):
             costs.add(10, seconds)
         assert costs.estimate(10) == seconds
+
+
+def test_a_remote_tier_is_asked_until_loading_and_computing_are_measured_and_loading_takes_longer() -> None:
+    choice = RecomputeOrLoad(block_size=4, piece_tokens=40)
+    alone = LoadKind(in_memory=False, is_remote=True)
+    assert choice.is_worth_asking(10, 2)
+    choice.pass_costs.add(42, 1.0)
+    choice.pass_costs.add(2, 0.1)
+    assert choice.is_worth_asking(10, 2)
+    choice.load_costs[alone].add(10, 0.8)
+    assert choice.is_worth_asking(10, 2)
+    choice.load_costs[alone].add(10, 0.95)
+    choice.load_costs[alone].add(10, 0.95)
+    assert not choice.is_worth_asking(10, 2)
+    assert choice.is_worth_asking(11, 2), "both at once is not measured yet"
+    choice.load_costs[alone._replace(overlaps=True)].add(11, 2.0)
+    assert not choice.is_worth_asking(11, 2)
+    assert sum(not choice.is_worth_asking(10, 2) for _ in range(100)) < 10, "what is not tried is believed less"

@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,7 @@ def loaded_by(names: list[str]) -> list[str]:
     return process.stdout.split()
 
 
+@pytest.mark.skipif(find_spec("torch") is None, reason="needs torch")
 def test_every_public_name_is_loaded_on_first_use() -> None:
     assert "tierkv.cache" in loaded_by(tierkv.__all__)
 

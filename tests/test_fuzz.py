@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from tierkv.errors import CorruptBlockError, StoreError
 from tierkv.storage.cold_rows import NamespaceRow, entry_of, pack_entry, pack_row, unpack_entry, unpack_row
-from tierkv.storage.lmdb_file import find_leaf
+from tierkv.storage.lmdb_search import find_leaf
 from tierkv.storage.lmdb_tree import check_trees
 from tierkv.storage.record import decode_record, parse_record
 from tierkv.storage.state_file import StateFile, write_state_file

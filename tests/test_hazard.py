@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tierkv.errors import ConfigError
-from tierkv.policies.block_classes import NUM_BUCKETS, bucket_of, buckets_of
 from tierkv.policies.density import hazards, hit_densities
+from tierkv.policies.idle_buckets import NUM_BUCKETS, bucket_of, buckets_of
 from tierkv.policies.use_history import UseHistory, smoothed_gap
 from tierkv.values.prefill import MEASURED_PREFILL, PrefillModel
 

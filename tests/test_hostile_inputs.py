@@ -7,6 +7,7 @@ its area, seed and number, and `TIERKV_FUZZ_ONLY=AREA:NUMBER` runs that case alo
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -25,6 +26,8 @@ from hostile.driver import Area, Fault, Report, WrongAnswerError, peak_bytes, re
 from hostile.runner import run_area
 
 from tierkv.errors import StoreError
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="its processes need torch")
 
 NUM_CASES = int(os.environ.get("TIERKV_FUZZ_CASES", "20000"))
 SEED = int(os.environ.get("TIERKV_FUZZ_SEED", "1"))

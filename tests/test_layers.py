@@ -28,28 +28,34 @@ ROOMS = {
     "policies": "errors values index",
     "background": "errors values",
     "storage": "errors values background",
+    "metrics": "errors",
+    "remote_tiers": "errors values background storage",
     "kernels": "errors storage",
     "movers": "errors values background storage kernels",
-    "daemon": "errors values index policies background storage",
+    "daemon": "errors values index policies background storage metrics remote_tiers",
     "ranks": "errors",
-    "config": "errors values policies storage",
-    "transfer": "errors values index policies background storage movers daemon ranks config",
-    "block_store": "errors values index background storage movers daemon config transfer",
+    "config": "errors values policies storage remote_tiers",
+    "transfer": "errors values index policies background storage remote_tiers movers daemon ranks config",
+    "block_store": "errors values index background storage remote_tiers movers daemon config transfer",
     "requests": "errors values index background storage movers ranks transfer",
     "cache": "errors values policies background storage ranks config transfer requests",
     "scheduling": "errors values requests cache",
     "engine": "errors values background storage kernels movers ranks config requests cache scheduling",
-    "profiling": "errors values policies storage config transfer requests cache",
-    "serving": "errors values cache engine profiling",
-    "integrations": "errors values storage movers ranks block_store engine",
+    "profiling": "errors values policies storage metrics config transfer requests cache",
+    "serving": "errors values metrics cache engine profiling",
+    "integrations": "errors values storage metrics remote_tiers movers ranks block_store engine",
     "__init__": "errors values policies background storage movers ranks config block_store requests cache engine "
     "profiling",
-    "tools": "errors values policies storage daemon config engine profiling serving __init__",
+    "tools": "errors values policies storage metrics remote_tiers daemon config engine profiling serving integrations "
+    "__init__",
     "__main__": "tools",
 }
 
 # Rooms and modules that never load torch; one module of them does.
-TORCH_FREE_ROOMS = {"errors", "values", "index", "policies", "background", "storage", "daemon", "config", "block_store"}
+TORCH_FREE_ROOMS = {
+    *("errors", "values", "index", "policies", "background", "storage", "metrics", "remote_tiers", "daemon", "config"),
+    "block_store",
+}
 TORCH_MODULES = {"storage.hot"}
 TORCH_FREE_MODULES = {
     *("movers.ready", "transfer.codec_choice", "transfer.recompute_or_load", "transfer.lookup"),
@@ -57,7 +63,14 @@ TORCH_FREE_MODULES = {
     *("engine.prompt_files", "engine.prompts", "ranks.group"),
     *("profiling.tracker", "profiling.prefixes", "profiling.measured", "profiling.advice", "profiling.recorder"),
     *("profiling.profiled_run", "profiling.profiler", "profiling.charts", "profiling.drawing"),
-    *("profiling.report_html", "profiling.chrome_trace", "profiling.memory_report", "profiling.metrics"),
+    *(
+        "profiling.first_tokens",
+        "profiling.report_html",
+        "profiling.chrome_trace",
+        "profiling.memory_report",
+        "profiling.metrics",
+        "profiling.remote_metrics",
+    ),
     *("integrations", "integrations.weights", "integrations.rows", "integrations.vllm", "integrations.sglang"),
     *("integrations.vllm.configuration", "integrations.vllm.tier_identity", "integrations.sglang.identity"),
 }

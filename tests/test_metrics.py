@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import json
-import re
+import shutil
+import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import fields
-from pathlib import Path
-from typing import Any
 
+import msgspec
 import pytest
 from fake_cache import FakeCache
 
-from tierkv.daemon.messages import LimitStatus, StatusReport
-from tierkv.daemon.metrics import exposition
+from tierkv.daemon.messages import LimitStatus, ShareStatus, StatusReport, TenantStatus
+from tierkv.daemon.metrics import metrics_of as metrics_of_daemon
 from tierkv.daemon.metrics import serve_metrics as serve_metrics_of_daemon
 from tierkv.errors import ConfigError
-from tierkv.profiling.metrics import _BY_REASON, _OF_CACHE, _OF_TIER, MetricsServer, serve_metrics
+from tierkv.metrics.catalogue import CACHE_BY_REASON, CACHE_BY_TIER, CACHE_TOTALS, groups
+from tierkv.metrics.exposition import exposition
+from tierkv.metrics.metric import Kind
+from tierkv.profiling.metrics import MetricsServer, metrics_of, serve_metrics
+from tierkv.remote_tiers.recorder import RemoteRecorder
+from tierkv.serving.monitor import Monitor
 from tierkv.storage.outcomes import MissReason
 from tierkv.values.block import Tier
 from tierkv.values.events import EventKind
 from tierkv.values.stats import CacheStats, TierStats
 
 parser = pytest.importorskip("prometheus_client.parser")
-
-DASHBOARD = Path(__file__).resolve().parents[1] / "examples/grafana_dashboard.json"
 
 
 @pytest.fixture
@@ -73,9 +76,28 @@ def test_the_endpoint_has_the_counters_of_the_cache(server: MetricsServer) -> No
 
 def test_every_counter_of_the_cache_has_a_metric() -> None:
     sums = {"hits", "hit_tokens", "eviction_count", "tiers", "misses", "skipped_writes"}  # told by tier or by reason
-    told = {each.field for each in (*_OF_CACHE, *_BY_REASON)}
+    told = {each.source for each in (*CACHE_TOTALS, *CACHE_BY_REASON)} | {"remotes"}
     assert {each.name for each in fields(CacheStats)} == told | sums
-    assert {each.name for each in fields(TierStats)} == {each.field for each in _OF_TIER}
+    assert {each.name for each in fields(TierStats)} == {each.source for each in CACHE_BY_TIER}
+
+
+def test_a_remote_tier_has_its_counters_and_times_under_its_safe_url(cache: FakeCache, server: MetricsServer) -> None:
+    recorder = RemoteRecorder()
+    recorder.count("read_hits", 5)
+    for seconds in (10e-6, 100e-6, 100e-6):
+        recorder.time("prefix", seconds)
+    cache.counters["remotes"] = (recorder.snapshot("redis://host", is_up=True),)
+    families = {each.name: each for each in parser.text_string_to_metric_families(get(server, "/metrics"))}
+    (up,) = families["tierkv_remote_up"].samples
+    assert up.labels == {"remote": "redis://host"} and up.value == 1
+    (hits,) = families["tierkv_remote_events"].samples
+    assert hits.labels["event"] == "read_hits" and hits.value == 5
+    counted = {
+        each.labels["le"]: each.value for each in families["tierkv_remote_call_seconds"].samples if "le" in each.labels
+    }
+    assert counted["1.6e-05"] == 1 and counted["0.000128"] == 3 and counted["+Inf"] == 3
+    (remote,) = json.loads(get(server, "/status"))["remotes"]
+    assert remote["counters"] == {"read_hits": 5} and remote["calls"]["prefix"]["us_p50"] == 128
 
 
 def test_every_reason_has_a_metric_before_it_first_happens(server: MetricsServer) -> None:
@@ -120,69 +142,165 @@ def test_a_closed_server_neither_answers_nor_observes(cache: FakeCache) -> None:
         get(server, "/metrics")
 
 
-def expressions(node: Any) -> Iterator[str]:
-    """Yield every query in a dashboard."""
-    if isinstance(node, dict):
-        yield from (value for key, value in node.items() if key in ("expr", "definition") and isinstance(value, str))
-        for value in node.values():
-            yield from expressions(value)
-    elif isinstance(node, list):
-        for value in node:
-            yield from expressions(value)
-
-
-def test_the_dashboard_asks_for_metrics_and_labels_that_exist(server: MetricsServer) -> None:
-    labels: dict[str, set[str]] = {}
-    for family in parser.text_string_to_metric_families(get(server, "/metrics")):
-        for sample in family.samples:
-            labels.setdefault(sample.name, set()).update(sample.labels)
-    asked = list(expressions(json.loads(DASHBOARD.read_text())))
-    used = {name for query in asked for name in re.findall(r"\btierkv_\w+", query)}
-    assert used <= set(labels) and len(used) > 10
-    for query in asked:
-        for by in re.findall(r"by \((\w+)\)", query):
-            assert all(by in labels[name] for name in re.findall(r"\btierkv_\w+", query)), query
-
-
-def test_the_dashboard_shows_each_metric_somewhere(server: MetricsServer) -> None:
-    exposed = {name for name, _ in samples(get(server, "/metrics"))}
-    used = {n for query in expressions(json.loads(DASHBOARD.read_text())) for n in re.findall(r"\btierkv_\w+", query)}
-    assert exposed == used
-
-
 def report_of_daemon() -> StatusReport:
     """Return a report with a counter that the cache has too, and means something else by."""
     gauges = dict.fromkeys((each for each in StatusReport.__struct_fields__), 7)
     told = {
         "socket": "",
         "store": "",
-        "tenants": [],
-        "counters": {"skipped_writes": 3},
-        "cold": {"blocks": 5},
+        "tenants": [
+            TenantStatus(
+                namespace="ab" * 16,
+                name='a "model"\n',
+                block_bytes=10,
+                warm_blocks=3,
+                pinned_bytes=20,
+                clients=2,
+                owner="cd" * 32,
+            )
+        ],
+        "shares": [
+            ShareStatus(
+                owner="",
+                name="shop",
+                warm_bytes=30,
+                warm_share=10,
+                warm_limit=40,
+                cold_bytes=50,
+                cold_share=0,
+                cold_limit=-1,
+            )
+        ],
+        "counters": {
+            "skipped_writes": 3,
+            "published_blocks": 4,
+            "evicted_blocks": 6,
+            "remotes_up": 1,
+            "remote_read_hits": 8,
+        },
+        "reasons": {"skipped_writes": {"full": 2, "of another version": 1}},
+        "cold": {"blocks": 5, "live_bytes": 50, "quota_bytes": 90, "evicted_blocks": 1},
         "limits": [LimitStatus(name="leases", used=3, limit=9)],
+        "version": "1.2",
     }
     return StatusReport(**{**gauges, **told})  # type: ignore[arg-type]
 
 
+def text_of_daemon() -> str:
+    return exposition(metrics_of_daemon(report_of_daemon()))[0].decode()
+
+
+def text_of_server(cache: FakeCache) -> str:
+    monitor = Monitor()
+    monitor.record(outcome="stop", prompt_tokens=100, cached_tokens=0, new_tokens=2, ttft_s=0.5)
+    monitor.record(outcome="stop", prompt_tokens=100, cached_tokens=90, new_tokens=2, ttft_s=0.1)
+    monitor.statuses[200] += 2
+    return exposition((*metrics_of(cache), *monitor.metrics({"running": 4})))[0].decode()
+
+
+def test_a_server_shows_its_answers_beside_its_cache(cache: FakeCache) -> None:
+    found = samples(text_of_server(cache))
+    assert found["tierkv_requests_total", ""] == 3 and found["tierkv_serve_requests_total", "200"] == 2
+    assert found["tierkv_serve_answers_total", "stop"] == 2 and found["tierkv_serve_answers_total", "error"] == 0
+    assert found["tierkv_serve_running", ""] == 4 and found["tierkv_serve_waiting", ""] == 0
+    assert found["tierkv_serve_first_token_seconds_sum", ""] == 0.6
+    assert found["tierkv_serve_first_token_seconds_bucket", "0.1"] == 1
+    assert found["tierkv_serve_first_token_seconds_bucket", "+Inf"] == 2
+    assert found["tierkv_serve_saved_seconds_total", ""] == pytest.approx(0.4)
+
+
+def test_the_daemon_shows_tiers_tenants_and_reasons() -> None:
+    found = samples(text_of_daemon())
+    assert found["tierkv_daemon_blocks", "warm"] == 3 and found["tierkv_daemon_blocks", "cold"] == 5
+    assert found["tierkv_daemon_evictions_total", "warm"] == 6 and found["tierkv_daemon_evictions_total", "cold"] == 1
+    assert found["tierkv_daemon_skipped_writes_total", "full"] == 2
+    assert found["tierkv_daemon_skipped_writes_total", "of another version"] == 1
+    assert found["tierkv_daemon_skipped_writes_total", "busy"] == 0, "a reason is shown before it first happens"
+    assert found["tierkv_daemon_missed_blocks_total", "absent"] == 0
+    assert found["tierkv_daemon_published_blocks_total", ""] == 4
+    assert found["tierkv_daemon_uptime_seconds", ""] == 7 and found["tierkv_daemon_received_bytes_total", ""] == 7
+    assert found["tierkv_daemon_limit_used", "leases"] == 3 and found["tierkv_daemon_limit", "leases"] == 9
+    name = 'a "model"\nababababababcdcdcdcdcdcd'  # its labels in the order of their names
+    assert found["tierkv_daemon_namespace_bytes", name] == 30
+    assert found["tierkv_daemon_info", "1.2"] == 1
+    assert (
+        found["tierkv_daemon_tenant_bytes", "shopwarm"] == 30 and found["tierkv_daemon_tenant_bytes", "shopcold"] == 50
+    )
+    assert found["tierkv_daemon_tenant_limit_bytes", "shopwarm"] == 40
+    assert ("tierkv_daemon_tenant_limit_bytes", "shopcold") not in found, "it has none"
+    assert found["tierkv_daemon_remote_events_total", "read_hits"] == 8 and found["tierkv_daemon_remotes_up", ""] == 1
+
+
+def test_a_daemon_without_a_store_shows_no_cold_tier() -> None:
+    report = msgspec.structs.replace(report_of_daemon(), cold={})
+    found = samples(exposition(metrics_of_daemon(report))[0].decode())
+    assert ("tierkv_daemon_blocks", "warm") in found and ("tierkv_daemon_blocks", "cold") not in found
+
+
+def test_every_metric_of_the_catalogue_is_exposed_with_its_type_and_help(cache: FakeCache) -> None:
+    exposed = {"daemon": text_of_daemon(), "server": text_of_server(cache)}
+    shown = {
+        each.name: (each.type, each.documentation)
+        for text in exposed.values()
+        for each in parser.text_string_to_metric_families(text)
+    }
+    suffix = {Kind.INFO: "_info"}  # in this format, an info metric is a gauge of that name
+    kinds = {Kind.INFO: "gauge"}
+    listed = {
+        each.name + suffix.get(each.kind, ""): (kinds.get(each.kind, each.kind.value), each.help)
+        for some in groups().values()
+        for each in some
+    }
+    assert shown == listed
+
+
+def test_names_have_units_and_labels_that_prometheus_asks_for() -> None:
+    for metric in (each for some in groups().values() for each in some):
+        assert metric.help.endswith(".") and len(metric.help) > 10
+        assert (metric.kind is Kind.COUNTER) == metric.exposed_name.endswith("_total")
+        assert not metric.name.endswith(("_s", "_ms", "_total")), "seconds, and no suffix twice"
+        assert set(metric.labels) <= {
+            *("tier", "tenant", "reason", "namespace", "model", "outcome", "status", "resource", "version"),
+            *("dtype", "block_size", "block_bytes", "remote", "event", "call"),
+        }
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="promtool is not installed")
+def test_promtool_accepts_the_exposition(cache: FakeCache) -> None:
+    for text in (text_of_daemon(), text_of_server(cache)):
+        checked = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, text=True)
+        assert (checked.returncode, checked.stdout + checked.stderr) == (0, "")
+
+
 def test_cache_and_daemon_share_no_metric_name(server: MetricsServer) -> None:
-    of_cache, of_daemon = get(server, "/metrics"), exposition(report_of_daemon())
-    families = [family.name for family in parser.text_string_to_metric_families(of_cache + of_daemon)]
-    assert len(families) == len(set(families))
+    of_cache, of_daemon = get(server, "/metrics"), text_of_daemon()
+    names = [each.name for each in parser.text_string_to_metric_families(of_cache + of_daemon)]
+    assert len(names) == len(set(names))
     both = samples(of_cache + of_daemon)
     assert both == samples(of_cache) | samples(of_daemon)
-    assert both["tierkv_daemon_skipped_writes_total", ""] == 3 and both["tierkv_skipped_writes_total", "busy"] == 0
-    assert both["tierkv_daemon_cold_blocks", ""] == 5 and both["tierkv_daemon_leased_slots", ""] == 7
+    assert both["tierkv_daemon_skipped_writes_total", "full"] == 2 and both["tierkv_skipped_writes_total", "busy"] == 0
 
 
-def test_the_daemon_answers_a_scrape() -> None:
-    async def scrape() -> bytes:
+def scrape(request: bytes) -> bytes:
+    async def ask() -> bytes:
         async with await serve_metrics_of_daemon(0, report_of_daemon, timeout_s=10) as served:
             reader, writer = await asyncio.open_connection(*served.sockets[0].getsockname())
-            writer.write(b"GET /metrics HTTP/1.0\r\n\r\n")
+            writer.write(request)
             answer = await reader.read()
             writer.close()
             return answer
 
-    head, body = asyncio.run(scrape()).split(b"\r\n\r\n")
+    return asyncio.run(ask())
+
+
+def test_the_daemon_answers_a_scrape() -> None:
+    head, body = scrape(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n").split(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.0 200 OK") and f"Content-Length: {len(body)}".encode() in head
-    assert samples(body.decode()) == samples(exposition(report_of_daemon()))
+    assert samples(body.decode()) == samples(text_of_daemon())
+
+
+@pytest.mark.parametrize(
+    ("request_line", "status"), [(b"GET /", b"404"), (b"POST /metrics", b"405"), (b"", b"405"), (b"GET", b"404")]
+)
+def test_the_daemon_answers_nothing_else(request_line: bytes, status: bytes) -> None:
+    assert scrape(request_line + b" HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.0 " + status)

@@ -12,12 +12,14 @@ import tarfile
 import zipfile
 from collections import Counter
 from email.parser import Parser
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("storage", "kernels", "tools")
+FOLDERS = ("storage", "kernels", "tools", "examples")
+OF_ARCHIVE = ("docs", "tests", "benchmarks", "results")  # beside the packages, in the source archive alone
 CORE_DEPENDENCIES = {"torch", "numpy", "xxhash", "lmdb", "zstandard", "msgspec", "typer", "rich"}
 
 pytest.importorskip("setuptools", minversion="77", reason="packages are built with the setuptools that is there")
@@ -28,9 +30,12 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Copy what a clone holds, so that nothing is built inside the working tree; the path has a space."""
     copy = tmp_path_factory.mktemp("packaging") / "a clone"
     copy.mkdir()
-    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, copy / name)
-    for name in ("tierkv", *FOLDERS):
+    for path in [
+        *ROOT.glob("*.md"),
+        *(ROOT / name for name in ("pyproject.toml", "MANIFEST.in", "LICENSE", "Makefile")),
+    ]:
+        shutil.copy(path, copy / path.name)
+    for name in ("tierkv", *FOLDERS, *OF_ARCHIVE):
         shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     return copy
 
@@ -74,6 +79,7 @@ def files_expected(root: Path) -> set[str]:
     """Name the files that a wheel of this tree must hold, metadata apart."""
     page = root / "tierkv" / "serving" / "page"
     names = {"tierkv/py.typed", *(path.relative_to(root).as_posix() for path in page.iterdir())}
+    names |= {f"tierkv/examples/{path.name}" for path in (root / "examples").iterdir() if path.is_file()}
     for folder in [root / "tierkv", *(root / name for name in FOLDERS)]:
         for path in folder.rglob("*.py"):
             inside = path.relative_to(root).as_posix()
@@ -119,6 +125,24 @@ def test_the_wheel_made_from_the_sdist_is_the_same(wheel: Path, sdist: Path, tmp
     second = build("build_wheel", only((tmp_path / "source").iterdir()), tmp_path / "out")
     with zipfile.ZipFile(wheel) as one, zipfile.ZipFile(second) as other:
         assert sorted(one.namelist()) == sorted(other.namelist())
+
+
+SAMPLE = ["test_record.py", "test_metrics.py", "test_layers.py", "test_namespace.py"]
+if find_spec("torch"):
+    SAMPLE.append("cli/test_shipped_files.py")
+
+
+def test_the_source_archive_has_documents_and_tests_that_run(sdist: Path, tmp_path: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)
+        archive.extractall(tmp_path)
+    source = only(path for path in tmp_path.iterdir())
+    for name in ("README.md", "CHANGELOG.md", "ARCHITECTURE.md", "docs/daemon.md", "results/bench_cold_cpu.txt"):
+        assert (source / name).read_bytes() == (ROOT / name).read_bytes()
+    tests = [path.relative_to(ROOT) for path in (ROOT / "tests").rglob("*.py")]
+    assert [path for path in tests if not (source / path).exists()] == []
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"tests/{name}" for name in SAMPLE)]
+    assert " passed" in run(command, cwd=source).splitlines()[-1]
 
 
 def test_the_wheel_asks_for_the_core_dependencies_only_and_brings_the_command(wheel: Path) -> None:

@@ -71,10 +71,12 @@ ALLOWED = (
     Allowed("*.py", r"\.join\(", "str.join, os.path.join, Thread.join"),
     Allowed("*", r"(symbolic|hard) links?", "the file system's terms"),
     Allowed("*", r"\btend to\b", "English: usually do"),
+    Allowed(
+        "tierkv/daemon/lease_flags.py", r"\bseal(s|ing|ed)?\b", "the kernel's term for a memfd that keeps its size"
+    ),
     Allowed("storage/warm.py", r"\bseal(s|ing|ed)?\b", "the kernel's term for a memfd that keeps its size"),
     Allowed("storage/lmdb_directory.py", r"\bos\.link\(", "the system call for a hard link"),
-    Allowed("tierkv/profiling/metrics.py", r"\bfamily\b", "Prometheus' term for a metric with its labels"),
-    Allowed("tierkv/serving/monitor.py", r"\bmetric family\b", "the same, in prometheus_client's names"),
+    Allowed("tierkv/metrics/exposition.py", r"\bmetric family\b", "Prometheus' term, in prometheus_client's names"),
     Allowed("tierkv/profiling/report_html.py", r"\bfont-family\b", "CSS"),
     Allowed("tierkv/*/*.py", r"\bfollow links\b", "whether a symbolic link is followed"),
     Allowed("storage/*.py", r"\bfollow links\b", "whether a symbolic link is followed"),

@@ -29,7 +29,7 @@ from tierkv.policies import (
     make_policy,
     policy_names,
 )
-from tierkv.policies.block_classes import NUM_BUCKETS, bucket_of
+from tierkv.policies.idle_buckets import NUM_BUCKETS, bucket_of
 from tierkv.policies.learned import FEATURES, LearnedModel
 from tierkv.policies.scores import DecayingPolicy
 from tierkv.values.block import BlockHash, Tier, as_token_array, hash_block

@@ -11,7 +11,8 @@ import pytest
 from fake_cache import BLOCK_BYTES, FakeCache
 
 from tierkv.errors import ConfigError
-from tierkv.profiling.advice import suggest
+from tierkv.profiling.advice import LEAST_REQUESTS, suggest
+from tierkv.profiling.first_tokens import FirstTokenRecorder
 from tierkv.profiling.measured import Eviction, EvictionSummary, Measured
 from tierkv.profiling.profiled_run import HeatMap
 from tierkv.profiling.profiler import MemoryProfiler
@@ -193,7 +194,7 @@ def test_evictions_are_too_early_within_one_turnover_of_the_tier() -> None:
 
 def test_a_cyclic_run_gets_the_hot_size_that_holds_it_suggested() -> None:
     cache = FakeCache(hot=4)
-    cache.counters = {"requests": 20, "misses": 20}
+    cache.counters = {"requests": 120, "misses": 20}
     run = measured(cache, distances=[None] * 5 + [5] * 15, evictions=[evicted(1, after=5, lost=True)])
     (suggestion,) = suggest(run)
     assert suggestion.setting == "hot_bytes"
@@ -205,20 +206,20 @@ def test_a_cyclic_run_gets_the_hot_size_that_holds_it_suggested() -> None:
 
 def test_cold_hits_of_blocks_used_before_ask_for_a_larger_warm_tier() -> None:
     cache = FakeCache(hot=2, warm=2)
-    cache.counters = {"requests": 10, "misses": 2}
+    cache.counters = {"requests": 110, "misses": 2}
     cache.hits[Tier.COLD] = 8
     run = measured(
         cache, distances=[None] * 2 + [5] * 8, work={"read cold": (4, 1.5), "load in the background": (4, 0.5)}
     )
     (suggestion,) = suggest(run)
     assert suggestion.setting == "warm_bytes"
-    assert suggestion.evidence.endswith("under LRU: the cache's own policy may need more or less")
+    assert "under LRU: the cache's own policy may need more or less" in suggestion.evidence
     assert "8 of 8 cold hits would have been warm under LRU, 2.00 s of reading" in suggestion.effect
 
 
 def test_a_hot_pool_that_was_never_full_may_shrink() -> None:
     cache = FakeCache(hot=100)
-    cache.counters = {"requests": 3, "misses": 3}
+    cache.counters = {"requests": 100, "misses": 3}
     (suggestion,) = suggest(measured(cache, peak_hot_blocks=9))
     assert (suggestion.setting, suggestion.proposed) == ("hot_bytes", "640 B (10 blocks)")
     assert suggestion.effect.startswith("5.6 KiB would be free")
@@ -234,15 +235,38 @@ def test_a_hot_pool_that_was_never_full_may_shrink() -> None:
 )
 def test_what_was_dropped_names_the_setting_that_dropped_it(changes: Any, setting: str, words: str) -> None:
     cache = FakeCache()
-    cache.counters = {"requests": 3, "misses": 3}
+    cache.counters = {"requests": 100, "misses": 3}
     (suggestion,) = suggest(measured(cache, **changes))
     assert suggestion.setting == setting and words in suggestion.effect
 
 
 def test_a_run_that_went_well_suggests_nothing() -> None:
     cache = FakeCache()
-    cache.counters = {"requests": 3, "misses": 1}
+    cache.counters = {"requests": 300, "misses": 1}
     assert list(suggest(measured(cache, distances=[None, 0, 0]))) == []
+
+
+def test_advice_says_on_how_many_requests_it_rests_and_is_silent_below_a_hundred() -> None:
+    cache = FakeCache(hot=100)
+    cache.counters = {"requests": LEAST_REQUESTS - 1, "misses": 3}
+    assert list(suggest(measured(cache, peak_hot_blocks=9))) == []
+    cache.counters = {"requests": LEAST_REQUESTS, "misses": 3}
+    (suggestion,) = suggest(measured(cache, peak_hot_blocks=9))
+    assert suggestion.evidence.endswith("; from 100 requests")
+
+
+def test_seconds_saved_are_measured_by_the_fastest_computed_prompt() -> None:
+    recorder = FirstTokenRecorder(max_requests=4)
+    assert recorder.recorded().saved_s is None and recorder.recorded().median_s is None
+    recorder.add(1000, 0, 9.0)  # falls out: there is room for four
+    for tokens, cached, seconds in ((1000, 0, 3.0), (1000, 0, 2.0), (1000, 990, 0.5), (1000, 1000, 4.0)):
+        recorder.add(tokens, cached, seconds)
+    first = recorder.recorded()
+    assert first.token_s == 0.002 and first.saved_s == 1.5, "a load that was slower saved nothing"
+    assert first.median_s == 2.25 and first.computed_median_s == 2.5
+    for nonsense in ((1, 2, 1.0), (1, -1, 1.0), (1, 1, -1.0), (1, 1, float("nan"))):
+        with pytest.raises(ConfigError):
+            recorder.add(*nonsense)
 
 
 def test_a_run_without_requests_suggests_nothing() -> None:
@@ -270,7 +294,8 @@ def test_the_page_is_whole_and_needs_nothing_from_elsewhere(tmp_path: Path) -> N
     path = busy_profiler().generate_report().save_html(tmp_path / "memory_profile.html")
     text = path.read_text(encoding="utf-8")
     page = Page(text)
-    assert page.tags.count("svg") == 6 and "script" not in page.tags
+    assert page.tags.count("svg") == 4 and page.tags.count("details") == 1, "nothing was stored or fragmented"
+    assert "script" not in page.tags
     assert {name for name, _ in page.attributes} & {"src", "href", "srcset"} == set()
     assert "http" not in text.replace("http-equiv", "") and "@import" not in text
     assert ("name", "viewport") in page.attributes

@@ -19,7 +19,7 @@ from tierkv.storage import record as record_module
 from tierkv.storage import record_source
 from tierkv.storage.codecs import CODECS, codec_by_name
 from tierkv.storage.coded import CodedBlock
-from tierkv.storage.lmdb_file import find_leaf
+from tierkv.storage.lmdb_search import find_leaf
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import BlockInfo, TruncatedBlockError, decode_record, encode_record, read_header
 from tierkv.storage.record_source import FileRecord, ThreadMemory
@@ -177,7 +177,7 @@ def test_frames_that_are_longer_than_their_run_are_refused_before_they_are_read(
     count = before_read(monkeypatch, 0, lambda: None)
     with pytest.raises(CorruptBlockError, match="longer than the run"):
         decode(in_file(tmp_path / "record", lie))
-    assert count[0] <= 2
+    assert count[0] <= 3, "as the raw block that it is as long as, then its head"
 
 
 # -- in a store, and in a state file -------------------------------------------------------------------

@@ -21,7 +21,7 @@ from crafted_state import Row, craft, state_of, state_start
 
 from tierkv.errors import CapacityError, ConfigError, CorruptBlockError, StoreError
 from tierkv.storage import state_file as state_file_module
-from tierkv.storage import state_format, state_writer
+from tierkv.storage import state_format, state_writer, unfinished_file
 from tierkv.storage.codecs import codec_by_name
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import BlockInfo, EncodedRecord, encode_record
@@ -426,7 +426,7 @@ def test_a_full_or_failing_disk_leaves_the_target_as_it_was(
     path = tmp_path / "state"
     save(path, bytes_of(CHAIN[:1]))
     before = path.read_bytes()
-    monkeypatch.setattr(state_writer, "_SYNC_BYTES", 1)
+    monkeypatch.setattr(unfinished_file, "_SYNC_BYTES", 1)
 
     def fail(*_: object) -> int:
         raise OSError(28, "No space left on device")
@@ -450,7 +450,7 @@ def test_a_file_that_may_not_grow_so_far_is_an_error_of_our_own(tmp_path: Path) 
     assert not os.listdir(tmp_path)
 
 
-def unfinished(path: Path, begin: bytes = state_writer._UNFINISHED_MAGIC) -> Path:
+def unfinished(path: Path, begin: bytes = unfinished_file.UNFINISHED_MAGIC) -> Path:
     found = path / f".tierkv-save-{random.Random(len(os.listdir(path))).getrandbits(128):032x}"
     found.write_bytes(begin + bytes(100))
     return found
@@ -462,7 +462,7 @@ def test_only_what_a_killed_save_left_is_removed(tmp_path: Path) -> None:
     others = [unfinished(tmp_path, b"a text that somebody wrote")]
     for name in (".state.swp", ".state.abcdefgh", ".tierkv-save-", ".tierkv-save-xyz", ".tierkv-save-" + "0" * 31):
         others.append(tmp_path / name)
-        others[-1].write_bytes(state_writer._UNFINISHED_MAGIC)
+        others[-1].write_bytes(unfinished_file.UNFINISHED_MAGIC)
     for make in (Path.mkdir, os.mkfifo, lambda path: path.symlink_to(others[0])):
         others.append(unfinished(tmp_path))
         others[-1].unlink()
@@ -494,17 +494,17 @@ def test_another_users_file_and_one_that_is_being_written_are_no_remains(tmp_pat
 def test_a_file_that_another_save_took_for_a_remainder_is_made_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lock = state_writer._lock
+    lock = unfinished_file.lock_file
     removed: list[Path] = []
 
     def remove_first(fd: int) -> None:
         if not removed:
             removed.append(Path(os.readlink(f"/proc/self/fd/{fd}")))
-            state_writer._remove_unfinished(tmp_path)
+            unfinished_file.remove_unfinished(tmp_path)
             assert not removed[0].exists()
         lock(fd)
 
-    monkeypatch.setattr(state_writer, "_lock", remove_first)
+    monkeypatch.setattr(unfinished_file, "lock_file", remove_first)
     save(tmp_path / "state", bytes_of(CHAIN))
     assert removed and os.listdir(tmp_path) == ["state"]
 

@@ -228,3 +228,24 @@ def test_a_call_that_raises_is_told_when_the_others_have_ended() -> None:
     assert ended.is_set()
     assert threads.map(Priority.REQUEST, call, (1, 2, 3)) == [1, 2, 3]
     threads.shutdown()
+
+
+def test_each_waiting_thread_gets_an_item_that_is_put_or_put_back() -> None:
+    queue: WorkQueue[int] = WorkQueue(max_entries=4)
+    queue.put(1, Priority.REQUEST)
+    first = queue.try_take()
+    assert first is not None
+    taken: list[QueueEntry[int] | None] = []
+    threads = [threading.Thread(target=lambda: taken.append(queue.take()), daemon=True) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 10.0
+    while len(queue._has_items._waiters) < 3:  # type: ignore[attr-defined]
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    queue.put_back(first)
+    queue.put(2, Priority.REQUEST)
+    queue.put(3, Priority.DEMOTION)
+    for thread in threads:
+        thread.join(10.0)
+    assert sorted(each.item for each in taken if each) == [1, 2, 3]

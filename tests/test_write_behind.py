@@ -44,3 +44,23 @@ def test_jobs_put_back_by_a_batch_that_stands_still_can_be_dropped() -> None:
     assert queue.pending == 1
     may_end.set()
     queue.close()
+
+
+def test_of_several_jobs_the_first_ones_that_fit_are_queued() -> None:
+    may_end = threading.Event()
+    begun = threading.Event()
+
+    def process(batch: list[int]) -> None:
+        begun.set()
+        assert may_end.wait(HANG_S)
+
+    queue: WriteBehind[int] = WriteBehind(process, capacity=3, batch_size=1)
+    assert queue.try_put_all([0]) == 1
+    assert begun.wait(HANG_S)
+    assert queue.try_put_all([1, 2]) == 2
+    assert queue.try_put_all([3, 4]) == 1
+    assert queue.try_put_all([5]) == 0
+    assert queue.queued() == [1, 2, 3]
+    may_end.set()
+    queue.close()
+    assert queue.try_put_all([6]) == 0

@@ -19,7 +19,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-__all__ = ["FAMILIES", "VOCABULARY", "make_model"]
+__all__ = ["FAMILIES", "SPLIT", "VOCABULARY", "make_model"]
 
 VOCABULARY = 512
 _COMMON: dict[str, Any] = {
@@ -57,11 +57,20 @@ FAMILIES: dict[str, Callable[[int], Any]] = {
 }
 
 
+# Split over as many ranks as there are heads of K and V: each rank has one.
+SPLIT: dict[str, Callable[[int], Any]] = {
+    f"llama of {heads} heads": lambda _, heads=heads: LlamaForCausalLM(
+        LlamaConfig(**_COMMON | {"num_attention_heads": heads, "num_key_value_heads": heads})
+    )
+    for heads in (4, 8)
+}
+
+
 def make_model(
     family: str, *, block_size: int, device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> Any:
     """Return a model in evaluation mode; the same for the same arguments."""
     torch.manual_seed(seed)
-    model = FAMILIES[family](block_size).to(device=device, dtype=dtype).eval()
+    model = (FAMILIES | SPLIT)[family](block_size).to(device=device, dtype=dtype).eval()
     model.set_attn_implementation("eager" if family == "gemma2" else "sdpa")  # sdpa knows no soft-capping
     return model

@@ -35,6 +35,7 @@ from tierkv.transfer.load import Loader
 from tierkv.transfer.memory import pool_regions
 from tierkv.transfer.recompute_or_load import RecomputeOrLoad
 from tierkv.values.block import HashFunction, Tier, TokenIds, as_token_array, as_token_bytes, hash_block
+from tierkv.values.checks import check_seconds
 from tierkv.values.events import CacheObserver
 from tierkv.values.files import check_path
 from tierkv.values.layout import BlockLayout
@@ -113,7 +114,7 @@ class TierCache:
         self._users = BlockUsers()
         self._committer = Committer(tiers, offloader, users=self._users, write_through=config.write_through)
         self._running = RunningSequences(tiers, offloader, consensus, self._users)
-        self.batching: Batching = Batching(tiers, self._running, daemon, calls=self.calls)
+        self.batching: Batching = Batching(tiers, self._running, daemon, calls=self.calls, consensus=consensus)
         reading = ColdReading(tiers)
         loader = Loader(tiers, offloader, reading)
         self._evictor = Evictor(tiers, offloader, daemon)
@@ -129,9 +130,8 @@ class TierCache:
             committer=self._committer,
             statistics=RequestStatistics(tiers),
             daemon=daemon,
-            # Not over ranks: each rank's load would end at another block.
             choice=RecomputeOrLoad(block_size=config.block_size, piece_tokens=config.piece_tokens)
-            if self.ranks.size == 1 and daemon is None
+            if daemon is None
             else None,
         )
 
@@ -209,14 +209,16 @@ class TierCache:
         self._acquirer.release(sequence)
 
     @while_open
-    def pin(self, token_ids: TokenIds) -> int:
+    def pin(self, token_ids: TokenIds, *, ttl_s: float | None = None) -> int:
         """Keep a cached prompt's blocks in every tier that has them, on disk also after a restart.
 
+        ttl_s: how long; None for good. Another pin of the blocks replaces it.
         Return how many blocks that are; `unpin` takes it back. A block that only a state file has is in no tier and
         is not counted. Raises DaemonError where this tenant's share of a daemon's tiers is used up, StoreBusyError
         where other processes write to the store for too long.
         """
-        return self._prefixes.set_pinned(as_token_array(token_ids).tobytes(), True)
+        ttl_s = None if ttl_s is None else check_seconds("ttl_s", ttl_s)
+        return self._prefixes.set_pinned(as_token_array(token_ids).tobytes(), True, ttl_s=ttl_s)
 
     @while_open
     def unpin(self, token_ids: TokenIds) -> int:
@@ -313,6 +315,7 @@ class TierCache:
                 avg_shared_blocks=self._running.avg_shared_blocks(),
                 fragmentation_ratio=self._tiers.index.hot.fragmentation(),
                 state_files=len(self._tiers.states),
+                remotes=self._tiers.remotes.stats() if self._tiers.remotes else (),
             )
 
     @while_open

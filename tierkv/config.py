@@ -8,9 +8,11 @@ from pathlib import Path
 
 from tierkv.errors import ConfigError
 from tierkv.policies import make_policy
+from tierkv.remote_tiers.urls import RemoteOption, remote_urls
 from tierkv.storage.codecs import CODECS
 from tierkv.values.checks import check_count, check_flag, check_seconds, check_share
 from tierkv.values.files import check_path
+from tierkv.values.users import user_id
 
 __all__ = ["CODEC_NAMES", "CacheConfig", "expanded_path"]
 
@@ -54,8 +56,12 @@ class CacheConfig:
         the write thread waits for the store's write lock: a stopped process may hold it. Then the oldest writes are
         dropped, and counted as skipped.
     socket: of the daemon, whose warm and cold tiers are used then. This process has none: it does not use warm_bytes,
-        cold_path, cold_bytes and the codecs.
+        cold_path, cold_bytes, remote and the codecs.
+    remote: URLs of remote tiers, such as "redis://host:6379" or "s3://bucket/folder", one or several: see
+        docs/remote.md. Their passwords are in no repr and in no message.
     compute_wait_s: how long a request waits for blocks that another process is computing; 0 never waits.
+    daemon_user: name or number of another user whose daemon may be used: it decides what is computed with. None trusts
+        only the own user's and root's.
     daemon_timeout_s: how long to wait for an answer of the daemon before it counts as gone.
 
     >>> config = CacheConfig(cold_path="store", block_size=4, hot_bytes=1 << 20, warm_bytes=1 << 20)
@@ -82,6 +88,8 @@ class CacheConfig:
     piece_tokens: int = 2048
     write_wait_s: float = 5.0
     socket: Path | None = None
+    daemon_user: str | int | None = None
+    remote: RemoteOption = ()
     compute_wait_s: float = 5.0
     daemon_timeout_s: float = 2.0
 
@@ -90,6 +98,7 @@ class CacheConfig:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, expanded_path(name, value))
+        object.__setattr__(self, "remote", remote_urls(self.remote))
         for name, least in _WHOLE_NUMBERS.items():
             value = getattr(self, name)
             if value is not None or name not in ("hot_bytes", "cold_bytes", "min_free_bytes"):
@@ -100,6 +109,8 @@ class CacheConfig:
             check_flag(name, getattr(self, name))
         for name in ("write_wait_s", "compute_wait_s"):
             check_seconds(name, getattr(self, name))
+        if self.daemon_user is not None:
+            object.__setattr__(self, "daemon_user", user_id(self.daemon_user))
         check_seconds("daemon_timeout_s", self.daemon_timeout_s, may_be_zero=False)
         for name, names in (("codec", CODEC_NAMES), ("warm_codec", WARM_CODECS)):
             if getattr(self, name) not in names:

@@ -11,7 +11,9 @@ TierKVError
 │   ├── FormatVersionError       written by another version of the format
 │   ├── NamespaceMismatchError   written for another model, dtype, layout or salt
 │   ├── CorruptBlockError        bytes that do not match their checksum or header
-│   └── StoreBusyError           another process has held the store's write lock for too long
+│   ├── StoreBusyError           another process has held the store's write lock for too long
+│   └── RemoteError              a remote tier cannot be reached, does not answer in time, or refuses
+│       └── RemoteRefusedError   a remote tier answered, and refuses: no rights, no room, read only
 ├── TransferCancelledError       the transfer was cancelled before its end
 ├── RankError                    the ranks of a model cannot agree
 └── DaemonError                  the daemon refused a request, or cannot be started
@@ -31,6 +33,8 @@ __all__ = [
     "NamespaceMismatchError",
     "QueueFullError",
     "RankError",
+    "RemoteError",
+    "RemoteRefusedError",
     "ShapeError",
     "StoreBusyError",
     "StoreError",
@@ -97,6 +101,18 @@ class CorruptBlockError(StoreError):
 
 class StoreBusyError(StoreError):
     """Another process, perhaps a stopped one, holds the store's write lock. Nothing was written."""
+
+
+class RemoteError(StoreError):
+    """A remote tier cannot be reached, does not answer in time, or does not speak its protocol."""
+
+
+class RemoteRefusedError(RemoteError):
+    """A remote tier answered, and refuses: no rights, no room, read only. code: the first word of its answer."""
+
+    def __init__(self, message: str, *, code: str = "refused", hint: str | None = None) -> None:
+        self.code = code
+        super().__init__(message, hint=hint)
 
 
 class TransferCancelledError(TierKVError):

@@ -1,4 +1,4 @@
-"""`tierkv daemon start | status | stop | prefetch`: one warm cache for every process on the machine."""
+"""`tierkv daemon start | status | stop | prefetch | unit`: one warm cache for every process on the machine."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ import msgspec
 import typer
 from rich.table import Table
 
-from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.config import DaemonConfig
 from tierkv.daemon.host import NOT_WRITTEN, check_folder, peer_of, read_lock_file
 from tierkv.daemon.log_file import open_log
 from tierkv.daemon.messages import Count, Done, Hello, Prefetch, Status, StatusReport, Stop
+from tierkv.daemon.service_manager import ServiceManager
 from tierkv.engine.prompts import prefix_tokens, read_prompts
 from tierkv.errors import ConfigError, DaemonError, DaemonGoneError
+from tierkv.tools.daemon_client import open_client
 from tierkv.tools.engine_options import ModelOptions
+from tierkv.tools.logs import FormatOption, LogFormat
 from tierkv.tools.options import (
     AsJson,
     ColdSize,
@@ -33,19 +35,21 @@ from tierkv.tools.options import (
     Lines,
     MinFree,
     PromptFile,
+    Remote,
     Store,
-    WarmSize,
     as_path,
     default_socket,
     default_store,
+    named_remotes,
     parse_optional_size,
-    parse_size,
     spread,
 )
+from tierkv.tools.service import size_of_slab, unit
 from tierkv.tools.stores import require_place
-from tierkv.tools.terminal import format_age, open_console, print_json, visible
+from tierkv.tools.terminal import fact_table, format_age, open_console, print_json, visible
 from tierkv.values.block import as_token_array, iter_chain
 from tierkv.values.units import format_bytes
+from tierkv.values.users import group_id, user_name
 
 __all__ = ["group"]
 
@@ -60,7 +64,13 @@ _MAX_LOG_BYTES = 64 << 10  # that are read for the reason why a daemon did not s
 def start(
     model: ModelOptions,
     detach: Annotated[bool, typer.Option("--detach", help="Return once a process of its own serves.")] = False,
-    warm: WarmSize = "1G",
+    warm: Annotated[
+        str | None,
+        typer.Option(
+            help="Bytes of the shared memory, as 8G, or a share of the memory that is left, as 50%.",
+            show_default="1G, or half of what is left if that is less",
+        ),
+    ] = None,
     cold: ColdSize = None,
     min_free: MinFree = None,
     store: Store = None,
@@ -69,37 +79,53 @@ def start(
     metrics_port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="Serve Prometheus metrics on this port of 127.0.0.1.")
     ] = None,
+    group: Annotated[
+        str | None,
+        typer.Option(help="Let this group connect and read: its name or number. Its members write nothing."),
+    ] = None,
+    remote: Remote = None,
     warm_file: Annotated[
         Path | None,
         typer.Option(
             parser=as_path, metavar="FILE", help="Prompts whose blocks are read from the store into the warm tier."
         ),
     ] = None,
+    log_format: FormatOption = LogFormat.TEXT,
 ) -> None:
     """Start a daemon. Model, dtype, block size and salt identify the blocks of the prompts in --warm-file."""
     path = socket or default_socket(os.environ)
     config = DaemonConfig(
         socket=path.absolute(),
         store=None if no_store else (store or default_store(os.environ)).absolute(),
-        warm_bytes=parse_size(warm),
+        warm_bytes=size_of_slab(warm),
         cold_bytes=parse_optional_size(cold),
         min_free_bytes=parse_optional_size(min_free),
         metrics_port=metrics_port,
+        group=None if group is None else group_id(group),
+        remote=named_remotes(remote, os.environ),
     )
     if config.store:
         require_place(config.store, min_free_bytes=config.min_free_bytes)
     warm_command = _warm_command(warm_file, config.socket, model) if warm_file else []
     if detach:
-        _start_detached(config, warm_command)
+        _start_detached(config, warm_command, log_format)
     else:
         from tierkv.tools.daemon_process import serve_and_warm  # the server, which the other commands do without
 
-        serve_and_warm(config, warm_command, log_to=logging.StreamHandler(sys.stderr))
+        # A service reloads at SIGHUP; in a terminal, which sends it when it closes, the signal ends the daemon.
+        serve_and_warm(
+            config,
+            warm_command,
+            log_to=logging.StreamHandler(sys.stderr),
+            log_format=log_format,
+            reload=None if sys.stderr.isatty() else (lambda: None),
+            manager=ServiceManager.of_environment(os.environ),
+        )
 
 
 def status(socket: DaemonSocket = None, as_json: AsJson = False) -> None:
     """Print what the daemon holds, and for which models and clients."""
-    with DaemonClient(socket or default_socket(os.environ)) as client:
+    with open_client(socket or default_socket(os.environ)) as client:
         report = client.call(Status(), StatusReport)
     if as_json:
         print_json(msgspec.to_builtins({name: getattr(report, name) for name in report.__struct_fields__}))
@@ -108,6 +134,8 @@ def status(socket: DaemonSocket = None, as_json: AsJson = False) -> None:
     console.print(_table(report))
     if report.tenants:
         console.print(_tenants(report))
+    if report.shares:
+        console.print(_shares(report))
     console.print(_limits(report))
 
 
@@ -119,7 +147,7 @@ def stop(socket: DaemonSocket = None) -> None:
     path = socket or default_socket(os.environ)
     pid = _listener_of(path)
     try:
-        with DaemonClient(path, timeout_s=_ANSWER_S) as client:
+        with open_client(path, timeout_s=_ANSWER_S) as client:
             client.call(Stop(), Done)
     except DaemonGoneError as exc:
         if not _is_running(pid):
@@ -163,7 +191,7 @@ def prefetch(
         client=f"prefetch, process {os.getpid()}",
     )
     blocks = 0
-    with DaemonClient(path, hello) as client:
+    with open_client(path, hello) as client:
         for request in requests:
             tokens = as_token_array(prefix_tokens(loaded.tokenizer, request, day=model.day)).tobytes()
             chain = iter_chain(namespace.digest, tokens, model.block_size)
@@ -188,19 +216,24 @@ def _warm_command(file: Path, socket: Path, model: ModelOptions) -> list[str]:
     return command
 
 
-def _start_detached(config: DaemonConfig, warm_command: list[str]) -> None:
+def _start_detached(config: DaemonConfig, warm_command: list[str], log_format: LogFormat) -> None:
     """Start a process that serves; return when it does. Raises DaemonError with the reason if it does not."""
-    from tierkv.tools.daemon_process import to_json
+    from tierkv.tools.daemon_process import environment_of, log_of, to_json
 
-    log = config.socket.with_name(config.socket.name + ".log")
+    log = log_of(config.socket)
     log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     check_folder(log.parent)
-    command = [sys.executable, "-m", "tierkv.tools.daemon_process", to_json(config, warm_command)]
+    command = [sys.executable, "-m", "tierkv.tools.daemon_process", to_json(config, warm_command, log_format)]
     output = open_log(log)
     try:
         begin = os.fstat(output).st_size
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            env=environment_of(config),
         )
         pid = _wait_until_it_serves(process, config.socket, log, lambda: os.pread(output, _MAX_LOG_BYTES, begin))
     finally:
@@ -219,7 +252,7 @@ def _wait_until_it_serves(
             why = lines[-1].removeprefix("tierkv: ") if lines else f"it ended with code {process.returncode}"
             raise DaemonError(why)
         try:
-            with DaemonClient(socket) as client:
+            with open_client(socket) as client:
                 if client.welcome.pid == process.pid:
                     return process.pid
         except DaemonGoneError:
@@ -241,7 +274,7 @@ def _listener_of(path: Path) -> int:
             ) from exc
         pid, uid = peer_of(connection)
     if uid != os.geteuid():
-        raise DaemonError(f"the daemon at {path} belongs to user {uid}")
+        raise DaemonError(f"the daemon at {path} belongs to user {user_name(uid)}: only that user stops it")
     return pid
 
 
@@ -261,7 +294,7 @@ def _what_was_lost(socket: Path, pid: int) -> str:
 
 
 def _table(report: StatusReport) -> Table:
-    table = Table(title="tierkv daemon", show_header=False)
+    table = fact_table("tierkv daemon")
     used = report.warm_bytes - report.warm_free_bytes
     table.add_row(
         "process", f"{report.pid}, up {format_age(report.uptime_s)}, {format_bytes(report.rss_bytes)} of its own"
@@ -282,15 +315,30 @@ def _table(report: StatusReport) -> Table:
 
 
 def _tenants(report: StatusReport) -> Table:
-    table = Table("namespace", "model", "clients", "warm", "pinned")
+    table = Table("namespace", "model", "tenant", "clients", "warm", "pinned")
+    names = {each.owner: each.name for each in report.shares}
     for tenant in report.tenants:
         table.add_row(
             tenant.namespace[:12],
             visible(tenant.name or "unnamed"),
+            visible(names.get(tenant.owner, tenant.owner[:8])),
             f"{tenant.clients:,}",
             format_bytes(tenant.warm_blocks * tenant.block_bytes),
             format_bytes(tenant.pinned_bytes),
         )
+    return table
+
+
+def _shares(report: StatusReport) -> Table:
+    """Return what each tenant has of the tiers, and may have."""
+    table = Table("tenant", "warm", "share", "limit", "cold", "share", "limit")
+
+    def shown(share: int, limit: int) -> tuple[str, str]:
+        return format_bytes(share) if share else "none", "none" if limit < 0 else format_bytes(limit)
+
+    for each in report.shares:
+        warm, cold = shown(each.warm_share, each.warm_limit), shown(each.cold_share, each.cold_limit)
+        table.add_row(visible(each.name), format_bytes(each.warm_bytes), *warm, format_bytes(each.cold_bytes), *cold)
     return table
 
 
@@ -313,5 +361,5 @@ def _print_help(ctx: typer.Context) -> None:
         print(ctx.get_help())
 
 
-for _action in (start, status, stop, prefetch):
+for _action in (start, status, stop, prefetch, unit):
     group.command()(_action)

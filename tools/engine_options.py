@@ -5,9 +5,11 @@ from __future__ import annotations
 import datetime
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from tierkv.config import CacheConfig
 from tierkv.errors import ConfigError
+from tierkv.tools.daemon_client import named_daemon_user
 from tierkv.tools.options import (
     DEFAULT_DAY,
     BlockSize,
@@ -18,20 +20,27 @@ from tierkv.tools.options import (
     HotSize,
     MinFree,
     Model,
+    NoDaemon,
     ReadOnly,
+    Remote,
     Salt,
     Socket,
     Store,
     TemplateDay,
     WarmSize,
     default_store,
+    named_remotes,
     named_socket,
     parse_day,
     parse_optional_size,
     parse_size,
 )
+from tierkv.tools.running_daemon import require_one, running_daemon
 
 __all__ = ["EngineOptions", "ModelOptions"]
+
+_WARM = "256M"
+_CODEC = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,15 +78,25 @@ class EngineOptions(ModelOptions):
     cold: ColdSize = None
     min_free: MinFree = None
     read_only: ReadOnly = False
-    warm: WarmSize = "256M"
+    warm: WarmSize = _WARM
     hot: HotSize = None
-    codec: CodecName = "auto"
+    codec: CodecName = _CODEC
     socket: Socket = None
+    remote: Remote = None
+    no_daemon: NoDaemon = False
+
+    def __post_init__(self) -> None:
+        ModelOptions.__post_init__(self)
+        require_one(self.socket, no_daemon=self.no_daemon)
 
     def config(self) -> CacheConfig:
-        """Return the cache's configuration; what no option names comes from the environment."""
+        """Return the cache's configuration; what no option names comes from the environment.
+
+        Looks for the user's daemon, and notes on standard error whether it is used.
+        """
+        store = self.store or default_store(os.environ)
         return CacheConfig(
-            cold_path=self.store or default_store(os.environ),
+            cold_path=store,
             block_size=self.block_size,
             cold_bytes=parse_optional_size(self.cold),
             min_free_bytes=parse_optional_size(self.min_free),
@@ -85,5 +104,19 @@ class EngineOptions(ModelOptions):
             warm_bytes=parse_size(self.warm),
             hot_bytes=parse_size(self.hot) if self.hot else None,
             codec=self.codec,
-            socket=self.socket or (None if self.read_only else named_socket(os.environ)),
+            daemon_user=named_daemon_user(os.environ),
+            socket=self._daemon(store),
+            remote=named_remotes(self.remote, os.environ),
         )
+
+    def _daemon(self, store: Path) -> Path | None:
+        if self.socket or self.read_only or self.no_daemon:
+            return self.socket
+        is_own = {
+            "--cold": self.cold is not None,
+            "--min-free": self.min_free is not None,
+            "--warm": self.warm != _WARM,
+            "--codec": self.codec != _CODEC,
+        }
+        unless = [name for name, is_set in is_own.items() if is_set]
+        return named_socket(os.environ) or running_daemon(store, unless=unless)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from tierkv.config import CacheConfig
 from tierkv.engine.embedded_files import EMBEDDED
@@ -16,7 +17,7 @@ from tierkv.tools.engine_options import ModelOptions
 from tierkv.tools.options import cache_directory
 from tierkv.values.namespace import Namespace
 
-__all__ = ["identify", "open_engine"]
+__all__ = ["identify", "identify_stored", "open_engine"]
 
 
 @contextmanager
@@ -32,6 +33,12 @@ def identify(options: ModelOptions) -> tuple[LoadedModel, Namespace]:
     check_supported(loaded.model)
     layout = probe_layout(loaded.model, block_size=options.block_size)
     return loaded, namespace_of(loaded.model, layout, salt=options.salt, name=loaded.name)
+
+
+def identify_stored(options: ModelOptions, lossy_codec: str) -> tuple[LoadedModel, Namespace]:
+    """Do as `identify`, for blocks that go through a lossy codec, where one is named."""
+    loaded, namespace = identify(options)
+    return loaded, replace(namespace, lossy_codec=lossy_codec)
 
 
 def _load(options: ModelOptions) -> LoadedModel:

@@ -13,7 +13,6 @@ from typing import Annotated, Any
 
 import typer
 
-from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.eviction_log import LOG_NAME, EvictionLog
 from tierkv.daemon.eviction_messages import EvictBlocks, EvictedBlocks, Eviction
 from tierkv.daemon.host import STORE_LOCK, read_lock_file
@@ -23,9 +22,13 @@ from tierkv.errors import ConfigError, DaemonError, DaemonGoneError, StoreError
 from tierkv.storage.codecs import CODECS
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_eviction import EvictionReport, StoredPrompt
+from tierkv.storage.cold_tenants import TenantSettings
+from tierkv.tools.confirm import DryRun, Yes, confirm, must_ask
+from tierkv.tools.daemon_client import open_client
 from tierkv.tools.engine_options import ModelOptions
 from tierkv.tools.options import AsJson, parse_optional_size, spread
-from tierkv.tools.stores import StoreOptions, find_digest, open_existing
+from tierkv.tools.stores import StoreOptions, find_digest, open_existing, store_of
+from tierkv.tools.tenants import TenantNames
 from tierkv.tools.terminal import print_json, visible
 from tierkv.values.block import HASH_BYTES, BlockHash, as_token_array, iter_chain
 from tierkv.values.units import format_bytes
@@ -42,7 +45,10 @@ def evict(
     model: ModelOptions,
     where: StoreOptions,
     to: Annotated[str | None, typer.Option(help="Until at most so many bytes are live, as 512M or 0.")] = None,
-    namespace: Annotated[str | None, typer.Option(help="Only this namespace: leading hex digits.")] = None,
+    namespace: Annotated[str | None, typer.Option(help="Only this namespace: leading hex digits, or its name.")] = None,
+    tenant: Annotated[
+        str | None, typer.Option(help="Only this tenant: its name, leading digits of its id, or its salt.")
+    ] = None,
     older_than: Annotated[
         str | None, typer.Option(help="Only blocks that were not used for so long, as 90s, 12h or 7d.")
     ] = None,
@@ -50,18 +56,20 @@ def evict(
         str | None,
         typer.Option(help="Only blocks that begin with these prompts: a file as `tierkv warm` takes it, or a text."),
     ] = None,
+    dry_run: DryRun = False,
+    yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
     """Remove blocks from a store, a daemon's memory, and engines that use the daemon. Pinned blocks and the quota stay.
 
     Model, device, dtype, block size and salt identify the blocks of --prompt.
     """
-    daemon, path = where.daemon, None
+    daemon, path = where.find_daemon(), None
     if daemon is None:
         path = where.path
         daemon = daemon_for(path)
-    if to is None and namespace is None and older_than is None and prompt is None:
-        raise ConfigError("nothing to evict: say --to SIZE, --namespace N, --prompt P or --older-than T")
+    if to is None and namespace is None and tenant is None and older_than is None and prompt is None:
+        raise ConfigError("nothing to evict: say --to SIZE, --namespace N, --tenant T, --prompt P or --older-than T")
     size = parse_optional_size(to)
     to_bytes = -1 if size is None else size
     older_than_s = -1.0 if older_than is None else parse_age(older_than)
@@ -70,15 +78,34 @@ def evict(
     else:
         requests = _requests_of(prompt, model, older_than_s)
         requests += [EvictBlocks(to_bytes=to_bytes)] if to_bytes >= 0 or not requests else []
+    if dry_run or must_ask(yes=yes):
+        result = _evict_stored(_store_for(daemon, path), requests, namespace, tenant, dry_run=True)
+        if dry_run:
+            _show(result, requests[-1].to_bytes, as_json=as_json, dry_run=True)
+            return
+        freed = format_bytes(result.bytes_freed)
+        confirm(f"evict {result.blocks_evicted:,} blocks, {freed}, and their copies in memory?")
     if daemon is not None:
-        result = _evict_through_daemon(daemon, requests, namespace)
+        result = _evict_through_daemon(daemon, requests, namespace, tenant)
     else:
         assert path is not None, "a store or a daemon is named"
-        result = _evict_stored(path, requests, namespace)
+        result = _evict_stored(path, requests, namespace, tenant)
+    _show(result, requests[-1].to_bytes, as_json=as_json)
+
+
+def _show(result: _Result, to_bytes: int, *, as_json: bool, dry_run: bool = False) -> None:
     if as_json:
-        print_json(asdict(result))
+        print_json(asdict(result) | ({"dry_run": True} if dry_run else {}))
     else:
-        _print(result, requests[-1].to_bytes)
+        _print(result, to_bytes, "would evict" if dry_run else "evicted")
+
+
+def _store_for(daemon: Path | None, path: Path | None) -> Path:
+    """Return the store whose blocks would be evicted. Raises DaemonError for a daemon that has none."""
+    if daemon is not None:
+        return store_of(daemon)
+    assert path is not None, "a store or a daemon is named"
+    return path
 
 
 @dataclass(slots=True)
@@ -106,7 +133,7 @@ def daemon_for(store_path: Path) -> Path | None:
     socket = _owner_of(store_path)
     if socket is not None:
         try:
-            DaemonClient(socket).close()
+            open_client(socket).close()
         except DaemonGoneError as exc:
             raise DaemonError(
                 f"the store {store_path} belongs to a daemon that does not answer at {socket}",
@@ -172,18 +199,19 @@ def _owner_of(store_path: Path) -> Path | None:
     return Path(lines[1])
 
 
-def _evict_through_daemon(socket: Path, requests: list[EvictBlocks], namespace: str | None) -> _Result:
+def _evict_through_daemon(
+    socket: Path, requests: list[EvictBlocks], namespace: str | None, tenant: str | None
+) -> _Result:
     result = _Result()
-    with DaemonClient(socket) as client:
-        names = {each.namespace: each.name for each in client.call(Status(), StatusReport).tenants}
+    with open_client(socket) as client:
+        found = _Namespaces()
+        for each in client.call(Status(), StatusReport).tenants:
+            found.add(each.namespace, each.name, each.owner)
         if client.welcome.has_cold:
             with suppress(StoreError), open_existing(Path(client.welcome.store)) as store:
-                names |= {each.digest.hex(): str(each.description.get("name", "")) for each in store.namespaces()}
-        digest = bytes.fromhex(find_digest(names, namespace)) if namespace is not None else b""
-        for request in requests:
-            if not _can_match(request, digest, names):
-                continue
-            answer = client.call(_within(request, digest), EvictedBlocks, timeout_s=_EVICT_S)
+                found.add_stored(store)
+        for request in found.within(requests, namespace, tenant):
+            answer = client.call(request, EvictedBlocks, timeout_s=_EVICT_S)
             result.blocks_evicted += answer.cold
             result.warm_blocks_evicted += answer.warm
             result.bytes_freed += answer.freed_bytes
@@ -194,18 +222,25 @@ def _evict_through_daemon(socket: Path, requests: list[EvictBlocks], namespace: 
     return result
 
 
-def _evict_stored(store_path: Path, requests: list[EvictBlocks], namespace: str | None) -> _Result:
+def _evict_stored(
+    store_path: Path,
+    requests: list[EvictBlocks],
+    namespace: str | None,
+    tenant: str | None,
+    *,
+    dry_run: bool = False,
+) -> _Result:
+    """Evict from a store. dry_run: change nothing, and look at each request alone: several may free a little more."""
     result = _Result()
+    would_go: set[BlockHash] = set()
     had_daemon = (store_path / STORE_LOCK).exists()
     with open_existing(store_path, read_only=False) as store:
-        names = {each.digest.hex(): str(each.description.get("name", "")) for each in store.namespaces()}
-        digest = bytes.fromhex(find_digest(names, namespace)) if namespace is not None else b""
-        log = EvictionLog(store_path / LOG_NAME) if had_daemon else None
-        for request in requests:
-            if not _can_match(request, digest, names):
-                continue
-            asked = _within(request, digest)
-            report = _evict_one(store, asked)
+        found = _Namespaces()
+        found.add_stored(store)
+        log = EvictionLog(store_path / LOG_NAME) if had_daemon and not dry_run else None
+        for asked in found.within(requests, namespace, tenant):
+            report = _evict_one(store, asked, dry_run=dry_run)
+            would_go.update(report.hashes if dry_run else ())
             result.blocks_evicted += report.blocks
             result.bytes_freed += report.freed_bytes
             result.record_stayed({"stored, pinned": report.num_pinned})
@@ -216,12 +251,17 @@ def _evict_stored(store_path: Path, requests: list[EvictBlocks], namespace: str 
             log.save()
         left = store.stats()
         result.blocks_left, result.bytes_live = left.blocks, left.live_bytes
-        if store.is_shared():
+        if dry_run:
+            result.blocks_evicted = len(would_go)
+            result.bytes_freed = sum(entry.value_bytes for entry in store.lookup_many(would_go) if entry)
+            result.blocks_left -= result.blocks_evicted
+            result.bytes_live -= result.bytes_freed
+        elif store.is_shared():
             result.notes.append("another process has this store open: copies in its own memory stay until it ends")
     return result
 
 
-def _evict_one(store: ColdStore, request: EvictBlocks) -> EvictionReport:
+def _evict_one(store: ColdStore, request: EvictBlocks, *, dry_run: bool) -> EvictionReport:
     prompt = None
     if request.tokens:
         hashes = [request.hashes[at : at + HASH_BYTES] for at in range(0, len(request.hashes), HASH_BYTES)]
@@ -231,6 +271,7 @@ def _evict_one(store: ColdStore, request: EvictBlocks) -> EvictionReport:
         namespace=request.namespace or None,
         older_than_s=request.older_than_s if request.older_than_s >= 0 else None,
         prompt=prompt,
+        dry_run=dry_run,
     )
 
 
@@ -245,21 +286,52 @@ def _add_to_log(log: EvictionLog, request: EvictBlocks, hashes: Iterable[BlockHa
         log.add(Eviction(0, now, block_hashes=b"".join(hashes)))
 
 
-def _within(request: EvictBlocks, digest: BlockHash) -> EvictBlocks:
-    """Return the request, limited to a namespace if one is named."""
-    namespace = request.namespace or digest
-    return EvictBlocks(namespace, request.hashes, request.tokens, request.older_than_s, request.to_bytes)
+@dataclass(slots=True)
+class _Namespaces:
+    """Namespaces of a store and of a daemon: names and tenants by hex digest."""
+
+    names: dict[str, str] = field(default_factory=dict)
+    tenants: dict[str, str | None] = field(default_factory=dict)
+    settings: dict[str, TenantSettings] = field(default_factory=dict)
+
+    def add(self, digest: str, name: str, tenant: str | None) -> None:
+        """Add one namespace."""
+        self.names[digest] = name
+        self.tenants[digest] = tenant
+
+    def add_stored(self, store: ColdStore) -> None:
+        """Add all namespaces of a store, and the names of its tenants."""
+        self.settings.update(store.tenants())
+        for each in store.namespaces():
+            self.add(each.digest.hex(), str(each.description.get("name", "")), each.tenant)
+
+    def within(self, requests: list[EvictBlocks], namespace: str | None, tenant: str | None) -> list[EvictBlocks]:
+        """Return the requests, limited to a namespace and a tenant where these are named. Raises ConfigError."""
+        if namespace is None and tenant is None:
+            return [each for each in requests if not each.namespace or each.namespace.hex() in self.names]
+        allowed = set(self.names) if namespace is None else {find_digest(self.names, namespace)}
+        if tenant is not None:
+            ids = frozenset(each for each in self.tenants.values() if each is not None)
+            wanted = TenantNames(self.settings, ids | self.settings.keys()).find(tenant)
+            allowed = {digest for digest in allowed if self.tenants[digest] == wanted}
+        limited: list[EvictBlocks] = []
+        has_prompts = any(request.namespace for request in requests)
+        for request in requests:
+            if request.namespace:
+                limited += [request] if request.namespace.hex() in allowed else []
+                continue
+            if not has_prompts:
+                limited += [
+                    EvictBlocks(namespace=bytes.fromhex(each), older_than_s=request.older_than_s) for each in allowed
+                ]
+            limited += [EvictBlocks(to_bytes=request.to_bytes)] if request.to_bytes >= 0 else []
+        return limited
 
 
-def _can_match(request: EvictBlocks, digest: BlockHash, names: dict[str, str]) -> bool:
-    """Return whether the request's namespace exists and was not excluded."""
-    return not request.namespace or (digest in (b"", request.namespace) and request.namespace.hex() in names)
-
-
-def _print(result: _Result, to_bytes: int) -> None:
+def _print(result: _Result, to_bytes: int, done: str) -> None:
     warm = f", and {result.warm_blocks_evicted} from the warm tier" if result.warm_blocks_evicted else ""
     print(
-        f"evicted {result.blocks_evicted} blocks, {format_bytes(result.bytes_freed)}{warm}; "
+        f"{done} {result.blocks_evicted} blocks, {format_bytes(result.bytes_freed)}{warm}; "
         f"{result.blocks_left} blocks, {format_bytes(result.bytes_live)}, are left"
         + (" (pinned blocks and those before them stay)" if 0 <= to_bytes < result.bytes_live else "")
     )

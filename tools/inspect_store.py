@@ -22,7 +22,8 @@ from tierkv.storage.cold_reader import StoredNamespace
 from tierkv.storage.cold_rows import ColdEntry
 from tierkv.tools.options import AsJson, cache_directory, spread
 from tierkv.tools.stores import StoreOptions, find_namespace, iter_chains, open_existing
-from tierkv.tools.terminal import format_age, open_console, print_json, visible
+from tierkv.tools.tenants import TenantNames
+from tierkv.tools.terminal import cut_text, format_age, open_console, print_json, visible
 from tierkv.values.block import BlockHash
 from tierkv.values.namespace import differing_fields
 from tierkv.values.units import format_bytes
@@ -30,6 +31,7 @@ from tierkv.values.units import format_bytes
 __all__ = ["inspect"]
 
 _PREVIEW_TOKENS = 48
+_LEAST_TEXT = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,10 @@ class _Prefix:
 @spread()
 def inspect(
     where: StoreOptions,
-    namespace: Annotated[str | None, typer.Option(help="Only this namespace: leading hex digits.")] = None,
+    namespace: Annotated[str | None, typer.Option(help="Only this namespace: leading hex digits, or its name.")] = None,
+    tenant: Annotated[
+        str | None, typer.Option(help="Only this tenant: its name, leading digits of its id, or its salt.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Show texts with this model's tokenizer.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -58,20 +63,24 @@ def inspect(
     path, now = where.path, time.time()
     with open_existing(path) as store:
         found = [find_namespace(store, namespace)] if namespace else store.namespaces()
+        names = TenantNames.of(store)
+        if tenant is not None:
+            wanted = names.find(tenant)
+            found = [n for n in found if n.tenant == wanted]
         found.sort(key=lambda n: n.last_used, reverse=True)
         prefixes = [prefix for n in found for prefix in _iter_prefixes(store, n)]
     if as_json:
         texts = _texts(prefixes, found, model, own=False)
         result = {
             "store": str(path),
-            "namespaces": [_describe(n, found[0]) for n in found],
+            "namespaces": [_describe(n, found[0], names) for n in found],
             "prefixes": [_as_dict(p, text, now) for p, text in zip(prefixes, texts, strict=True)],
         }
         print_json(result)
         return
     console = open_console()
     texts = _texts(prefixes, found, model, own=True)
-    console.print(_namespace_table(found, now))
+    console.print(_namespace_table(found, names, now))
     console.print(_prefix_table(prefixes, texts, now))
     for n in found:
         if n.problem:
@@ -153,11 +162,12 @@ def _numbers(token_ids: list[int]) -> str:
     return " ".join(map(str, token_ids))
 
 
-def _describe(namespace: StoredNamespace, base: StoredNamespace) -> dict[str, Any]:
+def _describe(namespace: StoredNamespace, base: StoredNamespace, names: TenantNames) -> dict[str, Any]:
     return {
         "digest": namespace.digest.hex(),
         **namespace.description,
         "problem": namespace.problem,
+        "tenant": names.name_of(namespace.tenant),
         "blocks": namespace.blocks,
         "bytes_raw": namespace.raw_bytes,
         "bytes_stored": namespace.stored_bytes,
@@ -181,14 +191,16 @@ def _as_dict(prefix: _Prefix, text: str, now: float) -> dict[str, Any]:
     }
 
 
-def _namespace_table(found: list[StoredNamespace], now: float) -> Table:
-    table = Table(title="namespaces", box=box.SIMPLE_HEAD)
-    for column in ("namespace", "model", "dtype", "size", "blocks", "stored", "used"):
-        table.add_column(column, no_wrap=True)
+def _namespace_table(found: list[StoredNamespace], names: TenantNames, now: float) -> Table:
+    table = Table(title="namespaces", box=box.SIMPLE_HEAD, padding=0)
+    has_tenants = any(n.tenant for n in found)
+    for column in ("namespace", "model", *["tenant"] * has_tenants, "dtype", "size", "blocks", "stored", "used"):
+        table.add_column(column, no_wrap=column not in ("model", "tenant"))
     for n in found:
         table.add_row(
             n.digest.hex()[:8],
-            "unreadable" if n.problem else visible(_model_name(n.description)),
+            "unreadable" if n.problem else cut_text(_model_name(n.description)),
+            *[cut_text(names.name_of(n.tenant))] * has_tenants,
             visible(str(n.description.get("dtype", ""))),
             visible(str(n.description.get("block_size", ""))),
             str(n.blocks),
@@ -205,17 +217,18 @@ def _model_name(description: dict[str, Any]) -> str:
 
 
 def _prefix_table(prefixes: list[_Prefix], texts: list[str], now: float) -> Table:
-    table = Table(title="prompt prefixes", box=box.SIMPLE_HEAD)
-    for column in ("namespace", "tokens", "blocks", "stored", "age"):
+    table = Table(title="prompt prefixes", box=box.SIMPLE_HEAD, padding=0)
+    for column in ("namespace", "tokens", "blocks", "shared", "stored", "age"):
         table.add_column(column, no_wrap=True)
-    table.add_column("from where it is its own", overflow="ellipsis", no_wrap=True, max_width=18)
+    table.add_column("own text", min_width=_LEAST_TEXT)
     for prefix, text in zip(prefixes, texts, strict=True):
         table.add_row(
             prefix.namespace[:8],
             str(prefix.tokens),
-            f"{prefix.blocks}, {prefix.shared_blocks} shared" if prefix.shared_blocks else str(prefix.blocks),
+            str(prefix.blocks),
+            str(prefix.shared_blocks or ""),
             format_bytes(prefix.stored_bytes),
-            format_age(now - prefix.last_access) + (", pinned" if prefix.pinned else ""),
-            visible(" ".join(text.split())),
+            format_age(now - prefix.last_access),
+            cut_text(("pinned: " if prefix.pinned else "") + text),
         )
     return table

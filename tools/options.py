@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from datetime import date
 from decimal import Decimal
@@ -16,11 +16,13 @@ import typer
 
 from tierkv.engine.prompts import TEMPLATE_DAY
 from tierkv.errors import ConfigError
+from tierkv.remote_tiers.urls import RemoteUrl, remote_urls
 from tierkv.values.files import home_directory, user_path
 from tierkv.values.units import format_bytes
 
 __all__ = [
     "DEFAULT_DAY",
+    "STANDARD_INPUT",
     "AsJson",
     "BlockSize",
     "BlockTokens",
@@ -33,8 +35,10 @@ __all__ = [
     "Lines",
     "MinFree",
     "Model",
+    "NoDaemon",
     "PromptFile",
     "ReadOnly",
+    "Remote",
     "Salt",
     "Socket",
     "StatePath",
@@ -43,9 +47,11 @@ __all__ = [
     "TraceFile",
     "WarmSize",
     "as_path",
+    "as_prompt_path",
     "cache_directory",
     "default_socket",
     "default_store",
+    "named_remotes",
     "named_socket",
     "parse_day",
     "parse_optional_size",
@@ -65,6 +71,15 @@ def as_path(text: str | Path) -> Path:
         return user_path(text)
     except ConfigError as exc:
         raise typer.BadParameter(str(exc)) from exc
+
+
+STANDARD_INPUT = Path("/dev/stdin")
+"""What the name - stands for, where a command takes a file of prompts."""
+
+
+def as_prompt_path(text: str | Path) -> Path:
+    """Return the path of a file of prompts, as `as_path`; - is standard input."""
+    return STANDARD_INPUT if str(text) == "-" else as_path(text)
 
 
 Model = Annotated[str | None, typer.Option(help="Directory or hub name; without it the embedded model.")]
@@ -133,9 +148,19 @@ Socket = Annotated[
         parser=as_path,
         metavar="PATH",
         help="Use the warm and cold tier of the daemon that listens here.",
-        show_default="TIERKV_SOCKET, else no daemon",
+        show_default="TIERKV_SOCKET, else your daemon if one answers at the default place",
     ),
 ]
+Remote = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--remote",
+        metavar="URL",
+        help="Share blocks with other machines, as redis://host; may be repeated. ${NAME} stands for a password.",
+        show_default="TIERKV_REMOTE, else none",
+    ),
+]
+NoDaemon = Annotated[bool, typer.Option("--no-daemon", help="Use no daemon, not even one that answers.")]
 DaemonSocket = Annotated[
     Path | None,
     typer.Option(
@@ -150,9 +175,9 @@ StatePath = Annotated[Path, typer.Argument(parser=as_path, metavar="FILE", help=
 PromptFile = Annotated[
     Path,
     typer.Argument(
-        parser=as_path,
+        parser=as_prompt_path,
         metavar="FILE",
-        help="Prompts: text separated by lines of ---, or JSON (.json, .jsonl, .ndjson).",
+        help="Prompts: text separated by lines of ---, or JSON (.json, .jsonl, .ndjson). - is standard input.",
     ),
 ]
 Lines = Annotated[bool, typer.Option("--lines", help="One prompt per line.")]
@@ -240,6 +265,11 @@ def parse_day(text: str) -> date | None:
 def named_socket(environment: Mapping[str, str]) -> Path | None:
     """Return the daemon's socket that TIERKV_SOCKET names, if any."""
     return _named(environment, "TIERKV_SOCKET")
+
+
+def named_remotes(given: Sequence[str] | None, environment: Mapping[str, str]) -> tuple[RemoteUrl, ...]:
+    """Return the remote tiers that options name, or else TIERKV_REMOTE. Raises ConfigError, without the URL."""
+    return remote_urls(given if given is not None else environment.get("TIERKV_REMOTE"))
 
 
 def default_socket(environment: Mapping[str, str]) -> Path:

@@ -25,9 +25,9 @@ from tierkv.tools.engine_options import EngineOptions
 from tierkv.tools.engines import open_engine
 from tierkv.tools.options import AsJson, Lines, as_path, spread
 from tierkv.tools.stores import iter_chains
-from tierkv.tools.terminal import open_console, print_json, visible
+from tierkv.tools.terminal import fact_table, open_console, print_json, visible
 from tierkv.values.block import BlockHash
-from tierkv.values.units import format_bytes
+from tierkv.values.units import format_bytes, format_seconds
 
 __all__ = ["ReportRequest", "report"]
 
@@ -127,7 +127,12 @@ def _run(runner: Runner, profiler: MemoryProfiler, rounds: list[list[_Prompt]], 
             for prompt in prompts:
                 name = f"{prompt.name}, round {number}" if len(rounds) > 1 else prompt.name
                 with profiler.iteration(name):
-                    runner.generate([prompt.token_ids], options)
+                    (done,) = runner.generate([prompt.token_ids], options)
+                profiler.record_first_token(
+                    prompt_tokens=done.prompt_tokens,
+                    cached_tokens=sum(done.cached_tokens.values()),
+                    seconds=done.ttft_s,
+                )
                 progress.advance(task)
         runner.cache.flush()
 
@@ -178,8 +183,11 @@ def _plots(made: MemoryReport) -> MemoryVisualizer | None:
 
 
 def _summary(made: MemoryReport, written: list[Path]) -> dict[str, Any]:
-    measured = made.run.measured
+    measured, first = made.run.measured, made.run.first_tokens
     return {
+        "seconds_saved": first.saved_s,
+        "first_token_s": first.median_s,
+        "first_token_computed_s": first.computed_median_s,
         "requests": measured.requests,
         "prompt_tokens": measured.prompt_tokens,
         "hit_tokens": {tier.value: tokens for tier, tokens in measured.tokens.items()},
@@ -199,7 +207,14 @@ def _summary(made: MemoryReport, written: list[Path]) -> dict[str, Any]:
 
 def _table(made: MemoryReport, written: list[Path]) -> Table:
     measured = made.run.measured
-    table = Table(title=made.run.title, show_header=False)
+    first = made.run.first_tokens
+    table = fact_table(made.run.title)
+    if first.saved_s is not None:
+        table.add_row("seconds saved", format_seconds(first.saved_s))
+    if first.median_s is not None:
+        table.add_row("time to first token", format_seconds(first.median_s))
+    if first.computed_median_s is not None:
+        table.add_row("  nothing cached", format_seconds(first.computed_median_s))
     table.add_row("requests", f"{measured.requests:,}")
     table.add_row("prompt tokens", f"{measured.prompt_tokens:,}")
     for tier, tokens in measured.tokens.items():

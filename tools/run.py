@@ -1,24 +1,22 @@
-"""`tierkv run`: answer a prompt with whatever K and V are cached."""
+"""`tierkv run`: answer prompts with whatever K and V are cached."""
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from tierkv.engine.prompts import PromptRequest, check_unicode, read_prompts, render_tokens
+from tierkv.engine.embedded_files import EMBEDDED
 from tierkv.engine.runner import Generation, GenerationOptions, Runner
 from tierkv.engine.sampling import SamplingOptions
-from tierkv.errors import ConfigError
 from tierkv.tools.engine_options import EngineOptions
 from tierkv.tools.engines import open_engine
-from tierkv.tools.options import AsJson, as_path, spread
-from tierkv.tools.terminal import open_console, print_json, visible
+from tierkv.tools.options import AsJson, spread
+from tierkv.tools.prompt_choice import PromptChoice, tokens_of
+from tierkv.tools.terminal import fact_table, open_console, print_json, visible
 from tierkv.values.block import Tier
 
 __all__ = ["RunRequest", "run"]
@@ -26,65 +24,54 @@ __all__ = ["RunRequest", "run"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRequest:
-    """What to answer, and how."""
+    """How to answer."""
 
-    prompt: Annotated[str, typer.Argument(help="The user's text.")]
-    system: Annotated[
-        Path | None, typer.Option(parser=as_path, metavar="FILE", help="File with the system prompt, as for warm.")
-    ] = None
-    nth: Annotated[int, typer.Option(help="Which prompt of a --system file that has several.")] = 1
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most, for each prompt.")] = 64
     temperature: Annotated[float, typer.Option(help="Of the sampling; 0 is greedy.")] = 0.0
     top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens of this mass, 0 to 1.")] = 1.0
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Find nothing and keep nothing.")] = False
+    no_partial: Annotated[
+        bool, typer.Option("--no-partial", help="Keep whole blocks only, not the tokens at the end of a conversation.")
+    ] = False
     compare: Annotated[bool, typer.Option("--compare", help="Also compute from scratch, and compare.")] = False
 
 
 @spread()
-def run(request: RunRequest, options: EngineOptions, as_json: AsJson = False) -> None:
-    """Answer a prompt, reusing whatever K and V are cached."""
+def run(choice: PromptChoice, request: RunRequest, options: EngineOptions, as_json: AsJson = False) -> None:
+    """Answer prompts, reusing whatever K and V are cached.
+
+    Several prompts are computed together; their answers are separated by lines of ---.
+    """
+    requests = choice.requests()
     config = options.config()
-    asked, text = _prompt_request(request), _text_of(request.prompt)
     sampling = SamplingOptions(temperature=request.temperature, top_p=request.top_p, seed=request.seed)
     with open_engine(options, config) as runner:
-        tokens = render_tokens(runner.loaded.tokenizer, asked, text, day=options.day)
+        prompts = [tokens_of(runner.loaded.tokenizer, each, day=options.day) for each in requests]
         chosen = GenerationOptions(
             max_new_tokens=request.max_new_tokens,
             sampling=sampling,
             use_cache=not request.no_cache,
-            store_partial=True,
+            store_partial=not request.no_partial,
             keep_logits=request.compare,
         )
-        result = _answer(runner, tokens, chosen)
-        summary = _summary(runner, result)
+        results = runner.generate(prompts, chosen)
+        answers = [_summary(runner, result) for result in results]
         if request.compare:
-            summary |= _compare(runner, tokens, chosen, result)
+            for prompt, result, answer in zip(prompts, results, answers, strict=True):
+                answer |= _compare(runner, prompt, chosen, result)
     if as_json:
-        print_json(summary)
+        print_json(answers[0] if len(answers) == 1 else {"answers": answers})
         return
-    print(visible(summary["text"]) if sys.stdout.isatty() else summary["text"])
-    open_console(stderr=True).print(_table(summary))
-
-
-def _prompt_request(request: RunRequest) -> PromptRequest:
-    if not request.prompt:
-        raise ConfigError("the prompt is empty")
-    if request.system is None:
-        return PromptRequest()
-    prompts = read_prompts(request.system)
-    if not 1 <= request.nth <= len(prompts):
-        raise ConfigError(f"{request.system} holds {len(prompts)} prompts, there is no number {request.nth}")
-    return prompts[request.nth - 1]
-
-
-def _text_of(argument: str) -> str:
-    """Return the text of an argument; where the locale is not UTF-8, its bytes may be. Raises ConfigError."""
-    try:
-        return os.fsencode(argument).decode()
-    except UnicodeError as exc:
-        check_unicode(argument, "the prompt")
-        raise ConfigError(f"the prompt is not UTF-8 text: {exc}") from exc
+    texts = [visible(answer["text"]) if sys.stdout.isatty() else answer["text"] for answer in answers]
+    print("\n---\n".join(texts))
+    errors = open_console(stderr=True)
+    for answer in answers:
+        errors.print(_table(answer))
+    if runner.loaded.name == EMBEDDED:
+        errors.print(
+            "This is the embedded model: small, its weights random, its answers nonsense. --model names another."
+        )
 
 
 def _answer(runner: Runner, tokens: list[int], options: GenerationOptions) -> Generation:
@@ -93,6 +80,7 @@ def _answer(runner: Runner, tokens: list[int], options: GenerationOptions) -> Ge
 
 def _summary(runner: Runner, result: Generation) -> dict[str, Any]:
     return {
+        "model": runner.loaded.name,
         "text": runner.loaded.tokenizer.decode(result.token_ids, skip_special_tokens=True),
         "token_ids": result.token_ids,
         "prompt_tokens": result.prompt_tokens,
@@ -123,7 +111,8 @@ def _compare(runner: Runner, tokens: list[int], options: GenerationOptions, resu
 
 
 def _table(summary: dict[str, Any]) -> Table:
-    table = Table(show_header=False)
+    table = fact_table()
+    table.add_row("model", visible(summary["model"]) + (", random weights" if summary["model"] == EMBEDDED else ""))
     table.add_row("prompt tokens", f"{summary['prompt_tokens']:,}")
     for tier, count in summary["cached_tokens"].items():
         table.add_row(f"cached, {tier}", f"{count:,}")

@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from tierkv import __version__
+from tierkv.daemon.service_manager import ServiceManager
 from tierkv.engine.engine import Engine
 from tierkv.engine.model_support import context_of
 from tierkv.engine.models import EMBEDDED
@@ -23,8 +26,11 @@ from tierkv.engine.runner import Runner
 from tierkv.errors import ConfigError
 from tierkv.tools.engine_options import EngineOptions
 from tierkv.tools.engines import open_engine
+from tierkv.tools.logs import FormatOption, LogFormat, configure_logs
 from tierkv.tools.options import Lines, as_path, parse_size, spread
 from tierkv.tools.terminal import visible
+from tierkv.tools.warm_warnings import warn_of_date
+from tierkv.values.log_event import LogEvent
 
 if TYPE_CHECKING:
     from tierkv.serving.limits import ServeLimits
@@ -32,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["Limits", "Place", "serve"]
 
 _API_KEY = "TIERKV_API_KEY"
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +59,7 @@ class Place:
         typer.Option(parser=as_path, metavar="FILE", help="Prompts to compute before the first request, as for warm."),
     ] = None
     lines: Lines = False
+    log_format: FormatOption = LogFormat.TEXT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,8 +79,8 @@ class Limits:
     max_connections: Annotated[int, typer.Option(min=1, help="Open connections; more are closed.")] = 1024
     max_running: Annotated[int, typer.Option(min=1, help="Answers that are computed together.")] = 256
     max_waiting: Annotated[int, typer.Option(min=1, help="Answers that wait for their turn; more get 429.")] = 1024
-    max_seconds: Annotated[float, typer.Option(min=0.01, help="For one request; its answer then ends.")] = 600.0
-    stop_seconds: Annotated[float, typer.Option(min=0.1, help="From SIGTERM to the end of the process.")] = 5.0
+    max_seconds: Annotated[float, typer.Option(min=0.01, help="Seconds for one request; its answer then ends.")] = 600.0
+    stop_seconds: Annotated[float, typer.Option(min=0.1, help="Seconds from SIGTERM to the end of the process.")] = 5.0
 
 
 @spread(without=["model"])
@@ -97,14 +105,14 @@ def serve(
     key = place.api_key if place.api_key is not None else os.environ.get(_API_KEY) or None
     if key is not None and (not key or not key.isascii() or not key.isprintable() or key != key.strip()):
         raise ConfigError("an API key is a word of printable ASCII characters")
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="tierkv: %(message)s")
+    configure_logs(place.log_format, logging.StreamHandler(sys.stderr))
     with _bound(place, serving) as bound, open_engine(options, config) as runner:
-        _warn_of_date(options, runner)
+        warn_of_date(runner.loaded.tokenizer, options.day)
         _warm(runner, options, prompts)
         with Engine(runner, max_running=chosen.max_running, max_waiting=chosen.max_waiting) as engine:
             name = place.served_name or model_name or EMBEDDED
             asyncio.run(_serve(serving, runner, engine, name, chosen, options, key, bound))
-    print("tierkv: stopped", file=sys.stderr)
+    _LOG.info(LogEvent("stopped"))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # all is closed: what the interpreter does at its end would only take time, and there is a limit
@@ -127,9 +135,14 @@ async def _serve(
         app = serving.make_app(service, api_key=key, needs_local_host=key is None and not is_open_to_all)
         address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         if is_open_to_all:
-            print("tierkv: every client that reaches this machine may ask: there is no --api-key", file=sys.stderr)
+            _LOG.warning("every client that reaches this machine may ask: there is no --api-key")
         print(f"tierkv serves {visible(name)} at {address}", flush=True)
+        _LOG.info(LogEvent("serving", version=__version__, pid=os.getpid(), model=name, address=address))
+        manager = ServiceManager.of_environment(os.environ)
+        manager.ready(f"serving {visible(name)} at {address}")
         await serving.serve(app, service, bound)
+        manager.stopping()
+        _LOG.info(LogEvent("stopping", uptime_s=round(time.monotonic() - service.started, 3)))
     finally:
         service.close()
 
@@ -167,18 +180,6 @@ def _is_loopback(host: str) -> bool:
     return host == "::1" or host.startswith("127.")
 
 
-def _warn_of_date(options: EngineOptions, runner: Runner) -> None:
-    """Print which date the model is given, if its chat template writes one."""
-    template = str(getattr(runner.loaded.tokenizer, "chat_template", None) or "")
-    if "strftime_now" not in template:
-        return
-    if options.day is None:
-        text = "today's date: prompts that are cached today are not found tomorrow (--date YYYY-MM-DD keeps one)"
-    else:
-        text = f"{options.day.isoformat()} as today's date (--date today: the real one, and each day computes anew)"
-    print(f"tierkv: the chat template writes {text}", file=sys.stderr)
-
-
 def _warm(runner: Runner, options: EngineOptions, requests: list[Any]) -> None:
     """Compute what is not cached of the prompts of the warm file."""
     if not requests:
@@ -195,7 +196,5 @@ def _warm(runner: Runner, options: EngineOptions, requests: list[Any]) -> None:
         tokens += len(prompt)
         computed += runner.prefill(prompt)
     left_out = f"; {too_large} were too large, and were left out" if too_large else ""
-    print(
-        f"tierkv: warmed {len(requests) - too_large:,} prompts of {tokens:,} tokens, {computed:,} computed{left_out}",
-        file=sys.stderr,
-    )
+    warmed = f"{len(requests) - too_large:,}"
+    _LOG.info("warmed %s prompts of %s tokens, %s computed%s", warmed, f"{tokens:,}", f"{computed:,}", left_out)

@@ -8,15 +8,16 @@ import typer
 from rich.progress import Progress
 from rich.table import Table
 
-from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.messages import Compact, Done
 from tierkv.errors import CorruptBlockError
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_check import VerifyReport
 from tierkv.storage.cold_eviction import EvictionReport
+from tierkv.tools.confirm import DryRun, Yes, confirm, must_ask
+from tierkv.tools.daemon_client import open_client
 from tierkv.tools.options import AsJson, parse_size, spread
 from tierkv.tools.stores import StoreOptions, open_existing
-from tierkv.tools.terminal import open_console, print_json, visible
+from tierkv.tools.terminal import fact_table, open_console, print_json, visible
 from tierkv.values.units import format_bytes
 
 __all__ = ["compact", "quota", "stats", "verify"]
@@ -33,7 +34,7 @@ def stats(where: StoreOptions, as_json: AsJson = False) -> None:
     if as_json:
         print_json(summary)
         return
-    table = Table(show_header=False)
+    table = fact_table()
     table.add_row("store", visible(str(path)))
     for name in ("namespaces", "blocks", "tokens"):
         table.add_row(name, f"{summary[name]:,}")
@@ -49,29 +50,36 @@ def stats(where: StoreOptions, as_json: AsJson = False) -> None:
 def quota(
     where: StoreOptions,
     size: Annotated[
-        str | None, typer.Argument(help="The new quota, as 512M or 64G.", show_default="print the present one")
+        str | None, typer.Argument(help="The new quota in bytes, as 512M or 64G.", show_default="print the present one")
     ] = None,
     evict: Annotated[bool, typer.Option("--evict", help="Evict what exceeds the new quota.")] = False,
+    dry_run: DryRun = False,
+    yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
     """Print how large a store may become, or change that for every process that uses it.
 
-    A quota below what the store holds is refused without --evict.
+    A quota below what the store holds is refused without --evict. With --dry-run the quota stays as it is.
     """
     path = where.path
     quota_bytes = None if size is None else parse_size(size)
     report = EvictionReport(blocks=0, freed_bytes=0)
     with open_existing(path, read_only=quota_bytes is None) as store:
-        if quota_bytes is not None:
+        if quota_bytes is not None and (dry_run or (evict and must_ask(yes=yes))):
+            report = store.evict(to_bytes=quota_bytes, dry_run=True)
+            if report.blocks and not dry_run:
+                confirm(f"evict {report.blocks:,} blocks, {format_bytes(report.freed_bytes)}?")
+        if quota_bytes is not None and not dry_run:
             report = store.set_quota(quota_bytes, evict=evict)
             store.flush()
         sizes = store.stats()
     if as_json:
         result = {"quota_bytes": sizes.quota_bytes, "bytes_live": sizes.live_bytes, "blocks": sizes.blocks}
-        print_json({**result, "blocks_evicted": report.blocks, "bytes_freed": report.freed_bytes})
+        result |= {"blocks_evicted": report.blocks, "bytes_freed": report.freed_bytes}
+        print_json(result | ({"dry_run": True} if dry_run else {}))
         return
     if report.blocks:
-        print(f"evicted {report.blocks:,} blocks, {format_bytes(report.freed_bytes)}")
+        print(f"{'would evict' if dry_run else 'evicted'} {report.blocks:,} blocks, {format_bytes(report.freed_bytes)}")
     is_over = sizes.live_bytes > sizes.quota_bytes
     print(
         f"quota {format_bytes(sizes.quota_bytes)}, of which {sizes.blocks:,} blocks take "
@@ -82,14 +90,14 @@ def quota(
 @spread()
 def compact(where: StoreOptions, as_json: AsJson = False) -> None:
     """Return a store's free space to the disk. Needs room for a second copy of its blocks meanwhile."""
-    path, daemon = where.path, where.daemon
+    path, daemon = where.path, where.find_daemon()
     with open_existing(path, read_only=daemon is not None) as store:
         before = store.stats().file_bytes
         if daemon is None:
             store.compact()
             after = store.stats().file_bytes
     if daemon is not None:  # it has its store open, so it compacts the store itself
-        with DaemonClient(daemon) as client:
+        with open_client(daemon) as client:
             client.call(Compact(), Done, timeout_s=_COMPACT_S)
         with open_existing(path) as store:
             after = store.stats().file_bytes
@@ -103,6 +111,7 @@ def compact(where: StoreOptions, as_json: AsJson = False) -> None:
 def verify(
     where: StoreOptions,
     repair: Annotated[bool, typer.Option("--repair", help="Remove damaged blocks.")] = False,
+    yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
     """Read every block of a store and print which are damaged; exit code 1 if a damaged block remains.
@@ -110,6 +119,8 @@ def verify(
     With --repair, a data file that cannot be opened is replaced by what can be saved of it.
     """
     path = where.path
+    if repair and must_ask(yes=yes):
+        confirm(f"remove the damaged blocks of {path}, and those that follow them? (without --repair they are listed)")
     try:
         with open_existing(path, read_only=not repair) as store:
             report = _verify_with_progress(store, repair=repair)

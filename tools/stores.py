@@ -7,14 +7,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tierkv.daemon.client import DaemonClient
 from tierkv.errors import ConfigError, DaemonError, StoreError
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_reader import StoredNamespace
 from tierkv.storage.cold_rows import ColdEntry
-from tierkv.storage.cold_writer import require_free
-from tierkv.tools.options import Socket, Store, default_store, named_socket
+from tierkv.storage.free_space import require_free
+from tierkv.tools.daemon_client import open_client
+from tierkv.tools.options import NoDaemon, Socket, Store, default_store, named_socket
+from tierkv.tools.running_daemon import require_one, running_daemon
 from tierkv.values.block import BlockHash
+from tierkv.values.users import user_name
 
 __all__ = [
     "StoreOptions",
@@ -33,25 +35,37 @@ class StoreOptions:
 
     store: Store = None
     socket: Socket = None
+    no_daemon: NoDaemon = False
 
     def __post_init__(self) -> None:
         if self.store and self.socket:
             raise ConfigError("name a store or a daemon's socket, not both")
-
-    @property
-    def daemon(self) -> Path | None:
-        """Socket of the daemon whose store is meant; None where none is named."""
-        return self.socket or (None if self.store else named_socket(os.environ))
+        require_one(self.socket, no_daemon=self.no_daemon)
 
     @property
     def path(self) -> Path:
-        """Directory of the store. Raises DaemonError if the daemon has none."""
-        return store_of(self.daemon) if self.daemon else self.store or default_store(os.environ)
+        """Directory of the store. Raises DaemonError if the daemon that is named has none."""
+        named = self._named_daemon()
+        return store_of(named) if named else self.store or default_store(os.environ)
+
+    def find_daemon(self) -> Path | None:
+        """Return the socket of the daemon whose store is meant; None where none is named, and none runs for the store.
+
+        Notes on standard error whether a daemon that runs is used.
+        """
+        if named := self._named_daemon():
+            return named
+        return None if self.store or self.no_daemon else running_daemon(default_store(os.environ))
+
+    def _named_daemon(self) -> Path | None:
+        if self.store or self.no_daemon:
+            return None
+        return self.socket or named_socket(os.environ)
 
 
 def store_of(socket: Path) -> Path:
     """Return the directory of the daemon's store. Raises DaemonError if it keeps nothing on disk."""
-    with DaemonClient(socket) as client:
+    with open_client(socket) as client:
         if not client.welcome.has_cold:
             raise DaemonError(f"the daemon at {socket} keeps nothing on disk")
         return Path(client.welcome.store)
@@ -59,9 +73,25 @@ def store_of(socket: Path) -> Path:
 
 def open_existing(path: Path, *, read_only: bool = True) -> ColdStore:
     """Open a store, which must exist. Raises StoreError."""
+    _require_readable(path)
     if not _exists(path):
         raise StoreError(f"there is no store at {path}", hint="tierkv warm FILE creates it")
     return ColdStore(path, read_only=read_only)
+
+
+def _require_readable(path: Path) -> None:
+    """Raise StoreError for a store that another user keeps closed, with the user's name."""
+    try:
+        state = os.stat(path)
+        if os.access(path, os.R_OK | os.X_OK):
+            return
+    except (OSError, ValueError):
+        return
+    owner, me = user_name(state.st_uid), user_name(os.geteuid())
+    raise StoreError(
+        f"the store {path} belongs to user {owner}, and user {me} may not read it",
+        hint="a daemon's group reads its blocks through the daemon",
+    )
 
 
 def require_place(path: Path, *, min_free_bytes: int | None) -> None:
@@ -82,7 +112,7 @@ def require_place(path: Path, *, min_free_bytes: int | None) -> None:
 
 
 def find_namespace(store: ColdStore, prefix: str | None) -> StoredNamespace:
-    """Return the namespace whose hex digest begins with `prefix`, or the only one there is.
+    """Return the namespace whose hex digest begins with `prefix`, or whose name it is, or the only one there is.
 
     Raises ConfigError that lists them where none or several fit.
     """
@@ -91,14 +121,21 @@ def find_namespace(store: ColdStore, prefix: str | None) -> StoredNamespace:
 
 
 def find_digest(names: Mapping[str, str], prefix: str | None) -> str:
-    """Return the hex digest that begins with `prefix`, or the only one there is. names: of namespaces, by hex digest.
+    """Return the hex digest that begins with `prefix`, or whose namespace has that name, or the only one there is.
+
+    names: of namespaces, by hex digest.
 
     Raises ConfigError that lists them where none or several fit.
     """
     fitting = [digest for digest in names if digest.startswith((prefix or "").lower())]
+    fitting = fitting or [digest for digest, name in names.items() if name == prefix]
     if len(fitting) == 1:
         return fitting[0]
-    which = f"{len(fitting)} namespaces begin with {prefix}" if prefix else f"the store has {len(names)} namespaces"
+    which = (
+        f"{len(fitting)} namespaces begin with {prefix}, or have that name"
+        if prefix
+        else f"the store has {len(names)} namespaces"
+    )
     listed = ", ".join(f"{digest[:12]} ({name or 'unnamed'})" for digest, name in names.items())
     raise ConfigError(f"{which}; choose one with --namespace: {listed or 'it is empty'}")
 

@@ -14,12 +14,17 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from typing import Any, TextIO
 
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from tierkv.errors import TierKVError
 
 __all__ = [
     "OutputError",
+    "cut_text",
+    "fact_table",
     "format_age",
+    "note",
     "open_console",
     "print_json",
     "set_verbosity",
@@ -84,6 +89,25 @@ def open_console(*, stderr: bool = False) -> Console:
     console = Console(stderr=stderr, markup=False, emoji=False, quiet=stderr and _verbosity < 0)
     console.width = max(console.width, _MIN_WIDTH)  # COLUMNS=0 would print nothing at all
     return console
+
+
+def fact_table(title: str | None = None) -> Table:
+    """Return an empty table of names and values. A value too long for the terminal goes on in a further line."""
+    table = Table(title=title, show_header=False)
+    table.add_column(overflow="fold")
+    table.add_column(overflow="fold")
+    return table
+
+
+def cut_text(text: str) -> Text:
+    """Return a cell that is cut where its column is narrower. Only columns without no_wrap become narrower."""
+    return Text(visible(" ".join(text.split())), no_wrap=True, overflow="ellipsis")
+
+
+def note(text: str) -> None:
+    """Print one line that is no result on standard error, unless the user wants results and errors only."""
+    if _verbosity >= 0:
+        print(visible(f"tierkv: {' '.join(text.split())}"), file=sys.stderr)
 
 
 def print_json(value: Any) -> None:

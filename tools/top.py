@@ -23,13 +23,15 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.messages import Status, StatusReport
 from tierkv.errors import ConfigError, TierKVError
 from tierkv.profiling.prefixes import PrefixTable
 from tierkv.storage.cold import ColdStore
+from tierkv.tools.daemon_client import open_client
+from tierkv.tools.keys import Keys, single_keys
 from tierkv.tools.options import AsJson, DaemonSocket, as_path, default_socket, spread
 from tierkv.tools.stores import open_existing
+from tierkv.tools.tenants import TenantNames
 from tierkv.tools.terminal import open_console, print_json, visible
 from tierkv.values.block import Tier
 from tierkv.values.events import BlockEvent, EventKind
@@ -39,6 +41,7 @@ __all__ = ["top"]
 
 _TIMEOUT_S = 5.0
 _MAX_INTERVAL_S = 86_400.0
+_MAX_TENANTS = 10
 _LIMIT_BYTES = 16 << 20  # of a process's answer
 _Status = dict[str, Any]
 
@@ -108,19 +111,25 @@ def top(
         return
     with (
         suppress(KeyboardInterrupt),
-        Live(picture, console=open_console(), screen=True, auto_refresh=False) as live,
+        single_keys() as keys,
+        Live(_with_keys(picture, keys), console=open_console(), screen=True, auto_refresh=False) as live,
     ):
         before, seen_at = first, time.monotonic()
-        while True:
-            time.sleep(interval)
+        while "q" not in keys.wait(interval).lower():
             try:
                 status, now = look(), time.monotonic()
                 picture = _picture(source, status, before, now - seen_at)
             except TierKVError as exc:  # the process may be restarting: keep the last picture beside the error
-                live.update(Group(picture, Text(visible(str(exc)), style="red")), refresh=True)
+                live.update(Group(_with_keys(picture, keys), Text(visible(str(exc)), style="red")), refresh=True)
                 continue
             before, seen_at = status, now
-            live.update(picture, refresh=True)
+            live.update(_with_keys(picture, keys), refresh=True)
+
+
+def _with_keys(picture: RenderableType, keys: Keys) -> RenderableType:
+    """Return a picture with a line that names the keys, on top: a screen that is too low shows it all the same."""
+    line = "q ends, any other key looks at once" if keys.descriptor is not None else "Ctrl-C ends"
+    return Group(Text(line, style="dim"), picture)
 
 
 def _picture(source: _Source, status: _Status, before: _Status | None = None, span_s: float = 0.0) -> RenderableType:
@@ -182,7 +191,7 @@ def _cut(status: _Status, prefixes: int) -> _Status:
 
 def _look_at_daemon(socket: Path, prefixes: int) -> _Status:
     """Return a daemon's account of its warm tier, and the sizes of its store's files."""
-    with DaemonClient(socket) as client:
+    with open_client(socket) as client:
         report = client.call(Status(), StatusReport)
     counters = dict(report.counters)
     used = report.warm_bytes - report.warm_free_bytes
@@ -198,6 +207,9 @@ def _look_at_daemon(socket: Path, prefixes: int) -> _Status:
         "model": ", ".join(sorted({tenant.name or tenant.namespace[:8] for tenant in report.tenants})),
         "clients": report.clients - 1,  # without this one
         "counters": counters,
+        "tenants": [
+            {"name": each.name, "warm_bytes": each.warm_bytes, "cold_bytes": each.cold_bytes} for each in report.shares
+        ],
         "tiers": {"warm": warm, **stored["tiers"]},
         "prefixes": stored["prefixes"],
     }
@@ -207,7 +219,11 @@ def _look_at_store(path: Path, prefixes: int) -> _Status:
     """Return sizes and the most used prefixes, by the files of a store."""
     with open_existing(path) as store:
         sizes = store.stats()
+        names = TenantNames.of(store)
         return {
+            "tenants": [
+                {"name": names.name_of(tenant), "cold_bytes": size} for tenant, size in store.tenant_bytes().items()
+            ],
             "model": ", ".join(str(n.description.get("name") or n.digest.hex()[:8]) for n in store.namespaces()),
             "tiers": {
                 "cold": {
@@ -248,6 +264,8 @@ def _render(view: _View) -> RenderableType:
         parts.append(Text(f"misses: {why or 'none'}"))
     if status.get("skipped_writes"):
         parts.append(Text(f"writes that were dropped: {status['skipped_writes']:,}", style="yellow"))
+    if len(status.get("tenants", ())) > 1:
+        parts.append(_tenant_table(status["tenants"]))
     parts.append(_prefix_table(status))
     return Group(*parts)
 
@@ -275,9 +293,9 @@ def _headline(view: _View) -> Text:
 def _tier_table(view: _View) -> Table:
     """Return a row for each tier. Rates need two looks: at the first there are totals."""
     unit = "/s" if view.span_s else ""
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("tier")
-    table.add_column("full", min_width=10)
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    table.add_column("tier", no_wrap=True)
+    table.add_column("full")  # the only one that gives way on a narrow terminal
     for column in ("blocks", "holds", f"hits{unit}", f"read{unit}", f"written{unit}", f"evicted{unit}"):
         table.add_column(column, justify="right", no_wrap=True)
     for tier, numbers in view.status["tiers"].items():
@@ -287,7 +305,7 @@ def _tier_table(view: _View) -> Table:
         written = "bytes_in" if "bytes_in" in numbers else "stored_bytes" if view.span_s else ""
         table.add_row(
             tier,
-            ProgressBar(total=capacity, completed=filled, width=10) if capacity else "",
+            ProgressBar(total=capacity, completed=filled, width=8) if capacity else "",
             f"{numbers['blocks']:,}",
             format_bytes(numbers["stored_bytes"]),
             view.show(tier, "hits", "{:,.1f}".format),
@@ -295,6 +313,21 @@ def _tier_table(view: _View) -> Table:
             view.show(tier, written, format_bytes),
             view.show(tier, "evictions", "{:,.1f}".format),
         )
+    return table
+
+
+def _tenant_table(tenants: list[dict[str, Any]]) -> Table:
+    """Return what each tenant has in the tiers, the largest first."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("tenant")
+    for column in ("warm", "cold"):
+        table.add_column(column, justify="right", no_wrap=True)
+    rows = sorted(tenants, key=lambda each: -(each.get("warm_bytes", 0) + each["cold_bytes"]))
+    for each in rows[:_MAX_TENANTS]:
+        warm = format_bytes(each["warm_bytes"]) if "warm_bytes" in each else ""
+        table.add_row(visible(each["name"]), warm, format_bytes(each["cold_bytes"]))
+    if len(rows) > _MAX_TENANTS:
+        table.add_row(f"and {len(rows) - _MAX_TENANTS} more", "", "")
     return table
 
 

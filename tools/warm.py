@@ -13,18 +13,20 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.messages import Status, StatusReport
 from tierkv.engine.model_support import context_of
 from tierkv.engine.prompts import PromptRequest, prefix_tokens, read_prompts
 from tierkv.engine.runner import Runner
-from tierkv.errors import CapacityError, StoreError
+from tierkv.errors import CapacityError, ConfigError, StoreError
 from tierkv.storage.cold import ColdStore
+from tierkv.tools.daemon_client import open_client
 from tierkv.tools.engine_options import EngineOptions
 from tierkv.tools.engines import open_engine
+from tierkv.tools.evict import parse_age
 from tierkv.tools.options import AsJson, Lines, PromptFile, spread
 from tierkv.tools.stores import open_existing, require_place, store_of
-from tierkv.tools.terminal import open_console, print_json, visible
+from tierkv.tools.terminal import fact_table, open_console, print_json, visible
+from tierkv.tools.warm_warnings import warn_of_date, warn_of_short
 from tierkv.values.block import TOKEN_BYTES, BlockHash, as_token_array, hash_block, iter_chain
 from tierkv.values.units import format_bytes
 
@@ -60,6 +62,9 @@ def warm(
     options: EngineOptions,
     lines: Lines = False,
     pin: Annotated[bool, typer.Option("--pin", help="Never evict these prompts from the store.")] = False,
+    pin_for: Annotated[
+        str | None, typer.Option(help="Do not evict these prompts from the store for so long, as 90s, 12h or 7d.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Compute nothing, print what would be computed.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -68,6 +73,10 @@ def warm(
     A prompt that is too large for the hot pool or the model is left out; the error that names it comes at the end.
     """
     config = options.config()
+    if pin and pin_for is not None:
+        raise ConfigError("pin the prompts for good or for a time: --pin or --pin-for, not both")
+    ttl_s = None if pin_for is None else parse_age(pin_for)
+    pin = pin or ttl_s is not None
     requests = read_prompts(file, lines=lines)
     if config.socket:
         store_of(config.socket)  # a daemon without a store would keep nothing
@@ -81,8 +90,10 @@ def warm(
         if runner.cache.cold and not dry_run:
             runner.cache.cold.require_room(runner.cache.layout.block_bytes // _LARGEST_RATIO)
         all_prompts = [prefix_tokens(runner.loaded.tokenizer, request, day=options.day) for request in requests]
+        warn_of_date(runner.loaded.tokenizer, options.day)
+        warn_of_short([len(prompt) for prompt in all_prompts], options.block_size)
         too_large = [i for i, prompt in enumerate(all_prompts) if len(prompt) > _most_tokens(runner)]
-        prompts = [prompt for prompt in all_prompts if len(prompt) <= _most_tokens(runner)]
+        prompts = [prompt for prompt in all_prompts if 0 < len(prompt) <= _most_tokens(runner)]
         summary = _Summary(
             prompts=len(prompts), tokens=sum(map(len, prompts)), too_large=[number + 1 for number in too_large]
         )
@@ -99,10 +110,10 @@ def warm(
                 reused |= after & before
                 computed |= after - before - reused
                 if pin and not dry_run and runner.cache.cold:  # not in memory: the next prompt needs the room
-                    runner.cache.cold.set_pinned(after, True)
+                    runner.cache.cold.set_pinned(after, True, ttl_s=ttl_s)
         if pin and not dry_run and not runner.cache.cold:  # in the daemon's tiers, once no prompt needs room here
             for prompt in prompts:
-                runner.cache.pin(prompt)
+                runner.cache.pin(prompt, ttl_s=ttl_s)
         summary.blocks_reused = len(reused)
         summary.blocks_computed = len(computed)
         missing = 0 if dry_run else _add_sizes(summary, runner, reused | computed)
@@ -126,7 +137,7 @@ def warm(
 
 def _evicted_by(socket: Path) -> int:
     """Return how many blocks a daemon has evicted from its store since it started. Raises DaemonGoneError."""
-    with DaemonClient(socket) as client:
+    with open_client(socket) as client:
         return client.call(Status(), StatusReport).cold.get("evicted_blocks", 0)
 
 
@@ -200,7 +211,7 @@ def _store_of(runner: Runner) -> Iterator[ColdStore]:
 
 
 def _table(summary: _Summary, dry_run: bool) -> Table:
-    table = Table(title="would be warmed" if dry_run else "warmed", show_header=False)
+    table = fact_table("would be warmed" if dry_run else "warmed")
     table.add_row("prompts", f"{summary.prompts:,}")
     table.add_row("tokens", f"{summary.tokens:,}")
     if summary.too_large:

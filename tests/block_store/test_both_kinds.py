@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from itertools import product
 
@@ -267,3 +268,51 @@ def test_pages_of_an_engine_are_saved_and_loaded(stores: Stores) -> None:
     for layer, tensor in enumerate(other):
         assert [float(tensor[11 - at].mean()) for at in range(5)] == [10.0 * layer + at + 1 for at in range(5)]
     stores.check_nothing_is_held()
+
+
+def test_misses_are_logged_by_reason_at_debug_level_alone(stores: Stores, caplog: pytest.LogCaptureFixture) -> None:
+    store = stores.open()
+    keys = store.keys(TOKENS)
+    save(store, keys[:10])
+    line = f"10 of {len(keys)} blocks found, the next one is a miss: absent"
+    for level, lines in ((logging.INFO, []), (logging.DEBUG, [line, line])):
+        with caplog.at_level(level, "tierkv.block_store"):
+            caplog.clear()
+            assert store.contains(keys) == 10
+            store.reserve(keys).release()
+            assert store.contains(keys[:10]) == 10
+            store.reserve(keys[:10]).release()
+            assert [each.getMessage() for each in caplog.records if "miss" in each.getMessage()] == lines
+
+
+def test_a_damaged_block_is_logged_with_its_reason(stores: Stores, caplog: pytest.LogCaptureFixture) -> None:
+    store = stores.open()
+    keys = store.keys(TOKENS)
+    save(store, keys[:4])
+    stores.close()
+    stores.damage(keys[1])
+    store = stores.open()
+    with caplog.at_level(logging.DEBUG, "tierkv.block_store"):
+        assert load(store, keys[:4])[0] == 1
+    assert "a block that was found is a miss: corrupt" in caplog.text
+
+
+def test_no_lock_is_held_while_misses_are_logged(stores: Stores) -> None:
+    store, held = stores.open(), []
+
+    class Watch(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            held.append(store._changed.is_owned())
+
+    logger, watch = logging.getLogger("tierkv.block_store.misses"), Watch()
+    before = logger.level
+    logger.addHandler(watch)
+    logger.setLevel(logging.DEBUG)
+    try:
+        keys = store.keys(TOKENS)
+        store.contains(keys)
+        store.reserve(keys).release()
+    finally:
+        logger.removeHandler(watch)
+        logger.setLevel(before)
+    assert held == [False, False]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from stored_blocks import NAMESPACE, SIZE, TOKENS, config_of, load, payload, save
+from stored_blocks import NAMESPACE, SIZE, TOKENS, config_of, eventually, load, payload, save
 
 from tierkv import (
+    BlockKey,
     BlockStore,
     BlockStoreConfig,
     Buffers,
@@ -20,7 +21,9 @@ from tierkv import (
     ShapeError,
     Tier,
 )
-from tierkv.block_store import saving
+from tierkv.block_store import loading, saving
+from tierkv.storage.outcomes import MissReason
+from tierkv.storage.record import BlockInfo
 
 
 @pytest.fixture
@@ -47,7 +50,7 @@ def test_one_new_block_behind_many_known_ones_reads_none_of_them(
     store.close()
     with BlockStore(config_of(tmp_path / "store"), namespace=NAMESPACE) as again:
         reads: list[bytes] = []
-        monkeypatch.setattr(ColdStore, "read_into", counted(ColdStore.read_into, reads))
+        monkeypatch.setattr(ColdStore, "read_many_into", counted(ColdStore.read_many_into, reads))
         assert save(again, keys[:31], start=30) == 1
         again.flush()
         assert reads == [] and again.contains(keys) == 31
@@ -56,11 +59,11 @@ def test_one_new_block_behind_many_known_ones_reads_none_of_them(
 
 
 def counted(method: Callable[..., object], reads: list[bytes]) -> Callable[..., object]:
-    def read_into(self: ColdStore, expected: object, *args: object, **kwargs: object) -> object:
-        reads.append(expected.block_hash)  # type: ignore[attr-defined]
+    def read_many_into(self: ColdStore, expected: Sequence[BlockInfo], *args: object, **kwargs: object) -> object:
+        reads.extend(info.block_hash for info in expected)
         return method(self, expected, *args, **kwargs)
 
-    return read_into
+    return read_many_into
 
 
 def test_a_reservation_finds_warm_blocks_behind_those_that_it_can_hold() -> None:
@@ -163,3 +166,82 @@ def test_beside_an_engine_one_thread_encodes_and_all_of_them_when_it_waits(
         save(store, store.keys(TOKENS)[:16])
         store._tiers._saver._queue.flush()
     assert all(name.startswith("tierkv-io" if is_awaited else "tierkv-write") for name in names), names
+
+
+def test_blocks_that_are_read_are_copied_while_others_are_being_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = saved_keys(tmp_path / "store", 24)
+    monkeypatch.setattr(loading, "_COPY_BYTES", 8 * SIZE)
+    monkeypatch.setattr(loading, "_GROUP_BLOCKS", 1)
+    with BlockStore(config_of(tmp_path / "store", num_io_threads=1), namespace=NAMESPACE) as store:
+        copies: list[int] = []
+        out = [bytearray(SIZE) for _ in keys]
+
+        def read(cold: ColdStore, expected: Sequence[BlockInfo], *args: object, **kwargs: object) -> object:
+            if expected[0].block_hash == keys[16].block_hash:
+                eventually(lambda: len(copies) > 0)
+            return read_many(cold, expected, *args, **kwargs)  # type: ignore[arg-type]
+
+        def load_places(self: Buffers, first: int, slots: Sequence[int], *args: object, **kwargs: object) -> object:
+            copies.append(len(slots))
+            return load_buffers(self, first, slots, *args, **kwargs)  # type: ignore[arg-type]
+
+        read_many, load_buffers = ColdStore.read_many_into, Buffers.load
+        monkeypatch.setattr(ColdStore, "read_many_into", read)
+        monkeypatch.setattr(Buffers, "load", load_places)
+        found = store.load(store.reserve(keys), Buffers(out))
+        found.synchronize()
+        assert found.num_loaded == 24 and [bytes(each) for each in out] == [payload(key) for key in keys]
+        assert sum(copies) == 24 and copies[0] < 24
+
+
+def test_a_block_that_cannot_be_read_ends_a_load_of_which_a_part_was_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = saved_keys(tmp_path / "store", 24)
+    monkeypatch.setattr(loading, "_COPY_BYTES", 4 * SIZE)
+    monkeypatch.setattr(loading, "_GROUP_BLOCKS", 3)
+    with BlockStore(config_of(tmp_path / "store"), namespace=NAMESPACE) as store:
+
+        def read(cold: ColdStore, expected: Sequence[BlockInfo], *args: object, **kwargs: object) -> object:
+            reasons = read_many(cold, expected, *args, **kwargs)  # type: ignore[arg-type]
+            is_bad = [info.block_hash == keys[13].block_hash for info in expected]
+            return [MissReason.CORRUPT if bad else reason for bad, reason in zip(is_bad, reasons, strict=True)]
+
+        read_many = ColdStore.read_many_into
+        monkeypatch.setattr(ColdStore, "read_many_into", read)
+        assert load(store, keys) == (13, keys[13:])
+        assert store.stats().miss_reasons[MissReason.CORRUPT.value] == 1
+
+
+def test_a_store_that_closes_does_not_wait_for_all_reads_of_a_reservation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = saved_keys(tmp_path / "store", 24)
+    monkeypatch.setattr(loading, "_GROUP_BLOCKS", 1)
+    store = BlockStore(config_of(tmp_path / "store", num_io_threads=1), namespace=NAMESPACE)
+    reads: list[bytes] = []
+    is_closing = threading.Event()
+
+    def read(cold: ColdStore, expected: Sequence[BlockInfo], *args: object, **kwargs: object) -> object:
+        reads.append(expected[0].block_hash)
+        assert is_closing.wait(30.0)
+        eventually(lambda: store._tiers._loader.is_closing)  # type: ignore[attr-defined]
+        return read_many(cold, expected, *args, **kwargs)  # type: ignore[arg-type]
+
+    read_many = ColdStore.read_many_into
+    monkeypatch.setattr(ColdStore, "read_many_into", read)
+    reservation = store.reserve(keys)
+    eventually(lambda: len(reads) > 0)
+    is_closing.set()
+    store.close()
+    assert len(reads) < 24 and not reservation.is_reading
+
+
+def saved_keys(path: Path, count: int) -> list[BlockKey]:
+    """Return the keys of blocks that lie on disk alone."""
+    with BlockStore(config_of(path), namespace=NAMESPACE) as store:
+        keys = store.keys(TOKENS)[:count]
+        save(store, keys)
+    return keys

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ def open_cache(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Open]
         weights: str = "w",
         salt: str = "",
         hash_function: HashFunction = hash_block,
+        clock: Callable[[], float] = time.monotonic,
         **options: Any,
     ) -> TierCache:
         if opened:
@@ -48,7 +50,7 @@ def open_cache(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Open]
             **options,
         )
         namespace = Namespace(weights=weights, layout=tiny_layout(), salt=salt)
-        cache = TierCache(config, namespace=namespace, device=request.param, hash_function=hash_function)
+        cache = TierCache(config, namespace=namespace, device=request.param, hash_function=hash_function, clock=clock)
         opened.append(cache)
         return cache
 
@@ -188,6 +190,37 @@ def test_a_pinned_prompt_survives_whatever_else_comes(open_cache: Open) -> None:
         cache.release(engine.start(ids(16, start=1000 + 100 * i)))
     assert cache.match(ids(8)).tokens[Tier.HOT] == 0
     cache.check()
+
+
+def test_a_pin_with_a_time_to_live_ends(open_cache: Open) -> None:
+    now = [100.0]
+    cache = open_cache(hot=6, warm=8, clock=lambda: now[0])
+    engine = PatternEngine(cache)
+    cache.release(engine.start(ids(8)))
+    assert cache.pin(ids(8), ttl_s=30) == 2
+    for i in range(1, 12):
+        cache.release(engine.start(ids(16, start=100 * i)))
+    assert cache.match(ids(8)).tokens[Tier.HOT] == 8
+    now[0] += 31
+    for i in range(1, 12):
+        cache.release(engine.start(ids(16, start=1000 + 100 * i)))
+    assert cache.match(ids(8)).tokens[Tier.HOT] == 0
+    for wrong in (-1, float("nan"), True, "1"):
+        with pytest.raises(ConfigError):
+            cache.pin(ids(8), ttl_s=wrong)  # type: ignore[arg-type]
+    cache.check()
+
+
+def test_a_pin_for_good_replaces_one_with_a_time_to_live(open_cache: Open) -> None:
+    now = [100.0]
+    cache = open_cache(hot=6, warm=8, clock=lambda: now[0])
+    engine = PatternEngine(cache)
+    cache.release(engine.start(ids(8)))
+    assert cache.pin(ids(8), ttl_s=30) == cache.pin(ids(8)) == 2
+    now[0] += 31
+    for i in range(1, 12):
+        cache.release(engine.start(ids(16, start=100 * i)))
+    assert cache.match(ids(8)).tokens[Tier.HOT] == 8
 
 
 def test_forked_sequences_share_whole_blocks_and_part_ways(open_cache: Open) -> None:

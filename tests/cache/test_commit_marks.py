@@ -177,3 +177,35 @@ def test_a_decode_step_that_completes_no_block_leaves_no_mark(
     assert cache.commit(sequence, len(PROMPT) + 4) == 1
     assert len(marks) == 1
     cache.release(sequence)
+
+
+def test_blocks_that_the_full_queue_drops_are_counted_and_not_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CacheConfig(block_size=4, hot_bytes=8 * BLOCK_BYTES, warm_bytes=8 * BLOCK_BYTES, cold_path=None)
+    with TierCache(config, namespace=Namespace(weights="w", layout=tiny_layout())) as cache:
+        queue = cache._offloader._queue
+        put_all = queue.try_put_all
+        monkeypatch.setattr(queue, "try_put_all", lambda jobs: put_all(jobs[:1]))
+        cache.release(PatternEngine(cache).start(PROMPT))
+        cache.flush()
+        assert cache.stats().skip_reasons["queue_full"] == 2
+        assert cache.stats().tiers[Tier.WARM].blocks == 1 + len(cache._offloader.writer.staging)
+        cache.check()
+
+
+def test_a_policy_that_fails_in_a_commit_leaves_no_block_that_is_not_awaited(
+    cache: TierCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The blocks can be found then, and their K and V are still being computed."""
+    sequence = cache.acquire(PROMPT)
+    mark = Written()
+    with monkeypatch.context() as patch:
+        patch.setattr(cache._tiers.memory.mover, "mark", lambda: mark)
+        patch.setattr(cache._tiers.index, "_observe", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            cache.commit(sequence, len(PROMPT))
+    other = cache.acquire([*PROMPT, 7])
+    assert other.num_cached_tokens == 0 or other.loads == [mark]
+    assert other.num_cached_tokens == len(PROMPT)
+    mark.synchronize()
+    cache.release(other)
+    cache.release(sequence)

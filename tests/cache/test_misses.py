@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -170,3 +171,47 @@ def _raise(problem: BaseException) -> Callable[..., None]:
         raise problem
 
     return call
+
+
+def test_misses_are_logged_by_reason_at_debug_level_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with open_store(tmp_path) as store:
+        hashes = fill(store)
+        damage_record(store, hashes[1])
+        for level, lines in (
+            (logging.INFO, []),
+            (logging.DEBUG, ["4 of 13 tokens found; blocks that are misses: 2 absent, 1 corrupt"]),
+        ):
+            with open_cache(store) as cache, caplog.at_level(level, "tierkv.requests"):
+                caplog.clear()
+                cache.release(cache.acquire([*PROMPT, 99]))
+                assert [each.getMessage() for each in caplog.records if "misses" in each.getMessage()] == lines
+            fill(store)
+            damage_record(store, hashes[1])
+
+
+def test_a_request_that_misses_nothing_logs_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with open_store(tmp_path) as store:
+        fill(store)
+        with open_cache(store) as cache, caplog.at_level(logging.DEBUG, "tierkv.requests"):
+            cache.release(cache.acquire(PROMPT))
+            assert "misses" not in caplog.text
+
+
+def test_no_lock_is_held_while_misses_are_logged(tmp_path: Path) -> None:
+    held: list[bool] = []
+
+    class Watch(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            held.append(cache._tiers.changed.is_owned())
+
+    logger, watch = logging.getLogger("tierkv.requests.statistics"), Watch()
+    before = logger.level
+    logger.addHandler(watch)
+    logger.setLevel(logging.DEBUG)
+    try:
+        with open_store(tmp_path) as store, open_cache(store) as cache:
+            cache.release(cache.acquire(PROMPT))
+    finally:
+        logger.removeHandler(watch)
+        logger.setLevel(before)
+    assert held == [False]

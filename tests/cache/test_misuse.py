@@ -197,7 +197,7 @@ def test_a_pin_that_the_store_refuses_pins_nothing(tmp_path: Path, monkeypatch: 
         cache.flush()
         assert cache.cold
 
-        def busy(*_: object) -> None:
+        def busy(*_: object, **__: object) -> None:
             raise StoreBusyError("others write")
 
         monkeypatch.setattr(cache.cold, "set_pinned", busy)

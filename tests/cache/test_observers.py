@@ -12,6 +12,7 @@ from pattern_engine import PatternEngine, tiny_layout, tiny_warm
 
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
+from tierkv.profiling.advice import suggest
 from tierkv.profiling.profiler import MemoryProfiler
 from tierkv.profiling.tracker import MemoryTracker
 from tierkv.transfer.recompute_or_load import LoadKind
@@ -141,7 +142,8 @@ def test_a_hot_pool_of_the_suggested_size_has_the_promised_hits(tmp_path: Path) 
         return hits, profiler
 
     hits, profiler = run(8)
-    (suggestion,) = [each for each in profiler.generate_report().run.suggestions if each.setting == "hot_bytes"]
+    found = suggest(profiler.generate_report().run.measured, least_requests=1)
+    (suggestion,) = [each for each in found if each.setting == "hot_bytes"]
     blocks = int(suggestion.proposed.split("(")[1].split()[0])
     promised = int(suggestion.effect.split()[0])
     more, _ = run(blocks)

@@ -5,95 +5,27 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence as Votes
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
-import torch
 from pattern_engine import PatternEngine, tiny_layout
+from rank_crew import BLOCK_BYTES, DEVICES, SIZE, Crew, cached, ids
 from torch import distributed
 
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.errors import CapacityError, ConfigError, RankError, StoreError
 from tierkv.movers.mover import Mover
-from tierkv.ranks.group import Agreement
+from tierkv.ranks.group import Vote
 from tierkv.ranks.torch_ranks import TorchRanks
 from tierkv.requests.sequence import Sequence
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.outcomes import MissReason
 from tierkv.values.block import Tier
 from tierkv.values.namespace import Namespace
-
-T = TypeVar("T")
-SIZE = 4
-BLOCK_BYTES = tiny_layout(block_size=SIZE).block_bytes
-DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-
-
-class Crew:
-    """The ranks of one model, each with a thread, a cache and an engine of its own."""
-
-    def __init__(
-        self, store: Path, device: str, *, hot: tuple[int, ...], warm: int, timeout_s: float, first: type[TorchRanks]
-    ) -> None:
-        votes = distributed.HashStore()
-        self.count = len(hot)
-        self.cold = ColdStore(store, quota_bytes=64 << 20, min_free_bytes=0)
-        self.threads = [ThreadPoolExecutor(1) for _ in hot]
-        self.caches: list[TierCache] = []
-        for rank, num_hot in enumerate(hot):
-            config = CacheConfig(
-                block_size=SIZE, hot_bytes=num_hot * BLOCK_BYTES, warm_bytes=warm * BLOCK_BYTES, num_io_threads=1
-            )
-            namespace = Namespace(weights="w", layout=tiny_layout(), tp_rank=rank, tp_size=self.count)
-            group = TorchRanks if rank else first
-            ranks = group(votes, rank=rank, size=self.count, timeout_s=timeout_s)
-            self.caches.append(TierCache(config, namespace=namespace, device=device, cold=self.cold, ranks=ranks))
-        self.engines = [PatternEngine(cache, seed=rank) for rank, cache in enumerate(self.caches)]
-
-    def each(self, call: Callable[[PatternEngine], T]) -> list[T]:
-        """Let every rank do the same at the same time."""
-        futures = [thread.submit(call, engine) for thread, engine in zip(self.threads, self.engines, strict=True)]
-        return [future.result(120) for future in futures]
-
-    def start(self, token_ids: list[int], *, partial_block: bool = False) -> list[Sequence]:
-        return self.each(lambda engine: engine.start(token_ids, partial_block=partial_block))
-
-    def release(self, sequences: list[Sequence]) -> None:
-        for cache, sequence in zip(self.caches, sequences, strict=True):
-            cache.release(sequence)
-
-    def compute(self, token_ids: list[int], *, partial_block: bool = False) -> None:
-        self.release(self.start(token_ids, partial_block=partial_block))
-        self.flush()
-
-    def flush(self) -> None:
-        for cache in self.caches:
-            cache.flush()
-
-    def forget(self, *ranks: int) -> None:
-        """Leave the ranks what lies in the cold tier."""
-        self.flush()
-        for rank in ranks or range(self.count):
-            self.caches[rank].evict(Tier.HOT)
-            self.caches[rank].evict(Tier.WARM)
-
-    def lose(self, rank: int, token_ids: list[int], at: int) -> None:
-        """Take the block `at` of a prompt, and so what follows it, out of one rank's cold tier."""
-        self.forget(rank)
-        assert self.cold.delete(self.caches[rank].match(token_ids).block_hashes[at])
-
-    def close(self) -> None:
-        for cache in self.caches:
-            cache.check()
-            cache.close()
-        for thread in self.threads:
-            thread.shutdown()
-        self.cold.close()
-
 
 Open = Callable[..., Crew]
 
@@ -118,14 +50,6 @@ def open_crew(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Open]:
     yield open_one
     for crew in opened:
         crew.close()
-
-
-def ids(count: int, start: int = 0) -> list[int]:
-    return list(range(start, start + count))
-
-
-def cached(sequences: list[Sequence]) -> list[int]:
-    return [sequence.num_cached_tokens for sequence in sequences]
 
 
 def test_each_rank_finds_its_own_blocks_in_the_one_store(open_crew: Open) -> None:
@@ -271,6 +195,29 @@ def test_a_sequence_that_cannot_grow_on_one_rank_grows_on_none(open_crew: Open) 
     crew.release(found)
 
 
+def test_sequences_grow_without_a_vote_while_all_ranks_are_known_to_have_room(open_crew: Open) -> None:
+    crew = open_crew(hot=(16, 12))
+    found = crew.start(ids(3))
+    ranks = [engine.cache.ranks for engine in crew.engines]
+
+    def grow(engine: PatternEngine) -> list[int]:
+        group = ranks[engine.seed]
+        assert isinstance(group, TorchRanks)
+        votes = []
+        for number in range(11):
+            before = group._num_rounds
+            engine.decode(found[engine.seed], ids(SIZE, start=100 + SIZE * number))
+            votes.append(group._num_rounds - before)
+        before = group._num_rounds
+        with pytest.raises(CapacityError):
+            engine.cache.append(found[engine.seed], ids(SIZE, start=90))
+        return [*votes, group._num_rounds - before]
+
+    assert crew.each(grow) == [[1] + [0] * 10 + [1]] * 2
+    assert [len(sequence.block_table) for sequence in found] == [12, 12]
+    crew.release(found)
+
+
 def test_a_fork_without_room_on_one_rank_is_refused_on_all(open_crew: Open) -> None:
     crew = open_crew(hot=(16, 4))
     found = crew.start(ids(15))
@@ -317,8 +264,8 @@ class Impatient(TorchRanks):
         self.gave_up = threading.Event()
         self._timeout = timedelta(seconds=0.01)
 
-    def agree_min(self, vote: int, *, topic: bytes) -> Agreement:
-        agreed = super().agree_min(vote, topic=topic)
+    def agree(self, vote: Votes[int], *, topic: bytes) -> list[Vote] | None:
+        agreed = super().agree(vote, topic=topic)
         self._timeout = timedelta(seconds=60)
         self.gave_up.set()
         return agreed

@@ -12,7 +12,7 @@ import pytest
 from torch import distributed
 
 from tierkv.errors import ConfigError, RankError
-from tierkv.ranks.group import Agreement, OneRank, RankGroup
+from tierkv.ranks.group import Agreement, OneRank, RankGroup, agree_min
 from tierkv.ranks.torch_ranks import TorchRanks
 
 T = TypeVar("T")
@@ -55,41 +55,41 @@ def together(threads: ThreadPoolExecutor, ranks: list[TorchRanks], call: Callabl
 
 def test_the_lowest_vote_is_every_ranks_decision(stores: list[Any], threads: ThreadPoolExecutor) -> None:
     ranks = ranks_of(stores)
-    got = together(threads, ranks, lambda rank: rank.agree_min(10 + rank.rank, topic=b"prompt"))
+    got = together(threads, ranks, lambda rank: agree_min(rank, 10 + rank.rank, topic=b"prompt"))
     assert got == [Agreement(10, False)] * SIZE
-    same = together(threads, ranks, lambda rank: rank.agree_min(7, topic=b"prompt"))
+    same = together(threads, ranks, lambda rank: agree_min(rank, 7, topic=b"prompt"))
     assert same == [Agreement(7, True)] * SIZE
 
 
 def test_each_round_is_a_decision_of_its_own(stores: list[Any], threads: ThreadPoolExecutor) -> None:
     ranks = ranks_of(stores)
     rounds = together(
-        threads, ranks, lambda rank: [rank.agree_min(i + rank.rank, topic=b"x").lowest for i in range(-2, 40)]
+        threads, ranks, lambda rank: [agree_min(rank, i + rank.rank, topic=b"x").lowest for i in range(-2, 40)]
     )
     assert rounds == [list(range(-2, 40))] * SIZE
 
 
 def test_a_rank_that_does_not_vote_in_time_means_nothing_and_reads_so_when_it_comes(stores: list[Any]) -> None:
     ranks = ranks_of(stores, timeout_s=0.05)
-    first = [rank.agree_min(500, topic=b"prompt") for rank in ranks[:2]]
-    late = ranks[2].agree_min(500, topic=b"prompt")
+    first = [agree_min(rank, 500, topic=b"prompt") for rank in ranks[:2]]
+    late = agree_min(ranks[2], 500, topic=b"prompt")
     assert [*first, late] == [Agreement(0, False)] * SIZE
 
 
 def test_after_a_time_out_the_ranks_agree_again(stores: list[Any], threads: ThreadPoolExecutor) -> None:
     ranks = ranks_of(stores, timeout_s=0.05)
     for rank in ranks:
-        assert rank.agree_min(5, topic=b"first").lowest == 0
+        assert agree_min(rank, 5, topic=b"first").lowest == 0
     for rank in ranks:
         rank._timeout = timedelta(seconds=60)
-    got = together(threads, ranks, lambda rank: rank.agree_min(9, topic=b"second"))
+    got = together(threads, ranks, lambda rank: agree_min(rank, 9, topic=b"second"))
     assert got == [Agreement(9, True)] * SIZE
 
 
 def test_votes_on_different_things_are_an_error_on_every_rank(stores: list[Any], threads: ThreadPoolExecutor) -> None:
     def vote(rank: TorchRanks) -> str:
         with pytest.raises(RankError, match="lost step"):
-            rank.agree_min(5, topic=b"A" if rank.rank else b"B")
+            agree_min(rank, 5, topic=b"A" if rank.rank else b"B")
         return "refused"
 
     assert together(threads, ranks_of(stores), vote) == ["refused"] * SIZE
@@ -109,7 +109,7 @@ def test_a_rank_that_is_missing_when_payloads_are_gathered_is_an_error(stores: l
 
 def test_decided_rounds_leave_the_store(threads: ThreadPoolExecutor) -> None:
     store = distributed.HashStore()
-    together(threads, ranks_of([store] * SIZE), lambda rank: [rank.agree_min(1, topic=b"x") for _ in range(50)])
+    together(threads, ranks_of([store] * SIZE), lambda rank: [agree_min(rank, 1, topic=b"x") for _ in range(50)])
     assert store.num_keys() <= 2 * (SIZE + 1)
 
 
@@ -119,7 +119,7 @@ def test_a_store_that_is_gone_is_an_error_since_the_others_may_have_decided() ->
             raise distributed.DistNetworkError("connection reset by peer")
 
     with pytest.raises(RankError, match="cannot know"):
-        TorchRanks(Gone(), rank=0, size=2).agree_min(3, topic=b"x")
+        agree_min(TorchRanks(Gone(), rank=0, size=2), 3, topic=b"x")
 
 
 @pytest.mark.parametrize(
@@ -137,5 +137,5 @@ def test_ranks_of_a_process_group_need_one() -> None:
 
 def test_one_rank_agrees_with_itself() -> None:
     alone: RankGroup = OneRank()
-    assert alone.agree_min(5, topic=b"anything") == Agreement(5, True)
+    assert agree_min(alone, 5, topic=b"anything") == Agreement(5, True)
     assert alone.gather(b"mine") == [b"mine"]

@@ -15,7 +15,7 @@ import pytest
 
 from tierkv.errors import ConfigError
 from tierkv.storage.cold import ColdStore
-from tierkv.tools import run as run_command
+from tierkv.tools import prompt_choice
 from tierkv.tools.options import cache_directory, default_socket, default_store, parse_size
 
 Command = Callable[..., Any]
@@ -252,6 +252,6 @@ def test_what_answers_like_no_cache_is_refused(command: Command, answer: Callabl
 
 
 def test_the_text_of_an_argument_is_read_by_its_bytes_where_the_locale_is_not_utf8() -> None:
-    assert run_command._text_of(os.fsencode("é").decode("ascii", "surrogateescape")) == "é"
+    assert prompt_choice._text_of(os.fsencode("é").decode("ascii", "surrogateescape")) == "é"
     with pytest.raises(ConfigError, match="not valid Unicode"):
-        run_command._text_of("\ud800")
+        prompt_choice._text_of("\ud800")

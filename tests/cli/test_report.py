@@ -107,7 +107,10 @@ def test_a_report_of_an_empty_store_says_what_to_do(tierkv: Run) -> None:
     assert code == 2 and "run tierkv warm first" in err
 
 
-def test_a_pool_that_is_too_small_is_told_a_size_that_is_not(tierkv: Run, tmp_path: Path) -> None:
+def test_a_pool_that_is_too_small_is_told_a_size_that_is_not(
+    tierkv: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tierkv.profiling.advice.LEAST_REQUESTS", 1)  # a hundred requests take too long here
     (tmp_path / "three.txt").write_text("\n---\n".join(f"{n} is a number. " * 40 for n in (1, 2, 3)))
     arguments = ("report", "three.txt", "--max-new-tokens", 1, "--no-plots", "--json")
     result = json_of(tierkv(*arguments, "--hot", "6M"))

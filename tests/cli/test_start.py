@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +17,7 @@ import pytest
 import typer
 
 from tierkv import __version__
+from tierkv.storage.cold import ColdStore
 from tierkv.tools import cli, terminal
 
 Command = Callable[..., Any]
@@ -79,6 +82,9 @@ def loaded_by(*arguments: str) -> set[str]:
         ["evict", "--to", "1G"],
         ["daemon", "status"],
         ["daemon", "stop"],
+        ["daemon", "unit"],
+        ["metrics"],
+        ["examples"],
         ["top", "-h"],
         ["save", "-h"],
         ["load", "-h"],
@@ -96,6 +102,47 @@ def test_a_command_that_needs_no_model_starts_without_torch(
     assert not heavy
     if arguments == ["--version"]:
         assert not {"numpy", "lmdb"} & loaded_by(*arguments)
+
+
+def cpu_seconds(*command: str) -> float:
+    """Return the least CPU time that three runs of a Python command take."""
+
+    def once() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, check=False)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    return min(once() for _ in range(3))
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--version"], ["stats"], ["inspect"], ["daemon", "status"], ["evict", "--to", "1G"]], ids=" ".join
+)
+def test_a_command_that_needs_no_model_starts_at_once(command: Command, arguments: list[str], tmp_path: Path) -> None:
+    """In 0.4 s of CPU time; on a machine that is slower or busy, in thrice what its libraries alone take there."""
+    if arguments[0] != "--version":
+        with ColdStore(tmp_path / "store", min_free_bytes=0):
+            pass
+    libraries = cpu_seconds(
+        "-c", "import os; os.environ['OPENBLAS_NUM_THREADS'] = '1'\nimport lmdb, numpy, typer, rich.table"
+    )
+    assert cpu_seconds("-m", "tierkv", *arguments) < max(0.4, 3 * libraries)
+
+
+def test_a_command_that_computes_may_use_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    seen: list[str | None] = []
+    original = cli.importlib.import_module
+
+    def recorded(name: str) -> Any:
+        seen.append(os.environ.get("OPENBLAS_NUM_THREADS"))
+        return original(name)
+
+    monkeypatch.setattr(cli.importlib, "import_module", recorded)
+    for name in ("stats", "run"):
+        cli.load_command(name)
+    assert seen == ["1", None] and "OPENBLAS_NUM_THREADS" not in os.environ
 
 
 def test_quiet_prints_the_result_alone(command: Command, tmp_path: Path) -> None:

@@ -67,6 +67,7 @@ from tierkv.daemon.messages import (
 from tierkv.daemon.protocol import HEADER, PROTOCOL_VERSION, frame, split_numbers
 from tierkv.errors import DaemonError, DaemonGoneError, StoreError
 from tierkv.storage.warm import Slab
+from tierkv.values.users import user_name
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # as Python says of threads
 
@@ -492,7 +493,7 @@ def test_a_cache_refuses_a_socket_that_another_user_has_made(short_path: Path, o
         os._exit(0)
     try:
         os.waitpid(child, os.WUNTRACED)
-        with pytest.raises(DaemonError, match="user 65534"):
+        with pytest.raises(DaemonError, match=f"belongs to user {user_name(65534)}"):
             open_cache()
     finally:
         os.kill(child, 9)
@@ -509,7 +510,7 @@ def test_a_refusal_is_read_although_the_daemon_has_closed_the_connection(
         server.bind(str(path))
         server.listen()
 
-        def connect_late(path: Path) -> socket.socket:
+        def connect_late(path: Path, **_: object) -> socket.socket:
             connection = connect(path)
             with server.accept()[0] as peer:
                 peer.sendall(frame(Failure(message="3 connections already", is_fatal=True), number=0, boot=77))
@@ -561,10 +562,10 @@ def test_an_interrupted_call_ends_the_connection(short_path: Path, monkeypatch: 
     with FakeDaemon(short_path / "d.sock"):
         client = DaemonClient(short_path / "d.sock", hello())
 
-        def interrupted(deadline: float) -> bytes:
+        def interrupted(*_: object) -> bytes:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(client, "_wait_readable", interrupted)
+        monkeypatch.setattr(tierkv.daemon.client, "receive", interrupted)
         with pytest.raises(KeyboardInterrupt):
             client.call(MATCH, Found)
         assert not client.is_alive
@@ -721,10 +722,10 @@ def test_an_interrupt_while_others_are_read_for_ends_the_connection(
         tell(daemon, EvictionNotice(number=3))
         eventually(lambda: client._has_input(0))
 
-        def interrupted(deadline: float) -> bytes:
+        def interrupted(*_: object) -> bytes:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(client, "_wait_readable", interrupted)
+        monkeypatch.setattr(tierkv.daemon.client, "receive", interrupted)
         with pytest.raises(KeyboardInterrupt):
             client.read_waiting() if name == "read_waiting" else client.call_long(Flush(), Done, timeout_s=60)
         assert not client.is_alive and not client._is_reading and not client._waiting

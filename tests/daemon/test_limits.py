@@ -310,8 +310,8 @@ def test_tenants_that_have_gone_cannot_keep_everything_pinned() -> None:
         connection = core.connect()
         core.open_tenant(connection, owner.to_bytes(16, "big"), b"", layout=layout(), owner=str(owner))
         core.disconnect(connection)
-    assert core.pin_quota_of_all_bytes == 8 * SLOT_BYTES
-    core.pin_quota_of_all_bytes = 3 * 64
+    assert core.pins.quota_of_all_bytes == 8 * SLOT_BYTES
+    core.pins.quota_of_all_bytes = 3 * 64
     clients = []
     for name in (b"a" * 16, b"b" * 16, b"c" * 16, b"d" * 16):
         client = Client(core, {}, name, hash_block)
@@ -327,6 +327,34 @@ def test_tenants_that_have_gone_cannot_keep_everything_pinned() -> None:
     core.disconnect(clients[0].connection)
     pin(core, clients[3], as_bytes([1, 2]))
     assert [client.connection.tenant.pinned_bytes for client in clients if client.connection.tenant] == [0, 64, 64, 64]
+    core.check()
+
+
+def test_a_pin_with_a_time_to_live_ends_and_frees_its_share() -> None:
+    clock = Clock()
+    core = Core(16 * SLOT_BYTES, clock=clock, extent_bytes=SLOT_BYTES)
+    client = Client(core, {}, NAMESPACE, hash_block)
+    tokens = as_bytes([1, 2])
+    client.reserve(tokens, [0])
+    client.publish(1)
+    ask = Pin(hashes=b"".join(client.chain(tokens)), tokens=tokens, pinned=True, ttl_s=30.0)
+    core.pin(client.connection, ask)
+    assert client.connection.tenant
+    clock.now += 29
+    core.trim()
+    assert client.connection.tenant.pinned_bytes == 64
+    clock.now += 2
+    core.trim()
+    assert client.connection.tenant.pinned_bytes == 0 and core.evict(client.connection, -1) == 1
+    client.reserve(tokens, [0])
+    client.publish(1)
+    core.pin(client.connection, ask)
+    pin(core, client, tokens)  # for good: it replaces the time
+    clock.now += 1e6
+    core.trim()
+    assert client.connection.tenant.pinned_bytes == 64
+    with pytest.raises(ProtocolError):
+        core.pin(client.connection, Pin(hashes=ask.hashes, tokens=tokens, pinned=True, ttl_s=float("nan")))
     core.check()
 
 

@@ -27,7 +27,7 @@ def test_a_hot_partial_block_stays_pinned_if_the_connection_is_closed_before_a_b
     answer = Found(slots=b"", partial_block=theirs, cursor=0, claim=0, is_computing=False, miss="")
     unpinned: list[Place] = []
     tiers: Any = SimpleNamespace(index=SimpleNamespace(root=ROOT), unpin=unpinned.extend, changed=OwnedCondition())
-    connection: Any = SimpleNamespace(lease=lease, call=lambda *_: answer)
+    connection: Any = SimpleNamespace(lease=lease, match=lambda _: answer)
     blocks = DaemonBlocks(
         tiers,
         lambda: connection,

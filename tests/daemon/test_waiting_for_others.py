@@ -59,6 +59,10 @@ class FakeConnection:
             connection.num_claimed += len(claim.hashes)
             self.core.claims.num_blocks += len(claim.hashes)
 
+    def match(self, asked: Match) -> Found:
+        found: Found = self.call(asked, Found)
+        return found
+
     def call(self, message: Any, expected: type, *, timeout_s: float | None = None) -> Any:
         self.num_sent += 1
         if isinstance(message, Match):

@@ -436,14 +436,6 @@ def test_a_runner_has_one_engine_at_a_time(open_one: Open) -> None:
             Engine(runner, **bad)  # type: ignore[arg-type]
 
 
-def test_an_engine_of_a_split_model_is_refused(open_one: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = open_one()
-    with monkeypatch.context() as patch:
-        patch.setattr(runner.cache.ranks, "size", 2, raising=False)
-        with pytest.raises(ConfigError, match="one device"):
-            Engine(runner)
-
-
 def test_closing_ends_requests_within_its_bound_and_takes_no_more(open_one: Open) -> None:
     runner = open_one(hot=300)
     engine = Engine(runner, max_running=1)

@@ -98,7 +98,8 @@ class Readers:
 
 def options_of(number: int) -> GenerationOptions:
     count = number % 7 * 4 + 1
-    return greedy(count) if number % 2 else sampled(count, seed=number)
+    whole = {"store_partial": False}  # with partial blocks fewer tokens are computed, and no request is preempted
+    return greedy(count, **whole) if number % 2 else sampled(count, seed=number, **whole)
 
 
 def resident_bytes() -> int:

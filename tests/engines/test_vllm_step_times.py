@@ -64,13 +64,13 @@ def slow_session(path: Path, monkeypatch: pytest.MonkeyPatch, *, seconds: float)
     with BlockStore(config, namespace=NAMESPACE) as store:
         keys = store.keys(range(64))
         store.save(keys, Buffers([bytes(LAYOUT.block_bytes)] * 4))
-    read_into = ColdStore.read_into
+    read_many_into = ColdStore.read_many_into
 
-    def slowly(self: ColdStore, *args: object, **kwargs: object) -> object:
-        time.sleep(seconds)
-        return read_into(self, *args, **kwargs)  # type: ignore[arg-type]
+    def slowly(self: ColdStore, expected: list[object], *args: object, **kwargs: object) -> object:
+        time.sleep(seconds * len(expected))
+        return read_many_into(self, expected, *args, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(ColdStore, "read_into", slowly)
+    monkeypatch.setattr(ColdStore, "read_many_into", slowly)
     return Session(Options(path=path, warm_bytes=16 * LAYOUT.block_bytes, block_tokens=16), NAMESPACE)
 
 

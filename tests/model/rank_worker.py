@@ -9,23 +9,29 @@ import itertools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from tiny_models import VOCABULARY, make_model
 from torch import distributed
 from transformers.distributed import DistributedConfig
 
 from tierkv.config import CacheConfig
+from tierkv.engine.engine import Engine
+from tierkv.engine.fused_model import FusedDecoder
 from tierkv.engine.model_identity import ModelCheck
 from tierkv.engine.model_reader import read_state
 from tierkv.engine.model_state import local_part
 from tierkv.engine.models import LoadedModel, split_model
 from tierkv.engine.runner import GenerationOptions, Runner, open_runner
+from tierkv.engine.sampling import SamplingOptions
 from tierkv.engine.weights_digest import weights_digest
+from tierkv.errors import ConfigError
 from tierkv.ranks.torch_ranks import TorchRanks
 from tierkv.storage.cold import ColdStore
 from tierkv.values.block import Tier
@@ -90,7 +96,7 @@ class Worker:
         return sum(part.nbytes for part in map(local_part, self.model.parameters()))
 
     @contextmanager
-    def runner(self) -> Iterator[Runner]:
+    def runner(self, *, fuse: str = "auto") -> Iterator[Runner]:
         layer_bytes = 2 * 2 * 64 * dtype_of(self.device).itemsize  # both heads: more than a rank has
         block_bytes = 3 * layer_bytes * block_size_of(self.device)
         config = CacheConfig(
@@ -101,12 +107,17 @@ class Worker:
             cold_bytes=64 << 20,
             min_free_bytes=0,
         )
-        with open_runner(LoadedModel(self.model, None, "tiny"), config, ranks=self.ranks) as runner:
+        with open_runner(LoadedModel(self.model, None, "tiny"), config, ranks=self.ranks, fuse=fuse) as runner:
             yield runner
 
-    def generate(self) -> dict[str, Any]:
+    def generate_fused(self) -> dict[str, Any]:
+        """Do as `generate`, by fused passes."""
+        return self.generate(fuse="on")
+
+    def generate(self, *, fuse: str = "auto") -> dict[str, Any]:
         """Answer the prompt in a cache that has just been opened."""
-        with self.runner() as runner:
+        with self.runner(fuse=fuse) as runner:
+            assert fuse != "on" or isinstance(runner._pass._compute, FusedDecoder)
             options = GenerationOptions(
                 max_new_tokens=NUM_NEW, stop_ids=frozenset(), store_partial=True, keep_logits=True
             )
@@ -125,6 +136,53 @@ class Worker:
                 "namespace": namespace.digest.hex(),
                 "reasons": [f"{reason}={count}" for reason, count in runner.cache.stats().miss_reasons.items()],
             }
+
+    def serve(self) -> dict[str, Any]:
+        """Serve requests on the first rank: more than there is room for, of two priorities, some cancelled or late."""
+        generator = torch.Generator().manual_seed(2)
+        shared = prompt_of(self.device)[: 2 * block_size_of(self.device)]
+        lengths = torch.randint(1, 40, (14,), generator=generator).tolist()
+        prompts = [
+            [*shared[: (n % 3) * block_size_of(self.device)], *range(n, n + length)] for n, length in enumerate(lengths)
+        ]
+        plain = GenerationOptions(max_new_tokens=25, stop_ids=frozenset())
+        drawn = replace(plain, sampling=SamplingOptions(temperature=0.8, seed=3))
+        with self.runner() as runner:
+            want = [runner.generate([each], replace(plain, use_cache=False))[0].token_ids for each in prompts]
+            want += [runner.generate([each], replace(drawn, use_cache=False))[0].token_ids for each in prompts]
+            with Engine(runner, decode_step_tokens=24) as engine:
+                if self.ranks.rank == 0:
+                    got, reasons = self._submit(engine, prompts, plain, drawn)
+                else:
+                    with pytest.raises(ConfigError, match="first rank"):
+                        engine.submit([1], plain)
+                    got, reasons = want, []
+                    assert engine.wait(TIMEOUT_S)
+            stats = engine.stats()
+            runner.cache.flush()
+            runner.cache.check()
+            (after,) = runner.generate([prompts[0]], plain)  # all ranks make the same calls again
+        assert got == want
+        assert after.token_ids == want[0]
+        return {
+            "counts": [stats.steps, stats.submitted, stats.finished, stats.cancelled, stats.preempted],
+            "reasons": reasons,
+        }
+
+    def _submit(
+        self, engine: Engine, prompts: list[list[int]], plain: GenerationOptions, drawn: GenerationOptions
+    ) -> tuple[list[list[int]], list[str | None]]:
+        """Return the answers to all prompts, and how a cancelled request and one with a deadline have ended."""
+        long = replace(plain, max_new_tokens=90)
+        odd = [engine.submit([5, 6], long, priority=3), engine.submit([7], long, deadline_s=0.05)]
+        next(odd[0])
+        streams = [engine.submit(each, plain, priority=n % 2) for n, each in enumerate(prompts)]
+        (inside,) = engine.runner.generate([prompts[3]], plain)
+        streams += [engine.submit(each, drawn) for each in prompts]
+        odd[0].cancel()
+        answers = [stream.result().token_ids for stream in streams]
+        assert inside.token_ids == answers[3]
+        return answers, [stream.result().finish_reason for stream in odd]
 
     def prefill(self) -> dict[str, Any]:
         with self.runner() as runner:

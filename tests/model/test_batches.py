@@ -138,7 +138,8 @@ def test_the_number_of_new_tokens_is_a_whole_number(bad: Any) -> None:
 
 
 def greedy(**options: Any) -> GenerationOptions:
-    return GenerationOptions(max_new_tokens=1, stop_ids=frozenset(), **options)
+    """Whole blocks only, unless the test says else: so the blocks and steps can be counted."""
+    return GenerationOptions(max_new_tokens=1, stop_ids=frozenset(), **{"store_partial": False, **options})
 
 
 @pytest.mark.parametrize("max_step_tokens", [8192, 48], ids=["one pass", "a prompt in pieces"])

@@ -45,7 +45,8 @@ def tokens(count: int, seed: int = 1) -> list[int]:
 
 
 def greedy(count: int = 2, **options: Any) -> GenerationOptions:
-    return GenerationOptions(max_new_tokens=count, stop_ids=frozenset(), **options)
+    """Whole blocks only, unless the test says else: so the blocks and steps can be counted."""
+    return GenerationOptions(max_new_tokens=count, stop_ids=frozenset(), **{"store_partial": False, **options})
 
 
 def attention(model: Any) -> Any:

@@ -59,7 +59,18 @@ def tokens(count: int, seed: int) -> list[int]:
 
 
 def greedy(count: int, **options: Any) -> GenerationOptions:
-    return GenerationOptions(max_new_tokens=count, stop_ids=frozenset(), **options)
+    """Whole blocks only, unless the test says else: so the blocks and steps can be counted."""
+    return GenerationOptions(max_new_tokens=count, stop_ids=frozenset(), **{"store_partial": False, **options})
+
+
+def test_the_next_turn_of_a_conversation_finds_all_that_was_computed(place: Place, open_one: Open) -> None:
+    runner = open_one()
+    prompt = tokens(place.block_size + 5, seed=1)
+    (first,) = runner.generate([prompt], GenerationOptions(max_new_tokens=4, stop_ids=frozenset()))
+    runner.cache.flush()
+    said = [*prompt, *first.token_ids]
+    (second,) = runner.generate([[*said, 1, 2]], GenerationOptions(max_new_tokens=1, stop_ids=frozenset()))
+    assert sum(second.cached_tokens.values()) == len(said) - 1, "K and V of the last token were not computed"
 
 
 def test_greedy_answers_are_the_models_own(model: Any, place: Place, open_one: Open) -> None:

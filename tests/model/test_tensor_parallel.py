@@ -134,6 +134,44 @@ def test_other_families_are_split_as_well_and_a_weight_of_one_rank_is_part_of_ev
 
 
 @pytest.mark.slow
+def test_fused_passes_of_a_split_model_are_its_own_and_find_what_plain_ones_stored(tmp_path: Path) -> None:
+    ranks = Ranks(tmp_path, "cpu")
+    families = ("llama", "qwen3", "mistral")
+    each = [f"{action}:{family}" for family in families for action in ("generate", "generate_fused", "generate")]
+    answers = ranks.run(*each)
+    for family, plain, fused, again in zip(families, answers[::3], answers[1::3], answers[2::3], strict=True):
+        assert [one["cached"].sum() for one in plain] == [0, 0]
+        assert cached(fused, COLD) == cached(again, COLD) == [len(prompt_of("cpu")) - 1] * 2
+        assert [int(one["model_bytes"]) for one in fused] == [int(one["model_bytes"]) for one in plain]
+        for seen in (plain, fused, again):
+            ranks.assert_answers(family, seen)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "family"), [(2, "llama"), (4, "llama of 4 heads")])
+def test_an_engine_of_ranks_serves_what_comes_to_the_first_one(tmp_path: Path, size: int, family: str) -> None:
+    ranks = Ranks(tmp_path, "cpu")
+    ranks.size = size
+    (seen,) = ranks.run(f"serve:{family}")
+    counts = [one["counts"].tolist() for one in seen]
+    assert counts == counts[:1] * size, "every rank computes the same steps, and ends the same requests"
+    assert seen[0]["reasons"].tolist() == ["cancelled", "deadline"]
+    assert counts[0][4] > 0, "some were preempted"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [4, 8])
+def test_more_ranks_fuse_and_restart_together(tmp_path: Path, size: int) -> None:
+    ranks = Ranks(tmp_path, "cpu")
+    ranks.size = size
+    family = f"llama of {size} heads"
+    first, again = ranks.run(f"generate_fused:{family}", f"generate_fused:{family}")
+    assert cached(again, COLD) == [len(prompt_of("cpu")) - 1] * size
+    for seen in (first, again):
+        ranks.assert_answers(family, seen)
+
+
+@pytest.mark.slow
 def test_what_a_split_model_stored_serves_the_same_model_loaded_in_slices(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")  # Transformers loads slices with it
     ranks = Ranks(tmp_path, "cpu")

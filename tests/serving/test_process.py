@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -209,3 +210,23 @@ def test_a_daemons_tiers_serve_as_the_own_ones(model_path: Path, tmp_path: Path)
         assert answers[0].choices[0].message.content == answers[1].choices[0].message.content
     finally:
         subprocess.run([*daemon, "stop", "--socket", str(socket)], env=ENVIRONMENT, check=True, capture_output=True)
+
+
+def test_the_log_has_start_refusals_and_stop_and_no_text_of_a_request(start: Start) -> None:
+    name = f"tierkv-test-serve-{os.getpid()}"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(f"\0{name}")
+        manager.settimeout(60)
+        running = start("--log-format", "json", NOTIFY_SOCKET=f"@{name}")
+        assert manager.recv(4096).startswith(b"READY=1\n")
+        with running.client() as client, pytest.raises(Exception, match=r"400|404"):
+            client.completions.create(model="secret words", prompt="secret words", max_tokens=-1)
+        running.stop()
+        assert manager.recv(4096) == b"STOPPING=1"
+    text = running.log.read_text()
+    serving, *rest = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+    assert serving["msg"] == "serving" and serving["address"] == running.url and serving["pid"] == running.pid
+    (refused,) = (each for each in rest if each["msg"] == "refused")
+    assert refused["level"] == "warning" and refused["path"] == "/v1/completions" and refused["status"] in (400, 404)
+    assert [each["msg"] for each in rest[-2:]] == ["stopping", "stopped"] and rest[-2]["uptime_s"] > 0
+    assert "secret" not in text

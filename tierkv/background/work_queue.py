@@ -18,7 +18,7 @@ from enum import IntEnum
 from typing import Any, Generic, TypeVar
 
 from tierkv.errors import CapacityError, ClosedError, ConfigError
-from tierkv.values.locks import OwnedCondition
+from tierkv.values.locks import OwnedLock
 
 __all__ = ["PATIENCE", "Priority", "PriorityThreadPool", "QueueEntry", "WorkQueue", "WriteBehind"]
 
@@ -70,7 +70,9 @@ class WorkQueue(Generic[Item]):
         self._waiters: dict[Priority, deque[QueueEntry[Item]]] = {each: deque() for each in Priority}
         self._returned: set[QueueEntry[Item]] = set()
         self._is_closed = False
-        self._changed = OwnedCondition()
+        self._lock = OwnedLock()
+        self._has_items = threading.Condition(self._lock)  # apart from the next: an item wakes one thread, not all
+        self._has_left = threading.Condition(self._lock)
 
     def __len__(self) -> int:
         return sum(map(len, self._queues.values()))
@@ -84,7 +86,7 @@ class WorkQueue(Generic[Item]):
         """
         counted = num_bytes if self._max_bytes is None else min(num_bytes, self._max_bytes)
         entry = QueueEntry(item, priority, counted)
-        with self._changed:
+        with self._lock:
             has_room = self._wait_for_room(entry, timeout_s)
             if self._is_closed:
                 raise ClosedError("the queue is closed")
@@ -93,33 +95,33 @@ class WorkQueue(Generic[Item]):
                 raise CapacityError(f"no room for more {priority.name.lower()} work: {waiting} are queued")
             self._queues[priority][entry] = None
             self._bytes[priority] += counted
-            self._changed.notify_all()
+            self._has_items.notify()
         return entry
 
     def take(self) -> QueueEntry[Item] | None:
         """Wait for an item and return the most urgent one; None once the queue is closed and empty."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._is_closed or len(self) > 0)
+        with self._lock:
+            self._has_items.wait_for(lambda: self._is_closed or len(self) > 0)
             return self._pop()
 
     def try_take(self) -> QueueEntry[Item] | None:
         """Return the most urgent item; None if the queue is empty."""
-        with self._changed:
+        with self._lock:
             return self._pop()
 
     def put_back(self, entry: QueueEntry[Item]) -> None:
         """Queue a taken item again, before all others of its class and beyond the bounds. It cannot be cancelled."""
-        with self._changed:
+        with self._lock:
             queue = self._queues[entry.priority]
             queue[entry] = None
             queue.move_to_end(entry, last=False)
             self._bytes[entry.priority] += entry.num_bytes
             self._returned.add(entry)
-            self._changed.notify_all()
+            self._has_items.notify()
 
     def cancel(self, entry: QueueEntry[Item]) -> bool:
         """Remove an item that was not taken yet. Return False if it was."""
-        with self._changed:
+        with self._lock:
             if entry in self._returned or entry not in self._queues[entry.priority]:
                 return False
             self._remove(entry)
@@ -127,35 +129,36 @@ class WorkQueue(Generic[Item]):
 
     def close(self) -> None:
         """Refuse new items; queued items can still be taken. May be called twice."""
-        with self._changed:
+        with self._lock:
             self._is_closed = True
-            self._changed.notify_all()
+            self._has_items.notify_all()
+            self._has_left.notify_all()
 
     def _wait_for_room(self, entry: QueueEntry[Item], timeout_s: float | None) -> bool:
         """Wait for room, in the order of the callers, so that small items do not overtake a large one for ever.
 
         Return whether there is room, or the queue is closed. The caller holds the lock.
         """
-        assert self._changed.is_owned()
+        assert self._lock.is_owned()
         waiters = self._waiters[entry.priority]
         waiters.append(entry)
         try:
-            return self._changed.wait_for(
+            return self._has_left.wait_for(
                 lambda: self._is_closed or (waiters[0] is entry and self._has_room(entry)), timeout_s
             )
         finally:
             waiters.remove(entry)
-            self._changed.notify_all()
+            self._has_left.notify_all()
 
     def _has_room(self, entry: QueueEntry[Item]) -> bool:
         """Return whether one more item is within the bounds; the caller holds the lock."""
-        assert self._changed.is_owned()
+        assert self._lock.is_owned()
         queue, num_bytes = self._queues[entry.priority], self._bytes[entry.priority] + entry.num_bytes
         return len(queue) < self._max_entries and (self._max_bytes is None or num_bytes <= self._max_bytes)
 
     def _pop(self) -> QueueEntry[Item] | None:
         """Remove and return the next item, or None; the caller holds the lock."""
-        assert self._changed.is_owned()
+        assert self._lock.is_owned()
         waiting = [each for each in Priority if self._queues[each]]
         if not waiting:
             return None
@@ -169,11 +172,11 @@ class WorkQueue(Generic[Item]):
 
     def _remove(self, entry: QueueEntry[Item]) -> None:
         """Remove an item; the caller holds the lock."""
-        assert self._changed.is_owned()
+        assert self._lock.is_owned()
         del self._queues[entry.priority][entry]
         self._bytes[entry.priority] -= entry.num_bytes
         self._returned.discard(entry)
-        self._changed.notify_all()
+        self._has_left.notify_all()
 
 
 class PriorityThreadPool:
@@ -184,6 +187,7 @@ class PriorityThreadPool:
     """
 
     def __init__(self, num_threads: int, *, name: str) -> None:
+        self.num_threads = num_threads
         self._queue: WorkQueue[Callable[[], None]] = WorkQueue(max_entries=_MAX_JOBS, patience=PATIENCE)
         self._threads = [
             threading.Thread(target=self._run, name=f"{name}_{number}", daemon=True) for number in range(num_threads)
@@ -277,6 +281,15 @@ class WriteBehind(Generic[Job]):
             self._jobs.append(job)
             self._changed.notify_all()
             return True
+
+    def try_put_all(self, jobs: Sequence[Job]) -> int:
+        """Queue the first jobs, as many as there is room for, and return how many; none if the queue is closing."""
+        with self._changed:
+            count = 0 if self._is_closing else min(len(jobs), self.capacity - len(self._jobs))
+            if count > 0:
+                self._jobs.extend(jobs[:count])
+                self._changed.notify_all()
+            return max(count, 0)
 
     @property
     def stalled_s(self) -> float:

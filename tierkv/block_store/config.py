@@ -8,7 +8,9 @@ from pathlib import Path
 
 from tierkv.config import CODEC_NAMES, expanded_path
 from tierkv.errors import ConfigError
+from tierkv.remote_tiers.urls import RemoteOption, remote_urls
 from tierkv.values.checks import check_count, check_flag, check_seconds
+from tierkv.values.users import user_id
 
 __all__ = ["BlockStoreConfig"]
 
@@ -27,8 +29,11 @@ class BlockStoreConfig:
     num_io_threads: threads that read, decode and encode.
     write_wait_s: how long the write thread waits for the store's write lock, and a load for room in the warm memory.
     socket: of the daemon, whose warm and cold tiers are used then. This process has none: it uses neither cold_path,
-        cold_bytes, min_free_bytes nor codec, and of warm_bytes only whether it is 0: then it maps no memory and only
-        looks up.
+        cold_bytes, min_free_bytes, codec nor remote, and of warm_bytes only whether it is 0: then it maps no memory and
+        only looks up.
+    remote: URLs of remote tiers, one or several, as in `CacheConfig`.
+    daemon_user: name or number of another user whose daemon may be used: it decides what is computed with. None trusts
+        only the own user's and root's.
     daemon_timeout_s: how long to wait for an answer of the daemon before it counts as gone.
 
     >>> BlockStoreConfig(cold_path="store", warm_bytes=1 << 20).cold_path
@@ -44,6 +49,8 @@ class BlockStoreConfig:
     num_io_threads: int = field(default_factory=lambda: min(8, os.cpu_count() or 1))
     write_wait_s: float = 5.0
     socket: Path | None = None
+    daemon_user: str | int | None = None
+    remote: RemoteOption = ()
     daemon_timeout_s: float = 2.0
 
     def __post_init__(self) -> None:
@@ -51,6 +58,7 @@ class BlockStoreConfig:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, expanded_path(name, value))
+        object.__setattr__(self, "remote", remote_urls(self.remote))
         hint = "in bytes, as 8 << 30"
         check_count("warm_bytes", self.warm_bytes, hint=hint)
         check_count("num_io_threads", self.num_io_threads, least=1)
@@ -60,11 +68,13 @@ class BlockStoreConfig:
             check_count("min_free_bytes", self.min_free_bytes, hint=hint)
         check_flag("read_only", self.read_only)
         check_seconds("write_wait_s", self.write_wait_s)
+        if self.daemon_user is not None:
+            object.__setattr__(self, "daemon_user", user_id(self.daemon_user))
         check_seconds("daemon_timeout_s", self.daemon_timeout_s, may_be_zero=False)
         if self.codec not in CODEC_NAMES:
             raise ConfigError(f"codec must be one of {', '.join(CODEC_NAMES)}, got {self.codec!r}")
         if self.socket is not None:
             if self.read_only:
                 raise ConfigError("read_only is for a store of this process's own, and socket names a daemon")
-        elif self.cold_path is None and (self.read_only or not self.warm_bytes):
+        elif self.cold_path is None and (self.read_only or not (self.warm_bytes or self.remote)):
             raise ConfigError("a block store without cold_path needs warm_bytes, and cannot be read_only")

@@ -12,10 +12,11 @@ from tierkv.block_store.daemon_chains import Connection, DaemonChains
 from tierkv.block_store.keys import BlockKey
 from tierkv.block_store.load_or_compute import Origin
 from tierkv.block_store.loader import Loader
+from tierkv.block_store.misses import log_misses
 from tierkv.block_store.placement import Placement
 from tierkv.block_store.reservation import Reservation
 from tierkv.block_store.transfers import Load
-from tierkv.daemon.messages import NO_SLOT, Fetch, Fetched, Found
+from tierkv.daemon.messages import NO_SLOT, Fetch, Fetched
 from tierkv.daemon.protocol import split_numbers
 from tierkv.errors import DaemonError
 from tierkv.movers.ready import Ready
@@ -99,10 +100,13 @@ class DaemonLoader(Loader):
         if connection is None or not chain:
             return 0
         try:
-            return len(connection.call(self._chains.match(chain), Found).slots) // 4
+            answer = connection.match(self._chains.match(chain))
         except DaemonError as exc:
             _log.debug("a lookup is a miss: %s", exc)
             return 0
+        num_found = len(answer.slots) // 4
+        log_misses(len(keys), num_found, miss_reason(answer.miss))
+        return num_found
 
     def reserve(self, keys: Sequence[BlockKey], start: int) -> Reservation:
         """Lease blocks; see `BlockStore.reserve`."""
@@ -122,6 +126,7 @@ class DaemonLoader(Loader):
         with self.changed:
             self.reap()
             self.count_request(num_wanted, num_warm, num_found, reason if num_found < num_wanted else None)
+        log_misses(num_wanted, num_found, reason)
         if found is None:
             return Reservation([], [], self._nothing, changed=self.changed, unpin=lambda _: None)
         if num_warm < num_found:
@@ -131,7 +136,7 @@ class DaemonLoader(Loader):
     def _lease(self, connection: Connection, chain: Sequence[BlockKey], start: int) -> tuple[Reservation, MissReason]:
         """Ask for blocks, and lease what is warm. Return them, and why the next one is missing. Raises DaemonError."""
         connection.send_returned()
-        answer = connection.call(self._chains.match(chain, start, lease=True), Found)
+        answer = connection.match(self._chains.match(chain, start, lease=True))
         slots = [None if slot == NO_SLOT else slot for slot in split_numbers(answer.slots)]
         try:
             connection.lease([slot for slot in slots if slot is not None])

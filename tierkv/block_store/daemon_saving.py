@@ -75,6 +75,8 @@ class DaemonSaver:
         connection = self._connected()
         if not num_wanted:
             return Save()
+        if connection is not None and connection.is_reader:
+            return self._skipped("read_only", num_wanted)
         if connection is None or start >= len(chain):
             return self._skipped("no_parent" if connection else "daemon", num_wanted)
         try:

@@ -23,7 +23,7 @@ from tierkv.block_store.placement import Placement
 from tierkv.block_store.reservation import Reservation
 from tierkv.block_store.transfers import Load, Save
 from tierkv.daemon.eviction_messages import EvictBlocks, EvictedBlocks, EvictionDone
-from tierkv.daemon.messages import NO_SLOT, Count, Done, Flush, Found
+from tierkv.daemon.messages import NO_SLOT, Count, Done, Flush
 from tierkv.daemon.protocol import split_numbers
 from tierkv.errors import DaemonError
 from tierkv.storage.cold import ColdStore
@@ -31,12 +31,14 @@ from tierkv.transfer.daemon_connector import DaemonConnector
 from tierkv.values.block import BlockHash, Tier
 from tierkv.values.locks import OwnedCondition
 from tierkv.values.namespace import Namespace
+from tierkv.values.remote_stats import RemoteStats
 from tierkv.values.stats import StatsRecorder, TierStats
 
 if TYPE_CHECKING:
     import torch
 
     from tierkv.movers.engine_memory import EngineMemory
+from tierkv.values.users import user_id
 
 __all__ = ["DaemonBlockTiers"]
 
@@ -85,6 +87,7 @@ class DaemonBlockTiers:
             connected=lambda _: None,
             maintain=self._maintain,
             timeout_s=config.daemon_timeout_s,
+            daemon_user=None if config.daemon_user is None else user_id(config.daemon_user),
         )
         arguments = lambda: self._connector.connection, self._chains, namespace.layout, stats, changed
         self._loader = DaemonLoader(*arguments, room_wait_s=config.write_wait_s)
@@ -143,7 +146,7 @@ class DaemonBlockTiers:
         if connection is None or not chain:
             return 0
         try:
-            answer = connection.call(self._chains.match(chain, lease=True), Found)
+            answer = connection.match(self._chains.match(chain, lease=True))
             connection.end_cursor(answer.cursor)
             slots = split_numbers(answer.slots)
             connection.lease([slot for slot in slots if slot != NO_SLOT])
@@ -176,6 +179,10 @@ class DaemonBlockTiers:
     def sizes(self) -> dict[Tier, TierStats]:
         """Return the sizes of the daemon's tiers."""
         return self._connector.sizes()
+
+    def remote_stats(self) -> tuple[RemoteStats, ...]:
+        """Return nothing: the daemon has the remote tiers."""
+        return ()
 
     def flush(self) -> None:
         """Wait until the daemon has put all saved blocks on the disk, or warn that it cannot."""

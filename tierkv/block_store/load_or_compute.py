@@ -15,11 +15,15 @@ __all__ = ["LoadOrCompute", "Origin"]
 
 
 class Origin(IntEnum):
-    """Where the blocks of a load lie: in the warm memory, in the system's page cache, on a disk. The slowest counts."""
+    """Where the blocks of a load lie: in the warm memory, the system's page cache, on a disk, in a remote tier.
+
+    The slowest counts.
+    """
 
     WARM = 0
     PAGE_CACHE = 1
     DISK = 2
+    REMOTE = 3
 
 
 class LoadOrCompute:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
+from tierkv.block_store.misses import log_lost
 from tierkv.block_store.placement import Placement
 from tierkv.block_store.reservation import Reservation
 from tierkv.block_store.transfers import Load
@@ -148,6 +149,7 @@ class Loader(ABC):
         with self.changed:
             self.stats.misses += 1
             self.stats.miss_reasons[reason.value] += 1
+        log_lost(reason)
 
     def _work(self, function: Callable[..., None], arguments: Sequence[object]) -> None:
         try:

@@ -7,30 +7,37 @@ import logging
 import threading
 from collections.abc import Generator, Sequence
 from concurrent.futures import wait
+from itertools import chain
 
 from tierkv.background.work_queue import Priority
 from tierkv.block_store.keys import BlockKey
 from tierkv.block_store.load_or_compute import Origin
 from tierkv.block_store.loader import Loader
+from tierkv.block_store.misses import are_logged, log_misses
 from tierkv.block_store.placement import Placement
 from tierkv.block_store.reservation import Reservation
 from tierkv.block_store.transfers import Load
 from tierkv.block_store.warm_memory import WarmMemory
 from tierkv.errors import StoreError
 from tierkv.movers.ready import Done, Ready
+from tierkv.remote_tiers.source import RemoteSource
+from tierkv.storage.codec import Bytes
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import BlockInfo
 from tierkv.values.block import TOKEN_BYTES, BlockHash, Tier
+from tierkv.values.layout import BlockLayout
 from tierkv.values.locks import OwnedCondition
 from tierkv.values.stats import StatsRecorder
 
-__all__ = ["BlockLoader", "count_cold", "info_of", "origin_of"]
+__all__ = ["BlockLoader", "StoredBlocks", "info_of"]
 
 _log = logging.getLogger(__name__)
 
-_WAVE_BLOCKS = 64
+_WAVE_BLOCKS, _WAVE_BYTES = 64, 1 << 30  # the greater number of blocks: threads idle at the end of a wave
+_GROUP_BLOCKS, _GROUP_BYTES = 16, 8 << 20  # the lesser number of blocks, which one thread reads at a time
 _AHEAD_BLOCKS = 4
+_COPY_BYTES = 128 << 20  # that are copied to the engine at a time while others are being read
 _LOOKUP_BLOCKS = 64
 
 
@@ -45,7 +52,73 @@ def info_of(key: BlockKey, root: BlockHash) -> BlockInfo:
     )
 
 
-def count_cold(cold: ColdStore, keys: Sequence[BlockKey]) -> int:
+class StoredBlocks:
+    """The blocks below the warm memory: in a store on disk, then in remote tiers. Each of them may be missing."""
+
+    def __init__(self, cold: ColdStore | None, remote: RemoteSource | None) -> None:
+        self.cold = cold
+        self.remote = remote
+
+    def count(self, keys: Sequence[BlockKey]) -> int:
+        """Return how many leading blocks are there. Waits for the network if the store lacks some of them."""
+        found = 0
+        while found < len(keys):
+            before = found
+            found += _count_cold(self.cold, keys[found:]) if self.cold else 0
+            if found < len(keys) and self.remote and self.remote.may_answer(len(keys) - found):
+                found += self.remote.find(keys[found:], first=found)
+            if found == before or not (self.cold and self.remote):
+                break
+        return found
+
+    def origin(self, keys: Sequence[BlockKey]) -> Origin:
+        """Return where blocks lie that are not warm, judged by the first, the middle and the last; WARM for none."""
+        if not keys or (self.cold is None and self.remote is None):
+            return Origin.WARM
+        looked_at = [keys[at] for at in {0, len(keys) // 2, len(keys) - 1}]
+        if self.remote and any(self.is_remote(key) for key in looked_at):
+            return Origin.REMOTE
+        is_cached = self.cold is not None and all(self.cold.is_in_memory(key.block_hash) for key in looked_at)
+        return Origin.PAGE_CACHE if is_cached else Origin.DISK
+
+    def is_remote(self, key: BlockKey) -> bool:
+        """Return whether a remote tier has a block, as far as is known, and the store does not."""
+        if self.remote is None or self.remote.lookup(key.block_hash) is None:
+            return False
+        return self.cold is None or not _count_cold(self.cold, [key])
+
+    def read_many_into(
+        self, keys: Sequence[BlockKey], root: BlockHash, outs: Sequence[Bytes], *, layout: BlockLayout
+    ) -> list[MissReason | None]:
+        """Read blocks from the store, and what it lacks from remote tiers. Return None for each, or why not."""
+        infos = [info_of(key, root) for key in keys]
+        reasons: list[MissReason | None] = [MissReason.ABSENT] * len(keys)
+        try:
+            if self.cold:
+                reasons = self.cold.read_many_into(infos, outs, layout=layout)
+            if self.remote:
+                for at, reason in enumerate(reasons):
+                    if reason and self.remote.lookup(keys[at].block_hash):
+                        reasons[at] = self.remote.read_into(infos[at], outs[at], layout=layout)
+        except StoreError:
+            return [MissReason.IO_ERROR] * len(keys)
+        return reasons
+
+    def read_ahead(self, keys: Sequence[BlockKey]) -> None:
+        """Begin to fetch blocks from the disk."""
+        if self.cold and keys:
+            self.cold.read_ahead([key.block_hash for key in keys])
+
+    def touch(self, keys: Sequence[BlockKey]) -> None:
+        """Record a use of a prompt's leading blocks."""
+        hashes = [key.block_hash for key in keys]
+        if self.cold:
+            self.cold.notes.touch(hashes)
+        if self.remote:
+            self.remote.touch(hashes)
+
+
+def _count_cold(cold: ColdStore, keys: Sequence[BlockKey]) -> int:
     """Return how many leading blocks a store has, judged by its small records. A store that fails has none."""
     found = 0
     for start in range(0, len(keys), _LOOKUP_BLOCKS):
@@ -64,34 +137,25 @@ def count_cold(cold: ColdStore, keys: Sequence[BlockKey]) -> int:
     return found
 
 
-def origin_of(cold: ColdStore | None, keys: Sequence[BlockKey]) -> Origin:
-    """Return where blocks lie that are not warm, judged by the first, the middle and the last; WARM for none."""
-    if not keys or cold is None:
-        return Origin.WARM
-    looked_at = [keys[at] for at in {0, len(keys) // 2, len(keys) - 1}]
-    is_cached = all(cold.is_in_memory(key.block_hash) for key in looked_at)
-    return Origin.PAGE_CACHE if is_cached else Origin.DISK
-
-
 class BlockLoader(Loader):
     """Finds and loads blocks of the own warm memory and store."""
 
     def __init__(
         self,
         memory: WarmMemory,
-        cold: ColdStore | None,
+        stored: StoredBlocks,
         root: BlockHash,
         stats: StatsRecorder,
         changed: OwnedCondition,
     ) -> None:
         super().__init__(memory.layout, stats, changed)
         self._memory = memory
-        self._cold = cold
+        self._stored = stored
         self._root = root
         self._spare_lock = threading.Lock()
 
     def contains(self, keys: Sequence[BlockKey]) -> int:
-        """Return how many leading blocks are warm or cold."""
+        """Return how many leading blocks are warm, cold or remote."""
         found = 0
         while found < len(keys):
             with self.changed:
@@ -101,10 +165,14 @@ class BlockLoader(Loader):
                 while end < len(keys) and not self._memory.index.get(keys[end]):
                     end += 1
             missing = keys[found:end]
-            num_cold = count_cold(self._cold, missing) if self._cold else 0
+            num_cold = self._stored.count(missing)
             found += num_cold
             if num_cold < len(missing):
                 break
+        if are_logged() and found < len(keys):
+            with self.changed:
+                reason = self._reason(keys, found)
+            log_misses(len(keys), found, reason)
         return found
 
     def reserve(self, keys: Sequence[BlockKey], start: int) -> Reservation:
@@ -127,9 +195,11 @@ class BlockLoader(Loader):
             slots = [*slots[:num_found], *[None] * (num_found - len(slots))]
             memory.index.touch(keys[: start + num_found])
             num_warm = sum(slot is not None for slot in slots)
-            self.count_request(len(wanted), num_warm, num_found, self._reason(wanted, num_found))
-        if self._cold and (start + num_found):
-            self._cold.notes.touch([key.block_hash for key in keys[: start + num_found]])
+            reason = self._reason(wanted, num_found)
+            self.count_request(len(wanted), num_warm, num_found, reason)
+        log_misses(len(wanted), num_found, reason)
+        if start + num_found:
+            self._stored.touch(keys[: start + num_found])
         missing = [key for key, slot in zip(wanted, slots, strict=False) if slot is None]
         found = Reservation(
             wanted[:num_found],
@@ -137,7 +207,7 @@ class BlockLoader(Loader):
             memory.slots,
             changed=self.changed,
             unpin=memory.unpin,
-            origin=origin_of(self._cold, missing),
+            origin=self._stored.origin(missing),
         )
         if None in slots[: memory.most_held]:
             found.start_reading(self.submit(self._read, found))
@@ -151,7 +221,7 @@ class BlockLoader(Loader):
                 found += 1
                 continue
             end = next((at for at in range(found, len(wanted)) if is_warm[at]), len(wanted))
-            num_cold = count_cold(self._cold, wanted[found:end]) if self._cold else 0
+            num_cold = self._stored.count(wanted[found:end])
             found += num_cold
             if found < end:
                 break
@@ -163,7 +233,8 @@ class BlockLoader(Loader):
         if num_found == len(wanted):
             return None
         key = wanted[num_found]
-        if self._cold is not None and self._cold.was_evicted(key.block_hash):
+        cold = self._stored.cold
+        if cold is not None and cold.was_evicted(key.block_hash):
             return MissReason.EVICTED
         return MissReason.COLLISION if self._memory.index.collides(key) else MissReason.ABSENT
 
@@ -181,11 +252,14 @@ class BlockLoader(Loader):
 
     def load_slowly(self, load: Load, reservation: Reservation, targets: Placement, after: Ready) -> None:
         """Load blocks of which some are still being read, or are not read yet, on a thread of its own."""
-        reservation.wait()
+        least = max(1, _COPY_BYTES // self.layout.block_bytes)
+        is_reading = True
+        while is_reading:
+            is_reading, slots = reservation.wait_for_more(load.num_loaded, least)
+            if slots and not self.copy(load, reservation, targets, slots, after):
+                return
         with self.changed:
-            keys, slots = list(reservation.keys), reservation.ready_slots()
-        if slots and not self.copy(load, reservation, targets, slots, after):
-            return
+            keys = list(reservation.keys)
         with self._spare_lock:
             while load.num_loaded < len(keys) and not self.is_closing:
                 if not self._load_through_spare(load, reservation, keys[load.num_loaded :], targets, after):
@@ -203,7 +277,8 @@ class BlockLoader(Loader):
             missing = [(key, spare) for key, spare, slot in zip(wave, memory.spare, held, strict=False) if slot is None]
             slots: list[int] = []
             failure: MissReason | None = None
-            with contextlib.closing(self._read_all(missing)) as reasons:
+            with contextlib.closing(self._read_all(missing)) as groups:
+                reasons = chain.from_iterable(groups)
                 for slot, spare in zip(held, memory.spare, strict=False):
                     failure = next(reasons) if slot is None else None
                     if failure:
@@ -229,18 +304,23 @@ class BlockLoader(Loader):
 
     def _read(self, reservation: Reservation) -> None:
         """Read the cold blocks of a reservation into warm memory, as far as there is room, on a thread of its own."""
-        while not self.is_closing and self._read_wave(reservation):
-            pass
+        try:
+            while not self.is_closing and self._read_wave(reservation):
+                pass
+        finally:
+            with self.changed:
+                reservation.end_reading()
 
     def _read_wave(self, reservation: Reservation) -> bool:
         """Read a few blocks. Return whether to go on: not after a failure, and not without room."""
         memory = self._memory
+        most = max(_WAVE_BLOCKS, _WAVE_BYTES // self.layout.block_bytes)
         with self.changed:
-            wanted = [each for each in reservation.wanted() if each[0] < memory.most_held][:_WAVE_BLOCKS]
+            wanted = [each for each in reservation.wanted() if each[0] < memory.most_held][:most]
             for (at, key), slot in zip(wanted, self._hold([key for _, key in wanted]), strict=True):
                 if slot is not None:  # another request has read it meanwhile
                     reservation.put(at, key, slot)
-            wanted = [each for each in reservation.wanted() if each[0] < memory.most_held][:_WAVE_BLOCKS]
+            wanted = [each for each in reservation.wanted() if each[0] < memory.most_held][:most]
             slots = memory.take(len(wanted))
         wanted = wanted[: len(slots)]
         if not slots:
@@ -250,17 +330,17 @@ class BlockLoader(Loader):
         try:
             reads = self._read_all([(key, slot) for (_, key), slot in zip(wanted, slots, strict=True)])
             with contextlib.closing(reads):
-                for failure in reads:
-                    if failure:
-                        break
-                    at, key = wanted[kept]
+                for reasons in reads:
+                    num_good, failure = _leading_good(reasons)
                     with self.changed:
-                        held = self._enter(key, slots[kept])
-                        kept += 1
-                        is_wanted = reservation.put(at, key, held)
-                        if not is_wanted:
-                            memory.unpin([held])
-                    if not is_wanted:  # nor any block behind it
+                        for (at, key), slot in zip(wanted[kept:], slots[kept : kept + num_good], strict=False):
+                            held = self._enter(key, slot)
+                            kept += 1
+                            is_wanted = reservation.put(at, key, held)
+                            if not is_wanted:  # nor any block behind it
+                                memory.unpin([held])
+                                return False
+                    if failure or self.is_closing:
                         break
         finally:
             with self.changed:
@@ -284,15 +364,21 @@ class BlockLoader(Loader):
             index.add(key, slot, Done())
         return slot
 
-    def _read_all(self, wanted: Sequence[tuple[BlockKey, int]]) -> Generator[MissReason | None, None, None]:
+    def _read_all(self, wanted: Sequence[tuple[BlockKey, int]]) -> Generator[list[MissReason | None], None, None]:
         """Read blocks into slots, several at a time. Yield for each, in order, why it could not be read, or None.
 
-        Closing the generator ends the reads that nothing waits for any more.
+        They come in groups. Closing the generator ends the reads that nothing waits for any more.
         """
-        ahead = [*(key for key, _ in wanted[_AHEAD_BLOCKS:]), *[None] * _AHEAD_BLOCKS]
+        threads = self._memory.threads
+        size = max(1, min(_GROUP_BLOCKS, _GROUP_BYTES // self.layout.block_bytes, len(wanted) // threads.num_threads))
         reads = [
-            self._memory.threads.submit(Priority.REQUEST, self._read_one, key, slot, after)
-            for (key, slot), after in zip(wanted, ahead, strict=False)
+            threads.submit(
+                Priority.REQUEST,
+                self._read_group,
+                wanted[start : start + size],
+                wanted[start + _AHEAD_BLOCKS : start + _AHEAD_BLOCKS + size],
+            )
+            for start in range(0, len(wanted), size)
         ]
         try:
             for read in reads:
@@ -302,12 +388,15 @@ class BlockLoader(Loader):
                 read.cancel()
             wait(reads)
 
-    def _read_one(self, key: BlockKey, slot: int, ahead: BlockKey | None) -> MissReason | None:
-        assert self._cold is not None, "only cold blocks are read"
-        if ahead is not None:
-            self._cold.read_ahead([ahead.block_hash])
-        try:
-            out = self._memory.slots[slot]
-            return self._cold.read_into(info_of(key, self._root), out, layout=self._memory.layout)
-        except StoreError:
-            return MissReason.IO_ERROR
+    def _read_group(
+        self, group: Sequence[tuple[BlockKey, int]], ahead: Sequence[tuple[BlockKey, int]]
+    ) -> list[MissReason | None]:
+        """Read a few blocks one after another, while the disk fetches those `ahead`."""
+        self._stored.read_ahead([key for key, _ in ahead])
+        outs = [self._memory.slots[slot] for _, slot in group]
+        return self._stored.read_many_into([key for key, _ in group], self._root, outs, layout=self.layout)
+
+
+def _leading_good(reasons: Sequence[MissReason | None]) -> tuple[int, MissReason | None]:
+    """Return how many leading blocks were read, and why the next one was not."""
+    return next(((at, reason) for at, reason in enumerate(reasons) if reason), (len(reasons), None))

@@ -9,17 +9,20 @@ from typing import TYPE_CHECKING
 from tierkv.block_store.config import BlockStoreConfig
 from tierkv.block_store.keys import BlockKey
 from tierkv.block_store.load_or_compute import Origin
-from tierkv.block_store.loading import BlockLoader, count_cold, origin_of
+from tierkv.block_store.loading import BlockLoader, StoredBlocks
 from tierkv.block_store.placement import Placement
 from tierkv.block_store.reservation import Reservation
 from tierkv.block_store.saving import BlockSaver
 from tierkv.block_store.transfers import Load, Save
 from tierkv.block_store.warm_memory import WarmMemory
+from tierkv.remote_tiers.remotes import Remotes
+from tierkv.remote_tiers.urls import remote_urls
 from tierkv.storage.codecs import Codec
 from tierkv.storage.cold import ColdStore
 from tierkv.values.block import Tier
 from tierkv.values.locks import OwnedCondition
 from tierkv.values.namespace import Namespace
+from tierkv.values.remote_stats import RemoteStats
 from tierkv.values.stats import StatsRecorder, TierStats
 
 if TYPE_CHECKING:
@@ -58,15 +61,20 @@ class OwnTiers:
         try:
             if self.cold:
                 self.cold.open_namespace(namespace)
+            self.remotes: Remotes | None = None
+            if urls := remote_urls(config.remote):
+                self.remotes = Remotes(urls, store=self.cold)
+            self._remote = self.remotes.source(namespace.describe()) if self.remotes else None
+            self.stored = StoredBlocks(self.cold, self._remote)
             self.memory: WarmMemory | None = None
             if config.warm_bytes:
                 self.memory = WarmMemory(config, namespace.layout, clock, changed)
         except BaseException:
-            self._close_cold()
+            self._close_stored()
             raise
         if self.memory:
-            self._loader = BlockLoader(self.memory, self.cold, self._root, stats, changed)
-            self._saver = BlockSaver(self.memory, self.cold, self._root, codec, stats, changed)
+            self._loader = BlockLoader(self.memory, self.stored, self._root, stats, changed)
+            self._saver = BlockSaver(self.memory, self.stored, self._root, codec, stats, changed)
 
     def register(self, layers: Sequence[Sequence[torch.Tensor]], *, pages_per_block: int) -> EngineMemory:
         """Return an engine's tensors as memory to copy to and from."""
@@ -74,10 +82,9 @@ class OwnTiers:
         return self.memory.engines.register(layers, pages_per_block=pages_per_block)
 
     def contains(self, keys: Sequence[BlockKey]) -> int:
-        """Return how many leading blocks are warm or cold."""
+        """Return how many leading blocks are warm, cold or remote."""
         if self.memory is None:
-            assert self.cold is not None, "a store without memory looks up in the cold one"
-            return count_cold(self.cold, keys)
+            return self.stored.count(keys)
         return self._loader.contains(keys)
 
     def origin(self, keys: Sequence[BlockKey]) -> Origin:
@@ -86,7 +93,7 @@ class OwnTiers:
         if self.memory:
             with self._changed:
                 missing = [key for key in keys if not self.memory.index.get(key)]
-        return origin_of(self.cold, missing)
+        return self.stored.origin(missing)
 
     def reserve(self, keys: Sequence[BlockKey], start: int) -> Reservation:
         """Hold blocks."""
@@ -105,8 +112,7 @@ class OwnTiers:
         if self.memory:
             with self._changed:
                 self.memory.index.touch(keys)
-        if self.cold:
-            self.cold.notes.touch([key.block_hash for key in keys])
+        self.stored.touch(keys)
 
     def pin(self, keys: Sequence[BlockKey], ttl_s: float | None) -> int:
         """Keep blocks in the warm memory for a time; without one on disk too."""
@@ -141,6 +147,10 @@ class OwnTiers:
                 tiers[Tier.WARM] = self.memory.tier_stats()
         return tiers
 
+    def remote_stats(self) -> tuple[RemoteStats, ...]:
+        """Return the counters of the remote tiers."""
+        return self.remotes.stats() if self.remotes else ()
+
     def flush(self) -> None:
         """Wait until every saved block lies on the disk. Raises StoreError where that cannot be."""
         if self.memory:
@@ -156,9 +166,7 @@ class OwnTiers:
             is_idle = self._saver.close(stall_s=self._config.write_wait_s + _STALL_S) and is_idle
             if is_idle:
                 self.memory.close()
-        if is_idle:
-            self._close_cold()
-        return not is_idle
+        return not self._close_stored(is_idle=is_idle)
 
     def _set_pinned(self, keys: Sequence[BlockKey], until: float, *, on_disk: bool | None) -> int:
         num_found = self.contains(keys)
@@ -172,9 +180,14 @@ class OwnTiers:
             self.cold.set_pinned([key.block_hash for key in found], on_disk)
         return num_found
 
-    def _close_cold(self) -> None:
-        if self.cold and self._owns_cold:
+    def _close_stored(self, *, is_idle: bool = True) -> bool:
+        """Close the remote tiers, and the store unless a thread may still use it. Return whether none does."""
+        remotes: Remotes | None = getattr(self, "remotes", None)  # opening may have failed before
+        if remotes:
+            is_idle = remotes.close() and is_idle
+        if self.cold and self._owns_cold and is_idle:
             self.cold.close()
+        return is_idle
 
 
 def _open_cold(config: BlockStoreConfig) -> ColdStore | None:

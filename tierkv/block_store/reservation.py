@@ -43,6 +43,7 @@ class Reservation:
         self._changed = changed
         self._unpin = unpin
         self._reading: Future[None] | None = None
+        self._has_ended_reading = False
         self._is_released = False
         self._is_taken = False
 
@@ -112,6 +113,30 @@ class Reservation:
     def start_reading(self, reading: Future[None]) -> None:
         """Remember the work that reads the cold blocks."""
         self._reading = reading
+
+    def end_reading(self) -> None:
+        """Record that no further block will be read. The caller holds the lock."""
+        assert self._changed.is_owned()
+        self._has_ended_reading = True
+        self._changed.notify_all()
+
+    def wait_for_more(self, num_known: int, least: int) -> tuple[bool, list[int]]:
+        """Wait until at least so many blocks are ready behind the first `num_known`, or nothing is being read any more.
+
+        Return whether more may follow, and the slots of the blocks that are ready behind those.
+        """
+        with self._changed:
+            if self._reading is not None:
+                ready = num_known  # blocks before it stay ready
+
+                def has_more() -> bool:
+                    nonlocal ready
+                    while ready < len(self._slots) and self._slots[ready] is not None:
+                        ready += 1
+                    return self._has_ended_reading or ready - num_known >= least
+
+                self._changed.wait_for(has_more)
+            return self._reading is not None and not self._has_ended_reading, self.ready_slots()[num_known:]
 
     def take_over(self) -> None:
         """Let a load hold the blocks from now on. The caller holds the lock."""

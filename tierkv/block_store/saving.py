@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from tierkv.background.work_queue import Priority, WriteBehind
 from tierkv.block_store.keys import BlockKey
-from tierkv.block_store.loading import info_of
+from tierkv.block_store.loading import StoredBlocks, info_of
 from tierkv.block_store.placement import Placement
 from tierkv.block_store.transfers import Save
 from tierkv.block_store.warm_memory import WarmMemory
@@ -16,7 +16,6 @@ from tierkv.errors import ConfigError, ShapeError, StoreError
 from tierkv.movers.ready import Ready
 from tierkv.storage.codec import Bytes
 from tierkv.storage.codecs import Codec
-from tierkv.storage.cold import ColdStore
 from tierkv.storage.outcomes import PutOutcome
 from tierkv.storage.record import EncodedRecord, encode_record
 from tierkv.values.block import BlockHash, Tier
@@ -67,19 +66,23 @@ class _Job:
 
 
 class BlockSaver:
-    """What `BlockStore` does to save blocks. One thread writes; a save never waits for it."""
+    """What `BlockStore` does to save blocks. One thread writes; a save never waits for it.
+
+    Remote tiers get a copy of each record, from queues of their own.
+    """
 
     def __init__(
         self,
         memory: WarmMemory,
-        cold: ColdStore | None,
+        stored: StoredBlocks,
         root: BlockHash,
         codec: Codec,
         stats: StatsRecorder,
         changed: OwnedCondition,
     ) -> None:
         self._memory = memory
-        self._cold = None if cold is None or cold.read_only else cold
+        self._cold = None if stored.cold is None or stored.cold.read_only else stored.cold
+        self._remote = stored.remote
         self._root = root
         self._codec = codec
         self._stats = stats
@@ -178,7 +181,7 @@ class BlockSaver:
             for first in range(0, len(new), _JOB_BLOCKS):
                 part = new[first : first + _JOB_BLOCKS]
                 job = _Job([key for key, _ in part], [slot for _, slot in part], copied)
-                if self._cold is None:
+                if self._cold is None and self._remote is None:
                     memory.unpin_after(copied, job.slots)
                 elif not self._queue.try_put(job):
                     memory.unpin_after(copied, job.slots)
@@ -187,12 +190,15 @@ class BlockSaver:
 
     def _write(self, jobs: list[_Job]) -> None:
         """Write jobs to the disk, and unpin their slots. Blocks that cannot be written are counted."""
-        assert self._cold is not None
         for job in jobs:
             outcomes: Sequence[PutOutcome] = [PutOutcome.IO_ERROR] * len(job.keys)
             try:
                 job.copied.synchronize()
-                outcomes = self._cold.put(self._encode_all(list(zip(job.keys, job.slots, strict=True))))
+                records = self._encode_all(list(zip(job.keys, job.slots, strict=True)))
+                if self._remote:
+                    for record in records:
+                        self._remote.write(record)
+                outcomes = self._cold.put(records) if self._cold else []
             except (StoreError, RuntimeError) as exc:
                 _log.warning("%d blocks were not written to the disk: %s", len(job.keys), exc)
             finally:
@@ -200,7 +206,7 @@ class BlockSaver:
                     self._memory.unpin(job.slots)
                     self._count(outcomes)
         try:
-            if self._cold.notes.are_due:
+            if self._cold and self._cold.notes.are_due:
                 self._cold.maintain()
         except StoreError as exc:
             _log.warning("what readers have noted is not written yet: %s", exc)

@@ -25,6 +25,7 @@ from tierkv.values.checks import check_seconds
 from tierkv.values.layout import BlockLayout
 from tierkv.values.locks import OwnedCondition
 from tierkv.values.namespace import Namespace
+from tierkv.values.remote_stats import RemoteStats
 from tierkv.values.stats import CacheStats, StatsRecorder, TierStats
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class BlockTiers(Protocol):
     def unpin(self, keys: Sequence[BlockKey]) -> int: ...
     def clear(self) -> int: ...
     def sizes(self) -> dict[Tier, TierStats]: ...
+    def remote_stats(self) -> tuple[RemoteStats, ...]: ...
     def flush(self) -> None: ...
     def close(self) -> bool:
         """End everything. Return whether something hangs and was left open."""
@@ -250,7 +252,8 @@ class BlockStore:
         """Return the counters so far. A request is a reservation; the hot tier is the engine's, and not counted."""
         tiers = self._tiers.sizes()
         with self._changed:
-            return self._stats.snapshot(tiers, avg_shared_blocks=0.0, fragmentation_ratio=0.0)
+            remotes = self._tiers.remote_stats()
+            return self._stats.snapshot(tiers, avg_shared_blocks=0.0, fragmentation_ratio=0.0, remotes=remotes)
 
     @while_open
     def flush(self) -> None:

@@ -59,11 +59,13 @@ class WrongAnswerError(DaemonError):
 class AnswerCheck:
     """What the answers on one connection must obey. num_slots: of the slab, for blocks of this namespace.
 
-    block_size: tokens of a whole block; 0 if the connection named no valid namespace.
+    flag_slots: slots that have lease flags. block_size: tokens of a whole block; 0 if the connection named no valid
+    namespace.
     """
 
     num_slots: int = 0
     block_size: int = 0
+    flag_slots: int = 0
 
     @classmethod
     def of(cls, hello: Hello, welcome: Welcome) -> AnswerCheck:
@@ -73,12 +75,15 @@ class AnswerCheck:
         if not hello.namespace:
             return cls()
         _require(welcome.slab_bytes > 0, "no shared memory")
+        _require(0 <= welcome.most_flags <= welcome.flag_slots, f"{welcome.most_flags} flags")
         stride = -(-max(hello.block_bytes, 1) // _PAGE_BYTES) * _PAGE_BYTES  # as storage.warm.slot_stride says
         try:
             block_size = parse_description(hello.description).layout.block_size
         except ConfigError:  # a true daemon refuses such a hello
             block_size = 0
-        return cls(welcome.slab_bytes // stride, block_size)
+        num_slots = welcome.slab_bytes // stride
+        _require(0 <= welcome.flag_slots <= num_slots, f"{welcome.flag_slots} flags for {num_slots} slots")
+        return cls(num_slots, block_size, welcome.flag_slots)
 
     def check(self, asked: Message, answer: Message) -> None:
         """Raise WrongAnswerError unless this can be the answer to that message."""
@@ -91,6 +96,10 @@ class AnswerCheck:
         num_asked = len(asked.hashes) // HASH_BYTES - asked.start
         slots = self._slots(answer.slots, most=num_asked)
         end = asked.start + len(slots)
+        if answer.generations:
+            num_bytes = len(answer.generations)
+            _require(num_bytes == 2 * len(answer.slots), f"{num_bytes} bytes of generations")
+            _require(all(slot < self.flag_slots or slot == NO_SLOT for slot in slots), "a slot without a lease flag")
         if answer.partial_block is not None:
             slots.append(self._partial(asked, answer.partial_block, end))
         self._distinct(slots)
@@ -173,6 +182,9 @@ class AnswerCheck:
         ]
         for tenant in answer.tenants:
             numbers += [tenant.block_bytes, tenant.warm_blocks, tenant.pinned_bytes, tenant.clients]
+        for share in answer.shares:
+            numbers += [share.warm_bytes, share.warm_share, share.cold_bytes, share.cold_share]
+            _require(min(share.warm_limit, share.cold_limit) >= -1, "an impossible limit")
         _require(all(0 <= number < MOST_COUNT for number in numbers), "an impossible size")
         _require(not answer.cold or all(name in answer.cold for name in _COLD_FIELDS), "a cold tier without sizes")
 

@@ -6,18 +6,24 @@ time reads. So a single thread pays for no hand-over, and a slow request delays 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
-import socket
 import threading
 import time
-import weakref
 from pathlib import Path
 from typing import TypeVar
 
 from tierkv.daemon.answers import AnswerCheck, WrongAnswerError, plain_text
-from tierkv.daemon.client_socket import CONNECT_TIMEOUT_S, connect, is_readable, reason_of, seconds_left
+from tierkv.daemon.client_socket import (
+    CONNECT_TIMEOUT_S,
+    LONGEST_WAIT_S,
+    MOST_DESCRIPTORS,
+    connect,
+    is_readable,
+    reason_of,
+    receive,
+    receive_greeting,
+)
 from tierkv.daemon.eviction_messages import EvictionNotice
 from tierkv.daemon.messages import Failure, Hello, Message, Status, StatusReport, Welcome
 from tierkv.daemon.protocol import FrameReader, ProtocolError, frame, parse_body
@@ -27,32 +33,41 @@ from tierkv.values.checks import check_seconds
 __all__ = ["TIMEOUT_S", "DaemonClient"]
 
 TIMEOUT_S = 10.0
-_READ_BYTES = 256 << 10
-_MOST_DESCRIPTORS = 16  # read from a greeting, and closed: the slab's is the only one that may come
-_LONGEST_WAIT_S = 3600.0  # of one system call, which takes milliseconds as an int
 _SOON_S = 0.05
-
 Answer = TypeVar("Answer", bound=Message)
 
 
 class DaemonClient:
     """One connection. Everything that it holds in the daemon ends when it is closed, or when its process ends.
 
-    hello: names the namespace, or nothing for a client that only asks for status and the like.
+    hello: names the namespace, or nothing for a client that asks for status and the like.
+    connect_s: how long to wait for the connection, 5 s by default; the greeting has so long, or `timeout_s` if longer.
     welcome: the daemon's answer. descriptor: the slab's, until `take_descriptor`; None without a namespace.
+    flag_descriptors: of the generations and the lease flags, if the daemon has any for this connection.
     failure: why the connection has failed, if it has. last_eviction: the newest eviction that the daemon notified of.
-    Nothing is sent to a daemon of another user than the own one or root. `AnswerCheck` has checked every answer that is
-    returned. A forked process cannot use the connection, and does not keep it open.
-    Raises DaemonGoneError if no daemon answers, DaemonError if the daemon refuses or belongs to another user.
+    daemon_user: id of a user whose daemon is trusted, beside the own user's and root's. Nothing is sent to others.
+    `AnswerCheck` has checked every answer that is returned. A forked process cannot use the connection, and does not
+    keep it open. Raises DaemonGoneError if no daemon answers, DaemonError if the daemon refuses or belongs to another
+    user.
     """
 
-    def __init__(self, path: Path, hello: Hello | None = None, *, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        path: Path,
+        hello: Hello | None = None,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        connect_s: float | None = None,
+        daemon_user: int | None = None,
+    ) -> None:
         self.path = path
+        self.namespace: bytes = hello.namespace if hello else b""
         self.boot: int = 0
         self.bytes_sent: int = 0
         self.bytes_received: int = 0
         self.last_eviction: int = 0
         self.descriptor: int | None = None
+        self.flag_descriptors: list[int] = []
         self._timeout_s = check_seconds("timeout_s", timeout_s, may_be_zero=False)
         self._pid = os.getpid()
         self._has_answered_wrongly = False
@@ -64,8 +79,8 @@ class DaemonClient:
         self._answers: dict[int, Message] = {}
         self._last_number = 0
         self.failure: str | None = None
-        self._socket = connect(path)
-        _CLIENTS.add(self)
+        self._connect_s = check_seconds("connect_s", connect_s or CONNECT_TIMEOUT_S)
+        self._socket = connect(path, timeout_s=self._connect_s, daemon_user=daemon_user)
         try:
             self.welcome: Welcome = self._greet(hello or Hello())
             self._check = AnswerCheck.of(hello or Hello(), self.welcome)
@@ -83,6 +98,11 @@ class DaemonClient:
     def is_alive(self) -> bool:
         """False once the connection has failed: every further call fails."""
         return self.failure is None
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a whole block; 0 without a namespace."""
+        return self._check.block_size
 
     @property
     def has_answered_wrongly(self) -> bool:
@@ -177,7 +197,7 @@ class DaemonClient:
 
     def _has_input(self, timeout_s: float) -> bool:
         try:
-            return is_readable(self._socket, min(timeout_s, _LONGEST_WAIT_S))
+            return is_readable(self._socket, timeout_s)
         except OSError as exc:  # another thread has closed the socket
             raise self._fail(reason_of(exc)) from exc
 
@@ -199,9 +219,12 @@ class DaemonClient:
             self.failure = self.failure or "the connection was closed"
             self._changed.notify_all()
         self._socket.close()
+        descriptors, self.flag_descriptors = self.flag_descriptors, []
         if self.descriptor is not None:
-            os.close(self.descriptor)
+            descriptors.append(self.descriptor)
             self.descriptor = None
+        for descriptor in descriptors:
+            os.close(descriptor)
 
     def take_descriptor(self) -> int:
         """Return the slab's descriptor. The caller closes it."""
@@ -216,7 +239,7 @@ class DaemonClient:
             self._send_bytes(frame(hello, number=1, boot=0))
         except DaemonGoneError as exc:  # a daemon that refuses the connection says why before it closes it
             gone = exc
-        deadline = time.monotonic() + max(self._timeout_s, CONNECT_TIMEOUT_S)
+        deadline = time.monotonic() + max(self._timeout_s, self._connect_s)
         descriptors: list[int] = []
         try:
             number, self.boot, body = self._read_greeting(deadline, descriptors)
@@ -229,9 +252,11 @@ class DaemonClient:
                 raise self.reject_answer(f"answer {number} came for request 1")
             if not isinstance(answer, Welcome):
                 raise self.reject_answer(f"{type(answer).__name__} came for Hello")
-            if len(descriptors) != bool(hello.namespace):
+            if len(descriptors) != (1 + 2 * bool(answer.flag_slots) if hello.namespace else 0):
                 raise self.reject_answer(f"{len(descriptors)} descriptors came for Hello")
-            self.descriptor = descriptors.pop() if descriptors else None
+            if descriptors:
+                self.descriptor, *self.flag_descriptors = descriptors
+                descriptors = []
             return answer
         finally:
             for descriptor in descriptors:
@@ -241,14 +266,11 @@ class DaemonClient:
         """Return the first frame; add the descriptors that came with it to `descriptors`, for the caller to close."""
         while True:
             try:
-                self._socket.settimeout(min(seconds_left(deadline), _LONGEST_WAIT_S))
-                data, received, flags, _ = socket.recv_fds(
-                    self._socket, _READ_BYTES, _MOST_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC
-                )
+                data, received, is_cut = receive_greeting(self._socket, deadline)
             except OSError as exc:
                 raise self._fail(reason_of(exc)) from exc
             descriptors += received
-            if flags & socket.MSG_CTRUNC or len(descriptors) > _MOST_DESCRIPTORS:
+            if is_cut or len(descriptors) > MOST_DESCRIPTORS:
                 raise self.reject_answer("more descriptors came than a slab has")
             if not data:
                 raise self._fail("it closed the connection")
@@ -289,7 +311,7 @@ class DaemonClient:
             if self.failure is not None:  # the sender before has failed: do not wait as long once more
                 raise self._gone()
             try:
-                self._socket.settimeout(min(self._timeout_s, _LONGEST_WAIT_S))
+                self._socket.settimeout(min(self._timeout_s, LONGEST_WAIT_S))
                 self._socket.sendall(data)
                 self.bytes_sent += len(data)
             except OSError as exc:
@@ -340,7 +362,7 @@ class DaemonClient:
 
     def _read_some(self, deadline: float) -> None:
         try:
-            data = self._wait_readable(deadline)
+            data = receive(self._socket, deadline)
         except OSError as exc:
             raise self._fail(reason_of(exc)) from exc
         if not data:
@@ -363,12 +385,6 @@ class DaemonClient:
                 elif isinstance(answer, Failure) and answer.is_fatal:
                     raise self._fail(plain_text(answer.message))
 
-    def _wait_readable(self, deadline: float) -> bytes:
-        """Return the next bytes. Leaves the socket's timeout alone: it belongs to the senders."""
-        while not is_readable(self._socket, min(seconds_left(deadline), _LONGEST_WAIT_S)):
-            pass
-        return self._socket.recv(_READ_BYTES, socket.MSG_DONTWAIT)
-
     def _require_own_process(self) -> None:
         if os.getpid() != self._pid:
             raise DaemonGoneError("a connection to the daemon cannot be used in a forked process")
@@ -381,19 +397,3 @@ class DaemonClient:
             self.failure = self.failure or why
             self._changed.notify_all()
         return self._gone()
-
-
-_CLIENTS: weakref.WeakSet[DaemonClient] = weakref.WeakSet()
-
-
-def _close_in_forked_process() -> None:
-    """Close the sockets that this process has inherited: else the parent's connections would not end with the parent.
-
-    Takes no lock and sends nothing: the connection is the parent's.
-    """
-    for client in list(_CLIENTS):
-        with contextlib.suppress(OSError):
-            client._socket.close()
-
-
-os.register_at_fork(after_in_child=_close_in_forked_process)

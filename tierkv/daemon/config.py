@@ -9,6 +9,7 @@ from pathlib import Path
 from tierkv.daemon.limits import Limits
 from tierkv.errors import ConfigError
 from tierkv.policies import make_policy
+from tierkv.remote_tiers.urls import RemoteOption, remote_urls
 
 __all__ = ["DaemonConfig"]
 
@@ -19,8 +20,10 @@ class DaemonConfig:
 
     store: None keeps nothing on disk. cold_bytes, min_free_bytes: as in `CacheConfig`. pin_share: of the slab, that
     one tenant may pin. metrics_port: of the loopback interface, for Prometheus. hello_s: time for a client to send
-    Hello. limits: of what clients may hold. stop_s: time for the end of the daemon; then the process exits, and loses
-    what was not written. stall_s: time for the store to write one batch; then requests that wait for it fail.
+    Hello. group: id of a group whose members may read; None lets only the daemon's user and root in. limits: of what
+    clients may hold. stop_s: time for the end of the daemon; then the process exits, and loses what was not written.
+    remote: URLs of remote tiers, as in `CacheConfig`; hits of theirs are kept in the store, so there must be one.
+    stall_s: time for the store to write one batch; then requests that wait for it fail.
     """
 
     socket: Path
@@ -34,12 +37,17 @@ class DaemonConfig:
     metrics_port: int | None = None
     hello_s: float = 5.0
     limits: Limits = field(default_factory=Limits)
+    group: int | None = None
     stop_s: float = 30.0
     stall_s: float = 15.0
+    remote: RemoteOption = ()
 
     def __post_init__(self) -> None:
         if min(self.warm_bytes, 1 if self.cold_bytes is None else self.cold_bytes, self.num_io_threads) <= 0:
             raise ConfigError("warm_bytes, cold_bytes and num_io_threads must be positive")
+        object.__setattr__(self, "remote", remote_urls(self.remote))
+        if self.remote and self.store is None:
+            raise ConfigError("a daemon with remote tiers needs a store")
         make_policy(self.eviction_policy)  # raises for an unknown name
         for path in (self.socket, self.store):
             try:

@@ -11,17 +11,20 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import Any, Protocol, TypeAlias
 
 from tierkv.daemon.core import Core
 from tierkv.daemon.eviction_messages import EvictionDone
 from tierkv.daemon.host import peer_of
 from tierkv.daemon.limits import Limits
+from tierkv.daemon.log_lines import LogLines, reason_of
+from tierkv.daemon.members import groups_of_peer
 from tierkv.daemon.messages import Abandon, Done, EndClaim, Failure, Hello, Message, Release, Wait
 from tierkv.daemon.protocol import MAX_BODY_BYTES, FrameReader, ProtocolError, frame, parse_body, printable
 from tierkv.daemon.values import Connection
 from tierkv.errors import DaemonError, TierKVError
+from tierkv.values.users import group_name, user_name
 
 __all__ = ["Answer", "ClientConnection", "Host"]
 
@@ -34,7 +37,7 @@ Answer: TypeAlias = Message | None
 
 
 class Host(Protocol):
-    """What a connection needs of the server. hello_s: time for a client to send Hello.
+    """What a connection needs of the server. hello_s: time for a client to send Hello. group: whose members may read.
 
     incomplete_bytes, num_requests: bytes of incomplete messages, and requests in work, of all clients.
     """
@@ -43,6 +46,7 @@ class Host(Protocol):
     limits: Limits
     boot: int
     hello_s: float
+    group: int | None
     bytes_received: int
     bytes_sent: int
     incomplete_bytes: int
@@ -56,14 +60,15 @@ class Host(Protocol):
 
     def answer(self, client: ClientConnection, message: Message) -> Answer | Coroutine[Any, Any, Answer]: ...
     def spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]: ...
-    def log_refusal(self, client: str, why: str) -> None: ...
+    @property
+    def log_lines(self) -> LogLines: ...
     def unload_files(self, connection: Connection) -> None: ...
 
 
 class ClientConnection(asyncio.Protocol):
     """One connection as the loop sees it: frames in, answers and errors out.
 
-    slow: taken by each request that needs a thread.
+    slow: taken by each request that needs a thread. is_member: it belongs to another user, of the daemon's group.
     """
 
     def __init__(self, host: Host) -> None:
@@ -84,7 +89,9 @@ class ClientConnection(asyncio.Protocol):
         self._has_backlog = False
         self._is_reading = True
         self._waits: set[asyncio.Task[Any]] = set()
-        self._descriptor: int | None = None
+        self._descriptors: Sequence[int] = ()
+        self._own_descriptors: Sequence[int] = ()
+        self.is_member: bool = True  # until its user is known
 
     # asyncio calls these
 
@@ -93,15 +100,24 @@ class ClientConnection(asyncio.Protocol):
         self._transport = transport
         with transport.get_extra_info("socket").dup() as peer:
             pid, uid = peer_of(peer)
+            groups = groups_of_peer(peer)
         try:
-            if uid not in (0, os.geteuid()):
-                raise DaemonError(f"user {uid} is not the owner of this daemon")
+            self.is_member = uid not in (0, os.geteuid())
+            if self.is_member and self.host.group not in groups:
+                raise DaemonError(self._why_not(uid))
             self.host.accept(self, pid)
             self._is_accepted = True
         except TierKVError as exc:
-            self.host.log_refusal(f"process {pid}", str(exc))
+            self._count_refusal(f"process {pid}", str(exc), reason_of(exc))
             self._send(0, Failure(message=str(exc), is_fatal=True))
             transport.close()
+
+    def _why_not(self, uid: int) -> str:
+        """Return why a user may not connect."""
+        owner, group = user_name(os.geteuid()), self.host.group
+        if group is None:
+            return f"the daemon belongs to user {owner}, and lets no other user in, such as {user_name(uid)}"
+        return f"the daemon belongs to user {owner}, and user {user_name(uid)} is not in its group {group_name(group)}"
 
     def data_received(self, data: bytes) -> None:
         self.host.bytes_received += len(data)
@@ -123,6 +139,7 @@ class ClientConnection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._is_lost = True
         self._drop_input()
+        self._drop_descriptors()
         for task in self._waits:
             task.cancel()
         self.host.core.disconnect(self.connection)
@@ -147,9 +164,9 @@ class ClientConnection(asyncio.Protocol):
         """Whether the client named no namespace and has no request in work."""
         return self.connection.tenant is None and not self.num_requests and not self._reader.num_bytes
 
-    def attach_descriptor(self, descriptor: int | None) -> None:
-        """Send this descriptor with the next answer."""
-        self._descriptor = descriptor
+    def attach_descriptors(self, descriptors: Sequence[int], *, own: Sequence[int] = ()) -> None:
+        """Send these descriptors with the next answer. own: those of them that are closed then."""
+        self._descriptors, self._own_descriptors = descriptors, own
 
     def push(self, message: Message) -> None:
         """Send a message that is no answer."""
@@ -173,6 +190,11 @@ class ClientConnection(asyncio.Protocol):
         """End the connection, and with it everything that the client holds."""
         if self._transport:
             self._transport.abort()
+
+    def refuse_and_close(self, why: str, *, reason: str) -> None:
+        """Log and count what the client does wrong, and end the connection."""
+        self._count_refusal(self.connection.client or "a client", why, reason)
+        self.close()
 
     # messages
 
@@ -255,19 +277,21 @@ class ClientConnection(asyncio.Protocol):
             return
         data = frame(message, number=number, boot=self.host.boot)
         self.host.bytes_sent += len(data)
-        if self._descriptor is not None:
-            descriptor, self._descriptor = self._descriptor, None
-            self._send_with_descriptor(data, descriptor)
+        if self._descriptors:
+            try:
+                self._send_with_descriptors(data, self._descriptors)
+            finally:
+                self._drop_descriptors()
         else:
             self._transport.write(data)
 
-    def _send_with_descriptor(self, data: bytearray, descriptor: int) -> None:
+    def _send_with_descriptors(self, data: bytearray, descriptors: Sequence[int]) -> None:
         assert self._transport is not None
         if self._transport.get_write_buffer_size():
             raise ProtocolError("the answer to Hello must come first", is_fatal=True)
         with self._transport.get_extra_info("socket").dup() as peer:
             try:
-                sent = socket.send_fds(peer, [data], [descriptor])
+                sent = socket.send_fds(peer, [data], descriptors)
             except ConnectionError:  # the client has ended since its Hello: no message of it was wrong
                 self.close()
                 return
@@ -276,16 +300,21 @@ class ClientConnection(asyncio.Protocol):
         if sent < len(data):
             self._transport.write(data[sent:])
 
+    def _drop_descriptors(self) -> None:
+        for descriptor in self._own_descriptors:
+            os.close(descriptor)
+        self._descriptors = self._own_descriptors = ()
+
     def _refuse(self, number: int, why: Exception) -> None:
         """Answer that a request failed. After a fatal error nothing more is read from the client."""
         is_fatal = isinstance(why, ProtocolError) and why.is_fatal
+        reason = reason_of(why)
         if not isinstance(why, TierKVError):
             _log.error("a request of %s failed", self.connection.client or "a client", exc_info=why)
             why = DaemonError(f"the daemon failed at this request: {type(why).__name__}")
-        self.host.core.counters["refused_messages"] += 1
         said = printable(str(why), _MESSAGE_CHARACTERS)
-        self.host.log_refusal(self.connection.client or "a client", said)
-        self._descriptor = None
+        self._count_refusal(self.connection.client or "a client", said, reason)
+        self._drop_descriptors()
         self._send(number, Failure(message=said, is_fatal=is_fatal))
         if not is_fatal:
             return
@@ -293,6 +322,10 @@ class ClientConnection(asyncio.Protocol):
         self._drop_input()
         if not self.holds_slots and self._transport:
             self._transport.close()
+
+    def _count_refusal(self, client: str, why: str, reason: str) -> None:
+        self.host.core.counters.add("refused_messages", reason=reason)
+        self.host.log_lines.refused(client, why, reason=reason)
 
     # received bytes that are not answered yet
 

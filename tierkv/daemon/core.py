@@ -21,20 +21,22 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from tierkv.daemon.claims import Claims
+from tierkv.daemon.counters import EventCounter
+from tierkv.daemon.flag_leases import FlagLeases
 from tierkv.daemon.leases import Leases
 from tierkv.daemon.limits import Limits
 from tierkv.daemon.loads import Loads
 from tierkv.daemon.messages import NO_SLOT, Found, Match, Pin, Published, Release
+from tierkv.daemon.pins import Pins
 from tierkv.daemon.protocol import ProtocolError, split_numbers
 from tierkv.daemon.reservations import Reservations
 from tierkv.daemon.slab import SharedSlab
 from tierkv.daemon.tenants import Tenants
 from tierkv.daemon.values import BlockSource, Connection, Load, Tenant, Write, is_unknown, whole_hashes
-from tierkv.errors import DaemonError
 from tierkv.index.chosen_eviction import Choice, Evicted
 from tierkv.index.index import Entry
 from tierkv.policies import EvictionPolicy, LRUPolicy
-from tierkv.storage.outcomes import MissReason
+from tierkv.storage.outcomes import MissReason, PutOutcome
 from tierkv.values.block import BlockHash, Tier
 from tierkv.values.layout import BlockLayout
 
@@ -73,11 +75,17 @@ class Core:
         self.leases: Leases = Leases(self.limits)
         self.loads: Loads = Loads(self.tenants, self.leases)
         self.reservations: Reservations = Reservations(self.tenants)
+        self.flag_leases: FlagLeases = FlagLeases(self.tenants, self.limits)
         self.claims: Claims = Claims(self.limits, clock)
         self.connections: set[Connection] = set()
-        self.counters: Counter[str] = Counter()
-        self.pin_quota_bytes: int = int(slab_bytes * pin_share)
-        self.pin_quota_of_all_bytes: int = int(slab_bytes * max(pin_share, self.limits.pinned_share))
+        self.counters: EventCounter = EventCounter()
+        self.pins: Pins = Pins(
+            self.tenants,
+            self.leases,
+            clock=clock,
+            quota_bytes=int(slab_bytes * pin_share),
+            quota_of_all_bytes=int(slab_bytes * max(pin_share, self.limits.pinned_share)),
+        )
         self._writes: set[Write] = set()
 
     def connect(self) -> Connection:
@@ -97,14 +105,24 @@ class Core:
         owner: str = "",
         codec: str = "",
         has_rows: bool = False,
+        is_member: bool = False,
     ) -> Tenant:
         """Let a connection use a namespace. The digest is that of the description; has_rows is what it says.
+
+        is_member: the connection belongs to another user, and its name of the namespace is not shown.
 
         Raises CapacityError if its blocks fit no slab, or clients use as many namespaces or block sizes as they may.
         """
         assert connection.tenant is None and not connection.is_closed
         tenant = self.tenants.open(
-            digest, description, layout=layout, name=name, owner=owner, codec=codec, has_rows=has_rows
+            digest,
+            description,
+            layout=layout,
+            name=name,
+            owner=owner,
+            codec=codec,
+            has_rows=has_rows,
+            is_member=is_member,
         )
         connection.tenant = tenant
         tenant.clients += 1
@@ -123,6 +141,7 @@ class Core:
             return
         tenant.clients -= 1
         tenant.left_at = self.clock()
+        self.flag_leases.disconnect(connection)
         self.leases.release_all(connection)
         self.reservations.abandon(connection, list(connection.reservations))
         for number in list(connection.cursors):
@@ -142,7 +161,7 @@ class Core:
         total = message.start + len(slots) if slots is not None else 0
         partial_block = None
         if slots is not None:
-            parent = self._parent_entry(tenant, known, total)
+            parent = self.tenants.parent_entry(tenant, known, total)
             partial_block, failed = self.leases.find_partial(connection, hashes, total, parent, message)
             has_failed |= failed
         cursor = 0
@@ -160,8 +179,10 @@ class Core:
         if message.is_use:
             tenant.size_class.index.touch_all([entry for entry in known[message.start : total] if entry])
         self.counters["matched_blocks"] += len(found)
-        self.counters["missed_blocks"] += len(hashes) - total
+        self.counters.add("missed_blocks", len(hashes) - total, reason=miss or MissReason.ABSENT.value)
+        flags = tenant.size_class.flags
         return Found(
+            generations=flags.generations(found) if flags and connection.has_flags and message.lease else b"",
             slots=found.tobytes(),
             partial_block=partial_block,
             cursor=cursor,
@@ -215,65 +236,17 @@ class Core:
                 writes.append(Write(tenant, entry, entry.warm_slot))
         return writes
 
-    def finish_write(self, write: Write, *, is_stored: bool) -> None:
-        """Note that a published block has been written to the store, or could not be."""
+    def finish_write(self, write: Write, *, is_stored: bool, reason: str = "") -> None:
+        """Note that a published block has been written to the store, or could not be. reason: why it was not."""
         self._writes.discard(write)
         write.entry.in_cold = is_stored
-        self.counters["stored_blocks" if is_stored else "skipped_writes"] += 1
+        self.counters["stored_blocks"] += is_stored
+        self.counters.add("skipped_writes", not is_stored, reason=reason or PutOutcome.IO_ERROR.value)
         write.tenant.size_class.index.unpin(Tier.WARM, write.slot)
 
     def pin(self, connection: Connection, message: Pin) -> list[BlockHash]:
-        """Pin or unpin a prompt's blocks. Return the hashes of all that are there, so that the store can do the same.
-
-        Raises DaemonError, with nothing changed, if the owner (salt) would have pinned more than its share.
-        """
-        tenant = connection.require_tenant()
-        hashes = whole_hashes(tenant, message.hashes, message.tokens, most=self.limits.blocks_of_message)
-        known = self.tenants.walk(tenant, hashes, message.tokens)
-        ask = Match(hashes=message.hashes, tokens=message.tokens)
-        slots, _, _ = self.leases.find_blocks(connection, known, hashes, ask)
-        total = len(slots or ())
-        parent = self._parent_entry(tenant, known, total)
-        partial_block, _ = self.leases.find_partial(connection, hashes, total, parent, ask)
-        entries = [entry for entry in known[:total] if entry]
-        if (
-            partial_block
-            and (entry := tenant.size_class.index.peek(partial_block.block_hash))
-            and entry.parent is parent
-        ):
-            entries.append(entry)
-        changing = [entry for entry in entries if entry.warm_slot is not None and entry.pinned is not message.pinned]
-        change = len(changing) * tenant.layout.block_bytes * (1 if message.pinned else -1)
-        pinned = sum(each.pinned_bytes for each in self.tenants.by_digest.values() if each.owner == tenant.owner)
-        if change > 0 and pinned + change > self.pin_quota_bytes:
-            raise DaemonError(
-                f"pinning {len(changing)} more blocks takes {pinned + change} bytes of the warm tier, "
-                f"and one tenant may pin {self.pin_quota_bytes}",
-                hint="unpin other prompts, or start the daemon with a larger --warm",
-            )
-        if change > 0:
-            self._make_room_to_pin(tenant, change)
-        for entry in changing:
-            tenant.size_class.index.set_pinned(entry, message.pinned)
-        tenant.pinned_bytes += change
-        return hashes[:total] + ([partial_block.block_hash] if partial_block else [])
-
-    def _make_room_to_pin(self, tenant: Tenant, more_bytes: int) -> None:
-        """Keep what all tenants pin within the limit: unpin the blocks of tenants whose clients have all left.
-
-        Raises DaemonError, with nothing pinned, if that is not enough.
-        """
-        most = self.pin_quota_of_all_bytes - more_bytes
-        for other in sorted(self.tenants.by_digest.values(), key=lambda each: each.left_at):
-            if sum(each.pinned_bytes for each in self.tenants.by_digest.values()) <= most:
-                return
-            if not other.clients and other is not tenant:
-                self.tenants.unpin(other)
-        if sum(each.pinned_bytes for each in self.tenants.by_digest.values()) > most:
-            raise DaemonError(
-                f"all tenants together may pin {self.pin_quota_of_all_bytes} bytes of the warm tier",
-                hint="unpin other prompts, or start the daemon with a larger --warm",
-            )
+        """Pin or unpin a prompt's blocks, as `Pins.pin` does."""
+        return self.pins.pin(connection, message)
 
     def evict(self, connection: Connection, count: int) -> int:
         """Evict blocks of the connection's namespace from the warm tier, all for -1; return how many went."""
@@ -320,31 +293,15 @@ class Core:
         )
         return dict(counts)
 
-    def least_recent(self, to_bytes: int) -> set[BlockHash]:
-        """Return the hashes of the blocks whose eviction leaves at most so many bytes in the warm tier."""
-        blocks = [
-            (entry.last_access, -entry.depth, tenant.layout.block_bytes, entry.block_hash)
-            for tenant in self.tenants.by_digest.values()
-            for entry in self.tenants.entries_of(tenant)
-            if entry.warm_slot is not None
-        ]
-        excess = sum(size for _, _, size, _ in blocks) - to_bytes
-        chosen: set[BlockHash] = set()
-        for _, _, size, block_hash in sorted(blocks):
-            if excess <= 0:
-                break
-            chosen.add(block_hash)
-            excess -= size
-        return chosen
-
     def trim(self) -> int:
         """Evict a few blocks ahead of need where the slab is full. End expired claims; forget unused namespaces.
 
         Marked blocks that are no longer in use are removed too. Return how many blocks were evicted ahead of need.
         """
         self.claims.end_expired(self.connections)
+        self.pins.end_expired()
         self.tenants.forget_unused()
-        return sum(size_class.trim() for size_class in self.slab.classes.values())
+        return self.tenants.shares.trim(self.slab.classes.values())
 
     def warm_entries(self, tenant: Tenant) -> list[Entry]:
         """Return a namespace's blocks in the warm tier, parents first, each pinned until `unpin_entries`."""
@@ -382,6 +339,7 @@ class Core:
             pins[tenant.size_class, slot] += count
         pins.update((write.tenant.size_class, write.slot) for write in self._writes)
         for size_class in self.slab.classes.values():
+            pins.update((size_class, slot) for slot in size_class.flagged)
             for slot in range(size_class.num_slots):
                 count = size_class.index.warm.reference_count(slot)
                 assert count == pins[size_class, slot], f"slot {slot} has {count} pins"
@@ -390,9 +348,3 @@ class Core:
         self.loads.check(tenants, connections)
         self.reservations.check(self.slab.classes.values(), connections)
         self.claims.check(tenants, connections)
-
-    def _parent_entry(self, tenant: Tenant, known: Sequence[Entry | None], total: int) -> Entry | None:
-        """Return the entry that block `total` of a prompt hangs under, where the index has it."""
-        if total > len(known):
-            return None
-        return known[total - 1] if total else self.tenants.root(tenant)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -22,8 +23,11 @@ from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_eviction import EvictionReport, StoredPrompt
 from tierkv.storage.cold_notes import ColdStats
 from tierkv.values.block import HASH_BYTES, TOKEN_BYTES, BlockHash, Tier
+from tierkv.values.log_event import LogEvent
 
 __all__ = ["Engine", "Evictor"]
+
+_log = logging.getLogger(__name__)
 
 _ENGINES_S = 2.0  # for all engines together to report what they have dropped
 _STORE_S = 540.0  # of one eviction from the store, once it has begun; the client waits 600
@@ -80,7 +84,7 @@ class Evictor:
         report, stats = await self._evict_stored(message)
         by_size: Sequence[BlockHash] = ()
         if message.to_bytes > 0:
-            by_size = report.hashes if self._store else list(self._core.least_recent(message.to_bytes))
+            by_size = report.hashes if self._store else list(self._core.tenants.least_recent(message.to_bytes))
             warm += self._core.evict_chosen(b"", Choice(hashes=frozenset(by_size))).blocks[Tier.WARM]
         now_s = time.time()
         if choice:
@@ -102,6 +106,17 @@ class Evictor:
         stayed |= _kept_in_store(report) | self._count_files(namespace)
         live = stats.live_bytes if stats else self._core.slab.size_bytes - self._core.slab.free_bytes
         left = stats.blocks if stats else sum(tenant.warm_blocks for tenant in self._core.tenants.by_digest.values())
+        what = "everything" if is_all else namespace.hex()[:12] or "all namespaces"
+        _log.info(
+            LogEvent(
+                "evicted on demand",
+                client=asker.client,
+                namespace=what,
+                warm_blocks=warm,
+                cold_blocks=cold,
+                bytes=freed,
+            )
+        )
         return EvictedBlocks(warm, cold, freed, left, live, {k: v for k, v in stayed.items() if v}, engines)
 
     async def _evict_stored(self, message: EvictBlocks) -> tuple[EvictionReport, ColdStats | None]:

@@ -13,8 +13,11 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+from tierkv.daemon.members import check_reachable
 from tierkv.errors import CapacityError, ConfigError, DaemonError, StoreError
 from tierkv.values.files import open_regular
+from tierkv.values.free_memory import memory_room
+from tierkv.values.units import format_bytes
 
 __all__ = [
     "NOT_WRITTEN",
@@ -42,7 +45,6 @@ _MAX_SOCKET_PATH_BYTES = 107
 _BACKLOG = 128
 _OWN_DESCRIPTORS = 256  # of store, state files, slab, and what Python opens
 _CREDENTIALS = struct.Struct("iII")
-GIB = 1 << 30
 
 
 class LockFile:
@@ -146,8 +148,8 @@ def check_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def listening_socket(path: Path) -> Iterator[tuple[socket.socket, LockFile]]:
-    """Listen on a UNIX socket that only its owner may use. The socket file of a dead daemon is replaced.
+def listening_socket(path: Path, *, group: int | None = None) -> Iterator[tuple[socket.socket, LockFile]]:
+    """Listen on a UNIX socket that only its owner may use, or a group too. The socket of a dead daemon is replaced.
 
     Yields the lock file of the socket too. Raises DaemonError if a daemon uses the path or other users could replace
     the file, ConfigError for a path that no socket can have.
@@ -159,6 +161,9 @@ def listening_socket(path: Path) -> Iterator[tuple[socket.socket, LockFile]]:
         )
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     check_folder(path.parent)
+    mode = 0o600 if group is None else 0o660
+    if group is not None:
+        check_reachable(path.parent, group)
     with exclusive_file(path.with_name(path.name + ".lock"), f"the socket {path}") as lock:
         _remove_stale(path)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -167,8 +172,11 @@ def listening_socket(path: Path) -> Iterator[tuple[socket.socket, LockFile]]:
             os.fchmod(listener.fileno(), 0o600)  # Linux creates the file with the mode of the socket
             listener.bind(os.fspath(path))
             mine = os.stat(path, follow_symlinks=False)
-            if stat.S_IMODE(mine.st_mode) != 0o600:
-                os.chmod(path, 0o600)  # before any client can connect
+            if group is not None:
+                os.chown(path, -1, group, follow_symlinks=False)
+            if stat.S_IMODE(mine.st_mode) != mode:
+                os.chmod(path, mode)  # before any client can connect
+            mine = os.stat(path, follow_symlinks=False)
             listener.listen(_BACKLOG)
             listener.setblocking(False)
             yield listener, lock
@@ -212,34 +220,27 @@ def peer_of(connection: socket.socket) -> tuple[int, int]:
 
 
 def connections_that_fit() -> int:
-    """Return how many connections may be open: each takes two descriptors, and files take some."""
+    """Return how many connections may be open: each takes three descriptors, and files take some."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return 1 << 20
-    return max(1, (soft - min(_OWN_DESCRIPTORS, soft // 2)) // 2)
+    return max(1, (soft - min(_OWN_DESCRIPTORS, soft // 2)) // 3)
 
 
 def check_memory(warm_bytes: int) -> None:
     """Raise CapacityError if a slab of that size does not fit the memory left on this machine or control group."""
-    available = min(_available_bytes())
-    if warm_bytes > available:
+    room = memory_room()
+    if warm_bytes > room.free_bytes:
         raise CapacityError(
-            f"a warm tier of {warm_bytes / GIB:.1f} GiB does not fit: {available / GIB:.1f} GiB of memory are left",
-            hint="lower --warm",
+            f"a warm tier of {format_bytes(warm_bytes)} does not fit: {room.limited_by} leaves "
+            f"{format_bytes(room.free_bytes)} of memory",
+            hint="lower --warm; --warm 50% takes half of what is left",
         )
 
 
 def memory_of_process() -> int:
     """Return the bytes of this process's own memory, without the slab; 0 if they are not known."""
     return _read_kib(Path("/proc/self/status"), "RssAnon")
-
-
-def _available_bytes() -> list[int]:
-    found = [_read_kib(Path("/proc/meminfo"), "MemAvailable") or 1 << 62]
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    with contextlib.suppress(OSError, ValueError):
-        found.append(int(limit.read_text()) - int(used.read_text()))
-    return found
 
 
 def _read_kib(path: Path, field: str) -> int:

@@ -18,7 +18,7 @@ __all__ = ["Limits"]
 class Limits:
     """Limits of a daemon. Names that end in `of_client` are those of one connection.
 
-    An engine has one connection for each cache. A connection costs two descriptors.
+    An engine has one connection for each cache. A connection costs three descriptors.
     """
 
     connections: int = 1024
@@ -61,6 +61,8 @@ class Limits:
 
     lease_share_of_client: float = 0.5
     """Of the slots of a block size: no client alone can lease them all."""
+    flag_share_of_client: float = 0.25
+    """Of the slots of a block size, that a client may lease by its flags. A client that sets more is disconnected."""
     leases: int = 1 << 20
     reservation_share_of_client: float = 0.25
     reservation_share: float = 0.75

@@ -14,10 +14,12 @@ from functools import partial
 from tierkv.daemon.core import Core
 from tierkv.daemon.messages import LimitStatus
 from tierkv.daemon.protocol import split_hashes
+from tierkv.daemon.remote_blocks import RemoteBlocks
 from tierkv.daemon.state_files import LoadedFile
 from tierkv.daemon.status import limit_status
 from tierkv.daemon.values import BlockIdentifier, FetchTask, Load, Tenant
 from tierkv.errors import StoreError
+from tierkv.remote_tiers.source import RemoteSource
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import BlockInfo
@@ -37,7 +39,8 @@ _PROMPT_BYTES = 512  # of the objects of one prompt
 class Loader:
     """Runs the loads that the core has started. Used on the loop, which calls `loaded` when a load has ended.
 
-    Blocks of the store are read on `threads`, those of a state file on the file's own threads. load_s: a fetch whose
+    Blocks of the store are read on `threads`, those of a state file on the file's own threads, those of a remote tier
+    on threads of `remote`. load_s: a fetch whose
     reads take longer is answered without them; a slot that a read may still write into stays pinned.
     """
 
@@ -49,12 +52,14 @@ class Loader:
         *,
         loaded: Callable[[], None],
         load_s: float = _LOAD_S,
+        remote: RemoteBlocks | None = None,
     ) -> None:
         self._core = core
         self._slab = slab
         self._threads = threads
         self._loaded = loaded
         self._load_s = load_s
+        self._remote = remote
         self._identifier = BlockIdentifier()
         self._running: dict[Load, asyncio.Future[MissReason | None]] = {}
 
@@ -94,8 +99,9 @@ class Loader:
                 return
             call = source.submit(lambda state: self._read(load, state, info, ahead))
         else:
-            assert isinstance(source, ColdStore)
-            call = self._threads.submit(self._read, load, source, info, ahead)
+            assert isinstance(source, ColdStore | RemoteSource)
+            threads = self._remote.threads if self._remote and isinstance(source, RemoteSource) else self._threads
+            call = threads.submit(self._read, load, source, info, ahead)
         self._running[load] = reading = asyncio.wrap_future(call)
         reading.add_done_callback(partial(self._finish, load))  # before those of the tasks that wait for it
 
@@ -108,7 +114,7 @@ class Loader:
         self._loaded()
 
     def _read(
-        self, load: Load, source: ColdStore | StateFile, info: BlockInfo, ahead: Sequence[Load]
+        self, load: Load, source: ColdStore | StateFile | RemoteSource, info: BlockInfo, ahead: Sequence[Load]
     ) -> MissReason | None:
         layout = load.tenant.layout
         for later in ahead:
@@ -142,9 +148,10 @@ class Prefetcher:
     A prompt stays queued when its client disconnects: a command announces what other clients will ask for.
     """
 
-    def __init__(self, core: Core, loader: Loader) -> None:
+    def __init__(self, core: Core, loader: Loader, remote: RemoteBlocks | None = None) -> None:
         self._core = core
         self._loader = loader
+        self._remote = remote
         self._prompts: deque[_Prompt] = deque()
         self._bytes: Counter[BlockHash] = Counter()  # queued, by namespace
         self._has_work = asyncio.Event()
@@ -188,6 +195,8 @@ class Prefetcher:
                 _log.exception("an announced prompt of %d blocks failed", len(prompt.hashes) // HASH_BYTES)
 
     async def _load(self, prompt: _Prompt) -> None:
+        if self._remote:
+            await self._remote.look(prompt.tenant, split_hashes(prompt.hashes), prompt.tokens)
         for task in self._core.loads.begin_prefetches(prompt.tenant, split_hashes(prompt.hashes), prompt.tokens):
             await self._loader.load(task)
             self._core.loads.end_fetch(None, task)

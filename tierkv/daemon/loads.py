@@ -185,7 +185,7 @@ class Loads:
     ) -> None:
         """Take slots for the wanted blocks and make their entries. The task ends at the first block without a slot."""
         index = tenant.size_class.index
-        slots = tenant.size_class.take(len(wanted)) if wanted else []
+        slots = self._tenants.shares.take(tenant, len(wanted)) if wanted else []
         numbers = [at for at, _ in wanted[: len(slots)]]
         entries = self._tenants.insert(tenant, hashes, tokens, numbers) if slots else {}
         for (at, source), slot in zip(wanted, slots, strict=False):
@@ -193,6 +193,7 @@ class Loads:
             if entry and not entry.awaited and entry.warm_slot is None:
                 load = Load(tenant, entry, slot, source)
                 load.entry.awaited = True
+                tenant.num_awaited += 1
                 self._loads[load.entry] = load
                 tenant.num_loading += 1
                 task.loads[at - first] = load
@@ -218,6 +219,7 @@ class Loads:
         del self._loads[load.entry]
         load.tenant.num_loading -= 1
         load.entry.awaited = False
+        load.tenant.num_awaited -= 1
         self._tenants.prune(load.tenant, load.entry)
         for _ in range(load.num_left):
             load.tenant.size_class.index.unpin(Tier.WARM, load.slot)

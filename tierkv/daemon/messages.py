@@ -39,10 +39,12 @@ __all__ = [
     "Reserved",
     "SaveState",
     "Saved",
+    "ShareStatus",
     "Status",
     "StatusReport",
     "Stop",
     "TenantStatus",
+    "Used",
     "Wait",
     "Waited",
     "Welcome",
@@ -73,12 +75,20 @@ class Hello(Message, tag=1):
 
 
 class Welcome(Message, tag=2):
-    """Answer to Hello. The slab's descriptor comes with it if Hello named a namespace."""
+    """Answer to Hello. The slab's descriptor comes with it if Hello named a namespace.
+
+    is_member: the client belongs to another user than the daemon: it may read blocks, and write none.
+    flag_slots: how many slots the generations and the lease flags have, whose descriptors come then too; 0: there are
+    none (see `lease_flags`). most_flags: how many flags this client may set at once.
+    """
 
     pid: int
     slab_bytes: int
     store: str
     has_cold: bool
+    is_member: bool = False
+    flag_slots: int = 0
+    most_flags: int = 0
 
 
 class Match(Message, tag=3):
@@ -114,7 +124,7 @@ class Found(Message, tag=4):
 
     cursor: names this prompt in Fetch; 0 if no block needs it. claim: its number, or 0.
     is_computing: another client computes the next block. miss: why the next block was not found, as a value of
-    MissReason, or "".
+    MissReason, or "". generations: u64 each, of the slots, if they were leased and the client has lease flags.
     """
 
     slots: bytes
@@ -123,6 +133,7 @@ class Found(Message, tag=4):
     claim: int
     is_computing: bool
     miss: str
+    generations: bytes = b""
 
 
 class Fetch(Message, tag=5):
@@ -162,6 +173,12 @@ class Chain(msgspec.Struct, array_like=True, gc=False):
     hashes: bytes
     tokens: bytes
     proposed: bytes
+
+
+class Used(Message, tag=66):
+    """Say which slots (u32) this client has leased by its flags and used, lately. It has no answer."""
+
+    slots: bytes
 
 
 class Reserve(Message, tag=8):
@@ -228,11 +245,12 @@ class EndClaim(Message, tag=15):
 
 
 class Pin(Message, tag=16):
-    """Pin or unpin a prompt's blocks. Answered with Count."""
+    """Pin or unpin a prompt's blocks. Answered with Count. ttl_s: how long the pin holds; below 0: for good."""
 
     hashes: bytes
     tokens: bytes
     pinned: bool
+    ttl_s: float = -1.0
 
 
 class Prefetch(Message, tag=17):
@@ -276,7 +294,7 @@ class Status(Message, tag=23):
 
 
 class TenantStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One namespace in the warm tier."""
+    """One namespace in the warm tier. owner: the hexadecimal digest of its salt, "" without one."""
 
     namespace: str
     name: str
@@ -284,6 +302,23 @@ class TenantStatus(msgspec.Struct, frozen=True, kw_only=True):
     warm_blocks: int
     pinned_bytes: int
     clients: int
+    owner: str = ""
+
+
+class ShareStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One tenant: what it has of the warm and the cold tier, its shares and its limits. owner: as in TenantStatus.
+
+    name: in the store, or the first digits of its id. limit: -1 for none. cold_bytes: 0 without a store.
+    """
+
+    owner: str
+    name: str
+    warm_bytes: int
+    warm_share: int
+    warm_limit: int
+    cold_bytes: int
+    cold_share: int
+    cold_limit: int
 
 
 class LimitStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -297,7 +332,10 @@ class LimitStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StatusReport(Message, tag=24):
-    """Everything that `tierkv daemon status` shows; bytes_received and bytes_sent are those of the socket."""
+    """Everything that `tierkv daemon status` shows; bytes_received and bytes_sent are those of the socket.
+
+    reasons: of some counters, how often each reason was counted.
+    """
 
     pid: int
     uptime_s: float
@@ -317,6 +355,9 @@ class StatusReport(Message, tag=24):
     tenants: list[TenantStatus]
     cold: dict[str, int]
     limits: list[LimitStatus] = []
+    reasons: dict[str, dict[str, int]] = {}
+    version: str = ""
+    shares: list[ShareStatus] = []
 
 
 class Stop(Message, tag=25):

@@ -7,50 +7,108 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from tierkv.daemon.messages import StatusReport
+from tierkv.daemon.messages import StatusReport, TenantStatus
 from tierkv.errors import DaemonError
-
-__all__ = ["exposition", "serve_metrics"]
-
-_GAUGES = (
-    "uptime_s",
-    "warm_bytes",
-    "warm_free_bytes",
-    "rss_bytes",
-    "clients",
-    "leased_slots",
-    "reserved_slots",
-    "claims",
-    "pending_writes",
-    "bytes_received",
-    "bytes_sent",
+from tierkv.metrics.catalogue import (
+    DAEMON_BY_REASON,
+    DAEMON_BY_TIER,
+    DAEMON_INFO,
+    DAEMON_LIMITS,
+    DAEMON_NAMESPACES,
+    DAEMON_REMOTE_EVENTS,
+    DAEMON_TENANTS,
+    DAEMON_TOTALS,
 )
+from tierkv.metrics.exposition import exposition
+from tierkv.metrics.metric import TENANT_CHARACTERS, MetricSamples
+from tierkv.storage.outcomes import MissReason, PutOutcome
+
+__all__ = ["metrics_of", "serve_metrics"]
+
+_REASONS = {
+    "missed_blocks": [each.value for each in (MissReason.ABSENT, MissReason.COLLISION, MissReason.IO_ERROR)],
+    "skipped_writes": [
+        "evicted",
+        "queue_full",
+        *(each.value for each in PutOutcome if each.name not in ("STORED", "EXISTS")),
+    ],
+    "refused_messages": ["protocol", "capacity", "store", "refused", "internal"],
+}
 
 
-def exposition(report: StatusReport) -> str:
-    """Return the figures of a status report in Prometheus' format."""
-    gauges = {name: getattr(report, name) for name in _GAUGES} | {f"cold_{key}": n for key, n in report.cold.items()}
-    for each in report.limits:
-        gauges |= {f"held_{each.name}": each.used, f"limit_{each.name}": each.limit}
-    counters = {f"{key}_total": count for key, count in report.counters.items()}
-    lines: list[str] = []
-    for kind, samples in (("gauge", gauges), ("counter", counters)):
-        for key, value in samples.items():
-            lines += [f"# TYPE tierkv_daemon_{key} {kind}", f"tierkv_daemon_{key} {value}"]
-    return "\n".join(lines) + "\n"
+def metrics_of(report: StatusReport) -> Iterator[MetricSamples]:
+    """Yield the figures of a status report."""
+    yield MetricSamples(DAEMON_INFO, {(report.version,): 1})
+    for metric in DAEMON_TOTALS:
+        name = metric.source.removeprefix("daemon_")
+        value = getattr(report, name) if hasattr(report, name) else report.counters.get(name, 0)
+        yield MetricSamples.of_value(metric, value)
+    tiers = _tiers_of(report)
+    for metric in DAEMON_BY_TIER:
+        figure = metric.source.removeprefix("daemon_")
+        yield MetricSamples.of_label(metric, {tier: figures[figure] for tier, figures in tiers.items()})
+    for metric in DAEMON_BY_REASON:
+        name = metric.source.removeprefix("daemon_")
+        yield MetricSamples.of_label(metric, report.reasons.get(name, {}), _REASONS[name])
+    for metric in DAEMON_NAMESPACES:
+        figure = metric.source.removeprefix("daemon_namespace_")
+        yield MetricSamples(metric, {_labels_of(each): _figures_of(each)[figure] for each in report.tenants})
+    for metric in DAEMON_TENANTS:
+        figures = {
+            (each.name, tier): getattr(each, f"{tier}_{metric.source}")
+            for each in report.shares
+            for tier in ("warm", "cold")
+        }
+        yield MetricSamples(metric, {labels: figure for labels, figure in figures.items() if figure >= 0})
+    events = {name: count for name, count in report.counters.items() if name.startswith("remote_")}
+    yield MetricSamples.of_label(
+        DAEMON_REMOTE_EVENTS, {name.removeprefix("remote_"): count for name, count in events.items()}
+    )
+    for metric in DAEMON_LIMITS:
+        yield MetricSamples.of_label(metric, {each.name: getattr(each, metric.source) for each in report.limits})
+
+
+def _tiers_of(report: StatusReport) -> dict[str, dict[str, int]]:
+    """Return the figures of each tier: of the cold tier only where there is a store that can be read."""
+    warm = {
+        "blocks": sum(each.warm_blocks for each in report.tenants),
+        "used_bytes": report.warm_bytes - report.warm_free_bytes,
+        "capacity_bytes": report.warm_bytes,
+        "evictions": report.counters.get("evicted_blocks", 0),
+    }
+    if not report.cold:
+        return {"warm": warm}
+    cold = {
+        "blocks": report.cold["blocks"],
+        "used_bytes": report.cold["live_bytes"],
+        "capacity_bytes": report.cold["quota_bytes"],
+        "evictions": report.cold["evicted_blocks"],
+    }
+    return {"warm": warm, "cold": cold}
+
+
+def _labels_of(tenant: TenantStatus) -> tuple[str, str, str]:
+    return tenant.namespace[:TENANT_CHARACTERS], tenant.name, tenant.owner[:TENANT_CHARACTERS]
+
+
+def _figures_of(tenant: TenantStatus) -> dict[str, int]:
+    return {
+        "blocks": tenant.warm_blocks,
+        "bytes": tenant.warm_blocks * tenant.block_bytes,
+        "pinned_bytes": tenant.pinned_bytes,
+        "clients": tenant.clients,
+    }
 
 
 async def serve_metrics(port: int, report: Callable[[], StatusReport], *, timeout_s: float) -> asyncio.Server:
-    """Answer every request with the metrics. timeout_s: for a request to arrive. Raises DaemonError."""
+    """Answer GET /metrics. timeout_s: for a request to arrive. Raises DaemonError."""
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(asyncio.TimeoutError, asyncio.LimitOverrunError, asyncio.IncompleteReadError, OSError):
-            await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), timeout_s)
-            body = exposition(report()).encode()
-            head = f"HTTP/1.0 200 OK\r\nContent-Type: text/plain; version=0.0.4\r\nContent-Length: {len(body)}\r\n\r\n"
-            writer.write(head.encode() + body)
+            request = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), timeout_s)
+            writer.write(_answer_to(request, report))
             await writer.drain()
         writer.close()
 
@@ -58,3 +116,15 @@ async def serve_metrics(port: int, report: Callable[[], StatusReport], *, timeou
         return await asyncio.start_server(answer, "127.0.0.1", port)
     except OSError as exc:
         raise DaemonError(f"metrics cannot be served on port {port}: {exc.strerror}") from exc
+
+
+def _answer_to(request: bytes, report: Callable[[], StatusReport]) -> bytes:
+    method, path, *_ = (*request.split(b"\r\n", 1)[0].split(b" "), b"", b"")
+    status, kind, body = "404 Not Found", "text/plain", b"there is /metrics\n"
+    if method != b"GET":
+        status, body = "405 Method Not Allowed", b"only GET\n"
+    elif path.split(b"?")[0] == b"/metrics":
+        status = "200 OK"
+        body, kind = exposition(metrics_of(report()))
+    head = f"HTTP/1.0 {status}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body

@@ -35,7 +35,7 @@ __all__ = [
     "split_numbers",
 ]
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_BODY_BYTES = 16 << 20
 """Four million token ids. A longer message closes the connection before it is read."""
 

@@ -18,6 +18,7 @@ from tierkv.daemon.core import Core
 from tierkv.daemon.eviction_messages import EngineEvicted, EvictBlocks, EvictionDone, EvictionsSince
 from tierkv.daemon.evictor import Evictor
 from tierkv.daemon.loader import Loader, Prefetcher
+from tierkv.daemon.members import is_for_members
 from tierkv.daemon.messages import (
     MOST_COUNT,
     Abandon,
@@ -41,11 +42,13 @@ from tierkv.daemon.messages import (
     Status,
     StatusReport,
     Stop,
+    Used,
     Wait,
     Waited,
     Welcome,
 )
 from tierkv.daemon.protocol import MAX_PATH_BYTES, ProtocolError, printable, split_hashes, split_numbers
+from tierkv.daemon.remote_blocks import RemoteBlocks
 from tierkv.daemon.side_threads import SideThreads, result_of
 from tierkv.daemon.state_files import StateFiles
 from tierkv.daemon.store_writer import StoreWriter
@@ -56,6 +59,7 @@ from tierkv.storage.cold import ColdStore
 from tierkv.storage.warm import Slab
 from tierkv.values.block import HASH_BYTES, BlockHash
 from tierkv.values.namespace import NAME_LIMIT, NamespaceDescription, has_rows, parse_description
+from tierkv.values.users import user_name
 
 __all__ = ["Requests"]
 
@@ -66,7 +70,10 @@ _MAX_WAIT_S = 60.0
 
 
 class Requests:
-    """Answers messages. Used on the loop. report: returns the status. stop: ends the daemon."""
+    """Answers messages. Used on the loop.
+
+    members_descriptor: of the slab, to read only. report: returns the status. stop: ends the daemon.
+    """
 
     def __init__(
         self,
@@ -80,6 +87,8 @@ class Requests:
         prefetcher: Prefetcher,
         files: StateFiles,
         evictor: Evictor,
+        members_descriptor: int | None,
+        remote: RemoteBlocks | None,
         report: Callable[[], StatusReport],
         stop: Callable[[], None],
     ) -> None:
@@ -87,6 +96,7 @@ class Requests:
         self._store = store
         self._config = config
         self._slab = slab
+        self._members_descriptor = members_descriptor
         self._loader = loader
         self._writer = writer
         self._prefetcher = prefetcher
@@ -95,6 +105,7 @@ class Requests:
         self._loop = asyncio.get_running_loop()
         self._files = files
         self._evictor = evictor
+        self._remote = remote
         self._aside = SideThreads(_NUM_ASIDE, name="tierkv-aside")
         self._waiters: dict[BlockHash, set[asyncio.Future[None]]] = {}
 
@@ -103,6 +114,10 @@ class Requests:
         handler = _HANDLERS.get(type(message))
         if handler is None:
             raise ProtocolError(f"{type(message).__name__} is no request")
+        if client.is_member and not is_for_members(message):
+            raise DaemonError(
+                f"{type(message).__name__} is for the daemon's user, {user_name(os.geteuid())}; its group may only read"
+            )
         if client.connection.tenant is None and not isinstance(
             message, Status | Stop | Compact | Flush | Hello | EvictBlocks
         ):
@@ -114,6 +129,9 @@ class Requests:
     def close(self) -> None:
         """Close the loaded state files. Does not wait for their reads."""
         self._files.close()
+        if self._members_descriptor is not None:
+            os.close(self._members_descriptor)
+            self._members_descriptor = None
         self._aside.shutdown()
 
     @property
@@ -136,6 +154,7 @@ class Requests:
             slab_bytes=self._slab.size_bytes,
             store=str(self._config.store or ""),
             has_cold=self._store is not None,
+            is_member=client.is_member,
         )
         if not message.namespace:
             return welcome
@@ -149,18 +168,43 @@ class Requests:
             owner=described.salt_digest,
             codec=described.lossy_codec,
             has_rows=has_rows(described.fields["architecture"]),
+            is_member=client.is_member,
         )
+        if client.is_member:  # it could register a false name, and keep blocks by lease flags
+            if self._members_descriptor is not None:
+                client.attach_descriptors((self._members_descriptor,))
+            return welcome
         self._writer.note_use(tenant)
-        client.attach_descriptor(self._slab.fd)
+        if self._slab.fd is not None:
+            more, welcome.flag_slots, welcome.most_flags = self._core.flag_leases.connect(client.connection)
+            client.attach_descriptors((self._slab.fd, *more), own=more[1:])
         return welcome
 
-    def match(self, client: ClientConnection, message: Match) -> Answer:
-        """Find and lease blocks of a prompt. The store notes their use after the answer."""
+    def match(self, client: ClientConnection, message: Match) -> Answer | Coroutine[Any, Any, Answer]:
+        """Find and lease blocks of a prompt, after a look into remote tiers for what is missing here, if there are any.
+
+        The store notes their use after the answer.
+        """
+        if client.is_member:
+            message.wants_claim = False  # it cannot publish what it computes
+            return self._match(client, message)  # nor does it make the daemon fetch
+        return self._match(client, message) if self._remote is None else self._match_remotely(client, message)
+
+    async def _match_remotely(self, client: ClientConnection, message: Match) -> Answer:
+        assert self._remote is not None
+        await self._remote.look_before(client.connection, message)
+        if client.connection.is_closed:
+            return None
+        return self._match(client, message)
+
+    def _match(self, client: ClientConnection, message: Match) -> Answer:
         found = self._core.match(client.connection, message)
         if self._store is not None and (message.lease or message.is_use) and found.slots:
             count = message.start + len(found.slots) // 4
             hashes = message.hashes[: count * HASH_BYTES]
             self._loop.call_soon(lambda store: store.notes.touch(split_hashes(hashes)), self._store)
+            if self._remote is not None:
+                self._remote.touch(client.connection.require_tenant(), split_hashes(hashes))
         return found
 
     async def fetch(self, client: ClientConnection, message: Fetch) -> Answer:
@@ -170,6 +214,12 @@ class Requests:
 
     def release(self, client: ClientConnection, message: Release) -> Answer:
         self._core.release(client.connection, message)
+        return None
+
+    def used(self, client: ClientConnection, message: Used) -> Answer:
+        used = self._core.flag_leases.note_used(client.connection, message)
+        if self._store is not None and used:
+            self._store.notes.touch([entry.block_hash for entry in used])
         return None
 
     def reserve(self, client: ClientConnection, message: Reserve) -> Answer:
@@ -213,7 +263,9 @@ class Requests:
     async def pin(self, client: ClientConnection, message: Pin) -> Answer:
         hashes = self._core.pin(client.connection, message)
         if self._store is not None and hashes:
-            await self._run_aside(partial(self._store.set_pinned, hashes, message.pinned), _PIN_S, "to pin blocks")
+            ttl_s = message.ttl_s if message.ttl_s >= 0 else None
+            pin = partial(self._store.set_pinned, hashes, message.pinned, ttl_s=ttl_s)
+            await self._run_aside(pin, _PIN_S, "to pin blocks")
         return Count(count=len(hashes))
 
     def prefetch(self, client: ClientConnection, message: Prefetch) -> Answer:
@@ -303,6 +355,7 @@ _HANDLERS: dict[type[Message], _Handler] = {
     Match: Requests.match,
     Fetch: Requests.fetch,
     Release: Requests.release,
+    Used: Requests.used,
     Reserve: Requests.reserve,
     Publish: Requests.publish,
     Abandon: Requests.abandon,

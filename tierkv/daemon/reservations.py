@@ -84,6 +84,7 @@ class Reservations:
                 continue
             reservation = Reservation(connection, tenant, entry, slot)
             entry.awaited = True
+            tenant.num_awaited += 1
             self._reserved[entry] = reservation
             tenant.size_class.num_reserved += 1
             connection.reservations[slot] = reservation
@@ -112,13 +113,13 @@ class Reservations:
         chain = [(entry.warm_slot, entry.in_cold) for entry in known if entry and entry.warm_slot is not None]
         for slot, _ in chain:
             index.warm.pin(slot)
-        slots = tenant.size_class.take(count)
+        slots = self._tenants.shares.take(tenant, count)
         for are_stored in (True, False):
             for slot, in_cold in chain:
                 if (in_cold and self._store is not None) is are_stored:
                     index.unpin(Tier.WARM, slot)
             if are_stored and len(slots) < count:
-                slots += tenant.size_class.take(count - len(slots))
+                slots += self._tenants.shares.take(tenant, count - len(slots), num_taken=len(slots))
         return slots
 
     def _plan_writes(
@@ -172,6 +173,7 @@ class Reservations:
     def _end(self, connection: Connection, slot: int) -> Reservation:
         reservation = connection.reservations.pop(slot)
         reservation.entry.awaited = False
+        reservation.tenant.num_awaited -= 1
         del self._reserved[reservation.entry]
         reservation.tenant.size_class.num_reserved -= 1
         return reservation

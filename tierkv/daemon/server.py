@@ -32,37 +32,57 @@ from tierkv.daemon.host import (
     memory_of_process,
 )
 from tierkv.daemon.loader import Loader, Prefetcher
+from tierkv.daemon.log_lines import LogLines
+from tierkv.daemon.members import read_only_descriptor
 from tierkv.daemon.messages import LimitStatus, Message, StatusReport
 from tierkv.daemon.metrics import serve_metrics
+from tierkv.daemon.operation import NO_MANAGER, Operation
 from tierkv.daemon.peers import Peers
+from tierkv.daemon.remote_blocks import RemoteBlocks
 from tierkv.daemon.requests import Requests
+from tierkv.daemon.service_manager import ServiceManager
 from tierkv.daemon.state_files import StateFiles
-from tierkv.daemon.status import limit_status, tenant_statuses, usage_of
+from tierkv.daemon.status import limit_status, share_statuses, tenant_statuses, usage_of
 from tierkv.daemon.store_writer import QUEUE_BLOCKS, StoreWriter
 from tierkv.daemon.values import Connection
-from tierkv.errors import CapacityError, StoreError
+from tierkv.errors import CapacityError, DaemonError, StoreError
+from tierkv.metrics.exposition import load_prometheus
 from tierkv.policies import make_policy
+from tierkv.remote_tiers.remotes import Remotes
+from tierkv.remote_tiers.urls import remote_urls
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.warm import Slab
+from tierkv.values.log_event import LogEvent
+from tierkv.values.users import group_name
 
 __all__ = ["serve"]
 
 _log = logging.getLogger(__name__)
 
 _TICK_S = 0.5
-_MINUTE_S = 60.0
 _IDLE_S = 2.0  # at the end, for reads in work
 _WRITE_WAIT_S = 5.0  # for other processes that write to the store; then blocks are skipped
 
 
-def serve(config: DaemonConfig, *, started: Callable[[], None] = lambda: None) -> None:
+def serve(
+    config: DaemonConfig,
+    *,
+    started: Callable[[], None] = lambda: None,
+    reload: Callable[[], None] | None = None,
+    manager: ServiceManager = NO_MANAGER,
+    version: str = "",
+) -> None:
     """Run a daemon until a message, SIGTERM or SIGINT stops it. started: called when clients may connect.
 
-    Raises DaemonError if socket or store belong to another daemon, CapacityError if the slab does not fit.
+    reload: called at SIGHUP; without it, that signal ends the process. manager: gets the states of the daemon.
+    version: for the metrics. Raises DaemonError if socket or store belong to another daemon, CapacityError if the slab
+    does not fit, ConfigError for a metrics port without prometheus-client.
     """
     check_memory(config.warm_bytes)
+    if config.metrics_port is not None:
+        load_prometheus()
     with contextlib.ExitStack() as stack:
-        listener, lock = stack.enter_context(listening_socket(config.socket))
+        listener, lock = stack.enter_context(listening_socket(config.socket, group=config.group))
         end = _End(config.socket, lock)
         ending = stack.enter_context(Ending(config.stop_s, report_loss=end.report_loss))
         store = None
@@ -76,13 +96,18 @@ def serve(config: DaemonConfig, *, started: Callable[[], None] = lambda: None) -
                 write_wait_s=_WRITE_WAIT_S,
             )
             stack.callback(store.close)
+        remotes = None
+        if urls := remote_urls(config.remote):
+            remotes = stack.enter_context(Remotes(urls, store=store))
         slab = Slab(config.warm_bytes, num_threads=config.num_io_threads)
         threads = stack.enter_context(ThreadPoolExecutor(config.num_io_threads, thread_name_prefix="tierkv-io"))
-        server = _Server(config, listener, store, slab, threads, ending)
+        operation = Operation(reload, manager, version)
+        server = _Server(config, listener, store, slab, threads, ending, operation, remotes)
         end.core = server.core
         if asyncio.run(server.run(started)):
             slab.close()  # else a thread may still write into it: it is unmapped with the process
         end.note_written()
+        _log.info(LogEvent("stopped", not_written=server.core.num_writes))
 
 
 class _End:
@@ -127,11 +152,16 @@ class _Server:
         slab: Slab,
         threads: ThreadPoolExecutor,
         ending: Ending,
+        operation: Operation,
+        remotes: Remotes | None,
     ) -> None:
         self._ending = ending
+        self._operation = operation
+        self.log_lines = LogLines(refusals_per_minute=config.limits.log_lines_per_minute, clock=time.monotonic)
         self.config = config
         self.limits = config.limits
         self.hello_s = config.hello_s
+        self.group = config.group
         self.boot = secrets.randbits(63) | 1
         self.core = Core(
             slab.size_bytes,
@@ -141,6 +171,8 @@ class _Server:
             pin_share=config.pin_share,
             limits=config.limits,
         )
+        self.core.tenants.remotes = remotes
+        self._remote = RemoteBlocks(self.core, remotes) if remotes else None
         self.clients: set[ClientConnection] = set()
         self.bytes_received = 0
         self.bytes_sent = 0
@@ -150,8 +182,6 @@ class _Server:
         self._peers: Peers[ClientConnection] = Peers(
             ended=ClientConnection.close, most=config.limits.connections_of_process
         )
-        self._log_lines = 0
-        self._log_minute = 0.0
         self._listener = listener
         self._store = store
         self._slab = slab
@@ -159,14 +189,15 @@ class _Server:
         self._started_at = time.monotonic()
         self._files = StateFiles()
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._counting: asyncio.Task[Any] | None = None  # asks the store, which may hang, what it has evicted
 
     async def run(self, started: Callable[[], None]) -> bool:
         """Serve until stopped. Return whether no thread may still write into the slab."""
         loop = asyncio.get_running_loop()
         stopping = asyncio.Event()
-        self._ending.handle_signals(partial(_set_soon, loop, stopping))
-        loader = Loader(self.core, self._slab, self._threads, loaded=self.notify_waiters)
-        self._prefetcher = prefetcher = Prefetcher(self.core, loader)
+        self._ending.handle_signals(partial(_set_soon, loop, stopping), reload=self._operation.reload_at_signal)
+        loader = Loader(self.core, self._slab, self._threads, loaded=self.notify_waiters, remote=self._remote)
+        self._prefetcher = prefetcher = Prefetcher(self.core, loader, self._remote)
         writer = StoreWriter(self.core, self._store, self._slab, self._threads)
         self._requests = Requests(
             self.core,
@@ -178,17 +209,24 @@ class _Server:
             prefetcher=prefetcher,
             files=self._files,
             evictor=self._make_evictor(writer),
+            members_descriptor=self._descriptor_of_members(),
+            remote=self._remote,
             report=self._report,
             stop=self._ending.begin,
         )
         server = await loop.create_unix_server(lambda: ClientConnection(self), sock=self._listener)
         metrics = await self._serve_metrics()
+        self._read_tenants()
         background = [self.spawn(prefetcher.run()), self.spawn(self._tick_forever(writer))]
         started()
-        _log.info("serving on %s, slab of %d bytes", self.config.socket, self._slab.size_bytes)
+        if self.group is not None:
+            _log.info("members of group %s may read", group_name(self.group))
+        port = metrics.sockets[0].getsockname()[1] if metrics else None
+        self._operation.note_start(self.config, metrics_port=port)
         try:
             await stopping.wait()
         finally:
+            self._operation.note_stop(self._ending.reason, uptime_s=time.monotonic() - self._started_at)
             server.close()
             if metrics:
                 metrics.close()
@@ -199,10 +237,21 @@ class _Server:
                 client.close()
             await loop.run_in_executor(None, writer.close)
             self._requests.close()
+            if self._remote:
+                self._remote.close()
             is_quiet = await loader.wait_until_idle(_IDLE_S)
             if not is_quiet:
                 _log.warning("%d reads hang and are abandoned", loader.num_running)
         return is_quiet
+
+    def _descriptor_of_members(self) -> int | None:
+        """Return a descriptor of the slab for members of the group; None where there is no group."""
+        if self.group is None or self._slab.fd is None:
+            return None
+        try:
+            return read_only_descriptor(self._slab.fd)
+        except OSError as exc:
+            raise DaemonError(f"the warm tier cannot be shared with a group: {exc.strerror}") from exc
 
     def _make_evictor(self, writer: StoreWriter) -> Evictor:
         path = self.config.socket.with_name(self.config.socket.name + ".evictions")
@@ -243,17 +292,6 @@ class _Server:
         self._peers.remove(client)
         self.notify_waiters()
 
-    def log_refusal(self, client: str, why: str) -> None:
-        """Log a refusal, unless this minute had as many as the limit allows."""
-        now = time.monotonic()
-        if now - self._log_minute >= _MINUTE_S:
-            if self._log_lines > self.limits.log_lines_per_minute:
-                _log.info("refused %d more messages", self._log_lines - self.limits.log_lines_per_minute)
-            self._log_lines, self._log_minute = 0, now
-        self._log_lines += 1
-        if self._log_lines <= self.limits.log_lines_per_minute:
-            _log.info("refused %s: %s", client, why)
-
     def notify_waiters(self) -> None:
         """Answer the requests that wait for blocks which were published, or which no client computes any more."""
         if self.core.claims.news:
@@ -279,12 +317,26 @@ class _Server:
             except Exception:  # noqa: BLE001 - the outermost loop of its task: the next tick comes
                 _log.exception("the daemon's maintenance failed")
 
+    def _read_tenants(self) -> None:
+        """Read the shares and limits of tenants from the store: another process may have changed them."""
+        if self._store is not None:
+            try:
+                self.core.tenants.shares.settings = self._store.tenants()
+            except StoreError as exc:
+                _log.debug("the shares of tenants stay as they are: %s", exc)
+
     def _tick(self, writer: StoreWriter) -> None:
+        self._operation.manager.alive()
+        self._read_tenants()
         self.core.trim()
+        if self.log_lines.are_evictions_due and (self._counting is None or self._counting.done()):
+            self._counting = self.spawn(self._log_evictions())
         self.notify_waiters()
         writer.maintain()
         for client in list(self.clients):
             client.check_alive()
+            if self.core.flag_leases.is_exceeded(client.connection):
+                client.refuse_and_close("it sets more lease flags than it may", reason="capacity")
         unsent = sum(client.num_unsent_bytes for client in self.clients)
         for client in sorted(self.clients, key=lambda each: -each.num_unsent_bytes):
             if unsent <= self.limits.unsent_bytes:
@@ -293,6 +345,14 @@ class _Server:
                 unsent -= client.num_unsent_bytes
                 client.close()
 
+    async def _log_evictions(self) -> None:
+        totals = {"warm": self.core.slab.evictions}
+        if self._store is not None:
+            with contextlib.suppress(StoreError):
+                stats = await asyncio.get_running_loop().run_in_executor(None, self._store.stats)
+                totals["cold"] = stats.evicted_blocks
+        self.log_lines.evicted(totals)
+
     async def _serve_metrics(self) -> asyncio.Server | None:
         port = self.config.metrics_port
         return None if port is None else await serve_metrics(port, self._report, timeout_s=self.config.hello_s)
@@ -300,9 +360,11 @@ class _Server:
     def _report(self) -> StatusReport:
         core = self.core
         cold = None
-        with contextlib.suppress(StoreError):  # a damaged store must not hide the rest
-            cold = self._store.stats() if self._store is not None else None
-        evictions = sum(size_class.evictions for size_class in core.slab.classes.values())
+        tenant_bytes: dict[str | None, int] = {}
+        if self._store is not None:
+            with contextlib.suppress(StoreError):  # a damaged store must not hide the rest
+                cold = self._store.stats()
+                tenant_bytes = self._store.tenant_bytes()
         return StatusReport(
             pid=os.getpid(),
             uptime_s=time.monotonic() - self._started_at,
@@ -312,13 +374,17 @@ class _Server:
             warm_free_bytes=core.slab.free_bytes,
             rss_bytes=memory_of_process(),
             clients=len(self.clients),
-            leased_slots=core.leases.count,
+            leased_slots=core.leases.count + sum(map(core.flag_leases.count, core.connections)),
             reserved_slots=len(core.reservations),
             claims=core.claims.num_blocks,
             pending_writes=core.num_writes,
             bytes_received=self.bytes_received,
             bytes_sent=self.bytes_sent,
-            counters={**core.counters, "evicted_blocks": evictions},
+            counters={
+                **core.counters,
+                "evicted_blocks": core.slab.evictions,
+                **(self._remote.counters() if self._remote else {}),
+            },
             tenants=tenant_statuses(core),
             cold={
                 "blocks": cold.blocks,
@@ -329,6 +395,9 @@ class _Server:
             if cold
             else {},
             limits=self._usage(),
+            reasons={name: dict(counts) for name, counts in core.counters.reasons.items()},
+            version=self._operation.version,
+            shares=share_statuses(core, tenant_bytes),
         )
 
     def _usage(self) -> list[LimitStatus]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+from tierkv.daemon.lease_flags import LeaseFlags
 from tierkv.daemon.limits import Limits
 from tierkv.errors import CapacityError
 from tierkv.index.chosen_eviction import ChosenEviction
@@ -19,7 +20,7 @@ from tierkv.index.index import Entry, Index
 from tierkv.policies import EvictionPolicy
 from tierkv.values.block import BlockHash, Tier
 
-__all__ = ["EXTENT_BYTES", "Forgotten", "SharedSlab", "SizeClass"]
+__all__ = ["EXTENT_BYTES", "Chooser", "Forgotten", "SharedSlab", "SizeClass"]
 
 EXTENT_BYTES = 64 << 20
 _MIN_EXTENTS = 16
@@ -29,6 +30,10 @@ _ROOT: BlockHash = bytes(16)
 
 Forgotten = Callable[[int], None]
 """Called with each slot whose block was evicted."""
+
+
+Chooser = Callable[[], Callable[[int], bool]]
+"""Returns a new function that says whether the block in a slot may be evicted."""
 
 
 class SizeClass:
@@ -58,8 +63,10 @@ class SizeClass:
         self.num_usable: int = 0
         self.index.warm.take(range(self.num_slots))
         self.chosen: ChosenEviction = ChosenEviction(
-            self.index, (Tier.WARM,), lambda entries, _: self._evict_entries(entries)
+            self.index, (Tier.WARM,), lambda entries, _: self._evict_entries(entries), on_mark=self._renew
         )
+        self.flags: LeaseFlags | None = None
+        self.flagged: set[int] = set()  # slots that a client has leased by its flag, pinned for that
 
     @property
     def free_count(self) -> int:
@@ -72,32 +79,62 @@ class SizeClass:
         assert entry is not None, "a block has the hash of a namespace's root"
         return entry
 
-    def take(self, count: int) -> list[int]:
-        """Return up to `count` slots, each pinned once: free ones, then new ones, then evicted ones."""
+    def take(self, count: int, chooser: Chooser | None = None) -> list[int]:
+        """Return up to `count` slots, each pinned once: free ones, then new ones, then evicted ones.
+
+        chooser: as for `evict_some`; None for any block.
+        """
         pool = self.index.warm
         while pool.free_count < count and self.slab.grow(self):
             pass
         if pool.free_count < count:
-            self.evict(count - pool.free_count)
+            self.evict_some(count - pool.free_count, chooser)
         return pool.allocate(min(count, pool.free_count))
 
     def evict(self, count: int, is_chosen: Callable[[int], bool] | None = None) -> int:
         """Evict up to `count` blocks, only those whose slots are chosen; return how many were evicted."""
         count = min(count, self.num_slots)
         wanted = count if is_chosen is None else self.num_slots
-        slots: dict[Entry, int] = {}
-        for entry in self.index.select_evictions(Tier.WARM, wanted):
-            slot = entry.warm_slot
-            if slot is not None and len(slots) < count and (is_chosen is None or is_chosen(slot)):
-                slots[entry] = slot
-        return self._evict(slots)
+        self.unpin_unflagged()
+        num_evicted = 0
+        while num_evicted < count:
+            slots: dict[Entry, int] = {}
+            for entry in self.index.select_evictions(Tier.WARM, wanted - num_evicted):
+                slot = entry.warm_slot
+                if slot is not None and len(slots) < count - num_evicted and (is_chosen is None or is_chosen(slot)):
+                    slots[entry] = slot
+            num_flagged = len(self.flagged)
+            num_evicted += self._evict(slots)
+            if len(self.flagged) == num_flagged:  # else other blocks may go in place of those that turned out leased
+                break
+        return num_evicted
 
-    def trim(self) -> int:
+    def evict_some(self, count: int, chooser: Chooser | None) -> int:
+        """Evict up to `count` blocks, the first in the policy's order that are chosen; return how many were evicted.
+
+        chooser: returns a function that is asked for slots in that order, and may remember what it chose.
+        """
+        if chooser is None:
+            return self.evict(count)
+        wanted = count = min(count, self.num_slots)
+        while True:
+            is_chosen, slots = chooser(), dict[Entry, int]()
+            entries = self.index.select_evictions(Tier.WARM, wanted)
+            for entry in entries:
+                slot = entry.warm_slot
+                if slot is not None and len(slots) < count and is_chosen(slot):
+                    slots[entry] = slot
+            if len(slots) >= count or len(entries) < wanted or wanted >= self.num_slots:
+                return self._evict(slots)
+            wanted = min(4 * wanted, self.num_slots)
+
+    def trim(self, chooser: Chooser | None = None) -> int:
         """Keep a small share of the slots free where the slab is full; return how many blocks were evicted."""
+        self.unpin_unflagged()
         wanted = int(self.num_usable * _SPARE_SHARE)
         if self.slab.has_unassigned or self.free_count >= wanted:
             return 0
-        return self.evict(wanted - self.free_count)
+        return self.evict_some(wanted - self.free_count, chooser)
 
     def add(self, slots: Iterable[int]) -> int:
         """Make slots usable; return how many of them were not."""
@@ -112,6 +149,7 @@ class SizeClass:
 
     def clear(self, slots: Iterable[int]) -> bool:
         """Make slots unusable; evict their blocks with all descendants. False, if one of them is in use."""
+        self.unpin_unflagged()
         ours = [slot for slot in slots if not self._is_unusable[slot]]
         pool = self.index.warm
         for slot in ours:
@@ -126,12 +164,41 @@ class SizeClass:
         self.num_usable -= len(ours)
         return True
 
+    def open_flags(self) -> LeaseFlags | None:
+        """Return the lease flags of the slots, made at the first call; None where the system has no way to use them."""
+        if self.flags is None:
+            self.flags = LeaseFlags.open(self.num_slots)
+        return self.flags
+
+    def unpin_unflagged(self) -> None:
+        """Unpin the slots whose flags the clients have cleared since an eviction found them."""
+        if self.flags and self.flagged:
+            ended = self.flagged - self.flags.flagged_of(list(self.flagged))
+            self.flagged -= ended
+            self.index.unpin_all(Tier.WARM, list(ended))
+
+    def _renew(self, entry: Entry) -> None:
+        """Keep clients from leasing a block by their flags that may not be found any more, and those that follow it."""
+        pending = [entry]
+        for each in pending:  # the list grows in the loop
+            pending += each.children
+        if self.flags:
+            self.flags.renew([each.warm_slot for each in pending if each.warm_slot is not None])
+
     def is_usable(self, slot: int) -> bool:
         """Return whether a slot exists and is usable."""
         return 0 <= slot < self.num_slots and not self._is_unusable[slot]
 
     def _evict(self, slots: dict[Entry, int]) -> int:
-        """Evict entries, children before parents. A parent stays with its child. Return how many were evicted."""
+        """Evict entries, children before parents. A parent stays with its child. Return how many were evicted.
+
+        Blocks that a client has leased by its flag stay, and are pinned until it clears that.
+        """
+        if self.flags and (leased := self.flags.try_end(slots.values())):
+            for slot in leased - self.flagged:
+                self.index.warm.pin(slot)
+            self.flagged |= leased
+            slots = {entry: slot for entry, slot in slots.items() if slot not in leased}
         evicted = self.index.evict(slots, Tier.WARM)
         for entry in evicted:
             self._forgotten(slots[entry])
@@ -151,12 +218,17 @@ class SizeClass:
         slots = {each: each.warm_slot for each in reversed(order) if each.warm_slot is not None}
         if any(each.pinned or self.index.warm.reference_count(slot) for each, slot in slots.items()):
             return False
+        if not self.slab.may_lose(self, list(slots.values())):
+            return False
         self._evict(slots)
         return True
 
 
 class SharedSlab:
-    """Assigns the extents of a slab of `size_bytes` to size classes."""
+    """Assigns the extents of a slab of `size_bytes` to size classes.
+
+    may_lose: returns whether a class may lose the blocks in these slots to another class.
+    """
 
     def __init__(
         self,
@@ -170,6 +242,7 @@ class SharedSlab:
     ) -> None:
         self.size_bytes = size_bytes
         self._limits = limits
+        self._dropped_evictions = 0
         small = max(_PAGE_BYTES, size_bytes // _MIN_EXTENTS // _PAGE_BYTES * _PAGE_BYTES)
         self.extent_bytes: int = extent_bytes or min(EXTENT_BYTES, small)
         self.owners: list[SizeClass | None] = [None] * (size_bytes // self.extent_bytes)
@@ -177,6 +250,7 @@ class SharedSlab:
         self._make_policy = make_policy
         self._clock = clock
         self._forgotten = forgotten
+        self.may_lose: Callable[[SizeClass, Sequence[int]], bool] = lambda size_class, slots: True
 
     @property
     def has_unassigned(self) -> bool:
@@ -221,6 +295,11 @@ class SharedSlab:
         return len(self.classes) < self._limits.block_sizes and num_slots <= self._limits.slots
 
     @property
+    def evictions(self) -> int:
+        """Blocks that were evicted so far, those of classes that were dropped too."""
+        return self._dropped_evictions + sum(each.evictions for each in self.classes.values())
+
+    @property
     def num_slots(self) -> int:
         """Slots of all classes, usable or not: each takes memory in an index."""
         return sum(each.num_slots for each in self.classes.values())
@@ -234,6 +313,10 @@ class SharedSlab:
         pool = size_class.index.warm
         assert not any(pool.owners) and pool.used_count == size_class.num_slots - size_class.num_usable
         del self.classes[size_class.stride_bytes]
+        self._dropped_evictions += size_class.evictions
+        if size_class.flags:
+            size_class.flags.close()
+            size_class.flags = None
         self.owners = [None if owner is size_class else owner for owner in self.owners]
 
     def grow(self, wanting: SizeClass) -> bool:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from tierkv.daemon.core import Core
-from tierkv.daemon.messages import LimitStatus, TenantStatus
+from tierkv.daemon.messages import LimitStatus, ShareStatus, TenantStatus
+from tierkv.storage.cold_tenants import DEFAULT_TENANT, TenantSettings
 
-__all__ = ["limit_status", "tenant_statuses", "usage_of"]
+__all__ = ["limit_status", "share_statuses", "tenant_statuses", "usage_of"]
+
+_SHOWN_DIGITS = 8  # of the id of a tenant without a name
 
 
 def tenant_statuses(core: Core) -> list[TenantStatus]:
@@ -21,9 +24,32 @@ def tenant_statuses(core: Core) -> list[TenantStatus]:
             warm_blocks=tenant.warm_blocks,
             pinned_bytes=tenant.pinned_bytes,
             clients=tenant.clients,
+            owner=tenant.owner,
         )
         for tenant in core.tenants.by_digest.values()
     ]
+
+
+def share_statuses(core: Core, cold_bytes: Mapping[str | None, int]) -> list[ShareStatus]:
+    """Return what each tenant has and may have. cold_bytes: of each tenant in the store; None: of lost descriptions."""
+    shares = core.tenants.shares
+    owners = {tenant.owner for tenant in core.tenants.by_digest.values()} | shares.settings.keys()
+    found: list[ShareStatus] = []
+    for owner in sorted(owners | {each for each in cold_bytes if each is not None}):
+        settings = shares.settings.get(owner) or TenantSettings(name=owner[:_SHOWN_DIGITS] or DEFAULT_TENANT)
+        found.append(
+            ShareStatus(
+                owner=owner,
+                name=settings.name,
+                warm_bytes=shares.used_bytes(owner),
+                warm_share=settings.warm_share,
+                warm_limit=-1 if settings.warm_limit is None else settings.warm_limit,
+                cold_bytes=cold_bytes.get(owner, 0),
+                cold_share=settings.cold_share,
+                cold_limit=-1 if settings.cold_limit is None else settings.cold_limit,
+            )
+        )
+    return found
 
 
 def usage_of(core: Core) -> list[LimitStatus]:
@@ -66,7 +92,7 @@ def usage_of(core: Core) -> list[LimitStatus]:
         limit_status("description_bytes", limits.description_bytes, (len(each.description) for each in tenants)),
         limit_status("block_sizes", limits.block_sizes, (1 for _ in sizes)),
         limit_status("slots", limits.slots, sizes, limits.slots_of_block_size),
-        limit_status("pinned_bytes", core.pin_quota_of_all_bytes, pinned.values(), core.pin_quota_bytes),
+        limit_status("pinned_bytes", core.pins.quota_of_all_bytes, pinned.values(), core.pins.quota_bytes),
     ]
 
 

@@ -53,7 +53,7 @@ class StoreWriter:
     def submit(self, write: Write) -> None:
         """Queue a published block. If the queue is full, the block is skipped."""
         if not self._queue.try_put(write):
-            self._core.finish_write(write, is_stored=False)
+            self._core.finish_write(write, is_stored=False, reason="queue_full")
 
     def note_use(self, tenant: Tenant) -> None:
         """Have the store note, in the background, that a namespace is in use, if it has blocks of it.
@@ -134,8 +134,9 @@ class StoreWriter:
         store = self._store
         assert store is not None
         published = [write for write in work if isinstance(write, Write)]
-        stored = dict.fromkeys(published, False)
+        skipped = dict.fromkeys(published, "evicted")  # write -> why it is not stored; "" if it is
         writes = [write for write in published if not self._core.is_marked(write)]
+        skipped |= dict.fromkeys(writes, PutOutcome.IO_ERROR.value)
         try:
             if store.notes.are_due and not writes:  # else `put` does it, and would wait twice for a busy store
                 store.maintain()
@@ -149,19 +150,23 @@ class StoreWriter:
                     missing.append(write)
                     lost.add(write.entry)
                 else:
-                    stored[write] = True
+                    skipped[write] = ""
             for tenant in {write.tenant: None for write in missing}:
                 self._register(tenant)
             infos = [self._identifier.identify(write.tenant, write.entry) for write in missing]
-            outcomes = store.put(list(self._threads.map(self._encode, missing, infos)))
+            records = list(self._threads.map(self._encode, missing, infos))
+            for write, record in zip(missing, records, strict=True):
+                if write.tenant.remote:
+                    write.tenant.remote.write(record)
+            outcomes = store.put(records)
             for write, outcome in zip(missing, outcomes, strict=True):
-                stored[write] = outcome in (PutOutcome.STORED, PutOutcome.EXISTS)
+                skipped[write] = "" if outcome in (PutOutcome.STORED, PutOutcome.EXISTS) else outcome.value
             self._note_used([tenant for tenant in work if isinstance(tenant, Tenant)])
         except StoreError as exc:
             _log.warning("%d blocks were not stored: %s", len(writes), exc)
         finally:
             with contextlib.suppress(RuntimeError):  # the loop has ended, and the core with it
-                self._loop.call_soon_threadsafe(self._wrote, stored)
+                self._loop.call_soon_threadsafe(self._wrote, skipped)
 
     def _note_used(self, tenants: Sequence[Tenant]) -> None:
         store = self._store
@@ -180,9 +185,9 @@ class StoreWriter:
             self._store.register_namespace(tenant.digest, tenant.description)
             tenant.is_registered = True
 
-    def _wrote(self, stored: dict[Write, bool]) -> None:
-        for write, is_stored in stored.items():
-            self._core.finish_write(write, is_stored=is_stored)
+    def _wrote(self, skipped: dict[Write, str]) -> None:
+        for write, reason in skipped.items():
+            self._core.finish_write(write, is_stored=not reason, reason=reason)
 
     def _encode(self, write: Write, info: BlockInfo) -> EncodedRecord:
         layout, name = write.tenant.layout, write.tenant.codec

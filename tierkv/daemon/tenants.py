@@ -8,11 +8,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from tierkv.daemon.limits import Limits
+from tierkv.daemon.shares import WarmShares
 from tierkv.daemon.slab import SharedSlab, SizeClass
 from tierkv.daemon.values import BlockSource, Tenant
 from tierkv.errors import CapacityError
 from tierkv.index.index import Entry
 from tierkv.policies import EvictionPolicy
+from tierkv.remote_tiers.remotes import Remotes
 from tierkv.storage.warm import slot_stride
 from tierkv.values.block import HASH_BYTES, BlockHash, Tier
 from tierkv.values.layout import BlockLayout
@@ -39,6 +41,7 @@ class Tenants:
         self.limits = limits
         self.clock = clock
         self.store = store
+        self.remotes: Remotes | None = None
         self.slab: SharedSlab = SharedSlab(
             slab_bytes,
             make_policy=make_policy,
@@ -48,6 +51,10 @@ class Tenants:
             limits=limits,
         )
         self.by_digest: dict[BlockHash, Tenant] = {}
+        self.shares: WarmShares = WarmShares(
+            self.by_digest.values, lambda size_class, slot: self._slot_tenants.get((size_class, slot))
+        )
+        self.slab.may_lose = self.shares.may_lose
         self.description_bytes: int = 0
         self._secret = os.urandom(HASH_BYTES)
         self._slot_tenants: dict[tuple[SizeClass, int], Tenant] = {}
@@ -62,9 +69,13 @@ class Tenants:
         owner: str,
         codec: str,
         has_rows: bool,
+        is_member: bool,
     ) -> Tenant:
         """Return the tenant of a namespace; add it if it is new. Raises CapacityError, as `Core.open_tenant` does."""
         tenant = self.by_digest.get(digest)
+        if tenant is not None and tenant.is_of_member and not is_member:  # the name is not covered by the digest
+            self.description_bytes += len(description) - len(tenant.description)
+            tenant.description, tenant.name, tenant.is_of_member = description, name, False
         if tenant is None:
             stride_bytes = slot_stride(layout.block_bytes)
             self._make_room(len(description), stride_bytes)
@@ -75,9 +86,14 @@ class Tenants:
                 )
             size_class = self.slab.class_of(stride_bytes)
             root_hash = self._root_hash(digest)
+            name = "" if is_member else name
             tenant = Tenant(digest, description, name, owner, layout, size_class, root_hash, codec, has_rows)
+            tenant.is_of_member = is_member
             if self.store is not None:
                 tenant.sources.append(self.store)
+            if self.remotes is not None:
+                tenant.remote = self.remotes.source(description)
+                tenant.sources.append(tenant.remote)
             self.by_digest[digest] = tenant
             self.description_bytes += len(description)
         assert (tenant.layout, tenant.has_rows) == (layout, has_rows), "a digest covers both"
@@ -112,6 +128,12 @@ class Tenants:
     def root(self, tenant: Tenant) -> Entry | None:
         """Return the root entry of a namespace, if it has any block."""
         return tenant.size_class.index.peek(tenant.root_hash)
+
+    def parent_entry(self, tenant: Tenant, known: Sequence[Entry | None], total: int) -> Entry | None:
+        """Return the entry that block `total` of a prompt follows, where the index has it. known: as `walk` returns."""
+        if total > len(known):
+            return None
+        return known[total - 1] if total else self.root(tenant)
 
     def insert(self, tenant: Tenant, hashes: Sequence[bytes], tokens: bytes, wanted: Sequence[int]) -> dict[int, Entry]:
         """Return the entries of the wanted blocks and of those that they follow, by number; make the missing ones.
@@ -155,6 +177,23 @@ class Tenants:
             found.append(entry)
         return found
 
+    def least_recent(self, to_bytes: int) -> set[BlockHash]:
+        """Return the hashes of the blocks whose eviction leaves at most so many bytes in the warm tier."""
+        blocks = [
+            (entry.last_access, -entry.depth, tenant.layout.block_bytes, entry.block_hash)
+            for tenant in self.by_digest.values()
+            for entry in self.entries_of(tenant)
+            if entry.warm_slot is not None
+        ]
+        excess = sum(size for _, _, size, _ in blocks) - to_bytes
+        chosen: set[BlockHash] = set()
+        for _, _, size, block_hash in sorted(blocks):
+            if excess <= 0:
+                break
+            chosen.add(block_hash)
+            excess -= size
+        return chosen
+
     def owns(self, tenant: Tenant) -> Callable[[int], bool]:
         """Return a function that says whether a slot holds a block of this namespace."""
         size_class, tenants = tenant.size_class, self._slot_tenants
@@ -171,8 +210,9 @@ class Tenants:
     def forget_unused(self) -> None:
         """Remove namespaces without a client, a block, a load or a state file, and size classes without a namespace."""
         for size_class in self.slab.classes.values():
+            size_class.unpin_unflagged()
             size_class.chosen.retry()
-        num_own = int(self.store is not None)
+        num_own = int(self.store is not None) + int(self.remotes is not None)
         for tenant in list(self.by_digest.values()):
             if not (tenant.clients or tenant.warm_blocks or tenant.num_loading or len(tenant.sources) > num_own):
                 del self.by_digest[tenant.digest]
@@ -192,6 +232,8 @@ class Tenants:
         counted = Counter(self._slot_tenants.values())
         tenants = self.by_digest.values()
         for tenant in tenants:
+            awaited = [entry for entry in self.entries_of(tenant) if entry.awaited and entry.warm_slot is None]
+            assert tenant.num_awaited == len(awaited), "slots that are being filled are not counted"
             for entry in self.entries_of(tenant):
                 assert entry.warm_slot is not None or entry.awaited or entry.children, "an entry that nothing uses"
         assert all(tenant.warm_blocks == counted[tenant] for tenant in tenants)

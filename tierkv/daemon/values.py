@@ -12,6 +12,7 @@ from tierkv.daemon.protocol import ProtocolError, split_hashes
 from tierkv.daemon.slab import SizeClass
 from tierkv.errors import StoreError
 from tierkv.index.index import Entry
+from tierkv.remote_tiers.source import RemoteSource
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import BlockInfo
 from tierkv.values.block import HASH_BYTES, TOKEN_BYTES, BlockHash, ContentDigest, chain_content_digest
@@ -63,8 +64,9 @@ class Tenant:
 
     root_hash: key of its root in the index. No client knows it, so that no block can take it.
     codec: the lossy codec of its blocks, or "". claims: by the hashes of the blocks. left_at: when its last client
-    left. num_loading: fetches and loads in work. is_registered: whether the store has its description.
-    has_rows: its blocks are all children of the root.
+    left. num_loading: fetches and loads in work. num_awaited: slots that loads and clients are filling.
+    is_registered: whether the store has its description. is_of_member: no client of the daemon's user has described it.
+    has_rows: its blocks are all children of the root. remote: its blocks in remote tiers, the last of the sources.
     """
 
     digest: BlockHash
@@ -83,7 +85,10 @@ class Tenant:
     clients: int = 0
     left_at: float = 0.0
     num_loading: int = 0
+    num_awaited: int = 0
     is_registered: bool = False
+    is_of_member: bool = False
+    remote: RemoteSource | None = None
 
     @property
     def step(self) -> int:
@@ -177,11 +182,12 @@ class Connection:
     num_leases: the sum of `leases`. num_fetching: slots pinned by its fetches in work, which become leases.
     claims: by number, those that expire first in front. num_claimed: blocks of all its claims.
     asks_for_evictions: whether it drops its own copies of evicted blocks. evicted_number, evicted: the last eviction
-    that it has applied, and its report of that.
+    that it has applied, and its report of that. has_flags: whether it leases known blocks by flags.
     """
 
     tenant: Tenant | None = None
     client: str = ""
+    has_flags: bool = False
     leases: Counter[int] = field(default_factory=Counter)
     num_leases: int = 0
     num_fetching: int = 0

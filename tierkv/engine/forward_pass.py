@@ -12,6 +12,7 @@ from tierkv.engine.attention_paged import layout_uses_flash
 from tierkv.engine.cascade import CascadeCost, SharedPrefix, plan_cascade
 from tierkv.engine.graphs import Compute, GraphedModel
 from tierkv.engine.models import LoadedModel
+from tierkv.ranks.rank_sums import can_capture
 
 __all__ = ["ForwardPass"]
 
@@ -36,11 +37,13 @@ class ForwardPass:
         self.cascade_steps: int = 0
         self._compute: Compute = compute or PlainModel(loaded.model)
         self._cache = cache
-        self._cascade_cost = (cascade_cost or _cascade_cost(loaded, cache)) if cascade == "auto" else None
         self._device = torch.device(loaded.model.device)
         self.graphs: GraphedModel | None = None
         if _wants_graphs(use_graphs, cache):
             self.graphs = GraphedModel(loaded.model, cache, self._compute)
+        # Block ids differ between ranks, and so may plans: ranks would capture and replay graphs of other shapes.
+        may_cascade = cascade == "auto" and (self.graphs is None or cache.ranks.size == 1)
+        self._cascade_cost = (cascade_cost or _cascade_cost(loaded, cache)) if may_cascade else None
         self._planned: tuple[list[int], list[list[int]]] = ([], [])  # whole blocks and tables of the last plan
         self._last_plan: tuple[SharedPrefix, ...] = ()
 
@@ -76,8 +79,10 @@ class ForwardPass:
 
 
 def _wants_graphs(wish: bool | None, cache: TierCache) -> bool:
-    """Return whether to use graphs. A split model needs a request: NCCL and every rank must capture its collectives."""
-    return cache.ranks.size == 1 if wish is None else wish
+    """Return whether to use graphs: of a split model if its collective operations can be captured."""
+    if wish is not None:
+        return wish
+    return cache.ranks.size == 1 or (cache.device.type == "cuda" and can_capture())
 
 
 def _cascade_cost(loaded: LoadedModel, cache: TierCache) -> CascadeCost | None:

@@ -1,14 +1,14 @@
 """FusedDecoder: the forward pass of common decoders with merged projections and fused element-wise kernels.
 
 It computes what the modules of Transformers compute, from their own weights; the model itself stays as it is, apart
-from where its weights lie. Which models: those whose classes are known here by name, with plain modules inside. The
-self-test at opening compares its logits with the model's own.
+from where its weights lie. Which models: those whose classes are known here by name, with plain modules inside, whole
+or split over several ranks. The self-test at opening compares its logits with the model's own.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,12 @@ from tierkv.engine.attention import AttentionBatch, attend_batch
 from tierkv.engine.attention_paged import PagedQuery
 from tierkv.engine.fused_ops import Norm, Places, add_norm, gate, has_kernels, heads_of
 from tierkv.engine.merged_weights import MergedLinear, WeightUsers, merge_linears, why_not
+from tierkv.engine.model_state import local_part
 from tierkv.engine.model_support import self_test
+from tierkv.engine.split_linears import SplitHead, SummedLinear, is_split_evenly, open_sums, split_reasons
 from tierkv.errors import ConfigError, UnsupportedModelError
 from tierkv.ranks.group import RankGroup
+from tierkv.ranks.rank_sums import RankSums
 from tierkv.values.layout import BlockLayout
 
 __all__ = ["FusedDecoder", "fuse_model", "test_fused"]
@@ -34,7 +37,7 @@ _ARCHITECTURES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 
 @dataclass(slots=True, kw_only=True)
 class _Layer:
-    """One decoder layer. shape: heads, kv_heads, head_dim."""
+    """One decoder layer. shape: heads, kv_heads, head_dim; of this rank."""
 
     index: int
     shape: tuple[int, int, int]
@@ -43,10 +46,10 @@ class _Layer:
     before_attention: Norm
     qkv: MergedLinear
     head_norms: tuple[Norm, Norm] | None
-    output: nn.Module
+    output: Callable[[Tensor], Tensor]
     before_mlp: Norm
     gate_up: MergedLinear
-    down: nn.Module
+    down: Callable[[Tensor], Tensor]
 
 
 def fuse_model(model: Any, wish: str, ranks: RankGroup) -> FusedDecoder | None:
@@ -61,7 +64,7 @@ def fuse_model(model: Any, wish: str, ranks: RankGroup) -> FusedDecoder | None:
         return None
     reason = next(_reasons(model, ranks), None)
     if reason is None:
-        return FusedDecoder(model)
+        return FusedDecoder(model, open_sums(model) if ranks.size > 1 else None)
     if wish == "on":
         raise UnsupportedModelError(f"{type(model).__name__} cannot be fused: {reason}")
     _log.info("%s runs without fused kernels: %s", type(model).__name__, reason)
@@ -87,17 +90,25 @@ def test_fused(model: Any, layout: BlockLayout, wish: str, ranks: RankGroup) -> 
 
 
 class FusedDecoder:
-    """Computes a model's forward passes; made by `fuse_model`. Merges weights at construction."""
+    """Computes a model's forward passes; made by `fuse_model`. Merges weights at construction.
 
-    def __init__(self, model: Any) -> None:
+    sums: adds what the ranks of a split model compute; None for a whole one.
+    """
+
+    def __init__(self, model: Any, sums: RankSums | None = None) -> None:
         decoder = model.model
+        self.sums: RankSums | None = sums
         self._embed = decoder.embed_tokens
         self._rotary = decoder.rotary_emb
         self._norm = _norm_of(decoder.norm)
         self._head = model.lm_head
-        is_plain = type(model.lm_head) is nn.Linear and len(list(model.lm_head.parameters())) == 1
-        self._head_weight: Tensor | None = model.lm_head.weight.t() if is_plain else None
-        self._layers = [_layer_of(layer, model.config) for layer in decoder.layers]
+        self._split_head: SplitHead | None = None
+        self._head_weight: Tensor | None = None
+        if sums is not None and is_split_evenly(model.lm_head):
+            self._split_head = SplitHead(model.lm_head, sums)
+        elif type(model.lm_head) is nn.Linear and [type(each) for each in model.lm_head.parameters()] == [nn.Parameter]:
+            self._head_weight = model.lm_head.weight.t()
+        self._layers = [_layer_of(layer, model.config, sums) for layer in decoder.layers]
 
     def __call__(
         self, input_ids: Tensor, batch: AttentionBatch, logits_to_keep: Tensor | None = None, out: Tensor | None = None
@@ -116,6 +127,8 @@ class FusedDecoder:
         if logits_to_keep is not None:
             hidden, residual = hidden[logits_to_keep], residual[logits_to_keep]
         normed, _ = add_norm(hidden, residual, self._norm)
+        if self._split_head is not None:
+            return self._split_head(normed, out)
         if out is None:
             logits: Tensor = self._head(normed)
             return logits
@@ -155,8 +168,6 @@ def _reasons(model: Any, ranks: RankGroup) -> Iterator[str]:
     if architecture is None:
         yield f"its class is not that of {', '.join(_ARCHITECTURES)} in Transformers"
         return
-    if ranks.size > 1:
-        yield "it is split over several ranks"
     if model.device.type == "cuda" and not has_kernels():
         yield "triton is not installed"
     decoder, config = model.model, model.config
@@ -167,10 +178,12 @@ def _reasons(model: Any, ranks: RankGroup) -> Iterator[str]:
         yield "it does not run all of its layers"
     if any(parameter.dtype != model.dtype for parameter in decoder.parameters()):
         yield "its weights have several dtypes"
-    yield from _patches(model)
+    yield from _patches(model, may_be_split=ranks.size > 1)
     users = WeightUsers(model)
     for layer in decoder.layers:
         yield from _layer_reasons(layer, architecture, users)
+        if ranks.size > 1:
+            yield from split_reasons(layer)
     if not _is_of(decoder.norm, architecture, "RMSNorm"):
         yield "its norm is not its class's own"
 
@@ -191,10 +204,16 @@ def _layer_reasons(layer: Any, architecture: str, users: WeightUsers) -> Iterato
             yield reason
 
 
-def _patches(model: nn.Module) -> Iterator[str]:
-    """Yield a module whose call does more than its class says: hooks, or a forward of its own."""
+def _patches(model: nn.Module, *, may_be_split: bool) -> Iterator[str]:
+    """Yield a module whose call does more than its class says: hooks, or a forward of its own.
+
+    may_be_split: the forward with which Transformers splits a module is none of its own.
+    """
     for name, module in model.named_modules():
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        own = vars(module).get("forward")
+        if may_be_split and getattr(own, "__module__", "").startswith("transformers.distributed."):
+            own = None
+        if module._forward_hooks or module._forward_pre_hooks or own is not None:
             yield f"{name or 'it'} has hooks or a forward of its own"
             return
 
@@ -209,7 +228,7 @@ def _is_of(module: Any, architecture: str, kind: str) -> bool:
     }
 
 
-def _layer_of(layer: Any, config: Any) -> _Layer:
+def _layer_of(layer: Any, config: Any, sums: RankSums | None) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
     dim = attention.head_dim
     qkv = merge_linears([attention.q_proj, attention.k_proj, attention.v_proj])
@@ -219,17 +238,22 @@ def _layer_of(layer: Any, config: Any) -> _Layer:
     norms = [_norm_of(each) for each in _head_norms_of(attention)]
     return _Layer(
         index=int(attention.layer_idx),
-        shape=(attention.q_proj.out_features // dim, attention.k_proj.out_features // dim, dim),
+        shape=(_num_outputs(attention.q_proj) // dim, _num_outputs(attention.k_proj) // dim, dim),
         scale=float(attention.scaling),
         window=_window_of(attention, config),
         before_attention=_norm_of(layer.input_layernorm),
         qkv=qkv,
         head_norms=(norms[0], norms[1]) if norms else None,
-        output=attention.o_proj,
+        output=SummedLinear(attention.o_proj, sums) if sums else attention.o_proj,
         before_mlp=_norm_of(layer.post_attention_layernorm),
         gate_up=gate_up,
-        down=mlp.down_proj,
+        down=SummedLinear(mlp.down_proj, sums) if sums else mlp.down_proj,
     )
+
+
+def _num_outputs(linear: Any) -> int:
+    """Return how many outputs of a linear module this device computes."""
+    return int(local_part(linear.weight).shape[0])
 
 
 def _window_of(attention: Any, config: Any) -> int | None:

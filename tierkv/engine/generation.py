@@ -26,7 +26,8 @@ class GenerationOptions:
     sampling: how tokens are chosen; greedy by default.
     stop_ids: token ids that end a sequence and are its last token; None takes the model's end-of-sequence ids.
     use_cache: False neither finds blocks nor keeps any.
-    store_partial: also store the partly filled last block of each finished sequence.
+    store_partial: also store the partly filled last block of each finished sequence, so that the next turn of a
+    conversation finds all that was computed; docs/benchmarks.md has the cost. False stores whole blocks only.
     keep_logits: keep the float32 logits of every new token, on the CPU.
     Raises ConfigError for a max_new_tokens that is not a positive integer.
 
@@ -38,7 +39,7 @@ class GenerationOptions:
     sampling: SamplingOptions = field(default_factory=SamplingOptions)
     stop_ids: frozenset[int] | None = None
     use_cache: bool = True
-    store_partial: bool = False
+    store_partial: bool = True
     keep_logits: bool = False
 
     def __post_init__(self) -> None:

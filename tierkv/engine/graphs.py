@@ -23,6 +23,8 @@ from tierkv.engine.attention_cascade import CascadeShape
 from tierkv.engine.attention_paged import MAX_SHORT_TOKENS, layout_uses_flash
 from tierkv.engine.cascade import SharedPrefix
 from tierkv.engine.graph_inputs import GraphInputs, GraphShape, LoadEvents
+from tierkv.engine.model_state import local_part
+from tierkv.ranks.group import UNABLE, agree_min
 
 __all__ = ["MAX_GRAPH_ROWS", "Compute", "GraphedModel", "graph_shape"]
 
@@ -54,7 +56,8 @@ class GraphedModel:
     """Replays forward passes of a model over a cache; returns None for passes that must run eagerly.
 
     compute: the model's forward pass; None for that of its own modules. A shape is captured at its second use, or by
-    `capture_decoding`. If a capture fails, such passes run eagerly from then on.
+    `capture_decoding`. If a capture fails, such passes run eagerly from then on: on every rank of a split model if it
+    fails on one, since padded passes and others do not meet in the same collective operations.
     """
 
     def __init__(self, model: Any, cache: TierCache, compute: Compute | None = None) -> None:
@@ -73,7 +76,7 @@ class GraphedModel:
             self._stream = torch.cuda.Stream(model.device)
             self._side = torch.cuda.Stream(model.device)  # for a cascade's own pass, beside the shared pass
             # A graph reads weights at their addresses, also if a caller moves them before the next check of the model.
-            self._weights = [parameter.detach() for parameter in model.parameters()]
+            self._weights = [local_part(parameter.detach()) for parameter in model.parameters()]
 
     def run(
         self, steps: Sequence[SequenceStep], token_ids: Sequence[int], plan: Sequence[SharedPrefix] = ()
@@ -117,6 +120,25 @@ class GraphedModel:
         return captured
 
     def _capture(self, shape: GraphShape) -> bool:
+        """Capture a shape. Return whether every rank could."""
+        captured = self._try_capture(shape)
+        if not self._is_captured_everywhere(captured is not None):
+            if shape.rest_tokens:
+                self._is_mixed_usable = False
+            else:
+                self._is_usable = False
+            return False
+        assert captured is not None
+        self._graphs[shape] = captured
+        return True
+
+    def _is_captured_everywhere(self, is_captured: bool) -> bool:
+        """Return whether all ranks have captured the same shape, the same on every rank."""
+        if self._cache.ranks.size == 1:
+            return is_captured
+        return agree_min(self._cache.ranks, 1 if is_captured else UNABLE, topic=b"capture").lowest == 1
+
+    def _try_capture(self, shape: GraphShape) -> _Graph | None:
         inputs = GraphInputs(shape, self._cache, self._model.device, self._load_events, self._side)
         graph = torch.cuda.CUDAGraph()
         try:
@@ -130,14 +152,9 @@ class GraphedModel:
                 inputs.batch.seen_layers.clear()
                 self._compute(inputs.token_ids, inputs.batch, inputs.last, out)
         except RuntimeError as exc:
-            if shape.rest_tokens:
-                self._is_mixed_usable = False
-            else:
-                self._is_usable = False
             _log.info("%s cannot be captured as a CUDA graph and runs eagerly: %s", type(self._model).__name__, exc)
-            return False
-        self._graphs[shape] = _Graph(graph, inputs, out)
-        return True
+            return None
+        return _Graph(graph, inputs, out)
 
 
 def graph_shape(steps: Sequence[SequenceStep], plan: Sequence[SharedPrefix], *, block_size: int) -> GraphShape | None:

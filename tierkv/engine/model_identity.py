@@ -19,7 +19,7 @@ from tierkv.ranks.group import OneRank, RankGroup
 from tierkv.values.layout import BlockLayout
 from tierkv.values.namespace import Namespace
 
-__all__ = ["ModelCheck", "namespace_of"]
+__all__ = ["ModelCheck", "configuration_of", "namespace_of"]
 
 _HINT = "open it anew"
 
@@ -48,9 +48,7 @@ def namespace_of(
         )
     group = ranks or OneRank()
     state = state or read_stable_state(model)
-    config = model.config.get_text_config().to_dict()
-    architecture = {"class": type(model).__name__}
-    architecture |= {key: value for key, value in config.items() if key not in VOLATILE_FIELDS}
+    architecture = configuration_of(model)
     architecture["modules"] = _joint_digest(_settings_digest(state), group)
     if torch.get_default_dtype() != torch.float32:  # tensors that a model makes in its forward pass may have it
         architecture["default_dtype"] = str(torch.get_default_dtype())
@@ -64,6 +62,12 @@ def namespace_of(
         tp_size=group.size,
         name=name,
     )
+
+
+def configuration_of(model: Any) -> dict[str, Any]:
+    """Return the class of a Hugging Face model and the fields of its configuration that decide K and V."""
+    config = model.config.get_text_config().to_dict()
+    return {"class": type(model).__name__} | {key: value for key, value in config.items() if key not in VOLATILE_FIELDS}
 
 
 def _settings_digest(state: ModelState) -> str:

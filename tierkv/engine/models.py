@@ -17,7 +17,16 @@ from tierkv.engine.transformers_import import import_transformers
 from tierkv.errors import ConfigError, StoreError, UnsupportedModelError
 from tierkv.values.files import open_regular, user_path
 
-__all__ = ["EMBEDDED", "LoadedModel", "load_model", "split_model"]
+__all__ = [
+    "EMBEDDED",
+    "LoadedModel",
+    "device_of",
+    "dtype_of",
+    "first_line",
+    "load_model",
+    "path_of",
+    "split_model",
+]
 
 _MODEL_SUFFIXES = (".json", ".safetensors", ".bin", ".pt", ".model", ".txt", ".jinja", ".gguf")
 
@@ -47,9 +56,9 @@ def load_model(
     'embedded'
     """
     transformers = import_transformers()
-    target = _device(device)
-    path = _path_of(name, cache_dir)
-    options = {"dtype": _dtype(dtype, target)}
+    target = device_of(device)
+    path = path_of(name, cache_dir)
+    options = {"dtype": dtype_of(dtype, target)}
     try:
         config = transformers.AutoConfig.from_pretrained(path)
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
@@ -58,7 +67,7 @@ def load_model(
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         model = model.to(target).eval()
     except Exception as exc:  # a model's files make Transformers and its libraries raise anything
-        raise ConfigError(f"cannot load the model {name or EMBEDDED!r}: {_first_line(exc)}") from exc
+        raise ConfigError(f"cannot load the model {name or EMBEDDED!r}: {first_line(exc)}") from exc
     if fault := _fault_of(found, tokenizer):
         raise ConfigError(f"cannot load the model {name or EMBEDDED!r}: {fault}")
     return LoadedModel(model, tokenizer, name or EMBEDDED)
@@ -100,7 +109,7 @@ def split_model(model: Any) -> Any:
         config, _, mesh = model.prepare_distribute_model(config)  # the type of the mesh differs between versions
         return model.maybe_distribute_model(model, config, mesh)
     except ValueError as exc:
-        raise UnsupportedModelError(f"{name} cannot be split over {size} devices: {_first_line(exc)}") from exc
+        raise UnsupportedModelError(f"{name} cannot be split over {size} devices: {first_line(exc)}") from exc
     finally:
         _tie(model, tied)
 
@@ -144,7 +153,7 @@ def _set_parameter(model: Any, name: str, parameter: torch.nn.Parameter) -> None
     setattr(model.get_submodule(module_name), attribute, parameter)
 
 
-def _path_of(name: str | None, cache_dir: Path | None) -> str:
+def path_of(name: str | None, cache_dir: Path | None) -> str:
     """Return the argument for Transformers: a directory or a name of the hub. Raises ConfigError."""
     if name is None or name == EMBEDDED:
         if cache_dir is None:
@@ -173,7 +182,8 @@ def _path_of(name: str | None, cache_dir: Path | None) -> str:
     return str(path)
 
 
-def _device(name: str | None) -> torch.device:
+def device_of(name: str | None) -> torch.device:
+    """Return the device of a name, CUDA by default if there is one. Raises ConfigError."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as exc:
@@ -187,7 +197,8 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _dtype(name: str | None, device: torch.device) -> Any:
+def dtype_of(name: str | None, device: torch.device) -> Any:
+    """Return torch's dtype of a name, or "auto" for the checkpoint's on a CPU. Raises ConfigError."""
     if name is None:
         return torch.bfloat16 if device.type == "cuda" else "auto"
     dtype = getattr(torch, name, None)
@@ -196,7 +207,8 @@ def _dtype(name: str | None, device: torch.device) -> Any:
     return dtype
 
 
-def _first_line(exc: BaseException) -> str:
+def first_line(exc: BaseException) -> str:
+    """Return the first line of an error's text, with the next one where it ends in a colon."""
     lines = [line.strip() for line in str(exc).splitlines() if line.strip()]
     if lines and lines[0].endswith(":"):
         return " ".join(lines[:2])

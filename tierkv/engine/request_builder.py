@@ -23,13 +23,17 @@ __all__ = ["RequestBuilder"]
 
 
 class RequestBuilder:
-    """Makes requests for one model and its cache."""
+    """Makes requests for one model and its cache.
+
+    leads: the first rank alone takes requests, so it asks no other rank for seeds.
+    """
 
     def __init__(self, model: Any, cache: TierCache) -> None:
         self._model = model
         self._cache = cache
         self._num_ids = model.get_input_embeddings().num_embeddings
         self._context = context_of(model)
+        self.leads: bool = False
 
     def build(self, prompts: Sequence[Sequence[int]], options: GenerationOptions) -> list[ModelRequest]:
         """Return a request for each prompt. Raises as `check_prompt`, with the index of the prompt in the message."""
@@ -59,19 +63,38 @@ class RequestBuilder:
         request.max_new_tokens = 0
         return request
 
+    def build_received(
+        self,
+        token_ids: npt.NDArray[np.uint32],
+        sampler: Sampler,
+        *,
+        max_new_tokens: int,
+        stop_ids: frozenset[int],
+        use_cache: bool,
+        keeps_partial: bool,
+    ) -> ModelRequest:
+        """Return a request that the first rank has checked."""
+        return ModelRequest(
+            token_ids=token_ids.tolist(),
+            prompt_tokens=len(token_ids),
+            max_new_tokens=max_new_tokens,
+            hashes=self._hashes_of(token_ids) if use_cache else (),
+            use_cache=use_cache,
+            keeps_partial=keeps_partial,
+            number=0,
+            sampler=sampler,
+            stop_ids=stop_ids,
+            started=time.perf_counter(),
+        )
+
     def _request(
         self, token_ids: npt.NDArray[np.uint32], options: GenerationOptions, sampler: Sampler, *, number: int = 0
     ) -> ModelRequest:
-        hashes: tuple[bytes, ...] = ()
-        if options.use_cache:
-            size = self._cache.config.block_size
-            chain = iter_chain(self._cache.namespace.digest, token_ids.tobytes(), size)
-            hashes = tuple(block_hash for block_hash, _ in chain)
         return ModelRequest(
             token_ids=token_ids.tolist(),
             prompt_tokens=len(token_ids),
             max_new_tokens=options.max_new_tokens,
-            hashes=hashes,
+            hashes=self._hashes_of(token_ids) if options.use_cache else (),
             use_cache=options.use_cache,
             keeps_partial=options.store_partial and options.use_cache,
             number=number,
@@ -80,6 +103,11 @@ class RequestBuilder:
             started=time.perf_counter(),
             keep_logits=options.keep_logits,
         )
+
+    def _hashes_of(self, token_ids: npt.NDArray[np.uint32]) -> tuple[bytes, ...]:
+        """Return the chained hashes of a prompt's whole blocks."""
+        chain = iter_chain(self._cache.namespace.digest, token_ids.tobytes(), self._cache.config.block_size)
+        return tuple(block_hash for block_hash, _ in chain)
 
     def check_prompt(self, prompt: Sequence[int], num_new: int = 1) -> npt.NDArray[np.uint32]:
         """Return a prompt's token ids.
@@ -111,7 +139,7 @@ class RequestBuilder:
 
     def sampling_of_all_ranks(self, sampling: SamplingOptions) -> SamplingOptions:
         """Return sampling with the first rank's seed: without one, each rank would choose other tokens."""
-        if self._cache.ranks.size == 1 or sampling.seed is not None or not sampling.temperature:
+        if self._cache.ranks.size == 1 or self.leads or sampling.seed is not None or not sampling.temperature:
             return sampling
         seeds = self._cache.ranks.gather(str(torch.Generator().seed()).encode())
         return replace(sampling, seed=int(seeds[0]))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -30,7 +33,7 @@ from tierkv.engine.models import LoadedModel
 from tierkv.engine.request_builder import RequestBuilder
 from tierkv.engine.step_loop import StepLoop
 from tierkv.errors import ConfigError
-from tierkv.ranks.group import OneRank, RankGroup
+from tierkv.ranks.group import OneRank, RankGroup, agree_min
 from tierkv.requests.sequence import Sequence
 from tierkv.storage.cold import ColdStore
 from tierkv.values.checks import check_count
@@ -48,7 +51,7 @@ class Runner:
     max_step_tokens: new tokens of one forward pass at most; longer prompts are computed in pieces.
     cascade: "auto" lets sequences that decode together read a shared prefix once where that is faster; "off" never.
     cascade_cost: the speeds for that decision; None takes those measured on an H200 or a CPU.
-    use_graphs: replay CUDA graphs; None does unless the model is split.
+    use_graphs: replay CUDA graphs; None does, of a split model only if its collective library can be captured.
     fuse: "auto" merges projections and fuses element-wise kernels on CUDA where the model is known, "off" never, "on"
     on any device. It moves weights: a runner that was opened without it on the same model must be opened anew.
     state: the model's state when the cache's namespace was made; None reads it now.
@@ -138,9 +141,10 @@ class Runner:
         request = self._builder.build_prefill(token_ids)
         with self.step_loop.lock, self._attention:
             self._commits.model_check.check()
-        num_cached = self.cache.match(request.token_ids).num_cached_tokens
-        if self.cache.ranks.agree_min(num_cached, topic=b"prefill").lowest == request.prompt_tokens:
-            return 0
+        if not self.step_loop.is_joint:  # then the other ranks make this call too
+            num_cached = self.cache.match(request.token_ids).num_cached_tokens
+            if agree_min(self.cache.ranks, num_cached, topic=b"prefill").lowest == request.prompt_tokens:
+                return 0
         for _ in self._run([request], is_stream=False):
             pass
         return request.prompt_tokens - sum(request.result().cached_tokens.values())
@@ -159,7 +163,10 @@ class Runner:
         """Capture the CUDA graphs of decode steps now, which are else captured at their second use.
 
         For up to so many sequences of up to so many tokens each. Return how many graphs; 0 where none are used.
+        All ranks of a split model call this together, before they have an engine: ConfigError after that.
         """
+        if self.step_loop.is_joint:
+            raise ConfigError("the ranks' engine runs", hint="capture graphs before you open it")
         if self._pass.graphs is None:
             return 0
         with self.step_loop.lock, torch.inference_mode(), self._attention:
@@ -229,7 +236,8 @@ def open_runner(
     adapter, salt: more of the cache's namespace: a digest of an unmerged adapter; what separates tenants.
     cold: an open store to use in place of `config.cold_path`.
     ranks: of a model that is split over several processes; all of them call this function together. Sizes in `config`
-    are of one rank, except `cold_bytes`: one store serves all ranks of a machine. The other options are `Runner`'s.
+    are of one rank, except `cold_bytes`: one store serves all ranks of a machine. They share its cores: together they
+    have no more of `num_io_threads` than cores. The other options are `Runner`'s.
     Raises UnsupportedModelError, with the reason, before anything is opened. Raises ConfigError for other ranks than
     the model's and for a block_size beyond its context, CapacityError for pools that hold too few blocks.
 
@@ -243,6 +251,7 @@ def open_runner(
     check_supported(model)
     check_split(model, ranks or OneRank())
     check_block_size(model, config.block_size)
+    config = _share_cores(config, ranks or OneRank())
     state = read_stable_state(model)
     layout = probe_layout(model, block_size=config.block_size)
     fuse = test_fused(model, layout, fuse, ranks or OneRank())
@@ -258,3 +267,12 @@ def open_runner(
             fuse=fuse,
             state=state,
         )
+
+
+def _share_cores(config: CacheConfig, ranks: RankGroup) -> CacheConfig:
+    """Return the config with so few I/O threads that all ranks of this machine have one core for each."""
+    if ranks.size == 1:
+        return config
+    hosts = ranks.gather(platform.node().encode())
+    cores = (os.cpu_count() or 1) // hosts.count(hosts[ranks.rank])
+    return replace(config, num_io_threads=max(1, min(config.num_io_threads, cores)))

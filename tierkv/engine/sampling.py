@@ -76,14 +76,25 @@ class Sampler:
     that is computed again from some token on gets the same tokens.
     """
 
-    def __init__(self, options: SamplingOptions, *, number: int = 0) -> None:
-        """Start with the options' seed. number: the index of this prompt among equal prompts of the call."""
+    def __init__(self, options: SamplingOptions, *, number: int = 0, state: int | None = None) -> None:
+        """Start with the options' seed. number: the index of this prompt among equal prompts of the call.
+
+        state: of another sampler, which then draws the same tokens.
+        """
         self.options = options
         self.num_drawn: int = 0
         seed = options.seed
-        self._seed = int.from_bytes(os.urandom(8), "little") if seed is None else _seed_of(seed, number) % (1 << 64)
+        if state is not None:
+            self._seed = state
+        else:
+            self._seed = int.from_bytes(os.urandom(8), "little") if seed is None else _seed_of(seed, number) % (1 << 64)
         self._row_start = (b"", 0)  # of `settings`: what stays the same, and for which vocabulary
         self._row_end = struct.pack("<i", options.top_logprobs is not None)
+
+    @property
+    def state(self) -> int:
+        """The number on which all draws depend."""
+        return self._seed
 
     @property
     def is_plain(self) -> bool:

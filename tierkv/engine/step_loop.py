@@ -19,6 +19,7 @@ from tierkv.engine.generation import ModelRequest
 from tierkv.engine.model_identity import ModelCheck
 from tierkv.engine.outbox import Outbox
 from tierkv.engine.pass_runner import PassRunner
+from tierkv.engine.rank_news import FollowedNews, LocalNews, NewsSource
 from tierkv.engine.request_builder import RequestBuilder
 from tierkv.engine.verified_commits import VerifiedCommits
 from tierkv.errors import ClosedError, ConfigError
@@ -86,6 +87,7 @@ class StepLoop:
         self._deadlines = Deadlines()
         self._open: set[ModelRequest] = set()
         self._wake: Callable[[], None] | None = None
+        self._news: NewsSource = LocalNews()
 
     @property
     def is_attached(self) -> bool:
@@ -103,13 +105,22 @@ class StepLoop:
         return bool(self._arrivals or self._cancelled or self.outbox.is_pending or self.scheduler.has_work)
 
     def submit(self, requests: Iterable[ModelRequest]) -> None:
-        """Let new requests wait; the next step admits them if there is room."""
+        """Let new requests wait; the next step admits them if there is room.
+
+        Raises ConfigError on ranks that follow another one's steps.
+        """
+        self.require_requests()
         for request in requests:
             request.overlap = self.may_overlap
             self._open.add(request)
             self._arrivals.append(request)
         if wake := self._wake:
             wake()
+
+    def require_requests(self) -> None:
+        """Raise ConfigError unless requests may come to this rank."""
+        if isinstance(self._news, FollowedNews):
+            raise ConfigError("requests come to the first rank's engine: this one follows its steps")
 
     def cancel(self, request: ModelRequest, reason: str = "cancelled") -> None:
         """Let the next step end a request. It does nothing if the request has ended."""
@@ -122,17 +133,27 @@ class StepLoop:
         if request.state is not RequestState.ENDED:
             self._cancelled.append((request, reason))
 
-    def attach(self, wake: Callable[[], None]) -> None:
-        """Let a thread step this loop. wake: called when there is something to do. Raises ConfigError for a second."""
+    @property
+    def is_joint(self) -> bool:
+        """Whether the first rank decides for several ranks what each step takes into the queue."""
+        return not isinstance(self._news, LocalNews)
+
+    def attach(self, wake: Callable[[], None], news: NewsSource | None = None) -> None:
+        """Let a thread step this loop. wake: called when there is something to do. Raises ConfigError for a second.
+
+        news: of all ranks, if there are several.
+        """
         with self.lock:
             if self._wake is not None:
                 raise ConfigError("the runner has an engine already")
             self._wake = wake
+            self._news = news or LocalNews()
 
     def detach(self) -> None:
         """End what `attach` began, and its bounds: calls of the runner step again, each in its own thread."""
         with self.lock:
             self._wake = None
+            self._news = LocalNews()
             self.scheduler.max_running = None
             self.scheduler.running.decode_step_tokens = self.scheduler.running.max_step_tokens
 
@@ -154,6 +175,10 @@ class StepLoop:
         Raises what the cache raises, after all of them hold nothing any more.
         """
         if self._cache.calls.is_forked:
+            return
+        if self.is_joint:  # the other ranks must end them in the same step
+            for request in requests:
+                self.cancel(request)
             return
         with self.lock, ExitStack() as ending:  # calls every callback, even if one raises
             ending.callback(self.scheduler.release_lingering)
@@ -241,16 +266,21 @@ class StepLoop:
     def _take_news(self) -> None:
         """Take new requests into the queue, and end those that are cancelled or expired."""
         most = _MOST_ARRIVALS if self.scheduler.running.is_decoding else len(self._arrivals)
-        for _ in range(min(len(self._arrivals), most)):
-            request = self._arrivals.popleft()
-            if request.state is not RequestState.ENDED:
-                self.counters.submitted += 1
-                self.scheduler.submit(request)
-                self._deadlines.add(request)
-        while self._cancelled:
-            self.finish(*self._cancelled.popleft())
-        for request in self._deadlines.expired(self._clock()):
-            self.finish(request, "deadline")
+        arrivals = [self._arrivals.popleft() for _ in range(min(len(self._arrivals), most))]
+        arrivals = [each for each in arrivals if each.state is not RequestState.ENDED]
+        ends = [self._cancelled.popleft() for _ in range(len(self._cancelled))]
+        ends += [(each, "deadline") for each in self._deadlines.expired(self._clock())]
+        news = self._news.exchange(arrivals, ends)
+        for request in news.arrivals:
+            self._open.add(request)
+            self.counters.submitted += 1
+            self.scheduler.submit(request)
+            self._deadlines.add(request)
+        for request, reason in news.ends:
+            self.finish(request, reason)
+        if not self.is_joint:  # else the other ranks must know
+            for request in self._deadlines.expired(self._clock()):
+                self.finish(request, "deadline")
 
     def _end_failed(self) -> None:
         failed, self.scheduler.failed = self.scheduler.failed, []

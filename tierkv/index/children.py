@@ -9,6 +9,7 @@ from operator import attrgetter
 from typing import Generic, Protocol, TypeVar
 
 from tierkv.values.block import TOKEN_BYTES, Tier, common_run
+from tierkv.values.untracked import untrack
 
 __all__ = ["Children", "nearest_in_memory"]
 
@@ -42,6 +43,7 @@ class Children(Generic[Child]):
 
     The first blocks of all prompts are children of the root, so there may be 100,000. Sorted runs of at most 512 keep
     an addition or a removal at microseconds. Source: the lists of lists of sortedcontainers (Jenks).
+    No garbage collection visits it: children that refer to their collection are a cycle that the index breaks.
     num_warm: children with bytes in the warm tier, counted by the index.
     """
 
@@ -49,7 +51,11 @@ class Children(Generic[Child]):
 
     def __init__(self, *children: Child, num_warm: int = 0) -> None:
         self.num_warm: int = num_warm
-        self._runs: list[list[Child]] = [sorted(children, key=_token_bytes)] if children else []
+        self._runs: list[list[Child]] = []
+        untrack(self)
+        untrack(self._runs)
+        if children:
+            self._runs.append(_untracked(sorted(children, key=_token_bytes)))
 
     def __len__(self) -> int:
         return sum(map(len, self._runs))
@@ -63,13 +69,13 @@ class Children(Generic[Child]):
     def add(self, child: Child) -> None:
         """Add a child that is not in the collection."""
         if not self._runs:
-            self._runs.append([child])
+            self._runs.append(_untracked([child]))
             return
         at = self._run_of(child.token_bytes)
         run = self._runs[at]
         insort(run, child, key=_token_bytes)
         if len(run) > 2 * _RUN_LENGTH:
-            self._runs.insert(at + 1, run[_RUN_LENGTH:])
+            self._runs.insert(at + 1, _untracked(run[_RUN_LENGTH:]))
             del run[_RUN_LENGTH:]
 
     def remove(self, child: Child) -> None:
@@ -117,6 +123,11 @@ class Children(Generic[Child]):
     def _run_of(self, token_bytes: bytes) -> int:
         """Return the last run that begins at or before these token ids, or the first."""
         return max(bisect_right(self._runs, token_bytes, key=_first_tokens) - 1, 0)
+
+
+def _untracked(run: list[Child]) -> list[Child]:
+    untrack(run)
+    return run
 
 
 def _first_tokens(run: list[Child]) -> bytes:

@@ -77,7 +77,7 @@ class ChosenEviction:
 
     lock: guards the index where threads share it. The caller of every method holds the lock.
     evict: makes a tier forget entries, children before parents, and returns the evicted ones.
-    marked: entries that were in use when chosen; `retry` evicts them.
+    marked: entries that were in use when chosen; `retry` evicts them. on_mark: called with each.
     """
 
     def __init__(
@@ -86,8 +86,11 @@ class ChosenEviction:
         tiers: Sequence[Tier],
         evict: Callable[[Sequence[Entry], Tier], Collection[Entry]],
         lock: Owned = NO_LOCK,
+        *,
+        on_mark: Callable[[Entry], None] = lambda _: None,
     ) -> None:
         self._lock = lock
+        self._on_mark = on_mark
         self.marked: dict[Entry, None] = {}
         self._index = index
         self._tiers = tiers
@@ -110,6 +113,7 @@ class ChosenEviction:
                 stayed[reason] += 1
             if reason == IN_USE:
                 self.marked[entry] = None
+                self._on_mark(entry)
         return Evicted(blocks, stayed)
 
     def retry(self) -> Counter[Tier]:
@@ -123,6 +127,7 @@ class ChosenEviction:
             for child in entry.children:
                 if child not in self.marked and not child.pinned:
                     self.marked[child] = None
+                    self._on_mark(child)
                     pending.append(child)
         for entry in sorted(self.marked, key=lambda each: -each.depth):
             if self._evict_one(entry, blocks) != IN_USE:
@@ -150,4 +155,6 @@ class ChosenEviction:
                 reason = reason or (IN_USE if any(child in self.marked for child in held) else CONTINUED)
             elif self._evict([entry], tier):
                 blocks[tier] += 1
+            elif self._index.pool(tier).reference_count(slot):  # the attempt has found a user of it
+                reason = IN_USE
         return reason

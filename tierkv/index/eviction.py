@@ -6,7 +6,7 @@ whose order is more than one number a block brings its own (`OrderingPolicy`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Generic, Protocol, TypeVar, runtime_checkable
 
@@ -17,17 +17,21 @@ from tierkv.values.block import BlockHash, Tier
 
 __all__ = [
     "CacheBlock",
+    "ChainObservingPolicy",
+    "ChainOrder",
     "EvictionOrder",
     "EvictionPolicy",
     "EvictionQueue",
     "ObservingPolicy",
     "OrderingPolicy",
     "ScoreOrder",
+    "insert_observer",
 ]
 _FAR_AWAY_S = float(1 << 36)
 """2,000 years: above every clock's time; floats of this size still differ by 20 us."""
 
 _MIN_PUSHED = 64
+_LONGEST_RUN = 64
 
 
 class CacheBlock(Protocol):
@@ -93,6 +97,32 @@ class ObservingPolicy(Protocol):
         """Learn that the block was inserted, for the first time or again. parent: None at the start of a chain."""
 
 
+@runtime_checkable
+class ChainObservingPolicy(Protocol):
+    """A policy that learns of the inserted blocks of a chain in one call, which costs it less."""
+
+    def update_on_insert_all(self, blocks: Sequence[CacheBlock], parent: CacheBlock | None) -> None:
+        """Learn that blocks were inserted, each of them the parent of the next one. parent: of the first."""
+
+
+def insert_observer(
+    policy: EvictionPolicy,
+) -> Callable[[Sequence[CacheBlock], CacheBlock | None], None] | None:
+    """Return what notifies a policy of an inserted chain and of its parent; None if it does not learn of them."""
+    if isinstance(policy, ChainObservingPolicy):
+        return policy.update_on_insert_all
+    if not isinstance(policy, ObservingPolicy):
+        return None
+    observe = policy.update_on_insert
+
+    def observe_all(blocks: Sequence[CacheBlock], parent: CacheBlock | None) -> None:
+        for block in blocks:
+            observe(block, parent)
+            parent = block
+
+    return observe_all
+
+
 Block = TypeVar("Block", bound=CacheBlock)
 
 
@@ -129,6 +159,14 @@ class EvictionOrder(Protocol[Block]):
 
     def __len__(self) -> int:
         """Return the number of pushes, outdated ones included."""
+
+
+@runtime_checkable
+class ChainOrder(Protocol):
+    """An order that answers `goes_first` for a chain in one call."""
+
+    def count_first(self, blocks: Sequence[CacheBlock]) -> int:
+        """Return how many leading blocks would be popped next, one after the other; see `EvictionOrder.goes_first`."""
 
 
 @runtime_checkable
@@ -203,6 +241,7 @@ class EvictionQueue:
         self._order: EvictionOrder[CacheBlock] = (
             policy.new_order() if isinstance(policy, OrderingPolicy) else ScoreOrder(policy)
         )
+        self._count_first = self._order.count_first if isinstance(self._order, ChainOrder) else self._count_each
         self._taken: list[Entry] = []  # by the last selection
         for owner in self._pool.owners:
             if owner is not None:
@@ -223,6 +262,12 @@ class EvictionQueue:
         """Add an entry whose bytes the tier now has."""
         self._order.add(entry)
         self.push(entry)
+
+    def add_in_use(self, entries: Sequence[Entry]) -> None:
+        """Add entries whose bytes the tier now has, and whose places are in use: none is evictable yet."""
+        add = self._order.add
+        for entry in entries:
+            add(entry)
 
     def remove_all(self, entries: Sequence[Entry]) -> None:
         """Remove entries that left the tier."""
@@ -247,7 +292,7 @@ class EvictionQueue:
         """Return up to `count` entries, children before parents, chosen by the policy. Nothing changes yet."""
         self.put_back()
         yielded: list[Entry] = []
-        chosen = self._policy.select_evictions(count, self._iter_leaves(yielded))[:count]
+        chosen = self._policy.select_evictions(count, self._iter_leaves(yielded, count))[:count]
         if self.num_pushed > self._most_pushed:
             self._drop_outdated()
         if chosen == yielded:  # the policy took all leaves in order, so each child comes before its parent
@@ -280,26 +325,40 @@ class EvictionQueue:
                 order.push(entry, entry.access_count)
         self._most_pushed = 2 * len(order) + _MIN_PUSHED
 
-    def _iter_leaves(self, yielded: list[Entry]) -> Iterator[CacheBlock]:
-        """Yield evictable entries in order, as if each yielded entry were already evicted.
+    def _iter_leaves(self, yielded: list[Entry], count: int) -> Iterator[CacheBlock]:
+        """Yield evictable entries in order, as if each yielded entry were already evicted."""
+        for run in self._iter_runs(count):
+            for entry in run:
+                yielded.append(entry)
+                yield entry
 
-        Popped entries go to `_taken`. The caller will evict most of them, so only the next call puts the rest back.
-        A parent that becomes a leaf is pushed at once; `_is_leaf` skips it later if its children stay.
+    def _iter_runs(self, count: int) -> Iterator[list[Entry]]:
+        """Yield runs of evictable entries in order, `count` in all or a few more, each as if those before were evicted.
+
+        A run is a leaf and the parents above it that would be popped next. Popped entries go to `_taken`. The caller
+        will evict most of them, so only the next call puts the rest back. A parent that becomes a leaf is pushed at
+        once; the next selection skips it if its children stay.
         """
-        order, is_hot, pins = self._order, self._is_hot, self._pool.pins
+        order, is_hot, pins, taken = self._order, self._is_hot, self._pool.pins, self._taken
         gone: set[Entry] = set()
         freed: set[Entry] = set()
         gone_children: dict[Entry, int] = {}
+        num_yielded = 0
         while item := order.pop():
             entry, stamp = item
             assert isinstance(entry, Entry), "an order returns what was pushed"
-            if not self._is_leaf(entry, stamp, gone, freed):
+            if stamp != entry.access_count or entry in gone:  # outdated, or pushed twice
                 continue
-            while True:  # up the chain, as long as the parent would be popped next
-                gone.add(entry)
-                yielded.append(entry)
-                yield entry
-                parent = entry.parent
+            if entry not in freed:
+                if not self.is_evictable(entry):
+                    continue
+                taken.append(entry)
+            run = [entry]
+            while True:
+                gone.update(run)
+                num_yielded += len(run)
+                yield run
+                parent = run[-1].parent
                 num_children = parent.hot_children if is_hot else parent.warm_children
                 if num_children > 1:
                     gone_children[parent] = num_gone = gone_children.get(parent, 0) + 1
@@ -312,15 +371,25 @@ class EvictionQueue:
                     order.push(parent, parent.access_count)
                     freed.add(parent)
                     break
-                entry = parent
+                run = self._run_from(parent, min(count - num_yielded, _LONGEST_RUN))
 
-    def _is_leaf(self, entry: Entry, stamp: int, gone: set[Entry], freed: set[Entry]) -> bool:
-        """Return whether a popped item is up to date and a leaf; add a leaf of the tier to `_taken`."""
-        if stamp != entry.access_count or entry in gone:
-            return False
-        if entry in freed:
-            return True
-        if not self.is_evictable(entry):
-            return False
-        self._taken.append(entry)
-        return True
+    def _run_from(self, entry: Entry, count: int) -> list[Entry]:
+        """Return an entry that goes next, and up to `count` - 1 ancestors that follow it: each is its only child's."""
+        is_hot, pins = self._is_hot, self._pool.pins
+        run = [entry]
+        while len(run) < count and (entry.parent.hot_children if is_hot else entry.parent.warm_children) == 1:
+            entry = entry.parent
+            slot = entry.block_id if is_hot else entry.warm_slot
+            if slot is None or entry.flags & PINNED or pins[slot]:
+                break
+            run.append(entry)
+        if len(run) > 1:
+            del run[1 + self._count_first(run[1:]) :]
+        return run
+
+    def _count_each(self, blocks: Sequence[CacheBlock]) -> int:
+        """Return how many leading blocks go first, one after the other."""
+        for number, block in enumerate(blocks):
+            if not self._order.goes_first(block):
+                return number
+        return len(blocks)

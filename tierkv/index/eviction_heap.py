@@ -12,6 +12,8 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from typing import Generic, Protocol, TypeAlias, TypeVar
 
+from tierkv.values.untracked import untrack
+
 __all__ = ["EvictionHeap"]
 
 _WINDOW = 1024
@@ -41,6 +43,7 @@ class EvictionHeap(Generic[Block]):
         self._keys = array("d")
         self._stamps = array("q")
         self._blocks: list[Block | None] = []
+        untrack(self._blocks)
         self._start = 0  # the columns' items before it have been taken
         self._heap: list[_HeapItem[Block]] = []
         self._serial = 0

@@ -7,14 +7,17 @@ There may be a million entries and a request uses hundreds, so what a request do
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from tierkv.index.children import Children
-from tierkv.index.eviction import EvictionPolicy, EvictionQueue, ObservingPolicy
+from tierkv.index.entry_table import EntryTable
+from tierkv.index.eviction import EvictionPolicy, EvictionQueue, insert_observer
 from tierkv.index.slots import SlotPool
 from tierkv.index.tree import BlockTree, Entry
 from tierkv.values.block import BlockHash, Tier
 from tierkv.values.locks import NO_LOCK, Owned
+from tierkv.values.untracked import untrack
 
 __all__ = ["Entry", "Index"]
 
@@ -36,11 +39,14 @@ class Index(BlockTree):
         clock: Callable[[], float],
         lock: Owned = NO_LOCK,
     ) -> None:
-        super().__init__(root, clock, lock)
         numbers = list(range(max(num_hot, num_warm)))  # shared: an int for each place of each entry takes memory
+        untrack(numbers)
+        super().__init__(root, clock, lock, numbers)
         self.hot: SlotPool[Entry] = SlotPool(num_hot, numbers)
         self.warm: SlotPool[Entry] = SlotPool(num_warm, numbers)
         self._queues = {tier: EvictionQueue(tier, self.pool(tier), policy) for tier in (Tier.HOT, Tier.WARM)}
+        self._pin_ends: dict[Entry, float] = {}
+        self._next_pin_end = math.inf
         self._set_policy(policy)
 
     def pool(self, tier: Tier) -> SlotPool[Entry]:
@@ -61,6 +67,41 @@ class Index(BlockTree):
             if isinstance(below := entry.parent.child_or_children, Children):
                 below.num_warm += 1
         self._queues[tier].add(entry)
+
+    def extend(
+        self, parent_hash: BlockHash, named: Sequence[tuple[BlockHash, bytes]], block_ids: Sequence[int]
+    ) -> list[Entry]:
+        """Insert blocks that continue each other, each with its hot place, in one pass. Return their entries.
+
+        named: (block hash, token ids) of each block, the first after `parent_hash`. block_ids: their places, which are
+        in use and have no owner. It ends before the first block whose hash the index has, for this or for another
+        block, and inserts nothing after an unknown parent: the caller inserts that one by itself.
+        """
+        assert self._lock.is_owned()
+        parent = self._parent(parent_hash)
+        added: list[Entry] = []
+        if parent is None:
+            return added
+        first_parent, entries, root, now = parent, self._entries, self.root, self._time()
+        for (block_hash, token_bytes), block_id in zip(named, block_ids, strict=False):
+            if block_hash in entries or block_hash == root:
+                break
+            entry = Entry(block_hash, parent, token_bytes, now)
+            self.hot.own(block_id, entry)
+            entry.block_id = block_id
+            entries.add(entry)
+            if parent.child_or_children is None:
+                parent.child_or_children = entry
+            else:
+                self._add_child(parent, entry)
+            parent.hot_children += 1
+            added.append(entry)
+            parent = entry
+        if added:
+            self._queues[Tier.HOT].add_in_use(added)
+            if self._observe:
+                self._observe(added, None if first_parent is self.root_entry else first_parent)
+        return added
 
     def detach(self, entry: Entry, tier: Tier) -> None:
         """Record that the tier forgot the entry. An entry without place and children leaves the index."""
@@ -123,12 +164,27 @@ class Index(BlockTree):
         for entry in idle:
             queue.push(entry)
 
-    def set_pinned(self, entry: Entry, pinned: bool) -> None:
-        """Pin an entry in all tiers that hold it, or unpin it."""
+    def set_pinned(self, entry: Entry, pinned: bool, *, ttl_s: float | None = None) -> None:
+        """Pin an entry in all tiers that hold it, or unpin it. ttl_s: `end_pins` unpins it after so long."""
         assert self._lock.is_owned()
+        self._pin_ends.pop(entry, None)
+        if pinned and ttl_s is not None:
+            self._pin_ends[entry] = self._time() + ttl_s
+            self._next_pin_end = min(self._next_pin_end, self._pin_ends[entry])
         entry.pinned = pinned
         for queue in self._queues.values():
             queue.push(entry)
+
+    def end_pins(self) -> None:
+        """Unpin the entries whose pins have ended."""
+        assert self._lock.is_owned()
+        if not self._pin_ends or (now := self._time()) < self._next_pin_end:
+            return
+        for entry in [each for each, until in self._pin_ends.items() if until <= now]:
+            if self.peek(entry.block_hash) is entry:
+                self.set_pinned(entry, False)
+            self._pin_ends.pop(entry, None)
+        self._next_pin_end = min(self._pin_ends.values(), default=math.inf)
 
     def touch(self, entry: Entry) -> None:
         """Record a use of the entry now."""
@@ -181,10 +237,10 @@ class Index(BlockTree):
 
     def _set_policy(self, policy: EvictionPolicy) -> None:
         self.policy = policy
-        self._observe = policy.update_on_insert if isinstance(policy, ObservingPolicy) else None
+        self._observe = insert_observer(policy)
         if self._observe:
             for entry in self:  # in the order of insertion: parents first
-                self._observe(entry, None if entry.parent is self.root_entry else entry.parent)
+                self._observe((entry,), None if entry.parent is self.root_entry else entry.parent)
 
     def _detach_all(self, entries: Iterable[Entry], is_hot: bool, *, only_leaves: bool) -> list[Entry]:
         """Record that a tier forgot entries, and return them. only_leaves: skip those with children in the tier."""
@@ -215,22 +271,22 @@ class Index(BlockTree):
         return detached
 
 
-def _check_places(tier: Tier, pool: SlotPool[Entry], entries: Mapping[BlockHash, Entry]) -> None:
+def _check_places(tier: Tier, pool: SlotPool[Entry], entries: EntryTable) -> None:
     """Raise AssertionError unless the places of a tier and the entries agree."""
     pool.check()
     for slot, owner in enumerate(pool.owners):
         assert owner is None or (owner.place(tier) == slot and entries.get(owner.block_hash) is owner), (
             f"{tier} slot {slot} has a stale owner"
         )
-    for entry in entries.values():
+    for entry in entries:
         place = entry.place(tier)
         assert place is None or pool.owners[place] is entry, "an entry does not own its place"
 
 
-def _check_tree(root_entry: Entry, entries: Mapping[BlockHash, Entry]) -> None:
+def _check_tree(root_entry: Entry, entries: EntryTable) -> None:
     """Raise AssertionError unless the entries are one tree, counted by their parents, none of them without purpose."""
     num_children = 0
-    for parent in (root_entry, *entries.values()):
+    for parent in (root_entry, *entries):
         children = list(parent.children)
         num_children += len(children)
         tokens = [child.token_bytes for child in children]

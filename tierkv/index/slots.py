@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Generic, TypeVar
 
 from tierkv.errors import CapacityError
+from tierkv.values.untracked import untrack
 
 __all__ = ["SlotPool"]
 
@@ -34,6 +35,8 @@ class SlotPool(Generic[Owner]):
         self.owners: list[Owner | None] = [None] * capacity
         self.pins: array[int] = array("i", bytes(4 * capacity))
         self._freed: list[int] = []
+        untrack(self.owners)
+        untrack(self._freed)
         self._unused = 0
         self._referenced = 0
 
@@ -93,7 +96,7 @@ class SlotPool(Generic[Owner]):
         chosen = set(slots)
         assert all(self._is_free(slot) for slot in chosen), "only free places can be taken"
         end = max(self._unused, max(chosen, default=-1) + 1)
-        self._freed = [slot for slot in (*self._freed, *range(self._unused, end)) if slot not in chosen]
+        self._freed[:] = [slot for slot in (*self._freed, *range(self._unused, end)) if slot not in chosen]
         heapq.heapify(self._freed)
         self._unused = end
         self.peak_count = max(self.peak_count, self.used_count)
@@ -117,7 +120,7 @@ class SlotPool(Generic[Owner]):
         self._unused = self.capacity
         used = self.used()
         self._unused = used[-1] + 1 if used else 0
-        self._freed = sorted(set(range(self._unused)).difference(used))  # a sorted list is a heap
+        self._freed[:] = sorted(set(range(self._unused)).difference(used))  # a sorted list is a heap
 
     def pin(self, slot: int) -> None:
         """Raise the reference count of a place."""

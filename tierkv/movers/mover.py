@@ -35,6 +35,8 @@ __all__ = [
     "wait_here",
 ]
 
+_REGISTER_READ_ONLY = 8  # cudaHostRegisterReadOnly
+
 _MIN_GROUP_BYTES = 2 << 20
 _GROUP_SHARES = (1 / 2, 3 / 4, 7 / 8, 15 / 16)
 
@@ -173,8 +175,9 @@ class Mover:
 def page_lock(pool: WarmPool, device: torch.device) -> torch.Tensor:
     """Return the slots of a pool as a tensor that a GPU copies to and from at full speed. Raises StoreError."""
     if device.type == "cuda":
+        flags = _REGISTER_READ_ONLY if pool.is_read_only else 0
         try:
-            _check_cuda(torch.cuda.cudart().cudaHostRegister(pool.address, pool.slab_bytes, 0))
+            _check_cuda(torch.cuda.cudart().cudaHostRegister(pool.address, pool.slab_bytes, flags))
         except StoreError:
             with contextlib.suppress(RuntimeError):  # clears CUDA's error, which the next call would raise
                 torch.zeros(1, device=device)

@@ -1,38 +1,32 @@
 """Policies that sort blocks into classes: LRU within a class, and the least promising class first.
 
-What a class promises depends on how long its first block has been idle. Idle times fall into buckets of half an octave.
+What a class promises depends on how long its first block has been idle.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterator, Sequence
-from math import frexp
+import sys
+from collections.abc import Sequence
 from weakref import ReferenceType, ref
 
 import numpy as np
-import numpy.typing as npt
 
 from tierkv.index.eviction import CacheBlock, EvictionOrder, EvictionPolicy
-from tierkv.index.eviction_heap import EvictionHeap
-from tierkv.policies.use_history import UseHistory, gap_with_stay, smoothed_gap, split_hash
+from tierkv.policies.class_order import ClassOrder
+from tierkv.policies.idle_buckets import bucket_of
+from tierkv.policies.use_history import Rows, Tags, UseHistory, gap_with_stay, smoothed_gap, split_hash
 
-__all__ = ["BUCKET_EDGES", "NUM_BUCKETS", "BlockClassPolicy", "Floats", "bucket_of", "buckets_of"]
-
-Floats = npt.NDArray[np.float64]
+__all__ = ["SAMPLED_BLOCKS", "BlockClassPolicy"]
 
 NO_FORK, MOST_FORK = 0, 0xFFFF
 _SAME_USE_S = 0.05
-
-NUM_BUCKETS = 48  # up to 6 days; the last bucket has all longer times
-_SHORTEST_LOG2 = -4  # all times below 1/16 s are in the first bucket
-_SQRT_HALF = 0.5**0.5
-BUCKET_EDGES: Floats = np.concatenate([[0.0], 2.0 ** (_SHORTEST_LOG2 + np.arange(NUM_BUCKETS) / 2)])
 
 SAMPLED_BLOCKS = 8192
 """Uses of this many cached blocks say enough of all."""
 
 _HIGHEST_MASK = 0xFF  # a hash's first byte decides
+_LEAST_CHAIN = 12
+"""From so many blocks on numpy is faster than a loop."""
 
 
 class BlockClassPolicy(EvictionPolicy):
@@ -79,6 +73,10 @@ class BlockClassPolicy(EvictionPolicy):
     def interval_begun(self) -> None:
         """Learn that a block of the sample was used."""
 
+    def uses_to_next_change(self) -> int:
+        """Return which of the next calls of `interval_begun` may change what the policy knows or samples: 1 or more."""
+        return sys.maxsize
+
     def score_block(self, block: CacheBlock) -> float:
         """Return the negated worth of the block at `now`; the orders compare the same."""
         return -self.densities[self.class_of(block)][bucket_of(self.now - block.last_access)]
@@ -105,10 +103,29 @@ class BlockClassPolicy(EvictionPolicy):
             history.earlier[row] = history.totals[row]
             history.gaps[row] = smoothed_gap(history.gaps[row], gap_s, 1)
         else:
+            fork = NO_FORK if parent is None else self._fork_below(parent)  # before the parent may lose its row
             self._take_over(row, tag, now, 0)
-            if parent is not None:
-                history.forks[row] = self._fork_below(parent)
+            history.forks[row] = fork
         self._begin_interval(row, tag, block)
+
+    def update_on_insert_all(self, blocks: Sequence[CacheBlock], parent: CacheBlock | None) -> None:
+        """Do as `update_on_insert` for new blocks of one size that were inserted at one time as a chain below `parent`.
+
+        If the history knows none of them, which is usual, they take their rows over in one pass.
+        """
+        found = None
+        if len(blocks) >= _LEAST_CHAIN and type(self).update_on_insert is BlockClassPolicy.update_on_insert:
+            found = self.history.rows_of_new(blocks)
+        if found is None:
+            for block in blocks:
+                self.update_on_insert(block, parent)
+                parent = block
+            return
+        tags, rows = found
+        fork = NO_FORK if parent is None else self._fork_below(parent)
+        start = 0
+        while start < len(blocks):
+            start += self._insert_all_new(blocks[start:], tags[start:], rows[start:], fork)
 
     def remember_removed(self, blocks: Sequence[CacheBlock]) -> None:
         """Remember blocks that a tier forgets."""
@@ -143,6 +160,10 @@ class BlockClassPolicy(EvictionPolicy):
             return self.classify(block, count, 0.0 if count == 1 else gap_with_stay(0.0, block), NO_FORK)
         return self._classes[row] if count == 1 else self._class_in(row, block)
 
+    def classes_of_new(self, blocks: Sequence[CacheBlock], fork: int) -> list[int]:
+        """Return the classes of the blocks of a chain that are used for the first time; see `classify` on `fork`."""
+        return [self.classify(block, 1, 0.0, fork) for block in blocks]
+
     def is_partial(self, block: CacheBlock) -> bool:
         """Return whether the block has fewer tokens than others, as the last block of a prompt."""
         return block.num_tokens < self.block_tokens
@@ -172,6 +193,25 @@ class BlockClassPolicy(EvictionPolicy):
                 fork = self._forks[at] if is_new else min(parent.depth + 1, MOST_FORK)
         block_class = self.classify(block, block.access_count, 0.0, fork)
         self.history.write(row, tag, now, block.access_count, fork, block_class)
+
+    def _insert_all_new(self, blocks: Sequence[CacheBlock], tags: Tags, rows: Rows, fork: int) -> int:
+        """Write the rows of new blocks up to the one after which the policy learns; return their number."""
+        history, sample_mask = self.history, self.sample_mask
+        sampled, left = np.flatnonzero(tags & np.uint64(sample_mask) == 0), self.uses_to_next_change()
+        if len(sampled) >= left:
+            sampled = sampled[:left]
+            count = int(sampled[-1]) + 1
+            blocks, tags, rows = blocks[:count], tags[:count], rows[:count]
+        now = blocks[0].last_access
+        self.now = max(self.now, now)
+        if len(sampled):
+            self.block_tokens = max(self.block_tokens, blocks[0].num_tokens)
+        for row in history.sampled_rows(rows, sample_mask):
+            self.interval_lost(history.classes[row], self.now - history.times[row])
+        history.take_over_all(rows, tags, now, self.classes_of_new(blocks, fork), fork)
+        for _ in sampled:
+            self.interval_begun()
+        return len(blocks)
 
     def _record_use(self, block: CacheBlock) -> None:
         history, now = self.history, self._advance(block)
@@ -226,126 +266,3 @@ class BlockClassPolicy(EvictionPolicy):
             fork: int = self._forks[row]
             return fork
         return min(parent.depth + 1, MOST_FORK)
-
-
-class ClassOrder:
-    """The blocks of each class by time of last use, and a heap of the classes by the density of their first blocks.
-
-    Densities change with time, but only the first blocks' matter. They are read once for each moment of eviction, and
-    again when a class has a new first block. A pop is O(classes + log n).
-    """
-
-    def __init__(self, policy: BlockClassPolicy) -> None:
-        self._policy = policy
-        self._class_of = policy.class_of
-        self._heaps: list[EvictionHeap[CacheBlock]] = [EvictionHeap() for _ in range(policy.num_classes)]
-        self._ranks: list[tuple[float, float, int, int]] = []
-        self._size = 0
-        self.num_held = 0  # blocks that the tier holds, evictable or not
-        self._now = float("-inf")  # the moment of the ranks
-        self._revision = -1
-        self._densities: list[list[float]] = []
-        self._last_access = float("-inf")  # the last argument of _find_bucket: blocks of a chain have the same time
-        self._bucket = 0
-
-    def add(self, block: CacheBlock) -> None:
-        """Count the block; the policy has seen the insertion."""
-        self.num_held += 1
-
-    def remove_all(self, blocks: Sequence[CacheBlock]) -> None:
-        """Let the policy remember the blocks."""
-        self.num_held -= len(blocks)
-        self._policy.remember_removed(blocks)
-
-    def push(self, block: CacheBlock, stamp: int) -> None:
-        """Add a block to its class."""
-        policy, last_access = self._policy, block.last_access
-        block_class = policy.class_of(block)
-        if last_access > policy.now:
-            policy.now = last_access
-        heap = self._heaps[block_class]
-        heap.push(last_access, block, stamp)
-        self._size += 1
-        if self._is_current() and heap.first() == (last_access, -block.depth):
-            rank = self._rank(block_class)
-            assert rank, "the heap has a first block after a push"
-            heapq.heappush(self._ranks, rank)
-
-    def pop(self) -> tuple[CacheBlock, int] | None:
-        """Take the least promising block."""
-        if not self._is_current():
-            self._rank_all()
-        while self._ranks:
-            rank = heapq.heappop(self._ranks)
-            block_class = rank[3]
-            if rank != self._rank(block_class):
-                continue  # outdated: the class has another first block, with a rank of its own
-            item = self._heaps[block_class].pop()
-            self._size -= 1
-            if following := self._rank(block_class):
-                heapq.heappush(self._ranks, following)
-            return item
-        return None
-
-    def goes_first(self, block: CacheBlock) -> bool:
-        """Return whether the block is less promising than all that were pushed."""
-        ranks = self._ranks
-        if not ranks:
-            return True
-        block_class, last_access = self._class_of(block), block.last_access
-        if last_access != self._last_access:
-            self._find_bucket(last_access)
-        density = self._densities[block_class][self._bucket]
-        # An outdated rank is never lower than a real one.
-        return density < ranks[0][0] or (density, last_access, -block.depth, block_class) <= ranks[0]
-
-    def clear(self) -> None:
-        """Forget every push."""
-        for heap in self._heaps:
-            heap.clear()
-        self._ranks.clear()
-        self._size = 0
-
-    def __iter__(self) -> Iterator[tuple[CacheBlock, int]]:
-        return (item for heap in self._heaps for item in heap)
-
-    def __len__(self) -> int:
-        return self._size
-
-    def _is_current(self) -> bool:
-        return self._now == self._policy.now and self._revision == self._policy.revision
-
-    def _rank_all(self) -> None:
-        """Rank all classes at the policy's time."""
-        self._now, self._revision = self._policy.now, self._policy.revision
-        self._densities = self._policy.densities
-        self._last_access = float("nan")
-        self._ranks = [rank for number, heap in enumerate(self._heaps) if len(heap) and (rank := self._rank(number))]
-        heapq.heapify(self._ranks)
-
-    def _rank(self, block_class: int) -> tuple[float, float, int, int] | None:
-        """Rank a class by its first block: density, then the longest idle, then the deepest."""
-        first = self._heaps[block_class].first()
-        if first is None:
-            return None
-        last_access, depth = first
-        if last_access != self._last_access:
-            self._find_bucket(last_access)
-        return self._densities[block_class][self._bucket], last_access, depth, block_class
-
-    def _find_bucket(self, last_access: float) -> None:
-        self._last_access, self._bucket = last_access, bucket_of(self._now - last_access)
-
-
-def bucket_of(idle_s: float) -> int:
-    """Return the bucket of an idle time in seconds."""
-    fraction, exponent = frexp(idle_s)  # idle = fraction * 2**exponent, half <= fraction < 1
-    bucket = 2 * (exponent - 1 - _SHORTEST_LOG2) + (fraction >= _SQRT_HALF) + 1
-    if bucket <= 0 or idle_s <= 0:
-        return 0
-    return bucket if bucket < NUM_BUCKETS else NUM_BUCKETS - 1
-
-
-def buckets_of(idle_s: Floats) -> npt.NDArray[np.int64]:
-    """Return the buckets of many idle times."""
-    return np.clip(np.searchsorted(BUCKET_EDGES, idle_s, side="right") - 1, 0, NUM_BUCKETS - 1)

@@ -6,20 +6,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import frexp
 
 import numpy as np
 
 from tierkv.index.eviction import CacheBlock
-from tierkv.policies.block_classes import (
-    BUCKET_EDGES,
-    NUM_BUCKETS,
-    SAMPLED_BLOCKS,
-    BlockClassPolicy,
-    Floats,
-    bucket_of,
-    buckets_of,
-)
+from tierkv.policies.block_classes import SAMPLED_BLOCKS, BlockClassPolicy
+from tierkv.policies.idle_buckets import BUCKET_EDGES, NUM_BUCKETS, Floats, bucket_of, buckets_of
 
 __all__ = ["HitDensityPolicy", "hazards", "hit_densities"]
 
@@ -88,6 +82,15 @@ class HitDensityPolicy(BlockClassPolicy):
         often = 0 if count == 2 else 1 if count < 6 else 2
         return _NUM_NEW + _NUM_OFTEN * (0 if gap < 0 else gap if gap < _NUM_GAPS else _NUM_GAPS - 1) + often
 
+    def classes_of_new(self, blocks: Sequence[CacheBlock], fork: int) -> list[int]:
+        """Return the classes of the new blocks of a chain, which differ in their depths only."""
+        if type(self).classify is not HitDensityPolicy.classify or blocks[0].num_tokens < self.block_tokens:
+            return super().classes_of_new(blocks, fork)
+        first = blocks[0].depth - fork
+        kinds = _DEPTH_CLASSES[first : first + len(blocks)]
+        base = 5 * fork if fork < 2 else 10
+        return [base + kind for kind in kinds] + [base + 4] * (len(blocks) - len(kinds))
+
     def interval_ended(self, block_class: int, idle_s: float) -> None:
         """Count a use after an idle time."""
         self._used[block_class][bucket_of(idle_s)] += 1
@@ -99,8 +102,12 @@ class HitDensityPolicy(BlockClassPolicy):
     def interval_begun(self) -> None:
         """Learn after 32 uses, whenever their number has grown by half, and after every 2,048 at the latest."""
         self._num_uses += 1
-        if self._num_uses - self._learned_at >= min(_MOST_BETWEEN, max(32, self._learned_at // 2)):
+        if self._num_uses >= self._learn_at:
             self._learn()
+
+    def uses_to_next_change(self) -> int:
+        """Return the uses until it learns."""
+        return self._learn_at - self._num_uses
 
     def _learn(self) -> None:
         """Compute the densities anew, blocks that are still idle included: a few milliseconds."""
@@ -113,6 +120,7 @@ class HitDensityPolicy(BlockClassPolicy):
             decay /= 2  # the counts of before are those of twice as many blocks
         self._used, self._lost = (used * decay).tolist(), (lost * decay).tolist()
         self._learned_at = self._num_uses
+        self._learn_at = self._num_uses + min(_MOST_BETWEEN, max(32, self._num_uses // 2))
 
     def _count_idle(self) -> Floats:
         """Count the blocks of the sample by class and idle time, [classes, NUM_BUCKETS]."""

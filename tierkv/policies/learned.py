@@ -13,8 +13,9 @@ import numpy as np
 
 from tierkv.errors import ConfigError, StoreError
 from tierkv.index.eviction import CacheBlock
-from tierkv.policies.block_classes import NUM_BUCKETS, BlockClassPolicy
+from tierkv.policies.block_classes import BlockClassPolicy
 from tierkv.policies.density import hit_densities
+from tierkv.policies.idle_buckets import NUM_BUCKETS
 from tierkv.values.files import open_regular, write_whole
 
 __all__ = ["FEATURES", "LearnedModel", "LearnedPolicy", "features_of"]

@@ -7,8 +7,9 @@ import numpy.typing as npt
 
 from tierkv.errors import ConfigError
 from tierkv.index.eviction import CacheBlock
-from tierkv.policies.block_classes import NUM_BUCKETS, BlockClassPolicy, buckets_of
+from tierkv.policies.block_classes import BlockClassPolicy
 from tierkv.policies.density import hazards
+from tierkv.policies.idle_buckets import NUM_BUCKETS, buckets_of
 from tierkv.policies.learned import LearnedModel, features_of
 from tierkv.policies.traces import Trace
 from tierkv.values.block import hash_block

@@ -1,19 +1,31 @@
-"""What the class policies remember of blocks, cached and evicted."""
+"""The history of uses: one row for each block used lately, cached or evicted."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from struct import Struct
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from tierkv.index.eviction import CacheBlock
 from tierkv.values.block import BlockHash
 
-__all__ = ["UseHistory", "gap_with_stay", "smoothed_gap", "split_hash"]
+__all__ = ["Rows", "Tags", "UseHistory", "gap_with_stay", "smoothed_gap", "split_hash"]
+
+Tags = npt.NDArray[np.uint64]
+Rows = npt.NDArray[np.int64]
 
 _ROW_BYTES, _LINE_BYTES = 32, 64
+_ROW = np.dtype(
+    {
+        "names": ["tag", "time", "gap", "earlier", "total", "fork", "class"],
+        "formats": ["<u8", "<f8", "<f4", "<u4", "<u4", "<u2", "u1"],
+        "offsets": [0, 8, 16, 20, 24, 28, 30],
+        "itemsize": _ROW_BYTES,
+    }
+)
 _SHARE_OF_NEWER = tuple(1 - 0.7**number for number in range(16))
 
 _pack_row = Struct("=QdfIIH").pack_into  # all fields but the class
@@ -40,6 +52,10 @@ class UseHistory:
         self.mask: int = num_rows - 1
         self._memory = bytearray(_ROW_BYTES * num_rows + _LINE_BYTES)
         self._start = start = -np.frombuffer(self._memory, dtype=np.uint8).ctypes.data % _LINE_BYTES
+        table = np.frombuffer(self._memory, dtype=_ROW, count=num_rows, offset=start)
+        self._tags, self._times, self._gaps = table["tag"], table["time"], table["gap"]  # the same rows, for numpy
+        self._earlier, self._totals = table["earlier"], table["total"]
+        self._forks, self._classes = table["fork"], table["class"]
         rows = memoryview(self._memory)[start : start + _ROW_BYTES * num_rows]
         self.tags: memoryview = rows.cast("Q")[0::4]  # 0: free
         self.times: memoryview[float] = rows.cast("d")[1::4]
@@ -64,6 +80,31 @@ class UseHistory:
     def write(self, row: int, tag: int, time: float, total: int, fork: int, block_class: int) -> None:
         """Give a row to a block that was never evicted."""
         _pack_whole_row(self._memory, self._start + row * _ROW_BYTES, tag, time, 0.0, 0, total, fork, block_class)
+
+    def rows_of_new(self, blocks: Sequence[CacheBlock]) -> tuple[Tags, Rows] | None:
+        """Return tags and rows of blocks; None if the table knows one of them, or two of them have the same row."""
+        halves = np.frombuffer(bytearray().join([block.block_hash for block in blocks]), dtype="<u8")
+        tags, rows = halves[::2], (halves[1::2] & np.uint64(self.mask)).astype(np.int64)
+        if not tags.all():
+            tags[tags == 0] = 1  # as in row_of
+        is_known = (self._tags[rows] == tags).any()
+        return None if is_known or len(set(rows.tolist())) < len(rows) else (tags, rows)
+
+    def sampled_rows(self, rows: Rows, sample_mask: int) -> list[int]:
+        """Return those of the rows that belong to a block of the sample."""
+        tags = self._tags[rows]
+        sampled: list[int] = rows[(tags != 0) & (tags & np.uint64(sample_mask) == 0)].tolist()
+        return sampled
+
+    def take_over_all(self, rows: Rows, tags: Tags, time: float, classes: Sequence[int], fork: int) -> None:
+        """Give rows to new blocks, which were used once."""
+        self._tags[rows] = tags
+        self._times[rows] = time
+        self._gaps[rows] = 0.0
+        self._earlier[rows] = 0
+        self._totals[rows] = 1
+        self._forks[rows] = fork
+        self._classes[rows] = classes
 
     def find(self, block_hash: BlockHash) -> int | None:
         """Return the row of a block, or None if the table has none of it."""

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from tierkv.profiling.measured import EvictionSummary, Measured
 from tierkv.profiling.profiled_run import Suggestion
 from tierkv.values.block import Tier
 from tierkv.values.units import format_bytes
 
-__all__ = ["suggest"]
+__all__ = ["LEAST_REQUESTS", "suggest"]
+
+LEAST_REQUESTS = 100
+"""Fewer requests give no advice: what they asked for is too small a sample of what will be asked for."""
 
 _WORTHWHILE = 0.95  # of the hits that any size could add: the rest costs most of the memory
 _ASSUMED = "sizes by replaying the run's requests under LRU: the cache's own policy may need more or less"
 _MIN_GAIN = 0.005  # of the blocks asked for: less is noise
 
 
-def suggest(measured: Measured) -> Iterator[Suggestion]:
-    """Yield the suggestions, those with the largest effect first; none without a measured reason."""
-    if not measured.requests:
-        return
+def suggest(measured: Measured, *, least_requests: int | None = None) -> Iterator[Suggestion]:
+    """Yield the suggestions, those with the largest effect first; none without a measured reason or enough requests."""
+    least = LEAST_REQUESTS if least_requests is None else least_requests
+    if measured.requests >= least and measured.requests:
+        for each in _suggest(measured):
+            yield replace(each, evidence=f"{each.evidence}; from {measured.requests:,} requests")
+
+
+def _suggest(measured: Measured) -> Iterator[Suggestion]:
     yield from _raise_hot(measured)
     yield from _raise_warm(measured)
     yield from _raise_cold(measured)

@@ -29,6 +29,8 @@ COLORS = {"hot": "#c8501e", "warm": "#d99a00", "cold": "#1f6fb2", "computed": "#
 
 _MAX_ROWS = 48
 _NUM_BINS = 32
+_LEAST_SHARE = 0.01  # that can be seen in a chart of 0 to 100 %
+_LEGEND = {"borderpad": 0, "columnspacing": 0.9, "handlelength": 1.2, "handletextpad": 0.4}
 _UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("B", 1))
 
 Axes: TypeAlias = Any  # matplotlib's, which is optional
@@ -56,22 +58,24 @@ def token_chart(run: ProfiledRun) -> Chart:
     def draw(axes: Axes) -> None:
         parts = {tier.value: [100 * each.tokens.get(tier, 0) / each.total for each in shares] for tier in Tier}
         parts["computed"] = [100 * each.computed / each.total for each in shares]
-        _stack(axes, np.arange(len(shares)), parts, width=0.85)
-        ends = sorted({0, len(shares) - 1})  # labels may be long: only the first and the last are shown
-        axes.set_xticks(ends, labels=[shares[at].name for at in ends])
+        _stack(axes, np.arange(1, len(shares) + 1), parts, width=0.85)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel(what)
         axes.set_ylim(0, 100)
         _percent(axes)
 
-    caption = f"Share of the prompt tokens of each {what} that each tier answered."
+    names = f"{shares[0].name} to {shares[-1].name}" if len(shares) > 1 else shares[0].name
+    caption = f"Share of the prompt tokens of each {what} that each tier answered: {names}."
     return Chart(f"Share of prompt tokens by tier, for each {what}", caption, draw)
 
 
 def memory_chart(run: ProfiledRun) -> Chart:
     """Bytes that each tier holds, over time."""
+    most = max(each.stored_bytes for snapshot in run.snapshots for each in snapshot.stats.tiers.values())
+    if not most:
+        return Chart("", "No tier held a block at a snapshot.", None)
 
     def draw(axes: Axes) -> None:
-        most = max(each.stored_bytes for snapshot in run.snapshots for each in snapshot.stats.tiers.values())
         unit, unit_bytes = next((name, size) for name, size in _UNITS if most >= size or size == 1)
         for tier in run.snapshots[-1].stats.tiers:
             sizes = [each.stats.of(tier).stored_bytes / unit_bytes for each in run.snapshots]
@@ -99,13 +103,14 @@ def heat_chart(run: ProfiledRun) -> Chart:
         uses[block // step, at] += count
 
     def draw(axes: Axes) -> None:
-        from matplotlib.colors import LinearSegmentedColormap
+        from matplotlib.colors import LinearSegmentedColormap, to_rgba
 
-        shades = LinearSegmentedColormap.from_list("uses", [(COLORS["hot"], 0.2), (COLORS["hot"], 1.0)])
+        shades = LinearSegmentedColormap.from_list("uses", [to_rgba(COLORS["hot"], alpha) for alpha in (0.2, 1.0)])
         edges = np.arange(uses.shape[1] + 1) * run.heat.bin_s
         rows = np.arange(uses.shape[0] + 1) * step
         shown = np.ma.masked_equal(np.log1p(uses), 0)  # by the logarithm, so that rare uses stay visible
         axes.pcolormesh(edges, rows, shown, cmap=shades, vmin=0)
+        axes.yaxis.get_major_locator().set_params(integer=True)
         axes.invert_yaxis()
         axes.grid(False)
         axes.set_ylabel("block id")
@@ -147,6 +152,9 @@ def hit_curve_chart(run: ProfiledRun) -> Chart:
 
 def fragmentation_chart(run: ProfiledRun) -> Chart:
     """Fragmentation of the free hot blocks, over time."""
+    most = max(each.fragmentation_ratio for each in run.snapshots)
+    if most < _LEAST_SHARE:
+        return Chart("", f"At most {100 * most:.2g} % of the free hot blocks lay outside the longest run.", None)
 
     def draw(axes: Axes) -> None:
         ratios = [100 * each.fragmentation_ratio for each in run.snapshots]
@@ -205,7 +213,7 @@ def _stack(axes: Axes, places: Any, parts: Mapping[str, Any], *, width: float) -
 
 def _legend(axes: Axes) -> None:
     """Put the legend above the axes, where it covers nothing."""
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, borderpad=0, columnspacing=1)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, **_LEGEND)
 
 
 def _percent(axes: Axes) -> None:

@@ -16,6 +16,7 @@ from tierkv.values.files import write_whole
 __all__ = ["can_draw", "require_matplotlib", "save_png", "svg_of"]
 
 _SVG_INCHES = (4.6, 2.7)  # narrow on purpose: a phone shows the chart at about its own size, so its text stays readable
+_MAX_TICKS = 6  # so that their labels keep apart where the page is 390 pixels wide
 _INK = {"#000000": "var(--soft)", "#ffffff": "var(--card)", "#b0b0b0": "var(--rule)"}  # matplotlib's own colors
 
 
@@ -41,7 +42,7 @@ def svg_of(chart: Chart) -> str:
     from matplotlib.figure import Figure
 
     text = io.StringIO()
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": chart.label, "font.size": 10, "lines.linewidth": 1.5}):
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": chart.label, "font.size": 12, "lines.linewidth": 1.5}):
         figure = Figure(figsize=_SVG_INCHES, layout="constrained")
         canvas: Any = FigureCanvasSVG(figure)
         _draw(figure.add_subplot(), chart)
@@ -73,6 +74,8 @@ def save_png(path: Path, title: str, charts: Sequence[Chart], *, heights: Sequen
 
 
 def _draw(axes: Any, chart: Chart) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     axes.grid(True, color="#b0b0b0", linewidth=0.5)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -80,4 +83,6 @@ def _draw(axes: Any, chart: Chart) -> None:
         axes.set_axis_off()
         axes.text(0.5, 0.5, chart.caption, ha="center", transform=axes.transAxes)
     else:
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(nbins=_MAX_TICKS, steps=[1, 2, 5, 10]))
         chart.draw(axes)

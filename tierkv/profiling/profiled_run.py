@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tierkv.profiling.first_tokens import FirstTokens
 from tierkv.profiling.measured import Measured
 from tierkv.profiling.prefixes import PrefixUse
 from tierkv.profiling.tracker import MemoryAllocation
@@ -122,7 +123,8 @@ class TokenShare:
 class ProfiledRun:
     """A run. started, ended: seconds of the profiler's clock; about and notes are texts for the report's reader.
 
-    allocations: the tracker's summary. pools: its allocations that are no blocks.
+    allocations: the tracker's summary. pools: its allocations that are no blocks. first_tokens: of the requests whose
+    times the caller recorded.
     """
 
     title: str
@@ -139,6 +141,7 @@ class ProfiledRun:
     prefixes: Sequence[PrefixUse]
     suggestions: Sequence[Suggestion]
     notes: Sequence[str]
+    first_tokens: FirstTokens = field(default_factory=FirstTokens)
 
     @property
     def seconds(self) -> float:

@@ -12,6 +12,7 @@ from typing import Protocol
 from tierkv.config import CacheConfig
 from tierkv.errors import ClosedError, ConfigError
 from tierkv.profiling.advice import suggest
+from tierkv.profiling.first_tokens import FirstTokenRecorder
 from tierkv.profiling.memory_report import MemoryReport
 from tierkv.profiling.prefixes import PrefixTable
 from tierkv.profiling.profiled_run import Iteration, MemorySnapshot, ProfiledRun
@@ -73,6 +74,7 @@ class MemoryProfiler:
         self._is_observing = False
         self._num_iterations = 0
         self._recorder = Recorder(clock, sample_every)
+        self._first_tokens = FirstTokenRecorder()
         if cache:
             self.observe(cache)
 
@@ -136,6 +138,13 @@ class MemoryProfiler:
             if self._recorder.iteration:
                 self.end_iteration()
 
+    def record_first_token(self, *, prompt_tokens: int, cached_tokens: int, seconds: float) -> None:
+        """Record the time to a request's first new token: the report says what the cache saved. Any thread.
+
+        Raises ConfigError for figures that make no sense.
+        """
+        self._first_tokens.add(prompt_tokens, cached_tokens, seconds)
+
     def take_snapshot(self) -> MemorySnapshot:
         """Record the sizes and counters of this moment. Raises ConfigError while no cache is observed."""
         if self._cache is None:
@@ -179,6 +188,7 @@ class MemoryProfiler:
                 prefixes=tuple(self.prefixes.largest(12)),
                 suggestions=tuple(suggest(measured)),
                 notes=tuple(self._notes()),
+                first_tokens=self._first_tokens.recorded(),
             )
         )
 

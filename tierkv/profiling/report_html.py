@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 
+from tierkv.profiling.advice import LEAST_REQUESTS
 from tierkv.profiling.charts import (
     Chart,
     eviction_chart,
@@ -15,6 +16,7 @@ from tierkv.profiling.charts import (
     token_chart,
 )
 from tierkv.profiling.drawing import can_draw, svg_of
+from tierkv.profiling.first_tokens import FirstTokens
 from tierkv.profiling.profiled_run import ProfiledRun
 from tierkv.values.block import Tier
 from tierkv.values.units import format_bytes, format_seconds
@@ -31,7 +33,7 @@ def render_page(run: ProfiledRun) -> str:
         f"<title>{title}</title><style>{_STYLE}</style></head><body><main>"
         f"<h1>{title}</h1>{_summary(run)}{_tiles(run)}"
         f"{_section('What to change', _advice(run))}"
-        f'<div class="grid2">{"".join(_charts(run))}</div>'
+        f"{_charts(run)}"
         f'<div class="stack">{"".join(_tables(run))}</div>'
         "</main></body></html>\n"
     )
@@ -58,6 +60,7 @@ def _tiles(run: ProfiledRun) -> str:
     warm = measured.eviction_summary(Tier.WARM)
     last = run.snapshots[-1]
     tiles = [
+        *_time_tiles(run.first_tokens),
         (_percent(measured.hit_tokens, measured.prompt_tokens), "of the prompt tokens needed no prefill"),
         (_percent(sum(measured.hits.values()), measured.asked), f"of {measured.asked:,} blocks asked for were cached"),
         (f"{hot.count:,} / {warm.count:,}", "blocks evicted from the hot / the warm tier"),
@@ -72,28 +75,53 @@ def _tiles(run: ProfiledRun) -> str:
     )
 
 
-def _charts(run: ProfiledRun) -> Iterator[str]:
-    yield _figure("Where prompt tokens came from", token_chart(run))
-    yield _figure("Memory in use", memory_chart(run))
-    yield _figure("Uses of hot blocks", heat_chart(run))
-    yield _figure("Hits over size", hit_curve_chart(run))
-    yield _figure("Fragmentation of the hot pool", fragmentation_chart(run))
-    yield _figure("Evictions", eviction_chart(run))
+def _time_tiles(first: FirstTokens) -> Iterator[tuple[str, str]]:
+    """Yield what a reader wants to know first. Nothing where the caller recorded no times."""
+    if first.saved_s is not None:
+        yield (
+            format_seconds(first.saved_s),
+            "saved, compared with computing the cached tokens",
+        )
+    if first.median_s is not None:
+        computed = first.computed_median_s
+        beside = f"; {format_seconds(computed)} where nothing was cached" if computed is not None else ""
+        yield format_seconds(first.median_s), f"to the first token, median{beside}"
+
+
+def _charts(run: ProfiledRun) -> str:
+    """Return the charts that show something, and below them, folded, why the others do not."""
+    charts = {
+        "Where prompt tokens came from": token_chart(run),
+        "Memory in use": memory_chart(run),
+        "Uses of hot blocks": heat_chart(run),
+        "Hits over size": hit_curve_chart(run),
+        "Fragmentation of the hot pool": fragmentation_chart(run),
+        "Evictions": eviction_chart(run),
+    }
+    drawn = "".join(_figure(title, chart) for title, chart in charts.items() if chart.draw)
+    empty = {title: chart.caption for title, chart in charts.items() if not chart.draw}
+    return f'<div class="grid2">{drawn}</div>' + (_folded("Charts without anything to show", empty) if empty else "")
+
+
+def _folded(title: str, texts: Mapping[str, str]) -> str:
+    rows = "".join(f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in texts.items())
+    return f"<details><summary>{escape(title)}: {escape(', '.join(texts))}</summary><dl>{rows}</dl></details>"
 
 
 def _figure(title: str, chart: Chart) -> str:
-    drawn = ""
-    if chart.draw is not None:
-        drawn = svg_of(chart) if can_draw() else "<p class='soft'>Charts need matplotlib: tierkv[report].</p>"
+    drawn = svg_of(chart) if can_draw() else "<p class='soft'>Charts need matplotlib: tierkv[report].</p>"
     caption = f"<figcaption>{escape(chart.caption)}</figcaption>"
     return f"<section><h2>{escape(title)}</h2><figure>{drawn}{caption}</figure></section>"
 
 
 def _tables(run: ProfiledRun) -> Iterator[str]:
     yield _section("Tiers", _tier_table(run))
-    yield _section("Evictions", _eviction_table(run))
-    yield _section("Where the cache spent time", _span_table(run))
-    yield _section("Largest prefixes in memory", _prefix_table(run))
+    if run.measured.evictions:
+        yield _section("Evictions", _eviction_table(run))
+    if run.spans:
+        yield _section("Where the cache spent time", _span_table(run))
+    if run.prefixes:
+        yield _section("Largest prefixes in memory", _prefix_table(run))
     yield _section("Memory held", _pool_table(run))
     if run.notes:
         yield _section(
@@ -102,8 +130,11 @@ def _tables(run: ProfiledRun) -> Iterator[str]:
 
 
 def _advice(run: ProfiledRun) -> str:
+    requests = run.measured.requests
+    if requests < LEAST_REQUESTS:
+        return f"<p>Advice needs {LEAST_REQUESTS} requests; this run had {requests:,}.</p>"
     if not run.suggestions:
-        return "<p>This run gives no reason to change a setting.</p>"
+        return f"<p>These {requests:,} requests give no reason to change a setting.</p>"
     return "".join(
         f'<div class="advice"><p><code>{escape(each.setting)}</code>: {escape(each.now)} → '
         f"<b>{escape(each.proposed)}</b></p><p>{escape(each.effect[0].upper() + each.effect[1:])}.</p>"
@@ -265,13 +296,16 @@ body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.5 sy
 main { max-width: 1080px; margin: 0 auto; padding: 20px 16px 48px; }
 h1 { font-size: 1.6rem; margin: 0 0 4px; } h2 { font-size: 1.1rem; margin: 0 0 4px; }
 p { margin: 0 0 10px; max-width: 72ch; } .soft, figcaption { color: var(--soft); font-size: .9rem; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 12px; margin: 18px 0; }
+.tiles { display: grid; grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 12px; margin: 18px 0; }
 .tile, section { background: var(--card); border: 1px solid var(--rule); border-radius: 8px; padding: 14px 16px; }
 .tile b { display: block; font-size: 1.45rem; font-variant-numeric: tabular-nums; line-height: 1.25; }
 .grid2 { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 16px; }
 section { margin: 0; min-width: 0; } section + .grid2, .stack > section { margin-top: 16px; }
-svg { display: block; width: 100%; height: auto; } figure { margin: 0; }
+.grid2 > section:last-child:nth-child(odd) { grid-column: 1 / -1; }
+svg { display: block; width: 100%; max-width: 500px; height: auto; } figure { margin: 0; }
 svg text { font-family: system-ui, sans-serif !important; fill: var(--soft); }
+details { margin-top: 16px; color: var(--soft); font-size: .9rem; } summary { cursor: pointer; }
+.tile:first-child { border-color: var(--good); }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { text-align: right; padding: 5px 8px; border-bottom: 1px solid var(--rule); font-variant-numeric: tabular-nums;
   white-space: nowrap; }

@@ -6,10 +6,14 @@ agree on the smallest number of tokens found.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["UNABLE", "Agreement", "OneRank", "RankGroup"]
+__all__ = ["UNABLE", "Agreement", "OneRank", "RankGroup", "Vote", "agree_min"]
+
+Vote = tuple[int, ...]
+"""What one rank says in a round: whole numbers, equally many on every rank."""
 
 UNABLE = -1
 """The vote of a rank that cannot continue: the operation then happens on no rank."""
@@ -37,15 +41,22 @@ class RankGroup(Protocol):
     def size(self) -> int:
         """Return how many ranks there are."""
 
-    def agree_min(self, vote: int, *, topic: bytes) -> Agreement:
-        """Return the decision, the same on every rank, also on a rank that votes too late. Bounded in time.
+    def agree(self, vote: Sequence[int], *, topic: bytes) -> list[Vote] | None:
+        """Return the votes of all ranks, in the order of ranks; None if a rank did not vote in time.
 
+        The answer is the same on every rank, also on a rank that votes too late. Bounded in time.
         topic: the subject of the vote, such as the prompt. Raises RankError if the ranks vote on different topics, and
         if the decision cannot be read.
         """
 
     def gather(self, payload: bytes) -> list[bytes]:
         """Return every rank's payload, in the order of ranks. Raises RankError if a payload is missing."""
+
+    def send(self, message: bytes) -> None:
+        """Send a message from the first rank to all others. Raises RankError if one of them has read none for long."""
+
+    def receive(self, *, timeout_s: float) -> bytes | None:
+        """Return the next message of the first rank; None if none comes in time. Raises RankError if it has gone."""
 
 
 class OneRank:
@@ -54,10 +65,29 @@ class OneRank:
     rank = 0
     size = 1
 
-    def agree_min(self, vote: int, *, topic: bytes) -> Agreement:
+    def agree(self, vote: Sequence[int], *, topic: bytes) -> list[Vote] | None:
         """Return the vote."""
-        return Agreement(vote, True)
+        return [tuple(vote)]
 
     def gather(self, payload: bytes) -> list[bytes]:
         """Return the payload."""
         return [payload]
+
+    def send(self, message: bytes) -> None:
+        """Do nothing: there is no other rank."""
+
+    def receive(self, *, timeout_s: float) -> bytes | None:
+        """Return None: there is no other rank."""
+        return None
+
+
+def agree_min(ranks: RankGroup, vote: int, *, topic: bytes) -> Agreement:
+    """Return the smallest vote of all ranks, the same on every rank. Raises as `RankGroup.agree` does.
+
+    Of a rank that votes with several numbers the first one counts.
+    """
+    votes = ranks.agree((vote,), topic=topic)
+    if votes is None:
+        return Agreement(0, False)
+    numbers = [each[0] for each in votes]
+    return Agreement(min(numbers), len(set(numbers)) == 1)

@@ -1,14 +1,15 @@
 """Ranks that agree through a store of torch.distributed.
 
-Each decision is a register that is written once, by compare-and-set. The first rank that has seen all votes writes the
-smallest one; the first rank whose wait times out writes 0. A late rank reads the decision. An all-reduce was rejected:
-a rank that times out cannot withdraw its vote, so the others may continue with a number that it never saw.
+Each decision is a register that is written once, by compare-and-set. The first rank that has seen all votes writes
+them; the first rank whose wait times out writes that there is no decision. A late rank reads what was written. An
+all-reduce was rejected: a rank that times out cannot withdraw its vote, so the others may continue with a number that
+it never saw.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Protocol
 
@@ -16,12 +17,15 @@ import xxhash
 from torch import distributed
 
 from tierkv.errors import ConfigError, RankError
-from tierkv.ranks.group import Agreement
+from tierkv.ranks.group import Vote
 
 __all__ = ["Store", "TorchRanks"]
 
 _DECISION = "decision"
 _LOST_STEP = "lost step"
+_NONE = "none"
+_MESSAGES_AT_ONCE = 64
+"""Messages that the first rank sends before the others must have read as many: then they are deleted."""
 
 
 class Store(Protocol):
@@ -66,6 +70,7 @@ class TorchRanks:
         self._lock = threading.Lock()
         self._num_rounds = 0
         self._num_gathers = 0
+        self._num_messages = 0
         self._kept: list[int] = []
 
     @classmethod
@@ -85,21 +90,23 @@ class TorchRanks:
         store = server or tcp_store(host, ports[0], is_master=False)
         return cls(store, rank=rank, size=size, timeout_s=timeout_s)
 
-    def agree_min(self, vote: int, *, topic: bytes) -> Agreement:
-        """Return the smallest vote of all ranks, or 0 if a vote is missing in time; the same on every rank.
+    def agree(self, vote: Sequence[int], *, topic: bytes) -> list[Vote] | None:
+        """Return the votes of all ranks, or None if one is missing in time; the same on every rank.
 
         Raises RankError if the ranks vote on different topics, or if the store cannot be reached.
         """
+        text = f"{','.join(map(str, vote))} {xxhash.xxh3_64_hexdigest(topic)}"
         with self._lock:
             self._num_rounds += 1
             try:
-                decision = self._decide(self._num_rounds, f"{vote} {xxhash.xxh3_64_hexdigest(topic)}")
+                decision = self._decide(self._num_rounds, text)
             except RuntimeError as exc:
                 raise RankError(f"rank {self.rank} cannot know what the others decided: {exc}") from exc
         if decision == _LOST_STEP:
             raise RankError("the ranks have lost step: they ask for different things at the same time")
-        lowest, is_unanimous = map(int, decision.split())
-        return Agreement(lowest, bool(is_unanimous))
+        if decision == _NONE:
+            return None
+        return [tuple(map(int, each.split(","))) for each in decision.split()]
 
     def gather(self, payload: bytes) -> list[bytes]:
         """Return every rank's payload. Raises RankError if a payload is missing in time."""
@@ -113,6 +120,59 @@ class TorchRanks:
             except RuntimeError as exc:
                 raise RankError(f"rank {self.rank} of {self.size} has not heard of every other: {exc}") from exc
 
+    def send(self, message: bytes) -> None:
+        """Send a message from the first rank to all others, in order. Costs one round trip to the store.
+
+        Raises RankError if another rank has not read the messages before the last 64 ones within `timeout_s`.
+        """
+        with self._lock:
+            number = self._num_messages
+            self._num_messages += 1
+            try:
+                if number % _MESSAGES_AT_ONCE == 0 and number:
+                    self._delete_read(number)
+                self._store.set(_message_key(number), message.hex())
+            except RuntimeError as exc:
+                raise RankError(f"another rank does not read what the first one sends: {exc}") from exc
+
+    def receive(self, *, timeout_s: float) -> bytes | None:
+        """Return the next message of the first rank; None if none comes in time.
+
+        Raises RankError if the store cannot be reached: the first rank has gone.
+        """
+        key = _message_key(self._num_messages)
+        try:
+            self._store.wait([key], timedelta(seconds=timeout_s))
+        except RuntimeError as exc:
+            self._require_store(exc)
+            return None
+        try:
+            message = bytes.fromhex(self._store.get(key).decode())
+            self._num_messages += 1
+            if self._num_messages % _MESSAGES_AT_ONCE == 0:
+                self._store.set(_read_key(self._num_messages, self.rank), "1")
+        except RuntimeError as exc:
+            raise RankError(f"the first rank has gone: {exc}") from exc
+        return message
+
+    def _delete_read(self, number: int) -> None:
+        """Wait until every other rank has read all messages before the last ones, and delete those."""
+        read = number - _MESSAGES_AT_ONCE
+        if not read:
+            return
+        keys = [_read_key(read, rank) for rank in range(1, self.size)]
+        if keys:
+            self._store.wait(keys, self._timeout)
+        for key in [*keys, *map(_message_key, range(read - _MESSAGES_AT_ONCE, read))]:
+            self._store.delete_key(key)
+
+    def _require_store(self, exc: RuntimeError) -> None:
+        """Raise RankError if the store cannot be reached: a wait that timed out raises the same error."""
+        try:
+            self._store.set(f"tierkv/alive/{self.rank}", "1")
+        except RuntimeError:
+            raise RankError(f"the first rank has gone: {exc}") from exc
+
     def _decide(self, number: int, vote: str) -> str:
         """Vote, and return the decision of a round; this rank writes it unless another rank has."""
         keys = [_key(number, rank) for rank in range(self.size)]
@@ -121,8 +181,8 @@ class TorchRanks:
         try:
             self._store.wait(keys, self._timeout)
         except RuntimeError:  # a time-out; if the store is gone, the next line raises
-            return self._write_once(number, "0 0")
-        decision = self._write_once(number, _counted(text.decode() for text in self._get(keys)))
+            return self._write_once(number, _NONE)
+        decision = self._write_once(number, _decision_of([text.decode() for text in self._get(keys)]))
         self._forget_before(number)
         return decision
 
@@ -143,13 +203,19 @@ class TorchRanks:
         self._kept = [number]
 
 
+def _message_key(number: int) -> str:
+    return f"tierkv/message/{number}"
+
+
+def _read_key(number: int, rank: int) -> str:
+    return f"tierkv/read/{number}/{rank}"
+
+
 def _key(number: int, name: object) -> str:
     return f"tierkv/{number}/{name}"
 
 
-def _counted(votes: Iterable[str]) -> str:
-    """Return the decision for all votes; each is a number and the digest of its topic."""
+def _decision_of(votes: list[str]) -> str:
+    """Return the decision for all votes; each is numbers and the digest of its topic."""
     numbers, topics = zip(*(vote.split() for vote in votes), strict=True)
-    if len(set(topics)) > 1:
-        return _LOST_STEP
-    return f"{min(map(int, numbers))} {int(len(set(numbers)) == 1)}"
+    return _LOST_STEP if len(set(topics)) > 1 else " ".join(numbers)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Items
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from tierkv.background.active_calls import ActiveCalls, while_open
 from tierkv.errors import ClosedError, ConfigError
@@ -11,7 +12,8 @@ from tierkv.index.index import Entry
 from tierkv.requests.commit import Committer
 from tierkv.requests.consensus import Consensus
 from tierkv.requests.sequence import RunningSequences, Sequence
-from tierkv.requests.statistics import RequestStatistics
+from tierkv.requests.statistics import RequestStatistics, log_misses
+from tierkv.storage.outcomes import MissReason
 from tierkv.transfer.cold_reading import ColdReading
 from tierkv.transfer.daemon_blocks import Claim
 from tierkv.transfer.daemon_tiers import DaemonTiers
@@ -19,12 +21,26 @@ from tierkv.transfer.load import Loader, Pinned, Promoted
 from tierkv.transfer.lookup import Hit, Lookup, count_by_tier
 from tierkv.transfer.offload import Offloader
 from tierkv.transfer.overlapped_load import OverlappedLoad
-from tierkv.transfer.recompute_or_load import ColdPlan, RecomputeOrLoad
+from tierkv.transfer.recompute_or_load import ColdCosts, ColdPlan, Decision, LoadKind, RecomputeOrLoad
+from tierkv.transfer.remote_lookup import look_remotely
 from tierkv.transfer.tiers import Tiers
 from tierkv.values.block import TOKEN_BYTES, BlockHash, Tier
 from tierkv.values.checks import check_count, check_seconds
 
 __all__ = ["Acquirer"]
+
+
+@dataclass(slots=True)
+class _Wanted:
+    """What a request loads: what was found, without the cold blocks that the plan leaves for later or drops.
+
+    costs: of the cold blocks, if they may be computed instead.
+    """
+
+    found: Lookup
+    num_tokens: int
+    costs: ColdCosts | None = None
+    plan: ColdPlan = field(default_factory=ColdPlan)
 
 
 class Acquirer:
@@ -80,22 +96,23 @@ class Acquirer:
         with self._tiers.changed:
             found = self._tiers.find(token_bytes, num_tokens - 1) if reuse else Lookup()
             pinned = self._loader.pin(found)
+        if reuse and self._tiers.remote:
+            found, pinned = self._look_remotely(found, pinned, token_bytes, overlap=overlap)
         claim: Claim | None = None
-        plan = ColdPlan()
+        wanted = _Wanted(found, num_tokens)
         try:
             if self._daemon and reuse:
                 rest = token_bytes[:-TOKEN_BYTES]
-                found, claim = self._daemon.blocks.look_further(found, rest, pinned.rest, wait=wait)
+                wanted.found, claim = self._daemon.blocks.look_further(found, rest, pinned.rest, wait=wait)
             elif self._choice and found.blocks:
-                plan = self._choice.plan(found, num_tokens, overlap=overlap)
+                wanted.costs = self._choice.costs(found, num_tokens, overlap=overlap)
         except BaseException:  # such as an interrupt: this may wait for another process, or look at a file
-            self._tiers.unpin_all(Tier.HOT, pinned.hot)
-            self._tiers.unpin(pinned.rest.values())
+            self._unpin(pinned)
             raise
+        promoted = self._promote(wanted, pinned, token_bytes, claim)
+        found, plan = wanted.found, wanted.plan
         later, dropped = plan.later, plan.dropped
-        if later or dropped:
-            found = replace(found, blocks=found.blocks[: -len(later or dropped)], partial_block=None)
-        promoted = self._promote(found, pinned, token_bytes, claim)
+        promoted.num_surplus += plan.num_surplus
         chain = self._chain_of(promoted, found)
         if later and later[0].parent_hash != (chain[-1] if chain else self._tiers.index.root):
             later = []  # a block before them was not loaded, so they do not continue the chain
@@ -116,19 +133,52 @@ class Acquirer:
         )
         try:
             if later and plan.load:
-                self._start_load(sequence, later, in_memory=plan.load.kind.in_memory)
+                self._start_load(sequence, later, plan.load.kind)
             with self._tiers.changed:
                 self._running.add(sequence)
-                self._statistics.add_request(sequence, found, promoted, blocks=blocks, later=later, dropped=dropped)
+                misses = self._statistics.add_request(
+                    sequence, found, promoted, blocks=blocks, later=later, dropped=dropped
+                )
                 self._touch(promoted.hot, promoted.hits)
+            log_misses(sequence, misses, len(later))
             if cold := self._tiers.cold:
                 used = promoted.hits[len(sequence.chain) - len(promoted.hot) :]
                 cold.notes.touch([*sequence.chain, *(hit.block_hash for hit in used)])
                 self._offloader.maintain_store()
+            if remote := self._tiers.remote:
+                remote.touch(sequence.chain)
         except BaseException:
             self._running.release(sequence)
             raise
         return sequence
+
+    def _look_remotely(
+        self, found: Lookup, pinned: Pinned, token_bytes: bytes, *, overlap: bool
+    ) -> tuple[Lookup, Pinned]:
+        """Ask the remote tiers for what was not found. Return what there is now, pinned."""
+        max_tokens = len(token_bytes) // TOKEN_BYTES - 1
+        if overlap and self._choice:
+            num_blocks = max_tokens // self._block_size
+            num_missing = num_blocks - len(found.hot) - len(found.blocks)
+            num_rest = max_tokens + 1 - num_blocks * self._block_size
+            if num_missing > 0 and not self._choice.is_worth_asking(num_missing, num_rest):
+                return found, pinned
+        before = pinned
+        try:
+            if not look_remotely(self._tiers, found, token_bytes, max_tokens):
+                return found, pinned
+            with self._tiers.changed:
+                found = self._tiers.find(token_bytes, max_tokens)
+                pinned = self._loader.pin(found)
+        except BaseException:
+            self._unpin(before)
+            raise
+        self._unpin(before)
+        return found, pinned
+
+    def _unpin(self, pinned: Pinned) -> None:
+        self._tiers.unpin_all(Tier.HOT, pinned.hot)
+        self._tiers.unpin(pinned.rest.values())
 
     def release(self, sequence: Sequence) -> None:
         """End a sequence; see `TierCache.release`. Once the cache is closed there is nothing to do."""
@@ -152,11 +202,11 @@ class Acquirer:
         start = sequence.piece_end
         if load := sequence.overlapped_load:
             while True:
-                is_done = load.is_done  # read before the question: a load that is done returns no block to the engine
-                if count := load.next_piece():
+                count, is_over = self._claim_piece(sequence, load)
+                if count:
                     sequence.piece_end += count * self._block_size
                     return range(start, sequence.piece_end)
-                if is_done:
+                if is_over:
                     break
                 if not wait:
                     return range(start, start)
@@ -183,7 +233,16 @@ class Acquirer:
             elif load:
                 self._choice.record_load(load, seconds)
 
-    def _start_load(self, sequence: Sequence, later: list[Hit], *, in_memory: bool) -> None:
+    def _claim_piece(self, sequence: Sequence, load: OverlappedLoad) -> tuple[int, bool]:
+        """Return how many blocks the engine computes next, and whether the load is over."""
+        if self._consensus:
+            piece = self._consensus.next_piece(load, topic=bytes(sequence.token_bytes))
+            sequence.loads += piece.behind
+            return piece.num_blocks, piece.is_over
+        is_done = load.is_done  # read before the question: a load that is done returns no block to the engine
+        return load.next_piece(), is_done
+
+    def _start_load(self, sequence: Sequence, later: list[Hit], kind: LoadKind) -> None:
         """Begin to load cold blocks into a sequence's own while the engine computes the first of them."""
         assert self._choice
         start = len(sequence.chain)
@@ -193,7 +252,7 @@ class Acquirer:
             later,
             sequence.block_table[start : start + len(later)],
             num_before=sequence.num_cached_tokens,
-            in_memory=in_memory,
+            kind=kind,
             read=self._reading.read_one,
             after=self._tiers.memory.mover.mark(),
         )
@@ -216,6 +275,7 @@ class Acquirer:
             reasons = self._statistics.count_overlap(load)
             self._committer.register_loaded(sequence, loaded)
             self._statistics.record_overlap(load, loaded, reasons)
+        log_misses(sequence, reasons, 0)
         if load.failure:
             sequence.cold_load = None  # that many blocks were not loaded
         if load.failed:
@@ -226,21 +286,46 @@ class Acquirer:
             self._offloader.maintain_store()
         return load.num_before + (division.num_computed + len(loaded)) * size
 
-    def _promote(self, found: Lookup, pinned: Pinned, token_bytes: bytes, claim: Claim | None) -> Promoted:
-        """Load what was found, cut to what all ranks have. After an error no claim is left."""
+    def _promote(self, wanted: _Wanted, pinned: Pinned, token_bytes: bytes, claim: Claim | None) -> Promoted:
+        """Load what was found, cut to what all ranks have. After an error no claim is left, and nothing pinned."""
         num_blocks = -(-len(token_bytes) // (self._block_size * TOKEN_BYTES))
+        looked_up, is_begun = wanted.found, False
+
+        def load(decision: Decision | None) -> Promoted:
+            nonlocal is_begun
+            self._follow(decision, wanted)
+            is_begun = True
+            return self._loader.promote(wanted.found, pinned, num_blocks=num_blocks)
+
         try:
             if self._consensus is None:
-                return self._loader.promote(found, pinned, num_blocks=num_blocks)
-            return self._consensus.promote(
-                lambda: self._loader.promote(found, pinned, num_blocks=num_blocks), topic=token_bytes
-            )
+                return load(self._decide([wanted.costs], True) if wanted.costs else None)
+            return self._consensus.promote(load, costs=wanted.costs, decide=self._decide, topic=token_bytes)
         except BaseException:
+            if not is_begun:
+                self._unpin(pinned)
             self._running.end_claim(claim)
             raise
         finally:
             if self._daemon:
-                self._daemon.blocks.end_lookup(found)
+                self._daemon.blocks.end_lookup(looked_up)
+
+    def _decide(self, costs: Items[ColdCosts], are_all: bool) -> Decision:
+        assert self._choice
+        return self._choice.decide(costs, are_all=are_all)
+
+    def _follow(self, decision: Decision | None, wanted: _Wanted) -> None:
+        """Cut what is loaded first to what the decision on its cold blocks leaves of it."""
+        if wanted.costs is None:
+            return
+        found = wanted.found
+        if decision is None:  # the ranks did not answer in time: nothing counts as cached
+            wanted.found = Lookup(found.hot, miss=MissReason.OTHER_RANK)
+            return
+        assert self._choice
+        plan = wanted.plan = self._choice.plan(found, wanted.num_tokens, wanted.costs, decision)
+        if plan.num_kept is not None:
+            wanted.found = replace(found, blocks=found.blocks[: plan.num_kept], partial_block=None)
 
     def _chain_of(self, promoted: Promoted, found: Lookup) -> list[BlockHash]:
         """Return the hashes of the whole blocks that were loaded; a block used in part is not in the chain."""

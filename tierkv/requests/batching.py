@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tierkv.background.active_calls import ActiveCalls, while_open
 from tierkv.movers.mover import Move
+from tierkv.requests.consensus import Consensus
 from tierkv.requests.sequence import RunningSequences, Sequence
 from tierkv.transfer.daemon_tiers import DaemonTiers
 from tierkv.transfer.tiers import Tiers
@@ -19,12 +20,19 @@ class Batching:
     """
 
     def __init__(
-        self, tiers: Tiers, running: RunningSequences, daemon: DaemonTiers | None, *, calls: ActiveCalls
+        self,
+        tiers: Tiers,
+        running: RunningSequences,
+        daemon: DaemonTiers | None,
+        *,
+        calls: ActiveCalls,
+        consensus: Consensus | None = None,
     ) -> None:
         self.calls: ActiveCalls = calls
         self._tiers = tiers
         self._running = running
         self._daemon = daemon
+        self._consensus = consensus
 
     @property
     def has_other_processes(self) -> bool:
@@ -36,8 +44,12 @@ class Batching:
         """Return whether the hot pool has room for a prompt, and for `spare` more blocks, beside what is in use.
 
         A block whose write to a lower tier is in flight counts as in use. So True may become False and False may become
-        True without a call.
+        True without a call. Of several ranks all must have room; all ask together.
         """
+        has_room = self._has_room(token_ids, reuse=reuse, spare=spare)
+        return self._consensus.can_all(has_room, topic=b"room") if self._consensus else has_room
+
+    def _has_room(self, token_ids: TokenIds, *, reuse: bool, spare: int) -> bool:
         size = self._tiers.layout.block_size
         hot = self._tiers.index.hot
         missing = -(-len(token_ids) // size) + spare - (hot.limit - hot.referenced_count)

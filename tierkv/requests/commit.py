@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from tierkv.errors import ConfigError
+from tierkv.index.index import Entry
 from tierkv.movers.mover import Ready
 from tierkv.requests.sequence import BlockUsers, Sequence
 from tierkv.transfer.lookup import Hit, find_partial
 from tierkv.transfer.offload import Offloader
 from tierkv.transfer.tiers import Tiers
-from tierkv.values.block import TOKEN_BYTES, BlockHash, Tier
+from tierkv.values.block import TOKEN_BYTES, BlockHash, Tier, iter_chain
 from tierkv.values.checks import check_count
 from tierkv.values.events import EventKind
 
@@ -53,10 +54,9 @@ class Committer:
             first = len(sequence.chain)
             before = sequence.block_table[first:]
             try:
-                while len(sequence.chain) < num_computed_tokens // size and sequence.is_cacheable:
-                    num_new += self._register(sequence, len(sequence.chain), size, written)
-            finally:  # other requests that find these blocks wait until they are written
-                after = sequence.block_table[first : len(sequence.chain)]
+                num_new += self._register_all(sequence, num_computed_tokens // size, written)
+            finally:  # other requests that find these blocks wait until they are written, also if a policy has failed
+                after = sequence.block_table[first : num_computed_tokens // size]
                 own = [mine for mine, now in zip(before, after, strict=False) if mine == now]  # not those shared now
                 self._tiers.copies.note_computing(own, written)
             num_partial = num_computed_tokens - len(sequence.chain) * size
@@ -86,6 +86,36 @@ class Committer:
 
     def _last_hash(self, sequence: Sequence) -> BlockHash:
         return sequence.chain[-1] if sequence.chain else self._tiers.index.root
+
+    def _register_all(self, sequence: Sequence, num_blocks: int, written: Ready) -> int:
+        """Register the leading whole blocks of a sequence. Return how many no tier had. The caller holds the lock.
+
+        Most blocks are new: runs of them go into the index, and into the queue of writes, in one pass each.
+        """
+        assert self._tiers.changed.is_owned()
+        tiers, size, first = self._tiers, self._tiers.layout.block_size, len(sequence.chain)
+        if first >= num_blocks or not sequence.is_cacheable:
+            return 0
+        step = size * TOKEN_BYTES
+        tokens = bytes(memoryview(sequence.token_bytes)[first * step : num_blocks * step])
+        named = list(iter_chain(self._last_hash(sequence), tokens, size, tiers.hash_function))
+        num_new = 0
+        while (at := len(sequence.chain)) < num_blocks and sequence.is_cacheable:
+            added: list[Entry] = []
+            if not tiers.chosen.marked:
+                table = sequence.block_table[at:num_blocks]
+                added = tiers.index.extend(self._last_hash(sequence), named[at - first :], table)
+            if not added:
+                num_new += self._register(sequence, at, size, written)
+                continue
+            sequence.chain += [entry.block_hash for entry in added]
+            num_new += len(added)
+            if tiers.observers.are_there:
+                for entry in added:
+                    tiers.observers.block(EventKind.REGISTER, Tier.HOT, entry, slot=entry.block_id)
+            if self._write_through:
+                self._offloader.write_down_all(added, written)
+        return num_new
 
     def _register(
         self,

@@ -15,6 +15,7 @@ from tierkv.storage.outcomes import MissReason
 from tierkv.transfer.cold_reading import ColdReading
 from tierkv.transfer.daemon_tiers import DaemonTiers
 from tierkv.transfer.lookup import Hit
+from tierkv.transfer.remote_lookup import find_everywhere
 from tierkv.transfer.tiers import Place, Tiers
 from tierkv.values.block import TOKEN_BYTES, Tier
 from tierkv.values.events import EventKind
@@ -104,8 +105,7 @@ class Prefetcher:
     def _load(self, prompt: _Prompt) -> int:
         """Read a prompt's cold blocks, wave by wave, until one cannot be had. Return how many were read."""
         tiers = self._tiers
-        with tiers.changed:
-            found = tiers.find(prompt.token_bytes, len(prompt.token_bytes) // TOKEN_BYTES)
+        found = find_everywhere(tiers, prompt.token_bytes, len(prompt.token_bytes) // TOKEN_BYTES)
         most = tiers.index.warm.capacity // 2  # more would evict the first ones
         hits = [hit for hit in found.rest() if hit.tier is Tier.COLD][:most]
         if found.miss is MissReason.IO_ERROR:

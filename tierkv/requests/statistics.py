@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Mapping
 from collections.abc import Sequence as Several
 
@@ -16,7 +18,9 @@ from tierkv.values.block import TOKEN_BYTES, BlockHash, Tier, iter_chain
 from tierkv.values.events import BlockName
 from tierkv.values.stats import TierStats
 
-__all__ = ["RequestStatistics", "occupancy"]
+__all__ = ["RequestStatistics", "log_misses", "occupancy"]
+
+_log = logging.getLogger(__name__)
 
 
 class RequestStatistics:
@@ -35,8 +39,8 @@ class RequestStatistics:
         blocks: Mapping[Tier, int],
         later: Several[Hit],
         dropped: Several[Hit],
-    ) -> None:
-        """Count a request that has its blocks, and notify observers.
+    ) -> list[MissReason]:
+        """Count a request that has its blocks, and notify observers. Return why each missing block is missing.
 
         blocks: how many were found, by tier. later: cold ones that load in the background. dropped: cold ones that are
         computed instead.
@@ -63,6 +67,7 @@ class RequestStatistics:
             )
         stats.hits.update(blocks)
         stats.hit_tokens.update(sequence.cached_tokens)
+        return [*[MissReason.RECOMPUTED] * len(dropped), *missed]
 
     def count_overlap(self, load: OverlappedLoad) -> list[MissReason]:
         """Count what became of a request's cold blocks. Return why each was computed that was."""
@@ -110,9 +115,10 @@ class RequestStatistics:
         reasons = self._miss_reasons(sequence, num_found) if sequence.is_cacheable else []
         known = [MissReason.OTHER_RANK] * num_surplus + ([miss] if miss else [])
         reasons = [*known, *reasons[len(known) :]][:num_missing]
-        reasons += [MissReason.ABSENT] * (num_missing - len(reasons))
         stats.miss_reasons.update(reason.value for reason in reasons)
-        return reasons
+        if num_absent := num_missing - len(reasons):  # usually all of them
+            stats.miss_reasons[MissReason.ABSENT.value] += num_absent
+        return reasons + [MissReason.ABSENT] * num_absent
 
     def _miss_reasons(self, sequence: Sequence, num_hits: int) -> list[MissReason]:
         """Return for each whole block after the hits whether the store has evicted it or never had it."""
@@ -144,6 +150,22 @@ class RequestStatistics:
     def _last_hash(self, sequence: Sequence) -> BlockHash:
         assert self._tiers.changed.is_owned()
         return sequence.chain[-1] if sequence.chain else self._tiers.index.root
+
+
+def log_misses(sequence: Sequence, misses: Several[MissReason], num_later: int) -> None:
+    """Log at debug level what a request found, and its misses by reason. No lock may be held: a handler may wait.
+
+    num_later: cold blocks that still load.
+    """
+    if misses and _log.isEnabledFor(logging.DEBUG):
+        reasons = Counter(reason.value for reason in misses).most_common()
+        _log.debug(
+            "%d of %d tokens found%s; blocks that are misses: %s",
+            sequence.num_cached_tokens,
+            sequence.num_tokens,
+            f", {num_later} blocks load" if num_later else "",
+            ", ".join(f"{count} {name}" for name, count in reasons),
+        )
 
 
 def occupancy(tiers: Tiers, cold: ColdStats | None) -> dict[Tier, TierStats]:

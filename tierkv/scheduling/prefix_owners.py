@@ -44,8 +44,10 @@ class PrefixOwners:
         """
         if not self._heads:
             return None
-        for head in request.hash_set.intersection(self._heads):
-            owner = self._heads[head]
+        owners = [self._heads[head] for head in request.hash_set.intersection(self._heads)]
+        if len(owners) > 1:
+            owners.sort(key=_by_order)  # a set's order differs between processes, and so between ranks
+        for owner in owners:
             common = self._common_tokens(request, owner)
             if common > owner.num_verified and owner is not request:
                 return owner, common

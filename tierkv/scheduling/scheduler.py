@@ -211,7 +211,7 @@ class Scheduler:
         while self.max_running is not None and len(self.running) >= self.max_running:
             if not self._preempt_for(request):
                 return False
-        if self._cache.ranks.size > 1:  # all ranks get the same answer when they acquire, and only then
+        if self._cache.ranks.size > 1:  # all ranks get the same answer when they acquire: a question would cost more
             return True
         while len(self.running) and not self._has_room(request, spare=len(self.running)):
             if not self.release_lingering() and not self._preempt_for(request):
@@ -246,6 +246,8 @@ class Scheduler:
         except BaseException as exc:
             self._release(request)
             if isinstance(exc, CapacityError) and len(self.running):
+                if self._cache.ranks.size > 1 and (self.release_lingering() or self._preempt_for(request)):
+                    return self._start(request)
                 self._blocked = request, self._num_steps + _RETRY_STEPS
                 return False
             if not isinstance(exc, Exception) or isinstance(exc, ClosedError | RankError):

@@ -22,7 +22,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tierkv.errors import ConfigError
-from tierkv.profiling.metrics import metrics_text, status_of
+from tierkv.metrics.exposition import exposition
+from tierkv.profiling.metrics import metrics_of, status_of
 from tierkv.profiling.prefixes import PrefixTable
 from tierkv.serving.api_errors import ApiError, failed
 from tierkv.serving.chat import chat
@@ -79,6 +80,7 @@ class _Gate:
             self._check(scope)
         except ApiError as exc:
             app = error_response(exc)
+            self._service.refusals.add(exc, scope["path"], (scope.get("client") or ("",))[0])
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -117,6 +119,7 @@ def _generation(service: Service, answer: _Answer) -> Callable[[Request], Awaita
                 body = await read_body(request, max_bytes=service.max_body_bytes, timeout_s=service.limits.body_s)
                 return await answer(service, request, body, resources)
             except ApiError as exc:
+                service.refusals.add(exc, request.url.path, request.client.host if request.client else "")
                 return error_response(exc)
             except ClientGoneError:
                 return Response(status_code=499)  # it is not sent: the connection is closed
@@ -154,11 +157,9 @@ def _status(service: Service, table: PrefixTable) -> Callable[[Request], Awaitab
 
 def _metrics(service: Service) -> Callable[[Request], Awaitable[Response]]:
     async def respond(request: Request) -> Response:
-        engine = asdict(service.engine.stats())
+        counted = list(service.monitor.metrics(asdict(service.engine.stats())))
         try:
-            text, kind = await anyio.to_thread.run_sync(
-                lambda: metrics_text(service.cache, lambda core: service.monitor.metrics(core, engine))
-            )
+            text, kind = await anyio.to_thread.run_sync(lambda: exposition((*metrics_of(service.cache), *counted)))
         except ConfigError as exc:  # without prometheus-client
             return error_response(ApiError(501, str(exc), code="not_installed"))
         return Response(text, media_type=kind)

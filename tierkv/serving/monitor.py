@@ -6,9 +6,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from tierkv.metrics.catalogue import SERVER_BY_LABEL, SERVER_FIRST_TOKEN, SERVER_TOTALS
+from tierkv.metrics.metric import Buckets, MetricSamples
+
 __all__ = ["Monitor"]
 
 _LEAST_TOKENS = 64  # that a prefill must compute, for its time to say what a token costs
+_OUTCOMES = ("stop", "length", "cancelled", "deadline", "shutdown", "error")
+_STATUSES = ("200", "400", "401", "404", "413", "429", "500", "503")
 _BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 
@@ -66,38 +71,20 @@ class Monitor:
             "saved_s": round(self.saved_s, 6),
         }
 
-    def metrics(self, core: Any, engine: Mapping[str, int]) -> Iterator[Any]:
-        """Yield the metrics for Prometheus. core: prometheus_client.core. engine: the engine's counts by name."""
-        for name, value, text in (
-            ("prompt_tokens", self.prompt_tokens, "Tokens of the prompts of finished answers."),
-            ("cached_tokens", self.cached_tokens, "Those of them that were in the cache."),
-            ("new_tokens", self.new_tokens, "Tokens generated."),
-            ("saved_seconds", self.saved_s, "Seconds of computing prompts that the cache has saved."),
-        ):
-            yield core.CounterMetricFamily(f"tierkv_serve_{name}", text, value=value)
-        for name, text in (("running", "Answers that are computed."), ("waiting", "Answers that wait for their turn.")):
-            yield core.GaugeMetricFamily(f"tierkv_serve_{name}", text, value=engine.get(name, 0))
-        if "preempted" in engine:
-            text = "Times that an answer was interrupted for a more urgent one."
-            yield core.CounterMetricFamily("tierkv_serve_preempted", text, value=engine["preempted"])
-        answers = core.CounterMetricFamily("tierkv_serve_answers", "Answers, by what ended them.", labels=["outcome"])
-        for outcome in dict.fromkeys(("stop", "length", "cancelled", "deadline", "shutdown", "error", *self.outcomes)):
-            answers.add_metric([outcome], self.outcomes[outcome])
-        yield answers
-        requests = core.CounterMetricFamily("tierkv_serve_requests", "Requests to /v1, by status.", labels=["status"])
-        for status in dict.fromkeys((200, 400, 401, 404, 413, 429, 500, 503, *self.statuses)):
-            requests.add_metric([str(status)], self.statuses[status])
-        yield requests
-        yield core.HistogramMetricFamily(
-            "tierkv_serve_first_token_seconds",
-            "Seconds to the first token.",
-            buckets=self._cumulative(),
-            sum_value=self._first_token_sum_s,
-        )
+    def metrics(self, engine: Mapping[str, int]) -> Iterator[MetricSamples]:
+        """Yield the metrics for Prometheus. engine: the engine's counts by name."""
+        for metric in SERVER_TOTALS:
+            of_engine = metric.name.removeprefix("tierkv_serve_")
+            value = getattr(self, metric.source) if hasattr(self, metric.source) else engine.get(of_engine, 0)
+            yield MetricSamples.of_value(metric, value)
+        counts = {"outcomes": self.outcomes, "statuses": {str(code): n for code, n in self.statuses.items()}}
+        for metric, known in zip(SERVER_BY_LABEL, (_OUTCOMES, _STATUSES), strict=True):
+            yield MetricSamples.of_label(metric, counts[metric.source], known)
+        yield MetricSamples(SERVER_FIRST_TOKEN, {}, {(): Buckets(self._cumulative(), self._first_token_sum_s)})
 
-    def _cumulative(self) -> list[tuple[str, int]]:
-        total, buckets = 0, []
+    def _cumulative(self) -> tuple[tuple[str, int], ...]:
+        total, buckets = 0, list[tuple[str, int]]()
         for bound, count in zip((*map(str, _BUCKETS_S), "+Inf"), self._first_token_buckets, strict=True):
             total += count
             buckets.append((bound, total))
-        return buckets
+        return tuple(buckets)

@@ -25,6 +25,7 @@ from tierkv.serving.api_errors import ApiError, refused, shutting_down, too_busy
 from tierkv.serving.fields import ChatFields, CompletionFields
 from tierkv.serving.limits import ServeLimits
 from tierkv.serving.monitor import Monitor
+from tierkv.serving.refusal_log import RefusalLog
 from tierkv.serving.text import Detokenizer
 from tierkv.serving.token_text import TokenTexts
 from tierkv.serving.tool_calls import ToolFormat, tool_format_of
@@ -67,6 +68,7 @@ class Service:
         self.limits = limits
         self.day = day
         self.monitor: Monitor = Monitor()
+        self.refusals: RefusalLog = RefusalLog()
         self.is_stopping: bool = False
         self.started: float = time.monotonic()
         self.created: int = int(time.time())

@@ -167,10 +167,10 @@ class BlockWriter:
             self._tiers.stats.bytes_in[Tier.WARM] += self._tiers.layout.token_bytes * entry.num_tokens
 
     def _missing(self, jobs: Sequence[Job]) -> list[Job]:
-        """Return the jobs whose block the store lacks; none without a store that may be written to."""
+        """Return the jobs whose block the store lacks; without a store all, if a remote tier may lack them."""
         cold = self._writable_store
         if not cold or not jobs:
-            return []
+            return list(jobs) if self._tiers.remote else []
         found = cold.lookup_many([job.block_hash for job in jobs])
         return [job for job, entry in zip(jobs, found, strict=True) if entry is None]
 
@@ -182,17 +182,23 @@ class BlockWriter:
     def _store(self, raw: Sequence[tuple[Job, int]]) -> int:
         """Encode blocks from their raw slots and put those that the store lacks, parents before children.
 
-        Return how many it lacked.
+        Remote tiers get the same blocks, or all where there is no store, from a queue of their own. Return how many.
         """
         tiers = self._tiers
-        cold = self._writable_store
-        if cold is None:
+        cold, remote = self._writable_store, tiers.remote
+        if cold is None and remote is None:
             return 0
-        slots = {job.block_hash: slot for job, slot in raw}
-        missing = [(job, slots[job.block_hash]) for job in self._missing([job for job, _ in raw])]
-        outcomes = cold.put(tiers.memory.threads.map(Priority.DEMOTION, self._encode, missing))
+        missing = [(job, slot) for job, slot in raw if remote is None or remote.lookup(job.block_hash) is None]
+        if cold:
+            slots = {job.block_hash: slot for job, slot in raw}
+            missing = [(job, slots[job.block_hash]) for job in self._missing([job for job, _ in raw])]
+        records = tiers.memory.threads.map(Priority.DEMOTION, self._encode, missing)
+        if remote:
+            for record in records:
+                remote.write(record)
+        outcomes = cold.put(records) if cold else []
         with tiers.changed:
-            for (job, _), outcome in zip(missing, outcomes, strict=True):
+            for (job, _), outcome in zip(missing, outcomes, strict=False):
                 if outcome not in (PutOutcome.STORED, PutOutcome.EXISTS):
                     self._tiers.skip(job, outcome.value)
                     continue
@@ -206,6 +212,7 @@ class BlockWriter:
 
     def _encode(self, job_and_slot: tuple[Job, int]) -> EncodedRecord:
         job, slot = job_and_slot
+        assert job.content_digest, "the write thread computes the digest before it writes"
         info = BlockInfo.of(job, namespace=self._tiers.namespace, content_digest=job.content_digest)
         memory = self._tiers.memory
         return encode_record(info, memory.raw.slots[slot], layout=memory.layout, codec=memory.codec)

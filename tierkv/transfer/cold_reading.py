@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 
 from tierkv.background.work_queue import Priority
 from tierkv.errors import StoreError
@@ -14,7 +16,7 @@ from tierkv.transfer.tiers import Place, Tiers
 from tierkv.values.block import TOKEN_BYTES, Tier
 from tierkv.values.events import EventKind
 
-__all__ = ["ColdReading"]
+__all__ = ["ColdReading", "ColdReads"]
 
 _AHEAD_BLOCKS = 4  # measured: more at once keeps the disk from what is needed first
 _DAMAGED = (MissReason.CORRUPT, MissReason.TRUNCATED)
@@ -26,32 +28,12 @@ class ColdReading:
     def __init__(self, tiers: Tiers) -> None:
         self._tiers = tiers
 
-    def read(
-        self, wave: Sequence[Hit], *, free_places: Callable[[], None]
-    ) -> tuple[list[Place], list[CodedBlock], MissReason | None]:
-        """Read several blocks at once.
+    def start(self, hits: Sequence[Hit], *, free_places: Callable[[], None]) -> ColdReads:
+        """Read blocks one after another, several at once; the caller closes what this returns.
 
-        free_places: unpins the warm places that the caller holds; called before this waits for room. Return the pinned
-        places of the leading good blocks, what lies there (nothing where lower tiers read them), and why the next block
-        could not be read.
+        free_places: unpins the warm places that the caller holds; called before a read waits for room.
         """
-        tiers = self._tiers
-        if tiers.lower:
-            leased, failure = tiers.lower.read(wave)
-            return leased, [], failure
-        places = tiers.try_take_raw(len(wave))
-        if not places:
-            free_places()  # this request may hold all warm slots itself
-            places = tiers.take_raw(len(wave))
-        if not places:
-            return [], [], MissReason.NO_ROOM
-        try:
-            coded, failure = self._read_into(places, wave)
-        except BaseException:
-            tiers.unpin(places)
-            raise
-        tiers.unpin(places[len(coded) :])
-        return places[: len(coded)], coded, failure
+        return ColdReads(self, self._tiers, hits, free_places)
 
     def read_one(
         self, hit: Hit, place: Place, ahead: Hit | None = None, *, may_stay_coded: bool = True
@@ -83,26 +65,93 @@ class ColdReading:
         if reason in _DAMAGED:
             hit.source.note_damaged(hit.block_hash)
 
-    def _read_into(self, places: Sequence[Place], wave: Sequence[Hit]) -> tuple[list[CodedBlock], MissReason | None]:
-        """Read blocks into places until one cannot be read, and enter those that were."""
+
+class ColdReads:
+    """The cold blocks of one request on their way into warm or staging places, in order.
+
+    Blocks behind those that the caller waits for are read meanwhile, so that no thread idles between two waves. A
+    context manager: at its end nothing is read into a place any more.
+    """
+
+    def __init__(
+        self, reading: ColdReading, tiers: Tiers, hits: Sequence[Hit], free_places: Callable[[], None]
+    ) -> None:
+        self._reading = reading
+        self._tiers = tiers
+        self._hits = hits
+        self._free_places = free_places
+        self._num_taken = 0
+        self._in_flight: deque[tuple[Place, Future[MissReason | CodedBlock]]] = deque()
+
+    def __enter__(self) -> ColdReads:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the reads that nothing waits for, and unpin their places. May be called twice."""
+        for _, read in self._in_flight:
+            read.cancel()
+        wait([read for _, read in self._in_flight])
+        self._tiers.unpin([place for place, _ in self._in_flight])
+        self._in_flight.clear()
+
+    def next(self, most: int) -> tuple[list[Place], list[CodedBlock], MissReason | None]:
+        """Wait for the next few blocks. Return the pinned places of the leading good ones, what lies there (nothing
+        where lower tiers read them), and why the block after them could not be read.
+        """
         tiers = self._tiers
-        ahead = [*wave[_AHEAD_BLOCKS:], *[None] * _AHEAD_BLOCKS]
-        coded: list[CodedBlock] = []
-        failure: MissReason | None = None
+        hits = self._hits[self._num_taken : self._num_taken + most]
+        if tiers.lower:
+            leased, failure = tiers.lower.read(hits)
+            self._num_taken += len(leased)
+            return leased, [], failure
+        self._start_reading(most)
+        if not self._in_flight:
+            return [], [], MissReason.NO_ROOM
         with tiers.span("read cold") as detail:
-            read = tiers.memory.threads.map(Priority.REQUEST, self.read_one, wave, places, ahead)
-            detail["blocks"] = len(places)
-        for block in read:
+            reads = [self._in_flight[at] for at in range(min(most, len(self._in_flight)))]
+            wait([read for _, read in reads])
+            detail["blocks"] = len(reads)
+        coded: list[CodedBlock] = []
+        failure = None
+        for _, read in reads:
+            block = read.result()
             if isinstance(block, MissReason):
                 failure = block
                 break
             coded.append(block)
-        if len(coded) < len(places):
-            self.fail(wave[len(coded)], failure)
+        if failure:
+            self._reading.fail(hits[len(coded)], failure)
         with tiers.changed:
-            for hit, place, block in zip(wave, places, coded, strict=False):
+            for hit, (place, _), block in zip(hits, reads, coded, strict=False):
                 self._note_read(hit, place, block)
-        return coded, failure
+        self._num_taken += len(coded)
+        return [self._in_flight.popleft()[0] for _ in coded], coded, failure
+
+    def _start_reading(self, most: int) -> None:
+        """Keep the threads busy: read so many blocks, and as many behind them as there are threads."""
+        tiers = self._tiers
+        first = self._num_taken + len(self._in_flight)
+        count = min(len(self._hits), self._num_taken + most + tiers.memory.num_threads) - first
+        if count <= 0:
+            return
+        places = tiers.try_take_raw(count)
+        if not places and not self._in_flight:
+            self._free_places()  # this request may hold all warm slots itself
+            places = tiers.take_raw(min(count, most))
+        for number, place in enumerate(places):
+            at = first + number
+            ahead = self._hits[at + _AHEAD_BLOCKS] if at + _AHEAD_BLOCKS < len(self._hits) else None
+            try:
+                read = tiers.memory.threads.submit(
+                    Priority.REQUEST, self._reading.read_one, self._hits[at], place, ahead
+                )
+            except BaseException:
+                tiers.unpin(places[number:])
+                raise
+            self._in_flight.append((place, read))
 
     def _note_read(self, hit: Hit, place: Place, coded: CodedBlock) -> None:
         """Enter a block that has been read: into the warm tier, if that is where it lies. The caller holds the lock."""

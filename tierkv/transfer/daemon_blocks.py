@@ -73,6 +73,7 @@ class _DaemonBlock:
     connection: Connection
     cursor: int
     position: int
+    is_remote = False  # only the daemon knows what it must fetch, also from beyond this machine
 
     def lookup(self, block_hash: BlockHash) -> None: ...
     def find_longest_run(self, parent: BlockHash, token_bytes: bytes) -> None: ...
@@ -80,7 +81,7 @@ class _DaemonBlock:
     def note_damaged(self, block_hash: BlockHash) -> None: ...
 
     def is_in_memory(self, block_hash: BlockHash) -> bool:
-        """Return True: only the daemon knows what it must fetch."""
+        """Return True: only the daemon knows."""
         return True
 
     def read_into(
@@ -152,7 +153,7 @@ class DaemonBlocks:
         deadline = time.monotonic() + (self.wait_s if wait else 0)
         most_found, num_vain = -1, 0
         while True:
-            answer = connection.call(ask, Found)
+            answer = connection.match(ask)
             num_found = ask.start + len(answer.slots) // 4
             num_vain = 0 if num_found > most_found else num_vain + 1
             most_found = max(most_found, num_found)
@@ -181,7 +182,7 @@ class DaemonBlocks:
         if connection is None or ask.start >= len(hashes):
             return None
         try:
-            num_found = ask.start + len(connection.call(ask, Found).slots) // 4
+            num_found = ask.start + len(connection.match(ask).slots) // 4
             if num_found >= len(hashes):
                 return None
             waited = connection.call(Wait(block_hash=hashes[num_found], timeout_ms=0), Waited)
@@ -243,8 +244,8 @@ class DaemonBlocks:
         The daemon also gets those ancestors of the blocks that it lacks and that are hot here.
         """
         connection = self._connected()
-        if connection is None:
-            self._skip(jobs)
+        if connection is None or connection.is_reader:
+            self._skip(jobs, "daemon" if connection is None else "read_only")
             return
         try:
             self._write(connection, jobs)
@@ -381,10 +382,10 @@ class DaemonBlocks:
                 if job.block_hash not in certain:
                     tiers.skip(job, "refused")
 
-    def _skip(self, jobs: Iterable[Job]) -> None:
+    def _skip(self, jobs: Iterable[Job], reason: str = "daemon") -> None:
         with self._tiers.changed:
             for job in jobs:
-                self._tiers.skip(job, "daemon")
+                self._tiers.skip(job, reason)
 
 
 def _return_all(connection: Connection, answer: Found) -> None:

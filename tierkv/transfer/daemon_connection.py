@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, Protocol, TypeVar
 
 from tierkv.daemon.client import Answer, DaemonClient
-from tierkv.daemon.messages import Message, Release
-from tierkv.errors import DaemonGoneError
+from tierkv.daemon.local_leases import LocalLeases
+from tierkv.daemon.messages import Found, Match, Message, Release, Used
+from tierkv.errors import DaemonGoneError, StoreError
 from tierkv.storage.codec import Bytes
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.warm import Slab, WarmPool, slot_stride
@@ -64,10 +65,11 @@ class DaemonConnection(Generic[SlabMover]):
         self._cursors = array("I")
         self._warm: WarmPool | None = None
         self._mover: SlabMover | None = None
+        self._local: LocalLeases | None = None
         if open_mover is None:
             os.close(client.take_descriptor())  # it would keep the memory of a daemon that has ended
             return
-        slab = Slab.attach(client.take_descriptor(), client.welcome.slab_bytes)
+        slab = Slab.attach(client.take_descriptor(), client.welcome.slab_bytes, read_only=client.welcome.is_member)
         try:
             self._warm = WarmPool(block_bytes, slab.size_bytes // slot_stride(block_bytes), slab=slab)
         except BaseException:
@@ -78,6 +80,32 @@ class DaemonConnection(Generic[SlabMover]):
         except BaseException:
             self._warm.close()
             raise
+        self._local = self._open_local()
+
+    def _open_local(self) -> LocalLeases | None:
+        """Return the leases that need no question, if the daemon and this system have them; close their descriptors."""
+        client, descriptors = self.client, self.client.flag_descriptors
+        client.flag_descriptors = []
+        if not descriptors:
+            return None
+        try:
+            return LocalLeases.open(
+                descriptors,
+                num_slots=client.welcome.flag_slots,
+                root=client.namespace,
+                block_size=client.block_size,
+                most=client.welcome.most_flags,
+            )
+        except StoreError as exc:
+            raise client.reject_answer(str(exc)) from exc
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    @property
+    def is_reader(self) -> bool:
+        """Whether blocks can be read over this connection, and none be written."""
+        return self.client.welcome.is_member
 
     @property
     def mover(self) -> SlabMover:
@@ -98,6 +126,20 @@ class DaemonConnection(Generic[SlabMover]):
         except DaemonGoneError as exc:
             self._lost(self, exc)
             raise
+
+    def match(self, asked: Match) -> Found:
+        """Return what there is of a prompt; does not ask the daemon if it is known and still there. Raises DaemonError.
+
+        The slots that are leased are for the caller to note, by `lease`.
+        """
+        local = self._local
+        if local is None:
+            return self.call(asked, Found)
+        if self.client.is_alive and not self.is_retired and (found := local.match(asked)):
+            return found
+        found = self.call(asked, Found)
+        local.learn(asked, found)
+        return found
 
     def call_long(self, message: Message, expected: type[Answer], *, timeout_s: float) -> Answer:
         """Do as `call`, for what may take long: it fails soon after the daemon has stopped. Raises DaemonError."""
@@ -142,17 +184,20 @@ class DaemonConnection(Generic[SlabMover]):
         with self._lock:
             if self._is_closed:
                 return
+            slots = list(slots)
             for slot in slots:
                 self._leased[slot] -= 1
                 if not self._leased[slot]:
                     del self._leased[slot]
-                self._returned.append(slot)
+            self._returned += self._local.end(slots) if self._local else array("I", slots)
         self._close_if_unused()
 
     def begin_writing(self, slots: Sequence[int]) -> None:
         """Note slots that the daemon gave to be written. Raises DaemonGoneError as `lease` does."""
         with self._lock:
             self._require_open()
+            if self.client.welcome.is_member:
+                raise self.client.reject_answer("it gives a member a slot to be written")
             if any(slot in self._leased or slot in self._written for slot in slots):
                 raise self.client.reject_answer("it gives a slot to be written that is in use")
             self._written.update(slots)
@@ -174,6 +219,8 @@ class DaemonConnection(Generic[SlabMover]):
         with self._lock:  # several threads call this
             slots, cursors = self._returned, self._cursors
             self._returned, self._cursors = array("I"), array("I")
+        if self._local and not self.is_retired and (used := self._local.take_used()):
+            self.post(Used(slots=used.tobytes()))
         if (slots or cursors) and not self.is_retired:
             self.post(Release(slots=slots.tobytes(), cursors=cursors.tobytes()))
 

@@ -40,7 +40,7 @@ class DaemonConnector(Generic[SlabMover]):
     connection: None while no daemon answers. boot: of the daemon that is there, or was. has_cold: whether it has a
     store. open_mover: see `DaemonConnection`. changed: the lock that guards `connection`. connected: called with that
     lock before a connection is used. maintain: called all the time by the thread, without the lock. timeout_s: of
-    short calls. A daemon that gave an impossible answer is not used again.
+    short calls. daemon_user: see `DaemonClient`. A daemon that gave an impossible answer is not used again.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class DaemonConnector(Generic[SlabMover]):
         connected: Callable[[DaemonConnection[SlabMover]], None],
         maintain: Callable[[], None],
         timeout_s: float,
+        daemon_user: int | None,
     ) -> None:
         self.path = path
         self.namespace = namespace
@@ -64,6 +65,7 @@ class DaemonConnector(Generic[SlabMover]):
         self._connected = connected
         self._maintain = maintain
         self._timeout_s = timeout_s
+        self._daemon_user = daemon_user
         self._rejected_boot: int | None = None  # of a daemon that has given an impossible answer
         self._connect_at = 0.0
         self._is_closing = threading.Event()
@@ -131,7 +133,7 @@ class DaemonConnector(Generic[SlabMover]):
             block_bytes=self.namespace.layout.block_bytes,
             client=f"{printable(self.namespace.name, NAME_LIMIT) or 'model'}, process {os.getpid()}",
         )
-        client = DaemonClient(self.path, hello, timeout_s=self._timeout_s)
+        client = DaemonClient(self.path, hello, timeout_s=self._timeout_s, daemon_user=self._daemon_user)
         try:
             if client.boot == self._rejected_boot:
                 raise DaemonError(f"the daemon at {self.path} has given an impossible answer", hint="restart it")

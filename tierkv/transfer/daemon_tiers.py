@@ -69,6 +69,7 @@ class DaemonTiers:
         tiers: Tiers,
         *,
         path: Path,
+        daemon_user: int | None,
         namespace: Namespace,
         block_size: int,
         hash_function: HashFunction,
@@ -94,6 +95,7 @@ class DaemonTiers:
             connected=self._note_connected,
             maintain=self.maintain,
             timeout_s=timeout_s,
+            daemon_user=daemon_user,
         )
         self.blocks: DaemonBlocks = DaemonBlocks(
             tiers,
@@ -120,12 +122,11 @@ class DaemonTiers:
         """End the connection when copies in flight have ended. May be called twice."""
         self._connector.close()
 
-    def set_pinned(self, token_bytes: bytes, pinned: bool) -> int:
-        """Pin or unpin a prompt's blocks there. Raises DaemonError if the tenant's share is used up."""
+    def set_pinned(self, token_bytes: bytes, pinned: bool, ttl_s: float | None) -> int:
+        """Pin or unpin a prompt's blocks there, for a time or for good. Raises DaemonError beyond the share."""
         hashes, tokens = self._chain(token_bytes)
-        return self._connector.call(
-            Pin(hashes=hashes, tokens=tokens, pinned=pinned), Count, timeout_s=_WARM_TIMEOUT_S
-        ).count
+        message = Pin(hashes=hashes, tokens=tokens, pinned=pinned, ttl_s=-1.0 if ttl_s is None else ttl_s)
+        return self._connector.call(message, Count, timeout_s=_WARM_TIMEOUT_S).count
 
     def prefetch(self, token_bytes: bytes) -> int:
         """Announce a prompt. Return how many blocks the daemon will look for; 0 if it cannot."""

@@ -14,6 +14,8 @@ from tierkv.errors import ConfigError
 from tierkv.index.index import Index
 from tierkv.policies import EvictionPolicy, make_policy
 from tierkv.ranks.group import RankGroup
+from tierkv.remote_tiers.remotes import Remotes
+from tierkv.remote_tiers.urls import remote_urls
 from tierkv.storage.codecs import Codec
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.hot import HotPool, hot_pool_blocks
@@ -27,6 +29,7 @@ from tierkv.values.block import HashFunction
 from tierkv.values.locks import OwnedCondition
 from tierkv.values.namespace import Namespace
 from tierkv.values.stats import StatsRecorder
+from tierkv.values.users import user_id
 
 __all__ = ["choose_codec", "close_tiers", "device_of", "open_tiers", "policy_of", "require_observer"]
 
@@ -98,6 +101,10 @@ def open_tiers(
             hash_function=hash_function,
         )
         undo.callback(tiers.memory.close)
+        if config.socket is None and (urls := remote_urls(config.remote)):
+            tiers.remotes = Remotes(urls, store=store)
+            undo.callback(tiers.remotes.close)
+            tiers.remote = tiers.remotes.source(namespace.describe())
         offloader = Offloader(tiers)
         undo.callback(offloader.close)
         daemon = _open_daemon(tiers, config, namespace=namespace, ranks=ranks)
@@ -121,7 +128,8 @@ def close_tiers(tiers: Tiers, daemon: DaemonTiers | None, *, is_quiet: bool, is_
         if is_idle:
             tiers.memory.hot.close()
     tiers.states.close()
-    if tiers.cold and owns_cold:
+    is_unused = tiers.remotes is None or tiers.remotes.close()  # by a thread that keeps what came from a remote tier
+    if tiers.cold and owns_cold and is_unused:
         tiers.cold.close()
 
 
@@ -184,6 +192,7 @@ def _open_daemon(tiers: Tiers, config: CacheConfig, *, namespace: Namespace, ran
     daemon = DaemonTiers(
         tiers,
         path=config.socket,
+        daemon_user=None if config.daemon_user is None else user_id(config.daemon_user),
         namespace=namespace,
         block_size=config.block_size,
         hash_function=tiers.hash_function,

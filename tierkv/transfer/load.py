@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from tierkv.index.index import Entry
 from tierkv.movers.mover import Move, Ready
 from tierkv.storage.coded import CodedBlock
 from tierkv.storage.outcomes import MissReason
-from tierkv.transfer.cold_reading import ColdReading
+from tierkv.transfer.cold_reading import ColdReading, ColdReads
 from tierkv.transfer.lookup import Hit, Lookup
 from tierkv.transfer.offload import Offloader
 from tierkv.transfer.tiers import Place, Tiers
@@ -140,16 +141,33 @@ class Loader:
         self, hits: Sequence[Hit], pinned: dict[int, Place], fresh: deque[int], result: Promoted
     ) -> None:
         """Extend the result block by block until the hits end or one of them cannot be had."""
+        with contextlib.ExitStack() as cold:
+            self._promote_in_turn(hits, pinned, fresh, result, cold)
+
+    def _promote_in_turn(
+        self,
+        hits: Sequence[Hit],
+        pinned: dict[int, Place],
+        fresh: deque[int],
+        result: Promoted,
+        cold: contextlib.ExitStack,
+    ) -> None:
+        """Do as `_promote_blocks` says; `cold` ends the reads that are left over."""
         at = 0
+        reads: ColdReads | None = None
         while at < len(hits):
             hit = hits[at]
+            if hit.tier is not Tier.COLD:
+                reads = None  # of the run of cold blocks that has ended
             if hit.tier is Tier.HOT:
                 self._use_hot(hit, pinned[at].slot, result)
                 at += 1
                 continue
             wave = _same_tier(hits, at)
             if hit.tier is Tier.WARM:
-                held = list(takewhile(pinned.__contains__, range(at, at + len(wave))))  # see `_read` on the others
+                held = list(
+                    takewhile(pinned.__contains__, range(at, at + len(wave)))
+                )  # see `_start_reading` on the others
                 if not held:
                     result.failure = MissReason.NO_ROOM
                     return
@@ -159,7 +177,8 @@ class Loader:
                 places = [pinned.pop(position) for position in held]
                 num_good = self._promote_warm(wave, places, targets, result)
             else:
-                num_good = self._promote_cold(wave, targets, pinned, result)
+                reads = reads or cold.enter_context(self._start_reading(_cold_run(hits, at), pinned))
+                num_good = self._promote_cold(wave, targets, reads, result)
             result.block_table.extend(targets[:num_good])
             result.hits.extend(wave[:num_good])
             fresh.extendleft(reversed(targets[num_good:]))
@@ -239,9 +258,10 @@ class Loader:
                 targets[i] = entry.block_id
         return len(wave)
 
-    def _promote_cold(self, wave: Sequence[Hit], targets: list[int], pinned: dict[int, Place], result: Promoted) -> int:
-        """Read a wave and copy it on. Return how many leading blocks arrived."""
-        places, coded = self._read(wave, pinned, result)
+    def _promote_cold(self, wave: Sequence[Hit], targets: list[int], reads: ColdReads, result: Promoted) -> int:
+        """Wait for a wave and copy it on. Return how many leading blocks arrived."""
+        places, coded, failure = reads.next(len(wave))
+        result.failure = failure or result.failure
         if not places:
             return 0
         used = targets[: len(places)]
@@ -261,18 +281,13 @@ class Loader:
                     written = self._tiers.copies.written(entry)
                     self._offloader.write_down(entry, written)
 
-    def _read(
-        self, wave: Sequence[Hit], pinned: dict[int, Place], result: Promoted
-    ) -> tuple[list[Place], list[CodedBlock]]:
-        """Return the pinned places of the leading good ones of a wave, and what lies there."""
+    def _start_reading(self, hits: Sequence[Hit], pinned: dict[int, Place]) -> ColdReads:
         tiers = self._tiers
 
         def free_places() -> None:
             tiers.unpin([pinned.pop(at) for at, place in list(pinned.items()) if place.tier is Tier.WARM])
 
-        places, coded, failure = self._reading.read(wave, free_places=free_places)
-        result.failure = failure or result.failure
-        return places, coded
+        return self._reading.start(hits, free_places=free_places)
 
     def _fill_partial(self, hit: Hit, target: int, pinned: dict[int, Place], result: Promoted) -> bool:
         """Copy a block of which a part is of use into a block of the sequence's own. False if it cannot be had."""
@@ -297,7 +312,9 @@ class Loader:
             with tiers.changed:
                 tiers.index.pin(hit.entry, Tier.WARM)
         else:
-            places, coded = self._read([hit], pinned, result)
+            with self._start_reading([hit], pinned) as reads:
+                places, coded, failure = reads.next(1)
+            result.failure = failure or result.failure
         if not places:
             return False
         try:
@@ -312,6 +329,12 @@ class Loader:
         tiers.track(ready, places, [target])
         result.loads.append(ready)
         return True
+
+
+def _cold_run(hits: Sequence[Hit], start: int) -> Sequence[Hit]:
+    """Return the cold hits from `start` on, up to the first one of another tier."""
+    end = next((at for at in range(start, len(hits)) if hits[at].tier is not Tier.COLD), len(hits))
+    return hits[start:end]
 
 
 def _same_tier(hits: Sequence[Hit], start: int) -> Sequence[Hit]:

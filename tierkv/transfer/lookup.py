@@ -28,7 +28,7 @@ from tierkv.values.block import (
 )
 from tierkv.values.layout import BlockLayout
 
-__all__ = ["ColdSource", "Hit", "Lookup", "are_in_memory", "count_by_tier", "find_partial", "look_up"]
+__all__ = ["ColdSource", "Hit", "Lookup", "are_in_memory", "are_remote", "count_by_tier", "find_partial", "look_up"]
 
 _logger = logging.getLogger(__name__)
 
@@ -43,8 +43,10 @@ class ColdEntry(Protocol):
 
 
 class ColdSource(Protocol):
-    """Something below the warm tier that can be asked for blocks: the LMDB store, a state file."""
+    """Something below the warm tier that can be asked for blocks: the LMDB store, a state file, a remote tier."""
 
+    @property
+    def is_remote(self) -> bool: ...
     def lookup(self, block_hash: BlockHash) -> ColdEntry | None: ...
     def find_longest_run(self, parent: BlockHash, token_bytes: bytes) -> tuple[BlockHash, bytes, int] | None: ...
     def read_ahead(self, block_hashes: Sequence[BlockHash]) -> None: ...
@@ -129,6 +131,11 @@ def are_in_memory(hits: Sequence[Hit]) -> bool:
     """Return whether reading cold blocks takes no disk, judged by the first, the middle and the last."""
     looked_at = [hits[at] for at in {0, len(hits) // 2, len(hits) - 1}] if hits else []
     return all(hit.source is None or hit.source.is_in_memory(hit.block_hash) for hit in looked_at)
+
+
+def are_remote(hits: Sequence[Hit]) -> bool:
+    """Return whether some of these blocks lie in a remote tier."""
+    return any(hit.source is not None and hit.source.is_remote for hit in hits)
 
 
 def look_up(

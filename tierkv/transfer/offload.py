@@ -6,7 +6,6 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import takewhile
 from math import ceil
@@ -18,9 +17,9 @@ from tierkv.index.chosen_eviction import ChosenEviction
 from tierkv.index.index import Entry
 from tierkv.movers.mover import Ready
 from tierkv.transfer.block_writer import BlockWriter
+from tierkv.transfer.offloading import Offloading
 from tierkv.transfer.tiers import Job, Tiers
 from tierkv.values.block import BlockHash, Tier
-from tierkv.values.checks import check_share
 
 __all__ = ["AfterWrites", "Offloader", "Offloading"]
 
@@ -34,21 +33,6 @@ _STALLED = "stalled"
 
 AfterWrites: TypeAlias = Callable[[], None]
 """Called when everything queued before it has been written; it raises nothing."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Offloading:
-    """When the hot pool is fuller than `threshold`, a `ratio` of its unused blocks is demoted in the background.
-
-    Both are shares above 0, up to 1: of the places that the pool may take, and of the cached blocks.
-    """
-
-    threshold: float = 0.9
-    ratio: float = 0.2
-
-    def __post_init__(self) -> None:
-        for name in ("threshold", "ratio"):
-            check_share(f"offload_{name}", getattr(self, name))
 
 
 class Offloader:
@@ -72,6 +56,16 @@ class Offloader:
         """
         assert self._tiers.changed.is_owned()
         self._enqueue(self._tiers.job_of(entry, written))
+
+    def write_down_all(self, entries: Sequence[Entry], written: Ready) -> None:
+        """Do as `write_down` for several entries, parents before children."""
+        assert self._tiers.changed.is_owned()
+        tiers = self._tiers
+        jobs = [tiers.job_of(entry, written) for entry in entries]
+        tiers.index.hot.pin_all([job.block_id for job in jobs])
+        for job in jobs[self._queue.try_put_all(jobs) :]:
+            tiers.index.unpin(Tier.HOT, job.block_id)
+            tiers.skip(job, "queue_full")
 
     def write_partial(
         self, block_hash: BlockHash, parent_hash: BlockHash, token_bytes: bytes, block_id: int, written: Ready
@@ -175,7 +169,7 @@ class Offloader:
         tiers = self._tiers
         ready: list[Entry] = []
         for entry in tiers.index.select_evictions(Tier.HOT, count):
-            if not self._must_write_first(entry):
+            if entry.warm_slot is not None or not self._must_write_first(entry):
                 ready.append(entry)
             elif write_first:
                 self.write_down(entry, tiers.copies.written(entry))
@@ -383,7 +377,7 @@ class Offloader:
                 if not jobs:
                     self.keep_room()
                     continue
-            batch = self.writer.begin(jobs)
+            batch = self.writer.begin(self._tiers.with_digests(jobs))
             work = work[len(batch.jobs) :]
             if len(batch.jobs) < len(jobs):
                 self._queue.put_back(work)

@@ -82,6 +82,17 @@ class BlockDivision:
             self._may_load = False
             self._first_loaded = max(self._first_loaded, first_good or 0)
 
+    def claim_agreed(self, num_blocks: int) -> bool:
+        """Claim the next blocks for the engine, as all ranks agreed, also those that are loaded here.
+
+        Return whether some of them are loaded: the engine then computes them again, behind their copies.
+        """
+        with self._lock:
+            self._num_computed += num_blocks
+            is_loaded = self._num_computed > self._first_loaded
+            self._first_loaded = max(self._first_loaded, self._num_computed)
+            return is_loaded
+
     def discard_loaded(self) -> None:
         """Make no use of the loaded blocks: between them and the computed ones is a gap."""
         with self._lock:
@@ -101,20 +112,25 @@ class BlockDivision:
         compute_s: seconds that so many blocks take in one pass; load_s: seconds a block. None: not measured yet. The
         engine gets as much as it computes before the loader would have loaded the rest.
         """
+        count = self.wanted_piece(compute_s=compute_s, load_s=load_s, most=most)
+        return self.claim_compute(count) if count else 0
+
+    def wanted_piece(self, *, compute_s: Callable[[int], float | None], load_s: float | None, most: int) -> int:
+        """Return what `next_piece` would claim at most, and claim nothing."""
         left = self._first_loaded - self._num_computed
         if not self._may_load or load_s is None or compute_s(1) is None:
-            return self.claim_compute(most)
+            return min(most, left)
         for count in range(min(most, left), 0, -1):
             if (compute_s(count) or 0.0) <= (left - count) * load_s:
-                return self.claim_compute(count)
+                return count
         is_faster = left and (compute_s(left) or 0.0) < left * load_s
-        return self.claim_compute(most) if is_faster else 0
+        return min(most, left) if is_faster else 0
 
 
 class OverlappedLoad:
     """One request's cold blocks on their way into block ids that it holds, the last one first.
 
-    hits: the cold blocks in order, behind num_before tokens; in_memory: whether the page cache has them. targets: their
+    hits: the cold blocks in order, behind num_before tokens; kind: where they lie. targets: their
     block ids, of which the load keeps a reference of its own until it has ended. after: when the targets may be
     written. The load registers nothing: `commit` does that once the blocks before them are registered. Runs on
     the loader threads; `read` decodes one block on the threads that read.
@@ -128,7 +144,7 @@ class OverlappedLoad:
         targets: Sequence[int],
         *,
         num_before: int,
-        in_memory: bool,
+        kind: LoadKind,
         read: ReadBlock,
         after: Ready,
     ) -> None:
@@ -144,9 +160,10 @@ class OverlappedLoad:
         self._targets = list(targets)
         self._read = read
         self._after = after
-        self._kind = LoadKind(in_memory)
+        self._kind = kind._replace(overlaps=False)
         self._loaded: tuple[int, float | None] = (0, None)  # blocks, and the seconds that they took
         self._is_cancelled = threading.Event()
+        self._copying = threading.Lock()  # held from the note that blocks are loaded until their copy is queued
         with tiers.changed:
             tiers.index.hot.pin_all(self._targets)
         try:
@@ -178,6 +195,21 @@ class OverlappedLoad:
         """Return how many leading blocks the engine should compute now; 0: the loader does the rest."""
         costs = self._costs
         return self.division.next_piece(compute_s=costs.pass_s, load_s=self._block_s(), most=costs.piece_blocks)
+
+    def wanted_piece(self) -> int:
+        """Return how many leading blocks this rank wants computed next, and claim nothing."""
+        costs = self._costs
+        return self.division.wanted_piece(compute_s=costs.pass_s, load_s=self._block_s(), most=costs.piece_blocks)
+
+    def claim_agreed(self, num_blocks: int) -> list[Ready]:
+        """Claim for the engine what all ranks agreed to compute next. Return copies that its pass must wait for."""
+        with self._copying:
+            return list(self.copies) if self.division.claim_agreed(num_blocks) else []
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the load has ended with an error beyond a miss; `wait` raises it."""
+        return self._work.done() and self._work.exception() is not None
 
     def _block_s(self) -> float | None:
         """Return the seconds that loading takes a block: in this load, or in earlier ones before it has a block."""
@@ -222,21 +254,22 @@ class OverlappedLoad:
         """Load the leading good ones of what was read. Return whether that was all, and is still wanted."""
         good: list[tuple[int, Place, CodedBlock]] = []
         wait([decoded for _, _, decoded in read])
-        try:
-            for at, place, decoded in read:
-                outcome = decoded.result()
-                if isinstance(outcome, MissReason):
-                    self.failure, self.failed = outcome, (self.hits[at], outcome)
-                    break
-                if not self.division.note_loaded(at):
-                    break
-                good.append((at, place, outcome))
-        except BaseException:
-            self._tiers.unpin(place for _, place, _ in read)
-            raise
-        self._tiers.unpin(place for _, place, _ in read[len(good) :])
-        if good:
-            self._copy(good)
+        with self._copying:
+            try:
+                for at, place, decoded in read:
+                    outcome = decoded.result()
+                    if isinstance(outcome, MissReason):
+                        self.failure, self.failed = outcome, (self.hits[at], outcome)
+                        break
+                    if not self.division.note_loaded(at):
+                        break
+                    good.append((at, place, outcome))
+            except BaseException:
+                self._tiers.unpin(place for _, place, _ in read)
+                raise
+            self._tiers.unpin(place for _, place, _ in read[len(good) :])
+            if good:
+                self._copy(good)
         return len(good) == len(read)
 
     def _start_reading(self, reading: deque[_Reading]) -> None:

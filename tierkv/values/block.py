@@ -95,7 +95,8 @@ def as_token_array(token_ids: TokenIds) -> npt.NDArray[np.uint32]:
     Raises ConfigError for anything but a flat sequence of integers in [0, 2**32).
     """
     if isinstance(token_ids, list) and token_ids:
-        with contextlib.suppress(TypeError, OverflowError):  # refused below, with a better message
+        # Refused below, with a better message. numpy before 2.3 only warns of its booleans.
+        with contextlib.suppress(TypeError, OverflowError, DeprecationWarning):
             found = np.frombuffer(array("I", token_ids), dtype=np.uint32).astype("<u4", copy=False)
             _refuse_booleans(token_ids, found)
             return found

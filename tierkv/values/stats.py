@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from tierkv.values.block import Tier
 from tierkv.values.locks import NO_LOCK, Owned
+from tierkv.values.remote_stats import RemoteStats
 
 __all__ = ["CacheStats", "StatsRecorder", "TierStats"]
 
@@ -37,7 +38,8 @@ class CacheStats:
     misses: blocks that no tier answered; miss_reasons counts them by the names of MissReason.
     prefetched_blocks: loaded into the warm tier before a request. prefetch_misses: reasons of the others.
     skipped_writes: blocks that were not written to a lower tier; skip_reasons counts them by reason.
-    state_files: loaded and open, without those of a daemon.
+    state_files: loaded and open, without those of a daemon. remotes: the remote tiers, in the order of their URLs;
+        blocks that they answered count as hits of the cold tier.
 
     >>> cache.release(cache.acquire(token_ids))
     >>> stats = cache.stats()
@@ -61,6 +63,7 @@ class CacheStats:
     miss_reasons: dict[str, int] = field(default_factory=dict)
     skip_reasons: dict[str, int] = field(default_factory=dict)
     tiers: dict[Tier, TierStats] = field(default_factory=dict)
+    remotes: tuple[RemoteStats, ...] = ()
 
     def of(self, tier: Tier) -> TierStats:
         """Return one tier's numbers: all 0 for an absent tier, as after a daemon has died."""
@@ -109,6 +112,7 @@ class StatsRecorder:
         avg_shared_blocks: float,
         fragmentation_ratio: float,
         state_files: int = 0,
+        remotes: tuple[RemoteStats, ...] = (),
     ) -> CacheStats:
         """Return the counters so far. tiers: sizes of the tiers, which the recorder does not know.
 
@@ -143,4 +147,5 @@ class StatsRecorder:
             miss_reasons=dict(self.miss_reasons),
             skip_reasons=dict(self.skip_reasons),
             tiers=counted,
+            remotes=remotes,
         )

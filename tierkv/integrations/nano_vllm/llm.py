@@ -24,6 +24,7 @@ from tierkv.integrations.nano_vllm.identity import namespace_of
 from tierkv.integrations.nano_vllm.keys import SequenceKeys
 from tierkv.integrations.nano_vllm.load_planner import LoadPlanner
 from tierkv.integrations.nano_vllm.save_queue import SaveQueue
+from tierkv.remote_tiers.urls import RemoteOption
 
 __all__ = ["LLM", "BlockCounts"]
 
@@ -40,8 +41,8 @@ class LLM(nanovllm.LLM):  # type: ignore[misc]
 
     model and all other arguments: of nano-vLLM's `LLM`. path: directory of the store, which several processes may have
     open; None keeps blocks in memory only. warm_bytes: page-locked memory; one prompt loads at most half of it at
-    once. cold_bytes: quota of a new store. salt: separates tenants. weights: what `python -m
-    tierkv.integrations.weights MODEL` prints; None reads all weight files for it.
+    once. cold_bytes: quota of a new store. remote: URLs of remote tiers (docs/remote.md). salt: separates tenants.
+    weights: what `python -m tierkv.integrations.weights MODEL` prints; None reads all weight files for it.
     Raises UnsupportedModelError for more than one GPU and for a model whose files do not contain all its parameters,
     ConfigError and StoreError for a store that cannot be used.
     """
@@ -57,6 +58,7 @@ class LLM(nanovllm.LLM):  # type: ignore[misc]
         path: str | Path | None = None,
         warm_bytes: int = 8 << 30,
         cold_bytes: int | None = None,
+        remote: RemoteOption = (),
         salt: str = "",
         weights: str | None = None,
         **options: Any,
@@ -68,7 +70,7 @@ class LLM(nanovllm.LLM):  # type: ignore[misc]
                 hint="use tensor_parallel_size=1",
             )
         config = BlockStoreConfig(
-            cold_path=None if path is None else Path(path), warm_bytes=warm_bytes, cold_bytes=cold_bytes
+            cold_path=None if path is None else Path(path), warm_bytes=warm_bytes, cold_bytes=cold_bytes, remote=remote
         )
         super().__init__(str(model), **options)
         try:

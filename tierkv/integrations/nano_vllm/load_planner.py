@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tierkv.block_store.load_or_compute import LoadOrCompute
+from tierkv.block_store.misses import log_recomputed
 from tierkv.block_store.placement import Strided
 from tierkv.block_store.reservation import Reservation
 from tierkv.block_store.store import BlockStore
@@ -125,6 +126,7 @@ class LoadPlanner:
         num_cold = reservation.num_blocks - num_warm
         num_rest = seq.num_tokens - (num_own + reservation.num_blocks) * self._block_size
         if num_cold and not self._choice.worth_loading(num_cold, origin=reservation.origin, num_rest_tokens=num_rest):
+            log_recomputed(num_cold)
             reservation.cut(num_warm)
         plan = self._plans[seq.seq_id] = _Plan(num_own, reservation, num_warm, started_s)
         return plan

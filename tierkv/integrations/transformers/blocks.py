@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tierkv.block_store.keys import BlockKey, BlockKeys
 from tierkv.block_store.load_or_compute import LoadOrCompute
+from tierkv.block_store.misses import log_recomputed
 from tierkv.block_store.placement import Strided
 from tierkv.block_store.reservation import Reservation
 from tierkv.block_store.store import BlockStore
@@ -118,6 +119,7 @@ class BlockCopier:
             if self._compute_or_load and not self.choice.worth_loading(
                 num_blocks, origin=origin, num_rest_tokens=num_rest
             ):
+                log_recomputed(num_blocks)
                 raise ComputingIsFaster
             prefix = self._allocate(len(rows), num_slots)
             for at, plan in enumerate(plans):

@@ -53,6 +53,8 @@ class StatsRecorder:
             self._uncached[reason] = count = self._uncached.get(reason, 0) + 1
         if count == 1:
             _log.warning("generate runs without the persistent cache: %s", reason)
+        else:
+            _log.debug("generate runs without the persistent cache: %s", reason)
 
     def snapshot(self) -> GenerateStats:
         """Return the counts as they are now."""

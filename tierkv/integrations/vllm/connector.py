@@ -56,10 +56,10 @@ class TierkvConnector(KVConnectorBase_V1):  # type: ignore[misc]
             self._session = find_session(self._engine_id)
             if self._session:
                 self._start_scheduler(LocalFinder(self._session, self._statistics), self._session.costs)
-            elif self._options.path is None and self._options.socket is None:
+            elif self._options.path is None and self._options.socket is None and not self._options.remote:
                 raise ConfigError(
-                    "the scheduler and the workers are different processes, which share blocks on disk only",
-                    hint="give kv_connector_extra_config a path or a socket",
+                    "the scheduler and the workers are different processes, which share no memory",
+                    hint="give kv_connector_extra_config a path, a socket or a remote tier",
                 )
 
     # --- worker

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from tierkv.block_store.keys import BlockKey, BlockKeys
 from tierkv.block_store.load_or_compute import LoadOrCompute, Origin
+from tierkv.block_store.misses import log_recomputed
 from tierkv.block_store.reservation import Reservation
 from tierkv.block_store.store import BlockStore
 from tierkv.integrations.vllm.options import Options
@@ -147,6 +148,7 @@ class LocalFinder:
         seconds = waited_s * num_cold / max(num_read, 0.5)
         costs.record_load(num_cold, origin=held.reservation.origin, seconds=seconds)
         self._statistics.add("computed_instead_tokens", (num_blocks - num_ready) * self.block_size)
+        log_recomputed(num_blocks - num_ready)
         return False
 
     def _keys_of(self, request_id: str, tokens: Sequence[int], end: int) -> BlockKeys:
@@ -168,6 +170,7 @@ class LocalFinder:
                 num_rest_tokens=max(1, num_tokens - (first + num_blocks) * self.block_size),
             )
             self._statistics.add("computed_instead_tokens", (num_blocks - worth) * self.block_size)
+            log_recomputed(num_blocks - worth)
             reservation.cut(worth)
         if not reservation.num_blocks:
             reservation.release()
@@ -253,6 +256,7 @@ class SharedFinder:
             rest = max(1, len(tokens) - (first + num_blocks) * self.block_size)
             worth = self.costs.worth_loading(num_blocks, origin=origin, num_rest_tokens=rest)
             self._statistics.add("computed_instead_tokens", (num_blocks - worth) * self.block_size)
+            log_recomputed(num_blocks - worth)
             num_blocks = worth
         self._found[request_id] = num_blocks, origin
         return Found(num_blocks, is_async=num_blocks > 0)

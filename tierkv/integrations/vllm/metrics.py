@@ -8,7 +8,7 @@ from typing import Any
 from prometheus_client import Counter
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
-from tierkv.integrations.vllm.statistics import COUNTERS, REASON
+from tierkv.integrations.vllm.statistics import COUNTERS, REASON, labels_of
 
 __all__ = ["TierkvPromMetrics", "TierkvStats"]
 
@@ -45,7 +45,7 @@ class TierkvPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         counter = metric_types[Counter]
         self._counters = {
-            name: counter(name=f"vllm:tierkv_{name}", documentation=text, labelnames=[*labelnames, *_own_labels(name)])
+            name: counter(name=f"vllm:tierkv_{name}", documentation=text, labelnames=[*labelnames, *labels_of(name)])
             for name, text in COUNTERS.items()
         }
 
@@ -53,9 +53,5 @@ class TierkvPromMetrics(KVConnectorPromMetrics):  # type: ignore[misc]
         for full_name, count in transfer_stats_data.items():
             name, _, reason = full_name.partition(REASON)
             if name in self._counters:
-                labels = [*self.per_engine_labelvalues[engine_idx], *([reason] if _own_labels(name) else [])]
+                labels = [*self.per_engine_labelvalues[engine_idx], *([reason] if labels_of(name) else [])]
                 self._counters[name].labels(*labels).inc(count)
-
-
-def _own_labels(name: str) -> list[str]:
-    return ["reason"] if name == "not_cached" else []

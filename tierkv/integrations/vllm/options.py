@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from tierkv.block_store.config import BlockStoreConfig
 from tierkv.errors import ConfigError
+from tierkv.remote_tiers.urls import RemoteOption
 from tierkv.values.checks import check_count, check_flag
 
 __all__ = ["Options"]
@@ -25,6 +26,7 @@ class Options:
     warm_bytes: page-locked CPU memory of each worker. cold_bytes: quota of a new store.
     block_tokens: tokens of one stored block, rounded up to a multiple of the engine's block size.
     codec: how blocks are coded on disk. compute_or_load: compute a prefix where that was measured to be faster.
+    remote: URLs of remote tiers (docs/remote.md). vLLM logs its options: write a password as `${NAME}`.
     weights: digest of the model's weights, if the files need not be read for it at every start.
     """
 
@@ -34,6 +36,7 @@ class Options:
     cold_bytes: int | None = None
     block_tokens: int = 256
     codec: str = "auto"
+    remote: RemoteOption = field(default=(), repr=False)  # it may have a password
     compute_or_load: bool = True
     weights: str = ""
 
@@ -69,4 +72,5 @@ class Options:
             warm_bytes=0 if lookup_only else self.warm_bytes,
             cold_bytes=self.cold_bytes,
             codec=self.codec,
+            remote=self.remote,
         )

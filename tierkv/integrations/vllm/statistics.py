@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
-__all__ = ["COUNTERS", "REASON", "Statistics"]
+from tierkv.metrics.metric import Kind, Metric
+
+__all__ = ["COUNTERS", "REASON", "Statistics", "labels_of", "metrics_of_connector"]
 
 COUNTERS = {
     "queries": "Requests for which the connector looked for blocks.",
@@ -19,6 +21,18 @@ COUNTERS = {
 """Every counter and what it counts. A name may be followed by REASON and a reason."""
 
 REASON = ":"
+
+
+def metrics_of_connector() -> tuple[Metric, ...]:
+    """Return the counters as vLLM shows them to Prometheus, without the labels that vLLM adds."""
+    return tuple(
+        Metric(f"vllm:tierkv_{name}", Kind.COUNTER, text, labels_of(name), name) for name, text in COUNTERS.items()
+    )
+
+
+def labels_of(name: str) -> tuple[str, ...]:
+    """Return the labels of a counter beside vLLM's own."""
+    return ("reason",) if name == "not_cached" else ()
 
 
 class Statistics:

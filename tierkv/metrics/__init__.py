@@ -1,0 +1,1 @@
+"""What tierkv shows to Prometheus: the list of all metrics, and their text. Loads no torch."""

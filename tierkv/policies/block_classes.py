@@ -25,7 +25,7 @@ SAMPLED_BLOCKS = 8192
 """Uses of this many cached blocks say enough of all."""
 
 _HIGHEST_MASK = 0xFF  # a hash's first byte decides
-_LEAST_CHAIN = 12
+_LEAST_CHAIN = 32
 """From so many blocks on numpy is faster than a loop."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,7 @@ def _require_readable(path: Path) -> None:
     """Raise StoreError for a store that another user keeps closed, with the user's name."""
     try:
         state = os.stat(path)
-        if os.access(path, os.R_OK | os.X_OK):
+        if not stat.S_ISDIR(state.st_mode) or os.access(path, os.R_OK | os.X_OK):
             return
     except (OSError, ValueError):
         return

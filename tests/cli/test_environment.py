@@ -89,7 +89,7 @@ def test_every_option_that_is_a_path_expands_the_tilde_and_refuses_what_is_no_pa
         *(["evict", "--to", "1", "--store"], ["top", "--once", "--store"], ["top", "--once", "--socket"]),
         *(["daemon", "status", "--socket"], ["daemon", "stop", "--socket"], ["stats", "--socket"]),
         *(["warm"], ["report"], ["replay"], ["daemon", "prefetch"], ["run", "x", "--system"], ["run", "x", "--model"]),
-        *(["daemon", "start", "--warm-file"], ["save", "f", "--store"], ["load", "f", "--socket"], ["load"]),
+        *(["daemon", "start", "--warm-file"], ["save", "f", "--store"], ["verify", "--socket"], ["load"]),
         *(["replay", "--policy", "lru"], ["replay", "f", "--policy", "learned:"]),
     ):
         *first, last = words

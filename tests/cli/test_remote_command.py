@@ -11,6 +11,7 @@ import pytest
 
 from tierkv.daemon.config import DaemonConfig
 from tierkv.tools.daemon_process import environment_of, from_json, to_json
+from tierkv.tools.logs import LogFormat
 
 Command = Callable[..., Any]  # the fixture of conftest.py
 
@@ -78,9 +79,9 @@ def test_inspect_counts_descriptions_that_cannot_be_read(command: Command, share
 def test_a_remote_tier_of_a_daemon_is_not_on_its_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     url = f"redis://app:{SECRET}@host"
     config = DaemonConfig(socket=tmp_path / "s", store=tmp_path / "store", warm_bytes=1 << 20, remote=[url, "dir:///x"])
-    assert SECRET not in to_json(config, []) + repr(config)
+    assert SECRET not in to_json(config, [], LogFormat.TEXT) + repr(config)
     monkeypatch.setenv("TIERKV_REMOTE", environment_of(config)["TIERKV_REMOTE"])
-    assert from_json(to_json(config, [])) == (config, [])
+    assert from_json(to_json(config, [], LogFormat.TEXT)) == (config, [], LogFormat.TEXT)
 
 
 def test_a_wrong_url_is_named_without_its_password(command: Command, tmp_path: Path) -> None:

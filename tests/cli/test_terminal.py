@@ -187,17 +187,24 @@ ALONE = [
     "top",
     "replay",
     "train-policy",
+    "move",
+    "metrics",
+    "examples",
 ]
+GROUPS = {
+    "daemon": ["start", "status", "stop", "prefetch", "unit"],
+    "tenant": ["list", "set", "remove"],
+    "remote": ["check", "inspect"],
+}
 COMMANDS = [
     [],
-    ["daemon"],
-    *([name] for name in ALONE),
-    *(["daemon", name] for name in ["start", "status", "stop", "prefetch"]),
+    *([name] for name in [*GROUPS, *ALONE]),
+    *([group, name] for group, names in GROUPS.items() for name in names),
 ]
 
 
 def test_the_short_option_shows_the_help_of_every_command(command: Command) -> None:
-    assert set(cli.COMMANDS) - {"daemon", "remote"} == set(ALONE)
+    assert set(cli.COMMANDS) == {*ALONE, *GROUPS}
     for words in COMMANDS:
         short, long = command(*words, "-h"), command(*words, "--help")
         assert short.code == 0 and "--help" in short.out and short == long, words

@@ -250,6 +250,7 @@ def test_too_many_or_too_long_headers_are_refused(shared: str) -> None:
 
 def test_more_connections_than_the_limit_are_closed(serve: Serve) -> None:
     url = serve(limits=ServeLimits(max_connections=5))
+    time.sleep(0.3)  # until the connection that saw it start has ended
     with ExitStack() as stack:
         opened = [stack.enter_context(socket.create_connection(address_of(url), timeout=20)) for _ in range(8)]
         time.sleep(0.3)

@@ -82,6 +82,8 @@ def running_daemon(folder: Path) -> Iterator[str]:
     """Run a daemon and a client of it; yield the address of its metrics."""
     line = [sys.executable, "-m", "tierkv", "daemon", "start", "--socket", str(folder / "d.sock"), "--warm", "4M"]
     line += ["--store", str(folder / "daemon-store"), "--min-free", "0", "--metrics-port", "0", "--log-format", "json"]
+    line += ["--remote", f"dir://{folder / 'remote'}"]
+    line += ["--remote", f"dir://{folder / 'remote'}"]
     log = folder / "daemon.log"
     with log.open("w") as output, subprocess.Popen(line, env=ENVIRONMENT, stdout=output, stderr=output) as process:
         try:
@@ -127,7 +129,9 @@ def running_prometheus(folder: Path, **urls: str) -> Iterator[Prometheus]:
 def prometheus(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """Return a Prometheus that has scraped a daemon and a server before and after they had work."""
     folder = tmp_path_factory.mktemp("p")
-    with running_daemon(folder) as daemon, running_server(model_path, folder) as server:
+    (folder / "remote").mkdir()
+    remote = ("--remote", f"dir://{folder / 'remote'}")
+    with running_daemon(folder) as daemon, running_server(model_path, folder, *remote) as server:
         urls = {"daemon": daemon, "server": f"{server.url}/metrics"}
         with running_prometheus(folder, **urls) as found:
             wait_until(lambda: len(up(found)) == 2)
@@ -146,10 +150,15 @@ def up(found: Prometheus) -> list[float]:
 def work(folder: Path, server: str) -> None:
     """Ask the server for answers, and the daemon for blocks."""
     body = {"model": str(json.loads(read(f"{server}/v1/models"))["data"][0]["id"]), "max_tokens": 4}
-    for prompt in ("a" * 100, "a" * 100 + "b" * 50, "a" * 100 + "c" * 30, "a" * 200):
+    for number, prompt in enumerate(("a" * 100, "a" * 100 + "b" * 50, "a" * 100 + "c" * 30, "a" * 200, "d" * 200)):
         read(f"{server}/v1/completions", json.dumps({**body, "prompt": prompt}).encode())
+        if number % 2:
+            time.sleep(1.2)  # two scrapes: calls of remote tiers have no samples before the first of them
     with pytest.raises(urllib.error.HTTPError):
         read(f"{server}/v1/completions", b"no JSON")
+    line = [sys.executable, "-m", "tierkv", "tenant", "set", "default", "--store", str(folder / "daemon-store")]
+    line += ["--warm-share", "1M", "--warm-limit", "4M", "--cold-share", "1M", "--cold-limit", "1G"]
+    subprocess.run(line, env=ENVIRONMENT, check=True)
     path = f"{TESTS / 'daemon'}:{ENVIRONMENT['PYTHONPATH']}"
     line = [sys.executable, "-c", CLIENT, str(folder / "d.sock")]
     subprocess.run(line, env={**ENVIRONMENT, "PYTHONPATH": path}, check=True)

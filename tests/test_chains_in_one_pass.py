@@ -12,7 +12,7 @@ import pytest
 
 from tierkv.index.eviction import CacheBlock, EvictionPolicy, ScoreOrder
 from tierkv.index.index import Entry, Index
-from tierkv.policies import HitDensityPolicy, LRUPolicy, density, make_policy
+from tierkv.policies import HitDensityPolicy, LRUPolicy, block_classes, density, make_policy
 from tierkv.policies.idle_buckets import NUM_BUCKETS
 from tierkv.values.block import Tier, hash_block
 
@@ -142,14 +142,14 @@ def assert_same_state(fast: HitDensityPolicy, slow: HitDensityPolicy) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("num_rows", [16, 256, 1 << 13])
+@pytest.mark.parametrize("num_rows", [16, 1 << 10, 1 << 13])
 def test_a_chain_in_one_pass_teaches_the_same_as_block_by_block(num_rows: int, seed: int) -> None:
     fast, slow = HitDensityPolicy(num_rows=num_rows), SlowDensity(num_rows=num_rows)
     for policy in (fast, slow):
         Requests(policy, seed, one_by_one=policy is slow).run(200)
     assert_same_state(fast, slow)
     assert fast.revision > 10
-    if num_rows > 256:  # a small table forgets blocks before they come back
+    if num_rows > 1 << 10:  # a small table forgets blocks before they come back
         assert np.any(np.asarray(fast.history.earlier)), "some blocks came back"
         assert np.any(np.asarray(fast.history.forks)), "some chains branched off"
 
@@ -174,14 +174,14 @@ def test_a_chain_is_cut_where_the_policy_learns_and_halves_its_sample(monkeypatc
 
 
 def test_time_that_went_back_and_a_first_size_are_learned_alike() -> None:
-    fast, slow = HitDensityPolicy(num_rows=256), SlowDensity(num_rows=256)
+    fast, slow = HitDensityPolicy(num_rows=1 << 11), SlowDensity(num_rows=1 << 11)
     sizes: dict[HitDensityPolicy, list[int]] = {fast: [], slow: []}
     for policy in (fast, slow):
-        policy.sample_mask = 63  # so some chains have no block of the sample
+        policy.sample_mask = 255  # so most chains have no block of the sample
         requests = Requests(policy, 3, one_by_one=False)
-        for family in range(40):
+        for family in range(80):
             requests.now = 100.0 - family
-            requests.request([(family, at, 0) for at in range(14)])
+            requests.request([(family, at, 0) for at in range(block_classes._LEAST_CHAIN + 8)])
             sizes[policy].append(policy.block_tokens)
     assert sizes[fast] == sizes[slow]
     assert sizes[fast][0] == 0 and sizes[fast][-1] == 3

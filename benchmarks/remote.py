@@ -163,6 +163,7 @@ def measure_s3(values: list[Bytes]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         ports = {name: free_port() for name in ("master", "volume", "filer", "s3")}
         command = [program, "server", f"-dir={folder}", "-ip=127.0.0.1", "-filer", "-s3", "-volume.max=8"]
+        command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]
         for name, port in ports.items():
             command += [f"-{name}.port={port}", f"-{name}.port.grpc={free_port()}"]
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder)

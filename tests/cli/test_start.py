@@ -104,6 +104,16 @@ def test_a_command_that_needs_no_model_starts_without_torch(
         assert not {"numpy", "lmdb"} & loaded_by(*arguments)
 
 
+A_COMMAND_OF_NOTHING = """
+import os
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+import lmdb, numpy, rich.table, typer
+app = typer.Typer()
+app.command()(lambda: None)
+app([])
+"""
+
+
 def cpu_seconds(*command: str) -> float:
     """Return the least CPU time that three runs of a Python command take."""
 
@@ -120,14 +130,12 @@ def cpu_seconds(*command: str) -> float:
     "arguments", [["--version"], ["stats"], ["inspect"], ["daemon", "status"], ["evict", "--to", "1G"]], ids=" ".join
 )
 def test_a_command_that_needs_no_model_starts_at_once(command: Command, arguments: list[str], tmp_path: Path) -> None:
-    """In 0.4 s of CPU time; on a machine that is slower or busy, in thrice what its libraries alone take there."""
+    """In 0.4 s of CPU time; on a machine that is slower or busy, in 2.5 times what a command of nothing takes there."""
     if arguments[0] != "--version":
         with ColdStore(tmp_path / "store", min_free_bytes=0):
             pass
-    libraries = cpu_seconds(
-        "-c", "import os; os.environ['OPENBLAS_NUM_THREADS'] = '1'\nimport lmdb, numpy, typer, rich.table"
-    )
-    assert cpu_seconds("-m", "tierkv", *arguments) < max(0.4, 3 * libraries)
+    libraries = cpu_seconds("-c", A_COMMAND_OF_NOTHING)
+    assert cpu_seconds("-m", "tierkv", *arguments) < max(0.4, 2.5 * libraries)
 
 
 def test_a_command_that_computes_may_use_all_threads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,12 +31,13 @@ def deadline() -> Deadline:
 
 @pytest.fixture(scope="session")
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a bucket on a SeaweedFS of this session, which checks signatures."""
+    """The URL of a bucket on a SeaweedFS of this test run, which checks signatures."""
     obstore = pytest.importorskip("obstore")
     stores, errors = pytest.importorskip("obstore.store"), pytest.importorskip("obstore.exceptions")
     folder = tmp_path_factory.mktemp("weed")
     ports = {name: free_port() for name in ("master.port", "volume.port", "filer.port", "s3.port")}
     command = [need("weed"), "server", f"-dir={folder}", "-ip=127.0.0.1", "-filer", "-s3", "-volume.max=4"]
+    command += ["-s3.port.iceberg=0", "-s3.port.lance=0"]  # their ports are fixed: a second server would not start
     command += [f"-{name}={port}" for name, port in ports.items()]
     command += [f"-{name.split('.')[0]}.port.grpc={free_port()}" for name in ports]
     credentials = [{"accessKey": "any", "secretKey": "key"}]

@@ -41,6 +41,16 @@ class FlagLeases:
             size_class.flags.disconnect(connection)
             size_class.unpin_unflagged()
 
+    def try_end(self, connection: Connection) -> bool:
+        """End the flags of a connection that the daemon is about to end. False if the client leases a slot by one.
+
+        Else a live client would copy from slots that other blocks get.
+        """
+        tenant = connection.tenant
+        if tenant is None or tenant.size_class.flags is None:
+            return True
+        return tenant.size_class.flags.try_disconnect(connection)
+
     def count(self, connection: Connection) -> int:
         """Return how many slots a connection leases by its flags."""
         tenant = connection.tenant

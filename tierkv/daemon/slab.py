@@ -221,7 +221,7 @@ class SizeClass:
         if not self.slab.may_lose(self, list(slots.values())):
             return False
         self._evict(slots)
-        return True
+        return all(each.warm_slot is None for each in slots)  # a client may have leased one by its flag
 
 
 class SharedSlab:

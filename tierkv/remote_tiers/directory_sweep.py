@@ -77,7 +77,7 @@ class Sweeper:
 def sweep(root: Path, *, most_bytes: int, must_end: Callable[[], bool] = lambda: False) -> int:
     """Remove files until the rest takes less than `most_bytes`. Return how many; 0 where another owner sweeps.
 
-    Only files at the place of a record or of an unfinished file are counted and removed, and no link is followed:
+    Only files at the place of a record or of an unfinished file are counted and removed, and no symbolic link is followed:
     others may write in the directory, and must not say what this process removes. Raises OSError.
     """
     now = _take_lease(root)
@@ -152,7 +152,7 @@ def _files(folder: int, place: str) -> Iterator[tuple[str, os.stat_result]]:
 
 
 def _remove_below(root: int, path: str) -> bool:
-    """Remove a file; follow no link on the way to it. Return whether it is gone."""
+    """Remove a file; follow no symbolic link on the way to it. Return whether it is gone."""
     *folders, name = path.split("/")
     with contextlib.ExitStack() as opened:
         try:
@@ -169,7 +169,7 @@ def _remove_below(root: int, path: str) -> bool:
 
 @contextlib.contextmanager
 def _folder(path: str | Path, parent: int | None = None) -> Iterator[int]:
-    """Open a folder, in its parent folder no link to one. Raises OSError."""
+    """Open a folder, and in a parent folder no symbolic link to one. Raises OSError."""
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | (0 if parent is None else os.O_NOFOLLOW)
     descriptor = os.open(path, flags, dir_fd=parent)
     try:

@@ -28,28 +28,10 @@ _LONG_BYTES = 16 << 10  # of a value that is sent from its own memory
 _FLAG_BYTES = 4  # of an answer that is 0 or 1
 _ITEM_BYTES = 64  # of memory that an item of a list takes, beside its text
 _MOST_DEPTH = 5
-_CODES = frozenset(
-    [
-        "ERR",
-        "NOAUTH",
-        "WRONGPASS",
-        "NOPERM",
-        "DENIED",
-        "OOM",
-        "MISCONF",
-        "READONLY",
-        "NOREPLICAS",
-        "LOADING",
-        "BUSY",
-        "MASTERDOWN",
-        "WRONGTYPE",
-        "MOVED",
-        "ASK",
-        "CLUSTERDOWN",
-        "TRYAGAIN",
-        "CROSSSLOT",
-    ]
-)
+_CODES = {
+    *("ERR", "NOAUTH", "WRONGPASS", "NOPERM", "DENIED", "OOM", "MISCONF", "READONLY", "NOREPLICAS", "LOADING", "BUSY"),
+    *("MASTERDOWN", "WRONGTYPE", "MOVED", "ASK", "CLUSTERDOWN", "TRYAGAIN", "CROSSSLOT"),
+}
 """Of refusals. Each is a counter."""
 
 

@@ -183,7 +183,7 @@ def _num_present(paths: Sequence[Path]) -> int:
 
 
 def _write(temporary: Path, path: Path, data: memoryview) -> None:
-    """Write a new file and rename it. Follows no symbolic link at the file's place: strangers may write in the directory."""
+    """Write a new file and rename it. Follows no symbolic link at its place: strangers may write in the directory."""
     with open(temporary, "xb", buffering=0) as file:
         try:
             while data:

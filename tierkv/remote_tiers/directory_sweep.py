@@ -77,8 +77,8 @@ class Sweeper:
 def sweep(root: Path, *, most_bytes: int, must_end: Callable[[], bool] = lambda: False) -> int:
     """Remove files until the rest takes less than `most_bytes`. Return how many; 0 where another owner sweeps.
 
-    Only files at the place of a record or of an unfinished file are counted and removed, and no symbolic link is followed:
-    others may write in the directory, and must not say what this process removes. Raises OSError.
+    Only files at the place of a record or of an unfinished file are counted and removed, and no symbolic link is
+    followed: others may write in the directory, and must not say what this process removes. Raises OSError.
     """
     now = _take_lease(root)
     if now is None:

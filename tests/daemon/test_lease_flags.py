@@ -316,13 +316,24 @@ def test_uses_by_flags_are_reported_and_count(core: Core) -> None:
     client.known._reported_at -= 1.0
     assert slots and list(client.known.take_used()) == slots
     assert not client.known.take_used(), "reported once"
-    assert len(core.flag_leases.note_used(client.connection, Used(slots=array("I", slots).tobytes()))) == 1
+    hashes = [[block_hash for block_hash, _ in iter_chain(ROOT, old, BLOCK_SIZE)]]
+    assert core.flag_leases.note_used(client.connection, Used(slots=array("I", slots).tobytes())) == hashes
     client.known.end(slots)
     (size_class,) = core.slab.classes.values()
     assert size_class.evict(1) == 1
     assert size_class.index.warm.owners[newer] is None, "the block that was used went first"
     with pytest.raises(ProtocolError, match="slots were used"):
         core.flag_leases.note_used(client.connection, Used(slots=array("I", [SLOTS]).tobytes()))
+
+
+def test_a_use_by_a_flag_is_a_use_of_the_whole_chain_in_the_store_and_in_remote_tiers(core: Core) -> None:
+    """The client has the first blocks in its own memory, and leases only those that follow."""
+    client, first = client_of(core), prompt(0, 3)
+    second = first[:STEP] + prompt(50, 1)
+    slots = client.write(first)[1:] + client.write(second)
+    chains = core.flag_leases.note_used(client.connection, Used(slots=array("I", slots).tobytes()))
+    expected = [[block_hash for block_hash, _ in iter_chain(ROOT, each, BLOCK_SIZE)] for each in (first, second)]
+    assert sorted(chains) == sorted(expected)
 
 
 def test_a_forked_process_ends_no_lease_of_its_parent(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:

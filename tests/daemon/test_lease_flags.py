@@ -171,6 +171,30 @@ def test_other_blocks_go_in_place_of_those_that_flags_lease(core: Core) -> None:
     assert client.lease(first) == slots  # the older ones, which would go first
     (size_class,) = core.slab.classes.values()
     assert size_class.evict(2) == 2
+    assert size_class.evict_some(2, lambda: lambda slot: True) == 2
+    client.known.end(slots)
+
+
+def test_blocks_whose_flags_are_cleared_go_at_once_where_tenants_have_shares(core: Core) -> None:
+    client, tokens = client_of(core), prompt(0, 4)
+    slots = client.write(tokens)
+    client.ask(tokens)
+    assert client.lease(tokens) == slots
+    (size_class,) = core.slab.classes.values()
+    assert size_class.evict_some(2, lambda: lambda slot: True) == 0
+    client.known.end(slots)
+    assert size_class.evict_some(2, lambda: lambda slot: True) == 2
+
+
+def test_other_blocks_go_in_place_of_those_that_flags_lease_where_tenants_have_shares(core: Core) -> None:
+    client = client_of(core)
+    first, second = prompt(0, 4), prompt(100, 4)
+    slots = client.write(first)
+    client.ask(first)
+    client.write(second)
+    assert client.lease(first) == slots
+    (size_class,) = core.slab.classes.values()
+    assert size_class.evict_some(2, lambda: lambda slot: True) == 2
     client.known.end(slots)
 
 

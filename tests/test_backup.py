@@ -97,6 +97,21 @@ def test_a_load_into_a_store_that_has_some_keeps_its_own_ages_and_settings(tmp_p
         assert ages.count(5e5) == 2 and ages.count(1000.0) == 7
 
 
+def test_a_pin_with_an_impossible_end_ends_at_once_or_never(tmp_path: Path) -> None:
+    ends = {0: 1e308, 1: float("-inf"), 2: -5.0}
+    with open_store(tmp_path / "target") as store:
+        store.open_namespace(NAMESPACE)
+        store.put(BLOCKS[NAMESPACE.digest][:3])
+        hashes = [record.info.block_hash for record in BLOCKS[NAMESPACE.digest]]
+        found = {block_hash: replace(entry, pinned=True) for block_hash, entry in store.iter_entries()}
+        store.set_history({hashes[at]: (found[hashes[at]], end) for at, end in ends.items()})
+        assert {hashes.index(each): end > 1e9 for each, end in store.pin_ends().items()} == {
+            0: True,
+            1: False,
+            2: False,
+        }
+
+
 def test_one_namespace_can_be_saved_alone(tmp_path: Path) -> None:
     with open_store(tmp_path / "source") as store:
         fill(store)

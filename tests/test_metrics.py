@@ -320,7 +320,9 @@ def test_the_daemon_answers_under_local_names_only() -> None:
 def test_a_scraper_that_is_too_slow_is_disconnected_by_the_daemon(trouble: str) -> None:
     report = report_of_daemon()
     report.tenants = [
-        TenantStatus(namespace=f"{at:032x}", name="m" * 5000, block_bytes=1, warm_blocks=1, pinned_bytes=0, clients=1)
+        TenantStatus(
+            namespace=f"{at:08x}" * 4, name="m" * 5000, block_bytes=1, warm_blocks=1, pinned_bytes=0, clients=1
+        )
         for at in range(300)  # more than the buffers of a socket take
     ]
 

@@ -311,14 +311,16 @@ class ColdStore(cold_reader.ColdReader):  # by the module's name: pyright's repo
         with self._env.read() as txn:
             return load_tenants(txn, self._databases)
 
-    def set_tenants(self, changes: Mapping[str, TenantSettings | None], *, evict: bool = False) -> EvictionReport:
+    def set_tenants(
+        self, changes: Mapping[str, TenantSettings | None], *, evict: bool = False, beyond_quota: bool = False
+    ) -> EvictionReport:
         """Store settings of tenants for all processes that use the store, and remove those that are None.
 
         Where a tenant has more than its new limit, raises CapacityError unless `evict`. Raises ConfigError for settings
-        that do not agree, CapacityError if all cold shares together exceed the quota.
+        that do not agree, CapacityError if it makes all cold shares together exceed the quota, unless `beyond_quota`.
         """
         self._require_writable()
-        return self._writer.set_tenants(changes, evict=evict)
+        return self._writer.set_tenants(changes, evict=evict, beyond_quota=beyond_quota)
 
     def delete(self, block_hash: BlockHash) -> int:
         """Remove a block and all that follow it, pinned or not; return how many were removed."""

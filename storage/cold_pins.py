@@ -68,7 +68,8 @@ def iter_pin_ends(txn: ReadTransaction, databases: Databases) -> Iterator[tuple[
 
 
 def _microseconds(at: float) -> int:
-    return min(max(math.ceil(at * 1e6), 0), _MAX_TIME) if math.isfinite(at) else _MAX_TIME
+    scaled = at * 1e6  # infinite also for finite times that a backup may have
+    return math.ceil(scaled) if 0 <= scaled < _MAX_TIME else 0 if scaled < 0 else _MAX_TIME
 
 
 def _unpack(packed: bytes | memoryview | None) -> bytes | None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tierkv.errors import CapacityError, ConfigError, CorruptBlockError, FormatVersionError, StoreError
+from tierkv.errors import ConfigError, CorruptBlockError, FormatVersionError, StoreError
 from tierkv.storage.codec import Bytes
 from tierkv.storage.cold_children import CHILD_ROW_BYTES
 from tierkv.storage.cold_eviction import EvictionCandidates
@@ -240,8 +240,8 @@ def _write(fd: int, remains: _Remains, writer: ColdWriter, quota_bytes: int) -> 
             row = batch.namespace(digest)
             row.description, row.created, row.last_used = old.description, old.created, old.last_used
             row.tenant = old.tenant
-        with contextlib.suppress(ConfigError, CapacityError):  # older rows that contradict each other
-            write_tenants(batch.txn, batch.databases, remains.tenants, quota_bytes)
+        with contextlib.suppress(ConfigError):  # older rows that contradict each other
+            write_tenants(batch.txn, batch.databases, remains.tenants, quota_bytes, beyond_quota=True)
     order = _plan(remains, quota_bytes)
     saved = 0
     for start in range(0, len(order), _BATCH_BLOCKS):

@@ -141,11 +141,22 @@ def load_tenants(txn: ReadTransaction, databases: Databases) -> dict[str, Tenant
 
 
 def write_tenants(
-    txn: WriteTransaction, databases: Databases, changes: Mapping[str, TenantSettings | None], quota_bytes: int
+    txn: WriteTransaction,
+    databases: Databases,
+    changes: Mapping[str, TenantSettings | None],
+    quota_bytes: int,
+    *,
+    beyond_quota: bool,
 ) -> None:
-    """Store the settings of tenants, and remove those of tenants with None. Raises as `check_tenants` does."""
-    settings: dict[str, TenantSettings | None] = {**load_tenants(txn, databases), **changes}
-    check_tenants({tenant: each for tenant, each in settings.items() if each is not None}, quota_bytes)
+    """Store the settings of tenants, and remove those of tenants with None. Raises as `check_tenants` does.
+
+    Cold shares beyond the quota, which may have been lowered, are refused only where the change makes them larger. With
+    `beyond_quota` they are not.
+    """
+    old = load_tenants(txn, databases)
+    new = {tenant: each for tenant, each in {**old, **changes}.items() if each is not None}
+    is_larger = sum(each.cold_share for each in new.values()) > sum(each.cold_share for each in old.values())
+    check_tenants(new, quota_bytes if is_larger and not beyond_quota else None)
     for tenant, each in changes.items():
         key = TENANT_PREFIX + tenant.encode()
         if each is None:
@@ -154,8 +165,8 @@ def write_tenants(
             txn.put(key, pack_tenant(each), db=databases.meta)
 
 
-def check_tenants(settings: Mapping[str, TenantSettings], quota_bytes: int) -> None:
-    """Raise ConfigError for settings that do not agree, CapacityError if all cold shares exceed the quota."""
+def check_tenants(settings: Mapping[str, TenantSettings], quota_bytes: int | None) -> None:
+    """Raise ConfigError for settings that do not agree, CapacityError if all cold shares exceed the quota, if given."""
     for tenant, each in settings.items():
         each.check(tenant)
     twice = [name for name, count in Counter(each.name for each in settings.values()).items() if count > 1]
@@ -164,7 +175,7 @@ def check_tenants(settings: Mapping[str, TenantSettings], quota_bytes: int) -> N
     if len(settings) > MAX_TENANTS:
         raise ConfigError(f"a store keeps settings of {MAX_TENANTS} tenants at most")
     total = sum(each.cold_share for each in settings.values())
-    if total > quota_bytes:
+    if quota_bytes is not None and total > quota_bytes:
         raise CapacityError(
             f"the cold shares of all tenants are {format_bytes(total)}, the quota is {format_bytes(quota_bytes)}",
             hint="tierkv quota SIZE sets another",

@@ -151,11 +151,17 @@ class ColdWriter:
             num_continued=num_continued,
         )
 
-    def set_tenants(self, changes: Mapping[str, TenantSettings | None], *, evict: bool) -> EvictionReport:
-        """Store settings of tenants. Raises CapacityError if a tenant has more than its new limit, unless `evict`."""
+    def set_tenants(
+        self, changes: Mapping[str, TenantSettings | None], *, evict: bool, beyond_quota: bool
+    ) -> EvictionReport:
+        """Store settings of tenants. Raises CapacityError if a tenant has more than its new limit, unless `evict`.
+
+        beyond_quota: as for `write_tenants`.
+        """
 
         def work(batch: WriteBatch) -> None:
-            write_tenants(batch.txn, batch.databases, changes, batch.quota_bytes or self.quota_bytes)
+            quota_bytes = batch.quota_bytes or self.quota_bytes
+            write_tenants(batch.txn, batch.databases, changes, quota_bytes, beyond_quota=beyond_quota)
             batch.read_tenants()
             for tenant in batch.usage.settings.keys() & changes.keys():
                 over = -batch.usage.room(tenant)

@@ -58,6 +58,8 @@ def _copy(store: ColdStore, staging: Path, min_free_bytes: int | None) -> int:
     settings = StoreSettings(quota_bytes=store.stats().quota_bytes, tenants=store.tenants())
     with ColdStore(staging, quota_bytes=settings.quota_bytes, min_free_bytes=min_free_bytes) as copy:
         restore_settings(copy, settings)
+        if copy.tenants() != settings.tenants:
+            raise StoreError("the settings of its tenants contradict each other", hint="tierkv tenant set changes them")
         namespaces = store.namespaces()
         for each in namespaces:
             if each.description:

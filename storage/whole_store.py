@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
@@ -97,9 +98,17 @@ def put_stored(store: ColdStore, blocks: Iterable[StoredBlock]) -> Counter[PutOu
 
 
 def restore_settings(store: ColdStore, settings: StoreSettings) -> None:
-    """Store the settings of those tenants that have none here. What contradicts others is left out, and logged."""
+    """Store the settings of those tenants that have none here. What contradicts others is left out, and logged.
+
+    A store without any gets all of them as they were, also where their quota was lowered below the shares.
+    """
+    known = store.tenants()
+    if not known:
+        with contextlib.suppress(ConfigError):
+            store.set_tenants(settings.tenants, beyond_quota=True)
+            return
     for tenant, each in settings.tenants.items():
-        if tenant in store.tenants():
+        if tenant in known:
             continue
         try:
             store.set_tenants({tenant: each}, evict=False)

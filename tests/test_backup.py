@@ -16,6 +16,7 @@ from tierkv.storage import backup as module
 from tierkv.storage.backup import BackupFile, is_backup, write_backup
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_tenants import TenantSettings
+from tierkv.storage.move_store import move_store
 from tierkv.storage.outcomes import PutOutcome
 from tierkv.storage.whole_store import StoredBlock, put_stored, restore_settings
 
@@ -95,6 +96,40 @@ def test_a_load_into_a_store_that_has_some_keeps_its_own_ages_and_settings(tmp_p
         assert store.tenants().keys() == {"", "f" * 64}
         ages = [entry.created for _, entry in store.iter_entries()]
         assert ages.count(5e5) == 2 and ages.count(1000.0) == 7
+
+
+def test_settings_of_a_store_whose_quota_was_lowered_below_the_shares_come_back(tmp_path: Path) -> None:
+    tenants = {"": TenantSettings(name="default", cold_share=1 << 23), "a" * 64: replace_share(TENANT, 1 << 22)}
+    with ColdStore(tmp_path / "source", quota_bytes=1 << 24) as store:
+        store.set_tenants(tenants)
+        store.set_quota(1 << 22)
+        write_backup(tmp_path / "b", store)
+        moved = move_store(store, tmp_path / "moved")
+    assert moved == 0
+    with ColdStore(tmp_path / "moved") as store:
+        assert store.tenants() == tenants and store.stats().quota_bytes == 1 << 22
+    with BackupFile(tmp_path / "b") as backup, ColdStore(tmp_path / "t", quota_bytes=1 << 22) as store:
+        restore_settings(store, backup.settings)
+        assert store.tenants() == tenants
+
+
+def replace_share(settings: TenantSettings, share: int) -> TenantSettings:
+    return TenantSettings(name=settings.name, cold_share=share, cold_limit=settings.cold_limit)
+
+
+def test_a_pin_with_an_impossible_end_ends_at_once_or_never(tmp_path: Path) -> None:
+    ends = {0: 1e308, 1: float("-inf"), 2: -5.0}
+    with open_store(tmp_path / "target") as store:
+        store.open_namespace(NAMESPACE)
+        store.put(BLOCKS[NAMESPACE.digest][:3])
+        hashes = [record.info.block_hash for record in BLOCKS[NAMESPACE.digest]]
+        found = {block_hash: replace(entry, pinned=True) for block_hash, entry in store.iter_entries()}
+        store.set_history({hashes[at]: (found[hashes[at]], end) for at, end in ends.items()})
+        assert {hashes.index(each): end > 1e9 for each, end in store.pin_ends().items()} == {
+            0: True,
+            1: False,
+            2: False,
+        }
 
 
 def test_one_namespace_can_be_saved_alone(tmp_path: Path) -> None:

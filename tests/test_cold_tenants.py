@@ -151,6 +151,18 @@ def test_a_tenant_within_its_share_gets_room_where_pins_and_a_smaller_quota_leav
         store.check()
 
 
+def test_a_share_may_be_lowered_also_where_all_shares_exceed_a_quota_that_was_lowered(tmp_path: Path) -> None:
+    with open_with(tmp_path, FakeClock(), A, B) as store:
+        store.set_tenants({id_of(each): TenantSettings(name=each.salt, cold_share=10 * SIZE) for each in (A, B)})
+        store.set_quota(5 * SIZE)
+        store.set_tenants({id_of(A): TenantSettings(name=A.salt, cold_share=8 * SIZE)})
+        store.set_tenants({id_of(A): TenantSettings(name="other", cold_share=8 * SIZE)})
+        with pytest.raises(CapacityError):
+            store.set_tenants({id_of(A): TenantSettings(name=A.salt, cold_share=9 * SIZE)})
+        store.set_tenants({id_of(A): None})
+        assert store.tenants() == {id_of(B): TenantSettings(name=B.salt, cold_share=10 * SIZE)}
+
+
 def put_together(store: ColdStore, records: list[EncodedRecord]) -> list[PutOutcome]:
     """Put records in one transaction, however small the quota is."""
     with store._writer._exclusive():
@@ -277,3 +289,16 @@ def test_settings_are_saved_from_a_damaged_file(tmp_path: Path) -> None:
         put(store, clock, A, 5, first=10)
         assert blocks_of(store, A) == 2
         store.check()
+
+
+def test_settings_are_saved_from_a_damaged_file_whose_quota_was_lowered_below_the_shares(tmp_path: Path) -> None:
+    clock, settings = FakeClock(), TenantSettings(name="a", cold_share=10 * SIZE)
+    with open_with(tmp_path, clock, A) as store:
+        store.set_tenants({id_of(A): settings})
+        put(store, clock, A, 2)
+        store.set_quota(5 * SIZE)
+    target = tmp_path / "rebuilt" / "cold"
+    target.mkdir(parents=True)
+    ColdSalvager(quota_bytes=5 * SIZE, clock=clock).rebuild(tmp_path / "cold" / "data.mdb", target)
+    with open_store(tmp_path / "rebuilt", clock, quota_bytes=5 * SIZE) as store:
+        assert store.tenants() == {id_of(A): settings} and blocks_of(store, A) == 2

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import socket
 import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import fields
 
 import msgspec
@@ -22,6 +24,7 @@ from tierkv.errors import ConfigError
 from tierkv.metrics.catalogue import CACHE_BY_REASON, CACHE_BY_TIER, CACHE_TOTALS, groups
 from tierkv.metrics.exposition import exposition
 from tierkv.metrics.metric import Kind
+from tierkv.profiling import metrics as module
 from tierkv.profiling.metrics import MetricsServer, metrics_of, serve_metrics
 from tierkv.remote_tiers.recorder import RemoteRecorder
 from tierkv.serving.monitor import Monitor
@@ -294,7 +297,7 @@ def scrape(request: bytes) -> bytes:
 
 
 def test_the_daemon_answers_a_scrape() -> None:
-    head, body = scrape(b"GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n").split(b"\r\n\r\n")
+    head, body = scrape(b"GET /metrics HTTP/1.1\r\nHost: localhost:1\r\n\r\n").split(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.0 200 OK") and f"Content-Length: {len(body)}".encode() in head
     assert samples(body.decode()) == samples(text_of_daemon())
 
@@ -304,3 +307,94 @@ def test_the_daemon_answers_a_scrape() -> None:
 )
 def test_the_daemon_answers_nothing_else(request_line: bytes, status: bytes) -> None:
     assert scrape(request_line + b" HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.0 " + status)
+
+
+def test_the_daemon_answers_under_local_names_only() -> None:
+    """A page of another site could make its own name lead to this machine, and read the names of models."""
+    asked = b"GET /metrics HTTP/1.1\r\nhost: a-name.example\r\n\r\n"
+    assert scrape(asked).startswith(b"HTTP/1.0 403 Forbidden")
+    assert scrape(asked.replace(b"a-name.example", b"127.0.0.1:9")).startswith(b"HTTP/1.0 200")
+
+
+@pytest.mark.parametrize("trouble", ["sends nothing", "reads nothing"])
+def test_a_scraper_that_is_too_slow_is_disconnected_by_the_daemon(trouble: str) -> None:
+    report = report_of_daemon()
+    report.tenants = [
+        TenantStatus(
+            namespace=f"{at:08x}" * 4, name="m" * 5000, block_bytes=1, warm_blocks=1, pinned_bytes=0, clients=1
+        )
+        for at in range(300)  # more than the buffers of a socket take
+    ]
+
+    async def ask() -> None:
+        loop = asyncio.get_running_loop()
+        async with await serve_metrics_of_daemon(0, lambda: report, timeout_s=0.5) as served:
+            with ExitStack() as opened:
+                for _ in range(16):
+                    slow = opened.enter_context(socket.socket())
+                    slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                    slow.setblocking(False)
+                    await loop.sock_connect(slow, served.sockets[0].getsockname())
+                    if trouble == "reads nothing":
+                        await loop.sock_sendall(slow, b"GET /metrics HTTP/1.1\r\n\r\n")
+                await scraped_at_last(served)
+
+    asyncio.run(asyncio.wait_for(ask(), 30))
+
+
+async def scraped_at_last(served: asyncio.Server) -> None:
+    """Ask until there is room for one more scraper."""
+    while True:
+        reader, writer = await asyncio.open_connection(*served.sockets[0].getsockname())
+        answer = b""
+        with suppress(ConnectionError):
+            writer.write(b"GET /missing HTTP/1.1\r\n\r\n")
+            answer = await reader.read()
+        writer.close()
+        await asyncio.sleep(0.05)
+        if answer.startswith(b"HTTP/1.0 404"):
+            return
+
+
+def test_the_daemon_has_no_more_scrapers_than_its_limit() -> None:
+    async def ask() -> None:
+        async with await serve_metrics_of_daemon(0, report_of_daemon, timeout_s=10) as served:
+            address = served.sockets[0].getsockname()
+            opened = [await asyncio.open_connection(*address) for _ in range(16)]
+            reader, writer = await asyncio.open_connection(*address)
+            assert await asyncio.wait_for(reader.read(), 5) == b""
+            writer.close()
+            for _, each in opened:
+                each.close()
+            await scraped_at_last(served)
+
+    asyncio.run(asyncio.wait_for(ask(), 30))
+
+
+def test_the_cache_answers_under_local_names_only_on_a_local_address(cache: FakeCache, server: MetricsServer) -> None:
+    asked = urllib.request.Request(server.url + "/status", headers={"Host": "a-name.example"})
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(asked, timeout=10)
+    assert refused.value.code == 403
+    refused.value.close()
+    with serve_metrics(cache, 0, host="0.0.0.0") as open_to_all:
+        asked = urllib.request.Request(
+            f"http://127.0.0.1:{open_to_all.port}/status", headers={"Host": "a-name.example"}
+        )
+        with urllib.request.urlopen(asked, timeout=10) as answer:
+            assert answer.status == 200
+
+
+def test_the_cache_has_no_more_scrapers_than_its_limit_and_disconnects_slow_ones(
+    server: MetricsServer, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "_TIMEOUT_S", 1.0)
+    slow = [socket.create_connection(("127.0.0.1", server.port), timeout=10) for _ in range(17)]
+    with slow.pop() as refused:
+        assert refused.recv(1) == b"", "one more than the limit"
+    slow[0].sendall(b"GET /met")
+    for each in slow:
+        assert each.recv(1) == b""
+        each.close()
+    assert "tierkv_requests_total" in get(server, "/metrics")
+    assert "Traceback" not in capfd.readouterr().err

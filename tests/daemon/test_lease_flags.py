@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import mmap
 import os
@@ -24,7 +25,7 @@ from tierkv.daemon.lease_flags import LeaseFlags, map_flags, map_generations
 from tierkv.daemon.limits import Limits
 from tierkv.daemon.local_leases import LocalLeases
 from tierkv.daemon.messages import Chain, Found, Match, Release, Reserve, Status, StatusReport, Used
-from tierkv.daemon.protocol import ProtocolError, split_numbers
+from tierkv.daemon.protocol import ProtocolError, frame, split_numbers
 from tierkv.daemon.values import Connection
 from tierkv.errors import StoreError
 from tierkv.index.chosen_eviction import Choice
@@ -170,6 +171,30 @@ def test_other_blocks_go_in_place_of_those_that_flags_lease(core: Core) -> None:
     assert client.lease(first) == slots  # the older ones, which would go first
     (size_class,) = core.slab.classes.values()
     assert size_class.evict(2) == 2
+    assert size_class.evict_some(2, lambda: lambda slot: True) == 2
+    client.known.end(slots)
+
+
+def test_blocks_whose_flags_are_cleared_go_at_once_where_tenants_have_shares(core: Core) -> None:
+    client, tokens = client_of(core), prompt(0, 4)
+    slots = client.write(tokens)
+    client.ask(tokens)
+    assert client.lease(tokens) == slots
+    (size_class,) = core.slab.classes.values()
+    assert size_class.evict_some(2, lambda: lambda slot: True) == 0
+    client.known.end(slots)
+    assert size_class.evict_some(2, lambda: lambda slot: True) == 2
+
+
+def test_other_blocks_go_in_place_of_those_that_flags_lease_where_tenants_have_shares(core: Core) -> None:
+    client = client_of(core)
+    first, second = prompt(0, 4), prompt(100, 4)
+    slots = client.write(first)
+    client.ask(first)
+    client.write(second)
+    assert client.lease(first) == slots
+    (size_class,) = core.slab.classes.values()
+    assert size_class.evict_some(2, lambda: lambda slot: True) == 2
     client.known.end(slots)
 
 
@@ -204,6 +229,7 @@ def test_a_block_evicted_on_demand_serves_no_new_lease_and_goes_after_the_last(c
     other.ask(tokens)
     assert client.lease(tokens) == slots
     assert not core.evict_chosen(ROOT, Choice()).blocks
+    assert core.count_marked() == {"warm, leased to clients": 3}
     assert other.lease(tokens) is None
     assert not other.ask(tokens).slots
     core.trim()
@@ -261,6 +287,48 @@ def test_the_slots_of_large_blocks_are_not_given_away_while_a_flag_leases_them(c
     size_class.add(slots)
 
 
+def test_a_block_whose_child_a_flag_leases_is_not_given_away(core: Core) -> None:
+    """A client with the first blocks in its own memory leases only those that follow."""
+    client, tokens = client_of(core), prompt(0, 3)
+    slots = client.write(tokens)
+    client.ask(tokens)
+    assert client.lease(tokens, start=2) == slots[2:]
+    (size_class,) = core.slab.classes.values()
+    assert not size_class.clear(slots[:1])
+    core.check()
+    client.known.end(slots[2:])
+    assert size_class.clear(slots[:1])
+    size_class.add(slots[:1])
+
+
+def test_the_daemon_ends_no_connection_that_leases_by_a_flag(core: Core) -> None:
+    client, tokens = client_of(core), prompt(0, 3)
+    slots = client.write(tokens)
+    client.ask(tokens)
+    assert client.lease(tokens) == slots
+    assert not core.flag_leases.try_end(client.connection)
+    assert evict_all(core) == 0
+    client.known.end(slots)
+    assert core.flag_leases.try_end(client.connection)
+    assert client.lease(tokens) is None, "the client does not know yet that its flags are read no more"
+
+
+def test_a_flag_that_is_set_while_the_daemon_ends_the_connection_keeps_it(
+    core: Core, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, tokens = client_of(core), prompt(0, 3)
+    client.write(tokens)
+    client.ask(tokens)
+
+    def set_meanwhile() -> bool:
+        client.known._flags[0] = 1
+        return True
+
+    monkeypatch.setattr(lease_flags, "order_all", set_meanwhile)
+    assert not core.flag_leases.try_end(client.connection)
+    assert core.flag_leases.count(client.connection) == 1
+
+
 def test_uses_by_flags_are_reported_and_count(core: Core) -> None:
     client = client_of(core)
     old, new = prompt(0, 1), prompt(100, 1)
@@ -272,13 +340,24 @@ def test_uses_by_flags_are_reported_and_count(core: Core) -> None:
     client.known._reported_at -= 1.0
     assert slots and list(client.known.take_used()) == slots
     assert not client.known.take_used(), "reported once"
-    assert len(core.flag_leases.note_used(client.connection, Used(slots=array("I", slots).tobytes()))) == 1
+    hashes = [[block_hash for block_hash, _ in iter_chain(ROOT, old, BLOCK_SIZE)]]
+    assert core.flag_leases.note_used(client.connection, Used(slots=array("I", slots).tobytes())) == hashes
     client.known.end(slots)
     (size_class,) = core.slab.classes.values()
     assert size_class.evict(1) == 1
     assert size_class.index.warm.owners[newer] is None, "the block that was used went first"
     with pytest.raises(ProtocolError, match="slots were used"):
         core.flag_leases.note_used(client.connection, Used(slots=array("I", [SLOTS]).tobytes()))
+
+
+def test_a_use_by_a_flag_is_a_use_of_the_whole_chain_in_the_store_and_in_remote_tiers(core: Core) -> None:
+    """The client has the first blocks in its own memory, and leases only those that follow."""
+    client, first = client_of(core), prompt(0, 3)
+    second = first[:STEP] + prompt(50, 1)
+    slots = client.write(first)[1:] + client.write(second)
+    chains = core.flag_leases.note_used(client.connection, Used(slots=array("I", slots).tobytes()))
+    expected = [[block_hash for block_hash, _ in iter_chain(ROOT, each, BLOCK_SIZE)] for each in (first, second)]
+    assert sorted(chains) == sorted(expected)
 
 
 def test_a_forked_process_ends_no_lease_of_its_parent(core: Core, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -413,6 +492,44 @@ def test_the_daemon_ends_a_client_that_sets_more_flags_than_it_may(start_daemon:
     assert connection.client.has_hung_up()
     with connect(short_path / "d.sock") as client:
         assert _report(client) == 0
+    connection.retire(is_idle=True)
+
+
+@pytest.mark.parametrize("trouble", ["reads nothing", "message cut off"])
+def test_a_client_in_trouble_keeps_its_connection_while_it_leases_by_flags(
+    start_daemon: Start, short_path: Path, trouble: str
+) -> None:
+    """It may have been stopped in the middle of a copy: no other block may come into these slots."""
+    start_daemon(slots=64, store=False, limits={"unread_s": 0.05, "message_s": 0.05})
+    tokens = tokens_of(4 * LAYOUT.block_size)
+    with connect(short_path / "d.sock") as writer:
+        assert write_prompt(writer, tokens) == 4
+    connection = open_connection(short_path / "d.sock")
+    connection.match(question(tokens))
+    first = split_numbers(connection.match(question(tokens)).slots)
+    connection.client.post(Release(slots=first.tobytes()))
+    client = connection.client
+    if trouble == "reads nothing":
+        client._socket.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            for _ in range(100_000):
+                client._socket.send(frame(Status(), number=1, boot=client.boot))
+    else:
+        client._socket.sendall(frame(Status(), number=9, boot=client.boot)[:-1])
+    with connect(short_path / "d.sock") as other:
+        assert _report(other) == 4
+        time.sleep(1.2)  # two rounds of the daemon's maintenance
+        assert not client.has_hung_up()
+        assert _report(other) == 4
+        local = connection._local
+        assert local
+        local.end(first)
+        deadline = time.monotonic() + 10
+        while not client.has_hung_up() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert client.has_hung_up()
+        assert local.match(question(tokens)) is None
+        assert _report(other) == 0
     connection.retire(is_idle=True)
 
 

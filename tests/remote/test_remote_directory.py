@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import threading
 import time
@@ -173,6 +174,83 @@ def test_a_sweep_removes_what_a_dead_writer_left(client: DirectoryClient, tmp_pa
     os.utime(old, (1e9, 1e9))
     sweep(tmp_path, most_bytes=1 << 20)
     assert not old.exists() and new.exists()
+
+
+@pytest.mark.parametrize("place", ["tkv2", "tkv9", "tkv2/" + "00" * 16, f"tkv2/{'00' * 16}/00"])
+def test_a_sweep_follows_no_link_to_another_folder(client: DirectoryClient, tmp_path: Path, place: str) -> None:
+    """A stranger who may write in the directory names what the owner of the sweep removes."""
+    root, others = tmp_path / "shared", tmp_path / "home"
+    root.mkdir()
+    files = [others / name / ("0a" * 16) for name in ("", "00", "00/11", f"{'00' * 16}/00")]
+    files += [others / ".writing-mine", others / "00" / ".writing-mine"]
+    for path in files:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(1000))
+        os.utime(path, (1e9, 1e9))
+    link = root / place
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(others)
+    sweep(root, most_bytes=10)
+    assert all(path.exists() for path in files)
+
+
+def test_a_sweep_counts_and_removes_only_files_at_a_records_place(client: DirectoryClient, tmp_path: Path) -> None:
+    write(client, 2)
+    folder = (tmp_path / KEYS[0].path()).parent
+    others = [folder / ("x" * 32), tmp_path / "tkv2" / ("ab" * 16), tmp_path / ("ab" * 16)]
+    deep = folder.joinpath(*["d" * 200] * 3)
+    deep.mkdir(parents=True)
+    for path in others:
+        path.write_bytes(bytes(1000))
+        os.utime(path, (1e9, 1e9))
+    assert sweep(tmp_path, most_bytes=300) == 1
+    assert all(path.exists() for path in others)
+
+
+def test_a_lease_of_a_time_to_come_is_not_for_ever(client: DirectoryClient, tmp_path: Path) -> None:
+    """The file server's clock was wrong when an owner died."""
+    write(client, 10)
+    lease = tmp_path / ".sweep-lease"
+    lease.write_text("another machine")
+    os.utime(lease, (4e9, 4e9))
+    assert sweep(tmp_path, most_bytes=1000) == 6
+
+
+def test_a_lease_that_is_a_link_to_nothing_is_not_for_ever(client: DirectoryClient, tmp_path: Path) -> None:
+    write(client, 10)
+    lease = tmp_path / ".sweep-lease"
+    lease.symlink_to("nowhere")
+    os.utime(lease, (1e9, 1e9), follow_symlinks=False)
+    assert sweep(tmp_path, most_bytes=1000) == 6
+
+
+def test_a_description_is_not_written_through_a_link(client: DirectoryClient, tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    folder = tmp_path / "tkv2" / ("00" * 16)
+    folder.mkdir(parents=True)
+    for number in range(10):
+        (folder / f".writing-{socket.gethostname()}-{os.getpid()}-{number}").symlink_to(mine)
+    client.describe(bytes(16), b"{}", deadline())
+    assert mine.read_text() == "mine"
+    assert (folder / "namespace.json").read_bytes() == b"{}"
+
+
+def test_two_writers_of_one_key_in_one_process_do_not_share_the_unfinished_file(
+    client: DirectoryClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, outcomes = open_at(tmp_path), []
+    replace = os.replace
+
+    def write_meanwhile(*paths: object) -> None:
+        monkeypatch.setattr(directory.os, "replace", replace)
+        outcomes.append(other.write(KEYS[0], VALUE, deadline(), replace=True))
+        replace(*paths)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(directory.os, "replace", write_meanwhile)
+    outcomes.append(client.write(KEYS[0], VALUE, deadline(), replace=True))
+    assert outcomes == [True, True]
+    other.close()
 
 
 def test_writing_more_than_the_size_starts_a_sweep(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ class FakeClient:
         self.gate = threading.Event()
         self.gate.set()
         self.touched: list[RemoteKey] = []
+        self.described: list[bytes] = []
 
     def _call(self) -> None:
         self.num_calls += 1
@@ -76,6 +77,7 @@ class FakeClient:
 
     def describe(self, namespace: bytes, description: bytes, deadline: Deadline) -> None:
         self._call()
+        self.described.append(namespace)
 
     def close(self) -> None: ...
 
@@ -261,6 +263,49 @@ def test_a_read_only_remote_gets_no_write() -> None:
     remote.touch_later(KEYS, lambda _: None)
     remote.describe_later(bytes(16), b"{}")
     assert remote.flush(timeout_s=10) and client.num_calls == asked
+    remote.close()
+
+
+def test_a_description_that_was_dropped_is_written_later() -> None:
+    client = FakeClient()
+    remote = guarded(client, queue_bytes=8)
+    client.gate.clear()
+    write(remote, 0)
+    wait_until(lambda: not remote._jobs)
+    for _ in range(5000):
+        remote.touch_later(KEYS, lambda _: None)
+    remote.describe_later(bytes(16), b"{}")
+    assert remote.stats().counters["dropped_describe_queue_full"] == 1
+    client.gate.set()
+    assert remote.flush(timeout_s=60)
+    remote.describe_later(bytes(16), b"{}")
+    assert remote.flush(timeout_s=10)
+    assert client.described == [bytes(16)]
+    remote.close()
+
+
+def test_a_description_that_waits_while_the_remote_goes_down_is_written_later() -> None:
+    client = FakeClient()
+    clock = Clock()
+    remote = guarded(client, clock=clock)
+    client.gate.clear()
+    write(remote, 0)
+    wait_until(lambda: not remote._jobs)
+    remote.describe_later(bytes(16), b"{}")
+    client.failure = RemoteError("gone")
+    for _ in range(3):
+        remote.read(KEYS[5], most_bytes=10)
+    client.gate.set()
+    assert remote.flush(timeout_s=10)
+    assert remote.stats().counters["dropped_describe_down"] == 1
+    client.failure = None
+    clock.now += 100
+    with remote._changed:
+        remote._changed.notify_all()
+    wait_until(lambda: remote.is_up)
+    remote.describe_later(bytes(16), b"{}")
+    assert remote.flush(timeout_s=10)
+    assert client.described == [bytes(16)]
     remote.close()
 
 

@@ -11,6 +11,7 @@ from remote_servers import HostileServer, wait_until
 from test_remote_redis import KEYS, SECRET, client_of, deadline
 
 from tierkv.errors import RemoteError
+from tierkv.remote_tiers.redis_wire import refusal
 
 
 def endless(_: list[bytes]) -> Iterator[bytes]:
@@ -89,6 +90,28 @@ def test_a_server_that_lies_while_it_is_connected_costs_no_memory(command: bytes
     client.close()
     server.close()
     assert peak < 4 << 20
+
+
+@pytest.mark.parametrize("port", [b"0", b"-1", b"65536", b"9223372036854775808"])
+@pytest.mark.parametrize("kind", ["cluster", "sentinel"])
+def test_a_server_at_an_impossible_port_is_an_error(kind: str, port: bytes) -> None:
+    pytest.importorskip("redis")
+    node = b"*2\r\n$9\r\n127.0.0.1\r\n"
+    slots = b"*1\r\n*3\r\n:0\r\n:16383\r\n" + node + b":" + port + b"\r\n"
+    master = node + b"$%d\r\n%s\r\n" % (len(port), port)
+    server = HostileServer({b"CLUSTER": lambda _: slots, b"SENTINEL": lambda _: master})
+    client = client_of(f"redis://127.0.0.1:{server.port}?" + ("cluster=true" if kind == "cluster" else "sentinel=m"))
+    with pytest.raises(RemoteError):
+        client.ping(deadline(0.5))
+    client.close()
+    server.close()
+
+
+def test_only_codes_that_redis_has_are_shown_and_counted() -> None:
+    """Each code is a counter: a server must not make them without end."""
+    assert refusal("OOM command not allowed").code == "OOM"
+    assert refusal("NOPERM no permissions").code == "NOPERM"
+    assert {refusal(f"{first}{second} x").code for first in "ABCDE" for second in "VWXYZ"} == {"ERR"}
 
 
 def test_the_password_is_the_first_thing_that_is_sent() -> None:

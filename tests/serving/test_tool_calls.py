@@ -41,6 +41,9 @@ NO_CALLS = [
     (LLAMA, '{"name": "add", "parameters": 3}'),
     (LLAMA, "{"),
     (LLAMA, '{"name": "add", "parameters": {"a": NaN}}'),
+    (LLAMA, '{"name": "add", "parameters": {"a": 1e999}}'),
+    (HERMES, '<tool_call>{"name": "add", "arguments": {"a": "\\ud83d"}}</tool_call>'),
+    (MISTRAL, '[TOOL_CALLS]add{"\\udc00": 1}'),
 ]
 
 

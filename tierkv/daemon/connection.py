@@ -153,11 +153,15 @@ class ClientConnection(asyncio.Protocol):
         """Bytes of answers that the client has not read."""
         return self._transport.get_write_buffer_size() if self._transport else 0
 
-    @property
-    def holds_slots(self) -> bool:
-        """Whether the client may be copying from or to the slab: then the daemon must not end the connection."""
+    def may_be_ended(self) -> bool:
+        """Return whether the client copies nothing from or to the slab; then its lease flags end here.
+
+        A client that may be copying keeps its connection.
+        """
         held = self.connection
-        return bool(held.num_leases or held.num_fetching or held.reservations)
+        if held.num_leases or held.num_fetching or held.reservations:
+            return False
+        return self.host.core.flag_leases.try_end(held)
 
     @property
     def is_idle(self) -> bool:
@@ -179,7 +183,7 @@ class ClientConnection(asyncio.Protocol):
             self.close()
         elif self._begun_at is not None and now - self._begun_at > limits.message_s:
             self._refuse(0, ProtocolError(f"a message was not complete in {limits.message_s:g} s", is_fatal=True))
-        elif (self._is_lost or self.is_unread_for(limits.unread_s)) and not self.holds_slots:
+        elif (self._is_lost or self.is_unread_for(limits.unread_s)) and self.may_be_ended():
             self.close()
 
     def is_unread_for(self, seconds: float) -> bool:
@@ -320,7 +324,7 @@ class ClientConnection(asyncio.Protocol):
             return
         self._is_lost = True
         self._drop_input()
-        if not self.holds_slots and self._transport:
+        if self._transport and self.may_be_ended():
             self._transport.close()
 
     def _count_refusal(self, client: str, why: str, reason: str) -> None:

@@ -285,6 +285,11 @@ class Core:
             if connection.tenant
             for slot in connection.leases
         }
+        for size_class in self.slab.classes.values():
+            slots = [entry.warm_slot for entry in size_class.chosen.marked if entry.warm_slot is not None]
+            leased.update(
+                (size_class, slot) for slot in (size_class.flags.flagged_of(slots) if size_class.flags else ())
+            )
         counts = Counter(
             "warm, leased to clients" if (size_class, entry.warm_slot) in leased else "warm, being read or written"
             for size_class in self.slab.classes.values()

@@ -10,6 +10,7 @@ from tierkv.daemon.protocol import ProtocolError, split_numbers
 from tierkv.daemon.tenants import Tenants
 from tierkv.daemon.values import Connection, Tenant
 from tierkv.index.index import Entry
+from tierkv.values.block import BlockHash
 
 __all__ = ["FlagLeases"]
 
@@ -41,6 +42,16 @@ class FlagLeases:
             size_class.flags.disconnect(connection)
             size_class.unpin_unflagged()
 
+    def try_end(self, connection: Connection) -> bool:
+        """End the flags of a connection that the daemon is about to end. False if the client leases a slot by one.
+
+        Else a live client would copy from slots that other blocks get.
+        """
+        tenant = connection.tenant
+        if tenant is None or tenant.size_class.flags is None:
+            return True
+        return tenant.size_class.flags.try_disconnect(connection)
+
     def count(self, connection: Connection) -> int:
         """Return how many slots a connection leases by its flags."""
         tenant = connection.tenant
@@ -51,8 +62,11 @@ class FlagLeases:
         tenant = connection.tenant
         return tenant is not None and self.count(connection) > self._most(tenant)
 
-    def note_used(self, connection: Connection, message: Used) -> list[Entry]:
-        """Note the use of blocks, and return them. Raises ProtocolError for slots that there are not."""
+    def note_used(self, connection: Connection, message: Used) -> list[list[BlockHash]]:
+        """Note the use of blocks. Return their chains, from the first block on: the store and remote tiers note them.
+
+        Raises ProtocolError for slots that there are not.
+        """
         tenant = connection.require_tenant()
         index, slots = tenant.size_class.index, split_numbers(message.slots)
         if len(slots) > self._limits.blocks_of_message or any(slot >= index.warm.capacity for slot in slots):
@@ -60,7 +74,17 @@ class FlagLeases:
         owns, owners = self._tenants.owns(tenant), index.warm.owners
         used = [entry for slot in slots if owns(slot) and (entry := owners[slot])]
         index.touch_all(used)
-        return used
+        followed = {entry.parent for entry in used}
+        return [_chain_to(entry) for entry in dict.fromkeys(used) if entry not in followed]
 
     def _most(self, tenant: Tenant) -> int:
         return max(1, int(tenant.size_class.num_slots * self._limits.flag_share_of_client))
+
+
+def _chain_to(entry: Entry) -> list[BlockHash]:
+    """Return the hashes of a block and of all before it, the first one first. The namespace's root has depth 0."""
+    found: list[BlockHash] = []
+    while entry.depth > 0:
+        found.append(entry.block_hash)
+        entry = entry.parent
+    return found[::-1]

@@ -64,8 +64,25 @@ class LeaseFlags:
         return descriptor
 
     def disconnect(self, client: Hashable) -> None:
-        """End a client's flags. May be called twice, and for a client without flags."""
+        """End the flags of a client that has ended. May be called twice, and for a client without flags."""
         self._flags.pop(client, None)
+
+    def try_disconnect(self, client: Hashable) -> bool:
+        """End the flags of a client that may still use them, unless one is set. Return whether they have ended.
+
+        The client may not notice soon, so nothing that it knows may be leased by a flag any more: the generations of
+        all slots are raised, and every client asks again.
+        """
+        flags = self._flags.get(client)
+        if flags is None:
+            return True
+        if flags.any():
+            return False
+        self._generations += np.uint64(1)
+        if not order_all() or flags.any():
+            return False
+        del self._flags[client]
+        return True
 
     def close(self) -> None:
         """Close the descriptor, and end all flags."""
@@ -89,7 +106,9 @@ class LeaseFlags:
         self.renew(ending)  # type: ignore[arg-type]
         if not order_all():  # cannot fail where it has worked once; if it does, nothing may go
             return set(ending.tolist())
-        return self.flagged_of(ending.tolist())
+        flagged = self.flagged_of(ending.tolist())
+        order_all()  # a processor may clear a flag before it has read the bytes: now it has read them
+        return flagged
 
     def flagged_of(self, slots: Sequence[int]) -> set[int]:
         """Return those of the slots that a client has flagged."""

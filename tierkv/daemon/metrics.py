@@ -6,7 +6,6 @@ Every name begins with tierkv_daemon_, so that one scraper may read the metrics 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Callable, Iterator
 
 from tierkv.daemon.messages import StatusReport, TenantStatus
@@ -24,9 +23,11 @@ from tierkv.metrics.catalogue import (
 from tierkv.metrics.exposition import exposition
 from tierkv.metrics.metric import TENANT_CHARACTERS, MetricSamples
 from tierkv.storage.outcomes import MissReason, PutOutcome
+from tierkv.values.hosts import is_local_host
 
 __all__ = ["metrics_of", "serve_metrics"]
 
+_MOST_CONNECTIONS = 16
 _REASONS = {
     "missed_blocks": [each.value for each in (MissReason.ABSENT, MissReason.COLLISION, MissReason.IO_ERROR)],
     "skipped_writes": [
@@ -103,14 +104,32 @@ def _figures_of(tenant: TenantStatus) -> dict[str, int]:
 
 
 async def serve_metrics(port: int, report: Callable[[], StatusReport], *, timeout_s: float) -> asyncio.Server:
-    """Answer GET /metrics. timeout_s: for a request to arrive. Raises DaemonError."""
+    """Answer GET /metrics. timeout_s: for a request to arrive, and its answer to be read. Raises DaemonError.
+
+    Every user of this machine can connect. So connections are bounded in number and in time: else they would take the
+    descriptors that clients need.
+    """
+    num_open = 0
+
+    async def exchange(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        request = await reader.readuntil(b"\r\n\r\n")
+        writer.transport.set_write_buffer_limits(0)  # so that `drain` waits until all has left
+        writer.write(_answer_to(request, report))
+        await writer.drain()
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(asyncio.TimeoutError, asyncio.LimitOverrunError, asyncio.IncompleteReadError, OSError):
-            request = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), timeout_s)
-            writer.write(_answer_to(request, report))
-            await writer.drain()
-        writer.close()
+        nonlocal num_open
+        num_open += 1
+        try:
+            if num_open <= _MOST_CONNECTIONS:
+                await asyncio.wait_for(exchange(reader, writer), timeout_s)
+                writer.close()
+        except (asyncio.TimeoutError, asyncio.LimitOverrunError, asyncio.IncompleteReadError, OSError):
+            pass
+        finally:
+            num_open -= 1
+            if not writer.is_closing():
+                writer.transport.abort()
 
     try:
         return await asyncio.start_server(answer, "127.0.0.1", port)
@@ -119,9 +138,13 @@ async def serve_metrics(port: int, report: Callable[[], StatusReport], *, timeou
 
 
 def _answer_to(request: bytes, report: Callable[[], StatusReport]) -> bytes:
-    method, path, *_ = (*request.split(b"\r\n", 1)[0].split(b" "), b"", b"")
+    first, *lines = request.split(b"\r\n")
+    method, path, *_ = (*first.split(b" "), b"", b"")
+    headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(b":") for line in lines)}
     status, kind, body = "404 Not Found", "text/plain", b"there is /metrics\n"
-    if method != b"GET":
+    if (host := headers.get(b"host")) and not is_local_host(host.decode("latin-1")):
+        status, body = "403 Forbidden", b"only under local names\n"
+    elif method != b"GET":
         status, body = "405 Method Not Allowed", b"only GET\n"
     elif path.split(b"?")[0] == b"/metrics":
         status = "200 OK"

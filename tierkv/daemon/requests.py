@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -52,7 +52,7 @@ from tierkv.daemon.remote_blocks import RemoteBlocks
 from tierkv.daemon.side_threads import SideThreads, result_of
 from tierkv.daemon.state_files import StateFiles
 from tierkv.daemon.store_writer import StoreWriter
-from tierkv.daemon.values import Write, whole_hashes
+from tierkv.daemon.values import Tenant, Write, whole_hashes
 from tierkv.errors import ConfigError, DaemonError
 from tierkv.storage.codecs import codec_by_name
 from tierkv.storage.cold import ColdStore
@@ -201,10 +201,8 @@ class Requests:
         found = self._core.match(client.connection, message)
         if self._store is not None and (message.lease or message.is_use) and found.slots:
             count = message.start + len(found.slots) // 4
-            hashes = message.hashes[: count * HASH_BYTES]
-            self._loop.call_soon(lambda store: store.notes.touch(split_hashes(hashes)), self._store)
-            if self._remote is not None:
-                self._remote.touch(client.connection.require_tenant(), split_hashes(hashes))
+            tenant, packed = client.connection.require_tenant(), message.hashes[: count * HASH_BYTES]
+            self._loop.call_soon(lambda: self._note_use(tenant, split_hashes(packed)))
         return found
 
     async def fetch(self, client: ClientConnection, message: Fetch) -> Answer:
@@ -217,10 +215,16 @@ class Requests:
         return None
 
     def used(self, client: ClientConnection, message: Used) -> Answer:
-        used = self._core.flag_leases.note_used(client.connection, message)
-        if self._store is not None and used:
-            self._store.notes.touch([entry.block_hash for entry in used])
+        for chain in self._core.flag_leases.note_used(client.connection, message):
+            self._note_use(client.connection.require_tenant(), chain)
         return None
+
+    def _note_use(self, tenant: Tenant, chain: Sequence[BlockHash]) -> None:
+        """Have the store and the remote tiers keep a chain longer, from its first block on."""
+        if self._store is not None:
+            self._store.notes.touch(chain)
+            if self._remote is not None:
+                self._remote.touch(tenant, chain)
 
     def reserve(self, client: ClientConnection, message: Reserve) -> Answer:
         return self._core.reservations.reserve(client.connection, message)

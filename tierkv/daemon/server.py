@@ -341,7 +341,7 @@ class _Server:
         for client in sorted(self.clients, key=lambda each: -each.num_unsent_bytes):
             if unsent <= self.limits.unsent_bytes:
                 break
-            if client.is_unread_for(0) and not client.holds_slots:
+            if client.is_unread_for(0) and client.may_be_ended():
                 unsent -= client.num_unsent_bytes
                 client.close()
 

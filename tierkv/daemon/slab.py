@@ -116,17 +116,22 @@ class SizeClass:
         """
         if chooser is None:
             return self.evict(count)
-        wanted = count = min(count, self.num_slots)
+        self.unpin_unflagged()
+        wanted = left = count = min(count, self.num_slots)
         while True:
             is_chosen, slots = chooser(), dict[Entry, int]()
             entries = self.index.select_evictions(Tier.WARM, wanted)
             for entry in entries:
                 slot = entry.warm_slot
-                if slot is not None and len(slots) < count and is_chosen(slot):
+                if slot is not None and len(slots) < left and is_chosen(slot):
                     slots[entry] = slot
-            if len(slots) >= count or len(entries) < wanted or wanted >= self.num_slots:
-                return self._evict(slots)
-            wanted = min(4 * wanted, self.num_slots)
+            if len(slots) < left and len(entries) >= wanted and wanted < self.num_slots:
+                wanted = min(4 * wanted, self.num_slots)
+                continue
+            num_flagged = len(self.flagged)
+            left -= self._evict(slots)
+            if not left or len(self.flagged) == num_flagged:  # else other blocks may go in place of the leased ones
+                return count - left
 
     def trim(self, chooser: Chooser | None = None) -> int:
         """Keep a small share of the slots free where the slab is full; return how many blocks were evicted."""
@@ -221,7 +226,7 @@ class SizeClass:
         if not self.slab.may_lose(self, list(slots.values())):
             return False
         self._evict(slots)
-        return True
+        return all(each.warm_slot is None for each in slots)  # a client may have leased one by its flag
 
 
 class SharedSlab:

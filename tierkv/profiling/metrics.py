@@ -6,7 +6,9 @@ sizes and block hashes leave the process: no token and no text.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,11 +26,15 @@ from tierkv.profiling.prefixes import PrefixTable
 from tierkv.profiling.remote_metrics import metrics_of_remotes, remote_status
 from tierkv.storage.outcomes import MissReason, PutOutcome
 from tierkv.values.events import CacheObserver
+from tierkv.values.hosts import is_local_host
 from tierkv.values.layout import BlockLayout
 from tierkv.values.namespace import Namespace
 from tierkv.values.stats import CacheStats, TierStats
 
 __all__ = ["MetricsServer", "ServedCache", "metrics_of", "serve_metrics", "status_of"]
+
+_MOST_CONNECTIONS = 16
+_TIMEOUT_S = 10.0  # for a request to arrive, and its answer to be read
 
 
 class ServedCache(Protocol):
@@ -124,6 +130,7 @@ def serve_metrics(
     app = _application(
         lambda: exposition(metrics_of(cache)),
         lambda: status_of(cache, table, count=prefixes, uptime_s=time.monotonic() - started),
+        needs_local_host=host == "localhost" or host.startswith("127."),
     )
     try:
         server = make_server(host, port, app, _Server, _Handler)
@@ -165,11 +172,19 @@ def _plain(stats: TierStats) -> dict[str, int]:
     return {each.name: getattr(stats, each.name) for each in fields(TierStats)}
 
 
-def _application(metrics: Callable[[], tuple[bytes, str]], status: Callable[[], Mapping[str, Any]]) -> Any:
-    """Return a WSGI application of two pages; only reading is allowed."""
+def _application(
+    metrics: Callable[[], tuple[bytes, str]], status: Callable[[], Mapping[str, Any]], *, needs_local_host: bool
+) -> Any:
+    """Return a WSGI application of two pages; only reading is allowed.
+
+    needs_local_host: refuse requests under a name of another machine.
+    """
 
     def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         path = environ.get("PATH_INFO", "")
+        if needs_local_host and (host := environ.get("HTTP_HOST")) and not is_local_host(host):
+            start_response("403 Forbidden", [("Content-Type", "text/plain")])
+            return [b"only under local names\n"]
         if environ.get("REQUEST_METHOD") != "GET":
             start_response("405 Method Not Allowed", [("Allow", "GET"), ("Content-Type", "text/plain")])
             return [b"only GET\n"]
@@ -187,9 +202,43 @@ def _application(metrics: Callable[[], tuple[bytes, str]], status: Callable[[], 
 
 
 class _Server(ThreadingMixIn, WSGIServer):
-    """Serves each request on a daemon thread, so that a slow client blocks neither others nor the process's end."""
+    """Serves each request on a daemon thread, so that a slow client blocks neither others nor the process's end.
+
+    Connections are bounded in number and in time: else they would take the descriptors that the engine needs.
+    """
 
     daemon_threads = True
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self._room = threading.BoundedSemaphore(_MOST_CONNECTIONS)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start a thread for a connection, or close it where there are too many."""
+        if not self._room.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except BaseException:
+            self._room.release()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer, and end the connection once its time is over."""
+        timer = threading.Timer(_TIMEOUT_S, _end, [request])
+        timer.daemon = True
+        timer.start()
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            timer.cancel()
+            self._room.release()
+
+
+def _end(connection: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 class _Handler(WSGIRequestHandler):

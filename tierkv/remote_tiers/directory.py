@@ -11,6 +11,7 @@ import contextlib
 import errno
 import itertools
 import os
+import secrets
 import socket
 import stat
 from collections.abc import Callable, Sequence
@@ -56,7 +57,8 @@ class DirectoryClient:
         self._root = Path(url.path)
         self._least_free = int(url.number("min_free_bytes", 0))
         self._threads = CallThreads(_MOST_THREADS, name="tierkv-remote-dir")
-        self._names = (f"{socket.gethostname()}-{os.getpid()}-{number}" for number in itertools.count())
+        own = secrets.token_hex(8)  # process ids are those of a container, and one process may have several clients
+        self._names = (f"{socket.gethostname()}-{os.getpid()}-{own}-{number}" for number in itertools.count())
         most_bytes = int(url.number("max_bytes", 0))
         self._memory = RecordMemory()
         self._sweeper = Sweeper(self._root, most_bytes=most_bytes) if most_bytes else None
@@ -101,16 +103,7 @@ class DirectoryClient:
                     raise OSError(errno.ENOSPC, "less is free than min_free_bytes")
             path.parent.parent.parent.mkdir(exist_ok=True)  # not the root itself: see the class
             path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with open(temporary, "xb", buffering=0) as file:
-                    view = record.data
-                    while view:
-                        view = view[file.write(view) :]
-                os.replace(temporary, path)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary)
-                raise
+            _write(temporary, path, record.data)
             return True
 
         is_written = self._call(put, deadline)
@@ -125,7 +118,7 @@ class DirectoryClient:
         def set_times() -> None:
             for path in paths:
                 with contextlib.suppress(FileNotFoundError):
-                    os.utime(path)
+                    os.utime(path, follow_symlinks=False)
 
         self._call(set_times, deadline)
 
@@ -139,8 +132,7 @@ class DirectoryClient:
                 return
             folder.parent.mkdir(exist_ok=True)
             folder.mkdir(exist_ok=True)
-            temporary.write_bytes(description)
-            os.replace(temporary, folder / DESCRIPTION_FILE)
+            _write(temporary, folder / DESCRIPTION_FILE, memoryview(description))
 
         self._call(put, deadline)
 
@@ -188,6 +180,19 @@ def _num_present(paths: Sequence[Path]) -> int:
             high = at
         at = (low + high) // 2
     return low
+
+
+def _write(temporary: Path, path: Path, data: memoryview) -> None:
+    """Write a new file and rename it. Follows no symbolic link at its place: strangers may write in the directory."""
+    with open(temporary, "xb", buffering=0) as file:
+        try:
+            while data:
+                data = data[file.write(data) :]
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
 
 
 def _size_of(path: Path) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import socket
 import threading
 import time
@@ -22,6 +23,9 @@ _LEASE_S = 600.0
 _ABANDONED_S = 3600.0  # so old is a file of a writer that has died
 _ROOM = 0.9  # a sweep leaves so much of the size, so that the next one is not due at once
 _FIRST_SHARE = 64  # of the size is written by this process before it looks again
+_FOLDERS = re.compile(r"tkv[0-9]+(/[0-9a-f]{32}(/[0-9a-f]{2})?)?")
+_RECORD = re.compile(r"tkv[0-9]+/[0-9a-f]{32}/[0-9a-f]{2}/[0-9a-f]{32}")
+_GONE = (FileNotFoundError, NotADirectoryError, PermissionError)
 
 
 class Sweeper:
@@ -73,33 +77,38 @@ class Sweeper:
 def sweep(root: Path, *, most_bytes: int, must_end: Callable[[], bool] = lambda: False) -> int:
     """Remove files until the rest takes less than `most_bytes`. Return how many; 0 where another owner sweeps.
 
-    Raises OSError.
+    Only files at the place of a record or of an unfinished file are counted and removed, and no symbolic link is
+    followed: others may write in the directory, and must not say what this process removes. Raises OSError.
     """
     now = _take_lease(root)
     if now is None:
         return 0
     try:
-        records: list[tuple[float, int, str]] = []
-        num_removed = 0
-        for entry in _files(root):
-            status = entry.stat(follow_symlinks=False)
-            if entry.name.startswith(TEMPORARY):
-                if now - status.st_mtime > _ABANDONED_S:
-                    _remove(entry.path)
-            elif len(entry.name) == 32:
-                records.append((status.st_mtime, status.st_size, entry.path))
-        total = sum(size for _, size, _ in records)
-        if total <= most_bytes:
-            return 0
-        for _, size, path in sorted(records):
-            if total <= _ROOM * most_bytes or must_end():
-                break
-            _remove(path)
-            total -= size
-            num_removed += 1
-        return num_removed
+        with _folder(root) as folder:
+            return _sweep(folder, now, most_bytes, must_end)
     finally:
         _remove(str(root / _LEASE))
+
+
+def _sweep(root: int, now: float, most_bytes: int, must_end: Callable[[], bool]) -> int:
+    records: list[tuple[float, int, str]] = []
+    for path, status in _files(root, ""):
+        if path.rpartition("/")[2].startswith(TEMPORARY):
+            if abs(now - status.st_mtime) > _ABANDONED_S:
+                _remove_below(root, path)
+        elif _RECORD.fullmatch(path):
+            records.append((status.st_mtime, status.st_size, path))
+    total = sum(size for _, size, _ in records)
+    if total <= most_bytes:
+        return 0
+    num_removed = 0
+    for _, size, path in sorted(records):
+        if total <= _ROOM * most_bytes or must_end():
+            break
+        if _remove_below(root, path):
+            total -= size
+            num_removed += 1
+    return num_removed
 
 
 def _take_lease(root: Path) -> float | None:
@@ -114,28 +123,59 @@ def _take_lease(root: Path) -> float | None:
         except FileExistsError:
             probe = root / f"{TEMPORARY}{socket.gethostname()}-{os.getpid()}-{time.monotonic_ns()}"
             try:
-                probe.touch()
-                age_s = probe.stat().st_mtime - path.stat().st_mtime
+                with open(probe, "xb") as file:
+                    age_s = os.fstat(file.fileno()).st_mtime - path.lstat().st_mtime
             except FileNotFoundError:  # the owner has just ended its sweep
                 age_s = 0.0
             finally:
                 _remove(str(probe))
-            if age_s < _LEASE_S:
+            if abs(age_s) < _LEASE_S:  # of a time to come: the file server's clock was wrong
                 return None
             _remove(str(path))
     return None
 
 
-def _files(root: Path) -> Iterator[os.DirEntry[str]]:
-    """Yield all files below the folders of this and other formats; a folder that goes meanwhile has none."""
-    folders = [str(path) for path in root.glob("tkv*") if path.is_dir()]
-    while folders:
-        with contextlib.suppress(FileNotFoundError), os.scandir(folders.pop()) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(entry.path)
-                elif entry.is_file(follow_symlinks=False):
-                    yield entry
+def _files(folder: int, place: str) -> Iterator[tuple[str, os.stat_result]]:
+    """Yield path and state of all files in the folders that records of this and other formats have.
+
+    What goes meanwhile, and what this process may not look into, has no files.
+    """
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(*_GONE):
+                path = place + entry.name
+                if entry.is_file(follow_symlinks=False):
+                    yield path, entry.stat(follow_symlinks=False)
+                elif entry.is_dir(follow_symlinks=False) and _FOLDERS.fullmatch(path):
+                    with _folder(entry.name, folder) as below:
+                        yield from _files(below, f"{path}/")
+
+
+def _remove_below(root: int, path: str) -> bool:
+    """Remove a file; follow no symbolic link on the way to it. Return whether it is gone."""
+    *folders, name = path.split("/")
+    with contextlib.ExitStack() as opened:
+        try:
+            for each in folders:
+                root = opened.enter_context(_folder(each, root))
+            os.unlink(name, dir_fd=root)
+        except FileNotFoundError:
+            return True
+        except OSError as exc:
+            _log.debug("%s cannot be removed: %s", path, exc.strerror)
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def _folder(path: str | Path, parent: int | None = None) -> Iterator[int]:
+    """Open a folder, and in a parent folder no symbolic link to one. Raises OSError."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | (0 if parent is None else os.O_NOFOLLOW)
+    descriptor = os.open(path, flags, dir_fd=parent)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def _remove(path: str) -> None:

@@ -12,6 +12,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 from tierkv.errors import RemoteError, RemoteRefusedError
@@ -42,11 +43,15 @@ _CLOSE_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """Work for the background thread. num_bytes: memory that it holds. kind: in the counters."""
+    """Work for the background thread. num_bytes: memory that it holds. kind: in the counters.
+
+    dropped: called if it is dropped; perhaps with the lock.
+    """
 
     kind: str
     run: Callable[[], object]
     num_bytes: int = 0
+    dropped: Callable[[], None] = lambda: None
 
 
 class GuardedRemote:
@@ -154,12 +159,13 @@ class GuardedRemote:
         if self._is_read_only or namespace in self._described:
             return
         self._described.add(namespace)
+        forget = partial(self._described.discard, namespace)
 
         def describe() -> None:
             if not self._background("describe", lambda d: self._client.describe(namespace, description, d)):
-                self._described.discard(namespace)
+                forget()
 
-        self._put(_Job("describe", describe))
+        self._put(_Job("describe", describe, dropped=forget))
 
     def flush(self, *, timeout_s: float) -> bool:
         """Wait until all queued jobs have been done or dropped. Return False where that takes too long."""
@@ -252,6 +258,7 @@ class GuardedRemote:
                 self._num_bytes += job.num_bytes
                 self._changed.notify_all()
         if reason:
+            job.dropped()
             self._recorder.count(f"dropped_{job.kind}_{reason}")
 
     def _run(self) -> None:
@@ -287,6 +294,7 @@ class GuardedRemote:
             job = self._jobs.popleft()
             self._num_bytes -= job.num_bytes
             num_writes += job.kind == "write"
+            job.dropped()
             self._recorder.count(f"dropped_{job.kind}_{why}")
         self._changed.notify_all()
         return num_writes

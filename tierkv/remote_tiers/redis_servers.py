@@ -236,7 +236,7 @@ def _slots_of(answer: Any, host: str) -> list[Address]:
             name = (node[0] or b"").decode() or host
             if not 0 <= int(first) <= int(last) < _SLOTS:
                 raise ValueError("no such slot")
-            found[int(first) : int(last) + 1] = [(name, int(node[1]))] * (int(last) - int(first) + 1)
+            found[int(first) : int(last) + 1] = [(name, _port_of(node[1]))] * (int(last) - int(first) + 1)
     except (TypeError, ValueError, AttributeError, IndexError) as exc:
         raise RemoteError("the remote tier's map of its cluster cannot be read") from exc
     known = [each for each in found if each is not None]
@@ -248,9 +248,17 @@ def _slots_of(answer: Any, host: str) -> list[Address]:
 def _address_of(answer: Any) -> Address:
     try:
         host, port = answer
-        return host.decode(), int(port)
+        return host.decode(), _port_of(port)
     except (TypeError, ValueError, AttributeError) as exc:
         raise RemoteError("the sentinels do not know that name") from exc
+
+
+def _port_of(answer: Any) -> int:
+    """Return the port that a server names. Raises TypeError and ValueError."""
+    port = int(answer)
+    if not 0 < port < 1 << 16:
+        raise ValueError("no such port")
+    return port
 
 
 def _import_redis() -> Any:

@@ -28,6 +28,11 @@ _LONG_BYTES = 16 << 10  # of a value that is sent from its own memory
 _FLAG_BYTES = 4  # of an answer that is 0 or 1
 _ITEM_BYTES = 64  # of memory that an item of a list takes, beside its text
 _MOST_DEPTH = 5
+_CODES = {
+    *("ERR", "NOAUTH", "WRONGPASS", "NOPERM", "DENIED", "OOM", "MISCONF", "READONLY", "NOREPLICAS", "LOADING", "BUSY"),
+    *("MASTERDOWN", "WRONGTYPE", "MOVED", "ASK", "CLUSTERDOWN", "TRYAGAIN", "CROSSSLOT"),
+}
+"""Of refusals. Each is a counter."""
 
 
 class RedisWire(Wire):
@@ -159,9 +164,9 @@ class RedisWire(Wire):
 
 
 def refusal(text: str) -> RemoteRefusedError:
-    """Return the error of an answer that is one. Only its code is shown: the rest may name anything."""
+    """Return the error of an answer that is one. Only a code that Redis has is shown: the rest may name anything."""
     code = text.split(" ", 1)[0]
-    if not (code.isalpha() and code.isupper() and len(code) <= 16):
+    if code not in _CODES:
         code = "ERR"
     return RemoteRefusedError(f"the remote tier refuses: {code}", code=code)
 

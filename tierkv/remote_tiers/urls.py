@@ -65,8 +65,13 @@ class RemoteUrl:
             hosts = tuple(_host(each) for each in host_part.split(",")) if host_part else ()
             options = tuple(parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query)))
             path = unquote(parts.path)
-        except ValueError as exc:
-            raise ConfigError(f"a remote tier's URL of scheme {scheme} cannot be read", hint=_HINT) from exc
+        except ValueError:  # whose text has a part of the URL
+            raise ConfigError(f"a remote tier's URL of scheme {scheme} cannot be read", hint=_HINT) from None
+        if scheme.startswith("redis") and "@" in parts.path + parts.query + parts.fragment:
+            raise ConfigError(
+                "a remote tier's URL has an @ after its host",
+                hint="in a password write / as %2F, ? as %3F, # as %23, @ as %40 and a space as %20",
+            )
         if parts.fragment:
             raise ConfigError("a remote tier's URL has no part after #: write %23 for that character", hint=_HINT)
         url = cls(
@@ -133,7 +138,7 @@ class RemoteUrl:
         if len({name for name, _ in self.options}) < len(self.options):
             raise ConfigError("a remote tier's URL names an option twice")
         if self.scheme == "dir":
-            if self.hosts or any(self.credentials) or not self.path.startswith("/"):
+            if self.hosts or any(self.credentials) or not self.path.startswith("/") or not _is_path(self.path):
                 raise ConfigError("a shared directory is named dir:///path, with three slashes")
         elif not self.hosts or not all(host for host, _ in self.hosts):
             raise ConfigError(f"a URL of scheme {self.scheme} names a host or a bucket", hint=_HINT)
@@ -170,6 +175,14 @@ def _host(text: str) -> tuple[str, int]:
     """Return name and port. Raises ValueError."""
     parts = urlsplit(f"//{text}")
     return (parts.hostname or "", parts.port or 0)
+
+
+def _is_path(text: str) -> bool:
+    """Return whether the system can have a file of that path."""
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
 
 
 def _is_positive(text: str) -> bool:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import ipaddress
 import logging
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
-from urllib.parse import urlsplit
 
 import anyio.to_thread
 from starlette.applications import Starlette
@@ -31,6 +29,7 @@ from tierkv.serving.completions import completions
 from tierkv.serving.page import page_routes
 from tierkv.serving.responses import ClientGoneError, error_response, read_body
 from tierkv.serving.service import Service
+from tierkv.values.hosts import is_local_host
 
 __all__ = ["make_app"]
 
@@ -96,7 +95,7 @@ class _Gate:
     def _check(self, scope: Scope) -> None:
         headers: dict[bytes, bytes] = dict(scope["headers"])
         host = headers.get(b"host", b"").decode("latin-1")
-        if self._needs_local_host and not _is_local(host):
+        if self._needs_local_host and not is_local_host(host):
             raise ApiError(
                 403, f"this server answers under local names only, not as {host[:200]!a}; an API key lifts this"
             )
@@ -204,21 +203,6 @@ async def _http_error(request: Request, exc: Exception) -> Response:
 
 async def _unexpected(request: Request, exc: Exception) -> Response:
     return error_response(failed(exc))  # the server logs the exception itself
-
-
-def _is_local(host: str) -> bool:
-    """Return whether a Host header names this machine, or an address: no name that can be registered."""
-    try:
-        name = urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return False
-    if name == "localhost" or name.endswith(".localhost"):
-        return True
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
 
 
 def _without_scheme(origin: str) -> str:

@@ -121,7 +121,9 @@ def _overlap(text: str, markers: tuple[str, ...]) -> int:
 def _checked(name: Any, arguments: Any, names: Collection[str]) -> ToolUse:
     if name not in names or not isinstance(arguments, dict):
         raise ValueError("no call of one of the tools")
-    return ToolUse(f"call_{secrets.token_hex(12)}", name, json.dumps(arguments, ensure_ascii=False))
+    text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)  # 1e999 is read as infinity
+    text.encode()  # half a character, such as "\\ud83d", is a text of Python's that cannot be sent
+    return ToolUse(f"call_{secrets.token_hex(12)}", name, text)
 
 
 def _read_hermes(text: str) -> Iterator[tuple[Any, Any]]:

@@ -25,8 +25,9 @@ from tierkv.errors import ShapeError
 
 __all__ = ["MlaAttention", "MlaBatch", "MlaKernel", "is_expanding_cheaper"]
 
-_EXPANDED_BYTES = 256 << 20
-_SCORE_BYTES = 256 << 20
+_EXPANDED_BYTES = 256 << 20  # of K and V of some heads at a time
+_LEAST_EXPANDED = 32  # tokens: for fewer, the calls for one sequence cost more than the arithmetic that they save
+_SCORE_BYTES = 256 << 20  # of the scores of some queries at a time
 
 
 class MlaPool(Protocol):
@@ -163,6 +164,8 @@ def is_expanding_cheaper(layer: MlaLayer, num_new: int, length: int) -> bool:
 
     num_new: the last tokens of `length`. With DeepSeek's dims it does from about 170 new tokens on.
     """
+    if num_new < _LEAST_EXPANDED:
+        return False
     pairs = num_new * (length - num_new) + num_new * (num_new + 1) // 2
     projection = layer.rank * (layer.nope_dim + layer.v_dim)
     absorbed = pairs * (2 * layer.rank + layer.rope_dim) + num_new * projection

@@ -47,13 +47,13 @@ class MlaLayer:
     """
 
     def __init__(self, module: Any) -> None:
-        self.module = module
-        self.index = int(module.layer_idx)
-        self.rank = int(module.kv_lora_rank)
-        self.nope_dim = int(module.qk_nope_head_dim)
-        self.rope_dim = int(module.qk_rope_head_dim)
-        self.v_dim = int(module.v_head_dim)
-        self.heads = int(module.kv_b_proj.weight.shape[0]) // (self.nope_dim + self.v_dim)
+        self.module: Any = module
+        self.index: int = int(module.layer_idx)
+        self.rank: int = int(module.kv_lora_rank)
+        self.nope_dim: int = int(module.qk_nope_head_dim)
+        self.rope_dim: int = int(module.qk_rope_head_dim)
+        self.v_dim: int = int(module.v_head_dim)
+        self.heads: int = int(module.kv_b_proj.weight.shape[0]) // (self.nope_dim + self.v_dim)
         self.rotate: Callable[..., tuple[Tensor, Tensor]] = _rotation_of(module)
 
     @property

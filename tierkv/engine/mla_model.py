@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tierkv.engine.attention import AttentionBatch, AttentionSwitch, batch_of, forward
+from tierkv.engine.attention import AttentionBatch, AttentionSwitch, batch_of
 from tierkv.engine.mla_attention import MlaAttention
 from tierkv.engine.mla_flashinfer import flashinfer_kernel, why_no_flashinfer
 from tierkv.engine.mla_layers import MlaLayer, mla_layers, mla_reasons
-from tierkv.engine.model_seam import Seam
-from tierkv.engine.model_support import probe_layout, self_test
+from tierkv.engine.mla_seams import ModuleSeams
+from tierkv.engine.mla_self_test import check_latent
+from tierkv.engine.model_support import probe_layout
 from tierkv.errors import ConfigError, UnsupportedModelError
 from tierkv.ranks.group import OneRank, RankGroup
 from tierkv.values.layout import BlockLayout
@@ -39,13 +40,10 @@ class LatentAttention:
         reason = next(mla_reasons(model, OneRank()), None)
         if reason is not None:
             raise UnsupportedModelError(f"{type(model).__name__} cannot keep the latent: {reason}")
-        self._layers = mla_layers(model)
-        reason = why_no_flashinfer(model, self._layers) if use_library else "it is not wanted"
-        self.attention: MlaAttention = MlaAttention(flashinfer_kernel(model, self._layers) if reason is None else None)
-        self._seams = [
-            (layer.module, Seam(layer.module.forward, _Handler(layer, self.attention))) for layer in self._layers
-        ]
-        self._depth = 0
+        self.layers: list[MlaLayer] = mla_layers(model)
+        reason = why_no_flashinfer(model, self.layers) if use_library else "it is not wanted"
+        self.attention: MlaAttention = MlaAttention(flashinfer_kernel(model, self.layers) if reason is None else None)
+        self._seams = ModuleSeams(self.layers, lambda layer: _Handler(layer, self.attention))
 
     @property
     def kernel(self) -> str:
@@ -53,16 +51,11 @@ class LatentAttention:
         return "torch" if self.attention.kernel is None else "flashinfer"
 
     def __enter__(self) -> None:
-        self._depth += 1
-        if self._depth == 1:
-            for module, seam in self._seams:
-                vars(module)["forward"] = seam
+        self._seams.__enter__()
 
     def __exit__(self, *exc_info: object) -> None:
-        self._depth -= 1
-        if not self._depth:
-            for module, _ in self._seams:
-                del vars(module)["forward"]
+        self._seams.__exit__(*exc_info)
+        if not self._seams.is_open:
             self.attention.end_pass()
 
 
@@ -168,20 +161,10 @@ def choose_mla(model: Any, wish: str, *, block_size: int, ranks: RankGroup) -> M
 
 
 def _test(model: Any, layout: BlockLayout, latent: LatentAttention) -> None:
-    """Compare with the model's own logits. The passes attend absorbed and expanded by turns: both are tested."""
-    ways = ("absorbed", "expanded")
-    passes = 0
-
-    def compute(input_ids: Tensor, batch: AttentionBatch) -> Tensor:
-        nonlocal passes
-        passes += 1
-        with latent.attention.only(ways[passes % 2]):
-            return forward(model, input_ids, batch)
-
+    """Run the self-test; a library that fails to compile or to run fails it too. Raises UnsupportedModelError."""
     try:
-        self_test(model, layout, compute, latent=latent)
+        check_latent(model, layout, latent)
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as exc:
         if latent.kernel == "torch" or isinstance(exc, torch.OutOfMemoryError):
             raise
-        # A library that cannot be compiled or called here; torch computes the same.
         raise UnsupportedModelError(f"FlashInfer failed: {type(exc).__name__}: {exc}") from exc

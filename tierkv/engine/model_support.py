@@ -195,11 +195,12 @@ def self_test(
     compute: Callable[..., Tensor] | None = None,
     *,
     latent: AbstractContextManager[None] | None = None,
+    measure: Callable[[Tensor, Tensor], float] | None = None,
 ) -> float:
     """Compare one pass over a prompt, by the model's own attention, with passes over its blocks through tierkv.
 
     compute: the forward pass that will run in place of the model's own modules, if another does. latent: the model's
-    `LatentAttention`, for a layout of latents.
+    `LatentAttention`, for a layout of latents. measure: of the error; None is `relative_error`.
     Returns the relative error of the logits. Raises UnsupportedModelError if it is more than rounding, and if two equal
     passes differ, because a random difference looks like rounding. Costs three passes over 2 blocks and 3 tokens (at
     most about 2,000 tokens), and a fourth if the error is larger than a shallow model's rounding.
@@ -220,11 +221,12 @@ def self_test(
             )
         with latent or nullcontext():
             got = _split_logits(model, ids, layout, compute or partial(forward, model))
-    error, tolerance = relative_error(got, want), TOLERANCE.get(layout.dtype, 0.1)
+    measure = measure or relative_error
+    error, tolerance = measure(got, want), TOLERANCE.get(layout.dtype, 0.1)
     if error > tolerance:  # a deep model may round so much: then a change of a last bit has the same effect
         with torch.inference_mode(), nudged_embeddings(model, layout.dtype):
             nudged = _own_logits(model, ids)
-        tolerance = max(tolerance, ROUNDING * relative_error(nudged, want))
+        tolerance = max(tolerance, ROUNDING * measure(nudged, want))
     if not error <= tolerance:
         raise UnsupportedModelError(
             f"{type(model).__name__} fails the self-test: split at block borders its logits differ by {error:.1%}"

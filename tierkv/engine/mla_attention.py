@@ -238,6 +238,9 @@ def _attend_cpu(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Te
     query, keys, values = (functional.pad(each, (0, dim - each.shape[-1])) for each in (query, keys, values))
     past = keys.shape[0] - query.shape[0]
     parts = [cpu_attention(query, keys[past:], values[past:], scale, is_causal=True)]
-    if past:
+    if past and keys.shape[1] == 1:  # heads that share their keys are queries of one head: one matrix, not many vectors
+        out, lse = cpu_attention(query.flatten(0, 1).unsqueeze(1), keys[:past], values[:past], scale)
+        parts.append((out.view(query.shape), lse.view(query.shape[:2])))
+    elif past:
         parts.append(cpu_attention(query, keys[:past], values[:past], scale))
     return merge_parts(parts)[0][..., :v_dim].to(query.dtype)

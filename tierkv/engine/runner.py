@@ -51,7 +51,8 @@ class Runner:
     max_step_tokens: new tokens of one forward pass at most; longer prompts are computed in pieces.
     cascade: "auto" lets sequences that decode together read a shared prefix once where that is faster; "off" never.
     cascade_cost: the speeds for that decision; None takes those measured on an H200 or a CPU.
-    use_graphs: replay CUDA graphs; None does, of a split model only if its collective library can be captured.
+    use_graphs: replay CUDA graphs; None does, of a split model only if its collective library can be captured. A model
+    whose latents are cached has neither graphs nor a cascade.
     fuse: "auto" merges projections and fuses element-wise kernels on CUDA where the model is known, "off" never, "on"
     on any device. It moves weights: a runner that was opened without it on the same model must be opened anew.
     state: the model's state when the cache's namespace was made; None reads it now.
@@ -81,16 +82,16 @@ class Runner:
         self.loaded = loaded
         self.cache = cache
         self.max_step_tokens: int = check_count("max_step_tokens", max_step_tokens, least=1)
+        self.mla: MlaChoice = mla or _mla_of(loaded, cache)
+        latent = self.mla.latent
         self._pass = ForwardPass(
             loaded,
             cache,
-            cascade=cascade,
+            cascade="off" if latent else cascade,
             cascade_cost=cascade_cost,
-            use_graphs=use_graphs,
+            use_graphs=False if latent else use_graphs,  # attention over latents is planned anew for each pass
             compute=fuse_model(loaded.model, fuse, cache.ranks),
         )
-        self.mla: MlaChoice = mla or _mla_of(loaded, cache)
-        latent = self.mla.latent
         self._attention = MlaSwitch(loaded.model, latent) if latent else AttentionSwitch(loaded.model)
         state = state or read_stable_state(loaded.model)
         with self._attention:

@@ -57,7 +57,7 @@ class LayerLayout:
     @property
     def is_latent(self) -> bool:
         """Whether the layer holds the latent of MLA in place of K and V."""
-        return self.v_dim == 0 and not isinstance(self.v_dim, bool)
+        return type(self.v_dim) is int and self.v_dim == 0
 
     @property
     def plane_dims(self) -> tuple[int, ...]:

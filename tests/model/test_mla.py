@@ -323,3 +323,32 @@ def test_a_changed_projection_is_found_before_it_is_cached(v3: Any, open_one: Op
         v3.model.layers[1].self_attn.kv_b_proj.weight.mul_(1.5)
     with pytest.raises(ConfigError, match="weights have changed"):
         runner.generate([tokens(SIZE)], greedy(1))
+
+
+def test_a_pass_leaves_nothing_of_its_batch_behind(v3: Any, open_one: Open) -> None:
+    runner = open_one(v3)
+    runner.generate([tokens(SIZE)], greedy(2))
+    assert runner.mla.latent is not None
+    assert runner.mla.latent.attention._plan is None, "it refers to the pool"
+
+
+def test_there_are_no_graphs_and_no_cascade_over_latents(v3: Any, open_one: Open) -> None:
+    runner = open_one(v3, hot=64)
+    assert runner._pass.graphs is None and runner._pass._cascade_cost is None
+    shared = tokens(6 * SIZE)
+    answers = runner.generate([[*shared, n] for n in range(6)], greedy(4))
+    assert runner.cascade_steps == 0 and all(len(each.token_ids) == 4 for each in answers)
+
+
+def test_a_call_that_is_not_the_decoders_own_is_refused(v3: Any) -> None:
+    attention = v3.model.layers[0].self_attn
+    hidden = torch.zeros(1, 2, 128)
+    positions = v3.model.rotary_emb(hidden, torch.arange(2)[None])
+    batch: Any = object()
+    with LatentAttention(v3):
+        with pytest.raises(UnsupportedModelError, match="a way that is not known"):
+            attention(hidden, position_embeddings=positions, attention_mask=torch.ones(2, 2), tierkv=batch)
+        with pytest.raises(UnsupportedModelError, match="a way that is not known"):
+            attention(hidden, tierkv=batch)
+        with pytest.raises(ConfigError, match="packed input"):
+            attention(hidden.expand(2, 2, 128), position_embeddings=positions, tierkv=batch)

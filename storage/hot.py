@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tierkv.errors import CapacityError, ClosedError, ConfigError
-from tierkv.values.layout import BlockLayout
+from tierkv.values.layout import BlockLayout, Run
 
 __all__ = ["HotPool", "hot_pool_blocks"]
 
@@ -19,8 +19,9 @@ class HotPool:
     """Paged memory of `num_blocks` blocks on one device, zeroed at the start, and one scratch block after them.
 
     `blocks` is [num_blocks + 1, block_bytes / item_bytes] of the layout's dtype. Each layer's K and V are strided
-    views of it, made once: [num_blocks + 1, block_size, kv_heads, dim], with a page stride of a whole block. No
-    sequence owns the scratch block: padded tokens write there.
+    views of it, made once: [num_blocks + 1, block_size, kv_heads, dim], with a page stride of a whole block. So is a
+    layer's latent, as K of one head; such a layer has no V. No sequence owns the scratch block: padded tokens write
+    there.
     """
 
     def __init__(self, layout: BlockLayout, num_blocks: int, device: torch.device) -> None:
@@ -43,15 +44,16 @@ class HotPool:
                 hint="lower hot_bytes or block_size",
             ) from exc
         self.bytes_view: Tensor = self.blocks.view(torch.uint8)
-        self._views = [self._view(run) for run in range(2 * layout.num_layers)]
+        self._views = [self._view(run) for run in layout.runs]
 
     def key_cache(self, layer: int) -> Tensor:
-        """Return K of one layer: [num_blocks + 1, block_size, kv_heads, k_dim], strided, sharing memory."""
-        return self._view_of(2 * layer)
+        """Return K, or the latent, of one layer: [num_blocks + 1, block_size, kv_heads, k_dim], sharing memory."""
+        return self._view_of(self.layout.first_runs[layer])
 
     def value_cache(self, layer: int) -> Tensor:
         """Return V of one layer: [num_blocks + 1, block_size, kv_heads, v_dim], strided, sharing memory."""
-        return self._view_of(2 * layer + 1)
+        assert not self.layout.layers[layer].is_latent, "a latent has no V"
+        return self._view_of(self.layout.first_runs[layer] + 1)
 
     def close(self) -> None:
         """Free the memory, which nothing reads or writes any more. May be called twice.
@@ -73,12 +75,10 @@ class HotPool:
                 raise
             raise ClosedError("the cache is closed") from exc
 
-    def _view(self, run: int) -> Tensor:
-        layer = self.layout.layers[run // 2]
-        dim = layer.v_dim if run % 2 else layer.k_dim
-        offset = self.layout.runs[run].offset_bytes // self.layout.item_bytes
-        shape = (self.num_blocks + 1, self.layout.block_size, layer.kv_heads, dim)
-        return self.blocks.as_strided(shape, (self.blocks.stride(0), layer.kv_heads * dim, dim, 1), offset)
+    def _view(self, run: Run) -> Tensor:
+        shape = (self.num_blocks + 1, self.layout.block_size, run.heads, run.dim)
+        strides = (self.blocks.stride(0), run.heads * run.dim, run.dim, 1)
+        return self.blocks.as_strided(shape, strides, run.offset_bytes // self.layout.item_bytes)
 
 
 def hot_pool_blocks(layout: BlockLayout, device: torch.device, *, hot_bytes: int | None, hot_fraction: float) -> int:

@@ -113,7 +113,7 @@ class WindowFormat:
         sections: list[Section] = []
         offset = 0
         for first, last in pairwise((0, *self.layer_groups)):
-            tiles, num_bases = self._tiles(2 * first, 2 * last)
+            tiles, num_bases = self._tiles(self.layout.first_runs[first], self.layout.first_runs[last])
             bases_at = HEADER_BYTES + _aligned(4 * len(tiles), 16)
             rest_at = bases_at + _aligned(num_bases, 16)
             codes_at = rest_at + len(tiles) * TILE

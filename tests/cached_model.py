@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.engine.attention import SequenceStep, build_batch, forward, use_tierkv_attention
+from tierkv.engine.mla_model import latent_attention
 from tierkv.engine.model_identity import namespace_of
 from tierkv.engine.model_support import probe_layout
 from tierkv.requests.sequence import Sequence
@@ -21,9 +23,12 @@ __all__ = ["CachedModel"]
 class CachedModel:
     """One model, one cache of `hot` and `warm` blocks over a store; context manager."""
 
-    def __init__(self, model: Any, store: Path, *, block_size: int, hot: int, warm: int, **options: Any) -> None:
+    def __init__(
+        self, model: Any, store: Path, *, block_size: int, hot: int, warm: int, mla: str = "auto", **options: Any
+    ) -> None:
         self.model = model
-        layout = probe_layout(model, block_size=block_size)
+        self.latent = latent_attention(model, mla)
+        layout = probe_layout(model, block_size=block_size, latent=self.latent)
         config = CacheConfig(
             cold_path=store,
             block_size=block_size,
@@ -66,7 +71,7 @@ class CachedModel:
         size, device = self.cache.config.block_size, self.model.device
         ids = [t for s, n in zip(sequences, past, strict=True) for t in s.token_ids[n:].tolist()]
         batch = build_batch(self.cache.hot, steps, block_size=size, device=device)
-        with torch.inference_mode(), use_tierkv_attention(self.model):
+        with torch.inference_mode(), use_tierkv_attention(self.model), self.latent or nullcontext():
             logits = forward(self.model, torch.tensor(ids, device=device), batch)
         for sequence in sequences:
             self.cache.commit(sequence, sequence.num_tokens, partial_block=True)

@@ -116,7 +116,7 @@ def test_a_description_has_the_digest_of_what_it_describes() -> None:
 @pytest.mark.parametrize("key", sorted(json.loads(BASE.describe()).keys() - {"name", "format_version"}))
 def test_no_field_of_a_description_can_change_under_the_same_digest(key: str) -> None:
     fields = json.loads(BASE.describe())
-    other = {"tp_rank": 1, "tp_size": 2, "block_size": 32, "dtype": "float16", "layers": [[1, 8, 8]]}
+    other = {"tp_rank": 1, "tp_size": 2, "block_size": 32, "dtype": "float16", "layers": [[1, 16, 0]]}
     fields[key] = other.get(key, {"rope": {}} if key == "architecture" else "other")
     fields["tp_size"] = max(fields["tp_size"], fields["tp_rank"] + 1)
     assert parse_description(json.dumps(fields).encode()).digest != BASE.digest
@@ -130,7 +130,14 @@ HOSTILE = (
     *(b"", b"[]", b"null", b"1", b"\xff\xfe", b"{}", b"[" * 100_000, b'{"a":' * 30_000, b" " * (1 << 16) + b"{}"),
     *(changed(extra=1), changed(weights=""), changed(weights=3), changed(tp_rank=1), changed(tp_rank=-1)),
     *(changed(tp_size=True), changed(format_version=2), changed(lossy_codec=""), changed(architecture=[])),
-    *(changed(layers=[[1, 1]]), changed(layers=[[1, 1, 0]]), changed(layers=[[1.5, 1, 1]]), changed(layers=["abc"])),
+    *(
+        changed(layers=[[1, 1]]),
+        changed(layers=[[2, 1, 0]]),
+        changed(layers=[[1, 0, 0]]),
+        changed(layers=[[1.5, 1, 1]]),
+        changed(layers=["abc"]),
+    ),
+    *(changed(layers=[[1, 1, 0.0]]), changed(layers=[[1, 1, False]]), changed(layers=[[1, 1, -1]])),
     *(changed(layers=[[1 << 60, 1, 1]]), changed(layers=[[1, 1, 1]] * 5000), changed(layers=[]), changed(layers=[3])),
     *(changed(block_size=10**9), changed(dtype="int3"), changed(dtype=["a"]), changed(name="\udcff")),
     *(changed(weights="\udcff"), changed(architecture={"\udcff": 1}), b'{"weights":1e999999}', b"9" * 10_000),

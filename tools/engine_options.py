@@ -19,6 +19,7 @@ from tierkv.tools.options import (
     Dtype,
     HotSize,
     MinFree,
+    Mla,
     Model,
     NoDaemon,
     ReadOnly,
@@ -50,6 +51,7 @@ class ModelOptions:
     model: Model = None
     device: Device = None
     dtype: Dtype = None
+    mla: Mla = "auto"
     block_sizes: BlockSize = None
     salt: Salt = ""
     date: TemplateDay = DEFAULT_DAY

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from tierkv.config import CacheConfig
 from tierkv.engine.embedded_files import EMBEDDED
+from tierkv.engine.mla_model import latent_attention
 from tierkv.engine.model_identity import namespace_of
 from tierkv.engine.model_support import check_supported, probe_layout
 from tierkv.engine.models import LoadedModel, load_model
@@ -23,7 +24,7 @@ __all__ = ["identify", "identify_stored", "open_engine"]
 @contextmanager
 def open_engine(options: ModelOptions, config: CacheConfig) -> Iterator[Runner]:
     """Load the model, open the cache, and close it after the command."""
-    with open_runner(_load(options), config, salt=options.salt) as runner:
+    with open_runner(_load(options), config, salt=options.salt, mla=options.mla) as runner:
         yield runner
 
 
@@ -31,7 +32,8 @@ def identify(options: ModelOptions) -> tuple[LoadedModel, Namespace]:
     """Load the model for its tokenizer, and return the namespace of its blocks. Computes nothing."""
     loaded = _load(options)
     check_supported(loaded.model)
-    layout = probe_layout(loaded.model, block_size=options.block_size)
+    latent = latent_attention(loaded.model, options.mla, use_library=False)
+    layout = probe_layout(loaded.model, block_size=options.block_size, latent=latent)
     return loaded, namespace_of(loaded.model, layout, salt=options.salt, name=loaded.name)
 
 

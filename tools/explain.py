@@ -118,6 +118,7 @@ def _model_of(model: ModelOptions, codec: str, *, read_weights: bool) -> _Model:
         dtype=model.dtype,
         block_size=model.block_size,
         salt=model.salt,
+        mla=model.mla,
     )
     return _Model(outline.tokenizer, outline.name, outline.fields | lossy)
 

@@ -9,6 +9,7 @@ from tierkv.values.namespace import differing_fields
 __all__ = ["how_it_differs"]
 
 _MOST_FIELDS = 3
+_MLA = "architecture.mla"
 _UNREAD = ("weights", "architecture.modules")
 
 
@@ -18,6 +19,8 @@ def how_it_differs(wanted: dict[str, Any], stored: dict[str, Any]) -> str:
     wanted: the fields that are known of the namespace asked for; its weights may be missing. stored: a description.
     """
     fields = differing_fields(stored, wanted)
+    if _MLA in fields:
+        fields = [name for name in fields if name != "layers"]  # it follows
     # In another dtype, the same weights have another digest.
     weights_differ = "weights" in wanted and "dtype" not in fields and any(name in _UNREAD for name in fields)
     fields = [name for name in fields if name not in _UNREAD]
@@ -38,7 +41,13 @@ def _rank(stored: dict[str, Any]) -> str:
     return f"as rank {stored.get('tp_rank')} of {stored.get('tp_size')}"
 
 
+def _mla(stored: dict[str, Any]) -> str:
+    held = (stored.get("architecture") or {}).get("mla")
+    return "with the latent in its blocks (--mla latent)" if held else "with expanded K and V (--mla expanded)"
+
+
 _WORDS: dict[str, Any] = {
+    _MLA: _mla,
     "dtype": lambda stored: f"in {stored.get('dtype')}",
     "block_size": lambda stored: f"in blocks of {stored.get('block_size')} tokens",
     "salt": lambda stored: "with another --salt" if stored.get("salt") else "without --salt",

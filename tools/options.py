@@ -34,6 +34,7 @@ __all__ = [
     "HotSize",
     "Lines",
     "MinFree",
+    "Mla",
     "Model",
     "NoDaemon",
     "PromptFile",
@@ -94,6 +95,12 @@ Store = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...", show_default="cuda if there is a GPU")]
 Dtype = Annotated[str | None, typer.Option(help="bfloat16, float16, float32.", show_default="the model's")]
+Mla = Annotated[
+    str,
+    typer.Option(
+        help="auto, latent or expanded: what blocks hold of models with multi-latent attention (DeepSeek-V2, V3)."
+    ),
+]
 BlockSize = Annotated[
     list[int] | None,
     typer.Option(

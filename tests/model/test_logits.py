@@ -9,12 +9,12 @@ import pytest
 import torch
 from cached_model import CachedModel
 from places import Place
-from tiny_models import FAMILIES, VOCABULARY, make_model
+from tiny_models import FAMILIES, MLA, VOCABULARY, make_model
 
 from tierkv.values.block import Tier
 
 
-@pytest.fixture(params=sorted(FAMILIES))
+@pytest.fixture(params=sorted(FAMILIES | MLA))
 def model(request: pytest.FixtureRequest, place: Place) -> Any:
     return make_model(request.param, block_size=place.block_size, device=place.device, dtype=place.dtype)
 

@@ -31,6 +31,7 @@ __all__ = [
     "PlainModel",
     "SequenceStep",
     "attend_batch",
+    "batch_of",
     "build_batch",
     "forward",
     "to_device",
@@ -303,6 +304,17 @@ def forward(model: Any, input_ids: Tensor, batch: Any, *, logits_to_keep: Tensor
     return logits
 
 
+def batch_of(options: dict[str, Any]) -> Any:
+    """Return the batch of the present pass: of a module's keyword arguments, or this thread's. Raises ConfigError."""
+    batch = options.get("tierkv") or _current.get()
+    if batch is None:
+        raise ConfigError(
+            "a model with tierkv's attention was called without a tierkv batch",
+            hint="another thread uses the model while a runner computes with it",
+        )
+    return batch
+
+
 class PlainModel:
     """Runs a model's own modules; it must attend through tierkv meanwhile."""
 
@@ -335,12 +347,7 @@ def _attention(
 
     query: [1, heads, T, dim]; key, value: [1, kv_heads, T, dim], rotated and not repeated.
     """
-    batch = tierkv if tierkv is not None else _current.get()
-    if batch is None:
-        raise ConfigError(
-            "a model with tierkv's attention was called without a tierkv batch",
-            hint="another thread uses the model while a runner computes with it",
-        )
+    batch = batch_of({"tierkv": tierkv})
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     _check_call(module, query, attention_mask, options)
     batch.enter_layer(layer)

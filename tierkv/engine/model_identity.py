@@ -10,6 +10,7 @@ import torch
 import xxhash
 
 from tierkv.engine.checksums import Checksums
+from tierkv.engine.mla_layers import mla_layers, rope_order
 from tierkv.engine.model_reader import read_state
 from tierkv.engine.model_state import VOLATILE_FIELDS, ModelState, changed_paths, local_part
 from tierkv.engine.model_support import check_call, check_state, read_stable_state
@@ -19,7 +20,7 @@ from tierkv.ranks.group import OneRank, RankGroup
 from tierkv.values.layout import BlockLayout
 from tierkv.values.namespace import Namespace
 
-__all__ = ["ModelCheck", "configuration_of", "namespace_of"]
+__all__ = ["ModelCheck", "architecture_of", "namespace_of"]
 
 _HINT = "open it anew"
 
@@ -48,7 +49,7 @@ def namespace_of(
         )
     group = ranks or OneRank()
     state = state or read_stable_state(model)
-    architecture = configuration_of(model)
+    architecture = architecture_of(model, layout)
     architecture["modules"] = _joint_digest(_settings_digest(state), group)
     if torch.get_default_dtype() != torch.float32:  # tensors that a model makes in its forward pass may have it
         architecture["default_dtype"] = str(torch.get_default_dtype())
@@ -64,10 +65,18 @@ def namespace_of(
     )
 
 
-def configuration_of(model: Any) -> dict[str, Any]:
-    """Return the class of a Hugging Face model and the fields of its configuration that decide K and V."""
+def architecture_of(model: Any, layout: BlockLayout) -> dict[str, Any]:
+    """Return the class of a Hugging Face model and the fields of its configuration that decide K and V.
+
+    For a layout of latents also in which order they hold the rope part.
+    """
     config = model.config.get_text_config().to_dict()
-    return {"class": type(model).__name__} | {key: value for key, value in config.items() if key not in VOLATILE_FIELDS}
+    found = {"class": type(model).__name__} | {
+        key: value for key, value in config.items() if key not in VOLATILE_FIELDS
+    }
+    if layout.is_latent:
+        found["mla"] = {"cache": "latent", "rope_order": rope_order(mla_layers(model)[0])}
+    return found
 
 
 def _settings_digest(state: ModelState) -> str:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from tierkv.engine.embedded_files import EMBEDDED
-from tierkv.engine.model_identity import configuration_of
+from tierkv.engine.mla_model import latent_attention
+from tierkv.engine.model_identity import architecture_of
 from tierkv.engine.model_support import probe_layout
 from tierkv.engine.models import device_of, dtype_of, first_line, path_of
 from tierkv.engine.transformers_import import import_transformers
@@ -47,6 +48,7 @@ def read_outline(
     dtype: str | None = None,
     block_size: int = 256,
     salt: str = "",
+    mla: str = "auto",
 ) -> ModelOutline:
     """Read a model's configuration and tokenizer, build the model without memory, and return what that says.
 
@@ -65,10 +67,10 @@ def read_outline(
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=kind).eval()
     except Exception as exc:  # a model's files make Transformers and its libraries raise anything
         raise ConfigError(f"cannot read the configuration of {name or EMBEDDED!r}: {first_line(exc)}") from exc
-    layout = probe_layout(model, block_size=block_size)
+    layout = probe_layout(model, block_size=block_size, latent=latent_attention(model, mla, use_library=False))
     namespace = Namespace(
         weights="not read",
-        architecture=json.loads(json.dumps(configuration_of(model), default=str)),
+        architecture=json.loads(json.dumps(architecture_of(model, layout), default=str)),
         layout=layout,
         salt=salt,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -168,13 +168,14 @@ def check_block_size(model: Any, block_size: int) -> None:
         )
 
 
-def probe_layout(model: Any, *, block_size: int) -> BlockLayout:
+def probe_layout(model: Any, *, block_size: int, latent: AbstractContextManager[None] | None = None) -> BlockLayout:
     """Return the layout of a model's blocks, from one forward pass over two tokens.
 
+    latent: the model's `LatentAttention`, for blocks of latents.
     Raises UnsupportedModelError if some layer's attention does not go through the registered function.
     """
     probe = _Probe(position_ids=torch.arange(2, device=model.device)[None])
-    with torch.inference_mode(), use_tierkv_attention(model):
+    with torch.inference_mode(), use_tierkv_attention(model), latent or nullcontext():
         forward(model, torch.zeros(2, dtype=torch.int64, device=model.device), probe)
     if not probe.layers or sorted(probe.layers) != list(range(len(probe.layers))):
         raise UnsupportedModelError(
@@ -188,10 +189,18 @@ def probe_layout(model: Any, *, block_size: int) -> BlockLayout:
     )
 
 
-def self_test(model: Any, layout: BlockLayout, compute: Callable[..., Tensor] | None = None) -> float:
+def self_test(
+    model: Any,
+    layout: BlockLayout,
+    compute: Callable[..., Tensor] | None = None,
+    *,
+    latent: AbstractContextManager[None] | None = None,
+    measure: Callable[[Tensor, Tensor], float] | None = None,
+) -> float:
     """Compare one pass over a prompt, by the model's own attention, with passes over its blocks through tierkv.
 
-    compute: the forward pass that will run in place of the model's own modules, if another does.
+    compute: the forward pass that will run in place of the model's own modules, if another does. latent: the model's
+    `LatentAttention`, for a layout of latents. measure: of the error; None is `relative_error`.
     Returns the relative error of the logits. Raises UnsupportedModelError if it is more than rounding, and if two equal
     passes differ, because a random difference looks like rounding. Costs three passes over 2 blocks and 3 tokens (at
     most about 2,000 tokens), and a fourth if the error is larger than a shallow model's rounding.
@@ -210,12 +219,14 @@ def self_test(model: Any, layout: BlockLayout, compute: Callable[..., Tensor] | 
             raise UnsupportedModelError(
                 f"{type(model).__name__} fails the self-test: two equal passes differ, so its K and V are random"
             )
-        got = _split_logits(model, ids, layout, compute or partial(forward, model))
-    error, tolerance = relative_error(got, want), TOLERANCE.get(layout.dtype, 0.1)
+        with latent or nullcontext():
+            got = _split_logits(model, ids, layout, compute or partial(forward, model))
+    measure = measure or relative_error
+    error, tolerance = measure(got, want), TOLERANCE.get(layout.dtype, 0.1)
     if error > tolerance:  # a deep model may round so much: then a change of a last bit has the same effect
         with torch.inference_mode(), nudged_embeddings(model, layout.dtype):
             nudged = _own_logits(model, ids)
-        tolerance = max(tolerance, ROUNDING * relative_error(nudged, want))
+        tolerance = max(tolerance, ROUNDING * measure(nudged, want))
     if not error <= tolerance:
         raise UnsupportedModelError(
             f"{type(model).__name__} fails the self-test: split at block borders its logits differ by {error:.1%}"
@@ -261,7 +272,7 @@ def _cache_reasons(model: Any) -> Iterator[str]:
 
 @dataclass(slots=True, kw_only=True)
 class _Probe:
-    """Takes the place of an AttentionBatch and records the shapes of K and V; its attention returns zeros."""
+    """Takes the place of an AttentionBatch and records the shapes of K, V and latents; its attention returns zeros."""
 
     position_ids: Tensor
     layers: dict[int, LayerLayout] = field(default_factory=dict)
@@ -270,6 +281,10 @@ class _Probe:
     def enter_layer(self, layer: int) -> None:
         if layer in self.layers:
             raise UnsupportedModelError(f"attention layer {layer} is called twice in one forward pass")
+
+    def add_latent(self, layer: int, latent: Tensor) -> None:
+        self.layers[layer] = LayerLayout.of_latent(latent.shape[-1])
+        self.dtypes[layer] = str(latent.dtype).removeprefix("torch.")
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         self.layers[layer] = LayerLayout(kv_heads=key.shape[1], k_dim=key.shape[-1], v_dim=value.shape[-1])

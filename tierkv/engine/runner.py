@@ -20,13 +20,13 @@ from tierkv.engine.event_queue import EventQueue
 from tierkv.engine.forward_pass import ForwardPass
 from tierkv.engine.fused_model import fuse_model, test_fused
 from tierkv.engine.generation import Generation, GenerationOptions, ModelRequest, TokenEvent
+from tierkv.engine.mla_model import MlaChoice, MlaSwitch, choose_mla, latent_attention
 from tierkv.engine.model_identity import ModelCheck, namespace_of
 from tierkv.engine.model_state import ModelState
 from tierkv.engine.model_support import (
     check_block_size,
     check_split,
     check_supported,
-    probe_layout,
     read_stable_state,
 )
 from tierkv.engine.models import LoadedModel
@@ -51,10 +51,13 @@ class Runner:
     max_step_tokens: new tokens of one forward pass at most; longer prompts are computed in pieces.
     cascade: "auto" lets sequences that decode together read a shared prefix once where that is faster; "off" never.
     cascade_cost: the speeds for that decision; None takes those measured on an H200 or a CPU.
-    use_graphs: replay CUDA graphs; None does, of a split model only if its collective library can be captured.
+    use_graphs: replay CUDA graphs; None does, of a split model only if its collective library can be captured. A model
+    whose latents are cached has neither graphs nor a cascade.
     fuse: "auto" merges projections and fuses element-wise kernels on CUDA where the model is known, "off" never, "on"
     on any device. It moves weights: a runner that was opened without it on the same model must be opened anew.
     state: the model's state when the cache's namespace was made; None reads it now.
+    mla: how the cache's layout was chosen; None takes it as the cache has it. It says by `mla.latent` how a DeepSeek
+    model attends to the latents in the cache, None for K and V, and by `mla.fallbacks` what failed its self-test.
     step_loop: computes all requests, of this runner and of its engine.
 
         runner.prefill(system_ids)  # later requests with this prefix find it in the cache
@@ -72,21 +75,24 @@ class Runner:
         use_graphs: bool | None = None,
         fuse: str = "auto",
         state: ModelState | None = None,
+        mla: MlaChoice | None = None,
     ) -> None:
         if cascade not in ("auto", "off"):
             raise ConfigError(f'cascade must be "auto" or "off", got {cascade!r}')
         self.loaded = loaded
         self.cache = cache
         self.max_step_tokens: int = check_count("max_step_tokens", max_step_tokens, least=1)
+        self.mla: MlaChoice = mla or _mla_of(loaded, cache)
+        latent = self.mla.latent
         self._pass = ForwardPass(
             loaded,
             cache,
-            cascade=cascade,
+            cascade="off" if latent else cascade,
             cascade_cost=cascade_cost,
-            use_graphs=use_graphs,
+            use_graphs=False if latent else use_graphs,  # attention over latents is planned anew for each pass
             compute=fuse_model(loaded.model, fuse, cache.ranks),
         )
-        self._attention = AttentionSwitch(loaded.model)
+        self._attention = MlaSwitch(loaded.model, latent) if latent else AttentionSwitch(loaded.model)
         state = state or read_stable_state(loaded.model)
         with self._attention:
             model_check = ModelCheck(loaded.model, state)
@@ -229,6 +235,7 @@ def open_runner(
     cascade_cost: CascadeCost | None = None,
     use_graphs: bool | None = None,
     fuse: str = "auto",
+    mla: str = "auto",
 ) -> Iterator[Runner]:
     """Check that a model can be cached, open a cache for it, yield a `Runner`, and close the cache.
 
@@ -237,7 +244,9 @@ def open_runner(
     cold: an open store to use in place of `config.cold_path`.
     ranks: of a model that is split over several processes; all of them call this function together. Sizes in `config`
     are of one rank, except `cold_bytes`: one store serves all ranks of a machine. They share its cores: together they
-    have no more of `num_io_threads` than cores. The other options are `Runner`'s.
+    have no more of `num_io_threads` than cores.
+    mla: "auto" keeps the latent of multi-latent attention in place of K and V where that is supported (DeepSeek-V2 and
+    V3) and passes the self-test, "expanded" never, "latent" raises where it cannot. The other options are `Runner`'s.
     Raises UnsupportedModelError, with the reason, before anything is opened. Raises ConfigError for other ranks than
     the model's and for a block_size beyond its context, CapacityError for pools that hold too few blocks.
 
@@ -253,9 +262,12 @@ def open_runner(
     check_block_size(model, config.block_size)
     config = _share_cores(config, ranks or OneRank())
     state = read_stable_state(model)
-    layout = probe_layout(model, block_size=config.block_size)
-    fuse = test_fused(model, layout, fuse, ranks or OneRank())
-    namespace = namespace_of(model, layout, adapter=adapter, salt=salt, name=loaded.name, ranks=ranks, state=state)
+    choice = choose_mla(model, mla, block_size=config.block_size, ranks=ranks or OneRank())
+    if choice.latent is None:
+        fuse = test_fused(model, choice.layout, fuse, ranks or OneRank())
+    namespace = namespace_of(
+        model, choice.layout, adapter=adapter, salt=salt, name=loaded.name, ranks=ranks, state=state
+    )
     with TierCache(config, namespace=namespace, device=model.device, cold=cold, ranks=ranks) as cache:
         yield Runner(
             loaded,
@@ -266,7 +278,14 @@ def open_runner(
             use_graphs=use_graphs,
             fuse=fuse,
             state=state,
+            mla=choice,
         )
+
+
+def _mla_of(loaded: LoadedModel, cache: TierCache) -> MlaChoice:
+    """Return the attention that a cache's layout wants."""
+    latent = latent_attention(loaded.model, "latent", cache.ranks) if cache.layout.is_latent else None
+    return MlaChoice(layout=cache.layout, latent=latent)
 
 
 def _share_cores(config: CacheConfig, ranks: RankGroup) -> CacheConfig:

@@ -273,7 +273,7 @@ def _rows_of(tensor: Tensor) -> Tensor:
 
 def _check_layout(ends: Sequence[int], layout: BlockLayout) -> None:
     """Raise ShapeError unless the layers end where the layout's end."""
-    expected = [run.offset_bytes for run in layout.runs[2::2]] + [layout.block_bytes]
+    expected = list(layout.layer_offsets[1:])
     if list(ends) != expected:
         raise ShapeError(
             f"the engine's layers end at bytes {list(ends)[-3:]} of a block, the layout's at {expected[-3:]}"

@@ -2,13 +2,15 @@
 
 A block is contiguous: layer after layer, K `[block_size, kv_heads, k_dim]`, then V `[block_size, kv_heads, v_dim]`.
 For equal layers that is `[layers, 2, block_size, kv_heads, head_dim]`. Layers may differ in heads and dims, and K from
-V; the offsets say where each begins.
+V; the offsets say where each begins. A layer of multi-latent attention (MLA) may hold the latent in place of K and V:
+one plane `[block_size, latent_dim]`, of which the rotated part of the keys is the end.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 from tierkv.errors import ConfigError
@@ -29,23 +31,45 @@ def _is_size(value: object) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerLayout:
-    """Heads and dims of one attention layer. `k_dim` and `v_dim` differ in MLA."""
+    """Heads and dims of one attention layer. `k_dim` and `v_dim` differ in MLA.
+
+    A `v_dim` of 0 means that the layer has one plane, the latent of MLA, as K of one head.
+    """
 
     kv_heads: int
     k_dim: int
     v_dim: int
 
     def __post_init__(self) -> None:
+        if self.is_latent and self.kv_heads == 1 and _is_size(self.k_dim):
+            return
         for value in (self.kv_heads, self.k_dim, self.v_dim):
             if not _is_size(value):
-                raise ConfigError(f"a layer's heads and dims must be whole numbers from 1 to {_SIZE_LIMIT}")
+                raise ConfigError(
+                    f"a layer's heads and dims must be whole numbers from 1 to {_SIZE_LIMIT}; v_dim 0 wants 1 head"
+                )
+
+    @classmethod
+    def of_latent(cls, latent_dim: int) -> LayerLayout:
+        """Return the layout of an MLA layer that holds the latent, `latent_dim` numbers a token."""
+        return cls(kv_heads=1, k_dim=latent_dim, v_dim=0)
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether the layer holds the latent of MLA in place of K and V."""
+        return type(self.v_dim) is int and self.v_dim == 0
+
+    @property
+    def plane_dims(self) -> tuple[int, ...]:
+        """The dims of the layer's planes: of K and V, or of the latent alone."""
+        return (self.k_dim,) if self.is_latent else (self.k_dim, self.v_dim)
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One layer's K or V inside a block: `block_size` tokens of `token_bytes` bytes from `offset_bytes`.
+    """One plane inside a block, a layer's K, V or latent: `block_size` tokens of `token_bytes` from `offset_bytes`.
 
-    A token has `heads` times `dim` numbers of `dtype`. is_key: K, not V.
+    A token has `heads` times `dim` numbers of `dtype`. is_key: K or the latent, not V.
     """
 
     offset_bytes: int
@@ -98,19 +122,34 @@ class BlockLayout:
 
     @cached_property
     def runs(self) -> tuple[Run, ...]:
-        """The 2 * num_layers contiguous runs of a block: K and V of layer 0, of layer 1, ..."""
+        """The contiguous runs of a block: K and V of layer 0, of layer 1, ...; one run for a layer's latent."""
         runs: list[Run] = []
         offset = 0
         for layer in self.layers:
-            for dim, is_key in ((layer.k_dim, True), (layer.v_dim, False)):
+            for plane, dim in enumerate(layer.plane_dims):
                 token_bytes = layer.kv_heads * dim * self.item_bytes
-                runs.append(Run(offset, token_bytes, layer.kv_heads, dim, self.dtype, is_key))
+                runs.append(Run(offset, token_bytes, layer.kv_heads, dim, self.dtype, plane == 0))
                 offset += token_bytes * self.block_size
         return tuple(runs)
 
     @cached_property
+    def first_runs(self) -> tuple[int, ...]:
+        """For each layer the number of its first run, and at the end the number of all runs."""
+        return (0, *accumulate(len(layer.plane_dims) for layer in self.layers))
+
+    @cached_property
+    def layer_offsets(self) -> tuple[int, ...]:
+        """The byte at which each layer begins, and at the end the bytes of the block."""
+        return (*(self.runs[first].offset_bytes for first in self.first_runs[:-1]), self.block_bytes)
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether every layer holds the latent of MLA in place of K and V."""
+        return all(layer.is_latent for layer in self.layers)
+
+    @cached_property
     def token_bytes(self) -> int:
-        """Bytes of K and V of one token, all layers: packed without gaps, n tokens take n times as many."""
+        """Bytes of one token, all layers: packed without gaps, n tokens take n times as many."""
         return sum(run.token_bytes for run in self.runs)
 
     @cached_property

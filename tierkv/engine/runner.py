@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.engine.attention import AttentionSwitch
+from tierkv.engine.backends.factory import make_attention
 from tierkv.engine.cascade import CascadeCost
 from tierkv.engine.event_queue import EventQueue
 from tierkv.engine.forward_pass import ForwardPass
@@ -54,6 +56,9 @@ class Runner:
     use_graphs: replay CUDA graphs; None does, of a split model only if its collective library can be captured.
     fuse: "auto" merges projections and fuses element-wise kernels on CUDA where the model is known, "off" never, "on"
     on any device. It moves weights: a runner that was opened without it on the same model must be opened anew.
+    attention: "auto" takes the fastest attention backend that is known for a batch; "torch", "flash-attn",
+    "flashinfer-fa2" or "flashinfer-fa3" takes this one, and raises UnsupportedModelError where it does not serve.
+    attention_table: a file of measured times for "auto"; None takes the one that comes with tierkv for this GPU.
     state: the model's state when the cache's namespace was made; None reads it now.
     step_loop: computes all requests, of this runner and of its engine.
 
@@ -71,6 +76,8 @@ class Runner:
         cascade_cost: CascadeCost | None = None,
         use_graphs: bool | None = None,
         fuse: str = "auto",
+        attention: str = "auto",
+        attention_table: Path | None = None,
         state: ModelState | None = None,
     ) -> None:
         if cascade not in ("auto", "off"):
@@ -85,6 +92,13 @@ class Runner:
             cascade_cost=cascade_cost,
             use_graphs=use_graphs,
             compute=fuse_model(loaded.model, fuse, cache.ranks),
+            attention=make_attention(
+                attention,
+                torch.device(loaded.model.device),
+                table=attention_table,
+                num_layers=cache.layout.num_layers,
+                waits=cache.ranks.size > 1,
+            ),
         )
         self._attention = AttentionSwitch(loaded.model)
         state = state or read_stable_state(loaded.model)
@@ -229,6 +243,8 @@ def open_runner(
     cascade_cost: CascadeCost | None = None,
     use_graphs: bool | None = None,
     fuse: str = "auto",
+    attention: str = "auto",
+    attention_table: Path | None = None,
 ) -> Iterator[Runner]:
     """Check that a model can be cached, open a cache for it, yield a `Runner`, and close the cache.
 
@@ -265,6 +281,8 @@ def open_runner(
             cascade_cost=cascade_cost,
             use_graphs=use_graphs,
             fuse=fuse,
+            attention=attention,
+            attention_table=attention_table,
             state=state,
         )
 

@@ -7,7 +7,8 @@ not made anew for a step gives that step's wrong answer here too.
 from __future__ import annotations
 
 import math
-from types import ModuleType, SimpleNamespace
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ __all__ = ["PrefillWrapper", "fake_flashinfer"]
 def fake_flashinfer() -> ModuleType:
     """Return a stand-in for the module, for machines without a GPU."""
     module = ModuleType("flashinfer")
-    module.__spec__ = SimpleNamespace(name="flashinfer")  # type: ignore[assignment]  # importlib looks for one
+    module.__spec__ = ModuleSpec("flashinfer", None)  # importlib looks for one
     module.BatchPrefillWithPagedKVCacheWrapper = PrefillWrapper  # type: ignore[attr-defined]
     return module
 

@@ -57,7 +57,7 @@ class Runner:
     fuse: "auto" merges projections and fuses element-wise kernels on CUDA where the model is known, "off" never, "on"
     on any device. It moves weights: a runner that was opened without it on the same model must be opened anew.
     attention: "auto" takes the fastest attention backend that is known for a batch; "torch", "flash-attn",
-    "flashinfer-fa2" or "flashinfer-fa3" takes this one, and raises UnsupportedModelError where it does not serve.
+    "flashinfer-fa2" or "flashinfer-fa3" takes this one, and raises ConfigError where it does not serve.
     attention_table: a file of measured times for "auto"; None takes the one that comes with tierkv for this GPU.
     state: the model's state when the cache's namespace was made; None reads it now.
     step_loop: computes all requests, of this runner and of its engine.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from tierkv.engine.backends.measured import AttentionTable, BatchSize
 from tierkv.engine.backends.protocol import AttentionBackend, AttentionPlan, Batch, LayerShape
-from tierkv.errors import UnsupportedModelError
+from tierkv.errors import ConfigError
 from tierkv.values.layout import BlockLayout
 
 __all__ = ["AttentionChoice"]
@@ -57,7 +57,7 @@ class AttentionChoice:
     def choose(self, layer: LayerShape, batch: Batch) -> AttentionBackend:
         """Return the backend for a batch.
 
-        Raises UnsupportedModelError if a forced backend does not serve it, and RuntimeError if none can be captured in
+        Raises ConfigError if a forced backend does not serve it, and RuntimeError if none can be captured in
         a graph: then the pass runs eagerly.
         """
         plain = next((backend for backend in self.backends if self._serves(backend, layer, batch)), None)
@@ -95,8 +95,8 @@ class AttentionChoice:
     def _refuse(self, layer: LayerShape, batch: Batch) -> None:
         reasons = "; ".join(f"{each.name}: {each.why_not(layer, batch)}" for each in self.backends)
         if self.is_forced:
-            raise UnsupportedModelError(
-                f"the attention backend that was asked for does not serve this model ({reasons})",
-                hint='"auto" takes one that does',
+            raise ConfigError(
+                f"the attention backend that is forced does not serve this model ({reasons})",
+                hint='"auto" takes another one where it must',
             )
         raise RuntimeError(f"no attention backend serves this batch ({reasons})")

@@ -48,8 +48,8 @@ def csr_block_table(
     num_pages: pages of all sequences together, where the caller knows it: kv_indices has this size then, else the size
     of the whole table.
 
-    Does not wait for a device: it runs torch's operations on the current stream, and reads no result. So it does not
-    look at the numbers either. Raises ShapeError for shapes, dtypes and sizes that do not fit each other.
+    Does not wait for a device: it runs torch's operations on the current stream, and reads no result. So it looks at
+    the numbers of a table on the CPU only. Raises ShapeError for shapes, dtypes and sizes that do not fit each other.
 
     >>> table = torch.tensor([[7, 3], [5, 0]], dtype=torch.int32)
     >>> csr = csr_block_table(table, torch.tensor([20, 16]), block_size=16, num_pages=3)
@@ -66,6 +66,8 @@ def csr_block_table(
     size = sequences * width * ratio if num_pages is None else num_pages
     lengths = lengths.to(torch.int64)
     counts = (lengths + (page_size - 1)) // page_size
+    if lengths.device.type == "cpu":
+        _check_numbers(lengths, counts, most_tokens=width * block_size, num_pages=num_pages)
     ends = counts.cumsum(0)
     kv_indptr = torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
     at = torch.arange(size, device=block_table.device)
@@ -95,13 +97,20 @@ def page_view(cache: Tensor, page_size: int) -> tuple[Tensor, int]:
     if ratio == 1:
         return cache, 1
     if cache.stride(0) % page_stride or cache.stride(0) < ratio * page_stride:
-        raise ShapeError(f"blocks {cache.stride(0)} elements apart cannot be seen as pages {page_stride} elements apart")
+        raise ShapeError(f"blocks {cache.stride(0)} elements apart cannot be pages {page_stride} elements apart")
     per_block = cache.stride(0) // page_stride
     num_pages = (blocks - 1) * per_block + ratio
     if num_pages >= 1 << 31:
         raise ShapeError(f"{num_pages} pages have numbers beyond int32", hint="take larger pages")
     strides = (page_stride, *cache.stride()[1:])
     return cache.as_strided((num_pages, page_size, kv_heads, dim), strides), per_block
+
+
+def _check_numbers(lengths: Tensor, counts: Tensor, *, most_tokens: int, num_pages: int | None) -> None:
+    if int(lengths.min()) < 0 or int(lengths.max()) > most_tokens:
+        raise ShapeError(f"lengths must be 0 to the {most_tokens} tokens of a row of blocks, got {lengths.tolist()}")
+    if num_pages is not None and int(counts.sum()) != num_pages:
+        raise ShapeError(f"the sequences have {int(counts.sum())} pages, not {num_pages}")
 
 
 def _check(block_table: Tensor, lengths: Tensor, block_size: int, page_size: int) -> None:

@@ -27,6 +27,7 @@ from tierkv.engine.backends.measured import (
     load_table,
     packaged_table,
     save_table,
+    table_place,
 )
 from tierkv.engine.backends.protocol import LayerShape
 from tierkv.engine.backends.torch_attention import TorchBackend
@@ -74,7 +75,7 @@ def auto(
     table: AttentionTable | None, *, num_layers: int = 32, waits: bool = False
 ) -> tuple[AttentionChoice, list[Stub]]:
     flash, fa2, fa3, plain = (Stub(name) for name in ("flash-attn", "flashinfer-fa2", "flashinfer-fa3", "torch"))
-    choice = AttentionChoice([flash, fa2, plain], faster=[fa2, fa3], table=table, num_layers=num_layers, waits=waits)
+    choice = AttentionChoice([flash, fa2, plain], faster=[fa2, fa3], table=table, num_layers=32, waits=waits)
     return choice, [flash, fa2, fa3, plain]
 
 
@@ -84,6 +85,12 @@ def point(new: int, kv: int, us: dict[str, float], *, sequences: int = 1, **opti
 
 def table_of(*points: MeasuredPoint) -> AttentionTable:
     return AttentionTable(device="test", points=points)
+
+
+def written(new: int | str, us: str) -> str:
+    """Return the text of a table with one point."""
+    sizes = f'"heads": 1, "kv_heads": 1, "head_dim": 8, "sequences": 1, "new": {new}, "kv": 8'
+    return f'{{"version": 1, "device": "x", "points": [{{{sizes}, "us": {us}}}]}}'
 
 
 WIN = {"flash-attn": 100.0, "flashinfer-fa2": 50.0}
@@ -218,12 +225,12 @@ def test_a_table_is_read_as_it_was_written(tmp_path: Path) -> None:
         "{}",
         '{"version": 2, "device": "x", "points": []}',
         '{"version": 1, "device": "x", "points": [{"heads": 1}]}',
-        *(
-            '{"version": 1, "device": "x", "points": [{"heads": 1, "kv_heads": 1, "head_dim": 8, "sequences": 1,'
-            f' "new": {new}, "kv": 8, "us": {us}}}]}}'
-            for new, us in [("0", '{"flash-attn": 1}'), ("9", '{"flash-attn": 1}'), ('"1"', '{"flash-attn": 1}')]
-            + [("1", "{}"), ("1", '{"flash-attn": 0}'), ("1", '{"flash-attn": "fast"}')]
-        ),
+        written(0, '{"flash-attn": 1}'),
+        written(9, '{"flash-attn": 1}'),
+        written('"1"', '{"flash-attn": 1}'),
+        written(1, "{}"),
+        written(1, '{"flash-attn": 0}'),
+        written(1, '{"flash-attn": "fast"}'),
     ],
 )
 def test_a_file_that_is_no_table_is_refused(text: str, tmp_path: Path) -> None:
@@ -268,6 +275,15 @@ def test_a_forced_backend_that_does_not_serve_raises(name: str) -> None:
     assert choice.is_forced
     with pytest.raises(ConfigError, match=f"forced does not serve this model.*{name}"):
         choice.plan(ON_CPU, batch_of((1, 8)))
+
+
+def test_a_machines_table_has_a_plain_name() -> None:
+    assert table_place("NVIDIA H200 (80 GB)/../x").as_posix() == "attention/nvidia_h200_80_gb_x.json"
+
+
+def test_a_written_point_is_valid(tmp_path: Path) -> None:
+    (tmp_path / "table.json").write_text(written(1, '{"flash-attn": 1}'))
+    assert load_table(tmp_path / "table.json").points
 
 
 def test_an_unknown_name_is_refused() -> None:

@@ -7,6 +7,7 @@ says so; where nothing near was measured, none is.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +17,7 @@ import msgspec
 from tierkv.engine.backends.protocol import Batch, LayerShape
 from tierkv.errors import ConfigError
 
-__all__ = ["AttentionTable", "BatchSize", "MeasuredPoint", "load_table", "packaged_table", "save_table"]
+__all__ = ["AttentionTable", "BatchSize", "MeasuredPoint", "load_table", "packaged_table", "save_table", "table_place"]
 
 _TABLES = Path(__file__).parent / "tables"
 _FLASH = "flash-attn"
@@ -130,6 +131,11 @@ def _ratio(point: MeasuredPoint, name: str, num_layers: int) -> float | None:
         return None
     plan_us = point.plan_us.get(name, _UNKNOWN_PLAN_US)
     return (point.us[name] + plan_us / num_layers) / point.us[_FLASH]
+
+
+def table_place(device_name: str) -> Path:
+    """Return where a machine keeps the table of a device, below the user's cache directory for tierkv."""
+    return Path("attention", re.sub(r"[^a-z0-9]+", "_", device_name.lower()) + ".json")
 
 
 def load_table(path: Path) -> AttentionTable:

@@ -186,6 +186,13 @@ class Runner:
         with self.step_loop.lock, torch.inference_mode(), self._attention:
             return self._pass.graphs.capture_decoding(max_sequences=max_sequences, max_tokens=max_tokens)
 
+    def wait_for_kernels(self) -> None:
+        """Wait for attention kernels that are compiled in the background, one or two minutes on a new machine.
+
+        Requests are served meanwhile, by slower ones and without new CUDA graphs.
+        """
+        self._pass.attention.wait()
+
     @contextmanager
     def between_steps(self) -> Iterator[list[Sequence]]:
         """Hold generation between two forward passes and yield the running sequences.

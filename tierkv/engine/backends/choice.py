@@ -35,6 +35,7 @@ class AttentionChoice:
         self.backends: tuple[AttentionBackend, ...] = tuple(backends)
         self.is_forced = is_forced
         self._faster = {backend.name: backend for backend in faster}
+        self._by_name = {backend.name: backend for backend in (*self.backends, *faster)}
         self._table = table
         # A model may have layers of two shapes, each with a plan of its own.
         self._layers_per_plan = max(1, num_layers // 2)
@@ -44,11 +45,15 @@ class AttentionChoice:
     @property
     def is_building(self) -> bool:
         """Whether a backend that would attend better is still being compiled. Ends compilations that have failed."""
-        by_name = {backend.name: backend for backend in (*self.backends, *self._faster.values())}
         self._building = {
-            (name, layer) for name, layer in self._building if not by_name[name].prepare(layer, wait=False)
+            (name, layer) for name, layer in self._building if not self._by_name[name].prepare(layer, wait=False)
         }
         return bool(self._building)
+
+    def wait(self) -> None:
+        """Wait for kernels that are compiled in the background."""
+        for name, layer in tuple(self._building):
+            self._by_name[name].prepare(layer, wait=True)
 
     def plan(self, layer: LayerShape, batch: Batch) -> AttentionPlan:
         """Plan a batch for layers of one shape. Raises as `choose` does."""

@@ -136,7 +136,7 @@ class FlashInferBackend:
         return None
 
     def prepare(self, layer: LayerShape, *, wait: bool) -> bool:
-        """Return whether its kernels for a layer are compiled; True too if they cannot be, which `why_not` tells then.
+        """Return whether its kernels for a layer are compiled; True too if they cannot be: see `why_not`.
 
         The first use on a machine takes one to two minutes of nvcc, later ones load a file. wait: until it is done.
         """

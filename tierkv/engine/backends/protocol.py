@@ -89,7 +89,7 @@ class LayerShape:
 
     @classmethod
     def of_layout(cls, layout: BlockLayout, device: str) -> set[LayerShape]:
-        """Return the shapes of a layout's layers, as far as the layout tells: without windows and groups of heads."""
+        """Return the shapes of a layout's layers, as far as they are known: without windows and groups of heads."""
         dtype = getattr(torch, layout.dtype)
         return {
             cls(device, dtype, each.kv_heads, each.kv_heads, each.k_dim, each.v_dim, layout.block_size)

@@ -12,10 +12,12 @@ import importlib.util
 import logging
 import math
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -28,7 +30,8 @@ __all__ = ["FlashInferBackend", "FlashInferLimits", "FlashInferWorkspace", "flas
 _log = logging.getLogger(__name__)
 
 _WORKSPACE_BYTES = 256 << 20
-_GRAPH_SCHEDULE_BYTES = 1 << 20  # of 8 MiB, which FlashInfer takes by itself for each wrapper
+_GRAPH_SCHEDULE_BYTES = 2 << 20  # of 8 MiB, which FlashInfer takes by itself for each wrapper
+_ALIGNED = 16  # numbers of int32: each array of a plan begins at 64 bytes
 _TILE_ROWS = 128  # query vectors of one program of fa2 at most
 
 
@@ -191,9 +194,9 @@ class FlashInferBackend:
     def _graph_wrapper(self, batch: Batch) -> tuple[Any, _GraphBuffers]:
         """Return a wrapper in FlashInfer's graph mode, and its buffers."""
         sequences, blocks, device = len(batch.query_starts) - 1, batch.host_table.size, self._workspace.device
-        sizes = [sequences + 1, sequences + 1, sequences, blocks]
-        buffers = torch.zeros(sum(sizes), dtype=torch.int32, device=device).split(sizes)
-        host = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
+        lengths = [sequences + 1, sequences + 1, sequences, blocks]
+        buffers = _cut(torch.zeros(_room_of(lengths), dtype=torch.int32, device=device), lengths)
+        host = torch.zeros(_room_of(lengths), dtype=torch.int32, pin_memory=device.type == "cuda")
         memory = self._workspace.get()
         wrapper = self._wrapper(
             memory,
@@ -218,11 +221,9 @@ class _EagerPlan:
         if slot.copied is not None:
             slot.copied.synchronize()  # of the plan before: the copy of its schedule must not read this one
         table = _csr_of(batch)
-        sizes = [len(each) for each in table]
-        host = torch.from_numpy(np.concatenate(table))
-        if device.type == "cuda":
-            host = host.pin_memory()
-        starts, kv_starts, last, blocks = host.split(sizes)
+        lengths = [len(each) for each in table]
+        host = torch.empty(_room_of(lengths), dtype=torch.int32, pin_memory=device.type == "cuda")
+        starts, kv_starts, last, blocks = _filled(host, table)
         blocks = blocks.to(device, non_blocking=True)
         slot.wrapper.plan(starts, kv_starts, blocks, last, *_sizes(layer), **_options(layer))
         if slot.copied is not None:
@@ -253,12 +254,8 @@ class _GraphPlan:
         """Plan for the batch's present lengths and block tables."""
         if self._copied is not None:
             self._copied.synchronize()  # of the step before: its copies must not read this step's numbers
-        table = _csr_of(batch)
-        sizes = [len(each) for each in table]
-        host = self._buffers.host[: sum(sizes)]
-        np.concatenate(table, out=host.numpy())
-        starts, kv_starts, last, host_blocks = host.split(sizes)
-        blocks = self._buffers.blocks[: sizes[-1]]
+        starts, kv_starts, last, host_blocks = _filled(self._buffers.host, _csr_of(batch))
+        blocks = self._buffers.blocks[: len(host_blocks)]
         blocks.copy_(host_blocks, non_blocking=True)  # the wrapper's own copy from the CPU would wait for the device
         self._wrapper.plan(starts, kv_starts, blocks, last, *_sizes(self._layer), **_options(self._layer))
         if self._copied is not None:
@@ -281,7 +278,7 @@ def _run(wrapper: Any, paged: PagedQuery) -> Tensor:
     return add_sinks(out, lse * math.log(2), paged.sinks)
 
 
-def _csr_of(batch: Batch) -> tuple[np.ndarray[Any, Any], ...]:
+def _csr_of(batch: Batch) -> tuple[npt.NDArray[np.int32], ...]:
     """Return where each sequence's queries and blocks begin, the tokens in its last block, and the blocks; int32.
 
     It is `csr_block_table` on the CPU, in numpy: a third of the time for a few sequences.
@@ -295,6 +292,28 @@ def _csr_of(batch: Batch) -> tuple[np.ndarray[Any, Any], ...]:
     kv_starts = np.zeros(len(counts) + 1, dtype=np.int32)
     np.cumsum(counts, out=kv_starts[1:])
     return np.array(batch.query_starts, dtype=np.int32), kv_starts, last, blocks
+
+
+def _room_of(lengths: Sequence[int]) -> int:
+    """Return how many numbers arrays of these lengths take one behind the other, each aligned."""
+    return sum(-(-length // _ALIGNED) * _ALIGNED for length in lengths)
+
+
+def _cut(memory: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+    """Return views of one tensor, of these lengths, each aligned."""
+    views, at = [], 0
+    for length in lengths:
+        views.append(memory[at : at + length])
+        at += -(-length // _ALIGNED) * _ALIGNED
+    return views
+
+
+def _filled(memory: Tensor, arrays: Sequence[npt.NDArray[np.int32]]) -> list[Tensor]:
+    """Write arrays into one tensor on the CPU; return a view for each."""
+    views = _cut(memory, [len(array) for array in arrays])
+    for view, array in zip(views, arrays, strict=True):
+        view.numpy()[:] = array
+    return views
 
 
 def _sizes(layer: LayerShape) -> tuple[int, int, int, int]:

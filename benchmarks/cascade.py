@@ -19,7 +19,8 @@ from benchmarks.ttft import machine, random_model
 from tierkv.config import CacheConfig
 from tierkv.engine.attention import AttentionBatch, SequenceStep, build_batch, forward
 from tierkv.engine.attention_cascade import attend_cascade, own_pass, shared_pass
-from tierkv.engine.attention_paged import PagedQuery, attend
+from tierkv.engine.backends.factory import make_attention
+from tierkv.engine.backends.protocol import PagedQuery, attend
 from tierkv.engine.cascade import CascadeCost, SharedPrefix, plan_cascade
 from tierkv.engine.graphs import GraphedModel
 from tierkv.engine.models import LoadedModel
@@ -276,7 +277,8 @@ def _step_ms(runner: Runner, prompts: Sequence[list[int]], choice: str) -> float
     steps = [SequenceStep(block_table=s.block_table, num_past=s.num_tokens - 1, num_new=1) for s in sequences]
     tables, past = [s.block_table for s in sequences], [s.num_tokens - 1 for s in sequences]
     plan = plan_cascade(tables, past, block_size=_BLOCK, cost=_COST) if choice == "auto" else ()
-    graphs = GraphedModel(runner.loaded.model, runner.cache)
+    attention = make_attention("auto", runner.cache.device)
+    graphs = GraphedModel(runner.loaded.model, runner.cache, attention=attention)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     with torch.inference_mode():
         for number in range(53):

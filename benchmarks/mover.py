@@ -21,6 +21,7 @@ from benchmarks.ttft import machine, random_model
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.engine.attention import SequenceStep, use_tierkv_attention
+from tierkv.engine.backends.factory import make_attention
 from tierkv.engine.graphs import GraphedModel
 from tierkv.engine.model_identity import namespace_of
 from tierkv.engine.model_support import probe_layout
@@ -270,7 +271,7 @@ def _decoder(model: Any, cache: TierCache) -> Callable[[], None]:
     """Return a captured decode step of 16 sequences."""
     sequences = [cache.acquire([i] * 1000) for i in range(16)]
     steps = [SequenceStep(block_table=s.block_table, num_past=999, num_new=1) for s in sequences]
-    graphs = GraphedModel(model, cache)
+    graphs = GraphedModel(model, cache, attention=make_attention("auto", model.device))
 
     def step() -> None:
         graphs.run(steps, [1] * len(steps))

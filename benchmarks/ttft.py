@@ -23,6 +23,7 @@ import transformers
 
 from tierkv.config import CacheConfig
 from tierkv.engine.attention import use_attention
+from tierkv.engine.backends.factory import ATTENTION_NAMES
 from tierkv.engine.models import LoadedModel
 from tierkv.engine.runner import GenerationOptions, Runner, open_runner
 from tierkv.values.block import Tier
@@ -97,6 +98,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 8192, 32_768])
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens of the prompt that are not cached")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--attention", choices=ATTENTION_NAMES, default="auto")
+    parser.add_argument("--attention-table", type=Path, help="as benchmarks.attention writes it")
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -110,9 +114,13 @@ def main() -> None:
             warm_bytes=(10 << 30) if device.type == "cuda" else (1 << 30),
             cold_bytes=16 << 30,
         )
-        with open_runner(loaded, config, max_step_tokens=65_536) as runner:
+        options: dict[str, Any] = {"attention": arguments.attention, "attention_table": arguments.attention_table}
+        with open_runner(loaded, config, max_step_tokens=65_536, **options) as runner:
             print(f"block: {runner.cache.layout.block_bytes / 2**20:.1f} MiB of {config.block_size} tokens")
-            rows = [measure(runner, count, arguments.new_tokens, arguments.repeats) for count in arguments.tokens]
+            rows = [
+                measure(runner, count, arguments.new_tokens, arguments.repeats, arguments.ways)
+                for count in arguments.tokens
+            ]
             for row in rows:
                 row.times_s["plain transformers"] = _plain_prefill_s(loaded.model, row.tokens, arguments.repeats)
             link = _link_gb_s(runner) if device.type == "cuda" else None
@@ -165,6 +173,8 @@ def measure(runner: Runner, num_cached: int, num_new: int, repeats: int, names: 
             (result,) = runner.generate([prefix + suffix], options)
             if repeat > 1:  # the first request warms up, the second captures a graph
                 measured.append(result.ttft_s)
+            else:
+                runner.wait_for_kernels()  # a graph takes the backend that is compiled when it is captured
             cached[name] = {tier.value: count for tier, count in result.cached_tokens.items() if count}
         times[name] = statistics.median(measured)
     return Timing(num_cached, times, cached)
@@ -220,7 +230,7 @@ def machine(device: torch.device) -> dict[str, str]:
 
 def _print_table(rows: list[Timing], link: float | None) -> None:
     for row in rows:
-        base = row.times_s["recompute"]
+        base = row.times_s.get("recompute", row.times_s["plain transformers"])
         print(f"{row.tokens} tokens cached")
         for name, seconds in row.times_s.items():
             found = ", ".join(f"{count} {tier}" for tier, count in row.cached.get(name, {}).items())

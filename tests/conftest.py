@@ -60,6 +60,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _forced_attention() -> Iterator[None]:
+    """Force the attention backend that TIERKV_TEST_ATTENTION names."""
+    if not os.environ.get("TIERKV_TEST_ATTENTION"):
+        yield
+        return
+    from forced_attention import FORCED, force_attention  # it loads torch
+
+    with pytest.MonkeyPatch.context() as patch:
+        force_attention(patch, FORCED)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep the default store out of the user's home."""
     with pytest.MonkeyPatch.context() as patch:

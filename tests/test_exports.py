@@ -30,6 +30,7 @@ NEED_TORCH = {
     *("open_runner", "Runner", "Generation", "GenerationOptions", "SamplingOptions", "TokenEvent"),
     *("load_model", "split_model", "LoadedModel", "Engine", "EngineStats", "TokenStream"),
     *("MemoryTransferManager", "TransferHandle", "TransferOp"),
+    *("CsrBlockTable", "csr_block_table", "page_view"),
 }
 WITHOUT_TORCH = {
     *("BlockStore", "BlockStoreConfig", "BlockKey", "BlockKeys", "Reservation", "Buffers", "Strided"),

@@ -77,8 +77,8 @@ def only(found: object) -> Path:
 
 def files_expected(root: Path) -> set[str]:
     """Name the files that a wheel of this tree must hold, metadata apart."""
-    page = root / "tierkv" / "serving" / "page"
-    names = {"tierkv/py.typed", *(path.relative_to(root).as_posix() for path in page.iterdir())}
+    data = [root / "tierkv" / "serving" / "page", root / "tierkv" / "engine" / "backends" / "tables"]
+    names = {"tierkv/py.typed", *(path.relative_to(root).as_posix() for folder in data for path in folder.iterdir())}
     names |= {f"tierkv/examples/{path.name}" for path in (root / "examples").iterdir() if path.is_file()}
     for folder in [root / "tierkv", *(root / name for name in FOLDERS)]:
         for path in folder.rglob("*.py"):

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from tierkv.block_store.store import BlockStore
     from tierkv.cache import TierCache, load_cache_state, save_cache_state
     from tierkv.config import CacheConfig
+    from tierkv.engine.backends.csr import CsrBlockTable, csr_block_table, page_view
     from tierkv.engine.engine import Engine, EngineStats
     from tierkv.engine.generation import Generation, GenerationOptions, TokenEvent
     from tierkv.engine.managed_attention import ManagedFlashAttention
@@ -87,6 +88,7 @@ __all__ = [
     "ColdStore",
     "ConfigError",
     "CorruptBlockError",
+    "CsrBlockTable",
     "DaemonError",
     "DaemonGoneError",
     "Engine",
@@ -141,11 +143,13 @@ __all__ = [
     "TransferOp",
     "UnsupportedModelError",
     "__version__",
+    "csr_block_table",
     "digest_namespace",
     "load_cache_state",
     "load_model",
     "make_policy",
     "open_runner",
+    "page_view",
     "save_cache_state",
     "serve_metrics",
     "split_model",
@@ -170,6 +174,9 @@ _HOMES = {
     "load_cache_state": "tierkv.cache",
     "save_cache_state": "tierkv.cache",
     "CacheConfig": "tierkv.config",
+    "CsrBlockTable": "tierkv.engine.backends.csr",
+    "csr_block_table": "tierkv.engine.backends.csr",
+    "page_view": "tierkv.engine.backends.csr",
     "Engine": "tierkv.engine.engine",
     "EngineStats": "tierkv.engine.engine",
     "Generation": "tierkv.engine.generation",

@@ -12,6 +12,7 @@ from tierkv.errors import ConfigError
 from tierkv.tools.daemon_client import named_daemon_user
 from tierkv.tools.options import (
     DEFAULT_DAY,
+    Attention,
     BlockSize,
     CodecName,
     ColdSize,
@@ -86,6 +87,7 @@ class EngineOptions(ModelOptions):
     socket: Socket = None
     remote: Remote = None
     no_daemon: NoDaemon = False
+    attention: Attention = None
 
     def __post_init__(self) -> None:
         ModelOptions.__post_init__(self)

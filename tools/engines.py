@@ -6,26 +6,41 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
+
+import torch
 
 from tierkv.config import CacheConfig
+from tierkv.engine.backends.measured import table_place
 from tierkv.engine.embedded_files import EMBEDDED
 from tierkv.engine.mla_model import latent_attention
 from tierkv.engine.model_identity import namespace_of
 from tierkv.engine.model_support import check_supported, probe_layout
 from tierkv.engine.models import LoadedModel, load_model
 from tierkv.engine.runner import Runner, open_runner
-from tierkv.tools.engine_options import ModelOptions
-from tierkv.tools.options import cache_directory
+from tierkv.tools.engine_options import EngineOptions, ModelOptions
+from tierkv.tools.options import cache_directory, named_attention
 from tierkv.values.namespace import Namespace
 
 __all__ = ["identify", "identify_stored", "open_engine"]
 
 
 @contextmanager
-def open_engine(options: ModelOptions, config: CacheConfig) -> Iterator[Runner]:
+def open_engine(options: EngineOptions, config: CacheConfig) -> Iterator[Runner]:
     """Load the model, open the cache, and close it after the command."""
-    with open_runner(_load(options), config, salt=options.salt, mla=options.mla) as runner:
+    loaded, attention = _load(options), named_attention(options.attention, os.environ)
+    table = _measured_here(torch.device(loaded.model.device))
+    backends = {"attention": attention, "attention_table": table}
+    with open_runner(loaded, config, salt=options.salt, mla=options.mla, **backends) as runner:
         yield runner
+
+
+def _measured_here(device: torch.device) -> Path | None:
+    """Return the table that benchmarks/attention.py has written for a GPU of this machine; None without one."""
+    if device.type != "cuda":
+        return None
+    path = cache_directory(os.environ) / table_place(torch.cuda.get_device_name(device))
+    return path if path.exists() else None
 
 
 def identify(options: ModelOptions) -> tuple[LoadedModel, Namespace]:

@@ -24,6 +24,7 @@ __all__ = [
     "DEFAULT_DAY",
     "STANDARD_INPUT",
     "AsJson",
+    "Attention",
     "BlockSize",
     "BlockTokens",
     "CodecName",
@@ -52,6 +53,7 @@ __all__ = [
     "cache_directory",
     "default_socket",
     "default_store",
+    "named_attention",
     "named_remotes",
     "named_socket",
     "parse_day",
@@ -94,6 +96,13 @@ Store = Annotated[
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...", show_default="cuda if there is a GPU")]
+Attention = Annotated[
+    str | None,
+    typer.Option(
+        help="Attention backend: torch, flash-attn, flashinfer-fa2, flashinfer-fa3, or auto for the fastest known.",
+        show_default="TIERKV_ATTENTION, else auto",
+    ),
+]
 Dtype = Annotated[str | None, typer.Option(help="bfloat16, float16, float32.", show_default="the model's")]
 Mla = Annotated[
     str,
@@ -272,6 +281,11 @@ def parse_day(text: str) -> date | None:
 def named_socket(environment: Mapping[str, str]) -> Path | None:
     """Return the daemon's socket that TIERKV_SOCKET names, if any."""
     return _named(environment, "TIERKV_SOCKET")
+
+
+def named_attention(given: str | None, environment: Mapping[str, str]) -> str:
+    """Return the attention backend that an option names, or else TIERKV_ATTENTION, or else "auto"."""
+    return given or environment.get("TIERKV_ATTENTION") or "auto"
 
 
 def named_remotes(given: Sequence[str] | None, environment: Mapping[str, str]) -> tuple[RemoteUrl, ...]:

@@ -66,6 +66,7 @@ EXPECTED = {  # by a name that the example contains: the last line that each of 
     "persistent_cache": GENERATED,  # as docs/transformers.md shows it
     "print(*config.remote)": ["redis://cache.example:6379?ttl_s=86400"] * 2,
     "BlockLayout": ["0", "768"],
+    "csr_block_table": ["[0, 19, 35] [12, 16]"] * 2,
     "MemoryTransferManager": ["True True", "True True"],
 }
 

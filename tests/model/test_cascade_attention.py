@@ -12,7 +12,7 @@ from places import Place
 
 from tierkv.engine.attention import AttentionBatch, SequenceStep, build_batch
 from tierkv.engine.attention_cascade import CascadeBatch, CascadeShape, attend_cascade, attend_with_flash, can_cascade
-from tierkv.engine.attention_paged import PagedQuery, attend
+from tierkv.engine.backends.protocol import PagedQuery, attend
 from tierkv.engine.cascade import SharedPrefix
 from tierkv.storage.hot import HotPool
 from tierkv.values.layout import BlockLayout
@@ -98,7 +98,7 @@ def assert_close(got: torch.Tensor, want: torch.Tensor) -> None:
 @pytest.mark.parametrize("heads", [2, 8])
 def test_a_cascade_equals_the_plain_path(place: Place, batch: str, heads: int) -> None:
     step = Step(*BATCHES[batch], place, heads)
-    assert can_cascade(step.paged, SIZE)
+    assert can_cascade(step.paged)
     assert_close(attend_cascade(step.paged, step.cascade), step.attend_plainly())
 
 
@@ -119,7 +119,7 @@ def test_new_keys_and_values_are_written_where_the_plain_path_writes_them(place:
 
 
 def test_layers_with_a_window_attend_plainly(place: Place) -> None:
-    assert not can_cascade(Step(*WHOLE, place, 4, window=300).paged, SIZE)
+    assert not can_cascade(Step(*WHOLE, place, 4, window=300).paged)
 
 
 @pytest.mark.parametrize("batch", BATCHES)

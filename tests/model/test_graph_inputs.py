@@ -13,6 +13,7 @@ from tiny_models import VOCABULARY, make_model
 
 from tierkv.engine.attention import AttentionSwitch, PlainModel, SequenceStep, build_batch
 from tierkv.engine.attention_cascade import CascadeBatch, CascadeShape
+from tierkv.engine.backends.factory import make_attention
 from tierkv.engine.cascade import SharedPrefix
 from tierkv.engine.fused_model import fuse_model
 from tierkv.engine.graph_inputs import GraphInputs, GraphShape
@@ -27,7 +28,7 @@ CPU = torch.device("cpu")
 
 def inputs_of(shape: GraphShape) -> GraphInputs:
     cache: Any = SimpleNamespace(config=SimpleNamespace(block_size=SIZE), hot=SimpleNamespace(scratch_block=SCRATCH))
-    return GraphInputs(shape, cache, CPU)
+    return GraphInputs(shape, cache, CPU, attention=make_attention("auto", CPU))
 
 
 def steps_of(dice: random.Random, count: int, most_new: int, *, least_new: int = 1) -> list[SequenceStep]:
@@ -122,10 +123,10 @@ def test_a_padded_pass_has_the_logits_of_the_eager_one(news: list[int], is_fused
         shape = graph_shape(steps, (), block_size=SIZE)
         assert shape is not None
         cache: Any = SimpleNamespace(config=SimpleNamespace(block_size=SIZE), hot=pool)
-        inputs = GraphInputs(shape, cache, CPU)
+        inputs = GraphInputs(shape, cache, CPU, attention=make_attention("auto", CPU))
         inputs.fill(steps, ids.tolist(), ())
-        for part in (inputs.batch, *inputs.batch.parts):  # which a CPU reads as lists
-            part.kv_lengths = part.kv_lengths_tensor.tolist()
+        for part in (inputs.batch, *inputs.batch.parts):
+            assert part.kv_lengths == part.kv_lengths_tensor.tolist()
         out = torch.empty(shape.rows, VOCABULARY)
         got = compute(inputs.token_ids, inputs.batch, inputs.last, out)
     assert got.data_ptr() == out.data_ptr()

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from tierkv.engine.attention_cascade import CascadeBatch, CascadeShape, attend_cascade, can_cascade
-from tierkv.engine.attention_paged import BatchPart, PagedQuery, attend
+from tierkv.engine.backends.choice import AttentionChoice
+from tierkv.engine.backends.factory import make_attention
+from tierkv.engine.backends.protocol import AttentionPlan, BatchPart, LayerShape, PagedQuery, Planner, attend
 from tierkv.engine.cascade import SharedPrefix
 from tierkv.errors import ConfigError, UnsupportedModelError
 
@@ -76,11 +78,13 @@ class AttentionBatch:
 
     query_starts: [sequences + 1], where the new tokens of each sequence begin in the packed input.
     kv_lengths: tokens of each sequence after this pass; kv_starts_tensor is their running sum.
-    block_table: [sequences, max blocks] int32, on the pool's device.
+    block_table: [sequences, max blocks] int32, on the pool's device; host_table: the same on the CPU.
     max_new: the most new tokens of a sequence; is_even: all sequences have so many.
     block_ids, offsets: [T] int64, where K and V of each new token are written.
     cascade: the prefixes that sequences of a decode step read together, if any.
     parts: the decoding sequences and the others, if a batch has both and the decoding ones come first.
+    attention: chooses a backend for each shape of layers; plans: what the backends have planned, by that shape.
+    kv_range, part: as in backends.protocol.Batch.
     """
 
     pool: KVPool
@@ -88,18 +92,23 @@ class AttentionBatch:
     query_starts: list[int]
     kv_lengths: list[int]
     block_table: Tensor
+    host_table: npt.NDArray[np.int32]
     query_starts_tensor: Tensor
     kv_starts_tensor: Tensor
     kv_lengths_tensor: Tensor
     max_new: int
     is_even: bool
     has_past: bool
+    attention: Planner
     block_ids: Tensor
     offsets: Tensor
     position_ids: Tensor
     loads: list[LayerLoads] = field(default_factory=list)
     cascade: CascadeBatch | None = None
     parts: tuple[BatchPart, ...] = ()
+    kv_range: tuple[int, int] | None = None
+    part: int = 0
+    plans: dict[LayerShape, AttentionPlan] = field(default_factory=dict)
     seen_layers: set[int] = field(default_factory=set)
 
     def enter_layer(self, layer: int) -> None:
@@ -118,10 +127,12 @@ def build_batch(
     block_size: int,
     device: torch.device,
     plan: Sequence[SharedPrefix] = (),
+    attention: AttentionChoice | None = None,
 ) -> AttentionBatch:
     """Return the metadata of one forward pass over several sequences, in the order of the packed input.
 
     plan: which sequences read a prefix together; only for passes of one new token per sequence.
+    attention: which backend attends; None: flash-attn where it can, else torch.
     """
     counts = np.array([step.num_new for step in steps], dtype=np.int64)
     past = np.array([step.num_past for step in steps], dtype=np.int64)
@@ -147,12 +158,14 @@ def build_batch(
         query_starts=starts.tolist(),
         kv_lengths=lengths.tolist(),
         block_table=table.view(len(steps), width),
+        host_table=tables,
         query_starts_tensor=narrow_tensors[0],
         kv_starts_tensor=narrow_tensors[1],
         kv_lengths_tensor=narrow_tensors[2],
         max_new=int(counts.max()),
         is_even=bool((counts == counts[0]).all()),
         has_past=bool(past.any()),
+        attention=attention or make_attention("auto", device),
         block_ids=block_ids,
         offsets=offsets,
         position_ids=position_ids[None],
@@ -179,12 +192,14 @@ def _parts_of(
         query_starts=batch.query_starts[: num_single + 1],
         kv_lengths=batch.kv_lengths[:num_single],
         block_table=batch.block_table[:num_single],
+        host_table=batch.host_table[:num_single],
         query_starts_tensor=batch.query_starts_tensor[: num_single + 1],
         kv_starts_tensor=batch.kv_starts_tensor[: num_single + 1],
         kv_lengths_tensor=batch.kv_lengths_tensor[:num_single],
         max_new=1,
         is_even=True,
         has_past=True,
+        attention=batch.attention,
     )
     rest = BatchPart(
         tokens=slice(split, batch.query_starts[-1]),
@@ -192,12 +207,15 @@ def _parts_of(
         query_starts=[end - split for end in ends],
         kv_lengths=batch.kv_lengths[num_single:],
         block_table=batch.block_table[num_single:],
+        host_table=batch.host_table[num_single:],
         query_starts_tensor=rest_starts[0],
         kv_starts_tensor=rest_starts[1],
         kv_lengths_tensor=batch.kv_lengths_tensor[num_single:],
         max_new=batch.max_new,
         is_even=bool((counts == counts[0]).all()),
         has_past=bool(past[num_single:].any()),
+        attention=batch.attention,
+        part=1,
     )
     return singles, rest
 
@@ -371,7 +389,7 @@ def _attention(
 
 def attend_batch(paged: PagedQuery, batch: AttentionBatch, *, is_written: bool = False) -> Tensor:
     """Write K and V of the new tokens, unless they are written, and attend. Return [T, heads, v_dim], contiguous."""
-    if batch.cascade is not None and can_cascade(paged, batch.block_size):
+    if batch.cascade is not None and can_cascade(paged):
         return attend_cascade(paged, batch.cascade, side=batch.cascade.side)
     if not is_written:
         paged.keys[batch.block_ids, batch.offsets] = paged.new_keys

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from tierkv.engine.attention_merge import merge_shared
-from tierkv.engine.attention_paged import PagedQuery, attend_cpu, can_use_flash
+from tierkv.engine.backends.flash import why_not_flash
+from tierkv.engine.backends.protocol import LayerShape, PagedQuery
+from tierkv.engine.backends.torch_attention import attend_cpu
 from tierkv.engine.cascade import SharedPrefix
 
 __all__ = [
@@ -147,12 +149,12 @@ class CascadeBatch:
         self._skipped[:] = np.array(skipped) * size
 
 
-def can_cascade(paged: PagedQuery, block_size: int) -> bool:
+def can_cascade(paged: PagedQuery) -> bool:
     """Return whether a layer can attend in two passes. A layer with a window cannot: it sees little of a prefix."""
     if paged.window is not None:
         return False
     if paged.query.is_cuda:
-        return can_use_flash(paged, block_size)
+        return why_not_flash(LayerShape.of(paged)) is None
     return not paged.softcap and paged.keys.shape[-1] == paged.values.shape[-1]
 
 

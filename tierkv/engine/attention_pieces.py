@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tierkv.engine.attention_merge import merge_in_place
-from tierkv.engine.attention_paged import cpu_attention
+from tierkv.engine.backends.torch_attention import cpu_attention
 from tierkv.engine.pieces import AttentionShape, Piece, PieceSizes, iter_pieces
 
 __all__ = ["AllocationTracker", "KVStream", "MemoryMeter", "attend_pieces", "attend_whole", "iter_resident"]

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from tierkv.cache import TierCache
 from tierkv.engine.attention import PlainModel, SequenceStep, build_batch, to_device
-from tierkv.engine.attention_paged import layout_uses_flash
+from tierkv.engine.backends.choice import AttentionChoice
+from tierkv.engine.backends.flash import why_not_flash
+from tierkv.engine.backends.protocol import LayerShape
 from tierkv.engine.cascade import CascadeCost, SharedPrefix, plan_cascade
 from tierkv.engine.graphs import Compute, GraphedModel
 from tierkv.engine.models import LoadedModel
@@ -20,7 +22,8 @@ __all__ = ["ForwardPass"]
 class ForwardPass:
     """Runs a model over its cache, one pass at a time. The options are `Runner`'s.
 
-    compute: the model's forward pass, fused or plain. graphs: None if every pass runs eagerly.
+    compute: the model's forward pass, fused or plain. attention: chooses the backends.
+    graphs: None if every pass runs eagerly.
     cascade_steps: the number of passes in which sequences read a shared prefix together.
     """
 
@@ -33,16 +36,19 @@ class ForwardPass:
         cascade_cost: CascadeCost | None,
         use_graphs: bool | None,
         compute: Compute | None = None,
+        attention: AttentionChoice,
     ) -> None:
         self.cascade_steps: int = 0
         self._compute: Compute = compute or PlainModel(loaded.model)
         self._cache = cache
+        self.attention: AttentionChoice = attention
         self._device = torch.device(loaded.model.device)
         self.graphs: GraphedModel | None = None
         if _wants_graphs(use_graphs, cache):
-            self.graphs = GraphedModel(loaded.model, cache, self._compute)
+            self.graphs = GraphedModel(loaded.model, cache, self._compute, attention=attention)
         # Block ids differ between ranks, and so may plans: ranks would capture and replay graphs of other shapes.
-        may_cascade = cascade == "auto" and (self.graphs is None or cache.ranks.size == 1)
+        is_alone = self.graphs is None or cache.ranks.size == 1
+        may_cascade = cascade == "auto" and is_alone and attention.can_cascade()
         self._cascade_cost = (cascade_cost or _cascade_cost(loaded, cache)) if may_cascade else None
         self._planned: tuple[list[int], list[list[int]]] = ([], [])  # whole blocks and tables of the last plan
         self._last_plan: tuple[SharedPrefix, ...] = ()
@@ -55,7 +61,7 @@ class ForwardPass:
         if replayed is not None:
             return replayed
         size, device = self._cache.config.block_size, self._device
-        batch = build_batch(self._cache.hot, steps, block_size=size, device=device, plan=plan)
+        batch = build_batch(self._cache.hot, steps, block_size=size, device=device, plan=plan, attention=self.attention)
         ends = np.array(batch.query_starts[1:], dtype=np.int64) - 1
         ids, last = to_device([np.array(token_ids, dtype=np.int64), ends], device)
         return self._compute(ids, batch, last)
@@ -91,7 +97,7 @@ def _cascade_cost(loaded: LoadedModel, cache: TierCache) -> CascadeCost | None:
     if any(layer.k_dim != layer.v_dim for layer in layers):
         return None
     is_cuda = torch.device(loaded.model.device).type == "cuda"
-    if is_cuda and not layout_uses_flash(cache.layout):
+    if is_cuda and any(why_not_flash(layer) for layer in LayerShape.of_layout(cache.layout, "cuda")):
         return None
     kv_heads = layers[0].kv_heads
     heads = (getattr(loaded.model.config.get_text_config(), "num_attention_heads", None) or 0) // cache.ranks.size

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tierkv.engine.attention import AttentionBatch, attend_batch
-from tierkv.engine.attention_paged import PagedQuery
+from tierkv.engine.backends.protocol import PagedQuery
 from tierkv.engine.fused_ops import Norm, Places, add_norm, gate, has_kernels, heads_of
 from tierkv.engine.merged_weights import MergedLinear, WeightUsers, merge_linears, why_not
 from tierkv.engine.model_state import local_part

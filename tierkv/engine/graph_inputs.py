@@ -13,11 +13,14 @@ from torch import Tensor
 from tierkv.cache import TierCache
 from tierkv.engine.attention import AttentionBatch, SequenceStep
 from tierkv.engine.attention_cascade import CascadeBatch, CascadeShape
-from tierkv.engine.attention_paged import BatchPart
+from tierkv.engine.backends.protocol import BatchPart, Planner, update_plans
 from tierkv.engine.cascade import SharedPrefix
 from tierkv.movers.mover import wait_here
 
-__all__ = ["GraphInputs", "GraphShape", "LoadEvents"]
+__all__ = ["MIN_TABLE_BLOCKS", "GraphInputs", "GraphShape", "LoadEvents"]
+
+MIN_TABLE_BLOCKS = 16
+"""Blocks in the block table of a graph at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +46,23 @@ class GraphShape:
         """All new tokens."""
         return self.sequences * self.new_tokens + self.rest_tokens
 
+    def kv_range(self, block_size: int) -> tuple[int, int]:
+        """Return the fewest and the most tokens that its longest sequence may have, its padding included.
+
+        A table is wider than half of its width only for one sequence as long as that: `graphs` rounds widths up to
+        powers of two. Of several sequences, others may be shorter.
+        """
+        most = self.blocks * block_size
+        if self.rows > 1 or self.blocks <= MIN_TABLE_BLOCKS:
+            return self.new_tokens, most
+        return most // 2 - self.new_tokens + 1, most
+
 
 class GraphInputs:
     """The static tensors of one graph.
 
     token_ids: [tokens] int64. last: [rows] int64, the place of each step's last new token.
+    attention: which backend attends, chosen when the graph is captured.
     """
 
     def __init__(
@@ -57,6 +72,8 @@ class GraphInputs:
         device: torch.device,
         load_events: LoadEvents | None = None,
         side: torch.cuda.Stream | None = None,
+        *,
+        attention: Planner,
     ) -> None:
         self._shape = shape
         self._size = cache.config.block_size
@@ -95,12 +112,15 @@ class GraphInputs:
             query_starts=starts,
             kv_lengths=[],
             block_table=table.view(rows, shape.blocks),
+            host_table=self._table,
             query_starts_tensor=torch.tensor(starts, dtype=torch.int32, device=device),
             kv_starts_tensor=torch.empty(0, dtype=torch.int32, device=device),
             kv_lengths_tensor=lengths,
             max_new=max(shape.new_tokens, shape.rest_tokens),
             is_even=not shape.rest_tokens,
             has_past=True,
+            attention=attention,
+            kv_range=shape.kv_range(self._size),
             block_ids=block_ids,
             offsets=offsets,
             position_ids=positions.view(1, tokens),
@@ -124,12 +144,16 @@ class GraphInputs:
             query_starts=list(range(0, num_tokens + 1, new)),
             kv_lengths=[],
             block_table=batch.block_table[rows.start : rows.stop],
+            host_table=batch.host_table[rows.start : rows.stop],
             query_starts_tensor=batch.kv_starts_tensor,
             kv_starts_tensor=batch.kv_starts_tensor,
             kv_lengths_tensor=batch.kv_lengths_tensor[rows.start : rows.stop],
             max_new=new,
             is_even=True,
             has_past=True,
+            attention=batch.attention,
+            kv_range=batch.kv_range,
+            part=int(rows.start > 0),
         )
 
     def fill(self, steps: Sequence[SequenceStep], token_ids: Sequence[int], plan: Sequence[SharedPrefix]) -> None:
@@ -159,6 +183,10 @@ class GraphInputs:
         self._last[:] = 0
         self._last[:count] = self._firsts[places] + new[places] - 1
         self._lengths[:] = past + self._widths
+        self.batch.kv_lengths[:] = self._lengths.tolist()
+        for part in self.batch.parts:
+            first = part.part * shape.sequences
+            part.kv_lengths[:] = self.batch.kv_lengths[first : first + len(part.host_table)]
         self._wide.copy_(self._host_wide, non_blocking=True)
         self._narrow.copy_(self._host_narrow, non_blocking=True)
         if self._copied is not None:
@@ -166,6 +194,7 @@ class GraphInputs:
         if self._cascade:
             tables = [step.block_table for step in steps]
             self._cascade.fill(plan, tables, [step.num_past + step.num_new for step in steps])
+        update_plans(self.batch)
 
     def _write_tables(self, steps: dict[int, SequenceStep]) -> None:
         """Write the block tables that differ from those of the step before. steps: by their row."""

@@ -20,16 +20,16 @@ from torch import Tensor
 from tierkv.cache import TierCache
 from tierkv.engine.attention import AttentionBatch, PlainModel, SequenceStep
 from tierkv.engine.attention_cascade import CascadeShape
-from tierkv.engine.attention_paged import MAX_SHORT_TOKENS, layout_uses_flash
+from tierkv.engine.backends.choice import AttentionChoice
+from tierkv.engine.backends.flash import MAX_SHORT_TOKENS
 from tierkv.engine.cascade import SharedPrefix
-from tierkv.engine.graph_inputs import GraphInputs, GraphShape, LoadEvents
+from tierkv.engine.graph_inputs import MIN_TABLE_BLOCKS, GraphInputs, GraphShape, LoadEvents
 from tierkv.engine.model_state import local_part
 from tierkv.ranks.group import UNABLE, agree_min
 
 __all__ = ["MAX_GRAPH_ROWS", "Compute", "GraphedModel", "graph_shape"]
 
 _log = logging.getLogger(__name__)
-_MIN_TABLE_BLOCKS = 16
 _MIN_OWN_BLOCKS = 4
 
 MAX_GRAPH_ROWS = 256
@@ -55,18 +55,22 @@ class _Graph:
 class GraphedModel:
     """Replays forward passes of a model over a cache; returns None for passes that must run eagerly.
 
-    compute: the model's forward pass; None for that of its own modules. A shape is captured at its second use, or by
-    `capture_decoding`. If a capture fails, such passes run eagerly from then on: on every rank of a split model if it
-    fails on one, since padded passes and others do not meet in the same collective operations.
+    compute: the model's forward pass; None for that of its own modules. attention: chooses the backends.
+    A shape is captured at its second use, or by `capture_decoding`; none is while kernels are compiled. If a capture
+    fails, such passes run eagerly from then on: on every rank of a split model if it fails on one, since padded passes
+    and others do not meet in the same collective operations.
     """
 
-    def __init__(self, model: Any, cache: TierCache, compute: Compute | None = None) -> None:
+    def __init__(
+        self, model: Any, cache: TierCache, compute: Compute | None = None, *, attention: AttentionChoice
+    ) -> None:
         self._model = model
+        self._attention = attention
         self._cache = cache
         self._compute: Compute = compute or PlainModel(model)
         self._graphs: dict[GraphShape, _Graph] = {}
         self._seen: set[GraphShape] = set()
-        self._is_usable = model.device.type == "cuda" and layout_uses_flash(cache.layout)
+        self._is_usable = model.device.type == "cuda" and attention.can_capture(cache.layout, "cuda")
         self._is_mixed_usable = True
         self._logits: Tensor | None = None
         if self._is_usable:
@@ -97,6 +101,8 @@ class GraphedModel:
             if shape not in self._seen:
                 self._seen.add(shape)
                 return None
+            if self._attention.is_building:  # a graph would keep the backend that serves meanwhile
+                return None
             if not self._capture(shape):
                 return None
         found = self._graphs[shape]
@@ -113,7 +119,7 @@ class GraphedModel:
         blocks = _blocks_of(max_tokens, self._cache.config.block_size)
         captured = 0
         for count in sorted(counts, reverse=True):  # the largest first: the others find room in its memory
-            width = _MIN_TABLE_BLOCKS
+            width = MIN_TABLE_BLOCKS
             while width <= blocks and self._is_usable:
                 captured += self._capture(GraphShape(count, 1, width))
                 width *= 2
@@ -122,6 +128,8 @@ class GraphedModel:
     def _capture(self, shape: GraphShape) -> bool:
         """Capture a shape. Return whether every rank could."""
         captured = self._try_capture(shape)
+        if captured is None and self._attention.is_building:
+            return False
         if not self._is_captured_everywhere(captured is not None):
             if shape.rest_tokens:
                 self._is_mixed_usable = False
@@ -139,7 +147,9 @@ class GraphedModel:
         return agree_min(self._cache.ranks, 1 if is_captured else UNABLE, topic=b"capture").lowest == 1
 
     def _try_capture(self, shape: GraphShape) -> _Graph | None:
-        inputs = GraphInputs(shape, self._cache, self._model.device, self._load_events, self._side)
+        inputs = GraphInputs(
+            shape, self._cache, self._model.device, self._load_events, self._side, attention=self._attention
+        )
         graph = torch.cuda.CUDAGraph()
         try:
             # Rounded sizes may need other variants of the kernels than the eager passes: no capture may compile them.
@@ -201,7 +211,7 @@ def _new_tokens_of(count: int) -> int:
 
 
 def _blocks_of(tokens: int, block_size: int) -> int:
-    return max(_MIN_TABLE_BLOCKS, _power_of_two(-(-tokens // block_size)))
+    return max(MIN_TABLE_BLOCKS, _power_of_two(-(-tokens // block_size)))
 
 
 def _cascade_shape(

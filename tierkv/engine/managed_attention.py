@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from tierkv.cache import TierCache
-from tierkv.engine.attention_paged import flash_head_dims
 from tierkv.engine.attention_pieces import (
     AllocationTracker,
     KVStream,
@@ -20,6 +19,7 @@ from tierkv.engine.attention_pieces import (
     attend_whole,
     iter_resident,
 )
+from tierkv.engine.backends.flash import flash_head_dims
 from tierkv.engine.pieces import AttentionShape, Piece, PieceSizes, iter_pieces, plan_pieces
 from tierkv.errors import ConfigError, ShapeError
 from tierkv.requests.block_control import BlockState

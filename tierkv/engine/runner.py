@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.engine.attention import AttentionSwitch
+from tierkv.engine.backends.factory import make_attention
 from tierkv.engine.cascade import CascadeCost
 from tierkv.engine.event_queue import EventQueue
 from tierkv.engine.forward_pass import ForwardPass
@@ -55,6 +57,9 @@ class Runner:
     whose latents are cached has neither graphs nor a cascade.
     fuse: "auto" merges projections and fuses element-wise kernels on CUDA where the model is known, "off" never, "on"
     on any device. It moves weights: a runner that was opened without it on the same model must be opened anew.
+    attention: "auto" takes the fastest attention backend that is known for a batch; "torch", "flash-attn",
+    "flashinfer-fa2" or "flashinfer-fa3" takes this one, and raises ConfigError where it does not serve.
+    attention_table: a file of measured times for "auto"; None takes the one that comes with tierkv for this GPU.
     state: the model's state when the cache's namespace was made; None reads it now.
     mla: how the cache's layout was chosen; None takes it as the cache has it. It says by `mla.latent` how a DeepSeek
     model attends to the latents in the cache, None for K and V, and by `mla.fallbacks` what failed its self-test.
@@ -74,6 +79,8 @@ class Runner:
         cascade_cost: CascadeCost | None = None,
         use_graphs: bool | None = None,
         fuse: str = "auto",
+        attention: str = "auto",
+        attention_table: Path | None = None,
         state: ModelState | None = None,
         mla: MlaChoice | None = None,
     ) -> None:
@@ -91,6 +98,13 @@ class Runner:
             cascade_cost=cascade_cost,
             use_graphs=False if latent else use_graphs,  # attention over latents is planned anew for each pass
             compute=fuse_model(loaded.model, fuse, cache.ranks),
+            attention=make_attention(
+                attention,
+                torch.device(loaded.model.device),
+                table=attention_table,
+                num_layers=cache.layout.num_layers,
+                waits=cache.ranks.size > 1,
+            ),
         )
         self._attention = MlaSwitch(loaded.model, latent) if latent else AttentionSwitch(loaded.model)
         state = state or read_stable_state(loaded.model)
@@ -178,6 +192,13 @@ class Runner:
         with self.step_loop.lock, torch.inference_mode(), self._attention:
             return self._pass.graphs.capture_decoding(max_sequences=max_sequences, max_tokens=max_tokens)
 
+    def wait_for_kernels(self) -> None:
+        """Wait for attention kernels that are compiled in the background, one or two minutes on a new machine.
+
+        Requests are served meanwhile, by slower ones and without new CUDA graphs.
+        """
+        self._pass.attention.wait()
+
     @contextmanager
     def between_steps(self) -> Iterator[list[Sequence]]:
         """Hold generation between two forward passes and yield the running sequences.
@@ -236,6 +257,8 @@ def open_runner(
     use_graphs: bool | None = None,
     fuse: str = "auto",
     mla: str = "auto",
+    attention: str = "auto",
+    attention_table: Path | None = None,
 ) -> Iterator[Runner]:
     """Check that a model can be cached, open a cache for it, yield a `Runner`, and close the cache.
 
@@ -277,6 +300,8 @@ def open_runner(
             cascade_cost=cascade_cost,
             use_graphs=use_graphs,
             fuse=fuse,
+            attention=attention,
+            attention_table=attention_table,
             state=state,
             mla=choice,
         )

@@ -30,8 +30,9 @@ def open_engine(options: EngineOptions, config: CacheConfig) -> Iterator[Runner]
     """Load the model, open the cache, and close it after the command."""
     loaded, attention = _load(options), named_attention(options.attention, os.environ)
     table = _measured_here(torch.device(loaded.model.device))
-    backends = {"attention": attention, "attention_table": table}
-    with open_runner(loaded, config, salt=options.salt, mla=options.mla, **backends) as runner:
+    with open_runner(
+        loaded, config, salt=options.salt, mla=options.mla, attention=attention, attention_table=table
+    ) as runner:
         yield runner
 
 

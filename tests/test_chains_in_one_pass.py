@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from tierkv.index.eviction import CacheBlock, EvictionPolicy, ScoreOrder
+from tierkv.index.eviction import ScoreOrder
+from tierkv.index.eviction_policy import CacheBlock, EvictionPolicy
 from tierkv.index.index import Entry, Index
 from tierkv.policies import HitDensityPolicy, LRUPolicy, make_policy
 from tierkv.policies.block_classes import NUM_BUCKETS

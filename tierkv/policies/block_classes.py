@@ -12,8 +12,8 @@ from math import frexp
 import numpy as np
 import numpy.typing as npt
 
-from tierkv.index.eviction import CacheBlock, EvictionOrder, EvictionPolicy
 from tierkv.index.eviction_heap import EvictionHeap
+from tierkv.index.eviction_policy import CacheBlock, EvictionOrder, EvictionPolicy
 from tierkv.policies.use_history import UseHistory, split_hash
 
 __all__ = ["BUCKET_EDGES", "NUM_BUCKETS", "BlockClassPolicy", "Floats", "UseHistory", "bucket_of", "buckets_of"]

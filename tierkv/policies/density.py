@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tierkv.index.eviction import CacheBlock
+from tierkv.index.eviction_policy import CacheBlock
 from tierkv.policies.block_classes import (
     BUCKET_EDGES,
     NUM_BUCKETS,

@@ -27,7 +27,7 @@ GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 TORCH_IS_THERE := import re, torch; assert tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) >= (2, 11)
 PYTHON_IS_NEW := import sys; sys.exit(sys.version_info < (3, 10) and "tierkv needs Python 3.10 or later: make PYTHON=...")
 
-CPU_BENCHES := cold daemon index tracker
+CPU_BENCHES := cold daemon index policies tracker
 GPU_BENCHES := gpu ttft mover cascade ranks identity  # `gpu` makes one table of them all
 
 .PHONY: help setup check test test-pythons test-gpu engines test-engines bench bench-gpu warm demo-daemon format clean

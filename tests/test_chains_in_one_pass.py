@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ import pytest
 from tierkv.index.eviction import ScoreOrder
 from tierkv.index.eviction_policy import CacheBlock, EvictionPolicy
 from tierkv.index.index import Entry, Index
-from tierkv.policies import HitDensityPolicy, LRUPolicy, make_policy
-from tierkv.policies.block_classes import NUM_BUCKETS
+from tierkv.policies import HitDensityPolicy, LRUPolicy, block_classes, density, make_policy
+from tierkv.policies.idle_buckets import NUM_BUCKETS
 from tierkv.values.block import Tier, hash_block
 
 ROOT = b"r" * 16
@@ -100,48 +101,104 @@ class Requests:
         index.unpin_all(Tier.HOT, [*held, *slots])
 
 
+def learning() -> tuple[EvictionPolicy, EvictionPolicy]:
+    return HitDensityPolicy(), SlowDensity()
+
+
+def in_odd_order() -> tuple[EvictionPolicy, EvictionPolicy]:
+    """Return policies that learn nothing and rank the classes in an order that no traffic would teach."""
+    both = HitDensityPolicy(), SlowDensity()
+    for policy in both:
+        policy.interval_begun = lambda: None  # type: ignore[method-assign]
+        policy.densities = [
+            [(1 + kind * 37 % 41) / (1 + bucket) for bucket in range(NUM_BUCKETS)] for kind in range(policy.num_classes)
+        ]
+    return both
+
+
+def lru() -> tuple[EvictionPolicy, EvictionPolicy]:
+    return LRUPolicy(), SlowLRU()
+
+
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize(
-    "policies", [(HitDensityPolicy, SlowDensity), (LRUPolicy, SlowLRU)], ids=["hit-density", "lru"]
-)
-def test_the_same_blocks_are_evicted(policies: tuple[type[EvictionPolicy], type[EvictionPolicy]], seed: int) -> None:
-    options = {"half_life": 1 << 14} if policies[0] is HitDensityPolicy else {}
-    fast = Requests(policies[0](**options), seed, one_by_one=False)
-    slow = Requests(policies[1](**options), seed, one_by_one=True)
+@pytest.mark.parametrize("policies", [learning, in_odd_order, lru])
+def test_the_same_blocks_are_evicted(policies: Callable[[], tuple[EvictionPolicy, EvictionPolicy]], seed: int) -> None:
+    fast, slow = (
+        Requests(policy, seed, one_by_one=one_by_one)
+        for policy, one_by_one in zip(policies(), (False, True), strict=True)
+    )
     for each in (fast, slow):
-        policy = each.index.policy
-        if isinstance(policy, HitDensityPolicy):
-            policy._learn = lambda: None  # type: ignore[method-assign]  # else one pass learns some blocks later
-            policy.densities = [
-                [(1 + kind * 37 % 41) / (1 + bucket) for bucket in range(NUM_BUCKETS)]
-                for kind in range(policy.num_classes)
-            ]
         each.run(150)
         each.index.check()
     assert sum(map(len, fast.evicted)) > 2000
     assert fast.evicted == slow.evicted
 
 
-def test_a_history_that_takes_a_chain_in_is_the_same_as_block_by_block() -> None:
-    fast, slow = HitDensityPolicy(num_rows=1 << 13), SlowDensity(num_rows=1 << 13)
-    for policy in (fast, slow):
-        policy._learn = lambda: None  # type: ignore[method-assign]
-        requests = Requests(policy, 1, one_by_one=policy is slow)
-        requests.run(200)
+def assert_same_state(fast: HitDensityPolicy, slow: HitDensityPolicy) -> None:
+    """Compare all that the policies know."""
     for name in ("tags", "times", "gaps", "earlier", "totals", "forks", "classes"):
         assert list(getattr(fast.history, name)) == list(getattr(slow.history, name)), name
-    assert np.any(np.asarray(fast.history.earlier)), "some blocks came back"
-    assert np.any(np.asarray(fast.history.forks)), "some chains branched off"
-    assert fast._used == slow._used and fast._lost == slow._lost
+    for name in ("now", "block_tokens", "sample_mask", "revision", "densities", "_used", "_lost", "_num_uses"):
+        assert getattr(fast, name) == getattr(slow, name), name
 
 
-def test_two_blocks_of_a_chain_may_have_one_row_of_the_history() -> None:
-    fast, slow = HitDensityPolicy(num_rows=16), SlowDensity(num_rows=16)
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("num_rows", [16, 1 << 10, 1 << 13])
+def test_a_chain_in_one_pass_teaches_the_same_as_block_by_block(num_rows: int, seed: int) -> None:
+    fast, slow = HitDensityPolicy(num_rows=num_rows), SlowDensity(num_rows=num_rows)
     for policy in (fast, slow):
-        policy._learn = lambda: None  # type: ignore[method-assign]
-        Requests(policy, 2, one_by_one=False).run(20)
-    assert list(fast.history.tags) == list(slow.history.tags)
-    assert fast._lost == slow._lost
+        Requests(policy, seed, one_by_one=policy is slow).run(200)
+    assert_same_state(fast, slow)
+    assert fast.revision > 10
+    if num_rows > 1 << 10:  # a small table forgets blocks before they come back
+        assert np.any(np.asarray(fast.history.earlier)), "some blocks came back"
+        assert np.any(np.asarray(fast.history.forks)), "some chains branched off"
+
+
+def test_a_chain_is_cut_where_the_policy_learns_and_halves_its_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(density, "_MOST_BETWEEN", 4)  # so often that some chains' last block of the sample is the one
+    parts: list[tuple[int, int]] = []
+
+    class Cut(HitDensityPolicy):
+        def _insert_all_new(self, blocks: Sequence[CacheBlock], *rest: Any) -> int:
+            parts.append((len(blocks), super()._insert_all_new(blocks, *rest)))
+            return parts[-1][1]
+
+    fast, slow = Cut(num_rows=1 << 11, sampled_blocks=50), SlowDensity(num_rows=1 << 11, sampled_blocks=50)
+    both = [Requests(policy, 1, one_by_one=False) for policy in (fast, slow)]  # kept: a policy asks how many are held
+    for each in both:
+        each.run(200)
+    assert_same_state(fast, slow)
+    assert fast.sample_mask == 15, "600 blocks, of which at most 50 are of the sample"
+    cut = [part for part in parts if part[1] < part[0]]
+    assert len(cut) > 20 and len(parts) - len(cut) > 20
+
+
+def test_time_that_went_back_and_a_first_size_are_learned_alike() -> None:
+    fast, slow = HitDensityPolicy(num_rows=1 << 11), SlowDensity(num_rows=1 << 11)
+    sizes: dict[HitDensityPolicy, list[int]] = {fast: [], slow: []}
+    for policy in (fast, slow):
+        policy.sample_mask = 255  # so most chains have no block of the sample
+        requests = Requests(policy, 3, one_by_one=False)
+        for family in range(80):
+            requests.now = 100.0 - family
+            requests.request([(family, at, 0) for at in range(block_classes._LEAST_CHAIN + 8)])
+            sizes[policy].append(policy.block_tokens)
+    assert sizes[fast] == sizes[slow]
+    assert sizes[fast][0] == 0 and sizes[fast][-1] == 3
+    assert_same_state(fast, slow)
+    assert np.any(fast._lost)
+
+
+def test_a_first_block_that_takes_its_parents_row_still_follows_a_used_prefix() -> None:
+    for policy in (HitDensityPolicy(num_rows=16), SlowDensity(num_rows=16)):
+        index = Index(root=ROOT, num_hot=32, num_warm=1, policy=policy, clock=lambda: 1.0)
+        (parent,) = extended(index, "a")
+        index.touch(parent)
+        block_hash = b"z" * 8 + parent.block_hash[8:]  # another tag, the same row
+        slots = index.hot.allocate(1)
+        assert index.extend(parent.block_hash, [(block_hash, b"z" * 12)], slots)
+        assert policy.history.forks[policy.history.row_of(block_hash)[0]] == 1
 
 
 def extended(index: Index, names: str, parent: bytes = ROOT) -> list[Entry]:

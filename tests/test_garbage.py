@@ -8,6 +8,7 @@ from itertools import count
 
 import pytest
 
+from tierkv.index.entry_table import EntryTable
 from tierkv.index.index import Entry, Index
 from tierkv.policies import make_policy
 from tierkv.values.block import Tier, chain_content_digest, hash_block
@@ -98,3 +99,15 @@ def _digest(entry: Entry) -> bytes:
     if entry.parent is entry:
         return ROOT
     return chain_content_digest(_digest(entry.parent), entry.token_bytes)
+
+
+def test_the_places_in_the_table_of_blocks_that_left_are_used_again() -> None:
+    table = EntryTable()
+    entries = [Entry(b"%016d" % number, None, b"", 1.0) for number in range(5)]
+    for entry in entries[:3]:
+        table.add(entry)
+    table.remove_all(entries[:2])
+    for entry in entries[3:]:
+        table.add(entry)
+    assert sorted(table.numbers_by_hash.values()) == [0, 1, 2]
+    assert list(table) == entries[2:]

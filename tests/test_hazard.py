@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tierkv.errors import ConfigError
-from tierkv.policies.block_classes import NUM_BUCKETS, UseHistory, bucket_of, buckets_of
 from tierkv.policies.density import hazards, hit_densities
+from tierkv.policies.idle_buckets import NUM_BUCKETS, bucket_of, buckets_of
+from tierkv.policies.use_history import UseHistory, smoothed_gap
 from tierkv.values.prefill import MEASURED_PREFILL, PrefillModel
 
 
@@ -47,6 +48,30 @@ def test_a_kind_without_evidence_behaves_as_all_kinds_together() -> None:
     unused = np.concatenate([row({NUM_BUCKETS - 1: 1000}), row({})])
     chances = hazards(used, unused, weight=10.0, default=0.04)
     assert chances[1] == pytest.approx(chances[0], abs=0.01)
+
+
+def test_a_kind_without_evidence_is_believed_to_differ_from_others_as_it_was_said() -> None:
+    used = np.concatenate([row({3: 1000}), row({}), row({})])
+    unused = np.concatenate([row({NUM_BUCKETS - 1: 9000}), row({}), row({})])
+    belief = np.array([[1.0], [0.5], [2.0]])
+    chances = hazards(used, unused, weight=10.0, default=0.04, belief=belief)
+    assert chances[1, 3] == pytest.approx(chances[0, 3] / 2, rel=0.02)
+    assert chances[2, 3] == pytest.approx(chances[0, 3] * 2, rel=0.02)
+    certain = hazards(row({3: 1000}), row({}), weight=10.0, default=0.04, belief=5.0)
+    assert certain.max() < 1, "a chance of 1 would make what follows worth nothing"
+
+
+@given(st.floats(0.01, 1e5), st.floats(0.01, 1e5), st.integers(1, 15))
+def test_many_equal_gaps_at_once_are_averaged_as_one_after_the_other(before_s: float, gap_s: float, many: int) -> None:
+    one_by_one = before_s
+    for _ in range(many):
+        one_by_one = smoothed_gap(one_by_one, gap_s, 1)
+    assert smoothed_gap(before_s, gap_s, many) == pytest.approx(one_by_one)
+    assert smoothed_gap(before_s, gap_s, 10_000) == pytest.approx(gap_s, abs=0.01 * abs(before_s - gap_s))
+
+
+def test_the_first_gap_is_taken_as_it_is() -> None:
+    assert smoothed_gap(0.0, 7.0, 1) == 7.0
 
 
 def test_the_same_chance_for_each_half_octave_makes_density_fall_with_idle_time() -> None:

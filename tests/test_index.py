@@ -185,7 +185,7 @@ def test_check_sees_a_child_without_its_parent() -> None:
     index = make_index()
     parent = add(index, None, 1)
     add(index, parent, 2)
-    index._entries.remove(parent)
+    index._entries.remove_all([parent])
     with pytest.raises(AssertionError):
         index.check()
 

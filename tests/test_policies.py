@@ -29,7 +29,7 @@ from tierkv.policies import (
     make_policy,
     policy_names,
 )
-from tierkv.policies.block_classes import NUM_BUCKETS, bucket_of
+from tierkv.policies.idle_buckets import NUM_BUCKETS, bucket_of
 from tierkv.policies.learned import FEATURES, LearnedModel
 from tierkv.policies.scores import DecayingPolicy
 from tierkv.values.block import BlockHash, Tier, as_token_array, hash_block
@@ -67,7 +67,8 @@ class PrefixesLast(EvictionPolicy):
 
 MAKERS: dict[str, Callable[[], EvictionPolicy]] = {
     **{name: (lambda name=name: make_policy(name)) for name in policy_names()},  # type: ignore[misc]
-    "hit-density, forgetful": lambda: HitDensityPolicy(num_rows=8, half_life=64, sample_mask=0),
+    "hit-density, forgetful": lambda: HitDensityPolicy(num_rows=8, half_life=64),
+    "hit-density, few sampled": lambda: HitDensityPolicy(num_rows=64, sampled_blocks=1),
     "learned": lambda: LearnedPolicy(MODEL, num_rows=64),
     "three methods": ThreeMethods,
     "inherited": PrefixesLast,
@@ -277,7 +278,7 @@ class IntervalWitness(HitDensityPolicy):
 
     def __init__(self) -> None:
         self.seen_s: list[float] = []
-        super().__init__(sample_mask=0)
+        super().__init__()
 
     def interval_ended(self, block_class: int, idle_s: float) -> None:
         self.seen_s.append(idle_s)
@@ -303,7 +304,40 @@ def test_a_block_that_is_brought_back_and_used_at_once_teaches_one_interval() ->
     assert policy.seen_s == [10.0]
 
 
-def test_an_eighth_of_the_blocks_are_the_sample() -> None:
+def test_all_blocks_of_a_small_cache_are_sampled_and_of_a_large_one_a_bounded_number() -> None:
+    policy = HitDensityPolicy(sampled_blocks=100)
+    order = policy.new_order()
+    for at in range(100):
+        order.add(insert_new(policy, at))
+    policy.halve_sample()
+    assert policy.sample_mask == 0
+    for at in range(100, 1600):
+        order.add(insert_new(policy, at))
+        policy.halve_sample()
+    assert policy.sample_mask == 15
+    order.remove_all([Block(0.0)] * 800)
+    assert not policy.halve_sample()
+
+
+def test_evicted_blocks_are_not_counted_as_held() -> None:
+    policy = HitDensityPolicy(sampled_blocks=100)
+    order = policy.new_order()
+    for at in range(500):
+        order.add(insert_new(policy, at))
+        order.remove_all([Block(0.0)])
+    assert not policy.halve_sample()
+
+
+def test_the_sample_is_never_less_than_what_a_byte_of_the_hash_can_choose() -> None:
+    policy = HitDensityPolicy(sampled_blocks=0)
+    order = policy.new_order()
+    order.add(insert_new(policy, 0))
+    while policy.halve_sample():
+        pass
+    assert policy.sample_mask == 0xFF
+
+
+def test_only_the_sample_teaches() -> None:
     lessons = 0
 
     class Counting(HitDensityPolicy):
@@ -312,9 +346,100 @@ def test_an_eighth_of_the_blocks_are_the_sample() -> None:
             lessons += 1
 
     policy = Counting()
+    policy.sample_mask = 7
     for at in range(4000):
-        policy.update_on_insert(Block(float(at), block_hash=hash_block(ROOT, at.to_bytes(4, "little"))), None)
+        insert_new(policy, at)
     assert 400 < lessons < 600
+
+
+def insert_new(policy: HitDensityPolicy, number: int) -> Block:
+    """Tell a policy of the insertion of a first block that is like no other."""
+    block = Block(float(number), block_hash=hash_block(ROOT, number.to_bytes(4, "little")))
+    policy.update_on_insert(block, None)
+    return block
+
+
+def test_a_block_outside_the_sample_is_remembered_as_one_of_the_sample_is() -> None:
+    all_sampled, few_sampled = HitDensityPolicy(), HitDensityPolicy()
+    few_sampled.sample_mask = 0xFF
+    rows = []
+    for policy in (all_sampled, few_sampled):
+        cache = Cache(policy)
+        cache.use(1, 2, at=1.0)
+        cache.use(1, 2, 3, 4, at=3.0)
+        cache.use(5, at=4.0)
+        history = policy.history
+        found = [history.find(entry.block_hash) for entry in sorted(cache.index, key=lambda entry: entry.block_hash)]
+        new = [row for row in found if row is not None and history.totals[row] == 1]
+        rows.append([(history.times[at], history.forks[at], history.classes[at], history.gaps[at]) for at in new])
+    sampled = sum(not entry.block_hash[0] for entry in cache.index)
+    assert sampled == 0, "the blocks of this test are outside the small sample"
+    assert [row for row in rows[1] if row[0] > 1.0] == rows[0] and len(rows[0]) == 3
+
+
+def test_before_anything_is_known_a_used_block_is_believed_to_be_worth_more_than_a_somewhat_newer_one() -> None:
+    cache = Cache(HitDensityPolicy())
+    for at in (0.0, 40.0):
+        cache.use(1, at=at)
+    cache.use(2, at=50.0)
+    cache.use(3, at=90.0)
+    assert cache.evictions(2) == [2, 1]
+
+
+def test_of_blocks_used_equally_often_the_one_with_longer_pauses_goes_first() -> None:
+    for slow, fast in ((1, 2), (2, 1)):
+        cache = Cache(HitDensityPolicy())
+        for at in (0.0, 100.0, 200.0, 300.0):
+            cache.use(slow, at=at)
+        for at in (297.0, 298.0, 299.0, 300.0):
+            cache.use(fast, at=at)
+        assert cache.evictions(2) == [slow, fast]
+
+
+def test_pauses_of_earlier_stays_in_the_cache_count() -> None:
+    policy = HitDensityPolicy()
+    classes = []
+    for pause in (1.0, 1000.0):
+        cache = Cache(policy)
+        token = int(pause)
+        for number in range(3):
+            cache.use(token, at=policy.now + pause if number else 0.0)
+            (entry,) = cache.index
+            classes.append(policy.class_of(entry))
+            cache.evict(1)
+    quick, slow = classes[:3], classes[3:]
+    assert quick[0] == slow[0] and quick[2] != slow[2]
+
+
+def test_short_pauses_within_a_stay_still_count_after_a_long_absence() -> None:
+    classes = []
+    for times in ((0.0, 1.0, 2.0, 3.0), (0.0, 5000.0, 10_000.0, 15_000.0)):
+        policy = HitDensityPolicy()
+        cache = Cache(policy)
+        for at in times:
+            cache.use(1, at=at)
+        cache.evict(1)
+        cache.use(1, at=times[-1] + 5000.0)
+        (entry,) = cache.index
+        classes.append(policy.class_of(entry))
+    assert classes[0] != classes[1]
+
+
+def test_what_a_sample_of_all_taught_counts_half_beside_a_sample_of_half() -> None:
+    """Of 400 blocks that wait, half are counted after the sample was halved: so must the uses of before."""
+    learned = []
+    for sampled_blocks in (10_000, 399):
+        policy = HitDensityPolicy(sampled_blocks=sampled_blocks, half_life=1 << 40)
+        order = policy.new_order()
+        for at in range(400):
+            order.add(insert_new(policy, at))
+        for _ in range(600):
+            policy.interval_ended(0, 1.0)
+        for _ in range(4000):  # it learns from time to time, and halves the sample then
+            policy.interval_begun()
+        learned.append((policy.sample_mask, policy.densities[0][bucket_of(1.0)]))
+    assert [mask for mask, _ in learned] == [0, 1]
+    assert learned[1][1] == pytest.approx(learned[0][1], rel=0.15)
 
 
 def test_new_blocks_are_told_apart_by_what_they_follow() -> None:
@@ -330,7 +455,7 @@ def test_new_blocks_are_told_apart_by_what_they_follow() -> None:
 
 
 def test_the_tail_of_a_prompt_goes_before_whole_blocks_once_tails_were_seen_to_be_useless() -> None:
-    policy = HitDensityPolicy(sample_mask=0)
+    policy = HitDensityPolicy()
     for at in range(3000):
         whole = Block(float(at), block_hash=hash_block(ROOT, bytes([at % 10])), access_count=1 + at // 10)
         policy.update_on_access(whole)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from child_process import ENVIRONMENT
 
-from tierkv.policies.block_classes import NUM_BUCKETS
+from tierkv.policies.idle_buckets import NUM_BUCKETS
 from tierkv.policies.learned import FEATURES, LearnedModel
 from tierkv.storage.cold import ColdStore
 from tierkv.tools import cli, store_commands

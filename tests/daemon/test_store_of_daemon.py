@@ -300,7 +300,7 @@ def test_a_block_that_begins_as_another_one_is_not_held(start_daemon: Start, ope
 
 def test_a_pin_with_a_time_ends_with_it(start_daemon: Start, short_path: Path) -> None:
     now = [0.0]
-    daemon = start_daemon(slots=16, store=False)
+    daemon = start_daemon(slots=16, store=False, eviction_policy="lru")  # which other blocks push out for sure
     config = BlockStoreConfig(socket=short_path / "d.sock")
     with BlockStore(config, namespace=NAMESPACE, clock=lambda: now[0]) as store:
         first = store.keys(TOKENS)[:4]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from tierkv.index.entry import Entry
 from tierkv.index.entry_table import EntryTable
 from tierkv.values.block import BlockHash, ContentDigest, chain_content_digest
@@ -51,10 +53,11 @@ class ContentDigests:
         if self._may_keep(entry):
             self._kept[entry.block_hash] = content_digest
 
-    def forget(self, entry: Entry) -> None:
-        """Drop the digest of an entry that leaves the index."""
-        if entry.depth % _KEPT_EVERY == _KEPT_EVERY - 1:
-            self._kept.pop(entry.block_hash, None)
+    def forget_all(self, entries: Sequence[Entry]) -> None:
+        """Drop the digests of entries that leave the index."""
+        for entry in entries:
+            if entry.depth % _KEPT_EVERY == _KEPT_EVERY - 1:
+                self._kept.pop(entry.block_hash, None)
 
     def _may_keep(self, entry: Entry) -> bool:
         """Return whether an entry is a 16th one and in the index; a later block may have the hash of one that left."""

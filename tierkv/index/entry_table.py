@@ -59,11 +59,13 @@ class EntryTable:
             self._by_number.append(entry)
         self.numbers_by_hash[entry.block_hash] = number
 
-    def remove(self, entry: Entry) -> None:
-        """Remove an entry that is in the table."""
-        number = self.numbers_by_hash.pop(entry.block_hash)
-        self._by_number[number] = None
-        self._free.append(number)
+    def remove_all(self, entries: Sequence[Entry]) -> None:
+        """Remove entries that are in the table."""
+        pop, by_number = self.numbers_by_hash.pop, self._by_number
+        numbers = [pop(entry.block_hash) for entry in entries]
+        for number in numbers:
+            by_number[number] = None
+        self._free += numbers
 
     def clear(self) -> None:
         """Remove all entries, and break their cycles. An entry that is still referred to keeps its parent."""

@@ -191,24 +191,16 @@ class EvictionQueue:
         self._most_pushed = 2 * len(order) + _MIN_PUSHED
 
     def _iter_leaves(self, yielded: list[Entry], count: int) -> Iterator[CacheBlock]:
-        """Yield evictable entries in order, as if each yielded entry were already evicted."""
-        for run in self._iter_runs(count):
-            for entry in run:
-                yielded.append(entry)
-                yield entry
+        """Yield evictable entries in order, `count` or more, as if each yielded entry were already evicted.
 
-    def _iter_runs(self, count: int) -> Iterator[list[Entry]]:
-        """Yield runs of evictable entries in order, `count` in all or a few more, each as if those before were evicted.
-
-        A run is a leaf and the parents above it that would be popped next. Popped entries go to `_taken`. The caller
-        will evict most of them, so only the next call puts the rest back. A parent that becomes a leaf is pushed at
-        once; the next selection skips it if its children stay.
+        Popped entries go to `_taken`. The caller will evict most of them, so only the next call puts the rest back.
+        Parents that would be popped next follow a leaf in runs. A parent that becomes a leaf and would not be is pushed
+        at once; the next selection skips it if its children stay.
         """
         order, is_hot, pins, taken = self._order, self._is_hot, self._pool.pins, self._taken
         gone: set[Entry] = set()
         freed: set[Entry] = set()
         gone_children: dict[Entry, int] = {}
-        num_yielded = 0
         while item := order.pop():
             entry, stamp = item
             assert isinstance(entry, Entry), "an order returns what was pushed"
@@ -218,12 +210,13 @@ class EvictionQueue:
                 if not self.is_evictable(entry):
                     continue
                 taken.append(entry)
-            run = [entry]
+            run: Sequence[Entry] = (entry,)
             while True:
-                gone.update(run)
-                num_yielded += len(run)
-                yield run
-                parent = run[-1].parent
+                for entry in run:
+                    gone.add(entry)
+                    yielded.append(entry)
+                    yield entry
+                parent = entry.parent
                 num_children = parent.hot_children if is_hot else parent.warm_children
                 if num_children > 1:
                     gone_children[parent] = num_gone = gone_children.get(parent, 0) + 1
@@ -236,7 +229,7 @@ class EvictionQueue:
                     order.push(parent, parent.access_count)
                     freed.add(parent)
                     break
-                run = self._run_from(parent, min(count - num_yielded, _LONGEST_RUN))
+                run = self._run_from(parent, min(count - len(yielded), _LONGEST_RUN))
 
     def _run_from(self, entry: Entry, count: int) -> list[Entry]:
         """Return an entry that goes next, and up to `count` - 1 ancestors that follow it: each is its only child's."""

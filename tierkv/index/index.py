@@ -140,7 +140,7 @@ class Index(BlockTree):
         for tier in (Tier.HOT, Tier.WARM):
             if entry.place(tier) is not None:
                 self.detach(entry, tier)
-        self._prune(entry)
+        self._prune_all((entry,))
 
     def pin(self, entry: Entry, tier: Tier) -> None:
         """Raise the reference count of the entry's place in that tier."""
@@ -269,8 +269,7 @@ class Index(BlockTree):
                 bare.append(entry)
         (self.hot if is_hot else self.warm).disown_all(slots)
         self._queues[Tier.HOT if is_hot else Tier.WARM].remove_all(detached)
-        for entry in bare:
-            self._prune(entry)
+        self._prune_all(bare)
         return detached
 
 

@@ -7,7 +7,7 @@ outside the tree, from a store for example, is compared by its content digest.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from tierkv.index.children import Children, nearest_in_memory
 from tierkv.index.content_digests import ContentDigests
@@ -177,14 +177,14 @@ class BlockTree:
             try:
                 self._observe((entry,), None if parent is self.root_entry else parent)
             except BaseException:  # of a user's policy: the caller gets no entry that it could place or forget
-                self._prune(entry)
+                self._prune_all((entry,))
                 raise
         return entry
 
     def prune(self, entry: Entry) -> None:
         """Drop an entry that has no place, is not awaited and has no children, then each such parent."""
         assert self._lock.is_owned()
-        self._prune(entry)
+        self._prune_all((entry,))
 
     def depth_first(self) -> Iterator[Entry]:
         """Yield every entry, parents first, and each chain without interruption."""
@@ -215,24 +215,27 @@ class BlockTree:
     def _parent(self, parent_hash: BlockHash) -> Entry | None:
         return self.root_entry if parent_hash == self.root else self._entries.get(parent_hash)
 
-    def _prune(self, entry: Entry) -> None:
-        """Drop an entry without place and children, then each parent that has neither."""
-        entries = self._entries
-        while (
-            entry.block_id is None
-            and entry.warm_slot is None
-            and entry.child_or_children is None
-            and not entry.flags & AWAITED
-        ):
-            parent = entry.parent
-            below = parent.child_or_children
-            if below is entry:
-                parent.child_or_children = None
-            elif isinstance(below, Children) and below.find(entry.token_bytes) is entry:
-                below.remove(entry)
-                parent.child_or_children = below.only() or below
-            else:
-                return  # dropped before, or the root entry
-            entries.remove(entry)
-            self._content_digests.forget(entry)
-            entry = parent
+    def _prune_all(self, entries: Iterable[Entry]) -> None:
+        """Drop entries without place and children, then each parent that has neither."""
+        dropped: list[Entry] = []
+        for entry in entries:
+            while (
+                entry.block_id is None
+                and entry.warm_slot is None
+                and entry.child_or_children is None
+                and not entry.flags & AWAITED
+            ):
+                parent = entry.parent
+                below = parent.child_or_children
+                if below is entry:
+                    parent.child_or_children = None
+                elif isinstance(below, Children) and below.find(entry.token_bytes) is entry:
+                    below.remove(entry)
+                    parent.child_or_children = below.only() or below
+                else:
+                    break  # dropped before, or the root entry
+                dropped.append(entry)
+                entry = parent
+        if dropped:
+            self._entries.remove_all(dropped)
+            self._content_digests.forget_all(dropped)

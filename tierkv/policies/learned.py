@@ -13,8 +13,9 @@ import numpy as np
 
 from tierkv.errors import ConfigError, StoreError
 from tierkv.index.eviction_policy import CacheBlock
-from tierkv.policies.block_classes import NUM_BUCKETS, BlockClassPolicy
+from tierkv.policies.block_classes import BlockClassPolicy
 from tierkv.policies.density import hit_densities
+from tierkv.policies.idle_buckets import NUM_BUCKETS
 from tierkv.values.files import open_regular, write_whole
 
 __all__ = ["FEATURES", "LearnedModel", "LearnedPolicy", "features_of"]
@@ -26,7 +27,7 @@ FEATURES = (
     "fewer tokens than a block",
     "follows a used prefix",
     "log2 of the new blocks before it",
-    "log2 of the last gap in seconds",
+    "log2 of the average gap in seconds",
 )
 _FORMAT = 1
 _MOST_BYTES = 16 << 20  # 256 classes take a fraction of it
@@ -97,9 +98,9 @@ class LearnedPolicy(BlockClassPolicy):
         """Return a policy with the model of a file. Raises ConfigError."""
         return LearnedPolicy(LearnedModel.load(path))
 
-    def classify(self, block: CacheBlock, count: int, away_s: float, fork: int) -> int:
+    def classify(self, block: CacheBlock, count: int, gap_s: float, fork: int) -> int:
         """Return the number of edges that the model's value for the block reaches."""
-        values = features_of(block, count=count, away_s=away_s, fork=fork, is_partial=self.is_partial(block))
+        values = features_of(block, count=count, gap_s=gap_s, fork=fork, is_partial=self.is_partial(block))
         value = self.model.bias + sum(w * v for w, v in zip(self.model.weights, values, strict=True))
         return bisect_right(self._edges, value)
 
@@ -114,11 +115,10 @@ def _read(path: Path) -> str:
 
 
 def features_of(
-    block: CacheBlock, *, count: int, away_s: float, fork: int, is_partial: bool
+    block: CacheBlock, *, count: int, gap_s: float, fork: int, is_partial: bool
 ) -> tuple[float, float, float, float, float, float, float]:
     """Return the features of a block that was just used, in the order of `FEATURES`."""
     is_new = count <= 1
-    gap_s = _mean_gap_s(block) if block.access_count > 1 else away_s
     return (
         log2(count),
         float(not is_new),
@@ -128,8 +128,3 @@ def features_of(
         log2(block.depth - fork + 1) if is_new else 0.0,
         log2(gap_s + 1),
     )
-
-
-def _mean_gap_s(block: CacheBlock) -> float:
-    """Return the mean time between the uses of a block used at least twice."""
-    return max(block.last_access - block.created_at, 0.0) / (block.access_count - 1)

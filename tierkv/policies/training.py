@@ -7,8 +7,9 @@ import numpy.typing as npt
 
 from tierkv.errors import ConfigError
 from tierkv.index.eviction_policy import CacheBlock
-from tierkv.policies.block_classes import NUM_BUCKETS, BlockClassPolicy, buckets_of
+from tierkv.policies.block_classes import BlockClassPolicy
 from tierkv.policies.density import hazards
+from tierkv.policies.idle_buckets import NUM_BUCKETS, buckets_of
 from tierkv.policies.learned import LearnedModel, features_of
 from tierkv.policies.traces import Trace
 from tierkv.values.block import hash_block
@@ -18,7 +19,7 @@ __all__ = ["fit_model"]
 Floats = npt.NDArray[np.float64]
 
 _NUM_CLASSES = 16
-_WEIGHT, _PRIOR = 100.0, 0.04  # as in HitDensityPolicy
+_WEIGHT, _PRIOR = 100.0, 0.04
 _RIDGE = 1.0
 _STEPS = 30
 
@@ -89,11 +90,11 @@ class _Recorder(BlockClassPolicy):
     """Sees uses as the policy will, and writes down the features of each."""
 
     def __init__(self, num_blocks: int) -> None:
-        super().__init__(num_classes=1, num_rows=1 << max(17, num_blocks.bit_length() + 1), sample_mask=0)
+        super().__init__(num_classes=1, num_rows=1 << max(17, num_blocks.bit_length() + 1))
         self.rows: list[tuple[float, ...]] = []
 
-    def classify(self, block: CacheBlock, count: int, away_s: float, fork: int) -> int:
-        self.rows.append(features_of(block, count=count, away_s=away_s, fork=fork, is_partial=self.is_partial(block)))
+    def classify(self, block: CacheBlock, count: int, gap_s: float, fork: int) -> int:
+        self.rows.append(features_of(block, count=count, gap_s=gap_s, fork=fork, is_partial=self.is_partial(block)))
         return 0
 
 

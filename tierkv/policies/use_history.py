@@ -1,4 +1,4 @@
-"""The history of uses: one row for each block used lately, evicted or not."""
+"""The history of uses: one row for each block used lately, cached or evicted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ import numpy.typing as npt
 from tierkv.index.eviction_policy import CacheBlock
 from tierkv.values.block import BlockHash
 
-__all__ = ["UseHistory", "split_hash"]
+__all__ = ["Rows", "Tags", "UseHistory", "gap_with_stay", "smoothed_gap", "split_hash"]
+
+Tags = npt.NDArray[np.uint64]
+Rows = npt.NDArray[np.int64]
 
 _ROW_BYTES, _LINE_BYTES = 32, 64
 _ROW = np.dtype(
@@ -23,7 +26,10 @@ _ROW = np.dtype(
         "itemsize": _ROW_BYTES,
     }
 )
+_SHARE_OF_NEWER = tuple(1 - 0.7**number for number in range(16))
+
 _pack_row = Struct("=QdfIIH").pack_into  # all fields but the class
+_pack_whole_row = Struct("=QdfIIHB").pack_into
 split_hash: Callable[[bytes], tuple[Any, ...]] = Struct("<QI").unpack_from
 """(tag, row before the mask) of a block hash."""
 
@@ -37,7 +43,7 @@ class UseHistory:
     random.
 
     times: last recorded use. earlier: uses before the last insertion. totals: all uses, up to date once the block is
-    evicted. gaps: seconds from its eviction to its insertion, 0 if never evicted. forks: see
+    evicted. gaps: average time between uses up to the last insertion or eviction, 0 if unknown. forks: see
     `BlockClassPolicy.classify`. num_rows: a power of two, best several times the cache's blocks.
     """
 
@@ -71,40 +77,51 @@ class UseHistory:
         """Give a row to a new block; the class stays that of the block before."""
         _pack_row(self._memory, self._start + row * _ROW_BYTES, tag, time, 0.0, 0, total, 0)
 
-    def rows_of_new(self, blocks: Sequence[CacheBlock]) -> npt.NDArray[np.int64] | None:
-        """Return the rows of blocks; None if the table knows one of them, or two of them have the same row."""
-        tags, rows = self._find_all(blocks)
-        is_known = (self._tags[rows] == tags).any()
-        return None if is_known or len(set(rows.tolist())) < len(rows) else rows
+    def write(self, row: int, tag: int, time: float, total: int, fork: int, block_class: int) -> None:
+        """Give a row to a block that was never evicted."""
+        _pack_whole_row(self._memory, self._start + row * _ROW_BYTES, tag, time, 0.0, 0, total, fork, block_class)
 
-    def take_over_all(
-        self, blocks: Sequence[CacheBlock], rows: npt.NDArray[np.int64], classes: Sequence[int], fork: int
-    ) -> None:
+    def rows_of_new(self, blocks: Sequence[CacheBlock]) -> tuple[Tags, Rows] | None:
+        """Return tags and rows of blocks; None if the table knows one of them, or two of them have the same row."""
+        halves = np.frombuffer(bytearray().join([block.block_hash for block in blocks]), dtype="<u8")
+        tags, rows = halves[::2], (halves[1::2] & np.uint64(self.mask)).astype(np.int64)
+        if not tags.all():
+            tags[tags == 0] = 1  # as in row_of
+        is_known = (self._tags[rows] == tags).any()
+        return None if is_known or len(set(rows.tolist())) < len(rows) else (tags, rows)
+
+    def sampled_rows(self, rows: Rows, sample_mask: int) -> list[int]:
+        """Return those of the rows that belong to a block of the sample."""
+        tags = self._tags[rows]
+        sampled: list[int] = rows[(tags != 0) & (tags & np.uint64(sample_mask) == 0)].tolist()
+        return sampled
+
+    def take_over_all(self, rows: Rows, tags: Tags, time: float, classes: Sequence[int], fork: int) -> None:
         """Give rows to new blocks, which were used once."""
-        self._tags[rows] = self._find_all(blocks)[0]
-        self._times[rows] = blocks[0].last_access
+        self._tags[rows] = tags
+        self._times[rows] = time
         self._gaps[rows] = 0.0
         self._earlier[rows] = 0
         self._totals[rows] = 1
         self._forks[rows] = fork
         self._classes[rows] = classes
 
-    def sampled_rows(self, rows: npt.NDArray[np.int64], sample_mask: int) -> list[int]:
-        """Return those of the rows that belong to a block of the sample."""
-        tags = self._tags[rows]
-        sampled: list[int] = rows[(tags != 0) & (tags & np.uint64(sample_mask) == 0)].tolist()
-        return sampled
-
-    def _find_all(self, blocks: Sequence[CacheBlock]) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
-        """Return tags and rows of blocks, as `row_of`."""
-        halves = np.frombuffer(bytearray().join([block.block_hash for block in blocks]), dtype="<u8")
-        tags = halves[::2]
-        if not tags.all():
-            tags[tags == 0] = 1
-        return tags, (halves[1::2] & np.uint64(self.mask)).astype(np.int64)
-
     def find(self, block_hash: BlockHash) -> int | None:
         """Return the row of a block, or None if the table has none of it."""
         tag, low = split_hash(block_hash)
         row: int = low & self.mask
         return row if self.tags[row] == (tag or 1) else None
+
+
+def smoothed_gap(gap_s: float, newer_s: float, number: int) -> float:
+    """Return a block's smoothed time between uses after `number` more uses, each `newer_s` after the one before."""
+    return gap_s + (newer_s - gap_s) * _SHARE_OF_NEWER[number if number < 16 else 15] if gap_s else newer_s
+
+
+def gap_with_stay(gap_s: float, block: CacheBlock) -> float:
+    """Return a block's smoothed time between uses, those since its last insertion included.
+
+    A stay that ends in two tiers, one after the other, counts twice.
+    """
+    number = block.access_count - 1
+    return smoothed_gap(gap_s, (block.last_access - block.created_at) / number, number) if number else gap_s

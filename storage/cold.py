@@ -312,15 +312,16 @@ class ColdStore(cold_reader.ColdReader):  # by the module's name: pyright's repo
             return load_tenants(txn, self._databases)
 
     def set_tenants(
-        self, changes: Mapping[str, TenantSettings | None], *, evict: bool = False, beyond_quota: bool = False
+        self, changes: Mapping[str, TenantSettings | None], *, evict: bool = False, may_exceed: bool = False
     ) -> EvictionReport:
         """Store settings of tenants for all processes that use the store, and remove those that are None.
 
         Where a tenant has more than its new limit, raises CapacityError unless `evict`. Raises ConfigError for settings
-        that do not agree, CapacityError if it makes all cold shares together exceed the quota, unless `beyond_quota`.
+        that do not agree, CapacityError if it makes all cold shares together exceed the quota.
+        may_exceed: the settings are those of another store whose blocks this one gets. No size is compared.
         """
         self._require_writable()
-        return self._writer.set_tenants(changes, evict=evict, beyond_quota=beyond_quota)
+        return self._writer.set_tenants(changes, evict=evict, may_exceed=may_exceed)
 
     def delete(self, block_hash: BlockHash) -> int:
         """Remove a block and all that follow it, pinned or not; return how many were removed."""
@@ -367,6 +368,11 @@ class ColdStore(cold_reader.ColdReader):  # by the module's name: pyright's repo
             )
         self._writer.set_quota(quota_bytes)
         return report or self._writer.evict(quota_bytes)
+
+    def adopt_quota(self, quota_bytes: int) -> None:
+        """Store the quota of another store whose blocks this one has, though there may be more: nothing is evicted."""
+        self._require_writable()
+        self._writer.set_quota(quota_bytes)
 
     def flush(self, *, sync: bool = True) -> None:
         """Write pending accesses; with `sync`, return when all is on the disk. Raises StoreError."""

@@ -241,7 +241,7 @@ def _write(fd: int, remains: _Remains, writer: ColdWriter, quota_bytes: int) -> 
             row.description, row.created, row.last_used = old.description, old.created, old.last_used
             row.tenant = old.tenant
         with contextlib.suppress(ConfigError):  # older rows that contradict each other
-            write_tenants(batch.txn, batch.databases, remains.tenants, quota_bytes, beyond_quota=True)
+            write_tenants(batch.txn, batch.databases, remains.tenants, quota_bytes, may_exceed=True)
     order = _plan(remains, quota_bytes)
     saved = 0
     for start in range(0, len(order), _BATCH_BLOCKS):

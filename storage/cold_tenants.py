@@ -146,17 +146,17 @@ def write_tenants(
     changes: Mapping[str, TenantSettings | None],
     quota_bytes: int,
     *,
-    beyond_quota: bool,
+    may_exceed: bool,
 ) -> None:
     """Store the settings of tenants, and remove those of tenants with None. Raises as `check_tenants` does.
 
-    Cold shares beyond the quota, which may have been lowered, are refused only where the change makes them larger. With
-    `beyond_quota` they are not.
+    Cold shares beyond the quota, which may have been lowered, are refused only where the change makes them larger, and
+    not with `may_exceed`.
     """
     old = load_tenants(txn, databases)
     new = {tenant: each for tenant, each in {**old, **changes}.items() if each is not None}
     is_larger = sum(each.cold_share for each in new.values()) > sum(each.cold_share for each in old.values())
-    check_tenants(new, quota_bytes if is_larger and not beyond_quota else None)
+    check_tenants(new, quota_bytes if is_larger and not may_exceed else None)
     for tenant, each in changes.items():
         key = TENANT_PREFIX + tenant.encode()
         if each is None:

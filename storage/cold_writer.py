@@ -152,19 +152,19 @@ class ColdWriter:
         )
 
     def set_tenants(
-        self, changes: Mapping[str, TenantSettings | None], *, evict: bool, beyond_quota: bool
+        self, changes: Mapping[str, TenantSettings | None], *, evict: bool, may_exceed: bool
     ) -> EvictionReport:
         """Store settings of tenants. Raises CapacityError if a tenant has more than its new limit, unless `evict`.
 
-        beyond_quota: as for `write_tenants`.
+        may_exceed: as for `ColdStore.set_tenants`.
         """
 
         def work(batch: WriteBatch) -> None:
             quota_bytes = batch.quota_bytes or self.quota_bytes
-            write_tenants(batch.txn, batch.databases, changes, quota_bytes, beyond_quota=beyond_quota)
+            write_tenants(batch.txn, batch.databases, changes, quota_bytes, may_exceed=may_exceed)
             batch.read_tenants()
             for tenant in batch.usage.settings.keys() & changes.keys():
-                over = -batch.usage.room(tenant)
+                over = 0 if may_exceed else -batch.usage.room(tenant)
                 if over > 0 and not evict:
                     raise CapacityError(
                         f"{batch.usage.settings[tenant].name} has {format_bytes(over)} more than its new limit",

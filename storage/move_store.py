@@ -55,11 +55,10 @@ def _staging(target: Path) -> Iterator[Path]:
 
 
 def _copy(store: ColdStore, staging: Path, min_free_bytes: int | None) -> int:
-    settings = StoreSettings(quota_bytes=store.stats().quota_bytes, tenants=store.tenants())
-    with ColdStore(staging, quota_bytes=settings.quota_bytes, min_free_bytes=min_free_bytes) as copy:
-        restore_settings(copy, settings)
-        if copy.tenants() != settings.tenants:
-            raise StoreError("the settings of its tenants contradict each other", hint="tierkv tenant set changes them")
+    stats = store.stats()
+    settings = StoreSettings(quota_bytes=stats.quota_bytes, tenants=store.tenants())
+    quota_bytes = max(stats.quota_bytes, stats.live_bytes)  # pinned blocks may exceed a quota or a limit
+    with ColdStore(staging, quota_bytes=quota_bytes, min_free_bytes=min_free_bytes) as copy:
         namespaces = store.namespaces()
         for each in namespaces:
             if each.description:
@@ -75,8 +74,12 @@ def _copy(store: ColdStore, staging: Path, min_free_bytes: int | None) -> int:
                     yield block
 
         outcomes = put_stored(copy, blocks())
+        restore_settings(copy, settings)
+        if copy.tenants() != settings.tenants:
+            raise StoreError("the settings of its tenants contradict each other", hint="tierkv tenant set changes them")
+        copy.adopt_quota(settings.quota_bytes)
         copy.flush()
-        expected = store.stats().blocks
+        expected = stats.blocks
         if lost or copy.stats().blocks != expected:
             why = ", ".join(f"{count} {outcome.value}" for outcome, count in outcomes.items())
             raise StoreError(

@@ -105,7 +105,7 @@ def restore_settings(store: ColdStore, settings: StoreSettings) -> None:
     known = store.tenants()
     if not known:
         with contextlib.suppress(ConfigError):
-            store.set_tenants(settings.tenants, beyond_quota=True)
+            store.set_tenants(settings.tenants, may_exceed=True)
             return
     for tenant, each in settings.tenants.items():
         if tenant in known:

@@ -113,6 +113,26 @@ def test_settings_of_a_store_whose_quota_was_lowered_below_the_shares_come_back(
         assert store.tenants() == tenants
 
 
+@pytest.mark.parametrize("lowered", ["quota", "limit"])
+def test_a_store_whose_pinned_blocks_exceed_what_it_may_have_is_moved(tmp_path: Path, lowered: str) -> None:
+    records = BLOCKS[NAMESPACE.digest]
+    with open_store(tmp_path / "source") as store:
+        store.open_namespace(NAMESPACE)
+        store.put(records)
+        store.set_pinned([record.info.block_hash for record in records], True)
+        if lowered == "quota":
+            store.set_quota(8192, evict=True)
+        else:
+            store.set_tenants({"": TenantSettings(name="default", cold_limit=8192)}, evict=True)
+        before, tenants, quota_bytes = dict(store.iter_entries()), store.tenants(), store.stats().quota_bytes
+        assert len(before) == 5
+        assert move_store(store, tmp_path / "moved") == 5
+    with ColdStore(tmp_path / "moved") as store:
+        assert (dict(store.iter_entries()), store.tenants()) == (before, tenants)
+        assert store.stats().quota_bytes == quota_bytes
+        store.check()
+
+
 def replace_share(settings: TenantSettings, share: int) -> TenantSettings:
     return TenantSettings(name=settings.name, cold_share=share, cold_limit=settings.cold_limit)
 

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tierkv.index.eviction import CacheBlock, EvictionPolicy, ScoreOrder
+from tierkv.index.eviction import ScoreOrder
+from tierkv.index.eviction_policy import CacheBlock, EvictionPolicy
 from tierkv.index.index import Entry, Index
 from tierkv.policies import HitDensityPolicy, LRUPolicy, block_classes, density, make_policy
 from tierkv.policies.idle_buckets import NUM_BUCKETS

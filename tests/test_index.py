@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -424,3 +426,63 @@ class IndexMachine(RuleBasedStateMachine):
 
 TestIndexMachine = IndexMachine.TestCase
 TestIndexMachine.settings = settings(max_examples=60, stateful_step_count=60, deadline=None)
+
+
+class Faulty(LRUPolicy):
+    """Raises in the method that `fails_in` names. score: what a score is then, unless that raises."""
+
+    fails_in = ""
+    score: Any = None
+
+    def score_block(self, block: CacheBlock) -> float:
+        if self.fails_in == "score_block":
+            raise ZeroDivisionError
+        return self.score if self.fails_in == "score" else super().score_block(block)
+
+    def update_on_access(self, block: CacheBlock) -> None:
+        if self.fails_in == "update_on_access":
+            raise ZeroDivisionError
+
+    def update_on_insert(self, block: CacheBlock, parent: CacheBlock | None) -> None:
+        if self.fails_in == "update_on_insert":
+            raise ZeroDivisionError
+
+
+def test_a_policy_that_fails_at_an_insertion_leaves_no_entry_without_bytes() -> None:
+    policy = Faulty()
+    index = make_index(policy=policy)
+    policy.fails_in = "update_on_insert"
+    with pytest.raises(ZeroDivisionError):
+        index.insert(bytes([1]) * 16, ROOT, b"a" * 4)
+    assert not len(index)
+    (slot,) = index.hot.allocate(1)
+    with pytest.raises(ZeroDivisionError):
+        index.extend(ROOT, [(bytes([2]) * 16, b"b" * 4)], [slot])
+    index.unpin(Tier.HOT, slot)
+    index.check()
+    assert len(index.select_evictions(Tier.HOT, 4)) == 1
+
+
+@pytest.mark.parametrize("fault", ["score_block", "update_on_access", "score"])
+@pytest.mark.parametrize("score", [float("nan"), None, "text"])
+def test_no_block_is_kept_for_ever_because_a_policy_failed(
+    fault: str, score: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    policy = Faulty()
+    policy.score = score
+    index = make_index(policy=policy)
+    entries = []
+    for number in range(3):
+        entry = index.insert(bytes([number + 1]) * 16, ROOT, bytes([number]) * 4)
+        assert entry
+        index.attach(entry, Tier.HOT, *index.hot.allocate(1))
+        entries.append(entry)
+    policy.fails_in = fault
+    index.unpin_all(Tier.HOT, [0, 1, 2])
+    with contextlib.suppress(ZeroDivisionError):
+        index.touch_all(entries)
+    index.check()
+    assert len(index.select_evictions(Tier.HOT, 4)) == 3
+    policy.fails_in = ""
+    assert len(index.select_evictions(Tier.HOT, 4)) == 3
+    assert len([each for each in caplog.records if "eviction policy" in each.getMessage()]) <= 1

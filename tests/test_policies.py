@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from tierkv.config import CacheConfig
 from tierkv.errors import CapacityError, ConfigError
-from tierkv.index.eviction import CacheBlock, EvictionPolicy
+from tierkv.index.eviction_policy import CacheBlock, EvictionPolicy
 from tierkv.index.index import Entry, Index
 from tierkv.policies import (
     DEFAULT_POLICY,

@@ -236,6 +236,18 @@ def test_a_description_is_not_written_through_a_link(client: DirectoryClient, tm
     assert (folder / "namespace.json").read_bytes() == b"{}"
 
 
+@pytest.mark.parametrize("kind", ["link", "fifo", "directory"])
+def test_a_strange_description_hides_no_other(client: DirectoryClient, tmp_path: Path, kind: str) -> None:
+    strange = tmp_path / "tkv2" / ("00" * 16) / "namespace.json"
+    strange.parent.mkdir(parents=True)
+    if kind == "link":
+        strange.symlink_to("nowhere")
+    else:
+        (os.mkfifo if kind == "fifo" else os.mkdir)(strange)
+    client.describe(bytes([7] * 16), b"{}", deadline())
+    assert client.descriptions(deadline()) == [b"{}"]
+
+
 def test_two_writers_of_one_key_in_one_process_do_not_share_the_unfinished_file(
     client: DirectoryClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

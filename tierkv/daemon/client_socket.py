@@ -30,7 +30,7 @@ __all__ = [
 
 CONNECT_TIMEOUT_S = 5.0
 MOST_DESCRIPTORS = 16
-"""That are read from a greeting, and closed: the slab's is the only one that may come."""
+"""That are read from a greeting, so that they can be closed: the slab's and those of the lease flags may come."""
 
 LONGEST_WAIT_S = 3600.0
 """Of one system call, which takes milliseconds as an int."""

@@ -1,180 +1,30 @@
-"""Eviction: what the index asks of a policy, and the queue of the entries of one tier that may be evicted.
-
-A policy has three methods (`EvictionPolicy`). A fourth lets it learn of inserted blocks (`ObservingPolicy`). A policy
-whose order is more than one number a block brings its own (`OrderingPolicy`).
-"""
+"""The blocks of one tier that may be evicted: in the order of a policy's scores, and the queue that skips others."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
-from typing import Generic, Protocol, TypeVar, runtime_checkable
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Generic, TypeVar
 
 from tierkv.index.eviction_heap import EvictionHeap
+from tierkv.index.eviction_policy import (
+    FAR_AWAY_S,
+    CacheBlock,
+    ChainOrder,
+    EvictionOrder,
+    EvictionPolicy,
+    OrderingPolicy,
+)
 from tierkv.index.slots import SlotPool
 from tierkv.index.tree import PINNED, Entry
-from tierkv.values.block import BlockHash, Tier
+from tierkv.values.block import Tier
 
-__all__ = [
-    "CacheBlock",
-    "ChainObservingPolicy",
-    "ChainOrder",
-    "EvictionOrder",
-    "EvictionPolicy",
-    "EvictionQueue",
-    "ObservingPolicy",
-    "OrderingPolicy",
-    "ScoreOrder",
-    "insert_observer",
-]
-_FAR_AWAY_S = float(1 << 36)
-"""2,000 years: above every clock's time; floats of this size still differ by 20 us."""
+__all__ = ["EvictionQueue", "ScoreOrder"]
 
+_log = logging.getLogger(__name__)
 _MIN_PUSHED = 64
 _LONGEST_RUN = 64
-
-
-class CacheBlock(Protocol):
-    """What a policy may know of a block. Times are seconds of the cache's clock."""
-
-    @property
-    def block_hash(self) -> BlockHash: ...
-    @property
-    def parent_hash(self) -> BlockHash: ...
-    @property
-    def depth(self) -> int: ...
-    @property
-    def num_tokens(self) -> int: ...
-    @property
-    def created_at(self) -> float: ...
-    @property
-    def last_access(self) -> float: ...
-    @property
-    def access_count(self) -> int: ...
-    @property
-    def is_prefix_block(self) -> bool:
-        """Whether two or more known blocks continue it. A policy that keeps it keeps the whole prefix before it."""
-
-
-class EvictionPolicy(Protocol):
-    """Ranks blocks for eviction. Subclass it, or write any object with these methods; the defaults are LRU.
-
-    The index asks only about leaves that are not in use and not pinned, so no policy can evict a block that is needed.
-    The index reads a score when a block becomes evictable and after each use, not in between. So a score depends on
-    the block and on the policy's own state, never on the time since.
-
-    >>> class ShortPromptsFirst(EvictionPolicy):
-    ...     def score_block(self, block: CacheBlock) -> float:
-    ...         return 1 / (1 + block.depth)
-    >>> cache.set_eviction_policy(ShortPromptsFirst())
-    """
-
-    def score_block(self, block: CacheBlock) -> float:
-        """Return the score: the block with the highest one goes first.
-
-        Default: a constant minus the time of the last use. It is above zero, so a negative score goes last.
-        """
-        return _FAR_AWAY_S - block.last_access
-
-    def update_on_access(self, block: CacheBlock) -> None:
-        """Learn that the block was just used; its fields are up to date. Default: nothing."""
-        return
-
-    def select_evictions(self, count: int, leaves: Iterator[CacheBlock]) -> list[CacheBlock]:
-        """Take up to `count` blocks from `leaves`, which yields the highest score first. Default: the first `count`.
-
-        A parent may follow once its children were yielded, so children always come before parents.
-        A block that is yielded and not returned stays cached.
-        """
-        return list(islice(leaves, count))
-
-
-@runtime_checkable
-class ObservingPolicy(Protocol):
-    """A policy that also learns of inserted blocks."""
-
-    def update_on_insert(self, block: CacheBlock, parent: CacheBlock | None) -> None:
-        """Learn that the block was inserted, for the first time or again. parent: None at the start of a chain."""
-
-
-@runtime_checkable
-class ChainObservingPolicy(Protocol):
-    """A policy that learns of the inserted blocks of a chain in one call, which costs it less."""
-
-    def update_on_insert_all(self, blocks: Sequence[CacheBlock], parent: CacheBlock | None) -> None:
-        """Learn that blocks were inserted, each of them the parent of the next one. parent: of the first."""
-
-
-def insert_observer(
-    policy: EvictionPolicy,
-) -> Callable[[Sequence[CacheBlock], CacheBlock | None], None] | None:
-    """Return what notifies a policy of an inserted chain and of its parent; None if it does not learn of them."""
-    if isinstance(policy, ChainObservingPolicy):
-        return policy.update_on_insert_all
-    if not isinstance(policy, ObservingPolicy):
-        return None
-    observe = policy.update_on_insert
-
-    def observe_all(blocks: Sequence[CacheBlock], parent: CacheBlock | None) -> None:
-        for block in blocks:
-            observe(block, parent)
-            parent = block
-
-    return observe_all
-
-
 Block = TypeVar("Block", bound=CacheBlock)
-
-
-class EvictionOrder(Protocol[Block]):
-    """The evictable blocks of one tier, in the order of a policy.
-
-    The index may push a block several times and never takes it out. It skips what `pop` returns with an old stamp, or
-    while the block is not evictable.
-    """
-
-    def add(self, block: Block) -> None:
-        """Learn that the tier now holds the block."""
-
-    def remove_all(self, blocks: Sequence[Block]) -> None:
-        """Learn that the tier has forgotten these blocks."""
-
-    def push(self, block: Block, stamp: int) -> None:
-        """Add a block that the tier holds to the order. Its stamp changes with each use."""
-
-    def pop(self) -> tuple[Block, int] | None:
-        """Take the block that goes next, with the stamp of its push; None if the order is empty."""
-
-    def goes_first(self, block: Block) -> bool:
-        """Return whether a block that is not in the order would be popped next. Called only right after a `pop`.
-
-        True saves a push and a pop: a parent often follows its child. False may also mean "unknown".
-        """
-
-    def clear(self) -> None:
-        """Forget every push, but not what was added: the index pushes again."""
-
-    def __iter__(self) -> Iterator[tuple[Block, int]]:
-        """Yield every push, in any order."""
-
-    def __len__(self) -> int:
-        """Return the number of pushes, outdated ones included."""
-
-
-@runtime_checkable
-class ChainOrder(Protocol):
-    """An order that answers `goes_first` for a chain in one call."""
-
-    def count_first(self, blocks: Sequence[CacheBlock]) -> int:
-        """Return how many leading blocks would be popped next, one after the other; see `EvictionOrder.goes_first`."""
-
-
-@runtime_checkable
-class OrderingPolicy(Protocol):
-    """A policy with an order of its own; the index does not ask it for scores."""
-
-    def new_order(self) -> EvictionOrder[CacheBlock]:
-        """Return an empty order for one tier."""
 
 
 class ScoreOrder(Generic[Block]):
@@ -182,6 +32,7 @@ class ScoreOrder(Generic[Block]):
 
     def __init__(self, policy: EvictionPolicy) -> None:
         self._policy = policy
+        self._has_failed = False
         self._heap: EvictionHeap[Block] = EvictionHeap()
 
     def add(self, block: Block) -> None:
@@ -196,11 +47,11 @@ class ScoreOrder(Generic[Block]):
 
     def push(self, block: Block, stamp: int) -> None:
         """Add a block with its score of now."""
-        self._heap.push(-self.score(block), block, stamp)
+        self._heap.push(self._key(block), block, stamp)
 
     def goes_first(self, block: Block) -> bool:
         """Return whether all pushed scores are lower."""
-        return self._heap.is_before_all(-self.score(block))
+        return self._heap.is_before_all(self._key(block))
 
     def pop(self) -> tuple[Block, int] | None:
         """Take the block with the highest score."""
@@ -215,6 +66,20 @@ class ScoreOrder(Generic[Block]):
 
     def __len__(self) -> int:
         return len(self._heap)
+
+    def _key(self, block: Block) -> float:
+        """Return the negated score. Where a policy fails, it is that of LRU: a block without a key would never go."""
+        try:
+            key = -self.score(block)
+            if key == key:  # not nan
+                return key
+            problem = "a score that is no number"
+        except Exception as exc:  # noqa: BLE001 - a user's policy may raise anything
+            problem = f"{type(exc).__name__}: {exc}"
+        if not self._has_failed:
+            self._has_failed = True
+            _log.error("the eviction policy failed, and the least recently used blocks go meanwhile: %s", problem)
+        return block.last_access - FAR_AWAY_S
 
 
 class EvictionQueue:

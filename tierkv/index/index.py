@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from tierkv.index.children import Children
 from tierkv.index.entry_table import EntryTable
-from tierkv.index.eviction import EvictionPolicy, EvictionQueue, insert_observer
+from tierkv.index.eviction import EvictionQueue
+from tierkv.index.eviction_policy import EvictionPolicy, insert_observer
 from tierkv.index.slots import SlotPool
 from tierkv.index.tree import BlockTree, Entry
 from tierkv.values.block import BlockHash, Tier
@@ -200,11 +201,13 @@ class Index(BlockTree):
         for entry in entries:
             entry.last_access = now
             entry.access_count += 1
-            learn(entry)
-            if not entry.hot_children and entry.block_id is not None:
-                hot.push(entry)
-            if entry.warm_slot is not None and not entry.warm_children:
-                warm.push(entry)
+            try:
+                learn(entry)
+            finally:  # its older pushes are outdated: without a new one it would never be evicted
+                if not entry.hot_children and entry.block_id is not None:
+                    hot.push(entry)
+                if entry.warm_slot is not None and not entry.warm_children:
+                    warm.push(entry)
 
     def set_policy(self, policy: EvictionPolicy) -> None:
         """Order all evictable entries by another policy."""

@@ -174,7 +174,11 @@ class BlockTree:
         else:
             self._add_child(parent, entry)
         if self._observe:
-            self._observe((entry,), None if parent is self.root_entry else parent)
+            try:
+                self._observe((entry,), None if parent is self.root_entry else parent)
+            except BaseException:  # of a user's policy: the caller gets no entry that it could place or forget
+                self._prune_all((entry,))
+                raise
         return entry
 
     def prune(self, entry: Entry) -> None:

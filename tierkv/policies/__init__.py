@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tierkv.errors import ConfigError
-from tierkv.index.eviction import CacheBlock, EvictionPolicy
+from tierkv.index.eviction_policy import CacheBlock, EvictionPolicy
 from tierkv.policies.density import HitDensityPolicy
 from tierkv.policies.learned import LearnedPolicy
 from tierkv.policies.scores import CostAwarePolicy, LFUPolicy, LRUPolicy, PrefixAwarePolicy

@@ -11,7 +11,7 @@ from weakref import ReferenceType, ref
 
 import numpy as np
 
-from tierkv.index.eviction import CacheBlock, EvictionOrder, EvictionPolicy
+from tierkv.index.eviction_policy import CacheBlock, EvictionOrder, EvictionPolicy
 from tierkv.policies.class_order import ClassOrder
 from tierkv.policies.idle_buckets import bucket_of
 from tierkv.policies.use_history import Rows, Tags, UseHistory, gap_with_stay, smoothed_gap, split_hash

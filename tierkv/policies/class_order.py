@@ -6,8 +6,8 @@ import heapq
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from tierkv.index.eviction import CacheBlock
 from tierkv.index.eviction_heap import EvictionHeap
+from tierkv.index.eviction_policy import CacheBlock
 from tierkv.policies.idle_buckets import bucket_of
 from tierkv.policies.use_history import UseHistory, split_hash
 

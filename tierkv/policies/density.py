@@ -11,7 +11,7 @@ from math import frexp
 
 import numpy as np
 
-from tierkv.index.eviction import CacheBlock
+from tierkv.index.eviction_policy import CacheBlock
 from tierkv.policies.block_classes import SAMPLED_BLOCKS, BlockClassPolicy
 from tierkv.policies.idle_buckets import BUCKET_EDGES, NUM_BUCKETS, Floats, bucket_of, buckets_of
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tierkv.errors import ConfigError, StoreError
-from tierkv.index.eviction import CacheBlock
+from tierkv.index.eviction_policy import CacheBlock
 from tierkv.policies.block_classes import BlockClassPolicy
 from tierkv.policies.density import hit_densities
 from tierkv.policies.idle_buckets import NUM_BUCKETS

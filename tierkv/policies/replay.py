@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tierkv.index.eviction import EvictionPolicy
+from tierkv.index.eviction_policy import EvictionPolicy
 from tierkv.index.index import Entry, Index
 from tierkv.policies.traces import Request, Trace
 from tierkv.values.block import TOKEN_BYTES, BlockHash, Tier, hash_block

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from tierkv.index.eviction import CacheBlock, EvictionOrder
+from tierkv.index.eviction_policy import CacheBlock, EvictionOrder
 from tierkv.policies.scores import LRUPolicy
 from tierkv.values.block import BlockHash
 

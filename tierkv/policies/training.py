@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tierkv.errors import ConfigError
-from tierkv.index.eviction import CacheBlock
+from tierkv.index.eviction_policy import CacheBlock
 from tierkv.policies.block_classes import BlockClassPolicy
 from tierkv.policies.density import hazards
 from tierkv.policies.idle_buckets import NUM_BUCKETS, buckets_of

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tierkv.index.eviction import CacheBlock
+from tierkv.index.eviction_policy import CacheBlock
 from tierkv.values.block import BlockHash
 
 __all__ = ["Rows", "Tags", "UseHistory", "gap_with_stay", "smoothed_gap", "split_hash"]

@@ -45,10 +45,11 @@ class PrefixUse:
 
 @dataclass(slots=True, eq=False)
 class _Node:
-    """A block that some tier holds."""
+    """A block that some tier holds. first_token: tokens before it."""
 
     block_hash: BlockHash
     parent: _Node | None
+    first_token: int
     num_tokens: int
     num_bytes: int
     tiers: set[Tier] = field(default_factory=set)
@@ -111,7 +112,8 @@ class PrefixTable:
 
     def _add(self, event: BlockEvent) -> _Node:
         parent = self._nodes.get(event.parent_hash)
-        node = _Node(event.block_hash, parent, event.num_tokens, event.num_bytes)
+        first_token = parent.first_token + parent.num_tokens if parent else 0
+        node = _Node(event.block_hash, parent, first_token, event.num_tokens, event.num_bytes)
         if parent:
             parent.children.append(node)
         self._nodes[event.block_hash] = node
@@ -134,15 +136,10 @@ def _use_of(head: _Node, tiers: Iterable[Tier]) -> PrefixUse:
     run = [head]
     while len(run[-1].children) == 1:
         run.append(run[-1].children[0])
-    before = 0
-    parent = head.parent
-    while parent:
-        before += parent.num_tokens
-        parent = parent.parent
     blocks: Counter[Tier] = Counter(tier for node in run for tier in node.tiers)
     return PrefixUse(
         block_hash=run[-1].block_hash,
-        first_token=before,
+        first_token=head.first_token,
         num_tokens=sum(node.num_tokens for node in run),
         blocks={tier: blocks[tier] for tier in tiers},
         num_bytes=sum(node.num_bytes * len(node.tiers) for node in run),

@@ -145,8 +145,9 @@ class DirectoryClient:
                 sorted((self._root / FORMAT_FOLDER).glob("*/" + DESCRIPTION_FILE)), MOST_NAMESPACES
             ):
                 memory = np.empty(DESCRIPTION_LIMIT_BYTES, dtype=np.uint8)
-                text = _read(path, memory) if _size_of(path) else None
-                found += [] if text is None else [text.tobytes()]
+                with contextlib.suppress(RemoteDamageError, PermissionError):  # others may write in the directory
+                    text = _read(path, memory) if _size_of(path) else None
+                    found += [] if text is None else [text.tobytes()]
             return found
 
         return self._call(read, deadline)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 from tierkv.config import CacheConfig
 from tierkv.engine.embedded_files import EMBEDDED
@@ -14,7 +14,8 @@ from tierkv.engine.model_support import check_supported, probe_layout
 from tierkv.engine.models import LoadedModel, load_model
 from tierkv.engine.runner import Runner, open_runner
 from tierkv.tools.engine_options import ModelOptions
-from tierkv.tools.options import cache_directory
+from tierkv.tools.model_place import embedded_directory
+from tierkv.tools.stores import find_store_of
 from tierkv.values.namespace import Namespace
 
 __all__ = ["identify", "identify_stored", "open_engine"]
@@ -23,25 +24,29 @@ __all__ = ["identify", "identify_stored", "open_engine"]
 @contextmanager
 def open_engine(options: ModelOptions, config: CacheConfig) -> Iterator[Runner]:
     """Load the model, open the cache, and close it after the command."""
-    with open_runner(_load(options), config, salt=options.salt) as runner:
+    store = config.cold_path or (find_store_of(config.socket) if config.socket else None)
+    with open_runner(_load(options, store), config, salt=options.salt) as runner:
         yield runner
 
 
-def identify(options: ModelOptions) -> tuple[LoadedModel, Namespace]:
-    """Load the model for its tokenizer, and return the namespace of its blocks. Computes nothing."""
-    loaded = _load(options)
+def identify(options: ModelOptions, store: Path | None) -> tuple[LoadedModel, Namespace]:
+    """Load the model for its tokenizer, and return the namespace of its blocks. Computes nothing.
+
+    store: where the embedded model is kept if the user has no cache directory.
+    """
+    loaded = _load(options, store)
     check_supported(loaded.model)
     layout = probe_layout(loaded.model, block_size=options.block_size)
     return loaded, namespace_of(loaded.model, layout, salt=options.salt, name=loaded.name)
 
 
-def identify_stored(options: ModelOptions, lossy_codec: str) -> tuple[LoadedModel, Namespace]:
+def identify_stored(options: ModelOptions, lossy_codec: str, store: Path | None) -> tuple[LoadedModel, Namespace]:
     """Do as `identify`, for blocks that go through a lossy codec, where one is named."""
-    loaded, namespace = identify(options)
+    loaded, namespace = identify(options, store)
     return loaded, replace(namespace, lossy_codec=lossy_codec)
 
 
-def _load(options: ModelOptions) -> LoadedModel:
+def _load(options: ModelOptions, store: Path | None) -> LoadedModel:
     is_embedded = options.model in (None, EMBEDDED)  # another model needs no place of ours
-    cache_dir = cache_directory(os.environ) if is_embedded else None
+    cache_dir = embedded_directory(store) if is_embedded else None
     return load_model(options.model, device=options.device, dtype=options.dtype, cache_dir=cache_dir)

@@ -88,7 +88,9 @@ class EvictionLog:
                 temporary.unlink(missing_ok=True)
                 raise
         except (OSError, StoreError) as exc:
-            _log.warning("the log of evictions %s cannot be written: %s", self._path, exc)
+            _log.warning(
+                "the log of evictions %s cannot be written: %s", self._path, getattr(exc, "strerror", None) or exc
+            )
             with contextlib.suppress(OSError):
                 self._path.unlink()  # an old file would repeat numbers
 

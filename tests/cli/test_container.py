@@ -41,7 +41,8 @@ def script(data: Path, holds: Path) -> str:
         f"for each in {q(ROOT)} /tmp; do if touch $each/written 2>/dev/null; then exit 9; fi; done",
         f"cd {q(data)}",
     ]
-    environment = f"OMP_NUM_THREADS=1 PATH=/usr/bin:/bin PYTHONPATH={q(ROOT)} PYTHONDONTWRITEBYTECODE=1 TIERKV_STORE={q(data / 'store')}"
+    environment = f"OMP_NUM_THREADS=1 PATH=/usr/bin:/bin PYTHONDONTWRITEBYTECODE=1 PYTHONPATH={q(ROOT)}"
+    environment += f" TIERKV_STORE={q(data / 'store')}"
     become = f"setpriv --reuid {USER} --regid {USER} --clear-groups env -i {environment}"
     return "\n".join([*lines, f"exec {become} {q(sys.executable)} {q(WORKER)}"])
 

@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 from tierkv import __version__
-from tierkv.errors import TierKVError
+from tierkv.errors import ConfigError, TierKVError
 from tierkv.tools.help_examples import add_examples
 from tierkv.tools.terminal import OutputError, set_verbosity, standard_streams, visible
 
@@ -100,7 +100,13 @@ class _LateCommands(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         """Return the name of the called command, the command, and its arguments."""
-        name, command, rest = super().resolve_command(ctx, args)
+        try:
+            name, command, rest = super().resolve_command(ctx, args)
+        except _UsageError as exc:
+            places = [group for group in _GROUPS if args and args[0] in load_command(group).commands]
+            if not places:
+                raise
+            raise ConfigError(f"there is no command {args[0]}, but there is tierkv {places[0]} {args[0]}") from exc
         return name, load_command(name) if name in COMMANDS else command, rest
 
 
@@ -145,6 +151,7 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[2]
 
 _TRACEBACK = "TIERKV_TRACEBACK"
 _BLAS_THREADS = "OPENBLAS_NUM_THREADS"
+_GROUPS = ("daemon", "tenant", "remote")
 _COMPUTING = {"warm", "run", "serve", "report", "replay", "train-policy"}
 
 # Names of the library's settings in its messages, and the options that set them.
@@ -206,13 +213,21 @@ def _run() -> int:
         return 130
     except MemoryError:
         return _fail("there is not enough memory")
+    except RuntimeError as exc:
+        if "home directory" not in str(exc):  # Typer asks Python for it to install completion
+            return _unexpected(exc)
+        return _fail("this user has no home directory (set HOME)")
     except OSError as exc:
         return _fail(f"{exc.filename}: {exc.strerror}" if exc.filename and exc.strerror else str(exc))
     except Exception as exc:  # noqa: BLE001 - a bug: one line, and the traceback on request
-        if os.environ.get(_TRACEBACK):
-            traceback.print_exc()
-        return _fail(f"unexpected {type(exc).__name__}: {exc} ({_TRACEBACK}=1 shows where)")
+        return _unexpected(exc)
     return code if isinstance(code, int) else 0
+
+
+def _unexpected(exc: Exception) -> int:
+    if os.environ.get(_TRACEBACK):
+        traceback.print_exception(exc)
+    return _fail(f"unexpected {type(exc).__name__}: {exc} ({_TRACEBACK}=1 shows where)")
 
 
 def _as_options(message: str) -> str:

@@ -16,7 +16,6 @@ from typing import Annotated
 
 import msgspec
 import typer
-from rich.table import Table
 
 from tierkv.daemon.config import DaemonConfig
 from tierkv.daemon.host import NOT_WRITTEN, check_folder, peer_of, read_lock_file
@@ -26,6 +25,7 @@ from tierkv.daemon.service_manager import ServiceManager
 from tierkv.engine.prompts import prefix_tokens, read_prompts
 from tierkv.errors import ConfigError, DaemonError, DaemonGoneError
 from tierkv.tools.daemon_client import open_client
+from tierkv.tools.daemon_status import print_status
 from tierkv.tools.engine_options import ModelOptions
 from tierkv.tools.logs import FormatOption, LogFormat
 from tierkv.tools.options import (
@@ -45,10 +45,9 @@ from tierkv.tools.options import (
     spread,
 )
 from tierkv.tools.service import size_of_slab, unit
-from tierkv.tools.stores import require_place
-from tierkv.tools.terminal import fact_table, format_age, open_console, print_json, visible
+from tierkv.tools.stores import find_store_of, require_place
+from tierkv.tools.terminal import print_json, visible
 from tierkv.values.block import as_token_array, iter_chain
-from tierkv.values.units import format_bytes
 from tierkv.values.users import group_id, user_name
 
 __all__ = ["group"]
@@ -104,6 +103,13 @@ def start(
         group=None if group is None else group_id(group),
         remote=named_remotes(remote, os.environ),
     )
+    try:
+        config.socket.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as exc:
+        raise DaemonError(
+            f"no socket can be made at {config.socket}: {exc.filename}: {exc.strerror}",
+            hint="name another place with --socket or TIERKV_SOCKET",
+        ) from exc
     if config.store:
         require_place(config.store, min_free_bytes=config.min_free_bytes)
     warm_command = _warm_command(warm_file, config.socket, model) if warm_file else []
@@ -130,13 +136,7 @@ def status(socket: DaemonSocket = None, as_json: AsJson = False) -> None:
     if as_json:
         print_json(msgspec.to_builtins({name: getattr(report, name) for name in report.__struct_fields__}))
         return
-    console = open_console()
-    console.print(_table(report))
-    if report.tenants:
-        console.print(_tenants(report))
-    if report.shares:
-        console.print(_shares(report))
-    console.print(_limits(report))
+    print_status(report)
 
 
 def stop(socket: DaemonSocket = None) -> None:
@@ -183,7 +183,7 @@ def prefetch(
     requests = read_prompts(file, lines=lines)
     from tierkv.tools.engines import identify  # loads torch
 
-    loaded, namespace = identify(model)
+    loaded, namespace = identify(model, find_store_of(path))
     hello = Hello(
         namespace=namespace.digest,
         description=namespace.describe(),
@@ -291,65 +291,6 @@ def _what_was_lost(socket: Path, pid: int) -> str:
     _, lines = read_lock_file(socket.with_name(socket.name + ".lock"))
     lost = lines[1].removeprefix(NOT_WRITTEN).strip() if len(lines) > 1 and lines[0] == str(pid) else "0"
     return "" if lost == "0" else f"; {visible(lost)} blocks were not written to the store, its log says why"
-
-
-def _table(report: StatusReport) -> Table:
-    table = fact_table("tierkv daemon")
-    used = report.warm_bytes - report.warm_free_bytes
-    table.add_row(
-        "process", f"{report.pid}, up {format_age(report.uptime_s)}, {format_bytes(report.rss_bytes)} of its own"
-    )
-    table.add_row("socket", visible(report.socket))
-    table.add_row("store", visible(report.store or "none"))
-    table.add_row("warm tier", f"{format_bytes(used)} of {format_bytes(report.warm_bytes)}")
-    if report.cold:
-        live, quota = format_bytes(report.cold["live_bytes"]), format_bytes(report.cold["quota_bytes"])
-        table.add_row("cold tier", f"{live} of {quota}, {report.cold['blocks']:,} blocks")
-    table.add_row("clients", f"{report.clients - 1:,}")  # without this command
-    table.add_row("slots leased to read, to write", f"{report.leased_slots:,}, {report.reserved_slots:,}")
-    table.add_row("blocks promised, being stored", f"{report.claims:,}, {report.pending_writes:,}")
-    table.add_row("socket, in and out", f"{format_bytes(report.bytes_received)}, {format_bytes(report.bytes_sent)}")
-    for name, count in sorted(report.counters.items()):
-        table.add_row(name.replace("_", " "), f"{count:,}")
-    return table
-
-
-def _tenants(report: StatusReport) -> Table:
-    table = Table("namespace", "model", "tenant", "clients", "warm", "pinned")
-    names = {each.owner: each.name for each in report.shares}
-    for tenant in report.tenants:
-        table.add_row(
-            tenant.namespace[:12],
-            visible(tenant.name or "unnamed"),
-            visible(names.get(tenant.owner, tenant.owner[:8])),
-            f"{tenant.clients:,}",
-            format_bytes(tenant.warm_blocks * tenant.block_bytes),
-            format_bytes(tenant.pinned_bytes),
-        )
-    return table
-
-
-def _shares(report: StatusReport) -> Table:
-    """Return what each tenant has of the tiers, and may have."""
-    table = Table("tenant", "warm", "share", "limit", "cold", "share", "limit")
-
-    def shown(share: int, limit: int) -> tuple[str, str]:
-        return format_bytes(share) if share else "none", "none" if limit < 0 else format_bytes(limit)
-
-    for each in report.shares:
-        warm, cold = shown(each.warm_share, each.warm_limit), shown(each.cold_share, each.cold_limit)
-        table.add_row(visible(each.name), format_bytes(each.warm_bytes), *warm, format_bytes(each.cold_bytes), *cold)
-    return table
-
-
-def _limits(report: StatusReport) -> Table:
-    """Return what clients hold of everything that is bounded."""
-    table = Table("held by clients", "now", "at most", "largest", "one at most")
-    for each in report.limits:
-        show = format_bytes if each.name.endswith("_bytes") else "{:,}".format
-        one = (show(each.largest), show(each.limit_of_one)) if each.limit_of_one else ("", "")
-        table.add_row(each.name.removesuffix("_bytes").replace("_", " "), show(each.used), show(each.limit), *one)
-    return table
 
 
 group: typer.Typer = typer.Typer(help="One warm cache for every process on the machine.", add_completion=False)

@@ -98,7 +98,7 @@ class EngineOptions(ModelOptions):
 
         Looks for the user's daemon, and notes on standard error whether it is used.
         """
-        store = self.store or default_store(os.environ)
+        store = self._place()
         return CacheConfig(
             cold_path=store,
             block_size=self.block_size,
@@ -113,9 +113,27 @@ class EngineOptions(ModelOptions):
             remote=named_remotes(self.remote, os.environ),
         )
 
-    def _daemon(self, store: Path) -> Path | None:
+    def _place(self) -> Path | None:
+        """Return the store's directory; None where there is no home, and a daemon is named, which has its own.
+
+        Raises ConfigError where there is neither a home nor a name.
+        """
+        try:
+            return self.store or default_store(os.environ)
+        except ConfigError:
+            if self._daemon_named() is None:
+                raise
+            return None
+
+    def _daemon_named(self) -> Path | None:
         if self.socket or self.read_only or self.no_daemon:
             return self.socket
+        return named_socket(os.environ)
+
+    def _daemon(self, store: Path | None) -> Path | None:
+        if (named := self._daemon_named()) or self.read_only or self.no_daemon:
+            return named
+        assert store is not None, "no daemon is named, so there is a store"
         is_own = {
             "--cold": self.cold is not None,
             "--min-free": self.min_free is not None,
@@ -123,4 +141,4 @@ class EngineOptions(ModelOptions):
             "--codec": self.codec != _CODEC,
         }
         unless = [name for name, is_set in is_own.items() if is_set]
-        return named_socket(os.environ) or running_daemon(store, unless=unless)
+        return running_daemon(store, unless=unless)

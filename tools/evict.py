@@ -27,7 +27,7 @@ from tierkv.tools.confirm import DryRun, Yes, confirm, must_ask
 from tierkv.tools.daemon_client import open_client
 from tierkv.tools.engine_options import ModelOptions
 from tierkv.tools.options import AsJson, parse_optional_size, spread
-from tierkv.tools.stores import StoreOptions, find_digest, open_existing, store_of
+from tierkv.tools.stores import StoreOptions, find_digest, find_store_of, open_existing, store_of
 from tierkv.tools.tenants import TenantNames
 from tierkv.tools.terminal import print_json, visible
 from tierkv.values.block import HASH_BYTES, BlockHash, as_token_array, iter_chain
@@ -76,7 +76,8 @@ def evict(
     if prompt is None:
         requests = [EvictBlocks(older_than_s=older_than_s, to_bytes=to_bytes)]
     else:
-        requests = _requests_of(prompt, model, older_than_s)
+        store = path if daemon is None else find_store_of(daemon)
+        requests = _requests_of(prompt, model, older_than_s, store)
         requests += [EvictBlocks(to_bytes=to_bytes)] if to_bytes >= 0 or not requests else []
     if dry_run or must_ask(yes=yes):
         result = _evict_stored(_store_for(daemon, path), requests, namespace, tenant, dry_run=True)
@@ -159,7 +160,7 @@ def request_of(
     return EvictBlocks(namespace=namespace, hashes=hashes, tokens=tokens, older_than_s=older_than_s)
 
 
-def _requests_of(prompt: str, model: ModelOptions, older_than_s: float) -> list[EvictBlocks]:
+def _requests_of(prompt: str, model: ModelOptions, older_than_s: float, store: Path | None) -> list[EvictBlocks]:
     """Return requests for the prompts of a file, or a text that is one, under the model's namespace and its lossy ones.
 
     Raises ConfigError for a file that holds no prompt, and for a text without tokens.
@@ -167,7 +168,7 @@ def _requests_of(prompt: str, model: ModelOptions, older_than_s: float) -> list[
     prompts = read_prompts(Path(prompt)) if _is_file(prompt) else [PromptRequest(system=prompt.strip())]
     from tierkv.tools.engines import identify  # loads torch
 
-    loaded, namespace = identify(model)
+    loaded, namespace = identify(model, store)
     lossy = [codec.name for codec in CODECS if codec.is_lossy]
     digests = [replace(namespace, lossy_codec=name).digest for name in ("", *lossy)]
     requests = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,9 @@ from tierkv.storage.codecs import CODECS
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_reader import StoredNamespace
 from tierkv.tools.engine_options import ModelOptions
+from tierkv.tools.model_place import embedded_directory
 from tierkv.tools.namespace_words import how_it_differs
-from tierkv.tools.options import AsJson, CodecName, cache_directory, spread
+from tierkv.tools.options import AsJson, CodecName, spread
 from tierkv.tools.prompt_choice import PromptChoice, tokens_of
 from tierkv.tools.stored_match import StoredMatch, match_in_daemon, match_in_store
 from tierkv.tools.stores import StoreOptions, open_existing
@@ -58,6 +58,7 @@ class _Place:
     """Where to look: a store, a daemon, or both."""
 
     store: ColdStore | None
+    path: Path | None
     daemon: Path | None
     namespaces: list[StoredNamespace]
 
@@ -80,7 +81,7 @@ def explain(
     requests = choice.requests()
     with ExitStack() as stack:
         place = _open_place(where, stack)
-        known = _model_of(model, codec, read_weights=read_weights or place.store is None)
+        known = _model_of(model, codec, place.path, read_weights=read_weights or place.store is None)
         results = []
         for request in requests:
             tokens = tokens_of(known.tokenizer, request, day=model.day)
@@ -97,23 +98,24 @@ def _open_place(where: StoreOptions, stack: ExitStack) -> _Place:
     if daemon is not None:
         with DaemonClient(daemon) as client:
             if not client.welcome.has_cold:
-                return _Place(None, daemon, [])
-    store = stack.enter_context(open_existing(where.path))
-    return _Place(store, daemon, store.namespaces())
+                return _Place(None, None, daemon, [])
+    path = where.path
+    store = stack.enter_context(open_existing(path))
+    return _Place(store, path, daemon, store.namespaces())
 
 
-def _model_of(model: ModelOptions, codec: str, *, read_weights: bool) -> _Model:
+def _model_of(model: ModelOptions, codec: str, store: Path | None, *, read_weights: bool) -> _Model:
     lossy = {"lossy_codec": codec} if any(each.name == codec and each.is_lossy for each in CODECS) else {}
     if read_weights:
         from tierkv.tools.engines import identify_stored  # loads torch, and the weights
 
-        loaded, namespace = identify_stored(model, lossy.get("lossy_codec", ""))
+        loaded, namespace = identify_stored(model, lossy.get("lossy_codec", ""), store)
         return _Model(loaded.tokenizer, loaded.name, namespace.identity(), namespace.digest, namespace.describe())
     from tierkv.engine.model_outline import read_outline  # loads torch
 
     outline = read_outline(
         model.model,
-        cache_dir=cache_directory(os.environ) if model.model in (None, EMBEDDED) else None,
+        cache_dir=embedded_directory(store) if model.model in (None, EMBEDDED) else None,
         device=model.device,
         dtype=model.dtype,
         block_size=model.block_size,

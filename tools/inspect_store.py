@@ -6,6 +6,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +16,7 @@ import typer
 from rich import box
 from rich.table import Table
 
+from tierkv.engine.embedded_files import find_embedded_model
 from tierkv.engine.token_texts import load_tokenizer
 from tierkv.errors import ConfigError
 from tierkv.storage.cold import ColdStore
@@ -70,7 +72,7 @@ def inspect(
         found.sort(key=lambda n: n.last_used, reverse=True)
         prefixes = [prefix for n in found for prefix in _iter_prefixes(store, n)]
     if as_json:
-        texts = _texts(prefixes, found, model, own=False)
+        texts = _texts(prefixes, found, model, path, own=False)
         result = {
             "store": str(path),
             "namespaces": [_describe(n, found[0], names) for n in found],
@@ -79,7 +81,7 @@ def inspect(
         print_json(result)
         return
     console = open_console()
-    texts = _texts(prefixes, found, model, own=True)
+    texts = _texts(prefixes, found, model, path, own=True)
     console.print(_namespace_table(found, names, now))
     console.print(_prefix_table(prefixes, texts, now))
     for n in found:
@@ -129,7 +131,9 @@ def _first_tokens(store: ColdStore, block_hash: BlockHash) -> list[int]:
     return token_ids
 
 
-def _texts(prefixes: list[_Prefix], found: list[StoredNamespace], model: str | None, *, own: bool) -> list[str]:
+def _texts(
+    prefixes: list[_Prefix], found: list[StoredNamespace], model: str | None, store: Path, *, own: bool
+) -> list[str]:
     """Return the beginning of each prefix, or of its unshared part; as text where its tokenizer is known."""
     names = {n.digest.hex(): str(n.description.get("name", "")) for n in found}
     tokenizers: dict[str, Any] = {}
@@ -137,18 +141,19 @@ def _texts(prefixes: list[_Prefix], found: list[StoredNamespace], model: str | N
     for prefix in prefixes:
         name = model or names[prefix.namespace]
         if name not in tokenizers:
-            tokenizers[name] = load_tokenizer(name, cache_dir=_embedded_directory())
+            tokenizers[name] = load_tokenizer(name, cache_dir=_embedded_directory(store))
         tokenizer = tokenizers[name]
         ids = prefix.own_ids if own else prefix.token_ids
         texts.append(_decoded(tokenizer, ids) if tokenizer else _numbers(ids))
     return texts
 
 
-def _embedded_directory() -> Path | None:
-    try:
-        return cache_directory(os.environ)
-    except ConfigError:  # no home directory, so no embedded model
-        return None
+def _embedded_directory(store: Path) -> Path:
+    """Return where the embedded model lies, if there is one: in the user's cache directory, or in the store."""
+    with suppress(ConfigError):  # no home directory
+        if find_embedded_model(cache := cache_directory(os.environ)):
+            return cache
+    return store
 
 
 def _decoded(tokenizer: Any, token_ids: list[int]) -> str:

@@ -11,6 +11,7 @@ import typer
 
 from tierkv.daemon.eviction_log import LOG_NAME
 from tierkv.daemon.host import STORE_LOCK, read_lock_file
+from tierkv.engine.embedded_files import places_of
 from tierkv.errors import ConfigError, DaemonError, StoreError
 from tierkv.storage.move_store import move_store
 from tierkv.tools.options import AsJson, MinFree, as_path, parse_optional_size, spread
@@ -61,6 +62,9 @@ def _clear(path: Path, target: Path) -> list[Path]:
     for name in names:
         with contextlib.suppress(OSError):
             (path / name).unlink()
+    for model in places_of(path):  # of a user without a home; it is made again
+        if not model.is_symlink():
+            shutil.rmtree(model, ignore_errors=True)
     with contextlib.suppress(OSError):
         path.rmdir()
     try:

@@ -298,26 +298,32 @@ def default_socket(environment: Mapping[str, str]) -> Path:
     if socket := named_socket(environment):
         return socket
     runtime = _named(environment, "XDG_RUNTIME_DIR", must_be_absolute=True)
-    return (runtime / "tierkv" if runtime else cache_directory(environment)) / "daemon.sock"
+    if runtime:
+        return runtime / "tierkv/daemon.sock"
+    hint = "set HOME or XDG_CACHE_HOME, or name the socket with --socket or TIERKV_SOCKET"
+    return _in_cache_directory(environment, "daemon.sock", hint=hint)
 
 
 def default_store(environment: Mapping[str, str]) -> Path:
     """Return where the cold store lies by default: TIERKV_STORE, or under the user's cache directory."""
-    return _named(environment, "TIERKV_STORE") or cache_directory(environment) / "store"
+    hint = "set HOME or XDG_CACHE_HOME, or name the store with --store or TIERKV_STORE"
+    return _named(environment, "TIERKV_STORE") or _in_cache_directory(environment, "store", hint=hint)
 
 
 def cache_directory(environment: Mapping[str, str]) -> Path:
     """Return the user's cache directory for tierkv, by the XDG convention. Raises ConfigError without a home."""
+    return _in_cache_directory(environment, "", hint="set HOME or XDG_CACHE_HOME")
+
+
+def _in_cache_directory(environment: Mapping[str, str], name: str, *, hint: str) -> Path:
+    """Return a path in the user's cache directory. hint: what helps a user without a home."""
     root = _named(environment, "XDG_CACHE_HOME", must_be_absolute=True)
     if root is None:
         home = home_directory(environment)
         if home is None:
-            raise ConfigError(
-                "this user has no home directory",
-                hint="set HOME or XDG_CACHE_HOME, or name the place with --store or --socket",
-            )
+            raise ConfigError("this user has no home directory", hint=hint)
         root = home / ".cache"
-    return root / "tierkv"
+    return root / "tierkv" / name
 
 
 def _named(environment: Mapping[str, str], name: str, *, must_be_absolute: bool = False) -> Path | None:

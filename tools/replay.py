@@ -118,7 +118,8 @@ def train_policy(
 def _replay_all(trace: Trace, names: list[str], sizes: dict[str, int], model: PrefillModel) -> list[_Point]:
     points = []
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=open_console(stderr=True), transient=True) as progress:
+    console = open_console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("replaying", total=len(sizes) * len(names))
         for text, blocks in sizes.items():
             outcomes = {}
@@ -162,7 +163,7 @@ def _print_tables(trace: Trace, points: list[_Point]) -> None:
     )
     for point in points:
         table = Table(title=f"{point.blocks:,} blocks ({100 * point.blocks / trace.num_unique:.3g} % of the unique)")
-        table.add_column("policy")
+        table.add_column("policy", overflow="fold")
         for header in ("hit rate", "of Belady's", "prefill saved"):
             table.add_column(header, justify="right")
         ranked = sorted(point.outcomes.items(), key=lambda item: -item[1].hit_rate)

@@ -154,7 +154,9 @@ def _writing_to(output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as exc:
-        raise ConfigError(f"cannot write to {exc.filename or output}: {exc.strerror}") from exc
+        raise ConfigError(
+            f"cannot write to {exc.filename or output}: {exc.strerror}", hint="choose another directory with --output"
+        ) from exc
 
 
 def _write(made: MemoryReport, request: ReportRequest) -> list[Path]:

@@ -136,6 +136,7 @@ async def _serve(
         address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         if is_open_to_all:
             _LOG.warning("every client that reaches this machine may ask: there is no --api-key")
+        bound.listen(limits.max_connections)  # a client of the address that is printed next may come at once
         print(f"tierkv serves {visible(name)} at {address}", flush=True)
         _LOG.info(LogEvent("serving", version=__version__, pid=os.getpid(), model=name, address=address))
         manager = ServiceManager.of_environment(os.environ)

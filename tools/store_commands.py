@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
 from typing import Annotated
 
 import typer
@@ -9,7 +13,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from tierkv.daemon.messages import Compact, Done
-from tierkv.errors import CorruptBlockError
+from tierkv.errors import CorruptBlockError, DaemonError, StoreError
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_check import VerifyReport
 from tierkv.storage.cold_eviction import EvictionReport
@@ -91,13 +95,13 @@ def quota(
 def compact(where: StoreOptions, as_json: AsJson = False) -> None:
     """Return a store's free space to the disk. Needs room for a second copy of its blocks meanwhile."""
     path, daemon = where.path, where.find_daemon()
-    with open_existing(path, read_only=daemon is not None) as store:
+    with open_existing(path, read_only=daemon is not None) as store, _hint_of_room():
         before = store.stats().file_bytes
         if daemon is None:
             store.compact()
             after = store.stats().file_bytes
     if daemon is not None:  # it has its store open, so it compacts the store itself
-        with open_client(daemon) as client:
+        with open_client(daemon) as client, _hint_of_room():
             client.call(Compact(), Done, timeout_s=_COMPACT_S)
         with open_existing(path) as store:
             after = store.stats().file_bytes
@@ -105,6 +109,18 @@ def compact(where: StoreOptions, as_json: AsJson = False) -> None:
         print_json({"bytes_before": before, "bytes_after": after})
     else:
         print(f"{format_bytes(before)} before, {format_bytes(after)} now")
+
+
+@contextlib.contextmanager
+def _hint_of_room() -> Iterator[None]:
+    """Say in an error of a full disk that there is another way to another disk."""
+    try:
+        yield
+    except (StoreError, DaemonError) as exc:
+        if os.strerror(errno.ENOSPC) not in exc.args[0]:
+            raise
+        hint = "the copy needs room on the same disk; tierkv move takes the store to another one"
+        raise StoreError(exc.args[0], hint=hint) from exc
 
 
 @spread()
@@ -168,7 +184,8 @@ def _summary(store: ColdStore) -> dict[str, int | float]:
 
 
 def _verify_with_progress(store: ColdStore, *, repair: bool) -> VerifyReport:
-    with Progress(console=open_console(stderr=True), transient=True) as progress:
+    console = open_console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("verifying", total=None)
         return store.verify(
             repair=repair, progress=lambda done, total: progress.update(task, completed=done, total=total)

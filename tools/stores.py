@@ -23,6 +23,7 @@ __all__ = [
     "StoreOptions",
     "find_digest",
     "find_namespace",
+    "find_store_of",
     "iter_chains",
     "open_existing",
     "require_place",
@@ -66,10 +67,16 @@ class StoreOptions:
 
 def store_of(socket: Path) -> Path:
     """Return the directory of the daemon's store. Raises DaemonError if it keeps nothing on disk."""
+    found = find_store_of(socket)
+    if found is None:
+        raise DaemonError(f"the daemon at {socket} keeps nothing on disk")
+    return found
+
+
+def find_store_of(socket: Path) -> Path | None:
+    """Return the directory of the daemon's store; None if it keeps nothing on disk. Raises DaemonError."""
     with open_client(socket) as client:
-        if not client.welcome.has_cold:
-            raise DaemonError(f"the daemon at {socket} keeps nothing on disk")
-        return Path(client.welcome.store)
+        return Path(client.welcome.store) if client.welcome.has_cold else None
 
 
 def open_existing(path: Path, *, read_only: bool = True) -> ColdStore:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
-from rich import box
 from rich.table import Table
 
 from tierkv.errors import ConfigError
@@ -17,10 +16,10 @@ from tierkv.storage.cold_reader import StoredNamespace
 from tierkv.storage.cold_tenants import DEFAULT_TENANT, TenantSettings
 from tierkv.tools.options import AsJson, parse_optional_size, spread
 from tierkv.tools.stores import StoreOptions, open_existing
-from tierkv.tools.terminal import open_console, print_json, visible
+from tierkv.tools.terminal import close_table, open_console, print_json, visible
 from tierkv.values.units import format_bytes
 
-__all__ = ["TenantNames", "group", "id_of_salt"]
+__all__ = ["TenantNames", "group", "id_of_salt", "tier_row", "tier_table"]
 
 _SHOWN_DIGITS = 8
 _LEAST_DIGITS = 4  # of an id that a user types
@@ -84,16 +83,12 @@ def list_tenants(where: StoreOptions, as_json: AsJson = False) -> None:
     if as_json:
         print_json({"tenants": rows})
         return
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in ("tenant", "blocks", "cold", "share", "limit", "warm share", "limit"):
-        table.add_column(column)
+    table = tier_table("blocks")
     for row in rows:
-        table.add_row(
-            visible(row["name"]),
-            f"{row['blocks']:,}",
-            format_bytes(row["bytes_live"]),
-            *(_shown(row[key]) for key in ("cold_share", "cold_limit", "warm_share", "warm_limit")),
-        )
+        cold = tier_row(row["name"], "cold", row["bytes_live"], row["cold_share"], row["cold_limit"])
+        table.add_row(*cold, f"{row['blocks']:,}")
+        if row["warm_share"] or row["warm_limit"] is not None:
+            table.add_row(*tier_row("", "warm", None, row["warm_share"], row["warm_limit"]))
     open_console().print(table)
 
 
@@ -197,6 +192,19 @@ def _row(names: TenantNames, tenant: str | None, namespaces: Iterable[StoredName
 
 def _settings(settings: TenantSettings) -> dict[str, Any]:
     return {each: getattr(settings, each) for each in settings.__struct_fields__}
+
+
+def tier_table(*more: str) -> Table:
+    """Return an empty table of what tenants have of each tier, and may have; for rows of `tier_row`.
+
+    more: further columns.
+    """
+    return close_table("tenant", "tier", "used", "share", "limit", *more, folded=("tenant",))
+
+
+def tier_row(name: str, tier: str, used: int | None, share: int, limit: int | None) -> tuple[str, ...]:
+    """Return the cells of a tenant's row. used: bytes, None where they are not known. limit: None for none."""
+    return visible(name), tier, "" if used is None else format_bytes(used), _shown(share), _shown(limit)
 
 
 def _shown(size: int | None) -> str:

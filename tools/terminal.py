@@ -9,10 +9,11 @@ import logging
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any, TextIO
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -21,6 +22,7 @@ from tierkv.errors import TierKVError
 
 __all__ = [
     "OutputError",
+    "close_table",
     "cut_text",
     "fact_table",
     "format_age",
@@ -73,12 +75,14 @@ def set_verbosity(level: int) -> None:
     """Show less or more on standard error: -1 errors alone, 0 progress too, 1 what the library logs, 2 its details."""
     global _verbosity
     _verbosity = level
+    logger = logging.getLogger("tierkv")
     if level > 0:
-        handler = logging.StreamHandler()  # onto the standard error of now
+        handler: logging.Handler = logging.StreamHandler()  # onto the standard error of now
         handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-        logger = logging.getLogger("tierkv")
-        logger.handlers = [handler]
         logger.setLevel(logging.INFO if level == 1 else logging.DEBUG)
+    else:
+        handler = _Notes(logging.ERROR if level < 0 else logging.WARNING)
+    logger.handlers = [handler]
 
 
 def open_console(*, stderr: bool = False) -> Console:
@@ -96,6 +100,17 @@ def fact_table(title: str | None = None) -> Table:
     table = Table(title=title, show_header=False)
     table.add_column(overflow="fold")
     table.add_column(overflow="fold")
+    return table
+
+
+def close_table(*columns: str, title: str | None = None, folded: Collection[str] = ()) -> Table:
+    """Return an empty table with little between its columns, so that 60 columns of a terminal have room for many.
+
+    folded: columns whose values go on in a further line where they are too long.
+    """
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0)
+    for column in columns:
+        table.add_column(column, overflow="fold", no_wrap=column not in folded)
     return table
 
 
@@ -121,6 +136,14 @@ def format_age(seconds: float) -> str:
         if seconds >= length:
             return f"{seconds / length:.0f} {unit}"
     return f"{max(seconds, 0):.0f} s"
+
+
+class _Notes(logging.Handler):
+    """What the library warns of, as lines of the command."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record."""
+        print(visible(f"tierkv: {' '.join(record.getMessage().split())}"), file=sys.stderr)
 
 
 class _Output:

@@ -24,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tierkv.daemon.messages import Status, StatusReport
-from tierkv.errors import ConfigError, TierKVError
+from tierkv.errors import ConfigError, DaemonGoneError, TierKVError
 from tierkv.profiling.prefixes import PrefixTable
 from tierkv.storage.cold import ColdStore
 from tierkv.tools.daemon_client import open_client
@@ -101,7 +101,12 @@ def top(
     if not 0 < interval <= _MAX_INTERVAL_S:
         raise ConfigError(f"--interval must be positive and at most {_MAX_INTERVAL_S:.0f}, got {interval:g}")
     look = _looker(source, prefixes)
-    first = look()
+    try:
+        first = look()
+    except DaemonGoneError as exc:
+        if named:
+            raise
+        raise DaemonGoneError(f"{exc}; --store looks at a store, --url at a process that serves metrics") from exc
     if as_json:
         print_json(first)
         return

@@ -25,6 +25,7 @@ from tierkv.tools.engines import open_engine
 from tierkv.tools.evict import parse_age
 from tierkv.tools.options import AsJson, Lines, PromptFile, spread
 from tierkv.tools.stores import open_existing, require_place, store_of
+from tierkv.tools.tenants import id_of_salt
 from tierkv.tools.terminal import fact_table, open_console, print_json, visible
 from tierkv.tools.warm_warnings import warn_of_date, warn_of_short
 from tierkv.values.block import TOKEN_BYTES, BlockHash, as_token_array, hash_block, iter_chain
@@ -117,6 +118,7 @@ def warm(
         summary.blocks_reused = len(reused)
         summary.blocks_computed = len(computed)
         missing = 0 if dry_run else _add_sizes(summary, runner, reused | computed)
+        remedy = _remedy(runner) if missing else ""
         if runner.cache.cold:
             summary.blocks_evicted = runner.cache.cold.stats().evicted_blocks
         elif config.socket:
@@ -131,7 +133,7 @@ def warm(
     if missing:
         raise StoreError(
             f"{missing} of {len(reused | computed)} blocks found no room in the store, or were evicted for later ones",
-            hint="free disk space, lower --min-free, or raise the quota: tierkv quota SIZE",
+            hint=remedy,
         )
 
 
@@ -199,6 +201,18 @@ def _add_sizes(summary: _Summary, runner: Runner, block_hashes: set[BlockHash]) 
     return len(block_hashes) - len(stored)
 
 
+def _remedy(runner: Runner) -> str:
+    """Return what helps where blocks found no room in the store."""
+    tenant = id_of_salt(runner.cache.namespace.salt)
+    with _store_of(runner) as store:
+        settings = store.tenants().get(tenant)
+        used = sum(each.value_bytes for each in store.namespaces() if each.tenant == tenant)
+    if settings and settings.cold_limit is not None and used + runner.cache.layout.block_bytes > settings.cold_limit:
+        limit = format_bytes(settings.cold_limit)
+        return f"tenant {settings.name} has a limit of {limit}: tierkv tenant set {settings.name} --cold-limit SIZE"
+    return "free disk space, lower --min-free, or raise the quota: tierkv quota SIZE"
+
+
 @contextmanager
 def _store_of(runner: Runner) -> Iterator[ColdStore]:
     """Yield the store that has the blocks: this process's own, or the daemon's, opened for reading."""
@@ -220,7 +234,8 @@ def _table(summary: _Summary, dry_run: bool) -> Table:
     table.add_row("blocks reused", f"{summary.blocks_reused:,}")
     if summary.blocks_evicted:
         table.add_row("blocks evicted to make room", f"{summary.blocks_evicted:,}")
-    table.add_row("bytes raw", format_bytes(summary.bytes_raw))
-    table.add_row("bytes stored", format_bytes(summary.bytes_stored))
+    if not dry_run:
+        table.add_row("bytes raw", format_bytes(summary.bytes_raw))
+        table.add_row("bytes stored", format_bytes(summary.bytes_stored))
     table.add_row("seconds", f"{summary.seconds:.2f}")
     return table

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import pwd
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -10,9 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from daemon_fixtures import short_path, start_daemon
 
 from tierkv.engine.models import load_model
 from tierkv.tools import cli
+
+__all__ = ["short_path", "start_daemon"]
 
 
 @dataclass(frozen=True)
@@ -59,3 +63,15 @@ def command(embedded_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return Printed(code, *texts)
 
     return run
+
+
+def no_such_user(number: int) -> pwd.struct_passwd:
+    raise KeyError(number)
+
+
+@pytest.fixture
+def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the user's home away, as in a container that runs as some number. After `command`, which names places."""
+    monkeypatch.setattr(pwd, "getpwuid", no_such_user)
+    for name in ("HOME", "XDG_CACHE_HOME", "XDG_RUNTIME_DIR", "TIERKV_STORE", "TIERKV_SOCKET"):
+        monkeypatch.delenv(name, raising=False)

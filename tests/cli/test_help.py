@@ -98,3 +98,11 @@ def test_no_color_takes_the_colours_away(command: Command, monkeypatch: pytest.M
     monkeypatch.setenv("NO_COLOR", "1")
     assert not coloured.search(command("run", "-h").out)
     assert not coloured.search(command("daemon", "-h").out)
+
+
+def test_a_command_of_a_group_is_found_by_its_own_name(command: Command) -> None:
+    refused = command("status")
+    assert (
+        refused.code == 2 and refused.err == "tierkv: there is no command status, but there is tierkv daemon status\n"
+    )
+    assert "No such command 'wram'. Did you mean 'warm'" in command("wram").err

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from daemon_process import Start
+from synthetic_traces import make_requests, write_trace
 
 from tierkv.engine.models import load_model
 from tierkv.engine.prompts import prefix_tokens, read_prompts
@@ -113,6 +115,35 @@ def test_stats_shows_the_whole_path(narrow: Command, tmp_path: Path) -> None:
 )
 def test_other_tables_cut_nothing(narrow: Command, arguments: tuple[object, ...]) -> None:
     assert "…" not in narrow(*arguments)
+
+
+def test_the_status_of_a_daemon_cuts_no_name(
+    narrow: Command, command: Command, start_daemon: Start, tmp_path: Path
+) -> None:
+    daemon = start_daemon(slots=1024)
+    store = daemon.socket.parent / "store"
+    for name, limit in (("research-platform", "1000M"), ("default", "1000G")):
+        salt = "s" * (name != "default")
+        assert command("tenant", "set", name, "--salt", salt, "--store", store, "--cold-limit", limit).code == 0
+        assert command("warm", "prompts.txt", "--block-size", 16, "--socket", daemon.socket, "--salt", salt).code == 0
+    for arguments in (("daemon", "status", "--socket", daemon.socket), ("tenant", "list", "--store", store)):
+        text = narrow(*arguments)
+        assert "…" not in text and "research-platform" in text
+        assert "1000.0 MiB" in text and "1000.0 GiB" in text, "no size is cut in two"
+    status = narrow("daemon", "status", "--socket", daemon.socket)
+    for name in ("namespace", "embedded", "reservations", "waiting requests", "claimed blocks", "1,048,576"):
+        assert name in status, name
+    assert "…" not in narrow("top", "--once", "--socket", daemon.socket)
+
+
+def test_replay_and_train_policy_cut_no_name(narrow: Command, tmp_path: Path) -> None:
+    trace = write_trace(tmp_path / "t.jsonl", make_requests("scans")[:200])
+    narrow("train-policy", trace, "--out", "a-policy-of-a-rather-long-name.json")
+    names = f"lru,hit-density,learned:{tmp_path}/a-policy-of-a-rather-long-name.json"
+    text = narrow("replay", trace, "--policy", names, "--capacity", "1%,5%")
+    assert "…" not in text and text.startswith("t.jsonl"), "no line of progress where there is no terminal"
+    policies = "".join(re.findall(r"^[│ ]([^│\n]*)│", text, re.MULTILINE)).replace(" ", "")
+    assert "hit-density" in policies and "a-policy-of-a-rather-long-name.json" in policies
 
 
 # -- top --------------------------------------------------------------------------------------------------

@@ -102,6 +102,21 @@ def test_a_size_beside_a_prompt_does_not_empty_the_namespace(tierkv: Run, tmp_pa
     assert blocks_of(path) == [4, 4, 4]
 
 
+def test_warm_names_the_limit_that_leaves_no_room(tierkv: Run, tmp_path: Path) -> None:
+    prompts, path = tmp_path / "p.txt", tmp_path / "s"
+    prompts.write_text("Be kind. " * 150)
+    warm = ("warm", prompts, "--block-size", 256, "--salt", "alpha", "--store", path)
+    assert tierkv(*warm).code == 0
+    tierkv("tenant", "set", "research", "--salt", "alpha", "--store", path, "--cold-limit", "3M", "--evict")
+    limited = tierkv(*warm)
+    assert limited.code == 2 and "found no room" in limited.err
+    assert "(tenant research has a limit of 3.0 MiB: tierkv tenant set research --cold-limit SIZE)" in limited.err
+    tierkv("tenant", "set", "research", "--store", path, "--cold-limit", "none")
+    tierkv("quota", "3M", "--evict", "--store", path)
+    full = tierkv(*warm)
+    assert full.code == 2 and "quota" in full.err and "research" not in full.err
+
+
 def test_warm_pins_for_a_time(tierkv: Run, tmp_path: Path) -> None:
     prompts = tmp_path / "p.txt"
     prompts.write_text("Be kind. " * 60)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import socket
 import threading
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from scripted_server import ScriptedEngine, scripted_server
@@ -17,7 +20,9 @@ from tierkv.errors import ConfigError
 from tierkv.serving import responses
 from tierkv.serving.limits import ServeLimits
 from tierkv.serving.monitor import Monitor
+from tierkv.serving.server import bind
 from tierkv.serving.token_text import TokenTexts
+from tierkv.tools import serve as serve_command
 from tierkv.tools.options import parse_day
 
 
@@ -120,3 +125,24 @@ def test_clients_that_go_away_leave_no_task_behind(model_path: Path) -> None:
             threading.Event().wait(0.05)
         assert count() <= before
         assert service.num_active == 0
+
+
+def test_the_address_is_printed_once_clients_can_connect(monkeypatch: pytest.MonkeyPatch) -> None:
+    bound = bind("127.0.0.1", 0)
+    address = bound.getsockname()
+    printed = []
+
+    def connect(text: str, **_: Any) -> None:
+        socket.create_connection(address, timeout=5).close()
+        printed.append(text)
+
+    async def serve(*_: Any) -> None:
+        pass
+
+    service = SimpleNamespace(close=lambda: None, started=0.0)
+    serving = SimpleNamespace(Service=lambda *_, **__: service, make_app=lambda *_, **__: None, serve=serve)
+    monkeypatch.setattr(serve_command, "print", connect, raising=False)
+    unused: Any = SimpleNamespace(day=None)
+    with bound:
+        asyncio.run(serve_command._serve(serving, unused, unused, "m", ServeLimits(), unused, "key", bound))
+    assert printed == [f"tierkv serves m at http://127.0.0.1:{address[1]}"]

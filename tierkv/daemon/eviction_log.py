@@ -88,7 +88,9 @@ class EvictionLog:
                 temporary.unlink(missing_ok=True)
                 raise
         except (OSError, StoreError) as exc:
-            _log.warning("the log of evictions %s cannot be written: %s", self._path, exc)
+            _log.warning(
+                "the log of evictions %s cannot be written: %s", self._path, getattr(exc, "strerror", None) or exc
+            )
             with contextlib.suppress(OSError):
                 self._path.unlink()  # an old file would repeat numbers
 
@@ -108,7 +110,8 @@ class EvictionLog:
         except FileNotFoundError:
             raise
         except (OSError, StoreError, WrongAnswerError, msgspec.MsgspecError, UnicodeDecodeError) as exc:
-            _log.warning("the log of evictions %s cannot be read, a new one is started: %s", self._path, exc)
+            reason = getattr(exc, "strerror", None) or exc
+            _log.warning("the log of evictions %s cannot be read, a new one is started: %s", self._path, reason)
             return
         self.log, self.number = kept.log, kept.number
         self._evictions.extend(kept.evictions)

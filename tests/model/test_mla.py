@@ -135,6 +135,10 @@ def test_what_does_not_compute_as_its_class_keeps_k_and_v(v3: Any) -> None:
     attention.layer_idx = 2
     assert reasons() == ["layer 1 calls itself 2"]
     attention.layer_idx = 1
+    scaling = attention.scaling
+    del attention.scaling
+    assert reasons() == ["this Transformers' attention has no scaling"]
+    attention.scaling = scaling
     v3.model.layers = v3.model.layers[:2]
     assert reasons() == ["it does not run all of its layers"]
 
@@ -199,6 +203,13 @@ def _expanded_alone_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mla_attention, "_attend_expanded", attend)
 
 
+def _called_in_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    def project(layer: MlaLayer, hidden: Any) -> MlaInput:
+        raise AssertionError("not reached")
+
+    monkeypatch.setattr(MlaLayer, "project", project)
+
+
 FAULTS = [
     _roll_keys,
     _swap_values,
@@ -207,6 +218,7 @@ FAULTS = [
     _latent_without_its_norm,
     _absorbed_alone_is_wrong,
     _expanded_alone_is_wrong,
+    _called_in_another_way,
 ]
 
 

@@ -13,6 +13,7 @@ from places import Place, plain_logits
 from tiny_models import FAMILIES, MLA, VOCABULARY, make_model
 
 from tierkv.config import CacheConfig
+from tierkv.engine import mla_self_test
 from tierkv.engine.generation import GenerationOptions
 from tierkv.engine.mla_layers import MlaInput, MlaLayer, mla_layers, mla_reasons, rope_order
 from tierkv.engine.mla_model import LatentAttention, MlaChoice, choose_mla, latent_attention
@@ -364,3 +365,17 @@ def test_a_call_that_is_not_the_decoders_own_is_refused(v3: Any) -> None:
             attention(hidden, tierkv=batch)
         with pytest.raises(ConfigError, match="packed input"):
             attention(hidden.expand(2, 2, 128), position_embeddings=positions, tierkv=batch)
+
+
+def test_a_small_fault_in_16_bits_is_found_in_the_module_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logits of a bfloat16 model with experts would hide it."""
+    from tierkv.engine import mla_attention
+
+    model = make_model("deepseek_v3", block_size=SIZE, dtype=torch.bfloat16)
+    assert choose(model).latent is not None
+    right = mla_attention._attend_latents
+    monkeypatch.setattr(mla_attention, "_attend_latents", lambda *args: right(*args) * 1.05)
+    with pytest.raises(UnsupportedModelError, match="attention of layer 0 over latents differs by"):
+        choose(model, "latent")
+    monkeypatch.setattr(mla_self_test, "layer_error", lambda *args: [])
+    assert choose(model, "latent").latent is not None, "the logits alone do not find it"

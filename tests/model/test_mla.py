@@ -14,6 +14,7 @@ from tiny_models import FAMILIES, MLA, VOCABULARY, make_model
 
 from tierkv.config import CacheConfig
 from tierkv.engine import mla_self_test
+from tierkv.engine.cascade import CascadeCost
 from tierkv.engine.generation import GenerationOptions
 from tierkv.engine.mla_layers import MlaInput, MlaLayer, mla_layers, mla_reasons, rope_order
 from tierkv.engine.mla_model import LatentAttention, MlaChoice, choose_mla, latent_attention
@@ -347,6 +348,8 @@ def test_a_pass_leaves_nothing_of_its_batch_behind(v3: Any, open_one: Open) -> N
 
 def test_there_are_no_graphs_and_no_cascade_over_latents(v3: Any, open_one: Open) -> None:
     runner = open_one(v3, hot=64)
+    cost = CascadeCost.of_cpu(heads=4, kv_heads=1, head_dim=64, token_bytes=256)
+    runner = Runner(runner.loaded, runner.cache, cascade_cost=cost, use_graphs=True)
     assert runner._pass.graphs is None and runner._pass._cascade_cost is None
     shared = tokens(6 * SIZE)
     answers = runner.generate([[*shared, n] for n in range(6)], greedy(4))
@@ -367,14 +370,23 @@ def test_a_call_that_is_not_the_decoders_own_is_refused(v3: Any) -> None:
             attention(hidden.expand(2, 2, 128), position_embeddings=positions, tierkv=batch)
 
 
-def test_a_small_fault_in_16_bits_is_found_in_the_module_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", ["absorbed", "expanded"])
+def test_a_small_fault_in_16_bits_is_found_in_the_module_that_has_it(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The logits of a bfloat16 model with experts would hide it."""
     from tierkv.engine import mla_attention
 
     model = make_model("deepseek_v3", block_size=SIZE, dtype=torch.bfloat16)
     assert choose(model).latent is not None
-    right = mla_attention._attend_latents
-    monkeypatch.setattr(mla_attention, "_attend_latents", lambda *args: right(*args) * 1.05)
+    name = "_attend_latents" if way == "absorbed" else "_attend_cpu"
+    right: Callable[..., Any] = getattr(mla_attention, name)
+
+    def near(query: Any, keys: Any, values: Any, *more: Any) -> Any:
+        return right(query, keys, values, *more) * (1.05 if keys.shape[1] > 1 else 1.0)  # latents have one head
+
+    def near_latents(*args: Any) -> Any:
+        return right(*args) * 1.05
+
+    monkeypatch.setattr(mla_attention, name, near_latents if way == "absorbed" else near)
     with pytest.raises(UnsupportedModelError, match="attention of layer 0 over latents differs by"):
         choose(model, "latent")
     monkeypatch.setattr(mla_self_test, "layer_error", lambda *args: [])

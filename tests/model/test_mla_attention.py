@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -373,6 +374,11 @@ def test_what_flashinfer_cannot_compute_is_left_to_torch(wide_model: Any, monkey
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert why_no_flashinfer(on_gpu, layers) == "flashinfer is not installed"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "flashinfer", None)
+    reason = why_no_flashinfer(on_gpu, layers)
+    assert reason is not None and reason.startswith("it cannot be imported: import of flashinfer halted")
+    monkeypatch.setitem(sys.modules, "flashinfer", ModuleType("flashinfer"))
+    monkeypatch.setitem(sys.modules, "flashinfer.mla", ModuleType("flashinfer.mla"))
     assert why_no_flashinfer(on_gpu, layers) is None
     on_gpu.dtype = torch.float32
     assert why_no_flashinfer(on_gpu, layers) == "it does not compute in torch.float32"

@@ -42,6 +42,8 @@ class LatentAttention:
             raise UnsupportedModelError(f"{type(model).__name__} cannot keep the latent: {reason}")
         self.layers: list[MlaLayer] = mla_layers(model)
         reason = why_no_flashinfer(model, self.layers) if use_library else "it is not wanted"
+        if reason is not None and use_library and model.device.type == "cuda":
+            _log.info("%s attends to latents by torch, not by FlashInfer: %s", type(model).__name__, reason)
         self.attention: MlaAttention = MlaAttention(flashinfer_kernel(model, self.layers) if reason is None else None)
         self._seams = ModuleSeams(self.layers, lambda layer: _Handler(layer, self.attention))
 

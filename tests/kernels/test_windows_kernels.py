@@ -13,6 +13,7 @@ from test_windows import UNEVEN, normal_block
 from tierkv.errors import ShapeError
 from tierkv.kernels.windows import compress_section, decompress_section, section_tiles
 from tierkv.storage.windows import WindowFormat
+from tierkv.values.layout import BlockLayout, LayerLayout
 
 FORM = WindowFormat(UNEVEN, (1, 3))
 
@@ -82,3 +83,22 @@ def test_sections_of_another_size_are_refused(device: str) -> None:
         decompress_section(
             torch.zeros(1, 64, dtype=torch.uint8, device=device), ids, section, tiles, make_pool(1, device)
         )
+
+
+def test_latents_go_through_the_kernels_as_through_the_definition(device: str) -> None:
+    """One plane a layer, of a number of channels that is no power of two."""
+    layout = BlockLayout(block_size=16, dtype="bfloat16", layers=(LayerLayout.of_latent(288),) * 3)
+    form = WindowFormat(layout, (1, 3))
+    pool = torch.from_numpy(np.stack([normal_block(layout, seed) for seed in range(2)])).view(torch.bfloat16).to(device)
+    slot = np.zeros(form.slot_bytes, np.uint8)
+    assert form.compress(pool[1].view(torch.uint8).cpu().numpy(), slot)
+    target = torch.zeros_like(pool)
+    for group, section in enumerate(form.sections):
+        tiles = section_tiles(section, device)
+        out = torch.zeros((1, section.capacity_bytes), dtype=torch.uint8, device=device)
+        counts, totals = (torch.full((1,), value, dtype=torch.int32, device=device) for value in (16, 0))
+        compress_section(pool, torch.tensor([1], device=device), counts, section, tiles, out, totals)
+        length = form.section_bytes(slot, group)
+        assert np.array_equal(out[0, :length].cpu().numpy(), slot[section.offset : section.offset + length])
+        decompress_section(out, torch.tensor([0], device=device), section, tiles, target)
+    assert torch.equal(target[0].view(torch.int16), pool[1].view(torch.int16))

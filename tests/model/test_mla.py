@@ -13,6 +13,8 @@ from places import Place, plain_logits
 from tiny_models import FAMILIES, MLA, VOCABULARY, make_model
 
 from tierkv.config import CacheConfig
+from tierkv.engine import mla_self_test
+from tierkv.engine.cascade import CascadeCost
 from tierkv.engine.generation import GenerationOptions
 from tierkv.engine.mla_layers import MlaInput, MlaLayer, mla_layers, mla_reasons, rope_order
 from tierkv.engine.mla_model import LatentAttention, MlaChoice, choose_mla, latent_attention
@@ -135,6 +137,10 @@ def test_what_does_not_compute_as_its_class_keeps_k_and_v(v3: Any) -> None:
     attention.layer_idx = 2
     assert reasons() == ["layer 1 calls itself 2"]
     attention.layer_idx = 1
+    scaling = attention.scaling
+    del attention.scaling
+    assert reasons() == ["this Transformers' attention has no scaling"]
+    attention.scaling = scaling
     v3.model.layers = v3.model.layers[:2]
     assert reasons() == ["it does not run all of its layers"]
 
@@ -199,6 +205,13 @@ def _expanded_alone_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mla_attention, "_attend_expanded", attend)
 
 
+def _called_in_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    def project(layer: MlaLayer, hidden: Any) -> MlaInput:
+        raise AssertionError("not reached")
+
+    monkeypatch.setattr(MlaLayer, "project", project)
+
+
 FAULTS = [
     _roll_keys,
     _swap_values,
@@ -207,6 +220,7 @@ FAULTS = [
     _latent_without_its_norm,
     _absorbed_alone_is_wrong,
     _expanded_alone_is_wrong,
+    _called_in_another_way,
 ]
 
 
@@ -334,6 +348,8 @@ def test_a_pass_leaves_nothing_of_its_batch_behind(v3: Any, open_one: Open) -> N
 
 def test_there_are_no_graphs_and_no_cascade_over_latents(v3: Any, open_one: Open) -> None:
     runner = open_one(v3, hot=64)
+    cost = CascadeCost.of_cpu(heads=4, kv_heads=1, head_dim=64, token_bytes=256)
+    runner = Runner(runner.loaded, runner.cache, cascade_cost=cost, use_graphs=True)
     assert runner._pass.graphs is None and runner._pass._cascade_cost is None
     shared = tokens(6 * SIZE)
     answers = runner.generate([[*shared, n] for n in range(6)], greedy(4))
@@ -352,3 +368,26 @@ def test_a_call_that_is_not_the_decoders_own_is_refused(v3: Any) -> None:
             attention(hidden, tierkv=batch)
         with pytest.raises(ConfigError, match="packed input"):
             attention(hidden.expand(2, 2, 128), position_embeddings=positions, tierkv=batch)
+
+
+@pytest.mark.parametrize("way", ["absorbed", "expanded"])
+def test_a_small_fault_in_16_bits_is_found_in_the_module_that_has_it(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logits of a bfloat16 model with experts would hide it."""
+    from tierkv.engine import mla_attention
+
+    model = make_model("deepseek_v3", block_size=SIZE, dtype=torch.bfloat16)
+    assert choose(model).latent is not None
+    name = "_attend_latents" if way == "absorbed" else "_attend_cpu"
+    right: Callable[..., Any] = getattr(mla_attention, name)
+
+    def near(query: Any, keys: Any, values: Any, *more: Any) -> Any:
+        return right(query, keys, values, *more) * (1.05 if keys.shape[1] > 1 else 1.0)  # latents have one head
+
+    def near_latents(*args: Any) -> Any:
+        return right(*args) * 1.05
+
+    monkeypatch.setattr(mla_attention, name, near_latents if way == "absorbed" else near)
+    with pytest.raises(UnsupportedModelError, match="attention of layer 0 over latents differs by"):
+        choose(model, "latent")
+    monkeypatch.setattr(mla_self_test, "layer_error", lambda *args: [])
+    assert choose(model, "latent").latent is not None, "the logits alone do not find it"

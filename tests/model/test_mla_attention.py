@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,7 +18,7 @@ from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 from tierkv.engine import mla_attention, mla_flashinfer
 from tierkv.engine.attention import SequenceStep, build_batch, forward, use_tierkv_attention
 from tierkv.engine.mla_attention import MlaAttention, is_expanding_cheaper
-from tierkv.engine.mla_flashinfer import FlashInferMla, why_no_flashinfer
+from tierkv.engine.mla_flashinfer import MAX_SPAN, FlashInferMla, why_no_flashinfer
 from tierkv.engine.mla_layers import MlaInput, mla_layers
 from tierkv.engine.mla_model import LatentAttention, choose_mla
 from tierkv.engine.model_support import probe_layout
@@ -291,6 +292,36 @@ def check_logits(model: Any, latent: LatentAttention) -> None:
             held[row] += news[row]
 
 
+class _LateLoad:
+    """A load whose bytes of a layer arrive when that layer waits for them."""
+
+    def __init__(self, source: HotPool, target: HotPool) -> None:
+        self.waited: list[int] = []
+        self._source, self._target = source, target
+
+    def wait_layer(self, layer: int) -> None:
+        self.waited.append(layer)
+        self._target.key_cache(layer)[:] = self._source.key_cache(layer)
+
+
+def test_each_layer_waits_for_its_cached_latents(wide_model: Any) -> None:
+    latent = LatentAttention(wide_model)
+    layout = probe_layout(wide_model, block_size=16, latent=latent)
+    prompt = tokens(40, seed=1)
+    computed, loaded = (HotPool(layout, 3, torch.device("cpu")) for _ in range(2))
+    loaded.blocks.fill_(math.nan)
+    load = _LateLoad(computed, loaded)
+    with torch.inference_mode(), use_tierkv_attention(wide_model), latent:
+        for pool, past, new in ((computed, 0, 32), (loaded, 32, 8)):
+            step = SequenceStep(
+                block_table=[2, 0, 1], num_past=past, num_new=new, loads=load if pool is loaded else None
+            )
+            batch = build_batch(pool, [step], block_size=16, device=torch.device("cpu"))
+            logits = forward(wide_model, torch.tensor(prompt[past : past + new]), batch)
+    Place("cpu", torch.float32, 16).assert_logits(logits, wide_model, prompt, first=32)
+    assert load.waited == [0, 1]
+
+
 def test_flashinfer_is_called_as_its_sources_want_and_reads_the_pool_in_place(wide_model: Any) -> None:
     latent = with_flashinfer(wide_model)
     with latent.attention.only("absorbed"):
@@ -343,6 +374,11 @@ def test_what_flashinfer_cannot_compute_is_left_to_torch(wide_model: Any, monkey
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert why_no_flashinfer(on_gpu, layers) == "flashinfer is not installed"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "flashinfer", None)
+    reason = why_no_flashinfer(on_gpu, layers)
+    assert reason is not None and reason.startswith("it cannot be imported: import of flashinfer halted")
+    monkeypatch.setitem(sys.modules, "flashinfer", ModuleType("flashinfer"))
+    monkeypatch.setitem(sys.modules, "flashinfer.mla", ModuleType("flashinfer.mla"))
     assert why_no_flashinfer(on_gpu, layers) is None
     on_gpu.dtype = torch.float32
     assert why_no_flashinfer(on_gpu, layers) == "it does not compute in torch.float32"
@@ -377,7 +413,7 @@ def test_a_flashinfer_that_fails_at_opening_is_replaced_by_torch_and_counted(
     monkeypatch.setattr("tierkv.engine.mla_model.flashinfer_kernel", kernel)
     choice = choose_mla(wide_model, "latent", block_size=16, ranks=OneRank())
     assert choice.latent is not None and choice.latent.kernel == "torch"
-    assert choice.fallbacks == {"flashinfer": 1} and "flashinfer is off" in caplog.text.lower()
+    assert choice.fallbacks == {"flashinfer": 1} and "by flashinfer is off" in caplog.text
     monkeypatch.setattr(library, "BatchMLAPagedAttentionWrapper", _Wrapper)
     right = choose_mla(wide_model, "auto", block_size=16, ranks=OneRank())
     assert right.latent is not None and right.latent.kernel == "flashinfer" and right.fallbacks == {}
@@ -403,3 +439,7 @@ def test_the_page_numbers_of_a_plan_are_those_of_the_block_tables() -> None:
     kernel.plan(batch, [1], 1)
     assert [each.tolist() for each in found] == [[9, 4, 7, 2], [2]]
     assert np.all([each.dtype == torch.int32 for each in found])
+    kernel.plan(batch, [0, 1], MAX_SPAN + 1)
+    assert found[2].tolist() == [0, 1, 2, 3] and kernel._copied is not None and kernel._copied.tolist() == [9, 4, 7, 2]
+    kernel.plan(batch, [0, 1], MAX_SPAN)
+    assert found[3].tolist() == [9, 4, 7, 2] and kernel._copied is None, "a smaller pool is read in place again"

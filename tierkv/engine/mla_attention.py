@@ -104,12 +104,20 @@ class MlaAttention:
             )
         pages[batch.block_ids, batch.offsets] = new.latent
         plan = self._plan_of(layer, batch, pages)
+        if not plan.expanded:
+            return self._attend_absorbed(layer, new.query, new.query_rope, pages, plan)
         out = new.query.new_empty(new.query.shape[0], layer.heads, layer.v_dim)
+        spans = {row: slice(*batch.query_starts[row : row + 2]) for row in range(len(batch.kv_lengths))}
         if plan.absorbed:
-            self._attend_absorbed(layer, new, pages, plan, out)
+            query, rope = (
+                torch.cat([each[spans[row]] for row in plan.absorbed]) for each in (new.query, new.query_rope)
+            )
+            found = self._attend_absorbed(layer, query, rope, pages, plan)
+            counts = [spans[row].stop - spans[row].start for row in plan.absorbed]
+            for row, part in zip(plan.absorbed, found.split(counts), strict=True):
+                out[spans[row]] = part
         for row in plan.expanded:
-            tokens = slice(batch.query_starts[row], batch.query_starts[row + 1])
-            _attend_expanded(layer, new, tokens, _latents_of(pages, batch, row), out)
+            _attend_expanded(layer, new, spans[row], _latents_of(pages, batch, row), out)
         return out
 
     def end_pass(self) -> None:
@@ -132,31 +140,21 @@ class MlaAttention:
         self._plan = plan
         return plan
 
-    def _attend_absorbed(self, layer: MlaLayer, new: MlaInput, pages: Tensor, plan: _Plan, out: Tensor) -> None:
-        batch = plan.batch
-        spans = [slice(batch.query_starts[row], batch.query_starts[row + 1]) for row in plan.absorbed]
-        is_all = not plan.expanded
-        query, rope = (
-            each if is_all else torch.cat([each[span] for span in spans]) for each in (new.query, new.query_rope)
-        )
+    def _attend_absorbed(self, layer: MlaLayer, query: Tensor, rope: Tensor, pages: Tensor, plan: _Plan) -> Tensor:
+        """Return [T, heads, v_dim] of the new tokens of the plan's absorbed sequences, in a row."""
         wide = torch.bmm(query.transpose(0, 1), layer.key_weight).transpose(0, 1)  # [T, heads, rank]
         if self.kernel is not None:
             found = self.kernel.attend(wide, rope, pages)
         else:
+            batch, first = plan.batch, 0
             parts: list[Tensor] = []
-            first = 0
-            for row, span in zip(plan.absorbed, spans, strict=True):
-                last = first + span.stop - span.start
+            for row in plan.absorbed:
+                last = first + batch.query_starts[row + 1] - batch.query_starts[row]
                 whole = torch.cat((wide[first:last], rope[first:last]), dim=-1)
                 parts.append(_attend_latents(whole, _latents_of(pages, batch, row), layer))
                 first = last
             found = torch.cat(parts)
-        values = torch.bmm(found.transpose(0, 1), layer.value_weight.transpose(1, 2)).transpose(0, 1)
-        if is_all:
-            out.copy_(values)
-            return
-        for span, part in zip(spans, values.split([span.stop - span.start for span in spans]), strict=True):
-            out[span] = part
+        return torch.bmm(found.transpose(0, 1), layer.value_weight.transpose(1, 2)).transpose(0, 1)
 
 
 def is_expanding_cheaper(layer: MlaLayer, num_new: int, length: int) -> bool:

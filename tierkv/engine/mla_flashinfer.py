@@ -26,6 +26,7 @@ __all__ = ["MAX_SPAN", "FlashInferMla", "flashinfer_kernel", "why_no_flashinfer"
 MAX_SPAN = 1 << 32
 """Numbers of a pool that FlashInfer can address: `indices[q] * ckv_stride_page` is of 32 bits in its mla.cuh."""
 
+_MODULE = "flashinfer.mla"
 _RANK, _ROPE_DIM = 512, 64  # the dims that its MLA kernels are written for
 _WORKSPACE_BYTES = 128 << 20  # as FlashInfer recommends; one plan's partial results take 17 MB on 132 multiprocessors
 _TILE_ROWS = 64
@@ -44,13 +45,17 @@ def why_no_flashinfer(model: Any, layers: Sequence[MlaLayer]) -> str | None:
         return f"it wants latents of {_RANK} and {_ROPE_DIM} numbers"
     if len({(layer.scale, layer.heads) for layer in layers}) != 1:
         return "the layers' scales or heads differ"
+    try:
+        importlib.import_module(_MODULE)
+    except (AttributeError, ImportError, OSError, RuntimeError) as exc:  # a package that it needs, or the driver
+        return f"it cannot be imported: {exc}"
     return None
 
 
 def flashinfer_kernel(model: Any, layers: Sequence[MlaLayer]) -> FlashInferMla:
     """Return FlashInfer's MLA for a model without `why_no_flashinfer`."""
     first = layers[0]
-    library = importlib.import_module("flashinfer.mla")
+    library = importlib.import_module(_MODULE)
     return FlashInferMla(
         library, device=torch.device(model.device), dtype=model.dtype, heads=first.heads, scale=first.scale
     )

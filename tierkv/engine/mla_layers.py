@@ -24,7 +24,13 @@ _ROTATIONS = {
     "DeepseekV2": ("apply_rotary_emb",),
     "DeepseekV3": ("apply_rotary_pos_emb", "apply_rotary_pos_emb_interleave"),
 }
-"""Architectures, and the functions of their files that rotate; as read in Transformers 5.17 to 5.24."""
+"""Architectures, and the functions of their files that rotate; as read in Transformers 5.0, 5.17 and 5.24."""
+
+
+_ATTRIBUTES = (
+    *("layer_idx", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "scaling", "config"),
+    *("kv_a_proj_with_mqa", "kv_a_layernorm", "kv_b_proj", "o_proj"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +90,7 @@ class MlaLayer:
     def project(self, hidden: Tensor, position_embeddings: Any) -> MlaInput:
         """Return queries and latents of hidden states [1, T, hidden]."""
         module, tokens = self.module, hidden.shape[1]
-        if module.q_proj is not None:
+        if getattr(module, "q_a_proj", None) is None:  # older versions leave the attribute out
             query = module.q_proj(hidden)
         else:
             query = module.q_b_proj(module.q_a_layernorm(module.q_a_proj(hidden)))
@@ -154,6 +160,10 @@ def _no_rotation(layer: MlaLayer) -> Any:
 def _layer_reasons(attention: Any, architecture: str, number: int) -> Iterator[str]:
     if not _is_of(attention, architecture, "Attention"):
         yield f"it has a {type(attention).__name__} where {architecture}Attention is expected"
+        return
+    missing = [name for name in _ATTRIBUTES if not hasattr(attention, name)]
+    if missing:
+        yield f"this Transformers' attention has no {', '.join(missing)}"
         return
     if attention.layer_idx != number:
         yield f"layer {number} calls itself {attention.layer_idx}"

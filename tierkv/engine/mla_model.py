@@ -17,7 +17,7 @@ from tierkv.engine.mla_layers import MlaLayer, mla_layers, mla_reasons
 from tierkv.engine.mla_seams import ModuleSeams
 from tierkv.engine.mla_self_test import check_latent
 from tierkv.engine.model_support import probe_layout
-from tierkv.errors import ConfigError, UnsupportedModelError
+from tierkv.errors import CapacityError, ConfigError, UnsupportedModelError
 from tierkv.ranks.group import OneRank, RankGroup
 from tierkv.values.layout import BlockLayout
 
@@ -42,6 +42,8 @@ class LatentAttention:
             raise UnsupportedModelError(f"{type(model).__name__} cannot keep the latent: {reason}")
         self.layers: list[MlaLayer] = mla_layers(model)
         reason = why_no_flashinfer(model, self.layers) if use_library else "it is not wanted"
+        if reason is not None and use_library and model.device.type == "cuda":
+            _log.info("%s attends to latents by torch, not by FlashInfer: %s", type(model).__name__, reason)
         self.attention: MlaAttention = MlaAttention(flashinfer_kernel(model, self.layers) if reason is None else None)
         self._seams = ModuleSeams(self.layers, lambda layer: _Handler(layer, self.attention))
 
@@ -146,25 +148,38 @@ def choose_mla(model: Any, wish: str, *, block_size: int, ranks: RankGroup) -> M
     fallbacks: Counter[str] = Counter()
     latent = latent_attention(model, wish, ranks)
     while latent is not None:
-        layout = probe_layout(model, block_size=block_size, latent=latent)
         try:
-            _test(model, layout, latent)
+            layout = _tested_layout(model, block_size, latent)
             return MlaChoice(layout=layout, latent=latent, fallbacks=dict(fallbacks))
         except UnsupportedModelError as exc:
             is_last = latent.kernel == "torch"
             if is_last and wish == "latent":
                 raise
             fallbacks["latent" if is_last else "flashinfer"] += 1
-            _log.warning("MLA by %s is off: %s", f"the latent with {latent.kernel}", exc)
+            _log.warning("MLA over latents by %s is off: %s", latent.kernel, exc)
             latent = None if is_last else latent_attention(model, wish, ranks, use_library=False)
     return MlaChoice(layout=probe_layout(model, block_size=block_size), fallbacks=dict(fallbacks))
 
 
-def _test(model: Any, layout: BlockLayout, latent: LatentAttention) -> None:
-    """Run the self-test; a library that fails to compile or to run fails it too. Raises UnsupportedModelError."""
+def _tested_layout(model: Any, block_size: int, latent: LatentAttention) -> BlockLayout:
+    """Return the layout of a model's latents, after the self-test. Raises UnsupportedModelError where it fails.
+
+    A library that cannot be compiled or run here fails it too, and so does another version's way of calling.
+    """
     try:
+        layout = probe_layout(model, block_size=block_size, latent=latent)
         check_latent(model, layout, latent)
-    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as exc:
-        if latent.kernel == "torch" or isinstance(exc, torch.OutOfMemoryError):
-            raise
-        raise UnsupportedModelError(f"FlashInfer failed: {type(exc).__name__}: {exc}") from exc
+        return layout
+    except (CapacityError, ConfigError, UnsupportedModelError, torch.OutOfMemoryError):
+        raise
+    except (
+        ArithmeticError,
+        AttributeError,
+        ImportError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as exc:
+        raise UnsupportedModelError(f"{type(model).__name__} fails the self-test: {type(exc).__name__}: {exc}") from exc

@@ -169,6 +169,15 @@ def test_every_point_near_a_batch_must_agree() -> None:
     assert table_of(point(32, 4096, WIN), replace(loss, new=128)).faster(LAYER, size, num_layers=32)
 
 
+def test_a_graph_needs_a_gain_at_both_ends_of_what_it_holds() -> None:
+    wide = BatchSize.of(batch_of((32, 0), kv_range=(4096, 16384)))
+    short, long = point(32, 4096, WIN), point(32, 16384, WIN)
+    lost = replace(long, us={"flash-attn": 100.0, "flashinfer-fa2": 101.0})
+    assert table_of(short, long).faster(LAYER, wide, num_layers=32)
+    assert not table_of(short, lost).faster(LAYER, wide, num_layers=32)
+    assert not table_of(lost, replace(short, kv=2048)).faster(LAYER, wide, num_layers=32)
+
+
 @pytest.mark.parametrize(("us", "is_faster"), [(96.0, True), (97.5, False), (101.0, False)])
 def test_a_gain_within_the_noise_is_none(us: float, is_faster: bool) -> None:
     table = table_of(point(32, 4096, {"flash-attn": 100.0, "flashinfer-fa2": us}, plan_us=NO_PLAN))

@@ -271,6 +271,15 @@ def test_a_backend_that_is_compiled_is_waited_for_elsewhere() -> None:
     assert choice.choose(LAYER, batch).name == "flashinfer-fa2"
 
 
+def test_a_caller_may_wait_for_it() -> None:
+    choice, (_, fa2, _, _) = auto(table_of(point(32, 4096, WIN)))
+    fa2.is_ready = False
+    choice.choose(LAYER, batch_of((32, 4096)))
+    choice.wait()
+    assert fa2.is_ready
+    assert not choice.is_building
+
+
 def test_ranks_wait_for_it() -> None:
     choice, (_, fa2, _, _) = auto(table_of(point(32, 4096, WIN)), waits=True)
     fa2.is_ready = False

@@ -409,8 +409,21 @@ def test_partial_results_must_fit_the_workspace() -> None:
     assert backend_of(num_bytes=needed, multiprocessors=132).why_not(LAYER) is None
     assert "workspace" in str(backend_of(num_bytes=needed - 1, multiprocessors=132).why_not(LAYER))
     assert backend_of("fa3", num_bytes=0, multiprocessors=132).why_not(LAYER) is None
-    static = batch_of((512, 600), kv_range=(1, 4096))  # a graph has a program for each tile, whatever splits
-    assert backend_of(num_bytes=needed, multiprocessors=132).why_not(LAYER, static) is not None
+
+    def fits(count: int, new: int, most: int) -> bool:
+        """Return whether a graph fits, which has a program for each tile of queries, whatever splits."""
+        static = batch_of(*[(new, 600)] * count, kv_range=(1, 4096))
+        backend = backend_of(num_bytes=most, multiprocessors=132)
+        return backend.why_not(LAYER, static) is None
+
+    assert fits(1, 512, needed)
+    tiles = -(-64 * 4 * 4 // 128) + 63
+    for_many = 32 * tiles * 128 * 129 * 4
+    assert fits(64, 4, for_many)
+    assert not fits(64, 4, for_many - 1)
+    for_decoding = 32 * (256 * 4 // 16 + 255) * 16 * 129 * 4
+    assert fits(256, 1, for_decoding)
+    assert not fits(256, 1, for_decoding - 1)
 
 
 def test_kernels_are_compiled_in_the_background_once(monkeypatch: pytest.MonkeyPatch) -> None:

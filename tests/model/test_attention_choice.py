@@ -97,6 +97,20 @@ WIN = {"flash-attn": 100.0, "flashinfer-fa2": 50.0}
 NO_PLAN = {"flashinfer-fa2": 0.01}
 
 
+def measured(sequences: int, new: int, kv: int, flash: float, fa2: float, fa3: float) -> MeasuredPoint:
+    us = {"flash-attn": flash, "flashinfer-fa2": fa2, "flashinfer-fa3": fa3}
+    return point(new, kv, us, sequences=sequences)
+
+
+MEASURED = table_of(  # on one H200
+    measured(16, 1, 8192, 133.8, 133.8, 453.9),
+    measured(64, 1, 2048, 132.3, 134.8, 511.7),
+    measured(1, 32, 8192, 48.2, 49.3, 123.5),
+    measured(1, 32, 32768, 143.3, 68.5, 467.0),
+    measured(8, 128, 4096, 234.6, 215.6, 133.3),
+)
+
+
 # --- By the table --------------------------------------------------------------------------------------
 
 
@@ -120,13 +134,25 @@ def test_without_a_table_it_is_flash_attn() -> None:
         (batch_of((32, 32800), kv_range=GraphShape(1, 32, 16).kv_range(256)), "flash-attn"),
     ],
 )
-def test_the_packaged_table_of_an_h200_chooses_what_was_measured_there(batch: Any, name: str) -> None:
-    choice, _ = auto(packaged_table("NVIDIA H200"))
+def test_a_batch_gets_what_was_measured_near_it(batch: Any, name: str) -> None:
+    choice, _ = auto(MEASURED)
     assert choice.choose(LAYER, batch).name == name
 
 
+def test_the_packaged_table_of_an_h200_never_chooses_what_was_slower_there() -> None:
+    table = packaged_table("NVIDIA H200")
+    assert table is not None
+    choice, _ = auto(table)
+    for each in table.points:
+        layer = replace(LAYER, heads=each.heads, kv_heads=each.kv_heads, k_dim=each.head_dim, window=each.window)
+        batch = batch_of(*[(each.new, each.kv)] * each.sequences)
+        assert each.us[choice.choose(layer, batch).name] <= each.us["flash-attn"], each
+    for batch in (batch_of((32, 32800)), batch_of(*[(128, 4224)] * 8)):
+        assert choice.choose(LAYER, batch).name != "flash-attn", "the two gains that it is there for"
+
+
 def test_other_layers_than_the_measured_ones_are_left_to_flash_attn() -> None:
-    choice, _ = auto(packaged_table("NVIDIA H200"))
+    choice, _ = auto(MEASURED)
     batch = batch_of((32, 32800))
     assert choice.choose(LAYER, batch).name == "flashinfer-fa2"
     for other in ({"heads": 64}, {"kv_heads": 4}, {"k_dim": 64, "v_dim": 64}, {"window": 4096}):
@@ -253,7 +279,7 @@ def test_a_file_that_is_no_table_is_refused(text: str, tmp_path: Path) -> None:
 
 
 def test_what_flash_attn_does_not_serve_falls_to_the_next() -> None:
-    choice, (flash, fa2, _, _) = auto(packaged_table("NVIDIA H200"))
+    choice, (flash, fa2, _, _) = auto(MEASURED)
     flash.reason = "blocks of 16 tokens"
     assert choice.choose(LAYER, batch_of((32, 32800))).name == "flashinfer-fa2"
     fa2.reason = "not installed"

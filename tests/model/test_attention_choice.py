@@ -195,6 +195,26 @@ def test_every_point_near_a_batch_must_agree() -> None:
     assert table_of(point(32, 4096, WIN), replace(loss, new=128)).faster(LAYER, size, num_layers=32)
 
 
+def test_points_of_the_same_size_come_before_those_around_it() -> None:
+    lost = {"flash-attn": 100.0, "flashinfer-fa2": 120.0}
+    size = BatchSize.of(batch_of((32, 4224)))
+    around = [point(16, 4096, lost), point(64, 4096, lost), point(32, 8192, lost), point(32, 4096, lost, sequences=2)]
+    assert table_of(point(32, 4096, WIN), *around).faster(LAYER, size, num_layers=32)
+    for other in around:  # if nothing of its size was measured, one around it speaks
+        assert not table_of(other).faster(LAYER, size, num_layers=32)
+        assert table_of(replace(other, us=WIN)).faster(LAYER, size, num_layers=32)
+
+
+def test_only_the_next_points_below_and_above_speak() -> None:
+    lost = {"flash-attn": 100.0, "flashinfer-fa2": 120.0}
+    size = BatchSize.of(batch_of((40, 6000)))
+    grid = [point(new, kv, WIN) for new in (32, 48) for kv in (4096, 8192)]
+    assert table_of(*grid, point(32, 3000, lost), point(80, 4096, lost)).faster(LAYER, size, num_layers=32)
+    for corner in grid:
+        spoiled = [replace(each, us=lost) if each is corner else each for each in grid]
+        assert not table_of(*spoiled).faster(LAYER, size, num_layers=32), corner
+
+
 def test_a_graph_needs_a_gain_at_both_ends_of_what_it_holds() -> None:
     wide = BatchSize.of(batch_of((32, 0), kv_range=(4096, 16384)))
     short, long = point(32, 4096, WIN), point(32, 16384, WIN)

@@ -64,7 +64,7 @@ def test_a_model_has_the_same_logits_with_each_backend(
 
 
 def test_a_forced_backend_that_is_not_there_fails_at_the_first_pass(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="flashinfer-fa2: (flashinfer is not installed|it does not run on cpu)"):
+    with pytest.raises(ConfigError, match=r"flashinfer-fa2: (flashinfer is not installed|it does not run on cpu)"):
         generate(make_model("llama", block_size=16), tmp_path / "store", attention="flashinfer-fa2")
 
 

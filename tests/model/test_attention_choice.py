@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,12 @@ from tierkv.engine.attention import SequenceStep
 from tierkv.engine.backends.choice import AttentionChoice
 from tierkv.engine.backends.factory import ATTENTION_NAMES, make_attention
 from tierkv.engine.backends.flash import FlashBackend
-from tierkv.engine.backends.flashinfer import FlashInferBackend, FlashInferLimits, FlashInferWorkspace
+from tierkv.engine.backends.flashinfer import (
+    FlashInferBackend,
+    FlashInferLimits,
+    FlashInferWorkspace,
+    flashinfer_limits,
+)
 from tierkv.engine.backends.measured import (
     AttentionTable,
     BatchSize,
@@ -429,6 +435,46 @@ def test_no_graph_is_captured_while_kernels_are_compiled() -> None:
 def backend_of(kernels: str = "fa2", *, num_bytes: int = 1 << 28, **limits: Any) -> FlashInferBackend:
     known = FlashInferLimits(**{"devices": frozenset({"cuda", "cpu"}), **limits})
     return FlashInferBackend(kernels, limits=known, workspace=FlashInferWorkspace(CPU, num_bytes))
+
+
+@pytest.mark.parametrize(
+    ("installed", "kernels", "capability", "reason"),
+    [
+        ("0.6.4", "fa2", (9, 0), None),
+        ("0.6.11", "fa3", (9, 0), None),
+        ("0.6.4", "fa2", (8, 6), None),
+        ("0.7.0", "fa2", (9, 0), "tierkv knows FlashInfer 0.6, and this is 0.7.0"),
+        ("0.60.1", "fa2", (9, 0), "this is 0.60.1"),
+        (None, "fa2", (9, 0), "this is of an unknown version"),
+        ("0.6.4", "fa3", (8, 0), "no fa3 kernels for compute capability 8.0"),
+        ("0.6.4", "fa3", (10, 0), "no fa3 kernels for compute capability 10.0"),
+        ("0.6.4", "fa2", (7, 5), "no fa2 kernels for compute capability 7.5"),
+    ],
+)
+def test_flashinfer_needs_a_version_and_a_device_that_are_known(
+    monkeypatch: pytest.MonkeyPatch,
+    installed: str | None,
+    kernels: str,
+    capability: tuple[int, int],
+    reason: str | None,
+) -> None:
+    def version(name: str) -> str:
+        assert name == "flashinfer-python"
+        if installed is None:
+            raise PackageNotFoundError(name)
+        return installed
+
+    monkeypatch.setitem(sys.modules, "flashinfer", fake_flashinfer())
+    monkeypatch.setattr("tierkv.engine.backends.flashinfer.version", version)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: capability)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+    limits = flashinfer_limits(kernels, torch.device("cuda"))
+    if reason is None:
+        assert (limits.missing, limits.multiprocessors) == (None, 132)
+    else:
+        assert reason in str(limits.missing)
+        backend = FlashInferBackend(kernels, limits=limits, workspace=FlashInferWorkspace(CPU))
+        assert backend.why_not(LAYER) == limits.missing
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ __all__ = ["FlashInferBackend", "FlashInferLimits", "FlashInferWorkspace", "flas
 
 _log = logging.getLogger(__name__)
 
+_KNOWN_VERSION = "0.6"
 _WORKSPACE_BYTES = 256 << 20
 _GRAPH_SCHEDULE_BYTES = 2 << 20  # of 8 MiB, which FlashInfer takes by itself for each wrapper
 _ALIGNED = 16  # numbers of int32: each array of a plan begins at 64 bytes
@@ -55,10 +57,20 @@ def flashinfer_limits(kernels: str, device: torch.device) -> FlashInferLimits:
         return FlashInferLimits(missing="flashinfer is not installed")
     if device.type != "cuda":
         return FlashInferLimits(missing=f"it does not run on {device.type}")
-    version = torch.cuda.get_device_capability(device)
-    if version < (8, 0) or (kernels == "fa3" and version[0] != 9):
-        return FlashInferLimits(missing=f"no {kernels} kernels for compute capability {version[0]}.{version[1]}")
+    installed = _installed_version()
+    if not installed.startswith(f"{_KNOWN_VERSION}."):
+        return FlashInferLimits(missing=f"tierkv knows FlashInfer {_KNOWN_VERSION}, and this is {installed}")
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8 or (kernels == "fa3" and major != 9):
+        return FlashInferLimits(missing=f"no {kernels} kernels for compute capability {major}.{minor}")
     return FlashInferLimits(multiprocessors=torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _installed_version() -> str:
+    try:
+        return version("flashinfer-python")
+    except PackageNotFoundError:
+        return "of an unknown version"
 
 
 class FlashInferWorkspace:

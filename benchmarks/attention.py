@@ -13,7 +13,7 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -39,7 +39,7 @@ from tierkv.storage.hot import HotPool
 from tierkv.tools.options import cache_directory
 from tierkv.values.layout import BlockLayout
 
-__all__ = ["SHAPES", "Shape", "main", "measure", "merge"]
+__all__ = ["SHAPES", "Choice", "Shape", "choices", "main", "measure", "merge"]
 
 _BLOCK = 256
 _LAYERS = 8  # so many that no layer's K and V stay in the L2 cache until the next round
@@ -56,6 +56,16 @@ class Shape:
     sequences: int
     new: int
     kv: int
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What attends a shape, and the microseconds of one layer, beside flash-attn's."""
+
+    shape: Shape
+    name: str
+    us: float
+    flash_us: float
 
 
 # Decoding; a short suffix over a cached prefix; pieces of prompts beside each other; long pieces; nothing cached.
@@ -310,10 +320,9 @@ def _line(point: MeasuredPoint, errors: dict[str, float], names: Sequence[str]) 
     return f"{point.sequences:>9} {point.new:>6} {point.kv:>7}  " + "  ".join(cells)
 
 
-def _print_choices(table: AttentionTable, layer: LayerShape, shapes: Sequence[Shape], *, num_layers: int) -> None:
-    """Print what `auto` takes for each shape, and its speed beside flash-attn's with the plan's share included."""
+def choices(table: AttentionTable, layer: LayerShape, shapes: Sequence[Shape], *, num_layers: int) -> Iterator[Choice]:
+    """Yield what `auto` takes for each shape that the table has, and its time with a layer's share of a plan."""
     by_key = {_key(point): point for point in table.points}
-    least = float("inf")
     for shape in shapes:
         sizes = (layer.heads, layer.kv_heads, layer.k_dim, layer.window)
         point = by_key.get((*sizes, shape.sequences, shape.new, shape.kv))
@@ -322,11 +331,16 @@ def _print_choices(table: AttentionTable, layer: LayerShape, shapes: Sequence[Sh
         size = BatchSize(sequences=shape.sequences, new=(shape.new, shape.new), kv=(shape.kv, shape.kv))
         faster = table.faster(layer, size, num_layers=max(1, num_layers // 2))
         name = faster[0] if faster else _FLASH
-        took = point.us[name] + point.plan_us.get(name, 0.0) / num_layers
-        speed = point.us[_FLASH] / took
-        least = min(least, speed)
-        print(f"{shape.sequences:>9} {shape.new:>6} {shape.kv:>7}  {name:<15} {speed:>5.2f} of flash-attn's speed")
-    print(f"least: {least:.2f}")
+        yield Choice(shape, name, point.us[name] + point.plan_us.get(name, 0.0) / num_layers, point.us[_FLASH])
+
+
+def _print_choices(table: AttentionTable, layer: LayerShape, shapes: Sequence[Shape], *, num_layers: int) -> None:
+    found = list(choices(table, layer, shapes, num_layers=num_layers))
+    for each in found:
+        sizes = f"{each.shape.sequences:>9} {each.shape.new:>6} {each.shape.kv:>7}"
+        print(f"{sizes}  {each.name:<15} {each.flash_us / each.us:>5.2f} of flash-attn's speed")
+    if found:
+        print(f"least: {min(each.flash_us / each.us for each in found):.2f}")
 
 
 def _parsed(text: str) -> Shape:

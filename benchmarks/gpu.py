@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import cascade, mover, race_hunt
+from benchmarks import attention, cascade, mover, race_hunt
 from benchmarks.ttft import Timing, machine, measure, random_model
 from tierkv.config import CacheConfig
+from tierkv.engine.backends.protocol import LayerShape
 from tierkv.engine.models import LoadedModel
 from tierkv.engine.runner import open_runner
 
@@ -130,6 +131,18 @@ def _ttft_rows(timing: Timing, warm_codec: str) -> Iterator[Row]:
         yield Row(what, f"{seconds * 1e3:.1f} ms", beside, base / seconds, aim)
 
 
+def _attention() -> Iterator[Row]:
+    """Measure what the choice among attention backends gains in one layer of Llama-3.1-8B's shape."""
+    layer = LayerShape("cuda", torch.bfloat16, 32, 8, 128, 128, 256, 128**-0.5)
+    shapes = [attention.Shape(1, 32, 32_768), attention.Shape(8, 128, 4096), attention.Shape(16, 1, 8192)]
+    table = attention.measure(layer, shapes)
+    for each in attention.choices(table, layer, shapes, num_layers=32):
+        shape = each.shape
+        what = f"attention of {shape.sequences} x {shape.new} new tokens of {shape.kv}, {each.name}"
+        aim = 1.54 if shape.new == 128 else 1.0
+        yield Row(what, f"{each.us:.1f} us", f"flash-attn {each.flash_us:.1f} us", each.flash_us / each.us, aim)
+
+
 def _cascade() -> Iterator[Row]:
     for batch, shared, aim in ((64, 8192, 3.5), (16, 8192, None), (64, 1024, None)):
         plain_us, cascade_us = cascade.compare(batch, shared)
@@ -167,6 +180,7 @@ _SECTIONS: dict[str, Callable[[], Iterable[Row]]] = {
     "moves": _moves,
     "decode": _decode,
     "ttft": _ttft,
+    "attention": _attention,
     "cascade": _cascade,
     "races": _races,
     "sanitizer": _sanitizer,

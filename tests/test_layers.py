@@ -75,7 +75,7 @@ TORCH_FREE_MODULES = {
     *("integrations.vllm.configuration", "integrations.vllm.tier_identity", "integrations.sglang.identity"),
 }
 LATE_MODULES = {"tierkv.movers.engine_memory"}  # imported where an engine hands over tensors: it loads torch
-HEAVY = ("torch", "transformers", "flash_attn", "triton", "typer", "rich")
+HEAVY = ("torch", "transformers", "flash_attn", "flashinfer", "triton", "typer", "rich")
 
 
 # --- The checker ---------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def run_python(code: str, root: Path, given: object = None) -> str:
 
 def failures_without_torch(modules: list[str], root: Path) -> dict[str, str]:
     """Import modules where torch and what needs it cannot be imported; say which of them fail, and why."""
-    blocked = ["torch", "transformers", "flash_attn", "triton"]
+    blocked = ["torch", "transformers", "flash_attn", "flashinfer", "triton"]
     failures: dict[str, str] = json.loads(run_python(IMPORT_WITH_BLOCKED, root, [blocked, modules]))
     return failures
 

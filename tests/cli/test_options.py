@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import inspect
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import pytest
+import torch
 import typer
 
 from tierkv.errors import ConfigError
 from tierkv.tools.engine_options import ModelOptions
-from tierkv.tools.options import spread
+from tierkv.tools.engines import _measured_here
+from tierkv.tools.options import named_attention, spread
+
+Command = Callable[..., Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,3 +59,43 @@ def test_a_command_has_one_block_size() -> None:
     assert ModelOptions(block_sizes=[16, 16]).block_size == 16
     with pytest.raises(ConfigError, match="one command has one block size, got 16 and 32"):
         ModelOptions(block_sizes=[16, 32])
+
+
+@pytest.mark.parametrize(
+    ("given", "environment", "name"),
+    [
+        (None, {}, "auto"),
+        (None, {"TIERKV_ATTENTION": ""}, "auto"),
+        (None, {"TIERKV_ATTENTION": "torch"}, "torch"),
+        ("auto", {"TIERKV_ATTENTION": "torch"}, "auto"),
+    ],
+)
+def test_an_option_comes_before_the_environment(given: str | None, environment: dict[str, str], name: str) -> None:
+    assert named_attention(given, environment) == name
+
+
+def test_a_command_attends_by_the_backend_that_it_is_given(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--max-new-tokens", 2, "--no-daemon", "--device", "cpu", "--json"]
+    plain = json.loads(command("run", "Hello", *options).out)
+    named = json.loads(command("run", "Hello", *options, "--attention", "torch").out)
+    assert named["text"] == plain["text"]
+    unknown = command("run", "Hello", *options, "--attention", "sdpa")
+    assert unknown.code == 2
+    assert "attention must be one of auto, torch, flash-attn, flashinfer-fa2, flashinfer-fa3, got 'sdpa'" in unknown.err
+    monkeypatch.setenv("TIERKV_ATTENTION", "flash-attn")
+    absent = command("run", "Hello", *options)
+    assert absent.code == 2
+    assert "the attention backend that is forced does not serve this model" in absent.err
+
+
+def test_a_gpus_table_is_looked_for_in_the_users_cache_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "NVIDIA H200")
+    assert _measured_here(torch.device("cpu")) is None
+    assert _measured_here(torch.device("cuda")) is None
+    path = tmp_path / "tierkv" / "attention" / "nvidia_h200.json"
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    assert _measured_here(torch.device("cuda")) == path

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forced_attention import FORCED, force_attention
 from tiny_models import VOCABULARY, make_model
 from torch import distributed
 from transformers.distributed import DistributedConfig
@@ -222,6 +223,8 @@ class Worker:
 
 def main(rank: int, size: int, directory: Path, run: str, device: str, actions: list[str]) -> None:
     torch.set_num_threads(1)
+    if FORCED:
+        force_attention(pytest.MonkeyPatch(), FORCED)
     if device == "cuda":
         torch.cuda.set_device(rank)
     distributed.init_process_group(

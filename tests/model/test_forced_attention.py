@@ -19,7 +19,7 @@ from tierkv.engine.graph_inputs import GraphInputs
 from tierkv.engine.graphs import graph_shape
 from tierkv.engine.model_support import probe_layout
 from tierkv.engine.models import LoadedModel
-from tierkv.engine.runner import Generation, GenerationOptions, open_runner
+from tierkv.engine.runner import Generation, GenerationOptions, Runner, open_runner
 from tierkv.errors import ConfigError
 from tierkv.storage.hot import HotPool
 
@@ -64,7 +64,7 @@ def test_a_model_has_the_same_logits_with_each_backend(
 
 
 def test_a_forced_backend_that_is_not_there_fails_at_the_first_pass(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="flashinfer-fa2: flashinfer is not installed"):
+    with pytest.raises(ConfigError, match=r"flashinfer-fa2: (flashinfer is not installed|it does not run on cpu)"):
         generate(make_model("llama", block_size=16), tmp_path / "store", attention="flashinfer-fa2")
 
 
@@ -118,3 +118,25 @@ def steps_of(tables: list[list[int]], past: list[int], new: list[int]) -> list[S
 
 def parts_of(inputs: GraphInputs) -> Any:
     return inputs.batch.parts or (inputs.batch,)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_ranks_of_a_split_model_wait_for_kernels_and_one_does_not(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All ranks must run the same graphs: none may go on with another backend meanwhile."""
+    asked: list[dict[str, Any]] = []
+
+    def make(name: str, device: torch.device, **options: Any) -> Any:
+        asked.append({"name": name, **options})
+        return make_attention(name, device, **options)
+
+    monkeypatch.setattr("tierkv.engine.runner.make_attention", make)
+    config = CacheConfig(cold_path=tmp_path, hot_bytes=8 << 20, warm_bytes=4 << 20, block_size=16, min_free_bytes=0)
+    loaded = LoadedModel(make_model("llama", block_size=16), None, "tiny")
+    with open_runner(loaded, config) as runner:
+        ranks: Any = SimpleNamespace(size=size)
+        monkeypatch.setattr(runner.cache, "ranks", ranks)
+        asked.clear()
+        Runner(loaded, runner.cache, fuse="off", use_graphs=False)
+    assert asked == [{"name": "auto", "table": None, "num_layers": 3, "waits": size > 1}]

@@ -83,8 +83,7 @@ class AttentionBatch:
     block_ids, offsets: [T] int64, where K and V of each new token are written.
     cascade: the prefixes that sequences of a decode step read together, if any.
     parts: the decoding sequences and the others, if a batch has both and the decoding ones come first.
-    attention: chooses a backend for each shape of layers; plans: what the backends have planned, by that shape.
-    kv_range, part: as in backends.protocol.Batch.
+    attention, plans, kv_range, part: as in backends.protocol.Batch.
     """
 
     pool: KVPool
@@ -255,8 +254,7 @@ def use_tierkv_attention(model: Any) -> Iterator[None]:
 class AttentionSwitch:
     """Makes a Hugging Face model attend through tierkv inside each `with` block.
 
-    It does the same as `use_tierkv_attention` in a microsecond instead of milliseconds. So a runner switches for each
-    pass, and between passes the model is free for `model.generate` or another runner.
+    In a microsecond, where `use_tierkv_attention` takes milliseconds. So between passes the model is free for others.
     """
 
     def __init__(self, model: Any) -> None:

@@ -9,8 +9,7 @@ import torch
 from tierkv.engine.backends.choice import AttentionChoice
 from tierkv.engine.backends.flash import FlashBackend
 from tierkv.engine.backends.flashinfer import FlashInferBackend, FlashInferWorkspace, flashinfer_limits
-from tierkv.engine.backends.measured import AttentionTable, load_table, packaged_table
-from tierkv.engine.backends.protocol import AttentionBackend
+from tierkv.engine.backends.measured import load_table, packaged_table
 from tierkv.engine.backends.torch_attention import TorchBackend
 from tierkv.errors import ConfigError
 
@@ -30,7 +29,7 @@ def make_attention(
     """Return what chooses the attention backends on a device.
 
     name: "auto", or the backend that attends everything. table: a file of measured times; None takes the one that
-    comes with tierkv for this device, if it has one. num_layers: of the model; 0 chooses without a table.
+    comes with tierkv for this device, if it has one. num_layers: of the model; 0: without a table and FlashInfer.
     waits: as AttentionChoice says. Raises ConfigError for an unknown name and for a file that is no table.
     """
     if name not in ATTENTION_NAMES:
@@ -40,6 +39,8 @@ def make_attention(
         return AttentionChoice([TorchBackend()], is_forced=name != "auto")
     if name == "flash-attn":
         return AttentionChoice([FlashBackend()], is_forced=True)
+    if name == "auto" and not num_layers:
+        return AttentionChoice([FlashBackend(), TorchBackend()])
     workspace = FlashInferWorkspace(device)
     fa2, fa3 = (
         FlashInferBackend(kernels, limits=flashinfer_limits(kernels, device), workspace=workspace)
@@ -47,17 +48,10 @@ def make_attention(
     )
     if name != "auto":
         return AttentionChoice([fa2 if name == fa2.name else fa3], is_forced=True)
-    backends: list[AttentionBackend] = [FlashBackend(), fa2, TorchBackend()]
-    if not num_layers:
-        return AttentionChoice([FlashBackend(), TorchBackend()])
     return AttentionChoice(
-        backends,
+        [FlashBackend(), fa2, TorchBackend()],
         faster=[fa2, fa3],
-        table=measured or _packaged(device),
+        table=measured or packaged_table(torch.cuda.get_device_name(device)),
         num_layers=num_layers,
         waits=waits,
     )
-
-
-def _packaged(device: torch.device) -> AttentionTable | None:
-    return packaged_table(torch.cuda.get_device_name(device))

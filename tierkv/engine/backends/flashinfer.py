@@ -14,6 +14,7 @@ import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -29,10 +30,10 @@ __all__ = ["FlashInferBackend", "FlashInferLimits", "FlashInferWorkspace", "flas
 
 _log = logging.getLogger(__name__)
 
+_KNOWN_VERSION = "0.6"
 _WORKSPACE_BYTES = 256 << 20
 _GRAPH_SCHEDULE_BYTES = 2 << 20  # of 8 MiB, which FlashInfer takes by itself for each wrapper
 _ALIGNED = 16  # numbers of int32: each array of a plan begins at 64 bytes
-_TILE_ROWS = 128  # query vectors of one program of fa2 at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,10 +57,20 @@ def flashinfer_limits(kernels: str, device: torch.device) -> FlashInferLimits:
         return FlashInferLimits(missing="flashinfer is not installed")
     if device.type != "cuda":
         return FlashInferLimits(missing=f"it does not run on {device.type}")
-    version = torch.cuda.get_device_capability(device)
-    if version < (8, 0) or (kernels == "fa3" and version[0] != 9):
-        return FlashInferLimits(missing=f"no {kernels} kernels for compute capability {version[0]}.{version[1]}")
+    installed = _installed_version()
+    if not installed.startswith(f"{_KNOWN_VERSION}."):
+        return FlashInferLimits(missing=f"tierkv knows FlashInfer {_KNOWN_VERSION}, and this is {installed}")
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8 or (kernels == "fa3" and major != 9):
+        return FlashInferLimits(missing=f"no {kernels} kernels for compute capability {major}.{minor}")
     return FlashInferLimits(multiprocessors=torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _installed_version() -> str:
+    try:
+        return version("flashinfer-python")
+    except PackageNotFoundError:
+        return "of an unknown version"
 
 
 class FlashInferWorkspace:
@@ -168,20 +179,25 @@ class FlashInferBackend:
         """Return the bytes of fa2's partial results at most, as its scheduler counts them; fa3 has none."""
         if self._kernels != "fa2" or not self._limits.multiprocessors:
             return 0
-        programs = 2 * self._limits.multiprocessors // layer.kv_heads
+        programs, rows = 2 * self._limits.multiprocessors // layer.kv_heads, 128 if layer.v_dim < 256 else 64
         if batch is not None and batch.kv_range is not None:
-            rows = batch.query_starts[-1] * (layer.heads // layer.kv_heads)
-            programs = max(programs, -(-rows // 16) + len(batch.query_starts))
-        return layer.heads * programs * _TILE_ROWS * (layer.v_dim + 1) * 4
+            sequences, tokens = len(batch.query_starts) - 1, batch.query_starts[-1]
+            group = layer.heads // layer.kv_heads
+            longest = (tokens - sequences + 1) * group
+            rows = 16 if longest <= 16 else 64 if longest <= 64 else rows
+            programs = max(programs, -(-tokens * group // rows) + sequences - 1)
+        return layer.heads * programs * rows * (layer.v_dim + 1) * 4
 
     def _build(self, layer: LayerShape, build: _Build) -> None:
         """Compile or load the kernels, by planning a batch of one token that nothing runs."""
+        device = self._workspace.device
         try:
             one, zero = torch.ones(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
             starts = torch.tensor([0, 1], dtype=torch.int32)
-            memory = torch.empty(1 << 20, dtype=torch.uint8, device=self._workspace.device)
-            self._wrapper(memory).plan(starts, starts, zero, one, *_sizes(layer), **_options(layer))
-            self._workspace.get()
+            with torch.cuda.device(device if device.type == "cuda" else -1):  # a new thread has the first one
+                memory = torch.empty(1 << 20, dtype=torch.uint8, device=device)
+                self._wrapper(memory).plan(starts, starts, zero, one, *_sizes(layer), **_options(layer))
+                self._workspace.get()
         except Exception as exc:  # noqa: BLE001 - nvcc, ninja, the loader and torch's allocator each raise their own
             build.error = f"its kernels cannot be compiled here: {type(exc).__name__}: {exc}"
             _log.warning("%s is not used: %s", self.name, build.error)
@@ -281,7 +297,7 @@ def _run(wrapper: Any, paged: PagedQuery) -> Tensor:
 def _csr_of(batch: Batch) -> tuple[npt.NDArray[np.int32], ...]:
     """Return where each sequence's queries and blocks begin, the tokens in its last block, and the blocks; int32.
 
-    It is `csr_block_table` on the CPU, in numpy: a third of the time for a few sequences.
+    It is `csr_block_table` on the CPU, in numpy, which takes a tenth of torch's time for so little.
     """
     lengths = np.array(batch.kv_lengths, dtype=np.int32)
     counts = -(-lengths // batch.block_size)

@@ -1,6 +1,6 @@
 """The measured times of attention backends on one device, and which of them is faster than flash-attn for a batch.
 
-`python -m benchmarks.attention` writes such a table. A backend is faster only where every measured point near a batch
+`python -m benchmarks.attention` writes such a table. A backend is faster only where every measured point around a batch
 says so; where nothing near was measured, none is.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -23,6 +23,7 @@ _TABLES = Path(__file__).parent / "tables"
 _FLASH = "flash-attn"
 _VERSION = 1
 _NEAR = 2.0  # a point speaks for sizes between its half and its double
+_EQUAL = 1.05  # new tokens on top of a measured length
 _MARGIN = 0.97  # of flash-attn's time: runs of the same kernel differ by 1 to 2 percent
 _UNKNOWN_PLAN_US = 500.0
 
@@ -92,7 +93,7 @@ class AttentionTable:
         num_layers: layers of one plan; its time is divided among them.
         """
         near = [point for point in self.points if _fits(point, layer)]
-        ends = [[point for point in near if _is_near(point, size, end)] for end in (0, 1)]
+        ends = [_around(near, size, end) for end in (0, 1)]
         if not all(ends):
             return []
         ratios: dict[str, float] = {}
@@ -112,17 +113,29 @@ def _fits(point: MeasuredPoint, layer: LayerShape) -> bool:
     return _is_within(point.window, layer.window)
 
 
-def _is_near(point: MeasuredPoint, size: BatchSize, end: int) -> bool:
-    """Return whether a point speaks for the least (0) or the most (1) that a batch may be."""
-    return (
-        _is_within(point.sequences, size.sequences)
-        and _is_within(point.new, size.new[end])
-        and _is_within(point.kv, size.kv[end])
-    )
+def _around(points: list[MeasuredPoint], size: BatchSize, end: int) -> list[MeasuredPoint]:
+    """Return the points that speak for the least (0) or the most (1) that a batch may be.
+
+    They are near it, and in each of its sizes equal to it or the next below and above of those that are left.
+    """
+    axes: list[tuple[Callable[[MeasuredPoint], int], float]] = [
+        (lambda point: point.new, size.new[end]),
+        (lambda point: point.sequences, size.sequences),
+        (lambda point: point.kv, size.kv[end]),
+    ]
+    for value_of, wanted in axes:
+        points = [point for point in points if _is_within(value_of(point), wanted)]
+    for value_of, wanted in axes:
+        values = {value_of(point) for point in points}
+        equal = {value for value in values if _is_within(value, wanted, _EQUAL)}
+        below, above = (sorted(value for value in values if is_above is (value > wanted)) for is_above in (False, True))
+        kept = equal or {*below[-1:], *above[:1]}
+        points = [point for point in points if value_of(point) in kept]
+    return points
 
 
-def _is_within(measured: float, wanted: float) -> bool:
-    return measured <= _NEAR * wanted and wanted <= _NEAR * measured
+def _is_within(measured: float, wanted: float, factor: float = _NEAR) -> bool:
+    return measured <= factor * wanted and wanted <= factor * measured
 
 
 def _ratio(point: MeasuredPoint, name: str, num_layers: int) -> float | None:

@@ -141,7 +141,8 @@ class Batch(Protocol):
 
     host_table: block_table on the CPU. kv_range: the fewest and the most tokens with K and V that the longest sequence
     of a static batch may have; None if the batch is not static, so its lengths are what they are.
-    part: its number among the parts of one batch. plans: those made so far, by the shape of the layers.
+    part: its number among the parts of one batch. attention: chooses a backend for each shape of layers. plans: those
+    made so far, by that shape.
     """
 
     block_size: int

@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import pwd
-import sys
-from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from daemon_fixtures import short_path, start_daemon
+from one_command import Command, Printed, run_command
 
 from tierkv.engine.models import load_model
-from tierkv.tools import cli
 
-__all__ = ["short_path", "start_daemon"]
-
-
-@dataclass(frozen=True)
-class Printed:
-    """Exit code of a command, and what it printed."""
-
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Printed]
+__all__ = ["Command", "Printed", "short_path", "start_daemon"]
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +24,7 @@ def embedded_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def command(embedded_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
-    """Return a function that runs one command in a fresh folder, on streams of an encoding."""
+    """Return a function that runs one command on a store in a fresh folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(embedded_cache))
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
     monkeypatch.setenv("TIERKV_STORE", str(tmp_path / "store"))
@@ -49,20 +32,7 @@ def command(embedded_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("TIERKV_SOCKET", raising=False)
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments: object, encoding: str = "utf-8") -> Printed:
-        out, err = (io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="strict") for _ in range(2))
-        monkeypatch.setattr(sys, "argv", ["tierkv", *map(str, arguments)])
-        with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as exit_info:
-            cli.main()
-        code = exit_info.value.code
-        assert isinstance(code, int)
-        texts = []
-        for stream in (out, err):
-            stream.flush()
-            texts.append(stream.buffer.getvalue().decode(encoding, "surrogateescape"))  # type: ignore[attr-defined]
-        return Printed(code, *texts)
-
-    return run
+    return run_command
 
 
 def no_such_user(number: int) -> pwd.struct_passwd:

@@ -8,22 +8,19 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import lmdb
 import pytest
+from one_command import Command, Printed
 
 from tierkv import __main__
-from tierkv.engine.models import load_model
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_rows import FORMAT_KEY
 from tierkv.tools import cli, store_commands
 from tierkv.values.layout import BlockLayout
 from tierkv.values.namespace import Namespace
 
-Run = Callable[..., "Result"]
 PROMPTS = (
     "You are a careful assistant. " * 12
     + "Answer briefly.\n---\n"
@@ -32,49 +29,14 @@ PROMPTS = (
 )
 
 
-class Result:
-    """Exit code and what was printed."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-    def json(self) -> dict[str, Any]:
-        assert self.code == 0, self.err
-        value: dict[str, Any] = json.loads(self.out)
-        return value
-
-
-@pytest.fixture(scope="session")
-def user_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a user's cache directory that already has the embedded model."""
-    path = tmp_path_factory.mktemp("cache")
-    load_model(None, cache_dir=path / "tierkv")
-    return path
-
-
 @pytest.fixture
-def tierkv(
-    user_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Run:
-    """Return a function that runs one command on a fresh store."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(user_cache))
-    monkeypatch.setenv("TIERKV_STORE", str(tmp_path / "store"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def tierkv(command: Command, tmp_path: Path) -> Command:
+    """Return a function that runs one command on a fresh store, beside a file of two prompts."""
     (tmp_path / "prompts.txt").write_text(PROMPTS)
-
-    def run(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["tierkv", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_info:
-            cli.main()
-        captured = capsys.readouterr()
-        code = exit_info.value.code
-        return Result(code if isinstance(code, int) else 0, captured.out, captured.err)
-
-    return run
+    return command
 
 
-def test_warming_twice_computes_nothing_the_second_time(tierkv: Run, tmp_path: Path) -> None:
+def test_warming_twice_computes_nothing_the_second_time(tierkv: Command, tmp_path: Path) -> None:
     first = tierkv("warm", tmp_path / "prompts.txt", "--json").json()
     assert first["prompts"] == 2 and first["blocks_computed"] == 3 and first["blocks_reused"] == 0
     assert first["bytes_raw"] > first["bytes_stored"] > 0
@@ -83,18 +45,18 @@ def test_warming_twice_computes_nothing_the_second_time(tierkv: Run, tmp_path: P
     assert second["tokens"] == first["tokens"]
 
 
-def test_a_hot_pool_too_small_for_a_prompt_is_refused(tierkv: Run, tmp_path: Path) -> None:
+def test_a_hot_pool_too_small_for_a_prompt_is_refused(tierkv: Command, tmp_path: Path) -> None:
     assert_refused(tierkv("run", "x" * 600, "--hot", "2M", "--max-new-tokens", 1), "raise --hot")
 
 
-def test_a_store_too_small_for_the_prompts_is_said(tierkv: Run, tmp_path: Path) -> None:
+def test_a_store_too_small_for_the_prompts_is_said(tierkv: Command, tmp_path: Path) -> None:
     result = tierkv("warm", tmp_path / "prompts.txt", "--cold", "1M", "--json")
     assert result.code == 2 and "blocks found no room in the store" in result.err
 
 
 @pytest.mark.parametrize("option", ["--pin", "--dry-run"])
 def test_a_prompt_too_large_for_the_hot_pool_is_named_and_the_others_are_warmed(
-    tierkv: Run, tmp_path: Path, option: str
+    tierkv: Command, tmp_path: Path, option: str
 ) -> None:
     (tmp_path / "prompts.txt").write_text("Be kind.\n---\n" + "This one is long. " * 100 + "\n---\n" + PROMPTS)
     result = tierkv("warm", tmp_path / "prompts.txt", "--hot", "4M", "--json", option)
@@ -109,14 +71,14 @@ def test_a_prompt_too_large_for_the_hot_pool_is_named_and_the_others_are_warmed(
     assert tierkv("warm", tmp_path / "prompts.txt", "--hot", size, "--json", option).json()["too_large"] == []
 
 
-def test_a_prompt_beyond_the_models_context_is_named_and_the_others_are_warmed(tierkv: Run, tmp_path: Path) -> None:
+def test_a_prompt_beyond_the_models_context_is_named_and_the_others_are_warmed(tierkv: Command, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("Be kind.\n---\n" + "x" * 66_000)
     result = tierkv("warm", tmp_path / "prompts.txt", "--json")
     assert result.code == 2 and json.loads(result.out)["too_large"] == [2]
     assert "over the model's context of 65,536 tokens" in result.err
 
 
-def test_an_interrupted_command_ends_with_130_and_says_nothing(tierkv: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_command_ends_with_130_in_silence(tierkv: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
@@ -126,8 +88,8 @@ def test_an_interrupted_command_ends_with_130_and_says_nothing(tierkv: Run, monk
 
 
 @pytest.mark.parametrize("arguments", [["stats"], ["stats", "--json"]])
-def test_output_that_cannot_be_written_is_one_line(tierkv: Run, user_cache: Path, arguments: list[str]) -> None:
-    environment = {**os.environ, "XDG_CACHE_HOME": str(user_cache), "PYTHONPATH": os.pathsep.join(sys.path)}
+def test_output_that_cannot_be_written_is_one_line(tierkv: Command, embedded_cache: Path, arguments: list[str]) -> None:
+    environment = {**os.environ, "XDG_CACHE_HOME": str(embedded_cache), "PYTHONPATH": os.pathsep.join(sys.path)}
     with (
         ColdStore(Path(os.environ["TIERKV_STORE"]), quota_bytes=64 << 20, min_free_bytes=0),
         open("/dev/full", "w") as full,
@@ -147,14 +109,14 @@ def test_ctrl_c_is_heard_before_the_command_has_begun(monkeypatch: pytest.Monkey
     assert exit_info.value.code == 130
 
 
-def test_a_dry_run_says_what_would_be_computed_and_computes_nothing(tierkv: Run, tmp_path: Path) -> None:
+def test_a_dry_run_says_what_would_be_computed_and_computes_nothing(tierkv: Command, tmp_path: Path) -> None:
     for _ in range(2):
         assert tierkv("warm", tmp_path / "prompts.txt", "--dry-run", "--json").json()["blocks_computed"] == 3
     tierkv("warm", tmp_path / "prompts.txt", "--json")
     assert tierkv("warm", tmp_path / "prompts.txt", "--dry-run", "--json").json()["blocks_computed"] == 0
 
 
-def test_a_run_finds_the_warmed_prompt_and_answers_the_same(tierkv: Run, tmp_path: Path) -> None:
+def test_a_run_finds_the_warmed_prompt_and_answers_the_same(tierkv: Command, tmp_path: Path) -> None:
     tierkv("warm", tmp_path / "prompts.txt", "--json")
     result = tierkv(
         "run", "Hello!", "--system", tmp_path / "prompts.txt", "--nth", 2, "--max-new-tokens", 6, "--compare", "--json"
@@ -165,16 +127,16 @@ def test_a_run_finds_the_warmed_prompt_and_answers_the_same(tierkv: Run, tmp_pat
     assert result["ttft_s"] > 0 and result["recompute_ttft_s"] > 0
 
 
-def test_a_process_of_its_own_answers_from_the_store(tierkv: Run, tmp_path: Path, user_cache: Path) -> None:
+def test_a_process_of_its_own_answers_from_the_store(tierkv: Command, tmp_path: Path, embedded_cache: Path) -> None:
     tierkv("warm", tmp_path / "prompts.txt", "--json")
     command = [sys.executable, "-c", "from tierkv.tools.cli import main; main()"]
-    environment = {**os.environ, "XDG_CACHE_HOME": str(user_cache), "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {**os.environ, "XDG_CACHE_HOME": str(embedded_cache), "PYTHONPATH": os.pathsep.join(sys.path)}
     arguments = ["run", "Hi", "--system", str(tmp_path / "prompts.txt"), "--max-new-tokens", "2", "--json"]
     done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["cached_tokens"]["cold"] > 300
 
 
-def test_without_cache_nothing_is_found_and_nothing_kept(tierkv: Run, tmp_path: Path) -> None:
+def test_without_cache_nothing_is_found_and_nothing_kept(tierkv: Command, tmp_path: Path) -> None:
     tierkv("warm", tmp_path / "prompts.txt", "--json")
     before = tierkv("stats", "--json").json()["blocks"]
     result = tierkv(
@@ -184,12 +146,12 @@ def test_without_cache_nothing_is_found_and_nothing_kept(tierkv: Run, tmp_path: 
     assert tierkv("stats", "--json").json()["blocks"] == before
 
 
-def test_pinned_prompts_are_marked(tierkv: Run, tmp_path: Path) -> None:
+def test_pinned_prompts_are_marked(tierkv: Command, tmp_path: Path) -> None:
     tierkv("warm", tmp_path / "prompts.txt", "--pin", "--json")
     assert all(prefix["pinned"] for prefix in tierkv("inspect", "--json").json()["prefixes"])
 
 
-def test_inspect_says_why_namespaces_do_not_mix(tierkv: Run, tmp_path: Path) -> None:
+def test_inspect_says_why_namespaces_do_not_mix(tierkv: Command, tmp_path: Path) -> None:
     tierkv("warm", tmp_path / "prompts.txt", "--json")
     for option, value, field in (
         ("--dtype", "bfloat16", "dtype"),
@@ -205,7 +167,7 @@ def test_inspect_says_why_namespaces_do_not_mix(tierkv: Run, tmp_path: Path) -> 
     assert tierkv("warm", tmp_path / "prompts.txt", "--json").json()["blocks_computed"] == 0
 
 
-def test_inspect_lists_prefixes_with_their_text(tierkv: Run, tmp_path: Path) -> None:
+def test_inspect_lists_prefixes_with_their_text(tierkv: Command, tmp_path: Path) -> None:
     tierkv("warm", tmp_path / "prompts.txt", "--json")
     prefixes = tierkv("inspect", "--json").json()["prefixes"]
     assert len(prefixes) == 2 and all("You are a careful" in prefix["text"] for prefix in prefixes)
@@ -213,13 +175,13 @@ def test_inspect_lists_prefixes_with_their_text(tierkv: Run, tmp_path: Path) -> 
     assert re.search(r"blocks +shared", tierkv("inspect").out) and re.search(r" 2 +1 +", tierkv("inspect").out)
 
 
-def test_inspect_prints_what_keeps_two_namespaces_apart(tierkv: Run, tmp_path: Path) -> None:
+def test_inspect_prints_what_keeps_two_namespaces_apart(tierkv: Command, tmp_path: Path) -> None:
     for size in (256, 64):
         tierkv("warm", tmp_path / "prompts.txt", "--block-size", size, "--json")
     assert "it differs in block_size" in " ".join(tierkv("inspect").out.split())
 
 
-def test_inspect_says_which_rank_of_a_split_model_a_namespace_is(tierkv: Run, tmp_path: Path) -> None:
+def test_inspect_says_which_rank_of_a_split_model_a_namespace_is(tierkv: Command, tmp_path: Path) -> None:
     layout = BlockLayout.uniform(num_layers=1, block_size=16, kv_heads=1, head_dim=8, dtype="float32")
     with ColdStore(tmp_path / "store", quota_bytes=64 << 20, min_free_bytes=0) as store:
         for rank in range(2):
@@ -228,7 +190,7 @@ def test_inspect_says_which_rank_of_a_split_model_a_namespace_is(tierkv: Run, tm
     assert "big, rank 0 of 2" in shown and "big, rank 1 of 2" in shown and "it differs in tp_rank" in shown
 
 
-def test_a_lossy_codec_is_a_namespace_of_its_own_and_halves_the_bytes(tierkv: Run, tmp_path: Path) -> None:
+def test_a_lossy_codec_is_a_namespace_of_its_own_and_halves_the_bytes(tierkv: Command, tmp_path: Path) -> None:
     exact = tierkv("warm", tmp_path / "prompts.txt", "--json").json()
     lossy = tierkv("warm", tmp_path / "prompts.txt", "--codec", "lossy-int8", "--json").json()
     assert lossy["blocks_computed"] == exact["blocks_computed"]
@@ -238,7 +200,7 @@ def test_a_lossy_codec_is_a_namespace_of_its_own_and_halves_the_bytes(tierkv: Ru
     assert tierkv("warm", tmp_path / "prompts.txt", "--codec", "gzip").code == 2
 
 
-def test_a_saved_store_loads_into_another(tierkv: Run, tmp_path: Path) -> None:
+def test_a_saved_store_loads_into_another(tierkv: Command, tmp_path: Path) -> None:
     tierkv("warm", tmp_path / "prompts.txt", "--json")
     saved = tierkv("save", tmp_path / "state.tkv", "--json").json()
     assert saved["blocks"] == 3
@@ -248,7 +210,7 @@ def test_a_saved_store_loads_into_another(tierkv: Run, tmp_path: Path) -> None:
     assert again["blocks_computed"] == 0
 
 
-def assert_refused(result: Result, reason: str) -> None:
+def assert_refused(result: Printed, reason: str) -> None:
     """Exit code 2, one line on standard error that says why, nothing on standard output."""
     assert result.code == 2, result.out + result.err
     lines = [line for line in result.err.splitlines() if line.strip()]
@@ -256,7 +218,7 @@ def assert_refused(result: Result, reason: str) -> None:
     assert not result.out
 
 
-def test_bad_prompt_files_are_refused(tierkv: Run, tmp_path: Path) -> None:
+def test_bad_prompt_files_are_refused(tierkv: Command, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n---\n")
     (tmp_path / "binary.txt").write_bytes(b"\0\1\2")
     assert_refused(tierkv("warm", tmp_path / "missing.txt"), "No such file")
@@ -265,7 +227,7 @@ def test_bad_prompt_files_are_refused(tierkv: Run, tmp_path: Path) -> None:
     assert not (tmp_path / "store").exists()
 
 
-def test_unknown_and_unsupported_models_are_refused(tierkv: Run, tmp_path: Path) -> None:
+def test_unknown_and_unsupported_models_are_refused(tierkv: Command, tmp_path: Path) -> None:
     from transformers import MambaConfig, MambaForCausalLM
 
     assert_refused(tierkv("warm", tmp_path / "prompts.txt", "--model", "no-such/model"), "cannot load the model")
@@ -280,14 +242,14 @@ def test_unknown_and_unsupported_models_are_refused(tierkv: Run, tmp_path: Path)
     assert not (tmp_path / "store").exists()
 
 
-def test_a_store_that_cannot_be_used_is_refused(tierkv: Run, tmp_path: Path) -> None:
+def test_a_store_that_cannot_be_used_is_refused(tierkv: Command, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a directory")
     assert_refused(tierkv("warm", tmp_path / "prompts.txt", "--store", tmp_path / "file"), str(tmp_path / "file"))
     assert_refused(tierkv("warm", tmp_path / "prompts.txt", "--store", "/proc/tierkv"), "/proc/tierkv")
     assert_refused(tierkv("stats", "--store", tmp_path / "nothing"), "there is no store")
 
 
-def test_a_store_of_a_newer_format_is_refused_and_kept(tierkv: Run, tmp_path: Path) -> None:
+def test_a_store_of_a_newer_format_is_refused_and_kept(tierkv: Command, tmp_path: Path) -> None:
     tierkv("warm", tmp_path / "prompts.txt", "--json")
     with lmdb.open(str(tmp_path / "store"), max_dbs=8, map_size=1 << 30) as env, env.begin(write=True) as txn:
         txn.put(FORMAT_KEY, b"99", db=env.open_db(b"meta", txn=txn))
@@ -296,7 +258,7 @@ def test_a_store_of_a_newer_format_is_refused_and_kept(tierkv: Run, tmp_path: Pa
     assert (tmp_path / "store" / "data.mdb").read_bytes() == before
 
 
-def test_a_truncated_state_file_is_refused_and_the_store_kept(tierkv: Run, tmp_path: Path) -> None:
+def test_a_truncated_state_file_is_refused_and_the_store_kept(tierkv: Command, tmp_path: Path) -> None:
     tierkv("warm", tmp_path / "prompts.txt", "--json")
     tierkv("save", tmp_path / "state.tkv", "--json")
     state = (tmp_path / "state.tkv").read_bytes()
@@ -306,9 +268,9 @@ def test_a_truncated_state_file_is_refused_and_the_store_kept(tierkv: Run, tmp_p
     assert tierkv("stats", "--json").json()["blocks"] == 3
 
 
-@pytest.mark.parametrize("command", [["warm"], ["daemon", "start", "--warm-file"]])
-def test_two_block_sizes_in_one_command_are_refused(tierkv: Run, tmp_path: Path, command: list[str]) -> None:
-    result = tierkv(*command, tmp_path / "prompts.txt", "--block-size", 64, "--block-size", 256)
+@pytest.mark.parametrize("words", [["warm"], ["daemon", "start", "--warm-file"]])
+def test_two_block_sizes_in_one_command_are_refused(tierkv: Command, tmp_path: Path, words: list[str]) -> None:
+    result = tierkv(*words, tmp_path / "prompts.txt", "--block-size", 64, "--block-size", 256)
     assert_refused(result, "one block size")
 
 
@@ -337,18 +299,18 @@ def test_two_block_sizes_in_one_command_are_refused(tierkv: Run, tmp_path: Path,
     ],
 )
 def test_words_that_make_no_command_are_refused(
-    tierkv: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], reason: str
+    tierkv: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], reason: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert_refused(tierkv(*arguments), reason)
 
 
-def test_json_nested_too_deep_is_refused(tierkv: Run, tmp_path: Path) -> None:
+def test_json_nested_too_deep_is_refused(tierkv: Command, tmp_path: Path) -> None:
     (tmp_path / "deep.jsonl").write_text("[" * 100_000)
     assert_refused(tierkv("warm", tmp_path / "deep.jsonl"), "not JSON")
 
 
 @pytest.mark.parametrize("option", [("--temperature", "1e-320"), ("--salt", "\udcff"), ("--seed", "-1")])
-def test_odd_values_that_mean_something_work(tierkv: Run, option: tuple[str, str]) -> None:
+def test_odd_values_that_mean_something_work(tierkv: Command, option: tuple[str, str]) -> None:
     greedy = tierkv("run", "x", "--max-new-tokens", 2, "--json").json()["token_ids"]
     assert tierkv("run", "x", "--max-new-tokens", 2, "--json", *option).json()["token_ids"] == greedy

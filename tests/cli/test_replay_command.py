@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from one_command import run_command
 from synthetic_traces import make_requests, write_trace
 
 from tierkv.policies import policy_names
-from tierkv.tools import cli
-
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
@@ -21,23 +17,8 @@ def trace(tmp_path: Path) -> Path:
     return write_trace(tmp_path / "trace.jsonl", make_requests("scans")[:200])
 
 
-@pytest.fixture
-def tierkv(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Return a function that runs one command: exit code, standard output, standard error."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tierkv", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_info:
-            cli.main()
-        captured = capsys.readouterr()
-        assert isinstance(exit_info.value.code, int)
-        return exit_info.value.code, captured.out, captured.err
-
-    return run
-
-
-def test_one_object_has_every_policy_and_the_bound(tierkv: Run, trace: Path) -> None:
-    code, out, _ = tierkv("replay", trace, "--capacity", "5%", "--json")
+def test_one_object_has_every_policy_and_the_bound(trace: Path) -> None:
+    code, out, _ = run_command("replay", trace, "--capacity", "5%", "--json")
     result = json.loads(out)
     assert code == 0 and sorted(result["policies"]) == sorted(policy_names())
     assert result["capacity_blocks"] == int(result["unique_blocks"] * 0.05)
@@ -46,8 +27,8 @@ def test_one_object_has_every_policy_and_the_bound(tierkv: Run, trace: Path) -> 
         assert policy["seconds_saved"] > 0
 
 
-def test_capacities_may_be_blocks_or_percentages_and_several(tierkv: Run, trace: Path) -> None:
-    _, out, err = tierkv(
+def test_capacities_may_be_blocks_or_percentages_and_several(trace: Path) -> None:
+    _, out, err = run_command(
         "replay", trace, "--policy", "lru,s3-fifo", "--capacity", "100", "--capacity", "10%,20%", "--json"
     )
     result = json.loads(out)
@@ -57,14 +38,14 @@ def test_capacities_may_be_blocks_or_percentages_and_several(tierkv: Run, trace:
     assert "Belady" in err  # the curve, drawn beside the result
 
 
-def test_a_table_ranks_the_policies(tierkv: Run, trace: Path) -> None:
-    code, out, _ = tierkv("replay", trace, "--policy", "lru", "--policy", "hit-density")
+def test_a_table_ranks_the_policies(trace: Path) -> None:
+    code, out, _ = run_command("replay", trace, "--policy", "lru", "--policy", "hit-density")
     assert code == 0 and out.index("hit-density") < out.index("lru") < out.index("Belady, may bypass")
 
 
-def test_a_plot_is_a_png_with_matplotlib_and_text_without(tierkv: Run, trace: Path, tmp_path: Path) -> None:
+def test_a_plot_is_a_png_with_matplotlib_and_text_without(trace: Path, tmp_path: Path) -> None:
     path = tmp_path / "curve.png"
-    code, out, _ = tierkv("replay", trace, "--policy", "lru", "--capacity", "5%,10%", "--plot", path)
+    code, out, _ = run_command("replay", trace, "--policy", "lru", "--capacity", "5%,10%", "--plot", path)
     assert code == 0
     try:
         import matplotlib  # noqa: F401
@@ -74,20 +55,20 @@ def test_a_plot_is_a_png_with_matplotlib_and_text_without(tierkv: Run, trace: Pa
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_trained_policy_replays_under_its_file(tierkv: Run, trace: Path, tmp_path: Path) -> None:
+def test_a_trained_policy_replays_under_its_file(trace: Path, tmp_path: Path) -> None:
     model = tmp_path / "model.json"
-    code, out, _ = tierkv("train-policy", trace, "--out", model, "--json")
+    code, out, _ = run_command("train-policy", trace, "--out", model, "--json")
     assert code == 0 and json.loads(out)["log_loss"] < json.loads(out)["log_loss_constant"]
     first = model.read_bytes()
-    code, out, _ = tierkv("train-policy", trace, "--out", model)
+    code, out, _ = run_command("train-policy", trace, "--out", model)
     assert code == 0 and "log loss" in out and model.read_bytes() == first
-    code, out, _ = tierkv("replay", trace, "--policy", f"learned:{model}", "--json")
+    code, out, _ = run_command("replay", trace, "--policy", f"learned:{model}", "--json")
     assert code == 0 and json.loads(out)["policies"][f"learned:{model}"]["hit_rate"] > 0
 
 
-def test_measured_prefills_change_the_seconds_and_not_the_hits(tierkv: Run, trace: Path) -> None:
+def test_measured_prefills_change_the_seconds_and_not_the_hits(trace: Path) -> None:
     results = [
-        json.loads(tierkv("replay", trace, "--policy", "lru", *more, "--json")[1])["policies"]["lru"]
+        json.loads(run_command("replay", trace, "--policy", "lru", *more, "--json")[1])["policies"]["lru"]
         for more in ((), ("--prefill", "1000:1,2000:2"))
     ]
     assert results[0]["hits"] == results[1]["hits"]
@@ -107,7 +88,7 @@ def test_measured_prefills_change_the_seconds_and_not_the_hits(tierkv: Run, trac
         (["train-policy", "TRACE", "--out", "no/such/folder.json"], "cannot write"),
     ],
 )
-def test_what_cannot_work_is_said_in_one_line(tierkv: Run, trace: Path, arguments: list[str], reason: str) -> None:
-    code, out, err = tierkv(*(str(trace) if word == "TRACE" else word for word in arguments))
+def test_what_cannot_work_is_said_in_one_line(trace: Path, arguments: list[str], reason: str) -> None:
+    code, out, err = run_command(*(str(trace) if word == "TRACE" else word for word in arguments))
     lines = [line for line in err.splitlines() if line.strip()]
     assert code == 2 and not out and reason in lines[-1] and len(lines) == 1, err

@@ -4,56 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from fake_cache import FakeCache
+from one_command import Command
 
-from tierkv.engine.models import load_model
 from tierkv.profiling.metrics import serve_metrics
-from tierkv.tools import cli
 from tierkv.values.block import Tier
 from tierkv.values.events import EventKind
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture(scope="module")
-def user_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a user's cache directory that already has the embedded model."""
-    path = tmp_path_factory.mktemp("cache")
-    load_model(None, cache_dir=path / "tierkv")
-    return path
-
-
-@pytest.fixture
-def tierkv(
-    user_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Run:
-    """Return a function that runs one command on a fresh store: exit code, standard output, standard error."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(user_cache))
-    monkeypatch.setenv("TIERKV_STORE", str(tmp_path / "store"))
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
-    monkeypatch.delenv("TIERKV_SOCKET", raising=False)
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tierkv", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exit_info:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(exit_info.value.code or 0), captured.out, captured.err
-
-    return run
-
-
-def json_of(result: tuple[int, str, str]) -> dict[str, Any]:
-    code, out, err = result
-    assert code == 0, err
-    value: dict[str, Any] = json.loads(out)
-    return value
 
 
 def short_prompts(tmp_path: Path) -> Path:
@@ -62,10 +21,10 @@ def short_prompts(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_report_of_prompts_is_a_page_and_a_trace_that_agree(tierkv: Run, tmp_path: Path) -> None:
-    result = json_of(
-        tierkv("report", short_prompts(tmp_path), "--max-new-tokens", 2, "--no-plots", "--output", "out", "--json")
-    )
+def test_a_report_of_prompts_is_a_page_and_a_trace_that_agree(command: Command, tmp_path: Path) -> None:
+    result = command(
+        "report", short_prompts(tmp_path), "--max-new-tokens", 2, "--no-plots", "--output", "out", "--json"
+    ).json()
     assert result["requests"] == 4 and result["hit_tokens"]["hot"] > 600
     assert result["files"] == ["out/memory_profile.html", "out/trace.json"]
     page = (tmp_path / "out/memory_profile.html").read_text()
@@ -76,70 +35,68 @@ def test_a_report_of_prompts_is_a_page_and_a_trace_that_agree(tierkv: Run, tmp_p
     ]  # fmt: skip
 
 
-def test_a_report_draws_three_plots(tierkv: Run, tmp_path: Path) -> None:
+def test_a_report_draws_three_plots(command: Command, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    json_of(
-        tierkv("report", short_prompts(tmp_path), "--rounds", 1, "--max-new-tokens", 1, "--output", "out", "--json")
-    )
+    command("report", short_prompts(tmp_path), "--rounds", 1, "--max-new-tokens", 1, "--output", "out", "--json").json()
     plots = sorted(path for path in (tmp_path / "out").glob("*.png"))
     assert [path.stem for path in plots] == ["allocation_timeline", "fragmentation", "memory_heatmap"]
     assert all(path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 5000 for path in plots)
 
 
 def test_a_report_where_plots_cannot_be_drawn_is_the_page_and_a_word_about_it(
-    tierkv: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    code, out, err = tierkv("report", short_prompts(tmp_path), "--max-new-tokens", 1, "--output", "out", "--json")
+    code, out, err = command("report", short_prompts(tmp_path), "--max-new-tokens", 1, "--output", "out", "--json")
     assert code == 0 and json.loads(out)["files"] == ["out/memory_profile.html", "out/trace.json"]
     assert "no plots: plots need matplotlib (pip install 'tierkv[report]')" in err
 
 
-def test_a_report_without_a_file_runs_the_prompts_of_the_store(tierkv: Run, tmp_path: Path) -> None:
-    tierkv("warm", short_prompts(tmp_path), "--json")
-    result = json_of(tierkv("report", "--rounds", 1, "--max-new-tokens", 1, "--no-plots", "--json"))
+def test_a_report_without_a_file_runs_the_prompts_of_the_store(command: Command, tmp_path: Path) -> None:
+    command("warm", short_prompts(tmp_path), "--json")
+    result = command("report", "--rounds", 1, "--max-new-tokens", 1, "--no-plots", "--json").json()
     assert result["requests"] == 2
     assert result["hit_tokens"]["cold"] + result["hit_tokens"]["hot"] == result["prompt_tokens"] - 2
 
 
-def test_a_report_of_an_empty_store_says_what_to_do(tierkv: Run) -> None:
-    code, _, err = tierkv("report", "--no-plots")
+def test_a_report_of_an_empty_store_says_what_to_do(command: Command) -> None:
+    code, _, err = command("report", "--no-plots")
     assert code == 2 and "run tierkv warm first" in err
 
 
 def test_a_pool_that_is_too_small_is_told_a_size_that_is_not(
-    tierkv: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tierkv.profiling.advice.LEAST_REQUESTS", 1)  # a hundred requests take too long here
     (tmp_path / "three.txt").write_text("\n---\n".join(f"{n} is a number. " * 40 for n in (1, 2, 3)))
     arguments = ("report", "three.txt", "--max-new-tokens", 1, "--no-plots", "--json")
-    result = json_of(tierkv(*arguments, "--hot", "6M"))
+    result = command(*arguments, "--hot", "6M").json()
     assert result["evictions"]["hot"] > 0
     suggested = {each["setting"]: each["proposed"] for each in result["suggestions"]}
     blocks = int(suggested["hot_bytes"].split("(")[1].split()[0])
-    again = json_of(tierkv(*arguments, "--hot", f"{blocks * 1536}K"))
+    again = command(*arguments, "--hot", f"{blocks * 1536}K").json()
     assert "hot_bytes" not in {each["setting"] for each in again["suggestions"]}
 
 
-def test_top_shows_a_running_process_once(tierkv: Run) -> None:
+def test_top_shows_a_running_process_once(command: Command) -> None:
     pytest.importorskip("prometheus_client")
     cache = FakeCache()
     cache.counters = {"requests": 12, "misses": 5, "miss_reasons": {"absent": 5}, "skipped_writes": 2}
     with serve_metrics(cache, 0) as server:
         cache.tell(EventKind.REGISTER, Tier.HOT, 0xAB)
-        code, out, err = tierkv("top", "--url", server.url, "--once")
-        status = json_of(tierkv("top", "--url", server.url + "/metrics", "--once", "--json"))
+        code, out, err = command("top", "--url", server.url, "--once")
+        status = command("top", "--url", server.url + "/metrics", "--once", "--json").json()
     assert code == 0, err
     for words in ("12 requests", "misses: 5 absent", "writes that were dropped: 2", "largest prefixes", "ab"):
         assert words in out
     assert status["tiers"]["hot"]["capacity_bytes"] == 256
 
 
-def test_top_shows_a_store_once(tierkv: Run, tmp_path: Path) -> None:
-    tierkv("warm", short_prompts(tmp_path), "--json")
-    status = json_of(tierkv("top", "--store", tmp_path / "store", "--json"))
+def test_top_shows_a_store_once(command: Command, tmp_path: Path) -> None:
+    command("warm", short_prompts(tmp_path), "--json")
+    status = command("top", "--store", tmp_path / "store", "--json").json()
     assert status["tiers"]["cold"]["blocks"] == sum(prefix["blocks"]["cold"] for prefix in status["prefixes"])
-    code, out, err = tierkv("top", "--store", tmp_path / "store", "--once")
+    code, out, err = command("top", "--store", tmp_path / "store", "--once")
     assert code == 0 and "a store on disk" in out, err
 
 
@@ -154,6 +111,6 @@ def test_top_shows_a_store_once(tierkv: Run, tmp_path: Path) -> None:
         (("--store", "nowhere"), "there is no store"),
     ],
 )
-def test_top_says_in_one_line_what_it_cannot_look_at(tierkv: Run, arguments: tuple[str, ...], words: str) -> None:
-    code, _, err = tierkv("top", "--once", *arguments)
+def test_top_says_in_one_line_what_it_cannot_look_at(command: Command, arguments: tuple[str, ...], words: str) -> None:
+    code, _, err = command("top", "--once", *arguments)
     assert code == 2 and words in err and err.count("\n") == 1

@@ -6,41 +6,29 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from cold_blocks import LAYOUT, NAMESPACE, OTHER, chain_of, record_of
+from one_command import Command, run_command
 
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_batch import WriteBatch
 from tierkv.storage.cold_rows import padded_bytes
-from tierkv.tools import cli
 from tierkv.values.namespace import Namespace
 
-Run = Callable[..., tuple[int, str, str]]
 SIZE = padded_bytes(record_of(0).stored_bytes)
 
 
 @pytest.fixture
-def tierkv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Return a function that runs one command on the store `tmp_path / "store"`: exit code, output, errors."""
+def tierkv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """Return a function that runs one command on the store `tmp_path / "store"`."""
     monkeypatch.setenv("TIERKV_STORE", str(tmp_path / "store"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "200")
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tierkv", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_info:
-            cli.main()
-        captured = capsys.readouterr()
-        code = exit_info.value.code
-        return (code if isinstance(code, int) else 0), captured.out, captured.err
-
-    return run
+    return run_command
 
 
 def fill(path: Path, count: int = 10, quota_bytes: int = 64 << 20) -> None:
@@ -65,7 +53,7 @@ def refused(result: tuple[int, str, str]) -> str:
 # -- quota ----------------------------------------------------------------------------------------------
 
 
-def test_quota_shows_and_sets_and_evicts_only_when_told(tierkv: Run, tmp_path: Path) -> None:
+def test_quota_shows_and_sets_and_evicts_only_when_told(tierkv: Command, tmp_path: Path) -> None:
     fill(tmp_path / "store")
     assert json.loads(tierkv("quota", "--json")[1]) == {
         "quota_bytes": 64 << 20,
@@ -86,7 +74,7 @@ def test_quota_shows_and_sets_and_evicts_only_when_told(tierkv: Run, tmp_path: P
     assert "no store" in refused(tierkv("quota", "--store", tmp_path / "nothing"))
 
 
-def test_load_says_what_it_pushes_out(tierkv: Run, tmp_path: Path) -> None:
+def test_load_says_what_it_pushes_out(tierkv: Command, tmp_path: Path) -> None:
     fill(tmp_path / "store")
     assert tierkv("save", tmp_path / "state.tkv")[0] == 0
     other = tmp_path / "other"
@@ -125,7 +113,7 @@ def mounted(tmp_path: Path) -> Iterator[Callable[..., Path]]:
 
 
 def test_where_too_little_is_free_that_is_said_before_anything_is_computed(
-    tierkv: Run, tmp_path: Path, mounted: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    tierkv: Command, tmp_path: Path, mounted: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     volume = mounted(tmp_path / "volume", "-t", "tmpfs", "-o", "size=8m", "none")
     (tmp_path / "prompts.txt").write_text("You are kind.")
@@ -143,7 +131,7 @@ def test_where_too_little_is_free_that_is_said_before_anything_is_computed(
 
 
 def test_a_store_on_a_read_only_file_system_can_be_looked_at_and_not_written(
-    tierkv: Run, tmp_path: Path, mounted: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    tierkv: Command, tmp_path: Path, mounted: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = tmp_path / "store"
     fill(store)
@@ -164,7 +152,7 @@ def test_a_store_on_a_read_only_file_system_can_be_looked_at_and_not_written(
 
 
 @pytest.mark.parametrize("name", ["data.mdb", "users.lock", "lock.mdb"])
-def test_a_fifo_in_a_store_is_refused_by_every_command(tierkv: Run, tmp_path: Path, name: str) -> None:
+def test_a_fifo_in_a_store_is_refused_by_every_command(tierkv: Command, tmp_path: Path, name: str) -> None:
     fill(tmp_path / "store")
     (tmp_path / "store" / name).unlink()
     os.mkfifo(tmp_path / "store" / name)
@@ -173,7 +161,7 @@ def test_a_fifo_in_a_store_is_refused_by_every_command(tierkv: Run, tmp_path: Pa
 
 
 @pytest.mark.parametrize("text", [b"[]", b"\xff", b"NaN", b'{"name": "[/b]"}', b"[" * 50_000, OTHER.describe()])
-def test_a_description_that_is_none_is_shown_as_unreadable(tierkv: Run, tmp_path: Path, text: bytes) -> None:
+def test_a_description_that_is_none_is_shown_as_unreadable(tierkv: Command, tmp_path: Path, text: bytes) -> None:
     fill(tmp_path / "store")
     edit(tmp_path / "store", lambda batch: batch.register(NAMESPACE.digest, text))
     code, out, err = tierkv("inspect")
@@ -188,7 +176,7 @@ def test_a_description_that_is_none_is_shown_as_unreadable(tierkv: Run, tmp_path
     assert tierkv("top", "--once", "--store", tmp_path / "store")[0] == 0
 
 
-def test_a_name_that_looks_like_markup_or_commands_a_terminal_is_shown_as_it_is(tierkv: Run, tmp_path: Path) -> None:
+def test_a_name_that_looks_like_markup_or_terminal_codes_is_shown_as_it_is(tierkv: Command, tmp_path: Path) -> None:
     for number, name in enumerate(("[/b]", "[red]x", "a\x1b[2Jb", "\ud800")):
         namespace = replace(NAMESPACE, name=name, weights=f"w{number}")
         with ColdStore(tmp_path / "store", min_free_bytes=0) as store:
@@ -197,7 +185,7 @@ def test_a_name_that_looks_like_markup_or_commands_a_terminal_is_shown_as_it_is(
     assert "[/b]" in out and "[red]x" in out and "a\\x1b[2Jb" in out and "\\ud800" in out and "\x1b" not in out
 
 
-def test_inspecting_entries_whose_parents_are_a_cycle_ends(tierkv: Run, tmp_path: Path) -> None:
+def test_inspecting_entries_whose_parents_are_a_cycle_ends(tierkv: Command, tmp_path: Path) -> None:
     chain = chain_of(3)
     hashes = [record.info.block_hash for record in chain]
     with ColdStore(tmp_path / "store", min_free_bytes=0) as store:
@@ -219,7 +207,7 @@ def test_inspecting_entries_whose_parents_are_a_cycle_ends(tierkv: Run, tmp_path
     assert tierkv("verify")[0] == 0
 
 
-def test_a_long_description_of_a_decent_namespace_is_kept(tierkv: Run, tmp_path: Path) -> None:
+def test_a_long_description_of_a_decent_namespace_is_kept(tierkv: Command, tmp_path: Path) -> None:
     namespace = Namespace(weights="w", layout=LAYOUT, architecture={"layers": ["x" * 100] * 500}, name="long")
     with ColdStore(tmp_path / "store", min_free_bytes=0) as store:
         store.open_namespace(namespace)

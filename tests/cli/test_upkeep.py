@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,12 @@ from typing import Any
 import pytest
 from cold_blocks import LAYOUT, NAMESPACE, OTHER, block_bytes, chain_of, damage_record, record_of
 from crafted_state import state_of
+from one_command import run_command
 
 from tierkv.storage.codecs import codec_by_name
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.record import encode_record
 from tierkv.storage.state_file import StateFile
-from tierkv.tools import cli
 
 Run = Callable[..., tuple[int, dict[str, Any], str]]
 
@@ -34,17 +33,12 @@ def store_path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def tierkv(store_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+def tierkv(store_path: Path) -> Run:
     """Return a function that runs one command: exit code, JSON result, standard error."""
 
     def run(*arguments: str) -> tuple[int, dict[str, Any], str]:
-        monkeypatch.setattr(sys, "argv", ["tierkv", *arguments, "--json", "--store", str(store_path)])
-        with pytest.raises(SystemExit) as exit_info:
-            cli.main()
-        captured = capsys.readouterr()
-        code = exit_info.value.code
-        assert isinstance(code, int)
-        return code, json.loads(captured.out) if captured.out else {}, captured.err
+        code, out, err = run_command(*arguments, "--json", "--store", store_path)
+        return code, json.loads(out) if out else {}, err
 
     return run
 

@@ -3,40 +3,26 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from daemon_process import is_reachable
-
-from tierkv.tools import cli
-
-Run = Callable[..., tuple[int, str, str]]
+from one_command import Command, run_command
 
 
 @pytest.fixture
-def tierkv(short_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
+def tierkv(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Command]:
     """Return a function that runs one command; the daemon that it may have left is stopped at the end."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
     monkeypatch.setenv("TIERKV_SOCKET", str(short_path / "d.sock"))
     monkeypatch.setenv("TIERKV_STORE", str(short_path / "store"))
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tierkv", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_info:
-            cli.main()
-        captured = capsys.readouterr()
-        code = exit_info.value.code
-        return (code if isinstance(code, int) else 0), captured.out, captured.err
-
-    yield run
+    yield run_command
     if is_reachable(short_path / "d.sock"):
-        run("daemon", "stop")
+        run_command("daemon", "stop")
 
 
-def test_start_status_stop(tierkv: Run, short_path: Path) -> None:
+def test_start_status_stop(tierkv: Command, short_path: Path) -> None:
     code, out, err = tierkv("daemon", "start", "--detach", "--warm", "1M")
     assert code == 0 and "serves on" in out, err
     report = json.loads(tierkv("daemon", "status", "--json")[1])
@@ -60,12 +46,12 @@ def test_start_status_stop(tierkv: Run, short_path: Path) -> None:
         (["daemon", "start", "--socket", "/tmp/" + "x" * 120, "--warm", "1M"], "longer than 107 bytes"),
     ],
 )
-def test_what_the_user_can_mend_is_one_line_and_exit_code_2(tierkv: Run, arguments: list[str], said: str) -> None:
+def test_what_the_user_can_mend_is_one_line_and_exit_code_2(tierkv: Command, arguments: list[str], said: str) -> None:
     code, out, err = tierkv(*arguments)
     assert (code, out) == (2, "") and said in err and len(err.splitlines()) == 1
 
 
-def test_a_second_daemon_says_whose_the_socket_is_and_leaves_the_first_its_log(tierkv: Run, short_path: Path) -> None:
+def test_a_second_daemon_says_whose_the_socket_is_and_keeps_the_log(tierkv: Command, short_path: Path) -> None:
     assert tierkv("daemon", "start", "--detach", "--warm", "1M", "--no-store")[0] == 0
     before = (short_path / "d.sock.log").read_text()
     code, _, err = tierkv("daemon", "start", "--detach", "--warm", "1M", "--no-store")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -14,12 +13,12 @@ from pathlib import Path
 import pytest
 from daemon_process import Start
 from fake_daemon import FakeDaemon
+from one_command import run_command
 
 import tierkv.daemon.client_socket
 from tierkv.daemon.messages import Welcome
 from tierkv.engine.models import load_model
 from tierkv.storage.cold import ColdStore
-from tierkv.tools import cli
 from tierkv.tools.engine_options import EngineOptions
 from tierkv.tools.stores import StoreOptions
 
@@ -35,19 +34,6 @@ def place(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("TIERKV_SOCKET", raising=False)
     (short_path / "tierkv").mkdir(mode=0o700)
     return short_path / "tierkv" / "daemon.sock"
-
-
-@pytest.fixture
-def tierkv_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["tierkv", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_info:
-            cli.main()
-        captured = capsys.readouterr()
-        return int(str(exit_info.value.code)), captured.out, captured.err
-
-    return run
 
 
 def test_a_daemon_at_the_default_place_is_used_and_named(
@@ -95,9 +81,9 @@ def test_a_named_store_needs_no_daemon(place: Path, start_daemon: Start, capsys:
     assert capsys.readouterr().err == ""
 
 
-def test_a_socket_and_no_daemon_are_refused(tierkv_command: Run, place: Path) -> None:
+def test_a_socket_and_no_daemon_are_refused(place: Path) -> None:
     for command in (["stats"], ["run", "hello"]):
-        code, _, err = tierkv_command(*command, "--socket", place, "--no-daemon")
+        code, _, err = run_command(*command, "--socket", place, "--no-daemon")
         assert code == 2 and "not both" in err
 
 
@@ -160,7 +146,6 @@ SILENT = (stale, dangling_link, regular_file, folder)
 @pytest.mark.parametrize("put", [*SILENT, hanging, full, babbling, lying])
 def test_what_is_no_daemon_neither_disturbs_nor_delays_a_command(
     place: Path,
-    tierkv_command: Run,
     short_path: Path,
     put: Callable[[Path, ExitStack], None],
     monkeypatch: pytest.MonkeyPatch,
@@ -170,7 +155,7 @@ def test_what_is_no_daemon_neither_disturbs_nor_delays_a_command(
     with ExitStack() as stack:
         put(place, stack)
         began = time.monotonic()
-        code, out, err = tierkv_command("compact", "--json")
+        code, out, err = run_command("compact", "--json")
         seconds = time.monotonic() - began
     assert code == 0 and json.loads(out)["bytes_after"] >= 0, err
     assert seconds < 4, "a second for the daemon, the rest for the command"
@@ -201,37 +186,37 @@ def test_without_a_home_there_is_no_default_place(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.fixture
-def daemon_with_prompt(place: Path, start_daemon: Start, tierkv_command: Run, short_path: Path) -> Iterator[Path]:
+def daemon_with_prompt(place: Path, start_daemon: Start, short_path: Path) -> Iterator[Path]:
     """Start a daemon of a warm tier that a prompt of the embedded model is in; return the file of the prompt."""
     load_model(None, cache_dir=short_path / "tierkv")
     start_daemon(slots=16_384, socket="tierkv/daemon.sock")
     path = short_path / "system.txt"
     path.write_text("You are a careful assistant. " * 12)
-    code, _, err = tierkv_command("warm", path, "--block-size", 16)
+    code, _, err = run_command("warm", path, "--block-size", 16)
     assert code == 0 and "using the daemon" in err, err
     yield path
     assert os.path.exists(place)
 
 
-def test_explain_asks_the_daemon_for_its_warm_tier(daemon_with_prompt: Path, tierkv_command: Run) -> None:
+def test_explain_asks_the_daemon_for_its_warm_tier(daemon_with_prompt: Path) -> None:
     asked = ("explain", "Hello", "--system", daemon_with_prompt, "--block-size", 16, "--json")
-    code, out, err = tierkv_command(*asked)
+    code, out, err = run_command(*asked)
     assert code == 0 and "using the daemon" in err, err
     found = json.loads(out)
     assert found["cached_tokens"]["warm"] > 300 and found["found_tokens"] == sum(found["cached_tokens"].values())
-    code, out, _ = tierkv_command(*asked, "--no-daemon")
+    code, out, _ = run_command(*asked, "--no-daemon")
     alone = json.loads(out)
     assert alone["cached_tokens"] == {"warm": 0, "cold": found["found_tokens"]}
 
 
 def test_explain_reads_the_weights_where_a_daemon_keeps_nothing_on_disk(
-    place: Path, start_daemon: Start, tierkv_command: Run, short_path: Path
+    place: Path, start_daemon: Start, short_path: Path
 ) -> None:
     load_model(None, cache_dir=short_path / "tierkv")
     daemon = start_daemon(slots=16_384, socket="other.sock", store=False)
     socket_option = ("--block-size", 16, "--socket", daemon.socket)
-    assert tierkv_command("run", "Hello there, " * 20, "--max-new-tokens", 1, *socket_option)[0] == 0
-    code, out, err = tierkv_command("explain", "Hello there, " * 20 + "you", "--json", *socket_option)
+    assert run_command("run", "Hello there, " * 20, "--max-new-tokens", 1, *socket_option)[0] == 0
+    code, out, err = run_command("explain", "Hello there, " * 20 + "you", "--json", *socket_option)
     assert code == 0, err
     found = json.loads(out)
     assert found["weights_compared"] and found["cached_tokens"]["warm"] > 200

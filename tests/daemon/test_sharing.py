@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from daemon_process import BLOCK_BYTES, OpenCache, Start
+from one_command import run_command
 from pattern_engine import PatternEngine
 
 from tierkv.profiling.tracker import MemoryTracker
-from tierkv.tools import cli
 from tierkv.values.block import Tier, hash_block
 from tierkv.values.events import EventKind
 
@@ -207,17 +206,12 @@ def test_more_blocks_than_the_slab_holds_pass_through_it(start_daemon: Start, op
     assert daemon.status().counters["evicted_blocks"] > 0
 
 
-def test_top_shows_a_daemon_and_its_store(
-    start_daemon: Start, open_cache: OpenCache, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_top_shows_a_daemon_and_its_store(start_daemon: Start, open_cache: OpenCache) -> None:
     daemon = start_daemon()
     cache = open_cache()
     cache.release(PatternEngine(cache).start(list(range(13))))
     cache.flush()
-    monkeypatch.setattr(sys, "argv", ["tierkv", "top", "--socket", str(daemon.socket), "--once"])
-    with pytest.raises(SystemExit):
-        cli.main()
-    shown = capsys.readouterr().out
+    shown = run_command("top", "--socket", daemon.socket, "--once").out
     assert "a daemon with 1 clients" in shown and "published blocks" in shown
     assert "cold" in shown and "12" in shown
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -154,6 +155,24 @@ def test_the_wheel_asks_for_the_core_dependencies_only_and_brings_the_command(wh
     assert {line.split(">")[0].split("<")[0].strip() for line in required} == CORE_DEPENDENCIES
     assert metadata["License-Expression"] == "Apache-2.0"
     assert "tierkv = tierkv.__main__:main" in entry_points
+
+
+WITH_CUDA = {"gpu", "nvcomp"}  # as README says
+OF_CUDA = {"torch", "triton", "flash-attn", "cuda-bindings", "nvidia-nvcomp-cu13", "vllm", "sglang"}
+
+
+def test_no_extra_but_two_brings_what_needs_cuda(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        info = only(Path(name).parent for name in archive.namelist() if name.endswith("dist-info/METADATA"))
+        metadata = Parser().parsestr(archive.read(f"{info}/METADATA").decode())
+    extras: dict[str, set[str]] = {name: set() for name in metadata.get_all("Provides-Extra", [])}
+    for line in metadata.get_all("Requires-Dist", []):
+        if found := re.match(r"""([\w-]+).*extra == ["'](\w+)["']""", line):
+            extras[found[2]].add(found[1].lower())
+    assert {name for name, needs in extras.items() if needs & OF_CUDA} == {*WITH_CUDA, "dev"}, (
+        "triton of dev has no CUDA"
+    )
+    assert {"hf", "report", "metrics", "serve", "redis", "objects"} <= {*extras}
 
 
 WHERE = """

@@ -19,7 +19,7 @@ from tierkv.remote_tiers.remotes import open_client
 from tierkv.remote_tiers.urls import RemoteUrl
 from tierkv.storage.codec import Bytes
 from tierkv.tools.options import AsJson, parse_size
-from tierkv.tools.terminal import open_console, print_json, visible
+from tierkv.tools.terminal import close_table, open_console, print_json, visible
 from tierkv.values.namespace import parse_description
 
 __all__ = ["group"]
@@ -87,9 +87,7 @@ def inspect(
         namespaces = [{"namespace": each.digest.hex(), **each.fields} for each in found]
         print_json({"url": str(parsed), "namespaces": namespaces, "unreadable": num_unreadable})
         return
-    table = Table(title=str(parsed))
-    for column in ("namespace", "model", "dtype", "size"):
-        table.add_column(column, no_wrap=True)
+    table = close_table("namespace", "model", "dtype", "size", title=str(parsed), folded=("model",))
     for each in found:
         dtype, size = visible(str(each.fields["dtype"])), str(each.layout.block_size)
         table.add_row(each.digest.hex()[:8], visible(each.name), dtype, size)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from stored_blocks import NAMESPACE
 
 from tierkv.daemon.config import DaemonConfig
 from tierkv.tools.daemon_process import environment_of, from_json, to_json
@@ -74,6 +76,19 @@ def test_inspect_counts_descriptions_that_cannot_be_read(command: Command, share
         (folder / "namespace.json").write_bytes(text)
     printed = command("remote", "inspect", f"dir://{shared}")
     assert printed.code == 0 and "3 descriptions cannot be read" in printed.out
+
+
+def test_inspect_cuts_no_name_in_60_columns(command: Command, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    namespace = replace(NAMESPACE, name="/models/of/a-research-group/" + "llama-3.1-8b-instruct-" * 3)
+    folder = shared / "tkv2" / namespace.digest.hex()
+    folder.mkdir(parents=True)
+    (folder / "namespace.json").write_bytes(namespace.describe())
+    monkeypatch.setenv("COLUMNS", "60")
+    printed = command("remote", "inspect", f"dir://{shared}")
+    lines = printed.out.splitlines()
+    assert printed.code == 0 and "…" not in printed.out and max(map(len, lines)) <= 60
+    rows = [line[11:].split() for line in lines if line.strip()]
+    assert namespace.name in "".join(row[0] for row in rows if row)
 
 
 def test_a_remote_tier_of_a_daemon_is_not_on_its_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

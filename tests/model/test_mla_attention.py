@@ -376,7 +376,7 @@ def test_what_flashinfer_cannot_compute_is_left_to_torch(wide_model: Any, monkey
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     monkeypatch.setitem(sys.modules, "flashinfer", None)
     reason = why_no_flashinfer(on_gpu, layers)
-    assert reason is not None and reason.startswith("it cannot be imported: import of flashinfer halted")
+    assert reason is not None and reason.startswith("it cannot be imported: ")
     monkeypatch.setitem(sys.modules, "flashinfer", ModuleType("flashinfer"))
     monkeypatch.setitem(sys.modules, "flashinfer.mla", ModuleType("flashinfer.mla"))
     assert why_no_flashinfer(on_gpu, layers) is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -43,11 +43,11 @@ class StoredBlock(NamedTuple):
     pin_end: float | None
 
 
-def iter_stored(store: ColdStore, namespaces: Collection[BlockHash]) -> Iterator[StoredBlock | None]:
+def iter_stored(store: ColdStore, namespaces: Sequence[BlockHash]) -> Iterator[StoredBlock | None]:
     """Yield the blocks of namespaces, parents before children; None for each that cannot be had.
 
-    That is a block that is damaged, of another version, or evicted meanwhile, and one that follows such a block. Takes
-    24 bytes of memory for each block.
+    That is a block that is damaged, of another version, or evicted meanwhile, and one that follows such a block, or one
+    that was stored meanwhile. Takes 24 bytes of memory for each block, and the hashes of two levels of the tree.
     """
     number_of = {digest: number for number, digest in enumerate(namespaces)}
     rows = np.fromiter(
@@ -59,15 +59,22 @@ def iter_stored(store: ColdStore, namespaces: Collection[BlockHash]) -> Iterator
         dtype=_ORDER,
     )
     ends = store.pin_ends()
-    missing: set[BlockHash] = set()
+    parents: set[BlockHash] = set()
+    yielded: set[BlockHash] = set()
+    level = (-1, 0)
     for row in np.argsort(rows[["namespace", "depth"]], order=("namespace", "depth"), kind="stable"):
+        number, depth = int(rows["namespace"][row]), int(rows["depth"][row])
+        if (number, depth) != level:
+            follows = level == (number, depth - 1)
+            parents, yielded = yielded if follows else set() if depth else {namespaces[number]}, set()
+            level = (number, depth)
         block_hash = rows["hash"][row].tobytes()
         entry = store.lookup(block_hash)
-        data = store.read_record(block_hash) if entry is not None and entry.parent not in missing else None
+        data = store.read_record(block_hash) if entry is not None and entry.parent in parents else None
         if entry is None or data is None:
-            missing.add(block_hash)
             yield None
             continue
+        yielded.add(block_hash)
         yield StoredBlock(parse_record(data, cost_s=entry.cost_s), entry, ends.get(block_hash))
 
 

@@ -18,7 +18,7 @@ from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_tenants import TenantSettings
 from tierkv.storage.move_store import move_store
 from tierkv.storage.outcomes import PutOutcome
-from tierkv.storage.whole_store import StoredBlock, put_stored, restore_settings
+from tierkv.storage.whole_store import StoredBlock, iter_stored, put_stored, restore_settings
 
 A = replace(NAMESPACE, salt="a")
 BLOCKS = {NAMESPACE.digest: chain_of(5), A.digest: chain_of(4, first=50, namespace=A)}
@@ -111,6 +111,24 @@ def test_settings_of_a_store_whose_quota_was_lowered_below_the_shares_come_back(
     with BackupFile(tmp_path / "b") as backup, ColdStore(tmp_path / "t", quota_bytes=1 << 22) as store:
         restore_settings(store, backup.settings)
         assert store.tenants() == tenants
+
+
+def test_a_block_whose_parent_was_not_there_when_the_save_began_is_left_out(tmp_path: Path) -> None:
+    """Another process evicts a chain while its entries are listed, and stores it again."""
+    records = BLOCKS[NAMESPACE.digest]
+    with open_store(tmp_path / "source") as store:
+        store.open_namespace(NAMESPACE)
+        store.put(records)
+        unlisted = records[2].info.block_hash
+        listed = [each for each in store.iter_entries() if each[0] != unlisted]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(store, "iter_entries", lambda: iter(listed))
+            found = list(iter_stored(store, [NAMESPACE.digest]))
+    assert [each and each.record.info.block_hash for each in found] == [
+        *(record.info.block_hash for record in records[:2]),
+        None,
+        None,
+    ]
 
 
 @pytest.mark.parametrize("lowered", ["quota", "limit"])

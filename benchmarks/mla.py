@@ -24,8 +24,8 @@ from benchmarks.ttft import machine
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.engine.attention import AttentionBatch, SequenceStep, build_batch, forward, use_tierkv_attention
-from tierkv.engine.mla_model import LatentAttention, choose_mla
-from tierkv.engine.mla_self_test import layer_error
+from tierkv.engine.mla.model import LatentAttention, choose_mla
+from tierkv.engine.mla.self_test import layer_error
 from tierkv.engine.model_support import probe_layout, relative_error
 from tierkv.ranks.group import OneRank
 from tierkv.storage.hot import HotPool

@@ -12,7 +12,7 @@ from torch import Tensor
 from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.engine.attention import SequenceStep, build_batch, forward, use_tierkv_attention
-from tierkv.engine.mla_model import latent_attention
+from tierkv.engine.mla.model import latent_attention
 from tierkv.engine.model_identity import namespace_of
 from tierkv.engine.model_support import probe_layout
 from tierkv.requests.sequence import Sequence

@@ -13,7 +13,7 @@ import torch
 from tierkv.config import CacheConfig
 from tierkv.engine.backends.measured import table_place
 from tierkv.engine.embedded_files import EMBEDDED
-from tierkv.engine.mla_model import latent_attention
+from tierkv.engine.mla.model import latent_attention
 from tierkv.engine.model_identity import namespace_of
 from tierkv.engine.model_support import check_supported, probe_layout
 from tierkv.engine.models import LoadedModel, load_model

@@ -15,10 +15,10 @@ from tiny_models import make_model
 from torch import Tensor
 
 from tierkv.engine.attention import AttentionBatch, SequenceStep, build_batch
-from tierkv.engine.mla_attention import MlaAttention
-from tierkv.engine.mla_flashinfer import MAX_SPAN, FlashInferMla, flashinfer_kernel
-from tierkv.engine.mla_layers import MlaInput
-from tierkv.engine.mla_model import choose_mla
+from tierkv.engine.mla.attention import MlaAttention
+from tierkv.engine.mla.flashinfer import MAX_SPAN, FlashInferMla, flashinfer_kernel
+from tierkv.engine.mla.layers import MlaInput
+from tierkv.engine.mla.model import choose_mla
 from tierkv.ranks.group import OneRank
 from tierkv.storage.hot import HotPool
 from tierkv.values.layout import BlockLayout, LayerLayout

@@ -13,11 +13,11 @@ from places import Place, plain_logits
 from tiny_models import FAMILIES, MLA, VOCABULARY, make_model
 
 from tierkv.config import CacheConfig
-from tierkv.engine import mla_self_test
 from tierkv.engine.cascade import CascadeCost
 from tierkv.engine.generation import GenerationOptions
-from tierkv.engine.mla_layers import MlaInput, MlaLayer, mla_layers, mla_reasons, rope_order
-from tierkv.engine.mla_model import LatentAttention, MlaChoice, choose_mla, latent_attention
+from tierkv.engine.mla import self_test as mla_self_test
+from tierkv.engine.mla.layers import MlaInput, MlaLayer, mla_layers, mla_reasons, rope_order
+from tierkv.engine.mla.model import LatentAttention, MlaChoice, choose_mla, latent_attention
 from tierkv.engine.model_identity import namespace_of
 from tierkv.engine.model_support import probe_layout
 from tierkv.engine.models import LoadedModel
@@ -187,14 +187,14 @@ def _latent_without_its_norm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _absorbed_alone_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tierkv.engine import mla_attention
+    from tierkv.engine.mla import attention as mla_attention
 
     right = mla_attention._attend_latents
     monkeypatch.setattr(mla_attention, "_attend_latents", lambda *args: right(*args) * 1.1)
 
 
 def _expanded_alone_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tierkv.engine import mla_attention
+    from tierkv.engine.mla import attention as mla_attention
 
     right = mla_attention._attend_expanded
 
@@ -229,7 +229,7 @@ def test_a_model_that_fails_the_self_test_keeps_k_and_v_and_that_is_logged_and_c
     fault: Callable[[pytest.MonkeyPatch], None], v3: Any, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     fault(monkeypatch)
-    with caplog.at_level(logging.WARNING, logger="tierkv.engine.mla_model"):
+    with caplog.at_level(logging.WARNING, logger="tierkv.engine.mla.model"):
         choice = choose(v3)
     assert choice.latent is None and not choice.layout.is_latent
     assert choice.fallbacks == {"latent": 1}
@@ -373,7 +373,7 @@ def test_a_call_that_is_not_the_decoders_own_is_refused(v3: Any) -> None:
 @pytest.mark.parametrize("way", ["absorbed", "expanded"])
 def test_a_small_fault_in_16_bits_is_found_in_the_module_that_has_it(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The logits of a bfloat16 model with experts would hide it."""
-    from tierkv.engine import mla_attention
+    from tierkv.engine.mla import attention as mla_attention
 
     model = make_model("deepseek_v3", block_size=SIZE, dtype=torch.bfloat16)
     assert choose(model).latent is not None

@@ -12,11 +12,11 @@ from places import Place
 from tiny_models import VOCABULARY, make_model
 from torch import Tensor
 
-from tierkv.engine import mla_attention
 from tierkv.engine.attention import SequenceStep, build_batch, forward, use_tierkv_attention
-from tierkv.engine.mla_attention import MlaAttention, is_expanding_cheaper
-from tierkv.engine.mla_layers import MlaInput
-from tierkv.engine.mla_model import LatentAttention
+from tierkv.engine.mla import attention as mla_attention
+from tierkv.engine.mla.attention import MlaAttention, is_expanding_cheaper
+from tierkv.engine.mla.layers import MlaInput
+from tierkv.engine.mla.model import LatentAttention
 from tierkv.engine.model_support import probe_layout
 from tierkv.errors import ShapeError
 from tierkv.storage.hot import HotPool

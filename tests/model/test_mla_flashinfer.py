@@ -14,11 +14,12 @@ from tiny_models import VOCABULARY
 from torch import Tensor
 from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
-from tierkv.engine import mla_attention, mla_flashinfer
 from tierkv.engine.attention import SequenceStep, build_batch, forward, use_tierkv_attention
-from tierkv.engine.mla_flashinfer import MAX_SPAN, FlashInferMla, why_no_flashinfer
-from tierkv.engine.mla_layers import mla_layers
-from tierkv.engine.mla_model import LatentAttention, choose_mla
+from tierkv.engine.mla import attention as mla_attention
+from tierkv.engine.mla import flashinfer as mla_flashinfer
+from tierkv.engine.mla.flashinfer import MAX_SPAN, FlashInferMla, why_no_flashinfer
+from tierkv.engine.mla.layers import mla_layers
+from tierkv.engine.mla.model import LatentAttention, choose_mla
 from tierkv.engine.model_support import probe_layout
 from tierkv.ranks.group import OneRank
 from tierkv.storage.hot import HotPool
@@ -247,8 +248,8 @@ def test_a_flashinfer_that_fails_at_opening_is_replaced_by_torch_and_counted(
     def kernel(model: Any, layers: Any) -> FlashInferMla:
         return FlashInferMla(library, device=torch.device("cpu"), dtype=model.dtype, heads=4, scale=layer.scale)
 
-    monkeypatch.setattr("tierkv.engine.mla_model.why_no_flashinfer", lambda model, layers: None)
-    monkeypatch.setattr("tierkv.engine.mla_model.flashinfer_kernel", kernel)
+    monkeypatch.setattr("tierkv.engine.mla.model.why_no_flashinfer", lambda model, layers: None)
+    monkeypatch.setattr("tierkv.engine.mla.model.flashinfer_kernel", kernel)
     choice = choose_mla(wide_model, "latent", block_size=16, ranks=OneRank())
     assert choice.latent is not None and choice.latent.kernel == "torch"
     assert choice.fallbacks == {"flashinfer": 1} and "by flashinfer is off" in caplog.text

@@ -10,7 +10,7 @@ import torch
 import xxhash
 
 from tierkv.engine.checksums import Checksums
-from tierkv.engine.mla_layers import mla_layers, rope_order
+from tierkv.engine.mla.layers import mla_layers, rope_order
 from tierkv.engine.model_reader import read_state
 from tierkv.engine.model_state import VOLATILE_FIELDS, ModelState, changed_paths, local_part
 from tierkv.engine.model_support import check_call, check_state, read_stable_state

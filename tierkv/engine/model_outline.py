@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tierkv.engine.embedded_files import EMBEDDED
-from tierkv.engine.mla_model import latent_attention
+from tierkv.engine.mla.model import latent_attention
 from tierkv.engine.model_identity import architecture_of
 from tierkv.engine.model_support import probe_layout
 from tierkv.engine.models import device_of, dtype_of, first_line, path_of

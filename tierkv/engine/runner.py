@@ -22,7 +22,7 @@ from tierkv.engine.event_queue import EventQueue
 from tierkv.engine.forward_pass import ForwardPass
 from tierkv.engine.fused_model import fuse_model, test_fused
 from tierkv.engine.generation import Generation, GenerationOptions, ModelRequest, TokenEvent
-from tierkv.engine.mla_model import MlaChoice, MlaSwitch, choose_mla, latent_attention
+from tierkv.engine.mla.model import MlaChoice, MlaSwitch, choose_mla, latent_attention
 from tierkv.engine.model_identity import ModelCheck, namespace_of
 from tierkv.engine.model_state import ModelState
 from tierkv.engine.model_support import (

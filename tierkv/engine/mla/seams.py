@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from tierkv.engine.mla_layers import MlaLayer
+from tierkv.engine.mla.layers import MlaLayer
 from tierkv.engine.model_seam import Seam
 
 __all__ = ["ModuleSeams"]

@@ -20,7 +20,7 @@ from torch.nn.attention.bias import causal_lower_right
 
 from tierkv.engine.attention_merge import merge_parts
 from tierkv.engine.backends.torch_attention import cpu_attention
-from tierkv.engine.mla_layers import MlaInput, MlaLayer
+from tierkv.engine.mla.layers import MlaInput, MlaLayer
 from tierkv.errors import ShapeError
 
 __all__ = ["MlaAttention", "MlaBatch", "MlaKernel", "is_expanding_cheaper"]

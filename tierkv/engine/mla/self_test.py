@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from tierkv.engine.attention import AttentionBatch, SequenceStep, build_batch, forward
-from tierkv.engine.mla_attention import MlaAttention
-from tierkv.engine.mla_layers import MlaInput, MlaLayer
-from tierkv.engine.mla_seams import ModuleSeams
+from tierkv.engine.mla.attention import MlaAttention
+from tierkv.engine.mla.layers import MlaInput, MlaLayer
+from tierkv.engine.mla.seams import ModuleSeams
 from tierkv.engine.model_support import context_of, relative_error, self_test
 from tierkv.errors import UnsupportedModelError
 from tierkv.storage.hot import HotPool

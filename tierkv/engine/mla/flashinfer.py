@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from tierkv.engine.attention import to_device
-from tierkv.engine.mla_attention import MlaBatch
-from tierkv.engine.mla_layers import MlaLayer
+from tierkv.engine.mla.attention import MlaBatch
+from tierkv.engine.mla.layers import MlaLayer
 
 __all__ = ["MAX_SPAN", "FlashInferMla", "flashinfer_kernel", "why_no_flashinfer"]
 

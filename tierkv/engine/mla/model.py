@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from tierkv.engine.attention import AttentionBatch, AttentionSwitch, batch_of
-from tierkv.engine.mla_attention import MlaAttention
-from tierkv.engine.mla_flashinfer import flashinfer_kernel, why_no_flashinfer
-from tierkv.engine.mla_layers import MlaLayer, mla_layers, mla_reasons
-from tierkv.engine.mla_seams import ModuleSeams
-from tierkv.engine.mla_self_test import check_latent
+from tierkv.engine.mla.attention import MlaAttention
+from tierkv.engine.mla.flashinfer import flashinfer_kernel, why_no_flashinfer
+from tierkv.engine.mla.layers import MlaLayer, mla_layers, mla_reasons
+from tierkv.engine.mla.seams import ModuleSeams
+from tierkv.engine.mla.self_test import check_latent
 from tierkv.engine.model_support import probe_layout
 from tierkv.errors import CapacityError, ConfigError, UnsupportedModelError
 from tierkv.ranks.group import OneRank, RankGroup

@@ -24,6 +24,7 @@ from tierkv.daemon.core import Core
 from tierkv.daemon.lease_flags import LeaseFlags, map_flags, map_generations
 from tierkv.daemon.limits import Limits
 from tierkv.daemon.local_leases import LocalLeases
+from tierkv.daemon.membarrier import order_all
 from tierkv.daemon.messages import Chain, Found, Match, Release, Reserve, Status, StatusReport, Used
 from tierkv.daemon.protocol import ProtocolError, frame, split_numbers
 from tierkv.daemon.values import Connection
@@ -239,6 +240,28 @@ def test_a_block_evicted_on_demand_serves_no_new_lease_and_goes_after_the_last(c
     core.trim()
     assert not size_class.chosen.marked
     assert not any(size_class.index.warm.owners[slot] for slot in slots)
+
+
+def test_an_eviction_on_demand_orders_all_clients_once_and_not_for_each_block(
+    core: Core, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a barrier for each of a million blocks no client would get an answer for a minute."""
+    client, calls = client_of(core), []
+    for number in range(3):
+        client.write(prompt(100 * number, 4))
+    held = core.match(client.connection, client.question(prompt(0, 4)))
+
+    def order() -> bool:
+        calls.append(1)
+        return order_all()
+
+    monkeypatch.setattr(lease_flags, "order_all", order)
+    assert core.evict_chosen(ROOT, Choice()).blocks.total() == 8
+    assert len(calls) <= 2
+    calls.clear()
+    core.release(client.connection, Release(slots=held.slots))
+    (size_class,) = core.slab.classes.values()
+    assert not any(size_class.index.warm.owners) and len(calls) <= 2
 
 
 def test_a_block_leased_by_a_message_and_evicted_on_demand_is_not_leased_by_a_flag(core: Core) -> None:

@@ -10,7 +10,8 @@ share.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from tierkv.daemon.lease_flags import LeaseFlags
 from tierkv.daemon.limits import Limits
@@ -63,8 +64,13 @@ class SizeClass:
         self.num_usable: int = 0
         self.index.warm.take(range(self.num_slots))
         self.chosen: ChosenEviction = ChosenEviction(
-            self.index, (Tier.WARM,), lambda entries, _: self._evict_entries(entries), on_mark=self._renew
+            self.index,
+            (Tier.WARM,),
+            lambda entries, _: self._evict_entries(entries),
+            on_mark=self._renew,
+            batch=self._ending,
         )
+        self._ended: frozenset[int] = frozenset()  # slots that no client can lease by a flag until the loop's next turn
         self.flags: LeaseFlags | None = None
         self.flagged: set[int] = set()  # slots that a client has leased by its flag, pinned for that
 
@@ -157,10 +163,8 @@ class SizeClass:
         self.unpin_unflagged()
         ours = [slot for slot in slots if not self._is_unusable[slot]]
         pool = self.index.warm
-        for slot in ours:
-            owner = pool.owners[slot]
-            if owner is not None and not self._evict_subtree(owner):
-                return False
+        if not all(owner is None or self._evict_subtree(owner) for owner in (pool.owners[slot] for slot in ours)):
+            return False
         if any(pool.reference_count(slot) for slot in ours):
             return False
         pool.take(ours)
@@ -199,16 +203,32 @@ class SizeClass:
 
         Blocks that a client has leased by its flag stay, and are pinned until it clears that.
         """
-        if self.flags and (leased := self.flags.try_end(slots.values())):
-            for slot in leased - self.flagged:
-                self.index.warm.pin(slot)
-            self.flagged |= leased
+        if leased := self._end_flags(slot for slot in slots.values() if slot not in self._ended):
             slots = {entry: slot for entry, slot in slots.items() if slot not in leased}
         evicted = self.index.evict(slots, Tier.WARM)
         for entry in evicted:
             self._forgotten(slots[entry])
         self.evictions += len(evicted)
         return len(evicted)
+
+    def _end_flags(self, slots: Iterable[int]) -> set[int]:
+        """Keep clients from leasing slots by their flags. Return those that are leased so, each pinned."""
+        leased = self.flags.try_end(slots) if self.flags else set()
+        for slot in leased - self.flagged:
+            self.index.warm.pin(slot)
+        self.flagged |= leased
+        return leased
+
+    @contextlib.contextmanager
+    def _ending(self, entries: Sequence[Entry]) -> Iterator[None]:
+        """End the flags of blocks that are evicted one by one: a barrier for each takes longer than the rest."""
+        pins = self.index.warm.pins
+        slots = [slot for entry in entries if (slot := entry.warm_slot) is not None and not pins[slot]]
+        self._ended = frozenset(slots) - self._end_flags(slots)
+        try:
+            yield
+        finally:
+            self._ended = frozenset()
 
     def _evict_entries(self, entries: Sequence[Entry]) -> Sequence[Entry]:
         slots = {entry: entry.warm_slot for entry in entries if entry.warm_slot is not None}
@@ -378,9 +398,9 @@ class SharedSlab:
     def _usable_in(self, size_class: SizeClass, extents: Iterable[int]) -> list[int]:
         """Return the slots that touch these extents, and touch only extents of the class."""
         slots = {slot for extent in extents for slot in self._slots_touching(size_class, extent)}
-        usable = []
-        for slot in sorted(slots):
-            touched = self._extents_of(size_class, slot)
-            if touched and all(self.owners[each] is size_class for each in touched):
-                usable.append(slot)
-        return usable
+        return [
+            slot
+            for slot in sorted(slots)
+            if (touched := self._extents_of(size_class, slot))
+            and all(self.owners[each] is size_class for each in touched)
+        ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from tierkv.index.index import Index
@@ -78,6 +79,7 @@ class ChosenEviction:
     lock: guards the index where threads share it. The caller of every method holds the lock.
     evict: makes a tier forget entries, children before parents, and returns the evicted ones.
     marked: entries that were in use when chosen; `retry` evicts them. on_mark: called with each.
+    batch: returns a context for the entries that are tried one after the other in it.
     """
 
     def __init__(
@@ -88,9 +90,11 @@ class ChosenEviction:
         lock: Owned = NO_LOCK,
         *,
         on_mark: Callable[[Entry], None] = lambda _: None,
+        batch: Callable[[Sequence[Entry]], AbstractContextManager[None]] = lambda _: nullcontext(),
     ) -> None:
         self._lock = lock
         self._on_mark = on_mark
+        self._batch = batch
         self.marked: dict[Entry, None] = {}
         self._index = index
         self._tiers = tiers
@@ -103,17 +107,19 @@ class ChosenEviction:
         blocks: Counter[Tier] = Counter()
         stayed: Counter[str] = Counter()
         own = set(path)
-        for entry in (*wanted, *path):
-            if entry in own and not entry.pinned and any(each not in self.marked for each in entry.children):
-                reason: str | None = CONTINUED
-            else:
-                entry.in_cold = False
-                reason = self._evict_one(entry, blocks)
-            if reason:
-                stayed[reason] += 1
-            if reason == IN_USE:
-                self.marked[entry] = None
-                self._on_mark(entry)
+        chosen = (*wanted, *path)
+        with self._batch(chosen):
+            for entry in chosen:
+                if entry in own and not entry.pinned and any(each not in self.marked for each in entry.children):
+                    reason: str | None = CONTINUED
+                else:
+                    entry.in_cold = False
+                    reason = self._evict_one(entry, blocks)
+                if reason:
+                    stayed[reason] += 1
+                if reason == IN_USE:
+                    self.marked[entry] = None
+                    self._on_mark(entry)
         return Evicted(blocks, stayed)
 
     def retry(self) -> Counter[Tier]:
@@ -129,9 +135,10 @@ class ChosenEviction:
                     self.marked[child] = None
                     self._on_mark(child)
                     pending.append(child)
-        for entry in sorted(self.marked, key=lambda each: -each.depth):
-            if self._evict_one(entry, blocks) != IN_USE:
-                del self.marked[entry]
+        with self._batch(pending):
+            for entry in sorted(self.marked, key=lambda each: -each.depth):
+                if self._evict_one(entry, blocks) != IN_USE:
+                    del self.marked[entry]
         return blocks
 
     def spare(self, entry: Entry) -> None:

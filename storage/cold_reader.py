@@ -34,7 +34,7 @@ from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import (
     BlockInfo,
     Buffer,
-    TruncatedBlockError,
+    damage_reason,
     decode_record,
     max_record_bytes,
     read_header,
@@ -146,12 +146,10 @@ class ColdReader:
 
     def _reason_of(self, exc: StoreError | OSError, block: BlockInfo) -> MissReason:
         """Return what kind of miss an error is. Raises it again where the store is closed."""
-        if isinstance(exc, TruncatedBlockError | CutShortError):
+        if isinstance(exc, CorruptBlockError | FormatVersionError):
+            return damage_reason(exc)
+        if isinstance(exc, CutShortError):
             return MissReason.TRUNCATED
-        if isinstance(exc, FormatVersionError):
-            return MissReason.FORMAT
-        if isinstance(exc, CorruptBlockError):
-            return MissReason.CORRUPT
         if not self._env.is_open:
             raise exc
         _logger.warning("cold store %s: block %s not read: %s", self.path, block.block_hash.hex(), exc)

@@ -49,6 +49,7 @@ __all__ = [
     "EncodedRecord",
     "RecordHeader",
     "TruncatedBlockError",
+    "damage_reason",
     "decode_record",
     "encode_record",
     "max_record_bytes",
@@ -196,6 +197,13 @@ def parse_record(record: Buffer, *, lossy_codec: str | None = None, cost_s: floa
         buffer=as_bytes(record)[: header.record_bytes],
         cost_s=cost_s,
     )
+
+
+def damage_reason(error: CorruptBlockError | FormatVersionError) -> MissReason:
+    """Return what kind of miss a record is for which `decode_record` raised that."""
+    if isinstance(error, TruncatedBlockError):
+        return MissReason.TRUNCATED
+    return MissReason.FORMAT if isinstance(error, FormatVersionError) else MissReason.CORRUPT
 
 
 def max_record_bytes(layout: BlockLayout) -> int:

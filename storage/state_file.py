@@ -32,7 +32,7 @@ from tierkv.storage.record import (
     HEADER_BYTES,
     BlockInfo,
     EncodedRecord,
-    TruncatedBlockError,
+    damage_reason,
     decode_record,
     parse_record,
 )
@@ -184,12 +184,8 @@ class StateFile:
                     lossy_codec=self.description.lossy_codec,
                     coded=coded,
                 )
-            except TruncatedBlockError:
-                return MissReason.TRUNCATED
-            except FormatVersionError:
-                return MissReason.FORMAT
-            except StoreError:
-                return MissReason.CORRUPT
+            except (CorruptBlockError, FormatVersionError) as exc:
+                return damage_reason(exc)
             except (OSError, MemoryError):
                 return MissReason.IO_ERROR
         if reason is MissReason.NAMESPACE and expected.namespace == self.namespace:

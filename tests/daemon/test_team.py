@@ -17,7 +17,8 @@ from stored_blocks import NAMESPACE, TOKENS
 
 from tierkv.daemon import members
 from tierkv.daemon.core import Core
-from tierkv.daemon.members import check_reachable, groups_of_peer
+from tierkv.daemon.host import check_reachable
+from tierkv.daemon.members import groups_of_peer
 from tierkv.daemon.requests import _HANDLERS
 from tierkv.errors import DaemonError
 

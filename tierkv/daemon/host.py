@@ -13,11 +13,11 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-from tierkv.daemon.members import check_reachable
 from tierkv.errors import CapacityError, ConfigError, DaemonError, StoreError
 from tierkv.values.files import open_regular
 from tierkv.values.free_memory import memory_room
 from tierkv.values.units import format_bytes
+from tierkv.values.users import group_name
 
 __all__ = [
     "NOT_WRITTEN",
@@ -25,6 +25,7 @@ __all__ = [
     "LockFile",
     "check_folder",
     "check_memory",
+    "check_reachable",
     "connections_that_fit",
     "exclusive_file",
     "listening_socket",
@@ -127,14 +128,31 @@ def _is_at(path: Path, state: os.stat_result) -> bool:
         return False
 
 
-def check_folder(folder: Path) -> None:
-    """Raise DaemonError if every user may replace files in a directory; warn if another user or a group may."""
+def _upwards(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """Yield a directory and those above it, with their states. Raises DaemonError."""
     at = folder.resolve()
     for each in (at, *at.parents):
         try:
             state = os.stat(each)
         except OSError as exc:
             raise DaemonError(f"{each} cannot be used for a socket: {exc.strerror}") from exc
+        yield each, state
+
+
+def check_reachable(folder: Path, group: int) -> None:
+    """Raise DaemonError unless a group may pass through a directory and those above it."""
+    for each, state in _upwards(folder):
+        if not (state.st_mode & stat.S_IXOTH or (state.st_gid == group and state.st_mode & stat.S_IXGRP)):
+            raise DaemonError(
+                f"the group {group_name(group)} cannot reach {folder}: it may not pass through {each}",
+                hint="name a socket in a directory of the group, such as one of mode 0750",
+            )
+
+
+def check_folder(folder: Path) -> None:
+    """Raise DaemonError if every user may replace files in a directory; warn if another user or a group may."""
+    at = folder.resolve()
+    for each, state in _upwards(folder):
         if state.st_uid not in (0, os.geteuid()):
             _log.warning("user %d owns %s and may replace files there", state.st_uid, each)
         if state.st_mode & stat.S_ISVTX:

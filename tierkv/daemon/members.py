@@ -12,7 +12,6 @@ import os
 import socket
 import stat
 import struct
-from pathlib import Path
 
 from tierkv.daemon.eviction_messages import EvictionDone, EvictionsSince
 from tierkv.daemon.messages import (
@@ -27,11 +26,8 @@ from tierkv.daemon.messages import (
     Status,
     Wait,
 )
-from tierkv.errors import DaemonError
-from tierkv.values.users import group_name
 
 __all__ = [
-    "check_reachable",
     "groups_of_peer",
     "is_for_members",
     "read_only_descriptor",
@@ -72,18 +68,3 @@ def read_only_descriptor(fd: int) -> int:
     """
     os.fchmod(fd, stat.S_IRUSR | stat.S_IWUSR)
     return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
-
-
-def check_reachable(folder: Path, group: int) -> None:
-    """Raise DaemonError unless a group may pass through a directory and those above it."""
-    at = folder.resolve()
-    for each in (at, *at.parents):
-        try:
-            state = os.stat(each)
-        except OSError as exc:
-            raise DaemonError(f"{each} cannot be used for a socket: {exc.strerror}") from exc
-        if not (state.st_mode & stat.S_IXOTH or (state.st_gid == group and state.st_mode & stat.S_IXGRP)):
-            raise DaemonError(
-                f"the group {group_name(group)} cannot reach {folder}: it may not pass through {each}",
-                hint="name a socket in a directory of the group, such as one of mode 0750",
-            )

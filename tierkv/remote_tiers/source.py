@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from tierkv.errors import FormatVersionError, StoreError
+from tierkv.errors import CorruptBlockError, FormatVersionError, StoreError
 from tierkv.remote_tiers.guard import GuardedRemote
 from tierkv.remote_tiers.local_copies import LocalCopies
 from tierkv.remote_tiers.protocol import RemoteKey
@@ -18,7 +18,7 @@ from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import (
     BlockInfo,
     EncodedRecord,
-    TruncatedBlockError,
+    damage_reason,
     decode_record,
     max_record_bytes,
     parse_record,
@@ -233,12 +233,8 @@ class RemoteSource:
             return decode_record(
                 record, out, expected=expected, layout=layout, lossy_codec=self._lossy_codec, coded=coded
             )
-        except TruncatedBlockError:
-            return MissReason.TRUNCATED
-        except FormatVersionError:
-            return MissReason.FORMAT
-        except StoreError:
-            return MissReason.CORRUPT
+        except (CorruptBlockError, FormatVersionError) as exc:
+            return damage_reason(exc)
 
     def _miss(self, remote: GuardedRemote, block_hash: BlockHash, reason: MissReason) -> MissReason:
         remote.count(f"miss_{reason.value}")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from tierkv.index.entry import Entry
 from tierkv.values.block import BlockHash
-from tierkv.values.untracked import untrack
+from tierkv.values.untracked import untrack, untrack_all
 
 __all__ = ["EntryTable"]
 
@@ -77,8 +77,7 @@ class EntryTable:
             shared = self._numbers[start : len(by_number)]
             numbers += shared
             numbers += range(start + len(shared), len(by_number))
-        for entry in entries:
-            untrack(entry)
+        untrack_all(entries)
         self.numbers_by_hash.update(zip([entry.block_hash for entry in entries], numbers, strict=True))
 
     def remove_all(self, entries: Sequence[Entry]) -> None:

@@ -28,7 +28,7 @@ from tierkv.values.events import EventKind
 from tierkv.values.layout import BlockLayout
 from tierkv.values.locks import OwnedCondition
 from tierkv.values.stats import StatsRecorder
-from tierkv.values.untracked import untrack
+from tierkv.values.untracked import untrack_all
 
 __all__ = ["Copies", "Job", "LowerTiers", "Place", "PlaceOwner", "Tiers"]
 
@@ -234,9 +234,8 @@ class Tiers:
             assert block_id is not None, "only a hot block can be written down"
             parent = None if above is root else above
             fields = (entry.block_hash, above.block_hash, entry.token_bytes, None, parent, block_id, written, entry)
-            job = _new_tuple(Job, fields)  # in half the time of Job(...)
-            untrack(job)  # thousands may be queued, and full garbage collections would follow
-            jobs.append(job)
+            jobs.append(_new_tuple(Job, fields))  # in half the time of Job(...)
+        untrack_all(jobs)  # thousands may be queued, and full garbage collections would follow
         return jobs
 
     def attach(self, entry: Entry, tier: Tier, slot: int, kind: EventKind) -> None:

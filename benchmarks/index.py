@@ -40,6 +40,7 @@ _STEP = BLOCK_SIZE * TOKEN_BYTES
 _LIMIT_BYTES = 400
 _LIMIT_MATCH_US = 150
 _LIMIT_ACQUIRE_US = 300
+_LIMIT_COMMIT_US = 500
 _SHAPES = {
     "sessions": "sessions; all blocks warm, a quarter also hot",
     "sessions, both": "sessions; all blocks hot and warm, each used at a time of its own",
@@ -190,11 +191,13 @@ def _time_table(num_blocks: int, num_requests: int, notes: list[str]) -> Table:
     table.add_column("operation")
     for column in ("median", "limit", "met", "plain dict", "p99", "p99, CPU"):
         table.add_column(column, justify="right", no_wrap=True)
+    before_s = _full_collection_s()
     filled = IndexTable(num_blocks)
     ours = {f"index, {DEFAULT_POLICY}": time_table(filled, num_blocks, num_requests)}
-    start = time.perf_counter()
-    gc.collect()
-    notes.append(f"a full garbage collection of Python's with that index: {time.perf_counter() - start:.2f} s")
+    notes.append(
+        f"CPU time of a full garbage collection of Python's: {_full_collection_s() * 1e3:.0f} ms with that index, "
+        f"{before_s * 1e3:.0f} ms before it was filled"
+    )
     del filled
     ours["index, lru"] = time_table(IndexTable(num_blocks, policy="lru"), num_blocks, num_requests)
     bound = time_table(DictTable(num_blocks), num_blocks, num_requests)
@@ -212,8 +215,20 @@ def _time_table(num_blocks: int, num_requests: int, notes: list[str]) -> Table:
     return table
 
 
+def _full_collection_s() -> float:
+    """Return the CPU time of a full garbage collection, the least of three."""
+    times: list[float] = []
+    for _ in range(3):
+        start = time.thread_time()
+        gc.collect()
+        times.append(time.thread_time() - start)
+    return min(times)
+
+
 def _add_times(table: Table, name: str, times: Times, bound: Times | None) -> None:
     limit = _LIMIT_MATCH_US if ": match" in name else _LIMIT_ACQUIRE_US if "acquire + release" in name else None
+    if name == "TierCache: commit of 128":
+        limit = _LIMIT_COMMIT_US
     met = "" if limit is None else "yes" if times.median_us < limit else "no"
     table.add_row(
         name,

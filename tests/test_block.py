@@ -101,3 +101,19 @@ def test_a_single_token_is_checked_like_many(bad: list[object]) -> None:
     with pytest.raises(ConfigError):
         as_token_bytes(bad)  # type: ignore[arg-type]
     assert as_token_bytes([(1 << 32) - 1]) == b"\xff" * 4
+
+
+def test_a_part_of_a_chain_continues_from_the_hash_before_it() -> None:
+    tokens = as_token_array(list(range(11))).tobytes()
+    whole = list(iter_chain(b"r" * 16, tokens, 2))
+    part = iter_chain(whole[1][0], tokens, 2, start=16, end=36)  # up to the ninth token
+    assert list(part) == whole[2:4]
+
+
+def test_an_array_of_the_right_type_must_be_flat_and_becomes_contiguous() -> None:
+    ids = np.arange(20, dtype="<u4")
+    assert as_token_array(ids[::2]).flags.c_contiguous and as_token_array(ids[::2]).tolist() == list(range(0, 20, 2))
+    for bad in (ids.reshape(4, 5), ids[0].reshape(())):
+        with pytest.raises(ConfigError, match="flat"):
+            as_token_array(bad)
+    assert as_token_array(np.arange(3, dtype=">u4")).tolist() == [0, 1, 2]

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tierkv.index.eviction import ScoreOrder
+from tierkv.index.entry import MOST_NOTE, NOTE_SHIFT, PINNED
 from tierkv.index.eviction_policy import CacheBlock, EvictionPolicy
 from tierkv.index.index import Entry, Index
+from tierkv.index.score_order import ScoreOrder
 from tierkv.policies import HitDensityPolicy, LRUPolicy, block_classes, density, make_policy
 from tierkv.policies.idle_buckets import NUM_BUCKETS
 from tierkv.values.block import Tier, hash_block
@@ -44,11 +45,21 @@ class SlowDensity(HitDensityPolicy):
             self.update_on_insert(block, parent)
             parent = block
 
+    def update_on_access_all(self, blocks: Sequence[CacheBlock]) -> None:
+        for block in blocks:
+            self.update_on_access(block)
+
+    def select_evictions(self, count: int, leaves: Iterator[CacheBlock]) -> list[CacheBlock]:
+        return list(itertools.islice(leaves, count))  # an override, so the index asks for one block at a time
+
     def new_order(self) -> OneByOne:  # type: ignore[override]
         return OneByOne(super().new_order())
 
 
 class SlowLRU(LRUPolicy):
+    def select_evictions(self, count: int, leaves: Iterator[CacheBlock]) -> list[CacheBlock]:
+        return list(itertools.islice(leaves, count))
+
     def new_order(self) -> OneByOne:
         return OneByOne(ScoreOrder(self))
 
@@ -105,6 +116,11 @@ def learning() -> tuple[EvictionPolicy, EvictionPolicy]:
     return HitDensityPolicy(), SlowDensity()
 
 
+def forgetting() -> tuple[EvictionPolicy, EvictionPolicy]:
+    """Return policies whose history has lost most blocks when they are evicted."""
+    return HitDensityPolicy(num_rows=64), SlowDensity(num_rows=64)
+
+
 def in_odd_order() -> tuple[EvictionPolicy, EvictionPolicy]:
     """Return policies that learn nothing and rank the classes in an order that no traffic would teach."""
     both = HitDensityPolicy(), SlowDensity()
@@ -121,7 +137,7 @@ def lru() -> tuple[EvictionPolicy, EvictionPolicy]:
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("policies", [learning, in_odd_order, lru])
+@pytest.mark.parametrize("policies", [learning, forgetting, in_odd_order, lru])
 def test_the_same_blocks_are_evicted(policies: Callable[[], tuple[EvictionPolicy, EvictionPolicy]], seed: int) -> None:
     fast, slow = (
         Requests(policy, seed, one_by_one=one_by_one)
@@ -238,3 +254,136 @@ def test_a_run_may_branch_off_a_block_that_has_a_child() -> None:
     parent = index.peek(b"a" * 16)
     assert parent and parent.hot_children == 3 and parent.is_prefix_block
     index.check()
+
+
+def test_a_run_ends_before_a_hash_that_it_has_already() -> None:
+    index = index_of_four()
+    assert [entry.block_hash[:1] for entry in extended(index, "aba")] == [b"a", b"b"]
+    assert index.hot.free_count == 14
+    index.check()
+
+
+def test_uses_in_one_call_are_learned_like_uses_one_by_one() -> None:
+    fast, slow = HitDensityPolicy(sampled_blocks=4), SlowDensity(sampled_blocks=4)
+    for policy in (fast, slow):
+        policy.halve_sample = lambda: False  # type: ignore[method-assign]
+        index = Index(root=ROOT, num_hot=64, num_warm=1, policy=policy, clock=itertools.count(1.0).__next__)
+        entries = extended(index, "".join(map(chr, range(33, 97))))
+        del policy.halve_sample  # so the sample is halved while these uses are learned, again and again
+        for _ in range(20):
+            index.touch_all(entries)
+    assert_same_state(fast, slow)
+    assert fast.sample_mask > 7
+
+
+def test_a_policy_with_its_own_way_to_learn_of_a_use_is_told_of_each() -> None:
+    seen: list[bytes] = []
+
+    class Told(HitDensityPolicy):
+        def update_on_access(self, block: CacheBlock) -> None:
+            seen.append(block.block_hash[:1])
+
+    index = Index(root=ROOT, num_hot=16, num_warm=1, policy=Told(), clock=lambda: 1.0)
+    index.touch_all(extended(index, "abc"))
+    assert seen == [b"a", b"b", b"c"]
+
+
+@pytest.mark.parametrize("policy", ["hit-density", "lru"])
+def test_a_selection_of_no_block_takes_none(policy: str) -> None:
+    index = Index(root=ROOT, num_hot=16, num_warm=1, policy=make_policy(policy), clock=lambda: 1.0)
+    extended(index, "abc")
+    assert index.select_evictions(Tier.HOT, 0) == []
+    assert not index._queues[Tier.HOT]._taken, "a block was taken out of the order"
+    assert [entry.block_hash[:1] for entry in index.select_evictions(Tier.HOT, 2)] == [b"c", b"b"]
+
+
+def test_a_block_used_four_billion_times_is_still_evicted() -> None:
+    index = index_of_four()
+    (entry,) = extended(index, "a")
+    entry.access_count = (1 << 32) - 1
+    for _ in range(3):
+        index.touch(entry)
+        index.check()
+    assert index.evict(index.select_evictions(Tier.HOT, 1), Tier.HOT) == [entry]
+
+
+def test_a_new_block_keeps_its_class_when_the_history_has_lost_its_row() -> None:
+    for policy in (HitDensityPolicy(num_rows=16), SlowDensity(num_rows=16)):
+        index = Index(root=ROOT, num_hot=512, num_warm=1, policy=policy, clock=itertools.count(1.0).__next__)
+        (parent,) = extended(index, "a")
+        index.touch(parent)
+        child, grandchild = extended(index, "bc", parent.block_hash)
+        classes = [policy.class_of(child), policy.class_of(grandchild)]
+        assert classes == [5, 5], "they follow a first block that was used"
+        extended(index, "".join(map(chr, range(128, 228))))
+        assert policy.history.find(child.block_hash) is None or policy.history.find(grandchild.block_hash) is None
+        assert [policy.class_of(child), policy.class_of(grandchild)] == classes
+        index.touch(child)
+        assert policy.class_of(child) >= 15, "a note is of no use any more"
+
+
+def test_notes_of_another_policy_are_forgotten() -> None:
+    index = index_of_four()
+    entries = extended(index, "abcd")
+    entries[0].pinned = entries[1].in_cold = True
+    assert all(entry.flags >> NOTE_SHIFT for entry in entries)
+    index.set_policy(make_policy("lru"))
+    assert [entry.flags for entry in entries] == [PINNED, 2, 0, 0]
+
+
+@pytest.mark.parametrize("count", [3, 40])
+def test_a_class_that_is_too_large_for_a_note_is_read_from_the_history(count: int) -> None:
+    class Large(HitDensityPolicy):
+        def classify(self, block: CacheBlock, count: int, gap_s: float, fork: int) -> int:
+            return MOST_NOTE - 1 + block.depth % 2
+
+    policy = Large()
+    index = Index(root=ROOT, num_hot=64, num_warm=1, policy=policy, clock=lambda: 1.0)
+    entries = extended(index, "".join(map(chr, range(40, 40 + count))))
+    assert [entry.flags >> NOTE_SHIFT for entry in entries] == [0 if entry.depth % 2 else 31 for entry in entries]
+    assert [policy.class_of(entry) for entry in entries] == [30 + entry.depth % 2 for entry in entries]
+    assert max(entry.flags for entry in entries) < 257, "CPython shares numbers up to 256"
+
+
+def test_a_chain_of_equal_classes_ends_where_the_density_is_that_of_the_first_block() -> None:
+    """Blocks of one class, time and density go by depth, which changes from block to block."""
+    policy = HitDensityPolicy()
+    policy.densities = [[1.0] * NUM_BUCKETS for _ in range(policy.num_classes)]
+    index = Index(root=ROOT, num_hot=64, num_warm=1, policy=policy, clock=lambda: 1.0)
+    index._time = lambda: 1.0  # type: ignore[method-assign]
+    long, short = extended(index, "abcdefgh"), extended(index, "wxyz")
+    assert len({policy.class_of(entry) for entry in (long[3], short[3])}) == 1
+    chosen = index.select_evictions(Tier.HOT, 12)
+    depths = [entry.depth for entry in chosen]
+    assert depths == sorted(depths, reverse=True)
+
+
+def test_a_chain_is_counted_like_block_by_block() -> None:
+    lengths: list[int] = []
+    for seed in range(300):
+        chance = random.Random(seed)
+
+        class Random(HitDensityPolicy):
+            def class_of(self, block: CacheBlock) -> int:
+                note = block.flags >> NOTE_SHIFT
+                return note - 1 if note and block.access_count == 1 else 31 + block.depth % 3
+
+        policy = Random(num_rows=16)
+        density_of = [chance.choice([1.0, 2.0, 2.0, 3.0]) for _ in range(policy.num_classes)]
+        policy.densities = [[each / (1 + bucket // 8) for bucket in range(NUM_BUCKETS)] for each in density_of]
+        index = Index(root=ROOT, num_hot=64, num_warm=1, policy=LRUPolicy(), clock=lambda: 1.0)
+        chain, others = extended(index, "abcdefghijkl")[::-1], extended(index, "xyz")
+        for at, entry in enumerate((*chain, *others)):
+            is_like_before = 0 < at < len(chain) and chance.random() < 0.8
+            entry.flags = chain[at - 1].flags if is_like_before else chance.randrange(4) << NOTE_SHIFT
+            entry.access_count = 1 if chance.random() < 0.9 else 2
+            entry.last_access = chain[at - 1].last_access if is_like_before else chance.choice([1.0, 50.0, 900.0])
+        policy.now, policy.revision = 1000.0, 1
+        order = policy.new_order()
+        for entry in others:
+            order.push(entry, 1)
+        assert order.pop()
+        one_by_one = list(itertools.takewhile(order.goes_first, chain))
+        lengths.append(order.count_first(chain))  # type: ignore[attr-defined]
+        assert lengths[-1] == len(one_by_one), seed
+    assert len(set(lengths)) > 8, "chains end anywhere"

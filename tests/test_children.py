@@ -29,10 +29,9 @@ def test_children_are_kept_in_the_order_of_their_token_ids(added: set[bytes], re
     assert [child.token_bytes for child in sorted_children] == left
     assert (len(sorted_children), bool(sorted_children)) == (len(left), bool(left))
     assert sorted_children.find(at) is (children[at] if at in left else None)
-    assert [child.token_bytes for child in sorted_children.ascending_from(at)] == [each for each in left if each >= at]
-    assert [child.token_bytes for child in sorted_children.descending_before(at)] == [
-        each for each in left[::-1] if each < at
-    ]
+    after, before = sorted_children.around(at)
+    assert [child.token_bytes for child in after] == [each for each in left if each >= at]
+    assert [child.token_bytes for child in before] == [each for each in left[::-1] if each < at]
 
 
 def test_thousands_of_children_stay_in_order_in_short_runs() -> None:
@@ -43,8 +42,9 @@ def test_thousands_of_children_stay_in_order_in_short_runs() -> None:
     assert list(sorted_children) == children
     assert max(map(len, sorted_children._runs)) <= 512
     for at in (0, 2500, 4999):
-        assert list(sorted_children.ascending_from(children[at].token_bytes)) == children[at:]
-        assert list(sorted_children.descending_before(children[at].token_bytes)) == children[:at][::-1]
+        after, before = sorted_children.around(children[at].token_bytes)
+        assert list(after) == children[at:]
+        assert list(before) == children[:at][::-1]
     for child in random.Random(1).sample(children, len(children)):
         sorted_children.remove(child)
     assert not sorted_children

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import sys
 from itertools import count
+from pathlib import Path
 
 import pytest
+from pattern_engine import PatternEngine, open_tiny
 
 from tierkv.index.entry_table import EntryTable
 from tierkv.index.index import Entry, Index
@@ -99,6 +101,33 @@ def _digest(entry: Entry) -> bytes:
     if entry.parent is entry:
         return ROOT
     return chain_content_digest(_digest(entry.parent), entry.token_bytes)
+
+
+def test_many_blocks_take_the_places_of_those_that_left_first() -> None:
+    table = EntryTable(numbers=list(range(4)))
+    entries = [Entry(b"%016d" % number, None, b"", 1.0) for number in range(9)]
+    table.add_all(entries[:3])
+    table.remove_all(entries[:2])
+    table.add_all(entries[3:])
+    assert sorted(table.numbers_by_hash.values()) == list(range(7)), "two from before, and those behind the shared ones"
+    assert list(table) == entries[2:]
+    assert not any(gc.is_tracked(entry) for entry in entries)
+    assert table.has_any([b"?", entries[8].block_hash]) and not table.has_any([entries[0].block_hash])
+
+
+def test_blocks_that_wait_to_be_written_are_not_visited(tmp_path: Path) -> None:
+    with open_tiny(tmp_path) as cache:
+        engine, tiers = PatternEngine(cache), cache._tiers
+        cache.release(engine.start(list(range(13))))
+        cache.flush()
+        with tiers.changed:
+            written = tiers.memory.mover.mark()
+            entries = sorted(tiers.index, key=lambda entry: entry.depth)
+            jobs = tiers.jobs_of(entries, written)
+            assert jobs[1] == tiers.job_of(entries[1], written)
+        assert len(jobs) == 3 and not any(map(gc.is_tracked, jobs))
+        assert [job.parent for job in jobs] == [None, *entries[:2]]
+        assert tiers.memory.mover.mark() is written, "an object for each write would be visited"
 
 
 def test_the_places_in_the_table_of_blocks_that_left_are_used_again() -> None:

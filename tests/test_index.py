@@ -206,6 +206,7 @@ def test_a_walk_does_not_follow_a_hash_that_another_parents_child_has_taken() ->
         assert entry
         index.attach(entry, Tier.HOT, index.hot.allocate(1)[0])
     walked = index.walk(TOKENS[2] + TOKENS[3], 1)
+    assert index.walk(TOKENS[2] + TOKENS[3], 1, 1) == walked[:1]
     assert [entry.token_bytes for entry in walked] == [TOKENS[2]]
 
 
@@ -403,7 +404,7 @@ class IndexMachine(RuleBasedStateMachine):
     @rule(which=st.sets(st.integers(0, 30)))
     def use_several(self, which: set[int]) -> None:
         entries = sorted(self.index, key=lambda entry: entry.block_hash)
-        self.index.touch_all({entries[number % len(entries)] for number in which})
+        self.index.touch_all([entries[number] for number in {number % len(entries) for number in which}])
 
     @rule(count=st.integers(1, 4), tier=st.sampled_from([Tier.HOT, Tier.WARM]))
     def evict(self, count: int, tier: Tier) -> None:

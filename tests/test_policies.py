@@ -87,6 +87,7 @@ class Block:
     block_hash: BlockHash = b"b" * 16
     parent_hash: BlockHash = ROOT
     created_at: float = 0.0
+    flags: int = 0
 
 
 class Cache:

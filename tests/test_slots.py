@@ -141,3 +141,15 @@ def test_a_limit_below_what_is_taken_leaves_no_room_and_an_excess() -> None:
     assert pool.free_count == 3
     assert pool.peak_count == 3
     pool.check()
+
+
+def test_a_place_that_is_free_or_owned_gets_no_owner() -> None:
+    pool: SlotPool[str] = SlotPool(4)
+    first, second = pool.allocate(2)
+    pool.own_all([first], ["a"])
+    with pytest.raises(AssertionError, match="cannot be owned"):
+        pool.own_all([first], ["b"])
+    with pytest.raises(AssertionError, match="cannot be owned"):
+        pool.own_all([3], ["c"])
+    pool.own_all([second], ["d"])
+    assert pool.owners == ["a", "d", None, None]

@@ -102,21 +102,26 @@ class Children(Generic[Child]):
         """Return the child if there is exactly one."""
         return self._runs[0][0] if len(self._runs) == 1 and len(self._runs[0]) == 1 else None
 
-    def ascending_from(self, token_bytes: bytes) -> Iterator[Child]:
-        """Yield the children from these token ids on, in order. The common prefix never grows from one to the next."""
-        if not self._runs:
-            return
-        at = self._run_of(token_bytes)
-        yield from self._runs[at][bisect_left(self._runs[at], token_bytes, key=_token_bytes) :]
-        for run in self._runs[at + 1 :]:
-            yield from run
+    def around(self, token_bytes: bytes) -> tuple[Iterator[Child], Iterator[Child]]:
+        """Return iterators of the children from these token ids on, and of those before them, nearest first.
 
-    def descending_before(self, token_bytes: bytes) -> Iterator[Child]:
-        """Yield the children before these token ids, nearest first. The common prefix never grows either."""
+        The common prefix with these token ids never grows from one to the next.
+        """
         if not self._runs:
-            return
+            return iter(()), iter(())
         at = self._run_of(token_bytes)
-        yield from reversed(self._runs[at][: bisect_left(self._runs[at], token_bytes, key=_token_bytes)])
+        position = bisect_left(self._runs[at], token_bytes, key=_token_bytes)
+        return self._iter_from(at, position), self._iter_before(at, position)
+
+    def _iter_from(self, at: int, position: int) -> Iterator[Child]:
+        for run in islice(self._runs, at, None):
+            for number in range(position, len(run)):  # a slice would touch every entry of it
+                yield run[number]
+            position = 0
+
+    def _iter_before(self, at: int, position: int) -> Iterator[Child]:
+        for number in range(position - 1, -1, -1):
+            yield self._runs[at][number]
         for before in range(at - 1, -1, -1):
             yield from reversed(self._runs[before])
 
@@ -141,7 +146,7 @@ def nearest_in_memory(children: Children[Placed], token_bytes: bytes) -> tuple[P
     the 32 nearest on either side have one: there may be 100,000 children.
     """
     best: tuple[Placed, Tier, int] | None = None
-    for side in (children.ascending_from(token_bytes), children.descending_before(token_bytes)):
+    for side in children.around(token_bytes):
         best = _nearest(islice(side, _NEAREST), token_bytes, best)
     return best
 

@@ -7,9 +7,11 @@ from collections.abc import Iterable
 from tierkv.index.children import Children
 from tierkv.values.block import TOKEN_BYTES, BlockHash, Tier
 
-__all__ = ["AWAITED", "PINNED", "Entry"]
+__all__ = ["AWAITED", "INDEX_FLAGS", "MOST_NOTE", "NOTE_SHIFT", "PINNED", "Entry"]
 
 PINNED, _IN_COLD, AWAITED = 1, 2, 4  # bits of `flags`
+INDEX_FLAGS, NOTE_SHIFT, MOST_NOTE = 7, 3, 31
+"""The bits above INDEX_FLAGS are the policy's. With a larger number CPython would keep an object for each entry."""
 
 
 class Entry:

@@ -1,7 +1,7 @@
 """A priority queue for blocks that may be evicted: the lowest key first, of equal keys the deepest block.
 
 A block that is used later is pushed later, so nearly all keys come in order. There may be a million. They lie in
-sorted columns, 24 bytes each; only a key that comes far out of order goes to a heap of tuples, 136 bytes each.
+sorted columns, 20 bytes each; only a key that comes far out of order goes to a heap of tuples, 136 bytes each.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ from typing import Generic, Protocol, TypeAlias, TypeVar
 
 from tierkv.values.untracked import untrack
 
-__all__ = ["EvictionHeap"]
+__all__ = ["STAMP_MASK", "EvictionHeap"]
+
+STAMP_MASK = 0xFFFF_FFFF
+"""The bits of a stamp: 4 bytes an item, so a block's 4 billion and first use has the stamp of its first."""
 
 _WINDOW = 1024
 """How far from the end of the columns a key may be inserted: that moves a few kilobytes."""
@@ -41,7 +44,7 @@ class EvictionHeap(Generic[Block]):
 
     def __init__(self) -> None:
         self._keys = array("d")
-        self._stamps = array("q")
+        self._stamps = array("I")
         self._blocks: list[Block | None] = []
         untrack(self._blocks)
         self._start = 0  # the columns' items before it have been taken

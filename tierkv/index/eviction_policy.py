@@ -14,6 +14,7 @@ from tierkv.values.block import BlockHash
 
 __all__ = [
     "FAR_AWAY_S",
+    "AccessObservingPolicy",
     "CacheBlock",
     "ChainObservingPolicy",
     "ChainOrder",
@@ -21,6 +22,7 @@ __all__ = [
     "EvictionPolicy",
     "ObservingPolicy",
     "OrderingPolicy",
+    "access_observer",
     "insert_observer",
 ]
 
@@ -48,6 +50,9 @@ class CacheBlock(Protocol):
     @property
     def is_prefix_block(self) -> bool:
         """Whether two or more known blocks continue it. A policy that keeps it keeps the whole prefix before it."""
+
+    flags: int
+    """The bits from NOTE_SHIFT on are the policy's: a note of up to MOST_NOTE, 0 at first and under another policy."""
 
 
 class EvictionPolicy(Protocol):
@@ -99,6 +104,29 @@ class ChainObservingPolicy(Protocol):
         """Learn that blocks were inserted, each of them the parent of the next one. parent: of the first."""
 
 
+@runtime_checkable
+class AccessObservingPolicy(Protocol):
+    """A policy that learns of the uses of a chain in one call, which costs it less."""
+
+    def update_on_access_all(self, blocks: Sequence[CacheBlock]) -> None:
+        """Learn that blocks were just used, all at one time; see `EvictionPolicy.update_on_access`."""
+
+
+def access_observer(policy: EvictionPolicy) -> Callable[[Sequence[CacheBlock]], None] | None:
+    """Return what notifies a policy of the uses of blocks; None if it does not learn of them."""
+    if isinstance(policy, AccessObservingPolicy):
+        return policy.update_on_access_all
+    observe = policy.update_on_access
+    if getattr(observe, "__func__", None) is EvictionPolicy.update_on_access:
+        return None
+
+    def observe_all(blocks: Sequence[CacheBlock]) -> None:
+        for block in blocks:
+            observe(block)
+
+    return observe_all
+
+
 def insert_observer(
     policy: EvictionPolicy,
 ) -> Callable[[Sequence[CacheBlock], CacheBlock | None], None] | None:
@@ -134,7 +162,7 @@ class EvictionOrder(Protocol[Block]):
         """Learn that the tier has forgotten these blocks."""
 
     def push(self, block: Block, stamp: int) -> None:
-        """Add a block that the tier holds to the order. Its stamp changes with each use."""
+        """Add a block that the tier holds to the order. Its stamp, of 32 bits, changes with each use."""
 
     def pop(self) -> tuple[Block, int] | None:
         """Take the block that goes next, with the stamp of its push; None if the order is empty."""
@@ -157,7 +185,10 @@ class EvictionOrder(Protocol[Block]):
 
 @runtime_checkable
 class ChainOrder(Protocol):
-    """An order that answers `goes_first` for a chain in one call."""
+    """An order that answers for a chain in one call, which costs it less."""
+
+    def add_all(self, blocks: Sequence[CacheBlock]) -> None:
+        """Learn that the tier now holds these blocks; see `EvictionOrder.add`."""
 
     def count_first(self, blocks: Sequence[CacheBlock]) -> int:
         """Return how many leading blocks would be popped next, one after the other; see `EvictionOrder.goes_first`."""

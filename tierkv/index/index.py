@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 
 from tierkv.index.children import Children
+from tierkv.index.entry import INDEX_FLAGS
 from tierkv.index.entry_table import EntryTable
-from tierkv.index.eviction import EvictionQueue
-from tierkv.index.eviction_policy import EvictionPolicy, insert_observer
+from tierkv.index.eviction_policy import EvictionPolicy, access_observer, insert_observer
+from tierkv.index.eviction_queue import EvictionQueue
 from tierkv.index.slots import SlotPool
 from tierkv.index.tree import BlockTree, Entry
 from tierkv.values.block import BlockHash, Tier
@@ -79,30 +81,42 @@ class Index(BlockTree):
         block, and inserts nothing after an unknown parent: the caller inserts that one by itself.
         """
         assert self._lock.is_owned()
-        parent = self._parent(parent_hash)
+        first_parent = self._parent(parent_hash)
         added: list[Entry] = []
-        if parent is None:
+        count = 0 if first_parent is None else self._count_new([block_hash for block_hash, _ in named])
+        if first_parent is None or not count:
             return added
-        first_parent, entries, root, now = parent, self._entries, self.root, self._time()
-        for (block_hash, token_bytes), block_id in zip(named, block_ids, strict=False):
-            if block_hash in entries or block_hash == root:
-                break
+        parent, now = first_parent, self._time()
+        for (block_hash, token_bytes), block_id in zip(named[:count], block_ids, strict=False):
             entry = Entry(block_hash, parent, token_bytes, now)
-            self.hot.own(block_id, entry)
             entry.block_id = block_id
-            entries.add(entry)
-            if parent.child_or_children is None:
-                parent.child_or_children = entry
-            else:
-                self._add_child(parent, entry)
-            parent.hot_children += 1
             added.append(entry)
             parent = entry
-        if added:
-            self._queues[Tier.HOT].add_in_use(added)
-            if self._observe:
-                self._observe(added, None if first_parent is self.root_entry else first_parent)
+        self.hot.own_all(block_ids[: len(added)], added)
+        self._entries.add_all(added)
+        if first_parent.child_or_children is None:
+            first_parent.child_or_children = added[0]
+        else:
+            self._add_child(first_parent, added[0])
+        first_parent.hot_children += 1
+        for above, entry in pairwise(added):
+            above.child_or_children = entry
+            above.hot_children = 1
+        self._queues[Tier.HOT].add_in_use(added)
+        if self._observe:
+            self._observe(added, None if first_parent is self.root_entry else first_parent)
         return added
+
+    def _count_new(self, hashes: Sequence[BlockHash]) -> int:
+        """Return how many leading hashes are neither in the index nor twice among these."""
+        if not self._entries.has_any(hashes) and self.root not in hashes and len(set(hashes)) == len(hashes):
+            return len(hashes)  # nearly always
+        before = {self.root}
+        for number, block_hash in enumerate(hashes):
+            if block_hash in before or block_hash in self._entries:
+                return number
+            before.add(block_hash)
+        return len(hashes)
 
     def detach(self, entry: Entry, tier: Tier) -> None:
         """Record that the tier forgot the entry. An entry without place and children leaves the index."""
@@ -192,18 +206,19 @@ class Index(BlockTree):
         assert self._lock.is_owned()
         self.touch_all((entry,))
 
-    def touch_all(self, entries: Iterable[Entry]) -> None:
+    def touch_all(self, entries: Sequence[Entry]) -> None:
         """Record a use of several entries, all at the same time."""
         assert self._lock.is_owned()
         now = self._time()
-        learn = self.policy.update_on_access
         hot, warm = self._queues[Tier.HOT], self._queues[Tier.WARM]
         for entry in entries:
             entry.last_access = now
             entry.access_count += 1
-            try:
-                learn(entry)
-            finally:  # its older pushes are outdated: without a new one it would never be evicted
+        try:
+            if self._observe_uses:
+                self._observe_uses(entries)
+        finally:  # their older pushes are outdated: without new ones they would never be evicted
+            for entry in entries:
                 if not entry.hot_children and entry.block_id is not None:
                     hot.push(entry)
                 if entry.warm_slot is not None and not entry.warm_children:
@@ -240,7 +255,9 @@ class Index(BlockTree):
 
     def _set_policy(self, policy: EvictionPolicy) -> None:
         self.policy = policy
-        self._observe = insert_observer(policy)
+        for entry in self:
+            entry.flags &= INDEX_FLAGS
+        self._observe, self._observe_uses = insert_observer(policy), access_observer(policy)
         if self._observe:
             for entry in self:  # in the order of insertion: parents first
                 self._observe((entry,), None if entry.parent is self.root_entry else entry.parent)

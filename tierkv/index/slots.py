@@ -171,6 +171,13 @@ class SlotPool(Generic[Owner]):
         assert self.pins[slot] and self.owners[slot] is None, f"slot {slot} cannot be owned"
         self.owners[slot] = owner
 
+    def own_all(self, slots: Sequence[int], owners: Sequence[Owner]) -> None:
+        """Set the owners of several places; see `own`."""
+        pins, own = self.pins, self.owners
+        for slot, owner in zip(slots, owners, strict=True):
+            assert pins[slot] and own[slot] is None, f"slot {slot} cannot be owned"
+            own[slot] = owner
+
     def disown_all(self, slots: Iterable[int | None]) -> None:
         """Forget the owners of places, none of them None. A place in use is freed when its last user unpins it."""
         owners, pins = self.owners, self.pins

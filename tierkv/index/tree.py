@@ -87,17 +87,18 @@ class BlockTree:
         assert self._lock.is_owned()
         return self._entries.get(block_hash)
 
-    def walk(self, token_bytes: bytes, block_size: int) -> list[Entry]:
+    def walk(self, token_bytes: bytes, block_size: int, max_tokens: int | None = None) -> list[Entry]:
         """Return the entries of the leading whole blocks of a sequence, up to the first that is unknown.
 
-        token_bytes: the sequence as little-endian uint32. The walk compares token ids: it hashes nothing, and a
-        collision cannot mislead it.
+        token_bytes: the sequence as little-endian uint32, of which no more than `max_tokens` tokens count. The walk
+        compares token ids: it hashes nothing, and a collision cannot mislead it.
         """
         assert self._lock.is_owned()
         step = block_size * TOKEN_BYTES
         parent = self.root_entry
         found: list[Entry] = []
-        for start in range(0, len(token_bytes) - step + 1, step):
+        end = len(token_bytes) if max_tokens is None else min(len(token_bytes), max_tokens * TOKEN_BYTES)
+        for start in range(0, end - step + 1, step):
             below = parent.child_or_children
             if below is None:
                 break

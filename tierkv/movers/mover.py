@@ -15,7 +15,7 @@ import torch
 
 from tierkv.errors import StoreError
 from tierkv.movers.batch_copy import Piece, copy_pieces
-from tierkv.movers.ready import AllReady, Done, Ready
+from tierkv.movers.ready import DONE, AllReady, Done, Ready
 from tierkv.storage.hot import HotPool
 from tierkv.storage.warm import WarmPool
 from tierkv.values.layout import BlockLayout
@@ -147,7 +147,7 @@ class Mover:
 
     def mark(self) -> Ready:
         """Return the completion of the work queued on the current stream so far."""
-        return CudaReady([record_event(torch.cuda.current_stream(self._device))]) if self.is_cuda else Done()
+        return CudaReady([record_event(torch.cuda.current_stream(self._device))]) if self.is_cuda else DONE
 
     def close(self) -> None:
         """Wait for all copies and unregister the warm slab. May be called twice."""
@@ -160,7 +160,7 @@ class Mover:
             if not self.is_cuda:
                 for move in moves:
                     target[move.target].copy_(source[move.source])
-                return Done()
+                return DONE
             with torch.cuda.stream(self.store_stream):
                 if after is not None:
                     after.wait()

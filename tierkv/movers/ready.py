@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-__all__ = ["AllReady", "Done", "Ready"]
+__all__ = ["DONE", "AllReady", "Done", "Ready"]
 
 
 class Ready(Protocol):
@@ -33,6 +33,10 @@ class Done:
     def is_done(self) -> bool:
         """Return True."""
         return True
+
+
+DONE = Done()
+"""One for all: thousands of queued jobs refer to it, and garbage collection would visit one of each."""
 
 
 class AllReady:

@@ -11,14 +11,24 @@ from weakref import ReferenceType, ref
 
 import numpy as np
 
+from tierkv.index.entry import INDEX_FLAGS, MOST_NOTE, NOTE_SHIFT
 from tierkv.index.eviction_policy import CacheBlock, EvictionOrder, EvictionPolicy
 from tierkv.policies.class_order import ClassOrder
 from tierkv.policies.idle_buckets import bucket_of
-from tierkv.policies.use_history import Rows, Tags, UseHistory, gap_with_stay, smoothed_gap, split_hash
+from tierkv.policies.use_history import (
+    MOST_USES,
+    NO_FORK,
+    Rows,
+    Tags,
+    UseHistory,
+    gap_with_stay,
+    smoothed_gap,
+    split_hash,
+)
 
 __all__ = ["SAMPLED_BLOCKS", "BlockClassPolicy"]
 
-NO_FORK, MOST_FORK = 0, 0xFFFF
+MOST_FORK = 0xFFFF
 _SAME_USE_S = 0.05
 
 SAMPLED_BLOCKS = 8192
@@ -36,9 +46,10 @@ class BlockClassPolicy(EvictionPolicy):
     keeping a block that has been idle for the bucket's time. `revision` goes up with each change of them. `now` is the
     time of the last use.
 
-    A use costs little: the class is computed only when the block may be evicted. Statistics are kept of a sample, one
-    block in `sample_mask` + 1 by its hash: of all blocks if a tier has few, of some thousands if it has many. All
-    evicted blocks are remembered.
+    A use costs little: the class is computed only when the block may be evicted. A block that was not used since its
+    insertion has its class as a note: the history may lose its row, and a note is read much faster.
+    Statistics are kept of a sample, one block in `sample_mask` + 1 by its hash: of all blocks if a tier has few, of
+    some thousands if it has many. All evicted blocks are remembered.
 
     sampled_blocks: the sample is halved as long as a tier holds more blocks of it than this.
     """
@@ -85,6 +96,18 @@ class BlockClassPolicy(EvictionPolicy):
         """Record a use of a block, if it belongs to the sample."""
         if not block.block_hash[0] & self.sample_mask:
             self._record_use(block)
+
+    def update_on_access_all(self, blocks: Sequence[CacheBlock]) -> None:
+        """Do as `update_on_access` for several blocks."""
+        if type(self).update_on_access is not BlockClassPolicy.update_on_access:
+            for block in blocks:
+                self.update_on_access(block)
+            return
+        sample_mask = self.sample_mask
+        for block in blocks:
+            if not block.block_hash[0] & sample_mask:
+                self._record_use(block)
+                sample_mask = self.sample_mask
 
     def update_on_insert(self, block: CacheBlock, parent: CacheBlock | None) -> None:
         """Record the first use of a block, or that an evicted block is back."""
@@ -141,9 +164,9 @@ class BlockClassPolicy(EvictionPolicy):
             if tags[row] == tag:
                 times[row] = block.last_access
                 gaps[row] = gap_with_stay(gaps[row], block)
-                totals[row] = earlier[row] + block.access_count
+                totals[row] = min(earlier[row] + block.access_count, MOST_USES)
             elif tag & sample_mask:  # a block of the sample would lack the statistics of its earlier uses
-                self._take_over(row, tag, block.last_access, block.access_count)
+                self._take_over(row, tag, block.last_access, min(block.access_count, MOST_USES))
 
     def new_order(self) -> EvictionOrder[CacheBlock]:
         """Return the order of one tier."""
@@ -154,6 +177,8 @@ class BlockClassPolicy(EvictionPolicy):
     def class_of(self, block: CacheBlock) -> int:
         """Return the block's class since its last use."""
         count = block.access_count
+        if count == 1 and (note := block.flags >> NOTE_SHIFT):
+            return note - 1
         tag, low = split_hash(block.block_hash)
         row = low & self._mask
         if self._tags[row] != (tag or 1):
@@ -192,6 +217,7 @@ class BlockClassPolicy(EvictionPolicy):
                 is_new = parent.access_count == 1 and not self._earlier[at]
                 fork = self._forks[at] if is_new else min(parent.depth + 1, MOST_FORK)
         block_class = self.classify(block, block.access_count, 0.0, fork)
+        _note_class(block, block_class)
         self.history.write(row, tag, now, block.access_count, fork, block_class)
 
     def _insert_all_new(self, blocks: Sequence[CacheBlock], tags: Tags, rows: Rows, fork: int) -> int:
@@ -208,7 +234,11 @@ class BlockClassPolicy(EvictionPolicy):
             self.block_tokens = max(self.block_tokens, blocks[0].num_tokens)
         for row in history.sampled_rows(rows, sample_mask):
             self.interval_lost(history.classes[row], self.now - history.times[row])
-        history.take_over_all(rows, tags, now, self.classes_of_new(blocks, fork), fork)
+        classes = self.classes_of_new(blocks, fork)
+        history.take_over_all(rows, tags, now, classes, fork)
+        for block, block_class in zip(blocks, classes, strict=True):
+            if block_class < MOST_NOTE:  # as in _note_class
+                block.flags = block.flags & INDEX_FLAGS | (block_class + 1) << NOTE_SHIFT
         for _ in sampled:
             self.interval_begun()
         return len(blocks)
@@ -236,8 +266,9 @@ class BlockClassPolicy(EvictionPolicy):
     def _begin_interval(self, row: int, tag: int, block: CacheBlock) -> None:
         history = self.history
         history.times[row] = block.last_access
-        history.totals[row] = history.earlier[row] + block.access_count
-        history.classes[row] = self._class_in(row, block)
+        history.totals[row] = min(history.earlier[row] + block.access_count, MOST_USES)
+        block_class = history.classes[row] = self._class_in(row, block)
+        _note_class(block, block_class)
         if not tag & self.sample_mask:
             self.interval_begun()
 
@@ -266,3 +297,9 @@ class BlockClassPolicy(EvictionPolicy):
             fork: int = self._forks[row]
             return fork
         return min(parent.depth + 1, MOST_FORK)
+
+
+def _note_class(block: CacheBlock, block_class: int) -> None:
+    """Keep the class with a block that was just inserted."""
+    if block.access_count == 1 and block_class < MOST_NOTE:
+        block.flags = block.flags & INDEX_FLAGS | (block_class + 1) << NOTE_SHIFT

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
+from tierkv.index.entry import NOTE_SHIFT
 from tierkv.index.eviction_heap import EvictionHeap
 from tierkv.index.eviction_policy import CacheBlock
 from tierkv.policies.idle_buckets import bucket_of
-from tierkv.policies.use_history import UseHistory, split_hash
+from tierkv.policies.use_history import UseHistory
 
 __all__ = ["ClassOrder"]
+
+_Rank: TypeAlias = tuple[float, float, int, int]
+"""Density and time of last use of a class's first block, its negated depth, and the class: the lowest goes first."""
 
 
 class ClassPolicy(Protocol):
@@ -41,7 +45,8 @@ class ClassOrder:
         self._policy = policy
         self._class_of = policy.class_of
         self._heaps: list[EvictionHeap[CacheBlock]] = [EvictionHeap() for _ in range(policy.num_classes)]
-        self._ranks: list[tuple[float, float, int, int]] = []
+        self._ranks: list[_Rank] = []
+        self._filled: set[int] = set()  # the classes whose heaps have items, and some that had
         self._size = 0
         self.num_held = 0  # blocks that the tier holds, evictable or not
         self._now = float("-inf")  # the moment of the ranks
@@ -53,6 +58,10 @@ class ClassOrder:
     def add(self, block: CacheBlock) -> None:
         """Count the block; the policy has seen the insertion."""
         self.num_held += 1
+
+    def add_all(self, blocks: Sequence[CacheBlock]) -> None:
+        """Count several blocks."""
+        self.num_held += len(blocks)
 
     def remove_all(self, blocks: Sequence[CacheBlock]) -> None:
         """Let the policy remember the blocks."""
@@ -67,6 +76,7 @@ class ClassOrder:
             policy.now = last_access
         heap = self._heaps[block_class]
         heap.push(last_access, block, stamp)
+        self._filled.add(block_class)
         self._size += 1
         if self._is_current() and heap.first() == (last_access, -block.depth):
             rank = self._rank(block_class)
@@ -109,21 +119,21 @@ class ClassOrder:
         """Return how many leading blocks are less promising than all that were pushed."""
         if not self._ranks:
             return len(blocks)
-        first = self._ranks[0]
-        lowest = first[0]
-        history, class_of, densities = self._policy.history, self._class_of, self._densities
-        tags, classes, mask, last_access, bucket = history.tags, history.classes, history.mask, float("nan"), 0
+        first, class_of, densities = self._ranks[0], self._class_of, self._densities
+        lowest, flags, last_access, bucket = first[0], -1, float("nan"), 0
         for number, block in enumerate(blocks):
+            if block.flags == flags and block.last_access == last_access and block.access_count == 1:
+                continue  # its class and its time are those of the block before
             if block.last_access != last_access:
                 last_access = block.last_access
                 self._find_bucket(last_access)
                 bucket = self._bucket
-            tag, low = split_hash(block.block_hash)
-            row = low & mask
-            block_class = classes[row] if tags[row] == tag and block.access_count == 1 else class_of(block)
+            block_class = class_of(block)
             density = densities[block_class][bucket]
-            if density >= lowest and (density, last_access, -block.depth, block_class) > first:
+            is_before = density < lowest or (density == lowest and last_access < first[1])
+            if not is_before and (density, last_access, -block.depth, block_class) > first:
                 return number
+            flags = block.flags if is_before and block.flags >> NOTE_SHIFT and block.access_count == 1 else -1
         return len(blocks)
 
     def clear(self) -> None:
@@ -131,6 +141,7 @@ class ClassOrder:
         for heap in self._heaps:
             heap.clear()
         self._ranks.clear()
+        self._filled.clear()
         self._size = 0
 
     def __iter__(self) -> Iterator[tuple[CacheBlock, int]]:
@@ -147,10 +158,11 @@ class ClassOrder:
         self._now, self._revision = self._policy.now, self._policy.revision
         self._densities = self._policy.densities
         self._last_access = float("nan")
-        self._ranks = [rank for number, heap in enumerate(self._heaps) if len(heap) and (rank := self._rank(number))]
+        self._filled = {number for number in self._filled if len(self._heaps[number])}
+        self._ranks = [rank for number in self._filled if (rank := self._rank(number))]
         heapq.heapify(self._ranks)
 
-    def _rank(self, block_class: int) -> tuple[float, float, int, int] | None:
+    def _rank(self, block_class: int) -> _Rank | None:
         """Rank a class by its first block: density, then the longest idle, then the deepest."""
         first = self._heaps[block_class].first()
         if first is None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from math import log2
 
-from tierkv.index.eviction import ScoreOrder
 from tierkv.index.eviction_policy import CacheBlock, EvictionOrder, EvictionPolicy
+from tierkv.index.score_order import ScoreOrder
 from tierkv.values.block import BlockHash
 from tierkv.values.prefill import MEASURED_PREFILL, PrefillModel
 

@@ -76,6 +76,7 @@ class _Block:
         self.created_at = now
         self.last_access = now
         self.access_count = 1
+        self.flags = 0
         self.num_children = 0
         if parent:
             parent.num_children += 1

@@ -12,10 +12,14 @@ import numpy.typing as npt
 from tierkv.index.eviction_policy import CacheBlock
 from tierkv.values.block import BlockHash
 
-__all__ = ["Rows", "Tags", "UseHistory", "gap_with_stay", "smoothed_gap", "split_hash"]
+__all__ = ["MOST_USES", "NO_FORK", "Rows", "Tags", "UseHistory", "gap_with_stay", "smoothed_gap", "split_hash"]
 
 Tags = npt.NDArray[np.uint64]
 Rows = npt.NDArray[np.int64]
+
+NO_FORK = 0
+MOST_USES = 0xFFFF_FFFF
+"""A row counts no more."""
 
 _ROW_BYTES, _LINE_BYTES = 32, 64
 _ROW = np.dtype(
@@ -50,6 +54,7 @@ class UseHistory:
     def __init__(self, num_rows: int) -> None:
         assert num_rows & (num_rows - 1) == 0, "a power of two"
         self.mask: int = num_rows - 1
+        self._row_mask = np.uint64(self.mask)
         self._memory = bytearray(_ROW_BYTES * num_rows + _LINE_BYTES)
         self._start = start = -np.frombuffer(self._memory, dtype=np.uint8).ctypes.data % _LINE_BYTES
         table = np.frombuffer(self._memory, dtype=_ROW, count=num_rows, offset=start)
@@ -83,11 +88,11 @@ class UseHistory:
 
     def rows_of_new(self, blocks: Sequence[CacheBlock]) -> tuple[Tags, Rows] | None:
         """Return tags and rows of blocks; None if the table knows one of them, or two of them have the same row."""
-        halves = np.frombuffer(bytearray().join([block.block_hash for block in blocks]), dtype="<u8")
-        tags, rows = halves[::2], (halves[1::2] & np.uint64(self.mask)).astype(np.int64)
-        if not tags.all():
-            tags[tags == 0] = 1  # as in row_of
-        is_known = (self._tags[rows] == tags).any()
+        halves = np.frombuffer(b"".join([block.block_hash for block in blocks]), dtype="<u8")
+        tags, rows = halves[::2], (halves[1::2] & self._row_mask).astype(np.int64)
+        if np.count_nonzero(tags) < len(tags):
+            tags = np.maximum(tags, np.uint64(1))  # as in row_of
+        is_known = np.count_nonzero(self._tags[rows] == tags)
         return None if is_known or len(set(rows.tolist())) < len(rows) else (tags, rows)
 
     def sampled_rows(self, rows: Rows, sample_mask: int) -> list[int]:

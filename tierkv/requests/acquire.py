@@ -342,4 +342,4 @@ class Acquirer:
         index.touch_all(hot)  # pinned since the lookup, so still the same blocks
         if hits:
             found = (self._tiers.entry_of(hit) for hit in hits)
-            index.touch_all(entry for entry in found if entry)
+            index.touch_all([entry for entry in found if entry])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -321,21 +321,26 @@ class BlockUsers:
         self.num_shared: int = 0
         self._users: dict[int, int] = {}
 
-    def add(self, block_ids: Iterable[int]) -> None:
+    def add(self, block_ids: Collection[int]) -> None:
         """Count one more user of each block."""
         users, num_shared = self._users, 0
+        if users.keys().isdisjoint(block_ids):  # usually
+            users.update(dict.fromkeys(block_ids, 1))
+            return
         for block_id in block_ids:
             count = users[block_id] = users.get(block_id, 0) + 1
             if count > 1:
                 num_shared += 2 if count == 2 else 1
         self.num_shared += num_shared
 
-    def remove(self, block_ids: Iterable[int]) -> None:
+    def remove(self, block_ids: Collection[int]) -> None:
         """Count one user less of each block."""
         users, num_shared = self._users, 0
-        for block_id in block_ids:
-            count = users.pop(block_id) - 1
-            if count:
+        counts = [users.pop(block_id) for block_id in block_ids]
+        if counts.count(1) == len(counts):  # usually
+            return
+        for block_id, before in zip(block_ids, counts, strict=True):
+            if count := before - 1:
                 users[block_id] = count
                 num_shared += 2 if count == 1 else 1
         self.num_shared -= num_shared

@@ -49,8 +49,9 @@ class RequestStatistics:
         stats, observers = self._tiers.stats, self._tiers.observers
         num_blocks = -(-sequence.num_tokens // self._block_size)
         num_found = sum(blocks.values()) + len(later) + len(dropped)
-        stats.misses += len(dropped)
-        stats.miss_reasons[MissReason.RECOMPUTED.value] += len(dropped)
+        if dropped:
+            stats.misses += len(dropped)
+            stats.miss_reasons[MissReason.RECOMPUTED.value] += len(dropped)
         miss = promoted.failure or found.miss
         missed = self._count(sequence, num_blocks - num_found, num_found, miss, num_surplus=promoted.num_surplus)
         if observers.are_there:
@@ -65,8 +66,10 @@ class RequestStatistics:
                 later=later,
                 hot_blocks=self._tiers.index.hot.used_count,
             )
-        stats.hits.update(blocks)
-        stats.hit_tokens.update(sequence.cached_tokens)
+        for tier, count in blocks.items():
+            stats.hits[tier] += count
+        for tier, count in sequence.cached_tokens.items():
+            stats.hit_tokens[tier] += count
         return [*[MissReason.RECOMPUTED] * len(dropped), *missed]
 
     def count_overlap(self, load: OverlappedLoad) -> list[MissReason]:
@@ -115,7 +118,8 @@ class RequestStatistics:
         reasons = self._miss_reasons(sequence, num_found) if sequence.is_cacheable else []
         known = [MissReason.OTHER_RANK] * num_surplus + ([miss] if miss else [])
         reasons = [*known, *reasons[len(known) :]][:num_missing]
-        stats.miss_reasons.update(reason.value for reason in reasons)
+        if reasons:
+            stats.miss_reasons.update(reason.value for reason in reasons)
         if num_absent := num_missing - len(reasons):  # usually all of them
             stats.miss_reasons[MissReason.ABSENT.value] += num_absent
         return reasons + [MissReason.ABSENT] * num_absent

@@ -101,7 +101,8 @@ class BlockWriter:
     def forget(self, entries: Iterable[Entry]) -> None:
         """Forget about blocks that are gone; the caller holds the lock."""
         assert self._tiers.changed.is_owned()
-        self._failed.difference_update(entry.block_hash for entry in entries)
+        if self._failed:
+            self._failed.difference_update(entry.block_hash for entry in entries)
 
     def _write(self, jobs: Sequence[Job], slots: Sequence[int], *, is_kept: bool) -> None:
         """Write blocks down through `slots`, which become the warm tier's if `is_kept`."""

@@ -31,6 +31,7 @@ from tierkv.values.layout import BlockLayout
 __all__ = ["ColdSource", "Hit", "Lookup", "are_in_memory", "are_remote", "count_by_tier", "find_partial", "look_up"]
 
 _logger = logging.getLogger(__name__)
+_TIERS = tuple(Tier)  # to iterate over the Enum itself takes a microsecond
 
 
 class ColdEntry(Protocol):
@@ -117,8 +118,8 @@ class Lookup:
 
 def count_by_tier(num_hot: int, block_size: int, hits: Iterable[Hit]) -> tuple[dict[Tier, int], dict[Tier, int]]:
     """Return blocks and tokens of `num_hot` hot blocks and of hits, by tier."""
-    blocks = dict.fromkeys(Tier, 0)
-    tokens = dict.fromkeys(Tier, 0)
+    blocks = dict.fromkeys(_TIERS, 0)
+    tokens = dict.fromkeys(_TIERS, 0)
     blocks[Tier.HOT] = num_hot
     tokens[Tier.HOT] = num_hot * block_size
     for hit in hits:
@@ -152,9 +153,10 @@ def look_up(
 
     token_bytes: the prompt as little-endian uint32.
     """
-    usable = token_bytes[: max_tokens * TOKEN_BYTES]
-    known = index.walk(usable, block_size)
-    hot = known[: next((i for i, entry in enumerate(known) if entry.block_id is None), len(known))]
+    step, end = block_size * TOKEN_BYTES, min(len(token_bytes), max_tokens * TOKEN_BYTES)
+    known = index.walk(token_bytes, block_size, max_tokens)
+    block_ids = [entry.block_id for entry in known]
+    hot = known[: block_ids.index(None)] if None in block_ids else known
     search = _Search(index, sources)
     blocks: list[Hit] = []
     for entry in known[len(hot) :]:
@@ -164,17 +166,19 @@ def look_up(
         blocks.append(hit)
     parent = known[len(hot) + len(blocks) - 1].block_hash if hot or blocks else index.root
     miss: MissReason | None = None
-    rest = usable[(len(hot) + len(blocks)) * block_size * TOKEN_BYTES :]
+    num_found = len(hot) + len(blocks)
     content_digest: ContentDigest | None = None  # of a parent that the index does not know
-    if len(hot) + len(blocks) == len(known):
-        for block_hash, tokens in iter_chain(parent, rest, block_size, hash_function):
+    if num_found == len(known):
+        rest_of_chain = iter_chain(parent, token_bytes, block_size, hash_function, start=num_found * step, end=end)
+        for block_hash, tokens in rest_of_chain:
             hit = search.find_unknown(block_hash, parent, tokens, content_digest)
             if hit is None:
                 miss = MissReason.COLLISION if index.collides(block_hash, parent, tokens) else None
                 break
             blocks.append(hit)
             parent, content_digest = block_hash, hit.content_digest
-        rest = usable[(len(hot) + len(blocks)) * block_size * TOKEN_BYTES :]
+    at = (len(hot) + len(blocks)) * step
+    rest = token_bytes[at : min(at + step, end)]  # no child has more tokens
     partial_block = search.find_partial(parent, rest, content_digest) if rest else None
     if partial_block and partial_block.num_tokens < min_partial_tokens:
         partial_block = None

@@ -61,7 +61,7 @@ class Offloader:
         """Do as `write_down` for several entries, parents before children."""
         assert self._tiers.changed.is_owned()
         tiers = self._tiers
-        jobs = [tiers.job_of(entry, written) for entry in entries]
+        jobs = tiers.jobs_of(entries, written)
         tiers.index.hot.pin_all([job.block_id for job in jobs])
         for job in jobs[self._queue.try_put_all(jobs) :]:
             tiers.index.unpin(Tier.HOT, job.block_id)
@@ -167,8 +167,11 @@ class Offloader:
         """
         assert self._tiers.changed.is_owned()
         tiers = self._tiers
+        selected = tiers.index.select_evictions(Tier.HOT, count)
+        if None not in [entry.warm_slot for entry in selected]:  # usually
+            return self.evict(selected)
         ready: list[Entry] = []
-        for entry in tiers.index.select_evictions(Tier.HOT, count):
+        for entry in selected:
             if entry.warm_slot is not None or not self._must_write_first(entry):
                 ready.append(entry)
             elif write_first:

@@ -44,6 +44,7 @@ __all__ = [
 HASH_BYTES = 16
 CONTENT_DIGEST_BYTES = 16
 TOKEN_BYTES = 4
+_TOKEN = np.dtype("<u4")
 
 BlockHash: TypeAlias = bytes
 """16 bytes: the chained hash of a block, or the namespace digest at the root of a chain."""
@@ -100,6 +101,8 @@ def as_token_array(token_ids: TokenIds) -> npt.NDArray[np.uint32]:
             found = np.frombuffer(array("I", token_ids), dtype=np.uint32).astype("<u4", copy=False)
             _refuse_booleans(token_ids, found)
             return found
+    if type(token_ids) is np.ndarray and token_ids.dtype == _TOKEN and token_ids.ndim == 1:
+        return np.ascontiguousarray(token_ids)
     try:
         ids = np.asarray(token_ids)
     except (ValueError, TypeError, OverflowError, RuntimeError) as exc:  # a GPU tensor raises TypeError
@@ -110,7 +113,7 @@ def as_token_array(token_ids: TokenIds) -> npt.NDArray[np.uint32]:
         raise ConfigError(f"token ids must be a flat sequence of integers, got {ids.dtype} of shape {ids.shape}")
     if not isinstance(token_ids, np.ndarray):
         _refuse_booleans(token_ids, ids)
-    if ids.dtype != np.dtype("<u4"):
+    if ids.dtype != _TOKEN:
         if int(ids.min()) < 0 or int(ids.max()) >= 1 << 32:
             raise ConfigError("token ids must lie in [0, 2**32)")
         ids = ids.astype("<u4")
@@ -135,16 +138,23 @@ def _refuse_booleans(token_ids: Sequence[object], found: npt.NDArray[np.integer]
 
 
 def iter_chain(
-    root: BlockHash, token_bytes: bytes, block_size: int, hash_function: HashFunction = hash_block
+    root: BlockHash,
+    token_bytes: bytes,
+    block_size: int,
+    hash_function: HashFunction = hash_block,
+    *,
+    start: int = 0,
+    end: int | None = None,
 ) -> Iterator[tuple[BlockHash, bytes]]:
     """Yield (block hash, token bytes) of every whole block of a sequence, first to last.
 
     token_bytes: the whole sequence as little-endian uint32. A partial block at its end is left out.
+    start, end: the bytes of it that count; `root` is the hash before `start`.
     """
     step = block_size * TOKEN_BYTES
     parent = root
-    for start in range(0, len(token_bytes) - step + 1, step):
-        tokens = token_bytes[start : start + step]
+    for at in range(start, (len(token_bytes) if end is None else end) - step + 1, step):
+        tokens = token_bytes[at : at + step]
         parent = hash_function(parent, tokens)
         yield parent, tokens
 

@@ -1,85 +1,21 @@
-"""The blocks of one tier that may be evicted: in the order of a policy's scores, and the queue that skips others."""
+"""The queue of the entries of one tier that may be evicted, in the order of a policy."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Generic, TypeVar
 
-from tierkv.index.eviction_heap import EvictionHeap
-from tierkv.index.eviction_policy import (
-    FAR_AWAY_S,
-    CacheBlock,
-    ChainOrder,
-    EvictionOrder,
-    EvictionPolicy,
-    OrderingPolicy,
-)
+from tierkv.index.eviction_heap import STAMP_MASK
+from tierkv.index.eviction_policy import CacheBlock, ChainOrder, EvictionOrder, EvictionPolicy, OrderingPolicy
+from tierkv.index.score_order import ScoreOrder
 from tierkv.index.slots import SlotPool
 from tierkv.index.tree import PINNED, Entry
 from tierkv.values.block import Tier
 
-__all__ = ["EvictionQueue", "ScoreOrder"]
+__all__ = ["EvictionQueue"]
 
-_log = logging.getLogger(__name__)
 _MIN_PUSHED = 64
-_LONGEST_RUN = 64
-Block = TypeVar("Block", bound=CacheBlock)
-
-
-class ScoreOrder(Generic[Block]):
-    """The order of a policy's scores: the highest first, of equals the deepest block."""
-
-    def __init__(self, policy: EvictionPolicy) -> None:
-        self._policy = policy
-        self._has_failed = False
-        self._heap: EvictionHeap[Block] = EvictionHeap()
-
-    def add(self, block: Block) -> None:
-        """Do nothing: the score is read at the push."""
-
-    def remove_all(self, blocks: Sequence[Block]) -> None:
-        """Do nothing."""
-
-    def score(self, block: Block) -> float:
-        """Return the block's score of now."""
-        return self._policy.score_block(block)
-
-    def push(self, block: Block, stamp: int) -> None:
-        """Add a block with its score of now."""
-        self._heap.push(self._key(block), block, stamp)
-
-    def goes_first(self, block: Block) -> bool:
-        """Return whether all pushed scores are lower."""
-        return self._heap.is_before_all(self._key(block))
-
-    def pop(self) -> tuple[Block, int] | None:
-        """Take the block with the highest score."""
-        return self._heap.pop()
-
-    def clear(self) -> None:
-        """Forget every push."""
-        self._heap.clear()
-
-    def __iter__(self) -> Iterator[tuple[Block, int]]:
-        return iter(self._heap)
-
-    def __len__(self) -> int:
-        return len(self._heap)
-
-    def _key(self, block: Block) -> float:
-        """Return the negated score. Where a policy fails, it is that of LRU: a block without a key would never go."""
-        try:
-            key = -self.score(block)
-            if key == key:  # not nan
-                return key
-            problem = "a score that is no number"
-        except Exception as exc:  # noqa: BLE001 - a user's policy may raise anything
-            problem = f"{type(exc).__name__}: {exc}"
-        if not self._has_failed:
-            self._has_failed = True
-            _log.error("the eviction policy failed, and the least recently used blocks go meanwhile: %s", problem)
-        return block.last_access - FAR_AWAY_S
+_SHORT_RUN, _LONGEST_RUN = 8, 128
+"""Ancestors looked at in one call, first and later: a run is often short."""
 
 
 class EvictionQueue:
@@ -106,13 +42,17 @@ class EvictionQueue:
         self._order: EvictionOrder[CacheBlock] = (
             policy.new_order() if isinstance(policy, OrderingPolicy) else ScoreOrder(policy)
         )
-        self._count_first = self._order.count_first if isinstance(self._order, ChainOrder) else self._count_each
+        takes_all = getattr(policy.select_evictions, "__func__", None)
+        self._takes_first = takes_all is EvictionPolicy.select_evictions
+        self._count_first, self._add_all = self._count_each, self._add_each
+        if isinstance(self._order, ChainOrder):
+            self._count_first, self._add_all = self._order.count_first, self._order.add_all
         self._taken: list[Entry] = []  # by the last selection
         for owner in self._pool.owners:
             if owner is not None:
                 self._order.add(owner)
                 if self.is_evictable(owner):
-                    self._order.push(owner, owner.access_count)
+                    self._order.push(owner, owner.access_count & STAMP_MASK)
         self._most_pushed = 2 * len(self._order) + _MIN_PUSHED
 
     def is_evictable(self, entry: Entry) -> bool:
@@ -130,9 +70,7 @@ class EvictionQueue:
 
     def add_in_use(self, entries: Sequence[Entry]) -> None:
         """Add entries whose bytes the tier now has, and whose places are in use: none is evictable yet."""
-        add = self._order.add
-        for entry in entries:
-            add(entry)
+        self._add_all(entries)
 
     def remove_all(self, entries: Sequence[Entry]) -> None:
         """Remove entries that left the tier."""
@@ -141,7 +79,7 @@ class EvictionQueue:
     def push(self, entry: Entry) -> None:
         """Push an entry, if it is evictable."""
         if self.is_evictable(entry):
-            self._order.push(entry, entry.access_count)
+            self._order.push(entry, entry.access_count & STAMP_MASK)
             if self.num_pushed > self._most_pushed:
                 self._drop_outdated()
 
@@ -151,12 +89,20 @@ class EvictionQueue:
             taken, self._taken = self._taken, []
             for entry in taken:
                 if self.is_evictable(entry):
-                    self._order.push(entry, entry.access_count)
+                    self._order.push(entry, entry.access_count & STAMP_MASK)
 
     def select(self, count: int) -> list[Entry]:
         """Return up to `count` entries, children before parents, chosen by the policy. Nothing changes yet."""
         self.put_back()
         yielded: list[Entry] = []
+        if self._takes_first:  # no call for each entry
+            for run in self._iter_runs(yielded, count) if count > 0 else ():
+                yielded += run
+                if len(yielded) >= count:
+                    break
+            if self.num_pushed > self._most_pushed:
+                self._drop_outdated()
+            return yielded
         chosen = self._policy.select_evictions(count, self._iter_leaves(yielded, count))[:count]
         if self.num_pushed > self._most_pushed:
             self._drop_outdated()
@@ -174,7 +120,7 @@ class EvictionQueue:
     def check(self, entries: Iterable[Entry]) -> None:
         """Raise AssertionError unless every evictable entry is in the order and outdated items are few."""
         assert self.num_pushed <= self._most_pushed, "outdated items pile up"
-        pushed: set[CacheBlock] = {entry for entry, stamp in self._order if stamp == entry.access_count}
+        pushed: set[CacheBlock] = {entry for entry, stamp in self._order if stamp == entry.access_count & STAMP_MASK}
         pushed.update(self._taken)
         for entry in entries:
             assert not self.is_evictable(entry) or entry in pushed, "an evictable entry is not in the order"
@@ -183,16 +129,24 @@ class EvictionQueue:
         """Drop outdated and repeated items, which may be half of all."""
         self.put_back()
         order = self._order
-        kept = dict.fromkeys(e for e, stamp in order if isinstance(e, Entry) and stamp == e.access_count)
+        kept = dict.fromkeys(e for e, stamp in order if isinstance(e, Entry) and stamp == e.access_count & STAMP_MASK)
         order.clear()
         for entry in kept:
             if self.is_evictable(entry):
-                order.push(entry, entry.access_count)
+                order.push(entry, entry.access_count & STAMP_MASK)
         self._most_pushed = 2 * len(order) + _MIN_PUSHED
 
     def _iter_leaves(self, yielded: list[Entry], count: int) -> Iterator[CacheBlock]:
+        """Yield evictable entries in order, `count` or more, and note them in `yielded`; see `_iter_runs`."""
+        for run in self._iter_runs(yielded, count):
+            for entry in run:
+                yielded.append(entry)
+                yield entry
+
+    def _iter_runs(self, yielded: list[Entry], count: int) -> Iterator[Sequence[Entry]]:
         """Yield evictable entries in order, `count` or more, as if each yielded entry were already evicted.
 
+        yielded: all that were yielded so far, noted by the caller; a run has no more than are missing of `count`.
         Popped entries go to `_taken`. The caller will evict most of them, so only the next call puts the rest back.
         Parents that would be popped next follow a leaf in runs. A parent that becomes a leaf and would not be is pushed
         at once; the next selection skips it if its children stay.
@@ -204,19 +158,18 @@ class EvictionQueue:
         while item := order.pop():
             entry, stamp = item
             assert isinstance(entry, Entry), "an order returns what was pushed"
-            if stamp != entry.access_count or entry in gone:  # outdated, or pushed twice
+            if stamp != entry.access_count & STAMP_MASK or entry in gone:  # outdated, or pushed twice
                 continue
             if entry not in freed:
                 if not self.is_evictable(entry):
                     continue
                 taken.append(entry)
             run: Sequence[Entry] = (entry,)
+            is_behind, longest = False, _SHORT_RUN
             while True:
-                for entry in run:
-                    gone.add(entry)
-                    yielded.append(entry)
-                    yield entry
-                parent = entry.parent
+                gone.update(run)
+                yield run
+                parent = run[-1].parent
                 num_children = parent.hot_children if is_hot else parent.warm_children
                 if num_children > 1:
                     gone_children[parent] = num_gone = gone_children.get(parent, 0) + 1
@@ -225,25 +178,37 @@ class EvictionQueue:
                 slot = parent.block_id if is_hot else parent.warm_slot
                 if slot is None or parent.flags & PINNED or pins[slot]:
                     break
-                if not order.goes_first(parent):
-                    order.push(parent, parent.access_count)
+                if is_behind or not order.goes_first(parent):
+                    order.push(parent, parent.access_count & STAMP_MASK)
                     freed.add(parent)
                     break
-                run = self._run_from(parent, min(count - len(yielded), _LONGEST_RUN))
+                run, is_behind = self._run_from(parent, min(count - len(yielded), longest))
+                longest = _LONGEST_RUN
 
-    def _run_from(self, entry: Entry, count: int) -> list[Entry]:
-        """Return an entry that goes next, and up to `count` - 1 ancestors that follow it: each is its only child's."""
+    def _run_from(self, entry: Entry, count: int) -> tuple[list[Entry], bool]:
+        """Return an entry that goes next, and up to `count` - 1 ancestors that follow it: each is its only child's.
+
+        Also return whether the run ends because of what does not go next, although it may.
+        """
         is_hot, pins = self._is_hot, self._pool.pins
         run = [entry]
-        while len(run) < count and (entry.parent.hot_children if is_hot else entry.parent.warm_children) == 1:
+        for _ in range(count - 1):
             entry = entry.parent
+            if (entry.hot_children if is_hot else entry.warm_children) != 1:
+                break
             slot = entry.block_id if is_hot else entry.warm_slot
             if slot is None or entry.flags & PINNED or pins[slot]:
                 break
             run.append(entry)
-        if len(run) > 1:
+        num_before = len(run)
+        if num_before > 1:
             del run[1 + self._count_first(run[1:]) :]
-        return run
+        return run, len(run) < num_before
+
+    def _add_each(self, blocks: Sequence[CacheBlock]) -> None:
+        """Let the order learn of blocks one by one."""
+        for block in blocks:
+            self._order.add(block)
 
     def _count_each(self, blocks: Sequence[CacheBlock]) -> int:
         """Return how many leading blocks go first, one after the other."""

@@ -5,15 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from cold_blocks import damage_record
-from test_cli import Run, tierkv, user_cache
+from one_command import Command
+from test_cli import tierkv
 from test_tenants import A, blocks_of, fill
 
 from tierkv.storage.cold import ColdStore
 
-__all__ = ["tierkv", "user_cache"]  # fixtures
+__all__ = ["tierkv"]  # fixtures
 
 
-def test_a_whole_store_is_saved_and_restored(tierkv: Run, tmp_path: Path) -> None:
+def test_a_whole_store_is_saved_and_restored(tierkv: Command, tmp_path: Path) -> None:
     path, file, target = fill(tmp_path / "s"), tmp_path / "b", tmp_path / "t"
     tierkv("quota", "300M", "--store", path)
     tierkv("tenant", "set", "research", "--salt", "alpha", "--store", path, "--cold-limit", "1G")
@@ -31,7 +32,7 @@ def test_a_whole_store_is_saved_and_restored(tierkv: Run, tmp_path: Path) -> Non
     assert (again["blocks_stored"], again["blocks_existing"]) == (0, 12)
 
 
-def test_one_tenant_is_saved_alone(tierkv: Run, tmp_path: Path) -> None:
+def test_one_tenant_is_saved_alone(tierkv: Command, tmp_path: Path) -> None:
     path, file = fill(tmp_path / "s"), tmp_path / "b"
     assert tierkv("save", "--tenant", "alpha", file, "--store", path, "--json").json()["blocks"] == 4
     tierkv("load", file, "--store", tmp_path / "t", "--cold", "1G")
@@ -39,13 +40,13 @@ def test_one_tenant_is_saved_alone(tierkv: Run, tmp_path: Path) -> None:
     assert tierkv("save", "--tenant", "alpha", "--all", file, "--store", path).code == 2
 
 
-def test_a_namespace_is_saved_by_its_name(tierkv: Run, tmp_path: Path) -> None:
+def test_a_namespace_is_saved_by_its_name(tierkv: Command, tmp_path: Path) -> None:
     path, file = fill(tmp_path / "s"), tmp_path / "b"
     assert tierkv("save", "--namespace", A.name, file, "--store", path, "--json").json()["blocks"] == 4
     assert tierkv("load", "--check", file).code == 0
 
 
-def test_a_damaged_backup_stores_what_is_sound_and_fails(tierkv: Run, tmp_path: Path) -> None:
+def test_a_damaged_backup_stores_what_is_sound_and_fails(tierkv: Command, tmp_path: Path) -> None:
     path, file = fill(tmp_path / "s"), tmp_path / "b"
     with ColdStore(path, min_free_bytes=0) as store:
         leaf = max(store.iter_entries(A.digest), key=lambda each: each[1].depth)[0]

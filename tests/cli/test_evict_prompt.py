@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from cold_blocks import NAMESPACE, chain_of
-from test_cli import Run, tierkv, user_cache
+from one_command import Command
+from test_cli import tierkv
 
 from tierkv.daemon.eviction_log import EvictionLog
 from tierkv.daemon.host import exclusive_file
@@ -15,15 +16,15 @@ from tierkv.storage.cold import ColdStore
 from tierkv.storage.lmdb_env import _USER_LOCK_FILE
 from tierkv.tools import evict as tool
 
-__all__ = ["tierkv", "user_cache"]  # fixtures
+__all__ = ["tierkv"]  # fixtures
 
 
-def left_to_compute(tierkv: Run, path: Path) -> int:
+def left_to_compute(tierkv: Command, path: Path) -> int:
     count: int = tierkv("warm", path, "--dry-run", "--json").json()["blocks_computed"]
     return count
 
 
-def test_a_prompt_by_file_and_by_text_goes_with_what_continues_it(tierkv: Run, tmp_path: Path) -> None:
+def test_a_prompt_by_file_and_by_text_goes_with_what_continues_it(tierkv: Command, tmp_path: Path) -> None:
     kind, stern = tmp_path / "kind.txt", tmp_path / "stern.txt"
     kind.write_text("Be kind. " * 60)
     stern.write_text("Be stern. " * 60)
@@ -40,7 +41,7 @@ def test_a_prompt_by_file_and_by_text_goes_with_what_continues_it(tierkv: Run, t
     assert tierkv("evict", "--prompt", stern.read_text(), "--json").json()["blocks_left"] == 0
 
 
-def test_a_prompt_of_another_salt_or_age_stays(tierkv: Run, tmp_path: Path) -> None:
+def test_a_prompt_of_another_salt_or_age_stays(tierkv: Command, tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     tierkv("warm", path)
     assert tierkv("evict", "--prompt", path, "--salt", "tenant", "--json").json()["blocks_evicted"] == 0
@@ -48,14 +49,14 @@ def test_a_prompt_of_another_salt_or_age_stays(tierkv: Run, tmp_path: Path) -> N
     assert left_to_compute(tierkv, path) == 0
 
 
-def test_a_pinned_prompt_stays_and_is_told(tierkv: Run, tmp_path: Path) -> None:
+def test_a_pinned_prompt_stays_and_is_told(tierkv: Command, tmp_path: Path) -> None:
     tierkv("warm", tmp_path / "prompts.txt", "--pin")
     result = tierkv("evict", "--prompt", tmp_path / "prompts.txt")
     assert result.code == 0 and "stayed: " in result.out and "pinned" in result.out
     assert left_to_compute(tierkv, tmp_path / "prompts.txt") == 0
 
 
-def test_an_empty_prompt_is_refused(tierkv: Run, tmp_path: Path) -> None:
+def test_an_empty_prompt_is_refused(tierkv: Command, tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("\n")
     assert tierkv("evict", "--prompt", tmp_path / "empty").code == 2
 

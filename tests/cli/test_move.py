@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 from child_process import ENVIRONMENT, command
 from cold_blocks import damage_record
-from test_cli import Run, tierkv, user_cache
+from one_command import Command
+from test_cli import tierkv
 from test_tenants import blocks_of, fill
 
 from tierkv.daemon.host import STORE_LOCK, exclusive_file
 from tierkv.storage import move_store
 from tierkv.storage.cold import ColdStore
 
-__all__ = ["tierkv", "user_cache"]  # fixtures
+__all__ = ["tierkv"]  # fixtures
 
 HOLDER = """
 import sys
@@ -28,7 +29,7 @@ with ColdStore(Path(sys.argv[1]), read_only=True):
 """
 
 
-def test_a_store_is_moved_with_its_pins_settings_and_quota(tierkv: Run, tmp_path: Path) -> None:
+def test_a_store_is_moved_with_its_pins_settings_and_quota(tierkv: Command, tmp_path: Path) -> None:
     path, target = fill(tmp_path / "s"), tmp_path / "other" / "t"
     tierkv("tenant", "set", "research", "--salt", "alpha", "--store", path, "--cold-limit", "1G")
     tierkv("quota", "300M", "--store", path)
@@ -45,14 +46,14 @@ def test_a_store_is_moved_with_its_pins_settings_and_quota(tierkv: Run, tmp_path
     assert tierkv("verify", "--store", target).code == 0
 
 
-def test_foreign_files_stay_and_are_named(tierkv: Run, tmp_path: Path) -> None:
+def test_foreign_files_stay_and_are_named(tierkv: Command, tmp_path: Path) -> None:
     path = fill(tmp_path / "s")
     (path / "notes.txt").write_text("mine")
     assert "notes.txt" in tierkv("move", tmp_path / "t", "--store", path).out
     assert os.listdir(path) == ["notes.txt"] and blocks_of(tmp_path / "t") == [4, 4, 4]
 
 
-def test_a_store_that_is_in_use_stays(tierkv: Run, tmp_path: Path) -> None:
+def test_a_store_that_is_in_use_stays(tierkv: Command, tmp_path: Path) -> None:
     path = fill(tmp_path / "s")
     (tmp_path / "holder.py").write_text(HOLDER)
     holder = subprocess.Popen(
@@ -67,7 +68,7 @@ def test_a_store_that_is_in_use_stays(tierkv: Run, tmp_path: Path) -> None:
     assert blocks_of(path) == [4, 4, 4] and not (tmp_path / "t" / "data.mdb").exists()
 
 
-def test_a_store_with_a_damaged_block_stays(tierkv: Run, tmp_path: Path) -> None:
+def test_a_store_with_a_damaged_block_stays(tierkv: Command, tmp_path: Path) -> None:
     path = fill(tmp_path / "s")
     with ColdStore(path) as store:
         damage_record(store, next(store.iter_entries())[0])
@@ -76,7 +77,7 @@ def test_a_store_with_a_damaged_block_stays(tierkv: Run, tmp_path: Path) -> None
     assert os.listdir(tmp_path / "t") == [] and (path / "data.mdb").exists()
 
 
-def test_a_copy_that_is_not_sound_removes_nothing(tierkv: Run, tmp_path: Path, monkeypatch) -> None:
+def test_a_copy_that_is_not_sound_removes_nothing(tierkv: Command, tmp_path: Path, monkeypatch) -> None:
     path = fill(tmp_path / "s")
     put = move_store.put_stored
 
@@ -91,7 +92,7 @@ def test_a_copy_that_is_not_sound_removes_nothing(tierkv: Run, tmp_path: Path, m
     assert blocks_of(path) == [4, 4, 4] and os.listdir(tmp_path / "t") == []
 
 
-def test_a_target_that_is_a_store_or_lies_in_one_is_refused(tierkv: Run, tmp_path: Path) -> None:
+def test_a_target_that_is_a_store_or_lies_in_one_is_refused(tierkv: Command, tmp_path: Path) -> None:
     path, other = fill(tmp_path / "s"), fill(tmp_path / "t")
     assert "already" in tierkv("move", other, "--store", path).err
     for wrong in (path, path / "inner"):
@@ -99,7 +100,7 @@ def test_a_target_that_is_a_store_or_lies_in_one_is_refused(tierkv: Run, tmp_pat
     assert blocks_of(path) == blocks_of(other) == [4, 4, 4]
 
 
-def test_the_rest_of_a_move_that_was_killed_is_removed(tierkv: Run, tmp_path: Path) -> None:
+def test_the_rest_of_a_move_that_was_killed_is_removed(tierkv: Command, tmp_path: Path) -> None:
     path = fill(tmp_path / "s")
     (tmp_path / "t" / ".tierkv-move").mkdir(parents=True)
     (tmp_path / "t" / ".tierkv-move" / "data.mdb").write_bytes(b"half")

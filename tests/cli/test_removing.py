@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from cold_blocks import NAMESPACE, OTHER, chain_of, record_of
-from test_stores import SIZE, Run, fill, tierkv
+from one_command import Command
+from test_stores import SIZE, fill, tierkv
 
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_eviction import EvictionReport
@@ -43,7 +44,7 @@ ALL = (*EVICT, ("quota", str(4 * SIZE), "--evict"))
 
 @pytest.mark.parametrize("arguments", ALL)
 def test_a_dry_run_says_what_the_command_does_then(
-    tierkv: Run, tmp_path: Path, arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    tierkv: Command, tmp_path: Path, arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill(tmp_path / "store")
     answer(monkeypatch, "")  # a dry run does not ask
@@ -63,7 +64,7 @@ def test_a_dry_run_says_what_the_command_does_then(
 @pytest.mark.parametrize("arguments", ALL)
 @pytest.mark.parametrize("text", ["n\n", "\n", "", "yess\n"])
 def test_without_a_yes_nothing_is_removed(
-    tierkv: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], text: str
+    tierkv: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], text: str
 ) -> None:
     fill(tmp_path / "store")
     answer(monkeypatch, text)
@@ -75,7 +76,7 @@ def test_without_a_yes_nothing_is_removed(
 @pytest.mark.parametrize("arguments", ALL)
 @pytest.mark.parametrize("text", ["y\n", "Yes\n"])
 def test_with_a_yes_it_is(
-    tierkv: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], text: str
+    tierkv: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], text: str
 ) -> None:
     fill(tmp_path / "store")
     answer(monkeypatch, text)
@@ -84,7 +85,7 @@ def test_with_a_yes_it_is(
     assert blocks_in(tmp_path / "store") < 10
 
 
-def test_a_script_is_not_asked(tierkv: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_script_is_not_asked(tierkv: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(tmp_path / "store")
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     assert tierkv("evict", "--to", "0")[0] == 0
@@ -92,14 +93,14 @@ def test_a_script_is_not_asked(tierkv: Run, tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_quota_that_evicts_nothing_is_not_asked_about(
-    tierkv: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tierkv: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fill(tmp_path / "store")
     answer(monkeypatch, "")
     assert tierkv("quota", "1G", "--evict")[0] == 0
 
 
-def test_repairing_asks_before_it_removes(tierkv: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repairing_asks_before_it_removes(tierkv: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(tmp_path / "store")
     answer(monkeypatch, "n\n")
     code, _, err = tierkv("verify", "--repair")

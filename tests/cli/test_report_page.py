@@ -90,3 +90,4 @@ def test_charts_that_show_nothing_are_folded(page: Any, tmp_path: Path) -> None:
     folded.locator("summary").click()
     assert "No tier held a block" in folded.locator("dl").inner_text()
     assert "outside the longest run" in folded.locator("dl").inner_text()
+    assert "Memory held" not in page.locator("h2").all_inner_texts(), "no observer named memory"

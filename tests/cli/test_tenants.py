@@ -6,12 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from cold_blocks import NAMESPACE, chain_of
-from test_cli import Run, tierkv, user_cache
+from one_command import Command
+from test_cli import tierkv
 
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_rows import padded_bytes
 
-__all__ = ["tierkv", "user_cache"]  # fixtures
+__all__ = ["tierkv"]  # fixtures
 
 A, B = (replace(NAMESPACE, salt=salt, name=f"model of {salt}") for salt in ("alpha", "beta"))
 SIZE = padded_bytes(chain_of(1)[0].stored_bytes)
@@ -31,7 +32,7 @@ def blocks_of(path: Path) -> list[int]:
         return [len(list(store.iter_entries(each.digest))) for each in (NAMESPACE, A, B)]
 
 
-def test_a_tenant_is_named_limited_and_listed(tierkv: Run, tmp_path: Path) -> None:
+def test_a_tenant_is_named_limited_and_listed(tierkv: Command, tmp_path: Path) -> None:
     path = fill(tmp_path / "s")
     result = tierkv("tenant", "set", "alpha", "--store", path, "--cold-limit", "1G")
     assert result.code == 2 and "--salt" in result.err
@@ -51,7 +52,7 @@ def test_a_tenant_is_named_limited_and_listed(tierkv: Run, tmp_path: Path) -> No
     assert blocks_of(path) == [4, 4, 4]
 
 
-def test_a_limit_below_what_a_tenant_has_asks_for_evict(tierkv: Run, tmp_path: Path) -> None:
+def test_a_limit_below_what_a_tenant_has_asks_for_evict(tierkv: Command, tmp_path: Path) -> None:
     path = fill(tmp_path / "s")
     options = ("tenant", "set", "research", "--salt", "alpha", "--store", path, "--cold-limit", 2 * SIZE)
     result = tierkv(*options)
@@ -61,7 +62,7 @@ def test_a_limit_below_what_a_tenant_has_asks_for_evict(tierkv: Run, tmp_path: P
     assert blocks_of(path) == [4, 2, 4]
 
 
-def test_a_name_of_another_tenant_is_refused(tierkv: Run, tmp_path: Path) -> None:
+def test_a_name_of_another_tenant_is_refused(tierkv: Command, tmp_path: Path) -> None:
     path = fill(tmp_path / "s")
     tierkv("tenant", "set", "research", "--salt", "alpha", "--store", path)
     assert "another tenant has the name" in tierkv("tenant", "set", "research", "--salt", "beta", "--store", path).err
@@ -69,7 +70,7 @@ def test_a_name_of_another_tenant_is_refused(tierkv: Run, tmp_path: Path) -> Non
     assert tierkv("tenant", "set", "second", "--id", B_ID[:6], "--store", path).code == 0
 
 
-def test_evict_takes_a_tenant_by_name_by_id_and_by_salt(tierkv: Run, tmp_path: Path) -> None:
+def test_evict_takes_a_tenant_by_name_by_id_and_by_salt(tierkv: Command, tmp_path: Path) -> None:
     for tenant in ("research", A_ID[:6], "alpha"):
         path = fill(tmp_path / tenant)
         tierkv("tenant", "set", "research", "--salt", "alpha", "--store", path)
@@ -83,7 +84,7 @@ def test_evict_takes_a_tenant_by_name_by_id_and_by_salt(tierkv: Run, tmp_path: P
 
 
 def test_evict_takes_a_namespace_by_its_name_and_together_with_a_tenant_both_must_fit(
-    tierkv: Run, tmp_path: Path
+    tierkv: Command, tmp_path: Path
 ) -> None:
     path = fill(tmp_path / "s")
     result = tierkv("evict", "--tenant", "beta", "--namespace", "model of alpha", "--store", path, "--json").json()
@@ -96,13 +97,13 @@ def test_evict_takes_a_namespace_by_its_name_and_together_with_a_tenant_both_mus
     assert blocks_of(path) == [2, 0, 0]
 
 
-def test_a_size_beside_a_prompt_does_not_empty_the_namespace(tierkv: Run, tmp_path: Path) -> None:
+def test_a_size_beside_a_prompt_does_not_empty_the_namespace(tierkv: Command, tmp_path: Path) -> None:
     path = fill(tmp_path / "s")
     tierkv("evict", "--namespace", "model of alpha", "--prompt", "Be kind.", "--to", "1G", "--store", path)
     assert blocks_of(path) == [4, 4, 4]
 
 
-def test_warm_names_the_limit_that_leaves_no_room(tierkv: Run, tmp_path: Path) -> None:
+def test_warm_names_the_limit_that_leaves_no_room(tierkv: Command, tmp_path: Path) -> None:
     prompts, path = tmp_path / "p.txt", tmp_path / "s"
     prompts.write_text("Be kind. " * 150)
     warm = ("warm", prompts, "--block-size", 256, "--salt", "alpha", "--store", path)
@@ -117,7 +118,7 @@ def test_warm_names_the_limit_that_leaves_no_room(tierkv: Run, tmp_path: Path) -
     assert full.code == 2 and "quota" in full.err and "research" not in full.err
 
 
-def test_warm_pins_for_a_time(tierkv: Run, tmp_path: Path) -> None:
+def test_warm_pins_for_a_time(tierkv: Command, tmp_path: Path) -> None:
     prompts = tmp_path / "p.txt"
     prompts.write_text("Be kind. " * 60)
     assert tierkv("warm", prompts, "--pin", "--pin-for", "1h").code == 2

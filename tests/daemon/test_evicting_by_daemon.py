@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 from daemon_process import Daemon, OpenCache, Start
+from one_command import Command
 from pattern_engine import PatternEngine
 from raw_client import LAYOUT, NAMESPACE, chain_of, connect, tokens_of, write_prompt
-from test_commands import Run, tierkv
+from test_commands import tierkv
 from test_life_and_death import eventually, is_served
 
 from tierkv.cache import TierCache
@@ -375,7 +376,7 @@ def test_the_log_is_bounded_and_says_who_has_missed_too_much(tmp_path: Path) -> 
     log.save()
 
 
-def test_a_store_names_its_daemon_to_the_command(tierkv: Run, start_daemon: Start, short_path: Path) -> None:
+def test_a_store_names_its_daemon_to_the_command(tierkv: Command, start_daemon: Start, short_path: Path) -> None:
     daemon = start_daemon()
     with connect(daemon.socket) as client:
         write_prompt(client, TOKENS)

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 from daemon_process import BLOCK_BYTES, Start
+from one_command import Command
 from pattern_engine import tiny_layout
 from raw_client import LAYOUT, NAMESPACE, connect, hello
-from test_commands import Run, tierkv  # noqa: F401 - a fixture
+from test_commands import tierkv  # noqa: F401 - a fixture
 from test_safety import assert_healthy
 
 from tierkv.cache import TierCache
@@ -101,7 +102,7 @@ def test_a_greeting_longer_than_any_decent_one_ends_the_connection(start_daemon:
 
 def test_names_are_shown_as_one_line_whatever_signs_they_have(
     start_daemon: Start,
-    tierkv: Run,  # noqa: F811
+    tierkv: Command,  # noqa: F811
 ) -> None:
     daemon = start_daemon(store=False)
     odd = replace(NAMESPACE, name="[/red]\x1b[31m\nnext\u202eline", salt="\ud800")

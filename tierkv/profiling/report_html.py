@@ -122,7 +122,8 @@ def _tables(run: ProfiledRun) -> Iterator[str]:
         yield _section("Where the cache spent time", _span_table(run))
     if run.prefixes:
         yield _section("Largest prefixes in memory", _prefix_table(run))
-    yield _section("Memory held", _pool_table(run))
+    if pools := _pool_rows(run):
+        yield _section("Memory held", _table(["what", "bytes", "shape", "device", "address"], pools))
     if run.notes:
         yield _section(
             "Limits of this record", "<ul>" + "".join(f"<li>{escape(note)}</li>" for note in run.notes) + "</ul>"
@@ -245,7 +246,7 @@ def _prefix_table(run: ProfiledRun) -> str:
     )
 
 
-def _pool_table(run: ProfiledRun) -> str:
+def _pool_rows(run: ProfiledRun) -> list[list[str]]:
     rows = [
         [
             escape(each.purpose + (f" (in {each.part_of})" if each.part_of else "")),
@@ -262,7 +263,7 @@ def _pool_table(run: ProfiledRun) -> str:
             blocks = by_purpose[purpose]
             size = f"{format_bytes(blocks['bytes'])}, at most {format_bytes(blocks['peak_bytes'])}"
             rows.append([f"{blocks['count']:,} {purpose}s (in their pool)", size, "", "", ""])
-    return _table(["what", "bytes", "shape", "device", "address"], rows)
+    return rows
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -9,9 +9,9 @@ import asyncio
 import os
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeAlias
 
+from tierkv.daemon.checked_fields import absolute_path, described_namespace
 from tierkv.daemon.config import DaemonConfig
 from tierkv.daemon.connection import Answer, ClientConnection
 from tierkv.daemon.core import Core
@@ -47,18 +47,17 @@ from tierkv.daemon.messages import (
     Waited,
     Welcome,
 )
-from tierkv.daemon.protocol import MAX_PATH_BYTES, ProtocolError, printable, split_hashes, split_numbers
+from tierkv.daemon.protocol import ProtocolError, printable, split_hashes, split_numbers
 from tierkv.daemon.remote_blocks import RemoteBlocks
 from tierkv.daemon.side_threads import SideThreads, result_of
 from tierkv.daemon.state_files import StateFiles
 from tierkv.daemon.store_writer import StoreWriter
 from tierkv.daemon.values import Tenant, Write, whole_hashes
-from tierkv.errors import ConfigError, DaemonError
-from tierkv.storage.codecs import codec_by_name
+from tierkv.errors import DaemonError
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.warm import Slab
 from tierkv.values.block import HASH_BYTES, BlockHash
-from tierkv.values.namespace import NAME_LIMIT, NamespaceDescription, has_rows, parse_description
+from tierkv.values.namespace import NAME_LIMIT, has_rows
 from tierkv.values.users import user_name
 
 __all__ = ["Requests"]
@@ -158,7 +157,7 @@ class Requests:
         )
         if not message.namespace:
             return welcome
-        described = _checked_description(message)
+        described = described_namespace(message)
         tenant = self._core.open_tenant(
             client.connection,
             described.digest,
@@ -306,7 +305,7 @@ class Requests:
 
     async def save(self, client: ClientConnection, message: SaveState) -> Answer:
         tenant = client.connection.require_tenant()
-        path = _checked_path(message.path)
+        path = absolute_path(message.path)
         await self.flush(client, Flush())
         entries = self._core.warm_entries(tenant)
         blocks = [Write(tenant, entry, entry.warm_slot) for entry in entries if entry.warm_slot is not None]
@@ -319,7 +318,7 @@ class Requests:
 
     async def load(self, client: ClientConnection, message: LoadState) -> Answer:
         """Make a state file a source of the client's namespace, until no client that has loaded it is connected."""
-        return Count(count=await self._files.load(client.connection, _checked_path(message.path)))
+        return Count(count=await self._files.load(client.connection, absolute_path(message.path)))
 
     async def compact(self, client: ClientConnection, message: Compact) -> Answer:
         if self._store is None:
@@ -378,32 +377,3 @@ _HANDLERS: dict[type[Message], _Handler] = {
     EvictionsSince: Requests.evictions_since,
     EvictionDone: Requests.eviction_done,
 }
-
-
-def _checked_description(message: Hello) -> NamespaceDescription:
-    """Return the description of a client's namespace. Raises DaemonError if digest or block size do not match it."""
-    try:
-        described = parse_description(message.description)
-        if described.lossy_codec and not codec_by_name(described.lossy_codec).is_lossy:
-            raise ConfigError(f"the codec {described.lossy_codec} is not lossy")
-    except ConfigError as exc:
-        raise ProtocolError(f"the namespace's description is invalid: {exc}") from exc
-    if described.digest != message.namespace:
-        raise ProtocolError(
-            f"the namespace {message.namespace[:HASH_BYTES].hex()} is named, but {described.digest.hex()} is described",
-            hint="use the same version of tierkv on both sides",
-        )
-    block_bytes = described.layout.block_bytes
-    if block_bytes != message.block_bytes:
-        raise DaemonError(
-            f"the client's blocks have {message.block_bytes} bytes, those of its namespace {block_bytes}",
-            hint="the namespace must be that of the client's block size",
-        )
-    return described
-
-
-def _checked_path(text: str) -> Path:
-    path = Path(text)
-    if not path.is_absolute() or len(os.fsencode(text)) > MAX_PATH_BYTES or "\0" in text:
-        raise ProtocolError("a path must be absolute, and a path")
-    return path

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from tierkv.daemon.limits import Limits
 from tierkv.daemon.messages import Chain, ChainAnswer, Reserve, Reserved
 from tierkv.daemon.protocol import ProtocolError, split_hashes, split_numbers
-from tierkv.daemon.slab import SizeClass
+from tierkv.daemon.size_class import SizeClass
 from tierkv.daemon.tenants import Tenants
 from tierkv.daemon.values import Connection, Reservation, Tenant, has_hash, holds
 from tierkv.index.index import Entry

@@ -12,19 +12,17 @@ import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from tierkv.daemon.config import DaemonConfig
 from tierkv.daemon.connection import Answer, ClientConnection
 from tierkv.daemon.core import Core
+from tierkv.daemon.end_report import EndReport
 from tierkv.daemon.ending import Ending
 from tierkv.daemon.eviction_log import LOG_NAME, EvictionLog
 from tierkv.daemon.evictor import Evictor
 from tierkv.daemon.host import (
-    NOT_WRITTEN,
     STORE_LOCK,
-    LockFile,
     check_memory,
     connections_that_fit,
     exclusive_file,
@@ -83,7 +81,7 @@ def serve(
         load_prometheus()
     with contextlib.ExitStack() as stack:
         listener, lock = stack.enter_context(listening_socket(config.socket, group=config.group))
-        end = _End(config.socket, lock)
+        end = EndReport(config.socket, lock)
         ending = stack.enter_context(Ending(config.stop_s, report_loss=end.report_loss))
         store = None
         if config.store is not None:
@@ -108,31 +106,6 @@ def serve(
             slab.close()  # else a thread may still write into it: it is unmapped with the process
         end.note_written()
         _log.info(LogEvent("stopped", not_written=server.core.num_writes))
-
-
-class _End:
-    """Reports the end of the daemon: in its log, and in its lock file for `tierkv daemon stop`."""
-
-    def __init__(self, socket_path: Path, lock: LockFile) -> None:
-        self.core: Core | None = None
-        self._socket = socket_path
-        self._lock = lock
-
-    def note_written(self) -> None:
-        """Note how many blocks were not written to the store."""
-        self._lock.note(f"{NOT_WRITTEN} {self.core.num_writes if self.core else 0}")
-
-    def report_loss(self, deadline_s: float) -> None:
-        """Log that the daemon exits while something hangs. Called by a thread of its own."""
-        lost = self.core.num_writes if self.core else 0
-        self.note_written()
-        self._socket.unlink(missing_ok=True)
-        _log.error(
-            "something has not ended within %g s, such as a disk that does not answer: "
-            "the process exits, %d blocks were not written to the store",
-            deadline_s,
-            lost,
-        )
 
 
 def _set_soon(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 
-from tierkv.daemon.slab import SizeClass
+from tierkv.daemon.size_class import SizeClass
 from tierkv.daemon.values import Tenant
 from tierkv.storage.cold_tenants import TenantSettings
 

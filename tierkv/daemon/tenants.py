@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 
 from tierkv.daemon.limits import Limits
 from tierkv.daemon.shares import WarmShares
-from tierkv.daemon.slab import SharedSlab, SizeClass
+from tierkv.daemon.size_class import SizeClass
+from tierkv.daemon.slab import SharedSlab
 from tierkv.daemon.values import BlockSource, Tenant
 from tierkv.errors import CapacityError
 from tierkv.index.index import Entry

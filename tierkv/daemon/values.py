@@ -9,7 +9,7 @@ from typing import Protocol
 
 from tierkv.daemon.eviction_messages import EngineEvicted
 from tierkv.daemon.protocol import ProtocolError, split_hashes
-from tierkv.daemon.slab import SizeClass
+from tierkv.daemon.size_class import SizeClass
 from tierkv.errors import StoreError
 from tierkv.index.index import Entry
 from tierkv.remote_tiers.source import RemoteSource

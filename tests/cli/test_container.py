@@ -80,7 +80,7 @@ def said() -> Iterator[dict[str, dict[str, Any]]]:
         line = ["unshare", "--mount", "sh", "-c", script(data, holds)]
         done = subprocess.run(line, capture_output=True, text=True, timeout=TIMEOUT_S)
         if READY not in done.stdout:
-            pytest.skip(f"this machine lets nobody make such a container: {done.stderr.strip()}")
+            pytest.skip(f"no such container can be made here: {done.stderr.strip()}")
         assert done.returncode == 0, done.stderr
         yield json.loads(done.stdout.splitlines()[-1])
         assert not list(data.iterdir()), "the volume was mounted over it"

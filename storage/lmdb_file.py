@@ -58,6 +58,7 @@ class DataFile:
         self.path = path
         # Not the lock file: closing any descriptor of that would drop LMDB's own locks.
         self.fd: int = open_store_file(path, os.O_RDONLY if read_only else os.O_RDWR)
+        self._ahead_fd = self.fd
         self._memory = ThreadMemory()
         self._search: TreeSearch | None = None
         try:
@@ -66,14 +67,16 @@ class DataFile:
             self.opened_bytes: int = os.fstat(self.fd).st_size
             if (meta.last_page + 1) * meta.page_bytes > self.opened_bytes:
                 raise CorruptBlockError("it is cut short")
+            self._ahead_fd = _open_again(path, self.fd)
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
         """Close the descriptor. May be called twice."""
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
+        both = {self.fd, self._ahead_fd} - {-1}
+        self.fd = self._ahead_fd = -1
+        for fd in both:
             with contextlib.suppress(OSError):  # of a disk that has gone: the descriptor is closed all the same
                 os.close(fd)
 
@@ -178,7 +181,8 @@ class DataFile:
         offset = int.from_bytes(leaf.held, "little") * self._page_bytes + PAGE_HEADER_BYTES
         if offset + leaf.size > _MAX_FILE_BYTES:
             return None
-        return FileRecord(self.fd, offset=offset, size=leaf.size, memory=self._memory)
+        memory, ahead_fd = self._memory, self._ahead_fd
+        return FileRecord(self.fd, offset=offset, size=leaf.size, memory=memory, ahead_fd=ahead_fd)
 
 
 def open_store_file(path: Path, flags: int = os.O_RDONLY) -> int:
@@ -187,6 +191,18 @@ def open_store_file(path: Path, flags: int = os.O_RDONLY) -> int:
     Raises StoreError for a FIFO, a socket, a device, a directory or a symbolic link, OSError.
     """
     return open_regular(path, flags, follow_links=False)
+
+
+def _open_again(path: Path, fd: int) -> int:
+    """Return a second descriptor of an open file, with a read-ahead of its own; the first one where that fails."""
+    try:
+        again = open_store_file(path)
+    except (OSError, StoreError):
+        return fd
+    if os.path.samestat(os.fstat(again), os.fstat(fd)):
+        return again
+    os.close(again)  # another process has put another file at this path
+    return fd
 
 
 def sync_file(path: Path) -> None:

@@ -97,27 +97,37 @@ class Worker:
         return sum(part.nbytes for part in map(local_part, self.model.parameters()))
 
     @contextmanager
-    def runner(self, *, fuse: str = "auto") -> Iterator[Runner]:
+    def runner(self, *, fuse: str = "auto", mla: str = "auto", socket: Path | None = None) -> Iterator[Runner]:
         layer_bytes = 2 * 2 * 64 * dtype_of(self.device).itemsize  # both heads: more than a rank has
         block_bytes = 3 * layer_bytes * block_size_of(self.device)
         config = CacheConfig(
-            cold_path=self.store,
+            cold_path=None if socket else self.store,
+            socket=socket,
             block_size=block_size_of(self.device),
             hot_bytes=16 * block_bytes,
             warm_bytes=16 * block_bytes,
             cold_bytes=64 << 20,
             min_free_bytes=0,
         )
-        with open_runner(LoadedModel(self.model, None, "tiny"), config, ranks=self.ranks, fuse=fuse) as runner:
+        loaded = LoadedModel(self.model, None, "tiny")
+        with open_runner(loaded, config, ranks=self.ranks, fuse=fuse, mla=mla) as runner:
             yield runner
 
     def generate_fused(self) -> dict[str, Any]:
         """Do as `generate`, by fused passes."""
         return self.generate(fuse="on")
 
-    def generate(self, *, fuse: str = "auto") -> dict[str, Any]:
+    def generate_expanded(self) -> dict[str, Any]:
+        """Do as `generate`, with K and V in the cache of a model with a latent."""
+        return self.generate(mla="expanded")
+
+    def generate_of_daemon(self) -> dict[str, Any]:
+        """Do as `generate`, over the daemon that the test has started."""
+        return self.generate(socket=self.store.with_name("socket"))
+
+    def generate(self, *, fuse: str = "auto", mla: str = "auto", socket: Path | None = None) -> dict[str, Any]:
         """Answer the prompt in a cache that has just been opened."""
-        with self.runner(fuse=fuse) as runner:
+        with self.runner(fuse=fuse, mla=mla, socket=socket) as runner:
             assert fuse != "on" or isinstance(runner._pass._compute, FusedDecoder)
             options = GenerationOptions(
                 max_new_tokens=NUM_NEW, stop_ids=frozenset(), store_partial=True, keep_logits=True
@@ -126,6 +136,10 @@ class Worker:
             assert answer.logits is not None
             runner.cache.check()
             namespace = runner.cache.namespace
+            runner.cache.flush()
+            self.ranks.gather(b"all ranks have written")
+            records = runner.cache.cold.stats().blocks if runner.cache.cold else 0
+            written = runner.cache.stats().tiers[Tier.COLD].bytes_in
             self.hashes = list(runner.cache.match(prompt_of(self.device)).block_hashes)
             return {
                 "logits": answer.logits.numpy(),
@@ -133,6 +147,10 @@ class Worker:
                 "cached": [answer.cached_tokens[tier] for tier in Tier],
                 "model_bytes": self.model_bytes(),
                 "kv_heads": runner.cache.layout.layers[0].kv_heads,
+                "is_latent": runner.cache.layout.is_latent,
+                "records": records,
+                "written_bytes": written,
+                "num_io_threads": runner.cache.config.io_threads,
                 "weights": namespace.weights,
                 "namespace": namespace.digest.hex(),
                 "reasons": [f"{reason}={count}" for reason, count in runner.cache.stats().miss_reasons.items()],

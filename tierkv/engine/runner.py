@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
@@ -32,13 +30,16 @@ from tierkv.engine.model_support import (
     read_stable_state,
 )
 from tierkv.engine.models import LoadedModel
+from tierkv.engine.replication import are_replicated
 from tierkv.engine.request_builder import RequestBuilder
 from tierkv.engine.step_loop import StepLoop
 from tierkv.errors import ConfigError
 from tierkv.ranks.group import OneRank, RankGroup, agree_min
+from tierkv.ranks.hosts import count_on_host
 from tierkv.requests.sequence import Sequence
 from tierkv.storage.cold import ColdStore
 from tierkv.values.checks import check_count
+from tierkv.values.cores import default_io_threads
 
 __all__ = ["Generation", "GenerationOptions", "Runner", "TokenEvent", "open_runner"]
 
@@ -266,8 +267,9 @@ def open_runner(
     adapter, salt: more of the cache's namespace: a digest of an unmerged adapter; what separates tenants.
     cold: an open store to use in place of `config.cold_path`.
     ranks: of a model that is split over several processes; all of them call this function together. Sizes in `config`
-    are of one rank, except `cold_bytes`: one store serves all ranks of a machine. They share its cores: together they
-    have no more of `num_io_threads` than cores.
+    are of one rank, except `cold_bytes`: one store serves all ranks of a machine. Unless `num_io_threads` is given, the
+    ranks of a machine share its cores: together they have no more such threads than cores, but each has one.
+    What every rank computes as a whole, such as the latent, is stored by one of them.
     mla: "auto" keeps the latent of multi-latent attention in place of K and V where that is supported (DeepSeek-V2 and
     V3) and passes the self-test, "expanded" never, "latent" raises where it cannot. The other options are `Runner`'s.
     Raises UnsupportedModelError, with the reason, before anything is opened. Raises ConfigError for other ranks than
@@ -288,8 +290,16 @@ def open_runner(
     choice = choose_mla(model, mla, block_size=config.block_size, ranks=ranks or OneRank())
     if choice.latent is None:
         fuse = test_fused(model, choice.layout, fuse, ranks or OneRank())
+    is_replicated = are_replicated(model, choice.layout, ranks or OneRank(), latent=choice.latent)
     namespace = namespace_of(
-        model, choice.layout, adapter=adapter, salt=salt, name=loaded.name, ranks=ranks, state=state
+        model,
+        choice.layout,
+        adapter=adapter,
+        salt=salt,
+        name=loaded.name,
+        ranks=ranks,
+        state=state,
+        is_replicated=is_replicated,
     )
     with TierCache(config, namespace=namespace, device=model.device, cold=cold, ranks=ranks) as cache:
         yield Runner(
@@ -309,14 +319,13 @@ def open_runner(
 
 def _mla_of(loaded: LoadedModel, cache: TierCache) -> MlaChoice:
     """Return the attention that a cache's layout wants."""
-    latent = latent_attention(loaded.model, "latent", cache.ranks) if cache.layout.is_latent else None
+    latent = latent_attention(loaded.model, "latent") if cache.layout.is_latent else None
     return MlaChoice(layout=cache.layout, latent=latent)
 
 
 def _share_cores(config: CacheConfig, ranks: RankGroup) -> CacheConfig:
-    """Return the config with so few I/O threads that all ranks of this machine have one core for each."""
+    """Return the config with the I/O threads of a rank that shares the machine's cores; a number given stays."""
     if ranks.size == 1:
         return config
-    hosts = ranks.gather(platform.node().encode())
-    cores = (os.cpu_count() or 1) // hosts.count(hosts[ranks.rank])
-    return replace(config, num_io_threads=max(1, min(config.num_io_threads, cores)))
+    num_here = count_on_host(ranks)  # by all ranks, whether or not each has a number of its own
+    return config if config.num_io_threads else replace(config, num_io_threads=default_io_threads(num_here))

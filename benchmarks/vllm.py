@@ -1,4 +1,4 @@
-"""vLLM over tierkv beside vLLM's own tiers, on one GPU: the first token after a long prefix, and decoding beside saves.
+"""vLLM over tierkv beside vLLM's own tiers, on one GPU or several: the first token after a long prefix, and decoding.
 
 One process is one life of an engine; lives of a mode share a store, so the second is a restart. The model has random
 weights and Llama-3.1-8B's shape. Each mode runs in the same minutes on the same machine: compare within one table.
@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--prefix", type=int, default=8192)
     parser.add_argument("--block-size", type=int, default=16, help="of the engine; 16 is vLLM's default")
+    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="GPUS", help="that the model is split over")
     parser.add_argument("--model", type=Path, default=Path("/dev/shm/tierkv-llama"))
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)
@@ -89,7 +90,7 @@ def _life(arguments: argparse.Namespace, mode: str, number: int, folder: Path) -
         "--folder",
         str(folder),
     ]
-    for name in ("layers", "prefix", "block_size", "model", "weights"):
+    for name in ("layers", "prefix", "block_size", "tensor_parallel", "model", "weights"):
         command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
     command += [f"--{name}" for name in ("decode", "eager") if getattr(arguments, name)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
@@ -125,6 +126,7 @@ def _run_life(arguments: argparse.Namespace) -> None:
         max_num_batched_tokens=16384,
         max_num_seqs=64,
         block_size=arguments.block_size,
+        tensor_parallel_size=arguments.tensor_parallel,
         gpu_memory_utilization=0.6,
         enforce_eager=arguments.eager,
         enable_prefix_caching=True,

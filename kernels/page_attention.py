@@ -108,7 +108,7 @@ def attend_pages(
         TILE=_TILE,
         HAS_CAP=softcap is not None and softcap > 0,
         num_warps=4,
-        num_stages=3,
+        num_stages=3 if max(dim, v_dim) <= 128 else 2,  # of K and V in shared memory
     )
     _merge_parts[(sequences * heads,)](
         space.outputs,

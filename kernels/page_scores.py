@@ -299,7 +299,7 @@ def _choose_pages(
     rank = tl.where(page < pages, rank, -1)
     lowest = 0
     for step in tl.static_range(11):
-        bit: tl.constexpr = 1 << (20 - 2 * step)
+        bit = 1 << (20 - 2 * step)
         held = (rank >= lowest + bit).to(tl.int64)
         held += (rank >= lowest + 2 * bit).to(tl.int64) << 21
         held += (rank >= lowest + 3 * bit).to(tl.int64) << 42

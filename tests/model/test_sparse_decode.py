@@ -23,13 +23,12 @@ from tierkv.values.block import Tier
 
 BLOCK = 16
 SPARSE = SparseDecode(budget=0.25, min_tokens=1, recent_tokens=4, page_tokens=4)  # reads 4 pages at least
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 Open = Callable[..., Runner]
 
 
 @pytest.fixture
 def model() -> Any:
-    return make_model("qwen3", block_size=BLOCK, device=DEVICE)
+    return make_model("qwen3", block_size=BLOCK)
 
 
 @pytest.fixture

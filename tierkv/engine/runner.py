@@ -32,6 +32,7 @@ from tierkv.engine.model_support import (
 from tierkv.engine.models import LoadedModel
 from tierkv.engine.replication import are_replicated
 from tierkv.engine.request_builder import RequestBuilder
+from tierkv.engine.sparse.options import SparseDecode
 from tierkv.engine.step_loop import StepLoop
 from tierkv.errors import ConfigError
 from tierkv.ranks.group import OneRank, RankGroup, agree_min
@@ -64,6 +65,8 @@ class Runner:
     state: the model's state when the cache's namespace was made; None reads it now.
     mla: how the cache's layout was chosen; None takes it as the cache has it. It says by `mla.latent` how a DeepSeek
     model attends to the latents in the cache, None for K and V, and by `mla.fallbacks` what failed its self-test.
+    sparse: None, or how much of a long sequence each decode step reads. Its answers are approximate, and nothing that
+    they computed is kept: see `SparseDecode`. Prompts are computed exactly, and kept, as ever.
     step_loop: computes all requests, of this runner and of its engine.
 
         runner.prefill(system_ids)  # later requests with this prefix find it in the cache
@@ -84,6 +87,7 @@ class Runner:
         attention_table: Path | None = None,
         state: ModelState | None = None,
         mla: MlaChoice | None = None,
+        sparse: SparseDecode | None = None,
     ) -> None:
         if cascade not in ("auto", "off"):
             raise ConfigError(f'cascade must be "auto" or "off", got {cascade!r}')
@@ -91,7 +95,10 @@ class Runner:
         self.cache = cache
         self.max_step_tokens: int = check_count("max_step_tokens", max_step_tokens, least=1)
         self.mla: MlaChoice = mla or _mla_of(loaded, cache)
+        self.sparse: SparseDecode | None = sparse
         latent = self.mla.latent
+        if latent and sparse:
+            raise ConfigError("sparse decode does not read latents", hint='open the model with mla="expanded"')
         self._pass = ForwardPass(
             loaded,
             cache,
@@ -106,6 +113,7 @@ class Runner:
                 num_layers=cache.layout.num_layers,
                 waits=cache.ranks.size > 1,
             ),
+            sparse=sparse,
         )
         self._attention = MlaSwitch(loaded.model, latent) if latent else AttentionSwitch(loaded.model)
         state = state or read_stable_state(loaded.model)
@@ -121,6 +129,11 @@ class Runner:
     def cascade_steps(self) -> int:
         """Forward passes in which sequences read a shared prefix together."""
         return self._pass.cascade_steps
+
+    @property
+    def sparse_tokens(self) -> int:
+        """Tokens that were computed by sparse attention, and of which the cache has kept nothing."""
+        return self._pass.sparse.num_tokens if self._pass.sparse else 0
 
     @property
     def compute_or_load(self) -> bool:
@@ -260,6 +273,7 @@ def open_runner(
     mla: str = "auto",
     attention: str = "auto",
     attention_table: Path | None = None,
+    sparse: SparseDecode | None = None,
 ) -> Iterator[Runner]:
     """Check that a model can be cached, open a cache for it, yield a `Runner`, and close the cache.
 
@@ -314,6 +328,7 @@ def open_runner(
             attention_table=attention_table,
             state=state,
             mla=choice,
+            sparse=sparse,
         )
 
 

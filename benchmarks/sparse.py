@@ -1,7 +1,7 @@
 """Sparse decode: the time of a layer's decode attention against the exact one's, and how exact it is, by budget.
 
-Times are of CUDA graphs of several layers, the median over rounds in which all ways take turns. Exact attention is what
-a runner takes on this machine (flash-attn 2, or FlashInfer where that was measured faster). Key bounds are there
+Times are of CUDA graphs of several layers, the median over rounds in which all ways take turns. Exact attention is
+flash-attn 2's. Key bounds are there
 before, as in a running sequence; what they cost a new prompt is printed apart. `--cpu` runs a small shape, to see that
 this script works: its times mean nothing.
 """
@@ -22,6 +22,7 @@ import torch
 import transformers
 
 from benchmarks.sparse_error import ErrorRow, error_rows, random_attention, trained_attention
+from benchmarks.sparse_model import decoder_attention, load_decoder, logit_rows
 from benchmarks.ttft import machine
 from tierkv.config import CacheConfig
 from tierkv.engine.attention import AttentionBatch, SequenceStep, build_batch
@@ -81,10 +82,8 @@ class _Bench:
         self.pool = HotPool(layout, num_blocks, device)
         for block in self.pool.blocks:
             block.normal_()
-        self.dense: AttentionChoice = make_attention("auto", device, num_layers=32)
+        self.dense: AttentionChoice = make_attention("auto", device)  # without FlashInfer, which would be compiled
         self.shape = LayerShape(device.type, self.dtype, _HEADS, _KV_HEADS, _DIM, _DIM, _BLOCK, _DIM**-0.5)
-        for backend in self.dense.backends:
-            backend.prepare(self.shape, wait=True)
 
     def steps(self, sequences: int, tokens: int) -> list[SequenceStep]:
         width = -(-tokens // _BLOCK)
@@ -94,13 +93,18 @@ class _Bench:
 
     def way(self, steps: list[SequenceStep], planner: Any) -> Callable[[], list[torch.Tensor]]:
         """Return what attends in all layers."""
+        queries, batch = self.queries(steps, planner)
+        return lambda: [attend(paged, batch) for paged in queries]
+
+    def queries(self, steps: list[SequenceStep], planner: Any) -> tuple[list[PagedQuery], AttentionBatch]:
+        """Return each layer's attention, and the batch of all."""
         batch: AttentionBatch = build_batch(
             self.pool, steps, block_size=_BLOCK, device=self.device, attention=self.dense, decode_attention=planner
         )
         torch.manual_seed(1)
         query = torch.randn(len(steps), _HEADS, _DIM, dtype=self.dtype, device=self.device)
         places = (batch.block_ids, batch.offsets)
-        queries = [
+        found = [
             PagedQuery(
                 query=query,
                 new_keys=self.pool.key_cache(layer)[places],
@@ -112,7 +116,7 @@ class _Bench:
             )
             for layer in range(self.layers)
         ]
-        return lambda: [attend(paged, batch) for paged in queries]
+        return found, batch
 
     def bounds(self, options: SparseDecode, steps: list[SequenceStep]) -> tuple[SparseAttention, float]:
         """Return sparse attention over sequences, and the microseconds that their key bounds took in all layers."""
@@ -165,7 +169,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cpu", action="store_true", help="on a CPU, with a small shape")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--pages", type=int, nargs="+", help="page sizes whose speed is measured; the default's is 32")
+    parser.add_argument(
+        "--pages",
+        type=int,
+        nargs="+",
+        help="page sizes whose speed is measured; all but the first only where the aim is",
+    )
+    parser.add_argument("--model", type=Path, help="a trained decoder: what sparse decode does to it; no speed")
+    parser.add_argument("--tokens", type=int, default=4096, help="of the text that the model reads")
+    parser.add_argument("--decoded", type=int, default=64, help="of them, decoded one by one")
     parser.add_argument("--without-error", action="store_true", help="speed only")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -173,7 +185,10 @@ def main() -> None:
     device = torch.device("cpu" if is_cpu else "cuda")
     described = machine(device)
     print("  ".join(f"{name}: {value}" for name, value in described.items()), flush=True)
-    pages = options.pages or ([32] if is_cpu else [16, 32, 64])
+    if options.model:
+        _decoder(options.model, device, options.tokens, options.decoded, options.pages or [32])
+        return
+    pages = options.pages or ([32] if is_cpu else [32, 16, 64])
     with torch.inference_mode():
         speed = _speed(device, pages, options.rounds, is_cpu=is_cpu)
         errors = [] if options.without_error else _errors(device, is_cpu=is_cpu)
@@ -188,9 +203,29 @@ def main() -> None:
         options.json.write_text(json.dumps(found, indent=1))
 
 
+def _decoder(path: Path, device: torch.device, tokens: int, decoded: int, pages: list[int]) -> None:
+    """Measure and print what sparse decode does to a trained decoder."""
+    model, ids = load_decoder(path, tokens, device)
+    print(f"{'attention of':<24}{'tokens':>7} {'page':>5} {'budget':>7}  recall (worst 1 %, best possible) error")
+    layers = decoder_attention(model, ids, num_queries=6, num_layers=6)
+    with torch.inference_mode():
+        for row in error_rows(layers, pages=_PAGES, budgets=_BUDGETS):
+            _print_error(row)
+    print(
+        f"\n{decoded} tokens decoded after {tokens - decoded}: page, budget, logits' error, KL, same best, perplexity"
+    )
+    for found in logit_rows(model, ids, decoded=decoded, budgets=_BUDGETS, pages=pages):
+        print(
+            f"{found.page:>5} {found.budget:>7.0%} {found.error:>8.4f} {found.kl:>8.4f} {found.same_best:>7.3f} "
+            f"{found.perplexity:>8.3f}",
+            flush=True,
+        )
+
+
 def _speed(device: torch.device, pages: list[int], rounds: int, *, is_cpu: bool) -> list[SpeedRow]:
-    lengths = (2048, 4096) if is_cpu else (8192, 32_768, 131_072)
-    counts = (1,) if is_cpu else (1, 4, 16)
+    """Measure and print the times: the aim first, in case that the time is short."""
+    lengths = (4096, 2048) if is_cpu else (131_072, 32_768, 8192)
+    counts = (1,) if is_cpu else (1, 16, 4)
     bench = _Bench(device, num_blocks=max(counts) * (max(lengths) // _BLOCK), layers=2 if is_cpu else 4)
     print(f"decode attention of one layer, {_HEADS} heads, {_KV_HEADS} of K and V, of {_DIM}, {bench.dtype}, us")
     print(f"{'sequences':>9} {'tokens':>7} {'page':>5} {'exact':>9}  " + "".join(f"{b:>16.0%}" for b in _BUDGETS))
@@ -198,13 +233,29 @@ def _speed(device: torch.device, pages: list[int], rounds: int, *, is_cpu: bool)
     for sequences in counts:
         for tokens in lengths:
             steps = bench.steps(sequences, tokens)
-            for page in pages:
+            for page in pages if (sequences, tokens) == (1, max(lengths)) else pages[:1]:
                 rows += _speed_rows(bench, steps, page, rounds)
     aimed = [row for row in rows if row.tokens == 131_072 and row.budget == 0.1 and row.sequences == 1]
     for row in aimed:
         text = "met" if row.ratio >= _AIM else "MISSED"
         print(f"aim: 131072 tokens, a tenth read, pages of {row.page}: {row.ratio:.2f}, >= {_AIM:g} {text}")
     return rows
+
+
+def _print_stages(bench: _Bench, steps: list[SequenceStep], planner: SparseAttention, rounds: int) -> None:
+    """Print how long each part of sparse attention takes."""
+    queries, batch = bench.queries(steps, planner)
+    plan: Any = planner.plan(bench.shape, batch)
+    stages: dict[str, Callable[[], Any]] = {
+        "scores": lambda: [plan.score(paged) for paged in queries],
+        "choice": lambda: [plan.choose() for _ in queries],
+        "attention": lambda: [plan.attend(paged) for paged in queries],
+    }
+    parts: list[str] = []
+    for name, stage in stages.items():
+        measure = bench.replay(stage)
+        parts.append(f"{name} {statistics.median(measure() for _ in range(rounds)):.1f}")
+    print(f"          of a budget of {_BUDGETS[1]:.0%}: {', '.join(parts)}", flush=True)
 
 
 def _speed_rows(bench: _Bench, steps: list[SequenceStep], page: int, rounds: int) -> list[SpeedRow]:
@@ -229,6 +280,9 @@ def _speed_rows(bench: _Bench, steps: list[SequenceStep], page: int, rounds: int
         f"{bounds_us / bench.layers:.0f} a layer; budget 1 differs by {whole:.1e}",
         flush=True,
     )
+    if bench.device.type == "cuda":
+        tenth = SparseAttention(_options(_BUDGETS[1], page).counts(_BLOCK), sparse.bounds, bench.dense)
+        _print_stages(bench, steps, tenth, rounds)
     return [
         SpeedRow(sequences=len(steps), tokens=tokens, page=page, budget=budget, exact_us=us[0.0], sparse_us=us[budget])
         for budget in _BUDGETS
@@ -252,12 +306,16 @@ def _errors(device: torch.device, *, is_cpu: bool) -> list[ErrorRow]:
         for layers in (trained, [random_attention(tokens, num_queries=num_queries, device=device)]):
             for row in error_rows(layers, pages=_PAGES, budgets=_BUDGETS):
                 rows.append(row)
-                print(
-                    f"{row.name:<24}{row.tokens:>7} {row.page:>5} {row.budget:>7.0%}  {row.recall:>6.3f} "
-                    f"({row.worst_recall:.3f}, {row.best_recall:.3f}) {row.error:>20.3f} (worst {row.worst_error:.3f})",
-                    flush=True,
-                )
+                _print_error(row)
     return rows
+
+
+def _print_error(row: ErrorRow) -> None:
+    print(
+        f"{row.name:<24}{row.tokens:>7} {row.page:>5} {row.budget:>7.0%}  {row.recall:>6.3f} "
+        f"({row.worst_recall:.3f}, {row.best_recall:.3f}) {row.error:>20.3f} (worst {row.worst_error:.3f})",
+        flush=True,
+    )
 
 
 def _model_logits(device: torch.device, *, tokens: int) -> str:

@@ -101,9 +101,17 @@ def test_nothing_that_is_decoded_sparsely_is_kept(tmp_path: Path) -> None:
     assert float((again.logits - want.logits).norm() / want.logits.norm()) < 3e-2
 
 
-@pytest.mark.parametrize("heads", [8, 32])
-@pytest.mark.parametrize(("dim", "page"), [(128, 32), (64, 16), (256, 64), (96, 256)])
-@pytest.mark.parametrize("options", [{}, {"softcap": 20.0}, {"sinks": True}], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "dim", "page", "options"),
+    [
+        (32, 128, 32, {}),
+        (8, 128, 32, {"softcap": 20.0}),
+        (32, 64, 16, {"sinks": True}),
+        (8, 256, 64, {}),
+        (32, 96, 256, {}),
+    ],
+    ids=str,
+)
 def test_kernels_attend_to_the_pages_that_torch_attends_to(
     heads: int, dim: int, page: int, options: dict[str, Any]
 ) -> None:

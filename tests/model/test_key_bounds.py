@@ -210,3 +210,16 @@ def test_only_the_sequences_with_one_new_token_are_attended_sparsely() -> None:
     alone, beside = (GraphInputs(each, cache, CPU, attention=dense, decode_attention=sparse) for each in shapes)
     assert alone.batch.attention is sparse
     assert [part.attention for part in beside.batch.parts] == [sparse, dense]
+
+
+def test_the_first_page_and_the_recent_ones_are_read_whatever_the_scores_say() -> None:
+    for length in (200, 201, 203):
+        scored = COUNTS.scored(length)
+        scores = torch.full((4, scored), 5.0).index_fill_(1, torch.tensor([0, scored - 1]), -500.0)
+        chosen = choose_pages(scores, length, COUNTS, 2)
+        pages = -(-length // PAGE)
+        assert chosen.shape == (2, COUNTS.read(length))
+        assert (chosen.diff(dim=1) > 0).all()
+        assert (chosen[:, 0] == 0).all()
+        assert chosen[:, scored - pages :].tolist() == [list(range(scored, pages))] * 2
+        assert not (chosen == scored - 1).any(), "it has the worst score, and no recent token"

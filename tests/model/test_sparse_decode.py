@@ -216,10 +216,11 @@ def test_a_fork_and_a_shared_partial_block_know_what_is_exact(open_one: Open) ->
         assert forked.exact_tokens == 35
     cache.flush()
     assert cache.match([*tokens(40, seed=10), 1]).num_cached_tokens == 35
-    target = cache.acquire([*tokens(40, seed=10)[:38], 9, 9], reuse=False)
-    target.block_table[:2] = source.block_table[:2]
-    assert cache.batching.share_partial(source, target, 38) == 0
-    target.block_table[:2] = [b for b in range(64) if b not in source.block_table and b not in target.block_table][:2]
+    with cache.acquire([*tokens(40, seed=10)[:38], 9, 9]) as target:
+        assert target.block_table[:2] == source.block_table[:2]
+        assert target.num_cached_tokens == 35
+        assert cache.batching.share_partial(source, target, 38) == 0, "the tokens at 35 to 37 are approximate"
+        assert target.num_cached_tokens == 35
 
 
 def test_options_that_do_not_fit_are_refused(open_one: Open) -> None:

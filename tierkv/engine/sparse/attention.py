@@ -111,29 +111,48 @@ class _KernelPlan:
         """Do nothing: the kernels read the tensors of the batch."""
 
     def run(self, paged: PagedQuery) -> Tensor:
-        assert _attention is not None and _scores is not None
-        batch, space = self._batch, self._space
-        table, lengths = batch.block_table, batch.kv_lengths_tensor
-        query = paged.query.contiguous()
-        out = query.new_empty((*query.shape[:2], paged.values.shape[-1]))
+        """Score all pages, choose some, and attend to those."""
+        self.score(paged)
+        self.choose()
+        return self.attend(paged)
+
+    def score(self, paged: PagedQuery) -> None:
+        """Launch the scores of all pages for a layer's queries."""
+        assert _scores is not None
         _scores.score_pages(
-            query, self._bounds.of(paged.layer), table, lengths, space.scores, scale=paged.scale, choice=self._counts
+            paged.query.contiguous(),
+            self._bounds.of(paged.layer),
+            self._batch.block_table,
+            self._batch.kv_lengths_tensor,
+            self._space.scores,
+            scale=paged.scale,
+            choice=self._counts,
         )
+
+    def choose(self) -> None:
+        """Launch the choice of pages by their scores."""
+        assert _scores is not None
         _scores.choose_pages(
-            space.scores,
-            table,
-            lengths,
-            space.chosen,
+            self._space.scores,
+            self._batch.block_table,
+            self._batch.kv_lengths_tensor,
+            self._space.chosen,
             kv_heads=self._kv_heads,
             per_block=self._per_block,
             choice=self._counts,
         )
+
+    def attend(self, paged: PagedQuery) -> Tensor:
+        """Launch attention to the chosen pages."""
+        assert _attention is not None
+        query = paged.query.contiguous()
+        out = query.new_empty((*query.shape[:2], paged.values.shape[-1]))
         _attention.attend_pages(
             query,
             paged.keys,
             paged.values,
-            lengths,
-            space.chosen,
+            self._batch.kv_lengths_tensor,
+            self._space.chosen,
             out,
             self._parts,
             choice=self._counts,

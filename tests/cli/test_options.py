@@ -13,6 +13,7 @@ import pytest
 import torch
 import typer
 
+from tierkv.engine.backends.measured import AttentionTable, save_table
 from tierkv.errors import ConfigError
 from tierkv.tools.engine_options import ModelOptions
 from tierkv.tools.engines import _measured_here
@@ -89,7 +90,7 @@ def test_a_command_attends_by_the_backend_that_it_is_given(command: Command, mon
 
 
 def test_a_gpus_table_is_looked_for_in_the_users_cache_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "NVIDIA H200")
@@ -97,5 +98,9 @@ def test_a_gpus_table_is_looked_for_in_the_users_cache_directory(
     assert _measured_here(torch.device("cuda")) is None
     path = tmp_path / "tierkv" / "attention" / "nvidia_h200.json"
     path.parent.mkdir(parents=True)
-    path.write_text("{}")
+    save_table(AttentionTable(device="NVIDIA H200", points=()), path)
     assert _measured_here(torch.device("cuda")) == path
+    for text in ("{}", '{"version": 99, "device": "NVIDIA H200", "points": []}'):
+        path.write_text(text)
+        assert _measured_here(torch.device("cuda")) is None, "no command fails for a file that nobody named"
+    assert caplog.text.count("without the times measured here") == 2

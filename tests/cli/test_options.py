@@ -14,6 +14,7 @@ import pytest
 import torch
 import typer
 
+from tierkv.engine.backends.measured import AttentionTable, save_table
 from tierkv.engine.sparse.options import SparseDecode
 from tierkv.errors import ConfigError
 from tierkv.tools import engines
@@ -111,7 +112,7 @@ def test_sparse_decode_is_off_unless_a_share_is_named(command: Command, monkeypa
 
 
 def test_a_gpus_table_is_looked_for_in_the_users_cache_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "NVIDIA H200")
@@ -119,5 +120,9 @@ def test_a_gpus_table_is_looked_for_in_the_users_cache_directory(
     assert _measured_here(torch.device("cuda")) is None
     path = tmp_path / "tierkv" / "attention" / "nvidia_h200.json"
     path.parent.mkdir(parents=True)
-    path.write_text("{}")
+    save_table(AttentionTable(device="NVIDIA H200", points=()), path)
     assert _measured_here(torch.device("cuda")) == path
+    for text in ("{}", '{"version": 99, "device": "NVIDIA H200", "points": []}'):
+        path.write_text(text)
+        assert _measured_here(torch.device("cuda")) is None, "no command fails for a file that nobody named"
+    assert caplog.text.count("without the times measured here") == 2

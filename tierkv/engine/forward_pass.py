@@ -61,7 +61,7 @@ class ForwardPass:
             )
         # Block ids differ between ranks, and so may plans: ranks would capture and replay graphs of other shapes.
         is_alone = self.graphs is None or cache.ranks.size == 1
-        may_cascade = cascade == "auto" and is_alone and attention.can_cascade()
+        may_cascade = cascade == "auto" and is_alone and attention.can_cascade(self._device.type)
         self._cascade_cost = (cascade_cost or _cascade_cost(loaded, cache)) if may_cascade else None
         self._planned: tuple[list[int], list[list[int]]] = ([], [])  # whole blocks and tables of the last plan
         self._last_plan: tuple[SharedPrefix, ...] = ()

@@ -15,7 +15,7 @@ import contextlib
 import ctypes
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -116,12 +116,13 @@ class DataFile:
             return [None for _ in keys]
         return [self._open_value(search, database, key, max_bytes) for key in keys]
 
-    def fetch_values(self, database: bytes, keys: Iterable[bytes]) -> None:
+    def fetch_values(self, database: bytes, keys: Sequence[bytes]) -> None:
         """Ask the system to read values into its cache, in their order in the file; missing ones are passed over.
 
         Asks for no other one where the first and the last of them are in memory.
         """
-        found = [each for each in self.open_values(database, keys) if isinstance(each, FileRecord)]
+        values = self._open_noted(database, keys)
+        found = [each for each in values if isinstance(each, FileRecord)]
         found.sort(key=lambda each: each.offset)
         with contextlib.suppress(OSError):
             is_missing = [each.fetch_ahead() for each in found[:1] + found[1:][-1:]]
@@ -157,6 +158,17 @@ class DataFile:
         sound = PAGE_HEADER.pack(first_page, 0, OVERFLOW_FLAG, overflow_pages(leaf.size, page_bytes))
         os.pwrite(self.fd, sound, first_page * page_bytes)
         _logger.warning("%s: the page header of value %s was damaged", self.path, key.hex())
+
+    def _open_noted(self, database: bytes, keys: Sequence[bytes]) -> list[FileRecord | Bytes | None]:
+        """Return values of the state that was read last, if it has all of them; else of the newest. For advice alone: the
+        state may be an old one, whose pages have been used again.
+        """
+        search = self._search
+        if search is not None:
+            values = [self._open_value(search, database, key, None) for key in keys]
+            if None not in values:
+                return values
+        return self.open_values(database, keys)
 
     @translated
     def _newest_search(self) -> TreeSearch:

@@ -110,11 +110,28 @@ class FileRecord:
 
         Return whether it was asked: not for a record that is in memory already.
         """
-        if self.is_in_memory():
+        memory = self._memory
+        if memory.found_cached and self._is_read_at_once():
+            return False
+        memory.found_cached = self.is_in_memory()
+        if memory.found_cached:
             return False
         if not self._start_reading() and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._fd, self.offset, self.size, os.POSIX_FADV_WILLNEED)
         return True
+
+    def _is_read_at_once(self) -> bool:
+        """Return whether the record's middle is in memory. Costs a tenth of `is_in_memory`, which maps a page.
+
+        But where it is not, the system begins to fetch that page alone, around which there is no large folio then. So it
+        is asked only after records that were in memory.
+        """
+        if not hasattr(os, "RWF_NOWAIT"):
+            return False
+        try:
+            return os.preadv(self._fd, [self._memory.get(1)], self.offset + self.size // 2, os.RWF_NOWAIT) == 1
+        except OSError:  # it would have to wait, or cannot tell
+            return False
 
     def _start_reading(self) -> bool:
         """Start to fetch the record by short reads that must not wait. Return False where the system has none.
@@ -160,10 +177,14 @@ class FileRecord:
 
 
 class ThreadMemory(threading.local):
-    """Memory to read into, one piece per thread, grown to the largest asked for. It begins at a page border."""
+    """Memory to read into, one piece per thread, grown to the largest asked for. It begins at a page border.
+
+    found_cached: whether the record that this thread last wanted ahead was in the page cache.
+    """
 
     def __init__(self) -> None:
         self._map: mmap.mmap | None = None
+        self.found_cached: bool = False
 
     def get(self, size: int) -> memoryview:
         """Return memory of this thread; it overwrites the memory that it returned before."""

@@ -263,3 +263,30 @@ def test_a_file_that_has_lost_its_path_is_read_ahead_by_the_descriptor_that_ther
         assert lmdb_file._open_again(path, fd) == fd, "none is"
     finally:
         os.close(fd)
+
+
+def test_reading_ahead_looks_for_the_newest_state_where_the_one_before_lacks_a_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = raw_chain(2)
+    hashes = [record.info.block_hash for record in records]
+    seen: list[int] = []
+    looks = 0
+    newest_meta = lmdb_file.newest_meta
+
+    def look(fd: int) -> object:
+        nonlocal looks
+        looks += 1
+        return newest_meta(fd)
+
+    monkeypatch.setattr(FileRecord, "fetch_ahead", lambda record: bool(seen.append(record.offset)) or True)
+    with open_store(tmp_path) as store:
+        store.put(records[:1])
+        store.read_ahead(hashes[:1])
+        monkeypatch.setattr(lmdb_file, "newest_meta", look)
+        store.read_ahead(hashes[:1])
+        assert looks == 0
+        store.put(records[1:])
+        store.read_ahead(hashes)
+        assert looks == 1
+        assert sorted(seen[2:]) == sorted(offset_of(store, each) for each in hashes)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,7 +33,7 @@ from tierkv.engine.models import LoadedModel, split_model
 from tierkv.engine.runner import GenerationOptions, Runner, open_runner
 from tierkv.engine.sampling import SamplingOptions
 from tierkv.engine.weights_digest import weights_digest
-from tierkv.errors import ConfigError
+from tierkv.errors import ConfigError, RankError
 from tierkv.ranks.torch_ranks import TorchRanks
 from tierkv.storage.cold import ColdStore
 from tierkv.values.block import Tier
@@ -202,6 +203,46 @@ class Worker:
         answers = [stream.result().token_ids for stream in streams]
         assert inside.token_ids == answers[3]
         return answers, [stream.result().finish_reason for stream in odd]
+
+    def fail(self) -> dict[str, Any]:
+        """Let the last rank fail in its second pass, while the others are in that pass's collectives."""
+        with self.runner() as runner:
+            self._break(runner)
+            try:
+                runner.generate([prompt_of(self.device)], GenerationOptions(max_new_tokens=9, stop_ids=frozenset()))
+            except ValueError as exc:
+                self._live_on(exc)
+        raise AssertionError("it went on")
+
+    def fail_serving(self) -> dict[str, Any]:
+        """Do as `fail`, in an engine; a thread reads a stream of the first rank's."""
+        with self.runner() as runner:
+            self._break(runner)
+            with Engine(runner) as engine:
+                if self.ranks.rank == 0:
+                    options = GenerationOptions(max_new_tokens=9, stop_ids=frozenset())
+                    with pytest.raises(RankError) as raised:
+                        engine.submit(prompt_of(self.device), options).result()
+                    print(f"the reader was told: {raised.value}", flush=True)
+                try:
+                    engine.wait()
+                except ValueError as exc:
+                    self._live_on(exc)
+        raise AssertionError("it went on")
+
+    def _break(self, runner: Runner) -> None:
+        run, passes = runner._pass.run, itertools.count()
+
+        def broken(*arguments: Any) -> Any:
+            if self.rank_is_last() and next(passes) == 1:
+                raise ValueError("this rank broke")
+            return run(*arguments)
+
+        runner._pass.run = broken  # type: ignore[method-assign]
+
+    def _live_on(self, error: ValueError) -> None:
+        print(f"failed: ValueError {error}", flush=True)
+        time.sleep(10 * TIMEOUT_S)
 
     def prefill(self) -> dict[str, Any]:
         with self.runner() as runner:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from tierkv.engine.step_loop import StepLoop
 from tierkv.errors import ConfigError
 from tierkv.ranks.group import OneRank, RankGroup, agree_min
 from tierkv.ranks.hosts import count_on_host
+from tierkv.ranks.monitor import RankMonitor, open_monitor
 from tierkv.requests.sequence import Sequence
 from tierkv.storage.cold import ColdStore
 from tierkv.values.checks import check_count
@@ -67,6 +68,7 @@ class Runner:
     model attends to the latents in the cache, None for K and V, and by `mla.fallbacks` what failed its self-test.
     sparse: None, or how much of a long sequence each decode step reads. Its answers are approximate, and nothing that
     they computed is kept: see `SparseDecode`. Prompts are computed exactly, and kept, as ever.
+    monitor: of a rank of a split model, which notifies the others when a step fails.
     step_loop: computes all requests, of this runner and of its engine.
 
         runner.prefill(system_ids)  # later requests with this prefix find it in the cache
@@ -88,6 +90,7 @@ class Runner:
         state: ModelState | None = None,
         mla: MlaChoice | None = None,
         sparse: SparseDecode | None = None,
+        monitor: RankMonitor | None = None,
     ) -> None:
         if cascade not in ("auto", "off"):
             raise ConfigError(f'cascade must be "auto" or "off", got {cascade!r}')
@@ -121,7 +124,13 @@ class Runner:
             model_check = ModelCheck(loaded.model, state)
         self._builder = RequestBuilder(loaded.model, cache)
         self.step_loop: StepLoop = StepLoop(
-            cache, self._pass, self._attention, model_check, self._builder, max_step_tokens=self.max_step_tokens
+            cache,
+            self._pass,
+            self._attention,
+            model_check,
+            self._builder,
+            max_step_tokens=self.max_step_tokens,
+            monitor=monitor,
         )
         self._commits = self.step_loop.commits
 
@@ -295,41 +304,48 @@ def open_runner(
     ...     len(answer.token_ids)
     2
     """
-    model = loaded.model
-    check_supported(model)
-    check_split(model, ranks or OneRank())
-    check_block_size(model, config.block_size)
-    config = _share_cores(config, ranks or OneRank())
-    state = read_stable_state(model)
-    choice = choose_mla(model, mla, block_size=config.block_size, ranks=ranks or OneRank())
-    if choice.latent is None:
-        fuse = test_fused(model, choice.layout, fuse, ranks or OneRank())
-    is_replicated = are_replicated(model, choice.layout, ranks or OneRank(), latent=choice.latent)
-    namespace = namespace_of(
-        model,
-        choice.layout,
-        adapter=adapter,
-        salt=salt,
-        name=loaded.name,
-        ranks=ranks,
-        state=state,
-        is_replicated=is_replicated,
-    )
-    with TierCache(config, namespace=namespace, device=model.device, cold=cold, ranks=ranks) as cache:
-        yield Runner(
-            loaded,
-            cache,
-            max_step_tokens=max_step_tokens,
-            cascade=cascade,
-            cascade_cost=cascade_cost,
-            use_graphs=use_graphs,
-            fuse=fuse,
-            attention=attention,
-            attention_table=attention_table,
-            state=state,
-            mla=choice,
-            sparse=sparse,
-        )
+    group = ranks or OneRank()
+    with ExitStack() as opened:
+        monitor = opened.enter_context(open_monitor(group))
+        with monitor.step() if monitor else nullcontext():  # opening has collectives, too
+            model = loaded.model
+            check_supported(model)
+            check_split(model, group)
+            check_block_size(model, config.block_size)
+            config = _share_cores(config, group)
+            state = read_stable_state(model)
+            choice = choose_mla(model, mla, block_size=config.block_size, ranks=group)
+            if choice.latent is None:
+                fuse = test_fused(model, choice.layout, fuse, group)
+            namespace = namespace_of(
+                model,
+                choice.layout,
+                adapter=adapter,
+                salt=salt,
+                name=loaded.name,
+                ranks=ranks,
+                state=state,
+                is_replicated=are_replicated(model, choice.layout, group, latent=choice.latent),
+            )
+            cache = opened.enter_context(
+                TierCache(config, namespace=namespace, device=model.device, cold=cold, ranks=ranks)
+            )
+            runner = Runner(
+                loaded,
+                cache,
+                max_step_tokens=max_step_tokens,
+                cascade=cascade,
+                cascade_cost=cascade_cost,
+                use_graphs=use_graphs,
+                fuse=fuse,
+                attention=attention,
+                attention_table=attention_table,
+                state=state,
+                mla=choice,
+                sparse=sparse,
+                monitor=monitor,
+            )
+        yield runner
 
 
 def _mla_of(loaded: LoadedModel, cache: TierCache) -> MlaChoice:

@@ -297,9 +297,9 @@ def _choose_pages(
     rank = (0x7FFFFFFF - bits) >> 11
     rank = tl.where(is_scored, rank, 1 << 20)  # sinks and recent pages are before all others
     rank = tl.where(page < pages, rank, -1)
-    lowest = 0
-    for step in tl.static_range(11):
-        bit = 1 << (20 - 2 * step)
+    lowest = tl.full((), 0, tl.int32)
+    bit = tl.full((), 1 << 20, tl.int32)
+    for _ in range(11):  # not unrolled: long sequences would take minutes to compile
         held = (rank >= lowest + bit).to(tl.int64)
         held += (rank >= lowest + 2 * bit).to(tl.int64) << 21
         held += (rank >= lowest + 3 * bit).to(tl.int64) << 42
@@ -307,6 +307,7 @@ def _choose_pages(
         lowest += bit * ((sums & 0x1FFFFF) >= count).to(tl.int32)
         lowest += bit * (((sums >> 21) & 0x1FFFFF) >= count).to(tl.int32)
         lowest += bit * ((sums >> 42) >= count).to(tl.int32)
+        bit = bit >> 2
     above = rank > lowest
     ties = (rank == lowest) & (page < pages)
     room = count - tl.sum(above.to(tl.int32), 0)

@@ -55,7 +55,7 @@ def _measured_here(device: torch.device) -> Path | None:
         return None
     try:
         load_table(path)
-    except ConfigError as exc:  # cut short, or of another version of tierkv: nobody has named this file
+    except ConfigError as exc:  # cut short, or of another version of tierkv: no command names this file
         _log.warning("attention is chosen without the times measured here: %s", exc)
         return None
     return path

@@ -38,13 +38,7 @@ def open_engine(options: EngineOptions, config: CacheConfig) -> Iterator[Runner]
     loaded, attention = _load(options, store), named_attention(options.attention, os.environ)
     table = _measured_here(torch.device(loaded.model.device))
     with open_runner(
-        loaded,
-        config,
-        salt=options.salt,
-        mla=options.mla,
-        attention=attention,
-        attention_table=table,
-        sparse=options.sparse(),
+        loaded, config, salt=options.salt, mla=options.mla, attention=attention, attention_table=table
     ) as runner:
         yield runner
 
@@ -61,7 +55,7 @@ def _measured_here(device: torch.device) -> Path | None:
         return None
     try:
         load_table(path)
-    except ConfigError as exc:  # cut short, or of another version of tierkv: no one asked for this file by name
+    except ConfigError as exc:  # cut short, or of another version of tierkv: no command names this file
         _log.warning("attention is chosen without the times measured here: %s", exc)
         return None
     return path

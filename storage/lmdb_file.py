@@ -160,8 +160,9 @@ class DataFile:
         _logger.warning("%s: the page header of value %s was damaged", self.path, key.hex())
 
     def _open_noted(self, database: bytes, keys: Sequence[bytes]) -> list[FileRecord | Bytes | None]:
-        """Return values of the state that was read last, if it has all of them; else of the newest. For advice alone: the
-        state may be an old one, whose pages have been used again.
+        """Return values of the state that was read last, if it has all of them; else of the newest.
+
+        For advice alone: the state may be an old one, whose pages have been used again.
         """
         search = self._search
         if search is not None:

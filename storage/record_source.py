@@ -121,24 +121,24 @@ class FileRecord:
         return True
 
     def _is_read_at_once(self) -> bool:
-        """Return whether the record's middle is in memory. Costs a tenth of `is_in_memory`, which maps a page.
+        """Return whether the record's middle is in memory, by one read. `is_in_memory` maps a page, which takes 0.1 ms.
 
-        But where it is not, the system begins to fetch that page alone, around which there is no large folio then. So it
-        is asked only after records that were in memory.
+        Where it is not, the system fetches that page alone, and no large folio around it. So a thread asks this only
+        after a record that was in memory.
         """
         if not hasattr(os, "RWF_NOWAIT"):
             return False
         try:
             return os.preadv(self._fd, [self._memory.get(1)], self.offset + self.size // 2, os.RWF_NOWAIT) == 1
-        except OSError:  # it would have to wait, or cannot tell
+        except OSError:  # it would have to wait, or is not possible
             return False
 
     def _start_reading(self) -> bool:
         """Start to fetch the record by short reads that must not wait. Return False where the system has none.
 
-        They keep the system's own read-ahead going, which fetches larger folios from window to window. Large folios
-        take half the CPU time to fetch, and half to copy from afterwards. POSIX_FADV_WILLNEED fetches single pages.
-        A read through another descriptor does not disturb the sequence.
+        They keep the system's own read-ahead going, whose folios grow from window to window. Large folios take less CPU
+        time to fetch, and to copy from afterwards. POSIX_FADV_WILLNEED fetches single pages. A read through another
+        descriptor does not disturb the sequence.
         """
         if not hasattr(os, "RWF_NOWAIT"):
             return False

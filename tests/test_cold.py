@@ -596,5 +596,5 @@ def test_what_a_request_needs_next_can_be_fetched_ahead(tmp_path: Path) -> None:
 
 
 def test_the_dirty_pages_of_a_put_fit_into_memory_that_is_kept() -> None:
-    """Batches of 64 MiB took twice the CPU time: the C library returned their memory after each, and it faulted in anew."""
+    """Batches of 64 MiB took twice the CPU time: the C library returned their memory, which faulted in anew."""
     assert cold_writer.MAX_BATCH_BYTES <= KEPT_BYTES

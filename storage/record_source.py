@@ -68,7 +68,7 @@ class FileRecord:
     def __init__(self, fd: int, *, offset: int, size: int, memory: ThreadMemory) -> None:
         self.size = size
         self.offset = offset
-        self._fd = fd
+        self.fd = fd
         self._memory = memory
 
     def view(self, start: int, end: int) -> Bytes:
@@ -94,13 +94,13 @@ class FileRecord:
         One call of the system does both. Return None where it did not read all.
         """
         head = self._memory.get(head_bytes)
-        if os.preadv(self._fd, [head, out.data], self.offset) < head_bytes + out.size:
+        if os.preadv(self.fd, [head, out.data], self.offset) < head_bytes + out.size:
             return None
         return np.frombuffer(head, dtype=np.uint8)
 
     def is_in_memory(self) -> bool:
         """Return whether reading it takes no disk: whether its middle is in the page cache."""
-        return is_in_memory(self._fd, self.offset + self.size // 2)
+        return is_in_memory(self.fd, self.offset + self.size // 2)
 
     def fetch_ahead(self) -> bool:
         """Ask the system to fetch the record into its cache; return without it. Raises OSError.
@@ -113,19 +113,19 @@ class FileRecord:
         if hasattr(os, "RWF_NOWAIT") and not self._start_reading():
             return False
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._fd, self.offset, self.size, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(self.fd, self.offset, self.size, os.POSIX_FADV_WILLNEED)
         return True
 
     def _start_reading(self) -> bool:
         """Start to fetch the record; return False where its middle was in memory already."""
         memory = self._memory.get(_FETCHED_BYTES)
         try:
-            os.preadv(self._fd, [memory[:1]], self.offset + self.size // 2, os.RWF_NOWAIT)
+            os.preadv(self.fd, [memory[:1]], self.offset + self.size // 2, os.RWF_NOWAIT)
         except BlockingIOError:
             for start in range(0, self.size, _FETCHED_BYTES):
                 step = memory[: min(_FETCHED_BYTES, self.size - start)]
                 with contextlib.suppress(BlockingIOError):
-                    if not os.preadv(self._fd, [step], self.offset + start, os.RWF_NOWAIT):
+                    if not os.preadv(self.fd, [step], self.offset + start, os.RWF_NOWAIT):
                         break  # the file ends here
         except OSError as exc:
             if exc.errno != errno.EOPNOTSUPP:  # a file system without such reads
@@ -144,7 +144,7 @@ class FileRecord:
     def _read(self, start: int, view: memoryview) -> int:
         found = 0
         while found < len(view):
-            more = os.preadv(self._fd, [view[found:]], self.offset + start + found)
+            more = os.preadv(self.fd, [view[found:]], self.offset + start + found)
             if not more:
                 break
             found += more

@@ -30,6 +30,7 @@ ROOMS = {
     "storage": "errors values background",
     "metrics": "errors",
     "remote_tiers": "errors values background storage",
+    "readers": "errors values storage",
     "kernels": "errors storage",
     "movers": "errors values background storage kernels",
     "daemon": "errors values index policies background storage metrics remote_tiers",
@@ -54,7 +55,7 @@ ROOMS = {
 # Rooms and modules that never load torch; one module of them does.
 TORCH_FREE_ROOMS = {
     *("errors", "values", "index", "policies", "background", "storage", "metrics", "remote_tiers", "daemon", "config"),
-    "block_store",
+    *("block_store", "readers"),
 }
 TORCH_MODULES = {"storage.hot"}
 TORCH_FREE_MODULES = {

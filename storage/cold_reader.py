@@ -40,7 +40,7 @@ from tierkv.storage.record import (
     read_header,
     verify_checksum,
 )
-from tierkv.storage.record_decoders import RecordDecoders, RecordToDecode, decode_records
+from tierkv.storage.record_decoders import RecordDecoders, RecordToDecode
 from tierkv.values.block import HASH_BYTES, BlockHash
 from tierkv.values.layout import BlockLayout
 from tierkv.values.namespace import parse_description
@@ -118,7 +118,7 @@ class ColdReader:
                     for record, out, info, frames in zip(records, outs, expected, coded, strict=True)
                 ]
                 for each, outcome in zip(
-                    wanted, decode_records(wanted, decoders, layout=layout, lossy_codec=lossy_codec), strict=True
+                    wanted, _decode_records(wanted, decoders, layout=layout, lossy_codec=lossy_codec), strict=True
                 ):
                     if outcome is False:
                         again.append(len(reasons))
@@ -232,6 +232,45 @@ class ColdReader:
                 if not cursor.next():
                     break
         return last, found
+
+
+def _decode_records(
+    wanted: Sequence[RecordToDecode], decoders: RecordDecoders | None, *, layout: BlockLayout, lossy_codec: str
+) -> Iterator[bool | OSError]:
+    """Decode records of one namespace, in this thread where no other process does it. Yield the outcome of each.
+
+    True, it is the expected block; False, it is not, damaged or missing; OSError, the file was not read.
+    """
+    outcomes: Sequence[bool | OSError | None] = [None] * len(wanted)
+    if decoders is not None:
+        outcomes = decoders.decode(wanted, layout=layout, lossy_codec=lossy_codec)
+    in_process = contextlib.nullcontext() if decoders is None else decoders.in_process
+    for each, outcome in zip(wanted, outcomes, strict=True):
+        if outcome is not None:
+            yield outcome
+            continue
+        with in_process:
+            found = _decode(each, layout, lossy_codec)
+        yield found
+
+
+def _decode(wanted: RecordToDecode, layout: BlockLayout, lossy_codec: str) -> bool | OSError:
+    if wanted.record is None:
+        return False
+    try:
+        reason = decode_record(
+            wanted.record,
+            wanted.out,
+            expected=wanted.expected,
+            layout=layout,
+            lossy_codec=lossy_codec,
+            coded=wanted.coded,
+        )
+    except (CorruptBlockError, FormatVersionError):
+        return False
+    except OSError as exc:
+        return exc
+    return reason is None
 
 
 def get_value(

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from tierkv.errors import CorruptBlockError, FormatVersionError
 from tierkv.storage.codec import Bytes
 from tierkv.storage.coded import CodedBlock
-from tierkv.storage.record import BlockInfo, Buffer, decode_record
+from tierkv.storage.record import BlockInfo, Buffer
 from tierkv.storage.record_source import FileRecord
 from tierkv.values.layout import BlockLayout
 
-__all__ = ["RecordDecoders", "RecordToDecode", "decode_records"]
+__all__ = ["RecordDecoders", "RecordToDecode"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,42 +45,3 @@ class RecordDecoders(Protocol):
         was not read; None, not attempted, or not ended: then no process writes into its place any more.
         Raises nothing for a process that fails.
         """
-
-
-def decode_records(
-    wanted: Sequence[RecordToDecode], decoders: RecordDecoders | None, *, layout: BlockLayout, lossy_codec: str
-) -> Iterator[bool | OSError]:
-    """Decode records of one namespace, in this thread where no other process does it. Yield the outcome of each.
-
-    True, it is the expected block; False, it is not, damaged or missing; OSError, the file was not read.
-    """
-    outcomes: Sequence[bool | OSError | None] = [None] * len(wanted)
-    if decoders is not None:
-        outcomes = decoders.decode(wanted, layout=layout, lossy_codec=lossy_codec)
-    in_process = nullcontext() if decoders is None else decoders.in_process
-    for each, outcome in zip(wanted, outcomes, strict=True):
-        if outcome is not None:
-            yield outcome
-            continue
-        with in_process:
-            found = _decode(each, layout, lossy_codec)
-        yield found
-
-
-def _decode(wanted: RecordToDecode, layout: BlockLayout, lossy_codec: str) -> bool | OSError:
-    if wanted.record is None:
-        return False
-    try:
-        reason = decode_record(
-            wanted.record,
-            wanted.out,
-            expected=wanted.expected,
-            layout=layout,
-            lossy_codec=lossy_codec,
-            coded=wanted.coded,
-        )
-    except (CorruptBlockError, FormatVersionError):
-        return False
-    except OSError as exc:
-        return exc
-    return reason is None

@@ -424,7 +424,7 @@ def test_few_threads_decode_in_process_at_once(tmp_path: Path, monkeypatch: pyte
         with lock:
             running -= 1
 
-    monkeypatch.setattr("tierkv.storage.record_decoders.decode_record", counted)
+    monkeypatch.setattr("tierkv.storage.cold_reader.decode_record", counted)
     with open_large(tmp_path) as store, open_pool(wait=False) as (pool, warm), ThreadPoolExecutor(4) as threads:
         pool.close()
         store.put(records)

@@ -20,6 +20,7 @@ from tierkv.block_store.transfers import Load
 from tierkv.block_store.warm_memory import WarmMemory
 from tierkv.errors import StoreError
 from tierkv.movers.ready import Done, Ready
+from tierkv.readers.pool import ReaderPool
 from tierkv.remote_tiers.source import RemoteSource
 from tierkv.storage.codec import Bytes
 from tierkv.storage.cold import ColdStore
@@ -88,14 +89,20 @@ class StoredBlocks:
         return self.cold is None or not _count_cold(self.cold, [key])
 
     def read_many_into(
-        self, keys: Sequence[BlockKey], root: BlockHash, outs: Sequence[Bytes], *, layout: BlockLayout
+        self,
+        keys: Sequence[BlockKey],
+        root: BlockHash,
+        outs: Sequence[Bytes],
+        *,
+        layout: BlockLayout,
+        readers: ReaderPool | None = None,
     ) -> list[MissReason | None]:
         """Read blocks from the store, and what it lacks from remote tiers. Return None for each, or why not."""
         infos = [info_of(key, root) for key in keys]
         reasons: list[MissReason | None] = [MissReason.ABSENT] * len(keys)
         try:
             if self.cold:
-                reasons = self.cold.read_many_into(infos, outs, layout=layout)
+                reasons = self.cold.read_many_into(infos, outs, layout=layout, decoders=readers)
             if self.remote:
                 for at, reason in enumerate(reasons):
                     if reason and self.remote.lookup(keys[at].block_hash):
@@ -369,7 +376,7 @@ class BlockLoader(Loader):
 
         They come in groups. Closing the generator ends the reads that nothing waits for any more.
         """
-        threads = self._memory.threads
+        threads = self._memory.read_threads
         size = max(1, min(_GROUP_BLOCKS, _GROUP_BYTES // self.layout.block_bytes, len(wanted) // threads.num_threads))
         reads = [
             threads.submit(
@@ -394,7 +401,9 @@ class BlockLoader(Loader):
         """Read a few blocks one after another, while the disk fetches those `ahead`."""
         self._stored.read_ahead([key for key, _ in ahead])
         outs = [self._memory.slots[slot] for _, slot in group]
-        return self._stored.read_many_into([key for key, _ in group], self._root, outs, layout=self.layout)
+        return self._stored.read_many_into(
+            [key for key, _ in group], self._root, outs, layout=self.layout, readers=self._memory.readers
+        )
 
 
 def _leading_good(reasons: Sequence[MissReason | None]) -> tuple[int, MissReason | None]:

@@ -36,6 +36,7 @@ from tierkv.engine.request_builder import RequestBuilder
 from tierkv.engine.step_loop import StepLoop
 from tierkv.errors import ConfigError
 from tierkv.ranks.group import OneRank, RankGroup, agree_min
+from tierkv.readers.choice import num_readers_for
 from tierkv.requests.sequence import Sequence
 from tierkv.storage.cold import ColdStore
 from tierkv.values.checks import check_count
@@ -267,7 +268,7 @@ def open_runner(
     cold: an open store to use in place of `config.cold_path`.
     ranks: of a model that is split over several processes; all of them call this function together. Sizes in `config`
     are of one rank, except `cold_bytes`: one store serves all ranks of a machine. They share its cores: together they
-    have no more of `num_io_threads` than cores.
+    have no more of `num_io_threads`, and of reader processes, than cores.
     mla: "auto" keeps the latent of multi-latent attention in place of K and V where that is supported (DeepSeek-V2 and
     V3) and passes the self-test, "expanded" never, "latent" raises where it cannot. The other options are `Runner`'s.
     Raises UnsupportedModelError, with the reason, before anything is opened. Raises ConfigError for other ranks than
@@ -314,9 +315,14 @@ def _mla_of(loaded: LoadedModel, cache: TierCache) -> MlaChoice:
 
 
 def _share_cores(config: CacheConfig, ranks: RankGroup) -> CacheConfig:
-    """Return the config with so few I/O threads that all ranks of this machine have one core for each."""
+    """Return the config with so few I/O threads, and reader processes, that each of all ranks here has a core."""
     if ranks.size == 1:
         return config
     hosts = ranks.gather(platform.node().encode())
     cores = (os.cpu_count() or 1) // hosts.count(hosts[ranks.rank])
-    return replace(config, num_io_threads=max(1, min(config.num_io_threads, cores)))
+    readers = config.num_reader_processes
+    return replace(
+        config,
+        num_io_threads=max(1, min(config.num_io_threads, cores)),
+        num_reader_processes=num_readers_for(cores) if readers is None else readers,
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["MOST_READERS", "SMALLEST_RECORD_BYTES", "choose_num_readers", "count_cores"]
+__all__ = ["MOST_READERS", "SMALLEST_RECORD_BYTES", "choose_num_readers", "count_cores", "num_readers_for"]
 
 MOST_READERS = 16
 SMALLEST_RECORD_BYTES = 1 << 20
@@ -13,17 +13,19 @@ SMALLEST_RECORD_BYTES = 1 << 20
 _FEWEST_CORES = 4  # with fewer, two threads reach what two processes reach
 
 
-def choose_num_readers(asked_for: int | None, *, block_bytes: int, ranks: int = 1) -> int:
+def choose_num_readers(asked_for: int | None, *, block_bytes: int | None = None, ranks: int = 1) -> int:
     """Return how many reader processes to start: as many as asked for, or by the cores that this process may use.
 
-    None: one for each core, at most 16, and none below 4 cores; `ranks` processes share the cores of this machine.
-    Always none for blocks that are so small that no record of them is handed over.
+    ranks: as many processes share these cores. block_bytes: None where it is not known yet. None are started for blocks
+    that are so small that no record of them is handed over, and where the system has no memory to share.
     """
-    if block_bytes < SMALLEST_RECORD_BYTES or not hasattr(os, "memfd_create"):
+    if not hasattr(os, "memfd_create") or (block_bytes is not None and block_bytes < SMALLEST_RECORD_BYTES):
         return 0
-    if asked_for is not None:
-        return asked_for
-    cores = count_cores() // ranks
+    return num_readers_for(count_cores() // ranks) if asked_for is None else asked_for
+
+
+def num_readers_for(cores: int) -> int:
+    """Return how many reader processes so many cores are for: one each, at most 16, and none for fewer than 4."""
     return 0 if cores < _FEWEST_CORES else min(cores, MOST_READERS)
 
 

@@ -20,6 +20,7 @@ from tierkv.readers.messages import MAX_MESSAGE_BYTES, BlockRequest, ReadAnswer,
 from tierkv.readers.reader import Reader, ReaderFailedError
 from tierkv.storage.record_decoders import RecordToDecode
 from tierkv.storage.record_source import FileRecord
+from tierkv.storage.warm import Slab, WarmPool
 from tierkv.values.layout import BlockLayout
 from tierkv.values.locks import OwnedCondition
 
@@ -81,6 +82,19 @@ class ReaderPool:
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(ReadAnswer)
         self._known_layout: tuple[BlockLayout, bytes] | None = None
+
+    @classmethod
+    def of_slab(cls, slab: Slab | WarmPool, *, num_processes: int, num_in_process: int) -> ReaderPool | None:
+        """Return a pool for blocks in this memory; None without processes, or without a descriptor of the memory."""
+        if num_processes < 1 or slab.fd is None:
+            return None
+        return cls(
+            slab.fd,
+            address=slab.address,
+            memory_bytes=slab.slab_bytes if isinstance(slab, WarmPool) else slab.size_bytes,
+            num_processes=num_processes,
+            num_in_process=num_in_process,
+        )
 
     def start(self) -> None:
         """Start the processes in the background. May be called more than once; later calls do nothing."""

@@ -32,10 +32,11 @@ from tierkv.readers.choice import choose_num_readers
 from tierkv.readers.messages import ReadAnswer
 from tierkv.readers.pool import ReaderPool
 from tierkv.readers.reader import Reader
+from tierkv.storage.coded import CodedBlock
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.lmdb_search import find_leaf
 from tierkv.storage.outcomes import MissReason
-from tierkv.storage.record import BlockInfo, EncodedRecord, decode_record
+from tierkv.storage.record import BlockInfo, EncodedRecord, decode_record, encode_record
 from tierkv.storage.warm import WarmPool
 from tierkv.values.layout import BlockLayout, LayerLayout
 from tierkv.values.namespace import Namespace
@@ -163,9 +164,8 @@ def test_a_file_that_cannot_be_read_is_an_error_of_the_disk(tmp_path: Path, monk
         assert read(store, record.info, warm, pool) is MissReason.IO_ERROR
 
 
-@pytest.mark.parametrize("codec", ["raw"])
-def test_raw_records_and_memory_elsewhere_are_left_to_the_thread(codec: str, tmp_path: Path) -> None:
-    records = chain(1, codec=codec)
+def test_raw_records_and_memory_elsewhere_are_left_to_the_thread(tmp_path: Path) -> None:
+    records = chain(1, codec="raw")
     with open_large(tmp_path) as store, open_pool() as (pool, warm):
         store.put(records)
         assert read(store, records[0].info, warm, pool) is None
@@ -176,6 +176,35 @@ def test_raw_records_and_memory_elsewhere_are_left_to_the_thread(codec: str, tmp
         assert store.read_into(records[0].info, elsewhere, layout=LAYOUT, decoders=pool) is None
         assert np.array_equal(elsewhere, block_of(0))
         assert pool._num_requests == 0
+
+
+def test_partial_blocks_and_frames_for_a_gpu_are_left_to_the_thread(tmp_path: Path) -> None:
+    whole = chain(1)[0]
+    info = BlockInfo.first(whole.info.token_bytes[:-4], namespace=NAMESPACE.digest)
+    partial = encode_record(info, block_of(0), layout=LAYOUT)
+    assert partial.stored_bytes > 1 << 20
+    coded = CodedBlock()
+    with open_large(tmp_path) as store, open_pool() as (pool, warm):
+        store.put([whole, partial])
+        assert read(store, info, warm, pool) is None
+        assert store.read_into(whole.info, warm.slots[0], layout=LAYOUT, coded=coded, decoders=pool) is None
+        assert coded.frame_sizes
+        assert pool._num_requests == 0
+
+
+def test_places_outside_of_the_shared_memory_are_left_to_the_thread(tmp_path: Path) -> None:
+    """A process that wrote by such a place would write into another block, or end."""
+    record = chain(1)[0]
+    with open_large(tmp_path) as store, open_pool() as (pool, warm):
+        store.put([record])
+        above = WarmPool(LAYOUT.block_bytes, 1)
+        for other in (above.slots[0], np.zeros(LAYOUT.block_bytes, dtype=np.uint8)):
+            for address in (int(other.ctypes.data) - 1, int(other.ctypes.data) + 1):
+                pool._address, pool._memory_bytes = address, LAYOUT.block_bytes
+                assert store.read_into(record.info, other, layout=LAYOUT, decoders=pool) is None
+                assert np.array_equal(other, block_of(0))
+        assert pool._num_requests == 0
+        above.close()
 
 
 def test_a_process_that_is_killed_costs_no_block(tmp_path: Path) -> None:

@@ -195,7 +195,7 @@ def test_partial_blocks_and_frames_for_a_gpu_are_left_to_the_thread(tmp_path: Pa
 def test_places_outside_of_the_shared_memory_are_left_to_the_thread(tmp_path: Path) -> None:
     """A process that wrote by such a place would write into another block, or end."""
     record = chain(1)[0]
-    with open_large(tmp_path) as store, open_pool() as (pool, warm):
+    with open_large(tmp_path) as store, open_pool() as (pool, _):
         store.put([record])
         above = WarmPool(LAYOUT.block_bytes, 1)
         for other in (above.slots[0], np.zeros(LAYOUT.block_bytes, dtype=np.uint8)):

@@ -70,7 +70,7 @@ class FileRecord:
     def __init__(self, fd: int, *, offset: int, size: int, memory: ThreadMemory, ahead_fd: int | None = None) -> None:
         self.size = size
         self.offset = offset
-        self._fd = fd
+        self.fd = fd
         self._ahead_fd = fd if ahead_fd is None else ahead_fd
         self._memory = memory
 
@@ -97,13 +97,13 @@ class FileRecord:
         One call of the system does both. Return None where it did not read all.
         """
         head = self._memory.get(head_bytes)
-        if os.preadv(self._fd, [head, out.data], self.offset) < head_bytes + out.size:
+        if os.preadv(self.fd, [head, out.data], self.offset) < head_bytes + out.size:
             return None
         return np.frombuffer(head, dtype=np.uint8)
 
     def is_in_memory(self) -> bool:
         """Return whether reading it takes no disk: whether its middle is in the page cache."""
-        return is_in_memory(self._fd, self.offset + self.size // 2)
+        return is_in_memory(self.fd, self.offset + self.size // 2)
 
     def fetch_ahead(self) -> bool:
         """Ask the system to fetch the record into its cache; return without it. Raises OSError.
@@ -117,7 +117,7 @@ class FileRecord:
         if memory.found_cached:
             return False
         if not self._start_reading() and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._fd, self.offset, self.size, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(self.fd, self.offset, self.size, os.POSIX_FADV_WILLNEED)
         return True
 
     def _is_read_at_once(self) -> bool:
@@ -129,7 +129,7 @@ class FileRecord:
         if not hasattr(os, "RWF_NOWAIT"):
             return False
         try:
-            return os.preadv(self._fd, [self._memory.get(1)], self.offset + self.size // 2, os.RWF_NOWAIT) == 1
+            return os.preadv(self.fd, [self._memory.get(1)], self.offset + self.size // 2, os.RWF_NOWAIT) == 1
         except OSError:  # it would have to wait, or is not possible
             return False
 
@@ -169,7 +169,7 @@ class FileRecord:
     def _read(self, start: int, view: memoryview) -> int:
         found = 0
         while found < len(view):
-            more = os.preadv(self._fd, [view[found:]], self.offset + start + found)
+            more = os.preadv(self.fd, [view[found:]], self.offset + start + found)
             if not more:
                 break
             found += more

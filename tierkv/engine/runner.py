@@ -38,6 +38,7 @@ from tierkv.errors import ConfigError
 from tierkv.ranks.group import OneRank, RankGroup, agree_min
 from tierkv.ranks.hosts import count_on_host
 from tierkv.ranks.monitor import RankMonitor, open_monitor
+from tierkv.readers.choice import choose_num_readers
 from tierkv.requests.sequence import Sequence
 from tierkv.storage.cold import ColdStore
 from tierkv.values.checks import check_count
@@ -291,7 +292,7 @@ def open_runner(
     cold: an open store to use in place of `config.cold_path`.
     ranks: of a model that is split over several processes; all of them call this function together. Sizes in `config`
     are of one rank, except `cold_bytes`: one store serves all ranks of a machine. Unless `num_io_threads` is given, the
-    ranks of a machine share its cores: together they have no more such threads than cores, but each has one.
+    ranks of a machine share its cores: together they have no more such threads, and reader processes, than cores.
     What every rank computes as a whole, such as the latent, is stored by one of them.
     mla: "auto" keeps the latent of multi-latent attention in place of K and V where that is supported (DeepSeek-V2 and
     V3) and passes the self-test, "expanded" never, "latent" raises where it cannot. The other options are `Runner`'s.
@@ -355,8 +356,16 @@ def _mla_of(loaded: LoadedModel, cache: TierCache) -> MlaChoice:
 
 
 def _share_cores(config: CacheConfig, ranks: RankGroup) -> CacheConfig:
-    """Return the config with the I/O threads of a rank that shares the machine's cores; a number given stays."""
+    """Return the config with the I/O threads and reader processes of a rank that shares the machine's cores.
+
+    A number that was given stays.
+    """
     if ranks.size == 1:
         return config
-    num_here = count_on_host(ranks)  # by all ranks, whether or not each has a number of its own
-    return config if config.num_io_threads else replace(config, num_io_threads=default_io_threads(num_here))
+    num_here = count_on_host(ranks)  # by all ranks, whether or not each has numbers of its own
+    readers = config.num_reader_processes
+    return replace(
+        config,
+        num_io_threads=config.num_io_threads or default_io_threads(num_here),
+        num_reader_processes=choose_num_readers(None, ranks=num_here) if readers is None else readers,
+    )

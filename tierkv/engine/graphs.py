@@ -109,7 +109,8 @@ class GraphedModel:
         shape = graph_shape(steps, plan, block_size=self._cache.config.block_size)
         if shape is None:
             return None
-        shape = replace(shape, is_sparse=is_sparse)
+        if is_sparse:
+            shape = replace(shape, is_sparse=True)
         if shape.rest_tokens and not self._is_mixed_usable:
             return None
         if shape not in self._graphs:

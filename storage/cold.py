@@ -44,6 +44,7 @@ from tierkv.storage.cold_writer import ColdWriter
 from tierkv.storage.lmdb_env import LmdbEnv
 from tierkv.storage.outcomes import MissReason, PutOutcome
 from tierkv.storage.record import BlockInfo, Buffer, EncodedRecord
+from tierkv.storage.record_decoders import RecordDecoders
 from tierkv.values.block import BlockHash
 from tierkv.values.layout import BlockLayout
 from tierkv.values.namespace import Namespace, parse_description
@@ -172,15 +173,22 @@ class ColdStore(cold_reader.ColdReader):  # by the module's name: pyright's repo
         return found
 
     def read_into(
-        self, expected: BlockInfo, out: Buffer, *, layout: BlockLayout, coded: CodedBlock | None = None
+        self,
+        expected: BlockInfo,
+        out: Buffer,
+        *,
+        layout: BlockLayout,
+        coded: CodedBlock | None = None,
+        decoders: RecordDecoders | None = None,
     ) -> MissReason | None:
         """Decode a block into `out` as it is read; return None, or why it is a miss.
 
         out: writable, layout.block_bytes; contents undefined after a miss. Raises only for an `out` of the
         wrong shape and for a closed store. Many threads may read at once; the heavy parts release the GIL.
-        coded: take frames that a GPU decodes as they are; see `decode_record`.
+        coded: take frames that a GPU decodes as they are; see `decode_record`. decoders: processes that decode in place
+        of this thread, where they can.
         """
-        return self.read_many_into([expected], [out], layout=layout, coded=[coded])[0]
+        return self.read_many_into([expected], [out], layout=layout, coded=[coded], decoders=decoders)[0]
 
     def read_many_into(
         self,
@@ -189,12 +197,13 @@ class ColdStore(cold_reader.ColdReader):  # by the module's name: pyright's repo
         *,
         layout: BlockLayout,
         coded: Sequence[CodedBlock | None] | None = None,
+        decoders: RecordDecoders | None = None,
     ) -> list[MissReason | None]:
         """Decode blocks of one namespace, one after another, as `read_into` does; all are found in one snapshot.
 
         Many small blocks cost a thread less so. The snapshot keeps their pages from being used again meanwhile.
         """
-        reasons = self.decode_blocks(expected, outs, layout=layout, coded=coded)
+        reasons = self.decode_blocks(expected, outs, layout=layout, coded=coded, decoders=decoders)
         for at, (info, reason) in enumerate(zip(expected, reasons, strict=True)):
             if reason in (MissReason.CORRUPT, MissReason.TRUNCATED):
                 self.note_damaged(info.block_hash)

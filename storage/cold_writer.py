@@ -35,7 +35,7 @@ from tierkv.values.units import format_bytes
 
 __all__ = ["ColdWriter"]
 
-MAX_BATCH_BYTES = 64 << 20  # of one write transaction, whose dirty pages are held in memory
+MAX_BATCH_BYTES = 16 << 20  # of one write transaction, whose dirty pages are held in memory that the C library keeps
 MAX_BATCH_REMOVALS = 1024
 MAX_LIVE_BYTES = 1 << 62  # more than any disk has
 MAX_REPAIRS = 64  # of damaged pages that one transaction may come across

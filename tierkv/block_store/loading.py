@@ -266,7 +266,7 @@ class BlockLoader(Loader):
 
         They come in groups. Closing the generator ends the reads that nothing waits for any more.
         """
-        threads = self._memory.threads
+        threads = self._memory.read_threads
         size = max(1, min(_GROUP_BLOCKS, _GROUP_BYTES // self.layout.block_bytes, len(wanted) // threads.num_threads))
         reads = [
             threads.submit(
@@ -291,7 +291,9 @@ class BlockLoader(Loader):
         """Read a few blocks one after another, while the disk fetches those `ahead`."""
         self._stored.read_ahead([key for key, _ in ahead])
         outs = [self._memory.slots[slot] for _, slot in group]
-        return self._stored.read_many_into([key for key, _ in group], self._root, outs, layout=self.layout)
+        return self._stored.read_many_into(
+            [key for key, _ in group], self._root, outs, layout=self.layout, readers=self._memory.readers
+        )
 
 
 def _leading_good(reasons: Sequence[MissReason | None]) -> tuple[int, MissReason | None]:

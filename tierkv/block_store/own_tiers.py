@@ -16,6 +16,7 @@ from tierkv.block_store.saving import BlockSaver
 from tierkv.block_store.stored_blocks import StoredBlocks
 from tierkv.block_store.transfers import Load, Save
 from tierkv.block_store.warm_memory import WarmMemory
+from tierkv.readers.choice import choose_num_readers
 from tierkv.remote_tiers.remotes import Remotes
 from tierkv.remote_tiers.urls import remote_urls
 from tierkv.storage.codecs import Codec
@@ -69,7 +70,12 @@ class OwnTiers:
             self.stored = StoredBlocks(self.cold, self._remote)
             self.memory: WarmMemory | None = None
             if config.warm_bytes:
-                self.memory = WarmMemory(config, namespace.layout, clock, changed)
+                num_readers = choose_num_readers(
+                    config.num_reader_processes, block_bytes=namespace.layout.block_bytes, ranks=namespace.tp_size
+                )
+                self.memory = WarmMemory(
+                    config, namespace.layout, clock, changed, num_readers=num_readers if self.cold else 0
+                )
         except BaseException:
             self._close_stored()
             raise
@@ -164,6 +170,7 @@ class OwnTiers:
         is_idle = True
         if self.memory:
             is_idle = self._loader.close(stall_s=_STALL_S)
+            self.memory.close_readers()
             is_idle = self._saver.close(stall_s=self._config.write_wait_s + _STALL_S) and is_idle
             if is_idle:
                 self.memory.close()

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from tierkv.block_store.keys import BlockKey
 from tierkv.block_store.load_or_compute import Origin
 from tierkv.errors import StoreError
+from tierkv.readers.pool import ReaderPool
 from tierkv.remote_tiers.source import RemoteSource
 from tierkv.storage.codec import Bytes
 from tierkv.storage.cold import ColdStore
@@ -70,14 +71,20 @@ class StoredBlocks:
         return self.cold is None or not _count_cold(self.cold, [key])
 
     def read_many_into(
-        self, keys: Sequence[BlockKey], root: BlockHash, outs: Sequence[Bytes], *, layout: BlockLayout
+        self,
+        keys: Sequence[BlockKey],
+        root: BlockHash,
+        outs: Sequence[Bytes],
+        *,
+        layout: BlockLayout,
+        readers: ReaderPool | None = None,
     ) -> list[MissReason | None]:
         """Read blocks from the store, and what it lacks from remote tiers. Return None for each, or why not."""
         infos = [info_of(key, root) for key in keys]
         reasons: list[MissReason | None] = [MissReason.ABSENT] * len(keys)
         try:
             if self.cold:
-                reasons = self.cold.read_many_into(infos, outs, layout=layout)
+                reasons = self.cold.read_many_into(infos, outs, layout=layout, decoders=readers)
             if self.remote:
                 for at, reason in enumerate(reasons):
                     if reason and self.remote.lookup(keys[at].block_hash):

@@ -7,14 +7,11 @@ it is skipped where there is no `redis-server`. Ratios are of what the same run 
 from __future__ import annotations
 
 import argparse
-import io
 import itertools
 import multiprocessing
 import os
 import platform
 import shutil
-import socket
-import subprocess
 import tempfile
 import time
 from array import array
@@ -31,6 +28,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.redis_server import Resp, redis_server, wait_for
 from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.config import DaemonConfig
 from tierkv.daemon.messages import (
@@ -46,7 +44,6 @@ from tierkv.daemon.messages import (
 )
 from tierkv.daemon.protocol import split_numbers
 from tierkv.daemon.server import serve
-from tierkv.errors import DaemonGoneError
 from tierkv.storage.warm import Slab
 from tierkv.transfer.daemon_connection import DaemonConnection
 from tierkv.values.block import BlockHash, iter_chain
@@ -127,7 +124,7 @@ def _daemon(path: Path, layout: BlockLayout) -> Iterator[Path]:
     process = multiprocessing.get_context("spawn").Process(target=serve, args=(config,), daemon=True)
     process.start()
     try:
-        _wait_for(lambda: _connect(path, layout).close())
+        wait_for(lambda: _connect(path, layout).close())
         with _connect(path, layout) as client:
             _fill(client, layout)
         yield path
@@ -235,7 +232,7 @@ def _redis_part() -> Iterator[str]:
     if server is None:
         yield "Redis: skipped, there is no redis-server here"
         return
-    with _redis(server) as port:
+    with redis_server(server) as port:
         _redis_fill(port)
         yield "Redis on loopback: does the prefix exist, round trip in us (EXISTS of all keys; it leases nothing)"
         for count in _CLIENTS:
@@ -244,58 +241,12 @@ def _redis_part() -> Iterator[str]:
         yield from _bandwidth_lines("Redis on loopback", _redis_read_times(port), _LAYOUT)
 
 
-@contextmanager
-def _redis(server: str) -> Iterator[int]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    command = [server, "--port", str(port), "--save", "", "--appendonly", "no", "--bind", "127.0.0.1"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        try:
-            _wait_for(lambda: _Resp(port).close())
-            yield port
-        finally:
-            process.terminate()
-
-
-class _Resp:
-    """As much of Redis' protocol as is needed; values are received into memory that is there already."""
-
-    def __init__(self, port: int) -> None:
-        self._socket = socket.create_connection(("127.0.0.1", port))
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._file = io.BufferedReader(socket.SocketIO(self._socket, "r"), buffer_size=1 << 20)
-
-    def close(self) -> None:
-        self._file.close()
-        self._socket.close()
-
-    def send(self, *words: bytes) -> None:
-        parts = [b"*%d\r\n" % len(words)]
-        for word in words:
-            parts += [b"$%d\r\n" % len(word), word, b"\r\n"]
-        self._socket.sendall(b"".join(parts))
-
-    def line(self) -> bytes:
-        answer = self._file.readline().rstrip()
-        assert answer and not answer.startswith(b"-"), answer
-        return answer
-
-    def value_into(self, target: Block) -> None:
-        assert int(self.line()[1:]) == len(target)
-        view = memoryview(target)  # type: ignore[arg-type]
-        while view:
-            count = self._file.readinto(view)
-            view = view[count:]
-        self._file.readline()
-
-
 def _keys() -> list[bytes]:
     return [b"kv:" + h.hex().encode() for h, _ in iter_chain(_root_of(_LAYOUT), _TOKENS, _BLOCK_TOKENS)]
 
 
 def _redis_fill(port: int) -> None:
-    client = _Resp(port)
+    client = Resp(port)
     for number, key in enumerate(_keys()):
         client.send(b"SET", key, bytes([number]) * _LAYOUT.block_bytes)
         assert client.line() == b"+OK"
@@ -303,7 +254,7 @@ def _redis_fill(port: int) -> None:
 
 
 def _exists_forever(port: int, rounds: int) -> list[float]:
-    client = _Resp(port)
+    client = Resp(port)
     times: list[float] = []
     for _ in range(rounds):
         start = time.perf_counter()
@@ -316,13 +267,13 @@ def _exists_forever(port: int, rounds: int) -> list[float]:
 
 
 def _redis_read_times(port: int) -> _Times:
-    client = _Resp(port)
+    client = Resp(port)
     times = _alternate(partial(_redis_read_prefix, client), _LAYOUT, {})
     client.close()
     return times
 
 
-def _redis_read_prefix(client: _Resp, target: Block) -> None:
+def _redis_read_prefix(client: Resp, target: Block) -> None:
     client.send(b"MGET", *_keys())
     assert client.line() == b"*%d" % _PREFIX_BLOCKS
     for number in range(_PREFIX_BLOCKS):
@@ -398,17 +349,6 @@ def _bandwidth_lines(name: str, times: _Times, layout: BlockLayout) -> Iterator[
     for what, each in times.copies.items():
         copy = min(each)
         yield f"{'memcpy of ' + what:>44}: {size / copy / 1e9:6.2f} GB/s, ratio {copy / read:.2f}"
-
-
-def _wait_for(attempt: Callable[[], None]) -> None:
-    for _ in range(400):
-        try:
-            attempt()
-        except (DaemonGoneError, ConnectionError):
-            time.sleep(0.05)
-            continue
-        return
-    raise TimeoutError("a server did not come up")
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ class Row:
 def main() -> None:
     """Run the benchmark and print its table; `--json FILE` keeps it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True, help="a trained model's folder, as Transformers reads it")
+    parser.add_argument("--model", type=Path, required=True, help="a trained model's folder, or a file.gguf")
     parser.add_argument("--prompts", type=int, default=8, help="of each kind")
     parser.add_argument("--minutes", type=float, help="begin no other prompt after so long")
     parser.add_argument("--seed", type=int, default=0)
@@ -92,9 +92,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     device = torch.device(options.device)
-    model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
-    model = model.to(device).eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
+    folder, file = options.model, {}
+    if folder.suffix == ".gguf":  # Transformers dequantises it; needs the package gguf
+        folder, file = folder.parent, {"gguf_file": folder.name}
+    dtype = getattr(torch, options.dtype)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **file).to(device).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **file)
     described = {**machine(device), "model": type(model).__name__, "dtype": options.dtype}
     described |= {"parameters": f"{sum(each.numel() for each in model.parameters()) / 1e6:.0f} M"}
     described |= {"rotation": f"{check_shiftable(model):.1e}, by 1000 {shift_error(model, shift=_MOVED):.1e}"}

@@ -15,12 +15,11 @@ import torch
 import transformers
 from torch import Tensor
 
-from tierkv.engine.model_support import check_supported, relative_error
+from tierkv.engine.model_support import TOLERANCE, check_supported, relative_error
 from tierkv.errors import ShapeError, UnsupportedModelError
 
 __all__ = ["Rows", "check_shiftable", "compute", "most_deviating", "reuse", "rotate_keys", "shift_error"]
 
-_TOLERANCE = 1e-3  # float32: angles of thousands of radians are off by about 1e-4
 _TEST_TOKENS = 32
 _TEST_SHIFT = 100
 
@@ -139,7 +138,7 @@ def check_shiftable(model: Any) -> float:
     reasons = _reasons(model)
     if not reasons:
         error = shift_error(model)
-        if error <= _TOLERANCE:
+        if error <= TOLERANCE.get(str(model.dtype).removeprefix("torch."), 0.0):
             return error
         reasons = [f"K and V that are rotated differ by {error:.1%} from those computed at the other position"]
     raise UnsupportedModelError(f"{type(model).__name__} cannot be moved to other positions: {'; '.join(reasons)}")

@@ -117,6 +117,12 @@ def test_rotated_keys_are_those_that_the_model_computes_at_the_other_position(na
     assert difference(there.shifted(model, -500), compute(model, ids(20, 1))[0]) < 1e-4
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_model_of_16_bits_is_taken_with_its_rounding(family: str) -> None:
+    model = make_model(family, block_size=16, dtype=torch.bfloat16)
+    assert 1e-3 < check_shiftable(model) < 6e-2
+
+
 @pytest.mark.parametrize("reason", REFUSED)
 def test_a_model_whose_keys_cannot_be_rotated_is_refused(reason: str) -> None:
     with pytest.raises(UnsupportedModelError, match=reason):

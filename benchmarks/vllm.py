@@ -1,7 +1,8 @@
-"""vLLM over tierkv beside vLLM's own tiers, on one GPU: the first token after a long prefix, and decoding beside saves.
+"""vLLM over tierkv beside vLLM's own tiers: the first token after a long prefix, and decoding beside saves.
 
 One process is one life of an engine; lives of a mode share a store, so the second is a restart. The model has random
 weights and Llama-3.1-8B's shape. Each mode runs in the same minutes on the same machine: compare within one table.
+With `--tensor-parallel N` the model is split over N GPUs, and each worker saves and loads its own slice.
 """
 
 from __future__ import annotations
@@ -40,6 +41,13 @@ _DECODES = ("none", "tierkv", "tierkv-raw", "tierkv-socket")
 _VOCABULARY = 32000
 _NUM_DECODING = 32
 _DECODE_ROUNDS = 5
+_CPU_SETTINGS = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "GLOO_SOCKET_IFNAME": "lo",
+}
+_LIFE_S = {False: 240, True: 1200}  # by --cpu
 _GRAPH_SIZES = [1, 2, 4, 8, 16, 32, 64]  # fewer than vLLM captures of itself: a life starts sooner
 
 
@@ -54,15 +62,19 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--decode", action="store_true", help="decode beside saves; nothing else")
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs that share each layer")
+    parser.add_argument("--cpu", action="store_true", help="two narrow layers on a CPU: shows that it works, no speeds")
     parser.add_argument("--eager", action="store_true", help="without torch.compile and CUDA graphs")
     parser.add_argument("--life", choices=list(_LIVES))
     parser.add_argument("--number", type=int, default=0)
     parser.add_argument("--weights", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.cpu and arguments.model == parser.get_default("model"):
+        arguments.model = Path("/dev/shm/tierkv-llama-cpu")
     if arguments.life:
         _run_life(arguments)
         return
-    _make_model(arguments.model, arguments.layers)
+    _make_model(arguments.model, arguments.layers, is_narrow=arguments.cpu)
     arguments.weights = weights_digest(arguments.model)
     rows: list[dict[str, Any]] = []
     for mode in [mode for mode in arguments.modes if not arguments.decode or mode in _DECODES]:
@@ -89,10 +101,11 @@ def _life(arguments: argparse.Namespace, mode: str, number: int, folder: Path) -
         "--folder",
         str(folder),
     ]
-    for name in ("layers", "prefix", "block_size", "model", "weights"):
+    for name in ("layers", "prefix", "block_size", "model", "weights", "tensor_parallel"):
         command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
-    command += [f"--{name}" for name in ("decode", "eager") if getattr(arguments, name)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    command += [f"--{name}" for name in ("decode", "eager", "cpu") if getattr(arguments, name)]
+    limit_s = _LIFE_S[arguments.cpu]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit_s)
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"mode"')]
     if done.returncode or not rows:
         print(f"{mode}, life {number} failed:\n{done.stderr[-3000:]}", file=sys.stderr, flush=True)
@@ -104,7 +117,7 @@ def _life(arguments: argparse.Namespace, mode: str, number: int, folder: Path) -
 
 
 def _run_life(arguments: argparse.Namespace) -> None:
-    for name, value in _SETTINGS.items():
+    for name, value in (_SETTINGS | (_CPU_SETTINGS if arguments.cpu else {})).items():
         os.environ.setdefault(name, value)
     import torch
 
@@ -115,20 +128,27 @@ def _run_life(arguments: argparse.Namespace) -> None:
     store = arguments.folder / mode
     options: dict[str, Any] = {}
     if mode != "none":
-        options["kv_transfer_config"] = _transfer_config(mode, store, arguments.weights)
-    if not arguments.eager:
+        options["kv_transfer_config"] = _transfer_config(mode, store, arguments.weights, is_small=arguments.cpu)
+    if arguments.tensor_parallel > 1:
+        options |= {
+            "tensor_parallel_size": arguments.tensor_parallel,
+            "distributed_executor_backend": "mp",
+        }
+    if arguments.cpu:
+        options |= {"disable_custom_all_reduce": True}
+    else:
+        options |= {"attention_backend": "FLASH_ATTN", "gpu_memory_utilization": 0.6}
+    if not arguments.eager and not arguments.cpu:
         options["compilation_config"] = {"cudagraph_capture_sizes": _GRAPH_SIZES}
     llm = LLM(
         str(arguments.model),
-        dtype="bfloat16",
+        dtype="float32" if arguments.cpu else "bfloat16",
         max_model_len=arguments.prefix + 2048,
         max_num_batched_tokens=16384,
         max_num_seqs=64,
         block_size=arguments.block_size,
-        gpu_memory_utilization=0.6,
-        enforce_eager=arguments.eager,
+        enforce_eager=arguments.eager or arguments.cpu,
         enable_prefix_caching=True,
-        attention_backend="FLASH_ATTN",
         **options,
     )
 
@@ -137,16 +157,18 @@ def _run_life(arguments: argparse.Namespace) -> None:
 
     report("seconds to start", time.perf_counter() - started)
 
-    def ask(prompts: list[list[int]], new_tokens: int) -> tuple[float, list[list[int]]]:
+    def ask(prompts: list[list[int]], new_tokens: int) -> tuple[float, list[Any]]:
         parameters = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True)
-        torch.cuda.synchronize()
+        if not arguments.cpu and arguments.tensor_parallel == 1:  # the workers of several GPUs are other processes
+            torch.cuda.synchronize()
         begun = time.perf_counter()
         answers = llm.generate([{"prompt_token_ids": each} for each in prompts], parameters, use_tqdm=False)
-        return time.perf_counter() - begun, [list(answer.outputs[0].token_ids) for answer in answers]
+        return time.perf_counter() - begun, answers
 
     def first_token(what: str, seed: int, tail: int = 32) -> None:
-        seconds, ids = ask([_tokens(seed, arguments.prefix) + _tokens(1000 + tail, tail)], 1)
-        report(what, 1e3 * seconds, ids=ids[0])
+        seconds, (answer,) = ask([_tokens(seed, arguments.prefix) + _tokens(1000 + tail, tail)], 1)
+        ids = list(answer.outputs[0].token_ids)
+        report(what, 1e3 * seconds, ids=ids, prompt=[seed, tail], cached_tokens=answer.num_cached_tokens)
 
     ask([_tokens(90 + number, arguments.prefix + 32)], 1)  # what is compiled at its first use
     ask([_tokens(95, 40)], 8)
@@ -188,14 +210,16 @@ def _daemon(folder: Path) -> Iterator[None]:
         daemon.wait()
 
 
-def _transfer_config(mode: str, store: Path, weights: str) -> dict[str, Any]:
+def _transfer_config(mode: str, store: Path, weights: str, *, is_small: bool) -> dict[str, Any]:
     common = {"kv_role": "kv_both", "kv_load_failure_policy": "recompute"}
     if mode.startswith("tierkv"):
         extra: dict[str, Any] = {"weights": weights}
         if mode == "tierkv-socket":
             extra |= {"socket": str(store.parent / "socket")}
         else:
-            extra |= {"path": str(store), "warm_bytes": 8 << 30}
+            extra |= {"path": str(store), "warm_bytes": 64 << 20 if is_small else 8 << 30}
+        if is_small:  # such a model is computed faster than it is loaded
+            extra |= {"compute_or_load": False, "block_tokens": 64}
         extra |= {"codec": "raw"} if mode == "tierkv-raw" else {}
         module = "tierkv.integrations.vllm"
         return common | {
@@ -212,29 +236,31 @@ def _transfer_config(mode: str, store: Path, weights: str) -> dict[str, Any]:
     return common | {"kv_connector": "OffloadingConnector", "kv_connector_extra_config": extra}
 
 
-def _make_model(folder: Path, num_layers: int) -> None:
-    """Write a random Llama of 8B's width, once."""
+def _make_model(folder: Path, num_layers: int, *, is_narrow: bool) -> None:
+    """Write a random Llama of 8B's width, or a narrow one of two layers, once."""
     if (folder / "config.json").exists():
         return
     import torch
     from transformers import LlamaConfig
 
+    width = 128 if is_narrow else 4096
     config = LlamaConfig(
         vocab_size=_VOCABULARY,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=num_layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
+        hidden_size=width,
+        intermediate_size=256 if is_narrow else 14336,
+        num_hidden_layers=2 if is_narrow else num_layers,
+        num_attention_heads=4 if is_narrow else 32,
+        num_key_value_heads=4 if is_narrow else 8,
+        head_dim=32 if is_narrow else 128,
         max_position_embeddings=65536,
         bos_token_id=1,
         eos_token_id=2,
         tie_word_embeddings=False,
-        dtype=torch.bfloat16,
+        dtype=torch.float32 if is_narrow else torch.bfloat16,
     )
-    save_model(folder, config, device="cuda")
-    torch.cuda.empty_cache()
+    save_model(folder, config, device="cpu" if is_narrow else "cuda")
+    if not is_narrow:
+        torch.cuda.empty_cache()
 
 
 def _tokens(seed: int, count: int) -> list[int]:
@@ -258,8 +284,15 @@ def _print(rows: list[dict[str, Any]]) -> None:
     for what in dict.fromkeys(row["what"] for row in rows):
         values = {mode: [row["value"] for row in rows if (row["mode"], row["what"]) == (mode, what)] for mode in modes}
         print(f"{what:<44}" + "".join(f"{median(found) if found else '':>13}" for found in values.values()))
-    ids = {(row["mode"], json.dumps(row["ids"])) for row in rows if "ids" in row}
-    print(f"different first tokens of the same prompts over all modes: {len({each for _, each in ids})} kinds")
+    answers: dict[str, set[str]] = {}
+    for row in rows:
+        if "ids" in row:
+            answers.setdefault(json.dumps(row["prompt"]), set()).add(json.dumps(row["ids"]))
+    num_different = sum(len(each) > 1 for each in answers.values())
+    print(f"prompts whose first token differs between modes or lives: {num_different} of {len(answers)}")
+    for mode in modes:
+        cached = [row["cached_tokens"] for row in rows if row["mode"] == mode and row.get("cached_tokens") is not None]
+        print(f"{mode}: cached tokens of its prompts {cached}")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from tierkv.engine.attention import use_attention
 from tierkv.engine.backends.factory import ATTENTION_NAMES
 from tierkv.engine.models import LoadedModel
 from tierkv.engine.runner import GenerationOptions, Runner, open_runner
+from tierkv.readers.pool import ReaderPool
 from tierkv.values.block import Tier
 
 __all__ = ["SHAPES", "Timing", "drop_page_cache", "machine", "main", "measure", "random_model"]
@@ -101,6 +102,7 @@ def main() -> None:
     parser.add_argument("--attention", choices=ATTENTION_NAMES, default="auto")
     parser.add_argument("--attention-table", type=Path, help="as benchmarks.attention writes it")
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--reader-processes", type=int, help="num_reader_processes; by the cores if left out")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -113,16 +115,20 @@ def main() -> None:
             hot_bytes=(12 << 30) if device.type == "cuda" else (1 << 30),
             warm_bytes=(10 << 30) if device.type == "cuda" else (1 << 30),
             cold_bytes=16 << 30,
+            num_reader_processes=arguments.reader_processes,
         )
         options: dict[str, Any] = {"attention": arguments.attention, "attention_table": arguments.attention_table}
         with open_runner(loaded, config, max_step_tokens=65_536, **options) as runner:
             print(f"block: {runner.cache.layout.block_bytes / 2**20:.1f} MiB of {config.block_size} tokens")
+            readers = _wait_for_readers(runner)
             rows = [
                 measure(runner, count, arguments.new_tokens, arguments.repeats, arguments.ways)
                 for count in arguments.tokens
             ]
             for row in rows:
                 row.times_s["plain transformers"] = _plain_prefill_s(loaded.model, row.tokens, arguments.repeats)
+            if readers:
+                print(f"decoded by processes: {readers.stats()}")
             link = _link_gb_s(runner) if device.type == "cuda" else None
     _print_table(rows, link)
     if arguments.json:
@@ -178,6 +184,17 @@ def measure(runner: Runner, num_cached: int, num_new: int, repeats: int, names: 
             cached[name] = {tier.value: count for tier, count in result.cached_tokens.items() if count}
         times[name] = statistics.median(measured)
     return Timing(num_cached, times, cached)
+
+
+def _wait_for_readers(runner: Runner) -> ReaderPool | None:
+    """Return the cache's reader processes, if it has any, once they can read."""
+    readers = runner.cache._tiers.memory.readers
+    print(f"reader processes: {readers.num_processes if readers else 0}")
+    deadline = time.monotonic() + 60
+    while readers and readers.stats().ready < readers.num_processes:
+        assert time.monotonic() < deadline, "the reader processes do not start"
+        time.sleep(0.01)
+    return readers
 
 
 def _plain_prefill_s(model: Any, num_tokens: int, repeats: int) -> float:

@@ -1,4 +1,4 @@
-"""vLLM over tierkv beside vLLM's own tiers: the first token after a long prefix, and decoding beside saves.
+"""vLLM over tierkv beside vLLM's own tiers, on one GPU or several: the first token after a long prefix, and decoding.
 
 One process is one life of an engine; lives of a mode share a store, so the second is a restart. The model has random
 weights and Llama-3.1-8B's shape. Each mode runs in the same minutes on the same machine: compare within one table.
@@ -58,11 +58,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--prefix", type=int, default=8192)
     parser.add_argument("--block-size", type=int, default=16, help="of the engine; 16 is vLLM's default")
+    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="GPUS", help="that the model is split over")
     parser.add_argument("--model", type=Path, default=Path("/dev/shm/tierkv-llama"))
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--decode", action="store_true", help="decode beside saves; nothing else")
-    parser.add_argument("--tensor-parallel", type=int, default=1, help="GPUs that share each layer")
     parser.add_argument("--cpu", action="store_true", help="two narrow layers on a CPU: shows that it works, no speeds")
     parser.add_argument("--eager", action="store_true", help="without torch.compile and CUDA graphs")
     parser.add_argument("--life", choices=list(_LIVES))
@@ -101,7 +101,7 @@ def _life(arguments: argparse.Namespace, mode: str, number: int, folder: Path) -
         "--folder",
         str(folder),
     ]
-    for name in ("layers", "prefix", "block_size", "model", "weights", "tensor_parallel"):
+    for name in ("layers", "prefix", "block_size", "tensor_parallel", "model", "weights"):
         command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
     command += [f"--{name}" for name in ("decode", "eager", "cpu") if getattr(arguments, name)]
     limit_s = _LIFE_S[arguments.cpu]
@@ -130,10 +130,7 @@ def _run_life(arguments: argparse.Namespace) -> None:
     if mode != "none":
         options["kv_transfer_config"] = _transfer_config(mode, store, arguments.weights, is_small=arguments.cpu)
     if arguments.tensor_parallel > 1:
-        options |= {
-            "tensor_parallel_size": arguments.tensor_parallel,
-            "distributed_executor_backend": "mp",
-        }
+        options["distributed_executor_backend"] = "mp"
     if arguments.cpu:
         options |= {"disable_custom_all_reduce": True}
     else:
@@ -147,6 +144,7 @@ def _run_life(arguments: argparse.Namespace) -> None:
         max_num_batched_tokens=16384,
         max_num_seqs=64,
         block_size=arguments.block_size,
+        tensor_parallel_size=arguments.tensor_parallel,
         enforce_eager=arguments.eager or arguments.cpu,
         enable_prefix_caching=True,
         **options,
@@ -157,18 +155,20 @@ def _run_life(arguments: argparse.Namespace) -> None:
 
     report("seconds to start", time.perf_counter() - started)
 
-    def ask(prompts: list[list[int]], new_tokens: int) -> tuple[float, list[Any]]:
-        parameters = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True)
-        if not arguments.cpu and arguments.tensor_parallel == 1:  # the workers of several GPUs are other processes
+    def ask(prompts: list[list[int]], new_tokens: int, **more: Any) -> tuple[float, list[Any]]:
+        parameters = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True, **more)
+        if not arguments.cpu:
             torch.cuda.synchronize()
         begun = time.perf_counter()
         answers = llm.generate([{"prompt_token_ids": each} for each in prompts], parameters, use_tqdm=False)
         return time.perf_counter() - begun, answers
 
     def first_token(what: str, seed: int, tail: int = 32) -> None:
-        seconds, (answer,) = ask([_tokens(seed, arguments.prefix) + _tokens(1000 + tail, tail)], 1)
-        ids = list(answer.outputs[0].token_ids)
-        report(what, 1e3 * seconds, ids=ids, prompt=[seed, tail], cached_tokens=answer.num_cached_tokens)
+        seconds, (answer,) = ask([_tokens(seed, arguments.prefix) + _tokens(1000 + tail, tail)], 1, logprobs=2)
+        (chosen,) = answer.outputs
+        best, second, *_ = sorted((each.logprob for each in chosen.logprobs[0].values()), reverse=True)
+        more = {"prompt": [seed, tail], "cached_tokens": answer.num_cached_tokens, "lead": round(best - second, 4)}
+        report(what, 1e3 * seconds, ids=list(chosen.token_ids), **more)
 
     ask([_tokens(90 + number, arguments.prefix + 32)], 1)  # what is compiled at its first use
     ask([_tokens(95, 40)], 8)
@@ -285,13 +285,16 @@ def _print(rows: list[dict[str, Any]]) -> None:
         values = {mode: [row["value"] for row in rows if (row["mode"], row["what"]) == (mode, what)] for mode in modes}
         print(f"{what:<44}" + "".join(f"{median(found) if found else '':>13}" for found in values.values()))
     answers: dict[str, set[str]] = {}
-    for row in rows:
-        if "ids" in row:
-            answers.setdefault(json.dumps(row["prompt"]), set()).add(json.dumps(row["ids"]))
-    num_different = sum(len(each) > 1 for each in answers.values())
-    print(f"prompts whose first token differs between modes or lives: {num_different} of {len(answers)}")
+    asked = [row for row in rows if "ids" in row]
+    for row in asked:
+        answers.setdefault(str(row["prompt"]), set()).add(str(row["ids"]))
+    if asked:
+        num_different = sum(len(each) > 1 for each in answers.values())
+        print(f"prompts whose first token differs between modes or lives: {num_different} of {len(answers)}")
+        lead = min(row["lead"] for row in asked)
+        print(f"the least lead of one over the second best: {lead:.4f} of log-probability")
     for mode in modes:
-        cached = [row["cached_tokens"] for row in rows if row["mode"] == mode and row.get("cached_tokens") is not None]
+        cached = [row["cached_tokens"] for row in asked if row["mode"] == mode]
         print(f"{mode}: cached tokens of its prompts {cached}")
 
 

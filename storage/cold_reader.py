@@ -17,6 +17,7 @@ from tierkv.storage.codecs import check_codec
 from tierkv.storage.coded import CodedBlock
 from tierkv.storage.cold_children import ChildrenTable
 from tierkv.storage.cold_descriptions import lossy_codec_in, read_lossy_codec, tenant_of_row
+from tierkv.storage.cold_pins import iter_pin_ends
 from tierkv.storage.cold_rows import (
     BLOCKS,
     NO_DESCRIPTION,
@@ -28,6 +29,7 @@ from tierkv.storage.cold_rows import (
     read_block_tokens,
     unpack_entry,
 )
+from tierkv.storage.cold_tenants import TenantSettings, load_tenants
 from tierkv.storage.lmdb_env import LmdbEnv, ReadTransaction
 from tierkv.storage.lmdb_file import CutShortError
 from tierkv.storage.outcomes import MissReason
@@ -40,6 +42,7 @@ from tierkv.storage.record import (
     read_header,
     verify_checksum,
 )
+from tierkv.storage.record_decoders import RecordDecoders, RecordToDecode
 from tierkv.values.block import HASH_BYTES, BlockHash
 from tierkv.values.layout import BlockLayout
 from tierkv.values.namespace import parse_description
@@ -67,6 +70,20 @@ class ColdReader:
     @property
     def _databases(self) -> Databases:
         return Databases(*self._env.handles)
+
+    @property
+    def read_only(self) -> bool:
+        """Whether nothing may be written through this object."""
+        return self._env.read_only
+
+    @property
+    def damaged(self) -> Path | None:
+        """Where a data file that could not be used was set aside when this store was opened."""
+        return self._env.damaged
+
+    def is_shared(self) -> bool:
+        """Return whether another process, or another object of this process, has the store open."""
+        return self._env.is_shared()
 
     def unshared(self) -> contextlib.AbstractContextManager[None]:
         """Keep other processes from opening the store meanwhile. Raises StoreError if one has it open."""
@@ -97,11 +114,12 @@ class ColdReader:
         *,
         layout: BlockLayout,
         coded: Sequence[CodedBlock | None] | None = None,
+        decoders: RecordDecoders | None = None,
     ) -> list[MissReason | None]:
         """Decode blocks of one namespace, each into its own of `outs`. Counts and changes nothing.
 
         Return for each None, or why it is a miss. Uses the records that plain reads find in one snapshot; one that is
-        not right is read once more through LMDB.
+        not right is read once more through LMDB. decoders: decode some of them in place of this thread.
         """
         coded = coded or [None] * len(expected)
         reasons: list[MissReason | None] = []
@@ -111,19 +129,16 @@ class ColdReader:
                 lossy_codec = self._lossy_codec_of(txn, expected[0].namespace) if expected else ""
                 keys = [info.block_hash for info in expected]
                 records = self._env.data.open_values(BLOCKS, keys, max_bytes=max_record_bytes(layout))
-                for record, info, out, frames in zip(records, expected, outs, coded, strict=True):
-                    reason = None
-                    try:
-                        is_right = record is not None and None is decode_record(
-                            record, out, expected=info, layout=layout, lossy_codec=lossy_codec, coded=frames
-                        )
-                    except (CorruptBlockError, FormatVersionError):
-                        is_right = False
-                    except OSError as exc:
-                        is_right, reason = True, self._reason_of(exc, info)
-                    if not is_right:
+                wanted = [
+                    RecordToDecode(record, out, info, frames)
+                    for record, out, info, frames in zip(records, outs, expected, coded, strict=True)
+                ]
+                for each, outcome in zip(
+                    wanted, _decode_records(wanted, decoders, layout=layout, lossy_codec=lossy_codec), strict=True
+                ):
+                    if outcome is False:
                         again.append(len(reasons))
-                    reasons.append(reason)
+                    reasons.append(self._reason_of(outcome, each.expected) if isinstance(outcome, OSError) else None)
         except (StoreError, OSError) as exc:
             reasons += [self._reason_of(exc, info) for info in expected[len(reasons) :]]
         for at in again:
@@ -187,6 +202,29 @@ class ColdReader:
             rows = namespace_rows(txn, self._databases)
         return [StoredNamespace.of(digest, row) for digest, row in rows.items()]
 
+    def pin_ends(self) -> dict[BlockHash, float]:
+        """Return when the pins of blocks end, of those that do, in seconds of the store's clock."""
+        with self._env.read() as txn:
+            return dict(iter_pin_ends(txn, self._databases))
+
+    def tenants(self) -> dict[str, TenantSettings]:
+        """Return the settings of each tenant that has any, by the hex sha256 of its salt, "" without one."""
+        with self._env.read() as txn:
+            return load_tenants(txn, self._databases)
+
+    def read_ahead(self, block_hashes: Sequence[BlockHash]) -> None:
+        """Ask the system to fetch blocks that will be read soon; returns without them. Raises nothing."""
+        with contextlib.suppress(StoreError), self._env.data_file() as data:
+            data.fetch_values(BLOCKS, block_hashes)
+
+    def is_in_memory(self, block_hash: BlockHash) -> bool:
+        """Return whether reading a block takes no disk; True for a block that cannot be read. Raises nothing."""
+        try:
+            with self._env.data_file() as data:
+                return data.is_in_memory(BLOCKS, block_hash)
+        except StoreError:
+            return True
+
     def tenant_bytes(self) -> dict[str | None, int]:
         """Return the live bytes of each tenant, by the hex sha256 of its salt; None has those of lost descriptions."""
         with self._env.read() as txn:
@@ -233,6 +271,45 @@ class ColdReader:
                 if not cursor.next():
                     break
         return last, found
+
+
+def _decode_records(
+    wanted: Sequence[RecordToDecode], decoders: RecordDecoders | None, *, layout: BlockLayout, lossy_codec: str
+) -> Iterator[bool | OSError]:
+    """Decode records of one namespace, in this thread where no other process does it. Yield the outcome of each.
+
+    True, it is the expected block; False, it is not, damaged or missing; OSError, the file was not read.
+    """
+    outcomes: Sequence[bool | OSError | None] = [None] * len(wanted)
+    if decoders is not None:
+        outcomes = decoders.decode(wanted, layout=layout, lossy_codec=lossy_codec)
+    in_process = contextlib.nullcontext() if decoders is None else decoders.in_process
+    for each, outcome in zip(wanted, outcomes, strict=True):
+        if outcome is not None:
+            yield outcome
+            continue
+        with in_process:
+            found = _decode(each, layout, lossy_codec)
+        yield found
+
+
+def _decode(wanted: RecordToDecode, layout: BlockLayout, lossy_codec: str) -> bool | OSError:
+    if wanted.record is None:
+        return False
+    try:
+        reason = decode_record(
+            wanted.record,
+            wanted.out,
+            expected=wanted.expected,
+            layout=layout,
+            lossy_codec=lossy_codec,
+            coded=wanted.coded,
+        )
+    except (CorruptBlockError, FormatVersionError):
+        return False
+    except OSError as exc:
+        return exc
+    return reason is None
 
 
 def get_value(

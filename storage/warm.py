@@ -72,6 +72,11 @@ class Slab:
         slab.bytes = _unguarded(slab._map) if read_only else np.frombuffer(slab._map, dtype=np.uint8)
         return slab
 
+    @property
+    def address(self) -> int:
+        """Address of the first byte."""
+        return int(self.bytes.ctypes.data)
+
     def slots(self, block_bytes: int) -> npt.NDArray[np.uint8]:
         """Return the slab as places of one block each: [size // stride, block_bytes], a view."""
         stride = slot_stride(block_bytes)

@@ -30,17 +30,18 @@ ROOMS = {
     "storage": "errors values background",
     "metrics": "errors",
     "remote_tiers": "errors values background storage",
+    "readers": "errors values storage",
     "kernels": "errors storage",
     "movers": "errors values background storage kernels",
-    "daemon": "errors values index policies background storage metrics remote_tiers",
+    "daemon": "errors values index policies background storage metrics remote_tiers readers",
     "ranks": "errors",
     "config": "errors values policies storage remote_tiers",
-    "transfer": "errors values index policies background storage remote_tiers movers daemon ranks config",
-    "block_store": "errors values index background storage remote_tiers movers daemon config transfer",
+    "transfer": "errors values index policies background storage remote_tiers readers movers daemon ranks config",
+    "block_store": "errors values index background storage remote_tiers readers movers daemon config transfer",
     "requests": "errors values index background storage movers ranks transfer",
     "cache": "errors values policies background storage ranks config transfer requests",
     "scheduling": "errors values requests cache",
-    "engine": "errors values background storage kernels movers ranks config requests cache scheduling",
+    "engine": "errors values background storage readers kernels movers ranks config requests cache scheduling",
     "profiling": "errors values policies storage metrics config transfer requests cache",
     "serving": "errors values metrics cache engine profiling",
     "integrations": "errors values storage metrics remote_tiers movers ranks block_store engine",
@@ -54,13 +55,13 @@ ROOMS = {
 # Rooms and modules that never load torch; one module of them does.
 TORCH_FREE_ROOMS = {
     *("errors", "values", "index", "policies", "background", "storage", "metrics", "remote_tiers", "daemon", "config"),
-    "block_store",
+    *("block_store", "readers"),
 }
 TORCH_MODULES = {"storage.hot"}
 TORCH_FREE_MODULES = {
     *("movers.ready", "transfer.codec_choice", "transfer.recompute_or_load", "transfer.lookup"),
     *("transfer.daemon_connection", "transfer.daemon_connector"),
-    *("engine.prompt_files", "engine.prompts", "ranks.group"),
+    *("engine.prompt_files", "engine.prompts", "engine.sparse.options", "ranks.group"),
     *("profiling.tracker", "profiling.prefixes", "profiling.measured", "profiling.advice", "profiling.recorder"),
     *("profiling.profiled_run", "profiling.profiler", "profiling.charts", "profiling.drawing"),
     *(

@@ -23,6 +23,7 @@ _WHOLE_NUMBERS = {  # and how large each must be
     **dict.fromkeys(("block_size", "hot_bytes", "warm_bytes", "cold_bytes", "num_io_threads"), 1),
     **dict.fromkeys(("min_partial_tokens", "piece_tokens"), 1),
     "min_free_bytes": 0,
+    "num_reader_processes": 0,
 }
 CODEC_NAMES: tuple[str, ...] = ("auto", *(codec.name for codec in CODECS))
 WARM_CODECS = ("raw", "windows", "auto")
@@ -48,6 +49,9 @@ class CacheConfig:
     eviction_policy: a name that `make_policy` knows; `tierkv replay` compares them on a trace.
     num_io_threads: threads that read, decode and encode cold blocks. None takes one for each core, at most 8: more
         gain nothing, neither from the page cache nor from a disk (measured). Ranks of one machine share its cores.
+    num_reader_processes: processes that decode cold blocks in place of these threads, straight into the warm memory:
+        threads of one interpreter hinder each other. None: one for each core, at most 16, and none below 4 cores; ranks
+        share the cores. They start in the background, for blocks of 1 MiB or more. 0 has none. Linux only.
     warm_codec: "raw" keeps blocks in the warm tier as they are, "windows" losslessly compressed (storage/windows.py),
         "auto" compresses where a GPU does it: bfloat16 on CUDA with triton and what that compiles with.
     gpu_decode: let the GPU decode cold blocks of 16-bit floats, where nvCOMP is installed (the extra `nvcomp`).
@@ -84,6 +88,7 @@ class CacheConfig:
     warm_codec: str = "raw"
     eviction_policy: str = "hit-density"
     num_io_threads: int | None = None
+    num_reader_processes: int | None = None
     min_partial_tokens: int = 1
     compute_or_load: bool = True
     piece_tokens: int = 2048
@@ -102,7 +107,8 @@ class CacheConfig:
         object.__setattr__(self, "remote", remote_urls(self.remote))
         for name, least in _WHOLE_NUMBERS.items():
             value = getattr(self, name)
-            if value is not None or name not in ("hot_bytes", "cold_bytes", "min_free_bytes", "num_io_threads"):
+            may_be_none = ("hot_bytes", "cold_bytes", "min_free_bytes", "num_io_threads", "num_reader_processes")
+            if value is not None or name not in may_be_none:
                 hint = "in bytes, as 8 << 30" if name.endswith("_bytes") else None
                 object.__setattr__(self, name, check_count(name, value, least=least, hint=hint))
         check_share("hot_fraction", self.hot_fraction, may_be_one=False)
@@ -120,8 +126,9 @@ class CacheConfig:
             make_policy(self.eviction_policy)
         except ConfigError as exc:
             raise ConfigError(f"eviction_policy is not usable: {exc}") from exc
-        if self.io_threads > _MOST_THREADS:
-            raise ConfigError(f"num_io_threads must be at most {_MOST_THREADS}, got {self.num_io_threads}")
+        for name, number in (("num_io_threads", self.io_threads), ("num_reader_processes", self.num_reader_processes)):
+            if (number or 0) > _MOST_THREADS:
+                raise ConfigError(f"{name} must be at most {_MOST_THREADS}, got {number}")
         if self.read_only and self.socket is None and self.cold_path is None:
             raise ConfigError("read_only needs cold_path: without a store there is nothing to read")
         if self.read_only and self.socket is not None:

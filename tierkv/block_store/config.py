@@ -27,6 +27,7 @@ class BlockStoreConfig:
     codec: how blocks are coded on disk; "auto" is the best lossless codec for the dtype.
     read_only: only read the store. New blocks stay in memory.
     num_io_threads: threads that read, decode and encode. None takes one for each core, at most 8.
+    num_reader_processes: processes that decode in place of these threads; see `CacheConfig`.
     write_wait_s: how long the write thread waits for the store's write lock, and a load for room in the warm memory.
     socket: of the daemon, whose warm and cold tiers are used then. This process has none: it uses neither cold_path,
         cold_bytes, min_free_bytes, codec nor remote, and of warm_bytes only whether it is 0: then it maps no memory and
@@ -47,6 +48,7 @@ class BlockStoreConfig:
     codec: str = "auto"
     read_only: bool = False
     num_io_threads: int | None = None
+    num_reader_processes: int | None = None
     write_wait_s: float = 5.0
     socket: Path | None = None
     daemon_user: str | int | None = None
@@ -63,6 +65,8 @@ class BlockStoreConfig:
         check_count("warm_bytes", self.warm_bytes, hint=hint)
         if self.num_io_threads is not None:
             check_count("num_io_threads", self.num_io_threads, least=1)
+        if self.num_reader_processes is not None:
+            check_count("num_reader_processes", self.num_reader_processes)
         if self.cold_bytes is not None:
             check_count("cold_bytes", self.cold_bytes, least=1, hint=hint)
         if self.min_free_bytes is not None:

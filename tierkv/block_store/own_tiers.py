@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING
 from tierkv.block_store.config import BlockStoreConfig
 from tierkv.block_store.keys import BlockKey
 from tierkv.block_store.load_or_compute import Origin
-from tierkv.block_store.loading import BlockLoader, StoredBlocks
+from tierkv.block_store.loading import BlockLoader
 from tierkv.block_store.placement import Placement
 from tierkv.block_store.reservation import Reservation
 from tierkv.block_store.saving import BlockSaver
+from tierkv.block_store.stored_blocks import StoredBlocks
 from tierkv.block_store.transfers import Load, Save
 from tierkv.block_store.warm_memory import WarmMemory
+from tierkv.readers.choice import choose_num_readers
 from tierkv.remote_tiers.remotes import Remotes
 from tierkv.remote_tiers.urls import remote_urls
 from tierkv.storage.codecs import Codec
@@ -68,7 +70,12 @@ class OwnTiers:
             self.stored = StoredBlocks(self.cold, self._remote)
             self.memory: WarmMemory | None = None
             if config.warm_bytes:
-                self.memory = WarmMemory(config, namespace.layout, clock, changed)
+                num_readers = choose_num_readers(
+                    config.num_reader_processes, block_bytes=namespace.layout.block_bytes, ranks=namespace.tp_size
+                )
+                self.memory = WarmMemory(
+                    config, namespace.layout, clock, changed, num_readers=num_readers if self.cold else 0
+                )
         except BaseException:
             self._close_stored()
             raise
@@ -163,6 +170,7 @@ class OwnTiers:
         is_idle = True
         if self.memory:
             is_idle = self._loader.close(stall_s=_STALL_S)
+            self.memory.close_readers()
             is_idle = self._saver.close(stall_s=self._config.write_wait_s + _STALL_S) and is_idle
             if is_idle:
                 self.memory.close()

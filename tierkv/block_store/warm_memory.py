@@ -12,6 +12,7 @@ from tierkv.block_store.engines import Engines
 from tierkv.block_store.warm_index import WarmIndex
 from tierkv.errors import CapacityError
 from tierkv.movers.ready import Ready
+from tierkv.readers.pool import ReaderPool
 from tierkv.storage.codec import Bytes
 from tierkv.storage.warm import WarmPool
 from tierkv.values.layout import BlockLayout
@@ -27,11 +28,18 @@ _SPARE_SHARE = 8
 
 class WarmMemory:
     """Slots of one block each. index: which blocks lie in them. spare: slots that only unread blocks pass through, so
-    that a load of more blocks than there is room for never waits for another one's. threads: read, decode, encode.
+    that a load of more blocks than there is room for never waits for another one's. threads: encode. read_threads: read
+    and decode; the same ones without reader processes. num_readers: how many of these there are.
     """
 
     def __init__(
-        self, config: BlockStoreConfig, layout: BlockLayout, clock: Callable[[], float], changed: OwnedCondition
+        self,
+        config: BlockStoreConfig,
+        layout: BlockLayout,
+        clock: Callable[[], float],
+        changed: OwnedCondition,
+        *,
+        num_readers: int = 0,
     ) -> None:
         """Raises CapacityError for memory that holds fewer than four blocks, or that the machine does not have."""
         num_slots = config.warm_bytes // layout.block_bytes
@@ -55,6 +63,13 @@ class WarmMemory:
             self.spare: list[int] = self.index.take(max(1, min(_MOST_SPARE, num_slots // _SPARE_SHARE)))
         self.most_held: int = max(1, (num_slots - len(self.spare)) // 2)
         self.threads: PriorityThreadPool = PriorityThreadPool(config.io_threads, name="tierkv-io")
+        self.read_threads: PriorityThreadPool = self.threads
+        self.readers: ReaderPool | None = ReaderPool.of_slab(
+            self._pool, num_processes=num_readers, num_in_process=config.io_threads
+        )
+        if self.readers:
+            self.read_threads = PriorityThreadPool(max(config.io_threads, num_readers), name="tierkv-read")
+            self.readers.start()
         self.engines: Engines = Engines(layout)
         self.engines.open(self._pool)
         self._in_flight: deque[tuple[Ready, list[int]]] = deque()
@@ -97,9 +112,16 @@ class WarmMemory:
             evictions=self.index.num_evicted,
         )
 
+    def close_readers(self) -> None:
+        """End the reader processes; threads read what is still wanted. Bounded. May be called twice."""
+        if self.readers:
+            self.readers.close()
+
     def close(self) -> None:
-        """End copies and threads, and free the memory."""
+        """End copies, threads and reader processes, and free the memory."""
+        self.read_threads.shutdown()
         self.threads.shutdown()
+        self.close_readers()
         self.engines.close()
         with self._changed:
             self._in_flight.clear()

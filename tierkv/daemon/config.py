@@ -23,6 +23,7 @@ class DaemonConfig:
     Hello. group: id of a group whose members may read; None lets only the daemon's user and root in. limits: of what
     clients may hold. stop_s: time for the end of the daemon; then the process exits, and loses what was not written.
     remote: URLs of remote tiers, as in `CacheConfig`; hits of theirs are kept in the store, so there must be one.
+    num_reader_processes: as in `CacheConfig`; they start with the first read of a large block.
     stall_s: time for the store to write one batch; then requests that wait for it fail.
     """
 
@@ -32,6 +33,7 @@ class DaemonConfig:
     cold_bytes: int | None = None
     min_free_bytes: int | None = None
     num_io_threads: int = field(default_factory=default_io_threads)
+    num_reader_processes: int | None = None
     pin_share: float = 0.25
     eviction_policy: str = "hit-density"
     metrics_port: int | None = None
@@ -45,6 +47,8 @@ class DaemonConfig:
     def __post_init__(self) -> None:
         if min(self.warm_bytes, 1 if self.cold_bytes is None else self.cold_bytes, self.num_io_threads) <= 0:
             raise ConfigError("warm_bytes, cold_bytes and num_io_threads must be positive")
+        if self.num_reader_processes is not None and self.num_reader_processes < 0:
+            raise ConfigError(f"num_reader_processes must not be negative, got {self.num_reader_processes}")
         object.__setattr__(self, "remote", remote_urls(self.remote))
         if self.remote and self.store is None:
             raise ConfigError("a daemon with remote tiers needs a store")

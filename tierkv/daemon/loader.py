@@ -19,6 +19,7 @@ from tierkv.daemon.state_files import LoadedFile
 from tierkv.daemon.status import limit_status
 from tierkv.daemon.values import BlockIdentifier, FetchTask, Load, Tenant
 from tierkv.errors import StoreError
+from tierkv.readers.pool import ReaderPool
 from tierkv.remote_tiers.source import RemoteSource
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.outcomes import MissReason
@@ -40,7 +41,7 @@ class Loader:
     """Runs the loads that the core has started. Used on the loop, which calls `loaded` when a load has ended.
 
     Blocks of the store are read on `threads`, those of a state file on the file's own threads, those of a remote tier
-    on threads of `remote`. load_s: a fetch whose
+    on threads of `remote`. readers: decode blocks of the store in place of its threads. load_s: a fetch whose
     reads take longer is answered without them; a slot that a read may still write into stays pinned.
     """
 
@@ -53,6 +54,7 @@ class Loader:
         loaded: Callable[[], None],
         load_s: float = _LOAD_S,
         remote: RemoteBlocks | None = None,
+        readers: ReaderPool | None = None,
     ) -> None:
         self._core = core
         self._slab = slab
@@ -60,6 +62,7 @@ class Loader:
         self._loaded = loaded
         self._load_s = load_s
         self._remote = remote
+        self._readers = readers
         self._identifier = BlockIdentifier()
         self._running: dict[Load, asyncio.Future[MissReason | None]] = {}
 
@@ -120,7 +123,11 @@ class Loader:
         for later in ahead:
             source.read_ahead([later.entry.block_hash])
         try:
-            reason = source.read_into(info, self._slab.slots(layout.block_bytes)[load.slot], layout=layout)
+            out = self._slab.slots(layout.block_bytes)[load.slot]
+            if isinstance(source, ColdStore):
+                reason = source.read_into(info, out, layout=layout, decoders=self._readers)
+            else:
+                reason = source.read_into(info, out, layout=layout)
             if reason in (MissReason.CORRUPT, MissReason.TRUNCATED):
                 source.note_damaged(info.block_hash)
             return reason

@@ -36,6 +36,7 @@ from tierkv.daemon.messages import LimitStatus, Message, StatusReport
 from tierkv.daemon.metrics import serve_metrics
 from tierkv.daemon.operation import NO_MANAGER, Operation
 from tierkv.daemon.peers import Peers
+from tierkv.daemon.reading import Reading, open_reading
 from tierkv.daemon.remote_blocks import RemoteBlocks
 from tierkv.daemon.requests import Requests
 from tierkv.daemon.service_manager import ServiceManager
@@ -99,10 +100,16 @@ def serve(
             remotes = stack.enter_context(Remotes(urls, store=store))
         slab = Slab(config.warm_bytes, num_threads=config.num_io_threads)
         threads = stack.enter_context(ThreadPoolExecutor(config.num_io_threads, thread_name_prefix="tierkv-io"))
+        reading = Reading(threads, None)
+        if store is not None:
+            reading = stack.enter_context(open_reading(slab, threads, config))
         operation = Operation(reload, manager, version)
-        server = _Server(config, listener, store, slab, threads, ending, operation, remotes)
+        server = _Server(config, listener, store, slab, threads, reading, ending, operation, remotes)
         end.core = server.core
-        if asyncio.run(server.run(started)):
+        is_quiet = asyncio.run(server.run(started))
+        if reading.readers:
+            reading.readers.close()
+        if is_quiet:
             slab.close()  # else a thread may still write into it: it is unmapped with the process
         end.note_written()
         _log.info(LogEvent("stopped", not_written=server.core.num_writes))
@@ -124,6 +131,7 @@ class _Server:
         store: ColdStore | None,
         slab: Slab,
         threads: ThreadPoolExecutor,
+        reading: Reading,
         ending: Ending,
         operation: Operation,
         remotes: Remotes | None,
@@ -159,6 +167,7 @@ class _Server:
         self._store = store
         self._slab = slab
         self._threads = threads
+        self._reading = reading
         self._started_at = time.monotonic()
         self._files = StateFiles()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -169,7 +178,14 @@ class _Server:
         loop = asyncio.get_running_loop()
         stopping = asyncio.Event()
         self._ending.handle_signals(partial(_set_soon, loop, stopping), reload=self._operation.reload_at_signal)
-        loader = Loader(self.core, self._slab, self._threads, loaded=self.notify_waiters, remote=self._remote)
+        loader = Loader(
+            self.core,
+            self._slab,
+            self._reading.threads,
+            loaded=self.notify_waiters,
+            remote=self._remote,
+            readers=self._reading.readers,
+        )
         self._prefetcher = prefetcher = Prefetcher(self.core, loader, self._remote)
         writer = StoreWriter(self.core, self._store, self._slab, self._threads)
         self._requests = Requests(
@@ -357,6 +373,7 @@ class _Server:
                 **core.counters,
                 "evicted_blocks": core.slab.evictions,
                 **(self._remote.counters() if self._remote else {}),
+                **self._reading.counters(),
             },
             tenants=tenant_statuses(core),
             cold={

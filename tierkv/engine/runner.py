@@ -32,11 +32,13 @@ from tierkv.engine.model_support import (
 from tierkv.engine.models import LoadedModel
 from tierkv.engine.replication import are_replicated
 from tierkv.engine.request_builder import RequestBuilder
+from tierkv.engine.sparse.options import SparseDecode
 from tierkv.engine.step_loop import StepLoop
 from tierkv.errors import ConfigError
 from tierkv.ranks.group import OneRank, RankGroup, agree_min
 from tierkv.ranks.hosts import count_on_host
 from tierkv.ranks.monitor import RankMonitor, open_monitor
+from tierkv.readers.choice import choose_num_readers
 from tierkv.requests.sequence import Sequence
 from tierkv.storage.cold import ColdStore
 from tierkv.values.checks import check_count
@@ -65,6 +67,8 @@ class Runner:
     state: the model's state when the cache's namespace was made; None reads it now.
     mla: how the cache's layout was chosen; None takes it as the cache has it. It says by `mla.latent` how a DeepSeek
     model attends to the latents in the cache, None for K and V, and by `mla.fallbacks` what failed its self-test.
+    sparse: None, or how much of a long sequence each decode step reads. Its answers are approximate, and nothing that
+    they computed is kept: see `SparseDecode`. Prompts are computed exactly, and kept, as ever.
     monitor: of a rank of a split model, which notifies the others when a step fails.
     step_loop: computes all requests, of this runner and of its engine.
 
@@ -86,6 +90,7 @@ class Runner:
         attention_table: Path | None = None,
         state: ModelState | None = None,
         mla: MlaChoice | None = None,
+        sparse: SparseDecode | None = None,
         monitor: RankMonitor | None = None,
     ) -> None:
         if cascade not in ("auto", "off"):
@@ -94,7 +99,10 @@ class Runner:
         self.cache = cache
         self.max_step_tokens: int = check_count("max_step_tokens", max_step_tokens, least=1)
         self.mla: MlaChoice = mla or _mla_of(loaded, cache)
+        self.sparse: SparseDecode | None = sparse
         latent = self.mla.latent
+        if latent and sparse:
+            raise ConfigError("sparse decode does not read latents", hint='open the model with mla="expanded"')
         self._pass = ForwardPass(
             loaded,
             cache,
@@ -109,6 +117,7 @@ class Runner:
                 num_layers=cache.layout.num_layers,
                 waits=cache.ranks.size > 1,
             ),
+            sparse=sparse,
         )
         self._attention = MlaSwitch(loaded.model, latent) if latent else AttentionSwitch(loaded.model)
         state = state or read_stable_state(loaded.model)
@@ -130,6 +139,11 @@ class Runner:
     def cascade_steps(self) -> int:
         """Forward passes in which sequences read a shared prefix together."""
         return self._pass.cascade_steps
+
+    @property
+    def sparse_tokens(self) -> int:
+        """Tokens that were computed by sparse attention, and of which the cache has kept nothing."""
+        return self._pass.sparse.num_tokens if self._pass.sparse else 0
 
     @property
     def compute_or_load(self) -> bool:
@@ -269,6 +283,7 @@ def open_runner(
     mla: str = "auto",
     attention: str = "auto",
     attention_table: Path | None = None,
+    sparse: SparseDecode | None = None,
 ) -> Iterator[Runner]:
     """Check that a model can be cached, open a cache for it, yield a `Runner`, and close the cache.
 
@@ -277,7 +292,7 @@ def open_runner(
     cold: an open store to use in place of `config.cold_path`.
     ranks: of a model that is split over several processes; all of them call this function together. Sizes in `config`
     are of one rank, except `cold_bytes`: one store serves all ranks of a machine. Unless `num_io_threads` is given, the
-    ranks of a machine share its cores: together they have no more such threads than cores, but each has one.
+    ranks of a machine share its cores: together they have no more such threads, and reader processes, than cores.
     What every rank computes as a whole, such as the latent, is stored by one of them.
     mla: "auto" keeps the latent of multi-latent attention in place of K and V where that is supported (DeepSeek-V2 and
     V3) and passes the self-test, "expanded" never, "latent" raises where it cannot. The other options are `Runner`'s.
@@ -328,6 +343,7 @@ def open_runner(
                 attention_table=attention_table,
                 state=state,
                 mla=choice,
+                sparse=sparse,
                 monitor=monitor,
             )
         yield runner
@@ -340,8 +356,16 @@ def _mla_of(loaded: LoadedModel, cache: TierCache) -> MlaChoice:
 
 
 def _share_cores(config: CacheConfig, ranks: RankGroup) -> CacheConfig:
-    """Return the config with the I/O threads of a rank that shares the machine's cores; a number given stays."""
+    """Return the config with the I/O threads and reader processes of a rank that shares the machine's cores.
+
+    A number that was given stays.
+    """
     if ranks.size == 1:
         return config
-    num_here = count_on_host(ranks)  # by all ranks, whether or not each has a number of its own
-    return config if config.num_io_threads else replace(config, num_io_threads=default_io_threads(num_here))
+    num_here = count_on_host(ranks)  # by all ranks, whether or not each has numbers of its own
+    readers = config.num_reader_processes
+    return replace(
+        config,
+        num_io_threads=config.num_io_threads or default_io_threads(num_here),
+        num_reader_processes=choose_num_readers(None, ranks=num_here) if readers is None else readers,
+    )

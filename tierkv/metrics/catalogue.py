@@ -117,6 +117,9 @@ DAEMON_TOTALS = (
     _counter("tierkv_daemon_stored_blocks", "Published blocks that are in the store."),
     _counter("tierkv_daemon_loaded_blocks", "Blocks read from the store or a state file into the warm tier."),
     _counter("tierkv_daemon_prefetched_blocks", "Those of them that were read before a request."),
+    _gauge("tierkv_daemon_reader_processes", "Processes that are ready to decode blocks of the store."),
+    _counter("tierkv_daemon_reader_blocks", "Blocks that they have decoded."),
+    _counter("tierkv_daemon_reader_failures", "Reader processes that ended or did not answer."),
     _gauge("tierkv_daemon_remotes_up", "Remote tiers that are asked."),
 )
 DAEMON_BY_REASON = (

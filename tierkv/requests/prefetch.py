@@ -110,7 +110,7 @@ class Prefetcher:
         hits = [hit for hit in found.rest() if hit.tier is Tier.COLD][:most]
         if found.miss is MissReason.IO_ERROR:
             self._count(found.miss)
-        size = max(1, min(tiers.memory.num_threads, len(tiers.memory.raw.slots) // _SHARE))
+        size = max(1, min(tiers.memory.read_threads.num_threads, len(tiers.memory.raw.slots) // _SHARE))
         num_blocks = 0
         for start in range(0, len(hits), size):
             if prompt.handle.is_cancelled or self._is_closing.is_set():
@@ -132,7 +132,7 @@ class Prefetcher:
             if tiers.memory.compression:
                 slots = tiers.try_take_warm(len(places))
                 held += [Place(Tier.WARM, slot) for slot in slots]
-            outcomes = tiers.memory.threads.map(Priority.PREFETCH, self._read, wave, places, slots)
+            outcomes = tiers.memory.read_threads.map(Priority.PREFETCH, self._read, wave, places, slots)
             for num_good, (hit, slot, reason) in enumerate(zip(wave, slots, outcomes, strict=False)):
                 reason = reason or self._enter(hit, slot)
                 if reason:

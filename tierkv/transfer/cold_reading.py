@@ -9,6 +9,7 @@ from concurrent.futures import Future, wait
 from tierkv.background.work_queue import Priority
 from tierkv.errors import StoreError
 from tierkv.storage.coded import CodedBlock
+from tierkv.storage.cold import ColdStore
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import BlockInfo
 from tierkv.transfer.lookup import Hit
@@ -48,9 +49,13 @@ class ColdReading:
             ahead.source.read_ahead([ahead.block_hash])
         info = BlockInfo.of(hit, namespace=tiers.namespace, content_digest=hit.content_digest)
         coded = CodedBlock()
-        wanted = {"coded": coded} if tiers.memory.frames and may_stay_coded else {}
+        memory, out = tiers.memory, tiers.memory.raw.slots[place.slot]
+        wanted = {"coded": coded} if memory.frames and may_stay_coded else {}
         try:
-            reason = hit.source.read_into(info, tiers.memory.raw.slots[place.slot], layout=tiers.layout, **wanted)
+            if memory.readers and isinstance(hit.source, ColdStore):
+                reason = hit.source.read_into(info, out, layout=tiers.layout, decoders=memory.readers, **wanted)
+            else:
+                reason = hit.source.read_into(info, out, layout=tiers.layout, **wanted)
         except StoreError:
             return MissReason.IO_ERROR
         return coded if reason is None else reason
@@ -134,7 +139,7 @@ class ColdReads:
         """Keep the threads busy: read so many blocks, and as many behind them as there are threads."""
         tiers = self._tiers
         first = self._num_taken + len(self._in_flight)
-        count = min(len(self._hits), self._num_taken + most + tiers.memory.num_threads) - first
+        count = min(len(self._hits), self._num_taken + most + tiers.memory.read_threads.num_threads) - first
         if count <= 0:
             return
         places = tiers.try_take_raw(count)
@@ -145,7 +150,7 @@ class ColdReads:
             at = first + number
             ahead = self._hits[at + _AHEAD_BLOCKS] if at + _AHEAD_BLOCKS < len(self._hits) else None
             try:
-                read = tiers.memory.threads.submit(
+                read = tiers.memory.read_threads.submit(
                     Priority.REQUEST, self._reading.read_one, self._hits[at], place, ahead
                 )
             except BaseException:

@@ -15,6 +15,7 @@ from tierkv.index.index import Index
 from tierkv.policies import EvictionPolicy, make_policy
 from tierkv.ranks.group import RankGroup
 from tierkv.ranks.hosts import is_first_with, place_of
+from tierkv.readers.choice import choose_num_readers
 from tierkv.remote_tiers.remotes import Remotes
 from tierkv.remote_tiers.urls import remote_urls
 from tierkv.storage.codecs import Codec
@@ -22,7 +23,7 @@ from tierkv.storage.cold import ColdStore
 from tierkv.storage.hot import HotPool, hot_pool_blocks
 from tierkv.transfer.codec_choice import codec_of, namespace_of
 from tierkv.transfer.daemon_tiers import DaemonTiers
-from tierkv.transfer.memory import TierMemory, no_warm_memory, open_warm_memory
+from tierkv.transfer.memory import TierMemory, WarmMemory, no_warm_memory, open_warm_memory
 from tierkv.transfer.observers import Observers
 from tierkv.transfer.offload import Offloader
 from tierkv.transfer.tiers import Tiers
@@ -125,6 +126,7 @@ def close_tiers(tiers: Tiers, daemon: DaemonTiers | None, *, is_quiet: bool, is_
     otherwise that stays until Python collects it. owns_cold: no other cache uses the store.
     """
     tiers.end_copies()
+    tiers.memory.close_readers()
     if daemon:
         daemon.close()
     if is_quiet:
@@ -171,7 +173,7 @@ def _make_tiers(
         compression=warm.compression,
         frames=warm.frames,
         threads=PriorityThreadPool(config.io_threads, name="tierkv-io"),
-        num_threads=config.io_threads,
+        num_readers=_num_readers(config, namespace, warm) if cold else 0,
         loaders=ThreadPoolExecutor(_NUM_LOADERS, thread_name_prefix="tierkv-load"),
     )
     return Tiers(
@@ -186,6 +188,15 @@ def _make_tiers(
         memory=memory,
         cold=cold,
         write_wait_s=config.write_wait_s,
+    )
+
+
+def _num_readers(config: CacheConfig, namespace: Namespace, warm: WarmMemory) -> int:
+    """Return how many reader processes a cache with a store has: none by itself where a GPU decodes."""
+    if warm.frames and config.num_reader_processes is None:
+        return 0
+    return choose_num_readers(
+        config.num_reader_processes, block_bytes=namespace.layout.block_bytes, ranks=namespace.tp_size
     )
 
 

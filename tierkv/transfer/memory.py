@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from tierkv.index.slots import SlotPool
 from tierkv.movers.frames import FrameMover, can_decode
 from tierkv.movers.mover import Mover
 from tierkv.movers.windows import WindowMover, window_format
+from tierkv.readers.pool import ReaderPool
 from tierkv.storage.codec import Bytes
 from tierkv.storage.codecs import Codec
 from tierkv.storage.hot import HotPool
@@ -65,9 +66,9 @@ class TierMemory:
     """What moves the blocks of one cache: memory, movers, and the threads that read, decode and encode.
 
     raw: blocks as they are, beside the hot tier: the warm tier's own places, or the staging slots.
-    frames: decodes cold blocks on the GPU, where that is possible. threads: num_threads of them, a request's work
-    first. loaders: a thread for each request that loads while it computes. reserved_raw: places in `raw` that the write
-    thread always holds.
+    frames: decodes cold blocks on the GPU, where that is possible. threads: a request's work first. read_threads: those
+    that read cold blocks; the same ones without reader processes, else one for each process at least. loaders: a thread
+    for each request that loads while it computes. reserved_raw: places in `raw` that the write thread always holds.
     """
 
     layout: BlockLayout
@@ -78,13 +79,21 @@ class TierMemory:
     compression: Compression | None
     frames: FrameMover | None
     threads: PriorityThreadPool
-    num_threads: int
+    num_readers: InitVar[int]
     loaders: ThreadPoolExecutor
     raw: WarmPool = field(init=False)
+    readers: ReaderPool | None = field(init=False)
+    read_threads: PriorityThreadPool = field(init=False)
     reserved_raw: int = 0
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, num_readers: int) -> None:
         self.raw = self.compression.staging if self.compression else self.warm
+        self.read_threads = self.threads
+        num_threads = self.threads.num_threads
+        self.readers = ReaderPool.of_slab(self.raw, num_processes=num_readers, num_in_process=num_threads)
+        if self.readers:
+            self.read_threads = PriorityThreadPool(max(num_threads, num_readers), name="tierkv-read")
+            self.readers.start()
 
     def copy_warm(self, slot: int) -> Bytes:
         """Return a copy of the block in a warm slot, decompressed. The caller makes sure that it stays there."""
@@ -94,10 +103,17 @@ class TierMemory:
         self.compression.form.decompress(self.warm.slots[slot], block)
         return block
 
+    def close_readers(self) -> None:
+        """End the reader processes; threads read what is still wanted. Bounded. May be called twice."""
+        if self.readers:
+            self.readers.close()
+
     def close(self) -> None:
         """Free threads and memory, once everything in flight has ended. May be called twice."""
         self.loaders.shutdown()
+        self.read_threads.shutdown()
         self.threads.shutdown()
+        self.close_readers()
         if self.compression:
             self.compression.mover.close()
         self.mover.close()

@@ -275,7 +275,8 @@ class OverlappedLoad:
     def _start_reading(self, reading: deque[_Reading]) -> None:
         """Claim blocks and start to read them until every thread has a block and enough others are queued."""
         tiers = self._tiers
-        most = tiers.memory.num_threads + (_DECODED_AT_ONCE if tiers.memory.frames else tiers.memory.num_threads)
+        num_threads = tiers.memory.read_threads.num_threads
+        most = num_threads + (_DECODED_AT_ONCE if tiers.memory.frames else num_threads)
         while len(reading) < most and not self._is_cancelled.is_set():
             places = tiers.try_take_raw(1) if reading else tiers.take_raw(1)
             if not places:
@@ -286,7 +287,7 @@ class OverlappedLoad:
                 tiers.unpin(places)
                 return
             try:
-                decoded = tiers.memory.threads.submit(Priority.REQUEST, self._read, self.hits[at], places[0])
+                decoded = tiers.memory.read_threads.submit(Priority.REQUEST, self._read, self.hits[at], places[0])
             except BaseException:
                 tiers.unpin(places)
                 raise

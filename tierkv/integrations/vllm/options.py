@@ -26,6 +26,7 @@ class Options:
         options only block_tokens, compute_or_load and weights count beside it.
     warm_bytes: page-locked CPU memory of each worker. cold_bytes: quota of a new store.
     block_tokens: tokens of one stored block, rounded up to a multiple of the engine's block size.
+    num_reader_processes: of each worker; see `CacheConfig`.
     codec: how blocks are coded on disk. compute_or_load: compute a prefix where that was measured to be faster.
     remote: URLs of remote tiers (docs/remote.md). vLLM logs its options: write a password as `${NAME}`.
     num_io_threads: threads that read, decode and encode, of each worker. None shares the machine's cores among them.
@@ -38,6 +39,7 @@ class Options:
     cold_bytes: int | None = None
     block_tokens: int = 256
     codec: str = "auto"
+    num_reader_processes: int | None = None
     remote: RemoteOption = field(default=(), repr=False)  # it may have a password
     compute_or_load: bool = True
     num_io_threads: int | None = None
@@ -78,6 +80,7 @@ class Options:
             warm_bytes=0 if lookup_only else self.warm_bytes,
             cold_bytes=self.cold_bytes,
             codec=self.codec,
+            num_reader_processes=self.num_reader_processes,
             remote=self.remote,
             num_io_threads=self.num_io_threads or default_io_threads(num_workers),
         )

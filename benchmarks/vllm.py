@@ -2,6 +2,7 @@
 
 One process is one life of an engine; lives of a mode share a store, so the second is a restart. The model has random
 weights and Llama-3.1-8B's shape. Each mode runs in the same minutes on the same machine: compare within one table.
+With `--tensor-parallel N` the model is split over N GPUs, and each worker saves and loads its own slice.
 """
 
 from __future__ import annotations
@@ -40,6 +41,13 @@ _DECODES = ("none", "tierkv", "tierkv-raw", "tierkv-socket")
 _VOCABULARY = 32000
 _NUM_DECODING = 32
 _DECODE_ROUNDS = 5
+_CPU_SETTINGS = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "GLOO_SOCKET_IFNAME": "lo",
+}
+_LIFE_S = {False: 240, True: 1200}  # by --cpu
 _GRAPH_SIZES = [1, 2, 4, 8, 16, 32, 64]  # fewer than vLLM captures of itself: a life starts sooner
 
 
@@ -55,15 +63,18 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--decode", action="store_true", help="decode beside saves; nothing else")
+    parser.add_argument("--cpu", action="store_true", help="two narrow layers on a CPU: shows that it works, no speeds")
     parser.add_argument("--eager", action="store_true", help="without torch.compile and CUDA graphs")
     parser.add_argument("--life", choices=list(_LIVES))
     parser.add_argument("--number", type=int, default=0)
     parser.add_argument("--weights", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.cpu and arguments.model == parser.get_default("model"):
+        arguments.model = Path("/dev/shm/tierkv-llama-cpu")
     if arguments.life:
         _run_life(arguments)
         return
-    _make_model(arguments.model, arguments.layers)
+    _make_model(arguments.model, arguments.layers, is_narrow=arguments.cpu)
     arguments.weights = weights_digest(arguments.model)
     rows: list[dict[str, Any]] = []
     for mode in [mode for mode in arguments.modes if not arguments.decode or mode in _DECODES]:
@@ -92,8 +103,9 @@ def _life(arguments: argparse.Namespace, mode: str, number: int, folder: Path) -
     ]
     for name in ("layers", "prefix", "block_size", "tensor_parallel", "model", "weights"):
         command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
-    command += [f"--{name}" for name in ("decode", "eager") if getattr(arguments, name)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=240)
+    command += [f"--{name}" for name in ("decode", "eager", "cpu") if getattr(arguments, name)]
+    limit_s = _LIFE_S[arguments.cpu]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=limit_s)
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"mode"')]
     if done.returncode or not rows:
         print(f"{mode}, life {number} failed:\n{done.stderr[-3000:]}", file=sys.stderr, flush=True)
@@ -105,7 +117,7 @@ def _life(arguments: argparse.Namespace, mode: str, number: int, folder: Path) -
 
 
 def _run_life(arguments: argparse.Namespace) -> None:
-    for name, value in _SETTINGS.items():
+    for name, value in (_SETTINGS | (_CPU_SETTINGS if arguments.cpu else {})).items():
         os.environ.setdefault(name, value)
     import torch
 
@@ -116,21 +128,25 @@ def _run_life(arguments: argparse.Namespace) -> None:
     store = arguments.folder / mode
     options: dict[str, Any] = {}
     if mode != "none":
-        options["kv_transfer_config"] = _transfer_config(mode, store, arguments.weights)
-    if not arguments.eager:
+        options["kv_transfer_config"] = _transfer_config(mode, store, arguments.weights, is_small=arguments.cpu)
+    if arguments.tensor_parallel > 1:
+        options["distributed_executor_backend"] = "mp"
+    if arguments.cpu:
+        options |= {"disable_custom_all_reduce": True}
+    else:
+        options |= {"attention_backend": "FLASH_ATTN", "gpu_memory_utilization": 0.6}
+    if not arguments.eager and not arguments.cpu:
         options["compilation_config"] = {"cudagraph_capture_sizes": _GRAPH_SIZES}
     llm = LLM(
         str(arguments.model),
-        dtype="bfloat16",
+        dtype="float32" if arguments.cpu else "bfloat16",
         max_model_len=arguments.prefix + 2048,
         max_num_batched_tokens=16384,
         max_num_seqs=64,
         block_size=arguments.block_size,
         tensor_parallel_size=arguments.tensor_parallel,
-        gpu_memory_utilization=0.6,
-        enforce_eager=arguments.eager,
+        enforce_eager=arguments.eager or arguments.cpu,
         enable_prefix_caching=True,
-        attention_backend="FLASH_ATTN",
         **options,
     )
 
@@ -141,15 +157,18 @@ def _run_life(arguments: argparse.Namespace) -> None:
 
     def ask(prompts: list[list[int]], new_tokens: int, **more: Any) -> tuple[float, list[Any]]:
         parameters = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True, **more)
-        torch.cuda.synchronize()
+        if not arguments.cpu:
+            torch.cuda.synchronize()
         begun = time.perf_counter()
         answers = llm.generate([{"prompt_token_ids": each} for each in prompts], parameters, use_tqdm=False)
-        return time.perf_counter() - begun, [answer.outputs[0] for answer in answers]
+        return time.perf_counter() - begun, answers
 
     def first_token(what: str, seed: int, tail: int = 32) -> None:
         seconds, (answer,) = ask([_tokens(seed, arguments.prefix) + _tokens(1000 + tail, tail)], 1, logprobs=2)
-        best, second, *_ = sorted((each.logprob for each in answer.logprobs[0].values()), reverse=True)
-        report(what, 1e3 * seconds, ids=list(answer.token_ids), lead=round(best - second, 4))
+        (chosen,) = answer.outputs
+        best, second, *_ = sorted((each.logprob for each in chosen.logprobs[0].values()), reverse=True)
+        more = {"prompt": [seed, tail], "cached_tokens": answer.num_cached_tokens, "lead": round(best - second, 4)}
+        report(what, 1e3 * seconds, ids=list(chosen.token_ids), **more)
 
     ask([_tokens(90 + number, arguments.prefix + 32)], 1)  # what is compiled at its first use
     ask([_tokens(95, 40)], 8)
@@ -191,14 +210,16 @@ def _daemon(folder: Path) -> Iterator[None]:
         daemon.wait()
 
 
-def _transfer_config(mode: str, store: Path, weights: str) -> dict[str, Any]:
+def _transfer_config(mode: str, store: Path, weights: str, *, is_small: bool) -> dict[str, Any]:
     common = {"kv_role": "kv_both", "kv_load_failure_policy": "recompute"}
     if mode.startswith("tierkv"):
         extra: dict[str, Any] = {"weights": weights}
         if mode == "tierkv-socket":
             extra |= {"socket": str(store.parent / "socket")}
         else:
-            extra |= {"path": str(store), "warm_bytes": 8 << 30}
+            extra |= {"path": str(store), "warm_bytes": 64 << 20 if is_small else 8 << 30}
+        if is_small:  # such a model is computed faster than it is loaded
+            extra |= {"compute_or_load": False, "block_tokens": 64}
         extra |= {"codec": "raw"} if mode == "tierkv-raw" else {}
         module = "tierkv.integrations.vllm"
         return common | {
@@ -215,29 +236,31 @@ def _transfer_config(mode: str, store: Path, weights: str) -> dict[str, Any]:
     return common | {"kv_connector": "OffloadingConnector", "kv_connector_extra_config": extra}
 
 
-def _make_model(folder: Path, num_layers: int) -> None:
-    """Write a random Llama of 8B's width, once."""
+def _make_model(folder: Path, num_layers: int, *, is_narrow: bool) -> None:
+    """Write a random Llama of 8B's width, or a narrow one of two layers, once."""
     if (folder / "config.json").exists():
         return
     import torch
     from transformers import LlamaConfig
 
+    width = 128 if is_narrow else 4096
     config = LlamaConfig(
         vocab_size=_VOCABULARY,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=num_layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
+        hidden_size=width,
+        intermediate_size=256 if is_narrow else 14336,
+        num_hidden_layers=2 if is_narrow else num_layers,
+        num_attention_heads=4 if is_narrow else 32,
+        num_key_value_heads=4 if is_narrow else 8,
+        head_dim=32 if is_narrow else 128,
         max_position_embeddings=65536,
         bos_token_id=1,
         eos_token_id=2,
         tie_word_embeddings=False,
-        dtype=torch.bfloat16,
+        dtype=torch.float32 if is_narrow else torch.bfloat16,
     )
-    save_model(folder, config, device="cuda")
-    torch.cuda.empty_cache()
+    save_model(folder, config, device="cpu" if is_narrow else "cuda")
+    if not is_narrow:
+        torch.cuda.empty_cache()
 
 
 def _tokens(seed: int, count: int) -> list[int]:
@@ -261,11 +284,18 @@ def _print(rows: list[dict[str, Any]]) -> None:
     for what in dict.fromkeys(row["what"] for row in rows):
         values = {mode: [row["value"] for row in rows if (row["mode"], row["what"]) == (mode, what)] for mode in modes}
         print(f"{what:<44}" + "".join(f"{median(found) if found else '':>13}" for found in values.values()))
+    answers: dict[str, set[str]] = {}
     asked = [row for row in rows if "ids" in row]
+    for row in asked:
+        answers.setdefault(str(row["prompt"]), set()).add(str(row["ids"]))
     if asked:
-        kinds, lead = {str(row["ids"]) for row in asked}, min(row["lead"] for row in asked)
-        print(f"different first tokens of the same prompts over all modes: {len(kinds)} kinds")
+        num_different = sum(len(each) > 1 for each in answers.values())
+        print(f"prompts whose first token differs between modes or lives: {num_different} of {len(answers)}")
+        lead = min(row["lead"] for row in asked)
         print(f"the least lead of one over the second best: {lead:.4f} of log-probability")
+    for mode in modes:
+        cached = [row["cached_tokens"] for row in asked if row["mode"] == mode]
+        print(f"{mode}: cached tokens of its prompts {cached}")
 
 
 if __name__ == "__main__":

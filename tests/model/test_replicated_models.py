@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rank_worker import prompt_of
+import torch
+from rank_worker import block_size_of, prompt_of
 from test_tensor_parallel import COLD, Ranks, cached
 
 LENGTH = len(prompt_of("cpu"))
-RECORDS = 5  # three whole blocks, the last one with what was generated, and the partial one of the prompt
+NEEDS_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="not two GPUs on this machine")
 
 
-def ranks_of(directory: Path, size: int) -> Ranks:
-    ranks = Ranks(directory, "cpu")
+def ranks_of(directory: Path, size: int, device: str = "cpu") -> Ranks:
+    ranks = Ranks(directory, device)
     ranks.size = size
     return ranks
 
@@ -25,11 +26,22 @@ def values(seen: list[Any], name: str) -> list[Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("size", "family"),
-    [(2, "deepseek_v2 with q_lora and yarn"), (4, "deepseek_v2"), (2, "deepseek_v3"), (4, "deepseek_v3 with yarn")],
+    ("size", "device", "family"),
+    [
+        pytest.param(*each, id=" ".join(map(str, each)), marks=NEEDS_GPUS if each[1] == "cuda" else ())
+        for each in (
+            (2, "cpu", "deepseek_v2 with q_lora and yarn"),
+            (4, "cpu", "deepseek_v2"),
+            (2, "cpu", "deepseek_v3"),
+            (4, "cpu", "deepseek_v3 with yarn"),
+            (2, "cuda", "deepseek_v2 of 512 and 64"),
+        )
+    ],
 )
-def test_the_latent_is_stored_once_and_every_rank_restarts_from_it(tmp_path: Path, size: int, family: str) -> None:
-    ranks = ranks_of(tmp_path, size)
+def test_the_latent_is_stored_once_and_every_rank_restarts_from_it(
+    tmp_path: Path, size: int, device: str, family: str
+) -> None:
+    ranks, length = ranks_of(tmp_path, size, device), len(prompt_of(device))
     (first,) = ranks.run(f"generate:{family}")
     again, damaged, fixed = _damaged_after_a_restart(ranks, family)
     for seen in (first, again, damaged, fixed):
@@ -40,9 +52,9 @@ def test_the_latent_is_stored_once_and_every_rank_restarts_from_it(tmp_path: Pat
     assert values(first, "written_bytes")[0] > 0
     assert values(first, "written_bytes")[1:] == [0] * (size - 1)
     assert len(set(values(first, "records"))) == 1
-    assert cached(again, COLD) == cached(fixed, COLD) == [LENGTH - 1] * size
+    assert cached(again, COLD) == cached(fixed, COLD) == [length - 1] * size
     assert values(again, "records") == values(first, "records")
-    assert [int(one["cached"].sum()) for one in damaged] == [16] * size
+    assert [int(one["cached"].sum()) for one in damaged] == [block_size_of(device)] * size
     assert all("corrupt=1" in one["reasons"] for one in damaged)
 
 

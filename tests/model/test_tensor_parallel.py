@@ -237,11 +237,18 @@ def test_a_model_that_is_split_by_layers_is_refused() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "family", "action"), [(2, "llama", "fail"), (4, "llama of 4 heads", "fail_serving")])
+@pytest.mark.parametrize(
+    ("size", "device", "family", "action"),
+    [
+        pytest.param(2, "cpu", "llama", "fail", id="2 cpu llama fail"),
+        pytest.param(4, "cpu", "llama of 4 heads", "fail_serving", id="4 cpu llama of 4 heads fail_serving"),
+        pytest.param(2, "cuda", "llama", "fail", id="2 cuda llama fail", marks=DEVICES[1].marks),  # type: ignore[attr-defined]
+    ],
+)
 def test_a_rank_that_fails_in_a_step_and_lives_on_ends_the_others_in_bounded_time(
-    tmp_path: Path, size: int, family: str, action: str
+    tmp_path: Path, size: int, device: str, family: str, action: str
 ) -> None:
-    ranks = Ranks(tmp_path, "cpu")
+    ranks = Ranks(tmp_path, device)
     ranks.size = size
     *others, failed = processes = ranks.start(f"{action}:{family}")
     try:

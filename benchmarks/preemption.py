@@ -62,8 +62,9 @@ def measure(runner: Runner, tokens: int, repeats: int) -> dict[str, float]:
             answers.append(answer)
             if repeat:
                 times[way].append(seconds)
-        if answers != [answers[0]] * len(_WAYS):
-            print(f"{tokens} tokens: the answers differ, as computing in other passes may round in another way")
+        others = [way for way, answer in zip(_WAYS, answers, strict=True) if answer != answers[0]]
+        if others:
+            print(f"{tokens} tokens: another answer after {', '.join(others)}: other passes may round in another way")
     return {way: statistics.median(each) for way, each in times.items()}
 
 

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -167,8 +168,11 @@ def _run_rank(rank: int, size: int, directory: Path, options: _Options) -> None:
     )
     try:
         _bench(device, directory, options)
-    finally:
-        distributed.destroy_process_group()
+    except Exception:  # noqa: BLE001 - destroying the group would wait for the graphs that the traceback keeps
+        traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(1)
+    distributed.destroy_process_group()
 
 
 def _bench(device: torch.device, directory: Path, options: _Options) -> None:
@@ -326,6 +330,7 @@ def _decode_s(runner: Runner, prefix: list[int], options: _Options) -> float:
 def _loss_line(runner: Runner, prefix: list[int], options: _Options) -> str:
     """Remove a block in the middle of the prompt from the last rank; return a line with the tokens found after that."""
     cache = runner.cache
+    runner.compute_or_load = False  # else a slow store is not asked at all
     size = cache.config.block_size
     at = len(prefix) // size // 2
     distributed.barrier()

@@ -139,16 +139,17 @@ def _run_life(arguments: argparse.Namespace) -> None:
 
     report("seconds to start", time.perf_counter() - started)
 
-    def ask(prompts: list[list[int]], new_tokens: int) -> tuple[float, list[list[int]]]:
-        parameters = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True)
+    def ask(prompts: list[list[int]], new_tokens: int, **more: Any) -> tuple[float, list[Any]]:
+        parameters = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True, **more)
         torch.cuda.synchronize()
         begun = time.perf_counter()
         answers = llm.generate([{"prompt_token_ids": each} for each in prompts], parameters, use_tqdm=False)
-        return time.perf_counter() - begun, [list(answer.outputs[0].token_ids) for answer in answers]
+        return time.perf_counter() - begun, [answer.outputs[0] for answer in answers]
 
     def first_token(what: str, seed: int, tail: int = 32) -> None:
-        seconds, ids = ask([_tokens(seed, arguments.prefix) + _tokens(1000 + tail, tail)], 1)
-        report(what, 1e3 * seconds, ids=ids[0])
+        seconds, (answer,) = ask([_tokens(seed, arguments.prefix) + _tokens(1000 + tail, tail)], 1, logprobs=2)
+        best, second, *_ = sorted((each.logprob for each in answer.logprobs[0].values()), reverse=True)
+        report(what, 1e3 * seconds, ids=list(answer.token_ids), lead=round(best - second, 4))
 
     ask([_tokens(90 + number, arguments.prefix + 32)], 1)  # what is compiled at its first use
     ask([_tokens(95, 40)], 8)
@@ -260,8 +261,11 @@ def _print(rows: list[dict[str, Any]]) -> None:
     for what in dict.fromkeys(row["what"] for row in rows):
         values = {mode: [row["value"] for row in rows if (row["mode"], row["what"]) == (mode, what)] for mode in modes}
         print(f"{what:<44}" + "".join(f"{median(found) if found else '':>13}" for found in values.values()))
-    ids = {(row["mode"], json.dumps(row["ids"])) for row in rows if "ids" in row}
-    print(f"different first tokens of the same prompts over all modes: {len({each for _, each in ids})} kinds")
+    asked = [row for row in rows if "ids" in row]
+    if asked:
+        kinds, lead = {str(row["ids"]) for row in asked}, min(row["lead"] for row in asked)
+        print(f"different first tokens of the same prompts over all modes: {len(kinds)} kinds")
+        print(f"the least lead of one over the second best: {lead:.4f} of log-probability")
 
 
 if __name__ == "__main__":

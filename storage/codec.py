@@ -29,6 +29,7 @@ from tierkv.values.layout import Run
 
 __all__ = [
     "FRAME_BYTES",
+    "KEPT_BYTES",
     "LEVEL_3",
     "LITERALS_ONLY",
     "Bytes",
@@ -58,7 +59,8 @@ _EIGHT = np.uint16(8)
 FRAME_BYTES = 256 << 10
 """Bytes of a run per coded frame: smaller costs ratio, larger leaves no work for parallel decoders."""
 
-_KEPT_BYTES = 24 << 20  # glibc regards no longer one than 32 MiB
+KEPT_BYTES = 24 << 20
+"""The longest piece of memory that glibc shall keep when it is freed; it regards none longer than 32 MiB."""
 
 LEVEL_3 = zstandard.ZstdCompressionParameters.from_level(3)
 LITERALS_ONLY = zstandard.ZstdCompressionParameters(
@@ -180,7 +182,7 @@ def _keep_freed_memory() -> None:
     of the next ones took a third of the time of decoding. Once a block of some MiB has been freed, glibc keeps what is
     freed at the end of its memory, up to twice as many bytes (mallopt(3), M_MMAP_THRESHOLD).
     """
-    np.empty(_KEPT_BYTES, dtype=np.uint8)
+    np.empty(KEPT_BYTES, dtype=np.uint8)
 
 
 def _check_size(frame: Bytes, plane_bytes: int) -> None:

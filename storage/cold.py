@@ -8,7 +8,6 @@ Why the store stays consistent: cold_batch.py. What a crash leaves: lmdb_env.py,
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,9 +27,7 @@ from tierkv.storage.cold_eviction import (
 )
 from tierkv.storage.cold_notes import ColdStats, Counters, PendingNotes
 from tierkv.storage.cold_opening import adopt_format_and_quota
-from tierkv.storage.cold_pins import iter_pin_ends
 from tierkv.storage.cold_rows import (
-    BLOCKS,
     NAMES,
     QUOTA_KEY,
     ColdEntry,
@@ -42,7 +39,7 @@ from tierkv.storage.cold_rows import (
     with_history,
 )
 from tierkv.storage.cold_salvage import ColdSalvager
-from tierkv.storage.cold_tenants import TenantSettings, load_tenants
+from tierkv.storage.cold_tenants import TenantSettings
 from tierkv.storage.cold_writer import ColdWriter
 from tierkv.storage.lmdb_env import LmdbEnv
 from tierkv.storage.outcomes import MissReason, PutOutcome
@@ -144,23 +141,9 @@ class ColdStore(cold_reader.ColdReader):  # by the module's name: pyright's repo
             self._env.close()
 
     @property
-    def read_only(self) -> bool:
-        """Whether nothing may be written through this object."""
-        return self._env.read_only
-
-    @property
     def quota_bytes(self) -> int:
         """The store's quota, as it was when this object last wrote; `stats` has it as it is now."""
         return self._writer.quota_bytes
-
-    @property
-    def damaged(self) -> Path | None:
-        """Where a data file that could not be used was set aside when this store was opened."""
-        return self._env.damaged
-
-    def is_shared(self) -> bool:
-        """Return whether another process, or another object of this process, has the store open."""
-        return self._env.is_shared()
 
     def contains(self, block_hash: BlockHash) -> bool:
         """Return whether a block of this hash is stored."""
@@ -229,19 +212,6 @@ class ColdStore(cold_reader.ColdReader):  # by the module's name: pyright's repo
         self._counters.count_reads(reasons)
         return reasons
 
-    def read_ahead(self, block_hashes: Sequence[BlockHash]) -> None:
-        """Ask the system to fetch blocks that will be read soon; returns without them. Raises nothing."""
-        with contextlib.suppress(StoreError), self._env.data_file() as data:
-            data.fetch_values(BLOCKS, block_hashes)
-
-    def is_in_memory(self, block_hash: BlockHash) -> bool:
-        """Return whether reading a block takes no disk; True for a block that cannot be read. Raises nothing."""
-        try:
-            with self._env.data_file() as data:
-                return data.is_in_memory(BLOCKS, block_hash)
-        except StoreError:
-            return True
-
     def was_evicted(self, block_hash: BlockHash) -> bool:
         """Return whether this object evicted a block not long ago; it may be stored again."""
         return self._counters.was_evicted(block_hash)
@@ -309,16 +279,6 @@ class ColdStore(cold_reader.ColdReader):  # by the module's name: pyright's repo
                 if entry is not None:
                     batch.write_entry(block_hash, with_history(entry, old))
                     batch.set_pinned(block_hash, old.pinned, until=pin_end)
-
-    def pin_ends(self) -> dict[BlockHash, float]:
-        """Return when the pins of blocks end, of those that do, in seconds of the store's clock."""
-        with self._env.read() as txn:
-            return dict(iter_pin_ends(txn, self._databases))
-
-    def tenants(self) -> dict[str, TenantSettings]:
-        """Return the settings of each tenant that has any, by the hex sha256 of its salt, "" without one."""
-        with self._env.read() as txn:
-            return load_tenants(txn, self._databases)
 
     def set_tenants(
         self, changes: Mapping[str, TenantSettings | None], *, evict: bool = False, may_exceed: bool = False

@@ -101,6 +101,11 @@ class WriteBatch:
         """Store a quota, for every process that has the store open and for all later ones."""
         self.txn.put(QUOTA_KEY, pack_quota(quota_bytes), db=self.databases.meta)
 
+    def renew_quota(self) -> None:
+        """Store the quota again, so that LMDB has something to commit."""
+        if (packed := self.txn.get(QUOTA_KEY, db=self.databases.meta)) is not None:
+            self.txn.put(QUOTA_KEY, bytes(packed), db=self.databases.meta)
+
     @property
     def live_bytes(self) -> int:
         """Bytes of all values with their padding."""

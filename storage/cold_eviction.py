@@ -116,6 +116,20 @@ class EvictionCandidates:
         tenants = [usage.tenant_of(record.info.namespace) for record in records]
         return [limit if tenant in within_share else limit - reserved for tenant in tenants]
 
+    def make_room_in_file(self, batch: WriteBatch, records: Sequence[EncodedRecord], *, limit: int, room: int) -> int:
+        """Make room for records in a file that may grow by `room` bytes; below 0 it is longer than it may be.
+
+        Return how many bytes may be live with them, also beyond `limit`. Half of what they need is not counted on,
+        since trees need pages too. In a file that is too long a 16th stays free, because few values fit the gaps of a
+        full one.
+        """
+        needed = sum(padded_bytes(record.stored_bytes) for record in records)
+        most_bytes = batch.live_bytes + max(room - needed // 2, 0)
+        if room < 0:
+            most_bytes = min(most_bytes, batch.env.file_bytes // 16 * 15)
+        self.make_room_for(batch, records, limit=min(limit, most_bytes))
+        return most_bytes
+
     def make_room(self, batch: WriteBatch, *, to_bytes: int) -> bool:
         """Remove blocks until at most `to_bytes` are live. Return whether that was reached.
 
@@ -124,6 +138,11 @@ class EvictionCandidates:
         return self._make_room(batch, to_bytes, frozenset(), {}) or self._evict_until(
             batch, frozenset(), lambda: batch.live_bytes <= to_bytes, _any
         )
+
+    def make_spare(self, batch: WriteBatch, *, spare_bytes: int) -> None:
+        """Remove blocks of so many bytes, and of at least a 16th of the live ones."""
+        to_bytes = batch.live_bytes - max(batch.live_bytes // 16, spare_bytes)
+        self.make_room(batch, to_bytes=max(to_bytes, 0))
 
     def _make_room(
         self, batch: WriteBatch, to_bytes: int, keep: frozenset[BlockHash], incoming: Mapping[str | None, int]

@@ -17,6 +17,7 @@ from tierkv.storage.codecs import check_codec
 from tierkv.storage.coded import CodedBlock
 from tierkv.storage.cold_children import ChildrenTable
 from tierkv.storage.cold_descriptions import lossy_codec_in, read_lossy_codec, tenant_of_row
+from tierkv.storage.cold_pins import iter_pin_ends
 from tierkv.storage.cold_rows import (
     BLOCKS,
     NO_DESCRIPTION,
@@ -28,6 +29,7 @@ from tierkv.storage.cold_rows import (
     read_block_tokens,
     unpack_entry,
 )
+from tierkv.storage.cold_tenants import TenantSettings, load_tenants
 from tierkv.storage.lmdb_env import LmdbEnv, ReadTransaction
 from tierkv.storage.lmdb_file import CutShortError
 from tierkv.storage.outcomes import MissReason
@@ -68,6 +70,20 @@ class ColdReader:
     @property
     def _databases(self) -> Databases:
         return Databases(*self._env.handles)
+
+    @property
+    def read_only(self) -> bool:
+        """Whether nothing may be written through this object."""
+        return self._env.read_only
+
+    @property
+    def damaged(self) -> Path | None:
+        """Where a data file that could not be used was set aside when this store was opened."""
+        return self._env.damaged
+
+    def is_shared(self) -> bool:
+        """Return whether another process, or another object of this process, has the store open."""
+        return self._env.is_shared()
 
     def unshared(self) -> contextlib.AbstractContextManager[None]:
         """Keep other processes from opening the store meanwhile. Raises StoreError if one has it open."""
@@ -185,6 +201,29 @@ class ColdReader:
         with self._env.read() as txn:
             rows = namespace_rows(txn, self._databases)
         return [StoredNamespace.of(digest, row) for digest, row in rows.items()]
+
+    def pin_ends(self) -> dict[BlockHash, float]:
+        """Return when the pins of blocks end, of those that do, in seconds of the store's clock."""
+        with self._env.read() as txn:
+            return dict(iter_pin_ends(txn, self._databases))
+
+    def tenants(self) -> dict[str, TenantSettings]:
+        """Return the settings of each tenant that has any, by the hex sha256 of its salt, "" without one."""
+        with self._env.read() as txn:
+            return load_tenants(txn, self._databases)
+
+    def read_ahead(self, block_hashes: Sequence[BlockHash]) -> None:
+        """Ask the system to fetch blocks that will be read soon; returns without them. Raises nothing."""
+        with contextlib.suppress(StoreError), self._env.data_file() as data:
+            data.fetch_values(BLOCKS, block_hashes)
+
+    def is_in_memory(self, block_hash: BlockHash) -> bool:
+        """Return whether reading a block takes no disk; True for a block that cannot be read. Raises nothing."""
+        try:
+            with self._env.data_file() as data:
+                return data.is_in_memory(BLOCKS, block_hash)
+        except StoreError:
+            return True
 
     def tenant_bytes(self) -> dict[str | None, int]:
         """Return the live bytes of each tenant, by the hex sha256 of its salt; None has those of lost descriptions."""

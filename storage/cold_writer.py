@@ -25,7 +25,7 @@ from tierkv.storage.cold_notes import Counters, PendingNotes
 from tierkv.storage.cold_repair import repair_block
 from tierkv.storage.cold_rows import Databases, map_bytes_of, namespace_rows, padded_bytes
 from tierkv.storage.cold_tenants import TenantSettings, write_tenants
-from tierkv.storage.free_space import free_space, require_free
+from tierkv.storage.free_space import free_space, growth_room, require_free
 from tierkv.storage.lmdb_env import LmdbEnv
 from tierkv.storage.outcomes import PutOutcome
 from tierkv.storage.record import EncodedRecord
@@ -35,8 +35,9 @@ from tierkv.values.units import format_bytes
 
 __all__ = ["ColdWriter"]
 
-MAX_BATCH_BYTES = 64 << 20  # of one write transaction, whose dirty pages are held in memory
+MAX_BATCH_BYTES = 16 << 20  # of one write transaction, whose dirty pages are held in memory that the C library keeps
 MAX_BATCH_REMOVALS = 1024
+MAX_LIVE_BYTES = 1 << 62  # more than any disk has
 MAX_REPAIRS = 64  # of damaged pages that one transaction may come across
 PAUSE_S = 10.0  # after a put failed for a full disk or a busy store, all puts are refused for so long
 READER_CHECK_S = 60.0
@@ -327,11 +328,13 @@ class ColdWriter:
     def _insert(self, records: Sequence[EncodedRecord], needed: int) -> list[PutOutcome]:
         """Make room for records and insert them; the caller holds the lock."""
         assert self._lock.is_owned()
+        most_bytes = self._free_pages(records, needed)
         evicted: tuple[list[BlockHash], int] = [], 0
 
         def work(batch: WriteBatch) -> list[PutOutcome]:
             nonlocal evicted
-            limits = self._candidates.make_room_for(batch, records, limit=self._limit(batch, needed))
+            limit = min(batch.quota_bytes or self.quota_bytes, most_bytes)
+            limits = self._candidates.make_room_for(batch, records, limit=limit)
             evicted = list(batch.removed), batch.removed_bytes
             return [batch.insert_within(record, limit) for record, limit in zip(records, limits, strict=True)]
 
@@ -339,18 +342,28 @@ class ColdWriter:
         self._counters.count_evicted(*evicted)
         return outcomes
 
-    def _evict_spare(self, spare_bytes: int) -> None:
-        """Free so many bytes, and at least a 16th of the live ones: the disk may be far smaller than the quota.
+    def _free_pages(self, records: Sequence[EncodedRecord], needed: int) -> int:
+        """Evict for records that the file may not grow for. Return how many bytes may be live with them.
 
-        The caller holds the lock.
+        LMDB takes pages for new values only from transactions before the last one. So the blocks go in a transaction of
+        their own, and another one follows it. The caller holds the lock.
         """
         assert self._lock.is_owned()
+        most_bytes, room = MAX_LIVE_BYTES, growth_room(self._env.path, self._min_free_bytes)
 
         def work(batch: WriteBatch) -> None:
-            to_bytes = batch.live_bytes - max(batch.live_bytes // 16, spare_bytes)
-            self._candidates.make_room(batch, to_bytes=max(to_bytes, 0))
+            nonlocal most_bytes
+            quota_bytes = batch.quota_bytes or self.quota_bytes
+            most_bytes = self._candidates.make_room_in_file(batch, records, limit=quota_bytes, room=room)
 
-        self._evict(work)
+        if room < needed and self._evict(work).blocks:
+            self._attempt(WriteBatch.renew_quota)
+        return most_bytes
+
+    def _evict_spare(self, spare_bytes: int) -> None:
+        """Free so many bytes or more: the disk may be far smaller than the quota. The caller holds the lock."""
+        assert self._lock.is_owned()
+        self._evict(partial(self._candidates.make_spare, spare_bytes=spare_bytes))
 
     def _evict(self, work: Callable[[WriteBatch], object]) -> EvictionReport:
         """Do work that removes blocks, and count them. The caller holds the lock."""
@@ -374,14 +387,6 @@ class ColdWriter:
             except DamagedPagesError:
                 continue
         raise StoreError(f"cold store {self._env.path} is damaged", hint="run tierkv verify --repair")
-
-    def _limit(self, batch: WriteBatch, needed: int) -> int:
-        """Return how many bytes may be live: the quota, or no more than now where the disk has no more room."""
-        quota_bytes = batch.quota_bytes or self.quota_bytes
-        free_bytes, min_free_bytes = free_space(self._env.path, self._min_free_bytes)
-        if free_bytes - needed >= min_free_bytes:
-            return quota_bytes
-        return min(quota_bytes, batch.live_bytes)
 
     def _is_refusing(self) -> bool:
         """Return whether a put has failed in the last seconds. A clock that is set back does not make that longer."""

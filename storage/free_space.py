@@ -8,10 +8,11 @@ from pathlib import Path
 from tierkv.errors import CapacityError, StoreError
 from tierkv.values.units import format_bytes
 
-__all__ = ["free_space", "require_free"]
+__all__ = ["free_space", "growth_room", "require_free"]
 
 _DEFAULT_FREE_BYTES = 1 << 30  # free space to keep on a large volume; of a small volume, that share
 _DEFAULT_FREE_SHARE = 20
+_TREE_BYTES = 256 << 10  # of LMDB's trees, which a transaction copies; not more than an eighth of what must stay free
 
 
 def require_free(path: Path, min_free_bytes: int | None, num_bytes: int = 0) -> None:
@@ -37,3 +38,9 @@ def free_space(path: Path, min_free_bytes: int | None) -> tuple[int, int]:
     if min_free_bytes is None:
         min_free_bytes = min(_DEFAULT_FREE_BYTES, usage.total // _DEFAULT_FREE_SHARE)
     return usage.free, min_free_bytes
+
+
+def growth_room(path: Path, min_free_bytes: int | None) -> int:
+    """Return by how many bytes of values a store's file may grow, below 0 where it is too long. Raises StoreError."""
+    free_bytes, min_free_bytes = free_space(path, min_free_bytes)
+    return free_bytes - min_free_bytes - min(_TREE_BYTES, min_free_bytes // 8)

@@ -15,7 +15,7 @@ import contextlib
 import ctypes
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +58,7 @@ class DataFile:
         self.path = path
         # Not the lock file: closing any descriptor of that would drop LMDB's own locks.
         self.fd: int = open_store_file(path, os.O_RDONLY if read_only else os.O_RDWR)
+        self._ahead_fd = self.fd
         self._memory = ThreadMemory()
         self._search: TreeSearch | None = None
         try:
@@ -66,14 +67,16 @@ class DataFile:
             self.opened_bytes: int = os.fstat(self.fd).st_size
             if (meta.last_page + 1) * meta.page_bytes > self.opened_bytes:
                 raise CorruptBlockError("it is cut short")
+            self._ahead_fd = _open_again(path, self.fd)
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
         """Close the descriptor. May be called twice."""
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
+        both = {self.fd, self._ahead_fd} - {-1}
+        self.fd = self._ahead_fd = -1
+        for fd in both:
             with contextlib.suppress(OSError):  # of a disk that has gone: the descriptor is closed all the same
                 os.close(fd)
 
@@ -113,12 +116,13 @@ class DataFile:
             return [None for _ in keys]
         return [self._open_value(search, database, key, max_bytes) for key in keys]
 
-    def fetch_values(self, database: bytes, keys: Iterable[bytes]) -> None:
+    def fetch_values(self, database: bytes, keys: Sequence[bytes]) -> None:
         """Ask the system to read values into its cache, in their order in the file; missing ones are passed over.
 
         Asks for no other one where the first and the last of them are in memory.
         """
-        found = [each for each in self.open_values(database, keys) if isinstance(each, FileRecord)]
+        values = self._open_noted(database, keys)
+        found = [each for each in values if isinstance(each, FileRecord)]
         found.sort(key=lambda each: each.offset)
         with contextlib.suppress(OSError):
             is_missing = [each.fetch_ahead() for each in found[:1] + found[1:][-1:]]
@@ -155,6 +159,18 @@ class DataFile:
         os.pwrite(self.fd, sound, first_page * page_bytes)
         _logger.warning("%s: the page header of value %s was damaged", self.path, key.hex())
 
+    def _open_noted(self, database: bytes, keys: Sequence[bytes]) -> list[FileRecord | Bytes | None]:
+        """Return values of the state that was read last, if it has all of them; else of the newest.
+
+        For advice alone: the state may be an old one, whose pages have been used again.
+        """
+        search = self._search
+        if search is not None:
+            values = [self._open_value(search, database, key, None) for key in keys]
+            if None not in values:
+                return values
+        return self.open_values(database, keys)
+
     @translated
     def _newest_search(self) -> TreeSearch:
         """Return the search of the newest state, with the pages that earlier calls have read."""
@@ -178,7 +194,8 @@ class DataFile:
         offset = int.from_bytes(leaf.held, "little") * self._page_bytes + PAGE_HEADER_BYTES
         if offset + leaf.size > _MAX_FILE_BYTES:
             return None
-        return FileRecord(self.fd, offset=offset, size=leaf.size, memory=self._memory)
+        memory, ahead_fd = self._memory, self._ahead_fd
+        return FileRecord(self.fd, offset=offset, size=leaf.size, memory=memory, ahead_fd=ahead_fd)
 
 
 def open_store_file(path: Path, flags: int = os.O_RDONLY) -> int:
@@ -187,6 +204,18 @@ def open_store_file(path: Path, flags: int = os.O_RDONLY) -> int:
     Raises StoreError for a FIFO, a socket, a device, a directory or a symbolic link, OSError.
     """
     return open_regular(path, flags, follow_links=False)
+
+
+def _open_again(path: Path, fd: int) -> int:
+    """Return a second descriptor of an open file, with a read-ahead of its own; the first one where that fails."""
+    try:
+        again = open_store_file(path)
+    except (OSError, StoreError):
+        return fd
+    if os.path.samestat(os.fstat(again), os.fstat(fd)):
+        return again
+    os.close(again)  # another process has put another file at this path
+    return fd
 
 
 def sync_file(path: Path) -> None:

@@ -24,7 +24,8 @@ __all__ = ["FileRecord", "RecordBytes", "RecordSource", "ThreadMemory", "is_in_m
 
 _ALIGNMENT_BYTES = 64
 _STEP_BYTES = 1 << 20
-_FETCHED_BYTES = 2 << 20  # by one read that does not wait; the system reads further ahead after longer ones
+_FETCH_STEP_BYTES = 64 << 10  # between two reads that do not wait; read-ahead's windows begin at its multiples
+_FIRST_STEP_BYTES = 16 << 10  # the same while the windows are short: a longer first read gets single pages
 
 
 class RecordSource(Protocol):
@@ -63,12 +64,14 @@ class FileRecord:
     """A record in a file: `size` bytes from `offset` on, read by plain reads into `memory`, or past it by `copy`.
 
     The caller keeps those bytes from being overwritten; if they are, the record's checksum does not match.
+    ahead_fd: another descriptor of the file, opened anew, for reads ahead; None where it has one only.
     """
 
-    def __init__(self, fd: int, *, offset: int, size: int, memory: ThreadMemory) -> None:
+    def __init__(self, fd: int, *, offset: int, size: int, memory: ThreadMemory, ahead_fd: int | None = None) -> None:
         self.size = size
         self.offset = offset
         self.fd = fd
+        self._ahead_fd = fd if ahead_fd is None else ahead_fd
         self._memory = memory
 
     def view(self, start: int, end: int) -> Bytes:
@@ -106,32 +109,54 @@ class FileRecord:
         """Ask the system to fetch the record into its cache; return without it. Raises OSError.
 
         Return whether it was asked: not for a record that is in memory already.
-
-        Reads that must not wait start the system's own read-ahead, which fills the cache with large folios: they cost
-        less to fetch and to read than POSIX_FADV_WILLNEED's single pages, which fetch the rest.
         """
-        if hasattr(os, "RWF_NOWAIT") and not self._start_reading():
+        memory = self._memory
+        if memory.found_cached and self._is_read_at_once():
             return False
-        if hasattr(os, "posix_fadvise"):
+        memory.found_cached = self.is_in_memory()
+        if memory.found_cached:
+            return False
+        if not self._start_reading() and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self.fd, self.offset, self.size, os.POSIX_FADV_WILLNEED)
         return True
 
-    def _start_reading(self) -> bool:
-        """Start to fetch the record; return False where its middle was in memory already."""
-        memory = self._memory.get(_FETCHED_BYTES)
-        try:
-            os.preadv(self.fd, [memory[:1]], self.offset + self.size // 2, os.RWF_NOWAIT)
-        except BlockingIOError:
-            for start in range(0, self.size, _FETCHED_BYTES):
-                step = memory[: min(_FETCHED_BYTES, self.size - start)]
-                with contextlib.suppress(BlockingIOError):
-                    if not os.preadv(self.fd, [step], self.offset + start, os.RWF_NOWAIT):
-                        break  # the file ends here
-        except OSError as exc:
-            if exc.errno != errno.EOPNOTSUPP:  # a file system without such reads
-                raise
-        else:
+    def _is_read_at_once(self) -> bool:
+        """Return whether the record's middle is in memory, by one read. `is_in_memory` maps a page, which takes 0.1 ms.
+
+        Where it is not, the system fetches that page alone, and no large folio around it. So a thread asks this only
+        after a record that was in memory.
+        """
+        if not hasattr(os, "RWF_NOWAIT"):
             return False
+        try:
+            return os.preadv(self.fd, [self._memory.get(1)], self.offset + self.size // 2, os.RWF_NOWAIT) == 1
+        except OSError:  # it would have to wait, or is not possible
+            return False
+
+    def _start_reading(self) -> bool:
+        """Start to fetch the record by short reads that must not wait. Return False where the system has none.
+
+        They keep the system's own read-ahead going, whose folios grow from window to window. Large folios take less CPU
+        time to fetch, and to copy from afterwards. POSIX_FADV_WILLNEED fetches single pages. A read through another
+        descriptor does not disturb the sequence.
+        """
+        if not hasattr(os, "RWF_NOWAIT"):
+            return False
+        memory = self._memory.get(_FETCH_STEP_BYTES)
+        start = self.offset - self.offset % mmap.PAGESIZE
+        at, end = start, self.offset + self.size
+        while at < end:
+            step = memory if at - start >= _FETCH_STEP_BYTES else memory[:_FIRST_STEP_BYTES]
+            try:
+                if not os.preadv(self._ahead_fd, [step], at, os.RWF_NOWAIT):
+                    break  # the file ends here
+            except BlockingIOError:
+                pass
+            except OSError as exc:
+                if exc.errno != errno.EOPNOTSUPP:  # a file system without such reads
+                    raise
+                return False
+            at += len(step)
         return True
 
     def _read_all(self, start: int, view: memoryview) -> None:
@@ -152,10 +177,14 @@ class FileRecord:
 
 
 class ThreadMemory(threading.local):
-    """Memory to read into, one piece per thread, grown to the largest asked for. It begins at a page border."""
+    """Memory to read into, one piece per thread, grown to the largest asked for. It begins at a page border.
+
+    found_cached: whether the record that this thread last wanted ahead was in the page cache.
+    """
 
     def __init__(self) -> None:
         self._map: mmap.mmap | None = None
+        self.found_cached: bool = False
 
     def get(self, size: int) -> memoryview:
         """Return memory of this thread; it overwrites the memory that it returned before."""

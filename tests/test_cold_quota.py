@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from child_process import ENVIRONMENT, command
-from cold_blocks import QUOTA, FakeClock, block_bytes, open_store, read, record_of
+from cold_blocks import LAYOUT, QUOTA, FakeClock, block_bytes, open_store, read, record_of
 
 from tierkv.errors import CapacityError, ConfigError, StoreError
 from tierkv.storage import free_space
 from tierkv.storage.cold_rows import QUOTA_KEY, map_bytes_of, padded_bytes
 from tierkv.storage.outcomes import PutOutcome
+from tierkv.storage.record import EncodedRecord, encode_record
 
 SIZE = padded_bytes(record_of(0).stored_bytes)
 Usage = namedtuple("Usage", "total used free")
@@ -193,3 +194,45 @@ def test_a_store_that_has_blocks_to_evict_has_room(tmp_path: Path, monkeypatch: 
 def test_a_quota_too_small_for_one_block_is_refused_before_a_put(tmp_path: Path) -> None:
     with open_store(tmp_path, quota_bytes=100) as store, pytest.raises(CapacityError, match="too small for one block"):
         store.require_room(5000)
+
+
+class Volume:
+    """The free space of a volume that has one store and nothing else. total: its bytes."""
+
+    def __init__(self, path: Path, total: int) -> None:
+        self._file, self._total = path / "cold" / "data.mdb", total
+        self.least_free = total
+
+    def usage(self, path: Path) -> Usage:
+        used = self._file.stat().st_size if self._file.exists() else 0
+        self.least_free = min(self.least_free, self._total - used)
+        return Usage(self._total, used, self._total - used)
+
+
+def partly_zero(record: EncodedRecord, share: float) -> EncodedRecord:
+    """Return a smaller record of the same block."""
+    block = block_bytes(7)
+    block[: int(share * block.size)] = 0
+    return encode_record(record.info, block, layout=LAYOUT, cost_s=0.25)
+
+
+@pytest.mark.parametrize("count", [1, 7, 64])
+@pytest.mark.parametrize("is_varied", [False, True])
+def test_what_must_stay_free_stays_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, is_varied: bool
+) -> None:
+    """The pages of evicted blocks are used for those that come: the file does not grow beyond its room."""
+    volume = Volume(tmp_path, 4 << 20)
+    monkeypatch.setattr(free_space.shutil, "disk_usage", volume.usage)
+    must_be_free = 1 << 20
+    with open_store(tmp_path, quota_bytes=1 << 30, min_free_bytes=must_be_free) as store:
+        for first in range(0, 640, count):
+            records = [record_of(number, seed=number) for number in range(first, first + count)]
+            if is_varied:
+                records = [partly_zero(record, number % 5 / 5) for number, record in enumerate(records, first)]
+            assert set(store.put(records)) == {PutOutcome.STORED}
+            volume.usage(tmp_path)
+        stats = store.stats()
+        assert stats.live_bytes > 0.7 * ((4 << 20) - must_be_free), "it is filled up to what must stay free"
+        store.check()
+    assert volume.least_free >= must_be_free

@@ -46,7 +46,7 @@ WITHOUT_TORCH = {
         "ShapeError",
         "StoreBusyError",
     ),
-    *("StoreError", "TransferCancelledError", "UnsupportedModelError"),
+    *("SparseDecode", "StoreError", "TransferCancelledError", "UnsupportedModelError"),
     *("CacheBlock", "EvictionPolicy", "make_policy", "Handle", "Priority", "RankGroup"),
     *("CacheObserver", "BlockEvent", "EventKind", "MemoryRegion", "RequestEvent", "Span"),
     *("MemoryProfiler", "MemoryReport", "MemoryTracker", "MemoryVisualizer", "MetricsServer", "serve_metrics"),

@@ -61,7 +61,7 @@ TORCH_MODULES = {"storage.hot"}
 TORCH_FREE_MODULES = {
     *("movers.ready", "transfer.codec_choice", "transfer.recompute_or_load", "transfer.lookup"),
     *("transfer.daemon_connection", "transfer.daemon_connector"),
-    *("engine.prompt_files", "engine.prompts", "ranks.group"),
+    *("engine.prompt_files", "engine.prompts", "engine.sparse.options", "ranks.group"),
     *("profiling.tracker", "profiling.prefixes", "profiling.measured", "profiling.advice", "profiling.recorder"),
     *("profiling.profiled_run", "profiling.profiler", "profiling.charts", "profiling.drawing"),
     *(

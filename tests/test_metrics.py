@@ -398,3 +398,19 @@ def test_the_cache_has_no_more_scrapers_than_its_limit_and_disconnects_slow_ones
         each.close()
     assert "tierkv_requests_total" in get(server, "/metrics")
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_connection_for_which_no_thread_can_be_started_is_closed_and_leaves_its_room(
+    server: MetricsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(timer: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.threading.Timer, "start", fail)
+        for _ in range(17):
+            with socket.create_connection(("127.0.0.1", server.port), timeout=10) as opened:
+                opened.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+                with suppress(ConnectionResetError):
+                    assert opened.recv(1) == b""
+    assert "tierkv_requests_total" in get(server, "/metrics")

@@ -11,7 +11,7 @@ import pytest
 from cold_blocks import LAYOUT, NAMESPACE, block_bytes, chain_of, open_store, record_of
 
 from tierkv.errors import CorruptBlockError, ShapeError
-from tierkv.storage import lmdb_search, record_source
+from tierkv.storage import lmdb_file, lmdb_search, record_source
 from tierkv.storage.codecs import RAW
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.lmdb_search import find_leaf
@@ -224,3 +224,69 @@ def test_values_between_two_that_are_in_memory_are_not_asked_for(
         monkeypatch.setattr(FileRecord, "fetch_ahead", fetch_ahead)
         store.read_ahead([record.info.block_hash for record in reversed(records)])
         assert seen == [0, 4, 1, 2, 3][:asked]
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="reads that do not wait are Linux' own")
+def test_reads_ahead_have_a_descriptor_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_store(tmp_path) as store:
+        [record] = raw_chain(1)
+        store.put([record])
+        own = store._env.data.fd
+        asked: list[int] = []
+
+        def answer(fd: int, _memory: object, _place: int, _flags: int) -> int:
+            asked.append(fd)
+            return 0
+
+        with monkeypatch.context() as patch:
+            patch.setattr(FileRecord, "is_in_memory", lambda _: False)
+            patch.setattr(record_source.os, "preadv", answer)
+            store.read_ahead([record.info.block_hash])
+        [ahead] = asked
+        assert ahead != own, "else reads between two of them begin the system's read-ahead anew"
+        assert os.path.sameopenfile(ahead, own)
+    for fd in (ahead, own):
+        with pytest.raises(OSError, match="descriptor"):
+            os.fstat(fd)
+
+
+def test_a_file_that_has_lost_its_path_is_read_ahead_by_the_descriptor_that_there_is(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"new")
+    (tmp_path / "old").write_bytes(b"old")
+    fd = os.open(tmp_path / "old", os.O_RDONLY)
+    try:
+        assert lmdb_file._open_again(path, fd) == fd, "another file is at the path"
+        path.unlink()
+        assert lmdb_file._open_again(path, fd) == fd, "none is"
+    finally:
+        os.close(fd)
+
+
+def test_reading_ahead_looks_for_the_newest_state_where_the_one_before_lacks_a_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = raw_chain(2)
+    hashes = [record.info.block_hash for record in records]
+    seen: list[int] = []
+    looks = 0
+    newest_meta = lmdb_file.newest_meta
+
+    def look(fd: int) -> object:
+        nonlocal looks
+        looks += 1
+        return newest_meta(fd)
+
+    monkeypatch.setattr(FileRecord, "fetch_ahead", lambda record: bool(seen.append(record.offset)) or True)
+    with open_store(tmp_path) as store:
+        store.put(records[:1])
+        store.read_ahead(hashes[:1])
+        monkeypatch.setattr(lmdb_file, "newest_meta", look)
+        store.read_ahead(hashes[:1])
+        assert looks == 0
+        store.put(records[1:])
+        store.read_ahead(hashes)
+        assert looks == 1
+        assert sorted(seen[2:]) == sorted(offset_of(store, each) for each in hashes)

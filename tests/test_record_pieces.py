@@ -240,31 +240,45 @@ def test_a_state_file_cut_between_two_pieces_is_a_miss(tmp_path: Path, monkeypat
 # -- fetched ahead -------------------------------------------------------------------------------------
 
 
-def fetches(source: FileRecord, monkeypatch: pytest.MonkeyPatch, answers: list[int | OSError]) -> tuple[int, int]:
-    """Return how many reads and how many advices a fetch asks for, where the reads are answered so."""
+def fetches(
+    source: FileRecord, monkeypatch: pytest.MonkeyPatch, answers: list[int | OSError], *, is_cached: bool = False
+) -> tuple[list[int], int]:
+    """Return where a fetch reads and how many advices it gives, where the reads are answered so."""
+    places: list[int] = []
     advices: list[int] = []
 
-    def answer(*_: object) -> int:
-        result = answers.pop(0)
+    def answer(_fd: int, _memory: object, place: int, _flags: int) -> int:
+        places.append(place)
+        result = answers[len(places) - 1]
         if isinstance(result, OSError):
             raise result
         return result
 
-    before = len(answers)
     with monkeypatch.context() as patch:
         patch.setattr(record_source.os, "preadv", answer)
         patch.setattr(record_source.os, "posix_fadvise", lambda *a: advices.append(a[3]))
-        source.fetch_ahead()
-    return before - len(answers), len(advices)
+        patch.setattr(FileRecord, "is_in_memory", lambda _: is_cached)
+        assert source.fetch_ahead() is bool(advices or len(places) > 1)
+    return places, len(advices)
 
 
 @pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="reads that do not wait are Linux' own")
 def test_a_record_is_fetched_unless_it_is_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = in_file(tmp_path / "record", bytes(5 << 20))
-    assert fetches(source, monkeypatch, [1]) == (1, 0)
-    assert fetches(source, monkeypatch, [BlockingIOError()] * 4) == (4, 1), "5 MiB, 2 at a time"
-    assert fetches(source, monkeypatch, [BlockingIOError(), 100, 0]) == (3, 1), "not beyond the end of the file"
-    assert fetches(source, monkeypatch, [OSError(errno.EOPNOTSUPP, "")]) == (1, 1)
+    first = 4096 * (source.offset // 4096)
+    steps = [at << 10 for at in (0, 16, 32, 48, *range(64, (source.offset + source.size - first + 1023) >> 10, 64))]
+    wanted = [first + step for step in steps]
+    assert fetches(source, monkeypatch, [BlockingIOError()] * 99) == (wanted, 0), "each step, and nothing behind it"
+    assert fetches(source, monkeypatch, [16, BlockingIOError()] * 50) == (wanted, 0), "read or not"
+    answers: list[int | OSError] = [BlockingIOError(), 100, 0]
+    assert fetches(source, monkeypatch, answers) == (wanted[:3], 0), "not beyond the end of the file"
+    assert fetches(source, monkeypatch, [OSError(errno.EOPNOTSUPP, "")]) == (wanted[:1], 1)
+    assert fetches(source, monkeypatch, [], is_cached=True) == ([], 0)
+    middle = [source.offset + source.size // 2]
+    assert fetches(source, monkeypatch, [1], is_cached=True) == (middle, 0), "after one that was in memory"
+    assert fetches(source, monkeypatch, [BlockingIOError()] * 99) == (middle + wanted, 0), "and this one is not"
     with pytest.raises(OSError, match="disk"):
         fetches(source, monkeypatch, [OSError(errno.EIO, "disk")])
+    monkeypatch.delattr(os, "RWF_NOWAIT")
+    assert fetches(source, monkeypatch, []) == ([], 1), "a system without such reads"
     assert np.array_equal(decode(in_file(tmp_path / "record", encoded().tobytes())), block_of())

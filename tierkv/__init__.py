@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from tierkv.engine.models import LoadedModel, load_model, split_model
     from tierkv.engine.runner import Runner, open_runner
     from tierkv.engine.sampling import SamplingOptions
+    from tierkv.engine.sparse.options import SparseDecode
     from tierkv.engine.token_stream import TokenStream
     from tierkv.errors import (
         CapacityError,
@@ -129,6 +130,7 @@ __all__ = [
     "Sequence",
     "ShapeError",
     "Span",
+    "SparseDecode",
     "StoreBusyError",
     "StoreError",
     "Strided",
@@ -189,6 +191,7 @@ _HOMES = {
     "Runner": "tierkv.engine.runner",
     "open_runner": "tierkv.engine.runner",
     "SamplingOptions": "tierkv.engine.sampling",
+    "SparseDecode": "tierkv.engine.sparse.options",
     "TokenStream": "tierkv.engine.token_stream",
     "CapacityError": "tierkv.errors",
     "ClosedError": "tierkv.errors",

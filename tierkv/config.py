@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from tierkv.errors import ConfigError
@@ -11,6 +11,7 @@ from tierkv.policies import make_policy
 from tierkv.remote_tiers.urls import RemoteOption, remote_urls
 from tierkv.storage.codecs import CODECS
 from tierkv.values.checks import check_count, check_flag, check_seconds, check_share
+from tierkv.values.cores import default_io_threads
 from tierkv.values.files import check_path
 from tierkv.values.users import user_id
 
@@ -46,8 +47,8 @@ class CacheConfig:
     codec: how blocks are coded on disk and in state files: "auto" is the best lossless codec for the dtype.
         "lossy-int8" halves the bytes and changes them: its blocks are another namespace's.
     eviction_policy: a name that `make_policy` knows; `tierkv replay` compares them on a trace.
-    num_io_threads: threads that read, decode and encode cold blocks. One for each core, at most 8: more gain nothing,
-        neither from the page cache nor from a disk (measured).
+    num_io_threads: threads that read, decode and encode cold blocks. None takes one for each core, at most 8: more
+        gain nothing, neither from the page cache nor from a disk (measured). Ranks of one machine share its cores.
     num_reader_processes: processes that decode cold blocks in place of these threads, straight into the warm memory:
         threads of one interpreter hinder each other. None: one for each core, at most 16, and none below 4 cores; ranks
         share the cores. They start in the background, for blocks of 1 MiB or more. 0 has none. Linux only.
@@ -86,7 +87,7 @@ class CacheConfig:
     codec: str = "auto"
     warm_codec: str = "raw"
     eviction_policy: str = "hit-density"
-    num_io_threads: int = field(default_factory=lambda: min(8, os.cpu_count() or 1))
+    num_io_threads: int | None = None
     num_reader_processes: int | None = None
     min_partial_tokens: int = 1
     compute_or_load: bool = True
@@ -106,7 +107,8 @@ class CacheConfig:
         object.__setattr__(self, "remote", remote_urls(self.remote))
         for name, least in _WHOLE_NUMBERS.items():
             value = getattr(self, name)
-            if value is not None or name not in ("hot_bytes", "cold_bytes", "min_free_bytes", "num_reader_processes"):
+            may_be_none = ("hot_bytes", "cold_bytes", "min_free_bytes", "num_io_threads", "num_reader_processes")
+            if value is not None or name not in may_be_none:
                 hint = "in bytes, as 8 << 30" if name.endswith("_bytes") else None
                 object.__setattr__(self, name, check_count(name, value, least=least, hint=hint))
         check_share("hot_fraction", self.hot_fraction, may_be_one=False)
@@ -124,13 +126,18 @@ class CacheConfig:
             make_policy(self.eviction_policy)
         except ConfigError as exc:
             raise ConfigError(f"eviction_policy is not usable: {exc}") from exc
-        for name in ("num_io_threads", "num_reader_processes"):
-            if (getattr(self, name) or 0) > _MOST_THREADS:
-                raise ConfigError(f"{name} must be at most {_MOST_THREADS}, got {getattr(self, name)}")
+        for name, number in (("num_io_threads", self.io_threads), ("num_reader_processes", self.num_reader_processes)):
+            if (number or 0) > _MOST_THREADS:
+                raise ConfigError(f"{name} must be at most {_MOST_THREADS}, got {number}")
         if self.read_only and self.socket is None and self.cold_path is None:
             raise ConfigError("read_only needs cold_path: without a store there is nothing to read")
         if self.read_only and self.socket is not None:
             raise ConfigError("read_only is for a store of this process's own, and socket names a daemon, which writes")
+
+    @property
+    def io_threads(self) -> int:
+        """How many threads read, decode and encode: `num_io_threads`, or what suits this process alone."""
+        return self.num_io_threads or default_io_threads()
 
 
 def expanded_path(name: str, value: object) -> Path:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tierkv.config import CacheConfig
+from tierkv.engine.sparse.options import SparseDecode
 from tierkv.errors import ConfigError
 from tierkv.tools.daemon_client import named_daemon_user
 from tierkv.tools.options import (
@@ -27,6 +28,7 @@ from tierkv.tools.options import (
     Remote,
     Salt,
     Socket,
+    SparseShare,
     Store,
     TemplateDay,
     WarmSize,
@@ -88,10 +90,16 @@ class EngineOptions(ModelOptions):
     remote: Remote = None
     no_daemon: NoDaemon = False
     attention: Attention = None
+    sparse_decode: SparseShare = None
 
     def __post_init__(self) -> None:
         ModelOptions.__post_init__(self)
         require_one(self.socket, no_daemon=self.no_daemon)
+        self.sparse()  # before a model is loaded
+
+    def sparse(self) -> SparseDecode | None:
+        """Return how sparse decode is; None if it is exact. Raises ConfigError for what is no share."""
+        return None if self.sparse_decode is None else SparseDecode(budget=self.sparse_decode)
 
     def config(self) -> CacheConfig:
         """Return the cache's configuration; what no option names comes from the environment.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 
 from tierkv.config import CacheConfig
-from tierkv.engine.backends.measured import table_place
+from tierkv.engine.backends.measured import load_table, table_place
 from tierkv.engine.embedded_files import EMBEDDED
 from tierkv.engine.mla.model import latent_attention
 from tierkv.engine.model_identity import namespace_of
@@ -26,6 +27,8 @@ from tierkv.tools.stores import find_store_of
 from tierkv.values.namespace import Namespace
 
 __all__ = ["identify", "identify_stored", "open_engine"]
+
+_log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -48,7 +51,14 @@ def _measured_here(device: torch.device) -> Path | None:
         path = cache_directory(os.environ) / table_place(torch.cuda.get_device_name(device))
     except ConfigError:  # a user without a cache directory has no table
         return None
-    return path if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        load_table(path)
+    except ConfigError as exc:  # cut short, or of another version of tierkv: no command names this file
+        _log.warning("attention is chosen without the times measured here: %s", exc)
+        return None
+    return path
 
 
 def identify(options: ModelOptions, store: Path | None) -> tuple[LoadedModel, Namespace]:

@@ -43,6 +43,7 @@ __all__ = [
     "Remote",
     "Salt",
     "Socket",
+    "SparseShare",
     "StatePath",
     "Store",
     "TemplateDay",
@@ -101,6 +102,14 @@ Attention = Annotated[
     typer.Option(
         help="Attention backend: torch, flash-attn, flashinfer-fa2, flashinfer-fa3, or auto for the fastest known.",
         show_default="TIERKV_ATTENTION, else auto",
+    ),
+]
+SparseShare = Annotated[
+    float | None,
+    typer.Option(
+        "--sparse-decode",
+        help="Read only this share of a long sequence for each new token, such as 0.1: approximate, and not cached.",
+        show_default="exact",
     ),
 ]
 Dtype = Annotated[str | None, typer.Option(help="bfloat16, float16, float32.", show_default="the model's")]

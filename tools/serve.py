@@ -75,6 +75,9 @@ class Limits:
     ] = None
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 4096
     max_choices: Annotated[int, typer.Option(min=1, help="Answers of one request: its prompts times n.")] = 32
+    max_logprob_memory: Annotated[
+        str, typer.Option(help="Memory for the log-probabilities of answers in work; more get 429.")
+    ] = "1G"
     max_requests: Annotated[int, typer.Option(min=1, help="Requests at the same time; more get 429.")] = 512
     max_connections: Annotated[int, typer.Option(min=1, help="Open connections; more are closed.")] = 1024
     max_running: Annotated[int, typer.Option(min=1, help="Answers that are computed together.")] = 256
@@ -162,7 +165,10 @@ def _import_serving() -> Any:
 def _limits_of(limits: Limits, kind: type[ServeLimits]) -> ServeLimits:
     given = {each.name: getattr(limits, each.name) for each in fields(limits)}
     body, stop_s = given.pop("max_body"), given.pop("stop_seconds")
-    return kind(max_body_bytes=parse_size(body) if body else None, stop_s=stop_s, **given)
+    logprob_bytes = parse_size(given.pop("max_logprob_memory"))
+    return kind(
+        max_body_bytes=parse_size(body) if body else None, max_logprob_bytes=logprob_bytes, stop_s=stop_s, **given
+    )
 
 
 @contextmanager

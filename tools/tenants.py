@@ -78,6 +78,7 @@ def list_tenants(where: StoreOptions, as_json: AsJson = False) -> None:
         names = TenantNames.of(store)
         namespaces = store.namespaces()
     rows = [_row(names, tenant, namespaces) for tenant in sorted(names.ids, key=names.name_of)]
+    rows = [row for row in rows if row["blocks"] or row["id"] in names.settings]  # the others have left the store
     if any(each.tenant is None and each.blocks for each in namespaces):
         rows.append(_row(names, None, namespaces))
     if as_json:

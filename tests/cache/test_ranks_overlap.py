@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -212,3 +213,75 @@ def costs(first: int = 0, end: int = 10, may: int = 1, load: int = 5, compute: i
 )
 def test_the_slowest_rank_decides(each: list[ColdCosts], are_all: bool, want: Decision) -> None:
     assert decide(each, are_all=are_all, min_overlap=1) == want
+
+
+@pytest.mark.parametrize("slowness", [1, 10])
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_what_the_slowest_rank_measures_decides_for_all_and_is_never_slower_than_computing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_ranks: int, slowness: int
+) -> None:
+    """Count reads in place of seconds: a block takes 1 to read and 3 to compute, 10 to read on the slow rank."""
+    compute_s, num_read = 3.0, [0] * num_ranks
+    hot, warm = (16,) * num_ranks, 2 * NUM_BLOCKS
+    crew = Crew(tmp_path / "store", "cpu", hot=hot, warm=warm, timeout_s=60, piece_tokens=len(PROMPT))
+    crew.compute(PROMPT)
+    read_costs = [1.0] * (num_ranks - 1) + [float(slowness)]
+    owners = {each: rank for rank, cache in enumerate(crew.caches) for each in cache.match(PROMPT).block_hashes}
+    read_into = ColdStore.read_into
+
+    def read(store: ColdStore, expected: Any, *args: Any, **options: Any) -> MissReason | None:
+        num_read[owners[expected.block_hash]] += 1
+        return read_into(store, expected, *args, **options)
+
+    monkeypatch.setattr(ColdStore, "read_into", read)
+
+    def one(engine: PatternEngine) -> tuple[int, float]:
+        """Answer the prompt as an engine does; return the blocks that were loaded, and what the request took."""
+        rank = engine.seed
+        before = num_read[rank]
+        sequence = engine.cache.acquire([*PROMPT, 99], overlap=True)
+        num_loaded = sequence.num_cached_tokens // SIZE
+        assert num_loaded == num_read[rank] - before
+        computed_s = compute_s * (NUM_BLOCKS - num_loaded)
+        sequence.overlap.record(computed_s + 0.1, num_tokens=len(PROMPT) + 1 - num_loaded * SIZE)
+        seconds = num_loaded * read_costs[rank] + computed_s + 0.1
+        sequence.overlap.record(seconds)
+        engine.compute(sequence, sequence.num_cached_tokens)
+        engine.cache.commit(sequence, sequence.num_tokens)
+        engine.check(sequence)
+        engine.cache.release(sequence)
+        return num_loaded, seconds
+
+    taken: list[tuple[int, float]] = []
+    for number in range(8):
+        if number == 1:  # computed once, so that both ways are measured
+            crew.each(lambda engine: engine.cache._acquirer._choice.pass_costs.add(len(PROMPT) + 1, 30.1))  # type: ignore[union-attr]
+        crew.forget()
+        found = crew.each(one)
+        assert len({num_loaded for num_loaded, _ in found}) == 1, "one decision for all"
+        taken.append((found[0][0], max(seconds for _, seconds in found)))
+    assert taken[0][0] == NUM_BLOCKS, "the first request loads, to measure it"
+    assert [num_loaded for num_loaded, _ in taken[1:]] == [NUM_BLOCKS if slowness == 1 else 0] * 7
+    assert all(seconds <= compute_s * NUM_BLOCKS + 0.2 for _, seconds in taken[1:])
+    crew.close()
+
+
+def test_a_rank_that_really_reads_ten_times_slower_meets_the_engine_at_the_same_block_as_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with stored(tmp_path, 4) as crew:
+        for rank in range(4):
+            say(crew, rank, block_s=1e-3, load_s=1e-2)
+        slow = set(crew.caches[2].match(PROMPT).block_hashes)
+        read_into = ColdStore.read_into
+
+        def read(store: ColdStore, expected: Any, *args: Any, **options: Any) -> MissReason | None:
+            time.sleep(0.02 if expected.block_hash in slow else 0.002)
+            return read_into(store, expected, *args, **options)
+
+        monkeypatch.setattr(ColdStore, "read_into", read)
+        found = start(crew)
+        assert len(set(cold_tokens(found))) == 1
+        computed = {cache.stats().miss_reasons.get(MissReason.RECOMPUTED.value) for cache in crew.caches}
+        assert computed == {NUM_BLOCKS - cached(found)[0] // SIZE}
+        crew.release(found)

@@ -61,6 +61,7 @@ OF_ENGINES = {"--distributed-executor-backend", "--enable-metrics", "--page-size
 
 EXPECTED = {  # by a name that the example contains: the last line that each of two runs prints
     "Engine(runner)": [" 32 more tokens; 2 requests"] * 2,
+    "sparse_tokens": ["0", "0"],
     "open_runner": ["0.0", "1.0"],  # 7 whole blocks, and a partial one
     "store.register": ["0 0", "4 0"],
     "persistent_cache": GENERATED,  # as docs/transformers.md shows it

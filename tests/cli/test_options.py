@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,8 +14,11 @@ import pytest
 import torch
 import typer
 
+from tierkv.engine.backends.measured import AttentionTable, save_table
+from tierkv.engine.sparse.options import SparseDecode
 from tierkv.errors import ConfigError
-from tierkv.tools.engine_options import ModelOptions
+from tierkv.tools import engines
+from tierkv.tools.engine_options import EngineOptions, ModelOptions
 from tierkv.tools.engines import _measured_here
 from tierkv.tools.options import named_attention, spread
 
@@ -88,8 +92,27 @@ def test_a_command_attends_by_the_backend_that_it_is_given(command: Command, mon
     assert "the attention backend that is forced does not serve this model" in absent.err
 
 
+def test_sparse_decode_is_off_unless_a_share_is_named(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Any] = []
+
+    @contextmanager
+    def record(*_: Any, sparse: SparseDecode | None, **__: Any) -> Iterator[None]:
+        opened.append(sparse)
+        yield None
+
+    monkeypatch.setattr(engines, "open_runner", record)
+    for share in (None, 0.1):
+        options = EngineOptions(sparse_decode=share, no_daemon=True, device="cpu")
+        with engines.open_engine(options, options.config()):
+            pass
+    assert opened == [None, SparseDecode(budget=0.1)]
+    wrong = command("run", "Hello", "--no-daemon", "--sparse-decode", "1.5")
+    assert wrong.code == 2
+    assert "the budget of sparse decode must be from 0.001 to 1, got 1.5" in wrong.err
+
+
 def test_a_gpus_table_is_looked_for_in_the_users_cache_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("torch.cuda.get_device_name", lambda _: "NVIDIA H200")
@@ -97,5 +120,9 @@ def test_a_gpus_table_is_looked_for_in_the_users_cache_directory(
     assert _measured_here(torch.device("cuda")) is None
     path = tmp_path / "tierkv" / "attention" / "nvidia_h200.json"
     path.parent.mkdir(parents=True)
-    path.write_text("{}")
+    save_table(AttentionTable(device="NVIDIA H200", points=()), path)
     assert _measured_here(torch.device("cuda")) == path
+    for text in ("{}", '{"version": 99, "device": "NVIDIA H200", "points": []}'):
+        path.write_text(text)
+        assert _measured_here(torch.device("cuda")) is None, "no command fails for a file that nobody named"
+    assert caplog.text.count("without the times measured here") == 2

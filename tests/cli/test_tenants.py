@@ -52,6 +52,18 @@ def test_a_tenant_is_named_limited_and_listed(tierkv: Command, tmp_path: Path) -
     assert blocks_of(path) == [4, 4, 4]
 
 
+def test_a_tenant_without_blocks_and_settings_is_no_row(tierkv: Command, tmp_path: Path) -> None:
+    def names() -> set[str]:
+        return {row["name"] for row in tierkv("tenant", "list", "--store", path, "--json").json()["tenants"]}
+
+    path = fill(tmp_path / "s")
+    tierkv("tenant", "set", "research", "--salt", "alpha", "--store", path)
+    tierkv("evict", "--tenant", "research", "--store", path)
+    assert names() == {"default", "research", B_ID[:8]}
+    tierkv("tenant", "remove", "research", "--store", path)
+    assert names() == {"default", B_ID[:8]}
+
+
 def test_a_limit_below_what_a_tenant_has_asks_for_evict(tierkv: Command, tmp_path: Path) -> None:
     path = fill(tmp_path / "s")
     options = ("tenant", "set", "research", "--salt", "alpha", "--store", path, "--cold-limit", 2 * SIZE)

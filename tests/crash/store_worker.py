@@ -94,7 +94,7 @@ def fill_a_small_disk(path: Path, first: int) -> None:
 
 
 def fill_this_disk(path: Path) -> None:
-    """Pin eight blocks, put until nothing more goes in, take the last byte of the disk, and go on.
+    """Pin eight blocks, put until nothing more goes in or each put evicts, take the disk's last byte, and go on.
 
     The last line is how many blocks were evicted, as a negative number.
     """
@@ -103,7 +103,7 @@ def fill_this_disk(path: Path) -> None:
         stored: list[EncodedRecord] = []
         for number in itertools.count():
             record = record_of(number, seed=number)
-            if store.put([record])[0] in FULL:
+            if store.put([record])[0] in FULL or store.stats().evicted_blocks > 100:
                 break
             stored.append(record)
             acknowledge(number)

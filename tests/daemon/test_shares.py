@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tierkv.daemon.client import DaemonClient
 from tierkv.daemon.core import Core
 from tierkv.daemon.messages import Fetch, Status, StatusReport
+from tierkv.daemon.status import share_statuses
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.cold_tenants import TenantSettings
 from tierkv.values.block import hash_block
@@ -196,6 +197,21 @@ def test_whatever_tenants_do_limits_and_shares_hold(
             assert limit is None or room.blocks(each) <= limit
             if each != owner:
                 assert room.blocks(each) >= min(share, before[each])
+
+
+def test_a_tenant_is_reported_while_it_has_settings_clients_or_blocks() -> None:
+    room = Room(a=(0, 4))
+    b, c = room.client("b"), room.client("c")
+    room.put(c, 1)
+    for each in (b, c):
+        room.core.disconnect(each.connection)
+
+    def reported() -> set[str]:
+        return {each.owner for each in share_statuses(room.core, {"d": 4096, "e": 0, None: 4096})}
+
+    assert reported() == {"a", "c", "d"}, "of b a namespace is remembered, and of e one in the store"
+    room.core.tenants.shares.settings = {}
+    assert reported() == {"c", "d"}
 
 
 def test_a_daemon_reads_the_settings_of_its_store(start_daemon: Start, short_path: Path) -> None:

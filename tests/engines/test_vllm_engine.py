@@ -200,14 +200,14 @@ def test_aborted_requests_leave_nothing_behind(lives: Lives, store: Path) -> Non
     assert [answer["ids"] for (answer,) in result["answers"]] == [lives.long, lives.story]
 
 
-@pytest.mark.parametrize("executor", ["uni", "mp"])
+@pytest.mark.parametrize(("executor", "ranks"), [("uni", 1), ("mp", 1), ("mp", 2)])
 def test_random_requests_get_the_tokens_of_plain_vllm_over_two_lives(
-    lives: Lives, tmp_path: Path, executor: str
+    lives: Lives, tmp_path: Path, executor: str, ranks: int
 ) -> None:
     """TIERKV_HUNT names the number of requests."""
     plain = lives.plain_hunt
     small = {"max_model_len": 512, "num_gpu_blocks_override": 60, "max_num_batched_tokens": 512}
-    engine = {**small, "distributed_executor_backend": executor}
+    engine = {**small, "distributed_executor_backend": executor, "tensor_parallel_size": ranks}
     store, found = str(tmp_path / "store"), []
     num_lives = max(2, HUNTED // HUNTED_IN_A_LIFE)
     ends = [HUNTED * i // num_lives // HUNT_BATCH * HUNT_BATCH for i in range(num_lives + 1)]

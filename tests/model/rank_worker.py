@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,7 +33,7 @@ from tierkv.engine.models import LoadedModel, split_model
 from tierkv.engine.runner import GenerationOptions, Runner, open_runner
 from tierkv.engine.sampling import SamplingOptions
 from tierkv.engine.weights_digest import weights_digest
-from tierkv.errors import ConfigError
+from tierkv.errors import ConfigError, RankError
 from tierkv.ranks.torch_ranks import TorchRanks
 from tierkv.storage.cold import ColdStore
 from tierkv.values.block import Tier
@@ -97,27 +98,37 @@ class Worker:
         return sum(part.nbytes for part in map(local_part, self.model.parameters()))
 
     @contextmanager
-    def runner(self, *, fuse: str = "auto") -> Iterator[Runner]:
+    def runner(self, *, fuse: str = "auto", mla: str = "auto", socket: Path | None = None) -> Iterator[Runner]:
         layer_bytes = 2 * 2 * 64 * dtype_of(self.device).itemsize  # both heads: more than a rank has
         block_bytes = 3 * layer_bytes * block_size_of(self.device)
         config = CacheConfig(
-            cold_path=self.store,
+            cold_path=None if socket else self.store,
+            socket=socket,
             block_size=block_size_of(self.device),
             hot_bytes=16 * block_bytes,
             warm_bytes=16 * block_bytes,
             cold_bytes=64 << 20,
             min_free_bytes=0,
         )
-        with open_runner(LoadedModel(self.model, None, "tiny"), config, ranks=self.ranks, fuse=fuse) as runner:
+        loaded = LoadedModel(self.model, None, "tiny")
+        with open_runner(loaded, config, ranks=self.ranks, fuse=fuse, mla=mla) as runner:
             yield runner
 
     def generate_fused(self) -> dict[str, Any]:
         """Do as `generate`, by fused passes."""
         return self.generate(fuse="on")
 
-    def generate(self, *, fuse: str = "auto") -> dict[str, Any]:
+    def generate_expanded(self) -> dict[str, Any]:
+        """Do as `generate`, with K and V in the cache of a model with a latent."""
+        return self.generate(mla="expanded")
+
+    def generate_of_daemon(self) -> dict[str, Any]:
+        """Do as `generate`, over the daemon that the test has started."""
+        return self.generate(socket=self.store.with_name("socket"))
+
+    def generate(self, *, fuse: str = "auto", mla: str = "auto", socket: Path | None = None) -> dict[str, Any]:
         """Answer the prompt in a cache that has just been opened."""
-        with self.runner(fuse=fuse) as runner:
+        with self.runner(fuse=fuse, mla=mla, socket=socket) as runner:
             assert fuse != "on" or isinstance(runner._pass._compute, FusedDecoder)
             options = GenerationOptions(
                 max_new_tokens=NUM_NEW, stop_ids=frozenset(), store_partial=True, keep_logits=True
@@ -126,6 +137,10 @@ class Worker:
             assert answer.logits is not None
             runner.cache.check()
             namespace = runner.cache.namespace
+            runner.cache.flush()
+            self.ranks.gather(b"all ranks have written")
+            records = runner.cache.cold.stats().blocks if runner.cache.cold else 0
+            written = runner.cache.stats().tiers[Tier.COLD].bytes_in
             self.hashes = list(runner.cache.match(prompt_of(self.device)).block_hashes)
             return {
                 "logits": answer.logits.numpy(),
@@ -133,6 +148,10 @@ class Worker:
                 "cached": [answer.cached_tokens[tier] for tier in Tier],
                 "model_bytes": self.model_bytes(),
                 "kv_heads": runner.cache.layout.layers[0].kv_heads,
+                "is_latent": runner.cache.layout.is_latent,
+                "records": records,
+                "written_bytes": written,
+                "num_io_threads": runner.cache.config.io_threads,
                 "weights": namespace.weights,
                 "namespace": namespace.digest.hex(),
                 "reasons": [f"{reason}={count}" for reason, count in runner.cache.stats().miss_reasons.items()],
@@ -184,6 +203,46 @@ class Worker:
         answers = [stream.result().token_ids for stream in streams]
         assert inside.token_ids == answers[3]
         return answers, [stream.result().finish_reason for stream in odd]
+
+    def fail(self) -> dict[str, Any]:
+        """Let the last rank fail in its second pass, while the others are in that pass's collectives."""
+        with self.runner() as runner:
+            self._break(runner)
+            try:
+                runner.generate([prompt_of(self.device)], GenerationOptions(max_new_tokens=9, stop_ids=frozenset()))
+            except ValueError as exc:
+                self._live_on(exc)
+        raise AssertionError("it went on")
+
+    def fail_serving(self) -> dict[str, Any]:
+        """Do as `fail`, in an engine; a thread reads a stream of the first rank's."""
+        with self.runner() as runner:
+            self._break(runner)
+            with Engine(runner) as engine:
+                if self.ranks.rank == 0:
+                    options = GenerationOptions(max_new_tokens=9, stop_ids=frozenset())
+                    with pytest.raises(RankError) as raised:
+                        engine.submit(prompt_of(self.device), options).result()
+                    print(f"the reader was told: {raised.value}", flush=True)
+                try:
+                    engine.wait()
+                except ValueError as exc:
+                    self._live_on(exc)
+        raise AssertionError("it went on")
+
+    def _break(self, runner: Runner) -> None:
+        run, passes = runner._pass.run, itertools.count()
+
+        def broken(*arguments: Any) -> Any:
+            if self.rank_is_last() and next(passes) == 1:
+                raise ValueError("this rank broke")
+            return run(*arguments)
+
+        runner._pass.run = broken  # type: ignore[method-assign]
+
+    def _live_on(self, error: ValueError) -> None:
+        print(f"failed: ValueError {error}", flush=True)
+        time.sleep(10 * TIMEOUT_S)
 
     def prefill(self) -> dict[str, Any]:
         with self.runner() as runner:

@@ -102,11 +102,7 @@ def test_expanded_is_kept_where_it_is_asked_for_and_for_other_models(open_one: O
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_no_other_family_counts_as_one_with_a_latent(family: str) -> None:
-    assert next(mla_reasons(make_model(family, block_size=SIZE), OneRank())).startswith("its class is not")
-
-
-class _TwoRanks(OneRank):
-    size = 2
+    assert next(mla_reasons(make_model(family, block_size=SIZE))).startswith("its class is not")
 
 
 class _Subclass(torch.nn.Linear):
@@ -118,9 +114,8 @@ def _hook(module: Any, inputs: Any, output: Any) -> None:
 
 
 def test_what_does_not_compute_as_its_class_keeps_k_and_v(v3: Any) -> None:
-    reasons = lambda model=v3, ranks=OneRank(): list(mla_reasons(model, ranks))  # noqa: E731, B008
+    reasons = lambda model=v3: list(mla_reasons(model))  # noqa: E731
     assert reasons() == []
-    assert reasons(ranks=_TwoRanks()) == ["it is split over several ranks"]
     attention = v3.model.layers[1].self_attn
     hook = attention.kv_b_proj.register_forward_hook(_hook)
     assert reasons() == ["layer 1 has hooks or a forward of its own"]

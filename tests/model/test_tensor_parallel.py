@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,14 +47,26 @@ class Ranks:
 
     def run(self, *actions: str) -> list[list[Any]]:
         """Let every rank do these actions, each ACTION:FAMILY; return what each saw, by action and rank."""
-        self.runs += 1
+        processes = self.start(*actions)
+        try:
+            said = [process.communicate(timeout=TIMEOUT_S) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        assert [process.returncode for process in processes] == [0] * self.size, "\n".join(map("".join, said))
         run = self.directory / str(self.runs)
-        run.mkdir()
+        return [[np.load(run / f"{number}-{rank}.npz") for rank in range(self.size)] for number in range(len(actions))]
+
+    def start(self, *actions: str) -> list[subprocess.Popen[str]]:
+        """Start a process for every rank, with these actions."""
+        self.runs += 1
+        (self.directory / str(self.runs)).mkdir()
         options = {**ENVIRONMENT, "OMP_NUM_THREADS": "1", "NCCL_NVLS_ENABLE": "0"}
         if self.device == "cpu":
             options["CUDA_VISIBLE_DEVICES"] = ""  # Transformers splits over the GPUs that it sees
         arguments = (self.size, self.directory, self.runs, self.device, *actions)
-        processes = [
+        return [
             subprocess.Popen(
                 command(WORKER, rank, *arguments),
                 env={**options, "LOCAL_RANK": str(rank)},
@@ -63,14 +76,6 @@ class Ranks:
             )
             for rank in range(self.size)
         ]
-        try:
-            said = [process.communicate(timeout=TIMEOUT_S) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-        assert [process.returncode for process in processes] == [0] * self.size, "\n".join(map("".join, said))
-        return [[np.load(run / f"{number}-{rank}.npz") for rank in range(self.size)] for number in range(len(actions))]
 
     def assert_answers(self, family: str, seen: list[Any]) -> None:
         """Check that all ranks chose the same tokens, and that their logits are the whole model's."""
@@ -229,3 +234,31 @@ def test_a_model_that_is_split_by_layers_is_refused() -> None:
     model.config.distributed_config = DistributedConfig(pp_size=2)
     with pytest.raises(UnsupportedModelError, match="split by layers"):
         check_split(model, OneRank())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "family", "action"), [(2, "llama", "fail"), (4, "llama of 4 heads", "fail_serving")])
+def test_a_rank_that_fails_in_a_step_and_lives_on_ends_the_others_in_bounded_time(
+    tmp_path: Path, size: int, family: str, action: str
+) -> None:
+    ranks = Ranks(tmp_path, "cpu")
+    ranks.size = size
+    *others, failed = processes = ranks.start(f"{action}:{family}")
+    try:
+        assert failed.stdout is not None and failed.stdout.readline() == "failed: ValueError this rank broke\n"
+        started = time.monotonic()
+        said = ["".join(each.communicate(timeout=TIMEOUT_S)) for each in others]
+        assert time.monotonic() - started < 60, "gloo's own limit is reached before"
+        assert failed.poll() is None, "it lives"
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    assert 70 in [each.returncode for each in others], "no rank ended itself"
+    for each, text in zip(
+        others, said, strict=True
+    ):  # once a process has ended, gloo lets go of those that wait for it
+        assert each.returncode in (1, 70), text
+        assert f"rank {size - 1}: ValueError: this rank broke" in text
+    if action == "fail_serving":
+        assert "the reader was told: another rank has failed" in said[0]

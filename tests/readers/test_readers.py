@@ -512,7 +512,7 @@ def test_a_process_loads_neither_torch_nor_lmdb() -> None:
 def test_the_number_of_processes_follows_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     large = 4 << 20
     for cores, ranks, expected in ((2, 1, 0), (4, 1, 4), (16, 1, 16), (64, 1, 16), (64, 8, 8), (16, 8, 0)):
-        monkeypatch.setattr("tierkv.readers.choice.count_cores", lambda cores=cores: cores)
+        monkeypatch.setattr("tierkv.readers.choice.available_cores", lambda cores=cores: cores)
         assert choose_num_readers(None, block_bytes=large, ranks=ranks) == expected
     assert choose_num_readers(3, block_bytes=large) == 3
     assert choose_num_readers(0, block_bytes=large) == 0

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from tierkv.config import CODEC_NAMES, expanded_path
 from tierkv.errors import ConfigError
 from tierkv.remote_tiers.urls import RemoteOption, remote_urls
 from tierkv.values.checks import check_count, check_flag, check_seconds
+from tierkv.values.cores import default_io_threads
 from tierkv.values.users import user_id
 
 __all__ = ["BlockStoreConfig"]
@@ -26,7 +26,7 @@ class BlockStoreConfig:
     min_free_bytes: so much of the store's volume stays free; see `CacheConfig`.
     codec: how blocks are coded on disk; "auto" is the best lossless codec for the dtype.
     read_only: only read the store. New blocks stay in memory.
-    num_io_threads: threads that read, decode and encode.
+    num_io_threads: threads that read, decode and encode. None takes one for each core, at most 8.
     num_reader_processes: processes that decode in place of these threads; see `CacheConfig`.
     write_wait_s: how long the write thread waits for the store's write lock, and a load for room in the warm memory.
     socket: of the daemon, whose warm and cold tiers are used then. This process has none: it uses neither cold_path,
@@ -47,7 +47,7 @@ class BlockStoreConfig:
     min_free_bytes: int | None = None
     codec: str = "auto"
     read_only: bool = False
-    num_io_threads: int = field(default_factory=lambda: min(8, os.cpu_count() or 1))
+    num_io_threads: int | None = None
     num_reader_processes: int | None = None
     write_wait_s: float = 5.0
     socket: Path | None = None
@@ -63,7 +63,8 @@ class BlockStoreConfig:
         object.__setattr__(self, "remote", remote_urls(self.remote))
         hint = "in bytes, as 8 << 30"
         check_count("warm_bytes", self.warm_bytes, hint=hint)
-        check_count("num_io_threads", self.num_io_threads, least=1)
+        if self.num_io_threads is not None:
+            check_count("num_io_threads", self.num_io_threads, least=1)
         if self.num_reader_processes is not None:
             check_count("num_reader_processes", self.num_reader_processes)
         if self.cold_bytes is not None:
@@ -82,3 +83,8 @@ class BlockStoreConfig:
                 raise ConfigError("read_only is for a store of this process's own, and socket names a daemon")
         elif self.cold_path is None and (self.read_only or not (self.warm_bytes or self.remote)):
             raise ConfigError("a block store without cold_path needs warm_bytes, and cannot be read_only")
+
+    @property
+    def io_threads(self) -> int:
+        """How many threads read, decode and encode: `num_io_threads`, or what suits this process alone."""
+        return self.num_io_threads or default_io_threads()

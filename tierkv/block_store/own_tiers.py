@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 from tierkv.block_store.config import BlockStoreConfig
 from tierkv.block_store.keys import BlockKey
 from tierkv.block_store.load_or_compute import Origin
-from tierkv.block_store.loading import BlockLoader, StoredBlocks
+from tierkv.block_store.loading import BlockLoader
 from tierkv.block_store.placement import Placement
 from tierkv.block_store.reservation import Reservation
 from tierkv.block_store.saving import BlockSaver
+from tierkv.block_store.stored_blocks import StoredBlocks
 from tierkv.block_store.transfers import Load, Save
 from tierkv.block_store.warm_memory import WarmMemory
 from tierkv.readers.choice import choose_num_readers

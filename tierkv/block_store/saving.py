@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from tierkv.background.work_queue import Priority, WriteBehind
 from tierkv.block_store.keys import BlockKey
-from tierkv.block_store.loading import StoredBlocks, info_of
 from tierkv.block_store.placement import Placement
+from tierkv.block_store.stored_blocks import StoredBlocks, info_of
 from tierkv.block_store.transfers import Save
 from tierkv.block_store.warm_memory import WarmMemory
 from tierkv.errors import ConfigError, ShapeError, StoreError

@@ -56,19 +56,19 @@ class WarmMemory:
             )
         self.layout = layout
         self._changed = changed
-        self._pool = WarmPool(layout.block_bytes, num_slots, num_threads=config.num_io_threads)
+        self._pool = WarmPool(layout.block_bytes, num_slots, num_threads=config.io_threads)
         self.slots: Bytes = self._pool.slots
         self.index: WarmIndex = WarmIndex(num_slots, clock, changed)
         with changed:
             self.spare: list[int] = self.index.take(max(1, min(_MOST_SPARE, num_slots // _SPARE_SHARE)))
         self.most_held: int = max(1, (num_slots - len(self.spare)) // 2)
-        self.threads: PriorityThreadPool = PriorityThreadPool(config.num_io_threads, name="tierkv-io")
+        self.threads: PriorityThreadPool = PriorityThreadPool(config.io_threads, name="tierkv-io")
         self.read_threads: PriorityThreadPool = self.threads
         self.readers: ReaderPool | None = ReaderPool.of_slab(
-            self._pool, num_processes=num_readers, num_in_process=config.num_io_threads
+            self._pool, num_processes=num_readers, num_in_process=config.io_threads
         )
         if self.readers:
-            self.read_threads = PriorityThreadPool(max(config.num_io_threads, num_readers), name="tierkv-read")
+            self.read_threads = PriorityThreadPool(max(config.io_threads, num_readers), name="tierkv-read")
             self.readers.start()
         self.engines: Engines = Engines(layout)
         self.engines.open(self._pool)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from tierkv.daemon.limits import Limits
 from tierkv.errors import ConfigError
 from tierkv.policies import make_policy
 from tierkv.remote_tiers.urls import RemoteOption, remote_urls
+from tierkv.values.cores import default_io_threads
 
 __all__ = ["DaemonConfig"]
 
@@ -32,7 +32,7 @@ class DaemonConfig:
     warm_bytes: int
     cold_bytes: int | None = None
     min_free_bytes: int | None = None
-    num_io_threads: int = field(default_factory=lambda: min(8, os.cpu_count() or 1))
+    num_io_threads: int = field(default_factory=default_io_threads)
     num_reader_processes: int | None = None
     pin_share: float = 0.25
     eviction_policy: str = "hit-density"

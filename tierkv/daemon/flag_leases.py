@@ -63,9 +63,10 @@ class FlagLeases:
         return tenant is not None and self.count(connection) > self._most(tenant)
 
     def note_used(self, connection: Connection, message: Used) -> list[list[BlockHash]]:
-        """Note the use of blocks. Return their chains, from the first block on: the store and remote tiers note them.
+        """Note the use of blocks. Return their chains: the store and remote tiers note them.
 
-        Raises ProtocolError for slots that there are not.
+        A chain begins with the first block, or with the child of a block of a chain before it: each block is returned
+        once, though a thousand sequences may share a long prefix. Raises ProtocolError for slots that there are not.
         """
         tenant = connection.require_tenant()
         index, slots = tenant.size_class.index, split_numbers(message.slots)
@@ -75,16 +76,21 @@ class FlagLeases:
         used = [entry for slot in slots if owns(slot) and (entry := owners[slot])]
         index.touch_all(used)
         followed = {entry.parent for entry in used}
-        return [_chain_to(entry) for entry in dict.fromkeys(used) if entry not in followed]
+        seen: set[Entry] = set()
+        return [_chain_to(entry, seen) for entry in dict.fromkeys(used) if entry not in followed]
 
     def _most(self, tenant: Tenant) -> int:
         return max(1, int(tenant.size_class.num_slots * self._limits.flag_share_of_client))
 
 
-def _chain_to(entry: Entry) -> list[BlockHash]:
-    """Return the hashes of a block and of all before it, the first one first. The namespace's root has depth 0."""
+def _chain_to(entry: Entry, seen: set[Entry]) -> list[BlockHash]:
+    """Return the hashes of a block and of those before it that were not seen, the first one first; note them as seen.
+
+    The namespace's root has depth 0.
+    """
     found: list[BlockHash] = []
-    while entry.depth > 0:
+    while entry.depth > 0 and entry not in seen:
+        seen.add(entry)
         found.append(entry.block_hash)
         entry = entry.parent
     return found[::-1]

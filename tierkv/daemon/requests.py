@@ -219,7 +219,7 @@ class Requests:
         return None
 
     def _note_use(self, tenant: Tenant, chain: Sequence[BlockHash]) -> None:
-        """Have the store and the remote tiers keep a chain longer, from its first block on."""
+        """Have the store and the remote tiers keep a chain longer."""
         if self._store is not None:
             self._store.notes.touch(chain)
             if self._remote is not None:

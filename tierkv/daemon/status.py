@@ -31,11 +31,15 @@ def tenant_statuses(core: Core) -> list[TenantStatus]:
 
 
 def share_statuses(core: Core, cold_bytes: Mapping[str | None, int]) -> list[ShareStatus]:
-    """Return what each tenant has and may have. cold_bytes: of each tenant in the store; None: of lost descriptions."""
+    """Return what each tenant has and may have; none without settings, clients and blocks.
+
+    cold_bytes: of each tenant in the store; None: of lost descriptions.
+    """
     shares = core.tenants.shares
-    owners = {tenant.owner for tenant in core.tenants.by_digest.values()} | shares.settings.keys()
+    owners = {each.owner for each in core.tenants.by_digest.values() if each.clients or each.warm_blocks}
+    owners |= {each for each, num_bytes in cold_bytes.items() if each is not None and num_bytes}
     found: list[ShareStatus] = []
-    for owner in sorted(owners | {each for each in cold_bytes if each is not None}):
+    for owner in sorted(owners | shares.settings.keys()):
         settings = shares.settings.get(owner) or TenantSettings(name=owner[:_SHOWN_DIGITS] or DEFAULT_TENANT)
         found.append(
             ShareStatus(

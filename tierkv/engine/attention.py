@@ -24,6 +24,7 @@ from tierkv.engine.backends.choice import AttentionChoice
 from tierkv.engine.backends.factory import make_attention
 from tierkv.engine.backends.protocol import AttentionPlan, BatchPart, LayerShape, PagedQuery, Planner, attend
 from tierkv.engine.cascade import SharedPrefix
+from tierkv.engine.sparse.decoding import MarkedSequence
 from tierkv.errors import ConfigError, UnsupportedModelError
 
 __all__ = [
@@ -63,6 +64,7 @@ class LayerLoads(Protocol):
 class SequenceStep:
     """One sequence's part of a forward pass: `num_new` tokens after `num_past` tokens with K and V.
 
+    sequence, is_decoding: for sparse decode, see `sparse.decoding.SparseStep`.
     The engine changes it from pass to pass: 128 new objects would cost a decode step 0.1 ms.
     """
 
@@ -70,6 +72,8 @@ class SequenceStep:
     num_past: int
     num_new: int
     loads: LayerLoads | None = None
+    sequence: MarkedSequence | None = None
+    is_decoding: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -127,11 +131,13 @@ def build_batch(
     device: torch.device,
     plan: Sequence[SharedPrefix] = (),
     attention: AttentionChoice | None = None,
+    decode_attention: Planner | None = None,
 ) -> AttentionBatch:
     """Return the metadata of one forward pass over several sequences, in the order of the packed input.
 
     plan: which sequences read a prefix together; only for passes of one new token per sequence.
     attention: which backend attends; None: flash-attn where it can, else torch.
+    decode_attention: which one attends the leading sequences with one new token, if that is another one.
     """
     counts = np.array([step.num_new for step in steps], dtype=np.int64)
     past = np.array([step.num_past for step in steps], dtype=np.int64)
@@ -147,6 +153,7 @@ def build_batch(
         [tables[rows, positions // block_size].astype(np.int64), positions % block_size, positions], device
     )
     kv_starts = np.concatenate(([0], lengths.cumsum()))
+    attention = attention or make_attention("auto", device)
     num_single = int((counts != 1).argmax())  # 0 if all have one new token, and if the first has more
     narrow = [tables.reshape(-1), starts, kv_starts, lengths]
     narrow += [starts[num_single:] - num_single, kv_starts[num_single:] - kv_starts[num_single]]
@@ -164,7 +171,7 @@ def build_batch(
         max_new=int(counts.max()),
         is_even=bool((counts == counts[0]).all()),
         has_past=bool(past.any()),
-        attention=attention or make_attention("auto", device),
+        attention=(counts.max() == 1 and decode_attention) or attention,
         block_ids=block_ids,
         offsets=offsets,
         position_ids=position_ids[None],
@@ -173,6 +180,7 @@ def build_batch(
     )
     if num_single:
         batch.parts = _parts_of(batch, num_single, (narrow_tensors[3], narrow_tensors[4]), past)
+        batch.parts[0].attention = decode_attention or attention
     return batch
 
 
@@ -381,6 +389,7 @@ def _attention(
         window=int(window) if window else None,
         softcap=float(softcap) if softcap else None,
         sinks=s_aux,
+        layer=layer,
     )
     return attend_batch(paged, batch).unsqueeze(0), None
 

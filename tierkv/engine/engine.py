@@ -91,7 +91,9 @@ class Engine:
         self._leading: LeadingNews | None = None
         self._followed: FollowedNews | None = None
         if ranks.size > 1:
-            _require_same(ranks, (max_running, decode_step_tokens, runner.max_step_tokens, runner.compute_or_load))
+            _require_same(
+                ranks, (max_running, decode_step_tokens, runner.max_step_tokens, runner.compute_or_load, runner.sparse)
+            )
             self._leading = LeadingNews(ranks) if ranks.rank == 0 else None
             self._followed = FollowedNews(ranks, self._loop.builder) if ranks.rank else None
         self._loop.attach(self._wake.set, self._leading or self._followed)

@@ -14,6 +14,8 @@ from tierkv.engine.backends.protocol import LayerShape
 from tierkv.engine.cascade import CascadeCost, SharedPrefix, plan_cascade
 from tierkv.engine.graphs import Compute, GraphedModel
 from tierkv.engine.models import LoadedModel
+from tierkv.engine.sparse.decoding import SparseDecoding
+from tierkv.engine.sparse.options import SparseDecode
 from tierkv.ranks.rank_sums import can_capture
 
 __all__ = ["ForwardPass"]
@@ -24,6 +26,7 @@ class ForwardPass:
 
     compute: the model's forward pass, fused or plain. attention: chooses the backends.
     graphs: None if every pass runs eagerly.
+    sparse: None if every pass reads all that is cached.
     cascade_steps: the number of passes in which sequences read a shared prefix together.
     """
 
@@ -37,31 +40,50 @@ class ForwardPass:
         use_graphs: bool | None,
         compute: Compute | None = None,
         attention: AttentionChoice,
+        sparse: SparseDecode | None = None,
     ) -> None:
         self.cascade_steps: int = 0
         self._compute: Compute = compute or PlainModel(loaded.model)
         self._cache = cache
         self.attention: AttentionChoice = attention
         self._device = torch.device(loaded.model.device)
+        self.sparse: SparseDecoding | None = None
+        if sparse is not None:
+            self.sparse = SparseDecoding(sparse, cache.hot, dense=attention)
         self.graphs: GraphedModel | None = None
         if _wants_graphs(use_graphs, cache):
-            self.graphs = GraphedModel(loaded.model, cache, self._compute, attention=attention)
+            self.graphs = GraphedModel(
+                loaded.model,
+                cache,
+                self._compute,
+                attention=attention,
+                decode_attention=self.sparse.attention if self.sparse else None,
+            )
         # Block ids differ between ranks, and so may plans: ranks would capture and replay graphs of other shapes.
         is_alone = self.graphs is None or cache.ranks.size == 1
-        may_cascade = cascade == "auto" and is_alone and attention.can_cascade()
+        may_cascade = cascade == "auto" and is_alone and attention.can_cascade(self._device.type)
         self._cascade_cost = (cascade_cost or _cascade_cost(loaded, cache)) if may_cascade else None
         self._planned: tuple[list[int], list[list[int]]] = ([], [])  # whole blocks and tables of the last plan
         self._last_plan: tuple[SharedPrefix, ...] = ()
 
     def run(self, steps: list[SequenceStep], token_ids: list[int]) -> Tensor:
         """Return logits [sequences, vocabulary] of each sequence's last new token."""
-        plan = self._plan(steps)
+        is_sparse = self.sparse is not None and self.sparse.begin(steps)
+        plan = () if is_sparse else self._plan(steps)
         self.cascade_steps += bool(plan)
-        replayed = self.graphs.run(steps, token_ids, plan) if self.graphs else None
+        replayed = self.graphs.run(steps, token_ids, plan, is_sparse=is_sparse) if self.graphs else None
         if replayed is not None:
             return replayed
         size, device = self._cache.config.block_size, self._device
-        batch = build_batch(self._cache.hot, steps, block_size=size, device=device, plan=plan, attention=self.attention)
+        batch = build_batch(
+            self._cache.hot,
+            steps,
+            block_size=size,
+            device=device,
+            plan=plan,
+            attention=self.attention,
+            decode_attention=self.sparse.attention if self.sparse and is_sparse else None,
+        )
         ends = np.array(batch.query_starts[1:], dtype=np.int64) - 1
         ids, last = to_device([np.array(token_ids, dtype=np.int64), ends], device)
         return self._compute(ids, batch, last)

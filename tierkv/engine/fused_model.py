@@ -156,6 +156,7 @@ class FusedDecoder:
             values=values,
             scale=layer.scale,
             window=layer.window,
+            layer=layer.index,
         )
         attended = attend_batch(paged, batch, is_written=places is not None)
         normed, residual = add_norm(layer.output(attended.flatten(1)), residual, layer.before_mlp)

@@ -28,6 +28,7 @@ class GraphShape:
     """The shape of a graph: sequences, new tokens of each, blocks in the table, and prefixes read together.
 
     rest_tokens: new tokens of one more sequence behind them, which prefills while the others decode; 0: there is none.
+    is_sparse: the sequences with one new token read chosen pages.
     """
 
     sequences: int
@@ -35,6 +36,7 @@ class GraphShape:
     blocks: int
     cascade: CascadeShape | None = None
     rest_tokens: int = 0
+    is_sparse: bool = False
 
     @property
     def rows(self) -> int:
@@ -62,7 +64,8 @@ class GraphInputs:
     """The static tensors of one graph.
 
     token_ids: [tokens] int64. last: [rows] int64, the place of each step's last new token.
-    attention: which backend attends, chosen when the graph is captured.
+    attention: which backend attends, chosen when the graph is captured. decode_attention: which one attends the
+    sequences with one new token, if that is another one.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class GraphInputs:
         side: torch.cuda.Stream | None = None,
         *,
         attention: Planner,
+        decode_attention: Planner | None = None,
     ) -> None:
         self._shape = shape
         self._size = cache.config.block_size
@@ -119,7 +123,7 @@ class GraphInputs:
             max_new=max(shape.new_tokens, shape.rest_tokens),
             is_even=not shape.rest_tokens,
             has_past=True,
-            attention=attention,
+            attention=attention if shape.new_tokens > 1 else decode_attention or attention,
             kv_range=shape.kv_range(self._size),
             block_ids=block_ids,
             offsets=offsets,
@@ -132,6 +136,7 @@ class GraphInputs:
                 self._part(shape.sequences, range(shape.sequences)),
                 self._part(shape.rest_tokens, range(shape.sequences, rows)),
             )
+            self.batch.parts[1].attention = attention
         self.fill([], [], [])
 
     def _part(self, num_tokens: int, rows: range) -> BatchPart:

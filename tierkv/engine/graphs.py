@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +22,7 @@ from tierkv.engine.attention import AttentionBatch, PlainModel, SequenceStep
 from tierkv.engine.attention_cascade import CascadeShape
 from tierkv.engine.backends.choice import AttentionChoice
 from tierkv.engine.backends.flash import MAX_SHORT_TOKENS
+from tierkv.engine.backends.protocol import Planner
 from tierkv.engine.cascade import SharedPrefix
 from tierkv.engine.graph_inputs import MIN_TABLE_BLOCKS, GraphInputs, GraphShape, LoadEvents
 from tierkv.engine.model_state import local_part
@@ -56,16 +57,24 @@ class GraphedModel:
     """Replays forward passes of a model over a cache; returns None for passes that must run eagerly.
 
     compute: the model's forward pass; None for that of its own modules. attention: chooses the backends.
+    decode_attention: attends the sequences with one new token of sparse passes, if there are such passes.
     A shape is captured at its second use, or by `capture_decoding`; none is while kernels are compiled. If a capture
     fails, such passes run eagerly from then on: on every rank of a split model if it fails on one, since padded passes
     and others do not meet in the same collective operations.
     """
 
     def __init__(
-        self, model: Any, cache: TierCache, compute: Compute | None = None, *, attention: AttentionChoice
+        self,
+        model: Any,
+        cache: TierCache,
+        compute: Compute | None = None,
+        *,
+        attention: AttentionChoice,
+        decode_attention: Planner | None = None,
     ) -> None:
         self._model = model
         self._attention = attention
+        self._decode_attention = decode_attention
         self._cache = cache
         self._compute: Compute = compute or PlainModel(model)
         self._graphs: dict[GraphShape, _Graph] = {}
@@ -83,18 +92,24 @@ class GraphedModel:
             self._weights = [local_part(parameter.detach()) for parameter in model.parameters()]
 
     def run(
-        self, steps: Sequence[SequenceStep], token_ids: Sequence[int], plan: Sequence[SharedPrefix] = ()
+        self,
+        steps: Sequence[SequenceStep],
+        token_ids: Sequence[int],
+        plan: Sequence[SharedPrefix] = (),
+        *,
+        is_sparse: bool = False,
     ) -> Tensor | None:
         """Return logits [sequences, vocabulary] of each sequence's last token, or None to run eagerly.
 
-        token_ids: the new tokens of all steps, packed. plan: which steps read a prefix together. The next call
-        overwrites the result.
+        token_ids: the new tokens of all steps, packed. plan: which steps read a prefix together. is_sparse: those
+        with one new token read chosen pages. The next call overwrites the result.
         """
         if not self._is_usable:
             return None
         shape = graph_shape(steps, plan, block_size=self._cache.config.block_size)
         if shape is None:
             return None
+        shape = replace(shape, is_sparse=is_sparse)
         if shape.rest_tokens and not self._is_mixed_usable:
             return None
         if shape not in self._graphs:
@@ -122,6 +137,8 @@ class GraphedModel:
             width = MIN_TABLE_BLOCKS
             while width <= blocks and self._is_usable:
                 captured += self._capture(GraphShape(count, 1, width))
+                if self._decode_attention is not None and self._is_usable:
+                    captured += self._capture(GraphShape(count, 1, width, is_sparse=True))
                 width *= 2
         return captured
 
@@ -148,7 +165,13 @@ class GraphedModel:
 
     def _try_capture(self, shape: GraphShape) -> _Graph | None:
         inputs = GraphInputs(
-            shape, self._cache, self._model.device, self._load_events, self._side, attention=self._attention
+            shape,
+            self._cache,
+            self._model.device,
+            self._load_events,
+            self._side,
+            attention=self._attention,
+            decode_attention=self._decode_attention if shape.is_sparse else None,
         )
         graph = torch.cuda.CUDAGraph()
         try:

@@ -18,7 +18,7 @@ from tierkv.engine.weights_digest import weights_digest
 from tierkv.errors import ConfigError, UnsupportedModelError
 from tierkv.ranks.group import OneRank, RankGroup
 from tierkv.values.layout import BlockLayout
-from tierkv.values.namespace import Namespace
+from tierkv.values.namespace import REPLICATED, Namespace
 
 __all__ = ["ModelCheck", "architecture_of", "namespace_of"]
 
@@ -34,12 +34,14 @@ def namespace_of(
     name: str = "",
     ranks: RankGroup | None = None,
     state: ModelState | None = None,
+    is_replicated: bool = False,
 ) -> Namespace:
     """Return the namespace of a Hugging Face model's blocks.
 
     adapter: a digest of an adapter that is not merged into the weights.
     ranks: of a split model. Its digest covers the weights of all ranks, because K and V of each rank depend on all.
-    state: from `read_stable_state`, if the caller has read it already.
+    state: from `read_stable_state`, if the caller has read it already. is_replicated: every rank computes the same
+    blocks, see `are_replicated`; the namespace is then the same on all of them.
     Raises UnsupportedModelError for unmerged adapters without `adapter`: the weights do not say which one is active.
     """
     if not adapter and any(hasattr(module, "adapter_layer_names") for module in model.modules()):  # PEFT's layers
@@ -53,14 +55,16 @@ def namespace_of(
     architecture["modules"] = _joint_digest(_settings_digest(state), group)
     if torch.get_default_dtype() != torch.float32:  # tensors that a model makes in its forward pass may have it
         architecture["default_dtype"] = str(torch.get_default_dtype())
+    if is_replicated:
+        architecture[REPLICATED] = True
     return Namespace(
         weights=_joint_digest(weights_digest(model, state), group),
         architecture=json.loads(json.dumps(architecture, default=str)),
         layout=layout,
         adapter=adapter,
         salt=salt,
-        tp_rank=group.rank,
-        tp_size=group.size,
+        tp_rank=0 if is_replicated else group.rank,
+        tp_size=1 if is_replicated else group.size,
         name=name,
     )
 

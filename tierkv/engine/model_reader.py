@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tierkv.engine.model_seam import Seam
 from tierkv.engine.model_state import VOLATILE_FIELDS, ModelState
 
-__all__ = ["read_state"]
+__all__ = ["is_of_known_package", "read_state"]
 
 # Attributes of a module on which neither K nor V depends. The reader handles torch's own attributes one by one.
 _OWN_OF_TORCH = frozenset(vars(nn.Module()))
@@ -120,7 +120,7 @@ class _Reader:
         for name, value in list(inner.items()):
             if name in _OWN_OF_TORCH or name in _IGNORED or isinstance(value, Seam):
                 continue
-            if name == "forward" and not _is_of_known_package(value):
+            if name == "forward" and not is_of_known_package(value):
                 self.state.forwards[f"{place}.{name}"] = value
             is_public = not name.startswith("_")
             if is_public or not keeps_books:
@@ -139,7 +139,7 @@ class _Reader:
 
     def _read_hooks(self, place: str, hooks: Iterable[object]) -> None:
         for hook in hooks:
-            if not _is_of_known_package(hook):
+            if not is_of_known_package(hook):
                 path = f"the forward hook {_name_of(hook)} of {place}"
                 self.state.hooks[path] = self.state.objects[path] = hook
 
@@ -250,7 +250,7 @@ class _Reader:
         if forward is not None and not _name_of(forward).startswith(owners):
             path = f"class {kind.__qualname__}.forward"
             self._add_setting(f"{path}.__qualname__", _name_of(forward), is_identity=True)
-            if not _is_of_known_package(forward):
+            if not is_of_known_package(forward):
                 self.state.forwards[path] = forward
 
     def _read_calls(self, function: FunctionType) -> None:
@@ -322,6 +322,6 @@ def _text_of_quantised(tensor: Tensor) -> str:
     return f"{tensor.dtype}|{tuple(tensor.shape)}|{scales}|{numbers}"
 
 
-def _is_of_known_package(function: object) -> bool:
+def is_of_known_package(function: object) -> bool:
     """Return whether a function, or a callable object's class, is from a package that loads and runs models."""
     return _module_of(function).split(".")[0] in _KNOWN_PACKAGES

@@ -98,6 +98,7 @@ class PassRunner:
             assert sequence is not None
             part.block_table, part.num_past, part.num_new = sequence.block_table, past, count
             part.loads = sequence if sequence.loads else None
+            part.sequence, part.is_decoding = sequence, not request.is_prefilling
             parts.append(part)
             if count == 1:
                 ids.append(request.token_ids[past])

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import time
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,14 +30,19 @@ from tierkv.engine.model_support import (
     read_stable_state,
 )
 from tierkv.engine.models import LoadedModel
+from tierkv.engine.replication import are_replicated
 from tierkv.engine.request_builder import RequestBuilder
+from tierkv.engine.sparse.options import SparseDecode
 from tierkv.engine.step_loop import StepLoop
 from tierkv.errors import ConfigError
 from tierkv.ranks.group import OneRank, RankGroup, agree_min
-from tierkv.readers.choice import num_readers_for
+from tierkv.ranks.hosts import count_on_host
+from tierkv.ranks.monitor import RankMonitor, open_monitor
+from tierkv.readers.choice import choose_num_readers
 from tierkv.requests.sequence import Sequence
 from tierkv.storage.cold import ColdStore
 from tierkv.values.checks import check_count
+from tierkv.values.cores import default_io_threads
 
 __all__ = ["Generation", "GenerationOptions", "Runner", "TokenEvent", "open_runner"]
 
@@ -64,6 +67,9 @@ class Runner:
     state: the model's state when the cache's namespace was made; None reads it now.
     mla: how the cache's layout was chosen; None takes it as the cache has it. It says by `mla.latent` how a DeepSeek
     model attends to the latents in the cache, None for K and V, and by `mla.fallbacks` what failed its self-test.
+    sparse: None, or how much of a long sequence each decode step reads. Its answers are approximate, and nothing that
+    they computed is kept: see `SparseDecode`. Prompts are computed exactly, and kept, as ever.
+    monitor: of a rank of a split model, which notifies the others when a step fails.
     step_loop: computes all requests, of this runner and of its engine.
 
         runner.prefill(system_ids)  # later requests with this prefix find it in the cache
@@ -84,6 +90,8 @@ class Runner:
         attention_table: Path | None = None,
         state: ModelState | None = None,
         mla: MlaChoice | None = None,
+        sparse: SparseDecode | None = None,
+        monitor: RankMonitor | None = None,
     ) -> None:
         if cascade not in ("auto", "off"):
             raise ConfigError(f'cascade must be "auto" or "off", got {cascade!r}')
@@ -91,7 +99,10 @@ class Runner:
         self.cache = cache
         self.max_step_tokens: int = check_count("max_step_tokens", max_step_tokens, least=1)
         self.mla: MlaChoice = mla or _mla_of(loaded, cache)
+        self.sparse: SparseDecode | None = sparse
         latent = self.mla.latent
+        if latent and sparse:
+            raise ConfigError("sparse decode does not read latents", hint='open the model with mla="expanded"')
         self._pass = ForwardPass(
             loaded,
             cache,
@@ -106,6 +117,7 @@ class Runner:
                 num_layers=cache.layout.num_layers,
                 waits=cache.ranks.size > 1,
             ),
+            sparse=sparse,
         )
         self._attention = MlaSwitch(loaded.model, latent) if latent else AttentionSwitch(loaded.model)
         state = state or read_stable_state(loaded.model)
@@ -113,7 +125,13 @@ class Runner:
             model_check = ModelCheck(loaded.model, state)
         self._builder = RequestBuilder(loaded.model, cache)
         self.step_loop: StepLoop = StepLoop(
-            cache, self._pass, self._attention, model_check, self._builder, max_step_tokens=self.max_step_tokens
+            cache,
+            self._pass,
+            self._attention,
+            model_check,
+            self._builder,
+            max_step_tokens=self.max_step_tokens,
+            monitor=monitor,
         )
         self._commits = self.step_loop.commits
 
@@ -121,6 +139,11 @@ class Runner:
     def cascade_steps(self) -> int:
         """Forward passes in which sequences read a shared prefix together."""
         return self._pass.cascade_steps
+
+    @property
+    def sparse_tokens(self) -> int:
+        """Tokens that were computed by sparse attention, and of which the cache has kept nothing."""
+        return self._pass.sparse.num_tokens if self._pass.sparse else 0
 
     @property
     def compute_or_load(self) -> bool:
@@ -260,6 +283,7 @@ def open_runner(
     mla: str = "auto",
     attention: str = "auto",
     attention_table: Path | None = None,
+    sparse: SparseDecode | None = None,
 ) -> Iterator[Runner]:
     """Check that a model can be cached, open a cache for it, yield a `Runner`, and close the cache.
 
@@ -267,8 +291,9 @@ def open_runner(
     adapter, salt: more of the cache's namespace: a digest of an unmerged adapter; what separates tenants.
     cold: an open store to use in place of `config.cold_path`.
     ranks: of a model that is split over several processes; all of them call this function together. Sizes in `config`
-    are of one rank, except `cold_bytes`: one store serves all ranks of a machine. They share its cores: together they
-    have no more of `num_io_threads`, and of reader processes, than cores.
+    are of one rank, except `cold_bytes`: one store serves all ranks of a machine. Unless `num_io_threads` is given, the
+    ranks of a machine share its cores: together they have no more such threads, and reader processes, than cores.
+    What every rank computes as a whole, such as the latent, is stored by one of them.
     mla: "auto" keeps the latent of multi-latent attention in place of K and V where that is supported (DeepSeek-V2 and
     V3) and passes the self-test, "expanded" never, "latent" raises where it cannot. The other options are `Runner`'s.
     Raises UnsupportedModelError, with the reason, before anything is opened. Raises ConfigError for other ranks than
@@ -280,49 +305,67 @@ def open_runner(
     ...     len(answer.token_ids)
     2
     """
-    model = loaded.model
-    check_supported(model)
-    check_split(model, ranks or OneRank())
-    check_block_size(model, config.block_size)
-    config = _share_cores(config, ranks or OneRank())
-    state = read_stable_state(model)
-    choice = choose_mla(model, mla, block_size=config.block_size, ranks=ranks or OneRank())
-    if choice.latent is None:
-        fuse = test_fused(model, choice.layout, fuse, ranks or OneRank())
-    namespace = namespace_of(
-        model, choice.layout, adapter=adapter, salt=salt, name=loaded.name, ranks=ranks, state=state
-    )
-    with TierCache(config, namespace=namespace, device=model.device, cold=cold, ranks=ranks) as cache:
-        yield Runner(
-            loaded,
-            cache,
-            max_step_tokens=max_step_tokens,
-            cascade=cascade,
-            cascade_cost=cascade_cost,
-            use_graphs=use_graphs,
-            fuse=fuse,
-            attention=attention,
-            attention_table=attention_table,
-            state=state,
-            mla=choice,
-        )
+    group = ranks or OneRank()
+    with ExitStack() as opened:
+        monitor = opened.enter_context(open_monitor(group))
+        with monitor.step() if monitor else nullcontext():  # opening has collectives, too
+            model = loaded.model
+            check_supported(model)
+            check_split(model, group)
+            check_block_size(model, config.block_size)
+            config = _share_cores(config, group)
+            state = read_stable_state(model)
+            choice = choose_mla(model, mla, block_size=config.block_size, ranks=group)
+            if choice.latent is None:
+                fuse = test_fused(model, choice.layout, fuse, group)
+            namespace = namespace_of(
+                model,
+                choice.layout,
+                adapter=adapter,
+                salt=salt,
+                name=loaded.name,
+                ranks=ranks,
+                state=state,
+                is_replicated=are_replicated(model, choice.layout, group, latent=choice.latent),
+            )
+            cache = opened.enter_context(
+                TierCache(config, namespace=namespace, device=model.device, cold=cold, ranks=ranks)
+            )
+            runner = Runner(
+                loaded,
+                cache,
+                max_step_tokens=max_step_tokens,
+                cascade=cascade,
+                cascade_cost=cascade_cost,
+                use_graphs=use_graphs,
+                fuse=fuse,
+                attention=attention,
+                attention_table=attention_table,
+                state=state,
+                mla=choice,
+                sparse=sparse,
+                monitor=monitor,
+            )
+        yield runner
 
 
 def _mla_of(loaded: LoadedModel, cache: TierCache) -> MlaChoice:
     """Return the attention that a cache's layout wants."""
-    latent = latent_attention(loaded.model, "latent", cache.ranks) if cache.layout.is_latent else None
+    latent = latent_attention(loaded.model, "latent") if cache.layout.is_latent else None
     return MlaChoice(layout=cache.layout, latent=latent)
 
 
 def _share_cores(config: CacheConfig, ranks: RankGroup) -> CacheConfig:
-    """Return the config with so few I/O threads, and reader processes, that each of all ranks here has a core."""
+    """Return the config with the I/O threads and reader processes of a rank that shares the machine's cores.
+
+    A number that was given stays.
+    """
     if ranks.size == 1:
         return config
-    hosts = ranks.gather(platform.node().encode())
-    cores = (os.cpu_count() or 1) // hosts.count(hosts[ranks.rank])
+    num_here = count_on_host(ranks)  # by all ranks, whether or not each has numbers of its own
     readers = config.num_reader_processes
     return replace(
         config,
-        num_io_threads=max(1, min(config.num_io_threads, cores)),
-        num_reader_processes=num_readers_for(cores) if readers is None else readers,
+        num_io_threads=config.num_io_threads or default_io_threads(num_here),
+        num_reader_processes=choose_num_readers(None, ranks=num_here) if readers is None else readers,
     )

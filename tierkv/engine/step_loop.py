@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from threading import RLock
 
@@ -23,6 +23,7 @@ from tierkv.engine.rank_news import FollowedNews, LocalNews, NewsSource
 from tierkv.engine.request_builder import RequestBuilder
 from tierkv.engine.verified_commits import VerifiedCommits
 from tierkv.errors import ClosedError, ConfigError
+from tierkv.ranks.monitor import RankMonitor
 from tierkv.scheduling.request import RequestState
 from tierkv.scheduling.scheduler import Scheduler
 
@@ -55,7 +56,7 @@ class StepLoop:
     computes, wait for the tokens. That is the only wait for the device.
 
     lock: held during a step; between two steps the model and the block tables are the caller's. may_overlap: let cold
-    blocks load while the first of them are computed. builder: makes its requests.
+    blocks load while the first of them are computed. builder: makes its requests. monitor: of a rank of a split model.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class StepLoop:
         *,
         max_step_tokens: int,
         clock: Callable[[], float] = time.perf_counter,
+        monitor: RankMonitor | None = None,
     ) -> None:
         self.lock: RLock = RLock()
         self.builder: RequestBuilder = builder
@@ -88,6 +90,9 @@ class StepLoop:
         self._open: set[ModelRequest] = set()
         self._wake: Callable[[], None] | None = None
         self._news: NewsSource = LocalNews()
+        self._monitor = monitor
+        if monitor:
+            monitor.on_failure = self._notify_readers
 
     @property
     def is_attached(self) -> bool:
@@ -169,6 +174,16 @@ class StepLoop:
             self.scheduler.release_lingering()
             self.outbox.deliver()
 
+    def _notify_readers(self, error: BaseException) -> None:
+        """Let no reader wait for a step that may never end: another thread holds the lock for it."""
+        for request in self.open_requests():
+            request.error = request.error or error
+            if request.reader is not None:
+                with suppress(RuntimeError):  # the event loop of a reader may be closed
+                    if woken := request.reader.end(request):
+                        wake, call = woken
+                        wake(call)
+
     def abandon(self, requests: Iterable[ModelRequest]) -> None:
         """End requests whose caller has gone. What they have computed and verified is kept as they wanted.
 
@@ -196,7 +211,8 @@ class StepLoop:
         """
         self._cache.calls.require_own_process()
         steps: list[tuple[ModelRequest, int]] = []
-        with self.lock, torch.inference_mode(), self._attention:
+        monitored = self._monitor.step() if self._monitor else nullcontext()
+        with self.lock, monitored, torch.inference_mode(), self._attention:
             try:
                 self._take_news()
                 if self.scheduler.has_work:

@@ -104,7 +104,11 @@ class Index(BlockTree):
             above.hot_children = 1
         self._queues[Tier.HOT].add_in_use(added)
         if self._observe:
-            self._observe(added, None if first_parent is self.root_entry else first_parent)
+            try:
+                self._observe(added, None if first_parent is self.root_entry else first_parent)
+            except BaseException:  # of a user's policy: the caller gets no entries, and could not write them down
+                self._detach_all(added[::-1], is_hot=True, only_leaves=False)
+                raise
         return added
 
     def _count_new(self, hashes: Sequence[BlockHash]) -> int:

@@ -118,8 +118,8 @@ def _avoid_skips(measured: Measured) -> Iterator[Suggestion]:
         speed = f"; a block took {rate * 1e3:.1f} ms to encode and store" if rate else ""
         yield Suggestion(
             setting="num_io_threads",
-            now=str(measured.config.num_io_threads),
-            proposed=str(min(8, 2 * measured.config.num_io_threads)),
+            now=str(measured.config.io_threads),
+            proposed=str(min(8, 2 * measured.config.io_threads)),
             effect=f"up to {queued:,} blocks, {format_bytes(size)}, would have been written to a lower tier",
             evidence=f"{queued:,} writes were dropped because the queue was full{speed}",
         )

@@ -228,9 +228,11 @@ class _Server(ThreadingMixIn, WSGIServer):
         """Answer, and end the connection once its time is over."""
         timer = threading.Timer(_TIMEOUT_S, _end, [request])
         timer.daemon = True
-        timer.start()
         try:
+            timer.start()
             super().process_request_thread(request, client_address)
+        except RuntimeError:  # no thread can be started
+            self.shutdown_request(request)
         finally:
             timer.cancel()
             self._room.release()

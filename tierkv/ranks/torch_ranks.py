@@ -8,7 +8,9 @@ it never saw.
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import time
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, Protocol
@@ -24,6 +26,9 @@ __all__ = ["Store", "TorchRanks"]
 _DECISION = "decision"
 _LOST_STEP = "lost step"
 _NONE = "none"
+_SLICE = timedelta(seconds=0.5)
+"""How long a wait lasts before this rank looks whether another one has failed."""
+_MOST_REASON = 500
 _MESSAGES_AT_ONCE = 64
 """Messages that the first rank sends before the others must have read as many: then they are deleted."""
 
@@ -36,6 +41,7 @@ class Store(Protocol):
     def wait(self, keys: list[str], timeout: timedelta) -> None: ...
     def compare_set(self, key: str, expected_value: str, desired_value: str) -> bytes: ...
     def delete_key(self, key: str) -> bool: ...
+    def check(self, keys: list[str]) -> bool: ...
     def has_extended_api(self) -> bool: ...
     def multi_get(self, keys: list[str]) -> list[bytes]: ...
 
@@ -46,6 +52,7 @@ class TorchRanks:
     store: reachable by every rank, such as a TCPStore; keys that begin with "tierkv/" are reserved for this class.
     timeout_s: how long to wait for the other ranks' votes; after it nothing counts as cached. It must cover the delay
     between ranks, reads of cold blocks included. gather_timeout_s: the same for `gather`, called while models load.
+    monitor_store: another connection to the store, for calls while one of another thread waits; None takes the same.
     A decision takes a few round trips to the store: 0.1 ms for two ranks and a TCPStore on one machine.
     """
 
@@ -57,6 +64,7 @@ class TorchRanks:
         size: int,
         timeout_s: float = 30.0,
         gather_timeout_s: float = 600.0,
+        monitor_store: Store | None = None,
     ) -> None:
         if not 0 <= rank < size:
             raise ConfigError(f"rank {rank} is not in [0, {size})")
@@ -65,6 +73,10 @@ class TorchRanks:
         self.rank = rank
         self.size = size
         self._store = store
+        self._monitor_store = monitor_store or store
+        self._num_sessions = 0
+        self._num_signs = 0
+        self._signs: dict[int, tuple[bytes, float]] = {}  # of other ranks: the last one, and when it was first seen
         self._timeout = timedelta(seconds=timeout_s)
         self._gather_timeout = timedelta(seconds=gather_timeout_s)
         self._lock = threading.Lock()
@@ -88,7 +100,8 @@ class TorchRanks:
         ports = [server.port if server else 0]
         distributed.broadcast_object_list(ports, src=0)
         store = server or tcp_store(host, ports[0], is_master=False)
-        return cls(store, rank=rank, size=size, timeout_s=timeout_s)
+        monitor_store = tcp_store(host, ports[0], is_master=False)
+        return cls(store, rank=rank, size=size, timeout_s=timeout_s, monitor_store=monitor_store)
 
     def agree(self, vote: Sequence[int], *, topic: bytes) -> list[Vote] | None:
         """Return the votes of all ranks, or None if one is missing in time; the same on every rank.
@@ -115,7 +128,7 @@ class TorchRanks:
             keys = [f"tierkv/gather/{self._num_gathers}/{rank}" for rank in range(self.size)]
             try:
                 self._store.set(keys[self.rank], payload.hex())
-                self._store.wait(keys, self._gather_timeout)
+                self._wait(keys, self._gather_timeout)
                 return [bytes.fromhex(text.decode()) for text in self._get(keys)]
             except RuntimeError as exc:
                 raise RankError(f"rank {self.rank} of {self.size} has not heard of every other: {exc}") from exc
@@ -142,7 +155,7 @@ class TorchRanks:
         """
         key = _message_key(self._num_messages)
         try:
-            self._store.wait([key], timedelta(seconds=timeout_s))
+            self._wait([key], timedelta(seconds=timeout_s))
         except RuntimeError as exc:
             self._require_store(exc)
             return None
@@ -154,6 +167,68 @@ class TorchRanks:
         except RuntimeError as exc:
             raise RankError(f"the first rank has gone: {exc}") from exc
         return message
+
+    def begin_session(self) -> None:
+        """Forget failures of before. All ranks call this together, when they open a model."""
+        self._num_sessions += 1
+        self._signs.clear()
+
+    def fail(self, reason: str) -> None:
+        """Let the other ranks know that this one has failed: the first one to fail is named. Raises nothing."""
+        with contextlib.suppress(RuntimeError):
+            self._monitor_store.compare_set(self._failed_key, "", f"rank {self.rank}: {reason}"[:_MOST_REASON])
+
+    def failure(self, *, silent_s: float) -> str | None:
+        """Give a sign of life, and return which rank has failed and why, or has gone; None if all are well.
+
+        silent_s: a rank that has given a sign before, and none for so long, has gone.
+        """
+        store, now = self._monitor_store, time.monotonic()
+        self._num_signs += 1
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        try:
+            store.set(self._sign_key(self.rank), str(self._num_signs))
+            if failed := self._failed_other(store):
+                return failed
+            for rank in others:
+                key = self._sign_key(rank)
+                sign = store.get(key) if store.check([key]) else b""
+                if rank not in self._signs or self._signs[rank][0] != sign:
+                    self._signs[rank] = sign, now
+        except RuntimeError as exc:
+            return f"the rank that serves the ranks' store has gone ({_first_line(exc)})"
+        for rank, (sign, since) in self._signs.items():
+            if sign and now - since > silent_s:
+                return f"rank {rank} has given no sign of life for {now - since:.0f} s"
+        return None
+
+    def _failed_other(self, store: Store) -> str | None:
+        """Return what the first rank that failed has said, unless it is this one."""
+        if not store.check([self._failed_key]):
+            return None
+        reason = store.get(self._failed_key).decode(errors="replace")
+        return None if reason.startswith(f"rank {self.rank}:") else reason
+
+    @property
+    def _failed_key(self) -> str:
+        return f"tierkv/failed/{self._num_sessions}"
+
+    def _sign_key(self, rank: int) -> str:
+        return f"tierkv/sign/{self._num_sessions}/{rank}"
+
+    def _wait(self, keys: list[str], timeout: timedelta) -> None:
+        """Wait for keys. Raises RuntimeError after the timeout, RankError soon after another rank has failed."""
+        deadline = time.monotonic() + timeout.total_seconds()
+        while True:
+            left = timedelta(seconds=max(0.001, deadline - time.monotonic()))
+            try:
+                self._store.wait(keys, min(left, _SLICE))
+                return
+            except RuntimeError:
+                if self._num_sessions and (failed := self._failed_other(self._store)):
+                    raise RankError(f"another rank has failed: {failed}") from None
+                if left <= _SLICE:
+                    raise
 
     def _delete_read(self, number: int) -> None:
         """Wait until every other rank has read all messages before the last ones, and delete those."""
@@ -179,7 +254,7 @@ class TorchRanks:
         self._store.set(keys[self.rank], vote)
         self._kept.append(number)
         try:
-            self._store.wait(keys, self._timeout)
+            self._wait(keys, self._timeout)
         except RuntimeError:  # a time-out; if the store is gone, the next line raises
             return self._write_once(number, _NONE)
         decision = self._write_once(number, _decision_of([text.decode() for text in self._get(keys)]))
@@ -201,6 +276,10 @@ class TorchRanks:
             if self.rank == 0:
                 self._store.delete_key(_key(old, _DECISION))
         self._kept = [number]
+
+
+def _first_line(exc: BaseException) -> str:
+    return next(iter(str(exc).splitlines()), type(exc).__name__)[:200]
 
 
 def _message_key(number: int) -> str:

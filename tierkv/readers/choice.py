@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["MOST_READERS", "SMALLEST_RECORD_BYTES", "choose_num_readers", "count_cores", "num_readers_for"]
+from tierkv.values.cores import available_cores
+
+__all__ = ["MOST_READERS", "SMALLEST_RECORD_BYTES", "choose_num_readers", "num_readers_for"]
 
 MOST_READERS = 16
 SMALLEST_RECORD_BYTES = 1 << 20
@@ -21,16 +23,9 @@ def choose_num_readers(asked_for: int | None, *, block_bytes: int | None = None,
     """
     if not hasattr(os, "memfd_create") or (block_bytes is not None and block_bytes < SMALLEST_RECORD_BYTES):
         return 0
-    return num_readers_for(count_cores() // ranks) if asked_for is None else asked_for
+    return num_readers_for(available_cores() // ranks) if asked_for is None else asked_for
 
 
 def num_readers_for(cores: int) -> int:
     """Return how many reader processes so many cores are for: one each, at most 16, and none for fewer than 4."""
     return 0 if cores < _FEWEST_CORES else min(cores, MOST_READERS)
-
-
-def count_cores() -> int:
-    """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

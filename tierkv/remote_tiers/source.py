@@ -176,7 +176,8 @@ class RemoteSource:
     def touch(self, chain: Sequence[BlockHash]) -> None:
         """Have remote tiers keep a prompt's blocks longer, and get those that they lack and the store has.
 
-        chain: from the first block on. Returns at once; a chain that was touched a moment ago is not touched again.
+        chain: from the first block on, or what follows a chain touched before. Returns at once; a chain that was
+        touched a moment ago is not touched again.
         """
         now = self._clock()
         with self._lock:

@@ -81,9 +81,9 @@ class Batching:
     def share_partial(self, source: Sequence, target: Sequence, num_tokens: int) -> int:
         """Copy a partly filled block of one running sequence into another one's. Return how many tokens that saves.
 
-        num_tokens: leading tokens that both have in common, with K and V in `source`; only the last, partial block of
-        them is copied, and only if `target` has found all whole blocks before it. The copy is queued on the current
-        stream, behind the passes that wrote the block. Raises StoreError if it fails.
+        num_tokens: leading tokens that both have in common, with exact K and V in `source`; only the last, partial
+        block of them is copied, and only if `target` has found all whole blocks before it. The copy is queued on the
+        current stream, behind the passes that wrote the block. Raises StoreError if it fails.
         """
         self._running.require(source)
         self._running.require(target)
@@ -95,6 +95,7 @@ class Batching:
             not 0 < saved <= rest
             or target.overlapped_load
             or source.overlapped_load
+            or (source.exact_tokens is not None and num_tokens > source.exact_tokens)
             or target.num_tokens <= num_tokens
             or source.block_table[:at] != target.block_table[:at]
             or source.token_bytes[first:last] != target.token_bytes[first:last]

@@ -36,11 +36,16 @@ class Committer:
         self._write_through = write_through
 
     def commit(self, sequence: Sequence, num_computed_tokens: int, *, partial_block: bool) -> int:
-        """Register whole blocks of the tokens computed, and with `partial_block` the rest. Return how many were new."""
+        """Register whole blocks of the tokens computed, and with `partial_block` the rest. Return how many were new.
+
+        Of a sequence that is marked inexact, only its exact tokens.
+        """
         if type(num_computed_tokens) is not int:  # once a step and sequence: no call in the usual case
             num_computed_tokens = check_count("num_computed_tokens", num_computed_tokens, least=None)
         if not 0 <= num_computed_tokens <= sequence.num_tokens:
             raise ConfigError(f"{num_computed_tokens} tokens computed of a sequence of {sequence.num_tokens}")
+        if sequence.exact_tokens is not None:
+            num_computed_tokens = min(num_computed_tokens, sequence.exact_tokens)
         size = self._tiers.layout.block_size
         num_new = 0
         if num_computed_tokens // size <= len(sequence.chain) and not (

@@ -46,6 +46,7 @@ class Sequence:
     cold_load: how `Overlap.record` counts the time of the first token.
     piece_end: tokens that `Overlap.next_piece` has given out, or that needed no computing.
     claim: announced to other processes: this one computes the rest.
+    exact_tokens: leading tokens whose K and V are exact, and alone may be cached; None: all. See `mark_inexact`.
 
     >>> with cache.acquire(token_ids) as sequence:
     ...     sequence.num_tokens, sequence.num_cached_tokens, len(sequence.block_table)
@@ -65,6 +66,7 @@ class Sequence:
     claim: Claim | None = None
     is_cacheable: bool = True
     is_released: bool = False
+    exact_tokens: int | None = None
 
     def __enter__(self) -> Sequence:
         return self
@@ -86,6 +88,14 @@ class Sequence:
     def token_ids(self) -> npt.NDArray[np.uint32]:
         """A copy of the token ids."""
         return np.frombuffer(bytes(self.token_bytes), dtype="<u4")
+
+    def mark_inexact(self, num_exact: int) -> None:
+        """Keep nothing behind the first `num_exact` tokens: their K and V, and so all later ones, are approximate.
+
+        `TierCache.commit` registers no token behind them, in no tier and in no partial block. It cannot be undone.
+        """
+        before = self.exact_tokens
+        self.exact_tokens = num_exact if before is None else min(before, num_exact)
 
     def wait_layer(self, layer: int) -> None:
         """Make the current stream wait until the cached K and V of a layer have arrived.
@@ -221,6 +231,7 @@ class RunningSequences:
             chain=list(sequence.chain),
             piece_end=sequence.piece_end,
             is_cacheable=sequence.is_cacheable,
+            exact_tokens=sequence.exact_tokens,
         )
         with self._tiers.changed:
             self._tiers.index.hot.pin_all(sequence.block_table[:num_shared])

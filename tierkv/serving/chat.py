@@ -34,6 +34,7 @@ async def chat(service: Service, request: Request, body: bytes, resources: ExitS
     form = service.tool_format(tools) if tools else None
     messages = [_message(message, f"messages[{at}].content") for at, message in enumerate(fields.messages)]
     prompt = await service.encode_chat(messages, tools, fields.chat_template_kwargs or {})
+    resources.enter_context(service.hold_logprobs([prompt], plan))
     choices = [
         resources.enter_context(
             Choice(

@@ -30,6 +30,7 @@ async def completions(service: Service, request: Request, body: bytes, resources
     texts = _prompts_of(fields)
     service.check_choices(len(texts) * plan.num_choices, "prompt")
     prompts = [await _tokens_of(service, prompt) for prompt in texts]
+    resources.enter_context(service.hold_logprobs(prompts, plan))
     choices = [
         resources.enter_context(
             Choice(service, service.submit(prompt, plan, number), plan, detokenizer=service.detokenizer())

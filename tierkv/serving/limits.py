@@ -17,6 +17,7 @@ class ServeLimits:
     max_new_tokens: of one answer, and what a chat request gets that names no number.
     max_body_bytes: of a request; None takes 1 MiB and 16 bytes for each token of the longest prompt.
     max_choices: answers of one request: its prompts times its n.
+    max_logprob_bytes: memory for the log-probabilities of all answers in work.
     max_requests: requests that are answered or wait at the same time. max_connections: open ones.
     max_running, max_waiting: answers that the engine computes together, and those that wait for it.
     max_seconds: for one request; its answer then ends as it is.
@@ -31,6 +32,7 @@ class ServeLimits:
     max_new_tokens: int = 4096
     max_body_bytes: int | None = None
     max_choices: int = 32
+    max_logprob_bytes: int = 1 << 30
     max_requests: int = 512
     max_connections: int = 1024
     max_running: int = 256
@@ -45,7 +47,9 @@ class ServeLimits:
         for name in ("max_prompt_tokens", "max_body_bytes"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name), least=1)
-        for name in ("max_new_tokens", "max_choices", "max_requests", "max_connections", "max_running", "max_waiting"):
+        for name in ("max_new_tokens", "max_choices", "max_logprob_bytes", "max_requests", "max_connections"):
+            check_count(name, getattr(self, name), least=1)
+        for name in ("max_running", "max_waiting"):
             check_count(name, getattr(self, name), least=1)
         for name in ("max_seconds", "header_s", "body_s", "stall_s", "stop_s"):
             check_seconds(name, getattr(self, name), may_be_zero=False)

@@ -7,7 +7,7 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import date
 from typing import Any, TypeVar
@@ -24,6 +24,7 @@ from tierkv.errors import ConfigError, TierKVError
 from tierkv.serving.api_errors import ApiError, refused, shutting_down, too_busy
 from tierkv.serving.fields import ChatFields, CompletionFields
 from tierkv.serving.limits import ServeLimits
+from tierkv.serving.logprob_memory import LogprobMemory
 from tierkv.serving.monitor import Monitor
 from tierkv.serving.refusal_log import RefusalLog
 from tierkv.serving.text import Detokenizer
@@ -69,6 +70,7 @@ class Service:
         self.day = day
         self.monitor: Monitor = Monitor()
         self.refusals: RefusalLog = RefusalLog()
+        self.logprob_memory: LogprobMemory = LogprobMemory(limits.max_logprob_bytes)
         self.is_stopping: bool = False
         self.started: float = time.monotonic()
         self.created: int = int(time.time())
@@ -218,9 +220,16 @@ class Service:
             top_logprobs=top_logprobs,
         )
 
+    def hold_logprobs(self, prompts: Sequence[Sequence[int]], plan: GenerationPlan) -> AbstractContextManager[None]:
+        """Return a context that has memory for the log-probabilities of all answers to prompts. It raises ApiError."""
+        num_tokens = sum(plan.max_new_tokens or self._most_new(prompt) for prompt in prompts) * plan.num_choices
+        return self.logprob_memory.hold(num_tokens, plan.sampling.top_logprobs, is_stream=plan.is_stream)
+
+    def _most_new(self, prompt: Sequence[int]) -> int:
+        return min(self.limits.max_new_tokens, self.room - len(prompt) + 1)  # the last token is not computed
+
     def submit(self, prompt: Sequence[int], plan: GenerationPlan, number: int) -> TokenStream:
         """Hand a prompt to the engine. number: of the answer, among those of one prompt. Raises ApiError."""
-        most = min(self.limits.max_new_tokens, self.room - len(prompt) + 1)  # the last token is not computed
         if (plan.max_new_tokens or 0) > self.room - len(prompt) + 1:
             reason = (
                 f"the prompt's {len(prompt):,} tokens and {plan.max_new_tokens:,} new ones are more than the "
@@ -228,7 +237,7 @@ class Service:
             )
             raise ApiError(400, reason, code="context_length_exceeded", param="max_tokens")
         options = GenerationOptions(
-            max_new_tokens=plan.max_new_tokens or most,
+            max_new_tokens=plan.max_new_tokens or self._most_new(prompt),
             sampling=plan.sampling,
             stop_ids=plan.stop_ids,
             store_partial=True,  # the conversation's next request finds all that is computed

@@ -10,6 +10,7 @@ from tierkv.background.work_queue import Priority
 from tierkv.errors import StoreError
 from tierkv.index.index import Entry
 from tierkv.movers.mover import Move
+from tierkv.remote_tiers.source import RemoteSource
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.outcomes import PutOutcome
 from tierkv.storage.record import BlockInfo, EncodedRecord, encode_record
@@ -65,7 +66,8 @@ class BlockWriter:
         tiers = self._tiers
         if tiers.lower:
             try:
-                tiers.lower.write(batch.jobs)
+                if tiers.stores:
+                    tiers.lower.write(batch.jobs)
             finally:
                 self._note_failed(batch.jobs)
                 tiers.unpin_all(Tier.HOT, [job.block_id for job in batch.jobs])
@@ -171,14 +173,18 @@ class BlockWriter:
         """Return the jobs whose block the store lacks; without a store all, if a remote tier may lack them."""
         cold = self._writable_store
         if not cold or not jobs:
-            return list(jobs) if self._tiers.remote else []
+            return list(jobs) if self._writable_remote else []
         found = cold.lookup_many([job.block_hash for job in jobs])
         return [job for job, entry in zip(jobs, found, strict=True) if entry is None]
 
     @property
     def _writable_store(self) -> ColdStore | None:
-        cold = self._tiers.cold
+        cold = self._tiers.cold if self._tiers.stores else None
         return None if cold is None or cold.read_only else cold
+
+    @property
+    def _writable_remote(self) -> RemoteSource | None:
+        return self._tiers.remote if self._tiers.stores else None
 
     def _store(self, raw: Sequence[tuple[Job, int]]) -> int:
         """Encode blocks from their raw slots and put those that the store lacks, parents before children.
@@ -186,7 +192,7 @@ class BlockWriter:
         Remote tiers get the same blocks, or all where there is no store, from a queue of their own. Return how many.
         """
         tiers = self._tiers
-        cold, remote = self._writable_store, tiers.remote
+        cold, remote = self._writable_store, self._writable_remote
         if cold is None and remote is None:
             return 0
         missing = [(job, slot) for job, slot in raw if remote is None or remote.lookup(job.block_hash) is None]

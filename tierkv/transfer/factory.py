@@ -14,6 +14,7 @@ from tierkv.errors import ConfigError
 from tierkv.index.index import Index
 from tierkv.policies import EvictionPolicy, make_policy
 from tierkv.ranks.group import RankGroup
+from tierkv.ranks.hosts import is_first_with, place_of
 from tierkv.readers.choice import choose_num_readers
 from tierkv.remote_tiers.remotes import Remotes
 from tierkv.remote_tiers.urls import remote_urls
@@ -83,7 +84,8 @@ def open_tiers(
 ) -> tuple[Tiers, Offloader, DaemonTiers | None]:
     """Open a cache's tiers: the store, the memory of the hot and the warm tier, threads, the daemon if there is one.
 
-    cold: an open store to share. Whatever this raises, all that it opened is closed again.
+    cold: an open store to share. Ranks with a replicated namespace call this together. Whatever this raises, all that
+    it opened is closed again.
     """
     with ExitStack() as undo:
         store = _open_store(config, cold)
@@ -106,6 +108,8 @@ def open_tiers(
             tiers.remotes = Remotes(urls, store=store)
             undo.callback(tiers.remotes.close)
             tiers.remote = tiers.remotes.source(namespace.describe())
+        if namespace.is_replicated and ranks.size > 1:
+            tiers.stores = _is_first_with_tiers(config, namespace, store, ranks)
         offloader = Offloader(tiers)
         undo.callback(offloader.close)
         daemon = _open_daemon(tiers, config, namespace=namespace, ranks=ranks)
@@ -168,7 +172,7 @@ def _make_tiers(
         mover=warm.mover,
         compression=warm.compression,
         frames=warm.frames,
-        threads=PriorityThreadPool(config.num_io_threads, name="tierkv-io"),
+        threads=PriorityThreadPool(config.io_threads, name="tierkv-io"),
         num_readers=_num_readers(config, namespace, warm) if cold else 0,
         loaders=ThreadPoolExecutor(_NUM_LOADERS, thread_name_prefix="tierkv-load"),
     )
@@ -245,9 +249,30 @@ def _require_methods(what: str, given: object, names: tuple[str, ...]) -> None:
 
 
 def _check_slice(namespace: Namespace, ranks: RankGroup) -> None:
-    """Raise ConfigError unless the namespace is that of this rank's slice: blocks of another are never of use."""
+    """Raise ConfigError unless the namespace is that of this rank's slice: blocks of another are never of use.
+
+    The namespace of blocks that every rank computes as a whole is the same on all of them.
+    """
+    if namespace.is_replicated and namespace.tp_size == 1:
+        return
     if (namespace.tp_rank, namespace.tp_size) != (ranks.rank, ranks.size):
         raise ConfigError(
             f"the namespace is slice {namespace.tp_rank} of {namespace.tp_size}, "
             f"but this is rank {ranks.rank} of {ranks.size}"
         )
+
+
+def _is_first_with_tiers(config: CacheConfig, namespace: Namespace, store: ColdStore | None, ranks: RankGroup) -> bool:
+    """Return whether this rank writes the blocks that all ranks compute: the first one with its lower tiers does.
+
+    Raises ConfigError if the ranks' namespaces differ: then they do not hold the same.
+    """
+    if config.socket is not None:
+        place = place_of(config.socket)
+    elif store is not None:
+        place = place_of(store.path)
+    else:  # nothing is on this machine: the first rank of all writes to remote tiers, if there are any
+        place = "remote"
+    if len(set(ranks.gather(namespace.digest))) > 1:
+        raise ConfigError("the ranks' namespaces differ, although each says that it holds what all others hold")
+    return is_first_with(ranks, place)

@@ -145,7 +145,7 @@ def _open_raw(hot: HotPool, config: CacheConfig) -> WarmMemory:
     num_slots = config.warm_bytes // block_bytes
     _check_room(num_slots, config, block_bytes)
     with ExitStack() as undo:
-        warm = WarmPool(block_bytes, num_slots, num_threads=config.num_io_threads)
+        warm = WarmPool(block_bytes, num_slots, num_threads=config.io_threads)
         undo.callback(warm.close)
         mover = Mover(hot, warm)
         undo.callback(mover.close)
@@ -155,7 +155,7 @@ def _open_raw(hot: HotPool, config: CacheConfig) -> WarmMemory:
 
 
 def _open_compressed(hot: HotPool, config: CacheConfig, form: WindowFormat) -> WarmMemory:
-    block_bytes, threads = hot.layout.block_bytes, config.num_io_threads
+    block_bytes, threads = hot.layout.block_bytes, config.io_threads
     num_staging = max(2, min(_MAX_STAGING_BLOCKS, config.warm_bytes // _STAGING_SHARE // block_bytes))
     num_slots = (config.warm_bytes - num_staging * block_bytes) // form.slot_bytes
     _check_room(num_slots, config, form.slot_bytes)

@@ -53,6 +53,7 @@ class Tiers:
     write_wait_s: how long a request waits for the write thread.
     is_closing: no thread may wait for room any more; see `require_open`.
     chosen: evicts blocks on demand, and knows those that go with their last user; set by the offloader.
+    stores: write blocks to the store, the daemon and remote tiers; False where another rank writes the same blocks.
     lower: has the warm and the cold tier instead of this cache, which then has no warm slot and no source.
     """
 
@@ -68,6 +69,7 @@ class Tiers:
     cold: ColdStore | None
     write_wait_s: float = 5.0
     is_closing: bool = False
+    stores: bool = True
     lower: LowerTiers | None = None
     states: StateFiles = field(default_factory=StateFiles)
     remotes: Remotes | None = None

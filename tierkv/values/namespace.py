@@ -19,6 +19,7 @@ __all__ = [
     "FORMAT_VERSION",
     "IDENTITY",
     "NAME_LIMIT",
+    "REPLICATED",
     "Namespace",
     "NamespaceDescription",
     "differing_fields",
@@ -39,6 +40,9 @@ IDENTITY = "identity"
 DIGEST_IDENTITY = "digest"
 """The architecture's field that says what blocks are named by, and its value for digests."""
 
+REPLICATED = "replicated"
+"""The architecture's field that is true for blocks which every rank of a split model computes as a whole."""
+
 _DEPTH_LIMIT = 100
 
 
@@ -50,7 +54,8 @@ class Namespace:
     architecture: class and configuration that decide K and V, rope parameters included, as JSON values; copied.
     adapter: digest of a LoRA or other adapter's content, "" for none.
     salt: separates tenants; only its sha256 is stored, never the salt itself.
-    tp_rank, tp_size: the tensor-parallel slice of heads that the blocks hold.
+    tp_rank, tp_size: the tensor-parallel slice of heads that the blocks hold: 0 of 1 if they hold all heads, also
+    where every rank of a split model holds them; the architecture then says so in REPLICATED.
     lossy_codec: the codec that changed the bytes, "" for bytes as they were computed.
     name: for humans, not part of the identity.
     Raises ConfigError for fields that make no namespace.
@@ -92,6 +97,11 @@ class Namespace:
             # Left out for exact bytes, so that namespaces from before lossy codecs keep their digests.
             **({"lossy_codec": self.lossy_codec} if self.lossy_codec else {}),
         }
+
+    @property
+    def is_replicated(self) -> bool:
+        """Whether every rank of a split model has the same blocks, which are then stored once."""
+        return self.architecture.get(REPLICATED) is True
 
     @cached_property
     def digest(self) -> BlockHash:

@@ -84,9 +84,9 @@ class AttentionChoice:
             if backend.name != "torch"
         )
 
-    def can_cascade(self) -> bool:
-        """Return whether a shared prefix may be read together: flash-attn does that, and torch on a CPU."""
-        return not self.is_forced or self.backends[0].name in ("flash-attn", "torch")
+    def can_cascade(self, device: str) -> bool:
+        """Return whether a shared prefix may be read together: flash-attn does that on "cuda", torch on "cpu"."""
+        return not self.is_forced or self.backends[0].name == ("flash-attn" if device == "cuda" else "torch")
 
     def _serves(self, backend: AttentionBackend, layer: LayerShape, batch: Batch) -> bool:
         """Return whether a backend serves a batch now."""

@@ -38,6 +38,7 @@ class PagedQuery:
     window: each token sees itself and the window - 1 tokens before it.
     softcap: scores are softcap * tanh(score / softcap).
     sinks: [heads] logits that take part in the softmax and have no value (gpt-oss).
+    layer: the number of the layer, for what is kept of each layer's keys beside the pool.
     """
 
     query: Tensor
@@ -49,6 +50,7 @@ class PagedQuery:
     window: int | None = None
     softcap: float | None = None
     sinks: Tensor | None = None
+    layer: int = 0
 
 
 @dataclass(frozen=True, slots=True)

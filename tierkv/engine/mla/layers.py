@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tierkv.engine.model_reader import is_of_known_package
+from tierkv.engine.model_state import local_part
 from tierkv.errors import UnsupportedModelError
-from tierkv.ranks.group import RankGroup
 
 __all__ = ["MlaInput", "MlaLayer", "mla_layers", "mla_reasons", "rope_order"]
 
@@ -49,6 +50,7 @@ class MlaInput:
 class MlaLayer:
     """One attention module of a DeepSeek model. It keeps no copy of weights, so it computes with the present ones.
 
+    heads: those of this device, if the module is split over several; the latent is whole on each of them.
     rank: numbers of the latent without the rope part. nope_dim, rope_dim: of a head's query and key. v_dim: of a value.
     """
 
@@ -59,7 +61,7 @@ class MlaLayer:
         self.nope_dim: int = int(module.qk_nope_head_dim)
         self.rope_dim: int = int(module.qk_rope_head_dim)
         self.v_dim: int = int(module.v_head_dim)
-        self.heads: int = int(module.kv_b_proj.weight.shape[0]) // (self.nope_dim + self.v_dim)
+        self.heads: int = int(local_part(module.kv_b_proj.weight).shape[0]) // (self.nope_dim + self.v_dim)
         self.rotate: Callable[..., tuple[Tensor, Tensor]] = _rotation_of(module)
 
     @property
@@ -84,7 +86,7 @@ class MlaLayer:
 
     @property
     def _expansion(self) -> Tensor:
-        weight: Tensor = self.module.kv_b_proj.weight
+        weight = local_part(self.module.kv_b_proj.weight)
         return weight.view(self.heads, self.nope_dim + self.v_dim, self.rank)
 
     def project(self, hidden: Tensor, position_embeddings: Any) -> MlaInput:
@@ -110,14 +112,12 @@ class MlaLayer:
         return result
 
 
-def mla_reasons(model: Any, ranks: RankGroup) -> Iterator[str]:
+def mla_reasons(model: Any) -> Iterator[str]:
     """Yield why the latent of a model cannot be kept in place of K and V; the first reason is the one that counts."""
     architecture = next((each for each in _ROTATIONS if _is_of(model, each, "ForCausalLM")), None)
     if architecture is None:
         yield "its class is not that of DeepSeek-V2 or V3 in Transformers"
         return
-    if ranks.size > 1:
-        yield "it is split over several ranks"
     layers = model.model.layers
     if len(layers) != model.config.num_hidden_layers:
         yield "it does not run all of its layers"
@@ -168,12 +168,48 @@ def _layer_reasons(attention: Any, architecture: str, number: int) -> Iterator[s
     if attention.layer_idx != number:
         yield f"layer {number} calls itself {attention.layer_idx}"
     expansion = attention.kv_b_proj
-    is_plain = type(expansion) is nn.Linear and type(expansion.weight) is nn.Parameter and expansion.bias is None
-    if not is_plain or not expansion.weight.is_contiguous():
+    is_split = hasattr(expansion.weight, "placements")
+    is_plain = type(expansion) is nn.Linear and expansion.bias is None
+    if not is_plain or not (is_split or type(expansion.weight) is nn.Parameter):
+        yield f"kv_b_proj of layer {number} is no plain linear module"
+        return
+    if not local_part(expansion.weight.detach()).is_contiguous():
         yield f"kv_b_proj of layer {number} is no plain linear module"
     for module in (attention, expansion):
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        added = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        added += [vars(module)["forward"]] if "forward" in vars(module) else []
+        if not all(is_split and module is expansion and is_of_known_package(each) for each in added):
             yield f"layer {number} has hooks or a forward of its own"
+    if is_split:
+        yield from _split_reasons(attention, number)
+
+
+def _split_reasons(attention: Any, number: int) -> Iterator[str]:
+    """Yield why a layer whose heads are split over devices cannot keep the latent: it must be whole on each of them."""
+    weight = attention.kv_b_proj.weight
+    placements = weight.placements
+    dims = int(attention.qk_nope_head_dim) + int(attention.v_head_dim)
+    rows = int(local_part(weight.detach()).shape[0])
+    heads = rows // dims
+    if (
+        len(placements) != 1
+        or not placements[0].is_shard(0)
+        or heads * dims * weight.device_mesh.size() != weight.shape[0]
+    ):
+        yield f"layer {number} is not split by whole heads"
+        return
+    query = attention.q_proj if getattr(attention, "q_a_proj", None) is None else attention.q_b_proj
+    query_dims = int(attention.qk_nope_head_dim) + int(attention.qk_rope_head_dim)
+    shapes = [local_part(each.weight.detach()).shape for each in (query, attention.o_proj)]
+    if int(shapes[0][0]) != heads * query_dims or int(shapes[1][1]) != heads * int(attention.v_head_dim):
+        yield f"the projections of layer {number} are split in unlike ways"
+    whole = (attention.kv_a_proj_with_mqa, attention.kv_a_layernorm)
+    if any(not _is_whole(each) for module in whole for each in module.parameters()):
+        yield f"the latent of layer {number} is split"
+
+
+def _is_whole(parameter: Any) -> bool:
+    return all(placement.is_replicate() for placement in getattr(parameter, "placements", ()))
 
 
 def _is_of(module: Any, architecture: str, kind: str) -> bool:

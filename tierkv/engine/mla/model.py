@@ -18,7 +18,7 @@ from tierkv.engine.mla.seams import ModuleSeams
 from tierkv.engine.mla.self_test import check_latent
 from tierkv.engine.model_support import probe_layout
 from tierkv.errors import CapacityError, ConfigError, UnsupportedModelError
-from tierkv.ranks.group import OneRank, RankGroup
+from tierkv.ranks.group import RankGroup
 from tierkv.values.layout import BlockLayout
 
 __all__ = ["LatentAttention", "MlaChoice", "MlaSwitch", "choose_mla", "latent_attention"]
@@ -37,7 +37,7 @@ class LatentAttention:
     """
 
     def __init__(self, model: Any, *, use_library: bool = True) -> None:
-        reason = next(mla_reasons(model, OneRank()), None)
+        reason = next(mla_reasons(model), None)
         if reason is not None:
             raise UnsupportedModelError(f"{type(model).__name__} cannot keep the latent: {reason}")
         self.layers: list[MlaLayer] = mla_layers(model)
@@ -117,9 +117,7 @@ class MlaChoice:
     fallbacks: dict[str, int] = field(default_factory=dict)
 
 
-def latent_attention(
-    model: Any, wish: str, ranks: RankGroup | None = None, *, use_library: bool = True
-) -> LatentAttention | None:
+def latent_attention(model: Any, wish: str, *, use_library: bool = True) -> LatentAttention | None:
     """Return the attention that keeps a model's latent, as its configuration and modules allow; None for K and V.
 
     wish: "auto" keeps the latent where it can be kept, "expanded" never, "latent" always.
@@ -129,7 +127,7 @@ def latent_attention(
         raise ConfigError(f'mla must be "auto", "latent" or "expanded", got {wish!r}')
     if wish == "expanded":
         return None
-    reason = next(mla_reasons(model, ranks or OneRank()), None)
+    reason = next(mla_reasons(model), None)
     if reason is None:
         return LatentAttention(model, use_library=use_library)
     if wish == "latent":
@@ -143,22 +141,35 @@ def choose_mla(model: Any, wish: str, *, block_size: int, ranks: RankGroup) -> M
     """Return how to run a model, by its self-test: with FlashInfer, with torch, or with expanded K and V.
 
     Each way that fails its self-test is logged and counted. Arguments and errors as for `latent_attention`; with
-    "latent", a model that fails raises UnsupportedModelError.
+    "latent", a model that fails raises UnsupportedModelError. All ranks of a split model call this together, and take
+    the same way: one that fails on a rank is off on all.
     """
     fallbacks: Counter[str] = Counter()
-    latent = latent_attention(model, wish, ranks)
+    latent = latent_attention(model, wish)
     while latent is not None:
+        failure: UnsupportedModelError | None = None
+        layout: BlockLayout | None = None
         try:
             layout = _tested_layout(model, block_size, latent)
-            return MlaChoice(layout=layout, latent=latent, fallbacks=dict(fallbacks))
         except UnsupportedModelError as exc:
-            is_last = latent.kernel == "torch"
-            if is_last and wish == "latent":
-                raise
-            fallbacks["latent" if is_last else "flashinfer"] += 1
-            _log.warning("MLA over latents by %s is off: %s", latent.kernel, exc)
-            latent = None if is_last else latent_attention(model, wish, ranks, use_library=False)
+            failure = exc
+        is_last = latent.kernel == "torch"
+        are_good, are_last = _agree_on_way(ranks, layout is not None, is_last)
+        if are_good and layout is not None:
+            return MlaChoice(layout=layout, latent=latent, fallbacks=dict(fallbacks))
+        failure = failure or UnsupportedModelError("it is off on another rank")
+        if are_last and wish == "latent":
+            raise failure
+        fallbacks["latent" if are_last else "flashinfer"] += 1
+        _log.warning("MLA over latents by %s is off: %s", latent.kernel, failure)
+        latent = None if are_last else latent_attention(model, wish, use_library=False)
     return MlaChoice(layout=probe_layout(model, block_size=block_size), fallbacks=dict(fallbacks))
+
+
+def _agree_on_way(ranks: RankGroup, is_good: bool, is_last: bool) -> tuple[bool, bool]:
+    """Return whether a way is good on every rank, and whether it was the last one on every rank."""
+    votes = [tuple(each) for each in ranks.gather(bytes([is_good, is_last]))]
+    return all(good for good, _ in votes), all(last for _, last in votes)
 
 
 def _tested_layout(model: Any, block_size: int, latent: LatentAttention) -> BlockLayout:

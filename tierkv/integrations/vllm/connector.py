@@ -82,7 +82,10 @@ class TierkvConnector(KVConnectorBase_V1):  # type: ignore[misc]
             tp_rank=_tp_rank(),
             weights=self._options.weights,
         )
-        self._session = open_session(self._engine_id, lambda: Session(self._options, identity.namespace()))
+        num_workers = _workers_of_machine(self._vllm_config.parallel_config)
+        self._session = open_session(
+            self._engine_id, lambda: Session(self._options, identity.namespace(), num_workers=num_workers)
+        )
         self._worker = WorkerSide(self._session, pages, self._statistics)
         _observe_this_worker()
         layout = pages.layout
@@ -257,6 +260,11 @@ def _tp_rank() -> int:
     from vllm.distributed.parallel_state import get_tp_group
 
     return int(get_tp_group().rank_in_group)
+
+
+def _workers_of_machine(parallel: Any) -> int:
+    """Return how many workers share this machine's cores."""
+    return int(getattr(parallel, "local_world_size", 0) or parallel.tensor_parallel_size)
 
 
 def _device_of(tensor: torch.Tensor) -> str:

@@ -11,6 +11,7 @@ from tierkv.block_store.config import BlockStoreConfig
 from tierkv.errors import ConfigError
 from tierkv.remote_tiers.urls import RemoteOption
 from tierkv.values.checks import check_count, check_flag
+from tierkv.values.cores import default_io_threads
 
 __all__ = ["Options"]
 
@@ -28,6 +29,7 @@ class Options:
     num_reader_processes: of each worker; see `CacheConfig`.
     codec: how blocks are coded on disk. compute_or_load: compute a prefix where that was measured to be faster.
     remote: URLs of remote tiers (docs/remote.md). vLLM logs its options: write a password as `${NAME}`.
+    num_io_threads: threads that read, decode and encode, of each worker. None shares the machine's cores among them.
     weights: digest of the model's weights, if the files need not be read for it at every start.
     """
 
@@ -40,6 +42,7 @@ class Options:
     num_reader_processes: int | None = None
     remote: RemoteOption = field(default=(), repr=False)  # it may have a password
     compute_or_load: bool = True
+    num_io_threads: int | None = None
     weights: str = ""
 
     def __post_init__(self) -> None:
@@ -66,8 +69,11 @@ class Options:
         """Return `block_tokens` rounded up to a multiple of the engine's block size."""
         return -(-self.block_tokens // engine_block_size) * engine_block_size
 
-    def store_config(self, *, lookup_only: bool = False) -> BlockStoreConfig:
-        """Return what the block store is opened with. lookup_only: for a scheduler without the worker's memory."""
+    def store_config(self, *, lookup_only: bool = False, num_workers: int = 1) -> BlockStoreConfig:
+        """Return what the block store is opened with. lookup_only: for a scheduler without the worker's memory.
+
+        num_workers: those of the machine, each with a store of its own.
+        """
         return BlockStoreConfig(
             cold_path=self.path,
             socket=self.socket,
@@ -76,4 +82,5 @@ class Options:
             codec=self.codec,
             num_reader_processes=self.num_reader_processes,
             remote=self.remote,
+            num_io_threads=self.num_io_threads or default_io_threads(num_workers),
         )

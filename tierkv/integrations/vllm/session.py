@@ -30,13 +30,14 @@ class Session:
 
     reserved: blocks of requests whose hit was announced, until the worker side loads them.
     run_now: carries out a plan of the worker side between two steps: after a request's end no further step may come.
-    renew_now: lets the worker side begin a namespace with another salt.
+    renew_now: lets the worker side begin a namespace with another salt. num_workers: of this machine.
     """
 
-    def __init__(self, options: Options, namespace: Namespace) -> None:
+    def __init__(self, options: Options, namespace: Namespace, *, num_workers: int = 1) -> None:
         self.options = options
         self.namespace = namespace
-        self.store: BlockStore = BlockStore(options.store_config(), namespace=namespace)
+        self._config = options.store_config(num_workers=num_workers)
+        self.store: BlockStore = BlockStore(self._config, namespace=namespace)
         self.costs: LoadOrCompute = LoadOrCompute(block_size=namespace.layout.block_size)
         self.reserved: dict[str, Reserved] = {}
         self.run_now: Callable[[StepPlan], None] | None = None
@@ -49,7 +50,7 @@ class Session:
     def reopen(self, salt: str) -> None:
         """Close the store and open it for another namespace, which has no blocks. The caller ends copies first."""
         self.close()
-        self.store = BlockStore(self.options.store_config(), namespace=replace(self.namespace, salt=salt))
+        self.store = BlockStore(self._config, namespace=replace(self.namespace, salt=salt))
 
     def close(self) -> None:
         """Write what is pending, then close the store."""

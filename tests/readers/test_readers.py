@@ -28,6 +28,7 @@ from reading import (
 )
 
 from tierkv.readers import pool as pool_module
+from tierkv.readers import process
 from tierkv.readers.choice import choose_num_readers
 from tierkv.readers.messages import ReadAnswer
 from tierkv.readers.pool import ReaderPool
@@ -37,6 +38,7 @@ from tierkv.storage.cold import ColdStore
 from tierkv.storage.lmdb_search import find_leaf
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import BlockInfo, EncodedRecord, decode_record, encode_record
+from tierkv.storage.record_source import FileRecord, ThreadMemory
 from tierkv.storage.warm import WarmPool
 from tierkv.values.layout import BlockLayout, LayerLayout
 from tierkv.values.namespace import Namespace
@@ -107,6 +109,46 @@ def test_a_group_is_one_request_and_each_block_is_whole_or_a_miss_of_its_own(tmp
         for number in (0, 1, 3):
             assert np.array_equal(warm.slots[number], block_of(number))
         assert (pool.stats().blocks, pool._num_requests) == (3, 1)
+
+
+def test_blocks_of_two_layouts_come_from_one_process(tmp_path: Path) -> None:
+    """As in a daemon, whose clients have different models."""
+    other = BlockLayout.uniform(num_layers=2, block_size=256, kv_heads=8, head_dim=128, dtype="bfloat16")
+    namespace = Namespace(weights="w", layout=other)
+    large, small = chain(2), chain(2, layout=other, namespace=namespace)
+    with open_large(tmp_path) as store, open_pool(processes=1) as (pool, warm):
+        store.put([*large, *small])
+        places = warm.slots[1][: other.block_bytes], warm.slots[2][-other.block_bytes :]
+        for number in range(2):
+            assert read(store, large[number].info, warm, pool) is None
+            assert store.read_into(small[number].info, places[number], layout=other, decoders=pool) is None
+            assert np.array_equal(warm.slots[0], block_of(number))
+            assert np.array_equal(places[number], block_of(number, other))
+        assert pool.stats().blocks == 4
+
+
+def test_a_process_that_has_written_much_maps_the_memory_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = chain(3)
+    monkeypatch.setattr(process, "_MOST_MAPPED_BYTES", LAYOUT.block_bytes)
+    warm = WarmPool(LAYOUT.block_bytes, NUM_SLOTS)
+    assert warm.fd is not None
+    places = process.Places(warm.fd, warm.slab_bytes)
+    maps = {places._map}
+    (tmp_path / "data").write_bytes(b"".join(bytes(each.data) for each in records))
+    begin = 0
+    with (tmp_path / "data").open("rb") as data:
+        for number, record in enumerate(records):
+            found = FileRecord(data.fileno(), offset=begin, size=record.stored_bytes, memory=ThreadMemory())
+            at = number * warm.stride_bytes
+            assert places.decode(found, at, record.info, LAYOUT, "")
+            assert not places.decode(found, at, records[number - 1].info, LAYOUT, "")
+            assert places.decode(found, at, record.info, LAYOUT, "")
+            maps.add(places._map)
+            begin += record.stored_bytes
+    for number in range(3):
+        assert np.array_equal(warm.slots[number], block_of(number))
+    assert len(maps) > 2 and sum(each.closed for each in maps) == len(maps) - 1
+    warm.close()
 
 
 def test_another_block_of_the_same_hash_is_a_miss(tmp_path: Path) -> None:
@@ -361,8 +403,8 @@ def test_closing_while_blocks_are_read_costs_no_block_and_does_not_wait_for_a_st
         eventually(lambda: any(each.pid == pids[0] for each in pool._busy))
         begun = time.monotonic()
         pool.close()
-        assert time.monotonic() - begun < pool_module._ANSWER_S / 2
         assert [each.result() for each in reads] == [None] * NUM_SLOTS
+        assert time.monotonic() - begun < pool_module._ANSWER_S / 2
         for number in range(NUM_SLOTS):
             assert np.array_equal(warm.slots[number], block_of(number))
         assert not any(map(is_alive, pids))

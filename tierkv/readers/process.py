@@ -31,12 +31,12 @@ from tierkv.storage.record import BlockInfo, decode_record
 from tierkv.storage.record_source import FileRecord, ThreadMemory
 from tierkv.values.layout import BlockLayout
 
-__all__ = ["main"]
+__all__ = ["Places", "main", "serve"]
 
 _MOST_MAPPED_BYTES = 8 << 30  # of shared memory with pages in this process: page tables of 16 MiB
 
 
-class _Places:
+class Places:
     """The shared memory with the places of blocks.
 
     The map is made anew once much has been written through it. A process keeps an entry of 8 bytes for each page of
@@ -52,7 +52,8 @@ class _Places:
     def decode(self, record: FileRecord, at: int, expected: BlockInfo, layout: BlockLayout, lossy_codec: str) -> bool:
         """Decode a record into the place at byte `at`. Return whether it is the expected block. Raises as that does."""
         if self._touched_bytes > _MOST_MAPPED_BYTES < self._num_bytes:
-            self._map.close()
+            with contextlib.suppress(BufferError):  # a view is still alive: that part ends with the view
+                self._map.close()
             self._map, self._touched_bytes = self._map_all(), 0
         self._touched_bytes += layout.block_bytes
         out = np.frombuffer(self._map, dtype=np.uint8, count=layout.block_bytes, offset=at)
@@ -65,7 +66,7 @@ class _Places:
 class _Reader:
     """Answers requests, one after another."""
 
-    def __init__(self, places: _Places) -> None:
+    def __init__(self, places: Places) -> None:
         self._places = places
         self._memory = ThreadMemory()
         self._layout_json = b""
@@ -95,7 +96,7 @@ class _Reader:
             return BlockOutcome(False, exc.errno or 0, exc.strerror or str(exc))
 
 
-def serve(connection: socket.socket, places: _Places, parent: int | None) -> None:
+def serve(connection: socket.socket, places: Places, parent: int | None) -> None:
     """Answer requests until the socket ends or the parent has ended. parent: descriptor of that process, or None."""
     reader = _Reader(places)
     decoder, encoder = msgspec.msgpack.Decoder(ReadRequest), msgspec.msgpack.Encoder()
@@ -135,7 +136,7 @@ def main(arguments: list[str]) -> None:
     for each in (signal.SIGINT, signal.SIGTERM):  # those are the parent's: it ends its readers
         signal.signal(each, signal.SIG_IGN)
     with socket.socket(fileno=connection_fd) as connection, contextlib.suppress(BrokenPipeError, ConnectionError):
-        serve(connection, _Places(memory_fd, memory_bytes), _open_process(parent))
+        serve(connection, Places(memory_fd, memory_bytes), _open_process(parent))
 
 
 if __name__ == "__main__":

@@ -411,6 +411,31 @@ def test_closing_while_blocks_are_read_costs_no_block_and_does_not_wait_for_a_st
         assert pool.stats().failed == 0
 
 
+def test_an_answer_that_comes_while_the_pool_is_closed_is_used_and_its_process_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = chain(1)[0]
+    closing: list[threading.Thread] = []
+    real = Reader.ask
+
+    def ask(self: Reader, request: bytes, data_fd: int, *, timeout_s: float) -> bytes:
+        answer = real(self, request, data_fd, timeout_s=timeout_s)
+        closing.append(threading.Thread(target=pool.close))
+        closing[0].start()
+        eventually(lambda: pool._is_closed)
+        return answer
+
+    with open_large(tmp_path) as store, open_pool(processes=1) as (pool, warm):
+        store.put([record])
+        (pid,) = pool.pids()
+        monkeypatch.setattr(Reader, "ask", ask)
+        assert read(store, record.info, warm, pool) is None
+        assert np.array_equal(warm.slots[0], block_of(0))
+        closing[0].join()
+        assert not is_alive(pid)
+        assert (pool.stats().processes, pool.stats().blocks) == (0, 1)
+
+
 def test_the_child_of_a_fork_has_no_processes(tmp_path: Path) -> None:
     record = chain(1)[0]
     with open_large(tmp_path) as store, open_pool() as (pool, warm):

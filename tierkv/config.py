@@ -51,7 +51,8 @@ class CacheConfig:
         gain nothing, neither from the page cache nor from a disk (measured). Ranks of one machine share its cores.
     num_reader_processes: processes that decode cold blocks in place of these threads, straight into the warm memory:
         threads of one interpreter hinder each other. None: one for each core, at most 16, and none below 4 cores; ranks
-        share the cores. They start in the background, for blocks of 1 MiB or more. 0 has none. Linux only.
+        share the cores. For blocks of 1 MiB or more; they start in the background, with a store that has blocks or
+        at the first read. 0 has none. Linux only.
     warm_codec: "raw" keeps blocks in the warm tier as they are, "windows" losslessly compressed (storage/windows.py),
         "auto" compresses where a GPU does it: bfloat16 on CUDA with triton and what that compiles with.
     gpu_decode: let the GPU decode cold blocks of 16-bit floats, where nvCOMP is installed (the extra `nvcomp`).

@@ -19,6 +19,7 @@ from reading import eventually, is_alive
 from tierkv import BlockKey, BlockStore, BlockStoreConfig, Buffers, CacheConfig, Namespace, TierCache
 from tierkv.block_store.own_tiers import OwnTiers
 from tierkv.readers.pool import ReaderPool
+from tierkv.values.block import Tier
 from tierkv.values.layout import BlockLayout
 
 LAYOUT = BlockLayout.uniform(num_layers=2, block_size=4, kv_heads=64, head_dim=1024, dtype="bfloat16")  # 2 MiB
@@ -75,6 +76,18 @@ def test_a_cache_prefetches_with_processes(tmp_path: Path) -> None:
         assert cache.prefetch([*PROMPT, 7]).result() == NUM_BLOCKS
         assert readers.stats().blocks == NUM_BLOCKS
         cache.release(PatternEngine(cache).start([*PROMPT, 7]))
+
+
+def test_an_empty_store_starts_processes_at_its_first_large_read(tmp_path: Path) -> None:
+    with open_cache(tmp_path) as cache:
+        readers = readers_of(cache)
+        cache.release(PatternEngine(cache).start([*PROMPT, 7]))
+        cache.flush()
+        assert readers.stats().processes == 0
+        cache.evict(Tier.HOT)
+        cache.evict(Tier.WARM)
+        cache.release(PatternEngine(cache).start([*PROMPT, 7]))
+        eventually(lambda: readers.stats().ready == 2)
 
 
 def test_a_request_at_once_after_opening_waits_for_no_process(tmp_path: Path) -> None:

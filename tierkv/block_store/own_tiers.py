@@ -79,6 +79,8 @@ class OwnTiers:
         except BaseException:
             self._close_stored()
             raise
+        if self.memory and self.memory.readers and self.cold:
+            self.memory.readers.start_for(self.cold)
         if self.memory:
             self._loader = BlockLoader(self.memory, self.stored, self._root, stats, changed)
             self._saver = BlockSaver(self.memory, self.stored, self._root, codec, stats, changed)

@@ -69,7 +69,6 @@ class WarmMemory:
         )
         if self.readers:
             self.read_threads = PriorityThreadPool(max(config.io_threads, num_readers), name="tierkv-read")
-            self.readers.start()
         self.engines: Engines = Engines(layout)
         self.engines.open(self._pool)
         self._in_flight: deque[tuple[Ready, list[int]]] = deque()

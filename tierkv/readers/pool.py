@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -15,9 +16,11 @@ from dataclasses import dataclass
 import msgspec
 import numpy as np
 
+from tierkv.errors import StoreError
 from tierkv.readers.choice import SMALLEST_RECORD_BYTES
 from tierkv.readers.messages import MAX_MESSAGE_BYTES, BlockRequest, ReadAnswer, ReadRequest
 from tierkv.readers.reader import Reader, ReaderFailedError
+from tierkv.storage.cold import ColdStore
 from tierkv.storage.record_decoders import RecordToDecode
 from tierkv.storage.record_source import FileRecord
 from tierkv.storage.warm import Slab, WarmPool
@@ -103,6 +106,12 @@ class ReaderPool:
                 return
             self._thread = threading.Thread(target=self._start_all, name="tierkv-readers", daemon=True)
         self._thread.start()
+
+    def start_for(self, cold: ColdStore) -> None:
+        """Start the processes if a store has blocks; for an empty one the first large read starts them."""
+        with contextlib.suppress(StoreError):  # such a store has nothing to read
+            if cold.stats().blocks:
+                self.start()
 
     def stats(self) -> ReaderStats:
         """Return the numbers of the pool."""

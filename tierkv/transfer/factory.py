@@ -176,6 +176,8 @@ def _make_tiers(
         num_readers=_num_readers(config, namespace, warm) if cold else 0,
         loaders=ThreadPoolExecutor(_NUM_LOADERS, thread_name_prefix="tierkv-load"),
     )
+    if memory.readers and cold:
+        memory.readers.start_for(cold)
     return Tiers(
         layout=layout,
         namespace=namespace.digest,

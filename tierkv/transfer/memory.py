@@ -93,7 +93,6 @@ class TierMemory:
         self.readers = ReaderPool.of_slab(self.raw, num_processes=num_readers, num_in_process=num_threads)
         if self.readers:
             self.read_threads = PriorityThreadPool(max(num_threads, num_readers), name="tierkv-read")
-            self.readers.start()
 
     def copy_warm(self, slot: int) -> Bytes:
         """Return a copy of the block in a warm slot, decompressed. The caller makes sure that it stays there."""

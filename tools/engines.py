@@ -38,7 +38,13 @@ def open_engine(options: EngineOptions, config: CacheConfig) -> Iterator[Runner]
     loaded, attention = _load(options, store), named_attention(options.attention, os.environ)
     table = _measured_here(torch.device(loaded.model.device))
     with open_runner(
-        loaded, config, salt=options.salt, mla=options.mla, attention=attention, attention_table=table
+        loaded,
+        config,
+        salt=options.salt,
+        mla=options.mla,
+        attention=attention,
+        attention_table=table,
+        sparse=options.sparse(),
     ) as runner:
         yield runner
 

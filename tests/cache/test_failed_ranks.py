@@ -99,7 +99,7 @@ def test_a_store_that_is_gone_is_a_failure() -> None:
 
     ranks = TorchRanks(Gone(), rank=1, size=2)
     assert "has gone (connection reset by peer)" in str(ranks.failure(silent_s=60))
-    ranks.fail("nobody can hear it")  # raises nothing
+    ranks.fail("no other rank is left")  # raises nothing
 
 
 def test_a_step_that_raises_is_told_to_the_others_and_raises_its_own_error() -> None:

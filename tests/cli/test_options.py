@@ -124,5 +124,5 @@ def test_a_gpus_table_is_looked_for_in_the_users_cache_directory(
     assert _measured_here(torch.device("cuda")) == path
     for text in ("{}", '{"version": 99, "device": "NVIDIA H200", "points": []}'):
         path.write_text(text)
-        assert _measured_here(torch.device("cuda")) is None, "no command fails for a file that nobody named"
+        assert _measured_here(torch.device("cuda")) is None, "no command fails for a file that its user did not name"
     assert caplog.text.count("without the times measured here") == 2

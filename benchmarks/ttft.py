@@ -190,6 +190,8 @@ def _wait_for_readers(runner: Runner) -> ReaderPool | None:
     """Return the cache's reader processes, if it has any, once they can read."""
     readers = runner.cache._tiers.memory.readers
     print(f"reader processes: {readers.num_processes if readers else 0}")
+    if readers:
+        readers.start()  # the store is empty yet
     deadline = time.monotonic() + 60
     while readers and readers.stats().ready < readers.num_processes:
         assert time.monotonic() < deadline, "the reader processes do not start"

@@ -39,6 +39,7 @@ _SETTINGS = {
 _LIVES = {"none": 1, "tierkv": 2, "tierkv-raw": 2, "tierkv-socket": 2, "fs": 2, "cpu": 1}
 _DECODES = ("none", "tierkv", "tierkv-raw", "tierkv-socket")
 _VOCABULARY = 32000
+_TAIL = 33  # tokens behind the prefix
 _NUM_DECODING = 32
 _DECODE_ROUNDS = 5
 _CPU_SETTINGS = {
@@ -163,11 +164,12 @@ def _run_life(arguments: argparse.Namespace) -> None:
         answers = llm.generate([{"prompt_token_ids": each} for each in prompts], parameters, use_tqdm=False)
         return time.perf_counter() - begun, answers
 
-    def first_token(what: str, seed: int, tail: int = 32) -> None:
+    def first_token(what: str, seed: int, tail: int = _TAIL) -> None:
         seconds, (answer,) = ask([_tokens(seed, arguments.prefix) + _tokens(1000 + tail, tail)], 1, logprobs=2)
         (chosen,) = answer.outputs
         best, second, *_ = sorted((each.logprob for each in chosen.logprobs[0].values()), reverse=True)
-        more = {"prompt": [seed, tail], "cached_tokens": answer.num_cached_tokens, "lead": round(best - second, 4)}
+        more = {"prompt": [seed, tail], "cached_tokens": answer.num_cached_tokens}
+        more |= {"lead": round(best - second, 4), "logprob": best}
         report(what, 1e3 * seconds, ids=list(chosen.token_ids), **more)
 
     ask([_tokens(90 + number, arguments.prefix + 32)], 1)  # what is compiled at its first use
@@ -179,8 +181,9 @@ def _run_life(arguments: argparse.Namespace) -> None:
                 report(f"decoding {_NUM_DECODING} sequences, tokens a second", _NUM_DECODING * 256 / seconds)
     elif number == 0:
         for seed in (1, 2, 3):
-            first_token("computed", seed)
-        first_token("engine's own hit", 3, tail=33)
+            first_token("computed", seed, tail=_TAIL - 1)
+        for seed in (1, 2, 3):
+            first_token("engine's own hit", seed)
         if mode != "none":
             time.sleep(4)  # what is stored behind the requests
             for seed in (1, 2, 3):
@@ -284,15 +287,16 @@ def _print(rows: list[dict[str, Any]]) -> None:
     for what in dict.fromkeys(row["what"] for row in rows):
         values = {mode: [row["value"] for row in rows if (row["mode"], row["what"]) == (mode, what)] for mode in modes}
         print(f"{what:<44}" + "".join(f"{median(found) if found else '':>13}" for found in values.values()))
-    answers: dict[str, set[str]] = {}
     asked = [row for row in rows if "ids" in row]
-    for row in asked:
-        answers.setdefault(str(row["prompt"]), set()).add(str(row["ids"]))
-    if asked:
-        num_different = sum(len(each) > 1 for each in answers.values())
-        print(f"prompts whose first token differs between modes or lives: {num_different} of {len(answers)}")
-        lead = min(row["lead"] for row in asked)
-        print(f"the least lead of one over the second best: {lead:.4f} of log-probability")
+    for row in (row for row in asked if row["what"] == "engine's own hit"):
+        cached = row["cached_tokens"]
+        same = [each for each in asked if (each["prompt"], each["cached_tokens"]) == (row["prompt"], cached)]
+        furthest = max(abs(each["logprob"] - row["logprob"]) for each in same)
+        num_equal = sum(each["ids"] == row["ids"] for each in same)
+        print(
+            f"prompt {row['prompt']}, {cached} tokens of it cached by {row['mode']}'s engine: {num_equal} of "
+            f"{len(same)} first tokens equal, log-probability within {furthest:.4f}, lead of the best {row['lead']:.4f}"
+        )
     for mode in modes:
         cached = [row["cached_tokens"] for row in asked if row["mode"] == mode]
         print(f"{mode}: cached tokens of its prompts {cached}")

@@ -14,7 +14,7 @@ import xxhash
 from tierkv.errors import CorruptBlockError, FormatVersionError, ShapeError
 from tierkv.storage.codec import Bytes, iter_runs
 from tierkv.storage.codecs import RAW, Codec, check_codec, default_codec
-from tierkv.storage.coded import CODED_ID, CodedBlock, CodedLayout, check_frames
+from tierkv.storage.coded import CODED_ID, CodedBlock, check_frames, coded_layout
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record_header import (
     HEADER_BYTES,
@@ -161,7 +161,7 @@ def decode_record(
     pieces = _pieces_of(header, layout)
     if coded is not None and header.codec.codec_id == CODED_ID and header.info.num_tokens == layout.block_size:
         payload = _copy_payload(source, header, checksum, target)
-        check_frames(payload, header.frame_sizes, CodedLayout(layout))
+        check_frames(payload, header.frame_sizes, coded_layout(layout))
         coded.frame_sizes = header.frame_sizes
         return None
     if header.codec is RAW and header.info.num_tokens == layout.block_size:  # the payload is the block

@@ -158,7 +158,7 @@ def test_the_wheel_asks_for_the_core_dependencies_only_and_brings_the_command(wh
 
 
 WITH_CUDA = {"gpu", "nvcomp"}  # as README says
-OF_CUDA = {"torch", "triton", "flash-attn", "cuda-bindings", "nvidia-nvcomp-cu13", "vllm", "sglang"}
+OF_CUDA = {"torch", "triton", "flash-attn", "cuda-bindings", "nvidia-libnvcomp-cu13", "vllm", "sglang"}
 
 
 def test_no_extra_but_two_brings_what_needs_cuda(wheel: Path) -> None:

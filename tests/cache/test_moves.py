@@ -15,7 +15,7 @@ from pattern_layout import tiny_layout
 from tierkv.errors import StoreError
 from tierkv.movers import frames, pages, windows
 from tierkv.movers.mover import Done, Move, Mover, layer_groups
-from tierkv.storage.coded import CodedBlock
+from tierkv.storage.coded import CodedBlock, CodedLayout, zero_frames
 from tierkv.storage.hot import HotPool
 from tierkv.storage.warm import WarmPool
 from tierkv.storage.windows import WindowFormat
@@ -116,6 +116,37 @@ def test_a_frame_mover_waits_for_what_it_had_queued(cuda: FakeCuda, monkeypatch:
     with pytest.raises(StoreError, match="had enough"):
         gpu.promote(MOVES, [CodedBlock(frame_sizes=(16,)) for _ in MOVES])
     assert_idle(mover.load_stream, gpu._stream)
+
+
+@pytest.mark.parametrize("is_right", [True, False])
+def test_a_wave_is_known_to_be_right_before_it_is_promoted(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, is_right: bool
+) -> None:
+    def check() -> None:
+        assert not gpu._stream.num_queued, "what is not done yet says nothing"
+        if not is_right:
+            raise StoreError("1 frames did not decode")
+
+    def decode(*_: object, **__: object) -> SimpleNamespace:
+        cuda.current.num_queued += 1
+        return SimpleNamespace(check=check)
+
+    layout = tiny_layout(dtype="bfloat16")
+    hot, warm, mover = fake_mover(layout)
+    gpu: Any = object.__new__(frames.FrameMover)
+    gpu._hot, gpu._slots, gpu._mover, gpu._lock = hot, mover.slots, mover, frames.threading.Lock()
+    gpu._stream, gpu._layout, gpu._tiles = torch.cuda.Stream(), CodedLayout(layout), None
+    gpu._batch, gpu._kernels = SimpleNamespace(decode=decode), SimpleNamespace(merge_frames=lambda *_: None)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    sizes = [len(each) - (not rest) for each, rest in zip(zero_frames(gpu._layout), gpu._layout.is_rest, strict=True)]
+    coded = [CodedBlock(frame_sizes=tuple(sizes)) for _ in MOVES]
+    if is_right:
+        gpu.promote(MOVES, coded)
+    else:
+        with pytest.raises(StoreError, match="did not decode"):
+            gpu.promote(MOVES, coded)
+    assert_idle(mover.load_stream, gpu._stream)
+    warm.close()
 
 
 @pytest.mark.parametrize("way", ["load", "store"])

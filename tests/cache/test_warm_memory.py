@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,15 +16,18 @@ from fake_cuda import FakeCuda
 from pattern_engine import tiny_warm
 from test_moves import assert_idle, fake_mover, gpu_windows
 
+from tierkv.background.work_queue import PriorityThreadPool
 from tierkv.config import CacheConfig
 from tierkv.errors import StoreError
 from tierkv.movers.frames import FrameMover
 from tierkv.movers.mover import Mover
 from tierkv.movers.windows import WindowMover, window_format
+from tierkv.storage.codecs import codec_by_name
 from tierkv.storage.coded import CodedLayout
 from tierkv.storage.hot import HotPool
+from tierkv.storage.warm import WarmPool
 from tierkv.transfer import memory as warm_memory
-from tierkv.transfer.memory import open_warm_memory
+from tierkv.transfer.memory import TierMemory, open_warm_memory
 from tierkv.values.layout import BlockLayout
 
 
@@ -93,3 +98,38 @@ def test_a_kernel_that_does_not_compile_is_a_store_error(monkeypatch: pytest.Mon
     with pytest.raises(StoreError, match="gcc"):
         frames.warm_up()
     assert_idle(raw.load_stream)
+
+
+@pytest.mark.parametrize(("codec", "num_threads"), [("exponent16", 6), ("zstd", 3)])
+def test_more_threads_read_where_they_decode_nothing(hot: HotPool, codec: str, num_threads: int) -> None:
+    warm = WarmPool(hot.layout.block_bytes, 4)
+    memory = TierMemory(
+        layout=hot.layout,
+        codec=codec_by_name(codec),
+        hot=hot,
+        warm=warm,
+        mover=Mover(hot, warm),
+        compression=None,
+        frames=object.__new__(FrameMover),
+        threads=PriorityThreadPool(3, name="io"),
+        num_readers=0,
+        loaders=ThreadPoolExecutor(1),
+    )
+    assert memory.read_threads.num_threads == num_threads
+    memory.close()
+
+
+@pytest.mark.parametrize(("decodes", "num_staging"), [(True, 34), (False, 24)])
+def test_more_blocks_are_on_their_way_where_a_gpu_decodes(
+    hot: HotPool, monkeypatch: pytest.MonkeyPatch, decodes: bool, num_staging: int
+) -> None:
+    monkeypatch.setattr(warm_memory, "can_decode", lambda *_: decodes)
+    monkeypatch.setattr(warm_memory, "_frames", lambda *_: None)
+    config = replace(config_of(hot.layout, "windows"), warm_bytes=4 << 20)
+    memory = open_warm_memory(hot, config)
+    assert memory.compression is not None
+    assert len(memory.compression.staging.slots) == num_staging
+    memory.compression.mover.close()
+    memory.mover.close()
+    memory.warm.close()
+    memory.compression.staging.close()

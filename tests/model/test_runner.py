@@ -397,3 +397,19 @@ def test_a_stream_goes_no_further_in_a_forked_process(open_one: Open) -> None:
     with pytest.raises(ClosedError, match="forked"):
         next(stream)
     runner.cache.calls._pid -= 1
+
+
+def test_a_closed_runner_has_no_graphs(model: Any, place: Place, tmp_path: Path) -> None:
+    """A process group of the graphs' collective operations would wait for their end."""
+    config = CacheConfig(
+        cold_path=tmp_path, block_size=place.block_size, hot_bytes=64 << 20, warm_bytes=64 << 20, min_free_bytes=0
+    )
+    with open_runner(LoadedModel(model, None, "tiny"), config) as runner:
+        graphs: Any = runner._pass.graphs
+        for _ in range(3):
+            runner.generate([tokens(5, seed=1)], GenerationOptions(max_new_tokens=4))
+        assert bool(graphs._graphs) == (place.device == "cuda")
+        graphs._graphs["as on a GPU"] = graphs._logits = object()
+    assert not graphs._is_usable
+    assert not graphs._graphs
+    assert graphs._logits is None

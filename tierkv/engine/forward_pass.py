@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -87,6 +89,13 @@ class ForwardPass:
         ends = np.array(batch.query_starts[1:], dtype=np.int64) - 1
         ids, last = to_device([np.array(token_ids, dtype=np.int64), ends], device)
         return self._compute(ids, batch, last)
+
+    def close(self) -> None:
+        """Free the CUDA graphs, once the device has replayed the last one. May be called twice."""
+        if self.graphs is not None:
+            with suppress(RuntimeError):  # a device that has failed replays nothing any more
+                self.wait()
+            self.graphs.close()
 
     def wait(self) -> None:
         """Block until the device has finished all launched passes."""

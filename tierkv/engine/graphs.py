@@ -127,6 +127,15 @@ class GraphedModel:
         found.graph.replay()
         return found.logits[: len(steps)]
 
+    def close(self) -> None:
+        """Free all graphs and their memory; every pass runs eagerly from then on. May be called twice.
+
+        A process group does not end while there are graphs of its collective operations.
+        """
+        self._is_usable = False
+        self._graphs.clear()
+        self._logits = None
+
     def capture_decoding(self, *, max_sequences: int, max_tokens: int) -> int:
         """Capture the decode steps of up to so many sequences of up to so many tokens each. Return how many graphs."""
         if not self._is_usable:

@@ -346,6 +346,7 @@ def open_runner(
                 sparse=sparse,
                 monitor=monitor,
             )
+            opened.callback(runner._pass.close)
         yield runner
 
 

@@ -10,15 +10,16 @@ import importlib.util
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from tierkv.errors import StoreError
 from tierkv.movers.batch_copy import Piece, copy_pieces
 from tierkv.movers.mover import CudaReady, Move, Mover, Ready, record_event, synchronize_streams
+from tierkv.movers.nvcomp_zstd import Decoding, ZstdBatch, has_nvcomp
 from tierkv.storage.coded import CodedBlock, CodedLayout, zero_frames
 from tierkv.storage.hot import HotPool
 from tierkv.values.layout import BlockLayout
@@ -30,8 +31,8 @@ _ALIGNMENT_BYTES = 16
 
 def can_decode(layout: BlockLayout, device: torch.device) -> bool:
     """Return whether blocks of this layout can be decoded here: 16-bit floats, a GPU, nvCOMP and triton."""
-    is_there = all(_find(name) for name in ("nvidia.nvcomp", "triton"))
-    return device.type == "cuda" and layout.item_bytes == 2 and is_there
+    is_possible = device.type == "cuda" and layout.item_bytes == 2
+    return is_possible and has_nvcomp() and importlib.util.find_spec("triton") is not None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,8 +42,8 @@ class _Wave:
     payloads: Tensor
     rests: Tensor
     targets: Tensor
-    frame_offsets: list[int]
-    frame_sizes: list[int]
+    frame_offsets: npt.NDArray[np.int64]
+    frame_sizes: npt.NDArray[np.int64]
 
 
 class _HeldReady(CudaReady):
@@ -57,11 +58,8 @@ class FrameMover:
     """Decodes blocks from raw slots that hold payloads into one hot pool, on the streams of a Mover."""
 
     def __init__(self, hot: HotPool, slots: Tensor, mover: Mover) -> None:
-        from nvidia import nvcomp
-
         from tierkv.kernels import planes as kernels  # needs triton, which is there if there is a GPU
 
-        self._nvcomp: Any = nvcomp
         self._kernels = kernels
         self._hot = hot
         self._slots = slots
@@ -69,9 +67,7 @@ class FrameMover:
         self._layout = CodedLayout(hot.layout)
         self._tiles = torch.from_numpy(self._layout.tiles).to(hot.device)
         self._stream = torch.cuda.Stream(hot.device)
-        self._codec = nvcomp.Codec(
-            algorithm="Zstd", bitstream_kind=nvcomp.BitstreamKind.RAW, cuda_stream=self._stream.cuda_stream
-        )
+        self._batch = ZstdBatch(hot.device)
         self._lock = threading.Lock()
 
     def warm_up(self) -> None:
@@ -92,7 +88,10 @@ class FrameMover:
             raise StoreError(f"this GPU cannot decode blocks: {exc}") from exc
 
     def promote(self, moves: Sequence[Move], coded: Sequence[CodedBlock], *, after: Ready | None = None) -> Ready:
-        """Decode the payloads in slots into block ids; `after` is as in `Mover.promote`. Raises StoreError."""
+        """Decode the payloads in slots into block ids; `after` is as in `Mover.promote`. Raises StoreError.
+
+        Waits until all frames are known to be right: no block may be registered before.
+        """
         with self._lock:
             try:
                 if after is None:
@@ -101,12 +100,16 @@ class FrameMover:
                     if after is not None:
                         after.wait()
                     wave = self._copy_up(moves, coded)
-                    planes = self._decode(wave)
+                    planes, decoding = self._decode(wave)
                     self._kernels.merge_frames(
                         planes, wave.payloads, wave.rests, self._tiles, wave.targets, self._hot.blocks
                     )
-                    return _HeldReady([record_event(self._stream)], (wave, planes))
-            except (RuntimeError, ValueError) as exc:
+                    merged = record_event(self._stream)
+                    if decoding:
+                        merged.synchronize()  # without the interpreter's lock: other threads read meanwhile
+                        decoding.check()
+                    return _HeldReady([merged], (wave, planes))
+            except (RuntimeError, ValueError, StoreError) as exc:
                 synchronize_streams(self._mover.load_stream, self._stream)
                 raise StoreError(f"decoding {len(moves)} blocks on the GPU failed: {exc}") from exc
 
@@ -127,42 +130,34 @@ class FrameMover:
             payloads=payloads,
             rests=_on_device(torch.from_numpy(rests), device),
             targets=_on_device(torch.tensor([move.target for move in moves]), device),
-            frame_offsets=frame_offsets.tolist(),
-            frame_sizes=np.concatenate([sizes for _, sizes, _ in parts]).tolist(),
+            frame_offsets=frame_offsets,
+            frame_sizes=np.concatenate([sizes for _, sizes, _ in parts]),
         )
         copied.wait()
         return wave
 
-    def _decode(self, wave: _Wave) -> Tensor:
-        """Return the exponent planes, [n, values] uint8."""
+    def _decode(self, wave: _Wave) -> tuple[Tensor, Decoding | None]:
+        """Return the exponent planes, [n, values] uint8, and what says whether they are right, if any is decoded."""
         count, values = wave.payloads.shape[0], self._hot.blocks.shape[1]
         planes = torch.empty((count, values), dtype=torch.uint8, device=self._hot.device)
-        starts = (np.arange(count)[:, None] * values + self._layout.planes).ravel().tolist()
-        lengths = np.tile(self._layout.plane_bytes, count).tolist()
-        is_coded = [size != length for size, length in zip(wave.frame_sizes, lengths, strict=True)]
+        starts = (np.arange(count)[:, None] * values + self._layout.planes).ravel()
+        lengths = np.tile(self._layout.plane_bytes, count)
+        is_coded = wave.frame_sizes != lengths
         flat, flat_planes = wave.payloads.view(-1), planes.view(-1)
-        for i in (i for i, each in enumerate(is_coded) if not each):  # an incompressible plane is stored raw
-            offset = wave.frame_offsets[i]
-            flat_planes[starts[i] : starts[i] + lengths[i]] = flat[offset : offset + lengths[i]]
-        if any(is_coded):
-            stream = self._stream.cuda_stream
-            chosen = [i for i, each in enumerate(is_coded) if each]
-            source = self._nvcomp.as_arrays(
-                flat, [wave.frame_offsets[i] for i in chosen], [wave.frame_sizes[i] for i in chosen], stream
-            )
-            target = self._nvcomp.as_arrays(
-                flat_planes, [starts[i] for i in chosen], [lengths[i] for i in chosen], stream
-            )
-            self._codec.decode(source, out=target)
-        return planes
+        for i in np.flatnonzero(~is_coded).tolist():  # an incompressible plane is stored as it is
+            start, offset, length = int(starts[i]), int(wave.frame_offsets[i]), int(lengths[i])
+            flat_planes[start : start + length] = flat[offset : offset + length]
+        if not is_coded.any():
+            return planes, None
+        decoding = self._batch.decode(
+            flat.data_ptr() + wave.frame_offsets[is_coded],
+            wave.frame_sizes[is_coded],
+            flat_planes.data_ptr() + starts[is_coded],
+            lengths[is_coded],
+            stream=self._stream,
+        )
+        return planes, decoding
 
 
 def _on_device(numbers: Tensor, device: torch.device) -> Tensor:
     return numbers.pin_memory().to(device, non_blocking=True)
-
-
-def _find(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:
-        return False

@@ -22,6 +22,7 @@ from tierkv.movers.windows import WindowMover, window_format
 from tierkv.readers.pool import ReaderPool
 from tierkv.storage.codec import Bytes
 from tierkv.storage.codecs import Codec
+from tierkv.storage.coded import CODED_ID
 from tierkv.storage.hot import HotPool
 from tierkv.storage.warm import WarmPool
 from tierkv.storage.windows import WindowFormat
@@ -35,6 +36,7 @@ _logger = logging.getLogger(__name__)
 
 _MIN_BLOCKS = 4
 _MAX_STAGING_BLOCKS = 24
+_MAX_CODED_BLOCKS = 34  # where a GPU decodes: a wave of 16 on its way there, 16 being read, and the write thread's two
 _STAGING_SHARE = 8  # a compressed warm tier gives at most one byte in eight to raw blocks in work
 
 
@@ -67,7 +69,8 @@ class TierMemory:
 
     raw: blocks as they are, beside the hot tier: the warm tier's own places, or the staging slots.
     frames: decodes cold blocks on the GPU, where that is possible. threads: a request's work first. read_threads: those
-    that read cold blocks; the same ones without reader processes, else one for each process at least. loaders: a thread
+    that read cold blocks; the same ones, but with reader processes one for each process at least, and twice as many
+    where a GPU decodes: they copy and compare checksums, without the interpreter's lock (measured). loaders: a thread
     for each request that loads while it computes. reserved_raw: places in `raw` that the write thread always holds.
     """
 
@@ -93,6 +96,8 @@ class TierMemory:
         self.readers = ReaderPool.of_slab(self.raw, num_processes=num_readers, num_in_process=num_threads)
         if self.readers:
             self.read_threads = PriorityThreadPool(max(num_threads, num_readers), name="tierkv-read")
+        elif self.frames and self.codec.codec_id == CODED_ID:
+            self.read_threads = PriorityThreadPool(2 * num_threads, name="tierkv-read")
 
     def copy_warm(self, slot: int) -> Bytes:
         """Return a copy of the block in a warm slot, decompressed. The caller makes sure that it stays there."""
@@ -155,7 +160,8 @@ def _open_raw(hot: HotPool, config: CacheConfig) -> WarmMemory:
 
 def _open_compressed(hot: HotPool, config: CacheConfig, form: WindowFormat) -> WarmMemory:
     block_bytes, threads = hot.layout.block_bytes, config.io_threads
-    num_staging = max(2, min(_MAX_STAGING_BLOCKS, config.warm_bytes // _STAGING_SHARE // block_bytes))
+    most = _MAX_CODED_BLOCKS if _wants_frames(hot, config) else _MAX_STAGING_BLOCKS
+    num_staging = max(2, min(most, config.warm_bytes // _STAGING_SHARE // block_bytes))
     num_slots = (config.warm_bytes - num_staging * block_bytes) // form.slot_bytes
     _check_room(num_slots, config, form.slot_bytes)
     with ExitStack() as undo:
@@ -197,7 +203,7 @@ def _form(hot: HotPool, config: CacheConfig) -> WindowFormat | None:
 
 def _frames(hot: HotPool, mover: Mover, config: CacheConfig) -> FrameMover | None:
     """Return what decodes cold blocks on the GPU, or None where that is not wanted or not possible."""
-    if not config.gpu_decode or not can_decode(hot.layout, hot.device):
+    if not _wants_frames(hot, config):
         return None
     frames = FrameMover(hot, mover.slots, mover)
     try:
@@ -206,6 +212,10 @@ def _frames(hot: HotPool, mover: Mover, config: CacheConfig) -> FrameMover | Non
         _logger.warning("%s; the CPU decodes cold blocks instead", exc)
         return None
     return frames
+
+
+def _wants_frames(hot: HotPool, config: CacheConfig) -> bool:
+    return config.gpu_decode and can_decode(hot.layout, hot.device)
 
 
 def _has_triton() -> bool:

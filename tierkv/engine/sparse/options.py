@@ -19,11 +19,11 @@ class SparseDecode:
     budget: the share of a sequence's tokens that a decode step reads, first and recent ones included: above 0, at
     most 1; 1 is exact.
     min_tokens: so many are read at least, so shorter sequences are exact. recent_tokens: the last ones, always read.
-    page_tokens: what is chosen together, a divisor of the block size; None: 32, or a block if that is smaller.
+    page_tokens: what is chosen together, a divisor of the block size; None: 64, or a block if that is smaller.
     Raises ConfigError for values that do not fit each other.
 
     >>> SparseDecode(budget=0.1).counts(256)
-    PageCounts(page=32, share=102, least=64, sinks=1, recent=128)
+    PageCounts(page=64, share=102, least=32, sinks=1, recent=128)
     """
 
     budget: float
@@ -41,7 +41,7 @@ class SparseDecode:
 
     def counts(self, block_size: int) -> PageCounts:
         """Return the same in pages. Raises ConfigError if pages do not divide blocks of so many tokens."""
-        page = min(32, block_size) if self.page_tokens is None else self.page_tokens
+        page = min(64, block_size) if self.page_tokens is None else self.page_tokens
         if block_size % page:
             raise ConfigError(f"pages of {page} tokens do not divide a block of {block_size}")
         always = 1 + self.recent_tokens // page + 2

@@ -132,6 +132,11 @@ def test_a_batch_that_is_refused_is_an_error(stream: FakeStream) -> None:
         decode(Library(refuses=10), stream)
 
 
+def test_a_library_without_the_functions_is_an_error() -> None:
+    with pytest.raises(StoreError, match="another one"):
+        ZstdBatch(torch.device("cpu"), library=SimpleNamespace())
+
+
 @pytest.mark.parametrize("package", [None, SimpleNamespace(load_library=lambda: None)])
 def test_without_the_library_there_is_no_batch(monkeypatch: pytest.MonkeyPatch, package: object) -> None:
     def find(name: str) -> object:

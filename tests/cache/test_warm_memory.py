@@ -133,3 +133,18 @@ def test_more_blocks_are_on_their_way_where_a_gpu_decodes(
     memory.mover.close()
     memory.warm.close()
     memory.compression.staging.close()
+
+
+@pytest.mark.parametrize("way", ["__init__", "warm_up"])
+def test_a_gpu_that_cannot_decode_leaves_that_to_the_cpu(
+    hot: HotPool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, way: str
+) -> None:
+    monkeypatch.setattr(warm_memory, "can_decode", lambda *_: True)
+    monkeypatch.setattr(FrameMover, "__init__", lambda *_: None)
+    monkeypatch.setattr(FrameMover, way, fail)
+    with caplog.at_level(logging.WARNING):
+        memory = open_warm_memory(hot, config_of(hot.layout, "raw"))
+    assert memory.frames is None
+    assert "the CPU decodes" in caplog.text
+    memory.mover.close()
+    memory.warm.close()

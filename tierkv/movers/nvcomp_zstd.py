@@ -1,8 +1,8 @@
 """ZstdBatch: decodes many zstd frames at once on a GPU, by the C functions of nvCOMP (wheel nvidia-libnvcomp-cu13).
 
 nvCOMP's Python package makes two objects for each frame and waits for the GPU in every call: 17 ms for the 2,048 frames
-of 16 blocks (H200), in which the threads that read the next blocks come to nothing. A call of `ctypes` takes pointers
-to tables and releases the interpreter's lock.
+of 16 blocks (H200). A call of `ctypes` takes pointers to tables and releases the interpreter's lock, so that threads
+read the next blocks meanwhile.
 Source: nvcomp/zstd.h of nvCOMP 6.
 """
 
@@ -56,8 +56,11 @@ class ZstdBatch:
     def __init__(self, device: torch.device, *, library: Any = None) -> None:
         self._device = device
         library = library or _load()
-        self._temp_size: Callable[..., int] = library.nvcompBatchedZstdDecompressGetTempSize
-        self._decompress: Callable[..., int] = library.nvcompBatchedZstdDecompressAsync
+        try:
+            self._temp_size: Callable[..., int] = library.nvcompBatchedZstdDecompressGetTempSize
+            self._decompress: Callable[..., int] = library.nvcompBatchedZstdDecompressAsync
+        except AttributeError as exc:
+            raise StoreError(f"this nvCOMP is another one: {exc}") from exc
         size, pointer = ctypes.c_size_t, ctypes.c_void_p
         self._temp_size.argtypes = [size, size, _Options, ctypes.POINTER(size), size, pointer]  # type: ignore[attr-defined]
         self._decompress.argtypes = [  # type: ignore[attr-defined]

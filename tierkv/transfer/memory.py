@@ -205,8 +205,8 @@ def _frames(hot: HotPool, mover: Mover, config: CacheConfig) -> FrameMover | Non
     """Return what decodes cold blocks on the GPU, or None where that is not wanted or not possible."""
     if not _wants_frames(hot, config):
         return None
-    frames = FrameMover(hot, mover.slots, mover)
     try:
+        frames = FrameMover(hot, mover.slots, mover)
         frames.warm_up()
     except StoreError as exc:
         _logger.warning("%s; the CPU decodes cold blocks instead", exc)

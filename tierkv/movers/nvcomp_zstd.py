@@ -62,11 +62,11 @@ class ZstdBatch:
         except AttributeError as exc:
             raise StoreError(f"this nvCOMP is another one: {exc}") from exc
         size, pointer = ctypes.c_size_t, ctypes.c_void_p
-        self._temp_size.argtypes = [size, size, _Options, ctypes.POINTER(size), size, pointer]  # type: ignore[attr-defined]
-        self._decompress.argtypes = [  # type: ignore[attr-defined]
+        self._temp_size.argtypes = [size, size, _Options, ctypes.POINTER(size), size, pointer]
+        self._decompress.argtypes = [
             pointer, pointer, pointer, pointer, size, pointer, size, pointer, _Options, pointer, pointer
         ]  # fmt: skip
-        self._temp_size.restype = self._decompress.restype = ctypes.c_int  # type: ignore[attr-defined]
+        self._temp_size.restype = self._decompress.restype = ctypes.c_int
 
     def decode(
         self,

@@ -7,6 +7,8 @@ import http.client
 import json
 import socket
 import threading
+from collections.abc import AsyncGenerator
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -146,3 +148,32 @@ def test_the_address_is_printed_once_clients_can_connect(monkeypatch: pytest.Mon
     with bound:
         asyncio.run(serve_command._serve(serving, unused, unused, "m", ServeLimits(), unused, "key", bound))
     assert printed == [f"tierkv serves m at http://127.0.0.1:{address[1]}"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_request_no_longer_counts_when_its_last_event_is_sent(fails: bool) -> None:
+    """A client that has read the last event may ask again: the request before must not stand in its way."""
+    is_closed, seen = False, []
+
+    def close() -> None:
+        nonlocal is_closed
+        is_closed = True
+
+    async def values() -> AsyncGenerator[dict[str, Any], None]:
+        yield {"at": 1}
+        if fails:
+            raise ConfigError("broken")
+
+    async def send(message: Any) -> None:
+        seen.append((message.get("body", b""), is_closed))
+
+    async def run() -> None:
+        resources = ExitStack()
+        resources.callback(close)
+        await responses.EventStream(values(), resources)({"type": "http"}, asyncio.Event().wait, send)
+
+    asyncio.run(run())
+    _, (first, _), (last, closed_at_last), end = seen
+    assert first == b'data: {"at":1}\n\n'
+    assert (b'"error"' if fails else b"[DONE]") in last and closed_at_last
+    assert end == (b"", True)

@@ -79,7 +79,7 @@ async def end_tasks(*tasks: asyncio.Task[Any]) -> None:
 class EventStream(Response):
     """Server-sent events, one for each JSON value, and [DONE]. An error becomes the last event.
 
-    resources: closed at the end, also where the client is gone before the first event.
+    resources: closed before the last event, after which a client may ask again; also where the client goes away.
     """
 
     media_type = "text/event-stream"
@@ -123,15 +123,17 @@ class EventStream(Response):
 
     async def _write_events(self, events: asyncio.Queue[bytes]) -> None:
         """Put every event into a queue, and an empty one behind the last."""
+        last = b"[DONE]"
         try:
             async with aclosing(self._values) as values:
                 async for value in values:
                     await events.put(b"data: " + json_bytes(value) + b"\n\n")
-            await events.put(b"data: [DONE]\n\n")
         except Exception as exc:  # noqa: BLE001 - the status has been sent: the error is an event
             if not isinstance(exc, ApiError):
                 _LOG.error("an answer failed", exc_info=exc)
-            await events.put(b"data: " + json_bytes(failed(exc).body()) + b"\n\n")
+            last = json_bytes(failed(exc).body())
+        self._resources.close()
+        await events.put(b"data: " + last + b"\n\n")
         await events.put(b"")
 
 

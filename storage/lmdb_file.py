@@ -174,7 +174,7 @@ class DataFile:
         search = self._search
         if search is not None:
             values = [self._open_value(search, database, key, None) for key in keys]
-            if None not in values:
+            if all(each is not None for each in values):
                 return values
         return self.open_values(database, keys)
 

@@ -190,6 +190,14 @@ def test_the_last_whole_block_that_the_store_evicted_is_counted_so(tmp_path: Pat
             assert reasons_of(cache) == {MissReason.EVICTED: 1, MissReason.ABSENT: 1}
 
 
+def test_records_that_lie_in_the_tree_itself_are_read_ahead_again_without_an_error(tmp_path: Path) -> None:
+    with open_store(tmp_path) as store:
+        hashes = fill(store)
+        damage_record(store, hashes[1], cut=150)
+        for _ in range(2):  # the second time looks into the state that was read last
+            store.read_ahead(hashes)
+
+
 def test_a_fork_whose_copy_fails_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_store(tmp_path) as store, open_cache(store) as cache:
         sequence = PatternEngine(cache).start([*PROMPT, 99])

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from tierkv.errors import CapacityError, ConfigError, CorruptBlockError, StoreError
 from tierkv.storage import cold_reader
@@ -32,7 +33,9 @@ from tierkv.storage.cold_rows import (
     QUOTA_KEY,
     ColdEntry,
     Databases,
+    EntryParent,
     get_entry,
+    get_parent,
     map_bytes_of,
     namespace_rows,
     unpack_quota,
@@ -41,7 +44,7 @@ from tierkv.storage.cold_rows import (
 from tierkv.storage.cold_salvage import ColdSalvager
 from tierkv.storage.cold_tenants import TenantSettings
 from tierkv.storage.cold_writer import ColdWriter
-from tierkv.storage.lmdb_env import LmdbEnv
+from tierkv.storage.lmdb_env import LmdbEnv, ReadTransaction
 from tierkv.storage.outcomes import MissReason, PutOutcome
 from tierkv.storage.record import BlockInfo, Buffer, EncodedRecord
 from tierkv.storage.record_decoders import RecordDecoders
@@ -54,6 +57,7 @@ __all__ = ["DEFAULT_QUOTA_BYTES", "ColdStore"]
 
 DEFAULT_QUOTA_BYTES = 64 << 30
 _logger = logging.getLogger(__name__)
+_Found = TypeVar("_Found")
 
 
 class ColdStore(cold_reader.ColdReader):  # by the module's name: pyright's report of known types finds it so only
@@ -158,18 +162,22 @@ class ColdStore(cold_reader.ColdReader):  # by the module's name: pyright's repo
 
         The next write makes a damaged record anew from its block.
         """
-        found: list[ColdEntry | None] = []
-        notes = self.notes
+        with self._env.read() as txn:
+            databases = Databases(*self._env.handles)
+            return [self._sound(get_entry, txn, databases, block_hash) for block_hash in block_hashes]
+
+    def lookup_run(self, block_hashes: Iterable[BlockHash]) -> list[EntryParent | None]:
+        """Return two fields of each leading block that `lookup_many` finds, and None for the block after them.
+
+        It takes no hash after that one, so the caller can compute the hashes as they are asked for.
+        """
+        found: list[EntryParent | None] = []
         with self._env.read() as txn:
             databases = Databases(*self._env.handles)
             for block_hash in block_hashes:
-                entry = None
-                try:
-                    if not notes.is_damaged(block_hash):
-                        entry = get_entry(txn, databases, block_hash)
-                except CorruptBlockError:
-                    self.note_damaged(block_hash)
-                found.append(entry)
+                found.append(self._sound(get_parent, txn, databases, block_hash))
+                if found[-1] is None:
+                    break
         return found
 
     def read_into(
@@ -215,6 +223,11 @@ class ColdStore(cold_reader.ColdReader):  # by the module's name: pyright's repo
     def was_evicted(self, block_hash: BlockHash) -> bool:
         """Return whether this object evicted a block not long ago; it may be stored again."""
         return self._counters.was_evicted(block_hash)
+
+    @property
+    def has_evicted(self) -> bool:
+        """Whether `was_evicted` may return True for any block."""
+        return self._counters.has_evicted
 
     def open_namespace(self, namespace: Namespace) -> None:
         """Register a namespace, so that `namespaces` can describe it, and note that it is in use.
@@ -385,6 +398,20 @@ class ColdStore(cold_reader.ColdReader):  # by the module's name: pyright's repo
         self._require_writable()
         self.flush(sync=False)
         self._writer.compact()
+
+    def _sound(
+        self,
+        get: Callable[[ReadTransaction, Databases, BlockHash], _Found | None],
+        txn: ReadTransaction,
+        databases: Databases,
+        block_hash: BlockHash,
+    ) -> _Found | None:
+        """Return what `get` finds of a block, or None if it is not stored or is damaged, which is noted."""
+        try:
+            return None if self.notes.is_damaged(block_hash) else get(txn, databases, block_hash)
+        except CorruptBlockError:
+            self.note_damaged(block_hash)
+            return None
 
     def _require_writable(self) -> None:
         if self.read_only:

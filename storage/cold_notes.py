@@ -83,6 +83,11 @@ class Counters:
         with self._lock:
             self._damaged_blocks += blocks
 
+    @property
+    def has_evicted(self) -> bool:
+        """Whether any evicted block is remembered."""
+        return bool(self._evicted)
+
     def was_evicted(self, block_hash: BlockHash) -> bool:
         """Return whether this process evicted the block not long ago."""
         return block_hash in self._evicted

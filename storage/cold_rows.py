@@ -12,7 +12,7 @@ import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import msgspec
 import numpy as np
@@ -39,6 +39,7 @@ __all__ = [
     "STORE_VERSION",
     "ColdEntry",
     "Databases",
+    "EntryParent",
     "EntryTable",
     "NamespaceRow",
     "add_checksum",
@@ -46,6 +47,7 @@ __all__ = [
     "checked_value",
     "entry_of",
     "get_entry",
+    "get_parent",
     "iter_namespaces",
     "load_rows",
     "map_bytes_of",
@@ -125,6 +127,13 @@ class ColdEntry:
     cost_s: float
     depth: int
     pinned: bool
+
+
+class EntryParent(NamedTuple):
+    """What a lookup compares of a stored block's entry."""
+
+    parent: BlockHash
+    num_tokens: int
 
 
 class NamespaceRow(msgspec.Struct, array_like=True):
@@ -235,22 +244,9 @@ def pack_entry(block_hash: BlockHash, entry: ColdEntry) -> bytes:
 
 def unpack_entry(block_hash: BlockHash, packed: bytes | memoryview) -> ColdEntry:
     """Return the entry. Raises CorruptBlockError if its bytes have changed."""
-    packed = bytes(packed)
-    checked = packed[: _CHECKED.size]
-    if len(packed) != ENTRY_BYTES or packed[_CHECKED.size :] != _entry_checksum(block_hash, checked):
-        raise CorruptBlockError(f"the index entry of block {block_hash.hex()} is damaged")
-    fields = _CHECKED.unpack(checked)
+    fields = _checked_fields(block_hash, packed)
     parent, namespace, created, last_access, cost_s, raw_bytes = fields[:6]
     stored_bytes, value_bytes, access_count, num_tokens, depth, codec_id, pinned = fields[6:]
-    is_sane = (
-        math.isfinite(created + last_access + cost_s)
-        and num_tokens > 0
-        and 0 < stored_bytes <= value_bytes
-        and raw_bytes <= _MAX_RAW_BYTES
-        and pinned in (0, 1)
-    )
-    if not is_sane:
-        raise CorruptBlockError(f"the index entry of block {block_hash.hex()} has impossible numbers")
     codec = codec_by_id(codec_id)
     return ColdEntry(
         parent=parent,
@@ -267,6 +263,26 @@ def unpack_entry(block_hash: BlockHash, packed: bytes | memoryview) -> ColdEntry
         depth=depth,
         pinned=bool(pinned),
     )
+
+
+def _checked_fields(block_hash: BlockHash, packed: bytes | memoryview) -> tuple[Any, ...]:
+    """Return an entry's fields in the order of the disk. Raises CorruptBlockError if its bytes have changed."""
+    packed = bytes(packed)
+    checked = packed[: _CHECKED.size]
+    if len(packed) != ENTRY_BYTES or packed[_CHECKED.size :] != _entry_checksum(block_hash, checked):
+        raise CorruptBlockError(f"the index entry of block {block_hash.hex()} is damaged")
+    fields = _CHECKED.unpack(checked)
+    _, _, created, last_access, cost_s, raw_bytes, stored_bytes, value_bytes, _, num_tokens, _, _, pinned = fields
+    is_sane = (
+        math.isfinite(created + last_access + cost_s)
+        and num_tokens > 0
+        and 0 < stored_bytes <= value_bytes
+        and raw_bytes <= _MAX_RAW_BYTES
+        and pinned in (0, 1)
+    )
+    if not is_sane:
+        raise CorruptBlockError(f"the index entry of block {block_hash.hex()} has impossible numbers")
+    return fields
 
 
 def pack_row(row: NamespaceRow) -> bytes:
@@ -334,6 +350,15 @@ def get_entry(txn: ReadTransaction, databases: Databases, block_hash: BlockHash)
     """Return a block's entry, or None if it is not stored. Raises CorruptBlockError if it is damaged."""
     packed = txn.get(block_hash, db=databases.entries)
     return None if packed is None else unpack_entry(block_hash, packed)
+
+
+def get_parent(txn: ReadTransaction, databases: Databases, block_hash: BlockHash) -> EntryParent | None:
+    """Do as `get_entry`, every check included, but return two fields: it takes half the time."""
+    packed = txn.get(block_hash, db=databases.entries)
+    if packed is None:
+        return None
+    fields = _checked_fields(block_hash, packed)
+    return EntryParent(fields[0], fields[9])
 
 
 def read_block_info(txn: ReadTransaction, databases: Databases, block_hash: BlockHash) -> BlockInfo | None:

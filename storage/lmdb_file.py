@@ -31,7 +31,7 @@ from tierkv.storage.lmdb_format import (
     translated,
 )
 from tierkv.storage.lmdb_search import TreeSearch, find_leaf
-from tierkv.storage.record_source import FileRecord, ThreadMemory
+from tierkv.storage.record_source import FileRecord, PageCacheMap, ThreadMemory
 from tierkv.values.files import open_regular
 
 __all__ = ["DATA_FILE", "LOCK_FILE", "CutShortError", "DataFile", "open_store_file", "sync_file"]
@@ -59,6 +59,7 @@ class DataFile:
         # Not the lock file: closing any descriptor of that would drop LMDB's own locks.
         self.fd: int = open_store_file(path, os.O_RDONLY if read_only else os.O_RDWR)
         self._ahead_fd = self.fd
+        self._page_cache = PageCacheMap(self.fd)
         self._memory = ThreadMemory()
         self._search: TreeSearch | None = None
         try:
@@ -74,6 +75,7 @@ class DataFile:
 
     def close(self) -> None:
         """Close the descriptor. May be called twice."""
+        self._page_cache.close()
         both = {self.fd, self._ahead_fd} - {-1}
         self.fd = self._ahead_fd = -1
         for fd in both:
@@ -130,9 +132,14 @@ class DataFile:
                 each.fetch_ahead()
 
     def is_in_memory(self, database: bytes, key: bytes) -> bool:
-        """Return whether reading a value takes no disk; True for a missing value."""
-        value = self.open_value(database, key)
-        return value.is_in_memory() if isinstance(value, FileRecord) else True
+        """Return whether reading a value takes no disk, judged by its middle; True for a missing value.
+
+        It looks where the state that was read last has the value, so the question takes no disk either.
+        """
+        search = self._search
+        value = None if search is None else self._open_value(search, database, key, None)
+        value = self.open_value(database, key) if value is None else value
+        return self._page_cache.is_in_memory(value.middle) if isinstance(value, FileRecord) else True
 
     def repair_value_header(self, database: bytes, key: bytes, value: memoryview | None) -> None:
         """Compare the header of a value's pages with what it must be, and write it anew if it differs.
@@ -167,7 +174,7 @@ class DataFile:
         search = self._search
         if search is not None:
             values = [self._open_value(search, database, key, None) for key in keys]
-            if None not in values:
+            if all(each is not None for each in values):
                 return values
         return self.open_values(database, keys)
 

@@ -20,7 +20,7 @@ import numpy as np
 from tierkv.storage.codec import Bytes
 from tierkv.storage.record_header import TruncatedBlockError
 
-__all__ = ["FileRecord", "RecordBytes", "RecordSource", "ThreadMemory", "is_in_memory"]
+__all__ = ["FileRecord", "PageCacheMap", "RecordBytes", "RecordSource", "ThreadMemory", "is_in_memory"]
 
 _ALIGNMENT_BYTES = 64
 _STEP_BYTES = 1 << 20
@@ -74,6 +74,11 @@ class FileRecord:
         self._ahead_fd = fd if ahead_fd is None else ahead_fd
         self._memory = memory
 
+    @property
+    def middle(self) -> int:
+        """Where in the file the record's middle lies."""
+        return self.offset + self.size // 2
+
     def view(self, start: int, end: int) -> Bytes:
         """Read bytes into this thread's memory, where their distance from a cache line is that in the file."""
         shift = (self.offset + start) % _ALIGNMENT_BYTES
@@ -103,7 +108,7 @@ class FileRecord:
 
     def is_in_memory(self) -> bool:
         """Return whether reading it takes no disk: whether its middle is in the page cache."""
-        return is_in_memory(self.fd, self.offset + self.size // 2)
+        return is_in_memory(self.fd, self.middle)
 
     def fetch_ahead(self) -> bool:
         """Ask the system to fetch the record into its cache; return without it. Raises OSError.
@@ -198,6 +203,47 @@ class ThreadMemory(threading.local):
         return memoryview(self._map)[:size]
 
 
+class PageCacheMap:
+    """Says which pages of an open file are in the page cache. Thread-safe.
+
+    It maps the whole file and keeps the mapping: a mapping for each question takes several times as long. No page of it
+    is ever touched, so a file that is cut short ends no process. A question beyond the mapping maps the file anew.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._kept: tuple[mmap.mmap, int] | None = None  # the mapping, and its address
+
+    def close(self) -> None:
+        """Drop the mapping, once the question that uses it is answered. May be called twice."""
+        self._kept = None
+
+    def is_in_memory(self, offset: int) -> bool:
+        """Return what `is_in_memory` returns for this file."""
+        mincore, page = _mincore(), offset // mmap.PAGESIZE * mmap.PAGESIZE
+        if mincore is None:
+            return True
+        kept = self._kept  # stays mapped as long as this name refers to it
+        if kept is None or offset >= len(kept[0]):
+            kept = self._map()
+            if kept is None or offset >= len(kept[0]):
+                return is_in_memory(self._fd, offset)
+        if _is_resident(mincore, kept[1] + page):
+            return True
+        try:
+            return offset >= os.fstat(self._fd).st_size  # the file was cut short
+        except OSError:
+            return True
+
+    def _map(self) -> tuple[mmap.mmap, int] | None:
+        try:
+            mapped = mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError, OverflowError):  # no address space left, or a file that cannot be mapped
+            return None
+        self._kept = mapped, _address_of(mapped)
+        return self._kept
+
+
 def is_in_memory(fd: int, offset: int) -> bool:
     """Return whether the page around a byte of a file is in the page cache; True where the system does not say.
 
@@ -212,10 +258,16 @@ def is_in_memory(fd: int, offset: int) -> bool:
     except (OSError, ValueError):  # beyond the file's end, or in a file that cannot be mapped
         return True
     with mapped:
-        view = np.frombuffer(mapped, dtype=np.uint8)
-        found = ctypes.c_ubyte(1)
-        failed = mincore(ctypes.c_void_p(view.ctypes.data), ctypes.c_size_t(mmap.PAGESIZE), ctypes.byref(found))
-        del view
+        return _is_resident(mincore, _address_of(mapped))
+
+
+def _address_of(mapped: mmap.mmap) -> int:
+    return int(np.frombuffer(mapped, dtype=np.uint8).ctypes.data)
+
+
+def _is_resident(mincore: Any, address: int) -> bool:
+    found = ctypes.c_ubyte(1)
+    failed = mincore(ctypes.c_void_p(address), ctypes.c_size_t(mmap.PAGESIZE), ctypes.byref(found))
     return bool(failed) or bool(found.value & 1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from tierkv.errors import FormatVersionError, StoreError
 from tierkv.storage import cold_notes, cold_reader, cold_rows, cold_writer
 from tierkv.storage.codec import KEPT_BYTES
 from tierkv.storage.cold_rows import padded_bytes
+from tierkv.storage.lmdb_env import LmdbEnv
 from tierkv.storage.outcomes import MissReason, PutOutcome
 from tierkv.storage.record import EncodedRecord, encode_record, parse_record
 
@@ -186,6 +188,40 @@ def test_lookups_of_many_blocks_keep_their_order(tmp_path: Path) -> None:
         assert [entry and entry.depth for entry in found] == [2, None, 0]
         assert {h for h, _ in store.iter_entries()} == {r.info.block_hash for r in records}
         assert list(store.iter_entries(OTHER.digest)) == []
+
+
+def test_a_run_of_lookups_ends_at_the_first_block_that_is_absent_and_asks_for_no_hash_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records, asked = chain_of(3), list[bytes]()
+    hashes = [record.info.block_hash for record in records]
+
+    def hashes_until_absent() -> Iterator[bytes]:
+        for each in (hashes[0], hashes[1], bytes(16), hashes[2]):
+            asked.append(each)
+            yield each
+
+    with open_store(tmp_path) as store:
+        store.put(records)
+        snapshots = 0
+        begin = LmdbEnv._begin
+
+        def count(env: LmdbEnv, *, write: bool) -> object:
+            nonlocal snapshots
+            snapshots += 1
+            return begin(env, write=write)
+
+        monkeypatch.setattr(LmdbEnv, "_begin", count)
+        found = store.lookup_run(hashes_until_absent())
+        assert snapshots == 1
+        entries = store.lookup_many(hashes[:2])
+        assert [each and (each.parent, each.num_tokens) for each in found] == [
+            *[entry and (entry.parent, entry.num_tokens) for entry in entries],
+            None,
+        ]
+        assert asked == [*hashes[:2], bytes(16)]
+        store.note_damaged(hashes[1])
+        assert [each is None for each in store.lookup_run(iter(hashes))] == [False, True]
 
 
 def test_more_entries_than_one_snapshot_holds_are_all_listed(tmp_path, monkeypatch) -> None:

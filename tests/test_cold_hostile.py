@@ -248,6 +248,25 @@ def test_an_entry_with_impossible_numbers_is_made_anew_from_its_block(tmp_path: 
         assert store.evict(to_bytes=0).blocks == 1
 
 
+@pytest.mark.parametrize("damage", ["a flipped bit", "impossible numbers", "cut"])
+def test_a_run_of_lookups_ends_at_a_damaged_entry_and_notes_it(tmp_path: Path, damage: str) -> None:
+    record = record_of(1)
+    block_hash = record.info.block_hash
+    with open_store(tmp_path) as store:
+        store.put([record])
+        entry = store.lookup(block_hash)
+        assert entry is not None
+        packed = pack_entry(block_hash, entry)
+        packed = {
+            "a flipped bit": bytes([packed[0] ^ 1]) + packed[1:],
+            "impossible numbers": pack_entry(block_hash, replace(entry, num_tokens=0)),
+            "cut": packed[:-1],
+        }[damage]
+        edit(store, lambda batch: batch.txn.put(block_hash, packed, db=batch.databases.entries) or None)
+        assert store.lookup_run([block_hash]) == [None]
+        assert store.notes.is_damaged(block_hash)
+
+
 def test_an_entry_that_counts_other_bytes_than_its_block_takes_is_found_by_verify(tmp_path: Path) -> None:
     record = record_of(1)
     block_hash = record.info.block_hash

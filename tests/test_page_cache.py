@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from pathlib import Path
 
-from tierkv.storage.record_source import is_in_memory
+import pytest
+from cold_blocks import chain_of, open_store
+
+from tierkv.storage import lmdb_file, record_source
+from tierkv.storage.record_source import PageCacheMap, is_in_memory
 
 HOLE_BYTES = 4 << 20
 
@@ -20,3 +25,93 @@ def test_what_was_written_is_in_memory_and_a_hole_is_not(tmp_path: Path) -> None
         assert is_in_memory(fd, 1 << 40), "nothing is fetched for what is not there"
     finally:
         os.close(fd)
+
+
+def test_a_kept_mapping_answers_as_a_fresh_one_does_and_follows_the_file(tmp_path: Path) -> None:
+    fd = os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT)
+    kept = PageCacheMap(fd)
+    try:
+        assert kept.is_in_memory(100), "an empty file cannot be mapped"
+        os.pwrite(fd, bytes(1 << 16), HOLE_BYTES)
+        for _ in range(2):  # asking brings nothing
+            assert kept.is_in_memory(HOLE_BYTES + 100) and not kept.is_in_memory(HOLE_BYTES // 2 + 100)
+        assert kept.is_in_memory(1 << 40), "nothing is fetched for what is not there"
+        os.ftruncate(fd, 3 * HOLE_BYTES)  # a hole beyond the mapping
+        assert not kept.is_in_memory(2 * HOLE_BYTES)
+        os.ftruncate(fd, 4096)
+        assert kept.is_in_memory(2 * HOLE_BYTES), "nothing is fetched from beyond the new end"
+        kept.close()
+        kept.close()
+    finally:
+        os.close(fd)
+
+
+def test_a_file_is_mapped_once_for_many_questions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(bytes(1 << 16))
+    fd, mapped, real = os.open(tmp_path / "file", os.O_RDWR), 0, mmap.mmap
+
+    def count(*args: int, **options: int) -> mmap.mmap:
+        nonlocal mapped
+        mapped += 1
+        return real(*args, **options)
+
+    monkeypatch.setattr(record_source.mmap, "mmap", count)
+    try:
+        kept = PageCacheMap(fd)
+        assert all(kept.is_in_memory(offset) for offset in range(0, 1 << 16, 4096))
+        assert mapped == 1
+        os.ftruncate(fd, HOLE_BYTES)
+        assert not any(kept.is_in_memory(offset) for offset in range(1 << 17, HOLE_BYTES, 1 << 17))
+        assert mapped == 2, "a file that has grown is mapped anew, once"
+    finally:
+        os.close(fd)
+
+
+def test_a_file_that_cannot_be_mapped_whole_is_asked_page_by_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(bytes(1 << 16))
+    fd, real = os.open(tmp_path / "file", os.O_RDWR), mmap.mmap
+
+    def refuse(fd: int, length: int, **options: int) -> mmap.mmap:
+        if not length:
+            raise OSError("no address space left")
+        return real(fd, length, **options)
+
+    monkeypatch.setattr(record_source.mmap, "mmap", refuse)
+    try:
+        os.ftruncate(fd, HOLE_BYTES)
+        kept = PageCacheMap(fd)
+        assert kept.is_in_memory(100) and not kept.is_in_memory(HOLE_BYTES // 2)
+    finally:
+        os.close(fd)
+
+
+def test_the_page_cache_is_asked_without_a_read_of_the_trees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = chain_of(2)
+    with open_store(tmp_path) as store:
+        store.put([first])
+        assert store.is_in_memory(first.info.block_hash)
+        store.notes.touch([first.info.block_hash])
+        store.maintain()  # commits a newer state
+        with monkeypatch.context() as patch:
+            patch.setattr(lmdb_file, "newest_meta", lambda _: pytest.fail("a request waits for the disk"))
+            assert store.is_in_memory(first.info.block_hash)
+        store.put([second])
+        asked: list[int] = []
+        monkeypatch.setattr(PageCacheMap, "is_in_memory", lambda _, offset: bool(asked.append(offset)))
+        assert not store.is_in_memory(second.info.block_hash), "the newest state has it"
+        assert len(asked) == 1
+
+
+def test_a_compacted_store_keeps_no_mapping_of_the_old_file(tmp_path: Path) -> None:
+    [record] = chain_of(1)
+    with open_store(tmp_path) as store:
+        store.put([record])
+        assert store.is_in_memory(record.info.block_hash)
+        old = store._env.data
+        store.compact()
+        assert old.fd == -1
+        assert store.is_in_memory(record.info.block_hash)
+        mapped = Path("/proc/self/maps").read_text()
+        assert "data.mdb (deleted)" not in mapped, "its room on the disk would stay taken"

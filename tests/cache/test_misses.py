@@ -15,9 +15,9 @@ from tierkv.cache import TierCache
 from tierkv.config import CacheConfig
 from tierkv.errors import StoreError
 from tierkv.storage.cold import ColdStore
-from tierkv.storage.cold_rows import ColdEntry
+from tierkv.storage.cold_rows import ColdEntry, EntryParent
 from tierkv.storage.outcomes import MissReason
-from tierkv.values.block import BlockHash, Tier
+from tierkv.values.block import BlockHash, Tier, hash_block
 from tierkv.values.namespace import Namespace
 
 NAMESPACE = Namespace(weights="w", layout=tiny_layout())
@@ -33,6 +33,10 @@ class FailingStore(ColdStore):
     def lookup_many(self, block_hashes: Iterable[BlockHash]) -> list[ColdEntry | None]:
         self._fail()
         return super().lookup_many(block_hashes)
+
+    def lookup_run(self, block_hashes: Iterable[BlockHash]) -> list[EntryParent | None]:
+        self._fail()
+        return super().lookup_run(block_hashes)
 
     def find_longest_run(self, parent: BlockHash, token_bytes: bytes) -> tuple[BlockHash, bytes, int] | None:
         self._fail()
@@ -131,6 +135,67 @@ def test_a_store_that_fails_is_a_miss_and_the_request_goes_on(tmp_path: Path) ->
             assert reasons_of(cache) == {MissReason.IO_ERROR: 1, MissReason.ABSENT: 2}
             store.fails = False
             cache.check()
+
+
+@pytest.mark.parametrize("fails_at", [0, 1, 2])
+def test_a_store_that_fails_within_a_run_of_lookups_is_asked_block_by_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: int
+) -> None:
+    def fail_within(_: ColdStore, block_hashes: Iterable[BlockHash]) -> list[EntryParent | None]:
+        for _, _ in zip(range(fails_at), block_hashes, strict=False):
+            pass
+        raise StoreError("the disk is gone")
+
+    with open_store(tmp_path) as store:
+        hashes = fill(store)
+        with open_cache(store) as cache:
+            monkeypatch.setattr(FailingStore, "lookup_run", fail_within)
+            assert cache.match([*PROMPT, 99]).block_hashes == hashes, "no block of the chain is lost"
+
+
+def test_a_request_finds_a_chain_in_one_snapshot_of_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_store(tmp_path) as store:
+        hashes = fill(store)
+        with open_cache(store) as cache:
+            monkeypatch.setattr(FailingStore, "lookup_many", lambda *_: pytest.fail("a snapshot for a single block"))
+            found = cache.match([*PROMPT, 99])
+            assert found.block_hashes == hashes and found.tokens[Tier.COLD] == len(PROMPT)
+            assert cache.match([99, *PROMPT]).num_cached_tokens == 0, "the same for a prompt of which nothing is cached"
+
+
+def test_a_request_hashes_each_of_its_blocks_once_where_the_store_has_evicted_none(tmp_path: Path) -> None:
+    num_hashed = 0
+
+    def count(parent: BlockHash, tokens: bytes) -> BlockHash:
+        nonlocal num_hashed
+        num_hashed += 1
+        return hash_block(parent, tokens)
+
+    config = CacheConfig(block_size=4, hot_bytes=16 * BLOCK_BYTES, warm_bytes=8 * BLOCK_BYTES)
+    with open_store(tmp_path) as store:
+        fill(store)
+        with TierCache(config, namespace=NAMESPACE, cold=store, hash_function=count) as cache:
+            for prompt, num_asked in (([*PROMPT, 99], 3), ([99, *PROMPT], 1)):  # none after the first absent block
+                num_hashed = 0
+                cache.release(cache.acquire(prompt))
+                assert num_hashed == num_asked
+
+
+def test_the_last_whole_block_that_the_store_evicted_is_counted_so(tmp_path: Path) -> None:
+    with open_store(tmp_path) as store:
+        fill(store)
+        assert store.evict(to_bytes=store.stats().live_bytes - 1).blocks == 1
+        with open_cache(store) as cache:
+            cache.release(PatternEngine(cache).start([*PROMPT, 99]))
+            assert reasons_of(cache) == {MissReason.EVICTED: 1, MissReason.ABSENT: 1}
+
+
+def test_records_that_lie_in_the_tree_itself_are_read_ahead_again_without_an_error(tmp_path: Path) -> None:
+    with open_store(tmp_path) as store:
+        hashes = fill(store)
+        damage_record(store, hashes[1], cut=150)
+        for _ in range(2):  # the second time looks into the state that was read last
+            store.read_ahead(hashes)
 
 
 def test_a_fork_whose_copy_fails_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

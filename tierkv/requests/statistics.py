@@ -127,7 +127,7 @@ class RequestStatistics:
     def _miss_reasons(self, sequence: Sequence, num_hits: int) -> list[MissReason]:
         """Return for each whole block after the hits whether the store has evicted it or never had it."""
         assert self._tiers.changed.is_owned()
-        if self._tiers.cold is None:
+        if self._tiers.cold is None or not self._tiers.cold.has_evicted:
             return []
         size = self._block_size
         parent = self._last_hash(sequence)

@@ -6,10 +6,12 @@ stored partial block, still serve the tokens that they have in common.
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
 from tierkv.errors import StoreError
 from tierkv.index.index import Entry, Index
@@ -41,6 +43,10 @@ class ColdEntry(Protocol):
     def parent(self) -> BlockHash: ...
     @property
     def num_tokens(self) -> int: ...
+
+
+LookupRun: TypeAlias = "Callable[[Iterable[BlockHash]], Sequence[ColdEntry | None]]"
+"""See `ColdStore.lookup_run`."""
 
 
 class ColdSource(Protocol):
@@ -148,10 +154,11 @@ def look_up(
     max_tokens: int,
     min_partial_tokens: int = 1,
     hash_function: HashFunction,
+    lookup_run: LookupRun | None = None,
 ) -> Lookup:
     """Return the longest cached prefix of a prompt, at most `max_tokens` tokens of it.
 
-    token_bytes: the prompt as little-endian uint32.
+    token_bytes: the prompt as little-endian uint32. lookup_run: of the first source, if it has one.
     """
     step, end = block_size * TOKEN_BYTES, min(len(token_bytes), max_tokens * TOKEN_BYTES)
     known = index.walk(token_bytes, block_size, max_tokens)
@@ -170,7 +177,7 @@ def look_up(
     content_digest: ContentDigest | None = None  # of a parent that the index does not know
     if num_found == len(known):
         rest_of_chain = iter_chain(parent, token_bytes, block_size, hash_function, start=num_found * step, end=end)
-        for block_hash, tokens in rest_of_chain:
+        for block_hash, tokens in search.ask_first(rest_of_chain, lookup_run):
             hit = search.find_unknown(block_hash, parent, tokens, content_digest)
             if hit is None:
                 miss = MissReason.COLLISION if index.collides(block_hash, parent, tokens) else None
@@ -203,7 +210,29 @@ class _Search:
     def __init__(self, index: Index, sources: Sequence[ColdSource]) -> None:
         self._index = index
         self._sources = sources
+        self._known: dict[BlockHash, ColdEntry | None] = {}  # what the first source has said
         self.has_failed = False
+
+    def ask_first(
+        self, chain: Iterator[tuple[BlockHash, bytes]], lookup_run: LookupRun | None
+    ) -> Iterator[tuple[BlockHash, bytes]]:
+        """Return the chain's (block hash, token bytes), once the first source was asked for all blocks together.
+
+        The store answers from one snapshot, in a third of the time that a snapshot for each block takes.
+        """
+        if lookup_run is None:
+            return chain
+        asked: list[tuple[BlockHash, bytes]] = []
+
+        def hashes() -> Iterator[BlockHash]:
+            for pair in chain:
+                asked.append(pair)
+                yield pair[0]
+
+        with suppress(StoreError):  # the question for a single block fails again, and is noted then
+            answers = lookup_run(hashes())
+            self._known = {block_hash: stored for (block_hash, _), stored in zip(asked, answers, strict=True)}
+        return itertools.chain(asked, chain)
 
     def find_entry(self, entry: Entry) -> Hit | None:
         """Return a block that the index knows, from the fastest tier that has it."""
@@ -233,9 +262,10 @@ class _Search:
         parent_content_digest: ContentDigest | None,
     ) -> Hit | None:
         num_tokens = len(tokens) // TOKEN_BYTES
-        for source in self._sources:
+        for at, source in enumerate(self._sources):
             try:
-                stored = source.lookup(block_hash)
+                is_known = at == 0 and block_hash in self._known
+                stored = self._known[block_hash] if is_known else source.lookup(block_hash)
             except StoreError as exc:
                 self._note(exc)
                 continue

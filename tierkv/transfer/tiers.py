@@ -99,6 +99,7 @@ class Tiers:
             max_tokens=max_tokens,
             min_partial_tokens=self.min_partial_tokens,
             hash_function=self.hash_function,
+            lookup_run=self.cold.lookup_run if self.cold else None,
         )
         return found.before(self.chosen.marked) if self.chosen.marked else found
 

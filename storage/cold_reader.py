@@ -26,6 +26,7 @@ from tierkv.storage.cold_rows import (
     NamespaceRow,
     get_entry,
     namespace_rows,
+    read_block_info,
     read_block_tokens,
     unpack_entry,
 )
@@ -101,6 +102,11 @@ class ColdReader:
         with self._env.read() as txn:
             table = ChildrenTable(txn, self._databases.children)
             return table.find_longest_run(parent, token_bytes, lambda h: read_block_tokens(txn, self._databases, h))
+
+    def read_info(self, block_hash: BlockHash) -> BlockInfo | None:
+        """Return a block's identity, as its record claims it; None if it is absent or unreadable."""
+        with self._env.read() as txn:
+            return read_block_info(txn, self._databases, block_hash)
 
     def read_tokens(self, block_hash: BlockHash) -> bytes | None:
         """Return a block's token ids as little-endian uint32, or None if it is absent or unreadable."""
@@ -224,6 +230,11 @@ class ColdReader:
                 return data.is_in_memory(BLOCKS, block_hash)
         except StoreError:
             return True
+
+    def forget_pages(self, block_hashes: Sequence[BlockHash]) -> None:
+        """Ask the system to drop blocks from its page cache, to measure the disk. What is not written yet stays."""
+        with contextlib.suppress(StoreError), self._env.data_file() as data:
+            data.forget_values(BLOCKS, block_hashes)
 
     def tenant_bytes(self) -> dict[str | None, int]:
         """Return the live bytes of each tenant, by the hex sha256 of its salt; None has those of lost descriptions."""

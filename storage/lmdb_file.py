@@ -131,6 +131,12 @@ class DataFile:
             for each in found[1:-1] if any(is_missing) else ():
                 each.fetch_ahead()
 
+    def forget_values(self, database: bytes, keys: Sequence[bytes]) -> None:
+        """Ask the system to drop large values from its cache."""
+        for value in self.open_values(database, keys):
+            if isinstance(value, FileRecord):
+                value.forget_pages()
+
     def is_in_memory(self, database: bytes, key: bytes) -> bool:
         """Return whether reading a value takes no disk, judged by its middle; True for a missing value.
 

@@ -268,12 +268,13 @@ def _read_raw_block(record: FileRecord, out: Bytes, expected: BlockInfo, layout:
 
 
 def _copy_payload(source: RecordSource, header: RecordHeader, checksum: xxhash.xxh3_64, out: Bytes) -> Bytes:
-    """Write the payload as it is to the start of `out`, and return it there. Raises CorruptBlockError."""
+    """Write the payload as it is to the start of `out`, and return it there. Raises CorruptBlockError.
+
+    In one step: threads that take turns at the interpreter's lock for every piece take a third longer together.
+    """
     payload = out[: header.record_bytes - header.payload_offset]
-    for start, end in _iter_steps(header):
-        step = payload[start - header.payload_offset : end - header.payload_offset]
-        source.copy(start, step)
-        checksum.update(step.data)
+    source.copy(header.payload_offset, payload)
+    checksum.update(payload.data)
     _require_checksum(checksum, header)
     return payload
 

@@ -110,6 +110,12 @@ class FileRecord:
         """Return whether reading it takes no disk: whether its middle is in the page cache."""
         return is_in_memory(self.fd, self.middle)
 
+    def forget_pages(self) -> None:
+        """Ask the system to drop the record from its cache, where it can."""
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self.fd, self.offset, self.size, os.POSIX_FADV_DONTNEED)
+
     def fetch_ahead(self) -> bool:
         """Ask the system to fetch the record into its cache; return without it. Raises OSError.
 

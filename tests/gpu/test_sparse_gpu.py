@@ -62,19 +62,34 @@ def assert_same_while_equal(got: Generation, want: Generation, most: float) -> N
     assert float((a - b).norm() / b.norm()) < most
 
 
-def test_graphs_compute_what_eager_passes_do(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fuse", ["auto", "off"])
+def test_graphs_compute_what_eager_passes_do(tmp_path: Path, fuse: str) -> None:
     prompts = [tokens(count, seed=count) for count in (3000, 100, 2047)]  # one is exact, in the same passes
-    found = []
-    for name, options in (("eager", {"use_graphs": False}), ("graphs", {}), ("plain", {"fuse": "off"})):
-        with opened(tmp_path / name, sparse=ALMOST_ALL, **options) as runner:
-            found.append(generate(runner, prompts, 40))
-            assert runner.sparse_tokens == 2 * 39
-            graphs = runner._pass.graphs
-            captured = [shape.is_sparse for shape in graphs._graphs] if graphs is not None else []
-            assert any(captured) == (name != "eager")
-    for others in found[1:]:
-        for got, want in zip(others, found[0], strict=True):
-            assert_same_while_equal(got, want, 5e-2)
+    errors: list[float] = []
+    with opened(tmp_path, sparse=ALMOST_ALL, fuse=fuse) as runner:
+        passes = runner._pass
+        run, graphs = passes.run, passes.graphs
+        assert graphs is not None
+
+        def run_twice(steps: list[SequenceStep], token_ids: list[int]) -> torch.Tensor:
+            """Compute each decode step again at the same state, eagerly."""
+            got = run(steps, token_ids).clone()
+            if all(step.num_new == 1 for step in steps):
+                passes.graphs = None
+                want = run(steps, token_ids)
+                passes.graphs = graphs
+                errors.extend(((got - want).norm(dim=-1) / want.norm(dim=-1)).tolist())
+            return got
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(passes, "run", run_twice)
+            generate(runner, prompts, 40)
+        assert runner.sparse_tokens == 2 * 2 * 39
+        assert any(shape.is_sparse for shape in graphs._graphs)
+    # Of two pages of nearly equal weight either may be left out, and random keys make it matter which.
+    assert len(errors) == 3 * 39
+    assert max(errors[1::3]) < 5e-2, "all pages of the short sequence are read"
+    assert sum(error < 5e-2 for error in errors) > 0.8 * len(errors)
 
 
 def test_a_whole_budget_is_flash_attention(tmp_path: Path) -> None:

@@ -337,11 +337,12 @@ def test_a_wrong_answer_ends_the_process_and_is_no_block(
 
 def test_blocks_are_read_while_processes_start(tmp_path: Path) -> None:
     record = chain(1)[0]
-    with open_large(tmp_path) as store, open_pool(wait=False) as (pool, warm):
+    with open_large(tmp_path) as store:
         store.put([record])
-        assert read(store, record.info, warm, pool) is None
-        assert np.array_equal(warm.slots[0], block_of(0))
-        assert pool.stats().ready < 2
+        with open_pool(wait=False) as (pool, warm):
+            assert read(store, record.info, warm, pool) is None
+            assert np.array_equal(warm.slots[0], block_of(0))
+            assert pool.stats().ready < 2
 
 
 def test_processes_that_cannot_start_cost_no_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from tierkv.block_store.daemon_loading import DaemonLoader
 from tierkv.block_store.daemon_saving import DaemonSaver
 from tierkv.block_store.engines import EnginePool, Engines
 from tierkv.block_store.keys import BlockKey
-from tierkv.block_store.load_or_compute import Origin
+from tierkv.block_store.load_or_compute import LoadOrCompute, Origin
 from tierkv.block_store.placement import Placement
 from tierkv.block_store.reservation import Reservation
 from tierkv.block_store.transfers import Load, Save
@@ -126,6 +126,9 @@ class DaemonBlockTiers:
     def save(self, keys: Sequence[BlockKey], sources: Placement, start: int) -> Save:
         """Copy blocks into reserved slots, and publish them."""
         return self._saver.save(keys, sources, start)
+
+    def calibrate(self, costs: LoadOrCompute) -> None:
+        """Measure nothing: a daemon reads for many clients."""
 
     def touch(self, keys: Sequence[BlockKey]) -> None:
         """Notify the daemon of a use. Waits for no answer."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Generator, Sequence
 from concurrent.futures import wait
 from itertools import chain
@@ -161,6 +162,19 @@ class BlockLoader(Loader):
             while load.num_loaded < len(keys) and not self.is_closing:
                 if not self._load_through_spare(load, reservation, keys[load.num_loaded :], targets, after):
                     return
+
+    def time_reading(self, keys: Sequence[BlockKey]) -> float | None:
+        """Read cold blocks and keep none: return how many seconds that takes, or None if one of them cannot be read.
+
+        keys: at most as many as there are spare slots, which is where they are read.
+        """
+        with self._spare_lock:
+            wanted = list(zip(keys, self._memory.spare[: len(keys)], strict=True))
+            started = time.perf_counter()
+            with contextlib.closing(self._read_all(wanted)) as groups:
+                if any(self.is_closing or any(reasons) for reasons in groups):
+                    return None
+            return time.perf_counter() - started
 
     def _load_through_spare(
         self, load: Load, reservation: Reservation, keys: Sequence[BlockKey], targets: Placement, after: Ready

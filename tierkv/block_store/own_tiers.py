@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from tierkv.block_store.calibration import calibrate
 from tierkv.block_store.config import BlockStoreConfig
 from tierkv.block_store.keys import BlockKey
-from tierkv.block_store.load_or_compute import Origin
+from tierkv.block_store.load_or_compute import LoadOrCompute, Origin
 from tierkv.block_store.loading import BlockLoader
 from tierkv.block_store.placement import Placement
 from tierkv.block_store.reservation import Reservation
@@ -16,6 +18,7 @@ from tierkv.block_store.saving import BlockSaver
 from tierkv.block_store.stored_blocks import StoredBlocks
 from tierkv.block_store.transfers import Load, Save
 from tierkv.block_store.warm_memory import WarmMemory
+from tierkv.errors import StoreError
 from tierkv.readers.choice import choose_num_readers
 from tierkv.remote_tiers.remotes import Remotes
 from tierkv.remote_tiers.urls import remote_urls
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
     from tierkv.movers.engine_memory import EngineMemory
 
 __all__ = ["OwnTiers"]
+
+_log = logging.getLogger(__name__)
 
 _STALL_S = 30.0  # at the end, how long one read or write may take
 
@@ -115,6 +120,20 @@ class OwnTiers:
     def save(self, keys: Sequence[BlockKey], sources: Placement, start: int) -> Save:
         """Take blocks over."""
         return self._saver.save(keys, sources, start)
+
+    def calibrate(self, costs: LoadOrCompute) -> None:
+        """Begin to measure how fast cold blocks come."""
+        if self.memory and self.cold:
+            self._loader.submit(self._calibrate, costs, self.cold)
+
+    def _calibrate(self, costs: LoadOrCompute, cold: ColdStore) -> None:
+        assert self.memory is not None
+        if self.memory.readers:
+            self.memory.readers.wait_until_ready(lambda: self._loader.is_closing)
+        try:
+            calibrate(costs, cold, self._root, self._loader.time_reading, most=len(self.memory.spare))
+        except StoreError as exc:
+            _log.info("how fast blocks come is measured by requests: %s", exc)
 
     def touch(self, keys: Sequence[BlockKey]) -> None:
         """Record a use of blocks."""

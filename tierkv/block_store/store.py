@@ -50,6 +50,7 @@ class BlockTiers(Protocol):
     def reserve(self, keys: Sequence[BlockKey], start: int) -> Reservation: ...
     def load(self, reservation: Reservation, targets: Placement) -> Load: ...
     def save(self, keys: Sequence[BlockKey], sources: Placement, start: int) -> Save: ...
+    def calibrate(self, costs: LoadOrCompute) -> None: ...
     def touch(self, keys: Sequence[BlockKey]) -> None: ...
     def pin(self, keys: Sequence[BlockKey], ttl_s: float | None) -> int: ...
     def unpin(self, keys: Sequence[BlockKey]) -> int: ...
@@ -210,7 +211,9 @@ class BlockStore:
     def keep_costs(self, costs: LoadOrCompute) -> None:
         """Restore what earlier processes measured with this namespace; keep beside the store what is measured from now.
 
-        Does nothing without a `cold_path`: a daemon keeps no costs. May be called once.
+        What no process has measured yet is measured in the background: up to 16 blocks are read a few times, out of the
+        page cache and from disk, so that the first request need not find out. Does nothing without a `cold_path`: a
+        daemon keeps no costs. May be called once.
         """
         if self.config.cold_path is None or self.config.socket is not None:
             return
@@ -218,6 +221,7 @@ class BlockStore:
             raise ConfigError("this block store keeps costs already")
         name, is_kept = self._root.hex(), not self.config.read_only
         self._costs = CostFile(self.config.cold_path, name, costs, is_kept=is_kept)
+        self._tiers.calibrate(costs)
 
     @while_open
     def touch(self, keys: Sequence[BlockKey]) -> None:

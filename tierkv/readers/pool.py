@@ -9,7 +9,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -32,6 +32,7 @@ __all__ = ["ReaderPool", "ReaderStats"]
 _ANSWER_S = 15.0  # of one request: a disk of 2 MB/s delivers a block
 _START_S = 60.0  # to import numpy on a busy machine, from a slow disk
 _CLOSE_S = 5.0
+_POLL_S = 0.1
 _log = logging.getLogger(__name__)
 
 
@@ -155,6 +156,11 @@ class ReaderPool:
         for at, outcome in zip(handed, found, strict=True):
             outcomes[at] = outcome
         return outcomes
+
+    def wait_until_ready(self, has_ended: Callable[[], bool]) -> None:
+        """Wait until every process that is being started is ready or has failed, or `has_ended` returns True."""
+        while self._thread is not None and self._thread.is_alive() and not has_ended():
+            self._thread.join(_POLL_S)
 
     def close(self) -> None:
         """End the processes; a request in work is left to its caller. Bounded. May be called twice."""

@@ -26,7 +26,6 @@ from tierkv.storage.cold_rows import (
     NamespaceRow,
     get_entry,
     namespace_rows,
-    read_block_info,
     read_block_tokens,
     unpack_entry,
 )
@@ -37,6 +36,7 @@ from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import (
     BlockInfo,
     Buffer,
+    claimed_info,
     damage_reason,
     decode_record,
     max_record_bytes,
@@ -104,9 +104,16 @@ class ColdReader:
             return table.find_longest_run(parent, token_bytes, lambda h: read_block_tokens(txn, self._databases, h))
 
     def read_info(self, block_hash: BlockHash) -> BlockInfo | None:
-        """Return a block's identity, as its record claims it; None if it is absent or unreadable."""
-        with self._env.read() as txn:
-            return read_block_info(txn, self._databases, block_hash)
+        """Return a block's identity, as its record claims it; None if it is absent or unreadable.
+
+        By a plain read: what is touched through LMDB's map cannot leave the page cache.
+        """
+        with self._env.read():
+            value = self._env.data.open_value(BLOCKS, block_hash)
+            try:
+                return None if value is None else claimed_info(value)
+            except (CorruptBlockError, FormatVersionError, OSError):
+                return None
 
     def read_tokens(self, block_hash: BlockHash) -> bytes | None:
         """Return a block's token ids as little-endian uint32, or None if it is absent or unreadable."""
@@ -232,7 +239,7 @@ class ColdReader:
             return True
 
     def forget_pages(self, block_hashes: Sequence[BlockHash]) -> None:
-        """Ask the system to drop blocks from its page cache, to measure the disk. What is not written yet stays."""
+        """Ask the system to drop blocks from its page cache, to measure the disk. It writes new ones first."""
         with contextlib.suppress(StoreError), self._env.data_file() as data:
             data.forget_values(BLOCKS, block_hashes)
 

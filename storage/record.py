@@ -49,6 +49,7 @@ __all__ = [
     "EncodedRecord",
     "RecordHeader",
     "TruncatedBlockError",
+    "claimed_info",
     "damage_reason",
     "decode_record",
     "encode_record",
@@ -177,6 +178,15 @@ def decode_record(
                 raise CorruptBlockError(f"a record of {header.codec.name} that does not decode: {exc}") from exc
     _require_checksum(checksum, header)
     return None
+
+
+def claimed_info(record: Buffer | FileRecord) -> BlockInfo:
+    """Return the block that a record claims to be; only its head is read, and no checksum compared.
+
+    Raises CorruptBlockError (TruncatedBlockError, FormatVersionError) for no head of a record.
+    """
+    source = record if isinstance(record, FileRecord) else RecordBytes(as_bytes(record))
+    return _read_head(source)[0].info
 
 
 def parse_record(record: Buffer, *, lossy_codec: str | None = None, cost_s: float = 0.0) -> EncodedRecord:

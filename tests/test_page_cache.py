@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import mmap
 import os
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
-from cold_blocks import chain_of, open_store
+from cold_blocks import chain_of, damage_record, open_store
 
 from tierkv.storage import lmdb_file, record_source
+from tierkv.storage.cold import ColdStore
+from tierkv.storage.record import BlockInfo, EncodedRecord, encode_record
 from tierkv.storage.record_source import PageCacheMap, is_in_memory
+from tierkv.values.layout import BlockLayout
+from tierkv.values.namespace import Namespace
 
 HOLE_BYTES = 4 << 20
 
@@ -115,3 +121,47 @@ def test_a_compacted_store_keeps_no_mapping_of_the_old_file(tmp_path: Path) -> N
         assert store.is_in_memory(record.info.block_hash)
         mapped = Path("/proc/self/maps").read_text()
         assert "data.mdb (deleted)" not in mapped, "its room on the disk would stay taken"
+
+
+def test_blocks_leave_the_page_cache_also_when_their_heads_were_read(tmp_path: Path) -> None:
+    record = large_record()
+    with open_store(tmp_path) as store:
+        store.put([record])
+        store.flush()
+        block_hash = record.info.block_hash
+        assert store.is_in_memory(block_hash)
+        for _ in range(2):
+            forget(store, block_hash)
+            assert store.read_info(block_hash) == record.info
+        forget(store, block_hash)
+
+
+def forget(store: ColdStore, block_hash: bytes) -> None:
+    deadline = time.monotonic() + 10
+    while store.is_in_memory(block_hash):
+        if time.monotonic() > deadline:
+            pytest.fail("it stays in the page cache")
+        store.forget_pages([block_hash])
+        time.sleep(0.01)
+
+
+def large_record() -> EncodedRecord:
+    """Return a record of 4 MiB that no codec shrinks, so large that it lies in pages of its own."""
+    layout = BlockLayout.uniform(num_layers=2, block_size=16, kv_heads=16, head_dim=2048, dtype="bfloat16")
+    namespace = Namespace(weights="w", layout=layout)
+    info = BlockInfo.first(np.arange(16, dtype="<u4").tobytes(), namespace=namespace.digest)
+    data = np.random.default_rng(0).integers(0, 256, layout.block_bytes, dtype=np.uint8)
+    return encode_record(info, data, layout=layout)
+
+
+def test_the_head_of_no_record_tells_no_block(tmp_path: Path) -> None:
+    [record] = chain_of(1)
+    block_hash = record.info.block_hash
+    with open_store(tmp_path) as store:
+        store.put([record])
+        assert store.read_info(block_hash) == record.info
+        assert store.read_info(bytes(16)) is None
+        damage_record(store, block_hash, offset=0)
+        assert store.read_info(block_hash) is None
+        damage_record(store, block_hash, offset=0, cut=10)
+        assert store.read_info(block_hash) is None

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from stored_blocks import LAYOUT, NAMESPACE, TOKENS, config_of, eventually, save
@@ -44,8 +45,10 @@ def calibrated(path: Path, costs: LoadOrCompute) -> dict[str, list[tuple[int, fl
 class FakePages:
     """Stands in for the page cache: records as small as these lie in the tree itself."""
 
-    def __init__(self, patch: pytest.MonkeyPatch, *, can_forget: bool = True) -> None:
+    def __init__(self, patch: pytest.MonkeyPatch, *, can_forget: bool = True, num_deaf: int = 0) -> None:
+        """num_deaf: how often the system is asked in vain to forget, since it writes pages first."""
         self.forgotten: set[bytes] = set()
+        self.num_deaf = num_deaf
         read = ColdStore.read_many_into
 
         def read_many_into(store: ColdStore, infos: Sequence[object], *args: object, **options: object) -> object:
@@ -53,7 +56,8 @@ class FakePages:
             return read(store, infos, *args, **options)  # type: ignore[arg-type]
 
         def forget(_: ColdStore, hashes: Sequence[bytes]) -> None:
-            if can_forget:
+            self.num_deaf -= 1
+            if can_forget and self.num_deaf < 0:
                 self.forgotten |= set(hashes)
 
         patch.setattr(ColdStore, "read_many_into", read_many_into)
@@ -68,6 +72,14 @@ def test_a_store_measures_page_cache_and_disk_when_it_opens(filled: Path, monkey
         assert [size for size, _ in found[origin.name]] == SIZES
         assert all(seconds > 0 for _, seconds in found[origin.name])
     assert not pages.forgotten, "what was read last is in the page cache again"
+
+
+def test_a_system_that_writes_blocks_before_it_forgets_them_is_asked_again(
+    filled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FakePages(monkeypatch, num_deaf=3)
+    found = calibrated(filled, LoadOrCompute(block_size=LAYOUT.block_size))
+    assert [size for size, _ in found["DISK"]] == SIZES
 
 
 def test_what_is_known_is_not_measured_again(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,6 +97,7 @@ def test_a_disk_that_cannot_be_told_from_the_page_cache_is_not_measured(
     filled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     FakePages(monkeypatch, can_forget=False)
+    monkeypatch.setattr(calibration, "_MOST_S", 0.05)
     found = calibrated(filled, LoadOrCompute(block_size=LAYOUT.block_size))
     assert "PAGE_CACHE" in found and "DISK" not in found
 
@@ -111,7 +124,11 @@ def test_a_slow_disk_is_read_for_a_second_and_a_read_that_was_begun(
     filled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now, asked = [0.0], list[int]()
-    monkeypatch.setattr(calibration.time, "monotonic", lambda: now[0])
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(calibration, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
 
     def time_reading(some: Sequence[BlockKey]) -> float:
         asked.append(len(some))

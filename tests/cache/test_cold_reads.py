@@ -86,11 +86,18 @@ def test_fewer_warm_places_than_a_wave_are_enough(warm: int, stored: Path, monke
         cache.check()
 
 
-def test_cold_blocks_behind_a_hot_one_are_another_row(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("decodes", "waves"), [(False, [(1, 2), (1, 1), (2, 2), (2, 2), (2, 1)]), (True, [(1, 3), (2, 2), (2, 3)])]
+)
+def test_cold_blocks_behind_a_hot_one_are_another_row(
+    decodes: bool, waves: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU decodes the last blocks of a row at once, up to two waves of them less one here."""
     cold, hot = Tier.COLD, Tier.HOT
-    hits = [SimpleNamespace(tier=tier) for tier in (cold, cold, cold, hot, cold, cold)]
+    hits = [SimpleNamespace(tier=tier) for tier in (cold, cold, cold, hot, cold, cold, cold, cold, cold)]
     pinned = {3: SimpleNamespace(slot=9)}
     loader, result = Loader.__new__(Loader), Promoted()
+    loader._tiers = SimpleNamespace(memory=SimpleNamespace(frames=object() if decodes else None))  # type: ignore[assignment]
     rows: list[int] = []
     used: list[tuple[int, int]] = []
 
@@ -103,9 +110,10 @@ def test_cold_blocks_behind_a_hot_one_are_another_row(monkeypatch: pytest.Monkey
         return nullcontext(SimpleNamespace(number=len(rows)))
 
     monkeypatch.setattr(load, "_WAVE_BLOCKS", 2)
+    monkeypatch.setattr(load, "_LAST_WAVE_BLOCKS", 3)
     monkeypatch.setattr(loader, "_promote_cold", promote_cold)
     monkeypatch.setattr(loader, "_start_reading", start_reading)
     monkeypatch.setattr(loader, "_use_hot", lambda hit, block_id, result: result.hits.append(hit))
-    loader._promote_blocks(hits, pinned, deque(range(6)), result)  # type: ignore[arg-type]
-    assert rows == [3, 2] and used == [(1, 2), (1, 1), (2, 2)]
+    loader._promote_blocks(hits, pinned, deque(range(9)), result)  # type: ignore[arg-type]
+    assert rows == [3, 5] and used == waves
     assert result.hits == hits

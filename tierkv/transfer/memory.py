@@ -36,7 +36,9 @@ _logger = logging.getLogger(__name__)
 
 _MIN_BLOCKS = 4
 _MAX_STAGING_BLOCKS = 24
-_MAX_CODED_BLOCKS = 34  # where a GPU decodes: a wave of 16 on its way there, 16 being read, and the write thread's two
+_MAX_CODED_BLOCKS = (
+    34  # where a GPU decodes: 16 on their way there and 16 being read, or 32, and the write thread's two
+)
 _STAGING_SHARE = 8  # a compressed warm tier gives at most one byte in eight to raw blocks in work
 
 

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +91,10 @@ class ColdReader:
         """Keep other processes from opening the store meanwhile. Raises StoreError if one has it open."""
         return self._env.unshared()
 
-    def children(self, parent: BlockHash) -> list[BlockHash]:
+    def children(self, parent: BlockHash, *, most: int | None = None) -> list[BlockHash]:
         """Return the hashes of the blocks that follow `parent`; the namespace digest has the first ones."""
         with self._env.read() as txn:
-            return list(ChildrenTable(txn, self._databases.children).iter_children(parent))
+            return list(islice(ChildrenTable(txn, self._databases.children).iter_children(parent), most))
 
     def find_longest_run(self, parent: BlockHash, token_bytes: bytes) -> tuple[BlockHash, bytes, int] | None:
         """Return (block hash, its token ids, how many of them lead `token_bytes` too) of the child of `parent`

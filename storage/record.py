@@ -134,9 +134,9 @@ def decode_record(
 ) -> MissReason | None:
     """Write the block into `out` and return None, or return why it is not the expected block.
 
-    Goes through the record once, in pieces that are checked and decoded while they are in the cache. So codecs see
-    bytes that may be damaged, and no thread may read `out` before this has returned None: the checksum of all
-    pieces has then matched.
+    Goes through the record once, in pieces that are checked and decoded while they are in the cache; what needs no
+    decoding is copied in one step. So codecs see bytes that may be damaged, and no thread may read `out` before this
+    has returned None: the checksum of all pieces has then matched.
 
     lossy_codec: of the namespace of `expected`, "" if that is exact: a record whose codec does not fit is damage.
 

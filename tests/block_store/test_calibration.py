@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from stored_blocks import LAYOUT, NAMESPACE, TOKENS, config_of, eventually, save
+from stored_blocks import LAYOUT, NAMESPACE, TOKENS, config_of, eventually, load, save
 
 from tierkv import BlockStore, LoadOrCompute, Origin
-from tierkv.block_store import calibration
+from tierkv.block_store.calibration import Calibration
 from tierkv.block_store.keys import BlockKey
+from tierkv.block_store.own_tiers import OwnTiers
 from tierkv.storage.cold import ColdStore
+from tierkv.storage.outcomes import MissReason
 
 NUM_BLOCKS = 40
 SIZES = [1, 2, 4, 8]  # there are 8 spare slots of 64
@@ -39,6 +41,8 @@ def calibrated(path: Path, costs: LoadOrCompute) -> dict[str, list[tuple[int, fl
         eventually(lambda: not loader._num_working)
         assert store.stats().requests == 0, "it counts as no request"
         assert not any(tier.blocks for name, tier in store.stats().tiers.items() if name.value == "warm")
+        assert store.cold is not None
+        assert store.cold.stats().hits == 0
     return costs.measured()
 
 
@@ -49,23 +53,42 @@ class FakePages:
         """num_deaf: how often the system is asked in vain to forget, since it writes pages first."""
         self.forgotten: set[bytes] = set()
         self.num_deaf = num_deaf
-        read = ColdStore.read_many_into
+        decode = ColdStore.decode_blocks
 
-        def read_many_into(store: ColdStore, infos: Sequence[object], *args: object, **options: object) -> object:
+        def decode_blocks(store: ColdStore, infos: Sequence[object], *args: object, **options: object) -> object:
             self.forgotten -= {info.block_hash for info in infos}  # type: ignore[attr-defined]
-            return read(store, infos, *args, **options)  # type: ignore[arg-type]
+            return decode(store, infos, *args, **options)  # type: ignore[arg-type]
 
         def forget(_: ColdStore, hashes: Sequence[bytes]) -> None:
             self.num_deaf -= 1
             if can_forget and self.num_deaf < 0:
                 self.forgotten |= set(hashes)
 
-        patch.setattr(ColdStore, "read_many_into", read_many_into)
+        patch.setattr(ColdStore, "decode_blocks", decode_blocks)
         patch.setattr(ColdStore, "forget_pages", forget)
         patch.setattr(ColdStore, "is_in_memory", lambda _, each: each not in self.forgotten)
 
 
-def test_a_store_measures_page_cache_and_disk_when_it_opens(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def calibration_of(cold: ColdStore, time_reading: Callable[[Sequence[BlockKey]], float | None], **changes: Any) -> Any:
+    options = {"most": 16, "num_threads": 8, "may_go_on": lambda: True, **changes}
+    return Calibration(cold, ROOT, time_reading, **options)
+
+
+def measured_with(path: Path, seconds: Callable[[int], float], **changes: Any) -> tuple[LoadOrCompute, list[int]]:
+    """Measure reads that take so many seconds of so many blocks. Return the costs, and how many blocks were read."""
+    asked: list[int] = []
+
+    def time_reading(keys: Sequence[BlockKey]) -> float:
+        asked.append(len(keys))
+        return seconds(len(keys))
+
+    costs = LoadOrCompute(block_size=LAYOUT.block_size)
+    with ColdStore(path, min_free_bytes=0) as cold:
+        calibration_of(cold, time_reading, **changes).run(costs)
+    return costs, asked
+
+
+def test_a_store_measures_disk_and_page_cache_when_it_opens(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pages = FakePages(monkeypatch)
     found = calibrated(filled, LoadOrCompute(block_size=LAYOUT.block_size))
     for origin in (Origin.PAGE_CACHE, Origin.DISK):
@@ -89,7 +112,7 @@ def test_what_is_known_is_not_measured_again(filled: Path, monkeypatch: pytest.M
     found = calibrated(filled, costs)
     assert found["DISK"] == [(5, 7.0)]
     assert found["PAGE_CACHE"]
-    monkeypatch.setattr(calibration, "_some_keys", lambda *_: pytest.fail("the costs beside the store have all"))
+    monkeypatch.setattr(Calibration, "_some_keys", lambda *_: pytest.fail("the costs beside the store have all"))
     assert calibrated(filled, LoadOrCompute(block_size=LAYOUT.block_size)) == found
 
 
@@ -97,64 +120,75 @@ def test_a_disk_that_cannot_be_told_from_the_page_cache_is_not_measured(
     filled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     FakePages(monkeypatch, can_forget=False)
-    monkeypatch.setattr(calibration, "_MOST_S", 0.05)
     found = calibrated(filled, LoadOrCompute(block_size=LAYOUT.block_size))
     assert "PAGE_CACHE" in found and "DISK" not in found
 
 
-def test_blocks_on_disk_alone_are_read_once_before_the_page_cache_is_measured(
+def test_blocks_are_measured_from_disk_first_and_out_of_the_page_cache_if_they_lie_there(
     filled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pages, asked = FakePages(monkeypatch), list[int]()
-    with ColdStore(filled, min_free_bytes=0) as cold:
-        keys = calibration._some_keys(cold, ROOT)
-        pages.forgotten |= {key.block_hash for key in keys}
-
-        def time_reading(some: Sequence[BlockKey]) -> float:
-            asked.append(len(some))
-            pages.forgotten -= {key.block_hash for key in some}
-            return 0.001
-
-        costs = LoadOrCompute(block_size=LAYOUT.block_size)
-        calibration.calibrate(costs, cold, ROOT, time_reading)
-    assert asked == [1, 1, 2, 2, 4, 4, 8, 8, 16, 16, 1, 2, 4, 8, 16]
+    FakePages(monkeypatch)  # reads that are only timed bring nothing into it
+    costs, asked = measured_with(filled, lambda count: 0.01 * count)
+    assert asked == [1, 2, 4, 8, 16]
+    assert costs.measured()["DISK"] and not costs.measured().get("PAGE_CACHE")
 
 
-def test_a_slow_disk_is_read_for_a_second_and_a_read_that_was_begun(
+@pytest.mark.parametrize(
+    ("seconds", "num_threads", "asked", "of_32"),
+    [
+        (lambda count: 0.3 * count, 8, [1, 2, 4], 9.6),  # a slow disk is read for a second and what was begun
+        (lambda count: 0.4, 8, [1, 2, 4], None),  # one block takes as long as four: more would, too
+        (lambda count: 0.4, 4, [1, 2, 4], 3.2),  # four are as many as are read side by side
+        (lambda count: 0.01, 16, [1, 2, 4, 8, 16], 0.02),
+    ],
+)
+def test_only_what_tells_of_more_blocks_is_recorded(
+    filled: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: Callable[[int], float],
+    num_threads: int,
+    asked: list[int],
+    of_32: float | None,
+) -> None:
+    FakePages(monkeypatch, can_forget=False)
+    costs, found = measured_with(filled, seconds, num_threads=num_threads)
+    assert found == asked
+    load_s = costs.load_s(32, origin=Origin.PAGE_CACHE)
+    assert load_s == (None if of_32 is None else pytest.approx(of_32))
+
+
+def test_fewer_blocks_at_once_than_threads_tell_nothing(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    FakePages(monkeypatch, can_forget=False)
+    costs, asked = measured_with(filled, lambda count: 0.01, most=4)
+    assert asked == [1, 2, 4] and not costs.measured().get("PAGE_CACHE")
+    assert measured_with(filled, lambda count: 0.01, most=3)[1] == [], "no four blocks can be read"
+
+
+def test_the_blocks_of_one_sequence_are_chosen_in_its_order_without_a_walk_over_the_store(
     filled: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now, asked = [0.0], list[int]()
-
-    def sleep(seconds: float) -> None:
-        now[0] += seconds
-
-    monkeypatch.setattr(calibration, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
-
-    def time_reading(some: Sequence[BlockKey]) -> float:
-        asked.append(len(some))
-        now[0] += 0.3 * len(some)
-        return 0.3 * len(some)
-
-    with ColdStore(filled, min_free_bytes=0) as cold:
-        monkeypatch.setattr(ColdStore, "is_in_memory", lambda *_: True)
-        costs = LoadOrCompute(block_size=LAYOUT.block_size)
-        calibration.calibrate(costs, cold, ROOT, time_reading)
-    assert asked == [1, 2, 4]
-    assert costs.load_s(32, origin=Origin.PAGE_CACHE) == pytest.approx(9.6)
-
-
-def test_the_blocks_of_one_sequence_are_chosen_in_its_order(filled: Path) -> None:
+    monkeypatch.setattr(ColdStore, "iter_entries", lambda *_: pytest.fail("a store may have millions"))
     with BlockStore(config_of(filled), namespace=NAMESPACE) as store:
-        keys = store.keys(TOKENS)
         assert store.cold is not None
-        some = calibration._some_keys(store.cold, store.namespace.digest)
-        first = list(keys).index(some[0])
-        assert some == list(keys[first : first + 16])
+        some = calibration_of(store.cold, lambda _: None)._some_keys()
+        assert some == list(store.keys(TOKENS)[:16])
+
+
+def test_blocks_of_several_sequences_are_taken_where_one_is_short(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    with BlockStore(config_of(path), namespace=NAMESPACE) as store:
+        for first in (0, 1000, 2000):
+            save(store, store.keys(range(first, first + 3 * LAYOUT.block_size)))
+        store.flush()
+        assert store.cold is not None
+        some = calibration_of(store.cold, lambda _: None)._some_keys()
+    assert len({key.block_hash for key in some}) == 9
 
 
 def test_a_block_that_cannot_be_read_ends_the_measurement(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ColdStore, "read_many_into", lambda *_, **__: [None, "corrupt"])
-    assert calibrated(filled, LoadOrCompute(block_size=LAYOUT.block_size)).get("PAGE_CACHE", []) == []
+    FakePages(monkeypatch, can_forget=False)
+    monkeypatch.setattr(ColdStore, "decode_blocks", lambda *_, **__: [MissReason.CORRUPT])
+    assert calibrated(filled, LoadOrCompute(block_size=LAYOUT.block_size)) == {"compute": []}
 
 
 def test_a_store_of_few_blocks_is_not_measured(tmp_path: Path) -> None:
@@ -165,19 +199,72 @@ def test_a_store_of_few_blocks_is_not_measured(tmp_path: Path) -> None:
     assert calibrated(path, LoadOrCompute(block_size=LAYOUT.block_size)) == {"compute": []}
 
 
+class SlowReads:
+    """Lets the reads of a calibration take a while. begun: set once there is one."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, seconds: float = 0.05) -> None:
+        self.begun = threading.Event()
+        decode = ColdStore.decode_blocks
+
+        def decode_slowly(store: ColdStore, *args: Any, **options: Any) -> Any:
+            if threading.current_thread().name.startswith("tierkv-io"):
+                self.begun.set()
+                time.sleep(seconds)
+            return decode(store, *args, **options)
+
+        patch.setattr(ColdStore, "decode_blocks", decode_slowly)
+
+
 def test_a_store_that_closes_waits_for_no_further_measurement(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun, read = threading.Event(), ColdStore.read_many_into
-
-    def read_slowly(*args: object, **options: object) -> object:
-        begun.set()
-        time.sleep(0.05)
-        return read(*args, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(ColdStore, "read_many_into", read_slowly)
-    costs = LoadOrCompute(block_size=LAYOUT.block_size)
+    FakePages(monkeypatch, can_forget=False)
+    slow, costs = SlowReads(monkeypatch), LoadOrCompute(block_size=LAYOUT.block_size)
     with BlockStore(config_of(filled), namespace=NAMESPACE) as store:
         store.keep_costs(costs)
-        assert begun.wait(10)
+        assert slow.begun.wait(10)
         started = time.monotonic()
     assert time.monotonic() - started < 5
-    assert len(costs.measured().get("PAGE_CACHE", [])) < len(SIZES)
+    assert costs.measured() == {"compute": []}
+
+
+def test_the_first_request_ends_the_measurement_and_does_not_wait_for_it(
+    filled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FakePages(monkeypatch, can_forget=False)
+    slow, costs = SlowReads(monkeypatch), LoadOrCompute(block_size=LAYOUT.block_size)
+    with BlockStore(config_of(filled), namespace=NAMESPACE) as store:
+        store.keep_costs(costs)
+        assert slow.begun.wait(10)
+        assert load(store, list(store.keys(TOKENS))) == (NUM_BLOCKS, [])
+        loader = store._tiers._loader  # type: ignore[attr-defined]
+        eventually(lambda: not loader._num_working)
+    assert costs.measured() == {"compute": []}
+
+
+def test_a_load_of_held_blocks_takes_no_spare_slot(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The spare slots may be in use by a load that waits for a disk."""
+    with BlockStore(config_of(filled), namespace=NAMESPACE) as store:
+        loader = store._tiers._loader  # type: ignore[attr-defined]
+        found: list[Any] = []
+        keys = list(store.keys(TOKENS[: 8 * LAYOUT.block_size]))
+        loading = threading.Thread(target=lambda: found.append(load(store, keys)), daemon=True)
+        with loader._spare_lock:
+            loading.start()
+            loading.join(20)
+            assert found == [(8, [])]
+            assert loader.time_reading(list(store.keys(TOKENS)[:2])) is None, "it does not wait for them either"
+
+
+def test_costs_that_were_measured_last_are_kept(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    costs, close = LoadOrCompute(block_size=LAYOUT.block_size), OwnTiers.close
+
+    def record_and_close(tiers: OwnTiers) -> bool:
+        costs.record_compute(64, 0.5)
+        return close(tiers)
+
+    monkeypatch.setattr(OwnTiers, "close", record_and_close)
+    with BlockStore(config_of(filled), namespace=NAMESPACE) as store:
+        store.keep_costs(costs)
+    again = LoadOrCompute(block_size=LAYOUT.block_size)
+    with BlockStore(config_of(filled), namespace=NAMESPACE) as store:
+        store.keep_costs(again)
+    assert again.measured()["compute"] == [(64, 0.5)]

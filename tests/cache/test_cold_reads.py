@@ -87,17 +87,24 @@ def test_fewer_warm_places_than_a_wave_are_enough(warm: int, stored: Path, monke
 
 
 @pytest.mark.parametrize(
-    ("decodes", "waves"), [(False, [(1, 2), (1, 1), (2, 2), (2, 2), (2, 1)]), (True, [(1, 3), (2, 2), (2, 3)])]
+    ("decodes", "most", "most_bytes", "waves"),
+    [
+        (False, 3, 1000, [(1, 2), (1, 1), (2, 2), (2, 2), (2, 1)]),
+        (True, 3, 1000, [(1, 3), (2, 2), (2, 3)]),
+        (True, 5, 39, [(1, 3), (2, 2), (2, 3)]),
+        (True, 3, 9, [(1, 2), (1, 1), (2, 2), (2, 2), (2, 1)]),
+    ],
 )
 def test_cold_blocks_behind_a_hot_one_are_another_row(
-    decodes: bool, waves: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+    decodes: bool, most: int, most_bytes: int, waves: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A GPU decodes the last blocks of a row at once, up to two waves of them less one here."""
+    """A GPU decodes the last blocks of a row at once, as many as it has memory for."""
     cold, hot = Tier.COLD, Tier.HOT
     hits = [SimpleNamespace(tier=tier) for tier in (cold, cold, cold, hot, cold, cold, cold, cold, cold)]
     pinned = {3: SimpleNamespace(slot=9)}
     loader, result = Loader.__new__(Loader), Promoted()
-    loader._tiers = SimpleNamespace(memory=SimpleNamespace(frames=object() if decodes else None))  # type: ignore[assignment]
+    memory = SimpleNamespace(decodes_on_gpu=decodes)
+    loader._tiers = SimpleNamespace(memory=memory, layout=SimpleNamespace(block_bytes=10))  # type: ignore[assignment]
     rows: list[int] = []
     used: list[tuple[int, int]] = []
 
@@ -110,7 +117,8 @@ def test_cold_blocks_behind_a_hot_one_are_another_row(
         return nullcontext(SimpleNamespace(number=len(rows)))
 
     monkeypatch.setattr(load, "_WAVE_BLOCKS", 2)
-    monkeypatch.setattr(load, "_LAST_WAVE_BLOCKS", 3)
+    monkeypatch.setattr(load, "_LAST_WAVE_BLOCKS", most)
+    monkeypatch.setattr(load, "_LAST_WAVE_BYTES", most_bytes)
     monkeypatch.setattr(loader, "_promote_cold", promote_cold)
     monkeypatch.setattr(loader, "_start_reading", start_reading)
     monkeypatch.setattr(loader, "_use_hot", lambda hit, block_id, result: result.hits.append(hit))

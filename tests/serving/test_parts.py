@@ -8,7 +8,7 @@ import json
 import socket
 import threading
 from collections.abc import AsyncGenerator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tierkv.errors import ConfigError
 from tierkv.serving import responses
+from tierkv.serving.api_errors import ApiError
 from tierkv.serving.limits import ServeLimits
 from tierkv.serving.monitor import Monitor
 from tierkv.serving.server import bind
@@ -151,29 +152,35 @@ def test_the_address_is_printed_once_clients_can_connect(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_a_request_no_longer_counts_when_its_last_event_is_sent(fails: bool) -> None:
-    """A client that has read the last event may ask again: the request before must not stand in its way."""
-    is_closed, seen = False, []
-
-    def close() -> None:
-        nonlocal is_closed
-        is_closed = True
+def test_a_request_leaves_the_limit_before_its_last_event_is_sent(fails: bool, model_path: Path) -> None:
+    """A client that has read the last event may ask again; a server that stops waits until that event is sent."""
+    seen: list[tuple[bytes, bool]] = []
 
     async def values() -> AsyncGenerator[dict[str, Any], None]:
         yield {"at": 1}
         if fails:
             raise ConfigError("broken")
 
-    async def send(message: Any) -> None:
-        seen.append((message.get("body", b""), is_closed))
+    async def run(service: Any) -> None:
+        async def send(message: Any) -> None:
+            assert service.num_active == 1
+            with suppress(ApiError), service.one_request():
+                seen.append((message.get("body", b""), True))
+                return
+            seen.append((message.get("body", b""), False))
 
-    async def run() -> None:
-        resources = ExitStack()
-        resources.callback(close)
-        await responses.EventStream(values(), resources)({"type": "http"}, asyncio.Event().wait, send)
+        with ExitStack() as resources:
+            answered = resources.enter_context(service.one_request())
+            stream = responses.EventStream(values(), resources.pop_all())
+        stream.before_last = answered
+        await stream({"type": "http"}, asyncio.Event().wait, send)
+        assert service.num_active == 0
+        with service.one_request():
+            pass
 
-    asyncio.run(run())
-    _, (first, _), (last, closed_at_last), end = seen
+    with scripted_server(model_path, ScriptedEngine(), limits=ServeLimits(max_requests=1)) as (_, service):
+        asyncio.run(run(service))
+    _, (first, _), (last, may_ask), end = seen
     assert first == b'data: {"at":1}\n\n'
-    assert (b'"error"' if fails else b"[DONE]") in last and closed_at_last
+    assert (b'"error"' if fails else b"[DONE]") in last and may_ask
     assert end == (b"", True)

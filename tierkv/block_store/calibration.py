@@ -9,97 +9,110 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from itertools import islice
 
 from tierkv.block_store.keys import BlockKey
 from tierkv.block_store.load_or_compute import LoadOrCompute, Origin
 from tierkv.storage.cold import ColdStore
 from tierkv.values.block import BlockHash
 
-__all__ = ["calibrate"]
+__all__ = ["MOST_BLOCKS", "Calibration"]
 
 _log = logging.getLogger(__name__)
 
+MOST_BLOCKS = 16
+"""Blocks that are read at once at most."""
+
 _LEAST_BLOCKS = 4
-_MOST_BLOCKS = 16
-_LISTED_BLOCKS = 256
+_MOST_S = 1.0  # of reading from one origin, after which no larger read begins
+_FORGET_S = 0.5  # that the system gets to write and forget what a process has just stored
 _POLL_S = 0.01
-_MOST_S = 1.0  # for each origin, after which no larger read begins
+_PROPORTIONAL = 1.7  # twice as many blocks that take as much longer keep busy whatever bounds them
 
 
-def calibrate(
-    costs: LoadOrCompute,
-    cold: ColdStore,
-    root: BlockHash,
-    time_reading: Callable[[Sequence[BlockKey]], float | None],
-    *,
-    most: int = _MOST_BLOCKS,
-) -> None:
-    """Record how long 1, 2, 4 and more blocks take out of the page cache and from disk, where that is not known yet.
+class Calibration:
+    """Measures how long 1, 2, 4 and more blocks take from disk and out of the page cache, where that is not known yet.
 
-    root: digest of the namespace whose blocks are read. time_reading: reads blocks, and returns its seconds, or None.
-    most: blocks that it can read at once. Does nothing for a store that has fewer than four of its blocks.
-    Raises StoreError.
+    root: digest of the namespace whose blocks are read. time_reading: reads blocks and returns its seconds; None if it
+    could not. most: blocks that it can read at once, num_threads: blocks that it reads side by side. may_go_on: asked
+    before each reading. What would mislead about more blocks than were read is not recorded.
     """
-    known = costs.measured()
-    origins = [origin for origin in (Origin.PAGE_CACHE, Origin.DISK) if not known.get(origin.name)]
-    if not origins:
-        return
-    keys = _some_keys(cold, root)[:most]
-    if len(keys) < _LEAST_BLOCKS:
-        return
-    for origin in origins:
-        if not _calibrate_one(costs, cold, keys, time_reading, origin):
+
+    def __init__(
+        self,
+        cold: ColdStore,
+        root: BlockHash,
+        time_reading: Callable[[Sequence[BlockKey]], float | None],
+        *,
+        most: int,
+        num_threads: int,
+        may_go_on: Callable[[], bool],
+    ) -> None:
+        self._cold = cold
+        self._root = root
+        self._time_reading = time_reading
+        self._most = min(most, MOST_BLOCKS)
+        self._num_threads = min(num_threads, MOST_BLOCKS)
+        self._may_go_on = may_go_on
+
+    def run(self, costs: LoadOrCompute) -> None:
+        """Record what is measured. Does nothing where fewer than four blocks can be read. Raises StoreError."""
+        known = costs.measured()
+        # From disk first: that leaves the blocks in the page cache.
+        origins = [origin for origin in (Origin.DISK, Origin.PAGE_CACHE) if not known.get(origin.name)]
+        keys = self._some_keys() if origins else []
+        if len(keys) < _LEAST_BLOCKS:
             return
+        for origin in origins:
+            for count, seconds in self._measure(keys, origin):
+                _log.debug("%d blocks took %.1f ms from %s", count, 1e3 * seconds, origin.name)
+                costs.record_load(count, origin=origin, seconds=seconds)
 
+    def _measure(self, keys: Sequence[BlockKey], origin: Origin) -> list[tuple[int, float]]:
+        """Return (blocks, seconds), nothing if they say nothing about more blocks, or something fails."""
+        points: list[tuple[int, float]] = []
+        count = 1
+        while count <= len(keys) and sum(seconds for _, seconds in points) < _MOST_S:
+            if not self._may_go_on():
+                return []
+            if not self._lie_in(keys[:count], origin):
+                break
+            seconds = self._time_reading(keys[:count])
+            if seconds is None:
+                return []
+            points.append((count, seconds))
+            count *= 2
+        return points if self._are_telling(points) else []
 
-def _calibrate_one(
-    costs: LoadOrCompute,
-    cold: ColdStore,
-    keys: Sequence[BlockKey],
-    time_reading: Callable[[Sequence[BlockKey]], float | None],
-    origin: Origin,
-) -> bool:
-    """Measure one origin, unless the system does not let blocks lie there. Return False if a block cannot be read."""
-    count, deadline = 1, time.monotonic() + _MOST_S
-    while count <= len(keys) and time.monotonic() < deadline:
-        some = keys[:count]
-        hashes = [key.block_hash for key in some]
-        if origin is Origin.DISK:
-            _forget(cold, hashes, deadline)
-        elif not all(map(cold.is_in_memory, hashes)) and time_reading(some) is None:
-            return False
-        if any(cold.is_in_memory(each) is not (origin is Origin.PAGE_CACHE) for each in hashes):
-            return True
-        seconds = time_reading(some)
-        if seconds is None:
-            return False
-        costs.record_load(count, origin=origin, seconds=seconds)
-        _log.debug("%d blocks took %.1f ms from %s", count, 1e3 * seconds, origin.name)
-        count *= 2
-    return True
+    def _are_telling(self, points: Sequence[tuple[int, float]]) -> bool:
+        """Return whether more blocks than those measured take longer in proportion, as the estimates assume."""
+        if not points or points[-1][0] >= self._num_threads:
+            return bool(points)
+        return len(points) > 1 and points[-1][1] > _PROPORTIONAL * points[-2][1]
 
+    def _lie_in(self, keys: Sequence[BlockKey], origin: Origin) -> bool:
+        """Return whether blocks lie where they are to be measured; the system is asked to forget those from disk."""
+        hashes = [key.block_hash for key in keys]
+        if origin is Origin.PAGE_CACHE:
+            return all(map(self._cold.is_in_memory, hashes))
+        deadline = time.monotonic() + _FORGET_S
+        self._cold.forget_pages(hashes)
+        while any(map(self._cold.is_in_memory, hashes)):
+            if time.monotonic() > deadline or not self._may_go_on():
+                return False
+            time.sleep(_POLL_S)
+            self._cold.forget_pages(hashes)
+        return True
 
-def _forget(cold: ColdStore, hashes: Sequence[BlockHash], deadline: float) -> None:
-    """Have the system forget blocks. What a process has just stored it writes first, and is asked again."""
-    cold.forget_pages(hashes)
-    while any(map(cold.is_in_memory, hashes)) and time.monotonic() < deadline:
-        time.sleep(_POLL_S)
-        cold.forget_pages(hashes)
+    def _some_keys(self) -> list[BlockKey]:
+        """Return keys of stored blocks: of one sequence from its first block on, and if that is short, of others."""
+        found: list[BlockKey] = []
+        waiting = self._children(self._root)
+        while waiting and len(found) < self._most:
+            info = self._cold.read_info(waiting.pop())
+            if info is not None:
+                found.append(BlockKey(info.block_hash, info.parent, info.content_digest, info.token_bytes))
+                waiting += self._children(info.block_hash)
+        return found
 
-
-def _some_keys(cold: ColdStore, root: BlockHash) -> list[BlockKey]:
-    """Return keys of stored blocks, one sequence's as far as it goes: those lie side by side in the file."""
-    entries = dict(islice(cold.iter_entries(root), _LISTED_BLOCKS))
-    found: dict[BlockHash, BlockKey] = {}
-    for block_hash in sorted(entries, key=lambda each: entries[each].depth, reverse=True):
-        at = block_hash
-        while at not in found and len(found) < _MOST_BLOCKS and (key := _key_of(cold, at)) is not None:
-            found[at] = key
-            at = key.parent_hash
-    return list(found.values())[::-1]
-
-
-def _key_of(cold: ColdStore, block_hash: BlockHash) -> BlockKey | None:
-    info = cold.read_info(block_hash)
-    return None if info is None else BlockKey(info.block_hash, info.parent, info.content_digest, info.token_bytes)
+    def _children(self, parent: BlockHash) -> list[BlockHash]:
+        return self._cold.children(parent, most=self._most)[::-1]

@@ -26,7 +26,7 @@ __all__ = ["Loader"]
 
 _log = logging.getLogger(__name__)
 
-_NUM_LOADERS = 4
+_NUM_LOADERS = 5  # one of them may be calibrating
 _POLL_S = 0.1
 
 

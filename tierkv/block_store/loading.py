@@ -16,10 +16,11 @@ from tierkv.block_store.loader import Loader
 from tierkv.block_store.misses import are_logged, log_misses
 from tierkv.block_store.placement import Placement
 from tierkv.block_store.reservation import Reservation
-from tierkv.block_store.stored_blocks import StoredBlocks
+from tierkv.block_store.stored_blocks import StoredBlocks, info_of
 from tierkv.block_store.transfers import Load
 from tierkv.block_store.warm_memory import WarmMemory
 from tierkv.movers.ready import Done, Ready
+from tierkv.storage.codec import Bytes
 from tierkv.storage.outcomes import MissReason
 from tierkv.values.block import BlockHash, Tier
 from tierkv.values.locks import OwnedCondition
@@ -158,23 +159,30 @@ class BlockLoader(Loader):
                 return
         with self.changed:
             keys = list(reservation.keys)
+        if load.num_loaded == len(keys):
+            return
         with self._spare_lock:
             while load.num_loaded < len(keys) and not self.is_closing:
                 if not self._load_through_spare(load, reservation, keys[load.num_loaded :], targets, after):
                     return
 
     def time_reading(self, keys: Sequence[BlockKey]) -> float | None:
-        """Read cold blocks and keep none: return how many seconds that takes, or None if one of them cannot be read.
+        """Read blocks from the store and keep none: return how many seconds that takes. No request waits for it.
 
-        keys: at most as many as there are spare slots, which is where they are read.
+        keys: at most as many as there are spare slots, which is where they are read. Return None if one cannot be read,
+        or if a load needs the spare slots.
         """
-        with self._spare_lock:
+        if not self._spare_lock.acquire(blocking=False):
+            return None
+        try:
             wanted = list(zip(keys, self._memory.spare[: len(keys)], strict=True))
             started = time.perf_counter()
-            with contextlib.closing(self._read_all(wanted)) as groups:
+            with contextlib.closing(self._read_all(wanted, is_request=False)) as groups:
                 if any(self.is_closing or any(reasons) for reasons in groups):
                     return None
             return time.perf_counter() - started
+        finally:
+            self._spare_lock.release()
 
     def _load_through_spare(
         self, load: Load, reservation: Reservation, keys: Sequence[BlockKey], targets: Placement, after: Ready
@@ -275,17 +283,20 @@ class BlockLoader(Loader):
             index.add(key, slot, Done())
         return slot
 
-    def _read_all(self, wanted: Sequence[tuple[BlockKey, int]]) -> Generator[list[MissReason | None], None, None]:
+    def _read_all(
+        self, wanted: Sequence[tuple[BlockKey, int]], *, is_request: bool = True
+    ) -> Generator[list[MissReason | None], None, None]:
         """Read blocks into slots, several at a time. Yield for each, in order, why it could not be read, or None.
 
-        They come in groups. Closing the generator ends the reads that nothing waits for any more.
+        They come in groups. Closing the generator ends the reads that nothing waits for any more. is_request: whether
+        they are urgent, and counted.
         """
         threads = self._memory.read_threads
         size = max(1, min(_GROUP_BLOCKS, _GROUP_BYTES // self.layout.block_bytes, len(wanted) // threads.num_threads))
         reads = [
             threads.submit(
-                Priority.REQUEST,
-                self._read_group,
+                Priority.REQUEST if is_request else Priority.PREFETCH,
+                self._read_group if is_request else self._decode_group,
                 wanted[start : start + size],
                 wanted[start + _AHEAD_BLOCKS : start + _AHEAD_BLOCKS + size],
             )
@@ -303,11 +314,24 @@ class BlockLoader(Loader):
         self, group: Sequence[tuple[BlockKey, int]], ahead: Sequence[tuple[BlockKey, int]]
     ) -> list[MissReason | None]:
         """Read a few blocks one after another, while the disk fetches those `ahead`."""
-        self._stored.read_ahead([key for key, _ in ahead])
-        outs = [self._memory.slots[slot] for _, slot in group]
+        outs = self._begin_group(group, ahead)
         return self._stored.read_many_into(
             [key for key, _ in group], self._root, outs, layout=self.layout, readers=self._memory.readers
         )
+
+    def _decode_group(
+        self, group: Sequence[tuple[BlockKey, int]], ahead: Sequence[tuple[BlockKey, int]]
+    ) -> list[MissReason | None]:
+        """Do as `_read_group` for blocks of the store, which counts no read of them."""
+        outs, cold = self._begin_group(group, ahead), self._stored.cold
+        assert cold is not None
+        infos = [info_of(key, self._root) for key, _ in group]
+        return cold.decode_blocks(infos, outs, layout=self.layout, decoders=self._memory.readers)
+
+    def _begin_group(self, group: Sequence[tuple[BlockKey, int]], ahead: Sequence[tuple[BlockKey, int]]) -> list[Bytes]:
+        """Have the disk fetch the blocks `ahead`. Return where to read those of the group."""
+        self._stored.read_ahead([key for key, _ in ahead])
+        return [self._memory.slots[slot] for _, slot in group]
 
 
 def _leading_good(reasons: Sequence[MissReason | None]) -> tuple[int, MissReason | None]:

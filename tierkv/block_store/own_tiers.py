@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from tierkv.block_store.calibration import calibrate
+from tierkv.block_store.calibration import Calibration
 from tierkv.block_store.config import BlockStoreConfig
 from tierkv.block_store.keys import BlockKey
 from tierkv.block_store.load_or_compute import LoadOrCompute, Origin
@@ -62,6 +62,7 @@ class OwnTiers:
         self._config = config
         self._root = namespace.digest
         self._changed = changed
+        self._stats = stats
         self._clock = clock
         self._owns_cold = cold is None
         self.cold: ColdStore | None = cold or _open_cold(config)
@@ -122,16 +123,28 @@ class OwnTiers:
         return self._saver.save(keys, sources, start)
 
     def calibrate(self, costs: LoadOrCompute) -> None:
-        """Begin to measure how fast cold blocks come."""
+        """Begin to measure how fast cold blocks come, before any request is there."""
         if self.memory and self.cold:
-            self._loader.submit(self._calibrate, costs, self.cold)
+            self._loader.submit(self._calibrate, costs, self.memory, self.cold, self._stats.requests)
 
-    def _calibrate(self, costs: LoadOrCompute, cold: ColdStore) -> None:
-        assert self.memory is not None
-        if self.memory.readers:
-            self.memory.readers.wait_until_ready(lambda: self._loader.is_closing)
+    def _calibrate(self, costs: LoadOrCompute, memory: WarmMemory, cold: ColdStore, num_before: int) -> None:
+        """Measure until the first request comes. num_before: how many requests there were when that was wanted."""
+
+        def may_go_on() -> bool:
+            return not self._loader.is_closing and self._stats.requests == num_before
+
+        if memory.readers:
+            memory.readers.wait_until_ready(lambda: not may_go_on())
+        calibration = Calibration(
+            cold,
+            self._root,
+            self._loader.time_reading,
+            most=len(memory.spare),
+            num_threads=memory.read_threads.num_threads,
+            may_go_on=may_go_on,
+        )
         try:
-            calibrate(costs, cold, self._root, self._loader.time_reading, most=len(self.memory.spare))
+            calibration.run(costs)
         except StoreError as exc:
             _log.info("how fast blocks come is measured by requests: %s", exc)
 

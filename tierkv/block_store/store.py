@@ -211,9 +211,9 @@ class BlockStore:
     def keep_costs(self, costs: LoadOrCompute) -> None:
         """Restore what earlier processes measured with this namespace; keep beside the store what is measured from now.
 
-        What no process has measured yet is measured in the background: up to 16 blocks are read a few times, out of the
-        page cache and from disk, so that the first request need not find out. Does nothing without a `cold_path`: a
-        daemon keeps no costs. May be called once.
+        A store with `warm_bytes` measures in the background what no process has measured yet, until the first request:
+        up to 16 blocks are read a few times, from disk and out of the page cache, so that a request need not find out.
+        Does nothing without a `cold_path`: a daemon keeps no costs. May be called once.
         """
         if self.config.cold_path is None or self.config.socket is not None:
             return
@@ -269,9 +269,10 @@ class BlockStore:
         if not self.calls.close():
             return
         self.calls.wait(_CALLS_WAIT_S)
+        hangs = self._tiers.close()
         if self._costs:
             self._costs.close()
-        if self._tiers.close():
+        if hangs:
             _log.warning("the disk hangs: the memory and the store of the block store stay open")
 
     def _require_memory(self) -> None:

@@ -27,7 +27,7 @@ from tierkv.serving.api_errors import ApiError, failed
 from tierkv.serving.chat import chat
 from tierkv.serving.completions import completions
 from tierkv.serving.page import page_routes
-from tierkv.serving.responses import ClientGoneError, error_response, read_body
+from tierkv.serving.responses import ClientGoneError, EventStream, error_response, read_body
 from tierkv.serving.service import Service
 from tierkv.values.hosts import is_local_host
 
@@ -114,9 +114,9 @@ def _generation(service: Service, answer: _Answer) -> Callable[[Request], Awaita
     async def respond(request: Request) -> Response:
         with ExitStack() as resources:
             try:
-                resources.enter_context(service.one_request())
+                answered = resources.enter_context(service.one_request())
                 body = await read_body(request, max_bytes=service.max_body_bytes, timeout_s=service.limits.body_s)
-                return await answer(service, request, body, resources)
+                response = await answer(service, request, body, resources)
             except ApiError as exc:
                 service.refusals.add(exc, request.url.path, request.client.host if request.client else "")
                 return error_response(exc)
@@ -125,6 +125,9 @@ def _generation(service: Service, answer: _Answer) -> Callable[[Request], Awaita
             except Exception as exc:  # noqa: BLE001 - the engine's errors, and bugs
                 _LOG.error("an answer failed", exc_info=exc)
                 return error_response(failed(exc))
+            if isinstance(response, EventStream):
+                response.before_last = answered
+            return response
 
     return respond
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import ExitStack, aclosing, suppress
 from typing import Any, TypeVar
 
@@ -79,7 +79,8 @@ async def end_tasks(*tasks: asyncio.Task[Any]) -> None:
 class EventStream(Response):
     """Server-sent events, one for each JSON value, and [DONE]. An error becomes the last event.
 
-    resources: closed before the last event, after which a client may ask again; also where the client goes away.
+    resources: closed at the end, also where the client is gone before the first event. before_last: called before the
+    last event, after which a client may ask again.
     """
 
     media_type = "text/event-stream"
@@ -89,6 +90,7 @@ class EventStream(Response):
         del self.headers["content-length"]
         self._values = values
         self._resources = resources
+        self.before_last: Callable[[], None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send all events, as an ASGI application."""
@@ -132,7 +134,8 @@ class EventStream(Response):
             if not isinstance(exc, ApiError):
                 _LOG.error("an answer failed", exc_info=exc)
             last = json_bytes(failed(exc).body())
-        self._resources.close()
+        if self.before_last:
+            self.before_last()
         await events.put(b"data: " + last + b"\n\n")
         await events.put(b"")
 

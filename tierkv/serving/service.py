@@ -87,7 +87,7 @@ class Service:
         self._end_ids = _end_ids(runner)
         self._num_ids = runner.loaded.model.get_input_embeddings().num_embeddings
         self._special_ids = frozenset(self._decoder.all_special_ids)
-        self._num_active = 0
+        self._num_active = self._num_limited = 0
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -96,17 +96,30 @@ class Service:
         self._encoding.shutdown(wait=True, cancel_futures=True)
 
     @contextmanager
-    def one_request(self) -> Iterator[None]:
-        """Count a request in, and out at the end. Raises ApiError while the server ends, and beyond the limit."""
+    def one_request(self) -> Iterator[Callable[[], None]]:
+        """Count a request in, and out at the end. Raises ApiError while the server ends, and beyond the limit.
+
+        The function that it gives counts the request out of the limit before, when all but the last event is sent: a
+        client may ask again as soon as it has that.
+        """
         if self.is_stopping:
             raise shutting_down()
-        if self._num_active >= self.limits.max_requests:
-            raise too_busy(f"{self._num_active} requests are being answered, which is the limit")
+        if self._num_limited >= self.limits.max_requests:
+            raise too_busy(f"{self._num_limited} requests are being answered, which is the limit")
+        is_limited = True
+
+        def answered() -> None:
+            nonlocal is_limited
+            self._num_limited -= is_limited
+            is_limited = False
+
+        self._num_limited += 1
         self._num_active += 1
         self._idle.clear()
         try:
-            yield
+            yield answered
         finally:
+            answered()
             self._num_active -= 1
             if not self._num_active:
                 self._idle.set()

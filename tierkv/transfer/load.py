@@ -23,6 +23,7 @@ from tierkv.values.events import EventKind
 __all__ = ["Loader", "Pinned", "Promoted"]
 
 _WAVE_BLOCKS = 16
+_LAST_WAVE_BYTES = 1 << 30  # which, and half of it again, such a wave takes of the GPU's memory beside the pools
 _LAST_WAVE_BLOCKS = 32  # where a GPU decodes, which takes 14 ms for 32 blocks of an 8B model and 10 for 16
 
 
@@ -191,7 +192,9 @@ class Loader:
         """Return the run of hits from `start` that lie in one tier below hot; of many cold ones a part."""
         tier = hits[start].tier
         end = next((at for at in range(start, len(hits)) if hits[at].tier is not tier), len(hits))
-        most = _LAST_WAVE_BLOCKS if self._tiers.memory.frames else _WAVE_BLOCKS
+        most = _WAVE_BLOCKS
+        if self._tiers.memory.decodes_on_gpu:
+            most = max(most, min(_LAST_WAVE_BLOCKS, _LAST_WAVE_BYTES // self._tiers.layout.block_bytes))
         if tier is Tier.COLD and end - start > most:
             end = start + _WAVE_BLOCKS
         return hits[start:end]

@@ -98,8 +98,13 @@ class TierMemory:
         self.readers = ReaderPool.of_slab(self.raw, num_processes=num_readers, num_in_process=num_threads)
         if self.readers:
             self.read_threads = PriorityThreadPool(max(num_threads, num_readers), name="tierkv-read")
-        elif self.frames and self.codec.codec_id == CODED_ID:
+        elif self.decodes_on_gpu:
             self.read_threads = PriorityThreadPool(2 * num_threads, name="tierkv-read")
+
+    @property
+    def decodes_on_gpu(self) -> bool:
+        """Whether cold blocks are decoded there, unless they were stored by another codec."""
+        return self.frames is not None and self.codec.codec_id == CODED_ID
 
     def copy_warm(self, slot: int) -> Bytes:
         """Return a copy of the block in a warm slot, decompressed. The caller makes sure that it stays there."""

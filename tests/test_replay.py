@@ -21,6 +21,8 @@ from tierkv.policies.traces import Request, Trace, belady_hits, read_trace
 from tierkv.policies.training import fit_model
 from tierkv.values.prefill import MEASURED_PREFILL
 
+pytestmark = pytest.mark.no_cover  # measuring it would take three times as long, and other tests cover the policies
+
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "traces" / "mooncake_conversation.jsonl"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/traces")
 

@@ -9,7 +9,6 @@ store's own file around the page cache, right before the store is read.
 from __future__ import annotations
 
 import argparse
-import mmap
 import os
 import platform
 import random
@@ -33,6 +32,7 @@ from benchmarks.cold_codecs import codec_rows, decode_rate, lossy_rows
 from benchmarks.cold_rows import Row, table_of, wall_s
 from benchmarks.cold_segments import PlainZstdStore, SegmentStore
 from benchmarks.cold_workloads import Bytes, Workload, load_workload
+from benchmarks.disk_speed import read_direct_gb_s
 from tierkv import __version__
 from tierkv.storage.codecs import codec_by_name
 from tierkv.storage.cold import ColdStore
@@ -46,7 +46,6 @@ __all__ = ["main"]
 _THREADS = 2
 _ROUNDS = 5
 _AHEAD_BLOCKS = 4
-_DIRECT_BYTES = 4 << 20
 
 
 class Readable(Protocol):
@@ -113,7 +112,7 @@ def read_rows(workload: Workload, path: Path, count: int) -> Iterator[Row]:
         found.setdefault(f"{name}, CPU", []).append(cpu)
 
     for _ in range(_ROUNDS):
-        device = _read_direct(path / "cold" / "data.mdb")
+        device = read_direct_gb_s(path / "cold" / "data.mdb", num_threads=_THREADS)
         found.setdefault("device", []).append(device)
         for name, opened in open_store.items():
             _drop_cache(path / name)  # closed: what is mapped would stay
@@ -181,23 +180,6 @@ class _Reader:
 
 def _timed(work: Callable[[], object], size: int) -> float:
     return size / wall_s(work) / 1e9
-
-
-def _read_direct(path: Path) -> float:
-    """Return GB/s of reading a file with as many threads, each a part, not through the page cache."""
-    fd = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
-    chunks = os.fstat(fd).st_size // _DIRECT_BYTES
-
-    def read_part(first: int) -> None:
-        with mmap.mmap(-1, _DIRECT_BYTES) as buffer:
-            for chunk in range(first, chunks, _THREADS):
-                os.preadv(fd, [buffer], chunk * _DIRECT_BYTES)
-
-    try:
-        with ThreadPoolExecutor(_THREADS) as threads:
-            return _timed(lambda: list(threads.map(read_part, range(_THREADS))), chunks * _DIRECT_BYTES)
-    finally:
-        os.close(fd)
 
 
 def _drop_cache(directory: Path) -> None:

@@ -1,7 +1,7 @@
 """The time to the first token from each tier, as a ratio to computing the whole prompt.
 
 A model of Llama-3.1-8B's shape with random weights; prompts of 1k, 8k and 32k cached tokens and a few new ones.
-Beside it the same prefill by plain Transformers, and the link's own speed in the same run.
+Beside it the same prefill by plain Transformers, and the speeds of the link and of the disk in the same run.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import transformers
 
+from benchmarks.disk_speed import read_direct_gb_s
 from tierkv.config import CacheConfig
 from tierkv.engine.attention import use_attention
 from tierkv.engine.backends.factory import ATTENTION_NAMES
@@ -69,6 +70,15 @@ class Timing:
     tokens: int
     times_s: dict[str, float]
     cached: dict[str, dict[str, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Disk:
+    """GB/s of the store's file, read around the page cache by as many threads; stored bytes of a token."""
+
+    gb_s: float
+    num_threads: int
+    token_bytes: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +140,15 @@ def main() -> None:
             if readers:
                 print(f"decoded by processes: {readers.stats()}")
             link = _link_gb_s(runner) if device.type == "cuda" else None
-    _print_table(rows, link)
+            disk = _disk_of(runner, config.cold_path)
+    _print_table(rows, link, disk)
     if arguments.json:
-        result = {"machine": described, "link_gb_s": link, "rows": [[r.tokens, r.times_s, r.cached] for r in rows]}
+        result = {
+            "machine": described,
+            "link_gb_s": link,
+            "disk_gb_s": disk and disk.gb_s,
+            "rows": [[r.tokens, r.times_s, r.cached] for r in rows],
+        }
         arguments.json.write_text(json.dumps(result, indent=1))
 
 
@@ -224,6 +240,21 @@ def _link_gb_s(runner: Runner) -> float:
     return max(speeds)
 
 
+def _disk_of(runner: Runner, path: Path | None) -> _Disk | None:
+    """Return how fast the store's disk is; None where that cannot be measured."""
+    cold = runner.cache.cold
+    assert path is not None
+    assert cold is not None
+    num_threads = runner.cache._tiers.memory.read_threads.num_threads
+    stored, raw = (sum(getattr(each, name) for each in cold.namespaces()) for name in ("stored_bytes", "raw_bytes"))
+    try:
+        gb_s = read_direct_gb_s(path / "data.mdb", num_threads=num_threads)
+    except OSError as exc:
+        print(f"(the disk's own speed is not measured: {exc.strerror})")
+        return None
+    return _Disk(gb_s, num_threads, runner.cache.layout.token_bytes * stored / raw)
+
+
 def drop_page_cache() -> None:
     """Make the next read of a block come from the disk; needs root, and prints a line without it.
 
@@ -247,7 +278,7 @@ def machine(device: torch.device) -> dict[str, str]:
     }
 
 
-def _print_table(rows: list[Timing], link: float | None) -> None:
+def _print_table(rows: list[Timing], link: float | None, disk: _Disk | None) -> None:
     for row in rows:
         base = row.times_s.get("recompute", row.times_s["plain transformers"])
         print(f"{row.tokens} tokens cached")
@@ -256,6 +287,16 @@ def _print_table(rows: list[Timing], link: float | None) -> None:
             print(f"  {name:<36}{seconds * 1e3:>10.1f} ms {base / seconds:>7.1f}x  {found}")
     if link:
         print(f"link, one large copy: {link:.1f} GB/s")
+    if disk:
+        print(f"disk, around the page cache by {disk.num_threads} threads: {disk.gb_s:.2f} GB/s")
+        for row in rows:
+            if {"cold, disk", "hot"} <= row.times_s.keys():
+                least_s = row.tokens * disk.token_bytes / disk.gb_s / 1e9
+                added_s = row.times_s["cold, disk"] - row.times_s["hot"]
+                print(
+                    f"{row.tokens} tokens: the disk alone would take {least_s * 1e3:.1f} ms; cold, disk adds "
+                    f"{added_s * 1e3:.1f} ms to hot: {least_s / added_s:.2f} of the disk's speed"
+                )
 
 
 if __name__ == "__main__":

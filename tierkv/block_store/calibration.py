@@ -81,9 +81,9 @@ class Calibration:
                 return []
             points.append((count, seconds))
             count *= 2
-        return points if self._are_telling(points) else []
+        return points if self._are_enough(points) else []
 
-    def _are_telling(self, points: Sequence[tuple[int, float]]) -> bool:
+    def _are_enough(self, points: Sequence[tuple[int, float]]) -> bool:
         """Return whether more blocks than those measured take longer in proportion, as the estimates assume."""
         if not points or points[-1][0] >= self._num_threads:
             return bool(points)

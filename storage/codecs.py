@@ -34,6 +34,7 @@ from tierkv.values.layout import Run
 
 __all__ = [
     "CODECS",
+    "EXPONENT16",
     "RAW",
     "Codec",
     "check_codec",
@@ -254,10 +255,11 @@ def _adjacent(spans: Sequence[_Span], max_bytes: int) -> Iterator[slice]:
 
 
 RAW = RawCodec()
+EXPONENT16 = ExponentCodec(name="exponent16", codec_id=2, item_bytes=2)
 CODECS: tuple[Codec, ...] = (
     RAW,
     ZstdCodec(name="zstd", codec_id=1, parameters=LEVEL_3),
-    ExponentCodec(name="exponent16", codec_id=2, item_bytes=2),
+    EXPONENT16,
     ExponentCodec(name="exponent32", codec_id=3, item_bytes=4),
     ZstdCodec(name="huffman", codec_id=4, parameters=LITERALS_ONLY),
     Int8Codec(),

@@ -13,7 +13,7 @@ from fake_cuda import FailingCopies, FakeCuda, FakeStream
 from pattern_layout import tiny_layout
 
 from tierkv.errors import StoreError
-from tierkv.movers import frames, pages, windows
+from tierkv.movers import engine_frames, frames, pages, windows
 from tierkv.movers.mover import Done, Move, Mover, layer_groups
 from tierkv.storage.coded import CodedBlock, CodedLayout, zero_frames
 from tierkv.storage.hot import HotPool
@@ -110,12 +110,13 @@ def test_a_window_mover_waits_for_what_it_had_queued(cuda: FakeCuda, monkeypatch
 def test_a_frame_mover_waits_for_what_it_had_queued(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     hot, _, mover = fake_mover(tiny_layout(dtype="bfloat16"))
     gpu = object.__new__(frames.FrameMover)
-    gpu._hot, gpu._slots, gpu._mover, gpu._lock = hot, mover.slots, mover, frames.threading.Lock()
-    gpu._stream = torch.cuda.Stream()
+    gpu._blocks, gpu._slots, gpu._load_stream = hot.blocks, mover.slots, mover.load_stream
+    gpu._lock = frames.threading.Lock()
+    gpu.stream = torch.cuda.Stream()
     FailingCopies(monkeypatch, cuda, fail_at=2)
     with pytest.raises(StoreError, match="had enough"):
         gpu.promote(MOVES, [CodedBlock(frame_sizes=(16,)) for _ in MOVES])
-    assert_idle(mover.load_stream, gpu._stream)
+    assert_idle(mover.load_stream, gpu.stream)
 
 
 @pytest.mark.parametrize("is_right", [True, False])
@@ -123,7 +124,7 @@ def test_a_wave_is_known_to_be_right_before_it_is_promoted(
     cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, is_right: bool
 ) -> None:
     def check() -> None:
-        assert not gpu._stream.num_queued, "what is not done yet says nothing"
+        assert not gpu.stream.num_queued, "what is not done yet says nothing"
         if not is_right:
             raise StoreError("1 frames did not decode")
 
@@ -134,8 +135,9 @@ def test_a_wave_is_known_to_be_right_before_it_is_promoted(
     layout = tiny_layout(dtype="bfloat16")
     hot, warm, mover = fake_mover(layout)
     gpu: Any = object.__new__(frames.FrameMover)
-    gpu._hot, gpu._slots, gpu._mover, gpu._lock = hot, mover.slots, mover, frames.threading.Lock()
-    gpu._stream, gpu._layout, gpu._tiles = torch.cuda.Stream(), CodedLayout(layout), None
+    gpu._blocks, gpu._slots, gpu._load_stream = hot.blocks, mover.slots, mover.load_stream
+    gpu._lock = frames.threading.Lock()
+    gpu.stream, gpu._layout, gpu._tiles = torch.cuda.Stream(), CodedLayout(layout), None
     gpu._batch, gpu._kernels = SimpleNamespace(decode=decode), SimpleNamespace(merge_frames=lambda *_: None)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     sizes = [len(each) - (not rest) for each, rest in zip(zero_frames(gpu._layout), gpu._layout.is_rest, strict=True)]
@@ -145,15 +147,49 @@ def test_a_wave_is_known_to_be_right_before_it_is_promoted(
     else:
         with pytest.raises(StoreError, match="did not decode"):
             gpu.promote(MOVES, coded)
-    assert_idle(mover.load_stream, gpu._stream)
+    assert_idle(mover.load_stream, gpu.stream)
     warm.close()
+
+
+@pytest.mark.parametrize("fails", ["promote", "scatter", "keep"])
+def test_an_engines_decoder_waits_for_what_it_had_queued(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    """Four blocks, two at a time; the second batch fails while the first is still being copied back."""
+
+    def promote(moves: list[Move], *_: object, after: object) -> None:
+        gpu._mover.stream.num_queued += 1
+        num_batches.append(len(moves))
+        if fails == "promote" and len(num_batches) == 2:
+            raise StoreError("had enough")
+
+    def scatter(*_: object) -> None:
+        cuda.current.num_queued += 1
+        if fails == "scatter" and len(num_batches) == 2:
+            raise RuntimeError("had enough")
+
+    num_batches: list[int] = []
+    gpu: Any = object.__new__(engine_frames.EngineFrames)
+    gpu.blocks_at_once, gpu._lock, gpu._turn = 2, engine_frames.threading.Lock(), 0
+    gpu._kernels, gpu._pages = SimpleNamespace(scatter_blocks=scatter), SimpleNamespace(device=torch.device("cpu"))
+    gpu._slots, gpu._blocks = torch.zeros((4, 64), dtype=torch.uint8), torch.zeros((4, 32), dtype=torch.int16)
+    gpu._mover = SimpleNamespace(promote=promote, stream=torch.cuda.Stream())
+    gpu._keep_stream, gpu._free = torch.cuda.Stream(), [torch.cuda.Event() for _ in range(2)]
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    # Each batch copies its table of pages, then its two blocks.
+    copies = FailingCopies(monkeypatch, cuda, fail_at=3 if fails == "keep" else 99)
+    with pytest.raises(StoreError, match="had enough"):
+        gpu.load([0, 1, 2, 3], [CodedBlock()] * 4, [[0], [1], [2], [3]], after=Done(), keeps_decoded=True)
+    assert num_batches == [2, 2] and copies.count
+    assert_idle(gpu._mover.stream, gpu._keep_stream)
+    assert not gpu._lock.locked()
 
 
 @pytest.mark.parametrize("way", ["load", "store"])
 def test_a_page_mover_waits_for_what_it_had_queued(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     nothing = SimpleNamespace(scatter_blocks=lambda *_: None, gather_blocks=lambda *_: None)
     mover = object.__new__(pages.PageMover)
-    mover._kernels, mover._pages = nothing, SimpleNamespace(device=torch.device("cpu"))  # type: ignore[assignment]
+    mover._kernels, mover.pages = nothing, SimpleNamespace(device=torch.device("cpu"))  # type: ignore[assignment]
     mover._up, mover._down = (pages._Direction(64, 2, torch.device("cpu")) for _ in range(2))
     blocks, ids = [torch.zeros(64, dtype=torch.uint8) for _ in range(3)], torch.zeros((3, 1), dtype=torch.int64)
     FailingCopies(monkeypatch, cuda, fail_at=2)

@@ -20,7 +20,7 @@ from tierkv.background.work_queue import PriorityThreadPool
 from tierkv.config import CacheConfig
 from tierkv.errors import StoreError
 from tierkv.movers.frames import FrameMover
-from tierkv.movers.mover import Mover
+from tierkv.movers.mover import Move, Mover
 from tierkv.movers.windows import WindowMover, window_format
 from tierkv.storage.codecs import codec_by_name
 from tierkv.storage.coded import CodedLayout
@@ -93,10 +93,10 @@ def test_a_kernel_that_does_not_compile_is_a_store_error(monkeypatch: pytest.Mon
     raw.load_stream.num_queued = 1  # type: ignore[attr-defined]
     monkeypatch.setattr(FrameMover, "promote", compile_it)
     frames = object.__new__(FrameMover)
-    frames._hot, frames._slots, frames._layout = hot, raw.slots, CodedLayout(hot.layout)
-    frames._mover, frames._stream = raw, torch.cuda.Stream()
+    frames._slots, frames._layout = raw.slots, CodedLayout(hot.layout)
+    frames._load_stream, frames.stream = raw.load_stream, torch.cuda.Stream()
     with pytest.raises(StoreError, match="gcc"):
-        frames.warm_up()
+        frames.warm_up(Move(0, hot.scratch_block))
     assert_idle(raw.load_stream)
 
 
@@ -140,6 +140,7 @@ def test_a_gpu_that_cannot_decode_leaves_that_to_the_cpu(
     hot: HotPool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, way: str
 ) -> None:
     monkeypatch.setattr(warm_memory, "can_decode", lambda *_: True)
+    monkeypatch.setattr(Mover, "load_stream", None, raising=False)
     monkeypatch.setattr(FrameMover, "__init__", lambda *_: None)
     monkeypatch.setattr(FrameMover, way, fail)
     with caplog.at_level(logging.WARNING):

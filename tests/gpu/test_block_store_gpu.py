@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from tierkv import BlockLayout, BlockStore, BlockStoreConfig, Namespace, Strided
+from tierkv.block_store.load_or_compute import Origin
+from tierkv.movers.nvcomp_zstd import has_nvcomp
 
 LAYERS, TOKENS, HEADS, DIM, PAGES = 8, 16, 8, 128, 600
 LAYOUT = BlockLayout.uniform(num_layers=LAYERS, block_size=256, kv_heads=HEADS, head_dim=DIM, dtype="bfloat16")
@@ -90,3 +92,62 @@ def test_slots_are_not_reused_while_copies_read_them(tmp_path: Path) -> None:
             load.wait()
             for (tensor,) in layers:
                 assert torch.all(tensor[256:512] == round_ + 1)
+
+
+@pytest.mark.parametrize("batch_blocks", [5, 64])
+@pytest.mark.parametrize("scattered", [True, False])
+def test_cold_blocks_are_decoded_on_the_gpu_and_stay_warm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scattered: bool, batch_blocks: int
+) -> None:
+    if not has_nvcomp():
+        pytest.skip("nvCOMP is not installed")
+    monkeypatch.setattr("tierkv.movers.engine_frames._MOST_BLOCKS", batch_blocks)
+    config = BlockStoreConfig(cold_path=tmp_path, warm_bytes=80 * LAYOUT.block_bytes)
+    namespace = Namespace(weights="w", layout=LAYOUT)
+    layers = tensors()
+    sources, targets = pages_from(0, scattered=scattered), pages_from(PAGES - NUM_BLOCKS * PER_BLOCK, scattered=True)
+    expected = [tensor[[page for block in sources for page in block]].clone() for (tensor,) in layers]
+    with BlockStore(config, namespace=namespace) as store:
+        keys = store.keys(TOKEN_IDS)
+        memory = store.register(layers, pages_per_block=PER_BLOCK)
+        store.save(keys, Strided(memory, sources)).synchronize()
+    places = [page for block in targets for page in block]
+    with BlockStore(config, namespace=namespace) as store:
+        memory = store.register(layers, pages_per_block=PER_BLOCK)
+        slots = store._tiers.memory
+        assert slots.num_decoded_at_once == min(batch_blocks, NUM_BLOCKS)
+        for origin in (Origin.PAGE_CACHE, Origin.WARM, Origin.WARM):
+            for (tensor,) in layers:
+                tensor.zero_()
+            reservation = store.reserve(keys)
+            assert reservation.origin is origin
+            load = store.load(reservation, Strided(memory, targets))
+            load.wait()
+            for (tensor,), want in zip(layers, expected, strict=True):
+                assert torch.equal(tensor[places], want)
+            load.synchronize()
+            assert load.num_loaded == NUM_BLOCKS and not slots.coded
+        with store._changed:
+            slots.reap()
+        assert store.reserve(keys).num_ready == NUM_BLOCKS
+
+
+def test_decoding_waits_for_the_work_that_still_reads_the_pages(tmp_path: Path) -> None:
+    if not has_nvcomp():
+        pytest.skip("nvCOMP is not installed")
+    config = BlockStoreConfig(cold_path=tmp_path, warm_bytes=80 * LAYOUT.block_bytes)
+    layers, namespace = tensors(), Namespace(weights="w", layout=LAYOUT)
+    with BlockStore(config, namespace=namespace) as store:
+        keys = store.keys(TOKEN_IDS)
+        store.save(keys, Strided(store.register(layers, pages_per_block=PER_BLOCK), pages_from(0))).synchronize()
+    with BlockStore(config, namespace=namespace) as store:
+        memory = store.register(layers, pages_per_block=PER_BLOCK)
+        reservation = store.reserve(keys)
+        reservation.wait()
+        (first,) = layers[0]
+        first.fill_(1.0)
+        torch.cuda._sleep(200_000_000)  # longer than decoding takes
+        read = first.clone()
+        store.load(reservation, Strided(memory, pages_from(0))).wait()
+        assert bool((read == 1.0).all()), "a page was overwritten under its reader"
+        assert not bool((first[: NUM_BLOCKS * PER_BLOCK] == 1.0).all())

@@ -132,7 +132,7 @@ def test_a_gpu_decodes_frames_written_by_a_cpu_bit_for_bit() -> None:
         pytest.skip("nvCOMP is not installed")
     hot, warm = HotPool(LAYOUT, 8, device), WarmPool(LAYOUT.block_bytes, 4)
     mover = Mover(hot, warm)
-    frames = FrameMover(hot, mover.slots, mover)
+    frames = FrameMover(hot.blocks, hot.layout, mover.slots, mover.load_stream)
     blocks = [make_block(seed) for seed in range(4)]
     coded: list[CodedBlock] = []
     for slot, block in enumerate(blocks):

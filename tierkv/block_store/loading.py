@@ -11,6 +11,7 @@ from concurrent.futures import wait
 from itertools import chain
 
 from tierkv.background.work_queue import Priority
+from tierkv.block_store.coded_slots import CodedSlots
 from tierkv.block_store.keys import BlockKey
 from tierkv.block_store.loader import Loader
 from tierkv.block_store.misses import are_logged, log_misses
@@ -19,7 +20,8 @@ from tierkv.block_store.reservation import Reservation
 from tierkv.block_store.stored_blocks import StoredBlocks, info_of
 from tierkv.block_store.transfers import Load
 from tierkv.block_store.warm_memory import WarmMemory
-from tierkv.movers.ready import Done, Ready
+from tierkv.errors import StoreError
+from tierkv.movers.ready import DONE, Done, Ready
 from tierkv.storage.codec import Bytes
 from tierkv.storage.outcomes import MissReason
 from tierkv.values.block import BlockHash, Tier
@@ -51,6 +53,7 @@ class BlockLoader(Loader):
         self._memory = memory
         self._stored = stored
         self._root = root
+        self._coded = CodedSlots(memory, changed)
         self._spare_lock = threading.Lock()
 
     def contains(self, keys: Sequence[BlockKey]) -> int:
@@ -151,7 +154,7 @@ class BlockLoader(Loader):
 
     def load_slowly(self, load: Load, reservation: Reservation, targets: Placement, after: Ready) -> None:
         """Load blocks of which some are still being read, or are not read yet, on a thread of its own."""
-        least = max(1, _COPY_BYTES // self.layout.block_bytes)
+        least = max(1, _COPY_BYTES // self.layout.block_bytes, self._memory.num_decoded_at_once)
         is_reading = True
         while is_reading:
             is_reading, slots = reservation.wait_for_more(load.num_loaded, least)
@@ -180,9 +183,51 @@ class BlockLoader(Loader):
             with contextlib.closing(self._read_all(wanted, is_request=False)) as groups:
                 if any(self.is_closing or any(reasons) for reasons in groups):
                     return None
+            self._coded.decode_for_nothing([slot for _, slot in wanted])
             return time.perf_counter() - started
+        except StoreError:  # of the GPU
+            return None
         finally:
             self._spare_lock.release()
+
+    def copy(
+        self, load: Load, reservation: Reservation, targets: Placement, slots: Sequence[int], after: Ready
+    ) -> bool:
+        """Begin to copy the next blocks of a load; payloads are decoded. Return False if it fails: the rest is lost."""
+        for is_coded, some in self._coded.runs_of(slots):
+            if is_coded and not self._coded.can_decode_into(targets):
+                self._enter_decoded(load.next_keys(len(some)), self._coded.decode_here(some), DONE)
+            elif is_coded:
+                if not self._copy_coded(load, targets, some, after):
+                    return False
+                continue
+            if not super().copy(load, reservation, targets, some, after):
+                return False
+        return True
+
+    def _copy_coded(self, load: Load, targets: Placement, slots: Sequence[int], after: Ready) -> bool:
+        """Have the GPU decode the next blocks of a load. They stay warm, but those that only pass through."""
+        keys = load.next_keys(len(slots))
+        try:
+            copied, written = self._coded.copy(load.num_loaded, slots, targets, after)
+        except StoreError as exc:
+            _log.warning("%d blocks are misses: %s", len(slots), exc)
+            self.count_miss(MissReason.IO_ERROR)
+            return False
+        load.add(copied, len(slots))
+        self._enter_decoded(keys, slots, written)
+        with self.changed:
+            self.stats.bytes_out[Tier.WARM] += len(slots) * self.layout.block_bytes
+        return True
+
+    def _enter_decoded(self, keys: Sequence[BlockKey], slots: Sequence[int], written: Ready) -> None:
+        """Enter blocks whose payloads have become what they are the payloads of; `written` says when."""
+        memory = self._memory
+        with self.changed:
+            for key, slot in zip(keys, slots, strict=True):
+                is_new = memory.index.get(key) is None and not memory.index.collides(key)
+                if is_new and slot not in memory.spare:
+                    memory.index.add(key, slot, written)
 
     def _load_through_spare(
         self, load: Load, reservation: Reservation, keys: Sequence[BlockKey], targets: Placement, after: Ready
@@ -279,7 +324,7 @@ class BlockLoader(Loader):
             index.slots.pin(entry.slot)
             self._memory.unpin([slot])
             return entry.slot
-        if not index.collides(key):
+        if slot not in self._memory.coded and not index.collides(key):
             index.add(key, slot, Done())
         return slot
 
@@ -315,9 +360,8 @@ class BlockLoader(Loader):
     ) -> list[MissReason | None]:
         """Read a few blocks one after another, while the disk fetches those `ahead`."""
         outs = self._begin_group(group, ahead)
-        return self._stored.read_many_into(
-            [key for key, _ in group], self._root, outs, layout=self.layout, readers=self._memory.readers
-        )
+        with self._coded.reading([slot for _, slot in group]) as how:
+            return self._stored.read_many_into([key for key, _ in group], self._root, outs, layout=self.layout, **how)
 
     def _decode_group(
         self, group: Sequence[tuple[BlockKey, int]], ahead: Sequence[tuple[BlockKey, int]]
@@ -326,7 +370,8 @@ class BlockLoader(Loader):
         outs, cold = self._begin_group(group, ahead), self._stored.cold
         assert cold is not None
         infos = [info_of(key, self._root) for key, _ in group]
-        return cold.decode_blocks(infos, outs, layout=self.layout, decoders=self._memory.readers)
+        with self._coded.reading([slot for _, slot in group]) as how:
+            return cold.decode_blocks(infos, outs, layout=self.layout, **how)
 
     def _begin_group(self, group: Sequence[tuple[BlockKey, int]], ahead: Sequence[tuple[BlockKey, int]]) -> list[Bytes]:
         """Have the disk fetch the blocks `ahead`. Return where to read those of the group."""

@@ -23,6 +23,7 @@ from tierkv.readers.choice import choose_num_readers
 from tierkv.remote_tiers.remotes import Remotes
 from tierkv.remote_tiers.urls import remote_urls
 from tierkv.storage.codecs import Codec
+from tierkv.storage.coded import CODED_ID
 from tierkv.storage.cold import ColdStore
 from tierkv.values.block import Tier
 from tierkv.values.locks import OwnedCondition
@@ -64,6 +65,7 @@ class OwnTiers:
         self._changed = changed
         self._stats = stats
         self._clock = clock
+        self._is_coded = codec.codec_id == CODED_ID
         self._owns_cold = cold is None
         self.cold: ColdStore | None = cold or _open_cold(config)
         try:
@@ -94,7 +96,10 @@ class OwnTiers:
     def register(self, layers: Sequence[Sequence[torch.Tensor]], *, pages_per_block: int) -> EngineMemory:
         """Return an engine's tensors as memory to copy to and from."""
         assert self.memory is not None
-        return self.memory.engines.register(layers, pages_per_block=pages_per_block)
+        engine = self.memory.engines.register(layers, pages_per_block=pages_per_block)
+        if self._is_coded:
+            self.memory.open_frames(engine)
+        return engine
 
     def contains(self, keys: Sequence[BlockKey]) -> int:
         """Return how many leading blocks are warm, cold or remote."""

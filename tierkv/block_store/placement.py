@@ -11,6 +11,7 @@ import numpy as np
 from tierkv.errors import ShapeError
 from tierkv.movers.ready import AllReady, Done, Ready
 from tierkv.storage.codec import Bytes
+from tierkv.storage.coded import CodedBlock
 from tierkv.storage.record_header import as_bytes
 
 if TYPE_CHECKING:
@@ -56,6 +57,20 @@ class Strided:
     def load(self, first: int, slots: Sequence[int], memory: Bytes, *, after: Sequence[Ready]) -> Ready:
         """Copy warm slots to the pages of blocks; see `EngineMemory.load`."""
         return self.memory.load(slots, self.pages[first : first + len(slots)], memory, after=after)
+
+    def load_coded(
+        self,
+        first: int,
+        slots: Sequence[int],
+        coded: Sequence[CodedBlock],
+        memory: Bytes,
+        *,
+        after: Sequence[Ready],
+        keeps_decoded: bool,
+    ) -> tuple[Ready, Ready]:
+        """Decode slots into the pages of blocks; see `EngineMemory.load_coded`."""
+        pages = self.pages[first : first + len(slots)]
+        return self.memory.load_coded(slots, coded, pages, memory, after=after, keeps_decoded=keeps_decoded)
 
     def save(self, places: Sequence[int], slots: Sequence[int], memory: Bytes, *, after: Sequence[Ready]) -> Ready:
         """Copy the pages of blocks to warm slots; see `EngineMemory.save`."""

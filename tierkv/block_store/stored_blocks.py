@@ -11,6 +11,7 @@ from tierkv.errors import StoreError
 from tierkv.readers.pool import ReaderPool
 from tierkv.remote_tiers.source import RemoteSource
 from tierkv.storage.codec import Bytes
+from tierkv.storage.coded import CodedBlock
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import BlockInfo
@@ -77,14 +78,18 @@ class StoredBlocks:
         outs: Sequence[Bytes],
         *,
         layout: BlockLayout,
-        readers: ReaderPool | None = None,
+        coded: Sequence[CodedBlock | None] | None = None,
+        decoders: ReaderPool | None = None,
     ) -> list[MissReason | None]:
-        """Read blocks from the store, and what it lacks from remote tiers. Return None for each, or why not."""
+        """Read blocks from the store, and what it lacks from remote tiers. Return None for each, or why not.
+
+        coded, decoders: as `ColdStore.read_many_into` has them; what comes from a remote tier is decoded.
+        """
         infos = [info_of(key, root) for key in keys]
         reasons: list[MissReason | None] = [MissReason.ABSENT] * len(keys)
         try:
             if self.cold:
-                reasons = self.cold.read_many_into(infos, outs, layout=layout, decoders=readers)
+                reasons = self.cold.read_many_into(infos, outs, layout=layout, coded=coded, decoders=decoders)
             if self.remote:
                 for at, reason in enumerate(reasons):
                     if reason and self.remote.lookup(keys[at].block_hash):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from tierkv.background.work_queue import PriorityThreadPool
 from tierkv.block_store.config import BlockStoreConfig
@@ -14,10 +15,14 @@ from tierkv.errors import CapacityError
 from tierkv.movers.ready import Ready
 from tierkv.readers.pool import ReaderPool
 from tierkv.storage.codec import Bytes
+from tierkv.storage.coded import CodedBlock
 from tierkv.storage.warm import WarmPool
 from tierkv.values.layout import BlockLayout
 from tierkv.values.locks import OwnedCondition
 from tierkv.values.stats import TierStats
+
+if TYPE_CHECKING:
+    from tierkv.movers.engine_memory import EngineMemory
 
 __all__ = ["WarmMemory"]
 
@@ -29,7 +34,9 @@ _SPARE_SHARE = 8
 class WarmMemory:
     """Slots of one block each. index: which blocks lie in them. spare: slots that only unread blocks pass through, so
     that a load of more blocks than there is room for never waits for another one's. threads: encode. read_threads: read
-    and decode; the same ones without reader processes. num_readers: how many of these there are.
+    and decode; the same ones without reader processes. num_readers: how many of these there are. coded: what lies in
+    slots that hold a payload, which a GPU is to decode; such a slot is held by one reader, and in no index.
+    decoding: the engine's memory whose GPU decodes; None where the CPU does.
     """
 
     def __init__(
@@ -71,13 +78,41 @@ class WarmMemory:
             self.read_threads = PriorityThreadPool(max(config.io_threads, num_readers), name="tierkv-read")
         self.engines: Engines = Engines(layout)
         self.engines.open(self._pool)
+        self.coded: dict[int, CodedBlock] = {}
+        self.decoding: EngineMemory | None = None
         self._in_flight: deque[tuple[Ready, list[int]]] = deque()
 
     def take(self, count: int) -> list[int]:
         """Return up to `count` slots, each pinned once, evicting if need be; the caller holds the lock."""
         assert self._changed.is_owned()
         self.reap()
-        return self.index.take(count)
+        slots = self.index.take(count)
+        self.forget_coded(slots)
+        return slots
+
+    def forget_coded(self, slots: Iterable[int]) -> None:
+        """Note that slots hold payloads no more. The caller holds the lock."""
+        assert self._changed.is_owned()
+        if self.coded:
+            for slot in slots:
+                self.coded.pop(slot, None)
+
+    def open_frames(self, engine: EngineMemory) -> None:
+        """Read blocks as they are stored from now on, if an engine's GPU can decode them."""
+        with self._changed:
+            slots = self.take(1)
+        if not slots:
+            return
+        engine.open_frames(self.slots, slots[0])
+        with self._changed:
+            self.unpin(slots)
+        if engine.blocks_decoded_at_once(self.slots):
+            self.decoding = engine
+
+    @property
+    def num_decoded_at_once(self) -> int:
+        """How many payloads the GPU decodes at once; 0 where blocks are decoded as they are read."""
+        return self.decoding.blocks_decoded_at_once(self.slots) if self.decoding else 0
 
     def unpin(self, slots: Iterable[int]) -> None:
         """Lower the reference counts of slots, and wake threads that wait for room. The caller holds the lock."""

@@ -18,10 +18,12 @@ from torch import Tensor
 
 from tierkv.errors import ShapeError, StoreError
 from tierkv.movers.batch_copy import copy_addresses
+from tierkv.movers.engine_frames import EngineFrames, open_engine_frames
 from tierkv.movers.mover import CudaReady, layer_groups, page_lock, page_unlock, record_event, synchronize_streams
 from tierkv.movers.pages import PageMover, page_mover
 from tierkv.movers.ready import AllReady, Done, Ready
 from tierkv.storage.codec import Bytes
+from tierkv.storage.coded import CodedBlock
 from tierkv.storage.warm import WarmPool
 from tierkv.values.layout import BlockLayout
 
@@ -82,6 +84,8 @@ class EngineMemory:
         self.layer_groups: list[int] = layer_groups(layout)
         self._slots: dict[int, Tensor] = {}  # of each bound pool, by the address of its memory
         self._page_mover: PageMover | None = None
+        self._layout = layout
+        self._frames: tuple[int, EngineFrames] | None = None  # and the pool whose payloads it decodes
         if self.is_cuda:
             self.load_stream: torch.cuda.Stream = torch.cuda.Stream(self.device)
             self.save_stream: torch.cuda.Stream = torch.cuda.Stream(self.device)
@@ -93,9 +97,22 @@ class EngineMemory:
 
     def unbind(self, address: int) -> None:
         """Forget a pool from which, and to which, no copy is in flight. Does nothing for one that is not bound."""
+        if self._frames and self._frames[0] == address:
+            self._frames = None
         if self._slots.pop(address, None) is not None and self.is_cuda:
             with contextlib.suppress(RuntimeError):  # of a device that has failed: nothing is copied any more
                 torch.cuda.synchronize(self.device)
+
+    def open_frames(self, memory: Bytes, slot: int) -> None:
+        """Decode payloads in a bound pool on the GPU from now on, if it can. slot: one that is not in use."""
+        if self._page_mover:
+            frames = open_engine_frames(self._page_mover.pages, self._layout, self._bound(memory), slot)
+            self._frames = (memory.ctypes.data, frames) if frames else None
+
+    def blocks_decoded_at_once(self, memory: Bytes) -> int:
+        """Return how many payloads in a pool the GPU decodes at once; 0 where the CPU has to."""
+        frames = self._frames
+        return frames[1].blocks_at_once if frames and frames[0] == memory.ctypes.data else 0
 
     def mark(self) -> Ready:
         """Return the completion of the work queued on the current stream so far."""
@@ -135,6 +152,36 @@ class EngineMemory:
             synchronize_streams(self.load_stream)
             raise StoreError(f"loading {len(slots)} blocks failed: {exc}") from exc
         return CudaReady(events, self.layer_groups)
+
+    def load_coded(
+        self,
+        slots: Sequence[int],
+        coded: Sequence[CodedBlock],
+        pages: Sequence[Sequence[int]],
+        memory: Bytes,
+        *,
+        after: Sequence[Ready],
+        keeps_decoded: bool,
+    ) -> tuple[Ready, Ready]:
+        """Decode payloads in slots into pages; see `EngineFrames.load`, and `load` for the rest.
+
+        Raises StoreError where `blocks_decoded_at_once` is 0, and after a failure, which makes it 0.
+        """
+        self._pages_of(slots, pages, may_leave_out=True)
+        frames = self._frames
+        if frames is None or frames[0] != memory.ctypes.data:
+            raise StoreError("the GPU does not decode blocks any more")
+        try:
+            return frames[1].load(slots, coded, pages, after=AllReady(after), keeps_decoded=keeps_decoded)
+        except StoreError:
+            self._frames = None  # the CPU decodes from now on
+            raise
+
+    def decode_for_nothing(self, slots: Sequence[int], coded: Sequence[CodedBlock], memory: Bytes) -> None:
+        """Decode payloads and write no page, as a measurement wants it; wait for that. Raises as `load_coded`."""
+        nowhere = [[LEFT_OUT] * self.pages_per_block] * len(slots)
+        loaded, _ = self.load_coded(slots, coded, nowhere, memory, after=[], keeps_decoded=False)
+        loaded.synchronize()
 
     def save(
         self, pages: Sequence[Sequence[int]], slots: Sequence[int], memory: Bytes, *, after: Sequence[Ready]

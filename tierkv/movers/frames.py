@@ -18,10 +18,9 @@ from torch import Tensor
 
 from tierkv.errors import StoreError
 from tierkv.movers.batch_copy import Piece, copy_pieces
-from tierkv.movers.mover import CudaReady, Move, Mover, Ready, record_event, synchronize_streams
+from tierkv.movers.mover import CudaReady, Move, Ready, record_event, synchronize_streams
 from tierkv.movers.nvcomp_zstd import Decoding, ZstdBatch, has_nvcomp
 from tierkv.storage.coded import CodedBlock, CodedLayout, zero_frames
-from tierkv.storage.hot import HotPool
 from tierkv.values.layout import BlockLayout
 
 __all__ = ["FrameMover", "can_decode"]
@@ -55,36 +54,40 @@ class _HeldReady(CudaReady):
 
 
 class FrameMover:
-    """Decodes blocks from raw slots that hold payloads into one hot pool, on the streams of a Mover."""
+    """Decodes blocks from slots that hold payloads into blocks on a GPU.
 
-    def __init__(self, hot: HotPool, slots: Tensor, mover: Mover) -> None:
+    blocks: [num_blocks, values] of a 16-bit dtype. slots: [num_slots, block bytes] uint8, page-locked. load_stream:
+    copies payloads to the GPU. stream: what writes the blocks.
+    """
+
+    def __init__(self, blocks: Tensor, layout: BlockLayout, slots: Tensor, load_stream: torch.cuda.Stream) -> None:
         from tierkv.kernels import planes as kernels  # needs triton, which is there if there is a GPU
 
         self._kernels = kernels
-        self._hot = hot
+        self._blocks = blocks
         self._slots = slots
-        self._mover = mover
-        self._layout = CodedLayout(hot.layout)
-        self._tiles = torch.from_numpy(self._layout.tiles).to(hot.device)
-        self._stream = torch.cuda.Stream(hot.device)
-        self._batch = ZstdBatch(hot.device)
+        self._load_stream = load_stream
+        self._layout = CodedLayout(layout)
+        self._tiles = torch.from_numpy(self._layout.tiles).to(blocks.device)
+        self.stream: torch.cuda.Stream = torch.cuda.Stream(blocks.device)
+        self._batch = ZstdBatch(blocks.device)
         self._lock = threading.Lock()
 
-    def warm_up(self) -> None:
-        """Decode a block of zeros from slot 0 into the scratch block, before either is in use. Raises StoreError.
+    def warm_up(self, move: Move) -> None:
+        """Decode a block of zeros, from a slot that is not in use into a block that is not. Raises StoreError.
 
         The first use of nvCOMP and triton takes 1.2 seconds, which the first request must not wait for.
         """
         parts = zero_frames(self._layout)
         payload = torch.frombuffer(bytearray().join(parts), dtype=torch.uint8)
-        self._slots[0, : payload.numel()] = payload
+        self._slots[move.source, : payload.numel()] = payload
         coded = CodedBlock(tuple(len(part) for part in parts))
         try:
-            self.promote([Move(0, self._hot.scratch_block)], [coded]).synchronize()
+            self.promote([move], [coded]).synchronize()
         except StoreError:
             raise
         except Exception as exc:  # triton raises various errors without a compiler or for an unknown GPU
-            synchronize_streams(self._mover.load_stream, self._stream)
+            synchronize_streams(self._load_stream, self.stream)
             raise StoreError(f"this GPU cannot decode blocks: {exc}") from exc
 
     def promote(self, moves: Sequence[Move], coded: Sequence[CodedBlock], *, after: Ready | None = None) -> Ready:
@@ -95,34 +98,34 @@ class FrameMover:
         with self._lock:
             try:
                 if after is None:
-                    self._stream.wait_stream(torch.cuda.current_stream(self._hot.device))
-                with torch.cuda.stream(self._stream):
+                    self.stream.wait_stream(torch.cuda.current_stream(self._blocks.device))
+                with torch.cuda.stream(self.stream):
                     if after is not None:
                         after.wait()
                     wave = self._copy_up(moves, coded)
                     planes, decoding = self._decode(wave)
                     self._kernels.merge_frames(
-                        planes, wave.payloads, wave.rests, self._tiles, wave.targets, self._hot.blocks
+                        planes, wave.payloads, wave.rests, self._tiles, wave.targets, self._blocks
                     )
-                    merged = record_event(self._stream)
+                    merged = record_event(self.stream)
                     if decoding:
                         merged.synchronize()  # without the interpreter's lock: other threads read meanwhile
                         decoding.check()
                     return _HeldReady([merged], (wave, planes))
             except (RuntimeError, ValueError, StoreError) as exc:
-                synchronize_streams(self._mover.load_stream, self._stream)
+                synchronize_streams(self._load_stream, self.stream)
                 raise StoreError(f"decoding {len(moves)} blocks on the GPU failed: {exc}") from exc
 
     def _copy_up(self, moves: Sequence[Move], coded: Sequence[CodedBlock]) -> _Wave:
         """Copy payloads and their tables to the GPU; the decoding stream waits for the copies."""
-        device = self._hot.device
+        device = self._blocks.device
         stride = -(-max(block.payload_bytes for block in coded) // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
         payloads = torch.empty((len(moves), stride), dtype=torch.uint8, device=device)
-        self._mover.load_stream.wait_stream(self._stream)  # queued work may still use this memory
-        with torch.cuda.stream(self._mover.load_stream):
+        self._load_stream.wait_stream(self.stream)  # queued work may still use this memory
+        with torch.cuda.stream(self._load_stream):
             rows = enumerate(zip(moves, coded, strict=True))
             copy_pieces(payloads, self._slots, [Piece(row, m.source, c.payload_bytes) for row, (m, c) in rows])
-            copied = record_event(self._mover.load_stream)
+            copied = record_event(self._load_stream)
         parts = [self._layout.parts(block.frame_sizes) for block in coded]
         rests = np.stack([rests for _, _, rests in parts])
         frame_offsets = np.concatenate([row * stride + offsets for row, (offsets, _, _) in enumerate(parts)])
@@ -138,8 +141,8 @@ class FrameMover:
 
     def _decode(self, wave: _Wave) -> tuple[Tensor, Decoding | None]:
         """Return the exponent planes, [n, values] uint8, and what says whether they are right, if any is decoded."""
-        count, values = wave.payloads.shape[0], self._hot.blocks.shape[1]
-        planes = torch.empty((count, values), dtype=torch.uint8, device=self._hot.device)
+        count, values = wave.payloads.shape[0], self._blocks.shape[1]
+        planes = torch.empty((count, values), dtype=torch.uint8, device=self._blocks.device)
         starts = (np.arange(count)[:, None] * values + self._layout.planes).ravel()
         lengths = np.tile(self._layout.plane_bytes, count)
         is_coded = wave.frame_sizes != lengths
@@ -154,7 +157,7 @@ class FrameMover:
             wave.frame_sizes[is_coded],
             flat_planes.data_ptr() + starts[is_coded],
             lengths[is_coded],
-            stream=self._stream,
+            stream=self.stream,
         )
         return planes, decoding
 

@@ -36,7 +36,7 @@ class PageMover:
         from tierkv.kernels import pages as kernels  # needs triton, which is there if there is a GPU
 
         self._kernels = kernels
-        self._pages = pages
+        self.pages: LayerPages = pages
         self._up = _Direction(block_bytes, num_staging, pages.device)
         self._down = _Direction(block_bytes, num_staging, pages.device)
 
@@ -61,7 +61,7 @@ class PageMover:
                     copied = record_event(way.copy_stream)
                 with torch.cuda.stream(way.kernel_stream):
                     copied.wait()
-                    self._kernels.scatter_blocks(self._pages, page_ids[i : i + 1], row)
+                    self._kernels.scatter_blocks(self.pages, page_ids[i : i + 1], row)
                     free.record()
             return CudaReady([record_event(way.kernel_stream)])
 
@@ -76,7 +76,7 @@ class PageMover:
                 row, free = way.next()
                 with torch.cuda.stream(way.kernel_stream):
                     free.wait()
-                    self._kernels.gather_blocks(self._pages, page_ids[i : i + 1], row)
+                    self._kernels.gather_blocks(self.pages, page_ids[i : i + 1], row)
                     gathered = record_event(way.kernel_stream)
                 with torch.cuda.stream(way.copy_stream):
                     gathered.wait()

@@ -17,7 +17,7 @@ from tierkv.config import CacheConfig
 from tierkv.errors import CapacityError, ConfigError, StoreError
 from tierkv.index.slots import SlotPool
 from tierkv.movers.frames import FrameMover, can_decode
-from tierkv.movers.mover import Mover
+from tierkv.movers.mover import Move, Mover
 from tierkv.movers.windows import WindowMover, window_format
 from tierkv.readers.pool import ReaderPool
 from tierkv.storage.codec import Bytes
@@ -213,8 +213,8 @@ def _frames(hot: HotPool, mover: Mover, config: CacheConfig) -> FrameMover | Non
     if not _wants_frames(hot, config):
         return None
     try:
-        frames = FrameMover(hot, mover.slots, mover)
-        frames.warm_up()
+        frames = FrameMover(hot.blocks, hot.layout, mover.slots, mover.load_stream)
+        frames.warm_up(Move(0, hot.scratch_block))
     except StoreError as exc:
         _logger.warning("%s; the CPU decodes cold blocks instead", exc)
         return None

@@ -23,6 +23,7 @@ from tierkv import (
     Tier,
 )
 from tierkv.block_store import loading, saving
+from tierkv.block_store.load_or_compute import Origin
 from tierkv.storage.outcomes import MissReason
 from tierkv.storage.record import BlockInfo
 
@@ -247,6 +248,18 @@ def test_a_store_that_closes_does_not_wait_for_all_reads_of_a_reservation(
     is_closing.set()
     store.close()
     assert len(reads) < 24 and not reservation.is_reading
+
+
+@pytest.mark.parametrize("missing", [range(5), range(3, 9), range(11, 16), [15]])
+def test_a_prompt_that_has_partly_left_the_page_cache_comes_from_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: Sequence[int]
+) -> None:
+    keys = saved_keys(tmp_path, 16)
+    lost = {keys[at].block_hash for at in missing}
+    monkeypatch.setattr(ColdStore, "is_in_memory", lambda _, block_hash: block_hash not in lost)
+    with BlockStore(config_of(tmp_path), namespace=NAMESPACE) as store:
+        assert store.origin(keys) is Origin.DISK
+        assert store.origin([key for key in keys if key.block_hash not in lost]) is Origin.PAGE_CACHE
 
 
 def saved_keys(path: Path, count: int) -> list[BlockKey]:

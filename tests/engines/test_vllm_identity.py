@@ -135,6 +135,8 @@ def config_of(folder: Path, **changes: Any) -> Any:
             dtype=torch.float32,
             quantization=None,
             max_model_len=4096,
+            use_mla=False,
+            get_total_num_kv_heads=lambda: 8,
         ),
         cache_config=SimpleNamespace(cache_dtype="auto", block_size=32),
         parallel_config=SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1),
@@ -191,6 +193,29 @@ def test_the_model_folder_may_move_but_its_files_may_not_change(folder: Path, tm
 )
 def test_each_part_of_vllms_configuration_counts(folder: Path, change: dict[str, Any]) -> None:
     assert read(config_of(folder, **change)) != read(config_of(folder))
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "use_mla", "num_ranks", "slices"),
+    [
+        (8, False, 4, [0, 1, 2, 3]),
+        (2, False, 4, [0, 0, 1, 1]),  # each head on two ranks
+        (1, False, 4, [0, 0, 0, 0]),
+        (128, True, 4, [0, 0, 0, 0]),  # every rank has the whole latent
+    ],
+)
+def test_ranks_with_the_same_slice_of_k_and_v_share_their_blocks(
+    folder: Path, num_heads: int, use_mla: bool, num_ranks: int, slices: list[int]
+) -> None:
+    config = config_of(
+        folder,
+        model_config__use_mla=use_mla,
+        model_config__get_total_num_kv_heads=lambda: num_heads,
+        parallel_config__tensor_parallel_size=num_ranks,
+    )
+    digests = [read(config, tp_rank=rank) for rank in range(num_ranks)]
+    assert [digests.index(digest) for digest in digests] == [slices.index(each) for each in slices]
+    assert read(config_of(folder)) not in digests
 
 
 def test_a_model_of_the_hub_is_looked_up_where_vllm_has_downloaded_it(

@@ -115,7 +115,7 @@ def test_cold_blocks_are_decoded_on_the_gpu_and_stay_warm(
     with BlockStore(config, namespace=namespace) as store:
         memory = store.register(layers, pages_per_block=PER_BLOCK)
         slots = store._tiers.memory
-        assert slots.num_decoded_at_once == min(batch_blocks, NUM_BLOCKS)
+        assert slots.num_decoded_at_once == batch_blocks
         for origin in (Origin.PAGE_CACHE, Origin.WARM, Origin.WARM):
             for (tensor,) in layers:
                 tensor.zero_()

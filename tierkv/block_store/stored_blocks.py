@@ -23,6 +23,7 @@ __all__ = ["StoredBlocks", "info_of"]
 _log = logging.getLogger(__name__)
 
 _LOOKUP_BLOCKS = 64
+_LOOKED_AT = 8  # of a prompt's blocks, to say where they lie: some of an older prompt may have left the page cache
 
 
 def info_of(key: BlockKey, root: BlockHash) -> BlockInfo:
@@ -56,10 +57,10 @@ class StoredBlocks:
         return found
 
     def origin(self, keys: Sequence[BlockKey]) -> Origin:
-        """Return where blocks lie that are not warm, judged by the first, the middle and the last; WARM for none."""
+        """Return where blocks lie that are not warm, judged by a few of them, the last among them; WARM for none."""
         if not keys or (self.cold is None and self.remote is None):
             return Origin.WARM
-        looked_at = [keys[at] for at in {0, len(keys) // 2, len(keys) - 1}]
+        looked_at = keys[:: -max(1, len(keys) // _LOOKED_AT)]
         if self.remote and any(self.is_remote(key) for key in looked_at):
             return Origin.REMOTE
         is_cached = self.cold is not None and all(self.cold.is_in_memory(key.block_hash) for key in looked_at)

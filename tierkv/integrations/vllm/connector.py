@@ -144,7 +144,8 @@ class TierkvConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def set_xfer_handshake_metadata(self, metadata: dict[int, Any]) -> None:
         if self._scheduler is None:
             ranks = [metadata[rank].namespace for rank in sorted(metadata)]
-            finder = SharedFinder(self._options, ranks, self._statistics)
+            slices = list({namespace.digest: namespace for namespace in ranks}.values())
+            finder = SharedFinder(self._options, slices, self._statistics)
             self._start_scheduler(finder, finder.costs)
 
     def _start_scheduler(self, finder: LocalFinder | SharedFinder, costs: LoadOrCompute) -> None:

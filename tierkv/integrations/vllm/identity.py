@@ -31,7 +31,8 @@ class Identity:
     weights: digest of the files. settings: digest of the configuration files and of the model's own code. config: the
     configuration as vLLM has resolved it, its overrides included. max_model_len: where the rope frequencies depend on
     it, else None. attention: backends of the layers. device: its type, and of a CPU what its packed layouts depend on.
-    pages: shapes and orders of the dims. scales: of an fp8 cache, a pair for each layer.
+    pages: shapes and orders of the dims. scales: of an fp8 cache, a pair for each layer. tp_rank: the number of the
+    slice of K and V; ranks that hold the same slice share their blocks.
     """
 
     weights: str
@@ -79,7 +80,7 @@ def identity_of(
 
     Raises ConfigError for a model whose files are not known.
     """
-    model = vllm_config.model_config
+    model, tp_size = vllm_config.model_config, int(vllm_config.parallel_config.tensor_parallel_size)
     config = plain_values(model.hf_config, "hf_config")
     layers = [vllm_config.compilation_config.static_forward_context[name] for name in pages["layers"]]
     folder = None if weights else folder_of(vllm_config, model)
@@ -98,8 +99,8 @@ def identity_of(
         device=device,
         pages=pages,
         layout=layout,
-        tp_rank=tp_rank,
-        tp_size=int(vllm_config.parallel_config.tensor_parallel_size),
+        tp_rank=_slice_of(model, tp_rank, tp_size),
+        tp_size=tp_size,
         name=str(model.model),
     )
 
@@ -127,6 +128,12 @@ def refuse_unsupported(vllm_config: Any, kv_cache_config: Any, weights: str) -> 
         )
     load_format_of(vllm_config, weights)
     _refuse_groups(kv_cache_config.kv_cache_groups)
+
+
+def _slice_of(model: Any, tp_rank: int, tp_size: int) -> int:
+    """Return which slice of K and V a rank holds: with MLA, and with fewer heads than ranks, several hold the same."""
+    num_slices = 1 if model.use_mla else min(int(model.get_total_num_kv_heads()), tp_size)
+    return tp_rank * num_slices // tp_size
 
 
 def _refuse_groups(groups: Any) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from tierkv.errors import ShapeError
 from tierkv.kernels.launch import require_contiguous
 
-__all__ = ["HeadNorms", "PageSlots", "add_rms_norm", "rotate_heads", "silu_and_multiply"]
+__all__ = ["HeadNorms", "PageSlots", "add_rms_norm", "normalise", "rotate_heads", "silu_and_multiply"]
 
 _GATE_BLOCK = 1024
 
@@ -194,11 +194,17 @@ def _add_rms_norm(x, sums, weight, normed, hidden, epsilon, HAS_RESIDUAL: tl.con
         before = tl.load(sums + start + at, mask=inside, other=0.0)
         numbers = (numbers.to(tl.float32) + before.to(tl.float32)).to(numbers.dtype)
         tl.store(sums + start + at, numbers, mask=inside)
+    factors = tl.load(weight + at, mask=inside, other=0.0)
+    tl.store(normed + start + at, normalise(numbers, factors, hidden, epsilon), mask=inside)
+
+
+@triton.jit
+def normalise(numbers, factors, hidden, epsilon):
+    """Return the RMSNorm of one row. factors: the weight; numbers outside of the row are zero."""
     wide = numbers.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, 0) / hidden + epsilon)
     scaled = (wide * scale).to(numbers.dtype).to(tl.float32)
-    factors = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(normed + start + at, (scaled * factors).to(numbers.dtype), mask=inside)
+    return (scaled * factors.to(tl.float32)).to(numbers.dtype)
 
 
 @triton.jit

@@ -34,7 +34,7 @@ ROOMS = {
     "kernels": "errors storage",
     "movers": "errors values background storage kernels",
     "daemon": "errors values index policies background storage metrics remote_tiers readers",
-    "ranks": "errors",
+    "ranks": "errors kernels",
     "config": "errors values policies storage remote_tiers",
     "transfer": "errors values index policies background storage remote_tiers readers movers daemon ranks config",
     "block_store": "errors values index background storage remote_tiers readers movers daemon config transfer",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ from places import plain_logits
 from tiny_models import _COMMON, VOCABULARY, make_model
 
 from tierkv.config import CacheConfig
+from tierkv.engine import split_linears
 from tierkv.engine.fused_model import FusedDecoder, fuse_model
+from tierkv.engine.fused_ops import Norm, add_norm
 from tierkv.engine.models import LoadedModel
 from tierkv.engine.runner import GenerationOptions, Runner, open_runner
 from tierkv.engine.weights_digest import weights_digest
@@ -278,3 +281,74 @@ def test_a_fused_pass_that_computes_something_else_is_found_at_opening(
     with opened(model, fuse="auto") as runner:  # it goes on with the plain model
         assert not isinstance(runner._pass._compute, FusedDecoder)
     assert "fused kernels are off" in caplog.text
+
+
+class SumsOfOneRank:
+    """The sums of a model on one rank, which offer those with a norm for few tokens. calls: their buffers, in order."""
+
+    size = 1
+    max_norm_rows = 24
+
+    def __init__(self) -> None:
+        self.calls: list[int | None] = []
+        self.ended_early = 0
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        self.calls.append(None)
+        return torch.nn.functional.linear(x, weight)
+
+    def linear_add_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, *norm: Any, buffer: int
+    ) -> torch.Tensor:
+        assert x.shape[0] <= self.max_norm_rows
+        self.calls.append(buffer)
+        residual += torch.nn.functional.linear(x, weight)
+        return add_norm(residual, None, Norm(*norm))[0]
+
+    def end_early(self) -> None:
+        self.ended_early += 1
+
+
+@pytest.fixture
+def sums(monkeypatch: pytest.MonkeyPatch) -> SumsOfOneRank:
+    """Give sums to every fused decoder."""
+    sums, plain = SumsOfOneRank(), FusedDecoder.__init__
+    monkeypatch.setattr(FusedDecoder, "__init__", lambda self, model, _: plain(self, model, sums))  # type: ignore[arg-type]
+    return sums
+
+
+def test_sums_with_a_norm_use_two_buffers_in_turn_in_passes_of_any_size(sums: SumsOfOneRank) -> None:
+    model = make("llama")
+    plain, layers = copy.deepcopy(model), model.config.num_hidden_layers
+    prompts = [tokens(70), tokens(7, seed=2), tokens(70) + tokens(5, seed=3)]
+    with opened(model, fuse="on") as runner:
+        sums.calls.clear()
+        for batch in (prompts[:1], prompts, prompts[1:2]):
+            for prompt, answer in zip(batch, runner.generate(batch, greedy()), strict=True):
+                whole = [*prompt, *answer.token_ids[:-1]]
+                want = plain_logits(plain, whole)[len(prompt) - 1 :]
+                assert answer.logits is not None
+                assert float((answer.logits.double() - want).abs().max()) <= 1e-4
+    passes = [sums.calls[at : at + 2 * layers] for at in range(0, len(sums.calls), 2 * layers)]
+    large, small = [None] * 2 * layers, [0, 1] * layers
+    assert large in passes and small in passes
+    assert all(each in (large, small) for each in passes), "a pass makes all of its sums with norms, or none"
+
+
+def test_a_pass_that_fails_between_two_sums_is_waited_for(sums: SumsOfOneRank, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(make("llama"), fuse="on") as runner:
+        monkeypatch.setattr("tierkv.engine.fused_model.gate", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            runner.generate([tokens(7)], greedy())
+        assert sums.calls[-1] == 0 and sums.ended_early == 1
+
+
+@pytest.mark.parametrize(("family", "with_norms"), [("llama", True), ("llama with biases", False)])
+def test_sums_with_a_norm_are_for_models_without_biases_after_them(
+    family: str, with_norms: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, seen = make(family), {}
+    model.model.layers[0].self_attn.o_proj.weight.device_mesh = SimpleNamespace(ndim=1, get_group=lambda: None)
+    monkeypatch.setattr(split_linears, "RankSums", lambda _, **options: seen.update(options))
+    split_linears.open_sums(model)
+    assert seen["with_norms"] == with_norms

@@ -8,7 +8,7 @@ or split over several ranks. The self-test at opening compares its logits with t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,19 +37,19 @@ _ARCHITECTURES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 
 @dataclass(slots=True, kw_only=True)
 class _Layer:
-    """One decoder layer. shape: heads, kv_heads, head_dim; of this rank."""
+    """One decoder layer. shape: heads, kv_heads, head_dim; of this rank. after: the next layer's norm, or the last."""
 
     index: int
     shape: tuple[int, int, int]
     scale: float
     window: int | None
-    before_attention: Norm
     qkv: MergedLinear
     head_norms: tuple[Norm, Norm] | None
-    output: Callable[[Tensor], Tensor]
+    output: SummedLinear | nn.Linear
     before_mlp: Norm
     gate_up: MergedLinear
-    down: Callable[[Tensor], Tensor]
+    down: SummedLinear | nn.Linear
+    after: Norm
 
 
 def fuse_model(model: Any, wish: str, ranks: RankGroup) -> FusedDecoder | None:
@@ -100,7 +100,7 @@ class FusedDecoder:
         self.sums: RankSums | None = sums
         self._embed = decoder.embed_tokens
         self._rotary = decoder.rotary_emb
-        self._norm = _norm_of(decoder.norm)
+        self._norm = _norm_of(decoder.layers[0].input_layernorm)
         self._head = model.lm_head
         self._split_head: SplitHead | None = None
         self._head_weight: Tensor | None = None
@@ -108,7 +108,10 @@ class FusedDecoder:
             self._split_head = SplitHead(model.lm_head, sums)
         elif type(model.lm_head) is nn.Linear and [type(each) for each in model.lm_head.parameters()] == [nn.Parameter]:
             self._head_weight = model.lm_head.weight.t()
-        self._layers = [_layer_of(layer, model.config, sums) for layer in decoder.layers]
+        norms = [layer.input_layernorm for layer in decoder.layers[1:]] + [decoder.norm]
+        self._layers = [
+            _layer_of(layer, model.config, sums, after) for layer, after in zip(decoder.layers, norms, strict=True)
+        ]
 
     def __call__(
         self, input_ids: Tensor, batch: AttentionBatch, logits_to_keep: Tensor | None = None, out: Tensor | None = None
@@ -117,16 +120,14 @@ class FusedDecoder:
 
         out: [kept, vocabulary], where they are written; None makes a new tensor.
         """
-        hidden: Tensor = self._embed(input_ids)
-        residual: Tensor | None = None
-        cos, sin = self._rotary(hidden[None], batch.position_ids)
-        rotary = (cos[0].contiguous(), sin[0].contiguous())
-        for layer in self._layers:
-            hidden, residual = self._run_layer(layer, hidden, residual, rotary, batch)
-        assert residual is not None
+        try:
+            normed = self._normed(input_ids, batch)
+        except BaseException:
+            if self.sums is not None:
+                self.sums.end_early()
+            raise
         if logits_to_keep is not None:
-            hidden, residual = hidden[logits_to_keep], residual[logits_to_keep]
-        normed, _ = add_norm(hidden, residual, self._norm)
+            normed = normed[logits_to_keep]
         if self._split_head is not None:
             return self._split_head(normed, out)
         if out is None:
@@ -136,12 +137,21 @@ class FusedDecoder:
             return torch.mm(normed, self._head_weight, out=out)
         return out.copy_(self._head(normed))
 
+    def _normed(self, input_ids: Tensor, batch: AttentionBatch) -> Tensor:
+        """Return what the head takes, [T, hidden]."""
+        hidden: Tensor = self._embed(input_ids)
+        cos, sin = self._rotary(hidden[None], batch.position_ids)
+        rotary = (cos[0].contiguous(), sin[0].contiguous())
+        normed, residual = add_norm(hidden, None, self._norm)
+        for layer in self._layers:
+            normed, residual = self._run_layer(layer, normed, residual, rotary, batch)
+        return normed
+
     @staticmethod
     def _run_layer(
-        layer: _Layer, hidden: Tensor, residual: Tensor | None, rotary: tuple[Tensor, Tensor], batch: AttentionBatch
+        layer: _Layer, normed: Tensor, residual: Tensor, rotary: tuple[Tensor, Tensor], batch: AttentionBatch
     ) -> tuple[Tensor, Tensor]:
-        """Return what the layer adds to the residual, and the residual before that."""
-        normed, residual = add_norm(hidden, residual, layer.before_attention)
+        """Return the next layer's input after its norm, and the residual. normed, residual: the same for this layer."""
         qkv = layer.qkv(normed)
         batch.enter_layer(layer.index)
         keys, values = batch.pool.key_cache(layer.index), batch.pool.value_cache(layer.index)
@@ -159,8 +169,15 @@ class FusedDecoder:
             layer=layer.index,
         )
         attended = attend_batch(paged, batch, is_written=places is not None)
-        normed, residual = add_norm(layer.output(attended.flatten(1)), residual, layer.before_mlp)
-        return layer.down(gate(layer.gate_up(normed))), residual
+        normed, residual = _add(layer.output, attended.flatten(1), residual, layer.before_mlp)
+        return _add(layer.down, gate(layer.gate_up(normed)), residual, layer.after)
+
+
+def _add(linear: SummedLinear | nn.Linear, x: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    """Return the RMSNorm of the residual and what a linear module computes of x, and their sum."""
+    if isinstance(linear, SummedLinear):
+        return linear.add_norm(x, residual, norm)
+    return add_norm(linear(x), residual, norm)
 
 
 def _reasons(model: Any, ranks: RankGroup) -> Iterator[str]:
@@ -229,7 +246,7 @@ def _is_of(module: Any, architecture: str, kind: str) -> bool:
     }
 
 
-def _layer_of(layer: Any, config: Any, sums: RankSums | None) -> _Layer:
+def _layer_of(layer: Any, config: Any, sums: RankSums | None, after: Any) -> _Layer:
     attention, mlp = layer.self_attn, layer.mlp
     dim = attention.head_dim
     qkv = merge_linears([attention.q_proj, attention.k_proj, attention.v_proj])
@@ -242,13 +259,13 @@ def _layer_of(layer: Any, config: Any, sums: RankSums | None) -> _Layer:
         shape=(_num_outputs(attention.q_proj) // dim, _num_outputs(attention.k_proj) // dim, dim),
         scale=float(attention.scaling),
         window=_window_of(attention, config),
-        before_attention=_norm_of(layer.input_layernorm),
         qkv=qkv,
         head_norms=(norms[0], norms[1]) if norms else None,
-        output=SummedLinear(attention.o_proj, sums) if sums else attention.o_proj,
+        output=SummedLinear(attention.o_proj, sums, 0) if sums else attention.o_proj,
         before_mlp=_norm_of(layer.post_attention_layernorm),
         gate_up=gate_up,
-        down=SummedLinear(mlp.down_proj, sums) if sums else mlp.down_proj,
+        down=SummedLinear(mlp.down_proj, sums, 1) if sums else mlp.down_proj,
+        after=_norm_of(after),
     )
 
 

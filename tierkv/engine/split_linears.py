@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tierkv.engine.fused_ops import Norm, add_norm
 from tierkv.engine.model_state import local_part
 from tierkv.ranks.rank_sums import RankSums
 
@@ -21,19 +22,32 @@ _BY_OUTPUTS, _BY_INPUTS = 0, 1
 
 
 class SummedLinear:
-    """A linear module that is split by its inputs: each rank computes a part of the sum. x: [T, part of inputs]."""
+    """A linear module that is split by its inputs: each rank computes a part of the sum. x: [T, part of inputs].
 
-    __slots__ = ("_bias", "_sums", "_weight")
+    buffer: 0 for the attention's output, 1 for the MLP's. So sums with a norm use the buffers in turn: inside a layer,
+    from layer to layer and from pass to pass, because a pass makes either all of its sums so or none of them.
+    """
 
-    def __init__(self, module: Any, sums: RankSums) -> None:
+    __slots__ = ("_bias", "_buffer", "_sums", "_weight")
+
+    def __init__(self, module: Any, sums: RankSums, buffer: int) -> None:
         self._weight = local_part(module.weight.detach())
         self._bias = None if module.bias is None else local_part(module.bias.detach())
         self._sums = sums
+        self._buffer = buffer
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return [T, outputs], the same on every rank."""
-        total = self._sums.linear(x, self._weight)
-        return total if self._bias is None else total + self._bias
+    def add_norm(self, x: Tensor, residual: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+        """Return the RMSNorm of the residual and what the module computes, and their sum, the same on every rank.
+
+        residual: [T, outputs], may be overwritten.
+        """
+        sums = self._sums
+        if x.shape[0] <= sums.max_norm_rows:
+            assert self._bias is None
+            args = (x, self._weight, residual, norm.weight, norm.epsilon)
+            return sums.linear_add_norm(*args, buffer=self._buffer), residual
+        total = sums.linear(x, self._weight)
+        return add_norm(total if self._bias is None else total + self._bias, residual, norm)
 
 
 class SplitHead:
@@ -60,10 +74,19 @@ def is_split_evenly(module: Any) -> bool:
 
 def open_sums(model: Any) -> RankSums:
     """Return the sums over the ranks of a split model. All ranks call this together."""
-    weight = model.model.layers[0].self_attn.o_proj.weight
+    layers = model.model.layers
+    weight = layers[0].self_attn.o_proj.weight
     mesh = weight.device_mesh
     group = mesh.get_group() if mesh.ndim == 1 else mesh.get_group("tp")
-    return RankSums(group, width=int(weight.shape[0]), dtype=weight.dtype, device=torch.device(model.device))
+    # A bias is added between sum and norm. With some sums alone, those with a norm would not use the buffers in turn.
+    has_bias = any(part.bias is not None for each in layers for part in (each.self_attn.o_proj, each.mlp.down_proj))
+    return RankSums(
+        group,
+        width=int(weight.shape[0]),
+        dtype=weight.dtype,
+        device=torch.device(model.device),
+        with_norms=not has_bias,
+    )
 
 
 def split_reasons(layer: Any) -> Iterator[str]:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from stored_blocks import eventually
 
 from tierkv import BlockLayout, BlockStoreConfig, Buffers, ConfigError, LoadOrCompute, Namespace
 from tierkv.block_store import cost_file
@@ -114,6 +115,35 @@ def test_costs_are_kept_while_the_process_runs(tmp_path: Path) -> None:
         pytest.fail("nothing was kept")
     kept.close()
     assert [each.name for each in tmp_path.iterdir()] == ["costs-a.json"]
+
+
+def test_the_first_costs_of_a_kind_are_saved_at_once_and_whole(tmp_path: Path) -> None:
+    costs = LoadOrCompute(block_size=4)
+    kept = CostFile(tmp_path, "a", costs, save_s=3600)
+    path = tmp_path / "costs-a.json"
+    for origin in (Origin.DISK, Origin.PAGE_CACHE):
+        costs.record_loads([(1, 0.1), (2, 0.2), (4, 0.4)], origin=origin)
+        eventually(lambda name=origin.name: path.exists() and name in json.loads(path.read_text()))  # type: ignore[misc]
+        assert json.loads(path.read_text())[origin.name] == [[1, 0.1], [2, 0.2], [4, 0.4]]
+    kept.close()
+
+
+def test_observers_are_called_for_the_first_works_of_a_kind_only() -> None:
+    costs, calls = LoadOrCompute(block_size=4), []
+    costs.observe(lambda: calls.append(costs.measured()))
+    costs.record_compute(8, 0.1)
+    costs.record_compute(9, 0.1)
+    costs.record_loads([(1, 0.1), (2, 0.2)], origin=Origin.DISK)
+    costs.record_load(4, origin=Origin.DISK, seconds=1.0)
+    costs.restore({"DISK": [(8, 1.0)], "WARM": [(1, 0.1), (2, 0.2)]})
+    assert [len(each) for each in calls] == [1, 2, 3]
+    assert calls[1]["DISK"] == [(1, 0.1), (2, 0.2)], "all of them are there"
+
+
+@pytest.mark.parametrize("process", ["../other", "a-b", "a/b", "\u00e9"])
+def test_a_name_of_a_process_that_is_none_is_refused(tmp_path: Path, process: str) -> None:
+    with open_store(tmp_path / "store") as store, pytest.raises(ConfigError, match="letters"):
+        store.keep_costs(LoadOrCompute(block_size=4), process=process)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from daemon_process import Start
 from fake_vllm import Request
 from vllm_sides import BLOCK, Engine, tokens
 
-from tierkv.integrations.vllm.finders import SharedFinder
+from tierkv.integrations.vllm.shared_finder import SharedFinder
 
 __all__ = ["short_path", "start_daemon"]
 

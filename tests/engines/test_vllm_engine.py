@@ -183,6 +183,26 @@ def test_two_ranks_of_a_split_model(lives: Lives, tmp_path: Path) -> None:
         assert (first["ids"], first["cached"]) == (lives.first, cached)
 
 
+def test_two_ranks_measure_the_disk_before_the_first_request_and_a_slow_one_is_not_waited_for(
+    lives: Lives, tmp_path: Path
+) -> None:
+    engine = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
+    path = tmp_path / "store"
+    for _ in range(2):
+        lives.live([["ask", [FIRST], 8]], store=str(path), engine=engine)
+    scheduler, *others = sorted(path.glob("costs-*.json"), key=lambda file: "scheduler" not in file.name)
+    assert len(others) == 2
+    for file, seconds in zip(others, (0.0, 9.0), strict=True):
+        costs = json.loads(file.read_text())
+        assert len(costs["PAGE_CACHE"]) > 1, "more than the one load"
+        file.write_text(json.dumps({"PAGE_CACHE": [[1, seconds]], "DISK": [[1, seconds]]}))
+    computing = [[32, 0.01], [1024, 0.1]]
+    scheduler.write_text(json.dumps({"compute": computing}))
+    result = lives.live([["ask", [FIRST], 8]], store=str(path), engine=engine, options={"compute_or_load": True})
+    ((first,),) = result["answers"]
+    assert (first["ids"], first["cached"]) == (lives.first, 0)
+
+
 def test_a_change_of_weights_stops_the_cache_and_a_reset_begins_a_new_one(lives: Lives, store: Path) -> None:
     actions = [
         *(["reload"], ["reset"], ["ask", [FIRST], 8]),  # stopped

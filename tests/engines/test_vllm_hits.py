@@ -13,7 +13,7 @@ from fake_vllm import Request
 from vllm_sides import BLOCK, Engine, counters, tokens
 
 from tierkv.block_store.load_or_compute import LoadOrCompute, Origin
-from tierkv.integrations.vllm.finders import SharedFinder
+from tierkv.integrations.vllm.shared_finder import SharedFinder
 from tierkv.integrations.vllm.step_times import StepTimes
 from tierkv.values.namespace import Namespace
 

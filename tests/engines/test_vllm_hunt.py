@@ -14,11 +14,12 @@ from fake_vllm import VOCABULARY, FakeVllm, Request, true_answer
 
 from tierkv.block_store.placement import Strided
 from tierkv.block_store.store import BlockStore
-from tierkv.integrations.vllm.finders import LocalFinder, SharedFinder
+from tierkv.integrations.vllm.finders import LocalFinder
 from tierkv.integrations.vllm.options import Options
 from tierkv.integrations.vllm.pages import EnginePages
 from tierkv.integrations.vllm.scheduler_side import SchedulerSide
 from tierkv.integrations.vllm.session import Session
+from tierkv.integrations.vllm.shared_finder import SharedFinder
 from tierkv.integrations.vllm.statistics import Statistics
 from tierkv.integrations.vllm.worker_side import WorkerSide
 from tierkv.values.namespace import Namespace

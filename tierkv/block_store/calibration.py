@@ -63,9 +63,10 @@ class Calibration:
         if len(keys) < _LEAST_BLOCKS:
             return
         for origin in origins:
-            for count, seconds in self._measure(keys, origin):
+            points = self._measure(keys, origin)
+            for count, seconds in points:
                 _log.debug("%d blocks took %.1f ms from %s", count, 1e3 * seconds, origin.name)
-                costs.record_load(count, origin=origin, seconds=seconds)
+            costs.record_loads(points, origin=origin)
 
     def _measure(self, keys: Sequence[BlockKey], origin: Origin) -> list[tuple[int, float]]:
         """Return (blocks, seconds), nothing if they say nothing about more blocks, or something fails."""

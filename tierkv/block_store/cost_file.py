@@ -17,7 +17,7 @@ from tierkv.block_store.load_or_compute import LoadOrCompute
 from tierkv.errors import TierKVError
 from tierkv.values.files import open_regular
 
-__all__ = ["CostFile"]
+__all__ = ["CostFile", "cost_path", "restore_costs"]
 
 _log = logging.getLogger(__name__)
 
@@ -27,46 +27,63 @@ _SAVE_S = 30.0
 _STALL_S = 5.0  # at the end, how long a disk may take for so small a file
 
 
-class CostFile:
-    """One namespace's costs beside a store. A thread of its own saves them, since a disk may hang.
+def cost_path(folder: Path, name: str) -> Path:
+    """Return the path of the cost file with this name beside a store."""
+    return folder / f"costs-{name}.json"
 
-    folder: of the store. name: of the namespace. is_kept: False only reads. save_s: how often changes are saved.
+
+def restore_costs(path: Path, costs: LoadOrCompute) -> None:
+    """Record the costs in a file. Raises nothing: of a file that cannot be read, or is none of costs, nothing is taken.
+
+    A FIFO in its place is not waited for, and at most 64 KiB are read.
+    """
+    try:
+        fd = open_regular(path, follow_links=False)
+        with os.fdopen(fd, "rb") as file:
+            text = file.read(_MAX_BYTES)
+        costs.restore(json.loads(text))
+    except FileNotFoundError:
+        pass
+    except (OSError, TierKVError, ValueError, RecursionError) as exc:
+        _log.info("the costs in %s are measured again: %s", path, exc)
+
+
+class CostFile:
+    """One process's costs of one namespace beside a store. A thread of its own saves them, since a disk may hang.
+
+    folder: of the store. name: of the namespace, and of the process where another one of the engine has the same
+    namespace: a file has one writer in an engine. is_kept: False only reads. save_s: how often changes are saved; the
+    first costs of a kind are saved at once, because other processes may wait for them.
     """
 
     def __init__(
         self, folder: Path, name: str, costs: LoadOrCompute, *, is_kept: bool = True, save_s: float = _SAVE_S
     ) -> None:
         self._folder = folder
-        self._path = folder / f"costs-{name}.json"
+        self._path = cost_path(folder, name)
         self._costs = costs
         self._save_s = save_s
         self._has_ended = threading.Event()
-        self._restore()
+        self._is_due = threading.Event()
+        restore_costs(self._path, costs)
         self._saved = costs.measured()
         self._thread: threading.Thread | None = None
         if is_kept:
+            costs.observe(self._is_due.set)
             self._thread = threading.Thread(target=self._keep, name="tierkv-costs", daemon=True)
             self._thread.start()
 
     def close(self) -> None:
         """Save what was measured. May be called twice. A disk that hangs keeps the thread, which holds nothing else."""
         self._has_ended.set()
+        self._is_due.set()
         if self._thread:
             self._thread.join(_STALL_S)
 
-    def _restore(self) -> None:
-        try:
-            fd = open_regular(self._path, follow_links=False)
-            with os.fdopen(fd, "rb") as file:
-                text = file.read(_MAX_BYTES)
-            self._costs.restore(json.loads(text))
-        except FileNotFoundError:
-            pass
-        except (OSError, TierKVError, ValueError, RecursionError) as exc:
-            _log.info("the costs in %s are measured again: %s", self._path, exc)
-
     def _keep(self) -> None:
-        while not self._has_ended.wait(self._save_s):
+        while not self._has_ended.is_set():
+            self._is_due.wait(self._save_s)
+            self._is_due.clear()
             self._save()
         self._save()
 

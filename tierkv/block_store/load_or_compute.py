@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 from enum import IntEnum
 from typing import Any
 
@@ -45,19 +46,29 @@ class LoadOrCompute:
         self._computing = CostBySize()
         self._least_tokens = 1 << 62  # of what was measured
         self._loading: defaultdict[Origin, CostBySize] = defaultdict(CostBySize)
+        self._observers: list[Callable[[], None]] = []
 
     def record_compute(self, num_tokens: int, seconds: float) -> None:
         """Record how long the engine took for so many new tokens, none of them loaded."""
         num_tokens, seconds = check_count("num_tokens", num_tokens), check_seconds("seconds", seconds)
-        with self._lock:
-            self._computing.add(num_tokens, seconds)
-            self._least_tokens = min(num_tokens or self._least_tokens, self._least_tokens)
+        self._record([(None, num_tokens, seconds)])
 
     def record_load(self, num_blocks: int, *, origin: Origin, seconds: float) -> None:
         """Record how long so many blocks took from the request until they lay in the engine's memory."""
-        num_blocks, seconds = check_count("num_blocks", num_blocks), check_seconds("seconds", seconds)
-        with self._lock:
-            self._loading[origin].add(num_blocks, seconds)
+        self.record_loads([(num_blocks, seconds)], origin=origin)
+
+    def record_loads(self, loads: Iterable[tuple[int, float]], *, origin: Origin) -> None:
+        """Record (blocks, seconds) of several loads at once: no other thread sees some of them only."""
+        self._record(
+            [(origin, check_count("num_blocks", count), check_seconds("seconds", took)) for count, took in loads]
+        )
+
+    def observe(self, observer: Callable[[], None]) -> None:
+        """Have `observer` called after the first works of a kind were recorded, computing or loads from one origin.
+
+        It is called by the recording thread, and must return at once.
+        """
+        self._observers.append(observer)
 
     def measured(self) -> dict[str, list[tuple[int, float]]]:
         """Return what was measured, for `restore` in another process: (size, seconds) of each kind of work."""
@@ -70,17 +81,14 @@ class LoadOrCompute:
         names = {"compute", *Origin.__members__}
         if not isinstance(measured, dict) or not measured.keys() <= names:
             raise ConfigError("costs are lists of works by their kind")
-        works: list[tuple[str, int, float]] = []
+        works: list[tuple[Origin | None, int, float]] = []
         for kind, points in measured.items():
+            origin = None if kind == "compute" else Origin[kind]
             for point in points if isinstance(points, list) else [None]:
                 if not isinstance(point, list | tuple) or len(point) != 2:
                     raise ConfigError("a cost is a size and its seconds")
-                works.append((kind, check_count("size", point[0], least=1), check_seconds("seconds", point[1])))
-        for kind, size, seconds in works:
-            if kind == "compute":
-                self.record_compute(size, seconds)
-            else:
-                self.record_load(size, origin=Origin[kind], seconds=seconds)
+                works.append((origin, check_count("size", point[0], least=1), check_seconds("seconds", point[1])))
+        self._record(works)
 
     def compute_s(self, num_tokens: int) -> float | None:
         """Return the seconds that so many new tokens take; None before anything was measured."""
@@ -121,6 +129,19 @@ class LoadOrCompute:
         if computing_s is None:
             return True
         return waited_s / num_read * num_left < computing_s if num_read else waited_s < computing_s / 2
+
+    def _record(self, works: Iterable[tuple[Origin | None, int, float]]) -> None:
+        """Record works: loads from an origin, or computations for None."""
+        is_new = False
+        with self._lock:
+            for origin, size, seconds in works:
+                costs = self._computing if origin is None else self._loading[origin]
+                is_new = is_new or not costs.is_measured
+                costs.add(size, seconds)
+                if origin is None:
+                    self._least_tokens = min(size or self._least_tokens, self._least_tokens)
+        for observer in self._observers if is_new else ():
+            observer()
 
     def _estimate(self, num_tokens: int) -> float | None:
         """Return the seconds of a pass. One that is smaller than all measured ones costs less than they, in proportion:

@@ -208,8 +208,10 @@ class BlockStore:
         return self._tiers.save(keys, sources, start)
 
     @while_open
-    def keep_costs(self, costs: LoadOrCompute) -> None:
+    def keep_costs(self, costs: LoadOrCompute, *, process: str = "") -> None:
         """Restore what earlier processes measured with this namespace; keep beside the store what is measured from now.
+
+        process: names the file's writer, in letters and digits, where two processes of an engine have one namespace.
 
         A store with `warm_bytes` measures in the background what no process has measured yet, until the first request:
         up to 16 blocks are read a few times, from disk and out of the page cache, so that a request need not find out.
@@ -219,8 +221,10 @@ class BlockStore:
             return
         if self._costs is not None:
             raise ConfigError("this block store keeps costs already")
-        name, is_kept = self._root.hex(), not self.config.read_only
-        self._costs = CostFile(self.config.cold_path, name, costs, is_kept=is_kept)
+        if process and not (process.isascii() and process.isalnum()):
+            raise ConfigError(f"process must be of letters and digits, got {process!r}")
+        name = f"{self._root.hex()}-{process}" if process else self._root.hex()
+        self._costs = CostFile(self.config.cold_path, name, costs, is_kept=not self.config.read_only)
         self._tiers.calibrate(costs)
 
     @while_open

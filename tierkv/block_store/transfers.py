@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 
 from tierkv.block_store.keys import BlockKey
 from tierkv.movers.ready import AllReady, Done, Ready
 
-__all__ = ["Load", "Save"]
+__all__ = ["Load", "Save", "wait_for_any"]
+
+_POLL_S = 0.0005
+
+
+def wait_for_any(loads: Sequence[Load], timeout_s: float) -> bool:
+    """Wait until one of these loads has ended, at most `timeout_s` seconds. Return whether one has.
+
+    The thread sleeps until background work ends, and polls for copies. It holds no lock.
+    """
+    deadline = time.monotonic() + timeout_s
+    while not any(load.is_done() for load in loads):
+        left_s = deadline - time.monotonic()
+        if left_s <= 0:
+            return False
+        working = [load.working for load in loads if load.working and not load.working.done()]
+        if len(working) == len(loads):
+            wait(working, left_s, FIRST_COMPLETED)
+        else:
+            time.sleep(min(_POLL_S, left_s))
+    return True
 
 
 class Load:
     """Blocks on their way into the engine's memory. Satisfies `Ready`.
 
     keys: what was to be loaded. A block that could not be had, and all after it, are `failed_keys`; their places may
-    have been written to only with verified bytes.
+    have been written to only with verified bytes. working: what loads in the background, if anything does.
     """
 
     def __init__(self, keys: Sequence[BlockKey], *, ended: Callable[[], None]) -> None:
@@ -24,7 +45,7 @@ class Load:
         self.keys: Sequence[BlockKey] = keys
         self._parts: list[Ready] = []
         self._num_loaded = 0
-        self._working: Future[None] | None = None
+        self.working: Future[None] | None = None
         self._ended: Callable[[], None] | None = ended
 
     @property
@@ -40,7 +61,7 @@ class Load:
 
     def is_done(self) -> bool:
         """Return whether all bytes have arrived, or never will, without waiting."""
-        if self._working is not None and not self._working.done():
+        if self.working is not None and not self.working.done():
             return False
         if not all(part.is_done() for part in self._parts):
             return False
@@ -71,7 +92,7 @@ class Load:
 
     def start_working(self, working: Future[None]) -> None:
         """Remember the work that loads in the background."""
-        self._working = working
+        self.working = working
 
     def add(self, part: Ready, num_blocks: int) -> None:
         """Record copies that have begun, of the next blocks."""
@@ -83,8 +104,8 @@ class Load:
         return self.keys[self._num_loaded : self._num_loaded + count]
 
     def _wait_for_work(self) -> None:
-        if self._working is not None:
-            wait([self._working])
+        if self.working is not None:
+            wait([self.working])
 
     def _end(self) -> None:
         ended, self._ended = self._ended, None

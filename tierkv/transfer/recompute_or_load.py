@@ -115,6 +115,11 @@ class CostBySize:
         self._beliefs: dict[int, float] = {}
         self._points: list[tuple[int, float]] | None = None
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether any work was recorded."""
+        return bool(self._works)
+
     def add(self, size: int, seconds: float) -> None:
         """Record a work of that size, such as a pass of so many new tokens."""
         if size > 0:

@@ -17,7 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
 from tierkv.block_store.load_or_compute import LoadOrCompute
 from tierkv.errors import ConfigError
-from tierkv.integrations.vllm.finders import LocalFinder, SharedFinder
+from tierkv.integrations.vllm.finders import LocalFinder
 from tierkv.integrations.vllm.identity import identity_of, refuse_unsupported
 from tierkv.integrations.vllm.metrics import TierkvPromMetrics, TierkvStats
 from tierkv.integrations.vllm.options import Options
@@ -25,6 +25,7 @@ from tierkv.integrations.vllm.pages import EnginePages
 from tierkv.integrations.vllm.plan import StepPlan, WorkerNamespace, WorkerReport
 from tierkv.integrations.vllm.scheduler_side import SchedulerSide
 from tierkv.integrations.vllm.session import Session, close_session, find_session, open_session
+from tierkv.integrations.vllm.shared_finder import SharedFinder
 from tierkv.integrations.vllm.statistics import Statistics
 from tierkv.integrations.vllm.step_times import StepTimes
 from tierkv.integrations.vllm.weight_updates import observe_worker

@@ -1,26 +1,22 @@
-"""How the scheduler side finds blocks: in the worker's own store, or in the store that it shares with workers."""
+"""How the scheduler side finds blocks, and how it does so in the store of a worker in its own process."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 from tierkv.block_store.keys import BlockKey, BlockKeys
-from tierkv.block_store.load_or_compute import LoadOrCompute, Origin
+from tierkv.block_store.load_or_compute import Origin
 from tierkv.block_store.misses import log_recomputed
 from tierkv.block_store.reservation import Reservation
-from tierkv.block_store.store import BlockStore
-from tierkv.integrations.vllm.options import Options
+from tierkv.integrations.vllm.plan import SaveOrder, WorkerReport
 from tierkv.integrations.vllm.session import Reserved, Session
 from tierkv.integrations.vllm.statistics import Statistics
 from tierkv.integrations.vllm.step_times import SyncLoad
-from tierkv.storage.cold import ColdStore
-from tierkv.values.namespace import Namespace
 
-__all__ = ["Finder", "Found", "LocalFinder", "SharedFinder"]
+__all__ = ["Finder", "Found", "LocalFinder"]
 
 _MOST_READING = 4
 _MOST_WAIT_S = 30.0
@@ -57,6 +53,12 @@ class Finder(Protocol):
 
     def drop(self, request_id: str) -> None:
         """Hold nothing for a request that is not loaded."""
+
+    def saving(self, request_id: str, tokens: Sequence[int], order: SaveOrder) -> None:
+        """Note that the workers are ordered to save blocks of a request."""
+
+    def update(self, report: WorkerReport) -> None:
+        """Note what the workers report after a step."""
 
     def loaded(self, request_id: str) -> None:
         """Note that the async load of a request has ended."""
@@ -100,7 +102,6 @@ class LocalFinder:
         self._keys: dict[str, BlockKeys] = {}
         self._held: dict[str, _Held] = {}
         self.block_size: int = session.store.block_size
-        session.store.keep_costs(session.costs)
 
     def find(
         self, request_id: str, tokens: Sequence[int], first: int, end: int, *, is_idle: bool = False
@@ -189,6 +190,12 @@ class LocalFinder:
         if held:
             held.reservation.release()
 
+    def saving(self, request_id: str, tokens: Sequence[int], order: SaveOrder) -> None:
+        pass  # the store has what is saved at once
+
+    def update(self, report: WorkerReport) -> None:
+        pass
+
     def loaded(self, request_id: str) -> None:
         pass  # the worker side measures it
 
@@ -208,88 +215,3 @@ class LocalFinder:
         for request_id in list(self._held):
             self.drop(request_id)
         self._keys.clear()
-
-
-class SharedFinder:
-    """Finds blocks that every worker has on disk. Nothing is held: the workers reserve them, and load them async.
-
-    namespaces: of the workers' blocks, one for each rank. cold: the store on disk, if this process has it open.
-    costs: of loading, as the scheduler sees it, and of computing. Raises what `BlockStore` raises.
-    """
-
-    def __init__(
-        self,
-        options: Options,
-        namespaces: Sequence[Namespace],
-        statistics: Statistics,
-        *,
-        cold: ColdStore | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.costs: LoadOrCompute = LoadOrCompute(block_size=namespaces[0].layout.block_size)
-        self._statistics = statistics
-        self._clock = clock
-        self._found: dict[str, tuple[int, Origin]] = {}  # blocks of waiting requests
-        self._loading: dict[str, tuple[int, Origin, float]] = {}  # and when their loads began
-        self._options = options
-        self._namespaces = namespaces
-        self._cold = cold
-        self._stack = ExitStack()
-        self._stores: list[BlockStore] = []
-        self._keys: dict[str, list[BlockKeys]] = {}
-        self.renew("")
-        self.block_size: int = self._stores[0].block_size
-        self._stores[0].keep_costs(self.costs)
-
-    def find(
-        self, request_id: str, tokens: Sequence[int], first: int, end: int, *, is_idle: bool = False
-    ) -> Found | None:
-        found = self._keys.get(request_id)
-        if found is None:
-            found = self._keys[request_id] = [store.keys() for store in self._stores]
-        num_blocks, origin = end - first, Origin.WARM
-        for store, keys in zip(self._stores, found, strict=True):
-            keys.extend(tokens[keys.num_tokens : end * self.block_size])
-            num_blocks = store.contains(keys[first : first + num_blocks]) if num_blocks else 0
-            origin = max(origin, store.origin(keys[first : first + num_blocks]))
-        if num_blocks and self._options.compute_or_load and self._found.get(request_id, (0, origin))[0] != num_blocks:
-            rest = max(1, len(tokens) - (first + num_blocks) * self.block_size)
-            worth = self.costs.worth_loading(num_blocks, origin=origin, num_rest_tokens=rest)
-            self._statistics.add("computed_instead_tokens", (num_blocks - worth) * self.block_size)
-            log_recomputed(num_blocks - worth)
-            num_blocks = worth
-        self._found[request_id] = num_blocks, origin
-        return Found(num_blocks, is_async=num_blocks > 0)
-
-    def keep(self, request_id: str) -> SyncLoad | None:
-        self._loading[request_id] = (*self._found.pop(request_id), self._clock())
-        return None
-
-    def drop(self, request_id: str) -> None:
-        self._found.pop(request_id, None)
-
-    def loaded(self, request_id: str) -> None:
-        num_blocks, origin, started = self._loading.pop(request_id, (0, Origin.DISK, 0.0))
-        if num_blocks:
-            self.costs.record_load(num_blocks, origin=origin, seconds=self._clock() - started)
-
-    def forget(self, request_id: str) -> None:
-        self.drop(request_id)
-        self._loading.pop(request_id, None)
-        self._keys.pop(request_id, None)
-
-    def renew(self, salt: str) -> None:
-        self.close()
-        config, cold = self._options.store_config(lookup_only=True), self._cold
-        for namespace in self._namespaces:
-            salted = replace(namespace, salt=salt)
-            store = self._stack.enter_context(BlockStore(config, namespace=salted, cold=cold))
-            self._stores.append(store)
-            cold = store.cold  # a process opens a store once
-
-    def close(self) -> None:
-        self._keys.clear()
-        self._found.clear()
-        self._loading.clear()
-        self._stores.clear()
-        self._stack.close()

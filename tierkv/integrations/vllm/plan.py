@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from tierkv.block_store.load_or_compute import Origin
 from tierkv.values.namespace import Namespace
 
-__all__ = ["LoadOrder", "SaveOrder", "StepPlan", "TokenUpdate", "WorkerNamespace", "WorkerReport"]
+__all__ = ["LoadOrder", "LoadReport", "SaveOrder", "StepPlan", "TokenUpdate", "WorkerNamespace", "WorkerReport"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ class StepPlan:
     fresh: engine's blocks that this step may overwrite. ended: requests whose keys the worker may forget.
     failures_seen: how many reports of failed loads the scheduler side has acted on.
     is_stopped: nothing is cached until further notice. salt: of the namespace; another one than before begins a new
-    namespace. step: its number.
+    namespace. step: its number. is_idle: it computes nothing; vLLM runs such steps while requests wait for their loads.
     """
 
     step: int = 0
@@ -69,23 +70,48 @@ class StepPlan:
     ended: list[int] = field(default_factory=list)
     failures_seen: int = 0
     is_stopped: bool = False
+    is_idle: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """An async load that has ended. origin: where the slowest blocks lay. is_whole: all its blocks have come."""
+
+    origin: Origin
+    is_whole: bool
+
+    def aggregate(self, other: LoadReport) -> LoadReport:
+        """Return the report of two ranks' loads for one request."""
+        return LoadReport(max(self.origin, other.origin), self.is_whole and other.is_whole)
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerReport:
     """What a worker reports after a step. step: the number of its plan. failures: steps with a failed load so far.
 
-    stop_reason: why its weights are not those of the files any more; "" while they are.
+    stop_reason: why its weights are not those of the files any more; "" while they are. loads: async ones that have
+    ended, by request id. saves: (key, end) of save orders that were carried out -> how many of their last blocks are
+    new, and lie in the warm memory at least until they are on disk.
     """
 
     step: int
     failures: int = 0
     stop_reason: str = ""
+    loads: dict[str, LoadReport] = field(default_factory=dict)
+    saves: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def aggregate(self, other: WorkerReport) -> WorkerReport:
         """Return the report of two workers together, as vLLM asks for it."""
-        reason = self.stop_reason or other.stop_reason
-        return WorkerReport(max(self.step, other.step), max(self.failures, other.failures), reason)
+        loads = self.loads | other.loads
+        for request_id in self.loads.keys() & other.loads.keys():
+            loads[request_id] = self.loads[request_id].aggregate(other.loads[request_id])
+        return WorkerReport(
+            max(self.step, other.step),
+            max(self.failures, other.failures),
+            self.stop_reason or other.stop_reason,
+            loads,
+            {order: min(self.saves[order], other.saves[order]) for order in self.saves.keys() & other.saves.keys()},
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -177,7 +177,7 @@ class SchedulerSide:
             self._times.start(plan.step, num_tokens, loads=self._loads_now, is_pure=not plan.loads)
         self._loads_now = []
         plan.failures_seen = self._failures_seen
-        plan.is_stopped, plan.salt = bool(self.stop_reason), self._salt
+        plan.is_stopped, plan.salt, plan.is_idle = bool(self.stop_reason), self._salt, self._is_idle
         self._plan = StepPlan()
         return plan
 
@@ -189,6 +189,8 @@ class SchedulerSide:
         loaded: requests whose async loads have ended.
         """
         failed = set(failed_block_ids)
+        if report is not None:
+            self._finder.update(report)
         for request_id in loaded:
             self._finder.loaded(request_id)
         if report is not None:
@@ -223,10 +225,10 @@ class SchedulerSide:
         known = self._requests.pop(request_id, None)
         if known is None:
             return
-        self._finder.forget(request_id)
         # A request that waits for its load, or was preempted, holds no blocks whose content is certain.
         is_computed = request.num_computed_tokens if known.load is None else 0
         self._order_save(known, min(is_computed, request.num_tokens), self._plan.last_saves)
+        self._finder.forget(request_id)
         self._plan.ended.append(known.key)
         if self._save_now and self._plan.last_saves:
             now = StepPlan(
@@ -305,7 +307,9 @@ class SchedulerSide:
         if not self._saves or self.stop_reason or known.is_tainted or end <= known.next_save:
             return
         table = known.table[: end * self._pages]
-        orders.append(SaveOrder(known.key, known.next_save, end, table))
+        order = SaveOrder(known.key, known.next_save, end, table)
+        orders.append(order)
+        self._finder.saving(known.request.request_id, known.request.all_token_ids, order)
         known.next_save = end
         self._send_tokens(known, end * self._block)
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from tierkv.block_store.keys import BlockKeys
 from tierkv.block_store.load_or_compute import Origin
 from tierkv.block_store.placement import Strided
-from tierkv.block_store.transfers import Load, Save
+from tierkv.block_store.transfers import Load, Save, wait_for_any
 from tierkv.errors import TierKVError
 from tierkv.integrations.vllm.pages import LEFT_OUT, EnginePages
-from tierkv.integrations.vllm.plan import LoadOrder, SaveOrder, StepPlan, WorkerReport
+from tierkv.integrations.vllm.plan import LoadOrder, LoadReport, SaveOrder, StepPlan, WorkerReport
 from tierkv.integrations.vllm.session import Reserved, Session
 from tierkv.integrations.vllm.statistics import Statistics
 from tierkv.movers.engine_memory import EngineMemory
@@ -21,6 +21,8 @@ from tierkv.movers.engine_memory import EngineMemory
 __all__ = ["WorkerSide"]
 
 _log = logging.getLogger(__name__)
+
+_IDLE_WAIT_S = 0.01
 
 
 @dataclass(slots=True)
@@ -62,6 +64,7 @@ class WorkerSide:
         self._statistics = statistics
         self._clock = clock
         self._memory = self._register()
+        session.store.keep_costs(session.costs)  # measures the disk, once the memory is registered
         self._keys: dict[int, BlockKeys] = {}
         self._loading: list[_Loading] = []  # async ones
         self._loads_now: list[_Loading] = []  # the forward pass of this step reads them
@@ -74,6 +77,8 @@ class WorkerSide:
         self._hooks = _LayerHooks(len(pages.tensors), pages.layer_of)
         self._salt = ""
         self._saved: dict[int, int] = {}  # blocks of a request that are saved, or were known
+        self._new_loads: dict[str, LoadReport] = {}  # to be reported
+        self._new_saves: dict[tuple[int, int], int] = {}
         session.run_now = self.run_now
         session.renew_now = self.renew
 
@@ -141,14 +146,21 @@ class WorkerSide:
             self._save(order)
 
     def finished_loads(self) -> set[str]:
-        """Return requests whose async loads have ended, since the last call, with or without all their blocks."""
+        """Return requests whose async loads have ended, since the last call, with or without all their blocks.
+
+        In a step that computes nothing this waits a moment for one of them: vLLM begins the next step at once, and this
+        thread would keep Python from the threads that read.
+        """
         self._loads_now = [each for each in self._loads_now if not self._is_over(each)]
+        if self._plan.is_idle and self._loading and all(each.load for each in self._loading):
+            wait_for_any([each.load for each in self._loading if each.load], _IDLE_WAIT_S)
         ended = [each for each in self._loading if each.load is None or self._is_over(each)]
         if not ended:
             return set()
         self._loading = [each for each in self._loading if each not in ended]
         for loading in ended:
-            self._count(loading)
+            has_failed = bool(self._count(loading))
+            self._new_loads[loading.order.request_id] = LoadReport(loading.origin, is_whole=not has_failed)
         return {loading.order.request_id for loading in ended}
 
     def take_failed_blocks(self) -> set[int]:
@@ -158,7 +170,9 @@ class WorkerSide:
 
     def report(self) -> WorkerReport:
         """Return what the scheduler side must know after this step."""
-        return WorkerReport(self._plan.step, self._failures, self._stop_reason)
+        loads, self._new_loads = self._new_loads, {}
+        saves, self._new_saves = self._new_saves, {}
+        return WorkerReport(self._plan.step, self._failures, self._stop_reason, loads, saves)
 
     def run_now(self, plan: StepPlan) -> None:
         """Carry out the last saves of requests that have ended, between two steps."""
@@ -279,6 +293,8 @@ class WorkerSide:
             _log.warning("a save failed: %s", exc)
             return
         self._saved[order.key] = order.end - save.num_skipped
+        if save.num_saved and not save.num_skipped:
+            self._new_saves[order.key, order.end] = min(save.num_saved, order.end - order.first)
         self._statistics.add("saved_blocks", save.num_saved)
         if not save.is_done():
             self._saving.append(_Saving(save, frozenset(block for ids in blocks for block in ids)))

@@ -22,6 +22,8 @@ from statistics import median
 from typing import Any
 
 from benchmarks.random_models import save_model
+from tierkv.block_store.cost_file import restore_costs
+from tierkv.block_store.load_or_compute import LoadOrCompute, Origin
 from tierkv.integrations.weights import weights_digest
 
 __all__ = ["main"]
@@ -39,6 +41,7 @@ _SETTINGS = {
 _LIVES = {"none": 1, "tierkv": 2, "tierkv-raw": 2, "tierkv-socket": 2, "fs": 2, "cpu": 1}
 _DECODES = ("none", "tierkv", "tierkv-raw", "tierkv-socket")
 _VOCABULARY = 32000
+_BLOCK_TOKENS = 256  # the connector's default
 _TAIL = 33  # tokens behind the prefix
 _NUM_DECODING = 32
 _DECODE_ROUNDS = 5
@@ -172,6 +175,11 @@ def _run_life(arguments: argparse.Namespace) -> None:
         more |= {"lead": round(best - second, 4), "logprob": best}
         report(what, 1e3 * seconds, ids=list(chosen.token_ids), **more)
 
+    def report_costs(when: str) -> None:
+        for what, value in _expected_ms(store, arguments.prefix).items():
+            report(f"expected {when}, {what}", value)
+
+    report_costs("at start")
     ask([_tokens(90 + number, arguments.prefix + 32)], 1)  # what is compiled at its first use
     ask([_tokens(95, 40)], 8)
     if arguments.decode:
@@ -195,6 +203,20 @@ def _run_life(arguments: argparse.Namespace) -> None:
         _forget_pages(arguments.folder)
         first_token("restarted, disk", 3)
     llm.llm_engine.engine_core.shutdown()
+    report_costs("at the end")
+
+
+def _expected_ms(store: Path, num_tokens: int) -> dict[str, float]:
+    """Return what the costs beside a store say of a prefix: milliseconds to compute it, and to load it from a place.
+
+    With several workers, of all their files together.
+    """
+    costs = LoadOrCompute(block_size=_BLOCK_TOKENS)
+    for path in store.glob("costs-*.json"):
+        restore_costs(path, costs)
+    found = {origin.name: costs.load_s(num_tokens // _BLOCK_TOKENS, origin=origin) for origin in Origin}
+    found["computing"] = costs.compute_s(num_tokens)
+    return {what: 1e3 * seconds for what, seconds in found.items() if seconds is not None}
 
 
 @contextmanager

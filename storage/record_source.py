@@ -60,6 +60,9 @@ class RecordBytes:
         np.copyto(out, self.view(start, start + out.size))
 
 
+_FOLIO_BYTES = 2 << 20  # the largest that Linux has in its page cache; it drops whole ones only
+
+
 class FileRecord:
     """A record in a file: `size` bytes from `offset` on, read by plain reads into `memory`, or past it by `copy`.
 
@@ -111,10 +114,12 @@ class FileRecord:
         return is_in_memory(self.fd, self.middle)
 
     def forget_pages(self) -> None:
-        """Ask the system to drop the record from its cache, where it can."""
+        """Ask the system to drop the record from its cache, where it can, with what else lies in the same folios."""
+        start = self.offset // _FOLIO_BYTES * _FOLIO_BYTES
+        end = -(-(self.offset + self.size) // _FOLIO_BYTES) * _FOLIO_BYTES
         if hasattr(os, "posix_fadvise"):
             with contextlib.suppress(OSError):
-                os.posix_fadvise(self.fd, self.offset, self.size, os.POSIX_FADV_DONTNEED)
+                os.posix_fadvise(self.fd, start, end - start, os.POSIX_FADV_DONTNEED)
 
     def fetch_ahead(self) -> bool:
         """Ask the system to fetch the record into its cache; return without it. Raises OSError.

@@ -181,6 +181,9 @@ class Store:
     def keys(self) -> Any:
         return SequenceOfKeys()
 
+    def wait_for_costs(self) -> bool:
+        return True
+
     def keep_costs(self, costs: Any) -> None:
         """This store has no place for them."""
 

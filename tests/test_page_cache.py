@@ -14,7 +14,7 @@ from cold_blocks import chain_of, damage_record, open_store
 from tierkv.storage import lmdb_file, record_source
 from tierkv.storage.cold import ColdStore
 from tierkv.storage.record import BlockInfo, EncodedRecord, encode_record
-from tierkv.storage.record_source import PageCacheMap, is_in_memory
+from tierkv.storage.record_source import FileRecord, PageCacheMap, ThreadMemory, is_in_memory
 from tierkv.values.layout import BlockLayout
 from tierkv.values.namespace import Namespace
 
@@ -134,6 +134,15 @@ def test_blocks_leave_the_page_cache_also_when_their_heads_were_read(tmp_path: P
             forget(store, block_hash)
             assert store.read_info(block_hash) == record.info
         forget(store, block_hash)
+
+
+def test_the_system_is_asked_to_forget_whole_folios(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps a folio of which a part is named only, and a read brings some of up to 2 MiB."""
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, start, size, __: asked.append((start, start + size)))
+    with (tmp_path / "file").open("w+b") as file:
+        FileRecord(file.fileno(), offset=(5 << 20) + 4096, size=3 << 20, memory=ThreadMemory()).forget_pages()
+    assert asked == [(4 << 20, 10 << 20)]
 
 
 def forget(store: ColdStore, block_hash: bytes) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stored_blocks import LAYOUT, NAMESPACE, TOKENS, config_of, eventually, load, save
+from stored_blocks import LAYOUT, NAMESPACE, TOKENS, config_of, load, save
 
 from tierkv import BlockStore, LoadOrCompute, Origin
 from tierkv.block_store.calibration import Calibration
@@ -37,8 +37,7 @@ def calibrated(path: Path, costs: LoadOrCompute) -> dict[str, list[tuple[int, fl
     """Open a store, wait until it has measured, and return what."""
     with BlockStore(config_of(path), namespace=NAMESPACE) as store:
         store.keep_costs(costs)
-        loader = store._tiers._loader  # type: ignore[attr-defined]
-        eventually(lambda: not loader._num_working)
+        assert store.wait_for_costs()
         assert store.stats().requests == 0, "it counts as no request"
         assert not any(tier.blocks for name, tier in store.stats().tiers.items() if name.value == "warm")
         assert store.cold is not None
@@ -70,7 +69,7 @@ class FakePages:
 
 
 def calibration_of(cold: ColdStore, time_reading: Callable[[Sequence[BlockKey]], float | None], **changes: Any) -> Any:
-    options = {"most": 16, "num_threads": 8, "may_go_on": lambda: True, **changes}
+    options = {"most": 16, "num_threads": 8, "get_ready": lambda: None, "may_go_on": lambda: True, **changes}
     return Calibration(cold, ROOT, time_reading, **options)
 
 
@@ -95,6 +94,29 @@ def test_a_store_measures_disk_and_page_cache_when_it_opens(filled: Path, monkey
         assert [size for size, _ in found[origin.name]] == SIZES
         assert all(seconds > 0 for _, seconds in found[origin.name])
     assert not pages.forgotten, "what was read last is in the page cache again"
+
+
+def test_a_store_says_when_it_has_measured(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_read = threading.Event()
+    monkeypatch.setattr(Calibration, "run", lambda *_: may_read.wait(30))
+    with BlockStore(config_of(filled), namespace=NAMESPACE) as store:
+        assert store.wait_for_costs(0), "nothing is being measured"
+        store.keep_costs(LoadOrCompute(block_size=LAYOUT.block_size))
+        assert not store.wait_for_costs(0.01)
+        may_read.set()
+        assert store.wait_for_costs()
+
+
+def test_nothing_is_made_ready_where_there_is_nothing_to_measure(filled: Path) -> None:
+    asked: list[str] = []
+    measured_with(filled, lambda count: 0.1 * count, get_ready=lambda: asked.append("once"))
+    assert asked == ["once"]
+    costs = LoadOrCompute(block_size=LAYOUT.block_size)
+    for origin in (Origin.PAGE_CACHE, Origin.DISK):
+        costs.record_load(1, origin=origin, seconds=1.0)
+    with ColdStore(filled, min_free_bytes=0) as cold:
+        calibration_of(cold, lambda _: 1.0, get_ready=lambda: asked.append("twice")).run(costs)
+    assert asked == ["once"], "all is known"
 
 
 def test_a_system_that_writes_blocks_before_it_forgets_them_is_asked_again(
@@ -129,8 +151,33 @@ def test_blocks_are_measured_from_disk_first_and_out_of_the_page_cache_if_they_l
 ) -> None:
     FakePages(monkeypatch)  # reads that are only timed bring nothing into it
     costs, asked = measured_with(filled, lambda count: 0.01 * count)
-    assert asked == [1, 2, 4, 8, 16]
+    assert asked == [1, 2, 4, 8, 16, 1], "the last was to bring a block there"
     assert costs.measured()["DISK"] and not costs.measured().get("PAGE_CACHE")
+
+
+def test_blocks_that_the_system_does_not_forget_are_left_out(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux drops whole folios that nothing maps; a block may share one with a page of the store's tree."""
+    with BlockStore(config_of(filled), namespace=NAMESPACE) as store:
+        kept = {key.block_hash for key in store.keys(TOKENS)[1:3]}
+    pages = FakePages(monkeypatch)
+    forget = ColdStore.forget_pages
+    monkeypatch.setattr(
+        ColdStore, "forget_pages", lambda store, each: forget(store, [x for x in each if x not in kept])
+    )
+    found = calibrated(filled, LoadOrCompute(block_size=LAYOUT.block_size))
+    assert [size for size, _ in found["DISK"]] == SIZES and not pages.forgotten & kept
+    assert [size for size, _ in found["PAGE_CACHE"]] == SIZES
+
+
+def test_what_left_the_page_cache_is_brought_back_before_it_is_measured_there(
+    filled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pages = FakePages(monkeypatch)
+    costs = LoadOrCompute(block_size=LAYOUT.block_size)
+    costs.record_load(5, origin=Origin.DISK, seconds=7.0)
+    with BlockStore(config_of(filled), namespace=NAMESPACE) as store:
+        pages.forgotten |= {key.block_hash for key in store.keys(TOKENS)}
+    assert [size for size, _ in calibrated(filled, costs)["PAGE_CACHE"]] == SIZES
 
 
 @pytest.mark.parametrize(
@@ -171,7 +218,7 @@ def test_the_blocks_of_one_sequence_are_chosen_in_its_order_without_a_walk_over_
     with BlockStore(config_of(filled), namespace=NAMESPACE) as store:
         assert store.cold is not None
         some = calibration_of(store.cold, lambda _: None)._some_keys()
-        assert some == list(store.keys(TOKENS)[:16])
+        assert some == list(store.keys(TOKENS)[:24])
 
 
 def test_blocks_of_several_sequences_are_taken_where_one_is_short(tmp_path: Path) -> None:
@@ -235,8 +282,7 @@ def test_the_first_request_ends_the_measurement_and_does_not_wait_for_it(
         store.keep_costs(costs)
         assert slow.begun.wait(10)
         assert load(store, list(store.keys(TOKENS))) == (NUM_BLOCKS, [])
-        loader = store._tiers._loader  # type: ignore[attr-defined]
-        eventually(lambda: not loader._num_working)
+        assert store.wait_for_costs()
     assert costs.measured() == {"compute": []}
 
 

@@ -209,7 +209,7 @@ def test_a_worker_measures_after_its_memory_is_registered_and_writes_what_it_fou
     engine.run(Request("a", ids), list(range(32)))
     engine.close()
     calls: list[str] = []
-    for name in ("register", "keep_costs"):
+    for name in ("register", "keep_costs", "wait_for_costs"):
         method = getattr(BlockStore, name)
 
         def note(self: BlockStore, *args: Any, name: str = name, method: Any = method, **options: Any) -> Any:
@@ -219,12 +219,12 @@ def test_a_worker_measures_after_its_memory_is_registered_and_writes_what_it_fou
         monkeypatch.setattr(BlockStore, name, note)
     monkeypatch.setattr(ColdStore, "is_in_memory", lambda *_: True)
     engine = Engine(tmp_path / "store")
-    assert calls == ["register", "keep_costs"]
+    assert calls == ["register", "keep_costs", "wait_for_costs"]
     path = cost_path(tmp_path / "store", engine.session.store.namespace.digest.hex())
     eventually(lambda: path.exists() and json.loads(path.read_text()).get("PAGE_CACHE"))
     assert [size for size, _ in json.loads(path.read_text())["PAGE_CACHE"]][:3] == [1, 2, 4], "all of it at once"
     engine.worker.renew("another salt")
-    assert calls == ["register", "keep_costs", "register"]
+    assert calls == ["register", "keep_costs", "wait_for_costs", "register"]
     engine.close()
 
 

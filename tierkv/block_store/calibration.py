@@ -23,9 +23,11 @@ MOST_BLOCKS = 16
 """Blocks that are read at once at most."""
 
 _LEAST_BLOCKS = 4
+_MORE_BLOCKS = 8  # to choose from, since the system does not forget all of them
 _MOST_S = 1.0  # of reading from one origin, after which no larger read begins
 _FORGET_S = 0.5  # that the system gets to write and forget what a process has just stored
 _POLL_S = 0.01
+_PATIENCE = 5  # polls, after which another block is asked for in place of one that stays
 _PROPORTIONAL = 1.7  # twice as many blocks that take as much longer keep busy whatever bounds them
 
 
@@ -33,8 +35,9 @@ class Calibration:
     """Measures how long 1, 2, 4 and more blocks take from disk and out of the page cache, where that is not known yet.
 
     root: digest of the namespace whose blocks are read. time_reading: reads blocks and returns its seconds; None if it
-    could not. most: blocks that it can read at once, num_threads: blocks that it reads side by side. may_go_on: asked
-    before each reading. What would mislead about more blocks than were read is not recorded.
+    could not. most: blocks that it can read at once, num_threads: blocks that it reads side by side. get_ready: called
+    before the first reading. may_go_on: asked before each. What would mislead about more blocks than were read is not
+    recorded.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class Calibration:
         *,
         most: int,
         num_threads: int,
+        get_ready: Callable[[], None],
         may_go_on: Callable[[], bool],
     ) -> None:
         self._cold = cold
@@ -52,6 +56,7 @@ class Calibration:
         self._time_reading = time_reading
         self._most = min(most, MOST_BLOCKS)
         self._num_threads = min(num_threads, MOST_BLOCKS)
+        self._get_ready = get_ready
         self._may_go_on = may_go_on
 
     def run(self, costs: LoadOrCompute) -> None:
@@ -60,8 +65,9 @@ class Calibration:
         # From disk first: that leaves the blocks in the page cache.
         origins = [origin for origin in (Origin.DISK, Origin.PAGE_CACHE) if not known.get(origin.name)]
         keys = self._some_keys() if origins else []
-        if len(keys) < _LEAST_BLOCKS:
+        if min(len(keys), self._most) < _LEAST_BLOCKS:
             return
+        self._get_ready()
         for origin in origins:
             points = self._measure(keys, origin)
             for count, seconds in points:
@@ -72,12 +78,13 @@ class Calibration:
         """Return (blocks, seconds), nothing if they say nothing about more blocks, or something fails."""
         points: list[tuple[int, float]] = []
         count = 1
-        while count <= len(keys) and sum(seconds for _, seconds in points) < _MOST_S:
+        while count <= min(len(keys), self._most) and sum(seconds for _, seconds in points) < _MOST_S:
             if not self._may_go_on():
                 return []
-            if not self._lie_in(keys[:count], origin):
+            chosen = self._choose(keys, count, origin)
+            if len(chosen) < count:
                 break
-            seconds = self._time_reading(keys[:count])
+            seconds = self._time_reading(chosen)
             if seconds is None:
                 return []
             points.append((count, seconds))
@@ -90,25 +97,36 @@ class Calibration:
             return bool(points)
         return len(points) > 1 and points[-1][1] > _PROPORTIONAL * points[-2][1]
 
-    def _lie_in(self, keys: Sequence[BlockKey], origin: Origin) -> bool:
-        """Return whether blocks lie where they are to be measured; the system is asked to forget those from disk."""
-        hashes = [key.block_hash for key in keys]
+    def _choose(self, keys: Sequence[BlockKey], count: int, origin: Origin) -> list[BlockKey]:
+        """Return so many blocks that lie where they are to be measured, fewer if that cannot be had.
+
+        The system is asked to forget blocks from disk. It keeps some that share a folio with what is mapped.
+        """
         if origin is Origin.PAGE_CACHE:
-            return all(map(self._cold.is_in_memory, hashes))
+            some = keys[:count]
+            if not all(map(self._is_in_memory, some)):
+                self._time_reading(some)  # brings them there
+            return list(filter(self._is_in_memory, some))
         deadline = time.monotonic() + _FORGET_S
-        self._cold.forget_pages(hashes)
-        while any(map(self._cold.is_in_memory, hashes)):
-            if time.monotonic() > deadline or not self._may_go_on():
-                return False
+        num_asked, num_polls = count, 0
+        while True:
+            self._cold.forget_pages([key.block_hash for key in keys[:num_asked]])
+            found = [key for key in keys[:num_asked] if not self._is_in_memory(key)][:count]
+            if len(found) == count or time.monotonic() > deadline or not self._may_go_on():
+                return found
+            num_polls += 1
+            if num_polls % _PATIENCE == 0:
+                num_asked += count - len(found)
             time.sleep(_POLL_S)
-            self._cold.forget_pages(hashes)
-        return True
+
+    def _is_in_memory(self, key: BlockKey) -> bool:
+        return self._cold.is_in_memory(key.block_hash)
 
     def _some_keys(self) -> list[BlockKey]:
         """Return keys of stored blocks: of one sequence from its first block on, and if that is short, of others."""
         found: list[BlockKey] = []
         waiting = self._children(self._root)
-        while waiting and len(found) < self._most:
+        while waiting and len(found) < self._most + _MORE_BLOCKS:
             info = self._cold.read_info(waiting.pop())
             if info is not None:
                 found.append(BlockKey(info.block_hash, info.parent, info.content_digest, info.token_bytes))

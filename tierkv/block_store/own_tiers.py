@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
 from tierkv.block_store.calibration import Calibration
@@ -127,10 +128,11 @@ class OwnTiers:
         """Take blocks over."""
         return self._saver.save(keys, sources, start)
 
-    def calibrate(self, costs: LoadOrCompute) -> None:
+    def calibrate(self, costs: LoadOrCompute) -> Future[None] | None:
         """Begin to measure how fast cold blocks come, before any request is there."""
-        if self.memory and self.cold:
-            self._loader.submit(self._calibrate, costs, self.memory, self.cold, self._stats.requests)
+        if not self.memory or not self.cold:
+            return None
+        return self._loader.submit(self._calibrate, costs, self.memory, self.cold, self._stats.requests)
 
     def _calibrate(self, costs: LoadOrCompute, memory: WarmMemory, cold: ColdStore, num_before: int) -> None:
         """Measure until the first request comes. num_before: how many requests there were when that was wanted."""
@@ -138,14 +140,17 @@ class OwnTiers:
         def may_go_on() -> bool:
             return not self._loader.is_closing and self._stats.requests == num_before
 
-        if memory.readers:
-            memory.readers.wait_until_ready(lambda: not may_go_on())
+        def get_ready() -> None:
+            if memory.readers:
+                memory.readers.wait_until_ready(lambda: not may_go_on())
+
         calibration = Calibration(
             cold,
             self._root,
             self._loader.time_reading,
             most=len(memory.spare),
             num_threads=memory.read_threads.num_threads,
+            get_ready=get_ready,
             may_go_on=may_go_on,
         )
         try:

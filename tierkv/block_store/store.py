@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING, Protocol
 
 from tierkv.background.active_calls import ActiveCalls, while_open
@@ -50,7 +51,7 @@ class BlockTiers(Protocol):
     def reserve(self, keys: Sequence[BlockKey], start: int) -> Reservation: ...
     def load(self, reservation: Reservation, targets: Placement) -> Load: ...
     def save(self, keys: Sequence[BlockKey], sources: Placement, start: int) -> Save: ...
-    def calibrate(self, costs: LoadOrCompute) -> None: ...
+    def calibrate(self, costs: LoadOrCompute) -> Future[None] | None: ...
     def touch(self, keys: Sequence[BlockKey]) -> None: ...
     def pin(self, keys: Sequence[BlockKey], ttl_s: float | None) -> int: ...
     def unpin(self, keys: Sequence[BlockKey]) -> int: ...
@@ -119,6 +120,7 @@ class BlockStore:
             )
         self._root = self.namespace.digest
         self._costs: CostFile | None = None
+        self._measuring: Future[None] | None = None
 
     def __enter__(self) -> BlockStore:
         return self
@@ -225,7 +227,16 @@ class BlockStore:
             raise ConfigError(f"process must be of letters and digits, got {process!r}")
         name = f"{self._root.hex()}-{process}" if process else self._root.hex()
         self._costs = CostFile(self.config.cold_path, name, costs, is_kept=not self.config.read_only)
-        self._tiers.calibrate(costs)
+        self._measuring = self._tiers.calibrate(costs)
+
+    @while_open
+    def wait_for_costs(self, timeout_s: float = 5.0) -> bool:
+        """Wait until what `keep_costs` began to measure is known, at most `timeout_s` seconds. Return whether it is.
+
+        For an engine that takes long to start in any case; nothing to measure is known at once.
+        """
+        measuring = self._measuring
+        return measuring is None or not wait([measuring], check_seconds("timeout_s", timeout_s)).not_done
 
     @while_open
     def touch(self, keys: Sequence[BlockKey]) -> None:

@@ -54,6 +54,7 @@ class LoadPlanner:
         self._block_size = store.block_size
         self._choice = LoadOrCompute(block_size=store.block_size)
         store.keep_costs(self._choice)
+        store.wait_for_costs()
         self._plans: dict[int, _Plan] = {}
         self._has_waited = False
 

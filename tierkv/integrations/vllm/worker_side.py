@@ -65,6 +65,7 @@ class WorkerSide:
         self._clock = clock
         self._memory = self._register()
         session.store.keep_costs(session.costs)  # measures the disk, once the memory is registered
+        session.store.wait_for_costs()
         self._keys: dict[int, BlockKeys] = {}
         self._loading: list[_Loading] = []  # async ones
         self._loads_now: list[_Loading] = []  # the forward pass of this step reads them

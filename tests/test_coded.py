@@ -121,6 +121,16 @@ def test_a_batch_is_decoded(stream: FakeStream) -> None:
     assert decode(Library(), stream)
 
 
+@pytest.mark.parametrize("keeps_memory", [True, False])
+def test_memory_is_kept_between_batches_where_that_is_wanted(keeps_memory: bool) -> None:
+    batch = ZstdBatch(torch.device("cpu"), library=Library(), keeps_memory=keeps_memory)
+    first = batch._temp(1000)
+    for size, is_same in ((1000, True), (10, True), (1001, False)):
+        temp = batch._temp(size)
+        assert temp.numel() == size
+        assert (temp.data_ptr() == first.data_ptr()) == (keeps_memory and is_same)
+
+
 @pytest.mark.parametrize("fault", [{"fails": 1}, {"short": 2}])
 def test_a_frame_that_does_not_decode_is_an_error(stream: FakeStream, fault: dict[str, int]) -> None:
     with pytest.raises(StoreError, match="1 frames did not decode"):

@@ -144,9 +144,10 @@ class Clock:
 
 
 class Reserved:
-    """A reservation of which one block is read in `block_s` seconds of the clock."""
+    """A reservation of which one block is read in `block_s` seconds of the clock, one after the other."""
 
     origin = Origin.DISK
+    num_at_once = 1
 
     def __init__(self, clock: Clock, num_blocks: int, *, num_warm: int = 0, block_s: float = 0.0) -> None:
         self.clock, self.num_blocks, self.num_warm, self.block_s = clock, num_blocks, num_warm, block_s
@@ -276,7 +277,7 @@ def test_a_slow_disk_is_left_when_computing_the_rest_takes_less(
     planner: LoadPlanner, store: Store, clock: Clock
 ) -> None:
     planner.record_compute(6 * 256, 6.0)
-    store.reserved = Reserved(clock, 6, num_warm=1, block_s=1.5)
+    store.reserved = Reserved(clock, 6, num_warm=1, block_s=1.1)
     assert planner.promise(Sequence(), 3, may_wait=True) == 3 + 1 + 1  # one was warm, one has been read
     assert clock.now < 3.0
 

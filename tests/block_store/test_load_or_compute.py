@@ -12,7 +12,7 @@ from stored_blocks import eventually
 from tierkv import BlockLayout, BlockStoreConfig, Buffers, ConfigError, LoadOrCompute, Namespace
 from tierkv.block_store import cost_file
 from tierkv.block_store.cost_file import CostFile
-from tierkv.block_store.load_or_compute import Origin
+from tierkv.block_store.load_or_compute import Origin, reading_s
 from tierkv.block_store.store import BlockStore
 
 
@@ -51,15 +51,42 @@ def test_the_way_that_is_not_chosen_is_tried_again() -> None:
 
 @pytest.mark.parametrize(
     ("num_left", "num_read", "waited_s", "is_worth"),
-    [(32, 0, 0.05, True), (32, 0, 0.11, False), (24, 8, 0.045, True), (24, 8, 0.07, False), (1, 31, 5.0, False)],
+    [
+        (32, 0, 0.06, True),
+        (32, 0, 0.07, False),
+        (31, 1, 0.06, True),  # the first of eight that are read side by side: the others are about to come
+        (31, 1, 0.07, False),
+        (24, 8, 0.045, True),
+        (24, 8, 0.07, False),
+        (1, 31, 5.0, False),
+        (4, 0, 0.012, True),  # all of them are read at once
+        (4, 0, 0.013, False),
+    ],
 )
 def test_a_wait_is_worth_it_as_long_as_the_rest_comes_sooner_than_it_can_be_computed(
     num_left: int, num_read: int, waited_s: float, is_worth: bool
 ) -> None:
     choice = LoadOrCompute(block_size=256)
-    assert choice.worth_waiting(num_left, num_read=num_read, waited_s=waited_s), "nothing is measured"
+    assert choice.worth_waiting(num_left, num_read=num_read, num_at_once=8, waited_s=waited_s), "nothing is measured"
     choice.record_compute(8192, 0.2)
-    assert choice.worth_waiting(num_left, num_read=num_read, waited_s=waited_s) == is_worth
+    assert choice.worth_waiting(num_left, num_read=num_read, num_at_once=8, waited_s=waited_s) == is_worth
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "num_read", "num_at_once", "seconds"),
+    [
+        (32, 32, 8, 1.0),
+        (32, 16, 8, 2.0),
+        (4, 4, 8, 1.0),  # all have come
+        (4, 3, 8, 3.0),
+        (32, 0, 1, 32.0),
+        (32, 1, 16, 3.0),
+    ],
+)
+def test_how_long_reading_takes_is_judged_by_whole_rounds(
+    num_blocks: int, num_read: int, num_at_once: int, seconds: float
+) -> None:
+    assert reading_s(num_blocks, num_read=num_read, num_at_once=num_at_once, waited_s=1.0) == seconds
 
 
 @pytest.mark.parametrize("seconds", [float("nan"), -1.0, float("inf"), True])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -248,6 +249,15 @@ def test_a_store_that_closes_does_not_wait_for_all_reads_of_a_reservation(
     is_closing.set()
     store.close()
     assert len(reads) < 24 and not reservation.is_reading
+
+
+def test_a_reservation_says_how_many_blocks_are_read_side_by_side(tmp_path: Path) -> None:
+    keys = saved_keys(tmp_path, 12)
+    for num_threads, num_at_once in ((1, 12), (4, 12), (5, 10), (8, 8)):  # blocks so small are read in groups
+        config = replace(config_of(tmp_path), num_io_threads=num_threads)
+        with BlockStore(config, namespace=NAMESPACE) as store, store.reserve(keys) as reservation:
+            assert reservation.num_at_once == num_at_once
+            reservation.wait()
 
 
 @pytest.mark.parametrize("missing", [range(5), range(3, 9), range(11, 16), [15]])

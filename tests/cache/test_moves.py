@@ -112,11 +112,22 @@ def test_a_frame_mover_waits_for_what_it_had_queued(cuda: FakeCuda, monkeypatch:
     gpu = object.__new__(frames.FrameMover)
     gpu._blocks, gpu._slots, gpu._load_stream = hot.blocks, mover.slots, mover.load_stream
     gpu._lock = frames.threading.Lock()
+    gpu._payload_room, gpu._plane_room = torch.empty(0, dtype=torch.uint8), torch.empty((0, 1), dtype=torch.uint8)
     gpu.stream = torch.cuda.Stream()
     FailingCopies(monkeypatch, cuda, fail_at=2)
     with pytest.raises(StoreError, match="had enough"):
         gpu.promote(MOVES, [CodedBlock(frame_sizes=(16,)) for _ in MOVES])
     assert_idle(mover.load_stream, gpu.stream)
+
+
+def test_memory_for_blocks_in_work_is_kept_where_that_is_wanted() -> None:
+    gpu = object.__new__(frames.FrameMover)
+    gpu._blocks = torch.empty((4, 64), dtype=torch.int16)
+    gpu._payload_room = torch.empty(3 * 128, dtype=torch.uint8)
+    for count, stride, is_kept in ((3, 128, True), (2, 64, True), (4, 128, False)):
+        memory = gpu._payload_memory(count, stride)
+        assert memory.shape == (count, stride)
+        assert (memory.data_ptr() == gpu._payload_room.data_ptr()) == is_kept
 
 
 @pytest.mark.parametrize("is_right", [True, False])
@@ -137,6 +148,7 @@ def test_a_wave_is_known_to_be_right_before_it_is_promoted(
     gpu: Any = object.__new__(frames.FrameMover)
     gpu._blocks, gpu._slots, gpu._load_stream = hot.blocks, mover.slots, mover.load_stream
     gpu._lock = frames.threading.Lock()
+    gpu._payload_room, gpu._plane_room = torch.empty(0, dtype=torch.uint8), torch.empty((0, 1), dtype=torch.uint8)
     gpu.stream, gpu._layout, gpu._tiles = torch.cuda.Stream(), CodedLayout(layout), None
     gpu._batch, gpu._kernels = SimpleNamespace(decode=decode), SimpleNamespace(merge_frames=lambda *_: None)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)

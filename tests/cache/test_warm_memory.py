@@ -96,7 +96,7 @@ def test_a_kernel_that_does_not_compile_is_a_store_error(monkeypatch: pytest.Mon
     frames._slots, frames._layout = raw.slots, CodedLayout(hot.layout)
     frames._load_stream, frames.stream = raw.load_stream, torch.cuda.Stream()
     with pytest.raises(StoreError, match="gcc"):
-        frames.warm_up(Move(0, hot.scratch_block))
+        frames.warm_up([Move(0, hot.scratch_block)])
     assert_idle(raw.load_stream)
 
 

@@ -145,6 +145,7 @@ class DaemonLoader(Loader):
             raise
         keys = chain[start : start + len(slots)]
         found = DaemonReservation(keys, slots, connection, cursor=answer.cursor, first=start, changed=self.changed)
+        found.num_at_once = _WAVE_BLOCKS
         found.origin = Origin.DISK if None in slots else Origin.WARM  # the daemon's page cache is not asked
         if None not in slots:
             with self.changed:

@@ -12,7 +12,10 @@ from tierkv.transfer.recompute_or_load import CostBySize
 from tierkv.values.checks import check_count, check_seconds
 from tierkv.values.locks import OwnedLock
 
-__all__ = ["LoadOrCompute", "Origin"]
+__all__ = ["LoadOrCompute", "Origin", "reading_s"]
+
+
+_ROUNDS = 3
 
 
 class Origin(IntEnum):
@@ -25,6 +28,17 @@ class Origin(IntEnum):
     PAGE_CACHE = 1
     DISK = 2
     REMOTE = 3
+
+
+def reading_s(num_blocks: int, *, num_read: int, num_at_once: int, waited_s: float) -> float:
+    """Return how long reading so many blocks takes in all, judged by the `num_read` that came in `waited_s` seconds.
+
+    num_at_once: blocks that are read side by side, whose first come together. Until they are there, reading is expected
+    to take three times as long as so far at least: so nobody waits longer than half of what computing takes.
+    """
+    num_first = min(num_at_once, num_blocks)
+    taking_s = waited_s * num_blocks / max(num_read, num_first)
+    return taking_s if num_read >= num_first else max(taking_s, _ROUNDS * waited_s)
 
 
 class LoadOrCompute:
@@ -119,16 +133,17 @@ class LoadOrCompute:
             loads.forget(num_blocks)
             return 0
 
-    def worth_waiting(self, num_left: int, *, num_read: int, waited_s: float) -> bool:
+    def worth_waiting(self, num_left: int, *, num_read: int, num_at_once: int, waited_s: float) -> bool:
         """Return whether blocks that are being read are worth waiting for, rather than computing them.
 
-        num_left: blocks that are not there yet. num_read: those that were read in `waited_s` seconds. The rest is
-        expected to come at the same pace; without any yet, after half the time that computing takes.
+        num_left: blocks that are not there yet. num_read: those that were read in `waited_s` seconds. num_at_once: see
+        `reading_s`, which says how long all are expected to take.
         """
         computing_s = self.compute_s(num_left * self._block_size)
         if computing_s is None:
             return True
-        return waited_s / num_read * num_left < computing_s if num_read else waited_s < computing_s / 2
+        taking_s = reading_s(num_left + num_read, num_read=num_read, num_at_once=num_at_once, waited_s=waited_s)
+        return taking_s - waited_s < computing_s
 
     def _record(self, works: Iterable[tuple[Origin | None, int, float]]) -> None:
         """Record works: loads from an origin, or computations for None."""

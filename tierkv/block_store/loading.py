@@ -110,6 +110,7 @@ class BlockLoader(Loader):
             changed=self.changed,
             unpin=memory.unpin,
             origin=self._stored.origin(missing),
+            num_at_once=self._memory.read_threads.num_threads * self._group_size(len(missing)),
         )
         if None in slots[: memory.most_held]:
             found.start_reading(self.submit(self._read, found))
@@ -337,7 +338,7 @@ class BlockLoader(Loader):
         they are urgent, and counted.
         """
         threads = self._memory.read_threads
-        size = max(1, min(_GROUP_BLOCKS, _GROUP_BYTES // self.layout.block_bytes, len(wanted) // threads.num_threads))
+        size = self._group_size(len(wanted))
         reads = [
             threads.submit(
                 Priority.REQUEST if is_request else Priority.PREFETCH,
@@ -354,6 +355,11 @@ class BlockLoader(Loader):
             for read in reads:
                 read.cancel()
             wait(reads)
+
+    def _group_size(self, num_blocks: int) -> int:
+        """Return how many of so many blocks a thread reads one after another."""
+        share = num_blocks // self._memory.read_threads.num_threads
+        return max(1, min(_GROUP_BLOCKS, _GROUP_BYTES // self.layout.block_bytes, share))
 
     def _read_group(
         self, group: Sequence[tuple[BlockKey, int]], ahead: Sequence[tuple[BlockKey, int]]

@@ -31,13 +31,16 @@ class Reservation:
         changed: OwnedCondition,
         unpin: Callable[[Iterable[int]], None],
         origin: Origin = Origin.WARM,
+        num_at_once: int = 1,
     ) -> None:
         """slots: the held warm slot of each key; None for one that is not there yet. unpin: holds slots no more.
 
         memory: where the slots lie, [slots, block bytes]. origin: where the blocks were when they were found.
+        num_at_once: how many of them are read side by side.
         """
         self.memory = memory
         self.origin = origin
+        self.num_at_once = num_at_once
         self._keys = list(keys)
         self._slots = list(slots)
         self._changed = changed

@@ -48,15 +48,18 @@ class EngineFrames:
         self._slots = slots
         device = pages.device
         self._blocks = torch.empty((2 * blocks_at_once, layout.block_bytes // 2), dtype=torch.int16, device=device)
-        self._mover = FrameMover(self._blocks, layout, slots, torch.cuda.Stream(device))
+        self._mover = FrameMover(self._blocks, layout, slots, torch.cuda.Stream(device), room=blocks_at_once)
         self._keep_stream = torch.cuda.Stream(device)
         self._free = [torch.cuda.Event() for _ in range(2)]
         self._turn = 0
         self._lock = threading.Lock()
 
     def warm_up(self, slot: int) -> None:
-        """Compile and load what the first request would have to wait for. slot: one not in use. Raises StoreError."""
-        self._mover.warm_up(Move(slot, 0))
+        """Compile, load and take what the first request would have to wait for. Raises StoreError.
+
+        slot: one that is not in use.
+        """
+        self._mover.warm_up([Move(slot, at) for at in range(self.blocks_at_once)])
 
     def load(
         self,

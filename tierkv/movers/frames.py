@@ -57,10 +57,13 @@ class FrameMover:
     """Decodes blocks from slots that hold payloads into blocks on a GPU.
 
     blocks: [num_blocks, values] of a 16-bit dtype. slots: [num_slots, block bytes] uint8, page-locked. load_stream:
-    copies payloads to the GPU. stream: what writes the blocks.
+    copies payloads to the GPU. stream: what writes the blocks. room: memory on the GPU for so many blocks in work is
+    kept, for an engine that leaves none or takes what is free; 0 takes it anew each time.
     """
 
-    def __init__(self, blocks: Tensor, layout: BlockLayout, slots: Tensor, load_stream: torch.cuda.Stream) -> None:
+    def __init__(
+        self, blocks: Tensor, layout: BlockLayout, slots: Tensor, load_stream: torch.cuda.Stream, *, room: int = 0
+    ) -> None:
         from tierkv.kernels import planes as kernels  # needs triton, which is there if there is a GPU
 
         self._kernels = kernels
@@ -70,20 +73,22 @@ class FrameMover:
         self._layout = CodedLayout(layout)
         self._tiles = torch.from_numpy(self._layout.tiles).to(blocks.device)
         self.stream: torch.cuda.Stream = torch.cuda.Stream(blocks.device)
-        self._batch = ZstdBatch(blocks.device)
+        self._batch = ZstdBatch(blocks.device, keeps_memory=bool(room))
+        self._payload_room = blocks.new_empty(room * layout.block_bytes, dtype=torch.uint8)
+        self._plane_room = blocks.new_empty((room, blocks.shape[1]), dtype=torch.uint8)
         self._lock = threading.Lock()
 
-    def warm_up(self, move: Move) -> None:
-        """Decode a block of zeros, from a slot that is not in use into a block that is not. Raises StoreError.
+    def warm_up(self, moves: Sequence[Move]) -> None:
+        """Decode blocks of zeros, all from one slot that is not in use, into blocks that are not. Raises StoreError.
 
         The first use of nvCOMP and triton takes 1.2 seconds, which the first request must not wait for.
         """
         parts = zero_frames(self._layout)
         payload = torch.frombuffer(bytearray().join(parts), dtype=torch.uint8)
-        self._slots[move.source, : payload.numel()] = payload
+        self._slots[moves[0].source, : payload.numel()] = payload
         coded = CodedBlock(tuple(len(part) for part in parts))
         try:
-            self.promote([move], [coded]).synchronize()
+            self.promote(moves, [coded] * len(moves)).synchronize()
         except StoreError:
             raise
         except Exception as exc:  # triton raises various errors without a compiler or for an unknown GPU
@@ -120,7 +125,7 @@ class FrameMover:
         """Copy payloads and their tables to the GPU; the decoding stream waits for the copies."""
         device = self._blocks.device
         stride = -(-max(block.payload_bytes for block in coded) // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
-        payloads = torch.empty((len(moves), stride), dtype=torch.uint8, device=device)
+        payloads = self._payload_memory(len(moves), stride)
         self._load_stream.wait_stream(self.stream)  # queued work may still use this memory
         with torch.cuda.stream(self._load_stream):
             rows = enumerate(zip(moves, coded, strict=True))
@@ -139,10 +144,19 @@ class FrameMover:
         copied.wait()
         return wave
 
+    def _payload_memory(self, count: int, stride: int) -> Tensor:
+        """Return [count, stride] uint8. What is kept is free again: copies wait for all that is queued to decode."""
+        kept = self._payload_room[: count * stride]
+        if kept.numel() < count * stride:
+            kept = torch.empty(count * stride, dtype=torch.uint8, device=self._blocks.device)
+        return kept.view(count, stride)
+
     def _decode(self, wave: _Wave) -> tuple[Tensor, Decoding | None]:
         """Return the exponent planes, [n, values] uint8, and what says whether they are right, if any is decoded."""
         count, values = wave.payloads.shape[0], self._blocks.shape[1]
-        planes = torch.empty((count, values), dtype=torch.uint8, device=self._blocks.device)
+        planes = self._plane_room[:count]
+        if len(planes) < count:
+            planes = torch.empty((count, values), dtype=torch.uint8, device=self._blocks.device)
         starts = (np.arange(count)[:, None] * values + self._layout.planes).ravel()
         lengths = np.tile(self._layout.plane_bytes, count)
         is_coded = wave.frame_sizes != lengths

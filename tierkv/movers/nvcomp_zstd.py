@@ -50,11 +50,14 @@ class Decoding:
 class ZstdBatch:
     """Decodes batches of frames on one device, asynchronously. Raises StoreError without the library.
 
-    library: the C functions; None loads those of the wheel.
+    library: the C functions; None loads those of the wheel. keeps_memory: between batches, which then all have one
+    stream.
     """
 
-    def __init__(self, device: torch.device, *, library: Any = None) -> None:
+    def __init__(self, device: torch.device, *, library: Any = None, keeps_memory: bool = False) -> None:
         self._device = device
+        self._keeps_memory = keeps_memory
+        self._kept: Tensor | None = None
         library = library or _load()
         try:
             self._temp_size: Callable[..., int] = library.nvcompBatchedZstdDecompressGetTempSize
@@ -91,7 +94,7 @@ class ZstdBatch:
         found = torch.empty(count, dtype=torch.int64, device=self._device)
         statuses = torch.empty(count, dtype=torch.int32, device=self._device)
         longest, total = int(lengths.max()), int(lengths.sum())
-        temp = torch.empty(self._temp_bytes(count, longest, total, stream), dtype=torch.uint8, device=self._device)
+        temp = self._temp(self._temp_bytes(count, longest, total, stream))
         rows = [row.data_ptr() for row in table]
         self._require(
             self._decompress(
@@ -111,6 +114,15 @@ class ZstdBatch:
         wrong = torch.empty(1, dtype=torch.int64, pin_memory=True)
         wrong.copy_(((statuses != 0) | (found != table[3])).sum(), non_blocking=True)
         return Decoding(wrong, (table, found, statuses, temp))
+
+    def _temp(self, size: int) -> Tensor:
+        """Return so many bytes on the GPU."""
+        if self._kept is not None and self._kept.numel() >= size:
+            return self._kept[:size]
+        temp = torch.empty(size, dtype=torch.uint8, device=self._device)
+        if self._keeps_memory:
+            self._kept = temp
+        return temp
 
     def _temp_bytes(self, count: int, longest: int, total: int, stream: torch.cuda.Stream) -> int:
         """Return how much GPU memory a batch needs while it is decoded."""

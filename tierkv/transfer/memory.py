@@ -214,7 +214,7 @@ def _frames(hot: HotPool, mover: Mover, config: CacheConfig) -> FrameMover | Non
         return None
     try:
         frames = FrameMover(hot.blocks, hot.layout, mover.slots, mover.load_stream)
-        frames.warm_up(Move(0, hot.scratch_block))
+        frames.warm_up([Move(0, hot.scratch_block)])
     except StoreError as exc:
         _logger.warning("%s; the CPU decodes cold blocks instead", exc)
         return None

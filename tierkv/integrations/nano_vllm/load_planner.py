@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tierkv.block_store.load_or_compute import LoadOrCompute
+from tierkv.block_store.load_or_compute import LoadOrCompute, reading_s
 from tierkv.block_store.misses import log_recomputed
 from tierkv.block_store.placement import Strided
 from tierkv.block_store.reservation import Reservation
@@ -139,7 +139,12 @@ class LoadPlanner:
         num_ready = reservation.num_ready
         num_left = reservation.num_blocks - num_ready
         num_read = num_ready - plan.num_warm
-        return self._choice.worth_waiting(num_left, num_read=num_read, waited_s=self._clock() - plan.started_s)
+        return self._choice.worth_waiting(
+            num_left,
+            num_read=num_read,
+            num_at_once=reservation.num_at_once,
+            waited_s=self._clock() - plan.started_s,
+        )
 
     def _record_load(self, plan: _Plan) -> None:
         """Record how long the cold blocks took; of a load that was cut short, how long it would have taken."""
@@ -148,6 +153,10 @@ class LoadPlanner:
             return
         plan.is_recorded = True
         num_read = plan.reservation.num_ready - plan.num_warm
-        waited_s = self._clock() - plan.started_s
-        seconds = waited_s * num_cold / max(num_read, 0.5)
+        seconds = reading_s(
+            num_cold,
+            num_read=num_read,
+            num_at_once=plan.reservation.num_at_once,
+            waited_s=self._clock() - plan.started_s,
+        )
         self._choice.record_load(num_cold, origin=plan.reservation.origin, seconds=seconds)

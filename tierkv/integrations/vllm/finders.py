@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from tierkv.block_store.keys import BlockKey, BlockKeys
-from tierkv.block_store.load_or_compute import Origin
+from tierkv.block_store.load_or_compute import Origin, reading_s
 from tierkv.block_store.misses import log_recomputed
 from tierkv.block_store.reservation import Reservation
 from tierkv.integrations.vllm.plan import SaveOrder, WorkerReport
@@ -143,10 +143,11 @@ class LocalFinder:
             return False
         if not self._session.options.compute_or_load:
             return True
-        if costs.worth_waiting(num_blocks - num_ready, num_read=num_read, waited_s=waited_s):
+        seen = {"num_read": num_read, "num_at_once": held.reservation.num_at_once}
+        if costs.worth_waiting(num_blocks - num_ready, waited_s=waited_s, **seen):
             return True
         num_cold = num_blocks - held.num_warm
-        seconds = waited_s * num_cold / max(num_read, 0.5)
+        seconds = reading_s(num_cold, waited_s=waited_s, **seen)
         costs.record_load(num_cold, origin=held.reservation.origin, seconds=seconds)
         self._statistics.add("computed_instead_tokens", (num_blocks - num_ready) * self.block_size)
         log_recomputed(num_blocks - num_ready)

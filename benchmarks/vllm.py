@@ -24,6 +24,7 @@ from typing import Any
 from benchmarks.random_models import save_model
 from tierkv.block_store.cost_file import restore_costs
 from tierkv.block_store.load_or_compute import LoadOrCompute, Origin
+from tierkv.integrations.vllm.session import find_session
 from tierkv.integrations.weights import weights_digest
 
 __all__ = ["main"]
@@ -158,6 +159,10 @@ def _run_life(arguments: argparse.Namespace) -> None:
         print(json.dumps({"mode": mode, "life": number, "what": what, "value": round(value, 2), **more}), flush=True)
 
     report("seconds to start", time.perf_counter() - started)
+    transfer = llm.llm_engine.vllm_config.kv_transfer_config
+    session = find_session(transfer.engine_id) if transfer else None
+    if session:
+        report("decodes on the GPU", session.store.decodes_on_gpu)
 
     def ask(prompts: list[list[int]], new_tokens: int, **more: Any) -> tuple[float, list[Any]]:
         parameters = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True, **more)

@@ -127,6 +127,8 @@ class DaemonBlockTiers:
         """Copy blocks into reserved slots, and publish them."""
         return self._saver.save(keys, sources, start)
 
+    decodes_on_gpu = False  # the daemon decodes for all its clients
+
     def calibrate(self, costs: LoadOrCompute) -> None:
         """Measure nothing: a daemon reads for many clients."""
 

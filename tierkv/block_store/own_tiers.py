@@ -102,6 +102,11 @@ class OwnTiers:
             self.memory.open_frames(engine)
         return engine
 
+    @property
+    def decodes_on_gpu(self) -> bool:
+        """Whether a registered engine's GPU decodes."""
+        return self.memory is not None and self.memory.num_decoded_at_once > 0
+
     def contains(self, keys: Sequence[BlockKey]) -> int:
         """Return how many leading blocks are warm, cold or remote."""
         if self.memory is None:

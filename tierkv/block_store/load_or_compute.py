@@ -34,7 +34,7 @@ def reading_s(num_blocks: int, *, num_read: int, num_at_once: int, waited_s: flo
     """Return how long reading so many blocks takes in all, judged by the `num_read` that came in `waited_s` seconds.
 
     num_at_once: blocks that are read side by side, whose first come together. Until they are there, reading is expected
-    to take three times as long as so far at least: so nobody waits longer than half of what computing takes.
+    to take three times as long as so far at least: so no request waits longer than half of what computing takes.
     """
     num_first = min(num_at_once, num_blocks)
     taking_s = waited_s * num_blocks / max(num_read, num_first)

@@ -91,7 +91,8 @@ class TierkvConnector(KVConnectorBase_V1):  # type: ignore[misc]
         _observe_this_worker()
         layout = pages.layout
         _log.info(
-            "tierkv: blocks of %d tokens, %d bytes each; %d bytes of warm memory; store %s, decoded by the %s; namespace %s",
+            "tierkv: blocks of %d tokens, %d bytes each; %d bytes of warm memory; "
+            "store %s, decoded by the %s; namespace %s",
             *(layout.block_size, layout.block_bytes, self._options.warm_bytes, self._options.path),
             *("GPU" if self._session.store.decodes_on_gpu else "CPU", self._session.store.namespace.digest.hex()),
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,8 @@ from tierkv.integrations.nano_vllm.identity import namespace_of
 from tierkv.integrations.nano_vllm.keys import SequenceKeys
 from tierkv.integrations.nano_vllm.load_planner import LoadPlanner
 from tierkv.integrations.nano_vllm.save_queue import SaveQueue
+from tierkv.values.layout import BlockLayout
+from tierkv.values.namespace import Namespace
 
 TOKENS = list(range(600))
 
@@ -302,6 +305,31 @@ def test_nothing_in_the_store_promises_the_engines_own(planner: LoadPlanner, sto
     store.reserved = found = Reserved(clock, 0)
     assert planner.promise(Sequence(), 3, may_wait=True) == 3
     assert found.released
+
+
+def test_computing_is_chosen_while_blocks_of_the_store_are_being_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = BlockLayout.uniform(num_layers=1, block_size=4, kv_heads=1, head_dim=8, dtype="bfloat16")
+    config = BlockStoreConfig(cold_path=tmp_path, warm_bytes=64 * layout.block_bytes, min_free_bytes=0)
+    namespace, tokens = Namespace(weights="w", layout=layout), list(range(44))
+    with BlockStore(config, namespace=namespace) as store:
+        store.save(store.keys(tokens), Buffers([bytearray(layout.block_bytes)] * 11))
+    with BlockStore(config, namespace=namespace) as store:
+        may_read = threading.Event()
+        stored: Any = store._tiers._loader._stored  # type: ignore[attr-defined]
+        read = stored.read_many_into
+        monkeypatch.setattr(stored, "read_many_into", lambda *a, **k: (may_read.wait(5), read(*a, **k))[1])
+        found: Any = SimpleNamespace(of=lambda _, count: store.keys(tokens)[:count])
+        planner = LoadPlanner(store, memory=None, keys=found)  # type: ignore[arg-type]
+        planner.record_compute(40, 0.001)
+        for origin in Origin:
+            planner._choice.record_load(10, origin=origin, seconds=9.0)
+        seq = SimpleNamespace(seq_id=1, num_blocks=11, num_tokens=44)
+        try:
+            assert planner.promise(seq, 0, may_wait=False) == 0
+        finally:
+            may_read.set()
 
 
 # --- When it is saved ------------------------------------------------------------------------------------------

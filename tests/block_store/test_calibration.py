@@ -107,6 +107,28 @@ def test_a_store_says_when_it_has_measured(filled: Path, monkeypatch: pytest.Mon
         assert store.wait_for_costs()
 
 
+def test_measuring_ends_when_its_time_is_over(filled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine may capture graphs after that, beside which no other thread may use the GPU."""
+    FakePages(monkeypatch)
+    reads: list[int] = []
+    may_read, decode = threading.Event(), ColdStore.decode_blocks
+
+    def decode_late(store: ColdStore, infos: Sequence[object], *args: object, **options: object) -> object:
+        reads.append(len(infos))
+        may_read.wait(30)
+        return decode(store, infos, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(ColdStore, "decode_blocks", decode_late)
+    costs = LoadOrCompute(block_size=LAYOUT.block_size)
+    with BlockStore(config_of(filled), namespace=NAMESPACE) as store:
+        monkeypatch.setattr(store._tiers._loader._coded, "decode_for_nothing", lambda _: pytest.fail("too late"))  # type: ignore[attr-defined]
+        store.keep_costs(costs)
+        assert not store.wait_for_costs(0.2) and reads == [1]
+        may_read.set()
+        assert store.wait_for_costs() and reads == [1]
+    assert not costs.measured().get("DISK")
+
+
 def test_nothing_is_made_ready_where_there_is_nothing_to_measure(filled: Path) -> None:
     asked: list[str] = []
     measured_with(filled, lambda count: 0.1 * count, get_ready=lambda: asked.append("once"))

@@ -11,6 +11,7 @@ import torch
 
 from tierkv import BlockLayout, BlockStore, BlockStoreConfig, Buffers, Namespace, StoreError, Strided
 from tierkv.block_store.keys import BlockKey
+from tierkv.block_store.load_or_compute import Origin
 from tierkv.block_store.warm_memory import WarmMemory
 from tierkv.movers.engine_memory import EngineMemory
 from tierkv.movers.ready import DONE, Ready
@@ -171,6 +172,8 @@ def test_payloads_are_never_taken_for_blocks(path: Path, want: list[torch.Tensor
     waiting = opened.store.reserve(keys)
     waiting.wait()
     assert waiting.is_ready and len(opened.memory.coded) == BLOCKS
+    with opened.store._changed:
+        assert not any(opened.memory.index.get(key) for key in keys), "they have a holder"
     out = [bytearray(LAYOUT.block_bytes) for _ in keys]
     load = opened.store.load(opened.store.reserve(keys), Buffers(out))
     load.synchronize()
@@ -286,7 +289,82 @@ def test_measuring_decodes_and_keeps_nothing(path: Path, want: list[torch.Tensor
     loader = opened.store._tiers._loader  # type: ignore[attr-defined]
     assert loader.time_reading(keys[:4]) > 0
     assert opened.frames.num_decoded == 4 and not any(layer[0].any() for layer in opened.tensors)
-    assert opened.store.reserve(keys).num_ready == 0
+    with opened.store._changed:
+        assert not len(opened.memory.index)
     opened.frames.fails = True
     assert loader.time_reading(keys[:4]) is None
+    opened.store.close()
+
+
+def test_payloads_stay_for_the_next_request_when_a_reservation_is_released(
+    path: Path, want: list[torch.Tensor]
+) -> None:
+    opened = Opened(path)
+    keys = keys_of(opened)
+    with opened.store.reserve(keys) as reservation:
+        reservation.wait()
+    assert opened.num_held() == 0
+    first, second = opened.store.reserve(keys), opened.store.reserve(keys)
+    assert first.num_ready == BLOCKS and first.origin is Origin.WARM
+    assert second.origin is not Origin.WARM, "a payload has one holder"
+    second.wait()
+    assert second.num_ready == BLOCKS
+    places = Strided(opened.engine, [[2 * at, 2 * at + 1] for at in range(BLOCKS)])
+    for reservation in (first, second):
+        for layer in opened.tensors:
+            layer[0].zero_()
+        load = opened.store.load(reservation, places)
+        load.synchronize()
+        assert load.num_loaded == BLOCKS
+        assert_equal(opened, want)
+    assert opened.frames.num_decoded == 2 * BLOCKS and not opened.memory.coded and opened.num_held() == 0
+    opened.store.close()
+
+
+def test_a_pin_of_a_payload_outlives_its_decoding(path: Path, want: list[torch.Tensor]) -> None:
+    opened = Opened(path)
+    keys = keys_of(opened)
+    with opened.store.reserve(keys) as reservation:
+        reservation.wait()
+    assert opened.store.pin(keys, ttl_s=1000.0) == BLOCKS
+    assert opened.load(keys) == BLOCKS
+    others = opened.store.keys([9, *range(60 * LAYOUT.block_size)])
+    opened.store.save(others, Buffers([bytearray(LAYOUT.block_bytes)] * len(others)))
+    assert opened.store.reserve(keys).num_ready == BLOCKS
+    opened.store.close()
+
+
+def test_payloads_that_are_held_while_a_store_is_cleared_are_not_found_after_it(
+    path: Path, want: list[torch.Tensor]
+) -> None:
+    opened = Opened(path)
+    keys = keys_of(opened)
+    reservation = opened.store.reserve(keys)
+    reservation.wait()
+    opened.store.clear()
+    reservation.release()
+    assert opened.store.contains(keys) == 0 and opened.num_held() == 0
+    opened.store.close()
+
+
+def test_copies_end_before_their_slots_are_given_up_when_a_gpu_fails(
+    path: Path, want: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first block is warm and its copy is on its way when the GPU fails on those behind it."""
+    opened = Opened(path)
+    keys = keys_of(opened)
+    assert opened.load(keys[:1]) == 1
+    copies: list[Later] = []
+
+    def load_later(*_: object, **__: object) -> Later:
+        copies.append(Later())
+        return copies[-1]
+
+    monkeypatch.setattr(opened.engine, "load", load_later)
+    reservation = opened.store.reserve(keys)
+    reservation.wait()
+    opened.frames.fails = True
+    places = Strided(opened.engine, [[2 * at, 2 * at + 1] for at in range(BLOCKS)])
+    load = opened.store.load(reservation, places)
+    assert load.num_loaded == 1 and [copy.is_over for copy in copies] == [True]
     opened.store.close()

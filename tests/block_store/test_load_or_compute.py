@@ -61,13 +61,16 @@ def test_the_way_that_is_not_chosen_is_tried_again() -> None:
         (1, 31, 5.0, False),
         (4, 0, 0.012, True),  # all of them are read at once
         (4, 0, 0.013, False),
+        (0, 0, 0.001, False),  # nothing is left to wait for
+        (0, 32, 0.001, False),
     ],
 )
 def test_a_wait_is_worth_it_as_long_as_the_rest_comes_sooner_than_it_can_be_computed(
     num_left: int, num_read: int, waited_s: float, is_worth: bool
 ) -> None:
     choice = LoadOrCompute(block_size=256)
-    assert choice.worth_waiting(num_left, num_read=num_read, num_at_once=8, waited_s=waited_s), "nothing is measured"
+    seen = {"num_read": num_read, "num_at_once": 8, "waited_s": waited_s}
+    assert choice.worth_waiting(num_left, **seen) == (num_left > 0), "nothing is measured"  # type: ignore[arg-type]
     choice.record_compute(8192, 0.2)
     assert choice.worth_waiting(num_left, num_read=num_read, num_at_once=8, waited_s=waited_s) == is_worth
 
@@ -78,7 +81,10 @@ def test_a_wait_is_worth_it_as_long_as_the_rest_comes_sooner_than_it_can_be_comp
         (32, 32, 8, 1.0),
         (32, 16, 8, 2.0),
         (4, 4, 8, 1.0),  # all have come
-        (4, 3, 8, 3.0),
+        (4, 0, 8, 3.0),
+        (4, 3, 8, 4 / 3),  # one after another, as it seems
+        (300, 183, 256, 300 / 183),
+        (0, 0, 8, 1.0),  # what could not be read was given up
         (32, 0, 1, 32.0),
         (32, 1, 16, 3.0),
     ],

@@ -169,11 +169,12 @@ def test_an_engines_decoder_waits_for_what_it_had_queued(
 ) -> None:
     """Four blocks, two at a time; the second batch fails while the first is still being copied back."""
 
-    def promote(moves: list[Move], *_: object, after: object) -> None:
+    def promote(moves: list[Move], *_: object, after: object) -> Done:
         gpu._mover.stream.num_queued += 1
         num_batches.append(len(moves))
         if fails == "promote" and len(num_batches) == 2:
             raise StoreError("had enough")
+        return Done()
 
     def scatter(*_: object) -> None:
         cuda.current.num_queued += 1
@@ -186,14 +187,14 @@ def test_an_engines_decoder_waits_for_what_it_had_queued(
     gpu._kernels, gpu._pages = SimpleNamespace(scatter_blocks=scatter), SimpleNamespace(device=torch.device("cpu"))
     gpu._slots, gpu._blocks = torch.zeros((4, 64), dtype=torch.uint8), torch.zeros((4, 32), dtype=torch.int16)
     gpu._mover = SimpleNamespace(promote=promote, stream=torch.cuda.Stream())
-    gpu._keep_stream, gpu._free = torch.cuda.Stream(), [torch.cuda.Event() for _ in range(2)]
+    gpu._scatter_stream, gpu._keep_stream, gpu._free = torch.cuda.Stream(), torch.cuda.Stream(), [Done(), Done()]
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
     # Each batch copies its table of pages, then its two blocks.
     copies = FailingCopies(monkeypatch, cuda, fail_at=3 if fails == "keep" else 99)
     with pytest.raises(StoreError, match="had enough"):
         gpu.load([0, 1, 2, 3], [CodedBlock()] * 4, [[0], [1], [2], [3]], after=Done(), keeps_decoded=True)
     assert num_batches == [2, 2] and copies.count
-    assert_idle(gpu._mover.stream, gpu._keep_stream)
+    assert_idle(gpu._mover.stream, gpu._scatter_stream, gpu._keep_stream)
     assert not gpu._lock.locked()
 
 

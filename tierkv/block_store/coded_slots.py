@@ -1,6 +1,6 @@
 """CodedSlots: warm slots that hold payloads, as the store on disk has them, until a GPU decodes them into an engine.
 
-Such a slot is held by one reader and in no index: nothing else may take its bytes for a block.
+Such a slot has one holder, and is in no index then: see `WarmMemory`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TypedDict
 
+from tierkv.block_store.keys import BlockKey
 from tierkv.block_store.placement import Placement, Strided
-from tierkv.block_store.warm_memory import WarmMemory
+from tierkv.block_store.warm_memory import Payload, WarmMemory
 from tierkv.movers.ready import DONE, Ready
 from tierkv.readers.pool import ReaderPool
 from tierkv.storage.codecs import EXPONENT16
@@ -34,9 +35,9 @@ class CodedSlots:
         self._changed = changed
 
     @contextlib.contextmanager
-    def reading(self, slots: Sequence[int]) -> Iterator[_HowToRead]:
+    def reading(self, group: Sequence[tuple[BlockKey, int]]) -> Iterator[_HowToRead]:
         """Say how blocks are read into slots that the caller holds; note at the end which of them are payloads."""
-        memory = self._memory
+        memory, slots = self._memory, [slot for _, slot in group]
         if not memory.num_decoded_at_once:
             with self._changed:
                 memory.forget_coded(slots)
@@ -46,13 +47,21 @@ class CodedSlots:
         yield _HowToRead(coded=coded, decoders=None)
         with self._changed:
             memory.forget_coded(slots)
-            memory.coded.update((slot, block) for slot, block in zip(slots, coded, strict=True) if block.frame_sizes)
+            memory.coded.update(
+                (slot, Payload(key, block))
+                for (key, slot), block in zip(group, coded, strict=True)
+                if block.frame_sizes
+            )
 
     def runs_of(self, slots: Sequence[int]) -> list[tuple[bool, list[int]]]:
-        """Split slots where payloads begin or end. Return for each run whether it is of payloads, and its slots."""
+        """Split slots where payloads begin or end, and spare slots too.
+
+        Return for each run whether it is of payloads, and its slots.
+        """
+        memory = self._memory
         with self._changed:
-            coded = self._memory.coded
-            return [(is_coded, list(run)) for is_coded, run in groupby(slots, key=coded.__contains__)]
+            runs = groupby(slots, key=lambda slot: (slot in memory.coded, slot in memory.spare))
+            return [(is_coded, list(run)) for (is_coded, _), run in runs]
 
     def can_decode_into(self, targets: Placement) -> bool:
         """Return whether a GPU decodes payloads into these places."""
@@ -68,37 +77,31 @@ class CodedSlots:
         is_kept = slots[0] not in memory.spare
         kept: Ready = DONE
         with self._changed:
-            coded = [memory.coded[slot] for slot in slots]
+            coded = [memory.coded[slot].block for slot in slots]
             memory.index.slots.pin_all(slots)
         try:
             loaded, kept = targets.load_coded(first, slots, coded, memory.slots, after=[after], keeps_decoded=is_kept)
         finally:
             with self._changed:
                 memory.unpin_after(kept, slots)
-        if is_kept:
-            with self._changed:
-                memory.forget_coded(slots)
         return loaded, kept
 
-    def decode_here(self, slots: Sequence[int]) -> Sequence[int]:
-        """Decode payloads in their slots, by this thread; return the slots."""
+    def decode_here(self, slots: Sequence[int]) -> None:
+        """Decode payloads in their slots, by this thread."""
         memory = self._memory
         with self._changed:
-            coded = [memory.coded[slot] for slot in slots]
+            coded = [memory.coded[slot].block for slot in slots]
         layout = memory.layout
         for slot, block in zip(slots, coded, strict=True):
             out = memory.slots[slot]
             payload = out[: block.payload_bytes].copy()
             EXPONENT16.decode_runs(payload, block.frame_sizes, out, layout.runs, layout.block_size)
-        with self._changed:
-            memory.forget_coded(slots)
-        return slots
 
     def decode_for_nothing(self, slots: Sequence[int]) -> None:
         """Decode payloads and keep nothing, as a measurement wants it. Raises StoreError."""
         memory = self._memory
         with self._changed:
-            coded = [(slot, memory.coded[slot]) for slot in slots if slot in memory.coded]
+            coded = [(slot, memory.coded[slot].block) for slot in slots if slot in memory.coded]
         engine = memory.decoding
         if not coded or engine is None:
             return

@@ -132,6 +132,9 @@ class DaemonBlockTiers:
     def calibrate(self, costs: LoadOrCompute) -> None:
         """Measure nothing: a daemon reads for many clients."""
 
+    def end_calibration(self) -> None:
+        """Nothing is measured."""
+
     def touch(self, keys: Sequence[BlockKey]) -> None:
         """Notify the daemon of a use. Waits for no answer."""
         chain = self._chains.leading(keys)

@@ -16,6 +16,7 @@ __all__ = ["LoadOrCompute", "Origin", "reading_s"]
 
 
 _ROUNDS = 3
+_TELLING_SHARE = 0.25
 
 
 class Origin(IntEnum):
@@ -34,11 +35,17 @@ def reading_s(num_blocks: int, *, num_read: int, num_at_once: int, waited_s: flo
     """Return how long reading so many blocks takes in all, judged by the `num_read` that came in `waited_s` seconds.
 
     num_at_once: blocks that are read side by side, whose first come together. Until they are there, reading is expected
-    to take three times as long as so far at least: so no request waits longer than half of what computing takes.
+    to take three times as long as so far at least: so no request waits longer than half of what computing takes. Once a
+    part of them is there they may come one after another, and the better expectation counts.
     """
+    if num_read >= num_blocks:
+        return waited_s
     num_first = min(num_at_once, num_blocks)
-    taking_s = waited_s * num_blocks / max(num_read, num_first)
-    return taking_s if num_read >= num_first else max(taking_s, _ROUNDS * waited_s)
+    together_s = max(waited_s * num_blocks / num_first, _ROUNDS * waited_s)
+    if num_read < num_first * _TELLING_SHARE:
+        return together_s
+    by_pace_s = waited_s * num_blocks / max(1, num_read)
+    return by_pace_s if num_read >= num_first else min(together_s, by_pace_s)
 
 
 class LoadOrCompute:
@@ -139,6 +146,8 @@ class LoadOrCompute:
         num_left: blocks that are not there yet. num_read: those that were read in `waited_s` seconds. num_at_once: see
         `reading_s`, which says how long all are expected to take.
         """
+        if num_left <= 0:
+            return False
         computing_s = self.compute_s(num_left * self._block_size)
         if computing_s is None:
             return True

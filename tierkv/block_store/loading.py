@@ -6,7 +6,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import wait
 from itertools import chain
 
@@ -21,7 +21,7 @@ from tierkv.block_store.stored_blocks import StoredBlocks, info_of
 from tierkv.block_store.transfers import Load
 from tierkv.block_store.warm_memory import WarmMemory
 from tierkv.errors import StoreError
-from tierkv.movers.ready import DONE, Done, Ready
+from tierkv.movers.ready import DONE, Ready
 from tierkv.storage.codec import Bytes
 from tierkv.storage.outcomes import MissReason
 from tierkv.values.block import BlockHash, Tier
@@ -83,11 +83,10 @@ class BlockLoader(Loader):
         memory = self._memory
         with self.changed:
             self.reap()
-            entries = [memory.index.get(key) for key in wanted]
-            slots: list[int | None] = [entry.slot if entry else None for entry in entries[: memory.most_held]]
-            memory.index.slots.pin_all(slot for slot in slots if slot is not None)
+            is_warm = [memory.index.get(key) is not None for key in wanted]
+            slots = memory.hold(wanted[: memory.most_held])
         try:
-            num_found = self._count_found(wanted, [entry is not None for entry in entries])
+            num_found = self._count_found(wanted, is_warm)
         except BaseException:
             with self.changed:
                 memory.unpin(slot for slot in slots if slot is not None)
@@ -170,11 +169,11 @@ class BlockLoader(Loader):
                 if not self._load_through_spare(load, reservation, keys[load.num_loaded :], targets, after):
                     return
 
-    def time_reading(self, keys: Sequence[BlockKey]) -> float | None:
+    def time_reading(self, keys: Sequence[BlockKey], *, may_go_on: Callable[[], bool] = lambda: True) -> float | None:
         """Read blocks from the store and keep none: return how many seconds that takes. No request waits for it.
 
-        keys: at most as many as there are spare slots, which is where they are read. Return None if one cannot be read,
-        or if a load needs the spare slots.
+        keys: at most as many as there are spare slots, which is where they are read. may_go_on: asked before a GPU
+        decodes them. Return None if not, if one cannot be read, or if a load needs the spare slots.
         """
         if not self._spare_lock.acquire(blocking=False):
             return None
@@ -184,6 +183,8 @@ class BlockLoader(Loader):
             with contextlib.closing(self._read_all(wanted, is_request=False)) as groups:
                 if any(self.is_closing or any(reasons) for reasons in groups):
                     return None
+            if not may_go_on():
+                return None
             self._coded.decode_for_nothing([slot for _, slot in wanted])
             return time.perf_counter() - started
         except StoreError:  # of the GPU
@@ -194,21 +195,41 @@ class BlockLoader(Loader):
     def copy(
         self, load: Load, reservation: Reservation, targets: Placement, slots: Sequence[int], after: Ready
     ) -> bool:
-        """Begin to copy the next blocks of a load; payloads are decoded. Return False if it fails: the rest is lost."""
-        for is_coded, some in self._coded.runs_of(slots):
-            if is_coded and not self._coded.can_decode_into(targets):
-                self._enter_decoded(load.next_keys(len(some)), self._coded.decode_here(some), DONE)
-            elif is_coded:
-                if not self._copy_coded(load, targets, some, after):
-                    return False
-                continue
-            if not super().copy(load, reservation, targets, some, after):
-                return False
-        return True
+        """Begin to copy the next blocks of a load; payloads are decoded. Return False if it fails: the rest is lost.
+
+        Then, and after an error, the copies that have begun have ended: the caller may give up their slots.
+        """
+        is_good = False
+        try:
+            is_good = all(
+                self._copy_coded(load, targets, some, after)
+                if is_coded and self._coded.can_decode_into(targets)
+                else self._copy_decoded(load, reservation, targets, some, after, is_coded=is_coded)
+                for is_coded, some in self._coded.runs_of(slots)
+            )
+        finally:
+            if not is_good:
+                load.synchronize_parts()
+        return is_good
+
+    def _copy_decoded(
+        self,
+        load: Load,
+        reservation: Reservation,
+        targets: Placement,
+        slots: Sequence[int],
+        after: Ready,
+        *,
+        is_coded: bool,
+    ) -> bool:
+        """Copy the next blocks of a load; payloads are decoded by this thread before."""
+        if is_coded:
+            self._coded.decode_here(slots)
+            self._enter_decoded(slots, DONE)
+        return super().copy(load, reservation, targets, slots, after)
 
     def _copy_coded(self, load: Load, targets: Placement, slots: Sequence[int], after: Ready) -> bool:
         """Have the GPU decode the next blocks of a load. They stay warm, but those that only pass through."""
-        keys = load.next_keys(len(slots))
         try:
             copied, written = self._coded.copy(load.num_loaded, slots, targets, after)
         except StoreError as exc:
@@ -216,19 +237,17 @@ class BlockLoader(Loader):
             self.count_miss(MissReason.IO_ERROR)
             return False
         load.add(copied, len(slots))
-        self._enter_decoded(keys, slots, written)
+        self._enter_decoded(slots, written)
         with self.changed:
             self.stats.bytes_out[Tier.WARM] += len(slots) * self.layout.block_bytes
         return True
 
-    def _enter_decoded(self, keys: Sequence[BlockKey], slots: Sequence[int], written: Ready) -> None:
+    def _enter_decoded(self, slots: Sequence[int], written: Ready) -> None:
         """Enter blocks whose payloads have become what they are the payloads of; `written` says when."""
-        memory = self._memory
         with self.changed:
-            for key, slot in zip(keys, slots, strict=True):
-                is_new = memory.index.get(key) is None and not memory.index.collides(key)
-                if is_new and slot not in memory.spare:
-                    memory.index.add(key, slot, written)
+            for slot in slots:
+                self._memory.enter(slot, written)
+                self._memory.forget_coded([slot])
 
     def _load_through_spare(
         self, load: Load, reservation: Reservation, keys: Sequence[BlockKey], targets: Placement, after: Ready
@@ -237,7 +256,7 @@ class BlockLoader(Loader):
         memory = self._memory
         wave = keys[: len(memory.spare)]
         with self.changed:
-            held = self._hold(wave)
+            held = memory.hold(wave)
         try:
             missing = [(key, spare) for key, spare, slot in zip(wave, memory.spare, held, strict=False) if slot is None]
             slots: list[int] = []
@@ -259,14 +278,6 @@ class BlockLoader(Loader):
             self.count_miss(failure)
         return failure is None
 
-    def _hold(self, keys: Sequence[BlockKey]) -> list[int | None]:
-        """Return the warm slots of blocks, each pinned; None where a block is not warm. The caller holds the lock."""
-        assert self.changed.is_owned()
-        index = self._memory.index
-        entries = [index.get(key) for key in keys]
-        index.slots.pin_all(entry.slot for entry in entries if entry)
-        return [entry.slot if entry else None for entry in entries]
-
     def _read(self, reservation: Reservation) -> None:
         """Read the cold blocks of a reservation into warm memory, as far as there is room, on a thread of its own."""
         try:
@@ -282,7 +293,7 @@ class BlockLoader(Loader):
         most = max(_WAVE_BLOCKS, _WAVE_BYTES // self.layout.block_bytes)
         with self.changed:
             wanted = [each for each in reservation.wanted() if each[0] < memory.most_held][:most]
-            for (at, key), slot in zip(wanted, self._hold([key for _, key in wanted]), strict=True):
+            for (at, key), slot in zip(wanted, memory.hold([key for _, key in wanted]), strict=True):
                 if slot is not None:  # another request has read it meanwhile
                     reservation.put(at, key, slot)
             wanted = [each for each in reservation.wanted() if each[0] < memory.most_held][:most]
@@ -319,14 +330,14 @@ class BlockLoader(Loader):
     def _enter(self, key: BlockKey, slot: int) -> int:
         """Enter a block that was read into a slot. Return the slot to hold, pinned. The caller holds the lock."""
         assert self.changed.is_owned()
-        index = self._memory.index
-        self.stats.bytes_out[Tier.COLD] += self._memory.layout.block_bytes
-        if (entry := index.get(key)) is not None:  # another request was faster
-            index.slots.pin(entry.slot)
-            self._memory.unpin([slot])
-            return entry.slot
-        if slot not in self._memory.coded and not index.collides(key):
-            index.add(key, slot, Done())
+        memory = self._memory
+        self.stats.bytes_out[Tier.COLD] += memory.layout.block_bytes
+        (known,) = memory.hold([key])
+        if known is not None:  # another request was faster
+            memory.unpin([slot])
+            return known
+        if slot not in memory.coded and not memory.index.collides(key):
+            memory.index.add(key, slot, DONE)
         return slot
 
     def _read_all(
@@ -366,7 +377,7 @@ class BlockLoader(Loader):
     ) -> list[MissReason | None]:
         """Read a few blocks one after another, while the disk fetches those `ahead`."""
         outs = self._begin_group(group, ahead)
-        with self._coded.reading([slot for _, slot in group]) as how:
+        with self._coded.reading(group) as how:
             return self._stored.read_many_into([key for key, _ in group], self._root, outs, layout=self.layout, **how)
 
     def _decode_group(
@@ -376,7 +387,7 @@ class BlockLoader(Loader):
         outs, cold = self._begin_group(group, ahead), self._stored.cold
         assert cold is not None
         infos = [info_of(key, self._root) for key, _ in group]
-        with self._coded.reading([slot for _, slot in group]) as how:
+        with self._coded.reading(group) as how:
             return cold.decode_blocks(infos, outs, layout=self.layout, **how)
 
     def _begin_group(self, group: Sequence[tuple[BlockKey, int]], ahead: Sequence[tuple[BlockKey, int]]) -> list[Bytes]:

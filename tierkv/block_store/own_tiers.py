@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tierkv.block_store.calibration import Calibration
@@ -66,6 +67,7 @@ class OwnTiers:
         self._changed = changed
         self._stats = stats
         self._clock = clock
+        self._may_measure = False
         self._is_coded = codec.codec_id == CODED_ID
         self._owns_cold = cold is None
         self.cold: ColdStore | None = cold or _open_cold(config)
@@ -137,13 +139,18 @@ class OwnTiers:
         """Begin to measure how fast cold blocks come, before any request is there."""
         if not self.memory or not self.cold:
             return None
+        self._may_measure = True
         return self._loader.submit(self._calibrate, costs, self.memory, self.cold, self._stats.requests)
+
+    def end_calibration(self) -> None:
+        """Begin no further reading to measure it, and nothing on a GPU for one that is going on."""
+        self._may_measure = False
 
     def _calibrate(self, costs: LoadOrCompute, memory: WarmMemory, cold: ColdStore, num_before: int) -> None:
         """Measure until the first request comes. num_before: how many requests there were when that was wanted."""
 
         def may_go_on() -> bool:
-            return not self._loader.is_closing and self._stats.requests == num_before
+            return self._may_measure and not self._loader.is_closing and self._stats.requests == num_before
 
         def get_ready() -> None:
             if memory.readers:
@@ -152,7 +159,7 @@ class OwnTiers:
         calibration = Calibration(
             cold,
             self._root,
-            self._loader.time_reading,
+            partial(self._loader.time_reading, may_go_on=may_go_on),
             most=len(memory.spare),
             num_threads=memory.read_threads.num_threads,
             get_ready=get_ready,
@@ -185,7 +192,7 @@ class OwnTiers:
         if self.memory:
             self._saver.flush()
             with self._changed:
-                num_warm = self.memory.index.clear()
+                num_warm = self.memory.clear()
         if self.cold is None or self.cold.read_only:
             return num_warm
         return max(num_warm, self.cold.evict(namespace=self._root).blocks)

@@ -54,6 +54,7 @@ class BlockTiers(Protocol):
     @property
     def decodes_on_gpu(self) -> bool: ...
     def calibrate(self, costs: LoadOrCompute) -> Future[None] | None: ...
+    def end_calibration(self) -> None: ...
     def touch(self, keys: Sequence[BlockKey]) -> None: ...
     def pin(self, keys: Sequence[BlockKey], ttl_s: float | None) -> int: ...
     def unpin(self, keys: Sequence[BlockKey]) -> int: ...
@@ -240,10 +241,13 @@ class BlockStore:
     def wait_for_costs(self, timeout_s: float = 5.0) -> bool:
         """Wait until what `keep_costs` began to measure is known, at most `timeout_s` seconds. Return whether it is.
 
-        For an engine that takes long to start in any case; nothing to measure is known at once.
+        If not, measuring ends. For an engine that takes long to start in any case; nothing to measure is known at once.
         """
         measuring = self._measuring
-        return measuring is None or not wait([measuring], check_seconds("timeout_s", timeout_s)).not_done
+        if measuring is None or not wait([measuring], check_seconds("timeout_s", timeout_s)).not_done:
+            return True
+        self._tiers.end_calibration()
+        return False
 
     @while_open
     def touch(self, keys: Sequence[BlockKey]) -> None:

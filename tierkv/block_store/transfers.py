@@ -99,10 +99,6 @@ class Load:
         self._parts.append(part)
         self._num_loaded += num_blocks
 
-    def next_keys(self, count: int) -> Sequence[BlockKey]:
-        """Return the keys of the next blocks to be copied."""
-        return self.keys[self._num_loaded : self._num_loaded + count]
-
     def _wait_for_work(self) -> None:
         if self.working is not None:
             wait([self.working])

@@ -81,6 +81,12 @@ class WarmIndex:
         self.slots.own(slot, entry)
         return entry
 
+    def withdraw(self, entry: WarmEntry) -> None:
+        """Forget a block whose slot the caller has pinned, and keep the slot: it has no owner any more."""
+        assert self._lock.is_owned()
+        del self._entries[entry.key.block_hash]
+        self.slots.disown_all([entry.slot])
+
     def unpin(self, slots: Iterable[int]) -> None:
         """Lower the reference counts of slots; one without a block is free then."""
         assert self._lock.is_owned()

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tierkv.background.work_queue import PriorityThreadPool
 from tierkv.block_store.config import BlockStoreConfig
 from tierkv.block_store.engines import Engines
+from tierkv.block_store.keys import BlockKey
 from tierkv.block_store.warm_index import WarmIndex
 from tierkv.errors import CapacityError
-from tierkv.movers.ready import Ready
+from tierkv.movers.ready import DONE, Ready
 from tierkv.readers.pool import ReaderPool
 from tierkv.storage.codec import Bytes
 from tierkv.storage.coded import CodedBlock
@@ -31,12 +34,26 @@ _MOST_SPARE = 16
 _SPARE_SHARE = 8
 
 
+@dataclass(slots=True)
+class Payload:
+    """What a slot holds as it lies on disk. is_forgotten: the store was cleared since; it enters no index any more.
+
+    pinned_until: see `WarmEntry`.
+    """
+
+    key: BlockKey
+    block: CodedBlock
+    pinned_until: float = -math.inf
+    is_forgotten: bool = False
+
+
 class WarmMemory:
     """Slots of one block each. index: which blocks lie in them. spare: slots that only unread blocks pass through, so
     that a load of more blocks than there is room for never waits for another one's. threads: encode. read_threads: read
     and decode; the same ones without reader processes. num_readers: how many of these there are. coded: what lies in
-    slots that hold a payload, which a GPU is to decode; such a slot is held by one reader, and in no index.
-    decoding: the engine's memory whose GPU decodes; None where the CPU does.
+    slots that hold a payload, which a GPU is to decode. Such a slot has one holder and is in no index then, because
+    decoding overwrites it; without a holder it is cached as other blocks are. decoding: the engine's memory whose GPU
+    decodes; None where the CPU does.
     """
 
     def __init__(
@@ -78,7 +95,7 @@ class WarmMemory:
             self.read_threads = PriorityThreadPool(max(config.io_threads, num_readers), name="tierkv-read")
         self.engines: Engines = Engines(layout)
         self.engines.open(self._pool)
-        self.coded: dict[int, CodedBlock] = {}
+        self.coded: dict[int, Payload] = {}
         self.decoding: EngineMemory | None = None
         self._in_flight: deque[tuple[Ready, list[int]]] = deque()
 
@@ -89,6 +106,31 @@ class WarmMemory:
         slots = self.index.take(count)
         self.forget_coded(slots)
         return slots
+
+    def hold(self, keys: Sequence[BlockKey]) -> list[int | None]:
+        """Return the warm slots of blocks, each pinned; None where a block is not warm. The caller holds the lock."""
+        assert self._changed.is_owned()
+        entries = [self.index.get(key) for key in keys]
+        self.index.slots.pin_all(entry.slot for entry in entries if entry)
+        for entry in entries if self.coded else ():
+            if entry and entry.slot in self.coded:
+                self.coded[entry.slot].pinned_until = entry.pinned_until
+                self.index.withdraw(entry)
+        return [entry.slot if entry else None for entry in entries]
+
+    def enter(self, slot: int, written: Ready) -> None:
+        """Enter the block of a payload that is held, unless another slot has it. The caller holds the lock."""
+        assert self._changed.is_owned()
+        payload = self.coded[slot]
+        is_known = self.index.get(payload.key) is not None or self.index.collides(payload.key)
+        if not is_known and not payload.is_forgotten and slot not in self.spare:
+            self.index.add(payload.key, slot, written).pinned_until = payload.pinned_until
+
+    def clear(self) -> int:
+        """Forget all blocks, those in use with their last user. Return how many. The caller holds the lock."""
+        for payload in self.coded.values():
+            payload.is_forgotten = True
+        return self.index.clear()
 
     def forget_coded(self, slots: Iterable[int]) -> None:
         """Note that slots hold payloads no more. The caller holds the lock."""
@@ -117,6 +159,10 @@ class WarmMemory:
     def unpin(self, slots: Iterable[int]) -> None:
         """Lower the reference counts of slots, and wake threads that wait for room. The caller holds the lock."""
         assert self._changed.is_owned()
+        slots = list(slots)
+        for slot in slots if self.coded else ():
+            if slot in self.coded and self.index.slots.reference_count(slot) == 1:
+                self.enter(slot, DONE)  # its holder leaves it
         self.index.unpin(slots)
         self._changed.notify_all()
 

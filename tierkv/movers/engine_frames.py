@@ -16,7 +16,7 @@ from torch import Tensor
 from tierkv.errors import StoreError
 from tierkv.movers.frames import FrameMover, can_decode
 from tierkv.movers.mover import CudaReady, Move, Ready, record_event, synchronize_streams
-from tierkv.movers.ready import DONE
+from tierkv.movers.ready import DONE, AllReady
 from tierkv.storage.coded import CodedBlock
 from tierkv.values.layout import BlockLayout
 
@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 _MOST_BLOCKS = 64
 _LEAST_BLOCKS = 4  # fewer at once take a GPU as long as the CPU's cores
 _BATCH_BYTES = 512 << 20  # of decoded blocks
-_FREE_SHARE = 16  # of the memory that the engine has left, one part in so many is a batch; all is about 5 of them
+_FREE_SHARE = 24  # of the memory that the engine has left, one part in so many is a batch; all is about 5 of them
 
 
 class EngineFrames:
@@ -45,12 +45,14 @@ class EngineFrames:
         self.blocks_at_once = blocks_at_once
         self._kernels = kernels
         self._pages = pages
+        self._pages_per_block = layout.block_bytes // pages.bytes_per_page
         self._slots = slots
         device = pages.device
         self._blocks = torch.empty((2 * blocks_at_once, layout.block_bytes // 2), dtype=torch.int16, device=device)
         self._mover = FrameMover(self._blocks, layout, slots, torch.cuda.Stream(device), room=blocks_at_once)
+        self._scatter_stream = torch.cuda.Stream(device)
         self._keep_stream = torch.cuda.Stream(device)
-        self._free = [torch.cuda.Event() for _ in range(2)]
+        self._free: list[Ready] = [DONE, DONE]  # when what a half of the blocks held was copied on
         self._turn = 0
         self._lock = threading.Lock()
 
@@ -60,6 +62,8 @@ class EngineFrames:
         slot: one that is not in use.
         """
         self._mover.warm_up([Move(slot, at) for at in range(self.blocks_at_once)])
+        nowhere = [[-1] * self._pages_per_block] * self.blocks_at_once
+        self._scatter(self._blocks[: self.blocks_at_once].view(torch.uint8), nowhere, []).synchronize()
 
     def load(
         self,
@@ -84,13 +88,13 @@ class EngineFrames:
                     part = slice(first, first + self.blocks_at_once)
                     loaded, kept = self._load_batch(slots[part], coded[part], pages[part], after, keeps_decoded)
             except (RuntimeError, StoreError) as exc:
-                synchronize_streams(self._mover.stream, self._keep_stream)
+                self.synchronize()
                 raise StoreError(f"decoding {len(slots)} blocks on the GPU failed: {exc}") from exc
         return loaded, kept
 
     def synchronize(self) -> None:
         """Wait until nothing is read or written any more."""
-        synchronize_streams(self._mover.stream, self._keep_stream)
+        synchronize_streams(self._mover.stream, self._scatter_stream, self._keep_stream)
 
     def _load_batch(
         self,
@@ -102,24 +106,30 @@ class EngineFrames:
     ) -> tuple[Ready, Ready]:
         half = self._turn % 2
         self._turn += 1
-        start, free = half * self.blocks_at_once, self._free[half]
+        start = half * self.blocks_at_once
         moves = [Move(slot, start + at) for at, slot in enumerate(slots)]
-        self._mover.promote(moves, coded, after=CudaReady([free]))
-        decoded = self._blocks[start : start + len(slots)].view(torch.uint8)
-        with torch.cuda.stream(self._mover.stream):
-            after.wait()
+        decoded = self._mover.promote(moves, coded, after=self._free[half])
+        blocks = self._blocks[start : start + len(slots)].view(torch.uint8)
+        loaded = self._scatter(blocks, pages, [decoded, after])
+        kept = self._keep(slots, blocks, decoded) if keeps_decoded else DONE
+        self._free[half] = AllReady([loaded, kept])
+        return loaded, kept
+
+    def _scatter(self, blocks: Tensor, pages: Sequence[Sequence[int]], after: Sequence[Ready]) -> Ready:
+        """Copy blocks to pages, on a stream that may wait for the engine without holding up the next batch."""
+        with torch.cuda.stream(self._scatter_stream):
+            AllReady(after).wait()
             ids = torch.tensor(pages, dtype=torch.int64).pin_memory().to(self._pages.device, non_blocking=True)
-            self._kernels.scatter_blocks(self._pages, ids, decoded)
-            loaded = record_event(self._mover.stream)
-            free.record()
-        if not keeps_decoded:
-            return CudaReady([loaded]), DONE
+            self._kernels.scatter_blocks(self._pages, ids, blocks)
+            return CudaReady([record_event(self._scatter_stream)])
+
+    def _keep(self, slots: Sequence[int], blocks: Tensor, decoded: Ready) -> Ready:
+        """Copy blocks back to the slots that held their payloads."""
         with torch.cuda.stream(self._keep_stream):
-            loaded.wait()
-            for slot, block in zip(slots, decoded, strict=True):
+            decoded.wait()
+            for slot, block in zip(slots, blocks, strict=True):
                 self._slots[slot].copy_(block, non_blocking=True)
-            free.record()
-            return CudaReady([loaded]), CudaReady([record_event(self._keep_stream)])
+            return CudaReady([record_event(self._keep_stream)])
 
 
 def open_engine_frames(pages: LayerPages, layout: BlockLayout, slots: Tensor, slot: int) -> EngineFrames | None:
@@ -128,6 +138,7 @@ def open_engine_frames(pages: LayerPages, layout: BlockLayout, slots: Tensor, sl
         return None
     try:
         free_bytes, _ = torch.cuda.mem_get_info(pages.device)
+        free_bytes += torch.cuda.memory_reserved(pages.device) - torch.cuda.memory_allocated(pages.device)
         batch_bytes = min(_BATCH_BYTES, free_bytes // _FREE_SHARE)
         blocks_at_once = min(_MOST_BLOCKS, batch_bytes // layout.block_bytes)
         if blocks_at_once < _LEAST_BLOCKS:
@@ -135,7 +146,7 @@ def open_engine_frames(pages: LayerPages, layout: BlockLayout, slots: Tensor, sl
             return None
         frames = EngineFrames(pages, layout, slots, blocks_at_once=blocks_at_once)
         frames.warm_up(slot)
-    except (StoreError, RuntimeError) as exc:
+    except Exception as exc:  # noqa: BLE001 - triton raises various errors
         _log.warning("cold blocks cannot be decoded on the GPU, the CPU decodes: %s", exc)
         return None
     return frames

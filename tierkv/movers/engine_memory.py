@@ -7,6 +7,7 @@ and a model can begin with its first layers while the rest is in flight.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple, TypeAlias
@@ -26,6 +27,8 @@ from tierkv.storage.codec import Bytes
 from tierkv.storage.coded import CodedBlock
 from tierkv.storage.warm import WarmPool
 from tierkv.values.layout import BlockLayout
+
+_log = logging.getLogger(__name__)
 
 __all__ = ["LEFT_OUT", "EngineMemory", "LockedSlots"]
 
@@ -173,8 +176,9 @@ class EngineMemory:
             raise StoreError("the GPU does not decode blocks any more")
         try:
             return frames[1].load(slots, coded, pages, after=AllReady(after), keeps_decoded=keeps_decoded)
-        except StoreError:
-            self._frames = None  # the CPU decodes from now on
+        except StoreError as exc:
+            self._frames = None
+            _log.warning("the CPU decodes cold blocks from now on: %s", exc)
             raise
 
     def decode_for_nothing(self, slots: Sequence[int], coded: Sequence[CodedBlock], memory: Bytes) -> None:

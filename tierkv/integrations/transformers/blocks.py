@@ -76,7 +76,6 @@ class BlockCopier:
         self._size = store.block_size
         self._lock = OwnedLock()
         self.choice: LoadOrCompute = LoadOrCompute(block_size=self._size)
-        store.keep_costs(self.choice)
         self._compute_or_load = compute_or_load
         layout = store.layout
         self._num_pages = min(_MOST_PAGES, max(1, _STAGING_BYTES // layout.block_bytes))
@@ -90,6 +89,7 @@ class BlockCopier:
                 for layer in layout.layers
             ]
         self._memory = store.register(self._pages)
+        store.keep_costs(self.choice)  # measures with what decodes from now on
         self._pages_are_read: Ready = Done()
 
     def find(self, rows: Sequence[Row], num_slots: int) -> int:

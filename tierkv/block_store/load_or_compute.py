@@ -16,7 +16,7 @@ __all__ = ["LoadOrCompute", "Origin", "reading_s"]
 
 
 _ROUNDS = 3
-_TELLING_SHARE = 0.25
+_ENOUGH_SHARE = 0.25
 
 
 class Origin(IntEnum):
@@ -42,7 +42,7 @@ def reading_s(num_blocks: int, *, num_read: int, num_at_once: int, waited_s: flo
         return waited_s
     num_first = min(num_at_once, num_blocks)
     together_s = max(waited_s * num_blocks / num_first, _ROUNDS * waited_s)
-    if num_read < num_first * _TELLING_SHARE:
+    if num_read < num_first * _ENOUGH_SHARE:
         return together_s
     by_pace_s = waited_s * num_blocks / max(1, num_read)
     return by_pace_s if num_read >= num_first else min(together_s, by_pace_s)

@@ -128,6 +128,7 @@ class WarmMemory:
 
     def clear(self) -> int:
         """Forget all blocks, those in use with their last user. Return how many. The caller holds the lock."""
+        assert self._changed.is_owned()
         for payload in self.coded.values():
             payload.is_forgotten = True
         return self.index.clear()

@@ -3,119 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from coded_engine import LAYOUT, FakeFrames, Later, Opened
 
-from tierkv import BlockLayout, BlockStore, BlockStoreConfig, Buffers, Namespace, StoreError, Strided
+from tierkv import Buffers, StoreError, Strided
 from tierkv.block_store.keys import BlockKey
 from tierkv.block_store.load_or_compute import Origin
-from tierkv.block_store.warm_memory import WarmMemory
-from tierkv.movers.engine_memory import EngineMemory
-from tierkv.movers.ready import DONE, Ready
-from tierkv.storage.codecs import EXPONENT16
-from tierkv.storage.coded import CodedBlock
+from tierkv.movers.ready import Ready
 
-TOKENS, PAGES, BLOCKS = 16, 40, 12
-LAYOUT = BlockLayout.uniform(num_layers=2, block_size=2 * TOKENS, kv_heads=2, head_dim=64, dtype="bfloat16")
-NAMESPACE = Namespace(weights="w", layout=LAYOUT)
-
-
-class Later:
-    """A copy that ends when the test says so."""
-
-    def __init__(self) -> None:
-        self.is_over = False
-
-    def is_done(self) -> bool:
-        return self.is_over
-
-    def wait(self, layer: int | None = None) -> None:
-        assert self.is_over, "bytes that are not there are about to be read"
-
-    def synchronize(self) -> None:
-        self.is_over = True
-
-
-class FakeFrames:
-    """Decodes as EngineFrames does. kept_later: the slots are only written to by `write`."""
-
-    def __init__(self, engine: EngineMemory, memory: WarmMemory, *, blocks_at_once: int = 4) -> None:
-        self.blocks_at_once = blocks_at_once
-        self.num_decoded = 0
-        self.fails = False
-        self.kept_later = False
-        self.kept: list[tuple[Later, Callable[[], None]]] = []
-        self._engine, self._memory = engine, memory
-
-    def load(
-        self,
-        slots: Sequence[int],
-        coded: Sequence[CodedBlock],
-        pages: Sequence[Sequence[int]],
-        *,
-        after: Ready,
-        keeps_decoded: bool,
-    ) -> tuple[Ready, Ready]:
-        if self.fails:
-            raise StoreError("2 frames did not decode")
-        after.synchronize()
-        memory = self._memory
-        for slot, block, ids in zip(slots, coded, pages, strict=True):
-            payload = memory.slots[slot].copy()
-            decoded = memory.slots[slot].copy()
-            EXPONENT16.decode_runs(
-                payload[: block.payload_bytes], block.frame_sizes, decoded, LAYOUT.runs, LAYOUT.block_size
-            )
-            memory.slots[slot][:] = decoded
-            self._engine.load([slot], [ids], memory.slots, after=[])
-            if not keeps_decoded:
-                memory.slots[slot][:] = payload
-            elif self.kept_later:
-                memory.slots[slot][:] = payload
-                self.kept.append(
-                    (Later(), lambda slot=slot, decoded=decoded: memory.slots[slot].__setitem__(..., decoded))
-                )  # type: ignore[misc]
-            self.num_decoded += 1
-        return DONE, self.kept[-1][0] if self.kept else DONE
-
-    def write(self) -> None:
-        for later, write in self.kept:
-            write()
-            later.is_over = True
-
-
-class Opened:
-    """A store on the same files, with an engine of its own whose "GPU" decodes."""
-
-    def __init__(self, path: Path, *, warm_blocks: int = 64, decodes: bool = True) -> None:
-        config = BlockStoreConfig(cold_path=path, warm_bytes=warm_blocks * LAYOUT.block_bytes, min_free_bytes=0)
-        self.store = BlockStore(config, namespace=NAMESPACE)
-        self.memory: WarmMemory = self.store._tiers.memory  # type: ignore[attr-defined]
-        self.tensors = [[torch.zeros(PAGES, TOKENS, 2, 2, 64).bfloat16()] for _ in range(2)]
-        self.engine = self.store.register(self.tensors, pages_per_block=2)
-        self.frames = FakeFrames(self.engine, self.memory)
-        if decodes:
-            self.engine._frames = (self.memory.slots.ctypes.data, self.frames)  # type: ignore[assignment]
-            self.memory.decoding = self.engine
-
-    def load(self, keys: Sequence[BlockKey]) -> int:
-        """Load blocks into pages 0, 1, 2, ...; return how many came."""
-        reservation = self.store.reserve(keys)
-        reservation.wait()
-        load = self.store.load(reservation, Strided(self.engine, [[2 * at, 2 * at + 1] for at in range(len(keys))]))
-        load.synchronize()
-        return load.num_loaded
-
-    def pages(self) -> list[torch.Tensor]:
-        return [layer[0].clone() for layer in self.tensors]
-
-    def num_held(self) -> int:
-        with self.store._changed:
-            self.memory.reap()
-            return self.memory.index.slots.referenced_count - len(self.memory.spare)
+BLOCKS = 12
 
 
 @pytest.fixture
@@ -367,4 +269,101 @@ def test_copies_end_before_their_slots_are_given_up_when_a_gpu_fails(
     places = Strided(opened.engine, [[2 * at, 2 * at + 1] for at in range(BLOCKS)])
     load = opened.store.load(reservation, places)
     assert load.num_loaded == 1 and [copy.is_over for copy in copies] == [True]
+    opened.store.close()
+
+
+class SecondBatchFails(FakeFrames):
+    """Fails when the first of two batches lies decoded in its slots."""
+
+    def load(self, slots: Any, coded: Any, pages: Any, *, after: Ready, keeps_decoded: bool) -> tuple[Ready, Ready]:
+        part = slice(self.blocks_at_once)
+        super().load(slots[part], coded[part], pages[part], after=after, keeps_decoded=keeps_decoded)
+        raise StoreError("CUDA out of memory")
+
+
+def test_what_a_failing_gpu_has_decoded_is_no_payload_any_more(path: Path, want: list[torch.Tensor]) -> None:
+    opened = Opened(path)
+    opened.frames = SecondBatchFails(opened.engine, opened.memory)
+    opened.engine._frames = (opened.memory.slots.ctypes.data, opened.frames)  # type: ignore[assignment]
+    keys = keys_of(opened)
+    assert opened.load(keys) == 0 and opened.num_held() == 0
+    assert opened.load(keys) == BLOCKS
+    assert_equal(opened, want)
+    opened.store.close()
+
+
+@pytest.mark.parametrize("num_good", [0, 2])
+def test_a_payload_that_the_cpu_cannot_decode_is_a_miss(
+    path: Path, want: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch, num_good: int
+) -> None:
+    opened = Opened(path)
+    keys = keys_of(opened)
+    reservation = opened.store.reserve(keys)
+    reservation.wait()
+    opened.engine._frames = None
+    bad = next(slot for slot in reservation._slots[num_good:] if slot is not None)
+    opened.memory.slots[bad][:64] ^= 0xFF
+    load = opened.store.load(reservation, Buffers([bytearray(LAYOUT.block_bytes) for _ in keys]))
+    assert load.num_loaded == 0 and opened.num_held() == 0
+    assert opened.load(keys) == BLOCKS
+    assert_equal(opened, want)
+    opened.store.close()
+
+
+def test_a_store_that_is_cleared_still_knows_which_slots_are_being_written(
+    path: Path, want: list[torch.Tensor]
+) -> None:
+    opened = Opened(path)
+    opened.frames.kept_later = True
+    keys = keys_of(opened)
+    assert opened.load(keys) == BLOCKS
+    reservation = opened.store.reserve(keys)
+    opened.store.clear()
+    for later, _ in opened.frames.kept:
+        later.synchronize = opened.frames.write  # type: ignore[method-assign]
+    out = [bytearray(LAYOUT.block_bytes) for _ in keys]
+    opened.store.load(reservation, Buffers(out)).synchronize()
+    assert out == [block_of(want, at) for at in range(BLOCKS)]
+    opened.store.close()
+
+
+@pytest.mark.parametrize(("before", "after"), [(math.inf, -math.inf), (-math.inf, math.inf)])
+def test_a_payload_is_pinned_and_unpinned_while_it_is_held(
+    path: Path, want: list[torch.Tensor], before: float, after: float
+) -> None:
+    opened = Opened(path)
+    keys = keys_of(opened)
+    with opened.store.reserve(keys) as reservation:
+        reservation.wait()
+    with opened.store._changed:
+        opened.memory.set_pinned(keys, before)
+    with opened.store.reserve(keys), opened.store._changed:
+        opened.memory.set_pinned(keys, after)
+    with opened.store._changed:
+        assert {opened.memory.index.get(key).pinned_until for key in keys} == {after}  # type: ignore[union-attr]
+    opened.store.close()
+
+
+def test_a_key_that_comes_twice_holds_a_payload_once(path: Path, want: list[torch.Tensor]) -> None:
+    opened = Opened(path)
+    keys = keys_of(opened)
+    with opened.store.reserve(keys) as reservation:
+        reservation.wait()
+    with opened.store._changed:
+        first, second, third = opened.memory.hold([keys[0], keys[1], keys[0]])
+        assert first is not None and second is not None and third is None
+        opened.memory.unpin([first, second])
+    assert opened.num_held() == 0
+    opened.store.close()
+
+
+def test_a_chain_goes_from_its_end(path: Path, want: list[torch.Tensor]) -> None:
+    opened = Opened(path, warm_blocks=24)
+    keys = keys_of(opened)
+    with opened.store.reserve(keys[:6]) as reservation:
+        reservation.wait()
+    with opened.store._changed:
+        taken = opened.memory.take(opened.memory.index.slots.free_count + 3)
+        assert [opened.memory.index.get(key) is not None for key in keys[:6]] == [True] * 3 + [False] * 3
+        opened.memory.unpin(taken)
     opened.store.close()

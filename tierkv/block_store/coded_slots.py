@@ -81,21 +81,30 @@ class CodedSlots:
             memory.index.slots.pin_all(slots)
         try:
             loaded, kept = targets.load_coded(first, slots, coded, memory.slots, after=[after], keeps_decoded=is_kept)
+        except BaseException:
+            with self._changed:
+                memory.forget_coded(slots)  # the first ones may hold decoded blocks
+            raise
         finally:
             with self._changed:
                 memory.unpin_after(kept, slots)
         return loaded, kept
 
     def decode_here(self, slots: Sequence[int]) -> None:
-        """Decode payloads in their slots, by this thread."""
+        """Decode payloads in their slots, by this thread. Raises StoreError."""
         memory = self._memory
         with self._changed:
             coded = [memory.coded[slot].block for slot in slots]
         layout = memory.layout
-        for slot, block in zip(slots, coded, strict=True):
-            out = memory.slots[slot]
-            payload = out[: block.payload_bytes].copy()
-            EXPONENT16.decode_runs(payload, block.frame_sizes, out, layout.runs, layout.block_size)
+        try:
+            for slot, block in zip(slots, coded, strict=True):
+                out = memory.slots[slot]
+                payload = out[: block.payload_bytes].copy()
+                EXPONENT16.decode_runs(payload, block.frame_sizes, out, layout.runs, layout.block_size)
+        except BaseException:
+            with self._changed:
+                memory.forget_coded(slots)
+            raise
 
     def decode_for_nothing(self, slots: Sequence[int]) -> None:
         """Decode payloads and keep nothing, as a measurement wants it. Raises StoreError."""

@@ -55,6 +55,7 @@ class BlockLoader(Loader):
         self._root = root
         self._coded = CodedSlots(memory, changed)
         self._spare_lock = threading.Lock()
+        self.measuring = threading.Lock()  # held while a GPU works for a measurement
 
     def contains(self, keys: Sequence[BlockKey]) -> int:
         """Return how many leading blocks are warm, cold or remote."""
@@ -144,7 +145,9 @@ class BlockLoader(Loader):
         """Return when the bytes of these slots are there; the caller holds the lock."""
         assert self.changed.is_owned()
         owners = (self._memory.index.slots.owners[slot] for slot in slots)
-        return [owner.written for owner in owners if owner and not owner.written.is_done()]
+        written = [owner.written for owner in owners if owner]
+        written += [self._memory.arriving[slot] for slot in slots if slot in self._memory.arriving]
+        return [each for each in written if not each.is_done()]
 
     def reap(self) -> None:
         """Release what copies that have ended still hold; the caller holds the lock."""
@@ -183,9 +186,10 @@ class BlockLoader(Loader):
             with contextlib.closing(self._read_all(wanted, is_request=False)) as groups:
                 if any(self.is_closing or any(reasons) for reasons in groups):
                     return None
-            if not may_go_on():
-                return None
-            self._coded.decode_for_nothing([slot for _, slot in wanted])
+            with self.measuring:
+                if not may_go_on():
+                    return None
+                self._coded.decode_for_nothing([slot for _, slot in wanted])
             return time.perf_counter() - started
         except StoreError:  # of the GPU
             return None
@@ -197,7 +201,7 @@ class BlockLoader(Loader):
     ) -> bool:
         """Begin to copy the next blocks of a load; payloads are decoded. Return False if it fails: the rest is lost.
 
-        Then, and after an error, the copies that have begun have ended: the caller may give up their slots.
+        Then, and after an error, the copies that have begun have ended: their slots may be released.
         """
         is_good = False
         try:
@@ -224,7 +228,11 @@ class BlockLoader(Loader):
     ) -> bool:
         """Copy the next blocks of a load; payloads are decoded by this thread before."""
         if is_coded:
-            self._coded.decode_here(slots)
+            try:
+                self._coded.decode_here(slots)
+            except StoreError as exc:
+                self._lose(slots, exc)
+                return False
             self._enter_decoded(slots, DONE)
         return super().copy(load, reservation, targets, slots, after)
 
@@ -233,8 +241,7 @@ class BlockLoader(Loader):
         try:
             copied, written = self._coded.copy(load.num_loaded, slots, targets, after)
         except StoreError as exc:
-            _log.warning("%d blocks are misses: %s", len(slots), exc)
-            self.count_miss(MissReason.IO_ERROR)
+            self._lose(slots, exc)
             return False
         load.add(copied, len(slots))
         self._enter_decoded(slots, written)
@@ -242,10 +249,14 @@ class BlockLoader(Loader):
             self.stats.bytes_out[Tier.WARM] += len(slots) * self.layout.block_bytes
         return True
 
+    def _lose(self, slots: Sequence[int], reason: StoreError) -> None:
+        _log.warning("%d blocks are misses: %s", len(slots), reason)
+        self.count_miss(MissReason.IO_ERROR)
+
     def _enter_decoded(self, slots: Sequence[int], written: Ready) -> None:
         """Enter blocks whose payloads have become what they are the payloads of; `written` says when."""
         with self.changed:
-            for slot in slots:
+            for slot in reversed(slots):  # a chain goes from its end
                 self._memory.enter(slot, written)
                 self._memory.forget_coded([slot])
 

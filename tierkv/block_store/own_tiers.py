@@ -143,8 +143,11 @@ class OwnTiers:
         return self._loader.submit(self._calibrate, costs, self.memory, self.cold, self._stats.requests)
 
     def end_calibration(self) -> None:
-        """Begin no further reading to measure it, and nothing on a GPU for one that is going on."""
+        """Begin no further reading to measure it. Nothing is done on a GPU for that any more when this returns."""
         self._may_measure = False
+        if self.memory:
+            with self._loader.measuring:
+                pass
 
     def _calibrate(self, costs: LoadOrCompute, memory: WarmMemory, cold: ColdStore, num_before: int) -> None:
         """Measure until the first request comes. num_before: how many requests there were when that was wanted."""
@@ -237,7 +240,7 @@ class OwnTiers:
         found = list(keys[:num_found])
         if self.memory:
             with self._changed:
-                self.memory.index.set_pinned(found, until)
+                self.memory.set_pinned(found, until)
         if on_disk is not None and self.cold and not self.cold.read_only:
             if self.memory:
                 self._saver.flush()

@@ -52,8 +52,9 @@ class WarmMemory:
     that a load of more blocks than there is room for never waits for another one's. threads: encode. read_threads: read
     and decode; the same ones without reader processes. num_readers: how many of these there are. coded: what lies in
     slots that hold a payload, which a GPU is to decode. Such a slot has one holder and is in no index then, because
-    decoding overwrites it; without a holder it is cached as other blocks are. decoding: the engine's memory whose GPU
-    decodes; None where the CPU does.
+    decoding overwrites it; without a holder it is cached as other blocks are. arriving: when a GPU has
+    written decoded blocks into their slots, also where they are in no index any more. decoding: the engine's memory
+    whose GPU decodes; None where the CPU does.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class WarmMemory:
         self.engines: Engines = Engines(layout)
         self.engines.open(self._pool)
         self.coded: dict[int, Payload] = {}
+        self.arriving: dict[int, Ready] = {}
         self.decoding: EngineMemory | None = None
         self._in_flight: deque[tuple[Ready, list[int]]] = deque()
 
@@ -105,18 +107,24 @@ class WarmMemory:
         self.reap()
         slots = self.index.take(count)
         self.forget_coded(slots)
+        for slot in slots if self.arriving else ():
+            self.arriving.pop(slot, None)
         return slots
 
     def hold(self, keys: Sequence[BlockKey]) -> list[int | None]:
         """Return the warm slots of blocks, each pinned; None where a block is not warm. The caller holds the lock."""
         assert self._changed.is_owned()
-        entries = [self.index.get(key) for key in keys]
-        self.index.slots.pin_all(entry.slot for entry in entries if entry)
-        for entry in entries if self.coded else ():
-            if entry and entry.slot in self.coded:
-                self.coded[entry.slot].pinned_until = entry.pinned_until
+        slots: list[int | None] = []
+        for key in keys:
+            entry = self.index.get(key)
+            slots.append(entry.slot if entry else None)
+            if not entry:
+                continue
+            self.index.slots.pin(entry.slot)
+            if payload := self.coded.get(entry.slot):
+                payload.pinned_until = entry.pinned_until
                 self.index.withdraw(entry)
-        return [entry.slot if entry else None for entry in entries]
+        return slots
 
     def enter(self, slot: int, written: Ready) -> None:
         """Enter the block of a payload that is held, unless another slot has it. The caller holds the lock."""
@@ -125,6 +133,18 @@ class WarmMemory:
         is_known = self.index.get(payload.key) is not None or self.index.collides(payload.key)
         if not is_known and not payload.is_forgotten and slot not in self.spare:
             self.index.add(payload.key, slot, written).pinned_until = payload.pinned_until
+        if not written.is_done():
+            self.arriving[slot] = written
+
+    def set_pinned(self, keys: Sequence[BlockKey], until: float) -> None:
+        """Keep blocks until a time of the clock, or let them be evicted again. The caller holds the lock."""
+        assert self._changed.is_owned()
+        self.index.set_pinned(keys, until)
+        if self.coded:
+            wanted = set(keys)
+            for payload in self.coded.values():
+                if payload.key in wanted:
+                    payload.pinned_until = until
 
     def clear(self) -> int:
         """Forget all blocks, those in use with their last user. Return how many. The caller holds the lock."""
@@ -161,7 +181,7 @@ class WarmMemory:
         """Lower the reference counts of slots, and wake threads that wait for room. The caller holds the lock."""
         assert self._changed.is_owned()
         slots = list(slots)
-        for slot in slots if self.coded else ():
+        for slot in reversed(slots) if self.coded else ():  # a chain goes from its end
             if slot in self.coded and self.index.slots.reference_count(slot) == 1:
                 self.enter(slot, DONE)  # its holder leaves it
         self.index.unpin(slots)

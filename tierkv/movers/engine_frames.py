@@ -87,7 +87,7 @@ class EngineFrames:
                 for first in range(0, len(slots), self.blocks_at_once):
                     part = slice(first, first + self.blocks_at_once)
                     loaded, kept = self._load_batch(slots[part], coded[part], pages[part], after, keeps_decoded)
-            except (RuntimeError, StoreError) as exc:
+            except Exception as exc:  # triton raises various errors
                 self.synchronize()
                 raise StoreError(f"decoding {len(slots)} blocks on the GPU failed: {exc}") from exc
         return loaded, kept
